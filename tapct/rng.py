@@ -1,0 +1,137 @@
+"""Randomness by key: one counter-based hash, the same on every device, rank and world size.
+
+A draw is a pure function of (seed, purpose, counters), e.g. (seed, "crop area", sample number, view). There is no
+state, so nothing has to be saved, advanced or seeded per rank; a resumed run or another world size draws the same.
+Everything is int64 torch arithmetic (multiplication wraps, shifts are made logical by a mask) and never waits for
+the device.
+
+Source: SplitMix64, Steele, Lea and Flood 2014 (doi:10.1145/2660193.2660195), with Stafford's "Mix13" finaliser.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+Counter: TypeAlias = int | Tensor
+
+_WORD = (1 << 64) - 1
+_GAMMA = 0x9E3779B97F4A7C15  # odd, 2^64 / golden ratio
+_MIX_1 = 0xBF58476D1CE4E5B9
+_MIX_2 = 0x94D049BB133111EB
+
+
+def _signed(word: int) -> int:
+    """The int64 with the same 64 bits."""
+    word &= _WORD
+    return word - (1 << 64) if word >> 63 else word
+
+
+_SIGNED_GAMMA, _SIGNED_MIX_1, _SIGNED_MIX_2 = (_signed(c) for c in (_GAMMA, _MIX_1, _MIX_2))
+
+
+def purpose_id(name: str) -> int:
+    """A stable number in [0, 2^63) for the name of a draw."""
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little") >> 1
+
+
+def _absorb_int(state: int, counter: int) -> int:
+    """Mix one more word into a state; Python integers, unsigned 64-bit."""
+    word = (state + (counter + 1) * _GAMMA) & _WORD
+    word = ((word ^ (word >> 30)) * _MIX_1) & _WORD
+    word = ((word ^ (word >> 27)) * _MIX_2) & _WORD
+    return word ^ (word >> 31)
+
+
+def _xor_shift(word: Tensor, by: int) -> Tensor:
+    """word ^ (word >>> by): torch shifts keep the sign of int64, the mask makes them logical."""
+    return word ^ ((word >> by) & ((1 << (64 - by)) - 1))
+
+
+def _absorb(state: Tensor | int, counter: Tensor | int) -> Tensor:
+    """Mix one more word into a state; int64 tensors, bit-equal to `_absorb_int`. One of the two is a tensor."""
+    if isinstance(counter, Tensor):
+        assert not (counter.is_floating_point() or counter.is_complex()), "a counter is a whole number"
+        step: Tensor | int = (counter.to(torch.int64) + 1) * _SIGNED_GAMMA
+    else:
+        step = _signed((counter + 1) * _GAMMA)
+    word = step + state
+    assert isinstance(word, Tensor)
+    word = _xor_shift(word, 30) * _SIGNED_MIX_1
+    word = _xor_shift(word, 27) * _SIGNED_MIX_2
+    return _xor_shift(word, 31)
+
+
+def hash_int(seed: int, purpose: str, *counters: int) -> int:
+    """The hash of one key in Python integers, for host-side draws.
+
+    Args:
+        seed: of the run; any integer, its low 64 bits count.
+        purpose: name of the draw, so that draws for different uses are independent.
+        counters: what the draw is for, e.g. sample number and view; order matters.
+    Returns:
+        A signed int64 as an int, equal to `hash_bits` of the same key.
+    """
+    state = _absorb_int(_absorb_int(0, seed), purpose_id(purpose))
+    for counter in counters:
+        state = _absorb_int(state, counter)
+    return _signed(state)
+
+
+def hash_bits(seed: int, purpose: str, *counters: Counter, device: torch.device | str | None = None) -> Tensor:
+    """64 random bits for every key.
+
+    Args:
+        seed, purpose: as in `hash_int`.
+        counters: ints or integer tensors that broadcast against each other.
+        device: where the result lies; by default that of the first tensor among the counters, or the CPU.
+    Returns:
+        int64 of the broadcast shape; 0-d where all counters are ints.
+    """
+    shape = torch.broadcast_shapes(*(c.shape for c in counters if isinstance(c, Tensor)))
+    if device is None:
+        device = next((c.device for c in counters if isinstance(c, Tensor)), torch.device("cpu"))
+    num_ints = next((i for i, c in enumerate(counters) if isinstance(c, Tensor)), len(counters))
+    prefix = hash_int(seed, purpose, *(c for c in counters[:num_ints] if isinstance(c, int)))
+    if num_ints == len(counters):
+        return torch.full(shape, prefix, dtype=torch.int64, device=device)
+    state: Tensor | int = prefix
+    for counter in counters[num_ints:]:
+        state = _absorb(state, counter.to(device) if isinstance(counter, Tensor) else counter)
+    assert isinstance(state, Tensor)
+    return state
+
+
+def uniform(seed: int, purpose: str, *counters: Counter, device: torch.device | str | None = None) -> Tensor:
+    """float32 in [0, 1), a multiple of 2^-24; shape and keys as in `hash_bits`."""
+    bits = hash_bits(seed, purpose, *counters, device=device)
+    return ((bits >> 40) & 0xFFFFFF).to(torch.float32) * 2.0**-24
+
+
+def normal(seed: int, purpose: str, *counters: Counter, device: torch.device | str | None = None) -> Tensor:
+    """Standard normal float32 (Box-Muller, |x| <= 6.7); equal over devices up to the last bits of log and cos."""
+    bits = hash_bits(seed, purpose, *counters, device=device)
+    radius_u = (((bits >> 32) & 0xFFFFFFFF) + 1).to(torch.float32) * 2.0**-32  # in (0, 1]: the log stays finite
+    angle_u = (bits & 0xFFFFFF).to(torch.float32) * 2.0**-24
+    return (-2.0 * radius_u.log()).sqrt() * (2.0 * math.pi * angle_u).cos()
+
+
+def randint(
+    seed: int, purpose: str, high: Counter, *counters: Counter, device: torch.device | str | None = None
+) -> Tensor:
+    """int64 in [0, high).
+
+    Args:
+        high: int or integer tensor >= 1 that broadcasts with the counters; the bias is below high / 2^63.
+        seed, purpose, counters, device: as in `hash_bits`.
+    """
+    if isinstance(high, int):
+        assert high >= 1, f"randint needs high >= 1, got {high}"
+    elif device is None and not any(isinstance(c, Tensor) for c in counters):
+        device = high.device
+    bits = hash_bits(seed, purpose, *counters, device=device) & ((1 << 63) - 1)
+    return bits % high
