@@ -1,0 +1,218 @@
+"""Is the run learning? Numbers that a falling loss cannot give, and a verdict in words.
+
+Everything but `verdict` runs on the tensors' device without waiting for it (`rankme` excepted: an SVD waits on CUDA).
+Legend: N rows (teacher targets or tokens), K prototypes, B samples, D channels, P patch tokens. Entropies in nats.
+
+A stuck run sits at CE = ln K; a collapsed one (every target one-hot on the same prototype) has the best CE of all. What
+tells both from life is the information of the targets: entropy of their mean minus mean of their entropies, the mutual
+information of sample and prototype. It is 0 when all targets are equal, whatever they look like, and at most ln K.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+USED_SHARE = 0.1  # a prototype is in use if it carries at least this part of its fair share 1/K of the target mass
+RANKME_ROWS = 512
+OUTLIER_SIGMAS = 6.0  # robust standard deviations above the median norm
+OUTLIER_FLOOR = 0.05  # and at least this part of the median above it, so that equal norms have no outliers
+
+NO_INFORMATION = 0.05  # nats; below it the targets say nothing about their sample
+FAINT_INFORMATION = 0.2  # nats; below it the run may yet fall back
+NO_PROGRESS = 0.02  # nats of ln K - CE
+ONE_PROTOTYPE = 0.2  # as a share of ln K: below it the mean target sits on few prototypes
+
+
+@dataclass(frozen=True)
+class TargetSums:
+    """Sums over teacher targets that add up over chunks, micro-batches and ranks.
+
+    Args:
+        mass_K: float32, sum of the targets.
+        entropy: float32 scalar, sum of the targets' entropies.
+        rows: float32 scalar, number of targets.
+    """
+
+    mass_K: Tensor
+    entropy: Tensor
+    rows: Tensor
+
+    def __add__(self, other: TargetSums) -> TargetSums:
+        return TargetSums(self.mass_K + other.mass_K, self.entropy + other.entropy, self.rows + other.rows)
+
+
+@dataclass(frozen=True)
+class TargetHealth:
+    """Health of one term's targets, float32 scalars on the device.
+
+    Args:
+        marginal_entropy: entropy of the mean target, nats; ln K when all prototypes serve equally.
+        target_entropy: mean entropy of the targets, nats; ln K when each target is uniform.
+        information: their difference, >= 0 up to rounding.
+        prototypes_used: share of the K prototypes that carry at least `USED_SHARE` / K of the mass.
+    """
+
+    marginal_entropy: Tensor
+    target_entropy: Tensor
+    information: Tensor
+    prototypes_used: Tensor
+
+
+def target_sums(targets_NK: Tensor, real_N: Tensor | None = None) -> TargetSums:
+    """Sum up one chunk of teacher targets.
+
+    Args:
+        targets_NK: probabilities, each row sums to 1.
+        real_N: True for rows that count; all of them by default (a padded token's row does not).
+    """
+    targets_NK = targets_NK.detach().float()
+    if real_N is not None:
+        targets_NK = targets_NK * real_N.unsqueeze(1)  # a zero row has entropy 0 and no mass
+    rows = targets_NK.new_tensor(float(len(targets_NK))) if real_N is None else real_N.float().sum()
+    return TargetSums(targets_NK.sum(0), torch.special.entr(targets_NK).sum(), rows)
+
+
+def target_health(sums: TargetSums) -> TargetHealth:
+    """Entropies, information and prototypes in use; all 0 when there was no row."""
+    rows = sums.rows.clamp_min(1.0)
+    mean_K = sums.mass_K / rows
+    marginal, target = torch.special.entr(mean_K).sum(), sums.entropy / rows
+    used = (mean_K * len(mean_K) >= USED_SHARE).float().mean()
+    return TargetHealth(marginal, target, marginal - target, used)
+
+
+def rankme(features_ND: Tensor, eps: float = 1e-7) -> Tensor:
+    """Effective rank: exp of the entropy of the normalised singular values, between 1 and min(rows, D).
+
+    At most `RANKME_ROWS` evenly spaced rows are used, not centred, as in the paper. On CUDA this waits for the device:
+    call it where metrics are fetched, not at every step.
+
+    Args:
+        features_ND: any scale, N >= 1.
+    Source: Garrido et al. 2023, arXiv:2210.02885, equation 1.
+    """
+    stride = -(-len(features_ND) // RANKME_ROWS)
+    singular = torch.linalg.svdvals(features_ND[::stride].detach().float())
+    share = singular / singular.sum().clamp_min(eps) + eps
+    return torch.special.entr(share).sum().exp()
+
+
+def teacher_student_cosine(student_BD: Tensor, teacher_BD: Tensor) -> Tensor:
+    """Mean cosine of matching rows; 1 when student and teacher see alike."""
+    return functional.cosine_similarity(student_BD.detach().float(), teacher_BD.detach().float(), dim=-1).mean()
+
+
+def cls_std(cls_BD: Tensor) -> Tensor:
+    """Spread of class tokens: standard deviation over samples of L2-normalised rows, mean over channels.
+
+    Evenly spread tokens have 1/sqrt(D); 0 means that all samples look alike. The population formula: 0 at B = 1.
+    Source: Chen & He 2020, arXiv:2011.10566, section 4.1.
+    """
+    return functional.normalize(cls_BD.detach().float(), dim=-1).std(0, correction=0).mean()
+
+
+def patch_norm_outliers(patches_PD: Tensor) -> Tensor:
+    """Share of patch tokens whose norm stands out: above median + max(6 robust sigmas, 5 % of the median).
+
+    A robust sigma is 1.4826 times the median absolute deviation. High-norm patches hold global instead of local
+    content and spoil dense features; registers are the remedy. The paper cuts at a fixed norm per model.
+
+    Args:
+        patches_PD: patch tokens; any leading axes.
+    Source: Darcet et al. 2023, arXiv:2309.16588, section 2.
+    """
+    norm = patches_PD.detach().float().norm(dim=-1).flatten()
+    median = norm.median()
+    sigma = 1.4826 * (norm - median).abs().median()
+    return (norm > median + torch.maximum(OUTLIER_SIGMAS * sigma, OUTLIER_FLOOR * median)).float().mean()
+
+
+@dataclass(frozen=True)
+class TermReading:
+    """Recent means of one prototype loss, as plain numbers in nats.
+
+    Args:
+        name: `dino` or `ibot`.
+        ln_k_minus_ce: ln K minus the plain mean cross-entropy.
+        marginal_entropy: of the mean target.
+        target_entropy: mean over targets.
+        ln_k: ln of the number of prototypes.
+    """
+
+    name: str
+    ln_k_minus_ce: float
+    marginal_entropy: float
+    target_entropy: float
+    ln_k: float
+
+    @property
+    def information(self) -> float:
+        """Marginal minus mean target entropy, nats."""
+        return self.marginal_entropy - self.target_entropy
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the health numbers say.
+
+    Args:
+        state: `alive`, `faint`, `not following`, `stuck`, `collapsed`, `not finite` (from good to bad), or `unknown`.
+        words: one sentence with the numbers.
+        next_move: what to do about it.
+    """
+
+    state: str
+    words: str
+    next_move: str
+
+
+STATES = ("unknown", "alive", "faint", "not following", "stuck", "collapsed", "not finite")  # the last one found wins
+
+NEXT_MOVE = {
+    "unknown": "Log the health numbers: without them a falling loss proves nothing.",
+    "alive": "Judge the features: tapct eval.",
+    "faint": "Train on and look again; if it stays, lower lr or slow the teacher (momentum nearer 1).",
+    "not following": "The targets move faster than the student learns: slow the teacher (momentum nearer 1), or warm up longer.",
+    "stuck": "Lower lr (to 1e-3 or less), slow the teacher (momentum 0.992 or more), take fewer prototypes (K at most 64 "
+    "targets per step) or LayerScale 1 in a short run.",
+    "collapsed": "See that centring or Sinkhorn is on, raise teacher_temp, lower lr, and keep KoLeo at 0.1.",
+    "not finite": "Stop; go back to the last checkpoint with a lower lr, and look at the grad norms before the break.",
+}
+
+
+def judge_term(term: TermReading) -> Verdict:
+    """Verdict on one prototype loss."""
+    numbers = (term.ln_k_minus_ce, term.marginal_entropy, term.target_entropy, term.ln_k)
+    information = term.information
+    facts = f"ln K - CE {term.ln_k_minus_ce:.2f}, information {information:.2f} nats"
+    if not all(math.isfinite(number) for number in numbers):
+        return Verdict("not finite", f"{term.name}: a health number is not finite", NEXT_MOVE["not finite"])
+    if information < NO_INFORMATION:
+        if term.ln_k_minus_ce < NO_PROGRESS:
+            state, words = "stuck", "all targets are alike and the cross-entropy is at ln K: nothing is learned"
+        elif term.target_entropy < ONE_PROTOTYPE * term.ln_k:
+            state, words = "collapsed", "every sample has the same sharp target: the best loss of all, and worthless"
+        else:
+            state, words = "collapsed", "every sample has the same broad target, which the student has learned by heart"
+    elif term.ln_k_minus_ce < NO_PROGRESS:
+        state, words = "not following", "the targets differ between samples but the student does not predict them"
+    elif information < FAINT_INFORMATION:
+        state, words = "faint", "the targets begin to tell samples apart"
+    else:
+        state, words = "alive", "the targets tell samples apart and the student predicts them"
+    return Verdict(state, f"{term.name}: {words} ({facts})", NEXT_MOVE[state])
+
+
+def verdict(terms: Sequence[TermReading]) -> Verdict:
+    """Verdict on a run: the state of its worst term, in the words of all terms."""
+    judged = [judge_term(term) for term in terms]
+    if not judged:
+        return Verdict("unknown", "no prototype loss reported its health", NEXT_MOVE["unknown"])
+    worst = max(judged, key=lambda one: STATES.index(one.state))
+    return Verdict(worst.state, "; ".join(one.words for one in judged), worst.next_move)
