@@ -174,3 +174,82 @@ class Tokens:
     registers_BRD: Tensor
     patches_BND: Tensor
     grid: tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class TokenSets:
+    """What student and teacher made of one micro-batch: the input of every loss.
+
+    Args:
+        student_global: tokens of the masked global crops, crop-major (V*B first axis).
+        student_local: tokens of the local crops, crop-major, or None without local crops.
+        teacher_global: tokens of the same global crops unmasked, without gradient.
+        masks: which global patch tokens the student did not see.
+        num_globals: V of the global crops.
+        num_locals: V of the local crops.
+        teacher_temp: temperature of the teacher's targets at this step.
+    """
+
+    student_global: Tokens
+    student_local: Tokens | None
+    teacher_global: Tokens
+    masks: Masks
+    num_globals: int
+    num_locals: int
+    teacher_temp: float
+
+
+@dataclass(frozen=True)
+class Term:
+    """One optimised loss term.
+
+    Args:
+        name: as in `metrics.jsonl`, e.g. `dino_local`.
+        value: scalar float32, weighted: the terms' values sum to the total that is optimised.
+        cross_entropy: scalar, plain mean per (student, teacher) pair in nats before any weight; None for other terms.
+    """
+
+    name: str
+    value: Tensor
+    cross_entropy: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class TargetSums:
+    """Sums over teacher targets that add up over chunks, micro-batches and ranks.
+
+    Args:
+        mass_K: float32, sum of the targets.
+        entropy: float32 scalar, sum of the targets' entropies.
+        rows: float32 scalar, number of targets.
+    """
+
+    mass_K: Tensor
+    entropy: Tensor
+    rows: Tensor
+
+    def __add__(self, other: TargetSums) -> TargetSums:
+        return TargetSums(self.mass_K + other.mass_K, self.entropy + other.entropy, self.rows + other.rows)
+
+
+@dataclass(frozen=True)
+class TargetStats:
+    """What is kept of one loss's teacher targets, so that the targets themselves can be freed.
+
+    Args:
+        name: of the loss, e.g. `dino`.
+        sums: over the targets of this micro-batch.
+        cross_entropy: scalar, plain mean cross-entropy of the student over all pairs of this loss, nats.
+    """
+
+    name: str
+    sums: TargetSums
+    cross_entropy: Tensor
+
+
+@dataclass(frozen=True)
+class LossResult:
+    """What one loss plug-in returns: its terms and, where it has prototypes, the statistics of its targets."""
+
+    terms: tuple[Term, ...]
+    targets: TargetStats | None = None

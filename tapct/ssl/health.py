@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from tapct.types import TargetSums
+
 USED_SHARE = 0.1  # a prototype is in use if it carries at least this part of its fair share 1/K of the target mass
 RANKME_ROWS = 512
 OUTLIER_SIGMAS = 6.0  # robust standard deviations above the median norm
@@ -27,24 +29,6 @@ NO_INFORMATION = 0.05  # nats; below it the targets say nothing about their samp
 FAINT_INFORMATION = 0.2  # nats; below it the run may yet fall back
 NO_PROGRESS = 0.02  # nats of ln K - CE
 ONE_PROTOTYPE = 0.2  # as a share of ln K: below it the mean target sits on few prototypes
-
-
-@dataclass(frozen=True)
-class TargetSums:
-    """Sums over teacher targets that add up over chunks, micro-batches and ranks.
-
-    Args:
-        mass_K: float32, sum of the targets.
-        entropy: float32 scalar, sum of the targets' entropies.
-        rows: float32 scalar, number of targets.
-    """
-
-    mass_K: Tensor
-    entropy: Tensor
-    rows: Tensor
-
-    def __add__(self, other: TargetSums) -> TargetSums:
-        return TargetSums(self.mass_K + other.mass_K, self.entropy + other.entropy, self.rows + other.rows)
 
 
 @dataclass(frozen=True)
@@ -62,20 +46,6 @@ class TargetHealth:
     target_entropy: Tensor
     information: Tensor
     prototypes_used: Tensor
-
-
-def target_sums(targets_NK: Tensor, real_N: Tensor | None = None) -> TargetSums:
-    """Sum up one chunk of teacher targets.
-
-    Args:
-        targets_NK: probabilities, each row sums to 1.
-        real_N: True for rows that count; all of them by default (a padded token's row does not).
-    """
-    targets_NK = targets_NK.detach().float()
-    if real_N is not None:
-        targets_NK = targets_NK * real_N.unsqueeze(1)  # a zero row has entropy 0 and no mass
-    rows = targets_NK.new_tensor(float(len(targets_NK))) if real_N is None else real_N.float().sum()
-    return TargetSums(targets_NK.sum(0), torch.special.entr(targets_NK).sum(), rows)
 
 
 def target_health(sums: TargetSums) -> TargetHealth:

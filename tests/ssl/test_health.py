@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from tapct.ssl import health
-from tapct.ssl.health import TermReading, target_health, target_sums, verdict
+from tapct.nn.prototypes import target_sums
+from tapct.ssl.health import TermReading, target_health, verdict
 
 K = 8
 

@@ -1,0 +1,74 @@
+"""iBOT: at every masked patch the student predicts the teacher's prototype assignment of that patch.
+
+    rows    = masked patch tokens of all global crops, and only those                    # M
+    targets = centre_or_sinkhorn(teacher_head(teacher(globals).patches[rows]) / temperature)
+    loss    = sum_m weight_m CE(student_head(student(masked globals).patches[rows])_m, targets_m) / (2B)
+    weight  = 1 / masked tokens of that crop; the 2B count the unmasked crops too
+
+Source: Zhou et al. 2021, arXiv:2111.07832; Oquab et al. 2023, arXiv:2304.07193.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from tapct.config import setting
+from tapct.nn import heads
+from tapct.nn.prototypes import TargetConfig, Targets, soft_cross_entropy, target_sums
+from tapct.types import LossResult, TargetStats, Term, TokenSets
+
+
+@dataclass(frozen=True)
+class Config:
+    """Weight, temperatures, targets and head of the iBOT term."""
+
+    weight: float = setting(1.0, "factor on the term; DINOv2", ge=0.0)
+    student_temp: float = setting(0.1, "student temperature; iBOT, arXiv:2111.07832", gt=0.0)
+    share_dino_head: bool = setting(False, "use DINO's head and prototypes (as iBOT and TAP-CT did); both head sections must then be equal")
+    targets: TargetConfig = field(default_factory=TargetConfig)
+    head: heads.Config = field(default_factory=heads.Config)
+
+
+class IBotLoss(nn.Module):
+    """The iBOT term with its targets; its heads belong to student and teacher."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config = config
+        self.head_of = "dino" if config.share_dino_head else "ibot"
+        self.targets = Targets(config.head.num_prototypes, config.targets)
+
+    def forward(self, sets: TokenSets, student_head: nn.Module, teacher_head: nn.Module) -> LossResult:
+        """Compare student and teacher at the masked patches.
+
+        Args:
+            sets: tokens of student and teacher, crop-major, with the masks.
+            student_head: maps patch tokens to K logits.
+            teacher_head: the same, its moving average.
+        Returns:
+            Term `ibot`; zero (but connected) when no patch is masked.
+        """
+        masks = sets.masks
+        student_MD = sets.student_global.patches_BND.flatten(0, 1)[masks.index_M]
+        num_crops = sets.student_global.patches_BND.shape[0]
+        real_M = masks.weight_M > 0  # a masked token that is all padding weighs nothing, here and in the targets
+        with torch.no_grad():
+            logits_MK = teacher_head(sets.teacher_global.patches_BND.flatten(0, 1)[masks.index_M])
+            targets_MK = self.targets(logits_MK, sets.teacher_temp, real_M)
+        ce_M = soft_cross_entropy(student_head(student_MD), targets_MK, self.config.student_temp)
+        value = self.config.weight * (masks.weight_M * ce_M).sum() / num_crops
+        mean_ce = (ce_M.detach() * real_M).sum() / real_M.sum().clamp(min=1)
+        stats = TargetStats("ibot", target_sums(targets_MK, real_M), mean_ce)
+        return LossResult((Term("ibot", value, mean_ce),), stats)
+
+    def finish_step(self, apply: Tensor) -> None:
+        """Move the centre after an optimizer step; see `Targets.finish_step`."""
+        self.targets.finish_step(apply)
+
+
+def build(config: Config) -> IBotLoss:
+    """Make the loss."""
+    return IBotLoss(config)

@@ -1,0 +1,67 @@
+"""One forward pass of the whole method: views and masks in, loss terms out.
+
+    teacher(globals)  -> targets           no gradient, unmasked
+    student(globals with masks, locals)    one packed pass
+    total = sum of the terms of every loss
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tapct.nn.layers import DropKey
+from tapct.ssl.student_teacher import StudentTeacher
+from tapct.types import LossResult, Masks, TokenSets, Views
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    """What one micro-batch gives.
+
+    Args:
+        total: scalar, the sum of all terms: what is optimised.
+        results: one per loss, in the order of the config.
+        tokens: of student and teacher, for the health numbers.
+    """
+
+    total: Tensor
+    results: tuple[LossResult, ...]
+    tokens: TokenSets
+
+
+def forward(pair: StudentTeacher, views: Views, masks: Masks, teacher_temp: float, key: DropKey | None) -> StepOutput:
+    """Run teacher and student on one micro-batch and sum the loss terms.
+
+    Args:
+        pair: student, teacher and losses.
+        views: normalised crops, crop-major.
+        masks: of the global crops.
+        teacher_temp: temperature of the teacher's targets at this step.
+        key: of stochastic depth; None for none.
+    Returns:
+        The total with its parts.
+    """
+    num_globals, num_locals = views.global_VBZYX.shape[0], views.local_VBZYX.shape[0]
+    globals_BZYX = views.global_VBZYX.flatten(0, 1)
+    crops, crop_masks = [globals_BZYX], [masks.masked_VBN.flatten(0, 1)]
+    if num_locals:
+        crops, crop_masks = [*crops, views.local_VBZYX.flatten(0, 1)], [*crop_masks, None]
+
+    with torch.no_grad():
+        teacher_global = pair.teacher.backbone([globals_BZYX])[0]
+    student = pair.student.backbone(crops, crop_masks, key)
+    sets = TokenSets(
+        student_global=student[0],
+        student_local=student[1] if num_locals else None,
+        teacher_global=teacher_global,
+        masks=masks,
+        num_globals=num_globals,
+        num_locals=num_locals,
+        teacher_temp=teacher_temp,
+    )
+    results = tuple(loss(sets, *pair.heads_of(loss)) for loss in pair.losses.values())
+    total = torch.stack([term.value for result in results for term in result.terms]).sum()
+    return StepOutput(total, results, sets)

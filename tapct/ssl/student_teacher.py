@@ -1,0 +1,96 @@
+"""The pair that learns from itself: a student, and a teacher that is the student's moving average."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from tapct import plugin
+from tapct.nn.heads import PrototypeHead
+from tapct.plugin import Plugin
+from tapct.types import UserError
+
+
+class Network(nn.Module):
+    """A backbone and the heads of the losses that have one."""
+
+    def __init__(self, backbone: nn.Module, heads: dict[str, PrototypeHead]) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.heads = nn.ModuleDict(heads)
+
+    def submodules(self) -> Iterator[tuple[str, nn.Module]]:
+        """What is clipped and logged one by one: the backbone, then each head."""
+        yield "backbone", self.backbone
+        yield from self.heads.items()
+
+
+class StudentTeacher(nn.Module):
+    """Student, teacher and losses of one run, all on one device.
+
+    Both start equal, heads too. The teacher has no gradient and stays in eval mode.
+
+    Args:
+        model: the backbone's plug-in section.
+        losses: the loss plug-in sections, in the order in which they are summed.
+        seed: of the initial weights.
+    Raises:
+        UserError: no loss is switched on, or iBOT shares a head that is not there or not equal.
+    """
+
+    def __init__(self, model: Plugin, losses: Sequence[Plugin], seed: int) -> None:
+        super().__init__()
+        if not losses:
+            raise UserError("losses: every term is switched off; keep at least losses.dino or losses.ibot")
+        backbone = build_backbone(model, seed)
+        self.losses = nn.ModuleDict({each.name: plugin.load("losses", each.name).build(each.config) for each in losses})
+        heads: dict[str, PrototypeHead] = {}
+        for name, loss in self.losses.items():
+            if not loss.head_of or loss.head_of in heads:
+                continue
+            if loss.head_of not in self.losses:
+                raise UserError(f"losses.{name} shares the head of losses.{loss.head_of}, which is switched off")
+            heads[loss.head_of] = PrototypeHead(backbone.dim, self.losses[loss.head_of].config.head)
+            heads[loss.head_of].init_weights(seed + 1 + len(heads))
+        for name, loss in self.losses.items():
+            if loss.head_of and loss.config.head != self.losses[loss.head_of].config.head:
+                raise UserError(
+                    f"losses.{name} shares the head of losses.{loss.head_of}, but their head sections differ; "
+                    f"write losses.{name}.head: ${{losses.{loss.head_of}.head}}"
+                )
+        self.student = Network(backbone, heads)
+        self.teacher = copy.deepcopy(self.student).requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> StudentTeacher:
+        """Switch the student; the teacher stays in eval mode."""
+        super().train(mode)
+        self.teacher.eval()
+        return self
+
+    def heads_of(self, loss: nn.Module) -> tuple[nn.Module | None, nn.Module | None]:
+        """The student's and the teacher's head for a loss; None for a loss without one."""
+        if not loss.head_of:
+            return None, None
+        return self.student.heads[loss.head_of], self.teacher.heads[loss.head_of]
+
+    @torch.no_grad()
+    def update_teacher(self, momentum: float, apply: Tensor) -> None:
+        """t <- m t + (1 - m) s for the parameters of backbone and heads, once per optimizer step.
+
+        Args:
+            momentum: m of this step.
+            apply: bool scalar on the device; False leaves the teacher as it is, without asking the host.
+        """
+        weight = torch.where(apply, 1.0 - momentum, 0.0).to(torch.float32)
+        for teacher, student in zip(self.teacher.parameters(), self.student.parameters(), strict=True):
+            teacher.lerp_(student, weight.to(teacher.dtype))
+
+
+def build_backbone(model: Plugin, seed: int) -> nn.Module:
+    """The backbone with the initial weights of a run: the same for the same section and seed."""
+    backbone: nn.Module = plugin.load("models", model.name).build(model.config)
+    backbone.init_weights(seed)
+    return backbone
