@@ -1,0 +1,40 @@
+"""Gamma: bend the HU scale inside its window, both ends fixed."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tapct.config import setting
+from tapct.types import UserError
+from tapct.views.key import Op, ViewKey
+
+
+@dataclass(frozen=True)
+class Config:
+    """Fields of the op `gamma`; off unless a config names it. Defaults are ours, no published run used it."""
+
+    p: tuple[float, float, float] = setting(
+        (0.0, 0.3, 0.3), "chance for the first global view, other globals, locals", ge=0, le=1
+    )
+    exponent: tuple[float, float] = setting((0.8, 1.25), "exponent, log-uniform between the two", gt=0)
+
+    def __post_init__(self) -> None:
+        if self.exponent[0] > self.exponent[1]:
+            raise UserError(f"gamma.exponent is {self.exponent}: the lower end comes first")
+
+
+def build(config: Config) -> Op:
+    """x -> x ** exponent, where x in [0, 1] is the place in the contract's HU window; air and its top stay."""
+
+    def apply(view_BZYX: Tensor, key: ViewKey) -> Tensor:
+        low, high = key.contract.clip_low, key.contract.clip_high
+        log_exponent = key.uniform("gamma exponent", *(math.log(e) for e in config.exponent))
+        unit = view_BZYX.sub(low).div_(high - low).clamp_(0.0, 1.0)
+        bent = unit.pow_(log_exponent.exp()).mul_(high - low).add_(low)
+        return torch.where(key.happens("gamma", config.p[key.group]), bent, view_BZYX)
+
+    return apply

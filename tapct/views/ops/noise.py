@@ -1,0 +1,39 @@
+"""Noise: white Gaussian noise in HU, as a lower dose or a sharper kernel would add."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tapct.config import setting
+from tapct.types import UserError
+from tapct.views.key import Op, ViewKey
+
+
+@dataclass(frozen=True)
+class Config:
+    """Fields of the op `noise`; off unless a config names it. Defaults are ours, no published run used it."""
+
+    p: tuple[float, float, float] = setting(
+        (0.0, 0.3, 0.3), "chance for the first global view, other globals, locals", ge=0, le=1
+    )
+    sigma_hu: tuple[float, float] = setting((0.0, 30.0), "standard deviation in HU, uniform between the two", ge=0)
+
+    def __post_init__(self) -> None:
+        if self.sigma_hu[0] > self.sigma_hu[1]:
+            raise UserError(f"noise.sigma_hu is {self.sigma_hu}: the lower end comes first")
+
+
+def build(config: Config) -> Op:
+    """view -> view + sigma * normal; what falls below air is cut when the view is normalised."""
+
+    def apply(view_BZYX: Tensor, key: ViewKey) -> Tensor:
+        p = config.p[key.group]
+        if p == 0:
+            return view_BZYX  # a hash per voxel is the dearest draw there is
+        sigma = torch.where(key.happens("noise", p), key.uniform("noise sigma", *config.sigma_hu), 0.0)
+        return key.normal_like("noise", view_BZYX).mul_(sigma).add_(view_BZYX)
+
+    return apply

@@ -1,0 +1,153 @@
+"""From a batch of slabs to the views that the student and the teacher see, all on the device.
+
+Axes: B batch, V views of one kind (crop-major: all samples of view 0, then view 1), N patch tokens, Z Y X.
+Order of work: clip to the HU window, crop + resize + blur as matrices, intensity ops, clip again and z-score.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tapct import plugin
+from tapct.config import setting
+from tapct.plugin import Plugin
+from tapct.types import Batch, HUContract, UserError, Views
+from tapct.views import boxes, resample
+from tapct.views.boxes import Boxes, Kind, Rule
+from tapct.views.key import Op, ViewKey
+
+
+@dataclass(frozen=True)
+class Config:
+    """How views are made. Source of the defaults, where none is named: TAP-CT's public training configs."""
+
+    num_globals: int = setting(2, "global views of a scan", ge=1)
+    global_window: tuple[int, int, int] = setting((12, 224, 224), "size of a global view (z, y, x)", ge=1)
+    global_area: tuple[float, float] = setting(
+        (0.32, 1.0), "share of the scan's in-plane area in a global view, uniform between the two", gt=0, le=1
+    )
+    num_locals: int = setting(8, "local views of a scan; 0 for none", ge=0)
+    local_window: tuple[int, int, int] = setting((12, 96, 96), "size of a local view (z, y, x)", ge=1)
+    local_area: tuple[float, float] = setting(
+        (0.05, 0.32), "share of the scan's in-plane area in a local view, uniform between the two", gt=0, le=1
+    )
+    aspect: tuple[float, float] = setting(
+        (3 / 4, 4 / 3), "height / width of a crop in voxels, log-uniform over what fits into the scan", gt=0
+    )
+    z_zoom: tuple[float, float] = setting(
+        (1.0, 1.0), "slices of the scan per slice of a view, log-uniform; 1, 1 cuts whole slices, unresized", gt=0
+    )
+    body_share_min: float = setting(
+        0.25, "a crop should hold this share of body, lungs included (ours); 0 accepts any", ge=0, le=1
+    )
+    candidates: int = setting(4, "places tried for a crop with enough body, else the best of them (ours)", ge=1, le=64)
+    flip_p: tuple[float, float, float] = setting(
+        (0.0, 0.0, 0.0), "chance of a mirrored view along (z, y, x); a body has a left and a right, so 0 (ours)", ge=0, le=1
+    )  # fmt: skip
+    blur_sigma: tuple[float, float] = setting(
+        (0.1, 2.0), "width of the Gaussian blur in pixels of the view, all three axes, uniform", ge=0
+    )
+    blur_p: tuple[float, float, float] = setting(
+        (1.0, 0.1, 0.5), "chance of blur: first global view, other globals, locals", ge=0, le=1
+    )
+    ops: tuple[Plugin, ...] = plugin.table("views.ops", ("gain",), "intensity ops, in this order")
+
+    def __post_init__(self) -> None:
+        for name in ("global_area", "local_area", "aspect", "z_zoom", "blur_sigma"):
+            low, high = getattr(self, name)
+            if low > high:
+                raise UserError(f"views.{name} is [{low}, {high}]: the lower end comes first")
+
+    def rule(self, kind: Kind) -> Rule:
+        """The crop rule of one kind of view."""
+        window, area = (
+            (self.global_window, self.global_area) if kind == "global" else (self.local_window, self.local_area)
+        )
+        return Rule(window, area, self.aspect, self.z_zoom, self.body_share_min, self.candidates, self.flip_p)
+
+    def slices_needed(self) -> float:
+        """Slices that the deepest view reads: a shallower slab would always be filled up with air."""
+        depths = [self.global_window[0]] + ([self.local_window[0]] if self.num_locals else [])
+        return max(depths) * self.z_zoom[1]
+
+
+@torch.no_grad()
+def make_views(batch: Batch, config: Config, contract: HUContract, seed: int, patch: tuple[int, int, int]) -> Views:
+    """Make all views of a micro-batch. Never waits for the device.
+
+    Every draw is keyed by (seed, sample number, view), so a sample gives the same views in any batch and on any rank.
+
+    Args:
+        batch: slabs, on the device.
+        contract: HU window, mean and std.
+        seed: of the run.
+        patch: (z, y, x) size of a patch token, to tell which tokens lie wholly outside the scan.
+    Raises:
+        UserError: a global view is not a whole number of patches.
+    """
+    if any(size % p for size, p in zip(config.global_window, patch, strict=True)):
+        raise UserError(f"views.global_window {config.global_window} is not a multiple of the patch {patch}")
+    ops = tuple(plugin.load("views.ops", op.name).build(op.config) for op in config.ops)
+    with resample.full_precision(batch.hu_BZYX.device):
+        cells = boxes.body_cells(batch.hu_BZYX, contract)
+        views_global, crops = _views_of_kind(batch, config, contract, seed, "global", cells, ops)
+        views_local, _ = _views_of_kind(batch, config, contract, seed, "local", cells, ops)
+    grid = tuple(size // p for size, p in zip(config.global_window, patch, strict=True))
+    return Views(views_global, views_local, tokens_in_scan(crops, grid, batch.extent_B3))
+
+
+def _views_of_kind(
+    batch: Batch, config: Config, contract: HUContract, seed: int, kind: Kind, cells: Tensor, ops: tuple[Op, ...]
+) -> tuple[Tensor, Boxes]:
+    """The views (V, B, Z, Y, X) of one kind, normalised, and their boxes."""
+    rule, num_views = config.rule(kind), config.num_globals if kind == "global" else config.num_locals
+    slab_ZYX = (batch.hu_BZYX.shape[1], batch.hu_BZYX.shape[2], batch.hu_BZYX.shape[3])
+    crops = boxes.draw(rule, kind, num_views, cells, batch.extent_B3, batch.sample_B, seed)
+    keys = [ViewKey(seed, batch.sample_B, kind, view, contract) for view in range(num_views)]
+    out = torch.empty((num_views, len(batch.sample_B), *rule.window), device=batch.hu_BZYX.device)
+    if not keys:
+        return out, crops
+    sigma_VB = torch.stack([_blur_sigma(config, key) for key in keys])
+    max_sigma = config.blur_sigma[1] if max(config.blur_p[key.group] for key in keys) > 0 else 0.0
+    maps = resample.matrices(
+        crops, rule.window, slab_ZYX, boxes.max_length(rule, slab_ZYX), sigma_VB=sigma_VB, max_sigma=max_sigma
+    )
+    for view, key in enumerate(keys):
+        resample.apply(batch.hu_BZYX, maps, view, contract, out[view])
+        hu_BZYX = out[view]
+        for op in ops:
+            hu_BZYX = op(hu_BZYX, key)
+        out[view] = contract.normalise(hu_BZYX)
+    return out, crops
+
+
+def _blur_sigma(config: Config, key: ViewKey) -> Tensor:
+    """(B,) width of the blur of one view, 0 where it does not happen."""
+    sigma = torch.where(
+        key.happens("blur", config.blur_p[key.group]), key.uniform("blur sigma", *config.blur_sigma), 0.0
+    )
+    return sigma.flatten()
+
+
+def tokens_in_scan(crops: Boxes, grid: tuple[int, ...], extent_B3: Tensor) -> Tensor:
+    """Which patch tokens hold scan: (V, B, N) bool in raster order, False where a token lies wholly in padding.
+
+    Args:
+        crops: boxes of the views.
+        grid: tokens along (z, y, x).
+        extent_B3: int64, voxels of each slab that are scan.
+    """
+    held = []
+    for axis, num in enumerate(grid):
+        edge = torch.arange(num + 1, device=extent_B3.device) / num
+        flip = crops.flip_VB3[..., axis, None]
+        first, last = (torch.where(flip, 1 - e, e) for e in (edge[:-1], edge[1:]))
+        start, length = crops.start_VB3[..., axis, None], crops.length_VB3[..., axis, None]
+        begin, end = start + length * torch.minimum(first, last), start + length * torch.maximum(first, last)
+        sliver = 1e-3  # voxel: less is rounding, not scan
+        held.append((begin < extent_B3[:, axis, None] - sliver) & (end > sliver))
+    z, y, x = held
+    return (z[..., :, None, None] & y[..., None, :, None] & x[..., None, None, :]).flatten(2)
