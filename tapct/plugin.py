@@ -112,10 +112,8 @@ def _unknown(folder: str, name: str) -> str:
     names = available(folder)
     near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(near)}? " if near else ""
-    return (
-        f"no plug-in {name!r} in {folder}: {hint}"
-        f"there are {', '.join(names) or 'none'}; a module of your own needs its dotted name, e.g. mylab.{name or 'foo'}"
-    )
+    there = f"there are {', '.join(names) or 'none'}"
+    return f"no plug-in {name!r} in {folder}: {hint}{there}; your own module needs its dotted name, e.g. mylab.foo"
 
 
 def _import_user_module(folder: str, name: str) -> ModuleType:

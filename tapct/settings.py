@@ -1,0 +1,174 @@
+"""One config field: its declaration, and the strict check of a value against its type and range.
+
+No torch and no OmegaConf here, so that light modules can declare their settings.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+KeyPath: TypeAlias = tuple[str, ...]
+
+_KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", Path: "a path"}
+_BOUNDS = {
+    "ge": (lambda value, bound: value >= bound, ">="),
+    "gt": (lambda value, bound: value > bound, ">"),
+    "le": (lambda value, bound: value <= bound, "<="),
+    "lt": (lambda value, bound: value < bound, "<"),
+}
+
+
+def setting(
+    default: Any,
+    doc: str,
+    *,
+    ge: float | None = None,
+    gt: float | None = None,
+    le: float | None = None,
+    lt: float | None = None,
+    choices: tuple[Any, ...] | None = None,
+) -> Any:
+    """One field of a frozen config dataclass: its default, its meaning with unit and source, and its range.
+
+    Bounds hold for every element of a tuple field. Rules between fields belong into `__post_init__`, as `UserError`.
+    """
+    return dataclasses.field(
+        default=default, metadata={"doc": doc, "ge": ge, "gt": gt, "le": le, "lt": lt, "choices": choices}
+    )
+
+
+def checked(hint: Any, value: Any, metadata: Mapping[str, Any]) -> Any:
+    """Convert a plain YAML value to the type of a field, strictly, and check its range.
+
+    Args:
+        hint: resolved annotation: bool, int, float, str, Path, Literal, tuple, or a union of those (with None).
+        value: what YAML holds: None, bool, int, float, str, list.
+        metadata: of the field, from `setting`.
+    Returns:
+        The value in the field's type: lists become tuples, whole numbers become floats where a float is asked for.
+    Raises:
+        ValueError: the rule that the value breaks, as a phrase such as "must be >= 0".
+    """
+    result = _typed(hint, value)
+    for item in _flat(result):
+        _check_range(item, metadata)
+    return result
+
+
+def kind(hint: Any) -> str:
+    """What a field takes, in words: "a list of 3 whole numbers, or null"."""
+    if hint is None or hint is type(None):
+        return "null"
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Literal:
+        return "one of " + ", ".join(map(str, args))
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(kind(arg) for arg in args)
+    if origin is tuple:
+        if len(args) == 2 and args[1] is Ellipsis:
+            return f"a list, each item {kind(args[0])}"
+        if len(set(args)) == 1:
+            return f"a list of {len(args)}, each item {kind(args[0])}"
+        return "a list of " + ", ".join(kind(arg) for arg in args)
+    if dataclasses.is_dataclass(hint):
+        return "a section with " + ", ".join(field.name for field in dataclasses.fields(hint))
+    return _KINDS[hint]
+
+
+def dotted(path: KeyPath) -> str:
+    """A key as it is written in an override: `optim.lr`, `losses[mylab.losses.foo].weight`."""
+    text = "".join(f"[{part}]" if "." in part else f".{part}" for part in path)
+    return text.removeprefix(".")
+
+
+def nearest_keys(unknown: str, keys: Sequence[str], most: int = 2) -> list[str]:
+    """The known keys that somebody who wrote `unknown` most likely meant, best first; none when nothing is like it."""
+    scores = {key: max(_likeness(unknown, key), _likeness(_last(unknown), _last(key)) - 0.02) for key in keys}
+    best = max(scores.values(), default=0.0)
+    near = [key for key, score in scores.items() if score >= max(0.65, best - 0.03)]
+    return sorted(near, key=lambda key: (-_likeness(unknown, key), key))[:most]
+
+
+def _last(key: str) -> str:
+    return key.rpartition(".")[2]
+
+
+def _likeness(one: str, other: str) -> float:
+    return difflib.SequenceMatcher(None, one, other).ratio()
+
+
+def _typed(hint: Any, value: Any) -> Any:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return _typed_union(hint, args, value)
+    if hint is None or hint is type(None):
+        fits = value is None
+    elif origin is typing.Literal:
+        fits = any(value == arg and type(value) is type(arg) for arg in args)
+    elif origin is tuple:
+        return _typed_tuple(hint, args, value)
+    elif hint is float:
+        fits = isinstance(value, (int, float)) and not isinstance(value, bool)
+    elif hint is int:
+        fits = isinstance(value, int) and not isinstance(value, bool)
+    elif hint is Path:
+        fits = isinstance(value, str) and value != ""
+    elif hint in (bool, str):
+        fits = isinstance(value, hint)
+    else:
+        raise TypeError(f"config fields cannot have the type {hint}")  # a mistake of ours, not of the config's writer
+    if not fits:
+        quote = "; quote it if you mean text" if hint is str and isinstance(value, (bool, int, float)) else ""
+        raise ValueError(f"must be {kind(hint)}{quote}")
+    return hint(value) if hint in (float, Path) else value
+
+
+def _typed_union(hint: Any, args: tuple[Any, ...], value: Any) -> Any:
+    if int in args and isinstance(value, int) and not isinstance(value, bool):
+        return value  # int | float keeps what was written
+    reasons = []
+    for arg in args:
+        try:
+            return _typed(arg, value)
+        except ValueError as error:
+            if arg is not type(None):
+                reasons.append(str(error))
+    if len(reasons) == 1 and "a list" in reasons[0]:
+        raise ValueError(f"{reasons[0]}, or null")  # an optional list: its own reason tells the length too
+    raise ValueError(f"must be {kind(hint)}")
+
+
+def _typed_tuple(hint: Any, args: tuple[Any, ...], value: Any) -> tuple[Any, ...]:
+    if not isinstance(value, (list, tuple)):
+        raise ValueError(f"must be {kind(hint)}")
+    if len(args) == 2 and args[1] is Ellipsis:
+        args = (args[0],) * len(value)
+    if len(args) != len(value):
+        raise ValueError(f"must be {kind(hint)}, not {len(value)}")
+    try:
+        return tuple(_typed(arg, item) for arg, item in zip(args, value, strict=True))
+    except ValueError as error:
+        raise ValueError(f"must be {kind(hint)}") from error
+
+
+def _flat(value: Any) -> list[Any]:
+    return [leaf for item in value for leaf in _flat(item)] if isinstance(value, tuple) else [value]
+
+
+def _check_range(value: Any, metadata: Mapping[str, Any]) -> None:
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError("must be finite")
+    choices = metadata.get("choices")
+    if choices is not None and value is not None and value not in choices:
+        raise ValueError("must be one of " + ", ".join(map(str, choices)))
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        bounds = [(name, metadata[name]) for name in _BOUNDS if metadata.get(name) is not None]
+        if not all(_BOUNDS[name][0](value, bound) for name, bound in bounds):
+            raise ValueError("must be " + " and ".join(f"{_BOUNDS[name][1]} {bound}" for name, bound in bounds))
