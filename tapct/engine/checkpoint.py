@@ -13,6 +13,9 @@ import hashlib
 import json
 import os
 import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -81,7 +84,8 @@ class Checkpoints:
             for leftover in self.folder.glob(".writing_*"):
                 shutil.rmtree(leftover)
             aside.mkdir()
-            dcp.save(training_state(pair, optimizer), checkpoint_id=aside, no_dist=True)
+            with single_process():
+                dcp.save(training_state(pair, optimizer), checkpoint_id=aside, no_dist=True)
             save_file(teacher_tensors(pair), aside / "teacher.safetensors")
             (aside / "meta.json").write_text(json.dumps(asdict(meta), indent=1))
             (aside / "files.json").write_text(json.dumps(fingerprints(aside), indent=1))
@@ -125,12 +129,21 @@ def load(path: Path, pair: StudentTeacher, optimizer: torch.optim.Optimizer) -> 
         optimizer: of the same config.
     """
     state = training_state(pair, optimizer)
-    dcp.load(state, checkpoint_id=path, no_dist=True)
+    with single_process():
+        dcp.load(state, checkpoint_id=path, no_dist=True)
     pair.load_state_dict(state["pair"])
     set_optimizer_state_dict(pair.student, optimizer, state["optimizer"])
     torch.set_rng_state(state["rng"]["cpu"])
     if torch.cuda.is_available() and "cuda" in state["rng"]:
         torch.cuda.set_rng_state(state["rng"]["cuda"])
+
+
+@contextmanager
+def single_process() -> Iterator[None]:
+    """Keep DCP from warning that there is no process group: one process is what is meant."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
 
 
 def read_meta(path: Path) -> Meta:

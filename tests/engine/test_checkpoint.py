@@ -1,0 +1,128 @@
+"""Checkpoints come back bit for bit, are never half-written, and a damaged one is found and named."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tapct.engine import checkpoint, optim
+from tapct.engine.checkpoint import Checkpoints, Meta
+from tapct.losses import dino
+from tapct.models import vit
+from tapct.nn import heads
+from tapct.plugin import Plugin
+from tapct.ssl.schedules import StepValues
+from tapct.ssl.student_teacher import StudentTeacher
+from tapct.types import UserError
+
+HEAD = heads.Config(num_prototypes=12, hidden=16, bottleneck=8)
+MODEL = Plugin("vit", vit.Config(window=(4, 16, 16), patch=(2, 8, 8), dim=16, depth=2, heads=2, registers=2))
+VALUES = StepValues(lr=0.01, wd=0.2, momentum=0.9, teacher_temp=0.04, last_layer_frozen=False)
+
+
+def trained(seed: int, steps: int) -> tuple[StudentTeacher, optim.Updater]:
+    pair = StudentTeacher(MODEL, (Plugin("dino", dino.Config(head=HEAD)),), seed=seed)
+    updater = optim.Updater(pair, optim.Config())
+    draw = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        for parameter in pair.student.parameters():
+            parameter.grad = torch.randn(parameter.shape, generator=draw)
+        pair.losses["dino"].targets(torch.randn(4, 12, generator=draw), 0.04)
+        updater.step(VALUES, torch.tensor(1.0))
+    return pair, updater
+
+
+def equal_states(a: dict, b: dict) -> list[str]:
+    return [name for name in {**a, **b} if name not in a or name not in b or not torch.equal(a[name], b[name])]
+
+
+def test_everything_comes_back_bit_for_bit(tmp_path: Path) -> None:
+    pair, updater = trained(1, 3)
+    folder = Checkpoints(tmp_path, keep=2).save(Meta(3, 24, {"seed": 1}, "abc"), pair, updater.optimizer)
+    torch.manual_seed(5)
+    random_before = torch.get_rng_state()
+    Checkpoints(tmp_path, keep=2).save(Meta(4, 32), pair, updater.optimizer)
+    torch.manual_seed(6)
+
+    other, other_updater = trained(2, 0)
+    checkpoint.load(tmp_path / "step_00000004", other, other_updater.optimizer)
+    assert equal_states(pair.state_dict(), other.state_dict()) == []
+    old, new = updater.optimizer.state_dict()["state"], other_updater.optimizer.state_dict()["state"]
+    assert old.keys() == new.keys() and len(old) > 0
+    for index in old:
+        assert equal_states(old[index], new[index]) == [], index
+    assert float(old[0]["step"]) == 3
+    assert torch.equal(torch.get_rng_state(), random_before)
+    assert checkpoint.read_meta(folder) == Meta(3, 24, {"seed": 1}, "abc")
+    teacher = load_file(folder / "teacher.safetensors")
+    assert equal_states(teacher, pair.teacher.backbone.state_dict()) == []
+
+
+def test_only_the_newest_are_kept_and_latest_points_to_the_last(tmp_path: Path) -> None:
+    pair, updater = trained(1, 1)
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    for step in (9, 10, 100):  # a string sort would put 9 last
+        checkpoints.save(Meta(step, step), pair, updater.optimizer)
+    assert [path.name for path in checkpoints.finished()] == ["step_00000010", "step_00000100"]
+    assert (tmp_path / "latest").read_text() == "step_00000100\n"
+    assert checkpoints.newest_whole() == (tmp_path / "step_00000100", [])
+
+
+@pytest.mark.parametrize("harm", ["truncated", "flipped bit", "deleted", "no fingerprints"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(tmp_path: Path, harm: str) -> None:
+    pair, updater = trained(1, 1)
+    checkpoints = Checkpoints(tmp_path, keep=3)
+    for step in (1, 2):
+        checkpoints.save(Meta(step, step), pair, updater.optimizer)
+    shard = next((tmp_path / "step_00000002").glob("*.distcp"))
+    data = bytearray(shard.read_bytes())
+    if harm == "truncated":
+        shard.write_bytes(data[:-7])
+    elif harm == "flipped bit":
+        data[len(data) // 2] ^= 4
+        shard.write_bytes(data)
+    elif harm == "deleted":
+        shard.unlink()
+    else:
+        (tmp_path / "step_00000002" / "files.json").unlink()
+    found, complaints = checkpoints.newest_whole()
+    assert found == tmp_path / "step_00000001"
+    assert len(complaints) == 1 and "step_00000002" in complaints[0] and "skipped" in complaints[0]
+
+
+def test_a_save_that_was_cut_off_is_never_taken_and_cleaned_up_by_the_next(tmp_path: Path) -> None:
+    pair, updater = trained(1, 1)
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    checkpoints.save(Meta(1, 1), pair, updater.optimizer)
+    torn = tmp_path / ".writing_step_00000002"
+    torn.mkdir()
+    (torn / "__0_0.distcp").write_bytes(b"half")
+    assert checkpoints.newest_whole() == (tmp_path / "step_00000001", [])
+    checkpoints.save(Meta(3, 3), pair, updater.optimizer)
+    assert not torn.exists()
+
+
+def test_a_full_disk_says_so_in_one_line_and_leaves_the_older_checkpoint_whole(tmp_path: Path) -> None:
+    small = tmp_path / "small"
+    small.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1500k", "tmpfs", str(small)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip(f"cannot mount a small disk: {mounted.stderr.decode().strip()}")
+    try:
+        pair, updater = trained(1, 1)
+        checkpoints = Checkpoints(small / "checkpoints", keep=5)
+        step = 0
+        with pytest.raises(UserError) as raised:
+            for step in range(1, 50):
+                checkpoints.save(Meta(step, step), pair, updater.optimizer)
+        assert step > 1, "the disk must hold at least one"
+        message = str(raised.value)
+        assert "no space left" in message and "\n" not in message and f"step {step}" in message
+        assert checkpoints.newest_whole() == (small / "checkpoints" / f"step_{step - 1:08d}", [])
+        assert not [name for name in os.listdir(small / "checkpoints") if name.startswith(".writing")]
+    finally:
+        subprocess.run(["umount", str(small)], check=True)
