@@ -1,0 +1,286 @@
+"""The N-D vision transformer: one backbone for slices (2D), slabs (2.5D) and volumes (3D), by the size of its patch.
+
+    patches  = unfold(crop) W + b                    all groups of crops in one matrix product
+    patches  = mask_token where masked               before the positions
+    tokens   = [CLS + pos_0, registers, patches + pos_1..N]
+    tokens   = tokens + drop(scale(attention(norm(tokens))))      attention within a crop, all else packed
+    tokens   = tokens + drop(scale(mlp(norm(tokens))))
+    features = norm(tokens)
+
+B crops of one group (all of one size), N patches of one crop, P voxels of one patch, R registers, D channels,
+T packed tokens of all crops of all groups.
+Source: Dosovitskiy et al. 2021, arXiv:2010.11929; DINOv2, arXiv:2304.07193; registers, arXiv:2309.16588.
+Parameter names are DINOv2's.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tapct.config import setting
+from tapct.nn import init
+from tapct.nn.attention import BACKENDS, Attention, Span, Spans
+from tapct.nn.layers import DropKey, LayerNorm, LayerScale, Mlp, Subset, SwiGLU, draw_subsets
+from tapct.nn.posembed import Grid, resize_positions
+from tapct.types import Tokens, UserError
+
+
+@dataclass(frozen=True)
+class Config:
+    """Sizes and switches of the backbone; the defaults are TAP-S-3D."""
+
+    window: tuple[int, int, int] = setting(
+        (12, 224, 224), "voxels (z, y, x) of the crop whose positions are learned one to one; arXiv:2512.00872", ge=1
+    )
+    patch: tuple[int, int, int] = setting((4, 8, 8), "voxels (z, y, x) of one patch; arXiv:2512.00872", ge=1)
+    in_chans: int = setting(1, "channels of a voxel; CT has one", ge=1)
+    dim: int = setting(384, "channels D of a token (ViT-S 384, ViT-B 768)", ge=1)
+    depth: int = setting(12, "blocks", ge=1)
+    heads: int = setting(6, "attention heads; D / heads is 64 in ViT-S and ViT-B", ge=1)
+    mlp_ratio: float = setting(4.0, "width of the feed-forward over D", gt=0.0)
+    ffn: str = setting("mlp", "feed-forward: mlp, or swiglu at 2/3 of the width", choices=("mlp", "swiglu"))
+    qkv_bias: bool = setting(True, "bias of the query-key-value projection; DINOv2")
+    registers: int = setting(4, "register tokens R; arXiv:2309.16588", ge=0)
+    layer_scale: float | None = setting(1e-5, "initial gain of every residual branch; null or 0: none; DINOv2", ge=0.0)
+    drop_path: float = setting(
+        0.1, "share of crops that skip a residual branch in training; the TAP configs", ge=0.0, lt=1.0
+    )
+    drop_path_rounding: str = setting(
+        "stochastic",
+        "crops kept: stochastic has the exact mean, dinov2 truncates (half of 2 crops at 0.1)",
+        choices=("stochastic", "dinov2"),
+    )
+    pos_resize: str = setting(
+        "cubic", "how positions follow the crop's size; DINOv2: cubic", choices=("cubic", "linear")
+    )
+    attention: str = setting("sdpa", "attention back-end", choices=tuple(BACKENDS))
+
+    def __post_init__(self) -> None:
+        if any(size % patch for size, patch in zip(self.window, self.patch, strict=True)):
+            raise UserError(
+                f"model.window {_times(self.window)} is no multiple of model.patch {_times(self.patch)} along every axis; "
+                "change one of them"
+            )
+        if self.dim % self.heads:
+            raise UserError(f"model.dim {self.dim} is no multiple of model.heads {self.heads}; change one of them")
+
+    @property
+    def grid(self) -> Grid:
+        """Patches of the native window along (z, y, x)."""
+        z, y, x = (size // patch for size, patch in zip(self.window, self.patch, strict=True))
+        return z, y, x
+
+
+def _times(size: Sequence[int]) -> str:
+    return "x".join(map(str, size))
+
+
+class PatchEmbed(nn.Module):
+    """Crops to patch embeddings: a convolution whose stride is its kernel, computed as one matrix product.
+
+    The convolution holds the parameters under DINOv2's name and is never called: over the unfolded crops of all groups
+    one product is faster.
+    """
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.patch = config.patch
+        self.in_chans = config.in_chans
+        self.proj = nn.Conv3d(config.in_chans, config.dim, config.patch, stride=config.patch)
+
+    def grid_of(self, crops: Tensor) -> Grid:
+        """Patches along (z, y, x) of a group of crops.
+
+        Raises:
+            UserError: the crops have other axes than expected, or their size is no multiple of the patch.
+        """
+        want = "(B, Z, Y, X)" if self.in_chans == 1 else f"(B, {self.in_chans}, Z, Y, X)"
+        if crops.ndim != want.count(",") + 1 or (self.in_chans > 1 and crops.shape[1] != self.in_chans):
+            raise UserError(f"crops of shape {tuple(crops.shape)}: this backbone takes {want}; reshape them")
+        z, y, x = crops.shape[-3:]
+        if any(size == 0 or size % patch for size, patch in zip((z, y, x), self.patch, strict=True)):
+            raise UserError(
+                f"crop {z}x{y}x{x} is no multiple of model.patch {_times(self.patch)} along every axis; "
+                "change the view's window or the patch"
+            )
+        return z // self.patch[0], y // self.patch[1], x // self.patch[2]
+
+    def unfold(self, crops: Tensor) -> Tensor:
+        """Crops (B, Z, Y, X) or (B, C, Z, Y, X) -> rows of voxels (B*N, C*P), patches in (z, y, x) raster order."""
+        grid = self.grid_of(crops)
+        pairs = [size for each in zip(grid, self.patch, strict=True) for size in each]
+        split = crops.reshape(crops.shape[0], self.in_chans, *pairs)  # (B, C, gz, pz, gy, py, gx, px)
+        return split.permute(0, 2, 4, 6, 1, 3, 5, 7).reshape(crops.shape[0] * math.prod(grid), -1)
+
+    def forward(self, groups: Sequence[Tensor]) -> list[Tensor]:
+        """Groups of crops -> one (B, N, D) per group."""
+        rows = [self.unfold(crops) for crops in groups]
+        embedded = F.linear(torch.cat(rows) if len(rows) > 1 else rows[0], self.proj.weight.flatten(1), self.proj.bias)
+        parts = embedded.split([len(part) for part in rows])
+        return [part.unflatten(0, (crops.shape[0], -1)) for part, crops in zip(parts, groups, strict=True)]
+
+
+class Block(nn.Module):
+    """Pre-norm attention and feed-forward, each on a residual branch with LayerScale and stochastic depth."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        dim, hidden = config.dim, int(config.dim * config.mlp_ratio)
+        scale = config.layer_scale
+        self.norm1 = LayerNorm(dim, eps=1e-6)
+        self.attn = Attention(dim, config.heads, config.qkv_bias, config.attention)
+        self.ls1 = LayerScale(dim) if scale else nn.Identity()
+        self.norm2 = LayerNorm(dim, eps=1e-6)
+        self.mlp = SwiGLU(dim, hidden) if config.ffn == "swiglu" else Mlp(dim, hidden)
+        self.ls2 = LayerScale(dim) if scale else nn.Identity()
+
+    def forward(
+        self, x_TD: Tensor, spans: Spans, subsets: tuple[Subset | None, Subset | None] = (None, None)
+    ) -> Tensor:
+        """One block over the packed tokens.
+
+        Args:
+            x_TD: tokens of all crops, packed as `spans` say.
+            subsets: the crops that go through attention and feed-forward; None for all.
+        """
+        attend, feed = subsets
+        if attend is None:
+            x_TD = x_TD + self.ls1(self.attn(self.norm1(x_TD), spans))
+        else:
+            kept_SD = attend.take(x_TD)
+            x_TD = attend.add(x_TD, self.ls1(self.attn(self.norm1(kept_SD), attend.spans)))
+        if feed is None:
+            return x_TD + self.ls2(self.mlp(self.norm2(x_TD)))
+        return feed.add(x_TD, self.ls2(self.mlp(self.norm2(feed.take(x_TD)))))
+
+
+class VisionTransformer(nn.Module):
+    """The backbone. Starts as `init_weights(0)` leaves it; on a meta device it stays without values.
+
+    Args:
+        config: sizes and switches.
+    """
+
+    register_tokens: nn.Parameter | None
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config = config
+        self.dim = config.dim
+        self.patch = config.patch
+        self.num_blocks = config.depth
+        device = torch.get_default_device()
+        with torch.device("meta"):  # the layers' own initialisation is skipped
+            self.patch_embed = PatchEmbed(config)
+            self.cls_token = nn.Parameter(torch.empty(1, 1, config.dim))
+            registers = nn.Parameter(torch.empty(1, config.registers, config.dim)) if config.registers else None
+            self.register_parameter("register_tokens", registers)
+            self.pos_embed = nn.Parameter(torch.empty(1, 1 + math.prod(config.grid), config.dim))
+            self.mask_token = nn.Parameter(torch.empty(1, config.dim))
+            self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+            self.norm = LayerNorm(config.dim, eps=1e-6)
+        self.to_empty(device=device)
+        if device.type != "meta":
+            self.init_weights(0)
+
+    def forward(
+        self, crops: Sequence[Tensor], masks: Sequence[Tensor | None] | None = None, key: DropKey | None = None
+    ) -> list[Tokens]:
+        """Encode groups of crops in one packed pass.
+
+        Args:
+            crops: groups, each (B, Z, Y, X) of one size, float32, normalised; (B, C, Z, Y, X) where in_chans > 1.
+            masks: per group bool (B, N), True where the mask token stands for the patch; None for none.
+            key: of stochastic depth; None, or eval mode, for none.
+        Returns:
+            One `Tokens` per group, after the final norm.
+        Raises:
+            UserError: a crop is no multiple of the patch.
+        """
+        grids = [self.patch_embed.grid_of(group) for group in crops]
+        x_TD, spans = self._embed(crops, masks or [None] * len(crops), grids)
+        subsets: list[Subset | None] = [None] * (2 * self.num_blocks)
+        if key is not None and self.training and self.config.drop_path > 0:
+            subsets = draw_subsets(
+                spans,
+                branches=len(subsets),
+                drop=self.config.drop_path,
+                rounding=self.config.drop_path_rounding,
+                key=key,
+                device=x_TD.device,
+            )
+        for index, block in enumerate(self.blocks):
+            x_TD = block(x_TD, spans, (subsets[2 * index], subsets[2 * index + 1]))
+        parts = self.norm(x_TD).split([span.rows for span in spans])
+        return [self._unpack(part, span, grid) for part, span, grid in zip(parts, spans, grids, strict=True)]
+
+    def _embed(
+        self, crops: Sequence[Tensor], masks: Sequence[Tensor | None], grids: Sequence[Grid]
+    ) -> tuple[Tensor, Spans]:
+        """Tokens of all groups with their positions: (T, D), and how they are packed."""
+        cls_11D = self.cls_token + self.pos_embed[:, :1]
+        packed, spans = [], []
+        for patches_BND, mask_BN, grid in zip(self.patch_embed(crops), masks, grids, strict=True):
+            num_crops = patches_BND.shape[0]
+            if mask_BN is not None:
+                assert mask_BN.shape == patches_BND.shape[:2], f"mask {mask_BN.shape} for patches {patches_BND.shape}"
+                patches_BND = torch.where(mask_BN[..., None], self.mask_token.to(patches_BND.dtype), patches_BND)
+            pos_ND = resize_positions(self.pos_embed[0, 1:], self.config.grid, grid, self.config.pos_resize)
+            tokens = [cls_11D.expand(num_crops, -1, -1)]
+            if self.register_tokens is not None:
+                tokens.append(self.register_tokens.expand(num_crops, -1, -1))
+            tokens.append(patches_BND + pos_ND)
+            x_BSD = torch.cat(tokens, dim=1)  # float32 from here on: the residual stream takes its dtype from pos_ND
+            packed.append(x_BSD.flatten(0, 1))
+            spans.append(Span(num_crops, x_BSD.shape[1]))
+        return torch.cat(packed) if len(packed) > 1 else packed[0], tuple(spans)
+
+    def _unpack(self, x_TD: Tensor, span: Span, grid: Grid) -> Tokens:
+        """The tokens of one group by their role."""
+        sizes = [1, self.config.registers, math.prod(grid)]
+        cls_B1D, registers_BRD, patches_BND = x_TD.unflatten(0, (span.crops, span.tokens)).split(sizes, dim=1)
+        return Tokens(cls_B1D.squeeze(1), registers_BRD, patches_BND, grid)
+
+    def param_group_id(self, name: str) -> int:
+        """Layer of a parameter for layer-wise learning rates: embeddings and tokens 0, block i i + 1, final norm last.
+
+        Args:
+            name: dotted name within this module, e.g. `blocks.3.attn.qkv.weight`.
+        """
+        block = re.match(r"blocks\.(\d+)\.", name)
+        if block:
+            return int(block[1]) + 1
+        return self.num_blocks + 1 if name.startswith("norm.") else 0
+
+    def init_weights(self, seed: int) -> None:
+        """Set every parameter from (seed, its name), as DINOv2 does.
+
+        Linear weights and positions trunc_normal 0.02, biases 0; CLS and registers N(0, 1e-6); mask token 0; norms 1 and
+        0; LayerScale its initial gain; the patch embedding PyTorch's convolution default.
+        """
+        patch_voxels = self.config.in_chans * math.prod(self.patch)
+        for name, parameter in self.named_parameters():
+            if name.startswith("patch_embed."):
+                init.uniform_fan_in(parameter, patch_voxels, seed, name)
+            elif name in ("cls_token", "register_tokens"):
+                init.normal(parameter, 1e-6, seed, name)
+            elif name.endswith(".gamma"):
+                init.constant(parameter, self.config.layer_scale or 1.0)
+            elif name == "mask_token" or name.endswith(".bias"):
+                init.constant(parameter, 0.0)
+            elif re.search(r"norm\d?\.weight$", name):
+                init.constant(parameter, 1.0)
+            else:
+                init.trunc_normal(parameter, 0.02, seed, name)
+
+
+def build(config: Config) -> VisionTransformer:
+    """Make the backbone."""
+    return VisionTransformer(config)

@@ -1,0 +1,97 @@
+"""The projection head of DINO and iBOT: MLP, L2 norm, weight-normed prototypes.
+
+R rows (class tokens or masked patches), D channels of the backbone, W bottleneck width, K prototypes.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tapct.config import setting
+from tapct.nn import init
+
+
+@dataclass(frozen=True)
+class Config:
+    """Sizes of a prototype head. Source: DINOv2's published training config."""
+
+    num_prototypes: int = setting(65_536, "prototypes K that a token is compared with", ge=2)
+    hidden: int = setting(2048, "width of the MLP's hidden layers", ge=1)
+    bottleneck: int = setting(256, "width of the normalised features before the prototypes", ge=1)
+    layers: int = setting(3, "linear layers of the MLP", ge=1)
+
+
+class Prototypes(nn.Module):
+    """Weight-normed linear layer without bias: direction `weight_v` (K, W), learned gain `weight_g` (K, 1)."""
+
+    def __init__(self, num_prototypes: int, width: int) -> None:
+        super().__init__()
+        self.weight_g = nn.Parameter(torch.empty(num_prototypes, 1))
+        self.weight_v = nn.Parameter(torch.empty(num_prototypes, width))
+
+    def weight(self) -> Tensor:
+        """g * v / |v|, (K, W), float32 or wider."""
+        wide = torch.promote_types(self.weight_v.dtype, torch.float32)  # bf16 norms would move every logit
+        v_KW = self.weight_v.to(wide)
+        return v_KW * (self.weight_g.to(wide) / torch.linalg.vector_norm(v_KW, dim=1, keepdim=True))
+
+    def forward(self, features_RW: Tensor) -> Tensor:
+        """(R, W) -> logits (R, K)."""
+        return F.linear(features_RW, self.weight())
+
+
+class PrototypeHead(nn.Module):
+    """y = weight * normalize(MLP(x)). Source: DINOv2's DINOHead; its parameter names.
+
+    Starts as `init_weights(0)` leaves it; on a meta device it stays without values.
+
+    Args:
+        dim: channels D of the tokens that come in.
+        config: sizes.
+    """
+
+    def __init__(self, dim: int, config: Config) -> None:
+        super().__init__()
+        self.config = config
+        device = torch.get_default_device()
+        widths = [dim, *[config.hidden] * (config.layers - 1), config.bottleneck]
+        layers: list[nn.Module] = []
+        with torch.device("meta"):  # the layers' own initialisation is skipped
+            for fan_in, fan_out in itertools.pairwise(widths):
+                layers += [nn.GELU()] if layers else []
+                layers.append(nn.Linear(fan_in, fan_out))
+            self.mlp = nn.Sequential(*layers)
+            self.last_layer = Prototypes(config.num_prototypes, config.bottleneck)
+        self.to_empty(device=device)
+        if device.type != "meta":
+            self.init_weights(0)
+
+    def features(self, x_RD: Tensor) -> Tensor:
+        """Features on the unit sphere: (R, D) -> (R, W), float32 or wider."""
+        x_RW = self.mlp(x_RD)
+        return F.normalize(x_RW.to(torch.promote_types(x_RW.dtype, torch.float32)), dim=-1, eps=1e-12)
+
+    def prototypes(self) -> Tensor:
+        """The effective last layer, (K, W)."""
+        return self.last_layer.weight()
+
+    def forward(self, x_RD: Tensor) -> Tensor:
+        """Logits before any temperature: (R, D) -> (R, K)."""
+        return self.last_layer(self.features(x_RD))
+
+    def init_weights(self, seed: int) -> None:
+        """Set every parameter from (seed, its name): MLP trunc_normal 0.02, directions like `nn.Linear`, gains 1."""
+        for name, parameter in self.named_parameters():
+            if name == "last_layer.weight_v":
+                init.uniform_fan_in(parameter, self.config.bottleneck, seed, f"head.{name}")
+            elif name == "last_layer.weight_g":
+                init.constant(parameter, 1.0)
+            elif name.endswith("weight"):
+                init.trunc_normal(parameter, 0.02, seed, f"head.{name}")
+            else:
+                init.constant(parameter, 0.0)

@@ -1,0 +1,183 @@
+"""Building blocks of the transformer: norms, feed-forwards, and stochastic depth by subsets of crops.
+
+T packed tokens (see `attention`), S rows of the crops that are kept, D channels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tapct import rng
+from tapct.nn.attention import Span, Spans
+
+
+class LayerNorm(nn.LayerNorm):
+    """Layer norm whose sums are never narrower than float32; returns the dtype of its weight."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalise over the last axis, any leading shape."""
+        wide = torch.promote_types(input.dtype, torch.float32)  # a float64 model stays float64
+        weight, bias = self.weight.to(wide), self.bias.to(wide)
+        return F.layer_norm(input.to(wide), self.normalized_shape, weight, bias, self.eps).to(self.weight.dtype)
+
+
+class LayerScale(nn.Module):
+    """A learned gain per channel on a residual branch. Source: Touvron et al. 2021, arXiv:2103.17239."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        """(T, D) -> (T, D)."""
+        return x_TD * self.gamma
+
+
+class Mlp(nn.Module):
+    """Two linear layers with exact GELU between; D -> hidden -> D."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        """(T, D) -> (T, D)."""
+        return self.fc2(F.gelu(self.fc1(x_TD)))
+
+
+def swiglu_hidden(hidden: int) -> int:
+    """Width that gives SwiGLU about the parameters of an MLP of width `hidden`: 2/3, rounded up to 8 as in DINOv2."""
+    return (int(hidden * 2 / 3) + 7) // 8 * 8
+
+
+class SwiGLU(nn.Module):
+    """Gated feed-forward, w3(silu(a) * b) with (a, b) = w12(x). Source: Shazeer 2020, arXiv:2002.05202; DINOv2.
+
+    Args:
+        dim: channels D.
+        hidden: width of the MLP that it replaces; its own is `swiglu_hidden(hidden)`.
+    """
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        width = swiglu_hidden(hidden)
+        self.w12 = nn.Linear(dim, 2 * width)
+        self.w3 = nn.Linear(width, dim)
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        """(T, D) -> (T, D)."""
+        gate, value = self.w12(x_TD).chunk(2, dim=-1)
+        return self.w3(F.silu(gate) * value)
+
+
+@dataclass(frozen=True)
+class DropKey:
+    """What the draws of stochastic depth depend on: equal keys give equal subsets.
+
+    Args:
+        seed: of the run.
+        step: optimizer step.
+        micro: micro-batch within the step.
+        rank: of the process.
+    """
+
+    seed: int
+    step: int
+    micro: int = 0
+    rank: int = 0
+
+
+@dataclass(frozen=True)
+class Subset:
+    """The crops that one residual branch works on.
+
+    Args:
+        row_S: int64, rows of the packed axis, ascending.
+        spans: how the S kept rows are packed.
+        scale_S1: float32, crops / kept crops of the group that the row belongs to.
+    """
+
+    row_S: Tensor
+    spans: Spans
+    scale_S1: Tensor
+
+    def take(self, x_TD: Tensor) -> Tensor:
+        """The rows of the kept crops: (T, D) -> (S, D)."""
+        return x_TD.index_select(0, self.row_S)
+
+    def add(self, x_TD: Tensor, residual_SD: Tensor) -> Tensor:
+        """x plus the residual of the kept crops, scaled so that its mean over draws is that of all crops: (T, D)."""
+        scaled_SD = residual_SD.to(x_TD.dtype) * self.scale_S1.to(x_TD.dtype)
+        return x_TD.index_add(0, self.row_S, scaled_SD)
+
+
+def kept_crops(num_crops: int, drop: float, rounding: str, uniform: float) -> int:
+    """How many crops of a group keep the branch: num_crops * (1 - drop), at least 1.
+
+    Args:
+        rounding: "stochastic" rounds up with the chance of the fraction, so the mean is exact; "dinov2" truncates,
+            which drops half of 2 crops at drop 0.1.
+        uniform: a draw in [0, 1) that decides the stochastic rounding.
+    Source: DINOv2, drop_add_residual_stochastic_depth.
+    """
+    keep = num_crops * (1 - drop)
+    whole = math.floor(keep)
+    return max(whole + int(rounding == "stochastic" and uniform < keep - whole), 1)
+
+
+def draw_subsets(
+    spans: Spans, *, branches: int, drop: float, rounding: str, key: DropKey, device: torch.device
+) -> list[Subset | None]:
+    """Draw, for each residual branch of the model, the random subset of crops that goes through it.
+
+    Every branch and every run of equal lengths (crop group) has a draw of its own, uniform over subsets of its size.
+    The sizes are known to the host, so no draw waits for the device.
+
+    Args:
+        spans: the whole packed batch.
+        branches: residual branches of the model, two per block.
+        drop: share of crops that skip a branch, 0 <= drop < 1.
+        rounding: see `kept_crops`.
+        device: where the rows shall lie.
+    Returns:
+        One entry per branch; None where all crops are kept.
+    """
+    counters = (key.step, key.micro, key.rank)
+    order, starts, start = [], [], 0
+    for group, span in enumerate(spans):
+        branch_L1 = torch.arange(branches, device=device)[:, None]
+        crop_B = torch.arange(span.crops, device=device)
+        bits_LB = rng.hash_bits(key.seed, "drop_path/crops", *counters, group, branch_L1, crop_B, device=device)
+        order.append(bits_LB.argsort(dim=1))
+        starts.append(start)
+        start += span.rows
+    subsets: list[Subset | None] = []
+    for branch in range(branches):
+        kept = []
+        for group, span in enumerate(spans):
+            bits = rng.hash_int(key.seed, "drop_path/count", *counters, group, branch)
+            kept.append(kept_crops(span.crops, drop, rounding, ((bits >> 40) & 0xFFFFFF) / 2**24))
+        if all(count == span.crops for count, span in zip(kept, spans, strict=True)):
+            subsets.append(None)
+            continue
+        chosen = [order[group][branch, :count].sort().values for group, count in enumerate(kept)]
+        subsets.append(_subset(spans, starts, chosen))
+    return subsets
+
+
+def _subset(spans: Spans, starts: Sequence[int], chosen: Sequence[Tensor]) -> Subset:
+    """Turn chosen crops of each group (int64 indices, ascending) into packed rows."""
+    rows, scales = [], []
+    for span, start, crop_s in zip(spans, starts, chosen, strict=True):
+        token_N = torch.arange(start, start + span.tokens, device=crop_s.device)
+        rows.append((crop_s[:, None] * span.tokens + token_N).flatten())
+        scales.append(torch.full((rows[-1].numel(), 1), span.crops / len(crop_s), device=crop_s.device))
+    kept_spans = tuple(Span(len(crop_s), span.tokens) for span, crop_s in zip(spans, chosen, strict=True))
+    return Subset(torch.cat(rows), kept_spans, torch.cat(scales))

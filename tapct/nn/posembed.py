@@ -1,0 +1,61 @@
+"""Learned positions on a grid, resized one axis at a time.
+
+D channels; n_out, n_in grid points of one axis.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+Grid = tuple[int, int, int]
+
+
+def axis_matrix(n_in: int, n_out: int, mode: str, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Weights that resample one axis from `n_in` to `n_out` points.
+
+    Points sit at (i + 0.5) / n of the axis, the border value continues outside, nothing is low-pass filtered: what
+    `F.interpolate(size=..., align_corners=False)` does, and so DINOv2's positions without its +0.1 offset.
+
+    Args:
+        mode: "cubic" (Keys' kernel with a = -0.75) or "linear".
+    Returns:
+        (n_out, n_in), rows sum to 1.
+    """
+    centre_O = (torch.arange(n_out, device=device, dtype=dtype) + 0.5) * (n_in / n_out) - 0.5
+    reach = 2 if mode == "cubic" else 1
+    tap_R = torch.arange(1 - reach, reach + 1, device=device)
+    index_OR = centre_O.floor().long()[:, None] + tap_R
+    distance_OR = (centre_O[:, None] - index_OR).abs()
+    weight_OR = _keys_kernel(distance_OR) if mode == "cubic" else (1 - distance_OR).clamp(min=0)
+    matrix_OI = torch.zeros(n_out, n_in, device=device, dtype=dtype)
+    return matrix_OI.scatter_add_(1, index_OR.clamp(0, n_in - 1), weight_OR)
+
+
+def _keys_kernel(distance: Tensor, a: float = -0.75) -> Tensor:
+    """Cubic convolution kernel at distances 0 <= x <= 2. Source: Keys 1981; a as in PyTorch's bicubic."""
+    near = ((a + 2) * distance - (a + 3)) * distance * distance + 1
+    far = a * (((distance - 5) * distance + 8) * distance - 4)
+    return torch.where(distance <= 1, near, far)
+
+
+def resize_positions(pos_ND: Tensor, native: Grid, grid: Grid, mode: str = "cubic") -> Tensor:
+    """Learned positions for another grid, separably, in float32 (or wider); the identity where the size is native.
+
+    Args:
+        pos_ND: one vector per point of the native grid, in (z, y, x) raster order.
+        native: points along (z, y, x), product N.
+        grid: points wanted along (z, y, x).
+        mode: "cubic" or "linear".
+    Returns:
+        (product of `grid`, D), float32 or wider.
+    """
+    pos = pos_ND.to(torch.promote_types(pos_ND.dtype, torch.float32))
+    if grid == native:
+        return pos
+    pos = pos.view(*native, -1)
+    for axis, (n_in, n_out) in enumerate(zip(native, grid, strict=True)):
+        if n_in != n_out:
+            matrix_OI = axis_matrix(n_in, n_out, mode, pos.device, pos.dtype)
+            pos = torch.tensordot(matrix_OI, pos, dims=([1], [axis])).movedim(0, axis)
+    return pos.reshape(-1, pos.shape[-1])
