@@ -1,0 +1,279 @@
+"""Who lies in the phantom's scanner: keyed draws of patients and of their studies.
+
+Frame of all positions here: standard-body millimetres, x to the patient's Left, y to the back (Posterior), z towards
+the head (Superior); z = 0 is the height of T10. `Patient.scale` turns them into real millimetres.
+"""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+VERTEBRA_Z = np.array(
+    [-257.0, -222, -187, -152, -118, -85, -55, -27, 0, 25, 49, 72, 95, 117, 139, 161, 182, 202, 220], np.float32
+)  # S1, L5 .. L1, T12 .. T1, C7, centres of the bodies in standard mm, ascending
+TOP_Z, BOTTOM_Z = 205.0, -225.0  # the phantom has neither neck nor pelvis beyond these
+
+# manufacturer, soft kernel, sharp kernel, noise factor
+SCANNERS = (
+    ("SIEMENS", "B30f", "B70f", 1.0),
+    ("GE MEDICAL SYSTEMS", "STANDARD", "LUNG", 1.25),
+    ("Philips", "B", "L", 0.85),
+    ("TOSHIBA", "FC08", "FC52", 1.1),
+)
+ORIENTATIONS = ("LPS", "RAS", "LAS", "RPI", "PSR")
+
+
+class Sizes(Protocol):
+    """The part of the phantom's config that shapes a study."""
+
+    @property
+    def slices(self) -> tuple[int, int]: ...
+    @property
+    def in_plane(self) -> tuple[int, int]: ...
+    @property
+    def slice_mm(self) -> tuple[float, float]: ...
+    @property
+    def dicom_share(self) -> float: ...
+
+
+@dataclass(frozen=True)
+class Lesion:
+    """A ball of other tissue; the label keeps the organ's class.
+
+    Args:
+        organ: 'liver', 'lungs', 'kidney_left' or 'kidney_right'.
+        centre: standard mm (x, y, z).
+        radius_mm: at the first time point.
+        hu: mean of the ball.
+        growth: factor on the radius at the second time point.
+    """
+
+    organ: str
+    centre: tuple[float, float, float]
+    radius_mm: float
+    hu: float
+    growth: float
+
+
+@dataclass(frozen=True)
+class Patient:
+    """One body; the same at every time point.
+
+    Args:
+        key: (seed, patient number), the key of all textures and deformations.
+        scale: real mm per standard mm along (x, y, z).
+        fat_mm: subcutaneous fat (side, front, back), standard mm.
+        visceral: 0 lean to 1 fat inside.
+        contrast: 0 unenhanced to 1 portal venous.
+        hu: mean HU by tissue.
+        gain: factor on texture amplitudes by tissue.
+        shift: organ displacement from the standard body, standard mm (x, y, z).
+        size: organ size factor (x, y, z).
+        spine: amplitudes of the spine's curve (side, front) in mm and their phases.
+    """
+
+    key: tuple[int, int]
+    sex: str
+    age_years: int
+    scale: tuple[float, float, float]
+    fat_mm: tuple[float, float, float]
+    muscle_mm: float
+    visceral: float
+    contrast: float
+    aorta_mm: float
+    hu: dict[str, float]
+    gain: dict[str, float]
+    shift: dict[str, tuple[float, float, float]]
+    size: dict[str, tuple[float, float, float]]
+    spine: tuple[float, float, float, float]
+    lesions: tuple[Lesion, ...]
+
+    def rng(self, purpose: str) -> np.random.Generator:
+        """Draws of this body for one purpose, equal at every time point."""
+        return keyed(*self.key, purpose)
+
+
+@dataclass(frozen=True)
+class Study:
+    """One visit to a scanner.
+
+    Args:
+        shape: voxels (z, y, x).
+        spacing_mm: (z, y, x).
+        bottom_z: height of the first slice, real mm in the patient's frame.
+        centre_mm: where the patient's axis lies from the centre of the picture (x, y), real mm.
+        turn: rotation about z in radians.
+        breath_mm: how far the diaphragm stands lower than in the standard body.
+        origin_mm: LPS position (x, y, z) of voxel (0, 0, 0) in the scanner's own frame.
+        noise_hu: standard deviation in the middle of the body.
+        sharp: whether the kernel is a sharp one.
+        round_field: whether everything outside the round field of view is padding.
+    """
+
+    visit: int
+    shape: tuple[int, int, int]
+    spacing_mm: tuple[float, float, float]
+    bottom_z: float
+    centre_mm: tuple[float, float]
+    turn: float
+    breath_mm: float
+    origin_mm: tuple[float, float, float]
+    table_gap_mm: float
+    manufacturer: str
+    kernel: str
+    noise_hu: float
+    sharp: bool
+    round_field: bool
+    date: str
+    years_later: int
+    body_part: str
+    orientation: str
+    dicom: bool
+
+
+def keyed(*key: int | str) -> np.random.Generator:
+    """A generator of its own for every key: numbers, and words for purposes."""
+    words = [zlib.crc32(part.encode()) if isinstance(part, str) else part for part in key]
+    return np.random.Generator(np.random.SFC64(np.random.SeedSequence(words)))
+
+
+def _triple(values: np.ndarray) -> tuple[float, float, float]:
+    return float(values[0]), float(values[1]), float(values[2])
+
+
+def _draw_hu(rng: np.random.Generator, age: int, contrast: float) -> dict[str, float]:
+    """Tissue means: the soft organs share one level per patient and overlap around it."""
+    level = 46.0 + 22.0 * contrast + rng.normal(0, 5)
+    soft = {name: level + rng.normal(0, 8) for name in ("liver", "spleen", "kidney", "blood", "muscle", "bowel")}
+    soft["blood"] += 6 * contrast
+    soft["kidney"] += 4 * contrast
+    bone = 1.0 - 0.006 * (age - 30)
+    return soft | {
+        "fat": rng.normal(-104, 5),
+        "lungs": rng.normal(-855, 25),
+        "spongiosa": 190 * bone + rng.normal(0, 20),
+        "cortex": 480 * (0.5 + 0.5 * bone) + rng.normal(0, 40),
+        "disc": rng.normal(85, 8),
+        "fluid": rng.normal(12, 5),
+    }
+
+
+def _draw_lesions(rng: np.random.Generator) -> tuple[Lesion, ...]:
+    lesions = []
+    for _ in range(int(rng.integers(0, 5))):
+        centre = (rng.uniform(-120, -20), rng.uniform(-50, 50), rng.uniform(-80, 15))
+        lesions.append(Lesion("liver", centre, rng.uniform(7, 20), rng.uniform(8, 30), rng.uniform(0.8, 1.8)))
+    for _ in range(int(rng.integers(0, 5))):
+        side = rng.choice((-1.0, 1.0))
+        centre = (side * rng.uniform(60, 110), rng.uniform(-45, 65), rng.uniform(45, 165))
+        lesions.append(Lesion("lungs", centre, rng.uniform(4, 13), rng.uniform(-60, 50), rng.uniform(0.8, 1.8)))
+    if rng.random() < 0.35:
+        side = rng.choice((-1.0, 1.0))
+        centre = (side * rng.uniform(60, 85), rng.uniform(40, 65), rng.uniform(-140, -70))
+        organ = "kidney_left" if side > 0 else "kidney_right"
+        lesions.append(Lesion(organ, centre, rng.uniform(6, 14), rng.uniform(0, 15), rng.uniform(1.0, 1.4)))
+    return tuple(lesions)
+
+
+def draw_patient(seed: int, number: int) -> Patient:
+    """The body of one patient.
+
+    Args:
+        seed: of the archive.
+        number: of the patient in the archive.
+    """
+    rng = keyed(seed, number, "patient")
+    sex = "M" if rng.random() < 0.52 else "F"
+    age = int(rng.integers(22, 90))
+    build = rng.normal(0, 1)
+    size = (1.0 if sex == "M" else 0.92) * (1 + 0.03 * build)
+    scale = (size * (1 + rng.normal(0, 0.025)), size * (1 + rng.normal(0, 0.03)), size * (1 + rng.normal(0, 0.035)))
+    weight = float(np.clip(rng.beta(2, 3) + (0.08 if age > 45 else 0.0), 0, 1))
+    female = sex == "F"
+    fat = (
+        4 + weight * (30 if female else 22) + rng.uniform(0, 3),
+        5 + weight * (38 if female else 30) + rng.uniform(0, 4),
+        6 + weight * (26 if female else 20) + rng.uniform(0, 3),
+    )
+    contrast = float(rng.choice((0.0, 1.0)) * rng.uniform(0.4, 1.0))
+    organs = ("liver", "spleen", "kidney_left", "kidney_right", "heart", "stomach", "colon")
+    spread = {"liver": 6.0, "spleen": 9.0, "heart": 6.0}
+    shift = {n: _triple(rng.normal(0, spread.get(n, 7.0), 3) * (1, 0.7, 1.4)) for n in organs}
+    sizes = {n: _triple((1 + rng.normal(0, 0.1)) * (1 + rng.normal(0, 0.06, 3))) for n in organs}
+    return Patient(
+        key=(seed, number),
+        sex=sex,
+        age_years=age,
+        scale=scale,
+        fat_mm=fat,
+        muscle_mm=float(rng.uniform(-3, 4) - (3 if female else 0) - 0.04 * max(0, age - 50)),
+        visceral=float(np.clip(0.7 * weight + rng.uniform(0, 0.45) + (0 if female else 0.1), 0, 1)),
+        contrast=contrast,
+        aorta_mm=float(12.0 + 0.05 * (age - 30) + rng.normal(0, 1.0)),
+        hu=_draw_hu(rng, age, contrast),
+        gain={n: float(rng.uniform(0.8, 1.25)) for n in ("liver", "spleen", "kidney", "lungs", "muscle", "bowel")},
+        shift=shift,
+        size=sizes,
+        spine=(
+            float(rng.normal(0, 4)),
+            float(rng.normal(8, 3)),
+            float(rng.uniform(0, 6.28)),
+            float(rng.normal(0, 0.3)),
+        ),
+        lesions=_draw_lesions(rng),
+    )
+
+
+def draw_study(patient: Patient, visit: int, sizes: Sizes) -> Study:
+    """One visit of a patient: scanner, region, slices, field of view, breath, noise.
+
+    Args:
+        patient: who is scanned.
+        visit: 0 or 1.
+        sizes: ranges of the archive.
+    """
+    rng = patient.rng(f"study {visit}")
+    region = str(rng.choice(("CHESTABDOMEN", "CHEST", "ABDOMEN"), p=(0.6, 0.15, 0.25)))
+    low, high = {"CHESTABDOMEN": (-200, 150), "CHEST": (-60, 200), "ABDOMEN": (-215, 60)}[region]
+    wanted = (high - low + rng.uniform(-25, 25)) * patient.scale[2]
+    steps = np.array([1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0])
+    steps = steps[(steps >= sizes.slice_mm[0]) & (steps <= sizes.slice_mm[1])]
+    slice_mm = float(rng.choice(steps)) if steps.size else float(rng.uniform(*sizes.slice_mm))
+    depth = int(np.clip(round(wanted / slice_mm), *sizes.slices))
+    room = max(0.0, (TOP_Z - BOTTOM_Z) * patient.scale[2] - depth * slice_mm)
+    bottom = float(np.clip((low + high) / 2 * patient.scale[2] - depth * slice_mm / 2 + rng.normal(0, 15),
+                           BOTTOM_Z * patient.scale[2], BOTTOM_Z * patient.scale[2] + room))  # fmt: skip
+    pixels = int(round(rng.uniform(*sizes.in_plane) / 16) * 16)
+    width = 2 * (150 + patient.fat_mm[0]) * patient.scale[0]
+    field_mm = float(np.clip(width * rng.uniform(0.96, 1.2), 280, 500))
+    sharp = bool(rng.random() < (0.6 if region == "CHEST" else 0.25))
+    name, soft_kernel, sharp_kernel, factor = SCANNERS[int(rng.integers(len(SCANNERS)))]
+    noise = factor * rng.uniform(8, 15) * (1.9 if sharp else 1.0) * (2.5 / max(slice_mm, 1.0)) ** 0.35
+    corner = np.array([-field_mm / 2, -field_mm / 2 - 110, -300]) + rng.uniform(-1, 1, 3) * (15, 90, 600)
+    later = visit * int(rng.integers(80, 700))
+    day = int(patient.rng("date").integers(0, 3000)) + later
+    return Study(
+        visit=visit,
+        shape=(depth, pixels, pixels),
+        spacing_mm=(slice_mm, field_mm / pixels, field_mm / pixels),
+        bottom_z=bottom,
+        centre_mm=(float(rng.normal(0, 8)), float(rng.normal(-12, 6))),
+        turn=float(rng.normal(0, 0.05)),
+        breath_mm=float(rng.normal(0, 7)),
+        origin_mm=_triple(np.round(corner, 1)),
+        table_gap_mm=float(rng.uniform(0, 5)),
+        manufacturer=name,
+        kernel=sharp_kernel if sharp else soft_kernel,
+        noise_hu=float(noise),
+        sharp=sharp,
+        round_field=bool(rng.random() < 0.3),
+        date=str(np.datetime64("2014-03-01") + np.timedelta64(day, "D")).replace("-", ""),
+        years_later=later // 365,
+        body_part=region,
+        orientation=ORIENTATIONS[int(rng.choice(5, p=(0.4, 0.25, 0.15, 0.1, 0.1)))],
+        dicom=bool(rng.random() < sizes.dicom_share),
+    )

@@ -1,0 +1,253 @@
+"""The phantom archive: what is on disk, read back by other libraries, and what the anatomy promises."""
+
+from __future__ import annotations
+
+import dataclasses
+import gzip
+import json
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pydicom
+import pytest
+import SimpleITK as sitk
+
+from tapct.data import phantom
+from tapct.data.phantom_files import write_case
+from tapct.data.phantom_patient import ORIENTATIONS, draw_patient, draw_study
+from tapct.data.phantom_scan import scan
+from tapct.types import AIR_HU, LabelMap, UserError, Volume
+
+NAMES = {name: value for value, name in phantom.LABELS}
+SMALL = phantom.Config(num=6, slices=(20, 28), in_plane=(64, 96), slice_mm=(4.0, 5.0), dicom_share=0.4)
+WHOLE = phantom.Config(slices=(80, 80), in_plane=(112, 112), slice_mm=(5.0, 5.0))  # 400 mm: the whole torso
+
+
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("phantom") / "archive"
+    phantom.write(out, SMALL)
+    return out
+
+
+@pytest.fixture(scope="module")
+def torsos() -> list[tuple[Volume, LabelMap]]:
+    return [phantom.make_case(5, index, WHOLE)[:2] for index in range(8)]
+
+
+def files_under(root: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(root)): p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file()}
+
+
+def physical_lps(image: sitk.Image) -> np.ndarray:
+    """Voxels ordered by their physical place: LPS axes, ZYX."""
+    return sitk.GetArrayFromImage(sitk.DICOMOrient(image, "LPS"))
+
+
+def test_same_seed_gives_the_same_bytes_and_a_larger_archive_begins_with_the_smaller(
+    archive: Path, tmp_path: Path
+) -> None:
+    phantom.write(tmp_path / "larger", dataclasses.replace(SMALL, num=9, workers=1))
+    first, larger = files_under(archive), files_under(tmp_path / "larger")
+    assert len(larger) > len(first)
+    assert first == {name: larger[name] for name in first}
+    phantom.write(tmp_path / "other", dataclasses.replace(SMALL, num=1, seed=1))
+    other = files_under(tmp_path / "other")
+    assert other["labels/P0000_T0.nii.gz"] != first["labels/P0000_T0.nii.gz"]
+
+
+def test_every_scan_has_a_label_map_on_its_grid_with_names_and_header_facts(archive: Path) -> None:
+    images = {p.name.split(".")[0] for p in (archive / "images").iterdir()}
+    labels = {p.name.split(".")[0] for p in (archive / "labels").iterdir()}
+    assert images == labels and len(images) == SMALL.num
+    kinds = {"dicom" if p.is_dir() else "nifti" for p in (archive / "images").iterdir()}
+    assert kinds == {"dicom", "nifti"}
+    for path in sorted((archive / "images").glob("*.nii.gz")):
+        scan_file, label_file = nib.load(path), nib.load(archive / "labels" / path.name)
+        assert scan_file.get_data_dtype() == np.int16 and label_file.get_data_dtype() == np.uint8
+        assert scan_file.shape == label_file.shape
+        np.testing.assert_allclose(scan_file.affine, label_file.affine)
+        np.testing.assert_allclose(scan_file.get_qform(), scan_file.get_sform(), atol=1e-3)
+        facts = json.loads((archive / "images" / f"{path.name[:-7]}.json").read_text())
+        assert set(facts) >= {"PatientID", "PatientSex", "PatientAge", "StudyDate", "Manufacturer", "ConvolutionKernel"}
+        assert facts["Modality"] == "CT" and len(facts["PatientAge"]) == 4 and facts["PatientAge"].endswith("Y")
+        names = json.loads((archive / "labels" / f"{path.name[:-7]}.json").read_text())["labels"]
+        assert names == {str(value): name for value, name in phantom.LABELS}
+        assert set(np.unique(label_file.dataobj)) <= set(range(11))
+        with gzip.open(path) as stream:  # the checksum at the end is right
+            stream.read()
+
+
+@pytest.mark.parametrize("orientation", ORIENTATIONS)
+def test_a_nifti_reads_back_as_the_case_in_memory_in_every_orientation(orientation: str, tmp_path: Path) -> None:
+    volume, labels, facts = phantom.make_case(3, 0, SMALL)
+    facts = dataclasses.replace(facts, orientation=orientation, dicom=False)
+    write_case(volume, labels, facts, tmp_path, tmp_path / "..")
+    path = tmp_path / f"{facts.name}.nii.gz"
+    image = nib.load(path)
+    assert "".join(nib.aff2axcodes(image.affine)) == orientation
+    ras = nib.as_closest_canonical(image)
+    np.testing.assert_array_equal(np.asarray(ras.dataobj)[::-1, ::-1].transpose(2, 1, 0), volume.hu_ZYX)
+    read = sitk.DICOMOrient(sitk.ReadImage(str(path)), "LPS")
+    np.testing.assert_array_equal(sitk.GetArrayFromImage(read), volume.hu_ZYX)
+    np.testing.assert_allclose(read.GetOrigin(), volume.origin_mm, atol=1e-3)
+    np.testing.assert_allclose(read.GetSpacing()[::-1], volume.spacing_mm, atol=1e-4)
+
+
+@pytest.mark.parametrize("manufacturer", ["SIEMENS", "GE MEDICAL SYSTEMS"])
+def test_a_dicom_series_and_the_nifti_of_the_same_case_are_voxel_identical(manufacturer: str, tmp_path: Path) -> None:
+    volume, labels, facts = phantom.make_case(3, 1, SMALL)
+    for folder in ("dicom", "nifti", "labels"):
+        (tmp_path / folder).mkdir()
+    facts = dataclasses.replace(facts, manufacturer=manufacturer, orientation="RAS")
+    write_case(volume, labels, dataclasses.replace(facts, dicom=True), tmp_path / "dicom", tmp_path / "labels")
+    write_case(volume, labels, dataclasses.replace(facts, dicom=False), tmp_path / "nifti", tmp_path / "labels")
+    nifti = sitk.ReadImage(str(tmp_path / "nifti" / f"{facts.name}.nii.gz"))
+    series = tmp_path / "dicom" / facts.name
+    read = sitk.ReadImage(sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(series)))
+    np.testing.assert_array_equal(physical_lps(read), physical_lps(nifti))
+    np.testing.assert_allclose(read.GetOrigin(), sitk.DICOMOrient(nifti, "LPS").GetOrigin(), atol=1e-3)
+    np.testing.assert_allclose(read.GetSpacing(), sitk.DICOMOrient(nifti, "LPS").GetSpacing(), atol=1e-4)
+
+    slices = sorted((pydicom.dcmread(p) for p in series.iterdir()), key=lambda ds: ds.ImagePositionPatient[2])
+    hu = np.stack([ds.pixel_array.astype(np.int64) * ds.RescaleSlope + ds.RescaleIntercept for ds in slices])
+    np.testing.assert_array_equal(hu, volume.hu_ZYX)
+    steps = np.diff([float(ds.ImagePositionPatient[2]) for ds in slices])
+    np.testing.assert_allclose(steps, volume.spacing_mm[0], atol=1e-4)
+    assert len({ds.SOPInstanceUID for ds in slices}) == len(slices)
+    assert {ds.SeriesInstanceUID for ds in slices} == {slices[0].SeriesInstanceUID}
+    assert slices[0].SOPClassUID.name == "CT Image Storage" and slices[0].PatientID == facts.patient_id
+    assert pydicom.config.settings.reading_validation_mode is not None
+    assert slices[0].file_meta.MediaStorageSOPInstanceUID == slices[0].SOPInstanceUID
+
+
+def test_organs_lie_where_they_lie_in_a_body(torsos: list[tuple[Volume, LabelMap]]) -> None:
+    for volume, labels in torsos:
+        middle = {
+            name: np.array([axis.mean() for axis in np.nonzero(labels.labels_ZYX == value)])
+            for name, value in NAMES.items()
+        }
+        z, y, x = 0, 1, 2
+        spine = middle["vertebrae"]
+        assert middle["liver"][x] < spine[x] < middle["spleen"][x], "x grows to the patient's left"
+        assert middle["kidney_right"][x] < spine[x] < middle["kidney_left"][x]
+        assert middle["kidney_right"][z] < middle["liver"][z] < middle["lungs"][z], "z grows to the head"
+        assert middle["spleen"][z] > middle["kidney_left"][z]
+        assert spine[y] > middle["body"][y] and middle["table"][y] > spine[y], "y grows to the back"
+        assert middle["liver"][y] < spine[y]
+        column = labels.labels_ZYX[:, :, :]
+        low = range(int(middle["kidney_right"][z]), int(middle["liver"][z]))
+        for k in low:  # the abdominal aorta: in front of the vertebra and a little left of it
+            aorta, bone = np.argwhere(column[k] == NAMES["aorta"]), np.argwhere(column[k] == NAMES["vertebrae"])
+            if len(aorta) and len(bone):
+                assert aorta[:, 0].mean() < bone[:, 0].mean()
+                assert aorta[:, 1].mean() > np.median(bone[:, 1]) - 3
+
+
+def test_all_labels_occur_in_a_whole_torso_and_tissue_has_its_hounsfield_units(
+    torsos: list[tuple[Volume, LabelMap]],
+) -> None:
+    for volume, labels in torsos:
+        assert set(np.unique(labels.labels_ZYX)) == set(range(11))
+        hu = volume.hu_ZYX
+        assert hu.dtype == np.int16 and hu.min() >= AIR_HU and hu.flags["C_CONTIGUOUS"]
+        assert labels.labels_ZYX.dtype == np.uint16
+        median = {name: float(np.median(hu[labels.labels_ZYX == value])) for name, value in NAMES.items()}
+        assert np.median(hu[labels.labels_ZYX == 0]) < -980
+        assert -920 < median["lungs"] < -760
+        for organ in ("liver", "spleen", "kidney_left", "kidney_right", "aorta"):
+            assert 0 < median[organ] < 130
+        assert 110 < median["vertebrae"] < 500 and 110 < median["ribs"] < 600
+        assert -1000 < median["table"] < -100
+
+
+def test_soft_organs_overlap_so_that_a_threshold_cannot_tell_them_apart() -> None:
+    rng = np.random.default_rng(0)
+    samples: dict[str, list[np.ndarray]] = {}
+    for index in range(12):
+        volume, labels, _ = phantom.make_case(9, index, WHOLE)
+        for name in ("liver", "spleen", "kidney_left", "aorta"):
+            found = volume.hu_ZYX[labels.labels_ZYX == NAMES[name]]
+            samples.setdefault(name, []).append(rng.choice(found, 300))
+    pooled = {name: np.concatenate(parts) for name, parts in samples.items()}
+    for a in pooled:
+        for b in pooled:
+            if a < b:
+                wins = np.mean(pooled[a][:, None] > pooled[b][None, ::7])
+                assert 0.2 < wins < 0.8, f"{a} against {b}: AUC {wins:.2f}"
+
+
+def test_a_followup_is_the_same_body_on_another_day() -> None:
+    config = dataclasses.replace(SMALL, followup_share=1.0)
+    first, second = (phantom.make_case(2, index, config) for index in (0, 1))
+    assert first[2].patient_id == second[2].patient_id and first[2].name != second[2].name
+    assert first[2].study_date < second[2].study_date and first[2].sex == second[2].sex
+    assert 0 <= second[2].age_years - first[2].age_years <= 2
+    assert phantom.make_case(2, 2, config)[2].patient_id != first[2].patient_id
+
+    patient = draw_patient(2, 0)
+    study = dataclasses.replace(draw_study(patient, 0, WHOLE), noise_hu=0.01)
+    lesions = tuple(dataclasses.replace(lesion, growth=1.6) for lesion in patient.lesions)
+    assert any(lesion.organ == "lungs" for lesion in lesions)
+    patient = dataclasses.replace(patient, lesions=lesions)
+    healthy = dataclasses.replace(patient, lesions=())
+    volumes = []
+    for visit in (0, 1):
+        same_pose = dataclasses.replace(study, visit=visit)
+        changed = scan(patient, same_pose)[0].astype(int) - scan(healthy, same_pose)[0]
+        volumes.append(int((np.abs(changed) > 100).sum()))
+    assert volumes[1] > 1.8 * volumes[0] > 0
+
+
+def test_sharp_kernels_have_finer_and_stronger_noise_than_soft_ones() -> None:
+    patient = draw_patient(0, 1)
+    study = dataclasses.replace(draw_study(patient, 0, WHOLE), noise_hu=10.0)
+    study = dataclasses.replace(study, shape=(6, 256, 256), spacing_mm=(5.0, 1.5, 1.5))
+    quiet = dataclasses.replace(study, noise_hu=1e-3)
+    neighbour = {}
+    for sharp in (False, True):
+        loud, still = (dataclasses.replace(s, sharp=sharp) for s in (study, quiet))
+        noise = (scan(patient, loud)[0] - scan(patient, still)[0].astype(float))[2, 98:158, 98:158]
+        noise = noise - noise.mean()
+        neighbour[sharp] = float((noise[:, 1:] * noise[:, :-1]).mean() / noise.var())
+        assert 5 < noise.std() < 16
+    assert neighbour[False] > 0.3 and neighbour[True] < neighbour[False] - 0.3
+    studies = [draw_study(draw_patient(0, n), 0, phantom.Config()) for n in range(200)]
+    for kernel in {s.kernel for s in studies}:
+        assert len({s.sharp for s in studies if s.kernel == kernel}) == 1, "a kernel's name tells its noise"
+    mean = {sharp: np.mean([s.noise_hu for s in studies if s.sharp == sharp]) for sharp in (False, True)}
+    assert mean[True] > 1.4 * mean[False]
+
+
+def test_sizes_and_shares_of_the_config_are_observed() -> None:
+    config = phantom.Config(dicom_share=0.3, followup_share=0.4)
+    cases = [phantom.patient_of(4, index, config.followup_share) for index in range(400)]
+    assert cases == sorted(cases) and len(set(cases)) == 400
+    second = sum(visit for _, visit in cases)
+    assert 0.3 < second / (400 - second) < 0.5
+    studies = [draw_study(draw_patient(4, p), v, config) for p, v in cases]
+    assert 0.22 < np.mean([s.dicom for s in studies]) < 0.38
+    depths, sizes = zip(*((s.shape[0], s.shape[1]) for s in studies), strict=True)
+    assert min(depths) >= 48 and max(depths) <= 110 and len(set(depths)) > 20
+    assert min(sizes) >= 160 and max(sizes) <= 256 and len(set(sizes)) > 4
+    steps = {s.spacing_mm[0] for s in studies}
+    assert min(steps) == 1.0 and max(steps) == 5.0 and len(steps) > 5
+    assert {s.orientation for s in studies} == set(ORIENTATIONS)
+
+
+def test_bad_settings_and_used_folders_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="slices"):
+        phantom.Config(slices=(50, 40))
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UserError, match="not an empty folder"):
+        phantom.write(tmp_path, SMALL)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_progress_counts_to_the_end(tmp_path: Path) -> None:
+    seen: list[tuple[int, int]] = []
+    report = phantom.write(tmp_path / "a", dataclasses.replace(SMALL, num=3), lambda *at: seen.append(at))
+    assert seen == [(1, 3), (2, 3), (3, 3)]
+    assert report.scans == 3 and 1 <= report.patients <= 3
+    assert report.num_bytes == sum(p.stat().st_size for p in (tmp_path / "a").rglob("*") if p.is_file())
