@@ -1,0 +1,138 @@
+"""What every reader hands to `tapct.data.ingest`, and the integrity checks that they share.
+
+Axes: I J K are the file's own axes, fastest first; positions are LPS millimetres as in DICOM.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from tapct.types import Refused
+
+MAX_VOXELS = 2**32  # a header that claims more is broken: 65k slices of 256 x 256, or 16k of 512 x 512
+_CHUNK = 1 << 20
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a file says about its scan, as it says it; `ingest` hashes the identifiers and cleans the rest."""
+
+    patient_id: str = ""
+    study_uid: str = ""
+    series_uid: str = ""
+    study_date: str = ""
+    modality: str = ""  # empty where the file does not say
+    manufacturer: str = ""
+    kernel: str = ""
+    sex: str = ""
+    age: str = ""
+    body_part: str = ""
+
+
+@dataclass(frozen=True)
+class Image:
+    """Voxels as stored, with the way to HU and to space.
+
+    Args:
+        voxels_IJK: any real dtype; the values in HU are voxels * slope + intercept.
+        affine: float64 4x4, (i, j, k, 1) -> LPS mm.
+        slope: factor to HU, unitless.
+        intercept: offset in HU.
+        header: what the file says about its scan.
+        names: label value and name where the file holds a table of labels.
+    """
+
+    voxels_IJK: np.ndarray
+    affine: np.ndarray
+    slope: float = 1.0
+    intercept: float = 0.0
+    header: Header = field(default_factory=Header)
+    names: tuple[tuple[int, str], ...] = ()
+
+
+def one_line(text: object, limit: int = 200) -> str:
+    """Any message as one short line."""
+    line = " ".join(str(text).split())
+    return line if len(line) <= limit else line[: limit - 3] + "..."
+
+
+def is_gzip(path: Path) -> bool:
+    """Whether the content (not the name) is a gzip stream."""
+    with path.open("rb") as file:
+        return file.read(2) == b"\x1f\x8b"
+
+
+def read_head(path: Path, num_bytes: int) -> bytes:
+    """The first bytes of a file after decompression; fewer where the file is shorter.
+
+    Raises:
+        Refused: the gzip stream is damaged in its first bytes.
+    """
+    with path.open("rb") as file:
+        start = file.read(64 * 1024)
+    if start[:2] != b"\x1f\x8b":
+        return start[:num_bytes]
+    try:
+        return zlib.decompressobj(31).decompress(start, num_bytes)
+    except zlib.error as error:
+        raise Refused("corrupt", f"{path.name} is not a readable gzip stream ({error})") from error
+
+
+def inflate(path: Path, offset: int, expected: int) -> bytes:
+    """Decompress the gzip or zlib stream(s) at `offset`, to their very end, so that checksum and length are verified.
+
+    Args:
+        path: the file.
+        offset: byte at which the compressed data starts.
+        expected: bytes that the header asks for; what follows them is checked but not kept.
+    Returns:
+        The first `expected` bytes.
+    Raises:
+        Refused: `truncated` when the stream ends early, `corrupt` when its checksum is wrong.
+    """
+    kept = bytearray()
+    whole = False
+    stream = zlib.decompressobj(47)  # 47: gzip or zlib header, found by itself; the trailer is verified
+    with path.open("rb") as file:
+        file.seek(offset)
+        chunk = file.read(_CHUNK)
+        while chunk:
+            try:
+                data = stream.decompress(chunk)
+            except zlib.error as error:
+                if whole and len(kept) >= expected:
+                    break  # padding after the last stream
+                raise Refused("corrupt", f"{path.name} is damaged: {error}; copy it again") from error
+            kept += data[: max(0, expected - len(kept))]
+            whole = stream.eof
+            chunk = stream.unused_data
+            if stream.eof:
+                stream = zlib.decompressobj(47)  # gzip files may hold several members (bgzip)
+            chunk = chunk or file.read(_CHUNK)
+    if not whole or len(kept) < expected:
+        raise Refused(
+            "truncated",
+            f"{path.name} ends after {len(kept)} of {expected} bytes of voxels and header; copy it again",
+        )
+    return bytes(kept)
+
+
+def check_size(path: Path, found: int, expected: int) -> None:
+    """Refuse a file that holds fewer bytes than its header asks for."""
+    if found < expected:
+        raise Refused("truncated", f"{path.name} holds {found} of {expected} bytes; copy it again")
+
+
+def check_shape(shape: tuple[int, ...]) -> None:
+    """Refuse sizes that no scan has.
+
+    Args:
+        shape: voxels along I, J, K.
+    """
+    if any(size < 1 for size in shape) or math.prod(shape) > MAX_VOXELS:
+        raise Refused("bad_shape", f"the header claims {'x'.join(map(str, shape))} voxels; rule: 1 to {MAX_VOXELS}")
