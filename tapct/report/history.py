@@ -1,0 +1,125 @@
+"""Read what a run left in its folder: metrics as columns, JSON files, with patience for a cut last line."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tapct.types import UserError
+
+RECENT_SHARE, RECENT_MOST = 0.1, 200  # "recent" means: the last tenth of the steps, at most this many
+
+
+@dataclass(frozen=True)
+class History:
+    """The metrics of a run, one row per step, later writings of a step replacing earlier ones.
+
+    Args:
+        rows: flat objects in order of step.
+        unreadable: lines that were no JSON object with a step (a killed run leaves one).
+    """
+
+    rows: tuple[dict[str, Any], ...]
+    unreadable: int
+
+    def names(self, prefix: str) -> list[str]:
+        """Metric names that start with `prefix`, in order of first appearance."""
+        return [name for name in dict.fromkeys(key for row in self.rows for key in row) if name.startswith(prefix)]
+
+    def column(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """Steps at which a metric was written, and its values; float64, NaN where the value is null or no number."""
+        found = [(row["step"], row[name]) for row in self.rows if name in row]
+        values = [float(v) if isinstance(v, int | float) else math.nan for _, v in found]
+        return np.array([step for step, _ in found], np.float64), np.array(values, np.float64)
+
+    def recent(self, name: str) -> float:
+        """Mean over the recent steps in which the metric was written; NaN when one is not finite or there is none."""
+        values = self.column(name)[1]
+        return float(values[-self.num_recent(len(values)) :].mean()) if len(values) else math.nan
+
+    @staticmethod
+    def num_recent(num_values: int) -> int:
+        """How many values count as recent."""
+        return max(1, min(RECENT_MOST, round(RECENT_SHARE * num_values)))
+
+
+def read_history(path: Path) -> History:
+    """Read metrics.jsonl.
+
+    Raises:
+        UserError: no such file, or no finished step in it.
+    """
+    rows: dict[float, dict[str, Any]] = {}
+    unreadable = 0
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+    for line in lines:
+        if not line.strip():
+            continue
+        row = _object(line)
+        if row is None or not isinstance(row.get("step"), int | float):
+            unreadable += 1
+        else:
+            rows[row["step"]] = row
+    if not rows:
+        what = "holds no finished step" if path.is_file() else "is missing"
+        raise UserError(f"{path} {what}: there is nothing to report yet. Train first: tapct train CONFIG.")
+    return History(tuple(rows[step] for step in sorted(rows)), unreadable)
+
+
+def _object(line: str) -> dict[str, Any] | None:
+    try:
+        found = json.loads(line)
+    except json.JSONDecodeError:  # counted by the caller and shown on the page
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def read_json(path: Path) -> tuple[dict[str, Any], str]:
+    """An object from a JSON file, and in words why it is empty (empty words when it is not)."""
+    if not path.is_file():
+        return {}, f"{path.name} is not there"
+    found = _object(path.read_text(encoding="utf-8", errors="replace").replace("\n", " "))
+    return ({}, f"{path.name} is damaged: it holds no JSON object") if found is None else (found, "")
+
+
+def prototypes_ln(history: History, term: str) -> float:
+    """ln K of one prototype loss, from what was logged; NaN when the log does not give it.
+
+    ln K - CE is logged with CE the mean over all pairs, and so are the means of its groups (e.g. ce/dino_global and
+    ce/dino_local). So (ln K - CE) = ln K - sum_i a_i ce_i with fixed shares a_i that add up to 1: a linear system in
+    ln K and the shares, solved over the steps and believed only if it holds.
+    """
+    gap_name = f"health/{term}_ln_k_minus_ce"
+    groups = [name for name in history.names("ce/") if name == f"ce/{term}" or name.startswith(f"ce/{term}_")]
+    wanted = [gap_name, *groups]
+    rows = [[row[name] for name in wanted] for row in history.rows if all(_finite(row.get(name)) for name in wanted)]
+    if not groups or not rows:
+        return math.nan
+    table = np.array(rows, np.float64)
+    gap, last, others = table[:, 0], table[:, -1], table[:, 1:-1]
+    system = np.column_stack([np.ones(len(gap)), last[:, None] - others])
+    target = gap + last
+    solution = np.linalg.lstsq(system, target, rcond=None)[0]
+    fits = bool(np.abs(system @ solution - target).max() < 5e-3)
+    shares = bool((solution[1:] > -0.05).all() and solution[1:].sum() < 1.05)
+    determined = len(rows) > 2 * system.shape[1] or system.shape[1] == 1
+    return float(solution[0]) if fits and shares and determined else math.nan
+
+
+def _finite(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def flatten(value: object, prefix: str = "") -> list[tuple[str, str]]:
+    """Nested objects as dotted keys and one-line texts, in order."""
+    if isinstance(value, dict):
+        return [pair for key, one in value.items() for pair in flatten(one, f"{prefix}.{key}" if prefix else str(key))]
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [(prefix, " ".join(one if isinstance(one, str) else json.dumps(one) for one in value))]
+    return [(prefix, value if isinstance(value, str) else json.dumps(value))]

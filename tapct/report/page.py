@@ -1,0 +1,354 @@
+"""`tapct report RUN`: one self-contained HTML page about one run.
+
+Everything is inside the page (charts as SVG, pictures as data), nothing is fetched, and its own policy forbids it. What
+a run does not have yet is named together with the command that makes it.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tapct.report import evaluation, theme
+from tapct.report.history import History, flatten, prototypes_ln, read_history, read_json
+from tapct.report.plots import Curve, Rule, area_chart, line_chart, number, share_bar, text
+from tapct.ssl.health import TermReading, Verdict, verdict
+from tapct.types import UserError
+
+TERM_WORDS = {
+    "dino": "DINO",
+    "ibot": "iBOT",
+    "koleo": "KoLeo",
+    "dino_global": "DINO global",
+    "dino_local": "DINO local",
+}
+LOOK = {
+    "alive": "good",
+    "faint": "warn",
+    "not following": "warn",
+    "stuck": "bad",
+    "collapsed": "bad",
+    "not finite": "bad",
+}
+SECONDS = {
+    "data": "data",
+    "views": "views",
+    "forward_backward": "forward and backward",
+    "optimizer": "optimizer and EMA",
+}
+SCHEDULES = {  # metric -> title, unit
+    "lr": ("Learning rate", ""),
+    "wd": ("Weight decay", ""),
+    "momentum": ("Teacher momentum", ""),
+    "teacher_temp": ("Teacher temperature", ""),
+}
+HEALTH = {  # metric -> title, unit, factor
+    "rankme": ("RankMe: effective rank of the features", "", 1.0),
+    "teacher_student_cosine": ("Cosine of teacher and student CLS", "", 1.0),
+    "cls_std": ("Spread of CLS: std of unit vectors", "0 = collapsed", 1.0),
+    "patch_norm_outliers": ("Patch tokens with outlying norm", "%", 100.0),
+}
+TERM_HEALTH = ("ln_k_minus_ce", "information", "marginal_entropy", "target_entropy", "prototypes_used")
+LEADS = {  # title -> what a reader should know before looking
+    "Losses": "Each term as it is optimised, and the plain cross-entropies, which need no weight to be read.",
+    "Health": "A falling loss proves nothing: a run that learned nothing falls to ln K, and one whose targets collapsed has the "
+    "lowest loss of all. The sign of life is the information of the targets, the entropy of their mean minus the mean of "
+    "their entropies.",
+    "Timing": "Wall time of a step on the process that writes the log.",
+}
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+
+
+def words(name: str) -> str:
+    """A metric's last part for people."""
+    return TERM_WORDS.get(name, name.replace("_", " "))
+
+
+def curve(history: History, name: str, label: str = "", factor: float = 1.0, smooth: bool = True) -> Curve | None:
+    """A metric as a curve; None when it was never written."""
+    x, y = history.column(name)
+    return Curve(label, x, y * factor, smooth) if len(x) else None
+
+
+def curves(history: History, names: Mapping[str, str], factor: float = 1.0) -> list[Curve]:
+    """Metrics (name -> label) as curves, without those that were never written."""
+    found = (curve(history, name, label, factor) for name, label in names.items())
+    return [one for one in found if one is not None]
+
+
+def terms(history: History) -> list[str]:
+    """Losses that report the information of their targets."""
+    return [
+        name.removeprefix("health/").removesuffix("_information")
+        for name in history.names("health/")
+        if name.endswith("_information")
+    ]
+
+
+def readings(history: History) -> list[TermReading]:
+    """Recent health of each prototype loss."""
+
+    def recent(term: str, what: str) -> float:
+        return history.recent(f"health/{term}_{what}")
+
+    found = []
+    for term in terms(history):
+        ln_k, marginal = prototypes_ln(history, term), recent(term, "marginal_entropy")
+        bound = ln_k if math.isfinite(ln_k) else marginal  # the marginal entropy is at most ln K
+        found.append(
+            TermReading(words(term), recent(term, "ln_k_minus_ce"), marginal, recent(term, "target_entropy"), bound)
+        )
+    return found
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    if seconds < 7200:
+        return f"{seconds / 60:.1f} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 172800 else f"{seconds / 86400:.1f} d"
+
+
+def verdict_box(found: Verdict, judged: bool) -> str:
+    """The verdict in words, with the next move; a living run whose features are judged needs none."""
+    move = "" if judged and found.state == "alive" else f"<p>Next: {text(found.next_move)}</p>"
+    return (
+        f'<section class="verdict {LOOK.get(found.state, "")}"><p><strong>{text(found.state.capitalize())}</strong></p>'
+        f"<p>{text(found.words)}.</p>{move}</section>"
+    )
+
+
+def tiles(history: History, results: Mapping[str, Any]) -> str:
+    """Key numbers."""
+    last, step_seconds = history.rows[-1], history.column("seconds/step")[1]
+    total = history.column("loss/total")[1]
+    recent = History.num_recent(len(history.rows))
+    seen = f"{number(last['samples'])} samples" if isinstance(last.get("samples"), int) else ""
+    cells: list[tuple[str, str, str]] = [("Steps", number(last["step"]), seen)]
+    if len(step_seconds):
+        typical = float(np.nanmedian(step_seconds)) if np.isfinite(step_seconds).any() else math.nan
+        cells.append(
+            ("Seconds per step", number(typical, 3), f"median; {duration(float(np.nansum(step_seconds)))} in all")
+        )
+    if len(total):
+        cells.append(("Total loss", number(history.recent("loss/total")), f"first step {number(float(total[0]))}"))
+    for one in readings(history):
+        note = f"nats; ln K \u2212 CE {number(one.ln_k_minus_ce, 3)}"
+        cells.append((f"{one.name} information", number(one.information, 3), note))
+    lead = evaluation.gain(results)
+    if lead:
+        cells.append(("Frozen Dice", evaluation.dice(lead[0]), f"{evaluation.signed(lead[1])} over {text(lead[2])}"))
+    shown = "".join(
+        f'<div class="tile"><dt>{text(name)}</dt><dd>{value}{f"<small>{note}</small>" if note else ""}</dd></div>'
+        for name, value, note in cells
+    )
+    return f'<dl class="tiles">{shown}</dl><p class="muted">Losses and health: means over the last {recent} steps.</p>'
+
+
+def losses(history: History) -> str:
+    """Total, each term as optimised, and the plain cross-entropies below ln K."""
+    charts = []
+    for name in ["loss/total", *(name for name in history.names("loss/") if name != "loss/total")]:
+        one = curve(history, name)
+        if one:
+            kind = words(name.removeprefix("loss/"))
+            charts.append(line_chart("Total loss" if kind == "total" else f"{kind}, weighted", "nats", [one]))
+    groups: dict[str, dict[str, str]] = {}
+    for name in history.names("ce/"):
+        kind = name.removeprefix("ce/")
+        groups.setdefault(kind.split("_")[0], {})[name] = words(kind)
+    for term, names in groups.items():
+        ln_k = prototypes_ln(history, term)
+        rules = [Rule(f"ln K = {ln_k:.3f}: nothing learned", ln_k)] if math.isfinite(ln_k) else []
+        charts.append(
+            line_chart(f"{words(term)} cross-entropy", "nats per pair, no weight", curves(history, names), rules=rules)
+        )
+    return _grid(charts)
+
+
+def health(history: History) -> str:
+    """The signs of life."""
+    found, charts = terms(history), []
+    for what, title, unit, factor in (
+        ("information", "Information of the targets", "nats", 1.0),
+        ("ln_k_minus_ce", "ln K \u2212 cross-entropy", "nats", 1.0),
+        ("prototypes_used", "Prototypes in use", "%", 100.0),
+    ):
+        lines = curves(history, {f"health/{term}_{what}": words(term) for term in found}, factor)
+        if lines:
+            rules = [Rule("stuck or collapsed" if what == "information" else "stuck", 0.0)] if unit == "nats" else []
+            charts.append(line_chart(title, unit, lines, rules=rules, zero=True))
+    for term in found:
+        names = {
+            f"health/{term}_marginal_entropy": "of the mean target",
+            f"health/{term}_target_entropy": "mean of the targets",
+        }
+        lines = curves(history, names)
+        if lines:
+            ln_k = prototypes_ln(history, term)
+            rules = [Rule("ln K", ln_k)] if math.isfinite(ln_k) else []
+            paired = len(lines) == 2 and np.array_equal(lines[0].x, lines[1].x)
+            charts.append(
+                line_chart(
+                    f"{words(term)} target entropies",
+                    "nats; the gap is the information",
+                    lines,
+                    rules=rules,
+                    band=paired,
+                )
+            )
+    shown = {f"health/{term}_{what}" for term in found for what in TERM_HEALTH}
+    for name in history.names("health/"):
+        key = name.removeprefix("health/")
+        title, unit, factor = HEALTH.get(key, (words(key), "", 1.0))
+        one = curve(history, name, "", factor)
+        if one and name not in shown:
+            charts.append(line_chart(title, unit, [one], zero=key in ("cls_std", "patch_norm_outliers")))
+    norms = curves(history, {name: words(name.removeprefix("grad_norm/")) for name in history.names("grad_norm/")})
+    if norms:
+        charts.append(line_chart("Gradient norm before clipping", "", norms, zero=True))
+    return _grid(charts)
+
+
+def schedules(history: History) -> str:
+    """What was scheduled."""
+    found = ((curve(history, name, "", smooth=False), title, unit) for name, (title, unit) in SCHEDULES.items())
+    return _grid([line_chart(title, unit, [one], zero=title == "Learning rate") for one, title, unit in found if one])
+
+
+def timing(history: History) -> str:
+    """Where the time of a step goes."""
+    names = [name for name in history.names("seconds/") if name != "seconds/step"]
+    names.sort(key=lambda name: list(SECONDS).index(key) if (key := name.removeprefix("seconds/")) in SECONDS else 99)
+    parts = curves(
+        history,
+        {name: SECONDS.get(name.removeprefix("seconds/"), words(name.removeprefix("seconds/"))) for name in names},
+    )
+    whole = curve(history, "seconds/step")
+    if whole and parts and all(np.array_equal(one.x, whole.x) for one in parts):
+        rest = whole.y - np.sum([one.y for one in parts], axis=0)
+        if np.nanmedian(rest) > 0.01 * np.nanmedian(whole.y):
+            parts.append(Curve("the rest", whole.x, rest.clip(min=0.0)))
+    if not parts:
+        return _grid([])
+    medians = [(one.label, float(np.nanmedian(one.y)) if np.isfinite(one.y).any() else 0.0) for one in parts]
+    charts = []
+    if all(np.array_equal(one.x, parts[0].x) for one in parts):
+        charts.append(area_chart("Time of a step", "s, stacked", parts))
+    speed = curve(history, "samples_per_second")
+    if speed:
+        charts.append(line_chart("Throughput", "samples per second", [speed], zero=True))
+    bar = f"<h3>Median step</h3>{share_bar(medians, 's')}"
+    return f'<div class="charts">{"".join(charts)}<div>{bar}</div></div>'
+
+
+def scans(manifest: Mapping[str, Any], command: str) -> str:
+    """How many scans were taken and refused, and why."""
+    refused = manifest.get("refused", {})
+    reasons: Mapping[str, Any] = refused if isinstance(refused, dict) else manifest.get("reasons", {})
+    num_refused = sum(reasons.values()) if isinstance(refused, dict) else refused
+    if "accepted" not in manifest:
+        return f'<p class="missing">The run names no manifest. <code>{text(command)}</code> makes one.</p>'
+    rows = [("accepted", manifest["accepted"]), *(reasons.items() or [("refused", num_refused)])]
+    most = max([int(count) for _, count in rows] + [1])
+    body = "".join(
+        f"<tr{' class=first' if not i else ''}><th>{text(str(name).replace('_', ' ') if i else name)}</th>"
+        f'<td class="track"><div><span style="width:{100 * int(count) / most:.1f}%"></span></div></td>'
+        f'<td class="n">{number(int(count))}</td></tr>'
+        for i, (name, count) in enumerate(rows)
+    )
+    total = int(manifest["accepted"]) + int(num_refused)
+    return (
+        f"<p>{number(total)} scans were found, {number(int(manifest['accepted']))} accepted, {number(int(num_refused))} refused.</p>"
+        f'<div class="scroll"><table class="models"><tbody>{body}</tbody></table></div>'
+    )
+
+
+def provenance(facts: Mapping[str, Any], why_not: str) -> str:
+    """Everything else that the run noted about itself."""
+    if not facts:
+        return f'<p class="missing">Unknown: {text(why_not)}.</p>'
+    rows = "".join(f"<tr><th>{text(key)}</th><td>{text(value)}</td></tr>" for key, value in flatten(dict(facts)))
+    return f'<table class="facts"><tbody>{rows}</tbody></table>'
+
+
+def config(path: Path) -> str:
+    """The resolved configuration, folded."""
+    if not path.is_file():
+        return f'<p class="missing">{text(path.name)} is not there; tapct train writes it.</p>'
+    body = text(path.read_text(encoding="utf-8", errors="replace"))
+    return f"<details><summary>Resolved configuration of the run</summary><pre>{body}</pre></details>"
+
+
+def _grid(charts: Sequence[str]) -> str:
+    if not charts:
+        return '<p class="missing">The run logged none of these numbers.</p>'
+    return f'<div class="charts">{"".join(charts)}</div>'
+
+
+def render(run_dir: Path) -> str:
+    """The page's HTML.
+
+    Raises:
+        UserError: no run folder, or no finished step in it.
+    """
+    if not run_dir.is_dir():
+        raise UserError(f"run folder {run_dir} is not there. Give the folder of a run, e.g. runs/NAME.")
+    history = read_history(run_dir / "metrics.jsonl")
+    facts, no_facts = read_json(run_dir / "run.json")
+    results, no_results = read_json(run_dir / "eval" / "results.json")
+    manifest: dict[str, Any] = facts["manifest"] if isinstance(facts.get("manifest"), dict) else {}
+    others = {key: value for key, value in facts.items() if key != "manifest" or not manifest}
+    others |= {f"manifest.{key}": manifest[key] for key in ("digest", "path", "root") if key in manifest}
+    name = run_dir.resolve().name
+    sections = {
+        "Frozen features": evaluation.evaluation(run_dir / "eval", results, no_results, f"tapct eval {run_dir}"),
+        "Losses": losses(history),
+        "Health": health(history),
+        "Schedules": schedules(history),
+        "Timing": timing(history),
+        "Scans": scans(manifest, "tapct index DIR"),
+        "Configuration": config(run_dir / "config.yaml"),
+        "Provenance": provenance(others, no_facts),
+    }
+    anchors = {title: title.lower().replace(" ", "-") for title in sections}
+    links = "".join(f'<a href="#{anchor}">{title}</a>' for title, anchor in anchors.items())
+    body = "".join(
+        f'<section><h2 id="{anchors[title]}">{title}</h2>{part}</section>' for title, part in sections.items()
+    )
+    cut = f" {history.unreadable} unreadable lines of metrics.jsonl were left out." if history.unreadable else ""
+    return (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{text(name)}: tapct run</title>'
+        f'<meta name="viewport" content="width=device-width,initial-scale=1"><meta http-equiv="Content-Security-Policy" '
+        f'content="{POLICY}"><style>{theme.CSS}</style></head><body><main><header><h1>{text(name)}</h1>'
+        f'<p class="muted">Pretraining run of tapct: volumetric DINOv2 on CT.</p></header>{verdict_box(verdict(readings(history)), bool(results))}'
+        f"{tiles(history, results)}<nav>{links}</nav>{body}<footer>Thin lines are raw values, thick ones rolling means."
+        f"{cut}</footer></main><script>{theme.JS}</script></body></html>\n"
+    )
+
+
+def write(run_dir: Path) -> Path:
+    """Write RUN/report.html, whole or not at all, and return its path.
+
+    Args:
+        run_dir: folder of a run, with metrics.jsonl and whatever else there is by now.
+    Raises:
+        UserError: no run folder, no finished step in it, or no room to write.
+    """
+    page, out = render(run_dir), run_dir / "report.html"
+    aside = out.with_name(f".{out.name}.{os.getpid()}")
+    try:
+        aside.write_text(page, encoding="utf-8")
+        aside.replace(out)
+    except OSError as error:
+        aside.unlink(missing_ok=True)
+        raise UserError(
+            f"{out} could not be written: {error.strerror}. Free space or check the folder's rights."
+        ) from error
+    return out

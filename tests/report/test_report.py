@@ -1,0 +1,314 @@
+from __future__ import annotations
+
+import base64
+import io
+import json
+import math
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tapct.report import page, plots
+from tapct.report.history import prototypes_ln, read_history
+from tapct.types import UserError
+
+VOID = {"meta", "img"}
+LN_K = math.log(256)
+
+
+class Page(HTMLParser):
+    """Collects what the tests ask about, and insists that every element is closed where it should be."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.links: list[str] = []
+        self.tags: dict[str, int] = {}
+        self.words = ""
+        self.data: list[Any] = []
+        self.feed(html)
+        assert self.open == [], self.open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags[tag] = self.tags.get(tag, 0) + 1
+        self.links += [value or "" for name, value in attrs if name in ("src", "href", "srcset", "action", "data")]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags[tag] = self.tags.get(tag, 0) + 1
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] == "script" and data.startswith("{"):
+            self.data.append(json.loads(data))
+        elif self.open and self.open[-1] not in ("script", "style"):
+            self.words += data
+
+
+def record(step: int, alive: float = 1.0) -> dict[str, Any]:
+    """One step's metrics; `alive` scales what the targets say about their sample."""
+    wave = 0.1 * math.sin(step * 1.7)
+    ce_global, ce_local, ce_ibot = LN_K - alive + wave, LN_K - 0.6 * alive - 0.5 * wave, LN_K - 1.5 * alive
+    return {
+        "step": step, "samples": 8 * step, "lr": 1e-3, "wd": 0.1, "momentum": 0.99, "teacher_temp": 0.04,
+        "loss/total": 9.0 - alive, "loss/dino_global": ce_global / 5, "loss/koleo": -0.05, "loss/ibot": ce_ibot,
+        "ce/dino_global": ce_global, "ce/dino_local": ce_local, "ce/ibot": ce_ibot,
+        "health/dino_ln_k_minus_ce": LN_K - (ce_global + 4 * ce_local) / 5, "health/ibot_ln_k_minus_ce": 1.5 * alive,
+        "health/dino_information": alive, "health/dino_marginal_entropy": 5.4, "health/dino_target_entropy": 5.4 - alive,
+        "health/ibot_information": alive, "health/ibot_marginal_entropy": 5.4, "health/ibot_target_entropy": 5.4 - alive,
+        "health/dino_prototypes_used": 0.5, "health/rankme": 30.0, "grad_norm/backbone": 1.0,
+        "seconds/data": 0.1, "seconds/forward_backward": 0.3, "seconds/step": 0.5, "samples_per_second": 16.0,
+    }  # fmt: skip
+
+
+def run_folder(root: Path, steps: int = 40, alive: float = 1.0) -> Path:
+    root.mkdir(parents=True, exist_ok=True)
+    (root / "metrics.jsonl").write_text("".join(json.dumps(record(s, alive)) + "\n" for s in range(1, steps + 1)))
+    return root
+
+
+def add_evaluation(run: Path, **more: Any) -> None:
+    def model(dice: dict[str, float | None]) -> dict[str, Any]:
+        known = [value for value in dice.values() if value is not None]
+        return {"mean_dice": sum(known) / len(known), "dice": dice, "per_scan": {"scan_a": dice}}
+
+    models: dict[str, dict[str, float | None]] = {"pretrained": {"liver": 0.8, "<aorta>": 0.4}, "untrained": {"liver": 0.5, "<aorta>": 0.45},
+              "raw_hu": {"liver": 0.2, "<aorta>": None}}  # fmt: skip
+    results = {"organs": ["liver", "<aorta>"], "models": {name: model(dice) for name, dice in models.items()},
+               "split": {"mode": "patient", "train": ["x", "y"], "test": ["scan_a"]}, **more}  # fmt: skip
+    (run / "eval" / "overlays").mkdir(parents=True, exist_ok=True)
+    (run / "eval" / "results.json").write_text(json.dumps(results))
+
+
+def test_the_page_is_whole_and_asks_nobody_for_anything(tmp_path: Path) -> None:
+    run = run_folder(tmp_path / "run")
+    add_evaluation(run)
+    (run / "config.yaml").write_text("seed: 3\nname: </pre><script>alert(1)</script>\n")
+    (run / "run.json").write_text(json.dumps({"command": ["tapct", "train", "<b>"], "git": {"revision": "abc123"},
+        "manifest": {"accepted": 20, "refused": {"not_ct": 2, "missing_slices": 1}, "digest": "d1g35t"}}))  # fmt: skip
+    out = page.write(run)
+    html = out.read_text()
+    found = Page(html)
+    assert out == run / "report.html"
+    assert sorted(path.name for path in run.iterdir()) == [
+        "config.yaml",
+        "eval",
+        "metrics.jsonl",
+        "report.html",
+        "run.json",
+    ]
+    assert all(link.startswith(("#", "data:")) for link in found.links)
+    assert "default-src 'none'" in html and "<script>alert" not in html and "<aorta>" not in html
+    assert found.tags["h2"] == 8 and "missing" not in re.sub(
+        r"missing slices|<style>.*</style>", "", html, flags=re.DOTALL
+    )
+    for words in (
+        "seed: 3",
+        "abc123",
+        "tapct train <b>",
+        "d1g35t",
+        "23 scans were found, 20 accepted, 3 refused",
+        "not ct",
+    ):
+        assert words in found.words, words
+
+
+def test_the_dice_table_says_what_the_results_say(tmp_path: Path) -> None:
+    run = run_folder(tmp_path / "run")
+    add_evaluation(run)
+    words = Page(page.write(run).read_text()).words
+    assert "fitted on 2 scans and judged on 1 held-out ones (patient level)" in words
+    assert "Frozen Dice0.600+0.125 over untrained" in words
+    assert "liver0.8000.5000.200+0.300" in words
+    assert "<aorta>0.4000.450\u2013\u22120.050" in words
+
+
+def test_the_verdict_is_in_words(tmp_path: Path) -> None:
+    alive = Page(page.write(run_folder(tmp_path / "alive")).read_text()).words
+    stuck = Page(page.write(run_folder(tmp_path / "stuck", alive=0.0)).read_text()).words
+    assert "Alive" in alive and "Next: Judge the features: tapct eval." in alive
+    assert "Stuck" in stuck and "nothing is learned" in stuck and "Next: Lower lr" in stuck
+
+
+def test_what_is_missing_is_named_with_the_command_that_makes_it(tmp_path: Path) -> None:
+    run = tmp_path / "bare"
+    run.mkdir()
+    (run / "metrics.jsonl").write_text('{"step": 1}\n')
+    words = Page(page.write(run).read_text()).words
+    assert f"tapct eval {run}" in words and "tapct index" in words and "tapct train writes it" in words
+    assert words.count("logged none of these numbers") == 4
+    (run / "eval").mkdir()
+    (run / "eval" / "results.json").write_text('{"models": {')
+    assert "results.json is damaged" in Page(page.write(run).read_text()).words
+
+
+@pytest.mark.parametrize("content", [None, "", "\n", '{"step": 1, "lo'])
+def test_no_finished_step_is_one_clear_line(tmp_path: Path, content: str | None) -> None:
+    if content is not None:
+        (tmp_path / "metrics.jsonl").write_text(content)
+    with pytest.raises(UserError, match=r"^[^\n]*nothing to report yet\. Train first: tapct train CONFIG\.$"):
+        page.write(tmp_path)
+    with pytest.raises(UserError, match="run folder .* is not there"):
+        page.write(tmp_path / "nowhere")
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_a_cut_line_is_left_out_and_a_resumed_step_replaces_the_old_one(tmp_path: Path) -> None:
+    lines = [
+        {"step": 1, "v": 1.0},
+        {"step": 2, "v": 2.0},
+        {"step": 3, "v": 3.0},
+        {"step": 2, "v": 20.0},
+        {"step": 4, "v": None},
+    ]
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("\n".join(json.dumps(line) for line in lines) + '\n{"step": 5, "v')
+    history = read_history(path)
+    steps, values = history.column("v")
+    assert history.unreadable == 1
+    np.testing.assert_array_equal(steps, [1, 2, 3, 4])
+    np.testing.assert_array_equal(values, [1, 20, 3, np.nan])
+    assert "1 unreadable lines" in Page(page.write(tmp_path).read_text()).words
+
+
+def test_ln_k_is_found_from_what_is_logged_or_not_claimed(tmp_path: Path) -> None:
+    history = read_history(run_folder(tmp_path / "a") / "metrics.jsonl")
+    assert prototypes_ln(history, "dino") == pytest.approx(LN_K, abs=1e-4)
+    assert prototypes_ln(history, "ibot") == pytest.approx(LN_K, abs=1e-6)
+    noise = np.random.default_rng(0).normal(size=(40, 3))
+    rows = [
+        {"step": i, "ce/x_a": a, "ce/x_b": b, "health/x_ln_k_minus_ce": c} for i, (a, b, c) in enumerate(noise.tolist())
+    ]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    assert math.isnan(prototypes_ln(read_history(tmp_path / "metrics.jsonl"), "x"))
+
+
+def test_a_number_that_is_not_finite_is_shown_as_such(tmp_path: Path) -> None:
+    run = run_folder(tmp_path / "run")
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(record(41) | {"loss/total": math.nan, "health/dino_ln_k_minus_ce": math.inf}) + "\n")
+    found = Page(page.write(run).read_text())
+    assert "Not finite" in found.words and "not finite at 1 of 41" in found.words
+    assert found.data[0]["series"][0]["y"][-1] is None
+
+
+def test_small_pictures_go_in_unchanged_and_none_from_outside(tmp_path: Path) -> None:
+    run = run_folder(tmp_path / "run")
+    add_evaluation(run, overlays=[{"scan": "s1", "file": "overlays/a.png", "caption": "A <caption>."}], pca=[{"scan": "s1", "file": "../../secret.png"}])  # fmt: skip
+    Image.new("RGB", (8, 8), "red").save(run / "eval" / "overlays" / "a.png")
+    Image.new("RGB", (8, 8), "blue").save(tmp_path / "secret.png")
+    found = Page(page.write(run).read_text())
+    pictures = [base64.b64decode(link.split(",")[1]) for link in found.links if link.startswith("data:image")]
+    assert pictures == [(run / "eval" / "overlays" / "a.png").read_bytes()]
+    assert "A <caption>. Scan s1." in found.words and "picture ../../secret.png is not there" in found.words
+
+
+def test_many_large_pictures_and_a_long_history_stay_below_3_mb(tmp_path: Path) -> None:
+    run = run_folder(tmp_path / "run", steps=5000)
+    names = [f"overlays/{i}.png" for i in range(30)]
+    add_evaluation(run, overlays=[{"scan": "s", "file": name} for name in names])
+    noise = np.random.default_rng(0).integers(0, 255, (200, 600, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(run / "eval" / names[0])
+    for name in names[1:]:
+        (run / "eval" / name).write_bytes((run / "eval" / names[0]).read_bytes())
+    found = Page(page.write(run).read_text())
+    images = [link for link in found.links if link.startswith("data:image")]
+    assert len(images) == 24 and "6 more in eval/" in found.words
+    shown = Image.open(io.BytesIO(base64.b64decode(images[0].split(",")[1])))
+    assert shown.width / shown.height == pytest.approx(3, rel=0.05)
+    assert (run / "report.html").stat().st_size < 3_000_000
+
+
+def test_a_page_that_cannot_be_written_leaves_nothing_behind(tmp_path: Path) -> None:
+    run = run_folder(tmp_path / "run")
+    (run / "report.html").mkdir()
+    with pytest.raises(UserError, match=r"report\.html could not be written"):
+        page.write(run)
+    assert sorted(path.name for path in run.iterdir()) == ["metrics.jsonl", "report.html"]
+
+
+def points(path: str) -> np.ndarray:
+    return np.array([[float(v) for v in pair.split()] for pair in re.findall(r"[ML]([-\d.e]+ [-\d.e]+)", path)])
+
+
+def test_a_drawn_line_is_the_data() -> None:
+    x, y = np.arange(1.0, 12.0), np.array([5.0, 4, 4.5, 3, 2, 2.5, 1, 1.5, 1, 0.5, 0.25])
+    html = plots.line_chart("t", "u", [plots.Curve("c", x, y, smooth=False)])
+    drawn = points(re.search(r'class="line"[^>]* d="([^"]+)"', html).group(1))  # type: ignore[union-attr]
+    labels = re.findall(r'x="48" y="([-\d.]+)" text-anchor="end">([^<]+)<', html)
+    at, value = np.array([[float(py) - 4, float(v.replace("\u2212", "-"))] for py, v in labels]).T
+    slope, offset = np.polyfit(at, value, 1)
+    np.testing.assert_allclose(slope * drawn[:, 1] + offset, y, atol=0.01)
+    np.testing.assert_allclose(np.diff(drawn[:, 0]), (drawn[-1, 0] - drawn[0, 0]) / 10, atol=0.11)
+
+
+def test_a_gap_in_the_data_is_a_gap_in_the_line() -> None:
+    html = plots.line_chart("t", "", [plots.Curve("", np.arange(6.0), np.array([1, 2, np.nan, 3, 4, 5]), smooth=False)])
+    assert re.search(r'class="line"[^>]* d="([^"]+)"', html).group(1).count("M") == 2  # type: ignore[union-attr]
+    assert "not finite at 1 points, first at 2" in html
+
+
+def test_rolling_mean_equals_a_slow_loop() -> None:
+    y = np.random.default_rng(1).normal(size=57)
+    y[[3, 20, 21]] = np.nan
+    for half in (1, 4, 30):
+        slow = []
+        for i in range(len(y)):
+            reach = min(i, half)
+            window = [v for v in y[i - reach : i + reach + 1] if math.isfinite(v)]
+            slow.append(sum(window) / len(window) if window else math.nan)
+        np.testing.assert_allclose(plots.rolling_mean(y, half), slow, atol=1e-12)
+
+
+def test_decimation_keeps_spikes_means_and_medians() -> None:
+    x = np.arange(100_000.0)
+    y = np.sin(x / 9000)
+    y[[31_234, 70_001]] = 50, -50
+    dx, dy = plots.decimate_extremes(x, y, 200)
+    assert (
+        len(dx) <= 400 and dy.max() == 50 and dy.min() == -50 and dx[dy.argmax()] == 31_234 and (np.diff(dx) > 0).all()
+    )
+    mx, my = plots.decimate_means(x, y, 200)
+    assert len(mx) <= 202 and my[1] == pytest.approx(y[:500].mean()) and mx[1] == pytest.approx(x[:500].mean())
+    assert my[-1] == y[-1] and mx[-1] == x[-1]
+    _, median = plots.decimate_medians(x, y, 200)
+    np.testing.assert_allclose(median[62], np.median(y[31_000:31_500]))
+    assert abs(median).max() < 1.01
+
+
+@pytest.mark.parametrize(
+    ("low", "high"), [(0, 1), (1, 718), (-3.2, 0.4), (0.992, 1.0), (0, 1e-3), (5.5448, 5.5452), (0, 3e6)]
+)
+def test_ticks_are_round_in_range_and_told_apart(low: float, high: float) -> None:
+    found = plots.ticks(low, high)
+    step = found[1] - found[0]
+    mantissa = step / 10 ** math.floor(math.log10(step) + 1e-9)
+    assert min(abs(mantissa - m) for m in (1, 2, 5, 10)) < 1e-6 and 2 <= len(found) <= 8
+    assert found[0] >= low - 1e-9 * step and found[-1] <= high + 1e-6 * step
+    assert len(set(plots.tick_labels(found))) == len(found)
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [(718, "718"), (5744, "5744"), (1_250_000, "1\u2009250\u2009000"), (0.21449, "0.2145"), (-0.0111, "\u22120.0111"), (1e-6, "1e-6"),
+     (0.0, "0"), (math.nan, "not finite"), (37.204, "37.20"), (3.14e7 + 0.5, "3.14e7"), (-2.5e-5, "\u22122.5e-5")],
+)  # fmt: skip
+def test_numbers_are_written_for_people(value: float, shown: str) -> None:
+    assert plots.number(value) == shown
+
+
+def test_one_step_and_constant_curves_have_charts() -> None:
+    for y in ([2.0], [0.0], [7.0, 7.0, 7.0], [math.nan]):
+        html = plots.line_chart(
+            "t", "u", [plots.Curve("c", np.arange(len(y)) + 1.0, np.array(y))], rules=[plots.Rule("r", 1.0)]
+        )
+        assert "nan" not in html and "inf" not in html
+        Page(html)
