@@ -1,0 +1,57 @@
+"""Who this process is among the processes of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+# The variables of each launcher for rank, world, local rank; the first launcher whose first two are set wins.
+# SLURM_STEP_NUM_TASKS and not SLURM_NTASKS: the latter is also set in a batch script outside of srun, where one
+# process would wait for ever for the others.
+_LAUNCHERS = (
+    ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
+    ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),
+)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Place of one process in a run.
+
+    Args:
+        rank: 0 .. world - 1 over all nodes.
+        world: number of processes.
+        local_rank: number of this process on its node; picks its GPU.
+    """
+
+    rank: int = 0
+    world: int = 1
+    local_rank: int = 0
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.rank < self.world and 0 <= self.local_rank <= self.rank):
+            raise ValueError(f"rank {self.rank}, local rank {self.local_rank} do not fit a world of {self.world}")
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process prints and writes for the whole run."""
+        return self.rank == 0
+
+
+def from_environment(environment: Mapping[str, str]) -> Ranks:
+    """Read the place from the launcher's variables: torchrun's win over srun's, and without either it is one process.
+
+    Args:
+        environment: `os.environ`.
+    Raises:
+        ValueError: the variables hold no numbers, or numbers that do not fit.
+    """
+    for names in _LAUNCHERS:
+        if names[0] in environment and names[1] in environment:
+            try:
+                rank, world, local_rank = (int(environment.get(name, "0")) for name in names)
+                return Ranks(rank, world, local_rank)
+            except ValueError as error:
+                told = ", ".join(f"{name}={environment.get(name, '')}" for name in names)
+                raise ValueError(f"the launcher's variables make no sense: {told}; {error}") from error
+    return Ranks()
