@@ -74,7 +74,8 @@ def models_table(results: Mapping[str, Any]) -> str:
             f'<td class="track"><div><span style="width:{width:.1f}%"></span>{scan_marks}</div></td>'
             f'<td class="n">{dice(score)}</td></tr>'
         )
-    head = '<thead><tr><th>model</th><th>mean Dice, 0 to 1; a tick is one test scan</th><th class="n">mean</th></tr></thead>'
+    what = "<th>mean Dice, 0 to 1; a tick is one test scan</th>"
+    head = f'<thead><tr><th>model</th>{what}<th class="n">mean</th></tr></thead>'
     return f'<div class="scroll"><table class="models">{head}<tbody>{"".join(rows)}</tbody></table></div>'
 
 
@@ -106,11 +107,13 @@ def organs_table(results: Mapping[str, Any]) -> str:
 
 
 def split_words(results: Mapping[str, Any]) -> str:
-    """How the scans were split, in a sentence."""
+    """How the scans were split and where Dice was counted, in sentences."""
     split = results.get("split", {})
-    train, test = len(split.get("train", ())), len(split.get("test", ()))
-    mode = f" ({text(split['mode'])} level)" if split.get("mode") else ""
-    return f"The decoder was fitted on {train} scans and judged on {test} held-out ones{mode}."
+    train, test, mode = len(split.get("train", ())), len(split.get("test", ())), split.get("mode")
+    by = f", split by {text(mode)}" if mode else ""
+    note = f" <b>{text(split['note'])}.</b>" if split.get("note") else ""
+    grid = f" Dice is counted at {text(results['resolution'])} resolution." if results.get("resolution") else ""
+    return f"The decoder was fitted on {train} scans and judged on {test}{by}.{note}{grid}"
 
 
 def encode(path: Path, budget: int) -> tuple[bytes, str]:
@@ -170,7 +173,8 @@ def evaluation(folder: Path, results: Mapping[str, Any], why_not: str, command: 
         command: what makes it.
     """
     if not results.get("models"):
-        return f'<p class="missing">No evaluation yet ({text(why_not or "no model was judged")}). <code>{text(command)}</code> makes it.</p>'
+        reason = text(why_not or "no model was judged")
+        return f'<p class="missing">No evaluation yet ({reason}). <code>{text(command)}</code> makes it.</p>'
     parts = [
         f"<p>{split_words(results)} A linear decoder reads frozen features; everything but the backbone is equal.</p>"
     ]

@@ -56,9 +56,9 @@ HEALTH = {  # metric -> title, unit, factor
 TERM_HEALTH = ("ln_k_minus_ce", "information", "marginal_entropy", "target_entropy", "prototypes_used")
 LEADS = {  # title -> what a reader should know before looking
     "Losses": "Each term as it is optimised, and the plain cross-entropies, which need no weight to be read.",
-    "Health": "A falling loss proves nothing: a run that learned nothing falls to ln K, and one whose targets collapsed has the "
-    "lowest loss of all. The sign of life is the information of the targets, the entropy of their mean minus the mean of "
-    "their entropies.",
+    "Health": "A falling loss proves nothing: a run that learned nothing falls to ln K, and one with collapsed targets "
+    "has the lowest loss of all. The sign of life is the information of the targets, the entropy of their mean minus "
+    "the mean of their entropies.",
     "Timing": "Wall time of a step on the process that writes the log.",
 }
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
@@ -250,24 +250,23 @@ def timing(history: History) -> str:
 
 def scans(manifest: Mapping[str, Any], command: str) -> str:
     """How many scans were taken and refused, and why."""
-    refused = manifest.get("refused", {})
-    reasons: Mapping[str, Any] = refused if isinstance(refused, dict) else manifest.get("reasons", {})
-    num_refused = sum(reasons.values()) if isinstance(refused, dict) else refused
     if "accepted" not in manifest:
-        return f'<p class="missing">The run names no manifest. <code>{text(command)}</code> makes one.</p>'
-    rows = [("accepted", manifest["accepted"]), *(reasons.items() or [("refused", num_refused)])]
-    most = max([int(count) for _, count in rows] + [1])
+        known = f"The run's store holds {number(manifest['scans'])} scans. " if "scans" in manifest else ""
+        return f'<p class="missing">{known}Which scans were refused, and why: <code>{text(command)}</code> says it.</p>'
+    accepted, reasons = int(manifest["accepted"]), {k: int(v) for k, v in manifest.get("refused", {}).items()}
+    refused = sum(reasons.values())
+    most = max(accepted, *reasons.values(), 1)
     body = "".join(
-        f"<tr{' class=first' if not i else ''}><th>{text(str(name).replace('_', ' ') if i else name)}</th>"
-        f'<td class="track"><div><span style="width:{100 * int(count) / most:.1f}%"></span></div></td>'
-        f'<td class="n">{number(int(count))}</td></tr>'
-        for i, (name, count) in enumerate(rows)
+        f"<tr{first}><th>{text(name.replace('_', ' '))}</th>"
+        f'<td class="track"><div><span style="width:{100 * count / most:.1f}%"></span></div></td>'
+        f'<td class="n">{number(count)}</td></tr>'
+        for name, count, first in [
+            ("accepted", accepted, ' class="first"'),
+            *((name, count, "") for name, count in sorted(reasons.items(), key=lambda pair: -pair[1])),
+        ]
     )
-    total = int(manifest["accepted"]) + int(num_refused)
-    return (
-        f"<p>{number(total)} scans were found, {number(int(manifest['accepted']))} accepted, {number(int(num_refused))} refused.</p>"
-        f'<div class="scroll"><table class="models"><tbody>{body}</tbody></table></div>'
-    )
+    found = f"{number(accepted + refused)} scans were found, {number(accepted)} accepted, {number(refused)} refused."
+    return f'<p>{found}</p><div class="scroll"><table class="models"><tbody>{body}</tbody></table></div>'
 
 
 def provenance(facts: Mapping[str, Any], why_not: str) -> str:
@@ -323,11 +322,12 @@ def render(run_dir: Path) -> str:
         f'<section><h2 id="{anchors[title]}">{title}</h2>{part}</section>' for title, part in sections.items()
     )
     cut = f" {history.unreadable} unreadable lines of metrics.jsonl were left out." if history.unreadable else ""
+    box = verdict_box(verdict(readings(history)), judged=bool(results))
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{text(name)}: tapct run</title>'
-        f'<meta name="viewport" content="width=device-width,initial-scale=1"><meta http-equiv="Content-Security-Policy" '
-        f'content="{POLICY}"><style>{theme.CSS}</style></head><body><main><header><h1>{text(name)}</h1>'
-        f'<p class="muted">Pretraining run of tapct: volumetric DINOv2 on CT.</p></header>{verdict_box(verdict(readings(history)), bool(results))}'
+        f'<meta name="viewport" content="width=device-width,initial-scale=1"><meta http-equiv="Content-Security-Policy"'
+        f' content="{POLICY}"><style>{theme.CSS}</style></head><body><main><header><h1>{text(name)}</h1>'
+        f'<p class="muted">Pretraining run of tapct: volumetric DINOv2 on CT.</p></header>{box}'
         f"{tiles(history, results)}<nav>{links}</nav>{body}<footer>Thin lines are raw values, thick ones rolling means."
         f"{cut}</footer></main><script>{theme.JS}</script></body></html>\n"
     )

@@ -178,10 +178,8 @@ def _range(curves: Sequence[Curve], fronts: Sequence[np.ndarray], rules: Sequenc
         slack = 0.4 * (high - low)
         low = float(raw.min()) if low - slack <= raw.min() < low else low
         high = float(raw.max()) if high < raw.max() <= high + slack else high
-    if high - low <= 1e-6 * max(abs(low), abs(high)):  # a constant
-        pad = 0.5 * abs(high) or 1.0
-    else:
-        pad = 0.06 * (high - low)
+    constant = high - low <= 1e-6 * max(abs(low), abs(high))
+    pad = (0.5 * abs(high) or 1.0) if constant else 0.06 * (high - low)
     x = np.concatenate([curve.x for curve in curves])
     x0, x1 = float(x.min()), float(x.max())
     y0 = 0.0 if zero and low >= 0 else low - pad
@@ -276,7 +274,8 @@ def _hover(frame: Frame, fronts: Sequence[tuple[np.ndarray, np.ndarray]]) -> str
         for x, y in fronts
     ]
     payload = {"frame": [frame.x0, frame.x1, LEFT, WIDTH - RIGHT, WIDTH], "series": series}
-    return f'<script type="application/json">{json.dumps(payload, separators=(",", ":")).replace("<", chr(92) + "u003c")}</script>'
+    safe = json.dumps(payload, separators=(",", ":")).replace("<", "\\u003c")
+    return f'<script type="application/json">{safe}</script>'
 
 
 def _figure(title: str, unit: str, legend: str, body: str, hover: str) -> str:
@@ -313,7 +312,9 @@ def line_chart(
     fronts = [smoothed(curve) for curve in curves]
     frame = _range(curves, fronts, rules, zero)
     drawn = [decimate_means(curve.x, front) for curve, front in zip(curves, fronts, strict=True)]
-    clip = f'<svg x="{LEFT}" y="{TOP}" width="{WIDTH - LEFT - RIGHT}" height="{HEIGHT - TOP - BOTTOM}" viewBox="{LEFT} {TOP} {WIDTH - LEFT - RIGHT} {HEIGHT - TOP - BOTTOM}">'
+    box = f"{WIDTH - LEFT - RIGHT} {HEIGHT - TOP - BOTTOM}"
+    width, height = box.split()
+    clip = f'<svg x="{LEFT}" y="{TOP}" width="{width}" height="{height}" viewBox="{LEFT} {TOP} {box}">'
     parts = [_axes(frame, x_label), clip]
     if band and len(curves) > 1:
         outline = [np.concatenate([drawn[0][i], drawn[1][i][::-1]]) for i in (0, 1)]

@@ -148,9 +148,10 @@ NEXT_MOVE = {
     "unknown": "Log the health numbers: without them a falling loss proves nothing.",
     "alive": "Judge the features: tapct eval.",
     "faint": "Train on and look again; if it stays, lower lr or slow the teacher (momentum nearer 1).",
-    "not following": "The targets move faster than the student learns: slow the teacher (momentum nearer 1), or warm up longer.",
-    "stuck": "Lower lr (to 1e-3 or less), slow the teacher (momentum 0.992 or more), take fewer prototypes (K at most 64 "
-    "targets per step) or LayerScale 1 in a short run.",
+    "not following": "The targets move faster than the student learns: slow the teacher (momentum nearer 1), or warm "
+    "up longer.",
+    "stuck": "Lower lr (to 1e-3 or less), slow the teacher (momentum 0.992 or more), take fewer prototypes (at most 64 "
+    "per target of a step) or LayerScale 1 in a short run.",
     "collapsed": "See that centring or Sinkhorn is on, raise teacher_temp, lower lr, and keep KoLeo at 0.1.",
     "not finite": "Stop; go back to the last checkpoint with a lower lr, and look at the grad norms before the break.",
 }

@@ -1,4 +1,4 @@
-"""What changes from step to step, as pure functions of the step number: lr, weight decay, momentum, teacher temperature.
+"""What changes from step to step, as pure functions of the step: lr, weight decay, momentum, teacher temperature.
 
 Steps are optimizer steps, counted from 0; gradient accumulation and world size do not enter. A resumed run therefore
 continues every curve where it stopped, without any state of its own.
@@ -118,8 +118,9 @@ class Schedules:
         peak = peak_lr(self.config, self.global_batch)
         if peak < self.config.min_lr:
             raise UserError(
-                f"peak learning rate {peak:.3g} (lr {self.config.lr:g}, scaling '{self.config.lr_scaling}', global batch "
-                f"{self.global_batch}) is below min_lr {self.config.min_lr:g}. Raise lr, lower min_lr, or set lr_scaling=none."
+                f"peak learning rate {peak:.3g} (lr {self.config.lr:g}, scaling '{self.config.lr_scaling}', global "
+                f"batch {self.global_batch}) is below min_lr {self.config.min_lr:g}. Raise lr, lower min_lr, or set "
+                "lr_scaling=none."
             )
 
     @property

@@ -62,8 +62,10 @@ def record(step: int, alive: float = 1.0) -> dict[str, Any]:
         "loss/total": 9.0 - alive, "loss/dino_global": ce_global / 5, "loss/koleo": -0.05, "loss/ibot": ce_ibot,
         "ce/dino_global": ce_global, "ce/dino_local": ce_local, "ce/ibot": ce_ibot,
         "health/dino_ln_k_minus_ce": LN_K - (ce_global + 4 * ce_local) / 5, "health/ibot_ln_k_minus_ce": 1.5 * alive,
-        "health/dino_information": alive, "health/dino_marginal_entropy": 5.4, "health/dino_target_entropy": 5.4 - alive,
-        "health/ibot_information": alive, "health/ibot_marginal_entropy": 5.4, "health/ibot_target_entropy": 5.4 - alive,
+        "health/dino_information": alive, "health/dino_marginal_entropy": 5.4,
+        "health/dino_target_entropy": 5.4 - alive,
+        "health/ibot_information": alive, "health/ibot_marginal_entropy": 5.4,
+        "health/ibot_target_entropy": 5.4 - alive,
         "health/dino_prototypes_used": 0.5, "health/rankme": 30.0, "grad_norm/backbone": 1.0,
         "seconds/data": 0.1, "seconds/forward_backward": 0.3, "seconds/step": 0.5, "samples_per_second": 16.0,
     }  # fmt: skip
@@ -80,10 +82,14 @@ def add_evaluation(run: Path, **more: Any) -> None:
         known = [value for value in dice.values() if value is not None]
         return {"mean_dice": sum(known) / len(known), "dice": dice, "per_scan": {"scan_a": dice}}
 
-    models: dict[str, dict[str, float | None]] = {"pretrained": {"liver": 0.8, "<aorta>": 0.4}, "untrained": {"liver": 0.5, "<aorta>": 0.45},
-              "raw_hu": {"liver": 0.2, "<aorta>": None}}  # fmt: skip
-    results = {"organs": ["liver", "<aorta>"], "models": {name: model(dice) for name, dice in models.items()},
-               "split": {"mode": "patient", "train": ["x", "y"], "test": ["scan_a"]}, **more}  # fmt: skip
+    models: dict[str, dict[str, float | None]] = {
+        "pretrained": {"liver": 0.8, "<aorta>": 0.4},
+        "untrained": {"liver": 0.5, "<aorta>": 0.45},
+        "raw_hu": {"liver": 0.2, "<aorta>": None},
+    }
+    judged = {name: model(dice) for name, dice in models.items()}
+    results = {"organs": ["liver", "<aorta>"], "models": judged, "resolution": "patch",
+               "split": {"mode": "patients", "train": ["x", "y"], "test": ["scan_a"]}, **more}  # fmt: skip
     (run / "eval" / "overlays").mkdir(parents=True, exist_ok=True)
     (run / "eval" / "results.json").write_text(json.dumps(results))
 
@@ -125,7 +131,7 @@ def test_the_dice_table_says_what_the_results_say(tmp_path: Path) -> None:
     run = run_folder(tmp_path / "run")
     add_evaluation(run)
     words = Page(page.write(run).read_text()).words
-    assert "fitted on 2 scans and judged on 1 held-out ones (patient level)" in words
+    assert "fitted on 2 scans and judged on 1, split by patients. Dice is counted at patch resolution." in words
     assert "Frozen Dice0.600+0.125 over untrained" in words
     assert "liver0.8000.5000.200+0.300" in words
     assert "<aorta>0.4000.450\u2013\u22120.050" in words
@@ -156,7 +162,7 @@ def test_no_finished_step_is_one_clear_line(tmp_path: Path, content: str | None)
         (tmp_path / "metrics.jsonl").write_text(content)
     with pytest.raises(UserError, match=r"^[^\n]*nothing to report yet\. Train first: tapct train CONFIG\.$"):
         page.write(tmp_path)
-    with pytest.raises(UserError, match="run folder .* is not there"):
+    with pytest.raises(UserError, match=r"run folder .* is not there"):
         page.write(tmp_path / "nowhere")
     assert not (tmp_path / "report.html").exists()
 
@@ -202,7 +208,8 @@ def test_a_number_that_is_not_finite_is_shown_as_such(tmp_path: Path) -> None:
 
 def test_small_pictures_go_in_unchanged_and_none_from_outside(tmp_path: Path) -> None:
     run = run_folder(tmp_path / "run")
-    add_evaluation(run, overlays=[{"scan": "s1", "file": "overlays/a.png", "caption": "A <caption>."}], pca=[{"scan": "s1", "file": "../../secret.png"}])  # fmt: skip
+    overlays = [{"scan": "s1", "file": "overlays/a.png", "caption": "A <caption>."}]
+    add_evaluation(run, overlays=overlays, pca=[{"scan": "s1", "file": "../../secret.png"}])
     Image.new("RGB", (8, 8), "red").save(run / "eval" / "overlays" / "a.png")
     Image.new("RGB", (8, 8), "blue").save(tmp_path / "secret.png")
     found = Page(page.write(run).read_text())
@@ -298,8 +305,9 @@ def test_ticks_are_round_in_range_and_told_apart(low: float, high: float) -> Non
 
 @pytest.mark.parametrize(
     ("value", "shown"),
-    [(718, "718"), (5744, "5744"), (1_250_000, "1\u2009250\u2009000"), (0.21449, "0.2145"), (-0.0111, "\u22120.0111"), (1e-6, "1e-6"),
-     (0.0, "0"), (math.nan, "not finite"), (37.204, "37.20"), (3.14e7 + 0.5, "3.14e7"), (-2.5e-5, "\u22122.5e-5")],
+    [(718, "718"), (5744, "5744"), (1_250_000, "1\u2009250\u2009000"), (0.21449, "0.2145"),
+     (-0.0111, "\u22120.0111"), (1e-6, "1e-6"), (0.0, "0"), (math.nan, "not finite"),
+     (37.204, "37.20"), (3.14e7 + 0.5, "3.14e7"), (-2.5e-5, "\u22122.5e-5")],
 )  # fmt: skip
 def test_numbers_are_written_for_people(value: float, shown: str) -> None:
     assert plots.number(value) == shown

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from tapct.ssl import health
 from tapct.nn.prototypes import target_sums
+from tapct.ssl import health
 from tapct.ssl.health import TermReading, target_health, verdict
 
 K = 8
