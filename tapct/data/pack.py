@@ -1,0 +1,382 @@
+"""Manifest -> store: every accepted scan becomes one compressed array that is read slab by slab.
+
+Files are written aside, synced and renamed, and `store.parquet` comes last: a packed scan is whole or absent, and a run
+that was stopped at any point goes on where it was. Codec, filter and chunk shape were chosen by measurement on CT
+(docs/benchmarks.md): zstd level 1 with bit shuffle is smaller than byte shuffle at the same level and no slower than
+higher levels to read; level 0 means LZ4, which reads twice as fast at a fifth more space.
+
+Axes: Z Y X depth height width in voxels.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import multiprocessing
+import os
+import re
+import shutil
+import signal
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import blosc2
+import numpy as np
+
+from tapct.data.ingest import read_volume
+from tapct.data.manifest import Manifest, Row
+from tapct.data.store import (
+    INDEX_NAME,
+    META_KEY,
+    Damaged,
+    PackedMeta,
+    StoredScan,
+    checksum,
+    index_bytes,
+    open_packed,
+)
+from tapct.data.workers import map_unordered
+from tapct.types import Refused, UserError, Volume
+
+CHUNK_BYTES = 1 << 20  # smaller chunks waste less at a slab's ends, larger ones cost fewer calls
+CHUNK_SLICES = 8
+BLOCK_BYTES = 1 << 18  # in and out of a block fit a 1 MiB L2 cache
+_FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+
+
+@dataclass(frozen=True)
+class RefusedScan:
+    """An accepted scan that could not be packed: its id, its path in the archive, a reason code and one line."""
+
+    id: str
+    path: str
+    reason: str
+    detail: str
+
+
+@dataclass(frozen=True)
+class PackReport:
+    """What one `pack` did.
+
+    Args:
+        store: the folder.
+        packed: ids of the scans written now.
+        kept: how many were there already and whole.
+        damaged: those of `packed` whose file was there but not readable.
+        refused: scans of the manifest that are not in the store.
+        unlisted: files of the folder that belong to no scan of this manifest; they are left alone.
+        voxel_bytes, stored_bytes: of all scans in the store, int16 in memory and compressed on disk.
+        seconds: wall time.
+    """
+
+    store: Path
+    packed: tuple[str, ...]
+    kept: int
+    damaged: tuple[str, ...]
+    refused: tuple[RefusedScan, ...]
+    unlisted: tuple[str, ...]
+    voxel_bytes: int
+    stored_bytes: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class _Task:
+    row: Row
+    root: Path
+    out: Path
+    level: int
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """One of `scan`, `refused` and `write_error` is set."""
+
+    scan: StoredScan | None = None
+    refused: RefusedScan | None = None
+    write_error: OSError | None = None
+    kept: bool = False
+    was_damaged: bool = False
+    stored_bytes: int = 0
+
+
+def pack(
+    manifest: Manifest,
+    out: Path,
+    *,
+    workers: int = 0,
+    level: int = 1,
+    progress: Callable[[int, int], None] | None = None,
+) -> PackReport:
+    """Pack every accepted scan of a manifest that is not packed yet.
+
+    Args:
+        manifest: what `tapct index` wrote.
+        out: folder of the store; made if absent.
+        workers: processes; 0 or 1 packs in this one.
+        level: 0 is LZ4; 1..9 is zstd, smaller and slower to write.
+        progress: called with (finished scans, scans).
+    Raises:
+        UserError: nothing to pack, nothing could be packed, the disk is full, or another pack is writing there.
+    """
+    rows = _checked_rows(manifest, level)
+    started = time.monotonic()
+    root = manifest.root.resolve()
+    outcomes: list[_Outcome | None] = [None] * len(rows)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with _only_one(out):
+            for leftover in out.glob(".*.tmp"):
+                leftover.unlink()
+            tasks = [_Task(row, root, out, level) for row in rows]
+            with closing(_run(tasks, workers)) as results:  # closing lets the running scans finish, and no more
+                for done, (i, outcome) in enumerate(results, 1):
+                    if outcome.write_error is not None:
+                        raise outcome.write_error
+                    outcomes[i] = outcome
+                    if progress is not None:
+                        progress(done, len(rows))
+            finished = [outcome for outcome in outcomes if outcome is not None]
+            scans = [outcome.scan for outcome in finished if outcome.scan is not None]
+            report = _report(out, finished, scans, time.monotonic() - started)
+            if not scans:
+                raise _nothing_packed(report, root)
+            write_atomically(out / INDEX_NAME, index_bytes(scans, root, manifest.digest))
+            return report
+    except OSError as error:
+        raise _write_error(error, out, rows, outcomes) from error
+
+
+def _nothing_packed(report: PackReport, root: Path) -> UserError:
+    first = report.refused[0]
+    return UserError(
+        f"none of the {len(report.refused)} accepted scans could be packed; the first, {first.path}: {first.reason}: "
+        f"{first.detail} Is {root} still the archive? If it changed, run `tapct index` again."
+    )
+
+
+def _checked_rows(manifest: Manifest, level: int) -> Sequence[Row]:
+    if not 0 <= level <= 9:
+        raise UserError(f"the compression level is {level}; it goes from 0 (LZ4, fastest) over 1 (zstd) to 9.")
+    rows = manifest.accepted
+    if not rows:
+        raise UserError(
+            f"the manifest of {manifest.root} has no accepted scan among {len(manifest.rows)}; see its reasons."
+        )
+    seen: set[str] = set()
+    for row in rows:
+        if row.id in seen or not _FILE_NAME.fullmatch(row.id):
+            raise UserError(
+                f"scan id {row.id!r} of {row.path} is taken twice or no file name; run `tapct index` again."
+            )
+        seen.add(row.id)
+    return rows
+
+
+@contextmanager
+def _only_one(out: Path) -> Iterator[None]:
+    """Hold the folder's lock, so that nobody takes another pack's files for leftovers."""
+    with open(out / ".lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"another `tapct pack` is writing to {out}; wait for it or choose another folder."
+            ) from None
+        yield
+
+
+def _run(tasks: Sequence[_Task], workers: int) -> Generator[tuple[int, _Outcome], None, None]:
+    yield from map_unordered(_work, tasks, workers, _crashed)
+
+
+def _crashed(task: _Task) -> _Outcome:
+    detail = "packing it ended the process (a crash of a reader library, or out of memory)"
+    return _Outcome(refused=RefusedScan(task.row.id, task.row.path, "crashed", detail))
+
+
+def _work(task: _Task) -> _Outcome:
+    """`pack_scan` for `map_unordered`: nothing is raised, and Ctrl-C is the parent's business."""
+    if multiprocessing.parent_process() is not None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        return pack_scan(task)
+    except OSError as error:
+        return _Outcome(write_error=error)
+
+
+def pack_scan(task: _Task) -> _Outcome:
+    """Keep, pack or refuse one scan. Raises: OSError where the store cannot be written."""
+    row, file = task.row, task.out / f"{task.row.id}.b2nd"
+    was_damaged = False
+    if file.exists():
+        try:
+            _, meta = open_packed(file)
+        except Damaged:
+            was_damaged = True
+        else:
+            if (meta.id, meta.checksum) == (row.id, row.digest) and not _differences(
+                row, meta.shape_ZYX, meta.spacing_mm
+            ):
+                return _Outcome(_stored(row, meta), kept=True, stored_bytes=file.stat().st_size)
+    try:
+        frame, meta = encode(_read_as_indexed(row, task.root), row.id, task.level)
+        if meta.checksum != row.digest:
+            detail = f"{task.root / row.path} has other voxels than the manifest says; run `tapct index` again."
+            raise Refused("changed", detail)
+    except Refused as refusal:
+        return _Outcome(refused=RefusedScan(row.id, row.path, refusal.reason, refusal.detail), was_damaged=was_damaged)
+    write_atomically(file, frame)
+    return _Outcome(_stored(row, meta), was_damaged=was_damaged, stored_bytes=len(frame))
+
+
+def _stored(row: Row, meta: PackedMeta) -> StoredScan:
+    return StoredScan(row.id, meta.shape_ZYX, meta.spacing_mm, row.patient, row.path, row.label_path, meta.checksum)
+
+
+def _read_as_indexed(row: Row, root: Path) -> Volume:
+    """Read the source. Raises: Refused where it is not what the manifest says."""
+    path = root / row.path
+    if not path.exists():
+        raise Refused("vanished", f"{path} was there when the manifest was made; run `tapct index` again.")
+    try:
+        volume = read_volume(path)
+    except OSError as error:
+        raise Refused("unreadable", f"{path}: {error.strerror or error}") from error
+    z, y, x = volume.hu_ZYX.shape
+    difference = _differences(row, (z, y, x), volume.spacing_mm)
+    if difference:
+        raise Refused("changed", f"{path} {difference}; run `tapct index` again.")
+    return volume
+
+
+def _differences(row: Row, shape_ZYX: tuple[int, int, int], spacing_mm: tuple[float, float, float]) -> str:
+    """In words, what of a grid is not as the manifest says; empty if all is."""
+    if shape_ZYX != (row.depth, row.height, row.width):
+        return f"has shape {shape_ZYX}, the manifest says {(row.depth, row.height, row.width)}"
+    indexed_mm = (row.spacing_z_mm, row.spacing_y_mm, row.spacing_x_mm)
+    if not np.allclose(spacing_mm, indexed_mm, rtol=1e-5, atol=0.0):  # the manifest may hold float32
+        return f"has spacing {spacing_mm} mm, the manifest says {indexed_mm}"
+    return ""
+
+
+def layout(shape_ZYX: tuple[int, int, int]) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+    """Chunks of whole slices, up to 1 MiB and 8 slices, and blocks of whole rows, up to 256 KiB.
+
+    A block never crosses a chunk's row or slice order, so a decoded chunk is C-ordered. A height without a fitting
+    divisor gets whole slices as blocks.
+    """
+    z, y, x = shape_ZYX
+    slice_bytes = 2 * y * x
+    chunk = min(z, CHUNK_SLICES, max(1, CHUNK_BYTES // slice_bytes))
+    if slice_bytes <= BLOCK_BYTES:
+        return (chunk, y, x), (max(n for n in _divisors(chunk) if n * slice_bytes <= BLOCK_BYTES), y, x)
+    rows = max((n for n in _divisors(y) if 2 * n * x <= BLOCK_BYTES), default=y)
+    if 2 * rows * x < BLOCK_BYTES // 8:
+        rows = y
+    return (chunk, y, x), (1, rows, x)
+
+
+def _divisors(n: int) -> list[int]:
+    return [d for d in range(1, n + 1) if n % d == 0]
+
+
+def encode(volume: Volume, scan_id: str, level: int) -> tuple[bytes, PackedMeta]:
+    """Compress one scan.
+
+    Returns:
+        The bytes of its `.b2nd` file, and what they say of themselves.
+    """
+    z, y, x = volume.hu_ZYX.shape
+    chunks, blocks = layout((z, y, x))
+    codec, shuffle = (
+        (blosc2.Codec.ZSTD, blosc2.Filter.BITSHUFFLE) if level else (blosc2.Codec.LZ4, blosc2.Filter.SHUFFLE)
+    )
+    array = blosc2.asarray(
+        np.ascontiguousarray(volume.hu_ZYX, dtype=np.int16),
+        chunks=chunks,
+        blocks=blocks,
+        contiguous=True,
+        cparams={"codec": codec, "clevel": level or 1, "filters": [shuffle], "typesize": 2, "nthreads": 1},
+        dparams={"nthreads": 1},
+    )
+    ranges_C2 = _byte_ranges(array, array.schunk.to_cframe())
+    spacing_mm = (float(volume.spacing_mm[0]), float(volume.spacing_mm[1]), float(volume.spacing_mm[2]))
+    meta = PackedMeta(scan_id, (z, y, x), spacing_mm, checksum(volume.hu_ZYX), chunks[0], ranges_C2)
+    array.schunk.vlmeta[META_KEY] = meta.to_dict()  # lies behind the chunks, so they stay where they are
+    frame = array.schunk.to_cframe()
+    if not np.array_equal(_byte_ranges(array, frame), ranges_C2):
+        raise RuntimeError(f"blosc2 {blosc2.__version__} moved the chunks of a frame when metadata was added to it")
+    return frame, meta
+
+
+def _byte_ranges(array: blosc2.NDArray, frame: bytes) -> np.ndarray:
+    """Where a frame holds each chunk: int64 (C, 2), offset and length; checked byte by byte."""
+    offset = int.from_bytes(frame[11:15], "big")  # the header's length; the chunks follow in order
+    ranges: list[tuple[int, int]] = []
+    for c in range(array.schunk.nchunks):
+        chunk = array.schunk.get_chunk(c)
+        if frame.startswith(chunk, offset):
+            ranges.append((offset, len(chunk)))
+            offset += len(chunk)
+        elif len(chunk) <= 64:  # a chunk of zeros is only a flag
+            ranges.append((-1, 0))
+        else:
+            raise RuntimeError(f"blosc2 {blosc2.__version__} does not write the chunks of a frame in order")
+    return np.asarray(ranges, np.int64).reshape(-1, 2)
+
+
+def write_atomically(file: Path, content: bytes) -> None:
+    """Write aside, sync, rename. Raises: OSError, and then leaves nothing behind."""
+    aside = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    try:
+        with open(aside, "wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(aside, file)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def _write_error(error: OSError, out: Path, rows: Sequence[Row], outcomes: Sequence[_Outcome | None]) -> UserError:
+    """Say what is missing, where, and that nothing is lost."""
+    done = [(row, outcome) for row, outcome in zip(rows, outcomes) if outcome is not None]
+    if error.errno not in _NO_SPACE:
+        return UserError(
+            f"cannot write the store {out}: {error.strerror or error}. Choose a folder that you may write to."
+        )
+    voxel_bytes = sum(_voxel_bytes(row) for row, outcome in done if outcome.scan is not None)
+    ratio = (
+        sum(outcome.stored_bytes for _, outcome in done) / voxel_bytes if voxel_bytes else 0.5
+    )  # as CT usually packs
+    rest = ratio * sum(_voxel_bytes(row) for row, outcome in zip(rows, outcomes) if outcome is None)
+    return UserError(
+        f"no space left for the store {out} after {len(done)} of {len(rows)} scans: the rest needs about "
+        f"{rest / 1e9:.3g} GB, {shutil.disk_usage(out).free / 1e9:.3g} GB is free. Make room and run `tapct pack` again; "
+        f"what is packed stays."
+    )
+
+
+def _voxel_bytes(row: Row) -> int:
+    return 2 * row.depth * row.height * row.width
+
+
+def _report(out: Path, outcomes: Sequence[_Outcome], scans: Sequence[StoredScan], seconds: float) -> PackReport:
+    written = [outcome for outcome in outcomes if outcome.scan is not None and not outcome.kept]
+    listed = {f"{scan.id}.b2nd" for scan in scans}
+    return PackReport(
+        store=out,
+        packed=tuple(outcome.scan.id for outcome in written if outcome.scan is not None),
+        kept=sum(outcome.kept for outcome in outcomes),
+        damaged=tuple(outcome.scan.id for outcome in written if outcome.scan is not None and outcome.was_damaged),
+        refused=tuple(outcome.refused for outcome in outcomes if outcome.refused is not None),
+        unlisted=tuple(sorted(file.name for file in out.glob("*.b2nd") if file.name not in listed)),
+        voxel_bytes=sum(2 * int(np.prod(scan.shape_ZYX)) for scan in scans),
+        stored_bytes=sum(outcome.stored_bytes for outcome in outcomes),
+        seconds=seconds,
+    )

@@ -1,0 +1,70 @@
+"""Which scan a sample shows: a permutation per pass that can be entered anywhere.
+
+Samples are numbered through the whole run. Pass p holds the samples p*n .. p*n + n - 1 of an archive with n scans and
+shows every scan once, in an order of its own. The order is never written down: a Feistel network permutes the smallest
+domain of 4^h >= n numbers, and a result >= n is sent through again until it falls below n (cycle walking), which makes
+a permutation of 0..n-1. So any sample of any pass costs a few hashes, memory does not grow with n, resuming is
+arithmetic, and ranks and world sizes do not matter.
+
+Source: Luby and Rackoff 1988 (doi:10.1137/0217022); cycle walking: Black and Rogaway 2002 (doi:10.1007/3-540-45760-7_9).
+"""
+
+from __future__ import annotations
+
+from tapct import rng
+from tapct.types import UserError
+
+_ROUNDS = 8  # 4 are a strong permutation of large domains; small ones need more to look uniform
+
+
+def permute(position: int, num_scans: int, key: int) -> int:
+    """The scan at a position of the permutation named by `key`; positions and scans count 0..num_scans-1."""
+    assert 0 <= position < num_scans
+    half_bits = max(1, ((num_scans - 1).bit_length() + 1) // 2)
+    mask = (1 << half_bits) - 1
+    while True:
+        left, right = position >> half_bits, position & mask
+        for i in range(_ROUNDS):
+            left, right = right, left ^ (rng.hash_int(key, "sampler round", i, right) & mask)
+        position = left << half_bits | right
+        if position < num_scans:  # the domain is < 4 times larger: < 4 turns on average
+            return position
+
+
+def scan_of(sample: int, num_scans: int, seed: int) -> int:
+    """The scan that a sample shows.
+
+    Args:
+        sample: its number in the whole run, >= 0.
+        num_scans: in the store, >= 1.
+        seed: of the run.
+    Returns:
+        A row of the store; samples p*n .. p*n + n - 1 give each row once.
+    """
+    assert sample >= 0 and num_scans >= 1
+    pass_number, position = divmod(sample, num_scans)
+    return permute(position, num_scans, rng.hash_int(seed, "sampler pass", pass_number))
+
+
+def samples_of(step: int, micro: int, rank: int, *, world: int, accumulation: int, global_batch: int) -> range:
+    """The samples of one micro-batch of one rank.
+
+    Args:
+        step: finished optimizer steps before this one, from 0.
+        micro: micro-batch of the step, 0..accumulation-1.
+        rank: 0..world-1.
+    Returns:
+        Consecutive sample numbers; over all micro-batches and ranks they are step*G .. (step+1)*G - 1, G = global_batch.
+    Raises:
+        UserError: the global batch is not a multiple of world * accumulation.
+    """
+    assert step >= 0 and 0 <= micro < accumulation and 0 <= rank < world
+    parts = world * accumulation
+    if global_batch < parts or global_batch % parts:
+        raise UserError(
+            f"train.global_batch is {global_batch}, which {world} ranks x {accumulation} micro-batches cannot share "
+            f"equally; choose a multiple of {parts}."
+        )
+    size = global_batch // parts
+    start = step * global_batch + (micro * world + rank) * size
+    return range(start, start + size)

@@ -1,0 +1,226 @@
+"""Slabs read from a store are the scans that were packed, and damage is named."""
+
+from __future__ import annotations
+
+import gc
+import os
+import pickle
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import blosc2
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from tapct.data import store as store_module
+from tapct.data.pack import encode, layout, write_atomically
+from tapct.data.store import INDEX_NAME, Damaged, Store, StoredScan, index_bytes, open_packed
+from tapct.types import UserError, Volume
+
+SPACING_MM = (2.5, 0.75, 0.8)
+
+
+def make_store(folder: Path, scans_ZYX: list[np.ndarray], level: int = 1) -> Store:
+    """A store of these arrays, written past the manifest."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for i, hu_ZYX in enumerate(scans_ZYX):
+        frame, meta = encode(Volume(hu_ZYX, SPACING_MM), f"scan{i}", level)
+        write_atomically(folder / f"scan{i}.b2nd", frame)
+        label = "labels/x.nii.gz" if i == 0 else ""
+        rows.append(StoredScan(meta.id, meta.shape_ZYX, SPACING_MM, "patient", f"{i}.nii", label, meta.checksum))
+    write_atomically(folder / INDEX_NAME, index_bytes(rows, Path("/archive"), "manifest"))
+    return Store(folder)
+
+
+def ct_like(shape_ZYX: tuple[int, int, int], seed: int = 0) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    return np.clip(rng.normal(0, 60, shape_ZYX) + rng.integers(-1000, 500), -1024, 3000).astype(np.int16)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    shape_ZYX=st.tuples(st.integers(1, 40), st.integers(1, 40), st.integers(1, 40)),
+    cut=st.tuples(st.floats(0, 1), st.floats(0, 1)),
+    level=st.sampled_from([0, 1, 5]),
+    seed=st.integers(0, 5),
+)
+@example(shape_ZYX=(5, 509, 600), cut=(0.3, 0.9), level=1, seed=0)  # prime height, larger than a block
+@example(shape_ZYX=(19, 512, 512), cut=(0.3, 0.9), level=1, seed=1)
+@example(shape_ZYX=(3, 1030, 1024), cut=(0.0, 1.0), level=1, seed=2)  # one slice a chunk
+def test_a_slab_is_what_was_packed(
+    tmp_path_factory: pytest.TempPathFactory,
+    shape_ZYX: tuple[int, int, int],
+    cut: tuple[float, float],
+    level: int,
+    seed: int,
+) -> None:
+    hu_ZYX = ct_like(shape_ZYX, seed)
+    hu_ZYX[: shape_ZYX[0] // 2] = (0, -1024, 7)[seed % 3]  # chunks of one value are stored as a flag
+    store = make_store(tmp_path_factory.mktemp("store"), [hu_ZYX], level)
+    z0, z1 = sorted(int(c * shape_ZYX[0]) for c in cut)
+    z1 = max(z1, z0 + 1) if z0 < shape_ZYX[0] else shape_ZYX[0]
+    z0 = min(z0, z1 - 1)
+    slab_ZYX = store.read_slab(0, z0, z1)
+    assert slab_ZYX.dtype == np.int16 and slab_ZYX.flags.c_contiguous
+    np.testing.assert_array_equal(slab_ZYX, hu_ZYX[z0:z1])
+    np.testing.assert_array_equal(store.read(0), hu_ZYX)
+    np.testing.assert_array_equal(blosc2.open(str(store.file(0)), mode="r")[z0:z1], hu_ZYX[z0:z1])  # any blosc2 can
+    store.verify(0)
+
+
+def test_chunks_are_whole_slices_and_small_and_blocks_are_whole_rows() -> None:
+    for shape_ZYX in [(192, 512, 512), (300, 256, 256), (79, 64, 64), (3, 512, 512), (50, 1024, 1024), (9, 509, 509)]:
+        (z, y, x), (block_z, block_y, block_x) = layout(shape_ZYX)
+        assert (y, x) == shape_ZYX[1:] and z <= min(8, shape_ZYX[0]) and block_x == x
+        assert z == 1 or 2 * z * y * x <= 1 << 20
+        assert y % block_y == 0 and z % block_z == 0 and (block_z == 1 or block_y == y)
+        assert 2 * block_z * block_y * x <= 1 << 18 or shape_ZYX[1] == 509
+    assert layout((192, 512, 512)) == ((2, 512, 512), (1, 256, 512))
+
+
+def chunk_bytes(store: Store, i: int, c: int) -> tuple[int, int]:
+    offset, length = open_packed(store.file(i))[1].byte_ranges_C2[c]
+    return int(offset), int(length)
+
+
+def overwrite(file: Path, offset: int, content: bytes) -> None:
+    with open(file, "r+b") as stream:
+        stream.seek(offset)
+        stream.write(content)
+
+
+def test_a_slab_touches_only_its_own_chunks(tmp_path: Path) -> None:
+    hu_ZYX = ct_like((12, 512, 512))
+    store = make_store(tmp_path, [hu_ZYX])
+    for offset, length in [chunk_bytes(store, 0, c) for c in (0, 1, 2, 5)]:
+        # slices 0..5 and 10..11 are rubbish now, 6..9 are left; blosc2 wants the first chunk's header to open a file
+        overwrite(store.file(0), offset + 32, b"\xff" * (length - 32))
+    np.testing.assert_array_equal(store.read_slab(0, 6, 10), hu_ZYX[6:10])
+    np.testing.assert_array_equal(store.read_slab(0, 7, 8), hu_ZYX[7:8])
+    for z0, z1 in [(5, 8), (9, 11), (0, 12)]:
+        with pytest.raises(Damaged, match=r"scan scan0 is damaged: .*scan0\.b2nd.*tapct pack"):
+            store.read_slab(0, z0, z1)
+
+
+def test_verify_finds_one_flipped_voxel(tmp_path: Path) -> None:
+    noise_ZYX = np.random.default_rng(0).integers(-1024, 3000, (4, 64, 64)).astype(np.int16)
+    noise_ZYX &= 0x0FF0  # stays compressible, so a flipped literal decodes without any complaint
+    store = make_store(tmp_path, [noise_ZYX], level=0)
+    offset, length = chunk_bytes(store, 0, 0)
+    whole = store.file(0).read_bytes()
+    silent = 0
+    for position in range(offset + length // 2, offset + length // 2 + 40):
+        overwrite(store.file(0), position, bytes([whole[position] ^ 0x10]))
+        try:
+            silent += not np.array_equal(Store(tmp_path).read(0), noise_ZYX)
+        except Damaged:
+            pass
+        with pytest.raises(Damaged, match="scan0"):
+            Store(tmp_path).verify(0)
+        overwrite(store.file(0), position, whole[position : position + 1])
+    assert silent > 0  # reading alone does not notice
+    store.verify(0)
+
+
+@pytest.mark.parametrize("keep", [0.0, 0.3, 0.9, 0.999])
+def test_a_cut_file_is_named_in_one_line(tmp_path: Path, keep: float) -> None:
+    store = make_store(tmp_path, [ct_like((8, 40, 40))])
+    whole = store.file(0).read_bytes()
+    store.file(0).write_bytes(whole[: int(len(whole) * keep)])
+    with pytest.raises(Damaged, match="scan scan0 is damaged") as error:
+        store.read(0)
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_file_and_a_foreign_file_are_named(tmp_path: Path) -> None:
+    store = make_store(tmp_path, [ct_like((4, 9, 9), 0), ct_like((4, 9, 9), 1)])
+    os.replace(store.file(1), store.file(0))
+    with pytest.raises(Damaged, match=r"scan scan0 .* holds scan scan1"):
+        store.read(0)
+    with pytest.raises(Damaged, match=r"scan scan1 .*is missing"):
+        store.read(1)
+
+
+def test_the_index_says_all_of_a_scan(tmp_path: Path) -> None:
+    store = make_store(tmp_path, [ct_like((4, 9, 8)), ct_like((3, 5, 6))])
+    assert len(store) == 2 and store.root == Path("/archive") and store.manifest_digest == "manifest"
+    first, second = store.scans
+    assert (first.id, first.shape_ZYX, first.spacing_mm, first.patient) == ("scan0", (4, 9, 8), SPACING_MM, "patient")
+    assert (first.label_path, second.label_path) == ("/archive/labels/x.nii.gz", "")
+    assert first.checksum == store_module.checksum(store.read(0)) != second.checksum
+
+
+def test_the_digest_names_the_voxels_not_the_compression(tmp_path: Path) -> None:
+    scans = [ct_like((4, 9, 8)), ct_like((3, 5, 6))]
+    digests = [make_store(tmp_path / str(level), scans, level).digest for level in (0, 1, 9)]
+    scans[1][0, 0, 0] += 1
+    assert len(set(digests)) == 1 and make_store(tmp_path / "other", scans).digest != digests[0]
+
+
+def test_what_is_no_store_is_refused_with_the_next_move(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="tapct pack"):
+        Store(tmp_path / "nowhere")
+    (tmp_path / INDEX_NAME).write_bytes(b"PAR1 but not really PAR1")
+    with pytest.raises(UserError, match="not readable.*tapct pack") as error:
+        Store(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("z0", "z1"), [(-1, 2), (2, 2), (3, 2), (3, 5), (4, 5)])
+def test_slices_outside_the_scan_are_an_error(tmp_path: Path, z0: int, z1: int) -> None:
+    with pytest.raises(IndexError, match=r"slices 0\.\.3"):
+        make_store(tmp_path, [ct_like((4, 9, 8))]).read_slab(0, z0, z1)
+
+
+def num_open_files() -> int:
+    gc.collect()
+    return len(os.listdir("/proc/self/fd"))
+
+
+def test_many_threads_and_few_handles_read_right(tmp_path: Path) -> None:
+    scans = [ct_like((12, 40, 40), seed) for seed in range(6)]
+    make_store(tmp_path, scans)
+    before = num_open_files()
+    store = Store(tmp_path, max_open=2)
+
+    def compare(store: Store, k: int) -> bool:
+        return bool(np.array_equal(store.read_slab(k % 6, k % 7, k % 7 + 4), scans[k % 6][k % 7 : k % 7 + 4]))
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(compare, [store] * 300, range(300)))
+    assert num_open_files() - before <= 2
+    del store
+    assert num_open_files() == before
+
+
+def test_other_threads_run_while_a_slab_is_decompressed(tmp_path: Path) -> None:
+    blosc2.set_releasegil(False)
+    make_store(tmp_path, [ct_like((4, 9, 8))])
+    assert blosc2.set_releasegil(True) is True
+
+
+def test_a_pickled_store_reads_and_refuses_a_store_that_changed(tmp_path: Path) -> None:
+    scans = [ct_like((4, 9, 8))]
+    frozen = pickle.dumps(make_store(tmp_path, scans))
+    np.testing.assert_array_equal(pickle.loads(frozen).read(0), scans[0])
+    make_store(tmp_path, [ct_like((4, 9, 8), 1)])
+    with pytest.raises(UserError, match="packed anew"):
+        pickle.loads(frozen)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_forked_child_reads_even_while_the_parent_holds_the_lock(tmp_path: Path) -> None:
+    scans = [ct_like((4, 9, 8))]
+    store = make_store(tmp_path, scans)
+    store.read(0)
+    with store._lock:
+        child = os.fork()
+        if child == 0:
+            watchdog = threading.Timer(20, os._exit, (2,))
+            watchdog.start()
+            os._exit(0 if np.array_equal(store.read(0), scans[0]) else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
