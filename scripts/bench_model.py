@@ -1,0 +1,110 @@
+"""Forward and backward of the backbone against the machine's own matrix-product rate, measured beside it.
+
+    python scripts/bench_model.py [--dim 128] [--depth 4] [--globals 16] [--locals 16] [--seconds 20]
+
+Per variant: milliseconds and, over the FLOPs of the whole pass, the share of the float32 GEMM rate (2048 cubed, all
+cores). The variants take turns, so that a busy machine disturbs all of them alike; the figures are medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from tapct import plan
+from tapct.models import vit
+from tapct.nn.layers import DropKey
+
+GEMM_SIZE = 2048
+Pass = tuple[list[Tensor], list[Tensor | None]]
+
+
+def forward_flops(config: vit.Config, groups: list[Tensor]) -> float:
+    """FLOPs of one forward pass without stochastic depth."""
+    total = 0.0
+    for group in groups:
+        window = (group.shape[1], group.shape[2], group.shape[3])
+        costs = plan.tables(
+            config, num_globals=group.shape[0], global_window=window, num_locals=0, local_window=window, head_uses=(),
+            masked_share=0.0, global_batch=1,
+        )  # fmt: skip
+        total += sum(part.teacher_flops for part in costs.parts)
+    return total
+
+
+def train(model: vit.VisionTransformer, passes: list[Pass], key: DropKey | None = None) -> None:
+    """Forward and backward of some passes, with a gradient for every token."""
+    tokens = [each for crops, masks in passes for each in model(crops, masks, key)]
+    torch.stack([each.cls_BD.sum() + each.patches_BND.sum() for each in tokens]).sum().backward()
+    model.zero_grad(set_to_none=True)
+
+
+def variants(config: vit.Config, groups: list[Tensor]) -> dict[str, tuple[Callable[[], object], float]]:
+    """What is timed: name -> one run and its FLOPs."""
+    model, some, half = (vit.build(replace(config, drop_path=drop)) for drop in (0.0, 0.1, 0.5))
+    masks = [torch.rand(group.shape[0], model.patch_embed.unfold(group[:1]).shape[0]) < 0.15 for group in groups]
+    both: Pass = (groups, [masks[0], *[None] * (len(groups) - 1)])
+    separate: list[Pass] = [([group], [mask]) for group, mask in zip(*both, strict=True)]
+    square = torch.randn(GEMM_SIZE, GEMM_SIZE)
+    forward = forward_flops(config, groups)
+
+    def infer() -> None:
+        with torch.no_grad():
+            model(*both)
+
+    def autocast() -> None:
+        with torch.autocast("cpu", torch.bfloat16):
+            train(model, [both])
+
+    return {
+        "GEMM": (lambda: square @ square, 2.0 * GEMM_SIZE**3),
+        "packed": (lambda: train(model, [both]), 3 * forward),
+        "packed, drop path 0.1": (lambda: train(some, [both], DropKey(0, 0)), 3 * forward),
+        "packed, drop path 0.5": (lambda: train(half, [both], DropKey(0, 0)), 3 * forward),
+        "group by group": (lambda: train(model, separate), 3 * forward),
+        "packed, bf16 autocast": (autocast, 3 * forward),
+        "packed, no gradient": (infer, forward),
+    }
+
+
+def main() -> None:
+    """Time all variants in turns."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, default in (("dim", 128), ("depth", 4), ("globals", 16), ("locals", 16), ("seconds", 20)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="count processor time: for a busy machine, with 1 thread"
+    )
+    args = parser.parse_args()
+    clock = time.process_time if args.cpu_time else time.perf_counter
+    config = vit.Config(
+        window=(8, 64, 64), dim=args.dim, depth=args.depth, heads=args.dim // 64, registers=2, layer_scale=1.0
+    )
+    groups = [torch.randn(args.globals, 8, 64, 64)] + ([torch.randn(args.locals, 8, 32, 32)] if args.locals else [])
+    runs = variants(config, groups)
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    end = time.perf_counter() + args.seconds
+    for run, _ in runs.values():
+        run()  # warm-up
+    while time.perf_counter() < end or len(seconds["GEMM"]) < 3:
+        for name, (run, _) in runs.items():
+            start = clock()
+            run()
+            seconds[name].append(clock() - start)
+    median = {name: statistics.median(times) for name, times in seconds.items()}
+    rate = {name: flops / median[name] for name, (_, flops) in runs.items()}
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {len(seconds['GEMM'])} rounds, {args}")
+    for name in runs:
+        print(
+            f"{name:24s} {median[name] * 1e3:9.1f} ms {rate[name] / 1e9:8.1f} GFLOP/s {rate[name] / rate['GEMM']:7.1%}"
+        )
+
+
+if __name__ == "__main__":
+    main()
