@@ -1,0 +1,34 @@
+"""What all tests share: few threads, fixed seeds, and where the real scans are."""
+
+from __future__ import annotations
+
+import os
+import random
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # for this process and those that tests start
+
+import numpy as np
+import pytest
+import torch
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def fixed_seeds() -> None:
+    """Tests that draw without a key draw the same numbers every time, alone or in company."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def real_ct() -> Path:
+    """Folder of real scans: the environment variable TAPCT_TEST_CT, or ../shared/data/ct beside the repository."""
+    folder = Path(os.environ.get("TAPCT_TEST_CT") or REPOSITORY.parent / "shared" / "data" / "ct")
+    if not folder.is_dir():
+        pytest.skip(f"no real scans at {folder}; set TAPCT_TEST_CT")
+    return folder
