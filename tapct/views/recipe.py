@@ -45,8 +45,8 @@ class Config:
     )
     candidates: int = setting(4, "places tried for a crop with enough body, else the best of them (ours)", ge=1, le=64)
     flip_p: tuple[float, float, float] = setting(
-        (0.0, 0.0, 0.0), "chance of a mirrored view along (z, y, x); a body has a left and a right, so 0 (ours)", ge=0, le=1
-    )  # fmt: skip
+        (0.0, 0.0, 0.0), "chance of a mirror image along (z, y, x); bodies have a left and a right (ours)", ge=0, le=1
+    )
     blur_sigma: tuple[float, float] = setting(
         (0.1, 2.0), "width of the Gaussian blur in pixels of the view, all three axes, uniform", ge=0
     )

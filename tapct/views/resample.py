@@ -20,6 +20,8 @@ from torch import Tensor
 from tapct.types import AIR_HU, HUContract
 from tapct.views.boxes import Boxes
 
+_HOST = "cpu"
+
 
 @dataclass(frozen=True)
 class AxisMap:
@@ -40,7 +42,7 @@ class AxisMap:
 @contextlib.contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
     """Matrix products in true float32: TF32 keeps 10 bits, which is 1 HU, and autocast fewer."""
-    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
     before = [backend.fp32_precision for backend in backends]
     try:
         for backend in backends:
@@ -152,7 +154,7 @@ def apply(
         contract: the clip to its window comes first.
         out_BZYX: float32, receives HU in [clip_low, clip_high].
     """
-    if hu_BZYX.device.type == "cpu":  # no device to wait for: the host knows each box and cuts it exactly
+    if hu_BZYX.device.type == _HOST:  # no device to wait for: the host knows each box and cuts it exactly
         bounds = torch.stack([t[view] for m in maps for t in (m.begin_VB, m.end_VB, m.first_VB)], dim=1).tolist()
         for b, row in enumerate(bounds):
             cuts = [(begin, max(end, begin), first) for begin, end, first in zip(row[::3], row[1::3], row[2::3])]

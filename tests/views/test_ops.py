@@ -1,0 +1,123 @@
+from __future__ import annotations
+
+from dataclasses import fields, replace
+from typing import Any
+
+import pytest
+import torch
+from scipy import stats
+
+from tapct import plugin
+from tapct.types import HUContract, UserError
+from tapct.views.key import ViewKey
+
+CONTRACT = HUContract()
+GROUPS = (("global", 0), ("global", 1), ("local", 0))
+# op -> another value for every field but p
+OTHER: dict[str, dict[str, Any]] = {
+    "gain": {"factor": (0.5, 0.6)},
+    "gamma": {"exponent": (2.0, 2.5)},
+    "noise": {"sigma_hu": (50.0, 90.0)},
+    "window_jitter": {"low_hu": 300.0, "high_hu": 600.0},
+}
+
+
+def key_of(kind: Any, view: int, num: int, seed: int = 0, first: int = 0) -> ViewKey:
+    return ViewKey(seed, torch.arange(first, first + num), kind, view, CONTRACT)
+
+
+def views_of(num: int) -> torch.Tensor:
+    """HU from air to the top of the window, the same in every sample."""
+    return torch.linspace(CONTRACT.clip_low, CONTRACT.clip_high, 2 * 3 * 4).view(1, 2, 3, 4).repeat(num, 1, 1, 1)
+
+
+def run(name: str, key: ViewKey, view: torch.Tensor, **changed: Any) -> torch.Tensor:
+    module = plugin.load("views.ops", name)
+    before = view.clone()
+    out = module.build(replace(module.Config(), **changed))(view, key)
+    assert torch.equal(view, before)  # the input is left alone
+    return out
+
+
+def test_every_op_of_the_folder_is_tested_here() -> None:
+    assert set(OTHER) == set(plugin.available("views.ops"))
+
+
+@pytest.mark.parametrize("name", sorted(OTHER))
+def test_op_keeps_shape_and_gives_the_same_for_the_same_key(name: str) -> None:
+    always = {"p": (1.0, 1.0, 1.0)}
+    first = run(name, key_of("local", 3, 6), views_of(6), **always)
+    assert first.shape == (6, 2, 3, 4) and first.dtype == torch.float32 and torch.isfinite(first).all()
+    assert torch.equal(first, run(name, key_of("local", 3, 6), views_of(6), **always))
+    other_batch = run(name, key_of("local", 3, 2, first=3), views_of(2), **always)
+    assert torch.equal(first[3:5], other_batch)
+    for other in (key_of("local", 2, 6), key_of("global", 3, 6), key_of("local", 3, 6, seed=1)):
+        assert ((first - run(name, other, views_of(6), **always)).abs().amax((1, 2, 3)) > 0).all()
+
+
+@pytest.mark.parametrize("name", sorted(OTHER))
+def test_op_happens_as_often_as_declared_in_each_group(name: str) -> None:
+    num, p = 1500, (0.0, 0.3, 1.0)
+    for (kind, view), chance in zip(GROUPS, p, strict=True):
+        moved = (run(name, key_of(kind, view, num), views_of(num), p=p) - views_of(num)).abs().amax((1, 2, 3)) > 1e-3
+        assert abs(moved.double().mean() - chance) < 4 * (chance * (1 - chance) / num) ** 0.5 + 1e-3
+
+
+@pytest.mark.parametrize(("name", "field"), [(n, f) for n in sorted(OTHER) for f in sorted(OTHER[n])])
+def test_every_field_changes_something(name: str, field: str) -> None:
+    config = plugin.load("views.ops", name).Config
+    assert {f.name for f in fields(config)} == {"p", *OTHER[name]}
+    plain, changed = (
+        run(name, key_of("local", 0, 4), views_of(4), p=(1.0, 1.0, 1.0), **other)
+        for other in ({}, {field: OTHER[name][field]})
+    )
+    assert ((plain - changed).abs().amax((1, 2, 3)) > 0.1).all()
+
+
+def test_gain_is_a_uniform_factor_about_air() -> None:
+    out = run("gain", key_of("local", 0, 3000), views_of(3000), p=(1.0, 1.0, 1.0))
+    factor = (out - CONTRACT.clip_low) / (views_of(1) - CONTRACT.clip_low)
+    assert (out[:, 0, 0, 0] == CONTRACT.clip_low).all()  # air stays air
+    assert (factor[:, 1, 2, 3, None] - factor.flatten(1)[:, 1:]).abs().max() < 1e-4
+    assert stats.kstest(factor[:, 1, 2, 3].double().numpy(), stats.uniform(0.8, 0.4).cdf).pvalue > 1e-4
+
+
+def test_gamma_bends_the_middle_and_keeps_both_ends() -> None:
+    out = run("gamma", key_of("local", 0, 500), views_of(500), p=(1.0, 1.0, 1.0), exponent=(2.0, 2.0))
+    unit = (views_of(1).double() - CONTRACT.clip_low) / (CONTRACT.clip_high - CONTRACT.clip_low)
+    want = CONTRACT.clip_low + unit**2 * (CONTRACT.clip_high - CONTRACT.clip_low)
+    assert (out - want).abs().max() < 1e-2
+    ratio = (out - CONTRACT.clip_low)[0].flatten()[1:] / (views_of(1) - CONTRACT.clip_low).flatten()[1:]
+    assert ratio.max() - ratio.min() > 0.5  # not a gain in disguise
+
+
+def test_noise_is_white_with_the_declared_width() -> None:
+    flat = torch.zeros(20, 8, 32, 32)
+    out = run("noise", key_of("local", 0, 20), flat, p=(1.0, 1.0, 1.0), sigma_hu=(20.0, 20.0))
+    assert abs(out.std() - 20) < 0.3 and abs(out.mean()) < 0.3
+    for axis in (1, 2, 3):
+        left, right = out.narrow(axis, 0, out.shape[axis] - 1), out.narrow(axis, 1, out.shape[axis] - 1)
+        assert abs((left * right).mean() / 400) < 0.02
+    assert abs((out[:-1] * out[1:]).mean() / 400) < 0.02  # nor the same in two samples
+    drawn = run("noise", key_of("local", 0, 400), torch.zeros(400, 2, 16, 16), p=(1.0, 1.0, 1.0), sigma_hu=(0.0, 30.0))
+    assert stats.kstest(drawn.flatten(1).std(1).double().numpy(), stats.uniform(0, 30).cdf).pvalue > 1e-4
+
+
+def test_window_jitter_narrows_the_window_and_keeps_air() -> None:
+    out = run("window_jitter", key_of("local", 0, 300), views_of(300), p=(1.0, 1.0, 1.0), low_hu=100.0, high_hu=400.0)
+    assert (out[:, 0, 0, 0] == CONTRACT.clip_low).all() and (out[:, 1, 2, 3] == CONTRACT.clip_high).all()
+    flat, view = out.flatten(1), views_of(1).flatten()
+    middle = slice(5, 14)  # untouched by either end
+    slope = (flat[:, 13] - flat[:, 5]) / (view[13] - view[5])
+    width = CONTRACT.clip_high - CONTRACT.clip_low
+    assert (slope >= 1).all() and (slope <= width / (width - 500) + 1e-5).all() and slope.max() > 1.2
+    line = flat[:, 5, None] + slope[:, None] * (view[middle] - view[5])
+    assert (flat[:, middle] - line).abs().max() < 1e-2
+
+
+def test_bounds_the_wrong_way_round_are_refused() -> None:
+    for name, field in (("gain", "factor"), ("gamma", "exponent"), ("noise", "sigma_hu")):
+        with pytest.raises(UserError, match=field):
+            plugin.load("views.ops", name).Config(**{field: (1.2, 0.8)})
+    with pytest.raises(UserError, match="window_jitter"):
+        plugin.load("views.ops", "window_jitter").Config(low_hu=900.0)
