@@ -1,7 +1,7 @@
 """One scan or label map from disk to `Volume` or `LabelMap`, and the list of what a folder holds.
 
 The readers give voxels as stored; here they become HU in LPS with axial slices first. Nothing is resampled: axes are
-permuted and flipped to the nearest LPS axes, and what that cannot mend (gantry tilt, turns beyond 41 degrees) is refused.
+permuted and flipped to the nearest LPS axes; what that cannot mend (gantry tilt, turns beyond 41 degrees) is refused.
 Every rule has a reason code; an exception inside a reader library becomes `unreadable` with its message.
 """
 
@@ -271,7 +271,7 @@ def _source_of(path: Path) -> Source:
 
 
 def _walk(root: Path, closed: list[Path]) -> Iterator[Path]:
-    """`root` and the folders below; hidden ones left out, each real folder once; `closed` gets what cannot be listed."""
+    """`root` and the folders below, each once, none that is hidden; `closed` gets what cannot be listed."""
     seen: set[tuple[int, int]] = set()
     for folder, subfolders, _ in os.walk(
         root, followlinks=True, onerror=lambda error: closed.append(Path(error.filename))
@@ -299,7 +299,7 @@ def _in_folder(folder: Path) -> list[Source]:
         try:
             is_slice = dicom.is_dicom(path)
             uid = dicom.series_uid(path) if is_slice else None
-        except Exception:  # noqa: BLE001 - listed here; reading it again gives the reason for which it is refused
+        except Exception:  # listed here; reading it again gives the reason for which it is refused
             sources.append(Source(path, "dicom", (path,)))
             continue
         if uid:

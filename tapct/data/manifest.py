@@ -104,7 +104,7 @@ class Manifest:
 
     @functools.cached_property
     def digest(self) -> str:
-        """Hash over id and voxels of the accepted rows; the same wherever the archive lies, in whatever order it was read."""
+        """Hash over id and voxels of the accepted rows; it does not change when the archive moves."""
         lines = sorted(f"{row.id} {row.digest}\n" for row in self.accepted)
         return hashlib.blake2b("".join(lines).encode(), digest_size=16).hexdigest()
 
@@ -280,7 +280,7 @@ def _examine(job: _Job) -> Row:
         return replace(row, status=ACCEPTED, label_path=label_path, detail=complaint)
     except Refused as error:
         return replace(row, reason=error.reason, detail=error.detail)
-    except Exception as error:  # noqa: BLE001 - one scan must not end an index of many; the row tells what happened
+    except Exception as error:  # one scan must not end an index of many; the row tells what happened
         return replace(row, reason="unreadable", detail=one_line(f"{type(error).__name__}: {error}"))
 
 

@@ -1,4 +1,4 @@
-"""Run one function over many inputs in processes, so that no input can end the run: not even one that kills its worker."""
+"""Run one function over many inputs in processes; an input that kills its worker does not end the run."""
 
 from __future__ import annotations
 

@@ -63,7 +63,8 @@ def read(files: Sequence[Path]) -> Image:
     """Read one series.
 
     Rules: Modality CT and CT Image Storage; no localizer; one size, pixel spacing and orientation for all slices;
-    slices sorted by position; no two at one place; steps equal to 2 % (at least 0.1 mm); rescale slope and intercept
+    slices sorted by position; no two at one place; steps equal to 2 % or the 0.1 mm to which
+    some scanners round positions (never beyond a quarter of a step); rescale slope and intercept
     present, applied slice by slice; PixelPaddingValue is not used, because low padding is clamped anyway and some
     files give 0 HU there. A single slice takes its depth from SpacingBetweenSlices, else SliceThickness.
 
@@ -114,6 +115,8 @@ def _header(path: Path) -> Dataset:
 def _check_is_ct_slice(path: Path, header: Dataset) -> None:
     """Refuse what is not one plain CT slice, and slices without the numbers that we need."""
     modality, sop_class = str(header.get("Modality", "")), str(header.get("SOPClassUID", ""))
+    if not modality and not sop_class:
+        raise Refused("corrupt", f"{path.name} tells neither Modality nor SOP class; copy it again")
     if modality != "CT":
         raise Refused("not_ct", f"Modality is '{modality}'; rule: CT")
     if sop_class in _MULTIFRAME or int(header.get("NumberOfFrames") or 1) > 1:
@@ -176,7 +179,7 @@ def _check_steps(slices: list[_Slice], normal: np.ndarray) -> float:
         pair = f"{slices[same[0]].path.name} and {slices[same[0] + 1].path.name}"
         raise Refused("duplicate_slices", f"{same.size} of {len(slices)} slices repeat a position, as {pair}")
     median = float(np.median(steps))
-    tolerance = min(max(0.1, 0.02 * median), 0.25 * median)
+    tolerance = min(max(0.105, 0.02 * median), 0.25 * median)  # some scanners round positions to 0.1 mm
     odd = np.abs(steps - median) > tolerance
     if not odd.any():
         return median
