@@ -1,7 +1,7 @@
 """What a run would cost, before it runs: tokens, parameters and FLOPs by part, and settings that cannot learn.
 
-FLOPs count matrix products (a multiply-add is 2), which is all that shows at these sizes; norms, GELU and softmax are left
-out, as in fvcore and in torch's counter. The backward pass costs twice the forward pass.
+FLOPs count matrix products (a multiply-add is 2), which is all that shows at these sizes; norms, GELU and softmax are
+left out, as in fvcore and in torch's counter. The backward pass costs twice the forward pass.
 """
 
 from __future__ import annotations
@@ -46,7 +46,15 @@ class HeadUse:
 
 @dataclass(frozen=True)
 class ViewCost:
-    """Crops of one kind: how many per sample, their size in voxels, patches along (z, y, x), tokens with CLS and registers."""
+    """Crops of one kind.
+
+    Args:
+        name: global or local.
+        crops: per sample.
+        window: voxels (z, y, x).
+        grid: patches (z, y, x).
+        tokens: of one crop, CLS and registers included.
+    """
 
     name: str
     crops: int
@@ -168,7 +176,8 @@ def capacity_warning(loss: str, num_prototypes: int, rows: int) -> str | None:
         return None
     way_out = f"set losses.{loss}.targets.kind=centring"
     if limit >= 2:
-        way_out = f"set losses.{loss}.head.num_prototypes={2 ** int(math.log2(limit))} or less, a larger batch, or {way_out[4:]}"
+        fewer = 2 ** int(math.log2(limit))
+        way_out = f"set losses.{loss}.head.num_prototypes={fewer} or less, a larger batch, or {way_out[4:]}"
     floor = math.log(num_prototypes / max(rows, 1))
     return (
         f"losses.{loss}: {num_prototypes} prototypes for {rows} rows a step: Sinkhorn targets keep at least about "

@@ -65,8 +65,8 @@ class Config:
     def __post_init__(self) -> None:
         if any(size % patch for size, patch in zip(self.window, self.patch, strict=True)):
             raise UserError(
-                f"model.window {_times(self.window)} is no multiple of model.patch {_times(self.patch)} along every axis; "
-                "change one of them"
+                f"model.window {_times(self.window)} is no multiple of model.patch {_times(self.patch)} along every "
+                "axis; change one of them"
             )
         if self.dim % self.heads:
             raise UserError(f"model.dim {self.dim} is no multiple of model.heads {self.heads}; change one of them")
@@ -122,7 +122,8 @@ class PatchEmbed(nn.Module):
     def forward(self, groups: Sequence[Tensor]) -> list[Tensor]:
         """Groups of crops -> one (B, N, D) per group."""
         rows = [self.unfold(crops) for crops in groups]
-        embedded = F.linear(torch.cat(rows) if len(rows) > 1 else rows[0], self.proj.weight.flatten(1), self.proj.bias)
+        weight = self.proj.weight.flatten(1)
+        embedded = F.linear((torch.cat(rows) if len(rows) > 1 else rows[0]).to(weight.dtype), weight, self.proj.bias)
         parts = embedded.split([len(part) for part in rows])
         return [part.unflatten(0, (crops.shape[0], -1)) for part, crops in zip(parts, groups, strict=True)]
 
@@ -262,8 +263,8 @@ class VisionTransformer(nn.Module):
     def init_weights(self, seed: int) -> None:
         """Set every parameter from (seed, its name), as DINOv2 does.
 
-        Linear weights and positions trunc_normal 0.02, biases 0; CLS and registers N(0, 1e-6); mask token 0; norms 1 and
-        0; LayerScale its initial gain; the patch embedding PyTorch's convolution default.
+        Linear weights and positions trunc_normal 0.02, biases 0; CLS and registers N(0, 1e-6); mask token 0; norms 1
+        and 0; LayerScale its initial gain; the patch embedding PyTorch's convolution default.
         """
         patch_voxels = self.config.in_chans * math.prod(self.patch)
         for name, parameter in self.named_parameters():

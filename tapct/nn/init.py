@@ -1,4 +1,4 @@
-"""Initial values as pure functions of (seed, parameter name): equal on every device, in any order, for any other layers.
+"""Initial values as pure functions of (seed, parameter name): equal on every device and beside any other layers.
 
 Each value is drawn in float32 on the host and copied into the parameter.
 """

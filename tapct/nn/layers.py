@@ -101,12 +101,12 @@ class Subset:
     Args:
         row_S: int64, rows of the packed axis, ascending.
         spans: how the S kept rows are packed.
-        scale_S1: float32, crops / kept crops of the group that the row belongs to.
+        scales: crops / kept crops of each group; on the host, where no mixed-precision policy can round them.
     """
 
     row_S: Tensor
     spans: Spans
-    scale_S1: Tensor
+    scales: tuple[float, ...]
 
     def take(self, x_TD: Tensor) -> Tensor:
         """The rows of the kept crops: (T, D) -> (S, D)."""
@@ -114,8 +114,12 @@ class Subset:
 
     def add(self, x_TD: Tensor, residual_SD: Tensor) -> Tensor:
         """x plus the residual of the kept crops, scaled so that its mean over draws is that of all crops: (T, D)."""
-        scaled_SD = residual_SD.to(x_TD.dtype) * self.scale_S1.to(x_TD.dtype)
-        return x_TD.index_add(0, self.row_S, scaled_SD)
+        sum_TD = x_TD.clone()
+        rows = [span.rows for span in self.spans]
+        parts = zip(self.row_S.split(rows), residual_SD.to(x_TD.dtype).split(rows), self.scales, strict=True)
+        for row_s, residual_sD, scale in parts:
+            sum_TD.index_add_(0, row_s, residual_sD, alpha=scale)
+        return sum_TD
 
 
 def kept_crops(num_crops: int, drop: float, rounding: str, uniform: float) -> int:
@@ -174,10 +178,9 @@ def draw_subsets(
 
 def _subset(spans: Spans, starts: Sequence[int], chosen: Sequence[Tensor]) -> Subset:
     """Turn chosen crops of each group (int64 indices, ascending) into packed rows."""
-    rows, scales = [], []
+    rows = []
     for span, start, crop_s in zip(spans, starts, chosen, strict=True):
         token_N = torch.arange(start, start + span.tokens, device=crop_s.device)
         rows.append((crop_s[:, None] * span.tokens + token_N).flatten())
-        scales.append(torch.full((rows[-1].numel(), 1), span.crops / len(crop_s), device=crop_s.device))
     kept_spans = tuple(Span(len(crop_s), span.tokens) for span, crop_s in zip(spans, chosen, strict=True))
-    return Subset(torch.cat(rows), kept_spans, torch.cat(scales))
+    return Subset(torch.cat(rows), kept_spans, tuple(a.crops / b.crops for a, b in zip(spans, kept_spans, strict=True)))

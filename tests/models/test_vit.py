@@ -171,9 +171,13 @@ def test_a_local_crop_of_the_published_model_has_3x12x12_positions() -> None:
 
 @pytest.mark.parametrize(
     ("shape", "match"),
-    [((2, 4, 15, 24), "4x15x24 is no multiple of model.patch 2x8x8"), ((2, 3, 16, 24), "3x16x24"), ((2, 0, 16, 24), "0x16x24"),
-     ((1, 2, 4, 16, 24), r"takes \(B, Z, Y, X\)")],
-)  # fmt: skip
+    [
+        ((2, 4, 15, 24), "4x15x24 is no multiple of model.patch 2x8x8"),
+        ((2, 3, 16, 24), "3x16x24"),
+        ((2, 0, 16, 24), "0x16x24"),
+        ((1, 2, 4, 16, 24), r"takes \(B, Z, Y, X\)"),
+    ],
+)
 def test_a_crop_that_does_not_fit_the_patch_is_refused(shape: tuple[int, ...], match: str) -> None:
     with pytest.raises(UserError, match=match):
         vit.build(TINY)([torch.zeros(shape)])
@@ -330,6 +334,18 @@ def test_bf16_autocast_runs_end_to_end_with_float32_tokens() -> None:
     assert all(
         p.grad is not None and p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in model.parameters()
     )
+
+
+def test_bf16_parameters_leave_the_residual_stream_in_float32() -> None:
+    """As under a sharded bf16 policy: products in bf16, norms and the sum over blocks not."""
+    model = fresh(dataclasses.replace(TINY, drop_path=0.3)).bfloat16()
+    streams: list[torch.dtype] = []
+    model.norm.register_forward_pre_hook(lambda _, inputs: streams.append(inputs[0].dtype))
+    groups = crops((4, 4, 16, 24), (6, 2, 8, 8))
+    results = model(groups, [torch.rand(4, 12) < 0.4, None], DropKey(0, 0))
+    assert streams == [torch.float32]
+    assert all(all_tokens(tokens).isfinite().all() for tokens in results)
+    torch.stack([all_tokens(tokens).float().sum() for tokens in results]).sum().backward()
 
 
 CHANGES: dict[str, Any] = {

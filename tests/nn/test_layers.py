@@ -114,7 +114,16 @@ def test_subsets_hold_whole_crops_in_order() -> None:
         assert (first[:, 0] % 3 == 0).all() and (first - first[:, :1] == torch.arange(3)).all()
         assert ((second[:, 0] - 12) % 2 == 0).all() and (second - second[:, :1] == torch.arange(2)).all()
         assert first.max() < 12 <= second.min()
-        assert subset.scale_S1.flatten().tolist() == [2.0] * 12
+        assert subset.scales == (2.0, 2.0)
+
+
+def test_groups_are_scaled_by_their_own_counts() -> None:
+    subset = Subset(torch.tensor([1, 2, 4]), (Span(2, 1), Span(1, 1)), (1.5, 2.0))
+    x, residual = torch.ones(5, 2), torch.tensor([[10.0, 20.0], [30.0, 40.0], [50.0, 60.0]])
+    want = [[1, 1], [16, 31], [46, 61], [1, 1], [101, 121]]
+    assert subset.add(x, residual).tolist() == want
+    assert x.tolist() == [[1.0, 1.0]] * 5
+    assert subset.take(torch.arange(5.0)[:, None]).flatten().tolist() == [1, 2, 4]
 
 
 def test_equal_keys_draw_equal_subsets_and_every_part_of_the_key_counts() -> None:
