@@ -9,10 +9,12 @@ patient's Left. Values: Hounsfield units (HU) as int16 until `HUContract.normali
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-import numpy as np
-import torch
-from torch import Tensor
+if TYPE_CHECKING:  # the command line loads this file, and torch takes 2 s
+    import numpy as np
+    import torch
+    from torch import Tensor
 
 AIR_HU = -1024  # what padding is made of in stored and loaded volumes; air, never zero (zero is water)
 
@@ -101,7 +103,7 @@ class HUContract:
 
     def normalise(self, hu: Tensor) -> Tensor:
         """Clip and z-score: any shape in HU -> float32, unitless."""
-        return hu.to(torch.float32).clamp(self.clip_low, self.clip_high).sub(self.mean).div(self.std)
+        return hu.float().clamp(self.clip_low, self.clip_high).sub(self.mean).div(self.std)
 
 
 @dataclass(frozen=True)

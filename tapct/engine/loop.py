@@ -18,7 +18,7 @@ from tapct.nn.layers import DropKey
 from tapct.ssl import step as ssl_step
 from tapct.ssl.schedules import Schedules
 from tapct.ssl.student_teacher import StudentTeacher
-from tapct.types import Batch, HUContract, UserError
+from tapct.types import Batch, HUContract, Masks, UserError, Views
 from tapct.views import masks as view_masks
 from tapct.views import recipe
 
@@ -206,18 +206,14 @@ class Trainer:
             self.recipe.masks, num_crops_global=num_crops, num_tokens=num_tokens, seed=self.recipe.seed, step=step
         )
 
-    def make_inputs(self, step: int, micro: int, batch: Batch, counts: list[int]) -> tuple:
+    def make_inputs(self, step: int, micro: int, batch: Batch, counts: list[int]) -> tuple[Views, Masks]:
         """Views and masks of one micro-batch, on the device."""
         config = self.config
-        numbers = sampler.samples_of(
+        samples = sampler.samples_of(
             step, micro, 0, world=1, accumulation=config.accumulation, global_batch=config.global_batch
         )
-        first = numbers[0] - step * config.global_batch
-        mine = [
-            counts[view * config.global_batch + first + sample]
-            for view in range(self.recipe.views.num_globals)
-            for sample in range(len(numbers))
-        ]
+        views_of_all = range(0, len(counts), config.global_batch)  # where each view's crops begin in the whole step
+        mine = [counts[view + sample % config.global_batch] for view in views_of_all for sample in samples]
         batch = batch.to(self.device)
         views = recipe.make_views(batch, self.recipe.views, self.recipe.contract, self.recipe.seed, self.recipe.patch)
         masks = view_masks.draw(
@@ -230,8 +226,7 @@ class Trainer:
         records = self.pending.fetch()
         broken = metrics.first_not_finite(records)
         for record in records:
-            record["samples_per_second"] = self.config.global_batch / max(record["seconds/step"], 1e-9)
-            self.hooks.log(record)
+            self.hooks.log({**record, "samples_per_second": self.config.global_batch / max(record["seconds/step"], 1e-9)})
         if broken is not None:
             record, name = broken
             samples = self.sample_numbers[int(record["step"])]

@@ -1,0 +1,199 @@
+"""The command line. Every command imports what it needs inside itself, so that `--help` does not wait for torch."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tapct import log
+from tapct.types import UserError
+
+app = typer.Typer(
+    help="Pretrain 3D foundation models on CT: index, pack, train, eval, export, report.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, e.g. optim.lr=1e-3 model.patch=[4,8,8]")]
+ConfigFile = Annotated[Path, typer.Argument(help="YAML config, e.g. configs/smoke.yaml")]
+RunFolder = Annotated[Path, typer.Argument(help="run folder, e.g. runs/quickstart")]
+
+
+@app.callback()
+def common(debug: Annotated[bool, typer.Option("--debug", help="show the traceback of an error")] = False) -> None:
+    """Options of all commands."""
+    if debug:
+        os.environ["TAPCT_DEBUG"] = "1"
+
+
+@app.command()
+def phantom(
+    out: Annotated[Path, typer.Option(help="folder of the archive to make")],
+    num: Annotated[int, typer.Option(help="how many scans", min=1)] = 40,
+    seed: Annotated[int, typer.Option(help="the same seed gives the same archive", min=0)] = 0,
+) -> None:
+    """Make a synthetic CT archive with organ labels."""
+    from tapct.data import phantom as maker
+
+    with log.progress_bar("phantom") as progress:
+        report = maker.write(out, maker.Config(num=num, seed=seed), progress)
+    log.say(f"{report.scans} scans in {out}; next: tapct index {out} --out {out}/manifest.parquet")
+
+
+@app.command()
+def index(
+    folder: Annotated[Path, typer.Argument(help="folder with NIfTI, NRRD, MHA or DICOM, any depth")],
+    out: Annotated[Path, typer.Option(help="manifest to write (.parquet)")],
+    labels: Annotated[Path | None, typer.Option(help="folder with label maps of the same names")] = None,
+    patient_regex: Annotated[str | None, typer.Option(help="its first group on the path names the patient")] = None,
+    min_depth: Annotated[int, typer.Option(help="refuse scans with fewer slices", min=1)] = 1,
+    workers: Annotated[int, typer.Option(help="processes; 0: in this one", min=0)] = os.cpu_count() or 1,
+) -> None:
+    """List an archive: each scan accepted with its facts, or refused with the reason."""
+    from tapct.data import manifest
+
+    with log.progress_bar("index") as progress:
+        found = manifest.build(
+            folder,
+            out,
+            labels=labels,
+            patient_regex=patient_regex,
+            min_depth=min_depth,
+            workers=workers,
+            progress=progress,
+        )
+    log.say(f"{len(found.accepted)} accepted, {len(found.rows) - len(found.accepted)} refused: {out}")
+    for row in found.rows:
+        if row.status == "refused":
+            log.say(f"  refused {row.path}: {row.reason}: {row.detail}")
+
+
+@app.command()
+def pack(
+    manifest_file: Annotated[Path, typer.Argument(metavar="MANIFEST", help="from tapct index")],
+    out: Annotated[Path, typer.Option(help="store folder")],
+    workers: Annotated[int, typer.Option(help="processes; 0: in this one", min=0)] = os.cpu_count() or 1,
+    level: Annotated[int, typer.Option(help="compression level", min=1, max=9)] = 1,
+) -> None:
+    """Pack the accepted scans for fast slab reads; a second call goes on where the first stopped."""
+    from tapct.data import manifest
+    from tapct.data import pack as packer
+
+    with log.progress_bar("pack") as progress:
+        report = packer.pack(manifest.Manifest.read(manifest_file), out, workers=workers, level=level, progress=progress)
+    share = report.stored_bytes / max(report.voxel_bytes, 1)
+    log.say(
+        f"{len(report.packed)} packed, {report.kept} kept from before, {len(report.refused)} refused; "
+        f"{report.stored_bytes / 1e6:.0f} MB, {share:.0%} of the voxels: {out}"
+    )
+    for scan in report.refused:
+        log.say(f"  refused {scan.path}: {scan.reason}: {scan.detail}")
+
+
+@app.command()
+def train(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    print_config: Annotated[bool, typer.Option("--print-config", help="show every value and where it comes from")] = False,
+) -> None:
+    """Pretrain; started again, it goes on from the newest checkpoint."""
+    from tapct import config as configs
+    from tapct import run
+
+    resolved = configs.load_config(run.RunConfig, config, overrides or [])
+    if print_config:
+        print(resolved.pretty())
+        return
+    stop = run.train(resolved)
+    if stop.signal:
+        again = " ".join(["tapct train", str(config), *(overrides or [])])
+        log.say(f"stopped by {stop.signal} and saved at step {stop.step}; go on with: {again}")
+        raise typer.Exit(130 if stop.signal == "SIGINT" else 143)
+
+
+@app.command()
+def plan(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Tokens, parameters and FLOPs of a config, part by part."""
+    from tapct import config as configs
+    from tapct import plan as planner
+    from tapct import run
+
+    resolved = configs.load_config(run.RunConfig, config, overrides or [])
+    log.console().print(planner.render(run.make_plan(resolved.value)))
+
+
+@app.command(name="eval")
+def evaluate(run_folder: RunFolder, overrides: Overrides = None) -> None:
+    """Judge the frozen features of a run beside untrained and raw-HU baselines."""
+    from tapct import run
+
+    results = run.evaluate(run_folder, overrides or [])
+    for name, model in results["models"].items():
+        log.say(f"{name:<24} mean Dice {model['mean_dice']:.3f}")
+    log.say(f"results and pictures in {run_folder}/eval")
+
+
+@app.command()
+def export(
+    run_folder: RunFolder,
+    out: Annotated[Path | None, typer.Option(help="folder to write; default RUN/export")] = None,
+) -> None:
+    """Write the teacher as safetensors + config.json, for tapct.load_pretrained."""
+    from tapct import run
+
+    log.say(f"exported to {run.export(run_folder, out)}")
+
+
+@app.command()
+def embed(
+    model: Annotated[Path, typer.Argument(help="export folder")],
+    scan: Annotated[Path, typer.Argument(help="NIfTI, NRRD, MHA or DICOM folder")],
+    out: Annotated[Path, typer.Option(help="features file (.npz)")] = Path("features.npz"),
+) -> None:
+    """Dense features of one scan."""
+    from tapct import weights
+    from tapct.data import ingest
+
+    pretrained = weights.load_pretrained(model)
+    pretrained.embed(ingest.read_volume(scan)).write_npz(out)
+    log.say(f"features in {out}")
+
+
+@app.command()
+def report(run_folder: RunFolder) -> None:
+    """Write RUN/report.html: curves, health, timing, pictures and config on one page."""
+    from tapct.report import page
+
+    log.say(f"report: {page.write(run_folder)}")
+
+
+def main() -> None:
+    """Entry point: one line for what a person can mend, a traceback only with --debug or for our own faults."""
+    try:
+        app()
+    except UserError as error:
+        fail(str(error), error, 2)
+    except KeyboardInterrupt as error:
+        fail("interrupted", error, 130)
+    except OSError as error:
+        place = f": {error.filename}" if error.filename else ""
+        fail(f"{error.strerror or error}{place}", error, 2)
+
+
+def fail(line: str, error: BaseException, code: int) -> None:
+    """Print an error's one line and leave with its exit code."""
+    if os.environ.get("TAPCT_DEBUG") == "1":
+        traceback.print_exception(error)
+    log.error(line)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()
