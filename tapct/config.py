@@ -337,9 +337,9 @@ def _plain(item: _Field, value: Any) -> Any:
         case "section":
             return {"name": value.name, **to_dict(value.config)}
         case "table":
-            off = {name: None for name in item.metadata["plugin_default"]}
             on = {entry.name: to_dict(entry.config) for entry in value}
-            return {**on, **{name: None for name in off if name not in on}}
+            off = dict.fromkeys(name for name in item.metadata["plugin_default"] if name not in on)
+            return {**on, **off}
     if dataclasses.is_dataclass(value):
         return to_dict(value)
     return _listed(value)
@@ -373,10 +373,10 @@ def _text(value: Any) -> str:
 class _Dumper(yaml.SafeDumper):
     """Block mappings, lists in one line, and quotes around text that OmegaConf would read as a number."""
 
-    def represent_list(self, data: Any) -> yaml.Node:
+    def represent_list(self, data: Any) -> yaml.SequenceNode:
         return self.represent_sequence("tag:yaml.org,2002:seq", data, flow_style=True)
 
-    def represent_str(self, data: str) -> yaml.Node:
+    def represent_str(self, data: str) -> yaml.ScalarNode:
         style = "'" if re.fullmatch(r"[-+.\d][-+.:\w]*", data) else None if data.isprintable() else '"'
         return self.represent_scalar("tag:yaml.org,2002:str", data, style=style)
 

@@ -82,7 +82,7 @@ def read_overrides(overrides: Sequence[str]) -> list[Layer]:
         except (OmegaConfBaseException, ValueError, AttributeError) as error:
             raise ValueError(f"override: {word}: {_first_line(error)}") from error
     tree = _text_keys(OmegaConf.to_container(merged))
-    return [Layer(tree, {path: "override" for path in _paths(tree)}, ordered=False)] if overrides else []
+    return [Layer(tree, dict.fromkeys(_paths(tree), "override"), ordered=False)] if overrides else []
 
 
 def _read(path: Path, asked_by: str) -> tuple[dict[str, Any], dict[KeyPath, str]]:
