@@ -335,9 +335,8 @@ def _name_of_patient(job: _Job) -> str:
         match = re.search(job.patient_regex, relative.as_posix())
         if match and match[1]:
             return match[1]
-    stems = [ingest.stem_of(relative) if relative.name else job.root.resolve().name]
-    stems += [folder.name for folder in relative.parents]
-    return next((stem for stem in stems if re.search(r"\d", stem)), relative.with_name(stems[0]).as_posix())
+    names = [ingest.stem_of(relative) or job.root.resolve().name, *(folder.name for folder in relative.parents)]
+    return next((name for name in names if re.search(r"\d", name)), (relative.parent / names[0]).as_posix())
 
 
 def _refuse_duplicates(rows: list[Row]) -> tuple[Row, ...]:

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 import SimpleITK
-from scan_files import noise_ct, save_labels, save_scan
+from scan_files import make_ct, noise_ct, save_labels, save_scan, write_series
 
 from tapct.data import ingest, manifest
 from tapct.data.manifest import Manifest, Row
@@ -185,6 +185,16 @@ def test_patients_without_header_come_from_regex_or_names(
     patients = [row.patient for row in built.rows]
     assert all(patients)
     assert ["ab"[patients[0] != patient] for patient in patients] == list(groups)
+
+
+def test_a_dicom_folder_can_be_the_whole_archive(tmp_path: Path) -> None:
+    for name in ("case7", "case8"):
+        write_series(tmp_path / name, make_ct(), edit=lambda index: {"PatientID": None})
+    first, second = (manifest.build(tmp_path / name, tmp_path / "m.parquet") for name in ("case7", "case8"))
+    assert [(row.path, row.status) for row in first.rows] == [(".", "accepted")]
+    assert first.digest == second.digest
+    assert first.rows[0].patient != second.rows[0].patient
+    np.testing.assert_array_equal(ingest.read_volume(first.root / first.rows[0].path).hu_ZYX, make_ct())
 
 
 def test_anonymous_is_not_a_patient(tmp_path: Path) -> None:

@@ -177,7 +177,9 @@ def _check_steps(slices: list[_Slice], normal: np.ndarray) -> float:
     same = np.flatnonzero(steps < _SAME_POSITION_MM)
     if same.size:
         pair = f"{slices[same[0]].path.name} and {slices[same[0] + 1].path.name}"
-        raise Refused("duplicate_slices", f"{same.size} of {len(slices)} slices repeat a position, as {pair}")
+        raise Refused(
+            "duplicate_slices", f"{same.size} of {len(slices)} slices repeat a position, as {pair}; keep one of each"
+        )
     median = float(np.median(steps))
     tolerance = min(max(0.105, 0.02 * median), 0.25 * median)  # some scanners round positions to 0.1 mm
     odd = np.abs(steps - median) > tolerance
@@ -187,8 +189,12 @@ def _check_steps(slices: list[_Slice], normal: np.ndarray) -> float:
     gaps = odd & (multiples >= 2) & (np.abs(steps - multiples * median) <= tolerance * multiples)
     if (gaps == odd).all():
         num_missing = int((multiples[gaps] - 1).sum())
-        raise Refused("missing_slices", f"{num_missing} are missing: steps of {median:.3f} and {steps.max():.3f} mm")
-    raise Refused("uneven_slices", f"slice distances run from {steps.min():.3f} to {steps.max():.3f} mm")
+        raise Refused(
+            "missing_slices", f"{num_missing} missing: steps of {median:.3f} and {steps.max():.3f} mm; export again"
+        )
+    raise Refused(
+        "uneven_slices", f"slice distances run from {steps.min():.3f} to {steps.max():.3f} mm; rule: equal to 2 %"
+    )
 
 
 def _check_straight(slices: list[_Slice], step: np.ndarray, step_mm: float) -> None:
