@@ -1,0 +1,306 @@
+"""Frozen dense features of a whole scan: sliding windows, averaged on one patch grid, mapped back to voxels.
+
+Axes: Z Y X depth height width (voxels, or patches of the grid where the text says so), D channels, C maps (classes), B windows.
+Padding: the scan stands at the origin and air follows at the far end of each axis, as in training.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from tapct.config import setting
+from tapct.types import AIR_HU, HUContract, Tokens, UserError
+from tapct.views.resample import resize_volume
+
+Triple = tuple[int, int, int]
+_SLAB_BYTES = 16 << 20  # of the largest temporary while a map is brought to voxels
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """How a whole scan is brought before a frozen backbone; stored in every export beside the HU contract."""
+
+    size_yx: tuple[int, int] = setting(
+        (224, 224), "in-plane size in voxels that the scan is resized to; 0 keeps its own [arXiv:2512.00872]", ge=0
+    )
+    window: tuple[int, int, int] = setting((12, 224, 224), "voxels (z, y, x) that the backbone sees at once [arXiv:2512.00872]", ge=1)
+    stride: tuple[int, int, int] = setting((6, 112, 112), "voxels between neighbouring windows; a multiple of the patch", ge=1)
+    border_weight: float = setting(
+        1.0, "weight of a window's outermost tokens in the mean over windows, against 1 at its centre", gt=0, le=1
+    )
+
+    def __post_init__(self) -> None:
+        for axis, window, stride in zip("zyx", self.window, self.stride, strict=True):
+            if stride > window:
+                raise UserError(
+                    f"preprocess.stride is {stride} along {axis}, more than the window of {window}: voxels would be "
+                    f"skipped. Use {window} or less."
+                )
+
+    def check_patch(self, patch: Triple) -> None:
+        """Raise UserError where window or stride do not fall on the grid of `patch` voxels."""
+        for name in ("window", "stride"):
+            for axis, voxels, side in zip("zyx", getattr(self, name), patch, strict=True):
+                if voxels % side:
+                    raise UserError(
+                        f"preprocess.{name} is {voxels} along {axis}, but the backbone's patch is {side} there: "
+                        f"windows must fall on the patch grid. Use a multiple of {side}."
+                    )
+
+
+@dataclass(frozen=True)
+class PatchGrid:
+    """Where the patches of a scan lie in its voxels.
+
+    Args:
+        patch: voxels (z, y, x) of one patch in the resized scan.
+        resized: shape of the resized scan, before padding.
+        original: shape of the scan as it was read.
+    """
+
+    patch: Triple
+    resized: Triple
+    original: Triple
+
+    @property
+    def shape(self) -> Triple:
+        """Patches along (z, y, x): enough to cover the resized scan."""
+        z, y, x = (-(-size // side) for size, side in zip(self.resized, self.patch, strict=True))
+        return z, y, x
+
+    def spacing_mm(self, spacing_mm: Sequence[float]) -> tuple[float, float, float]:
+        """Distance of patch centres along (z, y, x) in mm, from the scan's own voxel spacing in mm."""
+        z, y, x = (
+            mm * o / r * p for mm, o, r, p in zip(spacing_mm, self.original, self.resized, self.patch, strict=True)
+        )
+        return z, y, x
+
+    def matrix(self, axis: int) -> Tensor:
+        """Linear interpolation from patch centres to the original voxels' centres along one axis.
+
+        Voxel i of the original lies at ((i + 0.5) * resized / original) / patch - 0.5 in units of patches. Beyond the
+        outermost patch centres the value is held, so a constant map stays constant up to the border.
+
+        Returns:
+            float32 (original[axis], shape[axis]); rows sum to 1.
+        """
+        num_voxels, num_patches = self.original[axis], self.shape[axis]
+        centre = (torch.arange(num_voxels, dtype=torch.float64) + 0.5) * (self.resized[axis] / num_voxels)
+        position = (centre / self.patch[axis] - 0.5).clamp(0, num_patches - 1)
+        low = position.floor().long().clamp(max=max(num_patches - 2, 0))
+        share = position - low
+        matrix = torch.zeros(num_voxels, num_patches, dtype=torch.float64)
+        matrix.scatter_add_(1, low[:, None], (1 - share)[:, None])
+        matrix.scatter_add_(1, (low + 1).clamp(max=num_patches - 1)[:, None], share[:, None])
+        return matrix.float()
+
+    def voxel_slabs(self, maps_CZYX: Tensor) -> Iterator[tuple[int, int, Tensor]]:
+        """Linear upsampling of maps on the patch grid to the original voxels, a bounded slab of slices at a time.
+
+        Args:
+            maps_CZYX: float32 on the patch grid.
+        Yields:
+            (first slice, end slice, float32 (C, slices, Y, X) on the original grid).
+        """
+        self._check_maps(maps_CZYX)
+        mz, my, mx = (self.matrix(axis).to(maps_CZYX.device) for axis in range(3))
+        depth, height, width = self.original
+        step = max(1, _SLAB_BYTES // (4 * maps_CZYX.shape[0] * height * width))
+        for start in range(0, depth, step):
+            end = min(depth, start + step)
+            slab = torch.einsum("cgyx,zg->czyx", maps_CZYX, mz[start:end])
+            yield start, end, my @ (slab @ mx.T)
+
+    def to_voxels(self, maps_CZYX: Tensor) -> Tensor:
+        """`voxel_slabs` in one piece: float32 (C, Z, Y, X) on the original grid; memory is yours to judge."""
+        return torch.cat([slab for _, _, slab in self.voxel_slabs(maps_CZYX)], dim=1)
+
+    def argmax_voxels(self, maps_CZYX: Tensor) -> np.ndarray:
+        """Index of the largest upsampled map at every original voxel: uint16 (Z, Y, X); memory-bounded."""
+        out = np.empty(self.original, dtype=np.uint16)
+        for start, end, slab in self.voxel_slabs(maps_CZYX):
+            out[start:end] = slab.max(dim=0).indices.cpu().numpy()  # four times as fast as argmax on a CPU
+        return out
+
+    def patch_of_voxel(self, axis: int, num_samples: int) -> np.ndarray:
+        """Patch index (int64) of each of `num_samples` equal parts of the scan along an axis, by the part's centre."""
+        centre = (np.arange(num_samples) + 0.5) * (self.resized[axis] / num_samples)
+        return np.minimum(centre // self.patch[axis], self.shape[axis] - 1).astype(np.int64)
+
+    def _check_maps(self, maps_CZYX: Tensor) -> None:
+        if tuple(maps_CZYX.shape[1:]) != self.shape:
+            raise ValueError(f"maps are {tuple(maps_CZYX.shape)}, the patch grid is {self.shape}")
+
+
+@dataclass(frozen=True)
+class DenseFeatures:
+    """What a frozen backbone says about a scan.
+
+    Args:
+        features_DZYX: float32 on the patch grid of the resized scan, averaged over overlapping windows.
+        cls_D: float32, mean class token over the windows.
+        grid: maps features, or logits made of them, to voxels.
+    """
+
+    features_DZYX: Tensor
+    cls_D: Tensor
+    grid: PatchGrid
+
+    def tokens_ND(self) -> Tensor:
+        """The features as rows, patches in (z, y, x) raster order."""
+        return self.features_DZYX.permute(1, 2, 3, 0).flatten(0, 2)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A scan ready for windows: resized, clipped, normalised, padded. Shared by all models that are compared.
+
+    Args:
+        input_ZYX: float32 after `HUContract.normalise`, padded with air to whole patches and to one window at least.
+        grid: of the patches that touch the scan.
+    """
+
+    input_ZYX: Tensor
+    grid: PatchGrid
+
+
+def prepare(
+    hu_ZYX: np.ndarray, contract: HUContract, preprocess: Preprocess, patch: Triple, device: torch.device | str = "cpu"
+) -> Prepared:
+    """Resize in-plane, clip, normalise and pad a scan.
+
+    The clip comes before the resize, as in training: metal and padding values must not ring into tissue.
+
+    Args:
+        hu_ZYX: int16 HU of the whole scan.
+    Raises:
+        UserError: window or stride off the patch grid.
+    """
+    preprocess.check_patch(patch)
+    depth, height, width = hu_ZYX.shape
+    resized = (depth, preprocess.size_yx[0] or height, preprocess.size_yx[1] or width)
+    grid = PatchGrid(patch, resized, (depth, height, width))
+    padded = [max(n * p, w) for n, p, w in zip(grid.shape, patch, preprocess.window, strict=True)]
+    air = float(contract.normalise(torch.tensor(float(AIR_HU))))
+    input_ZYX = torch.full(padded, air, device=device)
+    step = max(1, _SLAB_BYTES // (4 * height * width))
+    for start in range(0, depth, step):  # z is not resized, so slabs of slices are independent
+        slab = torch.from_numpy(np.ascontiguousarray(hu_ZYX[start : start + step])).to(device, torch.float32)
+        slab = slab.clamp(contract.clip_low, contract.clip_high)
+        if resized[1:] != (height, width):
+            slab = resize_volume(slab, (len(slab), *resized[1:]), contract.clip_low)
+        input_ZYX[start : start + len(slab), : resized[1], : resized[2]] = contract.normalise(slab)
+    return Prepared(input_ZYX, grid)
+
+
+def window_starts(size: int, window: int, stride: int) -> list[int]:
+    """First voxels of the windows that cover `size` voxels; the last one is moved back to end at the border."""
+    starts = list(range(0, max(size - window, 0) + 1, stride))
+    if starts[-1] + window < size:
+        starts.append(size - window)
+    return starts
+
+
+def axis_weight(num_patches: int, border_weight: float) -> Tensor:
+    """Weight of a window's tokens along one axis: 1 at the centre, falling linearly to `border_weight` at both ends.
+
+    A token at the border sees context on one side only; with overlap another window sees it whole.
+    """
+    position = torch.arange(num_patches, dtype=torch.float32)
+    from_centre = (2 * position - (num_patches - 1)).abs() / max(num_patches - 1, 1)
+    return 1 - (1 - border_weight) * from_centre
+
+
+def features_of(
+    model: nn.Module, prepared: Prepared, preprocess: Preprocess, *, batch: int = 8
+) -> DenseFeatures:
+    """Slide the window over a prepared scan and average the tokens of overlapping windows.
+
+    The windows form a full grid of positions, so the sum of weights is a product of three vectors and never a volume.
+
+    Args:
+        model: called as `model([crops_BZYX])`, returns one `Tokens`; has `patch` and `dim`.
+        batch: windows per call.
+    Returns:
+        `DenseFeatures` on the model's device.
+    """
+    patch, input_ZYX = prepared.grid.patch, prepared.input_ZYX
+    starts = [window_starts(*axis) for axis in zip(input_ZYX.shape, preprocess.window, preprocess.stride, strict=True)]
+    corners = [(z, y, x) for z, y, x in itertools.product(*starts)]
+    per_window = [w // p for w, p in zip(preprocess.window, patch, strict=True)]
+    weights = [axis_weight(n, preprocess.border_weight).to(input_ZYX.device) for n in per_window]
+    taper_ZYX1 = (weights[0][:, None, None] * weights[1][:, None] * weights[2])[..., None]
+    dim = int(model.dim)  # type: ignore[arg-type]
+    total_ZYXD = input_ZYX.new_zeros(*(s // p for s, p in zip(input_ZYX.shape, patch, strict=True)), dim)
+    cls_D = input_ZYX.new_zeros(dim)
+    training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode():
+            for first in range(0, len(corners), batch):
+                chunk = corners[first : first + batch]
+                tokens = _run(model, input_ZYX, chunk, preprocess.window, per_window)
+                patches = tokens.patches_BND.float().unflatten(1, per_window) * taper_ZYX1
+                for corner, part in zip(chunk, patches, strict=True):
+                    total_ZYXD[_box(corner, per_window, patch)] += part
+                cls_D += tokens.cls_BD.float().sum(0)
+    finally:
+        model.train(training)
+    sums = [_axis_sum(total_ZYXD.shape[a], starts[a], weights[a], patch[a]) for a in range(3)]
+    total_ZYXD /= (sums[0][:, None, None] * sums[1][:, None] * sums[2])[..., None]
+    z, y, x = prepared.grid.shape
+    features_DZYX = total_ZYXD[:z, :y, :x].contiguous().permute(3, 0, 1, 2)
+    return DenseFeatures(features_DZYX, cls_D / len(corners), prepared.grid)
+
+
+def dense_features(
+    model: nn.Module,
+    hu_ZYX: np.ndarray,
+    contract: HUContract,
+    preprocess: Preprocess,
+    *,
+    batch: int = 8,
+    device: torch.device | str = "cpu",
+) -> DenseFeatures:
+    """Dense features of a whole scan: `prepare`, then `features_of`.
+
+    Args:
+        model: backbone on `device` with `patch` and `dim`.
+        hu_ZYX: int16 HU, LPS, axial slices first.
+        batch: windows per forward call.
+    Raises:
+        UserError: window or stride off the model's patch grid.
+    Source: sliding-window use of the released model, arXiv:2512.00872.
+    """
+    z, y, x = model.patch  # type: ignore[misc]
+    prepared = prepare(hu_ZYX, contract, preprocess, (int(z), int(y), int(x)), device)
+    return features_of(model, prepared, preprocess, batch=batch)
+
+
+def _run(
+    model: nn.Module, input_ZYX: Tensor, corners: list[Triple], window: Triple, per_window: list[int]
+) -> Tokens:
+    crops_BZYX = torch.stack([input_ZYX[_box(corner, window, (1, 1, 1))] for corner in corners])
+    tokens = model([crops_BZYX])[0]
+    assert list(tokens.grid) == per_window, (tokens.grid, per_window)
+    assert tokens.patches_BND.shape[1] == math.prod(per_window)
+    return tokens
+
+
+def _box(corner: Sequence[int], size: Sequence[int], patch: Sequence[int]) -> tuple[slice, ...]:
+    """Slices of `size` cells from a corner in voxels, in cells of `patch` voxels."""
+    return tuple(slice(c // p, c // p + s) for c, s, p in zip(corner, size, patch, strict=True))
+
+
+def _axis_sum(num_patches: int, starts: list[int], weight: Tensor, patch: int) -> Tensor:
+    total = torch.zeros(num_patches, device=weight.device)
+    for start in starts:
+        total[start // patch : start // patch + len(weight)] += weight
+    return total

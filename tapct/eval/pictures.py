@@ -1,0 +1,260 @@
+"""Pictures of an evaluation: organ overlays beside the truth, and patch features as colours.
+
+Axes: Z Y X voxels of the scan as read (LPS, z grows towards the head); D channels; C colour components.
+Axial slices are shown as radiologists look at them: patient's right on the left, front on top. Coronal: head on top.
+"""
+
+from __future__ import annotations
+
+import colorsys
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from torch import Tensor
+
+from tapct.eval.features import DenseFeatures
+
+Colour = tuple[float, float, float]
+LEVEL_HU, WIDTH_HU = 40.0, 400.0  # the soft-tissue window of abdominal reading
+_INK, _PAPER, _MUTED = "#e8eaed", "#111418", "#9aa0a6"
+_KNOWN = {  # organs that turn up in most label sets keep their colour from run to run
+    "liver": "#c96a4a", "spleen": "#9b6fd0", "kidney_right": "#f2c14e", "kidney_left": "#f29e4c", "aorta": "#ef476f",
+    "lung": "#5bc0eb", "lungs": "#5bc0eb", "lung_right": "#5bc0eb", "lung_left": "#3d8fd1", "kidneys": "#f2c14e",
+    "vertebrae": "#e9e4d0", "ribs": "#9fd356", "heart": "#d7263d", "stomach": "#2ec4b6", "pancreas": "#ffd6a5",
+    "bladder": "#70c1b3", "lesion": "#ff2e93", "lesions": "#ff2e93",
+}  # fmt: skip
+_MOST_IN_LEGEND = 28
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One column of a picture: a title and class indices (Z, Y, X) painted over the scan; None paints nothing."""
+
+    title: str
+    classes_ZYX: np.ndarray | None
+
+
+def colours(organs: Sequence[str]) -> dict[str, Colour]:
+    """A colour per organ: the known ones fixed, the rest spread over hues by position."""
+    chosen: dict[str, Colour] = {}
+    for position, organ in enumerate(organs):
+        fixed = _KNOWN.get(organ.lower())
+        if fixed and matplotlib.colors.to_rgb(fixed) not in chosen.values():
+            chosen[organ] = matplotlib.colors.to_rgb(fixed)
+        else:  # golden-ratio steps keep neighbours in the list apart
+            chosen[organ] = colorsys.hls_to_rgb((0.09 + 0.618034 * position) % 1, (0.58, 0.7, 0.46)[position % 3], 0.7)
+    return chosen
+
+
+def richest_slices(classes_ZYX: np.ndarray, organ_indices: Sequence[int]) -> tuple[int, int]:
+    """The axial and the coronal slice that show most organs, and of those the one with most organ voxels.
+
+    Returns:
+        (z, y) indices.
+    """
+    depth, height, _ = classes_ZYX.shape
+    score_z, score_y = np.zeros(depth), np.zeros(height)
+    for index in organ_indices:
+        mask = classes_ZYX == index
+        if mask.any():
+            in_z, in_y = mask.sum((1, 2)), mask.sum((0, 2))
+            score_z += (in_z > 0.2 * in_z.max()) + 1e-3 * in_z / in_z.max()
+            score_y += (in_y > 0.2 * in_y.max()) + 1e-3 * in_y / in_y.max()
+    return int(score_z.argmax()), int(score_y.argmax())
+
+
+def draw_overlay(
+    path: Path,
+    hu_ZYX: np.ndarray,
+    spacing_mm: Sequence[float],
+    panels: Sequence[Panel],
+    classes: Sequence[str],
+    organs: Sequence[str],
+    at: tuple[int, int],
+) -> None:
+    """Write one picture: axial above coronal, one column per panel, organs in colour with a legend.
+
+    Args:
+        spacing_mm: of the voxels along (z, y, x), so that the patient keeps their shape.
+        classes: name of each class index.
+        at: axial and coronal slice.
+    """
+    colour_of = colours(organs)
+    shown = [o for o in organs if any(_shows(p, classes.index(o), at) for p in panels)][:_MOST_IN_LEGEND]
+    views = [("axial", _axial(hu_ZYX, at[0]), spacing_mm[1:]), ("coronal", _coronal(hu_ZYX, at[1]), spacing_mm[::2])]
+    figure, axes = _grid(views, len(panels), legend_rows=-(-len(shown) // _legend_columns(len(panels))))
+    for column, panel in enumerate(panels):
+        for row, (name, hu_slice, spacing) in enumerate(views):
+            picture = _windowed(hu_slice)
+            if panel.classes_ZYX is not None:
+                cut = _axial(panel.classes_ZYX, at[0]) if name == "axial" else _coronal(panel.classes_ZYX, at[1])
+                picture = _painted(picture, cut, classes, colour_of)
+            _show(axes[row][column], picture, spacing, panel.title if row == 0 else "", name if column == 0 else "")
+    handles = [Patch(facecolor=colour_of[organ], label=organ.replace("_", " ")) for organ in shown]
+    if handles:
+        figure.legend(
+            handles=handles, loc="lower center", ncols=min(len(handles), _legend_columns(len(panels))), frameon=False,
+            labelcolor=_INK, fontsize=8, handlelength=1, handleheight=1, columnspacing=1.2,
+        )  # fmt: skip
+    _save(figure, path)
+
+
+def draw_pca(
+    path: Path,
+    hu_ZYX: np.ndarray,
+    spacing_mm: Sequence[float],
+    columns: Sequence[tuple[str, DenseFeatures]],
+    at: tuple[int, int],
+) -> None:
+    """Write one picture: the scan, then per model its patch features' first three principal components as colours."""
+    views = [("axial", _axial(hu_ZYX, at[0]), spacing_mm[1:]), ("coronal", _coronal(hu_ZYX, at[1]), spacing_mm[::2])]
+    figure, axes = _grid(views, 1 + len(columns), legend_rows=0)
+    for row, (name, hu_slice, spacing) in enumerate(views):
+        _show(axes[row][0], _windowed(hu_slice), spacing, "CT" if row == 0 else "", name)
+    body_ZYX = body_mask(hu_ZYX)
+    for column, (title, dense) in enumerate(columns, start=1):
+        body_patches = patch_share(body_ZYX, dense) > 0.5
+        rgb_CZYX = dense.grid.to_voxels(pca_colours(dense.features_DZYX.cpu(), body_patches)).numpy()
+        for row, (name, _, spacing) in enumerate(views):
+            cut = _axial if name == "axial" else _coronal
+            rgb = np.stack([cut(channel, at[row]) for channel in rgb_CZYX], axis=-1)
+            mask = cut(body_ZYX, at[row])[..., None]
+            _show(axes[row][column], np.where(mask, rgb.clip(0, 1), 0.0), spacing, title if row == 0 else "", "")
+    _save(figure, path)
+
+
+def pca_colours(features_DZYX: Tensor, foreground_ZYX: Tensor) -> Tensor:
+    """First three principal components of the foreground patches, each stretched to [0, 1] over its 1-99 % range.
+
+    A component's sign is free: it is fixed so that its largest loading is positive, and equal input gives equal colours.
+
+    Args:
+        features_DZYX: float32 on the patch grid, CPU.
+        foreground_ZYX: bool on the patch grid; all patches where fewer than four are set.
+    Returns:
+        float32 (3, z, y, x); background patches hold the colour that the same projection gives them, clipped.
+    """
+    x_ND = features_DZYX.permute(1, 2, 3, 0).flatten(0, 2).double()
+    inside_N = foreground_ZYX.flatten()
+    if int(inside_N.sum()) < 4:
+        inside_N = torch.ones_like(inside_N)
+    centred_ND = x_ND - x_ND[inside_N].mean(0)
+    covariance_DD = centred_ND[inside_N].T @ centred_ND[inside_N]
+    loadings_D3 = torch.linalg.eigh(covariance_DD).eigenvectors.flip(1)[:, :3]
+    largest = loadings_D3.abs().argmax(0)
+    loadings_D3 = loadings_D3 * loadings_D3[largest, torch.arange(loadings_D3.shape[1])].sign()
+    scores_N3 = centred_ND @ loadings_D3
+    low, high = (torch.quantile(scores_N3[inside_N], q, dim=0) for q in (0.01, 0.99))
+    scaled_N3 = ((scores_N3 - low) / (high - low).clamp_min(1e-12)).clamp(0, 1)
+    return scaled_N3.T.float().unflatten(1, foreground_ZYX.shape)
+
+
+def body_mask(hu_ZYX: np.ndarray) -> np.ndarray:
+    """Rough body: per slice, what a run of tissue (HU > -300) encloses from left to right and from front to back."""
+    tissue = hu_ZYX > -300
+    enclosed = np.ones_like(tissue)
+    for axis in (1, 2):
+        enclosed &= np.maximum.accumulate(tissue, axis=axis)
+        enclosed &= np.flip(np.maximum.accumulate(np.flip(tissue, axis), axis=axis), axis)
+    return enclosed
+
+
+def patch_share(mask_ZYX: np.ndarray, dense: DenseFeatures) -> Tensor:
+    """Share of true voxels in each patch of the grid, by voxel centres: float32 on the patch grid."""
+    share = mask_ZYX.astype(np.float32)
+    for axis in range(3):
+        patch_of = dense.grid.patch_of_voxel(axis, mask_ZYX.shape[axis])
+        mean = np.zeros((dense.grid.shape[axis], mask_ZYX.shape[axis]), dtype=np.float32)
+        mean[patch_of, np.arange(len(patch_of))] = 1
+        mean /= np.maximum(mean.sum(1, keepdims=True), 1)
+        share = np.moveaxis(np.tensordot(mean, share, axes=(1, axis)), 0, axis)
+    return torch.from_numpy(np.ascontiguousarray(share))
+
+
+def _axial(array_ZYX: np.ndarray, z: int) -> np.ndarray:
+    return array_ZYX[z]
+
+
+def _coronal(array_ZYX: np.ndarray, y: int) -> np.ndarray:
+    return array_ZYX[::-1, y]
+
+
+def _windowed(hu: np.ndarray) -> np.ndarray:
+    grey = np.clip((hu.astype(np.float32) - (LEVEL_HU - WIDTH_HU / 2)) / WIDTH_HU, 0, 1)
+    return np.repeat(grey[..., None], 3, axis=-1)
+
+
+def _painted(
+    picture: np.ndarray, class_slice: np.ndarray, classes: Sequence[str], colour_of: dict[str, Colour]
+) -> np.ndarray:
+    """Organs as a veil of colour with a firm rim, so that the anatomy under them stays visible."""
+    out = picture.copy()
+    for organ, colour in colour_of.items():
+        mask = class_slice == classes.index(organ)
+        if not mask.any():
+            continue
+        inner = mask.copy()
+        inner[1:] &= mask[:-1]
+        inner[:-1] &= mask[1:]
+        inner[:, 1:] &= mask[:, :-1]
+        inner[:, :-1] &= mask[:, 1:]
+        rim = mask & ~inner
+        out[inner] = 0.55 * out[inner] + 0.45 * np.asarray(colour)
+        out[rim] = 0.1 * out[rim] + 0.9 * np.asarray(colour)
+    return out
+
+
+def _shows(panel: Panel, index: int, at: tuple[int, int]) -> bool:
+    classes_ZYX = panel.classes_ZYX
+    return classes_ZYX is not None and bool((classes_ZYX[at[0]] == index).any() or (classes_ZYX[:, at[1]] == index).any())
+
+
+def _legend_columns(num_panels: int) -> int:
+    return max(2, 2 * num_panels)
+
+
+def _grid(views: Sequence[tuple[str, np.ndarray, Sequence[float]]], columns: int, legend_rows: int) -> tuple[Figure, Any]:
+    """A dark figure whose rows have the true proportions of the slices."""
+    width = 2.3
+    heights = [
+        min(max(width * s.shape[0] * mm[0] / (s.shape[1] * mm[1]), 0.35 * width), 2 * width) for _, s, mm in views
+    ]
+    top, bottom = 0.32, 0.1 + 0.2 * legend_rows
+    total = sum(heights) + top + bottom + 0.06
+    figure = Figure(figsize=(columns * width + 0.3, total), facecolor=_PAPER)
+    axes = figure.subplots(
+        2, columns, squeeze=False,
+        gridspec_kw={
+            "height_ratios": heights, "wspace": 0.025, "hspace": 0.02, "left": 0.25 / (columns * width + 0.3),
+            "right": 1 - 0.05 / (columns * width), "top": 1 - top / total, "bottom": bottom / total,
+        },
+    )  # fmt: skip
+    return figure, axes
+
+
+def _show(axis: Any, picture: np.ndarray, spacing_mm: Sequence[float], title: str, side: str) -> None:
+    axis.imshow(picture, aspect=spacing_mm[0] / spacing_mm[1], interpolation="nearest")
+    axis.set_xticks([])
+    axis.set_yticks([])
+    axis.set_facecolor("black")
+    for spine in axis.spines.values():
+        spine.set_visible(False)
+    if title:
+        axis.set_title(title, color=_INK, fontsize=9, pad=5)
+    if side:
+        axis.set_ylabel(side, color=_MUTED, fontsize=8, labelpad=4)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.stem}.{os.getpid()}.png")
+    figure.savefig(aside, dpi=120, facecolor=figure.get_facecolor(), metadata={"Software": "tapct"})
+    aside.replace(path)

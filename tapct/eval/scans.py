@@ -1,0 +1,119 @@
+"""Labelled scans for evaluation: who is trained on, who is tested, and reading one at a time.
+
+Axes: Z Y X depth height width in voxels of the scan as it was read.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from tapct import rng
+from tapct.data.ingest import check_same_grid, read_labels, read_volume
+from tapct.data.manifest import Row
+from tapct.types import LabelMap, UserError, Volume
+
+PATIENTS = "patients"  # split mode: no patient on both sides
+BLOCKS = "blocks"  # split mode: slabs of the same scans
+BLOCKS_NOTE = "within one patient: a fit, not generalisation"
+
+
+@dataclass(frozen=True)
+class LabelledScan:
+    """One scan in memory with its labels on the same grid."""
+
+    id: str
+    volume: Volume
+    labels: LabelMap
+
+
+@dataclass(frozen=True)
+class Split:
+    """Manifest rows of either side.
+
+    Args:
+        mode: `patients`, or `blocks` where one patient is all there is: then both sides hold the same rows and
+            `block_slices` tells them apart.
+    """
+
+    mode: str
+    train: tuple[Row, ...]
+    test: tuple[Row, ...]
+
+
+def split_by_patient(rows: Sequence[Row], *, test_share: float, max_scans: int, seed: int) -> Split:
+    """Choose labelled scans and divide them by patient, in an order keyed by the seed.
+
+    Args:
+        rows: of a manifest; those refused or without labels are left out.
+        test_share: of the patients, at least one on either side.
+        max_scans: most scans on both sides together; 0 means all. Whole patients are taken while they fit.
+    Raises:
+        UserError: no scan has labels.
+    """
+    patients: dict[str, list[Row]] = defaultdict(list)
+    for row in sorted(rows, key=lambda r: r.id):
+        if row.status == "accepted" and row.label_path:
+            patients[row.patient or row.id].append(row)
+    if not patients:
+        raise UserError(
+            f"none of the {sum(row.status == 'accepted' for row in rows)} accepted scans has a label map to evaluate against: "
+            "name it NAME_seg.nii.gz beside NAME.nii.gz, put it in labels*/ beside images*/, or index again with --labels DIR"
+        )
+    order = sorted(patients, key=lambda p: (rng.hash_int(seed, "eval split", rng.purpose_id(p)), p))
+    chosen: list[str] = []
+    num_scans = 0
+    for patient in order:
+        if chosen and max_scans and num_scans + len(patients[patient]) > max_scans:
+            continue
+        chosen.append(patient)
+        num_scans += len(patients[patient])
+    if len(chosen) == 1:
+        scans = tuple(patients[chosen[0]][: max_scans or None])
+        return Split(BLOCKS, scans, scans)
+    num_test = min(max(1, round(test_share * len(chosen))), len(chosen) - 1)
+    test = tuple(row for patient in chosen[:num_test] for row in patients[patient])
+    train = tuple(row for patient in chosen[num_test:] for row in patients[patient])
+    return Split(PATIENTS, train, test)
+
+
+def block_slices(num_patches: int, *, test: bool, num_blocks: int, gap: int, scan_id: str) -> np.ndarray:
+    """Patch slices along z of one side, where train and test share a scan.
+
+    The depth is cut into `num_blocks` slabs; even ones train, odd ones test. Between two slabs `gap` slices of
+    patches belong to neither side, since neighbours look alike.
+
+    Returns:
+        bool (num_patches,).
+    Raises:
+        UserError: the scan is too short for two slabs and a gap.
+    """
+    num_blocks = min(num_blocks, (num_patches + gap) // (1 + gap))
+    if num_blocks < 2:
+        raise UserError(
+            f"scan {scan_id} has {num_patches} patches along z; fitting within one patient needs {2 + gap}. "
+            "Index scans of a second patient, or give each patient its own group with --patient-regex."
+        )
+    edges = np.linspace(0, num_patches + gap, num_blocks + 1).round().astype(int)
+    chosen = np.zeros(num_patches, dtype=bool)
+    for block in range(int(test), num_blocks, 2):
+        chosen[edges[block] : edges[block + 1] - gap] = True
+    return chosen
+
+
+def read_labelled(row: Row, root: Path) -> LabelledScan:
+    """Read a row's scan and labels.
+
+    Args:
+        root: folder that the row's paths are relative to.
+    Raises:
+        Refused: a file is not what the manifest says, or the labels lie on another grid.
+    """
+    volume = read_volume(root / row.path)
+    labels = read_labels(root / row.label_path)
+    check_same_grid(volume, labels)
+    return LabelledScan(row.id, volume, labels)
