@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from collections.abc import Sequence
@@ -16,27 +17,30 @@ from tapct.types import UserError
 RECENT_SHARE, RECENT_MOST = 0.1, 200  # "recent" means: the last tenth of the steps, at most this many
 
 
+Column = tuple[np.ndarray, np.ndarray]  # steps at which a metric was written, its values; float64
+
+
 @dataclass(frozen=True)
 class History:
-    """The metrics of a run, one row per step, later writings of a step replacing earlier ones.
+    """The metrics of a run by step, later writings of a step replacing earlier ones.
 
     Args:
-        rows: flat objects in order of step.
+        columns: name -> steps (ascending) and values, NaN where the value is null or no number.
+        num_steps: finished steps that left a line.
         unreadable: lines that were no JSON object with a step (a killed run leaves one).
     """
 
-    rows: tuple[dict[str, Any], ...]
+    columns: dict[str, Column]
+    num_steps: int
     unreadable: int
 
     def names(self, prefix: str) -> list[str]:
         """Metric names that start with `prefix`, in order of first appearance."""
-        return [name for name in dict.fromkeys(key for row in self.rows for key in row) if name.startswith(prefix)]
+        return [name for name in self.columns if name.startswith(prefix)]
 
-    def column(self, name: str) -> tuple[np.ndarray, np.ndarray]:
-        """Steps at which a metric was written, and its values; float64, NaN where the value is null or no number."""
-        found = [(row["step"], row[name]) for row in self.rows if name in row]
-        values = [float(v) if isinstance(v, int | float) else math.nan for _, v in found]
-        return np.array([step for step, _ in found], np.float64), np.array(values, np.float64)
+    def column(self, name: str) -> Column:
+        """Steps and values of a metric; empty when it was never written."""
+        return self.columns.get(name, (np.zeros(0), np.zeros(0)))
 
     def recent(self, name: str) -> float:
         """Mean over the recent steps in which the metric was written; NaN when one is not finite or there is none."""
@@ -62,14 +66,27 @@ def read_history(path: Path) -> History:
         if not line.strip():
             continue
         row = _object(line)
-        if row is None or not isinstance(row.get("step"), int | float):
+        if row is None or not _is_number(row.get("step")):
             unreadable += 1
         else:
             rows[row["step"]] = row
     if not rows:
         what = "holds no finished step" if path.is_file() else "is missing"
         raise UserError(f"{path} {what}: there is nothing to report yet. Train first: tapct train CONFIG.")
-    return History(tuple(rows[step] for step in sorted(rows)), unreadable)
+    found: dict[str, tuple[list[float], list[float]]] = {}
+    for step in sorted(rows):
+        for name, value in rows[step].items():
+            steps, values = found.setdefault(name, ([], []))
+            steps.append(step)
+            values.append(value if _is_number(value) else math.nan)
+    columns = {
+        name: (np.array(steps, np.float64), np.array(values, np.float64)) for name, (steps, values) in found.items()
+    }
+    return History(columns, len(rows), unreadable)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _object(line: str) -> dict[str, Any] | None:
@@ -95,25 +112,21 @@ def prototypes_ln(history: History, term: str) -> float:
     ce/dino_local). So (ln K - CE) = ln K - sum_i a_i ce_i with fixed shares a_i that add up to 1: a linear system in
     ln K and the shares, solved over the steps and believed only if it holds.
     """
-    gap_name = f"health/{term}_ln_k_minus_ce"
     groups = [name for name in history.names("ce/") if name == f"ce/{term}" or name.startswith(f"ce/{term}_")]
-    wanted = [gap_name, *groups]
-    rows = [[row[name] for name in wanted] for row in history.rows if all(_finite(row.get(name)) for name in wanted)]
-    if not groups or not rows:
+    found = [history.column(name) for name in (f"health/{term}_ln_k_minus_ce", *groups)]
+    steps = functools.reduce(np.intersect1d, (steps for steps, _ in found))
+    table = np.column_stack([values[np.isin(at, steps)] for at, values in found])
+    table = table[np.isfinite(table).all(1)]
+    if not groups or not len(table):
         return math.nan
-    table = np.array(rows, np.float64)
     gap, last, others = table[:, 0], table[:, -1], table[:, 1:-1]
     system = np.column_stack([np.ones(len(gap)), last[:, None] - others])
     target = gap + last
     solution = np.linalg.lstsq(system, target, rcond=None)[0]
     fits = bool(np.abs(system @ solution - target).max() < 5e-3)
     shares = bool((solution[1:] > -0.05).all() and solution[1:].sum() < 1.05)
-    determined = len(rows) > 2 * system.shape[1] or system.shape[1] == 1
+    determined = len(table) > 2 * system.shape[1] or system.shape[1] == 1
     return float(solution[0]) if fits and shares and determined else math.nan
-
-
-def _finite(value: object) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def flatten(value: object, prefix: str = "") -> list[tuple[str, str]]:

@@ -126,11 +126,10 @@ def verdict_box(found: Verdict, judged: bool) -> str:
 
 def tiles(history: History, results: Mapping[str, Any]) -> str:
     """Key numbers."""
-    last, step_seconds = history.rows[-1], history.column("seconds/step")[1]
-    total = history.column("loss/total")[1]
-    recent = History.num_recent(len(history.rows))
-    seen = f"{number(last['samples'])} samples" if isinstance(last.get("samples"), int) else ""
-    cells: list[tuple[str, str, str]] = [("Steps", number(last["step"]), seen)]
+    step_seconds, total, samples = (history.column(name)[1] for name in ("seconds/step", "loss/total", "samples"))
+    recent = History.num_recent(history.num_steps)
+    seen = f"{_count(samples[-1])} samples" if len(samples) else ""
+    cells: list[tuple[str, str, str]] = [("Steps", _count(history.column("step")[1][-1]), seen)]
     if len(step_seconds):
         typical = float(np.nanmedian(step_seconds)) if np.isfinite(step_seconds).any() else math.nan
         cells.append(
@@ -283,6 +282,10 @@ def config(path: Path) -> str:
         return f'<p class="missing">{text(path.name)} is not there; tapct train writes it.</p>'
     body = text(path.read_text(encoding="utf-8", errors="replace"))
     return f"<details><summary>Resolved configuration of the run</summary><pre>{body}</pre></details>"
+
+
+def _count(value: float) -> str:
+    return number(int(value)) if math.isfinite(value) else number(value)
 
 
 def _grid(charts: Sequence[str]) -> str:

@@ -162,7 +162,7 @@ def decimate_medians(x: np.ndarray, y: np.ndarray, buckets: int = MAX_BUCKETS) -
 
 def smoothed(curve: Curve) -> np.ndarray:
     """The curve as it is drawn in front."""
-    half = len(curve.y) // 60 if curve.smooth else 0
+    half = min(len(curve.y) // 60, 100) if curve.smooth else 0
     return rolling_mean(curve.y, half) if half else curve.y
 
 
@@ -268,14 +268,13 @@ def _legend(curves: Sequence[Curve], fronts: Sequence[np.ndarray], area: bool) -
 
 
 def _hover(frame: Frame, fronts: Sequence[tuple[np.ndarray, np.ndarray]]) -> str:
-    """Data for the pointer's readout, as JSON that cannot end its script element."""
+    """Data for the pointer's readout, as JSON: numbers and null alone, so it cannot end its script element."""
     series = [
         {"x": x.round(1).tolist(), "y": [float(f"{v:.5g}") if math.isfinite(v) else None for v in y.tolist()]}
         for x, y in fronts
     ]
     payload = {"frame": [frame.x0, frame.x1, LEFT, WIDTH - RIGHT, WIDTH], "series": series}
-    safe = json.dumps(payload, separators=(",", ":")).replace("<", "\\u003c")
-    return f'<script type="application/json">{safe}</script>'
+    return f'<script type="application/json">{json.dumps(payload, separators=(",", ":"))}</script>'
 
 
 def _figure(title: str, unit: str, legend: str, body: str, hover: str) -> str:

@@ -197,6 +197,12 @@ def test_ln_k_is_found_from_what_is_logged_or_not_claimed(tmp_path: Path) -> Non
     assert math.isnan(prototypes_ln(read_history(tmp_path / "metrics.jsonl"), "x"))
 
 
+def test_ln_k_is_not_claimed_when_the_curves_never_part(tmp_path: Path) -> None:
+    row = {"ce/x_a": 5.0, "ce/x_b": 4.0, "health/x_ln_k_minus_ce": 1.0}
+    (tmp_path / "metrics.jsonl").write_text("\n".join(json.dumps(row | {"step": i}) for i in range(40)))
+    assert math.isnan(prototypes_ln(read_history(tmp_path / "metrics.jsonl"), "x"))
+
+
 def test_a_number_that_is_not_finite_is_shown_as_such(tmp_path: Path) -> None:
     run = run_folder(tmp_path / "run")
     with (run / "metrics.jsonl").open("a") as file:
@@ -254,6 +260,8 @@ def test_a_drawn_line_is_the_data() -> None:
     at, value = np.array([[float(py) - 4, float(v.replace("\u2212", "-"))] for py, v in labels]).T
     slope, offset = np.polyfit(at, value, 1)
     np.testing.assert_allclose(slope * drawn[:, 1] + offset, y, atol=0.01)
+    assert slope < 0  # SVG counts downwards
+    assert (drawn > 0).all() and (drawn < [plots.WIDTH, plots.HEIGHT]).all()
     np.testing.assert_allclose(np.diff(drawn[:, 0]), (drawn[-1, 0] - drawn[0, 0]) / 10, atol=0.11)
 
 
