@@ -16,9 +16,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from tapct import __version__
+from tapct import __version__, log, plan, plugin, weights
 from tapct import config as tapct_config
-from tapct import log, plan, plugin, weights
 from tapct.config import Resolved, setting
 from tapct.data import loader
 from tapct.data.split import held_out_patients
@@ -27,6 +26,7 @@ from tapct.engine import checkpoint, loop, optim
 from tapct.engine.checkpoint import Checkpoints, Meta
 from tapct.eval import runner
 from tapct.eval.baselines import with_baselines
+from tapct.nn.contracts import Backbone
 from tapct.plugin import Plugin
 from tapct.ssl.schedules import Schedules
 from tapct.ssl.student_teacher import StudentTeacher, build_backbone
@@ -228,7 +228,7 @@ class Trained:
     """
 
     resolved: Resolved
-    backbone: torch.nn.Module
+    backbone: Backbone
     meta: Meta
 
 

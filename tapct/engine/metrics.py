@@ -63,7 +63,7 @@ def readings(outputs: Sequence[StepOutput], report: UpdateReport, with_rank: boo
     numbers.append(("health/cls_std", health.cls_std(teacher.cls_BD)))
     numbers.append(("health/patch_norm_outliers", health.patch_norm_outliers(teacher.patches_BND)))
     if with_rank:
-        numbers.append(("health/rankme", health.rankme(teacher.cls_BD)))
+        numbers.append(("health/rankme", health.rankme(teacher.patches_BND.flatten(0, 1))))
     return numbers
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tapct.config import setting
+from tapct.nn.contracts import Backbone
 from tapct.ssl import schedules
 from tapct.ssl.schedules import StepValues
 from tapct.ssl.student_teacher import Network, StudentTeacher
@@ -43,7 +44,7 @@ class GroupKey:
 NO_DECAY = re.compile(r"(\.bias$)|(norm)|(\.gamma$)")
 
 
-def group_key(name: str, backbone: nn.Module, config: Config) -> GroupKey:
+def group_key(name: str, backbone: Backbone, config: Config) -> GroupKey:
     """The group of one parameter of the student.
 
     Layer ids as in DINOv2: embeddings and tokens 0, block i is i + 1, the final norm and the heads stand at depth + 1,
@@ -122,7 +123,7 @@ class Updater:
             group["weight_decay"] = values.wd if key.decays else 0.0
         self.optimizer.step()
         self.pair.update_teacher(values.momentum, applied)
-        for loss in self.pair.losses.values():
+        for loss in self.pair.terms.values():
             loss.finish_step(applied)
         self.optimizer.zero_grad(set_to_none=True)
         return UpdateReport(norms, applied)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from tapct.config import setting
 from tapct.nn import heads
+from tapct.nn.contracts import Loss
 from tapct.nn.prototypes import TargetConfig, Targets, soft_cross_entropy, target_sums
 from tapct.types import LossResult, TargetStats, Term, TokenSets
 
@@ -32,7 +33,7 @@ class Config:
     head: heads.Config = field(default_factory=heads.Config)
 
 
-class DinoLoss(nn.Module):
+class DinoLoss(Loss):
     """The DINO term with its targets; its heads belong to student and teacher."""
 
     head_of = "dino"
@@ -42,7 +43,7 @@ class DinoLoss(nn.Module):
         self.config = config
         self.targets = Targets(config.head.num_prototypes, config.targets)
 
-    def forward(self, sets: TokenSets, student_head: nn.Module, teacher_head: nn.Module) -> LossResult:
+    def forward(self, sets: TokenSets, student_head: nn.Module | None, teacher_head: nn.Module | None) -> LossResult:
         """Compare every student crop with every other global crop of the teacher.
 
         Args:
@@ -52,6 +53,7 @@ class DinoLoss(nn.Module):
         Returns:
             Terms `dino_global` and, with local crops, `dino_local`.
         """
+        assert student_head is not None and teacher_head is not None
         num_globals, num_locals = sets.num_globals, sets.num_locals
         num_terms = num_globals * (num_globals - 1) + num_globals * num_locals
         with torch.no_grad():

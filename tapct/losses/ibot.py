@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from tapct.config import setting
 from tapct.nn import heads
+from tapct.nn.contracts import Loss
 from tapct.nn.prototypes import TargetConfig, Targets, soft_cross_entropy, target_sums
 from tapct.types import LossResult, TargetStats, Term, TokenSets
 
@@ -32,7 +33,7 @@ class Config:
     head: heads.Config = field(default_factory=heads.Config)
 
 
-class IBotLoss(nn.Module):
+class IBotLoss(Loss):
     """The iBOT term with its targets; its heads belong to student and teacher."""
 
     def __init__(self, config: Config) -> None:
@@ -41,7 +42,7 @@ class IBotLoss(nn.Module):
         self.head_of = "dino" if config.share_dino_head else "ibot"
         self.targets = Targets(config.head.num_prototypes, config.targets)
 
-    def forward(self, sets: TokenSets, student_head: nn.Module, teacher_head: nn.Module) -> LossResult:
+    def forward(self, sets: TokenSets, student_head: nn.Module | None, teacher_head: nn.Module | None) -> LossResult:
         """Compare student and teacher at the masked patches.
 
         Args:
@@ -51,6 +52,7 @@ class IBotLoss(nn.Module):
         Returns:
             Term `ibot`; zero (but connected) when no patch is masked.
         """
+        assert student_head is not None and teacher_head is not None
         masks = sets.masks
         student_MD = sets.student_global.patches_BND.flatten(0, 1)[masks.index_M]
         num_crops = sets.student_global.patches_BND.shape[0]

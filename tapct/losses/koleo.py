@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tapct.config import setting
+from tapct.nn.contracts import Loss
 from tapct.types import LossResult, Term, TokenSets, UserError
 
 
@@ -46,7 +47,7 @@ def koleo(cls_BD: Tensor, eps: float = 1e-8) -> Tensor:
         return -(distance_B + eps).log().mean()
 
 
-class KoLeoLoss(nn.Module):
+class KoLeoLoss(Loss):
     """KoLeo over each global crop's class tokens of this rank, summed over the crops."""
 
     head_of = ""
@@ -55,8 +56,10 @@ class KoLeoLoss(nn.Module):
         super().__init__()
         self.config = config
 
-    def forward(self, sets: TokenSets, student_head: None = None, teacher_head: None = None) -> LossResult:
-        """Returns: one term, `koleo`."""
+    def forward(
+        self, sets: TokenSets, student_head: nn.Module | None = None, teacher_head: nn.Module | None = None
+    ) -> LossResult:
+        """One term, `koleo`; it has no head."""
         crops_VBD = sets.student_global.cls_BD.chunk(sets.num_globals)
         total = torch.stack([koleo(cls_BD) for cls_BD in crops_VBD]).sum()
         return LossResult((Term("koleo", self.config.weight * total),))

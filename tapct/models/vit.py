@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from tapct.config import setting
 from tapct.nn import init
 from tapct.nn.attention import BACKENDS, Attention, Span, Spans
+from tapct.nn.contracts import Backbone
 from tapct.nn.layers import DropKey, LayerNorm, LayerScale, Mlp, Subset, SwiGLU, draw_subsets
 from tapct.nn.posembed import Grid, resize_positions
 from tapct.types import Tokens, UserError
@@ -162,7 +163,7 @@ class Block(nn.Module):
         return feed.add(x_TD, self.ls2(self.mlp(self.norm2(feed.take(x_TD)))))
 
 
-class VisionTransformer(nn.Module):
+class VisionTransformer(Backbone):
     """The backbone. Starts as `init_weights(0)` leaves it; on a meta device it stays without values.
 
     Args:

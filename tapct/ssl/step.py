@@ -46,7 +46,8 @@ def forward(pair: StudentTeacher, views: Views, masks: Masks, teacher_temp: floa
     """
     num_globals, num_locals = views.global_VBZYX.shape[0], views.local_VBZYX.shape[0]
     globals_BZYX = views.global_VBZYX.flatten(0, 1)
-    crops, crop_masks = [globals_BZYX], [masks.masked_VBN.flatten(0, 1)]
+    crops: list[Tensor] = [globals_BZYX]
+    crop_masks: list[Tensor | None] = [masks.masked_VBN.flatten(0, 1)]
     if num_locals:
         crops, crop_masks = [*crops, views.local_VBZYX.flatten(0, 1)], [*crop_masks, None]
 
@@ -62,6 +63,6 @@ def forward(pair: StudentTeacher, views: Views, masks: Masks, teacher_temp: floa
         num_locals=num_locals,
         teacher_temp=teacher_temp,
     )
-    results = tuple(loss(sets, *pair.heads_of(loss)) for loss in pair.losses.values())
+    results = tuple(loss(sets, *pair.heads_of(loss)) for loss in pair.terms.values())
     total = torch.stack([term.value for result in results for term in result.terms]).sum()
     return StepOutput(total, results, sets)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tapct import plugin
+from tapct.nn.contracts import Backbone, Loss
 from tapct.nn.heads import PrototypeHead
 from tapct.plugin import Plugin
 from tapct.types import UserError
@@ -17,9 +18,9 @@ from tapct.types import UserError
 class Network(nn.Module):
     """A backbone and the heads of the losses that have one."""
 
-    def __init__(self, backbone: nn.Module, heads: dict[str, PrototypeHead]) -> None:
+    def __init__(self, backbone: Backbone, heads: dict[str, PrototypeHead]) -> None:
         super().__init__()
-        self.backbone = backbone
+        self.backbone: Backbone = backbone
         self.heads = nn.ModuleDict(heads)
 
     def submodules(self) -> Iterator[tuple[str, nn.Module]]:
@@ -46,17 +47,18 @@ class StudentTeacher(nn.Module):
         if not losses:
             raise UserError("losses: every term is switched off; keep at least losses.dino or losses.ibot")
         backbone = build_backbone(model, seed)
-        self.losses = nn.ModuleDict({each.name: plugin.load("losses", each.name).build(each.config) for each in losses})
+        self.terms: dict[str, Loss] = {each.name: plugin.load("losses", each.name).build(each.config) for each in losses}
+        self.losses = nn.ModuleDict(self.terms)
         heads: dict[str, PrototypeHead] = {}
-        for name, loss in self.losses.items():
+        for name, loss in self.terms.items():
             if not loss.head_of or loss.head_of in heads:
                 continue
-            if loss.head_of not in self.losses:
+            if loss.head_of not in self.terms:
                 raise UserError(f"losses.{name} shares the head of losses.{loss.head_of}, which is switched off")
-            heads[loss.head_of] = PrototypeHead(backbone.dim, self.losses[loss.head_of].config.head)
+            heads[loss.head_of] = PrototypeHead(backbone.dim, self.terms[loss.head_of].config.head)
             heads[loss.head_of].init_weights(seed + 1 + len(heads))
-        for name, loss in self.losses.items():
-            if loss.head_of and loss.config.head != self.losses[loss.head_of].config.head:
+        for name, loss in self.terms.items():
+            if loss.head_of and loss.config.head != self.terms[loss.head_of].config.head:
                 raise UserError(
                     f"losses.{name} shares the head of losses.{loss.head_of}, but their head sections differ; "
                     f"write losses.{name}.head: ${{losses.{loss.head_of}.head}}"
@@ -70,7 +72,7 @@ class StudentTeacher(nn.Module):
         self.teacher.eval()
         return self
 
-    def heads_of(self, loss: nn.Module) -> tuple[nn.Module | None, nn.Module | None]:
+    def heads_of(self, loss: Loss) -> tuple[nn.Module | None, nn.Module | None]:
         """The student's and the teacher's head for a loss; None for a loss without one."""
         if not loss.head_of:
             return None, None
@@ -89,8 +91,8 @@ class StudentTeacher(nn.Module):
             teacher.lerp_(student, weight.to(teacher.dtype))
 
 
-def build_backbone(model: Plugin, seed: int) -> nn.Module:
+def build_backbone(model: Plugin, seed: int) -> Backbone:
     """The backbone with the initial weights of a run: the same for the same section and seed."""
-    backbone: nn.Module = plugin.load("models", model.name).build(model.config)
+    backbone: Backbone = plugin.load("models", model.name).build(model.config)
     backbone.init_weights(seed)
     return backbone

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+
 from tapct.engine import checkpoint, optim
 from tapct.engine.checkpoint import Checkpoints, Meta
 from tapct.losses import dino

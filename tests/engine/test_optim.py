@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+
 from tapct.engine.optim import Config, Updater, clip_submodules, group_key
 from tapct.losses import dino, ibot, koleo
 from tapct.models import vit

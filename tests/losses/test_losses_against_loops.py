@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+
 from tapct.losses import dino, ibot, koleo
 from tapct.nn import heads
 from tapct.nn.prototypes import TargetConfig, Targets, sinkhorn

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from tapct.engine import optim
 from tapct.losses import dino, ibot, koleo
 from tapct.models import vit

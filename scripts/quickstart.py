@@ -1,0 +1,181 @@
+"""All stations of tapct in one process: a small run from scans to a judged, exported model and a report page."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from rich.table import Table
+
+from tapct import config as configs
+from tapct import log, run
+from tapct.data import manifest as manifests
+from tapct.data import pack, phantom
+from tapct.engine.checkpoint import replace_text
+from tapct.report import page
+from tapct.types import UserError
+
+T = TypeVar("T")
+NUM_SCANS = 40
+EDGE_STEPS = 20  # steps at either end of the run that the table's numbers are means of
+
+
+class Stations:
+    """Runs one station after the other and keeps their wall times in seconds."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    def __call__(self, name: str, work: Callable[[], T]) -> T:
+        began = time.perf_counter()
+        result = work()
+        self.seconds[name] = round(time.perf_counter() - began, 1)
+        return result
+
+
+def arguments(words: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="scripts/quickstart.sh", description=__doc__)
+    parser.add_argument("--data", type=Path, help="folder with your scans; without it a synthetic archive is made")
+    parser.add_argument("--labels", type=Path, help="folder with label maps of the same names, if not found by rule")
+    parser.add_argument("--config", type=Path, default=Path("configs/smoke.yaml"), help="default %(default)s")
+    parser.add_argument("--out", type=Path, default=Path("runs/quickstart"), help="run folder, default %(default)s")
+    parser.add_argument("--work", type=Path, default=Path("data/quickstart"), help="archive and store, default %(default)s")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the config, e.g. train.steps=100")
+    return parser.parse_args(words)
+
+
+def main(words: list[str]) -> None:
+    options, station = arguments(words), Stations()
+    work: Path = options.work if options.data is None else options.work / f"archive_{options.data.resolve().name}"
+    archive = work / "phantom" if options.data is None else options.data
+    if options.data is None:
+        station("phantom", lambda: make_phantom(archive))
+    cores = os.cpu_count() or 1
+
+    def index() -> manifests.Manifest:
+        with log.progress_bar("index") as progress:
+            return manifests.build(
+                archive,
+                work / "manifest.parquet",
+                labels=options.labels,
+                patient_regex=r"(P\d+)_T\d" if options.data is None else None,
+                min_depth=1,
+                workers=cores,
+                progress=progress,
+            )
+
+    found = station("index", index)
+    refused = [row for row in found.rows if row.status == "refused"]
+    for row in refused:
+        log.say(f"  refused {row.path}: {row.reason}: {row.detail}")
+
+    def packing() -> pack.PackReport:
+        with log.progress_bar("pack") as progress:
+            return pack.pack(found, work / "store", workers=cores, level=1, progress=progress)
+
+    station("pack", packing)
+    words = [f"out={options.out}", f"data.store={work / 'store'}", *options.overrides]
+    resolved = configs.load_config(run.RunConfig, options.config, words)
+    stop = station("train", lambda: run.train(resolved))
+    if stop.signal:
+        raise UserError(f"stopped by {stop.signal} and saved at step {stop.step}; the same command goes on from there")
+    labelled = any(row.label_path for row in found.accepted)
+    results = station("eval", lambda: judge(options.out, resolved)) if labelled else None
+    if results is None:
+        log.say("no label maps were found beside the scans, so there is no Dice; `tapct index --help` says how to name them")
+    station("export", lambda: run.export(options.out))
+    report = station("report", lambda: page.write(options.out))
+    summary = summarise(options.out, len(found.accepted), len(refused), results, station.seconds, report)
+    replace_text(options.out / "summary.json", json.dumps(summary, indent=1) + "\n")
+    show(summary)
+
+
+def make_phantom(archive: Path) -> None:
+    """Write the archive unless it is there."""
+    done, config = archive / "phantom.json", phantom.Config(num=NUM_SCANS)
+    if done.is_file() and json.loads(done.read_text()) == {"num": config.num, "seed": config.seed}:
+        log.say(f"phantom: {archive} is there")
+        return
+    with log.progress_bar("phantom") as progress:
+        phantom.write(archive, config, progress)
+    replace_text(done, json.dumps({"num": config.num, "seed": config.seed}))
+
+
+def judge(out: Path, resolved: configs.Resolved) -> dict[str, Any]:
+    """Evaluate, unless the results are newer than the last checkpoint."""
+    results, latest = out / "eval" / "results.json", out / "checkpoints" / "latest"
+    if results.is_file() and results.stat().st_mtime > latest.stat().st_mtime:
+        log.say(f"eval: {results} is newer than the last checkpoint")
+        return json.loads(results.read_text())
+    return run.evaluate(out)
+
+
+def summarise(
+    out: Path, accepted: int, refused: int, results: dict[str, Any] | None, seconds: dict[str, float], report: Path
+) -> dict[str, Any]:
+    """The facts of summary.json; means over the first and the last steps, the worse of the two prototype losses."""
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    first, last = rows[:EDGE_STEPS], rows[-EDGE_STEPS:]
+    names = [name for name in ("dino", "ibot") if f"health/{name}_information" in rows[-1]]
+
+    def mean(rows: list[dict[str, Any]], key: str) -> float:
+        return statistics.fmean(row[key] for row in rows if row.get(key) is not None)
+
+    gains = {name: mean(last, f"health/{name}_ln_k_minus_ce") for name in names}
+    information = {name: mean(last, f"health/{name}_information") for name in names}
+    dice = {name: model["mean_dice"] for name, model in results["models"].items()} if results else {}
+    untrained = [value for name, value in dice.items() if name.startswith("untrained") and value is not None]
+    return {
+        "scans_accepted": accepted,
+        "scans_refused": refused,
+        "loss_first": mean(first, "loss/total"),
+        "loss_last": mean(last, "loss/total"),
+        "ln_k_minus_ce": min(gains.values(), default=math.nan),
+        "prototype_information_nats": min(information.values(), default=math.nan),
+        "seconds_per_step": statistics.median(row["seconds/step"] for row in rows),
+        "dice_pretrained": dice.get("pretrained"),
+        "dice_untrained": max(untrained, default=None),
+        "dice_raw_hu": dice.get("raw_hu"),
+        "seconds": {**seconds, "total": round(sum(seconds.values()), 1)},
+        "report": str(report),
+        "by_loss": {"ln_k_minus_ce": gains, "prototype_information_nats": information},
+        "dice": dice,
+        "steps": rows[-1]["step"],
+    }
+
+
+def show(summary: dict[str, Any]) -> None:
+    """The small table at the end."""
+    table = Table(title="quickstart", show_header=False, title_justify="left")
+    number = lambda value: "-" if value is None else f"{value:.3f}"  # noqa: E731
+    table.add_row("scans accepted / refused", f"{summary['scans_accepted']} / {summary['scans_refused']}")
+    table.add_row("loss, first / last steps", f"{summary['loss_first']:.2f} / {summary['loss_last']:.2f}")
+    for name, gain in summary["by_loss"]["ln_k_minus_ce"].items():
+        information = summary["by_loss"]["prototype_information_nats"][name]
+        table.add_row(f"{name}: ln K - CE, information", f"{gain:.2f}, {information:.2f} nats")
+    table.add_row("seconds per step", f"{summary['seconds_per_step']:.3f}")
+    table.add_row("Dice pretrained", number(summary["dice_pretrained"]))
+    table.add_row("Dice untrained (better of two)", number(summary["dice_untrained"]))
+    table.add_row("Dice raw HU", number(summary["dice_raw_hu"]))
+    table.add_row("wall time", "  ".join(f"{name} {value:.0f} s" for name, value in summary["seconds"].items()))
+    log.console().print(table)
+    log.say(f"report: {summary['report']}")
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        log.error(str(error))
+        sys.exit(2)
+    except KeyboardInterrupt:
+        log.error("interrupted; the same command goes on from where it was")
+        sys.exit(130)

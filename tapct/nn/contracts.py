@@ -1,0 +1,76 @@
+"""What the plug-ins of `models` and `losses` must offer; a new one inherits from these."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from tapct.nn.layers import DropKey
+from tapct.types import LossResult, Tokens, TokenSets
+
+
+class Backbone(nn.Module):
+    """Crops in, tokens out.
+
+    Attributes:
+        dim: channels D of a token.
+        patch: voxels (z, y, x) of a patch.
+        num_blocks: layers between embedding and final norm, for layer-wise learning rates.
+    """
+
+    dim: int
+    patch: tuple[int, int, int]
+    num_blocks: int
+
+    @abstractmethod
+    def forward(
+        self, crops: Sequence[Tensor], masks: Sequence[Tensor | None] | None = None, key: DropKey | None = None
+    ) -> list[Tokens]:
+        """Encode groups of crops (B, Z, Y, X), one `Tokens` per group.
+
+        Args:
+            crops: groups, each of one size, normalised.
+            masks: per group bool (B, N), True where the mask token stands for the patch; None for none.
+            key: of stochastic depth; None, or eval mode, for none.
+        """
+
+    @abstractmethod
+    def param_group_id(self, name: str) -> int:
+        """Layer of a parameter: embeddings and tokens 0, block i i + 1, final norm num_blocks + 1."""
+
+    @abstractmethod
+    def init_weights(self, seed: int) -> None:
+        """Set every parameter; equal seeds give equal weights."""
+
+
+class Loss(nn.Module):
+    """Tokens of student and teacher in, weighted terms out.
+
+    Attributes:
+        head_of: name of the loss whose head it uses (its own, or another's), empty for none.
+        config: its own `Config`; with a field `head` where it owns or shares one.
+    """
+
+    head_of: str
+    config: Any
+
+    @abstractmethod
+    def forward(self, sets: TokenSets, student_head: nn.Module | None, teacher_head: nn.Module | None) -> LossResult:
+        """The terms of one micro-batch.
+
+        Args:
+            sets: tokens and masks.
+            student_head: maps tokens to prototype logits; None where `head_of` is empty.
+            teacher_head: the same, of the teacher.
+        """
+
+    @abstractmethod
+    def finish_step(self, apply: Tensor) -> None:
+        """Called once per optimizer step, after it.
+
+        Args:
+            apply: bool scalar on the device; False where the step was refused, so that no state may move.
+        """
