@@ -357,8 +357,8 @@ def _write_error(error: OSError, out: Path, rows: Sequence[Row], outcomes: Seque
     rest = ratio * sum(_voxel_bytes(row) for row, outcome in zip(rows, outcomes) if outcome is None)
     return UserError(
         f"no space left for the store {out} after {len(done)} of {len(rows)} scans: the rest needs about "
-        f"{rest / 1e9:.3g} GB, {shutil.disk_usage(out).free / 1e9:.3g} GB is free. Make room and run `tapct pack` again; "
-        f"what is packed stays."
+        f"{rest / 1e9:.3g} GB, {shutil.disk_usage(out).free / 1e9:.3g} GB is free. Make room and run `tapct pack` "
+        f"again; what is packed stays."
     )
 
 

@@ -6,7 +6,8 @@ domain of 4^h >= n numbers, and a result >= n is sent through again until it fal
 a permutation of 0..n-1. So any sample of any pass costs a few hashes, memory does not grow with n, resuming is
 arithmetic, and ranks and world sizes do not matter.
 
-Source: Luby and Rackoff 1988 (doi:10.1137/0217022); cycle walking: Black and Rogaway 2002 (doi:10.1007/3-540-45760-7_9).
+Source: Luby and Rackoff 1988 (doi:10.1137/0217022); cycle walking: Black and Rogaway 2002
+(doi:10.1007/3-540-45760-7_9).
 """
 
 from __future__ import annotations
@@ -54,7 +55,8 @@ def samples_of(step: int, micro: int, rank: int, *, world: int, accumulation: in
         micro: micro-batch of the step, 0..accumulation-1.
         rank: 0..world-1.
     Returns:
-        Consecutive sample numbers; over all micro-batches and ranks they are step*G .. (step+1)*G - 1, G = global_batch.
+        Consecutive sample numbers; over all micro-batches and ranks they are step*G .. (step+1)*G - 1 with
+        G = global_batch.
     Raises:
         UserError: the global batch is not a multiple of world * accumulation.
     """

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import nibabel
 import numpy as np
@@ -210,7 +211,7 @@ def test_a_full_disk_says_what_is_needed_and_leaves_whole_files_only(
     out = tmp_path / "out"
     before = {"s0.b2nd": 0, "s2.b2nd": 2, INDEX_NAME: 4}[full_from]
 
-    def open_file(file: Path, mode: str) -> io.IOBase:
+    def open_file(file: Path, mode: str) -> Any:
         return FullDisk(file, "w") if full_from in Path(file).name else open(file, mode)
 
     with monkeypatch.context() as patch:

@@ -1,0 +1,182 @@
+"""How fast slabs come from a store, as a ratio to the same slabs from memory-mapped .npy files beside it.
+
+    python scripts/bench_loader.py --json bench_loader.json
+    python scripts/bench_loader.py --store /data/store --depth 24      # your own scans, no .npy reference
+
+The scans are made up: a body with organs and the correlated noise of a soft kernel, air outside. All files lie in the
+page cache, so this measures decompression and copying, not the disk.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import blosc2
+import numpy as np
+import torch
+from scipy.ndimage import gaussian_filter
+
+from tapct.data import loader
+from tapct.data.pack import encode, write_atomically
+from tapct.data.store import INDEX_NAME, Store, StoredScan, index_bytes
+from tapct.types import Volume
+
+CASES = {"24x512x512": ((96, 512, 512), 24), "16x256x256": ((96, 256, 256), 16)}
+NUM_SCANS, BATCH, LEVEL = 4, 4, 1
+WORKERS = (("thread", 0), ("thread", 1), ("thread", 2), ("process", 2))
+
+
+def make_scan(shape_ZYX: tuple[int, int, int], seed: int) -> np.ndarray:
+    """int16 HU: an elliptic body of fat, soft tissue and lung, noise of 15 HU, air around it."""
+    rng = np.random.default_rng(seed)
+    z, y, x = shape_ZYX
+    organs = gaussian_filter(rng.normal(size=(z // 4, y // 8, x // 8)), 3)
+    organs = organs.repeat(4, 0).repeat(8, 1).repeat(8, 2) / organs.std()
+    hu_ZYX = np.select([organs < -1.0, organs < 0], [-850.0, -100.0], 40.0)
+    noise = gaussian_filter(rng.normal(size=shape_ZYX).astype(np.float32), (0, 0.8, 0.8))
+    hu_ZYX = gaussian_filter(hu_ZYX, (0, 1, 1)) + noise * (15 / noise.std())
+    grid_y, grid_x = np.mgrid[-1 : 1 : y * 1j, -1 : 1 : x * 1j]
+    hu_ZYX[:, (grid_y / 0.7) ** 2 + (grid_x / 0.9) ** 2 > 1] = -1000
+    return np.clip(np.rint(hu_ZYX), -1024, 3000).astype(np.int16)
+
+
+def write_store(folder: Path, scans: list[np.ndarray], level: int) -> Store:
+    folder.mkdir()
+    rows = []
+    for i, hu_ZYX in enumerate(scans):
+        frame, meta = encode(Volume(hu_ZYX, (1.0, 1.0, 1.0)), f"scan{i}", level)
+        write_atomically(folder / f"scan{i}.b2nd", frame)
+        rows.append(StoredScan(meta.id, meta.shape_ZYX, meta.spacing_mm, "", "", "", meta.checksum))
+    write_atomically(folder / INDEX_NAME, index_bytes(rows, folder, ""))
+    return Store(folder)
+
+
+def best_of(repeats: int, function: Callable[[], int]) -> float:
+    """Samples per second of the fastest repeat; the function returns how many samples it read."""
+    rates = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        num_samples = function()
+        rates.append(num_samples / (time.perf_counter() - started))
+    return max(rates)
+
+
+def from_loader(store: Store, depth: int, backend: str, workers: int, num_steps: int) -> float:
+    config = loader.Config(slab_depth=depth, backend=backend, workers=workers)
+    with loader.build(config, store, seed=0, global_batch=BATCH) as batches:
+        for _ in range(config.prefetch + 1):  # what was read ahead before the clock ran
+            next(batches)
+        return best_of(3, lambda: sum(len(b.sample_B) for (b,) in itertools.islice(batches, num_steps)))
+
+
+def from_npy(files: list[Path], store: Store, depth: int, num_steps: int) -> float:
+    """The same slabs of the same samples into the same batches, one thread."""
+    maps = [np.load(file, mmap_mode="r") for file in files]
+
+    def read() -> int:
+        for step in range(num_steps):
+            slabs = [loader.draw_slab(sample, store, 0, depth) for sample in range(step * BATCH, (step + 1) * BATCH)]
+            hu_BZYX = torch.empty((BATCH, depth, *maps[0].shape[1:]), dtype=torch.int16).numpy()
+            for b, slab in enumerate(slabs):
+                hu_BZYX[b] = maps[slab.scan][slab.start : slab.start + slab.depth]
+        return num_steps * BATCH
+
+    return best_of(3, read)
+
+
+def levels(scan_ZYX: np.ndarray, depth: int, folder: Path) -> dict[str, Any]:
+    """Size, packing rate and read time of one scan by compression level, against a copy of the slab from .npy."""
+    np.save(folder / "level.npy", scan_ZYX)
+    mapped = np.load(folder / "level.npy", mmap_mode="r")
+    starts = [int(z) for z in np.random.default_rng(0).integers(0, len(scan_ZYX) - depth + 1, 16)]
+
+    def median_ms(read: Callable[[int], Any]) -> float:
+        times = []
+        for z0 in starts:
+            started = time.perf_counter()
+            read(z0)
+            times.append(time.perf_counter() - started)
+        return 1e3 * statistics.median(times)
+
+    found: dict[str, Any] = {}
+    for level in (0, 1, 3, 5):
+        started = time.perf_counter()
+        store = write_store(folder / f"level{level}", [scan_ZYX], level)
+        seconds = time.perf_counter() - started
+        npy_ms, read_ms = (
+            median_ms(lambda z: np.array(mapped[z : z + depth])),
+            median_ms(
+                lambda z, store=store: store.read_slab(0, z, z + depth)  # type: ignore[misc]
+            ),
+        )
+        found[str(level)] = {
+            "size_ratio": store.file(0).stat().st_size / scan_ZYX.nbytes,
+            "pack_MB_per_s": scan_ZYX.nbytes / seconds / 1e6,
+            "read_ms": read_ms,
+            "npy_ms": npy_ms,
+            "read_over_npy": read_ms / npy_ms,
+        }
+    return found
+
+
+def run_case(name: str, folder: Path, num_steps: int) -> dict[str, Any]:
+    shape_ZYX, depth = CASES[name]
+    scans = [make_scan(shape_ZYX, seed) for seed in range(NUM_SCANS)]
+    files = [folder / f"{i}.npy" for i in range(NUM_SCANS)]
+    for file, scan_ZYX in zip(files, scans):
+        np.save(file, scan_ZYX)
+    store = write_store(folder / "store", scans, LEVEL)
+    npy = from_npy(files, store, depth, num_steps)
+    case: dict[str, Any] = {"npy_samples_per_s": npy, "loader": {}, "levels": levels(scans[0], depth, folder)}
+    print(f"\nslab {name}, batch {BATCH}; memory-mapped npy: {npy:.1f} samples/s")
+    for backend, workers in WORKERS:
+        rate = from_loader(store, depth, backend, workers, num_steps)
+        case["loader"][f"{backend}{workers}"] = {"samples_per_s": rate, "over_npy": rate / npy}
+        print(f"  {backend:>8} workers {workers}: {rate:8.1f} samples/s = {rate / npy:.2f} x npy")
+    for level, row in case["levels"].items():
+        print(
+            f"  level {level}: size {row['size_ratio']:.3f}, pack {row['pack_MB_per_s']:.0f} MB/s, "
+            f"slab {row['read_ms']:.1f} ms = {row['read_over_npy']:.1f} x npy"
+        )
+    return case
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="write the figures there")
+    parser.add_argument("--steps", type=int, default=20, help="steps of the shortest measurement")
+    parser.add_argument("--store", type=Path, help="measure this store instead of made-up scans")
+    parser.add_argument("--depth", type=int, default=24, help="slices per slab, with --store")
+    options = parser.parse_args()
+    result: dict[str, Any] = {
+        "machine": {"cpus": os.cpu_count(), "processor": platform.processor() or platform.machine()},
+        "versions": {"blosc2": blosc2.__version__, "torch": torch.__version__, "numpy": np.__version__},
+        "cases": {},
+    }
+    if options.store:
+        rows = {}
+        for backend, workers in WORKERS:
+            rate = from_loader(Store(options.store), options.depth, backend, workers, options.steps)
+            rows[f"{backend}{workers}"] = {"samples_per_s": rate}
+            print(f"{backend:>8} workers {workers}: {rate:8.1f} samples/s")
+        result["cases"][str(options.store)] = {"loader": rows}
+    else:
+        for name in CASES:
+            with tempfile.TemporaryDirectory() as folder:
+                result["cases"][name] = run_case(name, Path(folder), options.steps)
+    if options.json:
+        options.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
