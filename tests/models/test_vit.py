@@ -296,6 +296,7 @@ def test_dropped_crops_skip_the_branch_and_kept_ones_are_scaled() -> None:
     block.register_forward_hook(lambda _, inputs, output: captured.update(inputs=inputs, output=output))
     model(groups, None, DropKey(0, 5))
     x, spans, (attend, feed) = captured["inputs"]
+    assert attend.row_S.tolist() != feed.row_S.tolist()  # each branch has its own draw
     for subset, norm, branch, scale in (
         (attend, block.norm1, lambda y: block.attn(y, spans), block.ls1), (feed, block.norm2, block.mlp, block.ls2)
     ):  # fmt: skip

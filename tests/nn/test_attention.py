@@ -75,6 +75,20 @@ def test_tokens_of_one_crop_never_reach_another(name: str) -> None:
     assert moved.nonzero().flatten().tolist() == list(range(7, 14))
 
 
+@pytest.mark.parametrize("name", BACKENDS)
+def test_no_backend_keeps_a_matrix_of_tokens_by_tokens(name: str) -> None:
+    q, k, v = (torch.randn(600, 1, 8, requires_grad=True) for _ in range(3))
+    kept: list[int] = []
+
+    def note(tensor: Tensor) -> Tensor:
+        kept.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        BACKENDS[name](q, k, v, (Span(1, 600),))
+    assert 0 < max(kept) <= 600 * 8
+
+
 def test_the_projection_is_laid_out_as_in_dinov2() -> None:
     """qkv's rows are (q, k, v) x heads x channels, so that published weights load by name."""
     attention = Attention(16, heads=2).double()
