@@ -21,7 +21,7 @@ from tapct import config as tapct_config
 from tapct.config import Resolved, setting
 from tapct.data import loader
 from tapct.data.split import held_out_patients
-from tapct.data.store import Store, StoredScan
+from tapct.data.store import Store
 from tapct.engine import checkpoint, loop, optim
 from tapct.engine.checkpoint import Checkpoints, Meta
 from tapct.eval import runner
@@ -259,11 +259,6 @@ def open_run(folder: Path, overrides: Sequence[str] = ()) -> Trained:
     return Trained(resolved, backbone, checkpoint.read_meta(found))
 
 
-def labelled(scans: Sequence[StoredScan]) -> list[StoredScan]:
-    """The scans that have a label map."""
-    return [scan for scan in scans if scan.label_path]
-
-
 def evaluate(folder: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Judge a run's frozen features beside its baselines; writes RUN/eval.
 
@@ -276,12 +271,12 @@ def evaluate(folder: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     with log.progress_bar("eval") as progress:
         results = runner.evaluate(
             with_baselines(trained.backbone, config.model, config.seed),
-            labelled(store.scans),
+            store.scans,
             store.root,
             config.eval,
             contract=config.contract,
             out=folder / "eval",
-            test_patients=hidden,
+            held_out=hidden,
             device=pick_device(config.device),
             progress=progress,
         )

@@ -20,11 +20,10 @@ import torch
 
 from tapct import plugin
 from tapct.config import setting
-from tapct.data.manifest import Row
 from tapct.eval import pictures, scans
 from tapct.eval.baselines import NamedModel
 from tapct.eval.features import DenseFeatures, PatchGrid, Prepared, Preprocess, features_of, prepare
-from tapct.eval.scans import LabelledScan, Split
+from tapct.eval.scans import LabelledScan, ScanRow, Split
 from tapct.plugin import Plugin
 from tapct.types import HUContract, UserError
 
@@ -59,13 +58,14 @@ class _Seen:
 
 def evaluate(
     models: Sequence[NamedModel],
-    rows: Sequence[Row],
+    rows: Sequence[ScanRow],
     root: Path,
     config: Config,
     *,
     contract: HUContract,
     out: Path,
     preprocess: Preprocess | None = None,
+    held_out: frozenset[str] = frozenset(),
     device: torch.device | str = "cpu",
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
@@ -73,11 +73,12 @@ def evaluate(
 
     Args:
         models: at least one, on `device`, all with the same patch; the first one leads in the pictures.
-        rows: of a manifest; only accepted ones with labels count.
+        rows: accepted scans; only those with labels count.
         root: folder that the rows' paths are relative to.
         contract: HU to network input.
         out: folder for `results.json` and `overlays/*.png`; made if missing, `results.json` is replaced atomically.
         preprocess: instead of the config's, e.g. the one stored in an export.
+        held_out: patients kept out of pretraining; they are the test side.
         progress: called with (scans done, scans in all).
     Returns:
         What `results.json` holds.
@@ -88,7 +89,9 @@ def evaluate(
     preprocess = preprocess or config.preprocess
     patch = _common_patch(models)
     preprocess.check_patch(patch)
-    split = scans.split_by_patient(rows, test_share=config.test_share, max_scans=config.max_scans, seed=config.seed)
+    split = scans.split_by_patient(
+        rows, test_share=config.test_share, max_scans=config.max_scans, seed=config.seed, held_out=held_out
+    )
     task = plugin.load("eval.tasks", config.task.name).build(config.task.config, seed=config.seed)
     run = _Run(config, split, root, contract, preprocess, patch, torch.device(device), task, progress)
     for seen in run.scans(test=False):
@@ -175,6 +178,7 @@ def _common_patch(models: Sequence[NamedModel]) -> tuple[int, int, int]:
 def _describe(split: Split) -> dict[str, Any]:
     described: dict[str, Any] = {
         "mode": split.mode,
+        "held_out_from_pretraining": split.held_out,
         "train": [row.id for row in split.train],
         "test": [row.id for row in split.test],
     }

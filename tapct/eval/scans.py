@@ -9,12 +9,12 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
 from tapct import rng
 from tapct.data.ingest import check_same_grid, read_labels, read_volume
-from tapct.data.manifest import Row
 from tapct.types import LabelMap, UserError, Volume
 
 PATIENTS = "patients"  # split mode: no patient on both sides
@@ -31,37 +31,68 @@ class LabelledScan:
     labels: LabelMap
 
 
+class ScanRow(Protocol):
+    """What evaluation asks of a scan; a `manifest.Row` and a `store.StoredScan` both have it."""
+
+    @property
+    def id(self) -> str:
+        """Name of the scan."""
+
+    @property
+    def patient(self) -> str:
+        """Keyed hash; empty where unknown."""
+
+    @property
+    def path(self) -> str:
+        """Of the scan, absolute or relative to the archive's root."""
+
+    @property
+    def label_path(self) -> str:
+        """Of its label map; empty where there is none."""
+
+
 @dataclass(frozen=True)
 class Split:
-    """Manifest rows of either side.
+    """Scans of either side.
 
     Args:
+        held_out: the test patients were kept out of pretraining too.
         mode: `patients`, or `blocks` where one patient is all there is: then both sides hold the same rows and
             `block_slices` tells them apart.
     """
 
     mode: str
-    train: tuple[Row, ...]
-    test: tuple[Row, ...]
+    train: tuple[ScanRow, ...]
+    test: tuple[ScanRow, ...]
+    held_out: bool = False
 
 
-def split_by_patient(rows: Sequence[Row], *, test_share: float, max_scans: int, seed: int) -> Split:
+def split_by_patient(
+    rows: Sequence[ScanRow],
+    *,
+    test_share: float,
+    max_scans: int,
+    seed: int,
+    held_out: frozenset[str] = frozenset(),
+) -> Split:
     """Choose labelled scans and divide them by patient, in an order keyed by the seed.
 
     Args:
-        rows: of a manifest; those refused or without labels are left out.
+        rows: accepted scans; those without labels are left out.
+        held_out: patients that pretraining did not see: they are the test side where labelled scans lie on both
+            sides, else the split is by `test_share`.
         test_share: of the patients, at least one on either side.
         max_scans: most scans on both sides together; 0 means all. Whole patients are taken while they fit.
     Raises:
         UserError: no scan has labels.
     """
-    patients: dict[str, list[Row]] = defaultdict(list)
+    patients: dict[str, list[ScanRow]] = defaultdict(list)
     for row in sorted(rows, key=lambda r: r.id):
-        if row.status == "accepted" and row.label_path:
+        if row.label_path:
             patients[row.patient or row.id].append(row)
     if not patients:
         raise UserError(
-            f"none of the {sum(row.status == 'accepted' for row in rows)} accepted scans has a label map to evaluate against: "
+            f"none of the {len(rows)} accepted scans has a label map to evaluate against: "
             "name it NAME_seg.nii.gz beside NAME.nii.gz, put it in labels*/ beside images*/, or index again with --labels DIR"
         )
     order = sorted(patients, key=lambda p: (rng.hash_int(seed, "eval split", rng.purpose_id(p)), p))
@@ -75,10 +106,13 @@ def split_by_patient(rows: Sequence[Row], *, test_share: float, max_scans: int, 
     if len(chosen) == 1:
         scans = tuple(patients[chosen[0]][: max_scans or None])
         return Split(BLOCKS, scans, scans)
-    num_test = min(max(1, round(test_share * len(chosen))), len(chosen) - 1)
-    test = tuple(row for patient in chosen[:num_test] for row in patients[patient])
-    train = tuple(row for patient in chosen[num_test:] for row in patients[patient])
-    return Split(PATIENTS, train, test)
+    tested = [patient for patient in chosen if patient in held_out]
+    as_pretrained = 0 < len(tested) < len(chosen)
+    if not as_pretrained:
+        tested = chosen[: min(max(1, round(test_share * len(chosen))), len(chosen) - 1)]
+    test = tuple(row for patient in tested for row in patients[patient])
+    train = tuple(row for patient in chosen if patient not in tested for row in patients[patient])
+    return Split(PATIENTS, train, test, as_pretrained)
 
 
 def block_slices(num_patches: int, *, test: bool, num_blocks: int, gap: int, scan_id: str) -> np.ndarray:
@@ -105,7 +139,7 @@ def block_slices(num_patches: int, *, test: bool, num_blocks: int, gap: int, sca
     return chosen
 
 
-def read_labelled(row: Row, root: Path) -> LabelledScan:
+def read_labelled(row: ScanRow, root: Path) -> LabelledScan:
     """Read a row's scan and labels.
 
     Args:

@@ -96,10 +96,10 @@ def fit_decoder(features_KD: Tensor, target_KC: Tensor, *, l2: float, steps: int
         solver.zero_grad()
         log_p_KC = torch.addmm(bias_C, x_KD, weight_DC).log_softmax(1)
         loss = -(balanced_KC * log_p_KC).sum() + 0.5 * l2 * weight_DC.square().sum()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         return loss
 
-    solver.step(objective)  # type: ignore[no-untyped-call]
+    solver.step(objective)
     with torch.no_grad():
         folded_DC = weight_DC / std_D[:, None]
         return Decoder(folded_DC, bias_C - mean_D @ folded_DC)
