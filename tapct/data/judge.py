@@ -61,9 +61,9 @@ def check_is_ct(voxels: np.ndarray, slope: float, intercept: float, declared_ct:
         return
     if air < MIN_AIR:
         raise Refused("not_ct", f"{span}, {air:.2%} are air or lung (-1150 to -300 HU); rule: at least {MIN_AIR:.2%}")
+    _check_padding(values)
     if tissue < MIN_TISSUE:
         raise Refused("not_ct", f"{span}, {tissue:.2%} are soft tissue (-200 to 300 HU); rule: {MIN_TISSUE:.1%}")
-    _check_padding(values)
 
 
 def _share(values: np.ndarray, bounds: tuple[float, float]) -> float:

@@ -130,7 +130,12 @@ def test_ct_cropped_inside_the_body_needs_its_modality_told(tmp_path: Path) -> N
 
 
 def test_a_shifted_scale_is_refused(tmp_path: Path) -> None:
-    assert refusal(write_nifti(tmp_path / "a.nii", make_ct((30, 40, 40)) - 1024)) in ("not_hu", "not_ct")
+    assert refusal(write_nifti(tmp_path / "a.nii", make_ct((30, 40, 40)) - 1024)) == "not_hu"
+
+
+def test_air_alone_is_refused(tmp_path: Path) -> None:
+    air = np.random.default_rng(4).normal(-1000, 10, SHAPE_ZYX).astype(np.int16)
+    assert refusal(write_nifti(tmp_path / "a.nii", air)) == "not_ct"
 
 
 def test_constant_volume_is_refused(tmp_path: Path) -> None:
