@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -77,19 +77,19 @@ def matrices(
         blurs = {n: blur_matrix(sigma_VB, n, max_sigma) for n in sorted(set(window))}
     for axis, num_out in enumerate(window):
         start, length, flip = (t[..., axis] for t in (boxes.start_VB3, boxes.length_VB3, boxes.flip_VB3))
-        one = resize_map(start, length, num_out, slab_ZYX[axis], max_length[axis])
-        matrix = torch.where(flip[..., None, None], one.matrix_VBnS.flip(-2), one.matrix_VBnS)
+        one = resize_map(start, length, flip, num_out, slab_ZYX[axis], max_length[axis])
         if blurs:
-            matrix = blurs[num_out] @ matrix
-        maps.append(AxisMap(matrix, one.first_VB, one.begin_VB, one.end_VB))
+            one = replace(one, matrix_VBnS=blurs[num_out] @ one.matrix_VBnS)
+        maps.append(one)
     return maps[0], maps[1], maps[2]
 
 
-def resize_map(start: Tensor, length: Tensor, num_out: int, num_in: int, max_length: float) -> AxisMap:
+def resize_map(start: Tensor, length: Tensor, flip: Tensor, num_out: int, num_in: int, max_length: float) -> AxisMap:
     """R of one axis: pixel i of the view is the triangle-weighted mean of the voxels around its centre.
 
     Args:
         start, length: float32 (V, B), the boxes in voxels.
+        flip: bool (V, B), pixels run against the voxels.
         num_out: pixels of the view.
         num_in: voxels of the slab array.
         max_length: bound on `length`, in voxels.
@@ -102,6 +102,7 @@ def resize_map(start: Tensor, length: Tensor, num_out: int, num_in: int, max_len
     end = (start + length + radius).ceil().clamp(max=num_in)
     first = begin.clamp(max=num_in - num_columns)
     pixel = torch.arange(num_out, device=start.device) + 0.5
+    pixel = torch.where(flip[..., None], num_out - pixel, pixel)
     # centres relative to the first column: small numbers keep float32 exact to 1e-5 voxel
     centre = (start - first)[..., None] + pixel * scale[..., None] - 0.5
     column = torch.arange(num_columns, device=start.device)
@@ -204,12 +205,30 @@ def resize_volume(hu_ZYX: Tensor, size_zyx: tuple[int, int, int], air_hu: float 
             num_in, num_out = volume.shape[axis], size_zyx[axis]
             if num_in == num_out:
                 continue
-            whole = torch.tensor([[float(num_in)]], device=volume.device)
-            matrix_nS = resize_map(torch.zeros_like(whole), whole, num_out, num_in, num_in).matrix_VBnS[0, 0]
-            if axis == 2:
-                volume = volume @ matrix_nS.T
-            elif axis == 1:
-                volume = matrix_nS @ volume
-            else:
-                volume = (matrix_nS @ volume.flatten(1)).unflatten(1, volume.shape[1:])
-    return volume + air_hu
+            whole = torch.full((1, 1), float(num_in), device=volume.device)
+            start, flip = torch.zeros_like(whole), torch.zeros_like(whole, dtype=torch.bool)
+            matrix_nS = resize_map(start, whole, flip, num_out, num_in, num_in).matrix_VBnS[0, 0]
+            volume = _along_band(matrix_nS, volume, axis)
+    return volume.add_(air_hu)
+
+
+def _along_band(matrix_nS: Tensor, volume: Tensor, axis: int, rows: int = 32) -> Tensor:
+    """Apply the matrix of a whole axis, a few rows at a time: each block only meets the voxels under it."""
+    num_out, num_in = matrix_nS.shape
+    shape = list(volume.shape)
+    shape[axis] = num_out
+    out = volume.new_empty(shape)
+    scale = num_in / num_out
+    for first in range(0, num_out, rows):
+        last = min(first + rows, num_out)
+        begin = max(math.floor(first * scale - max(scale, 1.0)), 0)
+        end = min(math.ceil(last * scale + max(scale, 1.0)), num_in)
+        block, part = matrix_nS[first:last, begin:end], volume.narrow(axis, begin, end - begin)
+        if axis == 2:
+            product = part @ block.T
+        elif axis == 1:
+            product = torch.bmm(block.expand(len(volume), -1, -1), part)
+        else:
+            product = (block @ part.flatten(1)).unflatten(1, part.shape[1:])
+        out.narrow(axis, first, last - first).copy_(product)
+    return out

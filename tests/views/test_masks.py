@@ -86,6 +86,13 @@ def test_a_crops_mask_does_not_depend_on_its_batch() -> None:
     assert len(distinct) == 5  # view, sample and seed all count
 
 
+def test_single_draws_differ_between_views_samples_and_seeds() -> None:
+    """Counts below a block's smallest volume are single draws alone."""
+    grid, first = (3, 28, 28), draw([3] * 4, (3, 28, 28), [11, 12]).masked_VBN.flatten(0, 1)
+    other_seed = draw([3], grid, [11], seed=1).masked_VBN[0, 0]
+    assert len({tuple(m.tolist()) for m in [*first, other_seed]}) == 5
+
+
 def test_padding_is_masked_last_and_weighs_nothing() -> None:
     grid, num = (2, 8, 8), 128
     in_scan = torch.ones(1, 4, num, dtype=torch.bool)
@@ -158,8 +165,8 @@ def test_drawn_aspects_are_log_uniform_in_the_declared_range() -> None:
     grid, num = (1, 60, 60), 3600
     config = replace(CONFIG, aspect=(0.3, 1 / 0.3), min_tokens=400)
     blocked = masks.blocks(
-        torch.full((1500,), 420), grid, torch.ones(1500, num, dtype=torch.bool),
-        (torch.zeros(1500, dtype=torch.int64), torch.arange(1500)), config, 3,
+        torch.full((600,), 420), grid, torch.ones(600, num, dtype=torch.bool),
+        (torch.zeros(600, dtype=torch.int64), torch.arange(600)), config, 3,
     ).unflatten(1, grid)[:, 0]  # fmt: skip
     height, width = blocked.any(2).sum(1).double(), blocked.any(1).sum(1).double()
     log_aspect = (height / width).log()

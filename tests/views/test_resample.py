@@ -106,7 +106,8 @@ def test_the_device_path_equals_the_host_path(
 )
 def test_rows_sum_to_one_where_the_filter_stays_in_the_slab(num_in: int, num_out: int, length: float) -> None:
     start = torch.tensor([[0.0, (num_in - length) / 2, num_in - length]])
-    one = resample.resize_map(start, torch.full_like(start, length), num_out, num_in, length)
+    flip = torch.zeros_like(start, dtype=torch.bool)
+    one = resample.resize_map(start, torch.full_like(start, length), flip, num_out, num_in, length)
     total = one.matrix_VBnS.sum(-1)
     assert (one.matrix_VBnS >= 0).all() and (total <= 1 + 1e-5).all()
     if length < num_in:
@@ -176,9 +177,16 @@ def test_interior_equals_torch_antialiased_resize(make_batch: Callable[..., Batc
 def test_resize_volume_equals_dense_float64_sums_and_keeps_equal_axes(make_batch: Callable[..., Batch]) -> None:
     hu = make_batch([3]).hu_BZYX[0].float()
     assert torch.equal(resample.resize_volume(hu, (16, 48, 56)), hu)
-    got = resample.resize_volume(hu, (7, 20, 70))
+    for sizes in ((7, 20, 70), (80, 47, 33)):
+        check_against_dense(hu, sizes)
+
+
+def check_against_dense(hu: torch.Tensor, sizes: tuple[int, int, int]) -> None:
+    before = hu.clone()
+    got = resample.resize_volume(hu, sizes)
+    assert torch.equal(hu, before)
     want = hu.double().numpy() + 1024
-    for axis, size in enumerate((7, 20, 70)):
+    for axis, size in enumerate(sizes):
         matrix = slow_axis(0.0, hu.shape[axis], size, hu.shape[axis])
         want = np.moveaxis(np.tensordot(matrix, want, (1, axis)), 0, axis)
     assert np.abs(got.numpy() - (want - 1024)).max() < 1e-4 * RANGE
@@ -199,6 +207,9 @@ def test_full_precision_holds_inside_and_restores_outside() -> None:
         exact = a.double() @ a.double()
         with torch.autocast("cpu", dtype=torch.bfloat16), resample.full_precision(a.device):
             inside = a @ a
+            # few CPUs round float32 products, so the switch itself is looked at too
+            assert torch.backends.cuda.matmul.fp32_precision == "ieee"
+            assert torch.backends.mkldnn.matmul.fp32_precision == "ieee"  # type: ignore[attr-defined]
         assert inside.dtype == torch.float32 and (inside - exact).abs().max() < 1e-3
         assert torch.get_float32_matmul_precision() == "medium"
         assert torch.backends.cuda.matmul.fp32_precision == "tf32"
