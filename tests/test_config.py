@@ -418,7 +418,7 @@ roots = st.builds(
 
 
 @given(roots)
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_every_value_survives_yaml_and_back(write: Callable[..., Path], value: Root) -> None:
     text = dataclasses.replace(load_config(Root, None, []), value=value).to_yaml()
     assert load_config(Root, write(text), []).value == value
