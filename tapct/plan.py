@@ -243,7 +243,8 @@ def render(plan: Plan) -> Group:
     for view in plan.views:
         sizes = ["x".join(map(str, size)) for size in (view.window, view.grid)]
         views.add_row(view.name, str(view.crops), *sizes, f"{view.tokens:,}", f"{view.crops * view.tokens:,}")
-    costs = Table("part", title="Parameters and GFLOP per sample (student forward and backward, teacher forward)")
+    costs = Table(title="Parameters and GFLOP per sample (student forward and backward, teacher forward)")
+    costs.add_column("part", no_wrap=True)
     for column in ("parameters", "student forward", "teacher forward", "step", "share"):
         costs.add_column(column, justify="right")
     for part in plan.parts:
