@@ -245,7 +245,8 @@ def render(plan: Plan) -> Group:
         views.add_row(view.name, str(view.crops), *sizes, f"{view.tokens:,}", f"{view.crops * view.tokens:,}")
     costs = Table(title="Parameters and GFLOP per sample (student forward and backward, teacher forward)")
     costs.add_column("part", no_wrap=True)
-    for column in ("parameters", "student forward", "teacher forward", "step", "share"):
+    costs.add_column("parameters", justify="right", min_width=len(f"{plan.parameters:,}"))
+    for column in ("student forward", "teacher forward", "step", "share"):
         costs.add_column(column, justify="right")
     for part in plan.parts:
         flops = [f"{value / 1e9:,.2f}" for value in (part.student_flops, part.teacher_flops, part.step_flops)]
