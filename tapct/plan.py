@@ -243,7 +243,8 @@ def render(plan: Plan) -> Group:
     for view in plan.views:
         sizes = ["x".join(map(str, size)) for size in (view.window, view.grid)]
         views.add_row(view.name, str(view.crops), *sizes, f"{view.tokens:,}", f"{view.crops * view.tokens:,}")
-    costs = Table(title="Parameters and GFLOP per sample (student forward and backward, teacher forward)")
+    title = "Parameters and GFLOP per sample (student forward and backward, teacher forward)"
+    costs = Table(title=title, pad_edge=False)
     costs.add_column("part", no_wrap=True)
     costs.add_column("parameters", justify="right", min_width=len(f"{plan.parameters:,}"))
     for column in ("student forward", "teacher forward", "step", "share"):
