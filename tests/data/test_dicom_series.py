@@ -134,3 +134,14 @@ def test_multiframe_and_secondary_capture_are_refused(tmp_path: Path) -> None:
     assert refusal(write_series(tmp_path / "s", make_ct()[:1], edit=lambda i: enhanced)) == "multiframe"
     capture = {"SOPClassUID": "1.2.840.10008.5.1.4.1.1.7"}
     assert refusal(write_series(tmp_path / "t", make_ct(), edit=lambda i: capture)) == "not_ct"
+
+
+def test_values_that_are_declared_to_be_no_hu_are_refused(tmp_path: Path) -> None:
+    assert refusal(write_series(tmp_path / "s", make_ct(), edit=lambda i: {"RescaleType": "Z_EFF"})) == "not_hu"
+
+
+def test_a_slice_beside_the_line_of_the_others_is_refused(tmp_path: Path) -> None:
+    folder = write_series(
+        tmp_path / "s", make_ct(), edit=lambda i: {"ImagePositionPatient": [3.0 * (i == 4), 0.0, 100.0 + 2 * i]}
+    )
+    assert refusal(folder) == "uneven_slices"
