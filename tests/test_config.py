@@ -316,7 +316,8 @@ def test_a_folder_and_a_binary_file_are_no_configs(write: Callable[..., Path]) -
 
 def test_a_circle_of_two_files_is_found(write: Callable[..., Path]) -> None:
     write("base: run.yaml\n", "b.yaml")
-    assert "circle: run.yaml -> b.yaml -> run.yaml" in message(Root, write("base: b.yaml\n"))
+    line = message(Root, write("base: b.yaml\n"))
+    assert line == "b.yaml:1: base = run.yaml: the base chain is a circle: run.yaml -> b.yaml -> run.yaml"
 
 
 def test_an_empty_file_and_an_empty_section_change_nothing(write: Callable[..., Path]) -> None:
@@ -350,6 +351,23 @@ def test_a_section_takes_the_fields_of_its_own_plug_in(shapes: type, write: Call
     value = load_config(shapes, path, []).value
     assert (value.shape.name, value.shape.config.side) == ("cfgshapes.square", 7)
     assert load_config(shapes, None, ["shape.radius=2"]).value.shape.config.radius == 2.0
+
+
+def test_a_default_plug_in_keeps_the_fields_that_its_owner_gave_it(shapes: type) -> None:
+    module = plugin.load("losses", "cfgshapes.round")
+    entry = plugin.Plugin("cfgshapes.round", module.Config(radius=5.0))
+    start = dataclasses.replace(shapes(), shape=entry, shapes=(entry,))
+
+    @dataclass(frozen=True)
+    class Outer:
+        inner: Any = setting(start, "shapes")
+
+    Outer.__annotations__ = {"inner": shapes}
+    value = load_config(Outer, None, ["inner.shape.edge=1", "inner.shapes[cfgshapes.round].edge=2"]).value.inner
+    assert (value.shape.config.radius, value.shape.config.edge) == (5.0, 1)
+    assert (value.shapes[0].config.radius, value.shapes[0].config.edge) == (5.0, 2)
+    other = load_config(Outer, None, ["inner.shape.name=cfgshapes.square"]).value.inner
+    assert to_dict(other)["shape"] == {"name": "cfgshapes.square", "side": 3}
 
 
 def test_a_new_name_drops_the_fields_of_the_old_plug_in(shapes: type, write: Callable[..., Path]) -> None:

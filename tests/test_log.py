@@ -213,9 +213,9 @@ def test_going_on_drops_the_rows_after_the_checkpoint_and_cut_off_ones(
 
 def test_a_row_without_its_end_is_dropped_even_if_it_parses(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}')
-    with log.MetricsWriter(tmp_path, QUIET, start_step=1) as writer:
-        writer.write(row(2))
-    assert [one["step"] for one in rows(tmp_path)] == [1, 2]
+    with log.MetricsWriter(tmp_path, QUIET, start_step=2) as writer:
+        writer.write(row(3))
+    assert [one["step"] for one in rows(tmp_path)] == [1, 3]
 
 
 def test_missing_steps_before_the_start_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
