@@ -14,10 +14,11 @@ import itertools
 import json
 import os
 import platform
-import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -61,69 +62,88 @@ def write_store(folder: Path, scans: list[np.ndarray], level: int) -> Store:
     return Store(folder)
 
 
-def best_of(repeats: int, function: Callable[[], int]) -> float:
-    """Samples per second of the fastest repeat; the function returns how many samples it read."""
-    rates = []
-    for _ in range(repeats):
-        started = time.perf_counter()
-        num_samples = function()
-        rates.append(num_samples / (time.perf_counter() - started))
-    return max(rates)
+Reader = Callable[[int], None]  # reads so many steps
 
 
-def from_loader(store: Store, depth: int, backend: str, workers: int, num_steps: int) -> float:
+@contextmanager
+def from_loader(store: Store, depth: int, backend: str, workers: int) -> Iterator[Reader]:
     config = loader.Config(slab_depth=depth, backend=backend, workers=workers)
     with loader.build(config, store, seed=0, global_batch=BATCH) as batches:
-        for _ in range(config.prefetch + 1):  # what was read ahead before the clock ran
-            next(batches)
-        return best_of(3, lambda: sum(len(b.sample_B) for (b,) in itertools.islice(batches, num_steps)))
+
+        def read(num_steps: int) -> None:
+            for _ in range(num_steps):
+                next(batches)
+
+        yield read
 
 
-def from_npy(files: list[Path], store: Store, depth: int, num_steps: int) -> float:
-    """The same slabs of the same samples into the same batches, one thread."""
-    maps = [np.load(file, mmap_mode="r") for file in files]
+@contextmanager
+def from_npy(files: list[Path], store: Store, depth: int) -> Iterator[Reader]:
+    """The same slabs of the same samples into the same batches, in this thread."""
+    maps, steps = [np.load(file, mmap_mode="r") for file in files], itertools.count()
 
-    def read() -> int:
-        for step in range(num_steps):
+    def read(num_steps: int) -> None:
+        for step in itertools.islice(steps, num_steps):
             slabs = [loader.draw_slab(sample, store, 0, depth) for sample in range(step * BATCH, (step + 1) * BATCH)]
             hu_BZYX = torch.empty((BATCH, depth, *maps[0].shape[1:]), dtype=torch.int16).numpy()
             for b, slab in enumerate(slabs):
                 hu_BZYX[b] = maps[slab.scan][slab.start : slab.start + slab.depth]
-        return num_steps * BATCH
 
-    return best_of(3, read)
+    yield read
+
+
+def measure(readers: dict[str, Reader], num_steps: int, rounds: int = 4) -> dict[str, dict[str, float]]:
+    """Best samples per second of each, in turns, and processor time per sample (this process, all threads)."""
+    rates: dict[str, list[float]] = {name: [] for name in readers}
+    cpu_ms: dict[str, list[float]] = {name: [] for name in readers}
+    for _, (name, read) in itertools.product(range(rounds), readers.items()):
+        read(3)  # what was read ahead before the clock ran
+        started, cpu_started = time.perf_counter(), time.process_time()
+        read(num_steps)
+        rates[name].append(num_steps * BATCH / (time.perf_counter() - started))
+        cpu_ms[name].append(1e3 * (time.process_time() - cpu_started) / (num_steps * BATCH))
+    return {name: {"samples_per_s": max(rates[name]), "cpu_ms": min(cpu_ms[name])} for name in readers}
+
+
+def show(found: dict[str, dict[str, float]]) -> None:
+    reference = found.get("npy")
+    for name, row in found.items():
+        line = f"  {name:>10}: {row['samples_per_s']:8.1f} samples/s, {row['cpu_ms']:6.2f} ms of processor a sample"
+        if reference is not None:
+            row["over_npy"] = row["samples_per_s"] / reference["samples_per_s"]
+            line += f"; {row['over_npy']:.2f} x the rate of npy"
+        print(line)
+
+
+def read_at(store: Store, depth: int, z0: int) -> np.ndarray:
+    return store.read_slab(0, z0, z0 + depth)
 
 
 def levels(scan_ZYX: np.ndarray, depth: int, folder: Path) -> dict[str, Any]:
-    """Size, packing rate and read time of one scan by compression level, against a copy of the slab from .npy."""
+    """Size, packing rate and read time of one scan by level, against a copy of the slab from .npy; processor time."""
     np.save(folder / "level.npy", scan_ZYX)
     mapped = np.load(folder / "level.npy", mmap_mode="r")
-    starts = [int(z) for z in np.random.default_rng(0).integers(0, len(scan_ZYX) - depth + 1, 16)]
+    starts = [int(z) for z in np.random.default_rng(0).integers(0, len(scan_ZYX) - depth + 1, 40)]
 
-    def median_ms(read: Callable[[int], Any]) -> float:
-        times = []
+    def cpu_ms(read: Callable[[int], Any]) -> float:
+        started = time.process_time()
         for z0 in starts:
-            started = time.perf_counter()
             read(z0)
-            times.append(time.perf_counter() - started)
-        return 1e3 * statistics.median(times)
+        return 1e3 * (time.process_time() - started) / len(starts)
 
     found: dict[str, Any] = {}
     for level in (0, 1, 3, 5):
-        started = time.perf_counter()
+        started = time.process_time()
         store = write_store(folder / f"level{level}", [scan_ZYX], level)
-        seconds = time.perf_counter() - started
-        npy_ms, read_ms = (
-            median_ms(lambda z: np.array(mapped[z : z + depth])),
-            median_ms(
-                lambda z, store=store: store.read_slab(0, z, z + depth)  # type: ignore[misc]
-            ),
-        )
+        seconds = time.process_time() - started
+        store.read_slab(0, 0, depth)
+        npy_ms = cpu_ms(lambda z: np.array(mapped[z : z + depth]))
+        read_ms = cpu_ms(partial(read_at, store, depth))
         found[str(level)] = {
             "size_ratio": store.file(0).stat().st_size / scan_ZYX.nbytes,
-            "pack_MB_per_s": scan_ZYX.nbytes / seconds / 1e6,
-            "read_ms": read_ms,
-            "npy_ms": npy_ms,
+            "pack_MB_per_cpu_s": scan_ZYX.nbytes / seconds / 1e6,
+            "read_cpu_ms": read_ms,
+            "npy_cpu_ms": npy_ms,
             "read_over_npy": read_ms / npy_ms,
         }
     return found
@@ -136,17 +156,18 @@ def run_case(name: str, folder: Path, num_steps: int) -> dict[str, Any]:
     for file, scan_ZYX in zip(files, scans):
         np.save(file, scan_ZYX)
     store = write_store(folder / "store", scans, LEVEL)
-    npy = from_npy(files, store, depth, num_steps)
-    case: dict[str, Any] = {"npy_samples_per_s": npy, "loader": {}, "levels": levels(scans[0], depth, folder)}
-    print(f"\nslab {name}, batch {BATCH}; memory-mapped npy: {npy:.1f} samples/s")
-    for backend, workers in WORKERS:
-        rate = from_loader(store, depth, backend, workers, num_steps)
-        case["loader"][f"{backend}{workers}"] = {"samples_per_s": rate, "over_npy": rate / npy}
-        print(f"  {backend:>8} workers {workers}: {rate:8.1f} samples/s = {rate / npy:.2f} x npy")
+    print(f"\nslab {name}, batch {BATCH}; the processor time of worker processes is not in the table")
+    with ExitStack() as stack:
+        readers = {"npy": stack.enter_context(from_npy(files, store, depth))}
+        for backend, workers in WORKERS:
+            readers[f"{backend} {workers}"] = stack.enter_context(from_loader(store, depth, backend, workers))
+        found = measure(readers, num_steps)
+    show(found)
+    case: dict[str, Any] = {"loader": found, "levels": levels(scans[0], depth, folder)}
     for level, row in case["levels"].items():
         print(
-            f"  level {level}: size {row['size_ratio']:.3f}, pack {row['pack_MB_per_s']:.0f} MB/s, "
-            f"slab {row['read_ms']:.1f} ms = {row['read_over_npy']:.1f} x npy"
+            f"  level {level}: size {row['size_ratio']:.3f}, pack {row['pack_MB_per_cpu_s']:.0f} MB/s of processor, "
+            f"slab {row['read_cpu_ms']:.1f} ms = {row['read_over_npy']:.1f} x npy"
         )
     return case
 
@@ -164,12 +185,13 @@ def main() -> None:
         "cases": {},
     }
     if options.store:
-        rows = {}
-        for backend, workers in WORKERS:
-            rate = from_loader(Store(options.store), options.depth, backend, workers, options.steps)
-            rows[f"{backend}{workers}"] = {"samples_per_s": rate}
-            print(f"{backend:>8} workers {workers}: {rate:8.1f} samples/s")
-        result["cases"][str(options.store)] = {"loader": rows}
+        store = Store(options.store)
+        with ExitStack() as stack:
+            names = {f"{backend} {workers}": (backend, workers) for backend, workers in WORKERS}
+            readers = {n: stack.enter_context(from_loader(store, options.depth, *names[n])) for n in names}
+            found = measure(readers, options.steps)
+        show(found)
+        result["cases"][str(options.store)] = {"loader": found}
     else:
         for name in CASES:
             with tempfile.TemporaryDirectory() as folder:

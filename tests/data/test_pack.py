@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 
 from tapct.data import pack as pack_module
+from tapct.data.ingest import read_volume
 from tapct.data.manifest import Manifest, Row, build
 from tapct.data.pack import pack
 from tapct.data.store import INDEX_NAME, Store, checksum
@@ -136,6 +137,35 @@ def test_damaged_and_outdated_files_are_written_again_and_leftovers_removed(
     assert report.unlisted == ("gone.b2nd",) and not list(out.glob(".*.tmp"))
     for i, hu_ZYX in enumerate(scans):
         np.testing.assert_array_equal(Store(out).read(i), hu_ZYX)
+
+
+def test_a_scan_with_new_voxels_on_the_old_grid_is_packed_anew(
+    archive: tuple[Manifest, list[np.ndarray]], tmp_path: Path
+) -> None:
+    manifest, scans = archive
+    pack(manifest, tmp_path / "out")
+    changed = scans[1] + np.int16(1)
+    write_nifti(manifest.root / "s1.nii", changed)
+    again = Manifest((row_of("s0", scans[0]), row_of("s1", changed)), manifest.root)
+    report = pack(again, tmp_path / "out")
+    assert (report.packed, report.kept, report.damaged) == (("s1",), 1, ())
+    assert report.unlisted == ("s2.b2nd", "s3.b2nd")
+    np.testing.assert_array_equal(Store(tmp_path / "out").read(1), changed)
+
+
+@pytest.mark.slow
+def test_real_scans_pack_bit_for_bit(tmp_path: Path) -> None:
+    root = Path(os.environ.get("TAPCT_TEST_CT", "../shared/data/ct"))
+    if not root.is_dir():
+        pytest.skip(f"no real scans at {root}; set TAPCT_TEST_CT")
+    manifest = build(root, tmp_path / "m.parquet", labels=None, patient_regex=None, min_depth=1, workers=0)
+    report = pack(manifest, tmp_path / "out", workers=2)
+    assert len(report.packed) == len(manifest.accepted) > 3 and not report.refused
+    assert report.stored_bytes < 0.6 * report.voxel_bytes
+    store = Store(tmp_path / "out")
+    for i, scan in enumerate(store.scans):
+        store.verify(i)
+        np.testing.assert_array_equal(store.read(i), read_volume(root / scan.path).hu_ZYX)
 
 
 def test_scans_that_vanished_or_changed_are_refused_and_named(
@@ -266,7 +296,8 @@ def test_an_interrupt_leaves_a_state_that_resumes(tmp_path: Path) -> None:
     script = tmp_path / "run.py"
     script.write_text(
         "import sys\nfrom pathlib import Path\n"
-        "from tapct.data.manifest import Manifest\nfrom tapct.data.pack import pack\n"
+        "from tapct.data.ingest import read_volume
+from tapct.data.manifest import Manifest\nfrom tapct.data.pack import pack\n"
         "if __name__ == '__main__':\n"
         "    here = Path(sys.argv[1])\n"
         "    pack(Manifest.read(here / 'manifest.parquet'), here / 'out', workers=2)\n"
