@@ -35,7 +35,7 @@ def _moved(canvas: Canvas, organ: str, centre: Triple, radii: Triple, breath: fl
     )
 
 
-def _below_diaphragm(box: Box, canvas: Canvas, gap: float = 3.0) -> np.ndarray:
+def _below_diaphragm(box: Box, canvas: Canvas, gap: float = 1.5) -> np.ndarray:
     """Bool ZYX: inside the cavity and under the diaphragm."""
     z = box.z_Z11[:, 0, 0]
     return box.inside(profile(z, 0) - gap, profile(z, 1) - gap) & (box.z_Z11 < diaphragm(box, canvas.study) - gap)
@@ -50,7 +50,8 @@ def paint_bowel(canvas: Canvas) -> None:
         return
     loops = box.sample(canvas.field("bowel", low, high, (16.0, 14.0, 16.0)))
     fine = box.sample(canvas.field("bowel content", low, high, 6.0))
-    mask = _below_diaphragm(box, canvas, 6.0) & (loops > -0.7 + 1.1 * p.visceral)
+    rarer = np.square(np.maximum(box.z_Z11 + 80, 0) / 32)  # no flat roof: fewer loops towards the stomach
+    mask = _below_diaphragm(box, canvas, 6.0) & (loops > -0.7 + 1.1 * p.visceral + rarer)
     hu = p.hu["bowel"] - 12 + 11 * p.gain["bowel"] * fine
     np.copyto(hu, np.float32(p.hu["bowel"] + 18), where=loops < -0.35 + 1.1 * p.visceral)
     np.copyto(hu, np.float32(-820.0), where=(loops > 1.7) & (box.y_YX < -30))
@@ -130,8 +131,8 @@ def paint_liver(canvas: Canvas) -> None:
     f, g = (box.sample(canvas.field(f"liver vessels {i}", low, high, 26.0)) for i in range(2))
     grain = box.sample(canvas.field("liver grain", low, high, 11.0))
     porta = box.ellipsoid((right[0] + 45, right[1] - 5, right[2] + 2), (85, 85, 85))
-    vessel = (34.0 * p.contrast - (1 - p.contrast) * 16.0) * p.gain["liver"]
-    hu = p.hu["liver"] + 7 * p.gain["liver"] * grain
+    vessel = (46.0 * p.contrast - (1 - p.contrast) * 24.0) * p.gain["liver"]
+    hu = p.hu["liver"] + 9 * p.gain["liver"] * grain
     hu += np.where(np.square(f) + np.square(g) < 0.085 / (0.3 + porta), np.float32(vessel), np.float32(0))
     box.paint(mask, hu, LIVER)
     bladder = box.ellipsoid((right[0] + 32, right[1] - 50, right[2] - 38), (14, 20, 24), (0.1, 0.2)) < 1
@@ -169,7 +170,8 @@ def paint_kidneys(canvas: Canvas) -> None:
         lean = (-side * 0.18, -0.12)
         q = box.ellipsoid(centre, radii, lean) + 0.1 * box.sample(canvas.field(name, low, high, 22.0))
         free = _below_diaphragm(box, canvas, 1.0)
-        box.paint((q < 1.3 + 0.5 * p.visceral) & free, np.float32(p.hu["fat"]), BODY)
+        capsule = (q < 1.25 + 0.5 * p.visceral) & free & (box.label_ZYX == BODY)
+        box.paint(capsule, np.float32(p.hu["fat"]))
         pyramids = box.sample(canvas.field(name + " pyramids", low, high, 12.0))
         grain = box.sample(canvas.field(name + " grain", low, high, 5.0))
         hu = p.hu["kidney"] + 10 + 4 * grain + np.where((q < 0.66) & (pyramids > -0.1), np.float32(-38), np.float32(4))

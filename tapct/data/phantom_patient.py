@@ -31,13 +31,20 @@ class Sizes(Protocol):
     """The part of the phantom's config that shapes a study."""
 
     @property
-    def slices(self) -> tuple[int, int]: ...
+    def slices(self) -> tuple[int, int]:
+        """Fewest and most slices."""
+
     @property
-    def in_plane(self) -> tuple[int, int]: ...
+    def in_plane(self) -> tuple[int, int]:
+        """Smallest and largest in-plane size."""
+
     @property
-    def slice_mm(self) -> tuple[float, float]: ...
+    def slice_mm(self) -> tuple[float, float]:
+        """Smallest and largest slice spacing."""
+
     @property
-    def dicom_share(self) -> float: ...
+    def dicom_share(self) -> float:
+        """Share of DICOM series."""
 
 
 @dataclass(frozen=True)
@@ -149,12 +156,12 @@ def _draw_hu(rng: np.random.Generator, age: int, contrast: float) -> dict[str, f
     """Tissue means: the soft organs share one level per patient and overlap around it."""
     level = 46.0 + 22.0 * contrast + rng.normal(0, 5)
     soft = {name: level + rng.normal(0, 8) for name in ("liver", "spleen", "kidney", "blood", "muscle", "bowel")}
-    soft["blood"] += 6 * contrast
-    soft["kidney"] += 4 * contrast
+    for name, uptake in (("blood", 22), ("kidney", 26), ("spleen", 10)):
+        soft[name] += uptake * contrast
     bone = 1.0 - 0.006 * (age - 30)
     return soft | {
         "fat": rng.normal(-104, 5),
-        "lungs": rng.normal(-855, 25),
+        "lungs": rng.normal(-830, 25),
         "spongiosa": 190 * bone + rng.normal(0, 20),
         "cortex": 480 * (0.5 + 0.5 * bone) + rng.normal(0, 40),
         "disc": rng.normal(85, 8),
@@ -249,7 +256,7 @@ def draw_study(patient: Patient, visit: int, sizes: Sizes) -> Study:
                            BOTTOM_Z * patient.scale[2], BOTTOM_Z * patient.scale[2] + room))  # fmt: skip
     pixels = int(round(rng.uniform(*sizes.in_plane) / 16) * 16)
     width = 2 * (150 + patient.fat_mm[0]) * patient.scale[0]
-    field_mm = float(np.clip(width * rng.uniform(0.96, 1.2), 280, 500))
+    field_mm = float(np.clip(width * rng.uniform(0.92, 1.1), 270, 500))
     sharp = bool(rng.random() < (0.6 if region == "CHEST" else 0.25))
     name, soft_kernel, sharp_kernel, factor = SCANNERS[int(rng.integers(len(SCANNERS)))]
     noise = factor * rng.uniform(8, 15) * (1.9 if sharp else 1.0) * (2.5 / max(slice_mm, 1.0)) ** 0.35

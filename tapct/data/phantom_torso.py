@@ -69,6 +69,7 @@ def paint_wall(canvas: Canvas) -> None:
     strands = whole.sample(canvas.field("muscle", low, high, (7.0, 7.0, 16.0)))
     a, b = profile(z, 2) + p.muscle_mm, profile(z, 3) + p.muscle_mm
     cavity = (profile(z, 0), profile(z, 1))
+    middle = (0.45 * cavity[0] + 0.55 * a, 0.45 * cavity[1] + 0.55 * b)  # a seam of fat between two muscle layers
     skin_y = whole.y_YX - np.float32((back - front) / 2)
     skin_py = np.power(np.abs(skin_y), np.float32(2.4))
     inner_b, outer_b = b + (front + back) / 2, b + (front + back) / 2 + 2.5
@@ -84,6 +85,9 @@ def paint_wall(canvas: Canvas) -> None:
         meat = muscle + amplitude * strand
         np.copyto(meat, fat + 40, where=strand > 1.9)
         np.copyto(hu, meat, where=_ellipse(whole.px_YX, whole.py_YX, a[k], b[k], wall))
+        seam = _ellipse(whole.px_YX, whole.py_YX, middle[0][k] + 1, middle[1][k] + 1, wall) & (strand > -0.5)
+        seam &= ~_ellipse(whole.px_YX, whole.py_YX, middle[0][k] - 1, middle[1][k] - 1, wall)
+        np.copyto(hu, np.float32(fat + 30), where=seam)
         filling = (fat + 8 * strand).astype(np.float32)
         np.copyto(hu, filling, where=_ellipse(whole.px_YX, whole.py_YX, cavity[0][k], cavity[1][k], wall))
 
@@ -102,7 +106,7 @@ def paint_breasts(canvas: Canvas) -> None:
         return
     size = 24.0 + 0.9 * p.fat_mm[1]
     for side in (-1.0, 1.0):
-        centre = (side * 78, -103 - 0.4 * p.fat_mm[1], 68.0)
+        centre = (side * 74, -94 - 0.5 * p.fat_mm[1], 68.0)
         radii = (size * 1.5, size, size * 1.35)
         box = canvas.box((centre[0] - radii[0], centre[1] - radii[1], 68 - radii[2]),
                          (centre[0] + radii[0], centre[1] + radii[1], 68 + radii[2]))  # fmt: skip
@@ -131,7 +135,8 @@ def paint_lungs(canvas: Canvas) -> None:
     heart = (20 + shift[0], -38 + shift[1], 58 + shift[2] - 0.6 * canvas.study.breath_mm)
     mask &= box.ellipsoid(heart, (60 * size[0], 47 * size[1], 50 * size[2]), (-0.25, 0.0)) > 1
     mask &= box.tube(x_spine, y_spine, 25.0, 21.0) > 1
-    f, g = (box.sample(canvas.field(f"lung vessels {i}", low, high, 17.0)) for i in range(2))
+    mask &= (np.abs(box.x_YX - x_spine) > 24) | (box.y_YX < y_spine)  # none behind the spine
+    f, g = (box.sample(canvas.field(f"lung vessels {i}", low, high, 13.0)) for i in range(2))
     fine = box.sample(canvas.field("lung tissue", low, high, 6.0))
     hilum = np.minimum(box.ellipsoid((-38, 2, 90), (75, 75, 90)), box.ellipsoid((40, 2, 90), (75, 75, 90)))
     tube = np.square(f) + np.square(g)
@@ -185,7 +190,7 @@ def paint_ribs(canvas: Canvas) -> None:
     rise = 92 * turn * turn * (3 - 2 * turn) + 8 * np.sin(np.float32(np.pi) * turn)
     a, b = profile(z, 0), profile(z, 1)
     texture = whole.sample(canvas.field("ribs", (-160, -120, -140), (160, 120, 220), 6.0))
-    thick = 8.0
+    thick = 9.5
     for k in range(len(z)):
         if not -170 < z[k] < 212:
             continue
@@ -198,7 +203,7 @@ def paint_ribs(canvas: Canvas) -> None:
         nearest = np.clip(np.round(number), 0, 11).astype(np.int64)
         gap = np.abs(number - nearest)
         end = np.array([0.30, 0.42, 0.62, 0.68, 0.72, 0.75, 0.78, 0.80, 0.80, 0.80, 0.78, 0.75])[nearest]
-        band = (gap < 0.29) & (t > 0.06)
+        band = (gap < 0.32) & (np.abs(whole.x_YX[rows, columns]) > 20)
         bone = band & (t < end)
         cartilage = band & (t >= end) & (nearest > 1) & (t < 0.95)
         hu, label = whole.hu_ZYX[k], whole.label_ZYX[k]
@@ -233,10 +238,10 @@ def paint_table(canvas: Canvas) -> None:
     columns = (np.arange(study.shape[2]) - (study.shape[2] - 1) / 2) * study.spacing_mm[2] - study.centre_mm[0]
     rows = np.arange(study.shape[1]) * study.spacing_mm[1]
     depth = rows[:, None] - (floor - np.square(columns)[None, :] / 1400)  # mm below the couch's surface
-    slab = (depth > 0) & (depth < 20) & (np.abs(columns) < 215)[None, :]
-    skin = slab & ((depth < 4.5) | (depth > 15.5))
+    slab = (depth > 0) & (depth < 16) & (np.abs(columns) < 215)[None, :]
+    skin = slab & ((depth < 4) | (depth > 12))
     rng = p.rng(f"table {study.visit}")
-    foam, hard = np.float32(rng.uniform(-930, -860)), np.float32(rng.uniform(-250, 40))
+    foam, hard = np.float32(rng.uniform(-960, -900)), np.float32(rng.uniform(-250, 40))
     free = slab & (whole.label_ZYX == 0)
     np.copyto(whole.hu_ZYX, np.where(skin, hard, foam), where=free)
     whole.label_ZYX[free] = TABLE
