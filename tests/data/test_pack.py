@@ -296,8 +296,7 @@ def test_an_interrupt_leaves_a_state_that_resumes(tmp_path: Path) -> None:
     script = tmp_path / "run.py"
     script.write_text(
         "import sys\nfrom pathlib import Path\n"
-        "from tapct.data.ingest import read_volume
-from tapct.data.manifest import Manifest\nfrom tapct.data.pack import pack\n"
+        "from tapct.data.manifest import Manifest\nfrom tapct.data.pack import pack\n"
         "if __name__ == '__main__':\n"
         "    here = Path(sys.argv[1])\n"
         "    pack(Manifest.read(here / 'manifest.parquet'), here / 'out', workers=2)\n"
