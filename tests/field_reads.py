@@ -56,7 +56,7 @@ def unread_fields(modules: Sequence[ModuleType]) -> list[str]:
 def stands_for(owner: type, cls: type) -> bool:
     """Whether what is read of `owner` is read of `cls`: its base, its heir, or a protocol that it fulfils."""
     if getattr(owner, "_is_protocol", False):
-        members = {name for name in [*vars(owner), *vars(owner).get("__annotations__", {})] if not name.startswith("_")}
+        members = {name for name in [*vars(owner), *inspect.get_annotations(owner)] if not name.startswith("_")}
         return members <= {field.name for field in dataclasses.fields(cls)}
     return issubclass(cls, owner) or issubclass(owner, cls)
 
@@ -159,7 +159,7 @@ class _Reader:
             return self.plugin_configs
         found = self.attributes.get((cls, name), NOTHING)
         for base in cls.__mro__:
-            hint = vars(base).get("__annotations__", {}).get(name)
+            hint = inspect.get_annotations(base).get(name)
             if hint is not None:
                 found |= self._evaluate(hint, inspect.getmodule(base))
             member = vars(base).get(name)
