@@ -69,10 +69,11 @@ def index(
             workers=workers,
             progress=progress,
         )
-    log.say(f"{len(found.accepted)} accepted, {len(found.rows) - len(found.accepted)} refused: {out}")
+    log.say(", ".join(f"{count} {reason}" for reason, count in found.summary().items()) + f": {out}")
     for row in found.rows:
-        if row.status == "refused":
-            log.say(f"  refused {row.path}: {row.reason}: {row.detail}")
+        if row.detail:
+            reason = f"refused {row.path}: {row.reason}" if row.status == "refused" else f"{row.path}"
+            log.say(f"  {reason}: {row.detail}")
 
 
 @app.command()

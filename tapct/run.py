@@ -323,7 +323,12 @@ def write_run_files(out: Path, resolved: Resolved, store: Store) -> None:
         "versions": {"tapct": __version__, "python": platform.python_version(), **{name: metadata.version(name) for name in packages}},
         "git_revision": git_revision(),
         "machine": {"system": platform.platform(), "cores": os.cpu_count(), "gpu": gpu_name()},
-        "manifest": {"digest": store.digest, "scans": len(store)},
+        "manifest": {
+            "digest": store.digest,
+            "scans": len(store),
+            "accepted": store.summary.get("accepted", len(store)),
+            "refused": {reason: count for reason, count in store.summary.items() if reason != "accepted"},
+        },
     }
     checkpoint.replace_text(out / "run.json", json.dumps(about, indent=1))
 

@@ -36,6 +36,10 @@ class Refused(UserError):
         self.reason = reason
         self.detail = detail
 
+    def __reduce__(self) -> tuple[type[Refused], tuple[str, str]]:
+        """Pickles by its two arguments, so that a worker process can raise it."""
+        return type(self), (self.reason, self.detail)
+
 
 @dataclass(frozen=True)
 class ScanFacts:

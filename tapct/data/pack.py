@@ -145,7 +145,7 @@ def pack(
             report = _report(out, finished, scans, time.monotonic() - started)
             if not scans:
                 raise _nothing_packed(report, root)
-            write_atomically(out / INDEX_NAME, index_bytes(scans, root, manifest.digest))
+            write_atomically(out / INDEX_NAME, index_bytes(scans, root, manifest.digest, manifest.summary()))
             return report
     except OSError as error:
         raise _write_error(error, out, rows, outcomes) from error

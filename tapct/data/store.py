@@ -203,6 +203,7 @@ class Store:
         digest: names the voxels of the whole store, whatever the compression.
         root: of the archive that was packed.
         manifest_digest: of the manifest that was packed.
+        summary: how many scans that manifest accepted, and refused by reason.
     Raises:
         UserError: there is no store, or its index is not readable.
     """
@@ -212,6 +213,7 @@ class Store:
         self.max_open = max_open
         self.scans, info = read_index(self.path)
         self.digest, self.root, self.manifest_digest = info["digest"], Path(info["root"]), info["manifest_digest"]
+        self.summary: dict[str, int] = info.get("summary", {})
         self._start_process()
 
     def _start_process(self) -> None:
@@ -326,12 +328,19 @@ _COLUMNS = pa.schema(
 )
 
 
-def index_bytes(scans: Iterable[StoredScan], root: Path, manifest_digest: str) -> bytes:
-    """The content of `store.parquet`."""
+def index_bytes(
+    scans: Iterable[StoredScan], root: Path, manifest_digest: str, summary: Mapping[str, int] | None = None
+) -> bytes:
+    """The content of `store.parquet`.
+
+    Args:
+        summary: rows of the manifest by reason, as `Manifest.summary` counts them.
+    """
     scans = tuple(scans)
     rows = [(s.id, *s.shape_ZYX, *s.spacing_mm, s.patient, s.path, s.label_path, s.checksum) for s in scans]
     arrays = [pa.array([row[k] for row in rows], column.type) for k, column in enumerate(_COLUMNS)]
-    info = {"schema": SCHEMA, "root": str(root), "manifest_digest": manifest_digest, "digest": store_digest(scans)}
+    info: dict[str, Any] = {"schema": SCHEMA, "root": str(root), "manifest_digest": manifest_digest, "digest": store_digest(scans)}
+    info["summary"] = dict(summary or {})
     table = pa.Table.from_arrays(arrays, schema=_COLUMNS.with_metadata({_INDEX_KEY: json.dumps(info).encode()}))
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink)
