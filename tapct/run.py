@@ -68,14 +68,15 @@ class RunConfig:
         deepest = self.views.slices_needed()
         if self.data.loader.slab_depth < deepest:
             raise UserError(
-                f"data.loader.slab_depth {self.data.loader.slab_depth} is less than the {deepest:g} slices that the deepest "
-                "view needs, so every view would be filled up with air; raise it"
+                f"data.loader.slab_depth {self.data.loader.slab_depth} is less than the {deepest:g} slices that the "
+                "deepest view needs, so every view would be filled up with air; raise it"
             )
         samples = self.train.global_batch // self.train.accumulation
         if samples < 2 and any(loss.name == "koleo" for loss in self.losses):
             raise UserError(
                 f"KoLeo compares the samples of a micro-batch, which holds {samples} at train.global_batch "
-                f"{self.train.global_batch} and train.accumulation {self.train.accumulation}; raise it, or set losses.koleo=null"
+                f"{self.train.global_batch} and train.accumulation {self.train.accumulation}; raise it, or set "
+                "losses.koleo=null"
             )
 
 
@@ -113,6 +114,7 @@ def train(resolved: Resolved) -> loop.Stop:
 
     checkpoints = Checkpoints(config.out / "checkpoints", config.checkpoint.keep)
     found = find_start(config, checkpoints, resolved)
+    torch.manual_seed(config.seed)  # for plug-ins that draw without a key; a checkpoint brings its own state back
     pair = StudentTeacher(config.model, config.losses, config.seed).to(device)
     updater = optim.Updater(pair, config.optim)
     start = 0
@@ -242,11 +244,13 @@ def open_run(folder: Path, overrides: Sequence[str] = ()) -> Trained:
         UserError: not a run folder, no whole checkpoint, or an override that would need another training.
     """
     if not (folder / "config.yaml").is_file():
-        raise UserError(f"{folder} is not a run folder: it has no config.yaml; `tapct train CONFIG out={folder}` makes one")
+        hint = f"`tapct train CONFIG out={folder}` makes one"
+        raise UserError(f"{folder} is not a run folder: it has no config.yaml; {hint}")
     trained_with = tapct_config.load_config(RunConfig, folder / "config.yaml", [])
     resolved = tapct_config.load_config(RunConfig, folder / "config.yaml", overrides)
     for key, old, new in changed_keys(trained_with.to_dict(), resolved.to_dict()):
-        raise UserError(f"{key}={new}: the run was trained with {old}; only eval.*, device and data.store can change here")
+        free = "only eval.*, device and data.store can change here"
+        raise UserError(f"{key}={new}: the run was trained with {old}; {free}")
     found, complaints = Checkpoints(folder / "checkpoints", keep=1).newest_whole()
     for complaint in complaints:
         log.say(complaint)
@@ -262,7 +266,7 @@ def open_run(folder: Path, overrides: Sequence[str] = ()) -> Trained:
 def evaluate(folder: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Judge a run's frozen features beside its baselines; writes RUN/eval.
 
-    Patients that `data.held_out` kept out of pretraining are the test side; without any, the split is by `eval.test_share`.
+    Patients that `data.held_out` kept out of pretraining are the test side; without any, `eval.test_share` splits.
     """
     trained = open_run(folder, overrides)
     config: RunConfig = trained.resolved.value
@@ -288,7 +292,8 @@ def export(folder: Path, out: Path | None = None) -> Path:
     trained = open_run(folder)
     config: RunConfig = trained.resolved.value
     target = out or folder / "export"
-    provenance = {"run": folder.name, "step": trained.meta.step, "samples": trained.meta.samples, "data": trained.meta.data_digest}
+    meta = trained.meta
+    provenance = {"run": folder.name, "step": meta.step, "samples": meta.samples, "data": meta.data_digest}
     weights.save_export(target, trained.backbone, config.model, config.contract, config.eval.preprocess, provenance)
     return target
 
@@ -320,7 +325,11 @@ def write_run_files(out: Path, resolved: Resolved, store: Store) -> None:
     packages = ("torch", "numpy", "nibabel", "SimpleITK", "pydicom", "blosc2")
     about = {
         "command": " ".join(sys.argv),
-        "versions": {"tapct": __version__, "python": platform.python_version(), **{name: metadata.version(name) for name in packages}},
+        "versions": {
+            "tapct": __version__,
+            "python": platform.python_version(),
+            **{name: metadata.version(name) for name in packages},
+        },
         "git_revision": git_revision(),
         "machine": {"system": platform.platform(), "cores": os.cpu_count(), "gpu": gpu_name()},
         "manifest": {

@@ -12,6 +12,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -20,9 +21,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 import torch.distributed.checkpoint as dcp
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
@@ -59,6 +60,14 @@ class Meta:
     torch_version: str = torch.__version__
 
 
+FOLDER = re.compile(r"step_\d+")
+
+
+def step_of(path: Path) -> int:
+    """Finished steps of a checkpoint folder, by its name."""
+    return int(path.name.removeprefix("step_"))
+
+
 class Checkpoints:
     """The checkpoint folder of one run.
 
@@ -86,7 +95,7 @@ class Checkpoints:
             aside.mkdir()
             with single_process():
                 dcp.save(training_state(pair, optimizer), checkpoint_id=aside, no_dist=True)
-            save_file(teacher_tensors(pair), aside / "teacher.safetensors")
+            (aside / "teacher.safetensors").write_bytes(safetensors.torch.save(teacher_tensors(pair)))
             (aside / "meta.json").write_text(json.dumps(asdict(meta), indent=1))
             (aside / "files.json").write_text(json.dumps(fingerprints(aside), indent=1))
             for path in (*aside.iterdir(), aside):
@@ -101,13 +110,16 @@ class Checkpoints:
                 f"checkpoint of step {meta.step} could not be written to {self.folder}: {first_cause(error)}. "
                 "Older checkpoints are whole; free some space and start the same command again."
             ) from error
-        for path in self.finished()[: -self.keep]:
-            shutil.rmtree(path)
+        # later steps are of a future that a damaged checkpoint took away: they must not crowd out the whole ones
+        kept = [path for path in self.finished() if step_of(path) <= meta.step][-self.keep :]
+        for path in self.finished():
+            if path not in kept:
+                shutil.rmtree(path)
         return final
 
     def finished(self) -> list[Path]:
         """Checkpoint folders by step, oldest first; whether they are whole is not checked."""
-        return sorted(self.folder.glob("step_*"), key=lambda path: int(path.name.removeprefix("step_")))
+        return sorted((path for path in self.folder.glob("step_*") if FOLDER.fullmatch(path.name)), key=step_of)
 
     def newest_whole(self) -> tuple[Path | None, list[str]]:
         """The newest checkpoint that passes its own fingerprints, and one line for each damaged one passed over."""

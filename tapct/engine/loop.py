@@ -31,7 +31,7 @@ class Config:
     global_batch: int = setting(1024, "samples per optimizer step over all ranks and micro-batches", ge=1)
     accumulation: int = setting(1, "micro-batches per optimizer step; Sinkhorn and KoLeo act within one", ge=1)
     precision: str = setting("fp32", "compute dtype of the networks: fp32, or bf16 autocast", choices=("fp32", "bf16"))
-    resume: str = setting("auto", "auto: go on if there is a checkpoint; must; never", choices=("auto", "must", "never"))
+    resume: str = setting("auto", "auto: go on from a checkpoint if there is one", choices=("auto", "must", "never"))
 
     def __post_init__(self) -> None:
         if self.global_batch % self.accumulation:
@@ -156,7 +156,7 @@ class Trainer:
             batches: one tuple of micro-batches per optimizer step, beginning with step `start`.
             start: finished optimizer steps.
         Raises:
-            UserError: a loss or gradient was not finite; the weights are those before it, and no checkpoint was written.
+            UserError: a loss or gradient was not finite; the weights are those before it, none were saved.
         """
         self.pair.train()
         saved = start
@@ -226,12 +226,14 @@ class Trainer:
         records = self.pending.fetch()
         broken = metrics.first_not_finite(records)
         for record in records:
-            self.hooks.log({**record, "samples_per_second": self.config.global_batch / max(record["seconds/step"], 1e-9)})
+            pace = self.config.global_batch / max(record["seconds/step"], 1e-9)
+            self.hooks.log({**record, "samples_per_second": pace})
         if broken is not None:
             record, name = broken
             samples = self.sample_numbers[int(record["step"])]
             raise UserError(
-                f"step {record['step']:.0f}: {name} is {record[name]}; nothing moved since the step before. "
-                f"Samples {samples}. Go on from the last checkpoint with a lower optim.lr or without these scans."
+                f"step {record['step']:.0f}: {name} is {record[name]}; nothing moved since the step before. Samples "
+                f"{samples}. The last checkpoint is whole, but the same command would end here again: start anew in "
+                "another out= with a lower optim.lr, or without these scans"
             )
         self.sample_numbers.clear()

@@ -114,7 +114,9 @@ class Pending:
 
     rows: list[tuple[Record, list[str], Tensor, StageTimer]] = field(default_factory=list)
 
-    def add(self, step: int, samples: int, values: StepValues, numbers: list[tuple[str, Tensor]], timer: StageTimer) -> None:
+    def add(
+        self, step: int, samples: int, values: StepValues, numbers: list[tuple[str, Tensor]], timer: StageTimer
+    ) -> None:
         """Keep one step's numbers; nothing is copied to the host.
 
         Args:
@@ -151,9 +153,13 @@ class Pending:
 
 
 def first_not_finite(records: Sequence[Record]) -> tuple[Record, str] | None:
-    """The first step and number of a loss or gradient norm that is not finite, if there is one."""
+    """The first step and number of a loss or gradient norm that is not finite, if there is one.
+
+    A term is named before the total that it spoils.
+    """
     for record in records:
-        for name, number in record.items():
-            if name.startswith(("loss/", "grad_norm/")) and not math.isfinite(number):
+        names = [name for name in record if name.startswith(("loss/", "grad_norm/"))]
+        for name in sorted(names, key=lambda name: name == "loss/total" or name.startswith("grad_norm/")):
+            if not math.isfinite(record[name]):
                 return record, name
     return None

@@ -21,7 +21,7 @@ class Network(nn.Module):
     def __init__(self, backbone: Backbone, heads: dict[str, PrototypeHead]) -> None:
         super().__init__()
         self.backbone: Backbone = backbone
-        self.heads = nn.ModuleDict(heads)
+        self.heads = nn.ModuleDict({module_key(name): head for name, head in heads.items()})
 
     def submodules(self) -> Iterator[tuple[str, nn.Module]]:
         """What is clipped and logged one by one: the backbone, then each head."""
@@ -47,8 +47,10 @@ class StudentTeacher(nn.Module):
         if not losses:
             raise UserError("losses: every term is switched off; keep at least losses.dino or losses.ibot")
         backbone = build_backbone(model, seed)
-        self.terms: dict[str, Loss] = {each.name: plugin.load("losses", each.name).build(each.config) for each in losses}
-        self.losses = nn.ModuleDict(self.terms)
+        self.terms: dict[str, Loss] = {
+            each.name: plugin.load("losses", each.name).build(each.config) for each in losses
+        }
+        self.losses = nn.ModuleDict({module_key(name): loss for name, loss in self.terms.items()})
         heads: dict[str, PrototypeHead] = {}
         for name, loss in self.terms.items():
             if not loss.head_of or loss.head_of in heads:
@@ -76,7 +78,8 @@ class StudentTeacher(nn.Module):
         """The student's and the teacher's head for a loss; None for a loss without one."""
         if not loss.head_of:
             return None, None
-        return self.student.heads[loss.head_of], self.teacher.heads[loss.head_of]
+        key = module_key(loss.head_of)
+        return self.student.heads[key], self.teacher.heads[key]
 
     @torch.no_grad()
     def update_teacher(self, momentum: float, apply: Tensor) -> None:
@@ -89,6 +92,11 @@ class StudentTeacher(nn.Module):
         weight = torch.where(apply, 1.0 - momentum, 0.0).to(torch.float32)
         for teacher, student in zip(self.teacher.parameters(), self.student.parameters(), strict=True):
             teacher.lerp_(student, weight.to(teacher.dtype))
+
+
+def module_key(name: str) -> str:
+    """Name of a plug-in as torch takes it for a submodule: a user's `mylab.foo` becomes `mylab/foo`."""
+    return name.replace(".", "/")
 
 
 def build_backbone(model: Plugin, seed: int) -> Backbone:
