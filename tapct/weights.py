@@ -130,7 +130,7 @@ class Pretrained(nn.Module):
         if crops.ndim == 5 and crops.shape[1] == 1:
             crops = crops[:, 0]
         if crops.ndim != 4:
-            raise UserError(f"crops have shape {tuple(crops.shape)}; give (B, Z, Y, X) or (B, 1, Z, Y, X) in normalised HU")
+            raise UserError(f"crops are {tuple(crops.shape)}; give normalised HU as (B, Z, Y, X) or (B, 1, Z, Y, X)")
         tokens: Tokens = self.model([crops])[0]
         return tokens
 
@@ -216,7 +216,7 @@ def load_pretrained(path: str | Path, *, custom_code: bool = False, device: torc
     recipe = _read_recipe(card, folder / CONFIG_FILE, custom_code)
     weights = folder / WEIGHTS_FILE
     if sha256(weights) != card["weights"]["sha256"]:
-        raise UserError(f"{weights} is not the file that {CONFIG_FILE} was written for (sha256 differs). Export or copy again.")
+        raise UserError(f"{weights} is damaged: its sha256 is not the one in {CONFIG_FILE}. Export or copy again.")
     model: nn.Module = plugin.load("models", recipe.model.name).build(recipe.model.config)
     _check_fit(model, weights)
     model.load_state_dict(load_file(weights))
@@ -237,8 +237,8 @@ def _read_card(folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder / CONFIG_FILE} is not a tapct export: its `format` must be {FORMAT!r}")
     if card.get("format_version") != FORMAT_VERSION:
         raise UserError(
-            f"{folder / CONFIG_FILE} has format version {card.get('format_version')!r}, this tapct reads {FORMAT_VERSION}. "
-            "Export again, or install the tapct that wrote it."
+            f"{folder / CONFIG_FILE} has format version {card.get('format_version')!r}, this tapct reads "
+            f"{FORMAT_VERSION}. Export again, or install the tapct that wrote it."
         )
     weights = card.get("weights")
     if not isinstance(weights, dict) or not isinstance(weights.get("sha256"), str):
@@ -261,7 +261,7 @@ def _read_recipe(card: dict[str, Any], where: Path, custom_code: bool) -> Recipe
         )
     recipe: Recipe = from_dict(Recipe, given, str(where))
     if missing := _missing(to_dict(recipe), given):
-        raise UserError(f"{where} lacks {missing}: features would rest on a default that may not be theirs. Export again.")
+        raise UserError(f"{where} lacks {missing}, and a default may not be what these weights need. Export again.")
     return recipe
 
 

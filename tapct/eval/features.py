@@ -1,6 +1,7 @@
 """Frozen dense features of a whole scan: sliding windows, averaged on one patch grid, mapped back to voxels.
 
-Axes: Z Y X depth height width (voxels, or patches of the grid where the text says so), D channels, C maps (classes), B windows.
+Axes: Z Y X depth height width (voxels, or patches of the grid where the text says so), D channels, C maps (classes),
+B windows.
 Padding: the scan stands at the origin and air follows at the far end of each axis, as in training.
 """
 
@@ -30,8 +31,12 @@ class Preprocess:
     size_yx: tuple[int, int] = setting(
         (224, 224), "in-plane size in voxels that the scan is resized to; 0 keeps its own [arXiv:2512.00872]", ge=0
     )
-    window: tuple[int, int, int] = setting((12, 224, 224), "voxels (z, y, x) that the backbone sees at once [arXiv:2512.00872]", ge=1)
-    stride: tuple[int, int, int] = setting((6, 112, 112), "voxels between neighbouring windows; a multiple of the patch", ge=1)
+    window: tuple[int, int, int] = setting(
+        (12, 224, 224), "voxels (z, y, x) that the backbone sees at once [arXiv:2512.00872]", ge=1
+    )
+    stride: tuple[int, int, int] = setting(
+        (8, 112, 112), "voxels between neighbouring windows; a multiple of the patch", ge=1
+    )
     border_weight: float = setting(
         1.0, "weight of a window's outermost tokens in the mean over windows, against 1 at its centre", gt=0, le=1
     )

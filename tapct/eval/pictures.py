@@ -19,6 +19,7 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from torch import Tensor
+from torch.nn import functional as F
 
 from tapct.eval.features import DenseFeatures
 
@@ -134,7 +135,7 @@ def draw_pca(
 def pca_colours(features_DZYX: Tensor, foreground_ZYX: Tensor) -> Tensor:
     """First three principal components of the foreground patches, each stretched to [0, 1] over its 1-99 % range.
 
-    A component's sign is free: it is fixed so that its largest loading is positive, and equal input gives equal colours.
+    A component's sign is free: it is fixed so that its largest loading is positive; equal input gives equal colours.
 
     Args:
         features_DZYX: float32 on the patch grid, CPU.
@@ -158,8 +159,15 @@ def pca_colours(features_DZYX: Tensor, foreground_ZYX: Tensor) -> Tensor:
 
 
 def body_mask(hu_ZYX: np.ndarray) -> np.ndarray:
-    """Rough body: per slice, what a run of tissue (HU > -300) encloses from left to right and from front to back."""
-    tissue = hu_ZYX > -300
+    """Rough body: per slice, what thick tissue (HU > -300) encloses from left to right and from front to back.
+
+    Tissue is smoothed first, since a table is thin and a patient is not.
+    """
+    side = 2 * (hu_ZYX.shape[2] // 64) + 1
+    tissue = np.empty(hu_ZYX.shape, dtype=bool)
+    for z, slice_YX in enumerate(hu_ZYX):
+        share = F.avg_pool2d(torch.from_numpy(slice_YX > -300).float()[None], side, stride=1, padding=side // 2)
+        tissue[z] = (share[0] > 0.5).numpy()
     enclosed = np.ones_like(tissue)
     for axis in (1, 2):
         enclosed &= np.maximum.accumulate(tissue, axis=axis)
@@ -213,15 +221,18 @@ def _painted(
 
 
 def _shows(panel: Panel, index: int, at: tuple[int, int]) -> bool:
-    classes_ZYX = panel.classes_ZYX
-    return classes_ZYX is not None and bool((classes_ZYX[at[0]] == index).any() or (classes_ZYX[:, at[1]] == index).any())
+    if panel.classes_ZYX is None:
+        return False
+    return bool((panel.classes_ZYX[at[0]] == index).any() or (panel.classes_ZYX[:, at[1]] == index).any())
 
 
 def _legend_columns(num_panels: int) -> int:
     return max(2, 2 * num_panels)
 
 
-def _grid(views: Sequence[tuple[str, np.ndarray, Sequence[float]]], columns: int, legend_rows: int) -> tuple[Figure, Any]:
+def _grid(
+    views: Sequence[tuple[str, np.ndarray, Sequence[float]]], columns: int, legend_rows: int
+) -> tuple[Figure, Any]:
     """A dark figure whose rows have the true proportions of the slices."""
     width = 2.3
     heights = [

@@ -10,7 +10,7 @@ import dataclasses
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from tapct import plugin
-from tapct.config import setting
+from tapct.config import setting, to_dict
 from tapct.eval import pictures, scans
 from tapct.eval.baselines import NamedModel
 from tapct.eval.features import DenseFeatures, PatchGrid, Prepared, Preprocess, features_of, prepare
@@ -65,7 +65,7 @@ def evaluate(
     contract: HUContract,
     out: Path,
     preprocess: Preprocess | None = None,
-    held_out: frozenset[str] = frozenset(),
+    held_out: Collection[str] = (),
     device: torch.device | str = "cpu",
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
@@ -78,7 +78,7 @@ def evaluate(
         contract: HU to network input.
         out: folder for `results.json` and `overlays/*.png`; made if missing, `results.json` is replaced atomically.
         preprocess: instead of the config's, e.g. the one stored in an export.
-        held_out: patients kept out of pretraining; they are the test side.
+        held_out: patients kept out of pretraining: the test side where labelled scans lie on both sides.
         progress: called with (scans done, scans in all).
     Returns:
         What `results.json` holds.
@@ -92,7 +92,8 @@ def evaluate(
     split = scans.split_by_patient(
         rows, test_share=config.test_share, max_scans=config.max_scans, seed=config.seed, held_out=held_out
     )
-    task = plugin.load("eval.tasks", config.task.name).build(config.task.config, seed=config.seed)
+    build_task = plugin.load("eval.tasks", config.task.name).build
+    task = build_task(config.task.config, seed=config.seed, num_train=len(split.train))
     run = _Run(config, split, root, contract, preprocess, patch, torch.device(device), task, progress)
     for seen in run.scans(test=False):
         for model in models:
@@ -109,8 +110,8 @@ def evaluate(
     results = {
         "schema": SCHEMA,
         "task": config.task.name,
-        "task_config": dataclasses.asdict(config.task.config),
-        "preprocess": dataclasses.asdict(preprocess),
+        "task_config": to_dict(config.task.config),
+        "preprocess": to_dict(preprocess),
         "patch": list(patch),
         "seed": config.seed,
         "split": _describe(split),

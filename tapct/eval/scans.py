@@ -5,8 +5,7 @@ Axes: Z Y X depth height width in voxels of the scan as it was read.
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -15,6 +14,7 @@ import numpy as np
 
 from tapct import rng
 from tapct.data.ingest import check_same_grid, read_labels, read_volume
+from tapct.data.split import held_out_patients
 from tapct.types import LabelMap, UserError, Volume
 
 PATIENTS = "patients"  # split mode: no patient on both sides
@@ -56,9 +56,9 @@ class Split:
     """Scans of either side.
 
     Args:
-        held_out: the test patients were kept out of pretraining too.
-        mode: `patients`, or `blocks` where one patient is all there is: then both sides hold the same rows and
+        mode: `patients`, or `blocks` where one patient is all there is: then both sides hold the same scans and
             `block_slices` tells them apart.
+        held_out: the test patients were kept out of pretraining too.
     """
 
     mode: str
@@ -73,46 +73,48 @@ def split_by_patient(
     test_share: float,
     max_scans: int,
     seed: int,
-    held_out: frozenset[str] = frozenset(),
+    held_out: Collection[str] = (),
 ) -> Split:
-    """Choose labelled scans and divide them by patient, in an order keyed by the seed.
+    """Choose labelled scans and divide them by patient, keyed by the seed and whatever the order of the rows.
 
     Args:
         rows: accepted scans; those without labels are left out.
+        test_share: of the patients, at least one on either side.
+        max_scans: most scans on both sides together, at least one on either; 0 means all. The sides shrink alike.
         held_out: patients that pretraining did not see: they are the test side where labelled scans lie on both
             sides, else the split is by `test_share`.
-        test_share: of the patients, at least one on either side.
-        max_scans: most scans on both sides together; 0 means all. Whole patients are taken while they fit.
     Raises:
         UserError: no scan has labels.
     """
-    patients: dict[str, list[ScanRow]] = defaultdict(list)
-    for row in sorted(rows, key=lambda r: r.id):
-        if row.label_path:
-            patients[row.patient or row.id].append(row)
-    if not patients:
+    labelled = sorted((row for row in rows if row.label_path), key=lambda row: row.id)
+    if not labelled:
         raise UserError(
-            f"none of the {len(rows)} accepted scans has a label map to evaluate against: "
-            "name it NAME_seg.nii.gz beside NAME.nii.gz, put it in labels*/ beside images*/, or index again with --labels DIR"
+            f"none of the {len(rows)} accepted scans has a label map to evaluate against: name it NAME_seg.nii.gz "
+            "beside NAME.nii.gz, put it in labels*/ beside images*/, or index again with --labels DIR"
         )
-    order = sorted(patients, key=lambda p: (rng.hash_int(seed, "eval split", rng.purpose_id(p)), p))
-    chosen: list[str] = []
-    num_scans = 0
-    for patient in order:
-        if chosen and max_scans and num_scans + len(patients[patient]) > max_scans:
-            continue
-        chosen.append(patient)
-        num_scans += len(patients[patient])
-    if len(chosen) == 1:
-        scans = tuple(patients[chosen[0]][: max_scans or None])
+    people = {_patient(row) for row in labelled}
+    if len(people) == 1:
+        scans = tuple(labelled[: max_scans or None])
         return Split(BLOCKS, scans, scans)
-    tested = [patient for patient in chosen if patient in held_out]
-    as_pretrained = 0 < len(tested) < len(chosen)
+    tested = people.intersection(held_out)
+    as_pretrained = 0 < len(tested) < len(people)
     if not as_pretrained:
-        tested = chosen[: min(max(1, round(test_share * len(chosen))), len(chosen) - 1)]
-    test = tuple(row for patient in tested for row in patients[patient])
-    train = tuple(row for patient in chosen if patient not in tested for row in patients[patient])
-    return Split(PATIENTS, train, test, as_pretrained)
+        tested = set(held_out_patients(people, test_share, seed))
+    test = [row for row in labelled if _patient(row) in tested]
+    train = [row for row in labelled if _patient(row) not in tested]
+    if max_scans and max_scans < len(labelled):
+        num_test = min(max(1, round(max_scans * len(test) / len(labelled))), max(1, max_scans - 1))
+        test, train = _some(test, num_test, seed), _some(train, max(1, max_scans - num_test), seed)
+    return Split(PATIENTS, tuple(train), tuple(test), as_pretrained)
+
+
+def _patient(row: ScanRow) -> str:
+    return row.patient or row.id
+
+
+def _some(rows: list[ScanRow], num: int, seed: int) -> list[ScanRow]:
+    """`num` scans in a keyed order, so that a smaller choice is part of a larger one."""
+    return sorted(rows, key=lambda row: (rng.hash_int(seed, "eval scans", rng.purpose_id(row.id)), row.id))[:num]
 
 
 def block_slices(num_patches: int, *, test: bool, num_blocks: int, gap: int, scan_id: str) -> np.ndarray:
@@ -143,7 +145,7 @@ def read_labelled(row: ScanRow, root: Path) -> LabelledScan:
     """Read a row's scan and labels.
 
     Args:
-        root: folder that the row's paths are relative to.
+        root: folder that the row's paths are relative to; absolute ones stay.
     Raises:
         Refused: a file is not what the manifest says, or the labels lie on another grid.
     """

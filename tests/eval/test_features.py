@@ -153,7 +153,8 @@ def test_resizing_slab_by_slab_equals_resizing_at_once(monkeypatch):
     preprocess = Preprocess((16, 24), (4, 16, 16), (4, 16, 16))
     whole = prepare(hu_ZYX, CONTRACT, preprocess, PATCH)
     monkeypatch.setattr("tapct.eval.features._SLAB_BYTES", 4 * 32 * 32 * 2)
-    torch.testing.assert_close(prepare(hu_ZYX, CONTRACT, preprocess, PATCH).input_ZYX, whole.input_ZYX, atol=1e-5, rtol=0)
+    slabs = prepare(hu_ZYX, CONTRACT, preprocess, PATCH)
+    torch.testing.assert_close(slabs.input_ZYX, whole.input_ZYX, atol=1e-5, rtol=0)
 
 
 @settings(max_examples=60, deadline=None)

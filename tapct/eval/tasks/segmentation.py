@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from tapct.config import setting
 from tapct.eval import pictures
@@ -32,19 +33,19 @@ class Config:
     """Settings of the linear decoder and of what counts."""
 
     resolution: str = setting(
-        "voxel", "headline Dice: upsampled logits on the scan's own voxels, or majority labels of patches",
+        "voxel",
+        "headline Dice, and what the decoder learns: `voxel` learns label shares of patches and judges upsampled "
+        "logits on the scan's own voxels, `patch` learns and judges majority labels of patches",
         choices=RESOLUTIONS,
     )
-    organs: tuple[str, ...] = setting((), "label names or values that count as organs; empty: all but `context`")
-    context: tuple[str, ...] = setting(
-        ("table",), "label names or values that the decoder learns as classes of their own but that are not organs"
-    )
+    organs: tuple[str, ...] = setting((), "label names or values that count as organs; empty: all; the rest is body")
+    outside: tuple[str, ...] = setting(("table",), "label names or values that belong to the air around the patient")
     body: tuple[str, ...] = setting(
         ("body", "body_trunc", "skin"), "label names that mean `inside the body, no organ`; label 0 is then outside air"
     )
-    tokens_per_scan: int = setting(8192, "most training patches of one scan, stratified by label", ge=1)
-    l2: float = setting(1e-4, "weight of half the squared decoder weights, on standardised features", ge=0)
-    steps: int = setting(150, "L-BFGS iterations, the same for every model", ge=1)
+    max_tokens: int = setting(24576, "most training patches of all scans together, stratified by label", ge=1)
+    l2: float = setting(3e-4, "weight of half the squared decoder weights, on standardised features", ge=0)
+    steps: int = setting(60, "L-BFGS iterations, the same for every model", ge=1)
 
 
 @dataclass(frozen=True)
@@ -70,39 +71,53 @@ class Prediction:
 def fit_decoder(features_KD: Tensor, target_KC: Tensor, *, l2: float, steps: int) -> Decoder:
     """Class-balanced multinomial regression by full-batch L-BFGS; convex, deterministic, same budget for all.
 
-    Minimises the mean over classes of the mean cross-entropy of that class, plus l2 / 2 * |weights|^2.
+    Minimises the mean over classes of the mean cross-entropy of that class, plus l2 / 2 * |weights|^2 on standardised
+    features. Neighbouring voxels and channels are strongly correlated, so the solver works in coordinates that whiten
+    the features: the minimum is the same, and raw HU reach it in a quarter of the steps.
 
     Args:
-        features_KD: float32, any scale; standardised here by the training statistics.
+        features_KD: float32, any scale; standardised here by the class-balanced training statistics.
         target_KC: float32 >= 0, how much of each patch is which class, times how many patches it stands for.
         steps: L-BFGS iterations.
     """
-    mass_K1 = target_KC.sum(1, keepdim=True)
-    mean_D = (features_KD * mass_K1).sum(0) / mass_K1.sum()
-    centred_KD = features_KD - mean_D
-    std_D = ((centred_KD.square() * mass_K1).sum(0) / mass_K1.sum()).sqrt()
-    std_D = std_D.clamp_min(1e-6 * max(float(std_D.max()), 1e-30))  # a constant channel says nothing: keep it near 0
-    x_KD = centred_KD / std_D
     mass_C = target_KC.sum(0)
     balanced_KC = target_KC / (mass_C.clamp_min(1e-12) * int((mass_C > 0).sum()))
-    weight_DC = torch.zeros(x_KD.shape[1], target_KC.shape[1], device=x_KD.device, requires_grad=True)
-    bias_C = torch.zeros(target_KC.shape[1], device=x_KD.device, requires_grad=True)
+    share_K1 = balanced_KC.sum(1, keepdim=True)
+    mean_D = (features_KD * share_K1).sum(0)
+    std_D = ((features_KD - mean_D).square() * share_K1).sum(0).sqrt()
+    std_D = std_D.clamp_min(1e-6 * max(float(std_D.max()), 1e-30))  # a constant channel says nothing: keep it near 0
+    x_KD = (features_KD - mean_D) / std_D
+    whiten_DD = _whitening((x_KD * share_K1).T @ x_KD, 10 * l2)
+    white_KD = x_KD @ whiten_DD
+    # class-major rows and a gradient by hand: four times as fast as autograd over (K, C) on a CPU
+    white_DK, balanced_CK, share_1K = (t.T.contiguous() for t in (white_KD, balanced_KC, share_K1))
+    code_CD = torch.zeros(target_KC.shape[1], x_KD.shape[1], device=x_KD.device)
+    bias_C1 = torch.zeros(target_KC.shape[1], 1, device=x_KD.device)
     solver = torch.optim.LBFGS(
-        [weight_DC, bias_C], max_iter=steps, max_eval=2 * steps, history_size=20, tolerance_grad=1e-7,
-        tolerance_change=1e-10, line_search_fn="strong_wolfe",
+        [code_CD, bias_C1], max_iter=steps, max_eval=2 * steps, history_size=20, tolerance_grad=1e-9,
+        tolerance_change=1e-12, line_search_fn="strong_wolfe",
     )  # fmt: skip
 
     def objective() -> Tensor:
-        solver.zero_grad()
-        log_p_KC = torch.addmm(bias_C, x_KD, weight_DC).log_softmax(1)
-        loss = -(balanced_KC * log_p_KC).sum() + 0.5 * l2 * weight_DC.square().sum()
-        loss.backward()
+        weight_CD = code_CD @ whiten_DD.T
+        log_p_CK = torch.addmm(bias_C1, code_CD, white_DK).log_softmax(0)
+        loss = 0.5 * l2 * weight_CD.square().sum() - (balanced_CK * log_p_CK).sum()
+        error_CK = log_p_CK.exp_().mul_(share_1K).sub_(balanced_CK)
+        code_CD.grad = error_CK @ white_KD + l2 * (weight_CD @ whiten_DD)
+        bias_C1.grad = error_CK.sum(1, keepdim=True)
         return loss
 
-    solver.step(objective)
     with torch.no_grad():
-        folded_DC = weight_DC / std_D[:, None]
-        return Decoder(folded_DC, bias_C - mean_D @ folded_DC)
+        solver.step(objective)
+        weight_DC = (whiten_DD @ code_CD.T) / std_D[:, None]
+        return Decoder(weight_DC, bias_C1[:, 0] - mean_D @ weight_DC)
+
+
+def _whitening(covariance_DD: Tensor, floor: float) -> Tensor:
+    """Matrix P with P' (covariance + floor) P = 1; float32."""
+    values_D, vectors_DD = torch.linalg.eigh(covariance_DD.double())
+    # balanced cross-entropy curves by about a tenth of the covariance, so 10 * l2 there matches the penalty
+    return (vectors_DD * (values_D.clamp_min(0) + max(floor, 1e-6)).rsqrt()).float()
 
 
 def dice_from_confusion(confusion_CC: np.ndarray, class_index: int) -> float:
@@ -118,28 +133,31 @@ class Segmentation:
     State grows with the training patches that are kept, never with whole scans.
     """
 
-    def __init__(self, config: Config, seed: int) -> None:
+    def __init__(self, config: Config, seed: int, num_train: int) -> None:
         self.config = config
         self.seed = seed
+        self.tokens_per_scan = max(1, config.max_tokens // num_train)
         self.classes: tuple[str, ...] = ()
         self.organs: tuple[str, ...] = ()
         self._decoders: dict[str, Decoder] = {}
         self._features: dict[str, list[Tensor]] = defaultdict(list)
-        self._targets: dict[str, tuple[Tensor, PatchTruth]] = {}
+        self._targets: dict[str, tuple[Tensor, tuple[int, ...], dict[int, str]]] = {}
         self._dice: dict[tuple[str, str], dict[str, dict[str, float]]] = {}
 
     def truth(self, scan: LabelledScan, grid: PatchGrid, in_play_Z: np.ndarray) -> PatchTruth:
         """What the labels say on the patch grid; the same for every model."""
-        names = dict(scan.labels.names).values()
-        body_labelled = any(name.lower() in self.config.body for name in names)
+        body_labelled = self._body_labelled(dict(scan.labels.names))
         return patch_truth(scan, grid, body_labelled=body_labelled, in_play_Z=in_play_Z)
 
     def learn(self, model: str, dense: DenseFeatures, truth: PatchTruth) -> None:
         """Keep the training patches of one scan for one model."""
-        index_K, weight_K = truth.sample(self.config.tokens_per_scan, self.seed)
+        index_K, weight_K = truth.sample(self.tokens_per_scan, self.seed)
         self._features[model].append(dense.tokens_ND()[index_K.to(dense.features_DZYX.device)])
         if truth.scan.id not in self._targets:
-            self._targets[truth.scan.id] = (torch.from_numpy(truth.shares_NV)[index_K] * weight_K[:, None], truth)
+            share_KV = torch.from_numpy(truth.shares_NV)[index_K]
+            if self.config.resolution == "patch":
+                share_KV = F.one_hot(share_KV.argmax(1), share_KV.shape[1]).float()
+            self._targets[truth.scan.id] = (share_KV * weight_K[:, None], truth.values, truth.names())
 
     def fit(self) -> None:
         """Fit one decoder per model; classes are those that occur in the training scans.
@@ -149,8 +167,8 @@ class Segmentation:
         """
         self.classes, self.organs = self._find_classes()
         targets = []
-        for target_KV, truth in self._targets.values():
-            column_V = torch.tensor([self.classes.index(self._class_of(v, truth.names())) for v in truth.values])
+        for target_KV, values, names in self._targets.values():
+            column_V = torch.tensor([self.classes.index(self._class_of(v, names)) for v in values])
             targets.append(target_KV.new_zeros(len(target_KV), len(self.classes)).index_add_(1, column_V, target_KV))
         target_KC = torch.cat(targets)
         for model, features in self._features.items():
@@ -197,10 +215,11 @@ class Segmentation:
             panels.append(pictures.Panel(model.replace("_", " ") + score, prediction.classes_ZYX))
         volume = scan.volume
         pictures.draw_overlay(path, volume.hu_ZYX, volume.spacing_mm, panels, self.classes, self.organs, at)
-        return f"CT, truth and each model's prediction: axial slice {at[0]}, coronal slice {at[1]} of test scan {scan.id}"
+        where = f"axial slice {at[0]}, coronal slice {at[1]} of test scan {scan.id}"
+        return f"CT, truth and each model's prediction: {where}"
 
     def results(self) -> dict[str, Any]:
-        """Organs, and per model the Dice by organ and scan: mean over the scans that have the organ, then over organs."""
+        """Per model the Dice by organ and scan; means go over the scans that have the organ, then over organs."""
         models: dict[str, Any] = {}
         for (resolution, model), per_scan in self._dice.items():
             found = {o: [dice[o] for dice in per_scan.values() if o in dice] for o in self.organs}
@@ -220,33 +239,32 @@ class Segmentation:
 
     def _find_classes(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
         present: dict[str, int] = {}  # class -> lowest label value, for the order
-        for target_KV, truth in self._targets.values():
-            for value, mass in zip(truth.values, target_KV.sum(0).tolist(), strict=True):
+        for target_KV, values, names in self._targets.values():
+            for value, mass in zip(values, target_KV.sum(0).tolist(), strict=True):
                 if mass > 0:
-                    name = self._class_of(value, truth.names())
+                    name = self._class_of(value, names)
                     present[name] = min(value, present.get(name, value))
         ordered = sorted(present, key=lambda name: (present[name], name))
-        context = {_OUTSIDE, _BODY, *self.config.context}
-        organs = tuple(name for name in ordered if name not in context and name.removeprefix("label ") not in context)
+        organs = tuple(name for name in ordered if name not in (_OUTSIDE, _BODY))
         if not organs:
             raise UserError(
                 f"no organ label occurs in the training scans (found: {', '.join(ordered)}). Check the label maps, or "
                 f"task.organs, which is [{', '.join(self.config.organs)}]."
             )
-        return (_OUTSIDE, _BODY, *(name for name in ordered if name not in (_OUTSIDE, _BODY))), organs
+        return (_OUTSIDE, _BODY, *organs), organs
 
     def _class_of(self, value: int, names: dict[int, str]) -> str:
         """The class that a label value of one scan belongs to."""
         name = names.get(value, f"label {value}")
-        body_labelled = any(n.lower() in self.config.body for n in names.values())
-        if value == OUTSIDE or (value == 0 and body_labelled):
+        called = {name, str(value)}
+        if value == OUTSIDE or (value == 0 and self._body_labelled(names)) or called & set(self.config.outside):
             return _OUTSIDE
-        if value == 0 or name.lower() in self.config.body:
-            return _BODY
-        wanted = {*self.config.organs, *self.config.context}
-        if self.config.organs and name not in wanted and str(value) not in wanted:
-            return _BODY
-        return name
+        wanted = not self.config.organs or bool(called & set(self.config.organs))
+        return name if value != 0 and name.lower() not in self.config.body and wanted else _BODY
+
+    def _body_labelled(self, names: dict[int, str]) -> bool:
+        """True where the body has a label of its own, so that 0 is the air outside."""
+        return any(name.lower() in self.config.body for name in names.values())
 
     def _class_index(self, truth: PatchTruth) -> np.ndarray:
         """Table from label value to class index, uint16."""
@@ -259,10 +277,11 @@ class Segmentation:
         return table
 
 
-def build(config: Config, *, seed: int) -> Segmentation:
+def build(config: Config, *, seed: int, num_train: int) -> Segmentation:
     """The task of one evaluation.
 
     Args:
         seed: of the choice of training patches.
+        num_train: scans that will be learned from.
     """
-    return Segmentation(config, seed)
+    return Segmentation(config, seed, num_train)

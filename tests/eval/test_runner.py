@@ -1,0 +1,244 @@
+"""A whole evaluation on small phantoms, its results file and its pictures."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib.image
+import numpy as np
+import pytest
+import torch
+
+from tapct.eval import pictures, runner
+from tapct.eval.baselines import NamedModel, RawPatches, with_baselines
+from tapct.eval.features import DenseFeatures, PatchGrid, Preprocess
+from tapct.eval.scans import LabelledScan
+from tapct.eval.tasks.segmentation import Config as SegmentationConfig
+from tapct.models import vit
+from tapct.plugin import Plugin, available, load
+from tapct.types import HUContract, LabelMap, UserError, Volume
+
+CT = Path(os.environ.get("TAPCT_TEST_CT", Path(__file__).resolve().parents[2] / "../shared/data/ct"))
+PATCH = (2, 4, 4)
+PREPROCESS = Preprocess((32, 32), (4, 16, 16), (4, 16, 16))
+VIT = vit.Config(window=(4, 16, 16), patch=PATCH, dim=16, depth=1, heads=2, registers=0, layer_scale=1e-5)
+
+
+@dataclass(frozen=True)
+class Row:
+    id: str
+    patient: str
+    path: str
+    label_path: str = "yes"
+
+
+def torso(seed: int) -> LabelledScan:
+    """An ellipse of tissue with a bright and a dark organ."""
+    rng = np.random.default_rng(seed)
+    z, y, x = np.ogrid[:12, :40, :40]
+    labels = np.zeros((12, 40, 40), np.uint16)
+    labels[((y - 20) / 16) ** 2 + ((x - 20) / 18) ** 2 + 0 * z < 1] = 1
+    centre = 14 + rng.integers(0, 4)
+    labels[(abs(y - 20) < 6) & (abs(x - centre) < 6) & (z < 9)] = 2
+    labels[(abs(y - 22) < 7) & (abs(x - 29) < 4) & (z > 2)] = 3
+    hu = np.choose(labels, [-1000, 0, 150, -700]) + rng.normal(0, 20, labels.shape)
+    names = ((1, "body"), (2, "liver"), (3, "lungs"))
+    spacing_mm = (3.0, 1.0, 1.0)
+    return LabelledScan(f"s{seed}", Volume(hu.astype(np.int16), spacing_mm), LabelMap(labels, spacing_mm, names=names))
+
+
+@pytest.fixture
+def rows(monkeypatch: pytest.MonkeyPatch) -> list[Row]:
+    monkeypatch.setattr("tapct.eval.scans.read_labelled", lambda row, root: torso(int(row.path)))
+    return [Row(f"s{n}", f"p{n}", str(n)) for n in range(6)]
+
+
+def evaluate(rows, out: Path, **settings):
+    models = with_baselines(load("models", "vit").build(VIT), Plugin("vit", VIT), 0)
+    config = runner.Config(num_pictures=0, **settings)
+    return runner.evaluate(models, rows, Path("."), config, contract=HUContract(), out=out, preprocess=PREPROCESS)
+
+
+def test_results_hold_what_the_report_reads_and_pictures_exist(rows, tmp_path):
+    steps = []
+    models = with_baselines(load("models", "vit").build(VIT), Plugin("vit", VIT), 0)
+    results = runner.evaluate(
+        models, rows, Path("."), runner.Config(num_pictures=1), contract=HUContract(), out=tmp_path,
+        preprocess=PREPROCESS, progress=lambda done, total: steps.append((done, total)),
+    )  # fmt: skip
+    assert json.loads((tmp_path / "results.json").read_text()) == results
+    assert list(tmp_path.glob(".*")) == []
+    assert results["schema"] == 1
+    assert results["organs"] == ["liver", "lungs"]
+    assert list(results["models"]) == ["pretrained", "untrained", "untrained_layerscale1", "raw_hu"]
+    assert steps == [(n, 6) for n in range(1, 7)]
+    split = results["split"]
+    assert split["mode"] == "patients"
+    assert not set(split["train"]) & set(split["test"])
+    for found in results["models"].values():
+        assert found["mean_dice"] == found["mean_dice_voxel"] == pytest.approx(np.mean(list(found["dice"].values())))
+        assert set(found["per_scan"]) == set(split["test"])
+        assert all(0 <= value <= 1 and math.isfinite(value) for value in found["dice_patch"].values())
+    assert results["models"]["raw_hu"]["mean_dice"] > 0.5  # organs of distinct HU are easy
+    for entry in (*results["overlays"], *results["pca"]):
+        assert entry["scan"] in split["test"]
+        assert entry["caption"]
+        picture = matplotlib.image.imread(tmp_path / entry["file"])
+        assert picture[..., :3].std() > 0.05
+
+
+def test_the_same_evaluation_twice_gives_the_same_numbers(rows, tmp_path):
+    one, two = (evaluate(rows, tmp_path / name, seed=3) for name in ("one", "two"))
+    other = evaluate(rows, tmp_path / "other", seed=4)
+    assert {**one, "seconds": 0} == {**two, "seconds": 0}
+    assert one["models"] != other["models"]
+
+
+def test_test_labels_never_reach_the_decoder(rows, tmp_path, monkeypatch):
+    one = evaluate(rows, tmp_path / "one")
+    test_ids = set(one["split"]["test"])
+    real = torso
+
+    def spoiled(row, root):
+        scan = real(int(row.path))
+        if row.id in test_ids:
+            labels = np.where(scan.labels.labels_ZYX == 2, 3, scan.labels.labels_ZYX).astype(np.uint16)
+            scan = LabelledScan(scan.id, scan.volume, LabelMap(labels, scan.labels.spacing_mm, names=scan.labels.names))
+        return scan
+
+    predictions = []
+    judge = load("eval.tasks", "segmentation").Segmentation.judge
+    monkeypatch.setattr(
+        "tapct.eval.tasks.segmentation.Segmentation.judge",
+        lambda self, *args: predictions.append(judge(self, *args).classes_ZYX) or judge(self, *args),
+    )
+    evaluate(rows, tmp_path / "clean")
+    clean, predictions[:] = list(predictions), []
+    monkeypatch.setattr("tapct.eval.scans.read_labelled", spoiled)
+    evaluate(rows, tmp_path / "spoiled")
+    for before, after in zip(clean, predictions, strict=True):
+        np.testing.assert_array_equal(before, after)
+
+
+def test_one_patient_is_called_a_fit(rows, tmp_path):
+    results = evaluate([Row("s0", "p", "0")], tmp_path, num_blocks=3, block_gap=1)
+    assert results["split"]["mode"] == "blocks"
+    assert "not generalisation" in results["split"]["note"]
+
+
+def test_every_setting_changes_the_results(rows, tmp_path):
+    base = evaluate(rows, tmp_path / "base")
+    for number, change in enumerate(
+        [
+            {"test_share": 0.67}, {"max_scans": 3}, {"seed": 4},
+            {"task": Plugin("segmentation", SegmentationConfig(resolution="patch"))},
+            {"task": Plugin("segmentation", SegmentationConfig(organs=("liver",)))},
+            {"task": Plugin("segmentation", SegmentationConfig(outside=("lungs",)))},
+            {"task": Plugin("segmentation", SegmentationConfig(body=("lungs",)))},
+            {"task": Plugin("segmentation", SegmentationConfig(max_tokens=60))},
+            {"task": Plugin("segmentation", SegmentationConfig(l2=1.0))},
+            {"task": Plugin("segmentation", SegmentationConfig(steps=1))},
+        ]
+    ):  # fmt: skip
+        assert evaluate(rows, tmp_path / str(number), **change)["models"] != base["models"], change
+
+
+def test_models_of_different_patch_are_one_line(rows, tmp_path):
+    models = [NamedModel("a", RawPatches((2, 4, 4))), NamedModel("b", RawPatches((4, 4, 4)))]
+    with pytest.raises(UserError, match=r"must share one patch, got a 2x4x4, b 4x4x4"):
+        runner.evaluate(models, rows, Path("."), runner.Config(), contract=HUContract(), out=tmp_path)
+    assert not (tmp_path / "results.json").exists()
+
+
+@pytest.mark.parametrize("name", available("eval/tasks"))
+def test_every_task_builds_from_its_defaults(name):
+    module = load("eval/tasks", name)
+    task = module.build(module.Config(), seed=0, num_train=1)
+    for part in ("truth", "learn", "fit", "judge", "draw", "slices_of_interest", "results"):
+        assert callable(getattr(task, part))
+
+
+def test_baselines_share_the_initial_weights_of_training():
+    pretrained = load("models", "vit").build(VIT)
+    pretrained.init_weights(7)
+    named = {model.name: model.model for model in with_baselines(pretrained, Plugin("vit", VIT), 7)}
+    first, again, scaled = (named[n].state_dict() for n in ("pretrained", "untrained", "untrained_layerscale1"))
+    for key, value in first.items():
+        assert torch.equal(value, again[key])
+        if key.endswith(".gamma"):
+            assert torch.equal(scaled[key], torch.ones_like(value))
+        else:
+            assert torch.equal(value, scaled[key])
+
+
+def test_pca_colours_equal_numpys_svd():
+    features = torch.randn(6, 2, 5, 5, generator=torch.Generator().manual_seed(0))
+    foreground = torch.rand(2, 5, 5, generator=torch.Generator().manual_seed(1)) > 0.3
+    rows_ND = features.permute(1, 2, 3, 0).flatten(0, 2).double().numpy()
+    inside = foreground.flatten().numpy()
+    centred = rows_ND - rows_ND[inside].mean(0)
+    loadings = np.linalg.svd(centred[inside], full_matrices=False)[2][:3]
+    loadings *= np.sign(loadings[np.arange(3), np.abs(loadings).argmax(1)])[:, None]
+    scores = centred @ loadings.T
+    low, high = np.quantile(scores[inside], [0.01, 0.99], axis=0)
+    expected = np.clip((scores - low) / (high - low), 0, 1).T.reshape(3, 2, 5, 5)
+    np.testing.assert_allclose(pictures.pca_colours(features, foreground).numpy(), expected, atol=1e-5)
+
+
+def test_body_mask_keeps_the_lungs_and_leaves_out_air_and_table():
+    hu = np.full((1, 128, 128), -1000, np.int16)
+    hu[:, 30:90, 20:110] = 30
+    hu[:, 45:75, 35:60] = -850
+    hu[:, 110:112, 5:123] = 200
+    mask = pictures.body_mask(hu)[0]
+    assert mask[45:75, 35:60].all()
+    assert mask[60, 22:108].all()
+    assert not mask[100:].any()
+    assert not mask[:25].any()
+
+
+def test_share_of_a_mask_in_each_patch_equals_block_means():
+    mask = np.random.default_rng(0).random((4, 8, 12)) > 0.5
+    grid = PatchGrid((2, 4, 4), mask.shape, mask.shape)
+    dense = DenseFeatures(torch.zeros(1, *grid.shape), torch.zeros(1), grid)
+    expected = mask.reshape(2, 2, 2, 4, 3, 4).mean((1, 3, 5))
+    np.testing.assert_allclose(pictures.patch_share(mask, dense).numpy(), expected, atol=1e-6)
+
+
+def test_slices_with_most_organs_are_shown():
+    classes = np.zeros((5, 6, 7), np.uint16)
+    classes[1, 2] = 1
+    classes[3, 4, :4] = 2
+    classes[3, 4, 4:] = 3
+    assert pictures.richest_slices(classes, [1, 2, 3]) == (3, 4)
+
+
+def test_every_organ_has_its_own_colour():
+    names = ["liver", "lungs", "lung_left", "lung_right", *(f"label {n}" for n in range(60))]
+    chosen = pictures.colours(names)
+    assert list(chosen) == names
+    assert len(set(chosen.values())) == len(names)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not CT.exists(), reason=f"no real scans at {CT}")
+def test_61_organs_of_a_real_scan(tmp_path):
+    from tapct.data import manifest
+
+    built = manifest.build(
+        CT / "ts_body", tmp_path / "m.parquet", labels=None, patient_regex=r"(example_ct)", min_depth=1, workers=1,
+        progress=None,
+    )  # fmt: skip
+    rows = [row for row in built.rows if row.label_path and row.depth == 122]
+    models = [NamedModel("raw_hu", RawPatches((4, 8, 8)))]
+    results = runner.evaluate(
+        models, rows, built.root, runner.Config(), contract=HUContract(), out=tmp_path,
+        preprocess=Preprocess((128, 128), (8, 64, 64), (8, 64, 64)),
+    )  # fmt: skip
+    assert results["split"]["mode"] == "blocks"
+    assert len(results["organs"]) > 40
+    assert 0.01 < results["models"]["raw_hu"]["mean_dice"] < 1

@@ -1,0 +1,110 @@
+"""Who is trained on and who is tested."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pytest
+
+from tapct.eval.scans import BLOCKS, PATIENTS, block_slices, read_labelled, split_by_patient
+from tapct.types import UserError
+
+
+@dataclass(frozen=True)
+class Row:
+    id: str
+    patient: str
+    path: str = "x.nii.gz"
+    label_path: str = "x_seg.nii.gz"
+
+
+def archive(num_patients: int, scans_each: int = 2) -> list[Row]:
+    return [Row(f"s{p}-{n}", f"p{p}") for p in range(num_patients) for n in range(scans_each)]
+
+
+def patients(rows) -> set[str]:
+    return {row.patient for row in rows}
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_no_patient_is_on_both_sides_and_no_scan_is_lost(seed):
+    rows = archive(9)
+    split = split_by_patient(rows, test_share=0.4, max_scans=0, seed=seed)
+    assert split.mode == PATIENTS
+    assert not patients(split.train) & patients(split.test)
+    assert sorted(row.id for row in (*split.train, *split.test)) == sorted(row.id for row in rows)
+    assert len(patients(split.test)) == round(0.4 * 9)
+
+
+def test_split_follows_the_seed_and_not_the_order_of_rows():
+    rows = archive(12)
+    one, same, other = (
+        split_by_patient(given, test_share=0.5, max_scans=0, seed=seed)
+        for given, seed in ((rows, 1), (rows[::-1], 1), (rows, 2))
+    )
+    assert one == same
+    assert patients(one.test) != patients(other.test)
+
+
+def test_patients_kept_out_of_pretraining_are_the_test_side():
+    rows = archive(6)
+    split = split_by_patient(rows, test_share=0.5, max_scans=0, seed=0, held_out={"p1", "p4", "not here"})
+    assert split.held_out
+    assert patients(split.test) == {"p1", "p4"}
+    for nobody_or_all in ({"not here"}, patients(rows)):
+        split = split_by_patient(rows, test_share=0.5, max_scans=0, seed=0, held_out=nobody_or_all)
+        assert not split.held_out
+        assert len(patients(split.test)) == 3
+
+
+@pytest.mark.parametrize("max_scans", [2, 3, 5, 11])
+def test_a_limit_on_scans_shrinks_both_sides(max_scans):
+    rows = archive(10)
+    split = split_by_patient(rows, test_share=0.5, max_scans=max_scans, seed=0)
+    assert len(split.train) + len(split.test) == max_scans
+    assert abs(len(split.train) - len(split.test)) <= 1
+    assert not patients(split.train) & patients(split.test)
+
+
+def test_a_single_patient_is_split_within():
+    split = split_by_patient(archive(1), test_share=0.5, max_scans=0, seed=0)
+    assert split.mode == BLOCKS
+    assert split.train == split.test
+
+
+def test_scans_without_labels_are_left_out_and_none_at_all_is_one_line():
+    rows = [*archive(3, 1), Row("bare", "p9", label_path="")]
+    split = split_by_patient(rows, test_share=0.3, max_scans=0, seed=0)
+    assert "bare" not in {row.id for row in (*split.train, *split.test)}
+    with pytest.raises(UserError, match=r"none of the 1 accepted scans has a label map.*NAME_seg.nii.gz.*--labels DIR"):
+        split_by_patient([rows[-1]], test_share=0.3, max_scans=0, seed=0)
+
+
+@pytest.mark.parametrize(("depth", "blocks", "gap"), [(31, 8, 2), (31, 4, 0), (12, 8, 3), (5, 8, 2), (4, 2, 2)])
+def test_blocks_of_one_scan_lie_apart(depth, blocks, gap):
+    train, test = (
+        block_slices(depth, test=side, num_blocks=blocks, gap=gap, scan_id="s") for side in (False, True)
+    )
+    assert train.any()
+    assert test.any()
+    distance = np.abs(np.flatnonzero(train)[:, None] - np.flatnonzero(test)[None]).min()
+    assert distance == gap + 1
+    assert train[0]
+    assert (~(train | test)).sum() % max(gap, 1) == 0
+
+
+def test_a_scan_too_short_for_blocks_is_one_line():
+    with pytest.raises(UserError, match=r"scan s has 3 patches along z; fitting within one patient needs 4"):
+        block_slices(3, test=True, num_blocks=8, gap=2, scan_id="s")
+
+
+def test_labels_on_another_grid_are_refused(tmp_path: Path):
+    for name, shape in (("a.nii.gz", (8, 8, 5)), ("a_seg.nii.gz", (8, 8, 4))):
+        voxels = np.random.default_rng(0).integers(-1000, 400, shape).astype(np.int16)
+        voxels = voxels if name == "a.nii.gz" else np.zeros(shape, np.uint8)
+        nibabel.save(nibabel.Nifti1Image(voxels, np.eye(4)), tmp_path / name)
+    with pytest.raises(UserError, match="grid"):
+        read_labelled(Row("a", "p", "a.nii.gz", "a_seg.nii.gz"), tmp_path)
