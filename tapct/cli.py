@@ -3,17 +3,36 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 import traceback
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from tapct import log
 from tapct.types import UserError
 
+
+class Interrupted(Exception):
+    """Ctrl-C where nothing catches it; typer would end a KeyboardInterrupt without a word."""
+
+
+class Commands(TyperGroup):
+    """All commands."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the chosen one."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            raise Interrupted from error
+
+
 app = typer.Typer(
+    cls=Commands,
     help="Pretrain 3D foundation models on CT: index, pack, train, eval, export, report.",
     no_args_is_help=True,
     add_completion=False,
@@ -88,7 +107,8 @@ def pack(
     from tapct.data import pack as packer
 
     with log.progress_bar("pack") as progress:
-        report = packer.pack(manifest.Manifest.read(manifest_file), out, workers=workers, level=level, progress=progress)
+        found = manifest.Manifest.read(manifest_file)
+        report = packer.pack(found, out, workers=workers, level=level, progress=progress)
     share = report.stored_bytes / max(report.voxel_bytes, 1)
     log.say(
         f"{len(report.packed)} packed, {report.kept} kept from before, {len(report.refused)} refused; "
@@ -102,7 +122,7 @@ def pack(
 def train(
     config: ConfigFile,
     overrides: Overrides = None,
-    print_config: Annotated[bool, typer.Option("--print-config", help="show every value and where it comes from")] = False,
+    print_config: Annotated[bool, typer.Option("--print-config", help="show each value and its source")] = False,
 ) -> None:
     """Pretrain; started again, it goes on from the newest checkpoint."""
     from tapct import config as configs
@@ -114,7 +134,7 @@ def train(
         return
     stop = run.train(resolved)
     if stop.signal:
-        again = " ".join(["tapct train", str(config), *(overrides or [])])
+        again = shlex.join(["tapct", "train", str(config), *(overrides or [])])
         log.say(f"stopped by {stop.signal} and saved at step {stop.step}; go on with: {again}")
         raise typer.Exit(130 if stop.signal == "SIGINT" else 143)
 
@@ -181,7 +201,7 @@ def main() -> None:
         app()
     except UserError as error:
         fail(str(error), error, 2)
-    except KeyboardInterrupt as error:
+    except Interrupted as error:
         fail("interrupted", error, 130)
     except OSError as error:
         place = f": {error.filename}" if error.filename else ""

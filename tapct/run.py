@@ -71,6 +71,14 @@ class RunConfig:
                 f"data.loader.slab_depth {self.data.loader.slab_depth} is less than the {deepest:g} slices that the "
                 "deepest view needs, so every view would be filled up with air; raise it"
             )
+        patch = getattr(self.model.config, "patch", (1, 1, 1))
+        for name in ("global_window", "local_window"):
+            window = getattr(self.views, name)
+            if any(size % side for size, side in zip(window, patch, strict=True)):
+                raise UserError(
+                    f"views.{name} {list(window)} is no multiple of model.patch {list(patch)} along every axis; "
+                    "change one of them"
+                )
         samples = self.train.global_batch // self.train.accumulation
         if samples < 2 and any(loss.name == "koleo" for loss in self.losses):
             raise UserError(
@@ -127,6 +135,7 @@ def train(resolved: Resolved) -> loop.Stop:
                 f"{found} was trained on another archive (digest {meta.data_digest[:12]}, now {store.digest[:12]}); "
                 "point data.store at the old one, or start a new run with another out="
             )
+        checkpoints.announce(found)
         log.say(f"going on from {found} at step {start} of {config.train.steps}")
     if start >= config.train.steps:
         log.say(f"{config.out} has all its {config.train.steps} steps; nothing to train")

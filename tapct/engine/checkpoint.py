@@ -103,7 +103,7 @@ class Checkpoints:
             if final.exists():  # the same step again, after a damaged or repeated save
                 shutil.rmtree(final)
             os.replace(aside, final)
-            replace_text(self.folder / "latest", final.name + "\n")
+            self.announce(final)
         except (OSError, CheckpointException, RuntimeError) as error:
             shutil.rmtree(aside, ignore_errors=True)
             raise UserError(
@@ -116,6 +116,12 @@ class Checkpoints:
             if path not in kept:
                 shutil.rmtree(path)
         return final
+
+    def announce(self, path: Path) -> None:
+        """Make `latest` name a checkpoint; a kill between a save and this, or damage, may have left it behind."""
+        latest, name = self.folder / "latest", path.name + "\n"
+        if not latest.is_file() or latest.read_text() != name:
+            replace_text(latest, name)
 
     def finished(self) -> list[Path]:
         """Checkpoint folders by step, oldest first; whether they are whole is not checked."""

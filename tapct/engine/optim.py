@@ -21,7 +21,7 @@ class Config(schedules.OptimSchedule):
     """AdamW with layer-wise learning rates; the schedules' fields come first."""
 
     betas: tuple[float, float] = setting((0.9, 0.999), "AdamW moments; DINOv2", ge=0.0, lt=1.0)
-    clip_norm: float = setting(3.0, "gradient norm of the backbone and of each head, clipped one by one; DINOv2", gt=0.0)
+    clip_norm: float = setting(3.0, "gradient norm of backbone and each head, clipped one by one; DINOv2", gt=0.0)
     layer_decay: float = setting(0.9, "learning rate factor per block from the output down; DINOv2", gt=0.0, le=1.0)
     patch_embed_lr_factor: float = setting(0.2, "further factor for the patch embedding; DINOv2", gt=0.0, le=1.0)
 
@@ -82,8 +82,8 @@ class UpdateReport:
 class Updater:
     """Moves student, teacher and loss state once per optimizer step, and never on a value that is not finite.
 
-    The check stays on the device: `bad` is a latch that the fused AdamW reads as its `found_inf`, that gates the teacher
-    and the centres, and that the loop fetches with the metrics. Once set, nothing moves any more.
+    The check stays on the device: `bad` is a latch that the fused AdamW reads as its `found_inf`, that gates teacher
+    and centres, and that the loop fetches with the metrics. Once set, nothing moves any more.
 
     Args:
         pair: student and teacher.

@@ -1,6 +1,6 @@
 """Run training in children that are killed: `python killed_runs.py` gets one JSON request, answers one line a child.
 
-A program of its own, since it forks: nothing but torch's import has happened in it, so no thread is lost in a child.
+A program of its own, since it forks: nothing but imports has happened in it, so no thread is lost in a child.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pyarrow.dataset  # noqa: F401  # this and the next are imported late, and then by every child for itself
 import torch
+import torch._dynamo
 
 from tapct import run
 from tapct.config import load_config
@@ -54,7 +56,8 @@ def watch(folder: str, die_at_event: int) -> list[int]:
     seen = [0]
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
-        if event not in FILE_EVENTS or not str(arguments[0]).startswith(folder):
+        within = event in ("os.remove", "os.rmdir") and arguments[1] != -1  # rmtree's, relative to an open folder
+        if event not in FILE_EVENTS or not (within or str(arguments[0]).startswith(folder)):
             return
         if event == "open" and not arguments[2] & (os.O_WRONLY | os.O_RDWR):
             return
@@ -123,6 +126,7 @@ def main() -> None:
                 break
         print(json.dumps({"finished": wait(start(config, out, overrides))}), flush=True)
         return
+    Path(request["out"]).mkdir(exist_ok=True)
     for event in request["events"]:
         out = Path(request["out"]) / f"event_{event}"
         code = wait(start(config, out, overrides, event, Path(request["count_to"])))
