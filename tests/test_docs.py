@@ -1,0 +1,329 @@
+"""What the pages say is true: tables are current, examples run, commands parse, links lead somewhere."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import math
+import re
+import shlex
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import typer
+import yaml
+
+from tapct import plugin, run, weights
+from tapct.cli import app
+from tapct.config import load_config
+from tapct.engine import loop, optim
+from tapct.eval import runner
+from tapct.eval.baselines import NamedModel, RawPatches, with_baselines
+from tapct.eval.features import Preprocess
+from tapct.eval.scans import LabelledScan
+from tapct.models import vit
+from tapct.nn import heads
+from tapct.nn.contracts import Backbone
+from tapct.plugin import Plugin
+from tapct.ssl import health
+from tapct.ssl.schedules import Schedules
+from tapct.ssl.student_teacher import StudentTeacher
+from tapct.types import Batch, HUContract, LabelMap, Masks, Tokens, TokenSets, Volume
+from tapct.views import boxes, masks, recipe
+from tapct.views.key import ViewKey
+
+ROOT = Path(__file__).resolve().parent.parent
+SMOKE = ROOT / "configs" / "smoke.yaml"
+PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+GRID, PATCH = (2, 2, 2), (2, 4, 4)
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    """The fenced code blocks of a language."""
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+
+
+def commands(page: Path) -> list[str]:
+    """The lines of indented code that call tapct."""
+    return re.findall(r"^    (tapct .*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+
+
+def table_keys(page: Path, heading: str) -> set[str]:
+    """What stands in backticks in the first column of the table below a heading."""
+    text = page.read_text(encoding="utf-8").split(f"## {heading}\n", 1)[1].split("\n## ", 1)[0]
+    cells = re.findall(r"^\| (`[^|]+`) \|", text, re.MULTILINE)
+    return {name for cell in cells for name in re.findall(r"`([^`]+)`", cell)}
+
+
+# --- pages and links ---
+
+
+def test_the_table_of_all_config_keys_is_current(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = importlib.util.spec_from_file_location("make_config_docs", ROOT / "scripts" / "make_config_docs.py")
+    assert spec is not None and spec.loader is not None
+    maker = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "make_config_docs", maker)
+    spec.loader.exec_module(maker)
+    page = maker.PAGE.read_text(encoding="utf-8")
+    assert page == maker.current(page), "run python scripts/make_config_docs.py"
+    keys = {key for key in re.findall(r"^\| `([^`]+)` \|", page, re.MULTILINE) if not key.startswith("views.ops.")}
+    resolved = set(load_config(run.RunConfig, None, []).origin)  # found by another way: the leaves of a resolved config
+    assert keys == {key for key in resolved if not key.startswith("views.ops.")}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_to_files_and_headings_that_exist(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)]+)\)|(?:src|href)=\"([^\"]+)\"", text):
+        link = next(filter(None, target))
+        if re.match(r"https?://", link):
+            continue
+        path, _, anchor = link.partition("#")
+        other = page.parent / path if path else page
+        assert other.exists(), link
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", other.read_text(encoding="utf-8"), re.MULTILINE)
+            anchors = {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+            assert anchor in anchors, link
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_path_of_the_tree_that_a_page_names_exists(page: Path) -> None:
+    named = re.findall(r"\b((?:tapct|configs|scripts|tests|docs)/[\w/]+\.\w+)", page.read_text(encoding="utf-8"))
+    assert [name for name in named if not (ROOT / name).exists() and "mine" not in name] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_command_of_a_page_parses_and_every_override_is_a_key(page: Path) -> None:
+    known: Any = typer.main.get_command(app)
+    for line in commands(page):
+        _, *words = shlex.split(line, comments=True)
+        context = known.commands[words[0]].make_context(words[0], words[1:])
+        overrides = context.params.get("overrides") or []
+        if "mylab" not in line:
+            config = ROOT / str(context.params.get("config") or SMOKE)
+            load_config(run.RunConfig, config if config.is_file() else SMOKE, overrides)
+
+
+@pytest.mark.parametrize("name", [f"tap_{size}_{kind}" for kind in ("2d", "2p5d", "3d") for size in "sb"])
+def test_the_header_of_a_published_config_tells_the_flops_of_its_plan(name: str) -> None:
+    path = ROOT / "configs" / f"{name}.yaml"
+    config = load_config(run.RunConfig, path, []).value
+    told = re.search(r"([\d.]+) PFLOP a step, ([\d.]+) EFLOP.*?about ([\d.]+) GPU-days", path.read_text(), re.DOTALL)
+    assert told is not None
+    step = run.make_plan(config).flops_per_step
+    facts = (step / 1e15, step * config.train.steps / 1e18, step * config.train.steps / 200e12 / 86400)
+    assert [float(number) for number in told.groups()] == pytest.approx(facts, rel=0.03)
+
+
+def test_the_verdicts_of_the_training_page_are_those_of_the_report() -> None:
+    text = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| ([a-z ]+) \| (\S.*?) \| (\S.*?) \|", text, re.MULTILINE)
+    table = {state: (information, gain) for state, information, gain in rows if state in health.STATES}
+    assert set(table) == set(health.STATES) - {"unknown", "not finite"}
+    for state, (information, gain) in table.items():
+        low = 0.0 if information.startswith("<") else float(re.findall(r"[\d.]+", information)[0])
+        assert float(gain.strip("≥< ")) == health.NO_PROGRESS
+        ce_gain = health.NO_PROGRESS * (1.5 if gain.startswith("≥") else 0.5)
+        for found in (low - 0.001, low + 0.001, low + 0.04):
+            reading = health.TermReading("dino", ce_gain, found + 1.0, 1.0, 4.0)
+            assert (health.judge_term(reading).state == state) == (found > low or low == 0), (state, found)
+
+
+# --- docs/extending.md ---
+
+
+@pytest.fixture(scope="module")
+def mylab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A working directory with the example files of docs/extending.md, importable."""
+    folder = tmp_path_factory.mktemp("extending")
+    for block in blocks(ROOT / "docs" / "extending.md", "python"):
+        path = folder / block.splitlines()[0].removeprefix("# ")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(block, encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(folder)
+        yield folder
+    for name in [name for name in sys.modules if name.split(".")[0] == "mylab"]:
+        del sys.modules[name]
+
+
+def load(mylab: Path, name: str) -> ModuleType:
+    assert (mylab / f"{name.replace('.', '/')}.py").is_file()
+    return importlib.import_module(name)
+
+
+YAML_BLOCKS = [(page.name, block) for page in PAGES for block in blocks(page, "yaml")]
+
+
+@pytest.mark.parametrize(("page", "block"), YAML_BLOCKS, ids=lambda text: text.splitlines()[0][:40])
+def test_every_piece_of_yaml_is_a_config(page: str, block: str, mylab: Path) -> None:
+    tree = yaml.safe_load(block)
+    path = mylab / "piece.yaml"
+    path.write_text(yaml.safe_dump({**tree, "base": str(ROOT / "configs" / tree.get("base", SMOKE.name))}))
+    resolved = load_config(run.RunConfig, path, [])
+    assert any(origin.endswith(".yaml:1") or "piece.yaml" in origin for origin in resolved.origin.values())
+
+
+def token_sets(num_globals: int, batch: int, dim: int) -> TokenSets:
+    draw = torch.Generator().manual_seed(0)
+    tokens = Tokens(
+        torch.randn(num_globals * batch, dim, generator=draw).mul(0.5).requires_grad_(),
+        torch.zeros(num_globals * batch, 0, dim),
+        torch.randn(num_globals * batch, 8, dim, generator=draw),
+        GRID,
+    )
+    empty = torch.zeros(num_globals, batch, 8, dtype=torch.bool)
+    no_masks = Masks(empty, torch.zeros(0, dtype=torch.int64), torch.zeros(0))
+    return TokenSets(tokens, None, tokens, no_masks, num_globals, 0, 0.04)
+
+
+def test_the_example_loss_is_the_hinge_on_the_spread_of_each_channel(mylab: Path) -> None:
+    module = load(mylab, "mylab.losses.variance")
+    sets = token_sets(num_globals=2, batch=5, dim=3)
+    result = module.build(module.Config(weight=0.5))(sets, None, None)
+    value = result.terms[0].value
+    cls = sets.student_global.cls_BD.detach().double().numpy().reshape(2, 5, 3)
+    slow = [max(0.0, 1 - math.sqrt(np.var(cls[v, :, d]) + 1e-4)) for v in range(2) for d in range(3)]
+    assert [term.name for term in result.terms] == ["variance"]
+    assert float(value.detach()) == pytest.approx(0.5 * np.mean(slow), rel=1e-5)
+    value.backward()
+    assert sets.student_global.cls_BD.grad.abs().sum() > 0
+
+
+def test_the_example_backbone_keeps_the_promises_of_a_backbone(mylab: Path) -> None:
+    module = load(mylab, "mylab.models.patch_mlp")
+    model = module.build(module.Config(patch=PATCH, dim=8))
+    assert isinstance(model, Backbone)
+    model.init_weights(1)
+    crops = torch.randn(3, 4, 8, 8)
+    mask = torch.zeros(3, 8, dtype=torch.bool)
+    mask[0, 5] = True
+    (tokens,), (masked,) = model([crops]), model([crops], [mask])
+    assert tokens.grid == GRID and tokens.patches_BND.shape == (3, 8, 8) and tokens.registers_BRD.shape == (3, 0, 8)
+    assert (tokens.patches_BND != masked.patches_BND).any(-1).nonzero().tolist() == [[0, 5]]
+    moved = crops.clone()
+    moved[1, 2:4, 0:4, 4:8] += 1  # the patch at z 1, y 0, x 1
+    changed = (model([moved])[0].patches_BND != tokens.patches_BND).any(-1)
+    assert changed.nonzero().tolist() == [[1, 5]]
+    assert {model.param_group_id(name) for name, _ in model.named_parameters()} == {0, 1, 2}
+    twin = module.build(module.Config(patch=PATCH, dim=8))
+    twin.init_weights(1)
+    assert torch.equal(twin([crops])[0].patches_BND, tokens.patches_BND)
+
+
+def test_the_example_backbone_is_exported_and_comes_back(mylab: Path, tmp_path: Path) -> None:
+    module = load(mylab, "mylab.models.patch_mlp")
+    config = module.Config(patch=PATCH, dim=8)
+    model = module.build(config)
+    model.init_weights(3)
+    preprocess = Preprocess((8, 8), (4, 8, 8), (4, 8, 8))
+    weights.save_export(tmp_path / "e", model, Plugin("mylab.models.patch_mlp", config), HUContract(), preprocess, {})
+    crops = torch.randn(1, 4, 8, 8)
+    back = weights.load_pretrained(tmp_path / "e", custom_code=True)
+    assert torch.equal(back(crops).patches_BND, model([crops])[0].patches_BND)
+
+
+def test_the_example_op_moves_a_whole_view_by_one_offset_per_sample(mylab: Path) -> None:
+    module = load(mylab, "mylab.ops.shift")
+    op = module.build(module.Config(p=(0.0, 1.0, 0.5), hu=20.0))
+    view = torch.randn(200, 2, 4, 4) * 100
+    sample = torch.arange(200)
+
+    def moved(kind: boxes.Kind, number: int) -> torch.Tensor:
+        offset = op(view, ViewKey(7, sample, kind, number, HUContract())) - view
+        assert offset.flatten(1).std(1).max() < 1e-3
+        return offset[:, 0, 0, 0]
+
+    assert moved("global", 0).abs().max() == 0
+    second = moved("global", 1)
+    assert second.abs().max() <= 20.001 and abs(float(second.mean())) < 3
+    assert float(second.std()) == pytest.approx(40 / math.sqrt(12), rel=0.1)
+    assert 70 < int((moved("local", 0).abs() > 1e-3).sum()) < 130
+
+
+def rising_scan(seed: int) -> LabelledScan:
+    """HU that grow with the height, and a block of label 1."""
+    hu = 40 * np.arange(16)[:, None, None] + np.random.default_rng(seed).normal(0, 1, (16, 16, 16))
+    labels = np.zeros((16, 16, 16), np.uint16)
+    labels[4:12, 4:12, 4:12] = 1
+    spacing_mm = (2.0, 1.0, 1.0)
+    return LabelledScan(f"s{seed}", Volume(hu.astype(np.int16), spacing_mm), LabelMap(labels, spacing_mm))
+
+
+class Row:
+    def __init__(self, number: int) -> None:
+        self.id, self.patient, self.path, self.label_path = f"s{number}", f"p{number}", str(number), "yes"
+
+
+def evaluate(task: Plugin, models: Any, out: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    monkeypatch.setattr("tapct.eval.scans.read_labelled", lambda row, root: rising_scan(int(row.path)))
+    config = runner.Config(task=task, num_pictures=1)
+    preprocess = Preprocess((16, 16), (4, 16, 16), (4, 16, 16))
+    rows = [Row(number) for number in range(4)]
+    return runner.evaluate(models, rows, Path("."), config, contract=HUContract(), out=out, preprocess=preprocess)
+
+
+def test_the_example_task_finds_the_height_where_it_can_be_seen(
+    mylab: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = load(mylab, "mylab.tasks.depth")
+    task = Plugin("mylab.tasks.depth", module.Config(ridge=1e-3))
+    blind = RawPatches(PATCH)
+    monkeypatch.setattr(blind, "forward", lambda crops: RawPatches(PATCH)([torch.zeros_like(crop) for crop in crops]))
+    models = (NamedModel("raw_hu", RawPatches(PATCH)), NamedModel("blind", blind))
+    results = evaluate(task, models, tmp_path, monkeypatch)
+    # 8 slices of patches: who sees nothing says the middle, 3.5, and is 2 off on average
+    assert results["models"]["blind"]["mean_error"] == pytest.approx(2.0, abs=0.02)
+    assert results["models"]["raw_hu"]["mean_error"] < 0.1
+    assert all((tmp_path / entry["file"]).is_file() for entry in results["overlays"] + results["pca"])
+
+
+# --- the tables of files that a run writes ---
+
+
+def test_the_table_of_metrics_has_every_key_that_a_step_writes_and_no_other() -> None:
+    head = heads.Config(num_prototypes=8, hidden=8, bottleneck=4)
+    losses = [Plugin(name, plugin.load("losses", name).Config(head=head)) for name in ("dino", "ibot")]
+    losses.append(Plugin("koleo", plugin.load("losses", "koleo").Config()))
+    model = vit.Config(window=(4, 8, 8), patch=PATCH, dim=8, depth=1, heads=2)
+    pair = StudentTeacher(Plugin("vit", model), losses, seed=0)
+    views = recipe.Config(global_window=(4, 8, 8), local_window=(2, 4, 4), num_locals=1)
+    written: list[dict[str, float]] = []
+    trainer = loop.Trainer(
+        pair,
+        optim.Updater(pair, optim.Config()),
+        Schedules(optim.Config(), 2, 2),
+        loop.Config(steps=2, global_batch=2),
+        loop.Recipe(views, masks.Config(probability=1.0), HUContract(), PATCH, 0),
+        loop.Hooks(written.append, lambda step: None),
+        2,
+        2,
+    )
+    hu = torch.randint(-1000, 400, (2, 4, 16, 16), dtype=torch.int16)
+    number = torch.arange(2)
+    batch = Batch(hu, torch.tensor([[4, 16, 16]] * 2), torch.ones(2, 3), number, number, number)
+    assert trainer.run(iter([(batch,)] * 2), 0).step == 2
+    told = table_keys(ROOT / "docs" / "training.md", "metrics.jsonl")
+    assert set(written[0]) == told - {"health/rankme"}
+    assert set(written[1]) == told
+
+
+def test_the_tables_of_results_have_every_key_of_an_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = vit.Config(window=(4, 16, 16), patch=PATCH, dim=8, depth=1, heads=2)
+    section = Plugin("vit", config)
+    models = with_baselines(vit.build(config), section, 0)
+    task = Plugin("segmentation", plugin.load("eval.tasks", "segmentation").Config(steps=3))
+    evaluate(task, models, tmp_path, monkeypatch)
+    results = json.loads((tmp_path / "results.json").read_text())
+    told = table_keys(ROOT / "docs" / "evaluation.md", "results.json")
+    found = results["models"]
+    assert set(results) | set(found["pretrained"]) == told
+    assert set(found) == table_keys(ROOT / "docs" / "evaluation.md", "The baselines")
