@@ -33,6 +33,7 @@ _KNOWN = {  # organs that turn up in most label sets keep their colour from run 
     "bladder": "#70c1b3", "lesion": "#ff2e93", "lesions": "#ff2e93",
 }  # fmt: skip
 _MOST_IN_LEGEND = 28
+_PANEL_INCHES = 2.3
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,8 @@ def draw_overlay(
     colour_of = colours(organs)
     shown = [o for o in organs if any(_shows(p, classes.index(o), at) for p in panels)][:_MOST_IN_LEGEND]
     views = [("axial", _axial(hu_ZYX, at[0]), spacing_mm[1:]), ("coronal", _coronal(hu_ZYX, at[1]), spacing_mm[::2])]
-    figure, axes = _grid(views, len(panels), legend_rows=-(-len(shown) // _legend_columns(len(panels))))
+    legend_columns = _legend_columns(shown, len(panels))
+    figure, axes = _grid(views, len(panels), legend_rows=-(-len(shown) // legend_columns))
     for column, panel in enumerate(panels):
         for row, (name, hu_slice, spacing) in enumerate(views):
             picture = _windowed(hu_slice)
@@ -102,8 +104,8 @@ def draw_overlay(
     handles = [Patch(facecolor=colour_of[organ], label=organ.replace("_", " ")) for organ in shown]
     if handles:
         figure.legend(
-            handles=handles, loc="lower center", ncols=min(len(handles), _legend_columns(len(panels))), frameon=False,
-            labelcolor=_INK, fontsize=8, handlelength=1, handleheight=1, columnspacing=1.2,
+            handles=handles, loc="lower center", ncols=legend_columns, frameon=False, labelcolor=_INK, fontsize=8,
+            handlelength=1, handleheight=1, columnspacing=1.2,
         )  # fmt: skip
     _save(figure, path)
 
@@ -226,15 +228,17 @@ def _shows(panel: Panel, index: int, at: tuple[int, int]) -> bool:
     return bool((panel.classes_ZYX[at[0]] == index).any() or (panel.classes_ZYX[:, at[1]] == index).any())
 
 
-def _legend_columns(num_panels: int) -> int:
-    return max(2, 2 * num_panels)
+def _legend_columns(names: Sequence[str], num_panels: int) -> int:
+    """As many columns as fit below the panels: an entry takes 0.35 inch and 0.065 inch a letter."""
+    inches = 0.35 + 0.065 * max((len(name) for name in names), default=1)
+    return max(1, min(len(names), int(num_panels * _PANEL_INCHES / inches)))
 
 
 def _grid(
     views: Sequence[tuple[str, np.ndarray, Sequence[float]]], columns: int, legend_rows: int
 ) -> tuple[Figure, Any]:
     """A dark figure whose rows have the true proportions of the slices."""
-    width = 2.3
+    width = _PANEL_INCHES
     heights = [
         min(max(width * s.shape[0] * mm[0] / (s.shape[1] * mm[1]), 0.35 * width), 2 * width) for _, s, mm in views
     ]

@@ -38,6 +38,7 @@ class Config:
     preprocess: Preprocess = dataclasses.field(
         default_factory=Preprocess, metadata={"doc": "how whole scans are brought before the backbone"}
     )
+    only: tuple[str, ...] = setting((), "patterns of the scans' paths that count, e.g. `ts_body/*`; empty: all")
     test_share: float = setting(0.5, "share of the patients that is held out, at least one", gt=0, lt=1)
     max_scans: int = setting(0, "most labelled scans, train and test together; 0 takes all", ge=0)
     seed: int = setting(0, "of the split and of the choice of training patches")
@@ -90,7 +91,11 @@ def evaluate(
     patch = _common_patch(models)
     preprocess.check_patch(patch)
     split = scans.split_by_patient(
-        rows, test_share=config.test_share, max_scans=config.max_scans, seed=config.seed, held_out=held_out
+        scans.matching(rows, config.only),
+        test_share=config.test_share,
+        max_scans=config.max_scans,
+        seed=config.seed,
+        held_out=held_out,
     )
     build_task = plugin.load("eval.tasks", config.task.name).build
     task = build_task(config.task.config, seed=config.seed, num_train=len(split.train))

@@ -5,6 +5,7 @@ Axes: Z Y X depth height width in voxels of the scan as it was read.
 
 from __future__ import annotations
 
+import fnmatch
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,6 +66,23 @@ class Split:
     train: tuple[ScanRow, ...]
     test: tuple[ScanRow, ...]
     held_out: bool = False
+
+
+def matching(rows: Sequence[ScanRow], patterns: Sequence[str]) -> list[ScanRow]:
+    """The scans whose path matches one of the shell patterns; all of them without a pattern.
+
+    Raises:
+        UserError: none matches.
+    """
+    if not patterns:
+        return list(rows)
+    found = [row for row in rows if any(fnmatch.fnmatch(row.path, pattern) for pattern in patterns)]
+    if not found:
+        example = f", e.g. {rows[0].path}" if rows else ""
+        raise UserError(
+            f"eval.only {list(patterns)} matches none of the {len(rows)} scans{example}; patterns are of whole paths"
+        )
+    return found
 
 
 def split_by_patient(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from tapct.data import manifest
 from tapct.eval import pictures, runner
 from tapct.eval.baselines import NamedModel, RawPatches, with_baselines
 from tapct.eval.features import DenseFeatures, PatchGrid, Preprocess
@@ -227,13 +229,14 @@ def test_every_organ_has_its_own_colour():
 @pytest.mark.slow
 @pytest.mark.skipif(not CT.exists(), reason=f"no real scans at {CT}")
 def test_61_organs_of_a_real_scan(tmp_path):
-    from tapct.data import manifest
-
+    for folder, name in (("images", "example_ct"), ("labels", "example_ct_seg62")):
+        (tmp_path / folder).mkdir()
+        shutil.copy(CT / "ts_body" / f"{name}.nii.gz", tmp_path / folder / "example_ct.nii.gz")
     built = manifest.build(
-        CT / "ts_body", tmp_path / "m.parquet", labels=None, patient_regex=r"(example_ct)", min_depth=1, workers=1,
-        progress=None,
+        tmp_path / "images", tmp_path / "m.parquet", labels=tmp_path / "labels", patient_regex=None, min_depth=1,
+        workers=1, progress=None,
     )  # fmt: skip
-    rows = [row for row in built.rows if row.label_path and row.depth == 122]
+    rows = built.accepted
     models = [NamedModel("raw_hu", RawPatches((4, 8, 8)))]
     results = runner.evaluate(
         models, rows, built.root, runner.Config(), contract=HUContract(), out=tmp_path,

@@ -247,6 +247,20 @@ def test_classes_follow_names_where_label_values_differ_between_scans():
         assert set(classes[scan.labels.labels_ZYX == value]) == {index}
 
 
+def test_a_label_outside_the_slices_in_play_is_no_class():
+    task = build(Config(), seed=0, num_train=1)
+    labels = np.zeros((4, 8, 8), int)
+    labels[:2, :4], labels[2:, 4:] = 1, 2
+    grid = PatchGrid((2, 4, 4), labels.shape, labels.shape)
+    dense = DenseFeatures(torch.randn(3, *grid.shape), torch.zeros(3), grid)
+    task.learn("m", dense, task.truth(labelled(labels), grid, np.array([True, False])))
+    task.fit()
+    assert task.organs == ("label 1",)
+    task.judge("m", dense, task.truth(labelled(labels, scan_id="b"), grid, np.array([False, True])))
+    with pytest.raises(UserError, match=r"none of the organs.*\(label 1\) occurs in the test scans"):
+        task.results()
+
+
 def test_organs_can_be_chosen_by_name_or_value():
     for organs, expected in ((("spleen",), ("spleen",)), (("1",), ("liver",)), ((), ("liver", "spleen"))):
         task = build(Config(organs=organs), seed=0, num_train=1)

@@ -168,7 +168,9 @@ class Segmentation:
         self.classes, self.organs = self._find_classes()
         targets = []
         for target_KV, values, names in self._targets.values():
-            column_V = torch.tensor([self.classes.index(self._class_of(v, names)) for v in values])
+            # a label of the scan that lies in none of the patches kept has no mass and no class
+            found = [self._class_of(v, names) for v in values]
+            column_V = torch.tensor([self.classes.index(c if c in self.classes else _BODY) for c in found])
             targets.append(target_KV.new_zeros(len(target_KV), len(self.classes)).index_add_(1, column_V, target_KV))
         target_KC = torch.cat(targets)
         for model, features in self._features.items():
@@ -219,7 +221,11 @@ class Segmentation:
         return f"CT, truth and each model's prediction: {where}"
 
     def results(self) -> dict[str, Any]:
-        """Per model the Dice by organ and scan; means go over the scans that have the organ, then over organs."""
+        """Per model the Dice by organ and scan; means go over the scans that have the organ, then over organs.
+
+        Raises:
+            UserError: no organ of the decoder occurs in the test scans.
+        """
         models: dict[str, Any] = {}
         for (resolution, model), per_scan in self._dice.items():
             found = {o: [dice[o] for dice in per_scan.values() if o in dice] for o in self.organs}
@@ -229,6 +235,11 @@ class Segmentation:
             entry[f"mean_dice_{resolution}"] = mean
             entry[f"dice_{resolution}"] = dice
             if resolution == self.config.resolution:
+                if mean is None:
+                    raise UserError(
+                        f"none of the organs that the decoder learned ({', '.join(self.organs)}) occurs in the test "
+                        "scans. Give labels to more scans, or change eval.seed."
+                    )
                 entry.update(mean_dice=mean, dice=dice, per_scan=per_scan)
         return {"organs": list(self.organs), "resolution": self.config.resolution, "models": models}
 
