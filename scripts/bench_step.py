@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+
 from tapct import config as configs
 from tapct import run
 from tapct.engine import loop, metrics, optim
