@@ -47,7 +47,8 @@ def arguments(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--labels", type=Path, help="folder with label maps of the same names, if not found by rule")
     parser.add_argument("--config", type=Path, default=Path("configs/smoke.yaml"), help="default %(default)s")
     parser.add_argument("--out", type=Path, default=Path("runs/quickstart"), help="run folder, default %(default)s")
-    parser.add_argument("--work", type=Path, default=Path("data/quickstart"), help="archive and store, default %(default)s")
+    work = Path("data/quickstart")
+    parser.add_argument("--work", type=Path, default=work, help="archive and store, default %(default)s")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the config, e.g. train.steps=100")
     return parser.parse_args(words)
 
@@ -90,7 +91,7 @@ def main(words: list[str]) -> None:
     labelled = any(row.label_path for row in found.accepted)
     results = station("eval", lambda: judge(options.out, resolved)) if labelled else None
     if results is None:
-        log.say("no label maps were found beside the scans, so there is no Dice; `tapct index --help` says how to name them")
+        log.say("no label maps lie beside the scans, so there is no Dice; `tapct index --help` says how to name them")
     station("export", lambda: run.export(options.out))
     report = station("report", lambda: page.write(options.out))
     summary = summarise(options.out, len(found.accepted), len(refused), results, station.seconds, report)

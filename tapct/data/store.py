@@ -339,8 +339,13 @@ def index_bytes(
     scans = tuple(scans)
     rows = [(s.id, *s.shape_ZYX, *s.spacing_mm, s.patient, s.path, s.label_path, s.checksum) for s in scans]
     arrays = [pa.array([row[k] for row in rows], column.type) for k, column in enumerate(_COLUMNS)]
-    info: dict[str, Any] = {"schema": SCHEMA, "root": str(root), "manifest_digest": manifest_digest, "digest": store_digest(scans)}
-    info["summary"] = dict(summary or {})
+    info: dict[str, Any] = {
+        "schema": SCHEMA,
+        "root": str(root),
+        "manifest_digest": manifest_digest,
+        "digest": store_digest(scans),
+        "summary": dict(summary or {}),
+    }
     table = pa.Table.from_arrays(arrays, schema=_COLUMNS.with_metadata({_INDEX_KEY: json.dumps(info).encode()}))
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink)

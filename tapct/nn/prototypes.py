@@ -22,7 +22,9 @@ class TargetConfig:
     """How teacher logits become targets."""
 
     kind: str = setting(
-        "centring", "centring (DINO, the published TAP-CT runs) or sinkhorn (SwAV, DINOv2)", choices=("centring", "sinkhorn")
+        "centring",
+        "centring (DINO, the published TAP-CT runs) or sinkhorn (SwAV, DINOv2)",
+        choices=("centring", "sinkhorn"),
     )
     centre_momentum: float = setting(0.9, "c <- m c + (1 - m) mean; DINO, arXiv:2104.14294", ge=0.0, lt=1.0)
     sinkhorn_iterations: int = setting(3, "row and column normalisations; SwAV, arXiv:2006.09882", ge=1)

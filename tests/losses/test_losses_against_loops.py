@@ -23,7 +23,9 @@ def tokens(batch: int, seed: int) -> Tokens:
     return Tokens(make(batch, DIM), make(batch, 2, DIM), make(batch, N, DIM), (1, 2, 3))
 
 
-def token_sets(num_locals: int = LOCALS, counts: tuple[int, ...] = (2, 0, 4, 0, 3, 1), padded: int | None = None) -> TokenSets:
+def token_sets(
+    num_locals: int = LOCALS, counts: tuple[int, ...] = (2, 0, 4, 0, 3, 1), padded: int | None = None
+) -> TokenSets:
     draw = torch.Generator().manual_seed(9)
     masked = torch.zeros(2 * B, N, dtype=torch.bool)
     weights = []
@@ -183,7 +185,8 @@ def test_sinkhorn_survives_unequal_gains_at_low_temperature() -> None:
 def test_a_per_row_maximum_would_not_be_the_same_after_three_iterations() -> None:
     """The known wrong 'fix' for overflow: it changes the answer, so the implementation must not use it."""
     draw = torch.Generator().manual_seed(4)
-    logits = torch.randn(8, K, generator=draw, dtype=torch.float64) + torch.randn(8, 1, generator=draw, dtype=torch.float64)
+    logits, gain = (torch.randn(8, width, generator=draw, dtype=torch.float64) for width in (K, 1))
+    logits = logits + gain
     shifted = logits - logits.max(dim=1, keepdim=True).values
     assert float((sinkhorn(logits, 0.3, 3) - sinkhorn(shifted, 0.3, 3)).abs().max()) > 1e-3
 
