@@ -24,6 +24,7 @@ from tapct.report import page
 from tapct.types import UserError
 
 T = TypeVar("T")
+SMOKE = Path("configs/smoke.yaml")
 NUM_SCANS = 40
 EDGE_STEPS = 20  # steps at either end of the run that the table's numbers are means of
 
@@ -45,7 +46,7 @@ def arguments(words: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="scripts/quickstart.sh", description=__doc__)
     parser.add_argument("--data", type=Path, help="folder with your scans; without it a synthetic archive is made")
     parser.add_argument("--labels", type=Path, help="folder with label maps of the same names, if not found by rule")
-    parser.add_argument("--config", type=Path, default=Path("configs/smoke.yaml"), help="default %(default)s")
+    parser.add_argument("--config", type=Path, default=SMOKE, help="default %(default)s")
     parser.add_argument("--out", type=Path, default=Path("runs/quickstart"), help="run folder, default %(default)s")
     work = Path("data/quickstart")
     parser.add_argument("--work", type=Path, default=work, help="archive and store, default %(default)s")
@@ -83,7 +84,8 @@ def main(words: list[str]) -> None:
             return pack.pack(found, work / "store", workers=cores, level=1, progress=progress)
 
     station("pack", packing)
-    words = [f"out={options.out}", f"data.store={work / 'store'}", *options.overrides]
+    precision = words_without_bf16(Path("/proc/cpuinfo").read_text()) if options.config == SMOKE else []
+    words = [f"out={options.out}", f"data.store={work / 'store'}", *precision, *options.overrides]
     resolved = configs.load_config(run.RunConfig, options.config, words)
     stop = station("train", lambda: run.train(resolved))
     if stop.signal:
@@ -97,6 +99,18 @@ def main(words: list[str]) -> None:
     summary = summarise(options.out, len(found.accepted), len(refused), results, station.seconds, report)
     replace_text(options.out / "summary.json", json.dumps(summary, indent=1) + "\n")
     show(summary)
+
+
+def words_without_bf16(cpuinfo: str) -> list[str]:
+    """Overrides for a CPU that has no bf16 arithmetic: torch imitates it there, slower than float32.
+
+    Args:
+        cpuinfo: what Linux tells of the CPU, x86 or Arm.
+    """
+    if not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(cpuinfo.split()):
+        return []
+    log.say("this CPU has no bf16 arithmetic: training in fp32, with fewer steps")
+    return ["train.precision=fp32", "train.steps=900"]
 
 
 def make_phantom(archive: Path) -> None:
