@@ -62,7 +62,7 @@ def measure(config: run.RunConfig, steps: int, in_plane: int) -> dict[str, objec
     """Run some steps and put their seconds beside the GEMM rate of the same minute."""
     device = run.pick_device(config.device)
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
-    pair = StudentTeacher(config.model, config.losses, config.seed).to(device)
+    pair = StudentTeacher(config.model, config.losses, config.seed, device=device)
     rows: list[metrics.Record] = []
     recipe = loop.Recipe(config.views, config.masks, config.contract, pair.student.backbone.patch, config.seed)
     trainer = loop.Trainer(
@@ -71,7 +71,7 @@ def measure(config: run.RunConfig, steps: int, in_plane: int) -> dict[str, objec
         Schedules(config.optim, config.train.steps, config.train.global_batch),
         config.train,
         recipe,
-        loop.Hooks(rows.append, lambda step: None),
+        loop.Hooks(rows.append, lambda step, last: None),
         log_every=1,
         save_every=config.train.steps,
     )

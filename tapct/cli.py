@@ -12,8 +12,8 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from tapct import log
-from tapct.types import UserError
+from tapct import log, ranks
+from tapct.types import LOST_RANK, SharedError, UserError
 
 
 class Interrupted(Exception):
@@ -123,20 +123,27 @@ def train(
     config: ConfigFile,
     overrides: Overrides = None,
     print_config: Annotated[bool, typer.Option("--print-config", help="show each value and its source")] = False,
+    allow_change: Annotated[
+        bool, typer.Option("--allow-change", help="go on from a checkpoint although the config shapes another curve")
+    ] = False,
 ) -> None:
-    """Pretrain; started again, it goes on from the newest checkpoint."""
+    """Pretrain; started again, it goes on from the newest checkpoint. Under torchrun or srun, on all their ranks."""
     from tapct import config as configs
     from tapct import run
 
-    resolved = configs.load_config(run.RunConfig, config, overrides or [])
+    try:
+        resolved = configs.load_config(run.RunConfig, config, overrides or [])
+    except UserError as error:
+        raise SharedError(str(error)) from error  # every rank reads the same config
     if print_config:
         print(resolved.pretty())
         return
-    stop = run.train(resolved)
+    stop = run.train(resolved, allow_change)
     if stop.signal:
         again = shlex.join(["tapct", "train", str(config), *(overrides or [])])
         log.say(f"stopped by {stop.signal} and saved at step {stop.step}; go on with: {again}")
-        raise typer.Exit(130 if stop.signal == "SIGINT" else 143)
+    if stop.signal == "SIGINT":  # the other signals are a scheduler's, which must not take the end for a failure
+        raise typer.Exit(130)
 
 
 @app.command()
@@ -199,8 +206,10 @@ def main() -> None:
     """Entry point: one line for what a person can mend, a traceback only with --debug or for our own faults."""
     try:
         app()
+    except SharedError as error:
+        fail(str(error) if ranks.from_environment(os.environ).is_first else "", error, 2)
     except UserError as error:
-        fail(str(error), error, 2)
+        fail(str(error), error, error.exit_code)
     except Interrupted as error:
         fail("interrupted", error, 130)
     except OSError as error:
@@ -209,10 +218,15 @@ def main() -> None:
 
 
 def fail(line: str, error: BaseException, code: int) -> None:
-    """Print an error's one line and leave with its exit code."""
+    """Print an error's one line, if this rank is to, and leave with its exit code."""
     if os.environ.get("TAPCT_DEBUG") == "1":
         traceback.print_exception(error)
-    log.error(line)
+    if line:
+        log.error(line)
+    if code == LOST_RANK:  # threads that talk to the lost rank would keep this process until their time-outs
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
     sys.exit(code)
 
 

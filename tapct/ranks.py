@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -55,3 +56,38 @@ def from_environment(environment: Mapping[str, str]) -> Ranks:
                 told = ", ".join(f"{name}={environment.get(name, '')}" for name in names)
                 raise ValueError(f"the launcher's variables make no sense: {told}; {error}") from error
     return Ranks()
+
+
+def per_node(environment: Mapping[str, str], place: Ranks) -> int:
+    """Ranks on each node: torchrun's LOCAL_WORLD_SIZE, or srun's tasks per node where all nodes have as many.
+
+    Where neither tells, or nodes differ, the whole world: it divides itself.
+    """
+    if environment.get("LOCAL_WORLD_SIZE", "").isdigit():
+        return int(environment["LOCAL_WORLD_SIZE"])
+    told = re.fullmatch(r"(\d+)(\(x\d+\))?", environment.get("SLURM_STEP_TASKS_PER_NODE", ""))
+    return int(told[1]) if told else place.world
+
+
+def rendezvous(environment: Mapping[str, str]) -> tuple[str, int]:
+    """Host and port at which the ranks meet: MASTER_ADDR and MASTER_PORT, else the first node of the SLURM step.
+
+    The port is made of job and step number, so that jobs that share a node do not meet each other.
+
+    Raises:
+        ValueError: neither is told.
+    """
+    nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST", "")
+    host = environment.get("MASTER_ADDR") or first_host(nodes)
+    if not host:
+        raise ValueError("no MASTER_ADDR and no SLURM node list: start with torchrun, or with srun inside a SLURM job")
+    if environment.get("MASTER_PORT"):
+        return host, int(environment["MASTER_PORT"])
+    job, step = (environment.get(name, "0") for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
+    return host, 15000 + (int(job) * 7 + int(step)) % 15000
+
+
+def first_host(nodes: str) -> str:
+    """The first name of a SLURM node list: `gpu[08-11,20],big1` -> `gpu08`."""
+    found = re.match(r"([^,\[]+)(?:\[([^,\]-]+)[^\]]*\]([^,\[]*))?", nodes)
+    return "".join(part or "" for part in found.groups()) if found else ""

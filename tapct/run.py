@@ -2,35 +2,34 @@
 
 from __future__ import annotations
 
-import json
 import os
-import platform
-import subprocess
-import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
 
-from tapct import __version__, log, plan, plugin, weights
+from tapct import collectives, log, plan, plugin, ranks, weights
 from tapct import config as tapct_config
 from tapct.config import Resolved, setting
 from tapct.data import loader
 from tapct.data.split import held_out_patients
 from tapct.data.store import Store
-from tapct.engine import checkpoint, loop, optim
+from tapct.engine import checkpoint, loop, optim, parallel
 from tapct.engine.checkpoint import Checkpoints, Meta
+from tapct.engine.parallel import LostRank, World
 from tapct.eval import runner
 from tapct.eval.baselines import with_baselines
 from tapct.nn.contracts import Backbone
 from tapct.plugin import Plugin
+from tapct.provenance import write_run_files
+from tapct.resume import changed_keys, find_start
 from tapct.ssl.schedules import Schedules
-from tapct.ssl.student_teacher import StudentTeacher, build_backbone
-from tapct.types import HUContract, UserError
+from tapct.ssl.student_teacher import Network, StudentTeacher, build_backbone
+from tapct.types import HUContract, SharedError, UserError
 from tapct.views import masks, recipe
 
 
@@ -41,6 +40,11 @@ class DataConfig:
     store: Path = setting(Path("data/store"), "folder written by `tapct pack`")
     held_out: float = setting(
         0.0, "share of patients kept out of pretraining, on which `tapct eval` tests", ge=0.0, lt=1.0
+    )
+    on_change: str = setting(
+        "refuse",
+        "when a run goes on and the store has other scans than before: refuse, or rebase (go on with the new ones)",
+        choices=("refuse", "rebase"),
     )
     loader: loader.Config = field(default_factory=loader.Config)
 
@@ -60,6 +64,7 @@ class RunConfig:
     losses: tuple[Plugin, ...] = plugin.table("losses", ("dino", "ibot", "koleo"), "terms that are summed")
     optim: optim.Config = field(default_factory=optim.Config)
     train: loop.Config = field(default_factory=loop.Config)
+    parallel: parallel.Config = field(default_factory=parallel.Config)
     checkpoint: checkpoint.Config = field(default_factory=checkpoint.Config)
     log: log.Config = field(default_factory=log.Config)
     eval: runner.Config = field(default_factory=runner.Config)
@@ -88,144 +93,203 @@ class RunConfig:
             )
 
 
-# What may differ when a run goes on: where and how it runs, not what it computes.
-HARMLESS = ("out", "device", "data.store", "checkpoint.", "log.", "eval.", "train.resume")
-HARMLESS_LOADER = ("data.loader.workers", "data.loader.backend", "data.loader.prefetch")
+def pick_device(name: str, local_rank: int = 0) -> torch.device:
+    """The device of this process.
 
-
-def pick_device(name: str) -> torch.device:
-    """The device of a run.
-
+    Args:
+        name: auto, cpu or cuda.
+        local_rank: number of this process on its node; picks its GPU, where it sees more than one.
     Raises:
-        UserError: a GPU was asked for and there is none.
+        UserError: a GPU was asked for and there is none for this process.
     """
-    if name == "cuda" and not torch.cuda.is_available():
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
         raise UserError("device=cuda, but torch sees no GPU here; set device=cpu, or run where `nvidia-smi` lists one")
-    return torch.device("cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu")
+    visible = torch.cuda.device_count()
+    if visible == 1:  # SLURM may show each process its own GPU only
+        return torch.device("cuda", 0)
+    if local_rank >= visible:
+        raise UserError(f"local rank {local_rank} has no GPU of its own: {visible} are visible; start fewer processes")
+    return torch.device("cuda", local_rank)
 
 
-def train(resolved: Resolved) -> loop.Stop:
+def train(resolved: Resolved, allow_change: bool = False) -> loop.Stop:
     """Pretrain as the config says, going on from the newest whole checkpoint of the run folder.
 
+    Every rank of a run calls it; the launcher's environment says which one this is.
+
+    Args:
+        resolved: the config.
+        allow_change: go on from a checkpoint although keys differ that shape the curve.
     Returns:
         How the run ended.
     Raises:
-        UserError: data, config or disk do not allow it.
+        UserError: data, config or disk do not allow it, or another rank was lost.
     """
     config: RunConfig = resolved.value
-    device = pick_device(config.device)
-    store = Store(config.data.store)
-    hidden = held_out_patients([scan.patient for scan in store.scans], config.data.held_out, config.seed)
-    rows = [i for i, scan in enumerate(store.scans) if scan.patient not in hidden]
-    if not rows:
-        raise UserError(f"data.held_out {config.data.held_out} leaves no scan of {len(store)} to train on; lower it")
-
-    checkpoints = Checkpoints(config.out / "checkpoints", config.checkpoint.keep)
-    found = find_start(config, checkpoints, resolved)
-    torch.manual_seed(config.seed)  # for plug-ins that draw without a key; a checkpoint brings its own state back
-    pair = StudentTeacher(config.model, config.losses, config.seed).to(device)
-    updater = optim.Updater(pair, config.optim)
-    start = 0
-    if found is not None:
-        checkpoint.load(found, pair, updater.optimizer)
-        meta = checkpoint.read_meta(found)
-        start = meta.step
-        if meta.data_digest != store.digest:
-            raise UserError(
-                f"{found} was trained on another archive (digest {meta.data_digest[:12]}, now {store.digest[:12]}); "
-                "point data.store at the old one, or start a new run with another out="
-            )
-        checkpoints.announce(found)
-        log.say(f"going on from {found} at step {start} of {config.train.steps}")
-    if start >= config.train.steps:
-        log.say(f"{config.out} has all its {config.train.steps} steps; nothing to train")
-        return loop.Stop(start)
-    write_run_files(config.out, resolved, store)
-
-    def save(step: int) -> Path:
-        meta = Meta(step, step * config.train.global_batch, resolved.to_dict(), store.digest)
-        return checkpoints.save(meta, pair, updater.optimizer)
-
-    views_recipe = loop.Recipe(config.views, config.masks, config.contract, pair.student.backbone.patch, config.seed)
-    batches = loader.build(
-        config.data.loader,
-        store,
-        seed=config.seed,
-        rank=0,
-        world=1,
-        accumulation=config.train.accumulation,
-        global_batch=config.train.global_batch,
-        start_step=start,
-        pin=device.type == "cuda",
-        rows=rows,
-    )
-    try:
-        with log.MetricsWriter(config.out, config.log, start_step=start) as writer, log.TrainProgress(
-            config.train.steps, start, config.log.every
-        ) as progress:
-
-            def record(row: dict[str, float]) -> None:
-                writer.write(row)
-                progress.update(row)
-
-            trainer = loop.Trainer(
-                pair,
-                updater,
-                Schedules(config.optim, config.train.steps, config.train.global_batch),
-                config.train,
-                views_recipe,
-                loop.Hooks(record, save),
-                config.log.every,
-                config.checkpoint.every,
-            )
-            return trainer.run(batches, start)
-    finally:
-        batches.close()
+    place = ranks.from_environment(os.environ)
+    device = pick_device(config.device, place.local_rank)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    with parallel.world(place, device, config.parallel) as world:
+        return Pretraining(resolved, world, allow_change).run()
 
 
-def find_start(config: RunConfig, checkpoints: Checkpoints, resolved: Resolved) -> Path | None:
-    """The checkpoint to go on from, or None for a new run; damaged ones are named and passed over.
+class Pretraining:
+    """The parts of one pretraining, put together on one rank.
 
-    Raises:
-        UserError: train.resume=must finds none, =never finds one, or the config no longer fits it.
+    Args:
+        resolved: the config.
+        world: this rank among the others.
+        allow_change: go on although keys differ that shape the curve.
     """
-    found, complaints = checkpoints.newest_whole()
-    for complaint in complaints:
-        log.say(complaint)
-    if config.train.resume == "never" and checkpoints.finished():
-        raise UserError(f"{config.out} holds checkpoints and train.resume=never; choose another out= or remove it")
-    if config.train.resume == "must" and found is None:
-        raise UserError(f"train.resume=must, but {checkpoints.folder} holds no whole checkpoint")
-    if found is None and complaints:
-        raise UserError(f"every checkpoint of {config.out} is damaged; choose another out= to start anew")
-    if found is not None:
-        changed = changed_keys(checkpoint.read_meta(found).config, resolved.to_dict())
-        if changed:
-            key, old, new = changed[0]
-            more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
-            raise UserError(
-                f"{key} was {old} when {found} was written and is {new} now{more}; a run keeps what shapes its curve. "
-                "Set it back, or choose another out="
-            )
-    return found
 
+    def __init__(self, resolved: Resolved, world: World, allow_change: bool = False) -> None:
+        self.resolved, self.world, self.allow_change = resolved, world, allow_change
+        self.config: RunConfig = resolved.value
+        self.store = Store(self.config.data.store)
+        self.checkpoints = Checkpoints(
+            self.config.out / "checkpoints", self.config.checkpoint.keep, self.config.checkpoint.keep_every, world.side
+        )
 
-def changed_keys(old: dict[str, Any], new: dict[str, Any]) -> list[tuple[str, Any, Any]]:
-    """Leaves that differ between two resolved configs and shape the curve: (dotted key, old, new)."""
-    before, after = flatten(old), flatten(new)
-    keys = [key for key in {**before, **after} if before.get(key) != after.get(key)]
-    return [(key, before.get(key), after.get(key)) for key in keys if not key.startswith(HARMLESS + HARMLESS_LOADER)]
+    def run(self) -> loop.Stop:
+        """From the newest checkpoint to the last step, or to a signal."""
+        config, rows = self.config, self.rows()
+        found = collectives.from_first(
+            lambda: find_start(self.checkpoints, config.train.resume, self.resolved.to_dict(), self.allow_change)
+        )
+        pair = self.build_pair()
+        updater = optim.Updater(pair, config.optim, self.world.num_copies)
+        start = self.restore(found, pair, updater) if found is not None else 0
+        if start >= config.train.steps:
+            log.say(f"{config.out} has all its {config.train.steps} steps; nothing to train")
+            return loop.Stop(start)
+        if self.world.ranks.is_first:
+            write_run_files(config.out, self.resolved, self.store)
+        batches = self.batches(rows, start)
+        try:
+            with log.MetricsWriter(config.out, config.log, start_step=start) as writer, log.TrainProgress(
+                config.train.steps, start, config.log.every
+            ) as progress:
+                hooks = self.hooks(pair, updater, writer, progress)
+                stop = self.trainer(pair, updater, hooks).run(batches, start)
+        except LostRank:  # the save under way will never end
+            raise
+        except BaseException:
+            self.checkpoints.settle()
+            raise
+        finally:
+            batches.close()
+        return stop
 
+    def rows(self) -> list[int]:
+        """Rows of the store that are trained on."""
+        held_out = self.config.data.held_out
+        hidden = held_out_patients([scan.patient for scan in self.store.scans], held_out, self.config.seed)
+        rows = [i for i, scan in enumerate(self.store.scans) if scan.patient not in hidden]
+        if not rows:
+            raise UserError(f"data.held_out {held_out} leaves no scan of {len(self.store)} to train on; lower it")
+        return rows
 
-def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mapping -> dotted keys; lists are leaves. Goes through JSON, so that tuples equal lists."""
-    flat: dict[str, Any] = {}
-    for key, value in json.loads(json.dumps(tree, default=str)).items():
-        if isinstance(value, dict) and value:
-            flat.update(flatten(value, f"{prefix}{key}."))
-        else:
-            flat[prefix + key] = value
-    return flat
+    def build_pair(self) -> StudentTeacher:
+        """Student and teacher with their first weights, the same at any number of ranks; sharded over several."""
+        config, mesh = self.config, self.world.mesh
+        # for plug-ins that draw without a key: other numbers on every rank; a checkpoint brings its own state back
+        torch.manual_seed(config.seed + self.world.ranks.rank)
+        shard: Callable[[Network, bool], None] | None = None
+        if mesh is not None:
+            bf16 = config.train.precision == "bf16"
+
+            def shard(network: Network, learns: bool) -> None:
+                parallel.shard(network, mesh, bf16=bf16, keeps_gradient=learns)
+
+        return StudentTeacher(
+            config.model, config.losses, config.seed, device=self.world.device, dtype=config.train.dtype, shard=shard
+        )
+
+    def restore(self, found: Path, pair: StudentTeacher, updater: optim.Updater) -> int:
+        """Bring a checkpoint back; returns its step.
+
+        Raises:
+            UserError: it was trained on another archive.
+        """
+        began, meta = time.perf_counter(), checkpoint.read_meta(found)
+        if meta.data_digest != self.store.digest:
+            then, now = meta.data_digest[:12], self.store.digest[:12]
+            told = f"{found} was trained on another archive (digest {then}, now {now})"
+            if self.config.data.on_change == "refuse":
+                raise SharedError(
+                    f"{told}; point data.store at the old one, set data.on_change=rebase, or start a new run with "
+                    "another out="
+                )
+            log.say(f"{told}; going on with the new one")
+        checkpoint.load(found, pair, updater.optimizer)
+        if self.world.ranks.is_first and found.parent == self.checkpoints.folder:
+            self.checkpoints.announce(found)
+        took = time.perf_counter() - began
+        log.say(f"going on from {found} at step {meta.step} of {self.config.train.steps}, read in {took:.1f} s")
+        return meta.step
+
+    def batches(self, rows: list[int], start: int) -> loader.Loader:
+        """Slabs of this rank from step `start` on."""
+        return loader.build(
+            self.config.data.loader,
+            self.store,
+            seed=self.config.seed,
+            rank=self.world.ranks.rank,
+            world=self.world.ranks.world,
+            accumulation=self.config.train.accumulation,
+            global_batch=self.config.train.global_batch,
+            start_step=start,
+            pin=self.world.device.type == "cuda",
+            rows=rows,
+        )
+
+    def hooks(
+        self, pair: StudentTeacher, updater: optim.Updater, writer: log.MetricsWriter, progress: log.TrainProgress
+    ) -> loop.Hooks:
+        """What the loop calls: only the first rank writes and speaks, all of them save."""
+        settings = self.config.checkpoint
+
+        def record(row: dict[str, float]) -> None:
+            writer.write(row)
+            progress.update(row)
+
+        def save(step: int, last: bool) -> None:
+            samples = step * self.config.train.global_batch
+            meta = Meta(step, samples, self.resolved.to_dict(), self.store.digest, world=self.world.ranks.world)
+            try:
+                self.checkpoints.begin(meta, pair, updater.optimizer)
+                if last or not settings.asynchronous:
+                    self.checkpoints.finish()
+            except UserError as error:
+                if last or settings.on_error == "stop":
+                    raise
+                log.say(f"going on without it: {error}")
+
+        def failed_save() -> bool:
+            return settings.on_error == "stop" and self.checkpoints.failed()
+
+        return loop.Hooks(record if self.world.ranks.is_first else lambda row: None, save, failed_save, log.say)
+
+    def trainer(self, pair: StudentTeacher, updater: optim.Updater, hooks: loop.Hooks) -> loop.Trainer:
+        """The loop with everything it needs."""
+        config = self.config
+        patch = pair.student.backbone.patch
+        views_recipe = loop.Recipe(config.views, config.masks, config.contract, patch, config.seed)
+        return loop.Trainer(
+            pair,
+            updater,
+            Schedules(config.optim, config.train.steps, config.train.global_batch),
+            config.train,
+            views_recipe,
+            hooks,
+            config.log.every,
+            config.checkpoint.every,
+            self.world,
+            config.parallel,
+        )
 
 
 @dataclass(frozen=True)
@@ -325,42 +389,3 @@ def make_plan(config: RunConfig) -> plan.Plan:
         masked_share=config.masks.probability * sum(config.masks.ratio) / 2,
         global_batch=config.train.global_batch,
     )
-
-
-def write_run_files(out: Path, resolved: Resolved, store: Store) -> None:
-    """config.yaml and run.json: what was run, on what, with which versions."""
-    out.mkdir(parents=True, exist_ok=True)
-    checkpoint.replace_text(out / "config.yaml", resolved.to_yaml())
-    packages = ("torch", "numpy", "nibabel", "SimpleITK", "pydicom", "blosc2")
-    about = {
-        "command": " ".join(sys.argv),
-        "versions": {
-            "tapct": __version__,
-            "python": platform.python_version(),
-            **{name: metadata.version(name) for name in packages},
-        },
-        "git_revision": git_revision(),
-        "machine": {"system": platform.platform(), "cores": os.cpu_count(), "gpu": gpu_name()},
-        "manifest": {
-            "digest": store.digest,
-            "scans": len(store),
-            "accepted": store.summary.get("accepted", len(store)),
-            "refused": {reason: count for reason, count in store.summary.items() if reason != "accepted"},
-        },
-    }
-    checkpoint.replace_text(out / "run.json", json.dumps(about, indent=1))
-
-
-def gpu_name() -> str:
-    """Name of the first GPU, or empty."""
-    return torch.cuda.get_device_name(0) if torch.cuda.is_available() else ""
-
-
-def git_revision() -> str:
-    """Revision of the source tree that tapct is imported from, `+` for local changes; empty outside of git."""
-    folder = Path(tapct_config.__file__).resolve().parent
-    try:
-        ask = ["git", "-C", str(folder), "describe", "--always", "--dirty=+", "--abbrev=12", "--exclude=*"]
-        return subprocess.run(ask, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return ""

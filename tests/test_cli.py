@@ -367,7 +367,7 @@ def test_the_line_after_a_stop_goes_on(
     with monkeypatch.context() as patch:
         patch.setattr(loop.Trainer, "optimizer_step", interrupted)
         code, out, err = shell("train", place / "tiny.yaml", f"out={tmp_path}/run", "train.steps=5")
-    assert code == 143 and err == "" and "stopped by SIGTERM and saved at step 3" in out
+    assert code == 0 and err == "" and "stopped by SIGTERM and saved at step 3" in out
     again = shlex.split(out.splitlines()[-1].partition("go on with: ")[2])
     assert "going on from" in shell.good(*again[1:])
     assert [row["step"] for row in numbers_of(tmp_path / "run")] == [1, 2, 3, 4, 5]

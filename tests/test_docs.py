@@ -303,7 +303,7 @@ def test_the_table_of_metrics_has_every_key_that_a_step_writes_and_no_other() ->
         Schedules(optim.Config(), 2, 2),
         loop.Config(steps=2, global_batch=2),
         loop.Recipe(views, masks.Config(probability=1.0), HUContract(), PATCH, 0),
-        loop.Hooks(written.append, lambda step: None),
+        loop.Hooks(written.append, lambda step, last: None),
         2,
         2,
     )

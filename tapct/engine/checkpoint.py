@@ -1,5 +1,8 @@
 """Checkpoints: written aside, verified, renamed, rotated; a crash at any instant leaves the older ones whole.
 
+Training waits only while the state is copied to the host's memory; a thread writes it, every rank its own shards, and
+the first rank makes a checkpoint of them. One save is under way at a time.
+
     checkpoints/
       latest                 the name of the newest one, one line
       step_00000400/         torch DCP shards (.metadata, *.distcp), meta.json, teacher.safetensors,
@@ -16,6 +19,7 @@ import re
 import shutil
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -23,11 +27,15 @@ from typing import Any
 
 import safetensors.torch
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.tensor import DTensor
 
+from tapct import collectives
 from tapct.config import setting
 from tapct.ssl.student_teacher import StudentTeacher
 from tapct.types import UserError
@@ -39,6 +47,13 @@ class Config:
 
     every: int = setting(500, "optimizer steps between checkpoints; one is always written at the end", ge=1)
     keep: int = setting(2, "how many of the newest checkpoints stay on disk", ge=1)
+    keep_every: int = setting(0, "checkpoints whose step is a multiple of this stay for ever; 0: none", ge=0)
+    asynchronous: bool = setting(True, "write while training goes on; costs a copy of the state in host memory")
+    on_error: str = setting(
+        "stop",
+        "when one cannot be written (full disk): stop the run, or continue without it",
+        choices=("stop", "continue"),
+    )
 
 
 @dataclass(frozen=True)
@@ -51,6 +66,7 @@ class Meta:
         config: the resolved config of the run.
         data_digest: of the store that was trained on.
         torch_version: that wrote it.
+        world: ranks that wrote it; any number reads it.
     """
 
     step: int
@@ -58,6 +74,7 @@ class Meta:
     config: dict[str, Any] = field(default_factory=dict)
     data_digest: str = ""
     torch_version: str = torch.__version__
+    world: int = 1
 
 
 FOLDER = re.compile(r"step_\d+")
@@ -69,53 +86,130 @@ def step_of(path: Path) -> int:
 
 
 class Checkpoints:
-    """The checkpoint folder of one run.
+    """The checkpoint folder of one run, as one rank sees it.
 
     Args:
         folder: made when the first checkpoint is written.
         keep: how many stay.
+        keep_every: steps of which multiples stay for ever; 0: none.
+        side: process group on the CPU in which ranks agree; None for one process.
     """
 
-    def __init__(self, folder: Path, keep: int) -> None:
-        self.folder = folder
-        self.keep = keep
+    def __init__(self, folder: Path, keep: int, keep_every: int = 0, side: dist.ProcessGroup | None = None) -> None:
+        self.folder, self.keep, self.keep_every, self.side = folder, keep, keep_every, side
+        self.is_first = side is None or dist.get_rank() == 0
+        self.thread = ThreadPoolExecutor(1, thread_name_prefix="tapct-checkpoint")
+        self.under_way: Future[Path] | None = None
 
     def save(self, meta: Meta, pair: StudentTeacher, optimizer: torch.optim.Optimizer) -> Path:
-        """Write a checkpoint, make it the latest, and drop the oldest beyond `keep`.
+        """Write a checkpoint, make it the latest, and drop the oldest beyond `keep`. All ranks call it.
 
+        Returns:
+            Its folder.
         Raises:
             UserError: the disk is full or not writable; nothing half-written is left, older checkpoints are whole.
         """
-        final = self.folder / f"step_{meta.step:08d}"
-        aside = self.folder / f".writing_step_{meta.step:08d}"
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            for leftover in self.folder.glob(".writing_*"):
-                shutil.rmtree(leftover)
-            aside.mkdir()
-            with single_process():
-                dcp.save(training_state(pair, optimizer), checkpoint_id=aside, no_dist=True)
-            (aside / "teacher.safetensors").write_bytes(safetensors.torch.save(teacher_tensors(pair)))
-            (aside / "meta.json").write_text(json.dumps(asdict(meta), indent=1))
-            (aside / "files.json").write_text(json.dumps(fingerprints(aside), indent=1))
-            for path in (*aside.iterdir(), aside):
-                sync_path(path)
-            if final.exists():  # the same step again, after a damaged or repeated save
-                shutil.rmtree(final)
-            os.replace(aside, final)
-            self.announce(final)
-        except (OSError, CheckpointException, RuntimeError) as error:
-            shutil.rmtree(aside, ignore_errors=True)
-            raise UserError(
-                f"checkpoint of step {meta.step} could not be written to {self.folder}: {first_cause(error)}. "
-                "Older checkpoints are whole; free some space and start the same command again."
-            ) from error
+        self.begin(meta, pair, optimizer)
+        saved = self.finish()
+        assert saved is not None
+        return saved
+
+    def begin(self, meta: Meta, pair: StudentTeacher, optimizer: torch.optim.Optimizer) -> None:
+        """Copy the state to the host's memory and write it in a thread; first waits for the save before.
+
+        Raises:
+            UserError: the save before failed.
+        """
+        self.finish()
+        teacher = teacher_tensors(pair)
+        stager = DefaultStager(StagingOptions(False, False, False, use_non_blocking_copy=False))
+        staged = stager.stage(training_state(pair, optimizer))
+        assert isinstance(staged, dict), "not asked to stage in the background"
+        self.under_way = self.thread.submit(self._write, meta, staged, teacher)
+
+    def failed(self) -> bool:
+        """Whether the save under way has come to nothing; does not wait."""
+        done = self.under_way is not None and self.under_way.done()
+        return done and self.under_way is not None and self.under_way.exception() is not None
+
+    def settle(self) -> None:
+        """Wait for the save under way and do not ask how it went: something else has already gone wrong."""
+        if self.under_way is not None:
+            wait([self.under_way])
+            self.under_way = None
+
+    def finish(self) -> Path | None:
+        """Wait for the save under way, if there is one.
+
+        Raises:
+            UserError: it failed.
+        """
+        if self.under_way is None:
+            return None
+        under_way, self.under_way = self.under_way, None
+        return under_way.result()
+
+    def _write(self, meta: Meta, state: dict[str, Any], teacher: dict[str, Tensor]) -> Path:
+        """The thread: shards of every rank, then the first rank makes a checkpoint of them."""
+        final, aside = self.folder / f"step_{meta.step:08d}", self.folder / f".writing_step_{meta.step:08d}"
+        with self._agreeing(meta, aside):
+            if self.is_first:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                for leftover in self.folder.glob(".writing_*"):
+                    shutil.rmtree(leftover)
+                aside.mkdir()
+        with self._agreeing(meta, aside):
+            if self.side is None:
+                with single_process():
+                    dcp.save(state, checkpoint_id=aside, no_dist=True)
+            else:
+                dcp.save(state, checkpoint_id=aside, process_group=self.side)
+        with self._agreeing(meta, aside):
+            if self.is_first:
+                self._complete(meta, teacher, aside, final)
+        return final
+
+    def _complete(self, meta: Meta, teacher: dict[str, Tensor], aside: Path, final: Path) -> None:
+        """Add what a checkpoint holds besides the shards, make it the latest, and drop old ones."""
+        (aside / "teacher.safetensors").write_bytes(safetensors.torch.save(teacher))
+        (aside / "meta.json").write_text(json.dumps(asdict(meta), indent=1))
+        (aside / "files.json").write_text(json.dumps(fingerprints(aside), indent=1))
+        for path in (*aside.iterdir(), aside):
+            sync_path(path)
+        if final.exists():  # the same step again, after a damaged or repeated save
+            shutil.rmtree(final)
+        os.replace(aside, final)
+        self.announce(final)
         # later steps are of a future that a damaged checkpoint took away: they must not crowd out the whole ones
         kept = [path for path in self.finished() if step_of(path) <= meta.step][-self.keep :]
         for path in self.finished():
-            if path not in kept:
+            for_ever = self.keep_every and step_of(path) <= meta.step and step_of(path) % self.keep_every == 0
+            if path not in kept and not for_ever:
                 shutil.rmtree(path)
-        return final
+
+    @contextmanager
+    def _agreeing(self, meta: Meta, aside: Path) -> Iterator[None]:
+        """One stage of a save: when it fails on one rank it fails on all, and nothing half-written stays.
+
+        Raises:
+            UserError: naming step and cause; on a rank where all went well, that another one failed.
+        """
+        failure: BaseException | None = None
+        try:
+            yield
+        except (OSError, CheckpointException, RuntimeError) as error:
+            failure = error
+        num_failed = torch.tensor(int(failure is not None))
+        if self.side is not None:
+            dist.all_reduce(num_failed, group=self.side)
+        if num_failed:
+            if self.is_first:
+                shutil.rmtree(aside, ignore_errors=True)
+            cause = first_cause(failure) if failure is not None else "another rank failed, see its line"
+            raise UserError(
+                f"checkpoint of step {meta.step} could not be written to {self.folder}: {cause}. "
+                "Older checkpoints are whole; free some space and start the same command again."
+            ) from failure
 
     def announce(self, path: Path) -> None:
         """Make `latest` name a checkpoint; a kill between a save and this, or damage, may have left it behind."""
@@ -139,7 +233,7 @@ class Checkpoints:
 
 
 def load(path: Path, pair: StudentTeacher, optimizer: torch.optim.Optimizer) -> None:
-    """Bring weights, optimizer moments, centres and random state back, in place.
+    """Bring weights, optimizer moments, centres and random state back, in place, at any number of ranks.
 
     Args:
         path: a checkpoint folder that `damage` finds whole.
@@ -147,13 +241,14 @@ def load(path: Path, pair: StudentTeacher, optimizer: torch.optim.Optimizer) -> 
         optimizer: of the same config.
     """
     state = training_state(pair, optimizer)
+    if collectives.rank() >= read_meta(path).world:  # a rank that was not there: its random state is a new one
+        del state["rng"]
     with single_process():
-        dcp.load(state, checkpoint_id=path, no_dist=True)
+        dcp.load(state, checkpoint_id=path, no_dist=collectives.world_size() == 1)
     pair.load_state_dict(state["pair"])
     set_optimizer_state_dict(pair.student, optimizer, state["optimizer"])
-    torch.set_rng_state(state["rng"]["cpu"])
-    if torch.cuda.is_available() and "cuda" in state["rng"]:
-        torch.cuda.set_rng_state(state["rng"]["cuda"])
+    for device, random in state.get("rng", {}).get(f"rank_{collectives.rank()}", {}).items():
+        torch.set_rng_state(random) if device == "cpu" else torch.cuda.set_rng_state(random)
 
 
 @contextmanager
@@ -177,17 +272,25 @@ def read_meta(path: Path) -> Meta:
 
 
 def training_state(pair: StudentTeacher, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Everything a run needs to go on, as DCP takes it."""
+    """Everything a run needs to go on, as DCP takes it; random state by rank."""
     rng = {"cpu": torch.get_rng_state()}
     if next(pair.parameters()).is_cuda:
         rng["cuda"] = torch.cuda.get_rng_state()
-    return {"pair": pair.state_dict(), "optimizer": get_optimizer_state_dict(pair.student, optimizer), "rng": rng}
+    moments = get_optimizer_state_dict(pair.student, optimizer)
+    return {"pair": pair.state_dict(), "optimizer": moments, "rng": {f"rank_{collectives.rank()}": rng}}
 
 
 def teacher_tensors(pair: StudentTeacher) -> dict[str, Tensor]:
-    """The teacher's backbone under its own parameter names, on the CPU."""
-    state = pair.teacher.backbone.state_dict()
-    return {name: tensor.detach().to("cpu").contiguous() for name, tensor in state.items()}
+    """The teacher's backbone in full under its own parameter names, on the CPU; only the first rank keeps it.
+
+    A collective where it is sharded.
+    """
+    tensors = {}
+    for name, tensor in pair.teacher.backbone.state_dict().items():
+        full = (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
+        if collectives.rank() == 0:
+            tensors[name] = torch.empty_like(full, device="cpu").copy_(full).contiguous()  # training goes on meanwhile
+    return tensors
 
 
 def damage(path: Path) -> str | None:

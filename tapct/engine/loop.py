@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-import signal
-import threading
+import os
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from types import FrameType
 
 import torch
+from torch import Tensor
 
+from tapct.collectives import Packet
 from tapct.config import setting
 from tapct.data import sampler
-from tapct.engine import metrics
+from tapct.engine import metrics, parallel
 from tapct.engine.optim import Updater
+from tapct.engine.parallel import World
+from tapct.engine.stop import FAILED_SAVE, StopFlag, job_deadline
 from tapct.nn.layers import DropKey
+from tapct.ranks import Ranks
 from tapct.ssl import step as ssl_step
 from tapct.ssl.schedules import Schedules
 from tapct.ssl.student_teacher import StudentTeacher
-from tapct.types import Batch, HUContract, Masks, UserError, Views
+from tapct.types import Batch, HUContract, Masks, SharedError, UserError, Views
 from tapct.views import masks as view_masks
 from tapct.views import recipe
 
@@ -30,8 +34,24 @@ class Config:
     steps: int = setting(125_000, "optimizer steps; 100 'epochs' of 1250 (TAP-CT configs)", ge=1)
     global_batch: int = setting(1024, "samples per optimizer step over all ranks and micro-batches", ge=1)
     accumulation: int = setting(1, "micro-batches per optimizer step; Sinkhorn and KoLeo act within one", ge=1)
-    precision: str = setting("fp32", "compute dtype of the networks: fp32, or bf16 autocast", choices=("fp32", "bf16"))
-    resume: str = setting("auto", "auto: go on from a checkpoint if there is one", choices=("auto", "must", "never"))
+    precision: str = setting(
+        "fp32",
+        "compute dtype of the networks: fp32; bf16 autocast over float32 weights; fp64 throughout, to check equality",
+        choices=("fp32", "bf16", "fp64"),
+    )
+    resume: str = setting(
+        "auto",
+        "auto: go on from the run's newest checkpoint if there is one; must: there has to be one; never: there must be "
+        "none; else the path of a checkpoint or run that a run without a checkpoint of its own goes on from",
+    )
+    save_before_end_s: float = setting(
+        300.0, "in a SLURM job, save and stop this many seconds before its time ends, without a signal too", ge=0.0
+    )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of weights and loss state."""
+        return torch.float64 if self.precision == "fp64" else torch.float32
 
     def __post_init__(self) -> None:
         if self.global_batch % self.accumulation:
@@ -47,37 +67,11 @@ class Stop:
 
     Args:
         step: finished optimizer steps.
-        signal: name of the signal that stopped it, empty when all steps are done.
+        signal: name of the signal that stopped it, or `time limit`; empty when all steps are done.
     """
 
     step: int
     signal: str = ""
-
-
-class SignalFlag:
-    """Remembers the first stop signal instead of dying from it; the second Ctrl-C goes through."""
-
-    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-
-    def __init__(self) -> None:
-        self.name = ""
-        self.previous: dict[int, object] = {}
-
-    def __enter__(self) -> SignalFlag:
-        if threading.current_thread() is threading.main_thread():
-            for number in self.SIGNALS:
-                self.previous[number] = signal.signal(number, self.notice)
-        return self
-
-    def notice(self, number: int, frame: FrameType | None) -> None:
-        """Handler of all four signals."""
-        if self.name and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.name = self.name or signal.Signals(number).name
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -111,11 +105,15 @@ class Hooks:
 
     Args:
         log: gets each step's record, in order.
-        save: writes a checkpoint of this many finished steps.
+        save: begins a checkpoint of this many finished steps; the bool says that nothing follows, so it ends it too.
+        failed_save: whether a save that was begun has failed, and training shall not go on without it.
+        say: tells people a line.
     """
 
     log: Callable[[metrics.Record], None]
-    save: Callable[[int], object]
+    save: Callable[[int, bool], object]
+    failed_save: Callable[[], bool] = lambda: False
+    say: Callable[[str], None] = lambda line: None
 
 
 class Trainer:
@@ -130,6 +128,8 @@ class Trainer:
         hooks: logging and saving.
         log_every: steps between two fetches of the metrics.
         save_every: steps between two checkpoints.
+        world: this rank's place among the others; None: it is alone.
+        parallel_config: how often ranks are compared, and when one is called slow.
     """
 
     def __init__(
@@ -142,43 +142,62 @@ class Trainer:
         hooks: Hooks,
         log_every: int,
         save_every: int,
+        world: World | None = None,
+        parallel_config: parallel.Config | None = None,
     ) -> None:
         self.pair, self.updater, self.schedules, self.config = pair, updater, schedules, config
         self.recipe, self.hooks, self.log_every, self.save_every = recipe, hooks, log_every, save_every
         self.device = next(pair.parameters()).device
+        self.world = world or World(Ranks(), self.device)
+        self.parallel = parallel_config or parallel.Config()
+        self.flag = StopFlag(
+            self.device, self.world.ranks.world == 1, job_deadline(os.environ, config.save_before_end_s)
+        )
         self.pending = metrics.Pending()
         self.sample_numbers: dict[int, list[int]] = {}
+        self.silent_until = 0.0  # about a slow rank
 
     def run(self, batches: Iterator[tuple[Batch, ...]], start: int) -> Stop:
-        """Train from step `start` to the last one, or to a signal; ends with a checkpoint in both cases.
+        """Train from step `start` to the last one, or to a signal on any rank; ends with a checkpoint in both cases.
 
         Args:
-            batches: one tuple of micro-batches per optimizer step, beginning with step `start`.
+            batches: one tuple of this rank's micro-batches per optimizer step, beginning with step `start`.
             start: finished optimizer steps.
         Raises:
-            UserError: a loss or gradient was not finite; the weights are those before it, none were saved.
+            UserError: a loss or gradient was not finite; the weights are those before it, none were saved. Or a
+                checkpoint could not be written, or a rank was lost.
         """
         self.pair.train()
-        saved = start
-        with SignalFlag() as flag:
+        with self.flag, parallel.watch(self.world, self.parallel) as watch:
             for step in range(start, self.config.steps):
-                self.optimizer_step(step, batches)
+                watch.at(step, "training")
+                with watch.naming_lost_ranks():
+                    self.optimizer_step(step, batches)
                 done = step + 1
-                due = done % self.save_every == 0 or done == self.config.steps or bool(flag.name)
+                reason = self.flag.agreed()
+                last = done == self.config.steps or bool(reason)
+                due = last or done % self.save_every == 0
                 if due or done % self.log_every == 0:
                     self.flush()
+                if self.parallel.desync_every and done % self.parallel.desync_every == 0:
+                    parallel.check_sync(self.pair, self.world, done)
+                self.flag.failed_save = self.hooks.failed_save()
                 if due:
-                    self.hooks.save(done)
-                    saved = done
-                if flag.name:
-                    return Stop(saved, flag.name if done < self.config.steps else "")
-        return Stop(saved)
+                    watch.at(step, "saving")
+                    with watch.naming_lost_ranks():
+                        self.hooks.save(done, last)
+                if reason == FAILED_SAVE:
+                    raise UserError(f"stopped at step {done}: another rank could not write its part of a checkpoint")
+                if last:
+                    return Stop(done, reason if done < self.config.steps else "")
+        return Stop(start)
 
     def optimizer_step(self, step: int, batches: Iterator[tuple[Batch, ...]]) -> None:
         """Forward and backward of all micro-batches, one update, and the numbers of it."""
         timer = metrics.StageTimer(self.device)
         values = self.schedules.at(step)
         counts = self.mask_counts(step)
+        packet, began = Packet(), time.perf_counter()
         with timer.stage("step"):
             with timer.stage("data"):
                 micro_batches = next(batches)
@@ -187,16 +206,34 @@ class Trainer:
             for micro, batch in enumerate(micro_batches):
                 with timer.stage("views"):
                     views, masks = self.make_inputs(step, micro, batch, counts)
+                if micro == 0:  # before the step's first collective: what comes after waits for the slowest rank
+                    packet.sum("arrival", self.own_slot(time.perf_counter() - began))
                 with timer.stage("forward_backward"):
-                    key = DropKey(self.recipe.seed, step, micro)
-                    with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
-                        output = ssl_step.forward(self.pair, views, masks, values.teacher_temp, key)
-                    (output.total / self.config.accumulation).backward()
-                outputs.append(output)
+                    outputs.append(self.forward_backward(step, micro, views, masks, values.teacher_temp))
             with timer.stage("optimizer"):
-                report = self.updater.step(values, metrics.mean([output.total for output in outputs]))
-            numbers = metrics.readings(outputs, report, with_rank=(step + 1) % self.log_every == 0)
+                metrics.collect(outputs, packet)
+                packet.sum("stop", self.flag.slots())
+                report = self.updater.step(values, metrics.mean([output.total for output in outputs]), packet)
+                self.flag.hear(packet["stop"])
+            numbers = metrics.readings(outputs, packet, report, with_rank=(step + 1) % self.log_every == 0)
+            numbers += metrics.arrivals(packet["arrival"])
         self.pending.add(step + 1, (step + 1) * self.config.global_batch, values, numbers, timer)
+
+    def forward_backward(self, step: int, micro: int, views: Views, masks: Masks, temp: float) -> ssl_step.StepOutput:
+        """One micro-batch; ranks reduce the gradients after the last of a step."""
+        if self.config.accumulation > 1 and self.world.mesh is not None:
+            parallel.sync_gradients(self.pair, micro == self.config.accumulation - 1)
+        key = DropKey(self.recipe.seed, step, micro, self.world.ranks.rank)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
+            output = ssl_step.forward(self.pair, views, masks, temp, key)
+        (output.total / self.config.accumulation).backward()
+        return output
+
+    def own_slot(self, value: float) -> Tensor:
+        """A number of this rank among zeros for the others: (W,), whose sum over ranks holds everyone's."""
+        slots_W = torch.zeros(self.world.ranks.world, device=self.device)
+        slots_W[self.world.ranks.rank] = value
+        return slots_W
 
     def mask_counts(self, step: int) -> list[int]:
         """Masked tokens of every global crop of the step, all ranks and micro-batches, crop-major."""
@@ -209,8 +246,9 @@ class Trainer:
     def make_inputs(self, step: int, micro: int, batch: Batch, counts: list[int]) -> tuple[Views, Masks]:
         """Views and masks of one micro-batch, on the device."""
         config = self.config
+        rank, world = self.world.ranks.rank, self.world.ranks.world
         samples = sampler.samples_of(
-            step, micro, 0, world=1, accumulation=config.accumulation, global_batch=config.global_batch
+            step, micro, rank, world=world, accumulation=config.accumulation, global_batch=config.global_batch
         )
         views_of_all = range(0, len(counts), config.global_batch)  # where each view's crops begin in the whole step
         mine = [counts[view + sample % config.global_batch] for view in views_of_all for sample in samples]
@@ -225,13 +263,17 @@ class Trainer:
         """Fetch the numbers of all steps since the last time, check them, and hand them on."""
         records = self.pending.fetch()
         broken = metrics.first_not_finite(records)
+        slow = metrics.straggler(records, self.parallel.straggler_factor)
+        if slow and time.monotonic() > self.silent_until:
+            self.hooks.say(slow)
+            self.silent_until = time.monotonic() + 60.0
         for record in records:
             pace = self.config.global_batch / max(record["seconds/step"], 1e-9)
             self.hooks.log({**record, "samples_per_second": pace})
         if broken is not None:
             record, name = broken
             samples = self.sample_numbers[int(record["step"])]
-            raise UserError(
+            raise SharedError(
                 f"step {record['step']:.0f}: {name} is {record[name]}; nothing moved since the step before. Samples "
                 f"{samples}. The last checkpoint is whole, but the same command would end here again: start anew in "
                 "another out= with a lower optim.lr, or without these scans"

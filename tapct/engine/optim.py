@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from tapct.collectives import Packet, local_part
 from tapct.config import setting
 from tapct.nn.contracts import Backbone
 from tapct.ssl import schedules
@@ -83,16 +84,17 @@ class Updater:
     """Moves student, teacher and loss state once per optimizer step, and never on a value that is not finite.
 
     The check stays on the device: `bad` is a latch that the fused AdamW reads as its `found_inf`, that gates teacher
-    and centres, and that the loop fetches with the metrics. Once set, nothing moves any more.
+    and centres, and that the loop fetches with the metrics. Once set, nothing moves any more. All that ranks have to
+    agree on (gradient norms, finiteness, centres) goes through one collective per step.
 
     Args:
-        pair: student and teacher.
+        pair: student and teacher, sharded or whole.
         config: groups, clipping, AdamW.
+        num_copies: how many ranks hold the same shard.
     """
 
-    def __init__(self, pair: StudentTeacher, config: Config) -> None:
-        self.pair = pair
-        self.config = config
+    def __init__(self, pair: StudentTeacher, config: Config, num_copies: int = 1) -> None:
+        self.pair, self.config, self.num_copies = pair, config, num_copies
         members: dict[GroupKey, list[nn.Parameter]] = {}
         for name, parameter in pair.student.named_parameters():
             if parameter.requires_grad:
@@ -106,15 +108,32 @@ class Updater:
         self.optimizer.found_inf = self.bad  # type: ignore[attr-defined]  # read by the fused kernel, as GradScaler sets it
         self.optimizer.grad_scale = None  # type: ignore[attr-defined]
 
-    def step(self, values: StepValues, total: Tensor) -> UpdateReport:
+    def step(self, values: StepValues, total: Tensor, packet: Packet | None = None) -> UpdateReport:
         """Clip, check, AdamW, teacher, centres; then forget the gradients.
 
         Args:
             values: of the schedules at this step.
-            total: scalar loss of the step, the mean over its micro-batches.
+            total: scalar loss of this rank, the mean over its micro-batches.
+            packet: other numbers that ranks add up in the same collective; reduced when this returns.
         """
-        norms = clip_submodules(self.pair.student, self.config.clip_norm)
-        finite = torch.stack([torch.isfinite(x) for x in (total.detach(), *(norm for _, norm in norms))]).all()
+        packet = Packet() if packet is None else packet
+        packet.sum("update/not_finite", 1.0 - torch.isfinite(total.detach()).to(self.bad.dtype))
+        for name, square in square_norms(self.pair.student).items():
+            packet.sum(f"update/square_norm/{name}", square / self.num_copies)
+        pending = {
+            f"pending/{name}/{i}": x for name, loss in self.pair.terms.items() for i, x in enumerate(loss.pending())
+        }
+        for name, buffer in pending.items():
+            packet.sum(name, buffer)
+        packet.reduce()
+        for name, buffer in pending.items():
+            buffer.copy_(packet[name])
+
+        norms = {name: packet[f"update/square_norm/{name}"].sqrt() for name, _ in self.pair.student.submodules()}
+        clip(self.pair.student, norms, self.config.clip_norm)
+        finite = torch.stack(
+            [packet["update/not_finite"] == 0, *(torch.isfinite(norm) for norm in norms.values())]
+        ).all()
         self.bad.copy_(torch.maximum(self.bad, 1.0 - finite.to(self.bad.dtype)))
         applied = self.bad == 0
         for key, group in zip(self.keys, self.optimizer.param_groups, strict=True):
@@ -126,26 +145,35 @@ class Updater:
         for loss in self.pair.terms.values():
             loss.finish_step(applied)
         self.optimizer.zero_grad(set_to_none=True)
-        return UpdateReport(norms, applied)
+        return UpdateReport(tuple(norms.items()), applied)
 
 
-def clip_submodules(student: Network, max_norm: float) -> tuple[tuple[str, Tensor], ...]:
-    """Clip the gradient norm of each submodule by itself, without asking the host.
-
-    Parameters without a gradient take no part.
-
-    Returns:
-        name and norm before clipping of each submodule.
-    """
-    norms = []
+def square_norms(student: Network) -> dict[str, Tensor]:
+    """Sum of the squared gradients that this rank holds, of each submodule; parameters without one take no part."""
+    squares = {}
     for name, module in student.submodules():
-        parameters = [p for p in module.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients(parameters))
-        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
-        norms.append((name, norm))
-    return tuple(norms)
+        gradients = local_gradients(module)
+        if gradients:
+            squares[name] = torch.stack(torch._foreach_norm(gradients)).square().sum()
+        else:
+            squares[name] = torch.zeros((), device=next(module.parameters()).device)
+    return squares
 
 
-def gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
-    """The gradients that are there."""
-    return [p.grad for p in parameters if p.grad is not None]
+@torch.no_grad()
+def clip(student: Network, norms: Mapping[str, Tensor], max_norm: float) -> None:
+    """Scale the gradients of each submodule by itself down to a norm, without asking the host.
+
+    Args:
+        norms: of the whole gradient of each submodule, over all ranks.
+    """
+    for name, module in student.submodules():
+        gradients = local_gradients(module)
+        if gradients:
+            factor = (max_norm / (norms[name] + 1e-6)).clamp(max=1.0)  # 1e-6 as torch.nn.utils.clip_grad_norm_
+            torch._foreach_mul_(gradients, factor.to(gradients[0].dtype))
+
+
+def local_gradients(module: nn.Module) -> list[Tensor]:
+    """The gradients that are there, or this rank's shards of them."""
+    return [local_part(p.grad) for p in module.parameters() if p.grad is not None]

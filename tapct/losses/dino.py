@@ -80,6 +80,10 @@ class DinoLoss(Loss):
         )
         return LossResult(tuple(terms), stats)
 
+    def pending(self) -> tuple[Tensor, ...]:
+        """Sums for the centre; see `Targets.pending`."""
+        return self.targets.pending()
+
     def finish_step(self, apply: Tensor) -> None:
         """Move the centre after an optimizer step; see `Targets.finish_step`."""
         self.targets.finish_step(apply)

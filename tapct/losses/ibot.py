@@ -68,6 +68,10 @@ class IBotLoss(Loss):
         stats = TargetStats("ibot", target_sums(targets_MK, real_M), mean_ce)
         return LossResult((Term("ibot", value, mean_ce),), stats)
 
+    def pending(self) -> tuple[Tensor, ...]:
+        """Sums for the centre; see `Targets.pending`."""
+        return self.targets.pending()
+
     def finish_step(self, apply: Tensor) -> None:
         """Move the centre after an optimizer step; see `Targets.finish_step`."""
         self.targets.finish_step(apply)

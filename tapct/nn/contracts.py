@@ -43,7 +43,10 @@ class Backbone(nn.Module):
 
     @abstractmethod
     def init_weights(self, seed: int) -> None:
-        """Set every parameter; equal seeds give equal weights."""
+        """Set every parameter; equal seeds give equal weights, on any number of ranks.
+
+        The module may have been built on the meta device and sharded since: write through `tapct.nn.init`.
+        """
 
 
 class Loss(nn.Module):
@@ -66,6 +69,10 @@ class Loss(nn.Module):
             student_head: maps tokens to prototype logits; None where `head_of` is empty.
             teacher_head: the same, of the teacher.
         """
+
+    def pending(self) -> tuple[Tensor, ...]:
+        """Buffers that hold sums of this step; they are added up over ranks, in place, before `finish_step`."""
+        return ()
 
     @abstractmethod
     def finish_step(self, apply: Tensor) -> None:

@@ -1,6 +1,7 @@
 """Initial values as pure functions of (seed, parameter name): equal on every device and beside any other layers.
 
-Each value is drawn in float32 on the host and copied into the parameter.
+Each value is drawn in float32 on the host and copied into the parameter; a sharded parameter takes its part, so that
+every number of ranks starts from the same weights.
 """
 
 from __future__ import annotations
@@ -8,35 +9,39 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from tapct import rng
+from tapct import collectives, rng
 
 
 def _generator(seed: int, name: str) -> torch.Generator:
     return torch.Generator().manual_seed(rng.hash_int(seed, f"init/{name}") & (2**63 - 1))
 
 
+def _copy(parameter: Tensor, value: Tensor) -> None:
+    collectives.local_part(parameter).copy_(collectives.part_of_full(value, parameter))
+
+
 @torch.no_grad()
 def constant(parameter: Tensor, value: float) -> None:
     """Set every element to `value`."""
-    parameter.fill_(value)
+    collectives.local_part(parameter).fill_(value)
 
 
 @torch.no_grad()
 def normal(parameter: Tensor, std: float, seed: int, name: str) -> None:
     """Draw from N(0, std)."""
     value = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
-    parameter.copy_(value.normal_(0.0, std, generator=_generator(seed, name)))
+    _copy(parameter, value.normal_(0.0, std, generator=_generator(seed, name)))
 
 
 @torch.no_grad()
 def trunc_normal(parameter: Tensor, std: float, seed: int, name: str) -> None:
     """Draw from N(0, std) cut at +-2, as DINOv2 and timm do: at std 0.02 the cut is 100 sigma away."""
     value = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
-    parameter.copy_(nn.init.trunc_normal_(value, std=std, generator=_generator(seed, name)))
+    _copy(parameter, nn.init.trunc_normal_(value, std=std, generator=_generator(seed, name)))
 
 
 @torch.no_grad()
 def uniform_fan_in(parameter: Tensor, fan_in: int, seed: int, name: str) -> None:
     """Draw from U(-1/sqrt(fan_in), 1/sqrt(fan_in)): PyTorch's default for weights and biases of Linear and Conv."""
     value = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
-    parameter.copy_(value.uniform_(-(fan_in**-0.5), fan_in**-0.5, generator=_generator(seed, name)))
+    _copy(parameter, value.uniform_(-(fan_in**-0.5), fan_in**-0.5, generator=_generator(seed, name)))

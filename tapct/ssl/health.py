@@ -78,13 +78,27 @@ def teacher_student_cosine(student_BD: Tensor, teacher_BD: Tensor) -> Tensor:
     return functional.cosine_similarity(student_BD.detach().float(), teacher_BD.detach().float(), dim=-1).mean()
 
 
-def cls_std(cls_BD: Tensor) -> Tensor:
+def cls_moments(cls_BD: Tensor) -> Tensor:
+    """What `cls_std` needs of one batch, as sums that add up over ranks: float64 (3, D).
+
+    Rows of the result: sum over samples of the L2-normalised class tokens, of their squares, and the count.
+    """
+    unit_BD = functional.normalize(cls_BD.detach().double(), dim=-1)
+    return torch.stack([unit_BD.sum(0), unit_BD.square().sum(0), torch.full_like(unit_BD[0], len(unit_BD))])
+
+
+def cls_std(moments_3D: Tensor) -> Tensor:
     """Spread of class tokens: standard deviation over samples of L2-normalised rows, mean over channels.
 
     Evenly spread tokens have 1/sqrt(D); 0 means that all samples look alike. The population formula: 0 at B = 1.
+
+    Args:
+        moments_3D: from `cls_moments`.
     Source: Chen & He 2020, arXiv:2011.10566, section 4.1.
     """
-    return functional.normalize(cls_BD.detach().float(), dim=-1).std(0, correction=0).mean()
+    total_D, squares_D, count_D = moments_3D
+    mean_D = total_D / count_D
+    return (squares_D / count_D - mean_D.square()).clamp_min(0.0).sqrt().mean()
 
 
 def patch_norm_outliers(patches_PD: Tensor) -> Tensor:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from tapct import plugin
+from tapct.collectives import local_part
 from tapct.nn.contracts import Backbone, Loss
 from tapct.nn.heads import PrototypeHead
 from tapct.plugin import Plugin
@@ -32,41 +33,63 @@ class Network(nn.Module):
 class StudentTeacher(nn.Module):
     """Student, teacher and losses of one run, all on one device.
 
-    Both start equal, heads too. The teacher has no gradient and stays in eval mode.
+    Both start equal, heads too, and from the same values on any number of ranks. The teacher has no gradient and stays
+    in eval mode.
 
     Args:
         model: the backbone's plug-in section.
         losses: the loss plug-in sections, in the order in which they are summed.
         seed: of the initial weights.
+        device: of parameters and loss state.
+        dtype: of parameters and loss state.
+        shard: shards a network in place, before it has values; the bool is True for the student. None: this rank holds
+            all of it.
     Raises:
         UserError: no loss is switched on, or iBOT shares a head that is not there or not equal.
     """
 
-    def __init__(self, model: Plugin, losses: Sequence[Plugin], seed: int) -> None:
+    def __init__(
+        self,
+        model: Plugin,
+        losses: Sequence[Plugin],
+        seed: int,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        shard: Callable[[Network, bool], None] | None = None,
+    ) -> None:
         super().__init__()
         if not losses:
             raise UserError("losses: every term is switched off; keep at least losses.dino or losses.ibot")
-        backbone = build_backbone(model, seed)
         self.terms: dict[str, Loss] = {
             each.name: plugin.load("losses", each.name).build(each.config) for each in losses
         }
-        self.losses = nn.ModuleDict({module_key(name): loss for name, loss in self.terms.items()})
-        heads: dict[str, PrototypeHead] = {}
-        for name, loss in self.terms.items():
-            if not loss.head_of or loss.head_of in heads:
-                continue
-            if loss.head_of not in self.terms:
-                raise UserError(f"losses.{name} shares the head of losses.{loss.head_of}, which is switched off")
-            heads[loss.head_of] = PrototypeHead(backbone.dim, self.terms[loss.head_of].config.head)
-            heads[loss.head_of].init_weights(seed + 1 + len(heads))
-        for name, loss in self.terms.items():
-            if loss.head_of and loss.config.head != self.terms[loss.head_of].config.head:
-                raise UserError(
-                    f"losses.{name} shares the head of losses.{loss.head_of}, but their head sections differ; "
-                    f"write losses.{name}.head: ${{losses.{loss.head_of}.head}}"
-                )
-        self.student = Network(backbone, heads)
-        self.teacher = copy.deepcopy(self.student).requires_grad_(False).eval()
+        check_heads(self.terms)
+        self.losses = nn.ModuleDict({module_key(name): loss for name, loss in self.terms.items()}).to(device, dtype)
+        owners = list(dict.fromkeys(loss.head_of for loss in self.terms.values() if loss.head_of))
+        with torch.device("cpu" if shard is None else "meta"):
+            backbone: Backbone = plugin.load("models", model.name).build(model.config)
+            heads = {name: PrototypeHead(backbone.dim, self.terms[name].config.head) for name in owners}
+            self.student = Network(backbone, heads).to(dtype)
+        self.teacher = copy.deepcopy(self.student)
+        for network in (self.student, self.teacher):
+            if shard is None:
+                network.to(device)
+            else:
+                shard(network, network is self.student)
+                network.to_empty(device=device)
+                copy_buffers(network.backbone, model)
+        self.init_weights(seed)
+        self.teacher.requires_grad_(False).eval()
+
+    @torch.no_grad()
+    def init_weights(self, seed: int) -> None:
+        """Set the student from (seed, names of parameters), and the teacher equal to it."""
+        self.student.backbone.init_weights(seed)
+        for index, head in enumerate(self.student.heads.values()):
+            head.init_weights(seed + 2 + index)  # type: ignore[operator]
+        for teacher, student in zip(self.teacher.parameters(), self.student.parameters(), strict=True):
+            local_part(teacher).copy_(local_part(student))
 
     def train(self, mode: bool = True) -> StudentTeacher:
         """Switch the student; the teacher stays in eval mode."""
@@ -83,15 +106,38 @@ class StudentTeacher(nn.Module):
 
     @torch.no_grad()
     def update_teacher(self, momentum: float, apply: Tensor) -> None:
-        """t <- m t + (1 - m) s for the parameters of backbone and heads, once per optimizer step.
+        """t <- m t + (1 - m) s for the parameters of backbone and heads, once per optimizer step; shard by shard.
 
         Args:
             momentum: m of this step.
             apply: bool scalar on the device; False leaves the teacher as it is, without asking the host.
         """
-        weight = torch.where(apply, 1.0 - momentum, 0.0).to(torch.float32)
+        weight = torch.where(apply, 1.0 - momentum, 0.0).to(torch.float64)
         for teacher, student in zip(self.teacher.parameters(), self.student.parameters(), strict=True):
-            teacher.lerp_(student, weight.to(teacher.dtype))
+            local_part(teacher).lerp_(local_part(student), weight.to(teacher.dtype))
+
+
+def check_heads(terms: Mapping[str, Loss]) -> None:
+    """Raise UserError where a loss shares a head that is not there or that it describes otherwise."""
+    for name, loss in terms.items():
+        if not loss.head_of:
+            continue
+        if loss.head_of not in terms:
+            raise UserError(f"losses.{name} shares the head of losses.{loss.head_of}, which is switched off")
+        if loss.config.head != terms[loss.head_of].config.head:
+            raise UserError(
+                f"losses.{name} shares the head of losses.{loss.head_of}, but their head sections differ; "
+                f"write losses.{name}.head: ${{losses.{loss.head_of}.head}}"
+            )
+
+
+@torch.no_grad()
+def copy_buffers(backbone: Backbone, model: Plugin) -> None:
+    """Give a backbone that was built without values the buffers that its constructor makes."""
+    if any(True for _ in backbone.buffers()):
+        made: Backbone = plugin.load("models", model.name).build(model.config)
+        for mine, value in zip(backbone.buffers(), made.buffers(), strict=True):
+            mine.copy_(value)
 
 
 def module_key(name: str) -> str:

@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tiny_run import assert_equal_runs, config_of, make_store, numbers_of, write_config
 
 from tapct import run
-from tapct.engine import loop
+from tapct.engine import loop, stop
 from tapct.engine.checkpoint import Checkpoints
 from tapct.types import UserError
 
@@ -155,13 +156,13 @@ def test_a_signal_in_the_last_step_is_a_finished_run(
 
 
 def test_handlers_are_given_back_and_the_second_interrupt_goes_through() -> None:
-    before = [signal.getsignal(number) for number in loop.SignalFlag.SIGNALS]
-    with loop.SignalFlag() as flag:
+    before = [signal.getsignal(number) for number in stop.SIGNALS]
+    with stop.StopFlag(torch.device("cpu")) as flag:
         os.kill(os.getpid(), signal.SIGUSR1)
-        assert flag.name == "SIGUSR1"
+        assert flag.signal == "SIGUSR1"
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
-    assert [signal.getsignal(number) for number in loop.SignalFlag.SIGNALS] == before
+    assert [signal.getsignal(number) for number in stop.SIGNALS] == before
 
 
 # --- killed --------------------------------------------------------------------------------------------------------

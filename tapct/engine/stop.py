@@ -1,0 +1,107 @@
+"""When to stop: signals, the end of a job's time, a failed save; one rank's reason becomes that of all.
+
+Every rank puts what it knows into the step's one collective (`slots`), and all read the same sum (`agreed`). On a GPU
+the sum is read one step late, when it has long arrived, so that the host never waits for the device.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+import time
+from collections import deque
+from collections.abc import Mapping
+from types import FrameType
+
+import torch
+from torch import Tensor
+
+TIME_LIMIT = "time limit"
+FAILED_SAVE = "failed save"
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+REASONS = (FAILED_SAVE, *(one.name for one in SIGNALS), TIME_LIMIT)  # the first that holds is told
+
+
+class StopFlag:
+    """Remembers the first stop signal instead of dying from it; the second Ctrl-C goes through.
+
+    Args:
+        device: where the step's collective runs.
+        alone: one process, which needs nobody's agreement.
+        deadline: `time.time()` after which training stops; infinite for none.
+    """
+
+    def __init__(self, device: torch.device, alone: bool = True, deadline: float = math.inf) -> None:
+        self.device, self.alone, self.deadline = device, alone, deadline
+        self.signal = ""
+        self.noticed_at = 0.0  # time.time() of the first signal
+        self.failed_save = False
+        self.previous: dict[int, object] = {}
+        self.heard: deque[tuple[Tensor, torch.cuda.Event | None]] = deque(maxlen=2)
+
+    def __enter__(self) -> StopFlag:
+        if threading.current_thread() is threading.main_thread():
+            for number in SIGNALS:
+                self.previous[number] = signal.signal(number, self.notice)
+        return self
+
+    def notice(self, number: int, frame: FrameType | None) -> None:
+        """Handler of all four signals."""
+        if self.signal and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal = self.signal or signal.Signals(number).name
+        self.noticed_at = self.noticed_at or time.time()
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def reason(self) -> str:
+        """Why this rank would stop; empty to go on."""
+        if self.failed_save:
+            return FAILED_SAVE
+        return self.signal or (TIME_LIMIT if time.time() > self.deadline else "")
+
+    def slots(self) -> Tensor:
+        """Part of this rank in the collective: one number per reason, 0 or 1."""
+        mine = self.reason()
+        return torch.tensor([float(reason == mine) for reason in REASONS], device=self.device)
+
+    def hear(self, summed: Tensor) -> None:
+        """Take in the sum over ranks of the step that was just queued, without waiting for it.
+
+        Args:
+            summed: of `slots`, on the device.
+        """
+        if self.device.type != "cuda":
+            self.heard.append((summed, None))
+            return
+        host = torch.empty(summed.shape, dtype=summed.dtype, pin_memory=True)
+        host.copy_(summed, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        self.heard.append((host, event))
+
+    def agreed(self) -> str:
+        """Why all ranks stop now, the same on every one; empty to go on."""
+        if self.alone:
+            return self.reason()
+        late = self.device.type == "cuda"
+        if len(self.heard) < 1 + late:
+            return ""
+        sums, event = self.heard[-1 - late]
+        if event is not None:
+            event.synchronize()
+        return next((reason for reason, count in zip(REASONS, sums.tolist(), strict=True) if count), "")
+
+
+def job_deadline(environment: Mapping[str, str], margin_s: float) -> float:
+    """`time.time()` at which a SLURM job should begin its last save; infinite outside of one, or without a limit.
+
+    Args:
+        environment: `os.environ`; SLURM_JOB_END_TIME holds seconds since 1970.
+        margin_s: seconds before the end of the job's time.
+    """
+    end = environment.get("SLURM_JOB_END_TIME", "")
+    return float(end) - margin_s if end.isdigit() and int(end) else math.inf
