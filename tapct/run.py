@@ -16,6 +16,7 @@ from tapct import collectives, log, plan, plugin, ranks, weights
 from tapct import config as tapct_config
 from tapct.config import Resolved, setting
 from tapct.data import loader
+from tapct.data.sampler import samples_of
 from tapct.data.split import held_out_patients
 from tapct.data.store import Store
 from tapct.engine import checkpoint, loop, optim, parallel
@@ -156,6 +157,7 @@ class Pretraining:
     def run(self) -> loop.Stop:
         """From the newest checkpoint to the last step, or to a signal."""
         config, rows = self.config, self.rows()
+        self.check_share()
         found = collectives.from_first(
             lambda: find_start(self.checkpoints, config.train.resume, self.resolved.to_dict(), self.allow_change)
         )
@@ -182,6 +184,14 @@ class Pretraining:
         finally:
             batches.close()
         return stop
+
+    def check_share(self) -> None:
+        """Raise SharedError where the ranks cannot share `train.global_batch` equally."""
+        train, world = self.config.train, self.world.ranks.world
+        try:
+            samples_of(0, 0, 0, world=world, accumulation=train.accumulation, global_batch=train.global_batch)
+        except UserError as error:
+            raise SharedError(str(error)) from error
 
     def rows(self) -> list[int]:
         """Rows of the store that are trained on."""

@@ -28,7 +28,7 @@ from tapct import collectives, log, ranks
 from tapct.config import setting
 from tapct.ranks import Ranks
 from tapct.ssl.student_teacher import Network, StudentTeacher
-from tapct.types import LOST_RANK, Tokens, UserError
+from tapct.types import LOST_RANK, SharedError, Tokens, UserError
 
 SECOND_S = 1.0
 PATIENCE_S = 5.0  # more than the back-end's own time-out, so that its word comes first
@@ -105,7 +105,7 @@ def world(place: Ranks, device: torch.device, config: Config) -> Iterator[World]
     timeout = datetime.timedelta(seconds=config.timeout_s)
     shard = config.shard or ranks.per_node(os.environ, place)
     if place.world % shard:
-        raise UserError(f"parallel.shard {shard} does not divide the {place.world} ranks; choose a divisor, or 0 or 1")
+        raise SharedError(f"parallel.shard {shard} does not divide the {place.world} ranks; choose a divisor, or 0 or 1")
     on_gpu = device.type == "cuda"
     told = ""
     try:

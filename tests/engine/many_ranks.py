@@ -1,0 +1,89 @@
+"""Runs of several ranks on this machine, started as a person would: torchrun, `tapct train`, a config, words."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from tiny_run import numbers_of, state_of, write_config
+
+FAULTS = Path(__file__).resolve().parent
+# what makes the samples of W ranks x b the same problem as those of one rank x W b
+PLAIN = ("model.drop_path=0.0", "losses.koleo=null", "losses[faults.saboteur]={}")
+
+
+def command(world: int, config: Path, *words: str, torchrun: tuple[str, ...] = ()) -> list[str]:
+    """`tapct train` on so many ranks."""
+    train = ["-m", "tapct", "train", str(config), *words]
+    if world == 1 and not torchrun:
+        return [sys.executable, *train]
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}", *torchrun]
+    return [*start, *train]
+
+
+def environment(fault: str = "") -> dict[str, str]:
+    """For the ranks: one thread each, the saboteur within reach, and what it shall do."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith("SLURM_")}
+    path = os.pathsep.join([str(FAULTS), kept.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+    return {**kept, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, **({"TAPCT_FAULT": fault} if fault else {})}
+
+
+def start(
+    world: int, folder: Path, store: Path, *words: str, fault: str = "", torchrun: tuple[str, ...] = ()
+) -> subprocess.Popen[str]:
+    """A run in FOLDER/run that goes on by itself."""
+    line = command(world, write_config(folder, store), *words, torchrun=torchrun)
+    # a session of its own, so that a test can end all of it
+    return subprocess.Popen(
+        line,
+        env=environment(fault),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def train(
+    world: int, folder: Path, store: Path, *words: str, fault: str = "", timeout: float = 120.0
+) -> subprocess.CompletedProcess[str]:
+    """A run in FOLDER/run from start to end; how it ends is for the caller to judge."""
+    line = command(world, write_config(folder, store), *words)
+    return subprocess.run(
+        line, env=environment(fault), capture_output=True, text=True, timeout=timeout, check=False
+    )
+
+
+def good(ended: subprocess.CompletedProcess[str]) -> str:
+    """What a run said, which must have gone well."""
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    return ended.stdout
+
+
+def largest_difference(run: Path, reference: Path, prefixes: tuple[str, ...], floor: float = 1e-6) -> float:
+    """Over all steps and numbers of metrics.jsonl with these prefixes: |a - b| / max(|b|, floor)."""
+    rows, wanted = numbers_of(run), numbers_of(reference)
+    assert [row["step"] for row in rows] == [row["step"] for row in wanted]
+    worst = 0.0
+    for row, other in zip(rows, wanted, strict=True):
+        names = [name for name in other if name.startswith(prefixes) and name != "health/rankme"]
+        assert names and [name for name in row if name in names] == names
+        worst = max(worst, *(abs(row[name] - other[name]) / max(abs(other[name]), floor) for name in names))
+    return worst
+
+
+def largest_state_difference(run: Path, reference: Path, scratch: Path) -> float:
+    """Over all weights, moments and centres of the newest checkpoints: the largest absolute difference."""
+    states: list[dict[str, Any]] = []
+    for number, folder in enumerate((run, reference)):
+        newest = folder / "checkpoints" / (folder / "checkpoints" / "latest").read_text().strip()
+        state = state_of(newest, scratch / f"{number}.pt")
+        states.append({name: value for name, value in state.items() if not name.startswith(".rng")})
+    assert states[0].keys() == states[1].keys() and len(states[0]) > 100
+    tensors = [(states[0][name], value) for name, value in states[1].items() if isinstance(value, torch.Tensor)]
+    assert len(tensors) > 100
+    return max(float((a.double() - b.double()).abs().max()) for a, b in tensors if a.numel())

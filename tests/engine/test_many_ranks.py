@@ -1,0 +1,89 @@
+"""W ranks x b are 1 rank x W b: every loss, gradient, moment and weight; and a run goes on at another number of ranks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from many_ranks import PLAIN, good, largest_difference, largest_state_difference, train
+from tiny_run import make_store, numbers_of
+
+pytestmark = pytest.mark.dist
+
+LONG = ("train.steps=20", "train.global_batch=8", "checkpoint.every=20", "optim.lr=3e-4", "log.every=20")
+RECIPES = {
+    "centring": (*PLAIN, *LONG),
+    "sinkhorn": (
+        "model.drop_path=0.0",
+        "losses[faults.saboteur]={}",
+        "losses.dino.targets.kind=sinkhorn",
+        "losses.ibot.targets.kind=sinkhorn",
+        "losses.ibot.share_dino_head=true",
+        "losses.koleo.cross_rank=true",
+        "train.accumulation=2",
+        *LONG,
+    ),
+}
+COMPARED = ("loss/", "ce/", "grad_norm/")
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_store(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def references(tmp_path_factory: pytest.TempPathFactory, store: Path) -> dict[str, Path]:
+    """Run folders of one process, float64, by recipe."""
+    made = {}
+    for name, words in RECIPES.items():
+        folder = tmp_path_factory.mktemp(name)
+        good(train(1, folder, store, "train.precision=fp64", *words))
+        made[name] = folder / "run"
+    return made
+
+
+@pytest.mark.parametrize(
+    ("recipe", "world", "shard"),
+    [("centring", 2, 0), ("centring", 4, 2), ("sinkhorn", 2, 1), ("sinkhorn", 4, 0)],
+)
+def test_ranks_share_a_batch_and_change_nothing(
+    tmp_path: Path, store: Path, references: dict[str, Path], recipe: str, world: int, shard: int
+) -> None:
+    words = ("train.precision=fp64", f"parallel.shard={shard}", "parallel.desync_every=5", *RECIPES[recipe])
+    good(train(world, tmp_path, store, *words))
+    reference = references[recipe]
+    assert len(numbers_of(reference)) == 20
+    assert largest_difference(tmp_path / "run", reference, COMPARED) < 1e-9
+    assert largest_difference(tmp_path / "run", reference, ("health/",), floor=1.0) < 1e-6  # float32 in part
+    assert largest_state_difference(tmp_path / "run", reference, tmp_path) < 1e-9
+
+
+def test_a_run_goes_on_at_other_numbers_of_ranks(tmp_path: Path, store: Path, references: dict[str, Path]) -> None:
+    words = RECIPES["centring"]
+    alone = tmp_path / "alone"
+    good(train(1, alone, store, *words))
+    moved = tmp_path / "moved"
+    for world, stop in ((1, 5), (2, 9), (4, 15)):
+        said = good(train(world, moved, store, *words, fault=f"{world - 1} {stop} SIGTERM"))
+        assert f"stopped by SIGTERM and saved at step {stop}" in said  # whichever rank was told
+    assert "going on from" in good(train(1, moved, store, *words))
+    assert largest_difference(moved / "run", alone / "run", ("loss/", "ce/")) < 1e-4
+
+
+def test_two_ranks_in_bf16_learn_as_one_does(tmp_path: Path, store: Path) -> None:
+    words = (*RECIPES["centring"], "train.precision=bf16")
+    for world in (1, 2):
+        good(train(world, tmp_path / str(world), store, *words))
+    # 8 bits of mantissa, which two ranks round elsewhere: norms and gains are gathered in bf16
+    assert largest_difference(tmp_path / "2" / "run", tmp_path / "1" / "run", ("loss/total",)) < 0.05
+
+
+def test_an_unequal_share_is_one_line_from_one_rank(tmp_path: Path, store: Path) -> None:
+    ended = train(2, tmp_path, store, "train.global_batch=3")
+    lines = [line for line in ended.stderr.splitlines() if line.startswith("error:")]
+    assert ended.returncode != 0 and len(lines) == 1
+    assert "train.global_batch is 3, which 2 ranks x 1 micro-batches cannot share equally" in lines[0]
+    ended = train(2, tmp_path, store, "parallel.shard=3")
+    lines = [line for line in ended.stderr.splitlines() if line.startswith("error:")]
+    assert len(lines) == 1 and "parallel.shard 3 does not divide the 2 ranks" in lines[0]
