@@ -30,7 +30,7 @@ checkpoint: {{every: 4}}
 log: {{every: 3, tensorboard: false}}
 eval: {{num_pictures: 1, preprocess: {{window: [4, 16, 16], stride: [4, 16, 16]}}}}
 """
-CLOCK = re.compile(r"time$|seconds/|samples_per_second$")  # what two equal runs may differ in
+CLOCK = re.compile(r"time$|seconds/|samples_per_second$|^ranks/")  # what two equal runs may differ in
 
 
 def make_archive(folder: Path, num: int = 4, seed: int = 0, dicom_share: float = 0.0) -> Path:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import datetime
 import os
+import re
 import threading
 import time
 import warnings
@@ -105,7 +106,9 @@ def world(place: Ranks, device: torch.device, config: Config) -> Iterator[World]
     timeout = datetime.timedelta(seconds=config.timeout_s)
     shard = config.shard or ranks.per_node(os.environ, place)
     if place.world % shard:
-        raise SharedError(f"parallel.shard {shard} does not divide the {place.world} ranks; choose a divisor, or 0 or 1")
+        raise SharedError(
+            f"parallel.shard {shard} does not divide the {place.world} ranks; choose a divisor, or 0 or 1"
+        )
     on_gpu = device.type == "cuda"
     told = ""
     try:
@@ -208,8 +211,10 @@ class Watch:
         except RuntimeError as error:
             if self.world.store is None or not lost_rank(error):
                 raise
-            cause = str(error).splitlines()[0]
-            words = f"{self.where}: lost another rank ({cause[:160]}); {self.others()}"
+            cause = re.sub(r"^\[[^]]*\] *", "", str(error).splitlines()[0]).partition(". ")[
+                0
+            ]  # without gloo's own file
+            words = f"{self.where}: lost another rank ({cause}); {self.others()}"
             time.sleep(SECOND_S)  # so that the rank which knows the cause speaks and ends first
             raise LostRank(words) from error
 

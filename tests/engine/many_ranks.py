@@ -53,9 +53,7 @@ def train(
 ) -> subprocess.CompletedProcess[str]:
     """A run in FOLDER/run from start to end; how it ends is for the caller to judge."""
     line = command(world, write_config(folder, store), *words)
-    return subprocess.run(
-        line, env=environment(fault), capture_output=True, text=True, timeout=timeout, check=False
-    )
+    return subprocess.run(line, env=environment(fault), capture_output=True, text=True, timeout=timeout, check=False)
 
 
 def good(ended: subprocess.CompletedProcess[str]) -> str:

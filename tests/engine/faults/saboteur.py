@@ -55,8 +55,10 @@ class Saboteur(Loss):
         cls_BD = sets.student_global.cls_BD
         value = (cls_BD * 0.0).sum()
         rank, step, action = os.environ.get("TAPCT_FAULT", "-1 0 none").split()
-        if collectives.rank() == int(rank) and (step == "all" or int(self.steps) + 1 == int(step)):
+        first_try = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
+        if first_try and collectives.rank() == int(rank) and int(self.steps) + 1 == int(step):
             value = value + act(action, cls_BD)
+            self.steps += action == "drift"
         return LossResult((Term("saboteur", value),))
 
     def finish_step(self, apply: Tensor) -> None:

@@ -1,0 +1,142 @@
+"""What goes wrong on one rank ends the run of all in bounded time, with its cause in one line, and loses nothing."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from many_ranks import PLAIN, command, environment, good, train
+from tiny_run import assert_equal_runs, make_store, numbers_of, write_config
+
+from tapct.engine.checkpoint import Checkpoints
+
+pytestmark = pytest.mark.dist
+STEPS = 12
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_store(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, store: Path) -> Path:
+    """Run folder of two ranks to which nothing happened."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    good(train(2, folder, store, *PLAIN))
+    return folder / "run"
+
+
+def error_lines(stderr: str) -> list[str]:
+    return [line for line in stderr.splitlines() if line.startswith("error:")]
+
+
+def newest(folder: Path) -> str:
+    found, complaints = Checkpoints(folder / "run" / "checkpoints", keep=9).newest_whole()
+    assert complaints == []
+    return found.name if found else ""
+
+
+def test_a_rank_that_is_killed_ends_the_others_and_the_run_goes_on_to_the_same_bits(
+    tmp_path: Path, store: Path, undisturbed: Path
+) -> None:
+    began = time.monotonic()
+    ended = train(2, tmp_path, store, *PLAIN, fault="1 7 SIGKILL")
+    assert ended.returncode != 0 and time.monotonic() - began < 60
+    assert newest(tmp_path) == "step_00000004"
+    good(train(2, tmp_path, store, *PLAIN))
+    assert_equal_runs(tmp_path / "run", undisturbed, tmp_path)
+
+
+def test_torchrun_restarts_a_run_whose_rank_was_killed(tmp_path: Path, store: Path, undisturbed: Path) -> None:
+    line = command(2, write_config(tmp_path, store), *PLAIN, torchrun=("--max-restarts=1",))
+    ended = subprocess.run(
+        line, env=environment("0 7 SIGKILL"), capture_output=True, text=True, timeout=120, check=False
+    )
+    assert "going on from" in good(ended)
+    assert_equal_runs(tmp_path / "run", undisturbed, tmp_path)
+
+
+@pytest.mark.parametrize("action", ["nan-gradient", "nan-loss"])
+def test_a_number_that_is_not_finite_on_one_rank_reaches_no_weights(tmp_path: Path, store: Path, action: str) -> None:
+    ended = train(2, tmp_path, store, *PLAIN, "log.every=12", fault=f"1 6 {action}")
+    lines = error_lines(ended.stderr)
+    assert len(lines) == 1 and lines[0].startswith("error: step 6: ") and "nothing moved" in lines[0]
+    assert newest(tmp_path) == "step_00000004"
+    said = good(train(2, tmp_path, store, *PLAIN, "log.every=12"))
+    assert "at step 4 of 12" in said and len(numbers_of(tmp_path / "run")) == STEPS
+
+
+def test_a_rank_that_hangs_is_named_with_its_step(tmp_path: Path, store: Path) -> None:
+    began = time.monotonic()
+    ended = train(2, tmp_path, store, *PLAIN, "parallel.timeout_s=5", fault="1 6 hang")
+    assert ended.returncode != 0 and time.monotonic() - began < 60
+    lines = error_lines(ended.stderr)
+    assert any("in step 6" in line and "lost another rank" in line for line in lines), ended.stderr
+    assert newest(tmp_path) == "step_00000004"
+
+
+def test_the_first_cause_stands_on_top(tmp_path: Path, store: Path) -> None:
+    ended = train(2, tmp_path, store, *PLAIN, fault="1 6 raise")
+    told = ended.stderr
+    assert told.index("the saboteur's own fault") < told.index("lost another rank")
+    assert "[rank1]: Traceback" in told and "[rank0]: Traceback" not in told
+
+
+def test_a_slow_rank_is_named(tmp_path: Path, store: Path) -> None:
+    for late in ("1 0.15", "-1 0"):
+        words = (*PLAIN, "views.ops[faults.late]={}", "train.steps=6", f"out={tmp_path}/{late[0]}")
+        line = command(2, write_config(tmp_path, store), *words)
+        told = {**environment(), "TAPCT_LATE": late}
+        ended = subprocess.run(line, env=told, capture_output=True, text=True, timeout=120, check=False)
+        assert ("rank 1 is slow: it comes 0." in good(ended)) == (late[0] == "1")
+
+
+def test_ranks_that_drift_apart_are_found(tmp_path: Path, store: Path) -> None:
+    ended = train(2, tmp_path, store, *PLAIN, "parallel.desync_every=2", fault="1 5 drift")
+    assert any("rank 1 and rank 0 no longer hold the same loss state" in line for line in error_lines(ended.stderr))
+    assert newest(tmp_path) == "step_00000004"
+
+
+@pytest.mark.parametrize("policy", ["stop", "continue"])
+def test_a_full_disk_leaves_older_checkpoints_and_stops_or_not(tmp_path: Path, store: Path, policy: str) -> None:
+    small = tmp_path / "small"
+    small.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2500k", "tmpfs", str(small)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip(f"cannot mount a small disk: {mounted.stderr.decode().strip()}")
+    try:
+        words = (*PLAIN, f"out={small}/run", "checkpoint.every=2", "checkpoint.keep=9", f"checkpoint.on_error={policy}")
+        ended = train(2, tmp_path, store, *words)
+        assert newest(small) >= "step_00000002", "the disk must hold at least one"
+        assert not [name for name in os.listdir(small / "run" / "checkpoints") if name.startswith(".writing")]
+        told = ended.stdout + ended.stderr
+        assert "could not be written" in told and "no space left" in told
+        steps = len(numbers_of(small / "run"))
+        assert steps < STEPS if policy == "stop" else steps == STEPS
+        assert (ended.returncode == 0) is False  # the last one could not be written either
+    finally:
+        subprocess.run(["umount", str(small)], check=True)
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM])
+def test_a_signal_to_any_rank_saves_on_all_and_is_no_failure(
+    tmp_path: Path, store: Path, undisturbed: Path, number: signal.Signals
+) -> None:
+    said = good(train(2, tmp_path, store, *PLAIN, fault=f"{number % 2} 5 {number.name}"))
+    assert f"stopped by {number.name} and saved at step 5" in said
+    good(train(2, tmp_path, store, *PLAIN))
+    assert_equal_runs(tmp_path / "run", undisturbed, tmp_path)
+
+
+def test_a_job_saves_before_its_time_ends(tmp_path: Path, store: Path) -> None:
+    end = {"SLURM_JOB_END_TIME": str(int(time.time()) + 30)}
+    words = [*PLAIN, "train.steps=100000", "train.save_before_end_s=20"]
+    line = command(2, write_config(tmp_path, store), *words)
+    ended = subprocess.run(line, env={**environment(), **end}, capture_output=True, text=True, timeout=60, check=False)
+    assert "stopped by time limit and saved at step" in good(ended)
+    assert time.time() < int(end["SLURM_JOB_END_TIME"])
