@@ -195,6 +195,24 @@ def report(run_folder: RunFolder) -> None:
     log.say(f"report: {page.write(run_folder)}")
 
 
+@app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="run folders, e.g. runs/*")],
+    out: Annotated[Path, typer.Option(help="page to write")] = Path("compare.html"),
+    metric: Annotated[
+        list[str] | None, typer.Option(help="what to draw, again for more: a name of metrics.jsonl, or 'health/*'")
+    ] = None,
+) -> None:
+    """Runs side by side: numbers, the settings in which they differ, and a page with their curves."""
+    from tapct.report import compare as comparing
+
+    comparison = comparing.read(runs, metric or [])
+    for note in comparison.notes:
+        log.say(note)
+    log.say(comparing.render_text(comparison, log.console().width))
+    log.say(f"curves: {comparing.write(comparison, out)}")
+
+
 def main() -> None:
     """Entry point: one line for what a person can mend, a traceback only with --debug or for our own faults."""
     try:
