@@ -150,6 +150,24 @@ def plan(config: ConfigFile, overrides: Overrides = None) -> None:
     log.console().print(planner.render(run.make_plan(resolved.value)))
 
 
+@app.command()
+def doctor(
+    config: Annotated[Path | None, typer.Argument(help="YAML config whose store, folder and device are tried")] = None,
+    overrides: Overrides = None,
+    store: Annotated[Path | None, typer.Option(help="store to read from, instead of the config's")] = None,
+) -> None:
+    """Look whether this machine can train: ok, warn or fail with the remedy; exit code 1 if anything fails."""
+    from tapct.doctor import checkup, judge
+
+    found = []
+    for finding in checkup.findings(config, overrides or [], store):
+        checkup.show(finding)
+        found.append(finding)
+    log.say(judge.summary(found))
+    if any(finding.state == "fail" for finding in found):
+        raise typer.Exit(1)
+
+
 @app.command(name="eval")
 def evaluate(run_folder: RunFolder, overrides: Overrides = None) -> None:
     """Judge the frozen features of a run beside untrained and raw-HU baselines."""
