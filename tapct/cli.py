@@ -215,7 +215,7 @@ def report(run_folder: RunFolder) -> None:
 
 @app.command()
 def compare(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="run folders, e.g. runs/*")],
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="run folders, e.g. runs/*")],
     out: Annotated[Path, typer.Option(help="page to write")] = Path("compare.html"),
     metric: Annotated[
         list[str] | None, typer.Option(help="what to draw, again for more: a name of metrics.jsonl, or 'health/*'")

@@ -15,7 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from tapct.doctor.facts import Broken
+from tapct.doctor.facts import INSTALL, Broken
 from tapct.doctor.machine import ended, kill, last_line
 from tapct.types import UserError
 
@@ -30,14 +30,17 @@ def answer(topic: str, probe: Callable[[], Any]) -> Any:
     try:
         facts = probe()
     except (OSError, RuntimeError, ValueError, ImportError, AttributeError) as error:
-        own = isinstance(error, UserError)
         why = " ".join(str(error).split()) or type(error).__name__
-        print(MARK + json.dumps({"topic": topic, "broken": why if own else f"{type(error).__name__}: {why}"[:300]}))
-        facts = None
-    else:
-        print(MARK + json.dumps({"topic": topic, "facts": asdict(facts)}))
-    sys.stdout.flush()
+        _tell(
+            {"topic": topic, "broken": why if isinstance(error, UserError) else f"{type(error).__name__}: {why}"[:300]}
+        )
+        return None
+    _tell({"topic": topic, "facts": asdict(facts)})
     return facts
+
+
+def _tell(told: dict[str, Any]) -> None:
+    print(f"\n{MARK}{json.dumps(told)}", flush=True)  # a line of its own, whatever libraries have printed before
 
 
 class Child:
@@ -72,8 +75,11 @@ class Child:
         out, err, by_itself = ended(self.process, self.end - time.monotonic())
         lines = [line for line in out.splitlines(keepends=True) if line.startswith(MARK) and line.endswith("\n")]
         found = [json.loads(line.removeprefix(MARK)) for line in lines]
-        why = f"ended without an answer: {last_line(err) or f'exit code {self.process.returncode}'}"
-        return Answers(found, Broken(why if by_itself else f"no answer within {self.seconds:g} s; it was ended"))
+        if not by_itself:
+            return Answers(found, Broken(f"no answer within {self.seconds:g} s; it was ended"))
+        last = last_line(err) or f"exit code {self.process.returncode}"
+        remedy = INSTALL if last.startswith(("ImportError", "ModuleNotFoundError", "OSError")) else ""
+        return Answers(found, Broken(f"ended without an answer: {last}", remedy))
 
     def stop(self) -> None:
         """End it now, if it still runs."""

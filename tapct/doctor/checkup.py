@@ -119,7 +119,7 @@ def _all_reducers(backend: str, world: int, meeting: str, seconds: float) -> lis
 
 def _all_reduce(peers: Sequence[Child], backend: str) -> Finding:
     if not peers:
-        return judge.all_reduce(Broken("not tried without a temporary folder"), backend)
+        return judge.all_reduce(Broken("not tried without a temporary folder", "mend TMPDIR first"), backend)
     found = [peer.answers().of("all_reduce", AllReduce) for peer in peers]
     broken = [one for one in found if isinstance(one, Broken)]
     return judge.all_reduce(broken[0] if broken else found[0], backend)

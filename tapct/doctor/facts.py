@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 State = Literal["ok", "warn", "fail"]
+INSTALL = "pip install -c constraints.txt -e '.[dev]' in tapct's folder"
 
 
 @dataclass(frozen=True)
@@ -27,9 +28,14 @@ class Finding:
 
 @dataclass(frozen=True)
 class Broken:
-    """A probe that gave no facts: it failed, or was ended after its time."""
+    """A probe that gave no facts: it failed, or was ended after its time.
+
+    Args:
+        remedy: where the reason lies outside of what was probed; empty: the check knows one.
+    """
 
     why: str
+    remedy: str = ""
 
 
 @dataclass(frozen=True)

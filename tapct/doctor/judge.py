@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 from tapct.doctor.facts import (
+    INSTALL,
     AllReduce,
     Attention,
     Broken,
@@ -24,7 +25,6 @@ from tapct.doctor.facts import (
 )
 
 GB, MB = 1e9, 1e6
-INSTALL = "pip install -c constraints.txt -e '.[dev]' in tapct's folder"
 LEAST_GLOO, LEAST_NCCL = 0.1 * GB, 5 * GB  # a laptop's loopback and PCIe 3 do better
 LEAST_INSIDE, LEAST_FROM_HOST = 100 * GB, 4 * GB
 LEAST_SLABS = 10.0  # per second; a small model on one GPU takes more
@@ -36,6 +36,10 @@ def size(num_bytes: float) -> str:
         if num_bytes >= power:
             return f"{num_bytes / power:.3g} {unit}"
     return f"{num_bytes / 1e3:.3g} kB"
+
+
+def _broken(name: str, found: Broken, remedy: str) -> Finding:
+    return Finding(name, "fail", found.why, found.remedy or remedy)
 
 
 def packages(found: tuple[Package, ...] | Broken) -> Finding:
@@ -53,7 +57,7 @@ def packages(found: tuple[Package, ...] | Broken) -> Finding:
 def torch(found: Torch | Broken, has_nvidia: bool) -> Finding:
     """CUDA of the build against the driver's."""
     if isinstance(found, Broken):
-        return Finding("torch", "fail", found.why, f"{INSTALL}; then python -c 'import torch'")
+        return _broken("torch", found, f"{INSTALL}; then python -c 'import torch'")
     if not found.cuda:
         if has_nvidia:
             remedy = "install torch with CUDA, see pytorch.org/get-started"
@@ -78,7 +82,7 @@ def torch(found: Torch | Broken, has_nvidia: bool) -> Finding:
 def gpus(found: Gpus | Broken, settings: Settings, has_nvidia: bool) -> Finding:
     """GPUs that torch sees."""
     if isinstance(found, Broken):
-        return Finding("gpu", "fail", found.why, "look at nvidia-smi; a driver that hangs needs an administrator")
+        return _broken("gpu", found, "look at nvidia-smi; a driver that hangs needs an administrator")
     if not found.gpus:
         if has_nvidia:
             remedy = "look at CUDA_VISIBLE_DEVICES and nvidia-smi"
@@ -118,7 +122,7 @@ def nccl(found: Gpus) -> Finding:
 def copy(found: Copy | Broken) -> Finding:
     """Memory of the first GPU."""
     if isinstance(found, Broken):
-        return Finding("gpu copy", "fail", found.why, "look at nvidia-smi -q for errors, and at ulimit -l")
+        return _broken("gpu copy", found, "look at nvidia-smi -q for errors, and at ulimit -l")
     words = f"{found.inside / GB:.0f} GB/s within the GPU, {found.from_host / GB:.1f} GB/s from pinned memory"
     if found.inside < LEAST_INSIDE or found.from_host < LEAST_FROM_HOST:
         remedy = "slow: is the GPU shared, or its slot narrow? nvidia-smi; nvidia-smi -q -d PCIE"
@@ -134,7 +138,7 @@ def all_reduce(found: AllReduce | Broken, backend: str) -> Finding:
     }[backend]
     name = f"{backend} sum"
     if isinstance(found, Broken):
-        return Finding(name, "fail", found.why, remedy)
+        return _broken(name, found, remedy)
     words = f"all-reduce over {found.world} processes, {found.rate / GB:.3g} GB/s"
     if not found.right:
         return Finding(name, "fail", f"{words}: the sum is wrong", remedy)
@@ -144,7 +148,7 @@ def all_reduce(found: AllReduce | Broken, backend: str) -> Finding:
 def attention(found: Attention | Broken) -> Finding:
     """Back-ends of attention on this device."""
     if isinstance(found, Broken):
-        return Finding("attention", "fail", found.why, INSTALL)
+        return _broken("attention", found, INSTALL)
     others = f"xformers {found.xformers or 'not installed (optional)'}, varlen {'yes' if found.varlen else 'no'}"
     words = f"sdpa on {found.device}: {', '.join(found.kernels) or 'no kernel'}; {others}"
     if not found.kernels:
@@ -158,7 +162,7 @@ def attention(found: Attention | Broken) -> Finding:
 def config(found: Settings | Broken, path: str) -> Finding:
     """The config file."""
     if isinstance(found, Broken):
-        return Finding("config", "fail", found.why, f"mend {path} or the key=value")
+        return _broken("config", found, f"mend {path} or the key=value")
     return Finding("config", "ok", f"{path} is valid")
 
 
@@ -167,9 +171,7 @@ def reads(found: Reads | Broken | None) -> Finding:
     if found is None:
         return Finding("store", "ok", "not measured; name a CONFIG or --store DIR")
     if isinstance(found, Broken):
-        return Finding(
-            "store", "fail", found.why, "tapct pack makes one; if it is there, mount its disk, or name it: --store DIR"
-        )
+        return _broken("store", found, "tapct pack makes one; if it is there, mount its disk, or name it: --store DIR")
     words = (
         f"{found.scans} scans; {found.slabs:.0f} slabs of {found.depth} slices a second by {found.threads} threads, "
         f"{found.rate / MB:.0f} MB/s: feeds {found.slabs:.0f} samples/s"
@@ -219,7 +221,7 @@ def room(name: str, found: Space | Broken, least: float, good: float, remedy: st
         good: bytes below which it may.
     """
     if isinstance(found, Broken):
-        return Finding(name, "fail", found.why, f"is its disk there? {remedy}")
+        return _broken(name, found, f"is its disk there? {remedy}")
     if found.refusal:
         return Finding(name, "fail", f"{found.path}: {found.refusal}", remedy)
     words = f"{found.path}: {size(found.free)} free of {size(found.total)}"
@@ -234,7 +236,7 @@ def slurm(found: Slurm | Broken | None) -> Finding:
     if isinstance(found, Broken):
         if "configuration source" in found.why:  # the client is installed, but there is no slurm.conf
             return Finding("slurm", "warn", found.why, "on a cluster: its administrator; elsewhere it is not needed")
-        return Finding("slurm", "fail", found.why, "scontrol ping; its administrator knows whether slurmctld is down")
+        return _broken("slurm", found, "scontrol ping; its administrator knows whether slurmctld is down")
     if not found.up:
         return Finding("slurm", "warn", f"no partition of {len(found.down)} is up", "sinfo --summarize; wait, or ask")
     shown = ", ".join(found.up[:6]) + (", ..." if len(found.up) > 6 else "")

@@ -65,7 +65,8 @@ def ask(words: Sequence[str], seconds: float = COMMAND_SECONDS) -> str | Broken:
     if not by_itself:
         return Broken(f"{words[0]} gave no answer within {seconds:g} s")
     if process.returncode:
-        return Broken(f"{words[0]}: {last_line(err) or f'exit code {process.returncode}'}")
+        why = last_line(err) or f"exit code {process.returncode}"
+        return Broken(why if why.startswith(words[0]) else f"{words[0]}: {why}")
     return out
 
 
