@@ -157,6 +157,24 @@ def plan(config: ConfigFile, overrides: Overrides = None) -> None:
     log.console().print(planner.render(run.make_plan(resolved.value)))
 
 
+@app.command()
+def doctor(
+    config: Annotated[Path | None, typer.Argument(help="YAML config whose store, folder and device are tried")] = None,
+    overrides: Overrides = None,
+    store: Annotated[Path | None, typer.Option(help="store to read from, instead of the config's")] = None,
+) -> None:
+    """Look whether this machine can train: ok, warn or fail with the remedy; exit code 1 if anything fails."""
+    from tapct.doctor import checkup, judge
+
+    found = []
+    for finding in checkup.findings(config, overrides or [], store):
+        checkup.show(finding)
+        found.append(finding)
+    log.say(judge.summary(found))
+    if any(finding.state == "fail" for finding in found):
+        raise typer.Exit(1)
+
+
 @app.command(name="eval")
 def evaluate(run_folder: RunFolder, overrides: Overrides = None) -> None:
     """Judge the frozen features of a run beside untrained and raw-HU baselines."""
@@ -200,6 +218,24 @@ def report(run_folder: RunFolder) -> None:
     from tapct.report import page
 
     log.say(f"report: {page.write(run_folder)}")
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="run folders, e.g. runs/*")],
+    out: Annotated[Path, typer.Option(help="page to write")] = Path("compare.html"),
+    metric: Annotated[
+        list[str] | None, typer.Option(help="what to draw, again for more: a name of metrics.jsonl, or 'health/*'")
+    ] = None,
+) -> None:
+    """Runs side by side: numbers, the settings in which they differ, and a page with their curves."""
+    from tapct.report import compare as comparing
+
+    comparison = comparing.read(runs, metric or [])
+    for note in comparison.notes:
+        log.say(note)
+    log.say(comparing.render_text(comparison, log.console().width))
+    log.say(f"curves: {comparing.write(comparison, out)}")
 
 
 def main() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -394,3 +395,16 @@ def test_help_answers_in_under_a_second() -> None:
     for command in ("phantom", "index", "pack", "train", "plan", "eval", "export", "embed", "report"):
         assert f"  {command} " in done.stdout
     assert min(seconds) < 1.0, seconds
+
+
+def test_compare_prints_a_table_and_writes_a_page(place: Path, shell: Shell, tmp_path: Path) -> None:
+    page = tmp_path / "both.html"
+    said = shell.good("compare", place / "run", tmp_path / "nix", "--out", page, "--metric", "loss/*")
+    assert f"left out: {tmp_path}/nix is not there" in said and f"curves: {page}" in said
+    last = numbers_of(place / "run")
+    mean = sum(row["loss/total"] for row in last) / len(last)
+    told = re.search(r"^Total loss +([\d.]+)$", said, re.MULTILINE)
+    assert told is not None and float(told[1]) == pytest.approx(mean, rel=1e-3)
+    assert "default-src 'none'" in page.read_text()
+    assert "is not there" in shell.bad("compare", tmp_path / "nix")
+    assert "there is loss/total" in shell.bad("compare", place / "run", "--metric", "loss/totle")

@@ -134,5 +134,5 @@ def flatten(value: object, prefix: str = "") -> list[tuple[str, str]]:
     if isinstance(value, dict):
         return [pair for key, one in value.items() for pair in flatten(one, f"{prefix}.{key}" if prefix else str(key))]
     if isinstance(value, Sequence) and not isinstance(value, str):
-        return [(prefix, " ".join(one if isinstance(one, str) else json.dumps(one) for one in value))]
-    return [(prefix, value if isinstance(value, str) else json.dumps(value))]
+        return [(prefix, " ".join(one if isinstance(one, str) else json.dumps(one, default=str) for one in value))]
+    return [(prefix, value if isinstance(value, str) else json.dumps(value, default=str))]

@@ -326,13 +326,21 @@ def render(run_dir: Path) -> str:
     )
     cut = f" {history.unreadable} unreadable lines of metrics.jsonl were left out." if history.unreadable else ""
     box = verdict_box(verdict(readings(history)), judged=bool(results))
+    return document(
+        f"{name}: tapct run",
+        f'<header><h1>{text(name)}</h1><p class="muted">Pretraining run of tapct: volumetric DINOv2 on CT.</p></header>'
+        f"{box}{tiles(history, results)}<nav>{links}</nav>{body}<footer>Thin lines are raw values, thick ones rolling "
+        f"means.{cut}</footer>",
+    )
+
+
+def document(title: str, body: str) -> str:
+    """A whole page: looks, behaviour and the policy that forbids requests around a body of HTML."""
     return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{text(name)}: tapct run</title>'
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{text(title)}</title>'
         f'<meta name="viewport" content="width=device-width,initial-scale=1"><meta http-equiv="Content-Security-Policy"'
-        f' content="{POLICY}"><style>{theme.CSS}</style></head><body><main><header><h1>{text(name)}</h1>'
-        f'<p class="muted">Pretraining run of tapct: volumetric DINOv2 on CT.</p></header>{box}'
-        f"{tiles(history, results)}<nav>{links}</nav>{body}<footer>Thin lines are raw values, thick ones rolling means."
-        f"{cut}</footer></main><script>{theme.JS}</script></body></html>\n"
+        f' content="{POLICY}"><style>{theme.CSS}</style></head><body><main>{body}</main><script>{theme.JS}</script>'
+        "</body></html>\n"
     )
 
 
@@ -344,10 +352,14 @@ def write(run_dir: Path) -> Path:
     Raises:
         UserError: no run folder, no finished step in it, or no room to write.
     """
-    page, out = render(run_dir), run_dir / "report.html"
+    return save(render(run_dir), run_dir / "report.html")
+
+
+def save(html: str, out: Path) -> Path:
+    """Write a page, whole or not at all, and return its path. Raises: UserError."""
     aside = out.with_name(f".{out.name}.{os.getpid()}")
     try:
-        aside.write_text(page, encoding="utf-8")
+        aside.write_text(html, encoding="utf-8")
         aside.replace(out)
     except OSError as error:
         aside.unlink(missing_ok=True)

@@ -18,7 +18,7 @@ WIDTH, HEIGHT = 460, 232  # user units of a chart; the page scales it
 LEFT, RIGHT, TOP, BOTTOM = 54, 12, 8, 36
 NUM_COLOURS = 7
 MAX_BUCKETS = 280  # curves longer than twice this are decimated
-DASHES = ("", "7 3", "2 3", "9 3 2 3", "4 2", "1 2", "")  # a second channel beside colour
+DASHES = ("", "7 3", "2 3", "9 3 2 3", "4 2", "1 2", "12 3")  # a second channel beside colour
 
 
 @dataclass(frozen=True)
@@ -30,12 +30,14 @@ class Curve:
         x: float64 (n), ascending.
         y: float64 (n); not finite where the value was not.
         smooth: draw a rolling mean, with the raw curve behind it.
+        style: which colour and dashes; None: by its place in the chart.
     """
 
     label: str
     x: np.ndarray
     y: np.ndarray
     smooth: bool = True
+    style: int | None = None
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,15 @@ class Frame:
     def py(self, y: np.ndarray) -> np.ndarray:
         """Data y -> user units."""
         return TOP + (self.y1 - y) / (self.y1 - self.y0) * (HEIGHT - TOP - BOTTOM)
+
+
+def dash_of(i: int) -> str:
+    """Dash pattern of curve i; a colour that comes round again gets another one."""
+    return DASHES[(i + i // NUM_COLOURS) % NUM_COLOURS]
+
+
+def _styles(curves: Sequence[Curve]) -> list[int]:
+    return [i if curve.style is None else curve.style for i, curve in enumerate(curves)]
 
 
 def text(value: object) -> str:
@@ -253,8 +264,8 @@ def _marks(frame: Frame, curve: Curve, colour: int) -> str:
 
 def _legend(curves: Sequence[Curve], fronts: Sequence[np.ndarray], area: bool) -> str:
     items = []
-    for i, (curve, front) in enumerate(zip(curves, fronts, strict=True)):
-        colour, dash = i % NUM_COLOURS, DASHES[i % NUM_COLOURS]
+    for i, curve, front in zip(_styles(curves), curves, fronts, strict=True):
+        colour, dash = i % NUM_COLOURS, dash_of(i)
         key = (
             f'<svg class="key" viewBox="0 0 22 10" aria-hidden="true"><path d="M0 5H22" style="stroke:var(--c{colour});'
             f'stroke-width:{9 if area else 2.4}" stroke-dasharray="{"" if area else dash}"/></svg>'
@@ -319,18 +330,19 @@ def line_chart(
         outline = [np.concatenate([drawn[0][i], drawn[1][i][::-1]]) for i in (0, 1)]
         finite = np.isfinite(outline[1])
         parts.append(f'<path class="band" d="{_path(frame, outline[0][finite], outline[1][finite])}Z"/>')
-    for i, (curve, front) in enumerate(zip(curves, fronts, strict=True)):
+    styles = _styles(curves)
+    for i, curve, front in zip(styles, curves, fronts, strict=True):
         if front is not curve.y:
             raw = _path(frame, *decimate_extremes(curve.x, curve.y))
             parts.append(f'<path class="raw" style="stroke:var(--c{i % NUM_COLOURS})" d="{raw}"/>')
-    for i, (x, y) in enumerate(drawn):
-        style = f'style="stroke:var(--c{i % NUM_COLOURS})" stroke-dasharray="{DASHES[i % NUM_COLOURS]}"'
+    for i, (x, y) in zip(styles, drawn, strict=True):
+        style = f'style="stroke:var(--c{i % NUM_COLOURS})" stroke-dasharray="{dash_of(i)}"'
         parts.append(f'<path class="line" {style} d="{_path(frame, x, y)}"/>')
         if len(x) == 1 and np.isfinite(y[0]):
             at = f'cx="{float(frame.px(x)[0]):.1f}" cy="{float(frame.py(y)[0]):.1f}"'
             parts.append(f'<circle r="3.5" style="fill:var(--c{i % NUM_COLOURS})" {at}/>')
     parts.append("</svg>" + _rules(frame, rules))
-    parts += [_marks(frame, curve, i % NUM_COLOURS) for i, curve in enumerate(curves)]
+    parts += [_marks(frame, curve, i % NUM_COLOURS) for i, curve in zip(styles, curves, strict=True)]
     return _figure(title, unit, _legend(curves, fronts, area=False), "".join(parts), _hover(frame, drawn))
 
 

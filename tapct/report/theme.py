@@ -76,6 +76,10 @@ tr.first .track span{background:var(--c0);opacity:.6}tr.first th,tr.first td.n{f
 background:linear-gradient(90deg,var(--bar) var(--v,0%),transparent var(--v,0%))}
 .organs th{white-space:nowrap}.organs .best{font-weight:700}
 .organs thead th{padding-left:8px;white-space:normal;min-width:84px}.organs thead th:first-child{padding-left:0}
+.compare th.n{vertical-align:bottom;overflow-wrap:anywhere;min-width:90px}.compare td.n{overflow-wrap:anywhere}
+.compare tbody th{white-space:nowrap}.compare .between{padding-top:16px;color:var(--muted);font-size:13px}
+.overlaid .raw{opacity:.16}
+ul.missing{padding-left:30px}
 .up{color:var(--good)}.down{color:var(--bad)}
 .pictures{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,440px),1fr));gap:18px;margin:12px 0}
 .pictures img{width:100%;height:auto;border-radius:6px;background:#000;cursor:zoom-in;display:block}
@@ -108,16 +112,18 @@ for (const figure of document.querySelectorAll('figure.chart')) {
     while (high - low > 1) { const mid = (low + high) >> 1; if (xs[mid] < x) low = mid; else high = mid; }
     return x - xs[low] < xs[high] - x ? low : high;
   };
+  const ends = one => one.x[one.x.length - 1], longest = series.reduce((a, b) => ends(b) > ends(a) ? b : a);
   svg.addEventListener('pointermove', event => {
     const box = svg.getBoundingClientRect(), unit = (event.clientX - box.left) / box.width * width;
     const x = Math.min(x1, Math.max(x0, x0 + (unit - left) / (right - left) * (x1 - x0)));
-    const step = series[0].x[nearest(series[0].x, x)], shown = left + (step - x0) / (x1 - x0) * (right - left);
+    const step = longest.x[nearest(longest.x, x)], shown = left + (step - x0) / (x1 - x0) * (right - left);
     cursor.setAttribute('transform', `translate(${shown} 0)`);
     cursor.setAttribute('visibility', 'visible');
     at.textContent = 'at ' + Math.round(step).toLocaleString('en');
     series.forEach((one, i) => {
-      const y = one.y[nearest(one.x, step)];
-      values[i].textContent = y === null ? 'not finite' : Number(y.toPrecision(4)).toString().replace('-', '\\u2212');
+      const y = one.y[nearest(one.x, step)], ended = step > ends(one) + (x1 - x0) / 100;
+      values[i].textContent = ended ? '\\u2013' : y === null ? 'not finite' :
+        Number(y.toPrecision(4)).toString().replace('-', '\\u2212');
     });
   });
   svg.addEventListener('pointerleave', () => {

@@ -17,7 +17,7 @@ from tapct.report import page, plots
 from tapct.report.history import prototypes_ln, read_history
 from tapct.types import UserError
 
-VOID = {"meta", "img"}
+VOID = {"meta", "img", "wbr"}
 LN_K = math.log(256)
 
 

@@ -1,0 +1,139 @@
+"""Probes of torch, GPUs, attention and collectives: `python -m tapct.doctor.device KIND ARGUMENTS`."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from importlib import metadata, util
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from tapct.doctor.answers import answer
+from tapct.doctor.facts import AllReduce, Attention, Copy, Gpu, Gpus, Torch
+
+MEET_SECONDS = 20
+KERNELS = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "math": SDPBackend.MATH,
+}
+
+
+def torch_build() -> Torch:
+    """Versions of torch, its CUDA and the driver's."""
+    served = getattr(torch._C, "_cuda_getDriverVersion", int)()  # 13000 is CUDA 13.0, 0 no driver; not in CPU builds
+    driver = f"{served // 1000}.{served % 1000 // 10}" if served else ""
+    return Torch(torch.__version__, torch.version.cuda or "", driver)
+
+
+def gpus() -> Gpus:
+    """What torch sees; RuntimeError where CUDA does not start."""
+    found = []
+    for i in range(torch.cuda.device_count()):
+        free, memory = torch.cuda.mem_get_info(i)
+        about = torch.cuda.get_device_properties(i)
+        found.append(Gpu(about.name, memory, free, (about.major, about.minor)))
+    has_nccl = dist.is_available() and dist.is_nccl_available()
+    return Gpus(tuple(found), ".".join(map(str, torch.cuda.nccl.version())) if has_nccl else "")
+
+
+def gpu_seconds(work: Callable[[], object], repeats: int = 10) -> float:
+    """Shortest time of a piece of work on the GPU."""
+    times = []
+    for _ in range(repeats + 2):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        work()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end) / 1000)
+    return min(times[2:])
+
+
+def copies() -> Copy:
+    """Copy 256 MiB within the first GPU and to it."""
+    size = 1 << 28
+    host = torch.empty(size, dtype=torch.uint8, pin_memory=True)
+    one, other = (torch.empty(size, dtype=torch.uint8, device="cuda") for _ in range(2))
+    inside = gpu_seconds(lambda: other.copy_(one))
+    return Copy(2 * size / inside, size / gpu_seconds(lambda: other.copy_(host, non_blocking=True)))
+
+
+def attention(device: str) -> Attention:
+    """Try each SDPA kernel forward and backward on a small bf16 crop, and look for the other back-ends."""
+    usable = []
+    for name, kernel in KERNELS.items():
+        try:
+            qkv = torch.randn(3, 2, 4, 128, 64, device=device, dtype=torch.bfloat16, requires_grad=True)
+            q, k, v = qkv.unbind(0)
+            with sdpa_kernel([kernel]):
+                F.scaled_dot_product_attention(q, k, v).float().square().mean().backward()
+            if qkv.grad is not None and bool(qkv.grad.isfinite().all()):
+                usable.append(name)
+        except RuntimeError:  # how torch says that no such kernel is here
+            continue
+    return Attention(device, tuple(usable), _xformers(), util.find_spec("torch.nn.attention.varlen") is not None)
+
+
+def _xformers() -> str:
+    try:
+        import xformers.ops  # noqa: F401
+
+        return metadata.version("xformers")
+    except (ImportError, OSError, RuntimeError, metadata.PackageNotFoundError):  # built for another torch: OSError
+        return ""
+
+
+def all_reduce(backend: str, rank: int, world: int, meeting: str) -> AllReduce:
+    """Sum a tensor over the processes that meet in a file, several times.
+
+    Source of the rate: 2 (n - 1) / n bytes pass the bus for each byte of the tensor, as nccl-tests counts.
+    """
+    device = torch.device("cuda", rank) if backend == "nccl" else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    wait = timedelta(seconds=MEET_SECONDS)
+    dist.init_process_group(backend, init_method=f"file://{meeting}", rank=rank, world_size=world, timeout=wait)
+    values = torch.full((1 << (26 if backend == "nccl" else 22),), float(rank + 1), device=device)
+    dist.all_reduce(values)
+    right = bool((values == world * (world + 1) / 2).all())
+    fastest = min(_reduce_seconds(values) for _ in range(5))
+    dist.destroy_process_group()
+    return AllReduce(world, right, 2 * (world - 1) / world * values.nbytes / fastest)
+
+
+def _reduce_seconds(values: Tensor) -> float:
+    dist.barrier()
+    begin = time.perf_counter()
+    dist.all_reduce(values)
+    if values.is_cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter() - begin
+
+
+def main(kind: str, arguments: dict[str, Any]) -> None:
+    """Answer one kind of question."""
+    if kind == "torch":
+        answer("torch", torch_build)
+        seen = answer("gpus", gpus)
+        has_gpu = seen is not None and bool(seen.gpus)
+        if has_gpu:
+            answer("copy", copies)
+        answer("attention", lambda: attention("cuda" if has_gpu else "cpu"))
+    else:
+        answer("all_reduce", lambda: all_reduce(**arguments))
+    os._exit(0)  # what was told counts; threads of gloo sometimes abort an orderly end
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], json.loads(sys.argv[2]))

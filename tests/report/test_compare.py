@@ -1,0 +1,213 @@
+"""Runs side by side: the numbers against a second computation, and what is missing or broken."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import re
+import shutil
+import statistics
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from test_report import Page
+
+from tapct.report import compare
+from tapct.types import UserError
+
+Config = dict[str, Any]
+BASE: Config = {"out": "runs/x", "seed": 0, "optim": {"lr": 0.001}, "model": {"patch": [4, 8, 8]}, "device": "cpu"}
+
+
+def make_run(folder: Path, steps: int, seed: int, config: Config | None = None, dice: float | None = None) -> Path:
+    """A run folder with drawn metrics; rankme only at every tenth step."""
+    folder.mkdir(parents=True)
+    draw = random.Random(seed)
+    with (folder / "metrics.jsonl").open("w") as file:
+        for step in range(1, steps + 1):
+            row = {"step": step, "loss/total": 5 + draw.random(), "loss/ibot": draw.random()}
+            row |= {"health/ibot_ln_k_minus_ce": draw.random(), "health/ibot_information": draw.random()}
+            row |= {"health/rankme": draw.random()} if step % 10 == 0 else {}
+            file.write(json.dumps({**row, "seconds/step": 0.1 + draw.random()}) + "\n")
+    (folder / "config.yaml").write_text(yaml.safe_dump({**(config or BASE), "out": str(folder)}, sort_keys=False))
+    if dice is not None:
+        (folder / "eval").mkdir()
+        models = {"pretrained": {"mean_dice": dice}, "untrained": {"mean_dice": 0.2}, "raw_hu": {"mean_dice": 0.1}}
+        (folder / "eval" / "results.json").write_text(json.dumps({"models": models}))
+    return folder
+
+
+def rows_of(run: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def table_of(comparison: compare.Comparison) -> dict[str, list[str]]:
+    return dict(compare.numbers(comparison))
+
+
+def value(cell: str) -> float:
+    return float(cell.replace("\u2212", "-"))
+
+
+def test_numbers_are_means_of_the_last_twenty_steps(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / "a", 57, 1, dice=0.5), make_run(tmp_path / "b", 8, 2), make_run(tmp_path / "c", 95, 3)]
+    told = table_of(compare.read(runs))
+    assert told["Steps"] == ["57", "8", "95"]
+    names = {
+        "Total loss": "loss/total", "iBOT loss, weighted": "loss/ibot", "iBOT ln K \u2212 CE":
+        "health/ibot_ln_k_minus_ce", "iBOT information": "health/ibot_information",
+    }  # fmt: skip
+    for name, metric in names.items():
+        slow = [statistics.fmean([row[metric] for row in rows_of(run)][-20:]) for run in runs]
+        assert [value(cell) for cell in told[name]] == pytest.approx(slow, abs=1e-3), name
+    slow_seconds = [statistics.median(row["seconds/step"] for row in rows_of(run)) for run in runs]
+    assert [value(cell) for cell in told["Seconds per step, median"]] == pytest.approx(slow_seconds, abs=1e-2)
+    ranks = [[row["health/rankme"] for row in rows_of(run) if "health/rankme" in row] for run in runs]
+    assert told["RankMe"][1] == compare.BLANK  # 8 steps: never written
+    assert value(told["RankMe"][0]) == pytest.approx(statistics.fmean(ranks[0][-2:]), abs=1e-3)  # steps 40 and 50
+    assert told["Frozen Dice"] == ["0.500", compare.BLANK, compare.BLANK]
+    assert told["Dice over the best baseline"] == ["+0.300", compare.BLANK, compare.BLANK]
+
+
+def test_a_metric_that_is_written_rarely_shows_its_newest_value(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "a", 30, 1)
+    with (run / "metrics.jsonl").open("a") as file:
+        file.writelines(json.dumps({"step": step, "loss/total": 1.0}) + "\n" for step in range(31, 100))
+    told = table_of(compare.read([run]))
+    assert value(told["RankMe"][0]) == pytest.approx(rows_of(run)[29]["health/rankme"], abs=1e-3)
+    assert value(told["Total loss"][0]) == 1
+
+
+def test_only_settings_that_differ_are_told(tmp_path: Path) -> None:
+    other = {**BASE, "device": "cuda", "optim": {"lr": 0.002}, "model": {"patch": [4, 16, 16]}, "more": 1}
+    runs = [make_run(tmp_path / "a", 5, 1), make_run(tmp_path / "b", 5, 2, other), make_run(tmp_path / "c", 5, 3)]
+    comparison = compare.read(runs)
+    assert dict(compare.settings(comparison)) == {
+        "optim.lr": ["0.001", "0.002", "0.001"],
+        "model.patch": ["4 8 8", "4 16 16", "4 8 8"],
+        "more": ["\u2013", "1", "\u2013"],
+        "device": ["cpu", "cuda", "cpu"],
+    }
+    assert list(comparison.keys)[-1] == "device"  # changes no curve
+    assert compare.labels(comparison) == ["a", "b", "c"]  # a and c have equal settings
+    assert compare.labels(compare.read(runs[:2])) == [
+        "lr 0.001, patch 4 8 8, more \u2013", "lr 0.002, patch 4 16 16, more 1"
+    ]  # fmt: skip
+    assert compare.read(runs[::2]).keys == ()
+
+
+def test_a_page_asks_nobody_for_anything_and_holds_the_table(tmp_path: Path) -> None:
+    evil = {**BASE, "name": "</script><script src='https://evil'>"}
+    runs = [make_run(tmp_path / "<b>", 700, 1, evil, dice=0.4), make_run(tmp_path / "b", 40, 2)]
+    comparison = compare.read(runs)
+    html = compare.write(comparison, tmp_path / "page.html").read_text()
+    assert "default-src 'none'" in html and "<b></th>" not in html and "<script src" not in html
+    assert Page(html).links == [] and re.findall(r"url\(|@import|https?://(?!evil)", html) == []
+    for name, cells in [*compare.numbers(comparison), *compare.settings(comparison)]:
+        body = "".join(f'<td class="n">{compare.text(cell)}</td>' for cell in cells)
+        assert f"<th>{compare.text(name)}</th>{body}" in html
+    assert html.count('<figure class="chart">') == len(comparison.metrics) == 6
+    assert len(html) < 300_000
+    series = [chart["series"] for chart in Page(html).data]
+    assert series[0][0]["x"][-1] == 700 and series[0][1]["x"][-1] == 40  # each ends where it ends
+    assert max(len(one["x"]) for chart in series for one in chart) < 700  # a long run is thinned
+
+
+def test_a_run_keeps_its_colour_where_another_lacks_the_metric(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / "a", 8, 1), make_run(tmp_path / "b", 30, 2)]
+    chart = compare._chart(compare.read(runs), "health/rankme")
+    assert "var(--c1)" in chart and "var(--c0)" not in chart
+
+
+def test_fifteen_runs_look_different(tmp_path: Path) -> None:
+    looks = {re.sub(r"\s+", " ", compare._swatch(i)) for i in range(15)}
+    assert len(looks) == 15
+
+
+@pytest.mark.parametrize("width", [40, 80, 132])
+def test_the_table_fits_the_terminal_however_many_runs(tmp_path: Path, width: int) -> None:
+    long = {**BASE, "losses": {"dino": {"head": {"num_prototypes_of_a_very_long_name": "x" * 50}}}}
+    runs = [make_run(tmp_path / f"sweep_with_a_long_name_{i}", 3, i, long if i else None) for i in range(9)]
+    comparison = compare.read(runs)
+    text = compare.render_text(comparison, width)
+    assert max(map(len, text.splitlines())) <= width and text.isascii()
+    squeezed = re.sub(r"\s", "", text)
+    assert text.count("Total loss") * max(1, (width - 33) // 16) >= 9 or width == 40
+    for cell in table_of(comparison)["Total loss"]:
+        assert cell in squeezed
+
+
+def test_what_is_no_run_is_told_in_one_line_each(tmp_path: Path) -> None:
+    good = make_run(tmp_path / "good", 5, 1)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("")
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    (bare / "metrics.jsonl").write_text('{"step": 1, "loss/to')
+    folders = [good, tmp_path / "good" / ".." / "good", tmp_path / "empty", tmp_path / "file", tmp_path / "no", bare]
+    comparison = compare.read(folders)
+    assert [run.name for run in comparison.runs] == ["good"]
+    ends = ("it is shown once", "no metrics.jsonl", "is not a run folder", "is not there", "no finished step yet")
+    assert len(comparison.notes) == len(ends)
+    for note, end in zip(comparison.notes, ends, strict=True):
+        assert note.endswith(end) and "\n" not in note
+    with pytest.raises(UserError, match="is not there"):
+        compare.read([tmp_path / "no"])
+
+
+def test_broken_files_leave_blanks(tmp_path: Path) -> None:
+    good, ill = make_run(tmp_path / "good", 30, 1, dice=0.3), make_run(tmp_path / "ill", 30, 2, dice=0.3)
+    with (ill / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 31, "loss/total": null, "seconds/step": "fast"}\n[1]\n{"step": "x"}\n{"step": 32, "lo')
+    (ill / "config.yaml").write_text("a: [1,\n b")
+    (ill / "eval" / "results.json").write_text('{"models": ')
+    comparison = compare.read([good, ill])
+    told = table_of(comparison)
+    assert told["Total loss"][1] == "not finite" and told["Steps"] == ["30", "31"]
+    assert told["Frozen Dice"][1] == compare.BLANK and told["iBOT information"][1] != compare.BLANK
+    assert [note.split(": ", 1)[1] for note in comparison.notes] == [
+        "3 unreadable lines of metrics.jsonl were passed over",
+        "config.yaml is damaged; its settings are blank",
+        "results.json is damaged: it holds no JSON object; its Dice is blank",
+    ]
+    assert "not finite at 1 of 31" in compare.render(comparison)
+    assert comparison.keys == ()
+
+
+@pytest.mark.parametrize(
+    "results", [{"models": []}, {"models": {"pretrained": 3}}, {"models": {"pretrained": {"mean_dice": None}}}, {}]
+)
+def test_strange_results_are_a_blank(tmp_path: Path, results: Any) -> None:
+    run = make_run(tmp_path / "a", 5, 1, dice=0.3)
+    (run / "eval" / "results.json").write_text(json.dumps(results))
+    assert table_of(compare.read([run]))["Frozen Dice"] == [compare.BLANK]
+
+
+def test_a_dice_without_baselines_has_no_lead() -> None:
+    own, lead, _ = compare.dice({"models": {"pretrained": {"mean_dice": 0.5}}}) or (0, 0, "")
+    assert own == 0.5 and math.isnan(lead)
+
+
+def test_runs_of_one_name_are_told_apart_by_their_folders(tmp_path: Path) -> None:
+    first = make_run(tmp_path / "x" / "run", 5, 1)
+    shutil.copytree(first, tmp_path / "y" / "run")
+    names = [run.name for run in compare.read([first, tmp_path / "y" / "run"]).runs]
+    assert names == ["x/run", "y/run"]
+
+
+def test_chosen_metrics_are_drawn_and_an_unknown_one_is_named(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "a", 25, 1)
+    assert compare.read([run], ["health/ibot*", "loss/total"]).metrics == (
+        "health/ibot_ln_k_minus_ce", "health/ibot_information", "loss/total"
+    )  # fmt: skip
+    with pytest.raises(UserError, match=r"--metric loss/totl: no run has it; there is loss/total"):
+        compare.read([run], ["loss/totl"])
+
+
+def test_a_page_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    comparison = compare.read([make_run(tmp_path / "a", 5, 1)])
+    with pytest.raises(UserError, match="could not be written"):
+        compare.write(comparison, tmp_path / "no" / "page.html")
