@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from tapct import config as configs
-from tapct import run
+from tapct import provenance, run
 from tapct.engine import loop, metrics, optim
 from tapct.ssl.schedules import Schedules
 from tapct.ssl.student_teacher import StudentTeacher
@@ -89,7 +89,7 @@ def measure(config: run.RunConfig, steps: int, in_plane: int) -> dict[str, objec
     else:
         peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return {
-        "device": run.gpu_name() if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads",
+        "device": provenance.gpu_name() if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads",
         "torch": torch.__version__,
         "precision": config.train.precision,
         "global_batch": config.train.global_batch,

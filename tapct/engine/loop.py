@@ -156,6 +156,7 @@ class Trainer:
         self.pending = metrics.Pending()
         self.sample_numbers: dict[int, list[int]] = {}
         self.silent_until = 0.0  # about a slow rank
+        self.save_seconds = 0.0  # that training stood still for the last save
 
     def run(self, batches: Iterator[tuple[Batch, ...]], start: int) -> Stop:
         """Train from step `start` to the last one, or to a signal on any rank; ends with a checkpoint in both cases.
@@ -184,8 +185,10 @@ class Trainer:
                 self.flag.failed_save = self.hooks.failed_save()
                 if due:
                     watch.at(step, "saving")
+                    began = time.perf_counter()
                     with watch.naming_lost_ranks():
                         self.hooks.save(done, last)
+                    self.save_seconds = time.perf_counter() - began
                 if reason == FAILED_SAVE:
                     raise UserError(f"stopped at step {done}: another rank could not write its part of a checkpoint")
                 if last:
@@ -217,7 +220,8 @@ class Trainer:
                 self.flag.hear(packet["stop"])
             numbers = metrics.readings(outputs, packet, report, with_rank=(step + 1) % self.log_every == 0)
             numbers += metrics.arrivals(packet["arrival"])
-        self.pending.add(step + 1, (step + 1) * self.config.global_batch, values, numbers, timer)
+        saving, self.save_seconds = self.save_seconds, 0.0
+        self.pending.add(step + 1, (step + 1) * self.config.global_batch, values, numbers, timer, saving)
 
     def forward_backward(self, step: int, micro: int, views: Views, masks: Masks, temp: float) -> ssl_step.StepOutput:
         """One micro-batch; ranks reduce the gradients after the last of a step."""

@@ -190,7 +190,13 @@ class Pending:
     rows: list[tuple[Record, list[str], Tensor, StageTimer]] = field(default_factory=list)
 
     def add(
-        self, step: int, samples: int, values: StepValues, numbers: list[tuple[str, Tensor]], timer: StageTimer
+        self,
+        step: int,
+        samples: int,
+        values: StepValues,
+        numbers: list[tuple[str, Tensor]],
+        timer: StageTimer,
+        save_seconds: float = 0.0,
     ) -> None:
         """Keep one step's numbers; nothing is copied to the host.
 
@@ -200,6 +206,7 @@ class Pending:
             values: of the schedules.
             numbers: scalars on the device.
             timer: of this step.
+            save_seconds: that training stood still for a checkpoint before this step.
         """
         host: Record = {
             "step": step,
@@ -209,6 +216,7 @@ class Pending:
             "wd": values.wd,
             "momentum": values.momentum,
             "teacher_temp": values.teacher_temp,
+            "seconds/save": save_seconds,
         }
         names = [name for name, _ in numbers]
         row = torch.stack([number.detach().double() for _, number in numbers])

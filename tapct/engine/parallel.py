@@ -114,6 +114,8 @@ def world(place: Ranks, device: torch.device, config: Config) -> Iterator[World]
     try:
         told = "{}:{}".format(*ranks.rendezvous(os.environ))
         store, _, _ = next(dist.rendezvous(f"tcp://{told}", place.rank, place.world, timeout=timeout))
+        # torchrun's store outlives a restart: what the ranks before it wrote there must not be read
+        store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
             store=dist.PrefixStore("group", store),

@@ -1,4 +1,4 @@
-"""W ranks x b are 1 rank x W b: every loss, gradient, moment and weight; and a run goes on at another number of ranks."""
+"""W ranks x b are 1 rank x W b: every loss, gradient, moment and weight; a run goes on at another number of ranks."""
 
 from __future__ import annotations
 

@@ -1,0 +1,121 @@
+"""Two ranks that are killed again and again, at random moments and in random parts, lose nothing and end the same."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from many_ranks import PLAIN, good, start, train
+from tiny_run import assert_equal_runs, make_store
+
+from tapct.engine.checkpoint import Checkpoints, damage
+
+pytestmark = pytest.mark.dist
+PATIENCE_S = 60.0
+VICTIMS = ("rank 0", "rank 1", "both ranks", "launcher and ranks", "a loader's worker")
+
+
+def children(parent: int) -> list[int]:
+    """Process ids of the living children of a process, oldest first."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                fields = (entry / "stat").read_text().rpartition(")")[2].split()
+            except OSError:  # gone meanwhile
+                continue
+            if int(fields[1]) == parent and fields[0] != "Z":
+                found.append(int(entry.name))
+    return sorted(found)
+
+
+def ranks_of(launcher: int) -> list[int]:
+    """The ranks that torchrun started: its children that are Python running tapct."""
+    return [child for child in children(launcher) if b"tapct" in Path(f"/proc/{child}/cmdline").read_bytes()]
+
+
+def announced(out: Path) -> int:
+    latest = out / "checkpoints" / "latest"
+    return int(latest.read_text().strip().removeprefix("step_")) if latest.exists() else 0
+
+
+def kill(victim: str, launcher: subprocess.Popen[str]) -> None:
+    """SIGKILL a part of a run; what is gone already is no error."""
+    ranks = ranks_of(launcher.pid)
+    targets = {
+        "rank 0": ranks[:1],
+        "rank 1": ranks[1:],
+        "both ranks": ranks,
+        "launcher and ranks": [launcher.pid, *ranks],
+        "a loader's worker": [child for rank in ranks for child in children(rank)][-1:],
+    }[victim]
+    for target in targets or ranks:
+        try:
+            os.kill(target, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+
+
+def end(launcher: subprocess.Popen[str]) -> str:
+    """Wait for a run that was struck; nothing of it may live on."""
+    try:
+        out, err = launcher.communicate(timeout=PATIENCE_S)
+    except subprocess.TimeoutExpired:
+        os.killpg(launcher.pid, signal.SIGKILL)
+        raise
+    return out + err
+
+
+def strike(folder: Path, store: Path, words: tuple[str, ...], victim: str, draw: random.Random) -> bool:
+    """Start the run, let it write 1 to 4 checkpoints, kill the victim within about the time of one more.
+
+    Returns:
+        False when the run was over before.
+    """
+    before, began = announced(folder / "run"), time.monotonic()
+    launcher = start(2, folder, store, *words)
+    goal = before + draw.randrange(1, 5) * 2
+    while announced(folder / "run") < goal and launcher.poll() is None:
+        assert time.monotonic() - began < PATIENCE_S, end(launcher)
+        time.sleep(0.005)
+    time.sleep(draw.uniform(0, 0.25))
+    struck = launcher.poll() is None
+    if struck:
+        kill(victim, launcher)
+    told = end(launcher)
+    assert struck or launcher.returncode == 0, told
+    latest = announced(folder / "run")
+    assert latest >= before, "what was announced was lost"
+    assert latest == 0 or damage(folder / "run" / "checkpoints" / f"step_{latest:08d}") is None
+    whole, complaints = Checkpoints(folder / "run" / "checkpoints", keep=1).newest_whole()
+    assert complaints == [] and whole is not None and int(whole.name.removeprefix("step_")) >= latest
+    return struck
+
+
+@pytest.mark.parametrize("kills", [4, pytest.param(30, marks=pytest.mark.slow)])
+def test_two_ranks_killed_at_random_moments_end_as_if_nothing_had_been(
+    tmp_path_factory: pytest.TempPathFactory, kills: int
+) -> None:
+    folder, store = tmp_path_factory.mktemp("chaos"), make_store(tmp_path_factory.mktemp("data"))
+    words = (
+        *PLAIN,
+        f"train.steps={8 * kills + 12}",
+        "checkpoint.every=2",
+        "data.loader.backend=process",
+        "parallel.timeout_s=20",
+    )
+    draw, outcomes = random.Random(kills), []
+    for number in range(kills):
+        victim = VICTIMS[number % len(VICTIMS)]
+        outcomes.append((victim, strike(folder, store, words, victim, draw), announced(folder / "run")))
+    assert sum(struck for _, struck, _ in outcomes) == kills, outcomes
+    good(train(2, folder, store, *words))
+    good(train(2, folder / "undisturbed", store, *words))
+    print(json.dumps(outcomes))
+    assert_equal_runs(folder / "run", folder / "undisturbed" / "run", folder)
