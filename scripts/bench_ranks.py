@@ -3,8 +3,8 @@
     python scripts/bench_ranks.py STORE                            # configs/smoke.yaml on 1 and 2 ranks
     python scripts/bench_ranks.py STORE CONFIG key=value --ranks 4 --json out.json
 
-Every figure is of real `tapct train` runs with one thread a rank. Ranks share the machine's memory and clock, so the gain
-is put beside that of plain matrix products in as many processes.
+Every figure is of real `tapct train` runs with one thread a rank. Ranks share the machine, so their gain is put beside
+that of plain matrix products in as many processes.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def collectives(world: int, words: list[str], run: Path) -> dict[str, int]:
     program = Path(run.parent / "count.py")
     program.write_text(COUNT)
     start = command(world, [])[:-3]
-    line = [*start, str(program), *words, f"out={run}", "train.steps=4"]
+    line = [*start, str(program), *words, f"out={run}", "train.steps=1"]  # the counter's hooks serve one step only
     done = subprocess.run(line, env=environment(), capture_output=True, text=True, check=False)
     told = [text for text in done.stdout.splitlines() if text.startswith("{")]
     if not told:

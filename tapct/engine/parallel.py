@@ -153,6 +153,8 @@ def shard(network: Network, mesh: DeviceMesh, *, bf16: bool, keeps_gradient: boo
         cast_forward_inputs=False,
     )  # fmt: skip
     whole = MixedPrecisionPolicy(cast_forward_inputs=False)
+    if mesh.size(0) == 1:  # no copies: else FSDP sums every gradient over groups of one rank
+        mesh = mesh["shard"]
     for block in blocks_of(network.backbone):
         fully_shard(block, mesh=mesh, mp_policy=compute, reshard_after_forward=True)
     fully_shard(network.backbone, mesh=mesh, mp_policy=whole, reshard_after_forward=not keeps_gradient)
