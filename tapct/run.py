@@ -19,7 +19,7 @@ from tapct.data import loader
 from tapct.data.sampler import samples_of
 from tapct.data.split import held_out_patients
 from tapct.data.store import Store
-from tapct.engine import checkpoint, loop, optim, parallel
+from tapct.engine import checkpoint, initial, loop, optim, parallel
 from tapct.engine.checkpoint import Checkpoints, Meta
 from tapct.engine.parallel import LostRank, World
 from tapct.eval import runner
@@ -163,7 +163,7 @@ class Pretraining:
         )
         pair = self.build_pair()
         updater = optim.Updater(pair, config.optim, self.world.num_copies)
-        start = self.restore(found, pair, updater) if found is not None else 0
+        start = self.restore(found, pair, updater) if found is not None else self.first_weights(pair)
         if start >= config.train.steps:
             log.say(f"{config.out} has all its {config.train.steps} steps; nothing to train")
             return loop.Stop(start)
@@ -217,6 +217,14 @@ class Pretraining:
         return StudentTeacher(
             config.model, config.losses, config.seed, device=self.world.device, dtype=config.train.dtype, shard=shard
         )
+
+    def first_weights(self, pair: StudentTeacher) -> int:
+        """Replace random weights by those of `train.init`, if it is set; returns step 0."""
+        if self.config.train.init:
+            weights = initial.read(Path(self.config.train.init))
+            for line in initial.apply(weights, pair, self.config.train.init_allow).lines():
+                log.say(line)
+        return 0
 
     def restore(self, found: Path, pair: StudentTeacher, updater: optim.Updater) -> int:
         """Bring a checkpoint back; returns its step.

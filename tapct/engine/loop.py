@@ -13,7 +13,7 @@ from torch import Tensor
 from tapct.collectives import Packet
 from tapct.config import setting
 from tapct.data import sampler
-from tapct.engine import metrics, parallel
+from tapct.engine import initial, metrics, parallel
 from tapct.engine.optim import Updater
 from tapct.engine.parallel import World
 from tapct.engine.stop import FAILED_SAVE, StopFlag, job_deadline
@@ -44,6 +44,10 @@ class Config:
         "auto: go on from the run's newest checkpoint if there is one; must: there has to be one; never: there must be "
         "none; else the path of a checkpoint or run that a run without a checkpoint of its own goes on from",
     )
+    init: str = setting(
+        "", "weights that a new run starts from: a run, checkpoint, export or .safetensors file; empty: random ones"
+    )
+    init_allow: tuple[str, ...] = setting((), "what else than a perfect fit is meant: missing, resized, unexpected")
     save_before_end_s: float = setting(
         300.0, "in a SLURM job, save and stop this many seconds before its time ends, without a signal too", ge=0.0
     )
@@ -54,6 +58,9 @@ class Config:
         return torch.float64 if self.precision == "fp64" else torch.float32
 
     def __post_init__(self) -> None:
+        for kind in self.init_allow:
+            if kind not in initial.KINDS:
+                raise UserError(f"train.init_allow: {kind} is none of {', '.join(initial.KINDS)}")
         if self.global_batch % self.accumulation:
             raise UserError(
                 f"train.global_batch {self.global_batch} is not a multiple of train.accumulation {self.accumulation}; "

@@ -1,0 +1,152 @@
+"""Start from weights that exist already: a run, a checkpoint, an export, or a safetensors file of a backbone.
+
+What was loaded, missing, resized and unexpected is a table that people see; anything but `loaded` must be allowed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from tapct.collectives import local_part, part_of_full
+from tapct.engine.checkpoint import FOLDER, Checkpoints, read_meta
+from tapct.nn.posembed import Grid, resize_positions
+from tapct.ssl.student_teacher import StudentTeacher
+from tapct.types import UserError
+
+KINDS = ("missing", "resized", "unexpected")
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A backbone's tensors, read from disk.
+
+    Args:
+        tensors: by parameter name.
+        grid: patches (z, y, x) that its positions are learned for; None where nothing tells.
+        source: file that they come from.
+    """
+
+    tensors: Mapping[str, Tensor]
+    grid: Grid | None
+    source: Path
+
+
+@dataclass(frozen=True)
+class Report:
+    """What became of each parameter: names by kind."""
+
+    loaded: tuple[str, ...]
+    missing: tuple[str, ...]
+    resized: tuple[str, ...]
+    unexpected: tuple[str, ...]
+    source: Path
+
+    def lines(self) -> list[str]:
+        """One line per kind that occurs: its count and some of the names."""
+        told = [f"starting from {self.source}: {len(self.loaded)} parameters loaded"]
+        for kind in KINDS:
+            names = getattr(self, kind)
+            if names:
+                told.append(f"  {kind:<10} {len(names)}: {', '.join(names[:4])}{', ...' if len(names) > 4 else ''}")
+        return told
+
+
+def read(path: Path) -> Weights:
+    """Read a backbone's weights.
+
+    Args:
+        path: run folder (newest whole checkpoint), checkpoint folder, export folder, or a safetensors file.
+    Raises:
+        UserError: nothing of that kind is there, or it is damaged.
+    """
+    if FOLDER.fullmatch(path.name):
+        return _read_file(path / "teacher.safetensors", _grid(read_meta(path).config.get("model", {})))
+    if (path / "checkpoints").is_dir():
+        found, _ = Checkpoints(path / "checkpoints", keep=1).newest_whole()
+        if found is None:
+            raise UserError(f"train.init={path}: that run holds no whole checkpoint yet")
+        return read(found)
+    for folder in (path, path / "export"):
+        if (folder / "model.safetensors").is_file() and (folder / "config.json").is_file():
+            card = json.loads((folder / "config.json").read_text())
+            return _read_file(folder / "model.safetensors", _grid(card.get("model", {})))
+    if path.suffix == ".safetensors":
+        return _read_file(path, None)
+    raise UserError(f"train.init={path}: give a run folder, a checkpoint, an export or a .safetensors file")
+
+
+def _grid(model: Mapping[str, object]) -> Grid | None:
+    """Patches of a backbone's window, from its section of a config."""
+    section = model.get("config", model)
+    if not isinstance(section, Mapping) or "window" not in section or "patch" not in section:
+        return None
+    z, y, x = (int(size) // int(side) for size, side in zip(section["window"], section["patch"], strict=True))
+    return z, y, x
+
+
+def _read_file(file: Path, grid: Grid | None) -> Weights:
+    try:
+        return Weights(load_file(file), grid, file)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"train.init: {file} cannot be read as safetensors: {error}") from error
+
+
+@torch.no_grad()
+def apply(weights: Weights, pair: StudentTeacher, allow: tuple[str, ...]) -> Report:
+    """Put weights into the backbone of student and teacher, sharded or whole; heads keep their first values.
+
+    Positions of another grid are resized like those of a crop of that size; no other shape may differ.
+
+    Args:
+        weights: read from disk, on every rank.
+        pair: gets them.
+        allow: kinds that may occur: `missing`, `resized`, `unexpected`.
+    Raises:
+        UserError: a kind occurs that is not allowed, or a shape cannot be brought to fit; nothing was changed.
+    """
+    wanted = dict(pair.student.backbone.named_parameters())
+    full, resized, unfit = {}, [], []
+    for name in wanted.keys() & weights.tensors.keys():
+        value, shape = weights.tensors[name], tuple(wanted[name].shape)
+        if tuple(value.shape) != shape and name == "pos_embed" and weights.grid is not None:
+            grid = getattr(getattr(pair.student.backbone, "config", None), "grid", None)
+            value = value if grid is None else _resize(value, weights.grid, grid)
+            resized.append(name)
+        if tuple(value.shape) != shape:
+            unfit.append(f"{name} is {tuple(value.shape)} there and {shape} here")
+        full[name] = value
+    if unfit:
+        raise UserError(f"train.init: {weights.source} does not fit this model: {sorted(unfit)[0]}")
+    report = Report(
+        loaded=tuple(sorted(full.keys() - set(resized))),
+        missing=tuple(sorted(wanted.keys() - full.keys())),
+        resized=tuple(resized),
+        unexpected=tuple(sorted(weights.tensors.keys() - wanted.keys())),
+        source=weights.source,
+    )
+    for kind in KINDS:
+        names = getattr(report, kind)
+        if names and kind not in allow:
+            raise UserError(
+                f"train.init: {len(names)} parameters of {weights.source} are {kind}, {names[0]} for one; if that is "
+                f"meant, set train.init_allow=[{','.join([*allow, kind])}]"
+            )
+    teacher = dict(pair.teacher.backbone.named_parameters())
+    for name, value in full.items():
+        for parameter in (wanted[name], teacher[name]):
+            local_part(parameter).copy_(part_of_full(value.to(parameter.dtype), parameter))
+    return report
+
+
+def _resize(pos_1ND: Tensor, native: Grid, grid: Grid) -> Tensor:
+    """Positions for another grid; the class token's own stays."""
+    patches_ND = resize_positions(pos_1ND[0, 1:], native, grid)
+    return torch.cat([pos_1ND[:, :1].to(patches_ND.dtype), patches_ND[None]], dim=1)
