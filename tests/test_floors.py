@@ -17,7 +17,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("engine",),
     ("eval", "report"),
     ("weights",),  # embeds with the features of eval
-    ("run", "plan", "doctor", "launch", "cli"),
+    ("run", "plan", "doctor", "slurm", "sweep", "jobs", "worker", "launch", "cli"),
 )
 FLOOR = {part: number for number, parts in enumerate(FLOORS) for part in parts}
 FLOORS_OF_FILES = {
