@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from tapct import log
+from tapct import log, signals
 from tapct.types import UserError
 
 
@@ -125,14 +125,15 @@ def train(
     print_config: Annotated[bool, typer.Option("--print-config", help="show each value and its source")] = False,
 ) -> None:
     """Pretrain; started again, it goes on from the newest checkpoint."""
-    from tapct import config as configs
-    from tapct import run
+    with signals.kept_from_children():
+        from tapct import config as configs
+        from tapct import run
 
-    resolved = configs.load_config(run.RunConfig, config, overrides or [])
-    if print_config:
-        print(resolved.pretty())
-        return
-    stop = run.train(resolved)
+        resolved = configs.load_config(run.RunConfig, config, overrides or [])
+        if print_config:
+            print(resolved.pretty())
+            return
+        stop = run.train(resolved)
     if stop.signal:
         again = shlex.join(["tapct", "train", str(config), *(overrides or [])])
         log.say(f"stopped by {stop.signal} and saved at step {stop.step}; go on with: {again}")

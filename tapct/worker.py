@@ -16,10 +16,9 @@ import time
 from pathlib import Path
 from types import FrameType
 
-from tapct import cli, ranks
+from tapct import cli, ranks, signals
 from tapct.types import UserError
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 STOPPED = (130, 143)  # how `tapct train` leaves when a signal stopped it and it has saved
 MARK = "TAPCT_MARK"  # environment: the file to leave for the batch script
 
@@ -35,7 +34,7 @@ def work(config: str, start_in: str, snapshot: str) -> None:
         SystemExit: training failed; its one line is in the log.
         UserError: another tapct is imported than that of the snapshot.
     """
-    for number in SIGNALS:
+    for number in signals.STOP:
         signal.signal(number, leave_early)
     os.chdir(start_in)
     restarts = os.environ.get("SLURM_RESTART_COUNT", "0")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent.parent / "tapct"
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("types", "geometry", "config", "settings", "yamlfile", "plugin", "rng", "ranks", "log"),
+    ("types", "geometry", "config", "settings", "yamlfile", "plugin", "rng", "ranks", "log", "signals"),
     ("nn",),
     ("data", "views", "models", "losses"),
     ("ssl",),
