@@ -40,8 +40,8 @@ end_jobs
 for file in "$dir"/run/slurmd-*.pid; do end_daemon "$file" slurmd; done
 end_daemon "$dir/run/slurmctld.pid" slurmctld
 end_daemon "$dir/run/munged.pid" munged
-if grep -q '# tapct-slurm-test$' /etc/hosts; then
-    kept="$(grep -v '# tapct-slurm-test$' /etc/hosts || true)"
+if grep -qF "# tapct $dir" /etc/hosts; then
+    kept="$(grep -vF "# tapct $dir" /etc/hosts || true)"
     printf '%s\n' "$kept" >/etc/hosts # in place: it may be a mount
 fi
 if [ "${1:-}" = "--purge" ]; then rm -rf "$dir"; fi

@@ -100,7 +100,7 @@ start_all() {
     for number in $(seq 0 $((num_nodes - 1))); do
         mkdir -p "$dir/spool-node$number"
         # ranks meet at the name of the first node, so names must resolve
-        getent hosts "node$number" >/dev/null || echo "127.0.0.1 node$number # tapct-slurm-test" >>/etc/hosts
+        getent hosts "node$number" >/dev/null || echo "127.0.0.1 node$number # tapct $dir" >>/etc/hosts
         is_running "$dir/run/slurmd-node$number.pid" slurmd || slurmd -N "node$number"
     done
 }

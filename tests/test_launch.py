@@ -437,7 +437,7 @@ def test_a_task_saves_on_a_signal_marks_it_and_goes_on_from_there(job: list[str]
     assert [event.get("restarts") for event in events()] == [0, None, 1, None]
 
 
-@pytest.mark.parametrize("number", [signal.SIGUSR2, signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGUSR2, signal.SIGTERM])
 def test_a_signal_before_training_begins_is_not_lost(job: list[str], number: signal.Signals) -> None:
     process = start(job)
     (place,) = Path("run/jobs").iterdir()
