@@ -173,6 +173,34 @@ def test_a_run_that_fails_is_not_started_again(here: Path, store: Path) -> None:
     assert "failed" in tapct("jobs", "run")
 
 
+BREAKS = """
+import os, signal
+from dataclasses import dataclass
+from tapct.types import UserError
+
+@dataclass(frozen=True)
+class Config:
+    pass
+
+def build(config):
+    if os.environ.get("SLURM_PROCID") == "1":
+        {how}
+    return lambda view, key: view
+"""
+
+
+@pytest.mark.parametrize("how", ["raise UserError('rank 1 gives up')", "os.kill(os.getpid(), signal.SIGSEGV)"])
+def test_a_rank_that_fails_ends_the_job_for_good(here: Path, how: str) -> None:
+    """srun then stops the others with SIGTERM, as a preemption would."""
+    (here / "mylab").mkdir()
+    (here / "mylab" / "breaks.py").write_text(BREAKS.format(how=how))
+    job = submit(here, "run", "views.ops[mylab.breaks]={}", "train.steps=100000", tasks=2)
+    wait_for(lambda: state_of(job) == "FAILED", "run", job)
+    time.sleep(8)  # longer than a requeued job waits
+    assert state_of(job) == "FAILED" and events_of("run").count("start") == 1
+    assert "requeued" not in log_of("run", job)
+
+
 def test_a_sweep_is_an_array_whose_runs_go_their_own_ways(here: Path) -> None:
     first = submit(here, "sweep", "--sweep", "optim.lr=1e-3,2e-3")
     assert re.fullmatch(r"\d+_0", first)
