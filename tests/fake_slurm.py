@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+from tiny_run import make_store, write_config
 
 SBATCH = 'cp "$1" "{here}/submitted.sh"\necho "Submitted batch job 77"\n'
 RECORD = 'echo "{name} $*" >> "{here}/calls"\n'
@@ -43,3 +44,22 @@ class FakeSlurm:
         path = self.here / "calls"
         lines = path.read_text().splitlines() if path.exists() else []
         return [line for line in lines if line.startswith(name)]
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_store(tmp_path_factory.mktemp("archive"), num=2)
+
+
+@pytest.fixture
+def config(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """tiny.yaml in the working directory, whose run folder is `run` beside it."""
+    monkeypatch.chdir(tmp_path)
+    path = write_config(tmp_path, store)
+    path.write_text(path.read_text().replace(f"out: {tmp_path}/run", "out: run"))
+    return path
+
+
+@pytest.fixture
+def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeSlurm:
+    return FakeSlurm(tmp_path / "slurm", monkeypatch)
