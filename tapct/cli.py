@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from tapct import log, ranks
+from tapct import log, ranks, signals
 from tapct.types import LOST_RANK, SharedError, UserError
 
 
@@ -126,24 +126,108 @@ def train(
     allow_change: Annotated[
         bool, typer.Option("--allow-change", help="go on from a checkpoint although the config shapes another curve")
     ] = False,
+    stopped_code: Annotated[
+        int, typer.Option(help="exit code when a signal or the end of a job's time stopped it, and it has saved", min=0)
+    ] = 0,
 ) -> None:
     """Pretrain; started again, it goes on from the newest checkpoint. Under torchrun or srun, on all their ranks."""
-    from tapct import config as configs
-    from tapct import run
+    with signals.kept_from_children():
+        from tapct import config as configs
+        from tapct import run
 
-    try:
-        resolved = configs.load_config(run.RunConfig, config, overrides or [])
-    except UserError as error:
-        raise SharedError(str(error)) from error  # every rank reads the same config
-    if print_config:
-        print(resolved.pretty())
-        return
-    stop = run.train(resolved, allow_change)
+        try:
+            resolved = configs.load_config(run.RunConfig, config, overrides or [])
+        except UserError as error:
+            raise SharedError(str(error)) from error  # every rank reads the same config
+        if print_config:
+            print(resolved.pretty())
+            return
+        stop = run.train(resolved, allow_change)
     if stop.signal:
         again = shlex.join(["tapct", "train", str(config), *(overrides or [])])
         log.say(f"stopped by {stop.signal} and saved at step {stop.step}; go on with: {again}")
-    if stop.signal == "SIGINT":  # the other signals are a scheduler's, which must not take the end for a failure
-        raise typer.Exit(130)
+        # signals other than Ctrl-C are a scheduler's, which must not take the end for a failure
+        raise typer.Exit(130 if stop.signal == "SIGINT" else stopped_code)
+
+
+@app.command()
+def submit(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    limit: Annotated[str, typer.Option("--time", help="of one start: 2-00:00, 12:00:00, or minutes")] = "1-00:00",
+    nodes: Annotated[int, typer.Option(help="machines", min=1)] = 1,
+    gpus_per_node: Annotated[int, typer.Option(help="0: train on CPUs", min=0)] = 0,
+    tasks_per_node: Annotated[int, typer.Option(help="processes; 0: one per GPU, or one", min=0)] = 0,
+    cpus_per_task: Annotated[int, typer.Option(help="0: the cluster's default", min=0)] = 0,
+    mem: Annotated[str, typer.Option(help="per node, e.g. 64G")] = "",
+    partition: Annotated[str, typer.Option(help="as of sbatch")] = "",
+    account: Annotated[str, typer.Option(help="as of sbatch")] = "",
+    qos: Annotated[str, typer.Option(help="as of sbatch")] = "",
+    constraint: Annotated[str, typer.Option(help="as of sbatch")] = "",
+    grace: Annotated[int, typer.Option(help="seconds before its end at which a job is told to save", min=1)] = 120,
+    max_restarts: Annotated[int, typer.Option(help="requeues after which a job gives up", min=0)] = 20,
+    sweep: Annotated[list[str] | None, typer.Option(help="key=value,value; repeat it for a product")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the batch script, write nothing")] = False,
+) -> None:
+    """Train on a SLURM cluster; preempted or out of time, the job requeues itself and goes on."""
+    from tapct import launch, slurm
+
+    resources = launch.Resources(
+        minutes=slurm.minutes(limit),
+        nodes=nodes,
+        gpus_per_node=gpus_per_node,
+        tasks_per_node=tasks_per_node,
+        cpus_per_task=cpus_per_task,
+        mem=slurm.checked_memory(mem) if mem else "",
+        partition=partition,
+        account=account,
+        qos=qos,
+        constraint=constraint,
+        grace_seconds=grace,
+        max_restarts=max_restarts,
+    )
+    plan = launch.plan(config, overrides or [], sweep or [])
+    for run in plan.runs:
+        launch.check(run, resources)
+    if dry_run:
+        print(launch.script(plan.home, resources, len(plan.runs) if sweep else 0))
+        return
+    submitted = launch.submit(plan, resources)
+    log.say(f"{nodes} x {resources.tasks} tasks, each start at most {log.duration(resources.minutes * 60)}")
+    for run, submission in zip(plan.runs, submitted, strict=True):
+        log.say(f"job {submission.job}: {run.value.out}")
+    log.say(f"logs in {submitted[0].logs}; watch: tapct jobs {plan.home}; end: tapct cancel {plan.home}")
+    if sweep:
+        log.say(f"when they are done: tapct compare {shlex.quote(str(plan.home))}/*=*")
+
+
+@app.command()
+def jobs(
+    folders: Annotated[list[Path] | None, typer.Argument(help="run folders, or folders of runs; default runs/")] = None,
+) -> None:
+    """How far the submitted runs are."""
+    from tapct import jobs as teller
+    from tapct import slurm
+
+    submissions = teller.find(folders or [Path("runs")])
+    if not submissions:
+        log.say("no run here was submitted; `tapct submit CONFIG` submits one")
+        return
+    queued = slurm.queue()
+    log.console().print(teller.table([teller.progress(run, one, queued) for run, one in submissions.items()]))
+    if queued is None:
+        log.say("SLURM does not answer; states are what the run folders say")
+
+
+@app.command()
+def cancel(
+    words: Annotated[list[str], typer.Argument(metavar="RUN|JOBID...", help="run folders, or ids of jobs")],
+) -> None:
+    """Cancel jobs; training saves a checkpoint as it ends."""
+    from tapct import jobs as teller
+
+    for line in teller.cancel(words):
+        log.say(line)
 
 
 @app.command()

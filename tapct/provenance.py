@@ -51,6 +51,8 @@ def gpu_name() -> str:
 def git_revision() -> str:
     """Revision of the source tree that tapct is imported from, `+` for local changes; empty outside of git."""
     folder = Path(tapct_config.__file__).resolve().parent
+    if (folder / "REVISION").is_file():  # a copy for a SLURM job, which may lie in a tree that has moved on
+        return (folder / "REVISION").read_text(encoding="utf-8").strip()
     try:
         ask = ["git", "-C", str(folder), "describe", "--always", "--dirty=+", "--abbrev=12", "--exclude=*"]
         return subprocess.run(ask, capture_output=True, text=True, check=True, timeout=10).stdout.strip()

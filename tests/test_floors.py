@@ -10,14 +10,14 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent.parent / "tapct"
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("types", "geometry", "config", "settings", "yamlfile", "plugin", "rng", "ranks", "log", "collectives"),
+    ("types", "geometry", "config", "settings", "yamlfile", "plugin", "rng", "ranks", "log", "signals", "collectives"),
     ("nn",),
     ("data", "views", "models", "losses"),
     ("ssl",),
     ("engine",),
     ("eval", "report"),
     ("weights",),  # embeds with the features of eval
-    ("run", "resume", "provenance", "plan", "doctor", "launch", "cli"),
+    ("run", "resume", "provenance", "plan", "doctor", "slurm", "sweep", "jobs", "worker", "launch", "cli"),
 )
 FLOOR = {part: number for number, parts in enumerate(FLOORS) for part in parts}
 FLOORS_OF_FILES = {

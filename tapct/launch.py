@@ -1,0 +1,358 @@
+"""Submit runs to SLURM: check everything here, copy the code, hand one job or one array to sbatch through submitit.
+
+    RUN/jobs/<time>/   the job's config.yaml, submission.json, events.jsonl; submitit's script, pickles and logs
+    RUN/code/<rev>/    the tapct that the job runs, whatever happens to the source tree in the meantime
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import os
+import re
+import shlex
+import shutil
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from submitit import SlurmExecutor
+from submitit.core.utils import FailedJobError, FailedSubmissionError
+
+from tapct import jobs, slurm, sweep, worker
+from tapct.config import Resolved, load_config
+from tapct.data.store import Store
+from tapct.engine import checkpoint
+from tapct.engine.checkpoint import Checkpoints
+from tapct.provenance import git_revision
+from tapct.resume import changed_keys
+from tapct.run import RunConfig
+from tapct.types import UserError
+
+PACKAGE = Path(worker.__file__).resolve().parent
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a job asks of SLURM.
+
+    Args:
+        minutes: time limit of one start; a run may take many.
+        nodes: machines.
+        gpus_per_node: 0 trains on CPUs.
+        tasks_per_node: processes per machine, one per GPU; 0: as many as GPUs, at least one.
+        cpus_per_task: cores of each; 0: the cluster's default.
+        mem: memory per node, e.g. 64G; empty: the cluster's default, as for all that follow.
+        grace_seconds: how long before its end a job is told to save.
+        max_restarts: requeues after which it gives up.
+    """
+
+    minutes: int
+    nodes: int = 1
+    gpus_per_node: int = 0
+    tasks_per_node: int = 0
+    cpus_per_task: int = 0
+    mem: str = ""
+    partition: str = ""
+    account: str = ""
+    qos: str = ""
+    constraint: str = ""
+    grace_seconds: int = 120
+    max_restarts: int = 20
+
+    def __post_init__(self) -> None:
+        if self.grace_seconds >= self.minutes * 60:
+            raise UserError(
+                f"--grace {self.grace_seconds} s is not less than --time, {self.minutes} min: no time would be left "
+                "to train; ask for more time, or less grace"
+            )
+        if self.gpus_per_node and self.tasks > self.gpus_per_node:
+            raise UserError(
+                f"--tasks-per-node {self.tasks} with --gpus-per-node {self.gpus_per_node}: each task needs a GPU "
+                "of its own; leave --tasks-per-node out"
+            )
+
+    @property
+    def tasks(self) -> int:
+        """Processes per node."""
+        return self.tasks_per_node or self.gpus_per_node or 1
+
+    @property
+    def world(self) -> int:
+        """Processes of the whole job."""
+        return self.nodes * self.tasks
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a submission is made of.
+
+    Args:
+        runs: a config per run.
+        home: folder for code and logs: the run folder, or the one around the runs of a sweep.
+    """
+
+    runs: tuple[Resolved, ...]
+    home: Path
+
+
+def plan(config: Path, overrides: Sequence[str], grids: Sequence[str]) -> Plan:
+    """The configs of all runs of a submission: one, or the product of the sweep.
+
+    Args:
+        config: YAML file.
+        overrides: key=value.
+        grids: words of --sweep, `key=value,value`; none for one run.
+    Raises:
+        UserError: any of the configs is wrong.
+    """
+    first = load_config(RunConfig, config, overrides)
+    if not grids:
+        return Plan((first,), first.value.out)
+    home = first.value.out
+    points = sweep.product(grids)
+    return Plan(tuple(load_config(RunConfig, config, point.overrides(overrides, home)) for point in points), home)
+
+
+def check(resolved: Resolved, resources: Resources) -> None:
+    """Find what would end a run as soon as it starts, before it waits in a queue for it.
+
+    Raises:
+        UserError: batch, device, data or run folder do not allow it.
+    """
+    config: RunConfig = resolved.value
+    parts = resources.world * config.train.accumulation
+    if config.train.global_batch % parts:
+        raise UserError(
+            f"train.global_batch {config.train.global_batch} cannot be shared by {resources.nodes} x {resources.tasks} "
+            f"tasks with train.accumulation {config.train.accumulation}; make it a multiple of {parts}"
+        )
+    if config.device == "cuda" and not resources.gpus_per_node:
+        raise UserError("device=cuda, but the job asks for no GPU; add --gpus-per-node")
+    if "%" in str(config.out.absolute()):
+        raise UserError(f"out={config.out}: SLURM would replace the % in the names of its log files; choose another")
+    Store(config.data.store)
+    saved = Checkpoints(config.out / "checkpoints", config.checkpoint.keep).finished()
+    if saved and config.train.resume == "never":
+        raise UserError(f"{config.out} holds checkpoints and train.resume=never; choose another out= or remove it")
+    if saved:
+        newest = max(saved, key=checkpoint.step_of)
+        for key, old, new in changed_keys(checkpoint.read_meta(newest).config, resolved.to_dict()):
+            raise UserError(f"{key} was {old} when {newest} was written and is {new} now; choose another out=")
+
+
+def check_idle(outs: Sequence[Path]) -> None:
+    """Two jobs must not write one run folder.
+
+    Raises:
+        UserError: a run folder has a job that waits or runs.
+    """
+    known = {run: one.job for out in outs if out.is_dir() for run, one in jobs.find([out]).items() if run in outs}
+    queued = slurm.queue() if known else {}
+    for run, job in known.items():
+        if queued and job in queued and queued[job].alive:
+            raise UserError(f"{run} has the job {job}, {queued[job].state.lower()}; end it with: tapct cancel {run}")
+
+
+def submit(plan: Plan, resources: Resources) -> list[jobs.Submission]:
+    """Hand checked runs to SLURM, as one job or one array.
+
+    Returns:
+        One submission per run.
+    Raises:
+        UserError: SLURM refused; nothing is left behind.
+    """
+    slurm.need_sbatch()
+    runs, home = plan.runs, plan.home
+    outs = [run.value.out for run in runs]
+    check_idle(outs)
+    name = time.strftime("%Y%m%d-%H%M%S")
+    with contextlib.ExitStack() as undo:
+        code = snapshot(home, undo)
+        folder = new_folder(home / "jobs", name, undo)
+        places = [folder if out == home else new_folder(out / "jobs", name, undo) for out in outs]
+        for place, run in zip(places, runs, strict=True):
+            checkpoint.replace_text(place / "config.yaml", run.to_yaml())
+        executor = make_executor(folder, code, resources, f"tapct-{home.name}")
+        tasks = [(str(place / "config.yaml"), os.getcwd(), str(code)) for place in places]
+        try:
+            with contextlib.redirect_stderr(io.StringIO()):  # submitit prints what it raises
+                made = executor.map_array(worker.work, *zip(*tasks, strict=True))
+        except (FailedJobError, FailedSubmissionError) as error:
+            raise UserError(f"sbatch refused: {' '.join(str(error).split())}") from error
+        undo.pop_all()
+    found = []
+    for place, run, job in zip(places, runs, made, strict=True):
+        steps = run.value.train.steps
+        submission = jobs.Submission(job.job_id, time.time(), steps, resources.max_restarts, str(folder))
+        submission.write(place)
+        found.append(submission)
+    return found
+
+
+def script(home: Path, resources: Resources, num_runs: int) -> str:
+    """The batch script that `submit` would hand to sbatch; writes nothing, and needs no SLURM."""
+    folder, code = home.absolute() / "jobs" / "TIME", home.absolute() / "code" / snapshot_name()
+    executor = make_executor(folder, code, resources, f"tapct-{home.name}", executor=_Unsent)
+    if num_runs > 1:  # submitit makes no array of one
+        executor.parameters["map_count"] = num_runs
+    return executor._make_submission_file_text(executor._submitit_command_str, "")
+
+
+class _Unsent(SlurmExecutor):
+    """Makes scripts on a machine without SLURM."""
+
+    @classmethod
+    def affinity(cls) -> int:
+        return 2
+
+
+def make_executor(
+    folder: Path, code: Path, resources: Resources, name: str, executor: type[SlurmExecutor] = SlurmExecutor
+) -> SlurmExecutor:
+    """submitit's executor with all parameters of a job.
+
+    Args:
+        folder: RUN/jobs/<time>.
+        code: of `snapshot`.
+    """
+    made = executor(folder)
+    asked = {
+        "gpus_per_node": resources.gpus_per_node,
+        "cpus_per_task": resources.cpus_per_task,
+        "mem": resources.mem,
+        "partition": resources.partition,
+        "account": resources.account,
+        "qos": resources.qos,
+        "constraint": resources.constraint,
+    }
+    srun = ["--kill-on-bad-exit=1", f"--chdir={code}"]  # python -m looks into its folder before PYTHONPATH
+    if resources.cpus_per_task:
+        srun.append(f"--cpus-per-task={resources.cpus_per_task}")  # srun no longer takes it over from sbatch
+    made.update_parameters(
+        job_name=name,
+        time=resources.minutes,
+        nodes=resources.nodes,
+        ntasks_per_node=resources.tasks,
+        signal_delay_s=resources.grace_seconds,
+        stderr_to_stdout=True,
+        wckey=None,
+        srun_args=srun,
+        additional_parameters={"requeue": True},
+        setup=setup_lines(folder, code),
+        teardown=requeue_lines(resources.max_restarts),
+        **{key: value for key, value in asked.items() if value},
+    )
+    return made
+
+
+def setup_lines(folder: Path, code: Path) -> list[str]:
+    """Shell lines before srun: where the ranks meet, which tapct they import, and no news from the last start.
+
+    RANK and WORLD_SIZE of the submitting shell would win over SLURM's, so they go.
+    """
+    return [
+        'export TAPCT_JOB="${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}"',
+        'export TAPCT_JOB="${TAPCT_JOB:-$SLURM_JOB_ID}"',
+        f'export {worker.MARK}={shlex.quote(str(folder))}/"$TAPCT_JOB".end',
+        f'rm -f "${worker.MARK}"',
+        f'export PYTHONPATH={shlex.quote(str(code))}"${{PYTHONPATH:+:$PYTHONPATH}}"',
+        "unset RANK WORLD_SIZE LOCAL_RANK",
+        'MASTER_ADDR="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"',
+        'export MASTER_ADDR MASTER_PORT="$((20000 + SLURM_JOB_ID % 10000))"',
+        "trap : TERM USR1 USR2  # the lines after srun must run when this shell is signalled too",
+    ]
+
+
+# After srun. 128 + number: a signal killed a rank while its Python was still starting, before it could leave a mark.
+# A rank that crashes leaves none either, and srun then stops the others: that is no reason to begin again.
+REQUEUE = """\
+code=$?
+case "$(cat "$TAPCT_MARK" 2>/dev/null):$code" in
+    stopped:136 | stopped:137 | stopped:139) exit "$code" ;;
+    stopped:* | :138 | :140 | :143) ;;
+    *) exit "$code" ;;
+esac
+state="$(scontrol show job -o "$TAPCT_JOB" | grep -o 'JobState=[A-Z_]*')"
+if [ "${state:-JobState=RUNNING}" != JobState=RUNNING ]; then # cancelled, or requeued by SLURM itself
+    echo "tapct: $state, so not requeued from here"
+    exit 0
+fi
+if [ "${SLURM_RESTART_COUNT:-0}" -ge MAX_RESTARTS ]; then
+    echo "tapct: restarted MAX_RESTARTS times (--max-restarts); submit again to go on"
+    exit 1
+fi
+for attempt in 1 2 3; do
+    scontrol requeue "$TAPCT_JOB" && echo "tapct: requeued" && exit 0
+    sleep 2
+done
+echo "tapct: could not requeue; submit again to go on"
+exit 1
+"""
+
+
+def requeue_lines(max_restarts: int) -> list[str]:
+    """Shell lines after srun: requeue the job if a signal ended it, but not one that was cancelled, and not for ever.
+
+    The batch script does it and not a task: it outlives them all, so it sees every way to end, and no rank is cut off.
+    """
+    return REQUEUE.replace("MAX_RESTARTS", str(max_restarts)).splitlines()
+
+
+def new_folder(parent: Path, name: str, undo: contextlib.ExitStack) -> Path:
+    """Make an absolute folder PARENT/NAME, or NAME-2 and so on; `undo` takes it and new parents away again."""
+    parent = parent.absolute()
+    for above in reversed([parent, *parent.parents]):
+        if not above.exists():
+            above.mkdir()
+            undo.callback(_remove_empty, above)
+    for number in range(1, 1000):
+        folder = parent / (name if number == 1 else f"{name}-{number}")
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir()
+            undo.callback(shutil.rmtree, folder, ignore_errors=True)
+            return folder
+    raise AssertionError(f"a thousand submissions in one second in {parent}")
+
+
+def _remove_empty(folder: Path) -> None:
+    with contextlib.suppress(OSError):
+        folder.rmdir()
+
+
+def _sources() -> list[Path]:
+    return sorted(path for path in PACKAGE.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
+
+
+def snapshot_name() -> str:
+    """Git revision and content of this tapct; the revision alone says too little of a tree with local changes."""
+    digest = hashlib.sha256()
+    for path in _sources():
+        digest.update(f"{path.relative_to(PACKAGE)}\0".encode() + path.read_bytes())
+    revision = re.sub(r"[^\w.-]", "", git_revision())
+    return "-".join(filter(None, [revision, digest.hexdigest()[:10]]))
+
+
+def snapshot(home: Path, undo: contextlib.ExitStack) -> Path:
+    """Copy this tapct to HOME/code/<name>/tapct, unless it is there already; returns HOME/code/<name>."""
+    target = home.absolute() / "code" / snapshot_name()
+    if target.is_dir():
+        return target
+    for above in reversed([target.parent, *target.parent.parents]):
+        if not above.exists():
+            above.mkdir()
+            undo.callback(_remove_empty, above)
+    aside = Path(tempfile.mkdtemp(prefix=".part-", dir=target.parent))
+    undo.callback(shutil.rmtree, aside, ignore_errors=True)
+    for path in _sources():
+        copy = aside / "tapct" / path.relative_to(PACKAGE)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, copy)
+    (aside / "tapct" / "REVISION").write_text(git_revision() + "\n", encoding="utf-8")
+    aside.chmod(0o755)  # mkdtemp's is for its owner alone
+    aside.rename(target)
+    undo.callback(shutil.rmtree, target, ignore_errors=True)
+    return target

@@ -1,0 +1,28 @@
+"""A real SLURM of two virtual nodes, up for the tests of this folder and taken down after them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+SCRIPTS = Path(__file__).resolve().parent.parent.parent / "scripts"
+
+
+@pytest.fixture(scope="session")
+def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Folder of the cluster; SLURM_CONF leads there. Needs root, and TAPCT_SLURM=1: daemons may start."""
+    if os.environ.get("TAPCT_SLURM") != "1":
+        pytest.skip("set TAPCT_SLURM=1 to start a SLURM on this machine")
+    folder = tmp_path_factory.mktemp("slurm")
+    known = {**os.environ, "SLURM_TEST_DIR": str(folder), "SLURM_TEST_PORT": "16917"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SLURM_CONF", str(folder / "slurm.conf"))
+        try:
+            subprocess.run([SCRIPTS / "slurm_up.sh"], env=known, check=True, timeout=300)
+            yield folder
+        finally:
+            subprocess.run([SCRIPTS / "slurm_down.sh"], env=known, check=True, timeout=120)
