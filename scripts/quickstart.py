@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from rich.table import Table
 
 from tapct import config as configs
-from tapct import log, run
+from tapct import log, run, trained
 from tapct.data import manifest as manifests
 from tapct.data import pack, phantom
 from tapct.engine.checkpoint import replace_text
@@ -94,7 +94,7 @@ def main(words: list[str]) -> None:
     results = station("eval", lambda: judge(options.out, resolved)) if labelled else None
     if results is None:
         log.say("no label maps lie beside the scans, so there is no Dice; `tapct index --help` says how to name them")
-    station("export", lambda: run.export(options.out))
+    station("export", lambda: trained.export(options.out))
     report = station("report", lambda: page.write(options.out))
     summary = summarise(options.out, len(found.accepted), len(refused), results, station.seconds, report)
     replace_text(options.out / "summary.json", json.dumps(summary, indent=1) + "\n")
@@ -130,7 +130,7 @@ def judge(out: Path, resolved: configs.Resolved) -> dict[str, Any]:
     if results.is_file() and results.stat().st_mtime > latest.stat().st_mtime:
         log.say(f"eval: {results} is newer than the last checkpoint")
         return json.loads(results.read_text())
-    return run.evaluate(out)
+    return trained.evaluate(out)
 
 
 def summarise(

@@ -260,14 +260,18 @@ def doctor(
 
 
 @app.command(name="eval")
-def evaluate(run_folder: RunFolder, overrides: Overrides = None) -> None:
+def evaluate(
+    run_folder: RunFolder,
+    overrides: Overrides = None,
+    step: Annotated[int | None, typer.Option(help="judge the checkpoint of this step, not the newest", min=1)] = None,
+) -> None:
     """Judge the frozen features of a run beside untrained and raw-HU baselines."""
-    from tapct import run
+    from tapct import trained
 
-    results = run.evaluate(run_folder, overrides or [])
+    results = trained.evaluate(run_folder, overrides or [], step)
     for name, model in results["models"].items():
         log.say(f"{name:<24} mean Dice {model['mean_dice']:.3f}")
-    log.say(f"results and pictures in {run_folder}/eval")
+    log.say(f"results and pictures in {run_folder}/eval{'' if step is None else f'/steps/step_{step:08d}'}")
 
 
 @app.command()
@@ -276,9 +280,9 @@ def export(
     out: Annotated[Path | None, typer.Option(help="folder to write; default RUN/export")] = None,
 ) -> None:
     """Write the teacher as safetensors + config.json, for tapct.load_pretrained."""
-    from tapct import run
+    from tapct import trained
 
-    log.say(f"exported to {run.export(run_folder, out)}")
+    log.say(f"exported to {trained.export(run_folder, out)}")
 
 
 @app.command()

@@ -130,6 +130,7 @@ def check(resolved: Resolved, resources: Resources) -> None:
             f"train.global_batch {config.train.global_batch} cannot be shared by {resources.nodes} x {resources.tasks} "
             f"tasks with train.accumulation {config.train.accumulation}; make it a multiple of {parts}"
         )
+    config.check_neighbours(resources.world)
     if config.device == "cuda" and not resources.gpus_per_node:
         raise UserError("device=cuda, but the job asks for no GPU; add --gpus-per-node")
     if "%" in str(config.out.absolute()):

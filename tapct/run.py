@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors.torch import load_file
 
-from tapct import collectives, log, plan, plugin, ranks, weights
-from tapct import config as tapct_config
+from tapct import collectives, during, log, plan, plugin, ranks
 from tapct.config import Resolved, setting
 from tapct.data import loader
 from tapct.data.sampler import samples_of
@@ -23,13 +20,11 @@ from tapct.engine import checkpoint, initial, loop, optim, parallel
 from tapct.engine.checkpoint import Checkpoints, Meta
 from tapct.engine.parallel import LostRank, World
 from tapct.eval import runner
-from tapct.eval.baselines import with_baselines
-from tapct.nn.contracts import Backbone
 from tapct.plugin import Plugin
 from tapct.provenance import write_run_files
-from tapct.resume import changed_keys, find_start
+from tapct.resume import find_start
 from tapct.ssl.schedules import Schedules
-from tapct.ssl.student_teacher import Network, StudentTeacher, build_backbone
+from tapct.ssl.student_teacher import Network, StudentTeacher
 from tapct.types import HUContract, SharedError, UserError
 from tapct.views import masks, recipe
 
@@ -85,12 +80,20 @@ class RunConfig:
                     f"views.{name} {list(window)} is no multiple of model.patch {list(patch)} along every axis; "
                     "change one of them"
                 )
-        samples = self.train.global_batch // self.train.accumulation
-        if samples < 2 and any(loss.name == "koleo" for loss in self.losses):
+        self.check_neighbours(1)
+
+    def check_neighbours(self, world: int) -> None:
+        """Raise UserError where KoLeo would have a single sample to compare, on so many ranks."""
+        config = next((loss.config for loss in self.losses if loss.name == "koleo"), None)
+        if config is None:
+            return
+        ranks = 1 if config.cross_rank else world
+        samples = self.train.global_batch // (ranks * self.train.accumulation)
+        if samples < 2:
             raise UserError(
-                f"KoLeo compares the samples of a micro-batch, which holds {samples} at train.global_batch "
-                f"{self.train.global_batch} and train.accumulation {self.train.accumulation}; raise it, or set "
-                "losses.koleo=null"
+                f"KoLeo compares the samples of a micro-batch of a rank, which holds {samples} at train.global_batch "
+                f"{self.train.global_batch}, train.accumulation {self.train.accumulation} and {world} ranks; raise the "
+                "batch, or set losses.koleo.cross_rank=true or losses.koleo=null"
             )
 
 
@@ -186,10 +189,11 @@ class Pretraining:
         return stop
 
     def check_share(self) -> None:
-        """Raise SharedError where the ranks cannot share `train.global_batch` equally."""
+        """Raise SharedError where the ranks cannot share `train.global_batch` equally, or have too little of it."""
         train, world = self.config.train, self.world.ranks.world
         try:
             samples_of(0, 0, 0, world=world, accumulation=train.accumulation, global_batch=train.global_batch)
+            self.config.check_neighbours(world)
         except UserError as error:
             raise SharedError(str(error)) from error
 
@@ -268,7 +272,8 @@ class Pretraining:
         self, pair: StudentTeacher, updater: optim.Updater, writer: log.MetricsWriter, progress: log.TrainProgress
     ) -> loop.Hooks:
         """What the loop calls: only the first rank writes and speaks, all of them save."""
-        settings = self.config.checkpoint
+        settings, first = self.config.checkpoint, self.world.ranks.is_first
+        evaluations = during.Evaluations(self.config.out, self.config.eval.during)
 
         def record(row: dict[str, float]) -> None:
             writer.write(row)
@@ -285,11 +290,16 @@ class Pretraining:
                 if last or settings.on_error == "stop":
                     raise
                 log.say(f"going on without it: {error}")
+            evaluations.expect(step, last)
+            if first and last:
+                evaluations.look(self.checkpoints)
 
         def failed_save() -> bool:
+            if first:
+                evaluations.look(self.checkpoints)
             return settings.on_error == "stop" and self.checkpoints.failed()
 
-        return loop.Hooks(record if self.world.ranks.is_first else lambda row: None, save, failed_save, log.say)
+        return loop.Hooks(record if first else lambda row: None, save, failed_save, log.say)
 
     def trainer(self, pair: StudentTeacher, updater: optim.Updater, hooks: loop.Hooks) -> loop.Trainer:
         """The loop with everything it needs."""
@@ -308,85 +318,6 @@ class Pretraining:
             self.world,
             config.parallel,
         )
-
-
-@dataclass(frozen=True)
-class Trained:
-    """A finished or stopped run, read back.
-
-    Args:
-        resolved: its config with overrides.
-        backbone: the teacher's, in eval mode, on the run's device.
-        meta: of the checkpoint that it comes from.
-    """
-
-    resolved: Resolved
-    backbone: Backbone
-    meta: Meta
-
-
-def open_run(folder: Path, overrides: Sequence[str] = ()) -> Trained:
-    """Read the teacher of the newest whole checkpoint of a run.
-
-    Args:
-        folder: run folder.
-        overrides: only keys that do not shape the weights.
-    Raises:
-        UserError: not a run folder, no whole checkpoint, or an override that would need another training.
-    """
-    if not (folder / "config.yaml").is_file():
-        hint = f"`tapct train CONFIG out={folder}` makes one"
-        raise UserError(f"{folder} is not a run folder: it has no config.yaml; {hint}")
-    trained_with = tapct_config.load_config(RunConfig, folder / "config.yaml", [])
-    resolved = tapct_config.load_config(RunConfig, folder / "config.yaml", overrides)
-    for key, old, new in changed_keys(trained_with.to_dict(), resolved.to_dict()):
-        free = "only eval.*, device and data.store can change here"
-        raise UserError(f"{key}={new}: the run was trained with {old}; {free}")
-    found, complaints = Checkpoints(folder / "checkpoints", keep=1).newest_whole()
-    for complaint in complaints:
-        log.say(complaint)
-    if found is None:
-        raise UserError(f"{folder} holds no whole checkpoint yet; train first")
-    config: RunConfig = resolved.value
-    backbone = build_backbone(config.model, config.seed)
-    backbone.load_state_dict(load_file(found / "teacher.safetensors"))
-    backbone = backbone.to(pick_device(config.device)).requires_grad_(False).eval()
-    return Trained(resolved, backbone, checkpoint.read_meta(found))
-
-
-def evaluate(folder: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """Judge a run's frozen features beside its baselines; writes RUN/eval.
-
-    Patients that `data.held_out` kept out of pretraining are the test side; without any, `eval.test_share` splits.
-    """
-    trained = open_run(folder, overrides)
-    config: RunConfig = trained.resolved.value
-    store = Store(config.data.store)
-    hidden = held_out_patients([scan.patient for scan in store.scans], config.data.held_out, config.seed)
-    with log.progress_bar("eval") as progress:
-        results = runner.evaluate(
-            with_baselines(trained.backbone, config.model, config.seed),
-            store.scans,
-            store.root,
-            config.eval,
-            contract=config.contract,
-            out=folder / "eval",
-            held_out=hidden,
-            device=pick_device(config.device),
-            progress=progress,
-        )
-    return results
-
-
-def export(folder: Path, out: Path | None = None) -> Path:
-    """Write a run's teacher for `tapct.load_pretrained`; RUN/export by default."""
-    trained = open_run(folder)
-    config: RunConfig = trained.resolved.value
-    target = out or folder / "export"
-    meta = trained.meta
-    provenance = {"run": folder.name, "step": meta.step, "samples": meta.samples, "data": meta.data_digest}
-    weights.save_export(target, trained.backbone, config.model, config.contract, config.eval.preprocess, provenance)
-    return target
 
 
 def make_plan(config: RunConfig) -> plan.Plan:

@@ -17,7 +17,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("engine",),
     ("eval", "report"),
     ("weights",),  # embeds with the features of eval
-    ("run", "resume", "provenance", "plan", "doctor", "slurm", "sweep", "jobs", "worker", "launch", "cli"),
+    ("run", "trained", "resume", "provenance", "during", "plan", "doctor", "cli")
+    + ("slurm", "sweep", "jobs", "worker", "launch"),
 )
 FLOOR = {part: number for number, parts in enumerate(FLOORS) for part in parts}
 FLOORS_OF_FILES = {

@@ -45,7 +45,8 @@ def test_a_dry_run_prints_the_script_and_writes_nothing(
     monkeypatch.setattr("shutil.which", lambda *_: None)  # a machine without SLURM
     before = files_of(tmp_path)
     words = "--nodes 2 --gpus-per-node 2 --partition p --time 2-00:00 --account a --cpus-per-task 3 --mem 64G --qos q"
-    script = shell.good("submit", config, *words.split(), "--constraint", "h100", "--grace", "90", "--dry-run")
+    words += " --constraint h100 --grace 90 --dry-run"
+    script = shell.good("submit", config, "losses.koleo=null", *words.split())
     assert files_of(tmp_path) == before
     found = options_of(script)
     assert found.pop("output").startswith(f"{tmp_path}/run/jobs/")

@@ -31,6 +31,18 @@ SCHEMA = 1
 
 
 @dataclass(frozen=True)
+class During:
+    """Evaluation while training goes on."""
+
+    every: int = setting(
+        0, "steps between evaluations during training, at checkpoints of these steps and the last; 0: none", ge=0
+    )
+    how: str = setting("process", "a process beside the first rank, or a SLURM job", choices=("process", "job"))
+    device: str = setting("cpu", "of a `process`, beside ranks that fill their GPUs; empty: as `device` says")
+    sbatch: tuple[str, ...] = setting((), "options of sbatch for a `job`, e.g. --partition=gpu --gres=gpu:1 --time=60")
+
+
+@dataclass(frozen=True)
 class Config:
     """Settings of one evaluation of frozen features."""
 
@@ -46,6 +58,7 @@ class Config:
     block_gap: int = setting(2, "patch slices between two such slabs that belong to neither side", ge=0)
     num_pictures: int = setting(2, "test scans that get an overlay and a PCA picture", ge=0)
     batch: int = setting(8, "windows per forward call", ge=1)
+    during: During = dataclasses.field(default_factory=During, metadata={"doc": "evaluation while training goes on"})
 
 
 @dataclass(frozen=True)
@@ -112,19 +125,8 @@ def evaluate(
             overlay, picture = _draw(out, task, seen, dense, predictions)
             overlays.append(overlay)
             pca.append(picture)
-    results = {
-        "schema": SCHEMA,
-        "task": config.task.name,
-        "task_config": to_dict(config.task.config),
-        "preprocess": to_dict(preprocess),
-        "patch": list(patch),
-        "seed": config.seed,
-        "split": _describe(split),
-        **task.results(),
-        "overlays": overlays,
-        "pca": pca,
-        "seconds": round(time.perf_counter() - began, 2),
-    }
+    results = {**run.describe(), **task.results(), "overlays": overlays, "pca": pca}
+    results["seconds"] = round(time.perf_counter() - began, 2)
     write_json(out / "results.json", results)
     return results
 
@@ -140,6 +142,18 @@ class _Run:
     device: torch.device
     task: Any
     progress: Callable[[int, int], None] | None
+
+    def describe(self) -> dict[str, Any]:
+        """What `results.json` says of how it was made."""
+        return {
+            "schema": SCHEMA,
+            "task": self.config.task.name,
+            "task_config": to_dict(self.config.task.config),
+            "preprocess": to_dict(self.preprocess),
+            "patch": list(self.patch),
+            "seed": self.config.seed,
+            "split": _describe(self.split),
+        }
 
     def scans(self, *, test: bool) -> Iterator[_Seen]:
         """Read, prepare and label the scans of one side, one at a time."""

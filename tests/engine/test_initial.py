@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from tiny_run import config_of, make_store
 
 from tapct import run
+from tapct import trained as trained_runs
 from tapct.engine import initial
 from tapct.nn.posembed import resize_positions
 from tapct.types import UserError
@@ -24,7 +25,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def trained(tmp_path_factory: pytest.TempPathFactory, store: Path) -> Path:
     folder = tmp_path_factory.mktemp("trained")
     run.train(config_of(folder, store, "train.steps=3"))
-    run.export(folder / "run")
+    trained_runs.export(folder / "run")
     return folder / "run"
 
 

@@ -96,7 +96,7 @@ def events_of(run: Path | str) -> list[str]:
 
 @pytest.mark.parametrize(("nodes", "tasks"), LAYOUTS)
 def test_a_preempted_run_ends_with_the_numbers_of_an_undisturbed_one(here: Path, nodes: int, tasks: int) -> None:
-    words = ("train.steps=300", "log.every=1", "checkpoint.every=10000")
+    words = ("train.steps=300", "log.every=1", "checkpoint.every=10000", "losses.koleo.cross_rank=true")
     calm = submit(here, "calm", *words, nodes=nodes, tasks=tasks)
     wait_for_end("calm", calm)
     assert events_of("calm") == ["start", "done"]
@@ -119,6 +119,22 @@ def test_a_preempted_run_ends_with_the_numbers_of_an_undisturbed_one(here: Path,
     wait_for(lambda: events_of("run")[4:] == ["start", "done"], "run", job)
     wait_for_end("run", job)
     assert "nothing to train" in log_of("run", job)
+
+
+def test_a_run_goes_on_at_another_number_of_nodes(here: Path) -> None:
+    words = ("train.steps=100", "log.every=1", "losses.koleo.cross_rank=true")
+    first = submit(here, "run", *words, nodes=2, tasks=2)
+    wait_for(lambda: steps_of("run") >= 20, "run", first)
+    tapct("cancel", "run")
+    wait_for_end("run", first, "CANCELLED")
+    saved = steps_of("run")
+    second = submit(here, "run", *words, nodes=1, tasks=2)
+    wait_for_end("run", second)
+    assert f"at step {saved} of 100" in log_of("run", second) and 20 <= saved < 100
+    alone = submit(here, "alone", *words)
+    wait_for_end("alone", alone)
+    for row, wanted in zip(numbers_of(Path("run")), numbers_of(Path("alone")), strict=True):
+        assert row["loss/total"] == pytest.approx(wanted["loss/total"], rel=1e-4), row["step"]
 
 
 def test_a_signal_before_training_begins_does_not_lose_the_job(here: Path) -> None:
