@@ -338,6 +338,7 @@ class _Wandb:
         if not identity.exists():
             identity.write_text(uuid.uuid4().hex)
         stored = run_dir / "config.yaml"
+        self._offline, self._folder = config.mode == "offline", identity.parent
         try:
             self._run = wandb.init(
                 mode=config.mode,
@@ -360,3 +361,5 @@ class _Wandb:
 
     def close(self) -> None:
         self._run.finish()
+        if self._offline:
+            say(f"wandb kept this run here; where there is internet: wandb sync {self._folder}/offline-run-*")

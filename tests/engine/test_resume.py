@@ -9,13 +9,14 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny_run import assert_equal_runs, config_of, make_store, numbers_of, write_config
+from tiny_run import assert_equal_runs, config_of, differences, make_store, numbers_of, state_of, write_config
 
 from tapct import run
 from tapct.engine import loop, stop
@@ -293,6 +294,72 @@ def test_another_archive_is_refused(tmp_path: Path, copied: Path) -> None:
         run.train(config_of(copied, other))
     assert "another archive" in one_line(raised) and "data.store" in one_line(raised)
     assert files_of(copied / "run") == before
+
+
+def test_another_archive_is_taken_by_choice(tmp_path: Path, copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = make_store(tmp_path / "other", seed=1)
+    assert run.train(config_of(copied, other, "data.on_change=rebase")) == loop.Stop(STEPS)
+    assert "another archive" in capsys.readouterr().out
+    assert run.train(config_of(copied, other)) == loop.Stop(STEPS), "from now on it is the run's own"
+
+
+def test_a_change_that_bends_the_curve_is_told_when_it_is_allowed(
+    copied: Path, store: Path, undisturbed: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    changed = config_of(copied, store, "optim.lr=2e-2", "losses.dino.weight=2.0")
+    assert run.train(changed, allow_change=True) == loop.Stop(STEPS)
+    told = capsys.readouterr().out
+    assert "--allow-change: optim.lr was 0.01 and is 0.02 from here on" in told
+    assert "--allow-change: losses.dino.weight was 1.0 and is 2.0" in told
+    rows, wanted = numbers_of(copied / "run"), numbers_of(undisturbed())
+    assert rows[:5] == wanted[:5] and rows[5]["lr"] == pytest.approx(2 * wanted[5]["lr"], rel=1e-3)
+
+
+def test_resume_takes_the_path_of_a_checkpoint_or_of_a_run(
+    tmp_path: Path, copied: Path, store: Path, undisturbed: Callable[..., Path]
+) -> None:
+    for number, source in enumerate((copied / "run", copied / "run" / "checkpoints" / "step_00000005")):
+        folder = tmp_path / str(number)
+        assert run.train(config_of(folder, store, f"train.resume={source}")) == loop.Stop(STEPS)
+        assert numbers_of(folder / "run") == numbers_of(undisturbed())[5:]
+        assert files_of(copied / "run"), "the source stays"
+    with pytest.raises(UserError, match="neither one of auto, must, never nor a path that exists"):
+        run.train(config_of(tmp_path / "2", store, "train.resume=mist"))
+    with pytest.raises(UserError, match="neither a checkpoint nor a run folder with a whole one"):
+        run.train(config_of(tmp_path / "2", store, f"train.resume={store}"))
+    shard = next((copied / "run" / "checkpoints" / "step_00000005").glob("*.distcp"))
+    shard.write_bytes(shard.read_bytes()[:-1])
+    with pytest.raises(UserError, match="it is damaged"):
+        run.train(config_of(tmp_path / "2", store, f"train.resume={shard.parent}"))
+
+
+def test_checkpoints_of_chosen_steps_stay_for_ever(tmp_path: Path, store: Path) -> None:
+    words = ("checkpoint.every=2", "checkpoint.keep=1", "checkpoint.keep_every=6")
+    assert run.train(config_of(tmp_path, store, *words)) == loop.Stop(STEPS)
+    found = Checkpoints(tmp_path / "run" / "checkpoints", keep=1).finished()
+    assert [path.name for path in found] == ["step_00000006", "step_00000012"]
+
+
+@pytest.mark.parametrize("asynchronous", ["true", "false"])
+def test_a_checkpoint_holds_its_own_step_though_training_goes_on(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, store: Path, undisturbed: Callable[..., Path], asynchronous: str
+) -> None:
+    write = Checkpoints._write
+
+    def slowly(self: Checkpoints, *arguments: Any) -> Path:
+        time.sleep(0.5)  # many steps
+        return write(self, *arguments)
+
+    monkeypatch.setattr(Checkpoints, "_write", slowly)
+    words = ("checkpoint.keep=9", f"checkpoint.asynchronous={asynchronous}")
+    assert run.train(config_of(tmp_path, store, *words)) == loop.Stop(STEPS)
+    for step in (4, 8, 12):
+        wanted = undisturbed("checkpoint.keep=9") / "checkpoints" / f"step_{step:08d}"
+        found = tmp_path / "run" / "checkpoints" / wanted.name
+        assert differences(state_of(found, tmp_path / "a"), state_of(wanted, tmp_path / "b")) == []
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    stood_still = [row["seconds/save"] for row in rows if row["seconds/save"] > 0]
+    assert len(stood_still) == 2 and (stood_still[0] > 0.5) == (asynchronous == "false")
 
 
 def test_resume_must_and_never_mean_what_they_say(tmp_path: Path, copied: Path, store: Path) -> None:
