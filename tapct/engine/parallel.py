@@ -215,9 +215,8 @@ class Watch:
         except RuntimeError as error:
             if self.world.store is None or not lost_rank(error):
                 raise
-            cause = re.sub(r"^\[[^]]*\] *", "", str(error).splitlines()[0]).partition(". ")[
-                0
-            ]  # without gloo's own file
+            cause = re.sub(r"^\[[^]]*\] *", "", str(error).splitlines()[0])  # without the place in gloo's sources
+            cause = cause.partition(". ")[0]
             words = f"{self.where}: lost another rank ({cause}); {self.others()}"
             time.sleep(SECOND_S)  # so that the rank which knows the cause speaks and ends first
             raise LostRank(words) from error

@@ -122,7 +122,8 @@ def test_a_preempted_run_ends_with_the_numbers_of_an_undisturbed_one(here: Path,
 
 
 def test_a_run_goes_on_at_another_number_of_nodes(here: Path) -> None:
-    words = ("train.steps=60", "log.every=1", "losses.koleo.cross_rank=true", "model.drop_path=0.0")
+    # KoLeo of untrained class tokens, which are all but equal, is a matter of rounding
+    words = ("train.steps=60", "log.every=1", "losses.koleo=null", "model.drop_path=0.0")
     first = submit(here, "run", *words, nodes=2, tasks=2)
     wait_for(lambda: steps_of("run") >= 20, "run", first)
     tapct("cancel", "run")
