@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -33,14 +34,20 @@ def environment(fault: str = "") -> dict[str, str]:
 
 
 def start(
-    world: int, folder: Path, store: Path, *words: str, fault: str = "", torchrun: tuple[str, ...] = ()
+    world: int,
+    folder: Path,
+    store: Path,
+    *words: str,
+    fault: str = "",
+    torchrun: tuple[str, ...] = (),
+    more: dict[str, str] | None = None,
 ) -> subprocess.Popen[str]:
     """A run in FOLDER/run that goes on by itself."""
     line = command(world, write_config(folder, store), *words, torchrun=torchrun)
     # a session of its own, so that a test can end all of it
     return subprocess.Popen(
         line,
-        env=environment(fault),
+        env={**environment(fault), **(more or {})},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -52,8 +59,17 @@ def train(
     world: int, folder: Path, store: Path, *words: str, fault: str = "", timeout: float = 120.0
 ) -> subprocess.CompletedProcess[str]:
     """A run in FOLDER/run from start to end; how it ends is for the caller to judge."""
-    line = command(world, write_config(folder, store), *words)
-    return subprocess.run(line, env=environment(fault), capture_output=True, text=True, timeout=timeout, check=False)
+    return ended(start(world, folder, store, *words, fault=fault), timeout)
+
+
+def ended(launcher: subprocess.Popen[str], timeout: float = 120.0) -> subprocess.CompletedProcess[str]:
+    """What a started run said by its end; a run that does not end is ended with all its ranks."""
+    try:
+        out, err = launcher.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        os.killpg(launcher.pid, signal.SIGKILL)
+        raise
+    return subprocess.CompletedProcess(launcher.args, launcher.returncode, out, err)
 
 
 def good(ended: subprocess.CompletedProcess[str]) -> str:

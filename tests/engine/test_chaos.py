@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from many_ranks import PLAIN, good, start, train
+from many_ranks import PLAIN, ended, good, start, train
 from tiny_run import assert_equal_runs, make_store
 
 from tapct.engine.checkpoint import Checkpoints, damage
@@ -62,14 +62,10 @@ def kill(victim: str, launcher: subprocess.Popen[str]) -> None:
             pass
 
 
-def end(launcher: subprocess.Popen[str]) -> str:
-    """Wait for a run that was struck; nothing of it may live on."""
-    try:
-        out, err = launcher.communicate(timeout=PATIENCE_S)
-    except subprocess.TimeoutExpired:
-        os.killpg(launcher.pid, signal.SIGKILL)
-        raise
-    return out + err
+def told_by(launcher: subprocess.Popen[str]) -> str:
+    """All that a run said, which must end soon now."""
+    done = ended(launcher, PATIENCE_S)
+    return done.stdout + done.stderr
 
 
 def strike(folder: Path, store: Path, words: tuple[str, ...], victim: str, draw: random.Random) -> bool:
@@ -82,13 +78,13 @@ def strike(folder: Path, store: Path, words: tuple[str, ...], victim: str, draw:
     launcher = start(2, folder, store, *words)
     goal = before + draw.randrange(1, 5) * 2
     while announced(folder / "run") < goal and launcher.poll() is None:
-        assert time.monotonic() - began < PATIENCE_S, end(launcher)
+        assert time.monotonic() - began < PATIENCE_S, told_by(launcher)
         time.sleep(0.005)
     time.sleep(draw.uniform(0, 0.25))
     struck = launcher.poll() is None
     if struck:
         kill(victim, launcher)
-    told = end(launcher)
+    told = told_by(launcher)
     assert struck or launcher.returncode == 0, told
     latest = announced(folder / "run")
     assert latest >= before, "what was announced was lost"

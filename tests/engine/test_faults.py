@@ -9,8 +9,8 @@ import time
 from pathlib import Path
 
 import pytest
-from many_ranks import PLAIN, command, environment, good, train
-from tiny_run import assert_equal_runs, make_store, numbers_of, write_config
+from many_ranks import PLAIN, ended, good, start, train
+from tiny_run import assert_equal_runs, make_store, numbers_of
 
 from tapct.engine.checkpoint import Checkpoints
 
@@ -45,26 +45,23 @@ def test_a_rank_that_is_killed_ends_the_others_and_the_run_goes_on_to_the_same_b
     tmp_path: Path, store: Path, undisturbed: Path
 ) -> None:
     began = time.monotonic()
-    ended = train(2, tmp_path, store, *PLAIN, fault="1 7 SIGKILL")
-    assert ended.returncode != 0 and time.monotonic() - began < 60
+    done = train(2, tmp_path, store, *PLAIN, fault="1 7 SIGKILL")
+    assert done.returncode != 0 and time.monotonic() - began < 60
     assert newest(tmp_path) == "step_00000004"
     good(train(2, tmp_path, store, *PLAIN))
     assert_equal_runs(tmp_path / "run", undisturbed, tmp_path)
 
 
 def test_torchrun_restarts_a_run_whose_rank_was_killed(tmp_path: Path, store: Path, undisturbed: Path) -> None:
-    line = command(2, write_config(tmp_path, store), *PLAIN, torchrun=("--max-restarts=1",))
-    ended = subprocess.run(
-        line, env=environment("0 7 SIGKILL"), capture_output=True, text=True, timeout=120, check=False
-    )
-    assert "going on from" in good(ended)
+    launcher = start(2, tmp_path, store, *PLAIN, torchrun=("--max-restarts=1",), fault="0 7 SIGKILL")
+    assert "going on from" in good(ended(launcher))
     assert_equal_runs(tmp_path / "run", undisturbed, tmp_path)
 
 
 @pytest.mark.parametrize("action", ["nan-gradient", "nan-loss"])
 def test_a_number_that_is_not_finite_on_one_rank_reaches_no_weights(tmp_path: Path, store: Path, action: str) -> None:
-    ended = train(2, tmp_path, store, *PLAIN, "log.every=12", fault=f"1 6 {action}")
-    lines = error_lines(ended.stderr)
+    done = train(2, tmp_path, store, *PLAIN, "log.every=12", fault=f"1 6 {action}")
+    lines = error_lines(done.stderr)
     assert len(lines) == 1 and lines[0].startswith("error: step 6: ") and "nothing moved" in lines[0]
     assert newest(tmp_path) == "step_00000004"
     said = good(train(2, tmp_path, store, *PLAIN, "log.every=12"))
@@ -73,16 +70,16 @@ def test_a_number_that_is_not_finite_on_one_rank_reaches_no_weights(tmp_path: Pa
 
 def test_a_rank_that_hangs_is_named_with_its_step(tmp_path: Path, store: Path) -> None:
     began = time.monotonic()
-    ended = train(2, tmp_path, store, *PLAIN, "parallel.timeout_s=5", fault="1 6 hang")
-    assert ended.returncode != 0 and time.monotonic() - began < 60
-    lines = error_lines(ended.stderr)
-    assert any("in step 6" in line and "lost another rank" in line for line in lines), ended.stderr
+    done = train(2, tmp_path, store, *PLAIN, "parallel.timeout_s=5", fault="1 6 hang")
+    assert done.returncode != 0 and time.monotonic() - began < 60
+    lines = error_lines(done.stderr)
+    assert any("in step 6" in line and "lost another rank" in line for line in lines), done.stderr
     assert newest(tmp_path) == "step_00000004"
 
 
 def test_the_first_cause_stands_on_top(tmp_path: Path, store: Path) -> None:
-    ended = train(2, tmp_path, store, *PLAIN, fault="1 6 raise")
-    told = ended.stderr
+    done = train(2, tmp_path, store, *PLAIN, fault="1 6 raise")
+    told = done.stderr
     assert told.index("the saboteur's own fault") < told.index("lost another rank")
     assert "[rank1]: Traceback" in told and "[rank0]: Traceback" not in told
 
@@ -90,15 +87,13 @@ def test_the_first_cause_stands_on_top(tmp_path: Path, store: Path) -> None:
 def test_a_slow_rank_is_named(tmp_path: Path, store: Path) -> None:
     for late in ("1 0.15", "-1 0"):
         words = (*PLAIN, "views.ops[faults.late]={}", "train.steps=6", f"out={tmp_path}/{late[0]}")
-        line = command(2, write_config(tmp_path, store), *words)
-        told = {**environment(), "TAPCT_LATE": late}
-        ended = subprocess.run(line, env=told, capture_output=True, text=True, timeout=120, check=False)
-        assert ("rank 1 is slow: it comes 0." in good(ended)) == (late[0] == "1")
+        launcher = start(2, tmp_path, store, *words, more={"TAPCT_LATE": late})
+        assert ("rank 1 is slow: it comes 0." in good(ended(launcher))) == (late[0] == "1")
 
 
 def test_ranks_that_drift_apart_are_found(tmp_path: Path, store: Path) -> None:
-    ended = train(2, tmp_path, store, *PLAIN, "parallel.desync_every=2", fault="1 5 drift")
-    assert any("rank 1 and rank 0 no longer hold the same loss state" in line for line in error_lines(ended.stderr))
+    done = train(2, tmp_path, store, *PLAIN, "parallel.desync_every=2", fault="1 5 drift")
+    assert any("rank 1 and rank 0 no longer hold the same loss state" in line for line in error_lines(done.stderr))
     assert newest(tmp_path) == "step_00000004"
 
 
@@ -111,14 +106,14 @@ def test_a_full_disk_leaves_older_checkpoints_and_stops_or_not(tmp_path: Path, s
         pytest.skip(f"cannot mount a small disk: {mounted.stderr.decode().strip()}")
     try:
         words = (*PLAIN, f"out={small}/run", "checkpoint.every=2", "checkpoint.keep=9", f"checkpoint.on_error={policy}")
-        ended = train(2, tmp_path, store, *words)
+        done = train(2, tmp_path, store, *words)
         assert newest(small) >= "step_00000002", "the disk must hold at least one"
         assert not [name for name in os.listdir(small / "run" / "checkpoints") if name.startswith(".writing")]
-        told = ended.stdout + ended.stderr
+        told = done.stdout + done.stderr
         assert "could not be written" in told and "no space left" in told
         steps = len(numbers_of(small / "run"))
         assert steps < STEPS if policy == "stop" else steps == STEPS
-        assert (ended.returncode == 0) is False  # the last one could not be written either
+        assert (done.returncode == 0) is False  # the last one could not be written either
     finally:
         subprocess.run(["umount", str(small)], check=True)
 
@@ -136,7 +131,6 @@ def test_a_signal_to_any_rank_saves_on_all_and_is_no_failure(
 def test_a_job_saves_before_its_time_ends(tmp_path: Path, store: Path) -> None:
     end = {"SLURM_JOB_END_TIME": str(int(time.time()) + 30)}
     words = [*PLAIN, "train.steps=100000", "train.save_before_end_s=20"]
-    line = command(2, write_config(tmp_path, store), *words)
-    ended = subprocess.run(line, env={**environment(), **end}, capture_output=True, text=True, timeout=60, check=False)
-    assert "stopped by time limit and saved at step" in good(ended)
+    launcher = start(2, tmp_path, store, *words, more=end)
+    assert "stopped by time limit and saved at step" in good(ended(launcher))
     assert time.time() < int(end["SLURM_JOB_END_TIME"])
