@@ -27,15 +27,17 @@ from torch.utils import _pytree
 
 from tapct import collectives, log, ranks
 from tapct.config import setting
+from tapct.nn.prototype_loss import PrototypeLoss
 from tapct.ranks import Ranks
 from tapct.ssl.student_teacher import Network, StudentTeacher
-from tapct.types import LOST_RANK, SharedError, Tokens, UserError
+from tapct.types import LOST_RANK, SharedError, TargetSums, Tokens, UserError
 
 SECOND_S = 1.0
 PATIENCE_S = 5.0  # more than the back-end's own time-out, so that its word comes first
 
 # FSDP looks for tensors in what a module returns, to hook their gradients
-_pytree.register_dataclass(Tokens)
+for noun in (Tokens, PrototypeLoss, TargetSums):
+    _pytree.register_dataclass(noun)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from tapct.config import setting
 from tapct.nn import heads
 from tapct.nn.contracts import Loss
-from tapct.nn.prototypes import TargetConfig, Targets, soft_cross_entropy, target_sums
+from tapct.nn.prototype_loss import PrototypeLoss, pair_up, prototype_loss
+from tapct.nn.prototypes import TargetConfig, Targets
 from tapct.types import LossResult, TargetStats, Term, TokenSets
 
 
@@ -57,28 +58,31 @@ class DinoLoss(Loss):
         num_globals, num_locals = sets.num_globals, sets.num_locals
         num_terms = num_globals * (num_globals - 1) + num_globals * num_locals
         with torch.no_grad():
-            logits = teacher_head(sets.teacher_global.cls_BD)
-            targets_NK = self.targets(logits, sets.teacher_temp)
-        targets_VBK = targets_NK.unflatten(0, (num_globals, -1))
-        everyone_BK = targets_VBK.sum(0)
-
+            features_NW, teacher_KW = teacher_head(sets.teacher_global.cls_BD, pair_up)
+            teacher = self.targets.scores(features_NW.unflatten(0, (num_globals, -1)), teacher_KW, sets.teacher_temp)
         cls = [sets.student_global.cls_BD] + ([sets.student_local.cls_BD] if sets.student_local is not None else [])
-        logits_VBK = student_head(torch.cat(cls)).unflatten(0, (num_globals + num_locals, -1))
-        student_temp = self.config.student_temp
-        others_VBK = everyone_BK - targets_VBK  # for each global crop, the sum of the other crops' targets
-        global_sum = soft_cross_entropy(logits_VBK[:num_globals], others_VBK, student_temp).mean(-1).sum()
-        pair_sums = [global_sum]
-        scale = self.config.weight / num_terms
-        num_global_pairs = num_globals * (num_globals - 1)
-        terms = [Term("dino_global", scale * global_sum, global_sum.detach() / num_global_pairs)]
+        num_samples = teacher.features_GBW.shape[1]
+        scale = self.config.weight / (num_terms * num_samples)
+
+        def compare(features_RW: Tensor, prototypes_KW: Tensor) -> PrototypeLoss:
+            student_VBW = features_RW.unflatten(0, (num_globals + num_locals, -1))
+            weight_VB = torch.full_like(student_VBW[..., 0], scale)
+            return prototype_loss(student_VBW, prototypes_KW, weight_VB, teacher, self.config.student_temp, cross=True)
+
+        result: PrototypeLoss = student_head(torch.cat(cls), compare)
+        return self.terms_of(result, num_globals, num_locals, scale)
+
+    def terms_of(self, result: PrototypeLoss, num_globals: int, num_locals: int, scale: float) -> LossResult:
+        """The two terms; all of the gradient flows through the first, their values tell the share of each."""
+        global_sum, local_sum = result.ce_VB[:num_globals].sum(), result.ce_VB[num_globals:].sum()
+        num_samples = result.ce_VB.shape[1]
+        num_global_pairs, num_local_pairs = num_globals * (num_globals - 1), num_globals * num_locals
+        local_value = scale * local_sum
+        terms = [Term("dino_global", result.value - local_value, global_sum / (num_samples * num_global_pairs))]
         if num_locals:
-            local_sum = soft_cross_entropy(logits_VBK[num_globals:], everyone_BK, student_temp).mean(-1).sum()
-            pair_sums.append(local_sum)
-            terms.append(Term("dino_local", scale * local_sum, local_sum.detach() / (num_globals * num_locals)))
-        stats = TargetStats(
-            "dino", target_sums(targets_NK), cross_entropy=torch.stack(pair_sums).sum().detach() / num_terms
-        )
-        return LossResult(tuple(terms), stats)
+            terms.append(Term("dino_local", local_value, local_sum / (num_samples * num_local_pairs)))
+        mean_ce = (global_sum + local_sum) / (num_samples * (num_global_pairs + num_local_pairs))
+        return LossResult(tuple(terms), TargetStats("dino", result.sums, mean_ce))
 
     def pending(self) -> tuple[Tensor, ...]:
         """Sums for the centre; see `Targets.pending`."""

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from tapct.config import setting
 from tapct.nn import heads
 from tapct.nn.contracts import Loss
-from tapct.nn.prototypes import TargetConfig, Targets, soft_cross_entropy, target_sums
+from tapct.nn.prototype_loss import PrototypeLoss, pair_up, prototype_loss
+from tapct.nn.prototypes import TargetConfig, Targets
 from tapct.types import LossResult, TargetStats, Term, TokenSets
 
 
@@ -60,13 +61,19 @@ class IBotLoss(Loss):
         num_crops = sets.student_global.patches_BND.shape[0]
         real_M = masks.weight_M > 0  # a masked token that is all padding weighs nothing, here and in the targets
         with torch.no_grad():
-            logits_MK = teacher_head(sets.teacher_global.patches_BND.flatten(0, 1)[masks.index_M])
-            targets_MK = self.targets(logits_MK, sets.teacher_temp, real_M)
-        ce_M = soft_cross_entropy(student_head(student_MD), targets_MK, self.config.student_temp)
-        value = self.config.weight * (masks.weight_M * ce_M).sum() / num_crops
-        mean_ce = (ce_M.detach() * real_M).sum() / real_M.sum().clamp(min=1)
-        stats = TargetStats("ibot", target_sums(targets_MK, real_M), mean_ce)
-        return LossResult((Term("ibot", value, mean_ce),), stats)
+            teacher_MD = sets.teacher_global.patches_BND.flatten(0, 1)[masks.index_M]
+            features_MW, teacher_KW = teacher_head(teacher_MD, pair_up)
+            teacher = self.targets.scores(features_MW[None], teacher_KW, sets.teacher_temp, real_M)
+        weight_M = (self.config.weight / num_crops) * masks.weight_M
+
+        def compare(features_MW: Tensor, prototypes_KW: Tensor) -> PrototypeLoss:
+            weight_1M = weight_M.to(features_MW.dtype)[None]
+            temp = self.config.student_temp
+            return prototype_loss(features_MW[None], prototypes_KW, weight_1M, teacher, temp, cross=False)
+
+        result: PrototypeLoss = student_head(student_MD, compare)
+        mean_ce = (result.ce_VB[0] * real_M).sum() / real_M.sum().clamp(min=1)
+        return LossResult((Term("ibot", result.value, mean_ce),), TargetStats("ibot", result.sums, mean_ce))
 
     def pending(self) -> tuple[Tensor, ...]:
         """Sums for the centre; see `Targets.pending`."""

@@ -6,7 +6,9 @@ R rows (class tokens or masked patches), D channels of the backbone, W bottlenec
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -80,9 +82,18 @@ class PrototypeHead(nn.Module):
         """The effective last layer, (K, W)."""
         return self.last_layer.weight()
 
-    def forward(self, x_RD: Tensor) -> Tensor:
-        """Logits before any temperature: (R, D) -> (R, K)."""
-        return self.last_layer(self.features(x_RD))
+    def forward(self, x_RD: Tensor, then: Callable[[Tensor, Tensor], Any] | None = None) -> Any:
+        """Logits before any temperature: (R, D) -> (R, K); or what `then` makes of features and prototypes.
+
+        Sharded weights are whole only inside of this call, so what needs features (R, W) and the effective last layer
+        (K, W) together without writing the logits out happens here.
+
+        Args:
+            x_RD: tokens.
+            then: gets features and prototypes; its result is returned. None: their product.
+        """
+        features_RW = self.features(x_RD)
+        return self.last_layer(features_RW) if then is None else then(features_RW, self.prototypes())
 
     def init_weights(self, seed: int) -> None:
         """Set every parameter from (seed, its name): MLP trunc_normal 0.02, directions like `nn.Linear`, gains 1."""

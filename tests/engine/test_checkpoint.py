@@ -32,7 +32,7 @@ def trained(seed: int, steps: int) -> tuple[StudentTeacher, optim.Updater]:
     for _ in range(steps):
         for parameter in pair.student.parameters():
             parameter.grad = torch.randn(parameter.shape, generator=draw)
-        pair.losses["dino"].targets(torch.randn(4, 12, generator=draw), 0.04)
+        pair.losses["dino"].targets.scores(torch.randn(1, 4, 12, generator=draw), torch.eye(12), 0.04)
         updater.step(VALUES, torch.tensor(1.0))
     return pair, updater
 

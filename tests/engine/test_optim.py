@@ -133,7 +133,7 @@ def test_a_number_that_is_not_finite_moves_nothing_now_or_later(where: str) -> N
     updater.step(VALUES, torch.tensor(1.0))
     for loss in pair.losses.values():
         if hasattr(loss, "targets"):
-            loss.targets(torch.randn(4, 12), 0.04)
+            loss.targets.scores(torch.randn(1, 4, 12), torch.eye(12), 0.04)
     before = copy.deepcopy(pair.state_dict())
     moments = copy.deepcopy(updater.optimizer.state_dict()["state"])
     set_gradients(pair, 1)

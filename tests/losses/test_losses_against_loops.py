@@ -9,7 +9,8 @@ import torch
 
 from tapct.losses import dino, ibot, koleo
 from tapct.nn import heads
-from tapct.nn.prototypes import TargetConfig, Targets, sinkhorn
+from tapct.nn.prototype_loss import TeacherScores, sinkhorn_bias
+from tapct.nn.prototypes import TargetConfig, Targets
 from tapct.types import Masks, Tokens, TokenSets, UserError
 
 B, DIM, K, N, LOCALS = 3, 5, 7, 6, 3
@@ -76,6 +77,14 @@ def sinkhorn_loop(logits: list[list[float]], temp: float, iterations: int) -> li
         columns = [sum(q[j][i] for j in range(k)) for i in range(n)]
         q = [[q[j][i] / (columns[i] * n) for i in range(n)] for j in range(k)]
     return [[q[j][i] * n for j in range(k)] for i in range(n)]
+
+
+def sinkhorn(logits: torch.Tensor, temp: float, iterations: int) -> torch.Tensor:
+    """Targets of logits that are written out: features times the identity."""
+    kinds = logits.shape[1]
+    zero = torch.zeros(kinds, dtype=logits.dtype)
+    plain = TeacherScores(logits[None], torch.eye(kinds, dtype=logits.dtype), temp, zero)
+    return torch.softmax(plain.chunk(slice(None))[0] + sinkhorn_bias(plain, iterations), dim=1)
 
 
 def targets_loop(kind: str, logits: torch.Tensor, centre: list[float]) -> list[list[float]]:
@@ -195,14 +204,16 @@ def test_the_centre_moves_once_per_step_over_all_micro_batches_and_acts_in_the_n
     draw = torch.Generator().manual_seed(5)
     one, two = torch.randn(4, K, generator=draw), torch.randn(2, K, generator=draw)
     targets = Targets(K, TargetConfig(centre_momentum=0.9))
-    first = targets(one, TEMP)
-    assert torch.allclose(first, torch.softmax(one / TEMP, -1)), "step 0 has centre 0"
-    targets(two, TEMP)
+    eye = torch.eye(K)  # scores are features times prototypes
+    first = targets.scores(one[None], eye, TEMP).chunk(slice(None))[0]
+    assert torch.allclose(first, one / TEMP), "step 0 has centre 0"
+    targets.scores(two[None], eye, TEMP)
     assert bool((targets.centre_K == 0).all()), "nothing moves within a step"
     targets.finish_step(torch.tensor(True))
     expected = 0.1 * torch.cat([one, two]).mean(0)
     assert torch.allclose(targets.centre_K, expected, atol=1e-7)
-    targets(one, TEMP)
+    second = targets.scores(one[None], eye, TEMP).chunk(slice(None))[0]
+    assert torch.allclose(second, (one - expected) / TEMP, atol=1e-5)
     targets.finish_step(torch.tensor(False))
     assert torch.allclose(targets.centre_K, expected, atol=1e-7), "a step that was refused leaves the centre"
     assert float(targets.pending_count) == 0

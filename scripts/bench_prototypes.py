@@ -1,0 +1,138 @@
+"""The fused prototype loss beside plain matrix products of the same FLOPs, in time and memory.
+
+    python scripts/bench_prototypes.py                              # M 20,000, K 65,536, width 256, as in TAP-CT
+    python scripts/bench_prototypes.py --rows 2000 --device cuda --json out.json
+
+The chain beside it does nothing but the products that the loss cannot avoid (scores of teacher and student,
+gradients of features and prototypes; with Sinkhorn one more product of teacher scores per iteration), by chunks of rows,
+with the chunk size that makes it fastest. So the ratio is the price of softmaxes, sums and statistics.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tapct.nn.prototype_loss import TeacherScores, prototype_loss, sinkhorn_bias
+
+ITERATIONS = 3
+CHUNKS = (128, 256, 512, 1024)
+
+
+def seconds(run: Callable[[], object], device: str, repeats: int) -> float:
+    """Best of some runs."""
+    best = float("inf")
+    for _ in range(repeats):
+        if device == "cuda":
+            torch.cuda.synchronize()
+        began = time.perf_counter()
+        run()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - began)
+    return best
+
+
+def chain(tensors: tuple[Tensor, ...], chunk: int, extra: int) -> None:
+    """The products alone.
+
+    Args:
+        tensors: student and teacher features, student and teacher prototypes.
+        chunk: rows at once.
+        extra: further products of teacher scores.
+    """
+    student_MW, teacher_MW, student_KW, teacher_KW = tensors
+    gradient_KW, gradient_MW = torch.zeros_like(student_KW), torch.empty_like(student_MW)
+    for start in range(0, len(student_MW), chunk):
+        rows = slice(start, start + chunk)
+        for _ in range(1 + extra):
+            torch.mm(teacher_MW[rows], teacher_KW.T)
+        scores_CK = torch.mm(student_MW[rows], student_KW.T)
+        gradient_MW[rows] = torch.mm(scores_CK, student_KW)
+        gradient_KW.addmm_(scores_CK.T, student_MW[rows])
+
+
+def fused(tensors: tuple[Tensor, ...], sinkhorn: bool) -> None:
+    """The loss forward and backward."""
+    student_MW, teacher_MW, student_KW, teacher_KW = tensors
+    student, prototypes = student_MW[None].detach().requires_grad_(), student_KW.detach().requires_grad_()
+    teacher = TeacherScores(teacher_MW[None], teacher_KW, 0.05, torch.zeros_like(teacher_KW[:, 0]))
+    if sinkhorn:
+        bias_K = sinkhorn_bias(teacher, ITERATIONS)
+        teacher = TeacherScores(teacher_MW[None], teacher_KW, 0.05, bias_K)
+    weight_1M = torch.full_like(student[..., 0], 1 / len(student_MW))
+    prototype_loss(student, prototypes, weight_1M, teacher, 0.1, cross=False).value.backward()
+
+
+def peak_bytes(device: str) -> int:
+    """Highest memory so far of this process, or of the device."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """All figures; memory first, since a process's peak never falls."""
+    make = lambda rows: F.normalize(torch.randn(rows, options.width, device=options.device), dim=-1)  # noqa: E731
+    tensors = (make(options.rows), make(options.rows), make(options.prototypes), make(options.prototypes))
+    few = (tensors[0][:8], tensors[1][:8], *tensors[2:])
+    fused(few, sinkhorn=False)
+    before, memory = peak_bytes(options.device), {}
+    found: dict[str, Any] = {"rows": options.rows, "prototypes": options.prototypes, "width": options.width}
+    for name, sinkhorn in (("centring", False), ("sinkhorn", True)):
+        fused(tensors, sinkhorn)
+        memory[name] = peak_bytes(options.device) - before
+        took = seconds(lambda s=sinkhorn: fused(tensors, s), options.device, options.repeats)  # type: ignore[misc]
+        extra = ITERATIONS if sinkhorn else 0
+        plain = {c: seconds(lambda c=c, e=extra: chain(tensors, c, e), options.device, options.repeats) for c in CHUNKS}  # type: ignore[misc]
+        fastest = min(plain, key=plain.__getitem__)
+        flops = (8 + 2 * extra) * options.rows * options.prototypes * options.width
+        found[name] = {
+            "seconds": took,
+            "chain_seconds": plain[fastest],
+            "chain_chunk": fastest,
+            "ratio": took / plain[fastest],
+            "chain_flops_per_second": flops / plain[fastest],
+            "extra_peak_bytes": memory[name],
+        }
+    found["written_out_bytes"] = 3 * 4 * options.rows * options.prototypes
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=20_000)
+    parser.add_argument("--prototypes", type=int, default=65_536)
+    parser.add_argument("--width", type=int, default=256)
+    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--json", type=Path, help="write the figures there too")
+    options = parser.parse_args()
+    found = measure(options)
+    where = torch.cuda.get_device_name() if options.device == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+    print(
+        f"{options.rows} rows, {options.prototypes} prototypes, width {options.width}: {where}, torch {torch.__version__}"
+    )
+    for name in ("centring", "sinkhorn"):
+        one = found[name]
+        print(
+            f"{name:<9} {one['seconds']:.2f} s, products alone {one['chain_seconds']:.2f} s "
+            f"({one['chain_flops_per_second'] / 1e9:.0f} GFLOP/s): {one['ratio']:.2f} times; "
+            f"{one['extra_peak_bytes'] / 1e9:.2f} GB more memory at its peak"
+        )
+    print(f"three matrices of scores, written out in float32: {found['written_out_bytes'] / 1e9:.1f} GB")
+    if options.json:
+        options.json.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,279 @@
+"""Cross-entropy over prototypes without ever holding all scores: last layer, softmax, targets, gradients by chunk.
+
+    scores   = student features P' / student temperature              V student views x B rows x K
+    targets  = softmax(teacher features Q' / teacher temperature + bias)    G teacher views x B rows x K
+    loss     = sum_v,b weight_vb * sum_g CE(scores_vb, targets_gb)     with `cross`: without g = v
+    dscores  = weight_vb * (n_v softmax(scores_vb) - sum_g targets_gb) / student temperature
+
+Centring is a bias of -centre / temperature, Sinkhorn a bias found by `sinkhorn_bias`; so both are one softmax. All is
+made for a chunk of rows b, used, and forgotten. The gradients with respect to features and prototypes are made in the
+forward pass, from scores that are at hand, and only scaled in the backward pass: four matrix products per row (scores
+of teacher and student, two gradients), the fewest there are. Memory beside the inputs: a few chunks of scores and a
+gradient of the size of the prototypes, whatever the number of rows. Under autocast the products are in its dtype.
+
+V student views, G teacher views, B rows of a view, C rows of a chunk, W bottleneck width, K prototypes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tapct import collectives
+from tapct.types import TargetSums
+
+CHUNK_BYTES = 1 << 26  # of one chunk of float32 scores
+
+
+@dataclass(frozen=True)
+class TeacherScores:
+    """Teacher scores that are never written out: features times prototypes.
+
+    Args:
+        features_GBW: on the unit sphere.
+        prototypes_KW: the effective last layer.
+        temperature: of the teacher.
+        bias_K: added to the scores after the temperature.
+        valid_B: bool, rows that count in targets' statistics and centre; None: all.
+    """
+
+    features_GBW: Tensor
+    prototypes_KW: Tensor
+    temperature: float
+    bias_K: Tensor
+    valid_B: Tensor | None = None
+
+    def chunk(self, rows: slice) -> Tensor:
+        """Scores after temperature and bias: (G, C, K)."""
+        features_GCW = self.features_GBW[:, rows]
+        features_NW, scale = features_GCW.flatten(0, 1), 1.0 / self.temperature
+        if features_NW.dtype == self.bias_K.dtype:
+            scaled_NK = torch.addmm(self.bias_K, features_NW, self.prototypes_KW.T, alpha=scale)
+        else:  # narrow products, wide scores
+            product_NK = torch.mm(features_NW, self.prototypes_KW.T).to(self.bias_K.dtype)
+            scaled_NK = product_NK.mul_(scale).add_(self.bias_K)
+        return scaled_NK.unflatten(0, features_GCW.shape[:2])
+
+    def narrowed(self, dtype: torch.dtype) -> TeacherScores:
+        """The same with features and prototypes rounded to `dtype`, in which the product is then made."""
+        return replace(self, features_GBW=self.features_GBW.to(dtype), prototypes_KW=self.prototypes_KW.to(dtype))
+
+    def sum_of_scores(self) -> tuple[Tensor, Tensor]:
+        """Sum over valid rows of the plain scores, (K,), and the number of these rows: what the centre is made of."""
+        num_views, num_rows, _ = self.features_GBW.shape
+        if self.valid_B is None:
+            sum_W, count = self.features_GBW.sum((0, 1)), self.features_GBW.new_tensor(float(num_views * num_rows))
+        else:
+            sum_W = (self.features_GBW * self.valid_B[:, None]).sum((0, 1))
+            count = num_views * self.valid_B.sum().to(sum_W.dtype)
+        return self.prototypes_KW @ sum_W, count
+
+
+def pair_up(features_RW: Tensor, prototypes_KW: Tensor) -> tuple[Tensor, Tensor]:
+    """For a head's `then`: hand out what it got."""
+    return features_RW, prototypes_KW
+
+
+@dataclass(frozen=True)
+class PrototypeLoss:
+    """What the fused loss gives.
+
+    Args:
+        value: scalar with a gradient, the weighted sum.
+        ce_VB: sum over teacher views of the cross-entropy of each student row, detached.
+        sums: over the targets of valid rows, detached.
+    """
+
+    value: Tensor
+    ce_VB: Tensor
+    sums: TargetSums
+
+
+def prototype_loss(
+    student_VBW: Tensor,
+    prototypes_KW: Tensor,
+    weight_VB: Tensor,
+    teacher: TeacherScores,
+    student_temp: float,
+    cross: bool,
+) -> PrototypeLoss:
+    """The fused loss; see the top of this file.
+
+    Args:
+        student_VBW: student features on the unit sphere; rows b of all views belong to row b of the teacher.
+        prototypes_KW: the student's effective last layer.
+        weight_VB: factor on the cross-entropy of each row; no gradient flows into it.
+        teacher: gives the targets; no gradient flows into it.
+        student_temp: of the student.
+        cross: student view v is not compared with teacher view v (the same crop).
+    Returns:
+        Value and statistics. Gradients of the value reach `student_VBW` and `prototypes_KW`.
+    """
+    needs = torch.is_grad_enabled() and (student_VBW.requires_grad or prototypes_KW.requires_grad)
+    kind = student_VBW.device.type
+    narrow = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else student_VBW.dtype
+    with torch.autocast(kind, enabled=False):
+        value, ce_VB, mass_K, entropy, rows = _Fused.apply(
+            student_VBW, prototypes_KW, weight_VB, teacher.narrowed(narrow), student_temp, cross, needs
+        )
+    return PrototypeLoss(value, ce_VB, TargetSums(mass_K, entropy, rows))
+
+
+def chunks(num_rows: int, views: int, num_prototypes: int, bytes_per_number: int) -> Iterator[slice]:
+    """Row ranges whose scores take about `CHUNK_BYTES`; the host knows all sizes."""
+    rows = max(1, CHUNK_BYTES // (bytes_per_number * num_prototypes * views))
+    for start in range(0, num_rows, rows):
+        yield slice(start, min(start + rows, num_rows))
+
+
+class _Fused(torch.autograd.Function):
+    """Forward makes the gradients too; backward scales them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        student_VBW: Tensor,
+        prototypes_KW: Tensor,
+        weight_VB: Tensor,
+        teacher: TeacherScores,
+        student_temp: float,
+        cross: bool,
+        needs: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        num_views, num_rows, width = student_VBW.shape
+        num_targets = teacher.features_GBW.shape[0]
+        num_prototypes, like = prototypes_KW.shape[0], student_VBW
+        dtype = teacher.prototypes_KW.dtype  # of the products
+        narrow_KW = prototypes_KW.to(dtype)
+        ce_VB = like.new_empty(num_views, num_rows)
+        mass_K, entropy, count = like.new_zeros(num_prototypes), like.new_zeros(()), like.new_zeros(())
+        dstudent_VBW = torch.empty_like(student_VBW) if needs else None
+        dprototypes_KW = torch.zeros_like(prototypes_KW) if needs else None
+        pairs_V = torch.full((num_views,), float(num_targets), dtype=like.dtype, device=like.device)
+        if cross:
+            pairs_V[:num_targets] -= 1.0
+        one_pair_each = num_targets - cross == 1 and (num_views <= num_targets or not cross)
+        views = max(num_views, num_targets)
+        for rows in chunks(num_rows, views, num_prototypes, like.element_size()):
+            scores_GCK = teacher.chunk(rows)
+            targets_GCK = torch.softmax(scores_GCK, dim=-1)
+            valid_C = None if teacher.valid_B is None else teacher.valid_B[rows].to(like.dtype)
+            mass, spread, number = _statistics(scores_GCK, targets_GCK, valid_C)
+            mass_K, entropy, count = mass_K + mass, entropy + spread, count + number
+            del scores_GCK
+            goal_VCK = _goals(targets_GCK, num_views, cross)
+            x_VCW = student_VBW[:, rows]
+            scores_NK = torch.mm((x_VCW.flatten(0, 1) / student_temp).to(dtype), narrow_KW.T).to(like.dtype)
+            scores_VCK = scores_NK.unflatten(0, x_VCW.shape[:2])
+            top_VC = scores_VCK.amax(-1)
+            agreement_VC = _dot(goal_VCK.expand_as(scores_VCK), scores_VCK)
+            guess_VCK = torch.softmax(scores_VCK, dim=-1)
+            del scores_VCK, scores_NK
+            log_sum_VC = top_VC - guess_VCK.amax(-1).log()  # the largest probability is >= 1/K, so its log is safe
+            ce_VB[:, rows] = pairs_V[:, None] * log_sum_VC - agreement_VC
+            if dstudent_VBW is None or dprototypes_KW is None:
+                continue
+            if not one_pair_each:
+                guess_VCK.mul_(pairs_V[:, None, None])
+            error_NK = guess_VCK.sub_(goal_VCK).flatten(0, 1).to(dtype)
+            scale_N1 = (weight_VB[:, rows] / student_temp).flatten()[:, None]
+            dstudent_VBW[:, rows] = (torch.mm(error_NK, narrow_KW) * scale_N1).unflatten(0, x_VCW.shape[:2])
+            scaled_NW = (x_VCW.flatten(0, 1) * scale_N1).to(dtype)
+            if dtype == like.dtype:
+                dprototypes_KW.addmm_(error_NK.T, scaled_NW)
+            else:
+                dprototypes_KW += torch.mm(error_NK.T, scaled_NW)
+        if needs:
+            ctx.save_for_backward(dstudent_VBW, dprototypes_KW)
+        ctx.mark_non_differentiable(ce_VB, mass_K, entropy, count)
+        return (weight_VB * ce_VB).sum(), ce_VB, mass_K, entropy, count
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        dstudent_VBW, dprototypes_KW = ctx.saved_tensors
+        return dstudent_VBW * gradients[0], dprototypes_KW * gradients[0], None, None, None, None, None
+
+
+def _goals(targets_GCK: Tensor, num_views: int, cross: bool) -> Tensor:
+    """What each student view is compared with, summed over teacher views: (V or 1, C, K)."""
+    if targets_GCK.shape[0] == 1 and not cross:
+        return targets_GCK
+    everyone_1CK = targets_GCK.sum(0, keepdim=True)
+    if not cross:
+        return everyone_1CK
+    num_targets = targets_GCK.shape[0]
+    if num_views == num_targets == 2:
+        return targets_GCK.flip(0)  # each the other
+    others_GCK = everyone_1CK - targets_GCK
+    return torch.cat([others_GCK, everyone_1CK.expand(num_views - num_targets, -1, -1)])
+
+
+def _dot(a_VCK: Tensor, b_VCK: Tensor) -> Tensor:
+    """Inner products over the last axis, without a product of their size: (V, C)."""
+    return torch.matmul(a_VCK.unsqueeze(-2), b_VCK.unsqueeze(-1)).squeeze(-1).squeeze(-1)
+
+
+def _statistics(scores_GCK: Tensor, targets_GCK: Tensor, valid_C: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Sum of the targets, (K,), of their entropies, and their number, over valid rows.
+
+    The entropy of a softmax is log-sum minus mean score; the log-sum follows from any one score and its probability.
+    """
+    log_sum_GC = scores_GCK.amax(-1) - targets_GCK.amax(-1).log()
+    entropy_GC = log_sum_GC - _dot(targets_GCK, scores_GCK)
+    weight_GC = torch.ones_like(entropy_GC) if valid_C is None else valid_C.expand_as(entropy_GC)
+    mass_K = weight_GC.flatten() @ targets_GCK.flatten(0, 1)
+    return mass_K, (weight_GC * entropy_GC).sum(), weight_GC.sum()
+
+
+@torch.no_grad()
+def sinkhorn_bias(teacher: TeacherScores, iterations: int) -> Tensor:
+    """The bias that makes `softmax(scores + bias)` the Sinkhorn-Knopp targets of all ranks' valid rows: (K,).
+
+    Only the scaling of the K prototypes is kept; that of a row is its softmax. Scores are computed anew in every
+    iteration. One sum over ranks of K numbers per iteration, and a maximum before the first.
+
+    Args:
+        teacher: scores, with a bias of 0.
+        iterations: of prototypes and rows; 3 in the published work.
+    Source: Cuturi 2013; Caron et al. 2020, arXiv:2006.09882, eq. 3-5.
+    """
+    num_views, num_rows, _ = teacher.features_GBW.shape
+    num_prototypes, like = teacher.prototypes_KW.shape[0], teacher.features_GBW
+    valid_B = torch.ones(num_rows, dtype=torch.bool, device=like.device) if teacher.valid_B is None else teacher.valid_B
+    count = collectives.sum_((num_views * valid_B.sum()).double())
+    log_rows = count.clamp(min=1).log().to(like.dtype)
+    outside_B = like.new_zeros(num_rows).masked_fill(~valid_B, -math.inf)
+    bias_K = like.new_zeros(num_prototypes)
+    for iteration in range(iterations):
+        top_K = like.new_full((num_prototypes,), -math.inf) if iteration == 0 else -bias_K
+        sum_K = like.new_zeros(num_prototypes)
+        for rows in chunks(num_rows, num_views, num_prototypes, like.element_size()):
+            scores_GCK = teacher.chunk(rows)
+            if iteration == 0:  # nothing bounds the scores yet: keep each prototype's largest beside the sum
+                scores_GCK = scores_GCK + outside_B[rows, None]
+                largest_K = torch.maximum(top_K, scores_GCK.amax((0, 1)))
+                shift_K = torch.where(largest_K > -math.inf, largest_K, 0.0)
+                sum_K = sum_K * (top_K - shift_K).exp() + (scores_GCK - shift_K).exp_().sum((0, 1))
+                top_K = largest_K
+            else:  # a row step leaves a total mass of 1, so exp(scores + row + bias) <= 1 needs no shift
+                row_GC = outside_B[rows] - torch.logsumexp(scores_GCK + bias_K, dim=-1) - log_rows
+                sum_K += (scores_GCK + bias_K).add_(row_GC[..., None]).exp_().sum((0, 1))
+        mass_K = _log_mass_of_all_ranks(sum_K, top_K)
+        # where no row takes part at all, leave the prototypes unscaled instead of making NaN
+        bias_K = torch.where(mass_K > -math.inf, -mass_K - math.log(num_prototypes), 0.0)
+    return bias_K
+
+
+def _log_mass_of_all_ranks(sum_K: Tensor, top_K: Tensor) -> Tensor:
+    """log of the sum over ranks of sum * exp(top); float64 holds exp of differences down to -700."""
+    if collectives.world_size() == 1:
+        return sum_K.log() + torch.where(top_K > -math.inf, top_K, 0.0)
+    reference_K = collectives.max_(top_K.clone())
+    reference_K = torch.where(reference_K > -math.inf, reference_K, 0.0).double()
+    mine_K = sum_K.double() * (top_K.double() - reference_K).exp()
+    return (collectives.sum_(mine_K).log() + reference_K).to(sum_K.dtype)
