@@ -4,8 +4,8 @@
     python scripts/bench_prototypes.py --rows 2000 --device cuda --json out.json
 
 The chain beside it does nothing but the products that the loss cannot avoid (scores of teacher and student,
-gradients of features and prototypes; with Sinkhorn one more product of teacher scores per iteration), by chunks of rows,
-with the chunk size that makes it fastest. So the ratio is the price of softmaxes, sums and statistics.
+gradients of features and prototypes; with Sinkhorn one more product of teacher scores per iteration), by chunks of
+rows, with the chunk size that makes it fastest. So the ratio is the price of softmaxes, sums and statistics.
 """
 
 from __future__ import annotations
@@ -119,9 +119,7 @@ def main() -> None:
     options = parser.parse_args()
     found = measure(options)
     where = torch.cuda.get_device_name() if options.device == "cuda" else f"cpu, {torch.get_num_threads()} threads"
-    print(
-        f"{options.rows} rows, {options.prototypes} prototypes, width {options.width}: {where}, torch {torch.__version__}"
-    )
+    print(f"{options.rows} rows, {options.prototypes} prototypes, width {options.width}: {where}")
     for name in ("centring", "sinkhorn"):
         one = found[name]
         print(

@@ -7,13 +7,13 @@ import shlex
 import sys
 import traceback
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from typer.core import TyperGroup
 
 from tapct import log, ranks, signals
-from tapct.types import LOST_RANK, SharedError, UserError
+from tapct.types import SharedError, UserError
 
 
 class Interrupted(Exception):
@@ -327,31 +327,51 @@ def compare(
 
 
 def main() -> None:
-    """Entry point: one line for what a person can mend, a traceback only with --debug or for our own faults."""
+    """Entry point of the console script."""
+    leave(answer())
+
+
+def leave(code: int) -> NoReturn:
+    """End this process; at once where something has failed on one of several ranks."""
+    if code and ranks.from_environment(os.environ).world > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)  # what still talks to other ranks would keep this process until its time-outs
+    sys.exit(code)
+
+
+def answer() -> int:
+    """Do what the command line says: one line for what a person can mend, a traceback for our own faults or --debug.
+
+    Returns:
+        The exit code.
+    """
     try:
         app()
+        return 0
+    except SystemExit as leave:
+        return leave.code if isinstance(leave.code, int) else int(leave.code is not None)
     except SharedError as error:
-        fail(str(error) if ranks.from_environment(os.environ).is_first else "", error, 2)
+        return tell(str(error) if ranks.from_environment(os.environ).is_first else "", error, error.exit_code)
     except UserError as error:
-        fail(str(error), error, error.exit_code)
+        return tell(str(error), error, error.exit_code)
     except Interrupted as error:
-        fail("interrupted", error, 130)
+        return tell("interrupted", error, 130)
     except OSError as error:
         place = f": {error.filename}" if error.filename else ""
-        fail(f"{error.strerror or error}{place}", error, 2)
+        return tell(f"{error.strerror or error}{place}", error, 2)
+    except Exception as error:
+        sys.excepthook(type(error), error, error.__traceback__)
+        return 1
 
 
-def fail(line: str, error: BaseException, code: int) -> None:
-    """Print an error's one line, if this rank is to, and leave with its exit code."""
+def tell(line: str, error: BaseException, code: int) -> int:
+    """Print an error's one line, if this rank is to; hands back the exit code."""
     if os.environ.get("TAPCT_DEBUG") == "1":
         traceback.print_exception(error)
     if line:
         log.error(line)
-    if code == LOST_RANK:  # threads that talk to the lost rank would keep this process until their time-outs
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    sys.exit(code)
+    return code
 
 
 if __name__ == "__main__":

@@ -76,9 +76,12 @@ def gather_with_gradient(x: Tensor) -> Tensor:
 
 
 def from_first(make: Callable[[], T]) -> T:
-    """What the first rank makes, on every rank; its UserError, too, is raised on every rank.
+    """What the first rank makes, on every rank.
 
     For what should be looked up once and may come out differently when each rank looks for itself: files above all.
+
+    Raises:
+        SharedError: on every rank, where it was a UserError or OSError on the first.
     """
     if world_size() == 1:
         return make()
@@ -86,7 +89,7 @@ def from_first(make: Callable[[], T]) -> T:
     if rank() == 0:
         try:
             answer[0] = make()
-        except UserError as error:
+        except (UserError, OSError) as error:
             answer[1] = error
     dist.broadcast_object_list(answer, src=0)
     if answer[1] is not None:

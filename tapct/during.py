@@ -110,4 +110,5 @@ def steps_folder(run: Path) -> Path:
 
 def child_environment(environment: Mapping[str, str]) -> dict[str, str]:
     """The environment without what a launcher told this rank."""
-    return {name: value for name, value in environment.items() if not name.startswith(LAUNCHERS)}
+    own = {name: value for name, value in environment.items() if name.startswith(LAUNCHERS) and name != "SLURM_CONF"}
+    return {name: value for name, value in environment.items() if name not in own}

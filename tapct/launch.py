@@ -131,6 +131,11 @@ def check(resolved: Resolved, resources: Resources) -> None:
             f"tasks with train.accumulation {config.train.accumulation}; make it a multiple of {parts}"
         )
     config.check_neighbours(resources.world)
+    if config.train.save_before_end_s >= 60 * resources.minutes:
+        raise UserError(
+            f"train.save_before_end_s {config.train.save_before_end_s:g} s is not less than --time, "
+            f"{resources.minutes} min: the job would stop as soon as it starts; ask for more time, or lower it"
+        )
     if config.device == "cuda" and not resources.gpus_per_node:
         raise UserError("device=cuda, but the job asks for no GPU; add --gpus-per-node")
     if "%" in str(config.out.absolute()):
@@ -273,7 +278,7 @@ def setup_lines(folder: Path, code: Path) -> list[str]:
 REQUEUE = """\
 code=$?
 case "$(cat "$TAPCT_MARK" 2>/dev/null):$code" in
-    stopped:136 | stopped:137 | stopped:139) exit "$code" ;;
+    stopped:13[245679]) exit "$code" ;;
     stopped:* | :138 | :140 | :143) ;;
     *) exit "$code" ;;
 esac

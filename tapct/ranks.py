@@ -58,6 +58,12 @@ def from_environment(environment: Mapping[str, str]) -> Ranks:
     return Ranks()
 
 
+def restarts(environment: Mapping[str, str]) -> int:
+    """How often torchrun or SLURM has started this run again."""
+    told = [environment.get(name, "0") for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")]
+    return max(int(count) if count.isdigit() else 0 for count in told)
+
+
 def per_node(environment: Mapping[str, str], place: Ranks) -> int:
     """Ranks on each node: torchrun's LOCAL_WORLD_SIZE, or srun's tasks per node where all nodes have as many.
 

@@ -154,15 +154,21 @@ class Pretraining:
         self.config: RunConfig = resolved.value
         self.store = Store(self.config.data.store)
         self.checkpoints = Checkpoints(
-            self.config.out / "checkpoints", self.config.checkpoint.keep, self.config.checkpoint.keep_every, world.side
+            self.config.out / "checkpoints",
+            self.config.checkpoint.keep,
+            self.config.checkpoint.keep_every,
+            world.side,
+            world.device,
         )
 
     def run(self) -> loop.Stop:
         """From the newest checkpoint to the last step, or to a signal."""
         config, rows = self.config, self.rows()
         self.check_share()
+        # what was asked of the first start must not end one that a launcher has started again
+        wanted = "auto" if ranks.restarts(os.environ) else config.train.resume
         found = collectives.from_first(
-            lambda: find_start(self.checkpoints, config.train.resume, self.resolved.to_dict(), self.allow_change)
+            lambda: find_start(self.checkpoints, wanted, self.resolved.to_dict(), self.allow_change)
         )
         pair = self.build_pair()
         updater = optim.Updater(pair, config.optim, self.world.num_copies)
@@ -170,8 +176,7 @@ class Pretraining:
         if start >= config.train.steps:
             log.say(f"{config.out} has all its {config.train.steps} steps; nothing to train")
             return loop.Stop(start)
-        if self.world.ranks.is_first:
-            write_run_files(config.out, self.resolved, self.store)
+        collectives.from_first(lambda: write_run_files(config.out, self.resolved, self.store))
         batches = self.batches(rows, start)
         try:
             with log.MetricsWriter(config.out, config.log, start_step=start) as writer, log.TrainProgress(
@@ -225,8 +230,8 @@ class Pretraining:
     def first_weights(self, pair: StudentTeacher) -> int:
         """Replace random weights by those of `train.init`, if it is set; returns step 0."""
         if self.config.train.init:
-            weights = initial.read(Path(self.config.train.init))
-            for line in initial.apply(weights, pair, self.config.train.init_allow).lines():
+            source = collectives.from_first(lambda: initial.locate(Path(self.config.train.init)))
+            for line in initial.apply(initial.read(source), pair, self.config.train.init_allow).lines():
                 log.say(line)
         return 0
 
@@ -282,6 +287,12 @@ class Pretraining:
         def save(step: int, last: bool) -> None:
             samples = step * self.config.train.global_batch
             meta = Meta(step, samples, self.resolved.to_dict(), self.store.digest, world=self.world.ranks.world)
+            try:  # the save before, which must not cost this one
+                self.checkpoints.finish()
+            except UserError as error:
+                if settings.on_error == "stop":
+                    raise
+                log.say(f"going on without it: {error}")
             try:
                 self.checkpoints.begin(meta, pair, updater.optimizer)
                 if last or not settings.asynchronous:
@@ -292,6 +303,7 @@ class Pretraining:
                 log.say(f"going on without it: {error}")
             evaluations.expect(step, last)
             if first and last:
+                evaluations.due = evaluations.due[-1:]  # nobody looks again: the last one counts
                 evaluations.look(self.checkpoints)
 
         def failed_save() -> bool:

@@ -87,7 +87,7 @@ def split_outside(text: str, separators: str) -> list[str]:
 
 def _short(key: str, keys: Sequence[str]) -> str:
     """The shortest end of a dotted key that no other key of the sweep shares."""
-    return next(end for end in _ends(key) if sum(end in _ends(other) for other in keys) == 1)
+    return next((end for end in _ends(key) if sum(end in _ends(other) for other in keys) == 1), key)
 
 
 def _ends(key: str) -> list[str]:

@@ -89,12 +89,13 @@ def teacher_of_step(folder: Path, step: int) -> Path:
     name = f"step_{step:08d}"
     if (during.steps_folder(folder) / name / "teacher.safetensors").is_file():
         return during.steps_folder(folder) / name
-    checkpoints = Checkpoints(folder / "checkpoints", keep=1).finished()
-    whole = [path for path in checkpoints if checkpoint.damage(path) is None]
-    if folder / "checkpoints" / name not in whole:
-        there = ", ".join(str(checkpoint.step_of(path)) for path in whole) or "none"
-        raise UserError(f"{folder} has no whole checkpoint of step {step}; there are: {there}")
-    return folder / "checkpoints" / name
+    wanted = folder / "checkpoints" / name
+    complaint = checkpoint.damage(wanted) if wanted.is_dir() else "it is not there"
+    if complaint is not None:
+        finished = Checkpoints(folder / "checkpoints", keep=1).finished()
+        there = ", ".join(str(checkpoint.step_of(path)) for path in finished) or "none"
+        raise UserError(f"{folder} has no whole checkpoint of step {step} ({complaint}); there are: {there}")
+    return wanted
 
 
 def evaluate(folder: Path, overrides: Sequence[str] = (), step: int | None = None) -> dict[str, Any]:

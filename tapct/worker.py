@@ -39,24 +39,21 @@ def work(config: str, start_in: str, snapshot: str) -> None:
     os.chdir(start_in)
     restarts = os.environ.get("SLURM_RESTART_COUNT", "0")
     note(config, "start", restarts=int(restarts), nodes=os.environ.get("SLURM_JOB_NODELIST", ""))
-    code: object = 1
+    code = 1
     try:
         if Path(cli.__file__).parent.parent.resolve() != Path(snapshot).resolve():
             raise UserError(f"this job must run the tapct in {snapshot}, but Python found {cli.__file__}")
         # a job that goes on finds its own checkpoints, whatever was asked of its first start
         resume = ["train.resume=auto"] if restarts != "0" else []
         sys.argv = ["tapct", "train", config, *resume, f"--stopped-code={STOPPED}"]
-        cli.main()
-        code = 0
-    except SystemExit as leave:
-        code = leave.code or 0
+        code = cli.answer()
     finally:
         end = "done" if code == 0 else "stopped" if code in (STOPPED, 130) else "failed"
         note(config, end, code=code)
         if end != "done":
             leave_mark(end)
     if end == "failed":
-        raise SystemExit(code)
+        cli.leave(code)
 
 
 def leave_early(number: int, frame: FrameType | None) -> None:

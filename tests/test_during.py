@@ -96,5 +96,5 @@ def test_sbatch_that_fails_or_is_not_there_is_a_line_and_no_end(
 
 def test_a_step_that_is_not_there_is_one_line(tmp_path: Path, store: Path) -> None:
     run.train(config_of(tmp_path, store))
-    with pytest.raises(UserError, match=r"has no whole checkpoint of step 5; there are: 8, 12"):
+    with pytest.raises(UserError, match=r"has no whole checkpoint of step 5 \(it is not there\); there are: 8, 12"):
         trained.evaluate(tmp_path / "run", [], step=5)

@@ -20,7 +20,7 @@ import shutil
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
@@ -93,12 +94,25 @@ class Checkpoints:
         keep: how many stay.
         keep_every: steps of which multiples stay for ever; 0: none.
         side: process group on the CPU in which ranks agree; None for one process.
+        device: of training.
     """
 
-    def __init__(self, folder: Path, keep: int, keep_every: int = 0, side: dist.ProcessGroup | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        keep: int,
+        keep_every: int = 0,
+        side: dist.ProcessGroup | None = None,
+        device: torch.device | None = None,
+    ) -> None:
         self.folder, self.keep, self.keep_every, self.side = folder, keep, keep_every, side
         self.is_first = side is None or dist.get_rank() == 0
-        self.thread = ThreadPoolExecutor(1, thread_name_prefix="tapct-checkpoint")
+
+        def use_own_gpu() -> None:  # a new thread works on GPU 0
+            if device is not None and device.type == "cuda":
+                torch.cuda.set_device(device)
+
+        self.thread = ThreadPoolExecutor(1, thread_name_prefix="tapct-checkpoint", initializer=use_own_gpu)
         self.under_way: Future[Path] | None = None
 
     def save(self, meta: Meta, pair: StudentTeacher, optimizer: torch.optim.Optimizer) -> Path:
@@ -155,8 +169,8 @@ class Checkpoints:
         with self._agreeing(meta, aside):
             if self.is_first:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                for leftover in self.folder.glob(".writing_*"):
-                    shutil.rmtree(leftover)
+                for leftover in (*self.folder.glob(".writing_*"), *self.folder.glob(".old_*")):
+                    shutil.rmtree(leftover, ignore_errors=leftover.name.startswith(".old_"))
                 aside.mkdir()
         with self._agreeing(meta, aside):
             if self.side is None:
@@ -185,7 +199,14 @@ class Checkpoints:
         for path in self.finished():
             for_ever = self.keep_every and step_of(path) <= meta.step and step_of(path) % self.keep_every == 0
             if path not in kept and not for_ever:
-                shutil.rmtree(path)
+                self._drop(path)
+
+    def _drop(self, path: Path) -> None:
+        """Remove a checkpoint; by its name at once, so that a kill leaves no half of one. What resists stays aside."""
+        with suppress(OSError):
+            aside = self.folder / f".old_{path.name}"
+            os.replace(path, aside)
+            shutil.rmtree(aside, ignore_errors=True)
 
     @contextmanager
     def _agreeing(self, meta: Meta, aside: Path) -> Iterator[None]:
@@ -197,7 +218,7 @@ class Checkpoints:
         failure: BaseException | None = None
         try:
             yield
-        except (OSError, CheckpointException, RuntimeError) as error:
+        except (Exception, CheckpointException) as error:  # DCP's derives from BaseException
             failure = error
         num_failed = torch.tensor(int(failure is not None))
         if self.side is not None:
@@ -241,13 +262,15 @@ def load(path: Path, pair: StudentTeacher, optimizer: torch.optim.Optimizer) -> 
         optimizer: of the same config.
     """
     state = training_state(pair, optimizer)
-    if collectives.rank() >= read_meta(path).world:  # a rank that was not there: its random state is a new one
-        del state["rng"]
+    # a rank or a device that was not there when it was written has no random state in it, and keeps its new one
+    known = FileSystemReader(path).read_metadata().state_dict_metadata
+    name = f"rank_{collectives.rank()}"
+    state["rng"] = {name: {kind: old for kind, old in state["rng"][name].items() if f"rng.{name}.{kind}" in known}}
     with single_process():
         dcp.load(state, checkpoint_id=path, no_dist=collectives.world_size() == 1)
     pair.load_state_dict(state["pair"])
     set_optimizer_state_dict(pair.student, optimizer, state["optimizer"])
-    for device, random in state.get("rng", {}).get(f"rank_{collectives.rank()}", {}).items():
+    for device, random in state["rng"][name].items():
         torch.set_rng_state(random) if device == "cpu" else torch.cuda.set_rng_state(random)
 
 

@@ -19,7 +19,7 @@ from tapct.collectives import local_part, part_of_full
 from tapct.engine.checkpoint import FOLDER, Checkpoints, read_meta
 from tapct.nn.posembed import Grid, resize_positions
 from tapct.ssl.student_teacher import StudentTeacher
-from tapct.types import UserError
+from tapct.types import SharedError, UserError
 
 KINDS = ("missing", "resized", "unexpected")
 
@@ -59,28 +59,43 @@ class Report:
         return told
 
 
-def read(path: Path) -> Weights:
-    """Read a backbone's weights.
+def locate(path: Path) -> Path:
+    """The file with the weights that a path means; one rank looks, since a run that goes on changes its answer.
 
     Args:
         path: run folder (newest whole checkpoint), checkpoint folder, export folder, or a safetensors file.
     Raises:
-        UserError: nothing of that kind is there, or it is damaged.
+        UserError: nothing of that kind is there.
     """
-    if FOLDER.fullmatch(path.name):
-        return _read_file(path / "teacher.safetensors", _grid(read_meta(path).config.get("model", {})))
+    if FOLDER.fullmatch(path.name) and (path / "teacher.safetensors").is_file():
+        return path / "teacher.safetensors"
     if (path / "checkpoints").is_dir():
         found, _ = Checkpoints(path / "checkpoints", keep=1).newest_whole()
         if found is None:
             raise UserError(f"train.init={path}: that run holds no whole checkpoint yet")
-        return read(found)
+        return found / "teacher.safetensors"
     for folder in (path, path / "export"):
-        if (folder / "model.safetensors").is_file() and (folder / "config.json").is_file():
-            card = json.loads((folder / "config.json").read_text())
-            return _read_file(folder / "model.safetensors", _grid(card.get("model", {})))
-    if path.suffix == ".safetensors":
-        return _read_file(path, None)
+        if (folder / "model.safetensors").is_file():
+            return folder / "model.safetensors"
+    if path.suffix == ".safetensors" and path.is_file():
+        return path
     raise UserError(f"train.init={path}: give a run folder, a checkpoint, an export or a .safetensors file")
+
+
+def read(file: Path) -> Weights:
+    """Read a backbone's weights.
+
+    Args:
+        file: from `locate`; what lies beside it tells the grid of its positions.
+    Raises:
+        UserError: it is damaged.
+    """
+    if (file.parent / "meta.json").is_file():
+        return _read_file(file, _grid(read_meta(file.parent).config.get("model", {})))
+    if (file.parent / "config.json").is_file():
+        card = json.loads((file.parent / "config.json").read_text())
+        return _read_file(file, _grid(card.get("model", {})))
+    return _read_file(file, None)
 
 
 def _grid(model: Mapping[str, object]) -> Grid | None:
@@ -93,6 +108,7 @@ def _grid(model: Mapping[str, object]) -> Grid | None:
 
 
 def _read_file(file: Path, grid: Grid | None) -> Weights:
+    """The tensors of one safetensors file."""
     try:
         return Weights(load_file(file), grid, file)
     except (OSError, SafetensorError) as error:
@@ -124,7 +140,7 @@ def apply(weights: Weights, pair: StudentTeacher, allow: tuple[str, ...]) -> Rep
             unfit.append(f"{name} is {tuple(value.shape)} there and {shape} here")
         full[name] = value
     if unfit:
-        raise UserError(f"train.init: {weights.source} does not fit this model: {sorted(unfit)[0]}")
+        raise SharedError(f"train.init: {weights.source} does not fit this model: {sorted(unfit)[0]}")
     report = Report(
         loaded=tuple(sorted(full.keys() - set(resized))),
         missing=tuple(sorted(wanted.keys() - full.keys())),
@@ -135,7 +151,7 @@ def apply(weights: Weights, pair: StudentTeacher, allow: tuple[str, ...]) -> Rep
     for kind in KINDS:
         names = getattr(report, kind)
         if names and kind not in allow:
-            raise UserError(
+            raise SharedError(
                 f"train.init: {len(names)} parameters of {weights.source} are {kind}, {names[0]} for one; if that is "
                 f"meant, set train.init_allow=[{','.join([*allow, kind])}]"
             )

@@ -49,7 +49,7 @@ class Config:
     )
     init_allow: tuple[str, ...] = setting((), "what else than a perfect fit is meant: missing, resized, unexpected")
     save_before_end_s: float = setting(
-        300.0, "in a SLURM job, save and stop this many seconds before its time ends, without a signal too", ge=0.0
+        60.0, "in a SLURM job, save and stop this many seconds before its time ends, without a signal too", ge=0.0
     )
 
     @property
@@ -161,7 +161,7 @@ class Trainer:
             self.device, self.world.ranks.world == 1, job_deadline(os.environ, config.save_before_end_s)
         )
         self.pending = metrics.Pending()
-        self.sample_numbers: dict[int, list[int]] = {}
+        self.not_finite: list[tuple[int, Tensor]] = []  # step, which ranks' loss was not finite
         self.silent_until = 0.0  # about a slow rank
         self.save_seconds = 0.0  # that training stood still for the last save
 
@@ -178,8 +178,8 @@ class Trainer:
         self.pair.train()
         with self.flag, parallel.watch(self.world, self.parallel) as watch:
             for step in range(start, self.config.steps):
-                watch.at(step, "training")
                 with watch.naming_lost_ranks():
+                    watch.at(step, "training")
                     self.optimizer_step(step, batches)
                 done = step + 1
                 reason = self.flag.agreed()
@@ -187,13 +187,15 @@ class Trainer:
                 due = last or done % self.save_every == 0
                 if due or done % self.log_every == 0:
                     self.flush()
+                    parallel.forget_order(self.pair)
                 if self.parallel.desync_every and done % self.parallel.desync_every == 0:
-                    parallel.check_sync(self.pair, self.world, done)
+                    with watch.naming_lost_ranks():
+                        parallel.check_sync(self.pair, self.world, done)
                 self.flag.failed_save = self.hooks.failed_save()
                 if due:
-                    watch.at(step, "saving")
                     began = time.perf_counter()
                     with watch.naming_lost_ranks():
+                        watch.at(step, "saving")
                         self.hooks.save(done, last)
                     self.save_seconds = time.perf_counter() - began
                 if reason == FAILED_SAVE:
@@ -211,7 +213,6 @@ class Trainer:
         with timer.stage("step"):
             with timer.stage("data"):
                 micro_batches = next(batches)
-            self.sample_numbers[step + 1] = [n for batch in micro_batches for n in batch.sample_B.tolist()]
             outputs = []
             for micro, batch in enumerate(micro_batches):
                 with timer.stage("views"):
@@ -223,8 +224,11 @@ class Trainer:
             with timer.stage("optimizer"):
                 metrics.collect(outputs, packet)
                 packet.sum("stop", self.flag.slots())
-                report = self.updater.step(values, metrics.mean([output.total for output in outputs]), packet)
+                total = metrics.mean([output.total for output in outputs])
+                packet.sum("not_finite", self.own_slot(1.0 - torch.isfinite(total).float()))
+                report = self.updater.step(values, total, packet)
                 self.flag.hear(packet["stop"])
+                self.not_finite.append((step, packet["not_finite"]))
             numbers = metrics.readings(outputs, packet, report, with_rank=(step + 1) % self.log_every == 0)
             numbers += metrics.arrivals(packet["arrival"])
         saving, self.save_seconds = self.save_seconds, 0.0
@@ -240,7 +244,7 @@ class Trainer:
         (output.total / self.config.accumulation).backward()
         return output
 
-    def own_slot(self, value: float) -> Tensor:
+    def own_slot(self, value: float | Tensor) -> Tensor:
         """A number of this rank among zeros for the others: (W,), whose sum over ranks holds everyone's."""
         slots_W = torch.zeros(self.world.ranks.world, device=self.device)
         slots_W[self.world.ranks.rank] = value
@@ -283,10 +287,22 @@ class Trainer:
             self.hooks.log({**record, "samples_per_second": pace})
         if broken is not None:
             record, name = broken
-            samples = self.sample_numbers[int(record["step"])]
+            samples = self.samples_behind(int(record["step"]) - 1)
             raise SharedError(
                 f"step {record['step']:.0f}: {name} is {record[name]}; nothing moved since the step before. Samples "
                 f"{samples}. The last checkpoint is whole, but the same command would end here again: start anew in "
                 "another out= with a lower optim.lr, or without these scans"
             )
-        self.sample_numbers.clear()
+        self.not_finite.clear()
+
+    def samples_behind(self, step: int) -> list[int]:
+        """Samples of the ranks whose loss was not finite in a step; of all ranks, where only a gradient was not."""
+        slots_W = next(slots for at, slots in self.not_finite if at == step)
+        guilty = slots_W.nonzero().flatten().tolist() or range(self.world.ranks.world)
+        share = {"world": self.world.ranks.world, "accumulation": self.config.accumulation}
+        parts = [
+            sampler.samples_of(step, micro, rank, global_batch=self.config.global_batch, **share)
+            for rank in guilty
+            for micro in range(self.config.accumulation)
+        ]
+        return sorted(number for part in parts for number in part)

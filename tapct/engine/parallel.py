@@ -32,7 +32,8 @@ from tapct.ranks import Ranks
 from tapct.ssl.student_teacher import Network, StudentTeacher
 from tapct.types import LOST_RANK, SharedError, TargetSums, Tokens, UserError
 
-SECOND_S = 1.0
+CAUSE_FIRST_S = 1.0
+NCCL_LATER_S = 60.0
 PATIENCE_S = 5.0  # more than the back-end's own time-out, so that its word comes first
 
 # FSDP looks for tensors in what a module returns, to hook their gradients
@@ -54,7 +55,7 @@ class Config:
         1800.0, "seconds after which a collective that not every rank joins ends the run", ge=1.0
     )
     desync_every: int = setting(
-        0, "steps between two checks that ranks hold the same copies, centres and random state; 0: never", ge=0
+        0, "steps between two checks that ranks hold the same copies, loss state and step; 0: never", ge=0
     )
     straggler_factor: float = setting(
         2.0, "a rank that comes this many times later than the median to a step is named in the log", gt=1.0
@@ -106,11 +107,6 @@ def world(place: Ranks, device: torch.device, config: Config) -> Iterator[World]
         return
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")  # no loss writes into it
     timeout = datetime.timedelta(seconds=config.timeout_s)
-    shard = config.shard or ranks.per_node(os.environ, place)
-    if place.world % shard:
-        raise SharedError(
-            f"parallel.shard {shard} does not divide the {place.world} ranks; choose a divisor, or 0 or 1"
-        )
     on_gpu = device.type == "cuda"
     told = ""
     try:
@@ -123,7 +119,8 @@ def world(place: Ranks, device: torch.device, config: Config) -> Iterator[World]
             store=dist.PrefixStore("group", store),
             rank=place.rank,
             world_size=place.world,
-            timeout=timeout,
+            # NCCL ends the process by itself: later than `Watch`, which knows who is missing
+            timeout=timeout + datetime.timedelta(seconds=NCCL_LATER_S if on_gpu else 0),
             device_id=device if on_gpu else None,
         )
     except (dist.DistError, RuntimeError, ValueError) as error:
@@ -131,13 +128,25 @@ def world(place: Ranks, device: torch.device, config: Config) -> Iterator[World]
             f"rank {place.rank} of {place.world} could not meet the others at {told} within {config.timeout_s:.0f} s: "
             f"{str(error).splitlines()[0]}"
         ) from error
-    try:
-        mesh = init_device_mesh(device.type, (place.world // shard, shard), mesh_dim_names=("replicate", "shard"))
-        side = dist.new_group(backend="gloo", timeout=timeout)
-        yield World(place, device, mesh, side, dist.PrefixStore("words", store))
-        dist.barrier(side)  # a rank that leaves early would look like a dead one to the rest
-    finally:
-        dist.destroy_process_group()
+    shard = collectives.from_first(lambda: shard_size(place, config.shard))
+    mesh = init_device_mesh(device.type, (place.world // shard, shard), mesh_dim_names=("replicate", "shard"))
+    side = dist.new_group(backend="gloo", timeout=timeout)
+    yield World(place, device, mesh, side, dist.PrefixStore("words", store))
+    # Not after an error: NCCL would first finish what other ranks may never join, and the cause would not be told.
+    dist.barrier(side)  # a rank that leaves early would look like a dead one to the rest
+    dist.destroy_process_group()
+
+
+def shard_size(place: Ranks, wanted: int) -> int:
+    """Ranks that hold one copy between them; one rank decides, since nodes may be told different things.
+
+    Raises:
+        UserError: it does not divide the world.
+    """
+    size = wanted or ranks.per_node(os.environ, place)
+    if place.world % size:
+        raise UserError(f"parallel.shard {size} does not divide the {place.world} ranks; choose a divisor, or 0 or 1")
+    return size
 
 
 def shard(network: Network, mesh: DeviceMesh, *, bf16: bool, keeps_gradient: bool) -> None:
@@ -170,6 +179,13 @@ def blocks_of(backbone: nn.Module) -> list[nn.Module]:
     return list(blocks) if isinstance(blocks, nn.ModuleList) else []
 
 
+def forget_order(pair: StudentTeacher) -> None:
+    """Let FSDP forget the order in which the teacher was gathered; only a backward pass does so, and it has none."""
+    for root in (pair.teacher.backbone, *pair.teacher.heads.values()):
+        if isinstance(root, FSDPModule) and hasattr(root, "reset_iter_state"):  # torch 2.13
+            root.reset_iter_state()
+
+
 def sync_gradients(pair: StudentTeacher, enabled: bool) -> None:
     """Reduce gradients over ranks in the next backward pass, or only add them up here until a later one does."""
     for module in pair.student.modules():
@@ -200,7 +216,11 @@ class Watch:
         """Who is behind, in words."""
         assert self.world.store is not None
         try:
-            told = [self.world.store.get(f"where/{rank}").decode() for rank in range(self.world.ranks.world)]
+            keys = [f"where/{rank}" for rank in range(self.world.ranks.world)]
+            # `get` would wait for a word that was never written
+            told = [
+                self.world.store.get(key).decode() if self.world.store.check([key]) else "0 nothing" for key in keys
+            ]
         except (dist.DistError, RuntimeError):
             return "and the store that they met at is gone, so rank 0 or its launcher has ended"
         steps = [int(line.split()[0]) for line in told]
@@ -217,10 +237,12 @@ class Watch:
         except RuntimeError as error:
             if self.world.store is None or not lost_rank(error):
                 raise
-            cause = re.sub(r"^\[[^]]*\] *", "", str(error).splitlines()[0])  # without the place in gloo's sources
-            cause = cause.partition(". ")[0]
+            lines = str(error).splitlines()
+            cause = re.sub(r"^\[[^]]*\] *", "", lines[0]).partition(". ")[0]  # without the place in gloo's sources
+            if "Last error:" in lines[:-1]:  # NCCL's own words
+                cause = lines[lines.index("Last error:") + 1]
             words = f"{self.where}: lost another rank ({cause}); {self.others()}"
-            time.sleep(SECOND_S)  # so that the rank which knows the cause speaks and ends first
+            time.sleep(CAUSE_FIRST_S)  # so that the rank which knows the cause speaks and ends first
             raise LostRank(words) from error
 
     def look(self) -> None:
@@ -249,10 +271,18 @@ def watch(world: World, config: Config) -> Iterator[Watch]:
 
 
 def lost_rank(error: RuntimeError) -> bool:
-    """Whether a back-end says that another rank is gone or late."""
+    """Whether a back-end says that another rank is gone or late, and not that something is wrong here."""
     told = str(error).lower()
-    signs = ("closed by peer", "connection reset", "timed out", "timeout", "broken pipe", "socket", "gloo", "nccl")
-    return isinstance(error, dist.DistError) or any(sign in told for sign in signs)
+    signs = (
+        "closed by peer",
+        "connection reset",
+        "connection refused",
+        "timed out",
+        "timeout",
+        "broken pipe",
+        "remote",
+    )
+    return isinstance(error, dist.DistNetworkError) or any(sign in told for sign in signs)
 
 
 @torch.no_grad()
@@ -272,7 +302,7 @@ def check_sync(pair: StudentTeacher, world: World, step: int) -> None:
     """Compare what ranks should hold alike: replicated shards, loss state, the draws of plug-ins aside.
 
     Raises:
-        UserError: they differ; all ranks raise it, and name the ranks that stand apart.
+        SharedError: they differ; it names two ranks that stand apart.
     """
     if world.mesh is None:
         return
@@ -286,7 +316,7 @@ def check_sync(pair: StudentTeacher, world: World, step: int) -> None:
         twin = rank % width  # the rank of the first copy that holds the same shard
         for part, other, what in ((0, twin, "parameters"), (1, 0, "loss state"), (2, 0, "step")):
             if row[part] != all_W3[other][part]:
-                raise UserError(
+                raise SharedError(
                     f"step {step}: rank {rank} and rank {other} no longer hold the same {what}; a fault of memory, "
                     "network or a plug-in that draws without a key. Start the same command again: it goes on from the "
                     "last checkpoint"

@@ -65,8 +65,10 @@ class StopFlag:
 
     def slots(self) -> Tensor:
         """Part of this rank in the collective: one number per reason, 0 or 1."""
-        mine = self.reason()
-        return torch.tensor([float(reason == mine) for reason in REASONS], device=self.device)
+        mine, slots = self.reason(), torch.zeros(len(REASONS), device=self.device)
+        if mine:  # filled where it lies: a copy from the host would wait for the device
+            slots[REASONS.index(mine)] = 1.0
+        return slots
 
     def hear(self, summed: Tensor) -> None:
         """Take in the sum over ranks of the step that was just queued, without waiting for it.

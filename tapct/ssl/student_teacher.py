@@ -112,7 +112,7 @@ class StudentTeacher(nn.Module):
             momentum: m of this step.
             apply: bool scalar on the device; False leaves the teacher as it is, without asking the host.
         """
-        weight = torch.where(apply, 1.0 - momentum, 0.0).to(torch.float64)
+        weight = apply.to(torch.float64) * (1.0 - momentum)
         for teacher, student in zip(self.teacher.parameters(), self.student.parameters(), strict=True):
             local_part(teacher).lerp_(local_part(student), weight.to(teacher.dtype))
 

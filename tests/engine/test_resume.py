@@ -19,6 +19,7 @@ import torch
 from tiny_run import assert_equal_runs, config_of, differences, make_store, numbers_of, state_of, write_config
 
 from tapct import run
+from tapct.engine import checkpoint as checkpoint_module
 from tapct.engine import loop, stop
 from tapct.engine.checkpoint import Checkpoints
 from tapct.types import UserError
@@ -338,6 +339,55 @@ def test_checkpoints_of_chosen_steps_stay_for_ever(tmp_path: Path, store: Path) 
     assert run.train(config_of(tmp_path, store, *words)) == loop.Stop(STEPS)
     found = Checkpoints(tmp_path / "run" / "checkpoints", keep=1).finished()
     assert [path.name for path in found] == ["step_00000006", "step_00000012"]
+
+
+def test_a_save_that_failed_costs_only_itself(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, store: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    complete = Checkpoints._complete
+
+    def full(self: Checkpoints, meta: Any, *arguments: Any) -> None:
+        if meta.step == 4:
+            raise OSError(28, "No space left on device")
+        complete(self, meta, *arguments)
+
+    monkeypatch.setattr(Checkpoints, "_complete", full)
+    words = ("checkpoint.keep=9", "checkpoint.on_error=continue")
+    assert run.train(config_of(tmp_path, store, *words)) == loop.Stop(STEPS)
+    assert "going on without it: checkpoint of step 4" in capsys.readouterr().out
+    found = Checkpoints(tmp_path / "run" / "checkpoints", keep=9).finished()
+    assert [path.name for path in found] == ["step_00000008", "step_00000012"]
+
+
+def test_an_old_checkpoint_that_cannot_be_removed_is_no_failed_save(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, store: Path
+) -> None:
+    replace = os.replace
+
+    def stubborn(source: Any, target: Any) -> None:
+        if Path(target).name == ".old_step_00000004":
+            raise OSError(16, "Device or resource busy")
+        replace(source, target)
+
+    monkeypatch.setattr("tapct.engine.checkpoint.os.replace", stubborn)
+    assert run.train(config_of(tmp_path, store, "checkpoint.keep=1")) == loop.Stop(STEPS)
+    found, complaints = Checkpoints(tmp_path / "run" / "checkpoints", keep=9).newest_whole()
+    assert found is not None and found.name == "step_00000012" and complaints == []
+
+
+def test_a_checkpoint_without_the_random_state_of_this_device_is_read(
+    monkeypatch: pytest.MonkeyPatch, copied: Path, store: Path
+) -> None:
+    state_of_training = checkpoint_module.training_state
+
+    def with_a_gpu(*arguments: Any) -> dict[str, Any]:
+        state = state_of_training(*arguments)
+        state["rng"]["rank_0"]["cuda"] = torch.get_rng_state()
+        return state
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint_module, "training_state", with_a_gpu)  # a checkpoint of a CPU, read on a GPU
+        assert run.train(config_of(copied, store)) == loop.Stop(STEPS)
 
 
 @pytest.mark.parametrize("asynchronous", ["true", "false"])
