@@ -11,6 +11,6 @@ for word in "$@"; do
     if [ "$word" = "--slow" ]; then words+=(-m "not slurm and not gpu"); else words+=("$word"); fi
 done
 # One process per core and one thread per process: small tensors gain nothing from threads.
+jobs="${TAPCT_TEST_JOBS:-$(env -u OMP_NUM_THREADS nproc 2>/dev/null || echo 2)}" # nproc takes that variable's word
 export OMP_NUM_THREADS=1
-jobs="${TAPCT_TEST_JOBS:-$(nproc 2>/dev/null || echo 2)}"
 exec .venv/bin/python -m pytest -q -n "$((jobs < 8 ? jobs : 8))" --dist worksteal "${words[@]+"${words[@]}"}"
