@@ -1,9 +1,15 @@
-"""Seconds of a whole training step (views, masks, student, teacher, losses, optimizer, EMA) beside this machine's GEMM.
+"""Seconds and memory of whole training steps, beside the machine's own matrix products.
 
-    python scripts/bench_step.py                                  # the quickstart's step
+    python scripts/bench_step.py                                    # configs/smoke.yaml, the quickstart's step
     python scripts/bench_step.py configs/tap_s_3d.yaml train.global_batch=2 --steps 3 --json out.json
+    python scripts/bench_step.py --compare --steps 2 --warm-up 1    # beside a published trainer, fp32 and bf16
 
 Scans are made up in memory, so no archive is needed and no disk is measured. FLOPs are those of `tapct plan`.
+
+`--compare` runs configs/bench_vit432.yaml once in fp32 and once in bf16, each in a process of its own so that they
+share no peak, and puts them beside a published 3D DINO trainer (dinovol) that was timed on a machine like A of
+docs/benchmarks.md: 16 s a step at a fp32 matrix-product rate of 180 GFLOP/s, in 8.5 GB. Its seconds are scaled by the
+fp32 rate found beside ours.
 """
 
 from __future__ import annotations
@@ -12,9 +18,13 @@ import argparse
 import json
 import resource
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -26,6 +36,8 @@ from tapct.ssl.student_teacher import StudentTeacher
 from tapct.types import Batch
 
 WARM_UP = 2
+PUBLISHED_SECONDS, PUBLISHED_GEMM, PUBLISHED_BYTES = 16.0, 180e9, 8.5e9  # dinovol: fp32, 2 cores
+COMPARED = Path("configs/bench_vit432.yaml")
 
 
 def gemm_rate(device: torch.device, dtype: torch.dtype, size: int = 2048, repeats: int = 5) -> float:
@@ -58,14 +70,22 @@ def batches(config: run.RunConfig, in_plane: int) -> Iterator[tuple[Batch, ...]]
         yield tuple(step)
 
 
-def measure(config: run.RunConfig, steps: int, in_plane: int) -> dict[str, object]:
-    """Run some steps and put their seconds beside the GEMM rate of the same minute."""
-    device = run.pick_device(config.device)
-    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+def peak_memory(device: torch.device) -> int:
+    """Bytes that this process, or its part of the GPU, held at most."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    status = Path("/proc/self/status")
+    if status.exists():  # rusage would count what the parent held when it started this process
+        return 1024 * int(next(line for line in status.read_text().splitlines() if "VmHWM" in line).split()[1])
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def trainer_of(config: run.RunConfig, device: torch.device, rows: list[metrics.Record]) -> loop.Trainer:
+    """A trainer that writes its records into `rows` and saves nothing."""
     pair = StudentTeacher(config.model, config.losses, config.seed, device=device)
-    rows: list[metrics.Record] = []
     recipe = loop.Recipe(config.views, config.masks, config.contract, pair.student.backbone.patch, config.seed)
-    trainer = loop.Trainer(
+    return loop.Trainer(
         pair,
         optim.Updater(pair, config.optim),
         Schedules(config.optim, config.train.steps, config.train.global_batch),
@@ -75,24 +95,31 @@ def measure(config: run.RunConfig, steps: int, in_plane: int) -> dict[str, objec
         log_every=1,
         save_every=config.train.steps,
     )
-    feed, rates = batches(config, in_plane), [gemm_rate(device, dtype)]
-    pair.train()
-    for step in range(WARM_UP + steps):
+
+
+def measure(config: run.RunConfig, steps: int, in_plane: int, warm_up: int) -> dict[str, Any]:
+    """Run some steps and put their seconds beside the GEMM rate of the same minute."""
+    device = run.pick_device(config.device)
+    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+    rows: list[metrics.Record] = []
+    trainer = trainer_of(config, device, rows)
+    feed = batches(config, in_plane)
+    rates = {each: [gemm_rate(device, each)] for each in {dtype, torch.float32}}
+    trainer.pair.train()
+    for step in range(warm_up + steps):
         trainer.optimizer_step(step, feed)
         trainer.flush()
-    rates.append(gemm_rate(device, dtype))
-    rows = rows[WARM_UP:]
+    for each, found in rates.items():
+        found.append(gemm_rate(device, each))
+    rows = rows[warm_up:]
     seconds = statistics.median(row["seconds/step"] for row in rows)
-    flops = run.make_plan(config).flops_per_step
-    if device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated()
-    else:
-        peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    flops, gemm = run.make_plan(config).flops_per_step, max(rates[dtype])
     return {
         "device": provenance.gpu_name() if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads",
         "torch": torch.__version__,
         "precision": config.train.precision,
         "global_batch": config.train.global_batch,
+        "steps": steps,
         "seconds": seconds,
         "seconds_min_max": [min(row["seconds/step"] for row in rows), max(row["seconds/step"] for row in rows)],
         "stages": {
@@ -101,29 +128,84 @@ def measure(config: run.RunConfig, steps: int, in_plane: int) -> dict[str, objec
         },
         "model_flops": flops,
         "flops_per_second": flops / seconds,
-        "gemm_flops_per_second": max(rates),
-        "gemm_share": flops / seconds / max(rates),
-        "peak_memory_bytes": peak,
+        "gemm_flops_per_second": gemm,
+        "gemm_fp32_flops_per_second": max(rates[torch.float32]),
+        "gemm_share": flops / seconds / gemm,
+        "peak_memory_bytes": peak_memory(device),
     }
+
+
+def beside_published(found: dict[str, Any]) -> dict[str, Any]:
+    """A measurement of configs/bench_vit432.yaml with the published trainer's figures, scaled to this machine.
+
+    Returns:
+        `found` with `published_seconds` (at the fp32 GEMM rate found here), `published_memory_bytes`, and how many
+        times as fast and as small we are: `speed_ratio`, `memory_ratio`.
+    """
+    seconds = PUBLISHED_SECONDS * PUBLISHED_GEMM / found["gemm_fp32_flops_per_second"]
+    return {
+        **found,
+        "published_seconds": seconds,
+        "published_memory_bytes": PUBLISHED_BYTES,
+        "speed_ratio": seconds / found["seconds"],
+        "memory_ratio": PUBLISHED_BYTES / found["peak_memory_bytes"],
+    }
+
+
+def compare(file: Path, overrides: list[str], options: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Both precisions, each in a process of its own; each is printed as it ends."""
+    found = {}
+    for mode in ("fp32", "bf16"):
+        with tempfile.TemporaryDirectory() as folder:
+            out = Path(folder) / "found.json"
+            words = [str(file), *overrides, f"train.precision={mode}", "--json", str(out)]
+            sizes = ["--steps", str(options.steps), "--warm-up", str(options.warm_up)]
+            sizes += ["--in-plane", str(options.in_plane)]
+            ended = subprocess.run([sys.executable, __file__, *words, *sizes], stdout=subprocess.DEVNULL, check=False)
+            if ended.returncode:
+                raise SystemExit(f"{mode}: the process of its own ended with code {ended.returncode}")
+            found[mode] = beside_published(json.loads(out.read_text()))
+        show(file, found[mode])
+        speed, memory = found[mode]["speed_ratio"], found[mode]["memory_ratio"]
+        print(
+            f"published     {found[mode]['published_seconds']:.2f} s at this GEMM, {PUBLISHED_BYTES / 1e9:.1f} GB; "
+            f"ours {speed:.2f} times as fast in 1/{memory:.2f} of the memory\n",
+            flush=True,
+        )
+    return found
+
+
+def show(file: Path, found: dict[str, Any]) -> None:
+    """A measurement for people."""
+    stages = "  ".join(f"{name} {seconds * 1000:.0f} ms" for name, seconds in found["stages"].items())
+    low, high = found["seconds_min_max"]
+    print(f"{file}: {found['device']}, torch {found['torch']}, {found['precision']}, batch {found['global_batch']}")
+    print(f"step          {found['seconds']:.3f} s ({low:.3f}-{high:.3f}, {found['steps']} steps)   {stages}")
+    print(f"model         {found['model_flops'] / 1e9:.1f} GFLOP a step, {found['flops_per_second'] / 1e9:.1f} GFLOP/s")
+    print(f"GEMM          {found['gemm_flops_per_second'] / 1e9:.1f} GFLOP/s, best of this run")
+    print(f"share of GEMM {found['gemm_share']:.1%}")
+    print(f"peak memory   {found['peak_memory_bytes'] / 1e9:.2f} GB")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("words", nargs="*", metavar="CONFIG key=value", help="default configs/smoke.yaml")
-    parser.add_argument("--steps", type=int, default=20, help=f"measured steps, after {WARM_UP} to warm up")
+    parser.add_argument("--steps", type=int, default=20, help="measured steps")
+    parser.add_argument("--warm-up", type=int, default=WARM_UP, help="steps before them")
     parser.add_argument("--in-plane", type=int, default=256, help="in-plane size of the made-up scans")
+    parser.add_argument("--compare", action="store_true", help=f"{COMPARED}, beside a published trainer")
     parser.add_argument("--json", type=Path, help="write the figures there too")
-    options = parser.parse_args()
-    file = Path(options.words[0]) if options.words and "=" not in options.words[0] else Path("configs/smoke.yaml")
-    resolved = configs.load_config(run.RunConfig, file, [word for word in options.words if "=" in word])
-    found = measure(resolved.value, options.steps, options.in_plane)
-    stages = "  ".join(f"{name} {seconds * 1000:.0f} ms" for name, seconds in found["stages"].items())
-    print(f"{file}: {found['device']}, torch {found['torch']}, {found['precision']}, batch {found['global_batch']}")
-    print(f"step          {found['seconds']:.3f} s   {stages}")
-    print(f"model         {found['model_flops'] / 1e9:.1f} GFLOP a step, {found['flops_per_second'] / 1e9:.1f} GFLOP/s")
-    print(f"GEMM          {found['gemm_flops_per_second'] / 1e9:.1f} GFLOP/s, best of this run")
-    print(f"share of GEMM {found['gemm_share']:.1%}")
-    print(f"peak memory   {found['peak_memory_bytes'] / 1e9:.2f} GB")
+    options = parser.parse_intermixed_args()
+    named = options.words and "=" not in options.words[0]
+    file = Path(options.words[0]) if named else COMPARED if options.compare else Path("configs/smoke.yaml")
+    overrides = [word for word in options.words if "=" in word]
+    found: dict[str, Any]
+    if options.compare:
+        found = compare(file, overrides, options)
+    else:
+        config = configs.load_config(run.RunConfig, file, overrides).value
+        found = measure(config, options.steps, options.in_plane, options.warm_up)
+        show(file, found)
     if options.json:
         options.json.write_text(json.dumps(found, indent=1) + "\n")
 
