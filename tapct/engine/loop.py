@@ -13,7 +13,7 @@ from torch import Tensor
 from tapct.collectives import Packet
 from tapct.config import setting
 from tapct.data import sampler
-from tapct.engine import initial, metrics, parallel
+from tapct.engine import initial, metrics, parallel, vitals
 from tapct.engine.optim import Updater
 from tapct.engine.parallel import World
 from tapct.engine.stop import FAILED_SAVE, StopFlag, job_deadline
@@ -163,6 +163,8 @@ class Trainer:
         self.pending = metrics.Pending()
         self.not_finite: list[tuple[int, Tensor]] = []  # step, which ranks' loss was not finite
         self.silent_until = 0.0  # about a slow rank
+        self.vitals = vitals.Vitals(schedules.warmup_steps, vitals.window_of(config.steps))
+        self.ln_k: dict[str, float] = {}  # of each prototype loss
         self.save_seconds = 0.0  # that training stood still for the last save
 
     def run(self, batches: Iterator[tuple[Batch, ...]], start: int) -> Stop:
@@ -221,6 +223,7 @@ class Trainer:
                     packet.sum("arrival", self.own_slot(time.perf_counter() - began))
                 with timer.stage("forward_backward"):
                     outputs.append(self.forward_backward(step, micro, views, masks, values.teacher_temp))
+            self.ln_k = vitals.ln_prototypes(outputs[0])
             with timer.stage("optimizer"):
                 metrics.collect(outputs, packet)
                 packet.sum("stop", self.flag.slots())
@@ -285,6 +288,9 @@ class Trainer:
         for record in records:
             pace = self.config.global_batch / max(record["seconds/step"], 1e-9)
             self.hooks.log({**record, "samples_per_second": pace})
+        told = self.vitals.look(records, self.ln_k)
+        if told and self.world.ranks.is_first:
+            self.hooks.say(told)
         if broken is not None:
             record, name = broken
             samples = self.samples_behind(int(record["step"]) - 1)

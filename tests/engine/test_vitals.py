@@ -1,0 +1,105 @@
+"""A run that goes bad is told while it trains, once, with the next move; a healthy one says nothing."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+from tiny_run import config_of, make_store, numbers_of
+
+from tapct import run
+from tapct.engine.metrics import Record
+from tapct.engine.vitals import Vitals, window_of
+from tapct.ssl.health import NEXT_MOVE
+
+LN_K = {"dino": math.log(256), "ibot": math.log(256)}
+ALIVE, STUCK, COLLAPSED, FAINT = (1.1, 5.3, 4.0), (0.0, 5.54, 5.53), (5.5, 0.02, 0.01), (0.1, 5.3, 5.2)
+NOT_FOLLOWING, NO_TARGET = (-0.1, 5.3, 4.0), (math.log(256), 0.0, 0.0)
+
+
+def record(step: int, dino: tuple[float, float, float], ibot: tuple[float, float, float] = ALIVE) -> Record:
+    row: Record = {"step": step}
+    for name, numbers in (("dino", dino), ("ibot", ibot)):
+        for what, number in zip(("ln_k_minus_ce", "marginal_entropy", "target_entropy"), numbers, strict=True):
+            row[f"health/{name}_{what}"] = number
+    return row
+
+
+def said(vitals: Vitals, records: list[Record], every: int = 5) -> list[str]:
+    """All that is said when records are fetched every few steps."""
+    lines = [vitals.look(records[i : i + every], LN_K) for i in range(0, len(records), every)]
+    return [line for line in lines if line]
+
+
+def test_a_healthy_and_a_faint_run_say_nothing() -> None:
+    for life in (ALIVE, FAINT):
+        assert said(Vitals(20, 20), [record(step, life) for step in range(1, 201)]) == []
+
+
+@pytest.mark.parametrize(
+    ("state", "numbers"), [("stuck", STUCK), ("collapsed", COLLAPSED), ("not following", NOT_FOLLOWING)]
+)
+def test_a_bad_run_is_told_once_after_warmup_and_a_window_with_the_next_move(
+    state: str, numbers: tuple[float, float, float]
+) -> None:
+    (line,) = said(Vitals(20, 20), [record(step, numbers) for step in range(1, 401)])
+    assert line.startswith(f"health, steps 21 to 40: {state}. dino: ")
+    assert line.endswith(NEXT_MOVE[state]) and "\n" not in line
+
+
+def test_recovery_and_a_change_from_bad_to_worse_are_told() -> None:
+    lives = [STUCK] * 60 + [COLLAPSED] * 60 + [ALIVE] * 100
+    lines = said(Vitals(0, 20), [record(step + 1, life) for step, life in enumerate(lives)])
+    assert [line.partition(": ")[2].partition(".")[0] for line in lines] == [
+        "stuck",
+        "collapsed",
+        "no longer collapsed but alive",
+    ]
+
+
+def test_a_run_between_two_states_speaks_at_most_once_per_window() -> None:
+    lives = [(STUCK, ALIVE)[step // 20 % 2] for step in range(400)]
+    assert len(said(Vitals(0, 20), [record(step + 1, life) for step, life in enumerate(lives)], every=1)) <= 400 / 20
+
+
+def test_a_loss_without_targets_is_not_judged() -> None:
+    assert said(Vitals(0, 20), [record(step, ALIVE, NO_TARGET) for step in range(1, 101)]) == []
+    assert said(Vitals(0, 20), [{"step": step} for step in range(1, 101)]) == []
+
+
+def test_a_window_is_a_tenth_of_the_run_within_limits() -> None:
+    assert [window_of(steps) for steps in (12, 600, 125_000)] == [20, 60, 200]
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_store(tmp_path_factory.mktemp("data"))
+
+
+PROVOKED = {
+    # a learning rate of nearly nothing, and targets that Sinkhorn keeps uniform
+    "stuck": (
+        "optim.lr=1e-5",
+        "optim.warmup_share=0.0",
+        "losses.dino.targets.kind=sinkhorn",
+        "losses.ibot.targets.kind=sinkhorn",
+    ),
+    # a centre that does not move is no centring, and a fast teacher runs with the student
+    "collapsed": (
+        "losses.dino.targets.centre_momentum=0.9999999",
+        "losses.ibot.targets.centre_momentum=0.9999999",
+        "optim.momentum=[0.9,0.9]",
+        "losses.koleo=null",
+    ),
+}
+
+
+@pytest.mark.parametrize("state", PROVOKED)
+def test_a_run_that_is_made_to_fail_says_so_while_it_trains(
+    tmp_path: Path, store: Path, capsys: pytest.CaptureFixture[str], state: str
+) -> None:
+    run.train(config_of(tmp_path, store, "train.steps=50", "checkpoint.every=50", "log.every=5", *PROVOKED[state]))
+    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("health, ")]
+    assert len(told) == 1 and f": {state}. dino: " in told[0] and NEXT_MOVE[state] in told[0]
+    assert len(numbers_of(tmp_path / "run")) == 50
