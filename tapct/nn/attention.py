@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tapct.nn.norm import LayerNorm
+from tapct.nn.rope import Rotation
 from tapct.types import UserError
 
 
@@ -68,11 +70,14 @@ class Attention(nn.Module):
         heads: H.
         qkv_bias: give the joint projection a bias.
         backend: a name in `BACKENDS`.
+        qk_norm: normalise each head's queries and keys, before they are turned; arXiv:2302.05442.
     Raises:
         UserError: no such back-end, or D is no multiple of H.
     """
 
-    def __init__(self, dim: int, heads: int, qkv_bias: bool = True, backend: str = "sdpa") -> None:
+    def __init__(
+        self, dim: int, heads: int, qkv_bias: bool = True, backend: str = "sdpa", qk_norm: bool = False
+    ) -> None:
         super().__init__()
         if backend not in BACKENDS:
             raise UserError(f"attention back-end {backend!r} does not exist; choose one of {', '.join(BACKENDS)}")
@@ -82,8 +87,18 @@ class Attention(nn.Module):
         self.backend = backend
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
+        self.q_norm = LayerNorm(dim // heads, eps=1e-6) if qk_norm else nn.Identity()
+        self.k_norm = LayerNorm(dim // heads, eps=1e-6) if qk_norm else nn.Identity()
 
-    def forward(self, x_TD: Tensor, spans: Spans) -> Tensor:
-        """Mix the tokens of each crop: (T, D) packed as `spans` say -> (T, D)."""
+    def forward(self, x_TD: Tensor, spans: Spans, rotation: Rotation | None = None) -> Tensor:
+        """Mix the tokens of each crop: (T, D) packed as `spans` say -> (T, D).
+
+        Args:
+            rotation: turns queries and keys by their tokens' places; None for none.
+        """
         q_THC, k_THC, v_THC = self.qkv(x_TD).view(x_TD.shape[0], 3, self.heads, -1).unbind(1)
+        q_THC, k_THC = self.q_norm(q_THC), self.k_norm(k_THC)
+        if rotation is not None:
+            q_THC, k_THC = rotation.turn(q_THC), rotation.turn(k_THC)
+        q_THC, k_THC = q_THC.to(v_THC.dtype), k_THC.to(v_THC.dtype)  # norm and rotation are float32
         return self.proj(BACKENDS[self.backend](q_THC, k_THC, v_THC, spans).flatten(1))
