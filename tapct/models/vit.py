@@ -28,7 +28,8 @@ from torch import Tensor, nn
 
 from tapct.config import setting
 from tapct.nn import init, rope
-from tapct.nn.attention import BACKENDS, Attention, Span, Spans
+from tapct.nn.attention import Attention
+from tapct.nn.backends import BACKENDS, Span, Spans
 from tapct.nn.contracts import Backbone
 from tapct.nn.layers import DropKey, LayerScale, Mlp, Subset, SwiGLU, draw_subsets
 from tapct.nn.norm import LayerNorm
@@ -72,7 +73,12 @@ class Config:
         "cubic", "how learned positions follow the crop's size; DINOv2: cubic", choices=("cubic", "linear")
     )
     rope: rope.Config = field(default_factory=rope.Config)
-    attention: str = setting("sdpa", "attention back-end", choices=tuple(BACKENDS))
+    attention: str = setting(
+        "sdpa",
+        "attention back-end: sdpa anywhere; varlen and xformers on a GPU alone; auto the first of varlen, xformers and "
+        "sdpa that device and precision allow",
+        choices=tuple(BACKENDS),
+    )
 
     def __post_init__(self) -> None:
         if any(size % patch for size, patch in zip(self.window, self.patch, strict=True)):

@@ -10,56 +10,12 @@ and the back-end, where they are still packed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from types import MappingProxyType
-
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tapct.nn.backends import BACKENDS, Spans
 from tapct.nn.norm import LayerNorm
 from tapct.nn.rope import Rotation
 from tapct.types import UserError
-
-
-@dataclass(frozen=True)
-class Span:
-    """A run of crops of one length in the packed token axis: `crops` sequences of `tokens` rows each."""
-
-    crops: int
-    tokens: int
-
-    @property
-    def rows(self) -> int:
-        """Rows of the packed axis that the run takes."""
-        return self.crops * self.tokens
-
-
-Spans = tuple[Span, ...]
-Backend = Callable[[Tensor, Tensor, Tensor, Spans], Tensor]
-
-
-def attend_sdpa(q_THC: Tensor, k_THC: Tensor, v_THC: Tensor, spans: Spans) -> Tensor:
-    """Attend within each crop: one batched SDPA call per run of equal lengths, on views, without a mask.
-
-    Args:
-        q_THC: queries, packed as `spans` say; keys and values alike.
-        spans: runs of crops in packed order; their rows sum to T.
-    Returns:
-        (T, H, C), softmax(q k' / sqrt(C)) v of each crop.
-    """
-    rows = [span.rows for span in spans]
-    # split, not slices: its backward is one concatenation, where each slice would fill a T-sized gradient with zeros
-    parts = zip(q_THC.split(rows), k_THC.split(rows), v_THC.split(rows), spans, strict=True)
-    out = []
-    for q, k, v, span in parts:
-        q, k, v = (part.unflatten(0, (span.crops, span.tokens)).transpose(1, 2) for part in (q, k, v))
-        out.append(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(0, 1))
-    return out[0] if len(out) == 1 else torch.cat(out)
-
-
-BACKENDS: Mapping[str, Backend] = MappingProxyType({"sdpa": attend_sdpa})
 
 
 class Attention(nn.Module):

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tapct import rng
-from tapct.nn.attention import Span, Spans
+from tapct.nn.backends import Span, Spans
 
 
 class LayerScale(nn.Module):
