@@ -201,7 +201,7 @@ def _backbone_parameters(model: vit.Config) -> dict[str, int]:
     by_part = {
         "patch embedding": counts["patch_embed"],
         "tokens": counts["cls_token"] + counts.get("register_tokens", 0) + counts["mask_token"],
-        "positions": counts["pos_embed"],
+        "positions": counts.get("pos_embed", 0),
         "attention": sum(counts[f"{block}.attn"] for block in blocks),
         "feed-forward": sum(counts[f"{block}.mlp"] for block in blocks),
     }

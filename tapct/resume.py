@@ -22,6 +22,7 @@ from tapct.types import UserError
 HARMLESS = (
     "out",
     "device",
+    "model.attention",
     "data.store",
     "data.on_change",
     "data.loader.workers",

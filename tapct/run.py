@@ -20,6 +20,7 @@ from tapct.engine import checkpoint, initial, loop, optim, parallel
 from tapct.engine.checkpoint import Checkpoints, Meta
 from tapct.engine.parallel import LostRank, World
 from tapct.eval import runner
+from tapct.nn.backends import choose
 from tapct.plugin import Plugin
 from tapct.provenance import write_run_files
 from tapct.resume import find_start
@@ -177,6 +178,9 @@ class Pretraining:
             log.say(f"{config.out} has all its {config.train.steps} steps; nothing to train")
             return loop.Stop(start)
         collectives.from_first(lambda: write_run_files(config.out, self.resolved, self.store))
+        if getattr(config.model.config, "attention", "") == "auto":
+            dtype = torch.bfloat16 if config.train.precision == "bf16" else config.train.dtype
+            log.say(f"model.attention=auto: {choose(self.world.device, dtype)}")
         batches = self.batches(rows, start)
         try:
             with log.MetricsWriter(config.out, config.log, start_step=start) as writer, log.TrainProgress(

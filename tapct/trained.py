@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from tapct.engine import checkpoint
 from tapct.engine.checkpoint import Checkpoints, Meta
 from tapct.eval import runner
 from tapct.eval.baselines import with_baselines
+from tapct.nn.backends import GPU_ONLY
 from tapct.nn.contracts import Backbone
 from tapct.resume import changed_keys
 from tapct.run import RunConfig, pick_device
@@ -56,7 +57,7 @@ def open_run(folder: Path, overrides: Sequence[str] = (), step: int | None = Non
     trained_with = tapct_config.load_config(RunConfig, folder / "config.yaml", [])
     resolved = tapct_config.load_config(RunConfig, folder / "config.yaml", overrides)
     for key, old, new in changed_keys(trained_with.to_dict(), resolved.to_dict()):
-        free = "only eval.*, device and data.store can change here"
+        free = "only eval.*, device, model.attention and data.store can change here"
         raise UserError(f"{key}={new}: the run was trained with {old}; {free}")
     found = newest_teacher(folder) if step is None else teacher_of_step(folder, step)
     config: RunConfig = resolved.value
@@ -132,5 +133,8 @@ def export(folder: Path, out: Path | None = None) -> Path:
     target = out or folder / "export"
     meta = trained.meta
     provenance = {"run": folder.name, "step": meta.step, "samples": meta.samples, "data": meta.data_digest}
-    weights.save_export(target, trained.backbone, config.model, config.contract, config.eval.preprocess, provenance)
+    section = config.model
+    if getattr(section.config, "attention", "") in GPU_ONLY:  # weights know no back-end, and an export runs anywhere
+        section = replace(section, config=replace(section.config, attention="auto"))
+    weights.save_export(target, trained.backbone, section, config.contract, config.eval.preprocess, provenance)
     return target

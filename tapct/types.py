@@ -126,7 +126,7 @@ class Batch:
     Args:
         hu_BZYX: int16 HU, padded with AIR_HU at the far end of each axis to the batch's largest slab.
         extent_B3: int64, how many voxels (z, y, x) of each slab are scan; the rest is padding.
-        spacing_mm_B3: float32.
+        spacing_mm_B3: float32, distance of voxel centres along (z, y, x).
         sample_B: int64, the number of the sample in the whole run: the key of all its random draws.
         scan_B: int64, row of the scan in the store.
         slab_start_B: int64, z index in the scan of the slab's first slice.
@@ -152,11 +152,15 @@ class Views:
         global_VBZYX: the global crops (V = views.num_globals).
         local_VBZYX: the local crops; V = 0 when there are none (the other axes then have their configured size).
         global_in_scan_VBN: bool, False where a patch token lies wholly in padding outside the scan.
+        global_mm_VB3: float32, mm of the body per voxel of each global crop along (z, y, x).
+        local_mm_VB3: the same of the local crops.
     """
 
     global_VBZYX: Tensor
     local_VBZYX: Tensor
     global_in_scan_VBN: Tensor
+    global_mm_VB3: Tensor
+    local_mm_VB3: Tensor
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -119,25 +119,37 @@ class Pretrained(nn.Module):
         del mode
         return super().train(False)
 
-    def forward(self, crops: Tensor) -> Tokens:
+    def forward(self, crops: Tensor, spacing_mm: Sequence[float] | None = None) -> Tokens:
         """Tokens of crops that are already normalised (`contract.normalise`).
 
         Args:
             crops: float32 (B, Z, Y, X) or (B, 1, Z, Y, X), each side a multiple of the patch.
+            spacing_mm: of the crops' voxels along (z, y, x); only a backbone that works in mm needs it.
         Raises:
-            UserError: another number of axes or channels.
+            UserError: another number of axes or channels, or no spacing for a backbone in mm.
         """
         if crops.ndim == 5 and crops.shape[1] == 1:
             crops = crops[:, 0]
         if crops.ndim != 4:
             raise UserError(f"crops are {tuple(crops.shape)}; give normalised HU as (B, Z, Y, X) or (B, 1, Z, Y, X)")
+        if spacing_mm is not None and getattr(self.model, "needs_spacing", False):
+            told: list[Tokens] = self.model([crops], spacing_mm=[crops.new_tensor(spacing_mm).expand(len(crops), 3)])
+            return told[0]
         tokens: Tokens = self.model([crops])[0]
         return tokens
 
     def dense(self, volume: Volume, *, batch: int = 8) -> DenseFeatures:
         """Dense features of a whole scan by sliding windows, on the model's device."""
         device = next(self.model.parameters()).device
-        return dense_features(self.model, volume.hu_ZYX, self.contract, self.preprocess, batch=batch, device=device)
+        return dense_features(
+            self.model,
+            volume.hu_ZYX,
+            self.contract,
+            self.preprocess,
+            batch=batch,
+            device=device,
+            spacing_mm=volume.spacing_mm,
+        )
 
     def embed(self, volume: Volume, *, batch: int = 8) -> Embedding:
         """Dense features and the mean class token of a whole scan as arrays.

@@ -147,6 +147,18 @@ def test_the_export_gives_the_features_of_the_teacher(place: Path, shell: Shell,
     assert pretrained.provenance["step"] == 4
 
 
+def test_an_export_of_a_run_with_a_back_end_for_a_gpu_runs_on_a_cpu(place: Path, shell: Shell, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(place / "run", run)
+    config = (run / "config.yaml").read_text()
+    assert config.count("attention: sdpa") == 1
+    (run / "config.yaml").write_text(config.replace("attention: sdpa", "attention: varlen"))
+    shell.good("export", run, "--out", tmp_path / "export")
+    pretrained = tapct.load_pretrained(tmp_path / "export")
+    assert pretrained.section.config.attention == "auto"
+    assert pretrained(torch.zeros(1, 4, 16, 16)).cls_BD.isfinite().all()
+
+
 def test_the_phantom_command_makes_an_archive_that_index_accepts(shell: Shell, tmp_path: Path) -> None:
     said = shell.good("phantom", "--out", tmp_path / "made", "--num", "1", "--seed", "3")
     assert "1 scans" in said

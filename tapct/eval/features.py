@@ -170,14 +170,21 @@ class Prepared:
     Args:
         input_ZYX: float32 after `HUContract.normalise`, padded with air to whole patches and to one window at least.
         grid: of the patches that touch the scan.
+        spacing_mm: of the resized voxels along (z, y, x); None where it was not told.
     """
 
     input_ZYX: Tensor
     grid: PatchGrid
+    spacing_mm: tuple[float, float, float] | None = None
 
 
 def prepare(
-    hu_ZYX: np.ndarray, contract: HUContract, preprocess: Preprocess, patch: Triple, device: torch.device | str = "cpu"
+    hu_ZYX: np.ndarray,
+    contract: HUContract,
+    preprocess: Preprocess,
+    patch: Triple,
+    device: torch.device | str = "cpu",
+    spacing_mm: Sequence[float] | None = None,
 ) -> Prepared:
     """Resize in-plane, clip, normalise and pad a scan.
 
@@ -185,6 +192,7 @@ def prepare(
 
     Args:
         hu_ZYX: int16 HU of the whole scan.
+        spacing_mm: of the scan's own voxels along (z, y, x); only a backbone that works in mm needs it.
     Raises:
         UserError: window or stride off the patch grid.
     """
@@ -202,7 +210,10 @@ def prepare(
         if resized[1:] != (height, width):
             slab = resize_volume(slab, (len(slab), *resized[1:]), contract.clip_low)
         input_ZYX[start : start + len(slab), : resized[1], : resized[2]] = contract.normalise(slab)
-    return Prepared(input_ZYX, grid)
+    if spacing_mm is None:
+        return Prepared(input_ZYX, grid)
+    z, y, x = (mm / side for mm, side in zip(grid.spacing_mm(spacing_mm), patch, strict=True))
+    return Prepared(input_ZYX, grid, (z, y, x))
 
 
 def window_starts(size: int, window: int, stride: int) -> list[int]:
@@ -231,7 +242,8 @@ def features_of(
     The windows form a full grid of positions, so the sum of weights is a product of three vectors and never a volume.
 
     Args:
-        model: called as `model([crops_BZYX])`, returns one `Tokens`; has `patch` and `dim`.
+        model: called as `model([crops_BZYX])`, returns one `Tokens`; has `patch` and `dim`. One that
+            `needs_spacing` is given `spacing_mm=[spacing_B3]` too.
         batch: windows per call.
     Returns:
         `DenseFeatures` on the model's device.
@@ -251,7 +263,7 @@ def features_of(
         with torch.inference_mode():
             for first in range(0, len(corners), batch):
                 chunk = corners[first : first + batch]
-                tokens = _run(model, input_ZYX, chunk, preprocess.window, per_window)
+                tokens = _run(model, prepared, chunk, preprocess.window, per_window)
                 patches = tokens.patches_BND.float().unflatten(1, per_window) * taper_ZYX1
                 for corner, part in zip(chunk, patches, strict=True):
                     total_ZYXD[_box(corner, per_window, patch)] += part
@@ -273,6 +285,7 @@ def dense_features(
     *,
     batch: int = 8,
     device: torch.device | str = "cpu",
+    spacing_mm: Sequence[float] | None = None,
 ) -> DenseFeatures:
     """Dense features of a whole scan: `prepare`, then `features_of`.
 
@@ -280,20 +293,25 @@ def dense_features(
         model: backbone on `device` with `patch` and `dim`.
         hu_ZYX: int16 HU, LPS, axial slices first.
         batch: windows per forward call.
+        spacing_mm: see `prepare`.
     Raises:
-        UserError: window or stride off the model's patch grid.
+        UserError: window or stride off the model's patch grid, or no spacing for a model in mm.
     Source: sliding-window use of the released model, arXiv:2512.00872.
     """
     z, y, x = model.patch  # type: ignore[misc]
-    prepared = prepare(hu_ZYX, contract, preprocess, (int(z), int(y), int(x)), device)
+    prepared = prepare(hu_ZYX, contract, preprocess, (int(z), int(y), int(x)), device, spacing_mm)
     return features_of(model, prepared, preprocess, batch=batch)
 
 
 def _run(
-    model: nn.Module, input_ZYX: Tensor, corners: list[Triple], window: Triple, per_window: list[int]
+    model: nn.Module, prepared: Prepared, corners: list[Triple], window: Triple, per_window: list[int]
 ) -> Tokens:
-    crops_BZYX = torch.stack([input_ZYX[_box(corner, window, (1, 1, 1))] for corner in corners])
-    tokens = model([crops_BZYX])[0]
+    crops_BZYX = torch.stack([prepared.input_ZYX[_box(corner, window, (1, 1, 1))] for corner in corners])
+    if getattr(model, "needs_spacing", False) and prepared.spacing_mm is not None:
+        spacing_B3 = crops_BZYX.new_tensor(prepared.spacing_mm).expand(len(corners), 3)
+        tokens = model([crops_BZYX], spacing_mm=[spacing_B3])[0]
+    else:
+        tokens = model([crops_BZYX])[0]
     assert list(tokens.grid) == per_window, (tokens.grid, per_window)
     assert tokens.patches_BND.shape[1] == math.prod(per_window)
     return tokens

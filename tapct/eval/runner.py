@@ -161,7 +161,10 @@ class _Run:
         total = len(self.split.train) + len(self.split.test)
         for number, row in enumerate(rows, start=1):
             scan = scans.read_labelled(row, self.root)
-            prepared = prepare(scan.volume.hu_ZYX, self.contract, self.preprocess, self.patch, self.device)
+            volume = scan.volume
+            prepared = prepare(
+                volume.hu_ZYX, self.contract, self.preprocess, self.patch, self.device, volume.spacing_mm
+            )
             truth = self.task.truth(scan, prepared.grid, self._in_play(prepared.grid, scan.id, test=test))
             yield _Seen(scan, prepared, truth)
             if self.progress:

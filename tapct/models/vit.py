@@ -2,15 +2,17 @@
 
     patches  = unfold(crop) W + b                    all groups of crops in one matrix product
     patches  = mask_token where masked               before the positions
-    tokens   = [CLS + pos_0, registers, patches + pos_1..N]
-    tokens   = tokens + drop(scale(attention(norm(tokens))))      attention within a crop, all else packed
+    tokens   = [CLS + pos_0, registers, patches + pos_1..N]     no pos where positions are rotary alone
+    tokens   = tokens + drop(scale(attention(norm(tokens))))      attention within a crop, all else packed;
+                                                             rotary positions turn its queries and keys
     tokens   = tokens + drop(scale(mlp(norm(tokens))))
     features = norm(tokens)
 
 B crops of one group (all of one size), N patches of one crop, P voxels of one patch, R registers, D channels,
 T packed tokens of all crops of all groups.
 Source: Dosovitskiy et al. 2021, arXiv:2010.11929; DINOv2, arXiv:2304.07193; registers, arXiv:2309.16588.
-Parameter names are DINOv2's.
+Parameter names are DINOv2's. With `positions: rope` there is no `pos_embed` at all: CLS is its own token alone, whose
+place no score depends on, and starts as wide as its learned position would (std 0.02).
 """
 
 from __future__ import annotations
@@ -18,18 +20,21 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tapct.config import setting
-from tapct.nn import init
-from tapct.nn.attention import BACKENDS, Attention, Span, Spans
+from tapct.nn import init, rope
+from tapct.nn.attention import Attention
+from tapct.nn.backends import BACKENDS, Span, Spans
 from tapct.nn.contracts import Backbone
-from tapct.nn.layers import DropKey, LayerNorm, LayerScale, Mlp, Subset, SwiGLU, draw_subsets
+from tapct.nn.layers import DropKey, LayerScale, Mlp, Subset, SwiGLU, draw_subsets
+from tapct.nn.norm import LayerNorm
 from tapct.nn.posembed import Grid, resize_positions
+from tapct.nn.rope import Rotation
 from tapct.types import Tokens, UserError
 
 
@@ -48,6 +53,7 @@ class Config:
     mlp_ratio: float = setting(4.0, "width of the feed-forward over D", gt=0.0)
     ffn: str = setting("mlp", "feed-forward: mlp, or swiglu at 2/3 of the width", choices=("mlp", "swiglu"))
     qkv_bias: bool = setting(True, "bias of the query-key-value projection; DINOv2")
+    qk_norm: bool = setting(False, "layer norm of each head's queries and keys; arXiv:2302.05442 (ViT-22B)")
     registers: int = setting(4, "register tokens R; arXiv:2309.16588", ge=0)
     layer_scale: float | None = setting(1e-5, "initial gain of every residual branch; null or 0: none; DINOv2", ge=0.0)
     drop_path: float = setting(
@@ -58,10 +64,21 @@ class Config:
         "crops kept: stochastic has the exact mean, dinov2 truncates (half of 2 crops at 0.1)",
         choices=("stochastic", "dinov2"),
     )
-    pos_resize: str = setting(
-        "cubic", "how positions follow the crop's size; DINOv2: cubic", choices=("cubic", "linear")
+    positions: str = setting(
+        "learned",
+        "how patches know their place: learned vectors (DINOv2), rope turns queries and keys (DINOv3), or both",
+        choices=("learned", "rope", "both"),
     )
-    attention: str = setting("sdpa", "attention back-end", choices=tuple(BACKENDS))
+    pos_resize: str = setting(
+        "cubic", "how learned positions follow the crop's size; DINOv2: cubic", choices=("cubic", "linear")
+    )
+    rope: rope.Config = field(default_factory=rope.Config)
+    attention: str = setting(
+        "sdpa",
+        "attention back-end: sdpa anywhere; varlen and xformers on a GPU alone; auto the first of varlen, xformers and "
+        "sdpa that device and precision allow",
+        choices=tuple(BACKENDS),
+    )
 
     def __post_init__(self) -> None:
         if any(size % patch for size, patch in zip(self.window, self.patch, strict=True)):
@@ -71,6 +88,18 @@ class Config:
             )
         if self.dim % self.heads:
             raise UserError(f"model.dim {self.dim} is no multiple of model.heads {self.heads}; change one of them")
+        if not self.turns and self.rope != rope.Config():
+            raise UserError("model.rope is set, but model.positions=learned reads none of it; choose rope or both")
+        if self.turns and not rope.pairs_per_axis(self.dim // self.heads):
+            raise UserError(
+                f"model.positions={self.positions} needs heads of at least {rope.PAIRS_PER_AXIS} channels, and "
+                f"model.dim {self.dim} over model.heads {self.heads} gives {self.dim // self.heads}; use fewer heads"
+            )
+
+    @property
+    def turns(self) -> bool:
+        """Whether queries and keys are turned."""
+        return self.positions != "learned"
 
     @property
     def grid(self) -> Grid:
@@ -137,27 +166,33 @@ class Block(nn.Module):
         dim, hidden = config.dim, int(config.dim * config.mlp_ratio)
         scale = config.layer_scale
         self.norm1 = LayerNorm(dim, eps=1e-6)
-        self.attn = Attention(dim, config.heads, config.qkv_bias, config.attention)
+        self.attn = Attention(dim, config.heads, config.qkv_bias, config.attention, config.qk_norm)
         self.ls1 = LayerScale(dim) if scale else nn.Identity()
         self.norm2 = LayerNorm(dim, eps=1e-6)
         self.mlp = SwiGLU(dim, hidden) if config.ffn == "swiglu" else Mlp(dim, hidden)
         self.ls2 = LayerScale(dim) if scale else nn.Identity()
 
     def forward(
-        self, x_TD: Tensor, spans: Spans, subsets: tuple[Subset | None, Subset | None] = (None, None)
+        self,
+        x_TD: Tensor,
+        spans: Spans,
+        subsets: tuple[Subset | None, Subset | None] = (None, None),
+        rotation: Rotation | None = None,
     ) -> Tensor:
         """One block over the packed tokens.
 
         Args:
             x_TD: tokens of all crops, packed as `spans` say.
             subsets: the crops that go through attention and feed-forward; None for all.
+            rotation: of all T tokens; None without rotary positions.
         """
         attend, feed = subsets
         if attend is None:
-            x_TD = x_TD + self.ls1(self.attn(self.norm1(x_TD), spans))
+            x_TD = x_TD + self.ls1(self.attn(self.norm1(x_TD), spans, rotation))
         else:
             kept_SD = attend.take(x_TD)
-            x_TD = attend.add(x_TD, self.ls1(self.attn(self.norm1(kept_SD), attend.spans)))
+            turned = None if rotation is None else rotation.take(attend.row_S)
+            x_TD = attend.add(x_TD, self.ls1(self.attn(self.norm1(kept_SD), attend.spans, turned)))
         if feed is None:
             return x_TD + self.ls2(self.mlp(self.norm2(x_TD)))
         return feed.add(x_TD, self.ls2(self.mlp(self.norm2(feed.take(x_TD)))))
@@ -171,6 +206,7 @@ class VisionTransformer(Backbone):
     """
 
     register_tokens: nn.Parameter | None
+    pos_embed: nn.Parameter | None
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -178,13 +214,15 @@ class VisionTransformer(Backbone):
         self.dim = config.dim
         self.patch = config.patch
         self.num_blocks = config.depth
+        self.needs_spacing = config.turns and config.rope.coordinates == "mm"
         device = torch.get_default_device()
         with torch.device("meta"):  # the layers' own initialisation is skipped
             self.patch_embed = PatchEmbed(config)
             self.cls_token = nn.Parameter(torch.empty(1, 1, config.dim))
             registers = nn.Parameter(torch.empty(1, config.registers, config.dim)) if config.registers else None
             self.register_parameter("register_tokens", registers)
-            self.pos_embed = nn.Parameter(torch.empty(1, 1 + math.prod(config.grid), config.dim))
+            learned = nn.Parameter(torch.empty(1, 1 + math.prod(config.grid), config.dim))
+            self.register_parameter("pos_embed", None if config.positions == "rope" else learned)
             self.mask_token = nn.Parameter(torch.empty(1, config.dim))
             self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
             self.norm = LayerNorm(config.dim, eps=1e-6)
@@ -193,21 +231,27 @@ class VisionTransformer(Backbone):
             self.init_weights(0)
 
     def forward(
-        self, crops: Sequence[Tensor], masks: Sequence[Tensor | None] | None = None, key: DropKey | None = None
+        self,
+        crops: Sequence[Tensor],
+        masks: Sequence[Tensor | None] | None = None,
+        key: DropKey | None = None,
+        spacing_mm: Sequence[Tensor] | None = None,
     ) -> list[Tokens]:
         """Encode groups of crops in one packed pass.
 
         Args:
             crops: groups, each (B, Z, Y, X) of one size, float32, normalised; (B, C, Z, Y, X) where in_chans > 1.
             masks: per group bool (B, N), True where the mask token stands for the patch; None for none.
-            key: of stochastic depth; None, or eval mode, for none.
+            key: of stochastic depth and of drawn coordinates; None, or eval mode, for none.
+            spacing_mm: per group float32 (B, 3), mm per voxel along (z, y, x); read for places in mm alone.
         Returns:
             One `Tokens` per group, after the final norm.
         Raises:
-            UserError: a crop is no multiple of the patch.
+            UserError: a crop is no multiple of the patch, or places in mm lack the spacing.
         """
         grids = [self.patch_embed.grid_of(group) for group in crops]
         x_TD, spans = self._embed(crops, masks or [None] * len(crops), grids)
+        rotation = self._rotation(spans, grids, key, spacing_mm, x_TD.device) if self.config.turns else None
         subsets: list[Subset | None] = [None] * (2 * self.num_blocks)
         if key is not None and self.training and self.config.drop_path > 0:
             subsets = draw_subsets(
@@ -219,7 +263,7 @@ class VisionTransformer(Backbone):
                 device=x_TD.device,
             )
         for index, block in enumerate(self.blocks):
-            x_TD = block(x_TD, spans, (subsets[2 * index], subsets[2 * index + 1]))
+            x_TD = block(x_TD, spans, (subsets[2 * index], subsets[2 * index + 1]), rotation)
         parts = self.norm(x_TD).split([span.rows for span in spans])
         return [self._unpack(part, span, grid) for part, span, grid in zip(parts, spans, grids, strict=True)]
 
@@ -227,22 +271,60 @@ class VisionTransformer(Backbone):
         self, crops: Sequence[Tensor], masks: Sequence[Tensor | None], grids: Sequence[Grid]
     ) -> tuple[Tensor, Spans]:
         """Tokens of all groups with their positions: (T, D), and how they are packed."""
-        cls_11D = self.cls_token + self.pos_embed[:, :1]
+        cls_11D = self.cls_token if self.pos_embed is None else self.cls_token + self.pos_embed[:, :1]
         packed, spans = [], []
         for patches_BND, mask_BN, grid in zip(self.patch_embed(crops), masks, grids, strict=True):
             num_crops = patches_BND.shape[0]
             if mask_BN is not None:
                 assert mask_BN.shape == patches_BND.shape[:2], f"mask {mask_BN.shape} for patches {patches_BND.shape}"
                 patches_BND = torch.where(mask_BN[..., None], self.mask_token.to(patches_BND.dtype), patches_BND)
-            pos_ND = resize_positions(self.pos_embed[0, 1:], self.config.grid, grid, self.config.pos_resize)
             tokens = [cls_11D.expand(num_crops, -1, -1)]
             if self.register_tokens is not None:
                 tokens.append(self.register_tokens.expand(num_crops, -1, -1))
-            tokens.append(patches_BND + pos_ND)
-            x_BSD = torch.cat(tokens, dim=1)  # float32 from here on: the residual stream takes its dtype from pos_ND
+            tokens.append(self._place(patches_BND, grid))
+            x_BSD = torch.cat(tokens, dim=1)  # float32 from here on: the residual stream takes the patches' dtype
             packed.append(x_BSD.flatten(0, 1))
             spans.append(Span(num_crops, x_BSD.shape[1]))
         return torch.cat(packed) if len(packed) > 1 else packed[0], tuple(spans)
+
+    def _place(self, patches_BND: Tensor, grid: Grid) -> Tensor:
+        """Patches with their learned positions, where there are any; float32 or wider."""
+        if self.pos_embed is None:
+            return patches_BND.to(torch.promote_types(patches_BND.dtype, torch.float32))
+        return patches_BND + resize_positions(self.pos_embed[0, 1:], self.config.grid, grid, self.config.pos_resize)
+
+    def _rotation(
+        self,
+        spans: Spans,
+        grids: Sequence[Grid],
+        key: DropKey | None,
+        spacing_mm: Sequence[Tensor] | None,
+        device: torch.device,
+    ) -> Rotation:
+        """How queries and keys of all packed tokens are turned; never waits for the device."""
+        config = self.config
+        if self.needs_spacing and spacing_mm is None:
+            raise UserError("model.rope.coordinates=mm: the spacing of these crops was not given; pass spacing_mm")
+        groups = []
+        for group, (span, grid) in enumerate(zip(spans, grids, strict=True)):
+            scale_B3 = None
+            if key is not None and self.training:
+                counters = (key.step, key.micro, key.rank, group)
+                scale_B3 = rope.draw_scales(config.rope, span.crops, seed=key.seed, counters=counters, device=device)
+            groups.append(
+                rope.group_rotation(
+                    config.rope,
+                    config.dim // config.heads,
+                    grid=grid,
+                    patch=config.patch,
+                    num_crops=span.crops,
+                    num_prefix=1 + config.registers,
+                    spacing_mm_B3=spacing_mm[group] if self.needs_spacing and spacing_mm is not None else None,
+                    scale_B3=scale_B3,
+                    device=device,
+                )
+            )
+        return rope.join(groups)
 
     def _unpack(self, x_TD: Tensor, span: Span, grid: Grid) -> Tokens:
         """The tokens of one group by their role."""
@@ -265,12 +347,15 @@ class VisionTransformer(Backbone):
         """Set every parameter from (seed, its name), as DINOv2 does.
 
         Linear weights and positions trunc_normal 0.02, biases 0; CLS and registers N(0, 1e-6); mask token 0; norms 1
-        and 0; LayerScale its initial gain; the patch embedding PyTorch's convolution default.
+        and 0; LayerScale its initial gain; the patch embedding PyTorch's convolution default. CLS without a position of
+        its own N(0, 0.02).
         """
         patch_voxels = self.config.in_chans * math.prod(self.patch)
         for name, parameter in self.named_parameters():
             if name.startswith("patch_embed."):
                 init.uniform_fan_in(parameter, patch_voxels, seed, name)
+            elif name == "cls_token" and self.pos_embed is None:
+                init.normal(parameter, 0.02, seed, name)
             elif name in ("cls_token", "register_tokens"):
                 init.normal(parameter, 1e-6, seed, name)
             elif name.endswith(".gamma"):

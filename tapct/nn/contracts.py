@@ -19,11 +19,13 @@ class Backbone(nn.Module):
         dim: channels D of a token.
         patch: voxels (z, y, x) of a patch.
         num_blocks: layers between embedding and final norm, for layer-wise learning rates.
+        needs_spacing: it works in mm. Only then is `forward` given `spacing_mm`, so that others need no such argument.
     """
 
     dim: int
     patch: tuple[int, int, int]
     num_blocks: int
+    needs_spacing: bool = False
 
     @abstractmethod
     def forward(
@@ -31,10 +33,13 @@ class Backbone(nn.Module):
     ) -> list[Tokens]:
         """Encode groups of crops (B, Z, Y, X), one `Tokens` per group.
 
+        One that `needs_spacing` takes a fourth argument `spacing_mm`: per group float32 (B, 3), the mm per voxel of
+        each crop along (z, y, x), after it was cut and resized.
+
         Args:
             crops: groups, each of one size, normalised.
             masks: per group bool (B, N), True where the mask token stands for the patch; None for none.
-            key: of stochastic depth; None, or eval mode, for none.
+            key: of draws in training, such as stochastic depth; None, or eval mode, for none.
         """
 
     @abstractmethod
@@ -47,6 +52,19 @@ class Backbone(nn.Module):
 
         The module may have been built on the meta device and sharded since: write through `tapct.nn.init`.
         """
+
+
+def encode(
+    backbone: nn.Module,
+    crops: Sequence[Tensor],
+    masks: Sequence[Tensor | None],
+    key: DropKey | None,
+    spacing_mm: Sequence[Tensor],
+) -> list[Tokens]:
+    """Call a backbone, with the spacing where it says that it needs it; arguments as in `Backbone.forward`."""
+    given = (crops, masks, key, spacing_mm) if getattr(backbone, "needs_spacing", False) else (crops, masks, key)
+    tokens: list[Tokens] = backbone(*given)
+    return tokens
 
 
 class Loss(nn.Module):

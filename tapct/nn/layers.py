@@ -1,4 +1,4 @@
-"""Building blocks of the transformer: norms, feed-forwards, and stochastic depth by subsets of crops.
+"""Building blocks of the transformer: scales, feed-forwards, and stochastic depth by subsets of crops.
 
 T packed tokens (see `attention`), S rows of the crops that are kept, D channels.
 """
@@ -14,17 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tapct import rng
-from tapct.nn.attention import Span, Spans
-
-
-class LayerNorm(nn.LayerNorm):
-    """Layer norm whose sums are never narrower than float32; returns the dtype of its weight."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Normalise over the last axis, any leading shape."""
-        wide = torch.promote_types(input.dtype, torch.float32)  # a float64 model stays float64
-        weight, bias = self.weight.to(wide), self.bias.to(wide)
-        return F.layer_norm(input.to(wide), self.normalized_shape, weight, bias, self.eps).to(self.weight.dtype)
+from tapct.nn.backends import Span, Spans
 
 
 class LayerScale(nn.Module):

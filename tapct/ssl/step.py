@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tapct.nn.contracts import encode
 from tapct.nn.layers import DropKey
 from tapct.ssl.student_teacher import StudentTeacher
 from tapct.types import LossResult, Masks, TokenSets, Views
@@ -40,7 +41,7 @@ def forward(pair: StudentTeacher, views: Views, masks: Masks, teacher_temp: floa
         views: normalised crops, crop-major.
         masks: of the global crops.
         teacher_temp: temperature of the teacher's targets at this step.
-        key: of stochastic depth; None for none.
+        key: of the student's draws, such as stochastic depth; None for none.
     Returns:
         The total with its parts.
     """
@@ -48,12 +49,14 @@ def forward(pair: StudentTeacher, views: Views, masks: Masks, teacher_temp: floa
     globals_BZYX = views.global_VBZYX.flatten(0, 1)
     crops: list[Tensor] = [globals_BZYX]
     crop_masks: list[Tensor | None] = [masks.masked_VBN.flatten(0, 1)]
+    spacing_mm = [views.global_mm_VB3.flatten(0, 1)]
     if num_locals:
         crops, crop_masks = [*crops, views.local_VBZYX.flatten(0, 1)], [*crop_masks, None]
+        spacing_mm.append(views.local_mm_VB3.flatten(0, 1))
 
     with torch.no_grad():
-        teacher_global = pair.teacher.backbone([globals_BZYX])[0]
-    student = pair.student.backbone(crops, crop_masks, key)
+        teacher_global = encode(pair.teacher.backbone, [globals_BZYX], [None], None, spacing_mm[:1])[0]
+    student = encode(pair.student.backbone, crops, crop_masks, key, spacing_mm)
     sets = TokenSets(
         student_global=student[0],
         student_local=student[1] if num_locals else None,

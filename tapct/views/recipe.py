@@ -94,9 +94,15 @@ def make_views(batch: Batch, config: Config, contract: HUContract, seed: int, pa
     with resample.full_precision(batch.hu_BZYX.device):
         cells = boxes.body_cells(batch.hu_BZYX, contract)
         views_global, crops = _views_of_kind(batch, config, contract, seed, "global", cells, ops)
-        views_local, _ = _views_of_kind(batch, config, contract, seed, "local", cells, ops)
+        views_local, crops_local = _views_of_kind(batch, config, contract, seed, "local", cells, ops)
     grid = tuple(size // p for size, p in zip(config.global_window, patch, strict=True))
-    return Views(views_global, views_local, tokens_in_scan(crops, grid, batch.extent_B3))
+    return Views(
+        views_global,
+        views_local,
+        tokens_in_scan(crops, grid, batch.extent_B3),
+        mm_per_voxel(crops, config.global_window, batch.spacing_mm_B3),
+        mm_per_voxel(crops_local, config.local_window, batch.spacing_mm_B3),
+    )
 
 
 def _views_of_kind(
@@ -130,6 +136,18 @@ def _blur_sigma(config: Config, key: ViewKey) -> Tensor:
         key.happens("blur", config.blur_p[key.group]), key.uniform("blur sigma", *config.blur_sigma), 0.0
     )
     return sigma.flatten()
+
+
+def mm_per_voxel(crops: Boxes, window: tuple[int, int, int], spacing_mm_B3: Tensor) -> Tensor:
+    """Size of the voxels of finished views: (V, B, 3) float32 mm along (z, y, x).
+
+    Args:
+        crops: boxes of the views in voxels of the slab.
+        window: voxels of a view.
+        spacing_mm_B3: of the slabs.
+    """
+    length_mm_VB3 = crops.length_VB3 * spacing_mm_B3
+    return torch.stack([length_mm_VB3[..., axis] / size for axis, size in enumerate(window)], dim=-1)
 
 
 def tokens_in_scan(crops: Boxes, grid: tuple[int, ...], extent_B3: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -23,6 +24,7 @@ from tapct.eval.features import (
     window_starts,
 )
 from tapct.models import vit
+from tapct.nn import rope
 from tapct.types import AIR_HU, HUContract, Tokens, UserError
 
 PATCH = (2, 4, 4)
@@ -118,6 +120,22 @@ def test_model_is_left_in_the_mode_it_was_in_and_runs_in_eval_mode():
         dense = dense_features(model, scan((4, 16, 16)), CONTRACT, Preprocess((0, 0), (4, 16, 16), (4, 16, 16)))
         assert model.training is training
         assert not dense.features_DZYX.is_inference()  # a decoder is trained on it
+
+
+def test_a_model_in_mm_is_told_the_spacing_of_the_resized_voxels():
+    config = vit.Config(window=(4, 16, 16), patch=PATCH, dim=16, depth=2, heads=2, positions="rope", layer_scale=1.0)
+    model = vit.build(dataclasses.replace(config, rope=rope.Config(coordinates="mm")))
+    hu_ZYX, preprocess = scan((8, 32, 64)), Preprocess((16, 16), (4, 16, 16), (4, 16, 16))
+    dense = dense_features(model, hu_ZYX, CONTRACT, preprocess, spacing_mm=(3.0, 1.0, 0.5))
+    prepared = prepare(hu_ZYX, CONTRACT, preprocess, PATCH, spacing_mm=(3.0, 1.0, 0.5))
+    assert prepared.spacing_mm == pytest.approx((3.0, 2.0, 2.0))
+    crops = torch.stack([prepared.input_ZYX[:4], prepared.input_ZYX[4:]])
+    expected = model([crops], spacing_mm=[torch.tensor([[3.0, 2.0, 2.0]]).expand(2, 3)])[0].cls_BD.mean(0)
+    torch.testing.assert_close(dense.cls_D, expected, atol=1e-5, rtol=0)
+    other = dense_features(model, hu_ZYX, CONTRACT, preprocess, spacing_mm=(3.0, 1.0, 1.0))
+    assert not torch.allclose(dense.cls_D, other.cls_D, atol=1e-5)
+    with pytest.raises(UserError, match="spacing of these crops was not given"):
+        dense_features(model, hu_ZYX, CONTRACT, preprocess)
 
 
 def test_raw_patches_hold_the_voxels_of_their_patch():

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tapct.models import vit
+from tapct.nn import rope
 from tapct.nn.layers import DropKey
 from tapct.nn.posembed import resize_positions
 from tapct.types import Tokens, UserError
@@ -295,7 +296,8 @@ def test_dropped_crops_skip_the_branch_and_kept_ones_are_scaled() -> None:
     block: Any = model.blocks[0]
     block.register_forward_hook(lambda _, inputs, output: captured.update(inputs=inputs, output=output))
     model(groups, None, DropKey(0, 5))
-    x, spans, (attend, feed) = captured["inputs"]
+    x, spans, (attend, feed), rotation = captured["inputs"]
+    assert rotation is None
     assert attend.row_S.tolist() != feed.row_S.tolist()  # each branch has its own draw
     for subset, norm, branch, scale in (
         (attend, block.norm1, lambda y: block.attn(y, spans), block.ls1), (feed, block.norm2, block.mlp, block.ls2)
@@ -352,7 +354,8 @@ def test_bf16_parameters_leave_the_residual_stream_in_float32() -> None:
 CHANGES: dict[str, Any] = {
     "window": (4, 24, 16), "patch": (2, 8, 4), "in_chans": 2, "dim": 32, "depth": 3, "heads": 4, "mlp_ratio": 2.0,
     "ffn": "swiglu", "qkv_bias": False, "registers": 1, "layer_scale": 0.5, "drop_path": 0.5,
-    "drop_path_rounding": "dinov2", "pos_resize": "linear",
+    "drop_path_rounding": "dinov2", "pos_resize": "linear", "qk_norm": True, "positions": "both",
+    "rope": rope.Config(base=50.0),
 }  # fmt: skip
 
 
@@ -360,6 +363,8 @@ CHANGES: dict[str, Any] = {
 def test_every_field_changes_the_result(name: str) -> None:
     """`attention` chooses among equal results; tests/nn/test_attention.py holds its contract."""
     base = dataclasses.replace(TINY, drop_path=0.1)
+    if name == "rope":
+        base = dataclasses.replace(base, positions="both", dim=32)  # two pairs an axis: base turns the second
     before, after = fresh(base), fresh(dataclasses.replace(base, **{name: CHANGES[name]}))
     group = crops((2, 4, 24, 24))[0]
     other = group[:, None].expand(-1, 2, -1, -1, -1) if name == "in_chans" else group

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from tapct.nn.attention import BACKENDS, Attention, Span, Spans
+from tapct.nn import backends
+from tapct.nn.attention import Attention
+from tapct.nn.backends import BACKENDS, GPU_ONLY, Backend, Span, Spans
 from tapct.types import UserError
 
 SPANS = (Span(3, 7), Span(2, 5), Span(1, 1))
@@ -38,22 +43,70 @@ def packed_qkv(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     return q, k, v
 
 
+def attend_under_mask(q_THC: Tensor, k_THC: Tensor, v_THC: Tensor, crop_T: Tensor) -> Tensor:
+    """All tokens at once, under the block-diagonal mask of the crops that they belong to."""
+    scores = torch.einsum("ihc,jhc->hij", q_THC.double(), k_THC.double()) / math.sqrt(q_THC.shape[2])
+    shares = scores.masked_fill(crop_T[:, None] != crop_T[None, :], -math.inf).softmax(-1)
+    return torch.einsum("hij,jhc->ihc", shares, v_THC.double()).to(q_THC.dtype)
+
+
+def crop_of_rows(starts: Tensor) -> Tensor:
+    """The crop of each packed row, from where crops start."""
+    return torch.repeat_interleave(torch.arange(len(starts) - 1), starts.long().diff())
+
+
+def varlen_stand_in(
+    q: Tensor, k: Tensor, v: Tensor, starts: Tensor, starts_k: Tensor, max_q: int, max_k: int
+) -> Tensor:
+    assert starts.dtype == torch.int32 and torch.equal(starts, starts_k) and int(starts[-1]) == len(q)
+    assert max_q == max_k == int(starts.diff().max())
+    return attend_under_mask(q, k, v, crop_of_rows(starts))
+
+
+def xformers_stand_in(q: Tensor, k: Tensor, v: Tensor, attn_bias: list[int]) -> Tensor:
+    """Its mask is the list of lengths that it is made of."""
+    assert q.shape[0] == 1 and q.shape[1] == sum(attn_bias)
+    return attend_under_mask(q[0], k[0], v[0], crop_of_rows(torch.tensor([0, *attn_bias]).cumsum(0)))[None]
+
+
+KEEPS_NOTHING = backends.block_mask.__wrapped__
+MASKS = SimpleNamespace(BlockDiagonalMask=SimpleNamespace(from_seqlens=lambda lengths, device: lengths))
+
+
+@pytest.fixture
+def backend(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Backend]:
+    """Back-ends by name; the kernels of those for a GPU are replaced by attention under a materialised mask."""
+
+    def find(name: str) -> Backend:
+        if name in GPU_ONLY:
+            monkeypatch.setattr(backends, f"check_{name}", lambda q: None)
+            monkeypatch.setattr(backends, "varlen_kernel", lambda: varlen_stand_in)
+            ops = SimpleNamespace(fmha=MASKS, memory_efficient_attention=xformers_stand_in)
+            monkeypatch.setattr(backends, "xformers_ops", lambda: ops)
+            monkeypatch.setattr(backends, "block_mask", KEEPS_NOTHING)
+        return BACKENDS[name]
+
+    return find
+
+
 @pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)]
 )
-def test_every_backend_agrees_with_attention_written_out(name: str, dtype: torch.dtype, tolerance: float) -> None:
+def test_every_backend_agrees_with_attention_written_out(
+    backend: Callable[[str], Backend], name: str, dtype: torch.dtype, tolerance: float
+) -> None:
     q, k, v = packed_qkv(dtype)
     torch.testing.assert_close(
-        BACKENDS[name](q, k, v, SPANS).double(), attend_slowly(q, k, v, SPANS), rtol=tolerance, atol=tolerance
+        backend(name)(q, k, v, SPANS).double(), attend_slowly(q, k, v, SPANS), rtol=tolerance, atol=tolerance
     )
 
 
 @pytest.mark.parametrize("name", BACKENDS)
-def test_every_backend_has_the_gradients_of_attention_written_out(name: str) -> None:
+def test_every_backend_has_the_gradients_of_attention_written_out(backend: Callable[[str], Backend], name: str) -> None:
     q, k, v = leaves = [part.clone().requires_grad_() for part in packed_qkv(torch.float64)]
     weight = torch.randn(q.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    fast = torch.autograd.grad((BACKENDS[name](q, k, v, SPANS) * weight).sum(), leaves)
+    fast = torch.autograd.grad((backend(name)(q, k, v, SPANS) * weight).sum(), leaves)
 
     tokens = torch.tensor([span.tokens for span in SPANS for _ in range(span.crops)])
     crop = torch.repeat_interleave(torch.arange(6), tokens)
@@ -65,17 +118,17 @@ def test_every_backend_has_the_gradients_of_attention_written_out(name: str) -> 
 
 
 @pytest.mark.parametrize("name", BACKENDS)
-def test_tokens_of_one_crop_never_reach_another(name: str) -> None:
+def test_tokens_of_one_crop_never_reach_another(backend: Callable[[str], Backend], name: str) -> None:
     q, k, v = packed_qkv(torch.float32)
-    before = BACKENDS[name](q, k, v, SPANS)
+    before = backend(name)(q, k, v, SPANS)
     changed = v.clone()
     changed[7:14] += 1.0  # the second crop of the first group
-    after = BACKENDS[name](q, k, changed, SPANS)
+    after = backend(name)(q, k, changed, SPANS)
     moved = (before - after).abs().amax((1, 2)) > 0
     assert moved.nonzero().flatten().tolist() == list(range(7, 14))
 
 
-@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("name", ["sdpa", "auto"])
 def test_no_backend_keeps_a_matrix_of_tokens_by_tokens(name: str) -> None:
     q, k, v = (torch.randn(600, 1, 8, requires_grad=True) for _ in range(3))
     kept: list[int] = []
@@ -87,6 +140,94 @@ def test_no_backend_keeps_a_matrix_of_tokens_by_tokens(name: str) -> None:
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         BACKENDS[name](q, k, v, (Span(1, 600),))
     assert 0 < max(kept) <= 600 * 8
+
+
+@pytest.mark.parametrize("spans", [SPANS, SPANS[:1], (Span(1, 4), Span(4, 1), Span(2, 9))])
+def test_starts_and_lengths_are_those_that_the_spans_mean(spans: Spans) -> None:
+    crop_T = [number for number, length in enumerate(backends.crop_lengths(spans)) for _ in range(length)]
+    want, number = [], 0
+    for span in spans:
+        for _ in range(span.crops):
+            want += [number] * span.tokens
+            number += 1
+    assert crop_T == want == crop_of_rows(backends.crop_starts(spans, torch.device("cpu"))).tolist()
+
+
+def test_the_mask_of_xformers_is_block_diagonal() -> None:
+    pytest.importorskip("xformers.ops")
+    mask = backends.block_mask(backends.crop_lengths(SPANS), torch.device("cpu"))
+    rows = sum(span.rows for span in SPANS)
+    crop_T = crop_of_rows(backends.crop_starts(SPANS, torch.device("cpu")))
+    assert torch.equal(mask.materialize((rows, rows)) == 0, crop_T[:, None] == crop_T[None, :])
+
+
+@pytest.mark.parametrize("name", GPU_ONLY)
+def test_a_backend_for_a_gpu_says_so_on_a_cpu(name: str) -> None:
+    with pytest.raises(UserError, match=f"model.attention={name} needs a GPU.*not this CPU; set model.attention=auto"):
+        BACKENDS[name](*packed_qkv(torch.bfloat16), SPANS)
+
+
+def test_what_lacks_on_a_gpu_is_named_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    def q(dtype: torch.dtype) -> Any:
+        return SimpleNamespace(device=torch.device("cuda"), dtype=dtype)
+
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "V100")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))
+    with pytest.raises(UserError, match="varlen needs a GPU from Ampere on, not this V100"):
+        backends.check_varlen(q(torch.bfloat16))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    with pytest.raises(UserError, match="computes in bf16 or fp16, not in torch.float32"):
+        backends.check_varlen(q(torch.float32))
+    monkeypatch.setattr(backends, "varlen_kernel", lambda: None)
+    with pytest.raises(UserError, match="has no such attention"):
+        backends.check_varlen(q(torch.bfloat16))
+    monkeypatch.setattr(backends, "xformers_ops", lambda: None)
+    with pytest.raises(UserError, match=r"pip install 'tapct\[gpu\]'"):
+        backends.check_xformers(q(torch.bfloat16))
+
+
+def test_auto_takes_the_first_that_device_and_precision_allow(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda, bf16 = torch.device("cuda"), torch.bfloat16
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(backends, "varlen_kernel", lambda: varlen_stand_in)
+    monkeypatch.setattr(backends, "xformers_ops", lambda: SimpleNamespace())
+    assert backends.choose(torch.device("cpu"), bf16) == "sdpa"
+    assert backends.choose(cuda, torch.float32) == "sdpa"
+    assert backends.choose(cuda, bf16) == "varlen"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert backends.choose(cuda, torch.float16) == "xformers"
+    monkeypatch.setattr(backends, "xformers_ops", lambda: None)
+    assert backends.choose(cuda, torch.float16) == "sdpa"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", [*GPU_ONLY, "auto"])
+def test_every_kernel_of_a_gpu_agrees_with_sdpa_forward_and_backward(name: str) -> None:
+    if name == "xformers":
+        pytest.importorskip("xformers.ops")
+    spans = (Span(3, 70), Span(5, 33), Span(1, 1))
+    rows = sum(span.rows for span in spans)
+    generator = torch.Generator().manual_seed(0)
+    qkv = torch.randn(rows, 3, 4, 64, generator=generator).cuda().bfloat16()
+    weight = torch.randn(rows, 4, 64, generator=generator).cuda().bfloat16()
+    found = []
+    for each in ("sdpa", name):
+        leaf = qkv.clone().requires_grad_()
+        out = BACKENDS[each](*leaf.unbind(1), spans)
+        found.append((out, torch.autograd.grad((out * weight).sum(), leaf)[0]))
+    for got, want in zip(found[1], found[0], strict=True):
+        torch.testing.assert_close(got.float(), want.float(), rtol=3e-2, atol=3e-2)
+
+
+@pytest.mark.gpu
+def test_varlen_never_waits_for_the_device() -> None:
+    qkv = torch.randn(sum(span.rows for span in SPANS), 3, 2, 8, device="cuda", dtype=torch.bfloat16)
+    BACKENDS["varlen"](*qkv.unbind(1), SPANS)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        BACKENDS["varlen"](*qkv.unbind(1), SPANS)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_the_projection_is_laid_out_as_in_dinov2() -> None:

@@ -7,8 +7,9 @@ import math
 import pytest
 import torch
 
-from tapct.nn.attention import Span
-from tapct.nn.layers import DropKey, LayerNorm, LayerScale, Mlp, Subset, SwiGLU, draw_subsets, kept_crops, swiglu_hidden
+from tapct.nn.backends import Span
+from tapct.nn.layers import DropKey, LayerScale, Mlp, Subset, SwiGLU, draw_subsets, kept_crops, swiglu_hidden
+from tapct.nn.norm import LayerNorm
 
 CPU = torch.device("cpu")
 SPANS = (Span(4, 3), Span(6, 2))

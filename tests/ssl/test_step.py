@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from tapct.engine import optim
 from tapct.losses import dino, ibot, koleo
 from tapct.models import vit
-from tapct.nn import heads
+from tapct.nn import heads, rope
 from tapct.nn.layers import DropKey
 from tapct.nn.prototypes import TargetConfig
 from tapct.plugin import Plugin
@@ -47,7 +49,9 @@ def make_views(samples: range, num_locals: int = 2) -> tuple[Views, Masks]:
     weights = masked_VBN / masked_VBN.sum(-1, keepdim=True).clamp(min=1)
     flat = masked_VBN.flatten()
     masks = Masks(masked_VBN, flat.nonzero().squeeze(1), weights.flatten()[flat].double())
-    views = Views(torch.stack(crops, dim=1), torch.stack(locals_, dim=1), torch.ones_like(masked_VBN))
+    ones = torch.ones_like(masked_VBN)
+    mm = (torch.ones(2, len(crops), 3), torch.ones(num_locals, len(crops), 3))
+    views = Views(torch.stack(crops, dim=1), torch.stack(locals_, dim=1), ones, *mm)
     return views, masks
 
 
@@ -114,13 +118,34 @@ def test_the_teacher_sees_no_mask_and_no_drop_path() -> None:
     assert not torch.equal(output.tokens.student_global.cls_BD, other.tokens.student_global.cls_BD)
 
 
+def test_teacher_and_student_are_told_the_mm_of_their_own_crops() -> None:
+    model = vit.Config(
+        window=(4, 16, 16), patch=(2, 8, 8), dim=16, depth=2, heads=2, layer_scale=1.0, drop_path=0.0,
+        positions="rope", rope=rope.Config(coordinates="mm"),
+    )  # fmt: skip
+    pair = StudentTeacher(Plugin("vit", model), [Plugin("dino", dino.Config(head=HEAD))], seed=3).double().train()
+    views, masks = make_views(range(2))
+    mm_global, mm_local = (torch.rand(2, 2, 3, generator=torch.Generator().manual_seed(i)) + 0.5 for i in range(2))
+    told = replace(views, global_mm_VB3=mm_global, local_mm_VB3=mm_local)
+    tokens = ssl_step.forward(pair, told, masks, 0.05, None).tokens
+    assert tokens.student_local is not None
+    for view in range(2):
+        for sample in range(2):
+            row = 2 * view + sample  # crop-major
+            one, local = (crops[view, sample][None] for crops in (views.global_VBZYX, views.local_VBZYX))
+            teacher = pair.teacher.backbone([one], spacing_mm=[mm_global[view, sample][None]])[0]
+            student = pair.student.backbone([local], spacing_mm=[mm_local[view, sample][None]])[0]
+            torch.testing.assert_close(tokens.teacher_global.cls_BD[row], teacher.cls_BD[0])
+            torch.testing.assert_close(tokens.student_local.cls_BD[row], student.cls_BD[0])
+
+
 def test_a_student_of_its_own_learns_to_follow_a_fixed_teacher() -> None:
     pair = make_pair().float()
     updater = optim.Updater(pair, optim.Config())
     losses = []
     for _ in range(40):
         views, masks = make_views(range(4))
-        views = Views(views.global_VBZYX.float(), views.local_VBZYX.float(), views.global_in_scan_VBN)
+        views = replace(views, global_VBZYX=views.global_VBZYX.float(), local_VBZYX=views.local_VBZYX.float())
         masks = Masks(masks.masked_VBN, masks.index_M, masks.weight_M.float())
         output = ssl_step.forward(pair, views, masks, 0.05, None)
         output.total.backward()

@@ -93,6 +93,25 @@ def test_views_equal_crop_blur_gain_and_z_score_done_by_hand(make_batch: Callabl
             assert spread.max() - spread.min() < 1e-3 and 0.8 <= spread.mean() <= 1.2
 
 
+def test_the_mm_of_a_view_are_those_of_its_box(make_batch: Callable[..., Batch]) -> None:
+    """What a voxel of a view covers of the body: the edge of the box in mm over the voxels of the view."""
+    config = replace(SMALL, z_zoom=(0.5, 2.0))
+    spacing = torch.tensor([[5.0, 0.7, 0.8], [1.0, 0.5, 0.9]])
+    batch = replace(make_batch([1, 2]), spacing_mm_B3=spacing)
+    views = make(batch, config)
+    cells = boxes.body_cells(batch.hu_BZYX, CONTRACT)
+    kinds: tuple[tuple[Kind, Any], ...] = (("global", views.global_mm_VB3), ("local", views.local_mm_VB3))
+    for kind, mm_VB3 in kinds:
+        rule, num = config.rule(kind), 2 if kind == "global" else 3
+        crops = boxes.draw(rule, kind, num, cells, batch.extent_B3, batch.sample_B, 0)
+        assert mm_VB3.shape == (num, 2, 3) and mm_VB3.dtype == torch.float32
+        for v in range(num):
+            for b in range(2):
+                want = [crops.length_VB3[v, b, a] * spacing[b, a] / rule.window[a] for a in range(3)]
+                assert mm_VB3[v, b].tolist() == pytest.approx([float(mm) for mm in want])
+    assert make(batch, replace(config, num_locals=0)).local_mm_VB3.shape == (0, 2, 3)
+
+
 def test_blur_happens_as_often_as_declared_and_with_the_declared_width(make_batch: Callable[..., Batch]) -> None:
     config = replace(SMALL, blur_p=(1.0, 0.1, 0.5), blur_sigma=(0.1, 2.0))
     sample_B = torch.arange(4000)

@@ -1,0 +1,174 @@
+"""Attention back-ends: equal results by different kernels, none of which writes an N x N matrix.
+
+| name | where | how |
+|---|---|---|
+| sdpa | everywhere | one batched call per run of equal lengths, no mask; the default |
+| varlen | CUDA from Ampere, bf16 or fp16, torch with `torch.nn.attention.varlen` | one flash call over all crops |
+| xformers | CUDA, xformers installed | one call over all crops under a block-diagonal mask |
+| auto | everywhere | the first of varlen, xformers and sdpa that the pass at hand can use |
+
+T tokens of all crops of all groups, H heads, C channels per head, S crops.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tapct.types import UserError
+
+HALF = (torch.bfloat16, torch.float16)
+AMPERE = (8, 0)
+
+
+@dataclass(frozen=True)
+class Span:
+    """A run of crops of one length in the packed token axis: `crops` sequences of `tokens` rows each."""
+
+    crops: int
+    tokens: int
+
+    @property
+    def rows(self) -> int:
+        """Rows of the packed axis that the run takes."""
+        return self.crops * self.tokens
+
+
+Spans = tuple[Span, ...]
+Backend = Callable[[Tensor, Tensor, Tensor, Spans], Tensor]
+
+
+def attend_sdpa(q_THC: Tensor, k_THC: Tensor, v_THC: Tensor, spans: Spans) -> Tensor:
+    """Attend within each crop: one batched SDPA call per run of equal lengths, on views, without a mask.
+
+    Args:
+        q_THC: queries, packed as `spans` say; keys and values alike.
+        spans: runs of crops in packed order; their rows sum to T.
+    Returns:
+        (T, H, C), softmax(q k' / sqrt(C)) v of each crop.
+    """
+    rows = [span.rows for span in spans]
+    # split, not slices: its backward is one concatenation, where each slice would fill a T-sized gradient with zeros
+    parts = zip(q_THC.split(rows), k_THC.split(rows), v_THC.split(rows), spans, strict=True)
+    out = []
+    for q, k, v, span in parts:
+        q, k, v = (part.unflatten(0, (span.crops, span.tokens)).transpose(1, 2) for part in (q, k, v))
+        out.append(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(0, 1))
+    return out[0] if len(out) == 1 else torch.cat(out)
+
+
+def crop_starts(spans: Spans, device: torch.device) -> Tensor:
+    """(S + 1,) int32: the first packed row of every crop, and T; made on the device, so that nothing waits for it."""
+    parts, start = [torch.zeros(1, dtype=torch.int32, device=device)], 0
+    for span in spans:
+        parts.append(torch.arange(1, span.crops + 1, dtype=torch.int32, device=device) * span.tokens + start)
+        start += span.rows
+    return torch.cat(parts)
+
+
+def crop_lengths(spans: Spans) -> tuple[int, ...]:
+    """Tokens of every crop, in packed order."""
+    return tuple(span.tokens for span in spans for _ in range(span.crops))
+
+
+def attend_varlen(q_THC: Tensor, k_THC: Tensor, v_THC: Tensor, spans: Spans) -> Tensor:
+    """Attend within each crop by torch's variable-length flash kernel; arguments as in `attend_sdpa`.
+
+    Raises:
+        UserError: no CUDA device from Ampere on, another dtype than bf16 or fp16, or torch has no such kernel.
+    """
+    check_varlen(q_THC)
+    starts = crop_starts(spans, q_THC.device)
+    longest = max(span.tokens for span in spans)
+    out: Tensor = varlen_kernel()(q_THC, k_THC, v_THC, starts, starts, longest, longest)
+    return out
+
+
+def attend_xformers(q_THC: Tensor, k_THC: Tensor, v_THC: Tensor, spans: Spans) -> Tensor:
+    """Attend within each crop by xformers under a block-diagonal mask; arguments as in `attend_sdpa`.
+
+    Raises:
+        UserError: no CUDA device, or xformers is not installed.
+    """
+    check_xformers(q_THC)
+    mask = block_mask(crop_lengths(spans), q_THC.device)
+    out: Tensor = xformers_ops().memory_efficient_attention(q_THC[None], k_THC[None], v_THC[None], attn_bias=mask)
+    return out.squeeze(0)
+
+
+@functools.lru_cache(maxsize=256)
+def block_mask(lengths: tuple[int, ...], device: torch.device) -> Any:
+    """xformers' mask of crops of these lengths; kept, because making one waits for the device."""
+    return xformers_ops().fmha.BlockDiagonalMask.from_seqlens(list(lengths), device=device)
+
+
+def attend_auto(q_THC: Tensor, k_THC: Tensor, v_THC: Tensor, spans: Spans) -> Tensor:
+    """Attend by the back-end that `choose` names for these tensors; arguments as in `attend_sdpa`."""
+    return BACKENDS[choose(q_THC.device, q_THC.dtype)](q_THC, k_THC, v_THC, spans)
+
+
+def choose(device: torch.device, dtype: torch.dtype) -> str:
+    """Name of the back-end that `auto` takes: varlen, xformers or sdpa."""
+    if device.type == "cuda" and dtype in HALF:
+        if varlen_kernel() is not None and torch.cuda.get_device_capability(device) >= AMPERE:
+            return "varlen"
+        if xformers_ops() is not None:
+            return "xformers"
+    return "sdpa"
+
+
+def check_varlen(q_THC: Tensor) -> None:
+    """Raise UserError where `varlen` cannot run."""
+    if q_THC.device.type != "cuda" or torch.cuda.get_device_capability(q_THC.device) < AMPERE:
+        raise UserError(f"model.attention=varlen needs a GPU from Ampere on, not this {_name(q_THC)}; {_REMEDY}")
+    if q_THC.dtype not in HALF:
+        raise UserError(f"model.attention=varlen computes in bf16 or fp16, not in {q_THC.dtype}; {_REMEDY}")
+    if varlen_kernel() is None:
+        raise UserError(f"model.attention=varlen: torch {torch.__version__} has no such attention; {_REMEDY}")
+
+
+def check_xformers(q_THC: Tensor) -> None:
+    """Raise UserError where `xformers` cannot run."""
+    if q_THC.device.type != "cuda":
+        raise UserError(f"model.attention=xformers needs a GPU, not this {_name(q_THC)}; {_REMEDY}")
+    if xformers_ops() is None:
+        raise UserError(f"model.attention=xformers: it cannot be imported; pip install 'tapct[gpu]', or {_REMEDY}")
+
+
+_REMEDY = "set model.attention=auto or sdpa"
+
+
+def _name(tensor: Tensor) -> str:
+    return torch.cuda.get_device_name(tensor.device) if tensor.device.type == "cuda" else tensor.device.type.upper()
+
+
+@functools.cache
+def varlen_kernel() -> Any:
+    """`varlen_attn` of torch, or None."""
+    try:
+        return importlib.import_module("torch.nn.attention.varlen").varlen_attn
+    except (ImportError, AttributeError):
+        return None
+
+
+@functools.cache
+def xformers_ops() -> Any:
+    """The module `xformers.ops`, or None."""
+    try:
+        return importlib.import_module("xformers.ops")
+    except (ImportError, OSError, RuntimeError):  # built for another torch: OSError
+        return None
+
+
+BACKENDS: Mapping[str, Backend] = MappingProxyType(
+    {"sdpa": attend_sdpa, "varlen": attend_varlen, "xformers": attend_xformers, "auto": attend_auto}
+)
+GPU_ONLY = ("varlen", "xformers")

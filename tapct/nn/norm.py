@@ -1,0 +1,17 @@
+"""Layer norm whose sums are never narrower than float32."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class LayerNorm(nn.LayerNorm):
+    """Layer norm whose sums are never narrower than float32; returns the dtype of its weight."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalise over the last axis, any leading shape."""
+        wide = torch.promote_types(input.dtype, torch.float32)  # a float64 model stays float64
+        weight, bias = self.weight.to(wide), self.bias.to(wide)
+        return F.layer_norm(input.to(wide), self.normalized_shape, weight, bias, self.eps).to(self.weight.dtype)

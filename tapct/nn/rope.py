@@ -1,0 +1,198 @@
+"""Rotary positions in three dimensions: a token's place turns its queries and keys, so that scores see differences.
+
+    coordinate = unit (i + 0.5 - n / 2)          per axis, from the crop's centre; i of n patches
+    angle      = 2 pi coordinate / period        P periods per axis, from `shortest` up to `shortest * base`
+    (a, b)     = (a cos - b sin, b cos + a sin)  channel pairs (j, j + 3P), the same for every head
+
+A head of C channels has P = C // 6 pairs per axis; the last C - 6P channels are left as they are (C = 64: P = 10, 4
+left), and so are the prefix tokens, CLS and registers. Since q and k are turned alike, q.k depends on the difference of
+two places only.
+
+T packed tokens (see `attention`), H heads, C channels per head, P pairs per axis, R = 3P pairs in all; B crops of one
+group, N patches of one crop, n patches along one axis.
+Source: Su et al. 2021, arXiv:2104.09864; 2D in DINOv3, arXiv:2508.10104, whose periods, jitter and rescale these are.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tapct import rng
+from tapct.config import setting
+from tapct.nn.posembed import Grid
+
+PAIRS_PER_AXIS = 6  # channels of a head per pair and axis: two channels in a pair, three axes
+
+_SHORTEST = {"normalised": 1.0, "voxel": 16.0, "mm": 32.0}
+
+
+@dataclass(frozen=True)
+class Config:
+    """Rotary positions; read where `model.positions` is rope or both."""
+
+    coordinates: str = setting(
+        "normalised",
+        "unit of places: normalised -1 to 1 along each axis of the crop (DINOv3), voxel of the view, or mm of the body",
+        choices=tuple(_SHORTEST),
+    )
+    base: float = setting(100.0, "periods of P pairs are shortest * base^(i / P); DINOv3: 100", gt=1.0)
+    shortest: float | None = setting(
+        None,
+        "shortest period in the unit of the coordinates; null: 1 normalised (DINOv3), 16 voxels, 32 mm (ours: not "
+        "below two patches)",
+        gt=0.0,
+    )
+    jitter: float = setting(
+        1.0, "in training, factor on each axis of a crop, log-uniform from 1 / jitter to jitter; 1: off; DINOv3", ge=1.0
+    )
+    rescale: float = setting(
+        1.0, "in training, factor on all axes of a crop at once, likewise; 1: off; 2 in DINOv3's configs", ge=1.0
+    )
+
+    @property
+    def varies(self) -> bool:
+        """Whether coordinates are drawn in training."""
+        return self.jitter > 1.0 or self.rescale > 1.0
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """How queries and keys of packed tokens are turned; made once per forward pass, shared by all blocks.
+
+    Args:
+        cos_TR: float32, cosine of each pair's angle; 1 for prefix tokens.
+        sin_TR: float32, sine; 0 for prefix tokens.
+    """
+
+    cos_TR: Tensor
+    sin_TR: Tensor
+
+    def take(self, row_S: Tensor) -> Rotation:
+        """The rotation of some rows of the packed axis."""
+        return Rotation(self.cos_TR.index_select(0, row_S), self.sin_TR.index_select(0, row_S))
+
+    def turn(self, x_THC: Tensor) -> Tensor:
+        """Turn queries or keys: (T, H, C) -> the same, float32 or wider."""
+        num_pairs = self.cos_TR.shape[1]
+        wide = x_THC.to(torch.promote_types(x_THC.dtype, torch.float32))
+        a_THR, b_THR, rest = wide.split([num_pairs, num_pairs, wide.shape[2] - 2 * num_pairs], dim=2)
+        cos_T1R, sin_T1R = self.cos_TR[:, None].to(wide.dtype), self.sin_TR[:, None].to(wide.dtype)
+        return torch.cat([a_THR * cos_T1R - b_THR * sin_T1R, b_THR * cos_T1R + a_THR * sin_T1R, rest], dim=2)
+
+
+def pairs_per_axis(head_dim: int) -> int:
+    """P of a head of `head_dim` channels."""
+    return head_dim // PAIRS_PER_AXIS
+
+
+def periods(config: Config, head_dim: int, device: torch.device) -> Tensor:
+    """(P,) float32, the periods of one axis in the unit of the coordinates."""
+    num_pairs = pairs_per_axis(head_dim)
+    shortest = _SHORTEST[config.coordinates] if config.shortest is None else config.shortest
+    exponent_P = torch.arange(num_pairs, device=device, dtype=torch.float32) / num_pairs
+    return shortest * config.base**exponent_P
+
+
+def coordinates(
+    config: Config, grid: Grid, patch: Grid, spacing_mm_B3: Tensor | None, device: torch.device
+) -> list[Tensor]:
+    """Places of patch centres from the centre of the crop.
+
+    Args:
+        grid: patches along (z, y, x).
+        patch: voxels of one patch.
+        spacing_mm_B3: mm per voxel of each crop along (z, y, x); needed for `mm`.
+    Returns:
+        Per axis (B, n) float32; B = 1 where all crops have the same.
+    """
+    places = []
+    for axis, (n, side) in enumerate(zip(grid, patch, strict=True)):
+        # centres lie at halves: exact in float32, and symmetric to the last bit
+        step_1n = (torch.arange(n, device=device, dtype=torch.float32) + (0.5 - n / 2))[None]
+        if config.coordinates == "normalised":
+            places.append(step_1n * 2 / n)
+        elif config.coordinates == "voxel":
+            places.append(step_1n * side)
+        else:
+            assert spacing_mm_B3 is not None, "millimetres need the spacing"
+            places.append(step_1n * side * spacing_mm_B3[:, axis, None].to(torch.float32))
+    return places
+
+
+def draw_scales(
+    config: Config, num_crops: int, *, seed: int, counters: Sequence[int], device: torch.device
+) -> Tensor | None:
+    """Factors on the coordinates of each crop in training; None where they are switched off.
+
+    DINOv3 draws once per forward pass; here every crop has a draw of its own.
+
+    Args:
+        counters: what the draw is for, e.g. step, micro-batch, rank and group.
+    Returns:
+        (B, 3) float32, log-uniform per axis within `jitter` and over all axes within `rescale`.
+    """
+    if not config.varies:
+        return None
+    crop_B1 = torch.arange(num_crops, device=device)[:, None]
+    axis_3 = torch.arange(3, device=device)
+    each_B3 = rng.uniform(seed, "rope/jitter", *counters, crop_B1, axis_3) * 2 - 1
+    all_B1 = rng.uniform(seed, "rope/rescale", *counters, crop_B1) * 2 - 1
+    return (each_B3 * math.log(config.jitter) + all_B1 * math.log(config.rescale)).exp()
+
+
+def group_rotation(
+    config: Config,
+    head_dim: int,
+    *,
+    grid: Grid,
+    patch: Grid,
+    num_crops: int,
+    num_prefix: int,
+    spacing_mm_B3: Tensor | None,
+    scale_B3: Tensor | None,
+    device: torch.device,
+) -> Rotation:
+    """The rotation of one group of crops, [prefix, patches in (z, y, x) raster order] of each.
+
+    Args:
+        head_dim: C, channels of a head.
+        num_prefix: tokens before the patches that are not turned.
+        spacing_mm_B3, scale_B3: see `coordinates` and `draw_scales`.
+    Returns:
+        Tables of B * (num_prefix + N) rows.
+    """
+    period_P = periods(config, head_dim, device)
+    places = coordinates(config, grid, patch, spacing_mm_B3, device)
+    tables = []
+    for axis, place_Bn in enumerate(places):
+        if scale_B3 is not None:
+            place_Bn = place_Bn * scale_B3[:, axis, None]
+        tables.append(2 * math.pi * place_Bn[..., None] / period_P)
+    cos_BNR, sin_BNR = (_on_grid([part(table) for table in tables], grid) for part in (torch.cos, torch.sin))
+    ones_BSR = cos_BNR.new_ones(cos_BNR.shape[0], num_prefix, cos_BNR.shape[2])
+    cos_BTR = torch.cat([ones_BSR, cos_BNR], dim=1)
+    sin_BTR = torch.cat([torch.zeros_like(ones_BSR), sin_BNR], dim=1)
+    cos_BTR, sin_BTR = (table.expand(num_crops, -1, -1).flatten(0, 1) for table in (cos_BTR, sin_BTR))
+    return Rotation(cos_BTR, sin_BTR)
+
+
+def _on_grid(axes: Sequence[Tensor], grid: Grid) -> Tensor:
+    """Values per axis (B, n, P) -> values of every patch in raster order (B, N, 3P), z pairs first."""
+    parts = []
+    for axis, values_BnP in enumerate(axes):
+        shape = [values_BnP.shape[0], 1, 1, 1, values_BnP.shape[2]]
+        shape[1 + axis] = grid[axis]
+        parts.append(values_BnP.view(shape).expand(-1, *grid, -1))
+    return torch.cat(parts, dim=-1).flatten(1, 3)
+
+
+def join(groups: Sequence[Rotation]) -> Rotation:
+    """The rotation of several groups, packed in order."""
+    if len(groups) == 1:
+        return groups[0]
+    return Rotation(torch.cat([group.cos_TR for group in groups]), torch.cat([group.sin_TR for group in groups]))
