@@ -195,6 +195,7 @@ class Pretraining:
             raise
         finally:
             batches.close()
+            self.checkpoints.close()
         return stop
 
     def check_share(self) -> None:

@@ -326,7 +326,7 @@ def test_an_interrupt_of_any_other_command_is_one_line(
     shell: Shell, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupted(*_: object) -> None:
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)  # to this thread: one sent to the process may be taken by another, and late
 
     monkeypatch.setattr("tapct.data.manifest.judge_source", interrupted, raising=False)
     monkeypatch.setattr("tapct.data.pack._work", interrupted)

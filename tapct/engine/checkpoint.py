@@ -146,6 +146,10 @@ class Checkpoints:
         done = self.under_way is not None and self.under_way.done()
         return done and self.under_way is not None and self.under_way.exception() is not None
 
+    def close(self) -> None:
+        """Let the thread go once its work is done; nothing is saved after this."""
+        self.thread.shutdown(wait=False)
+
     def settle(self) -> None:
         """Wait for the save under way and do not ask how it went: something else has already gone wrong."""
         if self.under_way is not None:
