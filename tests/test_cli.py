@@ -330,7 +330,11 @@ def test_an_interrupt_of_any_other_command_is_one_line(
 
     monkeypatch.setattr("tapct.data.manifest.judge_source", interrupted, raising=False)
     monkeypatch.setattr("tapct.data.pack._work", interrupted)
-    code, _, err = shell("pack", place / "manifest.parquet", "--out", tmp_path / "store", "--workers", "0")
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts with & ignores Ctrl-C
+    try:
+        code, _, err = shell("pack", place / "manifest.parquet", "--out", tmp_path / "store", "--workers", "0")
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert code == 130 and err.splitlines() == ["error: interrupted"]
     assert set(files_of(tmp_path)) <= {"store/.lock"}
 

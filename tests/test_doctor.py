@@ -200,10 +200,10 @@ def is_alive(process: int) -> bool:
 
 def test_a_hung_child_is_ended_within_its_time_and_what_it_told_counts(hanging: Path) -> None:
     begin = time.monotonic()
-    told = Child("hanging", "torch", {}, 3.0).answers()
-    assert 2.9 < time.monotonic() - begin < 10
+    told = Child("hanging", "torch", {}, 8.0).answers()  # long enough to start on a busy machine
+    assert 7.9 < time.monotonic() - begin < 20
     assert told.of("torch", Torch) == Torch("9", "", "")
-    assert told.of("gpus", Gpus) == Broken("no answer within 3 s; it was ended")
+    assert told.of("gpus", Gpus) == Broken("no answer within 8 s; it was ended")
     assert not is_alive(int((hanging / "hanging.py.grandchild").read_text()))
 
 
