@@ -245,35 +245,47 @@ def sinkhorn_bias(teacher: TeacherScores, iterations: int) -> Tensor:
     num_views, num_rows, _ = teacher.features_GBW.shape
     num_prototypes, like = teacher.prototypes_KW.shape[0], teacher.features_GBW
     valid_B = torch.ones(num_rows, dtype=torch.bool, device=like.device) if teacher.valid_B is None else teacher.valid_B
-    count = collectives.sum_((num_views * valid_B.sum()).double())
-    log_rows = count.clamp(min=1).log().to(like.dtype)
-    outside_B = like.new_zeros(num_rows).masked_fill(~valid_B, -math.inf)
-    bias_K = like.new_zeros(num_prototypes)
-    for iteration in range(iterations):
-        top_K = like.new_full((num_prototypes,), -math.inf) if iteration == 0 else -bias_K
-        sum_K = like.new_zeros(num_prototypes)
+    top_K, sum_K = _prototype_sums(teacher, valid_B)
+    mass_K, count = _over_ranks(top_K, sum_K, (num_views * valid_B.sum()).double())
+    bias_K = _even_out(mass_K)
+    for _ in range(iterations - 1):
+        # a row step makes a softmax over prototypes of each row; what it gives them is that over the number of rows
+        scaled, sum_K = replace(teacher, bias_K=bias_K), like.new_zeros(num_prototypes)
         for rows in chunks(num_rows, num_views, num_prototypes, like.element_size()):
-            scores_GCK = teacher.chunk(rows)
-            if iteration == 0:  # nothing bounds the scores yet: keep each prototype's largest beside the sum
-                scores_GCK = scores_GCK + outside_B[rows, None]
-                largest_K = torch.maximum(top_K, scores_GCK.amax((0, 1)))
-                shift_K = torch.where(largest_K > -math.inf, largest_K, 0.0)
-                sum_K = sum_K * (top_K - shift_K).exp() + (scores_GCK - shift_K).exp_().sum((0, 1))
-                top_K = largest_K
-            else:  # a row step leaves a total mass of 1, so exp(scores + row + bias) <= 1 needs no shift
-                row_GC = outside_B[rows] - torch.logsumexp(scores_GCK + bias_K, dim=-1) - log_rows
-                sum_K += (scores_GCK + bias_K).add_(row_GC[..., None]).exp_().sum((0, 1))
-        mass_K = _log_mass_of_all_ranks(sum_K, top_K)
-        # where no row takes part at all, leave the prototypes unscaled instead of making NaN
-        bias_K = torch.where(mass_K > -math.inf, -mass_K - math.log(num_prototypes), 0.0)
+            targets_NK = torch.softmax(scaled.chunk(rows), dim=-1).flatten(0, 1)
+            sum_K += valid_B[rows].to(like.dtype).repeat(num_views) @ targets_NK
+        bias_K = _even_out((collectives.sum_(sum_K.double()) / count).log().to(like.dtype) - bias_K)
     return bias_K
 
 
-def _log_mass_of_all_ranks(sum_K: Tensor, top_K: Tensor) -> Tensor:
-    """log of the sum over ranks of sum * exp(top); float64 holds exp of differences down to -700."""
+def _even_out(mass_K: Tensor) -> Tensor:
+    """The bias that gives every prototype the same mass; 0 where no row takes part at all, instead of NaN."""
+    return torch.where(mass_K > -math.inf, -mass_K - math.log(len(mass_K)), 0.0)
+
+
+def _prototype_sums(teacher: TeacherScores, valid_B: Tensor) -> tuple[Tensor, Tensor]:
+    """Largest score of each prototype over valid rows, and the sum of exp(score - largest): both (K,).
+
+    Nothing bounds the scores before the first scaling, and at a temperature of 0.01 their exp overflows.
+    """
+    num_views, num_rows, _ = teacher.features_GBW.shape
+    num_prototypes, like = teacher.prototypes_KW.shape[0], teacher.features_GBW
+    outside_B = like.new_zeros(num_rows).masked_fill(~valid_B, -math.inf)
+    top_K, sum_K = like.new_full((num_prototypes,), -math.inf), like.new_zeros(num_prototypes)
+    for rows in chunks(num_rows, num_views, num_prototypes, like.element_size()):
+        scores_GCK = teacher.chunk(rows).add_(outside_B[rows, None])
+        largest_K = torch.maximum(top_K, scores_GCK.amax((0, 1)))
+        shift_K = torch.where(largest_K > -math.inf, largest_K, 0.0)
+        sum_K = sum_K * (top_K - shift_K).exp() + scores_GCK.sub_(shift_K).exp_().sum((0, 1))
+        top_K = largest_K
+    return torch.where(top_K > -math.inf, top_K, 0.0), sum_K
+
+
+def _over_ranks(top_K: Tensor, sum_K: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+    """log of the sum over ranks of sum * exp(top), (K,), and the number of rows of all ranks, at least 1."""
     if collectives.world_size() == 1:
-        return sum_K.log() + torch.where(top_K > -math.inf, top_K, 0.0)
+        return sum_K.log() + top_K, count.clamp(min=1)
     reference_K = collectives.max_(top_K.clone())
-    reference_K = torch.where(reference_K > -math.inf, reference_K, 0.0).double()
-    mine_K = sum_K.double() * (top_K.double() - reference_K).exp()
-    return (collectives.sum_(mine_K).log() + reference_K).to(sum_K.dtype)
+    mine_K = sum_K.double() * (top_K.double() - reference_K).exp()  # float64 holds exp of differences down to -700
+    summed = collectives.sum_(torch.cat([mine_K, count[None]]))
+    return (summed[:-1].log() + reference_K).to(sum_K.dtype), summed[-1].clamp(min=1)

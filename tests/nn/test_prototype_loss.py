@@ -110,6 +110,24 @@ def test_sinkhorn_by_chunks_equals_sinkhorn_on_the_whole_matrix(
     assert torch.allclose(targets.flatten(0, 1), (q * q.shape[1]).T, rtol=1e-9)
 
 
+@pytest.mark.parametrize("iterations", [1, 3])
+def test_two_ranks_are_one_problem_and_meet_once_per_iteration_and_once_before(
+    monkeypatch: pytest.MonkeyPatch, iterations: int
+) -> None:
+    *_, teacher = problem()
+    plain = fused.replace(teacher, bias_K=torch.zeros(K, dtype=torch.float64))
+    assert plain.valid_B is not None
+    twice = fused.replace(plain, features_GBW=torch.cat([plain.features_GBW] * 2, 1), valid_B=plain.valid_B.repeat(2))
+    alone = sinkhorn_bias(twice, iterations)
+    met: list[str] = []
+    # a second rank that holds the same rows
+    monkeypatch.setattr(fused.collectives, "world_size", lambda: 2)
+    monkeypatch.setattr(fused.collectives, "sum_", lambda x: (met.append("sum"), x * 2)[1])
+    monkeypatch.setattr(fused.collectives, "max_", lambda x: (met.append("max"), x)[1])
+    assert torch.allclose(sinkhorn_bias(plain, iterations), alone, rtol=1e-12)
+    assert met == ["max", *["sum"] * iterations]
+
+
 def test_sinkhorn_at_temperature_001_neither_overflows_nor_forgets() -> None:
     features, prototypes = F.normalize(draw(1, 64, W), dim=-1).float(), 3.0 * F.normalize(draw(K, W), dim=-1).float()
     cold = TeacherScores(features, prototypes, 0.01, torch.zeros(K))
