@@ -10,26 +10,11 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 
-from tapct import log
+from tapct import log, ranks
 from tapct.engine.checkpoint import Checkpoints, step_of
 from tapct.eval.runner import During
-
-# A child is a run of its own: it must not take itself for one of the ranks.
-LAUNCHERS = (
-    "RANK",
-    "WORLD_SIZE",
-    "LOCAL_",
-    "GROUP_",
-    "ROLE_",
-    "MASTER_",
-    "TORCHELASTIC_",
-    "SLURM_",
-    "PMI",
-    "TAPCT_MARK",
-)
 
 
 class Evaluations:
@@ -83,7 +68,7 @@ class Evaluations:
         words = [sys.executable, "-m", "tapct", "eval", str(self.run.absolute()), f"--step={step_of(saved)}"]
         if self.config.device:
             words.append(f"device={self.config.device}")
-        environment = child_environment(os.environ)
+        environment = ranks.without_place(os.environ)
         if self.config.how == "job":
             options = [*self.config.sbatch, f"--output={(folder / 'log.txt').absolute()}", "--open-mode=append"]
             line = ["sbatch", "--parsable", f"--job-name=eval-{self.run.name}", *options, f"--wrap={shlex.join(words)}"]
@@ -106,9 +91,3 @@ class Evaluations:
 def steps_folder(run: Path) -> Path:
     """Where the evaluations of single steps lie."""
     return run / "eval" / "steps"
-
-
-def child_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """The environment without what a launcher told this rank."""
-    own = {name: value for name, value in environment.items() if name.startswith(LAUNCHERS) and name != "SLURM_CONF"}
-    return {name: value for name, value in environment.items() if name not in own}

@@ -15,6 +15,10 @@ _LAUNCHERS = (
 )
 
 
+# All that torchrun, srun and `tapct submit` tell a process about its place; SLURM_CONF is the cluster's own.
+_TOLD = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_", "SLURM_", "PMI", "TAPCT_MARK")
+
+
 @dataclass(frozen=True)
 class Ranks:
     """Place of one process in a run.
@@ -56,6 +60,11 @@ def from_environment(environment: Mapping[str, str]) -> Ranks:
                 told = ", ".join(f"{name}={environment.get(name, '')}" for name in names)
                 raise ValueError(f"the launcher's variables make no sense: {told}; {error}") from error
     return Ranks()
+
+
+def without_place(environment: Mapping[str, str]) -> dict[str, str]:
+    """The environment for a child that is a run of its own and must not take itself for one of the ranks."""
+    return {name: value for name, value in environment.items() if not name.startswith(_TOLD) or name == "SLURM_CONF"}
 
 
 def restarts(environment: Mapping[str, str]) -> int:

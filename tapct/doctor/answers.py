@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -15,14 +14,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from tapct import ranks
 from tapct.doctor.facts import INSTALL, Broken
-from tapct.doctor.machine import ended, kill, last_line
+from tapct.doctor.machine import ended, kill, last_line, start
 from tapct.types import UserError
 
 MARK = "@doctor "
 CHILD_SECONDS = 60.0  # torch alone may take half a minute to load from a cold network disk
-# a launcher's variables would make each child believe that it is one of many
-LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID")
 
 
 def answer(topic: str, probe: Callable[[], Any]) -> Any:
@@ -57,18 +55,10 @@ class Child:
         self.end = time.monotonic() + seconds
         self.seconds = seconds
         package = str(Path(__file__).resolve().parents[2])
-        kept = {name: value for name, value in os.environ.items() if name not in LAUNCHER}
+        kept = ranks.without_place(os.environ)  # or each child would believe that it is one of many
         path = os.pathsep.join(filter(None, [package, kept.get("PYTHONPATH", "")]))
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", module, kind, json.dumps(arguments)],
-            env={**kept, "PYTHONPATH": path},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            errors="replace",
-            start_new_session=True,
-        )
+        words = [sys.executable, "-m", module, kind, json.dumps(arguments)]
+        self.process = start(words, {**kept, "PYTHONPATH": path})
 
     def answers(self) -> Answers:
         """Wait for its end, at most until its time is over."""

@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 
@@ -19,6 +20,20 @@ from tapct.doctor.facts import Broken, Cpu, Limits, Package, Slurm
 
 COMMAND_SECONDS = 8.0
 END_SECONDS = 2.0  # what a killed process gets to vanish; one that waits for a dead disk does not
+
+
+def start(words: Sequence[str], environment: Mapping[str, str] | None = None) -> subprocess.Popen[str]:
+    """A process that leads its own session, so that it can be ended with all that it starts."""
+    return subprocess.Popen(
+        words,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    )
 
 
 def ended(process: subprocess.Popen[str], seconds: float) -> tuple[str, str, bool]:
@@ -40,25 +55,15 @@ def ended(process: subprocess.Popen[str], seconds: float) -> tuple[str, str, boo
 
 
 def kill(process: subprocess.Popen[str]) -> None:
-    """End a process that leads its own session, with all that it started."""
-    try:
+    """End a process of `start` with all that it started; one that is gone, or another's by now, is left alone."""
+    with suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
-    except (ProcessLookupError, PermissionError):
-        pass
 
 
 def ask(words: Sequence[str], seconds: float = COMMAND_SECONDS) -> str | Broken:
     """Standard output of an external command, or why there is none."""
     try:
-        process = subprocess.Popen(
-            words,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            errors="replace",
-            start_new_session=True,
-        )
+        process = start(words)
     except OSError as error:
         return Broken(f"{words[0]}: {error.strerror}")
     out, err, by_itself = ended(process, seconds)
