@@ -97,6 +97,13 @@ def from_first(make: Callable[[], T]) -> T:
     return cast(T, answer[0])
 
 
+def own_slot(value: float | Tensor, device: torch.device) -> Tensor:
+    """A number of this rank among zeros for the others: (W,) float32, whose sum over ranks holds everyone's."""
+    slots_W = torch.zeros(world_size(), device=device)
+    slots_W[rank()] = value  # filled where it lies, so that the host does not wait
+    return slots_W
+
+
 class Packet:
     """Numbers of one step that all ranks add up in one collective.
 
@@ -125,6 +132,7 @@ class Packet:
         self.parts = {name: new.view(old.shape) for (name, old), new in zip(self.parts.items(), pieces, strict=True)}
 
     def __getitem__(self, name: str) -> Tensor:
+        """A part; clone what outlives the step, or it keeps the whole packet in memory."""
         return self.parts[name]
 
 

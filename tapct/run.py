@@ -311,12 +311,12 @@ class Pretraining:
                 evaluations.due = evaluations.due[-1:]  # nobody looks again: the last one counts
                 evaluations.look(self.checkpoints)
 
-        def failed_save() -> bool:
+        def look_after() -> bool:
             if first:
                 evaluations.look(self.checkpoints)
             return settings.on_error == "stop" and self.checkpoints.failed()
 
-        return loop.Hooks(record if first else lambda row: None, save, failed_save, log.say)
+        return loop.Hooks(record if first else lambda row: None, save, look_after, log.say)
 
     def trainer(self, pair: StudentTeacher, updater: optim.Updater, hooks: loop.Hooks) -> loop.Trainer:
         """The loop with everything it needs."""

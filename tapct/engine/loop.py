@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tapct.collectives import Packet
+from tapct.collectives import Packet, own_slot
 from tapct.config import setting
 from tapct.data import sampler
 from tapct.engine import initial, metrics, parallel, vitals
@@ -113,13 +113,14 @@ class Hooks:
     Args:
         log: gets each step's record, in order.
         save: begins a checkpoint of this many finished steps; the bool says that nothing follows, so it ends it too.
-        failed_save: whether a save that was begun has failed, and training shall not go on without it.
+        look_after: called after every step for what goes on beside training; whether a save that was begun has
+            failed, and training shall not go on without it.
         say: tells people a line.
     """
 
     log: Callable[[metrics.Record], None]
     save: Callable[[int, bool], object]
-    failed_save: Callable[[], bool] = lambda: False
+    look_after: Callable[[], bool] = lambda: False
     say: Callable[[str], None] = lambda line: None
 
 
@@ -193,7 +194,7 @@ class Trainer:
                 if self.parallel.desync_every and done % self.parallel.desync_every == 0:
                     with watch.naming_lost_ranks():
                         parallel.check_sync(self.pair, self.world, done)
-                self.flag.failed_save = self.hooks.failed_save()
+                self.flag.failed_save = self.hooks.look_after()
                 if due:
                     began = time.perf_counter()
                     with watch.naming_lost_ranks():
@@ -220,18 +221,16 @@ class Trainer:
                 with timer.stage("views"):
                     views, masks = self.make_inputs(step, micro, batch, counts)
                 if micro == 0:  # before the step's first collective: what comes after waits for the slowest rank
-                    packet.sum("arrival", self.own_slot(time.perf_counter() - began))
+                    packet.sum("arrival", own_slot(time.perf_counter() - began, self.device))
                 with timer.stage("forward_backward"):
                     outputs.append(self.forward_backward(step, micro, views, masks, values.teacher_temp))
             self.ln_k = vitals.ln_prototypes(outputs[0])
             with timer.stage("optimizer"):
                 metrics.collect(outputs, packet)
                 packet.sum("stop", self.flag.slots())
-                total = metrics.mean([output.total for output in outputs])
-                packet.sum("not_finite", self.own_slot(1.0 - torch.isfinite(total).float()))
-                report = self.updater.step(values, total, packet)
+                report = self.updater.step(values, metrics.mean([output.total for output in outputs]), packet)
                 self.flag.hear(packet["stop"])
-                self.not_finite.append((step, packet["not_finite"]))
+                self.not_finite.append((step, report.not_finite_W))
             numbers = metrics.readings(outputs, packet, report, with_rank=(step + 1) % self.log_every == 0)
             numbers += metrics.arrivals(packet["arrival"])
         saving, self.save_seconds = self.save_seconds, 0.0
@@ -246,12 +245,6 @@ class Trainer:
             output = ssl_step.forward(self.pair, views, masks, temp, key)
         (output.total / self.config.accumulation).backward()
         return output
-
-    def own_slot(self, value: float | Tensor) -> Tensor:
-        """A number of this rank among zeros for the others: (W,), whose sum over ranks holds everyone's."""
-        slots_W = torch.zeros(self.world.ranks.world, device=self.device)
-        slots_W[self.world.ranks.rank] = value
-        return slots_W
 
     def mask_counts(self, step: int) -> list[int]:
         """Masked tokens of every global crop of the step, all ranks and micro-batches, crop-major."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from tapct.collectives import Packet, local_part
+from tapct.collectives import Packet, local_part, own_slot
 from tapct.config import setting
 from tapct.nn.contracts import Backbone
 from tapct.ssl import schedules
@@ -73,10 +73,12 @@ class UpdateReport:
 
     Args:
         grad_norms: name of the submodule and its gradient norm before clipping.
+        not_finite_W: 1 for each rank whose loss was not finite, else 0.
         applied: bool, False when something was not finite and nothing moved.
     """
 
     grad_norms: tuple[tuple[str, Tensor], ...]
+    not_finite_W: Tensor
     applied: Tensor
 
 
@@ -117,7 +119,7 @@ class Updater:
             packet: other numbers that ranks add up in the same collective; reduced when this returns.
         """
         packet = Packet() if packet is None else packet
-        packet.sum("update/not_finite", 1.0 - torch.isfinite(total.detach()).to(self.bad.dtype))
+        packet.sum("update/not_finite", own_slot(1.0 - torch.isfinite(total.detach()).float(), self.bad.device))
         for name, square in square_norms(self.pair.student).items():
             packet.sum(f"update/square_norm/{name}", square / self.num_copies)
         pending = {
@@ -132,7 +134,7 @@ class Updater:
         norms = {name: packet[f"update/square_norm/{name}"].sqrt() for name, _ in self.pair.student.submodules()}
         clip(self.pair.student, norms, self.config.clip_norm)
         finite = torch.stack(
-            [packet["update/not_finite"] == 0, *(torch.isfinite(norm) for norm in norms.values())]
+            [packet["update/not_finite"].sum() == 0, *(torch.isfinite(norm) for norm in norms.values())]
         ).all()
         self.bad.copy_(torch.maximum(self.bad, 1.0 - finite.to(self.bad.dtype)))
         applied = self.bad == 0
@@ -145,7 +147,7 @@ class Updater:
         for loss in self.pair.terms.values():
             loss.finish_step(applied)
         self.optimizer.zero_grad(set_to_none=True)
-        return UpdateReport(tuple(norms.items()), applied)
+        return UpdateReport(tuple(norms.items()), packet["update/not_finite"].clone(), applied)
 
 
 def square_norms(student: Network) -> dict[str, Tensor]:

@@ -101,6 +101,7 @@ def world(place: Ranks, device: torch.device, config: Config) -> Iterator[World]
         device: of this rank; on CUDA already the one of its local rank.
     Raises:
         UserError: the others did not come within the time-out, or `parallel.shard` does not divide the world.
+        LostRank: another rank ended or hangs.
     """
     if place.world == 1:
         yield World(place, device)
@@ -131,9 +132,15 @@ def world(place: Ranks, device: torch.device, config: Config) -> Iterator[World]
     shard = collectives.from_first(lambda: shard_size(place, config.shard))
     mesh = init_device_mesh(device.type, (place.world // shard, shard), mesh_dim_names=("replicate", "shard"))
     side = dist.new_group(backend="gloo", timeout=timeout)
-    yield World(place, device, mesh, side, dist.PrefixStore("words", store))
+    try:
+        yield World(place, device, mesh, side, dist.PrefixStore("words", store))
+        dist.barrier(side)  # a rank that leaves early would look like a dead one to the rest
+    except RuntimeError as error:  # outside of the steps, which `Watch` looks after: set-up, reading, the end
+        if not lost_rank(error):
+            raise
+        time.sleep(CAUSE_FIRST_S)
+        raise LostRank(f"lost another rank outside of training ({cause_of(error)})") from error
     # Not after an error: NCCL would first finish what other ranks may never join, and the cause would not be told.
-    dist.barrier(side)  # a rank that leaves early would look like a dead one to the rest
     dist.destroy_process_group()
 
 
@@ -237,11 +244,7 @@ class Watch:
         except RuntimeError as error:
             if self.world.store is None or not lost_rank(error):
                 raise
-            lines = str(error).splitlines()
-            cause = re.sub(r"^\[[^]]*\] *", "", lines[0]).partition(". ")[0]  # without the place in gloo's sources
-            if "Last error:" in lines[:-1]:  # NCCL's own words
-                cause = lines[lines.index("Last error:") + 1]
-            words = f"{self.where}: lost another rank ({cause}); {self.others()}"
+            words = f"{self.where}: lost another rank ({cause_of(error)}); {self.others()}"
             time.sleep(CAUSE_FIRST_S)  # so that the rank which knows the cause speaks and ends first
             raise LostRank(words) from error
 
@@ -283,6 +286,14 @@ def lost_rank(error: RuntimeError) -> bool:
         "remote",
     )
     return isinstance(error, dist.DistNetworkError) or any(sign in told for sign in signs)
+
+
+def cause_of(error: RuntimeError) -> str:
+    """What a back-end says of a lost rank, in one line."""
+    lines = str(error).splitlines()
+    if "Last error:" in lines[:-1]:  # NCCL's own words
+        return lines[lines.index("Last error:") + 1]
+    return re.sub(r"^\[[^]]*\] *", "", lines[0]).partition(". ")[0]  # without the place in gloo's sources
 
 
 @torch.no_grad()

@@ -35,7 +35,6 @@ class StopFlag:
     def __init__(self, device: torch.device, alone: bool = True, deadline: float = math.inf) -> None:
         self.device, self.alone, self.deadline = device, alone, deadline
         self.signal = ""
-        self.noticed_at = 0.0  # time.time() of the first signal
         self.failed_save = False
         self.previous: dict[int, object] = {}
         self.heard: deque[tuple[Tensor, torch.cuda.Event | None]] = deque(maxlen=2)
@@ -51,7 +50,6 @@ class StopFlag:
         if self.signal and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.signal = self.signal or signal.Signals(number).name
-        self.noticed_at = self.noticed_at or time.time()
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self.previous.items():
@@ -77,7 +75,7 @@ class StopFlag:
             summed: of `slots`, on the device.
         """
         if self.device.type != "cuda":
-            self.heard.append((summed, None))
+            self.heard.append((summed.clone(), None))
             return
         host = torch.empty(summed.shape, dtype=summed.dtype, pin_memory=True)
         host.copy_(summed, non_blocking=True)
