@@ -8,6 +8,7 @@ import random
 import signal
 import subprocess
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -37,7 +38,15 @@ def children(parent: int) -> list[int]:
 
 def ranks_of(launcher: int) -> list[int]:
     """The ranks that torchrun started: its children that are Python running tapct."""
-    return [child for child in children(launcher) if b"tapct" in Path(f"/proc/{child}/cmdline").read_bytes()]
+    return [child for child in children(launcher) if b"tapct" in command_of(child)]
+
+
+def command_of(process: int) -> bytes:
+    """Command line of a process; empty when it is gone."""
+    try:
+        return Path(f"/proc/{process}/cmdline").read_bytes()
+    except OSError:
+        return b""
 
 
 def announced(out: Path) -> int:
@@ -45,21 +54,23 @@ def announced(out: Path) -> int:
     return int(latest.read_text().strip().removeprefix("step_")) if latest.exists() else 0
 
 
-def kill(victim: str, launcher: subprocess.Popen[str]) -> None:
-    """SIGKILL a part of a run; what is gone already is no error."""
+def kill(victim: str, launcher: subprocess.Popen[str]) -> int:
+    """SIGKILL a part of a run; how many processes were there to be killed."""
     ranks = ranks_of(launcher.pid)
+    workers = [child for rank in ranks for child in children(rank) if b"spawn_main" in command_of(child)]
     targets = {
         "rank 0": ranks[:1],
         "rank 1": ranks[1:],
         "both ranks": ranks,
         "launcher and ranks": [launcher.pid, *ranks],
-        "a loader's worker": [child for rank in ranks for child in children(rank)][-1:],
+        "a loader's worker": workers[-1:],
     }[victim]
-    for target in targets or ranks:
-        try:
+    killed = 0
+    for target in targets:
+        with suppress(ProcessLookupError):  # it ended in the meantime, and does not count
             os.kill(target, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
+            killed += 1
+    return killed
 
 
 def told_by(launcher: subprocess.Popen[str]) -> str:
@@ -81,9 +92,7 @@ def strike(folder: Path, store: Path, words: tuple[str, ...], victim: str, draw:
         assert time.monotonic() - began < PATIENCE_S, told_by(launcher)
         time.sleep(0.005)
     time.sleep(draw.uniform(0, 0.25))
-    struck = launcher.poll() is None
-    if struck:
-        kill(victim, launcher)
+    struck = launcher.poll() is None and kill(victim, launcher) > 0
     told = told_by(launcher)
     assert struck or launcher.returncode == 0, told
     latest = announced(folder / "run")

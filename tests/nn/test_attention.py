@@ -222,12 +222,13 @@ def test_every_kernel_of_a_gpu_agrees_with_sdpa_forward_and_backward(name: str) 
 @pytest.mark.gpu
 def test_varlen_never_waits_for_the_device() -> None:
     qkv = torch.randn(sum(span.rows for span in SPANS), 3, 2, 8, device="cuda", dtype=torch.bfloat16)
-    BACKENDS["varlen"](*qkv.unbind(1), SPANS)
-    torch.cuda.set_sync_debug_mode("error")
+    want = BACKENDS["varlen"](*qkv.unbind(1), SPANS)
+    torch.cuda.set_sync_debug_mode("error")  # a wait raises
     try:
-        BACKENDS["varlen"](*qkv.unbind(1), SPANS)
+        found = BACKENDS["varlen"](*qkv.unbind(1), SPANS)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    torch.testing.assert_close(found, want)
 
 
 def test_the_projection_is_laid_out_as_in_dinov2() -> None:

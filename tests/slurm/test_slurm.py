@@ -152,8 +152,12 @@ def test_loader_processes_do_not_die_of_the_signal(here: Path) -> None:
     wait_for(lambda: steps_of("run") >= 2, "run", job)
     ask("scancel", "--signal=USR2", job)  # SLURM signals every process of the job
     wait_for(lambda: events_of("run")[:3] == ["start", "stopped", "start"], "run", job)
+    saved = steps_of("run")
+    wait_for(lambda: steps_of("run") > saved, "run", job)
     tapct("cancel", job)
     wait_for_end("run", job, "CANCELLED")
+    said = log_of("run", job)
+    assert "stopped by SIGUSR2 and saved at step" in said and "DataLoader worker" not in said
 
 
 @pytest.mark.slow
