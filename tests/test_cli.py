@@ -379,6 +379,9 @@ def test_the_line_after_a_stop_goes_on(
     def interrupted(self: loop.Trainer, index: int, batches: object) -> None:
         if index == 2:
             os.kill(os.getpid(), signal.SIGTERM)
+            until = time.monotonic() + 10.0
+            while not self.flag.signal and time.monotonic() < until:  # another thread takes it
+                time.sleep(0.001)
         original(self, index, batches)  # type: ignore[arg-type]
 
     with monkeypatch.context() as patch:

@@ -198,13 +198,23 @@ def is_alive(process: int) -> bool:
         return False
 
 
+def ends_within(seconds: float, process: int) -> bool:
+    """A killed process of another parent may be seen for a moment longer."""
+    until = time.monotonic() + seconds
+    while alive := is_alive(process):
+        if time.monotonic() > until:
+            break
+        time.sleep(0.05)
+    return not alive
+
+
 def test_a_hung_child_is_ended_within_its_time_and_what_it_told_counts(hanging: Path) -> None:
     begin = time.monotonic()
     told = Child("hanging", "torch", {}, 8.0).answers()  # long enough to start on a busy machine
     assert 7.9 < time.monotonic() - begin < 20
     assert told.of("torch", Torch) == Torch("9", "", "")
     assert told.of("gpus", Gpus) == Broken("no answer within 8 s; it was ended")
-    assert not is_alive(int((hanging / "hanging.py.grandchild").read_text()))
+    assert ends_within(10.0, int((hanging / "hanging.py.grandchild").read_text()))
 
 
 def test_a_child_that_dies_is_told_with_its_last_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

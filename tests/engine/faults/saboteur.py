@@ -69,7 +69,7 @@ class Saboteur(Loss):
 def act(action: str, cls_BD: Tensor) -> Tensor | float:
     """What goes wrong; returns what is added to the loss."""
     if action.startswith("SIG"):
-        os.kill(os.getpid(), signal.Signals[action])
+        tell(signal.Signals[action])
     elif action == "hang":
         time.sleep(3600)
     elif action == "raise":
@@ -80,6 +80,15 @@ def act(action: str, cls_BD: Tensor) -> Tensor | float:
     elif action == "nan-loss":
         return float("nan")
     return 0.0
+
+
+def tell(number: signal.Signals) -> None:
+    """Send this process a signal and wait until its handler has run; in `tapct train` another thread takes it."""
+    flag = getattr(signal.getsignal(number), "__self__", None)
+    os.kill(os.getpid(), number)
+    until = time.monotonic() + 10.0
+    while flag is not None and not flag.signal and time.monotonic() < until:
+        time.sleep(0.001)
 
 
 def build(config: Config) -> Saboteur:
