@@ -146,7 +146,8 @@ class StudentTeacher(nn.Module):
 
         Args:
             step: finished optimizer steps.
-            apply: bool scalar on the device; False leaves the snapshot as it is, without asking the host.
+            apply: bool scalar on the device; False leaves the snapshot's weights as they are, without asking the host
+                (a run in which a step was refused ends without a further checkpoint).
         """
         if self.snapshot is None or self.snapshot_times is None:
             return

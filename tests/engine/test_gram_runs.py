@@ -1,4 +1,4 @@
-"""Runs with Gram anchoring: what the snapshot holds at each step, stopping across a refresh, going on with and without."""
+"""Runs with Gram anchoring: what the snapshot holds at each step, stops across a refresh, going on with and without."""
 
 from __future__ import annotations
 
@@ -39,13 +39,21 @@ def test_a_checkpoint_holds_the_teacher_of_the_last_refresh(tmp_path: Path, stor
             assert [name for name in held if not torch.equal(held[name], teachers[taken][name])] == []
 
 
-@pytest.mark.parametrize("step", [1, 2, 6, 8])
+@pytest.mark.parametrize(
+    ("step", "more"), [(1, ()), (2, ()), (6, ()), (8, ()), (6, ("train.precision=bf16", "losses.gram.tokens=masked"))]
+)
 def test_a_run_stopped_before_at_and_after_a_refresh_equals_one_that_was_not(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, store: Path, undisturbed: Callable[..., Path], step: int
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    store: Path,
+    undisturbed: Callable[..., Path],
+    step: int,
+    more: tuple[str, ...],
 ) -> None:
-    assert stopped_run(monkeypatch, tmp_path, store, step, *GRAM).step == step
-    assert run.train(config_of(tmp_path, store, *GRAM)) == loop.Stop(STEPS)
-    assert_equal_runs(tmp_path / "run", undisturbed(*GRAM), tmp_path)
+    words = (*GRAM, *more)
+    assert stopped_run(monkeypatch, tmp_path, store, step, *words).step == step
+    assert run.train(config_of(tmp_path, store, *words)) == loop.Stop(STEPS)
+    assert_equal_runs(tmp_path / "run", undisturbed(*words), tmp_path)
 
 
 def test_until_its_start_a_run_is_the_one_without_it_and_the_snapshot_is_not_run(
@@ -75,7 +83,8 @@ def test_a_start_beyond_the_last_step_is_told_and_changes_nothing(
 ) -> None:
     run.train(config_of(tmp_path, store, "losses.gram={}"))
     assert "first snapshot is due at step 100000: this run never takes it" in capsys.readouterr().out
-    files = [path / "checkpoints" / "step_00000012" / "teacher.safetensors" for path in (tmp_path / "run", undisturbed())]
+    folders = [path / "checkpoints" / f"step_{STEPS:08d}" for path in (tmp_path / "run", undisturbed())]
+    files = [folder / "teacher.safetensors" for folder in folders]
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
