@@ -22,7 +22,7 @@ from pathlib import Path
 from submitit import SlurmExecutor
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 
-from tapct import jobs, slurm, stages, sweep, worker
+from tapct import jobs, slurm, sweep, worker
 from tapct.config import Resolved, load_config
 from tapct.data.store import Store
 from tapct.engine import checkpoint
@@ -124,7 +124,7 @@ def check(resolved: Resolved, resources: Resources) -> None:
         UserError: batch, device, data or run folder do not allow it.
     """
     config: RunConfig = resolved.value
-    for part in stages.parts(config):
+    for part in config.parts():
         check_share(part.config, resources)
     if config.train.save_before_end_s >= 60 * resources.minutes:
         raise UserError(

@@ -86,7 +86,11 @@ class RunConfig:
                     "change one of them"
                 )
         self.check_neighbours(1)
-        stages.parts(self)
+        self.parts()
+
+    def parts(self) -> list[stages.Part]:
+        """The run as stretches with one config each: this one, and then its stages."""
+        return stages.parts(self, self.stages, self.train.steps)
 
     def check_neighbours(self, world: int) -> None:
         """Raise UserError where KoLeo would have a single sample to compare, on so many ranks."""
@@ -206,7 +210,7 @@ class Pretraining:
     def check_share(self) -> None:
         """Raise SharedError where the ranks cannot share `train.global_batch` equally, or have too little of it."""
         world = self.world.ranks.world
-        for part in stages.parts(self.config):
+        for part in self.config.parts():
             config: RunConfig = part.config
             share = {"accumulation": config.train.accumulation, "global_batch": config.train.global_batch}
             try:
@@ -273,7 +277,7 @@ class Pretraining:
 
     def batches(self, rows: list[int], start: int) -> Generator[tuple[Batch, ...], None, None]:
         """Slabs of this rank from step `start` on, part by part of the run."""
-        for part in stages.parts(self.config):
+        for part in self.config.parts():
             if part.stop <= start:
                 continue
             first, config = max(part.start, start), part.config
@@ -334,7 +338,7 @@ class Pretraining:
     def trainer(self, pair: StudentTeacher, updater: optim.Updater, hooks: loop.Hooks) -> loop.Trainer:
         """The loop with everything it needs; all stages are tried before the first step."""
         config = self.config
-        first, *later = (stage_of(part, pair) for part in stages.parts(config))
+        first, *later = (stage_of(part, pair) for part in config.parts())
         return loop.Trainer(
             pair,
             updater,

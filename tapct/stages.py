@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,24 +65,26 @@ class Part:
         return f"{self.name}: {text}" if self.name else text
 
 
-def parts(config: Any) -> list[Part]:
+def parts(config: Any, stages: Sequence[Stage], steps: int) -> list[Part]:
     """The whole run, part by part.
 
     Args:
-        config: a RunConfig.
+        config: a RunConfig, as it holds before the first stage.
+        stages: of it, in order.
+        steps: of the whole run.
     Raises:
         ConfigError: a stage that never holds, or that sets what is unknown, wrong, or kept for the whole run.
     """
-    found = [Part(0, config.train.steps, config)]
-    for number, stage in enumerate(config.stages):
-        name, before = f"stages[{number}]", found[-1]
+    found = [Part(0, steps, config)]
+    for stage in stages:
+        name, before = f"stages[{len(found) - 1}]", found[-1]
         if before.start >= stage.start:
             raise ConfigError(f"{name}.start {stage.start} is not after {before.start}, where {before.name} starts")
-        if stage.start >= config.train.steps:
-            raise ConfigError(f"{name}.start {stage.start} is not less than train.steps {config.train.steps}; lower it")
+        if stage.start >= steps:
+            raise ConfigError(f"{name}.start {stage.start} is not less than train.steps {steps}; lower it")
         found[-1] = dataclasses.replace(before, stop=stage.start)
         words = " ".join(stage.set) or "the config itself"
-        found.append(Part(stage.start, config.train.steps, config_of(config, stage, name), name, words))
+        found.append(Part(stage.start, steps, config_of(config, stage, name), name, words))
     return found
 
 
@@ -89,7 +92,7 @@ def config_of(config: Any, stage: Stage, name: str) -> Any:
     """The config that holds in a stage.
 
     Args:
-        config: a RunConfig, before the first stage.
+        config: a RunConfig, as it holds before the first stage.
         stage: one of its stages.
         name: for error lines.
     Raises:
