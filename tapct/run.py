@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from tapct import collectives, during, log, plan, plugin, ranks, stages
+from tapct import collectives, during, log, plan, plugin, ranks
 from tapct.config import Resolved, setting
 from tapct.data import loader
 from tapct.data.sampler import samples_of
@@ -27,6 +27,7 @@ from tapct.provenance import write_run_files
 from tapct.resume import find_start
 from tapct.ssl.schedules import Schedules
 from tapct.ssl.student_teacher import Network, StudentTeacher
+from tapct.stages import Part, Stage, parts_of
 from tapct.types import Batch, HUContract, SharedError, UserError
 from tapct.views import masks, recipe
 
@@ -66,7 +67,7 @@ class RunConfig:
     checkpoint: checkpoint.Config = field(default_factory=checkpoint.Config)
     log: log.Config = field(default_factory=log.Config)
     eval: runner.Config = field(default_factory=runner.Config)
-    stages: tuple[stages.Stage, ...] = setting(
+    stages: tuple[Stage, ...] = setting(
         (), "parts of the run with other settings: sections with start (finished steps) and set (a list of key=value)"
     )
 
@@ -88,9 +89,9 @@ class RunConfig:
         self.check_neighbours(1)
         self.parts()
 
-    def parts(self) -> list[stages.Part]:
+    def parts(self) -> list[Part]:
         """The run as stretches with one config each: this one, and then its stages."""
-        return stages.parts(self, self.stages, self.train.steps)
+        return parts_of(self, self.stages, self.train.steps)
 
     def check_neighbours(self, world: int) -> None:
         """Raise UserError where KoLeo would have a single sample to compare, on so many ranks."""
@@ -354,7 +355,7 @@ class Pretraining:
         )
 
 
-def stage_of(part: stages.Part, pair: StudentTeacher) -> loop.Stage:
+def stage_of(part: Part, pair: StudentTeacher) -> loop.Stage:
     """What holds in a part of the run; raises SharedError where the pair cannot follow it."""
     config: RunConfig = part.config
     recipe = loop.Recipe(config.views, config.masks, config.contract, pair.student.backbone.patch, config.seed)

@@ -65,7 +65,7 @@ class Part:
         return f"{self.name}: {text}" if self.name else text
 
 
-def parts(config: Any, stages: Sequence[Stage], steps: int) -> list[Part]:
+def parts_of(config: Any, stages: Sequence[Stage], steps: int) -> list[Part]:
     """The whole run, part by part.
 
     Args:
