@@ -14,7 +14,7 @@ import pytest
 import torch
 from many_ranks import PLAIN, good, largest_difference, largest_state_difference, train
 from stopped import STEPS, one_line, stop_at, stopped_run
-from tiny_run import assert_equal_runs, config_of, numbers_of
+from tiny_run import assert_equal_runs, config_of, numbers_of, state_of
 
 from tapct import run, trained
 from tapct.engine import loop
@@ -128,6 +128,21 @@ def test_a_larger_window_on_the_same_area_has_finer_voxels_and_on_a_larger_area_
     assert pixel_mm[0] == pytest.approx(0.2**0.5 / 16, rel=1e-5)
     assert pixel_mm[1] == pytest.approx(pixel_mm[0] / 2, rel=1e-5)
     assert pixel_mm[2] == pytest.approx(pixel_mm[0], rel=1e-5)
+
+
+def test_the_moments_of_adamw_follow_their_stage(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, store: Path) -> None:
+    forgetful = stages((5, ("optim.betas=[0.0,0.999]",)))
+    moments = []
+    for number, (step, words) in enumerate(((5, ()), (6, ()), (6, (forgetful,)))):
+        stopped_run(monkeypatch, tmp_path / str(number), store, step, *words)
+        checkpoint = tmp_path / str(number) / "run" / "checkpoints" / f"step_{step:08d}"
+        state = state_of(checkpoint, tmp_path / "scratch.pt")
+        moments.append({name: x for name, x in state.items() if name.endswith(".exp_avg")})
+    before, mixed, gradient = moments  # at beta 0 the first moment is the gradient itself
+    assert len(gradient) > 30
+    for name in gradient:
+        torch.testing.assert_close(mixed[name], 0.9 * before[name] + 0.1 * gradient[name], rtol=1e-5, atol=1e-8)
+    assert not torch.equal(gradient[name], mixed[name])
 
 
 @pytest.mark.dist
