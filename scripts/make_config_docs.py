@@ -54,7 +54,7 @@ def kind(hint: Any) -> str:
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         return " or ".join(kind(arg) for arg in args)
     if typing.get_origin(hint) is tuple:
-        return f"list of {MANY[args[0]]}" if args[-1] is Ellipsis else f"{len(args)} {MANY[args[0]]}"
+        return f"list of {MANY.get(args[0], 'sections')}" if args[-1] is Ellipsis else f"{len(args)} {MANY[args[0]]}"
     return WORDS[hint]
 
 

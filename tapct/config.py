@@ -12,12 +12,11 @@ import dataclasses
 import re
 import typing
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import NoneType
 from typing import Any, TypeAlias
 
-import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -25,9 +24,8 @@ from tapct import plugin
 from tapct.settings import KeyPath, checked, dotted, kind, nearest_keys
 from tapct.settings import setting as setting
 from tapct.types import UserError
-from tapct.yamlfile import Layer, read_chain, read_overrides
+from tapct.yamlfile import Layer, one_line, read_chain, read_overrides, to_text
 
-_ONE_LINE: dict[str, Any] = {"default_flow_style": True, "sort_keys": False, "width": 10**9, "allow_unicode": True}
 _ABSENT: Any = object()
 _Field: TypeAlias = "dataclasses.Field[Any]"
 
@@ -54,12 +52,12 @@ class Resolved:
 
     def to_yaml(self) -> str:
         """The whole config as YAML that `load_config` reads back to the same value."""
-        return yaml.dump(self.to_dict(), Dumper=_Dumper, sort_keys=False, width=120, allow_unicode=True)
+        return to_text(self.to_dict())
 
     def pretty(self) -> str:
         """One `key: value  # origin` line per leaf, aligned; with `=` for `:` each is an override."""
         leaves = [(dotted(path), value) for path, value in _leaves(self.to_dict())]
-        rows = [(f"{key}: {_text(value)}", self.origin[key]) for key, value in leaves]
+        rows = [(f"{key}: {one_line(value)}", self.origin[key]) for key, value in leaves]
         width = min(max((len(text) for text, _ in rows), default=0), 60)
         return "\n".join(f"{text:<{width}}  # {origin}" for text, origin in rows)
 
@@ -81,17 +79,22 @@ def load_config(cls: type, path: Path | None, overrides: Sequence[str]) -> Resol
     return _resolve(cls, layers)
 
 
-def from_dict(cls: type, mapping: Mapping[str, Any], where: str) -> Any:
+def from_dict(cls: type, mapping: Mapping[str, Any], where: str, overrides: Sequence[str] = ()) -> Any:
     """Rebuild a dataclass from the dict of a run's own config or an export, with the same checks.
 
     Args:
         cls: the frozen dataclass.
         mapping: what `to_dict` gave; missing keys take their defaults; `${...}` is plain text here.
-        where: file that the mapping came from, for error lines.
+        where: what mapping and overrides came from, for error lines.
+        overrides: key=value, as in `load_config`.
     Raises:
         ConfigError: as in `load_config`.
     """
-    return _resolve(cls, [Layer(dict(mapping), {(): where}, ordered=True)], interpolate=False).value
+    try:
+        above = [replace(layer, origins=dict.fromkeys(layer.origins, where)) for layer in read_overrides(overrides)]
+    except ValueError as error:
+        raise ConfigError(f"{where}: {error}") from error
+    return _resolve(cls, [Layer(dict(mapping), {(): where}, ordered=True), *above], interpolate=False).value
 
 
 def to_dict(value: Any) -> dict[str, Any]:
@@ -138,7 +141,7 @@ class _Scope:
         return "default"
 
     def error(self, path: KeyPath, value: Any, rule: str) -> ConfigError:
-        return ConfigError(f"{self.source(path)}: {dotted(path)} = {_text(value)}: {rule}")
+        return ConfigError(f"{self.source(path)}: {dotted(path)} = {one_line(value)}: {rule}")
 
     def unknown_key_error(self, full: Mapping[str, Any]) -> ConfigError:
         path, value = self.unknown[0]
@@ -151,7 +154,7 @@ class _Scope:
         there = [key for key in keys if key.startswith(section + ".")] if section else list(full)
         hint = f"did you mean {' or '.join(near)}?" if near else f"known here: {', '.join(there[:12])}"
         more = f" ({len(self.unknown) - 1} more unknown keys)" if len(self.unknown) > 1 else ""
-        return ConfigError(f"{self.source(path)}: {dotted(path)} = {_text(value)}: unknown key; {hint}{more}")
+        return ConfigError(f"{self.source(path)}: {dotted(path)} = {one_line(value)}: unknown key; {hint}{more}")
 
     def load(self, item: _Field, name: Any, path: KeyPath) -> type:
         """The `Config` class of a plug-in; its failure is told with the key and the source."""
@@ -215,7 +218,9 @@ def _complete(cls: type, default: Any, user: Mapping[str, Any], path: KeyPath, s
         if given is _ABSENT and start is _ABSENT and inner is None:
             rule = f"is missing: it has no default, set it ({kind(hint)})"
             raise ConfigError(f"{scope.source(path)}: {dotted(here)} {rule}")
-        if not isinstance(given, Mapping | NoneType) and given is not _ABSENT:
+        if (each := _dataclass_of_sections(hint, given)) is not None:
+            result[item.name] = [_complete(each, None, one, (*here, str(i)), scope) for i, one in enumerate(given)]
+        elif not isinstance(given, Mapping | NoneType) and given is not _ABSENT:
             result[item.name] = given
         elif item.metadata.get("plugin_kind") == "section" and given is not None:
             result[item.name] = _complete_section(item, start, {} if given is _ABSENT else given, here, scope)
@@ -288,6 +293,8 @@ def _convert(item: _Field, hint: Any, value: Any, path: KeyPath, scope: _Scope) 
     inner = _dataclass_in(hint)
     if inner is not None and isinstance(value, Mapping):
         return _build(inner, value, path, scope)
+    if (each := _dataclass_of_sections(hint, value)) is not None:
+        return tuple(_build(each, one, (*path, str(i)), scope) for i, one in enumerate(value))
     try:
         if inner is not None and not (value is None and inner is not hint):
             raise ValueError(f"must be {kind(inner)}")
@@ -326,10 +333,16 @@ def _default(item: _Field) -> Any:
 
 def _dataclass_in(hint: Any) -> type | None:
     """The dataclass of `SomeConfig` or `SomeConfig | None`; None for every other annotation."""
-    for candidate in (hint, *typing.get_args(hint)):
+    for candidate in (hint, *(typing.get_args(hint) if typing.get_origin(hint) is not tuple else ())):
         if isinstance(candidate, type) and dataclasses.is_dataclass(candidate) and candidate is not plugin.Plugin:
             return candidate
     return None
+
+
+def _dataclass_of_sections(hint: Any, value: Any) -> type | None:
+    """The dataclass of `tuple[SomeConfig, ...]`, where the value is a list of sections; else None."""
+    listed = isinstance(value, list) and all(isinstance(one, Mapping) for one in value)
+    return _dataclass_in(typing.get_args(hint)[0]) if listed and typing.get_origin(hint) is tuple else None
 
 
 def _plain(item: _Field, value: Any) -> Any:
@@ -340,46 +353,27 @@ def _plain(item: _Field, value: Any) -> Any:
             on = {entry.name: to_dict(entry.config) for entry in value}
             off = dict.fromkeys(name for name in item.metadata["plugin_default"] if name not in on)
             return {**on, **off}
-    if dataclasses.is_dataclass(value):
-        return to_dict(value)
     return _listed(value)
 
 
 def _listed(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return to_dict(value)
     if isinstance(value, tuple | list):
         return [_listed(element) for element in value]
     return str(value) if isinstance(value, Path) else value
 
 
-def _leaves(tree: Mapping[str, Any], path: KeyPath = ()) -> Iterator[tuple[KeyPath, Any]]:
+def _leaves(tree: Mapping[str, Any], path: KeyPath = (), into_lists: bool = False) -> Iterator[tuple[KeyPath, Any]]:
     for key, value in tree.items():
+        if into_lists and isinstance(value, list):
+            value = {str(i): one for i, one in enumerate(value) if isinstance(one, Mapping)} or value
         if isinstance(value, Mapping) and value:
-            yield from _leaves(value, (*path, key))
+            yield from _leaves(value, (*path, key), into_lists)
         else:
             yield (*path, key), value
 
 
 def _all_paths(tree: Mapping[str, Any]) -> list[KeyPath]:
-    paths = [path for path, _ in _leaves(tree)]
+    paths = [path for path, _ in _leaves(tree, into_lists=True)]
     return list(dict.fromkeys(path[:length] for path in paths for length in range(1, len(path) + 1)))
-
-
-def _text(value: Any) -> str:
-    """A value as it would be written in YAML, on one line."""
-    lines = yaml.dump(value, Dumper=_Dumper, **_ONE_LINE).splitlines()
-    return " ".join(line for line in lines if line != "...")
-
-
-class _Dumper(yaml.SafeDumper):
-    """Block mappings, lists in one line, and quotes around text that OmegaConf would read as a number."""
-
-    def represent_list(self, data: Any) -> yaml.SequenceNode:
-        return self.represent_sequence("tag:yaml.org,2002:seq", data, flow_style=True)
-
-    def represent_str(self, data: str) -> yaml.ScalarNode:
-        style = "'" if re.fullmatch(r"[-+.\d][-+.:\w]*", data) else None if data.isprintable() else '"'
-        return self.represent_scalar("tag:yaml.org,2002:str", data, style=style)
-
-
-_Dumper.add_representer(list, _Dumper.represent_list)
-_Dumper.add_representer(str, _Dumper.represent_str)

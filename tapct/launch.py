@@ -124,13 +124,8 @@ def check(resolved: Resolved, resources: Resources) -> None:
         UserError: batch, device, data or run folder do not allow it.
     """
     config: RunConfig = resolved.value
-    parts = resources.world * config.train.accumulation
-    if config.train.global_batch % parts:
-        raise UserError(
-            f"train.global_batch {config.train.global_batch} cannot be shared by {resources.nodes} x {resources.tasks} "
-            f"tasks with train.accumulation {config.train.accumulation}; make it a multiple of {parts}"
-        )
-    config.check_neighbours(resources.world)
+    for part in config.parts():
+        check_share(part.config, resources)
     if config.train.save_before_end_s >= 60 * resources.minutes:
         raise UserError(
             f"train.save_before_end_s {config.train.save_before_end_s:g} s is not less than --time, "
@@ -148,6 +143,17 @@ def check(resolved: Resolved, resources: Resources) -> None:
         newest = max(saved, key=checkpoint.step_of)
         for key, old, new in changed_keys(checkpoint.read_meta(newest).config, resolved.to_dict()):
             raise UserError(f"{key} was {old} when {newest} was written and is {new} now; choose another out=")
+
+
+def check_share(config: RunConfig, resources: Resources) -> None:
+    """Raise UserError where the tasks cannot share the batch equally, or KoLeo has too little of it."""
+    parts = resources.world * config.train.accumulation
+    if config.train.global_batch % parts:
+        raise UserError(
+            f"train.global_batch {config.train.global_batch} cannot be shared by {resources.nodes} x {resources.tasks} "
+            f"tasks with train.accumulation {config.train.accumulation}; make it a multiple of {parts}"
+        )
+    config.check_neighbours(resources.world)
 
 
 def check_idle(outs: Sequence[Path]) -> None:

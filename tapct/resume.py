@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tapct import log
+from tapct.config import from_dict, to_dict
 from tapct.engine import checkpoint
 from tapct.engine.checkpoint import Checkpoints
 from tapct.types import UserError
@@ -42,13 +43,13 @@ HARMLESS = (
 WORDS = ("auto", "must", "never")
 
 
-def find_start(checkpoints: Checkpoints, wanted: str, config: dict[str, Any], allow_change: bool) -> Path | None:
+def find_start(checkpoints: Checkpoints, wanted: str, config: Any, allow_change: bool) -> Path | None:
     """The checkpoint to go on from, or None for a new run; damaged ones are named and passed over.
 
     Args:
         checkpoints: of the run folder.
         wanted: `auto`, `must`, `never`, or the path of a checkpoint or of another run's folder.
-        config: of now, resolved.
+        config: of now, a RunConfig.
         allow_change: go on although keys differ that shape the curve; they are told.
     Raises:
         UserError: `must` finds none, `never` finds one, the path is no whole checkpoint, or the config does not fit.
@@ -71,7 +72,7 @@ def find_start(checkpoints: Checkpoints, wanted: str, config: dict[str, Any], al
         if wanted == "must":
             raise UserError(f"train.resume=must, but {checkpoints.folder} holds no whole checkpoint")
         return None
-    changed = changed_keys(checkpoint.read_meta(found).config, config)
+    changed = changed_keys(with_new_keys(checkpoint.read_meta(found).config, type(config)), to_dict(config))
     if changed and not allow_change:
         key, old, new = changed[0]
         more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
@@ -101,6 +102,14 @@ def named_checkpoint(path: Path) -> Path:
     if found is None:
         raise UserError(f"train.resume={path}: neither a checkpoint nor a run folder with a whole one")
     return found
+
+
+def with_new_keys(old: dict[str, Any], cls: type) -> dict[str, Any]:
+    """The config of a checkpoint with the defaults of keys that came later, which leave all as it was before them."""
+    try:
+        return to_dict(from_dict(cls, old, "checkpoint"))
+    except UserError:  # a key is gone, or a value is refused now: told as it stands
+        return old
 
 
 def changed_keys(old: dict[str, Any], new: dict[str, Any]) -> list[tuple[str, Any, Any]]:

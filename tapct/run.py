@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -26,7 +27,8 @@ from tapct.provenance import write_run_files
 from tapct.resume import find_start
 from tapct.ssl.schedules import Schedules
 from tapct.ssl.student_teacher import Network, StudentTeacher
-from tapct.types import HUContract, SharedError, UserError
+from tapct.stages import Part, Stage, parts_of
+from tapct.types import Batch, HUContract, SharedError, UserError
 from tapct.views import masks, recipe
 
 
@@ -65,6 +67,9 @@ class RunConfig:
     checkpoint: checkpoint.Config = field(default_factory=checkpoint.Config)
     log: log.Config = field(default_factory=log.Config)
     eval: runner.Config = field(default_factory=runner.Config)
+    stages: tuple[Stage, ...] = setting(
+        (), "parts of the run with other settings: sections with start (finished steps) and set (a list of key=value)"
+    )
 
     def __post_init__(self) -> None:
         deepest = self.views.slices_needed()
@@ -82,6 +87,11 @@ class RunConfig:
                     "change one of them"
                 )
         self.check_neighbours(1)
+        self.parts()
+
+    def parts(self) -> list[Part]:
+        """The run as stretches with one config each: this one, and then its stages."""
+        return parts_of(self, self.stages, self.train.steps)
 
     def check_neighbours(self, world: int) -> None:
         """Raise UserError where KoLeo would have a single sample to compare, on so many ranks."""
@@ -168,9 +178,7 @@ class Pretraining:
         self.check_share()
         # what was asked of the first start must not end one that a launcher has started again
         wanted = "auto" if ranks.restarts(os.environ) else config.train.resume
-        found = collectives.from_first(
-            lambda: find_start(self.checkpoints, wanted, self.resolved.to_dict(), self.allow_change)
-        )
+        found = collectives.from_first(lambda: find_start(self.checkpoints, wanted, config, self.allow_change))
         pair = self.build_pair()
         updater = optim.Updater(pair, config.optim, self.world.num_copies)
         start = self.restore(found, pair, updater) if found is not None else self.first_weights(pair)
@@ -202,12 +210,15 @@ class Pretraining:
 
     def check_share(self) -> None:
         """Raise SharedError where the ranks cannot share `train.global_batch` equally, or have too little of it."""
-        train, world = self.config.train, self.world.ranks.world
-        try:
-            samples_of(0, 0, 0, world=world, accumulation=train.accumulation, global_batch=train.global_batch)
-            self.config.check_neighbours(world)
-        except UserError as error:
-            raise SharedError(str(error)) from error
+        world = self.world.ranks.world
+        for part in self.config.parts():
+            config: RunConfig = part.config
+            share = {"accumulation": config.train.accumulation, "global_batch": config.train.global_batch}
+            try:
+                samples_of(0, 0, 0, world=world, **share)
+                config.check_neighbours(world)
+            except UserError as error:
+                raise SharedError(part.says(str(error))) from error
 
     def rows(self) -> list[int]:
         """Rows of the store that are trained on."""
@@ -265,20 +276,25 @@ class Pretraining:
         log.say(f"going on from {found} at step {meta.step} of {self.config.train.steps}, read in {took:.1f} s")
         return meta.step
 
-    def batches(self, rows: list[int], start: int) -> loader.Loader:
-        """Slabs of this rank from step `start` on."""
-        return loader.build(
-            self.config.data.loader,
-            self.store,
-            seed=self.config.seed,
-            rank=self.world.ranks.rank,
-            world=self.world.ranks.world,
-            accumulation=self.config.train.accumulation,
-            global_batch=self.config.train.global_batch,
-            start_step=start,
-            pin=self.world.device.type == "cuda",
-            rows=rows,
-        )
+    def batches(self, rows: list[int], start: int) -> Generator[tuple[Batch, ...], None, None]:
+        """Slabs of this rank from step `start` on, part by part of the run."""
+        for part in self.config.parts():
+            if part.stop <= start:
+                continue
+            first, config = max(part.start, start), part.config
+            with loader.build(
+                config.data.loader,
+                self.store,
+                seed=config.seed,
+                rank=self.world.ranks.rank,
+                world=self.world.ranks.world,
+                accumulation=config.train.accumulation,
+                global_batch=config.train.global_batch,
+                start_step=first,
+                pin=self.world.device.type == "cuda",
+                rows=rows,
+            ) as read:
+                yield from islice(read, part.stop - first)
 
     def hooks(
         self, pair: StudentTeacher, updater: optim.Updater, writer: log.MetricsWriter, progress: log.TrainProgress
@@ -321,22 +337,36 @@ class Pretraining:
         return loop.Hooks(record if first else lambda row: None, save, look_after, log.say)
 
     def trainer(self, pair: StudentTeacher, updater: optim.Updater, hooks: loop.Hooks) -> loop.Trainer:
-        """The loop with everything it needs."""
+        """The loop with everything it needs; all stages are tried before the first step."""
         config = self.config
-        patch = pair.student.backbone.patch
-        views_recipe = loop.Recipe(config.views, config.masks, config.contract, patch, config.seed)
+        first, *later = (stage_of(part, pair) for part in config.parts())
         return loop.Trainer(
             pair,
             updater,
-            Schedules(config.optim, config.train.steps, config.train.global_batch),
-            config.train,
-            views_recipe,
+            first.schedules,
+            first.config,
+            first.recipe,
             hooks,
             config.log.every,
             config.checkpoint.every,
             self.world,
             config.parallel,
+            later,
         )
+
+
+def stage_of(part: Part, pair: StudentTeacher) -> loop.Stage:
+    """What holds in a part of the run; raises SharedError where the pair cannot follow it."""
+    config: RunConfig = part.config
+    recipe = loop.Recipe(config.views, config.masks, config.contract, pair.student.backbone.patch, config.seed)
+    try:
+        pair.with_settings(config.losses)
+        schedules = Schedules(config.optim, config.train.steps, config.train.global_batch)
+    except UserError as error:
+        raise SharedError(part.says(str(error))) from error
+    return loop.Stage(
+        part.start, part.says(part.words), config.train, recipe, schedules, config.optim, config.losses
+    )
 
 
 def make_plan(config: RunConfig) -> plan.Plan:

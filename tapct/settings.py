@@ -83,8 +83,8 @@ def kind(hint: Any) -> str:
 
 
 def dotted(path: KeyPath) -> str:
-    """A key as it is written in an override: `optim.lr`, `losses[mylab.losses.foo].weight`."""
-    text = "".join(f"[{part}]" if "." in part else f".{part}" for part in path)
+    """A key as it is written in an override: `optim.lr`, `losses[mylab.losses.foo].weight`, `stages[0].start`."""
+    text = "".join(f"[{part}]" if "." in part or part.isdigit() else f".{part}" for part in path)
     return text.removeprefix(".")
 
 
@@ -122,6 +122,8 @@ def _typed(hint: Any, value: Any) -> Any:
         fits = isinstance(value, str) and value != ""
     elif hint in (bool, str):
         fits = isinstance(value, hint)
+    elif dataclasses.is_dataclass(hint):
+        fits = False  # sections are built elsewhere: this is something else
     else:
         raise TypeError(f"config fields cannot have the type {hint}")  # a mistake of ours, not of the config's writer
     if not fits:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -154,3 +155,31 @@ def _shown(path: Path) -> str:
     """A path as a person would write it from the working directory."""
     relative = os.path.relpath(path)
     return relative if not relative.startswith(os.path.join("..", "..")) else str(path.absolute())
+
+
+def to_text(tree: Mapping[str, Any]) -> str:
+    """A config as YAML that reads back to the same."""
+    text: str = yaml.dump(tree, Dumper=_Dumper, sort_keys=False, width=120, allow_unicode=True)
+    return text
+
+
+def one_line(value: Any) -> str:
+    """A value as it would be written in YAML, on one line."""
+    form: dict[str, Any] = {"default_flow_style": True, "sort_keys": False, "width": 10**9, "allow_unicode": True}
+    lines = yaml.dump(value, Dumper=_Dumper, **form).splitlines()
+    return " ".join(line for line in lines if line != "...")
+
+
+class _Dumper(yaml.SafeDumper):
+    """Block mappings, lists in one line, and quotes around text that OmegaConf would read as a number."""
+
+    def represent_list(self, data: Any) -> yaml.SequenceNode:
+        return self.represent_sequence("tag:yaml.org,2002:seq", data, flow_style=True)
+
+    def represent_str(self, data: str) -> yaml.ScalarNode:
+        style = "'" if re.fullmatch(r"[-+.\d][-+.:\w]*", data) else None if data.isprintable() else '"'
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style=style)
+
+
+_Dumper.add_representer(list, _Dumper.represent_list)
+_Dumper.add_representer(str, _Dumper.represent_str)

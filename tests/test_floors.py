@@ -17,7 +17,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("engine",),
     ("eval", "report"),
     ("weights",),  # embeds with the features of eval
-    ("run", "trained", "resume", "provenance", "during", "plan", "doctor", "cli")
+    ("run", "trained", "resume", "provenance", "during", "plan", "doctor", "cli", "stages")
     + ("slurm", "sweep", "jobs", "worker", "launch"),
 )
 FLOOR = {part: number for number, parts in enumerate(FLOORS) for part in parts}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,11 +13,12 @@ from torch import Tensor
 from tapct.collectives import Packet, own_slot
 from tapct.config import setting
 from tapct.data import sampler
-from tapct.engine import initial, metrics, parallel, vitals
+from tapct.engine import initial, metrics, optim, parallel, vitals
 from tapct.engine.optim import Updater
 from tapct.engine.parallel import World
 from tapct.engine.stop import FAILED_SAVE, StopFlag, job_deadline
 from tapct.nn.layers import DropKey
+from tapct.plugin import Plugin
 from tapct.ranks import Ranks
 from tapct.ssl import step as ssl_step
 from tapct.ssl.schedules import Schedules
@@ -124,6 +125,29 @@ class Hooks:
     say: Callable[[str], None] = lambda line: None
 
 
+@dataclass(frozen=True)
+class Stage:
+    """What holds from a step on, until the next stage.
+
+    Args:
+        start: finished steps at its begin.
+        told: a line for people.
+        config: precision, length and global batch are those of the run.
+        recipe: views and masks.
+        schedules: values by step.
+        optim: clipping and moments; its groups are those of the run.
+        losses: settings of the run's losses.
+    """
+
+    start: int
+    told: str
+    config: Config
+    recipe: Recipe
+    schedules: Schedules
+    optim: optim.Config
+    losses: tuple[Plugin, ...]
+
+
 class Trainer:
     """Runs optimizer steps on one rank.
 
@@ -138,6 +162,7 @@ class Trainer:
         save_every: steps between two checkpoints.
         world: this rank's place among the others; None: it is alone.
         parallel_config: how often ranks are compared, and when one is called slow.
+        stages: in order; before the first one the arguments above hold.
     """
 
     def __init__(
@@ -152,12 +177,15 @@ class Trainer:
         save_every: int,
         world: World | None = None,
         parallel_config: parallel.Config | None = None,
+        stages: Sequence[Stage] = (),
     ) -> None:
         self.pair, self.updater, self.schedules, self.config = pair, updater, schedules, config
         self.recipe, self.hooks, self.log_every, self.save_every = recipe, hooks, log_every, save_every
         self.device = next(pair.parameters()).device
         self.world = world or World(Ranks(), self.device)
         self.parallel = parallel_config or parallel.Config()
+        self.stages = stages
+        self.stage: Stage | None = None  # that holds now
         self.flag = StopFlag(
             self.device, self.world.ranks.world == 1, job_deadline(os.environ, config.save_before_end_s)
         )
@@ -181,6 +209,7 @@ class Trainer:
         self.pair.train()
         with self.flag, parallel.watch(self.world, self.parallel) as watch:
             for step in range(start, self.config.steps):
+                self.enter_stage(step)
                 with watch.naming_lost_ranks():
                     watch.at(step, "training")
                     self.optimizer_step(step, batches)
@@ -206,6 +235,17 @@ class Trainer:
                 if last:
                     return Stop(done, reason if done < self.config.steps else "")
         return Stop(start)
+
+    def enter_stage(self, step: int) -> None:
+        """Go on with the settings of the stage that holds at a step; what was learned and held so far stays."""
+        due = next((stage for stage in reversed(self.stages) if stage.start <= step), None)
+        if due is None or due is self.stage:
+            return
+        self.flush()  # judged by the settings that they came from
+        self.stage, self.config, self.recipe, self.schedules = due, due.config, due.recipe, due.schedules
+        self.updater.config = due.optim
+        self.pair.change_losses(due.losses)
+        self.hooks.say(f"{due.told} from step {due.start} on")
 
     def optimizer_step(self, step: int, batches: Iterator[tuple[Batch, ...]]) -> None:
         """Forward and backward of all micro-batches, one update, and the numbers of it."""

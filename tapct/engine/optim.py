@@ -142,6 +142,7 @@ class Updater:
             frozen = key.is_last_layer and values.last_layer_frozen
             group["lr"] = 0.0 if frozen else values.lr * key.lr_factor
             group["weight_decay"] = values.wd if key.decays else 0.0
+            group["betas"] = self.config.betas  # of now: a checkpoint brings those that it was written with
         self.optimizer.step()
         self.pair.update_teacher(values.momentum, applied)
         for loss in self.pair.terms.values():

@@ -115,6 +115,35 @@ class StudentTeacher(nn.Module):
             network.eval()
         return self
 
+    def with_settings(self, losses: Sequence[Plugin]) -> dict[str, Loss]:
+        """The same losses with other settings: those that differ are made anew and hold what the old ones hold.
+
+        Args:
+            losses: plug-in sections of the losses of this pair.
+        Raises:
+            UserError: with these settings a loss would use another head, or hold something of another shape.
+        """
+        assert [each.name for each in losses] == list(self.terms)
+        found: dict[str, Loss] = {}
+        for each in losses:
+            old = found[each.name] = self.terms[each.name]
+            if old.config == each.config:
+                continue
+            with torch.random.fork_rng(devices=[]):  # a draw here must not move those of training
+                new: Loss = plugin.load("losses", each.name).build(each.config)
+            held, holds = ({key: x.shape for key, x in loss.state_dict().items()} for loss in (old, new))
+            if old.head_of != new.head_of or held != holds:
+                raise UserError(f"losses.{each.name}: these settings need another head or state, so they cannot change")
+            like = next(self.parameters())
+            found[each.name] = new.to(like.device, like.dtype).train(old.training)
+            found[each.name].load_state_dict(old.state_dict())
+        return found
+
+    def change_losses(self, losses: Sequence[Plugin]) -> None:
+        """Go on with other settings of the same losses; see `with_settings`."""
+        self.terms = self.with_settings(losses)
+        self.losses = nn.ModuleDict({module_key(name): loss for name, loss in self.terms.items()})
+
     def heads_of(self, loss: Loss) -> tuple[nn.Module | None, nn.Module | None]:
         """The student's and the teacher's head for a loss; None for a loss without one."""
         if not loss.head_of:

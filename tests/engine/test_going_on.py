@@ -17,10 +17,11 @@ import torch
 from stopped import STEPS, files_of, one_line, stopped_run
 from tiny_run import assert_equal_runs, config_of, differences, make_store, numbers_of, state_of
 
-from tapct import run
+from tapct import config, resume, run
 from tapct.engine import checkpoint as checkpoint_module
 from tapct.engine import loop
 from tapct.engine.checkpoint import Checkpoints
+from tapct.run import RunConfig
 from tapct.types import UserError
 
 # --- what a resumed run may change ---------------------------------------------------------------------------------
@@ -103,6 +104,17 @@ def test_a_change_that_bends_the_curve_is_told_when_it_is_allowed(
     assert "--allow-change: losses.dino.weight was 1.0 and is 2.0" in told
     rows, wanted = numbers_of(copied / "run"), numbers_of(undisturbed())
     assert rows[:5] == wanted[:5] and rows[5]["lr"] == pytest.approx(2 * wanted[5]["lr"], rel=1e-3)
+
+
+def test_a_checkpoint_from_before_a_key_existed_holds_its_default(copied: Path, store: Path) -> None:
+    now = config_of(copied, store).value
+    old = config.to_dict(now)
+    del old["stages"], old["model"]["qk_norm"], old["optim"]["betas"]
+    assert resume.changed_keys(resume.with_new_keys(old, RunConfig), config.to_dict(now)) == []
+    changed = config.to_dict(config_of(copied, store, "model.qk_norm=true").value)
+    assert resume.changed_keys(resume.with_new_keys(old, RunConfig), changed) == [("model.qk_norm", False, True)]
+    gone = {**old, "gone": 1}
+    assert ("gone", 1, None) in resume.changed_keys(resume.with_new_keys(gone, RunConfig), config.to_dict(now))
 
 
 def test_resume_takes_the_path_of_a_checkpoint_or_of_a_run(
