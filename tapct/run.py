@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from tapct.engine import checkpoint, initial, loop, optim, parallel
 from tapct.engine.checkpoint import Checkpoints, Meta
 from tapct.engine.parallel import LostRank, World
 from tapct.eval import runner
+from tapct.models import vit
 from tapct.nn.backends import choose
 from tapct.plugin import Plugin
 from tapct.provenance import write_run_files
@@ -337,8 +339,27 @@ class Pretraining:
         )
 
 
+def masked_share(config: RunConfig) -> float:
+    """Masked patches over all patches of the global crops: the same in every step, only on other crops."""
+    num_crops, num_tokens = config.views.num_globals * config.train.global_batch, tokens_of(config)
+    counts = masks.counts(config.masks, num_crops_global=num_crops, num_tokens=num_tokens, seed=config.seed, step=0)
+    return sum(counts) / (num_crops * num_tokens)
+
+
+def tokens_of(config: RunConfig) -> int:
+    """Patches of a global crop."""
+    patch = getattr(config.model.config, "patch", (1, 1, 1))
+    return math.prod(size // side for size, side in zip(config.views.global_window, patch, strict=True))
+
+
 def make_plan(config: RunConfig) -> plan.Plan:
-    """Tokens, parameters and FLOPs of a config."""
+    """Tokens, parameters and FLOPs of a config.
+
+    Raises:
+        UserError: the backbone is not tapct's.
+    """
+    if not isinstance(config.model.config, vit.Config):
+        raise UserError(f"tapct plan knows the FLOPs of model.name=vit alone, not of {config.model.name}")
     uses = []
     for loss in config.losses:
         if hasattr(loss.config, "head"):
@@ -352,6 +373,7 @@ def make_plan(config: RunConfig) -> plan.Plan:
         num_locals=config.views.num_locals,
         local_window=config.views.local_window,
         head_uses=uses,
-        masked_share=config.masks.probability * sum(config.masks.ratio) / 2,
+        masked_share=masked_share(config),
         global_batch=config.train.global_batch,
+        accumulation=config.train.accumulation,
     )
