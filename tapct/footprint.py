@@ -32,6 +32,10 @@ FEW, MANY = 5, 10
 Window = tuple[int, int, int]
 
 
+class NeedsValues(UserError):
+    """A plug-in asks for values, so that its step cannot be run without."""
+
+
 class Valueless(StudentTeacher):
     """Student, teacher and losses on the meta device."""
 
@@ -117,7 +121,10 @@ class Footprint:
     many: Bytes
 
     def of(self, samples: int) -> Bytes:
-        """Of so many samples, on the straight line through the two counts."""
+        """Of so many samples, on the straight line through the two counts.
+
+        With few prototypes that is above the truth for many samples: a chunk of scores grows no more once it is full.
+        """
         share = (samples - FEW) / (MANY - FEW)
         pairs = [(getattr(self.few, field.name), getattr(self.many, field.name)) for field in fields(Bytes)]
         return Bytes(*(max(low + share * (high - low), 0.0) for low, high in pairs))
@@ -145,13 +152,13 @@ def trace(model: Plugin, losses: Sequence[Plugin], sizes: Sizes, *, dtype: torch
         dtype: of weights and loss state.
         bf16: blocks and heads are computed in bf16, as gathered by FSDP; autocast for the rest.
     Raises:
-        UserError: a plug-in asks for values, so that its step cannot be run without.
+        NeedsValues: a plug-in asks for values.
     """
     try:
         return Footprint(*(_count(model, losses, sizes, samples, dtype, bf16) for samples in (FEW, MANY)))
     except RuntimeError as error:  # how fake tensors say that somebody wants a value
         names = ", ".join([model.name, *(loss.name for loss in losses)])
-        raise UserError(f"one of {names} needs values to run ({str(error).splitlines()[0]})") from error
+        raise NeedsValues(f"one of {names} needs values to run ({str(error).splitlines()[0]})") from error
 
 
 def _count(

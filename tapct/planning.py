@@ -57,8 +57,11 @@ class Options:
 
 def tables(config: run.RunConfig, options: Options) -> Group:
     """All that `tapct plan` prints. Raises: UserError: the config cannot run so, or an option makes no sense."""
-    costs = run.make_plan(config)
-    return Group(plan.render(costs), scale_tables.render(make_scale(config, costs, asked(config, options))))
+    costs, wanted = run.make_plan(config), asked(config, options)
+    try:
+        return Group(plan.render(costs), scale_tables.render(make_scale(config, costs, wanted)))
+    except footprint.NeedsValues as error:
+        return Group(plan.render(costs), f"Warning: memory and time are not told: {error}")
 
 
 def asked(config: run.RunConfig, options: Options) -> scale.Asked:
@@ -109,7 +112,8 @@ def make_scale(config: run.RunConfig, costs: plan.Plan, asked: scale.Asked) -> s
         costs: its plan.
         asked: of the command line.
     Raises:
-        UserError: no number of GPUs can run it, or a plug-in cannot run without values.
+        UserError: no number of GPUs can run it.
+        NeedsValues: a plug-in cannot run without values.
     """
     train, views, bf16 = config.train, config.views, config.train.precision == "bf16"
     koleo = next((loss.config for loss in config.losses if loss.name == "koleo"), None)

@@ -50,15 +50,15 @@ def _legend(scale: Scale) -> str:
     return (
         f"samples: of a micro-batch. state: {5 * wide} bytes for each of {scale.weights.total:,} parameters (student, "
         "teacher, gradients, two moments), shared by the ranks of a copy. copies: whole while computed. activations: "
-        "kept for the backward pass. work: most beside it, scores by chunk included. kept: tokens of the micro-batch "
-        "one before. Not in it: CUDA context, NCCL, gaps of the allocator."
+        "kept for the backward pass. work: most beside it, scores by chunk included. kept: tokens of the "
+        "micro-batch before. Not in it: CUDA context, NCCL, gaps of the allocator."
     )
 
 
 def _largest(scale: Scale) -> Table:
     assert scale.asked.memory is not None
     table = _table(
-        f"At most {1 - RESERVE:.0%} of {scale.asked.memory / GB:g} GB",
+        f"What fits into {1 - RESERVE:.0%} of {scale.asked.memory / GB:g} GB",
         "GPUs, largest micro-batch, train.accumulation, total GB, as the config is",
     )
     as_set = {memory.gpus: memory for memory in scale.as_set}
@@ -70,7 +70,7 @@ def _largest(scale: Scale) -> Table:
 
 def _verdict(memory: Memory | None, limit: float) -> str:
     if memory is None:
-        return "not shared equally"
+        return "left out"
     return "fits" if memory.total <= limit else "too large"
 
 
@@ -108,7 +108,9 @@ def _basis(scale: Scale) -> str:
 
 
 def _gb(size: float) -> str:
-    return f"{size / GB:,.0f}" if size >= 100 * GB else f"{size / GB:.2f}"
+    if size >= 100 * GB:
+        return f"{size / GB:,.0f}"
+    return f"{size / GB:.2f}" if size >= 0.1 * GB else f"{size / GB:.3f}"
 
 
 def _number(value: float) -> str:

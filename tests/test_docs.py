@@ -112,7 +112,9 @@ def test_every_command_of_a_page_parses_and_every_override_is_a_key(page: Path) 
             load_config(run.RunConfig, config if config.is_file() else SMOKE, overrides)
 
 
-@pytest.mark.parametrize("name", [f"tap_{size}_{kind}" for kind in ("2d", "2p5d", "3d") for size in "sb"])
+@pytest.mark.parametrize(
+    "name", [*(f"tap_{size}_{kind}" for kind in ("2d", "2p5d", "3d") for size in "sb"), "tap_l_3d"]
+)
 def test_the_header_of_a_published_config_tells_the_flops_of_its_plan(name: str) -> None:
     path = ROOT / "configs" / f"{name}.yaml"
     config = load_config(run.RunConfig, path, []).value

@@ -87,6 +87,21 @@ def real_step(config: run.RunConfig, pair: StudentTeacher, inputs: tuple[Views, 
         return ssl_step.forward(pair, *inputs, 0.04, DropKey(0, 0)).total
 
 
+def peak_of(seen: profile) -> int:
+    """Most bytes that were allocated and not yet freed, in a profile."""
+    events = seen.profiler.kineto_results.events()  # type: ignore[union-attr]
+    moves = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
+    return max(itertools.accumulate(size for _, size in moves))
+
+
+@pytest.fixture
+def four_ranks() -> Iterator[None]:
+    """This process as the first of four."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=4)
+    yield
+    dist.destroy_process_group()
+
+
 CASES = [
     (),
     ("model.drop_path=0.5",),
@@ -127,15 +142,49 @@ def test_the_peak_is_what_the_profiler_sees(overrides: tuple[str, ...]) -> None:
     inputs = real_inputs(config)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
         real_step(config, pair, inputs).backward()
-    events = seen.profiler.kineto_results.events()
-    moves = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
-    now = peak = 0
-    for _, size in moves:
-        now += size
-        peak = max(peak, now)
     copies = 2 * footprint.weigh(pair).linear if config.train.precision == "bf16" else 0
     each = counted(*overrides).of(SAMPLES)
-    assert each.activations + each.work + copies == pytest.approx(peak, rel=0.05)
+    assert each.activations + each.work + copies == pytest.approx(peak_of(seen), rel=0.05)
+
+
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_the_peak_of_a_rank_is_what_the_profiler_sees(four_ranks: None, accumulation: int) -> None:
+    """FSDP as a run uses it, on one of four ranks whose collectives move nothing: all of its buffers are real.
+
+    The plan is a little above: it takes all gradients to be there while the activations still are.
+    """
+    config = smoke()
+    mesh = init_device_mesh("cpu", (1, 4), mesh_dim_names=("replicate", "shard"))
+
+    def shard(network: Any, learns: bool) -> None:
+        parallel.shard(network, mesh, bf16=True, keeps_gradient=learns)
+
+    pair = StudentTeacher(config.model, config.losses, 0, shard=shard).train()
+    inputs = real_inputs(config)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        for micro in range(accumulation):
+            if accumulation > 1:
+                parallel.sync_gradients(pair, micro == accumulation - 1)
+            with torch.autocast("cpu", torch.bfloat16):
+                output = ssl_step.forward(pair, *inputs, 0.04, DropKey(0, 0))
+            output.total.backward()
+    planned = row(4, SAMPLES, shard=4, global_batch=4 * SAMPLES * accumulation)
+    held_before = 16 * weights().on_fullest_rank(4) + planned.inputs  # student, teacher, moments
+    peak = peak_of(seen)
+    assert peak <= planned.total - held_before <= 1.1 * peak
+
+
+def test_a_plug_in_that_asks_for_values_leaves_the_flops(monkeypatch: pytest.MonkeyPatch) -> None:
+    def impatient(*words: Any) -> ssl_step.StepOutput:
+        assert torch.ones(()).mul(2).item()
+        raise AssertionError("a fake tensor has no values")
+
+    monkeypatch.setattr(ssl_step, "forward", impatient)
+    out = io.StringIO()
+    Console(file=out, width=80).print(planning.tables(smoke(), planning.Options()))
+    said = " ".join(out.getvalue().split())
+    assert "feed-forward" in said and "memory and time are not told: one of vit, dino, ibot, koleo needs values" in said
 
 
 def test_one_process_and_a_rank_leave_the_same_for_the_backward_pass() -> None:
@@ -161,18 +210,11 @@ def test_state_is_what_adamw_really_holds() -> None:
     assert row(gpus=1).state == held + 8 * single
 
 
-@pytest.fixture
-def eight_ranks() -> Iterator[None]:
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=8)
-    yield
-    dist.destroy_process_group()
-
-
-@pytest.mark.parametrize("shard", [2, 8])
-def test_the_fullest_rank_holds_what_fsdp_gives_it(eight_ranks: None, shard: int) -> None:
+@pytest.mark.parametrize("shard", [2, 4])
+def test_the_fullest_rank_holds_what_fsdp_gives_it(four_ranks: None, shard: int) -> None:
     config = smoke()
     pair = footprint.Valueless(config.model, config.losses)
-    mesh = init_device_mesh("cpu", (8 // shard, shard), mesh_dim_names=("replicate", "shard"))
+    mesh = init_device_mesh("cpu", (4 // shard, shard), mesh_dim_names=("replicate", "shard"))
     parallel.shard(pair.student, mesh, bf16=True, keeps_gradient=True)
     local = sum(p.to_local().numel() for p in pair.student.parameters())  # type: ignore[operator]
     assert weights().on_fullest_rank(shard) == local > weights().total / shard
