@@ -127,7 +127,8 @@ class Pace:
         step_s: seconds of an optimizer step.
         days: of the whole run.
         slabs: read per second, by all ranks.
-        raw, stored: bytes/s that these are as int16, and on the disk.
+        raw: bytes/s that these are as int16.
+        stored: and on the disk; None without a store.
         threads: of one rank that read so fast; None where that was not measured.
     """
 
@@ -136,7 +137,7 @@ class Pace:
     days: float
     slabs: float
     raw: float
-    stored: float
+    stored: float | None
     threads: float | None
 
 
@@ -306,9 +307,8 @@ def pace_of(
     slabs = demand.global_batch / step_s
     threads = slabs / gpus / asked.slabs_per_thread if asked.slabs_per_thread else None
     raw = slabs * slab_bytes
-    return Pace(
-        gpus, step_s, demand.steps * step_s / DAY_S, slabs, raw, raw * (store.share if store else 1.0), threads
-    )  # fmt: skip
+    days = demand.steps * step_s / DAY_S
+    return Pace(gpus, step_s, days, slabs, raw, raw * store.share if store else None, threads)
 
 
 def warnings_of(

@@ -6,7 +6,7 @@ from rich import box
 from rich.console import Group
 from rich.table import Table
 
-from tapct.scale import GB, IN_PLANE, MB, RESERVE, Memory, Pace, Scale, listed
+from tapct.scale import GB, MB, RESERVE, Memory, Scale, listed
 
 HOW_TO_TIME = (
     "Times: give --tflops, what one GPU sustains in training (or its peak, with --utilisation); or --measure, on a "
@@ -77,7 +77,6 @@ def _verdict(memory: Memory | None, limit: float) -> str:
 def _reading(scale: Scale) -> str:
     size = scale.demand.global_batch * scale.slab_bytes / GB
     where = f"{scale.store.share:.0%} of it on the disk" if scale.store else "no store yet: slices of 512x512 assumed"
-    assert scale.store is not None or IN_PLANE == 512 * 512
     return f"Each step reads {scale.demand.global_batch} slabs, {size:.3g} GB as int16 ({where})."
 
 
@@ -85,18 +84,15 @@ def _paces(scale: Scale) -> Table:
     demand = scale.demand
     table = _table(
         f"Time of {demand.steps:,} steps, {demand.steps * demand.global_batch:,} samples",
-        "GPUs, s a step, days, GPU-days, slabs/s, MB/s int16, MB/s on disk"
+        "GPUs, s a step, days, GPU-days, slabs/s, MB/s int16"
+        + (", MB/s on disk" if scale.store else "")
         + (", reading threads a GPU" if scale.asked.slabs_per_thread else ""),
     )
     for pace in scale.paces:
-        table.add_row(*_pace(pace))
+        numbers = [pace.step_s, pace.days, pace.days * pace.gpus, pace.slabs, pace.raw / MB]
+        numbers += [value for value in (pace.stored and pace.stored / MB, pace.threads) if value is not None]
+        table.add_row(str(pace.gpus), *(_number(value) for value in numbers))
     return table
-
-
-def _pace(pace: Pace) -> list[str]:
-    cells = [str(pace.gpus), _number(pace.step_s), _number(pace.days), _number(pace.days * pace.gpus)]
-    cells += [_number(value) for value in (pace.slabs, pace.raw / MB, pace.stored / MB)]
-    return cells if pace.threads is None else [*cells, _number(pace.threads)]
 
 
 def _basis(scale: Scale) -> str:
@@ -108,7 +104,7 @@ def _basis(scale: Scale) -> str:
 
 
 def _gb(size: float) -> str:
-    if size >= 100 * GB:
+    if not size or size >= 100 * GB:
         return f"{size / GB:,.0f}"
     return f"{size / GB:.2f}" if size >= 0.1 * GB else f"{size / GB:.3f}"
 
