@@ -29,7 +29,7 @@ from typing import Any
 import torch
 
 from tapct import config as configs
-from tapct import provenance, run
+from tapct import planning, provenance, run
 from tapct.engine import loop, metrics, optim
 from tapct.ssl.schedules import Schedules
 from tapct.ssl.student_teacher import StudentTeacher
@@ -113,7 +113,7 @@ def measure(config: run.RunConfig, steps: int, in_plane: int, warm_up: int) -> d
         found.append(gemm_rate(device, each))
     rows = rows[warm_up:]
     seconds = statistics.median(row["seconds/step"] for row in rows)
-    flops, gemm = run.make_plan(config).flops_per_step, max(rates[dtype])
+    flops, gemm = planning.make_plan(config).flops_per_step, max(rates[dtype])
     return {
         "device": provenance.gpu_name() if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads",
         "torch": torch.__version__,

@@ -231,14 +231,23 @@ def cancel(
 
 
 @app.command()
-def plan(config: ConfigFile, overrides: Overrides = None) -> None:
-    """Tokens, parameters and FLOPs of a config, part by part."""
+def plan(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    gpus: Annotated[str, typer.Option(help="numbers of GPUs to tell of")] = "1,2,4,8,16,32,64",
+    gpus_per_node: Annotated[int, typer.Option(help="that hold one copy where parallel.shard=0", min=1)] = 8,
+    memory: Annotated[float | None, typer.Option(help="GB of a GPU: what fits, with which accumulation")] = None,
+    tflops: Annotated[float | None, typer.Option(help="that a GPU sustains; its peak with --utilisation")] = None,
+    measure: Annotated[bool, typer.Option("--measure", help="measure rate and reading on this machine")] = False,
+    utilisation: Annotated[float | None, typer.Option(help="share of the rate; 0.4 of a measured one")] = None,
+) -> None:
+    """Tokens, parameters and FLOPs of a config; memory, time and reading by the number of GPUs."""
     from tapct import config as configs
-    from tapct import plan as planner
-    from tapct import run
+    from tapct import planning, run
 
     resolved = configs.load_config(run.RunConfig, config, overrides or [])
-    log.console().print(planner.render(run.make_plan(resolved.value)))
+    options = planning.Options(gpus, gpus_per_node, memory, tflops, measure, utilisation)
+    log.console().print(planning.tables(resolved.value, options))
 
 
 @app.command()

@@ -127,6 +127,8 @@ def tables(
     head_uses: Sequence[HeadUse],
     masked_share: float,
     global_batch: int,
+    accumulation: int = 1,
+    frozen_passes: int = 1,
 ) -> Plan:
     """Add up a run.
 
@@ -135,8 +137,10 @@ def tables(
         num_globals, num_locals: crops per sample.
         global_window, local_window: their voxels (z, y, x).
         head_uses: the losses with prototypes.
-        masked_share: expected masked patches over all patches of the global crops (masks.probability x mean ratio).
+        masked_share: mean masked patches over all patches of the global crops.
         global_batch: samples per optimizer step.
+        accumulation: micro-batches of a step; Sinkhorn balances the rows of one.
+        frozen_passes: passes over the global crops without gradient: the teacher's, and its snapshot's if there is one.
     Raises:
         UserError: a window is no multiple of the patch.
     """
@@ -150,26 +154,27 @@ def tables(
     for name in ("patch embedding", "tokens", "positions", "attention", "feed-forward", "norms and scales"):
         forward = [view.crops * _crop_flops(name, view, model) for view in views]
         share = kept if name in ("attention", "feed-forward") else 1.0
-        parts.append(PartCost(name, counts[name], share * sum(forward), forward[0]))
+        parts.append(PartCost(name, counts[name], share * sum(forward), frozen_passes * forward[0]))
     masked = masked_share * num_globals * math.prod(views[0].grid)
     warnings = []
     for use in head_uses:
         student_rows, teacher_rows = (num_globals + num_locals, num_globals) if use.name == "dino" else (masked, masked)
         parts += _head_parts(use, model.dim, student_rows, teacher_rows)
-        warning = capacity_warning(use.name, use.config.num_prototypes, round(teacher_rows * global_batch))
+        rows = round(teacher_rows * global_batch / accumulation)
+        warning = capacity_warning(use.name, use.config.num_prototypes, rows)
         warnings += [warning] if use.sinkhorn and warning else []
     return Plan(tuple(views), tuple(parts), global_batch, tuple(warnings))
 
 
 def capacity_warning(loss: str, num_prototypes: int, rows: int) -> str | None:
-    """Say when Sinkhorn targets must stay nearly uniform: more prototypes than 64 per row of the global step.
+    """Say when Sinkhorn targets must stay nearly uniform: more prototypes than 64 per row that it balances at once.
 
     Each of n balanced targets holds at most n/K of a prototype, so its entropy is at least about ln(K/n).
 
     Args:
         loss: its name in the config.
         num_prototypes: K.
-        rows: n, rows of one optimizer step over all ranks (class tokens: 2 x global batch).
+        rows: n, rows of one micro-batch over all ranks (class tokens: 2 x global batch / accumulation).
     """
     limit = ROWS_PER_PROTOTYPE_LIMIT * rows
     if num_prototypes <= limit:
@@ -177,10 +182,10 @@ def capacity_warning(loss: str, num_prototypes: int, rows: int) -> str | None:
     way_out = f"set losses.{loss}.targets.kind=centring"
     if limit >= 2:
         fewer = 2 ** int(math.log2(limit))
-        way_out = f"set losses.{loss}.head.num_prototypes={fewer} or less, a larger batch, or {way_out[4:]}"
+        way_out = f"set losses.{loss}.head.num_prototypes={fewer} or less, more rows at once, or {way_out[4:]}"
     floor = math.log(num_prototypes / max(rows, 1))
     return (
-        f"losses.{loss}: {num_prototypes} prototypes for {rows} rows a step: Sinkhorn targets keep at least about "
+        f"losses.{loss}: {num_prototypes} prototypes for {rows} rows at once: Sinkhorn targets keep at least about "
         f"{floor:.1f} of ln K = {math.log(num_prototypes):.1f} nats, so hardly anything is learned; {way_out}"
     )
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from tapct import collectives, during, log, plan, plugin, ranks
+from tapct import collectives, during, log, plugin, ranks
 from tapct.config import Resolved, setting
 from tapct.data import loader
 from tapct.data.sampler import samples_of
@@ -366,24 +366,4 @@ def stage_of(part: Part, pair: StudentTeacher) -> loop.Stage:
         raise SharedError(part.says(str(error))) from error
     return loop.Stage(
         part.start, part.says(part.words), config.train, recipe, schedules, config.optim, config.losses
-    )
-
-
-def make_plan(config: RunConfig) -> plan.Plan:
-    """Tokens, parameters and FLOPs of a config."""
-    uses = []
-    for loss in config.losses:
-        if hasattr(loss.config, "head"):
-            shared = getattr(loss.config, "share_dino_head", False)
-            sinkhorn = loss.config.targets.kind == "sinkhorn"
-            uses.append(plan.HeadUse(loss.name, loss.config.head, sinkhorn, owns_head=not shared))
-    return plan.tables(
-        config.model.config,
-        num_globals=config.views.num_globals,
-        global_window=config.views.global_window,
-        num_locals=config.views.num_locals,
-        local_window=config.views.local_window,
-        head_uses=uses,
-        masked_share=config.masks.probability * sum(config.masks.ratio) / 2,
-        global_batch=config.train.global_batch,
     )

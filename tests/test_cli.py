@@ -195,8 +195,8 @@ def test_train_prints_its_config_with_origins_and_does_not_train(place: Path, sh
 
 
 def test_plan_prints_parameters(place: Path, shell: Shell) -> None:
-    said = shell.good("plan", place / "tiny.yaml")
-    assert "parameters" in said.lower()
+    said = shell.good("plan", place / "tiny.yaml", "--memory", "8", "--tflops", "1", "--gpus", "1,2")
+    assert "parameters" in said.lower() and "GPU-days" in said and "train.accumulation" in said
 
 
 # --- bad input -----------------------------------------------------------------------------------------------------
@@ -228,6 +228,9 @@ BAD = {
     "no GPU": ("train {config} device=cuda", ["device"]),
     "run folder is a file": ("train {config} out={here}/words/note.txt", ["note.txt"]),
     "plan of a wrong config": ("plan {config} model.dim=17", ["model.dim", "17"]),
+    "plan for GPUs that cannot share": ("plan {config} --gpus 3,5", ["3, 5", "train.global_batch"]),
+    "plan for no numbers": ("plan {config} --gpus 1,x", ["--gpus 1,x"]),
+    "plan that fits nowhere": ("plan {config} --memory 1e-6", ["nothing fits", "parallel.shard"]),
     "eval of a missing run": ("eval {here}/nowhere", ["{here}/nowhere"]),
     "eval without checkpoint": ("eval {here}/fresh", ["{here}/fresh", "train"]),
     "eval without labels": ("eval {here}/run data.store={here}/unlabelled", ["label"]),

@@ -20,7 +20,7 @@ import torch
 import typer
 import yaml
 
-from tapct import plugin, run, weights
+from tapct import planning, plugin, run, weights
 from tapct.cli import app
 from tapct.config import load_config
 from tapct.engine import loop, optim
@@ -113,13 +113,15 @@ def test_every_command_of_a_page_parses_and_every_override_is_a_key(page: Path) 
             load_config(run.RunConfig, config if config.is_file() else SMOKE, overrides)
 
 
-@pytest.mark.parametrize("name", [f"tap_{size}_{kind}" for kind in ("2d", "2p5d", "3d") for size in "sb"])
+@pytest.mark.parametrize(
+    "name", [*(f"tap_{size}_{kind}" for kind in ("2d", "2p5d", "3d") for size in "sb"), "tap_l_3d"]
+)
 def test_the_header_of_a_published_config_tells_the_flops_of_its_plan(name: str) -> None:
     path = ROOT / "configs" / f"{name}.yaml"
     config = load_config(run.RunConfig, path, []).value
     told = re.search(r"([\d.]+) PFLOP a step, ([\d.]+) EFLOP.*?about ([\d.]+) GPU-days", path.read_text(), re.DOTALL)
     assert told is not None
-    step = run.make_plan(config).flops_per_step
+    step = planning.make_plan(config).flops_per_step
     facts = (step / 1e15, step * config.train.steps / 1e18, step * config.train.steps / 200e12 / 86400)
     assert [float(number) for number in told.groups()] == pytest.approx(facts, rel=0.03)
 

@@ -18,6 +18,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("eval", "report"),
     ("weights",),  # embeds with the features of eval
     ("run", "trained", "resume", "provenance", "during", "plan", "doctor", "cli", "stages")
+    + ("footprint", "scale", "scale_tables", "planning")
     + ("slurm", "sweep", "jobs", "worker", "launch"),
 )
 FLOOR = {part: number for number, parts in enumerate(FLOORS) for part in parts}

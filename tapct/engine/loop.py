@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -257,14 +257,16 @@ class Trainer:
         with timer.stage("step"):
             with timer.stage("data"):
                 micro_batches = next(batches)
-            outputs = []
+            outputs: list[ssl_step.StepOutput] = []
             for micro, batch in enumerate(micro_batches):
                 with timer.stage("views"):
                     views, masks = self.make_inputs(step, micro, batch, counts)
                 if micro == 0:  # before the step's first collective: what comes after waits for the slowest rank
                     packet.sum("arrival", own_slot(time.perf_counter() - began, self.device))
                 with timer.stage("forward_backward"):
-                    outputs.append(self.forward_backward(step, micro, views, masks, values.teacher_temp))
+                    output = self.forward_backward(step, micro, views, masks, values.teacher_temp)
+                # health looks at the last micro-batch alone: else the tokens of all of them would lie in memory
+                outputs = [*(replace(one, tokens=output.tokens) for one in outputs), output]
             self.ln_k = vitals.ln_prototypes(outputs[0])
             with timer.stage("optimizer"):
                 metrics.collect(outputs, packet)
