@@ -66,7 +66,7 @@ def compile_blocks(pair: StudentTeacher) -> None:
 
 def compile_forward(block: nn.Module) -> None:
     """Compile what a module does when it is called; its parameters and hooks stay as they are."""
-    block.forward = torch.compile(block.forward, dynamic=True)  # type: ignore[method-assign]
+    block.forward = torch.compile(block.forward, dynamic=True)
 
 
 @contextmanager
