@@ -41,7 +41,7 @@ class Config:
     )
     compile: str = setting(
         "auto",
-        "torch.compile of every block of student and teacher: auto (on a GPU; no faster on a CPU), always or never",
+        "torch.compile of every block of student and teacher: auto (on a GPU), always or never",
         choices=compiled.WANTED,
     )
     resume: str = setting(
