@@ -177,6 +177,8 @@ class Pretraining:
         if start >= config.train.steps:
             log.say(f"{config.out} has all its {config.train.steps} steps; nothing to train")
             return loop.Stop(start)
+        if pair.snapshot_times is not None and pair.snapshot_times.start >= config.train.steps:
+            log.say(f"the teacher's first snapshot is due at step {pair.snapshot_times.start}: this run never takes it")
         collectives.from_first(lambda: write_run_files(config.out, self.resolved, self.store))
         if getattr(config.model.config, "attention", "") == "auto":
             dtype = torch.bfloat16 if config.train.precision == "bf16" else config.train.dtype

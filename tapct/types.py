@@ -207,6 +207,8 @@ class TokenSets:
         num_globals: V of the global crops.
         num_locals: V of the local crops.
         teacher_temp: temperature of the teacher's targets at this step.
+        snapshot_global: tokens of the same global crops unmasked, from the frozen copy of an earlier teacher; None
+            where no loss wants one, or not yet.
     """
 
     student_global: Tokens
@@ -216,6 +218,7 @@ class TokenSets:
     num_globals: int
     num_locals: int
     teacher_temp: float
+    snapshot_global: Tokens | None = None
 
 
 @dataclass(frozen=True)

@@ -260,6 +260,9 @@ class Checkpoints:
 def load(path: Path, pair: StudentTeacher, optimizer: torch.optim.Optimizer) -> None:
     """Bring weights, optimizer moments, centres and random state back, in place, at any number of ranks.
 
+    A snapshot of the teacher that only the checkpoint holds is left out. One that it lacks stays as it is, never taken,
+    and so is taken before the first step that needs it.
+
     Args:
         path: a checkpoint folder that `damage` finds whole.
         pair: of the same config.
@@ -268,11 +271,13 @@ def load(path: Path, pair: StudentTeacher, optimizer: torch.optim.Optimizer) -> 
     state = training_state(pair, optimizer)
     # a rank or a device that was not there when it was written has no random state in it, and keeps its new one
     known = FileSystemReader(path).read_metadata().state_dict_metadata
+    absent = [key for key in state["pair"] if key.startswith("snapshot") and f"pair.{key}" not in known]
+    lacking = {key: state["pair"].pop(key) for key in absent}
     name = f"rank_{collectives.rank()}"
     state["rng"] = {name: {kind: old for kind, old in state["rng"][name].items() if f"rng.{name}.{kind}" in known}}
     with single_process():
         dcp.load(state, checkpoint_id=path, no_dist=collectives.world_size() == 1)
-    pair.load_state_dict(state["pair"])
+    pair.load_state_dict({**state["pair"], **lacking})
     set_optimizer_state_dict(pair.student, optimizer, state["optimizer"])
     for device, random in state["rng"][name].items():
         torch.set_rng_state(random) if device == "cpu" else torch.cuda.set_rng_state(random)

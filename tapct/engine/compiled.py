@@ -1,4 +1,4 @@
-"""`torch.compile` of the blocks of student and teacher: the same numbers up to rounding, by fewer and larger kernels.
+"""`torch.compile` of the blocks of every network: the same numbers up to rounding, by fewer and larger kernels.
 
 What is compiled is the `forward` of a block, not the block: parameters keep their names, and FSDP's hooks stay outside
 of the graph. All blocks are alike and share graphs. Stochastic depth changes the number of rows at every step, so sizes
@@ -50,13 +50,13 @@ def compilers(device: torch.device) -> tuple[str, ...]:
 
 
 def compile_blocks(pair: StudentTeacher) -> None:
-    """Compile the blocks of both networks, in place; the work is done when each is called first.
+    """Compile the blocks of all networks, in place; the work is done when each is called first.
 
     Raises:
         UserError: the backbone has no list of `blocks`.
     """
     torch._dynamo.config.recompile_limit = max(GRAPHS, torch._dynamo.config.recompile_limit)
-    for network in (pair.student, pair.teacher):
+    for network in (pair.student, *pair.frozen()):
         blocks = blocks_of(network.backbone)
         if not blocks:
             raise UserError("train.compile: this backbone has no `blocks` to compile; set train.compile=never")

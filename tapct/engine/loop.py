@@ -217,6 +217,7 @@ class Trainer:
         timer = metrics.StageTimer(self.device)
         values = self.schedules.at(step)
         counts = self.mask_counts(step)
+        self.pair.refresh_snapshot(step, self.updater.bad == 0)
         packet, began = Packet(), time.perf_counter()
         with timer.stage("step"):
             with timer.stage("data"):
@@ -247,7 +248,7 @@ class Trainer:
             parallel.sync_gradients(self.pair, micro == self.config.accumulation - 1)
         key = DropKey(self.recipe.seed, step, micro, self.world.ranks.rank)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
-            output = ssl_step.forward(self.pair, views, masks, temp, key)
+            output = ssl_step.forward(self.pair, views, masks, temp, key, self.pair.uses_snapshot(step))
         (output.total / self.config.accumulation).backward()
         return output
 

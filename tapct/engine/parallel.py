@@ -160,10 +160,10 @@ def shard(network: Network, mesh: DeviceMesh, *, bf16: bool, keeps_gradient: boo
     """Shard a network of the meta device or of this rank's, in place.
 
     Args:
-        network: student or teacher.
+        network: student, teacher or the teacher's snapshot.
         mesh: replicate x shard.
         bf16: gather and compute in bf16.
-        keeps_gradient: the student. The teacher has no backward pass after which FSDP would free the gathered copy,
+        keeps_gradient: the student. The others have no backward pass after which FSDP would free the gathered copy,
             and would go on with a copy from before its last move.
     """
     compute = MixedPrecisionPolicy(
@@ -187,8 +187,8 @@ def blocks_of(backbone: nn.Module) -> list[nn.Module]:
 
 
 def forget_order(pair: StudentTeacher) -> None:
-    """Let FSDP forget the order in which the teacher was gathered; only a backward pass does so, and it has none."""
-    for root in (pair.teacher.backbone, *pair.teacher.heads.values()):
+    """Let FSDP forget the order of gathering in networks that have no backward pass, which alone does so."""
+    for root in (part for network in pair.frozen() for part in (network.backbone, *network.heads.values())):
         if isinstance(root, FSDPModule) and hasattr(root, "reset_iter_state"):  # torch 2.13
             root.reset_iter_state()
 

@@ -2,7 +2,7 @@
 
 | name | where | how |
 |---|---|---|
-| sdpa | everywhere | one batched call per run of equal lengths, no mask; the default |
+| sdpa | everywhere | one batched call per run of equal lengths, no mask; the default; half types on a CPU in float32 |
 | varlen | CUDA from Ampere, bf16 or fp16, torch with `torch.nn.attention.varlen` | one flash call over all crops |
 | xformers | CUDA, xformers installed | one call over all crops under a block-diagonal mask |
 | auto | everywhere | the first of varlen, xformers and sdpa that the pass at hand can use |
@@ -56,13 +56,40 @@ def attend_sdpa(q_THC: Tensor, k_THC: Tensor, v_THC: Tensor, spans: Spans) -> Te
         (T, H, C), softmax(q k' / sqrt(C)) v of each crop.
     """
     rows = [span.rows for span in spans]
+    halves = q_THC.device.type == "cpu" and q_THC.dtype in HALF
     # split, not slices: its backward is one concatenation, where each slice would fill a T-sized gradient with zeros
     parts = zip(q_THC.split(rows), k_THC.split(rows), v_THC.split(rows), spans, strict=True)
     out = []
     for q, k, v, span in parts:
         q, k, v = (part.unflatten(0, (span.crops, span.tokens)).transpose(1, 2) for part in (q, k, v))
-        out.append(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(0, 1))
+        one: Tensor = CpuHalf.apply(q, k, v) if halves else F.scaled_dot_product_attention(q, k, v)
+        out.append(one.transpose(1, 2).flatten(0, 1))
     return out[0] if len(out) == 1 else torch.cat(out)
+
+
+class CpuHalf(torch.autograd.Function):
+    """SDPA of half-precision tensors on a CPU: computed in float32, kept in half precision.
+
+    torch's own CPU kernel is slower in bf16 than in float32, 8 times backward at 131 tokens (docs/log.md), and no more
+    exact. These are the calls that it makes itself; under autocast `scaled_dot_product_attention` would cast back.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q_BHNC: Tensor, k_BHNC: Tensor, v_BHNC: Tensor) -> Tensor:
+        """(B, H, N, C) each, (B, H, N, C) out."""
+        flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        wide, norms_BHN = flash(q_BHNC.float(), k_BHNC.float(), v_BHNC.float())
+        out_BHNC: Tensor = wide.to(q_BHNC.dtype)
+        ctx.save_for_backward(q_BHNC, k_BHNC, v_BHNC, out_BHNC, norms_BHN)
+        return out_BHNC
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
+        """Of queries, keys and values, in their own precision."""
+        *halves, norms_BHN = ctx.saved_tensors
+        wide = [tensor.float() for tensor in (gradients[0], *halves)]
+        found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(*wide, norms_BHN, 0.0, False)
+        return tuple(gradient.to(halves[0].dtype) for gradient in found)
 
 
 def crop_starts(spans: Spans, device: torch.device) -> Tensor:

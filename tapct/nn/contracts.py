@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -67,16 +68,41 @@ def encode(
     return tokens
 
 
+@dataclass(frozen=True)
+class SnapshotTimes:
+    """When the teacher's backbone is copied aside for a loss that looks at it as it was.
+
+    Args:
+        start: finished optimizer steps at the first copy; before that there is nothing to look at.
+        every: steps from one copy to the next; 0: only the first.
+    """
+
+    start: int
+    every: int
+
+    def due(self, step: int, taken: int) -> bool:
+        """Whether a copy is made before the step after `step` finished ones.
+
+        Args:
+            taken: finished steps at the last copy, -1 for none. One that is missing is made at once.
+        """
+        on_time = self.every > 0 and (step - self.start) % self.every == 0
+        return step >= self.start and (on_time or taken < self.start)
+
+
 class Loss(nn.Module):
     """Tokens of student and teacher in, weighted terms out.
 
     Attributes:
         head_of: name of the loss whose head it uses (its own, or another's), empty for none.
         config: its own `Config`; with a field `head` where it owns or shares one.
+        snapshot: when the frozen copy of the teacher is taken that `TokenSets.snapshot_global` comes from; None where
+            it needs none, and then none is made.
     """
 
     head_of: str
     config: Any
+    snapshot: SnapshotTimes | None = None
 
     @abstractmethod
     def forward(self, sets: TokenSets, student_head: nn.Module | None, teacher_head: nn.Module | None) -> LossResult:

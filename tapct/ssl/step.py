@@ -1,6 +1,7 @@
 """One forward pass of the whole method: views and masks in, loss terms out.
 
     teacher(globals)  -> targets           no gradient, unmasked
+    snapshot(globals)                      the same, where a loss wants an earlier teacher
     student(globals with masks, locals)    one packed pass
     total = sum of the terms of every loss
 """
@@ -33,7 +34,14 @@ class StepOutput:
     tokens: TokenSets
 
 
-def forward(pair: StudentTeacher, views: Views, masks: Masks, teacher_temp: float, key: DropKey | None) -> StepOutput:
+def forward(
+    pair: StudentTeacher,
+    views: Views,
+    masks: Masks,
+    teacher_temp: float,
+    key: DropKey | None,
+    use_snapshot: bool = False,
+) -> StepOutput:
     """Run teacher and student on one micro-batch and sum the loss terms.
 
     Args:
@@ -42,6 +50,7 @@ def forward(pair: StudentTeacher, views: Views, masks: Masks, teacher_temp: floa
         masks: of the global crops.
         teacher_temp: temperature of the teacher's targets at this step.
         key: of the student's draws, such as stochastic depth; None for none.
+        use_snapshot: run the snapshot too; of this step, from `StudentTeacher.uses_snapshot`.
     Returns:
         The total with its parts.
     """
@@ -56,6 +65,10 @@ def forward(pair: StudentTeacher, views: Views, masks: Masks, teacher_temp: floa
 
     with torch.no_grad():
         teacher_global = encode(pair.teacher.backbone, [globals_BZYX], [None], None, spacing_mm[:1])[0]
+        snapshot_global = None
+        if use_snapshot:
+            assert pair.snapshot is not None
+            snapshot_global = encode(pair.snapshot.backbone, [globals_BZYX], [None], None, spacing_mm[:1])[0]
     student = encode(pair.student.backbone, crops, crop_masks, key, spacing_mm)
     sets = TokenSets(
         student_global=student[0],
@@ -65,6 +78,7 @@ def forward(pair: StudentTeacher, views: Views, masks: Masks, teacher_temp: floa
         num_globals=num_globals,
         num_locals=num_locals,
         teacher_temp=teacher_temp,
+        snapshot_global=snapshot_global,
     )
     results = tuple(loss(sets, *pair.heads_of(loss)) for loss in pair.terms.values())
     total = torch.stack([term.value for result in results for term in result.terms]).sum()

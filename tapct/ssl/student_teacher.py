@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tapct import plugin
 from tapct.collectives import local_part
-from tapct.nn.contracts import Backbone, Loss
+from tapct.nn.contracts import Backbone, Loss, SnapshotTimes
 from tapct.nn.heads import PrototypeHead
 from tapct.plugin import Plugin
 from tapct.types import UserError
@@ -34,7 +34,8 @@ class StudentTeacher(nn.Module):
     """Student, teacher and losses of one run, all on one device.
 
     Both start equal, heads too, and from the same values on any number of ranks. The teacher has no gradient and stays
-    in eval mode.
+    in eval mode. So does the snapshot, a copy of the teacher's backbone at an earlier step, which is there only where a
+    loss wants it.
 
     Args:
         model: the backbone's plug-in section.
@@ -45,8 +46,11 @@ class StudentTeacher(nn.Module):
         shard: shards a network in place, before it has values; the bool is True for the student. None: this rank holds
             all of it.
     Raises:
-        UserError: no loss is switched on, or iBOT shares a head that is not there or not equal.
+        UserError: no loss is switched on, iBOT shares a head that is not there or not equal, or two losses want
+            snapshots of different steps.
     """
+
+    snapshot_taken: Tensor
 
     def __init__(
         self,
@@ -65,6 +69,7 @@ class StudentTeacher(nn.Module):
             each.name: plugin.load("losses", each.name).build(each.config) for each in losses
         }
         check_heads(self.terms)
+        self.snapshot_times = snapshot_times(self.terms)
         self.losses = nn.ModuleDict({module_key(name): loss for name, loss in self.terms.items()}).to(device, dtype)
         owners = list(dict.fromkeys(loss.head_of for loss in self.terms.values() if loss.head_of))
         with torch.device("cpu" if shard is None else "meta"):
@@ -72,7 +77,12 @@ class StudentTeacher(nn.Module):
             heads = {name: PrototypeHead(backbone.dim, self.terms[name].config.head) for name in owners}
             self.student = Network(backbone, heads).to(dtype)
         self.teacher = copy.deepcopy(self.student)
-        for network in (self.student, self.teacher):
+        self.snapshot: Network | None = None
+        if self.snapshot_times is not None:
+            self.snapshot = Network(copy.deepcopy(backbone), {})
+            # finished steps when it was taken, -1 before; on the CPU, since the host asks at every step
+            self.register_buffer("snapshot_taken", torch.tensor(-1))
+        for network in (self.student, *self.frozen()):
             if shard is None:
                 network.to(device)
             else:
@@ -80,21 +90,29 @@ class StudentTeacher(nn.Module):
                 network.to_empty(device=device)
                 copy_buffers(network.backbone, model)
         self.init_weights(seed)
-        self.teacher.requires_grad_(False).eval()
+        for network in self.frozen():
+            network.requires_grad_(False).eval()
+
+    def frozen(self) -> list[Network]:
+        """The networks without gradient: the teacher and, where there is one, its snapshot."""
+        return [self.teacher] if self.snapshot is None else [self.teacher, self.snapshot]
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
-        """Set the student from (seed, names of parameters), and the teacher equal to it."""
+        """Set the student from (seed, names of parameters), and teacher and snapshot equal to it."""
         self.student.backbone.init_weights(seed)
         for index, head in enumerate(self.student.heads.values()):
             head.init_weights(seed + 2 + index)  # type: ignore[operator]
         for teacher, student in zip(self.teacher.parameters(), self.student.parameters(), strict=True):
             local_part(teacher).copy_(local_part(student))
+        if self.snapshot is not None:
+            self.copy_teacher(self.snapshot)
 
     def train(self, mode: bool = True) -> StudentTeacher:
-        """Switch the student; the teacher stays in eval mode."""
+        """Switch the student; the frozen networks stay in eval mode."""
         super().train(mode)
-        self.teacher.eval()
+        for network in self.frozen():
+            network.eval()
         return self
 
     def heads_of(self, loss: Loss) -> tuple[nn.Module | None, nn.Module | None]:
@@ -116,6 +134,33 @@ class StudentTeacher(nn.Module):
         for teacher, student in zip(self.teacher.parameters(), self.student.parameters(), strict=True):
             local_part(teacher).lerp_(local_part(student), weight.to(teacher.dtype))
 
+    def uses_snapshot(self, step: int) -> bool:
+        """Whether a loss looks at the snapshot in the step after `step` finished ones."""
+        return self.snapshot_times is not None and step >= self.snapshot_times.start
+
+    @torch.no_grad()
+    def refresh_snapshot(self, step: int, apply: Tensor) -> None:
+        """Take the teacher as it is now, if that is due before the step after `step` finished ones; shard by shard.
+
+        Called at the beginning of every optimizer step, so that a checkpoint of this step, without it, gives the same.
+
+        Args:
+            step: finished optimizer steps.
+            apply: bool scalar on the device; False leaves the snapshot's weights as they are, without asking the host
+                (a run in which a step was refused ends without a further checkpoint).
+        """
+        if self.snapshot is None or self.snapshot_times is None:
+            return
+        if self.snapshot_times.due(step, int(self.snapshot_taken)):
+            self.copy_teacher(self.snapshot, apply)
+            self.snapshot_taken.fill_(step)
+
+    def copy_teacher(self, snapshot: Network, apply: Tensor | None = None) -> None:
+        """Make a snapshot equal to the teacher's backbone."""
+        for kept, teacher in zip(snapshot.backbone.parameters(), self.teacher.backbone.parameters(), strict=True):
+            now = local_part(teacher)
+            local_part(kept).copy_(now if apply is None else torch.where(apply, now, local_part(kept)))
+
 
 def check_heads(terms: Mapping[str, Loss]) -> None:
     """Raise UserError where a loss shares a head that is not there or that it describes otherwise."""
@@ -129,6 +174,15 @@ def check_heads(terms: Mapping[str, Loss]) -> None:
                 f"losses.{name} shares the head of losses.{loss.head_of}, but their head sections differ; "
                 f"write losses.{name}.head: ${{losses.{loss.head_of}.head}}"
             )
+
+
+def snapshot_times(terms: Mapping[str, Loss]) -> SnapshotTimes | None:
+    """When the teacher is copied aside, for all losses that want that; None where none does."""
+    wanted = {name: loss.snapshot for name, loss in terms.items() if loss.snapshot is not None}
+    if len(set(wanted.values())) > 1:
+        names = " and ".join(f"losses.{name}" for name in wanted)
+        raise UserError(f"{names} want snapshots of the teacher at different steps; there is one: give them equal ones")
+    return next(iter(wanted.values()), None)
 
 
 @torch.no_grad()

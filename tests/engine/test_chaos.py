@@ -120,7 +120,8 @@ def test_two_ranks_killed_at_random_moments_end_as_if_nothing_had_been(
         victim = VICTIMS[number % len(VICTIMS)]
         outcomes.append((victim, strike(folder, store, words, victim, draw), announced(folder / "run")))
     assert sum(struck for _, struck, _ in outcomes) == kills, outcomes
-    good(train(2, folder, store, *words))
-    good(train(2, folder / "undisturbed", store, *words))
+    patience = PATIENCE_S + 2.0 * (8 * kills + 12)  # of a run to which nothing happens, on a busy machine
+    good(train(2, folder, store, *words, timeout=patience))
+    good(train(2, folder / "undisturbed", store, *words, timeout=patience))
     print(json.dumps(outcomes))
     assert_equal_runs(folder / "run", folder / "undisturbed" / "run", folder)

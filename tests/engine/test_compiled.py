@@ -104,6 +104,20 @@ def test_compiled_blocks_equal_eager_ones_for_every_subset(config: vit.Config) -
 
 
 @pytest.mark.slow
+def test_compiled_blocks_under_autocast_round_as_eager_ones_do() -> None:
+    eager, fast = vit.build(LEARNED), vit.build(LEARNED)
+    for block in fast.blocks:
+        compiled.compile_forward(block)
+    crops, found = [torch.randn(8, 8, 32, 32), torch.randn(12, 8, 16, 16)], []
+    for model in (eager, fast):
+        with torch.autocast("cpu", torch.bfloat16):
+            value_of(model.train()(crops, key=DropKey(0, 1))).backward()
+        found.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+    assert found[0].dtype == torch.float32
+    assert torch.nn.functional.cosine_similarity(found[0], found[1], dim=0) > 0.999
+
+
+@pytest.mark.slow
 def test_a_compiled_run_is_an_eager_one_and_an_eager_one_goes_on_from_it(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, store: Path
 ) -> None:

@@ -26,6 +26,7 @@ RECIPES = {
         "train.accumulation=2",
         *LONG,
     ),
+    "gram": (*PLAIN, *LONG, "losses.gram.start=3", "losses.gram.refresh_every=6", "losses.gram.tokens=masked"),
 }
 COMPARED = ("loss/", "ce/", "grad_norm/")
 
@@ -53,6 +54,8 @@ def references(tmp_path_factory: pytest.TempPathFactory, store: Path) -> dict[st
         ("centring", 4, 2),
         ("sinkhorn", 2, 1),
         ("sinkhorn", 4, 0),
+        ("gram", 2, 0),
+        ("gram", 4, 2),
         ("plain", 2, 0),
         ("plain shared", 2, 0),
     ],
@@ -79,6 +82,17 @@ def test_a_run_goes_on_at_other_numbers_of_ranks(tmp_path: Path, store: Path, re
         assert f"stopped by SIGTERM and saved at step {stop}" in said  # whichever rank was told
     assert "going on from" in good(train(1, moved, store, *words))
     assert largest_difference(moved / "run", alone / "run", ("loss/", "ce/")) < 1e-4
+
+
+def test_a_snapshot_goes_along_to_other_numbers_of_ranks(
+    tmp_path: Path, store: Path, references: dict[str, Path]
+) -> None:
+    words = ("train.precision=fp64", *RECIPES["gram"])  # taken before steps 4, 10 and 16
+    for world, stop in ((1, 5), (2, 9)):
+        good(train(world, tmp_path, store, *words, fault=f"0 {stop} SIGTERM"))
+    good(train(1, tmp_path, store, *words))
+    assert largest_difference(tmp_path / "run", references["gram"], COMPARED) < 1e-9
+    assert largest_state_difference(tmp_path / "run", references["gram"], tmp_path) < 1e-9
 
 
 def test_two_ranks_in_bf16_learn_as_one_does(tmp_path: Path, store: Path) -> None:

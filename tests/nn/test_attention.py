@@ -117,6 +117,25 @@ def test_every_backend_has_the_gradients_of_attention_written_out(backend: Calla
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("dtype", backends.HALF)
+def test_half_types_on_a_cpu_are_as_good_as_float32_and_kept_as_halves(dtype: torch.dtype) -> None:
+    halves = [part.clone().requires_grad_() for part in packed_qkv(dtype)]
+    floats = [part.detach().float().requires_grad_() for part in halves]
+    weight = torch.randn(halves[0].shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    kept: list[Tensor] = []
+    with torch.autocast("cpu", dtype), torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor
+    ):
+        out = backends.attend_sdpa(*halves, SPANS)
+    assert out.dtype == dtype and {tensor.dtype for tensor in kept if tensor.ndim == 4} == {dtype}
+    exact = backends.attend_sdpa(*floats, SPANS)
+    found = torch.autograd.grad((out * weight).sum(), halves)
+    wanted = torch.autograd.grad((exact * weight.float()).sum(), floats)
+    unit = torch.finfo(dtype).eps
+    for a, b in zip([out, *found], [exact, *wanted], strict=True):
+        assert float((a.float() - b).abs().max() / b.abs().max()) < 1.5 * unit
+
+
 @pytest.mark.parametrize("name", BACKENDS)
 def test_tokens_of_one_crop_never_reach_another(backend: Callable[[str], Backend], name: str) -> None:
     q, k, v = packed_qkv(torch.float32)

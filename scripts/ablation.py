@@ -1,0 +1,125 @@
+"""What each part of the recipe is worth: short runs with one thing changed, over several seeds, judged by frozen Dice.
+
+    python scripts/ablation.py data/quickstart/store                   # all variants, seeds 0 1 2, two runs at a time
+    python scripts/ablation.py STORE full "no iBOT" --seeds 0 1 --set train.steps=600 --json ablation.json
+
+Every run is `tapct train` and `tapct eval` on configs/smoke.yaml in one thread. Runs that are whole are not done again.
+The table gives mean and sample standard deviation over seeds; the lead is over the untrained network of the same seed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import shlex
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+CONFIG = Path("configs/smoke.yaml")
+LAST = 20  # steps at the end of a run that its numbers are means of
+VARIANTS: dict[str, tuple[str, ...]] = {
+    "full": (),
+    "no iBOT": ("losses.ibot=null",),
+    "no DINO": ("losses.dino=null",),
+    "no KoLeo": ("losses.koleo=null",),
+    "Sinkhorn": ("losses.dino.targets.kind=sinkhorn", "losses.ibot.targets.kind=sinkhorn"),
+    "RoPE": ("model.positions=rope",),
+    "RoPE in mm": ("model.positions=rope", "model.rope.coordinates=mm"),
+    "learned and RoPE": ("model.positions=both",),
+}
+MEASURES = {
+    "Dice": "dice",
+    "lead": "lead",
+    "Dice on patches": "dice_patch",
+    "RankMe": "rankme",
+    "information DINO": "dino_information",
+    "iBOT": "ibot_information",
+    "s per step": "seconds_per_step",
+}
+
+
+def outcome(out: Path) -> dict[str, float]:
+    """Numbers of a whole run; what a variant does not have is NaN."""
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    models = json.loads((out / "eval" / "results.json").read_text(encoding="utf-8"))["models"]
+    untrained = max(found["mean_dice_voxel"] for name, found in models.items() if name.startswith("untrained"))
+
+    def late(key: str) -> float:
+        values = [row[f"health/{key}"] for row in rows[-LAST:] if f"health/{key}" in row]
+        return statistics.fmean(values) if values else math.nan
+
+    return {
+        "dice": models["pretrained"]["mean_dice_voxel"],
+        "lead": models["pretrained"]["mean_dice_voxel"] - untrained,
+        "dice_patch": models["pretrained"]["mean_dice_patch"],
+        "seconds_per_step": statistics.median(row["seconds/step"] for row in rows),
+        **{key: late(key) for key in ("rankme", "dino_information", "ibot_information")},
+    }
+
+
+def run(variant: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
+    """One run, trained and judged unless it already is."""
+    out = options.out / f"{variant.replace(' ', '_')}-{seed}"
+    words = [f"out={out}", f"seed={seed}", f"data.store={options.store}", "eval.num_pictures=0", "checkpoint.keep=1"]
+    words += [*options.set, *VARIANTS[variant]]
+    tapct = [sys.executable, "-m", "tapct"]
+    asked = out / "asked.txt"
+    if not ((out / "eval" / "results.json").exists() and asked.exists() and asked.read_text() == shlex.join(words)):
+        out.mkdir(parents=True, exist_ok=True)
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        with (out / "log.txt").open("w") as log:
+            for line in (["train", str(CONFIG), *words], ["eval", str(out)]):
+                subprocess.run([*tapct, *line], env=environment, stdout=log, stderr=log, check=True)
+        asked.write_text(shlex.join(words))
+    found = {"variant": variant, "seed": seed, **outcome(out)}
+    print(f"{variant}, seed {seed}: Dice {found['dice']:.3f}, lead {found['lead']:+.3f}", flush=True)
+    return found
+
+
+def spread(values: list[float]) -> str:
+    """Mean and sample standard deviation."""
+    kept = [value for value in values if not math.isnan(value)]
+    if not kept:
+        return "–"
+    return f"{statistics.fmean(kept):.3f}" + (f" ± {statistics.stdev(kept):.3f}" if len(kept) > 1 else "")
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown, one line per variant."""
+    lines = ["| variant | seeds | " + " | ".join(MEASURES) + " |", "|---" * (len(MEASURES) + 2) + "|"]
+    for variant in dict.fromkeys(row["variant"] for row in rows):
+        mine = [row for row in rows if row["variant"] == variant]
+        cells = [spread([row[key] for row in mine]) for key in MEASURES.values()]
+        lines.append(f"| {variant} | {len(mine)} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("store", type=Path, help="of phantom scans with labels, as the quickstart leaves it")
+    parser.add_argument("variants", nargs="*", metavar="VARIANT", help=f"of {', '.join(VARIANTS)}; default all")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--set", nargs="+", default=[], metavar="key=value", help="changes that all variants share")
+    parser.add_argument("--out", type=Path, default=Path("runs/ablation"))
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
+    parser.add_argument("--json", type=Path, help="write the numbers of every run there too")
+    options = parser.parse_intermixed_args()
+    unknown = [name for name in options.variants if name not in VARIANTS]
+    if unknown:
+        parser.error(f"there is no variant {unknown[0]!r}; choose of {', '.join(VARIANTS)}")
+    asked = [(name, seed) for seed in options.seeds for name in options.variants or VARIANTS]
+    with ThreadPoolExecutor(options.jobs) as pool:
+        rows = list(pool.map(lambda pair: run(pair[0], pair[1], options), asked))
+    print(table(rows))
+    if options.json:
+        options.json.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
