@@ -1,23 +1,27 @@
 """Forward and backward of the backbone against the machine's own matrix-product rate, measured beside it.
 
-    python scripts/bench_model.py [--dim 128] [--depth 4] [--globals 16] [--locals 16] [--seconds 20]
+    python scripts/bench_model.py [--dim 128] [--depth 4] [--globals 16] [--locals 16] [--seconds 20] [--compile]
 
 Per variant: milliseconds and, over the FLOPs of the whole pass, the share of the float32 GEMM rate (2048 cubed, all
-cores). The variants take turns, so that a busy machine disturbs all of them alike; the figures are medians.
+cores). The variants take turns, so that a busy machine disturbs all of them alike; the figures are medians. Then, what
+stochastic depth by subsets saves, beside the share of crops that it drops.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from tapct import plan
+from tapct.engine import compiled
 from tapct.models import vit
 from tapct.nn.layers import DropKey
 
@@ -45,8 +49,8 @@ def train(model: vit.VisionTransformer, passes: list[Pass], key: DropKey | None 
     model.zero_grad(set_to_none=True)
 
 
-def variants(config: vit.Config, groups: list[Tensor]) -> dict[str, tuple[Callable[[], object], float]]:
-    """What is timed: name -> one run and its FLOPs."""
+def variants(config: vit.Config, groups: list[Tensor], fast: bool) -> dict[str, tuple[Callable[[], object], float]]:
+    """What is timed: name -> one run and its FLOPs; `fast`: compiled blocks too."""
     model, some, half = (vit.build(replace(config, drop_path=drop)) for drop in (0.0, 0.1, 0.5))
     masks = [torch.rand(group.shape[0], model.patch_embed.unfold(group[:1]).shape[0]) < 0.15 for group in groups]
     both: Pass = (groups, [masks[0], *[None] * (len(groups) - 1)])
@@ -62,6 +66,12 @@ def variants(config: vit.Config, groups: list[Tensor]) -> dict[str, tuple[Callab
         with torch.autocast("cpu", torch.bfloat16):
             train(model, [both])
 
+    runs: dict[str, tuple[Callable[[], object], float]] = {}
+    if fast:
+        quick = vit.build(replace(config, drop_path=0.1))
+        for block in quick.blocks:
+            compiled.compile_forward(block)
+        runs["compiled, drop path 0.1"] = (lambda: train(quick, [both], DropKey(0, 0)), 3 * forward)
     return {
         "GEMM": (lambda: square @ square, 2.0 * GEMM_SIZE**3),
         "packed": (lambda: train(model, [both]), 3 * forward),
@@ -70,6 +80,7 @@ def variants(config: vit.Config, groups: list[Tensor]) -> dict[str, tuple[Callab
         "group by group": (lambda: train(model, separate), 3 * forward),
         "packed, bf16 autocast": (autocast, 3 * forward),
         "packed, no gradient": (infer, forward),
+        **runs,
     }
 
 
@@ -81,13 +92,15 @@ def main() -> None:
     parser.add_argument(
         "--cpu-time", action="store_true", help="count processor time: for a busy machine, with 1 thread"
     )
+    parser.add_argument("--compile", action="store_true", help="time compiled blocks too; compiling takes minutes")
+    parser.add_argument("--json", type=Path, help="write the figures there")
     args = parser.parse_args()
     clock = time.process_time if args.cpu_time else time.perf_counter
     config = vit.Config(
         window=(8, 64, 64), dim=args.dim, depth=args.depth, heads=args.dim // 64, registers=2, layer_scale=1.0
     )
     groups = [torch.randn(args.globals, 8, 64, 64)] + ([torch.randn(args.locals, 8, 32, 32)] if args.locals else [])
-    runs = variants(config, groups)
+    runs = variants(config, groups, args.compile)
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     end = time.perf_counter() + args.seconds
     for run, _ in runs.values():
@@ -104,6 +117,12 @@ def main() -> None:
         print(
             f"{name:24s} {median[name] * 1e3:9.1f} ms {rate[name] / 1e9:8.1f} GFLOP/s {rate[name] / rate['GEMM']:7.1%}"
         )
+    saved = {drop: 1 - median[f"packed, drop path {drop}"] / median["packed"] for drop in (0.1, 0.5)}
+    for drop, share in saved.items():
+        print(f"stochastic depth by subsets drops {drop:.0%} of the crops and saves {share:.1%} of the time")
+    if args.json:
+        found = {name: {"ms": median[name] * 1e3, "share_of_gemm": rate[name] / rate["GEMM"]} for name in runs}
+        args.json.write_text(json.dumps({"variants": found, "time_saved_by_drop_path": saved}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

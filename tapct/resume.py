@@ -35,6 +35,7 @@ HARMLESS = (
     "checkpoint.",
     "log.",
     "eval.",
+    "train.compile",
     "train.resume",
     "train.save_before_end_s",
 )

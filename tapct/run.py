@@ -17,7 +17,7 @@ from tapct.data import loader
 from tapct.data.sampler import samples_of
 from tapct.data.split import held_out_patients
 from tapct.data.store import Store
-from tapct.engine import checkpoint, initial, loop, optim, parallel
+from tapct.engine import checkpoint, compiled, initial, loop, optim, parallel
 from tapct.engine.checkpoint import Checkpoints, Meta
 from tapct.engine.parallel import LostRank, World
 from tapct.eval import runner
@@ -197,7 +197,8 @@ class Pretraining:
                 config.train.steps, start, config.log.every
             ) as progress:
                 hooks = self.hooks(pair, updater, writer, progress)
-                stop = self.trainer(pair, updater, hooks).run(batches, start)
+                with compiled.naming_failures():
+                    stop = self.trainer(pair, updater, hooks).run(batches, start)
         except LostRank:  # the save under way will never end
             raise
         except BaseException:
@@ -241,9 +242,13 @@ class Pretraining:
             def shard(network: Network, learns: bool) -> None:
                 parallel.shard(network, mesh, bf16=bf16, keeps_gradient=learns)
 
-        return StudentTeacher(
+        pair = StudentTeacher(
             config.model, config.losses, config.seed, device=self.world.device, dtype=config.train.dtype, shard=shard
         )
+        if compiled.decide(config.train.compile, self.world.device):
+            log.say("train.compile: the blocks are compiled in the first steps, which may take minutes")
+            compiled.compile_blocks(pair)
+        return pair
 
     def first_weights(self, pair: StudentTeacher) -> int:
         """Replace random weights by those of `train.init`, if it is set; returns step 0."""

@@ -102,6 +102,14 @@ def test_head_flops_are_what_torch_counts() -> None:
             )
 
 
+def test_a_plain_last_layer_is_one_number_a_prototype_less_and_costs_the_same() -> None:
+    plain = dataclasses.replace(HEAD, last_layer="plain")
+    costs = small_plan(head_uses=[dataclasses.replace(use, config=plain) for use in USES])
+    assert part(costs, "dino prototypes").parameters == 64 * 16
+    assert part(small_plan(), "dino prototypes").parameters == 64 * (16 + 1)
+    assert costs.flops_per_sample == small_plan().flops_per_sample
+
+
 def test_parameters_add_up_to_the_networks() -> None:
     costs = small_plan()
     head = sum(parameter.numel() for parameter in heads.PrototypeHead(SMALL.dim, HEAD).parameters())

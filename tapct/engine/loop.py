@@ -13,7 +13,7 @@ from torch import Tensor
 from tapct.collectives import Packet, own_slot
 from tapct.config import setting
 from tapct.data import sampler
-from tapct.engine import initial, metrics, optim, parallel, vitals
+from tapct.engine import compiled, initial, metrics, optim, parallel, vitals
 from tapct.engine.optim import Updater
 from tapct.engine.parallel import World
 from tapct.engine.stop import FAILED_SAVE, StopFlag, job_deadline
@@ -39,6 +39,11 @@ class Config:
         "fp32",
         "compute dtype of the networks: fp32; bf16 autocast over float32 weights; fp64 throughout, to check equality",
         choices=("fp32", "bf16", "fp64"),
+    )
+    compile: str = setting(
+        "auto",
+        "torch.compile of every block of student and teacher: auto (on a GPU), always or never",
+        choices=compiled.WANTED,
     )
     resume: str = setting(
         "auto",

@@ -145,16 +145,21 @@ def pca_colours(features_DZYX: Tensor, foreground_ZYX: Tensor) -> Tensor:
     Returns:
         float32 (3, z, y, x); background patches hold the colour that the same projection gives them, clipped.
     """
-    x_ND = features_DZYX.permute(1, 2, 3, 0).flatten(0, 2).double()
-    inside_N = foreground_ZYX.flatten()
-    if int(inside_N.sum()) < 4:
-        inside_N = torch.ones_like(inside_N)
-    centred_ND = x_ND - x_ND[inside_N].mean(0)
-    covariance_DD = centred_ND[inside_N].T @ centred_ND[inside_N]
+    inside_ZP = foreground_ZYX.flatten(1)
+    if int(inside_ZP.sum()) < 4:
+        inside_ZP = torch.ones_like(inside_ZP)
+    layers_ZPD = features_DZYX.permute(1, 2, 3, 0).flatten(1, 2)  # float64 of one layer at a time: a scan can be 1 GB
+    layers = list(zip(layers_ZPD, inside_ZP, strict=True))
+    mean_D = torch.stack([x_PD[inside_P].double().sum(0) for x_PD, inside_P in layers]).sum(0) / inside_ZP.sum()
+    covariance_DD = mean_D.new_zeros(len(mean_D), len(mean_D))
+    for x_PD, inside_P in layers:
+        centred_ND = x_PD[inside_P].double() - mean_D
+        covariance_DD += centred_ND.T @ centred_ND
     loadings_D3 = torch.linalg.eigh(covariance_DD).eigenvectors.flip(1)[:, :3]
     largest = loadings_D3.abs().argmax(0)
     loadings_D3 = loadings_D3 * loadings_D3[largest, torch.arange(loadings_D3.shape[1])].sign()
-    scores_N3 = centred_ND @ loadings_D3
+    scores_N3 = torch.cat([(x_PD.double() - mean_D) @ loadings_D3 for x_PD, _ in layers])
+    inside_N = inside_ZP.flatten()
     low, high = (torch.quantile(scores_N3[inside_N], q, dim=0) for q in (0.01, 0.99))
     scaled_N3 = ((scores_N3 - low) / (high - low).clamp_min(1e-12)).clamp(0, 1)
     return scaled_N3.T.float().unflatten(1, foreground_ZYX.shape)

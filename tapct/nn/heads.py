@@ -1,4 +1,4 @@
-"""The projection head of DINO and iBOT: MLP, L2 norm, weight-normed prototypes.
+"""The projection head of DINO and iBOT: MLP, L2 norm, prototypes (weight-normed or plain).
 
 R rows (class tokens or masked patches), D channels of the backbone, W bottleneck width, K prototypes.
 """
@@ -26,9 +26,14 @@ class Config:
     hidden: int = setting(2048, "width of the MLP's hidden layers", ge=1)
     bottleneck: int = setting(256, "width of the normalised features before the prototypes", ge=1)
     layers: int = setting(3, "linear layers of the MLP", ge=1)
+    last_layer: str = setting(
+        "weight_norm",
+        "how a prototype is made: weight_norm, a direction times a gain (DINO, DINOv2), or plain weights (DINOv3)",
+        choices=("weight_norm", "plain"),
+    )
 
 
-class Prototypes(nn.Module):
+class WeightNormed(nn.Module):
     """Weight-normed linear layer without bias: direction `weight_v` (K, W), learned gain `weight_g` (K, 1)."""
 
     def __init__(self, num_prototypes: int, width: int) -> None:
@@ -36,19 +41,29 @@ class Prototypes(nn.Module):
         self.weight_g = nn.Parameter(torch.empty(num_prototypes, 1))
         self.weight_v = nn.Parameter(torch.empty(num_prototypes, width))
 
-    def weight(self) -> Tensor:
+    def prototypes(self) -> Tensor:
         """g * v / |v|, (K, W), float32 or wider."""
         wide = torch.promote_types(self.weight_v.dtype, torch.float32)  # bf16 norms would move every logit
         v_KW = self.weight_v.to(wide)
         return v_KW * (self.weight_g.to(wide) / torch.linalg.vector_norm(v_KW, dim=1, keepdim=True))
 
-    def forward(self, features_RW: Tensor) -> Tensor:
-        """(R, W) -> logits (R, K)."""
-        return F.linear(features_RW, self.weight())
+
+class Plain(nn.Module):
+    """Linear layer without bias: `weight` (K, W) is the prototypes, and their lengths are learned with them."""
+
+    def __init__(self, num_prototypes: int, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_prototypes, width))
+
+    def prototypes(self) -> Tensor:
+        """The weight, (K, W), float32 or wider; the parameter itself where it is that wide already."""
+        return self.weight.to(torch.promote_types(self.weight.dtype, torch.float32))
 
 
 class PrototypeHead(nn.Module):
     """y = weight * normalize(MLP(x)). Source: DINOv2's DINOHead; its parameter names.
+
+    A plain last layer is DINOv3's (arXiv:2508.10104), whose linear layers all start at trunc_normal 0.02.
 
     Starts as `init_weights(0)` leaves it; on a meta device it stays without values.
 
@@ -68,7 +83,8 @@ class PrototypeHead(nn.Module):
                 layers += [nn.GELU()] if layers else []
                 layers.append(nn.Linear(fan_in, fan_out))
             self.mlp = nn.Sequential(*layers)
-            self.last_layer = Prototypes(config.num_prototypes, config.bottleneck)
+            kind = WeightNormed if config.last_layer == "weight_norm" else Plain
+            self.last_layer = kind(config.num_prototypes, config.bottleneck)
         self.to_empty(device=device)
         if device.type != "meta":
             self.init_weights(0)
@@ -80,7 +96,7 @@ class PrototypeHead(nn.Module):
 
     def prototypes(self) -> Tensor:
         """The effective last layer, (K, W)."""
-        return self.last_layer.weight()
+        return self.last_layer.prototypes()
 
     def forward(self, x_RD: Tensor, then: Callable[[Tensor, Tensor], Any] | None = None) -> Any:
         """Logits before any temperature: (R, D) -> (R, K); or what `then` makes of features and prototypes.
@@ -92,11 +108,11 @@ class PrototypeHead(nn.Module):
             x_RD: tokens.
             then: gets features and prototypes; its result is returned. None: their product.
         """
-        features_RW = self.features(x_RD)
-        return self.last_layer(features_RW) if then is None else then(features_RW, self.prototypes())
+        features_RW, prototypes_KW = self.features(x_RD), self.prototypes()
+        return F.linear(features_RW, prototypes_KW) if then is None else then(features_RW, prototypes_KW)
 
     def init_weights(self, seed: int) -> None:
-        """Set every parameter from (seed, its name): MLP trunc_normal 0.02, directions like `nn.Linear`, gains 1."""
+        """Set every parameter from (seed, name): weights trunc_normal 0.02, directions like `nn.Linear`, gains 1."""
         for name, parameter in self.named_parameters():
             if name == "last_layer.weight_v":
                 init.uniform_fan_in(parameter, self.config.bottleneck, seed, f"head.{name}")

@@ -108,7 +108,10 @@ class Subset:
         rows = [span.rows for span in self.spans]
         parts = zip(self.row_S.split(rows), residual_SD.to(x_TD.dtype).split(rows), self.scales, strict=True)
         for row_s, residual_sD, scale in parts:
-            sum_TD.index_add_(0, row_s, residual_sD, alpha=scale)
+            if torch.compiler.is_compiling():  # a graph would hold for one value of alpha
+                sum_TD.index_add_(0, row_s, residual_sD * scale)
+            else:
+                sum_TD.index_add_(0, row_s, residual_sD, alpha=scale)
         return sum_TD
 
 

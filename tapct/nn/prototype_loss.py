@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tapct import collectives
 from tapct.types import TargetSums
@@ -75,8 +75,8 @@ class TeacherScores:
 
 
 def pair_up(features_RW: Tensor, prototypes_KW: Tensor) -> tuple[Tensor, Tensor]:
-    """For a head's `then`: hand out what it got."""
-    return features_RW, prototypes_KW
+    """For a head's `then`: hand out what it got; a plain last layer as a copy, since FSDP frees it after the call."""
+    return features_RW, prototypes_KW.clone() if isinstance(prototypes_KW, nn.Parameter) else prototypes_KW
 
 
 @dataclass(frozen=True)

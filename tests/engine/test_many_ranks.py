@@ -11,7 +11,10 @@ from tiny_run import make_store, numbers_of
 pytestmark = pytest.mark.dist
 
 LONG = ("train.steps=20", "train.global_batch=8", "checkpoint.every=20", "optim.lr=3e-4", "log.every=20")
+LAST_LAYERS = ("losses.dino.head.last_layer=plain", "losses.ibot.head.last_layer=plain")
 RECIPES = {
+    "plain": (*PLAIN, *LAST_LAYERS, "optim.freeze_last_layer_steps=4", *LONG),
+    "plain shared": (*PLAIN, *LAST_LAYERS, "losses.ibot.share_dino_head=true", *LONG),
     "centring": (*PLAIN, *LONG),
     "sinkhorn": (
         "model.drop_path=0.0",
@@ -46,7 +49,16 @@ def references(tmp_path_factory: pytest.TempPathFactory, store: Path) -> dict[st
 
 @pytest.mark.parametrize(
     ("recipe", "world", "shard"),
-    [("centring", 2, 0), ("centring", 4, 2), ("sinkhorn", 2, 1), ("sinkhorn", 4, 0), ("gram", 2, 0), ("gram", 4, 2)],
+    [
+        ("centring", 2, 0),
+        ("centring", 4, 2),
+        ("sinkhorn", 2, 1),
+        ("sinkhorn", 4, 0),
+        ("gram", 2, 0),
+        ("gram", 4, 2),
+        ("plain", 2, 0),
+        ("plain shared", 2, 0),
+    ],
 )
 def test_ranks_share_a_batch_and_change_nothing(
     tmp_path: Path, store: Path, references: dict[str, Path], recipe: str, world: int, shard: int

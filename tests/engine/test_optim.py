@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 
 import pytest
@@ -18,16 +19,14 @@ from tapct.ssl.student_teacher import StudentTeacher
 
 HEAD = heads.Config(num_prototypes=12, hidden=16, bottleneck=8)
 MODEL = Plugin("vit", vit.Config(window=(4, 16, 16), patch=(2, 8, 8), dim=16, depth=3, heads=2, registers=2))
-LOSSES = (
-    Plugin("dino", dino.Config(head=HEAD)),
-    Plugin("ibot", ibot.Config(head=HEAD)),
-    Plugin("koleo", koleo.Config()),
-)
+DINO, KOLEO = Plugin("dino", dino.Config(head=HEAD)), Plugin("koleo", koleo.Config())
 VALUES = StepValues(lr=0.01, wd=0.2, momentum=0.9, teacher_temp=0.04, last_layer_frozen=False)
 
 
-def make_pair() -> StudentTeacher:
-    return StudentTeacher(MODEL, LOSSES, seed=3)
+def make_pair(last_layer: str = "weight_norm") -> StudentTeacher:
+    head = dataclasses.replace(HEAD, last_layer=last_layer)
+    losses = (Plugin("dino", dino.Config(head=head)), Plugin("ibot", ibot.Config(head=head)), KOLEO)
+    return StudentTeacher(MODEL, losses, seed=3)
 
 
 def set_gradients(pair: StudentTeacher, seed: int = 0) -> None:
@@ -66,10 +65,11 @@ def test_student_and_teacher_start_equal_with_heads_and_only_the_student_learns(
         ("heads.dino.mlp.0.bias", 1.0, False, False),
         ("heads.ibot.last_layer.weight_g", 1.0, True, True),
         ("heads.ibot.last_layer.weight_v", 1.0, True, True),
+        ("heads.ibot.last_layer.weight", 1.0, True, True),
     ],
 )
 def test_layer_decay_and_weight_decay_follow_dinov2(name: str, factor: float, decays: bool, last: bool) -> None:
-    pair = make_pair()
+    pair = make_pair("plain" if name.endswith("last_layer.weight") else "weight_norm")
     assert name in dict(pair.student.named_parameters())
     key = group_key(name, pair.student.backbone, Config(layer_decay=0.9, patch_embed_lr_factor=0.2))
     assert key.lr_factor == pytest.approx(factor) and key.decays == decays and key.is_last_layer == last
@@ -93,8 +93,9 @@ def test_one_step_equals_adamw_written_out_and_moves_the_teacher_after_it() -> N
         assert torch.allclose(teacher[name].double(), 0.9 * old + 0.1 * new, atol=1e-6), name
 
 
-def test_the_last_layer_does_not_move_while_it_is_frozen() -> None:
-    pair = make_pair()
+@pytest.mark.parametrize("last_layer", ["weight_norm", "plain"])
+def test_the_last_layer_does_not_move_while_it_is_frozen(last_layer: str) -> None:
+    pair = make_pair(last_layer)
     updater = Updater(pair, Config())
     before = copy.deepcopy(pair.student.state_dict())
     set_gradients(pair)
@@ -102,6 +103,10 @@ def test_the_last_layer_does_not_move_while_it_is_frozen() -> None:
     moved = {name for name, value in pair.student.state_dict().items() if not torch.equal(value, before[name])}
     assert not any("last_layer" in name for name in moved)
     assert any(name.startswith("heads.dino.mlp") for name in moved)
+    set_gradients(pair)
+    updater.step(VALUES, torch.tensor(1.0))
+    after = pair.student.state_dict()
+    assert not any(torch.equal(after[name], value) for name, value in before.items() if "last_layer" in name)
 
 
 def test_clipping_acts_on_each_submodule_by_itself() -> None:
@@ -153,11 +158,11 @@ def test_a_number_that_is_not_finite_moves_nothing_now_or_later(where: str) -> N
 
 
 def test_a_shared_head_is_one_head_and_unequal_sections_are_refused() -> None:
-    shared = (LOSSES[0], Plugin("ibot", ibot.Config(head=HEAD, share_dino_head=True)))
+    shared = (DINO, Plugin("ibot", ibot.Config(head=HEAD, share_dino_head=True)))
     pair = StudentTeacher(MODEL, shared, seed=0)
     assert set(pair.student.heads) == {"dino"}
     assert pair.heads_of(pair.losses["ibot"])[0] is pair.student.heads["dino"]
-    other = (LOSSES[0], Plugin("ibot", ibot.Config(share_dino_head=True)))
+    other = (DINO, Plugin("ibot", ibot.Config(share_dino_head=True)))
     with pytest.raises(ValueError, match="head sections differ"):
         StudentTeacher(MODEL, other, seed=0)
     with pytest.raises(ValueError, match="switched off"):

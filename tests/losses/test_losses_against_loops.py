@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -48,8 +49,8 @@ def token_sets(
     )
 
 
-def head(seed: int) -> heads.PrototypeHead:
-    made = heads.PrototypeHead(DIM, HEAD)
+def head(seed: int, last_layer: str = "weight_norm") -> heads.PrototypeHead:
+    made = heads.PrototypeHead(DIM, dataclasses.replace(HEAD, last_layer=last_layer))
     made.init_weights(seed)
     return made.double()
 
@@ -96,8 +97,9 @@ def targets_loop(kind: str, logits: torch.Tensor, centre: list[float]) -> list[l
 
 @pytest.mark.parametrize("kind", ["centring", "sinkhorn"])
 @pytest.mark.parametrize("num_locals", [0, LOCALS])
-def test_dino_equals_the_loop_over_pairs(kind: str, num_locals: int) -> None:
-    sets, student_head, teacher_head = token_sets(num_locals), head(1), head(2)
+@pytest.mark.parametrize("last_layer", ["weight_norm", "plain"])
+def test_dino_equals_the_loop_over_pairs(kind: str, num_locals: int, last_layer: str) -> None:
+    sets, student_head, teacher_head = token_sets(num_locals), head(1, last_layer), head(2, last_layer)
     loss = dino.build(dino.Config(head=HEAD, weight=0.7, targets=TargetConfig(kind=kind))).double()
     loss.targets.centre_K.copy_(torch.linspace(-0.3, 0.2, K))
     result = loss(sets, student_head, teacher_head)
@@ -125,8 +127,9 @@ def test_dino_equals_the_loop_over_pairs(kind: str, num_locals: int) -> None:
 
 @pytest.mark.parametrize("kind", ["centring", "sinkhorn"])
 @pytest.mark.parametrize("padded", [None, 3])
-def test_ibot_equals_the_loop_over_masked_patches(kind: str, padded: int | None) -> None:
-    sets, student_head, teacher_head = token_sets(padded=padded), head(1), head(2)
+@pytest.mark.parametrize("last_layer", ["weight_norm", "plain"])
+def test_ibot_equals_the_loop_over_masked_patches(kind: str, padded: int | None, last_layer: str) -> None:
+    sets, student_head, teacher_head = token_sets(padded=padded), head(1, last_layer), head(2, last_layer)
     loss = ibot.build(ibot.Config(head=HEAD, weight=0.6, targets=TargetConfig(kind=kind))).double()
     loss.targets.centre_K.copy_(torch.linspace(-0.3, 0.2, K))
     result = loss(sets, student_head, teacher_head)
@@ -219,9 +222,10 @@ def test_the_centre_moves_once_per_step_over_all_micro_batches_and_acts_in_the_n
     assert float(targets.pending_count) == 0
 
 
-def test_gradients_reach_student_and_not_teacher() -> None:
+@pytest.mark.parametrize("last_layer", ["weight_norm", "plain"])
+def test_gradients_reach_student_and_not_teacher(last_layer: str) -> None:
     sets = token_sets()
-    student_head, teacher_head = head(1), head(2)
+    student_head, teacher_head = head(1, last_layer), head(2, last_layer)
     for build, config in ((dino.build, dino.Config(head=HEAD)), (ibot.build, ibot.Config(head=HEAD))):
         loss = build(config).double()
         torch.stack([term.value for term in loss(sets, student_head, teacher_head).terms]).sum().backward()

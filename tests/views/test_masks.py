@@ -150,6 +150,33 @@ def test_block_sides_keep_volume_and_aspect_inside_a_large_grid() -> None:
         assert torch.equal(side, side.round()) and side.min() >= 1
 
 
+def test_statistics_of_single_blocks_are_those_of_their_bounding_boxes() -> None:
+    grid, num = (1, 60, 60), 3600
+    config, counts, samples = replace(CONFIG, min_tokens=400), [420] * 300, torch.arange(300)
+    in_scan = torch.ones(1, 300, num, dtype=torch.bool)
+    told = masks.statistics(counts, grid, in_scan, samples, config, 3)
+    blocked = masks.blocks(torch.tensor(counts), grid, in_scan[0], (torch.zeros_like(samples), samples), config, 3)
+    boxes = [ndimage.find_objects(block.reshape(60, 60).astype(int))[0] for block in blocked.numpy()]
+    height, width = (np.array([box[axis].stop - box[axis].start for box in boxes]) for axis in (0, 1))
+    whole = blocked.sum(1).numpy() == height * width  # a block that was too large lost its last tokens
+    assert whole.mean() > 0.4 and told.blocks == 1.0
+    assert told.share_in_blocks == pytest.approx(float(blocked.sum()) / sum(counts))
+    assert told.height_width == pytest.approx(np.quantile(height / width, [0.05, 0.5, 0.95]), rel=0.05)
+    assert told.depth_height == pytest.approx(np.quantile(1 / height, [0.05, 0.5, 0.95]), rel=0.05)
+    assert 380 < told.volume[0] < told.volume[1] < told.volume[2] < 460
+
+
+def test_statistics_of_the_published_grid() -> None:
+    counts = masks.counts(CONFIG, num_crops_global=128, num_tokens=2352, seed=0, step=0)
+    in_scan = torch.ones(2, 64, 2352, dtype=torch.bool)
+    told = masks.statistics(counts, (3, 28, 28), in_scan, torch.arange(64), CONFIG, 0)
+    assert told.share_in_blocks > 0.98 and 3 < told.blocks <= masks.ROUNDS
+    assert told.volume[0] >= 3 and told.volume[2] < 2352 * 0.5 * 1.2
+    assert told.height_width[0] * told.height_width[2] == pytest.approx(1, abs=0.15)  # log-uniform: as tall as wide
+    with pytest.raises(ValueError, match="mask more tokens"):
+        masks.statistics([0, 3], (3, 28, 28), in_scan[:, :1], torch.arange(1), CONFIG, 0)
+
+
 @pytest.mark.parametrize("grid", [(1, 14, 14), (3, 28, 28)])
 def test_a_shallow_grid_keeps_the_volume_and_the_in_plane_aspect(grid: tuple[int, int, int]) -> None:
     volume = torch.full((1000,), 0.25 * math.prod(grid))

@@ -1,0 +1,124 @@
+"""Peak memory of the features of a whole scan, and the time that all of its windows would take.
+
+    python scripts/bench_whole_scan.py                          # 300x512x512 at its own size, configs/tap_b_3d.yaml
+    python scripts/bench_whole_scan.py --size 224 224 --batch 16 --device cuda --json scan.json
+
+The way is that of `tapct embed`: the scan as int16, the network's input, accumulators over the whole patch grid,
+windows by batches, and the copy that is written. All of it has its full size. On a CPU the windows would take an hour,
+so the backbone works in the first and the last `--real` calls alone; between them new tokens of the same size stand in.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import resource
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from tapct import config as configs
+from tapct import plugin, run
+from tapct.eval.features import window_starts
+from tapct.types import Tokens, Volume
+from tapct.weights import Pretrained, Recipe
+
+
+class SomeCalls(nn.Module):
+    """A backbone that works in its first and last calls.
+
+    Args:
+        backbone: it.
+        num_calls: that will come.
+        real: of the first and of the last ones.
+    """
+
+    def __init__(self, backbone: nn.Module, num_calls: int, real: int) -> None:
+        super().__init__()
+        self.backbone, self.num_calls, self.real = backbone, num_calls, real
+        self.patch, self.dim = backbone.patch, backbone.dim
+        self.calls = 0
+        self.seconds: list[float] = []  # of a window
+
+    def forward(self, groups: list[Tensor]) -> list[Tokens]:
+        """As the backbone's."""
+        self.calls += 1
+        crops_BZYX = groups[0]
+        if self.real < self.calls <= self.num_calls - self.real:
+            grid = tuple(size // side for size, side in zip(crops_BZYX.shape[1:], self.patch, strict=True))
+            cls_BD = crops_BZYX.new_ones(len(crops_BZYX), self.dim)
+            patches_BND = crops_BZYX.new_ones(len(crops_BZYX), math.prod(grid), self.dim)
+            return [Tokens(cls_BD, patches_BND[:, :4], patches_BND, grid)]  # type: ignore[arg-type]
+        began = time.perf_counter()
+        tokens: list[Tokens] = self.backbone(groups)
+        if crops_BZYX.is_cuda:
+            torch.cuda.synchronize()
+        self.seconds.append((time.perf_counter() - began) / len(crops_BZYX))
+        return tokens
+
+
+def peak_bytes() -> int:
+    """Most memory that this process has held."""
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """Embed one made-up scan."""
+    config = configs.load_config(run.RunConfig, options.config, []).value
+    preprocess = dataclasses.replace(config.eval.preprocess, size_yx=tuple(options.size))
+    backbone = plugin.load("models", config.model.name).build(config.model.config).to(options.device)
+    depth, height, width = options.shape
+    sides = (depth, options.size[0] or height, options.size[1] or width)
+    padded = [max(math.ceil(s / p) * p, w) for s, p, w in zip(sides, backbone.patch, preprocess.window, strict=True)]
+    windows = math.prod(len(window_starts(*axis)) for axis in zip(padded, preprocess.window, preprocess.stride))
+    calls = math.ceil(windows / options.batch)
+    model = SomeCalls(backbone, calls, options.real)
+    pretrained = Pretrained(model, Recipe(model=config.model, preprocess=preprocess), {})
+    hu_ZYX = np.random.default_rng(0).integers(-1000, 400, options.shape, dtype=np.int16)
+    before = peak_bytes()
+    embedding = pretrained.embed(Volume(hu_ZYX, (1.0, 0.7, 0.7)), batch=options.batch)
+    assert model.calls == calls, (model.calls, calls)
+    assert np.isfinite(embedding.features_DZYX).all()
+    per_window = min(model.seconds)
+    on_gpu = torch.cuda.max_memory_allocated() if options.device == "cuda" else 0
+    return {
+        "config": str(options.config),
+        "scan": list(options.shape),
+        "input": padded,
+        "features": list(embedding.features_DZYX.shape),
+        "features_GB": round(embedding.features_DZYX.nbytes / 1e9, 2),
+        "windows": windows,
+        "windows_per_call": options.batch,
+        "windows_computed": len(model.seconds) * options.batch,
+        "seconds_per_window": round(per_window, 3),
+        "minutes_for_all_windows": round(per_window * windows / 60, 1),
+        "memory_before_GB": round(before / 1e9, 2),
+        "peak_memory_GB": round(peak_bytes() / 1e9, 2),
+        "peak_device_memory_GB": round(on_gpu / 1e9, 2),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", nargs="?", type=Path, default=Path("configs/tap_b_3d.yaml"))
+    parser.add_argument("--shape", type=int, nargs=3, default=(300, 512, 512), help="slices, rows, columns")
+    parser.add_argument("--size", type=int, nargs=2, default=(0, 0), help="in-plane size, 0: the scan's own")
+    parser.add_argument("--batch", type=int, default=8, help="windows per call")
+    parser.add_argument("--real", type=int, default=1, help="calls at either end that are computed")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--json", type=Path, help="write the figures there too")
+    options = parser.parse_args()
+    found = measure(options)
+    print(json.dumps(found, indent=1))
+    if options.json:
+        options.json.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
