@@ -18,7 +18,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("eval", "report"),
     ("weights",),  # embeds with the features of eval
     ("run", "trained", "resume", "provenance", "during", "plan", "doctor", "cli")
-    + ("slurm", "sweep", "jobs", "worker", "launch"),
+    + ("slurm", "sweep", "jobs", "worker", "batch", "launch"),
 )
 FLOOR = {part: number for number, parts in enumerate(FLOORS) for part in parts}
 FLOORS_OF_FILES = {
