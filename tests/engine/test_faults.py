@@ -77,6 +77,25 @@ def test_a_rank_that_hangs_is_named_with_its_step(tmp_path: Path, store: Path) -
     assert newest(tmp_path) == "step_00000004"
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_save_may_take_longer_than_a_collective(tmp_path: Path, store: Path, rank: int) -> None:
+    words = (*PLAIN, "views.ops[faults.slow_disk]={}", "checkpoint.every=100", "parallel.timeout_s=8")
+    slow = {"TAPCT_SLOW_DISK": f"{rank} 17"}  # more than the time-out and the patience after it
+    began = time.monotonic()
+    good(ended(start(2, tmp_path, store, *words, more=slow)))
+    assert time.monotonic() - began > 17 and newest(tmp_path) == "step_00000012"
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_save_that_hangs_is_named_with_its_step(tmp_path: Path, store: Path, rank: int) -> None:
+    words = (*PLAIN, "views.ops[faults.slow_disk]={}", "checkpoint.every=100", "parallel.save_timeout_s=8")
+    began = time.monotonic()
+    done = ended(start(2, tmp_path, store, *words, more={"TAPCT_SLOW_DISK": f"{rank} 3600"}))
+    assert done.returncode != 0 and time.monotonic() - began < 90
+    assert any("saving in step 12" in line for line in error_lines(done.stderr)), done.stderr
+    assert newest(tmp_path) == ""
+
+
 def test_the_first_cause_stands_on_top(tmp_path: Path, store: Path) -> None:
     done = train(2, tmp_path, store, *PLAIN, fault="1 6 raise")
     told = done.stderr
