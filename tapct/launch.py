@@ -238,7 +238,8 @@ def make_executor(
         "qos": resources.qos,
         "constraint": resources.constraint,
     }
-    srun = ["--kill-on-bad-exit=1", f"--chdir={code}"]  # python -m looks into its folder before PYTHONPATH
+    # python -m looks into its folder before PYTHONPATH; the first rank may stay for the last evaluation
+    srun = ["--kill-on-bad-exit=1", "--wait=0", f"--chdir={code}"]
     if resources.cpus_per_task:
         srun.append(f"--cpus-per-task={resources.cpus_per_task}")  # srun no longer takes it over from sbatch
     made.update_parameters(
