@@ -35,6 +35,7 @@ from tapct.ssl.student_teacher import Network, StudentTeacher
 from tapct.types import LOST_RANK, SharedError, TargetSums, Tokens, UserError
 
 CAUSE_FIRST_S = 1.0
+MEET_S = 300.0  # Python may start much later on one node than on another, and that is no collective
 NCCL_LATER_S = 60.0
 PATIENCE_S = 5.0  # more than the back-end's own time-out, so that its word comes first
 
@@ -116,14 +117,16 @@ def world(place: Ranks, device: torch.device, config: Config) -> Iterator[World]
         yield World(place, device)
         return
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")  # no loss writes into it
-    timeout = datetime.timedelta(seconds=config.timeout_s)
+    timeout, patience = (datetime.timedelta(seconds=s) for s in (config.timeout_s, max(config.timeout_s, MEET_S)))
     on_gpu = device.type == "cuda"
     told = ""
     try:
         told = "{}:{}".format(*ranks.rendezvous(os.environ))
-        store, _, _ = next(dist.rendezvous(f"tcp://{told}", place.rank, place.world, timeout=timeout))
+        store, _, _ = next(dist.rendezvous(f"tcp://{told}", place.rank, place.world, timeout=patience))
         # torchrun's store outlives a restart: what the ranks before it wrote there must not be read
         store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        store.set(f"here/{place.rank}", "yes")
+        store.wait([f"here/{rank}" for rank in range(place.world)], patience)
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
             store=dist.PrefixStore("group", store),
@@ -135,8 +138,8 @@ def world(place: Ranks, device: torch.device, config: Config) -> Iterator[World]
         )
     except (dist.DistError, RuntimeError, ValueError) as error:
         raise UserError(
-            f"rank {place.rank} of {place.world} could not meet the others at {told} within {config.timeout_s:.0f} s: "
-            f"{str(error).splitlines()[0]}"
+            f"rank {place.rank} of {place.world} could not meet the others at {told} within "
+            f"{patience.total_seconds():.0f} s: {str(error).splitlines()[0]}"
         ) from error
     shard = collectives.from_first(lambda: shard_size(place, config.shard))
     mesh = init_device_mesh(device.type, (place.world // shard, shard), mesh_dim_names=("replicate", "shard"))
