@@ -165,7 +165,10 @@ def submit(
     qos: Annotated[str, typer.Option(help="as of sbatch")] = "",
     constraint: Annotated[str, typer.Option(help="as of sbatch")] = "",
     grace: Annotated[int, typer.Option(help="seconds before its end at which a job is told to save", min=1)] = 120,
-    max_restarts: Annotated[int, typer.Option(help="requeues after which a job gives up", min=0)] = 20,
+    max_restarts: Annotated[int, typer.Option(help="requeues after which a job gives up", min=0)] = 1000,
+    max_idle_restarts: Annotated[
+        int, typer.Option(help="requeues in a row without a new checkpoint after which a job gives up", min=0)
+    ] = 5,
     sweep: Annotated[list[str] | None, typer.Option(help="key=value,value; repeat it for a product")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print the batch script, write nothing")] = False,
 ) -> None:
@@ -185,6 +188,7 @@ def submit(
         constraint=constraint,
         grace_seconds=grace,
         max_restarts=max_restarts,
+        max_idle_restarts=max_idle_restarts,
     )
     plan = launch.plan(config, overrides or [], sweep or [])
     for run in plan.runs:
@@ -214,7 +218,11 @@ def jobs(
         log.say("no run here was submitted; `tapct submit CONFIG` submits one")
         return
     queued = slurm.queue()
-    log.console().print(teller.table([teller.progress(run, one, queued) for run, one in submissions.items()]))
+    rows = [teller.progress(run, one, queued) for run, one in submissions.items()]
+    log.console().print(teller.table(rows))
+    for row in rows:
+        if row.why:
+            log.say(f"{os.path.relpath(row.run)}, job {row.job}: {row.why}")
     if queued is None:
         log.say("SLURM does not answer; states are what the run folders say")
 

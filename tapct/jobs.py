@@ -61,6 +61,7 @@ class Progress:
         loss: of the last step; NaN when there is none.
         seconds: per step, median of the last steps; NaN when there is none.
         restarts: requeues so far.
+        why: the job gave up, in words; empty when it did not.
     """
 
     run: Path
@@ -71,6 +72,7 @@ class Progress:
     loss: float
     seconds: float
     restarts: int
+    why: str = ""
 
 
 def find(folders: Sequence[Path]) -> dict[Path, Submission]:
@@ -117,17 +119,26 @@ def progress(run: Path, submission: Submission, queued: dict[str, QueuedJob] | N
     paces = [row["seconds/step"] for row in rows[-20:] if row.get("seconds/step") is not None]
     events = _json_lines(_events_file(run, submission.job))
     job = None if queued is None else queued.get(submission.job)
+    why = _why_given_up(job, events)
     restarts = job.restarts if job is not None else max([int(event.get("restarts", 0)) for event in events], default=0)
     return Progress(
         run=run,
         job=submission.job,
-        state=_state(job, events, step >= submission.steps, answered=queued is not None),
+        state="gave up" if why else _state(job, events, step >= submission.steps, answered=queued is not None),
         step=step,
         steps=submission.steps,
         loss=math.nan if loss is None else float(loss),
         seconds=statistics.median(paces) if paces else math.nan,
         restarts=restarts,
+        why=why,
     )
+
+
+def _why_given_up(job: QueuedJob | None, events: Sequence[dict[str, Any]]) -> str:
+    """What the batch script said when it did not requeue; empty when it did, or someone else has."""
+    last = events[-1] if events else {}
+    over = job is None or not job.alive
+    return str(last.get("why", "")) if over and last.get("event") == "gave up" else ""
 
 
 def _state(job: QueuedJob | None, events: Sequence[dict[str, Any]], all_steps: bool, answered: bool) -> str:

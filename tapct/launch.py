@@ -1,6 +1,7 @@
 """Submit runs to SLURM: check everything here, copy the code, hand one job or one array to sbatch through submitit.
 
-    RUN/jobs/<time>/   the job's config.yaml, submission.json, events.jsonl; submitit's script, pickles and logs
+    RUN/jobs/<time>/   the job's config.yaml, submission.json, events.jsonl, places and starts (`batch`); submitit's
+                       script, pickles and logs
     RUN/code/<rev>/    the tapct that the job runs, whatever happens to the source tree in the meantime
 """
 
@@ -11,7 +12,6 @@ import hashlib
 import io
 import os
 import re
-import shlex
 import shutil
 import tempfile
 import time
@@ -22,7 +22,7 @@ from pathlib import Path
 from submitit import SlurmExecutor
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 
-from tapct import jobs, slurm, sweep, worker
+from tapct import batch, jobs, slurm, sweep, worker
 from tapct.config import Resolved, load_config
 from tapct.data.store import Store
 from tapct.engine import checkpoint
@@ -47,7 +47,8 @@ class Resources:
         cpus_per_task: cores of each; 0: the cluster's default.
         mem: memory per node, e.g. 64G; empty: the cluster's default, as for all that follow.
         grace_seconds: how long before its end a job is told to save.
-        max_restarts: requeues after which it gives up.
+        max_restarts: requeues after which it gives up, whatever they brought.
+        max_idle_restarts: requeues in a row without a new checkpoint after which it gives up.
     """
 
     minutes: int
@@ -61,7 +62,8 @@ class Resources:
     qos: str = ""
     constraint: str = ""
     grace_seconds: int = 120
-    max_restarts: int = 20
+    max_restarts: int = 1000
+    max_idle_restarts: int = 5
 
     def __post_init__(self) -> None:
         if self.grace_seconds >= self.minutes * 60:
@@ -188,6 +190,7 @@ def submit(plan: Plan, resources: Resources) -> list[jobs.Submission]:
         places = [folder if out == home else new_folder(out / "jobs", name, undo) for out in outs]
         for place, run in zip(places, runs, strict=True):
             checkpoint.replace_text(place / "config.yaml", run.to_yaml())
+        (folder / batch.PLACES).write_text("".join(f"{place}\n" for place in places), encoding="utf-8")
         executor = make_executor(folder, code, resources, f"tapct-{home.name}")
         tasks = [(str(place / "config.yaml"), os.getcwd(), str(code)) for place in places]
         try:
@@ -241,7 +244,8 @@ def make_executor(
         "qos": resources.qos,
         "constraint": resources.constraint,
     }
-    srun = ["--kill-on-bad-exit=1", f"--chdir={code}"]  # python -m looks into its folder before PYTHONPATH
+    # python -m looks into its folder before PYTHONPATH; the first rank may stay for the last evaluation
+    srun = ["--kill-on-bad-exit=1", "--wait=0", f"--chdir={code}"]
     if resources.cpus_per_task:
         srun.append(f"--cpus-per-task={resources.cpus_per_task}")  # srun no longer takes it over from sbatch
     made.update_parameters(
@@ -254,64 +258,11 @@ def make_executor(
         wckey=None,
         srun_args=srun,
         additional_parameters={"requeue": True},
-        setup=setup_lines(folder, code),
-        teardown=requeue_lines(resources.max_restarts),
+        setup=batch.setup_lines(folder, code, resources.max_restarts, resources.max_idle_restarts),
+        teardown=batch.requeue_lines(),
         **{key: value for key, value in asked.items() if value},
     )
     return made
-
-
-def setup_lines(folder: Path, code: Path) -> list[str]:
-    """Shell lines before srun: where the ranks meet, which tapct they import, and no news from the last start.
-
-    RANK and WORLD_SIZE of the submitting shell would win over SLURM's, so they go.
-    """
-    return [
-        'export TAPCT_JOB="${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}"',
-        'export TAPCT_JOB="${TAPCT_JOB:-$SLURM_JOB_ID}"',
-        f'export {worker.MARK}={shlex.quote(str(folder))}/"$TAPCT_JOB".end',
-        f'rm -f "${worker.MARK}"',
-        f'export PYTHONPATH={shlex.quote(str(code))}"${{PYTHONPATH:+:$PYTHONPATH}}"',
-        "unset RANK WORLD_SIZE LOCAL_RANK",
-        'MASTER_ADDR="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"',
-        'export MASTER_ADDR MASTER_PORT="$((20000 + SLURM_JOB_ID % 10000))"',
-        "trap : TERM USR1 USR2  # the lines after srun must run when this shell is signalled too",
-    ]
-
-
-# After srun. 128 + number: a signal killed a rank while its Python was still starting, before it could leave a mark.
-# A rank that crashes leaves none either, and srun then stops the others: that is no reason to begin again.
-REQUEUE = """\
-code=$?
-case "$(cat "$TAPCT_MARK" 2>/dev/null):$code" in
-    stopped:13[245679]) exit "$code" ;;
-    stopped:* | :138 | :140 | :143) ;;
-    *) exit "$code" ;;
-esac
-state="$(scontrol show job -o "$TAPCT_JOB" | grep -o 'JobState=[A-Z_]*')"
-if [ "${state:-JobState=RUNNING}" != JobState=RUNNING ]; then # cancelled, or requeued by SLURM itself
-    echo "tapct: $state, so not requeued from here"
-    exit 0
-fi
-if [ "${SLURM_RESTART_COUNT:-0}" -ge MAX_RESTARTS ]; then
-    echo "tapct: restarted MAX_RESTARTS times (--max-restarts); submit again to go on"
-    exit 1
-fi
-for attempt in 1 2 3; do
-    scontrol requeue "$TAPCT_JOB" && echo "tapct: requeued" && exit 0
-    sleep 2
-done
-echo "tapct: could not requeue; submit again to go on"
-exit 1
-"""
-
-
-def requeue_lines(max_restarts: int) -> list[str]:
-    """Shell lines after srun: requeue the job if a signal ended it, but not one that was cancelled, and not for ever.
-
-    The batch script does it and not a task: it outlives them all, so it sees every way to end, and no rank is cut off.
-    """
-    return REQUEUE.replace("MAX_RESTARTS", str(max_restarts)).splitlines()
 
 
 def new_folder(parent: Path, name: str, undo: contextlib.ExitStack) -> Path:

@@ -148,7 +148,11 @@ def train(resolved: Resolved, allow_change: bool = False) -> loop.Stop:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     with parallel.world(place, device, config.parallel) as world:
-        return Pretraining(resolved, world, allow_change).run()
+        pretraining = Pretraining(resolved, world, allow_change)
+        stop = pretraining.run()
+    if place.is_first:
+        pretraining.evaluations.finish(pretraining.checkpoints, stopped=bool(stop.signal))
+    return stop
 
 
 class Pretraining:
@@ -171,6 +175,7 @@ class Pretraining:
             world.side,
             world.device,
         )
+        self.evaluations = during.Evaluations(self.config.out, self.config.eval.during)
 
     def run(self) -> loop.Stop:
         """From the newest checkpoint to the last step, or to a signal."""
@@ -306,7 +311,6 @@ class Pretraining:
     ) -> loop.Hooks:
         """What the loop calls: only the first rank writes and speaks, all of them save."""
         settings, first = self.config.checkpoint, self.world.ranks.is_first
-        evaluations = during.Evaluations(self.config.out, self.config.eval.during)
 
         def record(row: dict[str, float]) -> None:
             writer.write(row)
@@ -329,14 +333,11 @@ class Pretraining:
                 if last or settings.on_error == "stop":
                     raise
                 log.say(f"going on without it: {error}")
-            evaluations.expect(step, last)
-            if first and last:
-                evaluations.due = evaluations.due[-1:]  # nobody looks again: the last one counts
-                evaluations.look(self.checkpoints)
+            self.evaluations.expect(step, last=step == self.config.train.steps)
 
         def look_after() -> bool:
             if first:
-                evaluations.look(self.checkpoints)
+                self.evaluations.look(self.checkpoints)
             return settings.on_error == "stop" and self.checkpoints.failed()
 
         return loop.Hooks(record if first else lambda row: None, save, look_after, log.say)

@@ -41,3 +41,13 @@ def kept_from_children() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
         done.set()
         listener.join()
+
+
+@contextmanager
+def heard_by_children() -> Iterator[None]:
+    """Within it, inside of `kept_from_children` too, processes that this thread starts can be ended by a signal."""
+    before = signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -2,7 +2,7 @@
 
 A job is ended by a signal some time before its limit (SIGUSR2) or its preemption (SIGTERM or SIGUSR2). The training
 loop answers by saving; before the loop begins there is nothing to save. In both cases the task leaves a mark for the
-batch script, which requeues the job (`launch.requeue_lines`). No torch at import, so that signals are taken over early.
+batch script, which requeues the job (`batch.requeue_lines`). No torch at import, so that signals are taken over early.
 """
 
 from __future__ import annotations

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import stat
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 from tiny_run import config_of, make_store, numbers_of
 
-from tapct import during, run, trained
+from tapct import during, run, signals, trained
 from tapct.engine import loop
+from tapct.engine.stop import job_deadline
+from tapct.eval.runner import During
 from tapct.types import UserError
 
 QUICK = ("eval.task.steps=5", "eval.max_scans=2", "eval.num_pictures=0")
@@ -63,6 +67,135 @@ def test_the_teacher_is_kept_from_rotation_and_a_busy_evaluation_is_not_joined(
     assert "step 8 is not evaluated: the evaluation before it is still running" in capsys.readouterr().out
     kept = load_file(during.steps_folder(tmp_path / "run") / "step_00000004" / "teacher.safetensors")
     assert not (tmp_path / "run" / "checkpoints" / "step_00000004").exists() and len(kept) > 10
+
+
+@pytest.fixture
+def judge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Path]:
+    """Python is a shell script from now on, which notes its words and its process in a file, and ends as it is told."""
+    monkeypatch.setenv("SLURM_JOB_ID", "5")
+
+    def become(end: str) -> Path:
+        script, told = tmp_path / "python", tmp_path / "told"
+        script.write_text(f'#!/bin/sh\necho "$$ $*" >> {told}\n{end}\n')
+        script.chmod(script.stat().st_mode | stat.S_IEXEC)
+        monkeypatch.setattr("sys.executable", str(script))
+        return told
+
+    return become
+
+
+def judged(told: Path) -> list[int]:
+    """Steps that were begun to be judged."""
+    return [int(line.rpartition("--step=")[2].split()[0]) for line in told.read_text().splitlines()]
+
+
+def last_process(told: Path) -> int:
+    return int(told.read_text().splitlines()[-1].split()[0])
+
+
+def is_alive(process: int) -> bool:
+    return Path(f"/proc/{process}").exists()
+
+
+SAVED_AT_ONCE = ("checkpoint.asynchronous=false", *QUICK)
+
+
+def test_a_job_waits_for_the_last_evaluation(tmp_path: Path, store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "5")
+    assert run.train(config_of(tmp_path, store, "eval.during.every=12", *QUICK)) == loop.Stop(12)
+    assert (during.steps_folder(tmp_path / "run") / "step_00000012" / "results.json").is_file()
+
+
+def test_in_a_job_the_last_evaluation_is_done_though_the_one_before_takes_long(
+    tmp_path: Path, store: Path, judge: Callable[[str], Path]
+) -> None:
+    told = judge("exec sleep 3")
+    began = time.monotonic()
+    assert run.train(config_of(tmp_path, store, "eval.during.every=4", *SAVED_AT_ONCE)) == loop.Stop(12)
+    assert judged(told)[0] == 4 and judged(told)[-1] == 12
+    assert time.monotonic() - began > 6 and not is_alive(last_process(told))
+
+
+@pytest.mark.parametrize("how", ["its bound", "a signal", "the end of the job's time"])
+def test_a_job_does_not_wait_longer_than(
+    tmp_path: Path,
+    store: Path,
+    judge: Callable[[str], Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    how: str,
+) -> None:
+    end = "kill -TERM $PPID; " if how == "a signal" else ""
+    told = judge(f"{end}exec sleep 600")
+    if how == "the end of the job's time":
+        monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(time.time()) + 3600))
+
+        def is_near(environment: Mapping[str, str], margin_s: float) -> float:
+            assert 3500 < job_deadline(environment, margin_s) - time.time() + during.LEAVE_S < 3600
+            return time.time() + 4
+
+        monkeypatch.setattr(during, "job_deadline", is_near)
+    words = ("eval.during.every=12", f"eval.during.wait_s={4 if how == 'its bound' else 3600}", *SAVED_AT_ONCE)
+    assert run.train(config_of(tmp_path, store, *words)) == loop.Stop(12)
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"step 12 was ended with the job; run: tapct eval {tmp_path}/run --step=12" in said
+    assert "failed" not in said, "it was ended"
+    assert judged(told) == [12] and not is_alive(last_process(told))
+    assert (during.steps_folder(tmp_path / "run") / "step_00000012" / "teacher.safetensors").is_file(), "for by hand"
+
+
+def test_a_job_that_is_stopped_waits_for_nothing_and_says_what_is_left(
+    tmp_path: Path,
+    store: Path,
+    judge: Callable[[str], Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    judge("exec sleep 600")
+    monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(time.time()) + 30))  # less than train.save_before_end_s
+    stop = run.train(config_of(tmp_path, store, "eval.during.every=1", *SAVED_AT_ONCE))
+    assert stop == loop.Stop(1, "time limit")
+    assert f"run: tapct eval {tmp_path}/run --step=1" in " ".join(capsys.readouterr().out.split())
+    assert (during.steps_folder(tmp_path / "run") / "step_00000001" / "teacher.safetensors").is_file()
+
+
+def test_the_checkpoint_of_a_stop_is_not_the_last_one(
+    tmp_path: Path, store: Path, judge: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told, resolved = judge("exit 0"), config_of(tmp_path, store, "eval.during.every=8", *SAVED_AT_ONCE)
+    with monkeypatch.context() as patch:
+        patch.setenv("SLURM_JOB_END_TIME", str(int(time.time()) + 30))
+        assert run.train(resolved) == loop.Stop(1, "time limit")
+    assert not told.exists()
+    assert run.train(resolved) == loop.Stop(12)
+    assert judged(told) == [8, 12]
+
+
+def test_an_evaluation_that_fails_is_told(
+    tmp_path: Path, store: Path, judge: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    judge("exit 2")
+    assert run.train(config_of(tmp_path, store, "eval.during.every=12", *SAVED_AT_ONCE)) == loop.Stop(12)
+    log = during.steps_folder(tmp_path / "run") / "step_00000012" / "log.txt"
+    assert f"the evaluation of step 12 failed, see {log}" in " ".join(capsys.readouterr().out.split())
+
+
+def test_an_evaluation_can_be_ended_though_other_children_of_training_are_deaf(
+    tmp_path: Path, store: Path, judge: Callable[[str], Path]
+) -> None:
+    assert run.train(config_of(tmp_path, store, *QUICK)) == loop.Stop(12)
+    judge("exec sleep 600")
+    evaluations = during.Evaluations(tmp_path / "run", During(every=12))
+    with signals.kept_from_children():
+        evaluations.start(tmp_path / "run" / "checkpoints" / "step_00000012")
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+        assert set(signals.STOP) <= set(blocked), "training is deaf again"
+    assert evaluations.child is not None
+    status = Path(f"/proc/{evaluations.child.pid}/status").read_text()
+    mask = int(next(line.split()[1] for line in status.splitlines() if line.startswith("SigBlk")), 16)
+    assert not any(mask >> (number - 1) & 1 for number in signals.STOP)
+    evaluations.child.terminate()
+    assert evaluations.child.wait(30) == -signal.SIGTERM
 
 
 def test_a_job_is_handed_to_sbatch_with_its_options(

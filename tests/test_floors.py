@@ -19,7 +19,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("weights",),  # embeds with the features of eval
     ("run", "trained", "resume", "provenance", "during", "plan", "doctor", "cli", "stages")
     + ("footprint", "scale", "scale_tables", "planning")
-    + ("slurm", "sweep", "jobs", "worker", "launch"),
+    + ("slurm", "sweep", "jobs", "worker", "batch", "launch"),
 )
 FLOOR = {part: number for number, parts in enumerate(FLOORS) for part in parts}
 FLOORS_OF_FILES = {

@@ -81,6 +81,20 @@ def test_jobs_that_slurm_forgot_are_told_apart(runs: Path, shell: Shell, cluster
     assert rows["10"][2:4] == ["never", "ran"] and rows["11"][2] == "gone"
 
 
+def test_jobs_tells_why_a_job_gave_up(runs: Path, shell: Shell, cluster: FakeSlurm) -> None:
+    (events,) = (runs / "trains").glob("jobs/*/events.jsonl")
+    why = "6 starts in a row saved nothing new (--max-idle-restarts 5); see the logs, then submit again"
+    events.write_text(events.read_text() + "\n" + json.dumps({"event": "gave up", "time": 1, "why": why}))
+    for queue in ([("11", "FAILED", 5, "NonZeroExitCode")], []):
+        cluster.queue(*queue)
+        said = shell.good("jobs")
+        assert told_of(said)["11"][2:4] == ["gave", "up"]
+        assert f"runs/trains, job 11: {why}" in " ".join(said.split()) and said.count("job 11:") == 1
+    cluster.queue(("11", "PENDING", 6, "BeginTime"))  # somebody has requeued it by hand
+    said = shell.good("jobs")
+    assert told_of(said)["11"][2] == "pending" and why[:20] not in said
+
+
 def test_jobs_of_nothing_is_told(shell: Shell, cluster: FakeSlurm, tmp_path: Path) -> None:
     assert "tapct submit" in shell.good("jobs", tmp_path)
     assert "none" in shell.bad("jobs", tmp_path / "none")

@@ -16,7 +16,7 @@ from fake_slurm import store as store
 from test_cli import Shell, files_of
 from test_cli import shell as shell
 
-from tapct import jobs, launch, worker
+from tapct import batch, jobs, launch, worker
 from tapct.config import load_config
 from tapct.run import RunConfig
 
@@ -89,9 +89,12 @@ def run_script(cluster: FakeSlurm, script: str, srun: str, **environment: str) -
 
 @pytest.fixture
 def script(config: Path, cluster: FakeSlurm) -> str:
-    """A batch script with at most 3 restarts; its folder for marks exists."""
-    made = launch.script(Path("run"), launch.Resources(minutes=10, max_restarts=3), 1)
-    (config.parent / "run" / "jobs" / "TIME").mkdir(parents=True)
+    """A batch script with at most 9 restarts, and 2 in vain; its folder exists."""
+    made = launch.script(Path("run"), launch.Resources(minutes=10, max_restarts=9, max_idle_restarts=2), 1)
+    place = config.parent / "run" / "jobs" / "TIME"
+    place.mkdir(parents=True)
+    (config.parent / "run" / "checkpoints").mkdir()
+    (place / batch.PLACES).write_text(f"{place}\n")
     hosts = 'if [ "$1 $2" = "show hostnames" ]; then printf "n0\\nn1\\n"; fi\n'
     state = 'if [ "$1 $2" = "show job" ]; then echo "JobId=77 JobState=$(cat {here}/state) Reason=None"; fi\n'
     cluster.command("scontrol", hosts + state)
@@ -138,24 +141,87 @@ def test_a_job_is_requeued_after_a_signal_and_only_then(
     assert done.returncode == (0 if again else int(srun.rpartition(" ")[2]))
 
 
+def saves(step: int) -> str:
+    return f"echo step_{step:08d} > run/checkpoints/latest; "
+
+
+def last_event() -> dict[str, object]:
+    found: dict[str, object] = json.loads(Path("run/jobs/TIME/events.jsonl").read_text().splitlines()[-1])
+    return found
+
+
 def test_a_job_is_not_requeued_for_ever(script: str, cluster: FakeSlurm) -> None:
-    for count, calls in (("2", 1), ("3", 1), ("4", 1)):
-        done = run_script(cluster, script, STOPPED + "exit 0\n", SLURM_RESTART_COUNT=count)
+    for count, calls in (("8", 1), ("9", 1), ("10", 1)):
+        done = run_script(cluster, script, saves(int(count)) + STOPPED + "exit 0\n", SLURM_RESTART_COUNT=count)
         assert len(requeues(cluster)) == calls
-    assert done.returncode == 1 and "--max-restarts" in done.stdout
+        assert done.returncode == (count != "8") and ("--max-restarts" in done.stdout) == (count != "8")
+    assert last_event()["event"] == "gave up" and "restarted 9 times (--max-restarts)" in str(last_event()["why"])
+    assert len(cluster.calls("srun")) == 2, "SLURM's own requeue beyond the bound does not train either"
+
+
+# what each start saved: a step, or 0 for nothing; and the starts that are allowed when 2 in a row may come back in vain
+@pytest.mark.parametrize(
+    ("saved", "starts"),
+    [
+        ([0, 0, 0, 0], 3),  # the first, and two more
+        ([5, 0, 0, 0, 0], 4),  # what was saved counts once
+        ([0, 0, 3, 0, 0, 7, 0, 0, 0, 0], 9),
+        ([1, 2, 3, 4, 5, 6, 7, 8, 9], 9),
+        ([0, 0, 5, 5, 5, 5, 5], 6),  # the same step again is nothing new
+    ],
+)
+@pytest.mark.parametrize("how", ["signalled", "requeued by SLURM"])
+def test_a_job_that_saves_nothing_new_gives_up_and_one_that_does_goes_on(
+    script: str, cluster: FakeSlurm, saved: list[int], starts: int, how: str
+) -> None:
+    end = STOPPED + "exit 0\n" if how == "signalled" else "kill -KILL $PPID\n"
+    done = None
+    for step in saved:
+        done = run_script(cluster, script, (saves(step) if step else "") + end)
+        if done.returncode == 1:
+            break
+    assert done is not None and len(cluster.calls("srun")) == starts
+    if starts == len(saved):
+        assert done.returncode != 1
+    else:
+        assert "tapct: 3 starts in a row saved nothing new (--max-idle-restarts 2)" in done.stdout
+        assert done.stdout.splitlines()[-1] == f"tapct: {last_event()['why']}" and last_event()["event"] == "gave up"
+
+
+def test_a_job_that_cannot_be_requeued_tells_so(script: str, cluster: FakeSlurm) -> None:
+    cluster.command("scontrol", 'if [ "$1" = requeue ]; then exit 1; fi\n')
+    cluster.command("sleep", "")
+    assert run_script(cluster, script, STOPPED + "exit 0\n").returncode == 1
+    assert last_event()["why"] == "could not requeue; submit again to go on"
 
 
 def test_a_cancelled_job_is_not_requeued(script: str, cluster: FakeSlurm) -> None:
-    for state in ("COMPLETING", "CANCELLED", "PENDING", "PREEMPTED"):
+    for step, state in enumerate(("COMPLETING", "CANCELLED", "PENDING", "PREEMPTED")):
         (cluster.here / "state").write_text(state)
-        assert run_script(cluster, script, STOPPED + "exit 0\n").returncode == 0
+        assert run_script(cluster, script, saves(step) + STOPPED + "exit 0\n").returncode == 0
     assert requeues(cluster) == []
 
 
 def test_an_element_of_an_array_requeues_itself_and_not_the_array(script: str, cluster: FakeSlurm) -> None:
     # one element has the number of the whole array as its job id
+    Path("run/jobs/TIME", batch.PLACES).write_text("".join(f"{Path.cwd()}/run/{n}/jobs/TIME\n" for n in range(5)))
     run_script(cluster, script, STOPPED + "exit 0\n", SLURM_ARRAY_JOB_ID="77", SLURM_ARRAY_TASK_ID="4")
     assert requeues(cluster) == ["scontrol requeue 77_4"]
+
+
+def test_an_element_of_an_array_looks_at_its_own_run(script: str, cluster: FakeSlurm) -> None:
+    for n in range(2):
+        Path(f"run/{n}/jobs/TIME").mkdir(parents=True)
+        Path(f"run/{n}/checkpoints").mkdir()
+    Path("run/jobs/TIME", batch.PLACES).write_text("".join(f"{Path.cwd()}/run/{n}/jobs/TIME\n" for n in range(2)))
+    for step in range(1, 5):
+        srun = f"echo step_{step} > run/0/checkpoints/latest; {STOPPED} exit 0\n"
+        codes = [
+            run_script(cluster, script, srun, SLURM_ARRAY_JOB_ID="77", SLURM_ARRAY_TASK_ID=str(n)).returncode
+            for n in range(2)
+        ]
+        assert codes == [0, int(step >= 3)]
+    assert [Path(f"run/{n}/jobs/TIME/events.jsonl").exists() for n in range(2)] == [False, True]
 
 
 def test_news_of_an_earlier_start_is_forgotten(script: str, cluster: FakeSlurm) -> None:
@@ -200,6 +266,8 @@ def test_a_sweep_is_submitted_as_one_array_with_a_folder_per_run(
     for number, name in enumerate(("lr=1e-3", "lr=2e-3")):
         assert f"job 77_{number}: run/{name}" in said
         (path,) = Path("run", name).glob("jobs/*/submission.json")
+        (places,) = Path("run").glob(f"jobs/*/{batch.PLACES}")
+        assert places.read_text().splitlines()[number] == str(path.parent.absolute())
         assert json.loads(path.read_text())["job"] == f"77_{number}"
         assert load_config(RunConfig, path.with_name("config.yaml"), []).value.out == Path("run", name)
     assert "tapct compare run/*=*" in said

@@ -9,6 +9,7 @@ the residual stream does. One process is the same code without a mesh.
 from __future__ import annotations
 
 import datetime
+import math
 import os
 import re
 import threading
@@ -17,6 +18,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -33,6 +35,7 @@ from tapct.ssl.student_teacher import Network, StudentTeacher
 from tapct.types import LOST_RANK, SharedError, TargetSums, Tokens, UserError
 
 CAUSE_FIRST_S = 1.0
+MEET_S = 300.0  # Python may start much later on one node than on another, and that is no collective
 NCCL_LATER_S = 60.0
 PATIENCE_S = 5.0  # more than the back-end's own time-out, so that its word comes first
 
@@ -53,6 +56,12 @@ class Config:
     )
     timeout_s: float = setting(
         1800.0, "seconds after which a collective that not every rank joins ends the run", ge=1.0
+    )
+    save_timeout_s: float = setting(
+        3600.0,
+        "the same for a save, which lasts as long as the disk needs: seconds after which one that not every rank has "
+        "ended ends the run",
+        ge=1.0,
     )
     desync_every: int = setting(
         0, "steps between two checks that ranks hold the same copies, loss state and step; 0: never", ge=0
@@ -76,7 +85,8 @@ class World:
         ranks: own place.
         device: of this rank.
         mesh: replicate x shard; None for one process.
-        side: process group on the CPU that checkpoints are agreed in, beside training; None for one process.
+        side: process group on the CPU that checkpoints are agreed in, beside training and in their own time; None for
+            one process.
         store: what the ranks met at; None for one process.
     """
 
@@ -107,14 +117,16 @@ def world(place: Ranks, device: torch.device, config: Config) -> Iterator[World]
         yield World(place, device)
         return
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")  # no loss writes into it
-    timeout = datetime.timedelta(seconds=config.timeout_s)
+    timeout, patience = (datetime.timedelta(seconds=s) for s in (config.timeout_s, max(config.timeout_s, MEET_S)))
     on_gpu = device.type == "cuda"
     told = ""
     try:
         told = "{}:{}".format(*ranks.rendezvous(os.environ))
-        store, _, _ = next(dist.rendezvous(f"tcp://{told}", place.rank, place.world, timeout=timeout))
+        store, _, _ = next(dist.rendezvous(f"tcp://{told}", place.rank, place.world, timeout=patience))
         # torchrun's store outlives a restart: what the ranks before it wrote there must not be read
         store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        store.set(f"here/{place.rank}", "yes")
+        store.wait([f"here/{rank}" for rank in range(place.world)], patience)
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
             store=dist.PrefixStore("group", store),
@@ -126,12 +138,13 @@ def world(place: Ranks, device: torch.device, config: Config) -> Iterator[World]
         )
     except (dist.DistError, RuntimeError, ValueError) as error:
         raise UserError(
-            f"rank {place.rank} of {place.world} could not meet the others at {told} within {config.timeout_s:.0f} s: "
-            f"{str(error).splitlines()[0]}"
+            f"rank {place.rank} of {place.world} could not meet the others at {told} within "
+            f"{patience.total_seconds():.0f} s: {str(error).splitlines()[0]}"
         ) from error
     shard = collectives.from_first(lambda: shard_size(place, config.shard))
     mesh = init_device_mesh(device.type, (place.world // shard, shard), mesh_dim_names=("replicate", "shard"))
-    side = dist.new_group(backend="gloo", timeout=timeout)
+    # a rank whose part is written waits here for the slowest disk, and all for the first one's fingerprints
+    side = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=config.save_timeout_s))
     try:
         yield World(place, device, mesh, side, dist.PrefixStore("words", store))
         dist.barrier(side)  # a rank that leaves early would look like a dead one to the rest
@@ -205,17 +218,19 @@ class Watch:
 
     A collective that not every rank joins never returns on NCCL, and without a word of who is missing on gloo. So a
     thread beside training looks at the clock, and reads the others' last words when this rank has been in one place for
-    longer than the time-out.
+    longer than that place's time-out.
     """
 
-    def __init__(self, world: World, timeout_s: float) -> None:
-        self.world, self.timeout_s = world, timeout_s
-        self.where, self.since = "starting", time.monotonic()
+    def __init__(self, world: World, config: Config) -> None:
+        self.world, self.config = world, config
+        self.where, self.since, self.until = "starting", time.monotonic(), math.inf
         self.over = threading.Event()
 
-    def at(self, step: int, what: str) -> None:
+    def at(self, step: int, what: Literal["starting", "training", "saving"]) -> None:
         """Write down where this rank is; a few bytes to the store that the ranks met at."""
+        limit_s = self.config.save_timeout_s if what == "saving" else self.config.timeout_s
         self.where, self.since = f"{what} in step {step + 1}", time.monotonic()
+        self.until = self.since + limit_s + PATIENCE_S  # one number, so that the thread reads no half of a change
         if self.world.store is not None:
             self.world.store.set(f"where/{self.world.ranks.rank}", f"{step + 1} {what}")
 
@@ -250,16 +265,16 @@ class Watch:
 
     def look(self) -> None:
         """The thread."""
-        while not self.over.wait(min(self.timeout_s / 4, 10.0)):
-            if time.monotonic() - self.since > self.timeout_s + PATIENCE_S:
-                log.error(f"{self.where}: nothing moved for {self.timeout_s:.0f} s; {self.others()}")
+        while not self.over.wait(min(self.config.timeout_s / 4, self.config.save_timeout_s / 4, 10.0)):
+            if time.monotonic() > self.until:
+                log.error(f"{self.where}: nothing moved for {time.monotonic() - self.since:.0f} s; {self.others()}")
                 os._exit(LOST_RANK)
 
 
 @contextmanager
 def watch(world: World, config: Config) -> Iterator[Watch]:
     """Look after the ranks while training runs; one process needs nobody to look after it."""
-    watch = Watch(world, config.timeout_s)
+    watch = Watch(world, config)
     if world.store is None:
         yield watch
         return

@@ -39,6 +39,12 @@ class During:
     )
     how: str = setting("process", "a process beside the first rank, or a SLURM job", choices=("process", "job"))
     device: str = setting("cpu", "of a `process`, beside ranks that fill their GPUs; empty: as `device` says")
+    wait_s: float = setting(
+        600.0,
+        "in a SLURM job, which ends with training what runs beside it: seconds that the first rank then waits for the "
+        "evaluation of a `process`",
+        ge=0.0,
+    )
     sbatch: tuple[str, ...] = setting((), "options of sbatch for a `job`, e.g. --partition=gpu --gres=gpu:1 --time=60")
 
 

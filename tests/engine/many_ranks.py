@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,11 @@ def ended(launcher: subprocess.Popen[str], timeout: float = 120.0) -> subprocess
     try:
         out, err = launcher.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
-        os.killpg(launcher.pid, signal.SIGKILL)
+        launcher.terminate()  # torchrun ends its ranks, which have sessions of their own, after half a minute by force
+        with suppress(subprocess.TimeoutExpired):
+            launcher.communicate(timeout=60)
+        with suppress(ProcessLookupError):
+            os.killpg(launcher.pid, signal.SIGKILL)
         raise
     return subprocess.CompletedProcess(launcher.args, launcher.returncode, out, err)
 

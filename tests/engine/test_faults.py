@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import socket
 import subprocess
 import time
 from pathlib import Path
@@ -35,6 +37,12 @@ def error_lines(stderr: str) -> list[str]:
     return [line for line in stderr.splitlines() if line.startswith("error:")]
 
 
+def seconds_since_last_step(folder: Path) -> float:
+    """From the last step that was written down until now; how long a busy machine took to start does not count."""
+    rows = (folder / "run" / "metrics.jsonl").read_text().splitlines()
+    return time.time() - float(json.loads(rows[-1])["time"])
+
+
 def newest(folder: Path) -> str:
     found, complaints = Checkpoints(folder / "run" / "checkpoints", keep=9).newest_whole()
     assert complaints == []
@@ -44,9 +52,8 @@ def newest(folder: Path) -> str:
 def test_a_rank_that_is_killed_ends_the_others_and_the_run_goes_on_to_the_same_bits(
     tmp_path: Path, store: Path, undisturbed: Path
 ) -> None:
-    began = time.monotonic()
     done = train(2, tmp_path, store, *PLAIN, fault="1 7 SIGKILL")
-    assert done.returncode != 0 and time.monotonic() - began < 60
+    assert done.returncode != 0 and seconds_since_last_step(tmp_path) < 60
     assert newest(tmp_path) == "step_00000004"
     good(train(2, tmp_path, store, *PLAIN))
     assert_equal_runs(tmp_path / "run", undisturbed, tmp_path)
@@ -69,12 +76,43 @@ def test_a_number_that_is_not_finite_on_one_rank_reaches_no_weights(tmp_path: Pa
 
 
 def test_a_rank_that_hangs_is_named_with_its_step(tmp_path: Path, store: Path) -> None:
-    began = time.monotonic()
-    done = train(2, tmp_path, store, *PLAIN, "parallel.timeout_s=5", fault="1 6 hang")
-    assert done.returncode != 0 and time.monotonic() - began < 60
+    done = train(2, tmp_path, store, *PLAIN, "parallel.timeout_s=8", fault="1 6 hang")
+    assert done.returncode != 0 and seconds_since_last_step(tmp_path) < 60
     lines = error_lines(done.stderr)
     assert any("in step 6" in line and "lost another rank" in line for line in lines), done.stderr
     assert newest(tmp_path) == "step_00000004"
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_save_may_take_longer_than_a_collective(tmp_path: Path, store: Path, rank: int) -> None:
+    words = (*PLAIN, "views.ops[faults.slow_disk]={}", "checkpoint.every=100", "parallel.timeout_s=8")
+    slow = {"TAPCT_SLOW_DISK": f"{rank} 17"}  # more than the time-out and the patience after it
+    good(ended(start(2, tmp_path, store, *words, more=slow)))
+    assert seconds_since_last_step(tmp_path) > 17 and newest(tmp_path) == "step_00000012"
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_save_that_hangs_is_named_with_its_step(tmp_path: Path, store: Path, rank: int) -> None:
+    words = (*PLAIN, "views.ops[faults.slow_disk]={}", "checkpoint.every=100", "parallel.save_timeout_s=8")
+    done = ended(start(2, tmp_path, store, *words, more={"TAPCT_SLOW_DISK": f"{rank} 3600"}))
+    assert done.returncode != 0 and seconds_since_last_step(tmp_path) < 60
+    assert any("saving in step 12" in line for line in error_lines(done.stderr)), done.stderr
+    assert newest(tmp_path) == ""
+
+
+def test_a_rank_may_start_later_than_a_collective_may_take(tmp_path: Path, store: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+    launched = []
+    for rank in ("0", "1"):
+        place = {"RANK": rank, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": "2", **meeting}
+        launched.append(start(1, tmp_path, store, *PLAIN, "train.steps=2", "parallel.timeout_s=8", more=place))
+        if rank == "0":
+            time.sleep(10)  # as if its Python came from a slow network disk
+    for launcher in launched:
+        good(ended(launcher))
+    assert newest(tmp_path) == "step_00000002"
 
 
 def test_the_first_cause_stands_on_top(tmp_path: Path, store: Path) -> None:
@@ -84,11 +122,31 @@ def test_the_first_cause_stands_on_top(tmp_path: Path, store: Path) -> None:
     assert "[rank1]: Traceback" in told and "[rank0]: Traceback" not in told
 
 
+def slow_ranks(run: Path, log_every: int, factor: float = 2.0) -> list[int]:
+    """By each fetch of the metrics, the rank that the rule calls slow, from what every step has written; -1: none."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    found = []
+    for first in range(0, len(rows), log_every):
+        part = rows[first : first + log_every]
+        last_ones = [row["ranks/slowest"] for row in part]
+        rank = max(set(last_ones), key=last_ones.count)
+        late, median, step = (
+            sum(row[name] for row in part) / len(part) for name in ("ranks/slowest_s", "ranks/median_s", "seconds/step")
+        )
+        often = last_ones.count(rank) > len(part) / 2
+        found.append(int(rank) if often and late >= factor * median and late - median >= max(step / 20, 0.1) else -1)
+    return found
+
+
 def test_a_slow_rank_is_named(tmp_path: Path, store: Path) -> None:
-    for late in ("1 0.15", "-1 0"):
+    for late in ("1 0.3", "-1 0"):
         words = (*PLAIN, "views.ops[faults.late]={}", "train.steps=6", f"out={tmp_path}/{late[0]}")
         launcher = start(2, tmp_path, store, *words, more={"TAPCT_LATE": late})
-        assert ("rank 1 is slow: it comes 0." in good(ended(launcher))) == (late[0] == "1")
+        said, by_rule = good(ended(launcher)), slow_ranks(tmp_path / late[0], log_every=3)
+        if late[0] == "1":
+            assert "rank 1 is slow: it comes " in said and by_rule[-1] == 1
+        for rank in range(2):  # on a busy machine one may be slow by itself
+            assert (f"rank {rank} is slow" in said) == (next((one for one in by_rule if one >= 0), -1) == rank)
 
 
 def test_ranks_that_drift_apart_are_found(tmp_path: Path, store: Path) -> None:
@@ -129,8 +187,10 @@ def test_a_signal_to_any_rank_saves_on_all_and_is_no_failure(
 
 
 def test_a_job_saves_before_its_time_ends(tmp_path: Path, store: Path) -> None:
-    end = {"SLURM_JOB_END_TIME": str(int(time.time()) + 30)}
-    words = [*PLAIN, "train.steps=100000", "train.save_before_end_s=20"]
-    launcher = start(2, tmp_path, store, *words, more=end)
+    end = int(time.time()) + 110  # long enough to start on a busy machine
+    words = [*PLAIN, "train.steps=100000", "train.save_before_end_s=80"]
+    launcher = start(2, tmp_path, store, *words, more={"SLURM_JOB_END_TIME": str(end)})
     assert "stopped by time limit and saved at step" in good(ended(launcher))
-    assert time.time() < int(end["SLURM_JOB_END_TIME"])
+    last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["time"] > end - 80 or last["step"] == 1, "it had time left"
+    assert time.time() < end

@@ -184,6 +184,27 @@ def test_a_job_gives_up_after_its_restarts(here: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_job_that_never_comes_to_train_gives_up(here: Path) -> None:
+    job = submit(here, "run", "--max-idle-restarts", "1")
+    for number in (1, 2):
+        wait_for(lambda: events_of("run").count("start") == number, "run", job)  # noqa: B023
+        ask("scancel", "--signal=USR2", job)
+    wait_for(lambda: state_of(job) == "FAILED", "run", job)
+    assert events_of("run") == ["start", "start", "gave up"] and steps_of("run") == 0
+    said = " ".join(tapct("jobs", "run").split())
+    assert f"{job} gave up" in said and f"run, job {job}: 2 starts in a row saved nothing new" in said
+
+
+@pytest.mark.slow
+def test_the_last_evaluation_of_a_job_is_waited_for(here: Path) -> None:
+    during = ("eval.during.every=12", "eval.task.steps=5", "eval.max_scans=2", "eval.num_pictures=0")
+    job = submit(here, "run", "train.global_batch=4", *during, nodes=2, tasks=1)
+    wait_for_end("run", job)
+    assert events_of("run") == ["start", "done"] and "waiting for the evaluation of step 12" in log_of("run", job)
+    assert Path("run/eval/steps/step_00000012/results.json").is_file()
+
+
+@pytest.mark.slow
 def test_a_run_that_fails_is_not_started_again(here: Path, store: Path) -> None:
     blocker = ask("sbatch", "--parsable", "-p", "urgent", "-N2", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 99")
     Path("mine").symlink_to(store)
