@@ -114,7 +114,8 @@ def test_every_command_of_a_page_parses_and_every_override_is_a_key(page: Path) 
 
 
 @pytest.mark.parametrize(
-    "name", [*(f"tap_{size}_{kind}" for kind in ("2d", "2p5d", "3d") for size in "sb"), "tap_l_3d"]
+    "name",
+    [*(f"tap_{size}_{kind}" for kind in ("2d", "2p5d", "3d") for size in "sb"), "tap_l_3d", "tap_s_3d_small_batch"],
 )
 def test_the_header_of_a_published_config_tells_the_flops_of_its_plan(name: str) -> None:
     path = ROOT / "configs" / f"{name}.yaml"
