@@ -188,6 +188,7 @@ class _Fused(torch.autograd.Function):
                 dprototypes_KW.addmm_(error_NK.T, scaled_NW)
             else:
                 dprototypes_KW += torch.mm(error_NK.T, scaled_NW)
+            del targets_GCK, goal_VCK, guess_VCK, error_NK  # the next chunk is made before they would be forgotten
         if needs:
             ctx.save_for_backward(dstudent_VBW, dprototypes_KW)
         ctx.mark_non_differentiable(ce_VB, mass_K, entropy, count)
