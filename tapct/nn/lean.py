@@ -83,19 +83,27 @@ class _Lean(torch.autograd.Function):
         with torch.enable_grad():
             leaves = [each.detach().requires_grad_(need) for each, need in zip(inputs, needs, strict=True)]
             rows_TD = ctx.before(*leaves)
-        dweight_ED = (dy_TE.T @ rows_TD.detach().to(ctx.dtype)).to(weight_ED.dtype)
-        dbias_E = None if bias_E is None else dy_TE.sum(0, dtype=bias_E.dtype)
-        dgain_E = None
-        if gain_E is not None:
-            dgain_E = torch.linalg.vecdot(weight_ED, dweight_ED)
-            dweight_ED *= gain_E[:, None]
-            if bias_E is not None and dbias_E is not None:
-                dgain_E += bias_E * dbias_E
-                dbias_E *= gain_E
+        dparameters: tuple[Tensor | None, ...] = (None, None, None)
+        if any(ctx.needs_input_grad[2:5]):
+            dparameters = _of_parameters(dy_TE, rows_TD.detach().to(ctx.dtype), weight_ED, bias_E, gain_E)
         wanted = [leaf for leaf in leaves if leaf.requires_grad]
         found: list[Tensor] = []
         if wanted:
             drows_TD = (dy_TE @ _effective(weight_ED, gain_E, ctx.dtype)).to(rows_TD.dtype)
             found = list(torch.autograd.grad(rows_TD, wanted, drows_TD))
-        dinputs = [found.pop(0) if need else None for need in needs]
-        return None, None, dweight_ED, dbias_E, dgain_E, *dinputs
+        return None, None, *dparameters, *(found.pop(0) if need else None for need in needs)
+
+
+def _of_parameters(
+    dy_TE: Tensor, rows_TD: Tensor, weight_ED: Tensor, bias_E: Tensor | None, gain_E: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """Gradients of weight, bias and gain."""
+    dweight_ED = (dy_TE.T @ rows_TD).to(weight_ED.dtype)
+    dbias_E = None if bias_E is None else dy_TE.sum(0, dtype=bias_E.dtype)
+    if gain_E is None:
+        return dweight_ED, dbias_E, None
+    dgain_E = torch.linalg.vecdot(weight_ED, dweight_ED)
+    if bias_E is not None and dbias_E is not None:
+        dgain_E += bias_E * dbias_E
+        dbias_E *= gain_E
+    return dweight_ED.mul_(gain_E[:, None]), dbias_E, dgain_E
