@@ -47,4 +47,4 @@ def recompute_forward(block: nn.Module) -> None:
             return once(*args, **kwargs)
         return checkpoint(once, *args, use_reentrant=False, **kwargs)
 
-    block.forward = forward  # type: ignore[method-assign]
+    block.forward = forward

@@ -99,7 +99,7 @@ def _of_parameters(
 ) -> tuple[Tensor | None, ...]:
     """Gradients of weight, bias and gain."""
     dweight_ED = (dy_TE.T @ rows_TD).to(weight_ED.dtype)
-    dbias_E = None if bias_E is None else dy_TE.sum(0, dtype=bias_E.dtype)
+    dbias_E = None if bias_E is None else dy_TE.sum(0).to(bias_E.dtype)
     if gain_E is None:
         return dweight_ED, dbias_E, None
     dgain_E = torch.linalg.vecdot(weight_ED, dweight_ED)
