@@ -30,7 +30,7 @@ import torch
 
 from tapct import config as configs
 from tapct import planning, provenance, run
-from tapct.engine import loop, metrics, optim
+from tapct.engine import loop, metrics, optim, recompute
 from tapct.ssl.schedules import Schedules
 from tapct.ssl.student_teacher import StudentTeacher
 from tapct.types import Batch
@@ -84,6 +84,7 @@ def peak_memory(device: torch.device) -> int:
 def trainer_of(config: run.RunConfig, device: torch.device, rows: list[metrics.Record]) -> loop.Trainer:
     """A trainer that writes its records into `rows` and saves nothing."""
     pair = StudentTeacher(config.model, config.losses, config.seed, device=device)
+    recompute.recompute_blocks(pair.student.backbone, config.train.recompute)
     recipe = loop.Recipe(config.views, config.masks, config.contract, pair.student.backbone.patch, config.seed)
     return loop.Trainer(
         pair,

@@ -36,6 +36,7 @@ HARMLESS = (
     "log.",
     "eval.",
     "train.compile",
+    "train.recompute",
     "train.resume",
     "train.save_before_end_s",
 )

@@ -17,7 +17,7 @@ from tapct.data import loader
 from tapct.data.sampler import samples_of
 from tapct.data.split import held_out_patients
 from tapct.data.store import Store
-from tapct.engine import checkpoint, compiled, initial, loop, optim, parallel
+from tapct.engine import checkpoint, compiled, initial, loop, optim, parallel, recompute
 from tapct.engine.checkpoint import Checkpoints, Meta
 from tapct.engine.parallel import LostRank, World
 from tapct.eval import runner
@@ -253,6 +253,7 @@ class Pretraining:
         if compiled.decide(config.train.compile, self.world.device):
             log.say("train.compile: the blocks are compiled in the first steps, which may take minutes")
             compiled.compile_blocks(pair)
+        recompute.recompute_blocks(pair.student.backbone, config.train.recompute)  # outside of a compiled block
         return pair
 
     def first_weights(self, pair: StudentTeacher) -> int:

@@ -45,6 +45,12 @@ class Config:
         "torch.compile of every block of student and teacher: auto (on a GPU), always or never",
         choices=compiled.WANTED,
     )
+    recompute: int = setting(
+        0,
+        "activation checkpointing: 1 computes each block again in the backward pass instead of keeping it, 2 every "
+        "second block, and so on; 0 none",
+        ge=0,
+    )
     resume: str = setting(
         "auto",
         "auto: go on from the run's newest checkpoint if there is one; must: there has to be one; never: there must be "

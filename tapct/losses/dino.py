@@ -60,6 +60,7 @@ class DinoLoss(Loss):
         with torch.no_grad():
             features_NW, teacher_KW = teacher_head(sets.teacher_global.cls_BD, pair_up)
             teacher = self.targets.scores(features_NW.unflatten(0, (num_globals, -1)), teacher_KW, sets.teacher_temp)
+            del features_NW, teacher_KW  # under autocast `teacher` holds narrower ones
         cls = [sets.student_global.cls_BD] + ([sets.student_local.cls_BD] if sets.student_local is not None else [])
         num_samples = teacher.features_GBW.shape[1]
         scale = self.config.weight / (num_terms * num_samples)

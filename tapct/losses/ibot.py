@@ -64,6 +64,7 @@ class IBotLoss(Loss):
             teacher_MD = sets.teacher_global.patches_BND.flatten(0, 1)[masks.index_M]
             features_MW, teacher_KW = teacher_head(teacher_MD, pair_up)
             teacher = self.targets.scores(features_MW[None], teacher_KW, sets.teacher_temp, real_M)
+            del teacher_MD, features_MW, teacher_KW  # under autocast `teacher` holds narrower ones
         weight_M = (self.config.weight / num_crops) * masks.weight_M
 
         def compare(features_MW: Tensor, prototypes_KW: Tensor) -> PrototypeLoss:

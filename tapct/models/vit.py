@@ -188,14 +188,14 @@ class Block(nn.Module):
         """
         attend, feed = subsets
         if attend is None:
-            x_TD = x_TD + self.ls1(self.attn(self.norm1(x_TD), spans, rotation))
+            x_TD = x_TD + self.attn(x_TD, spans, rotation, self.norm1, self.ls1)
         else:
             kept_SD = attend.take(x_TD)
             turned = None if rotation is None else rotation.take(attend.row_S)
-            x_TD = attend.add(x_TD, self.ls1(self.attn(self.norm1(kept_SD), attend.spans, turned)))
+            x_TD = attend.add(x_TD, self.attn(kept_SD, attend.spans, turned, self.norm1, self.ls1))
         if feed is None:
-            return x_TD + self.ls2(self.mlp(self.norm2(x_TD)))
-        return feed.add(x_TD, self.ls2(self.mlp(self.norm2(feed.take(x_TD)))))
+            return x_TD + self.mlp(x_TD, self.norm2, self.ls2)
+        return feed.add(x_TD, self.mlp(feed.take(x_TD), self.norm2, self.ls2))
 
 
 class VisionTransformer(Backbone):

@@ -13,6 +13,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from tapct.nn.backends import BACKENDS, Spans
+from tapct.nn.layers import gain_of, normed_linear
+from tapct.nn.lean import lean_linear
 from tapct.nn.norm import LayerNorm
 from tapct.nn.rope import Rotation
 from tapct.types import UserError
@@ -46,15 +48,29 @@ class Attention(nn.Module):
         self.q_norm = LayerNorm(dim // heads, eps=1e-6) if qk_norm else nn.Identity()
         self.k_norm = LayerNorm(dim // heads, eps=1e-6) if qk_norm else nn.Identity()
 
-    def forward(self, x_TD: Tensor, spans: Spans, rotation: Rotation | None = None) -> Tensor:
+    def forward(
+        self,
+        x_TD: Tensor,
+        spans: Spans,
+        rotation: Rotation | None = None,
+        norm: LayerNorm | None = None,
+        scale: nn.Module | None = None,
+    ) -> Tensor:
         """Mix the tokens of each crop: (T, D) packed as `spans` say -> (T, D).
 
         Args:
             rotation: turns queries and keys by their tokens' places; None for none.
+            norm: of the tokens, before; None for none.
+            scale: LayerScale of the result; None for none.
         """
-        q_THC, k_THC, v_THC = self.qkv(x_TD).view(x_TD.shape[0], 3, self.heads, -1).unbind(1)
+        q_THC, k_THC, v_THC = normed_linear(self.qkv, norm, x_TD).view(x_TD.shape[0], 3, self.heads, -1).unbind(1)
         q_THC, k_THC = self.q_norm(q_THC), self.k_norm(k_THC)
         if rotation is not None:
             q_THC, k_THC = rotation.turn(q_THC), rotation.turn(k_THC)
         q_THC, k_THC = q_THC.to(v_THC.dtype), k_THC.to(v_THC.dtype)  # norm and rotation are float32
-        return self.proj(BACKENDS[self.backend](q_THC, k_THC, v_THC, spans).flatten(1))
+        mixed_THC = BACKENDS[self.backend](q_THC, k_THC, v_THC, spans)
+        return lean_linear(self.proj, _join_heads, mixed_THC, gain_E=gain_of(scale))
+
+
+def _join_heads(x_THC: Tensor) -> Tensor:
+    return x_THC.flatten(1)

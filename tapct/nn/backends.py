@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -55,41 +55,62 @@ def attend_sdpa(q_THC: Tensor, k_THC: Tensor, v_THC: Tensor, spans: Spans) -> Te
     Returns:
         (T, H, C), softmax(q k' / sqrt(C)) v of each crop.
     """
-    rows = [span.rows for span in spans]
-    halves = q_THC.device.type == "cpu" and q_THC.dtype in HALF
-    # split, not slices: its backward is one concatenation, where each slice would fill a T-sized gradient with zeros
-    parts = zip(q_THC.split(rows), k_THC.split(rows), v_THC.split(rows), spans, strict=True)
+    if q_THC.device.type == "cpu" and not torch.compiler.is_compiling():
+        packed: Tensor = CpuFlash.apply(q_THC, k_THC, v_THC, spans)
+        return packed
     out = []
-    for q, k, v, span in parts:
-        q, k, v = (part.unflatten(0, (span.crops, span.tokens)).transpose(1, 2) for part in (q, k, v))
-        one: Tensor = CpuHalf.apply(q, k, v) if halves else F.scaled_dot_product_attention(q, k, v)
-        out.append(one.transpose(1, 2).flatten(0, 1))
+    for q, k, v in crops_of(spans, q_THC, k_THC, v_THC):
+        out.append(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(0, 1))
     return out[0] if len(out) == 1 else torch.cat(out)
 
 
-class CpuHalf(torch.autograd.Function):
-    """SDPA of half-precision tensors on a CPU: computed in float32, kept in half precision.
+class CpuFlash(torch.autograd.Function):
+    """SDPA on a CPU, by the calls that torch makes itself, into one packed result that is kept once.
 
-    torch's own CPU kernel is slower in bf16 than in float32, 8 times backward at 131 tokens (docs/log.md), and no more
-    exact. These are the calls that it makes itself; under autocast `scaled_dot_product_attention` would cast back.
+    Joining the results of SDPA would keep each of them twice, for its own backward pass and for that of what follows.
+    Halves are computed in float32: torch's own kernel is slower in bf16 than in float32, 8 times backward at 131 tokens
+    (docs/log.md), and no more exact.
     """
 
     @staticmethod
-    def forward(ctx: Any, q_BHNC: Tensor, k_BHNC: Tensor, v_BHNC: Tensor) -> Tensor:
-        """(B, H, N, C) each, (B, H, N, C) out."""
-        flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        wide, norms_BHN = flash(q_BHNC.float(), k_BHNC.float(), v_BHNC.float())
-        out_BHNC: Tensor = wide.to(q_BHNC.dtype)
-        ctx.save_for_backward(q_BHNC, k_BHNC, v_BHNC, out_BHNC, norms_BHN)
-        return out_BHNC
+    def forward(ctx: Any, q_THC: Tensor, k_THC: Tensor, v_THC: Tensor, spans: Spans) -> Tensor:
+        """Arguments and result as in `attend_sdpa`."""
+        out_THC = q_THC.new_empty(q_THC.shape)
+        norms = []
+        for *qkv, into_BHNC in crops_of(spans, q_THC, k_THC, v_THC, out_THC):
+            one_BHNC, norms_BHN = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*map(_wide, qkv))
+            into_BHNC.copy_(one_BHNC)
+            norms.append(norms_BHN)
+        ctx.spans = spans
+        ctx.save_for_backward(q_THC, k_THC, v_THC, out_THC, *norms)
+        return out_THC
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         """Of queries, keys and values, in their own precision."""
-        *halves, norms_BHN = ctx.saved_tensors
-        wide = [tensor.float() for tensor in (gradients[0], *halves)]
-        found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(*wide, norms_BHN, 0.0, False)
-        return tuple(gradient.to(halves[0].dtype) for gradient in found)
+        q_THC, k_THC, v_THC, out_THC, *norms = ctx.saved_tensors
+        found = tuple(torch.empty_like(x_THC) for x_THC in (q_THC, k_THC, v_THC))
+        crops = crops_of(ctx.spans, gradients[0], q_THC, k_THC, v_THC, out_THC, *found)
+        for (*known, dq, dk, dv), norms_BHN in zip(crops, norms, strict=True):
+            made = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                *map(_wide, known), norms_BHN, 0.0, False
+            )
+            for into_BHNC, one_BHNC in zip((dq, dk, dv), made, strict=True):
+                into_BHNC.copy_(one_BHNC)
+        return *found, None
+
+
+def crops_of(spans: Spans, *packed: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Views of packed tensors (T, H, C): for each run of equal lengths all of them as (B, H, N, C)."""
+    rows = [span.rows for span in spans]
+    # split, not slices: its backward is one concatenation, where each slice would fill a T-sized gradient with zeros
+    for span, *parts in zip(spans, *(x_THC.split(rows) for x_THC in packed), strict=True):
+        yield tuple(part.unflatten(0, (span.crops, span.tokens)).transpose(1, 2) for part in parts)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in HALF else x
 
 
 def crop_starts(spans: Spans, device: torch.device) -> Tensor:

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from tapct import rng
 from tapct.nn.backends import Span, Spans
+from tapct.nn.lean import lean_linear
+from tapct.nn.norm import LayerNorm
 
 
 class LayerScale(nn.Module):
@@ -29,6 +31,18 @@ class LayerScale(nn.Module):
         return x_TD * self.gamma
 
 
+def gain_of(scale: nn.Module | None) -> Tensor | None:
+    """The gain of a LayerScale; None where there is none."""
+    return scale.gamma if isinstance(scale, LayerScale) else None
+
+
+def normed_linear(linear: nn.Linear, norm: LayerNorm | None, x_TD: Tensor) -> Tensor:
+    """linear(norm(x)), (T, D) -> (T, E); the normed tokens are not kept for the backward pass."""
+    if norm is None:
+        return linear(x_TD)
+    return lean_linear(linear, norm.formula, x_TD, norm.weight, norm.bias)
+
+
 class Mlp(nn.Module):
     """Two linear layers with exact GELU between; D -> hidden -> D."""
 
@@ -37,9 +51,9 @@ class Mlp(nn.Module):
         self.fc1 = nn.Linear(dim, hidden)
         self.fc2 = nn.Linear(hidden, dim)
 
-    def forward(self, x_TD: Tensor) -> Tensor:
-        """(T, D) -> (T, D)."""
-        return self.fc2(F.gelu(self.fc1(x_TD)))
+    def forward(self, x_TD: Tensor, norm: LayerNorm | None = None, scale: nn.Module | None = None) -> Tensor:
+        """scale(mlp(norm(x))), (T, D) -> (T, D); without one or the other where they are not given."""
+        return lean_linear(self.fc2, F.gelu, normed_linear(self.fc1, norm, x_TD), gain_E=gain_of(scale))
 
 
 def swiglu_hidden(hidden: int) -> int:
@@ -61,10 +75,15 @@ class SwiGLU(nn.Module):
         self.w12 = nn.Linear(dim, 2 * width)
         self.w3 = nn.Linear(width, dim)
 
-    def forward(self, x_TD: Tensor) -> Tensor:
-        """(T, D) -> (T, D)."""
-        gate, value = self.w12(x_TD).chunk(2, dim=-1)
-        return self.w3(F.silu(gate) * value)
+    def forward(self, x_TD: Tensor, norm: LayerNorm | None = None, scale: nn.Module | None = None) -> Tensor:
+        """scale(ffn(norm(x))), (T, D) -> (T, D); without one or the other where they are not given."""
+        return lean_linear(self.w3, _gate, normed_linear(self.w12, norm, x_TD), gain_E=gain_of(scale))
+
+
+def _gate(both_TF: Tensor) -> Tensor:
+    """silu(a) * b of the two halves."""
+    gate, value = both_TF.chunk(2, dim=-1)
+    return F.silu(gate) * value
 
 
 @dataclass(frozen=True)

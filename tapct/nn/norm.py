@@ -12,6 +12,10 @@ class LayerNorm(nn.LayerNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalise over the last axis, any leading shape."""
+        return self.formula(input, self.weight, self.bias)
+
+    def formula(self, input: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """What `forward` does, as a function of all that has a gradient."""
         wide = torch.promote_types(input.dtype, torch.float32)  # a float64 model stays float64
-        weight, bias = self.weight.to(wide), self.bias.to(wide)
-        return F.layer_norm(input.to(wide), self.normalized_shape, weight, bias, self.eps).to(self.weight.dtype)
+        normed = F.layer_norm(input.to(wide), self.normalized_shape, weight.to(wide), bias.to(wide), self.eps)
+        return normed.to(weight.dtype)

@@ -59,8 +59,9 @@ class TeacherScores:
             scaled_NK = product_NK.mul_(scale).add_(self.bias_K)
         return scaled_NK.unflatten(0, features_GCW.shape[:2])
 
-    def narrowed(self, dtype: torch.dtype) -> TeacherScores:
-        """The same with features and prototypes rounded to `dtype`, in which the product is then made."""
+    def narrowed(self) -> TeacherScores:
+        """The same with features and prototypes rounded to the dtype in which the product is to be made."""
+        dtype = product_dtype(self.features_GBW)
         return replace(self, features_GBW=self.features_GBW.to(dtype), prototypes_KW=self.prototypes_KW.to(dtype))
 
     def sum_of_scores(self) -> tuple[Tensor, Tensor]:
@@ -115,13 +116,18 @@ def prototype_loss(
         Value and statistics. Gradients of the value reach `student_VBW` and `prototypes_KW`.
     """
     needs = torch.is_grad_enabled() and (student_VBW.requires_grad or prototypes_KW.requires_grad)
-    kind = student_VBW.device.type
-    narrow = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else student_VBW.dtype
-    with torch.autocast(kind, enabled=False):
+    teacher = teacher.narrowed()
+    with torch.autocast(student_VBW.device.type, enabled=False):
         value, ce_VB, mass_K, entropy, rows = _Fused.apply(
-            student_VBW, prototypes_KW, weight_VB, teacher.narrowed(narrow), student_temp, cross, needs
+            student_VBW, prototypes_KW, weight_VB, teacher, student_temp, cross, needs
         )
     return PrototypeLoss(value, ce_VB, TargetSums(mass_K, entropy, rows))
+
+
+def product_dtype(like: Tensor) -> torch.dtype:
+    """That of autocast where it is on, else that of the features."""
+    kind = like.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else like.dtype
 
 
 def chunks(num_rows: int, views: int, num_prototypes: int, bytes_per_number: int) -> Iterator[slice]:
@@ -172,7 +178,7 @@ class _Fused(torch.autograd.Function):
             scores_VCK = scores_NK.unflatten(0, x_VCW.shape[:2])
             top_VC = scores_VCK.amax(-1)
             agreement_VC = _dot(goal_VCK.expand_as(scores_VCK), scores_VCK)
-            guess_VCK = torch.softmax(scores_VCK, dim=-1)
+            guess_VCK = torch.softmax(scores_VCK, dim=-1, out=scores_VCK)  # in place: they are not needed any more
             del scores_VCK, scores_NK
             log_sum_VC = top_VC - guess_VCK.amax(-1).log()  # the largest probability is >= 1/K, so its log is safe
             ce_VB[:, rows] = pairs_V[:, None] * log_sum_VC - agreement_VC
@@ -181,6 +187,7 @@ class _Fused(torch.autograd.Function):
             if not one_pair_each:
                 guess_VCK.mul_(pairs_V[:, None, None])
             error_NK = guess_VCK.sub_(goal_VCK).flatten(0, 1).to(dtype)
+            del targets_GCK, goal_VCK, guess_VCK  # all that is left of the chunk is its error
             scale_N1 = (weight_VB[:, rows] / student_temp).flatten()[:, None]
             dstudent_VBW[:, rows] = (torch.mm(error_NK, narrow_KW) * scale_N1).unflatten(0, x_VCW.shape[:2])
             scaled_NW = (x_VCW.flatten(0, 1) * scale_N1).to(dtype)
@@ -188,6 +195,7 @@ class _Fused(torch.autograd.Function):
                 dprototypes_KW.addmm_(error_NK.T, scaled_NW)
             else:
                 dprototypes_KW += torch.mm(error_NK.T, scaled_NW)
+            del error_NK
         if needs:
             ctx.save_for_backward(dstudent_VBW, dprototypes_KW)
         ctx.mark_non_differentiable(ce_VB, mass_K, entropy, count)

@@ -68,14 +68,16 @@ class Targets(nn.Module):
             prototypes_KW: the teacher's effective last layer.
             temperature: of the teacher.
             valid_B: bool, rows that count; None: all.
+        Returns:
+            Scores whose features and prototypes are in the dtype of the products.
         """
         plain = TeacherScores(features_GBW, prototypes_KW, temperature, torch.zeros_like(prototypes_KW[:, 0]), valid_B)
         if self.config.kind == "sinkhorn":
-            return replace(plain, bias_K=sinkhorn_bias(plain, self.config.sinkhorn_iterations))
+            return replace(plain, bias_K=sinkhorn_bias(plain, self.config.sinkhorn_iterations)).narrowed()
         sum_K, count = plain.sum_of_scores()
         self.pending_sum_K += sum_K
         self.pending_count += count
-        return replace(plain, bias_K=(-self.centre_K / temperature).to(prototypes_KW.dtype))
+        return replace(plain, bias_K=(-self.centre_K / temperature).to(prototypes_KW.dtype)).narrowed()
 
     def pending(self) -> tuple[Tensor, ...]:
         """Buffers that ranks add up before `finish_step`; none for Sinkhorn."""
