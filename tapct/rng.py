@@ -92,13 +92,12 @@ def hash_bits(seed: int, purpose: str, *counters: Counter, device: torch.device 
     Returns:
         int64 of the broadcast shape; 0-d where all counters are ints.
     """
-    shape = torch.broadcast_shapes(*(c.shape for c in counters if isinstance(c, Tensor)))
     if device is None:
         device = next((c.device for c in counters if isinstance(c, Tensor)), torch.device("cpu"))
     num_ints = next((i for i, c in enumerate(counters) if isinstance(c, Tensor)), len(counters))
     prefix = hash_int(seed, purpose, *(c for c in counters[:num_ints] if isinstance(c, int)))
     if num_ints == len(counters):
-        return torch.full(shape, prefix, dtype=torch.int64, device=device)
+        return torch.full((), prefix, dtype=torch.int64, device=device)
     state: Tensor | int = prefix
     for counter in counters[num_ints:]:
         state = _absorb(state, counter.to(device) if isinstance(counter, Tensor) else counter)

@@ -1,8 +1,11 @@
 """Block masks of the global crops, with exact counts that the host knows before the step.
 
-Axes: B batch, V global views, C = V * B crops (crop-major), N = z * y * x patch tokens of a crop, M masked tokens.
+Axes: B batch, V global views, C = V * B crops (crop-major), P those of them that are masked, N = z * y * x patch tokens
+of a crop, M masked tokens, R proposed blocks.
 Source: iBOT (arXiv:2111.07832) and DINOv2's mask collator, in 3D and for the whole batch at once; unlike DINOv2's, a
-count is never missed: blocks first, then single tokens up to the exact number.
+count is never missed. All blocks are proposed before any is placed, and every token has one word, whose bit r says that
+block r covers it. As many of the first blocks are masked as fit into the count, and of the next one what is then left.
+What blocks cannot give is a run of tokens from a random place.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,9 +22,12 @@ from tapct import rng
 from tapct.config import setting
 from tapct.types import Masks, UserError
 
-# blocks proposed for a crop; measured at ratios 0.1-0.5, they leave 0.3-1.6 % of the masked tokens of a 3x28x28 grid
-# to single draws, and 2-7 % of a 2x8x8 grid, where that is fewer tokens than the smallest block
-ROUNDS = 12
+# blocks proposed for a crop; with the scan and the padding they are 15 bits, an int16 that is not negative
+ROUNDS = 13
+# the share of a block that earlier ones are expected to cover, over the masked share of the crop. At ratios of 0.1-0.5
+# blocks give 98.5 % of the masked tokens of a 3x28x28 grid; at 0.5 it is 97 % by smaller blocks, at 1 99.5 % by larger
+OVERLAP = 0.65
+BLOCKS = 2**ROUNDS - 1  # the bits of all blocks
 
 
 @dataclass(frozen=True)
@@ -80,50 +87,36 @@ def draw(
         counts_VB: host numbers, crop-major, exact; each 0 .. N.
         grid: tokens along (z, y, x).
         in_scan_VBN: bool; padding is masked only where scan tokens do not suffice, and then weighs 0.
-        sample_B: int64 keys of the samples.
+        sample_B: int64 keys of the samples, below 2^43.
     """
-    num_views, batch, num_tokens = in_scan_VBN.shape
-    assert num_tokens == math.prod(grid) and len(counts_VB) == num_views * batch
-    assert all(0 <= count <= num_tokens for count in counts_VB)
-    some = [crop for crop, count in enumerate(counts_VB) if count]  # P of the C crops; nothing is drawn for the others
-    crop_P, count_P = _to_device([some, [counts_VB[crop] for crop in some]], in_scan_VBN.device)
-    view_C, sample_C = _keys(num_views, sample_B)
-    keys = (view_C[crop_P], sample_C[crop_P])
-    in_scan_PN = in_scan_VBN.reshape(-1, num_tokens)[crop_P]
-    masked_PN = blocks(count_P, grid, in_scan_PN, keys, config, seed)
-    masked_PN = _top_up(masked_PN, count_P, in_scan_PN, keys, seed)
-    place_M = _indices(masked_PN.flatten(), sum(counts_VB))  # among the P crops
-    row_M = place_M // num_tokens
-    index_M = crop_P[row_M] * num_tokens + place_M % num_tokens
-    real_PN = masked_PN & in_scan_PN
-    weight_P = 1.0 / real_PN.sum(1).clamp(min=1).to(torch.float32)
-    weight_M = real_PN.flatten()[place_M] * weight_P[row_M]
-    masked_CN = torch.zeros_like(in_scan_VBN).view(-1, num_tokens).index_copy_(0, crop_P, masked_PN)
-    return Masks(masked_CN.view(num_views, batch, num_tokens), index_M, weight_M)
+    count_C = np.array(counts_VB, dtype=np.int64)
+    masked_C = count_C > 0
+    row_C = np.where(masked_C, masked_C.cumsum() - 1, masked_C.sum())  # of the P rows; one more for all other crops
+    row_C, repeat_C = _to_device(np.stack([row_C, count_C]), in_scan_VBN.device)
+    chosen_PN = choose(count_C, grid, in_scan_VBN, sample_B, config, seed).chosen_PN
+    masked_CN = torch.cat([chosen_PN, chosen_PN.new_zeros(1, chosen_PN.shape[1])])[row_C]
+    real_CN = masked_CN & in_scan_VBN.flatten(0, 1)
+    weight_C = real_CN.sum(1, dtype=torch.int32).clamp_(min=1).to(torch.float32).reciprocal_()
+    num_masked = int(count_C.sum())
+    index_M = _indices(masked_CN.flatten(), num_masked)
+    weight_M = torch.repeat_interleave(weight_C, repeat_C, output_size=num_masked)
+    weight_M *= real_CN.view(torch.uint8).flatten().index_select(0, index_M).to(torch.float32)
+    return Masks(masked_CN.view_as(in_scan_VBN), index_M, weight_M)
 
 
-def _to_device(numbers: list[list[int]], device: torch.device) -> Tensor:
-    """Host numbers as int64, in one copy that nobody waits for."""
-    told = torch.tensor(numbers, dtype=torch.int64, pin_memory=device.type == "cuda")
-    return told.to(device, non_blocking=True)
+def _to_device(numbers: np.ndarray, device: torch.device) -> Tensor:
+    """Host numbers in one copy that nobody waits for."""
+    told = torch.from_numpy(numbers)
+    return told.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else told
 
 
-def blocks(
-    count_C: Tensor,
-    grid: tuple[int, int, int],
-    in_scan_CN: Tensor,
-    keys: tuple[Tensor, Tensor],
-    config: Config,
-    seed: int,
-) -> Tensor:
-    """Mask `ROUNDS` random blocks in every crop, each within what is left to mask; the last one is trimmed to fit.
-
-    Args:
-        keys: view and sample number of every crop, int64 (C,).
-    Returns:
-        (C, N) bool with at most count_C True, all of them in the scan.
-    """
-    return _place_blocks(count_C, grid, in_scan_CN, keys, config, seed)[0]
+def _indices(masked: Tensor, num_masked: int) -> Tensor:
+    """Ascending indices of the True entries; their number is known to the host, so nothing waits for the device."""
+    if masked.device.type == "cpu":  # in a quarter of the time
+        return torch.from_numpy(masked.numpy().nonzero()[0])
+    place = torch.where(masked, masked.cumsum(0) - 1, num_masked)
+    index = torch.zeros(num_masked + 1, dtype=torch.int64, device=masked.device)
+    return index.scatter_(0, place, torch.arange(len(masked), device=masked.device))[:num_masked]
 
 
 @dataclass(frozen=True)
@@ -132,8 +125,8 @@ class Statistics:
 
     Args:
         blocks: mean number in a masked crop.
-        share_in_blocks: of the masked tokens; the others were drawn one by one to reach the exact count.
-        volume: tokens of a block, those included that are outside of the scan or masked already.
+        share_in_blocks: of the masked tokens; the others were taken as a run to reach the exact count.
+        volume: tokens of a block, those included that are outside of the scan, masked already or trimmed.
         height_width: height / width of a block in tokens.
         depth_height: depth / height; bounded by the grid where it is shallow.
     """
@@ -158,70 +151,147 @@ def statistics(
     Raises:
         ValueError: no block was placed, so there is nothing to tell.
     """
-    count_C = torch.tensor(list(counts_VB), dtype=torch.int64, device=in_scan_VBN.device)
-    keys = _keys(len(in_scan_VBN), sample_B)
-    masked_CN, sides_CR3 = _place_blocks(count_C, grid, in_scan_VBN.flatten(0, 1), keys, config, seed)
-    depth, height, width = sides_CR3[sides_CR3[..., 0] > 0].double().unbind(-1)
+    choice = choose(np.array(counts_VB, dtype=np.int64), grid, in_scan_VBN, sample_B, config, seed)
+    depth, height, width = choice.sides_3RP[:, choice.placed_RP]
     if not len(depth):
         raise ValueError(f"no crop of counts {max(counts_VB, default=0)} or less got a block; mask more tokens")
     at = torch.tensor([0.05, 0.5, 0.95], dtype=torch.float64, device=depth.device)
     return Statistics(
-        blocks=len(depth) / int((count_C > 0).sum()),
-        share_in_blocks=float(masked_CN.sum() / count_C.sum()),
+        blocks=len(depth) / len(choice.chosen_PN),
+        share_in_blocks=float(choice.in_blocks_PN.sum() / choice.chosen_PN.sum()),
         volume=tuple((depth * height * width).quantile(at).tolist()),
         height_width=tuple((height / width).quantile(at).tolist()),
         depth_height=tuple((depth / height).quantile(at).tolist()),
     )
 
 
-def _keys(num_views: int, sample_B: Tensor) -> tuple[Tensor, Tensor]:
-    """View and sample number of every crop, int64 (C,), crop-major."""
-    view_V = torch.arange(num_views, device=sample_B.device)
-    return view_V.repeat_interleave(len(sample_B)), sample_B.repeat(num_views)
+@dataclass(frozen=True)
+class Choice:
+    """The masked tokens of the P crops and the blocks that they come from.
+
+    Args:
+        chosen_PN: bool, exactly as many as the count.
+        word_PN: integers; bit r says that block r covers the token.
+        first_P1: bits of the first rounds that are masked as a whole.
+        left_P1: tokens of the next round that are masked too.
+        sides_3RP: (z, y, x) of the proposed blocks in tokens, float64.
+    """
+
+    chosen_PN: Tensor
+    word_PN: Tensor
+    first_P1: Tensor
+    left_P1: Tensor
+    sides_3RP: Tensor
+
+    @property
+    def in_blocks_PN(self) -> Tensor:
+        """The masked tokens that blocks gave."""
+        return self.chosen_PN & (self.word_PN & BLOCKS).bool()
+
+    @property
+    def placed_RP(self) -> Tensor:
+        """The blocks that are masked, whole or trimmed."""
+        bits_P1 = torch.where(self.left_P1 > 0, 2 * self.first_P1 + 1, self.first_P1)
+        bits_P1 = bits_P1 * (self.word_PN & BLOCKS).any(1, keepdim=True)
+        return ((bits_P1.T >> torch.arange(ROUNDS, device=bits_P1.device)[:, None]) & 1).bool()
 
 
-def _place_blocks(
-    count_C: Tensor,
+@torch.inference_mode()  # a tenth faster; nothing here has a gradient
+def choose(
+    count_C: np.ndarray,
     grid: tuple[int, int, int],
-    in_scan_CN: Tensor,
-    keys: tuple[Tensor, Tensor],
+    in_scan_VBN: Tensor,
+    sample_B: Tensor,
     config: Config,
     seed: int,
-) -> tuple[Tensor, Tensor]:
-    """What `blocks` returns, and the sides (C, R, 3) of the proposed blocks in tokens, 0 where one was not placed."""
-    device = count_C.device
-    rounds = torch.arange(ROUNDS, device=device)
-    view_C1, sample_C1 = (key[:, None] for key in keys)
+) -> Choice:
+    """Draw blocks for every crop whose count is not 0, and take what fits; the other arguments as in `draw`."""
+    num_views, batch, num_tokens = in_scan_VBN.shape
+    assert num_tokens == math.prod(grid) and len(count_C) == num_views * batch
+    assert ((count_C >= 0) & (count_C <= num_tokens)).all()
+    some_P = count_C.nonzero()[0]
+    told = np.stack([count_C[some_P], some_P, some_P // batch, some_P % batch])
+    count_P, crop_P, view_P, place_P = _to_device(told, in_scan_VBN.device)
+    word = torch.int16 if num_tokens < 2**15 else torch.int32  # it holds the bits of all rounds, and any count
+    count_P1 = count_P.to(word)[:, None]
+    draw_DP = _uniforms(sample_B[place_P], view_P, seed)
+    shape_3RP, place_3RP = draw_DP[:-1].unflatten(0, (2, 3, ROUNDS))
+    sides_3RP = _sides(count_P.to(torch.float64), shape_3RP, grid, config)
+    outside_PN = _outside(sides_3RP, place_3RP, (count_P < config.min_tokens)[:, None], grid)
+    in_scan_PN = in_scan_VBN.flatten(0, 1)[crop_P].to(word)
+    # round R is the whole scan, and what comes then is everything
+    word_PN = outside_PN.bitwise_xor_(2 * BLOCKS + 1).mul_(in_scan_PN).bitwise_or_(2 * BLOCKS + 2)
+    first_P1 = torch.zeros_like(count_P1)
+    for step in (8, 4, 2, 1):  # bisection for the most rounds that together cover no more than the count
+        more_P1 = (first_P1 << step) + (2**step - 1)
+        first_P1 = torch.where(_covered(word_PN, more_P1).sum(1, True, dtype=word) <= count_P1, more_P1, first_P1)
+    whole_PN = _covered(word_PN, first_P1)
+    fresh_PN = _covered(word_PN, 2 * first_P1 + 1).sub_(whole_PN)
+    left_P1 = count_P1 - whole_PN.sum(1, True, dtype=word)
+    # a block loses its last tokens; of scan and padding a run is taken that begins anywhere and goes on at the first
+    rank_PN = fresh_PN.cumsum(1, dtype=word)
+    num_P1 = rank_PN[:, -1:].clone()
+    start_P1 = (draw_DP[-1, :, None] * num_P1 * (first_P1 >= BLOCKS)).to(word)
+    rank_PN -= start_P1 + 1
+    rank_PN += _negative(rank_PN) & num_P1
+    fresh_PN &= _negative(rank_PN.sub_(left_P1))
+    return Choice(whole_PN.add_(fresh_PN).bool(), word_PN, first_P1, left_P1, sides_3RP)
 
-    def uniform(name: str) -> Tensor:
-        return rng.uniform(seed, f"mask {name}", sample_C1, view_C1, rounds)
 
-    volume_CR, height_width_CR, depth_height_CR = uniform("volume"), uniform("hw"), uniform("dh")
+def _uniforms(sample_P: Tensor, view_P: Tensor, seed: int) -> Tensor:
+    """The 6 * ROUNDS + 1 numbers that a mask takes, (D, P) float64 in [0, 1), multiples of 2^-16: four from a hash."""
+    num = 6 * ROUNDS + 1
+    key_P = (sample_P << 20) + (view_P << 8)
+    bits_PH = rng.hash_bits(seed, "mask", key_P[:, None] + torch.arange((num + 3) // 4, device=key_P.device))
+    return (bits_PH.view(torch.int16).T[:num].to(torch.float64, memory_format=torch.contiguous_format) * 2.0**-16) + 0.5
+
+
+def _sides(count_P: Tensor, draw_3RP: Tensor, grid: tuple[int, int, int], config: Config) -> Tensor:
+    """Sides (z, y, x) of the proposed blocks in tokens, (3, R, P).
+
+    A volume is uniform between `min_tokens` and what the earlier blocks are expected to leave. All in float64, so that
+    the last bits, in which devices differ, do not reach a whole number.
+    """
+    volume_RP = draw_3RP[0]
     low, high = math.log(config.aspect[0]), math.log(config.aspect[1])
-    height_width_CR, depth_height_CR = (torch.exp(low + (high - low) * u) for u in (height_width_CR, depth_height_CR))
-    place_CR = [uniform(f"place {axis}") for axis in "zyx"]
-    lines = [torch.arange(size, device=device) for size in grid]
-    free_CN = in_scan_CN.clone()
-    left_C, placed = count_C, []
-    for r in range(ROUNDS):
-        volume_C = config.min_tokens + (left_C - config.min_tokens) * volume_CR[:, r]
-        sides = block_sides(volume_C, height_width_CR[:, r], depth_height_CR[:, r], grid)
-        placed.append(torch.stack(sides, -1) * (left_C >= config.min_tokens)[:, None])
-        inside = []
-        for line, size, side_C, place in zip(lines, grid, sides, place_CR, strict=True):
-            start_C = (place[:, r] * (size - side_C + 1)).floor()
-            inside.append((line >= start_C[:, None]) & (line < (start_C + side_C)[:, None]))
-        z, y, x = inside
-        z = z & (left_C >= config.min_tokens)[:, None]
-        rows_CL = (z[:, :, None] & y[:, None, :]).flatten(1)
-        # a product of bytes: on a CPU `and` of two bools that are broadcast takes three times as long
-        block_CLX = rows_CL.view(torch.uint8)[:, :, None] * x.view(torch.uint8)[:, None, :]
-        fresh_CN = block_CLX.view(torch.bool).flatten(1) & free_CN
-        # never overshoot: the block loses its last tokens
-        fresh_CN &= fresh_CN.cumsum(1, dtype=torch.int32) <= left_C[:, None].to(torch.int32)
-        free_CN ^= fresh_CN
-        left_C = left_C - fresh_CN.sum(1)
-    return in_scan_CN ^ free_CN, torch.stack(placed, 1)
+    height_width_RP, depth_height_RP = (draw_3RP[1:] * (high - low) + low).exp_()
+    stays_RP = 1 - volume_RP * (1 - OVERLAP / math.prod(grid) * count_P)
+    left_RP = count_P * stays_RP.cumprod(0) / stays_RP  # before each block
+    volume_RP = (left_RP - config.min_tokens).clamp_(min=0) * volume_RP + config.min_tokens
+    return torch.stack(block_sides(volume_RP, height_width_RP, depth_height_RP, grid))
+
+
+def _outside(sides_3RP: Tensor, place_3RP: Tensor, none_P1: Tensor, grid: tuple[int, int, int]) -> Tensor:
+    """Bit r says that block r does not cover the token, as its z, its y or its x is outside; (P, N).
+
+    Args:
+        place_3RP: uniform in [0, 1), from one end of the grid to the other.
+        none_P1: bool, crops that get no block.
+    """
+    word = torch.int16 if math.prod(grid) < 2**15 else torch.int32
+    round_R11 = torch.arange(ROUNDS, device=none_P1.device, dtype=word)[:, None, None]
+    bit_R11 = torch.ones_like(round_R11) << round_R11
+    last_3RP1 = (sides_3RP - 1).to(word)[..., None]
+    lines = []
+    for size, side_RP, last_RP1, place_RP in zip(grid, sides_3RP, last_3RP1, place_3RP, strict=True):
+        start_RP1 = (place_RP * (size + 1 - side_RP)).to(word)[..., None]
+        line_RPL = torch.arange(size, device=none_P1.device, dtype=word) - start_RP1  # in the block 0 .. its last
+        outside_RPL = _negative((last_RP1 - line_RPL).bitwise_or_(line_RPL))
+        lines.append(outside_RPL.bitwise_and_(bit_R11).sum(0, dtype=word))
+    z_PL, y_PL, x_PL = lines
+    z_PL |= none_P1 * BLOCKS
+    yx_PL = (y_PL[:, :, None] | x_PL[:, None, :]).flatten(1)
+    return (z_PL[:, :, None] | yx_PL[:, None, :]).flatten(1)
+
+
+def _covered(word_PN: Tensor, rounds_P1: Tensor) -> Tensor:
+    """1 where one of these rounds covers the token, else 0."""
+    return (word_PN & rounds_P1).clamp_(max=1)
+
+
+def _negative(number: Tensor) -> Tensor:
+    """All bits where an int16 or int32 is negative, else none; a comparison takes ten times as long on a CPU."""
+    return number >> (8 * number.element_size() - 1)
 
 
 def block_sides(
@@ -244,25 +314,3 @@ def block_sides(
     height = (area * height_width).sqrt().round().clamp(1, grid[1])
     width = (area / height_width).sqrt().round().clamp(1, grid[2])
     return depth, height, width
-
-
-def _top_up(masked_CN: Tensor, count_C: Tensor, in_scan_CN: Tensor, keys: tuple[Tensor, Tensor], seed: int) -> Tensor:
-    """Add single tokens, uniformly, up to the exact count: from the scan first, from padding if that is not enough."""
-    view_C1, sample_C1 = (key[:, None] for key in keys)
-    num_tokens = most = masked_CN.shape[1]
-    missing_C1 = (count_C - masked_CN.sum(1))[:, None]
-    if masked_CN.device.type == "cpu" and len(count_C):  # elsewhere the host would wait for this number
-        most = int(missing_C1.max())
-    token_N = torch.arange(num_tokens, device=masked_CN.device)
-    chance_CN = rng.hash_bits(seed, "mask top-up", sample_C1, view_C1, token_N) >> 3  # 61 bits with sign
-    rank_CN = in_scan_CN.to(torch.int64) - 2 * masked_CN.to(torch.int64)  # scan 1, padding 0, masked -1 at most
-    order_CR = ((rank_CN << 61) + chance_CN).topk(most, dim=1).indices
-    added_CN = torch.zeros_like(masked_CN).scatter(1, order_CR, token_N[:most] < missing_C1)
-    return masked_CN | added_CN
-
-
-def _indices(masked: Tensor, num_masked: int) -> Tensor:
-    """Ascending indices of the True entries; their number is known to the host, so nothing waits for the device."""
-    place = torch.where(masked, masked.cumsum(0) - 1, num_masked)
-    index = torch.zeros(num_masked + 1, dtype=torch.int64, device=masked.device)
-    return index.scatter_(0, place, torch.arange(len(masked), device=masked.device))[:num_masked]
