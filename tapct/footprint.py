@@ -54,7 +54,8 @@ class Weights:
         shapes: (rows along the first axis, numbers of a row) of every parameter.
         heads, rest: numbers in the heads, and in the backbone outside of its blocks.
         block: numbers of the largest block, the unit that ranks gather; 0 where the backbone has none.
-        linear: numbers in linear layers, which autocast copies to bf16 in a single process.
+        linear: numbers in linear layers outside of the blocks, of which autocast keeps copies in bf16 in a single
+            process; those of the blocks are copied for the moment (`nn.lean`).
     """
 
     shapes: tuple[tuple[int, int], ...]
@@ -135,7 +136,9 @@ def weigh(pair: StudentTeacher) -> Weights:
     network = pair.student
     shapes = tuple((len(p), p.numel() // len(p)) if p.ndim else (1, 1) for p in network.parameters())
     blocks = [_numbers(block) for block in blocks_of(network.backbone)]
-    linear = sum(_numbers(module) for module in network.modules() if isinstance(module, nn.Linear))
+    inside = {module for block in blocks_of(network.backbone) for module in block.modules()}
+    outside = [module for module in network.modules() if isinstance(module, nn.Linear) and module not in inside]
+    linear = sum(map(_numbers, outside))
     rest = _numbers(network.backbone) - sum(blocks)
     return Weights(shapes, _numbers(network.heads), rest, max(blocks, default=0), linear)
 

@@ -28,7 +28,8 @@ def lean_linear(
     """gain * linear(before(*inputs)), at the memory of the inputs alone.
 
     The plain formula, modules with their hooks, is taken where no gradient is recorded, where torch.compile decides
-    itself what to make again, and where the layer is another than torch's (an adapter, a quantised one).
+    itself what to make again, where a graph is traced, and where the layer is another than torch's (an adapter, a
+    quantised one).
 
     Args:
         linear: D -> E.
@@ -40,7 +41,8 @@ def lean_linear(
         (T, E), in the dtype of autocast, else in that of the weights; before a gain in a wider one: in that.
     """
     keeps_nothing = not torch.is_grad_enabled() or linear.weight.is_meta
-    if keeps_nothing or torch.compiler.is_compiling() or type(linear) is not nn.Linear:
+    is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    if keeps_nothing or is_traced or type(linear) is not nn.Linear:
         y_TE: Tensor = linear(before(*inputs))
         return y_TE if gain_E is None else y_TE * gain_E
     kind, dtype = linear.weight.device.type, linear.weight.dtype
