@@ -19,7 +19,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tapct.engine import recompute
 from tapct.engine.parallel import blocks_of
+from tapct.models import vit
 from tapct.nn.layers import DropKey
 from tapct.plugin import Plugin
 from tapct.ssl import step as ssl_step
@@ -54,8 +56,8 @@ class Weights:
         shapes: (rows along the first axis, numbers of a row) of every parameter.
         heads, rest: numbers in the heads, and in the backbone outside of its blocks.
         block: numbers of the largest block, the unit that ranks gather; 0 where the backbone has none.
-        linear: numbers in linear layers outside of the blocks, of which autocast keeps copies in bf16 in a single
-            process; those of the blocks are copied for the moment (`nn.lean`).
+        linear: numbers in linear layers, which autocast copies to bf16 in a single process; those of tapct's own blocks
+            are left out, which are copied one by one and forgotten (`nn.lean`).
     """
 
     shapes: tuple[tuple[int, int], ...]
@@ -136,9 +138,9 @@ def weigh(pair: StudentTeacher) -> Weights:
     network = pair.student
     shapes = tuple((len(p), p.numel() // len(p)) if p.ndim else (1, 1) for p in network.parameters())
     blocks = [_numbers(block) for block in blocks_of(network.backbone)]
-    inside = {module for block in blocks_of(network.backbone) for module in block.modules()}
-    outside = [module for module in network.modules() if isinstance(module, nn.Linear) and module not in inside]
-    linear = sum(map(_numbers, outside))
+    lean = {module for block in network.modules() if isinstance(block, vit.Block) for module in block.modules()}
+    kept = [module for module in network.modules() if isinstance(module, nn.Linear) and module not in lean]
+    linear = sum(map(_numbers, kept))
     rest = _numbers(network.backbone) - sum(blocks)
     return Weights(shapes, _numbers(network.heads), rest, max(blocks, default=0), linear)
 
@@ -147,28 +149,32 @@ def _numbers(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def trace(model: Plugin, losses: Sequence[Plugin], sizes: Sizes, *, dtype: torch.dtype, bf16: bool) -> Footprint:
+def trace(
+    model: Plugin, losses: Sequence[Plugin], sizes: Sizes, *, dtype: torch.dtype, bf16: bool, every: int = 0
+) -> Footprint:
     """Count the bytes of a micro-batch.
 
     Args:
         model, losses: sections of the config.
         dtype: of weights and loss state.
         bf16: blocks and heads are computed in bf16, as gathered by FSDP; autocast for the rest.
+        every: every so-many-th block is computed again instead of being kept; 0: none.
     Raises:
         NeedsValues: a plug-in asks for values.
     """
     try:
-        return Footprint(*(_count(model, losses, sizes, samples, dtype, bf16) for samples in (FEW, MANY)))
+        return Footprint(*(_count(model, losses, sizes, samples, dtype, bf16, every) for samples in (FEW, MANY)))
     except RuntimeError as error:  # how fake tensors say that somebody wants a value
         names = ", ".join([model.name, *(loss.name for loss in losses)])
         raise NeedsValues(f"one of {names} needs values to run ({str(error).splitlines()[0]})") from error
 
 
 def _count(
-    model: Plugin, losses: Sequence[Plugin], sizes: Sizes, samples: int, dtype: torch.dtype, bf16: bool
+    model: Plugin, losses: Sequence[Plugin], sizes: Sizes, samples: int, dtype: torch.dtype, bf16: bool, every: int
 ) -> Bytes:
     """Run one micro-batch without values."""
     pair = Valueless(model, losses)
+    recompute.recompute_blocks(pair.student.backbone, every)
     pair.train()
     # the CPU stands for any device: a build of torch without CUDA has no fake GPU, and both save the same
     with FakeTensorMode(), LiveBytes() as live:

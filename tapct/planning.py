@@ -191,7 +191,7 @@ def make_scale(config: run.RunConfig, costs: plan.Plan, asked: scale.Asked) -> s
         demand,
         asked,
         footprint.weigh(footprint.Valueless(config.model, config.losses)),
-        footprint.trace(config.model, config.losses, sizes, dtype=train.dtype, bf16=bf16),
+        footprint.trace(config.model, config.losses, sizes, dtype=train.dtype, bf16=bf16, every=train.recompute),
         flops_per_step=costs.flops_per_step,
         store=store_facts(config.data.store),
     )

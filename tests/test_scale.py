@@ -28,7 +28,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from tapct import footprint, planning, run, scale, scale_tables
 from tapct.config import load_config
 from tapct.data.store import Store
-from tapct.engine import loop, optim, parallel
+from tapct.engine import loop, optim, parallel, recompute
 from tapct.nn.layers import DropKey
 from tapct.ssl import step as ssl_step
 from tapct.ssl.schedules import Schedules
@@ -57,7 +57,8 @@ def sizes_of(config: run.RunConfig) -> footprint.Sizes:
 def counted(*overrides: str) -> footprint.Footprint:
     config = smoke(*overrides)
     bf16 = config.train.precision == "bf16"
-    return footprint.trace(config.model, config.losses, sizes_of(config), dtype=config.train.dtype, bf16=bf16)
+    how = {"dtype": config.train.dtype, "bf16": bf16, "every": config.train.recompute}
+    return footprint.trace(config.model, config.losses, sizes_of(config), **how)
 
 
 @functools.cache
@@ -109,6 +110,7 @@ CASES = [
     ("model.dim=96", "model.heads=3", "views.num_locals=5"),
     ("train.precision=fp32",),
 ]
+AGAIN = ("train.recompute=1",)
 
 
 @pytest.mark.parametrize("overrides", CASES, ids=" ".join)
@@ -135,17 +137,20 @@ def test_activations_are_what_autograd_saves(overrides: tuple[str, ...]) -> None
     assert counted(*overrides).of(SAMPLES).activations + copies == pytest.approx(sum(saved.values()), rel=0.05)
 
 
-@pytest.mark.parametrize("overrides", CASES, ids=" ".join)
+@pytest.mark.parametrize("overrides", [*CASES, AGAIN], ids=" ".join)
 def test_the_peak_is_what_the_profiler_sees(overrides: tuple[str, ...]) -> None:
     """torch's profiler notes every allocation of a real forward and backward pass."""
     config = smoke(*overrides)
     pair = StudentTeacher(config.model, config.losses, 0).train()
+    recompute.recompute_blocks(pair.student.backbone, config.train.recompute)
     inputs = real_inputs(config)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
         real_step(config, pair, inputs).backward()
     copies = 2 * footprint.weigh(pair).linear if config.train.precision == "bf16" else 0
     each = counted(*overrides).of(SAMPLES)
-    assert each.activations + each.work + copies == pytest.approx(peak_of(seen), rel=0.05)
+    # with blocks computed again little is left but work, which two counts know less well
+    tolerance = 0.05 if overrides in CASES else 0.1
+    assert each.activations + each.work + copies == pytest.approx(peak_of(seen), rel=tolerance)
 
 
 @pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")
