@@ -23,7 +23,7 @@ from typing import Any
 
 CONFIG = Path("configs/smoke.yaml")
 LAST = 20  # steps at the end of a run that its numbers are means of
-FIRST = 900  # steps of small crops, two thirds of the recipe
+FIRST = 1400  # steps of small crops, two thirds of the recipe
 FULL_CROPS = [
     *("views.global_window=[8,64,64]", "views.global_area=[0.15,0.45]"),
     *("views.local_window=[8,32,32]", "views.local_area=[0.04,0.12]"),
