@@ -55,7 +55,9 @@ def attend_sdpa(q_THC: Tensor, k_THC: Tensor, v_THC: Tensor, spans: Spans) -> Te
     Returns:
         (T, H, C), softmax(q k' / sqrt(C)) v of each crop.
     """
-    if q_THC.device.type == "cpu" and not (torch.compiler.is_compiling() or torch.jit.is_tracing()):
+    is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    # off within `sdpa_kernel(MATH)`, on a CPU too
+    if q_THC.device.type == "cpu" and not is_traced and torch.backends.cuda.flash_sdp_enabled():
         packed: Tensor = CpuFlash.apply(q_THC, k_THC, v_THC, spans)
         return packed
     out = []

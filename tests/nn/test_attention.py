@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tapct.nn import backends
 from tapct.nn.attention import Attention
@@ -265,3 +266,14 @@ def test_an_unknown_backend_is_named_with_the_known_ones() -> None:
         Attention(16, heads=2, backend="flash")
     with pytest.raises(UserError, match="dim 16 is no multiple of heads 3"):
         Attention(16, heads=3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_chosen_kernel_of_sdpa_is_taken_on_a_cpu_too(dtype: torch.dtype) -> None:
+    q, k, v = packed_qkv(dtype)
+    seen = []
+    for kernel in (SDPBackend.MATH, SDPBackend.FLASH_ATTENTION):
+        with sdpa_kernel(kernel), torch.profiler.profile() as profile:
+            BACKENDS["sdpa"](q, k, v, SPANS)
+        seen.append(any("flash" in event.key for event in profile.key_averages()))
+    assert seen == [False, True]
