@@ -110,7 +110,7 @@ def words_without_bf16(cpuinfo: str) -> list[str]:
     if not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(cpuinfo.split()):
         return []
     log.say("this CPU has no bf16 arithmetic: training in fp32, with fewer steps")
-    return ["train.precision=fp32", "train.steps=1600"]
+    return ["train.precision=fp32", "train.steps=1350"]
 
 
 def make_phantom(archive: Path) -> None:
