@@ -3,8 +3,9 @@
     python scripts/ablation.py data/quickstart/store                   # all variants, seeds 0 1 2, two runs at a time
     python scripts/ablation.py STORE full "no iBOT" --seeds 0 1 --set optim.lr=5e-4 --json ablation.json
 
-Every run is `tapct train` and `tapct eval` on configs/smoke.yaml with STEPS steps in one thread. Runs that are whole are not done again.
-The table gives mean and sample standard deviation over seeds; the lead is over the untrained network of the same seed.
+Every run is `tapct train` and `tapct eval` on configs/smoke.yaml with STEPS steps in one thread. Runs that are whole
+are not done again. The table gives mean and sample standard deviation over seeds; the lead is over the untrained
+network of the same seed.
 """
 
 from __future__ import annotations
