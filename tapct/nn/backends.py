@@ -27,6 +27,7 @@ from tapct.types import UserError
 
 HALF = (torch.bfloat16, torch.float16)
 AMPERE = (8, 0)
+LONG_CROP = 300  # tokens, from which on torch's CPU kernel for halves pays
 
 
 @dataclass(frozen=True)
@@ -70,8 +71,8 @@ class CpuFlash(torch.autograd.Function):
     """SDPA on a CPU, by the calls that torch makes itself, into one packed result that is kept once.
 
     Joining the results of SDPA would keep each of them twice, for its own backward pass and for that of what follows.
-    Halves are computed in float32: torch's own kernel is slower in bf16 than in float32, 8 times backward at 131 tokens
-    (docs/log.md), and no more exact.
+    Halves of short crops are computed in float32: there torch's own kernel is up to 8 times slower backward in bf16
+    than in float32, and no more exact; of long ones it is faster (docs/log.md).
     """
 
     @staticmethod
@@ -111,8 +112,8 @@ def crops_of(spans: Spans, *packed: Tensor) -> Iterator[tuple[Tensor, ...]]:
         yield tuple(part.unflatten(0, (span.crops, span.tokens)).transpose(1, 2) for part in parts)
 
 
-def _wide(x: Tensor) -> Tensor:
-    return x.float() if x.dtype in HALF else x
+def _wide(x_BHNC: Tensor) -> Tensor:
+    return x_BHNC.float() if x_BHNC.dtype in HALF and x_BHNC.shape[2] < LONG_CROP else x_BHNC
 
 
 def crop_starts(spans: Spans, device: torch.device) -> Tensor:

@@ -118,8 +118,12 @@ def test_every_backend_has_the_gradients_of_attention_written_out(backend: Calla
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize(("long_crop", "units"), [(300, 1.5), (1, 3.0)])
 @pytest.mark.parametrize("dtype", backends.HALF)
-def test_half_types_on_a_cpu_are_as_good_as_float32_and_kept_as_halves(dtype: torch.dtype) -> None:
+def test_half_types_on_a_cpu_are_as_good_as_float32_and_kept_as_halves(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, long_crop: int, units: float
+) -> None:
+    monkeypatch.setattr(backends, "LONG_CROP", long_crop)  # widened, and by torch's own kernel
     halves = [part.clone().requires_grad_() for part in packed_qkv(dtype)]
     floats = [part.detach().float().requires_grad_() for part in halves]
     weight = torch.randn(halves[0].shape, generator=torch.Generator().manual_seed(1)).to(dtype)
@@ -134,7 +138,7 @@ def test_half_types_on_a_cpu_are_as_good_as_float32_and_kept_as_halves(dtype: to
     wanted = torch.autograd.grad((exact * weight.float()).sum(), floats)
     unit = torch.finfo(dtype).eps
     for a, b in zip([out, *found], [exact, *wanted], strict=True):
-        assert float((a.float() - b).abs().max() / b.abs().max()) < 1.5 * unit
+        assert float((a.float() - b).abs().max() / b.abs().max()) < units * unit
 
 
 @pytest.mark.parametrize("name", BACKENDS)
