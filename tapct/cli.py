@@ -145,7 +145,8 @@ def train(
         stop = run.train(resolved, allow_change)
     if stop.signal:
         again = shlex.join(["tapct", "train", str(config), *(overrides or [])])
-        log.say(f"stopped by {stop.signal} and saved at step {stop.step}; go on with: {again}")
+        how = "" if ranks.from_environment(os.environ).world == 1 else ", under torchrun or srun,"
+        log.say(f"stopped by {stop.signal} and saved at step {stop.step}; go on{how} with: {again}")
         # signals other than Ctrl-C are a scheduler's, which must not take the end for a failure
         raise typer.Exit(130 if stop.signal == "SIGINT" else stopped_code)
 
@@ -193,6 +194,8 @@ def submit(
     plan = launch.plan(config, overrides or [], sweep or [])
     for run in plan.runs:
         launch.check(run, resources)
+    for line in launch.doubts(plan.runs[0].value, resources):
+        print(f"warning: {line}", file=sys.stderr)
     if dry_run:
         print(launch.script(plan.home, resources, len(plan.runs) if sweep else 0))
         return

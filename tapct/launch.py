@@ -28,7 +28,7 @@ from tapct.data.store import Store
 from tapct.engine import checkpoint
 from tapct.engine.checkpoint import Checkpoints
 from tapct.provenance import git_revision
-from tapct.resume import changed_keys
+from tapct.resume import changed_keys, with_new_keys
 from tapct.run import RunConfig
 from tapct.types import UserError
 
@@ -143,8 +143,24 @@ def check(resolved: Resolved, resources: Resources) -> None:
         raise UserError(f"{config.out} holds checkpoints and train.resume=never; choose another out= or remove it")
     if saved:
         newest = max(saved, key=checkpoint.step_of)
-        for key, old, new in changed_keys(checkpoint.read_meta(newest).config, resolved.to_dict()):
+        before = with_new_keys(checkpoint.read_meta(newest).config, type(config))
+        for key, old, new in changed_keys(before, resolved.to_dict()):
             raise UserError(f"{key} was {old} when {newest} was written and is {new} now; choose another out=")
+
+
+def doubts(config: RunConfig, resources: Resources) -> list[str]:
+    """What may be meant so, but hardly is: lines for people."""
+    found, workers = [], config.data.loader.workers
+    if config.device == "auto" and not resources.gpus_per_node:
+        found.append("the job asks for no GPU, so it trains on the CPU; --gpus-per-node asks for some")
+    if config.device == "cpu" and resources.gpus_per_node:
+        found.append("device=cpu leaves the GPUs of --gpus-per-node idle; set device=auto")
+    if 0 < resources.cpus_per_task <= workers:
+        found.append(
+            f"--cpus-per-task {resources.cpus_per_task} leaves data.loader.workers {workers} no core of their own; "
+            f"{workers + 1} would"
+        )
+    return found
 
 
 def check_share(config: RunConfig, resources: Resources) -> None:

@@ -46,7 +46,7 @@ def test_a_dry_run_prints_the_script_and_writes_nothing(
     before = files_of(tmp_path)
     words = "--nodes 2 --gpus-per-node 2 --partition p --time 2-00:00 --account a --cpus-per-task 3 --mem 64G --qos q"
     words += " --constraint h100 --grace 90 --dry-run"
-    script = shell.good("submit", config, "losses.koleo=null", *words.split())
+    script = shell.good("submit", config, "losses.koleo=null", "device=auto", *words.split())
     assert files_of(tmp_path) == before
     found = options_of(script)
     assert found.pop("output").startswith(f"{tmp_path}/run/jobs/")
@@ -70,6 +70,22 @@ def test_a_dry_run_prints_the_script_and_writes_nothing(
     for part in ("--kill-on-bad-exit=1", "%j_%t_log.out", "--cpus-per-task=3", sys.executable, f"{tmp_path}/run/code/"):
         assert part in srun
     assert subprocess.run(["bash", "-n"], input=script, text=True, check=False).returncode == 0
+
+
+def test_what_is_hardly_meant_is_told_beside_the_script(config: Path, shell: Shell) -> None:
+    def warned(*words: str) -> list[str]:
+        code, _, err = shell("submit", config, "losses.koleo=null", "--dry-run", *words)
+        assert code == 0
+        return err.splitlines()
+
+    assert warned() == []
+    (line,) = warned("device=auto")
+    assert line.startswith("warning: the job asks for no GPU") and "--gpus-per-node" in line
+    (line,) = warned("--gpus-per-node", "2")
+    assert line.startswith("warning: device=cpu leaves the GPUs")
+    (line,) = warned("--cpus-per-task", "2", "data.loader.workers=2")
+    assert "data.loader.workers 2 no core of their own; 3 would" in line
+    assert warned("--cpus-per-task", "3", "data.loader.workers=2") == []
 
 
 def test_the_dry_run_of_a_sweep_is_an_array(config: Path, shell: Shell) -> None:

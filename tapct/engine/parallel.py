@@ -137,9 +137,9 @@ def world(place: Ranks, device: torch.device, config: Config) -> Iterator[World]
             device_id=device if on_gpu else None,
         )
     except (dist.DistError, RuntimeError, ValueError) as error:
+        where = f" at {told} within {patience.total_seconds():.0f} s" if told else ""
         raise UserError(
-            f"rank {place.rank} of {place.world} could not meet the others at {told} within "
-            f"{patience.total_seconds():.0f} s: {str(error).splitlines()[0]}"
+            f"rank {place.rank} of {place.world} could not meet the others{where}: {str(error).splitlines()[0]}"
         ) from error
     shard = collectives.from_first(lambda: shard_size(place, config.shard))
     mesh = init_device_mesh(device.type, (place.world // shard, shard), mesh_dim_names=("replicate", "shard"))

@@ -295,11 +295,16 @@ def test_an_interrupt_leaves_a_state_that_resumes(tmp_path: Path) -> None:
     build(root, tmp_path / "manifest.parquet", labels=None, patient_regex=None, min_depth=1, workers=0)
     script = tmp_path / "run.py"
     script.write_text(
-        "import sys\nfrom pathlib import Path\n"
-        "from tapct.data.manifest import Manifest\nfrom tapct.data.pack import pack\n"
+        "import sys, time\nfrom pathlib import Path\n"
+        "from tapct.data.manifest import Manifest\nfrom tapct.data import pack\n"
+        "once = pack.pack_scan\n"
+        "def pack_scan(task):\n"  # the workers import this file too
+        "    time.sleep(0.5)\n"  # else all may be packed before a busy machine sends the interrupt
+        "    return once(task)\n"
+        "pack_scan.__module__, pack.pack_scan = pack.__name__, pack_scan\n"
         "if __name__ == '__main__':\n"
         "    here = Path(sys.argv[1])\n"
-        "    pack(Manifest.read(here / 'manifest.parquet'), here / 'out', workers=2)\n"
+        "    pack.pack(Manifest.read(here / 'manifest.parquet'), here / 'out', workers=2)\n"
     )
     environment = {**os.environ, "PYTHONPATH": os.getcwd()}
     run = subprocess.Popen([sys.executable, script, tmp_path], start_new_session=True, env=environment, stderr=-1)
