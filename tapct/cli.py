@@ -171,6 +171,7 @@ def submit(
         int, typer.Option(help="requeues in a row without a new checkpoint after which a job gives up", min=0)
     ] = 5,
     sweep: Annotated[list[str] | None, typer.Option(help="key=value,value; repeat it for a product")] = None,
+    allow_change: Annotated[bool, typer.Option("--allow-change", help="as in train")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print the batch script, write nothing")] = False,
 ) -> None:
     """Train on a SLURM cluster; preempted or out of time, the job requeues itself and goes on."""
@@ -193,13 +194,13 @@ def submit(
     )
     plan = launch.plan(config, overrides or [], sweep or [])
     for run in plan.runs:
-        launch.check(run, resources)
+        launch.check(run, resources, allow_change)
     for line in launch.doubts(plan.runs[0].value, resources):
         print(f"warning: {line}", file=sys.stderr)
     if dry_run:
         print(launch.script(plan.home, resources, len(plan.runs) if sweep else 0))
         return
-    submitted = launch.submit(plan, resources)
+    submitted = launch.submit(plan, resources, allow_change)
     log.say(f"{nodes} x {resources.tasks} tasks, each start at most {log.duration(resources.minutes * 60)}")
     for run, submission in zip(plan.runs, submitted, strict=True):
         log.say(f"job {submission.job}: {run.value.out}")

@@ -119,9 +119,11 @@ def plan(config: Path, overrides: Sequence[str], grids: Sequence[str]) -> Plan:
     return Plan(tuple(load_config(RunConfig, config, point.overrides(overrides, home)) for point in points), home)
 
 
-def check(resolved: Resolved, resources: Resources) -> None:
+def check(resolved: Resolved, resources: Resources, allow_change: bool = False) -> None:
     """Find what would end a run as soon as it starts, before it waits in a queue for it.
 
+    Args:
+        allow_change: the job goes on although keys differ that shape the curve.
     Raises:
         UserError: batch, device, data or run folder do not allow it.
     """
@@ -141,11 +143,14 @@ def check(resolved: Resolved, resources: Resources) -> None:
     saved = Checkpoints(config.out / "checkpoints", config.checkpoint.keep).finished()
     if saved and config.train.resume == "never":
         raise UserError(f"{config.out} holds checkpoints and train.resume=never; choose another out= or remove it")
-    if saved:
+    if saved and not allow_change:
         newest = max(saved, key=checkpoint.step_of)
         before = with_new_keys(checkpoint.read_meta(newest).config, type(config))
         for key, old, new in changed_keys(before, resolved.to_dict()):
-            raise UserError(f"{key} was {old} when {newest} was written and is {new} now; choose another out=")
+            raise UserError(
+                f"{key} was {old} when {newest} was written and is {new} now; choose another out=, or go on all "
+                "the same with --allow-change"
+            )
 
 
 def doubts(config: RunConfig, resources: Resources) -> list[str]:
@@ -187,9 +192,11 @@ def check_idle(outs: Sequence[Path]) -> None:
             raise UserError(f"{run} has the job {job}, {queued[job].state.lower()}; end it with: tapct cancel {run}")
 
 
-def submit(plan: Plan, resources: Resources) -> list[jobs.Submission]:
+def submit(plan: Plan, resources: Resources, allow_change: bool = False) -> list[jobs.Submission]:
     """Hand checked runs to SLURM, as one job or one array.
 
+    Args:
+        allow_change: as in `check`; it holds for every start of the job.
     Returns:
         One submission per run.
     Raises:
@@ -208,7 +215,7 @@ def submit(plan: Plan, resources: Resources) -> list[jobs.Submission]:
             checkpoint.replace_text(place / "config.yaml", run.to_yaml())
         (folder / batch.PLACES).write_text("".join(f"{place}\n" for place in places), encoding="utf-8")
         executor = make_executor(folder, code, resources, f"tapct-{home.name}")
-        tasks = [(str(place / "config.yaml"), os.getcwd(), str(code)) for place in places]
+        tasks = [(str(place / "config.yaml"), os.getcwd(), str(code), allow_change) for place in places]
         try:
             with contextlib.redirect_stderr(io.StringIO()):  # submitit prints what it raises
                 made = executor.map_array(worker.work, *zip(*tasks, strict=True))

@@ -23,13 +23,14 @@ STOPPED = 143  # how `tapct train` is asked to leave when it was stopped and has
 MARK = "TAPCT_MARK"  # environment: the file to leave for the batch script
 
 
-def work(config: str, start_in: str, snapshot: str) -> None:
+def work(config: str, start_in: str, snapshot: str, allow_change: bool = False) -> None:
     """Train as one task of a job.
 
     Args:
         config: the job's own resolved config, absolute.
         start_in: folder in which the job was submitted; relative paths and your own plug-ins are found from there.
         snapshot: folder with the copy of tapct that the job must run.
+        allow_change: go on although keys differ that shape the curve.
     Raises:
         SystemExit: training failed; its one line is in the log.
         UserError: another tapct is imported than that of the snapshot.
@@ -45,7 +46,8 @@ def work(config: str, start_in: str, snapshot: str) -> None:
             raise UserError(f"this job must run the tapct in {snapshot}, but Python found {cli.__file__}")
         # a job that goes on finds its own checkpoints, whatever was asked of its first start
         resume = ["train.resume=auto"] if restarts != "0" else []
-        sys.argv = ["tapct", "train", config, *resume, f"--stopped-code={STOPPED}"]
+        allowed = ["--allow-change"] if allow_change else []
+        sys.argv = ["tapct", "train", config, *resume, *allowed, f"--stopped-code={STOPPED}"]
         code = cli.answer()
     finally:
         end = "done" if code == 0 else "stopped" if code in (STOPPED, 130) else "failed"

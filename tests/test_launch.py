@@ -345,6 +345,8 @@ def test_a_run_with_a_living_job_is_not_submitted_again(config: Path, shell: She
 
 def test_a_config_that_no_longer_fits_the_run_is_not_submitted(config: Path, shell: Shell, cluster: FakeSlurm) -> None:
     shell.good("train", config, "train.steps=2")
-    assert "optim.lr was 0.01" in shell.bad("submit", config, "train.steps=2", "optim.lr=0.5")
+    line = shell.bad("submit", config, "train.steps=2", "optim.lr=0.5")
+    assert "optim.lr was 0.01" in line and "--allow-change" in line
+    shell.good("submit", config, "train.steps=2", "optim.lr=0.5", "--allow-change", "--dry-run")
     assert "train.resume=never" in shell.bad("submit", config, "train.steps=2", "train.resume=never")
     shell.good("submit", config, "train.steps=2")

@@ -79,6 +79,18 @@ def test_a_task_saves_on_a_signal_marks_it_and_goes_on_from_there(job: list[str]
     assert [event.get("restarts") for event in events()] == [0, None, 1, None]
 
 
+def test_a_job_goes_on_with_a_change_that_was_allowed(config: Path, cluster: FakeSlurm, shell: Shell) -> None:
+    shell.good("train", config, "train.steps=2", "losses.koleo=null")
+    shell.good("submit", config, "--allow-change", "train.steps=3", "losses.koleo=null")
+    (place,), (code,) = Path("run/jobs").iterdir(), Path("run/code").iterdir()
+    words = (str(place.absolute() / "config.yaml"), str(Path.cwd()), str(code.absolute()))
+    for allowed, exit_code, told in ((False, 2, "train.steps was 2"), (True, 0, "--allow-change: train.steps was 2")):
+        process = start([sys.executable, "-c", f"from tapct.worker import work; work{(*words, allowed)!r}"])
+        said, _ = process.communicate(timeout=60)
+        assert process.returncode == exit_code and told in said, said
+    assert [row["step"] for row in numbers_of(Path("run"))] == [1, 2, 3]
+
+
 @pytest.mark.parametrize("number", [signal.SIGUSR2, signal.SIGTERM])
 def test_a_signal_before_training_begins_is_not_lost(job: list[str], number: signal.Signals) -> None:
     process = start(job)
