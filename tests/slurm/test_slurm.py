@@ -162,7 +162,7 @@ def test_loader_processes_do_not_die_of_the_signal(here: Path) -> None:
 
 @pytest.mark.slow
 def test_a_job_whose_time_is_over_comes_back(here: Path) -> None:
-    job = submit(here, "run", "train.steps=100000", "log.every=1", "--time", "1")
+    job = submit(here, "run", "train.steps=100000", "log.every=1", "train.save_before_end_s=20", "--time", "1")
     wait_for(lambda: events_of("run")[:3] == ["start", "stopped", "start"], "run", job)
     saved = steps_of("run")
     wait_for(lambda: steps_of("run") > saved, "run", job)
