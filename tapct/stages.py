@@ -6,7 +6,7 @@ nothing of the stages before: each can be read by itself. Weights, moments, cent
 | key | in a stage |
 |---|---|
 | `views.*`, `masks.*`, `losses.*`, `optim.*`, `data.loader.*`, `train.accumulation` | may change (`MAY_CHANGE`) |
-| heads, which losses there are, Gram's timetable, lr factors of layers | refused (`KEPT`) |
+| heads, which losses there are, lr factors of layers | refused (`KEPT`) |
 | everything else: model, contract, seed, length, batch, archive, logging, ... | refused |
 """
 
@@ -26,7 +26,6 @@ MAY_CHANGE = ("views.", "masks.", "losses.", "optim.", "data.loader.", "train.ac
 # Pattern of a key, and why it keeps its value for the whole run; the first that fits is told.
 KEPT = (
     (r"losses\..*\b(head\.|share_dino_head$)", "the heads are made once"),
-    (r"losses\.gram\.(start|refresh_every)$", "the teacher's copy has one timetable"),
     (r"optim\.(layer_decay|patch_embed_lr_factor)$", "the optimizer's groups are formed once"),
     (r"(seed|train\.steps|train\.global_batch|data\.store|data\.held_out)$", "it says which scan comes at which step"),
     (r"model\.", "the weights are built by it once"),

@@ -101,15 +101,6 @@ def test_what_is_of_the_whole_run_is_refused_with_the_reason(change: str, line: 
     assert str(raised.value).startswith(f"stages[0]: {line}")
 
 
-def test_the_timetable_of_the_teachers_copy_is_of_the_whole_run() -> None:
-    gram = ["losses.gram.start=4", "losses.gram.refresh_every=2"]
-    config = load_config(RunConfig, None, [FEW, *gram, word((2, ("losses.gram.weight=0",)))]).value
-    tables = [{each.name: each.config for each in part.config.losses} for part in config.parts()]
-    assert [table["gram"].weight for table in tables] == [2, 0]
-    with pytest.raises(ConfigError, match="losses.gram.start cannot change in a stage: the teacher's copy"):
-        load_config(RunConfig, None, [FEW, *gram, word((2, ("losses.gram.start=6",)))])
-
-
 def test_every_key_that_may_change_in_a_stage_is_one_of_the_table() -> None:
     keys = load_config(RunConfig, None, []).origin
     assert all(any(key.startswith(start) for key in keys) for start in stages.MAY_CHANGE)

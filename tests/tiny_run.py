@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
@@ -63,6 +65,16 @@ def write_config(folder: Path, store: Path) -> Path:
 def config_of(folder: Path, store: Path, *overrides: str) -> Resolved:
     """The tiny config of a run in FOLDER/run."""
     return load_config(RunConfig, write_config(folder, store), overrides)
+
+
+def own_plugin(monkeypatch: pytest.MonkeyPatch, folder: Path, name: str, text: str) -> None:
+    """A user's own file, which the config calls `mylab.NAME`."""
+    package = folder / "code" / "mylab"
+    package.mkdir(parents=True)
+    (package / f"{name}.py").write_text(text)
+    monkeypatch.syspath_prepend(folder / "code")
+    for module in ("mylab", f"mylab.{name}"):
+        monkeypatch.delitem(sys.modules, module, raising=False)
 
 
 def numbers_of(run: Path) -> list[dict[str, Any]]:

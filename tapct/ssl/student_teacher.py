@@ -121,7 +121,8 @@ class StudentTeacher(nn.Module):
         Args:
             losses: plug-in sections of the losses of this pair.
         Raises:
-            UserError: with these settings a loss would use another head, or hold something of another shape.
+            UserError: with these settings a loss would use another head, hold something of another shape, or want the
+                snapshot at other steps.
         """
         assert [each.name for each in losses] == list(self.terms)
         found: dict[str, Loss] = {}
@@ -134,6 +135,8 @@ class StudentTeacher(nn.Module):
             held, holds = ({key: x.shape for key, x in loss.state_dict().items()} for loss in (old, new))
             if old.head_of != new.head_of or held != holds:
                 raise UserError(f"losses.{each.name}: these settings need another head or state, so they cannot change")
+            if old.snapshot != new.snapshot:
+                raise UserError(f"losses.{each.name}: the teacher's copy has one timetable, which cannot change")
             like = next(self.parameters())
             found[each.name] = new.to(like.device, like.dtype).train(old.training)
             found[each.name].load_state_dict(old.state_dict())

@@ -6,7 +6,6 @@ import json
 import math
 import os
 import shutil
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from stopped import STEPS, files_of, one_line, stopped_run
-from tiny_run import assert_equal_runs, config_of, differences, make_store, numbers_of, state_of
+from tiny_run import assert_equal_runs, config_of, differences, make_store, numbers_of, own_plugin, state_of
 
 from tapct import config, resume, run
 from tapct.engine import checkpoint as checkpoint_module
@@ -341,12 +340,7 @@ def build(config):
 def test_a_loss_that_is_not_finite_stops_the_run_in_one_line_and_spoils_nothing(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, store: Path, step: int, value: str, log_every: int, safe: int
 ) -> None:
-    package = tmp_path / "code" / "mylab"
-    package.mkdir(parents=True)
-    (package / "poison.py").write_text(POISON)
-    monkeypatch.syspath_prepend(tmp_path / "code")
-    monkeypatch.delitem(sys.modules, "mylab", raising=False)
-    monkeypatch.delitem(sys.modules, "mylab.poison", raising=False)
+    own_plugin(monkeypatch, tmp_path, "poison", POISON)
     bottle = tmp_path / "bottle"
     words = (f"losses[mylab.poison].bottle={bottle}", f"log.every={log_every}")
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +13,7 @@ import pytest
 import torch
 from many_ranks import PLAIN, good, largest_difference, largest_state_difference, train
 from stopped import STEPS, one_line, stop_at, stopped_run
-from tiny_run import assert_equal_runs, config_of, numbers_of, state_of
+from tiny_run import assert_equal_runs, config_of, numbers_of, own_plugin, state_of
 
 from tapct import run, trained
 from tapct.engine import loop
@@ -199,10 +198,14 @@ def build(config):
 '''
 
 
+LOSSES = ("losses[mylab.growing]={}", "losses.gram.start=4")
+
+
 @pytest.mark.parametrize(
     ("start", "word", "complaint"),
     [
         (11, "losses[mylab.growing].size=2", "stages[0]: losses.mylab.growing: these settings need another head or"),
+        (11, "losses.gram.start=7", "stages[0]: losses.gram: the teacher's copy has one timetable"),
         (11, "optim.lr=1e-9", "stages[0]: peak learning rate 1e-09"),
         (11, "train.accumulation=4", "stages[0]: config: KoLeo compares the samples of a micro-batch"),
     ],
@@ -210,14 +213,9 @@ def build(config):
 def test_a_stage_that_cannot_be_followed_ends_the_run_before_its_first_step(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, store: Path, start: int, word: str, complaint: str
 ) -> None:
-    package = tmp_path / "code" / "mylab"
-    package.mkdir(parents=True)
-    (package / "growing.py").write_text(GROWING)
-    monkeypatch.syspath_prepend(tmp_path / "code")
-    monkeypatch.delitem(sys.modules, "mylab", raising=False)
-    monkeypatch.delitem(sys.modules, "mylab.growing", raising=False)
+    own_plugin(monkeypatch, tmp_path, "growing", GROWING)
     with pytest.raises(UserError) as raised:
-        run.train(config_of(tmp_path, store, "losses[mylab.growing]={}", stages((start, (word,)))))
+        run.train(config_of(tmp_path, store, *LOSSES, stages((start, (word,)))))
     assert one_line(raised).startswith(complaint)
     metrics = tmp_path / "run" / "metrics.jsonl"
     assert not metrics.exists() or metrics.read_text() == ""

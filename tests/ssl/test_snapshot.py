@@ -120,6 +120,20 @@ def test_it_is_frozen_and_only_there_where_a_loss_wants_it() -> None:
     assert not other.uses_snapshot(0)
 
 
+def test_the_weight_may_change_on_the_way_and_the_timetable_may_not() -> None:
+    pair = gram_pair(start=4, refresh_every=2)
+
+    def asked(**options: object) -> list[Plugin]:
+        return [Plugin("dino", dino.Config(head=HEAD)), Plugin("gram", gram.Config(**options))]  # type: ignore[arg-type]
+
+    pair.change_losses(asked(start=4, refresh_every=2, weight=0.5))
+    assert pair.terms["gram"].config.weight == 0.5 and pair.snapshot is not None
+    for changed in ({"start": 6, "refresh_every": 2}, {"start": 4, "refresh_every": 3}):
+        with pytest.raises(UserError, match=r"losses.gram: the teacher's copy has one timetable"):
+            pair.change_losses(asked(**changed))
+    assert pair.terms["gram"].config.weight == 0.5
+
+
 def test_two_losses_with_snapshots_of_different_steps_are_refused() -> None:
     one, two = (gram.build(gram.Config(start=start)) for start in (1, 2))
     assert snapshot_times({"gram": one, "mylab.gram": one}) == SnapshotTimes(1, 10_000)
