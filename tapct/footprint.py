@@ -58,6 +58,7 @@ class Weights:
         block: numbers of the largest block, the unit that ranks gather; 0 where the backbone has none.
         linear: numbers in linear layers, which autocast copies to bf16 in a single process; those of tapct's own blocks
             are left out, which are copied one by one and forgotten (`nn.lean`).
+        snapshot: as `shapes`, of the teacher's snapshot; empty where no loss wants one.
     """
 
     shapes: tuple[tuple[int, int], ...]
@@ -65,10 +66,11 @@ class Weights:
     rest: int
     block: int
     linear: int
+    snapshot: tuple[tuple[int, int], ...] = ()
 
     def on_fullest_rank(self, shard: int) -> int:
-        """Numbers that the first of `shard` ranks holds: FSDP cuts along the first axis, by rows rounded up."""
-        return sum(-(-rows // shard) * width for rows, width in self.shapes)
+        """Numbers of a network that the first of `shard` ranks holds."""
+        return fullest(self.shapes, shard)
 
     @property
     def total(self) -> int:
@@ -136,13 +138,23 @@ class Footprint:
 def weigh(pair: StudentTeacher) -> Weights:
     """Count the parameters of the student."""
     network = pair.student
-    shapes = tuple((len(p), p.numel() // len(p)) if p.ndim else (1, 1) for p in network.parameters())
     blocks = [_numbers(block) for block in blocks_of(network.backbone)]
     lean = {module for block in network.modules() if isinstance(block, vit.Block) for module in block.modules()}
     kept = [module for module in network.modules() if isinstance(module, nn.Linear) and module not in lean]
     linear = sum(map(_numbers, kept))
     rest = _numbers(network.backbone) - sum(blocks)
-    return Weights(shapes, _numbers(network.heads), rest, max(blocks, default=0), linear)
+    snapshot = () if pair.snapshot is None else shapes_of(pair.snapshot)
+    return Weights(shapes_of(network), _numbers(network.heads), rest, max(blocks, default=0), linear, snapshot)
+
+
+def shapes_of(network: nn.Module) -> tuple[tuple[int, int], ...]:
+    """(rows along the first axis, numbers of a row) of every parameter."""
+    return tuple((len(p), p.numel() // len(p)) if p.ndim else (1, 1) for p in network.parameters())
+
+
+def fullest(shapes: Sequence[tuple[int, int]], shard: int) -> int:
+    """Numbers that the first of `shard` ranks holds: FSDP cuts along the first axis, by rows rounded up."""
+    return sum(-(-rows // shard) * width for rows, width in shapes)
 
 
 def _numbers(module: nn.Module) -> int:
@@ -184,7 +196,7 @@ def _count(
         inputs = live.now - begin
         live.peak = live.now
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            output = ssl_step.forward(pair, views, masks, 0.07, DropKey(0, 0))
+            output = ssl_step.forward(pair, views, masks, 0.07, DropKey(0, 0), pair.snapshot is not None)
         activations = live.now - begin - inputs
         output.total.backward()
         work = live.peak - begin - inputs - activations
@@ -197,7 +209,7 @@ def _count(
 
 def _give_shapes(pair: StudentTeacher, dtype: torch.dtype, bf16: bool) -> None:
     """Replace meta parameters and buffers by fake ones, in the types that they are computed in."""
-    for network in (pair.student, pair.teacher):
+    for network in (pair.student, *pair.frozen()):
         narrow = {module for part in (*blocks_of(network.backbone), network.heads) for module in part.modules()}
         for module in network.modules():
             kind = torch.bfloat16 if bf16 and module in narrow else dtype

@@ -2,7 +2,8 @@
 
 Memory of one GPU, GB = 10^9 bytes:
 
-    state        student, teacher, AdamW's two moments, gradients: this rank's part of each (`parallel.shard`)
+    state        student, teacher, AdamW's two moments, gradients: this rank's part of each (`parallel.shard`); and of
+                 the teacher's snapshot, where a loss wants one
     copies       what is whole while it is computed: gathered blocks and heads, or autocast's bf16 weights
     inputs, activations, work, kept: of a micro-batch, see `footprint`
 
@@ -15,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tapct.footprint import Footprint, Weights
+from tapct.footprint import Footprint, Weights, fullest
 from tapct.types import UserError
 
 GPUS = (1, 2, 4, 8, 16, 32, 64)
@@ -256,7 +257,7 @@ def memory_of(demand: Demand, weights: Weights, footprint: Footprint, gpus: int,
     """Bytes of the fullest rank."""
     wide, narrow = demand.number_bytes, 2 if demand.bf16 else demand.number_bytes
     accumulation = demand.global_batch // (gpus * samples)
-    state = 5 * wide * weights.on_fullest_rank(shard)
+    state = wide * (5 * weights.on_fullest_rank(shard) + fullest(weights.snapshot, shard))
     if gpus == 1:
         copies = narrow * weights.linear if demand.bf16 else 0
     else:  # two blocks at a time, one computed and one fetched, with their gradients and those on their way

@@ -47,11 +47,12 @@ def _as_set(scale: Scale) -> Table:
 
 def _legend(scale: Scale) -> str:
     wide = scale.demand.number_bytes
+    snapshot = " and the teacher's snapshot" if scale.weights.snapshot else ""
     return (
         f"samples: of a micro-batch. state: {5 * wide} bytes for each of {scale.weights.total:,} parameters (student, "
-        "teacher, gradients, two moments), shared by the ranks of a copy. copies: whole while computed. activations: "
-        "kept for the backward pass. work: most beside it, scores by chunk included. kept: tokens of the "
-        "micro-batch before. Not in it: CUDA context, NCCL, gaps of the allocator."
+        f"teacher, gradients, two moments){snapshot}, shared by the ranks of a copy. copies: whole while "
+        "computed. activations: kept for the backward pass. work: most beside it, scores by chunk included. kept: "
+        "tokens of the micro-batch before. Not in it: CUDA context, NCCL, gaps of the allocator."
     )
 
 

@@ -62,8 +62,8 @@ def counted(*overrides: str) -> footprint.Footprint:
 
 
 @functools.cache
-def weights() -> footprint.Weights:
-    config = smoke()
+def weights(*overrides: str) -> footprint.Weights:
+    config = smoke(*overrides)
     return footprint.weigh(footprint.Valueless(config.model, config.losses))
 
 
@@ -86,7 +86,7 @@ def real_inputs(config: run.RunConfig) -> tuple[Views, Masks]:
 
 def real_step(config: run.RunConfig, pair: StudentTeacher, inputs: tuple[Views, Masks]) -> Tensor:
     with torch.autocast("cpu", torch.bfloat16, enabled=config.train.precision == "bf16"):
-        return ssl_step.forward(pair, *inputs, 0.04, DropKey(0, 0)).total
+        return ssl_step.forward(pair, *inputs, 0.04, DropKey(0, 0), pair.snapshot is not None).total
 
 
 def peak_of(seen: profile) -> int:
@@ -104,11 +104,13 @@ def four_ranks() -> Iterator[None]:
     dist.destroy_process_group()
 
 
+GRAM = ("losses.gram.start=0",)
 CASES = [
     (),
     ("model.drop_path=0.5",),
     ("model.dim=96", "model.heads=3", "views.num_locals=5"),
     ("train.precision=fp32",),
+    GRAM,
 ]
 AGAIN = ("train.recompute=1",)
 
@@ -202,18 +204,20 @@ def test_one_process_and_a_rank_leave_the_same_for_the_backward_pass() -> None:
     assert few.activations < middle.activations < many.activations
 
 
-def test_state_is_what_adamw_really_holds() -> None:
-    config = smoke()
+@pytest.mark.parametrize("overrides", [(), GRAM], ids=" ".join)
+def test_state_is_what_adamw_really_holds(overrides: tuple[str, ...]) -> None:
+    config = smoke(*overrides)
     pair = StudentTeacher(config.model, config.losses, 0).train()
     updater = optim.Updater(pair, config.optim)
     real_step(config, pair, real_inputs(config)).backward()
-    held = sum(p.nbytes for network in (pair.student, pair.teacher) for p in network.parameters())
+    held = sum(p.nbytes for network in (pair.student, *pair.frozen()) for p in network.parameters())
     held += sum(p.grad.nbytes for p in pair.student.parameters() if p.grad is not None)
     updater.step(Schedules(config.optim, 10, 8).at(5), torch.zeros(()))
     held += sum(x.nbytes for state in updater.optimizer.state.values() for x in state.values() if x.numel() > 1)
     # as many bytes again as moments of a single number are left out above
     single = sum(p.numel() == 1 for p in pair.student.parameters())
-    assert row(gpus=1).state == held + 8 * single
+    planned = scale.memory_of(DEMAND, weights(*overrides), counted(*overrides), gpus=1, shard=1, samples=4)
+    assert planned.state == held + 8 * single
 
 
 @pytest.mark.parametrize("shard", [2, 4])

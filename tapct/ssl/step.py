@@ -8,7 +8,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -82,4 +82,5 @@ def forward(
     )
     results = tuple(loss(sets, *pair.heads_of(loss)) for loss in pair.terms.values())
     total = torch.stack([term.value for result in results for term in result.terms]).sum()
-    return StepOutput(total, results, sets)
+    # nobody looks at the snapshot's tokens after the losses
+    return StepOutput(total, results, replace(sets, snapshot_global=None))
