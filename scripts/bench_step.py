@@ -21,7 +21,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -38,17 +37,6 @@ from tapct.types import Batch
 WARM_UP = 2
 PUBLISHED_SECONDS, PUBLISHED_GEMM, PUBLISHED_BYTES = 16.0, 180e9, 8.5e9  # dinovol: fp32, 2 cores
 COMPARED = Path("configs/bench_vit432.yaml")
-
-
-def gemm_rate(device: torch.device, dtype: torch.dtype, size: int = 2048, repeats: int = 5) -> float:
-    """FLOP/s of the best of some square matrix products."""
-    a = torch.randn(size, size, device=device, dtype=dtype)
-    best = float("inf")
-    for _ in range(repeats):
-        began = time.perf_counter()
-        (a @ a).flatten()[0].item()
-        best = min(best, time.perf_counter() - began)
-    return 2 * size**3 / best
 
 
 def batches(config: run.RunConfig, in_plane: int) -> Iterator[tuple[Batch, ...]]:
@@ -105,13 +93,13 @@ def measure(config: run.RunConfig, steps: int, in_plane: int, warm_up: int) -> d
     rows: list[metrics.Record] = []
     trainer = trainer_of(config, device, rows)
     feed = batches(config, in_plane)
-    rates = {each: [gemm_rate(device, each)] for each in {dtype, torch.float32}}
+    rates = {each: [planning.gemm_rate(device, each)] for each in {dtype, torch.float32}}
     trainer.pair.train()
     for step in range(warm_up + steps):
         trainer.optimizer_step(step, feed)
         trainer.flush()
     for each, found in rates.items():
-        found.append(gemm_rate(device, each))
+        found.append(planning.gemm_rate(device, each))
     rows = rows[warm_up:]
     seconds = statistics.median(row["seconds/step"] for row in rows)
     flops, gemm = planning.make_plan(config).flops_per_step, max(rates[dtype])
