@@ -9,12 +9,14 @@ from pathlib import Path
 
 import torch
 from rich.console import Group
+from rich.text import Text
 
 from tapct import footprint, plan, plugin, run, scale, scale_tables
 from tapct.data.store import INDEX_NAME, Store
 from tapct.doctor import site
 from tapct.models import vit
 from tapct.plugin import Plugin
+from tapct.stages import Part
 from tapct.types import UserError
 from tapct.views import masks
 
@@ -61,10 +63,17 @@ class Options:
 def tables(config: run.RunConfig, options: Options) -> Group:
     """All that `tapct plan` prints. Raises: UserError: the config cannot run so, or an option makes no sense."""
     costs, wanted = make_plan(config), asked(config, options)
+    told = [f"Warning: {part.name} is not counted; for it give 'stages=[]' {part.words}" for part in stages_of(config)]
+    later = map(Text, told)  # as it is: brackets of a key are no markup
     try:
-        return Group(plan.render(costs), scale_tables.render(make_scale(config, costs, wanted)))
+        return Group(plan.render(costs), scale_tables.render(make_scale(config, costs, wanted)), *later)
     except footprint.NeedsValues as error:
-        return Group(plan.render(costs), f"Warning: memory and time are not told: {error}")
+        return Group(plan.render(costs), f"Warning: memory and time are not told: {error}", *later)
+
+
+def stages_of(config: run.RunConfig) -> list[Part]:
+    """The parts of the run that are not the config itself."""
+    return [part for part, stage in zip(config.parts()[1:], config.stages, strict=True) if stage.set]
 
 
 def masked_share(config: run.RunConfig) -> float:

@@ -387,6 +387,19 @@ def test_sinkhorn_is_warned_of_by_the_rows_of_a_micro_batch() -> None:
     assert "1024 prototypes for 4 rows" in warning
 
 
+def planned(*overrides: str) -> str:
+    out = io.StringIO()
+    Console(file=out, width=200).print(planning.tables(smoke(*overrides), planning.Options(gpus="1")))
+    return out.getvalue()
+
+
+def test_a_stage_is_named_with_the_words_to_plan_it_by() -> None:
+    told = planned("train.steps=9", 'stages=[{start: 2, set: [seed=0, "losses[koleo].weight=1"]}, {start: 4}]')
+    assert "Warning: stages[0] is not counted; for it give 'stages=[]' seed=0 losses[koleo].weight=1" in told
+    assert "stages[1]" not in told
+    assert "is not counted" not in planned()
+
+
 def test_the_snapshot_of_the_teacher_sees_the_global_crops_too() -> None:
     plain, gram = planning.make_plan(smoke()), planning.make_plan(smoke("losses.gram.start=10"))
     backbone = sum(part.teacher_flops for part in plain.parts if not part.name.startswith(("dino", "ibot")))
