@@ -100,6 +100,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "minutes_for_all_windows": round(per_window * windows / 60, 1),
         "memory_before_GB": round(before / 1e9, 2),
         "peak_memory_GB": round(peak_bytes() / 1e9, 2),
+        "peak_over_features": round(peak_bytes() / embedding.features_DZYX.nbytes, 2),
         "peak_device_memory_GB": round(on_gpu / 1e9, 2),
     }
 
