@@ -2,6 +2,8 @@
 
 Axes: Z Y X voxels of the scan as read (LPS, z grows towards the head); D channels; C colour components.
 Axial slices are shown as radiologists look at them: patient's right on the left, front on top. Coronal: head on top.
+
+matplotlib is loaded with the first picture: every rank of a training run imports this file, and draws none.
 """
 
 from __future__ import annotations
@@ -11,17 +13,17 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import matplotlib
 import numpy as np
 import torch
-from matplotlib.figure import Figure
-from matplotlib.patches import Patch
 from torch import Tensor
 from torch.nn import functional as F
 
 from tapct.eval.features import DenseFeatures
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Colour = tuple[float, float, float]
 LEVEL_HU, WIDTH_HU = 40.0, 400.0  # the soft-tissue window of abdominal reading
@@ -49,11 +51,18 @@ def colours(organs: Sequence[str]) -> dict[str, Colour]:
     chosen: dict[str, Colour] = {}
     for position, organ in enumerate(organs):
         fixed = _KNOWN.get(organ.lower())
-        if fixed and matplotlib.colors.to_rgb(fixed) not in chosen.values():
-            chosen[organ] = matplotlib.colors.to_rgb(fixed)
+        known = _rgb(fixed) if fixed else None
+        if known and known not in chosen.values():
+            chosen[organ] = known
         else:  # golden-ratio steps keep neighbours in the list apart
             chosen[organ] = colorsys.hls_to_rgb((0.09 + 0.618034 * position) % 1, (0.58, 0.7, 0.46)[position % 3], 0.7)
     return chosen
+
+
+def _rgb(code: str) -> Colour:
+    """`#rrggbb` -> components in 0..1."""
+    red, green, blue = bytes.fromhex(code[1:])
+    return red / 255, green / 255, blue / 255
 
 
 def richest_slices(classes_ZYX: np.ndarray, organ_indices: Sequence[int]) -> tuple[int, int]:
@@ -101,6 +110,8 @@ def draw_overlay(
                 cut = _axial(panel.classes_ZYX, at[0]) if name == "axial" else _coronal(panel.classes_ZYX, at[1])
                 picture = _painted(picture, cut, classes, colour_of)
             _show(axes[row][column], picture, spacing, panel.title if row == 0 else "", name if column == 0 else "")
+    from matplotlib.patches import Patch
+
     handles = [Patch(facecolor=colour_of[organ], label=organ.replace("_", " ")) for organ in shown]
     if handles:
         figure.legend(
@@ -243,6 +254,8 @@ def _grid(
     views: Sequence[tuple[str, np.ndarray, Sequence[float]]], columns: int, legend_rows: int
 ) -> tuple[Figure, Any]:
     """A dark figure whose rows have the true proportions of the slices."""
+    from matplotlib.figure import Figure
+
     width = _PANEL_INCHES
     heights = [
         min(max(width * s.shape[0] * mm[0] / (s.shape[1] * mm[1]), 0.35 * width), 2 * width) for _, s, mm in views

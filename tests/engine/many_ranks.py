@@ -1,11 +1,21 @@
-"""Runs of several ranks on this machine, started as a person would: torchrun, `tapct train`, a config, words."""
+"""Runs of several ranks on this machine: a config, words, and how they ended.
+
+`launch` starts them as a person would, by torchrun: for tests of what a launcher and its ranks do to each other.
+`train` forks them from a Python that has torch loaded: for tests of what ranks compute, which are many.
+"""
 
 from __future__ import annotations
 
+import atexit
+import functools
+import itertools
+import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -56,11 +66,72 @@ def start(
     )
 
 
-def train(
+def launch(
     world: int, folder: Path, store: Path, *words: str, fault: str = "", timeout: float = 120.0
 ) -> subprocess.CompletedProcess[str]:
     """A run in FOLDER/run from start to end; how it ends is for the caller to judge."""
     return ended(start(world, folder, store, *words, fault=fault), timeout)
+
+
+def train(
+    world: int,
+    folder: Path,
+    store: Path,
+    *words: str,
+    fault: str = "",
+    timeout: float = 120.0,
+    more: dict[str, str] | None = None,
+) -> subprocess.CompletedProcess[str]:
+    """What `launch` does, without torchrun and without a Python to start for every rank."""
+    asked = ["train", str(write_config(folder, store)), *words]
+    common = {**environment(fault), **(more or {}), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(next(free_ports()))}
+    places = [{"RANK": str(rank), "LOCAL_RANK": str(rank), **meeting} for rank in range(world)]
+    said = [[str(folder / f"{rank}.{name}") for name in ("out", "err")] for rank in range(world)]
+    for path in itertools.chain(*said):
+        Path(path).write_text("")
+    request = {
+        "words": asked,
+        "environments": [{**common, **(place if world > 1 else {})} for place in places],
+        "files": said,
+        "timeout_s": timeout,
+    }
+    hatchery = nest()
+    assert hatchery.stdin and hatchery.stdout
+    hatchery.stdin.write(json.dumps(request) + "\n")
+    hatchery.stdin.flush()
+    codes = json.loads(hatchery.stdout.readline())
+    out, err = ("".join(Path(files[number]).read_text() for files in said) for number in range(2))
+    if None in codes and not any(codes):
+        raise subprocess.TimeoutExpired(asked, timeout, out, err)
+    return subprocess.CompletedProcess(asked, next((code for code in codes if code), 0), out, err)
+
+
+@functools.cache
+def nest() -> subprocess.Popen[str]:
+    """The Python that forks ranks; it ends with this process, which closes its input."""
+    started = subprocess.Popen(
+        [sys.executable, str(FAULTS / "nest.py")],
+        env=environment(),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    atexit.register(started.communicate)
+    return started
+
+
+@functools.cache
+def free_ports() -> Iterator[int]:
+    """Ports that nobody listens on, below those that the system gives away by itself; every process has its own."""
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    first = 30000 + worker % 8 * 300
+
+    def unused(port: int) -> bool:
+        with socket.socket() as tried:
+            return tried.connect_ex(("127.0.0.1", port)) != 0
+
+    return filter(unused, itertools.cycle(range(first, first + 300)))
 
 
 def ended(launcher: subprocess.Popen[str], timeout: float = 120.0) -> subprocess.CompletedProcess[str]:

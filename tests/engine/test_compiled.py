@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from many_ranks import good, largest_difference, largest_state_difference, train
+from many_ranks import good, largest_difference, largest_state_difference, launch
 from stopped import STEPS, stopped_run
 from tiny_run import config_of, numbers_of
 
@@ -134,7 +134,7 @@ def test_a_compiled_run_is_an_eager_one_and_an_eager_one_goes_on_from_it(
 @pytest.mark.dist
 def test_two_sharded_ranks_compile_and_change_nothing(tmp_path: Path, store: Path) -> None:
     for wanted in ("never", "always"):
-        good(train(2, tmp_path / wanted, store, *WORDS, "train.steps=4", f"train.compile={wanted}", timeout=900))
+        good(launch(2, tmp_path / wanted, store, *WORDS, "train.steps=4", f"train.compile={wanted}", timeout=900))
     always, never = (tmp_path / wanted / "run" for wanted in ("always", "never"))
     assert largest_difference(always, never, ("loss/", "ce/", "grad_norm/")) < 1e-9
     assert largest_state_difference(always, never, tmp_path) < 1e-9

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from many_ranks import PLAIN, ended, good, start, train
+from many_ranks import PLAIN, ended, good, launch, start, train
 from tiny_run import assert_equal_runs, make_store, numbers_of
 
 from tapct.engine.checkpoint import Checkpoints
@@ -52,7 +52,7 @@ def newest(folder: Path) -> str:
 def test_a_rank_that_is_killed_ends_the_others_and_the_run_goes_on_to_the_same_bits(
     tmp_path: Path, store: Path, undisturbed: Path
 ) -> None:
-    done = train(2, tmp_path, store, *PLAIN, fault="1 7 SIGKILL")
+    done = launch(2, tmp_path, store, *PLAIN, fault="1 7 SIGKILL")
     assert done.returncode != 0 and seconds_since_last_step(tmp_path) < 60
     assert newest(tmp_path) == "step_00000004"
     good(train(2, tmp_path, store, *PLAIN))
@@ -76,7 +76,7 @@ def test_a_number_that_is_not_finite_on_one_rank_reaches_no_weights(tmp_path: Pa
 
 
 def test_a_rank_that_hangs_is_named_with_its_step(tmp_path: Path, store: Path) -> None:
-    done = train(2, tmp_path, store, *PLAIN, "parallel.timeout_s=8", fault="1 6 hang")
+    done = launch(2, tmp_path, store, *PLAIN, "parallel.timeout_s=8", fault="1 6 hang")
     assert done.returncode != 0 and seconds_since_last_step(tmp_path) < 60
     lines = error_lines(done.stderr)
     assert any("in step 6" in line and "lost another rank" in line for line in lines), done.stderr
@@ -87,7 +87,7 @@ def test_a_rank_that_hangs_is_named_with_its_step(tmp_path: Path, store: Path) -
 def test_a_save_may_take_longer_than_a_collective(tmp_path: Path, store: Path, rank: int) -> None:
     words = (*PLAIN, "views.ops[faults.slow_disk]={}", "checkpoint.every=100", "parallel.timeout_s=8")
     slow = {"TAPCT_SLOW_DISK": f"{rank} 17"}  # more than the time-out and the patience after it
-    good(ended(start(2, tmp_path, store, *words, more=slow)))
+    good(train(2, tmp_path, store, *words, more=slow))
     assert seconds_since_last_step(tmp_path) > 17 and newest(tmp_path) == "step_00000012"
 
 
@@ -116,7 +116,7 @@ def test_a_rank_may_start_later_than_a_collective_may_take(tmp_path: Path, store
 
 
 def test_the_first_cause_stands_on_top(tmp_path: Path, store: Path) -> None:
-    done = train(2, tmp_path, store, *PLAIN, fault="1 6 raise")
+    done = launch(2, tmp_path, store, *PLAIN, fault="1 6 raise")
     told = done.stderr
     assert told.index("the saboteur's own fault") < told.index("lost another rank")
     assert "[rank1]: Traceback" in told and "[rank0]: Traceback" not in told
@@ -141,8 +141,8 @@ def slow_ranks(run: Path, log_every: int, factor: float = 2.0) -> list[int]:
 def test_a_slow_rank_is_named(tmp_path: Path, store: Path) -> None:
     for late in ("1 0.3", "-1 0"):
         words = (*PLAIN, "views.ops[faults.late]={}", "train.steps=6", f"out={tmp_path}/{late[0]}")
-        launcher = start(2, tmp_path, store, *words, more={"TAPCT_LATE": late})
-        said, by_rule = good(ended(launcher)), slow_ranks(tmp_path / late[0], log_every=3)
+        said = good(train(2, tmp_path, store, *words, more={"TAPCT_LATE": late}))
+        by_rule = slow_ranks(tmp_path / late[0], log_every=3)
         if late[0] == "1":
             assert "rank 1 is slow: it comes " in said and by_rule[-1] == 1
         for rank in range(2):  # on a busy machine one may be slow by itself
@@ -180,17 +180,18 @@ def test_a_full_disk_leaves_older_checkpoints_and_stops_or_not(tmp_path: Path, s
 def test_a_signal_to_any_rank_saves_on_all_and_is_no_failure(
     tmp_path: Path, store: Path, undisturbed: Path, number: signal.Signals
 ) -> None:
-    said = good(train(2, tmp_path, store, *PLAIN, fault=f"{number % 2} 5 {number.name}"))
+    begin = launch if number == signal.SIGTERM else train
+    said = good(begin(2, tmp_path, store, *PLAIN, fault=f"{number % 2} 5 {number.name}"))
     assert f"stopped by {number.name} and saved at step 5" in said
     good(train(2, tmp_path, store, *PLAIN))
     assert_equal_runs(tmp_path / "run", undisturbed, tmp_path)
 
 
 def test_a_job_saves_before_its_time_ends(tmp_path: Path, store: Path) -> None:
-    end = int(time.time()) + 110  # long enough to start on a busy machine
+    end = int(time.time()) + 92  # long enough to start and save on a busy machine
     words = [*PLAIN, "train.steps=100000", "train.save_before_end_s=80"]
-    launcher = start(2, tmp_path, store, *words, more={"SLURM_JOB_END_TIME": str(end)})
-    assert "stopped by time limit and saved at step" in good(ended(launcher))
+    done = train(2, tmp_path, store, *words, more={"SLURM_JOB_END_TIME": str(end)})
+    assert "stopped by time limit and saved at step" in good(done)
     last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
     assert last["time"] > end - 80 or last["step"] == 1, "it had time left"
     assert time.time() < end

@@ -2,6 +2,8 @@
 
 A series is all files of one folder with one SeriesInstanceUID. Its geometry comes from the slice positions alone;
 SliceThickness, SpacingBetweenSlices and InstanceNumber are not believed.
+
+pydicom and SimpleITK are loaded with the first file: every rank of a training run imports this one, and reads none.
 """
 
 from __future__ import annotations
@@ -10,16 +12,15 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import pydicom
-import SimpleITK
-from pydicom.dataset import Dataset
-from pydicom.multival import MultiValue
-from pydicom.pixels import get_decoder
 
 from tapct.data.readers.raw import Header, Image, check_shape, one_line
 from tapct.types import Refused
+
+if TYPE_CHECKING:
+    from pydicom.dataset import Dataset
 
 SUFFIXES = (".dcm", ".dicom", ".ima")
 _CT = "1.2.840.10008.5.1.4.1.1.2"
@@ -97,6 +98,8 @@ def read(files: Sequence[Path]) -> Image:
 
 def _dcmread(path: Path, tags: list[str] | None) -> Dataset:
     """pydicom's reader; without pixels where tags are given. Its own advice about odd values is not for our users."""
+    import pydicom
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         if tags is None:
@@ -226,6 +229,9 @@ def _voxels(slices: list[_Slice]) -> np.ndarray:
 
 def _decode(path: Path, shape: tuple[int, int]) -> np.ndarray:
     """HU of one file, rows by columns."""
+    import SimpleITK
+    from pydicom.pixels import get_decoder
+
     dataset = _dcmread(path, None)
     if "PixelData" not in dataset:
         raise Refused("truncated", f"{path.name} ends before its pixels; copy it again")
@@ -245,6 +251,8 @@ def _decode(path: Path, shape: tuple[int, int]) -> np.ndarray:
 
 
 def _facts(header: Dataset) -> Header:
+    from pydicom.multival import MultiValue
+
     def text(tag: str) -> str:
         value = header.get(tag)
         if isinstance(value, MultiValue):

@@ -1,6 +1,7 @@
 """NRRD (.nrrd, .nhdr) and MetaImage (.mha, .mhd): our own look at the header, voxels by SimpleITK.
 
 Detached headers may name one data file in their own folder; lists and patterns of files are not read.
+SimpleITK is loaded with the first file: every rank of a training run imports this one, and reads none.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import SimpleITK
 
 from tapct.data.readers.raw import Header, Image, check_shape, check_size, inflate
 from tapct.types import Refused
@@ -70,6 +70,8 @@ def read(path: Path) -> Image:
         inflate(head.data_file, head.offset, expected)  # SimpleITK does not verify the checksum
     else:
         check_size(head.data_file, head.data_file.stat().st_size - max(head.offset, 0), expected)
+    import SimpleITK
+
     image = SimpleITK.ReadImage(str(path))
     voxels_KJI = SimpleITK.GetArrayFromImage(image)
     if voxels_KJI.shape[::-1] != head.shape:

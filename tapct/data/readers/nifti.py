@@ -1,16 +1,22 @@
-"""NIfTI-1 and NIfTI-2 in one file (.nii, .nii.gz); content decides about gzip, not the name."""
+"""NIfTI-1 and NIfTI-2 in one file (.nii, .nii.gz); content decides about gzip, not the name.
+
+nibabel is loaded with the first file: every rank of a training run imports this one, and reads none.
+"""
 
 from __future__ import annotations
 
 import io
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import nibabel
 import numpy as np
 
 from tapct.data.readers.raw import Image, check_shape, check_size, inflate, is_gzip, read_head
 from tapct.types import Refused
+
+if TYPE_CHECKING:
+    import nibabel
 
 SUFFIXES = (".nii.gz", ".nii")
 _MM_PER_UNIT = {0: 1.0, 1: 1000.0, 2: 1.0, 3: 0.001}  # xyzt_units: unknown, metre, mm, micron
@@ -61,6 +67,8 @@ def _offset(header: nibabel.Nifti1Header) -> int:
 
 def _parse(path: Path, head: bytes) -> nibabel.Nifti1Header:
     """Header of either version and byte order, from the first 540 bytes."""
+    import nibabel
+
     if len(head) < 348:
         raise Refused("truncated", f"{path.name} holds {len(head)} bytes; a NIfTI header has 348")
     sizes = {int.from_bytes(head[:4], "little"): "<", int.from_bytes(head[:4], "big"): ">"}

@@ -1,0 +1,81 @@
+"""Ranks that are forked from one Python in which torch and tapct are loaded already, which costs seconds a rank.
+
+`python nest.py` reads requests and answers them, one line of JSON each. A program of its own, since it forks: nothing
+but imports has happened in it, so no thread is lost in a rank.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from contextlib import suppress
+from typing import Any
+
+import pyarrow.dataset  # noqa: F401  # this and the next are imported late, and then by every rank for itself
+import torch
+import torch._dynamo
+import torch.distributed.fsdp
+
+from tapct import cli, run  # noqa: F401
+
+GRACE_S = 20.0  # of ranks whose fellow has failed: to end by themselves, and say why
+
+
+class Rank(Exception):
+    """Leads a forked rank out of the nest, to be what `python -m tapct` is."""
+
+
+def hatch(request: dict[str, Any], rank: int) -> int:
+    """Fork one rank; its process id. The rank itself comes out as the exception `Rank`."""
+    child = os.fork()
+    if child:
+        return child
+    os.setsid()
+    files = [(os.devnull, os.O_RDONLY), *((path, os.O_WRONLY | os.O_CREAT) for path in request["files"][rank])]
+    for number, (path, flags) in enumerate(files):
+        os.dup2(os.open(path, flags, 0o600), number)
+    os.environ.clear()
+    os.environ.update(request["environments"][rank])
+    sys.argv = ["tapct", *request["words"]]
+    torch.set_num_threads(1)
+    raise Rank
+
+
+def wait(ranks: list[int], timeout_s: float) -> list[int | None]:
+    """Exit code of each, or minus the signal that ended it; None for one that had to be killed here."""
+    codes: list[int | None] = [None] * len(ranks)
+    running, end = set(range(len(ranks))), time.monotonic() + timeout_s
+    while running and time.monotonic() < end:
+        time.sleep(0.005)
+        for rank in sorted(running):
+            found, status = os.waitpid(ranks[rank], os.WNOHANG)
+            if found:
+                running.remove(rank)
+                codes[rank] = os.waitstatus_to_exitcode(status)
+                if codes[rank]:
+                    end = min(end, time.monotonic() + GRACE_S)
+    for rank in running:
+        with suppress(ProcessLookupError):
+            os.killpg(ranks[rank], signal.SIGKILL)
+        os.waitpid(ranks[rank], 0)
+    return codes
+
+
+def serve() -> None:
+    """Answer requests until there are no more."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever asks has it too, and closes our input
+    for line in sys.stdin:
+        request = json.loads(line)
+        ranks = [hatch(request, rank) for rank in range(len(request["environments"]))]
+        print(json.dumps(wait(ranks, request["timeout_s"])), flush=True)
+
+
+if __name__ == "__main__":
+    try:
+        serve()
+    except Rank:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        cli.main()
