@@ -272,13 +272,12 @@ def _outside(sides_3RP: Tensor, place_3RP: Tensor, none_P1: Tensor, grid: tuple[
     round_R11 = torch.arange(ROUNDS, device=none_P1.device, dtype=word)[:, None, None]
     bit_R11 = torch.ones_like(round_R11) << round_R11
     last_3RP1 = (sides_3RP - 1).to(word)[..., None]
-    lines = []
-    for size, side_RP, last_RP1, place_RP in zip(grid, sides_3RP, last_3RP1, place_3RP, strict=True):
-        start_RP1 = (place_RP * (size + 1 - side_RP)).to(word)[..., None]
-        line_RPL = torch.arange(size, device=none_P1.device, dtype=word) - start_RP1  # in the block 0 .. its last
-        outside_RPL = _negative((last_RP1 - line_RPL).bitwise_or_(line_RPL))
-        lines.append(outside_RPL.bitwise_and_(bit_R11).sum(0, dtype=word))
-    z_PL, y_PL, x_PL = lines
+    size_311 = _to_device(np.array(grid), none_P1.device)[:, None, None]
+    start_3RP1 = (place_3RP * (size_311 + 1 - sides_3RP)).to(word)[..., None]
+    line_3RPL = torch.arange(max(grid), device=none_P1.device, dtype=word) - start_3RP1  # in the block 0 .. its last
+    outside_3RPL = _negative((last_3RP1 - line_3RPL).bitwise_or_(line_3RPL)).bitwise_and_(bit_R11)
+    lines_3PL = outside_3RPL.sum(1, dtype=word)
+    z_PL, y_PL, x_PL = (line_PL[:, :size] for line_PL, size in zip(lines_3PL, grid, strict=True))
     z_PL |= none_P1 * BLOCKS
     yx_PL = (y_PL[:, :, None] | x_PL[:, None, :]).flatten(1)
     return (z_PL[:, :, None] | yx_PL[:, None, :]).flatten(1)
