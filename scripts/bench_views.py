@@ -6,8 +6,8 @@ Views: beside them, of the same crops, a trilinear gather (`grid_sample`), which
 any op, and a gather with a dense 9x9x9 blur (`conv3d`) of the views that are blurred. "all blurred" blurs every view.
 Masks: of 64 crops of 3x28x28 tokens at once, beside the classic sampler, which takes crop after crop and draws blocks
 into a numpy array until they are enough; half of the crops are masked, as by default, and all of them.
-What is compared takes turns, and the least time of each counts; masks are also drawn call after call, when none of their
-hundred small operations has been pushed out of the caches by the loop.
+What is compared takes turns, and the least time of each counts; masks are also drawn call after call, when none of
+their hundred small operations has been pushed out of the caches by the loop.
 """
 
 from __future__ import annotations
