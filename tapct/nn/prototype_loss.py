@@ -8,8 +8,9 @@
 Centring is a bias of -centre / temperature, Sinkhorn a bias found by `sinkhorn_bias`; so both are one softmax. All is
 made for a chunk of rows b, used, and forgotten. The gradients with respect to features and prototypes are made in the
 forward pass, from scores that are at hand, and only scaled in the backward pass: four matrix products per row (scores
-of teacher and student, two gradients), the fewest there are. Memory beside the inputs: a few chunks of scores and a
-gradient of the size of the prototypes, whatever the number of rows. Under autocast the products are in its dtype.
+of teacher and student, two gradients), the fewest there are. Memory beside the inputs: two chunks of scores and a
+gradient of the size of the prototypes, whatever the number of rows; every chunk uses that of the one before. Under
+autocast the products are in its dtype.
 
 V student views, G teacher views, B rows of a view, C rows of a chunk, W bottleneck width, K prototypes.
 """
@@ -17,7 +18,6 @@ V student views, G teacher views, B rows of a view, C rows of a chunk, W bottlen
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,7 +27,43 @@ from torch import Tensor, nn
 from tapct import collectives
 from tapct.types import TargetSums
 
-CHUNK_BYTES = 1 << 26  # of one chunk of float32 scores
+CHUNK_BYTES = 1 << 27  # of one chunk of float32 scores; with half of it a CPU takes a tenth longer
+
+
+class Chunks:
+    """Row ranges whose scores take about `CHUNK_BYTES`, and the memory for the products of one of them.
+
+    It is used again for every range: fresh pages from the system cost a CPU half as much as the product in them.
+    """
+
+    def __init__(self, num_rows: int, views: int, like_KW: Tensor, dtype: torch.dtype) -> None:
+        """
+        Args:
+            num_rows: of each of the views.
+            like_KW: prototypes in the dtype of the products.
+            dtype: of the scores.
+        """
+        num_prototypes = len(like_KW)
+        rows = min(max(1, CHUNK_BYTES // (dtype.itemsize * num_prototypes * views)), num_rows)
+        self.ranges = [slice(start, min(start + rows, num_rows)) for start in range(0, num_rows, max(rows, 1))]
+        self.shape = (rows * views, num_prototypes)
+        self.wide = dtype == like_KW.dtype
+        self.narrow_NK = like_KW.new_empty(0 if self.wide else self.shape[0], num_prototypes)
+
+    def memory(self, like: Tensor) -> Tensor:
+        """For the scores of one range: (N, K)."""
+        return like.new_empty(self.shape)
+
+    def product(self, features_NW: Tensor, prototypes_KW: Tensor, into_NK: Tensor) -> Tensor:
+        """features @ prototypes.T in the first N rows of that memory."""
+        into_NK = into_NK[: len(features_NW)]
+        if self.wide:
+            return torch.mm(features_NW, prototypes_KW.T, out=into_NK)
+        return into_NK.copy_(torch.mm(features_NW, prototypes_KW.T, out=self.narrow_NK[: len(features_NW)]))
+
+    def narrowed(self, wide_NK: Tensor) -> Tensor:
+        """The same numbers in the dtype of the products."""
+        return wide_NK if self.wide else self.narrow_NK[: len(wide_NK)].copy_(wide_NK)
 
 
 @dataclass(frozen=True)
@@ -48,15 +84,15 @@ class TeacherScores:
     bias_K: Tensor
     valid_B: Tensor | None = None
 
-    def chunk(self, rows: slice) -> Tensor:
-        """Scores after temperature and bias: (G, C, K)."""
+    def chunk(self, rows: slice, chunks: Chunks, into_NK: Tensor) -> Tensor:
+        """Scores after temperature and bias: (G, C, K), in that memory."""
         features_GCW = self.features_GBW[:, rows]
         features_NW, scale = features_GCW.flatten(0, 1), 1.0 / self.temperature
-        if features_NW.dtype == self.bias_K.dtype:
-            scaled_NK = torch.addmm(self.bias_K, features_NW, self.prototypes_KW.T, alpha=scale)
-        else:  # narrow products, wide scores
-            product_NK = torch.mm(features_NW, self.prototypes_KW.T).to(self.bias_K.dtype)
-            scaled_NK = product_NK.mul_(scale).add_(self.bias_K)
+        scaled_NK = into_NK[: len(features_NW)]
+        if chunks.wide:
+            torch.addmm(self.bias_K, features_NW, self.prototypes_KW.T, alpha=scale, out=scaled_NK)
+        else:
+            chunks.product(features_NW, self.prototypes_KW, into_NK).mul_(scale).add_(self.bias_K)
         return scaled_NK.unflatten(0, features_GCW.shape[:2])
 
     def narrowed(self) -> TeacherScores:
@@ -130,13 +166,6 @@ def product_dtype(like: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else like.dtype
 
 
-def chunks(num_rows: int, views: int, num_prototypes: int, bytes_per_number: int) -> Iterator[slice]:
-    """Row ranges whose scores take about `CHUNK_BYTES`; the host knows all sizes."""
-    rows = max(1, CHUNK_BYTES // (bytes_per_number * num_prototypes * views))
-    for start in range(0, num_rows, rows):
-        yield slice(start, min(start + rows, num_rows))
-
-
 class _Fused(torch.autograd.Function):
     """Forward makes the gradients too; backward scales them."""
 
@@ -154,8 +183,7 @@ class _Fused(torch.autograd.Function):
         num_views, num_rows, width = student_VBW.shape
         num_targets = teacher.features_GBW.shape[0]
         num_prototypes, like = prototypes_KW.shape[0], student_VBW
-        dtype = teacher.prototypes_KW.dtype  # of the products
-        narrow_KW = prototypes_KW.to(dtype)
+        narrow_KW = prototypes_KW.to(teacher.prototypes_KW.dtype)
         ce_VB = like.new_empty(num_views, num_rows)
         mass_K, entropy, count = like.new_zeros(num_prototypes), like.new_zeros(()), like.new_zeros(())
         dstudent_VBW = torch.empty_like(student_VBW) if needs else None
@@ -164,38 +192,35 @@ class _Fused(torch.autograd.Function):
         if cross:
             pairs_V[:num_targets] -= 1.0
         one_pair_each = num_targets - cross == 1 and (num_views <= num_targets or not cross)
-        views = max(num_views, num_targets)
-        for rows in chunks(num_rows, views, num_prototypes, like.element_size()):
-            scores_GCK = teacher.chunk(rows)
-            targets_GCK = torch.softmax(scores_GCK, dim=-1)
+        chunks = Chunks(num_rows, max(num_views, num_targets), narrow_KW, like.dtype)
+        scores_NK, targets_NK = chunks.memory(like), chunks.memory(like)
+        for rows in chunks.ranges:
+            scores_GCK = teacher.chunk(rows, chunks, scores_NK)
+            targets_GCK = _softmax(scores_GCK, targets_NK)
             valid_C = None if teacher.valid_B is None else teacher.valid_B[rows].to(like.dtype)
             mass, spread, number = _statistics(scores_GCK, targets_GCK, valid_C)
             mass_K, entropy, count = mass_K + mass, entropy + spread, count + number
-            del scores_GCK
             goal_VCK = _goals(targets_GCK, num_views, cross)
             x_VCW = student_VBW[:, rows]
-            scores_NK = torch.mm((x_VCW.flatten(0, 1) / student_temp).to(dtype), narrow_KW.T).to(like.dtype)
-            scores_VCK = scores_NK.unflatten(0, x_VCW.shape[:2])
+            x_NW = (x_VCW.flatten(0, 1) / student_temp).to(narrow_KW.dtype)
+            scores_VCK = chunks.product(x_NW, narrow_KW, scores_NK).unflatten(0, x_VCW.shape[:2])
             top_VC = scores_VCK.amax(-1)
             agreement_VC = _dot(goal_VCK.expand_as(scores_VCK), scores_VCK)
-            guess_VCK = torch.softmax(scores_VCK, dim=-1, out=scores_VCK)  # in place: they are not needed any more
-            del scores_VCK, scores_NK
+            guess_VCK = _softmax(scores_VCK, scores_NK)  # in place: they are not needed any more
             log_sum_VC = top_VC - guess_VCK.amax(-1).log()  # the largest probability is >= 1/K, so its log is safe
             ce_VB[:, rows] = pairs_V[:, None] * log_sum_VC - agreement_VC
             if dstudent_VBW is None or dprototypes_KW is None:
                 continue
             if not one_pair_each:
                 guess_VCK.mul_(pairs_V[:, None, None])
-            error_NK = guess_VCK.sub_(goal_VCK).flatten(0, 1).to(dtype)
-            del targets_GCK, goal_VCK, guess_VCK  # all that is left of the chunk is its error
+            error_NK = chunks.narrowed(guess_VCK.sub_(goal_VCK).flatten(0, 1))
             scale_N1 = (weight_VB[:, rows] / student_temp).flatten()[:, None]
             dstudent_VBW[:, rows] = (torch.mm(error_NK, narrow_KW) * scale_N1).unflatten(0, x_VCW.shape[:2])
-            scaled_NW = (x_VCW.flatten(0, 1) * scale_N1).to(dtype)
-            if dtype == like.dtype:
+            scaled_NW = (x_VCW.flatten(0, 1) * scale_N1).to(narrow_KW.dtype)
+            if chunks.wide:
                 dprototypes_KW.addmm_(error_NK.T, scaled_NW)
             else:
                 dprototypes_KW += torch.mm(error_NK.T, scaled_NW)
-            del error_NK
         if needs:
             ctx.save_for_backward(dstudent_VBW, dprototypes_KW)
         ctx.mark_non_differentiable(ce_VB, mass_K, entropy, count)
@@ -219,6 +244,12 @@ def _goals(targets_GCK: Tensor, num_views: int, cross: bool) -> Tensor:
         return targets_GCK.flip(0)  # each the other
     others_GCK = everyone_1CK - targets_GCK
     return torch.cat([others_GCK, everyone_1CK.expand(num_views - num_targets, -1, -1)])
+
+
+def _softmax(scores_VCK: Tensor, into_NK: Tensor) -> Tensor:
+    """Over the last axis, in the first V * C rows of that memory."""
+    into_VCK = into_NK[: scores_VCK.shape[0] * scores_VCK.shape[1]].view_as(scores_VCK)
+    return torch.softmax(scores_VCK, dim=-1, out=into_VCK)
 
 
 def _dot(a_VCK: Tensor, b_VCK: Tensor) -> Tensor:
@@ -251,18 +282,22 @@ def sinkhorn_bias(teacher: TeacherScores, iterations: int) -> Tensor:
     Source: Cuturi 2013; Caron et al. 2020, arXiv:2006.09882, eq. 3-5.
     """
     num_views, num_rows, _ = teacher.features_GBW.shape
-    num_prototypes, like = teacher.prototypes_KW.shape[0], teacher.features_GBW
+    like = teacher.bias_K
     valid_B = torch.ones(num_rows, dtype=torch.bool, device=like.device) if teacher.valid_B is None else teacher.valid_B
-    top_K, sum_K = _prototype_sums(teacher, valid_B)
-    mass_K, count = _over_ranks(top_K, sum_K, (num_views * valid_B.sum()).double())
-    bias_K = _even_out(mass_K)
-    for _ in range(iterations - 1):
-        # a row step makes a softmax over prototypes of each row; what it gives them is that over the number of rows
-        scaled, sum_K = replace(teacher, bias_K=bias_K), like.new_zeros(num_prototypes)
-        for rows in chunks(num_rows, num_views, num_prototypes, like.element_size()):
-            targets_NK = torch.softmax(scaled.chunk(rows), dim=-1).flatten(0, 1)
-            sum_K += valid_B[rows].to(like.dtype).repeat(num_views) @ targets_NK
-        bias_K = _even_out((collectives.sum_(sum_K.double()) / count).log().to(like.dtype) - bias_K)
+    teacher = teacher.narrowed()
+    with torch.autocast(like.device.type, enabled=False):
+        chunks = Chunks(num_rows, num_views, teacher.prototypes_KW, like.dtype)
+        scores_NK = chunks.memory(like)
+        top_K, sum_K = _prototype_sums(teacher, valid_B, chunks, scores_NK)
+        mass_K, count = _over_ranks(top_K, sum_K, (num_views * valid_B.sum()).double())
+        bias_K = _even_out(mass_K)
+        for _ in range(iterations - 1):
+            # a row step makes a softmax over prototypes of each row; what it gives them is that over the number of rows
+            scaled, sum_K = replace(teacher, bias_K=bias_K), torch.zeros_like(like)
+            for rows in chunks.ranges:
+                targets_NK = _softmax(scaled.chunk(rows, chunks, scores_NK), scores_NK).flatten(0, 1)
+                sum_K += valid_B[rows].to(like.dtype).repeat(num_views) @ targets_NK
+            bias_K = _even_out((collectives.sum_(sum_K.double()) / count).log().to(like.dtype) - bias_K)
     return bias_K
 
 
@@ -271,17 +306,18 @@ def _even_out(mass_K: Tensor) -> Tensor:
     return torch.where(mass_K > -math.inf, -mass_K - math.log(len(mass_K)), 0.0)
 
 
-def _prototype_sums(teacher: TeacherScores, valid_B: Tensor) -> tuple[Tensor, Tensor]:
+def _prototype_sums(
+    teacher: TeacherScores, valid_B: Tensor, chunks: Chunks, scores_NK: Tensor
+) -> tuple[Tensor, Tensor]:
     """Largest score of each prototype over valid rows, and the sum of exp(score - largest): both (K,).
 
     Nothing bounds the scores before the first scaling, and at a temperature of 0.01 their exp overflows.
     """
-    num_views, num_rows, _ = teacher.features_GBW.shape
-    num_prototypes, like = teacher.prototypes_KW.shape[0], teacher.features_GBW
-    outside_B = like.new_zeros(num_rows).masked_fill(~valid_B, -math.inf)
-    top_K, sum_K = like.new_full((num_prototypes,), -math.inf), like.new_zeros(num_prototypes)
-    for rows in chunks(num_rows, num_views, num_prototypes, like.element_size()):
-        scores_GCK = teacher.chunk(rows).add_(outside_B[rows, None])
+    like = teacher.bias_K
+    outside_B = like.new_zeros(len(valid_B)).masked_fill(~valid_B, -math.inf)
+    top_K, sum_K = torch.full_like(like, -math.inf), torch.zeros_like(like)
+    for rows in chunks.ranges:
+        scores_GCK = teacher.chunk(rows, chunks, scores_NK).add_(outside_B[rows, None])
         largest_K = torch.maximum(top_K, scores_GCK.amax((0, 1)))
         shift_K = torch.where(largest_K > -math.inf, largest_K, 0.0)
         sum_K = sum_K * (top_K - shift_K).exp() + scores_GCK.sub_(shift_K).exp_().sum((0, 1))
