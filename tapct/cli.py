@@ -195,10 +195,12 @@ def submit(
     plan = launch.plan(config, overrides or [], sweep or [])
     for run in plan.runs:
         launch.check(run, resources, allow_change)
-    for line in launch.doubts(plan.runs[0].value, resources):
+    for line in dict.fromkeys(line for run in plan.runs for line in launch.doubts(run.value, resources)):
         print(f"warning: {line}", file=sys.stderr)
     if dry_run:
         print(launch.script(plan.home, resources, len(plan.runs) if sweep else 0))
+        if sweep:
+            print("\n".join(f"# run {number}: {run.value.out}" for number, run in enumerate(plan.runs)))
         return
     submitted = launch.submit(plan, resources, allow_change)
     log.say(f"{nodes} x {resources.tasks} tasks, each start at most {log.duration(resources.minutes * 60)}")

@@ -28,7 +28,7 @@ from tapct.data.store import Store
 from tapct.engine import checkpoint
 from tapct.engine.checkpoint import Checkpoints
 from tapct.provenance import git_revision
-from tapct.resume import changed_keys, with_new_keys
+from tapct.resume import changed_keys, what_changed, with_new_keys
 from tapct.run import RunConfig
 from tapct.types import UserError
 
@@ -146,11 +146,9 @@ def check(resolved: Resolved, resources: Resources, allow_change: bool = False) 
     if saved and not allow_change:
         newest = max(saved, key=checkpoint.step_of)
         before = with_new_keys(checkpoint.read_meta(newest).config, type(config))
-        for key, old, new in changed_keys(before, resolved.to_dict()):
-            raise UserError(
-                f"{key} was {old} when {newest} was written and is {new} now; choose another out=, or go on all "
-                "the same with --allow-change"
-            )
+        changed = changed_keys(before, resolved.to_dict())
+        if changed:
+            raise UserError(what_changed(changed, newest))
 
 
 def doubts(config: RunConfig, resources: Resources) -> list[str]:
@@ -165,6 +163,9 @@ def doubts(config: RunConfig, resources: Resources) -> list[str]:
             f"--cpus-per-task {resources.cpus_per_task} leaves data.loader.workers {workers} no core of their own; "
             f"{workers + 1} would"
         )
+    saved = Checkpoints(config.out / "checkpoints", config.checkpoint.keep).finished()
+    if saved and max(map(checkpoint.step_of, saved)) >= config.train.steps:
+        found.append(f"{config.out} has all its {config.train.steps} steps; the job will find nothing to train")
     return found
 
 
@@ -220,7 +221,10 @@ def submit(plan: Plan, resources: Resources, allow_change: bool = False) -> list
             with contextlib.redirect_stderr(io.StringIO()):  # submitit prints what it raises
                 made = executor.map_array(worker.work, *zip(*tasks, strict=True))
         except (FailedJobError, FailedSubmissionError) as error:
-            raise UserError(f"sbatch refused: {' '.join(str(error).split())}") from error
+            raise UserError(
+                f"sbatch refused: {' '.join(str(error).split())}; sinfo -s lists partitions, and "
+                "sacctmgr show associations user=$USER accounts and qos"
+            ) from error
         undo.pop_all()
     found = []
     for place, run, job in zip(places, runs, made, strict=True):

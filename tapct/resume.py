@@ -76,12 +76,7 @@ def find_start(checkpoints: Checkpoints, wanted: str, config: Any, allow_change:
         return None
     changed = changed_keys(with_new_keys(checkpoint.read_meta(found).config, type(config)), to_dict(config))
     if changed and not allow_change:
-        key, old, new = changed[0]
-        more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
-        raise UserError(
-            f"{key} was {old} when {found} was written and is {new} now{more}; a run keeps what shapes its curve. "
-            "Set it back, choose another out=, or go on all the same with --allow-change"
-        )
+        raise UserError(what_changed(changed, found))
     for key, old, new in changed:
         log.say(f"--allow-change: {key} was {old} and is {new} from here on")
     return found
@@ -119,6 +114,16 @@ def changed_keys(old: dict[str, Any], new: dict[str, Any]) -> list[tuple[str, An
     before, after = flatten(old), flatten(new)
     keys = [key for key in {**before, **after} if before.get(key) != after.get(key)]
     return [(key, before.get(key), after.get(key)) for key in keys if not key.startswith(HARMLESS)]
+
+
+def what_changed(changed: list[tuple[str, Any, Any]], found: Path) -> str:
+    """The line that refuses to go on from a checkpoint, with every key that differs."""
+    (key, old, new), *others = changed
+    more = f" (so are {', '.join(other for other, _, _ in others)})" if others else ""
+    return (
+        f"{key} was {old} when {found} was written and is {new} now{more}; a run keeps what shapes its curve. "
+        "Set it back, choose another out=, or go on all the same with --allow-change"
+    )
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

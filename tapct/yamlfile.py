@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -94,9 +95,11 @@ def _read(path: Path, asked_by: str) -> tuple[dict[str, Any], dict[KeyPath, str]
         root = yaml.compose(content, Loader=yaml.SafeLoader)
     except OSError as error:
         if isinstance(error, FileNotFoundError):
-            near = ", ".join(sorted(file.name for file in path.parent.glob("*.yaml"))[:8])
-            there = f"; {_shown(path.parent)} holds {near}" if near else ""
-            reason = f"no such config file{there}"
+            names = sorted(file.name for file in path.parent.glob("*.yaml"))
+            near = difflib.get_close_matches(path.with_suffix(".yaml").name, names, n=3)
+            there = f"; {_shown(path.parent)} holds {', '.join(names[:8])}" if names else ""
+            guess = f"; did you mean {_shown(path.parent / near[0])}?" if near else there
+            reason = f"no such config file{guess}"
         else:
             reason = error.strerror or "must be a mapping of keys to values"
         raise ValueError(f"{asked_by + ': base = ' if asked_by else ''}{shown}: {reason}") from error

@@ -303,8 +303,10 @@ def test_a_broken_file_is_told_in_one_line(write: Callable[..., Path], text: str
 
 def test_a_missing_file_names_what_is_there(write: Callable[..., Path]) -> None:
     write("", "configs/smoke.yaml")
-    expected = "configs/smok.yaml: no such config file; configs holds smoke.yaml"
+    expected = "configs/smok.yaml: no such config file; did you mean configs/smoke.yaml?"
     assert message(Root, Path("configs/smok.yaml")) == expected
+    expected = "configs/ours_for_ct.yaml: no such config file; configs holds smoke.yaml"
+    assert message(Root, Path("configs/ours_for_ct.yaml")) == expected
 
 
 def test_a_folder_and_a_binary_file_are_no_configs(write: Callable[..., Path]) -> None:

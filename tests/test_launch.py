@@ -287,6 +287,8 @@ def test_a_sweep_is_submitted_as_one_array_with_a_folder_per_run(
         assert json.loads(path.read_text())["job"] == f"77_{number}"
         assert load_config(RunConfig, path.with_name("config.yaml"), []).value.out == Path("run", name)
     assert "tapct compare run/*=*" in said
+    dry = shell.good("submit", config, "--time", "10", "--sweep", "optim.lr=1e-3,2e-3", "--dry-run", "out=other")
+    assert dry.splitlines()[-2:] == ["# run 0: other/lr=1e-3", "# run 1: other/lr=2e-3"]
     assert sorted(Path().glob("run/*=*")) == [Path("run/lr=1e-3"), Path("run/lr=2e-3")]
     assert list(jobs.find([Path("run")])) == [Path("run/lr=1e-3"), Path("run/lr=2e-3")]
 
@@ -324,7 +326,8 @@ def test_when_sbatch_refuses_nothing_is_left_behind(
     cluster.command("sbatch", 'echo "sbatch: error: invalid partition specified: p" >&2\nexit 1\n')
     before = files_of(tmp_path)
     for words in ([], ["--sweep", "seed=1,2"]):
-        assert "invalid partition" in shell.bad("submit", config, "--partition", "p", *words)
+        line = shell.bad("submit", config, "--partition", "p", *words)
+        assert "invalid partition" in line and "sinfo -s lists partitions" in line
         (tmp_path / "slurm" / "calls").unlink()
         assert files_of(tmp_path) == before and not Path("run").exists()
 
@@ -345,8 +348,9 @@ def test_a_run_with_a_living_job_is_not_submitted_again(config: Path, shell: She
 
 def test_a_config_that_no_longer_fits_the_run_is_not_submitted(config: Path, shell: Shell, cluster: FakeSlurm) -> None:
     shell.good("train", config, "train.steps=2")
-    line = shell.bad("submit", config, "train.steps=2", "optim.lr=0.5")
-    assert "optim.lr was 0.01" in line and "--allow-change" in line
-    shell.good("submit", config, "train.steps=2", "optim.lr=0.5", "--allow-change", "--dry-run")
+    line = shell.bad("submit", config, "train.steps=2", "optim.lr=0.5", "seed=3")
+    assert "seed was 0" in line and "(so are optim.lr)" in line and "--allow-change" in line
+    code, _, err = shell("submit", config, "train.steps=2", "optim.lr=0.5", "--allow-change", "--dry-run")
+    assert code == 0 and "run has all its 2 steps; the job will find nothing to train" in err
     assert "train.resume=never" in shell.bad("submit", config, "train.steps=2", "train.resume=never")
-    shell.good("submit", config, "train.steps=2")
+    assert shell("submit", config, "train.steps=2")[0] == 0
