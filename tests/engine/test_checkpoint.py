@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from small_disk import small_disk
 
 from tapct.engine import checkpoint, optim
 from tapct.engine.checkpoint import Checkpoints, Meta
@@ -108,12 +108,7 @@ def test_a_save_that_was_cut_off_is_never_taken_and_cleaned_up_by_the_next(tmp_p
 
 
 def test_a_full_disk_says_so_in_one_line_and_leaves_the_older_checkpoint_whole(tmp_path: Path) -> None:
-    small = tmp_path / "small"
-    small.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1500k", "tmpfs", str(small)], capture_output=True)
-    if mounted.returncode:
-        pytest.skip(f"cannot mount a small disk: {mounted.stderr.decode().strip()}")
-    try:
+    with small_disk(tmp_path / "small", "1500k") as small:
         pair, updater = trained(1, 1)
         checkpoints = Checkpoints(small / "checkpoints", keep=5)
         step, message = 0, ""
@@ -126,8 +121,6 @@ def test_a_full_disk_says_so_in_one_line_and_leaves_the_older_checkpoint_whole(t
         assert "no space left" in message and "\n" not in message and f"step {step}" in message
         assert checkpoints.newest_whole() == (small / "checkpoints" / f"step_{step - 1:08d}", [])
         assert not [name for name in os.listdir(small / "checkpoints") if name.startswith(".writing")]
-    finally:
-        subprocess.run(["umount", str(small)], check=True)
 
 
 def test_the_teacher_can_be_read_by_whom_the_folder_can_be_read(tmp_path: Path) -> None:

@@ -6,12 +6,12 @@ import json
 import os
 import signal
 import socket
-import subprocess
 import time
 from pathlib import Path
 
 import pytest
 from many_ranks import PLAIN, ended, good, launch, start, train
+from small_disk import small_disk
 from tiny_run import assert_equal_runs, make_store, numbers_of
 
 from tapct.engine.checkpoint import Checkpoints
@@ -157,12 +157,7 @@ def test_ranks_that_drift_apart_are_found(tmp_path: Path, store: Path) -> None:
 
 @pytest.mark.parametrize("policy", ["stop", "continue"])
 def test_a_full_disk_leaves_older_checkpoints_and_stops_or_not(tmp_path: Path, store: Path, policy: str) -> None:
-    small = tmp_path / "small"
-    small.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2500k", "tmpfs", str(small)], capture_output=True)
-    if mounted.returncode:
-        pytest.skip(f"cannot mount a small disk: {mounted.stderr.decode().strip()}")
-    try:
+    with small_disk(tmp_path / "small", "2500k") as small:
         words = (*PLAIN, f"out={small}/run", "checkpoint.every=2", "checkpoint.keep=9", f"checkpoint.on_error={policy}")
         done = train(2, tmp_path, store, *words)
         assert newest(small) >= "step_00000002", "the disk must hold at least one"
@@ -172,8 +167,6 @@ def test_a_full_disk_leaves_older_checkpoints_and_stops_or_not(tmp_path: Path, s
         steps = len(numbers_of(small / "run"))
         assert steps < STEPS if policy == "stop" else steps == STEPS
         assert (done.returncode == 0) is False  # the last one could not be written either
-    finally:
-        subprocess.run(["umount", str(small)], check=True)
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM])
