@@ -119,7 +119,8 @@ def changed_keys(old: dict[str, Any], new: dict[str, Any]) -> list[tuple[str, An
 def what_changed(changed: list[tuple[str, Any, Any]], found: Path) -> str:
     """The line that refuses to go on from a checkpoint, with every key that differs."""
     (key, old, new), *others = changed
-    more = f" (so are {', '.join(other for other, _, _ in others)})" if others else ""
+    named, beyond = [other for other, _, _ in others[:8]], "" if len(others) <= 8 else f" and {len(others) - 8} more"
+    more = f" (also changed: {', '.join(named)}{beyond})" if others else ""
     return (
         f"{key} was {old} when {found} was written and is {new} now{more}; a run keeps what shapes its curve. "
         "Set it back, choose another out=, or go on all the same with --allow-change"

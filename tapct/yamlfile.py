@@ -96,7 +96,7 @@ def _read(path: Path, asked_by: str) -> tuple[dict[str, Any], dict[KeyPath, str]
     except OSError as error:
         if isinstance(error, FileNotFoundError):
             names = sorted(file.name for file in path.parent.glob("*.yaml"))
-            near = difflib.get_close_matches(path.with_suffix(".yaml").name, names, n=3)
+            near = difflib.get_close_matches(path.with_suffix(".yaml").name, names, n=1)
             there = f"; {_shown(path.parent)} holds {', '.join(names[:8])}" if names else ""
             guess = f"; did you mean {_shown(path.parent / near[0])}?" if near else there
             reason = f"no such config file{guess}"

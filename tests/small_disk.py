@@ -44,10 +44,11 @@ def grow(folder: Path, size: str) -> None:
 def open_files_below(folder: Path) -> list[str]:
     """Of all processes that may be looked at: `PID COMMAND: file`."""
     found = []
-    for link in Path("/proc").glob("[0-9]*/fd/*"):
+    links = [link for where in ("fd/*", "map_files/*", "cwd") for link in Path("/proc").glob(f"[0-9]*/{where}")]
+    for link in links:
         try:
             target = os.readlink(link)
-            if target.startswith(f"{folder}/"):
+            if f"{target}/".startswith(f"{folder}/"):
                 command = Path("/proc", link.parts[2], "cmdline").read_bytes().replace(b"\0", b" ").decode()
                 found.append(f"{link.parts[2]} {command}: {target}")
         except OSError:

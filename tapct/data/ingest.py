@@ -234,7 +234,7 @@ def _read_image(source: Source) -> Image:
         if source.kind == "dicom":
             return dicom.read(source.files)
         return nifti.read(source.path) if source.kind == "nifti" else itk.read(source.path)
-    except Refused:
+    except (Refused, ImportError):  # that a library does not load is not
         raise
     except Exception as error:
         raise Refused("unreadable", one_line(f"{type(error).__name__}: {error}")) from error

@@ -26,6 +26,7 @@ import pyarrow.parquet
 from tapct.data import ingest
 from tapct.data.judge import BODY_ABOVE, sample
 from tapct.data.pairing import pair_labels
+from tapct.data.readers import load_libraries
 from tapct.data.readers.raw import one_line
 from tapct.data.workers import map_unordered
 from tapct.types import Refused, UserError, Volume
@@ -187,6 +188,7 @@ def build(
         UserError: no such folder, nothing in it, a bad regex, or `out` cannot be written.
     """
     root, out = Path(root), Path(out)
+    load_libraries()
     _check_regex(patient_regex)
     if out.is_dir():
         raise UserError(f"{out} is a folder; give the file to write, such as {out / 'manifest.parquet'}")

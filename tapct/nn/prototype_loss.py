@@ -8,9 +8,10 @@
 Centring is a bias of -centre / temperature, Sinkhorn a bias found by `sinkhorn_bias`; so both are one softmax. All is
 made for a chunk of rows b, used, and forgotten. The gradients with respect to features and prototypes are made in the
 forward pass, from scores that are at hand, and only scaled in the backward pass: four matrix products per row (scores
-of teacher and student, two gradients), the fewest there are. Memory beside the inputs: two chunks of scores and a
-gradient of the size of the prototypes, whatever the number of rows; every chunk uses that of the one before. Under
-autocast the products are in its dtype.
+of teacher and student, two gradients), the fewest there are. Memory beside the inputs, whatever the number of rows: a
+gradient of the size of the prototypes, and two chunks of scores, which every chunk takes over from the one before;
+with `cross` two or three more for what views are compared with. Under autocast the products are in its dtype, and half
+a chunk more.
 
 V student views, G teacher views, B rows of a view, C rows of a chunk, W bottleneck width, K prototypes.
 """
@@ -27,11 +28,11 @@ from torch import Tensor, nn
 from tapct import collectives
 from tapct.types import TargetSums
 
-CHUNK_BYTES = 1 << 27  # of one chunk of float32 scores; with half of it a CPU takes a tenth longer
+CHUNK_BYTES = 1 << 26  # of one chunk of float32 scores
 
 
 class Chunks:
-    """Row ranges whose scores take about `CHUNK_BYTES`, and the memory for the products of one of them.
+    """Row ranges whose scores take about `CHUNK_BYTES`, and memory for those of one of them.
 
     It is used again for every range: fresh pages from the system cost a CPU half as much as the product in them.
     """
@@ -194,6 +195,7 @@ class _Fused(torch.autograd.Function):
         one_pair_each = num_targets - cross == 1 and (num_views <= num_targets or not cross)
         chunks = Chunks(num_rows, max(num_views, num_targets), narrow_KW, like.dtype)
         scores_NK, targets_NK = chunks.memory(like), chunks.memory(like)
+        narrow_dKW = torch.empty_like(narrow_KW)
         for rows in chunks.ranges:
             scores_GCK = teacher.chunk(rows, chunks, scores_NK)
             targets_GCK = _softmax(scores_GCK, targets_NK)
@@ -220,7 +222,7 @@ class _Fused(torch.autograd.Function):
             if chunks.wide:
                 dprototypes_KW.addmm_(error_NK.T, scaled_NW)
             else:
-                dprototypes_KW += torch.mm(error_NK.T, scaled_NW)
+                dprototypes_KW += torch.mm(error_NK.T, scaled_NW, out=narrow_dKW)
         if needs:
             ctx.save_for_backward(dstudent_VBW, dprototypes_KW)
         ctx.mark_non_differentiable(ce_VB, mass_K, entropy, count)
@@ -234,14 +236,14 @@ class _Fused(torch.autograd.Function):
 
 def _goals(targets_GCK: Tensor, num_views: int, cross: bool) -> Tensor:
     """What each student view is compared with, summed over teacher views: (V or 1, C, K)."""
-    if targets_GCK.shape[0] == 1 and not cross:
+    num_targets = targets_GCK.shape[0]
+    if num_targets == 1 and not cross:
         return targets_GCK
+    if cross and num_views == num_targets == 2:
+        return targets_GCK.flip(0)  # each the other
     everyone_1CK = targets_GCK.sum(0, keepdim=True)
     if not cross:
         return everyone_1CK
-    num_targets = targets_GCK.shape[0]
-    if num_views == num_targets == 2:
-        return targets_GCK.flip(0)  # each the other
     others_GCK = everyone_1CK - targets_GCK
     return torch.cat([others_GCK, everyone_1CK.expand(num_views - num_targets, -1, -1)])
 

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -69,6 +70,17 @@ def test_every_source_has_one_row_with_its_reason(tmp_path: Path) -> None:
         assert (row.status == "accepted") == (row.reason == "")
         assert "\n" not in row.detail
         assert row.bytes == (root / row.path).stat().st_size
+
+
+@pytest.mark.parametrize("library", ["nibabel", "SimpleITK", "pydicom"])
+def test_a_library_that_does_not_load_is_no_fault_of_the_scans(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, library: str
+) -> None:
+    archive = make_archive(tmp_path / "archive")
+    monkeypatch.setitem(sys.modules, library, None)
+    with pytest.raises(ImportError, match=library):
+        manifest.build(archive, tmp_path / "manifest.parquet")
+    assert not (tmp_path / "manifest.parquet").exists()
 
 
 def test_the_first_of_two_equal_scans_is_kept_and_named(tmp_path: Path) -> None:

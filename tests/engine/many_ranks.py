@@ -92,12 +92,13 @@ def train(
         Path(path).write_text("")
     request = {
         "words": asked,
+        "folder": os.getcwd(),
         "environments": [{**common, **(place if world > 1 else {})} for place in places],
         "files": said,
         "timeout_s": timeout,
     }
     hatchery = nest()
-    assert hatchery.stdin and hatchery.stdout
+    assert hatchery.stdin and hatchery.stdout and hatchery.poll() is None, "the nest has died"
     hatchery.stdin.write(json.dumps(request) + "\n")
     hatchery.stdin.flush()
     codes = json.loads(hatchery.stdout.readline())
@@ -123,15 +124,14 @@ def nest() -> subprocess.Popen[str]:
 
 @functools.cache
 def free_ports() -> Iterator[int]:
-    """Ports that nobody listens on, below those that the system gives away by itself; every process has its own."""
-    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
-    first = 30000 + worker % 8 * 300
+    """Ports that nobody listens on, below those that the system gives away by itself; processes begin far apart."""
+    first = 30000 + os.getpid() * 101 % 2700
 
     def unused(port: int) -> bool:
         with socket.socket() as tried:
             return tried.connect_ex(("127.0.0.1", port)) != 0
 
-    return filter(unused, itertools.cycle(range(first, first + 300)))
+    return filter(unused, itertools.cycle([*range(first, 32700), *range(30000, first)]))
 
 
 def ended(launcher: subprocess.Popen[str], timeout: float = 120.0) -> subprocess.CompletedProcess[str]:

@@ -1,19 +1,23 @@
 """Ranks that are forked from one Python in which torch and tapct are loaded already, which costs seconds a rank.
 
 `python nest.py` reads requests and answers them, one line of JSON each. A program of its own, since it forks: nothing
-but imports has happened in it, so no thread is lost in a rank.
+but imports has happened in it. Threads that libraries start when they are loaded (of jemalloc, in pyarrow) are lost in
+a rank, and not missed. All ranks hash strings alike, which Pythons of their own would not: tests by `launch` do.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import random
+import select
 import signal
 import sys
 import time
 from contextlib import suppress
 from typing import Any
 
+import numpy as np
 import pyarrow.dataset  # noqa: F401  # this and the next are imported late, and then by every rank for itself
 import torch
 import torch._dynamo
@@ -39,8 +43,11 @@ def hatch(request: dict[str, Any], rank: int) -> int:
         os.dup2(os.open(path, flags, 0o600), number)
     os.environ.clear()
     os.environ.update(request["environments"][rank])
+    os.chdir(request["folder"])
     sys.argv = ["tapct", *request["words"]]
     torch.set_num_threads(1)
+    random.seed()  # as in a Python of its own: who draws without a key gets something else on every rank
+    np.random.seed()
     raise Rank
 
 
@@ -49,7 +56,8 @@ def wait(ranks: list[int], timeout_s: float) -> list[int | None]:
     codes: list[int | None] = [None] * len(ranks)
     running, end = set(range(len(ranks))), time.monotonic() + timeout_s
     while running and time.monotonic() < end:
-        time.sleep(0.005)
+        if select.select([sys.stdin], [], [], 0.005)[0]:  # there is one request at a time: who asked is gone
+            break
         for rank in sorted(running):
             found, status = os.waitpid(ranks[rank], os.WNOHANG)
             if found:
@@ -77,5 +85,8 @@ if __name__ == "__main__":
     try:
         serve()
     except Rank:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        cli.main()
+        pass
+    else:
+        sys.exit()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    cli.main()

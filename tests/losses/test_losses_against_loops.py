@@ -209,7 +209,7 @@ def test_the_centre_moves_once_per_step_over_all_micro_batches_and_acts_in_the_n
     targets = Targets(K, TargetConfig(centre_momentum=0.9))
     eye = torch.eye(K)  # scores are features times prototypes
     first = targets.scores(one[None], eye, TEMP)
-    assert bool((first.bias_K == 0).all()), "step 0 has centre 0"
+    assert bool((first.bias_K == 0).all()) and first.temperature == TEMP, "step 0 has centre 0"
     targets.scores(two[None], eye, TEMP)
     assert bool((targets.centre_K == 0).all()), "nothing moves within a step"
     targets.finish_step(torch.tensor(True))

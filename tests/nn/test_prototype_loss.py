@@ -159,6 +159,16 @@ def test_under_autocast_the_products_are_narrow_and_the_rest_is_not() -> None:
         assert F.cosine_similarity(found.grad.double().flatten(), wanted.grad.flatten(), dim=0) > 0.999
 
 
+def test_under_autocast_sinkhorn_rounds_products_and_no_sums() -> None:
+    features, prototypes = (F.normalize(torch.randn(rows, 16), dim=-1) for rows in (200, 64))
+    zero_K = torch.zeros(64)
+    scores = (features.bfloat16() @ prototypes.bfloat16().T).float()
+    wanted = sinkhorn_bias(TeacherScores(scores[None], torch.eye(64), 0.04, zero_K), 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = sinkhorn_bias(TeacherScores(features[None], prototypes, 0.04, zero_K), 3)
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)
+
+
 MEASURE = """
 import resource, sys, torch
 from tapct.nn.prototype_loss import TeacherScores, prototype_loss
