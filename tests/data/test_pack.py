@@ -289,7 +289,7 @@ def test_an_interrupt_leaves_a_state_that_resumes(tmp_path: Path) -> None:
     build(root, tmp_path / "manifest.parquet", labels=None, patient_regex=None, min_depth=1, workers=0)
     script = tmp_path / "run.py"
     script.write_text(
-        "import sys, time\nfrom pathlib import Path\n"
+        "import signal, sys, time\nfrom pathlib import Path\n"
         "from tapct.data.manifest import Manifest\nfrom tapct.data import pack\n"
         "once = pack.pack_scan\n"
         "def pack_scan(task):\n"  # the workers import this file too
@@ -297,6 +297,7 @@ def test_an_interrupt_leaves_a_state_that_resumes(tmp_path: Path) -> None:
         "    return once(task)\n"
         "pack_scan.__module__, pack.pack_scan = pack.__name__, pack_scan\n"
         "if __name__ == '__main__':\n"
+        "    signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # what a shell starts with & ignores it
         "    here = Path(sys.argv[1])\n"
         "    pack.pack(Manifest.read(here / 'manifest.parquet'), here / 'out', workers=2)\n"
     )
@@ -307,7 +308,7 @@ def test_an_interrupt_leaves_a_state_that_resumes(tmp_path: Path) -> None:
         time.sleep(0.01)
     os.killpg(run.pid, signal.SIGINT)  # what a terminal does at Ctrl-C
     stderr = run.communicate(timeout=60)[1].decode()
-    assert run.returncode in (-signal.SIGINT, 1, 130) and "KeyboardInterrupt" in stderr
+    assert run.returncode in (-signal.SIGINT, 1, 130) and "KeyboardInterrupt" in stderr, stderr
     assert not (out / INDEX_NAME).exists() and not list(out.glob(".*.tmp"))
     whole = len(list(out.glob("*.b2nd")))
     assert 0 < whole < 12
