@@ -146,7 +146,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Views:
-    """The crops of one micro-batch, float32, after `HUContract.normalise` and the intensity ops.
+    """The crops of one micro-batch, float32, after the ops and `HUContract.normalise`.
 
     Args:
         global_VBZYX: the global crops (V = views.num_globals).

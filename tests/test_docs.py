@@ -20,7 +20,7 @@ import torch
 import typer
 import yaml
 
-from tapct import planning, plugin, run, weights
+from tapct import planning, plugin, run, scale, weights
 from tapct.cli import app
 from tapct.config import load_config
 from tapct.engine import loop, optim
@@ -125,6 +125,14 @@ def test_the_header_of_a_published_config_tells_the_flops_of_its_plan(name: str)
     step = planning.make_plan(config).flops_per_step
     facts = (step / 1e15, step * config.train.steps / 1e18, step * config.train.steps / 200e12 / 86400)
     assert [float(number) for number in told.groups()] == pytest.approx(facts, rel=0.03)
+
+
+def test_the_header_for_small_batches_tells_the_memory_of_its_plan() -> None:
+    path = ROOT / "configs" / "tap_s_3d_small_batch.yaml"
+    config = load_config(run.RunConfig, path, []).value
+    (memory,) = planning.make_scale(config, planning.make_plan(config), scale.Asked(gpus=(1,))).as_set
+    told = re.search(r"\((\d+) GB as counted by tapct plan", path.read_text())
+    assert told and abs(float(told[1]) - memory.total / 1e9) < 0.6
 
 
 def test_the_verdicts_of_the_training_page_are_those_of_the_report() -> None:
@@ -242,7 +250,7 @@ def test_the_example_op_moves_a_whole_view_by_one_offset_per_sample(mylab: Path)
     sample = torch.arange(200)
 
     def moved(kind: boxes.Kind, number: int) -> torch.Tensor:
-        offset = op(view, ViewKey(7, sample, kind, number, HUContract())) - view
+        offset = op(view, ViewKey(7, sample, kind, number, HUContract(), torch.ones(len(sample), 3))) - view
         assert offset.flatten(1).std(1).max() < 1e-3
         return offset[:, 0, 0, 0]
 

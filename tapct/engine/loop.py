@@ -98,7 +98,7 @@ class Recipe:
     """What turns a batch into views and masks.
 
     Args:
-        views: crops and intensity ops.
+        views: crops and ops on them.
         masks: block masks.
         contract: HU to network input.
         patch: (z, y, x) voxels of a token.

@@ -1,4 +1,4 @@
-"""What an intensity op may know: which view of which samples it works on, and the HU window.
+"""What an op may know: which view of which samples it works on, how large its voxels are, and the HU window.
 
 Axes: B batch, Z Y X depth height width.
 """
@@ -27,6 +27,7 @@ class ViewKey:
         kind: global or local.
         view: number of the view among its kind.
         contract: the HU window of the run.
+        mm_B3: float32 mm of the view's voxels along (z, y, x).
     """
 
     seed: int
@@ -34,6 +35,7 @@ class ViewKey:
     kind: Kind
     view: int
     contract: HUContract
+    mm_B3: Tensor
 
     @property
     def group(self) -> int:

@@ -1,7 +1,7 @@
 """From a batch of slabs to the views that the student and the teacher see, all on the device.
 
 Axes: B batch, V views of one kind (crop-major: all samples of view 0, then view 1), N patch tokens, Z Y X.
-Order of work: clip to the HU window, crop + resize + blur as matrices, intensity ops, clip again and z-score.
+Order of work: clip to the HU window, crop + resize + blur as matrices, ops one by one, clip again and z-score.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Config:
     blur_p: tuple[float, float, float] = setting(
         (1.0, 0.1, 0.5), "chance of blur: first global view, other globals, locals", ge=0, le=1
     )
-    ops: tuple[Plugin, ...] = plugin.table("views.ops", ("gain",), "intensity ops, in this order")
+    ops: tuple[Plugin, ...] = plugin.table("views.ops", ("gain",), "ops on finished views, in this order")
 
     def __post_init__(self) -> None:
         for name in ("global_area", "local_area", "aspect", "z_zoom", "blur_sigma"):
@@ -93,29 +93,30 @@ def make_views(batch: Batch, config: Config, contract: HUContract, seed: int, pa
     ops = tuple(plugin.load("views.ops", op.name).build(op.config) for op in config.ops)
     with resample.full_precision(batch.hu_BZYX.device):
         cells = boxes.body_cells(batch.hu_BZYX, contract)
-        views_global, crops = _views_of_kind(batch, config, contract, seed, "global", cells, ops)
-        views_local, crops_local = _views_of_kind(batch, config, contract, seed, "local", cells, ops)
+        views_global, crops, global_mm_VB3 = _views_of_kind(batch, config, contract, seed, "global", cells, ops)
+        views_local, _, local_mm_VB3 = _views_of_kind(batch, config, contract, seed, "local", cells, ops)
     grid = tuple(size // p for size, p in zip(config.global_window, patch, strict=True))
     return Views(
         views_global,
         views_local,
         tokens_in_scan(crops, grid, batch.extent_B3),
-        mm_per_voxel(crops, config.global_window, batch.spacing_mm_B3),
-        mm_per_voxel(crops_local, config.local_window, batch.spacing_mm_B3),
+        global_mm_VB3,
+        local_mm_VB3,
     )
 
 
 def _views_of_kind(
     batch: Batch, config: Config, contract: HUContract, seed: int, kind: Kind, cells: Tensor, ops: tuple[Op, ...]
-) -> tuple[Tensor, Boxes]:
-    """The views (V, B, Z, Y, X) of one kind, normalised, and their boxes."""
+) -> tuple[Tensor, Boxes, Tensor]:
+    """The views (V, B, Z, Y, X) of one kind, normalised, their boxes, and the mm of their voxels (V, B, 3)."""
     rule, num_views = config.rule(kind), config.num_globals if kind == "global" else config.num_locals
     slab_ZYX = (batch.hu_BZYX.shape[1], batch.hu_BZYX.shape[2], batch.hu_BZYX.shape[3])
     crops = boxes.draw(rule, kind, num_views, cells, batch.extent_B3, batch.sample_B, seed)
-    keys = [ViewKey(seed, batch.sample_B, kind, view, contract) for view in range(num_views)]
+    mm_VB3 = mm_per_voxel(crops, rule.window, batch.spacing_mm_B3)
+    keys = [ViewKey(seed, batch.sample_B, kind, view, contract, mm_VB3[view]) for view in range(num_views)]
     out = torch.empty((num_views, len(batch.sample_B), *rule.window), device=batch.hu_BZYX.device)
     if not keys:
-        return out, crops
+        return out, crops, mm_VB3
     sigma_VB = torch.stack([_blur_sigma(config, key) for key in keys])
     max_sigma = config.blur_sigma[1] if max(config.blur_p[key.group] for key in keys) > 0 else 0.0
     maps = resample.matrices(
@@ -127,7 +128,7 @@ def _views_of_kind(
         for op in ops:
             hu_BZYX = op(hu_BZYX, key)
         out[view] = contract.normalise(hu_BZYX)
-    return out, crops
+    return out, crops, mm_VB3
 
 
 def _blur_sigma(config: Config, key: ViewKey) -> Tensor:

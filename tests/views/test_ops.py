@@ -1,29 +1,33 @@
 from __future__ import annotations
 
+import math
 from dataclasses import fields, replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from scipy import stats
+from scipy import ndimage, stats
 
 from tapct import plugin
 from tapct.types import HUContract, UserError
 from tapct.views.key import ViewKey
 
 CONTRACT = HUContract()
+MM = (3.0, 0.7, 0.9)  # of a voxel (z, y, x)
 GROUPS = (("global", 0), ("global", 1), ("local", 0))
 # op -> another value for every field but p
 OTHER: dict[str, dict[str, Any]] = {
     "gain": {"factor": (0.5, 0.6)},
     "gamma": {"exponent": (2.0, 2.5)},
     "noise": {"sigma_hu": (50.0, 90.0)},
+    "rotation": {"degrees": (80.0, 100.0)},
     "window_jitter": {"low_hu": 300.0, "high_hu": 600.0},
 }
 
 
 def key_of(kind: Any, view: int, num: int, seed: int = 0, first: int = 0) -> ViewKey:
-    return ViewKey(seed, torch.arange(first, first + num), kind, view, CONTRACT)
+    return ViewKey(seed, torch.arange(first, first + num), kind, view, CONTRACT, torch.tensor([MM] * num))
 
 
 def views_of(num: int) -> torch.Tensor:
@@ -121,3 +125,28 @@ def test_bounds_the_wrong_way_round_are_refused() -> None:
             plugin.load("views.ops", name).Config(**{field: (1.2, 0.8)})
     with pytest.raises(UserError, match="window_jitter"):
         plugin.load("views.ops", "window_jitter").Config(low_hu=900.0)
+
+
+@pytest.mark.parametrize(("height", "width"), [(20, 31), (24, 16)])
+def test_rotation_is_the_one_of_scipy_in_mm_with_a_mirrored_border(height: int, width: int) -> None:
+    view, key = 500 * torch.rand(5, 2, height, width), key_of("local", 0, 5)
+    out = run("rotation", key, view, p=(1.0, 1.0, 1.0), degrees=(-60.0, 60.0))
+    angles = torch.deg2rad(key.uniform("rotation angle", -60.0, 60.0).flatten().double())
+    centre, mm = np.array([height - 1, width - 1]) / 2, np.array(MM[1:])
+    for plain, turned, angle in zip(view.double().numpy(), out.numpy(), angles.tolist(), strict=True):
+        back = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])  # of (y, x)
+        matrix = back * mm / mm[:, None]  # pixel -> mm, turned back, mm -> pixel
+        for z in range(2):
+            wanted = ndimage.affine_transform(plain[z], matrix, centre - matrix @ centre, order=1, mode="reflect")
+            assert np.abs(turned[z] - wanted).max() < 0.05  # HU
+
+
+def test_rotation_turns_x_towards_y_by_quarters_and_keeps_what_is_constant() -> None:
+    key = replace(key_of("global", 0, 3), mm_B3=torch.ones(3, 3))
+    view = torch.rand(3, 2, 12, 12)
+    out = run("rotation", key, view, p=(1.0, 1.0, 1.0), degrees=(90.0, 90.0))
+    torch.testing.assert_close(out, view.rot90(1, (3, 2)), atol=1e-5, rtol=0)
+    out = run("rotation", key, torch.full((3, 2, 12, 17), -300.0), p=(1.0, 1.0, 1.0))
+    torch.testing.assert_close(out, torch.full_like(out, -300.0), atol=1e-3, rtol=0)
+    with pytest.raises(UserError, match=r"rotation.degrees is \(5.0, -5.0\): the lower end comes first"):
+        plugin.load("views.ops", "rotation").Config(degrees=(5.0, -5.0))

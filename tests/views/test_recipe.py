@@ -118,7 +118,7 @@ def test_blur_happens_as_often_as_declared_and_with_the_declared_width(make_batc
     shares = []
     groups: tuple[tuple[Kind, int], ...] = (("global", 0), ("global", 1), ("local", 2))
     for kind, view in groups:
-        sigma = recipe._blur_sigma(config, ViewKey(0, sample_B, kind, view, CONTRACT))
+        sigma = recipe._blur_sigma(config, ViewKey(0, sample_B, kind, view, CONTRACT, torch.ones(len(sample_B), 3)))
         shares.append((sigma > 0).double().mean().item())
         drawn = sigma[sigma > 0]
         assert drawn.min() >= 0.1 and drawn.max() < 2.0 and abs(drawn.mean() - 1.05) < 0.1

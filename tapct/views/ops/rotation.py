@@ -1,0 +1,52 @@
+"""Rotation: turn the finished view in its plane about its centre, as a body that lies askew on the table."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from tapct.config import setting
+from tapct.types import UserError
+from tapct.views.key import Op, ViewKey
+
+
+@dataclass(frozen=True)
+class Config:
+    """Fields of the op `rotation`; off unless a config names it. Defaults are ours, no published run used it."""
+
+    p: tuple[float, float, float] = setting(
+        (0.0, 0.3, 0.3), "chance for the first global view, other globals, locals", ge=0, le=1
+    )
+    degrees: tuple[float, float] = setting(
+        (-15.0, 15.0), "angle, uniform between the two; above 0 from the view's x axis to its y axis", ge=-180, le=180
+    )
+
+    def __post_init__(self) -> None:
+        if self.degrees[0] > self.degrees[1]:
+            raise UserError(f"rotation.degrees is {self.degrees}: the lower end comes first")
+
+
+def build(config: Config) -> Op:
+    """Bilinear, in mm: pixels that are not square keep shapes as they are. What comes in at the corners is the mirror
+    image of the view at its border, so there is no edge of air that gives the angle away.
+    """
+
+    def apply(view_BZYX: Tensor, key: ViewKey) -> Tensor:
+        p = config.p[key.group]
+        if p == 0:
+            return view_BZYX  # a gather takes longer than all other ops
+        angle_B = key.uniform("rotation angle", *config.degrees).flatten() * (math.pi / 180)
+        height_B, width_B = (key.mm_B3[:, axis] * view_BZYX.shape[1 + axis] for axis in (1, 2))
+        cos_B, sin_B = angle_B.cos(), angle_B.sin()
+        # from where a pixel is to where it was, x and y in halves of the view's sides
+        row_x_B3 = torch.stack([cos_B, sin_B * height_B / width_B, torch.zeros_like(cos_B)], dim=1)
+        row_y_B3 = torch.stack([-sin_B * width_B / height_B, cos_B, torch.zeros_like(cos_B)], dim=1)
+        place_BYX2 = F.affine_grid(torch.stack([row_x_B3, row_y_B3], 1), list(view_BZYX.shape), align_corners=False)
+        turned_BZYX = F.grid_sample(view_BZYX, place_BYX2, padding_mode="reflection", align_corners=False)
+        return torch.where(key.happens("rotation", p), turned_BZYX, view_BZYX)
+
+    return apply
