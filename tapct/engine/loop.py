@@ -17,6 +17,7 @@ from tapct.engine import compiled, initial, metrics, optim, parallel, vitals
 from tapct.engine.optim import Updater
 from tapct.engine.parallel import World
 from tapct.engine.stop import FAILED_SAVE, StopFlag, job_deadline
+from tapct.engine.upload import Upload
 from tapct.nn.layers import DropKey
 from tapct.plugin import Plugin
 from tapct.ranks import Ranks
@@ -193,6 +194,7 @@ class Trainer:
         self.pair, self.updater, self.schedules, self.config = pair, updater, schedules, config
         self.recipe, self.hooks, self.log_every, self.save_every = recipe, hooks, log_every, save_every
         self.device = next(pair.parameters()).device
+        self.upload = Upload(self.device)
         self.world = world or World(Ranks(), self.device)
         self.parallel = parallel_config or parallel.Config()
         self.stages = stages
@@ -317,7 +319,7 @@ class Trainer:
         )
         views_of_all = range(0, len(counts), config.global_batch)  # where each view's crops begin in the whole step
         mine = [counts[view + sample % config.global_batch] for view in views_of_all for sample in samples]
-        batch = batch.to(self.device)
+        batch = self.upload(batch)
         views = recipe.make_views(batch, self.recipe.views, self.recipe.contract, self.recipe.seed, self.recipe.patch)
         masks = view_masks.draw(
             mine, self.recipe.grid, views.global_in_scan_VBN, batch.sample_B, self.recipe.masks, self.recipe.seed
