@@ -22,10 +22,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import told
+
+from tapct.types import UserError
+
 CONFIG = Path("configs/smoke.yaml")
 LAST = 20  # steps at the end of a run that its numbers are means of
-FIRST = 600  # steps of small crops, two thirds of STEPS
 STEPS = 900  # fewer than the recipe has, so that three seeds of all take less than an hour
+FIRST = 600  # steps of small crops; for others, words of one's own for `tapct train` do (docs/training.md)
 FULL_CROPS = [
     *("views.global_window=[8,64,64]", "views.global_area=[0.15,0.45]"),
     *("views.local_window=[8,32,32]", "views.local_area=[0.04,0.12]"),
@@ -87,7 +91,9 @@ def run(variant: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         with (out / "log.txt").open("w") as log:
             for line in (["train", str(CONFIG), *words], ["eval", str(out)]):
-                subprocess.run([*tapct, *line], env=environment, stdout=log, stderr=log, check=True)
+                if subprocess.run([*tapct, *line], env=environment, stdout=log, stderr=log, check=False).returncode:
+                    *_, last = (out / "log.txt").read_text().strip().splitlines() or [""]
+                    raise UserError(f"{variant}, seed {seed}: {last.removeprefix('error: ')} ({out / 'log.txt'})")
         asked.write_text(shlex.join(words))
     found = {"variant": variant, "seed": seed, **outcome(out)}
     print(f"{variant}, seed {seed}: Dice {found['dice']:.3f}, lead {found['lead']:+.3f}", flush=True)
@@ -119,7 +125,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--set", nargs="+", default=[], metavar="key=value", help="changes that all variants share")
     parser.add_argument("--out", type=Path, default=Path("runs/ablation"))
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
+    parser.add_argument("--jobs", type=told.positive, default=2, help="runs at a time")
     parser.add_argument("--json", type=Path, help="write the numbers of every run there too")
     options = parser.parse_intermixed_args()
     unknown = [name for name in options.variants if name not in VARIANTS]
@@ -134,4 +140,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    told.run(main)

@@ -24,6 +24,7 @@ from typing import Any
 
 import blosc2
 import numpy as np
+import told
 import torch
 from scipy.ndimage import gaussian_filter
 
@@ -175,9 +176,9 @@ def run_case(name: str, folder: Path, num_steps: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write the figures there")
-    parser.add_argument("--steps", type=int, default=20, help="steps of the shortest measurement")
+    parser.add_argument("--steps", type=told.positive, default=20, help="steps of the shortest measurement")
     parser.add_argument("--store", type=Path, help="measure this store instead of made-up scans")
-    parser.add_argument("--depth", type=int, default=24, help="slices per slab, with --store")
+    parser.add_argument("--depth", type=told.positive, default=24, help="slices per slab, with --store")
     options = parser.parse_args()
     result: dict[str, Any] = {
         "machine": {"cpus": os.cpu_count(), "processor": platform.processor() or platform.machine()},
@@ -201,4 +202,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    told.run(main)

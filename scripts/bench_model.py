@@ -17,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import told
 import torch
 from torch import Tensor
 
@@ -88,13 +89,15 @@ def main() -> None:
     """Time all variants in turns."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in (("dim", 128), ("depth", 4), ("globals", 16), ("locals", 16), ("seconds", 20)):
-        parser.add_argument(f"--{name}", type=int, default=default)
+        parser.add_argument(f"--{name}", type=told.positive, default=default)
     parser.add_argument(
         "--cpu-time", action="store_true", help="count processor time: for a busy machine, with 1 thread"
     )
     parser.add_argument("--compile", action="store_true", help="time compiled blocks too; compiling takes minutes")
     parser.add_argument("--json", type=Path, help="write the figures there")
     args = parser.parse_args()
+    if args.dim % 64:
+        parser.error(f"--dim {args.dim} is no multiple of 64, the width of a head")
     clock = time.process_time if args.cpu_time else time.perf_counter
     config = vit.Config(
         window=(8, 64, 64), dim=args.dim, depth=args.depth, heads=args.dim // 64, registers=2, layer_scale=1.0
@@ -126,4 +129,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    told.run(main)

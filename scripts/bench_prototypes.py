@@ -18,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import told
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -114,11 +115,11 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=20_000)
-    parser.add_argument("--prototypes", type=int, default=65_536)
-    parser.add_argument("--width", type=int, default=256)
-    parser.add_argument("--repeats", type=int, default=2)
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--rows", type=told.positive, default=20_000)
+    parser.add_argument("--prototypes", type=told.positive, default=65_536)
+    parser.add_argument("--width", type=told.positive, default=256)
+    parser.add_argument("--repeats", type=told.positive, default=2)
+    parser.add_argument("--device", type=told.device, default="cpu")
     parser.add_argument("--json", type=Path, help="write the figures there too")
     options = parser.parse_args()
     found = measure(options)
@@ -137,4 +138,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    told.run(main)

@@ -22,7 +22,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+import told
 import torch
+
+from tapct import run
+from tapct.config import load_config
+from tapct.data.store import Store
 
 WARM_UP = 3
 GEMM_SECONDS = 2.0
@@ -172,11 +177,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("store", type=Path, help="folder written by tapct pack")
     parser.add_argument("words", nargs="*", metavar="CONFIG key=value", help="default configs/smoke.yaml")
-    parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--ranks", type=told.positive, default=2)
+    parser.add_argument("--steps", type=told.positive, default=30)
     parser.add_argument("--json", type=Path, help="write the figures there too")
     options = parser.parse_args()
     words = options.words if options.words and "=" not in options.words[0] else ["configs/smoke.yaml", *options.words]
+    load_config(run.RunConfig, Path(words[0]), words[1:])  # what is wrong is told before ranks are started
+    Store(options.store)
     with tempfile.TemporaryDirectory() as folder:
         found = measure(options, words, Path(folder))
     one, many = found["samples_per_second"].values()
@@ -197,4 +204,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    told.run(main)

@@ -25,6 +25,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import told
 import torch
 
 from tapct import config as configs
@@ -179,9 +180,9 @@ def show(file: Path, found: dict[str, Any]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("words", nargs="*", metavar="CONFIG key=value", help="default configs/smoke.yaml")
-    parser.add_argument("--steps", type=int, default=20, help="measured steps")
-    parser.add_argument("--warm-up", type=int, default=WARM_UP, help="steps before them")
-    parser.add_argument("--in-plane", type=int, default=256, help="in-plane size of the made-up scans")
+    parser.add_argument("--steps", type=told.positive, default=20, help="measured steps")
+    parser.add_argument("--warm-up", type=told.positive, default=WARM_UP, help="steps before them")
+    parser.add_argument("--in-plane", type=told.positive, default=256, help="in-plane size of the made-up scans")
     parser.add_argument("--compare", action="store_true", help=f"{COMPARED}, beside a published trainer")
     parser.add_argument("--json", type=Path, help="write the figures there too")
     options = parser.parse_intermixed_args()
@@ -200,4 +201,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    told.run(main)

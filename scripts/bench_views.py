@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import told
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -215,9 +216,9 @@ def main() -> None:
     """Run the cases and print, and write, one JSON object."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, default=None, help="where the numbers go")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--repeat", type=int, default=10)
-    parser.add_argument("--batch", type=int, default=None, help="samples, instead of the case's own number")
+    parser.add_argument("--device", type=told.device, default="cpu")
+    parser.add_argument("--repeat", type=told.positive, default=10)
+    parser.add_argument("--batch", type=told.positive, default=None, help="samples, instead of the case's own number")
     parser.add_argument(
         "--cpu-time", action="store_true", help="count processor time of this thread: for a busy machine, with 1 thread"
     )
@@ -241,4 +242,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    told.run(main)

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import told
 import torch
 from torch import Tensor, nn
 
@@ -110,9 +111,9 @@ def main() -> None:
     parser.add_argument("config", nargs="?", type=Path, default=Path("configs/tap_b_3d.yaml"))
     parser.add_argument("--shape", type=int, nargs=3, default=(300, 512, 512), help="slices, rows, columns")
     parser.add_argument("--size", type=int, nargs=2, default=(0, 0), help="in-plane size, 0: the scan's own")
-    parser.add_argument("--batch", type=int, default=8, help="windows per call")
-    parser.add_argument("--real", type=int, default=1, help="calls at either end that are computed")
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--batch", type=told.positive, default=8, help="windows per call")
+    parser.add_argument("--real", type=told.positive, default=1, help="calls at either end that are computed")
+    parser.add_argument("--device", type=told.device, default="cpu")
     parser.add_argument("--json", type=Path, help="write the figures there too")
     options = parser.parse_args()
     found = measure(options)
@@ -122,4 +123,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    told.run(main)

@@ -6,8 +6,8 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
-import sys
 import types
 import typing
 from collections.abc import Iterator
@@ -159,9 +159,12 @@ def current(page: str) -> str:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing")
+    options = parser.parse_args()
     page = PAGE.read_text(encoding="utf-8")
     wanted = current(page)
-    if "--check" in sys.argv[1:]:
+    if options.check:
         raise SystemExit(0 if page == wanted else f"{PAGE} is not current; run python scripts/make_config_docs.py")
     PAGE.write_text(wanted, encoding="utf-8")
 

@@ -217,6 +217,8 @@ def _complete(cls: type, default: Any, user: Mapping[str, Any], path: KeyPath, s
         inner = _dataclass_in(hint)
         if given is _ABSENT and start is _ABSENT and inner is None:
             rule = f"is missing: it has no default, set it ({kind(hint)})"
+            if strange := [str(key) for key in user if key not in known]:
+                rule += f"; unknown here: {', '.join(strange)}"
             raise ConfigError(f"{scope.source(path)}: {dotted(here)} {rule}")
         if (each := _dataclass_of_sections(hint, given)) is not None:
             result[item.name] = [_complete(each, None, one, (*here, str(i)), scope) for i, one in enumerate(given)]

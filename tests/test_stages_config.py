@@ -60,6 +60,7 @@ def test_stages_of_a_file_come_back_from_its_resolved_yaml_and_from_a_checkpoint
         ("stages=[5]", "override: stages = [5]: must be a list, each item a section with start, set"),
         ("stages=[{strat: 2, start: 1}]", "stages[0].strat = 2: unknown key; did you mean stages[0].start?"),
         ("stages=[{set: []}]", "stages[0].start is missing"),
+        ("stages=[{begin: 2, set: []}]", "stages[0].start is missing: it has no default, set it (a whole number); un"),
         ("stages=[{start: 0}]", "stages[0].start = 0: must be >= 1"),
         ("stages=[{start: 1.5}]", "stages[0].start = 1.5: must be a whole number"),
         (word((2, ()), (2, ())), "stages[1].start 2 is not after 2, where stages[0] starts"),

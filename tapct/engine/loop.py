@@ -345,7 +345,7 @@ class Trainer:
             samples = self.samples_behind(int(record["step"]) - 1)
             raise SharedError(
                 f"step {record['step']:.0f}: {name} is {record[name]}; nothing moved since the step before. Samples "
-                f"{samples}. The last checkpoint is whole, but the same command would end here again: start anew in "
+                f"{samples}. What was saved before is whole, but the same command would end here again: start anew in "
                 "another out= with a lower optim.lr, or without these scans"
             )
         self.not_finite.clear()
