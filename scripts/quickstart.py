@@ -59,6 +59,7 @@ def main(words: list[str]) -> None:
     work: Path = options.work if options.data is None else options.work / f"archive_{options.data.resolve().name}"
     archive = work / "phantom" if options.data is None else options.data
     if options.data is None:
+        os.environ.setdefault(manifests.KEY_VARIABLE, "phantom")  # nobody to hide: all hold out the same ones
         station("phantom", lambda: make_phantom(archive))
     cores = os.cpu_count() or 1
 

@@ -4,12 +4,23 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
+from typing import Any
 
 import pytest
+from tiny_run import make_archive
 
 from tapct import config, run
+from tapct.data import manifest
 
 ROOT = Path(__file__).parents[1]
+
+
+def load_quickstart() -> Any:
+    spec = importlib.util.spec_from_file_location("quickstart", ROOT / "scripts" / "quickstart.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.mark.parametrize(
@@ -22,12 +33,32 @@ ROOT = Path(__file__).parents[1]
     ],
 )
 def test_a_cpu_without_bf16_trains_in_fp32(cpuinfo: str, precision: str) -> None:
-    spec = importlib.util.spec_from_file_location("quickstart", ROOT / "scripts" / "quickstart.py")
-    assert spec is not None and spec.loader is not None
-    quickstart = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(quickstart)
+    quickstart = load_quickstart()
     words = quickstart.words_without_bf16(cpuinfo)
     train = config.load_config(run.RunConfig, ROOT / quickstart.SMOKE, words).value.train
     assert train.precision == precision
     whole = config.load_config(run.RunConfig, ROOT / quickstart.SMOKE, []).value.train
     assert (train.steps < whole.steps) == (precision == "fp32")
+
+
+class EnoughError(Exception):
+    """Ends a quickstart when the archive is indexed."""
+
+
+def test_the_patients_of_the_phantom_have_the_same_names_everywhere(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def enough(*_: Any, **__: Any) -> None:
+        raise EnoughError
+
+    quickstart = load_quickstart()
+    monkeypatch.setattr(quickstart, "make_phantom", make_archive)
+    monkeypatch.setattr(quickstart.pack, "pack", enough)
+    monkeypatch.delenv(manifest.KEY_VARIABLE, raising=False)
+    patients = []
+    for place in ("here", "there"):
+        with pytest.raises(EnoughError):
+            quickstart.main(["--work", str(tmp_path / place)])
+        rows = manifest.Manifest.read(tmp_path / place / "manifest.parquet").accepted
+        patients.append([(row.path, row.patient) for row in rows])
+    assert patients[0] == patients[1] and len(patients[0]) == 4
