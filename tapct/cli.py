@@ -198,9 +198,7 @@ def submit(
     for line in dict.fromkeys(line for run in plan.runs for line in launch.doubts(run.value, resources)):
         print(f"warning: {line}", file=sys.stderr)
     if dry_run:
-        print(launch.script(plan.home, resources, len(plan.runs) if sweep else 0))
-        if sweep:
-            print("\n".join(f"# run {number}: {run.value.out}" for number, run in enumerate(plan.runs)))
+        print(launch.script(plan, resources))
         return
     submitted = launch.submit(plan, resources, allow_change)
     log.say(f"{nodes} x {resources.tasks} tasks, each start at most {log.duration(resources.minutes * 60)}")

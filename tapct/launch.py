@@ -1,8 +1,8 @@
 """Submit runs to SLURM: check everything here, copy the code, hand one job or one array to sbatch through submitit.
 
-    RUN/jobs/<time>/   the job's config.yaml, submission.json, events.jsonl, places and starts (`batch`); submitit's
-                       script, pickles and logs
-    RUN/code/<rev>/    the tapct that the job runs, whatever happens to the source tree in the meantime
+RUN/jobs/<time>/   the job's config.yaml, submission.json, events.jsonl, places and starts (`batch`); submitit's
+                   script, pickles and logs
+RUN/code/<rev>/    the tapct that the job runs, whatever happens to the source tree in the meantime
 """
 
 from __future__ import annotations
@@ -235,13 +235,17 @@ def submit(plan: Plan, resources: Resources, allow_change: bool = False) -> list
     return found
 
 
-def script(home: Path, resources: Resources, num_runs: int) -> str:
-    """The batch script that `submit` would hand to sbatch; writes nothing, and needs no SLURM."""
-    folder, code = home.absolute() / "jobs" / "TIME", home.absolute() / "code" / snapshot_name()
-    executor = make_executor(folder, code, resources, f"tapct-{home.name}", executor=_Unsent)
-    if num_runs > 1:  # submitit makes no array of one
-        executor.parameters["map_count"] = num_runs
-    return executor._make_submission_file_text(executor._submitit_command_str, "")
+def script(plan: Plan, resources: Resources) -> str:
+    """The batch script that `submit` would hand to sbatch, below it the runs of a sweep; needs no SLURM."""
+    home = plan.home.absolute()
+    executor = make_executor(
+        home / "jobs" / "TIME", home / "code" / snapshot_name(), resources, f"tapct-{home.name}", executor=_Unsent
+    )
+    if len(plan.runs) > 1:  # submitit makes no array of one
+        executor.parameters["map_count"] = len(plan.runs)
+    outs = [run.value.out for run in plan.runs]
+    listed = [f"# run {number}: {out}" for number, out in enumerate(outs) if out != plan.home]
+    return "\n".join([executor._make_submission_file_text(executor._submitit_command_str, ""), *listed])
 
 
 class _Unsent(SlurmExecutor):

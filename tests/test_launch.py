@@ -106,7 +106,8 @@ def run_script(cluster: FakeSlurm, script: str, srun: str, **environment: str) -
 @pytest.fixture
 def script(config: Path, cluster: FakeSlurm) -> str:
     """A batch script with at most 9 restarts, and 2 in vain; its folder exists."""
-    made = launch.script(Path("run"), launch.Resources(minutes=10, max_restarts=9, max_idle_restarts=2), 1)
+    resources = launch.Resources(minutes=10, max_restarts=9, max_idle_restarts=2)
+    made = launch.script(launch.plan(config, [], []), resources)
     place = config.parent / "run" / "jobs" / "TIME"
     place.mkdir(parents=True)
     (config.parent / "run" / "checkpoints").mkdir()
