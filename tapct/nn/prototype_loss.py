@@ -47,13 +47,13 @@ class Chunks:
         num_prototypes = len(like_KW)
         rows = min(max(1, CHUNK_BYTES // (dtype.itemsize * num_prototypes * views)), num_rows)
         self.ranges = [slice(start, min(start + rows, num_rows)) for start in range(0, num_rows, max(rows, 1))]
-        self.shape = (rows * views, num_prototypes)
+        self.rows, self.dtype, self.like_KW = rows, dtype, like_KW
         self.wide = dtype == like_KW.dtype
-        self.narrow_NK = like_KW.new_empty(0 if self.wide else self.shape[0], num_prototypes)
+        self.narrow_NK = like_KW.new_empty(0 if self.wide else rows * views, num_prototypes)
 
-    def memory(self, like: Tensor) -> Tensor:
-        """For the scores of one range: (N, K)."""
-        return like.new_empty(self.shape)
+    def memory(self, views: int) -> Tensor:
+        """For the scores of so many views of one range: (N, K)."""
+        return self.like_KW.new_empty(self.rows * views, len(self.like_KW), dtype=self.dtype)
 
     def product(self, features_NW: Tensor, prototypes_KW: Tensor, into_NK: Tensor) -> Tensor:
         """features @ prototypes.T in the first N rows of that memory."""
@@ -193,9 +193,10 @@ class _Fused(torch.autograd.Function):
         if cross:
             pairs_V[:num_targets] -= 1.0
         one_pair_each = num_targets - cross == 1 and (num_views <= num_targets or not cross)
-        chunks = Chunks(num_rows, max(num_views, num_targets), narrow_KW, like.dtype)
-        scores_NK, targets_NK = chunks.memory(like), chunks.memory(like)
-        narrow_dKW = torch.empty_like(narrow_KW)
+        views = max(num_views, num_targets)
+        chunks = Chunks(num_rows, views, narrow_KW, like.dtype)
+        scores_NK, targets_NK = chunks.memory(views), chunks.memory(num_targets)
+        narrow_dKW = torch.empty_like(narrow_KW) if needs and not chunks.wide else None
         for rows in chunks.ranges:
             scores_GCK = teacher.chunk(rows, chunks, scores_NK)
             targets_GCK = _softmax(scores_GCK, targets_NK)
@@ -289,7 +290,7 @@ def sinkhorn_bias(teacher: TeacherScores, iterations: int) -> Tensor:
     teacher = teacher.narrowed()
     with torch.autocast(like.device.type, enabled=False):
         chunks = Chunks(num_rows, num_views, teacher.prototypes_KW, like.dtype)
-        scores_NK = chunks.memory(like)
+        scores_NK = chunks.memory(num_views)
         top_K, sum_K = _prototype_sums(teacher, valid_B, chunks, scores_NK)
         mass_K, count = _over_ranks(top_K, sum_K, (num_views * valid_B.sum()).double())
         bias_K = _even_out(mass_K)

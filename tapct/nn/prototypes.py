@@ -73,7 +73,8 @@ class Targets(nn.Module):
         """
         plain = TeacherScores(features_GBW, prototypes_KW, temperature, torch.zeros_like(prototypes_KW[:, 0]), valid_B)
         if self.config.kind == "sinkhorn":
-            return replace(plain, bias_K=sinkhorn_bias(plain, self.config.sinkhorn_iterations)).narrowed()
+            plain = plain.narrowed()
+            return replace(plain, bias_K=sinkhorn_bias(plain, self.config.sinkhorn_iterations))
         sum_K, count = plain.sum_of_scores()
         self.pending_sum_K += sum_K
         self.pending_count += count
