@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 import os
@@ -59,7 +60,9 @@ def main(words: list[str]) -> None:
     work: Path = options.work if options.data is None else options.work / f"archive_{options.data.resolve().name}"
     archive = work / "phantom" if options.data is None else options.data
     if options.data is None:
-        os.environ.setdefault(manifests.KEY_VARIABLE, "phantom")  # nobody to hide: all hold out the same ones
+        work.mkdir(parents=True, exist_ok=True)
+        if not (work / manifests.KEY_FILE).exists():  # nobody to hide: all hold out the same ones
+            (work / manifests.KEY_FILE).write_bytes(hashlib.blake2b(b"phantom", digest_size=32).digest())
         station("phantom", lambda: make_phantom(archive))
     cores = os.cpu_count() or 1
 
