@@ -89,7 +89,7 @@ def main() -> None:
     """Time all variants in turns."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in (("dim", 128), ("depth", 4), ("globals", 16), ("locals", 16), ("seconds", 20)):
-        parser.add_argument(f"--{name}", type=told.positive, default=default)
+        parser.add_argument(f"--{name}", type=told.whole if name == "locals" else told.positive, default=default)
     parser.add_argument(
         "--cpu-time", action="store_true", help="count processor time: for a busy machine, with 1 thread"
     )

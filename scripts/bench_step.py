@@ -181,7 +181,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("words", nargs="*", metavar="CONFIG key=value", help="default configs/smoke.yaml")
     parser.add_argument("--steps", type=told.positive, default=20, help="measured steps")
-    parser.add_argument("--warm-up", type=told.positive, default=WARM_UP, help="steps before them")
+    parser.add_argument("--warm-up", type=told.whole, default=WARM_UP, help="steps before them")
     parser.add_argument("--in-plane", type=told.positive, default=256, help="in-plane size of the made-up scans")
     parser.add_argument("--compare", action="store_true", help=f"{COMPARED}, beside a published trainer")
     parser.add_argument("--json", type=Path, help="write the figures there too")

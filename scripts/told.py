@@ -23,6 +23,13 @@ def run(main: Callable[[], None]) -> None:
         sys.exit(130)
 
 
+def whole(word: str) -> int:
+    """argparse type: a whole number, 0 or more."""
+    if not word.isdigit():
+        raise argparse.ArgumentTypeError(f"{word!r} is no whole number")
+    return int(word)
+
+
 def positive(word: str) -> int:
     """argparse type: a whole number above 0."""
     if not word.isdigit() or int(word) < 1:
