@@ -42,6 +42,7 @@ from tapct.views.key import ViewKey
 ROOT = Path(__file__).resolve().parent.parent
 SMOKE = ROOT / "configs" / "smoke.yaml"
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+WITHOUT_COMMANDS = ("CHANGELOG.md", "extending.md", "ingest.md", "log.md")
 GRID, PATCH = (2, 2, 2), (2, 4, 4)
 
 
@@ -104,7 +105,9 @@ def test_every_path_of_the_tree_that_a_page_names_exists(page: Path) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_command_of_a_page_parses_and_every_override_is_a_key(page: Path) -> None:
     known: Any = typer.main.get_command(app)
-    for line in commands(page):
+    lines = commands(page)
+    assert lines or page.name in WITHOUT_COMMANDS
+    for line in lines:
         _, *words = shlex.split(line, comments=True)
         context = known.commands[words[0]].make_context(words[0], words[1:])
         overrides = context.params.get("overrides") or []

@@ -28,16 +28,10 @@ from tapct import cli, run  # noqa: F401
 GRACE_S = 20.0  # of ranks whose fellow has failed: to end by themselves, and say why
 
 
-class Rank(Exception):
-    """Leads a forked rank out of the nest, to be what `python -m tapct` is."""
-
-
-def hatch(request: dict[str, Any], rank: int) -> int:
-    """Fork one rank; its process id. The rank itself comes out as the exception `Rank`."""
-    child = os.fork()
-    if child:
-        return child
+def become(rank: int, request: dict[str, Any]) -> None:
+    """What a forked process has to do to be as `python -m tapct` begins."""
     os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     files = [(os.devnull, os.O_RDONLY), *((path, os.O_WRONLY | os.O_CREAT) for path in request["files"][rank])]
     for number, (path, flags) in enumerate(files):
         os.dup2(os.open(path, flags, 0o600), number)
@@ -48,7 +42,6 @@ def hatch(request: dict[str, Any], rank: int) -> int:
     torch.set_num_threads(1)
     random.seed()  # as in a Python of its own: who draws without a key gets something else on every rank
     np.random.seed()
-    raise Rank
 
 
 def wait(ranks: list[int], timeout_s: float) -> list[int | None]:
@@ -66,27 +59,28 @@ def wait(ranks: list[int], timeout_s: float) -> list[int | None]:
                 if codes[rank]:
                     end = min(end, time.monotonic() + GRACE_S)
     for rank in running:
-        with suppress(ProcessLookupError):
+        with suppress(ProcessLookupError):  # it has no group of its own yet
             os.killpg(ranks[rank], signal.SIGKILL)
+        os.kill(ranks[rank], signal.SIGKILL)
         os.waitpid(ranks[rank], 0)
     return codes
 
 
-def serve() -> None:
-    """Answer requests until there are no more."""
+def serve() -> bool:
+    """Answer requests until there are no more; True in a forked rank, which then is what `python -m tapct` is."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever asks has it too, and closes our input
     for line in sys.stdin:
         request = json.loads(line)
-        ranks = [hatch(request, rank) for rank in range(len(request["environments"]))]
+        ranks: list[int] = []
+        for rank in range(len(request["environments"])):
+            ranks.append(os.fork())
+            if not ranks[-1]:
+                become(rank, request)
+                return True
         print(json.dumps(wait(ranks, request["timeout_s"])), flush=True)
+    return False
 
 
 if __name__ == "__main__":
-    try:
-        serve()
-    except Rank:
-        pass
-    else:
-        sys.exit()
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    cli.main()
+    if serve():
+        cli.main()

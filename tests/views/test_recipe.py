@@ -235,3 +235,21 @@ def test_views_on_a_gpu_equal_those_on_the_host_and_never_wait(make_batch: Calla
     assert (host.global_VBZYX - device.global_VBZYX.cpu()).abs().max() < 1e-3
     assert (host.local_VBZYX - device.local_VBZYX.cpu()).abs().max() < 1e-3
     assert torch.equal(host.global_in_scan_VBN, device.global_in_scan_VBN.cpu())
+
+
+def test_ops_are_told_the_mm_of_their_view(make_batch: Callable[..., Batch]) -> None:
+    rotation = plugin.load("views.ops", "rotation")
+    turn = rotation.Config(p=(1.0, 1.0, 1.0), degrees=(30.0, 30.0))
+    batch = replace(make_batch([1, 2]), spacing_mm_B3=torch.tensor([[3.0, 0.5, 1.1], [2.0, 0.9, 0.6]]))
+    plain = make(batch, replace(SMALL, ops=NO_OPS))
+    turned = make(batch, replace(SMALL, ops=(Plugin("rotation", turn),)))
+    for kind, views, found, mm_VB3 in (
+        ("global", plain.global_VBZYX, turned.global_VBZYX, plain.global_mm_VB3),
+        ("local", plain.local_VBZYX, turned.local_VBZYX, plain.local_mm_VB3),
+    ):
+        for number, view in enumerate(views):
+            key = ViewKey(0, batch.sample_B, kind, number, CONTRACT, mm_VB3[number])  # type: ignore[arg-type]
+            wanted = rotation.build(turn)(view, key)  # of means, so it may as well come after the z-score
+            torch.testing.assert_close(found[number], wanted, atol=1e-4, rtol=0)
+            other = rotation.build(turn)(view, replace(key, mm_B3=key.mm_B3.flip(1)))
+            assert (other - wanted).abs().max() > 0.01
