@@ -22,9 +22,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import told
+import arguments
 
-from tapct.types import UserError
+from tapct.base import exits
+from tapct.base.exits import UserError
 
 CONFIG = Path("configs/smoke.yaml")
 LAST = 20  # steps at the end of a run that its numbers are means of
@@ -125,7 +126,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--set", nargs="+", default=[], metavar="key=value", help="changes that all variants share")
     parser.add_argument("--out", type=Path, default=Path("runs/ablation"))
-    parser.add_argument("--jobs", type=told.positive, default=2, help="runs at a time")
+    parser.add_argument("--jobs", type=arguments.positive, default=2, help="runs at a time")
     parser.add_argument("--json", type=Path, help="write the numbers of every run there too")
     options = parser.parse_intermixed_args()
     unknown = [name for name in options.variants if name not in VARIANTS]
@@ -140,4 +141,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    told.run(main)
+    exits.leave(exits.exit_code_of(main))

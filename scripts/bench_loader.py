@@ -22,14 +22,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import arguments
 import blosc2
 import numpy as np
-import told
 import torch
 from scipy.ndimage import gaussian_filter
 
+from tapct.base import exits
 from tapct.data import loader
-from tapct.data.pack import encode, write_atomically
+from tapct.data.pack import write_atomically
+from tapct.data.packed import encode
 from tapct.data.store import INDEX_NAME, Store, StoredScan, index_bytes
 from tapct.types import Volume
 
@@ -176,9 +178,9 @@ def run_case(name: str, folder: Path, num_steps: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write the figures there")
-    parser.add_argument("--steps", type=told.positive, default=20, help="steps of the shortest measurement")
+    parser.add_argument("--steps", type=arguments.positive, default=20, help="steps of the shortest measurement")
     parser.add_argument("--store", type=Path, help="measure this store instead of made-up scans")
-    parser.add_argument("--depth", type=told.positive, default=24, help="slices per slab, with --store")
+    parser.add_argument("--depth", type=arguments.positive, default=24, help="slices per slab, with --store")
     options = parser.parse_args()
     result: dict[str, Any] = {
         "machine": {"cpus": os.cpu_count(), "processor": platform.processor() or platform.machine()},
@@ -202,4 +204,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    told.run(main)
+    exits.leave(exits.exit_code_of(main))

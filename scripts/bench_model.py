@@ -17,14 +17,15 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import told
+import arguments
 import torch
 from torch import Tensor
 
-from tapct import plan
+from tapct.base import exits
 from tapct.engine import compiled
 from tapct.models import vit
 from tapct.nn.layers import DropKey
+from tapct.plan import flops as plan
 
 GEMM_SIZE = 2048
 Pass = tuple[list[Tensor], list[Tensor | None]]
@@ -89,7 +90,9 @@ def main() -> None:
     """Time all variants in turns."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in (("dim", 128), ("depth", 4), ("globals", 16), ("locals", 16), ("seconds", 20)):
-        parser.add_argument(f"--{name}", type=told.whole if name == "locals" else told.positive, default=default)
+        parser.add_argument(
+            f"--{name}", type=arguments.whole if name == "locals" else arguments.positive, default=default
+        )
     parser.add_argument(
         "--cpu-time", action="store_true", help="count processor time: for a busy machine, with 1 thread"
     )
@@ -129,4 +132,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    told.run(main)
+    exits.leave(exits.exit_code_of(main))

@@ -18,12 +18,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import told
+import arguments
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tapct.nn.prototype_loss import TeacherScores, prototype_loss, sinkhorn_bias
+from tapct.base import exits
+from tapct.nn.prototype_loss import prototype_loss
+from tapct.nn.prototype_scores import TeacherScores
+from tapct.nn.sinkhorn import sinkhorn_bias
 
 ITERATIONS = 3
 CHUNKS = (128, 256, 512, 1024)
@@ -115,11 +118,11 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=told.positive, default=20_000)
-    parser.add_argument("--prototypes", type=told.positive, default=65_536)
-    parser.add_argument("--width", type=told.positive, default=256)
-    parser.add_argument("--repeats", type=told.positive, default=2)
-    parser.add_argument("--device", type=told.device, default="cpu")
+    parser.add_argument("--rows", type=arguments.positive, default=20_000)
+    parser.add_argument("--prototypes", type=arguments.positive, default=65_536)
+    parser.add_argument("--width", type=arguments.positive, default=256)
+    parser.add_argument("--repeats", type=arguments.positive, default=2)
+    parser.add_argument("--device", type=arguments.device, default="cpu")
     parser.add_argument("--json", type=Path, help="write the figures there too")
     options = parser.parse_args()
     found = measure(options)
@@ -138,4 +141,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    told.run(main)
+    exits.leave(exits.exit_code_of(main))

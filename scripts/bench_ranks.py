@@ -22,12 +22,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-import told
+import arguments
 import torch
 
-from tapct import run
+from tapct.base import exits
 from tapct.config import load_config
 from tapct.data.store import Store
+from tapct.run import config, pretrain
 
 WARM_UP = 3
 GEMM_SECONDS = 2.0
@@ -65,16 +66,16 @@ def environment() -> dict[str, str]:
 
 def rows_of(run: Path) -> list[dict[str, Any]]:
     """Steps of a run."""
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (pretrain / "metrics.jsonl").read_text().splitlines()]
 
 
 def train(world: int, words: list[str], run: Path) -> list[dict[str, Any]]:
     """A run from start to end; its steps."""
-    line = command(world, [*words, f"out={run}"])
+    line = command(world, [*words, f"out={pretrain}"])
     done = subprocess.run(line, env=environment(), capture_output=True, text=True, check=False)
     if done.returncode:
         sys.exit(f"{' '.join(line)}\n{done.stdout}{done.stderr}")
-    return rows_of(run)
+    return rows_of(pretrain)
 
 
 def rate(rows: list[dict[str, Any]]) -> float:
@@ -84,24 +85,24 @@ def rate(rows: list[dict[str, Any]]) -> float:
 
 def stop_and_go_on(world: int, words: list[str], run: Path) -> dict[str, float]:
     """Seconds from a signal to one rank until the checkpoint is announced, and from a start until the next step."""
-    line = command(world, [*words, f"out={run}", "train.steps=100000", "log.every=1", "checkpoint.every=100000"])
+    line = command(world, [*words, f"out={pretrain}", "train.steps=100000", "log.every=1", "checkpoint.every=100000"])
     launcher = subprocess.Popen(line, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not (run / "metrics.jsonl").is_file() or len(rows_of(run)) < WARM_UP:
+    while not (pretrain / "metrics.jsonl").is_file() or len(rows_of(pretrain)) < WARM_UP:
         time.sleep(0.05)
     ranks = subprocess.run(
         ["pgrep", "-P", str(launcher.pid)], capture_output=True, text=True, check=True
     ).stdout.split()
     began = time.time()
     os.kill(int(ranks[-1]), signal.SIGUSR1)
-    while not (run / "checkpoints" / "latest").is_file():
+    while not (pretrain / "checkpoints" / "latest").is_file():
         time.sleep(0.005)
     saved = time.time() - began
     launcher.wait()
-    steps, began = len(rows_of(run)), time.time()
+    steps, began = len(rows_of(pretrain)), time.time()
     said = subprocess.Popen(line, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     assert said.stdout is not None
     read = next(text for text in said.stdout if "read in" in text)
-    while len(rows_of(run)) <= steps:
+    while len(rows_of(pretrain)) <= steps:
         time.sleep(0.05)
     resumed = time.time() - began
     said.terminate()
@@ -115,10 +116,10 @@ def stop_and_go_on(world: int, words: list[str], run: Path) -> dict[str, float]:
 
 def collectives(world: int, words: list[str], run: Path) -> dict[str, int]:
     """Collectives of one step beside those that the numbers in its packet would take one by one."""
-    program = Path(run.parent / "count.py")
+    program = Path(pretrain.parent / "count.py")
     program.write_text(COUNT)
     start = command(world, [])[:-3]
-    line = [*start, str(program), *words, f"out={run}", "train.steps=1"]  # the counter's hooks serve one step only
+    line = [*start, str(program), *words, f"out={pretrain}", "train.steps=1"]  # the counter's hooks serve one step only
     done = subprocess.run(line, env=environment(), capture_output=True, text=True, check=False)
     told = [text for text in done.stdout.splitlines() if text.startswith("{")]
     if not told:
@@ -177,12 +178,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("store", type=Path, help="folder written by tapct pack")
     parser.add_argument("words", nargs="*", metavar="CONFIG key=value", help="default configs/smoke.yaml")
-    parser.add_argument("--ranks", type=told.positive, default=2)
-    parser.add_argument("--steps", type=told.positive, default=30)
+    parser.add_argument("--ranks", type=arguments.positive, default=2)
+    parser.add_argument("--steps", type=arguments.positive, default=30)
     parser.add_argument("--json", type=Path, help="write the figures there too")
     options = parser.parse_args()
     words = options.words if options.words and "=" not in options.words[0] else ["configs/smoke.yaml", *options.words]
-    load_config(run.RunConfig, Path(words[0]), words[1:])  # what is wrong is told before ranks are started
+    load_config(config.RunConfig, Path(words[0]), words[1:])  # what is wrong is told before ranks are started
     Store(options.store)
     with tempfile.TemporaryDirectory() as folder:
         found = measure(options, words, Path(folder))
@@ -204,4 +205,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    told.run(main)
+    exits.leave(exits.exit_code_of(main))

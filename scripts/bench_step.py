@@ -25,12 +25,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import told
+import arguments
 import torch
 
 from tapct import config as configs
-from tapct import planning, provenance, run
+from tapct.base import exits
+from tapct.distributed.device import pick_device
 from tapct.engine import loop, metrics, optim, recompute
+from tapct.plan import command
+from tapct.run import provenance
+from tapct.run.config import RunConfig
 from tapct.ssl.schedules import Schedules
 from tapct.ssl.student_teacher import StudentTeacher
 from tapct.types import Batch
@@ -40,7 +44,7 @@ PUBLISHED_SECONDS, PUBLISHED_GEMM, PUBLISHED_BYTES = 16.0, 180e9, 8.5e9  # dinov
 COMPARED = Path("configs/bench_vit432.yaml")
 
 
-def batches(config: run.RunConfig, in_plane: int) -> Iterator[tuple[Batch, ...]]:
+def batches(config: RunConfig, in_plane: int) -> Iterator[tuple[Batch, ...]]:
     """Made-up slabs: air around a noisy disc of soft tissue."""
     per_micro, depth = config.train.global_batch // config.train.accumulation, config.data.loader.slab_depth
     draw = torch.Generator().manual_seed(0)
@@ -70,7 +74,7 @@ def peak_memory(device: torch.device) -> int:
     return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def trainer_of(config: run.RunConfig, device: torch.device, rows: list[metrics.Record]) -> loop.Trainer:
+def trainer_of(config: RunConfig, device: torch.device, rows: list[metrics.Record]) -> loop.Trainer:
     """A trainer that writes its records into `rows` and saves nothing."""
     pair = StudentTeacher(config.model, config.losses, config.seed, device=device)
     recompute.recompute_blocks(pair.student.backbone, config.train.recompute)
@@ -87,23 +91,23 @@ def trainer_of(config: run.RunConfig, device: torch.device, rows: list[metrics.R
     )
 
 
-def measure(config: run.RunConfig, steps: int, in_plane: int, warm_up: int) -> dict[str, Any]:
+def measure(config: RunConfig, steps: int, in_plane: int, warm_up: int) -> dict[str, Any]:
     """Run some steps and put their seconds beside the GEMM rate of the same minute."""
-    device = run.pick_device(config.device)
+    device = pick_device(config.device)
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
     rows: list[metrics.Record] = []
     trainer = trainer_of(config, device, rows)
     feed = batches(config, in_plane)
-    rates = {each: [planning.gemm_rate(device, each)] for each in {dtype, torch.float32}}
+    rates = {each: [command.gemm_rate(device, each)] for each in {dtype, torch.float32}}
     trainer.pair.train()
     for step in range(warm_up + steps):
         trainer.optimizer_step(step, feed)
         trainer.flush()
     for each, found in rates.items():
-        found.append(planning.gemm_rate(device, each))
+        found.append(command.gemm_rate(device, each))
     rows = rows[warm_up:]
     seconds = statistics.median(row["seconds/step"] for row in rows)
-    flops, gemm = planning.make_plan(config).flops_per_step, max(rates[dtype])
+    flops, gemm = command.make_plan(config).flops_per_step, max(rates[dtype])
     return {
         "device": provenance.gpu_name() if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads",
         "torch": torch.__version__,
@@ -180,9 +184,9 @@ def show(file: Path, found: dict[str, Any]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("words", nargs="*", metavar="CONFIG key=value", help="default configs/smoke.yaml")
-    parser.add_argument("--steps", type=told.positive, default=20, help="measured steps")
-    parser.add_argument("--warm-up", type=told.whole, default=WARM_UP, help="steps before them")
-    parser.add_argument("--in-plane", type=told.positive, default=256, help="in-plane size of the made-up scans")
+    parser.add_argument("--steps", type=arguments.positive, default=20, help="measured steps")
+    parser.add_argument("--warm-up", type=arguments.whole, default=WARM_UP, help="steps before them")
+    parser.add_argument("--in-plane", type=arguments.positive, default=256, help="in-plane size of the made-up scans")
     parser.add_argument("--compare", action="store_true", help=f"{COMPARED}, beside a published trainer")
     parser.add_argument("--json", type=Path, help="write the figures there too")
     options = parser.parse_intermixed_args()
@@ -193,7 +197,7 @@ def main() -> None:
     if options.compare:
         found = compare(file, overrides, options)
     else:
-        config = configs.load_config(run.RunConfig, file, overrides).value
+        config = configs.load_config(RunConfig, file, overrides).value
         found = measure(config, options.steps, options.in_plane, options.warm_up)
         show(file, found)
     if options.json:
@@ -201,4 +205,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    told.run(main)
+    exits.leave(exits.exit_code_of(main))

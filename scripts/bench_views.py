@@ -22,12 +22,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import arguments
 import numpy as np
-import told
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from tapct.base import exits
 from tapct.types import Batch, HUContract
 from tapct.views import boxes, masks, recipe
 
@@ -216,9 +217,11 @@ def main() -> None:
     """Run the cases and print, and write, one JSON object."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, default=None, help="where the numbers go")
-    parser.add_argument("--device", type=told.device, default="cpu")
-    parser.add_argument("--repeat", type=told.positive, default=10)
-    parser.add_argument("--batch", type=told.positive, default=None, help="samples, instead of the case's own number")
+    parser.add_argument("--device", type=arguments.device, default="cpu")
+    parser.add_argument("--repeat", type=arguments.positive, default=10)
+    parser.add_argument(
+        "--batch", type=arguments.positive, default=None, help="samples, instead of the case's own number"
+    )
     parser.add_argument(
         "--cpu-time", action="store_true", help="count processor time of this thread: for a busy machine, with 1 thread"
     )
@@ -242,4 +245,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    told.run(main)
+    exits.leave(exits.exit_code_of(main))

@@ -19,16 +19,19 @@ import time
 from pathlib import Path
 from typing import Any
 
+import arguments
 import numpy as np
-import told
 import torch
 from torch import Tensor, nn
 
 from tapct import config as configs
-from tapct import plugin, run
+from tapct.base import exits
+from tapct.config import plugins
 from tapct.eval.features import window_starts
+from tapct.run.config import RunConfig
 from tapct.types import Tokens, Volume
-from tapct.weights import Pretrained, Recipe
+from tapct.weights.export import Recipe
+from tapct.weights.pretrained import Pretrained
 
 
 class SomeCalls(nn.Module):
@@ -71,9 +74,9 @@ def peak_bytes() -> int:
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Embed one made-up scan."""
-    config = configs.load_config(run.RunConfig, options.config, []).value
+    config = configs.load_config(RunConfig, options.config, []).value
     preprocess = dataclasses.replace(config.eval.preprocess, size_yx=tuple(options.size))
-    backbone = plugin.load("models", config.model.name).build(config.model.config).to(options.device)
+    backbone = plugins.load("models", config.model.name).build(config.model.config).to(options.device)
     depth, height, width = options.shape
     sides = (depth, options.size[0] or height, options.size[1] or width)
     padded = [max(math.ceil(s / p) * p, w) for s, p, w in zip(sides, backbone.patch, preprocess.window, strict=True)]
@@ -111,9 +114,9 @@ def main() -> None:
     parser.add_argument("config", nargs="?", type=Path, default=Path("configs/tap_b_3d.yaml"))
     parser.add_argument("--shape", type=int, nargs=3, default=(300, 512, 512), help="slices, rows, columns")
     parser.add_argument("--size", type=int, nargs=2, default=(0, 0), help="in-plane size, 0: the scan's own")
-    parser.add_argument("--batch", type=told.positive, default=8, help="windows per call")
-    parser.add_argument("--real", type=told.positive, default=1, help="calls at either end that are computed")
-    parser.add_argument("--device", type=told.device, default="cpu")
+    parser.add_argument("--batch", type=arguments.positive, default=8, help="windows per call")
+    parser.add_argument("--real", type=arguments.positive, default=1, help="calls at either end that are computed")
+    parser.add_argument("--device", type=arguments.device, default="cpu")
     parser.add_argument("--json", type=Path, help="write the figures there too")
     options = parser.parse_args()
     found = measure(options)
@@ -123,4 +126,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    told.run(main)
+    exits.leave(exits.exit_code_of(main))

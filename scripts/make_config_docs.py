@@ -1,7 +1,7 @@
 """Write the tables of docs/configuration.md from the config dataclasses, so that the page cannot be out of date.
 
-    python scripts/make_config_docs.py            rewrite the tables, leave the text around them alone
-    python scripts/make_config_docs.py --check    write nothing; exit 1 if the page is not current
+python scripts/make_config_docs.py            rewrite the tables, leave the text around them alone
+python scripts/make_config_docs.py --check    write nothing; exit 1 if the page is not current
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tapct import plugin
-from tapct.run import RunConfig
+from tapct.config import plugins
+from tapct.run.config import RunConfig
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "configuration.md"
 BEGIN, END = "<!-- tables: made by scripts/make_config_docs.py -->", "<!-- end of tables -->"
@@ -114,10 +114,10 @@ def plugin_tables(item: dataclasses.Field[Any], name: str) -> list[str]:
     where = f"{doc[0].upper()}{doc[1:]}. Files of `tapct/{place}`; default: {default}."
     lines = [f"### Plug-ins of `{name}`", "", where, ""]
     if is_section:
-        names = ", ".join(f"`{each}`" for each in plugin.available(folder))
+        names = ", ".join(f"`{each}`" for each in plugins.available(folder))
         lines += table(iter([Key(f"{name}.name", "text", chosen, f"{names}, or a module of yours", "which of them")]))
-    for each in plugin.available(folder):
-        module = plugin.load(folder, each)
+    for each in plugins.available(folder):
+        module = plugins.load(folder, each)
         summary = (module.__doc__ or "").strip().splitlines()[0]
         prefix = f"{name}." if is_section else f"{name}.{each}."
         lines += [f"**`{each}`** — {summary}", "", *table(keys(module.Config(), prefix))]

@@ -17,12 +17,16 @@ from typing import Any, TypeVar
 from rich.table import Table
 
 from tapct import config as configs
-from tapct import log, run, trained
+from tapct.base import console
+from tapct.base.exits import UserError
 from tapct.data import manifest as manifests
-from tapct.data import pack, phantom
+from tapct.data import pack, patients
+from tapct.data.index import build
+from tapct.data.phantom import archive as phantom
 from tapct.engine.checkpoint import replace_text
 from tapct.report import page
-from tapct.types import UserError
+from tapct.run import finished, pretrain
+from tapct.run.config import RunConfig
 
 T = TypeVar("T")
 SMOKE = Path("configs/smoke.yaml")
@@ -61,14 +65,14 @@ def main(words: list[str]) -> None:
     archive = work / "phantom" if options.data is None else options.data
     if options.data is None:
         work.mkdir(parents=True, exist_ok=True)
-        if not (work / manifests.KEY_FILE).exists():  # nobody to hide: all hold out the same ones
-            (work / manifests.KEY_FILE).write_bytes(hashlib.blake2b(b"phantom", digest_size=32).digest())
+        if not (work / patients.KEY_FILE).exists():  # nobody to hide: all hold out the same ones
+            (work / patients.KEY_FILE).write_bytes(hashlib.blake2b(b"phantom", digest_size=32).digest())
         station("phantom", lambda: make_phantom(archive))
     cores = os.cpu_count() or 1
 
     def index() -> manifests.Manifest:
-        with log.progress_bar("index") as progress:
-            return manifests.build(
+        with console.progress_bar("index") as progress:
+            return build(
                 archive,
                 work / "manifest.parquet",
                 labels=options.labels,
@@ -81,24 +85,26 @@ def main(words: list[str]) -> None:
     found = station("index", index)
     refused = [row for row in found.rows if row.status == "refused"]
     for row in refused:
-        log.say(f"  refused {row.path}: {row.reason}: {row.detail}")
+        console.say(f"  refused {row.path}: {row.reason}: {row.detail}")
 
     def packing() -> pack.PackReport:
-        with log.progress_bar("pack") as progress:
+        with console.progress_bar("pack") as progress:
             return pack.pack(found, work / "store", workers=cores, level=1, progress=progress)
 
     station("pack", packing)
     precision = words_without_bf16(Path("/proc/cpuinfo").read_text()) if options.config == SMOKE else []
     words = [f"out={options.out}", f"data.store={work / 'store'}", *precision, *options.overrides]
-    resolved = configs.load_config(run.RunConfig, options.config, words)
-    stop = station("train", lambda: run.train(resolved))
+    resolved = configs.load_config(RunConfig, options.config, words)
+    stop = station("train", lambda: pretrain.train(resolved))
     if stop.signal:
         raise UserError(f"stopped by {stop.signal} and saved at step {stop.step}; the same command goes on from there")
     labelled = any(row.label_path for row in found.accepted)
     results = station("eval", lambda: judge(options.out, resolved)) if labelled else None
     if results is None:
-        log.say("no label maps lie beside the scans, so there is no Dice; `tapct index --help` says how to name them")
-    station("export", lambda: trained.export(options.out))
+        console.say(
+            "no label maps lie beside the scans, so there is no Dice; `tapct index --help` says how to name them"
+        )
+    station("export", lambda: finished.export(options.out))
     report = station("report", lambda: page.write(options.out))
     summary = summarise(options.out, len(found.accepted), len(refused), results, station.seconds, report)
     replace_text(options.out / "summary.json", json.dumps(summary, indent=1) + "\n")
@@ -113,7 +119,7 @@ def words_without_bf16(cpuinfo: str) -> list[str]:
     """
     if not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(cpuinfo.split()):
         return []
-    log.say("this CPU has no bf16 arithmetic: training in fp32, with fewer steps")
+    console.say("this CPU has no bf16 arithmetic: training in fp32, with fewer steps")
     return ["train.precision=fp32", "train.steps=1350"]
 
 
@@ -121,9 +127,9 @@ def make_phantom(archive: Path) -> None:
     """Write the archive unless it is there."""
     done, config = archive / "phantom.json", phantom.Config(num=NUM_SCANS)
     if done.is_file() and json.loads(done.read_text()) == {"num": config.num, "seed": config.seed}:
-        log.say(f"phantom: {archive} is there")
+        console.say(f"phantom: {archive} is there")
         return
-    with log.progress_bar("phantom") as progress:
+    with console.progress_bar("phantom") as progress:
         phantom.write(archive, config, progress)
     replace_text(done, json.dumps({"num": config.num, "seed": config.seed}))
 
@@ -132,9 +138,9 @@ def judge(out: Path, resolved: configs.Resolved) -> dict[str, Any]:
     """Evaluate, unless the results are newer than the last checkpoint."""
     results, latest = out / "eval" / "results.json", out / "checkpoints" / "latest"
     if results.is_file() and results.stat().st_mtime > latest.stat().st_mtime:
-        log.say(f"eval: {results} is newer than the last checkpoint")
+        console.say(f"eval: {results} is newer than the last checkpoint")
         return json.loads(results.read_text())
-    return trained.evaluate(out)
+    return finished.evaluate(out)
 
 
 def summarise(
@@ -185,16 +191,16 @@ def show(summary: dict[str, Any]) -> None:
     table.add_row("Dice untrained (better of two)", number(summary["dice_untrained"]))
     table.add_row("Dice raw HU", number(summary["dice_raw_hu"]))
     table.add_row("wall time", "  ".join(f"{name} {value:.0f} s" for name, value in summary["seconds"].items()))
-    log.console().print(table)
-    log.say(f"report: {summary['report']}")
+    console.console().print(table)
+    console.say(f"report: {summary['report']}")
 
 
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
     except UserError as error:
-        log.error(str(error))
+        console.error(str(error))
         sys.exit(2)
     except KeyboardInterrupt:
-        log.error("interrupted; the same command goes on from where it was")
+        console.error("interrupted; the same command goes on from where it was")
         sys.exit(130)

@@ -7,12 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tapct.data.ingest import read_volume as read_volume
-    from tapct.weights import load_pretrained as load_pretrained
+    from tapct.weights.pretrained import load_pretrained as load_pretrained
 
 __version__ = "0.1.0"
 __all__ = ["__version__", "load_pretrained", "read_volume"]
 
-_HOMES = {"load_pretrained": "tapct.weights", "read_volume": "tapct.data.ingest"}  # torch is loaded on first use
+_HOMES = {
+    "load_pretrained": "tapct.weights.pretrained",
+    "read_volume": "tapct.data.ingest",
+}  # torch is loaded on first use
 
 
 def __getattr__(name: str) -> Any:

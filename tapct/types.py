@@ -15,21 +15,9 @@ if TYPE_CHECKING:  # the command line loads this file, and torch takes 2 s
     import numpy as np
     import torch
     from torch import Tensor
+from tapct.base.exits import UserError
 
 AIR_HU = -1024  # what padding is made of in stored and loaded volumes; air, never zero (zero is water)
-
-
-LOST_RANK = 3  # exit code of a process whose run ended because of another rank
-
-
-class UserError(ValueError):
-    """Bad input from a person: the command line prints its one line and exits with 2, without a traceback."""
-
-    exit_code = 2
-
-
-class SharedError(UserError):
-    """Bad input that every rank of a run finds at once: only the first rank prints it."""
 
 
 class Refused(UserError):

@@ -20,9 +20,9 @@ import torch
 import typer
 import yaml
 
-from tapct import planning, plugin, run, scale, weights
 from tapct.cli import app
-from tapct.config import load_config
+from tapct.config import load_config, plugins
+from tapct.config.plugins import Plugin
 from tapct.engine import loop, optim
 from tapct.eval import runner
 from tapct.eval.baselines import NamedModel, RawPatches, with_baselines
@@ -31,13 +31,15 @@ from tapct.eval.scans import LabelledScan
 from tapct.models import vit
 from tapct.nn import heads
 from tapct.nn.contracts import Backbone
-from tapct.plugin import Plugin
+from tapct.plan import command, scale
+from tapct.run.config import RunConfig
 from tapct.ssl import health
 from tapct.ssl.schedules import Schedules
 from tapct.ssl.student_teacher import StudentTeacher
 from tapct.types import Batch, HUContract, LabelMap, Masks, Tokens, TokenSets, Volume
 from tapct.views import boxes, masks, recipe
 from tapct.views.key import ViewKey
+from tapct.weights import export, pretrained
 
 ROOT = Path(__file__).resolve().parent.parent
 SMOKE = ROOT / "configs" / "smoke.yaml"
@@ -76,7 +78,7 @@ def test_the_table_of_all_config_keys_is_current(monkeypatch: pytest.MonkeyPatch
     assert page == maker.current(page), "run python scripts/make_config_docs.py"
     keys = {key for key in re.findall(r"^\| `([^`]+)` \|", page, re.MULTILINE) if not key.startswith("views.ops.")}
     # found by another way: the leaves of a resolved config, with the plug-ins that are off by default
-    resolved = set(load_config(run.RunConfig, None, ["losses.gram={}"]).origin)
+    resolved = set(load_config(RunConfig, None, ["losses.gram={}"]).origin)
     assert keys == {key for key in resolved if not key.startswith("views.ops.")}
 
 
@@ -113,7 +115,7 @@ def test_every_command_of_a_page_parses_and_every_override_is_a_key(page: Path) 
         overrides = context.params.get("overrides") or []
         if "mylab" not in line:
             config = ROOT / str(context.params.get("config") or SMOKE)
-            load_config(run.RunConfig, config if config.is_file() else SMOKE, overrides)
+            load_config(RunConfig, config if config.is_file() else SMOKE, overrides)
 
 
 @pytest.mark.parametrize(
@@ -122,18 +124,18 @@ def test_every_command_of_a_page_parses_and_every_override_is_a_key(page: Path) 
 )
 def test_the_header_of_a_published_config_tells_the_flops_of_its_plan(name: str) -> None:
     path = ROOT / "configs" / f"{name}.yaml"
-    config = load_config(run.RunConfig, path, []).value
+    config = load_config(RunConfig, path, []).value
     told = re.search(r"([\d.]+) PFLOP a step, ([\d.]+) EFLOP.*?about ([\d.]+) GPU-days", path.read_text(), re.DOTALL)
     assert told is not None
-    step = planning.make_plan(config).flops_per_step
+    step = command.make_plan(config).flops_per_step
     facts = (step / 1e15, step * config.train.steps / 1e18, step * config.train.steps / 200e12 / 86400)
     assert [float(number) for number in told.groups()] == pytest.approx(facts, rel=0.03)
 
 
 def test_the_header_for_small_batches_tells_the_memory_of_its_plan() -> None:
     path = ROOT / "configs" / "tap_s_3d_small_batch.yaml"
-    config = load_config(run.RunConfig, path, []).value
-    (memory,) = planning.make_scale(config, planning.make_plan(config), scale.Asked(gpus=(1,))).as_set
+    config = load_config(RunConfig, path, []).value
+    (memory,) = command.make_scale(config, command.make_plan(config), scale.Asked(gpus=(1,))).as_set
     told = re.search(r"\((\d+) GB as counted by tapct plan", path.read_text())
     assert told and abs(float(told[1]) - memory.total / 1e9) < 0.6
 
@@ -183,7 +185,7 @@ def test_every_piece_of_yaml_is_a_config(page: str, block: str, mylab: Path) -> 
     tree = yaml.safe_load(block)
     path = mylab / "piece.yaml"
     path.write_text(yaml.safe_dump({**tree, "base": str(ROOT / "configs" / tree.get("base", SMOKE.name))}))
-    resolved = load_config(run.RunConfig, path, [])
+    resolved = load_config(RunConfig, path, [])
     assert any(origin.endswith(".yaml:1") or "piece.yaml" in origin for origin in resolved.origin.values())
 
 
@@ -240,9 +242,9 @@ def test_the_example_backbone_is_exported_and_comes_back(mylab: Path, tmp_path: 
     model = module.build(config)
     model.init_weights(3)
     preprocess = Preprocess((8, 8), (4, 8, 8), (4, 8, 8))
-    weights.save_export(tmp_path / "e", model, Plugin("mylab.models.patch_mlp", config), HUContract(), preprocess, {})
+    export.save_export(tmp_path / "e", model, Plugin("mylab.models.patch_mlp", config), HUContract(), preprocess, {})
     crops = torch.randn(1, 4, 8, 8)
-    back = weights.load_pretrained(tmp_path / "e", custom_code=True)
+    back = pretrained.load_pretrained(tmp_path / "e", custom_code=True)
     assert torch.equal(back(crops).patches_BND, model([crops])[0].patches_BND)
 
 
@@ -306,8 +308,8 @@ def test_the_example_task_finds_the_height_where_it_can_be_seen(
 
 def test_the_table_of_metrics_has_every_key_that_a_step_writes_and_no_other() -> None:
     head = heads.Config(num_prototypes=8, hidden=8, bottleneck=4)
-    losses = [Plugin(name, plugin.load("losses", name).Config(head=head)) for name in ("dino", "ibot")]
-    losses += [Plugin(name, plugin.load("losses", name).Config()) for name in ("koleo", "gram")]
+    losses = [Plugin(name, plugins.load("losses", name).Config(head=head)) for name in ("dino", "ibot")]
+    losses += [Plugin(name, plugins.load("losses", name).Config()) for name in ("koleo", "gram")]
     model = vit.Config(window=(4, 8, 8), patch=PATCH, dim=8, depth=1, heads=2)
     pair = StudentTeacher(Plugin("vit", model), losses, seed=0)
     views = recipe.Config(global_window=(4, 8, 8), local_window=(2, 4, 4), num_locals=1)
@@ -336,7 +338,7 @@ def test_the_tables_of_results_have_every_key_of_an_evaluation(tmp_path: Path, m
     config = vit.Config(window=(4, 16, 16), patch=PATCH, dim=8, depth=1, heads=2)
     section = Plugin("vit", config)
     models = with_baselines(vit.build(config), section, 0)
-    task = Plugin("segmentation", plugin.load("eval.tasks", "segmentation").Config(steps=3))
+    task = Plugin("segmentation", plugins.load("eval.tasks", "segmentation").Config(steps=3))
     evaluate(task, models, tmp_path, monkeypatch)
     results = json.loads((tmp_path / "results.json").read_text())
     told = table_keys(ROOT / "docs" / "evaluation.md", "results.json")

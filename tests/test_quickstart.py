@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 from tiny_run import make_archive
 
-from tapct import config, run
+from tapct import config
 from tapct.data import manifest
+from tapct.data.patients import KEY_VARIABLE
+from tapct.run.config import RunConfig
 
 ROOT = Path(__file__).parents[1]
 
@@ -35,9 +37,9 @@ def load_quickstart() -> Any:
 def test_a_cpu_without_bf16_trains_in_fp32(cpuinfo: str, precision: str) -> None:
     quickstart = load_quickstart()
     words = quickstart.words_without_bf16(cpuinfo)
-    train = config.load_config(run.RunConfig, ROOT / quickstart.SMOKE, words).value.train
+    train = config.load_config(RunConfig, ROOT / quickstart.SMOKE, words).value.train
     assert train.precision == precision
-    whole = config.load_config(run.RunConfig, ROOT / quickstart.SMOKE, []).value.train
+    whole = config.load_config(RunConfig, ROOT / quickstart.SMOKE, []).value.train
     assert (train.steps < whole.steps) == (precision == "fp32")
 
 
@@ -54,7 +56,7 @@ def test_the_patients_of_the_phantom_have_the_same_names_everywhere(
     quickstart = load_quickstart()
     monkeypatch.setattr(quickstart, "make_phantom", make_archive)
     monkeypatch.setattr(quickstart.pack, "pack", enough)
-    monkeypatch.delenv(manifest.KEY_VARIABLE, raising=False)
+    monkeypatch.delenv(KEY_VARIABLE, raising=False)
     patients = []
     for place in ("here", "there"):
         with pytest.raises(EnoughError):

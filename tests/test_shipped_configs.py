@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 from tiny_run import make_store, numbers_of
 
-from tapct import run
 from tapct.config import load_config
 from tapct.engine import loop
+from tapct.run import pretrain
+from tapct.run.config import RunConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = [*(f"tap_{size}_{kind}" for kind in ("2d", "2p5d", "3d") for size in "sb"), "tap_s_3d_small_batch"]
@@ -26,8 +27,8 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_shipped_config_takes_a_step(name: str, store: Path, tmp_path: Path) -> None:
     words = ["train.steps=1", "train.global_batch=2", "device=cpu", "data.loader.workers=0", "data.held_out=0"]
     config = ROOT / "configs" / f"{name}.yaml"
-    resolved = load_config(run.RunConfig, config, [*words, f"out={tmp_path}/run", f"data.store={store}"])
-    assert run.train(resolved) == loop.Stop(1)
+    resolved = load_config(RunConfig, config, [*words, f"out={tmp_path}/run", f"data.store={store}"])
+    assert pretrain.train(resolved) == loop.Stop(1)
     (row,) = numbers_of(tmp_path / "run")
     terms = {"dino_global", "dino_local", "ibot", "koleo"}
     assert all(math.isfinite(row[f"loss/{term}"]) for term in terms)

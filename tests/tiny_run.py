@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from tapct.config import Resolved, load_config
-from tapct.data import manifest, pack, phantom
-from tapct.run import RunConfig
+from tapct.data import index, pack
+from tapct.data.phantom import archive as phantom
+from tapct.run.config import RunConfig
 
 CONFIG = """
 out: {out}
@@ -37,9 +38,7 @@ CLOCK = re.compile(r"time$|seconds/|samples_per_second$|^ranks/")  # what two eq
 
 def make_archive(folder: Path, num: int = 4, seed: int = 0, dicom_share: float = 0.0) -> Path:
     """A phantom archive of small scans with labels."""
-    sizes = phantom.Config(
-        num=num, seed=seed, slices=(12, 16), in_plane=(48, 64), dicom_share=dicom_share, workers=1
-    )
+    sizes = phantom.Config(num=num, seed=seed, slices=(12, 16), in_plane=(48, 64), dicom_share=dicom_share, workers=1)
     phantom.write(folder, sizes)
     return folder
 
@@ -47,7 +46,7 @@ def make_archive(folder: Path, num: int = 4, seed: int = 0, dicom_share: float =
 def make_store(folder: Path, num: int = 4, seed: int = 0) -> Path:
     """The archive, indexed and packed; returns the store."""
     archive = make_archive(folder / "archive", num, seed)
-    found = manifest.build(
+    found = index.build(
         archive, folder / "manifest.parquet", labels=None, patient_regex=None, min_depth=1, workers=0, progress=None
     )
     pack.pack(found, folder / "store", workers=0)

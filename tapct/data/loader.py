@@ -25,11 +25,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from tapct import rng
+from tapct.base import rng
+from tapct.base.exits import UserError
+from tapct.config.fields import setting
+from tapct.data.packed import Damaged
 from tapct.data.sampler import samples_of, scan_of
-from tapct.data.store import Damaged, Store
-from tapct.settings import setting
-from tapct.types import AIR_HU, Batch, UserError
+from tapct.data.store import Store
+from tapct.types import AIR_HU, Batch
 
 _log = logging.getLogger(__name__)
 

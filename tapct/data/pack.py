@@ -23,27 +23,21 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import blosc2
 import numpy as np
 
+from tapct.base.exits import UserError
 from tapct.data.ingest import read_volume
 from tapct.data.manifest import Manifest, Row
-from tapct.data.store import (
-    INDEX_NAME,
-    META_KEY,
+from tapct.data.packed import (
     Damaged,
     PackedMeta,
-    StoredScan,
-    checksum,
-    index_bytes,
+    encode,
     open_packed,
 )
+from tapct.data.store import INDEX_NAME, StoredScan, index_bytes
 from tapct.data.workers import map_unordered
-from tapct.types import Refused, UserError, Volume
+from tapct.types import Refused, Volume
 
-CHUNK_BYTES = 1 << 20  # smaller chunks waste less at a slab's ends, larger ones cost fewer calls
-CHUNK_SLICES = 4
-BLOCK_BYTES = 1 << 18  # in and out of a block fit a 1 MiB L2 cache
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
@@ -262,72 +256,6 @@ def _differences(row: Row, shape_ZYX: tuple[int, int, int], spacing_mm: tuple[fl
     if not np.allclose(spacing_mm, indexed_mm, rtol=1e-5, atol=0.0):  # the manifest may hold float32
         return f"has spacing {spacing_mm} mm, the manifest says {indexed_mm}"
     return ""
-
-
-def layout(shape_ZYX: tuple[int, int, int]) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
-    """Chunks of whole slices, up to 1 MiB and 4 slices, and blocks of whole rows, up to 256 KiB.
-
-    A block never crosses a chunk's row or slice order, so a decoded chunk is C-ordered. A height without a fitting
-    divisor gets whole slices as blocks.
-    """
-    z, y, x = shape_ZYX
-    slice_bytes = 2 * y * x
-    chunk = min(z, CHUNK_SLICES, max(1, CHUNK_BYTES // slice_bytes))
-    if slice_bytes <= BLOCK_BYTES:
-        return (chunk, y, x), (max(n for n in _divisors(chunk) if n * slice_bytes <= BLOCK_BYTES), y, x)
-    rows = max((n for n in _divisors(y) if 2 * n * x <= BLOCK_BYTES), default=y)
-    if 2 * rows * x < BLOCK_BYTES // 8:
-        rows = y
-    return (chunk, y, x), (1, rows, x)
-
-
-def _divisors(n: int) -> list[int]:
-    return [d for d in range(1, n + 1) if n % d == 0]
-
-
-def encode(volume: Volume, scan_id: str, level: int) -> tuple[bytes, PackedMeta]:
-    """Compress one scan.
-
-    Returns:
-        The bytes of its `.b2nd` file, and what they say of themselves.
-    """
-    z, y, x = volume.hu_ZYX.shape
-    chunks, blocks = layout((z, y, x))
-    codec, shuffle = (
-        (blosc2.Codec.ZSTD, blosc2.Filter.BITSHUFFLE) if level else (blosc2.Codec.LZ4, blosc2.Filter.SHUFFLE)
-    )
-    array = blosc2.asarray(
-        np.ascontiguousarray(volume.hu_ZYX, dtype=np.int16),
-        chunks=chunks,
-        blocks=blocks,
-        contiguous=True,
-        cparams={"codec": codec, "clevel": level or 1, "filters": [shuffle], "typesize": 2, "nthreads": 1},
-        dparams={"nthreads": 1},
-    )
-    ranges_C2 = _byte_ranges(array, array.schunk.to_cframe())
-    spacing_mm = (float(volume.spacing_mm[0]), float(volume.spacing_mm[1]), float(volume.spacing_mm[2]))
-    meta = PackedMeta(scan_id, (z, y, x), spacing_mm, checksum(volume.hu_ZYX), chunks[0], ranges_C2)
-    array.schunk.vlmeta[META_KEY] = meta.to_dict()  # lies behind the chunks, so they stay where they are
-    frame = array.schunk.to_cframe()
-    if not np.array_equal(_byte_ranges(array, frame), ranges_C2):
-        raise RuntimeError(f"blosc2 {blosc2.__version__} moved the chunks of a frame when metadata was added to it")
-    return frame, meta
-
-
-def _byte_ranges(array: blosc2.NDArray, frame: bytes) -> np.ndarray:
-    """Where a frame holds each chunk: int64 (C, 2), offset and length; checked byte by byte."""
-    offset = int.from_bytes(frame[11:15], "big")  # the header's length; the chunks follow in order
-    ranges: list[tuple[int, int]] = []
-    for c in range(array.schunk.nchunks):
-        chunk = array.schunk.get_chunk(c)
-        if frame.startswith(chunk, offset):
-            ranges.append((offset, len(chunk)))
-            offset += len(chunk)
-        elif len(chunk) <= 64:  # a chunk of zeros is only a flag
-            ranges.append((-1, 0))
-        else:
-            raise RuntimeError(f"blosc2 {blosc2.__version__} does not write the chunks of a frame in order")
-    return np.asarray(ranges, np.int64).reshape(-1, 2)
 
 
 def write_atomically(file: Path, content: bytes) -> None:

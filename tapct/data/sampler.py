@@ -12,8 +12,8 @@ Source: Luby and Rackoff 1988 (doi:10.1137/0217022); cycle walking: Black and Ro
 
 from __future__ import annotations
 
-from tapct import rng
-from tapct.types import UserError
+from tapct.base import rng
+from tapct.base.exits import UserError
 
 _ROUNDS = 8  # 4 are a strong permutation of large domains; small ones need more to look uniform
 

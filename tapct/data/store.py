@@ -26,11 +26,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tapct.types import UserError
+from tapct.base.exits import UserError
+from tapct.data.packed import SCHEMA, Damaged, checksum, one_line, open_packed
 
-SCHEMA = 1  # of store.parquet and of the metadata in every .b2nd
 INDEX_NAME = "store.parquet"
-META_KEY = "tapct"
 _INDEX_KEY = b"tapct.store"
 
 
@@ -55,89 +54,6 @@ class StoredScan:
     path: str
     label_path: str
     checksum: str
-
-
-class Damaged(UserError):
-    """A packed scan that cannot be read, or does not hold what was packed."""
-
-
-def checksum(hu_ZYX: np.ndarray) -> str:
-    """Name the voxels: blake2b over shape and little-endian int16 in C order, 32 hex digits; the manifest's digest."""
-    digest = hashlib.blake2b(repr(tuple(map(int, hu_ZYX.shape))).encode(), digest_size=16)
-    digest.update(np.ascontiguousarray(hu_ZYX, dtype="<i2").data)
-    return digest.hexdigest()
-
-
-@dataclass(frozen=True)
-class PackedMeta:
-    """What a `.b2nd` says of itself.
-
-    Args:
-        id, shape_ZYX, spacing_mm, checksum: as in `StoredScan`.
-        chunk_slices: slices per chunk.
-        byte_ranges_C2: int64, offset and length of every chunk in the file; offset -1 where the file holds no bytes
-            for it (blosc2 keeps a chunk of zeros as a flag).
-    """
-
-    id: str
-    shape_ZYX: tuple[int, int, int]
-    spacing_mm: tuple[float, float, float]
-    checksum: str
-    chunk_slices: int
-    byte_ranges_C2: np.ndarray
-
-    def to_dict(self) -> dict[str, Any]:
-        """As it lies in the file's variable-length metadata."""
-        return {
-            "schema": SCHEMA,
-            "id": self.id,
-            "shape": list(self.shape_ZYX),
-            "spacing_mm": list(self.spacing_mm),
-            "checksum": self.checksum,
-            "chunk_slices": self.chunk_slices,
-            "byte_ranges": self.byte_ranges_C2.astype("<i8").tobytes(),
-        }
-
-    @classmethod
-    def from_dict(cls, found: Mapping[str, Any]) -> PackedMeta:
-        """Inverse of `to_dict`; KeyError, TypeError or ValueError where it is not ours."""
-        if found["schema"] != SCHEMA:
-            raise ValueError(f"schema is {found['schema']}, this tapct reads {SCHEMA}")
-        z, y, x = found["shape"]
-        dz, dy, dx = found["spacing_mm"]
-        ranges_C2 = np.frombuffer(found["byte_ranges"], "<i8").reshape(-1, 2).astype(np.int64)
-        if len(ranges_C2) != -(-z // found["chunk_slices"]):
-            raise ValueError(f"{len(ranges_C2)} chunks of {found['chunk_slices']} slices for {z} slices")
-        return cls(
-            found["id"],
-            (z, y, x),
-            (dz, dy, dx),
-            found["checksum"],
-            found["chunk_slices"],
-            ranges_C2,
-        )
-
-
-def open_packed(file: Path) -> tuple[blosc2.NDArray, PackedMeta]:
-    """Open one `.b2nd` and check its outside: it is whole, of our schema, and int16.
-
-    Raises:
-        Damaged: it is missing, cut short, or not a packed scan; the voxels themselves are not looked at.
-    """
-    if not file.is_file():
-        raise Damaged(f"{file} is missing")
-    try:
-        array = blosc2.open(str(file), mode="r", dparams={"nthreads": 1})
-        meta = PackedMeta.from_dict(array.schunk.vlmeta[META_KEY])
-        if array.dtype != np.int16 or tuple(array.shape) != meta.shape_ZYX or array.chunks[0] != meta.chunk_slices:
-            raise ValueError(f"holds {array.dtype} {tuple(array.shape)}, its metadata says {meta.shape_ZYX}")
-    except (RuntimeError, KeyError, TypeError, ValueError, AttributeError, OSError) as error:
-        raise Damaged(f"{file} is no whole packed scan ({type(error).__name__}: {_one_line(error)})") from error
-    return array, meta
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())
 
 
 class _OpenScan:
@@ -278,7 +194,7 @@ class Store:
                 begin, end = max(low, z0), min(high, z1)
                 slab_ZYX[begin - z0 : end - z0] = edge_ZYX[begin - low : end - low]
         except (Damaged, OSError, ValueError, RuntimeError) as error:
-            raise self._damaged(i, _one_line(error)) from error
+            raise self._damaged(i, one_line(error)) from error
 
     def verify(self, i: int) -> None:
         """Decode the whole scan i and compare it with the checksum taken before packing. Raises: Damaged."""
@@ -371,7 +287,7 @@ def read_index(folder: Path) -> tuple[tuple[StoredScan, ...], dict[str, Any]]:
         columns = [table.column(name).cast(kind).to_pylist() for name, kind in zip(_COLUMNS.names, _COLUMNS.types)]
     except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
         raise UserError(
-            f"{file} is not readable ({_one_line(error)}); run `tapct pack` again, it keeps the scans."
+            f"{file} is not readable ({one_line(error)}); run `tapct pack` again, it keeps the scans."
         ) from error
     root = Path(info["root"])
     scans = tuple(

@@ -14,10 +14,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from tapct import ranks
+from tapct.base import ranks
+from tapct.base.exits import UserError
 from tapct.doctor.facts import INSTALL, Broken
 from tapct.doctor.machine import ended, kill, last_line, start
-from tapct.types import UserError
 
 MARK = "@doctor "
 CHILD_SECONDS = 60.0  # torch alone may take half a minute to load from a cold network disk

@@ -9,8 +9,8 @@ import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from tapct import log
-from tapct.doctor import judge, machine
+from tapct.base import console
+from tapct.doctor import machine, verdicts
 from tapct.doctor.answers import CHILD_SECONDS, Answers, Child
 from tapct.doctor.facts import AllReduce, Attention, Broken, Copy, Finding, Gpu, Gpus, Reads, Settings, Space, Torch
 
@@ -62,11 +62,11 @@ def findings(
 
 def quick() -> Iterator[Finding]:
     """What is soon known."""
-    yield judge.packages(machine.packages())
-    yield judge.cpu(machine.cpu(os.environ))
-    yield judge.limits(machine.limits())
-    yield judge.umask(machine.umask())
-    yield judge.slurm(machine.slurm())
+    yield verdicts.packages(machine.packages())
+    yield verdicts.cpu(machine.cpu(os.environ))
+    yield verdicts.limits(machine.limits())
+    yield verdicts.umask(machine.umask())
+    yield verdicts.slurm(machine.slurm())
     yield folder("shared memory", Path("/dev/shm"))
 
 
@@ -80,18 +80,18 @@ ROOM = {  # bytes below which a run fails, and below which it may; remedy
 def folder(name: str, path: Path, seconds: float = FOLDER_SECONDS) -> Finding:
     """Whether there is room in a folder that has to be written; a run folder need not be there yet."""
     asked = {"path": str(path), "must_exist": name != "disk"}
-    return judge.room(name, Child(FOLDERS, "space", asked, seconds).answers().of("space", Space), *ROOM[name])
+    return verdicts.room(name, Child(FOLDERS, "space", asked, seconds).answers().of("space", Space), *ROOM[name])
 
 
 def site(told: Answers, config: Path | None, store: Path | None) -> tuple[Settings, list[Finding]]:
     """What the config says of its machine, and the findings on it, its folders and its store."""
     found = told.of("settings", Settings) if config else Settings()
     settings = Settings() if isinstance(found, Broken) else found
-    findings = [judge.config(found, str(config))] if config else []
+    findings = [verdicts.config(found, str(config))] if config else []
     findings.append(folder("disk", Path(settings.out)))
-    findings.append(judge.wandb(settings.wandb, machine.has_wandb_key(os.environ, Path.home())))
+    findings.append(verdicts.wandb(settings.wandb, machine.has_wandb_key(os.environ, Path.home())))
     place = str(store or settings.store)
-    findings.append(judge.reads(told.of("reads", Reads) if place else None))
+    findings.append(verdicts.reads(told.of("reads", Reads) if place else None))
     return settings, findings
 
 
@@ -100,15 +100,15 @@ def device(told: Answers, settings: Settings) -> tuple[tuple[Gpu, ...], list[Fin
     has_nvidia = machine.has_nvidia()
     build = told.of("torch", Torch)
     if isinstance(build, Broken):  # then nothing else is known either
-        return (), [judge.torch(build, has_nvidia)]
+        return (), [verdicts.torch(build, has_nvidia)]
     seen = told.of("gpus", lambda gpus, nccl: Gpus(tuple(Gpu(**gpu) for gpu in gpus), nccl))
-    found = [judge.torch(build, has_nvidia), judge.gpus(seen, settings, has_nvidia)]
+    found = [verdicts.torch(build, has_nvidia), verdicts.gpus(seen, settings, has_nvidia)]
     cards: tuple[Gpu, ...] = () if isinstance(seen, Broken) else seen.gpus
     if not isinstance(seen, Broken):
-        found.append(judge.nccl(seen))
+        found.append(verdicts.nccl(seen))
     if cards:
-        found.append(judge.copy(told.of("copy", Copy)))
-    found.append(judge.attention(told.of("attention", Attention)))
+        found.append(verdicts.copy(told.of("copy", Copy)))
+    found.append(verdicts.attention(told.of("attention", Attention)))
     return cards, found
 
 
@@ -119,10 +119,10 @@ def _all_reducers(backend: str, world: int, meeting: str, seconds: float) -> lis
 
 def _all_reduce(peers: Sequence[Child], backend: str) -> Finding:
     if not peers:
-        return judge.all_reduce(Broken("not tried without a temporary folder", "mend TMPDIR first"), backend)
+        return verdicts.all_reduce(Broken("not tried without a temporary folder", "mend TMPDIR first"), backend)
     found = [peer.answers().of("all_reduce", AllReduce) for peer in peers]
     broken = [one for one in found if isinstance(one, Broken)]
-    return judge.all_reduce(broken[0] if broken else found[0], backend)
+    return verdicts.all_reduce(broken[0] if broken else found[0], backend)
 
 
 def lines(finding: Finding, width: int) -> list[str]:
@@ -146,7 +146,7 @@ def lines(finding: Finding, width: int) -> list[str]:
 
 def show(finding: Finding) -> None:
     """Print a finding, its state in colour on a terminal."""
-    out = log.console()
+    out = console.console()
     text = "\n".join(lines(finding, out.width))
     out.print(finding.state, style=COLOURS[finding.state], end="")
-    log.say(text.removeprefix(finding.state))
+    console.say(text.removeprefix(finding.state))

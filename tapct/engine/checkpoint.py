@@ -36,10 +36,10 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.tensor import DTensor
 
-from tapct import collectives
+from tapct.base.exits import UserError
 from tapct.config import setting
+from tapct.distributed import collectives
 from tapct.ssl.student_teacher import StudentTeacher
-from tapct.types import UserError
 
 
 @dataclass(frozen=True)

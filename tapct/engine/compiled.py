@@ -15,10 +15,10 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from tapct import log
-from tapct.engine.parallel import blocks_of
+from tapct.base import console
+from tapct.base.exits import UserError
+from tapct.engine.fsdp import blocks_of
 from tapct.ssl.student_teacher import StudentTeacher
-from tapct.types import UserError
 
 GRAPHS = 64  # of one function before torch gives up on it; teacher and student, each branch whole or by a subset
 WANTED = ("auto", "always", "never")
@@ -39,7 +39,7 @@ def decide(wanted: str, device: torch.device) -> bool:
     told = f"train.compile={wanted} needs a compiler for this {device.type}, and {missing}"
     if wanted == "always":
         raise UserError(f"{told}; install one, or set train.compile=never")
-    log.say(f"{told}; going on without")
+    console.say(f"{told}; going on without")
     return False
 
 

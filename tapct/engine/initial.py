@@ -15,11 +15,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tapct.collectives import local_part, part_of_full
+from tapct.base.exits import SharedError, UserError
+from tapct.distributed.collectives import local_part, part_of_full
 from tapct.engine.checkpoint import FOLDER, Checkpoints, read_meta
 from tapct.nn.posembed import Grid, resize_positions
 from tapct.ssl.student_teacher import StudentTeacher
-from tapct.types import SharedError, UserError
 
 KINDS = ("missing", "resized", "unexpected")
 

@@ -10,21 +10,24 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from tapct.collectives import Packet, own_slot
+from tapct.base.exits import SharedError, UserError
+from tapct.base.ranks import Ranks
 from tapct.config import setting
+from tapct.config.plugins import Plugin
 from tapct.data import sampler
-from tapct.engine import compiled, initial, metrics, optim, parallel, vitals
+from tapct.distributed import watch as watch_module
+from tapct.distributed import world as parallel
+from tapct.distributed.collectives import Packet, own_slot
+from tapct.distributed.world import World
+from tapct.engine import compiled, desync, fsdp, initial, metrics, optim, vitals
 from tapct.engine.optim import Updater
-from tapct.engine.parallel import World
 from tapct.engine.stop import FAILED_SAVE, StopFlag, job_deadline
 from tapct.engine.upload import Upload
 from tapct.nn.layers import DropKey
-from tapct.plugin import Plugin
-from tapct.ranks import Ranks
 from tapct.ssl import step as ssl_step
 from tapct.ssl.schedules import Schedules
 from tapct.ssl.student_teacher import StudentTeacher
-from tapct.types import Batch, HUContract, Masks, SharedError, UserError, Views
+from tapct.types import Batch, HUContract, Masks, Views
 from tapct.views import masks as view_masks
 from tapct.views import recipe
 
@@ -220,7 +223,7 @@ class Trainer:
                 checkpoint could not be written, or a rank was lost.
         """
         self.pair.train()
-        with self.flag, parallel.watch(self.world, self.parallel) as watch:
+        with self.flag, watch_module.watch(self.world, self.parallel) as watch:
             for step in range(start, self.config.steps):
                 self.enter_stage(step)
                 with watch.naming_lost_ranks():
@@ -232,10 +235,10 @@ class Trainer:
                 due = last or done % self.save_every == 0
                 if due or done % self.log_every == 0:
                     self.flush()
-                    parallel.forget_order(self.pair)
+                    fsdp.forget_order(self.pair)
                 if self.parallel.desync_every and done % self.parallel.desync_every == 0:
                     with watch.naming_lost_ranks():
-                        parallel.check_sync(self.pair, self.world, done)
+                        desync.check_sync(self.pair, self.world, done)
                 self.flag.failed_save = self.hooks.look_after()
                 if due:
                     began = time.perf_counter()
@@ -295,7 +298,7 @@ class Trainer:
     def forward_backward(self, step: int, micro: int, views: Views, masks: Masks, temp: float) -> ssl_step.StepOutput:
         """One micro-batch; ranks reduce the gradients after the last of a step."""
         if self.config.accumulation > 1 and self.world.mesh is not None:
-            parallel.sync_gradients(self.pair, micro == self.config.accumulation - 1)
+            fsdp.sync_gradients(self.pair, micro == self.config.accumulation - 1)
         key = DropKey(self.recipe.seed, step, micro, self.world.ranks.rank)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
             output = ssl_step.forward(self.pair, views, masks, temp, key, self.pair.uses_snapshot(step))

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from tapct.collectives import Packet
+from tapct.distributed.collectives import Packet
 from tapct.engine.optim import UpdateReport
 from tapct.nn.prototypes import as_float
 from tapct.ssl import health

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from tapct.collectives import Packet, local_part, own_slot
 from tapct.config import setting
+from tapct.distributed.collectives import Packet, local_part, own_slot
 from tapct.nn.contracts import Backbone
 from tapct.ssl import schedules
 from tapct.ssl.schedules import StepValues

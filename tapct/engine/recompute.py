@@ -16,8 +16,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from tapct.engine.parallel import blocks_of
-from tapct.types import UserError
+from tapct.base.exits import UserError
+from tapct.engine.fsdp import blocks_of
 
 
 def recompute_blocks(backbone: nn.Module, every: int) -> None:

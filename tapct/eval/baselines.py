@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from tapct.plugin import Plugin
+from tapct.config.plugins import Plugin
 from tapct.ssl.student_teacher import build_backbone
 from tapct.types import Tokens
 

@@ -16,8 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from tapct.base.exits import UserError
 from tapct.config import setting
-from tapct.types import AIR_HU, HUContract, Tokens, UserError
+from tapct.types import AIR_HU, HUContract, Tokens
 from tapct.views.resample import resize_volume
 
 Triple = tuple[int, int, int]
@@ -234,9 +235,7 @@ def axis_weight(num_patches: int, border_weight: float) -> Tensor:
     return 1 - (1 - border_weight) * from_centre
 
 
-def features_of(
-    model: nn.Module, prepared: Prepared, preprocess: Preprocess, *, batch: int = 8
-) -> DenseFeatures:
+def features_of(model: nn.Module, prepared: Prepared, preprocess: Preprocess, *, batch: int = 8) -> DenseFeatures:
     """Slide the window over a prepared scan and average the tokens of overlapping windows.
 
     The windows form a full grid of positions, so the sum of weights is a product of three vectors and never a volume.
@@ -303,9 +302,7 @@ def dense_features(
     return features_of(model, prepared, preprocess, batch=batch)
 
 
-def _run(
-    model: nn.Module, prepared: Prepared, corners: list[Triple], window: Triple, per_window: list[int]
-) -> Tokens:
+def _run(model: nn.Module, prepared: Prepared, corners: list[Triple], window: Triple, per_window: list[int]) -> Tokens:
     crops_BZYX = torch.stack([prepared.input_ZYX[_box(corner, window, (1, 1, 1))] for corner in corners])
     if getattr(model, "needs_spacing", False) and prepared.spacing_mm is not None:
         spacing_B3 = crops_BZYX.new_tensor(prepared.spacing_mm).expand(len(corners), 3)

@@ -18,14 +18,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from tapct import plugin
-from tapct.config import setting, to_dict
+from tapct.base.exits import UserError
+from tapct.config import plugins, setting, to_dict
+from tapct.config.plugins import Plugin
 from tapct.eval import pictures, scans
 from tapct.eval.baselines import NamedModel
 from tapct.eval.features import DenseFeatures, PatchGrid, Prepared, Preprocess, features_of, prepare
 from tapct.eval.scans import LabelledScan, ScanRow, Split
-from tapct.plugin import Plugin
-from tapct.types import HUContract, UserError
+from tapct.types import HUContract
 
 SCHEMA = 1
 
@@ -52,7 +52,7 @@ class During:
 class Config:
     """Settings of one evaluation of frozen features."""
 
-    task: Plugin = plugin.section("eval.tasks", "segmentation", "what the frozen features are judged by")
+    task: Plugin = plugins.section("eval.tasks", "segmentation", "what the frozen features are judged by")
     preprocess: Preprocess = dataclasses.field(
         default_factory=Preprocess, metadata={"doc": "how whole scans are brought before the backbone"}
     )
@@ -116,7 +116,7 @@ def evaluate(
         seed=config.seed,
         held_out=held_out,
     )
-    build_task = plugin.load("eval.tasks", config.task.name).build
+    build_task = plugins.load("eval.tasks", config.task.name).build
     task = build_task(config.task.config, seed=config.seed, num_train=len(split.train))
     run = _Run(config, split, root, contract, preprocess, patch, torch.device(device), task, progress)
     for seen in run.scans(test=False):

@@ -13,10 +13,12 @@ from typing import Protocol
 
 import numpy as np
 
-from tapct import rng
-from tapct.data.ingest import check_same_grid, read_labels, read_volume
-from tapct.data.split import held_out_patients
-from tapct.types import LabelMap, UserError, Volume
+from tapct.base import rng
+from tapct.base.exits import UserError
+from tapct.data.geometry import check_same_grid
+from tapct.data.ingest import read_labels, read_volume
+from tapct.data.patients import held_out_patients
+from tapct.types import LabelMap, Volume
 
 PATIENTS = "patients"  # split mode: no patient on both sides
 BLOCKS = "blocks"  # split mode: slabs of the same scans

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tapct import rng
+from tapct.base import rng
 from tapct.eval.features import PatchGrid
 from tapct.eval.scans import LabelledScan
 
@@ -53,9 +53,7 @@ class PatchTruth:
         """
         majority_N = self.shares_NV.argmax(1)
         open_N = np.repeat(self.in_play_Z, self.grid.shape[1] * self.grid.shape[2])
-        draw_N = rng.uniform(
-            seed, "eval tokens", rng.purpose_id(self.scan.id), torch.arange(len(majority_N))
-        ).numpy()
+        draw_N = rng.uniform(seed, "eval tokens", rng.purpose_id(self.scan.id), torch.arange(len(majority_N))).numpy()
         strata = [np.flatnonzero(open_N & (majority_N == v)) for v in range(len(self.values))]
         strata = sorted((s for s in strata if len(s)), key=len)
         kept, weights, left = [], [], num_tokens

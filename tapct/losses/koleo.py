@@ -12,11 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tapct import collectives
+from tapct.base.exits import UserError
 from tapct.config import setting
+from tapct.distributed import collectives
 from tapct.nn.contracts import Loss
 from tapct.nn.prototypes import as_float
-from tapct.types import LossResult, Term, TokenSets, UserError
+from tapct.types import LossResult, Term, TokenSets
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tapct.base.exits import UserError
 from tapct.config import setting
 from tapct.nn import init, rope
 from tapct.nn.attention import Attention
@@ -35,7 +36,7 @@ from tapct.nn.layers import DropKey, LayerScale, Mlp, Subset, SwiGLU, draw_subse
 from tapct.nn.norm import LayerNorm
 from tapct.nn.posembed import Grid, resize_positions
 from tapct.nn.rope import Rotation
-from tapct.types import Tokens, UserError
+from tapct.types import Tokens
 
 
 @dataclass(frozen=True)

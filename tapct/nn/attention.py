@@ -12,12 +12,12 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from tapct.base.exits import UserError
 from tapct.nn.backends import BACKENDS, Spans
 from tapct.nn.layers import gain_of, normed_linear
 from tapct.nn.lean import lean_linear
 from tapct.nn.norm import LayerNorm
 from tapct.nn.rope import Rotation
-from tapct.types import UserError
 
 
 class Attention(nn.Module):

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tapct.types import UserError
+from tapct.base.exits import UserError
 
 HALF = (torch.bfloat16, torch.float16)
 AMPERE = (8, 0)

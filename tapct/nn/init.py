@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from tapct import collectives, rng
+from tapct.base import rng
+from tapct.distributed import collectives
 
 
 def _generator(seed: int, name: str) -> torch.Generator:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tapct import rng
+from tapct.base import rng
 from tapct.nn.backends import Span, Spans
 from tapct.nn.lean import lean_linear
 from tapct.nn.norm import LayerNorm

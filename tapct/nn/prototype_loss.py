@@ -18,98 +18,14 @@ V student views, G teacher views, B rows of a view, C rows of a chunk, W bottlen
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tapct import collectives
+from tapct.nn.prototype_scores import Chunks, TeacherScores
 from tapct.types import TargetSums
-
-CHUNK_BYTES = 1 << 26  # of one chunk of float32 scores
-
-
-class Chunks:
-    """Row ranges whose scores take about `CHUNK_BYTES`, and memory for those of one of them.
-
-    It is used again for every range: fresh pages from the system cost a CPU half as much as the product in them.
-    """
-
-    def __init__(self, num_rows: int, views: int, like_KW: Tensor, dtype: torch.dtype) -> None:
-        """
-        Args:
-            num_rows: of each of the views.
-            like_KW: prototypes in the dtype of the products.
-            dtype: of the scores.
-        """
-        num_prototypes = len(like_KW)
-        rows = min(max(1, CHUNK_BYTES // (dtype.itemsize * num_prototypes * views)), num_rows)
-        self.ranges = [slice(start, min(start + rows, num_rows)) for start in range(0, num_rows, max(rows, 1))]
-        self.rows, self.dtype, self.like_KW = rows, dtype, like_KW
-        self.wide = dtype == like_KW.dtype
-        self.narrow_NK = like_KW.new_empty(0 if self.wide else rows * views, num_prototypes)
-
-    def memory(self, views: int) -> Tensor:
-        """For the scores of so many views of one range: (N, K)."""
-        return self.like_KW.new_empty(self.rows * views, len(self.like_KW), dtype=self.dtype)
-
-    def product(self, features_NW: Tensor, prototypes_KW: Tensor, into_NK: Tensor) -> Tensor:
-        """features @ prototypes.T in the first N rows of that memory."""
-        into_NK = into_NK[: len(features_NW)]
-        if self.wide:
-            return torch.mm(features_NW, prototypes_KW.T, out=into_NK)
-        return into_NK.copy_(torch.mm(features_NW, prototypes_KW.T, out=self.narrow_NK[: len(features_NW)]))
-
-    def narrowed(self, wide_NK: Tensor) -> Tensor:
-        """The same numbers in the dtype of the products."""
-        return wide_NK if self.wide else self.narrow_NK[: len(wide_NK)].copy_(wide_NK)
-
-
-@dataclass(frozen=True)
-class TeacherScores:
-    """Teacher scores that are never written out: features times prototypes.
-
-    Args:
-        features_GBW: on the unit sphere.
-        prototypes_KW: the effective last layer.
-        temperature: of the teacher.
-        bias_K: added to the scores after the temperature.
-        valid_B: bool, rows that count in targets' statistics and centre; None: all.
-    """
-
-    features_GBW: Tensor
-    prototypes_KW: Tensor
-    temperature: float
-    bias_K: Tensor
-    valid_B: Tensor | None = None
-
-    def chunk(self, rows: slice, chunks: Chunks, into_NK: Tensor) -> Tensor:
-        """Scores after temperature and bias: (G, C, K), in that memory."""
-        features_GCW = self.features_GBW[:, rows]
-        features_NW, scale = features_GCW.flatten(0, 1), 1.0 / self.temperature
-        scaled_NK = into_NK[: len(features_NW)]
-        if chunks.wide:
-            torch.addmm(self.bias_K, features_NW, self.prototypes_KW.T, alpha=scale, out=scaled_NK)
-        else:
-            chunks.product(features_NW, self.prototypes_KW, into_NK).mul_(scale).add_(self.bias_K)
-        return scaled_NK.unflatten(0, features_GCW.shape[:2])
-
-    def narrowed(self) -> TeacherScores:
-        """The same with features and prototypes rounded to the dtype in which the product is to be made."""
-        dtype = product_dtype(self.features_GBW)
-        return replace(self, features_GBW=self.features_GBW.to(dtype), prototypes_KW=self.prototypes_KW.to(dtype))
-
-    def sum_of_scores(self) -> tuple[Tensor, Tensor]:
-        """Sum over valid rows of the plain scores, (K,), and the number of these rows: what the centre is made of."""
-        num_views, num_rows, _ = self.features_GBW.shape
-        if self.valid_B is None:
-            sum_W, count = self.features_GBW.sum((0, 1)), self.features_GBW.new_tensor(float(num_views * num_rows))
-        else:
-            sum_W = (self.features_GBW * self.valid_B[:, None]).sum((0, 1))
-            count = num_views * self.valid_B.sum().to(sum_W.dtype)
-        return self.prototypes_KW @ sum_W, count
 
 
 def pair_up(features_RW: Tensor, prototypes_KW: Tensor) -> tuple[Tensor, Tensor]:
@@ -159,12 +75,6 @@ def prototype_loss(
             student_VBW, prototypes_KW, weight_VB, teacher, student_temp, cross, needs
         )
     return PrototypeLoss(value, ce_VB, TargetSums(mass_K, entropy, rows))
-
-
-def product_dtype(like: Tensor) -> torch.dtype:
-    """That of autocast where it is on, else that of the features."""
-    kind = like.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else like.dtype
 
 
 class _Fused(torch.autograd.Function):
@@ -270,69 +180,3 @@ def _statistics(scores_GCK: Tensor, targets_GCK: Tensor, valid_C: Tensor | None)
     weight_GC = torch.ones_like(entropy_GC) if valid_C is None else valid_C.expand_as(entropy_GC)
     mass_K = weight_GC.flatten() @ targets_GCK.flatten(0, 1)
     return mass_K, (weight_GC * entropy_GC).sum(), weight_GC.sum()
-
-
-@torch.no_grad()
-def sinkhorn_bias(teacher: TeacherScores, iterations: int) -> Tensor:
-    """The bias that makes `softmax(scores + bias)` the Sinkhorn-Knopp targets of all ranks' valid rows: (K,).
-
-    Only the scaling of the K prototypes is kept; that of a row is its softmax. Scores are computed anew in every
-    iteration. One sum over ranks of K numbers per iteration, and a maximum before the first.
-
-    Args:
-        teacher: scores, with a bias of 0.
-        iterations: of prototypes and rows; 3 in the published work.
-    Source: Cuturi 2013; Caron et al. 2020, arXiv:2006.09882, eq. 3-5.
-    """
-    num_views, num_rows, _ = teacher.features_GBW.shape
-    like = teacher.bias_K
-    valid_B = torch.ones(num_rows, dtype=torch.bool, device=like.device) if teacher.valid_B is None else teacher.valid_B
-    teacher = teacher.narrowed()
-    with torch.autocast(like.device.type, enabled=False):
-        chunks = Chunks(num_rows, num_views, teacher.prototypes_KW, like.dtype)
-        scores_NK = chunks.memory(num_views)
-        top_K, sum_K = _prototype_sums(teacher, valid_B, chunks, scores_NK)
-        mass_K, count = _over_ranks(top_K, sum_K, (num_views * valid_B.sum()).double())
-        bias_K = _even_out(mass_K)
-        for _ in range(iterations - 1):
-            # a row step makes a softmax over prototypes of each row; what it gives them is that over the number of rows
-            scaled, sum_K = replace(teacher, bias_K=bias_K), torch.zeros_like(like)
-            for rows in chunks.ranges:
-                targets_NK = _softmax(scaled.chunk(rows, chunks, scores_NK), scores_NK).flatten(0, 1)
-                sum_K += valid_B[rows].to(like.dtype).repeat(num_views) @ targets_NK
-            bias_K = _even_out((collectives.sum_(sum_K.double()) / count).log().to(like.dtype) - bias_K)
-    return bias_K
-
-
-def _even_out(mass_K: Tensor) -> Tensor:
-    """The bias that gives every prototype the same mass; 0 where no row takes part at all, instead of NaN."""
-    return torch.where(mass_K > -math.inf, -mass_K - math.log(len(mass_K)), 0.0)
-
-
-def _prototype_sums(
-    teacher: TeacherScores, valid_B: Tensor, chunks: Chunks, scores_NK: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Largest score of each prototype over valid rows, and the sum of exp(score - largest): both (K,).
-
-    Nothing bounds the scores before the first scaling, and at a temperature of 0.01 their exp overflows.
-    """
-    like = teacher.bias_K
-    outside_B = like.new_zeros(len(valid_B)).masked_fill(~valid_B, -math.inf)
-    top_K, sum_K = torch.full_like(like, -math.inf), torch.zeros_like(like)
-    for rows in chunks.ranges:
-        scores_GCK = teacher.chunk(rows, chunks, scores_NK).add_(outside_B[rows, None])
-        largest_K = torch.maximum(top_K, scores_GCK.amax((0, 1)))
-        shift_K = torch.where(largest_K > -math.inf, largest_K, 0.0)
-        sum_K = sum_K * (top_K - shift_K).exp() + scores_GCK.sub_(shift_K).exp_().sum((0, 1))
-        top_K = largest_K
-    return torch.where(top_K > -math.inf, top_K, 0.0), sum_K
-
-
-def _over_ranks(top_K: Tensor, sum_K: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
-    """log of the sum over ranks of sum * exp(top), (K,), and the number of rows of all ranks, at least 1."""
-    if collectives.world_size() == 1:
-        return sum_K.log() + top_K, count.clamp(min=1)
-    reference_K = collectives.max_(top_K.clone())
-    mine_K = sum_K.double() * (top_K.double() - reference_K).exp()  # float64 holds exp of differences down to -700
-    summed = collectives.sum_(torch.cat([mine_K, count[None]]))
-    return (summed[:-1].log() + reference_K).to(sum_K.dtype), summed[-1].clamp(min=1)

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from tapct.config import setting
-from tapct.nn.prototype_loss import TeacherScores, sinkhorn_bias
+from tapct.nn.prototype_scores import TeacherScores
+from tapct.nn.sinkhorn import sinkhorn_bias
 
 
 @dataclass(frozen=True)

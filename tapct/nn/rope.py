@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tapct import rng
+from tapct.base import rng
 from tapct.config import setting
 from tapct.nn.posembed import Grid
 

@@ -23,12 +23,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from tapct.base.exits import UserError
 from tapct.report import page
 from tapct.report.evaluation import MODEL_WORDS, finite
 from tapct.report.history import History, flatten, read_history, read_json
 from tapct.report.plots import NUM_COLOURS, Curve, Rule, dash_of, line_chart, number, text
 from tapct.ssl.health import verdict
-from tapct.types import UserError
 
 LAST_STEPS = 20
 BLANK = "\u2013"

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from tapct.types import UserError
+from tapct.base.exits import UserError
 
 RECENT_SHARE, RECENT_MOST = 0.1, 200  # "recent" means: the last tenth of the steps, at most this many
 

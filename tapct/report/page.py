@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 
+from tapct.base.exits import UserError
 from tapct.report import evaluation, theme
 from tapct.report.history import History, flatten, prototypes_ln, read_history, read_json
 from tapct.report.plots import Curve, Rule, area_chart, line_chart, number, share_bar, text
 from tapct.ssl.health import TermReading, Verdict, verdict
-from tapct.types import UserError
 
 TERM_WORDS = {
     "dino": "DINO",

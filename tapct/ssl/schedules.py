@@ -11,8 +11,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from tapct.base.exits import UserError
 from tapct.config import setting
-from tapct.types import UserError
 
 REFERENCE_BATCH = 1024  # the global batch at which `lr` is stated under the square-root rule
 

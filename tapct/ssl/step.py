@@ -1,9 +1,9 @@
 """One forward pass of the whole method: views and masks in, loss terms out.
 
-    teacher(globals)  -> targets           no gradient, unmasked
-    snapshot(globals)                      the same, where a loss wants an earlier teacher
-    student(globals with masks, locals)    one packed pass
-    total = sum of the terms of every loss
+teacher(globals)  -> targets           no gradient, unmasked
+snapshot(globals)                      the same, where a loss wants an earlier teacher
+student(globals with masks, locals)    one packed pass
+total = sum of the terms of every loss
 """
 
 from __future__ import annotations

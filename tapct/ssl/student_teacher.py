@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from tapct import plugin
-from tapct.collectives import local_part
+from tapct.base.exits import UserError
+from tapct.config import plugins
+from tapct.config.plugins import Plugin
+from tapct.distributed.collectives import local_part
 from tapct.nn.contracts import Backbone, Loss, SnapshotTimes
 from tapct.nn.heads import PrototypeHead
-from tapct.plugin import Plugin
-from tapct.types import UserError
 
 
 class Network(nn.Module):
@@ -66,14 +66,14 @@ class StudentTeacher(nn.Module):
         if not losses:
             raise UserError("losses: every term is switched off; keep at least losses.dino or losses.ibot")
         self.terms: dict[str, Loss] = {
-            each.name: plugin.load("losses", each.name).build(each.config) for each in losses
+            each.name: plugins.load("losses", each.name).build(each.config) for each in losses
         }
         check_heads(self.terms)
         self.snapshot_times = snapshot_times(self.terms)
         self.losses = nn.ModuleDict({module_key(name): loss for name, loss in self.terms.items()}).to(device, dtype)
         owners = list(dict.fromkeys(loss.head_of for loss in self.terms.values() if loss.head_of))
         with torch.device("cpu" if shard is None else "meta"):
-            backbone: Backbone = plugin.load("models", model.name).build(model.config)
+            backbone: Backbone = plugins.load("models", model.name).build(model.config)
             heads = {name: PrototypeHead(backbone.dim, self.terms[name].config.head) for name in owners}
             self.student = Network(backbone, heads).to(dtype)
         self.teacher = copy.deepcopy(self.student)
@@ -131,7 +131,7 @@ class StudentTeacher(nn.Module):
             if old.config == each.config:
                 continue
             with torch.random.fork_rng(devices=[]):  # a draw here must not move those of training
-                new: Loss = plugin.load("losses", each.name).build(each.config)
+                new: Loss = plugins.load("losses", each.name).build(each.config)
             held, holds = ({key: x.shape for key, x in loss.state_dict().items()} for loss in (old, new))
             if old.head_of != new.head_of or held != holds:
                 raise UserError(f"losses.{each.name}: these settings need another head or state, so they cannot change")
@@ -221,7 +221,7 @@ def snapshot_times(terms: Mapping[str, Loss]) -> SnapshotTimes | None:
 def copy_buffers(backbone: Backbone, model: Plugin) -> None:
     """Give a backbone that was built without values the buffers that its constructor makes."""
     if any(True for _ in backbone.buffers()):
-        made: Backbone = plugin.load("models", model.name).build(model.config)
+        made: Backbone = plugins.load("models", model.name).build(model.config)
         for mine, value in zip(backbone.buffers(), made.buffers(), strict=True):
             mine.copy_(value)
 
@@ -233,6 +233,6 @@ def module_key(name: str) -> str:
 
 def build_backbone(model: Plugin, seed: int) -> Backbone:
     """The backbone with the initial weights of a run: the same for the same section and seed."""
-    backbone: Backbone = plugin.load("models", model.name).build(model.config)
+    backbone: Backbone = plugins.load("models", model.name).build(model.config)
     backbone.init_weights(seed)
     return backbone

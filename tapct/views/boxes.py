@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tapct import rng
+from tapct.base import rng
 from tapct.types import HUContract
 
 Kind = Literal["global", "local"]

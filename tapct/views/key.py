@@ -12,7 +12,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from tapct import rng
+from tapct.base import rng
 from tapct.types import HUContract
 from tapct.views.boxes import Kind
 

@@ -18,9 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tapct import rng
+from tapct.base import rng
+from tapct.base.exits import UserError
 from tapct.config import setting
-from tapct.types import Masks, UserError
+from tapct.types import Masks
 
 # blocks proposed for a crop; with the scan and the padding they are 15 bits, an int16 that is not negative
 ROUNDS = 13

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tapct import plugin
-from tapct.config import setting
-from tapct.plugin import Plugin
-from tapct.types import Batch, HUContract, UserError, Views
+from tapct.base.exits import UserError
+from tapct.config import plugins, setting
+from tapct.config.plugins import Plugin
+from tapct.types import Batch, HUContract, Views
 from tapct.views import boxes, resample
 from tapct.views.boxes import Boxes, Kind, Rule
 from tapct.views.key import Op, ViewKey
@@ -53,7 +53,7 @@ class Config:
     blur_p: tuple[float, float, float] = setting(
         (1.0, 0.1, 0.5), "chance of blur: first global view, other globals, locals", ge=0, le=1
     )
-    ops: tuple[Plugin, ...] = plugin.table("views.ops", ("gain",), "ops on finished views, in this order")
+    ops: tuple[Plugin, ...] = plugins.table("views.ops", ("gain",), "ops on finished views, in this order")
 
     def __post_init__(self) -> None:
         for name in ("global_area", "local_area", "aspect", "z_zoom", "blur_sigma"):
@@ -90,7 +90,7 @@ def make_views(batch: Batch, config: Config, contract: HUContract, seed: int, pa
     """
     if any(size % p for size, p in zip(config.global_window, patch, strict=True)):
         raise UserError(f"views.global_window {config.global_window} is not a multiple of the patch {patch}")
-    ops = tuple(plugin.load("views.ops", op.name).build(op.config) for op in config.ops)
+    ops = tuple(plugins.load("views.ops", op.name).build(op.config) for op in config.ops)
     with resample.full_precision(batch.hu_BZYX.device):
         cells = boxes.body_cells(batch.hu_BZYX, contract)
         views_global, crops, global_mm_VB3 = _views_of_kind(batch, config, contract, seed, "global", cells, ops)

@@ -10,10 +10,8 @@ import pytest
 from pydicom.uid import ExplicitVRBigEndian, ImplicitVRLittleEndian, RLELossless
 from scan_files import CT_STORAGE, compress_by_gdcm, make_ct, refusal, write_nifti, write_series
 
-from tapct.data.ingest import (
-    find_sources,
-    read_volume,
-)
+from tapct.data.discover import find_sources
+from tapct.data.ingest import read_volume
 from tapct.types import AIR_HU
 
 

@@ -12,10 +12,8 @@ import pytest
 import SimpleITK
 from scan_files import LPS, SHAPE_ZYX, make_ct, make_labels, patch_bytes, refusal, write_nifti, write_series
 
-from tapct.data.ingest import (
-    read_volume,
-)
-from tapct.data.judge import sample
+from tapct.data.ct_check import sample
+from tapct.data.ingest import read_volume
 from tapct.types import AIR_HU
 
 

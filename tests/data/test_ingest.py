@@ -11,14 +11,11 @@ import pytest
 import SimpleITK
 from scan_files import LPS, make_ct, make_labels, make_slice, refusal, write_nifti, write_series
 
-from tapct.data.ingest import (
-    check_same_grid,
-    find_sources,
-    read_labels,
-    read_volume,
-    stem_of,
-)
-from tapct.types import LabelMap, Refused, UserError, Volume
+from tapct.base.exits import UserError
+from tapct.data.discover import find_sources, stem_of
+from tapct.data.geometry import check_same_grid
+from tapct.data.ingest import read_labels, read_volume
+from tapct.types import LabelMap, Refused, Volume
 
 
 def test_facts_hold_no_identifier_in_clear(tmp_path: Path) -> None:

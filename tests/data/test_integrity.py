@@ -10,9 +10,7 @@ import pytest
 import SimpleITK
 from scan_files import compress_by_gdcm, make_ct, refusal, write_nifti, write_series
 
-from tapct.data.ingest import (
-    read_volume,
-)
+from tapct.data.ingest import read_volume
 
 
 @pytest.mark.parametrize("keep", [0.02, 0.5, 0.999, -9, -4])

@@ -13,12 +13,14 @@ import pytest
 import torch
 from scipy.stats import chi2
 
-from tapct import rng
+from tapct.base import rng
+from tapct.base.exits import UserError
 from tapct.data import loader
-from tapct.data.pack import encode, write_atomically
+from tapct.data.pack import write_atomically
+from tapct.data.packed import encode
 from tapct.data.sampler import scan_of
 from tapct.data.store import INDEX_NAME, Store, StoredScan, index_bytes
-from tapct.types import AIR_HU, Batch, UserError, Volume
+from tapct.types import AIR_HU, Batch, Volume
 
 DEPTH = 6
 SHAPES = [(12, 20, 24), (3, 20, 24), (6, 30, 16), (20, 9, 40), (7, 30, 30)]  # one is shorter than a slab

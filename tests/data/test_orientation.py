@@ -12,9 +12,7 @@ import pytest
 import SimpleITK
 from scan_files import make_ct, patch_bytes, refusal, write_nifti, write_series
 
-from tapct.data.ingest import (
-    read_volume,
-)
+from tapct.data.ingest import read_volume
 
 
 @pytest.mark.parametrize("order", list(itertools.permutations(range(3))))

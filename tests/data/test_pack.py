@@ -19,12 +19,14 @@ import numpy as np
 import pytest
 from small_disk import grow, small_disk
 
+from tapct.base.exits import UserError
 from tapct.data import pack as pack_module
+from tapct.data.index import build
 from tapct.data.ingest import read_volume
-from tapct.data.manifest import Manifest, Row, build
+from tapct.data.manifest import Manifest, Row
 from tapct.data.pack import pack
-from tapct.data.store import INDEX_NAME, Store, checksum
-from tapct.types import UserError
+from tapct.data.packed import checksum
+from tapct.data.store import INDEX_NAME, Store
 
 SPACING_MM = (3.0, 0.8, 0.7)
 

@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 import SimpleITK
 
-from tapct.data import manifest
-from tapct.data.ingest import check_same_grid, find_sources, read_labels, read_volume
+from tapct.data import index
+from tapct.data.discover import find_sources
+from tapct.data.geometry import check_same_grid
+from tapct.data.ingest import read_labels, read_volume
 from tapct.types import AIR_HU, LabelMap, Refused, Volume
 
 ROOT = Path(os.environ.get("TAPCT_TEST_CT", Path(__file__).parents[2] / ".." / "shared" / "data" / "ct"))
@@ -132,7 +134,7 @@ def test_what_is_not_ct_is_refused(path: str, reason: str) -> None:
 
 def test_the_archive_has_seven_scans(tmp_path: Path) -> None:
     assert len(find_sources(ROOT)) == 16
-    built = manifest.build(ROOT, tmp_path / "m.parquet")
+    built = index.build(ROOT, tmp_path / "m.parquet")
     assert {row.path: row.label_path for row in built.accepted} == {
         "cip_chest/ct-64.nrrd": "",
         "dcm_liver3": "dcm_liver3_seg.nrrd",

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chi2
 
+from tapct.base.exits import UserError
 from tapct.data.sampler import samples_of, scan_of
-from tapct.types import UserError
 
 
 def order(num_scans: int, pass_number: int, seed: int) -> list[int]:

@@ -15,10 +15,12 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from tapct.data import store as store_module
-from tapct.data.pack import encode, layout, write_atomically
-from tapct.data.store import INDEX_NAME, Damaged, Store, StoredScan, index_bytes, open_packed
-from tapct.types import UserError, Volume
+from tapct.base.exits import UserError
+from tapct.data import packed
+from tapct.data.pack import write_atomically
+from tapct.data.packed import Damaged, encode, layout, open_packed
+from tapct.data.store import INDEX_NAME, Store, StoredScan, index_bytes
+from tapct.types import Volume
 
 SPACING_MM = (2.5, 0.75, 0.8)
 
@@ -151,7 +153,7 @@ def test_the_index_says_all_of_a_scan(tmp_path: Path) -> None:
     first, second = store.scans
     assert (first.id, first.shape_ZYX, first.spacing_mm, first.patient) == ("scan0", (4, 9, 8), SPACING_MM, "patient")
     assert (first.label_path, second.label_path) == ("/archive/labels/x.nii.gz", "")
-    assert first.checksum == store_module.checksum(store.read(0)) != second.checksum
+    assert first.checksum == packed.checksum(store.read(0)) != second.checksum
 
 
 def test_the_digest_names_the_voxels_not_the_compression(tmp_path: Path) -> None:

@@ -10,8 +10,8 @@ import pytest
 from stopped import STEPS, stopped_run
 from tiny_run import config_of, make_store
 
-from tapct import run
 from tapct.engine import loop
+from tapct.run import pretrain
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, store: Path) -> Callab
     def of(*overrides: str) -> Path:
         if overrides not in made:
             folder = tmp_path_factory.mktemp("undisturbed")
-            stop = run.train(config_of(folder, store, *overrides))
+            stop = pretrain.train(config_of(folder, store, *overrides))
             assert stop == loop.Stop(STEPS)
             made[overrides] = folder / "run"
         return made[overrides]

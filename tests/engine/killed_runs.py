@@ -18,9 +18,10 @@ import pyarrow.dataset  # noqa: F401  # this and the next are imported late, and
 import torch
 import torch._dynamo
 
-from tapct import run
 from tapct.config import load_config
 from tapct.engine.checkpoint import Checkpoints, damage
+from tapct.run import pretrain
+from tapct.run.config import RunConfig
 
 FILE_EVENTS = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate")
 PATIENCE_SECONDS = 120.0
@@ -41,9 +42,9 @@ def start(config: Path, out: Path, overrides: list[str], die_at_event: int = 0, 
         torch.set_num_threads(1)
         silence = os.open(os.devnull, os.O_WRONLY)
         os.dup2(silence, 1)
-        resolved = load_config(run.RunConfig, config, [f"out={out}", *overrides])
+        resolved = load_config(RunConfig, config, [f"out={out}", *overrides])
         seen = watch(str(out), die_at_event)
-        run.train(resolved)
+        pretrain.train(resolved)
         if events_to is not None:
             events_to.write_text(str(seen[0]))
         code = 0

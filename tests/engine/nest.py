@@ -23,7 +23,8 @@ import torch
 import torch._dynamo
 import torch.distributed.fsdp
 
-from tapct import cli, run  # noqa: F401
+from tapct import cli
+from tapct.run import pretrain  # noqa: F401
 
 GRACE_S = 20.0  # of ranks whose fellow has failed: to end by themselves, and say why
 

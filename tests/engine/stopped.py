@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from tiny_run import config_of
 
-from tapct import run
+from tapct.base.exits import UserError
 from tapct.engine import loop
-from tapct.types import UserError
+from tapct.run import pretrain
 
 STEPS = 12
 
@@ -34,7 +34,7 @@ def stopped_run(
 ) -> loop.Stop:
     with monkeypatch.context() as patch:
         stop_at(patch, step, number)
-        return run.train(config_of(folder, store, *overrides))
+        return pretrain.train(config_of(folder, store, *overrides))
 
 
 def one_line(error: pytest.ExceptionInfo[UserError]) -> str:

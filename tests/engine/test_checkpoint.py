@@ -10,15 +10,15 @@ import torch
 from safetensors.torch import load_file
 from small_disk import small_disk
 
+from tapct.base.exits import UserError
+from tapct.config.plugins import Plugin
 from tapct.engine import checkpoint, optim
 from tapct.engine.checkpoint import Checkpoints, Meta
 from tapct.losses import dino
 from tapct.models import vit
 from tapct.nn import heads
-from tapct.plugin import Plugin
 from tapct.ssl.schedules import StepValues
 from tapct.ssl.student_teacher import StudentTeacher
-from tapct.types import UserError
 
 HEAD = heads.Config(num_prototypes=12, hidden=16, bottleneck=8)
 MODEL = Plugin("vit", vit.Config(window=(4, 16, 16), patch=(2, 8, 8), dim=16, depth=2, heads=2, registers=2))

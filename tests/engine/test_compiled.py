@@ -10,14 +10,15 @@ from many_ranks import good, largest_difference, largest_state_difference, launc
 from stopped import STEPS, stopped_run
 from tiny_run import config_of, numbers_of
 
-from tapct import run
+from tapct.base.exits import UserError
+from tapct.config.plugins import Plugin
 from tapct.engine import compiled, loop
 from tapct.losses import koleo
 from tapct.models import vit
 from tapct.nn.layers import DropKey
-from tapct.plugin import Plugin
+from tapct.run import pretrain
 from tapct.ssl.student_teacher import StudentTeacher
-from tapct.types import Tokens, UserError
+from tapct.types import Tokens
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 LEARNED = vit.Config(window=(8, 32, 32), dim=64, depth=3, heads=2, registers=2, layer_scale=1.0, drop_path=0.3)
@@ -47,7 +48,7 @@ def test_auto_is_no_on_a_cpu_and_yes_on_a_gpu_with_a_compiler(
 def test_no_compiler_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, store: Path) -> None:
     monkeypatch.setenv("CXX", "/nowhere/c++")
     with pytest.raises(UserError, match=r"needs a compiler for this cpu, and /nowhere/c\+\+ is not on the PATH"):
-        run.train(config_of(tmp_path, store, "train.compile=always"))
+        pretrain.train(config_of(tmp_path, store, "train.compile=always"))
 
 
 def test_what_the_compiler_cannot_do_is_one_line_and_other_errors_stay(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -71,9 +72,7 @@ def test_compiled_blocks_keep_the_names_of_their_parameters() -> None:
 def value_of(tokens: list[Tokens]) -> torch.Tensor:
     """A scalar on which every token has an influence of its own."""
     parts = [part for each in tokens for part in (each.cls_BD, each.registers_BRD, each.patches_BND)]
-    return torch.stack(
-        [(part * torch.linspace(0, 99, part.numel()).sin().view_as(part)).sum() for part in parts]
-    ).sum()
+    return torch.stack([(part * torch.linspace(0, 99, part.numel()).sin().view_as(part)).sum() for part in parts]).sum()
 
 
 @pytest.mark.slow
@@ -121,10 +120,10 @@ def test_compiled_blocks_under_autocast_round_as_eager_ones_do() -> None:
 def test_a_compiled_run_is_an_eager_one_and_an_eager_one_goes_on_from_it(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, store: Path
 ) -> None:
-    assert run.train(config_of(tmp_path / "eager", store, *WORDS)) == loop.Stop(STEPS)
+    assert pretrain.train(config_of(tmp_path / "eager", store, *WORDS)) == loop.Stop(STEPS)
     stopped_run(monkeypatch, tmp_path, store, 5, *WORDS, "train.compile=always")
     assert len(numbers_of(tmp_path / "run")) == 5
-    assert run.train(config_of(tmp_path, store, *WORDS, "train.compile=never")) == loop.Stop(STEPS)
+    assert pretrain.train(config_of(tmp_path, store, *WORDS, "train.compile=never")) == loop.Stop(STEPS)
     eager = tmp_path / "eager" / "run"
     assert largest_difference(tmp_path / "run", eager, ("loss/", "ce/", "grad_norm/")) < 1e-9
     assert largest_state_difference(tmp_path / "run", eager, tmp_path) < 1e-9  # by name, of all that is saved

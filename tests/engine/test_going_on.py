@@ -16,12 +16,13 @@ import torch
 from stopped import STEPS, files_of, one_line, stopped_run
 from tiny_run import assert_equal_runs, config_of, differences, make_store, numbers_of, own_plugin, state_of
 
-from tapct import config, resume, run
+from tapct import config
+from tapct.base.exits import UserError
 from tapct.engine import checkpoint as checkpoint_module
 from tapct.engine import loop
-from tapct.engine.checkpoint import Checkpoints
-from tapct.run import RunConfig
-from tapct.types import UserError
+from tapct.engine.checkpoint import Checkpoints, training_state
+from tapct.run import pretrain, resume
+from tapct.run.config import RunConfig
 
 # --- what a resumed run may change ---------------------------------------------------------------------------------
 
@@ -50,7 +51,7 @@ def test_a_change_that_would_bend_the_curve_is_refused_by_name(
 ) -> None:
     before = files_of(copied / "run")
     with pytest.raises(UserError) as raised:
-        run.train(config_of(copied, store, override))
+        pretrain.train(config_of(copied, store, override))
     line = one_line(raised)
     assert line.startswith(key) and "step_00000005" in line and "out=" in line
     assert files_of(copied / "run") == before
@@ -73,7 +74,7 @@ def test_what_does_not_shape_the_curve_may_change(
         "eval.batch=2",
         "train.resume=must",
     )
-    assert run.train(config_of(copied, store, *harmless)) == loop.Stop(STEPS)
+    assert pretrain.train(config_of(copied, store, *harmless)) == loop.Stop(STEPS)
     assert_equal_runs(copied / "renamed", undisturbed(), tmp_path)
 
 
@@ -81,23 +82,23 @@ def test_another_archive_is_refused(tmp_path: Path, copied: Path) -> None:
     other = make_store(tmp_path / "other", seed=1)
     before = files_of(copied / "run")
     with pytest.raises(UserError) as raised:
-        run.train(config_of(copied, other))
+        pretrain.train(config_of(copied, other))
     assert "another archive" in one_line(raised) and "data.store" in one_line(raised)
     assert files_of(copied / "run") == before
 
 
 def test_another_archive_is_taken_by_choice(tmp_path: Path, copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
     other = make_store(tmp_path / "other", seed=1)
-    assert run.train(config_of(copied, other, "data.on_change=rebase")) == loop.Stop(STEPS)
+    assert pretrain.train(config_of(copied, other, "data.on_change=rebase")) == loop.Stop(STEPS)
     assert "another archive" in capsys.readouterr().out
-    assert run.train(config_of(copied, other)) == loop.Stop(STEPS), "from now on it is the run's own"
+    assert pretrain.train(config_of(copied, other)) == loop.Stop(STEPS), "from now on it is the run's own"
 
 
 def test_a_change_that_bends_the_curve_is_told_when_it_is_allowed(
     copied: Path, store: Path, undisturbed: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     changed = config_of(copied, store, "optim.lr=2e-2", "losses.dino.weight=2.0")
-    assert run.train(changed, allow_change=True) == loop.Stop(STEPS)
+    assert pretrain.train(changed, allow_change=True) == loop.Stop(STEPS)
     told = capsys.readouterr().out
     assert "--allow-change: optim.lr was 0.01 and is 0.02 from here on" in told
     assert "--allow-change: losses.dino.weight was 1.0 and is 2.0" in told
@@ -121,22 +122,22 @@ def test_resume_takes_the_path_of_a_checkpoint_or_of_a_run(
 ) -> None:
     for number, source in enumerate((copied / "run", copied / "run" / "checkpoints" / "step_00000005")):
         folder = tmp_path / str(number)
-        assert run.train(config_of(folder, store, f"train.resume={source}")) == loop.Stop(STEPS)
+        assert pretrain.train(config_of(folder, store, f"train.resume={source}")) == loop.Stop(STEPS)
         assert numbers_of(folder / "run") == numbers_of(undisturbed())[5:]
         assert files_of(copied / "run"), "the source stays"
     with pytest.raises(UserError, match="neither one of auto, must, never nor a path that exists"):
-        run.train(config_of(tmp_path / "2", store, "train.resume=mist"))
+        pretrain.train(config_of(tmp_path / "2", store, "train.resume=mist"))
     with pytest.raises(UserError, match="neither a checkpoint nor a run folder with a whole one"):
-        run.train(config_of(tmp_path / "2", store, f"train.resume={store}"))
+        pretrain.train(config_of(tmp_path / "2", store, f"train.resume={store}"))
     shard = next((copied / "run" / "checkpoints" / "step_00000005").glob("*.distcp"))
     shard.write_bytes(shard.read_bytes()[:-1])
     with pytest.raises(UserError, match="it is damaged"):
-        run.train(config_of(tmp_path / "2", store, f"train.resume={shard.parent}"))
+        pretrain.train(config_of(tmp_path / "2", store, f"train.resume={shard.parent}"))
 
 
 def test_checkpoints_of_chosen_steps_stay_for_ever(tmp_path: Path, store: Path) -> None:
     words = ("checkpoint.every=2", "checkpoint.keep=1", "checkpoint.keep_every=6")
-    assert run.train(config_of(tmp_path, store, *words)) == loop.Stop(STEPS)
+    assert pretrain.train(config_of(tmp_path, store, *words)) == loop.Stop(STEPS)
     found = Checkpoints(tmp_path / "run" / "checkpoints", keep=1).finished()
     assert [path.name for path in found] == ["step_00000006", "step_00000012"]
 
@@ -153,7 +154,7 @@ def test_a_save_that_failed_costs_only_itself(
 
     monkeypatch.setattr(Checkpoints, "_complete", full)
     words = ("checkpoint.keep=9", "checkpoint.on_error=continue")
-    assert run.train(config_of(tmp_path, store, *words)) == loop.Stop(STEPS)
+    assert pretrain.train(config_of(tmp_path, store, *words)) == loop.Stop(STEPS)
     assert "going on without it: checkpoint of step 4" in capsys.readouterr().out
     found = Checkpoints(tmp_path / "run" / "checkpoints", keep=9).finished()
     assert [path.name for path in found] == ["step_00000008", "step_00000012"]
@@ -170,7 +171,7 @@ def test_an_old_checkpoint_that_cannot_be_removed_is_no_failed_save(
         replace(source, target)
 
     monkeypatch.setattr("tapct.engine.checkpoint.os.replace", stubborn)
-    assert run.train(config_of(tmp_path, store, "checkpoint.keep=1")) == loop.Stop(STEPS)
+    assert pretrain.train(config_of(tmp_path, store, "checkpoint.keep=1")) == loop.Stop(STEPS)
     found, complaints = Checkpoints(tmp_path / "run" / "checkpoints", keep=9).newest_whole()
     assert found is not None and found.name == "step_00000012" and complaints == []
 
@@ -178,7 +179,7 @@ def test_an_old_checkpoint_that_cannot_be_removed_is_no_failed_save(
 def test_a_checkpoint_without_the_random_state_of_this_device_is_read(
     monkeypatch: pytest.MonkeyPatch, copied: Path, store: Path
 ) -> None:
-    state_of_training = checkpoint_module.training_state
+    state_of_training = training_state
 
     def with_a_gpu(*arguments: Any) -> dict[str, Any]:
         state = state_of_training(*arguments)
@@ -187,7 +188,7 @@ def test_a_checkpoint_without_the_random_state_of_this_device_is_read(
 
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint_module, "training_state", with_a_gpu)  # a checkpoint of a CPU, read on a GPU
-        assert run.train(config_of(copied, store)) == loop.Stop(STEPS)
+        assert pretrain.train(config_of(copied, store)) == loop.Stop(STEPS)
 
 
 @pytest.mark.parametrize("asynchronous", ["true", "false"])
@@ -202,7 +203,7 @@ def test_a_checkpoint_holds_its_own_step_though_training_goes_on(
 
     monkeypatch.setattr(Checkpoints, "_write", slowly)
     words = ("checkpoint.keep=9", f"checkpoint.asynchronous={asynchronous}")
-    assert run.train(config_of(tmp_path, store, *words)) == loop.Stop(STEPS)
+    assert pretrain.train(config_of(tmp_path, store, *words)) == loop.Stop(STEPS)
     for step in (4, 8, 12):
         wanted = undisturbed("checkpoint.keep=9") / "checkpoints" / f"step_{step:08d}"
         found = tmp_path / "run" / "checkpoints" / wanted.name
@@ -214,11 +215,11 @@ def test_a_checkpoint_holds_its_own_step_though_training_goes_on(
 
 def test_resume_must_and_never_mean_what_they_say(tmp_path: Path, copied: Path, store: Path) -> None:
     with pytest.raises(UserError, match=r"train\.resume=never"):
-        run.train(config_of(copied, store, "train.resume=never"))
+        pretrain.train(config_of(copied, store, "train.resume=never"))
     with pytest.raises(UserError, match=r"train\.resume=must"):
-        run.train(config_of(tmp_path / "new", store, "train.resume=must"))
+        pretrain.train(config_of(tmp_path / "new", store, "train.resume=must"))
     assert not (tmp_path / "new" / "run").exists()
-    assert run.train(config_of(tmp_path / "new", store, "train.resume=never", "train.steps=1")) == loop.Stop(1)
+    assert pretrain.train(config_of(tmp_path / "new", store, "train.resume=never", "train.steps=1")) == loop.Stop(1)
 
 
 def test_a_finished_run_says_that_there_is_nothing_to_train(
@@ -228,7 +229,7 @@ def test_a_finished_run_says_that_there_is_nothing_to_train(
     config = config_of(tmp_path / "copy", store)
     before = files_of(tmp_path)
     capsys.readouterr()
-    assert run.train(config) == loop.Stop(STEPS)
+    assert pretrain.train(config) == loop.Stop(STEPS)
     assert "nothing to train" in capsys.readouterr().out
     assert files_of(tmp_path) == before
 
@@ -253,7 +254,7 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_run_goes_on_from_the_one_b
     checkpoints = Checkpoints(copied / "run" / "checkpoints", keep=2)
     assert [path.name for path in checkpoints.finished()] == ["step_00000004", "step_00000005"]
     spoil(copied / "run" / "checkpoints" / "step_00000005")
-    assert run.train(config_of(copied, store, f"checkpoint.keep={keep}")) == loop.Stop(STEPS)
+    assert pretrain.train(config_of(copied, store, f"checkpoint.keep={keep}")) == loop.Stop(STEPS)
     said = capsys.readouterr().out
     assert "step_00000005 is damaged" in said and "step_00000004 at step 4" in said
     assert_equal_runs(copied / "run", undisturbed(), tmp_path)
@@ -275,7 +276,7 @@ def test_a_run_without_a_whole_checkpoint_does_not_start_anew_in_silence(copied:
     for checkpoint in (copied / "run" / "checkpoints").glob("step_*"):
         spoil(checkpoint)
     with pytest.raises(UserError, match="every checkpoint of .* is damaged"):
-        run.train(config_of(copied, store))
+        pretrain.train(config_of(copied, store))
 
 
 def test_a_folder_that_is_no_checkpoint_is_left_alone(
@@ -283,7 +284,7 @@ def test_a_folder_that_is_no_checkpoint_is_left_alone(
 ) -> None:
     mine = copied / "run" / "checkpoints" / "step_00000004.keep"
     shutil.copytree(copied / "run" / "checkpoints" / "step_00000004", mine)
-    assert run.train(config_of(copied, store)) == loop.Stop(STEPS)
+    assert pretrain.train(config_of(copied, store)) == loop.Stop(STEPS)
     assert mine.is_dir()
     assert_equal_runs(copied / "run", undisturbed(), tmp_path)
 
@@ -294,7 +295,7 @@ def test_rows_after_the_checkpoint_and_half_rows_are_written_once(
     metrics = copied / "run" / "metrics.jsonl"
     rows = metrics.read_text().splitlines()
     metrics.write_text("\n".join([*rows, '{"step": 6, "loss/total": 1.0}', '{"step": 7, "loss/tot']))
-    run.train(config_of(copied, store))
+    pretrain.train(config_of(copied, store))
     assert_equal_runs(copied / "run", undisturbed(), tmp_path)
 
 
@@ -344,10 +345,10 @@ def test_a_loss_that_is_not_finite_stops_the_run_in_one_line_and_spoils_nothing(
     bottle = tmp_path / "bottle"
     words = (f"losses[mylab.poison].bottle={bottle}", f"log.every={log_every}")
 
-    assert run.train(config_of(tmp_path / "healthy", store, *words)) == loop.Stop(STEPS)
+    assert pretrain.train(config_of(tmp_path / "healthy", store, *words)) == loop.Stop(STEPS)
     bottle.write_text(f"{step} {value}")
     with pytest.raises(UserError) as raised:
-        run.train(config_of(tmp_path / "ill", store, *words))
+        pretrain.train(config_of(tmp_path / "ill", store, *words))
     line = one_line(raised)
     assert line.startswith(f"step {step}: loss/poison is {float(value)}")
     assert str(list(range(4 * (step - 1), 4 * step))) in line, "the samples of that step"
@@ -357,7 +358,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_in_one_line_and_spoils_nothing(
     assert complaints == [] and (found.name if found else "") == (f"step_{safe:08d}" if safe else "")
 
     bottle.unlink()
-    assert run.train(config_of(tmp_path / "ill", store, *words)) == loop.Stop(STEPS)
+    assert pretrain.train(config_of(tmp_path / "ill", store, *words)) == loop.Stop(STEPS)
     healthy = numbers_of(tmp_path / "healthy" / "run")
     assert len({row["loss/poison"] for row in healthy}) == STEPS
     assert numbers_of(tmp_path / "ill" / "run") == healthy

@@ -21,7 +21,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for --update; pytest has it anyway
 from tiny_run import config_of, make_store, numbers_of, state_of
 
-from tapct import run
+from tapct.run import pretrain
 from tapct.ssl.student_teacher import StudentTeacher
 
 FOLDER = Path(__file__).resolve().parent / "golden"
@@ -48,7 +48,7 @@ Numbers = dict[str, list[float]]
 def trajectory(case: str, folder: Path, store: Path) -> Numbers:
     """Losses and gradient norms of every step, and how far some weights came in all."""
     resolved = config_of(folder, store, *COMMON, *CASES[case])
-    run.train(resolved)
+    pretrain.train(resolved)
     rows = numbers_of(folder / "run")
     names = [name for name in rows[0] if name.startswith(("loss/", "grad_norm/"))]
     found = {name: [row[name] for row in rows] for name in sorted(names)}

@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 from stopped import STEPS, one_line, stopped_run
 from tiny_run import assert_equal_runs, config_of, numbers_of, state_of
 
-from tapct import run
+from tapct.base.exits import UserError
 from tapct.engine import loop
-from tapct.types import UserError
+from tapct.run import pretrain
 
 GRAM = ("losses.gram.start=2", "losses.gram.refresh_every=4")  # taken before steps 3, 7 and 11
 
@@ -26,7 +26,9 @@ def part_of(checkpoint: Path, scratch: Path, prefix: str) -> dict[str, Any]:
 
 
 def test_a_checkpoint_holds_the_teacher_of_the_last_refresh(tmp_path: Path, store: Path) -> None:
-    run.train(config_of(tmp_path, store, *GRAM, "checkpoint.every=1", "checkpoint.keep=99", "optim.momentum=[0.5,0.9]"))
+    pretrain.train(
+        config_of(tmp_path, store, *GRAM, "checkpoint.every=1", "checkpoint.keep=99", "optim.momentum=[0.5,0.9]")
+    )
     folders = {step: tmp_path / "run" / "checkpoints" / f"step_{step:08d}" for step in range(1, STEPS + 1)}
     teachers = {step: load_file(folder / "teacher.safetensors") for step, folder in folders.items()}
     assert not torch.equal(teachers[2]["norm.weight"], teachers[6]["norm.weight"])
@@ -52,7 +54,7 @@ def test_a_run_stopped_before_at_and_after_a_refresh_equals_one_that_was_not(
 ) -> None:
     words = (*GRAM, *more)
     assert stopped_run(monkeypatch, tmp_path, store, step, *words).step == step
-    assert run.train(config_of(tmp_path, store, *words)) == loop.Stop(STEPS)
+    assert pretrain.train(config_of(tmp_path, store, *words)) == loop.Stop(STEPS)
     assert_equal_runs(tmp_path / "run", undisturbed(*words), tmp_path)
 
 
@@ -60,17 +62,17 @@ def test_until_its_start_a_run_is_the_one_without_it_and_the_snapshot_is_not_run
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, store: Path, undisturbed: Callable[..., Path]
 ) -> None:
     calls: list[str] = []
-    build_pair = run.Pretraining.build_pair
+    build_pair = pretrain.Pretraining.build_pair
 
-    def counting(self: run.Pretraining) -> Any:
+    def counting(self: pretrain.Pretraining) -> Any:
         pair = build_pair(self)
         assert pair.snapshot is not None
         pair.snapshot.backbone.register_forward_hook(lambda *_: calls.append("snapshot"))
         return pair
 
     with monkeypatch.context() as patch:
-        patch.setattr(run.Pretraining, "build_pair", counting)
-        run.train(config_of(tmp_path, store, "losses.gram.start=5", "train.accumulation=2"))
+        patch.setattr(pretrain.Pretraining, "build_pair", counting)
+        pretrain.train(config_of(tmp_path, store, "losses.gram.start=5", "train.accumulation=2"))
     assert len(calls) == 2 * (STEPS - 5)
     rows, plain = numbers_of(tmp_path / "run"), numbers_of(undisturbed("train.accumulation=2"))
     assert [row.pop("loss/gram") > 0 for row in rows] == [False] * 5 + [True] * (STEPS - 5)
@@ -81,7 +83,7 @@ def test_until_its_start_a_run_is_the_one_without_it_and_the_snapshot_is_not_run
 def test_a_start_beyond_the_last_step_is_told_and_changes_nothing(
     tmp_path: Path, store: Path, undisturbed: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run.train(config_of(tmp_path, store, "losses.gram={}"))
+    pretrain.train(config_of(tmp_path, store, "losses.gram={}"))
     assert "first snapshot is due at step 100000: this run never takes it" in capsys.readouterr().out
     folders = [path / "checkpoints" / f"step_{STEPS:08d}" for path in (tmp_path / "run", undisturbed())]
     files = [folder / "teacher.safetensors" for folder in folders]
@@ -95,7 +97,7 @@ def test_a_start_beyond_the_last_step_is_told_and_changes_nothing(
 def test_every_field_changes_the_weights(
     tmp_path: Path, store: Path, undisturbed: Callable[..., Path], change: str
 ) -> None:
-    run.train(config_of(tmp_path, store, *GRAM, change))
+    pretrain.train(config_of(tmp_path, store, *GRAM, change))
     folders = [path / "checkpoints" / f"step_{STEPS:08d}" for path in (tmp_path / "run", undisturbed(*GRAM))]
     changed, plain = (load_file(folder / "teacher.safetensors") for folder in folders)
     assert not torch.equal(changed["blocks.1.attn.qkv.weight"], plain["blocks.1.attn.qkv.weight"])
@@ -106,10 +108,10 @@ def test_a_run_without_a_snapshot_goes_on_with_one_taken_at_once(
 ) -> None:
     words = ("losses.gram.start=2", "losses.gram.refresh_every=0")
     with pytest.raises(UserError) as raised:
-        run.train(config_of(copied, store, *words))
+        pretrain.train(config_of(copied, store, *words))
     assert one_line(raised).startswith("losses.gram.")
     teacher = load_file(copied / "run" / "checkpoints" / "step_00000005" / "teacher.safetensors")
-    assert run.train(config_of(copied, store, *words), allow_change=True) == loop.Stop(STEPS)
+    assert pretrain.train(config_of(copied, store, *words), allow_change=True) == loop.Stop(STEPS)
     assert "--allow-change: losses.gram.weight was None and is 2.0" in capsys.readouterr().out
     held = part_of(copied / "run" / "checkpoints" / f"step_{STEPS:08d}", tmp_path, ".pair.snapshot.backbone.")
     assert [name for name in teacher if not torch.equal(held[name], teacher[name])] == []
@@ -118,7 +120,7 @@ def test_a_run_without_a_snapshot_goes_on_with_one_taken_at_once(
 
 def test_a_run_with_a_snapshot_goes_on_without(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, store: Path) -> None:
     stopped_run(monkeypatch, tmp_path, store, 5, *GRAM)
-    assert run.train(config_of(tmp_path, store), allow_change=True) == loop.Stop(STEPS)
+    assert pretrain.train(config_of(tmp_path, store), allow_change=True) == loop.Stop(STEPS)
     newest = tmp_path / "run" / "checkpoints" / f"step_{STEPS:08d}"
     assert part_of(newest, tmp_path, ".pair.snapshot") == {} and "loss/gram" not in numbers_of(tmp_path / "run")[-1]
 

@@ -9,11 +9,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_run import config_of, make_store
 
-from tapct import run
-from tapct import trained as trained_runs
+from tapct.base.exits import UserError
 from tapct.engine import initial
 from tapct.nn.posembed import resize_positions
-from tapct.types import UserError
+from tapct.run import finished as trained_runs
+from tapct.run import pretrain
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +24,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory, store: Path) -> Path:
     folder = tmp_path_factory.mktemp("trained")
-    run.train(config_of(folder, store, "train.steps=3"))
+    pretrain.train(config_of(folder, store, "train.steps=3"))
     trained_runs.export(folder / "run")
     return folder / "run"
 
@@ -32,7 +32,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, store: Path) -> Path:
 def first_teacher(folder: Path, store: Path, *words: str) -> dict[str, torch.Tensor]:
     """The teacher after one step in which nothing can have moved it: lr 0."""
     frozen = ("train.steps=1", "optim.lr=1e-30", "optim.min_lr=0.0", "optim.momentum=[1.0,1.0]")
-    run.train(config_of(folder, store, *frozen, *words))
+    pretrain.train(config_of(folder, store, *frozen, *words))
     return load_file(folder / "run" / "checkpoints" / "step_00000001" / "teacher.safetensors")
 
 

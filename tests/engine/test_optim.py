@@ -9,11 +9,11 @@ import math
 import pytest
 import torch
 
+from tapct.config.plugins import Plugin
 from tapct.engine.optim import Config, Updater, clip, group_key, square_norms
 from tapct.losses import dino, ibot, koleo
 from tapct.models import vit
 from tapct.nn import heads
-from tapct.plugin import Plugin
 from tapct.ssl.schedules import StepValues
 from tapct.ssl.student_teacher import StudentTeacher
 

@@ -10,11 +10,12 @@ from many_ranks import good, largest_difference, largest_state_difference, train
 from stopped import STEPS, stopped_run
 from tiny_run import config_of
 
-from tapct import run
+from tapct.base.exits import UserError
 from tapct.engine import loop, recompute
 from tapct.models import vit
 from tapct.nn.layers import DropKey
-from tapct.types import Tokens, UserError
+from tapct.run import pretrain
+from tapct.types import Tokens
 
 CONFIG = vit.Config(
     window=(8, 32, 32), dim=64, depth=4, heads=2, registers=2, layer_scale=1.0, drop_path=0.4, positions="both"
@@ -108,9 +109,9 @@ def test_a_backbone_without_blocks_is_one_line() -> None:
 def test_a_run_may_go_on_with_blocks_computed_again(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, store: Path
 ) -> None:
-    assert run.train(config_of(tmp_path / "kept", store, *WORDS)) == loop.Stop(STEPS)
+    assert pretrain.train(config_of(tmp_path / "kept", store, *WORDS)) == loop.Stop(STEPS)
     stopped_run(monkeypatch, tmp_path, store, 5, *WORDS, "train.recompute=1")
-    assert run.train(config_of(tmp_path, store, *WORDS, "train.recompute=2")) == loop.Stop(STEPS)
+    assert pretrain.train(config_of(tmp_path, store, *WORDS, "train.recompute=2")) == loop.Stop(STEPS)
     kept = tmp_path / "kept" / "run"
     assert largest_difference(tmp_path / "run", kept, ("loss/", "ce/", "grad_norm/")) == 0
     assert largest_state_difference(tmp_path / "run", kept, tmp_path) == 0

@@ -16,8 +16,8 @@ import torch
 from stopped import STEPS, stopped_run
 from tiny_run import assert_equal_runs, config_of, numbers_of, write_config
 
-from tapct import run
 from tapct.engine import loop, stop
+from tapct.run import pretrain
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SINKHORN = ("losses.dino.targets.kind=sinkhorn", "losses.ibot.targets.kind=sinkhorn")
@@ -54,7 +54,7 @@ def test_a_run_stopped_by_a_signal_and_resumed_equals_one_that_was_not(
     stop = stopped_run(monkeypatch, tmp_path, store, step, *overrides, number=number)
     assert stop == loop.Stop(step, signal.Signals(number).name)
     assert [row["step"] for row in numbers_of(tmp_path / "run")] == list(range(1, step + 1))
-    assert run.train(config_of(tmp_path, store, *overrides)) == loop.Stop(STEPS)
+    assert pretrain.train(config_of(tmp_path, store, *overrides)) == loop.Stop(STEPS)
     same = tuple(word for word in overrides if word not in UNEVEN)  # when it saves must not change what it learns
     if same == overrides:
         assert_equal_runs(tmp_path / "run", undisturbed(*overrides), tmp_path)
@@ -84,7 +84,7 @@ def test_a_run_stopped_after_every_single_step_equals_one_that_was_not(
     for step in range(1, STEPS):
         stop = stopped_run(monkeypatch, tmp_path, store, step, *overrides, "log.every=1")
         assert stop == loop.Stop(step, "SIGTERM")
-    assert run.train(config_of(tmp_path, store, *overrides, "log.every=1")) == loop.Stop(STEPS)
+    assert pretrain.train(config_of(tmp_path, store, *overrides, "log.every=1")) == loop.Stop(STEPS)
     assert_equal_runs(tmp_path / "run", undisturbed(*overrides, "log.every=1"), tmp_path)
 
 
@@ -93,7 +93,7 @@ def test_worker_processes_give_the_same_run_and_a_resumed_one_may_change_to_thre
 ) -> None:
     stop = stopped_run(monkeypatch, tmp_path, store, 3, "data.loader.backend=process")
     assert stop.step == 3
-    run.train(config_of(tmp_path, store, "data.loader.workers=0"))
+    pretrain.train(config_of(tmp_path, store, "data.loader.workers=0"))
     assert_equal_runs(tmp_path / "run", undisturbed(), tmp_path)
 
 

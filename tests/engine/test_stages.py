@@ -15,10 +15,10 @@ from many_ranks import PLAIN, good, largest_difference, largest_state_difference
 from stopped import STEPS, one_line, stop_at, stopped_run
 from tiny_run import assert_equal_runs, config_of, numbers_of, own_plugin, state_of
 
-from tapct import run, trained
+from tapct.base.exits import UserError
 from tapct.engine import loop
+from tapct.run import finished, pretrain
 from tapct.ssl import step as ssl_step
-from tapct.types import UserError
 
 LARGE = (
     "views.global_window=[8,32,24]",
@@ -50,15 +50,15 @@ def test_a_run_of_stages_equals_runs_chained_by_hand(
     assert stopped_run(monkeypatch, tmp_path, store, 5) == loop.Stop(5, "SIGTERM")
     with monkeypatch.context() as patch:
         stop_at(patch, 9, signal.SIGTERM)
-        assert run.train(config_of(tmp_path, store, *LARGE), allow_change=True) == loop.Stop(9, "SIGTERM")
-    assert run.train(config_of(tmp_path, store, *NO_LOCALS), allow_change=True) == loop.Stop(STEPS)
+        assert pretrain.train(config_of(tmp_path, store, *LARGE), allow_change=True) == loop.Stop(9, "SIGTERM")
+    assert pretrain.train(config_of(tmp_path, store, *NO_LOCALS), allow_change=True) == loop.Stop(STEPS)
     assert_equal_runs(undisturbed(STAGED), tmp_path / "run", tmp_path)
 
 
 def test_stages_that_change_nothing_leave_every_bit_as_it_was(
     tmp_path: Path, store: Path, undisturbed: Callable[..., Path]
 ) -> None:
-    run.train(config_of(tmp_path, store, stages((4, ("seed=0", "views.num_locals=2")), (5, ()), (11, ()))))
+    pretrain.train(config_of(tmp_path, store, stages((4, ("seed=0", "views.num_locals=2")), (5, ()), (11, ()))))
     assert_equal_runs(tmp_path / "run", undisturbed(), tmp_path)
 
 
@@ -69,7 +69,7 @@ def test_a_run_stopped_near_or_at_a_boundary_equals_one_that_was_not(
     stop = stopped_run(monkeypatch, tmp_path, store, step, STAGED, number=signal.SIGUSR1)
     assert stop == loop.Stop(step, "SIGUSR1")
     assert [row["step"] for row in numbers_of(tmp_path / "run")] == list(range(1, step + 1))
-    assert run.train(config_of(tmp_path, store, STAGED)) == loop.Stop(STEPS)
+    assert pretrain.train(config_of(tmp_path, store, STAGED)) == loop.Stop(STEPS)
     assert_equal_runs(tmp_path / "run", undisturbed(STAGED), tmp_path)
 
 
@@ -93,7 +93,7 @@ def test_each_step_sees_the_crops_of_its_stage_and_the_next_samples(
 
     monkeypatch.setattr(ssl_step, "forward", forward)
     monkeypatch.setattr(loop.Trainer, "make_inputs", inputs)
-    run.train(config_of(tmp_path, store, STAGED))
+    pretrain.train(config_of(tmp_path, store, STAGED))
     small, large = ((2, 4, 4, 16, 16), (2, 4, 4, 8, 8), 8), ((2, 2, 8, 32, 24), (1, 2, 2, 8, 16), 48)
     assert seen == [small] * 5 + [large] * 8 + [((2, 4, 4, 16, 16), (), 8)] * 3
     assert [number for part in samples for number in part] == list(range(4 * STEPS))
@@ -118,12 +118,12 @@ def test_a_larger_window_on_the_same_area_has_finer_voxels_and_on_a_larger_area_
         pixel_mm[step] = float((area_mm2 / size).sqrt().mean())  # pixel's side as a share of the scan's
         return views, masks
 
-    scans = run.Store(store).scans
+    scans = pretrain.Store(store).scans
     monkeypatch.setattr(loop.Trainer, "make_inputs", inputs)
     narrow, same, wide = (f"views.global_area=[{area},{area}]" for area in (0.2, 0.2, 0.8))
     large = "views.global_window=[4,32,32]"
     words = (narrow, "train.steps=3", stages((1, (large, same)), (2, (large, wide))))
-    run.train(config_of(tmp_path, store, *words))
+    pretrain.train(config_of(tmp_path, store, *words))
     assert pixel_mm[0] == pytest.approx(0.2**0.5 / 16, rel=1e-5)
     assert pixel_mm[1] == pytest.approx(pixel_mm[0] / 2, rel=1e-5)
     assert pixel_mm[2] == pytest.approx(pixel_mm[0], rel=1e-5)
@@ -162,9 +162,9 @@ def test_a_finished_run_of_stages_is_exported_and_its_stages_cannot_change(
     undisturbed: Callable[..., Path], tmp_path: Path
 ) -> None:
     folder = undisturbed(STAGED)
-    assert (trained.export(folder, tmp_path / "export") / "model.safetensors").is_file()
+    assert (finished.export(folder, tmp_path / "export") / "model.safetensors").is_file()
     with pytest.raises(UserError, match=r"stages=\[\]: the run was trained with"):
-        trained.open_run(folder, ["stages=[]"])
+        finished.open_run(folder, ["stages=[]"])
 
 
 GROWING = '''
@@ -215,7 +215,7 @@ def test_a_stage_that_cannot_be_followed_ends_the_run_before_its_first_step(
 ) -> None:
     own_plugin(monkeypatch, tmp_path, "growing", GROWING)
     with pytest.raises(UserError) as raised:
-        run.train(config_of(tmp_path, store, *LOSSES, stages((start, (word,)))))
+        pretrain.train(config_of(tmp_path, store, *LOSSES, stages((start, (word,)))))
     assert one_line(raised).startswith(complaint)
     metrics = tmp_path / "run" / "metrics.jsonl"
     assert not metrics.exists() or metrics.read_text() == ""

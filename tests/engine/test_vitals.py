@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from tiny_run import config_of, make_store, numbers_of
 
-from tapct import run
 from tapct.engine.metrics import Record
 from tapct.engine.vitals import Vitals, window_of
+from tapct.run import pretrain
 from tapct.ssl.health import NEXT_MOVE
 
 LN_K = {"dino": math.log(256), "ibot": math.log(256)}
@@ -99,7 +99,7 @@ PROVOKED = {
 def test_a_run_that_is_made_to_fail_says_so_while_it_trains(
     tmp_path: Path, store: Path, capsys: pytest.CaptureFixture[str], state: str
 ) -> None:
-    run.train(config_of(tmp_path, store, "train.steps=50", "checkpoint.every=50", "log.every=5", *PROVOKED[state]))
+    pretrain.train(config_of(tmp_path, store, "train.steps=50", "checkpoint.every=50", "log.every=5", *PROVOKED[state]))
     told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("health, ")]
     assert len(told) == 1 and f": {state}. dino: " in told[0] and NEXT_MOVE[state] in told[0]
     assert len(numbers_of(tmp_path / "run")) == 50

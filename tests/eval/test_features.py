@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from tapct.base.exits import UserError
 from tapct.eval.baselines import RawPatches
 from tapct.eval.features import (
     DenseFeatures,
@@ -25,7 +26,7 @@ from tapct.eval.features import (
 )
 from tapct.models import vit
 from tapct.nn import rope
-from tapct.types import AIR_HU, HUContract, Tokens, UserError
+from tapct.types import AIR_HU, HUContract, Tokens
 
 PATCH = (2, 4, 4)
 CONTRACT = HUContract()

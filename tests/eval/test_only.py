@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import pytest
 
+from tapct.base.exits import UserError
 from tapct.eval.scans import matching
-from tapct.types import UserError
 
 
 @dataclass(frozen=True)

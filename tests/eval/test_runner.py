@@ -14,15 +14,16 @@ import numpy as np
 import pytest
 import torch
 
-from tapct.data import manifest
+from tapct.base.exits import UserError
+from tapct.config.plugins import Plugin, available, load
+from tapct.data import index
 from tapct.eval import pictures, runner
 from tapct.eval.baselines import NamedModel, RawPatches, with_baselines
 from tapct.eval.features import DenseFeatures, PatchGrid, Preprocess
 from tapct.eval.scans import LabelledScan
 from tapct.eval.tasks.segmentation import Config as SegmentationConfig
 from tapct.models import vit
-from tapct.plugin import Plugin, available, load
-from tapct.types import HUContract, LabelMap, UserError, Volume
+from tapct.types import HUContract, LabelMap, Volume
 
 CT = Path(os.environ.get("TAPCT_TEST_CT", Path(__file__).resolve().parents[2] / "../shared/data/ct"))
 PATCH = (2, 4, 4)
@@ -232,7 +233,7 @@ def test_61_organs_of_a_real_scan(tmp_path):
     for folder, name in (("images", "example_ct"), ("labels", "example_ct_seg62")):
         (tmp_path / folder).mkdir()
         shutil.copy(CT / "ts_body" / f"{name}.nii.gz", tmp_path / folder / "example_ct.nii.gz")
-    built = manifest.build(
+    built = index.build(
         tmp_path / "images", tmp_path / "m.parquet", labels=tmp_path / "labels", patient_regex=None, min_depth=1,
         workers=1, progress=None,
     )  # fmt: skip

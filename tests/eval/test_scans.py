@@ -9,8 +9,8 @@ import nibabel
 import numpy as np
 import pytest
 
+from tapct.base.exits import UserError
 from tapct.eval.scans import BLOCKS, PATIENTS, block_slices, read_labelled, split_by_patient
-from tapct.types import UserError
 
 
 @dataclass(frozen=True)
@@ -85,9 +85,7 @@ def test_scans_without_labels_are_left_out_and_none_at_all_is_one_line():
 
 @pytest.mark.parametrize(("depth", "blocks", "gap"), [(31, 8, 2), (31, 4, 0), (12, 8, 3), (5, 8, 2), (4, 2, 2)])
 def test_blocks_of_one_scan_lie_apart(depth, blocks, gap):
-    train, test = (
-        block_slices(depth, test=side, num_blocks=blocks, gap=gap, scan_id="s") for side in (False, True)
-    )
+    train, test = (block_slices(depth, test=side, num_blocks=blocks, gap=gap, scan_id="s") for side in (False, True))
     assert train.any()
     assert test.any()
     distance = np.abs(np.flatnonzero(train)[:, None] - np.flatnonzero(test)[None]).min()

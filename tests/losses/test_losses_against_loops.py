@@ -8,11 +8,13 @@ import math
 import pytest
 import torch
 
+from tapct.base.exits import UserError
 from tapct.losses import dino, ibot, koleo
 from tapct.nn import heads
-from tapct.nn.prototype_loss import TeacherScores, sinkhorn_bias
+from tapct.nn.prototype_scores import TeacherScores
 from tapct.nn.prototypes import TargetConfig, Targets
-from tapct.types import Masks, Tokens, TokenSets, UserError
+from tapct.nn.sinkhorn import sinkhorn_bias
+from tapct.types import Masks, Tokens, TokenSets
 
 B, DIM, K, N, LOCALS = 3, 5, 7, 6, 3
 HEAD = heads.Config(num_prototypes=K, hidden=8, bottleneck=4)

@@ -9,15 +9,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from tapct import plugin
+from tapct.config import plugins
 from tapct.nn.layers import DropKey
 from tapct.types import Tokens
 
-BACKBONES = plugin.available("models")
+BACKBONES = plugins.available("models")
 
 
 def make(name: str, seed: int = 1) -> Any:
-    module = plugin.load("models", name)
+    module = plugins.load("models", name)
     model = module.build(module.Config())
     model.init_weights(seed)
     return model
@@ -71,7 +71,7 @@ def test_the_same_seed_and_key_give_the_same_tokens(name: str) -> None:
 @pytest.mark.parametrize("name", BACKBONES)
 def test_layers_count_from_the_input_to_the_norm(name: str) -> None:
     with torch.device("meta"):
-        module = plugin.load("models", name)
+        module = plugins.load("models", name)
         model = module.build(module.Config())
     ids = {model.param_group_id(key) for key, _ in model.named_parameters()}
     assert ids == set(range(model.num_blocks + 2))

@@ -12,10 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.fsdp import fully_shard
 
+from tapct.base.exits import UserError
 from tapct.models import vit
 from tapct.nn import rope
 from tapct.nn.layers import DropKey
-from tapct.types import Tokens, UserError
+from tapct.types import Tokens
 
 LEARNED = vit.Config(
     window=(4, 16, 24), patch=(2, 8, 8), dim=28, depth=2, heads=2, registers=3, layer_scale=1.0, drop_path=0.0

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from tapct.base.exits import UserError
 from tapct.nn import backends
 from tapct.nn.attention import Attention
 from tapct.nn.backends import BACKENDS, GPU_ONLY, Backend, Span, Spans
-from tapct.types import UserError
 
 SPANS = (Span(3, 7), Span(2, 5), Span(1, 1))
 
@@ -128,8 +128,9 @@ def test_half_types_on_a_cpu_are_as_good_as_float32_and_kept_as_halves(
     floats = [part.detach().float().requires_grad_() for part in halves]
     weight = torch.randn(halves[0].shape, generator=torch.Generator().manual_seed(1)).to(dtype)
     kept: list[Tensor] = []
-    with torch.autocast("cpu", dtype), torch.autograd.graph.saved_tensors_hooks(
-        lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor
+    with (
+        torch.autocast("cpu", dtype),
+        torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor),
     ):
         out = backends.attend_sdpa(*halves, SPANS)
     assert out.dtype == dtype and {tensor.dtype for tensor in kept if tensor.shape == out.shape} == {dtype}

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from tapct.nn.heads import Config, PrototypeHead
-from tapct.nn.prototype_loss import TeacherScores, pair_up, prototype_loss
+from tapct.nn.prototype_loss import pair_up, prototype_loss
+from tapct.nn.prototype_scores import TeacherScores
 
 TINY = Config(num_prototypes=32, hidden=24, bottleneck=8, layers=3)
 PLAIN = replace(TINY, last_layer="plain")

@@ -99,8 +99,9 @@ def test_a_block_keeps_ten_numbers_per_token_and_channel(ffn: str, autocast: boo
         return tensor
 
     x_TD = torch.randn(rows, dim, requires_grad=True)
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), torch.autocast(
-        "cpu", torch.bfloat16, enabled=autocast
+    with (
+        torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
+        torch.autocast("cpu", torch.bfloat16, enabled=autocast),
     ):
         block(x_TD, spans)
     large = [each for pointer, each in kept.items() if pointer not in parameters and each.numel() >= rows * dim]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import subprocess
 import sys
@@ -11,8 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tapct.nn import prototype_loss as fused
-from tapct.nn.prototype_loss import TeacherScores, prototype_loss, sinkhorn_bias
+from tapct.nn import prototype_scores, sinkhorn
+from tapct.nn.prototype_loss import prototype_loss
+from tapct.nn.prototype_scores import TeacherScores
+from tapct.nn.sinkhorn import sinkhorn_bias
 
 V, G, B, W, K = 4, 2, 7, 5, 11
 TEACHER, STUDENT = 0.05, 0.1
@@ -59,7 +62,7 @@ def written_out(
 def test_the_fused_loss_equals_the_written_out_one(
     monkeypatch: pytest.MonkeyPatch, views: int, targets: int, cross: bool, rows_at_once: int
 ) -> None:
-    monkeypatch.setattr(fused, "CHUNK_BYTES", rows_at_once * 8 * K * max(views, targets))
+    monkeypatch.setattr(prototype_scores, "CHUNK_BYTES", rows_at_once * 8 * K * max(views, targets))
     student, prototypes, weight, teacher = problem(views, targets)
     result = prototype_loss(student, prototypes, weight, teacher, STUDENT, cross)
     (3.0 * result.value).backward()
@@ -97,9 +100,9 @@ def test_no_rows_are_no_loss_and_still_connected() -> None:
 def test_sinkhorn_by_chunks_equals_sinkhorn_on_the_whole_matrix(
     monkeypatch: pytest.MonkeyPatch, iterations: int, rows_at_once: int
 ) -> None:
-    monkeypatch.setattr(fused, "CHUNK_BYTES", rows_at_once * 8 * K * G)
+    monkeypatch.setattr(prototype_scores, "CHUNK_BYTES", rows_at_once * 8 * K * G)
     *_, teacher = problem()
-    plain = fused.replace(teacher, bias_K=torch.zeros(K, dtype=torch.float64))
+    plain = dataclasses.replace(teacher, bias_K=torch.zeros(K, dtype=torch.float64))
     scores = plain.features_GBW @ plain.prototypes_KW.T / plain.temperature
     targets = torch.softmax(scores + sinkhorn_bias(plain, iterations), -1)[:, teacher.valid_B]
     scores = scores[:, teacher.valid_B].flatten(0, 1)
@@ -116,15 +119,17 @@ def test_two_ranks_are_one_problem_and_meet_once_per_iteration_and_once_before(
     monkeypatch: pytest.MonkeyPatch, iterations: int
 ) -> None:
     *_, teacher = problem()
-    plain = fused.replace(teacher, bias_K=torch.zeros(K, dtype=torch.float64))
+    plain = dataclasses.replace(teacher, bias_K=torch.zeros(K, dtype=torch.float64))
     assert plain.valid_B is not None
-    twice = fused.replace(plain, features_GBW=torch.cat([plain.features_GBW] * 2, 1), valid_B=plain.valid_B.repeat(2))
+    twice = dataclasses.replace(
+        plain, features_GBW=torch.cat([plain.features_GBW] * 2, 1), valid_B=plain.valid_B.repeat(2)
+    )
     alone = sinkhorn_bias(twice, iterations)
     met: list[str] = []
     # a second rank that holds the same rows
-    monkeypatch.setattr(fused.collectives, "world_size", lambda: 2)
-    monkeypatch.setattr(fused.collectives, "sum_", lambda x: (met.append("sum"), x * 2)[1])
-    monkeypatch.setattr(fused.collectives, "max_", lambda x: (met.append("max"), x)[1])
+    monkeypatch.setattr(sinkhorn.collectives, "world_size", lambda: 2)
+    monkeypatch.setattr(sinkhorn.collectives, "sum_", lambda x: (met.append("sum"), x * 2)[1])
+    monkeypatch.setattr(sinkhorn.collectives, "max_", lambda x: (met.append("max"), x)[1])
     assert torch.allclose(sinkhorn_bias(plain, iterations), alone, rtol=1e-12)
     assert met == ["max", *["sum"] * iterations]
 
@@ -135,14 +140,14 @@ def test_sinkhorn_at_temperature_001_neither_overflows_nor_forgets() -> None:
     bias = sinkhorn_bias(cold, 3)
     wide = TeacherScores(features.double(), prototypes.double(), 0.01, torch.zeros(K, dtype=torch.float64))
     assert bool(torch.isfinite(bias).all()) and torch.allclose(bias.double(), sinkhorn_bias(wide, 3), atol=2e-2)
-    no_rows = fused.replace(cold, valid_B=torch.zeros(64, dtype=torch.bool))
+    no_rows = dataclasses.replace(cold, valid_B=torch.zeros(64, dtype=torch.bool))
     assert bool((sinkhorn_bias(no_rows, 3) == 0).all())
 
 
 def test_under_autocast_the_products_are_narrow_and_the_rest_is_not() -> None:
     student, prototypes, weight, teacher = problem()
     narrow = [x.detach().float().requires_grad_() for x in (student, prototypes)]
-    teacher32 = fused.replace(
+    teacher32 = dataclasses.replace(
         teacher,
         features_GBW=teacher.features_GBW.float(),
         prototypes_KW=teacher.prototypes_KW.float(),
@@ -187,6 +192,6 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024, 4 * 
 def test_memory_does_not_grow_with_rows_times_prototypes() -> None:
     done = subprocess.run([sys.executable, "-c", MEASURE], capture_output=True, text=True, check=True)
     extra, one_matrix = map(float, done.stdout.split())
-    assert extra < 2 * fused.CHUNK_BYTES / 2**20 + 40, f"{extra:.0f} MB"
+    assert extra < 2 * prototype_scores.CHUNK_BYTES / 2**20 + 40, f"{extra:.0f} MB"
     assert one_matrix > 370, "the written-out loss would hold several of these"
     assert math.isfinite(extra)

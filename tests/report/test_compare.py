@@ -15,8 +15,8 @@ import pytest
 import yaml
 from test_report import Page
 
+from tapct.base.exits import UserError
 from tapct.report import compare
-from tapct.types import UserError
 
 Config = dict[str, Any]
 BASE: Config = {"out": "runs/x", "seed": 0, "optim": {"lr": 0.001}, "model": {"patch": [4, 8, 8]}, "device": "cpu"}

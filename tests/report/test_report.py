@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tapct.base.exits import UserError
 from tapct.report import page, plots
 from tapct.report.history import prototypes_ln, read_history
-from tapct.types import UserError
 
 VOID = {"meta", "img", "wbr"}
 LN_K = math.log(256)

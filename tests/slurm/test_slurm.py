@@ -1,6 +1,6 @@
 """On a real SLURM: submit, preempt, come back, and end with the numbers of a run that nothing disturbed.
 
-    TAPCT_SLURM=1 pytest -m slurm tests/slurm
+TAPCT_SLURM=1 pytest -m slurm tests/slurm
 """
 
 from __future__ import annotations

@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tapct.base.exits import UserError
 from tapct.ssl.schedules import OptimSchedule, Schedules, StepValues
-from tapct.types import UserError
 
 
 def dinov2_array(base: float, final: float, total: int, warmup: int, start_warmup: float) -> np.ndarray:

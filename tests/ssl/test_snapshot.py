@@ -6,13 +6,13 @@ import pytest
 import torch
 from test_step import HEAD, make_pair, make_views
 
+from tapct.base.exits import UserError
+from tapct.config.plugins import Plugin
 from tapct.losses import dino, gram
 from tapct.models import vit
 from tapct.nn.contracts import SnapshotTimes
-from tapct.plugin import Plugin
 from tapct.ssl import step as ssl_step
 from tapct.ssl.student_teacher import StudentTeacher, snapshot_times
-from tapct.types import UserError
 
 YES, NO = torch.tensor(True), torch.tensor(False)
 

@@ -7,13 +7,13 @@ from dataclasses import replace
 import pytest
 import torch
 
+from tapct.config.plugins import Plugin
 from tapct.engine import optim
 from tapct.losses import dino, ibot, koleo
 from tapct.models import vit
 from tapct.nn import heads, rope
 from tapct.nn.layers import DropKey
 from tapct.nn.prototypes import TargetConfig
-from tapct.plugin import Plugin
 from tapct.ssl import step as ssl_step
 from tapct.ssl.schedules import StepValues
 from tapct.ssl.student_teacher import StudentTeacher

@@ -10,8 +10,8 @@ import pytest
 import torch
 from scipy import ndimage, stats
 
-from tapct import rng
-from tapct.types import UserError
+from tapct.base import rng
+from tapct.base.exits import UserError
 from tapct.views import masks
 
 CONFIG = masks.Config()

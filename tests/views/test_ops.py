@@ -9,8 +9,9 @@ import pytest
 import torch
 from scipy import ndimage, stats
 
-from tapct import plugin
-from tapct.types import HUContract, UserError
+from tapct.base.exits import UserError
+from tapct.config import plugins
+from tapct.types import HUContract
 from tapct.views.key import ViewKey
 
 CONTRACT = HUContract()
@@ -36,7 +37,7 @@ def views_of(num: int) -> torch.Tensor:
 
 
 def run(name: str, key: ViewKey, view: torch.Tensor, **changed: Any) -> torch.Tensor:
-    module = plugin.load("views.ops", name)
+    module = plugins.load("views.ops", name)
     before = view.clone()
     out = module.build(replace(module.Config(), **changed))(view, key)
     assert torch.equal(view, before)  # the input is left alone
@@ -44,7 +45,7 @@ def run(name: str, key: ViewKey, view: torch.Tensor, **changed: Any) -> torch.Te
 
 
 def test_every_op_of_the_folder_is_tested_here() -> None:
-    assert set(OTHER) == set(plugin.available("views.ops"))
+    assert set(OTHER) == set(plugins.available("views.ops"))
 
 
 @pytest.mark.parametrize("name", sorted(OTHER))
@@ -69,7 +70,7 @@ def test_op_happens_as_often_as_declared_in_each_group(name: str) -> None:
 
 @pytest.mark.parametrize(("name", "field"), [(n, f) for n in sorted(OTHER) for f in sorted(OTHER[n])])
 def test_every_field_changes_something(name: str, field: str) -> None:
-    config = plugin.load("views.ops", name).Config
+    config = plugins.load("views.ops", name).Config
     assert {f.name for f in fields(config)} == {"p", *OTHER[name]}
     plain, changed = (
         run(name, key_of("local", 0, 4), views_of(4), p=(1.0, 1.0, 1.0), **other)
@@ -122,9 +123,9 @@ def test_window_jitter_narrows_the_window_and_keeps_air() -> None:
 def test_bounds_the_wrong_way_round_are_refused() -> None:
     for name, field in (("gain", "factor"), ("gamma", "exponent"), ("noise", "sigma_hu")):
         with pytest.raises(UserError, match=field):
-            plugin.load("views.ops", name).Config(**{field: (1.2, 0.8)})
+            plugins.load("views.ops", name).Config(**{field: (1.2, 0.8)})
     with pytest.raises(UserError, match="window_jitter"):
-        plugin.load("views.ops", "window_jitter").Config(low_hu=900.0)
+        plugins.load("views.ops", "window_jitter").Config(low_hu=900.0)
 
 
 @pytest.mark.parametrize(("height", "width"), [(20, 31), (24, 16)])
@@ -149,4 +150,4 @@ def test_rotation_turns_x_towards_y_by_quarters_and_keeps_what_is_constant() -> 
     out = run("rotation", key, torch.full((3, 2, 12, 17), -300.0), p=(1.0, 1.0, 1.0))
     torch.testing.assert_close(out, torch.full_like(out, -300.0), atol=1e-3, rtol=0)
     with pytest.raises(UserError, match=r"rotation.degrees is \(5.0, -5.0\): the lower end comes first"):
-        plugin.load("views.ops", "rotation").Config(degrees=(5.0, -5.0))
+        plugins.load("views.ops", "rotation").Config(degrees=(5.0, -5.0))

@@ -9,9 +9,10 @@ import pytest
 import torch
 from scipy import ndimage
 
-from tapct import plugin
-from tapct.plugin import Plugin
-from tapct.types import AIR_HU, Batch, HUContract, UserError, Views
+from tapct.base.exits import UserError
+from tapct.config import plugins
+from tapct.config.plugins import Plugin
+from tapct.types import AIR_HU, Batch, HUContract, Views
 from tapct.views import boxes, recipe, resample
 from tapct.views.boxes import Kind
 from tapct.views.key import ViewKey
@@ -41,7 +42,7 @@ def test_shapes_are_crop_major_and_types_as_declared(make_batch: Callable[..., B
 
 def test_a_sample_gives_the_same_views_in_any_batch(make_batch: Callable[..., Batch]) -> None:
     """Other neighbours, another place in the batch, and more padding because a neighbour is larger."""
-    table = (Plugin(name, plugin.load("views.ops", name).Config(p=(1.0, 1.0, 1.0))) for name in ("gain", "noise"))
+    table = (Plugin(name, plugins.load("views.ops", name).Config(p=(1.0, 1.0, 1.0))) for name in ("gain", "noise"))
     config = replace(SMALL, ops=tuple(table), flip_p=(0.5, 0.5, 0.5))
     alone = make(make_batch([7], [(14, 40, 44)]), config)
     among = make(make_batch([3, 7, 4], [(16, 48, 56), (14, 40, 44), (16, 64, 41)]), config)
@@ -82,7 +83,7 @@ def test_views_equal_crop_blur_gain_and_z_score_done_by_hand(make_batch: Callabl
             both = torch.stack([got.flatten(), want.flatten()])
             assert torch.corrcoef(both)[0, 1] > 0.97
     gained = make(
-        batch, replace(config, ops=(Plugin("gain", plugin.load("views.ops", "gain").Config(p=(1.0, 1.0, 1.0))),))
+        batch, replace(config, ops=(Plugin("gain", plugins.load("views.ops", "gain").Config(p=(1.0, 1.0, 1.0))),))
     )
     hu, hu_gained = (v.global_VBZYX * CONTRACT.std + CONTRACT.mean for v in (sharp, gained))
     inside = (hu > -900) & (hu_gained < CONTRACT.clip_high - 1)
@@ -221,8 +222,8 @@ def test_make_views_runs_the_device_path_to_the_same_views(
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_views_on_a_gpu_equal_those_on_the_host_and_never_wait(make_batch: Callable[..., Batch]) -> None:
     batch = make_batch([0, 1, 2], [(16, 48, 56), (7, 40, 30), (16, 64, 33)])
-    names = plugin.available("views.ops")
-    config = replace(SMALL, ops=tuple(Plugin(n, plugin.load("views.ops", n).Config(p=(1.0, 1.0, 1.0))) for n in names))
+    names = plugins.available("views.ops")
+    config = replace(SMALL, ops=tuple(Plugin(n, plugins.load("views.ops", n).Config(p=(1.0, 1.0, 1.0))) for n in names))
     on_device = batch.to(torch.device("cuda"))
     make(on_device, config)  # the first call compiles and allocates
     torch.cuda.synchronize()
@@ -238,7 +239,7 @@ def test_views_on_a_gpu_equal_those_on_the_host_and_never_wait(make_batch: Calla
 
 
 def test_ops_are_told_the_mm_of_their_view(make_batch: Callable[..., Batch]) -> None:
-    rotation = plugin.load("views.ops", "rotation")
+    rotation = plugins.load("views.ops", "rotation")
     turn = rotation.Config(p=(1.0, 1.0, 1.0), degrees=(30.0, 30.0))
     batch = replace(make_batch([1, 2]), spacing_mm_B3=torch.tensor([[3.0, 0.5, 1.1], [2.0, 0.9, 0.6]]))
     plain = make(batch, replace(SMALL, ops=NO_OPS))

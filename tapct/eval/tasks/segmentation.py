@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from tapct.base.exits import UserError
 from tapct.config import setting
 from tapct.eval import pictures
 from tapct.eval.features import DenseFeatures, PatchGrid
 from tapct.eval.scans import LabelledScan
 from tapct.eval.truth import OUTSIDE, PatchTruth, patch_truth
-from tapct.types import UserError
 
 RESOLUTIONS = ("patch", "voxel")
 _OUTSIDE, _BODY = "outside", "body"

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tapct.base.exits import UserError
 from tapct.config import setting
-from tapct.types import UserError
 from tapct.views.key import Op, ViewKey
 
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from tapct.base.exits import UserError
 from tapct.config import setting
-from tapct.types import UserError
 from tapct.views.key import Op, ViewKey
 
 

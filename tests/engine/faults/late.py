@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from tapct import collectives
+from tapct.distributed import collectives
 from tapct.views.key import Op, ViewKey
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tapct import collectives
+from tapct.distributed import collectives
 from tapct.nn.contracts import Loss
 from tapct.types import LossResult, Term, TokenSets
 

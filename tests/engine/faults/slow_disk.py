@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from tapct import collectives
+from tapct.distributed import collectives
 from tapct.views.key import Op, ViewKey
 
 RANK, SECONDS = (float(word) for word in os.environ.get("TAPCT_SLOW_DISK", "-1 0").split())

@@ -1,0 +1,175 @@
+"""What a run tells: lines and progress for people, metrics for files and trackers. Only rank 0 speaks and writes.
+
+No torch, rich, TensorBoard or wandb at import: `tapct --help` loads this file.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+import textwrap
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from tapct.base import ranks
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress, TaskID
+
+
+LINE_SECONDS = 5.0  # plain progress lines are at least this far apart
+BAR_SECONDS = 0.1
+
+
+@functools.cache
+def console() -> Console:
+    """The one console of this process, on standard output; silent on all ranks but the first."""
+    from rich.console import Console
+
+    return Console(quiet=not ranks.from_environment(os.environ).is_first, highlight=False)
+
+
+def say(text: str) -> None:
+    """Print plain text as it is: no markup, no colours, no wrapping; beside a running bar, not through it."""
+    out = console()
+    out.print(_encodable(text, out), markup=False, soft_wrap=True)
+
+
+def error(text: str) -> None:
+    """Print `error: ...` to standard error, as one line; on a terminal it wraps between words only."""
+    from rich.console import Console
+
+    out = Console(stderr=True, highlight=False)
+    place = ranks.from_environment(os.environ)
+    line = f"error: {'' if place.is_first else f'[rank {place.rank}] '}{' '.join(text.split())}"
+    line = "".join(char if char.isprintable() else repr(char)[1:-1] for char in line)
+    if out.is_terminal:
+        line = textwrap.fill(line, max(out.width, 20), break_long_words=False, break_on_hyphens=False)
+    out.print("error:", style="bold red", end="")
+    out.print(_encodable(line.removeprefix("error:"), out), markup=False, soft_wrap=True)
+
+
+def _encodable(text: str, out: Console) -> str:
+    encoding = getattr(out.file, "encoding", None) or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)
+
+
+def duration(seconds: float) -> str:
+    """Seconds as 0:07, 12:34, 5:06:07, or 2d 03:04."""
+    if not math.isfinite(seconds):
+        return "?"
+    minutes, rest = divmod(round(max(seconds, 0.0)), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours >= 48:
+        return f"{hours // 24}d {hours % 24:02d}:{minutes:02d}"
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+@contextmanager
+def progress_bar(description: str) -> Iterator[Callable[[int, int], None]]:
+    """Progress of a job of known length: a bar on a terminal, a line now and then elsewhere.
+
+    Args:
+        description: one word, e.g. `pack`.
+    Yields:
+        A function to call with (done, total) as the job goes on; it is cheap.
+    """
+    with _Meter(description) as meter:
+        yield lambda done, total: meter.show(done, total, meter.remaining(done, total))
+
+
+class TrainProgress:
+    """Progress of training: step, loss, samples per second and time left.
+
+    Args:
+        steps: number of the last step.
+        start_step: steps that were done before.
+        every: plain lines tell steps that are multiples of this, the first and the last.
+    """
+
+    def __init__(self, steps: int, start_step: int, every: int) -> None:
+        self._steps, self._start, self._every = steps, start_step, every
+        self._step_seconds = math.nan
+        self._meter = _Meter("train")
+
+    def __enter__(self) -> TrainProgress:
+        self._meter.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._meter.__exit__(kind, error, trace)
+
+    def update(self, row: Mapping[str, float]) -> None:
+        """Tell one finished step, a row of metrics.jsonl."""
+        step = int(row["step"])
+        seconds = row.get("seconds/step", math.nan)
+        # about the last 20 steps; the first ones are slower (warm-up of caches, workers, compilers)
+        self._step_seconds = seconds if math.isnan(self._step_seconds) else 0.95 * self._step_seconds + 0.05 * seconds
+        facts = f"loss {row['loss/total']:.4f}  {row.get('samples_per_second', math.nan):.1f} samples/s"
+        left = (self._steps - step) * self._step_seconds
+        wanted = step == self._start + 1 or step == self._steps or step % self._every == 0
+        self._meter.show(step, self._steps, left, facts, line=wanted, at_once=step == self._start + 1)
+
+
+class _Meter:
+    """A bar on a terminal, else lines; without a thread, which a forking data loader would not like."""
+
+    def __init__(self, description: str) -> None:
+        self._description = description
+        self._began = time.monotonic()
+        self._shown = -math.inf
+        self._last: tuple[int, int] | None = None
+        self._bar: Progress | None = None
+        self._task: TaskID | None = None
+
+    def __enter__(self) -> _Meter:
+        if console().is_terminal and not console().quiet:
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[facts]}"),
+            )
+            self._bar = Progress(*columns, console=console(), auto_refresh=False)
+            self._task = self._bar.add_task(self._description, total=None, facts="")
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.refresh()
+            self._bar.stop()
+
+    def remaining(self, done: int, total: int) -> float:
+        """Seconds that the rest takes at the pace so far."""
+        return (total - done) * (time.monotonic() - self._began) / done if done else math.nan
+
+    def show(
+        self, done: int, total: int, left: float, facts: str = "", *, line: bool = True, at_once: bool = False
+    ) -> None:
+        """Bring the bar up to date, or print a line when one is due: the last always, others at intervals."""
+        now, at_end = time.monotonic(), done >= total
+        if self._last == (done, total):
+            return
+        words = [facts] if facts else []
+        words.append(f"took {duration(now - self._began)}" if at_end else f"left {duration(left)}")
+        due = at_end or at_once or now - self._shown >= (BAR_SECONDS if self._bar is not None else LINE_SECONDS)
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, completed=done, total=total, facts="  ".join(words), refresh=due)
+        elif due and (line or at_end):
+            say("  ".join([f"{self._description} {done}/{total}", *words]))
+        else:
+            return
+        self._last = (done, total)
+        self._shown = now if due else self._shown

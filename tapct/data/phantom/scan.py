@@ -1,0 +1,108 @@
+"""From a painted body to a scan: the scanner's blur, its noise, its field of view."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from tapct.data.phantom import organs, torso
+from tapct.data.phantom.canvas import Canvas, blank_canvas
+from tapct.data.phantom.patient import Patient, Study
+from tapct.types import AIR_HU
+
+_STROKES = (
+    torso.paint_wall,
+    torso.paint_breasts,
+    organs.paint_bowel,
+    organs.paint_colon,
+    organs.paint_stomach,
+    organs.paint_spleen,
+    organs.paint_liver,
+    organs.paint_kidneys,
+    torso.paint_lungs,
+    organs.paint_back_muscles,
+    organs.paint_heart,
+    torso.paint_ribs,
+    torso.paint_spine,
+    organs.paint_vessels,
+    organs.paint_lesions,
+    torso.paint_table,
+)
+
+
+def scan(patient: Patient, study: Study) -> tuple[np.ndarray, np.ndarray]:
+    """Paint a patient and measure it.
+
+    Returns:
+        hu_ZYX int16 and labels_ZYX uint16, LPS, axial slices first.
+    """
+    canvas = blank_canvas(patient, study)
+    for stroke in _STROKES:
+        stroke(canvas)
+    return _measure(canvas), canvas.whole.label_ZYX.astype(np.uint16)
+
+
+def _measure(canvas: Canvas) -> np.ndarray:
+    """Blur with the kernel's spread, add its correlated noise, round."""
+    study, patient = canvas.study, canvas.patient
+    rng = patient.rng(f"noise {study.visit}")
+    hu = canvas.whole.hu_ZYX
+    px = study.spacing_mm[2]
+    side = _side_weight((1.1 if study.sharp else 1.9) / px)
+    width = _side_weight(1.6 / px)
+    gain_YX = _noise_map(canvas)
+    outside = _round_field(study)
+    out = np.empty(hu.shape, np.int16)
+    through = np.float32(0.1)
+    for k in range(len(hu)):
+        near = hu[max(k - 1, 0)] + hu[min(k + 1, len(hu) - 1)]
+        plane = _blur(near * through + hu[k] * (1 - 2 * through), side)
+        noise = rng.standard_normal(plane.shape, dtype=np.float32)
+        low = _blur(noise, width)
+        if study.sharp:
+            noise -= np.float32(0.8) * low
+        else:
+            noise = low
+        plane += noise * (gain_YX / np.float32(noise[::4, ::4].std()))
+        np.rint(plane, out=plane)
+        np.clip(plane, AIR_HU, 3071, out=plane)
+        plane[outside] = AIR_HU
+        out[k] = plane
+    return out
+
+
+def _side_weight(sigma_px: float) -> float:
+    """Weight w of the taps (w, 1 - 2w, w) whose variance is sigma squared; wider than 0.7 pixels is cut there."""
+    return float(min(0.5 * sigma_px**2 * 0.5, 0.25))
+
+
+def _blur(plane: np.ndarray, w: float) -> np.ndarray:
+    """Three taps along y, then along x."""
+    out = plane * np.float32(1 - 2 * w)
+    side = plane * np.float32(w)
+    out[1:] += side[:-1]
+    out[:-1] += side[1:]
+    out[0] += side[0]
+    out[-1] += side[-1]
+    side = out * np.float32(w)
+    out *= np.float32(1 - 2 * w)
+    out[:, 1:] += side[:, :-1]
+    out[:, :-1] += side[:, 1:]
+    out[:, 0] += side[:, 0]
+    out[:, -1] += side[:, -1]
+    return out
+
+
+def _noise_map(canvas: Canvas) -> np.ndarray:
+    """Standard deviation per pixel: rays through the middle are the weakest, so the noise is highest there."""
+    whole, size = canvas.whole, 1 + 0.012 * canvas.patient.fat_mm[0]
+    q = np.square(whole.x_YX / 170) + np.square(whole.y_YX / 120)
+    return (canvas.study.noise_hu * size * (0.45 + 0.55 * np.exp(-0.9 * q))).astype(np.float32)
+
+
+def _round_field(study: Study) -> np.ndarray:
+    """Bool YX: outside the round field of view of a scanner that pads there."""
+    _, height, width = study.shape
+    if not study.round_field:
+        return np.zeros((height, width), bool)
+    y, x = np.ogrid[:height, :width]
+    return (x - (width - 1) / 2) ** 2 + (y - (height - 1) / 2) ** 2 > (min(height, width) / 2) ** 2

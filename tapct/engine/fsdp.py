@@ -1,0 +1,73 @@
+"""FSDP2 sharding of student and teacher.
+
+Student and teacher are sharded alike (`fully_shard` per block; heads and the rest of the backbone as units of their
+own) over a mesh replicate x shard. float32 master shards; with bf16 the blocks and heads are gathered and computed in
+bf16, gradients are reduced in float32; what lies outside of the blocks (positions, final norm) stays float32, so that
+the residual stream does.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.utils import _pytree
+
+from tapct.nn.prototype_loss import PrototypeLoss
+from tapct.ssl.student_teacher import Network, StudentTeacher
+from tapct.types import TargetSums, Tokens
+
+
+@functools.cache
+def _register_outputs() -> None:
+    """Make tensors in what modules return visible to FSDP, which hooks their gradients; once per process."""
+    for noun in (Tokens, PrototypeLoss, TargetSums):
+        _pytree.register_dataclass(noun)
+
+
+def shard(network: Network, mesh: DeviceMesh, *, bf16: bool, keeps_gradient: bool) -> None:
+    """Shard a network of the meta device or of this rank's, in place.
+
+    Args:
+        network: student, teacher or the teacher's snapshot.
+        mesh: replicate x shard.
+        bf16: gather and compute in bf16.
+        keeps_gradient: the student. The others have no backward pass after which FSDP would free the gathered copy,
+            and would go on with a copy from before its last move.
+    """
+    _register_outputs()
+    compute = MixedPrecisionPolicy(
+        param_dtype=torch.bfloat16 if bf16 else None, reduce_dtype=torch.float32 if bf16 else None,
+        cast_forward_inputs=False,
+    )  # fmt: skip
+    whole = MixedPrecisionPolicy(cast_forward_inputs=False)
+    if mesh.size(0) == 1:  # no copies: else FSDP sums every gradient over groups of one rank
+        mesh = mesh["shard"]
+    for block in blocks_of(network.backbone):
+        fully_shard(block, mesh=mesh, mp_policy=compute, reshard_after_forward=True)
+    fully_shard(network.backbone, mesh=mesh, mp_policy=whole, reshard_after_forward=not keeps_gradient)
+    for head in network.heads.values():
+        fully_shard(head, mesh=mesh, mp_policy=compute, reshard_after_forward=not keeps_gradient)
+
+
+def blocks_of(backbone: nn.Module) -> list[nn.Module]:
+    """The repeated layers of a backbone, each gathered by itself: `backbone.blocks`; none where it has no such list."""
+    blocks = getattr(backbone, "blocks", None)
+    return list(blocks) if isinstance(blocks, nn.ModuleList) else []
+
+
+def forget_order(pair: StudentTeacher) -> None:
+    """Let FSDP forget the order of gathering in networks that have no backward pass, which alone does so."""
+    for root in (part for network in pair.frozen() for part in (network.backbone, *network.heads.values())):
+        if isinstance(root, FSDPModule) and hasattr(root, "reset_iter_state"):  # torch 2.13
+            root.reset_iter_state()
+
+
+def sync_gradients(pair: StudentTeacher, enabled: bool) -> None:
+    """Reduce gradients over ranks in the next backward pass, or only add them up here until a later one does."""
+    for module in pair.student.modules():
+        if isinstance(module, FSDPModule):
+            module.set_requires_gradient_sync(enabled, recurse=False)

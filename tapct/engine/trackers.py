@@ -1,0 +1,208 @@
+"""Write the metrics of every step to metrics.jsonl, TensorBoard and Weights & Biases."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal
+
+from tapct.base import ranks
+from tapct.config.fields import setting
+
+if TYPE_CHECKING:
+    pass
+from tapct.base.console import say
+
+SYNC_SECONDS = 10.0  # metrics are forced to the disk at most this often, and on close
+
+
+@dataclass(frozen=True)
+class Wandb:
+    """Weights & Biases."""
+
+    mode: Literal["disabled", "offline", "online"] = setting("disabled", "offline writes to RUN/wandb for `wandb sync`")
+    project: str = setting("tapct", "project there")
+    entity: str | None = setting(None, "user or team there; null: your default")
+    name: str | None = setting(None, "name of the run there; null: name of the run folder")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Where the metrics of a run go besides metrics.jsonl."""
+
+    every: int = setting(10, "steps between two fetches of the metrics from the device", ge=1)
+    tensorboard: bool = setting(True, "write RUN/tensorboard")
+    wandb: Wandb = field(default_factory=Wandb)
+
+
+class MetricsWriter:
+    """Writes each step's metrics to RUN/metrics.jsonl, and to TensorBoard and wandb where the config asks for them.
+
+    A run that goes on first drops the rows after `start_step` (and a row that was cut off), so that no step is told
+    twice. A row is one write at the end of the file, whole or not at all. Does nothing on ranks other than the first.
+
+    Args:
+        run_dir: the run folder; its config.yaml, where there is one, is shown in wandb.
+        config: the `log` section.
+        start_step: finished steps that the run goes on from; 0 for a new run.
+    Raises:
+        OSError: the folder cannot be written, or wandb cannot start.
+    """
+
+    def __init__(self, run_dir: Path, config: Config, *, start_step: int = 0) -> None:
+        self._file = -1
+        self._trackers: list[Any] = []
+        self._synced = time.monotonic()
+        if not ranks.from_environment(os.environ).is_first:
+            return
+        run_dir.mkdir(parents=True, exist_ok=True)
+        path = run_dir / "metrics.jsonl"
+        last = _drop_rows_after(path, start_step)
+        if start_step and last != start_step:
+            say(f"{path} ends at step {last}, the run goes on from {start_step}: the steps between are not in it")
+        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        try:
+            if config.tensorboard:
+                self._trackers.append(_TensorBoard(run_dir / "tensorboard", start_step))
+            if config.wandb.mode != "disabled":
+                self._trackers.append(_Wandb(run_dir, config.wandb))
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> MetricsWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def write(self, row: Mapping[str, float]) -> None:
+        """Write one finished step.
+
+        Args:
+            row: flat, with `step`; values that are not finite become null.
+        Raises:
+            OSError: the disk is full; the file still ends with a whole row.
+        """
+        if self._file < 0:
+            return
+        clean = {name: _json_number(name, value) for name, value in row.items()}
+        _append(self._file, json.dumps(clean, allow_nan=False).encode() + b"\n")
+        for tracker in self._trackers:
+            tracker.write(clean)
+        if time.monotonic() - self._synced > SYNC_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Force what was written to the disk."""
+        if self._file >= 0:
+            os.fsync(self._file)
+            self._synced = time.monotonic()
+
+    def close(self) -> None:
+        """Flush and end all trackers; a second call does nothing."""
+        if self._file >= 0:
+            self.flush()
+            os.close(self._file)
+            self._file = -1
+        while self._trackers:
+            self._trackers.pop().close()
+
+
+def _json_number(name: str, value: float) -> float | int | None:
+    if name in ("step", "samples"):
+        return int(value)
+    return value if math.isfinite(value) else None
+
+
+def _append(file: int, line: bytes) -> None:
+    end = os.fstat(file).st_size
+    try:
+        written = os.write(file, line)
+        while written < len(line):  # a nearly full disk takes a part, and refuses the rest
+            written += os.write(file, line[written:])
+    except OSError:
+        os.ftruncate(file, end)
+        raise
+
+
+def _drop_rows_after(path: Path, step: int) -> int:
+    """Rewrite metrics.jsonl without rows after `step` and without what is no row; returns the last step left."""
+    if not path.exists():
+        return 0
+    content = path.read_bytes()
+    kept, last = [], 0
+    for line in content.splitlines(keepends=True):
+        try:
+            found = int(json.loads(line)["step"]) if line.endswith(b"\n") else step + 1
+        except (ValueError, TypeError, KeyError):  # cut off by a kill, or mangled by hand
+            found = step + 1
+        if found <= step:
+            kept.append(line)
+            last = max(last, found)
+    if b"".join(kept) != content:
+        aside = path.with_suffix(".jsonl.part")
+        aside.write_bytes(b"".join(kept))
+        aside.replace(path)
+    return last
+
+
+class _TensorBoard:
+    def __init__(self, folder: Path, start_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(folder), purge_step=start_step + 1)  # hides what an earlier try wrote after it
+
+    def write(self, row: Mapping[str, float | None]) -> None:
+        for name, value in row.items():
+            if name not in ("step", "time") and value is not None:
+                self._writer.add_scalar(name, value, int(row["step"] or 0), walltime=row.get("time"))
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class _Wandb:
+    def __init__(self, run_dir: Path, config: Wandb) -> None:
+        import wandb
+        import yaml
+
+        identity = run_dir / "wandb" / "tapct_run_id"  # the same run there when this one goes on
+        identity.parent.mkdir(exist_ok=True)
+        if not identity.exists():
+            identity.write_text(uuid.uuid4().hex)
+        stored = run_dir / "config.yaml"
+        self._offline, self._folder = config.mode == "offline", identity.parent
+        try:
+            self._run = wandb.init(
+                mode=config.mode,
+                project=config.project,
+                entity=config.entity,
+                name=config.name or run_dir.resolve().name,
+                id=identity.read_text(),
+                resume="allow",
+                dir=str(run_dir),
+                config=yaml.safe_load(stored.read_text(encoding="utf-8")) if stored.exists() else None,
+                settings=wandb.Settings(silent=True, console="off", disable_git=True, save_code=False),
+            )
+        except wandb.errors.Error as error:
+            rule = "log in with `wandb login`, or set log.wandb.mode=offline"
+            raise ConnectionError(f"log.wandb.mode = {config.mode}: {error}; {rule}") from error
+
+    def write(self, row: Mapping[str, float | None]) -> None:
+        known = {name: value for name, value in row.items() if value is not None}
+        self._run.log(known, step=int(row["step"] or 0))
+
+    def close(self) -> None:
+        self._run.finish()
+        if self._offline:
+            say(f"wandb kept this run here; where there is internet: wandb sync {self._folder}/offline-run-*")

@@ -1,0 +1,280 @@
+"""Bytes of a training step, counted on the real networks and losses before any of them has values.
+
+Weights are counted from their shapes. For the rest the real step (teacher, student, losses, backward) runs on torch's
+fake tensors, which have shapes and types but no memory, while a dispatch mode adds up the storages that are alive. So
+whatever the backbone, the losses or their autograd functions hold is counted as it is, whichever plug-in they are.
+The bytes of a micro-batch are a fixed part and a part by sample; two runs tell both.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tapct.base.exits import UserError
+from tapct.config.plugins import Plugin
+from tapct.engine import recompute
+from tapct.engine.fsdp import blocks_of
+from tapct.models import vit
+from tapct.nn.layers import DropKey
+from tapct.ssl import step as ssl_step
+from tapct.ssl.student_teacher import StudentTeacher
+from tapct.types import Masks, Views
+
+# multiples of 5: stochastic depth then keeps a whole number of crops at any share of tenths, as it does on average
+FEW, MANY = 5, 10
+
+Window = tuple[int, int, int]
+
+
+class NeedsValues(UserError):
+    """A plug-in asks for values, so that its step cannot be run without."""
+
+
+class Valueless(StudentTeacher):
+    """Student, teacher and losses on the meta device."""
+
+    def __init__(self, model: Plugin, losses: Sequence[Plugin]) -> None:
+        super().__init__(model, losses, 0, device="meta", shard=lambda network, learns: None)
+
+    def init_weights(self, seed: int) -> None:
+        """Draw nothing."""
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Parameters of one network, backbone and heads, by how ranks hold them.
+
+    Args:
+        shapes: (rows along the first axis, numbers of a row) of every parameter.
+        heads, rest: numbers in the heads, and in the backbone outside of its blocks.
+        block: numbers of the largest block, the unit that ranks gather; 0 where the backbone has none.
+        linear: numbers in linear layers, which autocast copies to bf16 in a single process; those of tapct's own blocks
+            are left out, which are copied one by one and forgotten (`nn.lean`).
+        snapshot: as `shapes`, of the teacher's snapshot; empty where no loss wants one.
+    """
+
+    shapes: tuple[tuple[int, int], ...]
+    heads: int
+    rest: int
+    block: int
+    linear: int
+    snapshot: tuple[tuple[int, int], ...] = ()
+
+    def on_fullest_rank(self, shard: int) -> int:
+        """Numbers of a network that the first of `shard` ranks holds."""
+        return fullest(self.shapes, shard)
+
+    @property
+    def total(self) -> int:
+        """Numbers of the whole network."""
+        return self.on_fullest_rank(1)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a sample is made into.
+
+    Args:
+        num_globals, num_locals: crops of a sample.
+        global_window, local_window: their voxels (z, y, x).
+        num_tokens: patches N of a global crop.
+        masked: mean masked patches of a sample.
+    """
+
+    num_globals: int
+    global_window: Window
+    num_locals: int
+    local_window: Window
+    num_tokens: int
+    masked: float
+
+
+@dataclass(frozen=True)
+class Bytes:
+    """Of one micro-batch on one rank, beside weights, gradients and moments.
+
+    Args:
+        inputs: views and masks.
+        activations: what the forward pass leaves for the backward pass.
+        work: what is alive beside both when most is: scores by chunk, temporaries, gradients on their way.
+        kept: what stays of a micro-batch while the next one is computed: tokens for the health numbers.
+    """
+
+    inputs: float
+    activations: float
+    work: float
+    kept: float
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes of a micro-batch by its samples.
+
+    Args:
+        few, many: counted with `FEW` and `MANY` samples.
+    """
+
+    few: Bytes
+    many: Bytes
+
+    def of(self, samples: int) -> Bytes:
+        """Of so many samples, on the straight line through the two counts.
+
+        With few prototypes that is above the truth for many samples: a chunk of scores grows no more once it is full.
+        """
+        share = (samples - FEW) / (MANY - FEW)
+        pairs = [(getattr(self.few, field.name), getattr(self.many, field.name)) for field in fields(Bytes)]
+        return Bytes(*(max(low + share * (high - low), 0.0) for low, high in pairs))
+
+
+def weigh(pair: StudentTeacher) -> Weights:
+    """Count the parameters of the student."""
+    network = pair.student
+    blocks = [_numbers(block) for block in blocks_of(network.backbone)]
+    lean = {module for block in network.modules() if isinstance(block, vit.Block) for module in block.modules()}
+    kept = [module for module in network.modules() if isinstance(module, nn.Linear) and module not in lean]
+    linear = sum(map(_numbers, kept))
+    rest = _numbers(network.backbone) - sum(blocks)
+    snapshot = () if pair.snapshot is None else shapes_of(pair.snapshot)
+    return Weights(shapes_of(network), _numbers(network.heads), rest, max(blocks, default=0), linear, snapshot)
+
+
+def shapes_of(network: nn.Module) -> tuple[tuple[int, int], ...]:
+    """(rows along the first axis, numbers of a row) of every parameter."""
+    return tuple((len(p), p.numel() // len(p)) if p.ndim else (1, 1) for p in network.parameters())
+
+
+def fullest(shapes: Sequence[tuple[int, int]], shard: int) -> int:
+    """Numbers that the first of `shard` ranks holds: FSDP cuts along the first axis, by rows rounded up."""
+    return sum(-(-rows // shard) * width for rows, width in shapes)
+
+
+def _numbers(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def trace(
+    model: Plugin, losses: Sequence[Plugin], sizes: Sizes, *, dtype: torch.dtype, bf16: bool, every: int = 0
+) -> Footprint:
+    """Count the bytes of a micro-batch.
+
+    Args:
+        model, losses: sections of the config.
+        dtype: of weights and loss state.
+        bf16: blocks and heads are computed in bf16, as gathered by FSDP; autocast for the rest.
+        every: every so-many-th block is computed again instead of being kept; 0: none.
+    Raises:
+        NeedsValues: a plug-in asks for values.
+    """
+    try:
+        return Footprint(*(_count(model, losses, sizes, samples, dtype, bf16, every) for samples in (FEW, MANY)))
+    except RuntimeError as error:  # how fake tensors say that somebody wants a value
+        names = ", ".join([model.name, *(loss.name for loss in losses)])
+        raise NeedsValues(f"one of {names} needs values to run ({str(error).splitlines()[0]})") from error
+
+
+def _count(
+    model: Plugin, losses: Sequence[Plugin], sizes: Sizes, samples: int, dtype: torch.dtype, bf16: bool, every: int
+) -> Bytes:
+    """Run one micro-batch without values."""
+    pair = Valueless(model, losses)
+    recompute.recompute_blocks(pair.student.backbone, every)
+    pair.train()
+    # the CPU stands for any device: a build of torch without CUDA has no fake GPU, and both save the same
+    with FakeTensorMode(), LiveBytes() as live:
+        _give_shapes(pair, dtype, bf16)
+        begin = live.now
+        views, masks = _inputs(sizes, samples)
+        inputs = live.now - begin
+        live.peak = live.now
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            output = ssl_step.forward(pair, views, masks, 0.07, DropKey(0, 0), pair.snapshot is not None)
+        activations = live.now - begin - inputs
+        output.total.backward()
+        work = live.peak - begin - inputs - activations
+        pair.zero_grad(set_to_none=True)
+        del views
+        kept = live.now - begin
+        del output, masks
+    return Bytes(inputs, activations, work, kept)
+
+
+def _give_shapes(pair: StudentTeacher, dtype: torch.dtype, bf16: bool) -> None:
+    """Replace meta parameters and buffers by fake ones, in the types that they are computed in."""
+    for network in (pair.student, *pair.frozen()):
+        narrow = {module for part in (*blocks_of(network.backbone), network.heads) for module in part.modules()}
+        for module in network.modules():
+            kind = torch.bfloat16 if bf16 and module in narrow else dtype
+            _replace(module._parameters, kind)
+            _replace(module._buffers, None)
+    for module in pair.losses.modules():
+        _replace(module._parameters, dtype)
+        _replace(module._buffers, None)
+
+
+def _replace(tensors: dict[str, Any], dtype: torch.dtype | None) -> None:
+    for name, tensor in tensors.items():
+        if isinstance(tensor, nn.Parameter):
+            empty = torch.empty(tensor.shape, dtype=dtype)
+            tensors[name] = nn.Parameter(empty, requires_grad=tensor.requires_grad)
+        elif tensor is not None:
+            tensors[name] = torch.empty(tensor.shape, dtype=tensor.dtype)
+
+
+def _inputs(sizes: Sizes, samples: int) -> tuple[Views, Masks]:
+    """Views and masks of a micro-batch."""
+    num_globals, num_locals, tokens = sizes.num_globals, sizes.num_locals, sizes.num_tokens
+    views = Views(
+        torch.empty(num_globals, samples, *sizes.global_window),
+        torch.empty(num_locals, samples, *sizes.local_window),
+        torch.empty(num_globals, samples, tokens, dtype=torch.bool),
+        torch.empty(num_globals, samples, 3),
+        torch.empty(num_locals, samples, 3),
+    )
+    num_masked = math.ceil(sizes.masked * samples)
+    masked = torch.empty(num_globals, samples, tokens, dtype=torch.bool)
+    return views, Masks(masked, torch.empty(num_masked, dtype=torch.int64), torch.empty(num_masked))
+
+
+class LiveBytes(TorchDispatchMode):
+    """Adds up the storages that operations have made and that still are alive.
+
+    Attributes:
+        now: bytes.
+        peak: the most there were; whoever sets it begins anew.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now, self.peak = 0, 0
+        self.known: dict[int, int] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Run the operation, then look at what came out."""
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(tensor, Tensor):
+                self._meet(tensor.untyped_storage())
+        return out
+
+    def _meet(self, storage: torch.UntypedStorage) -> None:
+        name = storage._cdata
+        if name not in self.known:
+            self.known[name] = storage.nbytes()
+            self.now += storage.nbytes()
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self._forget, name)
+
+    def _forget(self, name: int) -> None:
+        self.now -= self.known.pop(name)

@@ -1,0 +1,303 @@
+"""The whole config of a run, and the wiring of its parts. Only this file sees all of it."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+import time
+from collections.abc import Callable, Generator, Sequence
+from itertools import islice
+from pathlib import Path
+
+import torch
+
+from tapct.base import console, ranks
+from tapct.base.exits import SharedError, UserError
+from tapct.config import Resolved, load_config
+from tapct.data import loader
+from tapct.data.patients import held_out_patients
+from tapct.data.sampler import samples_of
+from tapct.data.store import Store
+from tapct.distributed import collectives
+from tapct.distributed import world as world_module
+from tapct.distributed.device import pick_device
+from tapct.distributed.world import LostRank, World
+from tapct.engine import checkpoint, compiled, fsdp, initial, loop, optim, recompute, trackers
+from tapct.engine.checkpoint import Checkpoints, Meta
+from tapct.nn.backends import choose
+from tapct.run import background_eval
+from tapct.run.config import RunConfig
+from tapct.run.provenance import write_run_files
+from tapct.run.resume import find_start
+from tapct.run.stages import Part
+from tapct.ssl.schedules import Schedules
+from tapct.ssl.student_teacher import Network, StudentTeacher
+from tapct.types import Batch
+
+
+def read_config(path: Path, overrides: Sequence[str]) -> Resolved:
+    """The config of a run, as every rank reads it.
+
+    Raises:
+        SharedError: the config is wrong; every rank finds that, and only the first one prints it.
+    """
+    try:
+        return load_config(RunConfig, path, overrides)
+    except UserError as error:
+        raise SharedError(str(error)) from error
+
+
+def train(resolved: Resolved, allow_change: bool = False, command: str = "") -> loop.Stop:
+    """Pretrain as the config says, going on from the newest whole checkpoint of the run folder.
+
+    Every rank of a run calls it; the launcher's environment says which one this is.
+
+    Args:
+        resolved: the config.
+        allow_change: go on from a checkpoint although keys differ that shape the curve.
+        command: what started the run, for run.json; empty: this process's own command line.
+    Returns:
+        How the run ended.
+    Raises:
+        UserError: data, config or disk do not allow it, or another rank was lost.
+    """
+    config: RunConfig = resolved.value
+    place = ranks.from_environment(os.environ)
+    device = pick_device(config.device, place.local_rank)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    with world_module.world(place, device, config.parallel) as world:
+        pretraining = Pretraining(resolved, world, allow_change, command)
+        stop = pretraining.run()
+    if place.is_first:
+        pretraining.evaluations.finish(pretraining.checkpoints, stopped=bool(stop.signal))
+    return stop
+
+
+class Pretraining:
+    """The parts of one pretraining, put together on one rank.
+
+    Args:
+        resolved: the config.
+        world: this rank among the others.
+        allow_change: go on although keys differ that shape the curve.
+        command: as in `train`.
+    """
+
+    def __init__(self, resolved: Resolved, world: World, allow_change: bool = False, command: str = "") -> None:
+        self.resolved, self.world, self.allow_change = resolved, world, allow_change
+        self.command = command or shlex.join(sys.argv)
+        self.config: RunConfig = resolved.value
+        self.store = Store(self.config.data.store)
+        self.checkpoints = Checkpoints(
+            self.config.out / "checkpoints",
+            self.config.checkpoint.keep,
+            self.config.checkpoint.keep_every,
+            world.side,
+            world.device,
+        )
+        self.evaluations = background_eval.Evaluations(self.config.out, self.config.eval.during)
+
+    def run(self) -> loop.Stop:
+        """From the newest checkpoint to the last step, or to a signal."""
+        config, rows = self.config, self.rows()
+        self.check_share()
+        # what was asked of the first start must not end one that a launcher has started again
+        wanted = "auto" if ranks.restarts(os.environ) else config.train.resume
+        found = collectives.from_first(lambda: find_start(self.checkpoints, wanted, config, self.allow_change))
+        pair = self.build_pair()
+        updater = optim.Updater(pair, config.optim, self.world.num_copies)
+        start = self.restore(found, pair, updater) if found is not None else self.first_weights(pair)
+        if start >= config.train.steps:
+            console.say(f"{config.out} has all its {config.train.steps} steps; nothing to train")
+            return loop.Stop(start)
+        if pair.snapshot_times is not None and pair.snapshot_times.start >= config.train.steps:
+            console.say(
+                f"the teacher's first snapshot is due at step {pair.snapshot_times.start}: this run never takes it"
+            )
+        collectives.from_first(lambda: write_run_files(config.out, self.resolved, self.store, self.command))
+        if getattr(config.model.config, "attention", "") == "auto":
+            dtype = torch.bfloat16 if config.train.precision == "bf16" else config.train.dtype
+            console.say(f"model.attention=auto: {choose(self.world.device, dtype)}")
+        batches = self.batches(rows, start)
+        try:
+            with (
+                trackers.MetricsWriter(config.out, config.log, start_step=start) as writer,
+                console.TrainProgress(config.train.steps, start, config.log.every) as progress,
+            ):
+                hooks = self.hooks(pair, updater, writer, progress)
+                with compiled.naming_failures():
+                    stop = self.trainer(pair, updater, hooks).run(batches, start)
+        except LostRank:  # the save under way will never end
+            raise
+        except BaseException:
+            self.checkpoints.settle()
+            raise
+        finally:
+            batches.close()
+            self.checkpoints.close()
+        return stop
+
+    def check_share(self) -> None:
+        """Raise SharedError where the ranks cannot share `train.global_batch` equally, or have too little of it."""
+        world = self.world.ranks.world
+        for part in self.config.parts():
+            config: RunConfig = part.config
+            share = {"accumulation": config.train.accumulation, "global_batch": config.train.global_batch}
+            try:
+                samples_of(0, 0, 0, world=world, **share)
+                config.check_neighbours(world)
+            except UserError as error:
+                raise SharedError(part.says(str(error))) from error
+
+    def rows(self) -> list[int]:
+        """Rows of the store that are trained on."""
+        held_out = self.config.data.held_out
+        hidden = held_out_patients([scan.patient for scan in self.store.scans], held_out, self.config.seed)
+        rows = [i for i, scan in enumerate(self.store.scans) if scan.patient not in hidden]
+        if not rows:
+            raise UserError(f"data.held_out {held_out} leaves no scan of {len(self.store)} to train on; lower it")
+        return rows
+
+    def build_pair(self) -> StudentTeacher:
+        """Student and teacher with their first weights, the same at any number of ranks; sharded over several."""
+        config, mesh = self.config, self.world.mesh
+        # for plug-ins that draw without a key: other numbers on every rank; a checkpoint brings its own state back
+        torch.manual_seed(config.seed + self.world.ranks.rank)
+        shard: Callable[[Network, bool], None] | None = None
+        if mesh is not None:
+            bf16 = config.train.precision == "bf16"
+
+            def shard(network: Network, learns: bool) -> None:
+                fsdp.shard(network, mesh, bf16=bf16, keeps_gradient=learns)
+
+        pair = StudentTeacher(
+            config.model, config.losses, config.seed, device=self.world.device, dtype=config.train.dtype, shard=shard
+        )
+        if compiled.decide(config.train.compile, self.world.device):
+            console.say("train.compile: the blocks are compiled in the first steps, which may take minutes")
+            compiled.compile_blocks(pair)
+        recompute.recompute_blocks(pair.student.backbone, config.train.recompute)  # outside of a compiled block
+        return pair
+
+    def first_weights(self, pair: StudentTeacher) -> int:
+        """Replace random weights by those of `train.init`, if it is set; returns step 0."""
+        if self.config.train.init:
+            source = collectives.from_first(lambda: initial.locate(Path(self.config.train.init)))
+            for line in initial.apply(initial.read(source), pair, self.config.train.init_allow).lines():
+                console.say(line)
+        return 0
+
+    def restore(self, found: Path, pair: StudentTeacher, updater: optim.Updater) -> int:
+        """Bring a checkpoint back; returns its step.
+
+        Raises:
+            UserError: it was trained on another archive.
+        """
+        began, meta = time.perf_counter(), checkpoint.read_meta(found)
+        if meta.data_digest != self.store.digest:
+            then, now = meta.data_digest[:12], self.store.digest[:12]
+            told = f"{found} was trained on another archive (digest {then}, now {now})"
+            if self.config.data.on_change == "refuse":
+                raise SharedError(
+                    f"{told}; point data.store at the old one, set data.on_change=rebase, or start a new run with "
+                    "another out="
+                )
+            console.say(f"{told}; going on with the new one")
+        checkpoint.load(found, pair, updater.optimizer)
+        if self.world.ranks.is_first and found.parent == self.checkpoints.folder:
+            self.checkpoints.announce(found)
+        took = time.perf_counter() - began
+        console.say(f"going on from {found} at step {meta.step} of {self.config.train.steps}, read in {took:.1f} s")
+        return meta.step
+
+    def batches(self, rows: list[int], start: int) -> Generator[tuple[Batch, ...], None, None]:
+        """Slabs of this rank from step `start` on, part by part of the run."""
+        for part in self.config.parts():
+            if part.stop <= start:
+                continue
+            first, config = max(part.start, start), part.config
+            with loader.build(
+                config.data.loader,
+                self.store,
+                seed=config.seed,
+                rank=self.world.ranks.rank,
+                world=self.world.ranks.world,
+                accumulation=config.train.accumulation,
+                global_batch=config.train.global_batch,
+                start_step=first,
+                pin=self.world.device.type == "cuda",
+                rows=rows,
+            ) as read:
+                yield from islice(read, part.stop - first)
+
+    def hooks(
+        self,
+        pair: StudentTeacher,
+        updater: optim.Updater,
+        writer: trackers.MetricsWriter,
+        progress: console.TrainProgress,
+    ) -> loop.Hooks:
+        """What the loop calls: only the first rank writes and speaks, all of them save."""
+        settings, first = self.config.checkpoint, self.world.ranks.is_first
+
+        def record(row: dict[str, float]) -> None:
+            writer.write(row)
+            progress.update(row)
+
+        def save(step: int, last: bool) -> None:
+            samples = step * self.config.train.global_batch
+            meta = Meta(step, samples, self.resolved.to_dict(), self.store.digest, world=self.world.ranks.world)
+            try:  # the save before, which must not cost this one
+                self.checkpoints.finish()
+            except UserError as error:
+                if settings.on_error == "stop":
+                    raise
+                console.say(f"going on without it: {error}")
+            try:
+                self.checkpoints.begin(meta, pair, updater.optimizer)
+                if last or not settings.asynchronous:
+                    self.checkpoints.finish()
+            except UserError as error:
+                if last or settings.on_error == "stop":
+                    raise
+                console.say(f"going on without it: {error}")
+            self.evaluations.expect(step, last=step == self.config.train.steps)
+
+        def look_after() -> bool:
+            if first:
+                self.evaluations.look(self.checkpoints)
+            return settings.on_error == "stop" and self.checkpoints.failed()
+
+        return loop.Hooks(record if first else lambda row: None, save, look_after, console.say)
+
+    def trainer(self, pair: StudentTeacher, updater: optim.Updater, hooks: loop.Hooks) -> loop.Trainer:
+        """The loop with everything it needs; all stages are tried before the first step."""
+        config = self.config
+        first, *later = (stage_of(part, pair) for part in config.parts())
+        return loop.Trainer(
+            pair,
+            updater,
+            first.schedules,
+            first.config,
+            first.recipe,
+            hooks,
+            config.log.every,
+            config.checkpoint.every,
+            self.world,
+            config.parallel,
+            later,
+        )
+
+
+def stage_of(part: Part, pair: StudentTeacher) -> loop.Stage:
+    """What holds in a part of the run; raises SharedError where the pair cannot follow it."""
+    config: RunConfig = part.config
+    recipe = loop.Recipe(config.views, config.masks, config.contract, pair.student.backbone.patch, config.seed)
+    try:
+        pair.with_settings(config.losses)
+        schedules = Schedules(config.optim, config.train.steps, config.train.global_batch)
+    except UserError as error:
+        raise SharedError(part.says(str(error))) from error
+    return loop.Stage(part.start, part.says(part.words), config.train, recipe, schedules, config.optim, config.losses)

@@ -1,0 +1,358 @@
+"""Submitting without a cluster: the batch script, what is kept, what is refused, and when a job is requeued."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from fake_slurm import FakeSlurm
+from fake_slurm import cluster as cluster  # fixtures
+from fake_slurm import config as config
+from fake_slurm import store as store
+from shell import Shell, files_of
+from shell import shell as shell
+
+from tapct.cluster import jobs, submit, task
+from tapct.cluster import script as batch
+from tapct.config import load_config
+from tapct.run.config import RunConfig
+
+
+def test_each_run_of_a_sweep_gets_its_values_and_its_folder(config: Path) -> None:
+    made = submit.plan(config, ["train.steps=7"], ["optim.lr=1e-4,2e-4", "views.global_area=[0.1,0.2],[0.3,0.4]"])
+    configs = [run.value for run in made.runs]
+    assert [(one.optim.lr, one.views.global_area) for one in configs] == [
+        (lr, area) for lr in (1e-4, 2e-4) for area in ((0.1, 0.2), (0.3, 0.4))
+    ]
+    assert made.home == Path("run") and {one.train.steps for one in configs} == {7}
+    assert configs[1].out == Path("run/lr=1e-4,global_area=0.3-0.4")
+
+
+# --- the batch script ----------------------------------------------------------------------------------------------
+
+
+def options_of(script: str) -> dict[str, str]:
+    lines = [line.removeprefix("#SBATCH --") for line in script.splitlines() if line.startswith("#SBATCH --")]
+    return {name: value for name, _, value in (line.partition("=") for line in lines)}
+
+
+def test_a_dry_run_prints_the_script_and_writes_nothing(
+    config: Path, shell: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shutil.which", lambda *_: None)  # a machine without SLURM
+    before = files_of(tmp_path)
+    words = "--nodes 2 --gpus-per-node 2 --partition p --time 2-00:00 --account a --cpus-per-task 3 --mem 64G --qos q"
+    words += " --constraint h100 --grace 90 --dry-run"
+    script = shell.good("submit", config, "losses.koleo=null", "device=auto", *words.split())
+    assert files_of(tmp_path) == before
+    found = options_of(script)
+    assert found.pop("output").startswith(f"{tmp_path}/run/jobs/")
+    assert found == {
+        "job-name": "tapct-run",
+        "nodes": "2",
+        "ntasks-per-node": "2",
+        "gpus-per-node": "2",
+        "cpus-per-task": "3",
+        "mem": "64G",
+        "partition": "p",
+        "account": "a",
+        "qos": "q",
+        "constraint": "h100",
+        "time": "2880",
+        "signal": "USR2@90",
+        "requeue": "",
+        "open-mode": "append",
+    }
+    (srun,) = (line for line in script.splitlines() if line.startswith("srun "))
+    for part in ("--kill-on-bad-exit=1", "%j_%t_log.out", "--cpus-per-task=3", sys.executable, f"{tmp_path}/run/code/"):
+        assert part in srun
+    assert subprocess.run(["bash", "-n"], input=script, text=True, check=False).returncode == 0
+
+
+def test_what_is_hardly_meant_is_told_beside_the_script(config: Path, shell: Shell) -> None:
+    def warned(*words: str) -> list[str]:
+        code, _, err = shell("submit", config, "losses.koleo=null", "--dry-run", *words)
+        assert code == 0
+        return err.splitlines()
+
+    assert warned() == []
+    (line,) = warned("device=auto")
+    assert line.startswith("warning: the job asks for no GPU") and "--gpus-per-node" in line
+    (line,) = warned("--gpus-per-node", "2")
+    assert line.startswith("warning: device=cpu leaves the GPUs")
+    (line,) = warned("--cpus-per-task", "2", "data.loader.workers=2")
+    assert "data.loader.workers 2 no core of their own; 3 would" in line
+    assert warned("--cpus-per-task", "3", "data.loader.workers=2") == []
+
+
+def test_the_dry_run_of_a_sweep_is_an_array(config: Path, shell: Shell) -> None:
+    script = shell.good("submit", config, "--sweep", "optim.lr=1,2", "--sweep", "seed=1,2,3", "--dry-run")
+    assert options_of(script)["array"] == "0-5%6"
+    assert "gpus-per-node" not in options_of(script) and options_of(script)["ntasks-per-node"] == "1"
+
+
+def run_script(cluster: FakeSlurm, script: str, srun: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a batch script whose srun does what is given."""
+    cluster.command("srun", srun)
+    path = cluster.here / "job.sh"
+    path.write_text(script)
+    known = {**os.environ, "SLURM_JOB_ID": "77", "SLURM_JOB_NODELIST": "n[0-1]", **environment}
+    return subprocess.run(["bash", path], env=known, capture_output=True, text=True, timeout=30, check=False)
+
+
+@pytest.fixture
+def script(config: Path, cluster: FakeSlurm) -> str:
+    """A batch script with at most 9 restarts, and 2 in vain; its folder exists."""
+    resources = submit.Resources(minutes=10, max_restarts=9, max_idle_restarts=2)
+    made = submit.script(submit.plan(config, [], []), resources)
+    place = config.parent / "run" / "jobs" / "TIME"
+    place.mkdir(parents=True)
+    (config.parent / "run" / "checkpoints").mkdir()
+    (place / batch.PLACES).write_text(f"{place}\n")
+    hosts = 'if [ "$1 $2" = "show hostnames" ]; then printf "n0\\nn1\\n"; fi\n'
+    state = 'if [ "$1 $2" = "show job" ]; then echo "JobId=77 JobState=$(cat {here}/state) Reason=None"; fi\n'
+    cluster.command("scontrol", hosts + state)
+    (cluster.here / "state").write_text("RUNNING")
+    return made
+
+
+def requeues(cluster: FakeSlurm) -> list[str]:
+    return cluster.calls("scontrol requeue")
+
+
+def test_the_script_tells_where_the_ranks_meet_and_which_code_they_run(script: str, cluster: FakeSlurm) -> None:
+    tell = 'env > "{here}/told"\n'
+    run_script(cluster, script, tell, SLURM_JOB_ID="123456", RANK="3", WORLD_SIZE="8", PYTHONPATH="/other")
+    told = dict(line.split("=", 1) for line in (cluster.here / "told").read_text().splitlines() if "=" in line)
+    assert told["MASTER_ADDR"] == "n0" and told["MASTER_PORT"] == "23456"
+    assert "RANK" not in told and "WORLD_SIZE" not in told
+    first, *rest = told["PYTHONPATH"].split(":")
+    assert Path(first).parent.name == "code" and rest == ["/other"]
+
+
+STOPPED, FAILED = f'printf stopped > "${task.MARK}"; ', f'printf failed > "${task.MARK}"; '
+
+
+@pytest.mark.parametrize(
+    ("srun", "again", "why"),
+    [
+        ("exit 0", False, "all steps are done"),
+        ("exit 2", False, "an error that a person must mend"),
+        (STOPPED + "exit 0", True, "a signal, and saved"),
+        ("exit 140", True, "SIGUSR2 while Python was starting"),
+        ("exit 143", True, "SIGTERM while Python was starting"),
+        (STOPPED + "exit 1", True, "a rank left early, the others failed for want of it"),
+        (FAILED + "exit 143", False, "a rank failed, and srun ended the others"),
+        (STOPPED + "exit 139", False, "a rank crashed, and srun ended the others early"),
+        ("exit 137", False, "out of memory"),
+    ],
+)
+def test_a_job_is_requeued_after_a_signal_and_only_then(
+    script: str, cluster: FakeSlurm, srun: str, again: bool, why: str
+) -> None:
+    done = run_script(cluster, script, srun + "\n")
+    assert requeues(cluster) == ["scontrol requeue 77"] * again, why
+    assert done.returncode == (0 if again else int(srun.rpartition(" ")[2]))
+
+
+def saves(step: int) -> str:
+    return f"echo step_{step:08d} > run/checkpoints/latest; "
+
+
+def last_event() -> dict[str, object]:
+    found: dict[str, object] = json.loads(Path("run/jobs/TIME/events.jsonl").read_text().splitlines()[-1])
+    return found
+
+
+def test_a_job_is_not_requeued_for_ever(script: str, cluster: FakeSlurm) -> None:
+    for count, calls in (("8", 1), ("9", 1), ("10", 1)):
+        done = run_script(cluster, script, saves(int(count)) + STOPPED + "exit 0\n", SLURM_RESTART_COUNT=count)
+        assert len(requeues(cluster)) == calls
+        assert done.returncode == (count != "8") and ("--max-restarts" in done.stdout) == (count != "8")
+    assert last_event()["event"] == "gave up" and "restarted 9 times (--max-restarts)" in str(last_event()["why"])
+    assert len(cluster.calls("srun")) == 2, "SLURM's own requeue beyond the bound does not train either"
+
+
+# what each start saved: a step, or 0 for nothing; and the starts that are allowed when 2 in a row may come back in vain
+@pytest.mark.parametrize(
+    ("saved", "starts"),
+    [
+        ([0, 0, 0, 0], 3),  # the first, and two more
+        ([5, 0, 0, 0, 0], 4),  # what was saved counts once
+        ([0, 0, 3, 0, 0, 7, 0, 0, 0, 0], 9),
+        ([1, 2, 3, 4, 5, 6, 7, 8, 9], 9),
+        ([0, 0, 5, 5, 5, 5, 5], 6),  # the same step again is nothing new
+    ],
+)
+@pytest.mark.parametrize("how", ["signalled", "requeued by SLURM"])
+def test_a_job_that_saves_nothing_new_gives_up_and_one_that_does_goes_on(
+    script: str, cluster: FakeSlurm, saved: list[int], starts: int, how: str
+) -> None:
+    end = STOPPED + "exit 0\n" if how == "signalled" else "kill -KILL $PPID\n"
+    done = None
+    for step in saved:
+        done = run_script(cluster, script, (saves(step) if step else "") + end)
+        if done.returncode == 1:
+            break
+    assert done is not None and len(cluster.calls("srun")) == starts
+    if starts == len(saved):
+        assert done.returncode != 1
+    else:
+        assert "tapct: 3 starts in a row saved nothing new (--max-idle-restarts 2)" in done.stdout
+        assert done.stdout.splitlines()[-1] == f"tapct: {last_event()['why']}" and last_event()["event"] == "gave up"
+
+
+def test_a_job_that_cannot_be_requeued_tells_so(script: str, cluster: FakeSlurm) -> None:
+    cluster.command("scontrol", 'if [ "$1" = requeue ]; then exit 1; fi\n')
+    cluster.command("sleep", "")
+    assert run_script(cluster, script, STOPPED + "exit 0\n").returncode == 1
+    assert last_event()["why"] == "could not requeue; submit again to go on"
+
+
+def test_a_cancelled_job_is_not_requeued(script: str, cluster: FakeSlurm) -> None:
+    for step, state in enumerate(("COMPLETING", "CANCELLED", "PENDING", "PREEMPTED")):
+        (cluster.here / "state").write_text(state)
+        assert run_script(cluster, script, saves(step) + STOPPED + "exit 0\n").returncode == 0
+    assert requeues(cluster) == []
+
+
+def test_an_element_of_an_array_requeues_itself_and_not_the_array(script: str, cluster: FakeSlurm) -> None:
+    # one element has the number of the whole array as its job id
+    Path("run/jobs/TIME", batch.PLACES).write_text("".join(f"{Path.cwd()}/run/{n}/jobs/TIME\n" for n in range(5)))
+    run_script(cluster, script, STOPPED + "exit 0\n", SLURM_ARRAY_JOB_ID="77", SLURM_ARRAY_TASK_ID="4")
+    assert requeues(cluster) == ["scontrol requeue 77_4"]
+
+
+def test_an_element_of_an_array_looks_at_its_own_run(script: str, cluster: FakeSlurm) -> None:
+    for n in range(2):
+        Path(f"run/{n}/jobs/TIME").mkdir(parents=True)
+        Path(f"run/{n}/checkpoints").mkdir()
+    Path("run/jobs/TIME", batch.PLACES).write_text("".join(f"{Path.cwd()}/run/{n}/jobs/TIME\n" for n in range(2)))
+    for step in range(1, 5):
+        srun = f"echo step_{step} > run/0/checkpoints/latest; {STOPPED} exit 0\n"
+        codes = [
+            run_script(cluster, script, srun, SLURM_ARRAY_JOB_ID="77", SLURM_ARRAY_TASK_ID=str(n)).returncode
+            for n in range(2)
+        ]
+        assert codes == [0, int(step >= 3)]
+    assert [Path(f"run/{n}/jobs/TIME/events.jsonl").exists() for n in range(2)] == [False, True]
+
+
+def test_news_of_an_earlier_start_is_forgotten(script: str, cluster: FakeSlurm) -> None:
+    run_script(cluster, script, STOPPED + "exit 0\n")
+    assert run_script(cluster, script, "exit 0\n").returncode == 0
+    assert len(requeues(cluster)) == 1
+
+
+def test_a_signal_to_the_batch_shell_does_not_end_it(script: str, cluster: FakeSlurm) -> None:
+    done = run_script(cluster, script, "kill -USR2 $PPID; kill -TERM $PPID; sleep 0.3; " + STOPPED + "exit 0\n")
+    assert done.returncode == 0 and len(requeues(cluster)) == 1
+
+
+# --- submitting ----------------------------------------------------------------------------------------------------
+
+
+def test_submit_keeps_code_config_and_id_in_the_run_folder(config: Path, shell: Shell, cluster: FakeSlurm) -> None:
+    said = shell.good("submit", config, "--time", "10", "train.steps=5")
+    (place,) = Path("run/jobs").iterdir()
+    assert "job 77: run" in said and str(place) in said
+    known = json.loads((place / "submission.json").read_text())
+    assert known["job"] == "77" and known["steps"] == 5
+    stored = load_config(RunConfig, place / "config.yaml", [])
+    assert stored.to_dict() == load_config(RunConfig, config, ["train.steps=5"]).to_dict()
+    (code,) = Path("run/code").iterdir()
+    package = Path(task.__file__).parent.parent
+    copies = {str(path.relative_to(code / "tapct")): path.read_bytes() for path in code.rglob("*") if path.is_file()}
+    copies.pop("REVISION")
+    assert copies == {name: data for name, data in files_of(package).items() if "__pycache__" not in name}
+    assert str(code) in (cluster.here / "submitted.sh").read_text()
+
+    shell.good("submit", config, "--time", "10")
+    assert len(list(Path("run/code").iterdir())) == 1, "the same code is not copied again"
+    assert len(list(Path("run/jobs").iterdir())) == 2
+
+
+def test_a_sweep_is_submitted_as_one_array_with_a_folder_per_run(
+    config: Path, shell: Shell, cluster: FakeSlurm
+) -> None:
+    said = shell.good("submit", config, "--time", "10", "--sweep", "optim.lr=1e-3,2e-3")
+    assert len(cluster.calls("sbatch")) == 1
+    for number, name in enumerate(("lr=1e-3", "lr=2e-3")):
+        assert f"job 77_{number}: run/{name}" in said
+        (path,) = Path("run", name).glob("jobs/*/submission.json")
+        (places,) = Path("run").glob(f"jobs/*/{batch.PLACES}")
+        assert places.read_text().splitlines()[number] == str(path.parent.absolute())
+        assert json.loads(path.read_text())["job"] == f"77_{number}"
+        assert load_config(RunConfig, path.with_name("config.yaml"), []).value.out == Path("run", name)
+    assert "tapct compare run/*=*" in said
+    dry = shell.good("submit", config, "--time", "10", "--sweep", "optim.lr=1e-3,2e-3", "--dry-run", "out=other")
+    assert dry.splitlines()[-2:] == ["# run 0: other/lr=1e-3", "# run 1: other/lr=2e-3"]
+    assert sorted(Path().glob("run/*=*")) == [Path("run/lr=1e-3"), Path("run/lr=2e-3")]
+    assert list(jobs.find([Path("run")])) == [Path("run/lr=1e-3"), Path("run/lr=2e-3")]
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        ("trian.steps=3", ["trian.steps", "train.steps"]),
+        ("--sweep optim.lr=1e-3,fast", ["optim.lr", "fast"]),
+        ("--sweep optim.rl=1,2", ["optim.rl", "optim.lr"]),
+        ("--time never", ["--time", "2-00:00"]),
+        ("--time 1 --grace 60", ["--grace", "--time"]),
+        ("--mem lots", ["--mem", "64G"]),
+        ("--gpus-per-node 2 --tasks-per-node 4", ["--tasks-per-node", "GPU"]),
+        ("--nodes 3", ["train.global_batch", "4", "multiple of 3"]),
+        ("train.accumulation=2 --tasks-per-node 4", ["train.global_batch", "multiple of 8"]),
+        ("device=cuda", ["device=cuda", "--gpus-per-node"]),
+        ("data.store=nowhere", ["nowhere"]),
+        ("out=a%jb", ["%"]),
+    ],
+)
+def test_what_cannot_run_is_not_submitted(
+    config: Path, shell: Shell, cluster: FakeSlurm, tmp_path: Path, words: str, named: list[str]
+) -> None:
+    before = files_of(tmp_path)
+    line = shell.bad("submit", config, *words.split())
+    for part in named:
+        assert part in line, line
+    assert files_of(tmp_path) == before and cluster.calls() == []
+
+
+def test_when_sbatch_refuses_nothing_is_left_behind(
+    config: Path, shell: Shell, cluster: FakeSlurm, tmp_path: Path
+) -> None:
+    cluster.command("sbatch", 'echo "sbatch: error: invalid partition specified: p" >&2\nexit 1\n')
+    before = files_of(tmp_path)
+    for words in ([], ["--sweep", "seed=1,2"]):
+        line = shell.bad("submit", config, "--partition", "p", *words)
+        assert "invalid partition" in line and "sinfo -s lists partitions" in line
+        (tmp_path / "slurm" / "calls").unlink()
+        assert files_of(tmp_path) == before and not Path("run").exists()
+
+
+def test_without_slurm_submit_says_where_to_go(config: Path, shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    line = shell.bad("submit", config)
+    assert "login node" in line and "--dry-run" in line and not Path("run").exists()
+
+
+def test_a_run_with_a_living_job_is_not_submitted_again(config: Path, shell: Shell, cluster: FakeSlurm) -> None:
+    shell.good("submit", config)
+    cluster.queue(("77", "PENDING", 0, "Resources"))
+    assert "tapct cancel run" in shell.bad("submit", config)
+    cluster.queue(("77", "COMPLETED", 0, "None"))
+    shell.good("submit", config)
+
+
+def test_a_config_that_no_longer_fits_the_run_is_not_submitted(config: Path, shell: Shell, cluster: FakeSlurm) -> None:
+    shell.good("train", config, "train.steps=2")
+    line = shell.bad("submit", config, "train.steps=2", "optim.lr=0.5", "seed=3")
+    assert "seed was 0" in line and "(also changed: optim.lr)" in line and "--allow-change" in line
+    code, _, err = shell("submit", config, "train.steps=2", "optim.lr=0.5", "--allow-change", "--dry-run")
+    assert code == 0 and "run has all its 2 steps; the job will find nothing to train" in err
+    assert "train.resume=never" in shell.bad("submit", config, "train.steps=2", "train.resume=never")
+    assert shell("submit", config, "train.steps=2")[0] == 0

@@ -1,0 +1,97 @@
+"""Labels find their scan by name, and are used only when they lie on its grid."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pydicom
+import pytest
+import SimpleITK
+from scan_files import noise_ct, save_labels, save_scan
+
+from tapct.data import index
+
+
+@pytest.mark.parametrize(
+    "scan, labels",
+    [
+        ("images/c1.nii.gz", "labels/c1.nii.gz"),
+        ("imagesTr/c1_0000.nii.gz", "labelsTr/c1.nii.gz"),
+        ("c1.nii.gz", "c1_seg.nii.gz"),
+        ("c1.nii.gz", "c1-seg.nii"),
+        ("c1.nii.gz", "c1_label.nii.gz"),
+        ("c1.nii.gz", "c1_labels.nii.gz"),
+        ("c1.nii.gz", "c1_seg62.nii.gz"),
+        ("c1.nii.gz", "c1.seg.nii.gz"),
+    ],
+)
+def test_labels_are_found_by_rule(tmp_path: Path, scan: str, labels: str) -> None:
+    save_scan(tmp_path / "a" / scan, noise_ct(1))
+    save_labels(tmp_path / "a" / labels)
+    (row,) = index.build(tmp_path / "a", tmp_path / "m.parquet").rows
+    assert (row.path, row.label_path, row.status) == (scan, labels, "accepted")
+
+
+def test_labels_of_a_dicom_folder_carry_its_name(tmp_path: Path) -> None:
+    _write_dicom(tmp_path / "a" / "liver3", noise_ct(1))
+    save_labels(tmp_path / "a" / "liver3_seg.nii.gz")
+    built = index.build(tmp_path / "a", tmp_path / "m.parquet")
+    # the labels lie at another place than the slices: found, compared, not used
+    assert [(row.path, row.label_path) for row in built.rows] == [("liver3", "")]
+    assert "grid_mismatch" in built.rows[0].detail
+
+
+def _write_dicom(folder: Path, hu_ZYX: np.ndarray) -> None:
+    folder.mkdir(parents=True)
+    writer = SimpleITK.ImageFileWriter()
+    for z, plane in enumerate(hu_ZYX):
+        writer.SetFileName(str(folder / f"{z}.dcm"))
+        writer.Execute(SimpleITK.GetImageFromArray(plane[None]))
+        dataset = pydicom.dcmread(folder / f"{z}.dcm")
+        dataset.Modality, dataset.SOPClassUID = "CT", "1.2.840.10008.5.1.4.1.1.2"
+        dataset.SeriesInstanceUID, dataset.RescaleSlope, dataset.RescaleIntercept = "1.2.3", 1, 0
+        dataset.PatientID, dataset.ImagePositionPatient = "P1", [7.0, 8.0, 2.0 * z]
+        dataset.ImageOrientationPatient, dataset.PixelSpacing = [1, 0, 0, 0, 1, 0], [0.7, 0.8]
+        dataset.save_as(folder / f"{z}.dcm")
+
+
+def test_labels_folder_given_by_the_user(tmp_path: Path) -> None:
+    for stem in ("c1", "c2"):
+        save_scan(tmp_path / "a" / "sub" / f"{stem}.nii.gz", noise_ct(int(stem[1])))
+    save_labels(tmp_path / "given" / "c1.nii.gz")
+    save_labels(tmp_path / "given" / "sub" / "c2.nii.gz")
+    built = index.build(tmp_path / "a", tmp_path / "m.parquet", labels=tmp_path / "given")
+    assert [row.label_path for row in built.rows] == [
+        str((tmp_path / "given" / "c1.nii.gz").resolve()),
+        str((tmp_path / "given" / "sub" / "c2.nii.gz").resolve()),
+    ]
+    assert all((built.root / row.label_path).is_file() for row in built.rows)
+
+
+def test_labels_folder_inside_the_archive_holds_no_scans(tmp_path: Path) -> None:
+    save_scan(tmp_path / "a" / "c1.nii.gz", noise_ct(1))
+    save_labels(tmp_path / "a" / "masks" / "c1.nii.gz")
+    built = index.build(tmp_path / "a", tmp_path / "m.parquet", labels=tmp_path / "a" / "masks")
+    assert [(row.path, row.label_path) for row in built.rows] == [("c1.nii.gz", "masks/c1.nii.gz")]
+
+
+def test_one_label_file_is_not_given_to_two_scans_of_one_name(tmp_path: Path) -> None:
+    for seed, folder in enumerate(("s1", "s2")):
+        save_scan(tmp_path / "a" / folder / "ct.nii.gz", noise_ct(seed))
+    save_labels(tmp_path / "given" / "ct.nii.gz")
+    built = index.build(tmp_path / "a", tmp_path / "m.parquet", labels=tmp_path / "given")
+    assert [row.label_path for row in built.rows] == ["", ""]
+
+
+@pytest.mark.parametrize("wrong", ["depth", "spacing", "values"])
+def test_labels_that_do_not_fit_are_not_used_and_the_row_says_why(tmp_path: Path, wrong: str) -> None:
+    save_scan(tmp_path / "a" / "c1.nii.gz", noise_ct(1))
+    if wrong == "values":
+        save_scan(tmp_path / "a" / "c1_seg.nii.gz", noise_ct(2))
+    else:
+        spacing = (0.8, 0.7, 3.0) if wrong == "spacing" else (0.8, 0.7, 2.0)
+        save_labels(tmp_path / "a" / "c1_seg.nii.gz", 5 if wrong == "depth" else 6, spacing)
+    (row,) = index.build(tmp_path / "a", tmp_path / "m.parquet").rows
+    assert (row.status, row.label_path) == ("accepted", "")
+    assert "c1_seg.nii.gz" in row.detail
