@@ -1,11 +1,13 @@
-"""What each part of the recipe is worth: short runs with one thing changed, over several seeds, judged by frozen Dice.
+"""What each part of the recipe is worth: short runs with one thing changed, over several seeds,
+judged by frozen Dice.
 
     python scripts/ablation.py data/quickstart/store                   # all variants, seeds 0 1 2, two runs at a time
-    python scripts/ablation.py STORE full "no iBOT" --seeds 0 1 --set optim.lr=5e-4 --json ablation.json
+    python scripts/ablation.py STORE full "no iBOT" --seeds 0 1 --set optim.lr=5e-4 --json
+    ablation.json
 
-Every run is `tapct train` and `tapct eval` on configs/smoke.yaml with STEPS steps in one thread. Runs that are whole
-are not done again. The table gives mean and sample standard deviation over seeds; the lead is over the untrained
-network of the same seed.
+Every run is `tapct train` and `tapct eval` on configs/smoke.yaml with STEPS steps in one thread.
+Runs that are whole are not done again. The table gives mean and sample standard deviation over
+seeds; the lead is over the untrained network of the same seed.
 """
 
 from __future__ import annotations
@@ -30,7 +32,8 @@ from tapct.base.exits import UserError
 CONFIG = Path("configs/smoke.yaml")
 LAST = 20  # steps at the end of a run that its numbers are means of
 STEPS = 900  # fewer than the recipe has, so that three seeds of all take less than an hour
-FIRST = 600  # steps of small crops; for others, words of one's own for `tapct train` do (docs/training.md)
+# steps of small crops; for others, words of one's own for `tapct train` do (docs/training.md)
+FIRST = 600
 FULL_CROPS = [
     *("views.global_window=[8,64,64]", "views.global_area=[0.15,0.45]"),
     *("views.local_window=[8,32,32]", "views.local_area=[0.04,0.12]"),
@@ -44,7 +47,8 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "RoPE": ("model.positions=rope",),
     "RoPE in mm": ("model.positions=rope", "model.rope.coordinates=mm"),
     "learned and RoPE": ("model.positions=both",),
-    "small crops first": (  # 0.56 of the tokens at the same scale: the area goes with the square of the window
+    # 0.56 of the tokens at the same scale: the area goes with the square of the window
+    "small crops first": (
         *("views.global_window=[8,48,48]", "views.global_area=[0.084,0.253]"),
         *("views.local_window=[8,24,24]", "views.local_area=[0.0225,0.0675]"),
         "stages=" + json.dumps([{"start": FIRST, "set": FULL_CROPS}]),
@@ -63,9 +67,14 @@ MEASURES = {
 
 def outcome(out: Path) -> dict[str, float]:
     """Numbers of a whole run; what a variant does not have is NaN."""
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows = [
+        json.loads(line)
+        for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     models = json.loads((out / "eval" / "results.json").read_text(encoding="utf-8"))["models"]
-    untrained = max(found["mean_dice_voxel"] for name, found in models.items() if name.startswith("untrained"))
+    untrained = max(
+        found["mean_dice_voxel"] for name, found in models.items() if name.startswith("untrained")
+    )
 
     def late(key: str) -> float:
         values = [row[f"health/{key}"] for row in rows[-LAST:] if f"health/{key}" in row]
@@ -83,21 +92,38 @@ def outcome(out: Path) -> dict[str, float]:
 def run(variant: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
     """One run, trained and judged unless it already is."""
     out = options.out / f"{variant.replace(' ', '_')}-{seed}"
-    words = [f"out={out}", f"seed={seed}", f"data.store={options.store}", "eval.num_pictures=0", "checkpoint.keep=1"]
+    words = [
+        f"out={out}",
+        f"seed={seed}",
+        f"data.store={options.store}",
+        "eval.num_pictures=0",
+        "checkpoint.keep=1",
+    ]
     words += [f"train.steps={STEPS}", *options.set, *VARIANTS[variant]]
     tapct = [sys.executable, "-m", "tapct"]
     asked = out / "asked.txt"
-    if not ((out / "eval" / "results.json").exists() and asked.exists() and asked.read_text() == shlex.join(words)):
+    if not (
+        (out / "eval" / "results.json").exists()
+        and asked.exists()
+        and asked.read_text() == shlex.join(words)
+    ):
         out.mkdir(parents=True, exist_ok=True)
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         with (out / "log.txt").open("w") as log:
             for line in (["train", str(CONFIG), *words], ["eval", str(out)]):
-                if subprocess.run([*tapct, *line], env=environment, stdout=log, stderr=log, check=False).returncode:
+                if subprocess.run(
+                    [*tapct, *line], env=environment, stdout=log, stderr=log, check=False
+                ).returncode:
                     *_, last = (out / "log.txt").read_text().strip().splitlines() or [""]
-                    raise UserError(f"{variant}, seed {seed}: {last.removeprefix('error: ')} ({out / 'log.txt'})")
+                    raise UserError(
+                        f"{variant}, seed {seed}: {last.removeprefix('error: ')} "
+                        f"({out / 'log.txt'})"
+                    )
         asked.write_text(shlex.join(words))
     found = {"variant": variant, "seed": seed, **outcome(out)}
-    print(f"{variant}, seed {seed}: Dice {found['dice']:.3f}, lead {found['lead']:+.3f}", flush=True)
+    print(
+        f"{variant}, seed {seed}: Dice {found['dice']:.3f}, lead {found['lead']:+.3f}", flush=True
+    )
     return found
 
 
@@ -106,12 +132,17 @@ def spread(values: list[float]) -> str:
     kept = [value for value in values if not math.isnan(value)]
     if not kept:
         return "–"
-    return f"{statistics.fmean(kept):.3f}" + (f" ± {statistics.stdev(kept):.3f}" if len(kept) > 1 else "")
+    return f"{statistics.fmean(kept):.3f}" + (
+        f" ± {statistics.stdev(kept):.3f}" if len(kept) > 1 else ""
+    )
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown, one line per variant."""
-    lines = ["| variant | seeds | " + " | ".join(MEASURES) + " |", "|---" * (len(MEASURES) + 2) + "|"]
+    lines = [
+        "| variant | seeds | " + " | ".join(MEASURES) + " |",
+        "|---" * (len(MEASURES) + 2) + "|",
+    ]
     for variant in dict.fromkeys(row["variant"] for row in rows):
         mine = [row for row in rows if row["variant"] == variant]
         cells = [spread([row[key] for row in mine]) for key in MEASURES.values()]
@@ -120,11 +151,19 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("store", type=Path, help="of phantom scans with labels, as the quickstart leaves it")
-    parser.add_argument("variants", nargs="*", metavar="VARIANT", help=f"of {', '.join(VARIANTS)}; default all")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "store", type=Path, help="of phantom scans with labels, as the quickstart leaves it"
+    )
+    parser.add_argument(
+        "variants", nargs="*", metavar="VARIANT", help=f"of {', '.join(VARIANTS)}; default all"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--set", nargs="+", default=[], metavar="key=value", help="changes that all variants share")
+    parser.add_argument(
+        "--set", nargs="+", default=[], metavar="key=value", help="changes that all variants share"
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/ablation"))
     parser.add_argument("--jobs", type=arguments.positive, default=2, help="runs at a time")
     parser.add_argument("--json", type=Path, help="write the numbers of every run there too")

@@ -1,4 +1,6 @@
-"""Types of command-line arguments that the scripts share; a wrong one is refused in one line, as `tapct` does."""
+"""Types of command-line arguments that the scripts share; a wrong one is refused in one line, as
+`tapct` does.
+"""
 
 from __future__ import annotations
 

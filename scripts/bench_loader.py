@@ -1,10 +1,11 @@
-"""How fast slabs come from a store, as a ratio to the same slabs from memory-mapped .npy files beside it.
+"""How fast slabs come from a store, as a ratio to the same slabs from memory-mapped .npy files
+beside it.
 
     python scripts/bench_loader.py --json bench_loader.json
     python scripts/bench_loader.py --store /data/store --depth 24      # your own scans, no .npy reference
 
-The scans are made up: a body with organs and the correlated noise of a soft kernel, air outside. All files lie in the
-page cache, so this measures decompression and copying, not the disk.
+The scans are made up: a body with organs and the correlated noise of a soft kernel, air outside.
+All files lie in the page cache, so this measures decompression and copying, not the disk.
 """
 
 from __future__ import annotations
@@ -87,7 +88,10 @@ def from_npy(files: list[Path], store: Store, depth: int) -> Iterator[Reader]:
 
     def read(num_steps: int) -> None:
         for step in itertools.islice(steps, num_steps):
-            slabs = [loader.draw_slab(sample, store, 0, depth) for sample in range(step * BATCH, (step + 1) * BATCH)]
+            slabs = [
+                loader.draw_slab(sample, store, 0, depth)
+                for sample in range(step * BATCH, (step + 1) * BATCH)
+            ]
             hu_BZYX = torch.empty((BATCH, depth, *maps[0].shape[1:]), dtype=torch.int16).numpy()
             for b, slab in enumerate(slabs):
                 hu_BZYX[b] = maps[slab.scan][slab.start : slab.start + slab.depth]
@@ -95,8 +99,12 @@ def from_npy(files: list[Path], store: Store, depth: int) -> Iterator[Reader]:
     yield read
 
 
-def measure(readers: dict[str, Reader], num_steps: int, rounds: int = 4) -> dict[str, dict[str, float]]:
-    """Best samples per second of each, in turns, and processor time per sample (this process, all threads)."""
+def measure(
+    readers: dict[str, Reader], num_steps: int, rounds: int = 4
+) -> dict[str, dict[str, float]]:
+    """Best samples per second of each, in turns, and processor time per sample (this process, all
+    threads).
+    """
     rates: dict[str, list[float]] = {name: [] for name in readers}
     cpu_ms: dict[str, list[float]] = {name: [] for name in readers}
     for _, (name, read) in itertools.product(range(rounds), readers.items()):
@@ -105,13 +113,18 @@ def measure(readers: dict[str, Reader], num_steps: int, rounds: int = 4) -> dict
         read(num_steps)
         rates[name].append(num_steps * BATCH / (time.perf_counter() - started))
         cpu_ms[name].append(1e3 * (time.process_time() - cpu_started) / (num_steps * BATCH))
-    return {name: {"samples_per_s": max(rates[name]), "cpu_ms": min(cpu_ms[name])} for name in readers}
+    return {
+        name: {"samples_per_s": max(rates[name]), "cpu_ms": min(cpu_ms[name])} for name in readers
+    }
 
 
 def show(found: dict[str, dict[str, float]]) -> None:
     reference = found.get("npy")
     for name, row in found.items():
-        line = f"  {name:>10}: {row['samples_per_s']:8.1f} samples/s, {row['cpu_ms']:6.2f} ms of processor a sample"
+        line = (
+            f"  {name:>10}: {row['samples_per_s']:8.1f} samples/s, {row['cpu_ms']:6.2f} ms of "
+            "processor a sample"
+        )
         if reference is not None:
             row["over_npy"] = row["samples_per_s"] / reference["samples_per_s"]
             line += f"; {row['over_npy']:.2f} x the rate of npy"
@@ -123,7 +136,9 @@ def read_at(store: Store, depth: int, z0: int) -> np.ndarray:
 
 
 def levels(scan_ZYX: np.ndarray, depth: int, folder: Path) -> dict[str, Any]:
-    """Size, packing rate and read time of one scan by level, against a copy of the slab from .npy; processor time."""
+    """Size, packing rate and read time of one scan by level, against a copy of the slab from .npy;
+    processor time.
+    """
     np.save(folder / "level.npy", scan_ZYX)
     mapped = np.load(folder / "level.npy", mmap_mode="r")
     starts = [int(z) for z in np.random.default_rng(0).integers(0, len(scan_ZYX) - depth + 1, 40)]
@@ -159,39 +174,59 @@ def run_case(name: str, folder: Path, num_steps: int) -> dict[str, Any]:
     for file, scan_ZYX in zip(files, scans):
         np.save(file, scan_ZYX)
     store = write_store(folder / "store", scans, LEVEL)
-    print(f"\nslab {name}, batch {BATCH}; the processor time of worker processes is not in the table")
+    print(
+        f"\nslab {name}, batch {BATCH}; the processor time of worker processes is not in the table"
+    )
     with ExitStack() as stack:
         readers = {"npy": stack.enter_context(from_npy(files, store, depth))}
         for backend, workers in WORKERS:
-            readers[f"{backend} {workers}"] = stack.enter_context(from_loader(store, depth, backend, workers))
+            readers[f"{backend} {workers}"] = stack.enter_context(
+                from_loader(store, depth, backend, workers)
+            )
         found = measure(readers, num_steps)
     show(found)
     case: dict[str, Any] = {"loader": found, "levels": levels(scans[0], depth, folder)}
     for level, row in case["levels"].items():
         print(
-            f"  level {level}: size {row['size_ratio']:.3f}, pack {row['pack_MB_per_cpu_s']:.0f} MB/s of processor, "
+            f"  level {level}: size {row['size_ratio']:.3f}, pack {row['pack_MB_per_cpu_s']:.0f} "
+            "MB/s of processor, "
             f"slab {row['read_cpu_ms']:.1f} ms = {row['read_over_npy']:.1f} x npy"
         )
     return case
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--json", type=Path, help="write the figures there")
-    parser.add_argument("--steps", type=arguments.positive, default=20, help="steps of the shortest measurement")
+    parser.add_argument(
+        "--steps", type=arguments.positive, default=20, help="steps of the shortest measurement"
+    )
     parser.add_argument("--store", type=Path, help="measure this store instead of made-up scans")
-    parser.add_argument("--depth", type=arguments.positive, default=24, help="slices per slab, with --store")
+    parser.add_argument(
+        "--depth", type=arguments.positive, default=24, help="slices per slab, with --store"
+    )
     options = parser.parse_args()
     result: dict[str, Any] = {
-        "machine": {"cpus": os.cpu_count(), "processor": platform.processor() or platform.machine()},
-        "versions": {"blosc2": blosc2.__version__, "torch": torch.__version__, "numpy": np.__version__},
+        "machine": {
+            "cpus": os.cpu_count(),
+            "processor": platform.processor() or platform.machine(),
+        },
+        "versions": {
+            "blosc2": blosc2.__version__,
+            "torch": torch.__version__,
+            "numpy": np.__version__,
+        },
         "cases": {},
     }
     if options.store:
         store = Store(options.store)
         with ExitStack() as stack:
             names = {f"{backend} {workers}": (backend, workers) for backend, workers in WORKERS}
-            readers = {n: stack.enter_context(from_loader(store, options.depth, *names[n])) for n in names}
+            readers = {
+                n: stack.enter_context(from_loader(store, options.depth, *names[n])) for n in names
+            }
             found = measure(readers, options.steps)
         show(found)
         result["cases"][str(options.store)] = {"loader": found}

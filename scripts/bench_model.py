@@ -1,10 +1,13 @@
-"""Forward and backward of the backbone against the machine's own matrix-product rate, measured beside it.
+"""Forward and backward of the backbone against the machine's own matrix-product rate, measured
+beside it.
 
-    python scripts/bench_model.py [--dim 128] [--depth 4] [--globals 16] [--locals 16] [--seconds 20] [--compile]
+    python scripts/bench_model.py [--dim 128] [--depth 4] [--globals 16] [--locals 16] [--seconds
+    20] [--compile]
 
-Per variant: milliseconds and, over the FLOPs of the whole pass, the share of the float32 GEMM rate (2048 cubed, all
-cores). The variants take turns, so that a busy machine disturbs all of them alike; the figures are medians. Then, what
-stochastic depth by subsets saves, beside the share of crops that it drops.
+Per variant: milliseconds and, over the FLOPs of the whole pass, the share of the float32 GEMM rate
+(2048 cubed, all cores). The variants take turns, so that a busy machine disturbs all of them alike;
+the figures are medians. Then, what stochastic depth by subsets saves, beside the share of crops
+that it drops.
 """
 
 from __future__ import annotations
@@ -51,10 +54,15 @@ def train(model: vit.VisionTransformer, passes: list[Pass], key: DropKey | None 
     model.zero_grad(set_to_none=True)
 
 
-def variants(config: vit.Config, groups: list[Tensor], fast: bool) -> dict[str, tuple[Callable[[], object], float]]:
+def variants(
+    config: vit.Config, groups: list[Tensor], fast: bool
+) -> dict[str, tuple[Callable[[], object], float]]:
     """What is timed: name -> one run and its FLOPs; `fast`: compiled blocks too."""
     model, some, half = (vit.build(replace(config, drop_path=drop)) for drop in (0.0, 0.1, 0.5))
-    masks = [torch.rand(group.shape[0], model.patch_embed.unfold(group[:1]).shape[0]) < 0.15 for group in groups]
+    masks = [
+        torch.rand(group.shape[0], model.patch_embed.unfold(group[:1]).shape[0]) < 0.15
+        for group in groups
+    ]
     both: Pass = (groups, [masks[0], *[None] * (len(groups) - 1)])
     separate: list[Pass] = [([group], [mask]) for group, mask in zip(*both, strict=True)]
     square = torch.randn(GEMM_SIZE, GEMM_SIZE)
@@ -88,24 +96,45 @@ def variants(config: vit.Config, groups: list[Tensor], fast: bool) -> dict[str, 
 
 def main() -> None:
     """Time all variants in turns."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in (("dim", 128), ("depth", 4), ("globals", 16), ("locals", 16), ("seconds", 20)):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    for name, default in (
+        ("dim", 128),
+        ("depth", 4),
+        ("globals", 16),
+        ("locals", 16),
+        ("seconds", 20),
+    ):
         parser.add_argument(
-            f"--{name}", type=arguments.whole if name == "locals" else arguments.positive, default=default
+            f"--{name}",
+            type=arguments.whole if name == "locals" else arguments.positive,
+            default=default,
         )
     parser.add_argument(
-        "--cpu-time", action="store_true", help="count processor time: for a busy machine, with 1 thread"
+        "--cpu-time",
+        action="store_true",
+        help="count processor time: for a busy machine, with 1 thread",
     )
-    parser.add_argument("--compile", action="store_true", help="time compiled blocks too; compiling takes minutes")
+    parser.add_argument(
+        "--compile", action="store_true", help="time compiled blocks too; compiling takes minutes"
+    )
     parser.add_argument("--json", type=Path, help="write the figures there")
     args = parser.parse_args()
     if args.dim % 64:
         parser.error(f"--dim {args.dim} is no multiple of 64, the width of a head")
     clock = time.process_time if args.cpu_time else time.perf_counter
     config = vit.Config(
-        window=(8, 64, 64), dim=args.dim, depth=args.depth, heads=args.dim // 64, registers=2, layer_scale=1.0
+        window=(8, 64, 64),
+        dim=args.dim,
+        depth=args.depth,
+        heads=args.dim // 64,
+        registers=2,
+        layer_scale=1.0,
     )
-    groups = [torch.randn(args.globals, 8, 64, 64)] + ([torch.randn(args.locals, 8, 32, 32)] if args.locals else [])
+    groups = [torch.randn(args.globals, 8, 64, 64)] + (
+        [torch.randn(args.locals, 8, 32, 32)] if args.locals else []
+    )
     runs = variants(config, groups, args.compile)
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     end = time.perf_counter() + args.seconds
@@ -118,17 +147,31 @@ def main() -> None:
             seconds[name].append(clock() - start)
     median = {name: statistics.median(times) for name, times in seconds.items()}
     rate = {name: flops / median[name] for name, (_, flops) in runs.items()}
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {len(seconds['GEMM'])} rounds, {args}")
+    print(
+        f"torch {torch.__version__}, {torch.get_num_threads()} threads, {len(seconds['GEMM'])} "
+        f"rounds, {args}"
+    )
     for name in runs:
         print(
-            f"{name:24s} {median[name] * 1e3:9.1f} ms {rate[name] / 1e9:8.1f} GFLOP/s {rate[name] / rate['GEMM']:7.1%}"
+            f"{name:24s} {median[name] * 1e3:9.1f} ms {rate[name] / 1e9:8.1f} GFLOP/s "
+            f"{rate[name] / rate['GEMM']:7.1%}"
         )
-    saved = {drop: 1 - median[f"packed, drop path {drop}"] / median["packed"] for drop in (0.1, 0.5)}
+    saved = {
+        drop: 1 - median[f"packed, drop path {drop}"] / median["packed"] for drop in (0.1, 0.5)
+    }
     for drop, share in saved.items():
-        print(f"stochastic depth by subsets drops {drop:.0%} of the crops and saves {share:.1%} of the time")
+        print(
+            f"stochastic depth by subsets drops {drop:.0%} of the crops and saves {share:.1%} of "
+            "the time"
+        )
     if args.json:
-        found = {name: {"ms": median[name] * 1e3, "share_of_gemm": rate[name] / rate["GEMM"]} for name in runs}
-        args.json.write_text(json.dumps({"variants": found, "time_saved_by_drop_path": saved}, indent=1) + "\n")
+        found = {
+            name: {"ms": median[name] * 1e3, "share_of_gemm": rate[name] / rate["GEMM"]}
+            for name in runs
+        }
+        args.json.write_text(
+            json.dumps({"variants": found, "time_saved_by_drop_path": saved}, indent=1) + "\n"
+        )
 
 
 if __name__ == "__main__":

@@ -3,9 +3,10 @@
     python scripts/bench_prototypes.py                              # M 20,000, K 65,536, width 256, as in TAP-CT
     python scripts/bench_prototypes.py --rows 2000 --device cuda --json out.json
 
-The chain beside it does nothing but the products that the loss cannot avoid (scores of teacher and student,
-gradients of features and prototypes; with Sinkhorn one more product of teacher scores per iteration), by chunks of
-rows, with the chunk size that makes it fastest. So the ratio is the price of softmaxes, sums and statistics.
+The chain beside it does nothing but the products that the loss cannot avoid (scores of teacher and
+student, gradients of features and prototypes; with Sinkhorn one more product of teacher scores per
+iteration), by chunks of rows, with the chunk size that makes it fastest. So the ratio is the price
+of softmaxes, sums and statistics.
 """
 
 from __future__ import annotations
@@ -56,7 +57,9 @@ def chain(tensors: tuple[Tensor, ...], chunk: int, extra: int) -> None:
     """
     student_MW, teacher_MW, student_KW, teacher_KW = tensors
     gradient_KW, gradient_MW = torch.zeros_like(student_KW), torch.empty_like(student_MW)
-    memory_CK = student_MW.new_empty(min(chunk, len(student_MW)), len(student_KW))  # fresh pages would cost time
+    memory_CK = student_MW.new_empty(
+        min(chunk, len(student_MW)), len(student_KW)
+    )  # fresh pages would cost time
     for start in range(0, len(student_MW), chunk):
         rows = slice(start, min(start + chunk, len(student_MW)))
         scores_CK = memory_CK[: rows.stop - start]
@@ -70,7 +73,10 @@ def chain(tensors: tuple[Tensor, ...], chunk: int, extra: int) -> None:
 def fused(tensors: tuple[Tensor, ...], sinkhorn: bool) -> None:
     """The loss forward and backward."""
     student_MW, teacher_MW, student_KW, teacher_KW = tensors
-    student, prototypes = student_MW[None].detach().requires_grad_(), student_KW.detach().requires_grad_()
+    student, prototypes = (
+        student_MW[None].detach().requires_grad_(),
+        student_KW.detach().requires_grad_(),
+    )
     teacher = TeacherScores(teacher_MW[None], teacher_KW, 0.05, torch.zeros_like(teacher_KW[:, 0]))
     if sinkhorn:
         bias_K = sinkhorn_bias(teacher, ITERATIONS)
@@ -87,13 +93,24 @@ def peak_bytes(device: str) -> int:
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """All figures; memory of both first, since a process's peak never falls and the chain has larger chunks."""
+    """All figures; memory of both first, since a process's peak never falls and the chain has
+    larger chunks.
+    """
     make = lambda rows: F.normalize(torch.randn(rows, options.width, device=options.device), dim=-1)  # noqa: E731
-    tensors = (make(options.rows), make(options.rows), make(options.prototypes), make(options.prototypes))
+    tensors = (
+        make(options.rows),
+        make(options.rows),
+        make(options.prototypes),
+        make(options.prototypes),
+    )
     few = (tensors[0][:8], tensors[1][:8], *tensors[2:])
     fused(few, sinkhorn=False)
     before, memory = peak_bytes(options.device), {}
-    found: dict[str, Any] = {"rows": options.rows, "prototypes": options.prototypes, "width": options.width}
+    found: dict[str, Any] = {
+        "rows": options.rows,
+        "prototypes": options.prototypes,
+        "width": options.width,
+    }
     kinds = {"centring": False, "sinkhorn": True}
     for name, sinkhorn in kinds.items():
         fused(tensors, sinkhorn)
@@ -101,7 +118,10 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     for name, sinkhorn in kinds.items():
         took = seconds(lambda s=sinkhorn: fused(tensors, s), options.device, options.repeats)  # type: ignore[misc]
         extra = ITERATIONS if sinkhorn else 0
-        plain = {c: seconds(lambda c=c, e=extra: chain(tensors, c, e), options.device, options.repeats) for c in CHUNKS}  # type: ignore[misc]
+        plain = {
+            c: seconds(lambda c=c, e=extra: chain(tensors, c, e), options.device, options.repeats)
+            for c in CHUNKS
+        }  # type: ignore[misc]
         fastest = min(plain, key=plain.__getitem__)
         flops = (8 + 2 * extra) * options.rows * options.prototypes * options.width
         found[name] = {
@@ -117,7 +137,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rows", type=arguments.positive, default=20_000)
     parser.add_argument("--prototypes", type=arguments.positive, default=65_536)
     parser.add_argument("--width", type=arguments.positive, default=256)
@@ -126,7 +148,11 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the figures there too")
     options = parser.parse_args()
     found = measure(options)
-    where = torch.cuda.get_device_name() if options.device == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+    where = (
+        torch.cuda.get_device_name()
+        if options.device == "cuda"
+        else f"cpu, {torch.get_num_threads()} threads"
+    )
     print(f"{options.rows} rows, {options.prototypes} prototypes, width {options.width}: {where}")
     for name in ("centring", "sinkhorn"):
         one = found[name]
@@ -135,7 +161,10 @@ def main() -> None:
             f"({one['chain_flops_per_second'] / 1e9:.0f} GFLOP/s): {one['ratio']:.2f} times; "
             f"{one['extra_peak_bytes'] / 1e9:.2f} GB more memory at its peak"
         )
-    print(f"three matrices of scores, written out in float32: {found['written_out_bytes'] / 1e9:.1f} GB")
+    print(
+        "three matrices of scores, written out in float32: "
+        f"{found['written_out_bytes'] / 1e9:.1f} GB"
+    )
     if options.json:
         options.json.write_text(json.dumps(found, indent=1) + "\n")
 

@@ -1,10 +1,11 @@
-"""What several ranks cost and gain on this machine: samples per second, collectives, saves, stops and restarts.
+"""What several ranks cost and gain on this machine: samples per second, collectives, saves, stops
+and restarts.
 
     python scripts/bench_ranks.py STORE                            # configs/smoke.yaml on 1 and 2 ranks
     python scripts/bench_ranks.py STORE CONFIG key=value --ranks 4 --json out.json
 
-Every figure is of real `tapct train` runs with one thread a rank. Ranks share the machine, so their gain is put beside
-that of plain matrix products in as many processes.
+Every figure is of real `tapct train` runs with one thread a rank. Ranks share the machine, so their
+gain is put beside that of plain matrix products in as many processes.
 """
 
 from __future__ import annotations
@@ -55,7 +56,13 @@ def gemm_gain(processes: int) -> float:
 
 def command(world: int, words: list[str]) -> list[str]:
     """`tapct train` under torchrun, one rank too: the same launcher on both sides."""
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
+    start = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc-per-node={world}",
+    ]
     return [*start, "-m", "tapct", "train", *words]
 
 
@@ -84,9 +91,16 @@ def rate(rows: list[dict[str, Any]]) -> float:
 
 
 def stop_and_go_on(world: int, words: list[str], run: Path) -> dict[str, float]:
-    """Seconds from a signal to one rank until the checkpoint is announced, and from a start until the next step."""
-    line = command(world, [*words, f"out={pretrain}", "train.steps=100000", "log.every=1", "checkpoint.every=100000"])
-    launcher = subprocess.Popen(line, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    """Seconds from a signal to one rank until the checkpoint is announced, and from a start until
+    the next step.
+    """
+    line = command(
+        world,
+        [*words, f"out={pretrain}", "train.steps=100000", "log.every=1", "checkpoint.every=100000"],
+    )
+    launcher = subprocess.Popen(
+        line, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     while not (pretrain / "metrics.jsonl").is_file() or len(rows_of(pretrain)) < WARM_UP:
         time.sleep(0.05)
     ranks = subprocess.run(
@@ -99,7 +113,9 @@ def stop_and_go_on(world: int, words: list[str], run: Path) -> dict[str, float]:
     saved = time.time() - began
     launcher.wait()
     steps, began = len(rows_of(pretrain)), time.time()
-    said = subprocess.Popen(line, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    said = subprocess.Popen(
+        line, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
     assert said.stdout is not None
     read = next(text for text in said.stdout if "read in" in text)
     while len(rows_of(pretrain)) <= steps:
@@ -119,7 +135,13 @@ def collectives(world: int, words: list[str], run: Path) -> dict[str, int]:
     program = Path(pretrain.parent / "count.py")
     program.write_text(COUNT)
     start = command(world, [])[:-3]
-    line = [*start, str(program), *words, f"out={pretrain}", "train.steps=1"]  # the counter's hooks serve one step only
+    line = [
+        *start,
+        str(program),
+        *words,
+        f"out={pretrain}",
+        "train.steps=1",
+    ]  # the counter's hooks serve one step only
     done = subprocess.run(line, env=environment(), capture_output=True, text=True, check=False)
     told = [text for text in done.stdout.splitlines() if text.startswith("{")]
     if not told:
@@ -156,13 +178,20 @@ run.train(config.load_config(run.RunConfig, pathlib.Path(sys.argv[1]), sys.argv[
 def measure(options: argparse.Namespace, words: list[str], folder: Path) -> dict[str, Any]:
     """All figures."""
     ranks = options.ranks
-    words = [*words, f"data.store={options.store}", f"train.steps={options.steps}", "log.tensorboard=false"]
+    words = [
+        *words,
+        f"data.store={options.store}",
+        f"train.steps={options.steps}",
+        "log.tensorboard=false",
+    ]
     alone, together = (train(world, words, folder / f"ranks_{world}") for world in (1, ranks))
     saves = {}
     for name, value in (("asynchronous", "true"), ("synchronous", "false")):
         every = [*words, "checkpoint.every=5", f"checkpoint.asynchronous={value}"]
         rows = train(ranks, every, folder / name)
-        saves[name] = statistics.median(row["seconds/save"] for row in rows if row["seconds/save"] > 0)
+        saves[name] = statistics.median(
+            row["seconds/save"] for row in rows if row["seconds/save"] > 0
+        )
     return {
         "ranks": ranks,
         "samples_per_second": {"1": rate(alone), str(ranks): rate(together)},
@@ -175,31 +204,52 @@ def measure(options: argparse.Namespace, words: list[str], folder: Path) -> dict
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("store", type=Path, help="folder written by tapct pack")
-    parser.add_argument("words", nargs="*", metavar="CONFIG key=value", help="default configs/smoke.yaml")
+    parser.add_argument(
+        "words", nargs="*", metavar="CONFIG key=value", help="default configs/smoke.yaml"
+    )
     parser.add_argument("--ranks", type=arguments.positive, default=2)
     parser.add_argument("--steps", type=arguments.positive, default=30)
     parser.add_argument("--json", type=Path, help="write the figures there too")
     options = parser.parse_args()
-    words = options.words if options.words and "=" not in options.words[0] else ["configs/smoke.yaml", *options.words]
-    load_config(config.RunConfig, Path(words[0]), words[1:])  # what is wrong is told before ranks are started
+    words = (
+        options.words
+        if options.words and "=" not in options.words[0]
+        else ["configs/smoke.yaml", *options.words]
+    )
+    load_config(
+        config.RunConfig, Path(words[0]), words[1:]
+    )  # what is wrong is told before ranks are started
     Store(options.store)
     with tempfile.TemporaryDirectory() as folder:
         found = measure(options, words, Path(folder))
     one, many = found["samples_per_second"].values()
     saves, counts = found["save_stall_s"], found["collectives_per_step"]
     lines = {
-        "samples/s": f"{one:.1f} and {many:.1f}: {found['gain']:.2f} times; GEMM {found['gemm_gain']:.2f} times",
-        "save": f"training stands still {saves['asynchronous']:.3f} s; synchronously {saves['synchronous']:.3f} s",
-        "stop": f"{found['signal_to_saved_s']:.2f} s from a signal to one rank to the checkpoint's name in `latest`",
-        "go on": f"{found['start_to_step_s']:.1f} s from start to the next step, {found['read_s']:.1f} s of it reading",
-        "collectives": f"{counts['all']} a step, one of them for {counts['packet_entries']} numbers and vectors",
+        "samples/s": f"{one:.1f} and {many:.1f}: {found['gain']:.2f} times; GEMM "
+        f"{found['gemm_gain']:.2f} times",
+        "save": f"training stands still {saves['asynchronous']:.3f} s; synchronously "
+        f"{saves['synchronous']:.3f} s",
+        "stop": f"{found['signal_to_saved_s']:.2f} s from a signal to one rank to the "
+        "checkpoint's name in `latest`",
+        "go on": f"{found['start_to_step_s']:.1f} s from start to the next step, "
+        f"{found['read_s']:.1f} s of it reading",
+        "collectives": f"{counts['all']} a step, one of them for {counts['packet_entries']} "
+        "numbers and vectors",
     }
     print(f"{words[0]}: 1 and {options.ranks} ranks, one thread each, torch {torch.__version__}")
     for name, line in lines.items():
         print(f"{name:<12}  {line}")
-    print(", ".join(f"{name} {count}" for name, count in counts.items() if name not in ("all", "packet_entries")))
+    print(
+        ", ".join(
+            f"{name} {count}"
+            for name, count in counts.items()
+            if name not in ("all", "packet_entries")
+        )
+    )
     if options.json:
         options.json.write_text(json.dumps(found, indent=1) + "\n")
 

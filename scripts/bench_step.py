@@ -1,15 +1,18 @@
 """Seconds and memory of whole training steps, beside the machine's own matrix products.
 
     python scripts/bench_step.py                                    # configs/smoke.yaml, the quickstart's step
-    python scripts/bench_step.py configs/tap_s_3d.yaml train.global_batch=2 --steps 3 --json out.json
+    python scripts/bench_step.py configs/tap_s_3d.yaml train.global_batch=2 --steps 3 --json
+    out.json
     python scripts/bench_step.py --compare --steps 2 --warm-up 1    # beside a published trainer, fp32 and bf16
 
-Scans are made up in memory, so no archive is needed and no disk is measured. FLOPs are those of `tapct plan`.
+Scans are made up in memory, so no archive is needed and no disk is measured. FLOPs are those of
+`tapct plan`.
 
-`--compare` runs configs/bench_vit432.yaml once in fp32 and once in bf16, each in a process of its own so that they
-share no peak, and puts them beside a published 3D DINO trainer (dinovol) that was timed on a machine like A of
-docs/benchmarks.md: 16 s a step at a fp32 matrix-product rate of 180 GFLOP/s, in 8.5 GB. Its seconds are scaled by the
-fp32 rate found beside ours.
+`--compare` runs configs/bench_vit432.yaml once in fp32 and once in bf16, each in a process of its
+own so that they share no peak, and puts them beside a published 3D DINO trainer (dinovol) that was
+timed on a machine like A of
+docs/benchmarks.md: 16 s a step at a fp32 matrix-product rate of 180 GFLOP/s, in 8.5 GB. Its seconds
+are scaled by the fp32 rate found beside ours.
 """
 
 from __future__ import annotations
@@ -46,9 +49,14 @@ COMPARED = Path("configs/bench_vit432.yaml")
 
 def batches(config: RunConfig, in_plane: int) -> Iterator[tuple[Batch, ...]]:
     """Made-up slabs: air around a noisy disc of soft tissue."""
-    per_micro, depth = config.train.global_batch // config.train.accumulation, config.data.loader.slab_depth
+    per_micro, depth = (
+        config.train.global_batch // config.train.accumulation,
+        config.data.loader.slab_depth,
+    )
     draw = torch.Generator().manual_seed(0)
-    y, x = torch.meshgrid(torch.linspace(-1, 1, in_plane), torch.linspace(-1, 1, in_plane), indexing="ij")
+    y, x = torch.meshgrid(
+        torch.linspace(-1, 1, in_plane), torch.linspace(-1, 1, in_plane), indexing="ij"
+    )
     noise = 30 * torch.randn(per_micro, depth, in_plane, in_plane, generator=draw)
     hu_BZYX = torch.where(y**2 + x**2 < 0.7, 40 + noise, -1000 + noise).to(torch.int16)
     first = 0
@@ -56,9 +64,13 @@ def batches(config: RunConfig, in_plane: int) -> Iterator[tuple[Batch, ...]]:
         step = []
         for _ in range(config.train.accumulation):
             sample_B = torch.arange(first, first + per_micro)
-            extent_B3 = torch.tensor([[depth, in_plane, in_plane]]).expand(per_micro, 3).contiguous()
+            extent_B3 = (
+                torch.tensor([[depth, in_plane, in_plane]]).expand(per_micro, 3).contiguous()
+            )
             zero_B = torch.zeros(per_micro, dtype=torch.int64)
-            step.append(Batch(hu_BZYX, extent_B3, torch.ones(per_micro, 3), sample_B, zero_B, zero_B))
+            step.append(
+                Batch(hu_BZYX, extent_B3, torch.ones(per_micro, 3), sample_B, zero_B, zero_B)
+            )
             first += per_micro
         yield tuple(step)
 
@@ -69,7 +81,9 @@ def peak_memory(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated()
     status = Path("/proc/self/status")
     if status.exists():  # rusage would count what the parent held when it started this process
-        return 1024 * int(next(line for line in status.read_text().splitlines() if "VmHWM" in line).split()[1])
+        return 1024 * int(
+            next(line for line in status.read_text().splitlines() if "VmHWM" in line).split()[1]
+        )
     unit = 1 if sys.platform == "darwin" else 1024
     return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
@@ -78,7 +92,9 @@ def trainer_of(config: RunConfig, device: torch.device, rows: list[metrics.Recor
     """A trainer that writes its records into `rows` and saves nothing."""
     pair = StudentTeacher(config.model, config.losses, config.seed, device=device)
     recompute.recompute_blocks(pair.student.backbone, config.train.recompute)
-    recipe = loop.Recipe(config.views, config.masks, config.contract, pair.student.backbone.patch, config.seed)
+    recipe = loop.Recipe(
+        config.views, config.masks, config.contract, pair.student.backbone.patch, config.seed
+    )
     return loop.Trainer(
         pair,
         optim.Updater(pair, config.optim),
@@ -109,13 +125,18 @@ def measure(config: RunConfig, steps: int, in_plane: int, warm_up: int) -> dict[
     seconds = statistics.median(row["seconds/step"] for row in rows)
     flops, gemm = command.make_plan(config).flops_per_step, max(rates[dtype])
     return {
-        "device": provenance.gpu_name() if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads",
+        "device": provenance.gpu_name()
+        if device.type == "cuda"
+        else f"cpu, {torch.get_num_threads()} threads",
         "torch": torch.__version__,
         "precision": config.train.precision,
         "global_batch": config.train.global_batch,
         "steps": steps,
         "seconds": seconds,
-        "seconds_min_max": [min(row["seconds/step"] for row in rows), max(row["seconds/step"] for row in rows)],
+        "seconds_min_max": [
+            min(row["seconds/step"] for row in rows),
+            max(row["seconds/step"] for row in rows),
+        ],
         "stages": {
             name: statistics.median(row[f"seconds/{name}"] for row in rows)
             for name in ("views", "forward_backward", "optimizer")
@@ -130,10 +151,12 @@ def measure(config: RunConfig, steps: int, in_plane: int, warm_up: int) -> dict[
 
 
 def beside_published(found: dict[str, Any]) -> dict[str, Any]:
-    """A measurement of configs/bench_vit432.yaml with the published trainer's figures, scaled to this machine.
+    """A measurement of configs/bench_vit432.yaml with the published trainer's figures, scaled to
+    this machine.
 
     Returns:
-        `found` with `published_seconds` (at the fp32 GEMM rate found here), `published_memory_bytes`, and how many
+        `found` with `published_seconds` (at the fp32 GEMM rate found here),
+        `published_memory_bytes`, and how many
         times as fast and as small we are: `speed_ratio`, `memory_ratio`.
     """
     seconds = PUBLISHED_SECONDS * PUBLISHED_GEMM / found["gemm_fp32_flops_per_second"]
@@ -146,7 +169,9 @@ def beside_published(found: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def compare(file: Path, overrides: list[str], options: argparse.Namespace) -> dict[str, dict[str, Any]]:
+def compare(
+    file: Path, overrides: list[str], options: argparse.Namespace
+) -> dict[str, dict[str, Any]]:
     """Both precisions, each in a process of its own; each is printed as it ends."""
     found = {}
     for mode in ("fp32", "bf16"):
@@ -155,14 +180,19 @@ def compare(file: Path, overrides: list[str], options: argparse.Namespace) -> di
             words = [str(file), *overrides, f"train.precision={mode}", "--json", str(out)]
             sizes = ["--steps", str(options.steps), "--warm-up", str(options.warm_up)]
             sizes += ["--in-plane", str(options.in_plane)]
-            ended = subprocess.run([sys.executable, __file__, *words, *sizes], stdout=subprocess.DEVNULL, check=False)
+            ended = subprocess.run(
+                [sys.executable, __file__, *words, *sizes], stdout=subprocess.DEVNULL, check=False
+            )
             if ended.returncode:
-                raise SystemExit(f"{mode}: the process of its own ended with code {ended.returncode}")
+                raise SystemExit(
+                    f"{mode}: the process of its own ended with code {ended.returncode}"
+                )
             found[mode] = beside_published(json.loads(out.read_text()))
         show(file, found[mode])
         speed, memory = found[mode]["speed_ratio"], found[mode]["memory_ratio"]
         print(
-            f"published     {found[mode]['published_seconds']:.2f} s at this GEMM, {PUBLISHED_BYTES / 1e9:.1f} GB; "
+            f"published     {found[mode]['published_seconds']:.2f} s at this GEMM, "
+            f"{PUBLISHED_BYTES / 1e9:.1f} GB; "
             f"ours {speed:.2f} times as fast in 1/{memory:.2f} of the memory\n",
             flush=True,
         )
@@ -171,27 +201,57 @@ def compare(file: Path, overrides: list[str], options: argparse.Namespace) -> di
 
 def show(file: Path, found: dict[str, Any]) -> None:
     """A measurement for people."""
-    stages = "  ".join(f"{name} {seconds * 1000:.0f} ms" for name, seconds in found["stages"].items())
+    stages = "  ".join(
+        f"{name} {seconds * 1000:.0f} ms" for name, seconds in found["stages"].items()
+    )
     low, high = found["seconds_min_max"]
-    print(f"{file}: {found['device']}, torch {found['torch']}, {found['precision']}, batch {found['global_batch']}")
-    print(f"step          {found['seconds']:.3f} s ({low:.3f}-{high:.3f}, {found['steps']} steps)   {stages}")
-    print(f"model         {found['model_flops'] / 1e9:.1f} GFLOP a step, {found['flops_per_second'] / 1e9:.1f} GFLOP/s")
+    print(
+        f"{file}: {found['device']}, torch {found['torch']}, {found['precision']}, batch "
+        f"{found['global_batch']}"
+    )
+    print(
+        f"step          {found['seconds']:.3f} s ({low:.3f}-{high:.3f}, {found['steps']} steps)   "
+        f"{stages}"
+    )
+    print(
+        f"model         {found['model_flops'] / 1e9:.1f} GFLOP a step, "
+        f"{found['flops_per_second'] / 1e9:.1f} GFLOP/s"
+    )
     print(f"GEMM          {found['gemm_flops_per_second'] / 1e9:.1f} GFLOP/s, best of this run")
     print(f"share of GEMM {found['gemm_share']:.1%}")
     print(f"peak memory   {found['peak_memory_bytes'] / 1e9:.2f} GB")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("words", nargs="*", metavar="CONFIG key=value", help="default configs/smoke.yaml")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "words", nargs="*", metavar="CONFIG key=value", help="default configs/smoke.yaml"
+    )
     parser.add_argument("--steps", type=arguments.positive, default=20, help="measured steps")
-    parser.add_argument("--warm-up", type=arguments.whole, default=WARM_UP, help="steps before them")
-    parser.add_argument("--in-plane", type=arguments.positive, default=256, help="in-plane size of the made-up scans")
-    parser.add_argument("--compare", action="store_true", help=f"{COMPARED}, beside a published trainer")
+    parser.add_argument(
+        "--warm-up", type=arguments.whole, default=WARM_UP, help="steps before them"
+    )
+    parser.add_argument(
+        "--in-plane",
+        type=arguments.positive,
+        default=256,
+        help="in-plane size of the made-up scans",
+    )
+    parser.add_argument(
+        "--compare", action="store_true", help=f"{COMPARED}, beside a published trainer"
+    )
     parser.add_argument("--json", type=Path, help="write the figures there too")
     options = parser.parse_intermixed_args()
     named = options.words and "=" not in options.words[0]
-    file = Path(options.words[0]) if named else COMPARED if options.compare else Path("configs/smoke.yaml")
+    file = (
+        Path(options.words[0])
+        if named
+        else COMPARED
+        if options.compare
+        else Path("configs/smoke.yaml")
+    )
     overrides = [word for word in options.words if "=" in word]
     found: dict[str, Any]
     if options.compare:

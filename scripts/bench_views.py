@@ -1,13 +1,16 @@
-"""Time the making of views and masks against the obvious way to do the same, and against a memory copy.
+"""Time the making of views and masks against the obvious way to do the same, and against a memory
+copy.
 
     python scripts/bench_views.py --json views.json [--device cuda] [--repeat 10] [--batch 64]
 
-Views: beside them, of the same crops, a trilinear gather (`grid_sample`), which neither anti-aliases nor blurs nor does
-any op, and a gather with a dense 9x9x9 blur (`conv3d`) of the views that are blurred. "all blurred" blurs every view.
-Masks: of 64 crops of 3x28x28 tokens at once, beside the classic sampler, which takes crop after crop and draws blocks
-into a numpy array until they are enough; half of the crops are masked, as by default, and all of them.
-What is compared takes turns, and the least time of each counts. Masks are also drawn call after call: the loop in
-between takes the caches from the 150 small operations that they are made of.
+Views: beside them, of the same crops, a trilinear gather (`grid_sample`), which neither
+anti-aliases nor blurs nor does any op, and a gather with a dense 9x9x9 blur (`conv3d`) of the views
+that are blurred. "all blurred" blurs every view.
+Masks: of 64 crops of 3x28x28 tokens at once, beside the classic sampler, which takes crop after
+crop and draws blocks into a numpy array until they are enough; half of the crops are masked, as by
+default, and all of them. What is compared takes turns, and the least time of each counts. Masks are
+also drawn call after call: the loop in between takes the caches from the 150 small operations that
+    they are made of.
 """
 
 from __future__ import annotations
@@ -55,25 +58,37 @@ MASK_CROPS, MASK_GRID = 64, (3, 28, 28)
 
 
 def make_batch(num: int, slab: tuple[int, int, int], device: torch.device) -> Batch:
-    """Noise about water inside an ellipse, air outside: what is in it does not matter for the time."""
-    y, x = torch.meshgrid(torch.linspace(-1, 1, slab[1]), torch.linspace(-1, 1, slab[2]), indexing="ij")
-    hu = torch.where((y / 0.7) ** 2 + (x / 0.9) ** 2 < 1, 40, -1000) + torch.randint(-20, 20, (num, *slab))
+    """Noise about water inside an ellipse, air outside: what is in it does not matter for the
+    time.
+    """
+    y, x = torch.meshgrid(
+        torch.linspace(-1, 1, slab[1]), torch.linspace(-1, 1, slab[2]), indexing="ij"
+    )
+    hu = torch.where((y / 0.7) ** 2 + (x / 0.9) ** 2 < 1, 40, -1000) + torch.randint(
+        -20, 20, (num, *slab)
+    )
     number = torch.arange(num)
     extent = torch.tensor([slab] * num)
-    batch = Batch(hu.to(torch.int16), extent, torch.ones(num, 3), number, number, torch.zeros_like(number))
+    batch = Batch(
+        hu.to(torch.int16), extent, torch.ones(num, 3), number, number, torch.zeros_like(number)
+    )
     return batch.to(device)
 
 
 def dense_blur(view_B1ZYX: Tensor, sigma: float) -> Tensor:
     """A Gaussian of 9x9x9 weights, each of which is multiplied."""
-    line = torch.exp(-0.5 * ((torch.arange(BLUR, device=view_B1ZYX.device) - BLUR // 2) / sigma) ** 2)
+    line = torch.exp(
+        -0.5 * ((torch.arange(BLUR, device=view_B1ZYX.device) - BLUR // 2) / sigma) ** 2
+    )
     kernel_ZYX = line[:, None, None] * line[:, None] * line
     padded = F.pad(view_B1ZYX, [BLUR // 2] * 6, mode="replicate")
     return F.conv3d(padded, (kernel_ZYX / kernel_ZYX.sum())[None, None])
 
 
 def gather(batch: Batch, config: recipe.Config, blur: bool) -> list[Tensor]:
-    """The same crops by `grid_sample`, from a float copy of the slabs; blurred as often as the config says."""
+    """The same crops by `grid_sample`, from a float copy of the slabs; blurred as often as the
+    config says.
+    """
     slab_B1ZYX = CONTRACT.normalise(batch.hu_BZYX)[:, None]
     cells = boxes.body_cells(batch.hu_BZYX, CONTRACT)
     size = torch.tensor(batch.hu_BZYX.shape[1:], device=batch.hu_BZYX.device)
@@ -89,14 +104,20 @@ def gather(batch: Batch, config: recipe.Config, blur: bool) -> list[Tensor]:
             crop_B1ZYX = F.grid_sample(slab_B1ZYX, grid, align_corners=False)
             group = 2 if kind == "local" else min(view, 1)
             # the share of blurred views in a long run: of 8 locals at 0.5 every other one
-            if blur and math.floor((view + 1) * config.blur_p[group]) > math.floor(view * config.blur_p[group]):
+            if blur and math.floor((view + 1) * config.blur_p[group]) > math.floor(
+                view * config.blur_p[group]
+            ):
                 crop_B1ZYX = dense_blur(crop_B1ZYX, sum(config.blur_sigma) / 2)
             views.append(crop_B1ZYX)
     return views
 
 
-def classic_mask(count: int, grid: tuple[int, int, int], rule: masks.Config, draw: random.Random) -> np.ndarray:
-    """Blocks of one crop, token after token, until `count` tokens are masked or ten proposals in a row fail."""
+def classic_mask(
+    count: int, grid: tuple[int, int, int], rule: masks.Config, draw: random.Random
+) -> np.ndarray:
+    """Blocks of one crop, token after token, until `count` tokens are masked or ten proposals in a
+    row fail.
+    """
     mask_ZYX = np.zeros(grid, dtype=bool)
     low, high = (math.log(edge) for edge in rule.aspect)
     done, failed = 0, 0
@@ -109,7 +130,10 @@ def classic_mask(count: int, grid: tuple[int, int, int], rule: masks.Config, dra
         if height > grid[1] or width > grid[2]:
             failed += 1
             continue
-        z0, y0, x0 = (draw.randint(0, size - side) for size, side in zip(grid, (depth, height, width), strict=True))
+        z0, y0, x0 = (
+            draw.randint(0, size - side)
+            for size, side in zip(grid, (depth, height, width), strict=True)
+        )
         fresh = 0
         for z in range(z0, z0 + depth):
             for y in range(y0, y0 + height):
@@ -121,10 +145,14 @@ def classic_mask(count: int, grid: tuple[int, int, int], rule: masks.Config, dra
     return mask_ZYX
 
 
-def classic_masks(counts: list[int], grid: tuple[int, int, int], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+def classic_masks(
+    counts: list[int], grid: tuple[int, int, int], device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
     """Masks of all crops, their indices and weights, as a collate function makes them."""
     draw, rule = random.Random(0), masks.Config()
-    masked_CN = torch.stack([torch.from_numpy(classic_mask(n, grid, rule, draw)).flatten() for n in counts])
+    masked_CN = torch.stack(
+        [torch.from_numpy(classic_mask(n, grid, rule, draw)).flatten() for n in counts]
+    )
     weight_CN = (1.0 / masked_CN.sum(1).clamp(min=1))[:, None].expand_as(masked_CN)
     index_M, weight_M = masked_CN.flatten().nonzero().flatten(), weight_CN[masked_CN]
     return masked_CN.to(device), index_M.to(device), weight_M.to(device)
@@ -145,7 +173,9 @@ class Clock:
     now: Callable[[], float]
 
     def best_ms(self, works: dict[str, Callable[[], Any]]) -> dict[str, float]:
-        """Least time of one call of each in ms, in turns, after a call of warm-up: a busy machine only ever adds."""
+        """Least time of one call of each in ms, in turns, after a call of warm-up: a busy machine
+        only ever adds.
+        """
         best = dict.fromkeys(works, math.inf)
         for i in range(self.repeat + 1):
             for name, work in works.items():
@@ -197,7 +227,10 @@ def measure_masks(probability: float, clock: Clock) -> dict[str, Any]:
     often = dataclasses.replace(clock, repeat=10 * clock.repeat)  # they take a millisecond
     ours = {"ours": lambda: masks.draw(counts, MASK_GRID, in_scan, samples, rule, 0)}
     classic = {"classic": lambda: classic_masks(counts, MASK_GRID, device)}
-    best, alone = often.best_ms({**ours, **classic}), {**often.best_ms(ours), **clock.best_ms(classic)}
+    best, alone = (
+        often.best_ms({**ours, **classic}),
+        {**often.best_ms(ours), **clock.best_ms(classic)},
+    )
     short = 1 - int(classic_masks(counts, MASK_GRID, device)[0].sum()) / sum(counts)
     return {
         "crops": MASK_CROPS,
@@ -209,21 +242,30 @@ def measure_masks(probability: float, clock: Clock) -> dict[str, Any]:
         "masks_call_after_call_ms": round(alone["ours"], 3),
         "times_as_fast_call_after_call": round(alone["classic"] / alone["ours"], 2),
         "classic_loop_falls_short_by": round(short, 4),
-        "statistics": dataclasses.asdict(masks.statistics(counts, MASK_GRID, in_scan, samples, rule, 0)),
+        "statistics": dataclasses.asdict(
+            masks.statistics(counts, MASK_GRID, in_scan, samples, rule, 0)
+        ),
     }
 
 
 def main() -> None:
     """Run the cases and print, and write, one JSON object."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--json", type=Path, default=None, help="where the numbers go")
     parser.add_argument("--device", type=arguments.device, default="cpu")
     parser.add_argument("--repeat", type=arguments.positive, default=10)
     parser.add_argument(
-        "--batch", type=arguments.positive, default=None, help="samples, instead of the case's own number"
+        "--batch",
+        type=arguments.positive,
+        default=None,
+        help="samples, instead of the case's own number",
     )
     parser.add_argument(
-        "--cpu-time", action="store_true", help="count processor time of this thread: for a busy machine, with 1 thread"
+        "--cpu-time",
+        action="store_true",
+        help="count processor time of this thread: for a busy machine, with 1 thread",
     )
     args = parser.parse_args()
     device = torch.device(args.device)
@@ -237,7 +279,9 @@ def main() -> None:
         "threads": torch.get_num_threads(),
         "gemm_float32_GFLOP_per_s": round(2 * side**3 / gemm_ms / 1e6, 1),
         "cases": [measure(name, args.batch, clock) for name in CASES],
-        "masks": [measure_masks(probability, clock) for probability in (masks.Config().probability, 1.0)],
+        "masks": [
+            measure_masks(probability, clock) for probability in (masks.Config().probability, 1.0)
+        ],
     }
     print(json.dumps(out, indent=1))
     if args.json:

@@ -3,9 +3,10 @@
     python scripts/bench_whole_scan.py                          # 300x512x512 at its own size, configs/tap_b_3d.yaml
     python scripts/bench_whole_scan.py --size 224 224 --batch 16 --device cuda --json scan.json
 
-The way is that of `tapct embed`: the scan as int16, the network's input, accumulators over the whole patch grid,
-windows by batches, and the copy that is written. All of it has its full size. On a CPU the windows would take an hour,
-so the backbone works in the first and the last `--real` calls alone; between them new tokens of the same size stand in.
+The way is that of `tapct embed`: the scan as int16, the network's input, accumulators over the
+whole patch grid, windows by batches, and the copy that is written. All of it has its full size. On
+a CPU the windows would take an hour, so the backbone works in the first and the last `--real` calls
+alone; between them new tokens of the same size stand in.
 """
 
 from __future__ import annotations
@@ -55,7 +56,9 @@ class SomeCalls(nn.Module):
         self.calls += 1
         crops_BZYX = groups[0]
         if self.real < self.calls <= self.num_calls - self.real:
-            grid = tuple(size // side for size, side in zip(crops_BZYX.shape[1:], self.patch, strict=True))
+            grid = tuple(
+                size // side for size, side in zip(crops_BZYX.shape[1:], self.patch, strict=True)
+            )
             cls_BD = crops_BZYX.new_ones(len(crops_BZYX), self.dim)
             patches_BND = crops_BZYX.new_ones(len(crops_BZYX), math.prod(grid), self.dim)
             return [Tokens(cls_BD, patches_BND[:, :4], patches_BND, grid)]  # type: ignore[arg-type]
@@ -76,11 +79,18 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Embed one made-up scan."""
     config = configs.load_config(RunConfig, options.config, []).value
     preprocess = dataclasses.replace(config.eval.preprocess, size_yx=tuple(options.size))
-    backbone = plugins.load("models", config.model.name).build(config.model.config).to(options.device)
+    backbone = (
+        plugins.load("models", config.model.name).build(config.model.config).to(options.device)
+    )
     depth, height, width = options.shape
     sides = (depth, options.size[0] or height, options.size[1] or width)
-    padded = [max(math.ceil(s / p) * p, w) for s, p, w in zip(sides, backbone.patch, preprocess.window, strict=True)]
-    windows = math.prod(len(window_starts(*axis)) for axis in zip(padded, preprocess.window, preprocess.stride))
+    padded = [
+        max(math.ceil(s / p) * p, w)
+        for s, p, w in zip(sides, backbone.patch, preprocess.window, strict=True)
+    ]
+    windows = math.prod(
+        len(window_starts(*axis)) for axis in zip(padded, preprocess.window, preprocess.stride)
+    )
     calls = math.ceil(windows / options.batch)
     model = SomeCalls(backbone, calls, options.real)
     pretrained = Pretrained(model, Recipe(model=config.model, preprocess=preprocess), {})
@@ -110,12 +120,20 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("config", nargs="?", type=Path, default=Path("configs/tap_b_3d.yaml"))
-    parser.add_argument("--shape", type=int, nargs=3, default=(300, 512, 512), help="slices, rows, columns")
-    parser.add_argument("--size", type=int, nargs=2, default=(0, 0), help="in-plane size, 0: the scan's own")
+    parser.add_argument(
+        "--shape", type=int, nargs=3, default=(300, 512, 512), help="slices, rows, columns"
+    )
+    parser.add_argument(
+        "--size", type=int, nargs=2, default=(0, 0), help="in-plane size, 0: the scan's own"
+    )
     parser.add_argument("--batch", type=arguments.positive, default=8, help="windows per call")
-    parser.add_argument("--real", type=arguments.positive, default=1, help="calls at either end that are computed")
+    parser.add_argument(
+        "--real", type=arguments.positive, default=1, help="calls at either end that are computed"
+    )
     parser.add_argument("--device", type=arguments.device, default="cpu")
     parser.add_argument("--json", type=Path, help="write the figures there too")
     options = parser.parse_args()

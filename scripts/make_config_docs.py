@@ -1,4 +1,5 @@
-"""Write the tables of docs/configuration.md from the config dataclasses, so that the page cannot be out of date.
+"""Write the tables of docs/configuration.md from the config dataclasses, so that the page cannot be
+out of date.
 
 python scripts/make_config_docs.py            rewrite the tables, leave the text around them alone
 python scripts/make_config_docs.py --check    write nothing; exit 1 if the page is not current
@@ -20,7 +21,14 @@ from tapct.run.config import RunConfig
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "configuration.md"
 BEGIN, END = "<!-- tables: made by scripts/make_config_docs.py -->", "<!-- end of tables -->"
-WORDS = {bool: "true or false", int: "whole number", float: "number", str: "text", Path: "path", type(None): "null"}
+WORDS = {
+    bool: "true or false",
+    int: "whole number",
+    float: "number",
+    str: "text",
+    Path: "path",
+    type(None): "null",
+}
 MANY = {int: "whole numbers", float: "numbers", str: "texts"}
 BOUNDS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
 CONTRACT = {  # HUContract is a noun of tapct/types.py, which knows nothing of settings
@@ -54,7 +62,11 @@ def kind(hint: Any) -> str:
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         return " or ".join(kind(arg) for arg in args)
     if typing.get_origin(hint) is tuple:
-        return f"list of {MANY.get(args[0], 'sections')}" if args[-1] is Ellipsis else f"{len(args)} {MANY[args[0]]}"
+        return (
+            f"list of {MANY.get(args[0], 'sections')}"
+            if args[-1] is Ellipsis
+            else f"{len(args)} {MANY[args[0]]}"
+        )
     return WORDS[hint]
 
 
@@ -71,10 +83,16 @@ def value(given: Any) -> str:
 
 def allowed(hint: Any, metadata: Any) -> str:
     """The range of a field."""
-    choices = metadata.get("choices") or (typing.get_args(hint) if typing.get_origin(hint) is typing.Literal else ())
+    choices = metadata.get("choices") or (
+        typing.get_args(hint) if typing.get_origin(hint) is typing.Literal else ()
+    )
     if choices:
         return ", ".join(f"`{choice}`" for choice in choices)
-    return ", ".join(f"{sign} {metadata[name]:g}" for name, sign in BOUNDS.items() if metadata.get(name) is not None)
+    return ", ".join(
+        f"{sign} {metadata[name]:g}"
+        for name, sign in BOUNDS.items()
+        if metadata.get(name) is not None
+    )
 
 
 def fields_of(config: Any) -> Iterator[tuple[dataclasses.Field[Any], Any, Any]]:
@@ -102,7 +120,11 @@ def keys(config: Any, prefix: str) -> Iterator[Key]:
 def table(rows: Iterator[Key]) -> list[str]:
     """A Markdown table, or nothing without rows."""
     lines = [key.row() for key in rows]
-    return ["| key | type | default | range | meaning |", "|---|---|---|---|---|", *lines, ""] if lines else []
+    return (
+        ["| key | type | default | range | meaning |", "|---|---|---|---|---|", *lines, ""]
+        if lines
+        else []
+    )
 
 
 def plugin_tables(item: dataclasses.Field[Any], name: str) -> list[str]:
@@ -115,7 +137,19 @@ def plugin_tables(item: dataclasses.Field[Any], name: str) -> list[str]:
     lines = [f"### Plug-ins of `{name}`", "", where, ""]
     if is_section:
         names = ", ".join(f"`{each}`" for each in plugins.available(folder))
-        lines += table(iter([Key(f"{name}.name", "text", chosen, f"{names}, or a module of yours", "which of them")]))
+        lines += table(
+            iter(
+                [
+                    Key(
+                        f"{name}.name",
+                        "text",
+                        chosen,
+                        f"{names}, or a module of yours",
+                        "which of them",
+                    )
+                ]
+            )
+        )
     for each in plugins.available(folder):
         module = plugins.load(folder, each)
         summary = (module.__doc__ or "").strip().splitlines()[0]
@@ -159,13 +193,19 @@ def current(page: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--check", action="store_true", help="write nothing")
     options = parser.parse_args()
     page = PAGE.read_text(encoding="utf-8")
     wanted = current(page)
     if options.check:
-        raise SystemExit(0 if page == wanted else f"{PAGE} is not current; run python scripts/make_config_docs.py")
+        raise SystemExit(
+            0
+            if page == wanted
+            else f"{PAGE} is not current; run python scripts/make_config_docs.py"
+        )
     PAGE.write_text(wanted, encoding="utf-8")
 
 

@@ -1,4 +1,6 @@
-"""All stations of tapct in one process: a small run from scans to a judged, exported model and a report page."""
+"""All stations of tapct in one process: a small run from scans to a judged, exported model and a
+report page.
+"""
 
 from __future__ import annotations
 
@@ -49,24 +51,43 @@ class Stations:
 
 def arguments(words: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="scripts/quickstart.sh", description=__doc__)
-    parser.add_argument("--data", type=Path, help="folder with your scans; without it a synthetic archive is made")
-    parser.add_argument("--labels", type=Path, help="folder with label maps of the same names, if not found by rule")
+    parser.add_argument(
+        "--data", type=Path, help="folder with your scans; without it a synthetic archive is made"
+    )
+    parser.add_argument(
+        "--labels", type=Path, help="folder with label maps of the same names, if not found by rule"
+    )
     parser.add_argument("--config", type=Path, default=SMOKE, help="default %(default)s")
-    parser.add_argument("--out", type=Path, default=Path("runs/quickstart"), help="run folder, default %(default)s")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/quickstart"), help="run folder, default %(default)s"
+    )
     work = Path("data/quickstart")
-    parser.add_argument("--work", type=Path, default=work, help="archive and store, default %(default)s")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the config, e.g. train.steps=100")
+    parser.add_argument(
+        "--work", type=Path, default=work, help="archive and store, default %(default)s"
+    )
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="changes to the config, e.g. train.steps=100",
+    )
     return parser.parse_args(words)
 
 
 def main(words: list[str]) -> None:
     options, station = arguments(words), Stations()
-    work: Path = options.work if options.data is None else options.work / f"archive_{options.data.resolve().name}"
+    work: Path = (
+        options.work
+        if options.data is None
+        else options.work / f"archive_{options.data.resolve().name}"
+    )
     archive = work / "phantom" if options.data is None else options.data
     if options.data is None:
         work.mkdir(parents=True, exist_ok=True)
         if not (work / patients.KEY_FILE).exists():  # nobody to hide: all hold out the same ones
-            (work / patients.KEY_FILE).write_bytes(hashlib.blake2b(b"phantom", digest_size=32).digest())
+            (work / patients.KEY_FILE).write_bytes(
+                hashlib.blake2b(b"phantom", digest_size=32).digest()
+            )
         station("phantom", lambda: make_phantom(archive))
     cores = os.cpu_count() or 1
 
@@ -92,27 +113,36 @@ def main(words: list[str]) -> None:
             return pack.pack(found, work / "store", workers=cores, level=1, progress=progress)
 
     station("pack", packing)
-    precision = words_without_bf16(Path("/proc/cpuinfo").read_text()) if options.config == SMOKE else []
+    precision = (
+        words_without_bf16(Path("/proc/cpuinfo").read_text()) if options.config == SMOKE else []
+    )
     words = [f"out={options.out}", f"data.store={work / 'store'}", *precision, *options.overrides]
     resolved = configs.load_config(RunConfig, options.config, words)
     stop = station("train", lambda: pretrain.train(resolved))
     if stop.signal:
-        raise UserError(f"stopped by {stop.signal} and saved at step {stop.step}; the same command goes on from there")
+        raise UserError(
+            f"stopped by {stop.signal} and saved at step {stop.step}; the same "
+            "command goes on from there"
+        )
     labelled = any(row.label_path for row in found.accepted)
     results = station("eval", lambda: judge(options.out, resolved)) if labelled else None
     if results is None:
         console.say(
-            "no label maps lie beside the scans, so there is no Dice; `tapct index --help` says how to name them"
+            "no label maps lie beside the scans, so there is no Dice; `tapct index --help` says "
+            "how to name them"
         )
     station("export", lambda: finished.export(options.out))
     report = station("report", lambda: page.write(options.out))
-    summary = summarise(options.out, len(found.accepted), len(refused), results, station.seconds, report)
+    summary = summarise(
+        options.out, len(found.accepted), len(refused), results, station.seconds, report
+    )
     replace_text(options.out / "summary.json", json.dumps(summary, indent=1) + "\n")
     show(summary)
 
 
 def words_without_bf16(cpuinfo: str) -> list[str]:
-    """Overrides for a CPU that has no bf16 arithmetic: torch imitates it there, slower than float32.
+    """Overrides for a CPU that has no bf16 arithmetic: torch imitates it there, slower than
+    float32.
 
     Args:
         cpuinfo: what Linux tells of the CPU, x86 or Arm.
@@ -144,9 +174,16 @@ def judge(out: Path, resolved: configs.Resolved) -> dict[str, Any]:
 
 
 def summarise(
-    out: Path, accepted: int, refused: int, results: dict[str, Any] | None, seconds: dict[str, float], report: Path
+    out: Path,
+    accepted: int,
+    refused: int,
+    results: dict[str, Any] | None,
+    seconds: dict[str, float],
+    report: Path,
 ) -> dict[str, Any]:
-    """The facts of summary.json; means over the first and the last steps, the worse of the two prototype losses."""
+    """The facts of summary.json; means over the first and the last steps, the worse of the two
+    prototype losses.
+    """
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     first, last = rows[:EDGE_STEPS], rows[-EDGE_STEPS:]
     names = [name for name in ("dino", "ibot") if f"health/{name}_information" in rows[-1]]
@@ -156,8 +193,12 @@ def summarise(
 
     gains = {name: mean(last, f"health/{name}_ln_k_minus_ce") for name in names}
     information = {name: mean(last, f"health/{name}_information") for name in names}
-    dice = {name: model["mean_dice"] for name, model in results["models"].items()} if results else {}
-    untrained = [value for name, value in dice.items() if name.startswith("untrained") and value is not None]
+    dice = (
+        {name: model["mean_dice"] for name, model in results["models"].items()} if results else {}
+    )
+    untrained = [
+        value for name, value in dice.items() if name.startswith("untrained") and value is not None
+    ]
     return {
         "scans_accepted": accepted,
         "scans_refused": refused,
@@ -181,8 +222,12 @@ def show(summary: dict[str, Any]) -> None:
     """The small table at the end."""
     table = Table(title="quickstart", show_header=False, title_justify="left")
     number = lambda value: "-" if value is None else f"{value:.3f}"  # noqa: E731
-    table.add_row("scans accepted / refused", f"{summary['scans_accepted']} / {summary['scans_refused']}")
-    table.add_row("loss, first / last steps", f"{summary['loss_first']:.2f} / {summary['loss_last']:.2f}")
+    table.add_row(
+        "scans accepted / refused", f"{summary['scans_accepted']} / {summary['scans_refused']}"
+    )
+    table.add_row(
+        "loss, first / last steps", f"{summary['loss_first']:.2f} / {summary['loss_last']:.2f}"
+    )
     for name, gain in summary["by_loss"]["ln_k_minus_ce"].items():
         information = summary["by_loss"]["prototype_information_nats"][name]
         table.add_row(f"{name}: ln K - CE, information", f"{gain:.2f}, {information:.2f} nats")
@@ -190,7 +235,10 @@ def show(summary: dict[str, Any]) -> None:
     table.add_row("Dice pretrained", number(summary["dice_pretrained"]))
     table.add_row("Dice untrained (better of two)", number(summary["dice_untrained"]))
     table.add_row("Dice raw HU", number(summary["dice_raw_hu"]))
-    table.add_row("wall time", "  ".join(f"{name} {value:.0f} s" for name, value in summary["seconds"].items()))
+    table.add_row(
+        "wall time",
+        "  ".join(f"{name} {value:.0f} s" for name, value in summary["seconds"].items()),
+    )
     console.console().print(table)
     console.say(f"report: {summary['report']}")
 

@@ -1,9 +1,10 @@
 """The nouns that cross a border between two parts of tapct.
 
-Axes: B batch, V views (crop-major: all samples of view 0, then all of view 1), Z Y X depth height width in voxels,
-N patch tokens of one crop, R registers, D channels, M masked tokens of this rank.
-Orientation: LPS, axial slices first. Index z grows towards the head (Superior), y to the back (Posterior), x to the
-patient's Left. Values: Hounsfield units (HU) as int16 until `HUContract.normalise`.
+Axes: B batch, V views (crop-major: all samples of view 0, then all of view 1), Z Y X depth height
+width in voxels, N patch tokens of one crop, R registers, D channels, M masked tokens of this rank.
+Orientation: LPS, axial slices first. Index z grows towards the head (Superior), y to the back
+(Posterior), x to the patient's Left. Values: Hounsfield units (HU) as int16 until
+`HUContract.normalise`.
 """
 
 from __future__ import annotations
@@ -17,14 +18,17 @@ if TYPE_CHECKING:  # the command line loads this file, and torch takes 2 s
     from torch import Tensor
 from tapct.base.exits import UserError
 
-AIR_HU = -1024  # what padding is made of in stored and loaded volumes; air, never zero (zero is water)
+AIR_HU = (
+    -1024
+)  # what padding is made of in stored and loaded volumes; air, never zero (zero is water)
 
 
 class Refused(UserError):
     """A scan that tapct will not train on.
 
     Args:
-        reason: short code in snake_case, one per rule, e.g. `not_ct`, `truncated`, `missing_slices`.
+        reason: short code in snake_case, one per rule, e.g. `not_ct`, `truncated`,
+            `missing_slices`.
         detail: one line that names the value and the rule.
     """
 
@@ -94,7 +98,8 @@ class LabelMap:
 class HUContract:
     """How HU become network input; stored in every checkpoint and export.
 
-    Source: TAP-CT's released processor: 0.5 and 99.5 percentiles, mean and std of foreground voxels, arXiv:2512.00872.
+    Source: TAP-CT's released processor: 0.5 and 99.5 percentiles, mean and std of foreground
+        voxels, arXiv:2512.00872.
     """
 
     clip_low: float = -1008.0
@@ -112,7 +117,8 @@ class Batch:
     """Slabs of one micro-batch on one rank, as the loader hands them over.
 
     Args:
-        hu_BZYX: int16 HU, padded with AIR_HU at the far end of each axis to the batch's largest slab.
+        hu_BZYX: int16 HU, padded with AIR_HU at the far end of each axis to the batch's largest
+            slab.
         extent_B3: int64, how many voxels (z, y, x) of each slab are scan; the rest is padding.
         spacing_mm_B3: float32, distance of voxel centres along (z, y, x).
         sample_B: int64, the number of the sample in the whole run: the key of all its random draws.
@@ -129,7 +135,12 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """Move all tensors, asynchronously where the memory is pinned."""
-        return Batch(*(getattr(self, name).to(device, non_blocking=True) for name in self.__dataclass_fields__))
+        return Batch(
+            *(
+                getattr(self, name).to(device, non_blocking=True)
+                for name in self.__dataclass_fields__
+            )
+        )
 
 
 @dataclass(frozen=True)
@@ -138,7 +149,8 @@ class Views:
 
     Args:
         global_VBZYX: the global crops (V = views.num_globals).
-        local_VBZYX: the local crops; V = 0 when there are none (the other axes then have their configured size).
+        local_VBZYX: the local crops; V = 0 when there are none (the other axes then have their
+            configured size).
         global_in_scan_VBN: bool, False where a patch token lies wholly in padding outside the scan.
         global_mm_VB3: float32, mm of the body per voxel of each global crop along (z, y, x).
         local_mm_VB3: the same of the local crops.
@@ -158,7 +170,8 @@ class Masks:
     Args:
         masked_VBN: bool, True where the student sees the mask token.
         index_M: int64, ascending indices of the masked tokens into the flattened (V*B*N).
-        weight_M: float32, 1 / (masked in-scan tokens of that crop); 0 for a masked token that is all padding.
+        weight_M: float32, 1 / (masked in-scan tokens of that crop); 0 for a masked token that is
+            all padding.
     """
 
     masked_VBN: Tensor
@@ -195,8 +208,8 @@ class TokenSets:
         num_globals: V of the global crops.
         num_locals: V of the local crops.
         teacher_temp: temperature of the teacher's targets at this step.
-        snapshot_global: tokens of the same global crops unmasked, from the frozen copy of an earlier teacher; None
-            where no loss wants one, or not yet.
+        snapshot_global: tokens of the same global crops unmasked, from the frozen copy of an
+            earlier teacher; None where no loss wants one, or not yet.
     """
 
     student_global: Tokens
@@ -216,7 +229,8 @@ class Term:
     Args:
         name: as in `metrics.jsonl`, e.g. `dino_local`.
         value: scalar float32, weighted: the terms' values sum to the total that is optimised.
-        cross_entropy: scalar, plain mean per (student, teacher) pair in nats before any weight; None for other terms.
+        cross_entropy: scalar, plain mean per (student, teacher) pair in nats before any weight;
+            None for other terms.
     """
 
     name: str
@@ -239,7 +253,9 @@ class TargetSums:
     rows: Tensor
 
     def __add__(self, other: TargetSums) -> TargetSums:
-        return TargetSums(self.mass_K + other.mass_K, self.entropy + other.entropy, self.rows + other.rows)
+        return TargetSums(
+            self.mass_K + other.mass_K, self.entropy + other.entropy, self.rows + other.rows
+        )
 
 
 @dataclass(frozen=True)
@@ -249,7 +265,8 @@ class TargetStats:
     Args:
         name: of the loss, e.g. `dino`.
         sums: over the targets of this micro-batch.
-        cross_entropy: scalar, plain mean cross-entropy of the student over all pairs of this loss, nats.
+        cross_entropy: scalar, plain mean cross-entropy of the student over all pairs of this loss,
+            nats.
     """
 
     name: str
@@ -259,7 +276,9 @@ class TargetStats:
 
 @dataclass(frozen=True)
 class LossResult:
-    """What one loss plug-in returns: its terms and, where it has prototypes, the statistics of its targets."""
+    """What one loss plug-in returns: its terms and, where it has prototypes, the statistics of its
+    targets.
+    """
 
     terms: tuple[Term, ...]
     targets: TargetStats | None = None

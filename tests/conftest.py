@@ -38,7 +38,9 @@ def same_signal_handlers() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def real_ct() -> Path:
-    """Folder of real scans: the environment variable TAPCT_TEST_CT, or ../shared/data/ct beside the repository."""
+    """Folder of real scans: the environment variable TAPCT_TEST_CT, or ../shared/data/ct beside the
+    repository.
+    """
     folder = Path(os.environ.get("TAPCT_TEST_CT") or REPOSITORY.parent / "shared" / "data" / "ct")
     if not folder.is_dir():
         pytest.skip(f"no real scans at {folder}; set TAPCT_TEST_CT")

@@ -1,4 +1,6 @@
-"""SLURM's commands as small scripts on PATH: they say what a test wrote for them, and note their calls."""
+"""SLURM's commands as small scripts on PATH: they say what a test wrote for them, and note their
+calls.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,10 @@ class FakeSlurm:
 
     def queue(self, *jobs: tuple[str, str, int, str]) -> None:
         """Set the queue: id, state, restarts, reason."""
-        rows = [f"{job:<40}{state:<20}{restarts:<12}{reason:<60}\n" for job, state, restarts, reason in jobs]
+        rows = [
+            f"{job:<40}{state:<20}{restarts:<12}{reason:<60}\n"
+            for job, state, restarts, reason in jobs
+        ]
         (self.here / "queue").write_text("".join(rows))
 
     def calls(self, name: str = "") -> list[str]:

@@ -32,7 +32,9 @@ def make_ct(shape_ZYX: tuple[int, int, int] = SHAPE_ZYX, seed: int = 0) -> np.nd
     return np.rint(np.maximum(hu + rng.normal(0, 8, shape_ZYX), -1024)).astype(np.int16)
 
 
-def write_nifti(path: Path, hu_ZYX: np.ndarray, affine_lps: np.ndarray | None = None, **header: object) -> Path:
+def write_nifti(
+    path: Path, hu_ZYX: np.ndarray, affine_lps: np.ndarray | None = None, **header: object
+) -> Path:
     """Write (Z, Y, X) voxels whose file axes are x, y, z."""
     affine = np.diag([0.8, 0.7, 2.5, 1.0]) if affine_lps is None else affine_lps
     image = nibabel.Nifti1Image(np.asarray(hu_ZYX).transpose(2, 1, 0), LPS @ affine)
@@ -92,7 +94,9 @@ def make_slice(pixels: np.ndarray, z_mm: float, number: int = 1, **tags: object)
     intercept = float(dataset.get("RescaleIntercept", -1024) or 0)
     slope = float(dataset.get("RescaleSlope", 1) or 1)
     stored = np.rint((pixels.astype(np.float64) - intercept) / slope)
-    dataset.PixelData = stored.astype(np.int16 if dataset.PixelRepresentation else np.uint16).tobytes()
+    dataset.PixelData = stored.astype(
+        np.int16 if dataset.PixelRepresentation else np.uint16
+    ).tobytes()
     return dataset
 
 
@@ -128,7 +132,9 @@ def make_labels(shape_ZYX: tuple[int, int, int] = SHAPE_ZYX) -> np.ndarray:
 
 
 def compress_by_gdcm(path: Path, compressor: str) -> None:
-    """Replace the pixels by a lossless JPEG stream that another library made of the stored values."""
+    """Replace the pixels by a lossless JPEG stream that another library made of the stored
+    values.
+    """
     plain = pydicom.dcmread(path)
     writer = SimpleITK.ImageFileWriter()
     writer.SetFileName(str(path.with_suffix(".tmp.dcm")))
@@ -137,7 +143,10 @@ def compress_by_gdcm(path: Path, compressor: str) -> None:
     writer.Execute(SimpleITK.GetImageFromArray(plain.pixel_array[None]))
     packed = pydicom.dcmread(path.with_suffix(".tmp.dcm"))
     path.with_suffix(".tmp.dcm").unlink()
-    plain.PixelData, plain.file_meta.TransferSyntaxUID = packed.PixelData, packed.file_meta.TransferSyntaxUID
+    plain.PixelData, plain.file_meta.TransferSyntaxUID = (
+        packed.PixelData,
+        packed.file_meta.TransferSyntaxUID,
+    )
     plain["PixelData"].is_undefined_length = True
     assert plain.file_meta.TransferSyntaxUID.is_compressed
     plain.save_as(path)
@@ -150,9 +159,13 @@ def noise_ct(seed: int, depth: int = 6) -> np.ndarray:
     return np.rint(means + rng.normal(0, 10, means.shape)).astype(np.int16)
 
 
-def save_scan(path: Path, values_ZYX: np.ndarray, spacing: tuple[float, ...] = (0.8, 0.7, 2.0)) -> Path:
+def save_scan(
+    path: Path, values_ZYX: np.ndarray, spacing: tuple[float, ...] = (0.8, 0.7, 2.0)
+) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    nibabel.save(nibabel.Nifti1Image(values_ZYX.transpose(2, 1, 0), LPS @ np.diag([*spacing, 1.0])), path)
+    nibabel.save(
+        nibabel.Nifti1Image(values_ZYX.transpose(2, 1, 0), LPS @ np.diag([*spacing, 1.0])), path
+    )
     return path
 
 

@@ -1,4 +1,6 @@
-"""What the pages say is true: tables are current, examples run, commands parse, links lead somewhere."""
+"""What the pages say is true: tables are current, examples run, commands parse, links lead
+somewhere.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +52,9 @@ GRID, PATCH = (2, 2, 2), (2, 4, 4)
 
 def blocks(page: Path, language: str) -> list[str]:
     """The fenced code blocks of a language."""
-    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    return re.findall(
+        rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE
+    )
 
 
 def commands(page: Path) -> list[str]:
@@ -69,15 +73,22 @@ def table_keys(page: Path, heading: str) -> set[str]:
 
 
 def test_the_table_of_all_config_keys_is_current(monkeypatch: pytest.MonkeyPatch) -> None:
-    spec = importlib.util.spec_from_file_location("make_config_docs", ROOT / "scripts" / "make_config_docs.py")
+    spec = importlib.util.spec_from_file_location(
+        "make_config_docs", ROOT / "scripts" / "make_config_docs.py"
+    )
     assert spec is not None and spec.loader is not None
     maker = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, "make_config_docs", maker)
     spec.loader.exec_module(maker)
     page = maker.PAGE.read_text(encoding="utf-8")
     assert page == maker.current(page), "run python scripts/make_config_docs.py"
-    keys = {key for key in re.findall(r"^\| `([^`]+)` \|", page, re.MULTILINE) if not key.startswith("views.ops.")}
-    # found by another way: the leaves of a resolved config, with the plug-ins that are off by default
+    keys = {
+        key
+        for key in re.findall(r"^\| `([^`]+)` \|", page, re.MULTILINE)
+        if not key.startswith("views.ops.")
+    }
+    # found by another way: the leaves of a resolved config, with the plug-ins that are off by
+    # default
     resolved = set(load_config(RunConfig, None, ["losses.gram={}"]).origin)
     assert keys == {key for key in resolved if not key.startswith("views.ops.")}
 
@@ -94,13 +105,18 @@ def test_links_lead_to_files_and_headings_that_exist(page: Path) -> None:
         assert other.exists(), link
         if anchor:
             headings = re.findall(r"^#+ (.*)$", other.read_text(encoding="utf-8"), re.MULTILINE)
-            anchors = {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+            anchors = {
+                re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-")
+                for heading in headings
+            }
             assert anchor in anchors, link
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_path_of_the_tree_that_a_page_names_exists(page: Path) -> None:
-    named = re.findall(r"\b((?:tapct|configs|scripts|tests|docs)/[\w/]+\.\w+)", page.read_text(encoding="utf-8"))
+    named = re.findall(
+        r"\b((?:tapct|configs|scripts|tests|docs)/[\w/]+\.\w+)", page.read_text(encoding="utf-8")
+    )
     assert [name for name in named if not (ROOT / name).exists() and "mine" not in name] == []
 
 
@@ -120,15 +136,27 @@ def test_every_command_of_a_page_parses_and_every_override_is_a_key(page: Path) 
 
 @pytest.mark.parametrize(
     "name",
-    [*(f"tap_{size}_{kind}" for kind in ("2d", "2p5d", "3d") for size in "sb"), "tap_l_3d", "tap_s_3d_small_batch"],
+    [
+        *(f"tap_{size}_{kind}" for kind in ("2d", "2p5d", "3d") for size in "sb"),
+        "tap_l_3d",
+        "tap_s_3d_small_batch",
+    ],
 )
 def test_the_header_of_a_published_config_tells_the_flops_of_its_plan(name: str) -> None:
     path = ROOT / "configs" / f"{name}.yaml"
     config = load_config(RunConfig, path, []).value
-    told = re.search(r"([\d.]+) PFLOP a step, ([\d.]+) EFLOP.*?about ([\d.]+) GPU-days", path.read_text(), re.DOTALL)
+    told = re.search(
+        r"([\d.]+) PFLOP a step, ([\d.]+) EFLOP.*?about ([\d.]+) GPU-days",
+        path.read_text(),
+        re.DOTALL,
+    )
     assert told is not None
     step = command.make_plan(config).flops_per_step
-    facts = (step / 1e15, step * config.train.steps / 1e18, step * config.train.steps / 200e12 / 86400)
+    facts = (
+        step / 1e15,
+        step * config.train.steps / 1e18,
+        step * config.train.steps / 200e12 / 86400,
+    )
     assert [float(number) for number in told.groups()] == pytest.approx(facts, rel=0.03)
 
 
@@ -143,7 +171,9 @@ def test_the_header_for_small_batches_tells_the_memory_of_its_plan() -> None:
 def test_the_verdicts_of_the_training_page_are_those_of_the_report() -> None:
     text = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| ([a-z ]+) \| (\S.*?) \| (\S.*?) \|", text, re.MULTILINE)
-    table = {state: (information, gain) for state, information, gain in rows if state in health.STATES}
+    table = {
+        state: (information, gain) for state, information, gain in rows if state in health.STATES
+    }
     assert set(table) == set(health.STATES) - {"unknown", "not finite"}
     for state, (information, gain) in table.items():
         low = 0.0 if information.startswith("<") else float(re.findall(r"[\d.]+", information)[0])
@@ -151,7 +181,10 @@ def test_the_verdicts_of_the_training_page_are_those_of_the_report() -> None:
         ce_gain = health.NO_PROGRESS * (1.5 if gain.startswith("≥") else 0.5)
         for found in (low - 0.001, low + 0.001, low + 0.04):
             reading = health.TermReading("dino", ce_gain, found + 1.0, 1.0, 4.0)
-            assert (health.judge_term(reading).state == state) == (found > low or low == 0), (state, found)
+            assert (health.judge_term(reading).state == state) == (found > low or low == 0), (
+                state,
+                found,
+            )
 
 
 # --- docs/extending.md ---
@@ -184,9 +217,13 @@ YAML_BLOCKS = [(page.name, block) for page in PAGES for block in blocks(page, "y
 def test_every_piece_of_yaml_is_a_config(page: str, block: str, mylab: Path) -> None:
     tree = yaml.safe_load(block)
     path = mylab / "piece.yaml"
-    path.write_text(yaml.safe_dump({**tree, "base": str(ROOT / "configs" / tree.get("base", SMOKE.name))}))
+    path.write_text(
+        yaml.safe_dump({**tree, "base": str(ROOT / "configs" / tree.get("base", SMOKE.name))})
+    )
     resolved = load_config(RunConfig, path, [])
-    assert any(origin.endswith(".yaml:1") or "piece.yaml" in origin for origin in resolved.origin.values())
+    assert any(
+        origin.endswith(".yaml:1") or "piece.yaml" in origin for origin in resolved.origin.values()
+    )
 
 
 def token_sets(num_globals: int, batch: int, dim: int) -> TokenSets:
@@ -208,7 +245,9 @@ def test_the_example_loss_is_the_hinge_on_the_spread_of_each_channel(mylab: Path
     result = module.build(module.Config(weight=0.5))(sets, None, None)
     value = result.terms[0].value
     cls = sets.student_global.cls_BD.detach().double().numpy().reshape(2, 5, 3)
-    slow = [max(0.0, 1 - math.sqrt(np.var(cls[v, :, d]) + 1e-4)) for v in range(2) for d in range(3)]
+    slow = [
+        max(0.0, 1 - math.sqrt(np.var(cls[v, :, d]) + 1e-4)) for v in range(2) for d in range(3)
+    ]
     assert [term.name for term in result.terms] == ["variance"]
     assert float(value.detach()) == pytest.approx(0.5 * np.mean(slow), rel=1e-5)
     value.backward()
@@ -224,7 +263,11 @@ def test_the_example_backbone_keeps_the_promises_of_a_backbone(mylab: Path) -> N
     mask = torch.zeros(3, 8, dtype=torch.bool)
     mask[0, 5] = True
     (tokens,), (masked,) = model([crops]), model([crops], [mask])
-    assert tokens.grid == GRID and tokens.patches_BND.shape == (3, 8, 8) and tokens.registers_BRD.shape == (3, 0, 8)
+    assert (
+        tokens.grid == GRID
+        and tokens.patches_BND.shape == (3, 8, 8)
+        and tokens.registers_BRD.shape == (3, 0, 8)
+    )
     assert (tokens.patches_BND != masked.patches_BND).any(-1).nonzero().tolist() == [[0, 5]]
     moved = crops.clone()
     moved[1, 2:4, 0:4, 4:8] += 1  # the patch at z 1, y 0, x 1
@@ -242,7 +285,14 @@ def test_the_example_backbone_is_exported_and_comes_back(mylab: Path, tmp_path: 
     model = module.build(config)
     model.init_weights(3)
     preprocess = Preprocess((8, 8), (4, 8, 8), (4, 8, 8))
-    export.save_export(tmp_path / "e", model, Plugin("mylab.models.patch_mlp", config), HUContract(), preprocess, {})
+    export.save_export(
+        tmp_path / "e",
+        model,
+        Plugin("mylab.models.patch_mlp", config),
+        HUContract(),
+        preprocess,
+        {},
+    )
     crops = torch.randn(1, 4, 8, 8)
     back = pretrained.load_pretrained(tmp_path / "e", custom_code=True)
     assert torch.equal(back(crops).patches_BND, model([crops])[0].patches_BND)
@@ -255,7 +305,10 @@ def test_the_example_op_moves_a_whole_view_by_one_offset_per_sample(mylab: Path)
     sample = torch.arange(200)
 
     def moved(kind: boxes.Kind, number: int) -> torch.Tensor:
-        offset = op(view, ViewKey(7, sample, kind, number, HUContract(), torch.ones(len(sample), 3))) - view
+        offset = (
+            op(view, ViewKey(7, sample, kind, number, HUContract(), torch.ones(len(sample), 3)))
+            - view
+        )
         assert offset.flatten(1).std(1).max() < 1e-3
         return offset[:, 0, 0, 0]
 
@@ -272,20 +325,33 @@ def rising_scan(seed: int) -> LabelledScan:
     labels = np.zeros((16, 16, 16), np.uint16)
     labels[4:12, 4:12, 4:12] = 1
     spacing_mm = (2.0, 1.0, 1.0)
-    return LabelledScan(f"s{seed}", Volume(hu.astype(np.int16), spacing_mm), LabelMap(labels, spacing_mm))
+    return LabelledScan(
+        f"s{seed}", Volume(hu.astype(np.int16), spacing_mm), LabelMap(labels, spacing_mm)
+    )
 
 
 class Row:
     def __init__(self, number: int) -> None:
-        self.id, self.patient, self.path, self.label_path = f"s{number}", f"p{number}", str(number), "yes"
+        self.id, self.patient, self.path, self.label_path = (
+            f"s{number}",
+            f"p{number}",
+            str(number),
+            "yes",
+        )
 
 
-def evaluate(task: Plugin, models: Any, out: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    monkeypatch.setattr("tapct.eval.scans.read_labelled", lambda row, root: rising_scan(int(row.path)))
+def evaluate(
+    task: Plugin, models: Any, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> dict[str, Any]:
+    monkeypatch.setattr(
+        "tapct.eval.scans.read_labelled", lambda row, root: rising_scan(int(row.path))
+    )
     config = runner.Config(task=task, num_pictures=1)
     preprocess = Preprocess((16, 16), (4, 16, 16), (4, 16, 16))
     rows = [Row(number) for number in range(4)]
-    return runner.evaluate(models, rows, Path("."), config, contract=HUContract(), out=out, preprocess=preprocess)
+    return runner.evaluate(
+        models, rows, Path("."), config, contract=HUContract(), out=out, preprocess=preprocess
+    )
 
 
 def test_the_example_task_finds_the_height_where_it_can_be_seen(
@@ -294,13 +360,19 @@ def test_the_example_task_finds_the_height_where_it_can_be_seen(
     module = load(mylab, "mylab.tasks.depth")
     task = Plugin("mylab.tasks.depth", module.Config(ridge=1e-3))
     blind = RawPatches(PATCH)
-    monkeypatch.setattr(blind, "forward", lambda crops: RawPatches(PATCH)([torch.zeros_like(crop) for crop in crops]))
+    monkeypatch.setattr(
+        blind,
+        "forward",
+        lambda crops: RawPatches(PATCH)([torch.zeros_like(crop) for crop in crops]),
+    )
     models = (NamedModel("raw_hu", RawPatches(PATCH)), NamedModel("blind", blind))
     results = evaluate(task, models, tmp_path, monkeypatch)
     # 8 slices of patches: who sees nothing says the middle, 3.5, and is 2 off on average
     assert results["models"]["blind"]["mean_error"] == pytest.approx(2.0, abs=0.02)
     assert results["models"]["raw_hu"]["mean_error"] < 0.1
-    assert all((tmp_path / entry["file"]).is_file() for entry in results["overlays"] + results["pca"])
+    assert all(
+        (tmp_path / entry["file"]).is_file() for entry in results["overlays"] + results["pca"]
+    )
 
 
 # --- the tables of files that a run writes ---
@@ -308,7 +380,9 @@ def test_the_example_task_finds_the_height_where_it_can_be_seen(
 
 def test_the_table_of_metrics_has_every_key_that_a_step_writes_and_no_other() -> None:
     head = heads.Config(num_prototypes=8, hidden=8, bottleneck=4)
-    losses = [Plugin(name, plugins.load("losses", name).Config(head=head)) for name in ("dino", "ibot")]
+    losses = [
+        Plugin(name, plugins.load("losses", name).Config(head=head)) for name in ("dino", "ibot")
+    ]
     losses += [Plugin(name, plugins.load("losses", name).Config()) for name in ("koleo", "gram")]
     model = vit.Config(window=(4, 8, 8), patch=PATCH, dim=8, depth=1, heads=2)
     pair = StudentTeacher(Plugin("vit", model), losses, seed=0)
@@ -334,7 +408,9 @@ def test_the_table_of_metrics_has_every_key_that_a_step_writes_and_no_other() ->
     assert set(written[1]) == told - several_ranks
 
 
-def test_the_tables_of_results_have_every_key_of_an_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_tables_of_results_have_every_key_of_an_evaluation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = vit.Config(window=(4, 16, 16), patch=PATCH, dim=8, depth=1, heads=2)
     section = Plugin("vit", config)
     models = with_baselines(vit.build(config), section, 0)

@@ -1,4 +1,5 @@
-"""The law of imports, read from the tree in README: strictly down its lines, none sideways, none in a circle.
+"""The law of imports, read from the tree in README: strictly down its lines, none sideways, none in
+a circle.
 
 Imports inside functions count too.
 """
@@ -31,10 +32,16 @@ def is_module(name: str) -> bool:
 
 
 def tapct_imports(tree: ast.AST, module: str, is_package: bool) -> Iterator[tuple[str, int]]:
-    """(module of tapct that is imported, line), relative imports resolved, `from tapct import x` as tapct.x."""
+    """(module of tapct that is imported, line), relative imports resolved, `from tapct import x` as
+    tapct.x.
+    """
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            yield from ((alias.name, node.lineno) for alias in node.names if alias.name.split(".")[0] == "tapct")
+            yield from (
+                (alias.name, node.lineno)
+                for alias in node.names
+                if alias.name.split(".")[0] == "tapct"
+            )
         elif isinstance(node, ast.ImportFrom):
             start = node.module or ""
             if node.level:
@@ -62,12 +69,16 @@ def imports(file: Path) -> list[tuple[str, int]]:
 
 
 def floors_of(readme: str) -> list[list[str]]:
-    """The files and folders of tapct in the tree of README, a list per line, from the top line down."""
+    """The files and folders of tapct in the tree of README, a list per line, from the top line
+    down.
+    """
     block = readme[readme.index("    tapct/\n") :].splitlines()[1:]
     floors = []
     for line in itertools.takewhile(lambda line: line.startswith(" " * 6), block):
         words = re.split(r"\s{2,}", line.strip())
-        floors.append([word.rstrip("*").rstrip("/").removesuffix(".py") for word in words if is_part(word)])
+        floors.append(
+            [word.rstrip("*").rstrip("/").removesuffix(".py") for word in words if is_part(word)]
+        )
     return floors
 
 
@@ -80,8 +91,14 @@ FLOOR = {part: -number for number, parts in enumerate(FLOORS) for part in parts}
 
 
 def test_the_tree_in_readme_names_every_file_and_folder_once() -> None:
-    names = [path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()]
-    assert sorted(part for parts in FLOORS for part in parts) == sorted(set(names) - {"__init__", "__main__"})
+    names = [
+        path.stem
+        for path in PACKAGE.iterdir()
+        if path.suffix == ".py" or (path / "__init__.py").is_file()
+    ]
+    assert sorted(part for parts in FLOORS for part in parts) == sorted(
+        set(names) - {"__init__", "__main__"}
+    )
 
 
 def test_imports_point_strictly_down() -> None:
@@ -95,7 +112,8 @@ def test_imports_point_strictly_down() -> None:
     assert wrong == []
 
 
-# the command line answers --help at once, and a job's task takes signals over before torch is loaded
+# the command line answers --help at once, and a job's task takes signals over before torch is
+# loaded
 LATE = {"tapct.cluster.task"}
 
 
@@ -126,12 +144,20 @@ def test_a_wrong_import_and_a_missing_folder_would_be_found() -> None:
 def test_nothing_that_the_loop_imports_leads_to_eval() -> None:
     """run.py hands evaluation in as a hook."""
     graph = import_graph()
-    assert not {name for name in reachable(graph, "tapct.engine.loop") if part(name) in ("eval", "run", "report")}
+    assert not {
+        name
+        for name in reachable(graph, "tapct.engine.loop")
+        if part(name) in ("eval", "run", "report")
+    }
 
 
 def test_imports_have_no_cycles() -> None:
     graph = import_graph()
-    circles = [name for name in graph if name in {step for near in graph[name] for step in reachable(graph, near)}]
+    circles = [
+        name
+        for name in graph
+        if name in {step for near in graph[name] for step in reachable(graph, near)}
+    ]
     assert not circles, circles
 
 
@@ -156,13 +182,17 @@ def test_only_readers_and_the_phantom_import_reader_libraries() -> None:
 def test_a_rank_loads_no_reader_and_draws_no_picture() -> None:
     """They cost a fifth of its start."""
     program = "import sys, tapct.run.pretrain, tapct.eval.tasks.segmentation; print(*sys.modules)"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
     loaded = set(done.stdout.split())
     assert "torch" in loaded and not loaded & {"nibabel", "SimpleITK", "pydicom", "matplotlib"}
 
 
 def import_graph() -> dict[str, set[str]]:
-    """Module -> modules of tapct that it imports, inside functions too (TYPE_CHECKING blocks are left out)."""
+    """Module -> modules of tapct that it imports, inside functions too (TYPE_CHECKING blocks are
+    left out).
+    """
     graph: dict[str, set[str]] = {}
     for file in FILES:
         tree = WithoutTypeChecking().visit(copy.deepcopy(parsed(file)))
@@ -191,12 +221,21 @@ def reachable(graph: dict[str, set[str]], start: str) -> set[str]:
 
 def test_the_reader_of_imports_sees_every_form() -> None:
     text = (
-        "import tapct.eval.runner\nfrom tapct.base import rng, console as p\nfrom tapct.types import Batch\n"
+        "import tapct.eval.runner\nfrom tapct.base import rng, console as p\nfrom tapct.types "
+        "import Batch\n"
         "from . import readers\nfrom ..views import ops\nfrom .store import Store\nimport torch\n"
     )
     found = [name for name, _ in tapct_imports(ast.parse(text), "tapct.data.sampler", False)]
-    expected = ["eval.runner", "base.rng", "base.console", "types", "data.readers", "views.ops", "data.store"]
-    assert found == [f"tapct.{name}" for name in expected]
-    assert [name for name, _ in tapct_imports(ast.parse("from . import readers"), "tapct.data", True)] == [
-        "tapct.data.readers"
+    expected = [
+        "eval.runner",
+        "base.rng",
+        "base.console",
+        "types",
+        "data.readers",
+        "views.ops",
+        "data.store",
     ]
+    assert found == [f"tapct.{name}" for name in expected]
+    assert [
+        name for name, _ in tapct_imports(ast.parse("from . import readers"), "tapct.data", True)
+    ] == ["tapct.data.readers"]

@@ -1,4 +1,6 @@
-"""A whole pretraining run in half a second: archive, store, config, and what two runs have in common."""
+"""A whole pretraining run in half a second: archive, store, config, and what two runs have in
+common.
+"""
 
 from __future__ import annotations
 
@@ -33,12 +35,16 @@ checkpoint: {{every: 4}}
 log: {{every: 3, tensorboard: false}}
 eval: {{num_pictures: 1, preprocess: {{window: [4, 16, 16], stride: [4, 16, 16]}}}}
 """
-CLOCK = re.compile(r"time$|seconds/|samples_per_second$|^ranks/")  # what two equal runs may differ in
+CLOCK = re.compile(
+    r"time$|seconds/|samples_per_second$|^ranks/"
+)  # what two equal runs may differ in
 
 
 def make_archive(folder: Path, num: int = 4, seed: int = 0, dicom_share: float = 0.0) -> Path:
     """A phantom archive of small scans with labels."""
-    sizes = phantom.Config(num=num, seed=seed, slices=(12, 16), in_plane=(48, 64), dicom_share=dicom_share, workers=1)
+    sizes = phantom.Config(
+        num=num, seed=seed, slices=(12, 16), in_plane=(48, 64), dicom_share=dicom_share, workers=1
+    )
     phantom.write(folder, sizes)
     return folder
 
@@ -47,7 +53,13 @@ def make_store(folder: Path, num: int = 4, seed: int = 0) -> Path:
     """The archive, indexed and packed; returns the store."""
     archive = make_archive(folder / "archive", num, seed)
     found = index.build(
-        archive, folder / "manifest.parquet", labels=None, patient_regex=None, min_depth=1, workers=0, progress=None
+        archive,
+        folder / "manifest.parquet",
+        labels=None,
+        patient_regex=None,
+        min_depth=1,
+        workers=0,
+        progress=None,
     )
     pack.pack(found, folder / "store", workers=0)
     return folder / "store"
@@ -90,10 +102,18 @@ def state_of(checkpoint: Path, scratch: Path) -> dict[str, Any]:
 
 def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
     """Nested dicts and lists -> dotted names."""
-    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else None
+    items = (
+        tree.items()
+        if isinstance(tree, dict)
+        else enumerate(tree)
+        if isinstance(tree, list)
+        else None
+    )
     if items is None:
         return {prefix: tree}
-    return {name: leaf for key, value in items for name, leaf in flat(value, f"{prefix}.{key}").items()}
+    return {
+        name: leaf for key, value in items for name, leaf in flat(value, f"{prefix}.{key}").items()
+    }
 
 
 def differences(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
@@ -102,7 +122,9 @@ def differences(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
     def same(x: Any, y: Any) -> bool:
         return torch.equal(x, y) and x.dtype == y.dtype if isinstance(x, Tensor) else bool(x == y)
 
-    return [name for name in {**a, **b} if name not in a or name not in b or not same(a[name], b[name])]
+    return [
+        name for name in {**a, **b} if name not in a or name not in b or not same(a[name], b[name])
+    ]
 
 
 def assert_equal_runs(run: Path, reference: Path, scratch: Path) -> None:
@@ -112,10 +134,13 @@ def assert_equal_runs(run: Path, reference: Path, scratch: Path) -> None:
     for row, other in zip(rows, wanted, strict=True):
         assert differences(row, other) == [], f"step {row['step']}"
     newest, expected = (
-        folder / "checkpoints" / (folder / "checkpoints" / "latest").read_text().strip() for folder in (run, reference)
+        folder / "checkpoints" / (folder / "checkpoints" / "latest").read_text().strip()
+        for folder in (run, reference)
     )
     assert newest.name == expected.name
     state, other_state = state_of(newest, scratch / "a.pt"), state_of(expected, scratch / "b.pt")
     assert differences(state, other_state) == []
     assert len([name for name in state if name.startswith(".optimizer")]) > 100
-    assert (newest / "teacher.safetensors").read_bytes() == (expected / "teacher.safetensors").read_bytes()
+    assert (newest / "teacher.safetensors").read_bytes() == (
+        expected / "teacher.safetensors"
+    ).read_bytes()

@@ -1,4 +1,5 @@
-"""What a run tells: lines and progress for people, metrics for files and trackers. Only rank 0 speaks and writes.
+"""What a run tells: lines and progress for people, metrics for files and trackers. Only rank 0
+speaks and writes.
 
 No torch, rich, TensorBoard or wandb at import: `tapct --help` loads this file.
 """
@@ -35,13 +36,17 @@ def console() -> Console:
 
 
 def say(text: str) -> None:
-    """Print plain text as it is: no markup, no colours, no wrapping; beside a running bar, not through it."""
+    """Print plain text as it is: no markup, no colours, no wrapping; beside a running bar, not
+    through it.
+    """
     out = console()
     out.print(_encodable(text, out), markup=False, soft_wrap=True)
 
 
 def error(text: str) -> None:
-    """Print `error: ...` to standard error, as one line; on a terminal it wraps between words only."""
+    """Print `error: ...` to standard error, as one line; on a terminal it wraps between words
+    only.
+    """
     from rich.console import Console
 
     out = Console(stderr=True, highlight=False)
@@ -49,7 +54,9 @@ def error(text: str) -> None:
     line = f"error: {'' if place.is_first else f'[rank {place.rank}] '}{' '.join(text.split())}"
     line = "".join(char if char.isprintable() else repr(char)[1:-1] for char in line)
     if out.is_terminal:
-        line = textwrap.fill(line, max(out.width, 20), break_long_words=False, break_on_hyphens=False)
+        line = textwrap.fill(
+            line, max(out.width, 20), break_long_words=False, break_on_hyphens=False
+        )
     out.print("error:", style="bold red", end="")
     out.print(_encodable(line.removeprefix("error:"), out), markup=False, soft_wrap=True)
 
@@ -102,7 +109,10 @@ class TrainProgress:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self._meter.__exit__(kind, error, trace)
 
@@ -111,15 +121,25 @@ class TrainProgress:
         step = int(row["step"])
         seconds = row.get("seconds/step", math.nan)
         # about the last 20 steps; the first ones are slower (warm-up of caches, workers, compilers)
-        self._step_seconds = seconds if math.isnan(self._step_seconds) else 0.95 * self._step_seconds + 0.05 * seconds
-        facts = f"loss {row['loss/total']:.4f}  {row.get('samples_per_second', math.nan):.1f} samples/s"
+        self._step_seconds = (
+            seconds
+            if math.isnan(self._step_seconds)
+            else 0.95 * self._step_seconds + 0.05 * seconds
+        )
+        facts = (
+            f"loss {row['loss/total']:.4f}  {row.get('samples_per_second', math.nan):.1f} samples/s"
+        )
         left = (self._steps - step) * self._step_seconds
         wanted = step == self._start + 1 or step == self._steps or step % self._every == 0
-        self._meter.show(step, self._steps, left, facts, line=wanted, at_once=step == self._start + 1)
+        self._meter.show(
+            step, self._steps, left, facts, line=wanted, at_once=step == self._start + 1
+        )
 
 
 class _Meter:
-    """A bar on a terminal, else lines; without a thread, which a forking data loader would not like."""
+    """A bar on a terminal, else lines; without a thread, which a forking data loader would not
+    like.
+    """
 
     def __init__(self, description: str) -> None:
         self._description = description
@@ -145,7 +165,10 @@ class _Meter:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         if self._bar is not None:
             self._bar.refresh()
@@ -156,17 +179,32 @@ class _Meter:
         return (total - done) * (time.monotonic() - self._began) / done if done else math.nan
 
     def show(
-        self, done: int, total: int, left: float, facts: str = "", *, line: bool = True, at_once: bool = False
+        self,
+        done: int,
+        total: int,
+        left: float,
+        facts: str = "",
+        *,
+        line: bool = True,
+        at_once: bool = False,
     ) -> None:
-        """Bring the bar up to date, or print a line when one is due: the last always, others at intervals."""
+        """Bring the bar up to date, or print a line when one is due: the last always, others at
+        intervals.
+        """
         now, at_end = time.monotonic(), done >= total
         if self._last == (done, total):
             return
         words = [facts] if facts else []
         words.append(f"took {duration(now - self._began)}" if at_end else f"left {duration(left)}")
-        due = at_end or at_once or now - self._shown >= (BAR_SECONDS if self._bar is not None else LINE_SECONDS)
+        due = (
+            at_end
+            or at_once
+            or now - self._shown >= (BAR_SECONDS if self._bar is not None else LINE_SECONDS)
+        )
         if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, completed=done, total=total, facts="  ".join(words), refresh=due)
+            self._bar.update(
+                self._task, completed=done, total=total, facts="  ".join(words), refresh=due
+            )
         elif due and (line or at_end):
             say("  ".join([f"{self._description} {done}/{total}", *words]))
         else:

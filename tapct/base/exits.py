@@ -1,4 +1,5 @@
-"""Errors that a person can mend, and how they end a process: one line on standard error and an exit code.
+"""Errors that a person can mend, and how they end a process: one line on standard error and an exit
+code.
 
 | code | meaning |
 |---|---|
@@ -24,7 +25,9 @@ INTERRUPTED = 130
 
 
 class UserError(ValueError):
-    """Bad input from a person: the command line prints its one line and exits with 2, without a traceback."""
+    """Bad input from a person: the command line prints its one line and exits with 2, without a
+    traceback.
+    """
 
     exit_code = 2
 
@@ -43,7 +46,8 @@ def exit_code_of(work: Callable[[], object]) -> int:
     With TAPCT_DEBUG=1 in the environment every error is printed with its traceback.
 
     Args:
-        work: function without arguments; its result is ignored. A SystemExit that it raises gives the exit code.
+        work: function without arguments; its result is ignored. A SystemExit that it raises gives
+            the exit code.
     Returns:
         The exit code of the process; see the table above.
     """
@@ -53,7 +57,11 @@ def exit_code_of(work: Callable[[], object]) -> int:
     except SystemExit as leave:
         return leave.code if isinstance(leave.code, int) else int(leave.code is not None)
     except SharedError as error:
-        return _print_error(str(error) if ranks.from_environment(os.environ).is_first else "", error, error.exit_code)
+        return _print_error(
+            str(error) if ranks.from_environment(os.environ).is_first else "",
+            error,
+            error.exit_code,
+        )
     except UserError as error:
         return _print_error(str(error), error, error.exit_code)
     except (Interrupted, KeyboardInterrupt) as error:
@@ -71,7 +79,8 @@ def leave(code: int) -> NoReturn:
     if code and ranks.from_environment(os.environ).world > 1:
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(code)  # connections to other ranks would keep this process alive until their time-outs
+        # connections to other ranks would keep this process alive until their time-outs
+        os._exit(code)
     sys.exit(code)
 
 

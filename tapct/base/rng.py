@@ -1,11 +1,12 @@
 """Randomness by key: one counter-based hash, the same on every device, rank and world size.
 
-A draw is a pure function of (seed, purpose, counters), e.g. (seed, "crop area", sample number, view). There is no
-state, so nothing has to be saved, advanced or seeded per rank; a resumed run or another world size draws the same.
-Everything is int64 torch arithmetic (multiplication wraps, shifts are made logical by a mask) and never waits for
-the device.
+A draw is a pure function of (seed, purpose, counters), e.g. (seed, "crop area", sample number,
+view). There is no state, so nothing has to be saved, advanced or seeded per rank; a resumed run or
+another world size draws the same. Everything is int64 torch arithmetic (multiplication wraps,
+shifts are made logical by a mask) and never waits for the device.
 
-Source: SplitMix64, Steele, Lea and Flood 2014 (doi:10.1145/2660193.2660195), with Stafford's "Mix13" finaliser.
+Source: SplitMix64, Steele, Lea and Flood 2014 (doi:10.1145/2660193.2660195), with Stafford's
+    "Mix13" finaliser.
 """
 
 from __future__ import annotations
@@ -53,9 +54,13 @@ def _xor_shift(word: Tensor, by: int) -> Tensor:
 
 
 def _absorb(state: Tensor | int, counter: Tensor | int) -> Tensor:
-    """Mix one more word into a state; int64 tensors, bit-equal to `_absorb_int`. One of the two is a tensor."""
+    """Mix one more word into a state; int64 tensors, bit-equal to `_absorb_int`. One of the two is
+    a tensor.
+    """
     if isinstance(counter, Tensor):
-        assert not (counter.is_floating_point() or counter.is_complex()), "a counter is a whole number"
+        assert not (counter.is_floating_point() or counter.is_complex()), (
+            "a counter is a whole number"
+        )
         step: Tensor | int = (counter.to(torch.int64) + 1) * _SIGNED_GAMMA
     else:
         step = _signed((counter + 1) * _GAMMA)
@@ -82,13 +87,16 @@ def hash_int(seed: int, purpose: str, *counters: int) -> int:
     return _signed(state)
 
 
-def hash_bits(seed: int, purpose: str, *counters: Counter, device: torch.device | str | None = None) -> Tensor:
+def hash_bits(
+    seed: int, purpose: str, *counters: Counter, device: torch.device | str | None = None
+) -> Tensor:
     """64 random bits for every key.
 
     Args:
         seed, purpose: as in `hash_int`.
         counters: ints or integer tensors that broadcast against each other.
-        device: where the result lies; by default that of the first tensor among the counters, or the CPU.
+        device: where the result lies; by default that of the first tensor among the counters, or
+            the CPU.
     Returns:
         int64 of the broadcast shape; 0-d where all counters are ints.
     """
@@ -105,27 +113,40 @@ def hash_bits(seed: int, purpose: str, *counters: Counter, device: torch.device 
     return state
 
 
-def uniform(seed: int, purpose: str, *counters: Counter, device: torch.device | str | None = None) -> Tensor:
+def uniform(
+    seed: int, purpose: str, *counters: Counter, device: torch.device | str | None = None
+) -> Tensor:
     """float32 in [0, 1), a multiple of 2^-24; shape and keys as in `hash_bits`."""
     bits = hash_bits(seed, purpose, *counters, device=device)
     return ((bits >> 40) & 0xFFFFFF).to(torch.float32) * 2.0**-24
 
 
-def normal(seed: int, purpose: str, *counters: Counter, device: torch.device | str | None = None) -> Tensor:
-    """Standard normal float32 (Box-Muller, |x| <= 6.7); equal over devices up to the last bits of log and cos."""
+def normal(
+    seed: int, purpose: str, *counters: Counter, device: torch.device | str | None = None
+) -> Tensor:
+    """Standard normal float32 (Box-Muller, |x| <= 6.7); equal over devices up to the last bits of
+    log and cos.
+    """
     bits = hash_bits(seed, purpose, *counters, device=device)
-    radius_u = (((bits >> 32) & 0xFFFFFFFF) + 1).to(torch.float32) * 2.0**-32  # in (0, 1]: the log stays finite
+    radius_u = (((bits >> 32) & 0xFFFFFFFF) + 1).to(
+        torch.float32
+    ) * 2.0**-32  # in (0, 1]: the log stays finite
     angle_u = (bits & 0xFFFFFF).to(torch.float32) * 2.0**-24
     return (-2.0 * radius_u.log()).sqrt() * (2.0 * math.pi * angle_u).cos()
 
 
 def randint(
-    seed: int, purpose: str, high: Counter, *counters: Counter, device: torch.device | str | None = None
+    seed: int,
+    purpose: str,
+    high: Counter,
+    *counters: Counter,
+    device: torch.device | str | None = None,
 ) -> Tensor:
     """int64 in [0, high).
 
     Args:
-        high: int or integer tensor >= 1 that broadcasts with the counters; the bias is below high / 2^63.
+        high: int or integer tensor >= 1 that broadcasts with the counters; the bias is below high /
+            2^63.
         seed, purpose, counters, device: as in `hash_bits`.
     """
     if isinstance(high, int):

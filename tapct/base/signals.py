@@ -1,7 +1,7 @@
 """Stop signals are for the process that trains, not for those that it starts.
 
-SLURM sends them to every process of a job step. A loader worker or wandb's service would die of SIGUSR2, and training
-with it, before it can save.
+SLURM sends them to every process of a job step. A loader worker or wandb's service would die of
+SIGUSR2, and training with it, before it can save.
 """
 
 from __future__ import annotations
@@ -17,10 +17,12 @@ STOP = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 @contextmanager
 def kept_from_children() -> Iterator[None]:
-    """Within it, processes that this thread starts are deaf to the stop signals; handlers here still run.
+    """Within it, processes that this thread starts are deaf to the stop signals; handlers here
+    still run.
 
-    What a thread blocks, its children block from their first instruction on. So this thread blocks the signals, and
-    another one takes them; Python runs the handlers in the main thread all the same.
+    What a thread blocks, its children block from their first instruction on. So this thread blocks
+    the signals, and another one takes them; Python runs the handlers in the main thread all the
+    same.
     """
     listening, done = threading.Event(), threading.Event()
 
@@ -34,7 +36,8 @@ def kept_from_children() -> Iterator[None]:
     listening.wait()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP)
     try:
-        resource_tracker.ensure_running()  # else it starts with the first worker, and unblocks SIGTERM behind itself
+        # else it starts with the first worker, and unblocks SIGTERM behind itself
+        resource_tracker.ensure_running()
         signal.pthread_sigmask(signal.SIG_BLOCK, STOP)
         yield
     finally:
@@ -45,7 +48,9 @@ def kept_from_children() -> Iterator[None]:
 
 @contextmanager
 def heard_by_children() -> Iterator[None]:
-    """Within it, inside of `kept_from_children` too, processes that this thread starts can be ended by a signal."""
+    """Within it, inside of `kept_from_children` too, processes that this thread starts can be ended
+    by a signal.
+    """
     before = signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP)
     try:
         yield

@@ -1,4 +1,6 @@
-"""Jobs of runs: what was submitted, how far it is, and cancelling. Works from the run folders when SLURM is silent."""
+"""Jobs of runs: what was submitted, how far it is, and cancelling. Works from the run folders when
+SLURM is silent.
+"""
 
 from __future__ import annotations
 
@@ -85,9 +87,13 @@ def find(folders: Sequence[Path]) -> dict[Path, Submission]:
     found: dict[Path, tuple[Submission, ...]] = {}
     for folder in folders:
         if not folder.is_dir():
-            raise UserError(f"{folder} is not a folder; name a run folder, or one with runs below it")
+            raise UserError(
+                f"{folder} is not a folder; name a run folder, or one with runs below it"
+            )
         for run in _runs(folder):
-            submissions = [one for path in run.glob(f"jobs/*/{FILE}") if (one := _read(path)) is not None]
+            submissions = [
+                one for path in run.glob(f"jobs/*/{FILE}") if (one := _read(path)) is not None
+            ]
             if submissions:
                 found[run] = tuple(sorted(submissions, key=lambda one: one.submitted))
     newest = {run: submissions[-1] for run, submissions in found.items()}
@@ -98,7 +104,9 @@ def _runs(folder: Path) -> Iterator[Path]:
     for place, below, _ in os.walk(folder):
         if "jobs" in below:
             yield Path(place)
-        below[:] = sorted(name for name in below if name not in NOT_RUNS and not name.startswith("."))
+        below[:] = sorted(
+            name for name in below if name not in NOT_RUNS and not name.startswith(".")
+        )
 
 
 def _read(path: Path) -> Submission | None:
@@ -121,11 +129,17 @@ def progress(run: Path, submission: Submission, queued: dict[str, QueuedJob] | N
     events = _json_lines(_events_file(run, submission.job))
     job = None if queued is None else queued.get(submission.job)
     why = _why_given_up(job, events)
-    restarts = job.restarts if job is not None else max([int(event.get("restarts", 0)) for event in events], default=0)
+    restarts = (
+        job.restarts
+        if job is not None
+        else max([int(event.get("restarts", 0)) for event in events], default=0)
+    )
     return Progress(
         run=run,
         job=submission.job,
-        state="gave up" if why else _state(job, events, step >= submission.steps, answered=queued is not None),
+        state="gave up"
+        if why
+        else _state(job, events, step >= submission.steps, answered=queued is not None),
         step=step,
         steps=submission.steps,
         loss=math.nan if loss is None else float(loss),
@@ -136,13 +150,17 @@ def progress(run: Path, submission: Submission, queued: dict[str, QueuedJob] | N
 
 
 def _why_given_up(job: QueuedJob | None, events: Sequence[dict[str, Any]]) -> str:
-    """What the batch script said when it did not requeue; empty when it did, or someone else has."""
+    """What the batch script said when it did not requeue; empty when it did, or someone else
+    has.
+    """
     last = events[-1] if events else {}
     over = job is None or not job.alive
     return str(last.get("why", "")) if over and last.get("event") == "gave up" else ""
 
 
-def _state(job: QueuedJob | None, events: Sequence[dict[str, Any]], all_steps: bool, answered: bool) -> str:
+def _state(
+    job: QueuedJob | None, events: Sequence[dict[str, Any]], all_steps: bool, answered: bool
+) -> str:
     if job is not None:
         return job.state.lower()
     last = events[-1]["event"] if events else ""
@@ -176,7 +194,9 @@ def last_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def _json_lines(path: Path) -> list[dict[str, Any]]:
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+    lines = (
+        path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+    )
     return [row for row in map(_object, lines) if row is not None and "event" in row]
 
 
@@ -199,7 +219,9 @@ def table(rows: Sequence[Progress]) -> Table:
     for name in ("step", "loss", "s/step", "left", "restarts"):
         made.add_column("re" if name == "restarts" else name, justify="right", no_wrap=True)
     for row in rows:
-        left = console.duration((row.steps - row.step) * row.seconds) if row.step < row.steps else ""
+        left = (
+            console.duration((row.steps - row.step) * row.seconds) if row.step < row.steps else ""
+        )
         made.add_row(
             os.path.relpath(row.run),
             row.job,
@@ -214,22 +236,31 @@ def table(rows: Sequence[Progress]) -> Table:
 
 
 def cancel(words: Sequence[str]) -> list[str]:
-    """Cancel the jobs of run folders, of folders with runs below, or of ids; returns one line per job.
+    """Cancel the jobs of run folders, of folders with runs below, or of ids; returns one line per
+    job.
 
     Raises:
         UserError: SLURM does not answer, or a word names no job that waits or runs.
     """
     queued = slurm.queue()
     if queued is None:
-        raise UserError("SLURM does not answer (squeue), so nothing was cancelled; is this a login node? Try `sinfo`")
+        raise UserError(
+            "SLURM does not answer (squeue), so nothing was cancelled; is this a login node? Try "
+            "`sinfo`"
+        )
     chosen: dict[str, str] = {}
     for word in words:
         found = _chosen_by(word, queued)
         if not found:
-            raise UserError(f"{word} has no job that waits or runs, so nothing was cancelled; see `squeue --me`")
+            raise UserError(
+                f"{word} has no job that waits or runs, so nothing was cancelled; see `squeue --me`"
+            )
         chosen.update(found)
     slurm.cancel(list(chosen))
-    return [f"cancelled job {job}, was {queued[job].state.lower()}{place}" for job, place in chosen.items()]
+    return [
+        f"cancelled job {job}, was {queued[job].state.lower()}{place}"
+        for job, place in chosen.items()
+    ]
 
 
 def _chosen_by(word: str, queued: dict[str, QueuedJob]) -> dict[str, str]:
@@ -238,5 +269,11 @@ def _chosen_by(word: str, queued: dict[str, QueuedJob]) -> dict[str, str]:
         return {job: "" for job in ids if queued[job].alive}
     runs = find([Path(word)])
     if not runs:
-        raise UserError(f"{word} holds no run that was submitted; name a run folder or the id of a job")
-    return {one.job: f": {run}" for run, one in runs.items() if one.job in queued and queued[one.job].alive}
+        raise UserError(
+            f"{word} holds no run that was submitted; name a run folder or the id of a job"
+        )
+    return {
+        one.job: f": {run}"
+        for run, one in runs.items()
+        if one.job in queued and queued[one.job].alive
+    }

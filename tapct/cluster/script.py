@@ -1,6 +1,8 @@
-"""The shell lines of a job's batch script before and after srun: what the ranks need, and whether it begins again.
+"""The shell lines of a job's batch script before and after srun: what the ranks need, and whether
+it begins again.
 
-The batch script decides and not a task: it outlives them all, so it sees every way to end, and no rank is cut off.
+The batch script decides and not a task: it outlives them all, so it sees every way to end, and no
+    rank is cut off.
 """
 
 from __future__ import annotations
@@ -12,8 +14,9 @@ from tapct.cluster import task
 
 PLACES = "places"  # file in a job's folder: RUN/jobs/<time> of each run of the array, a line each
 
-# Bounds are looked at before srun too: SLURM requeues by itself, after a node has died say, and asks nobody.
-# `latest` names the newest checkpoint; a start that leaves it as it found it was in vain.
+# Bounds are looked at before srun too: SLURM requeues by itself, after a node has died say, and
+# asks nobody. `latest` names the newest checkpoint; a start that leaves it as it found it was in
+# vain.
 BOUNDS = """\
 newest() { cat "$TAPCT_PLACE/../../checkpoints/latest" 2>/dev/null || echo none; }
 in_vain() { awk -v now="$(newest)" '{ n = $0 == now ? n + 1 : 0 } END { print n + 0 }' "$TAPCT_STARTS"; }
@@ -36,8 +39,9 @@ check_bounds "${SLURM_RESTART_COUNT:-0}"
 newest >> "$TAPCT_STARTS"
 """
 
-# After srun. 128 + number: a signal killed a rank while its Python was still starting, before it could leave a mark.
-# A rank that crashes leaves none either, and srun then stops the others: that is no reason to begin again.
+# After srun. 128 + number: a signal killed a rank while its Python was still starting, before it
+# could leave a mark. A rank that crashes leaves none either, and srun then stops the others: that
+# is no reason to begin again.
 REQUEUE = """\
 code=$?
 case "$(cat "$TAPCT_MARK" 2>/dev/null):$code" in
@@ -60,7 +64,8 @@ give_up "could not requeue; submit again to go on"
 
 
 def setup_lines(folder: Path, code: Path, max_restarts: int, max_idle_restarts: int) -> list[str]:
-    """Shell lines before srun: where the ranks meet, which tapct they import, and no start that is one too many.
+    """Shell lines before srun: where the ranks meet, which tapct they import, and no start that is
+    one too many.
 
     RANK and WORLD_SIZE of the submitting shell would win over SLURM's, so they go.
 
@@ -71,13 +76,16 @@ def setup_lines(folder: Path, code: Path, max_restarts: int, max_idle_restarts: 
         max_idle_restarts: those in a row since the last new checkpoint.
     """
     job = f'{shlex.quote(str(folder))}/"$TAPCT_JOB"'
-    bounds = BOUNDS.replace("MAX_RESTARTS", str(max_restarts)).replace("MAX_IDLE", str(max_idle_restarts))
+    bounds = BOUNDS.replace("MAX_RESTARTS", str(max_restarts)).replace(
+        "MAX_IDLE", str(max_idle_restarts)
+    )
     return [
         'export TAPCT_JOB="${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}"',
         'export TAPCT_JOB="${TAPCT_JOB:-$SLURM_JOB_ID}"',
         f"export {task.MARK}={job}.end",
         f'rm -f "${task.MARK}"',
-        f'TAPCT_PLACE="$(sed -n "$((${{SLURM_ARRAY_TASK_ID:-0}} + 1))p" {shlex.quote(str(folder / PLACES))})"',
+        f'TAPCT_PLACE="$(sed -n "$((${{SLURM_ARRAY_TASK_ID:-0}} + 1))p" '
+        f'{shlex.quote(str(folder / PLACES))})"',
         f"TAPCT_STARTS={job}.starts",
         *bounds.splitlines(),
         f'export PYTHONPATH={shlex.quote(str(code))}"${{PYTHONPATH:+:$PYTHONPATH}}"',
@@ -89,5 +97,7 @@ def setup_lines(folder: Path, code: Path, max_restarts: int, max_idle_restarts: 
 
 
 def requeue_lines() -> list[str]:
-    """Shell lines after srun: requeue the job if a signal ended it, but not one that was cancelled, nor for ever."""
+    """Shell lines after srun: requeue the job if a signal ended it, but not one that was cancelled,
+    nor for ever.
+    """
     return REQUEUE.splitlines()

@@ -1,4 +1,6 @@
-"""Talk to SLURM: its forms of time and memory, its queue, cancelling. Nothing here knows of runs."""
+"""Talk to SLURM: its forms of time and memory, its queue, cancelling. Nothing here knows of
+runs.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +15,33 @@ from dataclasses import dataclass
 from tapct.base.exits import UserError
 
 PATIENCE_SECONDS = 20  # a controller that is busy answers late, one that is gone never
-ALIVE = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "REQUEUED", "REQUEUE_HOLD")
-_QUEUE = (("JobArrayID", 40), ("State", 20), ("RestartCnt", 12), ("Reason", 60))  # field of squeue -O, its width
-_UNITS = {"m": 1, "min": 1, "minute": 1, "minutes": 1, "h": 60, "hour": 60, "hours": 60, "d": 1440, "day": 1440}
+ALIVE = (
+    "PENDING",
+    "CONFIGURING",
+    "RUNNING",
+    "COMPLETING",
+    "SUSPENDED",
+    "STOPPED",
+    "REQUEUED",
+    "REQUEUE_HOLD",
+)
+_QUEUE = (
+    ("JobArrayID", 40),
+    ("State", 20),
+    ("RestartCnt", 12),
+    ("Reason", 60),
+)  # field of squeue -O, its width
+_UNITS = {
+    "m": 1,
+    "min": 1,
+    "minute": 1,
+    "minutes": 1,
+    "h": 60,
+    "hour": 60,
+    "hours": 60,
+    "d": 1440,
+    "day": 1440,
+}
 _UNITS["days"] = _UNITS["d"]
 _TIME_RULE = "write days-hours:minutes (2-00:00), hours:minutes:seconds (12:00:00), or minutes (90)"
 
@@ -84,15 +110,28 @@ def checked_memory(text: str) -> str:
         UserError: no number with K, M, G or T.
     """
     if not re.fullmatch(r"\d+([KMGT]B?)?", text.strip().upper()):
-        raise UserError(f"--mem {text!r} is no size of memory; write a number with K, M, G or T, e.g. 64G")
+        raise UserError(
+            f"--mem {text!r} is no size of memory; write a number with K, M, G or T, e.g. 64G"
+        )
     return text.strip().upper()
 
 
 def queue() -> dict[str, QueuedJob] | None:
-    """Jobs of this user by id, those that ended lately included; None when SLURM does not answer."""
+    """Jobs of this user by id, those that ended lately included; None when SLURM does not
+    answer.
+    """
     form = ",".join(f"{name}:{width}" for name, width in _QUEUE)
     try:
-        told = _ask(["squeue", "--noheader", "--array", "--states=all", f"--user={os.getuid()}", f"--Format={form}"])
+        told = _ask(
+            [
+                "squeue",
+                "--noheader",
+                "--array",
+                "--states=all",
+                f"--user={os.getuid()}",
+                f"--Format={form}",
+            ]
+        )
     except (OSError, subprocess.SubprocessError):
         return None
     jobs = {}
@@ -117,11 +156,17 @@ def cancel(ids: Sequence[str]) -> None:
     try:
         _ask(["scancel", *ids])
     except FileNotFoundError as error:
-        raise UserError(f"{error.filename} is not on PATH; run this on a login node of the cluster") from error
+        raise UserError(
+            f"{error.filename} is not on PATH; run this on a login node of the cluster"
+        ) from error
     except subprocess.TimeoutExpired as error:
-        raise UserError(f"scancel did not answer within {PATIENCE_SECONDS} s; is SLURM up? Try `sinfo`") from error
+        raise UserError(
+            f"scancel did not answer within {PATIENCE_SECONDS} s; is SLURM up? Try `sinfo`"
+        ) from error
     except subprocess.CalledProcessError as error:
-        raise UserError(f"scancel: {' '.join(error.stderr.split()) or f'exit code {error.returncode}'}") from error
+        raise UserError(
+            f"scancel: {' '.join(error.stderr.split()) or f'exit code {error.returncode}'}"
+        ) from error
 
 
 def need_sbatch() -> None:
@@ -133,5 +178,7 @@ def need_sbatch() -> None:
 
 
 def _ask(command: Sequence[str]) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=PATIENCE_SECONDS)
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=True, timeout=PATIENCE_SECONDS
+    )
     return done.stdout

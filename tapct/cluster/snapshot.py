@@ -16,7 +16,9 @@ PACKAGE = Path(tapct.__file__).resolve().parent
 
 
 def new_folder(parent: Path, name: str, undo: contextlib.ExitStack) -> Path:
-    """Make an absolute folder PARENT/NAME, or NAME-2 and so on; `undo` takes it and new parents away again."""
+    """Make an absolute folder PARENT/NAME, or NAME-2 and so on; `undo` takes it and new parents
+    away again.
+    """
     parent = parent.absolute()
     for above in reversed([parent, *parent.parents]):
         if not above.exists():
@@ -38,11 +40,15 @@ def remove_empty(folder: Path) -> None:
 
 
 def _sources() -> list[Path]:
-    return sorted(path for path in PACKAGE.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
+    return sorted(
+        path for path in PACKAGE.rglob("*") if path.is_file() and "__pycache__" not in path.parts
+    )
 
 
 def snapshot_name() -> str:
-    """Git revision and content of this tapct; the revision alone says too little of a tree with local changes."""
+    """Git revision and content of this tapct; the revision alone says too little of a tree with
+    local changes.
+    """
     digest = hashlib.sha256()
     for path in _sources():
         digest.update(f"{path.relative_to(PACKAGE)}\0".encode() + path.read_bytes())
@@ -51,7 +57,9 @@ def snapshot_name() -> str:
 
 
 def snapshot(home: Path, undo: contextlib.ExitStack) -> Path:
-    """Copy this tapct to HOME/code/<name>/tapct, unless it is there already; returns HOME/code/<name>."""
+    """Copy this tapct to HOME/code/<name>/tapct, unless it is there already; returns
+    HOME/code/<name>.
+    """
     target = home.absolute() / "code" / snapshot_name()
     if target.is_dir():
         return target

@@ -1,4 +1,5 @@
-"""Submit runs to SLURM: check everything here, copy the code, hand one job or one array to sbatch through submitit.
+"""Submit runs to SLURM: check everything here, copy the code, hand one job or one array to sbatch
+through submitit.
 
 RUN/jobs/<time>/   the job's config.yaml, submission.json, events.jsonl, places and starts (`batch`); submitit's
                    script, pickles and logs
@@ -63,12 +64,14 @@ class Resources:
     def __post_init__(self) -> None:
         if self.grace_seconds >= self.minutes * 60:
             raise UserError(
-                f"--grace {self.grace_seconds} s is not less than --time, {self.minutes} min: no time would be left "
+                f"--grace {self.grace_seconds} s is not less than --time, {self.minutes} min: no "
+                "time would be left "
                 "to train; ask for more time, or less grace"
             )
         if self.gpus_per_node and self.tasks > self.gpus_per_node:
             raise UserError(
-                f"--tasks-per-node {self.tasks} with --gpus-per-node {self.gpus_per_node}: each task needs a GPU "
+                f"--tasks-per-node {self.tasks} with --gpus-per-node {self.gpus_per_node}: each "
+                "task needs a GPU "
                 "of its own; leave --tasks-per-node out"
             )
 
@@ -111,7 +114,10 @@ def plan(config: Path, overrides: Sequence[str], grids: Sequence[str]) -> Plan:
         return Plan((first,), first.value.out)
     home = first.value.out
     points = sweep.product(grids)
-    return Plan(tuple(load_config(RunConfig, config, point.overrides(overrides, home)) for point in points), home)
+    return Plan(
+        tuple(load_config(RunConfig, config, point.overrides(overrides, home)) for point in points),
+        home,
+    )
 
 
 def check(resolved: Resolved, resources: Resources, allow_change: bool = False) -> None:
@@ -127,17 +133,25 @@ def check(resolved: Resolved, resources: Resources, allow_change: bool = False) 
         check_share(part.config, resources)
     if config.train.save_before_end_s >= 60 * resources.minutes:
         raise UserError(
-            f"train.save_before_end_s {config.train.save_before_end_s:g} s is not less than --time, "
-            f"{resources.minutes} min: the job would stop as soon as it starts; ask for more time, or lower it"
+            f"train.save_before_end_s {config.train.save_before_end_s:g} s is not less than "
+            "--time, "
+            f"{resources.minutes} min: the job would stop as soon as it starts; ask for more "
+            "time, or lower it"
         )
     if config.device == "cuda" and not resources.gpus_per_node:
         raise UserError("device=cuda, but the job asks for no GPU; add --gpus-per-node")
     if "%" in str(config.out.absolute()):
-        raise UserError(f"out={config.out}: SLURM would replace the % in the names of its log files; choose another")
+        raise UserError(
+            f"out={config.out}: SLURM would replace the % in the names of its log files; choose "
+            "another"
+        )
     Store(config.data.store)
     saved = Checkpoints(config.out / "checkpoints", config.checkpoint.keep).finished()
     if saved and config.train.resume == "never":
-        raise UserError(f"{config.out} holds checkpoints and train.resume=never; choose another out= or remove it")
+        raise UserError(
+            f"{config.out} holds checkpoints and train.resume=never; choose another out= or "
+            "remove it"
+        )
     if saved and not allow_change:
         newest = max(saved, key=checkpoint.step_of)
         before = with_new_keys(checkpoint.read_meta(newest).config, type(config))
@@ -150,27 +164,37 @@ def doubts(config: RunConfig, resources: Resources) -> list[str]:
     """What may be meant so, but hardly is: lines for people."""
     found, workers = [], config.data.loader.workers
     if config.device == "auto" and not resources.gpus_per_node:
-        found.append("the job asks for no GPU, so it trains on the CPU; --gpus-per-node asks for some")
+        found.append(
+            "the job asks for no GPU, so it trains on the CPU; --gpus-per-node asks for some"
+        )
     if config.device == "cpu" and resources.gpus_per_node:
         found.append("device=cpu leaves the GPUs of --gpus-per-node idle; set device=auto")
     if 0 < resources.cpus_per_task <= workers:
         found.append(
-            f"--cpus-per-task {resources.cpus_per_task} leaves data.loader.workers {workers} no core of their own; "
+            f"--cpus-per-task {resources.cpus_per_task} leaves data.loader.workers {workers} no "
+            "core of their own; "
             f"{workers + 1} would"
         )
     saved = Checkpoints(config.out / "checkpoints", config.checkpoint.keep).finished()
     if saved and max(map(checkpoint.step_of, saved)) >= config.train.steps:
-        found.append(f"{config.out} has all its {config.train.steps} steps; the job will find nothing to train")
+        found.append(
+            f"{config.out} has all its {config.train.steps} steps; the job will find nothing to "
+            "train"
+        )
     return found
 
 
 def check_share(config: RunConfig, resources: Resources) -> None:
-    """Raise UserError where the tasks cannot share the batch equally, or KoLeo has too little of it."""
+    """Raise UserError where the tasks cannot share the batch equally, or KoLeo has too little of
+    it.
+    """
     parts = resources.world * config.train.accumulation
     if config.train.global_batch % parts:
         raise UserError(
-            f"train.global_batch {config.train.global_batch} cannot be shared by {resources.nodes} x {resources.tasks} "
-            f"tasks with train.accumulation {config.train.accumulation}; make it a multiple of {parts}"
+            f"train.global_batch {config.train.global_batch} cannot be shared by "
+            f"{resources.nodes} x {resources.tasks} "
+            f"tasks with train.accumulation {config.train.accumulation}; make it a multiple of "
+            f"{parts}"
         )
     config.check_neighbours(resources.world)
 
@@ -181,11 +205,20 @@ def check_idle(outs: Sequence[Path]) -> None:
     Raises:
         UserError: a run folder has a job that waits or runs.
     """
-    known = {run: one.job for out in outs if out.is_dir() for run, one in jobs.find([out]).items() if run in outs}
+    known = {
+        run: one.job
+        for out in outs
+        if out.is_dir()
+        for run, one in jobs.find([out]).items()
+        if run in outs
+    }
     queued = slurm.queue() if known else {}
     for run, job in known.items():
         if queued and job in queued and queued[job].alive:
-            raise UserError(f"{run} has the job {job}, {queued[job].state.lower()}; end it with: tapct cancel {run}")
+            raise UserError(
+                f"{run} has the job {job}, {queued[job].state.lower()}; end it with: tapct cancel "
+                f"{run}"
+            )
 
 
 def submit(plan: Plan, resources: Resources, allow_change: bool = False) -> list[jobs.Submission]:
@@ -209,9 +242,13 @@ def submit(plan: Plan, resources: Resources, allow_change: bool = False) -> list
         places = [folder if out == home else new_folder(out / "jobs", name, undo) for out in outs]
         for place, run in zip(places, runs, strict=True):
             checkpoint.replace_text(place / "config.yaml", run.to_yaml())
-        (folder / batch.PLACES).write_text("".join(f"{place}\n" for place in places), encoding="utf-8")
+        (folder / batch.PLACES).write_text(
+            "".join(f"{place}\n" for place in places), encoding="utf-8"
+        )
         executor = make_executor(folder, code, resources, f"tapct-{home.name}")
-        tasks = [(str(place / "config.yaml"), os.getcwd(), str(code), allow_change) for place in places]
+        tasks = [
+            (str(place / "config.yaml"), os.getcwd(), str(code), allow_change) for place in places
+        ]
         try:
             with contextlib.redirect_stderr(io.StringIO()):  # submitit prints what it raises
                 made = executor.map_array(task.work, *zip(*tasks, strict=True))
@@ -224,23 +261,33 @@ def submit(plan: Plan, resources: Resources, allow_change: bool = False) -> list
     found = []
     for place, run, job in zip(places, runs, made, strict=True):
         steps = run.value.train.steps
-        submission = jobs.Submission(job.job_id, time.time(), steps, resources.max_restarts, str(folder))
+        submission = jobs.Submission(
+            job.job_id, time.time(), steps, resources.max_restarts, str(folder)
+        )
         submission.write(place)
         found.append(submission)
     return found
 
 
 def script(plan: Plan, resources: Resources) -> str:
-    """The batch script that `submit` would hand to sbatch, below it the runs of a sweep; needs no SLURM."""
+    """The batch script that `submit` would hand to sbatch, below it the runs of a sweep; needs no
+    SLURM.
+    """
     home = plan.home.absolute()
     executor = make_executor(
-        home / "jobs" / "TIME", home / "code" / snapshot_name(), resources, f"tapct-{home.name}", executor=_Unsent
+        home / "jobs" / "TIME",
+        home / "code" / snapshot_name(),
+        resources,
+        f"tapct-{home.name}",
+        executor=_Unsent,
     )
     if len(plan.runs) > 1:  # submitit makes no array of one
         executor.parameters["map_count"] = len(plan.runs)
     outs = [run.value.out for run in plan.runs]
     listed = [f"# run {number}: {out}" for number, out in enumerate(outs) if out != plan.home]
-    return "\n".join([executor._make_submission_file_text(executor._submitit_command_str, ""), *listed])
+    return "\n".join(
+        [executor._make_submission_file_text(executor._submitit_command_str, ""), *listed]
+    )
 
 
 class _Unsent(SlurmExecutor):
@@ -252,7 +299,11 @@ class _Unsent(SlurmExecutor):
 
 
 def make_executor(
-    folder: Path, code: Path, resources: Resources, name: str, executor: type[SlurmExecutor] = SlurmExecutor
+    folder: Path,
+    code: Path,
+    resources: Resources,
+    name: str,
+    executor: type[SlurmExecutor] = SlurmExecutor,
 ) -> SlurmExecutor:
     """submitit's executor with all parameters of a job.
 
@@ -270,10 +321,13 @@ def make_executor(
         "qos": resources.qos,
         "constraint": resources.constraint,
     }
-    # python -m looks into its folder before PYTHONPATH; the first rank may stay for the last evaluation
+    # python -m looks into its folder before PYTHONPATH; the first rank may stay for the last
+    # evaluation
     srun = ["--kill-on-bad-exit=1", "--wait=0", f"--chdir={code}"]
     if resources.cpus_per_task:
-        srun.append(f"--cpus-per-task={resources.cpus_per_task}")  # srun no longer takes it over from sbatch
+        srun.append(
+            f"--cpus-per-task={resources.cpus_per_task}"
+        )  # srun no longer takes it over from sbatch
     made.update_parameters(
         job_name=name,
         time=resources.minutes,

@@ -27,15 +27,22 @@ class Point:
     values: tuple[tuple[str, str], ...]
 
     def overrides(self, common: Sequence[str], out: Path) -> list[str]:
-        """The overrides of this run: the common ones, the point's own, and its run folder below `out`."""
-        return [*common, *(f"{key}={value}" for key, value in self.values), f"out={json.dumps(str(out / self.name))}"]
+        """The overrides of this run: the common ones, the point's own, and its run folder below
+        `out`.
+        """
+        return [
+            *common,
+            *(f"{key}={value}" for key, value in self.values),
+            f"out={json.dumps(str(out / self.name))}",
+        ]
 
 
 def product(words: Sequence[str]) -> list[Point]:
     """All combinations of the values of all keys.
 
     Args:
-        words: `key=value,value`; several in one word stand apart by spaces. Commas and spaces within brackets or
+        words: `key=value,value`; several in one word stand apart by spaces. Commas and spaces
+            within brackets or
             quotes belong to a value: `views.global_area=[0.1,0.2],[0.3,0.4]`.
     Raises:
         UserError: no key=values, a key twice, a value twice or empty, or a bracket that stays open.
@@ -49,12 +56,20 @@ def product(words: Sequence[str]) -> list[Point]:
         if key in axes:
             raise UserError(f"--sweep names {key} twice; list all its values after one {key}=")
         if key == "out":
-            raise UserError("--sweep out=...: each run gets a folder of its own below out; sweep over something else")
+            raise UserError(
+                "--sweep out=...: each run gets a folder of its own below out; sweep over "
+                "something else"
+            )
         axes[key] = values
     points = []
     for chosen in itertools.product(*axes.values()):
         pairs = tuple(zip(axes, chosen, strict=True))
-        points.append(Point(",".join(f"{_short(key, list(axes))}={_file_name(value)}" for key, value in pairs), pairs))
+        points.append(
+            Point(
+                ",".join(f"{_short(key, list(axes))}={_file_name(value)}" for key, value in pairs),
+                pairs,
+            )
+        )
     names = [point.name for point in points]
     for name in names:
         if names.count(name) > 1:

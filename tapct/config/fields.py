@@ -16,7 +16,13 @@ from typing import Any, TypeAlias
 
 KeyPath: TypeAlias = tuple[str, ...]
 
-_KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", Path: "a path"}
+_KINDS = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    Path: "a path",
+}
 _BOUNDS = {
     "ge": (lambda value, bound: value >= bound, ">="),
     "gt": (lambda value, bound: value > bound, ">"),
@@ -35,12 +41,15 @@ def setting(
     lt: float | None = None,
     choices: tuple[Any, ...] | None = None,
 ) -> Any:
-    """One field of a frozen config dataclass: its default, its meaning with unit and source, and its range.
+    """One field of a frozen config dataclass: its default, its meaning with unit and source, and
+    its range.
 
-    Bounds hold for every element of a tuple field. Rules between fields belong into `__post_init__`, as `UserError`.
+    Bounds hold for every element of a tuple field. Rules between fields belong into
+    `__post_init__`, as `UserError`.
     """
     return dataclasses.field(
-        default=default, metadata={"doc": doc, "ge": ge, "gt": gt, "le": le, "lt": lt, "choices": choices}
+        default=default,
+        metadata={"doc": doc, "ge": ge, "gt": gt, "le": le, "lt": lt, "choices": choices},
     )
 
 
@@ -48,11 +57,13 @@ def checked(hint: Any, value: Any, metadata: Mapping[str, Any]) -> Any:
     """Convert a plain YAML value to the type of a field, strictly, and check its range.
 
     Args:
-        hint: resolved annotation: bool, int, float, str, Path, Literal, tuple, or a union of those (with None).
+        hint: resolved annotation: bool, int, float, str, Path, Literal, tuple, or a union of those
+            (with None).
         value: what YAML holds: None, bool, int, float, str, list.
         metadata: of the field, from `setting`.
     Returns:
-        The value in the field's type: lists become tuples, whole numbers become floats where a float is asked for.
+        The value in the field's type: lists become tuples, whole numbers become floats where a
+        float is asked for.
     Raises:
         ValueError: the rule that the value breaks, as a phrase such as "must be >= 0".
     """
@@ -83,14 +94,21 @@ def kind(hint: Any) -> str:
 
 
 def dotted(path: KeyPath) -> str:
-    """A key as it is written in an override: `optim.lr`, `losses[mylab.losses.foo].weight`, `stages[0].start`."""
+    """A key as it is written in an override: `optim.lr`, `losses[mylab.losses.foo].weight`,
+    `stages[0].start`.
+    """
     text = "".join(f"[{part}]" if "." in part or part.isdigit() else f".{part}" for part in path)
     return text.removeprefix(".")
 
 
 def nearest_keys(unknown: str, keys: Sequence[str], most: int = 2) -> list[str]:
-    """The known keys that somebody who wrote `unknown` most likely meant, best first; none when nothing is like it."""
-    scores = {key: max(_likeness(unknown, key), _likeness(_last(unknown), _last(key)) - 0.02) for key in keys}
+    """The known keys that somebody who wrote `unknown` most likely meant, best first; none when
+    nothing is like it.
+    """
+    scores = {
+        key: max(_likeness(unknown, key), _likeness(_last(unknown), _last(key)) - 0.02)
+        for key in keys
+    }
     best = max(scores.values(), default=0.0)
     near = [key for key, score in scores.items() if score >= max(0.65, best - 0.03)]
     return sorted(near, key=lambda key: (-_likeness(unknown, key), key))[:most]
@@ -125,9 +143,15 @@ def _typed(hint: Any, value: Any) -> Any:
     elif dataclasses.is_dataclass(hint):
         fits = False  # sections are built elsewhere: this is something else
     else:
-        raise TypeError(f"config fields cannot have the type {hint}")  # a mistake of ours, not of the config's writer
+        raise TypeError(
+            f"config fields cannot have the type {hint}"
+        )  # a mistake of ours, not of the config's writer
     if not fits:
-        quote = "; quote it if you mean text" if hint is str and isinstance(value, (bool, int, float)) else ""
+        quote = (
+            "; quote it if you mean text"
+            if hint is str and isinstance(value, (bool, int, float))
+            else ""
+        )
         raise ValueError(f"must be {kind(hint)}{quote}")
     return hint(value) if hint in (float, Path) else value
 
@@ -143,7 +167,9 @@ def _typed_union(hint: Any, args: tuple[Any, ...], value: Any) -> Any:
             if arg is not type(None):
                 reasons.append(str(error))
     if len(reasons) == 1 and "a list" in reasons[0]:
-        raise ValueError(f"{reasons[0]}, or null")  # an optional list: its own reason tells the length too
+        raise ValueError(
+            f"{reasons[0]}, or null"
+        )  # an optional list: its own reason tells the length too
     raise ValueError(f"must be {kind(hint)}")
 
 
@@ -173,4 +199,6 @@ def _check_range(value: Any, metadata: Mapping[str, Any]) -> None:
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         bounds = [(name, metadata[name]) for name in _BOUNDS if metadata.get(name) is not None]
         if not all(_BOUNDS[name][0](value, bound) for name, bound in bounds):
-            raise ValueError("must be " + " and ".join(f"{_BOUNDS[name][1]} {bound}" for name, bound in bounds))
+            raise ValueError(
+                "must be " + " and ".join(f"{_BOUNDS[name][1]} {bound}" for name, bound in bounds)
+            )

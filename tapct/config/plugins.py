@@ -1,8 +1,9 @@
 """Plug-ins: one file per loss, backbone, op, source or task; the file's name is its name in YAML.
 
-A plug-in module holds `@dataclass(frozen=True) class Config` and `build(config, ...)`. A bare name (`dino`) is a file
-of a tapct folder; a dotted name (`mylab.losses.foo`) is a user's own module on the Python path or in the working
-directory. Folders are listed without importing what is in them, so asking for names costs nothing.
+A plug-in module holds `@dataclass(frozen=True) class Config` and `build(config, ...)`. A bare name
+(`dino`) is a file of a tapct folder; a dotted name (`mylab.losses.foo`) is a user's own module on
+the Python path or in the working directory. Folders are listed without importing what is in them,
+so asking for names costs nothing.
 """
 
 from __future__ import annotations
@@ -58,7 +59,8 @@ def load(folder: str, name: str) -> ModuleType:
     Returns:
         The module, with a frozen dataclass `Config` and a function `build`.
     Raises:
-        UserError: no such plug-in (lists the near names), or the module cannot be imported or lacks a part.
+        UserError: no such plug-in (lists the near names), or the module cannot be imported or lacks
+            a part.
     """
     if "." in name:
         module = _import_user_module(folder, name)
@@ -71,7 +73,8 @@ def load(folder: str, name: str) -> ModuleType:
 
 
 def section(folder: str, default: str, doc: str) -> Any:
-    """A dataclass field of type `Plugin`: in YAML a mapping with `name` and the fields of that plug-in's `Config`.
+    """A dataclass field of type `Plugin`: in YAML a mapping with `name` and the fields of that
+    plug-in's `Config`.
 
     Args:
         folder: plug-in folder, e.g. `models`.
@@ -80,14 +83,21 @@ def section(folder: str, default: str, doc: str) -> Any:
     """
     return dataclasses.field(
         default_factory=lambda: _default(folder, default),
-        metadata={"doc": doc, "plugin_kind": "section", "plugin_folder": folder, "plugin_default": default},
+        metadata={
+            "doc": doc,
+            "plugin_kind": "section",
+            "plugin_folder": folder,
+            "plugin_default": default,
+        },
     )
 
 
 def table(folder: str, default: tuple[str, ...], doc: str) -> Any:
-    """A dataclass field of type `tuple[Plugin, ...]`: in YAML a mapping from plug-in name to its fields.
+    """A dataclass field of type `tuple[Plugin, ...]`: in YAML a mapping from plug-in name to its
+    fields.
 
-    Order is order of appearance, defaults first; `null` switches one off; `{}` takes all its defaults.
+    Order is order of appearance, defaults first; `null` switches one off; `{}` takes all its
+    defaults.
 
     Args:
         folder: plug-in folder, e.g. `losses`.
@@ -96,7 +106,12 @@ def table(folder: str, default: tuple[str, ...], doc: str) -> Any:
     """
     return dataclasses.field(
         default_factory=lambda: tuple(_default(folder, name) for name in default),
-        metadata={"doc": doc, "plugin_kind": "table", "plugin_folder": folder, "plugin_default": default},
+        metadata={
+            "doc": doc,
+            "plugin_kind": "table",
+            "plugin_folder": folder,
+            "plugin_default": default,
+        },
     )
 
 
@@ -113,27 +128,41 @@ def _unknown(folder: str, name: str) -> str:
     near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(near)}? " if near else ""
     there = f"there are {', '.join(names) or 'none'}"
-    return f"no plug-in {name!r} in {folder}: {hint}{there}; your own module needs its dotted name, e.g. mylab.foo"
+    return (
+        f"no plug-in {name!r} in {folder}: {hint}{there}; your own module needs its dotted "
+        "name, e.g. mylab.foo"
+    )
 
 
 def _import_user_module(folder: str, name: str) -> ModuleType:
     if not all(part.isidentifier() for part in name.split(".")):
-        raise UserError(f"plug-in name {name!r} for {folder} is not a module name: write it as mylab.{folder}.foo")
+        raise UserError(
+            f"plug-in name {name!r} for {folder} is not a module name: write it as "
+            f"mylab.{folder}.foo"
+        )
     if os.getcwd() not in sys.path and "" not in sys.path:
-        sys.path.append(os.getcwd())  # `python -m` has it, a console script has not; worker processes inherit it
+        sys.path.append(
+            os.getcwd()
+        )  # `python -m` has it, a console script has not; worker processes inherit it
     importlib.invalidate_caches()
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name and (name == error.name or name.startswith(error.name + ".")):
             raise UserError(
-                f"no module {error.name!r} for the plug-in {name!r} ({folder}): put it on PYTHONPATH or start tapct "
-                f"in the folder that holds {name.split('.')[0]}; tapct's own are {', '.join(available(folder))}"
+                f"no module {error.name!r} for the plug-in {name!r} ({folder}): put it on "
+                "PYTHONPATH or start tapct "
+                f"in the folder that holds {name.split('.')[0]}; tapct's own are "
+                f"{', '.join(available(folder))}"
             ) from error
-        raise UserError(f"plug-in {name!r} ({folder}) needs the module {error.name!r}, which is missing") from error
+        raise UserError(
+            f"plug-in {name!r} ({folder}) needs the module {error.name!r}, which is missing"
+        ) from error
     except Exception as error:
         text = str(error).replace("\n", " ")
-        raise UserError(f"plug-in {name!r} ({folder}) cannot be imported: {type(error).__name__}: {text}") from error
+        raise UserError(
+            f"plug-in {name!r} ({folder}) cannot be imported: {type(error).__name__}: {text}"
+        ) from error
 
 
 def _check(module: ModuleType, folder: str, name: str) -> None:
@@ -146,4 +175,6 @@ def _check(module: ModuleType, folder: str, name: str) -> None:
     if not callable(getattr(module, "build", None)):
         lacks.append("a function named build")
     if lacks:
-        raise UserError(f"plug-in {name!r} ({folder}), {module.__file__}, lacks {' and '.join(lacks)}")
+        raise UserError(
+            f"plug-in {name!r} ({folder}), {module.__file__}, lacks {' and '.join(lacks)}"
+        )

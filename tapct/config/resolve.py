@@ -2,8 +2,9 @@
 
     dataclass defaults <- `base:` YAML chain <- YAML <- key=value overrides
 
-OmegaConf loads, merges and resolves `${...}`; what leaves this file is a frozen dataclass whose every value was checked
-against its field's type and range, and whose every leaf knows where it came from.
+OmegaConf loads, merges and resolves `${...}`; what leaves this file is a frozen dataclass whose
+every value was checked against its field's type and range, and whose every leaf knows where it came
+from.
 """
 
 from __future__ import annotations
@@ -31,7 +32,9 @@ _Field: TypeAlias = "dataclasses.Field[Any]"
 
 
 class ConfigError(UserError):
-    """A config that cannot be used, in one line: source, key, value, rule, and the nearest right key."""
+    """A config that cannot be used, in one line: source, key, value, rule, and the nearest right
+    key.
+    """
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,9 @@ class Resolved:
         return to_text(self.to_dict())
 
     def pretty(self) -> str:
-        """One `key: value  # origin` line per leaf, aligned; with `=` for `:` each is an override."""
+        """One `key: value  # origin` line per leaf, aligned; with `=` for `:` each is an
+        override.
+        """
         leaves = [(dotted(path), value) for path, value in _leaves(self.to_dict())]
         rows = [(f"{key}: {one_line(value)}", self.origin[key]) for key, value in leaves]
         width = min(max((len(text) for text, _ in rows), default=0), 60)
@@ -66,11 +71,14 @@ def load_config(cls: type, path: Path | None, overrides: Sequence[str]) -> Resol
     """Merge defaults, a YAML file with its `base:` chain, and overrides into a frozen dataclass.
 
     Args:
-        cls: a frozen dataclass whose fields are settings, nested dataclasses, and plug-in sections and tables.
+        cls: a frozen dataclass whose fields are settings, nested dataclasses, and plug-in sections
+            and tables.
         path: YAML file, or None for defaults and overrides alone.
-        overrides: `optim.lr=2e-4`; values are YAML; a dotted plug-in name goes in brackets, `losses[my.loss].weight=1`.
+        overrides: `optim.lr=2e-4`; values are YAML; a dotted plug-in name goes in brackets,
+            `losses[my.loss].weight=1`.
     Raises:
-        ConfigError: missing or broken file, unknown key, wrong type, value out of range, or a rule between fields.
+        ConfigError: missing or broken file, unknown key, wrong type, value out of range, or a rule
+            between fields.
     """
     try:
         layers = [*(read_chain(path) if path is not None else ()), *read_overrides(overrides)]
@@ -79,7 +87,9 @@ def load_config(cls: type, path: Path | None, overrides: Sequence[str]) -> Resol
     return _resolve(cls, layers)
 
 
-def from_dict(cls: type, mapping: Mapping[str, Any], where: str, overrides: Sequence[str] = ()) -> Any:
+def from_dict(
+    cls: type, mapping: Mapping[str, Any], where: str, overrides: Sequence[str] = ()
+) -> Any:
     """Rebuild a dataclass from the dict of a run's own config or an export, with the same checks.
 
     Args:
@@ -91,18 +101,26 @@ def from_dict(cls: type, mapping: Mapping[str, Any], where: str, overrides: Sequ
         ConfigError: as in `load_config`.
     """
     try:
-        above = [replace(layer, origins=dict.fromkeys(layer.origins, where)) for layer in read_overrides(overrides)]
+        above = [
+            replace(layer, origins=dict.fromkeys(layer.origins, where))
+            for layer in read_overrides(overrides)
+        ]
     except ValueError as error:
         raise ConfigError(f"{where}: {error}") from error
-    return _resolve(cls, [Layer(dict(mapping), {(): where}, ordered=True), *above], interpolate=False).value
+    return _resolve(
+        cls, [Layer(dict(mapping), {(): where}, ordered=True), *above], interpolate=False
+    ).value
 
 
 def to_dict(value: Any) -> dict[str, Any]:
     """A config dataclass as plain dicts, lists, numbers and text.
 
-    A plug-in section becomes {"name": ..., **fields}; a table {name: fields}, with None for a default that is off.
+    A plug-in section becomes {"name": ..., **fields}; a table {name: fields}, with None for a
+    default that is off.
     """
-    return {item.name: _plain(item, getattr(value, item.name)) for item in dataclasses.fields(value)}
+    return {
+        item.name: _plain(item, getattr(value, item.name)) for item in dataclasses.fields(value)
+    }
 
 
 def _resolve(cls: type, layers: Sequence[Layer], interpolate: bool = True) -> Resolved:
@@ -110,7 +128,9 @@ def _resolve(cls: type, layers: Sequence[Layer], interpolate: bool = True) -> Re
     origins: dict[KeyPath, str] = {}
     scope = _Scope(origins)
     for layer in layers:
-        origins.update(layer.origins)  # first, so that a plug-in that fails to load is told with its line
+        origins.update(
+            layer.origins
+        )  # first, so that a plug-in that fails to load is told with its line
         _make_way(cls, (), merged, layer, scope)
         merged = _merge(merged, layer.tree)
     full = _complete(cls, None, merged, (), scope)
@@ -145,16 +165,22 @@ class _Scope:
 
     def unknown_key_error(self, full: Mapping[str, Any]) -> ConfigError:
         path, value = self.unknown[0]
-        while isinstance(value, Mapping) and len(value) == 1:  # a misspelt section with one key in it
+        while (
+            isinstance(value, Mapping) and len(value) == 1
+        ):  # a misspelt section with one key in it
             (key, value), *_ = value.items()
             path = (*path, key)
         keys = [dotted(key) for key in _all_paths(full)]
         near = nearest_keys(dotted(path), keys)
         section = dotted(path[:-1])
         there = [key for key in keys if key.startswith(section + ".")] if section else list(full)
-        hint = f"did you mean {' or '.join(near)}?" if near else f"known here: {', '.join(there[:12])}"
+        hint = (
+            f"did you mean {' or '.join(near)}?" if near else f"known here: {', '.join(there[:12])}"
+        )
         more = f" ({len(self.unknown) - 1} more unknown keys)" if len(self.unknown) > 1 else ""
-        return ConfigError(f"{self.source(path)}: {dotted(path)} = {one_line(value)}: unknown key; {hint}{more}")
+        return ConfigError(
+            f"{self.source(path)}: {dotted(path)} = {one_line(value)}: unknown key; {hint}{more}"
+        )
 
     def load(self, item: _Field, name: Any, path: KeyPath) -> type:
         """The `Config` class of a plug-in; its failure is told with the key and the source."""
@@ -166,8 +192,12 @@ class _Scope:
             raise ConfigError(f"{self.source(path)}: {dotted(path)}: {error}") from error
 
 
-def _make_way(cls: type, path: KeyPath, merged: dict[str, Any], layer: Layer, scope: _Scope) -> None:
-    """Before a layer is merged: drop the fields of a plug-in that it replaces, take over the order of its tables."""
+def _make_way(
+    cls: type, path: KeyPath, merged: dict[str, Any], layer: Layer, scope: _Scope
+) -> None:
+    """Before a layer is merged: drop the fields of a plug-in that it replaces, take over the order
+    of its tables.
+    """
     for item, hint in _fields(cls):
         here = (*path, item.name)
         new, old = layer.at(here), merged.get(item.name)
@@ -190,7 +220,13 @@ def _make_way(cls: type, path: KeyPath, merged: dict[str, Any], layer: Layer, sc
                 for name, fields in new.items():
                     if isinstance(fields, dict):
                         old[name] = old[name] or {}
-                        _make_way(scope.load(item, name, (*here, name)), (*here, name), old[name], layer, scope)
+                        _make_way(
+                            scope.load(item, name, (*here, name)),
+                            (*here, name),
+                            old[name],
+                            layer,
+                            scope,
+                        )
             case _:
                 if (inner := _dataclass_in(hint)) is not None:
                     _make_way(inner, here, old, layer, scope)
@@ -202,11 +238,14 @@ def _forget(origins: dict[KeyPath, str], path: KeyPath, layer: Layer) -> None:
             del origins[key]
 
 
-def _complete(cls: type, default: Any, user: Mapping[str, Any], path: KeyPath, scope: _Scope) -> dict[str, Any]:
+def _complete(
+    cls: type, default: Any, user: Mapping[str, Any], path: KeyPath, scope: _Scope
+) -> dict[str, Any]:
     """Fill in defaults, so that `${...}` can point at them, and note unknown keys.
 
     Args:
-        default: instance of `cls` that holds the defaults, or None for the defaults of the class itself.
+        default: instance of `cls` that holds the defaults, or None for the defaults of the class
+            itself.
     """
     known = {item.name for item, _ in _fields(cls)}
     scope.unknown += [((*path, key), value) for key, value in user.items() if key not in known]
@@ -221,16 +260,28 @@ def _complete(cls: type, default: Any, user: Mapping[str, Any], path: KeyPath, s
                 rule += f"; unknown here: {', '.join(strange)}"
             raise ConfigError(f"{scope.source(path)}: {dotted(here)} {rule}")
         if (each := _dataclass_of_sections(hint, given)) is not None:
-            result[item.name] = [_complete(each, None, one, (*here, str(i)), scope) for i, one in enumerate(given)]
+            result[item.name] = [
+                _complete(each, None, one, (*here, str(i)), scope) for i, one in enumerate(given)
+            ]
         elif not isinstance(given, Mapping | NoneType) and given is not _ABSENT:
             result[item.name] = given
         elif item.metadata.get("plugin_kind") == "section" and given is not None:
-            result[item.name] = _complete_section(item, start, {} if given is _ABSENT else given, here, scope)
+            result[item.name] = _complete_section(
+                item, start, {} if given is _ABSENT else given, here, scope
+            )
         elif item.metadata.get("plugin_kind") == "table" and given is not None:
-            result[item.name] = _complete_table(item, start, {} if given is _ABSENT else given, here, scope)
-        elif inner is not None and (isinstance(given, Mapping) or start is _ABSENT) and given is not None:
+            result[item.name] = _complete_table(
+                item, start, {} if given is _ABSENT else given, here, scope
+            )
+        elif (
+            inner is not None
+            and (isinstance(given, Mapping) or start is _ABSENT)
+            and given is not None
+        ):
             base = start if dataclasses.is_dataclass(start) else None
-            result[item.name] = _complete(inner, base, {} if given is _ABSENT else given, here, scope)
+            result[item.name] = _complete(
+                inner, base, {} if given is _ABSENT else given, here, scope
+            )
         else:
             result[item.name] = _plain(item, start) if given is _ABSENT else given
     return result
@@ -242,18 +293,29 @@ def _complete_section(
     name = given.get("name", start.name)
     config = scope.load(item, name, (*path, "name"))
     rest = {key: value for key, value in given.items() if key != "name"}
-    return {"name": name, **_complete(config, start.config if name == start.name else None, rest, path, scope)}
+    return {
+        "name": name,
+        **_complete(config, start.config if name == start.name else None, rest, path, scope),
+    }
 
 
 def _complete_table(
-    item: _Field, start: tuple[plugins.Plugin, ...], given: Mapping[str, Any], path: KeyPath, scope: _Scope
+    item: _Field,
+    start: tuple[plugins.Plugin, ...],
+    given: Mapping[str, Any],
+    path: KeyPath,
+    scope: _Scope,
 ) -> dict[str, Any]:
     defaults = {entry.name: entry.config for entry in start}
     result: dict[str, Any] = {}
     for name in given if set(defaults) <= set(given) else dict.fromkeys([*defaults, *given]):
         config, fields = scope.load(item, name, (*path, name)), given.get(name, {})
         is_section = isinstance(fields, Mapping)
-        result[name] = _complete(config, defaults.get(name), fields, (*path, name), scope) if is_section else fields
+        result[name] = (
+            _complete(config, defaults.get(name), fields, (*path, name), scope)
+            if is_section
+            else fields
+        )
     return result
 
 
@@ -269,7 +331,8 @@ def _interpolated(full: dict[str, Any], scope: _Scope) -> dict[str, Any]:
 
 def _build(cls: type, tree: Mapping[str, Any], path: KeyPath, scope: _Scope) -> Any:
     values = {
-        item.name: _convert(item, hint, tree[item.name], (*path, item.name), scope) for item, hint in _fields(cls)
+        item.name: _convert(item, hint, tree[item.name], (*path, item.name), scope)
+        for item, hint in _fields(cls)
     }
     try:
         return cls(**values)
@@ -278,7 +341,9 @@ def _build(cls: type, tree: Mapping[str, Any], path: KeyPath, scope: _Scope) -> 
     except ValueError as error:  # a rule between fields, from __post_init__
         named = [name for name in values if re.search(rf"\b{name}\b", str(error))]
         origins = [scope.origins.get((*path, name)) for name in named or values]
-        source = ", ".join(dict.fromkeys(origin for origin in origins if origin)) or scope.source(path)
+        source = ", ".join(dict.fromkeys(origin for origin in origins if origin)) or scope.source(
+            path
+        )
         raise ConfigError(f"{source}: {dotted(path) or 'config'}: {error}") from error
 
 
@@ -286,11 +351,23 @@ def _convert(item: _Field, hint: Any, value: Any, path: KeyPath, scope: _Scope) 
     match item.metadata.get("plugin_kind"):
         case "section":
             if not isinstance(value, Mapping):
-                raise scope.error(path, value, f"must be a section with a name, e.g. {{name: {_example(item)}}}")
-            return _plugin(item, value["name"], {key: value[key] for key in value if key != "name"}, path, scope)
+                raise scope.error(
+                    path, value, f"must be a section with a name, e.g. {{name: {_example(item)}}}"
+                )
+            return _plugin(
+                item,
+                value["name"],
+                {key: value[key] for key in value if key != "name"},
+                path,
+                scope,
+            )
         case "table":
             if not isinstance(value, Mapping):
-                raise scope.error(path, value, f"must map plug-in names to fields, e.g. {{{_example(item)}: {{}}}}")
+                raise scope.error(
+                    path,
+                    value,
+                    f"must map plug-in names to fields, e.g. {{{_example(item)}: {{}}}}",
+                )
             return _entries(item, value, path, scope)
     inner = _dataclass_in(hint)
     if inner is not None and isinstance(value, Mapping):
@@ -305,21 +382,31 @@ def _convert(item: _Field, hint: Any, value: Any, path: KeyPath, scope: _Scope) 
         raise scope.error(path, value, str(error)) from error
 
 
-def _entries(item: _Field, table: Mapping[str, Any], path: KeyPath, scope: _Scope) -> tuple[plugins.Plugin, ...]:
+def _entries(
+    item: _Field, table: Mapping[str, Any], path: KeyPath, scope: _Scope
+) -> tuple[plugins.Plugin, ...]:
     for name, fields in table.items():
         if not isinstance(fields, Mapping | NoneType):
-            raise scope.error((*path, name), fields, "must be a section with its fields, {}, or null for off")
+            raise scope.error(
+                (*path, name), fields, "must be a section with its fields, {}, or null for off"
+            )
     on = {name: fields for name, fields in table.items() if fields is not None}
     return tuple(_plugin(item, name, fields, (*path, name), scope) for name, fields in on.items())
 
 
-def _plugin(item: _Field, name: str, fields: Mapping[str, Any], path: KeyPath, scope: _Scope) -> plugins.Plugin:
+def _plugin(
+    item: _Field, name: str, fields: Mapping[str, Any], path: KeyPath, scope: _Scope
+) -> plugins.Plugin:
     return plugins.Plugin(name, _build(scope.load(item, name, path), fields, path, scope))
 
 
 def _example(item: _Field) -> str:
     names = item.metadata["plugin_default"]
-    return names if isinstance(names, str) else (*names, *plugins.available(item.metadata["plugin_folder"]), "foo")[0]
+    return (
+        names
+        if isinstance(names, str)
+        else (*names, *plugins.available(item.metadata["plugin_folder"]), "foo")[0]
+    )
 
 
 def _fields(cls: type) -> list[tuple[_Field, Any]]:
@@ -335,16 +422,29 @@ def _default(item: _Field) -> Any:
 
 def _dataclass_in(hint: Any) -> type | None:
     """The dataclass of `SomeConfig` or `SomeConfig | None`; None for every other annotation."""
-    for candidate in (hint, *(typing.get_args(hint) if typing.get_origin(hint) is not tuple else ())):
-        if isinstance(candidate, type) and dataclasses.is_dataclass(candidate) and candidate is not plugins.Plugin:
+    for candidate in (
+        hint,
+        *(typing.get_args(hint) if typing.get_origin(hint) is not tuple else ()),
+    ):
+        if (
+            isinstance(candidate, type)
+            and dataclasses.is_dataclass(candidate)
+            and candidate is not plugins.Plugin
+        ):
             return candidate
     return None
 
 
 def _dataclass_of_sections(hint: Any, value: Any) -> type | None:
-    """The dataclass of `tuple[SomeConfig, ...]`, where the value is a list of sections; else None."""
+    """The dataclass of `tuple[SomeConfig, ...]`, where the value is a list of sections; else
+    None.
+    """
     listed = isinstance(value, list) and all(isinstance(one, Mapping) for one in value)
-    return _dataclass_in(typing.get_args(hint)[0]) if listed and typing.get_origin(hint) is tuple else None
+    return (
+        _dataclass_in(typing.get_args(hint)[0])
+        if listed and typing.get_origin(hint) is tuple
+        else None
+    )
 
 
 def _plain(item: _Field, value: Any) -> Any:
@@ -366,10 +466,14 @@ def _listed(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-def _leaves(tree: Mapping[str, Any], path: KeyPath = (), into_lists: bool = False) -> Iterator[tuple[KeyPath, Any]]:
+def _leaves(
+    tree: Mapping[str, Any], path: KeyPath = (), into_lists: bool = False
+) -> Iterator[tuple[KeyPath, Any]]:
     for key, value in tree.items():
         if into_lists and isinstance(value, list):
-            value = {str(i): one for i, one in enumerate(value) if isinstance(one, Mapping)} or value
+            value = {
+                str(i): one for i, one in enumerate(value) if isinstance(one, Mapping)
+            } or value
         if isinstance(value, Mapping) and value:
             yield from _leaves(value, (*path, key), into_lists)
         else:
@@ -378,4 +482,6 @@ def _leaves(tree: Mapping[str, Any], path: KeyPath = (), into_lists: bool = Fals
 
 def _all_paths(tree: Mapping[str, Any]) -> list[KeyPath]:
     paths = [path for path, _ in _leaves(tree, into_lists=True)]
-    return list(dict.fromkeys(path[:length] for path in paths for length in range(1, len(path) + 1)))
+    return list(
+        dict.fromkeys(path[:length] for path in paths for length in range(1, len(path) + 1))
+    )

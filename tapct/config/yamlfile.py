@@ -1,4 +1,6 @@
-"""YAML files and command-line overrides as layers of a config: plain trees whose every key knows its source."""
+"""YAML files and command-line overrides as layers of a config: plain trees whose every key knows
+its source.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,8 @@ class Layer:
 
     Args:
         tree: nested dict of plain values.
-        origins: path of each key -> "configs/smoke.yaml:12" or "override"; the empty path stands for the whole layer.
+        origins: path of each key -> "configs/smoke.yaml:12" or "override"; the empty path stands
+            for the whole layer.
         ordered: whether its order of keys may rearrange a plug-in table.
     """
 
@@ -45,7 +48,8 @@ def read_chain(path: Path) -> list[Layer]:
     Args:
         path: YAML file; `base:` is relative to the file that names it.
     Raises:
-        ValueError: a file is missing, unreadable or broken YAML, or the chain bites its tail; one line with file:line.
+        ValueError: a file is missing, unreadable or broken YAML, or the chain bites its tail; one
+            line with file:line.
     """
     layers: list[Layer] = []
     seen: list[Path] = []
@@ -54,7 +58,9 @@ def read_chain(path: Path) -> list[Layer]:
     while current is not None:
         if current.resolve() in seen:
             chain = " -> ".join(map(_shown, [*seen, current]))
-            raise ValueError(f"{asked_by}: base = {_shown(current)}: the base chain is a circle: {chain}")
+            raise ValueError(
+                f"{asked_by}: base = {_shown(current)}: the base chain is a circle: {chain}"
+            )
         seen.append(current.resolve())
         tree, origins = _read(current, asked_by)
         base = tree.pop("base", None)
@@ -80,11 +86,15 @@ def read_overrides(overrides: Sequence[str]) -> list[Layer]:
         try:
             merged = OmegaConf.merge(merged, OmegaConf.from_dotlist([word]))  # type: ignore[assignment]
         except yaml.YAMLError as error:
-            raise ValueError(f"override: {key}: its value is not valid YAML: {_problem(error)}") from error
+            raise ValueError(
+                f"override: {key}: its value is not valid YAML: {_problem(error)}"
+            ) from error
         except (OmegaConfBaseException, ValueError, AttributeError) as error:
             raise ValueError(f"override: {word}: {_first_line(error)}") from error
     tree = _text_keys(OmegaConf.to_container(merged))
-    return [Layer(tree, dict.fromkeys(_paths(tree), "override"), ordered=False)] if overrides else []
+    return (
+        [Layer(tree, dict.fromkeys(_paths(tree), "override"), ordered=False)] if overrides else []
+    )
 
 
 def _read(path: Path, asked_by: str) -> tuple[dict[str, Any], dict[KeyPath, str]]:
@@ -102,17 +112,25 @@ def _read(path: Path, asked_by: str) -> tuple[dict[str, Any], dict[KeyPath, str]
             reason = f"no such config file{guess}"
         else:
             reason = error.strerror or "must be a mapping of keys to values"
-        raise ValueError(f"{asked_by + ': base = ' if asked_by else ''}{shown}: {reason}") from error
+        raise ValueError(
+            f"{asked_by + ': base = ' if asked_by else ''}{shown}: {reason}"
+        ) from error
     except UnicodeDecodeError as error:
         raise ValueError(f"{shown}: is not UTF-8 text") from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        raise ValueError(f"{shown}:{mark.line + 1 if mark else 1}: not valid YAML: {_problem(error)}") from error
+        raise ValueError(
+            f"{shown}:{mark.line + 1 if mark else 1}: not valid YAML: {_problem(error)}"
+        ) from error
     except OmegaConfBaseException as error:
-        raise ValueError(f"{shown}: {getattr(error, 'full_key', '') or ''}: {_first_line(error)}") from error
+        raise ValueError(
+            f"{shown}: {getattr(error, 'full_key', '') or ''}: {_first_line(error)}"
+        ) from error
     tree = OmegaConf.to_container(loaded)
     if not isinstance(tree, dict):
-        raise ValueError(f"{shown}: must be a mapping of keys to values, not a {type(tree).__name__}")
+        raise ValueError(
+            f"{shown}: must be a mapping of keys to values, not a {type(tree).__name__}"
+        )
     tree = _text_keys(tree)
     lines: dict[KeyPath, int] = {(): 1}
     _collect_lines(root, (), lines)
@@ -128,7 +146,9 @@ def _collect_lines(node: yaml.Node | None, path: KeyPath, lines: dict[KeyPath, i
 
 
 def _line(lines: Mapping[KeyPath, int], path: KeyPath) -> int:
-    while path not in lines:  # a key that came through a YAML merge (<<) has the line of the section around it
+    while (
+        path not in lines
+    ):  # a key that came through a YAML merge (<<) has the line of the section around it
         path = path[:-1]
     return lines[path]
 
@@ -143,7 +163,11 @@ def _paths(tree: Mapping[str, Any], path: KeyPath = ()) -> list[KeyPath]:
 
 
 def _text_keys(tree: Any) -> Any:
-    return {str(key): _text_keys(value) for key, value in tree.items()} if isinstance(tree, dict) else tree
+    return (
+        {str(key): _text_keys(value) for key, value in tree.items()}
+        if isinstance(tree, dict)
+        else tree
+    )
 
 
 def _problem(error: yaml.YAMLError) -> str:
@@ -168,19 +192,28 @@ def to_text(tree: Mapping[str, Any]) -> str:
 
 def one_line(value: Any) -> str:
     """A value as it would be written in YAML, on one line."""
-    form: dict[str, Any] = {"default_flow_style": True, "sort_keys": False, "width": 10**9, "allow_unicode": True}
+    form: dict[str, Any] = {
+        "default_flow_style": True,
+        "sort_keys": False,
+        "width": 10**9,
+        "allow_unicode": True,
+    }
     lines = yaml.dump(value, Dumper=_Dumper, **form).splitlines()
     return " ".join(line for line in lines if line != "...")
 
 
 class _Dumper(yaml.SafeDumper):
-    """Block mappings, lists in one line, and quotes around text that OmegaConf would read as a number."""
+    """Block mappings, lists in one line, and quotes around text that OmegaConf would read as a
+    number.
+    """
 
     def represent_list(self, data: Any) -> yaml.SequenceNode:
         return self.represent_sequence("tag:yaml.org,2002:seq", data, flow_style=True)
 
     def represent_str(self, data: str) -> yaml.ScalarNode:
-        style = "'" if re.fullmatch(r"[-+.\d][-+.:\w]*", data) else None if data.isprintable() else '"'
+        style = (
+            "'" if re.fullmatch(r"[-+.\d][-+.:\w]*", data) else None if data.isprintable() else '"'
+        )
         return self.represent_scalar("tag:yaml.org,2002:str", data, style=style)
 
 

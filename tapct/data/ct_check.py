@@ -1,8 +1,9 @@
 """Is it CT in Hounsfield units? Judged by the values, because NIfTI and NRRD do not say.
 
-CT is the one common modality with an absolute scale: air is near -1000 and soft tissue between -200 and 300. MR, PET,
-label maps, pictures and rescaled floats lack the first. A file that declares CT (DICOM, or a side-car's Modality) needs
-no air, since a crop inside the body has none, but it still needs fat or air below zero.
+CT is the one common modality with an absolute scale: air is near -1000 and soft tissue between -200
+and 300. MR, PET, label maps, pictures and rescaled floats lack the first. A file that declares CT
+(DICOM, or a side-car's Modality) needs no air, since a crop inside the body has none, but it still
+needs fat or air below zero.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ _SAMPLE = 1 << 20
 
 
 def sample(voxels: np.ndarray, limit: int = _SAMPLE) -> np.ndarray:
-    """A strided subsample of at most about `limit` voxels, same axes; the stride is the same along all axes."""
+    """A strided subsample of at most about `limit` voxels, same axes; the stride is the same along
+    all axes.
+    """
     stride = 1
     while np.prod([-(-size // stride) for size in voxels.shape]) > limit:
         stride += 1
@@ -47,23 +50,37 @@ def check_is_ct(voxels: np.ndarray, slope: float, intercept: float, declared_ct:
     if low == high:
         raise Refused("constant", f"every voxel is {low:g}")
     if high - low < _UNIT_SPAN and (values != np.rint(values)).any():
-        raise Refused("normalised", f"{span}; HU span hundreds; export the scan without normalisation")
+        raise Refused(
+            "normalised", f"{span}; HU span hundreds; export the scan without normalisation"
+        )
     if low >= 0 and _is_label_map(voxels, values):
         raise Refused("label_map", f"{span} in flat regions: labels, not a scan")
     air, tissue = _share(values, AIR_RANGE), _share(values, TISSUE_RANGE)
     if air < MIN_AIR and low > -300 and high > 900:
         shifted = values - 1024
         if _share(shifted, AIR_RANGE) >= 0.05 and _share(shifted, TISSUE_RANGE) >= 0.05:
-            raise Refused("no_rescale", f"{span}: no HU; CT whose rescale intercept was lost? then subtract 1024")
+            raise Refused(
+                "no_rescale",
+                f"{span}: no HU; CT whose rescale intercept was lost? then subtract 1024",
+            )
     if declared_ct:
         if low > -20:
-            raise Refused("not_hu", f"declared CT, but {span}: neither air nor fat; is a rescale intercept missing?")
+            raise Refused(
+                "not_hu",
+                f"declared CT, but {span}: neither air nor fat; is a rescale intercept missing?",
+            )
         return
     if air < MIN_AIR:
-        raise Refused("not_ct", f"{span}, {air:.2%} are air or lung (-1150 to -300 HU); rule: at least {MIN_AIR:.2%}")
+        raise Refused(
+            "not_ct",
+            f"{span}, {air:.2%} are air or lung (-1150 to -300 HU); rule: at least {MIN_AIR:.2%}",
+        )
     _check_padding(values)
     if tissue < MIN_TISSUE:
-        raise Refused("not_ct", f"{span}, {tissue:.2%} are soft tissue (-200 to 300 HU); rule: {MIN_TISSUE:.1%}")
+        raise Refused(
+            "not_ct",
+            f"{span}, {tissue:.2%} are soft tissue (-200 to 300 HU); rule: {MIN_TISSUE:.1%}",
+        )
 
 
 def _share(values: np.ndarray, bounds: tuple[float, float]) -> float:
@@ -88,11 +105,15 @@ def _is_label_map(voxels: np.ndarray, values: np.ndarray) -> bool:
 
 
 def _check_padding(values: np.ndarray) -> None:
-    """Values below air are padding when they are one or two constants; many different ones mean a shifted scale."""
+    """Values below air are padding when they are one or two constants; many different ones mean a
+    shifted scale.
+    """
     below = values[values < AIR_RANGE[0]]
     if below.size > 0.02 * values.size:
         _, counts = np.unique(below, return_counts=True)
         if np.sort(counts)[-2:].sum() < 0.5 * below.size:
             raise Refused(
-                "not_hu", f"{below.size / values.size:.0%} of the values lie below air and vary: shifted scale"
+                "not_hu",
+                f"{below.size / values.size:.0%} of the values lie below air and vary: shifted "
+                "scale",
             )

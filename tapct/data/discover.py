@@ -17,7 +17,8 @@ class Source:
     """One thing on disk that may be a scan.
 
     Args:
-        path: the file; of a DICOM series its folder, or its first file where the folder holds several series.
+        path: the file; of a DICOM series its folder, or its first file where the folder holds
+            several series.
         kind: nifti, nrrd, meta, dicom, or unreadable for what cannot be opened at all.
         files: all files that hold it.
     """
@@ -30,9 +31,9 @@ class Source:
 def find_sources(root: Path | str) -> list[Source]:
     """List what may be a scan below a folder, in a fixed order; label maps are listed too.
 
-    Hidden names are skipped; links are followed, each folder once. DICOM is known by its preamble, not by its name,
-    and grouped by SeriesInstanceUID within a folder. A file that is named like a scan but cannot be one is listed, so
-    that it is refused with a reason.
+    Hidden names are skipped; links are followed, each folder once. DICOM is known by its preamble,
+    not by its name, and grouped by SeriesInstanceUID within a folder. A file that is named like a
+    scan but cannot be one is listed, so that it is refused with a reason.
 
     Raises:
         UserError: `root` is missing or not a folder.
@@ -82,12 +83,17 @@ def _source_of(path: Path) -> Source:
     if not found:
         raise Refused("unreadable", f"{path} is no NIfTI, NRRD, MetaImage or DICOM")
     if len(found) > 1:
-        raise Refused("mixed_series", f"{path} holds {len(found)} DICOM series; give one file of the series meant")
+        raise Refused(
+            "mixed_series",
+            f"{path} holds {len(found)} DICOM series; give one file of the series meant",
+        )
     return found[0]
 
 
 def _walk(root: Path, closed: list[Path]) -> Iterator[Path]:
-    """`root` and the folders below, each once, none that is hidden; `closed` gets what cannot be listed."""
+    """`root` and the folders below, each once, none that is hidden; `closed` gets what cannot be
+    listed.
+    """
     seen: set[tuple[int, int]] = set()
     for folder, subfolders, _ in os.walk(
         root, followlinks=True, onerror=lambda error: closed.append(Path(error.filename))
@@ -97,14 +103,20 @@ def _walk(root: Path, closed: list[Path]) -> Iterator[Path]:
             subfolders.clear()
             continue
         seen.add((status.st_dev, status.st_ino))
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith((".", "__MACOSX")))
+        subfolders[:] = sorted(
+            name for name in subfolders if not name.startswith((".", "__MACOSX"))
+        )
         yield Path(folder)
 
 
 def in_folder(folder: Path) -> list[Source]:
     """Sources among the files of one folder."""
     with os.scandir(folder) as entries:
-        files = sorted(folder / entry.name for entry in entries if not entry.name.startswith(".") and entry.is_file())
+        files = sorted(
+            folder / entry.name
+            for entry in entries
+            if not entry.name.startswith(".") and entry.is_file()
+        )
     sources: list[Source] = []
     series: dict[str, list[Path]] = {}
     for path in files:

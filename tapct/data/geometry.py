@@ -9,7 +9,8 @@ import numpy as np
 from tapct.types import LabelMap, Refused, Volume
 
 SPACING_RANGE_MM = (0.05, 50.0)
-MAX_SHEAR = 5e-3  # |cosine| between two axes; rounding of headers stays below 1e-3, half a degree of tilt gives 9e-3
+# |cosine| between two axes; rounding of headers stays below 1e-3, half a degree of tilt gives 9e-3
+MAX_SHEAR = 5e-3
 MIN_ALIGNMENT = 0.75  # cosine of 41 degrees between a file axis and the LPS axis that it becomes
 GRID_TOLERANCE = 0.25  # voxels that two grids may be apart at any corner
 Triple = tuple[float, float, float]
@@ -18,21 +19,29 @@ Triple = tuple[float, float, float]
 def check_same_grid(volume: Volume, labels: LabelMap) -> None:
     """Refuse labels that do not lie on the scan's own voxels.
 
-    Equal shape, and first and last voxel at the same place to a quarter of a voxel. Headers are all that can be
-    compared: a scan that was cropped but kept the affine of the whole one cannot be told from a right one.
+    Equal shape, and first and last voxel at the same place to a quarter of a voxel. Headers are all
+    that can be
+    compared: a scan that was cropped but kept the affine of the whole one cannot be told from a
+        right one.
 
     Raises:
         Refused: `grid_mismatch`.
     """
     if volume.hu_ZYX.shape != labels.labels_ZYX.shape:
-        raise Refused("grid_mismatch", f"labels are {labels.labels_ZYX.shape}, the scan is {volume.hu_ZYX.shape}")
+        raise Refused(
+            "grid_mismatch",
+            f"labels are {labels.labels_ZYX.shape}, the scan is {volume.hu_ZYX.shape}",
+        )
     spacing = np.asarray(volume.spacing_mm[::-1])
     extent = np.asarray(volume.hu_ZYX.shape[::-1]) - 1
     first = np.asarray(labels.origin_mm) - np.asarray(volume.origin_mm)
     last = first + extent * (np.asarray(labels.spacing_mm[::-1]) - spacing)
     off = float(max(np.abs(first / spacing).max(), np.abs(last / spacing).max()))
     if off > GRID_TOLERANCE:
-        raise Refused("grid_mismatch", f"labels lie up to {off:.2f} voxels off the scan; rule: {GRID_TOLERANCE}")
+        raise Refused(
+            "grid_mismatch",
+            f"labels lie up to {off:.2f} voxels off the scan; rule: {GRID_TOLERANCE}",
+        )
 
 
 def to_lps(voxels_IJK: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, Triple, Triple]:
@@ -42,7 +51,8 @@ def to_lps(voxels_IJK: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, Trip
         voxels_IJK: voxels in file axes.
         affine: (i, j, k, 1) -> LPS mm.
     Returns:
-        A view (Z, Y, X) of the voxels, spacing (z, y, x) in mm, position (x, y, z) of its first voxel in LPS mm.
+        A view (Z, Y, X) of the voxels, spacing (z, y, x) in mm, position (x, y, z) of its first
+        voxel in LPS mm.
     Raises:
         Refused: bad_affine, bad_spacing, sheared, oblique.
     """
@@ -50,17 +60,26 @@ def to_lps(voxels_IJK: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, Trip
         raise Refused("bad_affine", "the affine holds NaN or infinity")
     spacing = np.linalg.norm(affine[:3, :3], axis=0)
     if (spacing < SPACING_RANGE_MM[0]).any() or (spacing > SPACING_RANGE_MM[1]).any():
-        raise Refused("bad_spacing", f"spacing is {spacing.round(4).tolist()} mm; rule: {SPACING_RANGE_MM} mm")
+        raise Refused(
+            "bad_spacing", f"spacing is {spacing.round(4).tolist()} mm; rule: {SPACING_RANGE_MM} mm"
+        )
     direction = affine[:3, :3] / spacing
     shear = float(np.abs(direction.T @ direction - np.eye(3)).max())
     if shear > MAX_SHEAR:
-        raise Refused("sheared", f"axes are {np.degrees(np.arcsin(min(1, shear))):.1f} degrees off a right angle "
+        raise Refused("sheared", f"axes are {np.degrees(np.arcsin(min(1, shear))):.1f} degrees "
+            "off a right angle "
                       "(gantry tilt?); resample the scan to an upright grid")  # fmt: skip
-    axes = max(itertools.permutations(range(3)), key=lambda p: np.prod([abs(direction[w, p[w]]) for w in range(3)]))
+    axes = max(
+        itertools.permutations(range(3)),
+        key=lambda p: np.prod([abs(direction[w, p[w]]) for w in range(3)]),
+    )
     alignment = min(abs(direction[world, axes[world]]) for world in range(3))
     if alignment < MIN_ALIGNMENT:
         angle = np.degrees(np.arccos(alignment))
-        raise Refused("oblique", f"an axis is {angle:.0f} degrees off the body's; rule: 41; resample to axial slices")
+        raise Refused(
+            "oblique",
+            f"an axis is {angle:.0f} degrees off the body's; rule: 41; resample to axial slices",
+        )
     origin, index = affine[:3, 3].copy(), [slice(None)] * 3
     for world, axis in enumerate(axes):
         if direction[world, axis] < 0:

@@ -24,7 +24,9 @@ def read_sidecar(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise Refused("bad_sidecar", one_line(f"{sidecar.name} is not JSON: {error}")) from error
     if not isinstance(content, dict):
-        raise Refused("bad_sidecar", f"{sidecar.name} holds a {type(content).__name__}; rule: one JSON object")
+        raise Refused(
+            "bad_sidecar", f"{sidecar.name} holds a {type(content).__name__}; rule: one JSON object"
+        )
     return content
 
 
@@ -42,12 +44,18 @@ def merge_facts(header: Header, sidecar: dict[str, Any]) -> Header:
         "age": "PatientAge",
         "body_part": "BodyPartExamined",
     }
-    told = {field: one_line(sidecar[key]) for field, key in keys.items() if sidecar.get(key) not in (None, "", [])}
+    told = {
+        field: one_line(sidecar[key])
+        for field, key in keys.items()
+        if sidecar.get(key) not in (None, "", [])
+    }
     return replace(header, **told)
 
 
 def facts_from_header(header: Header, key: bytes | None) -> ScanFacts:
-    """The facts that tapct keeps of a header; identifiers only as keyed hashes, and not at all without a key."""
+    """The facts that tapct keeps of a header; identifiers only as keyed hashes, and not at all
+    without a key.
+    """
 
     def hashed(text: str) -> str:
         return keyed_hash(key, text) if key and text else ""
@@ -69,22 +77,34 @@ def facts_from_header(header: Header, key: bytes | None) -> ScanFacts:
 
 
 def _age_years(text: str) -> float:
-    """Years from DICOM's `063Y`, `018M`, `012W`, `003D` or a plain number; NaN for anything else."""
+    """Years from DICOM's `063Y`, `018M`, `012W`, `003D` or a plain number; NaN for anything
+    else.
+    """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([YMWD]?)\s*", text.upper())
     if not match:
         return float("nan")
-    return float(match[1]) * {"": 1.0, "Y": 1.0, "M": 1 / 12, "W": 7 / 365.25, "D": 1 / 365.25}[match[2]]
+    return (
+        float(match[1])
+        * {"": 1.0, "Y": 1.0, "M": 1 / 12, "W": 7 / 365.25, "D": 1 / 365.25}[match[2]]
+    )
 
 
 def label_names(path: Path, sidecar: dict[str, Any]) -> tuple[tuple[int, str], ...]:
-    """Names from {"labels": {"1": "liver"}} or, as some data sets write it, {"labels": {"liver": 1}}."""
+    """Names from {"labels": {"1": "liver"}} or, as some data sets write it, {"labels": {"liver":
+    1}}.
+    """
     table = sidecar.get("labels", {})
     if not isinstance(table, dict):
-        raise Refused("bad_sidecar", f"'labels' beside {path.name} is no JSON object of value and name")
+        raise Refused(
+            "bad_sidecar", f"'labels' beside {path.name} is no JSON object of value and name"
+        )
     pairs = []
     for left, right in table.items():
         value, name = (left, right) if str(left).isdigit() else (right, left)
         if not str(value).isdigit():
-            raise Refused("bad_sidecar", f"'labels' beside {path.name} has '{left}': '{right}'; rule: value and name")
+            raise Refused(
+                "bad_sidecar",
+                f"'labels' beside {path.name} has '{left}': '{right}'; rule: value and name",
+            )
         pairs.append((int(value), str(name)))
     return tuple(sorted(pairs))

@@ -46,15 +46,17 @@ def build(
 ) -> Manifest:
     """Index an archive and write the manifest.
 
-    Every scan is read once and whole. A scan that fails becomes a refused row. Of scans with the same voxels the first
-    in the order of paths is kept, the others are refused as `duplicate`. A patient is known by PatientID, else by
-    `patient_regex`, else by the stem of the file or DICOM folder; a stem without a digit (`s0001/ct.nii.gz`) is no
-    name of a patient, so the nearest folder with a digit is taken, else the whole path.
+    Every scan is read once and whole. A scan that fails becomes a refused row. Of scans with the
+    same voxels the first in the order of paths is kept, the others are refused as `duplicate`. A
+    patient is known by PatientID, else by `patient_regex`, else by the stem of the file or DICOM
+    folder; a stem without a digit (`s0001/ct.nii.gz`) is no name of a patient, so the nearest
+    folder with a digit is taken, else the whole path.
 
     Args:
         root: folder of the archive.
         out: .parquet file to write; replaced in one step, so that there is never half a manifest.
-        labels: folder with label maps; other places are found by rule (`tapct.data.labels.pairing`).
+        labels: folder with label maps; other places are found by rule
+            (`tapct.data.labels.pairing`).
         patient_regex: its first group, searched in the path below the root, names the patient.
         min_depth: scans with fewer slices are refused as `too_few_slices`.
         workers: processes; 0 or 1 reads in this process.
@@ -68,7 +70,9 @@ def build(
     load_libraries()
     check_regex(patient_regex)
     if out.is_dir():
-        raise UserError(f"{out} is a folder; give the file to write, such as {out / 'manifest.parquet'}")
+        raise UserError(
+            f"{out} is a folder; give the file to write, such as {out / 'manifest.parquet'}"
+        )
     sources = discover.find_sources(root)
     if labels is not None and not Path(labels).is_dir():
         raise UserError(f"labels folder {labels} does not exist or is no folder; check the path")
@@ -83,13 +87,17 @@ def build(
         rows[index] = row
         if progress is not None:
             progress(len(rows), len(jobs))
-    manifest = Manifest(_refuse_duplicates([rows[index] for index in range(len(jobs))]), root.resolve())
+    manifest = Manifest(
+        _refuse_duplicates([rows[index] for index in range(len(jobs))]), root.resolve()
+    )
     write_table(manifest, out)
     return manifest
 
 
 def _relative(job: _Job) -> str:
-    """Path below the root with /; bytes that are no UTF-8 are written as escapes, since Parquet holds text."""
+    """Path below the root with /; bytes that are no UTF-8 are written as escapes, since Parquet
+    holds text.
+    """
     relative = job.source.path.relative_to(job.root).as_posix()
     return os.fsencode(relative).decode("utf-8", "backslashreplace")
 
@@ -116,13 +124,20 @@ def _examine(job: _Job) -> Row:
         volume = ingest.read_source(job.source, job.key)
         row = _with_facts(row, volume, job)
         if row.depth < job.min_depth:
-            raise Refused("too_few_slices", f"{row.depth} slices; rule: at least {job.min_depth} (--min-depth)")
+            raise Refused(
+                "too_few_slices",
+                f"{row.depth} slices; rule: at least {job.min_depth} (--min-depth)",
+            )
         label_path, complaint = _labels(job, volume)
         return replace(row, status=ACCEPTED, label_path=label_path, detail=complaint)
     except Refused as error:
         return replace(row, reason=error.reason, detail=error.detail)
-    except Exception as error:  # one scan must not end an index of many; the row tells what happened
-        return replace(row, reason="unreadable", detail=one_line(f"{type(error).__name__}: {error}"))
+    except (
+        Exception
+    ) as error:  # one scan must not end an index of many; the row tells what happened
+        return replace(
+            row, reason="unreadable", detail=one_line(f"{type(error).__name__}: {error}")
+        )
 
 
 def _labels(job: _Job, volume: Volume) -> tuple[str, str]:
@@ -155,7 +170,9 @@ def _with_facts(row: Row, volume: Volume, job: _Job) -> Row:
         spacing_y_mm=volume.spacing_mm[1],
         spacing_x_mm=volume.spacing_mm[2],
         patient=facts.patient
-        or patients.keyed_hash(job.key, name_of_patient(job.source.path, job.root, job.patient_regex)),
+        or patients.keyed_hash(
+            job.key, name_of_patient(job.source.path, job.root, job.patient_regex)
+        ),
         study_date=facts.study_date,
         manufacturer=facts.manufacturer,
         kernel=facts.kernel,

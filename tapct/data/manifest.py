@@ -1,8 +1,9 @@
-"""A folder becomes a table: one row per series, accepted with facts or refused with the reason (Parquet).
+"""A folder becomes a table: one row per series, accepted with facts or refused with the reason
+(Parquet).
 
-The manifest holds no patient identifier, only hashes keyed with a secret that stays beside it (`.patient_key`, mode
-0600, or the environment's TAPCT_PATIENT_KEY). Paths are kept as they are: an archive that names its files after
-patients is not made anonymous by this.
+The manifest holds no patient identifier, only hashes keyed with a secret that stays beside it
+(`.patient_key`, mode 0600, or the environment's TAPCT_PATIENT_KEY). Paths are kept as they are: an
+archive that names its files after patients is not made anonymous by this.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ class Row:
 
     Args:
         id: 16 hex digits from the path below the root; unchanged when the archive moves.
-        path: file or DICOM folder below the root (the first file of a series that shares its folder with others).
+        path: file or DICOM folder below the root (the first file of a series that shares its folder
+            with others).
         kind: nifti, nrrd, meta, dicom.
         status: accepted or refused.
         reason: code of the rule that refused it, else empty.
@@ -46,8 +48,10 @@ class Row:
         manufacturer, kernel: as the header says.
         sex: M, F, O or empty.
         age_years: years, NaN where unknown.
-        label_path: below the root, or absolute where it lies elsewhere; empty where there is none on the scan's grid.
-        hu_p005, hu_p50, hu_p995: 0.5, 50 and 99.5 percentile in HU of the body (voxels above -500 HU).
+        label_path: below the root, or absolute where it lies elsewhere; empty where there is none
+            on the scan's grid.
+        hu_p005, hu_p50, hu_p995: 0.5, 50 and 99.5 percentile in HU of the body (voxels above -500
+            HU).
         body_share: share of voxels above -500 HU; like the percentiles from a strided subsample.
         bytes: size on disk.
         digest: of shape and voxels after reading; equal for one scan in two formats.
@@ -94,14 +98,19 @@ class Manifest:
 
     @functools.cached_property
     def digest(self) -> str:
-        """Hash over id and voxels of the accepted rows; it does not change when the archive moves."""
+        """Hash over id and voxels of the accepted rows; it does not change when the archive
+        moves.
+        """
         lines = sorted(f"{row.id} {row.digest}\n" for row in self.accepted)
         return hashlib.blake2b("".join(lines).encode(), digest_size=16).hexdigest()
 
     def summary(self) -> dict[str, int]:
         """Number of rows by reason, `accepted` first, then the commonest reason."""
         reasons = Counter(row.reason for row in self.rows if row.status == REFUSED)
-        return {ACCEPTED: len(self.accepted), **dict(sorted(reasons.items(), key=lambda item: (-item[1], item[0])))}
+        return {
+            ACCEPTED: len(self.accepted),
+            **dict(sorted(reasons.items(), key=lambda item: (-item[1], item[0]))),
+        }
 
     @classmethod
     def read(cls, path: Path | str, root: Path | None = None) -> Manifest:
@@ -109,7 +118,8 @@ class Manifest:
 
         Args:
             path: the .parquet file.
-            root: where the archive lies now; without it where it lay, or where it lay relative to the manifest.
+            root: where the archive lies now; without it where it lay, or where it lay relative to
+                the manifest.
         Raises:
             UserError: no manifest, or one of another version, or changed since it was written.
         """
@@ -120,17 +130,23 @@ class Manifest:
             table = pyarrow.parquet.read_table(path)
         except (pyarrow.ArrowException, OSError) as error:
             raise UserError(f"{path} is not a Parquet file: {one_line(error)}") from error
-        told = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
+        told = {
+            key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()
+        }
         names = [field.name for field in dataclasses.fields(Row)]
         if told.get("tapct.schema") != SCHEMA or table.column_names != names:
-            raise UserError(f"{path} is no tapct manifest of version {SCHEMA}; make it again with `tapct index`")
+            raise UserError(
+                f"{path} is no tapct manifest of version {SCHEMA}; make it again with `tapct index`"
+            )
         rows = tuple(Row(**row) for row in table.to_pylist())
         if root is None:
             root, beside = Path(told["tapct.root"]), path.parent / told["tapct.root_relative"]
             root = beside.resolve() if not root.is_dir() and beside.is_dir() else root
         manifest = cls(rows, root)
         if manifest.digest != told["tapct.digest"]:
-            raise UserError(f"{path} does not match its own digest; it was changed or damaged: index again")
+            raise UserError(
+                f"{path} does not match its own digest; it was changed or damaged: index again"
+            )
         return manifest
 
 
@@ -141,7 +157,9 @@ def write_table(manifest: Manifest, out: Path) -> None:
         UserError: the disk is full or the place is not writable.
     """
     fields = dataclasses.fields(Row)
-    columns: dict[str, list[Any]] = {f.name: [getattr(row, f.name) for row in manifest.rows] for f in fields}
+    columns: dict[str, list[Any]] = {
+        f.name: [getattr(row, f.name) for row in manifest.rows] for f in fields
+    }
     told = {
         "tapct.schema": SCHEMA,
         "tapct.root": str(manifest.root),
@@ -162,4 +180,6 @@ def write_table(manifest: Manifest, out: Path) -> None:
         os.close(folder)
     except OSError as error:
         aside.unlink(missing_ok=True)
-        raise UserError(f"cannot write manifest {out}: {error.strerror or error}; nothing was changed") from error
+        raise UserError(
+            f"cannot write manifest {out}: {error.strerror or error}; nothing was changed"
+        ) from error

@@ -1,9 +1,11 @@
 """Manifest -> store: every accepted scan becomes one compressed array that is read slab by slab.
 
-Files are written aside, synced and renamed, and `store.parquet` comes last: a packed scan is whole or absent, and a run
-that was stopped at any point goes on where it was. Codec, filter and chunk shape were chosen by measurement on CT
-(scripts/bench_loader.py): zstd level 1 with bit shuffle is within 2 % of the size of level 5 and packs three times as
-fast, and byte shuffle is larger; level 0 means LZ4, which reads in 40 % of the time at a fifth more space.
+Files are written aside, synced and renamed, and `store.parquet` comes last: a packed scan is whole
+or absent, and a run that was stopped at any point goes on where it was. Codec, filter and chunk
+shape were chosen by measurement on CT
+(scripts/bench_loader.py): zstd level 1 with bit shuffle is within 2 % of the size of level 5 and
+packs three times as fast, and byte shuffle is larger; level 0 means LZ4, which reads in 40 % of the
+time at a fifth more space.
 
 Axes: Z Y X depth height width in voxels.
 """
@@ -44,7 +46,9 @@ _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 @dataclass(frozen=True)
 class RefusedScan:
-    """An accepted scan that could not be packed: its id, its path in the archive, a reason code and one line."""
+    """An accepted scan that could not be packed: its id, its path in the archive, a reason code and
+    one line.
+    """
 
     id: str
     path: str
@@ -63,7 +67,8 @@ class PackReport:
         damaged: those of `packed` whose file was there but not readable.
         refused: scans of the manifest that are not in the store.
         unlisted: files of the folder that belong to no scan of this manifest; they are left alone.
-        voxel_bytes, stored_bytes: of all scans in the store, int16 in memory and compressed on disk.
+        voxel_bytes, stored_bytes: of all scans in the store, int16 in memory and compressed on
+            disk.
         seconds: wall time.
     """
 
@@ -115,7 +120,8 @@ def pack(
         level: 0 is LZ4; 1..9 is zstd, smaller and slower to write.
         progress: called with (finished scans, scans).
     Raises:
-        UserError: nothing to pack, nothing could be packed, the disk is full, or another pack is writing there.
+        UserError: nothing to pack, nothing could be packed, the disk is full, or another pack is
+            writing there.
     """
     rows = _checked_rows(manifest, level)
     started = time.monotonic()
@@ -127,7 +133,9 @@ def pack(
             for leftover in out.glob(".*.tmp"):
                 leftover.unlink()
             tasks = [_Task(row, root, out, level) for row in rows]
-            with closing(_run(tasks, workers)) as results:  # closing lets the running scans finish, and no more
+            with closing(
+                _run(tasks, workers)
+            ) as results:  # closing lets the running scans finish, and no more
                 for done, (i, outcome) in enumerate(results, 1):
                     if outcome.write_error is not None:
                         raise outcome.write_error
@@ -139,7 +147,9 @@ def pack(
             report = _report(out, finished, scans, time.monotonic() - started)
             if not scans:
                 raise _nothing_packed(report, root)
-            write_atomically(out / INDEX_NAME, index_bytes(scans, root, manifest.digest, manifest.summary()))
+            write_atomically(
+                out / INDEX_NAME, index_bytes(scans, root, manifest.digest, manifest.summary())
+            )
             return report
     except OSError as error:
         raise _write_error(error, out, rows, outcomes) from error
@@ -148,24 +158,29 @@ def pack(
 def _nothing_packed(report: PackReport, root: Path) -> UserError:
     first = report.refused[0]
     return UserError(
-        f"none of the {len(report.refused)} accepted scans could be packed; the first, {first.path}: {first.reason}: "
+        f"none of the {len(report.refused)} accepted scans could be packed; the first, "
+        f"{first.path}: {first.reason}: "
         f"{first.detail} Is {root} still the archive? If it changed, run `tapct index` again."
     )
 
 
 def _checked_rows(manifest: Manifest, level: int) -> Sequence[Row]:
     if not 0 <= level <= 9:
-        raise UserError(f"the compression level is {level}; it goes from 0 (LZ4, fastest) over 1 (zstd) to 9.")
+        raise UserError(
+            f"the compression level is {level}; it goes from 0 (LZ4, fastest) over 1 (zstd) to 9."
+        )
     rows = manifest.accepted
     if not rows:
         raise UserError(
-            f"the manifest of {manifest.root} has no accepted scan among {len(manifest.rows)}; see its reasons."
+            f"the manifest of {manifest.root} has no accepted scan among {len(manifest.rows)}; "
+            "see its reasons."
         )
     seen: set[str] = set()
     for row in rows:
         if row.id in seen or not _FILE_NAME.fullmatch(row.id):
             raise UserError(
-                f"scan id {row.id!r} of {row.path} is taken twice or no file name; run `tapct index` again."
+                f"scan id {row.id!r} of {row.path} is taken twice or no file name; run `tapct "
+                "index` again."
             )
         seen.add(row.id)
     return rows
@@ -220,23 +235,39 @@ def pack_scan(task: _Task) -> _Outcome:
     try:
         frame, meta = encode(_read_as_indexed(row, task.root), row.id, task.level)
         if meta.checksum != row.digest:
-            detail = f"{task.root / row.path} has other voxels than the manifest says; run `tapct index` again."
+            detail = (
+                f"{task.root / row.path} has other voxels than the manifest says; run `tapct "
+                "index` again."
+            )
             raise Refused("changed", detail)
     except Refused as refusal:
-        return _Outcome(refused=RefusedScan(row.id, row.path, refusal.reason, refusal.detail), was_damaged=was_damaged)
+        return _Outcome(
+            refused=RefusedScan(row.id, row.path, refusal.reason, refusal.detail),
+            was_damaged=was_damaged,
+        )
     write_atomically(file, frame)
     return _Outcome(_stored(row, meta), was_damaged=was_damaged, stored_bytes=len(frame))
 
 
 def _stored(row: Row, meta: PackedMeta) -> StoredScan:
-    return StoredScan(row.id, meta.shape_ZYX, meta.spacing_mm, row.patient, row.path, row.label_path, meta.checksum)
+    return StoredScan(
+        row.id,
+        meta.shape_ZYX,
+        meta.spacing_mm,
+        row.patient,
+        row.path,
+        row.label_path,
+        meta.checksum,
+    )
 
 
 def _read_as_indexed(row: Row, root: Path) -> Volume:
     """Read the source. Raises: Refused where it is not what the manifest says."""
     path = root / row.path
     if not path.exists():
-        raise Refused("vanished", f"{path} was there when the manifest was made; run `tapct index` again.")
+        raise Refused(
+            "vanished", f"{path} was there when the manifest was made; run `tapct index` again."
+        )
     try:
         volume = read_volume(path)
     except OSError as error:
@@ -248,12 +279,16 @@ def _read_as_indexed(row: Row, root: Path) -> Volume:
     return volume
 
 
-def _differences(row: Row, shape_ZYX: tuple[int, int, int], spacing_mm: tuple[float, float, float]) -> str:
+def _differences(
+    row: Row, shape_ZYX: tuple[int, int, int], spacing_mm: tuple[float, float, float]
+) -> str:
     """In words, what of a grid is not as the manifest says; empty if all is."""
     if shape_ZYX != (row.depth, row.height, row.width):
         return f"has shape {shape_ZYX}, the manifest says {(row.depth, row.height, row.width)}"
     indexed_mm = (row.spacing_z_mm, row.spacing_y_mm, row.spacing_x_mm)
-    if not np.allclose(spacing_mm, indexed_mm, rtol=1e-5, atol=0.0):  # the manifest may hold float32
+    if not np.allclose(
+        spacing_mm, indexed_mm, rtol=1e-5, atol=0.0
+    ):  # the manifest may hold float32
         return f"has spacing {spacing_mm} mm, the manifest says {indexed_mm}"
     return ""
 
@@ -271,12 +306,15 @@ def write_atomically(file: Path, content: bytes) -> None:
         aside.unlink(missing_ok=True)
 
 
-def _write_error(error: OSError, out: Path, rows: Sequence[Row], outcomes: Sequence[_Outcome | None]) -> UserError:
+def _write_error(
+    error: OSError, out: Path, rows: Sequence[Row], outcomes: Sequence[_Outcome | None]
+) -> UserError:
     """Say what is missing, where, and that nothing is lost."""
     done = [(row, outcome) for row, outcome in zip(rows, outcomes) if outcome is not None]
     if error.errno not in _NO_SPACE:
         return UserError(
-            f"cannot write the store {out}: {error.strerror or error}. Choose a folder that you may write to."
+            f"cannot write the store {out}: {error.strerror or error}. Choose a folder that you "
+            "may write to."
         )
     voxel_bytes = sum(_voxel_bytes(row) for row, outcome in done if outcome.scan is not None)
     ratio = (
@@ -284,8 +322,10 @@ def _write_error(error: OSError, out: Path, rows: Sequence[Row], outcomes: Seque
     )  # as CT usually packs
     rest = ratio * sum(_voxel_bytes(row) for row, outcome in zip(rows, outcomes) if outcome is None)
     return UserError(
-        f"no space left for the store {out} after {len(done)} of {len(rows)} scans: the rest needs about "
-        f"{rest / 1e9:.3g} GB, {shutil.disk_usage(out).free / 1e9:.3g} GB is free. Make room and run `tapct pack` "
+        f"no space left for the store {out} after {len(done)} of {len(rows)} scans: the rest "
+        "needs about "
+        f"{rest / 1e9:.3g} GB, {shutil.disk_usage(out).free / 1e9:.3g} GB is free. Make room and "
+        "run `tapct pack` "
         f"again; what is packed stays."
     )
 
@@ -294,14 +334,20 @@ def _voxel_bytes(row: Row) -> int:
     return 2 * row.depth * row.height * row.width
 
 
-def _report(out: Path, outcomes: Sequence[_Outcome], scans: Sequence[StoredScan], seconds: float) -> PackReport:
+def _report(
+    out: Path, outcomes: Sequence[_Outcome], scans: Sequence[StoredScan], seconds: float
+) -> PackReport:
     written = [outcome for outcome in outcomes if outcome.scan is not None and not outcome.kept]
     listed = {f"{scan.id}.b2nd" for scan in scans}
     return PackReport(
         store=out,
         packed=tuple(outcome.scan.id for outcome in written if outcome.scan is not None),
         kept=sum(outcome.kept for outcome in outcomes),
-        damaged=tuple(outcome.scan.id for outcome in written if outcome.scan is not None and outcome.was_damaged),
+        damaged=tuple(
+            outcome.scan.id
+            for outcome in written
+            if outcome.scan is not None and outcome.was_damaged
+        ),
         refused=tuple(outcome.refused for outcome in outcomes if outcome.refused is not None),
         unlisted=tuple(sorted(file.name for file in out.glob("*.b2nd") if file.name not in listed)),
         voxel_bytes=sum(2 * int(np.prod(scan.shape_ZYX)) for scan in scans),

@@ -22,7 +22,8 @@ def held_out_patients(patients: Iterable[str], share: float, seed: int) -> froze
 
     Args:
         patients: keyed hashes, one per scan; repeated for several scans of one patient.
-        share: of the patients, in [0, 1); rounded, but at least one where share > 0 and there are two patients.
+        share: of the patients, in [0, 1); rounded, but at least one where share > 0 and there are
+            two patients.
         seed: of the run.
     Returns:
         The chosen patients; empty for share 0.
@@ -33,12 +34,27 @@ def held_out_patients(patients: Iterable[str], share: float, seed: int) -> froze
     return frozenset(names[: min(max(round(share * len(names)), 1), len(names) - 1)])
 
 
-_NOT_AN_ID = {"", "0", "none", "unknown", "anonymous", "anonymized", "anonymised", "anon", "n/a", "na"}
+_NOT_AN_ID = {
+    "",
+    "0",
+    "none",
+    "unknown",
+    "anonymous",
+    "anonymized",
+    "anonymised",
+    "anon",
+    "n/a",
+    "na",
+}
 
 
 def keyed_hash(key: bytes, text: str) -> str:
-    """16 hex digits that cannot be turned back, nor found by trying all identifiers, without the key."""
-    return hashlib.blake2b(text.encode("utf-8", "surrogateescape"), key=key[:64], digest_size=8).hexdigest()
+    """16 hex digits that cannot be turned back, nor found by trying all identifiers, without the
+    key.
+    """
+    return hashlib.blake2b(
+        text.encode("utf-8", "surrogateescape"), key=key[:64], digest_size=8
+    ).hexdigest()
 
 
 def patient_id_of(header_id: str) -> str:
@@ -52,7 +68,8 @@ KEY_VARIABLE = "TAPCT_PATIENT_KEY"
 
 
 def patient_key(folder: Path) -> bytes:
-    """The secret of this archive's hashes: from the environment, else the folder's `.patient_key`, made when missing.
+    """The secret of this archive's hashes: from the environment, else the folder's `.patient_key`,
+    made when missing.
 
     Raises:
         UserError: the key cannot be read or written.
@@ -72,9 +89,14 @@ def patient_key(folder: Path) -> bytes:
             with os.fdopen(descriptor, "wb") as file:
                 file.write(key)
     except OSError as error:
-        raise UserError(f"patient key {path}: {error.strerror}; set {KEY_VARIABLE} or choose another folder") from error
+        raise UserError(
+            f"patient key {path}: {error.strerror}; set {KEY_VARIABLE} or choose another folder"
+        ) from error
     if len(key) < 16:
-        raise UserError(f"patient key {path} holds {len(key)} bytes, rule: 16; remove it (all patient hashes change)")
+        raise UserError(
+            f"patient key {path} holds {len(key)} bytes, rule: 16; remove it (all patient hashes "
+            "change)"
+        )
     return key
 
 
@@ -87,7 +109,10 @@ def check_regex(patient_regex: str | None) -> None:
     except re.error as error:
         raise UserError(f"patient regex '{patient_regex}' is not valid: {error}") from error
     if num_groups < 1:
-        raise UserError(f"patient regex '{patient_regex}' has no group; put the patient's part into (parentheses)")
+        raise UserError(
+            f"patient regex '{patient_regex}' has no group; put the patient's part into "
+            "(parentheses)"
+        )
 
 
 def name_of_patient(path: Path, root: Path, patient_regex: str | None) -> str:
@@ -103,5 +128,10 @@ def name_of_patient(path: Path, root: Path, patient_regex: str | None) -> str:
         match = re.search(patient_regex, relative.as_posix())
         if match and match[1]:
             return match[1]
-    names = [discover.stem_of(relative) or root.resolve().name, *(folder.name for folder in relative.parents)]
-    return next((name for name in names if re.search(r"\d", name)), (relative.parent / names[0]).as_posix())
+    names = [
+        discover.stem_of(relative) or root.resolve().name,
+        *(folder.name for folder in relative.parents),
+    ]
+    return next(
+        (name for name in names if re.search(r"\d", name)), (relative.parent / names[0]).as_posix()
+    )

@@ -44,7 +44,9 @@ def measure(path: str | Path, depth: int, workers: int) -> ReadRate:
     store, threads = Store(Path(path)), max(1, workers)
     if not store.scans:
         raise UserError(f"{path} holds no scan; pack an archive that has some")
-    draw = random.Random()  # another place each time, so that the disk is asked and not only the page cache
+    draw = (
+        random.Random()
+    )  # another place each time, so that the disk is asked and not only the page cache
     end = time.perf_counter() + READ_SECONDS
 
     def read(seed: float) -> tuple[int, int]:

@@ -1,10 +1,11 @@
 """Which scan a sample shows: a permutation per pass that can be entered anywhere.
 
-Samples are numbered through the whole run. Pass p holds the samples p*n .. p*n + n - 1 of an archive with n scans and
-shows every scan once, in an order of its own. The order is never written down: a Feistel network permutes the smallest
-domain of 4^h >= n numbers, and a result >= n is sent through again until it falls below n (cycle walking), which makes
-a permutation of 0..n-1. So any sample of any pass costs a few hashes, memory does not grow with n, resuming is
-arithmetic, and ranks and world sizes do not matter.
+Samples are numbered through the whole run. Pass p holds the samples p*n .. p*n + n - 1 of an
+archive with n scans and shows every scan once, in an order of its own. The order is never written
+down: a Feistel network permutes the smallest domain of 4^h >= n numbers, and a result >= n is sent
+through again until it falls below n (cycle walking), which makes a permutation of 0..n-1. So any
+sample of any pass costs a few hashes, memory does not grow with n, resuming is arithmetic, and
+ranks and world sizes do not matter.
 
 Source: Luby and Rackoff 1988 (doi:10.1137/0217022); cycle walking: Black and Rogaway 2002
 (doi:10.1007/3-540-45760-7_9).
@@ -19,7 +20,9 @@ _ROUNDS = 8  # 4 are a strong permutation of large domains; small ones need more
 
 
 def permute(position: int, num_scans: int, key: int) -> int:
-    """The scan at a position of the permutation named by `key`; positions and scans count 0..num_scans-1."""
+    """The scan at a position of the permutation named by `key`; positions and scans count
+    0..num_scans-1.
+    """
     assert 0 <= position < num_scans
     half_bits = max(1, ((num_scans - 1).bit_length() + 1) // 2)
     mask = (1 << half_bits) - 1
@@ -47,7 +50,9 @@ def scan_of(sample: int, num_scans: int, seed: int) -> int:
     return permute(position, num_scans, rng.hash_int(seed, "sampler pass", pass_number))
 
 
-def samples_of(step: int, micro: int, rank: int, *, world: int, accumulation: int, global_batch: int) -> range:
+def samples_of(
+    step: int, micro: int, rank: int, *, world: int, accumulation: int, global_batch: int
+) -> range:
     """The samples of one micro-batch of one rank.
 
     Args:
@@ -55,8 +60,8 @@ def samples_of(step: int, micro: int, rank: int, *, world: int, accumulation: in
         micro: micro-batch of the step, 0..accumulation-1.
         rank: 0..world-1.
     Returns:
-        Consecutive sample numbers; over all micro-batches and ranks they are step*G .. (step+1)*G - 1 with
-        G = global_batch.
+        Consecutive sample numbers; over all micro-batches and ranks they are step*G .. (step+1)*G -
+        1 with G = global_batch.
     Raises:
         UserError: the global batch is not a multiple of world * accumulation.
     """
@@ -64,7 +69,8 @@ def samples_of(step: int, micro: int, rank: int, *, world: int, accumulation: in
     parts = world * accumulation
     if global_batch < parts or global_batch % parts:
         raise UserError(
-            f"train.global_batch is {global_batch}, which {world} ranks x {accumulation} micro-batches cannot share "
+            f"train.global_batch is {global_batch}, which {world} ranks x {accumulation} "
+            "micro-batches cannot share "
             f"equally; choose a multiple of {parts}."
         )
     size = global_batch // parts

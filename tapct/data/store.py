@@ -1,10 +1,12 @@
-"""The packed archive: one compressed array per scan, from which a z-slab is read without touching the rest.
+"""The packed archive: one compressed array per scan, from which a z-slab is read without touching
+the rest.
 
-A store is a folder: `store.parquet` (one row per scan) beside `<id>.b2nd` (blosc2 NDArray, int16 HU, axes Z Y X).
-Every chunk is a few whole slices and every block a run of whole rows, so a decoded chunk is a plain C-ordered piece of
-the scan. The packer writes the byte range of every chunk into the file's metadata; a read is then one `pread` and a few
-decompressions straight into the caller's array, both without Python's global lock. Slicing a blosc2 NDArray gives the
-same numbers but holds that lock all the way, so two reading threads are no faster than one (blosc2 4.14).
+A store is a folder: `store.parquet` (one row per scan) beside `<id>.b2nd` (blosc2 NDArray, int16
+HU, axes Z Y X). Every chunk is a few whole slices and every block a run of whole rows, so a decoded
+chunk is a plain C-ordered piece of the scan. The packer writes the byte range of every chunk into
+the file's metadata; a read is then one `pread` and a few decompressions straight into the caller's
+array, both without Python's global lock. Slicing a blosc2 NDArray gives the same numbers but holds
+that lock all the way, so two reading threads are no faster than one (blosc2 4.14).
 
 Axes: Z Y X depth height width in voxels, C chunks.
 """
@@ -62,10 +64,15 @@ class _OpenScan:
     def __init__(self, file: Path) -> None:
         array, self.meta = open_packed(file)
         if len(array.chunks) != 3 or array.chunks[1:] != array.shape[1:]:
-            raise Damaged(f"{file} has chunks {array.chunks}; a packed scan has chunks of whole slices")
+            raise Damaged(
+                f"{file} has chunks {array.chunks}; a packed scan has chunks of whole slices"
+            )
         ranges_C2 = self.meta.byte_ranges_C2
         # chunks of zeros have no bytes in the file; blosc2 makes up their few header bytes
-        self.made_up = {int(c): bytes(array.schunk.get_chunk(int(c))) for c in np.flatnonzero(ranges_C2[:, 0] < 0)}
+        self.made_up = {
+            int(c): bytes(array.schunk.get_chunk(int(c)))
+            for c in np.flatnonzero(ranges_C2[:, 0] < 0)
+        }
         self.fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
 
     def __del__(self) -> None:
@@ -73,7 +80,9 @@ class _OpenScan:
             os.close(self.fd)
 
     def compressed(self, first: int, last: int) -> list[memoryview]:
-        """The bytes of chunks first..last-1, which lie side by side: one read, without the global lock."""
+        """The bytes of chunks first..last-1, which lie side by side: one read, without the global
+        lock.
+        """
         ranges_C2 = self.meta.byte_ranges_C2[first:last]
         stored_C2 = ranges_C2[ranges_C2[:, 0] >= 0]
         if not len(stored_C2):
@@ -81,7 +90,9 @@ class _OpenScan:
         start, stop = int(stored_C2[:, 0].min()), int(stored_C2.sum(axis=1).max())
         found = memoryview(_pread(self.fd, stop - start, start))
         return [
-            memoryview(self.made_up[c]) if offset < 0 else found[offset - start : offset - start + length]
+            memoryview(self.made_up[c])
+            if offset < 0
+            else found[offset - start : offset - start + length]
             for c, (offset, length) in enumerate(ranges_C2.tolist(), first)
         ]
 
@@ -128,7 +139,11 @@ class Store:
         self.path = Path(path)
         self.max_open = max_open
         self.scans, info = read_index(self.path)
-        self.digest, self.root, self.manifest_digest = info["digest"], Path(info["root"]), info["manifest_digest"]
+        self.digest, self.root, self.manifest_digest = (
+            info["digest"],
+            Path(info["root"]),
+            info["manifest_digest"],
+        )
         self.summary: dict[str, int] = info.get("summary", {})
         self._start_process()
 
@@ -147,7 +162,9 @@ class Store:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state["path"], state["max_open"])  # type: ignore[misc]
         if self.digest != state["digest"]:
-            raise UserError(f"the store {self.path} was packed anew while it was in use; start again")
+            raise UserError(
+                f"the store {self.path} was packed anew while it was in use; start again"
+            )
 
     def file(self, i: int) -> Path:
         """Where scan i lies."""
@@ -176,7 +193,9 @@ class Store:
         scan = self.scans[i]
         z1 = z0 + len(slab_ZYX)
         if not 0 <= z0 < z1 <= scan.shape_ZYX[0]:
-            raise IndexError(f"scan {scan.id} has slices 0..{scan.shape_ZYX[0] - 1}; asked for {z0}..{z1 - 1}")
+            raise IndexError(
+                f"scan {scan.id} has slices 0..{scan.shape_ZYX[0] - 1}; asked for {z0}..{z1 - 1}"
+            )
         assert slab_ZYX.shape[1:] == scan.shape_ZYX[1:] and slab_ZYX.dtype == np.int16
         assert slab_ZYX.flags.c_contiguous
         try:
@@ -189,7 +208,11 @@ class Store:
                 if z0 <= low and high <= z1:
                     _decode(compressed, slab_ZYX[low - z0 : high - z0])
                     continue
-                edge_ZYX = np.empty((step, *slab_ZYX.shape[1:]), np.int16) if edge_ZYX is None else edge_ZYX
+                edge_ZYX = (
+                    np.empty((step, *slab_ZYX.shape[1:]), np.int16)
+                    if edge_ZYX is None
+                    else edge_ZYX
+                )
                 _decode(compressed, edge_ZYX)
                 begin, end = max(low, z0), min(high, z1)
                 slab_ZYX[begin - z0 : end - z0] = edge_ZYX[begin - low : end - low]
@@ -197,15 +220,20 @@ class Store:
             raise self._damaged(i, one_line(error)) from error
 
     def verify(self, i: int) -> None:
-        """Decode the whole scan i and compare it with the checksum taken before packing. Raises: Damaged."""
+        """Decode the whole scan i and compare it with the checksum taken before packing. Raises:
+        Damaged.
+        """
         found = checksum(self.read(i))
         if found != self.scans[i].checksum:
-            raise self._damaged(i, f"its voxels have checksum {found}, packed were {self.scans[i].checksum}")
+            raise self._damaged(
+                i, f"its voxels have checksum {found}, packed were {self.scans[i].checksum}"
+            )
 
     def _damaged(self, i: int, why: str) -> Damaged:
         file = self.file(i)
         return Damaged(
-            f"scan {self.scans[i].id} is damaged: {file}: {why}. Delete that file and run `tapct pack` again."
+            f"scan {self.scans[i].id} is damaged: {file}: {why}. Delete that file and run `tapct "
+            "pack` again."
         )
 
     def _opened(self, i: int) -> _OpenScan:
@@ -218,7 +246,10 @@ class Store:
         opened = _OpenScan(self.file(i))
         scan, meta = self.scans[i], opened.meta
         if (meta.id, meta.shape_ZYX, meta.checksum) != (scan.id, scan.shape_ZYX, scan.checksum):
-            raise Damaged(f"it holds scan {meta.id} {meta.shape_ZYX} {meta.checksum}, which {INDEX_NAME} does not say")
+            raise Damaged(
+                f"it holds scan {meta.id} {meta.shape_ZYX} {meta.checksum}, which {INDEX_NAME} "
+                "does not say"
+            )
         with self._lock:
             self._open[i] = opened
             while len(self._open) > self.max_open:
@@ -245,7 +276,10 @@ _COLUMNS = pa.schema(
 
 
 def index_bytes(
-    scans: Iterable[StoredScan], root: Path, manifest_digest: str, summary: Mapping[str, int] | None = None
+    scans: Iterable[StoredScan],
+    root: Path,
+    manifest_digest: str,
+    summary: Mapping[str, int] | None = None,
 ) -> bytes:
     """The content of `store.parquet`.
 
@@ -253,7 +287,10 @@ def index_bytes(
         summary: rows of the manifest by reason, as `Manifest.summary` counts them.
     """
     scans = tuple(scans)
-    rows = [(s.id, *s.shape_ZYX, *s.spacing_mm, s.patient, s.path, s.label_path, s.checksum) for s in scans]
+    rows = [
+        (s.id, *s.shape_ZYX, *s.spacing_mm, s.patient, s.path, s.label_path, s.checksum)
+        for s in scans
+    ]
     arrays = [pa.array([row[k] for row in rows], column.type) for k, column in enumerate(_COLUMNS)]
     info: dict[str, Any] = {
         "schema": SCHEMA,
@@ -262,7 +299,9 @@ def index_bytes(
         "digest": store_digest(scans),
         "summary": dict(summary or {}),
     }
-    table = pa.Table.from_arrays(arrays, schema=_COLUMNS.with_metadata({_INDEX_KEY: json.dumps(info).encode()}))
+    table = pa.Table.from_arrays(
+        arrays, schema=_COLUMNS.with_metadata({_INDEX_KEY: json.dumps(info).encode()})
+    )
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink)
     return sink.getvalue().to_pybytes()
@@ -272,26 +311,36 @@ def read_index(folder: Path) -> tuple[tuple[StoredScan, ...], dict[str, Any]]:
     """Read `store.parquet`.
 
     Returns:
-        The scans, with absolute label paths, and what the index says of the whole: `root`, `manifest_digest`, `digest`.
+        The scans, with absolute label paths, and what the index says of the whole: `root`,
+        `manifest_digest`, `digest`.
     Raises:
         UserError: there is none, or it is damaged or of another version.
     """
     file = folder / INDEX_NAME
     if not file.is_file():
-        raise UserError(f"{folder} holds no {INDEX_NAME}, so it is no packed archive; make one with `tapct pack`.")
+        raise UserError(
+            f"{folder} holds no {INDEX_NAME}, so it is no packed archive; make one with `tapct "
+            "pack`."
+        )
     try:
         table = pq.read_table(file, partitioning=None)
         info = json.loads((table.schema.metadata or {})[_INDEX_KEY])
         if info["schema"] != SCHEMA:
             raise ValueError(f"schema is {info['schema']}, this tapct reads {SCHEMA}")
-        columns = [table.column(name).cast(kind).to_pylist() for name, kind in zip(_COLUMNS.names, _COLUMNS.types)]
+        columns = [
+            table.column(name).cast(kind).to_pylist()
+            for name, kind in zip(_COLUMNS.names, _COLUMNS.types)
+        ]
     except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
         raise UserError(
-            f"{file} is not readable ({one_line(error)}); run `tapct pack` again, it keeps the scans."
+            f"{file} is not readable ({one_line(error)}); run `tapct pack` again, it keeps the "
+            "scans."
         ) from error
     root = Path(info["root"])
     scans = tuple(
-        StoredScan(name, (z, y, x), (dz, dy, dx), patient, path, str(root / label) if label else "", named)
+        StoredScan(
+            name, (z, y, x), (dz, dy, dx), patient, path, str(root / label) if label else "", named
+        )
         for name, z, y, x, dz, dy, dx, patient, path, label, named in zip(*columns)
     )
     return scans, info

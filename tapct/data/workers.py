@@ -1,4 +1,6 @@
-"""Run one function over many inputs in processes; an input that kills its worker does not end the run."""
+"""Run one function over many inputs in processes; an input that kills its worker does not end the
+run.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +22,8 @@ def map_unordered(
 ) -> Iterator[tuple[int, Out]]:
     """Yield (index, result) as they become ready.
 
-    When a worker dies (a reader library crashed, memory ran out), the inputs in flight are tried again one by one, and
-    only the one that kills its worker again gets `on_crash`.
+    When a worker dies (a reader library crashed, memory ran out), the inputs in flight are tried
+    again one by one, and only the one that kills its worker again gets `on_crash`.
 
     Args:
         function: picklable; it must not raise.
@@ -44,9 +46,15 @@ def map_unordered(
 
 
 def _run_pool(
-    function: Callable[[In], Out], inputs: Sequence[In], todo: list[int], suspects: list[int], workers: int
+    function: Callable[[In], Out],
+    inputs: Sequence[In],
+    todo: list[int],
+    suspects: list[int],
+    workers: int,
 ) -> Iterator[tuple[int, Out]]:
-    """Take indices from the end of `todo` until it is empty or a worker dies; `suspects` gets those then in flight."""
+    """Take indices from the end of `todo` until it is empty or a worker dies; `suspects` gets those
+    then in flight.
+    """
     # forkserver: a fork of this process would copy locks that its other threads hold
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([function.__module__])

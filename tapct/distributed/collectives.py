@@ -1,6 +1,8 @@
-"""What ranks tell each other: thin words over torch.distributed, and nothing at all when there is one process.
+"""What ranks tell each other: thin words over torch.distributed, and nothing at all when there is
+one process.
 
-R rows of one rank, W ranks, D channels. Every function is a collective: all ranks call it, in the same order.
+R rows of one rank, W ranks, D channels. Every function is a collective: all ranks call it, in the
+same order.
 """
 
 from __future__ import annotations
@@ -66,8 +68,9 @@ class _GatherWithGradient(torch.autograd.Function):
 def gather_with_gradient(x: Tensor) -> Tensor:
     """Equal shapes of all ranks -> (W, *shape), in rank order.
 
-    The gradient of a rank's own tensor is the sum of what every rank's loss says about it. With a loss per rank and
-    gradients that are averaged over ranks, that is the gradient of the mean of the losses.
+    The gradient of a rank's own tensor is the sum of what every rank's loss says about it. With a
+    loss per rank and gradients that are averaged over ranks, that is the gradient of the mean of
+    the losses.
     """
     if world_size() == 1:
         return x[None]
@@ -78,7 +81,8 @@ def gather_with_gradient(x: Tensor) -> Tensor:
 def from_first(make: Callable[[], T]) -> T:
     """What the first rank makes, on every rank.
 
-    For what should be looked up once and may come out differently when each rank looks for itself: files above all.
+    For what should be looked up once and may come out differently when each rank looks for itself:
+    files above all.
 
     Raises:
         SharedError: on every rank, where it was a UserError or OSError on the first.
@@ -98,7 +102,9 @@ def from_first(make: Callable[[], T]) -> T:
 
 
 def own_slot(value: float | Tensor, device: torch.device) -> Tensor:
-    """A number of this rank among zeros for the others: (W,) float32, whose sum over ranks holds everyone's."""
+    """A number of this rank among zeros for the others: (W,) float32, whose sum over ranks holds
+    everyone's.
+    """
     slots_W = torch.zeros(world_size(), device=device)
     slots_W[rank()] = value  # filled where it lies, so that the host does not wait
     return slots_W
@@ -107,8 +113,9 @@ def own_slot(value: float | Tensor, device: torch.device) -> Tensor:
 class Packet:
     """Numbers of one step that all ranks add up in one collective.
 
-    Put in with `sum` and `mean`, then `reduce` once, then take out by name. They travel as float64, so that neither
-    counts nor the last digits of a float64 run are lost; one process hands back what was put in.
+    Put in with `sum` and `mean`, then `reduce` once, then take out by name. They travel as float64,
+    so that neither counts nor the last digits of a float64 run are lost; one process hands back
+    what was put in.
     """
 
     def __init__(self) -> None:
@@ -129,7 +136,10 @@ class Packet:
             return
         flat = sum_(torch.cat([part.double().flatten() for part in self.parts.values()]))
         pieces = flat.split([part.numel() for part in self.parts.values()])
-        self.parts = {name: new.view(old.shape) for (name, old), new in zip(self.parts.items(), pieces, strict=True)}
+        self.parts = {
+            name: new.view(old.shape)
+            for (name, old), new in zip(self.parts.items(), pieces, strict=True)
+        }
 
     def __getitem__(self, name: str) -> Tensor:
         """A part; clone what outlives the step, or it keeps the whole packet in memory."""
@@ -153,7 +163,9 @@ def part_of_full(full: Tensor, like: Tensor) -> Tensor:
     for axis, placement in enumerate(like.placements):
         if placement.is_shard():
             dim = placement.dim  # type: ignore[attr-defined]
-            chunks = full.chunk(like.device_mesh.size(axis), dim=dim)  # as torch shards: the last ranks may get none
+            chunks = full.chunk(
+                like.device_mesh.size(axis), dim=dim
+            )  # as torch shards: the last ranks may get none
             place = like.device_mesh.get_local_rank(axis)
             full = chunks[place] if place < len(chunks) else full.narrow(dim, 0, 0)
     return full

@@ -19,10 +19,16 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        raise UserError("device=cuda, but torch sees no GPU here; set device=cpu, or run where `nvidia-smi` lists one")
+        raise UserError(
+            "device=cuda, but torch sees no GPU here; set device=cpu, or run where `nvidia-smi` "
+            "lists one"
+        )
     visible = torch.cuda.device_count()
     if visible == 1:  # SLURM may show each process its own GPU only
         return torch.device("cuda", 0)
     if local_rank >= visible:
-        raise UserError(f"local rank {local_rank} has no GPU of its own: {visible} are visible; start fewer processes")
+        raise UserError(
+            f"local rank {local_rank} has no GPU of its own: {visible} are visible; start fewer "
+            "processes"
+        )
     return torch.device("cuda", local_rank)

@@ -27,11 +27,12 @@ PATIENCE_S = 5.0  # more than the back-end's own time-out, so that its word come
 
 
 class Watch:
-    """Ends a run in which a rank hangs, and says which: every rank writes down where it is, where all can read it.
+    """Ends a run in which a rank hangs, and says which: every rank writes down where it is, where
+    all can read it.
 
-    A collective that not every rank joins never returns on NCCL, and without a word of who is missing on gloo. So a
-    thread beside training looks at the clock, and reads the others' last words when this rank has been in one place for
-    longer than that place's time-out.
+    A collective that not every rank joins never returns on NCCL, and without a word of who is
+    missing on gloo. So a thread beside training looks at the clock, and reads the others' last
+    words when this rank has been in one place for longer than that place's time-out.
     """
 
     def __init__(self, world: World, config: Config) -> None:
@@ -43,7 +44,9 @@ class Watch:
         """Write down where this rank is; a few bytes to the store that the ranks met at."""
         limit_s = self.config.save_timeout_s if what == "saving" else self.config.timeout_s
         self.where, self.since = f"{what} in step {step + 1}", time.monotonic()
-        self.until = self.since + limit_s + PATIENCE_S  # one number, so that the thread reads no half of a change
+        self.until = (
+            self.since + limit_s + PATIENCE_S
+        )  # one number, so that the thread reads no half of a change
         if self.world.store is not None:
             self.world.store.set(f"where/{self.world.ranks.rank}", f"{step + 1} {what}")
 
@@ -54,33 +57,50 @@ class Watch:
             keys = [f"where/{rank}" for rank in range(self.world.ranks.world)]
             # `get` would wait for a word that was never written
             told = [
-                self.world.store.get(key).decode() if self.world.store.check([key]) else "0 nothing" for key in keys
+                self.world.store.get(key).decode() if self.world.store.check([key]) else "0 nothing"
+                for key in keys
             ]
         except (dist.DistError, RuntimeError):
             return "and the store that they met at is gone, so rank 0 or its launcher has ended"
         steps = [int(line.split()[0]) for line in told]
-        behind = [f"rank {rank} ({line})" for rank, line in enumerate(told) if int(line.split()[0]) == min(steps)]
+        behind = [
+            f"rank {rank} ({line})"
+            for rank, line in enumerate(told)
+            if int(line.split()[0]) == min(steps)
+        ]
         if len(behind) == len(told):
             return f"all ranks had come to step {steps[0]}"
-        return f"the last word of {', '.join(behind[:4])}{' and others' if len(behind) > 4 else ''} is the oldest"
+        return (
+            "the last word of "
+            f"{', '.join(behind[:4])}{' and others' if len(behind) > 4 else ''} is the oldest"
+        )
 
     @contextmanager
     def naming_lost_ranks(self) -> Iterator[None]:
-        """Turn what a back-end says when a rank is gone into one line with rank, step and who was last heard of."""
+        """Turn what a back-end says when a rank is gone into one line with rank, step and who was
+        last heard of.
+        """
         try:
             yield
         except RuntimeError as error:
             if self.world.store is None or not lost_rank(error):
                 raise
             words = f"{self.where}: lost another rank ({cause_of(error)}); {self.others()}"
-            time.sleep(CAUSE_FIRST_S)  # so that the rank which knows the cause speaks and ends first
+            time.sleep(
+                CAUSE_FIRST_S
+            )  # so that the rank which knows the cause speaks and ends first
             raise LostRank(words) from error
 
     def look(self) -> None:
         """The thread."""
-        while not self.over.wait(min(self.config.timeout_s / 4, self.config.save_timeout_s / 4, 10.0)):
+        while not self.over.wait(
+            min(self.config.timeout_s / 4, self.config.save_timeout_s / 4, 10.0)
+        ):
             if time.monotonic() > self.until:
-                console.error(f"{self.where}: nothing moved for {time.monotonic() - self.since:.0f} s; {self.others()}")
+                console.error(
+                    f"{self.where}: nothing moved for {time.monotonic() - self.since:.0f} s; "
+                    f"{self.others()}"
+                )
                 os._exit(LOST_RANK)
 
 

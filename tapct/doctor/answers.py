@@ -1,6 +1,7 @@
 """How a probe in a process of its own answers, and how such a process is started, heard and ended.
 
-Every answer is one line of JSON on standard output behind a mark, written at once: what was found before a hang counts.
+Every answer is one line of JSON on standard output behind a mark, written at once: what was found
+before a hang counts.
 """
 
 from __future__ import annotations
@@ -30,7 +31,12 @@ def answer(topic: str, probe: Callable[[], Any]) -> Any:
     except (OSError, RuntimeError, ValueError, ImportError, AttributeError) as error:
         why = " ".join(str(error).split()) or type(error).__name__
         _tell(
-            {"topic": topic, "broken": why if isinstance(error, UserError) else f"{type(error).__name__}: {why}"[:300]}
+            {
+                "topic": topic,
+                "broken": why
+                if isinstance(error, UserError)
+                else f"{type(error).__name__}: {why}"[:300],
+            }
         )
         return None
     _tell({"topic": topic, "facts": asdict(facts)})
@@ -38,7 +44,9 @@ def answer(topic: str, probe: Callable[[], Any]) -> Any:
 
 
 def _tell(told: dict[str, Any]) -> None:
-    print(f"\n{MARK}{json.dumps(told)}", flush=True)  # a line of its own, whatever libraries have printed before
+    print(
+        f"\n{MARK}{json.dumps(told)}", flush=True
+    )  # a line of its own, whatever libraries have printed before
 
 
 class Child:
@@ -51,7 +59,9 @@ class Child:
         seconds: from now, after which it is ended.
     """
 
-    def __init__(self, module: str, kind: str, arguments: dict[str, Any], seconds: float = CHILD_SECONDS) -> None:
+    def __init__(
+        self, module: str, kind: str, arguments: dict[str, Any], seconds: float = CHILD_SECONDS
+    ) -> None:
         self.end = time.monotonic() + seconds
         self.seconds = seconds
         package = str(Path(__file__).resolve().parents[2])
@@ -63,12 +73,18 @@ class Child:
     def answers(self) -> Answers:
         """Wait for its end, at most until its time is over."""
         out, err, by_itself = ended(self.process, self.end - time.monotonic())
-        lines = [line for line in out.splitlines(keepends=True) if line.startswith(MARK) and line.endswith("\n")]
+        lines = [
+            line
+            for line in out.splitlines(keepends=True)
+            if line.startswith(MARK) and line.endswith("\n")
+        ]
         found = [json.loads(line.removeprefix(MARK)) for line in lines]
         if not by_itself:
             return Answers(found, Broken(f"no answer within {self.seconds:g} s; it was ended"))
         last = last_line(err) or f"exit code {self.process.returncode}"
-        remedy = INSTALL if last.startswith(("ImportError", "ModuleNotFoundError", "OSError")) else ""
+        remedy = (
+            INSTALL if last.startswith(("ImportError", "ModuleNotFoundError", "OSError")) else ""
+        )
         return Answers(found, Broken(f"ended without an answer: {last}", remedy))
 
     def stop(self) -> None:

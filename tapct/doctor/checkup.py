@@ -1,4 +1,6 @@
-"""`tapct doctor`: looks whether this machine can train, one line per check. Nothing here waits without an end."""
+"""`tapct doctor`: looks whether this machine can train, one line per check. Nothing here waits
+without an end.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,19 @@ from pathlib import Path
 from tapct.base import console
 from tapct.doctor import machine, verdicts
 from tapct.doctor.answers import CHILD_SECONDS, Answers, Child
-from tapct.doctor.facts import AllReduce, Attention, Broken, Copy, Finding, Gpu, Gpus, Reads, Settings, Space, Torch
+from tapct.doctor.facts import (
+    AllReduce,
+    Attention,
+    Broken,
+    Copy,
+    Finding,
+    Gpu,
+    Gpus,
+    Reads,
+    Settings,
+    Space,
+    Torch,
+)
 
 DEVICE, SITE, FOLDERS = "tapct.doctor.device", "tapct.doctor.site", "tapct.doctor.folders"
 FOLDER_SECONDS = 10.0
@@ -21,7 +35,10 @@ INDENT = 19
 
 
 def findings(
-    config: Path | None, overrides: Sequence[str], store: Path | None, seconds: float = CHILD_SECONDS
+    config: Path | None,
+    overrides: Sequence[str],
+    store: Path | None,
+    seconds: float = CHILD_SECONDS,
 ) -> Iterator[Finding]:
     """All checks, each as soon as it is done.
 
@@ -38,10 +55,16 @@ def findings(
     try:
         yield from quick()
         yield temporary
-        gloo = _all_reduce(children[1:], "gloo")  # before the store is read, which would share the CPUs with it
+        gloo = _all_reduce(
+            children[1:], "gloo"
+        )  # before the store is read, which would share the CPUs with it
         told = Answers([], Broken("not asked"))
         if config or store:
-            asked = {"config": str(config or ""), "overrides": list(overrides), "store": str(store or "")}
+            asked = {
+                "config": str(config or ""),
+                "overrides": list(overrides),
+                "store": str(store or ""),
+            }
             children.append(Child(SITE, "site", asked, seconds))
             told = children[-1].answers()
         settings, found = site(told, config, store)
@@ -78,9 +101,13 @@ ROOM = {  # bytes below which a run fails, and below which it may; remedy
 
 
 def folder(name: str, path: Path, seconds: float = FOLDER_SECONDS) -> Finding:
-    """Whether there is room in a folder that has to be written; a run folder need not be there yet."""
+    """Whether there is room in a folder that has to be written; a run folder need not be there
+    yet.
+    """
     asked = {"path": str(path), "must_exist": name != "disk"}
-    return verdicts.room(name, Child(FOLDERS, "space", asked, seconds).answers().of("space", Space), *ROOM[name])
+    return verdicts.room(
+        name, Child(FOLDERS, "space", asked, seconds).answers().of("space", Space), *ROOM[name]
+    )
 
 
 def site(told: Answers, config: Path | None, store: Path | None) -> tuple[Settings, list[Finding]]:
@@ -119,7 +146,9 @@ def _all_reducers(backend: str, world: int, meeting: str, seconds: float) -> lis
 
 def _all_reduce(peers: Sequence[Child], backend: str) -> Finding:
     if not peers:
-        return verdicts.all_reduce(Broken("not tried without a temporary folder", "mend TMPDIR first"), backend)
+        return verdicts.all_reduce(
+            Broken("not tried without a temporary folder", "mend TMPDIR first"), backend
+        )
     found = [peer.answers().of("all_reduce", AllReduce) for peer in peers]
     broken = [one for one in found if isinstance(one, Broken)]
     return verdicts.all_reduce(broken[0] if broken else found[0], backend)
@@ -141,7 +170,9 @@ def lines(finding: Finding, width: int) -> list[str]:
             break_long_words=False,
         )
 
-    return wrapped(finding.words, head) + (wrapped(finding.remedy, f"{rest[:-3]}-> ") if finding.remedy else [])
+    return wrapped(finding.words, head) + (
+        wrapped(finding.remedy, f"{rest[:-3]}-> ") if finding.remedy else []
+    )
 
 
 def show(finding: Finding) -> None:

@@ -1,4 +1,6 @@
-"""Probes of torch, GPUs, attention and collectives: `python -m tapct.doctor.device KIND ARGUMENTS`."""
+"""Probes of torch, GPUs, attention and collectives: `python -m tapct.doctor.device KIND
+ARGUMENTS`.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,9 @@ KERNELS = {
 
 def torch_build() -> Torch:
     """Versions of torch, its CUDA and the driver's."""
-    served = getattr(torch._C, "_cuda_getDriverVersion", int)()  # 13000 is CUDA 13.0, 0 no driver; not in CPU builds
+    served = getattr(
+        torch._C, "_cuda_getDriverVersion", int
+    )()  # 13000 is CUDA 13.0, 0 no driver; not in CPU builds
     driver = f"{served // 1000}.{served % 1000 // 10}" if served else ""
     return Torch(torch.__version__, torch.version.cuda or "", driver)
 
@@ -70,11 +74,15 @@ def copies() -> Copy:
 
 
 def attention(device: str) -> Attention:
-    """Try each SDPA kernel forward and backward on a small bf16 crop, and look for the other back-ends."""
+    """Try each SDPA kernel forward and backward on a small bf16 crop, and look for the other
+    back-ends.
+    """
     usable = []
     for name, kernel in KERNELS.items():
         try:
-            qkv = torch.randn(3, 2, 4, 128, 64, device=device, dtype=torch.bfloat16, requires_grad=True)
+            qkv = torch.randn(
+                3, 2, 4, 128, 64, device=device, dtype=torch.bfloat16, requires_grad=True
+            )
             q, k, v = qkv.unbind(0)
             with sdpa_kernel([kernel]):
                 F.scaled_dot_product_attention(q, k, v).float().square().mean().backward()
@@ -82,7 +90,9 @@ def attention(device: str) -> Attention:
                 usable.append(name)
         except RuntimeError:  # how torch says that no such kernel is here
             continue
-    return Attention(device, tuple(usable), _xformers(), util.find_spec("torch.nn.attention.varlen") is not None)
+    return Attention(
+        device, tuple(usable), _xformers(), util.find_spec("torch.nn.attention.varlen") is not None
+    )
 
 
 def _xformers() -> str:
@@ -90,20 +100,28 @@ def _xformers() -> str:
         import xformers.ops  # noqa: F401
 
         return metadata.version("xformers")
-    except (ImportError, OSError, RuntimeError, metadata.PackageNotFoundError):  # built for another torch: OSError
+    except (
+        ImportError,
+        OSError,
+        RuntimeError,
+        metadata.PackageNotFoundError,
+    ):  # built for another torch: OSError
         return ""
 
 
 def all_reduce(backend: str, rank: int, world: int, meeting: str) -> AllReduce:
     """Sum a tensor over the processes that meet in a file, several times.
 
-    Source of the rate: 2 (n - 1) / n bytes pass the bus for each byte of the tensor, as nccl-tests counts.
+    Source of the rate: 2 (n - 1) / n bytes pass the bus for each byte of the tensor, as nccl-tests
+        counts.
     """
     device = torch.device("cuda", rank) if backend == "nccl" else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     wait = timedelta(seconds=MEET_SECONDS)
-    dist.init_process_group(backend, init_method=f"file://{meeting}", rank=rank, world_size=world, timeout=wait)
+    dist.init_process_group(
+        backend, init_method=f"file://{meeting}", rank=rank, world_size=world, timeout=wait
+    )
     values = torch.full((1 << (26 if backend == "nccl" else 22),), float(rank + 1), device=device)
     dist.all_reduce(values)
     right = bool((values == world * (world + 1) / 2).all())

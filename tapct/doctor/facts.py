@@ -1,4 +1,6 @@
-"""What the probes find, and what is said of it: plain data between the machine and the judgement."""
+"""What the probes find, and what is said of it: plain data between the machine and the
+judgement.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,8 @@ class Finding:
 
     Args:
         name: of the check, one word.
-        state: fail means that a run will not work, warn that it may be slow or in the way of others.
+        state: fail means that a run will not work, warn that it may be slow or in the way of
+            others.
         words: what was found.
         remedy: what to do; empty where all is well.
     """
@@ -50,7 +53,9 @@ class Package:
 
 @dataclass(frozen=True)
 class Cpu:
-    """CPUs of the machine, those this process may run on, the share its cgroup allows (None: all), OMP_NUM_THREADS."""
+    """CPUs of the machine, those this process may run on, the share its cgroup allows (None: all),
+    OMP_NUM_THREADS.
+    """
 
     count: int
     allowed: int
@@ -80,7 +85,9 @@ class Space:
 
 @dataclass(frozen=True)
 class Slurm:
-    """Names of the partitions that are up and of those that are not, and how many jobs the user has."""
+    """Names of the partitions that are up and of those that are not, and how many jobs the user
+    has.
+    """
 
     up: tuple[str, ...]
     down: tuple[str, ...]
@@ -129,7 +136,9 @@ class Gpus:
 
 @dataclass(frozen=True)
 class Copy:
-    """Bytes per second that one GPU copies within itself (read and written) and takes from pinned host memory."""
+    """Bytes per second that one GPU copies within itself (read and written) and takes from pinned
+    host memory.
+    """
 
     inside: float
     from_host: float
@@ -137,7 +146,9 @@ class Copy:
 
 @dataclass(frozen=True)
 class Attention:
-    """SDPA kernels that ran on the device, xformers' version ("" without), whether torch has `varlen_attn`."""
+    """SDPA kernels that ran on the device, xformers' version ("" without), whether torch has
+    `varlen_attn`.
+    """
 
     device: str
     kernels: tuple[str, ...]
@@ -156,7 +167,9 @@ class AllReduce:
 
 @dataclass(frozen=True)
 class Reads:
-    """Random slabs from a store: how many scans it has, slabs and decoded bytes per second, by how many threads."""
+    """Random slabs from a store: how many scans it has, slabs and decoded bytes per second, by how
+    many threads.
+    """
 
     scans: int
     slabs: float

@@ -1,4 +1,6 @@
-"""Room in a folder, asked in a process of its own, because a dead network disk answers nobody: `python -m` this."""
+"""Room in a folder, asked in a process of its own, because a dead network disk answers nobody:
+`python -m` this.
+"""
 
 from __future__ import annotations
 

@@ -22,7 +22,9 @@ COMMAND_SECONDS = 8.0
 END_SECONDS = 2.0  # what a killed process gets to vanish; one that waits for a dead disk does not
 
 
-def start(words: Sequence[str], environment: Mapping[str, str] | None = None) -> subprocess.Popen[str]:
+def start(
+    words: Sequence[str], environment: Mapping[str, str] | None = None
+) -> subprocess.Popen[str]:
     """A process that leads its own session, so that it can be ended with all that it starts."""
     return subprocess.Popen(
         words,
@@ -55,7 +57,9 @@ def ended(process: subprocess.Popen[str], seconds: float) -> tuple[str, str, boo
 
 
 def kill(process: subprocess.Popen[str]) -> None:
-    """End a process of `start` with all that it started; one that is gone, or another's by now, is left alone."""
+    """End a process of `start` with all that it started; one that is gone, or another's by now, is
+    left alone.
+    """
     with suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
 
@@ -87,7 +91,9 @@ def packages(distribution: str = "tapct") -> tuple[Package, ...] | Broken:
         wanted = [Requirement(line) for line in metadata.requires(distribution) or ()]
     except metadata.PackageNotFoundError:
         return Broken(f"{distribution} is not installed, only found on the path")
-    found = [_package(Requirement(f"python{about['Requires-Python'] or ''}"), platform.python_version())]
+    found = [
+        _package(Requirement(f"python{about['Requires-Python'] or ''}"), platform.python_version())
+    ]
     for requirement in wanted:
         if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
             continue
@@ -108,7 +114,9 @@ def cpu(environment: Mapping[str, str]) -> Cpu:
     threads = environment.get("OMP_NUM_THREADS", "").split(",")[0]
     quota = cgroup_cpus(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))
     count = os.cpu_count() or 1
-    return Cpu(count, len(os.sched_getaffinity(0)), quota, int(threads) if threads.isdigit() else None)
+    return Cpu(
+        count, len(os.sched_getaffinity(0)), quota, int(threads) if threads.isdigit() else None
+    )
 
 
 def cgroup_cpus(membership: Path, root: Path) -> float | None:
@@ -124,11 +132,17 @@ def cgroup_cpus(membership: Path, root: Path) -> float | None:
         return None
     limits = []
     for _, controllers, group in (line for line in lines if len(line) == 3):
-        base = root if not controllers else root / "cpu" if "cpu" in controllers.split(",") else None
+        base = (
+            root if not controllers else root / "cpu" if "cpu" in controllers.split(",") else None
+        )
         if base is None:
             continue
         inner = base / group.lstrip("/")
-        for folder in [inner, *inner.parents, base]:  # within a container the group's own path may not be mounted
+        for folder in [
+            inner,
+            *inner.parents,
+            base,
+        ]:  # within a container the group's own path may not be mounted
             if folder == base or base in folder.parents:
                 limits.append(_cpu_limit(folder))
     return min((limit for limit in limits if limit), default=None)
@@ -139,7 +153,9 @@ def _cpu_limit(folder: Path) -> float | None:
         if (folder / "cpu.max").is_file():
             quota, period = (folder / "cpu.max").read_text().split()
         else:
-            quota, period = ((folder / f"cpu.cfs_{name}_us").read_text().strip() for name in ("quota", "period"))
+            quota, period = (
+                (folder / f"cpu.cfs_{name}_us").read_text().strip() for name in ("quota", "period")
+            )
         return None if quota in ("max", "-1") else int(quota) / int(period)
     except (OSError, ValueError, ZeroDivisionError):
         return None
@@ -187,7 +203,9 @@ def has_wandb_key(environment: Mapping[str, str], home: Path) -> bool:
     """Whether wandb could log in; the key itself is not read."""
     netrc = Path(environment.get("NETRC", home / ".netrc"))
     try:
-        return bool(environment.get("WANDB_API_KEY")) or "wandb" in netrc.read_text(errors="replace")
+        return bool(environment.get("WANDB_API_KEY")) or "wandb" in netrc.read_text(
+            errors="replace"
+        )
     except OSError:
         return False
 

@@ -1,4 +1,6 @@
-"""From facts to findings: pure, so that each outcome can be shown without the machine that has it."""
+"""From facts to findings: pure, so that each outcome can be shown without the machine that has
+it.
+"""
 
 from __future__ import annotations
 
@@ -46,11 +48,17 @@ def packages(found: tuple[Package, ...] | Broken) -> Finding:
     """Python and packages against what pyproject.toml asks for."""
     if isinstance(found, Broken):
         return Finding("packages", "warn", found.why, INSTALL)
-    told = ", ".join(f"{one.name} {one.version}" for one in found if one.name in ("python", "torch", "numpy", "blosc2"))
+    told = ", ".join(
+        f"{one.name} {one.version}"
+        for one in found
+        if one.name in ("python", "torch", "numpy", "blosc2")
+    )
     wrong = [one for one in found if not one.fits]
     if not wrong:
         return Finding("packages", "ok", f"{told}; all {len(found)} requirements are met")
-    words = "; ".join(f"{one.name} {one.version or 'is missing'}, wanted {one.wanted or 'any'}" for one in wrong)
+    words = "; ".join(
+        f"{one.name} {one.version or 'is missing'}, wanted {one.wanted or 'any'}" for one in wrong
+    )
     return Finding("packages", "fail", words, INSTALL)
 
 
@@ -61,28 +69,44 @@ def torch(found: Torch | Broken, has_nvidia: bool) -> Finding:
     if not found.cuda:
         if has_nvidia:
             remedy = "install torch with CUDA, see pytorch.org/get-started"
-            return Finding("torch", "fail", f"{found.version} is built for CPUs, but there is an NVIDIA GPU", remedy)
+            return Finding(
+                "torch",
+                "fail",
+                f"{found.version} is built for CPUs, but there is an NVIDIA GPU",
+                remedy,
+            )
         return Finding("torch", "ok", f"{found.version}, built for CPUs")
     words = f"{found.version}, CUDA {found.cuda}"
     if not found.driver:
         if has_nvidia:
-            return Finding("torch", "fail", f"{words}; the driver does not answer", "nvidia-smi should list GPUs")
+            return Finding(
+                "torch",
+                "fail",
+                f"{words}; the driver does not answer",
+                "nvidia-smi should list GPUs",
+            )
         return Finding("torch", "ok", f"{words}; no NVIDIA driver here")
     words += f", driver serves {found.driver}"
-    build, driver = ([int(part) for part in text.split(".")[:2]] for text in (found.cuda, found.driver))
+    build, driver = (
+        [int(part) for part in text.split(".")[:2]] for text in (found.cuda, found.driver)
+    )
     if build[0] > driver[0]:
         remedy = f"a newer NVIDIA driver, or a torch built for CUDA {driver[0]}"
         return Finding("torch", "fail", f"{words}: too old", remedy)
     if build > driver:
         remedy = "a newer driver, should kernels fail to start"
-        return Finding("torch", "warn", f"{words}: older than the build, within one major version", remedy)
+        return Finding(
+            "torch", "warn", f"{words}: older than the build, within one major version", remedy
+        )
     return Finding("torch", "ok", words)
 
 
 def gpus(found: Gpus | Broken, settings: Settings, has_nvidia: bool) -> Finding:
     """GPUs that torch sees."""
     if isinstance(found, Broken):
-        return _broken("gpu", found, "look at nvidia-smi; a driver that hangs needs an administrator")
+        return _broken(
+            "gpu", found, "look at nvidia-smi; a driver that hangs needs an administrator"
+        )
     if not found.gpus:
         if has_nvidia:
             remedy = "look at CUDA_VISIBLE_DEVICES and nvidia-smi"
@@ -92,20 +116,42 @@ def gpus(found: Gpus | Broken, settings: Settings, has_nvidia: bool) -> Finding:
             return Finding("gpu", "fail", "none, but the config says device=cuda", remedy)
         if settings.device == "cpu":
             return Finding("gpu", "ok", "none, and the config asks for none")
-        return Finding("gpu", "warn", "none: training runs on the CPU", "on a cluster: srun --gres=gpu:1 tapct doctor")
+        return Finding(
+            "gpu",
+            "warn",
+            "none: training runs on the CPU",
+            "on a cluster: srun --gres=gpu:1 tapct doctor",
+        )
     first = found.gpus[0]
     names = {gpu.name for gpu in found.gpus}
     has_bf16 = all(gpu.capability >= (8, 0) for gpu in found.gpus)
-    words = f"{len(found.gpus)} x {' / '.join(sorted(names))}, {size(first.memory)} each, compute capability "
+    words = (
+        f"{len(found.gpus)} x {' / '.join(sorted(names))}, {size(first.memory)} each, compute "
+        "capability "
+    )
     words += f"{first.capability[0]}.{first.capability[1]}, bf16 {'yes' if has_bf16 else 'no'}"
     if settings.precision == "bf16" and not has_bf16:
-        return Finding("gpu", "warn", words, "train.precision=fp32: without bf16 units it is emulated")
+        return Finding(
+            "gpu", "warn", words, "train.precision=fp32: without bf16 units it is emulated"
+        )
     if len(names) > 1:
-        return Finding("gpu", "warn", words, "choose equal ones with CUDA_VISIBLE_DEVICES: the slowest sets the pace")
+        return Finding(
+            "gpu",
+            "warn",
+            words,
+            "choose equal ones with CUDA_VISIBLE_DEVICES: the slowest sets the pace",
+        )
     full = [i for i, gpu in enumerate(found.gpus) if gpu.free < 0.8 * gpu.memory]
     if full:
-        words += f"; GPU {', '.join(map(str, full))} is in use: {size(found.gpus[full[0]].free)} free"
-        return Finding("gpu", "warn", words, "nvidia-smi shows by whom; choose others with CUDA_VISIBLE_DEVICES")
+        words += (
+            f"; GPU {', '.join(map(str, full))} is in use: {size(found.gpus[full[0]].free)} free"
+        )
+        return Finding(
+            "gpu",
+            "warn",
+            words,
+            "nvidia-smi shows by whom; choose others with CUDA_VISIBLE_DEVICES",
+        )
     return Finding("gpu", "ok", words)
 
 
@@ -116,14 +162,22 @@ def nccl(found: Gpus) -> Finding:
     if found.nccl:
         return Finding("nccl", "ok", found.nccl)
     state: State = "fail" if len(found.gpus) > 1 else "warn"
-    return Finding("nccl", state, "torch has none", "install torch with CUDA from pytorch.org, which brings NCCL")
+    return Finding(
+        "nccl",
+        state,
+        "torch has none",
+        "install torch with CUDA from pytorch.org, which brings NCCL",
+    )
 
 
 def copy(found: Copy | Broken) -> Finding:
     """Memory of the first GPU."""
     if isinstance(found, Broken):
         return _broken("gpu copy", found, "look at nvidia-smi -q for errors, and at ulimit -l")
-    words = f"{found.inside / GB:.0f} GB/s within the GPU, {found.from_host / GB:.1f} GB/s from pinned memory"
+    words = (
+        f"{found.inside / GB:.0f} GB/s within the GPU, {found.from_host / GB:.1f} GB/s from "
+        "pinned memory"
+    )
     if found.inside < LEAST_INSIDE or found.from_host < LEAST_FROM_HOST:
         remedy = "slow: is the GPU shared, or its slot narrow? nvidia-smi; nvidia-smi -q -d PCIE"
         return Finding("gpu copy", "warn", words, remedy)
@@ -133,8 +187,14 @@ def copy(found: Copy | Broken) -> Finding:
 def all_reduce(found: AllReduce | Broken, backend: str) -> Finding:
     """A real sum over processes."""
     least, remedy = {
-        "gloo": (LEAST_GLOO, "the host name must lead to this machine (/etc/hosts), or export GLOO_SOCKET_IFNAME=lo"),
-        "nccl": (LEAST_NCCL, "run with NCCL_DEBUG=INFO; nvidia-smi topo -m; try NCCL_P2P_DISABLE=1"),
+        "gloo": (
+            LEAST_GLOO,
+            "the host name must lead to this machine (/etc/hosts), or export GLOO_SOCKET_IFNAME=lo",
+        ),
+        "nccl": (
+            LEAST_NCCL,
+            "run with NCCL_DEBUG=INFO; nvidia-smi topo -m; try NCCL_P2P_DISABLE=1",
+        ),
     }[backend]
     name = f"{backend} sum"
     if isinstance(found, Broken):
@@ -142,17 +202,29 @@ def all_reduce(found: AllReduce | Broken, backend: str) -> Finding:
     words = f"all-reduce over {found.world} processes, {found.rate / GB:.3g} GB/s"
     if not found.right:
         return Finding(name, "fail", f"{words}: the sum is wrong", remedy)
-    return Finding(name, "warn", f"{words}: slow", remedy) if found.rate < least else Finding(name, "ok", words)
+    return (
+        Finding(name, "warn", f"{words}: slow", remedy)
+        if found.rate < least
+        else Finding(name, "ok", words)
+    )
 
 
 def attention(found: Attention | Broken) -> Finding:
     """Back-ends of attention on this device."""
     if isinstance(found, Broken):
         return _broken("attention", found, INSTALL)
-    others = f"xformers {found.xformers or 'not installed (optional)'}, varlen {'yes' if found.varlen else 'no'}"
+    others = (
+        f"xformers {found.xformers or 'not installed (optional)'}, varlen "
+        f"{'yes' if found.varlen else 'no'}"
+    )
     words = f"sdpa on {found.device}: {', '.join(found.kernels) or 'no kernel'}; {others}"
     if not found.kernels:
-        return Finding("attention", "fail", f"{words}; none ran", "install a torch that is built for this device")
+        return Finding(
+            "attention",
+            "fail",
+            f"{words}; none ran",
+            "install a torch that is built for this device",
+        )
     if found.kernels == ("math",) and found.device == "cuda":
         remedy = "attention will write N x N matrices: take smaller windows or batches"
         return Finding("attention", "warn", words, remedy)
@@ -171,13 +243,20 @@ def reads(found: Reads | Broken | None) -> Finding:
     if found is None:
         return Finding("store", "ok", "not measured; name a CONFIG or --store DIR")
     if isinstance(found, Broken):
-        return _broken("store", found, "tapct pack makes one; if it is there, mount its disk, or name it: --store DIR")
+        return _broken(
+            "store",
+            found,
+            "tapct pack makes one; if it is there, mount its disk, or name it: --store DIR",
+        )
     words = (
-        f"{found.scans} scans; {found.slabs:.0f} slabs of {found.depth} slices a second by {found.threads} threads, "
+        f"{found.scans} scans; {found.slabs:.0f} slabs of {found.depth} slices a second by "
+        f"{found.threads} threads, "
         f"{found.rate / MB:.0f} MB/s: feeds {found.slabs:.0f} samples/s"
     )
     if found.slabs < LEAST_SLABS:
-        return Finding("store", "warn", words, "copy it to a local disk, or raise data.loader.workers")
+        return Finding(
+            "store", "warn", words, "copy it to a local disk, or raise data.loader.workers"
+        )
     return Finding("store", "ok", words)
 
 
@@ -189,9 +268,13 @@ def cpu(found: Cpu) -> Finding:
     words += f", {share:.3g} by its cgroup" if math.isfinite(share) else ""
     words += f", OMP_NUM_THREADS={found.threads}" if found.threads else ""
     if usable < 1:
-        return Finding("cpu", "fail", words, "ask for whole CPUs: --cpus-per-task=8, or the container's --cpus")
+        return Finding(
+            "cpu", "fail", words, "ask for whole CPUs: --cpus-per-task=8, or the container's --cpus"
+        )
     if (found.threads or found.allowed) > usable + 0.5:
-        return Finding("cpu", "warn", words, f"too many threads: export OMP_NUM_THREADS={math.floor(usable)}")
+        return Finding(
+            "cpu", "warn", words, f"too many threads: export OMP_NUM_THREADS={math.floor(usable)}"
+        )
     return Finding("cpu", "ok", words)
 
 
@@ -202,11 +285,24 @@ def limits(found: Limits) -> Finding:
         return f"{value:.0f}" if math.isfinite(value) else "unlimited"
 
     locked = size(found.locked_bytes) if math.isfinite(found.locked_bytes) else "unlimited"
-    words = f"{told(found.open_files)} open files, {told(found.processes)} processes, {locked} locked memory"
+    words = (
+        f"{told(found.open_files)} open files, {told(found.processes)} processes, {locked} "
+        "locked memory"
+    )
     if found.open_files < 256 or found.processes < 64:
-        return Finding("limits", "fail", words, "ulimit -n 65536; ulimit -u 4096 (or /etc/security/limits.conf)")
+        return Finding(
+            "limits",
+            "fail",
+            words,
+            "ulimit -n 65536; ulimit -u 4096 (or /etc/security/limits.conf)",
+        )
     if found.open_files < 1024 or found.processes < 1024:
-        return Finding("limits", "warn", words, "ulimit -n 65536; ulimit -u 4096 (or /etc/security/limits.conf)")
+        return Finding(
+            "limits",
+            "warn",
+            words,
+            "ulimit -n 65536; ulimit -u 4096 (or /etc/security/limits.conf)",
+        )
     if found.infiniband and found.locked_bytes < 1 << 30:
         remedy = "InfiniBand wants ulimit -l unlimited (on a cluster: its administrator)"
         return Finding("limits", "warn", words, remedy)
@@ -234,11 +330,25 @@ def slurm(found: Slurm | Broken | None) -> Finding:
     if found is None:
         return Finding("slurm", "ok", "not here, and not needed on one machine")
     if isinstance(found, Broken):
-        if "configuration source" in found.why:  # the client is installed, but there is no slurm.conf
-            return Finding("slurm", "warn", found.why, "on a cluster: its administrator; elsewhere it is not needed")
-        return _broken("slurm", found, "scontrol ping; its administrator knows whether slurmctld is down")
+        if (
+            "configuration source" in found.why
+        ):  # the client is installed, but there is no slurm.conf
+            return Finding(
+                "slurm",
+                "warn",
+                found.why,
+                "on a cluster: its administrator; elsewhere it is not needed",
+            )
+        return _broken(
+            "slurm", found, "scontrol ping; its administrator knows whether slurmctld is down"
+        )
     if not found.up:
-        return Finding("slurm", "warn", f"no partition of {len(found.down)} is up", "sinfo --summarize; wait, or ask")
+        return Finding(
+            "slurm",
+            "warn",
+            f"no partition of {len(found.down)} is up",
+            "sinfo --summarize; wait, or ask",
+        )
     shown = ", ".join(found.up[:6]) + (", ..." if len(found.up) > 6 else "")
     return Finding("slurm", "ok", f"partitions up: {shown}; jobs of yours: {found.jobs}")
 
@@ -249,20 +359,34 @@ def wandb(mode: str, has_key: bool) -> Finding:
         where = "off" if mode == "disabled" else "offline, written to RUN/wandb"
         return Finding("wandb", "ok", f"{where}; no internet needed")
     if not has_key:
-        return Finding("wandb", "fail", "online, but there is no key", "wandb login, or log.wandb.mode=offline")
-    return Finding("wandb", "ok", "online with a key; the training node needs internet, else log.wandb.mode=offline")
+        return Finding(
+            "wandb", "fail", "online, but there is no key", "wandb login, or log.wandb.mode=offline"
+        )
+    return Finding(
+        "wandb",
+        "ok",
+        "online with a key; the training node needs internet, else log.wandb.mode=offline",
+    )
 
 
 def umask(found: int) -> Finding:
     """Who else may write what a run writes."""
     if not found & 0o002:
-        words = f"{found:04o}: everybody may change your runs, and a checkpoint is trusted like code"
+        words = (
+            f"{found:04o}: everybody may change your runs, and a checkpoint is trusted like code"
+        )
         return Finding("umask", "warn", words, "umask 022, or 077 for yourself alone")
-    readers = "only you" if found & 0o044 == 0o044 else "your group" if found & 0o004 else "everybody"
+    readers = (
+        "only you" if found & 0o044 == 0o044 else "your group" if found & 0o004 else "everybody"
+    )
     return Finding("umask", "ok", f"{found:04o}: {readers} can read new runs")
 
 
 def summary(findings: Sequence[Finding]) -> str:
     """How many of each."""
-    counts = {state: sum(one.state == state for one in findings) for state in ("ok", "warn", "fail")}
-    return f"{len(findings)} checks: " + ", ".join(f"{count} {state}" for state, count in counts.items())
+    counts = {
+        state: sum(one.state == state for one in findings) for state in ("ok", "warn", "fail")
+    }
+    return f"{len(findings)} checks: " + ", ".join(
+        f"{count} {state}" for state, count in counts.items()
+    )

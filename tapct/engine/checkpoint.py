@@ -1,7 +1,8 @@
-"""Checkpoints: written aside, verified, renamed, rotated; a crash at any instant leaves the older ones whole.
+"""Checkpoints: written aside, verified, renamed, rotated; a crash at any instant leaves the older
+ones whole.
 
-Training waits only while the state is copied to the host's memory; a thread writes it, every rank its own shards, and
-the first rank makes a checkpoint of them. One save is under way at a time.
+Training waits only while the state is copied to the host's memory; a thread writes it, every rank
+its own shards, and the first rank makes a checkpoint of them. One save is under way at a time.
 
     checkpoints/
       latest                 the name of the newest one, one line
@@ -33,7 +34,10 @@ from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
-from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.distributed.tensor import DTensor
 
 from tapct.base.exits import UserError
@@ -46,10 +50,16 @@ from tapct.ssl.student_teacher import StudentTeacher
 class Config:
     """When to save and what to keep."""
 
-    every: int = setting(500, "optimizer steps between checkpoints; one is always written at the end", ge=1)
+    every: int = setting(
+        500, "optimizer steps between checkpoints; one is always written at the end", ge=1
+    )
     keep: int = setting(2, "how many of the newest checkpoints stay on disk", ge=1)
-    keep_every: int = setting(0, "checkpoints whose step is a multiple of this stay for ever; 0: none", ge=0)
-    asynchronous: bool = setting(True, "write while training goes on; costs a copy of the state in host memory")
+    keep_every: int = setting(
+        0, "checkpoints whose step is a multiple of this stay for ever; 0: none", ge=0
+    )
+    asynchronous: bool = setting(
+        True, "write while training goes on; costs a copy of the state in host memory"
+    )
     on_error: str = setting(
         "stop",
         "when one cannot be written (full disk): stop the run, or continue without it",
@@ -112,16 +122,20 @@ class Checkpoints:
             if device is not None and device.type == "cuda":
                 torch.cuda.set_device(device)
 
-        self.thread = ThreadPoolExecutor(1, thread_name_prefix="tapct-checkpoint", initializer=use_own_gpu)
+        self.thread = ThreadPoolExecutor(
+            1, thread_name_prefix="tapct-checkpoint", initializer=use_own_gpu
+        )
         self.under_way: Future[Path] | None = None
 
     def save(self, meta: Meta, pair: StudentTeacher, optimizer: torch.optim.Optimizer) -> Path:
-        """Write a checkpoint, make it the latest, and drop the oldest beyond `keep`. All ranks call it.
+        """Write a checkpoint, make it the latest, and drop the oldest beyond `keep`. All ranks call
+        it.
 
         Returns:
             Its folder.
         Raises:
-            UserError: the disk is full or not writable; nothing half-written is left, older checkpoints are whole.
+            UserError: the disk is full or not writable; nothing half-written is left, older
+                checkpoints are whole.
         """
         self.begin(meta, pair, optimizer)
         saved = self.finish()
@@ -129,7 +143,8 @@ class Checkpoints:
         return saved
 
     def begin(self, meta: Meta, pair: StudentTeacher, optimizer: torch.optim.Optimizer) -> None:
-        """Copy the state to the host's memory and write it in a thread; first waits for the save before.
+        """Copy the state to the host's memory and write it in a thread; first waits for the save
+        before.
 
         Raises:
             UserError: the save before failed.
@@ -151,7 +166,9 @@ class Checkpoints:
         self.thread.shutdown(wait=False)
 
     def settle(self) -> None:
-        """Wait for the save under way and do not ask how it went: something else has already gone wrong."""
+        """Wait for the save under way and do not ask how it went: something else has already gone
+        wrong.
+        """
         if self.under_way is not None:
             wait([self.under_way])
             self.under_way = None
@@ -169,7 +186,10 @@ class Checkpoints:
 
     def _write(self, meta: Meta, state: dict[str, Any], teacher: dict[str, Tensor]) -> Path:
         """The thread: shards of every rank, then the first rank makes a checkpoint of them."""
-        final, aside = self.folder / f"step_{meta.step:08d}", self.folder / f".writing_step_{meta.step:08d}"
+        final, aside = (
+            self.folder / f"step_{meta.step:08d}",
+            self.folder / f".writing_step_{meta.step:08d}",
+        )
         with self._agreeing(meta, aside):
             if self.is_first:
                 self.folder.mkdir(parents=True, exist_ok=True)
@@ -198,15 +218,22 @@ class Checkpoints:
             shutil.rmtree(final)
         os.replace(aside, final)
         self.announce(final)
-        # later steps are of a future that a damaged checkpoint took away: they must not crowd out the whole ones
+        # later steps are of a future that a damaged checkpoint took away: they must not crowd out
+        # the whole ones
         kept = [path for path in self.finished() if step_of(path) <= meta.step][-self.keep :]
         for path in self.finished():
-            for_ever = self.keep_every and step_of(path) <= meta.step and step_of(path) % self.keep_every == 0
+            for_ever = (
+                self.keep_every
+                and step_of(path) <= meta.step
+                and step_of(path) % self.keep_every == 0
+            )
             if path not in kept and not for_ever:
                 self._drop(path)
 
     def _drop(self, path: Path) -> None:
-        """Remove a checkpoint; by its name at once, so that a kill leaves no half of one. What resists stays aside."""
+        """Remove a checkpoint; by its name at once, so that a kill leaves no half of one. What
+        resists stays aside.
+        """
         with suppress(OSError):
             aside = self.folder / f".old_{path.name}"
             os.replace(path, aside)
@@ -214,10 +241,12 @@ class Checkpoints:
 
     @contextmanager
     def _agreeing(self, meta: Meta, aside: Path) -> Iterator[None]:
-        """One stage of a save: when it fails on one rank it fails on all, and nothing half-written stays.
+        """One stage of a save: when it fails on one rank it fails on all, and nothing half-written
+        stays.
 
         Raises:
-            UserError: naming step and cause; on a rank where all went well, that another one failed.
+            UserError: naming step and cause; on a rank where all went well, that another one
+                failed.
         """
         failure: BaseException | None = None
         try:
@@ -230,24 +259,33 @@ class Checkpoints:
         if num_failed:
             if self.is_first:
                 shutil.rmtree(aside, ignore_errors=True)
-            cause = first_cause(failure) if failure is not None else "another rank failed, see its line"
+            cause = (
+                first_cause(failure) if failure is not None else "another rank failed, see its line"
+            )
             raise UserError(
                 f"checkpoint of step {meta.step} could not be written to {self.folder}: {cause}. "
                 "Older checkpoints are whole; free some space and start the same command again."
             ) from failure
 
     def announce(self, path: Path) -> None:
-        """Make `latest` name a checkpoint; a kill between a save and this, or damage, may have left it behind."""
+        """Make `latest` name a checkpoint; a kill between a save and this, or damage, may have left
+        it behind.
+        """
         latest, name = self.folder / "latest", path.name + "\n"
         if not latest.is_file() or latest.read_text() != name:
             replace_text(latest, name)
 
     def finished(self) -> list[Path]:
         """Checkpoint folders by step, oldest first; whether they are whole is not checked."""
-        return sorted((path for path in self.folder.glob("step_*") if FOLDER.fullmatch(path.name)), key=step_of)
+        return sorted(
+            (path for path in self.folder.glob("step_*") if FOLDER.fullmatch(path.name)),
+            key=step_of,
+        )
 
     def newest_whole(self) -> tuple[Path | None, list[str]]:
-        """The newest checkpoint that passes its own fingerprints, and one line for each damaged one passed over."""
+        """The newest checkpoint that passes its own fingerprints, and one line for each damaged one
+        passed over.
+        """
         complaints: list[str] = []
         for path in reversed(self.finished()):
             complaint = damage(path)
@@ -258,10 +296,11 @@ class Checkpoints:
 
 
 def load(path: Path, pair: StudentTeacher, optimizer: torch.optim.Optimizer) -> None:
-    """Bring weights, optimizer moments, centres and random state back, in place, at any number of ranks.
+    """Bring weights, optimizer moments, centres and random state back, in place, at any number of
+    ranks.
 
-    A snapshot of the teacher that only the checkpoint holds is left out. One that it lacks stays as it is, never taken,
-    and so is taken before the first step that needs it.
+    A snapshot of the teacher that only the checkpoint holds is left out. One that it lacks stays as
+    it is, never taken, and so is taken before the first step that needs it.
 
     Args:
         path: a checkpoint folder that `damage` finds whole.
@@ -269,12 +308,19 @@ def load(path: Path, pair: StudentTeacher, optimizer: torch.optim.Optimizer) -> 
         optimizer: of the same config.
     """
     state = training_state(pair, optimizer)
-    # a rank or a device that was not there when it was written has no random state in it, and keeps its new one
+    # a rank or a device that was not there when it was written has no random state in it, and keeps
+    # its new one
     known = FileSystemReader(path).read_metadata().state_dict_metadata
-    absent = [key for key in state["pair"] if key.startswith("snapshot") and f"pair.{key}" not in known]
+    absent = [
+        key for key in state["pair"] if key.startswith("snapshot") and f"pair.{key}" not in known
+    ]
     lacking = {key: state["pair"].pop(key) for key in absent}
     name = f"rank_{collectives.rank()}"
-    state["rng"] = {name: {kind: old for kind, old in state["rng"][name].items() if f"rng.{name}.{kind}" in known}}
+    state["rng"] = {
+        name: {
+            kind: old for kind, old in state["rng"][name].items() if f"rng.{name}.{kind}" in known
+        }
+    }
     with single_process():
         dcp.load(state, checkpoint_id=path, no_dist=collectives.world_size() == 1)
     pair.load_state_dict({**state["pair"], **lacking})
@@ -309,11 +355,16 @@ def training_state(pair: StudentTeacher, optimizer: torch.optim.Optimizer) -> di
     if next(pair.parameters()).is_cuda:
         rng["cuda"] = torch.cuda.get_rng_state()
     moments = get_optimizer_state_dict(pair.student, optimizer)
-    return {"pair": pair.state_dict(), "optimizer": moments, "rng": {f"rank_{collectives.rank()}": rng}}
+    return {
+        "pair": pair.state_dict(),
+        "optimizer": moments,
+        "rng": {f"rank_{collectives.rank()}": rng},
+    }
 
 
 def teacher_tensors(pair: StudentTeacher) -> dict[str, Tensor]:
-    """The teacher's backbone in full under its own parameter names, on the CPU; only the first rank keeps it.
+    """The teacher's backbone in full under its own parameter names, on the CPU; only the first rank
+    keeps it.
 
     A collective where it is sharded.
     """
@@ -321,7 +372,8 @@ def teacher_tensors(pair: StudentTeacher) -> dict[str, Tensor]:
     for name, tensor in pair.teacher.backbone.state_dict().items():
         full = (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
         if collectives.rank() == 0:
-            tensors[name] = torch.empty_like(full, device="cpu").copy_(full).contiguous()  # training goes on meanwhile
+            # training goes on meanwhile
+            tensors[name] = torch.empty_like(full, device="cpu").copy_(full).contiguous()
     return tensors
 
 

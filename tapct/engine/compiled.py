@@ -1,8 +1,10 @@
-"""`torch.compile` of the blocks of every network: the same numbers up to rounding, by fewer and larger kernels.
+"""`torch.compile` of the blocks of every network: the same numbers up to rounding, by fewer and
+larger kernels.
 
-What is compiled is the `forward` of a block, not the block: parameters keep their names, and FSDP's hooks stay outside
-of the graph. All blocks are alike and share graphs. Stochastic depth changes the number of rows at every step, so sizes
-are symbols; new graphs are made only where a branch keeps all crops, or where two sizes are equal by chance.
+What is compiled is the `forward` of a block, not the block: parameters keep their names, and FSDP's
+hooks stay outside of the graph. All blocks are alike and share graphs. Stochastic depth changes the
+number of rows at every step, so sizes are symbols; new graphs are made only where a branch keeps
+all crops, or where two sizes are equal by chance.
 """
 
 from __future__ import annotations
@@ -20,12 +22,14 @@ from tapct.base.exits import UserError
 from tapct.engine.fsdp import blocks_of
 from tapct.ssl.student_teacher import StudentTeacher
 
-GRAPHS = 64  # of one function before torch gives up on it; teacher and student, each branch whole or by a subset
+# of one function before torch gives up on it; teacher and student, each branch whole or by a subset
+GRAPHS = 64
 WANTED = ("auto", "always", "never")
 
 
 def decide(wanted: str, device: torch.device) -> bool:
-    """Whether blocks are compiled: `auto` is yes on a GPU, where a compiler is found, and no on a CPU.
+    """Whether blocks are compiled: `auto` is yes on a GPU, where a compiler is found, and no on a
+    CPU.
 
     Raises:
         UserError: `always`, and there is no compiler.
@@ -44,8 +48,12 @@ def decide(wanted: str, device: torch.device) -> bool:
 
 
 def compilers(device: torch.device) -> tuple[str, ...]:
-    """Programs of which torch needs one: C++ for kernels of a CPU, C for what starts those of a GPU."""
-    variable, usual = ("CXX", ("g++", "clang++")) if device.type == "cpu" else ("CC", ("gcc", "clang"))
+    """Programs of which torch needs one: C++ for kernels of a CPU, C for what starts those of a
+    GPU.
+    """
+    variable, usual = (
+        ("CXX", ("g++", "clang++")) if device.type == "cpu" else ("CC", ("gcc", "clang"))
+    )
     return (os.environ[variable],) if os.environ.get(variable) else usual
 
 
@@ -59,7 +67,9 @@ def compile_blocks(pair: StudentTeacher) -> None:
     for network in (pair.student, *pair.frozen()):
         blocks = blocks_of(network.backbone)
         if not blocks:
-            raise UserError("train.compile: this backbone has no `blocks` to compile; set train.compile=never")
+            raise UserError(
+                "train.compile: this backbone has no `blocks` to compile; set train.compile=never"
+            )
         for block in blocks:
             compile_forward(block)
 
@@ -77,5 +87,9 @@ def naming_failures() -> Iterator[None]:
     except RuntimeError as error:
         if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
             raise
-        cause = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise UserError(f"train.compile: torch could not compile a block ({cause}); set train.compile=never") from error
+        cause = next(
+            (line for line in str(error).splitlines() if line.strip()), type(error).__name__
+        )
+        raise UserError(
+            f"train.compile: torch could not compile a block ({cause}); set train.compile=never"
+        ) from error

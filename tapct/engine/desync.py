@@ -17,19 +17,26 @@ from tapct.ssl.student_teacher import StudentTeacher
 
 @torch.no_grad()
 def fingerprint(tensors: Iterator[Tensor]) -> Tensor:
-    """int64 sum of the bit patterns of local parts, each element weighted by its place: differs when any bit does."""
+    """int64 sum of the bit patterns of local parts, each element weighted by its place: differs
+    when any bit does.
+    """
     total = None
     for tensor in tensors:
         flat = collectives.local_part(tensor).detach().contiguous().flatten()
-        bits = flat.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()])
-        weights = torch.arange(1, 2 * len(bits) + 1, 2, device=bits.device)  # odd: no bit is lost modulo 2^64
+        bits = flat.view(
+            {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()]
+        )
+        weights = torch.arange(
+            1, 2 * len(bits) + 1, 2, device=bits.device
+        )  # odd: no bit is lost modulo 2^64
         one = (bits.to(torch.int64) * weights).sum()
         total = one if total is None else total * 1_000_003 + one
     return total if total is not None else torch.zeros((), dtype=torch.int64)
 
 
 def check_sync(pair: StudentTeacher, world: World, step: int) -> None:
-    """Compare what ranks should hold alike: replicated shards, loss state, the draws of plug-ins aside.
+    """Compare what ranks should hold alike: replicated shards, loss state, the draws of plug-ins
+    aside.
 
     Raises:
         SharedError: they differ; it names two ranks that stand apart.
@@ -47,7 +54,9 @@ def check_sync(pair: StudentTeacher, world: World, step: int) -> None:
         for part, other, what in ((0, twin, "parameters"), (1, 0, "loss state"), (2, 0, "step")):
             if row[part] != all_W3[other][part]:
                 raise SharedError(
-                    f"step {step}: rank {rank} and rank {other} no longer hold the same {what}; a fault of memory, "
-                    "network or a plug-in that draws without a key. Start the same command again: it goes on from the "
+                    f"step {step}: rank {rank} and rank {other} no longer hold the same {what}; a "
+                    "fault of memory, "
+                    "network or a plug-in that draws without a key. Start the same command again: "
+                    "it goes on from the "
                     "last checkpoint"
                 )

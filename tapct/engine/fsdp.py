@@ -1,9 +1,9 @@
 """FSDP2 sharding of student and teacher.
 
-Student and teacher are sharded alike (`fully_shard` per block; heads and the rest of the backbone as units of their
-own) over a mesh replicate x shard. float32 master shards; with bf16 the blocks and heads are gathered and computed in
-bf16, gradients are reduced in float32; what lies outside of the blocks (positions, final norm) stays float32, so that
-the residual stream does.
+Student and teacher are sharded alike (`fully_shard` per block; heads and the rest of the backbone
+as units of their own) over a mesh replicate x shard. float32 master shards; with bf16 the blocks
+and heads are gathered and computed in bf16, gradients are reduced in float32; what lies outside of
+the blocks (positions, final norm) stays float32, so that the residual stream does.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ from tapct.types import TargetSums, Tokens
 
 @functools.cache
 def _register_outputs() -> None:
-    """Make tensors in what modules return visible to FSDP, which hooks their gradients; once per process."""
+    """Make tensors in what modules return visible to FSDP, which hooks their gradients; once per
+    process.
+    """
     for noun in (Tokens, PrototypeLoss, TargetSums):
         _pytree.register_dataclass(noun)
 
@@ -35,8 +37,8 @@ def shard(network: Network, mesh: DeviceMesh, *, bf16: bool, keeps_gradient: boo
         network: student, teacher or the teacher's snapshot.
         mesh: replicate x shard.
         bf16: gather and compute in bf16.
-        keeps_gradient: the student. The others have no backward pass after which FSDP would free the gathered copy,
-            and would go on with a copy from before its last move.
+        keeps_gradient: the student. The others have no backward pass after which FSDP would free
+            the gathered copy, and would go on with a copy from before its last move.
     """
     _register_outputs()
     compute = MixedPrecisionPolicy(
@@ -48,26 +50,36 @@ def shard(network: Network, mesh: DeviceMesh, *, bf16: bool, keeps_gradient: boo
         mesh = mesh["shard"]
     for block in blocks_of(network.backbone):
         fully_shard(block, mesh=mesh, mp_policy=compute, reshard_after_forward=True)
-    fully_shard(network.backbone, mesh=mesh, mp_policy=whole, reshard_after_forward=not keeps_gradient)
+    fully_shard(
+        network.backbone, mesh=mesh, mp_policy=whole, reshard_after_forward=not keeps_gradient
+    )
     for head in network.heads.values():
         fully_shard(head, mesh=mesh, mp_policy=compute, reshard_after_forward=not keeps_gradient)
 
 
 def blocks_of(backbone: nn.Module) -> list[nn.Module]:
-    """The repeated layers of a backbone, each gathered by itself: `backbone.blocks`; none where it has no such list."""
+    """The repeated layers of a backbone, each gathered by itself: `backbone.blocks`; none where it
+    has no such list.
+    """
     blocks = getattr(backbone, "blocks", None)
     return list(blocks) if isinstance(blocks, nn.ModuleList) else []
 
 
 def forget_order(pair: StudentTeacher) -> None:
-    """Let FSDP forget the order of gathering in networks that have no backward pass, which alone does so."""
-    for root in (part for network in pair.frozen() for part in (network.backbone, *network.heads.values())):
+    """Let FSDP forget the order of gathering in networks that have no backward pass, which alone
+    does so.
+    """
+    for root in (
+        part for network in pair.frozen() for part in (network.backbone, *network.heads.values())
+    ):
         if isinstance(root, FSDPModule) and hasattr(root, "reset_iter_state"):  # torch 2.13
             root.reset_iter_state()
 
 
 def sync_gradients(pair: StudentTeacher, enabled: bool) -> None:
-    """Reduce gradients over ranks in the next backward pass, or only add them up here until a later one does."""
+    """Reduce gradients over ranks in the next backward pass, or only add them up here until a later
+    one does.
+    """
     for module in pair.student.modules():
         if isinstance(module, FSDPModule):
             module.set_requires_gradient_sync(enabled, recurse=False)

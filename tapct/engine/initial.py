@@ -1,6 +1,8 @@
-"""Start from weights that exist already: a run, a checkpoint, an export, or a safetensors file of a backbone.
+"""Start from weights that exist already: a run, a checkpoint, an export, or a safetensors file of a
+backbone.
 
-What was loaded, missing, resized and unexpected is a table that people see; anything but `loaded` must be allowed.
+What was loaded, missing, resized and unexpected is a table that people see; anything but `loaded`
+must be allowed.
 """
 
 from __future__ import annotations
@@ -55,15 +57,20 @@ class Report:
         for kind in KINDS:
             names = getattr(self, kind)
             if names:
-                told.append(f"  {kind:<10} {len(names)}: {', '.join(names[:4])}{', ...' if len(names) > 4 else ''}")
+                told.append(
+                    f"  {kind:<10} {len(names)}: "
+                    f"{', '.join(names[:4])}{', ...' if len(names) > 4 else ''}"
+                )
         return told
 
 
 def locate(path: Path) -> Path:
-    """The file with the weights that a path means; one rank looks, since a run that goes on changes its answer.
+    """The file with the weights that a path means; one rank looks, since a run that goes on changes
+    its answer.
 
     Args:
-        path: run folder (newest whole checkpoint), checkpoint folder, export folder, or a safetensors file.
+        path: run folder (newest whole checkpoint), checkpoint folder, export folder, or a
+            safetensors file.
     Raises:
         UserError: nothing of that kind is there.
     """
@@ -79,7 +86,9 @@ def locate(path: Path) -> Path:
             return folder / "model.safetensors"
     if path.suffix == ".safetensors" and path.is_file():
         return path
-    raise UserError(f"train.init={path}: give a run folder, a checkpoint, an export or a .safetensors file")
+    raise UserError(
+        f"train.init={path}: give a run folder, a checkpoint, an export or a .safetensors file"
+    )
 
 
 def read(file: Path) -> Weights:
@@ -103,7 +112,10 @@ def _grid(model: Mapping[str, object]) -> Grid | None:
     section = model.get("config", model)
     if not isinstance(section, Mapping) or "window" not in section or "patch" not in section:
         return None
-    z, y, x = (int(size) // int(side) for size, side in zip(section["window"], section["patch"], strict=True))
+    z, y, x = (
+        int(size) // int(side)
+        for size, side in zip(section["window"], section["patch"], strict=True)
+    )
     return z, y, x
 
 
@@ -117,16 +129,19 @@ def _read_file(file: Path, grid: Grid | None) -> Weights:
 
 @torch.no_grad()
 def apply(weights: Weights, pair: StudentTeacher, allow: tuple[str, ...]) -> Report:
-    """Put weights into the backbone of student and teacher, sharded or whole; heads keep their first values.
+    """Put weights into the backbone of student and teacher, sharded or whole; heads keep their
+    first values.
 
-    Positions of another grid are resized like those of a crop of that size; no other shape may differ.
+    Positions of another grid are resized like those of a crop of that size; no other shape may
+    differ.
 
     Args:
         weights: read from disk, on every rank.
         pair: gets them.
         allow: kinds that may occur: `missing`, `resized`, `unexpected`.
     Raises:
-        UserError: a kind occurs that is not allowed, or a shape cannot be brought to fit; nothing was changed.
+        UserError: a kind occurs that is not allowed, or a shape cannot be brought to fit; nothing
+            was changed.
     """
     wanted = dict(pair.student.backbone.named_parameters())
     full, resized, unfit = {}, [], []
@@ -140,7 +155,9 @@ def apply(weights: Weights, pair: StudentTeacher, allow: tuple[str, ...]) -> Rep
             unfit.append(f"{name} is {tuple(value.shape)} there and {shape} here")
         full[name] = value
     if unfit:
-        raise SharedError(f"train.init: {weights.source} does not fit this model: {sorted(unfit)[0]}")
+        raise SharedError(
+            f"train.init: {weights.source} does not fit this model: {sorted(unfit)[0]}"
+        )
     report = Report(
         loaded=tuple(sorted(full.keys() - set(resized))),
         missing=tuple(sorted(wanted.keys() - full.keys())),
@@ -152,7 +169,8 @@ def apply(weights: Weights, pair: StudentTeacher, allow: tuple[str, ...]) -> Rep
         names = getattr(report, kind)
         if names and kind not in allow:
             raise SharedError(
-                f"train.init: {len(names)} parameters of {weights.source} are {kind}, {names[0]} for one; if that is "
+                f"train.init: {len(names)} parameters of {weights.source} are {kind}, {names[0]} "
+                "for one; if that is "
                 f"meant, set train.init_allow=[{','.join([*allow, kind])}]"
             )
     teacher = dict(pair.teacher.backbone.named_parameters())

@@ -1,4 +1,6 @@
-"""The training loop: one optimizer step after the other until the last, a signal, or a number that is not finite."""
+"""The training loop: one optimizer step after the other until the last, a signal, or a number that
+is not finite.
+"""
 
 from __future__ import annotations
 
@@ -37,11 +39,16 @@ class Config:
     """Length, batch and arithmetic of a run."""
 
     steps: int = setting(125_000, "optimizer steps; 100 'epochs' of 1250 (TAP-CT configs)", ge=1)
-    global_batch: int = setting(1024, "samples per optimizer step over all ranks and micro-batches", ge=1)
-    accumulation: int = setting(1, "micro-batches per optimizer step; Sinkhorn and KoLeo act within one", ge=1)
+    global_batch: int = setting(
+        1024, "samples per optimizer step over all ranks and micro-batches", ge=1
+    )
+    accumulation: int = setting(
+        1, "micro-batches per optimizer step; Sinkhorn and KoLeo act within one", ge=1
+    )
     precision: str = setting(
         "fp32",
-        "compute dtype of the networks: fp32; bf16 autocast over float32 weights; fp64 throughout, to check equality",
+        "compute dtype of the networks: fp32; bf16 autocast over float32 weights; fp64 "
+        "throughout, to check equality",
         choices=("fp32", "bf16", "fp64"),
     )
     compile: str = setting(
@@ -51,21 +58,31 @@ class Config:
     )
     recompute: int = setting(
         0,
-        "activation checkpointing: 1 computes each block again in the backward pass instead of keeping it, 2 every "
+        "activation checkpointing: 1 computes each block again in the backward pass instead of "
+        "keeping it, 2 every "
         "second block, and so on; 0 none",
         ge=0,
     )
     resume: str = setting(
         "auto",
-        "auto: go on from the run's newest checkpoint if there is one; must: there has to be one; never: there must be "
-        "none; else the path of a checkpoint or run that a run without a checkpoint of its own goes on from",
+        "auto: go on from the run's newest checkpoint if there is one; must: there has to be one; "
+        "never: there must be "
+        "none; else the path of a checkpoint or run that a run without a checkpoint of its own "
+        "goes on from",
     )
     init: str = setting(
-        "", "weights that a new run starts from: a run, checkpoint, export or .safetensors file; empty: random ones"
+        "",
+        "weights that a new run starts from: a run, checkpoint, export or .safetensors file; "
+        "empty: random ones",
     )
-    init_allow: tuple[str, ...] = setting((), "what else than a perfect fit is meant: missing, resized, unexpected")
+    init_allow: tuple[str, ...] = setting(
+        (), "what else than a perfect fit is meant: missing, resized, unexpected"
+    )
     save_before_end_s: float = setting(
-        60.0, "in a SLURM job, save and stop this many seconds before its time ends, without a signal too", ge=0.0
+        60.0,
+        "in a SLURM job, save and stop this many seconds before its time ends, without a signal "
+        "too",
+        ge=0.0,
     )
 
     @property
@@ -79,7 +96,8 @@ class Config:
                 raise UserError(f"train.init_allow: {kind} is none of {', '.join(initial.KINDS)}")
         if self.global_batch % self.accumulation:
             raise UserError(
-                f"train.global_batch {self.global_batch} is not a multiple of train.accumulation {self.accumulation}; "
+                f"train.global_batch {self.global_batch} is not a multiple of train.accumulation "
+                f"{self.accumulation}; "
                 "the batch of a rank is global_batch / (world x accumulation)"
             )
 
@@ -118,7 +136,10 @@ class Recipe:
     @property
     def grid(self) -> tuple[int, int, int]:
         """Patch tokens of a global crop along (z, y, x)."""
-        z, y, x = (window // patch for window, patch in zip(self.views.global_window, self.patch, strict=True))
+        z, y, x = (
+            window // patch
+            for window, patch in zip(self.views.global_window, self.patch, strict=True)
+        )
         return z, y, x
 
 
@@ -128,9 +149,10 @@ class Hooks:
 
     Args:
         log: gets each step's record, in order.
-        save: begins a checkpoint of this many finished steps; the bool says that nothing follows, so it ends it too.
-        look_after: called after every step for what goes on beside training; whether a save that was begun has
-            failed, and training shall not go on without it.
+        save: begins a checkpoint of this many finished steps; the bool says that nothing follows,
+            so it ends it too.
+        look_after: called after every step for what goes on beside training; whether a save that
+            was begun has failed, and training shall not go on without it.
         say: tells people a line.
     """
 
@@ -195,7 +217,12 @@ class Trainer:
         stages: Sequence[Stage] = (),
     ) -> None:
         self.pair, self.updater, self.schedules, self.config = pair, updater, schedules, config
-        self.recipe, self.hooks, self.log_every, self.save_every = recipe, hooks, log_every, save_every
+        self.recipe, self.hooks, self.log_every, self.save_every = (
+            recipe,
+            hooks,
+            log_every,
+            save_every,
+        )
         self.device = next(pair.parameters()).device
         self.upload = Upload(self.device)
         self.world = world or World(Ranks(), self.device)
@@ -203,7 +230,9 @@ class Trainer:
         self.stages = stages
         self.stage: Stage | None = None  # that holds now
         self.flag = StopFlag(
-            self.device, self.world.ranks.world == 1, job_deadline(os.environ, config.save_before_end_s)
+            self.device,
+            self.world.ranks.world == 1,
+            job_deadline(os.environ, config.save_before_end_s),
         )
         self.pending = metrics.Pending()
         self.not_finite: list[tuple[int, Tensor]] = []  # step, which ranks' loss was not finite
@@ -213,14 +242,16 @@ class Trainer:
         self.save_seconds = 0.0  # that training stood still for the last save
 
     def run(self, batches: Iterator[tuple[Batch, ...]], start: int) -> Stop:
-        """Train from step `start` to the last one, or to a signal on any rank; ends with a checkpoint in both cases.
+        """Train from step `start` to the last one, or to a signal on any rank; ends with a
+        checkpoint in both cases.
 
         Args:
-            batches: one tuple of this rank's micro-batches per optimizer step, beginning with step `start`.
+            batches: one tuple of this rank's micro-batches per optimizer step, beginning with step
+                `start`.
             start: finished optimizer steps.
         Raises:
-            UserError: a loss or gradient was not finite; the weights are those before it, none were saved. Or a
-                checkpoint could not be written, or a rank was lost.
+            UserError: a loss or gradient was not finite; the weights are those before it, none were
+                saved. Or a checkpoint could not be written, or a rank was lost.
         """
         self.pair.train()
         with self.flag, watch_module.watch(self.world, self.parallel) as watch:
@@ -247,18 +278,28 @@ class Trainer:
                         self.hooks.save(done, last)
                     self.save_seconds = time.perf_counter() - began
                 if reason == FAILED_SAVE:
-                    raise UserError(f"stopped at step {done}: another rank could not write its part of a checkpoint")
+                    raise UserError(
+                        f"stopped at step {done}: another rank could not write its part of a "
+                        "checkpoint"
+                    )
                 if last:
                     return Stop(done, reason if done < self.config.steps else "")
         return Stop(start)
 
     def enter_stage(self, step: int) -> None:
-        """Go on with the settings of the stage that holds at a step; what was learned and held so far stays."""
+        """Go on with the settings of the stage that holds at a step; what was learned and held so
+        far stays.
+        """
         due = next((stage for stage in reversed(self.stages) if stage.start <= step), None)
         if due is None or due is self.stage:
             return
         self.flush()  # judged by the settings that they came from
-        self.stage, self.config, self.recipe, self.schedules = due, due.config, due.recipe, due.schedules
+        self.stage, self.config, self.recipe, self.schedules = (
+            due,
+            due.config,
+            due.recipe,
+            due.schedules,
+        )
         self.updater.config = due.optim
         self.pair.change_losses(due.losses)
         self.hooks.say(f"{due.told} from step {due.start} on")
@@ -277,55 +318,98 @@ class Trainer:
             for micro, batch in enumerate(micro_batches):
                 with timer.stage("views"):
                     views, masks = self.make_inputs(step, micro, batch, counts)
-                if micro == 0:  # before the step's first collective: what comes after waits for the slowest rank
+                if (
+                    micro == 0
+                    # before the step's first collective: what comes after waits for the slowest
+                    # rank
+                ):
                     packet.sum("arrival", own_slot(time.perf_counter() - began, self.device))
                 with timer.stage("forward_backward"):
                     output = self.forward_backward(step, micro, views, masks, values.teacher_temp)
-                # health looks at the last micro-batch alone: else the tokens of all of them would lie in memory
+                # health looks at the last micro-batch alone: else the tokens of all of them would
+                # lie in memory
                 outputs = [*(replace(one, tokens=output.tokens) for one in outputs), output]
             self.ln_k = vitals.ln_prototypes(outputs[0])
             with timer.stage("optimizer"):
                 metrics.collect(outputs, packet)
                 packet.sum("stop", self.flag.slots())
-                report = self.updater.step(values, metrics.mean([output.total for output in outputs]), packet)
+                report = self.updater.step(
+                    values, metrics.mean([output.total for output in outputs]), packet
+                )
                 self.flag.hear(packet["stop"])
                 self.not_finite.append((step, report.not_finite_W))
-            numbers = metrics.readings(outputs, packet, report, with_rank=(step + 1) % self.log_every == 0)
+            numbers = metrics.readings(
+                outputs, packet, report, with_rank=(step + 1) % self.log_every == 0
+            )
             numbers += metrics.arrivals(packet["arrival"])
         saving, self.save_seconds = self.save_seconds, 0.0
-        self.pending.add(step + 1, (step + 1) * self.config.global_batch, values, numbers, timer, saving)
+        self.pending.add(
+            step + 1, (step + 1) * self.config.global_batch, values, numbers, timer, saving
+        )
 
-    def forward_backward(self, step: int, micro: int, views: Views, masks: Masks, temp: float) -> ssl_step.StepOutput:
+    def forward_backward(
+        self, step: int, micro: int, views: Views, masks: Masks, temp: float
+    ) -> ssl_step.StepOutput:
         """One micro-batch; ranks reduce the gradients after the last of a step."""
         if self.config.accumulation > 1 and self.world.mesh is not None:
             fsdp.sync_gradients(self.pair, micro == self.config.accumulation - 1)
         key = DropKey(self.recipe.seed, step, micro, self.world.ranks.rank)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
-            output = ssl_step.forward(self.pair, views, masks, temp, key, self.pair.uses_snapshot(step))
+        with torch.autocast(
+            self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"
+        ):
+            output = ssl_step.forward(
+                self.pair, views, masks, temp, key, self.pair.uses_snapshot(step)
+            )
         (output.total / self.config.accumulation).backward()
         return output
 
     def mask_counts(self, step: int) -> list[int]:
-        """Masked tokens of every global crop of the step, all ranks and micro-batches, crop-major."""
+        """Masked tokens of every global crop of the step, all ranks and micro-batches,
+        crop-major.
+        """
         num_tokens = self.recipe.grid[0] * self.recipe.grid[1] * self.recipe.grid[2]
         num_crops = self.recipe.views.num_globals * self.config.global_batch
         return view_masks.counts(
-            self.recipe.masks, num_crops_global=num_crops, num_tokens=num_tokens, seed=self.recipe.seed, step=step
+            self.recipe.masks,
+            num_crops_global=num_crops,
+            num_tokens=num_tokens,
+            seed=self.recipe.seed,
+            step=step,
         )
 
-    def make_inputs(self, step: int, micro: int, batch: Batch, counts: list[int]) -> tuple[Views, Masks]:
+    def make_inputs(
+        self, step: int, micro: int, batch: Batch, counts: list[int]
+    ) -> tuple[Views, Masks]:
         """Views and masks of one micro-batch, on the device."""
         config = self.config
         rank, world = self.world.ranks.rank, self.world.ranks.world
         samples = sampler.samples_of(
-            step, micro, rank, world=world, accumulation=config.accumulation, global_batch=config.global_batch
+            step,
+            micro,
+            rank,
+            world=world,
+            accumulation=config.accumulation,
+            global_batch=config.global_batch,
         )
-        views_of_all = range(0, len(counts), config.global_batch)  # where each view's crops begin in the whole step
-        mine = [counts[view + sample % config.global_batch] for view in views_of_all for sample in samples]
+        views_of_all = range(
+            0, len(counts), config.global_batch
+        )  # where each view's crops begin in the whole step
+        mine = [
+            counts[view + sample % config.global_batch]
+            for view in views_of_all
+            for sample in samples
+        ]
         batch = self.upload(batch)
-        views = recipe.make_views(batch, self.recipe.views, self.recipe.contract, self.recipe.seed, self.recipe.patch)
+        views = recipe.make_views(
+            batch, self.recipe.views, self.recipe.contract, self.recipe.seed, self.recipe.patch
+        )
         masks = view_masks.draw(
-            mine, self.recipe.grid, views.global_in_scan_VBN, batch.sample_B, self.recipe.masks, self.recipe.seed
+            mine,
+            self.recipe.grid,
+            views.global_in_scan_VBN,
+            batch.sample_B,
+            self.recipe.masks,
+            self.recipe.seed,
         )
         return views, masks
 
@@ -347,14 +431,18 @@ class Trainer:
             record, name = broken
             samples = self.samples_behind(int(record["step"]) - 1)
             raise SharedError(
-                f"step {record['step']:.0f}: {name} is {record[name]}; nothing moved since the step before. Samples "
-                f"{samples}. What was saved before is whole, but the same command would end here again: start anew in "
+                f"step {record['step']:.0f}: {name} is {record[name]}; nothing moved since the "
+                "step before. Samples "
+                f"{samples}. What was saved before is whole, but the same command would end here "
+                "again: start anew in "
                 "another out= with a lower optim.lr, or without these scans"
             )
         self.not_finite.clear()
 
     def samples_behind(self, step: int) -> list[int]:
-        """Samples of the ranks whose loss was not finite in a step; of all ranks, where only a gradient was not."""
+        """Samples of the ranks whose loss was not finite in a step; of all ranks, where only a
+        gradient was not.
+        """
         slots_W = next(slots for at, slots in self.not_finite if at == step)
         guilty = slots_W.nonzero().flatten().tolist() or range(self.world.ranks.world)
         share = {"world": self.world.ranks.world, "accumulation": self.config.accumulation}

@@ -1,4 +1,6 @@
-"""What one optimizer step reports: scalars that stay on the device until the loop fetches many steps at once."""
+"""What one optimizer step reports: scalars that stay on the device until the loop fetches many
+steps at once.
+"""
 
 from __future__ import annotations
 
@@ -26,17 +28,22 @@ Record = dict[str, float]
 
 @torch.no_grad()
 def collect(outputs: Sequence[StepOutput], packet: Packet) -> None:
-    """Put all numbers of one optimizer step that live on the device into the packet that ranks add up.
+    """Put all numbers of one optimizer step that live on the device into the packet that ranks add
+    up.
 
     Args:
-        outputs: of this rank's micro-batches; terms are averaged, target statistics are summed, features are the last
-            one's.
-        packet: gets entries `loss/...`, `ce/...` (with `rows/...`, which they are to be divided by), `health/...`.
+        outputs: of this rank's micro-batches; terms are averaged, target statistics are summed,
+            features are the last one's.
+        packet: gets entries `loss/...`, `ce/...` (with `rows/...`, which they are to be divided
+            by), `health/...`.
     """
     packet.mean("loss/total", mean([output.total for output in outputs]))
     for i, result in enumerate(outputs[0].results):
         stats = [output.results[i].targets for output in outputs]
-        rows = [one.sums.rows if one is not None else output.total.new_ones(()) for one, output in zip(stats, outputs)]
+        rows = [
+            one.sums.rows if one is not None else output.total.new_ones(())
+            for one, output in zip(stats, outputs)
+        ]
         packet.sum(f"rows/{i}", torch.stack(rows).sum())
         for j, term in enumerate(result.terms):
             terms = [output.results[i].terms[j] for output in outputs]
@@ -47,9 +54,14 @@ def collect(outputs: Sequence[StepOutput], packet: Packet) -> None:
         if present:
             packet.sum(f"health/ce/{i}", weighted([one.cross_entropy for one in present], rows))
             packet.sum(f"health/mass/{i}", torch.stack([one.sums.mass_K for one in present]).sum(0))
-            packet.sum(f"health/entropy/{i}", torch.stack([one.sums.entropy for one in present]).sum())
+            packet.sum(
+                f"health/entropy/{i}", torch.stack([one.sums.entropy for one in present]).sum()
+            )
     student, teacher = outputs[-1].tokens.student_global, outputs[-1].tokens.teacher_global
-    packet.mean("health/teacher_student_cosine", health.teacher_student_cosine(student.cls_BD, teacher.cls_BD))
+    packet.mean(
+        "health/teacher_student_cosine",
+        health.teacher_student_cosine(student.cls_BD, teacher.cls_BD),
+    )
     packet.sum("health/cls", health.cls_moments(teacher.cls_BD))
     packet.mean("health/patch_norm_outliers", health.patch_norm_outliers(teacher.patches_BND))
 
@@ -66,14 +78,20 @@ def readings(
         report: of the optimizer step.
         with_rank: add RankMe, whose decomposition waits for a GPU.
     Returns:
-        (name in metrics.jsonl, scalar), the same names in the same order at every step but for `health/rankme`.
+        (name in metrics.jsonl, scalar), the same names in the same order at every step but for
+        `health/rankme`.
     """
     numbers = [("loss/total", packet["loss/total"])]
     for i, result in enumerate(outputs[0].results):
         for term in result.terms:
             numbers.append((f"loss/{term.name}", packet[f"loss/{term.name}"]))
             if term.cross_entropy is not None:
-                numbers.append((f"ce/{term.name}", packet[f"ce/{term.name}"] / packet[f"rows/{i}"].clamp(min=1)))
+                numbers.append(
+                    (
+                        f"ce/{term.name}",
+                        packet[f"ce/{term.name}"] / packet[f"rows/{i}"].clamp(min=1),
+                    )
+                )
     numbers.extend((f"grad_norm/{name}", norm) for name, norm in report.grad_norms)
     for i, result in enumerate(outputs[0].results):
         if result.targets is None:
@@ -95,7 +113,12 @@ def readings(
     numbers.append(("health/cls_std", health.cls_std(packet["health/cls"])))
     numbers.append(("health/patch_norm_outliers", packet["health/patch_norm_outliers"]))
     if with_rank:
-        numbers.append(("health/rankme", health.rankme(outputs[-1].tokens.teacher_global.patches_BND.flatten(0, 1))))
+        numbers.append(
+            (
+                "health/rankme",
+                health.rankme(outputs[-1].tokens.teacher_global.patches_BND.flatten(0, 1)),
+            )
+        )
     return numbers
 
 
@@ -118,8 +141,8 @@ def arrivals(seconds_W: Tensor) -> list[tuple[str, Tensor]]:
 def straggler(records: Sequence[Record], factor: float) -> str:
     """A line that names a rank which keeps the others waiting; empty if there is none.
 
-    A rank is named when it came last in most of these steps, `factor` times later than the median rank, and when that
-    cost more than a twentieth of the steps' time and a tenth of a second.
+    A rank is named when it came last in most of these steps, `factor` times later than the median
+    rank, and when that cost more than a twentieth of the steps' time and a tenth of a second.
     """
     told = [record for record in records if "ranks/slowest" in record]
     if not told:
@@ -131,7 +154,8 @@ def straggler(records: Sequence[Record], factor: float) -> str:
     if 2 * times <= len(told) or late < factor * median or late - median < max(0.05 * whole, 0.1):
         return ""
     return (
-        f"rank {rank} is slow: it comes {late:.2f} s into a step to what the ranks do together, the median rank "
+        f"rank {rank} is slow: it comes {late:.2f} s into a step to what the ranks do together, "
+        "the median rank "
         f"{median:.2f} s; look at its node's disk, its data.loader.workers and what else runs there"
     )
 
@@ -139,7 +163,9 @@ def straggler(records: Sequence[Record], factor: float) -> str:
 def weighted(values: Sequence[Tensor | None], weights: Sequence[Tensor]) -> Tensor:
     """Sum of values times weights, detached; absent values are left out."""
     pairs = zip(values, weights, strict=True)
-    return torch.stack([value.detach() * weight for value, weight in pairs if value is not None]).sum()
+    return torch.stack(
+        [value.detach() * weight for value, weight in pairs if value is not None]
+    ).sum()
 
 
 def mean(values: Sequence[Tensor]) -> Tensor:
@@ -148,7 +174,8 @@ def mean(values: Sequence[Tensor]) -> Tensor:
 
 
 class StageTimer:
-    """Seconds of the stages of a step: by the clock on a CPU, by events on a GPU, which are read only when fetched.
+    """Seconds of the stages of a step: by the clock on a CPU, by events on a GPU, which are read
+    only when fetched.
 
     Args:
         device: where the work runs.
@@ -242,7 +269,9 @@ def first_not_finite(records: Sequence[Record]) -> tuple[Record, str] | None:
     """
     for record in records:
         names = [name for name in record if name.startswith(("loss/", "grad_norm/"))]
-        for name in sorted(names, key=lambda name: name == "loss/total" or name.startswith("grad_norm/")):
+        for name in sorted(
+            names, key=lambda name: name == "loss/total" or name.startswith("grad_norm/")
+        ):
             if not math.isfinite(record[name]):
                 return record, name
     return None

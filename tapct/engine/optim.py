@@ -1,4 +1,6 @@
-"""Parameter groups, clipping, AdamW and the teacher's move: everything between backward and the next step."""
+"""Parameter groups, clipping, AdamW and the teacher's move: everything between backward and the
+next step.
+"""
 
 from __future__ import annotations
 
@@ -22,9 +24,15 @@ class Config(schedules.OptimSchedule):
     """AdamW with layer-wise learning rates; the schedules' fields come first."""
 
     betas: tuple[float, float] = setting((0.9, 0.999), "AdamW moments; DINOv2", ge=0.0, lt=1.0)
-    clip_norm: float = setting(3.0, "gradient norm of backbone and each head, clipped one by one; DINOv2", gt=0.0)
-    layer_decay: float = setting(0.9, "learning rate factor per block from the output down; DINOv2", gt=0.0, le=1.0)
-    patch_embed_lr_factor: float = setting(0.2, "further factor for the patch embedding; DINOv2", gt=0.0, le=1.0)
+    clip_norm: float = setting(
+        3.0, "gradient norm of backbone and each head, clipped one by one; DINOv2", gt=0.0
+    )
+    layer_decay: float = setting(
+        0.9, "learning rate factor per block from the output down; DINOv2", gt=0.0, le=1.0
+    )
+    patch_embed_lr_factor: float = setting(
+        0.2, "further factor for the patch embedding; DINOv2", gt=0.0, le=1.0
+    )
 
 
 @dataclass(frozen=True)
@@ -48,9 +56,9 @@ NO_DECAY = re.compile(r"(\.bias$)|(norm)|(\.gamma$)")
 def group_key(name: str, backbone: Backbone, config: Config) -> GroupKey:
     """The group of one parameter of the student.
 
-    Layer ids as in DINOv2: embeddings and tokens 0, block i is i + 1, the final norm and the heads stand at depth + 1,
-    so that their factor is 1. Biases, norms and LayerScale are not decayed; tokens, positions and the last layer's gain
-    are.
+    Layer ids as in DINOv2: embeddings and tokens 0, block i is i + 1, the final norm and the heads
+    stand at depth + 1, so that their factor is 1. Biases, norms and LayerScale are not decayed;
+    tokens, positions and the last layer's gain are.
 
     Args:
         name: dotted name within `Network`, e.g. `backbone.blocks.3.attn.qkv.weight`.
@@ -83,11 +91,13 @@ class UpdateReport:
 
 
 class Updater:
-    """Moves student, teacher and loss state once per optimizer step, and never on a value that is not finite.
+    """Moves student, teacher and loss state once per optimizer step, and never on a value that is
+    not finite.
 
-    The check stays on the device: `bad` is a latch that the fused AdamW reads as its `found_inf`, that gates teacher
-    and centres, and that the loop fetches with the metrics. Once set, nothing moves any more. All that ranks have to
-    agree on (gradient norms, finiteness, centres) goes through one collective per step.
+    The check stays on the device: `bad` is a latch that the fused AdamW reads as its `found_inf`,
+    that gates teacher and centres, and that the loop fetches with the metrics. Once set, nothing
+    moves any more. All that ranks have to agree on (gradient norms, finiteness, centres) goes
+    through one collective per step.
 
     Args:
         pair: student and teacher, sharded or whole.
@@ -100,10 +110,15 @@ class Updater:
         members: dict[GroupKey, list[nn.Parameter]] = {}
         for name, parameter in pair.student.named_parameters():
             if parameter.requires_grad:
-                members.setdefault(group_key(name, pair.student.backbone, config), []).append(parameter)
+                members.setdefault(group_key(name, pair.student.backbone, config), []).append(
+                    parameter
+                )
         self.keys = list(members)
         self.optimizer = torch.optim.AdamW(
-            [{"params": parameters} for parameters in members.values()], lr=0.0, betas=config.betas, fused=True
+            [{"params": parameters} for parameters in members.values()],
+            lr=0.0,
+            betas=config.betas,
+            fused=True,
         )
         device = next(pair.parameters()).device
         self.bad = torch.zeros((), device=device)
@@ -116,14 +131,20 @@ class Updater:
         Args:
             values: of the schedules at this step.
             total: scalar loss of this rank, the mean over its micro-batches.
-            packet: other numbers that ranks add up in the same collective; reduced when this returns.
+            packet: other numbers that ranks add up in the same collective; reduced when this
+                returns.
         """
         packet = Packet() if packet is None else packet
-        packet.sum("update/not_finite", own_slot(1.0 - torch.isfinite(total.detach()).float(), self.bad.device))
+        packet.sum(
+            "update/not_finite",
+            own_slot(1.0 - torch.isfinite(total.detach()).float(), self.bad.device),
+        )
         for name, square in square_norms(self.pair.student).items():
             packet.sum(f"update/square_norm/{name}", square / self.num_copies)
         pending = {
-            f"pending/{name}/{i}": x for name, loss in self.pair.terms.items() for i, x in enumerate(loss.pending())
+            f"pending/{name}/{i}": x
+            for name, loss in self.pair.terms.items()
+            for i, x in enumerate(loss.pending())
         }
         for name, buffer in pending.items():
             packet.sum(name, buffer)
@@ -131,10 +152,16 @@ class Updater:
         for name, buffer in pending.items():
             buffer.copy_(packet[name])
 
-        norms = {name: packet[f"update/square_norm/{name}"].sqrt() for name, _ in self.pair.student.submodules()}
+        norms = {
+            name: packet[f"update/square_norm/{name}"].sqrt()
+            for name, _ in self.pair.student.submodules()
+        }
         clip(self.pair.student, norms, self.config.clip_norm)
         finite = torch.stack(
-            [packet["update/not_finite"].sum() == 0, *(torch.isfinite(norm) for norm in norms.values())]
+            [
+                packet["update/not_finite"].sum() == 0,
+                *(torch.isfinite(norm) for norm in norms.values()),
+            ]
         ).all()
         self.bad.copy_(torch.maximum(self.bad, 1.0 - finite.to(self.bad.dtype)))
         applied = self.bad == 0
@@ -142,7 +169,9 @@ class Updater:
             frozen = key.is_last_layer and values.last_layer_frozen
             group["lr"] = 0.0 if frozen else values.lr * key.lr_factor
             group["weight_decay"] = values.wd if key.decays else 0.0
-            group["betas"] = self.config.betas  # of now: a checkpoint brings those that it was written with
+            group["betas"] = (
+                self.config.betas
+            )  # of now: a checkpoint brings those that it was written with
         self.optimizer.step()
         self.pair.update_teacher(values.momentum, applied)
         for loss in self.pair.terms.values():
@@ -152,7 +181,9 @@ class Updater:
 
 
 def square_norms(student: Network) -> dict[str, Tensor]:
-    """Sum of the squared gradients that this rank holds, of each submodule; parameters without one take no part."""
+    """Sum of the squared gradients that this rank holds, of each submodule; parameters without one
+    take no part.
+    """
     squares = {}
     for name, module in student.submodules():
         gradients = local_gradients(module)
@@ -173,7 +204,9 @@ def clip(student: Network, norms: Mapping[str, Tensor], max_norm: float) -> None
     for name, module in student.submodules():
         gradients = local_gradients(module)
         if gradients:
-            factor = (max_norm / (norms[name] + 1e-6)).clamp(max=1.0)  # 1e-6 as torch.nn.utils.clip_grad_norm_
+            factor = (max_norm / (norms[name] + 1e-6)).clamp(
+                max=1.0
+            )  # 1e-6 as torch.nn.utils.clip_grad_norm_
             torch._foreach_mul_(gradients, factor.to(gradients[0].dtype))
 
 

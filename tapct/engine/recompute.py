@@ -1,9 +1,11 @@
-"""Activation checkpointing: blocks that are computed again in the backward pass instead of being kept.
+"""Activation checkpointing: blocks that are computed again in the backward pass instead of being
+kept.
 
-What is changed is the `forward` of a block, not the block: parameters keep their names, FSDP's hooks stay outside, so
-that a block is gathered once for both, and a compiled `forward` is called as it is. All draws of a step are made before
-the blocks and handed in, so the second time gives the numbers of the first; a plug-in that draws by itself does so from
-torch's generators, which are set back.
+What is changed is the `forward` of a block, not the block: parameters keep their names, FSDP's
+hooks stay outside, so that a block is gathered once for both, and a compiled `forward` is called as
+it is. All draws of a step are made before the blocks and handed in, so the second time gives the
+numbers of the first; a plug-in that draws by itself does so from torch's generators, which are set
+back.
 Source: Chen et al. 2016, arXiv:1604.06174.
 """
 
@@ -32,13 +34,17 @@ def recompute_blocks(backbone: nn.Module, every: int) -> None:
         return
     blocks = blocks_of(backbone)
     if not blocks:
-        raise UserError(f"train.recompute={every}: this backbone has no `blocks` to compute again; set it to 0")
+        raise UserError(
+            f"train.recompute={every}: this backbone has no `blocks` to compute again; set it to 0"
+        )
     for block in blocks[::every]:
         recompute_forward(block)
 
 
 def recompute_forward(block: nn.Module) -> None:
-    """Let a module keep its inputs alone for its backward pass; nothing changes where no gradient is recorded."""
+    """Let a module keep its inputs alone for its backward pass; nothing changes where no gradient
+    is recorded.
+    """
     once = block.forward
 
     @functools.wraps(once)

@@ -1,7 +1,9 @@
-"""When to stop: signals, the end of a job's time, a failed save; one rank's reason becomes that of all.
+"""When to stop: signals, the end of a job's time, a failed save; one rank's reason becomes that of
+all.
 
-Every rank puts what it knows into the step's one collective (`slots`), and all read the same sum (`agreed`). On a GPU
-the sum is read one step late, when it has long arrived, so that the host never waits for the device.
+Every rank puts what it knows into the step's one collective (`slots`), and all read the same sum
+(`agreed`). On a GPU the sum is read one step late, when it has long arrived, so that the host never
+waits for the device.
 """
 
 from __future__ import annotations
@@ -32,7 +34,9 @@ class StopFlag:
         deadline: `time.time()` after which training stops; infinite for none.
     """
 
-    def __init__(self, device: torch.device, alone: bool = True, deadline: float = math.inf) -> None:
+    def __init__(
+        self, device: torch.device, alone: bool = True, deadline: float = math.inf
+    ) -> None:
         self.device, self.alone, self.deadline = device, alone, deadline
         self.signal = ""
         self.failed_save = False
@@ -93,11 +97,14 @@ class StopFlag:
         sums, event = self.heard[-1 - late]
         if event is not None:
             event.synchronize()
-        return next((reason for reason, count in zip(REASONS, sums.tolist(), strict=True) if count), "")
+        return next(
+            (reason for reason, count in zip(REASONS, sums.tolist(), strict=True) if count), ""
+        )
 
 
 def job_deadline(environment: Mapping[str, str], margin_s: float) -> float:
-    """`time.time()` at which a SLURM job should begin its last save; infinite outside of one, or without a limit.
+    """`time.time()` at which a SLURM job should begin its last save; infinite outside of one, or
+    without a limit.
 
     Args:
         environment: `os.environ`; SLURM_JOB_END_TIME holds seconds since 1970.

@@ -27,7 +27,9 @@ SYNC_SECONDS = 10.0  # metrics are forced to the disk at most this often, and on
 class Wandb:
     """Weights & Biases."""
 
-    mode: Literal["disabled", "offline", "online"] = setting("disabled", "offline writes to RUN/wandb for `wandb sync`")
+    mode: Literal["disabled", "offline", "online"] = setting(
+        "disabled", "offline writes to RUN/wandb for `wandb sync`"
+    )
     project: str = setting("tapct", "project there")
     entity: str | None = setting(None, "user or team there; null: your default")
     name: str | None = setting(None, "name of the run there; null: name of the run folder")
@@ -43,10 +45,12 @@ class Config:
 
 
 class MetricsWriter:
-    """Writes each step's metrics to RUN/metrics.jsonl, and to TensorBoard and wandb where the config asks for them.
+    """Writes each step's metrics to RUN/metrics.jsonl, and to TensorBoard and wandb where the
+    config asks for them.
 
-    A run that goes on first drops the rows after `start_step` (and a row that was cut off), so that no step is told
-    twice. A row is one write at the end of the file, whole or not at all. Does nothing on ranks other than the first.
+    A run that goes on first drops the rows after `start_step` (and a row that was cut off), so that
+    no step is told twice. A row is one write at the end of the file, whole or not at all. Does
+    nothing on ranks other than the first.
 
     Args:
         run_dir: the run folder; its config.yaml, where there is one, is shown in wandb.
@@ -66,7 +70,10 @@ class MetricsWriter:
         path = run_dir / "metrics.jsonl"
         last = _drop_rows_after(path, start_step)
         if start_step and last != start_step:
-            say(f"{path} ends at step {last}, the run goes on from {start_step}: the steps between are not in it")
+            say(
+                f"{path} ends at step {last}, the run goes on from {start_step}: the steps "
+                "between are not in it"
+            )
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         try:
             if config.tensorboard:
@@ -81,7 +88,10 @@ class MetricsWriter:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self.close()
 
@@ -136,7 +146,9 @@ def _append(file: int, line: bytes) -> None:
 
 
 def _drop_rows_after(path: Path, step: int) -> int:
-    """Rewrite metrics.jsonl without rows after `step` and without what is no row; returns the last step left."""
+    """Rewrite metrics.jsonl without rows after `step` and without what is no row; returns the last
+    step left.
+    """
     if not path.exists():
         return 0
     content = path.read_bytes()
@@ -160,12 +172,16 @@ class _TensorBoard:
     def __init__(self, folder: Path, start_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(folder), purge_step=start_step + 1)  # hides what an earlier try wrote after it
+        self._writer = SummaryWriter(
+            str(folder), purge_step=start_step + 1
+        )  # hides what an earlier try wrote after it
 
     def write(self, row: Mapping[str, float | None]) -> None:
         for name, value in row.items():
             if name not in ("step", "time") and value is not None:
-                self._writer.add_scalar(name, value, int(row["step"] or 0), walltime=row.get("time"))
+                self._writer.add_scalar(
+                    name, value, int(row["step"] or 0), walltime=row.get("time")
+                )
 
     def close(self) -> None:
         self._writer.close()
@@ -191,8 +207,12 @@ class _Wandb:
                 id=identity.read_text(),
                 resume="allow",
                 dir=str(run_dir),
-                config=yaml.safe_load(stored.read_text(encoding="utf-8")) if stored.exists() else None,
-                settings=wandb.Settings(silent=True, console="off", disable_git=True, save_code=False),
+                config=yaml.safe_load(stored.read_text(encoding="utf-8"))
+                if stored.exists()
+                else None,
+                settings=wandb.Settings(
+                    silent=True, console="off", disable_git=True, save_code=False
+                ),
             )
         except wandb.errors.Error as error:
             rule = "log in with `wandb login`, or set log.wandb.mode=offline"
@@ -205,4 +225,7 @@ class _Wandb:
     def close(self) -> None:
         self._run.finish()
         if self._offline:
-            say(f"wandb kept this run here; where there is internet: wandb sync {self._folder}/offline-run-*")
+            say(
+                "wandb kept this run here; where there is internet: wandb sync "
+                f"{self._folder}/offline-run-*"
+            )

@@ -1,4 +1,6 @@
-"""Batches go to the device on a stream of their own, so that a copy runs while the work before it is still going on."""
+"""Batches go to the device on a stream of their own, so that a copy runs while the work before it
+is still going on.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,8 @@ from tapct.types import Batch
 class Upload:
     """Copies a batch on one stream and hands it over to the stream that computes, by one event.
 
-    The host is steps ahead of a GPU and waits for neither stream. On a CPU a batch stays where it is.
+    The host is steps ahead of a GPU and waits for neither stream. On a CPU a batch stays where it
+    is.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -31,6 +34,8 @@ class Upload:
         with torch.cuda.stream(self.stream):
             moved = batch.to(self.device)
         computing.wait_event(self.stream.record_event())
-        for field in fields(moved):  # its memory goes to no later copy before the work on it is done
+        for field in fields(
+            moved
+        ):  # its memory goes to no later copy before the work on it is done
             getattr(moved, field.name).record_stream(computing)
         return moved

@@ -1,4 +1,6 @@
-"""A run that has gone bad is told while it trains: the verdict over a moving window of steps, said when it changes."""
+"""A run that has gone bad is told while it trains: the verdict over a moving window of steps, said
+when it changes.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,11 @@ from tapct.engine.metrics import Record
 from tapct.ssl.health import STATES, TermReading, verdict
 from tapct.ssl.step import StepOutput
 
-WINDOW_SHARE, WINDOW_LEAST, WINDOW_MOST = 0.1, 20, 200  # steps that a verdict is over; the report's share and most
+WINDOW_SHARE, WINDOW_LEAST, WINDOW_MOST = (
+    0.1,
+    20,
+    200,
+)  # steps that a verdict is over; the report's share and most
 FIRST_BAD = "not following"  # in STATES; what stands before it is no reason to speak
 
 
@@ -29,8 +35,8 @@ def ln_prototypes(output: StepOutput) -> dict[str, float]:
 class Vitals:
     """Judges the records of a run as they are fetched, on the first rank.
 
-    Nothing is judged before the learning rate has warmed up, nor before a whole window of steps has passed since then
-    or since the run went on; and after a word there is a window of silence.
+    Nothing is judged before the learning rate has warmed up, nor before a whole window of steps has
+    passed since then or since the run went on; and after a word there is a window of silence.
 
     Args:
         warmup_steps: of the learning rate.
@@ -53,7 +59,9 @@ class Vitals:
         self.rows.extend(record for record in records if record["step"] > self.warmup_steps)
         if len(self.rows) < (self.rows.maxlen or 0) or self.rows[-1]["step"] < self.silent_until:
             return ""
-        readings = [reading for name in ln_k if (reading := self.reading(name, ln_k[name])) is not None]
+        readings = [
+            reading for name in ln_k if (reading := self.reading(name, ln_k[name])) is not None
+        ]
         found = verdict(readings)
         state = found.state if STATES.index(found.state) >= STATES.index(FIRST_BAD) else ""
         if state == self.told:
@@ -67,10 +75,17 @@ class Vitals:
         return f"{steps}: {state}. {found.words}. {found.next_move}"
 
     def reading(self, name: str, ln_k: float) -> TermReading | None:
-        """Means of one prototype loss over the window; None where it had no target in any step of it."""
-        keys = [f"health/{name}_{what}" for what in ("ln_k_minus_ce", "marginal_entropy", "target_entropy")]
+        """Means of one prototype loss over the window; None where it had no target in any step of
+        it.
+        """
+        keys = [
+            f"health/{name}_{what}"
+            for what in ("ln_k_minus_ce", "marginal_entropy", "target_entropy")
+        ]
         rows = [[row[key] for key in keys] for row in self.rows if all(key in row for key in keys)]
-        rows = [row for row in rows if not (row[1] == row[2] == 0.0 and math.isclose(row[0], ln_k))]  # no patch masked
+        rows = [
+            row for row in rows if not (row[1] == row[2] == 0.0 and math.isclose(row[0], ln_k))
+        ]  # no patch masked
         if not rows:
             return None
         gained, marginal, target = (statistics.fmean(column) for column in zip(*rows, strict=True))

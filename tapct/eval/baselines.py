@@ -19,7 +19,9 @@ from tapct.types import Tokens
 
 @dataclass(frozen=True)
 class NamedModel:
-    """A frozen backbone under the name that results carry. Every model of one evaluation has the same patch."""
+    """A frozen backbone under the name that results carry. Every model of one evaluation has the
+    same patch.
+    """
 
     name: str
     model: nn.Module
@@ -53,8 +55,10 @@ class RawPatches(nn.Module):
 def with_baselines(pretrained: nn.Module, section: Plugin, seed: int) -> tuple[NamedModel, ...]:
     """The pretrained backbone and what it is compared with.
 
-    `untrained` starts from the weights that training started from. Its LayerScale of 1e-5 makes every block nearly
-    the identity, so `untrained_layerscale1` has gains of 1: a random network that does mix its tokens.
+    `untrained` starts from the weights that training started from. Its LayerScale of 1e-5 makes
+    every block nearly
+    the identity, so `untrained_layerscale1` has gains of 1: a random network that does mix its
+    tokens.
 
     Args:
         section: the backbone's plug-in section.
@@ -63,7 +67,10 @@ def with_baselines(pretrained: nn.Module, section: Plugin, seed: int) -> tuple[N
         pretrained, untrained, untrained_layerscale1 (where the backbone has LayerScale), raw_hu.
     """
     device = next(pretrained.parameters()).device
-    models = [NamedModel("pretrained", pretrained), NamedModel("untrained", _untrained(section, seed).to(device))]
+    models = [
+        NamedModel("pretrained", pretrained),
+        NamedModel("untrained", _untrained(section, seed).to(device)),
+    ]
     if getattr(section.config, "layer_scale", None) not in (None, 0, 1):
         unscaled = Plugin(section.name, dataclasses.replace(section.config, layer_scale=1.0))
         models.append(NamedModel("untrained_layerscale1", _untrained(unscaled, seed).to(device)))

@@ -1,7 +1,8 @@
-"""Frozen dense features of a whole scan: sliding windows, averaged on one patch grid, mapped back to voxels.
+"""Frozen dense features of a whole scan: sliding windows, averaged on one patch grid, mapped back
+to voxels.
 
-Axes: Z Y X depth height width (voxels, or patches of the grid where the text says so), D channels, C maps (classes),
-B windows.
+Axes: Z Y X depth height width (voxels, or patches of the grid where the text says so), D channels,
+C maps (classes), B windows.
 Padding: the scan stands at the origin and air follows at the far end of each axis, as in training.
 """
 
@@ -27,10 +28,14 @@ _SLAB_BYTES = 16 << 20  # of the largest temporary while a map is brought to vox
 
 @dataclass(frozen=True)
 class Preprocess:
-    """How a whole scan is brought before a frozen backbone; stored in every export beside the HU contract."""
+    """How a whole scan is brought before a frozen backbone; stored in every export beside the HU
+    contract.
+    """
 
     size_yx: tuple[int, int] = setting(
-        (224, 224), "in-plane size in voxels that the scan is resized to; 0 keeps its own [arXiv:2512.00872]", ge=0
+        (224, 224),
+        "in-plane size in voxels that the scan is resized to; 0 keeps its own [arXiv:2512.00872]",
+        ge=0,
     )
     window: tuple[int, int, int] = setting(
         (12, 224, 224), "voxels (z, y, x) that the backbone sees at once [arXiv:2512.00872]", ge=1
@@ -39,14 +44,18 @@ class Preprocess:
         (8, 112, 112), "voxels between neighbouring windows; a multiple of the patch", ge=1
     )
     border_weight: float = setting(
-        1.0, "weight of a window's outermost tokens in the mean over windows, against 1 at its centre", gt=0, le=1
+        1.0,
+        "weight of a window's outermost tokens in the mean over windows, against 1 at its centre",
+        gt=0,
+        le=1,
     )
 
     def __post_init__(self) -> None:
         for axis, window, stride in zip("zyx", self.window, self.stride, strict=True):
             if stride > window:
                 raise UserError(
-                    f"preprocess.stride is {stride} along {axis}, more than the window of {window}: voxels would be "
+                    f"preprocess.stride is {stride} along {axis}, more than the window of "
+                    f"{window}: voxels would be "
                     f"skipped. Use {window} or less."
                 )
 
@@ -56,7 +65,8 @@ class Preprocess:
             for axis, voxels, side in zip("zyx", getattr(self, name), patch, strict=True):
                 if voxels % side:
                     raise UserError(
-                        f"preprocess.{name} is {voxels} along {axis}, but the backbone's patch is {side} there: "
+                        f"preprocess.{name} is {voxels} along {axis}, but the backbone's patch is "
+                        f"{side} there: "
                         f"windows must fall on the patch grid. Use a multiple of {side}."
                     )
 
@@ -82,23 +92,29 @@ class PatchGrid:
         return z, y, x
 
     def spacing_mm(self, spacing_mm: Sequence[float]) -> tuple[float, float, float]:
-        """Distance of patch centres along (z, y, x) in mm, from the scan's own voxel spacing in mm."""
+        """Distance of patch centres along (z, y, x) in mm, from the scan's own voxel spacing in
+        mm.
+        """
         z, y, x = (
-            mm * o / r * p for mm, o, r, p in zip(spacing_mm, self.original, self.resized, self.patch, strict=True)
+            mm * o / r * p
+            for mm, o, r, p in zip(spacing_mm, self.original, self.resized, self.patch, strict=True)
         )
         return z, y, x
 
     def matrix(self, axis: int) -> Tensor:
         """Linear interpolation from patch centres to the original voxels' centres along one axis.
 
-        Voxel i of the original lies at ((i + 0.5) * resized / original) / patch - 0.5 in units of patches. Beyond the
-        outermost patch centres the value is held, so a constant map stays constant up to the border.
+        Voxel i of the original lies at ((i + 0.5) * resized / original) / patch - 0.5 in units of
+        patches. Beyond the outermost patch centres the value is held, so a constant map stays
+        constant up to the border.
 
         Returns:
             float32 (original[axis], shape[axis]); rows sum to 1.
         """
         num_voxels, num_patches = self.original[axis], self.shape[axis]
-        centre = (torch.arange(num_voxels, dtype=torch.float64) + 0.5) * (self.resized[axis] / num_voxels)
+        centre = (torch.arange(num_voxels, dtype=torch.float64) + 0.5) * (
+            self.resized[axis] / num_voxels
+        )
         position = (centre / self.patch[axis] - 0.5).clamp(0, num_patches - 1)
         low = position.floor().long().clamp(max=max(num_patches - 2, 0))
         share = position - low
@@ -108,7 +124,8 @@ class PatchGrid:
         return matrix.float()
 
     def voxel_slabs(self, maps_CZYX: Tensor) -> Iterator[tuple[int, int, Tensor]]:
-        """Linear upsampling of maps on the patch grid to the original voxels, a bounded slab of slices at a time.
+        """Linear upsampling of maps on the patch grid to the original voxels, a bounded slab of
+        slices at a time.
 
         Args:
             maps_CZYX: float32 on the patch grid.
@@ -125,18 +142,26 @@ class PatchGrid:
             yield start, end, my @ (slab @ mx.T)
 
     def to_voxels(self, maps_CZYX: Tensor) -> Tensor:
-        """`voxel_slabs` in one piece: float32 (C, Z, Y, X) on the original grid; memory is yours to judge."""
+        """`voxel_slabs` in one piece: float32 (C, Z, Y, X) on the original grid; memory is yours to
+        judge.
+        """
         return torch.cat([slab for _, _, slab in self.voxel_slabs(maps_CZYX)], dim=1)
 
     def argmax_voxels(self, maps_CZYX: Tensor) -> np.ndarray:
-        """Index of the largest upsampled map at every original voxel: uint16 (Z, Y, X); memory-bounded."""
+        """Index of the largest upsampled map at every original voxel: uint16 (Z, Y, X);
+        memory-bounded.
+        """
         out = np.empty(self.original, dtype=np.uint16)
         for start, end, slab in self.voxel_slabs(maps_CZYX):
-            out[start:end] = slab.max(dim=0).indices.cpu().numpy()  # four times as fast as argmax on a CPU
+            out[start:end] = (
+                slab.max(dim=0).indices.cpu().numpy()
+            )  # four times as fast as argmax on a CPU
         return out
 
     def patch_of_voxel(self, axis: int, num_samples: int) -> np.ndarray:
-        """Patch index (int64) of each of `num_samples` equal parts of the scan along an axis, by the part's centre."""
+        """Patch index (int64) of each of `num_samples` equal parts of the scan along an axis, by
+        the part's centre.
+        """
         centre = (np.arange(num_samples) + 0.5) * (self.resized[axis] / num_samples)
         return np.minimum(centre // self.patch[axis], self.shape[axis] - 1).astype(np.int64)
 
@@ -150,7 +175,8 @@ class DenseFeatures:
     """What a frozen backbone says about a scan.
 
     Args:
-        features_DZYX: float32 on the patch grid of the resized scan, averaged over overlapping windows.
+        features_DZYX: float32 on the patch grid of the resized scan, averaged over overlapping
+            windows.
         cls_D: float32, mean class token over the windows.
         grid: maps features, or logits made of them, to voxels.
     """
@@ -166,10 +192,12 @@ class DenseFeatures:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A scan ready for windows: resized, clipped, normalised, padded. Shared by all models that are compared.
+    """A scan ready for windows: resized, clipped, normalised, padded. Shared by all models that are
+    compared.
 
     Args:
-        input_ZYX: float32 after `HUContract.normalise`, padded with air to whole patches and to one window at least.
+        input_ZYX: float32 after `HUContract.normalise`, padded with air to whole patches and to one
+            window at least.
         grid: of the patches that touch the scan.
         spacing_mm: of the resized voxels along (z, y, x); None where it was not told.
     """
@@ -189,11 +217,13 @@ def prepare(
 ) -> Prepared:
     """Resize in-plane, clip, normalise and pad a scan.
 
-    The clip comes before the resize, as in training: metal and padding values must not ring into tissue.
+    The clip comes before the resize, as in training: metal and padding values must not ring into
+    tissue.
 
     Args:
         hu_ZYX: int16 HU of the whole scan.
-        spacing_mm: of the scan's own voxels along (z, y, x); only a backbone that works in mm needs it.
+        spacing_mm: of the scan's own voxels along (z, y, x); only a backbone that works in mm needs
+            it.
     Raises:
         UserError: window or stride off the patch grid.
     """
@@ -206,7 +236,9 @@ def prepare(
     input_ZYX = torch.full(padded, air, device=device)
     step = max(1, _SLAB_BYTES // (4 * height * width))
     for start in range(0, depth, step):  # z is not resized, so slabs of slices are independent
-        slab = torch.from_numpy(np.ascontiguousarray(hu_ZYX[start : start + step])).to(device, torch.float32)
+        slab = torch.from_numpy(np.ascontiguousarray(hu_ZYX[start : start + step])).to(
+            device, torch.float32
+        )
         slab = slab.clamp(contract.clip_low, contract.clip_high)
         if resized[1:] != (height, width):
             slab = resize_volume(slab, (len(slab), *resized[1:]), contract.clip_low)
@@ -218,7 +250,9 @@ def prepare(
 
 
 def window_starts(size: int, window: int, stride: int) -> list[int]:
-    """First voxels of the windows that cover `size` voxels; the last one is moved back to end at the border."""
+    """First voxels of the windows that cover `size` voxels; the last one is moved back to end at
+    the border.
+    """
     starts = list(range(0, max(size - window, 0) + 1, stride))
     if starts[-1] + window < size:
         starts.append(size - window)
@@ -226,7 +260,8 @@ def window_starts(size: int, window: int, stride: int) -> list[int]:
 
 
 def axis_weight(num_patches: int, border_weight: float) -> Tensor:
-    """Weight of a window's tokens along one axis: 1 at the centre, falling linearly to `border_weight` at both ends.
+    """Weight of a window's tokens along one axis: 1 at the centre, falling linearly to
+    `border_weight` at both ends.
 
     A token at the border sees context on one side only; with overlap another window sees it whole.
     """
@@ -235,26 +270,34 @@ def axis_weight(num_patches: int, border_weight: float) -> Tensor:
     return 1 - (1 - border_weight) * from_centre
 
 
-def features_of(model: nn.Module, prepared: Prepared, preprocess: Preprocess, *, batch: int = 8) -> DenseFeatures:
+def features_of(
+    model: nn.Module, prepared: Prepared, preprocess: Preprocess, *, batch: int = 8
+) -> DenseFeatures:
     """Slide the window over a prepared scan and average the tokens of overlapping windows.
 
-    The windows form a full grid of positions, so the sum of weights is a product of three vectors and never a volume.
+    The windows form a full grid of positions, so the sum of weights is a product of three vectors
+    and never a volume.
 
     Args:
-        model: called as `model([crops_BZYX])`, returns one `Tokens`; has `patch` and `dim`. One that
-            `needs_spacing` is given `spacing_mm=[spacing_B3]` too.
+        model: called as `model([crops_BZYX])`, returns one `Tokens`; has `patch` and `dim`. One
+            that `needs_spacing` is given `spacing_mm=[spacing_B3]` too.
         batch: windows per call.
     Returns:
         `DenseFeatures` on the model's device.
     """
     patch, input_ZYX = prepared.grid.patch, prepared.input_ZYX
-    starts = [window_starts(*axis) for axis in zip(input_ZYX.shape, preprocess.window, preprocess.stride, strict=True)]
+    starts = [
+        window_starts(*axis)
+        for axis in zip(input_ZYX.shape, preprocess.window, preprocess.stride, strict=True)
+    ]
     corners = [(z, y, x) for z, y, x in itertools.product(*starts)]
     per_window = [w // p for w, p in zip(preprocess.window, patch, strict=True)]
     weights = [axis_weight(n, preprocess.border_weight).to(input_ZYX.device) for n in per_window]
     taper_ZYX1 = (weights[0][:, None, None] * weights[1][:, None] * weights[2])[..., None]
     dim = int(model.dim)  # type: ignore[arg-type]
-    total_ZYXD = input_ZYX.new_zeros(*(s // p for s, p in zip(input_ZYX.shape, patch, strict=True)), dim)
+    total_ZYXD = input_ZYX.new_zeros(
+        *(s // p for s, p in zip(input_ZYX.shape, patch, strict=True)), dim
+    )
     cls_D = input_ZYX.new_zeros(dim)
     training = model.training
     model.eval()
@@ -302,8 +345,16 @@ def dense_features(
     return features_of(model, prepared, preprocess, batch=batch)
 
 
-def _run(model: nn.Module, prepared: Prepared, corners: list[Triple], window: Triple, per_window: list[int]) -> Tokens:
-    crops_BZYX = torch.stack([prepared.input_ZYX[_box(corner, window, (1, 1, 1))] for corner in corners])
+def _run(
+    model: nn.Module,
+    prepared: Prepared,
+    corners: list[Triple],
+    window: Triple,
+    per_window: list[int],
+) -> Tokens:
+    crops_BZYX = torch.stack(
+        [prepared.input_ZYX[_box(corner, window, (1, 1, 1))] for corner in corners]
+    )
     if getattr(model, "needs_spacing", False) and prepared.spacing_mm is not None:
         spacing_B3 = crops_BZYX.new_tensor(prepared.spacing_mm).expand(len(corners), 3)
         tokens = model([crops_BZYX], spacing_mm=[spacing_B3])[0]

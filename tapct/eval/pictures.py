@@ -1,9 +1,12 @@
 """Pictures of an evaluation: organ overlays beside the truth, and patch features as colours.
 
-Axes: Z Y X voxels of the scan as read (LPS, z grows towards the head); D channels; C colour components.
-Axial slices are shown as radiologists look at them: patient's right on the left, front on top. Coronal: head on top.
+Axes: Z Y X voxels of the scan as read (LPS, z grows towards the head); D channels; C colour
+    components.
+Axial slices are shown as radiologists look at them: patient's right on the left, front on top.
+Coronal: head on top.
 
-matplotlib is loaded with the first picture: every rank of a training run imports this file, and draws none.
+matplotlib is loaded with the first picture: every rank of a training run imports this file, and
+draws none.
 """
 
 from __future__ import annotations
@@ -40,7 +43,9 @@ _PANEL_INCHES = 2.3
 
 @dataclass(frozen=True)
 class Panel:
-    """One column of a picture: a title and class indices (Z, Y, X) painted over the scan; None paints nothing."""
+    """One column of a picture: a title and class indices (Z, Y, X) painted over the scan; None
+    paints nothing.
+    """
 
     title: str
     classes_ZYX: np.ndarray | None
@@ -55,7 +60,9 @@ def colours(organs: Sequence[str]) -> dict[str, Colour]:
         if known and known not in chosen.values():
             chosen[organ] = known
         else:  # golden-ratio steps keep neighbours in the list apart
-            chosen[organ] = colorsys.hls_to_rgb((0.09 + 0.618034 * position) % 1, (0.58, 0.7, 0.46)[position % 3], 0.7)
+            chosen[organ] = colorsys.hls_to_rgb(
+                (0.09 + 0.618034 * position) % 1, (0.58, 0.7, 0.46)[position % 3], 0.7
+            )
     return chosen
 
 
@@ -66,7 +73,8 @@ def _rgb(code: str) -> Colour:
 
 
 def richest_slices(classes_ZYX: np.ndarray, organ_indices: Sequence[int]) -> tuple[int, int]:
-    """The axial and the coronal slice that show most organs, and of those the one with most organ voxels.
+    """The axial and the coronal slice that show most organs, and of those the one with most organ
+    voxels.
 
     Returns:
         (z, y) indices.
@@ -99,17 +107,32 @@ def draw_overlay(
         at: axial and coronal slice.
     """
     colour_of = colours(organs)
-    shown = [o for o in organs if any(_shows(p, classes.index(o), at) for p in panels)][:_MOST_IN_LEGEND]
-    views = [("axial", _axial(hu_ZYX, at[0]), spacing_mm[1:]), ("coronal", _coronal(hu_ZYX, at[1]), spacing_mm[::2])]
+    shown = [o for o in organs if any(_shows(p, classes.index(o), at) for p in panels)][
+        :_MOST_IN_LEGEND
+    ]
+    views = [
+        ("axial", _axial(hu_ZYX, at[0]), spacing_mm[1:]),
+        ("coronal", _coronal(hu_ZYX, at[1]), spacing_mm[::2]),
+    ]
     legend_columns = _legend_columns(shown, len(panels))
     figure, axes = _grid(views, len(panels), legend_rows=-(-len(shown) // legend_columns))
     for column, panel in enumerate(panels):
         for row, (name, hu_slice, spacing) in enumerate(views):
             picture = _windowed(hu_slice)
             if panel.classes_ZYX is not None:
-                cut = _axial(panel.classes_ZYX, at[0]) if name == "axial" else _coronal(panel.classes_ZYX, at[1])
+                cut = (
+                    _axial(panel.classes_ZYX, at[0])
+                    if name == "axial"
+                    else _coronal(panel.classes_ZYX, at[1])
+                )
                 picture = _painted(picture, cut, classes, colour_of)
-            _show(axes[row][column], picture, spacing, panel.title if row == 0 else "", name if column == 0 else "")
+            _show(
+                axes[row][column],
+                picture,
+                spacing,
+                panel.title if row == 0 else "",
+                name if column == 0 else "",
+            )
     from matplotlib.patches import Patch
 
     handles = [Patch(facecolor=colour_of[organ], label=organ.replace("_", " ")) for organ in shown]
@@ -128,40 +151,61 @@ def draw_pca(
     columns: Sequence[tuple[str, DenseFeatures]],
     at: tuple[int, int],
 ) -> None:
-    """Write one picture: the scan, then per model its patch features' first three principal components as colours."""
-    views = [("axial", _axial(hu_ZYX, at[0]), spacing_mm[1:]), ("coronal", _coronal(hu_ZYX, at[1]), spacing_mm[::2])]
+    """Write one picture: the scan, then per model its patch features' first three principal
+    components as colours.
+    """
+    views = [
+        ("axial", _axial(hu_ZYX, at[0]), spacing_mm[1:]),
+        ("coronal", _coronal(hu_ZYX, at[1]), spacing_mm[::2]),
+    ]
     figure, axes = _grid(views, 1 + len(columns), legend_rows=0)
     for row, (name, hu_slice, spacing) in enumerate(views):
         _show(axes[row][0], _windowed(hu_slice), spacing, "CT" if row == 0 else "", name)
     body_ZYX = body_mask(hu_ZYX)
     for column, (title, dense) in enumerate(columns, start=1):
         body_patches = patch_share(body_ZYX, dense) > 0.5
-        rgb_CZYX = dense.grid.to_voxels(pca_colours(dense.features_DZYX.cpu(), body_patches)).numpy()
+        rgb_CZYX = dense.grid.to_voxels(
+            pca_colours(dense.features_DZYX.cpu(), body_patches)
+        ).numpy()
         for row, (name, _, spacing) in enumerate(views):
             cut = _axial if name == "axial" else _coronal
             rgb = np.stack([cut(channel, at[row]) for channel in rgb_CZYX], axis=-1)
             mask = cut(body_ZYX, at[row])[..., None]
-            _show(axes[row][column], np.where(mask, rgb.clip(0, 1), 0.0), spacing, title if row == 0 else "", "")
+            _show(
+                axes[row][column],
+                np.where(mask, rgb.clip(0, 1), 0.0),
+                spacing,
+                title if row == 0 else "",
+                "",
+            )
     _save(figure, path)
 
 
 def pca_colours(features_DZYX: Tensor, foreground_ZYX: Tensor) -> Tensor:
-    """First three principal components of the foreground patches, each stretched to [0, 1] over its 1-99 % range.
+    """First three principal components of the foreground patches, each stretched to [0, 1] over its
+    1-99 % range.
 
-    A component's sign is free: it is fixed so that its largest loading is positive; equal input gives equal colours.
+    A component's sign is free: it is fixed so that its largest loading is positive; equal input
+    gives equal colours.
 
     Args:
         features_DZYX: float32 on the patch grid, CPU.
         foreground_ZYX: bool on the patch grid; all patches where fewer than four are set.
     Returns:
-        float32 (3, z, y, x); background patches hold the colour that the same projection gives them, clipped.
+        float32 (3, z, y, x); background patches hold the colour that the same projection gives
+        them, clipped.
     """
     inside_ZP = foreground_ZYX.flatten(1)
     if int(inside_ZP.sum()) < 4:
         inside_ZP = torch.ones_like(inside_ZP)
-    layers_ZPD = features_DZYX.permute(1, 2, 3, 0).flatten(1, 2)  # float64 of one layer at a time: a scan can be 1 GB
+    layers_ZPD = features_DZYX.permute(1, 2, 3, 0).flatten(
+        1, 2
+    )  # float64 of one layer at a time: a scan can be 1 GB
     layers = list(zip(layers_ZPD, inside_ZP, strict=True))
-    mean_D = torch.stack([x_PD[inside_P].double().sum(0) for x_PD, inside_P in layers]).sum(0) / inside_ZP.sum()
+    mean_D = (
+        torch.stack([x_PD[inside_P].double().sum(0) for x_PD, inside_P in layers]).sum(0)
+        / inside_ZP.sum()
+    )
     covariance_DD = mean_D.new_zeros(len(mean_D), len(mean_D))
     for x_PD, inside_P in layers:
         centred_ND = x_PD[inside_P].double() - mean_D
@@ -177,14 +221,17 @@ def pca_colours(features_DZYX: Tensor, foreground_ZYX: Tensor) -> Tensor:
 
 
 def body_mask(hu_ZYX: np.ndarray) -> np.ndarray:
-    """Rough body: per slice, what thick tissue (HU > -300) encloses from left to right and from front to back.
+    """Rough body: per slice, what thick tissue (HU > -300) encloses from left to right and from
+    front to back.
 
     Tissue is smoothed first, since a table is thin and a patient is not.
     """
     side = 2 * (hu_ZYX.shape[2] // 64) + 1
     tissue = np.empty(hu_ZYX.shape, dtype=bool)
     for z, slice_YX in enumerate(hu_ZYX):
-        share = F.avg_pool2d(torch.from_numpy(slice_YX > -300).float()[None], side, stride=1, padding=side // 2)
+        share = F.avg_pool2d(
+            torch.from_numpy(slice_YX > -300).float()[None], side, stride=1, padding=side // 2
+        )
         tissue[z] = (share[0] > 0.5).numpy()
     enclosed = np.ones_like(tissue)
     for axis in (1, 2):
@@ -194,7 +241,9 @@ def body_mask(hu_ZYX: np.ndarray) -> np.ndarray:
 
 
 def patch_share(mask_ZYX: np.ndarray, dense: DenseFeatures) -> Tensor:
-    """Share of true voxels in each patch of the grid, by voxel centres: float32 on the patch grid."""
+    """Share of true voxels in each patch of the grid, by voxel centres: float32 on the patch
+    grid.
+    """
     share = mask_ZYX.astype(np.float32)
     for axis in range(3):
         patch_of = dense.grid.patch_of_voxel(axis, mask_ZYX.shape[axis])
@@ -219,7 +268,10 @@ def _windowed(hu: np.ndarray) -> np.ndarray:
 
 
 def _painted(
-    picture: np.ndarray, class_slice: np.ndarray, classes: Sequence[str], colour_of: dict[str, Colour]
+    picture: np.ndarray,
+    class_slice: np.ndarray,
+    classes: Sequence[str],
+    colour_of: dict[str, Colour],
 ) -> np.ndarray:
     """Organs as a veil of colour with a firm rim, so that the anatomy under them stays visible."""
     out = picture.copy()
@@ -241,7 +293,9 @@ def _painted(
 def _shows(panel: Panel, index: int, at: tuple[int, int]) -> bool:
     if panel.classes_ZYX is None:
         return False
-    return bool((panel.classes_ZYX[at[0]] == index).any() or (panel.classes_ZYX[:, at[1]] == index).any())
+    return bool(
+        (panel.classes_ZYX[at[0]] == index).any() or (panel.classes_ZYX[:, at[1]] == index).any()
+    )
 
 
 def _legend_columns(names: Sequence[str], num_panels: int) -> int:
@@ -258,7 +312,8 @@ def _grid(
 
     width = _PANEL_INCHES
     heights = [
-        min(max(width * s.shape[0] * mm[0] / (s.shape[1] * mm[1]), 0.35 * width), 2 * width) for _, s, mm in views
+        min(max(width * s.shape[0] * mm[0] / (s.shape[1] * mm[1]), 0.35 * width), 2 * width)
+        for _, s, mm in views
     ]
     top, bottom = 0.32, 0.1 + 0.2 * legend_rows
     total = sum(heights) + top + bottom + 0.06
@@ -273,7 +328,9 @@ def _grid(
     return figure, axes
 
 
-def _show(axis: Any, picture: np.ndarray, spacing_mm: Sequence[float], title: str, side: str) -> None:
+def _show(
+    axis: Any, picture: np.ndarray, spacing_mm: Sequence[float], title: str, side: str
+) -> None:
     axis.imshow(picture, aspect=spacing_mm[0] / spacing_mm[1], interpolation="nearest")
     axis.set_xticks([])
     axis.set_yticks([])

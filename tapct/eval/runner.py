@@ -1,7 +1,8 @@
 """Evaluation of frozen backbones: scans in, `results.json` and pictures out.
 
-Scans are read one at a time and each is seen by every model before the next, so memory holds one scan however many
-there are. Train scans are passed once, decoders are fitted, then test scans are passed once.
+Scans are read one at a time and each is seen by every model before the next, so memory holds one
+scan however many there are. Train scans are passed once, decoders are fitted, then test scans are
+passed once.
 """
 
 from __future__ import annotations
@@ -35,36 +36,59 @@ class During:
     """Evaluation while training goes on."""
 
     every: int = setting(
-        0, "steps between evaluations during training, at checkpoints of these steps and the last; 0: none", ge=0
+        0,
+        "steps between evaluations during training, at checkpoints of these steps and the last; "
+        "0: none",
+        ge=0,
     )
-    how: str = setting("process", "a process beside the first rank, or a SLURM job", choices=("process", "job"))
-    device: str = setting("cpu", "of a `process`, beside ranks that fill their GPUs; empty: as `device` says")
+    how: str = setting(
+        "process", "a process beside the first rank, or a SLURM job", choices=("process", "job")
+    )
+    device: str = setting(
+        "cpu", "of a `process`, beside ranks that fill their GPUs; empty: as `device` says"
+    )
     wait_s: float = setting(
         600.0,
-        "in a SLURM job, which ends with training what runs beside it: seconds that the first rank then waits for the "
+        "in a SLURM job, which ends with training what runs beside it: seconds that the first "
+        "rank then waits for the "
         "evaluation of a `process`",
         ge=0.0,
     )
-    sbatch: tuple[str, ...] = setting((), "options of sbatch for a `job`, e.g. --partition=gpu --gres=gpu:1 --time=60")
+    sbatch: tuple[str, ...] = setting(
+        (), "options of sbatch for a `job`, e.g. --partition=gpu --gres=gpu:1 --time=60"
+    )
 
 
 @dataclass(frozen=True)
 class Config:
     """Settings of one evaluation of frozen features."""
 
-    task: Plugin = plugins.section("eval.tasks", "segmentation", "what the frozen features are judged by")
-    preprocess: Preprocess = dataclasses.field(
-        default_factory=Preprocess, metadata={"doc": "how whole scans are brought before the backbone"}
+    task: Plugin = plugins.section(
+        "eval.tasks", "segmentation", "what the frozen features are judged by"
     )
-    only: tuple[str, ...] = setting((), "patterns of the scans' paths that count, e.g. `ts_body/*`; empty: all")
-    test_share: float = setting(0.5, "share of the patients that is held out, at least one", gt=0, lt=1)
+    preprocess: Preprocess = dataclasses.field(
+        default_factory=Preprocess,
+        metadata={"doc": "how whole scans are brought before the backbone"},
+    )
+    only: tuple[str, ...] = setting(
+        (), "patterns of the scans' paths that count, e.g. `ts_body/*`; empty: all"
+    )
+    test_share: float = setting(
+        0.5, "share of the patients that is held out, at least one", gt=0, lt=1
+    )
     max_scans: int = setting(0, "most labelled scans, train and test together; 0 takes all", ge=0)
     seed: int = setting(0, "of the split and of the choice of training patches")
-    num_blocks: int = setting(8, "slabs along z that a scan is cut into when there is one patient only", ge=2)
-    block_gap: int = setting(2, "patch slices between two such slabs that belong to neither side", ge=0)
+    num_blocks: int = setting(
+        8, "slabs along z that a scan is cut into when there is one patient only", ge=2
+    )
+    block_gap: int = setting(
+        2, "patch slices between two such slabs that belong to neither side", ge=0
+    )
     num_pictures: int = setting(2, "test scans that get an overlay and a PCA picture", ge=0)
     batch: int = setting(8, "windows per forward call", ge=1)
-    during: During = dataclasses.field(default_factory=During, metadata={"doc": "evaluation while training goes on"})
+    during: During = dataclasses.field(
+        default_factory=During, metadata={"doc": "evaluation while training goes on"}
+    )
 
 
 @dataclass(frozen=True)
@@ -92,13 +116,16 @@ def evaluate(
     """Judge frozen backbones side by side on the same scans, windows, grid and labels.
 
     Args:
-        models: at least one, on `device`, all with the same patch; the first one leads in the pictures.
+        models: at least one, on `device`, all with the same patch; the first one leads in the
+            pictures.
         rows: accepted scans; only those with labels count.
         root: folder that the rows' paths are relative to.
         contract: HU to network input.
-        out: folder for `results.json` and `overlays/*.png`; made if missing, `results.json` is replaced atomically.
+        out: folder for `results.json` and `overlays/*.png`; made if missing, `results.json` is
+            replaced atomically.
         preprocess: instead of the config's, e.g. the one stored in an export.
-        held_out: patients kept out of pretraining: the test side where labelled scans lie on both sides.
+        held_out: patients kept out of pretraining: the test side where labelled scans lie on both
+            sides.
         progress: called with (scans done, scans in all).
     Returns:
         What `results.json` holds.
@@ -118,7 +145,9 @@ def evaluate(
     )
     build_task = plugins.load("eval.tasks", config.task.name).build
     task = build_task(config.task.config, seed=config.seed, num_train=len(split.train))
-    run = _Run(config, split, root, contract, preprocess, patch, torch.device(device), task, progress)
+    run = _Run(
+        config, split, root, contract, preprocess, patch, torch.device(device), task, progress
+    )
     for seen in run.scans(test=False):
         for model in models:
             task.learn(model.name, run.features(model, seen), seen.truth)
@@ -126,7 +155,9 @@ def evaluate(
     overlays, pca = [], []
     for number, seen in enumerate(run.scans(test=True)):
         dense = {model.name: run.features(model, seen) for model in models}
-        predictions = {name: task.judge(name, features, seen.truth) for name, features in dense.items()}
+        predictions = {
+            name: task.judge(name, features, seen.truth) for name, features in dense.items()
+        }
         if number < config.num_pictures:
             overlay, picture = _draw(out, task, seen, dense, predictions)
             overlays.append(overlay)
@@ -169,9 +200,16 @@ class _Run:
             scan = scans.read_labelled(row, self.root)
             volume = scan.volume
             prepared = prepare(
-                volume.hu_ZYX, self.contract, self.preprocess, self.patch, self.device, volume.spacing_mm
+                volume.hu_ZYX,
+                self.contract,
+                self.preprocess,
+                self.patch,
+                self.device,
+                volume.spacing_mm,
             )
-            truth = self.task.truth(scan, prepared.grid, self._in_play(prepared.grid, scan.id, test=test))
+            truth = self.task.truth(
+                scan, prepared.grid, self._in_play(prepared.grid, scan.id, test=test)
+            )
             yield _Seen(scan, prepared, truth)
             if self.progress:
                 self.progress(number + (len(self.split.train) if test else 0), total)
@@ -183,7 +221,11 @@ class _Run:
         if self.split.mode == scans.PATIENTS:
             return np.ones(grid.shape[0], dtype=bool)
         return scans.block_slices(
-            grid.shape[0], test=test, num_blocks=self.config.num_blocks, gap=self.config.block_gap, scan_id=scan_id
+            grid.shape[0],
+            test=test,
+            num_blocks=self.config.num_blocks,
+            gap=self.config.block_gap,
+            scan_id=scan_id,
         )
 
 
@@ -198,8 +240,14 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 def _common_patch(models: Sequence[NamedModel]) -> tuple[int, int, int]:
     patches = {tuple(int(side) for side in model.model.patch): model.name for model in models}  # type: ignore[union-attr]
     if len(patches) != 1:
-        found = ", ".join(f"{name} {'x'.join(map(str, patch))}" for patch, name in patches.items()) or "none"
-        raise UserError(f"models of one evaluation must share one patch, got {found}. Evaluate them in separate runs.")
+        found = (
+            ", ".join(f"{name} {'x'.join(map(str, patch))}" for patch, name in patches.items())
+            or "none"
+        )
+        raise UserError(
+            f"models of one evaluation must share one patch, got {found}. Evaluate them in "
+            "separate runs."
+        )
     z, y, x = next(iter(patches))
     return z, y, x
 
@@ -228,5 +276,9 @@ def _draw(
     pictures.draw_pca(out / pca, volume.hu_ZYX, volume.spacing_mm, columns, at)
     return (
         {"scan": name, "file": overlay, "caption": caption},
-        {"scan": name, "file": pca, "caption": f"first three principal components of the patch features of {name}"},
+        {
+            "scan": name,
+            "file": pca,
+            "caption": f"first three principal components of the patch features of {name}",
+        },
     )

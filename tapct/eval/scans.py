@@ -59,8 +59,8 @@ class Split:
     """Scans of either side.
 
     Args:
-        mode: `patients`, or `blocks` where one patient is all there is: then both sides hold the same scans and
-            `block_slices` tells them apart.
+        mode: `patients`, or `blocks` where one patient is all there is: then both sides hold the
+            same scans and `block_slices` tells them apart.
         held_out: the test patients were kept out of pretraining too.
     """
 
@@ -82,7 +82,8 @@ def matching(rows: Sequence[ScanRow], patterns: Sequence[str]) -> list[ScanRow]:
     if not found:
         example = f", e.g. {rows[0].path}" if rows else ""
         raise UserError(
-            f"eval.only {list(patterns)} matches none of the {len(rows)} scans{example}; patterns are of whole paths"
+            f"eval.only {list(patterns)} matches none of the {len(rows)} scans{example}; patterns "
+            "are of whole paths"
         )
     return found
 
@@ -95,22 +96,26 @@ def split_by_patient(
     seed: int,
     held_out: Collection[str] = (),
 ) -> Split:
-    """Choose labelled scans and divide them by patient, keyed by the seed and whatever the order of the rows.
+    """Choose labelled scans and divide them by patient, keyed by the seed and whatever the order of
+    the rows.
 
     Args:
         rows: accepted scans; those without labels are left out.
         test_share: of the patients, at least one on either side.
-        max_scans: most scans on both sides together, at least one on either; 0 means all. The sides shrink alike.
-        held_out: patients that pretraining did not see: they are the test side where labelled scans lie on both
-            sides, else the split is by `test_share`.
+        max_scans: most scans on both sides together, at least one on either; 0 means all. The sides
+            shrink alike.
+        held_out: patients that pretraining did not see: they are the test side where labelled scans
+            lie on both sides, else the split is by `test_share`.
     Raises:
         UserError: no scan has labels.
     """
     labelled = sorted((row for row in rows if row.label_path), key=lambda row: row.id)
     if not labelled:
         raise UserError(
-            f"none of the {len(rows)} accepted scans has a label map to evaluate against: name it NAME_seg.nii.gz "
-            "beside NAME.nii.gz, put it in labels*/ beside images*/, or index again with --labels DIR"
+            f"none of the {len(rows)} accepted scans has a label map to evaluate against: name it "
+            "NAME_seg.nii.gz "
+            "beside NAME.nii.gz, put it in labels*/ beside images*/, or index again with --labels "
+            "DIR"
         )
     people = {_patient(row) for row in labelled}
     if len(people) == 1:
@@ -134,14 +139,18 @@ def _patient(row: ScanRow) -> str:
 
 def _some(rows: list[ScanRow], num: int, seed: int) -> list[ScanRow]:
     """`num` scans in a keyed order, so that a smaller choice is part of a larger one."""
-    return sorted(rows, key=lambda row: (rng.hash_int(seed, "eval scans", rng.purpose_id(row.id)), row.id))[:num]
+    return sorted(
+        rows, key=lambda row: (rng.hash_int(seed, "eval scans", rng.purpose_id(row.id)), row.id)
+    )[:num]
 
 
-def block_slices(num_patches: int, *, test: bool, num_blocks: int, gap: int, scan_id: str) -> np.ndarray:
+def block_slices(
+    num_patches: int, *, test: bool, num_blocks: int, gap: int, scan_id: str
+) -> np.ndarray:
     """Patch slices along z of one side, where train and test share a scan.
 
-    The depth is cut into `num_blocks` slabs; even ones train, odd ones test. Between two slabs `gap` slices of
-    patches belong to neither side, since neighbours look alike.
+    The depth is cut into `num_blocks` slabs; even ones train, odd ones test. Between two slabs
+    `gap` slices of patches belong to neither side, since neighbours look alike.
 
     Returns:
         bool (num_patches,).
@@ -151,8 +160,10 @@ def block_slices(num_patches: int, *, test: bool, num_blocks: int, gap: int, sca
     num_blocks = min(num_blocks, (num_patches + gap) // (1 + gap))
     if num_blocks < 2:
         raise UserError(
-            f"scan {scan_id} has {num_patches} patches along z; fitting within one patient needs {2 + gap}. "
-            "Index scans of a second patient, or give each patient its own group with --patient-regex."
+            f"scan {scan_id} has {num_patches} patches along z; fitting within one patient needs "
+            f"{2 + gap}. "
+            "Index scans of a second patient, or give each patient its own group with "
+            "--patient-regex."
         )
     edges = np.linspace(0, num_patches + gap, num_blocks + 1).round().astype(int)
     chosen = np.zeros(num_patches, dtype=bool)

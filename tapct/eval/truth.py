@@ -1,6 +1,8 @@
-"""Labels on the patch grid: which share of each patch is which label, and which patches a decoder is trained on.
+"""Labels on the patch grid: which share of each patch is which label, and which patches a decoder
+is trained on.
 
-Axes: Z Y X voxels of the scan as read; N patches of the grid in (z, y, x) raster order; V label values; K kept patches.
+Axes: Z Y X voxels of the scan as read; N patches of the grid in (z, y, x) raster order; V label
+    values; K kept patches.
 """
 
 from __future__ import annotations
@@ -44,7 +46,8 @@ class PatchTruth:
         return dict(self.scan.labels.names)
 
     def sample(self, num_tokens: int, seed: int) -> tuple[Tensor, Tensor]:
-        """Choose patches for training, stratified by their majority label, so that small organs are all kept.
+        """Choose patches for training, stratified by their majority label, so that small organs are
+        all kept.
 
         Args:
             num_tokens: most patches of this scan.
@@ -53,7 +56,9 @@ class PatchTruth:
         """
         majority_N = self.shares_NV.argmax(1)
         open_N = np.repeat(self.in_play_Z, self.grid.shape[1] * self.grid.shape[2])
-        draw_N = rng.uniform(seed, "eval tokens", rng.purpose_id(self.scan.id), torch.arange(len(majority_N))).numpy()
+        draw_N = rng.uniform(
+            seed, "eval tokens", rng.purpose_id(self.scan.id), torch.arange(len(majority_N))
+        ).numpy()
         strata = [np.flatnonzero(open_N & (majority_N == v)) for v in range(len(self.values))]
         strata = sorted((s for s in strata if len(s)), key=len)
         kept, weights, left = [], [], num_tokens
@@ -68,12 +73,14 @@ class PatchTruth:
         return torch.from_numpy(index_K[order]), torch.from_numpy(weight_K[order])
 
 
-def patch_truth(scan: LabelledScan, grid: PatchGrid, *, body_labelled: bool, in_play_Z: np.ndarray) -> PatchTruth:
+def patch_truth(
+    scan: LabelledScan, grid: PatchGrid, *, body_labelled: bool, in_play_Z: np.ndarray
+) -> PatchTruth:
     """Count the scan's own label voxels in every patch.
 
     Args:
-        body_labelled: True where label 0 already means the air outside, because the body has a label of its own;
-            else air connected with the in-plane border becomes `OUTSIDE`.
+        body_labelled: True where label 0 already means the air outside, because the body has a
+            label of its own; else air connected with the in-plane border becomes `OUTSIDE`.
         in_play_Z: as in `PatchTruth`.
     """
     labels_ZYX = scan.labels.labels_ZYX
@@ -96,8 +103,8 @@ def patch_truth(scan: LabelledScan, grid: PatchGrid, *, body_labelled: bool, in_
 def _count(columns_ZYX: np.ndarray, num_columns: int, grid: PatchGrid) -> np.ndarray:
     """How many label voxels of each column lie in each patch: int64 (N, columns).
 
-    A voxel belongs to the patch that holds its centre. Where voxels are larger than a patch's own voxels, they are
-    first split into equal parts, so that no patch is left empty.
+    A voxel belongs to the patch that holds its centre. Where voxels are larger than a patch's own
+    voxels, they are first split into equal parts, so that no patch is left empty.
     """
     split = [-(-r // o) for r, o in zip(grid.resized, grid.original, strict=True)]
     for axis in _AXES:
@@ -113,10 +120,12 @@ def _count(columns_ZYX: np.ndarray, num_columns: int, grid: PatchGrid) -> np.nda
 
 
 def _reached_from_border(air_ZYX: np.ndarray) -> np.ndarray:
-    """Patches that touch the air around the patient, slice by slice: bool, same shape as the air shares given.
+    """Patches that touch the air around the patient, slice by slice: bool, same shape as the air
+    shares given.
 
-    Air spreads from the in-plane border through patches that are mostly air; z is left out, since lungs that are cut
-    by the end of the scan are not outside. The last step takes in the patches along the skin.
+    Air spreads from the in-plane border through patches that are mostly air; z is left out, since
+    lungs that are cut by the end of the scan are not outside. The last step takes in the patches
+    along the skin.
     """
     open_ZYX = torch.from_numpy(air_ZYX > 0.5).float()
     reached = torch.zeros_like(open_ZYX)

@@ -1,6 +1,7 @@
 """DINO: the student's class tokens predict the teacher's prototype assignment of the other crops.
 
-    # s student, t teacher, g global crops, l local crops; CE(s, t) = -sum_k t_k log softmax(s / 0.1)_k
+    # s student, t teacher, g global crops, l local crops; CE(s, t) = -sum_k t_k log softmax(s /
+    0.1)_k
     targets = centre_or_sinkhorn(teacher_head(teacher(globals).cls) / temperature)      # 2B x K, no gradient
     local   = sum_l sum_g      mean_b CE(student_head(student(l).cls), targets[g]) / n   # 2L pairs
     global_ = sum_g sum_g'!=g  mean_b CE(student_head(student(g).cls), targets[g']) / n  # 2 pairs
@@ -44,7 +45,9 @@ class DinoLoss(Loss):
         self.config = config
         self.targets = Targets(config.head.num_prototypes, config.targets)
 
-    def forward(self, sets: TokenSets, student_head: nn.Module | None, teacher_head: nn.Module | None) -> LossResult:
+    def forward(
+        self, sets: TokenSets, student_head: nn.Module | None, teacher_head: nn.Module | None
+    ) -> LossResult:
         """Compare every student crop with every other global crop of the teacher.
 
         Args:
@@ -59,29 +62,50 @@ class DinoLoss(Loss):
         num_terms = num_globals * (num_globals - 1) + num_globals * num_locals
         with torch.no_grad():
             features_NW, teacher_KW = teacher_head(sets.teacher_global.cls_BD, pair_up)
-            teacher = self.targets.scores(features_NW.unflatten(0, (num_globals, -1)), teacher_KW, sets.teacher_temp)
+            teacher = self.targets.scores(
+                features_NW.unflatten(0, (num_globals, -1)), teacher_KW, sets.teacher_temp
+            )
             del features_NW, teacher_KW  # under autocast `teacher` holds narrower ones
-        cls = [sets.student_global.cls_BD] + ([sets.student_local.cls_BD] if sets.student_local is not None else [])
+        cls = [sets.student_global.cls_BD] + (
+            [sets.student_local.cls_BD] if sets.student_local is not None else []
+        )
         num_samples = teacher.features_GBW.shape[1]
         scale = self.config.weight / (num_terms * num_samples)
 
         def compare(features_RW: Tensor, prototypes_KW: Tensor) -> PrototypeLoss:
             student_VBW = features_RW.unflatten(0, (num_globals + num_locals, -1))
             weight_VB = torch.full_like(student_VBW[..., 0], scale)
-            return prototype_loss(student_VBW, prototypes_KW, weight_VB, teacher, self.config.student_temp, cross=True)
+            return prototype_loss(
+                student_VBW, prototypes_KW, weight_VB, teacher, self.config.student_temp, cross=True
+            )
 
         result: PrototypeLoss = student_head(torch.cat(cls), compare)
         return self.terms_of(result, num_globals, num_locals, scale)
 
-    def terms_of(self, result: PrototypeLoss, num_globals: int, num_locals: int, scale: float) -> LossResult:
-        """The two terms; all of the gradient flows through the first, their values tell the share of each."""
+    def terms_of(
+        self, result: PrototypeLoss, num_globals: int, num_locals: int, scale: float
+    ) -> LossResult:
+        """The two terms; all of the gradient flows through the first, their values tell the share
+        of each.
+        """
         global_sum, local_sum = result.ce_VB[:num_globals].sum(), result.ce_VB[num_globals:].sum()
         num_samples = result.ce_VB.shape[1]
-        num_global_pairs, num_local_pairs = num_globals * (num_globals - 1), num_globals * num_locals
+        num_global_pairs, num_local_pairs = (
+            num_globals * (num_globals - 1),
+            num_globals * num_locals,
+        )
         local_value = scale * local_sum
-        terms = [Term("dino_global", result.value - local_value, global_sum / (num_samples * num_global_pairs))]
+        terms = [
+            Term(
+                "dino_global",
+                result.value - local_value,
+                global_sum / (num_samples * num_global_pairs),
+            )
+        ]
         if num_locals:
-            terms.append(Term("dino_local", local_value, local_sum / (num_samples * num_local_pairs)))
+            terms.append(
+                Term("dino_local", local_value, local_sum / (num_samples * num_local_pairs))
+            )
         mean_ce = (global_sum + local_sum) / (num_samples * (num_global_pairs + num_local_pairs))
         return LossResult(tuple(terms), TargetStats("dino", result.sums, mean_ce))
 

@@ -3,11 +3,12 @@
     X = normalize(student(masked globals).patches), Y = normalize(snapshot(globals).patches)    # N D of each crop
     loss = mean over crops of mean over N x N of (X X^T - Y Y^T)^2
 
-The snapshot is a frozen copy of the teacher's backbone, taken at one step and anew at later ones. What is kept is the
+The snapshot is a frozen copy of the teacher's backbone, taken at one step and anew at later ones.
+What is kept is the
 geometry of the patches, not their features: X and X R are the same for every rotation R.
 
-Nothing of size N x N is made where N > D. With S = X + Y and E = X - Y, X X^T - Y Y^T = (S E^T + E S^T) / 2. Where
-student and snapshot agree, E is small and no difference of large numbers is left:
+Nothing of size N x N is made where N > D. With S = X + Y and E = X - Y, X X^T - Y Y^T = (S E^T + E
+S^T) / 2. Where student and snapshot agree, E is small and no difference of large numbers is left:
 
     |X X^T - Y Y^T|^2 = (<S^T S, E^T E> + <S^T E, E^T S>) / 2
     gradient in X     = S (E^T S + E^T E) + E (S^T S + S^T E)
@@ -41,23 +42,29 @@ class Config:
     weight: float = setting(2.0, "factor on the term; DINOv3, arXiv:2508.10104", ge=0.0)
     start: int = setting(
         100_000,
-        "optimizer steps before the first snapshot; the term is 0 until then and costs no forward pass. DINOv3: "
+        "optimizer steps before the first snapshot; the term is 0 until then and costs no forward "
+        "pass. DINOv3: "
         "1,000,000; here 80 % of the default train.steps",
         ge=0,
     )
     refresh_every: int = setting(
-        10_000, "steps from one snapshot to the next; 0: only the first; DINOv3, arXiv:2508.10104", ge=0
+        10_000,
+        "steps from one snapshot to the next; 0: only the first; DINOv3, arXiv:2508.10104",
+        ge=0,
     )
     tokens: str = setting(
         "all",
-        "patches of the global crops that are compared: all, as DINOv3; masked or unmasked, those that the student did "
+        "patches of the global crops that are compared: all, as DINOv3; masked or unmasked, those "
+        "that the student did "
         "not see or did see",
         choices=("all", "masked", "unmasked"),
     )
 
 
 class SquareDistance(torch.autograd.Function):
-    """(C, N, D) twice -> (C,): sum over N x N of (X X^T - Y Y^T)^2 of each crop; gradient for the first alone."""
+    """(C, N, D) twice -> (C,): sum over N x N of (X X^T - Y Y^T)^2 of each crop; gradient for the
+    first alone.
+    """
 
     @staticmethod
     def forward(ctx: Any, student_CND: Tensor, teacher_CND: Tensor) -> Tensor:
@@ -78,7 +85,9 @@ class SquareDistance(torch.autograd.Function):
 
 
 def by_channels(x_CND: Tensor, y_CND: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor]:
-    """Square distance (C,) and its gradient (C, N, D; empty where not wanted) from products of D x D."""
+    """Square distance (C,) and its gradient (C, N, D; empty where not wanted) from products of D x
+    D.
+    """
     sum_CND, gap_CND = x_CND + y_CND, x_CND - y_CND
     sums_CDD, gaps_CDD = sum_CND.mT @ sum_CND, gap_CND.mT @ gap_CND
     mixed_CDD = sum_CND.mT @ gap_CND
@@ -92,7 +101,9 @@ def by_tokens(x_CND: Tensor, y_CND: Tensor, with_gradient: bool) -> tuple[Tensor
     """The same from products of N x N, which are fewer in crops of few tokens."""
     half_CNN = (x_CND + y_CND) @ (x_CND - y_CND).mT
     difference_CNN = (half_CNN + half_CNN.mT) / 2
-    return difference_CNN.square().sum((1, 2)), 4 * difference_CNN @ x_CND if with_gradient else x_CND[:0]
+    return difference_CNN.square().sum(
+        (1, 2)
+    ), 4 * difference_CNN @ x_CND if with_gradient else x_CND[:0]
 
 
 class GramLoss(Loss):
@@ -106,7 +117,10 @@ class GramLoss(Loss):
         self.snapshot = SnapshotTimes(config.start, config.refresh_every)
 
     def forward(
-        self, sets: TokenSets, student_head: nn.Module | None = None, teacher_head: nn.Module | None = None
+        self,
+        sets: TokenSets,
+        student_head: nn.Module | None = None,
+        teacher_head: nn.Module | None = None,
     ) -> LossResult:
         """One term, `gram`; zero (but connected) before the first snapshot. It has no head.
 
@@ -122,11 +136,18 @@ class GramLoss(Loss):
             count_C = unit_CND.new_full((len(unit_CND),), unit_CND.shape[1])
             if self.config.tokens != "all":
                 masked_CN = sets.masks.masked_VBN.flatten(0, 1)
-                chosen_CN1 = (masked_CN if self.config.tokens == "masked" else ~masked_CN)[..., None]
-                unit_CND, kept_CND = unit_CND * chosen_CN1, kept_CND * chosen_CN1  # rows of 0 add nothing
+                chosen_CN1 = (masked_CN if self.config.tokens == "masked" else ~masked_CN)[
+                    ..., None
+                ]
+                unit_CND, kept_CND = (
+                    unit_CND * chosen_CN1,
+                    kept_CND * chosen_CN1,
+                )  # rows of 0 add nothing
                 count_C = chosen_CN1.sum((1, 2)).clamp(min=1)
             square_C: Tensor = SquareDistance.apply(unit_CND, kept_CND)
-            return LossResult((Term("gram", self.config.weight * (square_C / count_C.square()).mean()),))
+            return LossResult(
+                (Term("gram", self.config.weight * (square_C / count_C.square()).mean()),)
+            )
 
     def finish_step(self, apply: Tensor) -> None:
         """Keeps nothing between steps; the snapshot belongs to `StudentTeacher`."""

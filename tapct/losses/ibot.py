@@ -1,4 +1,5 @@
-"""iBOT: at every masked patch the student predicts the teacher's prototype assignment of that patch.
+"""iBOT: at every masked patch the student predicts the teacher's prototype assignment of that
+patch.
 
     rows    = masked patch tokens of all global crops, and only those                    # M
     targets = centre_or_sinkhorn(teacher_head(teacher(globals).patches[rows]) / temperature)
@@ -30,7 +31,9 @@ class Config:
     weight: float = setting(1.0, "factor on the term; DINOv2", ge=0.0)
     student_temp: float = setting(0.1, "student temperature; iBOT, arXiv:2111.07832", gt=0.0)
     share_dino_head: bool = setting(
-        False, "use DINO's head and prototypes (as iBOT and TAP-CT did); both head sections must then be equal"
+        False,
+        "use DINO's head and prototypes (as iBOT and TAP-CT did); both head sections must then be "
+        "equal",
     )
     targets: TargetConfig = field(default_factory=TargetConfig)
     head: heads.Config = field(default_factory=heads.Config)
@@ -45,7 +48,9 @@ class IBotLoss(Loss):
         self.head_of = "dino" if config.share_dino_head else "ibot"
         self.targets = Targets(config.head.num_prototypes, config.targets)
 
-    def forward(self, sets: TokenSets, student_head: nn.Module | None, teacher_head: nn.Module | None) -> LossResult:
+    def forward(
+        self, sets: TokenSets, student_head: nn.Module | None, teacher_head: nn.Module | None
+    ) -> LossResult:
         """Compare student and teacher at the masked patches.
 
         Args:
@@ -59,7 +64,9 @@ class IBotLoss(Loss):
         masks = sets.masks
         student_MD = sets.student_global.patches_BND.flatten(0, 1)[masks.index_M]
         num_crops = sets.student_global.patches_BND.shape[0]
-        real_M = masks.weight_M > 0  # a masked token that is all padding weighs nothing, here and in the targets
+        real_M = (
+            masks.weight_M > 0
+        )  # a masked token that is all padding weighs nothing, here and in the targets
         with torch.no_grad():
             teacher_MD = sets.teacher_global.patches_BND.flatten(0, 1)[masks.index_M]
             features_MW, teacher_KW = teacher_head(teacher_MD, pair_up)
@@ -70,11 +77,15 @@ class IBotLoss(Loss):
         def compare(features_MW: Tensor, prototypes_KW: Tensor) -> PrototypeLoss:
             weight_1M = weight_M.to(features_MW.dtype)[None]
             temp = self.config.student_temp
-            return prototype_loss(features_MW[None], prototypes_KW, weight_1M, teacher, temp, cross=False)
+            return prototype_loss(
+                features_MW[None], prototypes_KW, weight_1M, teacher, temp, cross=False
+            )
 
         result: PrototypeLoss = student_head(student_MD, compare)
         mean_ce = (result.ce_VB[0] * real_M).sum() / real_M.sum().clamp(min=1)
-        return LossResult((Term("ibot", result.value, mean_ce),), TargetStats("ibot", result.sums, mean_ce))
+        return LossResult(
+            (Term("ibot", result.value, mean_ce),), TargetStats("ibot", result.sums, mean_ce)
+        )
 
     def pending(self) -> tuple[Tensor, ...]:
         """Sums for the centre; see `Targets.pending`."""

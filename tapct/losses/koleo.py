@@ -1,7 +1,8 @@
-"""KoLeo: spread the class tokens of a batch over the sphere (Sablayrolles et al. 2019, arXiv:1806.03198).
+"""KoLeo: spread the class tokens of a batch over the sphere (Sablayrolles et al. 2019,
+arXiv:1806.03198).
 
-B samples of this rank, N candidates for a neighbour (this rank's samples, or those of all W ranks), V global crops,
-D channels.
+B samples of this rank, N candidates for a neighbour (this rank's samples, or those of all W ranks),
+V global crops, D channels.
 """
 
 from __future__ import annotations
@@ -24,18 +25,25 @@ from tapct.types import LossResult, Term, TokenSets
 class Config:
     """Weight and reach of the term."""
 
-    weight: float = setting(0.1, "factor on the sum over the global crops; DINOv2, arXiv:2304.07193", ge=0.0)
+    weight: float = setting(
+        0.1, "factor on the sum over the global crops; DINOv2, arXiv:2304.07193", ge=0.0
+    )
     cross_rank: bool = setting(
-        False, "look for neighbours among the samples of all ranks (small batches), not of this rank's as DINOv2 does"
+        False,
+        "look for neighbours among the samples of all ranks (small batches), not of this rank's "
+        "as DINOv2 does",
     )
 
 
-def koleo(cls_BD: Tensor, everyone_ND: Tensor | None = None, first: int = 0, eps: float = 1e-8) -> Tensor:
+def koleo(
+    cls_BD: Tensor, everyone_ND: Tensor | None = None, first: int = 0, eps: float = 1e-8
+) -> Tensor:
     """Spread features: minus the mean log distance to the nearest neighbour.
 
     Args:
         cls_BD: class tokens after the final norm, before the head, any scale.
-        everyone_ND: candidates for the neighbour, N >= 2, with `cls_BD` among them; None: `cls_BD` itself.
+        everyone_ND: candidates for the neighbour, N >= 2, with `cls_BD` among them; None: `cls_BD`
+            itself.
         first: row of `everyone_ND` at which `cls_BD` begins.
         eps: added to the difference and to the distance.
     Returns:
@@ -47,8 +55,10 @@ def koleo(cls_BD: Tensor, everyone_ND: Tensor | None = None, first: int = 0, eps
     everyone_ND = cls_BD if everyone_ND is None else everyone_ND
     if everyone_ND.shape[0] < 2:
         raise UserError(
-            f"KoLeo needs a nearest neighbour, but this rank's batch holds {cls_BD.shape[0]} sample. "
-            "Raise train.global_batch, lower train.accumulation, set losses.koleo.cross_rank=true on several ranks, or "
+            f"KoLeo needs a nearest neighbour, but this rank's batch holds {cls_BD.shape[0]} "
+            "sample. "
+            "Raise train.global_batch, lower train.accumulation, set losses.koleo.cross_rank=true "
+            "on several ranks, or "
             "losses.koleo=null."
         )
     # float32: eps underflows in fp16 and the log becomes infinite
@@ -72,15 +82,23 @@ class KoLeoLoss(Loss):
         self.config = config
 
     def forward(
-        self, sets: TokenSets, student_head: nn.Module | None = None, teacher_head: nn.Module | None = None
+        self,
+        sets: TokenSets,
+        student_head: nn.Module | None = None,
+        teacher_head: nn.Module | None = None,
     ) -> LossResult:
         """One term, `koleo`; it has no head."""
         cls_VBD = sets.student_global.cls_BD.unflatten(0, (sets.num_globals, -1))
         everyone_VND, first = cls_VBD, 0
         if self.config.cross_rank:
-            everyone_VND = collectives.gather_with_gradient(cls_VBD).transpose(0, 1).flatten(1, 2)  # ranks in order
+            everyone_VND = (
+                collectives.gather_with_gradient(cls_VBD).transpose(0, 1).flatten(1, 2)
+            )  # ranks in order
             first = collectives.rank() * cls_VBD.shape[1]
-        each = [koleo(cls_BD, all_ND, first) for cls_BD, all_ND in zip(cls_VBD, everyone_VND, strict=True)]
+        each = [
+            koleo(cls_BD, all_ND, first)
+            for cls_BD, all_ND in zip(cls_VBD, everyone_VND, strict=True)
+        ]
         return LossResult((Term("koleo", self.config.weight * torch.stack(each).sum()),))
 
     def finish_step(self, apply: Tensor) -> None:

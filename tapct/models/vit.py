@@ -1,18 +1,21 @@
-"""The N-D vision transformer: one backbone for slices (2D), slabs (2.5D) and volumes (3D), by the size of its patch.
+"""The N-D vision transformer: one backbone for slices (2D), slabs (2.5D) and volumes (3D), by the
+size of its patch.
 
     patches  = unfold(crop) W + b                    all groups of crops in one matrix product
     patches  = mask_token where masked               before the positions
     tokens   = [CLS + pos_0, registers, patches + pos_1..N]     no pos where positions are rotary alone
     tokens   = tokens + drop(scale(attention(norm(tokens))))      attention within a crop, all else packed;
-                                                             rotary positions turn its queries and keys
+                                                             rotary positions turn its queries and
+                                                             keys
     tokens   = tokens + drop(scale(mlp(norm(tokens))))
     features = norm(tokens)
 
-B crops of one group (all of one size), N patches of one crop, P voxels of one patch, R registers, D channels,
-T packed tokens of all crops of all groups.
-Source: Dosovitskiy et al. 2021, arXiv:2010.11929; DINOv2, arXiv:2304.07193; registers, arXiv:2309.16588.
-Parameter names are DINOv2's. With `positions: rope` there is no `pos_embed` at all: CLS is its own token alone, whose
-place no score depends on, and starts as wide as its learned position would (std 0.02).
+B crops of one group (all of one size), N patches of one crop, P voxels of one patch, R registers, D
+channels, T packed tokens of all crops of all groups.
+Source: Dosovitskiy et al. 2021, arXiv:2010.11929; DINOv2, arXiv:2304.07193; registers,
+arXiv:2309.16588. Parameter names are DINOv2's. With `positions: rope` there is no `pos_embed` at
+all: CLS is its own token alone, whose place no score depends on, and starts as wide as its learned
+    position would (std 0.02).
 """
 
 from __future__ import annotations
@@ -44,21 +47,34 @@ class Config:
     """Sizes and switches of the backbone; the defaults are TAP-S-3D."""
 
     window: tuple[int, int, int] = setting(
-        (12, 224, 224), "voxels (z, y, x) of the crop whose positions are learned one to one; arXiv:2512.00872", ge=1
+        (12, 224, 224),
+        "voxels (z, y, x) of the crop whose positions are learned one to one; arXiv:2512.00872",
+        ge=1,
     )
-    patch: tuple[int, int, int] = setting((4, 8, 8), "voxels (z, y, x) of one patch; arXiv:2512.00872", ge=1)
+    patch: tuple[int, int, int] = setting(
+        (4, 8, 8), "voxels (z, y, x) of one patch; arXiv:2512.00872", ge=1
+    )
     in_chans: int = setting(1, "channels of a voxel; CT has one", ge=1)
     dim: int = setting(384, "channels D of a token (ViT-S 384, ViT-B 768)", ge=1)
     depth: int = setting(12, "blocks", ge=1)
     heads: int = setting(6, "attention heads; D / heads is 64 in ViT-S and ViT-B", ge=1)
     mlp_ratio: float = setting(4.0, "width of the feed-forward over D", gt=0.0)
-    ffn: str = setting("mlp", "feed-forward: mlp, or swiglu at 2/3 of the width", choices=("mlp", "swiglu"))
+    ffn: str = setting(
+        "mlp", "feed-forward: mlp, or swiglu at 2/3 of the width", choices=("mlp", "swiglu")
+    )
     qkv_bias: bool = setting(True, "bias of the query-key-value projection; DINOv2")
-    qk_norm: bool = setting(False, "layer norm of each head's queries and keys; arXiv:2302.05442 (ViT-22B)")
+    qk_norm: bool = setting(
+        False, "layer norm of each head's queries and keys; arXiv:2302.05442 (ViT-22B)"
+    )
     registers: int = setting(4, "register tokens R; arXiv:2309.16588", ge=0)
-    layer_scale: float | None = setting(1e-5, "initial gain of every residual branch; null or 0: none; DINOv2", ge=0.0)
+    layer_scale: float | None = setting(
+        1e-5, "initial gain of every residual branch; null or 0: none; DINOv2", ge=0.0
+    )
     drop_path: float = setting(
-        0.1, "share of crops that skip a residual branch in training; the TAP configs", ge=0.0, lt=1.0
+        0.1,
+        "share of crops that skip a residual branch in training; the TAP configs",
+        ge=0.0,
+        lt=1.0,
     )
     drop_path_rounding: str = setting(
         "stochastic",
@@ -67,16 +83,20 @@ class Config:
     )
     positions: str = setting(
         "learned",
-        "how patches know their place: learned vectors (DINOv2), rope turns queries and keys (DINOv3), or both",
+        "how patches know their place: learned vectors (DINOv2), rope turns queries and keys "
+        "(DINOv3), or both",
         choices=("learned", "rope", "both"),
     )
     pos_resize: str = setting(
-        "cubic", "how learned positions follow the crop's size; DINOv2: cubic", choices=("cubic", "linear")
+        "cubic",
+        "how learned positions follow the crop's size; DINOv2: cubic",
+        choices=("cubic", "linear"),
     )
     rope: rope.Config = field(default_factory=rope.Config)
     attention: str = setting(
         "sdpa",
-        "attention back-end: sdpa anywhere; varlen and xformers on a GPU alone; auto the first of varlen, xformers and "
+        "attention back-end: sdpa anywhere; varlen and xformers on a GPU alone; auto the first of "
+        "varlen, xformers and "
         "sdpa that device and precision allow",
         choices=tuple(BACKENDS),
     )
@@ -84,17 +104,26 @@ class Config:
     def __post_init__(self) -> None:
         if any(size % patch for size, patch in zip(self.window, self.patch, strict=True)):
             raise UserError(
-                f"model.window {_times(self.window)} is no multiple of model.patch {_times(self.patch)} along every "
+                f"model.window {_times(self.window)} is no multiple of model.patch "
+                f"{_times(self.patch)} along every "
                 "axis; change one of them"
             )
         if self.dim % self.heads:
-            raise UserError(f"model.dim {self.dim} is no multiple of model.heads {self.heads}; change one of them")
+            raise UserError(
+                f"model.dim {self.dim} is no multiple of model.heads {self.heads}; change one of "
+                "them"
+            )
         if not self.turns and self.rope != rope.Config():
-            raise UserError("model.rope is set, but model.positions=learned reads none of it; choose rope or both")
+            raise UserError(
+                "model.rope is set, but model.positions=learned reads none of it; choose rope or "
+                "both"
+            )
         if self.turns and not rope.pairs_per_axis(self.dim // self.heads):
             raise UserError(
-                f"model.positions={self.positions} needs heads of at least {rope.PAIRS_PER_AXIS} channels, and "
-                f"model.dim {self.dim} over model.heads {self.heads} gives {self.dim // self.heads}; use fewer heads"
+                f"model.positions={self.positions} needs heads of at least {rope.PAIRS_PER_AXIS} "
+                "channels, and "
+                f"model.dim {self.dim} over model.heads {self.heads} gives "
+                f"{self.dim // self.heads}; use fewer heads"
             )
 
     @property
@@ -114,10 +143,11 @@ def _times(size: Sequence[int]) -> str:
 
 
 class PatchEmbed(nn.Module):
-    """Crops to patch embeddings: a convolution whose stride is its kernel, computed as one matrix product.
+    """Crops to patch embeddings: a convolution whose stride is its kernel, computed as one matrix
+    product.
 
-    The convolution holds the parameters under DINOv2's name and is never called: over the unfolded crops of all groups
-    one product is faster.
+    The convolution holds the parameters under DINOv2's name and is never called: over the unfolded
+    crops of all groups one product is faster.
     """
 
     def __init__(self, config: Config) -> None:
@@ -130,37 +160,56 @@ class PatchEmbed(nn.Module):
         """Patches along (z, y, x) of a group of crops.
 
         Raises:
-            UserError: the crops have other axes than expected, or their size is no multiple of the patch.
+            UserError: the crops have other axes than expected, or their size is no multiple of the
+                patch.
         """
         want = "(B, Z, Y, X)" if self.in_chans == 1 else f"(B, {self.in_chans}, Z, Y, X)"
-        if crops.ndim != want.count(",") + 1 or (self.in_chans > 1 and crops.shape[1] != self.in_chans):
-            raise UserError(f"crops of shape {tuple(crops.shape)}: this backbone takes {want}; reshape them")
-        z, y, x = crops.shape[-3:]
-        if any(size == 0 or size % patch for size, patch in zip((z, y, x), self.patch, strict=True)):
+        if crops.ndim != want.count(",") + 1 or (
+            self.in_chans > 1 and crops.shape[1] != self.in_chans
+        ):
             raise UserError(
-                f"crop {z}x{y}x{x} is no multiple of model.patch {_times(self.patch)} along every axis; "
+                f"crops of shape {tuple(crops.shape)}: this backbone takes {want}; reshape them"
+            )
+        z, y, x = crops.shape[-3:]
+        if any(
+            size == 0 or size % patch for size, patch in zip((z, y, x), self.patch, strict=True)
+        ):
+            raise UserError(
+                f"crop {z}x{y}x{x} is no multiple of model.patch {_times(self.patch)} along every "
+                "axis; "
                 "change the view's window or the patch"
             )
         return z // self.patch[0], y // self.patch[1], x // self.patch[2]
 
     def unfold(self, crops: Tensor) -> Tensor:
-        """Crops (B, Z, Y, X) or (B, C, Z, Y, X) -> rows of voxels (B*N, C*P), patches in (z, y, x) raster order."""
+        """Crops (B, Z, Y, X) or (B, C, Z, Y, X) -> rows of voxels (B*N, C*P), patches in (z, y, x)
+        raster order.
+        """
         grid = self.grid_of(crops)
         pairs = [size for each in zip(grid, self.patch, strict=True) for size in each]
-        split = crops.reshape(crops.shape[0], self.in_chans, *pairs)  # (B, C, gz, pz, gy, py, gx, px)
+        split = crops.reshape(
+            crops.shape[0], self.in_chans, *pairs
+        )  # (B, C, gz, pz, gy, py, gx, px)
         return split.permute(0, 2, 4, 6, 1, 3, 5, 7).reshape(crops.shape[0] * math.prod(grid), -1)
 
     def forward(self, groups: Sequence[Tensor]) -> list[Tensor]:
         """Groups of crops -> one (B, N, D) per group."""
         rows = [self.unfold(crops) for crops in groups]
         weight = self.proj.weight.flatten(1)
-        embedded = F.linear((torch.cat(rows) if len(rows) > 1 else rows[0]).to(weight.dtype), weight, self.proj.bias)
+        embedded = F.linear(
+            (torch.cat(rows) if len(rows) > 1 else rows[0]).to(weight.dtype), weight, self.proj.bias
+        )
         parts = embedded.split([len(part) for part in rows])
-        return [part.unflatten(0, (crops.shape[0], -1)) for part, crops in zip(parts, groups, strict=True)]
+        return [
+            part.unflatten(0, (crops.shape[0], -1))
+            for part, crops in zip(parts, groups, strict=True)
+        ]
 
 
 class Block(nn.Module):
-    """Pre-norm attention and feed-forward, each on a residual branch with LayerScale and stochastic depth."""
+    """Pre-norm attention and feed-forward, each on a residual branch with LayerScale and stochastic
+    depth.
+    """
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -200,7 +249,8 @@ class Block(nn.Module):
 
 
 class VisionTransformer(Backbone):
-    """The backbone. Starts as `init_weights(0)` leaves it; on a meta device it stays without values.
+    """The backbone. Starts as `init_weights(0)` leaves it; on a meta device it stays without
+    values.
 
     Args:
         config: sizes and switches.
@@ -220,7 +270,11 @@ class VisionTransformer(Backbone):
         with torch.device("meta"):  # the layers' own initialisation is skipped
             self.patch_embed = PatchEmbed(config)
             self.cls_token = nn.Parameter(torch.empty(1, 1, config.dim))
-            registers = nn.Parameter(torch.empty(1, config.registers, config.dim)) if config.registers else None
+            registers = (
+                nn.Parameter(torch.empty(1, config.registers, config.dim))
+                if config.registers
+                else None
+            )
             self.register_parameter("register_tokens", registers)
             learned = nn.Parameter(torch.empty(1, 1 + math.prod(config.grid), config.dim))
             self.register_parameter("pos_embed", None if config.positions == "rope" else learned)
@@ -241,10 +295,13 @@ class VisionTransformer(Backbone):
         """Encode groups of crops in one packed pass.
 
         Args:
-            crops: groups, each (B, Z, Y, X) of one size, float32, normalised; (B, C, Z, Y, X) where in_chans > 1.
-            masks: per group bool (B, N), True where the mask token stands for the patch; None for none.
+            crops: groups, each (B, Z, Y, X) of one size, float32, normalised; (B, C, Z, Y, X) where
+                in_chans > 1.
+            masks: per group bool (B, N), True where the mask token stands for the patch; None for
+                none.
             key: of stochastic depth and of drawn coordinates; None, or eval mode, for none.
-            spacing_mm: per group float32 (B, 3), mm per voxel along (z, y, x); read for places in mm alone.
+            spacing_mm: per group float32 (B, 3), mm per voxel along (z, y, x); read for places in
+                mm alone.
         Returns:
             One `Tokens` per group, after the final norm.
         Raises:
@@ -252,7 +309,11 @@ class VisionTransformer(Backbone):
         """
         grids = [self.patch_embed.grid_of(group) for group in crops]
         x_TD, spans = self._embed(crops, masks or [None] * len(crops), grids)
-        rotation = self._rotation(spans, grids, key, spacing_mm, x_TD.device) if self.config.turns else None
+        rotation = (
+            self._rotation(spans, grids, key, spacing_mm, x_TD.device)
+            if self.config.turns
+            else None
+        )
         subsets: list[Subset | None] = [None] * (2 * self.num_blocks)
         if key is not None and self.training and self.config.drop_path > 0:
             subsets = draw_subsets(
@@ -266,24 +327,35 @@ class VisionTransformer(Backbone):
         for index, block in enumerate(self.blocks):
             x_TD = block(x_TD, spans, (subsets[2 * index], subsets[2 * index + 1]), rotation)
         parts = self.norm(x_TD).split([span.rows for span in spans])
-        return [self._unpack(part, span, grid) for part, span, grid in zip(parts, spans, grids, strict=True)]
+        return [
+            self._unpack(part, span, grid)
+            for part, span, grid in zip(parts, spans, grids, strict=True)
+        ]
 
     def _embed(
         self, crops: Sequence[Tensor], masks: Sequence[Tensor | None], grids: Sequence[Grid]
     ) -> tuple[Tensor, Spans]:
         """Tokens of all groups with their positions: (T, D), and how they are packed."""
-        cls_11D = self.cls_token if self.pos_embed is None else self.cls_token + self.pos_embed[:, :1]
+        cls_11D = (
+            self.cls_token if self.pos_embed is None else self.cls_token + self.pos_embed[:, :1]
+        )
         packed, spans = [], []
         for patches_BND, mask_BN, grid in zip(self.patch_embed(crops), masks, grids, strict=True):
             num_crops = patches_BND.shape[0]
             if mask_BN is not None:
-                assert mask_BN.shape == patches_BND.shape[:2], f"mask {mask_BN.shape} for patches {patches_BND.shape}"
-                patches_BND = torch.where(mask_BN[..., None], self.mask_token.to(patches_BND.dtype), patches_BND)
+                assert mask_BN.shape == patches_BND.shape[:2], (
+                    f"mask {mask_BN.shape} for patches {patches_BND.shape}"
+                )
+                patches_BND = torch.where(
+                    mask_BN[..., None], self.mask_token.to(patches_BND.dtype), patches_BND
+                )
             tokens = [cls_11D.expand(num_crops, -1, -1)]
             if self.register_tokens is not None:
                 tokens.append(self.register_tokens.expand(num_crops, -1, -1))
             tokens.append(self._place(patches_BND, grid))
-            x_BSD = torch.cat(tokens, dim=1)  # float32 from here on: the residual stream takes the patches' dtype
+            x_BSD = torch.cat(
+                tokens, dim=1
+            )  # float32 from here on: the residual stream takes the patches' dtype
             packed.append(x_BSD.flatten(0, 1))
             spans.append(Span(num_crops, x_BSD.shape[1]))
         return torch.cat(packed) if len(packed) > 1 else packed[0], tuple(spans)
@@ -292,7 +364,9 @@ class VisionTransformer(Backbone):
         """Patches with their learned positions, where there are any; float32 or wider."""
         if self.pos_embed is None:
             return patches_BND.to(torch.promote_types(patches_BND.dtype, torch.float32))
-        return patches_BND + resize_positions(self.pos_embed[0, 1:], self.config.grid, grid, self.config.pos_resize)
+        return patches_BND + resize_positions(
+            self.pos_embed[0, 1:], self.config.grid, grid, self.config.pos_resize
+        )
 
     def _rotation(
         self,
@@ -305,13 +379,18 @@ class VisionTransformer(Backbone):
         """How queries and keys of all packed tokens are turned; never waits for the device."""
         config = self.config
         if self.needs_spacing and spacing_mm is None:
-            raise UserError("model.rope.coordinates=mm: the spacing of these crops was not given; pass spacing_mm")
+            raise UserError(
+                "model.rope.coordinates=mm: the spacing of these crops was not given; pass "
+                "spacing_mm"
+            )
         groups = []
         for group, (span, grid) in enumerate(zip(spans, grids, strict=True)):
             scale_B3 = None
             if key is not None and self.training:
                 counters = (key.step, key.micro, key.rank, group)
-                scale_B3 = rope.draw_scales(config.rope, span.crops, seed=key.seed, counters=counters, device=device)
+                scale_B3 = rope.draw_scales(
+                    config.rope, span.crops, seed=key.seed, counters=counters, device=device
+                )
             groups.append(
                 rope.group_rotation(
                     config.rope,
@@ -320,7 +399,9 @@ class VisionTransformer(Backbone):
                     patch=config.patch,
                     num_crops=span.crops,
                     num_prefix=1 + config.registers,
-                    spacing_mm_B3=spacing_mm[group] if self.needs_spacing and spacing_mm is not None else None,
+                    spacing_mm_B3=spacing_mm[group]
+                    if self.needs_spacing and spacing_mm is not None
+                    else None,
                     scale_B3=scale_B3,
                     device=device,
                 )
@@ -330,11 +411,14 @@ class VisionTransformer(Backbone):
     def _unpack(self, x_TD: Tensor, span: Span, grid: Grid) -> Tokens:
         """The tokens of one group by their role."""
         sizes = [1, self.config.registers, math.prod(grid)]
-        cls_B1D, registers_BRD, patches_BND = x_TD.unflatten(0, (span.crops, span.tokens)).split(sizes, dim=1)
+        cls_B1D, registers_BRD, patches_BND = x_TD.unflatten(0, (span.crops, span.tokens)).split(
+            sizes, dim=1
+        )
         return Tokens(cls_B1D.squeeze(1), registers_BRD, patches_BND, grid)
 
     def param_group_id(self, name: str) -> int:
-        """Layer of a parameter for layer-wise learning rates: embeddings and tokens 0, block i i + 1, final norm last.
+        """Layer of a parameter for layer-wise learning rates: embeddings and tokens 0, block i i +
+        1, final norm last.
 
         Args:
             name: dotted name within this module, e.g. `blocks.3.attn.qkv.weight`.
@@ -347,9 +431,9 @@ class VisionTransformer(Backbone):
     def init_weights(self, seed: int) -> None:
         """Set every parameter from (seed, its name), as DINOv2 does.
 
-        Linear weights and positions trunc_normal 0.02, biases 0; CLS and registers N(0, 1e-6); mask token 0; norms 1
-        and 0; LayerScale its initial gain; the patch embedding PyTorch's convolution default. CLS without a position of
-        its own N(0, 0.02).
+        Linear weights and positions trunc_normal 0.02, biases 0; CLS and registers N(0, 1e-6); mask
+        token 0; norms 1 and 0; LayerScale its initial gain; the patch embedding PyTorch's
+        convolution default. CLS without a position of its own N(0, 0.02).
         """
         patch_voxels = self.config.in_chans * math.prod(self.patch)
         for name, parameter in self.named_parameters():

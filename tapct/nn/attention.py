@@ -1,11 +1,13 @@
 """Self-attention over packed crops of several lengths.
 
-T tokens of all crops of all groups, B crops of one group, N tokens of one crop, H heads, C channels per head, D = H*C.
+T tokens of all crops of all groups, B crops of one group, N tokens of one crop, H heads, C channels
+per head, D = H*C.
 
-The tokens of all crops lie along one axis, group after group, so that norms and linear layers see one matrix. Only the
-attention itself needs to know where a crop ends; a back-end gets packed queries, keys and values and the lengths, and
-never writes an N x N matrix. What acts on queries and keys alone (a rotation, a norm) belongs between the projection
-and the back-end, where they are still packed.
+The tokens of all crops lie along one axis, group after group, so that norms and linear layers see
+one matrix. Only the attention itself needs to know where a crop ends; a back-end gets packed
+queries, keys and values and the lengths, and never writes an N x N matrix. What acts on queries and
+keys alone (a rotation, a norm) belongs between the projection and the back-end, where they are
+still packed.
 """
 
 from __future__ import annotations
@@ -34,11 +36,19 @@ class Attention(nn.Module):
     """
 
     def __init__(
-        self, dim: int, heads: int, qkv_bias: bool = True, backend: str = "sdpa", qk_norm: bool = False
+        self,
+        dim: int,
+        heads: int,
+        qkv_bias: bool = True,
+        backend: str = "sdpa",
+        qk_norm: bool = False,
     ) -> None:
         super().__init__()
         if backend not in BACKENDS:
-            raise UserError(f"attention back-end {backend!r} does not exist; choose one of {', '.join(BACKENDS)}")
+            raise UserError(
+                f"attention back-end {backend!r} does not exist; choose one of "
+                f"{', '.join(BACKENDS)}"
+            )
         if dim % heads:
             raise UserError(f"dim {dim} is no multiple of heads {heads}; change one of them")
         self.heads = heads
@@ -63,7 +73,9 @@ class Attention(nn.Module):
             norm: of the tokens, before; None for none.
             scale: LayerScale of the result; None for none.
         """
-        q_THC, k_THC, v_THC = normed_linear(self.qkv, norm, x_TD).view(x_TD.shape[0], 3, self.heads, -1).unbind(1)
+        q_THC, k_THC, v_THC = (
+            normed_linear(self.qkv, norm, x_TD).view(x_TD.shape[0], 3, self.heads, -1).unbind(1)
+        )
         q_THC, k_THC = self.q_norm(q_THC), self.k_norm(k_THC)
         if rotation is not None:
             q_THC, k_THC = rotation.turn(q_THC), rotation.turn(k_THC)

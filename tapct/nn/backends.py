@@ -32,7 +32,9 @@ LONG_CROP = 300  # tokens, from which on torch's CPU kernel for halves pays
 
 @dataclass(frozen=True)
 class Span:
-    """A run of crops of one length in the packed token axis: `crops` sequences of `tokens` rows each."""
+    """A run of crops of one length in the packed token axis: `crops` sequences of `tokens` rows
+    each.
+    """
 
     crops: int
     tokens: int
@@ -48,7 +50,8 @@ Backend = Callable[[Tensor, Tensor, Tensor, Spans], Tensor]
 
 
 def attend_sdpa(q_THC: Tensor, k_THC: Tensor, v_THC: Tensor, spans: Spans) -> Tensor:
-    """Attend within each crop: one batched SDPA call per run of equal lengths, on views, without a mask.
+    """Attend within each crop: one batched SDPA call per run of equal lengths, on views, without a
+    mask.
 
     Args:
         q_THC: queries, packed as `spans` say; keys and values alike.
@@ -68,11 +71,13 @@ def attend_sdpa(q_THC: Tensor, k_THC: Tensor, v_THC: Tensor, spans: Spans) -> Te
 
 
 class CpuFlash(torch.autograd.Function):
-    """SDPA on a CPU, by the calls that torch makes itself, into one packed result that is kept once.
+    """SDPA on a CPU, by the calls that torch makes itself, into one packed result that is kept
+    once.
 
-    Joining the results of SDPA would keep each of them twice, for its own backward pass and for that of what follows.
-    Halves of short crops are computed in float32: there torch's own kernel is up to 8 times slower backward in bf16
-    than in float32, and no more exact; of long ones it is faster (docs/log.md).
+    Joining the results of SDPA would keep each of them twice, for its own backward pass and for
+    that of what follows.
+    Halves of short crops are computed in float32: there torch's own kernel is up to 8 times slower
+    backward in bf16 than in float32, and no more exact; of long ones it is faster (docs/log.md).
     """
 
     @staticmethod
@@ -81,7 +86,9 @@ class CpuFlash(torch.autograd.Function):
         out_THC = q_THC.new_empty(q_THC.shape)
         norms = []
         for *qkv, into_BHNC in crops_of(spans, q_THC, k_THC, v_THC, out_THC):
-            one_BHNC, norms_BHN = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*map(_wide, qkv))
+            one_BHNC, norms_BHN = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                *map(_wide, qkv)
+            )
             into_BHNC.copy_(one_BHNC)
             norms.append(norms_BHN)
         ctx.spans = spans
@@ -105,9 +112,12 @@ class CpuFlash(torch.autograd.Function):
 
 
 def crops_of(spans: Spans, *packed: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Views of packed tensors (T, H, C): for each run of equal lengths all of them as (B, H, N, C)."""
+    """Views of packed tensors (T, H, C): for each run of equal lengths all of them as (B, H, N,
+    C).
+    """
     rows = [span.rows for span in spans]
-    # split, not slices: its backward is one concatenation, where each slice would fill a T-sized gradient with zeros
+    # split, not slices: its backward is one concatenation, where each slice would fill a T-sized
+    # gradient with zeros
     for span, *parts in zip(spans, *(x_THC.split(rows) for x_THC in packed), strict=True):
         yield tuple(part.unflatten(0, (span.crops, span.tokens)).transpose(1, 2) for part in parts)
 
@@ -117,10 +127,14 @@ def _wide(x_BHNC: Tensor) -> Tensor:
 
 
 def crop_starts(spans: Spans, device: torch.device) -> Tensor:
-    """(S + 1,) int32: the first packed row of every crop, and T; made on the device, so that nothing waits for it."""
+    """(S + 1,) int32: the first packed row of every crop, and T; made on the device, so that
+    nothing waits for it.
+    """
     parts, start = [torch.zeros(1, dtype=torch.int32, device=device)], 0
     for span in spans:
-        parts.append(torch.arange(1, span.crops + 1, dtype=torch.int32, device=device) * span.tokens + start)
+        parts.append(
+            torch.arange(1, span.crops + 1, dtype=torch.int32, device=device) * span.tokens + start
+        )
         start += span.rows
     return torch.cat(parts)
 
@@ -131,10 +145,12 @@ def crop_lengths(spans: Spans) -> tuple[int, ...]:
 
 
 def attend_varlen(q_THC: Tensor, k_THC: Tensor, v_THC: Tensor, spans: Spans) -> Tensor:
-    """Attend within each crop by torch's variable-length flash kernel; arguments as in `attend_sdpa`.
+    """Attend within each crop by torch's variable-length flash kernel; arguments as in
+    `attend_sdpa`.
 
     Raises:
-        UserError: no CUDA device from Ampere on, another dtype than bf16 or fp16, or torch has no such kernel.
+        UserError: no CUDA device from Ampere on, another dtype than bf16 or fp16, or torch has no
+            such kernel.
     """
     check_varlen(q_THC)
     starts = crop_starts(spans, q_THC.device)
@@ -144,14 +160,17 @@ def attend_varlen(q_THC: Tensor, k_THC: Tensor, v_THC: Tensor, spans: Spans) -> 
 
 
 def attend_xformers(q_THC: Tensor, k_THC: Tensor, v_THC: Tensor, spans: Spans) -> Tensor:
-    """Attend within each crop by xformers under a block-diagonal mask; arguments as in `attend_sdpa`.
+    """Attend within each crop by xformers under a block-diagonal mask; arguments as in
+    `attend_sdpa`.
 
     Raises:
         UserError: no CUDA device, or xformers is not installed.
     """
     check_xformers(q_THC)
     mask = block_mask(crop_lengths(spans), q_THC.device)
-    out: Tensor = xformers_ops().memory_efficient_attention(q_THC[None], k_THC[None], v_THC[None], attn_bias=mask)
+    out: Tensor = xformers_ops().memory_efficient_attention(
+        q_THC[None], k_THC[None], v_THC[None], attn_bias=mask
+    )
     return out.squeeze(0)
 
 
@@ -162,7 +181,9 @@ def block_mask(lengths: tuple[int, ...], device: torch.device) -> Any:
 
 
 def attend_auto(q_THC: Tensor, k_THC: Tensor, v_THC: Tensor, spans: Spans) -> Tensor:
-    """Attend by the back-end that `choose` names for these tensors; arguments as in `attend_sdpa`."""
+    """Attend by the back-end that `choose` names for these tensors; arguments as in
+    `attend_sdpa`.
+    """
     return BACKENDS[choose(q_THC.device, q_THC.dtype)](q_THC, k_THC, v_THC, spans)
 
 
@@ -179,11 +200,17 @@ def choose(device: torch.device, dtype: torch.dtype) -> str:
 def check_varlen(q_THC: Tensor) -> None:
     """Raise UserError where `varlen` cannot run."""
     if q_THC.device.type != "cuda" or torch.cuda.get_device_capability(q_THC.device) < AMPERE:
-        raise UserError(f"model.attention=varlen needs a GPU from Ampere on, not this {_name(q_THC)}; {_REMEDY}")
+        raise UserError(
+            f"model.attention=varlen needs a GPU from Ampere on, not this {_name(q_THC)}; {_REMEDY}"
+        )
     if q_THC.dtype not in HALF:
-        raise UserError(f"model.attention=varlen computes in bf16 or fp16, not in {q_THC.dtype}; {_REMEDY}")
+        raise UserError(
+            f"model.attention=varlen computes in bf16 or fp16, not in {q_THC.dtype}; {_REMEDY}"
+        )
     if varlen_kernel() is None:
-        raise UserError(f"model.attention=varlen: torch {torch.__version__} has no such attention; {_REMEDY}")
+        raise UserError(
+            f"model.attention=varlen: torch {torch.__version__} has no such attention; {_REMEDY}"
+        )
 
 
 def check_xformers(q_THC: Tensor) -> None:
@@ -191,14 +218,21 @@ def check_xformers(q_THC: Tensor) -> None:
     if q_THC.device.type != "cuda":
         raise UserError(f"model.attention=xformers needs a GPU, not this {_name(q_THC)}; {_REMEDY}")
     if xformers_ops() is None:
-        raise UserError(f"model.attention=xformers: it cannot be imported; pip install 'tapct[gpu]', or {_REMEDY}")
+        raise UserError(
+            "model.attention=xformers: it cannot be imported; pip install 'tapct[gpu]', or "
+            f"{_REMEDY}"
+        )
 
 
 _REMEDY = "set model.attention=auto or sdpa"
 
 
 def _name(tensor: Tensor) -> str:
-    return torch.cuda.get_device_name(tensor.device) if tensor.device.type == "cuda" else tensor.device.type.upper()
+    return (
+        torch.cuda.get_device_name(tensor.device)
+        if tensor.device.type == "cuda"
+        else tensor.device.type.upper()
+    )
 
 
 @functools.cache

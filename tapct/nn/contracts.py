@@ -20,7 +20,8 @@ class Backbone(nn.Module):
         dim: channels D of a token.
         patch: voxels (z, y, x) of a patch.
         num_blocks: layers between embedding and final norm, for layer-wise learning rates.
-        needs_spacing: it works in mm. Only then is `forward` given `spacing_mm`, so that others need no such argument.
+        needs_spacing: it works in mm. Only then is `forward` given `spacing_mm`, so that others
+            need no such argument.
     """
 
     dim: int
@@ -30,28 +31,35 @@ class Backbone(nn.Module):
 
     @abstractmethod
     def forward(
-        self, crops: Sequence[Tensor], masks: Sequence[Tensor | None] | None = None, key: DropKey | None = None
+        self,
+        crops: Sequence[Tensor],
+        masks: Sequence[Tensor | None] | None = None,
+        key: DropKey | None = None,
     ) -> list[Tokens]:
         """Encode groups of crops (B, Z, Y, X), one `Tokens` per group.
 
-        One that `needs_spacing` takes a fourth argument `spacing_mm`: per group float32 (B, 3), the mm per voxel of
-        each crop along (z, y, x), after it was cut and resized.
+        One that `needs_spacing` takes a fourth argument `spacing_mm`: per group float32 (B, 3), the
+        mm per voxel of each crop along (z, y, x), after it was cut and resized.
 
         Args:
             crops: groups, each of one size, normalised.
-            masks: per group bool (B, N), True where the mask token stands for the patch; None for none.
+            masks: per group bool (B, N), True where the mask token stands for the patch; None for
+                none.
             key: of draws in training, such as stochastic depth; None, or eval mode, for none.
         """
 
     @abstractmethod
     def param_group_id(self, name: str) -> int:
-        """Layer of a parameter: embeddings and tokens 0, block i i + 1, final norm num_blocks + 1."""
+        """Layer of a parameter: embeddings and tokens 0, block i i + 1, final norm num_blocks +
+        1.
+        """
 
     @abstractmethod
     def init_weights(self, seed: int) -> None:
         """Set every parameter; equal seeds give equal weights, on any number of ranks.
 
-        The module may have been built on the meta device and sharded since: write through `tapct.nn.init`.
+        The module may have been built on the meta device and sharded since: write through
+        `tapct.nn.init`.
         """
 
 
@@ -62,8 +70,14 @@ def encode(
     key: DropKey | None,
     spacing_mm: Sequence[Tensor],
 ) -> list[Tokens]:
-    """Call a backbone, with the spacing where it says that it needs it; arguments as in `Backbone.forward`."""
-    given = (crops, masks, key, spacing_mm) if getattr(backbone, "needs_spacing", False) else (crops, masks, key)
+    """Call a backbone, with the spacing where it says that it needs it; arguments as in
+    `Backbone.forward`.
+    """
+    given = (
+        (crops, masks, key, spacing_mm)
+        if getattr(backbone, "needs_spacing", False)
+        else (crops, masks, key)
+    )
     tokens: list[Tokens] = backbone(*given)
     return tokens
 
@@ -84,7 +98,8 @@ class SnapshotTimes:
         """Whether a copy is made before the step after `step` finished ones.
 
         Args:
-            taken: finished steps at the last copy, -1 for none. One that is missing is made at once.
+            taken: finished steps at the last copy, -1 for none. One that is missing is made at
+                once.
         """
         on_time = self.every > 0 and (step - self.start) % self.every == 0
         return step >= self.start and (on_time or taken < self.start)
@@ -96,8 +111,8 @@ class Loss(nn.Module):
     Attributes:
         head_of: name of the loss whose head it uses (its own, or another's), empty for none.
         config: its own `Config`; with a field `head` where it owns or shares one.
-        snapshot: when the frozen copy of the teacher is taken that `TokenSets.snapshot_global` comes from; None where
-            it needs none, and then none is made.
+        snapshot: when the frozen copy of the teacher is taken that `TokenSets.snapshot_global`
+            comes from; None where it needs none, and then none is made.
     """
 
     head_of: str
@@ -105,7 +120,9 @@ class Loss(nn.Module):
     snapshot: SnapshotTimes | None = None
 
     @abstractmethod
-    def forward(self, sets: TokenSets, student_head: nn.Module | None, teacher_head: nn.Module | None) -> LossResult:
+    def forward(
+        self, sets: TokenSets, student_head: nn.Module | None, teacher_head: nn.Module | None
+    ) -> LossResult:
         """The terms of one micro-batch.
 
         Args:
@@ -115,7 +132,9 @@ class Loss(nn.Module):
         """
 
     def pending(self) -> tuple[Tensor, ...]:
-        """Buffers that hold sums of this step; they are added up over ranks, in place, before `finish_step`."""
+        """Buffers that hold sums of this step; they are added up over ranks, in place, before
+        `finish_step`.
+        """
         return ()
 
     @abstractmethod
@@ -123,5 +142,6 @@ class Loss(nn.Module):
         """Called once per optimizer step, after it.
 
         Args:
-            apply: bool scalar on the device; False where the step was refused, so that no state may move.
+            apply: bool scalar on the device; False where the step was refused, so that no state may
+                move.
         """

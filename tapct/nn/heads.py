@@ -1,6 +1,7 @@
 """The projection head of DINO and iBOT: MLP, L2 norm, prototypes (weight-normed or plain).
 
-R rows (class tokens or masked patches), D channels of the backbone, W bottleneck width, K prototypes.
+R rows (class tokens or masked patches), D channels of the backbone, W bottleneck width, K
+prototypes.
 """
 
 from __future__ import annotations
@@ -28,13 +29,16 @@ class Config:
     layers: int = setting(3, "linear layers of the MLP", ge=1)
     last_layer: str = setting(
         "weight_norm",
-        "how a prototype is made: weight_norm, a direction times a gain (DINO, DINOv2), or plain weights (DINOv3)",
+        "how a prototype is made: weight_norm, a direction times a gain (DINO, DINOv2), or plain "
+        "weights (DINOv3)",
         choices=("weight_norm", "plain"),
     )
 
 
 class WeightNormed(nn.Module):
-    """Weight-normed linear layer without bias: direction `weight_v` (K, W), learned gain `weight_g` (K, 1)."""
+    """Weight-normed linear layer without bias: direction `weight_v` (K, W), learned gain `weight_g`
+    (K, 1).
+    """
 
     def __init__(self, num_prototypes: int, width: int) -> None:
         super().__init__()
@@ -43,27 +47,34 @@ class WeightNormed(nn.Module):
 
     def prototypes(self) -> Tensor:
         """g * v / |v|, (K, W), float32 or wider."""
-        wide = torch.promote_types(self.weight_v.dtype, torch.float32)  # bf16 norms would move every logit
+        wide = torch.promote_types(
+            self.weight_v.dtype, torch.float32
+        )  # bf16 norms would move every logit
         v_KW = self.weight_v.to(wide)
         return v_KW * (self.weight_g.to(wide) / torch.linalg.vector_norm(v_KW, dim=1, keepdim=True))
 
 
 class Plain(nn.Module):
-    """Linear layer without bias: `weight` (K, W) is the prototypes, and their lengths are learned with them."""
+    """Linear layer without bias: `weight` (K, W) is the prototypes, and their lengths are learned
+    with them.
+    """
 
     def __init__(self, num_prototypes: int, width: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(num_prototypes, width))
 
     def prototypes(self) -> Tensor:
-        """The weight, (K, W), float32 or wider; the parameter itself where it is that wide already."""
+        """The weight, (K, W), float32 or wider; the parameter itself where it is that wide
+        already.
+        """
         return self.weight.to(torch.promote_types(self.weight.dtype, torch.float32))
 
 
 class PrototypeHead(nn.Module):
     """y = weight * normalize(MLP(x)). Source: DINOv2's DINOHead; its parameter names.
 
-    A plain last layer is DINOv3's (arXiv:2508.10104), whose linear layers all start at trunc_normal 0.02.
+    A plain last layer is DINOv3's (arXiv:2508.10104), whose linear layers all start at trunc_normal
+    0.02.
 
     Starts as `init_weights(0)` leaves it; on a meta device it stays without values.
 
@@ -92,27 +103,36 @@ class PrototypeHead(nn.Module):
     def features(self, x_RD: Tensor) -> Tensor:
         """Features on the unit sphere: (R, D) -> (R, W), float32 or wider."""
         x_RW = self.mlp(x_RD)
-        return F.normalize(x_RW.to(torch.promote_types(x_RW.dtype, torch.float32)), dim=-1, eps=1e-12)
+        return F.normalize(
+            x_RW.to(torch.promote_types(x_RW.dtype, torch.float32)), dim=-1, eps=1e-12
+        )
 
     def prototypes(self) -> Tensor:
         """The effective last layer, (K, W)."""
         return self.last_layer.prototypes()
 
     def forward(self, x_RD: Tensor, then: Callable[[Tensor, Tensor], Any] | None = None) -> Any:
-        """Logits before any temperature: (R, D) -> (R, K); or what `then` makes of features and prototypes.
+        """Logits before any temperature: (R, D) -> (R, K); or what `then` makes of features and
+        prototypes.
 
-        Sharded weights are whole only inside of this call, so what needs features (R, W) and the effective last layer
-        (K, W) together without writing the logits out happens here.
+        Sharded weights are whole only inside of this call, so what needs features (R, W) and the
+        effective last layer (K, W) together without writing the logits out happens here.
 
         Args:
             x_RD: tokens.
             then: gets features and prototypes; its result is returned. None: their product.
         """
         features_RW, prototypes_KW = self.features(x_RD), self.prototypes()
-        return F.linear(features_RW, prototypes_KW) if then is None else then(features_RW, prototypes_KW)
+        return (
+            F.linear(features_RW, prototypes_KW)
+            if then is None
+            else then(features_RW, prototypes_KW)
+        )
 
     def init_weights(self, seed: int) -> None:
-        """Set every parameter from (seed, name): weights trunc_normal 0.02, directions like `nn.Linear`, gains 1."""
+        """Set every parameter from (seed, name): weights trunc_normal 0.02, directions like
+        `nn.Linear`, gains 1.
+        """
         for name, parameter in self.named_parameters():
             if name == "last_layer.weight_v":
                 init.uniform_fan_in(parameter, self.config.bottleneck, seed, f"head.{name}")

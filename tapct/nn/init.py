@@ -1,7 +1,8 @@
-"""Initial values as pure functions of (seed, parameter name): equal on every device and beside any other layers.
+"""Initial values as pure functions of (seed, parameter name): equal on every device and beside any
+other layers.
 
-Each value is drawn in float32 on the host and copied into the parameter; a sharded parameter takes its part, so that
-every number of ranks starts from the same weights.
+Each value is drawn in float32 on the host and copied into the parameter; a sharded parameter takes
+its part, so that every number of ranks starts from the same weights.
 """
 
 from __future__ import annotations
@@ -36,13 +37,19 @@ def normal(parameter: Tensor, std: float, seed: int, name: str) -> None:
 
 @torch.no_grad()
 def trunc_normal(parameter: Tensor, std: float, seed: int, name: str) -> None:
-    """Draw from N(0, std) cut at +-2, as DINOv2 and timm do: at std 0.02 the cut is 100 sigma away."""
+    """Draw from N(0, std) cut at +-2, as DINOv2 and timm do: at std 0.02 the cut is 100 sigma
+    away.
+    """
     value = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
     _copy(parameter, nn.init.trunc_normal_(value, std=std, generator=_generator(seed, name)))
 
 
 @torch.no_grad()
 def uniform_fan_in(parameter: Tensor, fan_in: int, seed: int, name: str) -> None:
-    """Draw from U(-1/sqrt(fan_in), 1/sqrt(fan_in)): PyTorch's default for weights and biases of Linear and Conv."""
+    """Draw from U(-1/sqrt(fan_in), 1/sqrt(fan_in)): PyTorch's default for weights and biases of
+    Linear and Conv.
+    """
     value = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
-    _copy(parameter, value.uniform_(-(fan_in**-0.5), fan_in**-0.5, generator=_generator(seed, name)))
+    _copy(
+        parameter, value.uniform_(-(fan_in**-0.5), fan_in**-0.5, generator=_generator(seed, name))
+    )

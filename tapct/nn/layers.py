@@ -1,4 +1,5 @@
-"""Building blocks of the transformer: scales, feed-forwards, and stochastic depth by subsets of crops.
+"""Building blocks of the transformer: scales, feed-forwards, and stochastic depth by subsets of
+crops.
 
 T packed tokens (see `attention`), S rows of the crops that are kept, D channels.
 """
@@ -20,7 +21,9 @@ from tapct.nn.norm import LayerNorm
 
 
 class LayerScale(nn.Module):
-    """A learned gain per channel on a residual branch. Source: Touvron et al. 2021, arXiv:2103.17239."""
+    """A learned gain per channel on a residual branch. Source: Touvron et al. 2021,
+    arXiv:2103.17239.
+    """
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -51,18 +54,27 @@ class Mlp(nn.Module):
         self.fc1 = nn.Linear(dim, hidden)
         self.fc2 = nn.Linear(hidden, dim)
 
-    def forward(self, x_TD: Tensor, norm: LayerNorm | None = None, scale: nn.Module | None = None) -> Tensor:
-        """scale(mlp(norm(x))), (T, D) -> (T, D); without one or the other where they are not given."""
-        return lean_linear(self.fc2, F.gelu, normed_linear(self.fc1, norm, x_TD), gain_E=gain_of(scale))
+    def forward(
+        self, x_TD: Tensor, norm: LayerNorm | None = None, scale: nn.Module | None = None
+    ) -> Tensor:
+        """scale(mlp(norm(x))), (T, D) -> (T, D); without one or the other where they are not
+        given.
+        """
+        return lean_linear(
+            self.fc2, F.gelu, normed_linear(self.fc1, norm, x_TD), gain_E=gain_of(scale)
+        )
 
 
 def swiglu_hidden(hidden: int) -> int:
-    """Width that gives SwiGLU about the parameters of an MLP of width `hidden`: 2/3, rounded up to 8 as in DINOv2."""
+    """Width that gives SwiGLU about the parameters of an MLP of width `hidden`: 2/3, rounded up to
+    8 as in DINOv2.
+    """
     return (int(hidden * 2 / 3) + 7) // 8 * 8
 
 
 class SwiGLU(nn.Module):
-    """Gated feed-forward, w3(silu(a) * b) with (a, b) = w12(x). Source: Shazeer 2020, arXiv:2002.05202; DINOv2.
+    """Gated feed-forward, w3(silu(a) * b) with (a, b) = w12(x). Source: Shazeer 2020,
+    arXiv:2002.05202; DINOv2.
 
     Args:
         dim: channels D.
@@ -75,9 +87,15 @@ class SwiGLU(nn.Module):
         self.w12 = nn.Linear(dim, 2 * width)
         self.w3 = nn.Linear(width, dim)
 
-    def forward(self, x_TD: Tensor, norm: LayerNorm | None = None, scale: nn.Module | None = None) -> Tensor:
-        """scale(ffn(norm(x))), (T, D) -> (T, D); without one or the other where they are not given."""
-        return lean_linear(self.w3, _gate, normed_linear(self.w12, norm, x_TD), gain_E=gain_of(scale))
+    def forward(
+        self, x_TD: Tensor, norm: LayerNorm | None = None, scale: nn.Module | None = None
+    ) -> Tensor:
+        """scale(ffn(norm(x))), (T, D) -> (T, D); without one or the other where they are not
+        given.
+        """
+        return lean_linear(
+            self.w3, _gate, normed_linear(self.w12, norm, x_TD), gain_E=gain_of(scale)
+        )
 
 
 def _gate(both_TF: Tensor) -> Tensor:
@@ -110,7 +128,8 @@ class Subset:
     Args:
         row_S: int64, rows of the packed axis, ascending.
         spans: how the S kept rows are packed.
-        scales: crops / kept crops of each group; on the host, where no mixed-precision policy can round them.
+        scales: crops / kept crops of each group; on the host, where no mixed-precision policy can
+            round them.
     """
 
     row_S: Tensor
@@ -122,10 +141,14 @@ class Subset:
         return x_TD.index_select(0, self.row_S)
 
     def add(self, x_TD: Tensor, residual_SD: Tensor) -> Tensor:
-        """x plus the residual of the kept crops, scaled so that its mean over draws is that of all crops: (T, D)."""
+        """x plus the residual of the kept crops, scaled so that its mean over draws is that of all
+        crops: (T, D).
+        """
         sum_TD = x_TD.clone()
         rows = [span.rows for span in self.spans]
-        parts = zip(self.row_S.split(rows), residual_SD.to(x_TD.dtype).split(rows), self.scales, strict=True)
+        parts = zip(
+            self.row_S.split(rows), residual_SD.to(x_TD.dtype).split(rows), self.scales, strict=True
+        )
         for row_s, residual_sD, scale in parts:
             if torch.compiler.is_compiling():  # a graph would hold for one value of alpha
                 sum_TD.index_add_(0, row_s, residual_sD * scale)
@@ -138,8 +161,8 @@ def kept_crops(num_crops: int, drop: float, rounding: str, uniform: float) -> in
     """How many crops of a group keep the branch: num_crops * (1 - drop), at least 1.
 
     Args:
-        rounding: "stochastic" rounds up with the chance of the fraction, so the mean is exact; "dinov2" truncates,
-            which drops half of 2 crops at drop 0.1.
+        rounding: "stochastic" rounds up with the chance of the fraction, so the mean is exact;
+            "dinov2" truncates, which drops half of 2 crops at drop 0.1.
         uniform: a draw in [0, 1) that decides the stochastic rounding.
     Source: DINOv2, drop_add_residual_stochastic_depth.
     """
@@ -153,8 +176,8 @@ def draw_subsets(
 ) -> list[Subset | None]:
     """Draw, for each residual branch of the model, the random subset of crops that goes through it.
 
-    Every branch and every run of equal lengths (crop group) has a draw of its own, uniform over subsets of its size.
-    The sizes are known to the host, so no draw waits for the device.
+    Every branch and every run of equal lengths (crop group) has a draw of its own, uniform over
+    subsets of its size. The sizes are known to the host, so no draw waits for the device.
 
     Args:
         spans: the whole packed batch.
@@ -170,7 +193,9 @@ def draw_subsets(
     for group, span in enumerate(spans):
         branch_L1 = torch.arange(branches, device=device)[:, None]
         crop_B = torch.arange(span.crops, device=device)
-        bits_LB = rng.hash_bits(key.seed, "drop_path/crops", *counters, group, branch_L1, crop_B, device=device)
+        bits_LB = rng.hash_bits(
+            key.seed, "drop_path/crops", *counters, group, branch_L1, crop_B, device=device
+        )
         order.append(bits_LB.argsort(dim=1))
         starts.append(start)
         start += span.rows
@@ -194,5 +219,11 @@ def _subset(spans: Spans, starts: Sequence[int], chosen: Sequence[Tensor]) -> Su
     for span, start, crop_s in zip(spans, starts, chosen, strict=True):
         token_N = torch.arange(start, start + span.tokens, device=crop_s.device)
         rows.append((crop_s[:, None] * span.tokens + token_N).flatten())
-    kept_spans = tuple(Span(len(crop_s), span.tokens) for span, crop_s in zip(spans, chosen, strict=True))
-    return Subset(torch.cat(rows), kept_spans, tuple(a.crops / b.crops for a, b in zip(spans, kept_spans, strict=True)))
+    kept_spans = tuple(
+        Span(len(crop_s), span.tokens) for span, crop_s in zip(spans, chosen, strict=True)
+    )
+    return Subset(
+        torch.cat(rows),
+        kept_spans,
+        tuple(a.crops / b.crops for a, b in zip(spans, kept_spans, strict=True)),
+    )

@@ -3,11 +3,14 @@
     rows = before(inputs)                      cheap: a norm, an activation; T x D
     y    = gain * (rows W' + b)                T x E
 
-Kept for the backward pass: inputs, W, b and gain, of which the norm, the activation before and the parameters are kept
-or lie somewhere anyhow. Not kept: the rows, nor their copy in the dtype of autocast, nor W in that dtype, nor the
-products that the gradient of a gain would be made of; it follows from the gradient of the weights:
+Kept for the backward pass: inputs, W, b and gain, of which the norm, the activation before and the
+    parameters are kept
+or lie somewhere anyhow. Not kept: the rows, nor their copy in the dtype of autocast, nor W in that
+dtype, nor the products that the gradient of a gain would be made of; it follows from the gradient
+of the weights:
 
-    G = dy' rows,  dW = gain G,  db = gain sum(dy),  dgain = sum_D(W G) + b sum(dy),  drows = dy (gain W)
+    G = dy' rows,  dW = gain G,  db = gain sum(dy),  dgain = sum_D(W G) + b sum(dy),  drows = dy
+    (gain W)
 
 No matrix product is made twice. T rows, D channels in, E channels out.
 """
@@ -27,18 +30,19 @@ def lean_linear(
 ) -> Tensor:
     """gain * linear(before(*inputs)), at the memory of the inputs alone.
 
-    The plain formula, modules with their hooks, is taken where no gradient is recorded, where torch.compile decides
-    itself what to make again, where a graph is traced, and where the layer is another than torch's (an adapter, a
-    quantised one).
+    The plain formula, modules with their hooks, is taken where no gradient is recorded, where
+    torch.compile decides itself what to make again, where a graph is traced, and where the layer is
+    another than torch's (an adapter, a quantised one).
 
     Args:
         linear: D -> E.
-        before: makes the rows (T, D) from `inputs`; without products of matrices and without draws, since it is called
-            again.
+        before: makes the rows (T, D) from `inputs`; without products of matrices and without draws,
+            since it is called again.
         inputs: tensors; all that shall get a gradient.
         gain_E: factor per channel; None: 1.
     Returns:
-        (T, E), in the dtype of autocast, else in that of the weights; before a gain in a wider one: in that.
+        (T, E), in the dtype of autocast, else in that of the weights; before a gain in a wider one:
+        in that.
     """
     keeps_nothing = not torch.is_grad_enabled() or linear.weight.is_meta
     is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
@@ -46,7 +50,9 @@ def lean_linear(
         y_TE: Tensor = linear(before(*inputs))
         return y_TE if gain_E is None else y_TE * gain_E
     kind, dtype = linear.weight.device.type, linear.weight.dtype
-    if torch.is_autocast_enabled(kind) and dtype != torch.float64:  # as autocast leaves float64 alone
+    if (
+        torch.is_autocast_enabled(kind) and dtype != torch.float64
+    ):  # as autocast leaves float64 alone
         dtype = torch.get_autocast_dtype(kind)
     with torch.autocast(kind, enabled=False):
         lean_TE: Tensor = _Lean.apply(before, dtype, linear.weight, linear.bias, gain_E, *inputs)
@@ -73,7 +79,9 @@ class _Lean(torch.autograd.Function):
     ) -> Tensor:
         ctx.before, ctx.dtype = before, dtype
         ctx.save_for_backward(weight_ED, bias_E, gain_E, *inputs)
-        shift_E = None if bias_E is None else (bias_E if gain_E is None else gain_E * bias_E).to(dtype)
+        shift_E = (
+            None if bias_E is None else (bias_E if gain_E is None else gain_E * bias_E).to(dtype)
+        )
         return F.linear(before(*inputs).to(dtype), _effective(weight_ED, gain_E, dtype), shift_E)
 
     @staticmethod
@@ -83,11 +91,15 @@ class _Lean(torch.autograd.Function):
         weight_ED, bias_E, gain_E, *inputs = ctx.saved_tensors
         needs = ctx.needs_input_grad[5:]
         with torch.enable_grad():
-            leaves = [each.detach().requires_grad_(need) for each, need in zip(inputs, needs, strict=True)]
+            leaves = [
+                each.detach().requires_grad_(need) for each, need in zip(inputs, needs, strict=True)
+            ]
             rows_TD = ctx.before(*leaves)
         dparameters: tuple[Tensor | None, ...] = (None, None, None)
         if any(ctx.needs_input_grad[2:5]):
-            dparameters = _of_parameters(dy_TE, rows_TD.detach().to(ctx.dtype), weight_ED, bias_E, gain_E)
+            dparameters = _of_parameters(
+                dy_TE, rows_TD.detach().to(ctx.dtype), weight_ED, bias_E, gain_E
+            )
         wanted = [leaf for leaf in leaves if leaf.requires_grad]
         found: list[Tensor] = []
         if wanted:

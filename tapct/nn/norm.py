@@ -17,5 +17,7 @@ class LayerNorm(nn.LayerNorm):
     def formula(self, input: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         """What `forward` does, as a function of all that has a gradient."""
         wide = torch.promote_types(input.dtype, torch.float32)  # a float64 model stays float64
-        normed = F.layer_norm(input.to(wide), self.normalized_shape, weight.to(wide), bias.to(wide), self.eps)
+        normed = F.layer_norm(
+            input.to(wide), self.normalized_shape, weight.to(wide), bias.to(wide), self.eps
+        )
         return normed.to(weight.dtype)

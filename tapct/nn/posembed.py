@@ -11,11 +11,14 @@ from torch import Tensor
 Grid = tuple[int, int, int]
 
 
-def axis_matrix(n_in: int, n_out: int, mode: str, device: torch.device, dtype: torch.dtype) -> Tensor:
+def axis_matrix(
+    n_in: int, n_out: int, mode: str, device: torch.device, dtype: torch.dtype
+) -> Tensor:
     """Weights that resample one axis from `n_in` to `n_out` points.
 
-    Points sit at (i + 0.5) / n of the axis, the border value continues outside, nothing is low-pass filtered: what
-    `F.interpolate(size=..., align_corners=False)` does, and so DINOv2's positions without its +0.1 offset.
+    Points sit at (i + 0.5) / n of the axis, the border value continues outside, nothing is low-pass
+    filtered: what `F.interpolate(size=..., align_corners=False)` does, and so DINOv2's positions
+        without its +0.1 offset.
 
     Args:
         mode: "cubic" (Keys' kernel with a = -0.75) or "linear".
@@ -33,14 +36,17 @@ def axis_matrix(n_in: int, n_out: int, mode: str, device: torch.device, dtype: t
 
 
 def _keys_kernel(distance: Tensor, a: float = -0.75) -> Tensor:
-    """Cubic convolution kernel at distances 0 <= x <= 2. Source: Keys 1981; a as in PyTorch's bicubic."""
+    """Cubic convolution kernel at distances 0 <= x <= 2. Source: Keys 1981; a as in PyTorch's
+    bicubic.
+    """
     near = ((a + 2) * distance - (a + 3)) * distance * distance + 1
     far = a * (((distance - 5) * distance + 8) * distance - 4)
     return torch.where(distance <= 1, near, far)
 
 
 def resize_positions(pos_ND: Tensor, native: Grid, grid: Grid, mode: str = "cubic") -> Tensor:
-    """Learned positions for another grid, separably, in float32 (or wider); the identity where the size is native.
+    """Learned positions for another grid, separably, in float32 (or wider); the identity where the
+    size is native.
 
     Args:
         pos_ND: one vector per point of the native grid, in (z, y, x) raster order.

@@ -1,19 +1,22 @@
-"""Cross-entropy over prototypes without ever holding all scores: last layer, softmax, targets, gradients by chunk.
+"""Cross-entropy over prototypes without ever holding all scores: last layer, softmax, targets,
+gradients by chunk.
 
     scores   = student features P' / student temperature              V student views x B rows x K
     targets  = softmax(teacher features Q' / teacher temperature + bias)    G teacher views x B rows x K
     loss     = sum_v,b weight_vb * sum_g CE(scores_vb, targets_gb)     with `cross`: without g = v
     dscores  = weight_vb * (n_v softmax(scores_vb) - sum_g targets_gb) / student temperature
 
-Centring is a bias of -centre / temperature, Sinkhorn a bias found by `sinkhorn_bias`; so both are one softmax. All is
-made for a chunk of rows b, used, and forgotten. The gradients with respect to features and prototypes are made in the
-forward pass, from scores that are at hand, and only scaled in the backward pass: four matrix products per row (scores
-of teacher and student, two gradients), the fewest there are. Memory beside the inputs, whatever the number of rows: a
-gradient of the size of the prototypes, and two chunks of scores, which every chunk takes over from the one before;
-with `cross` two or three more for what views are compared with. Under autocast the products are in its dtype, and half
-a chunk more.
+Centring is a bias of -centre / temperature, Sinkhorn a bias found by `sinkhorn_bias`; so both are
+one softmax. All is made for a chunk of rows b, used, and forgotten. The gradients with respect to
+features and prototypes are made in the forward pass, from scores that are at hand, and only scaled
+in the backward pass: four matrix products per row (scores of teacher and student, two gradients),
+the fewest there are. Memory beside the inputs, whatever the number of rows: a gradient of the size
+of the prototypes, and two chunks of scores, which every chunk takes over from the one before; with
+`cross` two or three more for what views are compared with. Under autocast the products are in its
+dtype, and half a chunk more.
 
-V student views, G teacher views, B rows of a view, C rows of a chunk, W bottleneck width, K prototypes.
+V student views, G teacher views, B rows of a view, C rows of a chunk, W bottleneck width, K
+prototypes.
 """
 
 from __future__ import annotations
@@ -29,8 +32,12 @@ from tapct.types import TargetSums
 
 
 def pair_up(features_RW: Tensor, prototypes_KW: Tensor) -> tuple[Tensor, Tensor]:
-    """For a head's `then`: hand out what it got; a plain last layer as a copy, since FSDP frees it after the call."""
-    return features_RW, prototypes_KW.clone() if isinstance(prototypes_KW, nn.Parameter) else prototypes_KW
+    """For a head's `then`: hand out what it got; a plain last layer as a copy, since FSDP frees it
+    after the call.
+    """
+    return features_RW, prototypes_KW.clone() if isinstance(
+        prototypes_KW, nn.Parameter
+    ) else prototypes_KW
 
 
 @dataclass(frozen=True)
@@ -59,7 +66,8 @@ def prototype_loss(
     """The fused loss; see the top of this file.
 
     Args:
-        student_VBW: student features on the unit sphere; rows b of all views belong to row b of the teacher.
+        student_VBW: student features on the unit sphere; rows b of all views belong to row b of the
+            teacher.
         prototypes_KW: the student's effective last layer.
         weight_VB: factor on the cross-entropy of each row; no gradient flows into it.
         teacher: gives the targets; no gradient flows into it.
@@ -96,7 +104,11 @@ class _Fused(torch.autograd.Function):
         num_prototypes, like = prototypes_KW.shape[0], student_VBW
         narrow_KW = prototypes_KW.to(teacher.prototypes_KW.dtype)
         ce_VB = like.new_empty(num_views, num_rows)
-        mass_K, entropy, count = like.new_zeros(num_prototypes), like.new_zeros(()), like.new_zeros(())
+        mass_K, entropy, count = (
+            like.new_zeros(num_prototypes),
+            like.new_zeros(()),
+            like.new_zeros(()),
+        )
         dstudent_VBW = torch.empty_like(student_VBW) if needs else None
         dprototypes_KW = torch.zeros_like(prototypes_KW) if needs else None
         pairs_V = torch.full((num_views,), float(num_targets), dtype=like.dtype, device=like.device)
@@ -120,7 +132,9 @@ class _Fused(torch.autograd.Function):
             top_VC = scores_VCK.amax(-1)
             agreement_VC = _dot(goal_VCK.expand_as(scores_VCK), scores_VCK)
             guess_VCK = _softmax(scores_VCK, scores_NK)  # in place: they are not needed any more
-            log_sum_VC = top_VC - guess_VCK.amax(-1).log()  # the largest probability is >= 1/K, so its log is safe
+            log_sum_VC = (
+                top_VC - guess_VCK.amax(-1).log()
+            )  # the largest probability is >= 1/K, so its log is safe
             ce_VB[:, rows] = pairs_V[:, None] * log_sum_VC - agreement_VC
             if dstudent_VBW is None or dprototypes_KW is None:
                 continue
@@ -128,7 +142,9 @@ class _Fused(torch.autograd.Function):
                 guess_VCK.mul_(pairs_V[:, None, None])
             error_NK = chunks.narrowed(guess_VCK.sub_(goal_VCK).flatten(0, 1))
             scale_N1 = (weight_VB[:, rows] / student_temp).flatten()[:, None]
-            dstudent_VBW[:, rows] = (torch.mm(error_NK, narrow_KW) * scale_N1).unflatten(0, x_VCW.shape[:2])
+            dstudent_VBW[:, rows] = (torch.mm(error_NK, narrow_KW) * scale_N1).unflatten(
+                0, x_VCW.shape[:2]
+            )
             scaled_NW = (x_VCW.flatten(0, 1) * scale_N1).to(narrow_KW.dtype)
             if chunks.wide:
                 dprototypes_KW.addmm_(error_NK.T, scaled_NW)
@@ -142,7 +158,15 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         dstudent_VBW, dprototypes_KW = ctx.saved_tensors
-        return dstudent_VBW * gradients[0], dprototypes_KW * gradients[0], None, None, None, None, None
+        return (
+            dstudent_VBW * gradients[0],
+            dprototypes_KW * gradients[0],
+            None,
+            None,
+            None,
+            None,
+            None,
+        )
 
 
 def _goals(targets_GCK: Tensor, num_views: int, cross: bool) -> Tensor:
@@ -170,10 +194,13 @@ def _dot(a_VCK: Tensor, b_VCK: Tensor) -> Tensor:
     return torch.matmul(a_VCK.unsqueeze(-2), b_VCK.unsqueeze(-1)).squeeze(-1).squeeze(-1)
 
 
-def _statistics(scores_GCK: Tensor, targets_GCK: Tensor, valid_C: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def _statistics(
+    scores_GCK: Tensor, targets_GCK: Tensor, valid_C: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Sum of the targets, (K,), of their entropies, and their number, over valid rows.
 
-    The entropy of a softmax is log-sum minus mean score; the log-sum follows from any one score and its probability.
+    The entropy of a softmax is log-sum minus mean score; the log-sum follows from any one score and
+    its probability.
     """
     log_sum_GC = scores_GCK.amax(-1) - targets_GCK.amax(-1).log()
     entropy_GC = log_sum_GC - _dot(targets_GCK, scores_GCK)

@@ -1,4 +1,6 @@
-"""Scores of features against prototypes, in chunks of rows, so that the whole matrix never exists."""
+"""Scores of features against prototypes, in chunks of rows, so that the whole matrix never
+exists.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,8 @@ CHUNK_BYTES = 1 << 26  # of one chunk of float32 scores
 class Chunks:
     """Row ranges whose scores take about `CHUNK_BYTES`, and memory for those of one of them.
 
-    It is used again for every range: fresh pages from the system cost a CPU half as much as the product in them.
+    It is used again for every range: fresh pages from the system cost a CPU half as much as the
+        product in them.
     """
 
     def __init__(self, num_rows: int, views: int, like_KW: Tensor, dtype: torch.dtype) -> None:
@@ -25,7 +28,9 @@ class Chunks:
         """
         num_prototypes = len(like_KW)
         rows = min(max(1, CHUNK_BYTES // (dtype.itemsize * num_prototypes * views)), num_rows)
-        self.ranges = [slice(start, min(start + rows, num_rows)) for start in range(0, num_rows, max(rows, 1))]
+        self.ranges = [
+            slice(start, min(start + rows, num_rows)) for start in range(0, num_rows, max(rows, 1))
+        ]
         self.rows, self.dtype, self.like_KW = rows, dtype, like_KW
         self.wide = dtype == like_KW.dtype
         self.narrow_NK = like_KW.new_empty(0 if self.wide else rows * views, num_prototypes)
@@ -39,7 +44,9 @@ class Chunks:
         into_NK = into_NK[: len(features_NW)]
         if self.wide:
             return torch.mm(features_NW, prototypes_KW.T, out=into_NK)
-        return into_NK.copy_(torch.mm(features_NW, prototypes_KW.T, out=self.narrow_NK[: len(features_NW)]))
+        return into_NK.copy_(
+            torch.mm(features_NW, prototypes_KW.T, out=self.narrow_NK[: len(features_NW)])
+        )
 
     def narrowed(self, wide_NK: Tensor) -> Tensor:
         """The same numbers in the dtype of the products."""
@@ -76,15 +83,26 @@ class TeacherScores:
         return scaled_NK.unflatten(0, features_GCW.shape[:2])
 
     def narrowed(self) -> TeacherScores:
-        """The same with features and prototypes rounded to the dtype in which the product is to be made."""
+        """The same with features and prototypes rounded to the dtype in which the product is to be
+        made.
+        """
         dtype = product_dtype(self.features_GBW)
-        return replace(self, features_GBW=self.features_GBW.to(dtype), prototypes_KW=self.prototypes_KW.to(dtype))
+        return replace(
+            self,
+            features_GBW=self.features_GBW.to(dtype),
+            prototypes_KW=self.prototypes_KW.to(dtype),
+        )
 
     def sum_of_scores(self) -> tuple[Tensor, Tensor]:
-        """Sum over valid rows of the plain scores, (K,), and the number of these rows: what the centre is made of."""
+        """Sum over valid rows of the plain scores, (K,), and the number of these rows: what the
+        centre is made of.
+        """
         num_views, num_rows, _ = self.features_GBW.shape
         if self.valid_B is None:
-            sum_W, count = self.features_GBW.sum((0, 1)), self.features_GBW.new_tensor(float(num_views * num_rows))
+            sum_W, count = (
+                self.features_GBW.sum((0, 1)),
+                self.features_GBW.new_tensor(float(num_views * num_rows)),
+            )
         else:
             sum_W = (self.features_GBW * self.valid_B[:, None]).sum((0, 1))
             count = num_views * self.valid_B.sum().to(sum_W.dtype)

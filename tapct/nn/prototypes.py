@@ -1,6 +1,7 @@
 """Teacher targets over prototypes: how scores become targets, and the state that this needs.
 
-Axes: G teacher views, B rows of a view (class tokens or masked patches), W bottleneck width, K prototypes. All in
+Axes: G teacher views, B rows of a view (class tokens or masked patches), W bottleneck width, K
+    prototypes. All in
 float32, or float64 when given float64: sums over 65k prototypes lose mass in bf16.
 """
 
@@ -25,8 +26,12 @@ class TargetConfig:
         "centring (DINO, the published TAP-CT runs) or sinkhorn (SwAV, DINOv2)",
         choices=("centring", "sinkhorn"),
     )
-    centre_momentum: float = setting(0.9, "c <- m c + (1 - m) mean; DINO, arXiv:2104.14294", ge=0.0, lt=1.0)
-    sinkhorn_iterations: int = setting(3, "row and column normalisations; SwAV, arXiv:2006.09882", ge=1)
+    centre_momentum: float = setting(
+        0.9, "c <- m c + (1 - m) mean; DINO, arXiv:2104.14294", ge=0.0, lt=1.0
+    )
+    sinkhorn_iterations: int = setting(
+        3, "row and column normalisations; SwAV, arXiv:2006.09882", ge=1
+    )
 
 
 def as_float(x: Tensor) -> Tensor:
@@ -37,9 +42,10 @@ def as_float(x: Tensor) -> Tensor:
 class Targets(nn.Module):
     """Turn teacher scores into targets, and keep the state that needs.
 
-    Centring uses in step i the centre made of the steps before i; `finish_step` moves it once per optimizer step, over
-    all micro-batches and ranks: the caller sums `pending` over ranks before. Sinkhorn balances the rows of one call on
-    all ranks, so with accumulation each micro-batch is a problem of its own.
+    Centring uses in step i the centre made of the steps before i; `finish_step` moves it once per
+    optimizer step, over
+    all micro-batches and ranks: the caller sums `pending` over ranks before. Sinkhorn balances the
+    rows of one call on all ranks, so with accumulation each micro-batch is a problem of its own.
 
     Args:
         num_prototypes: K.
@@ -54,15 +60,21 @@ class Targets(nn.Module):
         super().__init__()
         self.config = config
         self.register_buffer("centre_K", torch.zeros(num_prototypes))
-        # Checkpoints are written between optimizer steps, when nothing is pending; kept in them all the same.
+        # Checkpoints are written between optimizer steps, when nothing is pending; kept in them all
+        # the same.
         self.register_buffer("pending_sum_K", torch.zeros(num_prototypes))
         self.register_buffer("pending_count", torch.zeros(()))
 
     @torch.no_grad()
     def scores(
-        self, features_GBW: Tensor, prototypes_KW: Tensor, temperature: float, valid_B: Tensor | None = None
+        self,
+        features_GBW: Tensor,
+        prototypes_KW: Tensor,
+        temperature: float,
+        valid_B: Tensor | None = None,
     ) -> TeacherScores:
-        """What makes the targets of these rows; remembers their mean score for the next step's centre.
+        """What makes the targets of these rows; remembers their mean score for the next step's
+        centre.
 
         Args:
             features_GBW: teacher features of this micro-batch, on the unit sphere.
@@ -72,14 +84,18 @@ class Targets(nn.Module):
         Returns:
             Scores whose features and prototypes are in the dtype of the products.
         """
-        plain = TeacherScores(features_GBW, prototypes_KW, temperature, torch.zeros_like(prototypes_KW[:, 0]), valid_B)
+        plain = TeacherScores(
+            features_GBW, prototypes_KW, temperature, torch.zeros_like(prototypes_KW[:, 0]), valid_B
+        )
         if self.config.kind == "sinkhorn":
             plain = plain.narrowed()
             return replace(plain, bias_K=sinkhorn_bias(plain, self.config.sinkhorn_iterations))
         sum_K, count = plain.sum_of_scores()
         self.pending_sum_K += sum_K
         self.pending_count += count
-        return replace(plain, bias_K=(-self.centre_K / temperature).to(prototypes_KW.dtype)).narrowed()
+        return replace(
+            plain, bias_K=(-self.centre_K / temperature).to(prototypes_KW.dtype)
+        ).narrowed()
 
     def pending(self) -> tuple[Tensor, ...]:
         """Buffers that ranks add up before `finish_step`; none for Sinkhorn."""
@@ -90,7 +106,8 @@ class Targets(nn.Module):
         """Move the centre by the pending mean, if there is one.
 
         Args:
-            apply: bool scalar on the device; False (a step that was not finite) drops what is pending.
+            apply: bool scalar on the device; False (a step that was not finite) drops what is
+                pending.
         """
         mean_K = self.pending_sum_K / self.pending_count.clamp(min=1)
         moved_K = self.centre_K.lerp(mean_K, 1 - self.config.centre_momentum)

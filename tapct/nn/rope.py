@@ -1,16 +1,18 @@
-"""Rotary positions in three dimensions: a token's place turns its queries and keys, so that scores see differences.
+"""Rotary positions in three dimensions: a token's place turns its queries and keys, so that scores
+see differences.
 
     coordinate = unit (i + 0.5 - n / 2)          per axis, from the crop's centre; i of n patches
     angle      = 2 pi coordinate / period        P periods per axis, from `shortest` up to `shortest * base`
     (a, b)     = (a cos - b sin, b cos + a sin)  channel pairs (j, j + 3P), the same for every head
 
-A head of C channels has P = C // 6 pairs per axis; the last C - 6P channels are left as they are (C = 64: P = 10, 4
-left), and so are the prefix tokens, CLS and registers. Since q and k are turned alike, q.k depends on the difference of
-two places only.
+A head of C channels has P = C // 6 pairs per axis; the last C - 6P channels are left as they are (C
+= 64: P = 10, 4 left), and so are the prefix tokens, CLS and registers. Since q and k are turned
+alike, q.k depends on the difference of two places only.
 
-T packed tokens (see `attention`), H heads, C channels per head, P pairs per axis, R = 3P pairs in all; B crops of one
-group, N patches of one crop, n patches along one axis.
-Source: Su et al. 2021, arXiv:2104.09864; 2D in DINOv3, arXiv:2508.10104, whose periods, jitter and rescale these are.
+T packed tokens (see `attention`), H heads, C channels per head, P pairs per axis, R = 3P pairs in
+all; B crops of one group, N patches of one crop, n patches along one axis.
+Source: Su et al. 2021, arXiv:2104.09864; 2D in DINOv3, arXiv:2508.10104, whose periods, jitter and
+    rescale these are.
 """
 
 from __future__ import annotations
@@ -37,21 +39,31 @@ class Config:
 
     coordinates: str = setting(
         "normalised",
-        "unit of places: normalised -1 to 1 along each axis of the crop (DINOv3), voxel of the view, or mm of the body",
+        "unit of places: normalised -1 to 1 along each axis of the crop (DINOv3), voxel of the "
+        "view, or mm of the body",
         choices=tuple(_SHORTEST),
     )
-    base: float = setting(100.0, "periods of P pairs are shortest * base^(i / P); DINOv3: 100", gt=1.0)
+    base: float = setting(
+        100.0, "periods of P pairs are shortest * base^(i / P); DINOv3: 100", gt=1.0
+    )
     shortest: float | None = setting(
         None,
-        "shortest period in the unit of the coordinates; null: 1 normalised (DINOv3), 16 voxels, 32 mm (ours: not "
+        "shortest period in the unit of the coordinates; null: 1 normalised (DINOv3), 16 voxels, "
+        "32 mm (ours: not "
         "below two patches)",
         gt=0.0,
     )
     jitter: float = setting(
-        1.0, "in training, factor on each axis of a crop, log-uniform from 1 / jitter to jitter; 1: off; DINOv3", ge=1.0
+        1.0,
+        "in training, factor on each axis of a crop, log-uniform from 1 / jitter to jitter; 1: "
+        "off; DINOv3",
+        ge=1.0,
     )
     rescale: float = setting(
-        1.0, "in training, factor on all axes of a crop at once, likewise; 1: off; 2 in DINOv3's configs", ge=1.0
+        1.0,
+        "in training, factor on all axes of a crop at once, likewise; 1: off; 2 in DINOv3's "
+        "configs",
+        ge=1.0,
     )
 
     @property
@@ -62,7 +74,8 @@ class Config:
 
 @dataclass(frozen=True)
 class Rotation:
-    """How queries and keys of packed tokens are turned; made once per forward pass, shared by all blocks.
+    """How queries and keys of packed tokens are turned; made once per forward pass, shared by all
+    blocks.
 
     Args:
         cos_TR: float32, cosine of each pair's angle; 1 for prefix tokens.
@@ -80,9 +93,13 @@ class Rotation:
         """Turn queries or keys: (T, H, C) -> the same, float32 or wider."""
         num_pairs = self.cos_TR.shape[1]
         wide = x_THC.to(torch.promote_types(x_THC.dtype, torch.float32))
-        a_THR, b_THR, rest = wide.split([num_pairs, num_pairs, wide.shape[2] - 2 * num_pairs], dim=2)
+        a_THR, b_THR, rest = wide.split(
+            [num_pairs, num_pairs, wide.shape[2] - 2 * num_pairs], dim=2
+        )
         cos_T1R, sin_T1R = self.cos_TR[:, None].to(wide.dtype), self.sin_TR[:, None].to(wide.dtype)
-        return torch.cat([a_THR * cos_T1R - b_THR * sin_T1R, b_THR * cos_T1R + a_THR * sin_T1R, rest], dim=2)
+        return torch.cat(
+            [a_THR * cos_T1R - b_THR * sin_T1R, b_THR * cos_T1R + a_THR * sin_T1R, rest], dim=2
+        )
 
 
 def pairs_per_axis(head_dim: int) -> int:
@@ -173,16 +190,22 @@ def group_rotation(
         if scale_B3 is not None:
             place_Bn = place_Bn * scale_B3[:, axis, None]
         tables.append(2 * math.pi * place_Bn[..., None] / period_P)
-    cos_BNR, sin_BNR = (_on_grid([part(table) for table in tables], grid) for part in (torch.cos, torch.sin))
+    cos_BNR, sin_BNR = (
+        _on_grid([part(table) for table in tables], grid) for part in (torch.cos, torch.sin)
+    )
     ones_BSR = cos_BNR.new_ones(cos_BNR.shape[0], num_prefix, cos_BNR.shape[2])
     cos_BTR = torch.cat([ones_BSR, cos_BNR], dim=1)
     sin_BTR = torch.cat([torch.zeros_like(ones_BSR), sin_BNR], dim=1)
-    cos_BTR, sin_BTR = (table.expand(num_crops, -1, -1).flatten(0, 1) for table in (cos_BTR, sin_BTR))
+    cos_BTR, sin_BTR = (
+        table.expand(num_crops, -1, -1).flatten(0, 1) for table in (cos_BTR, sin_BTR)
+    )
     return Rotation(cos_BTR, sin_BTR)
 
 
 def _on_grid(axes: Sequence[Tensor], grid: Grid) -> Tensor:
-    """Values per axis (B, n, P) -> values of every patch in raster order (B, N, 3P), z pairs first."""
+    """Values per axis (B, n, P) -> values of every patch in raster order (B, N, 3P), z pairs
+    first.
+    """
     parts = []
     for axis, values_BnP in enumerate(axes):
         shape = [values_BnP.shape[0], 1, 1, 1, values_BnP.shape[2]]
@@ -195,4 +218,6 @@ def join(groups: Sequence[Rotation]) -> Rotation:
     """The rotation of several groups, packed in order."""
     if len(groups) == 1:
         return groups[0]
-    return Rotation(torch.cat([group.cos_TR for group in groups]), torch.cat([group.sin_TR for group in groups]))
+    return Rotation(
+        torch.cat([group.cos_TR for group in groups]), torch.cat([group.sin_TR for group in groups])
+    )

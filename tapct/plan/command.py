@@ -1,4 +1,6 @@
-"""`tapct plan`: what its options ask for, measured if they say so, and memory and time of a config by them."""
+"""`tapct plan`: what its options ask for, measured if they say so, and memory and time of a config
+by them.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ from tapct.run.config import RunConfig
 from tapct.run.stages import Part
 from tapct.views import masks
 
-UTILISATION = 0.4  # of the rate of plain matrix products that a training step reaches; ours, an assumption
+UTILISATION = (
+    0.4  # of the rate of plain matrix products that a training step reaches; ours, an assumption
+)
 STORE_SAMPLE = 256  # scans whose files are looked at, of a store that may hold a million
 
 
@@ -38,7 +42,8 @@ class Options:
         per_node: GPUs of a node.
         memory_gb: of a GPU.
         tflops: TFLOP/s that one GPU sustains, or its peak where there is a utilisation.
-        measure: time matrix products on the config's device, and reading from its store if there is one.
+        measure: time matrix products on the config's device, and reading from its store if there is
+            one.
         utilisation: share of the rate that training reaches.
     """
 
@@ -58,40 +63,61 @@ class Options:
             if value is not None and not 0 < value < math.inf:
                 raise UserError(f"{name} is {value:g}; it must be more than 0")
         if self.utilisation is not None and self.utilisation > 1:
-            raise UserError(f"--utilisation is {self.utilisation:g}, more than all of the rate; give a share")
+            raise UserError(
+                f"--utilisation is {self.utilisation:g}, more than all of the rate; give a share"
+            )
         if self.measure and self.tflops is not None:
-            raise UserError("--measure and --tflops exclude each other: the rate is measured or given")
+            raise UserError(
+                "--measure and --tflops exclude each other: the rate is measured or given"
+            )
         if self.utilisation is not None and self.tflops is None and not self.measure:
-            raise UserError("--utilisation is a share of a rate; give that with --tflops, or --measure it")
+            raise UserError(
+                "--utilisation is a share of a rate; give that with --tflops, or --measure it"
+            )
 
 
 def tables(config: RunConfig, options: Options) -> Group:
-    """All that `tapct plan` prints. Raises: UserError: the config cannot run so, or an option makes no sense."""
+    """All that `tapct plan` prints. Raises: UserError: the config cannot run so, or an option makes
+    no sense.
+    """
     costs, wanted = make_plan(config), asked(config, options)
-    told = [f"Warning: {part.name} is not counted; for it give 'stages=[]' {part.words}" for part in stages_of(config)]
+    told = [
+        f"Warning: {part.name} is not counted; for it give 'stages=[]' {part.words}"
+        for part in stages_of(config)
+    ]
     later = map(Text, told)  # as it is: brackets of a key are no markup
     try:
-        return Group(flops.render(costs), scale_tables.render(make_scale(config, costs, wanted)), *later)
+        return Group(
+            flops.render(costs), scale_tables.render(make_scale(config, costs, wanted)), *later
+        )
     except footprint.NeedsValues as error:
         return Group(flops.render(costs), f"Warning: memory and time are not told: {error}", *later)
 
 
 def stages_of(config: RunConfig) -> list[Part]:
     """The parts of the run that are not the config itself."""
-    return [part for part, stage in zip(config.parts()[1:], config.stages, strict=True) if stage.set]
+    return [
+        part for part, stage in zip(config.parts()[1:], config.stages, strict=True) if stage.set
+    ]
 
 
 def masked_share(config: RunConfig) -> float:
-    """Masked patches over all patches of the global crops: the same in every step, only on other crops."""
+    """Masked patches over all patches of the global crops: the same in every step, only on other
+    crops.
+    """
     num_crops, num_tokens = config.views.num_globals * config.train.global_batch, tokens_of(config)
-    counts = masks.counts(config.masks, num_crops_global=num_crops, num_tokens=num_tokens, seed=config.seed, step=0)
+    counts = masks.counts(
+        config.masks, num_crops_global=num_crops, num_tokens=num_tokens, seed=config.seed, step=0
+    )
     return sum(counts) / (num_crops * num_tokens)
 
 
 def tokens_of(config: RunConfig) -> int:
     """Patches of a global crop."""
     patch = getattr(config.model.config, "patch", (1, 1, 1))
-    return math.prod(size // side for size, side in zip(config.views.global_window, patch, strict=True))
+    return math.prod(
+        size // side for size, side in zip(config.views.global_window, patch, strict=True)
+    )
 
 
 def make_plan(config: RunConfig) -> flops.Plan:
@@ -101,7 +127,9 @@ def make_plan(config: RunConfig) -> flops.Plan:
         UserError: the backbone is not tapct's.
     """
     if not isinstance(config.model.config, vit.Config):
-        raise UserError(f"tapct plan knows the FLOPs of model.name=vit alone, not of {config.model.name}")
+        raise UserError(
+            f"tapct plan knows the FLOPs of model.name=vit alone, not of {config.model.name}"
+        )
     uses = []
     for loss in config.losses:
         if hasattr(loss.config, "head"):
@@ -123,7 +151,9 @@ def make_plan(config: RunConfig) -> flops.Plan:
 
 
 def wants_snapshot(loss: Plugin) -> bool:
-    """Whether a loss looks at an earlier teacher, which then sees the global crops too (from its start on)."""
+    """Whether a loss looks at an earlier teacher, which then sees the global crops too (from its
+    start on).
+    """
     with torch.device("meta"):
         return plugins.load("losses", loss.name).build(loss.config).snapshot is not None
 
@@ -139,13 +169,23 @@ def asked(config: RunConfig, options: Options) -> scale.Asked:
             source = f"--tflops {options.tflops:g} x --utilisation {share:g}"
     if options.measure:
         device = pick_device(config.device)
-        found = gemm_rate(device, torch.bfloat16 if config.train.precision == "bf16" else config.train.dtype)
+        found = gemm_rate(
+            device, torch.bfloat16 if config.train.precision == "bf16" else config.train.dtype
+        )
         rate = found * (share or UTILISATION)
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-        what = f"{found / 1e12:.3g} TFLOP/s of {config.train.precision} matrix products on this {name}"
-        source = f"{what} x {share:g}" if share else f"{what} x {UTILISATION}, an assumption: see --utilisation"
+        what = (
+            f"{found / 1e12:.3g} TFLOP/s of {config.train.precision} matrix products on this {name}"
+        )
+        source = (
+            f"{what} x {share:g}"
+            if share
+            else f"{what} x {UTILISATION}, an assumption: see --utilisation"
+        )
         if (config.data.store / INDEX_NAME).is_file():
-            slabs = read_rate.measure(config.data.store, config.data.loader.slab_depth, 1).slabs_per_s
+            slabs = read_rate.measure(
+                config.data.store, config.data.loader.slab_depth, 1
+            ).slabs_per_s
     return scale.Asked(counts, options.per_node, memory, rate, source, slabs)
 
 
@@ -153,7 +193,9 @@ def gpu_counts(text: str) -> tuple[int, ...]:
     """1,2,8 -> the numbers in ascending order, each once. Raises: UserError."""
     words = [word.strip() for word in text.split(",")]
     if not all(word.isascii() and word.isdigit() and int(word) > 0 for word in words):
-        raise UserError(f"--gpus {text} is no list of numbers of GPUs; write for example --gpus 1,8,64")
+        raise UserError(
+            f"--gpus {text} is no list of numbers of GPUs; write for example --gpus 1,8,64"
+        )
     return tuple(sorted({int(word) for word in words}))
 
 
@@ -205,7 +247,9 @@ def make_scale(config: RunConfig, costs: flops.Plan, asked: scale.Asked) -> scal
         demand,
         asked,
         footprint.weigh(footprint.Valueless(config.model, config.losses)),
-        footprint.trace(config.model, config.losses, sizes, dtype=train.dtype, bf16=bf16, every=train.recompute),
+        footprint.trace(
+            config.model, config.losses, sizes, dtype=train.dtype, bf16=bf16, every=train.recompute
+        ),
         flops_per_step=costs.flops_per_step,
         store=store_facts(config.data.store),
     )

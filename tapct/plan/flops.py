@@ -1,7 +1,9 @@
-"""What a run would cost, before it runs: tokens, parameters and FLOPs by part, and settings that cannot learn.
+"""What a run would cost, before it runs: tokens, parameters and FLOPs by part, and settings that
+cannot learn.
 
-FLOPs count matrix products (a multiply-add is 2), which is all that shows at these sizes; norms, GELU and softmax are
-left out, as in fvcore and in torch's counter. The backward pass costs twice the forward pass.
+FLOPs count matrix products (a multiply-add is 2), which is all that shows at these sizes; norms,
+GELU and softmax are left out, as in fvcore and in torch's counter. The backward pass costs twice
+the forward pass.
 """
 
 from __future__ import annotations
@@ -140,7 +142,8 @@ def tables(
         masked_share: mean masked patches over all patches of the global crops.
         global_batch: samples per optimizer step.
         accumulation: micro-batches of a step; Sinkhorn balances the rows of one.
-        frozen_passes: passes over the global crops without gradient: the teacher's, and its snapshot's if there is one.
+        frozen_passes: passes over the global crops without gradient: the teacher's, and its
+            snapshot's if there is one.
     Raises:
         UserError: a window is no multiple of the patch.
     """
@@ -151,14 +154,23 @@ def tables(
     kept = 1 - model.drop_path
     counts = _backbone_parameters(model)
     parts = []
-    for name in ("patch embedding", "tokens", "positions", "attention", "feed-forward", "norms and scales"):
+    for name in (
+        "patch embedding",
+        "tokens",
+        "positions",
+        "attention",
+        "feed-forward",
+        "norms and scales",
+    ):
         forward = [view.crops * _crop_flops(name, view, model) for view in views]
         share = kept if name in ("attention", "feed-forward") else 1.0
         parts.append(PartCost(name, counts[name], share * sum(forward), frozen_passes * forward[0]))
     masked = masked_share * num_globals * math.prod(views[0].grid)
     warnings = []
     for use in head_uses:
-        student_rows, teacher_rows = (num_globals + num_locals, num_globals) if use.name == "dino" else (masked, masked)
+        student_rows, teacher_rows = (
+            (num_globals + num_locals, num_globals) if use.name == "dino" else (masked, masked)
+        )
         parts += _head_parts(use, model.dim, student_rows, teacher_rows)
         rows = round(teacher_rows * global_batch / accumulation)
         warning = capacity_warning(use.name, use.config.num_prototypes, rows)
@@ -167,14 +179,17 @@ def tables(
 
 
 def capacity_warning(loss: str, num_prototypes: int, rows: int) -> str | None:
-    """Say when Sinkhorn targets must stay nearly uniform: more prototypes than 64 per row that it balances at once.
+    """Say when Sinkhorn targets must stay nearly uniform: more prototypes than 64 per row that it
+    balances at once.
 
-    Each of n balanced targets holds at most n/K of a prototype, so its entropy is at least about ln(K/n).
+    Each of n balanced targets holds at most n/K of a prototype, so its entropy is at least about
+    ln(K/n).
 
     Args:
         loss: its name in the config.
         num_prototypes: K.
-        rows: n, rows of one micro-batch over all ranks (class tokens: 2 x global batch / accumulation).
+        rows: n, rows of one micro-batch over all ranks (class tokens: 2 x global batch /
+            accumulation).
     """
     limit = ROWS_PER_PROTOTYPE_LIMIT * rows
     if num_prototypes <= limit:
@@ -182,18 +197,26 @@ def capacity_warning(loss: str, num_prototypes: int, rows: int) -> str | None:
     way_out = f"set losses.{loss}.targets.kind=centring"
     if limit >= 2:
         fewer = 2 ** int(math.log2(limit))
-        way_out = f"set losses.{loss}.head.num_prototypes={fewer} or less, more rows at once, or {way_out[4:]}"
+        way_out = (
+            f"set losses.{loss}.head.num_prototypes={fewer} or less, more rows at once, or "
+            f"{way_out[4:]}"
+        )
     floor = math.log(num_prototypes / max(rows, 1))
     return (
-        f"losses.{loss}: {num_prototypes} prototypes for {rows} rows at once: Sinkhorn targets keep at least about "
-        f"{floor:.1f} of ln K = {math.log(num_prototypes):.1f} nats, so hardly anything is learned; {way_out}"
+        f"losses.{loss}: {num_prototypes} prototypes for {rows} rows at once: Sinkhorn targets "
+        "keep at least about "
+        f"{floor:.1f} of ln K = {math.log(num_prototypes):.1f} nats, so hardly anything is "
+        f"learned; {way_out}"
     )
 
 
 def _view(name: str, crops: int, window: Window, model: vit.Config) -> ViewCost:
     if any(size % patch for size, patch in zip(window, model.patch, strict=True)):
         sizes = ["x".join(map(str, size)) for size in (window, model.patch)]
-        raise UserError(f"views.{name}_window {sizes[0]} is no multiple of model.patch {sizes[1]}; change one of them")
+        raise UserError(
+            f"views.{name}_window {sizes[0]} is no multiple of model.patch {sizes[1]}; change one "
+            "of them"
+        )
     z, y, x = (size // patch for size, patch in zip(window, model.patch, strict=True))
     return ViewCost(name, crops, window, (z, y, x), 1 + model.registers + z * y * x)
 
@@ -235,19 +258,35 @@ def _head_parts(use: HeadUse, dim: int, student_rows: float, teacher_rows: float
     mlp = 2.0 * sum(a * b for a, b in itertools.pairwise(widths))
     last = 2.0 * config.bottleneck * config.num_prototypes
     return [
-        PartCost(f"{use.name} {name}", count if use.owns_head else 0, student_rows * cost, teacher_rows * cost)
-        for name, count, cost in (("MLP", counts["mlp"], mlp), ("prototypes", counts["last_layer"], last))
+        PartCost(
+            f"{use.name} {name}",
+            count if use.owns_head else 0,
+            student_rows * cost,
+            teacher_rows * cost,
+        )
+        for name, count, cost in (
+            ("MLP", counts["mlp"], mlp),
+            ("prototypes", counts["last_layer"], last),
+        )
     ]
 
 
 def render(plan: Plan) -> Group:
     """The plan as tables for a terminal."""
     views = Table(
-        "view", "crops", "window (z,y,x)", "patches (z,y,x)", "tokens per crop", "tokens per sample", title="Views"
+        "view",
+        "crops",
+        "window (z,y,x)",
+        "patches (z,y,x)",
+        "tokens per crop",
+        "tokens per sample",
+        title="Views",
     )
     for view in plan.views:
         sizes = ["x".join(map(str, size)) for size in (view.window, view.grid)]
-        views.add_row(view.name, str(view.crops), *sizes, f"{view.tokens:,}", f"{view.crops * view.tokens:,}")
+        views.add_row(
+            view.name, str(view.crops), *sizes, f"{view.tokens:,}", f"{view.crops * view.tokens:,}"
+        )
     title = "Parameters and GFLOP per sample (student forward and backward, teacher forward)"
     costs = Table(title=title, pad_edge=False)
     costs.add_column("part", no_wrap=True)
@@ -255,9 +294,20 @@ def render(plan: Plan) -> Group:
     for column in ("student forward", "teacher forward", "step", "share"):
         costs.add_column(column, justify="right")
     for part in plan.parts:
-        flops = [f"{value / 1e9:,.2f}" for value in (part.student_flops, part.teacher_flops, part.step_flops)]
-        costs.add_row(part.name, f"{part.parameters:,}", *flops, f"{part.step_flops / plan.flops_per_sample:.1%}")
-    totals = [sum(part.student_flops for part in plan.parts), sum(part.teacher_flops for part in plan.parts)]
+        flops = [
+            f"{value / 1e9:,.2f}"
+            for value in (part.student_flops, part.teacher_flops, part.step_flops)
+        ]
+        costs.add_row(
+            part.name,
+            f"{part.parameters:,}",
+            *flops,
+            f"{part.step_flops / plan.flops_per_sample:.1%}",
+        )
+    totals = [
+        sum(part.student_flops for part in plan.parts),
+        sum(part.teacher_flops for part in plan.parts),
+    ]
     costs.add_section()
     costs.add_row(
         "total",
@@ -265,5 +315,8 @@ def render(plan: Plan) -> Group:
         *(f"{value / 1e9:,.2f}" for value in (*totals, plan.flops_per_sample)),
         "100.0%",
     )
-    step = f"One optimizer step of {plan.global_batch} samples: {plan.flops_per_step / 1e12:,.3f} TFLOP."
+    step = (
+        f"One optimizer step of {plan.global_batch} samples: {plan.flops_per_step / 1e12:,.3f} "
+        "TFLOP."
+    )
     return Group(views, costs, step, *(f"Warning: {warning}" for warning in plan.warnings))

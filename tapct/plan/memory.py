@@ -1,9 +1,10 @@
 """Bytes of a training step, counted on the real networks and losses before any of them has values.
 
-Weights are counted from their shapes. For the rest the real step (teacher, student, losses, backward) runs on torch's
-fake tensors, which have shapes and types but no memory, while a dispatch mode adds up the storages that are alive. So
-whatever the backbone, the losses or their autograd functions hold is counted as it is, whichever plug-in they are.
-The bytes of a micro-batch are a fixed part and a part by sample; two runs tell both.
+Weights are counted from their shapes. For the rest the real step (teacher, student, losses,
+backward) runs on torch's fake tensors, which have shapes and types but no memory, while a dispatch
+mode adds up the storages that are alive. So whatever the backbone, the losses or their autograd
+functions hold is counted as it is, whichever plug-in they are. The bytes of a micro-batch are a
+fixed part and a part by sample; two runs tell both.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ from tapct.ssl import step as ssl_step
 from tapct.ssl.student_teacher import StudentTeacher
 from tapct.types import Masks, Views
 
-# multiples of 5: stochastic depth then keeps a whole number of crops at any share of tenths, as it does on average
+# multiples of 5: stochastic depth then keeps a whole number of crops at any share of tenths, as it
+# does on average
 FEW, MANY = 5, 10
 
 Window = tuple[int, int, int]
@@ -56,9 +58,11 @@ class Weights:
     Args:
         shapes: (rows along the first axis, numbers of a row) of every parameter.
         heads, rest: numbers in the heads, and in the backbone outside of its blocks.
-        block: numbers of the largest block, the unit that ranks gather; 0 where the backbone has none.
-        linear: numbers in linear layers, which autocast copies to bf16 in a single process; those of tapct's own blocks
-            are left out, which are copied one by one and forgotten (`nn.lean`).
+        block: numbers of the largest block, the unit that ranks gather; 0 where the backbone has
+            none.
+        linear: numbers in linear layers, which autocast copies to bf16 in a single process; those
+            of tapct's own blocks are left out, which are copied one by one and forgotten
+            (`nn.lean`).
         snapshot: as `shapes`, of the teacher's snapshot; empty where no loss wants one.
     """
 
@@ -105,8 +109,10 @@ class Bytes:
     Args:
         inputs: views and masks.
         activations: what the forward pass leaves for the backward pass.
-        work: what is alive beside both when most is: scores by chunk, temporaries, gradients on their way.
-        kept: what stays of a micro-batch while the next one is computed: tokens for the health numbers.
+        work: what is alive beside both when most is: scores by chunk, temporaries, gradients on
+            their way.
+        kept: what stays of a micro-batch while the next one is computed: tokens for the health
+            numbers.
     """
 
     inputs: float
@@ -129,10 +135,14 @@ class Footprint:
     def of(self, samples: int) -> Bytes:
         """Of so many samples, on the straight line through the two counts.
 
-        With few prototypes that is above the truth for many samples: a chunk of scores grows no more once it is full.
+        With few prototypes that is above the truth for many samples: a chunk of scores grows no
+        more once it is full.
         """
         share = (samples - FEW) / (MANY - FEW)
-        pairs = [(getattr(self.few, field.name), getattr(self.many, field.name)) for field in fields(Bytes)]
+        pairs = [
+            (getattr(self.few, field.name), getattr(self.many, field.name))
+            for field in fields(Bytes)
+        ]
         return Bytes(*(max(low + share * (high - low), 0.0) for low, high in pairs))
 
 
@@ -140,12 +150,23 @@ def weigh(pair: StudentTeacher) -> Weights:
     """Count the parameters of the student."""
     network = pair.student
     blocks = [_numbers(block) for block in blocks_of(network.backbone)]
-    lean = {module for block in network.modules() if isinstance(block, vit.Block) for module in block.modules()}
-    kept = [module for module in network.modules() if isinstance(module, nn.Linear) and module not in lean]
+    lean = {
+        module
+        for block in network.modules()
+        if isinstance(block, vit.Block)
+        for module in block.modules()
+    }
+    kept = [
+        module
+        for module in network.modules()
+        if isinstance(module, nn.Linear) and module not in lean
+    ]
     linear = sum(map(_numbers, kept))
     rest = _numbers(network.backbone) - sum(blocks)
     snapshot = () if pair.snapshot is None else shapes_of(pair.snapshot)
-    return Weights(shapes_of(network), _numbers(network.heads), rest, max(blocks, default=0), linear, snapshot)
+    return Weights(
+        shapes_of(network), _numbers(network.heads), rest, max(blocks, default=0), linear, snapshot
+    )
 
 
 def shapes_of(network: nn.Module) -> tuple[tuple[int, int], ...]:
@@ -154,7 +175,9 @@ def shapes_of(network: nn.Module) -> tuple[tuple[int, int], ...]:
 
 
 def fullest(shapes: Sequence[tuple[int, int]], shard: int) -> int:
-    """Numbers that the first of `shard` ranks holds: FSDP cuts along the first axis, by rows rounded up."""
+    """Numbers that the first of `shard` ranks holds: FSDP cuts along the first axis, by rows
+    rounded up.
+    """
     return sum(-(-rows // shard) * width for rows, width in shapes)
 
 
@@ -163,7 +186,13 @@ def _numbers(module: nn.Module) -> int:
 
 
 def trace(
-    model: Plugin, losses: Sequence[Plugin], sizes: Sizes, *, dtype: torch.dtype, bf16: bool, every: int = 0
+    model: Plugin,
+    losses: Sequence[Plugin],
+    sizes: Sizes,
+    *,
+    dtype: torch.dtype,
+    bf16: bool,
+    every: int = 0,
 ) -> Footprint:
     """Count the bytes of a micro-batch.
 
@@ -176,20 +205,31 @@ def trace(
         NeedsValues: a plug-in asks for values.
     """
     try:
-        return Footprint(*(_count(model, losses, sizes, samples, dtype, bf16, every) for samples in (FEW, MANY)))
+        return Footprint(
+            *(_count(model, losses, sizes, samples, dtype, bf16, every) for samples in (FEW, MANY))
+        )
     except RuntimeError as error:  # how fake tensors say that somebody wants a value
         names = ", ".join([model.name, *(loss.name for loss in losses)])
-        raise NeedsValues(f"one of {names} needs values to run ({str(error).splitlines()[0]})") from error
+        raise NeedsValues(
+            f"one of {names} needs values to run ({str(error).splitlines()[0]})"
+        ) from error
 
 
 def _count(
-    model: Plugin, losses: Sequence[Plugin], sizes: Sizes, samples: int, dtype: torch.dtype, bf16: bool, every: int
+    model: Plugin,
+    losses: Sequence[Plugin],
+    sizes: Sizes,
+    samples: int,
+    dtype: torch.dtype,
+    bf16: bool,
+    every: int,
 ) -> Bytes:
     """Run one micro-batch without values."""
     pair = Valueless(model, losses)
     recompute.recompute_blocks(pair.student.backbone, every)
     pair.train()
-    # the CPU stands for any device: a build of torch without CUDA has no fake GPU, and both save the same
+    # the CPU stands for any device: a build of torch without CUDA has no fake GPU, and both save
+    # the same
     with FakeTensorMode(), LiveBytes() as live:
         _give_shapes(pair, dtype, bf16)
         begin = live.now
@@ -197,7 +237,9 @@ def _count(
         inputs = live.now - begin
         live.peak = live.now
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            output = ssl_step.forward(pair, views, masks, 0.07, DropKey(0, 0), pair.snapshot is not None)
+            output = ssl_step.forward(
+                pair, views, masks, 0.07, DropKey(0, 0), pair.snapshot is not None
+            )
         activations = live.now - begin - inputs
         output.total.backward()
         work = live.peak - begin - inputs - activations
@@ -211,7 +253,11 @@ def _count(
 def _give_shapes(pair: StudentTeacher, dtype: torch.dtype, bf16: bool) -> None:
     """Replace meta parameters and buffers by fake ones, in the types that they are computed in."""
     for network in (pair.student, *pair.frozen()):
-        narrow = {module for part in (*blocks_of(network.backbone), network.heads) for module in part.modules()}
+        narrow = {
+            module
+            for part in (*blocks_of(network.backbone), network.heads)
+            for module in part.modules()
+        }
         for module in network.modules():
             kind = torch.bfloat16 if bf16 and module in narrow else dtype
             _replace(module._parameters, kind)
@@ -259,7 +305,11 @@ class LiveBytes(TorchDispatchMode):
         self.known: dict[int, int] = {}
 
     def __torch_dispatch__(
-        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+        self,
+        func: Any,
+        types: Any,
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         """Run the operation, then look at what came out."""
         out = func(*args, **(kwargs or {}))

@@ -7,8 +7,8 @@ Memory of one GPU, GB = 10^9 bytes:
     copies       what is whole while it is computed: gathered blocks and heads, or autocast's bf16 weights
     inputs, activations, work, kept: of a micro-batch, see `footprint`
 
-Time is FLOPs over a rate that is given or measured, never one made up here; communication, views and reading come on
-top. Only numbers of GPUs that share `train.global_batch` equally are told of.
+Time is FLOPs over a rate that is given or measured, never one made up here; communication, views
+and reading come on top. Only numbers of GPUs that share `train.global_batch` equally are told of.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ from tapct.plan.memory import Footprint, Weights, fullest
 
 GPUS = (1, 2, 4, 8, 16, 32, 64)
 PER_NODE = 8
-RESERVE = 0.1  # of a GPU's memory, for the CUDA context, NCCL's buffers and gaps of the allocator; ours, not measured
+# of a GPU's memory, for the CUDA context, NCCL's buffers and gaps of the allocator; ours, not
+# measured
+RESERVE = 0.1
 IN_PLANE = 512 * 512  # voxels of a CT slice, where no store tells
 GB, MB, DAY_S = 1e9, 1e6, 86400.0
 
@@ -35,7 +37,8 @@ class Demand:
         shard: `parallel.shard`.
         number_bytes: of a weight.
         bf16: whether blocks and heads are computed in bf16.
-        koleo: whether the run compares scans with KoLeo, and then among those of all ranks or of one.
+        koleo: whether the run compares scans with KoLeo, and then among those of all ranks or of
+            one.
         slab_depth: slices read per sample.
         workers: that read ahead, per rank.
     """
@@ -150,7 +153,8 @@ class Scale:
         demand, asked: of config and command line.
         weights: of one network.
         as_set: with the config's accumulation, for the numbers of GPUs at which that is possible.
-        largest: with the largest micro-batch that fits `asked.memory`; None where not even the smallest does.
+        largest: with the largest micro-batch that fits `asked.memory`; None where not even the
+            smallest does.
         paces: empty without a rate.
         slab_bytes: of one sample as int16.
         store: None where there is none.
@@ -194,20 +198,34 @@ def tables(
     shards, left_out = sort_out(demand, asked)
     refused = {gpus for counts in left_out.values() for gpus in counts}
     as_set = tuple(
-        memory_of(demand, weights, footprint, gpus, shard, demand.global_batch // (gpus * demand.accumulation))
+        memory_of(
+            demand,
+            weights,
+            footprint,
+            gpus,
+            shard,
+            demand.global_batch // (gpus * demand.accumulation),
+        )
         for gpus, shard in shards.items()
         if gpus not in refused
     )
     if not shards or (not as_set and asked.memory is None):
         told = "; ".join(f"{listed(counts)}: {reason}" for reason, counts in left_out.items())
         raise UserError(
-            f"no number of GPUs can run this ({told}); name others with --gpus, or change train.global_batch, "
+            f"no number of GPUs can run this ({told}); name others with --gpus, or change "
+            "train.global_batch, "
             "train.accumulation or parallel.shard"
         )
     largest = largest_fits(demand, asked.memory, weights, footprint, shards) if asked.memory else ()
-    usable = {memory.gpus for memory in as_set} | {gpus for gpus, memory in largest if memory is not None}
+    usable = {memory.gpus for memory in as_set} | {
+        gpus for gpus, memory in largest if memory is not None
+    }
     slab_bytes = 2 * demand.slab_depth * (store.in_plane if store else IN_PLANE)
-    paces = [pace_of(demand, asked, flops_per_step, slab_bytes, store, gpus) for gpus in shards if gpus in usable]
+    paces = [
+        pace_of(demand, asked, flops_per_step, slab_bytes, store, gpus)
+        for gpus in shards
+        if gpus in usable
+    ]
     return Scale(
         demand,
         asked,
@@ -226,17 +244,22 @@ def sort_out(demand: Demand, asked: Asked) -> tuple[dict[int, int], dict[str, tu
     """Which numbers of GPUs can run this.
 
     Returns:
-        Ranks that share a copy, for those that can at some accumulation; and those that cannot at the config's, by
-        reason.
+        Ranks that share a copy, for those that can at some accumulation; and those that cannot at
+        the config's, by reason.
     """
     shards, left_out = {}, dict[str, tuple[int, ...]]()
     for gpus in asked.gpus:
         shard = demand.shard or min(asked.per_node, gpus)
         if gpus % shard:
-            reason = f"{shard} that hold a copy between them (parallel.shard, else a node's) do not divide it"
+            reason = (
+                f"{shard} that hold a copy between them (parallel.shard, else a node's) do "
+                "not divide it"
+            )
         else:
             reason = why_not(demand, gpus)
-            if demand.global_batch % gpus == 0 and demand.global_batch // gpus >= demand.least(gpus):
+            if demand.global_batch % gpus == 0 and demand.global_batch // gpus >= demand.least(
+                gpus
+            ):
                 shards[gpus] = shard
         if reason:
             left_out[reason] = (*left_out.get(reason, ()), gpus)
@@ -247,13 +270,18 @@ def why_not(demand: Demand, gpus: int) -> str:
     """Why the config cannot run as it is on so many GPUs; empty where it can."""
     parts = gpus * demand.accumulation
     if demand.global_batch % parts:
-        return f"train.global_batch {demand.global_batch} is not shared equally at accumulation {demand.accumulation}"
+        return (
+            f"train.global_batch {demand.global_batch} is not shared equally at accumulation "
+            f"{demand.accumulation}"
+        )
     if demand.global_batch // parts < demand.least(gpus):
         return "KoLeo would have one sample to compare"
     return ""
 
 
-def memory_of(demand: Demand, weights: Weights, footprint: Footprint, gpus: int, shard: int, samples: int) -> Memory:
+def memory_of(
+    demand: Demand, weights: Weights, footprint: Footprint, gpus: int, shard: int, samples: int
+) -> Memory:
     """Bytes of the fullest rank."""
     wide, narrow = demand.number_bytes, 2 if demand.bf16 else demand.number_bytes
     accumulation = demand.global_batch // (gpus * samples)
@@ -261,7 +289,9 @@ def memory_of(demand: Demand, weights: Weights, footprint: Footprint, gpus: int,
     if gpus == 1:
         copies = narrow * weights.linear if demand.bf16 else 0
     else:  # two blocks at a time, one computed and one fetched, with their gradients and those on their way
-        copies = narrow * weights.heads + wide * weights.rest + 2 * weights.block * (2 * narrow + wide)
+        copies = (
+            narrow * weights.heads + wide * weights.rest + 2 * weights.block * (2 * narrow + wide)
+        )
         if accumulation > 1:  # ranks add up whole gradients until the last micro-batch
             copies += wide * weights.total
     each = footprint.of(samples)
@@ -272,9 +302,14 @@ def memory_of(demand: Demand, weights: Weights, footprint: Footprint, gpus: int,
 
 
 def largest_fits(
-    demand: Demand, memory_bytes: float, weights: Weights, footprint: Footprint, shards: dict[int, int]
+    demand: Demand,
+    memory_bytes: float,
+    weights: Weights,
+    footprint: Footprint,
+    shards: dict[int, int],
 ) -> tuple[tuple[int, Memory | None], ...]:
-    """By number of GPUs the largest micro-batch that fits and divides a rank's share; None where none does.
+    """By number of GPUs the largest micro-batch that fits and divides a rank's share; None where
+    none does.
 
     Raises:
         UserError: none does anywhere.
@@ -284,22 +319,32 @@ def largest_fits(
         share = demand.global_batch // gpus
         sizes = [size for size in range(demand.least(gpus), share + 1) if share % size == 0]
         tried = [memory_of(demand, weights, footprint, gpus, shard, size) for size in sizes]
-        found.append((gpus, next((memory for memory in reversed(tried) if memory.total <= limit), None)))
+        found.append(
+            (gpus, next((memory for memory in reversed(tried) if memory.total <= limit), None))
+        )
         least.append(min(tried, key=lambda memory: memory.total))
     if all(memory is None for _, memory in found):
         small = min(least, key=lambda memory: memory.total)
         num = "1 sample" if small.samples == 1 else f"{small.samples} samples"
         raise UserError(
-            f"nothing fits: {num} at a time on {small.gpus} GPUs take {small.total / GB:.2f} GB of each (state "
-            f"{small.state / GB:.2f}, copies {small.copies / GB:.2f}, activations {small.activations / GB:.2f}), and "
-            f"--memory {memory_bytes / GB:g} leaves {limit / GB:.2f}; take larger GPUs, more of them per copy "
+            f"nothing fits: {num} at a time on {small.gpus} GPUs take {small.total / GB:.2f} GB "
+            "of each (state "
+            f"{small.state / GB:.2f}, copies {small.copies / GB:.2f}, activations "
+            f"{small.activations / GB:.2f}), and "
+            f"--memory {memory_bytes / GB:g} leaves {limit / GB:.2f}; take larger GPUs, more of "
+            "them per copy "
             "(parallel.shard), a smaller model, or smaller or fewer views"
         )
     return tuple(found)
 
 
 def pace_of(
-    demand: Demand, asked: Asked, flops_per_step: float, slab_bytes: float, store: StoreFacts | None, gpus: int
+    demand: Demand,
+    asked: Asked,
+    flops_per_step: float,
+    slab_bytes: float,
+    store: StoreFacts | None,
+    gpus: int,
 ) -> Pace | None:
     """Time on so many GPUs, FLOPs of a step / (GPUs x rate); None without a rate."""
     if asked.rate is None:
@@ -313,7 +358,11 @@ def pace_of(
 
 
 def warnings_of(
-    demand: Demand, asked: Asked, as_set: Sequence[Memory], paces: Sequence[Pace], store: StoreFacts | None
+    demand: Demand,
+    asked: Asked,
+    as_set: Sequence[Memory],
+    paces: Sequence[Pace],
+    store: StoreFacts | None,
 ) -> tuple[str, ...]:
     """What is doubtful."""
     said = []
@@ -321,18 +370,25 @@ def warnings_of(
         full = [memory.gpus for memory in as_set if memory.total > (1 - RESERVE) * asked.memory]
         if full:
             said.append(
-                f"train.accumulation={demand.accumulation} does not fit on {listed(full)} GPUs; take the "
+                f"train.accumulation={demand.accumulation} does not fit on {listed(full)} GPUs; "
+                "take the "
                 "train.accumulation of the second table"
             )
     if store is not None and store.scans < demand.global_batch:
         said.append(
-            f"the store has {store.scans} scans for a batch of {demand.global_batch}: one step shows some of them more "
+            f"the store has {store.scans} scans for a batch of {demand.global_batch}: one step "
+            "shows some of them more "
             "than once; lower train.global_batch"
         )
-    slow = [pace.gpus for pace in paces if pace.threads is not None and pace.threads > max(demand.workers, 1)]
+    slow = [
+        pace.gpus
+        for pace in paces
+        if pace.threads is not None and pace.threads > max(demand.workers, 1)
+    ]
     if slow:
         said.append(
-            f"data.loader.workers={demand.workers} cannot read fast enough for {listed(slow)} GPUs, as measured here; "
+            f"data.loader.workers={demand.workers} cannot read fast enough for {listed(slow)} "
+            "GPUs, as measured here; "
             "raise it"
         )
     return tuple(said)

@@ -9,7 +9,8 @@ from rich.table import Table
 from tapct.plan.scale import GB, MB, RESERVE, Memory, Scale, listed
 
 HOW_TO_TIME = (
-    "Times: give --tflops, what one GPU sustains in training (or its peak, with --utilisation); or --measure, on a "
+    "Times: give --tflops, what one GPU sustains in training (or its peak, with --utilisation); "
+    "or --measure, on a "
     "machine like those of the run."
 )
 
@@ -40,7 +41,15 @@ def _as_set(scale: Scale) -> Table:
         "GPUs, samples, state, copies, inputs, activations, work, kept, total",
     )
     for memory in scale.as_set:
-        parts = (memory.state, memory.copies, memory.inputs, memory.activations, memory.work, memory.kept, memory.total)
+        parts = (
+            memory.state,
+            memory.copies,
+            memory.inputs,
+            memory.activations,
+            memory.work,
+            memory.kept,
+            memory.total,
+        )
         table.add_row(str(memory.gpus), str(memory.samples), *(_gb(part) for part in parts))
     return table
 
@@ -49,9 +58,12 @@ def _legend(scale: Scale) -> str:
     wide = scale.demand.number_bytes
     snapshot = " and the teacher's snapshot" if scale.weights.snapshot else ""
     return (
-        f"samples: of a micro-batch. state: {5 * wide} bytes for each of {scale.weights.total:,} parameters (student, "
-        f"teacher, gradients, two moments){snapshot}, shared by the ranks of a copy. copies: whole while "
-        "computed. activations: kept for the backward pass. work: most beside it, scores by chunk included. kept: "
+        f"samples: of a micro-batch. state: {5 * wide} bytes for each of {scale.weights.total:,} "
+        "parameters (student, "
+        f"teacher, gradients, two moments){snapshot}, shared by the ranks of a copy. copies: "
+        "whole while "
+        "computed. activations: kept for the backward pass. work: most beside it, scores by chunk "
+        "included. kept: "
         "tokens of the micro-batch before. Not in it: CUDA context, NCCL, gaps of the allocator."
     )
 
@@ -64,8 +76,14 @@ def _largest(scale: Scale) -> Table:
     )
     as_set = {memory.gpus: memory for memory in scale.as_set}
     for gpus, memory in scale.largest:
-        fits = (str(memory.samples), str(memory.accumulation), _gb(memory.total)) if memory else ("none", "", "")
-        table.add_row(str(gpus), *fits, _verdict(as_set.get(gpus), (1 - RESERVE) * scale.asked.memory))
+        fits = (
+            (str(memory.samples), str(memory.accumulation), _gb(memory.total))
+            if memory
+            else ("none", "", "")
+        )
+        table.add_row(
+            str(gpus), *fits, _verdict(as_set.get(gpus), (1 - RESERVE) * scale.asked.memory)
+        )
     return table
 
 
@@ -77,7 +95,11 @@ def _verdict(memory: Memory | None, limit: float) -> str:
 
 def _reading(scale: Scale) -> str:
     size = scale.demand.global_batch * scale.slab_bytes / GB
-    where = f"{scale.store.share:.0%} of it on the disk" if scale.store else "no store yet: slices of 512x512 assumed"
+    where = (
+        f"{scale.store.share:.0%} of it on the disk"
+        if scale.store
+        else "no store yet: slices of 512x512 assumed"
+    )
     return f"Each step reads {scale.demand.global_batch} slabs, {size:.3g} GB as int16 ({where})."
 
 
@@ -91,7 +113,9 @@ def _paces(scale: Scale) -> Table:
     )
     for pace in scale.paces:
         numbers = [pace.step_s, pace.days, pace.days * pace.gpus, pace.slabs, pace.raw / MB]
-        numbers += [value for value in (pace.stored and pace.stored / MB, pace.threads) if value is not None]
+        numbers += [
+            value for value in (pace.stored and pace.stored / MB, pace.threads) if value is not None
+        ]
         table.add_row(str(pace.gpus), *(_number(value) for value in numbers))
     return table
 
@@ -99,7 +123,8 @@ def _paces(scale: Scale) -> Table:
 def _basis(scale: Scale) -> str:
     assert scale.asked.rate is not None
     return (
-        f"At {scale.asked.rate / 1e12:.3g} TFLOP/s a GPU ({scale.asked.rate_from}). Communication, views, and reading "
+        f"At {scale.asked.rate / 1e12:.3g} TFLOP/s a GPU ({scale.asked.rate_from}). "
+        "Communication, views, and reading "
         "that is slower than this come on top."
     )
 
@@ -111,4 +136,10 @@ def _gb(size: float) -> str:
 
 
 def _number(value: float) -> str:
-    return f"{value:,.0f}" if 100 <= value < 1e6 else f"{value:.1g}" if value < 0.01 else f"{value:.3g}"
+    return (
+        f"{value:,.0f}"
+        if 100 <= value < 1e6
+        else f"{value:.1g}"
+        if value < 0.01
+        else f"{value:.3g}"
+    )

@@ -1,7 +1,8 @@
-"""`tapct compare RUN...`: runs side by side, as a table for the terminal and as one self-contained page.
+"""`tapct compare RUN...`: runs side by side, as a table for the terminal and as one self-contained
+page.
 
-A number is the mean over the last 20 steps of its run. What a run does not have is a blank; a folder that is no run, or
-one that was given before, is left out and told in one line.
+A number is the mean over the last 20 steps of its run. What a run does not have is a blank; a
+folder that is no run, or one that was given before, is left out and told in one line.
 """
 
 from __future__ import annotations
@@ -33,9 +34,19 @@ from tapct.ssl.health import verdict
 LAST_STEPS = 20
 BLANK = "\u2013"
 NAMES_A_RUN = ("out",)  # differs between any two runs and says nothing
-BOOKKEEPING = ("device", "data.store", "data.loader.", "checkpoint.", "log.", "eval.", "train.resume")  # told last
+BOOKKEEPING = (
+    "device",
+    "data.store",
+    "data.loader.",
+    "checkpoint.",
+    "log.",
+    "eval.",
+    "train.resume",
+)  # told last
 LABEL_KEYS, LABEL_LENGTH = 4, 60  # a legend that would be longer shows the names of the runs
-TERMINAL = str.maketrans({"\u2013": "-", "\u2212": "-", "\u2009": " "})  # any terminal can show these
+TERMINAL = str.maketrans(
+    {"\u2013": "-", "\u2212": "-", "\u2009": " "}
+)  # any terminal can show these
 FOLD, COLUMN = 32, 15  # widest first column and widest column of a run in the terminal
 
 
@@ -101,12 +112,16 @@ def read(folders: Sequence[Path], wanted: Sequence[str] = ()) -> Comparison:
         Run(place, name, history, _config(place, name, notes), _results(place, name, notes))
         for (place, history), name in zip(found.items(), short_names(list(found)), strict=True)
     )
-    return Comparison(runs, _metrics(runs, wanted), differing_keys([run.config for run in runs]), tuple(notes))
+    return Comparison(
+        runs, _metrics(runs, wanted), differing_keys([run.config for run in runs]), tuple(notes)
+    )
 
 
 def _history(folder: Path, notes: list[str]) -> History:
     if not folder.is_dir():
-        raise UserError(f"{folder} is not a run folder" if folder.exists() else f"{folder} is not there")
+        raise UserError(
+            f"{folder} is not a run folder" if folder.exists() else f"{folder} is not there"
+        )
     if not (folder / "metrics.jsonl").is_file():
         raise UserError(f"{folder} is not a run folder: it has no metrics.jsonl")
     try:
@@ -116,7 +131,9 @@ def _history(folder: Path, notes: list[str]) -> History:
     except OSError as error:
         raise UserError(f"{folder}/metrics.jsonl cannot be read: {error.strerror}") from error
     if history.unreadable:
-        notes.append(f"{folder}: {history.unreadable} unreadable lines of metrics.jsonl were passed over")
+        notes.append(
+            f"{folder}: {history.unreadable} unreadable lines of metrics.jsonl were passed over"
+        )
     return history
 
 
@@ -127,7 +144,10 @@ def _config(place: Path, name: str, notes: list[str]) -> Mapping[str, str]:
     except (OSError, yaml.YAMLError):
         tree = None
     if not isinstance(tree, dict):
-        notes.append(f"{name}: config.yaml is {'damaged' if path.is_file() else 'not there'}; its settings are blank")
+        notes.append(
+            f"{name}: config.yaml is {'damaged' if path.is_file() else 'not there'}; its settings "
+            "are blank"
+        )
         return {}
     return dict(flatten(tree))
 
@@ -150,19 +170,27 @@ def short_names(places: Sequence[Path]) -> list[str]:
         parts = place.parts
         ends = (Path(*parts[-i:]) for i in range(1, len(parts) + 1))
         others = [other.parts for other in places if other != place]
-        end = next((end for end in ends if all(other[-len(end.parts) :] != end.parts for other in others)), place)
+        end = next(
+            (end for end in ends if all(other[-len(end.parts) :] != end.parts for other in others)),
+            place,
+        )
         names.append(str(end).encode("utf-8", "replace").decode())
     return names
 
 
 def differing_keys(configs: Sequence[Mapping[str, str]]) -> tuple[str, ...]:
-    """Keys whose values are not the same in all configs that could be read; a key that one lacks differs.
+    """Keys whose values are not the same in all configs that could be read; a key that one lacks
+    differs.
 
     What shapes a curve comes first, then where and how it was run.
     """
     known = [config for config in configs if config]
     keys = dict.fromkeys(key for config in known for key in config)
-    differing = [key for key in keys if key not in NAMES_A_RUN and len({config.get(key) for config in known}) > 1]
+    differing = [
+        key
+        for key in keys
+        if key not in NAMES_A_RUN and len({config.get(key) for config in known}) > 1
+    ]
     return tuple(sorted(differing, key=lambda key: key.startswith(BOOKKEEPING)))
 
 
@@ -176,13 +204,24 @@ def _metrics(runs: Sequence[Run], wanted: Sequence[str]) -> tuple[str, ...]:
             raise UserError(f"--metric {pattern}: no run has it; there is {near}")
         chosen += matches
     if not wanted:
-        patterns = ("loss/total", "loss/*", "health/*_ln_k_minus_ce", "health/*_information", "health/rankme")
-        chosen = [name for pattern in (*patterns, "seconds/step") for name in fnmatch.filter(known, pattern)]
+        patterns = (
+            "loss/total",
+            "loss/*",
+            "health/*_ln_k_minus_ce",
+            "health/*_information",
+            "health/rankme",
+        )
+        chosen = [
+            name
+            for pattern in (*patterns, "seconds/step")
+            for name in fnmatch.filter(known, pattern)
+        ]
     return tuple(dict.fromkeys(chosen))
 
 
 def last_mean(history: History, name: str) -> float | None:
-    """Mean of a metric over the last steps of the run; its newest value where it is written more rarely.
+    """Mean of a metric over the last steps of the run; its newest value where it is written more
+    rarely.
 
     Returns:
         None when it was never written, NaN when one of the values is not finite.
@@ -195,13 +234,23 @@ def last_mean(history: History, name: str) -> float | None:
 
 
 def dice(results: Mapping[str, Any]) -> tuple[float, float, str] | None:
-    """Frozen mean Dice, its lead over the best baseline, and which that is; None without a Dice, NaN without a lead."""
+    """Frozen mean Dice, its lead over the best baseline, and which that is; None without a Dice,
+    NaN without a lead.
+    """
     models = results.get("models")
-    scores = {n: finite(m.get("mean_dice")) for n, m in models.items() if isinstance(m, dict)} if models else {}
+    scores = (
+        {n: finite(m.get("mean_dice")) for n, m in models.items() if isinstance(m, dict)}
+        if models
+        else {}
+    )
     own = scores.pop("pretrained", math.nan)
     rivals = {name: score for name, score in scores.items() if math.isfinite(score)}
     best = max(rivals, key=lambda name: rivals[name], default="")
-    return (own, own - rivals.get(best, math.nan), MODEL_WORDS.get(best, best)) if math.isfinite(own) else None
+    return (
+        (own, own - rivals.get(best, math.nan), MODEL_WORDS.get(best, best))
+        if math.isfinite(own)
+        else None
+    )
 
 
 def title(metric: str) -> tuple[str, str, float]:
@@ -238,7 +287,9 @@ def numbers(comparison: Comparison) -> list[Row]:
             continue
         name, _, factor = title(metric)
         values = [last_mean(run.history, metric) for run in runs]
-        rows.append((name, [BLANK if value is None else number(value * factor) for value in values]))
+        rows.append(
+            (name, [BLANK if value is None else number(value * factor) for value in values])
+        )
     rows.append(("Seconds per step, median", [_typical_seconds(run.history) for run in runs]))
     judged = [dice(run.results) for run in runs]
     rows.append(("Frozen Dice", [f"{one[0]:.3f}" if one else BLANK for one in judged]))
@@ -254,18 +305,29 @@ def _typical_seconds(history: History) -> str:
 
 def settings(comparison: Comparison) -> list[Row]:
     """Rows of the config: only keys in which the runs differ."""
-    return [(key, [run.config.get(key, BLANK) for run in comparison.runs]) for key in comparison.keys]
+    return [
+        (key, [run.config.get(key, BLANK) for run in comparison.runs]) for key in comparison.keys
+    ]
 
 
 def labels(comparison: Comparison) -> list[str]:
-    """What the legend calls the runs: the settings in which they differ where that is short, else their names."""
-    runs, keys = comparison.runs, [key for key in comparison.keys if not key.startswith(BOOKKEEPING)]
+    """What the legend calls the runs: the settings in which they differ where that is short, else
+    their names.
+    """
+    runs, keys = (
+        comparison.runs,
+        [key for key in comparison.keys if not key.startswith(BOOKKEEPING)],
+    )
     if not 0 < len(keys) <= LABEL_KEYS:
         return [run.name for run in runs]
     ends = Counter(key.rpartition(".")[2] for key in keys)
     short = {key: end if ends[end := key.rpartition(".")[2]] == 1 else key for key in keys}
     told = [", ".join(f"{short[key]} {run.config.get(key, BLANK)}" for key in keys) for run in runs]
-    return told if len(set(told)) == len(runs) and max(map(len, told)) <= LABEL_LENGTH else [run.name for run in runs]
+    return (
+        told
+        if len(set(told)) == len(runs) and max(map(len, told)) <= LABEL_LENGTH
+        else [run.name for run in runs]
+    )
 
 
 def render_text(comparison: Comparison, width: int) -> str:
@@ -296,18 +358,24 @@ def _cell(content: str) -> Text:
 
 def _swatch(i: int) -> str:
     return (
-        '<svg class="key" viewBox="0 0 22 10" aria-hidden="true"><path d="M0 5H22" style="stroke:var('
+        '<svg class="key" viewBox="0 0 22 10" aria-hidden="true"><path d="M0 5H22" '
+        'style="stroke:var('
         f'--c{i % NUM_COLOURS});stroke-width:2.4" stroke-dasharray="{dash_of(i)}"/></svg>'
     )
 
 
 def _table(comparison: Comparison) -> str:
     runs = comparison.runs
-    names = [re.sub(r"([_/.,=-]+)", r"\1<wbr>", text(run.name)) for run in runs]  # where a long name may break
+    names = [
+        re.sub(r"([_/.,=-]+)", r"\1<wbr>", text(run.name)) for run in runs
+    ]  # where a long name may break
     heads = "".join(f'<th class="n">{_swatch(i)}{name}</th>' for i, name in enumerate(names))
 
     def body(rows: Sequence[Row]) -> str:
-        cells = [(name, "".join(f'<td class="n">{text(one)}</td>' for one in told)) for name, told in rows]
+        cells = [
+            (name, "".join(f'<td class="n">{text(one)}</td>' for one in told))
+            for name, told in rows
+        ]
         return f"<tbody>{''.join(f'<tr><th>{text(name)}</th>{told}</tr>' for name, told in cells)}</tbody>"
 
     differing = settings(comparison)
@@ -328,7 +396,9 @@ def _chart(comparison: Comparison, metric: str) -> str:
             curves.append(Curve(label, x, y * factor, style=i))
     lifeless = metric.endswith(("_ln_k_minus_ce", "_information"))
     rules = [Rule("nothing learned", 0.0)] if lifeless else []
-    return line_chart(name, unit, curves, rules=rules, zero=lifeless or metric.startswith("seconds/"))
+    return line_chart(
+        name, unit, curves, rules=rules, zero=lifeless or metric.startswith("seconds/")
+    )
 
 
 def render(comparison: Comparison) -> str:
@@ -337,13 +407,17 @@ def render(comparison: Comparison) -> str:
     charts = "".join(_chart(comparison, metric) for metric in comparison.metrics)
     return page.document(
         f"{len(comparison.runs)} runs of tapct",
-        f'<header><h1>{len(comparison.runs)} runs side by side</h1><p class="muted">Pretraining runs of tapct: '
+        f'<header><h1>{len(comparison.runs)} runs side by side</h1><p class="muted">Pretraining '
+        "runs of tapct: "
         "volumetric DINOv2 on CT.</p></header>"
         f"{f'<ul class=missing>{notes}</ul>' if notes else ''}<section>{_table(comparison)}"
-        f'<p class="muted">Losses and health: means over the last {LAST_STEPS} steps of each run, or the newest value '
-        "where one is written more rarely. A falling loss proves nothing, and losses of different settings cannot be "
+        f'<p class="muted">Losses and health: means over the last {LAST_STEPS} steps of each run, '
+        "or the newest value "
+        "where one is written more rarely. A falling loss proves nothing, and losses of different "
+        "settings cannot be "
         "compared; the frozen Dice can.</p></section><section><h2>Curves</h2>"
-        f'<div class="charts overlaid">{charts}</div></section><footer>Thin lines are raw values, thick ones rolling '
+        f'<div class="charts overlaid">{charts}</div></section><footer>Thin lines are raw values, '
+        "thick ones rolling "
         "means; beside a name stands where its thick line ends.</footer>",
     )
 

@@ -1,4 +1,6 @@
-"""The part of the page that shows what the frozen features are worth: Dice tables, overlays, PCA pictures."""
+"""The part of the page that shows what the frozen features are worth: Dice tables, overlays, PCA
+pictures.
+"""
 
 from __future__ import annotations
 
@@ -42,8 +44,12 @@ def dice(value: float) -> str:
 
 
 def gain(results: Mapping[str, Any]) -> tuple[float, float, str] | None:
-    """Pretrained mean Dice, its lead over the best baseline and that baseline's name; None without both."""
-    means = {name: finite(found.get("mean_dice")) for name, found in results.get("models", {}).items()}
+    """Pretrained mean Dice, its lead over the best baseline and that baseline's name; None without
+    both.
+    """
+    means = {
+        name: finite(found.get("mean_dice")) for name, found in results.get("models", {}).items()
+    }
     own = means.pop("pretrained", math.nan)
     rivals = {name: value for name, value in means.items() if math.isfinite(value)}
     if not math.isfinite(own) or not rivals:
@@ -65,24 +71,34 @@ def models_table(results: Mapping[str, Any]) -> str:
     rows = []
     for name, found in results["models"].items():
         score = finite(found.get("mean_dice"))
-        scans = [mean([finite(v) for v in one.values()]) for one in found.get("per_scan", {}).values()]
-        scan_marks = "".join(f'<i style="left:{100 * v:.1f}%"></i>' for v in scans if math.isfinite(v))
+        scans = [
+            mean([finite(v) for v in one.values()]) for one in found.get("per_scan", {}).values()
+        ]
+        scan_marks = "".join(
+            f'<i style="left:{100 * v:.1f}%"></i>' for v in scans if math.isfinite(v)
+        )
         width = 100 * score if math.isfinite(score) else 0.0
         first = ' class="first"' if name == "pretrained" else ""
         rows.append(
             f"<tr{first}><th>{text(MODEL_WORDS.get(name, name.replace('_', ' ')))}</th>"
-            f'<td class="track"><div><span style="width:{width:.1f}%"></span>{scan_marks}</div></td>'
+            '<td class="track"><div><span '
+            f'style="width:{width:.1f}%"></span>{scan_marks}</div></td>'
             f'<td class="n">{dice(score)}</td></tr>'
         )
     what = "<th>mean Dice, 0 to 1; a tick is one test scan</th>"
     head = f'<thead><tr><th>model</th>{what}<th class="n">mean</th></tr></thead>'
-    return f'<div class="scroll"><table class="models">{head}<tbody>{"".join(rows)}</tbody></table></div>'
+    return (
+        '<div class="scroll"><table '
+        f'class="models">{head}<tbody>{"".join(rows)}</tbody></table></div>'
+    )
 
 
 def organs_table(results: Mapping[str, Any]) -> str:
     """Dice of every organ and model, and the pretrained model's lead over the best other one."""
     models: Mapping[str, Any] = results["models"]
-    organs = results.get("organs") or list(dict.fromkeys(o for found in models.values() for o in found.get("dice", {})))
+    organs = results.get("organs") or list(
+        dict.fromkeys(o for found in models.values() for o in found.get("dice", {}))
+    )
     rows = []
     for organ in organs:
         scores = {name: finite(found.get("dice", {}).get(organ)) for name, found in models.items()}
@@ -95,15 +111,22 @@ def organs_table(results: Mapping[str, Any]) -> str:
         rivals = [v for name, v in scores.items() if name != "pretrained" and math.isfinite(v)]
         lead = scores.get("pretrained", math.nan) - max(rivals) if rivals else math.nan
         rows.append(
-            f'<tr><th>{text(str(organ).replace("_", " "))}</th>{"".join(cells)}<td class="n">{signed(lead)}</td></tr>'
+            f"<tr><th>{text(str(organ).replace('_', ' '))}</th>{''.join(cells)}<td "
+            f'class="n">{signed(lead)}</td></tr>'
         )
-    heads = "".join(f'<th class="n">{text(MODEL_WORDS.get(n, n.replace("_", " ")))}</th>' for n in models)
+    heads = "".join(
+        f'<th class="n">{text(MODEL_WORDS.get(n, n.replace("_", " ")))}</th>' for n in models
+    )
     table = (
-        f'<div class="scroll"><table class="organs"><thead><tr><th>organ</th>{heads}<th class="n">lead over best '
+        f'<div class="scroll"><table class="organs"><thead><tr><th>organ</th>{heads}<th '
+        'class="n">lead over best '
         f"baseline</th></tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
     )
     is_open = " open" if len(organs) <= OPEN_ORGANS else ""
-    return f"<details{is_open}><summary>Dice of each of {len(organs)} organs</summary>{table}</details>"
+    return (
+        f"<details{is_open}><summary>Dice of each of {len(organs)} "
+        f"organs</summary>{table}</details>"
+    )
 
 
 def split_words(results: Mapping[str, Any]) -> str:
@@ -112,12 +135,18 @@ def split_words(results: Mapping[str, Any]) -> str:
     train, test, mode = len(split.get("train", ())), len(split.get("test", ())), split.get("mode")
     by = f", split by {text(mode)}" if mode else ""
     note = f" <b>{text(split['note'])}.</b>" if split.get("note") else ""
-    grid = f" Dice is counted at {text(results['resolution'])} resolution." if results.get("resolution") else ""
+    grid = (
+        f" Dice is counted at {text(results['resolution'])} resolution."
+        if results.get("resolution")
+        else ""
+    )
     return f"The decoder was fitted on {train} scans and judged on {test}{by}.{note}{grid}"
 
 
 def encode(path: Path, budget: int) -> tuple[bytes, str]:
-    """A picture's bytes and type; re-encoded, then made smaller, if it is larger than its budget in bytes."""
+    """A picture's bytes and type; re-encoded, then made smaller, if it is larger than its budget in
+    bytes.
+    """
     data = path.read_bytes()
     if len(data) <= budget:
         return data, MIME[path.suffix.lower()]
@@ -129,12 +158,15 @@ def encode(path: Path, budget: int) -> tuple[bytes, str]:
         if buffer.tell() <= budget:
             break
         picture = picture.resize(
-            (max(1, picture.width * 3 // 4), max(1, picture.height * 3 // 4)), Image.Resampling.LANCZOS
+            (max(1, picture.width * 3 // 4), max(1, picture.height * 3 // 4)),
+            Image.Resampling.LANCZOS,
         )
     return buffer.getvalue(), "image/webp"
 
 
-def pictures(folder: Path, entries: Sequence[Mapping[str, Any]], fallback: str, share: float) -> str:
+def pictures(
+    folder: Path, entries: Sequence[Mapping[str, Any]], fallback: str, share: float
+) -> str:
     """Pictures inside the page, with captions.
 
     Args:
@@ -153,11 +185,17 @@ def pictures(folder: Path, entries: Sequence[Mapping[str, Any]], fallback: str, 
         caption = words if not scan or scan in words else f"{words} Scan {text(scan)}."
         inside = path.is_relative_to(folder.resolve()) and path.suffix.lower() in MIME
         if not inside or not path.is_file():
-            parts.append(f'<p class="missing">picture {text(entry.get("file", "without a name"))} is not there</p>')
+            parts.append(
+                f'<p class="missing">picture {text(entry.get("file", "without a name"))} is not '
+                "there</p>"
+            )
             continue
         data, mime = encode(path, budget)
         source = f"data:{mime};base64,{base64.b64encode(data).decode()}"
-        parts.append(f'<figure><img alt="{caption}" src="{source}"><figcaption>{caption}</figcaption></figure>')
+        parts.append(
+            f'<figure><img alt="{caption}" '
+            f'src="{source}"><figcaption>{caption}</figcaption></figure>'
+        )
     more = len(entries) - len(shown)
     rest = f'<p class="muted">{more} more in {text(folder.name)}/</p>' if more > 0 else ""
     return f'<div class="pictures">{"".join(parts)}</div>{rest}'
@@ -174,18 +212,31 @@ def evaluation(folder: Path, results: Mapping[str, Any], why_not: str, command: 
     """
     if not results.get("models"):
         reason = text(why_not or "no model was judged")
-        return f'<p class="missing">No evaluation yet ({reason}). <code>{text(command)}</code> makes it.</p>'
+        return (
+            f'<p class="missing">No evaluation yet ({reason}). <code>{text(command)}</code> '
+            "makes it.</p>"
+        )
     parts = [
-        f"<p>{split_words(results)} A linear decoder reads frozen features; everything but the backbone is equal.</p>"
+        f"<p>{split_words(results)} A linear decoder reads frozen features; everything but the "
+        "backbone is equal.</p>"
     ]
     parts.append(f'<div class="two">{models_table(results)}{organs_table(results)}</div>')
     both = bool(results.get("overlays")) and bool(results.get("pca"))
     if results.get("overlays"):
         words = "CT, reference labels and prediction of the linear decoder."
-        parts.append(f"<h3>Segmentation</h3>{pictures(folder, results['overlays'], words, 0.6 if both else 1.0)}")
+        parts.append(
+            f"<h3>Segmentation</h3>{pictures(folder, results['overlays'], words, 0.6 if both else 1.0)}"
+        )
     if results.get("pca"):
-        words = "CT and its patch features: the first three principal components as red, green and blue."
-        parts.append(f"<h3>Patch features</h3>{pictures(folder, results['pca'], words, 0.4 if both else 1.0)}")
+        words = (
+            "CT and its patch features: the first three principal components as red, green "
+            "and blue."
+        )
+        parts.append(
+            f"<h3>Patch features</h3>{pictures(folder, results['pca'], words, 0.4 if both else 1.0)}"
+        )
     if finite(results.get("seconds")) > 0:
-        parts.append(f'<p class="muted">The evaluation took {number(finite(results["seconds"]), 3)} s.</p>')
+        parts.append(
+            f'<p class="muted">The evaluation took {number(finite(results["seconds"]), 3)} s.</p>'
+        )
     return "".join(parts)

@@ -1,4 +1,6 @@
-"""Read what a run left in its folder: metrics as columns, JSON files, with patience for a cut last line."""
+"""Read what a run left in its folder: metrics as columns, JSON files, with patience for a cut last
+line.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,10 @@ import numpy as np
 
 from tapct.base.exits import UserError
 
-RECENT_SHARE, RECENT_MOST = 0.1, 200  # "recent" means: the last tenth of the steps, at most this many
+RECENT_SHARE, RECENT_MOST = (
+    0.1,
+    200,
+)  # "recent" means: the last tenth of the steps, at most this many
 
 
 Column = tuple[np.ndarray, np.ndarray]  # steps at which a metric was written, its values; float64
@@ -43,7 +48,9 @@ class History:
         return self.columns.get(name, (np.zeros(0), np.zeros(0)))
 
     def recent(self, name: str) -> float:
-        """Mean over the recent steps in which the metric was written; NaN when one is not finite or there is none."""
+        """Mean over the recent steps in which the metric was written; NaN when one is not finite or
+        there is none.
+        """
         values = self.column(name)[1]
         return float(values[-self.num_recent(len(values)) :].mean()) if len(values) else math.nan
 
@@ -61,7 +68,9 @@ def read_history(path: Path) -> History:
     """
     rows: dict[float, dict[str, Any]] = {}
     unreadable = 0
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+    lines = (
+        path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+    )
     for line in lines:
         if not line.strip():
             continue
@@ -72,7 +81,9 @@ def read_history(path: Path) -> History:
             rows[row["step"]] = row
     if not rows:
         what = "holds no finished step" if path.is_file() else "is missing"
-        raise UserError(f"{path} {what}: there is nothing to report yet. Train first: tapct train CONFIG.")
+        raise UserError(
+            f"{path} {what}: there is nothing to report yet. Train first: tapct train CONFIG."
+        )
     found: dict[str, tuple[list[float], list[float]]] = {}
     for step in sorted(rows):
         for name, value in rows[step].items():
@@ -80,7 +91,8 @@ def read_history(path: Path) -> History:
             steps.append(step)
             values.append(value if _is_number(value) else math.nan)
     columns = {
-        name: (np.array(steps, np.float64), np.array(values, np.float64)) for name, (steps, values) in found.items()
+        name: (np.array(steps, np.float64), np.array(values, np.float64))
+        for name, (steps, values) in found.items()
     }
     return History(columns, len(rows), unreadable)
 
@@ -102,17 +114,24 @@ def read_json(path: Path) -> tuple[dict[str, Any], str]:
     if not path.is_file():
         return {}, f"{path.name} is not there"
     found = _object(path.read_text(encoding="utf-8", errors="replace").replace("\n", " "))
-    return ({}, f"{path.name} is damaged: it holds no JSON object") if found is None else (found, "")
+    return (
+        ({}, f"{path.name} is damaged: it holds no JSON object") if found is None else (found, "")
+    )
 
 
 def prototypes_ln(history: History, term: str) -> float:
     """ln K of one prototype loss, from what was logged; NaN when the log does not give it.
 
-    ln K - CE is logged with CE the mean over all pairs, and so are the means of its groups (e.g. ce/dino_global and
-    ce/dino_local). So (ln K - CE) = ln K - sum_i a_i ce_i with fixed shares a_i that add up to 1: a linear system in
-    ln K and the shares, solved over the steps and believed only if it holds.
+    ln K - CE is logged with CE the mean over all pairs, and so are the means of its groups (e.g.
+    ce/dino_global and ce/dino_local). So (ln K - CE) = ln K - sum_i a_i ce_i with fixed shares a_i
+    that add up to 1: a linear system in ln K and the shares, solved over the steps and believed
+        only if it holds.
     """
-    groups = [name for name in history.names("ce/") if name == f"ce/{term}" or name.startswith(f"ce/{term}_")]
+    groups = [
+        name
+        for name in history.names("ce/")
+        if name == f"ce/{term}" or name.startswith(f"ce/{term}_")
+    ]
     found = [history.column(name) for name in (f"health/{term}_ln_k_minus_ce", *groups)]
     steps = functools.reduce(np.intersect1d, (steps for steps, _ in found))
     table = np.column_stack([values[np.isin(at, steps)] for at, values in found])
@@ -132,7 +151,18 @@ def prototypes_ln(history: History, term: str) -> float:
 def flatten(value: object, prefix: str = "") -> list[tuple[str, str]]:
     """Nested objects as dotted keys and one-line texts, in order."""
     if isinstance(value, dict):
-        return [pair for key, one in value.items() for pair in flatten(one, f"{prefix}.{key}" if prefix else str(key))]
+        return [
+            pair
+            for key, one in value.items()
+            for pair in flatten(one, f"{prefix}.{key}" if prefix else str(key))
+        ]
     if isinstance(value, Sequence) and not isinstance(value, str):
-        return [(prefix, " ".join(one if isinstance(one, str) else json.dumps(one, default=str) for one in value))]
+        return [
+            (
+                prefix,
+                " ".join(
+                    one if isinstance(one, str) else json.dumps(one, default=str) for one in value
+                ),
+            )
+        ]
     return [(prefix, value if isinstance(value, str) else json.dumps(value, default=str))]

@@ -1,7 +1,7 @@
 """`tapct report RUN`: one self-contained HTML page about one run.
 
-Everything is inside the page (charts as SVG, pictures as data), nothing is fetched, and its own policy forbids it. What
-a run does not have yet is named together with the command that makes it.
+Everything is inside the page (charts as SVG, pictures as data), nothing is fetched, and its own
+policy forbids it. What a run does not have yet is named together with the command that makes it.
 """
 
 from __future__ import annotations
@@ -53,11 +53,20 @@ HEALTH = {  # metric -> title, unit, factor
     "cls_std": ("Spread of CLS: std of unit vectors", "0 = collapsed", 1.0),
     "patch_norm_outliers": ("Patch tokens with outlying norm", "%", 100.0),
 }
-TERM_HEALTH = ("ln_k_minus_ce", "information", "marginal_entropy", "target_entropy", "prototypes_used")
+TERM_HEALTH = (
+    "ln_k_minus_ce",
+    "information",
+    "marginal_entropy",
+    "target_entropy",
+    "prototypes_used",
+)
 LEADS = {  # title -> what a reader should know before looking
-    "Losses": "Each term as it is optimised, and the plain cross-entropies, which need no weight to be read.",
-    "Health": "A falling loss proves nothing: a run that learned nothing falls to ln K, and one with collapsed targets "
-    "has the lowest loss of all. The sign of life is the information of the targets, the entropy of their mean minus "
+    "Losses": "Each term as it is optimised, and the plain cross-entropies, which need no weight "
+    "to be read.",
+    "Health": "A falling loss proves nothing: a run that learned nothing falls to ln K, and one "
+    "with collapsed targets "
+    "has the lowest loss of all. The sign of life is the information of the targets, the entropy "
+    "of their mean minus "
     "the mean of their entropies.",
     "Timing": "Wall time of a step on the process that writes the log.",
 }
@@ -69,7 +78,9 @@ def words(name: str) -> str:
     return TERM_WORDS.get(name, name.replace("_", " "))
 
 
-def curve(history: History, name: str, label: str = "", factor: float = 1.0, smooth: bool = True) -> Curve | None:
+def curve(
+    history: History, name: str, label: str = "", factor: float = 1.0, smooth: bool = True
+) -> Curve | None:
     """A metric as a curve; None when it was never written."""
     x, y = history.column(name)
     return Curve(label, x, y * factor, smooth) if len(x) else None
@@ -101,7 +112,13 @@ def readings(history: History) -> list[TermReading]:
         ln_k, marginal = prototypes_ln(history, term), recent(term, "marginal_entropy")
         bound = ln_k if math.isfinite(ln_k) else marginal  # the marginal entropy is at most ln K
         found.append(
-            TermReading(words(term), recent(term, "ln_k_minus_ce"), marginal, recent(term, "target_entropy"), bound)
+            TermReading(
+                words(term),
+                recent(term, "ln_k_minus_ce"),
+                marginal,
+                recent(term, "target_entropy"),
+                bound,
+            )
         )
     return found
 
@@ -116,38 +133,62 @@ def duration(seconds: float) -> str:
 
 
 def verdict_box(found: Verdict, judged: bool) -> str:
-    """The verdict in words, with the next move; a living run whose features are judged needs none."""
+    """The verdict in words, with the next move; a living run whose features are judged needs
+    none.
+    """
     move = "" if judged and found.state == "alive" else f"<p>Next: {text(found.next_move)}</p>"
     return (
-        f'<section class="verdict {LOOK.get(found.state, "")}"><p><strong>{text(found.state.capitalize())}</strong></p>'
+        '<section class="verdict '
+        f'{LOOK.get(found.state, "")}"><p><strong>{text(found.state.capitalize())}</strong></p>'
         f"<p>{text(found.words)}.</p>{move}</section>"
     )
 
 
 def tiles(history: History, results: Mapping[str, Any]) -> str:
     """Key numbers."""
-    step_seconds, total, samples = (history.column(name)[1] for name in ("seconds/step", "loss/total", "samples"))
+    step_seconds, total, samples = (
+        history.column(name)[1] for name in ("seconds/step", "loss/total", "samples")
+    )
     recent = History.num_recent(history.num_steps)
     seen = f"{_count(samples[-1])} samples" if len(samples) else ""
     cells: list[tuple[str, str, str]] = [("Steps", _count(history.column("step")[1][-1]), seen)]
     if len(step_seconds):
         typical = float(np.nanmedian(step_seconds)) if np.isfinite(step_seconds).any() else math.nan
         cells.append(
-            ("Seconds per step", number(typical, 3), f"median; {duration(float(np.nansum(step_seconds)))} in all")
+            (
+                "Seconds per step",
+                number(typical, 3),
+                f"median; {duration(float(np.nansum(step_seconds)))} in all",
+            )
         )
     if len(total):
-        cells.append(("Total loss", number(history.recent("loss/total")), f"first step {number(float(total[0]))}"))
+        cells.append(
+            (
+                "Total loss",
+                number(history.recent("loss/total")),
+                f"first step {number(float(total[0]))}",
+            )
+        )
     for one in readings(history):
         note = f"nats; ln K \u2212 CE {number(one.ln_k_minus_ce, 3)}"
         cells.append((f"{one.name} information", number(one.information, 3), note))
     lead = evaluation.gain(results)
     if lead:
-        cells.append(("Frozen Dice", evaluation.dice(lead[0]), f"{evaluation.signed(lead[1])} over {text(lead[2])}"))
+        cells.append(
+            (
+                "Frozen Dice",
+                evaluation.dice(lead[0]),
+                f"{evaluation.signed(lead[1])} over {text(lead[2])}",
+            )
+        )
     shown = "".join(
         f'<div class="tile"><dt>{text(name)}</dt><dd>{value}{f"<small>{note}</small>" if note else ""}</dd></div>'
         for name, value, note in cells
     )
-    return f'<dl class="tiles">{shown}</dl><p class="muted">Losses and health: means over the last {recent} steps.</p>'
+    return (
+        f'<dl class="tiles">{shown}</dl><p class="muted">Losses and health: means over the '
+        f"last {recent} steps.</p>"
+    )
 
 
 def losses(history: History) -> str:
@@ -157,7 +198,9 @@ def losses(history: History) -> str:
         one = curve(history, name)
         if one:
             kind = words(name.removeprefix("loss/"))
-            charts.append(line_chart("Total loss" if kind == "total" else f"{kind}, weighted", "nats", [one]))
+            charts.append(
+                line_chart("Total loss" if kind == "total" else f"{kind}, weighted", "nats", [one])
+            )
     groups: dict[str, dict[str, str]] = {}
     for name in history.names("ce/"):
         kind = name.removeprefix("ce/")
@@ -166,7 +209,12 @@ def losses(history: History) -> str:
         ln_k = prototypes_ln(history, term)
         rules = [Rule(f"ln K = {ln_k:.3f}: nothing learned", ln_k)] if math.isfinite(ln_k) else []
         charts.append(
-            line_chart(f"{words(term)} cross-entropy", "nats per pair, no weight", curves(history, names), rules=rules)
+            line_chart(
+                f"{words(term)} cross-entropy",
+                "nats per pair, no weight",
+                curves(history, names),
+                rules=rules,
+            )
         )
     return _grid(charts)
 
@@ -181,7 +229,11 @@ def health(history: History) -> str:
     ):
         lines = curves(history, {f"health/{term}_{what}": words(term) for term in found}, factor)
         if lines:
-            rules = [Rule("stuck or collapsed" if what == "information" else "stuck", 0.0)] if unit == "nats" else []
+            rules = (
+                [Rule("stuck or collapsed" if what == "information" else "stuck", 0.0)]
+                if unit == "nats"
+                else []
+            )
             charts.append(line_chart(title, unit, lines, rules=rules, zero=True))
     for term in found:
         names = {
@@ -208,8 +260,13 @@ def health(history: History) -> str:
         title, unit, factor = HEALTH.get(key, (words(key), "", 1.0))
         one = curve(history, name, "", factor)
         if one and name not in shown:
-            charts.append(line_chart(title, unit, [one], zero=key in ("cls_std", "patch_norm_outliers")))
-    norms = curves(history, {name: words(name.removeprefix("grad_norm/")) for name in history.names("grad_norm/")})
+            charts.append(
+                line_chart(title, unit, [one], zero=key in ("cls_std", "patch_norm_outliers"))
+            )
+    norms = curves(
+        history,
+        {name: words(name.removeprefix("grad_norm/")) for name in history.names("grad_norm/")},
+    )
     if norms:
         charts.append(line_chart("Gradient norm before clipping", "", norms, zero=True))
     return _grid(charts)
@@ -217,17 +274,33 @@ def health(history: History) -> str:
 
 def schedules(history: History) -> str:
     """What was scheduled."""
-    found = ((curve(history, name, "", smooth=False), title, unit) for name, (title, unit) in SCHEDULES.items())
-    return _grid([line_chart(title, unit, [one], zero=title == "Learning rate") for one, title, unit in found if one])
+    found = (
+        (curve(history, name, "", smooth=False), title, unit)
+        for name, (title, unit) in SCHEDULES.items()
+    )
+    return _grid(
+        [
+            line_chart(title, unit, [one], zero=title == "Learning rate")
+            for one, title, unit in found
+            if one
+        ]
+    )
 
 
 def timing(history: History) -> str:
     """Where the time of a step goes."""
     names = [name for name in history.names("seconds/") if name != "seconds/step"]
-    names.sort(key=lambda name: list(SECONDS).index(key) if (key := name.removeprefix("seconds/")) in SECONDS else 99)
+    names.sort(
+        key=lambda name: (
+            list(SECONDS).index(key) if (key := name.removeprefix("seconds/")) in SECONDS else 99
+        )
+    )
     parts = curves(
         history,
-        {name: SECONDS.get(name.removeprefix("seconds/"), words(name.removeprefix("seconds/"))) for name in names},
+        {
+            name: SECONDS.get(name.removeprefix("seconds/"), words(name.removeprefix("seconds/")))
+            for name in names
+        },
     )
     whole = curve(history, "seconds/step")
     if whole and parts and all(np.array_equal(one.x, whole.x) for one in parts):
@@ -236,7 +309,10 @@ def timing(history: History) -> str:
             parts.append(Curve("the rest", whole.x, rest.clip(min=0.0)))
     if not parts:
         return _grid([])
-    medians = [(one.label, float(np.nanmedian(one.y)) if np.isfinite(one.y).any() else 0.0) for one in parts]
+    medians = [
+        (one.label, float(np.nanmedian(one.y)) if np.isfinite(one.y).any() else 0.0)
+        for one in parts
+    ]
     charts = []
     if all(np.array_equal(one.x, parts[0].x) for one in parts):
         charts.append(area_chart("Time of a step", "s, stacked", parts))
@@ -250,9 +326,19 @@ def timing(history: History) -> str:
 def scans(manifest: Mapping[str, Any], command: str) -> str:
     """How many scans were taken and refused, and why."""
     if "accepted" not in manifest:
-        known = f"The run's store holds {number(manifest['scans'])} scans. " if "scans" in manifest else ""
-        return f'<p class="missing">{known}Which scans were refused, and why: <code>{text(command)}</code> says it.</p>'
-    accepted, reasons = int(manifest["accepted"]), {k: int(v) for k, v in manifest.get("refused", {}).items()}
+        known = (
+            f"The run's store holds {number(manifest['scans'])} scans. "
+            if "scans" in manifest
+            else ""
+        )
+        return (
+            f'<p class="missing">{known}Which scans were refused, and why: '
+            f"<code>{text(command)}</code> says it.</p>"
+        )
+    accepted, reasons = (
+        int(manifest["accepted"]),
+        {k: int(v) for k, v in manifest.get("refused", {}).items()},
+    )
     refused = sum(reasons.values())
     most = max(accepted, *reasons.values(), 1)
     body = "".join(
@@ -261,18 +347,30 @@ def scans(manifest: Mapping[str, Any], command: str) -> str:
         f'<td class="n">{number(count)}</td></tr>'
         for name, count, first in [
             ("accepted", accepted, ' class="first"'),
-            *((name, count, "") for name, count in sorted(reasons.items(), key=lambda pair: -pair[1])),
+            *(
+                (name, count, "")
+                for name, count in sorted(reasons.items(), key=lambda pair: -pair[1])
+            ),
         ]
     )
-    found = f"{number(accepted + refused)} scans were found, {number(accepted)} accepted, {number(refused)} refused."
-    return f'<p>{found}</p><div class="scroll"><table class="models"><tbody>{body}</tbody></table></div>'
+    found = (
+        f"{number(accepted + refused)} scans were found, {number(accepted)} accepted, "
+        f"{number(refused)} refused."
+    )
+    return (
+        f'<p>{found}</p><div class="scroll"><table '
+        f'class="models"><tbody>{body}</tbody></table></div>'
+    )
 
 
 def provenance(facts: Mapping[str, Any], why_not: str) -> str:
     """Everything else that the run noted about itself."""
     if not facts:
         return f'<p class="missing">Unknown: {text(why_not)}.</p>'
-    rows = "".join(f"<tr><th>{text(key)}</th><td>{text(value)}</td></tr>" for key, value in flatten(dict(facts)))
+    rows = "".join(
+        f"<tr><th>{text(key)}</th><td>{text(value)}</td></tr>"
+        for key, value in flatten(dict(facts))
+    )
     return f'<table class="facts"><tbody>{rows}</tbody></table>'
 
 
@@ -281,7 +379,9 @@ def config(path: Path) -> str:
     if not path.is_file():
         return f'<p class="missing">{text(path.name)} is not there; tapct train writes it.</p>'
     body = text(path.read_text(encoding="utf-8", errors="replace"))
-    return f"<details><summary>Resolved configuration of the run</summary><pre>{body}</pre></details>"
+    return (
+        f"<details><summary>Resolved configuration of the run</summary><pre>{body}</pre></details>"
+    )
 
 
 def _count(value: float) -> str:
@@ -301,16 +401,22 @@ def render(run_dir: Path) -> str:
         UserError: no run folder, or no finished step in it.
     """
     if not run_dir.is_dir():
-        raise UserError(f"run folder {run_dir} is not there. Give the folder of a run, e.g. runs/NAME.")
+        raise UserError(
+            f"run folder {run_dir} is not there. Give the folder of a run, e.g. runs/NAME."
+        )
     history = read_history(run_dir / "metrics.jsonl")
     facts, no_facts = read_json(run_dir / "run.json")
     results, no_results = read_json(run_dir / "eval" / "results.json")
     manifest: dict[str, Any] = facts["manifest"] if isinstance(facts.get("manifest"), dict) else {}
     others = {key: value for key, value in facts.items() if key != "manifest" or not manifest}
-    others |= {f"manifest.{key}": manifest[key] for key in ("digest", "path", "root") if key in manifest}
+    others |= {
+        f"manifest.{key}": manifest[key] for key in ("digest", "path", "root") if key in manifest
+    }
     name = run_dir.resolve().name
     sections = {
-        "Frozen features": evaluation.evaluation(run_dir / "eval", results, no_results, f"tapct eval {run_dir}"),
+        "Frozen features": evaluation.evaluation(
+            run_dir / "eval", results, no_results, f"tapct eval {run_dir}"
+        ),
         "Losses": losses(history),
         "Health": health(history),
         "Schedules": schedules(history),
@@ -322,14 +428,21 @@ def render(run_dir: Path) -> str:
     anchors = {title: title.lower().replace(" ", "-") for title in sections}
     links = "".join(f'<a href="#{anchor}">{title}</a>' for title, anchor in anchors.items())
     body = "".join(
-        f'<section><h2 id="{anchors[title]}">{title}</h2>{part}</section>' for title, part in sections.items()
+        f'<section><h2 id="{anchors[title]}">{title}</h2>{part}</section>'
+        for title, part in sections.items()
     )
-    cut = f" {history.unreadable} unreadable lines of metrics.jsonl were left out." if history.unreadable else ""
+    cut = (
+        f" {history.unreadable} unreadable lines of metrics.jsonl were left out."
+        if history.unreadable
+        else ""
+    )
     box = verdict_box(verdict(readings(history)), judged=bool(results))
     return document(
         f"{name}: tapct run",
-        f'<header><h1>{text(name)}</h1><p class="muted">Pretraining run of tapct: volumetric DINOv2 on CT.</p></header>'
-        f"{box}{tiles(history, results)}<nav>{links}</nav>{body}<footer>Thin lines are raw values, thick ones rolling "
+        f'<header><h1>{text(name)}</h1><p class="muted">Pretraining run of tapct: volumetric '
+        "DINOv2 on CT.</p></header>"
+        f"{box}{tiles(history, results)}<nav>{links}</nav>{body}<footer>Thin lines are raw "
+        "values, thick ones rolling "
         f"means.{cut}</footer>",
     )
 
@@ -338,7 +451,8 @@ def document(title: str, body: str) -> str:
     """A whole page: looks, behaviour and the policy that forbids requests around a body of HTML."""
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{text(title)}</title>'
-        f'<meta name="viewport" content="width=device-width,initial-scale=1"><meta http-equiv="Content-Security-Policy"'
+        '<meta name="viewport" content="width=device-width,initial-scale=1"><meta '
+        'http-equiv="Content-Security-Policy"'
         f' content="{POLICY}"><style>{theme.CSS}</style></head><body><main>{body}</main><script>{theme.JS}</script>'
         "</body></html>\n"
     )
@@ -364,6 +478,7 @@ def save(html: str, out: Path) -> Path:
     except OSError as error:
         aside.unlink(missing_ok=True)
         raise UserError(
-            f"{out} could not be written: {error.strerror}. Free space or check the folder's rights."
+            f"{out} could not be written: {error.strerror}. Free space or check the folder's "
+            "rights."
         ) from error
     return out

@@ -1,6 +1,8 @@
-"""Charts as inline SVG: no requests, any theme, readable from a phone to a print; values under the pointer by theme.JS.
+"""Charts as inline SVG: no requests, any theme, readable from a phone to a print; values under the
+pointer by theme.JS.
 
-Knows nothing of the project: curves in, HTML out. Colours are the CSS variables --c0 .. --c6 of the page.
+Knows nothing of the project: curves in, HTML out. Colours are the CSS variables --c0 .. --c6 of the
+    page.
 """
 
 from __future__ import annotations
@@ -81,7 +83,9 @@ def text(value: object) -> str:
 
 
 def number(value: float, digits: int = 4) -> str:
-    """A number for people: `digits` significant ones, short exponents, thin spaces in large counts, a real minus."""
+    """A number for people: `digits` significant ones, short exponents, thin spaces in large counts,
+    a real minus.
+    """
     if not math.isfinite(value):
         return "not finite"
     if isinstance(value, int) or (value == int(value) and 1e4 <= abs(value) < 1e15):
@@ -97,7 +101,9 @@ def number(value: float, digits: int = 4) -> str:
 
 
 def ticks(low: float, high: float, count: int = 5) -> np.ndarray:
-    """Round numbers (1, 2 or 5 times a power of ten apart) within [low, high], about `count` of them."""
+    """Round numbers (1, 2 or 5 times a power of ten apart) within [low, high], about `count` of
+    them.
+    """
     raw = (high - low) / count
     power = 10.0 ** math.floor(math.log10(raw))
     step = power * next(m for m in (1, 2, 5, 10) if m * power >= raw * 0.999)
@@ -106,20 +112,30 @@ def ticks(low: float, high: float, count: int = 5) -> np.ndarray:
 
 def tick_labels(values: np.ndarray) -> list[str]:
     """Labels with equal decimals; thousands as k, tiny ones with an exponent."""
-    step = float(values[1] - values[0]) if len(values) > 1 else float(abs(values[0])) if len(values) else 1.0
+    step = (
+        float(values[1] - values[0])
+        if len(values) > 1
+        else float(abs(values[0]))
+        if len(values)
+        else 1.0
+    )
     largest = float(np.abs(values).max(initial=0.0))
     unit, suffix = (1e6, "M") if largest >= 1e6 else (1e3, "k") if largest >= 1e4 else (1.0, "")
     if 0 < largest < 1e-2:
         exponent = math.floor(math.log10(largest))
         unit, suffix = 10.0**exponent, f"e\u2212{-exponent}"
     decimals = max(0, -math.floor(math.log10(step / unit) + 1e-9)) if step > 0 else 0
-    return ["0" if abs(v) < step * 1e-6 else f"{v / unit:.{decimals}f}{suffix}".replace("-", "\u2212") for v in values]
+    return [
+        "0" if abs(v) < step * 1e-6 else f"{v / unit:.{decimals}f}{suffix}".replace("-", "\u2212")
+        for v in values
+    ]
 
 
 def rolling_mean(y: np.ndarray, half: int) -> np.ndarray:
     """Mean over up to 2 * half + 1 neighbours, skipping what is not finite.
 
-    The window is symmetric at the start, where curves are steep, and looks back at the end, where they are noisy.
+    The window is symmetric at the start, where curves are steep, and looks back at the end, where
+    they are noisy.
     """
     finite = np.isfinite(y)
     total = np.concatenate([[0.0], np.cumsum(np.where(finite, y, 0.0))])
@@ -135,7 +151,9 @@ def _edges(n: int, buckets: int) -> np.ndarray:
     return np.linspace(0, n, min(buckets, n) + 1).astype(int)
 
 
-def decimate_extremes(x: np.ndarray, y: np.ndarray, buckets: int = MAX_BUCKETS) -> tuple[np.ndarray, np.ndarray]:
+def decimate_extremes(
+    x: np.ndarray, y: np.ndarray, buckets: int = MAX_BUCKETS
+) -> tuple[np.ndarray, np.ndarray]:
     """Lowest and highest point of each bucket, in order of x: a spike of one step stays visible."""
     if len(x) <= 2 * buckets:
         return x, y
@@ -143,13 +161,21 @@ def decimate_extremes(x: np.ndarray, y: np.ndarray, buckets: int = MAX_BUCKETS) 
     for low, high in itertools.pairwise(_edges(len(x), buckets)):
         part = y[low:high]
         finite = np.flatnonzero(np.isfinite(part))
-        found = {int(finite[part[finite].argmin()]), int(finite[part[finite].argmax()])} if len(finite) else {0}
+        found = (
+            {int(finite[part[finite].argmin()]), int(finite[part[finite].argmax()])}
+            if len(finite)
+            else {0}
+        )
         keep += [int(low) + i for i in sorted(found)]
     return x[keep], y[keep]
 
 
-def decimate_means(x: np.ndarray, y: np.ndarray, buckets: int = MAX_BUCKETS) -> tuple[np.ndarray, np.ndarray]:
-    """Mean of each bucket's finite values, at the bucket's mean x; first and last point are kept as they are."""
+def decimate_means(
+    x: np.ndarray, y: np.ndarray, buckets: int = MAX_BUCKETS
+) -> tuple[np.ndarray, np.ndarray]:
+    """Mean of each bucket's finite values, at the bucket's mean x; first and last point are kept as
+    they are.
+    """
     if len(x) <= 2 * buckets:
         return x, y
     edges = _edges(len(x), buckets)
@@ -161,8 +187,12 @@ def decimate_means(x: np.ndarray, y: np.ndarray, buckets: int = MAX_BUCKETS) -> 
     return np.concatenate([x[:1], middle, x[-1:]]), np.concatenate([y[:1], mean, y[-1:]])
 
 
-def decimate_medians(x: np.ndarray, y: np.ndarray, buckets: int = MAX_BUCKETS) -> tuple[np.ndarray, np.ndarray]:
-    """Median of each bucket's finite values (0 without any), at the bucket's mean x: single slow steps drop out."""
+def decimate_medians(
+    x: np.ndarray, y: np.ndarray, buckets: int = MAX_BUCKETS
+) -> tuple[np.ndarray, np.ndarray]:
+    """Median of each bucket's finite values (0 without any), at the bucket's mean x: single slow
+    steps drop out.
+    """
     if len(x) <= buckets:
         return x, np.nan_to_num(y)
     edges = _edges(len(x), buckets)
@@ -177,9 +207,15 @@ def smoothed(curve: Curve) -> np.ndarray:
     return rolling_mean(curve.y, half) if half else curve.y
 
 
-def _range(curves: Sequence[Curve], fronts: Sequence[np.ndarray], rules: Sequence[Rule], zero: bool) -> Frame:
-    """Fit the smoothed curves and the raw ones but for rare spikes, which leave the frame (and are marked there)."""
-    values = [np.array([rule.y for rule in rules if math.isfinite(rule.y)] + ([0.0] if zero else []))]
+def _range(
+    curves: Sequence[Curve], fronts: Sequence[np.ndarray], rules: Sequence[Rule], zero: bool
+) -> Frame:
+    """Fit the smoothed curves and the raw ones but for rare spikes, which leave the frame (and are
+    marked there).
+    """
+    values = [
+        np.array([rule.y for rule in rules if math.isfinite(rule.y)] + ([0.0] if zero else []))
+    ]
     raws = [curve.y[np.isfinite(curve.y)] for curve in curves]
     for raw, front in zip(raws, fronts, strict=True):
         values += [front[np.isfinite(front)], np.percentile(raw, [0.5, 99.5]) if len(raw) else raw]
@@ -194,7 +230,9 @@ def _range(curves: Sequence[Curve], fronts: Sequence[np.ndarray], rules: Sequenc
     x = np.concatenate([curve.x for curve in curves])
     x0, x1 = float(x.min()), float(x.max())
     y0 = 0.0 if zero and low >= 0 else low - pad
-    room = 0.1 * (high - low) if any(rule.y > high - 0.05 * (high - low) for rule in rules) else 0.0  # for its label
+    room = (
+        0.1 * (high - low) if any(rule.y > high - 0.05 * (high - low) for rule in rules) else 0.0
+    )  # for its label
     return Frame(x0, x1 if x1 > x0 else x0 + 1, y0, high + max(pad, room))
 
 
@@ -217,14 +255,23 @@ def _axes(frame: Frame, x_label: str) -> str:
     parts = []
     for value, label in zip(frame.py(y_ticks), tick_labels(y_ticks), strict=True):
         parts.append(f'<path class="grid" d="M{LEFT} {value:.1f}H{right}"/>')
-        parts.append(f'<text class="tick" x="{LEFT - 6}" y="{value + 4:.1f}" text-anchor="end">{label}</text>')
+        parts.append(
+            f'<text class="tick" x="{LEFT - 6}" y="{value + 4:.1f}" '
+            f'text-anchor="end">{label}</text>'
+        )
     for value, label in zip(frame.px(x_ticks), tick_labels(x_ticks), strict=True):
         anchor = "end" if value > right - 12 else "middle"
         parts.append(f'<path class="axis" d="M{value:.1f} {bottom}v4"/>')
-        parts.append(f'<text class="tick" x="{value:.1f}" y="{bottom + 16}" text-anchor="{anchor}">{label}</text>')
+        parts.append(
+            f'<text class="tick" x="{value:.1f}" y="{bottom + 16}" '
+            f'text-anchor="{anchor}">{label}</text>'
+        )
     parts.append(f'<path class="axis" d="M{LEFT} {bottom}H{right}"/>')
     middle = (LEFT + right) / 2
-    parts.append(f'<text class="tick" x="{middle}" y="{HEIGHT - 5}" text-anchor="middle">{text(x_label)}</text>')
+    parts.append(
+        f'<text class="tick" x="{middle}" y="{HEIGHT - 5}" '
+        f'text-anchor="middle">{text(x_label)}</text>'
+    )
     return "".join(parts)
 
 
@@ -241,7 +288,9 @@ def _rules(frame: Frame, rules: Sequence[Rule]) -> str:
 
 
 def _marks(frame: Frame, curve: Curve, colour: int) -> str:
-    """Triangles where the raw curve leaves the frame, crosses where it is not finite; at most one of a kind each."""
+    """Triangles where the raw curve leaves the frame, crosses where it is not finite; at most one
+    of a kind each.
+    """
     parts, peak = [], np.where(np.isfinite(curve.y), curve.y, -np.inf)
     if len(peak) and peak.max() > frame.y1:
         at = int(peak.argmax())
@@ -250,13 +299,17 @@ def _marks(frame: Frame, curve: Curve, colour: int) -> str:
             f"{curve.label}: {number(float(peak[at]))} at {number(float(curve.x[at]))}",
         )
         parts.append(
-            f'<path class="mark" style="fill:var(--c{colour})" d="M{x - 4:.1f} {TOP + 7}h8l-4 -7z"><title>{text(title)}'
+            f'<path class="mark" style="fill:var(--c{colour})" d="M{x - 4:.1f} {TOP + 7}h8l-4 '
+            f'-7z"><title>{text(title)}'
             "</title></path>"
         )
     broken = np.flatnonzero(~np.isfinite(curve.y))
     if len(broken):
         x = float(frame.px(curve.x[broken[0]]))
-        title = f"{curve.label}: not finite at {len(broken)} points, first at {number(float(curve.x[broken[0]]))}"
+        title = (
+            f"{curve.label}: not finite at {len(broken)} points, first at "
+            f"{number(float(curve.x[broken[0]]))}"
+        )
         d = f"M{x - 4:.1f} {TOP + 2}l8 8m0 -8l-8 8"
         parts.append(f'<path class="broken" d="{d}"><title>{text(title)}</title></path>')
     return "".join(parts)
@@ -267,21 +320,33 @@ def _legend(curves: Sequence[Curve], fronts: Sequence[np.ndarray], area: bool) -
     for i, curve, front in zip(_styles(curves), curves, fronts, strict=True):
         colour, dash = i % NUM_COLOURS, dash_of(i)
         key = (
-            f'<svg class="key" viewBox="0 0 22 10" aria-hidden="true"><path d="M0 5H22" style="stroke:var(--c{colour});'
+            '<svg class="key" viewBox="0 0 22 10" aria-hidden="true"><path d="M0 5H22" '
+            f'style="stroke:var(--c{colour});'
             f'stroke-width:{9 if area else 2.4}" stroke-dasharray="{"" if area else dash}"/></svg>'
         )
         broken = int((~np.isfinite(curve.y)).sum())
-        note = f' <em class="broken-note">not finite at {broken} of {len(curve.y)}</em>' if broken else ""
+        note = (
+            f' <em class="broken-note">not finite at {broken} of {len(curve.y)}</em>'
+            if broken
+            else ""
+        )
         last = front[np.isfinite(front)]
         value = number(float(last[-1])) if len(last) else "\u2013"
-        items.append(f'<span class="item">{key}{text(curve.label)} <b class="val">{value}</b>{note}</span>')
+        items.append(
+            f'<span class="item">{key}{text(curve.label)} <b class="val">{value}</b>{note}</span>'
+        )
     return f'<div class="legend"><span class="at"></span>{"".join(items)}</div>'
 
 
 def _hover(frame: Frame, fronts: Sequence[tuple[np.ndarray, np.ndarray]]) -> str:
-    """Data for the pointer's readout, as JSON: numbers and null alone, so it cannot end its script element."""
+    """Data for the pointer's readout, as JSON: numbers and null alone, so it cannot end its script
+    element.
+    """
     series = [
-        {"x": x.round(1).tolist(), "y": [float(f"{v:.5g}") if math.isfinite(v) else None for v in y.tolist()]}
+        {
+            "x": x.round(1).tolist(),
+            "y": [float(f"{v:.5g}") if math.isfinite(v) else None for v in y.tolist()],
+        }
         for x, y in fronts
     ]
     payload = {"frame": [frame.x0, frame.x1, LEFT, WIDTH - RIGHT, WIDTH], "series": series}
@@ -293,7 +358,8 @@ def _figure(title: str, unit: str, legend: str, body: str, hover: str) -> str:
     cursor = f'<path class="cursor" d="M0 {TOP}V{HEIGHT - BOTTOM}" visibility="hidden"/>'
     return (
         f'<figure class="chart"><figcaption><b>{text(title)}</b>{shown}</figcaption>{legend}'
-        f'<svg class="plot" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{text(title)}">{body}{cursor}</svg>'
+        f'<svg class="plot" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
+        f'aria-label="{text(title)}">{body}{cursor}</svg>'
         f"{hover}</figure>"
     )
 
@@ -324,12 +390,16 @@ def line_chart(
     drawn = [decimate_means(curve.x, front) for curve, front in zip(curves, fronts, strict=True)]
     box = f"{WIDTH - LEFT - RIGHT} {HEIGHT - TOP - BOTTOM}"
     width, height = box.split()
-    clip = f'<svg x="{LEFT}" y="{TOP}" width="{width}" height="{height}" viewBox="{LEFT} {TOP} {box}">'
+    clip = (
+        f'<svg x="{LEFT}" y="{TOP}" width="{width}" height="{height}" viewBox="{LEFT} {TOP} {box}">'
+    )
     parts = [_axes(frame, x_label), clip]
     if band and len(curves) > 1:
         outline = [np.concatenate([drawn[0][i], drawn[1][i][::-1]]) for i in (0, 1)]
         finite = np.isfinite(outline[1])
-        parts.append(f'<path class="band" d="{_path(frame, outline[0][finite], outline[1][finite])}Z"/>')
+        parts.append(
+            f'<path class="band" d="{_path(frame, outline[0][finite], outline[1][finite])}Z"/>'
+        )
     styles = _styles(curves)
     for i, curve, front in zip(styles, curves, fronts, strict=True):
         if front is not curve.y:
@@ -342,12 +412,20 @@ def line_chart(
             at = f'cx="{float(frame.px(x)[0]):.1f}" cy="{float(frame.py(y)[0]):.1f}"'
             parts.append(f'<circle r="3.5" style="fill:var(--c{i % NUM_COLOURS})" {at}/>')
     parts.append("</svg>" + _rules(frame, rules))
-    parts += [_marks(frame, curve, i % NUM_COLOURS) for i, curve in zip(styles, curves, strict=True)]
-    return _figure(title, unit, _legend(curves, fronts, area=False), "".join(parts), _hover(frame, drawn))
+    parts += [
+        _marks(frame, curve, i % NUM_COLOURS) for i, curve in zip(styles, curves, strict=True)
+    ]
+    return _figure(
+        title, unit, _legend(curves, fronts, area=False), "".join(parts), _hover(frame, drawn)
+    )
 
 
-def area_chart(title: str, unit: str, curves: Sequence[Curve], *, x_label: str = "optimizer step") -> str:
-    """Curves that share x and are >= 0, stacked as running medians; the first one lies at the bottom."""
+def area_chart(
+    title: str, unit: str, curves: Sequence[Curve], *, x_label: str = "optimizer step"
+) -> str:
+    """Curves that share x and are >= 0, stacked as running medians; the first one lies at the
+    bottom.
+    """
     drawn = [decimate_medians(curve.x, curve.y, MAX_BUCKETS // 4) for curve in curves]
     fronts = [y for _, y in drawn]
     stack = np.cumsum([y for _, y in drawn], axis=0)
@@ -357,9 +435,14 @@ def area_chart(title: str, unit: str, curves: Sequence[Curve], *, x_label: str =
     parts, floor = [_axes(frame, x_label)], np.zeros_like(stack[0])
     for i, ceiling in enumerate(stack):
         outline = np.concatenate([x, x[::-1]]), np.concatenate([ceiling, floor[::-1]]).clip(max=top)
-        parts.append(f'<path class="area" style="fill:var(--c{i % NUM_COLOURS})" d="{_path(frame, *outline)}Z"/>')
+        parts.append(
+            f'<path class="area" style="fill:var(--c{i % NUM_COLOURS})" '
+            f'd="{_path(frame, *outline)}Z"/>'
+        )
         floor = ceiling
-    return _figure(title, unit, _legend(curves, fronts, area=True), "".join(parts), _hover(frame, drawn))
+    return _figure(
+        title, unit, _legend(curves, fronts, area=True), "".join(parts), _hover(frame, drawn)
+    )
 
 
 def share_bar(parts: Sequence[tuple[str, float]], unit: str) -> str:
@@ -370,7 +453,8 @@ def share_bar(parts: Sequence[tuple[str, float]], unit: str) -> str:
         for i, (_, value) in enumerate(parts)
     )
     rows = "".join(
-        f'<tr><th><i class="swatch" style="background:var(--c{i % NUM_COLOURS})"></i>{text(label)}</th>'
+        '<tr><th><i class="swatch" '
+        f'style="background:var(--c{i % NUM_COLOURS})"></i>{text(label)}</th>'
         f"<td>{number(value, 3)} {text(unit)}</td><td>{100 * value / total:.1f} %</td></tr>"
         for i, (label, value) in enumerate(parts)
     )

@@ -1,6 +1,8 @@
-"""Looks and behaviour of the page: one style sheet, one small script. No fonts, files or requests from outside.
+"""Looks and behaviour of the page: one style sheet, one small script. No fonts, files or requests
+from outside.
 
-Colours are Okabe and Ito's, which stay apart for colour-blind readers, a little darker on white and lighter on black.
+Colours are Okabe and Ito's, which stay apart for colour-blind readers, a little darker on white and
+lighter on black.
 """
 
 from __future__ import annotations

@@ -1,7 +1,10 @@
-"""Evaluation while training goes on: a process beside it, or a SLURM job of its own; no step waits for either.
+"""Evaluation while training goes on: a process beside it, or a SLURM job of its own; no step waits
+for either.
 
-A process outlives training, but not in a SLURM job, which ends with its ranks all that they have started. There the
-first rank waits at its end, when the others have left: the last evaluation is the one that a run is trained for.
+A process outlives training, but not in a SLURM job, which ends with its ranks all that they have
+started. There the
+first rank waits at its end, when the others have left: the last evaluation is the one that a run is
+trained for.
 
 RUN/eval/steps/step_00005000/   teacher.safetensors (until it is judged), meta.json, log.txt, results.json
 """
@@ -59,7 +62,8 @@ class Evaluations:
             return  # could not be written, as has been told
         if busy:
             console.say(
-                f"step {step} is not evaluated: the evaluation before it is still running; raise eval.during.every, or "
+                f"step {step} is not evaluated: the evaluation before it is still running; raise "
+                "eval.during.every, or "
                 f"run: {self.by_hand(step)}"
             )
             return
@@ -72,7 +76,9 @@ class Evaluations:
         """Whether a process is judging; tells when it has failed."""
         if self.child is not None and self.child.poll() is not None:
             if self.child.returncode:
-                console.say(f"the evaluation of step {self.judged} failed, see {self.log_of(self.judged)}")
+                console.say(
+                    f"the evaluation of step {self.judged} failed, see {self.log_of(self.judged)}"
+                )
             self.child = None
         return self.child is not None
 
@@ -84,21 +90,35 @@ class Evaluations:
             stopped: by a signal or the end of the job's time, so nothing can be waited for.
         """
         self.due = self.due[-1:]  # nobody looks again: the last one counts
-        until = 0.0 if stopped else min(time.time() + self.config.wait_s, job_deadline(os.environ, LEAVE_S))
+        until = (
+            0.0
+            if stopped
+            else min(time.time() + self.config.wait_s, job_deadline(os.environ, LEAVE_S))
+        )
         with StopFlag(torch.device("cpu"), deadline=until) as flag:
             if self.is_mortal:
                 self.wait(flag)
-            self.look(checkpoints)  # without time to wait too: it keeps the teacher, to be judged by hand
+            self.look(
+                checkpoints
+            )  # without time to wait too: it keeps the teacher, to be judged by hand
             if self.is_mortal:
                 self.wait(flag)
         if self.is_busy() and not self.is_mortal:
-            console.say(f"the evaluation of step {self.judged} goes on by itself, see {self.log_of(self.judged)}")
+            console.say(
+                f"the evaluation of step {self.judged} goes on by itself, see "
+                f"{self.log_of(self.judged)}"
+            )
 
     def wait(self, flag: StopFlag) -> None:
-        """Wait for the process that judges; end it at the flag's word, and say how to do its work by hand."""
+        """Wait for the process that judges; end it at the flag's word, and say how to do its work
+        by hand.
+        """
         if self.is_busy() and not flag.reason():
             seconds = console.duration(flag.deadline - time.time())
-            console.say(f"waiting for the evaluation of step {self.judged}, at most {seconds}; Ctrl-C ends it")
+            console.say(
+                f"waiting for the evaluation of step {self.judged}, at most {seconds}; Ctrl-C "
+                "ends it"
+            )
         while self.is_busy() and not flag.reason():
             time.sleep(0.1)
         if self.child is not None:
@@ -107,7 +127,8 @@ class Evaluations:
                 self.child.wait(LEAVE_S / 2)
             self.child = None
             console.say(
-                f"the evaluation of step {self.judged} was ended with the job; run: {self.by_hand(self.judged)}"
+                f"the evaluation of step {self.judged} was ended with the job; run: "
+                f"{self.by_hand(self.judged)}"
             )
 
     def by_hand(self, step: int) -> str:
@@ -129,19 +150,43 @@ class Evaluations:
         for name in ("teacher.safetensors", "meta.json"):
             (folder / name).unlink(missing_ok=True)
             try:
-                os.link(saved / name, folder / name)  # takes no space until the checkpoint is rotated away
+                os.link(
+                    saved / name, folder / name
+                )  # takes no space until the checkpoint is rotated away
             except OSError:
                 shutil.copyfile(saved / name, folder / name)
-        words = [sys.executable, "-m", "tapct", "eval", str(self.run.absolute()), f"--step={step_of(saved)}"]
+        words = [
+            sys.executable,
+            "-m",
+            "tapct",
+            "eval",
+            str(self.run.absolute()),
+            f"--step={step_of(saved)}",
+        ]
         if self.config.device:
             words.append(f"device={self.config.device}")
         environment = ranks.without_place(os.environ)
         if self.config.how == "job":
-            options = [*self.config.sbatch, f"--output={(folder / 'log.txt').absolute()}", "--open-mode=append"]
-            line = ["sbatch", "--parsable", f"--job-name=eval-{self.run.name}", *options, f"--wrap={shlex.join(words)}"]
-            told = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=60, check=False)
+            options = [
+                *self.config.sbatch,
+                f"--output={(folder / 'log.txt').absolute()}",
+                "--open-mode=append",
+            ]
+            line = [
+                "sbatch",
+                "--parsable",
+                f"--job-name=eval-{self.run.name}",
+                *options,
+                f"--wrap={shlex.join(words)}",
+            ]
+            told = subprocess.run(
+                line, env=environment, capture_output=True, text=True, timeout=60, check=False
+            )
             answer = (told.stdout or told.stderr).strip() or f"sbatch left with {told.returncode}"
-            console.say(f"evaluation of step {step_of(saved)}: {'job ' if not told.returncode else ''}{answer}")
+            console.say(
+                f"evaluation of step {step_of(saved)}: "
+                f"{'job ' if not told.returncode else ''}{answer}"
+            )
             return
         self.judged = step_of(saved)
         with (folder / "log.txt").open("ab") as output, signals.heard_by_children():

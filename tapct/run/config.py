@@ -23,11 +23,15 @@ class DataConfig:
 
     store: Path = setting(Path("data/store"), "folder written by `tapct pack`")
     held_out: float = setting(
-        0.0, "share of patients kept out of pretraining, on which `tapct eval` tests", ge=0.0, lt=1.0
+        0.0,
+        "share of patients kept out of pretraining, on which `tapct eval` tests",
+        ge=0.0,
+        lt=1.0,
     )
     on_change: str = setting(
         "refuse",
-        "when a run goes on and the store has other scans than before: refuse, or rebase (go on with the new ones)",
+        "when a run goes on and the store has other scans than before: refuse, or rebase (go on "
+        "with the new ones)",
         choices=("refuse", "rebase"),
     )
     loader: loader.Config = field(default_factory=loader.Config)
@@ -45,7 +49,9 @@ class RunConfig:
     views: recipe.Config = field(default_factory=recipe.Config)
     masks: masks.Config = field(default_factory=masks.Config)
     model: Plugin = plugins.section("models", "vit", "backbone of student and teacher")
-    losses: tuple[Plugin, ...] = plugins.table("losses", ("dino", "ibot", "koleo"), "terms that are summed")
+    losses: tuple[Plugin, ...] = plugins.table(
+        "losses", ("dino", "ibot", "koleo"), "terms that are summed"
+    )
     optim: optim.Config = field(default_factory=optim.Config)
     train: loop.Config = field(default_factory=loop.Config)
     parallel: Config = field(default_factory=Config)
@@ -53,14 +59,17 @@ class RunConfig:
     log: trackers.Config = field(default_factory=trackers.Config)
     eval: runner.Config = field(default_factory=runner.Config)
     stages: tuple[Stage, ...] = setting(
-        (), "parts of the run with other settings: sections with start (finished steps) and set (a list of key=value)"
+        (),
+        "parts of the run with other settings: sections with start (finished steps) and set (a "
+        "list of key=value)",
     )
 
     def __post_init__(self) -> None:
         deepest = self.views.slices_needed()
         if self.data.loader.slab_depth < deepest:
             raise UserError(
-                f"data.loader.slab_depth {self.data.loader.slab_depth} is less than the {deepest:g} slices that the "
+                f"data.loader.slab_depth {self.data.loader.slab_depth} is less than the "
+                f"{deepest:g} slices that the "
                 "deepest view needs, so every view would be filled up with air; raise it"
             )
         patch = getattr(self.model.config, "patch", (1, 1, 1))
@@ -68,7 +77,8 @@ class RunConfig:
             window = getattr(self.views, name)
             if any(size % side for size, side in zip(window, patch, strict=True)):
                 raise UserError(
-                    f"views.{name} {list(window)} is no multiple of model.patch {list(patch)} along every axis; "
+                    f"views.{name} {list(window)} is no multiple of model.patch {list(patch)} "
+                    "along every axis; "
                     "change one of them"
                 )
         self.check_neighbours(1)
@@ -87,7 +97,9 @@ class RunConfig:
         samples = self.train.global_batch // (ranks * self.train.accumulation)
         if samples < 2:
             raise UserError(
-                f"KoLeo compares the samples of a micro-batch of a rank, which holds {samples} at train.global_batch "
-                f"{self.train.global_batch}, train.accumulation {self.train.accumulation} and {world} ranks; raise the "
+                f"KoLeo compares the samples of a micro-batch of a rank, which holds {samples} at "
+                "train.global_batch "
+                f"{self.train.global_batch}, train.accumulation {self.train.accumulation} and "
+                f"{world} ranks; raise the "
                 "batch, or set losses.koleo.cross_rank=true or losses.koleo=null"
             )

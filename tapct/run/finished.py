@@ -52,7 +52,8 @@ def open_run(folder: Path, overrides: Sequence[str] = (), step: int | None = Non
         overrides: only keys that do not shape the weights.
         step: of the checkpoint; None: the newest whole one.
     Raises:
-        UserError: not a run folder, no such checkpoint, or an override that would need another training.
+        UserError: not a run folder, no such checkpoint, or an override that would need another
+            training.
     """
     if not (folder / "config.yaml").is_file():
         hint = f"`tapct train CONFIG out={folder}` makes one"
@@ -85,7 +86,8 @@ def newest_teacher(folder: Path) -> Path:
 
 
 def teacher_of_step(folder: Path, step: int) -> Path:
-    """Folder with the teacher of a step: kept for its evaluation during training, or a whole checkpoint.
+    """Folder with the teacher of a step: kept for its evaluation during training, or a whole
+    checkpoint.
 
     Raises:
         UserError: there is none.
@@ -98,20 +100,32 @@ def teacher_of_step(folder: Path, step: int) -> Path:
     if complaint is not None:
         finished = Checkpoints(folder / "checkpoints", keep=1).finished()
         there = ", ".join(str(checkpoint.step_of(path)) for path in finished) or "none"
-        raise UserError(f"{folder} has no whole checkpoint of step {step} ({complaint}); there are: {there}")
+        raise UserError(
+            f"{folder} has no whole checkpoint of step {step} ({complaint}); there are: {there}"
+        )
     return wanted
 
 
-def evaluate(folder: Path, overrides: Sequence[str] = (), step: int | None = None) -> dict[str, Any]:
-    """Judge a run's frozen features beside its baselines; writes RUN/eval, or RUN/eval/steps/step_... for one step.
+def evaluate(
+    folder: Path, overrides: Sequence[str] = (), step: int | None = None
+) -> dict[str, Any]:
+    """Judge a run's frozen features beside its baselines; writes RUN/eval, or
+    RUN/eval/steps/step_... for one step.
 
-    Patients that `data.held_out` kept out of pretraining are the test side; without any, `eval.test_share` splits.
+    Patients that `data.held_out` kept out of pretraining are the test side; without any,
+    `eval.test_share` splits.
     """
     trained = open_run(folder, overrides, step)
-    out = folder / "eval" if step is None else background_eval.steps_folder(folder) / f"step_{step:08d}"
+    out = (
+        folder / "eval"
+        if step is None
+        else background_eval.steps_folder(folder) / f"step_{step:08d}"
+    )
     config: RunConfig = trained.resolved.value
     store = Store(config.data.store)
-    hidden = held_out_patients([scan.patient for scan in store.scans], config.data.held_out, config.seed)
+    hidden = held_out_patients(
+        [scan.patient for scan in store.scans], config.data.held_out, config.seed
+    )
     with console.progress_bar("eval") as progress:
         results = runner.evaluate(
             with_baselines(trained.backbone, config.model, config.seed),
@@ -135,9 +149,18 @@ def export(folder: Path, out: Path | None = None) -> Path:
     config: RunConfig = trained.resolved.value
     target = out or folder / "export"
     meta = trained.meta
-    provenance = {"run": folder.name, "step": meta.step, "samples": meta.samples, "data": meta.data_digest}
+    provenance = {
+        "run": folder.name,
+        "step": meta.step,
+        "samples": meta.samples,
+        "data": meta.data_digest,
+    }
     section = config.model
-    if getattr(section.config, "attention", "") in GPU_ONLY:  # weights know no back-end, and an export runs anywhere
+    if (
+        getattr(section.config, "attention", "") in GPU_ONLY
+    ):  # weights know no back-end, and an export runs anywhere
         section = replace(section, config=replace(section.config, attention="auto"))
-    save_export(target, trained.backbone, section, config.contract, config.eval.preprocess, provenance)
+    save_export(
+        target, trained.backbone, section, config.contract, config.eval.preprocess, provenance
+    )
     return target

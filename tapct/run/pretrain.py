@@ -85,7 +85,9 @@ class Pretraining:
         command: as in `train`.
     """
 
-    def __init__(self, resolved: Resolved, world: World, allow_change: bool = False, command: str = "") -> None:
+    def __init__(
+        self, resolved: Resolved, world: World, allow_change: bool = False, command: str = ""
+    ) -> None:
         self.resolved, self.world, self.allow_change = resolved, world, allow_change
         self.command = command or shlex.join(sys.argv)
         self.config: RunConfig = resolved.value
@@ -105,18 +107,25 @@ class Pretraining:
         self.check_share()
         # what was asked of the first start must not end one that a launcher has started again
         wanted = "auto" if ranks.restarts(os.environ) else config.train.resume
-        found = collectives.from_first(lambda: find_start(self.checkpoints, wanted, config, self.allow_change))
+        found = collectives.from_first(
+            lambda: find_start(self.checkpoints, wanted, config, self.allow_change)
+        )
         pair = self.build_pair()
         updater = optim.Updater(pair, config.optim, self.world.num_copies)
-        start = self.restore(found, pair, updater) if found is not None else self.first_weights(pair)
+        start = (
+            self.restore(found, pair, updater) if found is not None else self.first_weights(pair)
+        )
         if start >= config.train.steps:
             console.say(f"{config.out} has all its {config.train.steps} steps; nothing to train")
             return loop.Stop(start)
         if pair.snapshot_times is not None and pair.snapshot_times.start >= config.train.steps:
             console.say(
-                f"the teacher's first snapshot is due at step {pair.snapshot_times.start}: this run never takes it"
+                f"the teacher's first snapshot is due at step {pair.snapshot_times.start}: this "
+                "run never takes it"
             )
-        collectives.from_first(lambda: write_run_files(config.out, self.resolved, self.store, self.command))
+        collectives.from_first(
+            lambda: write_run_files(config.out, self.resolved, self.store, self.command)
+        )
         if getattr(config.model.config, "attention", "") == "auto":
             dtype = torch.bfloat16 if config.train.precision == "bf16" else config.train.dtype
             console.say(f"model.attention=auto: {choose(self.world.device, dtype)}")
@@ -140,11 +149,16 @@ class Pretraining:
         return stop
 
     def check_share(self) -> None:
-        """Raise SharedError where the ranks cannot share `train.global_batch` equally, or have too little of it."""
+        """Raise SharedError where the ranks cannot share `train.global_batch` equally, or have too
+        little of it.
+        """
         world = self.world.ranks.world
         for part in self.config.parts():
             config: RunConfig = part.config
-            share = {"accumulation": config.train.accumulation, "global_batch": config.train.global_batch}
+            share = {
+                "accumulation": config.train.accumulation,
+                "global_batch": config.train.global_batch,
+            }
             try:
                 samples_of(0, 0, 0, world=world, **share)
                 config.check_neighbours(world)
@@ -154,16 +168,24 @@ class Pretraining:
     def rows(self) -> list[int]:
         """Rows of the store that are trained on."""
         held_out = self.config.data.held_out
-        hidden = held_out_patients([scan.patient for scan in self.store.scans], held_out, self.config.seed)
+        hidden = held_out_patients(
+            [scan.patient for scan in self.store.scans], held_out, self.config.seed
+        )
         rows = [i for i, scan in enumerate(self.store.scans) if scan.patient not in hidden]
         if not rows:
-            raise UserError(f"data.held_out {held_out} leaves no scan of {len(self.store)} to train on; lower it")
+            raise UserError(
+                f"data.held_out {held_out} leaves no scan of {len(self.store)} to train on; lower "
+                "it"
+            )
         return rows
 
     def build_pair(self) -> StudentTeacher:
-        """Student and teacher with their first weights, the same at any number of ranks; sharded over several."""
+        """Student and teacher with their first weights, the same at any number of ranks; sharded
+        over several.
+        """
         config, mesh = self.config, self.world.mesh
-        # for plug-ins that draw without a key: other numbers on every rank; a checkpoint brings its own state back
+        # for plug-ins that draw without a key: other numbers on every rank; a checkpoint brings its
+        # own state back
         torch.manual_seed(config.seed + self.world.ranks.rank)
         shard: Callable[[Network, bool], None] | None = None
         if mesh is not None:
@@ -173,19 +195,30 @@ class Pretraining:
                 fsdp.shard(network, mesh, bf16=bf16, keeps_gradient=learns)
 
         pair = StudentTeacher(
-            config.model, config.losses, config.seed, device=self.world.device, dtype=config.train.dtype, shard=shard
+            config.model,
+            config.losses,
+            config.seed,
+            device=self.world.device,
+            dtype=config.train.dtype,
+            shard=shard,
         )
         if compiled.decide(config.train.compile, self.world.device):
-            console.say("train.compile: the blocks are compiled in the first steps, which may take minutes")
+            console.say(
+                "train.compile: the blocks are compiled in the first steps, which may take minutes"
+            )
             compiled.compile_blocks(pair)
-        recompute.recompute_blocks(pair.student.backbone, config.train.recompute)  # outside of a compiled block
+        recompute.recompute_blocks(
+            pair.student.backbone, config.train.recompute
+        )  # outside of a compiled block
         return pair
 
     def first_weights(self, pair: StudentTeacher) -> int:
         """Replace random weights by those of `train.init`, if it is set; returns step 0."""
         if self.config.train.init:
             source = collectives.from_first(lambda: initial.locate(Path(self.config.train.init)))
-            for line in initial.apply(initial.read(source), pair, self.config.train.init_allow).lines():
+            for line in initial.apply(
+                initial.read(source), pair, self.config.train.init_allow
+            ).lines():
                 console.say(line)
         return 0
 
@@ -201,7 +234,8 @@ class Pretraining:
             told = f"{found} was trained on another archive (digest {then}, now {now})"
             if self.config.data.on_change == "refuse":
                 raise SharedError(
-                    f"{told}; point data.store at the old one, set data.on_change=rebase, or start a new run with "
+                    f"{told}; point data.store at the old one, set data.on_change=rebase, or "
+                    "start a new run with "
                     "another out="
                 )
             console.say(f"{told}; going on with the new one")
@@ -209,7 +243,10 @@ class Pretraining:
         if self.world.ranks.is_first and found.parent == self.checkpoints.folder:
             self.checkpoints.announce(found)
         took = time.perf_counter() - began
-        console.say(f"going on from {found} at step {meta.step} of {self.config.train.steps}, read in {took:.1f} s")
+        console.say(
+            f"going on from {found} at step {meta.step} of {self.config.train.steps}, read in "
+            f"{took:.1f} s"
+        )
         return meta.step
 
     def batches(self, rows: list[int], start: int) -> Generator[tuple[Batch, ...], None, None]:
@@ -248,7 +285,13 @@ class Pretraining:
 
         def save(step: int, last: bool) -> None:
             samples = step * self.config.train.global_batch
-            meta = Meta(step, samples, self.resolved.to_dict(), self.store.digest, world=self.world.ranks.world)
+            meta = Meta(
+                step,
+                samples,
+                self.resolved.to_dict(),
+                self.store.digest,
+                world=self.world.ranks.world,
+            )
             try:  # the save before, which must not cost this one
                 self.checkpoints.finish()
             except UserError as error:
@@ -272,7 +315,9 @@ class Pretraining:
 
         return loop.Hooks(record if first else lambda row: None, save, look_after, console.say)
 
-    def trainer(self, pair: StudentTeacher, updater: optim.Updater, hooks: loop.Hooks) -> loop.Trainer:
+    def trainer(
+        self, pair: StudentTeacher, updater: optim.Updater, hooks: loop.Hooks
+    ) -> loop.Trainer:
         """The loop with everything it needs; all stages are tried before the first step."""
         config = self.config
         first, *later = (stage_of(part, pair) for part in config.parts())
@@ -294,10 +339,20 @@ class Pretraining:
 def stage_of(part: Part, pair: StudentTeacher) -> loop.Stage:
     """What holds in a part of the run; raises SharedError where the pair cannot follow it."""
     config: RunConfig = part.config
-    recipe = loop.Recipe(config.views, config.masks, config.contract, pair.student.backbone.patch, config.seed)
+    recipe = loop.Recipe(
+        config.views, config.masks, config.contract, pair.student.backbone.patch, config.seed
+    )
     try:
         pair.with_settings(config.losses)
         schedules = Schedules(config.optim, config.train.steps, config.train.global_batch)
     except UserError as error:
         raise SharedError(part.says(str(error))) from error
-    return loop.Stage(part.start, part.says(part.words), config.train, recipe, schedules, config.optim, config.losses)
+    return loop.Stage(
+        part.start,
+        part.says(part.words),
+        config.train,
+        recipe,
+        schedules,
+        config.optim,
+        config.losses,
+    )

@@ -35,7 +35,9 @@ def write_run_files(out: Path, resolved: Resolved, store: Store, command: str) -
             "digest": store.digest,
             "scans": len(store),
             "accepted": store.summary.get("accepted", len(store)),
-            "refused": {reason: count for reason, count in store.summary.items() if reason != "accepted"},
+            "refused": {
+                reason: count for reason, count in store.summary.items() if reason != "accepted"
+            },
         },
     }
     checkpoint.replace_text(out / "run.json", json.dumps(about, indent=1))
@@ -47,12 +49,27 @@ def gpu_name() -> str:
 
 
 def git_revision() -> str:
-    """Revision of the source tree that tapct is imported from, `+` for local changes; empty outside of git."""
+    """Revision of the source tree that tapct is imported from, `+` for local changes; empty outside
+    of git.
+    """
     folder = Path(tapct.__file__).resolve().parent
-    if (folder / "REVISION").is_file():  # a copy for a SLURM job, which may lie in a tree that has moved on
+    if (
+        folder / "REVISION"
+    ).is_file():  # a copy for a SLURM job, which may lie in a tree that has moved on
         return (folder / "REVISION").read_text(encoding="utf-8").strip()
     try:
-        ask = ["git", "-C", str(folder), "describe", "--always", "--dirty=+", "--abbrev=12", "--exclude=*"]
-        return subprocess.run(ask, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+        ask = [
+            "git",
+            "-C",
+            str(folder),
+            "describe",
+            "--always",
+            "--dirty=+",
+            "--abbrev=12",
+            "--exclude=*",
+        ]
+        return subprocess.run(
+            ask, capture_output=True, text=True, check=True, timeout=10
+        ).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return ""

@@ -1,4 +1,5 @@
-"""Whether a run may go on from a checkpoint: which keys may differ, which data, and which checkpoint it is.
+"""Whether a run may go on from a checkpoint: which keys may differ, which data, and which
+checkpoint it is.
 
 | what changed | what happens |
 |---|---|
@@ -45,7 +46,9 @@ HARMLESS = (
 WORDS = ("auto", "must", "never")
 
 
-def find_start(checkpoints: Checkpoints, wanted: str, config: Any, allow_change: bool) -> Path | None:
+def find_start(
+    checkpoints: Checkpoints, wanted: str, config: Any, allow_change: bool
+) -> Path | None:
     """The checkpoint to go on from, or None for a new run; damaged ones are named and passed over.
 
     Args:
@@ -54,27 +57,37 @@ def find_start(checkpoints: Checkpoints, wanted: str, config: Any, allow_change:
         config: of now, a RunConfig.
         allow_change: go on although keys differ that shape the curve; they are told.
     Raises:
-        UserError: `must` finds none, `never` finds one, the path is no whole checkpoint, or the config does not fit.
+        UserError: `must` finds none, `never` finds one, the path is no whole checkpoint, or the
+            config does not fit.
     """
     if wanted not in WORDS and not Path(wanted).exists():
-        raise UserError(f"train.resume={wanted}: neither one of {', '.join(WORDS)} nor a path that exists")
+        raise UserError(
+            f"train.resume={wanted}: neither one of {', '.join(WORDS)} nor a path that exists"
+        )
     found, complaints = checkpoints.newest_whole()
     for complaint in complaints:
         console.say(complaint)
     if wanted == "never" and checkpoints.finished():
         folder = checkpoints.folder.parent
-        raise UserError(f"{folder} holds checkpoints and train.resume=never; choose another out= or remove it")
+        raise UserError(
+            f"{folder} holds checkpoints and train.resume=never; choose another out= or remove it"
+        )
     if found is None and complaints:
         raise UserError(
-            f"every checkpoint of {checkpoints.folder.parent} is damaged; choose another out= to start anew"
+            f"every checkpoint of {checkpoints.folder.parent} is damaged; choose another out= to "
+            "start anew"
         )
     if found is None and wanted not in WORDS:
         found = named_checkpoint(Path(wanted))
     if found is None:
         if wanted == "must":
-            raise UserError(f"train.resume=must, but {checkpoints.folder} holds no whole checkpoint")
+            raise UserError(
+                f"train.resume=must, but {checkpoints.folder} holds no whole checkpoint"
+            )
         return None
-    changed = changed_keys(with_new_keys(checkpoint.read_meta(found).config, type(config)), to_dict(config))
+    changed = changed_keys(
+        with_new_keys(checkpoint.read_meta(found).config, type(config)), to_dict(config)
+    )
     if changed and not allow_change:
         raise UserError(what_changed(changed, found))
     for key, old, new in changed:
@@ -97,12 +110,16 @@ def named_checkpoint(path: Path) -> Path:
     for complaint in complaints:
         console.say(complaint)
     if found is None:
-        raise UserError(f"train.resume={path}: neither a checkpoint nor a run folder with a whole one")
+        raise UserError(
+            f"train.resume={path}: neither a checkpoint nor a run folder with a whole one"
+        )
     return found
 
 
 def with_new_keys(old: dict[str, Any], cls: type) -> dict[str, Any]:
-    """The config of a checkpoint with the defaults of keys that came later, which leave all as it was before them."""
+    """The config of a checkpoint with the defaults of keys that came later, which leave all as it
+    was before them.
+    """
     try:
         return to_dict(from_dict(cls, old, "checkpoint"))
     except UserError:  # a key is gone, or a value is refused now: told as it stands
@@ -110,7 +127,9 @@ def with_new_keys(old: dict[str, Any], cls: type) -> dict[str, Any]:
 
 
 def changed_keys(old: dict[str, Any], new: dict[str, Any]) -> list[tuple[str, Any, Any]]:
-    """Leaves that differ between two resolved configs and shape the curve: (dotted key, old, new)."""
+    """Leaves that differ between two resolved configs and shape the curve: (dotted key, old,
+    new).
+    """
     before, after = flatten(old), flatten(new)
     keys = [key for key in {**before, **after} if before.get(key) != after.get(key)]
     return [(key, before.get(key), after.get(key)) for key in keys if not key.startswith(HARMLESS)]
@@ -119,16 +138,22 @@ def changed_keys(old: dict[str, Any], new: dict[str, Any]) -> list[tuple[str, An
 def what_changed(changed: list[tuple[str, Any, Any]], found: Path) -> str:
     """The line that refuses to go on from a checkpoint, with every key that differs."""
     (key, old, new), *others = changed
-    named, beyond = [other for other, _, _ in others[:8]], "" if len(others) <= 8 else f" and {len(others) - 8} more"
+    named, beyond = (
+        [other for other, _, _ in others[:8]],
+        "" if len(others) <= 8 else f" and {len(others) - 8} more",
+    )
     more = f" (also changed: {', '.join(named)}{beyond})" if others else ""
     return (
-        f"{key} was {old} when {found} was written and is {new} now{more}; a run keeps what shapes its curve. "
+        f"{key} was {old} when {found} was written and is {new} now{more}; a run keeps what "
+        "shapes its curve. "
         "Set it back, choose another out=, or go on all the same with --allow-change"
     )
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mapping -> dotted keys; lists are leaves. Goes through JSON, so that tuples equal lists."""
+    """Nested mapping -> dotted keys; lists are leaves. Goes through JSON, so that tuples equal
+    lists.
+    """
     flat: dict[str, Any] = {}
     for key, value in json.loads(json.dumps(tree, default=str)).items():
         if isinstance(value, dict) and value:

@@ -1,7 +1,10 @@
-"""Stages: parts of one run with other settings, each from a step on until the next one begins or the run ends.
+"""Stages: parts of one run with other settings, each from a step on until the next one begins or
+the run ends.
 
-Before the first stage the config itself holds. A stage is the config with its own `key=value` words over it, and
-nothing of the stages before: each can be read by itself. Weights, moments, centres, the sampler and all draws go on.
+Before the first stage the config itself holds. A stage is the config with its own `key=value` words
+over it, and
+nothing of the stages before: each can be read by itself. Weights, moments, centres, the sampler and
+    all draws go on.
 
 | key | in a stage |
 |---|---|
@@ -27,7 +30,10 @@ MAY_CHANGE = ("views.", "masks.", "losses.", "optim.", "data.loader.", "train.ac
 KEPT = (
     (r"losses\..*\b(head\.|share_dino_head$)", "the heads are made once"),
     (r"optim\.(layer_decay|patch_embed_lr_factor)$", "the optimizer's groups are formed once"),
-    (r"(seed|train\.steps|train\.global_batch|data\.store|data\.held_out)$", "it says which scan comes at which step"),
+    (
+        r"(seed|train\.steps|train\.global_batch|data\.store|data\.held_out)$",
+        "it says which scan comes at which step",
+    ),
     (r"model\.", "the weights are built by it once"),
     (r"contract\.", "the exported weights have one"),
     (r"", "it is of the whole run"),
@@ -39,7 +45,9 @@ class Stage:
     """When a stage begins and what it changes."""
 
     start: int = setting(dataclasses.MISSING, "finished steps after which it holds", ge=1)
-    set: tuple[str, ...] = setting((), "key=value, as on the command line; none: the config itself holds again")
+    set: tuple[str, ...] = setting(
+        (), "key=value, as on the command line; none: the config itself holds again"
+    )
 
 
 @dataclass(frozen=True)
@@ -73,15 +81,21 @@ def parts_of(config: Any, stages: Sequence[Stage], steps: int) -> list[Part]:
         stages: of it, in order.
         steps: of the whole run.
     Raises:
-        ConfigError: a stage that never holds, or that sets what is unknown, wrong, or kept for the whole run.
+        ConfigError: a stage that never holds, or that sets what is unknown, wrong, or kept for the
+            whole run.
     """
     found = [Part(0, steps, config)]
     for stage in stages:
         name, before = f"stages[{len(found) - 1}]", found[-1]
         if before.start >= stage.start:
-            raise ConfigError(f"{name}.start {stage.start} is not after {before.start}, where {before.name} starts")
+            raise ConfigError(
+                f"{name}.start {stage.start} is not after {before.start}, where {before.name} "
+                "starts"
+            )
         if stage.start >= steps:
-            raise ConfigError(f"{name}.start {stage.start} is not less than train.steps {steps}; lower it")
+            raise ConfigError(
+                f"{name}.start {stage.start} is not less than train.steps {steps}; lower it"
+            )
         found[-1] = dataclasses.replace(before, stop=stage.start)
         words = " ".join(stage.set) or "the config itself"
         found.append(Part(stage.start, steps, config_of(config, stage, name), name, words))
@@ -102,12 +116,16 @@ def config_of(config: Any, stage: Stage, name: str) -> Any:
     result = configs.from_dict(type(config), before, name, stage.set)
     old, new = flatten(before), flatten(to_dict(result))
     if [loss.name for loss in result.losses] != [loss.name for loss in config.losses]:
-        raise ConfigError(f"{name}: a loss cannot come or go in a stage; set its weight to 0 where it shall not count")
+        raise ConfigError(
+            f"{name}: a loss cannot come or go in a stage; set its weight to 0 where it shall not "
+            "count"
+        )
     for key in (key for key in {**old, **new} if old.get(key) != new.get(key)):
         reasons = [reason for pattern, reason in KEPT[:-1] if re.match(pattern, key)]
         if reasons or not key.startswith(MAY_CHANGE):
             raise ConfigError(
-                f"{name}: {key} cannot change in a stage: {(reasons or [KEPT[-1][1]])[0]}; views, masks, data.loader, "
+                f"{name}: {key} cannot change in a stage: {(reasons or [KEPT[-1][1]])[0]}; views, "
+                "masks, data.loader, "
                 "train.accumulation and most of losses and optim can"
             )
     return result

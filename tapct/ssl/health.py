@@ -1,11 +1,15 @@
 """Is the run learning? Numbers that a falling loss cannot give, and a verdict in words.
 
-Everything but `verdict` runs on the tensors' device without waiting for it (`rankme` excepted: an SVD waits on CUDA).
-Legend: N rows (teacher targets or tokens), K prototypes, B samples, D channels, P patch tokens. Entropies in nats.
+Everything but `verdict` runs on the tensors' device without waiting for it (`rankme` excepted: an
+SVD waits on CUDA).
+Legend: N rows (teacher targets or tokens), K prototypes, B samples, D channels, P patch tokens.
+    Entropies in nats.
 
-A stuck run sits at CE = ln K; a collapsed one (every target one-hot on the same prototype) has the best CE of all. What
-tells both from life is the information of the targets: entropy of their mean minus mean of their entropies, the mutual
-information of sample and prototype. It is 0 when all targets are equal, whatever they look like, and at most ln K.
+A stuck run sits at CE = ln K; a collapsed one (every target one-hot on the same prototype) has the
+best CE of all. What
+tells both from life is the information of the targets: entropy of their mean minus mean of their
+entropies, the mutual information of sample and prototype. It is 0 when all targets are equal,
+whatever they look like, and at most ln K.
 """
 
 from __future__ import annotations
@@ -20,10 +24,13 @@ from torch.nn import functional
 
 from tapct.types import TargetSums
 
-USED_SHARE = 0.1  # a prototype is in use if it carries at least this part of its fair share 1/K of the target mass
+# a prototype is in use if it carries at least this part of its fair share 1/K of the target mass
+USED_SHARE = 0.1
 RANKME_ROWS = 512
 OUTLIER_SIGMAS = 6.0  # robust standard deviations above the median norm
-OUTLIER_FLOOR = 0.05  # and at least this part of the median above it, so that equal norms have no outliers
+OUTLIER_FLOOR = (
+    0.05  # and at least this part of the median above it, so that equal norms have no outliers
+)
 
 NO_INFORMATION = 0.05  # nats; below it the targets say nothing about their sample
 FAINT_INFORMATION = 0.2  # nats; below it the run may yet fall back
@@ -58,10 +65,11 @@ def target_health(sums: TargetSums) -> TargetHealth:
 
 
 def rankme(features_ND: Tensor, eps: float = 1e-7) -> Tensor:
-    """Effective rank: exp of the entropy of the normalised singular values, between 1 and min(rows, D).
+    """Effective rank: exp of the entropy of the normalised singular values, between 1 and min(rows,
+    D).
 
-    At most `RANKME_ROWS` evenly spaced rows are used, not centred, as in the paper. On CUDA this waits for the device:
-    call it where metrics are fetched, not at every step.
+    At most `RANKME_ROWS` evenly spaced rows are used, not centred, as in the paper. On CUDA this
+    waits for the device: call it where metrics are fetched, not at every step.
 
     Args:
         features_ND: any scale, N >= 1.
@@ -75,22 +83,29 @@ def rankme(features_ND: Tensor, eps: float = 1e-7) -> Tensor:
 
 def teacher_student_cosine(student_BD: Tensor, teacher_BD: Tensor) -> Tensor:
     """Mean cosine of matching rows; 1 when student and teacher see alike."""
-    return functional.cosine_similarity(student_BD.detach().float(), teacher_BD.detach().float(), dim=-1).mean()
+    return functional.cosine_similarity(
+        student_BD.detach().float(), teacher_BD.detach().float(), dim=-1
+    ).mean()
 
 
 def cls_moments(cls_BD: Tensor) -> Tensor:
     """What `cls_std` needs of one batch, as sums that add up over ranks: float64 (3, D).
 
-    Rows of the result: sum over samples of the L2-normalised class tokens, of their squares, and the count.
+    Rows of the result: sum over samples of the L2-normalised class tokens, of their squares, and
+        the count.
     """
     unit_BD = functional.normalize(cls_BD.detach().double(), dim=-1)
-    return torch.stack([unit_BD.sum(0), unit_BD.square().sum(0), torch.full_like(unit_BD[0], len(unit_BD))])
+    return torch.stack(
+        [unit_BD.sum(0), unit_BD.square().sum(0), torch.full_like(unit_BD[0], len(unit_BD))]
+    )
 
 
 def cls_std(moments_3D: Tensor) -> Tensor:
-    """Spread of class tokens: standard deviation over samples of L2-normalised rows, mean over channels.
+    """Spread of class tokens: standard deviation over samples of L2-normalised rows, mean over
+    channels.
 
-    Evenly spread tokens have 1/sqrt(D); 0 means that all samples look alike. The population formula: 0 at B = 1.
+    Evenly spread tokens have 1/sqrt(D); 0 means that all samples look alike. The population
+    formula: 0 at B = 1.
 
     Args:
         moments_3D: from `cls_moments`.
@@ -102,10 +117,12 @@ def cls_std(moments_3D: Tensor) -> Tensor:
 
 
 def patch_norm_outliers(patches_PD: Tensor) -> Tensor:
-    """Share of patch tokens whose norm stands out: above median + max(6 robust sigmas, 5 % of the median).
+    """Share of patch tokens whose norm stands out: above median + max(6 robust sigmas, 5 % of the
+    median).
 
-    A robust sigma is 1.4826 times the median absolute deviation. High-norm patches hold global instead of local
-    content and spoil dense features; registers are the remedy. The paper cuts at a fixed norm per model.
+    A robust sigma is 1.4826 times the median absolute deviation. High-norm patches hold global
+    instead of local content and spoil dense features; registers are the remedy. The paper cuts at a
+    fixed norm per model.
 
     Args:
         patches_PD: patch tokens; any leading axes.
@@ -114,7 +131,11 @@ def patch_norm_outliers(patches_PD: Tensor) -> Tensor:
     norm = patches_PD.detach().float().norm(dim=-1).flatten()
     median = norm.median()
     sigma = 1.4826 * (norm - median).abs().median()
-    return (norm > median + torch.maximum(OUTLIER_SIGMAS * sigma, OUTLIER_FLOOR * median)).float().mean()
+    return (
+        (norm > median + torch.maximum(OUTLIER_SIGMAS * sigma, OUTLIER_FLOOR * median))
+        .float()
+        .mean()
+    )
 
 
 @dataclass(frozen=True)
@@ -146,7 +167,8 @@ class Verdict:
     """What the health numbers say.
 
     Args:
-        state: `alive`, `faint`, `not following`, `stuck`, `collapsed`, `not finite` (from good to bad), or `unknown`.
+        state: `alive`, `faint`, `not following`, `stuck`, `collapsed`, `not finite` (from good to
+            bad), or `unknown`.
         words: one sentence with the numbers.
         next_move: what to do about it.
     """
@@ -156,18 +178,31 @@ class Verdict:
     next_move: str
 
 
-STATES = ("unknown", "alive", "faint", "not following", "stuck", "collapsed", "not finite")  # the last one found wins
+STATES = (
+    "unknown",
+    "alive",
+    "faint",
+    "not following",
+    "stuck",
+    "collapsed",
+    "not finite",
+)  # the last one found wins
 
 NEXT_MOVE = {
     "unknown": "Log the health numbers: without them a falling loss proves nothing.",
     "alive": "Judge the features: tapct eval.",
-    "faint": "Train on and look again; if it stays, lower lr or slow the teacher (momentum nearer 1).",
-    "not following": "The targets move faster than the student learns: slow the teacher (momentum nearer 1), or warm "
+    "faint": "Train on and look again; if it stays, lower lr or slow the teacher (momentum nearer "
+    "1).",
+    "not following": "The targets move faster than the student learns: slow the teacher (momentum "
+    "nearer 1), or warm "
     "up longer.",
-    "stuck": "Lower lr (to 1e-3 or less), slow the teacher (momentum 0.992 or more), take fewer prototypes (at most 64 "
+    "stuck": "Lower lr (to 1e-3 or less), slow the teacher (momentum 0.992 or more), take fewer "
+    "prototypes (at most 64 "
     "per target of a step) or LayerScale 1 in a short run.",
-    "collapsed": "See that centring or Sinkhorn is on, raise teacher_temp, lower lr, and keep KoLeo at 0.1.",
-    "not finite": "Stop; go back to the last checkpoint with a lower lr, and look at the grad norms before the break.",
+    "collapsed": "See that centring or Sinkhorn is on, raise teacher_temp, lower lr, and keep "
+    "KoLeo at 0.1.",
+    "not finite": "Stop; go back to the last checkpoint with a lower lr, and look at the grad "
+    "norms before the break.",
 }
 
 
@@ -177,16 +212,30 @@ def judge_term(term: TermReading) -> Verdict:
     information = term.information
     facts = f"ln K - CE {term.ln_k_minus_ce:.2f}, information {information:.2f} nats"
     if not all(math.isfinite(number) for number in numbers):
-        return Verdict("not finite", f"{term.name}: a health number is not finite", NEXT_MOVE["not finite"])
+        return Verdict(
+            "not finite", f"{term.name}: a health number is not finite", NEXT_MOVE["not finite"]
+        )
     if information < NO_INFORMATION:
         if term.ln_k_minus_ce < NO_PROGRESS:
-            state, words = "stuck", "all targets are alike and the cross-entropy is at ln K: nothing is learned"
+            state, words = (
+                "stuck",
+                "all targets are alike and the cross-entropy is at ln K: nothing is learned",
+            )
         elif term.target_entropy < ONE_PROTOTYPE * term.ln_k:
-            state, words = "collapsed", "every sample has the same sharp target: the best loss of all, and worthless"
+            state, words = (
+                "collapsed",
+                "every sample has the same sharp target: the best loss of all, and worthless",
+            )
         else:
-            state, words = "collapsed", "every sample has the same broad target, which the student has learned by heart"
+            state, words = (
+                "collapsed",
+                "every sample has the same broad target, which the student has learned by heart",
+            )
     elif term.ln_k_minus_ce < NO_PROGRESS:
-        state, words = "not following", "the targets differ between samples but the student does not predict them"
+        state, words = (
+            "not following",
+            "the targets differ between samples but the student does not predict them",
+        )
     elif information < FAINT_INFORMATION:
         state, words = "faint", "the targets begin to tell samples apart"
     else:

@@ -1,9 +1,10 @@
-"""What changes from step to step, as pure functions of the step: lr, weight decay, momentum, teacher temperature.
+"""What changes from step to step, as pure functions of the step: lr, weight decay, momentum,
+teacher temperature.
 
-Steps are optimizer steps, counted from 0; gradient accumulation and world size do not enter. A resumed run therefore
-continues every curve where it stopped, without any state of its own.
-Source: DINOv2's CosineScheduler, arXiv:2304.07193 (warm-up with both ends included, then a cosine that would reach its
-final value one step after the last).
+Steps are optimizer steps, counted from 0; gradient accumulation and world size do not enter. A
+resumed run therefore continues every curve where it stopped, without any state of its own.
+Source: DINOv2's CosineScheduler, arXiv:2304.07193 (warm-up with both ends included, then a cosine
+that would reach its final value one step after the last).
 """
 
 from __future__ import annotations
@@ -25,29 +26,50 @@ class OptimSchedule:
     """
 
     lr: float = setting(
-        4e-3, "peak learning rate; under lr_scaling 'sqrt' stated at a global batch of 1024 (TAP-CT configs)", gt=0.0
+        4e-3,
+        "peak learning rate; under lr_scaling 'sqrt' stated at a global batch of 1024 (TAP-CT "
+        "configs)",
+        gt=0.0,
     )
     lr_scaling: str = setting(
         "sqrt",
-        "'sqrt': lr x sqrt(global batch / 1024) (DINOv2); 'none': lr as it stands, whatever the batch",
+        "'sqrt': lr x sqrt(global batch / 1024) (DINOv2); 'none': lr as it stands, whatever the "
+        "batch",
         choices=("sqrt", "none"),
     )
-    min_lr: float = setting(1e-6, "learning rate at the end of the cosine, never scaled (DINOv2)", ge=0.0)
-    warmup_share: float = setting(
-        0.1, "share of all steps in which lr rises linearly from 0 (TAP-CT configs: 10 of 100 epochs)", ge=0.0, lt=1.0
+    min_lr: float = setting(
+        1e-6, "learning rate at the end of the cosine, never scaled (DINOv2)", ge=0.0
     )
-    weight_decay: tuple[float, float] = setting((0.04, 0.4), "weight decay at start and end, cosine (DINOv2)", ge=0.0)
+    warmup_share: float = setting(
+        0.1,
+        "share of all steps in which lr rises linearly from 0 (TAP-CT configs: 10 of 100 epochs)",
+        ge=0.0,
+        lt=1.0,
+    )
+    weight_decay: tuple[float, float] = setting(
+        (0.04, 0.4), "weight decay at start and end, cosine (DINOv2)", ge=0.0
+    )
     momentum: tuple[float, float] = setting(
-        (0.992, 1.0), "EMA momentum of the teacher at start and end, cosine (DINOv2)", ge=0.0, le=1.0
+        (0.992, 1.0),
+        "EMA momentum of the teacher at start and end, cosine (DINOv2)",
+        ge=0.0,
+        le=1.0,
     )
     teacher_temp: tuple[float, float] = setting(
-        (0.04, 0.07), "teacher temperature at start and after its warm-up, linear, then constant (DINOv2)", gt=0.0
+        (0.04, 0.07),
+        "teacher temperature at start and after its warm-up, linear, then constant (DINOv2)",
+        gt=0.0,
     )
     teacher_temp_warmup_share: float = setting(
-        0.3, "share of all steps in which the teacher temperature moves (TAP-CT configs: 30 of 100)", ge=0.0, lt=1.0
+        0.3,
+        "share of all steps in which the teacher temperature moves (TAP-CT configs: 30 of 100)",
+        ge=0.0,
+        lt=1.0,
     )
     freeze_last_layer_steps: int = setting(
-        0, "first steps in which the heads' last layers keep lr 0 (DINOv2: one epoch, 1250 steps)", ge=0
+        0,
+        "first steps in which the heads' last layers keep lr 0 (DINOv2: one epoch, 1250 steps)",
+        ge=0,
     )
 
 
@@ -71,7 +93,8 @@ class StepValues:
 
 
 def linear_warmup(step: int, start: float, end: float, num_steps: int) -> float:
-    """Value at `step` of `num_steps` evenly spaced values from start to end, both included; `end` from then on.
+    """Value at `step` of `num_steps` evenly spaced values from start to end, both included; `end`
+    from then on.
 
     One step alone takes `start`, as numpy.linspace does.
     """
@@ -81,14 +104,18 @@ def linear_warmup(step: int, start: float, end: float, num_steps: int) -> float:
 
 
 def cosine(step: int, start: float, end: float, num_steps: int) -> float:
-    """Half a cosine from `start` at step 0 towards `end`, which it takes at `num_steps` and keeps."""
+    """Half a cosine from `start` at step 0 towards `end`, which it takes at `num_steps` and
+    keeps.
+    """
     if step >= num_steps:
         return end
     return end + 0.5 * (start - end) * (1.0 + math.cos(math.pi * step / num_steps))
 
 
 def peak_lr(config: OptimSchedule, global_batch: int) -> float:
-    """Learning rate at the end of the warm-up for this global batch (samples per optimizer step, all ranks)."""
+    """Learning rate at the end of the warm-up for this global batch (samples per optimizer step,
+    all ranks).
+    """
     scale = math.sqrt(global_batch / REFERENCE_BATCH) if config.lr_scaling == "sqrt" else 1.0
     return config.lr * scale
 
@@ -113,13 +140,16 @@ class Schedules:
         for name, value in (("total steps", self.total_steps), ("global batch", self.global_batch)):
             if value < 1:
                 raise UserError(
-                    f"the schedules got {name} {value}; at least 1 is needed. Raise it in the train section."
+                    f"the schedules got {name} {value}; at least 1 is needed. Raise it in the "
+                    "train section."
                 )
         peak = peak_lr(self.config, self.global_batch)
         if peak < self.config.min_lr:
             raise UserError(
-                f"peak learning rate {peak:.3g} (lr {self.config.lr:g}, scaling '{self.config.lr_scaling}', global "
-                f"batch {self.global_batch}) is below min_lr {self.config.min_lr:g}. Raise lr, lower min_lr, or set "
+                f"peak learning rate {peak:.3g} (lr {self.config.lr:g}, scaling "
+                f"'{self.config.lr_scaling}', global "
+                f"batch {self.global_batch}) is below min_lr {self.config.min_lr:g}. Raise lr, "
+                "lower min_lr, or set "
                 "lr_scaling=none."
             )
 
@@ -137,7 +167,8 @@ class Schedules:
         """Values of one step.
 
         Args:
-            step: number of optimizer steps finished before this one, >= 0; past the end every curve keeps its end.
+            step: number of optimizer steps finished before this one, >= 0; past the end every curve
+                keeps its end.
         """
         assert step >= 0, step
         config, total = self.config, self.total_steps

@@ -64,11 +64,15 @@ def forward(
         spacing_mm.append(views.local_mm_VB3.flatten(0, 1))
 
     with torch.no_grad():
-        teacher_global = encode(pair.teacher.backbone, [globals_BZYX], [None], None, spacing_mm[:1])[0]
+        teacher_global = encode(
+            pair.teacher.backbone, [globals_BZYX], [None], None, spacing_mm[:1]
+        )[0]
         snapshot_global = None
         if use_snapshot:
             assert pair.snapshot is not None
-            snapshot_global = encode(pair.snapshot.backbone, [globals_BZYX], [None], None, spacing_mm[:1])[0]
+            snapshot_global = encode(
+                pair.snapshot.backbone, [globals_BZYX], [None], None, spacing_mm[:1]
+            )[0]
     student = encode(pair.student.backbone, crops, crop_masks, key, spacing_mm)
     sets = TokenSets(
         student_global=student[0],

@@ -1,4 +1,6 @@
-"""The pair that learns from itself: a student, and a teacher that is the student's moving average."""
+"""The pair that learns from itself: a student, and a teacher that is the student's moving
+average.
+"""
 
 from __future__ import annotations
 
@@ -33,9 +35,9 @@ class Network(nn.Module):
 class StudentTeacher(nn.Module):
     """Student, teacher and losses of one run, all on one device.
 
-    Both start equal, heads too, and from the same values on any number of ranks. The teacher has no gradient and stays
-    in eval mode. So does the snapshot, a copy of the teacher's backbone at an earlier step, which is there only where a
-    loss wants it.
+    Both start equal, heads too, and from the same values on any number of ranks. The teacher has no
+    gradient and stays in eval mode. So does the snapshot, a copy of the teacher's backbone at an
+    earlier step, which is there only where a loss wants it.
 
     Args:
         model: the backbone's plug-in section.
@@ -43,11 +45,11 @@ class StudentTeacher(nn.Module):
         seed: of the initial weights.
         device: of parameters and loss state.
         dtype: of parameters and loss state.
-        shard: shards a network in place, before it has values; the bool is True for the student. None: this rank holds
-            all of it.
+        shard: shards a network in place, before it has values; the bool is True for the student.
+            None: this rank holds all of it.
     Raises:
-        UserError: no loss is switched on, iBOT shares a head that is not there or not equal, or two losses want
-            snapshots of different steps.
+        UserError: no loss is switched on, iBOT shares a head that is not there or not equal, or two
+            losses want snapshots of different steps.
     """
 
     snapshot_taken: Tensor
@@ -64,23 +66,30 @@ class StudentTeacher(nn.Module):
     ) -> None:
         super().__init__()
         if not losses:
-            raise UserError("losses: every term is switched off; keep at least losses.dino or losses.ibot")
+            raise UserError(
+                "losses: every term is switched off; keep at least losses.dino or losses.ibot"
+            )
         self.terms: dict[str, Loss] = {
             each.name: plugins.load("losses", each.name).build(each.config) for each in losses
         }
         check_heads(self.terms)
         self.snapshot_times = snapshot_times(self.terms)
-        self.losses = nn.ModuleDict({module_key(name): loss for name, loss in self.terms.items()}).to(device, dtype)
+        self.losses = nn.ModuleDict(
+            {module_key(name): loss for name, loss in self.terms.items()}
+        ).to(device, dtype)
         owners = list(dict.fromkeys(loss.head_of for loss in self.terms.values() if loss.head_of))
         with torch.device("cpu" if shard is None else "meta"):
             backbone: Backbone = plugins.load("models", model.name).build(model.config)
-            heads = {name: PrototypeHead(backbone.dim, self.terms[name].config.head) for name in owners}
+            heads = {
+                name: PrototypeHead(backbone.dim, self.terms[name].config.head) for name in owners
+            }
             self.student = Network(backbone, heads).to(dtype)
         self.teacher = copy.deepcopy(self.student)
         self.snapshot: Network | None = None
         if self.snapshot_times is not None:
             self.snapshot = Network(copy.deepcopy(backbone), {})
-            # finished steps when it was taken, -1 before; on the CPU, since the host asks at every step
+            # finished steps when it was taken, -1 before; on the CPU, since the host asks at every
+            # step
             self.register_buffer("snapshot_taken", torch.tensor(-1))
         for network in (self.student, *self.frozen()):
             if shard is None:
@@ -99,11 +108,15 @@ class StudentTeacher(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
-        """Set the student from (seed, names of parameters), and teacher and snapshot equal to it."""
+        """Set the student from (seed, names of parameters), and teacher and snapshot equal to
+        it.
+        """
         self.student.backbone.init_weights(seed)
         for index, head in enumerate(self.student.heads.values()):
             head.init_weights(seed + 2 + index)  # type: ignore[operator]
-        for teacher, student in zip(self.teacher.parameters(), self.student.parameters(), strict=True):
+        for teacher, student in zip(
+            self.teacher.parameters(), self.student.parameters(), strict=True
+        ):
             local_part(teacher).copy_(local_part(student))
         if self.snapshot is not None:
             self.copy_teacher(self.snapshot)
@@ -116,13 +129,14 @@ class StudentTeacher(nn.Module):
         return self
 
     def with_settings(self, losses: Sequence[Plugin]) -> dict[str, Loss]:
-        """The same losses with other settings: those that differ are made anew and hold what the old ones hold.
+        """The same losses with other settings: those that differ are made anew and hold what the
+        old ones hold.
 
         Args:
             losses: plug-in sections of the losses of this pair.
         Raises:
-            UserError: with these settings a loss would use another head, hold something of another shape, or want the
-                snapshot at other steps.
+            UserError: with these settings a loss would use another head, hold something of another
+                shape, or want the snapshot at other steps.
         """
         assert [each.name for each in losses] == list(self.terms)
         found: dict[str, Loss] = {}
@@ -132,11 +146,18 @@ class StudentTeacher(nn.Module):
                 continue
             with torch.random.fork_rng(devices=[]):  # a draw here must not move those of training
                 new: Loss = plugins.load("losses", each.name).build(each.config)
-            held, holds = ({key: x.shape for key, x in loss.state_dict().items()} for loss in (old, new))
+            held, holds = (
+                {key: x.shape for key, x in loss.state_dict().items()} for loss in (old, new)
+            )
             if old.head_of != new.head_of or held != holds:
-                raise UserError(f"losses.{each.name}: these settings need another head or state, so they cannot change")
+                raise UserError(
+                    f"losses.{each.name}: these settings need another head or state, so they "
+                    "cannot change"
+                )
             if old.snapshot != new.snapshot:
-                raise UserError(f"losses.{each.name}: the teacher's copy has one timetable, which cannot change")
+                raise UserError(
+                    f"losses.{each.name}: the teacher's copy has one timetable, which cannot change"
+                )
             like = next(self.parameters())
             found[each.name] = new.to(like.device, like.dtype).train(old.training)
             found[each.name].load_state_dict(old.state_dict())
@@ -156,14 +177,18 @@ class StudentTeacher(nn.Module):
 
     @torch.no_grad()
     def update_teacher(self, momentum: float, apply: Tensor) -> None:
-        """t <- m t + (1 - m) s for the parameters of backbone and heads, once per optimizer step; shard by shard.
+        """t <- m t + (1 - m) s for the parameters of backbone and heads, once per optimizer step;
+        shard by shard.
 
         Args:
             momentum: m of this step.
-            apply: bool scalar on the device; False leaves the teacher as it is, without asking the host.
+            apply: bool scalar on the device; False leaves the teacher as it is, without asking the
+                host.
         """
         weight = apply.to(torch.float64) * (1.0 - momentum)
-        for teacher, student in zip(self.teacher.parameters(), self.student.parameters(), strict=True):
+        for teacher, student in zip(
+            self.teacher.parameters(), self.student.parameters(), strict=True
+        ):
             local_part(teacher).lerp_(local_part(student), weight.to(teacher.dtype))
 
     def uses_snapshot(self, step: int) -> bool:
@@ -172,14 +197,17 @@ class StudentTeacher(nn.Module):
 
     @torch.no_grad()
     def refresh_snapshot(self, step: int, apply: Tensor) -> None:
-        """Take the teacher as it is now, if that is due before the step after `step` finished ones; shard by shard.
+        """Take the teacher as it is now, if that is due before the step after `step` finished ones;
+        shard by shard.
 
-        Called at the beginning of every optimizer step, so that a checkpoint of this step, without it, gives the same.
+        Called at the beginning of every optimizer step, so that a checkpoint of this step, without
+        it, gives the same.
 
         Args:
             step: finished optimizer steps.
-            apply: bool scalar on the device; False leaves the snapshot's weights as they are, without asking the host
-                (a run in which a step was refused ends without a further checkpoint).
+            apply: bool scalar on the device; False leaves the snapshot's weights as they are,
+                without asking the host (a run in which a step was refused ends without a further
+                checkpoint).
         """
         if self.snapshot is None or self.snapshot_times is None:
             return
@@ -189,21 +217,30 @@ class StudentTeacher(nn.Module):
 
     def copy_teacher(self, snapshot: Network, apply: Tensor | None = None) -> None:
         """Make a snapshot equal to the teacher's backbone."""
-        for kept, teacher in zip(snapshot.backbone.parameters(), self.teacher.backbone.parameters(), strict=True):
+        for kept, teacher in zip(
+            snapshot.backbone.parameters(), self.teacher.backbone.parameters(), strict=True
+        ):
             now = local_part(teacher)
-            local_part(kept).copy_(now if apply is None else torch.where(apply, now, local_part(kept)))
+            local_part(kept).copy_(
+                now if apply is None else torch.where(apply, now, local_part(kept))
+            )
 
 
 def check_heads(terms: Mapping[str, Loss]) -> None:
-    """Raise UserError where a loss shares a head that is not there or that it describes otherwise."""
+    """Raise UserError where a loss shares a head that is not there or that it describes
+    otherwise.
+    """
     for name, loss in terms.items():
         if not loss.head_of:
             continue
         if loss.head_of not in terms:
-            raise UserError(f"losses.{name} shares the head of losses.{loss.head_of}, which is switched off")
+            raise UserError(
+                f"losses.{name} shares the head of losses.{loss.head_of}, which is switched off"
+            )
         if loss.config.head != terms[loss.head_of].config.head:
             raise UserError(
-                f"losses.{name} shares the head of losses.{loss.head_of}, but their head sections differ; "
+                f"losses.{name} shares the head of losses.{loss.head_of}, but their head sections "
+                "differ; "
                 f"write losses.{name}.head: ${{losses.{loss.head_of}.head}}"
             )
 
@@ -213,7 +250,10 @@ def snapshot_times(terms: Mapping[str, Loss]) -> SnapshotTimes | None:
     wanted = {name: loss.snapshot for name, loss in terms.items() if loss.snapshot is not None}
     if len(set(wanted.values())) > 1:
         names = " and ".join(f"losses.{name}" for name in wanted)
-        raise UserError(f"{names} want snapshots of the teacher at different steps; there is one: give them equal ones")
+        raise UserError(
+            f"{names} want snapshots of the teacher at different steps; there is one: give them "
+            "equal ones"
+        )
     return next(iter(wanted.values()), None)
 
 
@@ -227,7 +267,9 @@ def copy_buffers(backbone: Backbone, model: Plugin) -> None:
 
 
 def module_key(name: str) -> str:
-    """Name of a plug-in as torch takes it for a submodule: a user's `mylab.foo` becomes `mylab/foo`."""
+    """Name of a plug-in as torch takes it for a submodule: a user's `mylab.foo` becomes
+    `mylab/foo`.
+    """
     return name.replace(".", "/")
 
 

@@ -1,7 +1,8 @@
 """Where the crops lie: boxes drawn on the device, by key, with a share of body in each.
 
-Axes: B batch, V views of one kind, C candidate places, Z Y X depth height width in voxels of the slab; 3 is (z, y, x).
-A box is a half-open interval [start, start + length) per axis, in voxels, where voxel k covers [k, k + 1).
+Axes: B batch, V views of one kind, C candidate places, Z Y X depth height width in voxels of the
+slab; 3 is (z, y, x). A box is a half-open interval [start, start + length) per axis, in voxels,
+where voxel k covers [k, k + 1).
 """
 
 from __future__ import annotations
@@ -19,8 +20,14 @@ from tapct.types import HUContract
 
 Kind = Literal["global", "local"]
 
-CELL = (4, 8, 8)  # voxels of one cell of the body map; a cell is judged by 16 voxels of its first slice
-BODY_ABOVE_AIR_HU = 48.0  # a cell whose mean lies higher than this above clipped air is body: lung (about -850) is
+CELL = (
+    4,
+    8,
+    8,
+)  # voxels of one cell of the body map; a cell is judged by 16 voxels of its first slice
+BODY_ABOVE_AIR_HU = (
+    48.0  # a cell whose mean lies higher than this above clipped air is body: lung (about -850) is
+)
 
 
 @dataclass(frozen=True)
@@ -31,7 +38,8 @@ class Rule:
         window: size of the finished view (z, y, x).
         area: share of the scan's in-plane area, uniform between the two.
         aspect: height / width in voxels, log-uniform between the two.
-        z_zoom: slices of the scan per slice of the view, log-uniform between the two; (1, 1) cuts whole slices.
+        z_zoom: slices of the scan per slice of the view, log-uniform between the two; (1, 1) cuts
+            whole slices.
         body_share_min: share of body that a crop should hold.
         candidates: how many places are tried for it.
         flip_p: chance of a flip along (z, y, x).
@@ -72,16 +80,28 @@ def body_cells(hu_BZYX: Tensor, contract: HUContract) -> Tensor:
     Returns:
         float32 0 or 1 per `CELL`, the far cells filled up with air.
     """
-    sampled = hu_BZYX[:, :: CELL[0], ::2, ::2]  # a sixteenth of the voxels: 16 per cell make a steady mean
+    sampled = hu_BZYX[
+        :, :: CELL[0], ::2, ::2
+    ]  # a sixteenth of the voxels: 16 per cell make a steady mean
     cell_y, cell_x = CELL[1] // 2, CELL[2] // 2
     fill = (0, -sampled.shape[3] % cell_x, 0, -sampled.shape[2] % cell_y)
-    above_air = sampled.to(torch.float32).clamp(contract.clip_low, contract.clip_high).sub(contract.clip_low)
-    cells = F.pad(above_air, fill).unflatten(3, (-1, cell_x)).unflatten(2, (-1, cell_y)).mean(dim=(3, 5))
+    above_air = (
+        sampled.to(torch.float32)
+        .clamp(contract.clip_low, contract.clip_high)
+        .sub(contract.clip_low)
+    )
+    cells = (
+        F.pad(above_air, fill)
+        .unflatten(3, (-1, cell_x))
+        .unflatten(2, (-1, cell_y))
+        .mean(dim=(3, 5))
+    )
     return (cells > BODY_ABOVE_AIR_HU).to(torch.float32)
 
 
 def body_share(cells_Bzyx: Tensor, start_VBC3: Tensor, length_VBC3: Tensor) -> Tensor:
-    """Share of each box's volume that is body: the overlap of a box with a cell is a product of three overlaps.
+    """Share of each box's volume that is body: the overlap of a box with a cell is a product of
+    three overlaps.
 
     Args:
         cells_Bzyx: from `body_cells`.
@@ -101,26 +121,40 @@ def body_share(cells_Bzyx: Tensor, start_VBC3: Tensor, length_VBC3: Tensor) -> T
 
 
 def max_length(rule: Rule, slab_ZYX: tuple[int, int, int]) -> tuple[float, float, float]:
-    """The longest edges that `draw` can give in slabs of this size, for static shapes; voxels along (z, y, x)."""
+    """The longest edges that `draw` can give in slabs of this size, for static shapes; voxels along
+    (z, y, x).
+    """
     _, height, width = slab_ZYX
     area = rule.area[1] * height * width
     longest_y = max(math.sqrt(area * rule.aspect[1]), rule.area[1] * height)
     longest_x = max(math.sqrt(area / rule.aspect[0]), rule.area[1] * width)
-    return rule.window[0] * rule.z_zoom[1], min(longest_y, float(height)), min(longest_x, float(width))
+    return (
+        rule.window[0] * rule.z_zoom[1],
+        min(longest_y, float(height)),
+        min(longest_x, float(width)),
+    )
 
 
 def draw(
-    rule: Rule, kind: Kind, num_views: int, cells_Bzyx: Tensor, extent_B3: Tensor, sample_B: Tensor, seed: int
+    rule: Rule,
+    kind: Kind,
+    num_views: int,
+    cells_Bzyx: Tensor,
+    extent_B3: Tensor,
+    sample_B: Tensor,
+    seed: int,
 ) -> Boxes:
     """Draw the boxes of all views of one kind.
 
-    The size of a box is drawn once, so that `area` and `aspect` are exactly what was asked for; only its place is
-    drawn `candidates` times, and the first place with enough body is taken, else the one with the most.
+    The size of a box is drawn once, so that `area` and `aspect` are exactly what was asked for;
+    only its place is drawn `candidates` times, and the first place with enough body is taken, else
+    the one with the most.
 
     Args:
         cells_Bzyx: from `body_cells`.
-        extent_B3: int64, voxels of the slab that are scan. In-plane a box never leaves them; along z only where the
-            scan is shorter than the box, which then starts at the scan's first slice.
+        extent_B3: int64, voxels of the slab that are scan. In-plane a box never leaves them; along
+            z only where the scan is shorter than the box, which then starts at the scan's first
+            slice.
         sample_B: int64 keys of the samples.
     """
     view_V1 = torch.arange(num_views, device=sample_B.device)[:, None]
@@ -133,21 +167,32 @@ def draw(
     best_VB = score_VBC.argmax(dim=2)
     start_VB3 = start_VBC3.gather(2, best_VB[:, :, None, None].expand(-1, -1, 1, 3)).squeeze(2)
     flips = [
-        rng.uniform(seed, f"{kind} flip", sample_B, view_V1, axis) < chance for axis, chance in enumerate(rule.flip_p)
+        rng.uniform(seed, f"{kind} flip", sample_B, view_V1, axis) < chance
+        for axis, chance in enumerate(rule.flip_p)
     ]
     share_VB = share_VBC.gather(2, best_VB[:, :, None]).squeeze(2)
     return Boxes(start_VB3, length_VB3, torch.stack(flips, dim=2), share_VB)
 
 
-def _lengths(rule: Rule, kind: Kind, view_V1: Tensor, extent_B3: Tensor, sample_B: Tensor, seed: int) -> Tensor:
-    """Edge lengths (V, B, 3): area uniform, aspect log-uniform over what fits into the scan at that area."""
+def _lengths(
+    rule: Rule, kind: Kind, view_V1: Tensor, extent_B3: Tensor, sample_B: Tensor, seed: int
+) -> Tensor:
+    """Edge lengths (V, B, 3): area uniform, aspect log-uniform over what fits into the scan at that
+    area.
+    """
     height_B, width_B = extent_B3[:, 1], extent_B3[:, 2]
     area_VB = _between(rule.area, rng.uniform(seed, f"{kind} area", sample_B, view_V1))
     lowest = torch.log(area_VB * height_B / width_B)  # there the box is as wide as the scan
     highest = torch.log(height_B / (area_VB * width_B))  # there it is as high
-    first = torch.minimum(torch.maximum(lowest, lowest.new_full((), math.log(rule.aspect[0]))), highest)
-    last = torch.maximum(torch.minimum(highest, lowest.new_full((), math.log(rule.aspect[1]))), lowest)
-    aspect_VB = torch.exp(first + (last - first) * rng.uniform(seed, f"{kind} aspect", sample_B, view_V1))
+    first = torch.minimum(
+        torch.maximum(lowest, lowest.new_full((), math.log(rule.aspect[0]))), highest
+    )
+    last = torch.maximum(
+        torch.minimum(highest, lowest.new_full((), math.log(rule.aspect[1]))), lowest
+    )
+    aspect_VB = torch.exp(
+        first + (last - first) * rng.uniform(seed, f"{kind} aspect", sample_B, view_V1)
+    )
     voxels_VB = area_VB * height_B * width_B
     length_y = torch.minimum((voxels_VB * aspect_VB).sqrt(), height_B)
     length_x = torch.minimum((voxels_VB / aspect_VB).sqrt(), width_B)
@@ -157,17 +202,28 @@ def _lengths(rule: Rule, kind: Kind, view_V1: Tensor, extent_B3: Tensor, sample_
 
 
 def _starts(
-    rule: Rule, kind: Kind, view_V1: Tensor, extent_B3: Tensor, length_VB3: Tensor, sample_B: Tensor, seed: int
+    rule: Rule,
+    kind: Kind,
+    view_V1: Tensor,
+    extent_B3: Tensor,
+    length_VB3: Tensor,
+    sample_B: Tensor,
+    seed: int,
 ) -> Tensor:
     """Candidate places (V, B, C, 3), uniform over all that keep the box inside the scan."""
-    view_V11, candidate_C = view_V1[..., None], torch.arange(rule.candidates, device=sample_B.device)
+    view_V11, candidate_C = (
+        view_V1[..., None],
+        torch.arange(rule.candidates, device=sample_B.device),
+    )
     free_VB13 = (extent_B3 - length_VB3).clamp(min=0)[:, :, None]
     starts = []
     for axis, name in enumerate("zyx"):
         u_VBC = rng.uniform(seed, f"{kind} place {name}", sample_B[:, None], view_V11, candidate_C)
         free_VB1 = free_VB13[..., axis]
         if axis == 0 and rule.z_zoom == (1.0, 1.0):
-            starts.append((u_VBC * (free_VB1 + 1)).floor().minimum(free_VB1))  # whole slices, no interpolation
+            starts.append(
+                (u_VBC * (free_VB1 + 1)).floor().minimum(free_VB1)
+            )  # whole slices, no interpolation
         else:
             starts.append(u_VBC * free_VB1)
     return torch.stack(starts, dim=3)

@@ -1,4 +1,5 @@
-"""What an op may know: which view of which samples it works on, how large its voxels are, and the HU window.
+"""What an op may know: which view of which samples it works on, how large its voxels are, and the
+HU window.
 
 Axes: B batch, Z Y X depth height width.
 """
@@ -39,7 +40,9 @@ class ViewKey:
 
     @property
     def group(self) -> int:
-        """0 for the first global view, 1 for the other globals, 2 for locals: index into a field with three chances."""
+        """0 for the first global view, 1 for the other globals, 2 for locals: index into a field
+        with three chances.
+        """
         return 2 if self.kind == "local" else min(self.view, 1)
 
     def uniform(self, purpose: str, low: float, high: float) -> Tensor:
@@ -52,7 +55,9 @@ class ViewKey:
         return self.uniform(f"{purpose} happens", 0.0, 1.0) < p
 
     def normal_like(self, purpose: str, view_BZYX: Tensor) -> Tensor:
-        """Standard normal float32 for every voxel; a sample's draws do not depend on its place in the batch."""
+        """Standard normal float32 for every voxel; a sample's draws do not depend on its place in
+        the batch.
+        """
         shape_ZYX = view_BZYX.shape[1:]
         voxel_ZYX = torch.arange(shape_ZYX.numel(), device=view_BZYX.device).view(shape_ZYX)
         sample_B111 = self.sample_B[:, None, None, None]

@@ -1,7 +1,9 @@
 """From a batch of slabs to the views that the student and the teacher see, all on the device.
 
-Axes: B batch, V views of one kind (crop-major: all samples of view 0, then view 1), N patch tokens, Z Y X.
-Order of work: clip to the HU window, crop + resize + blur as matrices, ops one by one, clip again and z-score.
+Axes: B batch, V views of one kind (crop-major: all samples of view 0, then view 1), N patch tokens,
+    Z Y X.
+Order of work: clip to the HU window, crop + resize + blur as matrices, ops one by one, clip again
+    and z-score.
 """
 
 from __future__ import annotations
@@ -22,38 +24,66 @@ from tapct.views.key import Op, ViewKey
 
 @dataclass(frozen=True)
 class Config:
-    """How views are made. Source of the defaults, where none is named: TAP-CT's public training configs."""
+    """How views are made. Source of the defaults, where none is named: TAP-CT's public training
+    configs.
+    """
 
     num_globals: int = setting(2, "global views of a scan", ge=1)
-    global_window: tuple[int, int, int] = setting((12, 224, 224), "size of a global view (z, y, x)", ge=1)
+    global_window: tuple[int, int, int] = setting(
+        (12, 224, 224), "size of a global view (z, y, x)", ge=1
+    )
     global_area: tuple[float, float] = setting(
-        (0.32, 1.0), "share of the scan's in-plane area in a global view, uniform between the two", gt=0, le=1
+        (0.32, 1.0),
+        "share of the scan's in-plane area in a global view, uniform between the two",
+        gt=0,
+        le=1,
     )
     num_locals: int = setting(8, "local views of a scan; 0 for none", ge=0)
-    local_window: tuple[int, int, int] = setting((12, 96, 96), "size of a local view (z, y, x)", ge=1)
+    local_window: tuple[int, int, int] = setting(
+        (12, 96, 96), "size of a local view (z, y, x)", ge=1
+    )
     local_area: tuple[float, float] = setting(
-        (0.05, 0.32), "share of the scan's in-plane area in a local view, uniform between the two", gt=0, le=1
+        (0.05, 0.32),
+        "share of the scan's in-plane area in a local view, uniform between the two",
+        gt=0,
+        le=1,
     )
     aspect: tuple[float, float] = setting(
-        (3 / 4, 4 / 3), "height / width of a crop in voxels, log-uniform over what fits into the scan", gt=0
+        (3 / 4, 4 / 3),
+        "height / width of a crop in voxels, log-uniform over what fits into the scan",
+        gt=0,
     )
     z_zoom: tuple[float, float] = setting(
-        (1.0, 1.0), "slices of the scan per slice of a view, log-uniform; 1, 1 cuts whole slices, unresized", gt=0
+        (1.0, 1.0),
+        "slices of the scan per slice of a view, log-uniform; 1, 1 cuts whole slices, unresized",
+        gt=0,
     )
     body_share_min: float = setting(
-        0.25, "a crop should hold this share of body, lungs included (ours); 0 accepts any", ge=0, le=1
+        0.25,
+        "a crop should hold this share of body, lungs included (ours); 0 accepts any",
+        ge=0,
+        le=1,
     )
-    candidates: int = setting(4, "places tried for a crop with enough body, else the best of them (ours)", ge=1, le=64)
+    candidates: int = setting(
+        4, "places tried for a crop with enough body, else the best of them (ours)", ge=1, le=64
+    )
     flip_p: tuple[float, float, float] = setting(
-        (0.0, 0.0, 0.0), "chance of a mirror image along (z, y, x); bodies have a left and a right (ours)", ge=0, le=1
+        (0.0, 0.0, 0.0),
+        "chance of a mirror image along (z, y, x); bodies have a left and a right (ours)",
+        ge=0,
+        le=1,
     )
     blur_sigma: tuple[float, float] = setting(
-        (0.1, 2.0), "width of the Gaussian blur in pixels of the view, all three axes, uniform", ge=0
+        (0.1, 2.0),
+        "width of the Gaussian blur in pixels of the view, all three axes, uniform",
+        ge=0,
     )
     blur_p: tuple[float, float, float] = setting(
         (1.0, 0.1, 0.5), "chance of blur: first global view, other globals, locals", ge=0, le=1
     )
-    ops: tuple[Plugin, ...] = plugins.table("views.ops", ("gain",), "ops on finished views, in this order")
+    ops: tuple[Plugin, ...] = plugins.table(
+        "views.ops", ("gain",), "ops on finished views, in this order"
+    )
 
     def __post_init__(self) -> None:
         for name in ("global_area", "local_area", "aspect", "z_zoom", "blur_sigma"):
@@ -64,21 +94,36 @@ class Config:
     def rule(self, kind: Kind) -> Rule:
         """The crop rule of one kind of view."""
         window, area = (
-            (self.global_window, self.global_area) if kind == "global" else (self.local_window, self.local_area)
+            (self.global_window, self.global_area)
+            if kind == "global"
+            else (self.local_window, self.local_area)
         )
-        return Rule(window, area, self.aspect, self.z_zoom, self.body_share_min, self.candidates, self.flip_p)
+        return Rule(
+            window,
+            area,
+            self.aspect,
+            self.z_zoom,
+            self.body_share_min,
+            self.candidates,
+            self.flip_p,
+        )
 
     def slices_needed(self) -> float:
-        """Slices that the deepest view reads: a shallower slab would always be filled up with air."""
+        """Slices that the deepest view reads: a shallower slab would always be filled up with
+        air.
+        """
         depths = [self.global_window[0]] + ([self.local_window[0]] if self.num_locals else [])
         return max(depths) * self.z_zoom[1]
 
 
 @torch.no_grad()
-def make_views(batch: Batch, config: Config, contract: HUContract, seed: int, patch: tuple[int, int, int]) -> Views:
+def make_views(
+    batch: Batch, config: Config, contract: HUContract, seed: int, patch: tuple[int, int, int]
+) -> Views:
     """Make all views of a micro-batch. Never waits for the device.
 
-    Every draw is keyed by (seed, sample number, view), so a sample gives the same views in any batch and on any rank.
+    Every draw is keyed by (seed, sample number, view), so a sample gives the same views in any
+    batch and on any rank.
 
     Args:
         batch: slabs, on the device.
@@ -89,12 +134,18 @@ def make_views(batch: Batch, config: Config, contract: HUContract, seed: int, pa
         UserError: a global view is not a whole number of patches.
     """
     if any(size % p for size, p in zip(config.global_window, patch, strict=True)):
-        raise UserError(f"views.global_window {config.global_window} is not a multiple of the patch {patch}")
+        raise UserError(
+            f"views.global_window {config.global_window} is not a multiple of the patch {patch}"
+        )
     ops = tuple(plugins.load("views.ops", op.name).build(op.config) for op in config.ops)
     with resample.full_precision(batch.hu_BZYX.device):
         cells = boxes.body_cells(batch.hu_BZYX, contract)
-        views_global, crops, global_mm_VB3 = _views_of_kind(batch, config, contract, seed, "global", cells, ops)
-        views_local, _, local_mm_VB3 = _views_of_kind(batch, config, contract, seed, "local", cells, ops)
+        views_global, crops, global_mm_VB3 = _views_of_kind(
+            batch, config, contract, seed, "global", cells, ops
+        )
+        views_local, _, local_mm_VB3 = _views_of_kind(
+            batch, config, contract, seed, "local", cells, ops
+        )
     grid = tuple(size // p for size, p in zip(config.global_window, patch, strict=True))
     return Views(
         views_global,
@@ -106,21 +157,40 @@ def make_views(batch: Batch, config: Config, contract: HUContract, seed: int, pa
 
 
 def _views_of_kind(
-    batch: Batch, config: Config, contract: HUContract, seed: int, kind: Kind, cells: Tensor, ops: tuple[Op, ...]
+    batch: Batch,
+    config: Config,
+    contract: HUContract,
+    seed: int,
+    kind: Kind,
+    cells: Tensor,
+    ops: tuple[Op, ...],
 ) -> tuple[Tensor, Boxes, Tensor]:
-    """The views (V, B, Z, Y, X) of one kind, normalised, their boxes, and the mm of their voxels (V, B, 3)."""
-    rule, num_views = config.rule(kind), config.num_globals if kind == "global" else config.num_locals
+    """The views (V, B, Z, Y, X) of one kind, normalised, their boxes, and the mm of their voxels
+    (V, B, 3).
+    """
+    rule, num_views = (
+        config.rule(kind),
+        config.num_globals if kind == "global" else config.num_locals,
+    )
     slab_ZYX = (batch.hu_BZYX.shape[1], batch.hu_BZYX.shape[2], batch.hu_BZYX.shape[3])
     crops = boxes.draw(rule, kind, num_views, cells, batch.extent_B3, batch.sample_B, seed)
     mm_VB3 = mm_per_voxel(crops, rule.window, batch.spacing_mm_B3)
-    keys = [ViewKey(seed, batch.sample_B, kind, view, contract, mm_VB3[view]) for view in range(num_views)]
+    keys = [
+        ViewKey(seed, batch.sample_B, kind, view, contract, mm_VB3[view])
+        for view in range(num_views)
+    ]
     out = torch.empty((num_views, len(batch.sample_B), *rule.window), device=batch.hu_BZYX.device)
     if not keys:
         return out, crops, mm_VB3
     sigma_VB = torch.stack([_blur_sigma(config, key) for key in keys])
     max_sigma = config.blur_sigma[1] if max(config.blur_p[key.group] for key in keys) > 0 else 0.0
     maps = resample.matrices(
-        crops, rule.window, slab_ZYX, boxes.max_length(rule, slab_ZYX), sigma_VB=sigma_VB, max_sigma=max_sigma
+        crops,
+        rule.window,
+        slab_ZYX,
+        boxes.max_length(rule, slab_ZYX),
+        sigma_VB=sigma_VB,
+        max_sigma=max_sigma,
     )
     for view, key in enumerate(keys):
         resample.apply(batch.hu_BZYX, maps, view, contract, out[view])
@@ -134,7 +204,9 @@ def _views_of_kind(
 def _blur_sigma(config: Config, key: ViewKey) -> Tensor:
     """(B,) width of the blur of one view, 0 where it does not happen."""
     sigma = torch.where(
-        key.happens("blur", config.blur_p[key.group]), key.uniform("blur sigma", *config.blur_sigma), 0.0
+        key.happens("blur", config.blur_p[key.group]),
+        key.uniform("blur sigma", *config.blur_sigma),
+        0.0,
     )
     return sigma.flatten()
 
@@ -148,11 +220,14 @@ def mm_per_voxel(crops: Boxes, window: tuple[int, int, int], spacing_mm_B3: Tens
         spacing_mm_B3: of the slabs.
     """
     length_mm_VB3 = crops.length_VB3 * spacing_mm_B3
-    return torch.stack([length_mm_VB3[..., axis] / size for axis, size in enumerate(window)], dim=-1)
+    return torch.stack(
+        [length_mm_VB3[..., axis] / size for axis, size in enumerate(window)], dim=-1
+    )
 
 
 def tokens_in_scan(crops: Boxes, grid: tuple[int, ...], extent_B3: Tensor) -> Tensor:
-    """Which patch tokens hold scan: (V, B, N) bool in raster order, False where a token lies wholly in padding.
+    """Which patch tokens hold scan: (V, B, N) bool in raster order, False where a token lies wholly
+    in padding.
 
     Args:
         crops: boxes of the views.
@@ -165,7 +240,10 @@ def tokens_in_scan(crops: Boxes, grid: tuple[int, ...], extent_B3: Tensor) -> Te
         flip = crops.flip_VB3[..., axis, None]
         first, last = (torch.where(flip, 1 - e, e) for e in (edge[:-1], edge[1:]))
         start, length = crops.start_VB3[..., axis, None], crops.length_VB3[..., axis, None]
-        begin, end = start + length * torch.minimum(first, last), start + length * torch.maximum(first, last)
+        begin, end = (
+            start + length * torch.minimum(first, last),
+            start + length * torch.maximum(first, last),
+        )
         sliver = 1e-3  # voxel: less is rounding, not scan
         held.append((begin < extent_B3[:, axis, None] - sliver) & (end > sliver))
     z, y, x = held

@@ -1,10 +1,13 @@
 """Crop, resize, anti-alias and blur as three small matrices per crop, in float32.
 
-    view[z', y', x'] = air + sum over z, y, x of  Mz[z', z] * My[y', y] * Mx[x', x] * (slab[z, y, x] - air)
+    view[z', y', x'] = air + sum over z, y, x of  Mz[z', z] * My[y', y] * Mx[x', x] * (slab[z, y, x]
+    - air)
 
-Axes: B batch, V views of one kind, n pixels of the view along one axis, S voxels of the slab along it, Z Y X all three.
-M = G R: R resizes (triangle filter, stretched where it shrinks, so that nothing aliases), G blurs on the view's own
-grid. Rows sum to 1 over the endless line; what lies outside the slab has weight too, and counts as air.
+Axes: B batch, V views of one kind, n pixels of the view along one axis, S voxels of the slab along
+    it, Z Y X all three.
+M = G R: R resizes (triangle filter, stretched where it shrinks, so that nothing aliases), G blurs
+on the view's own grid. Rows sum to 1 over the endless line; what lies outside the slab has weight
+too, and counts as air.
 """
 
 from __future__ import annotations
@@ -28,9 +31,11 @@ class AxisMap:
     """The matrices of one axis, for all crops of one kind.
 
     Args:
-        matrix_VBnS: float32; column j belongs to voxel first_VB + j. The number of columns is the same for all.
+        matrix_VBnS: float32; column j belongs to voxel first_VB + j. The number of columns is the
+            same for all.
         first_VB: int64 >= 0.
-        begin_VB, end_VB: int64, the voxels that really weigh lie in [begin, end), a part of the columns.
+        begin_VB, end_VB: int64, the voxels that really weigh lie in [begin, end), a part of the
+            columns.
     """
 
     matrix_VBnS: Tensor
@@ -68,15 +73,19 @@ def matrices(
         boxes: from `boxes.draw`.
         window: pixels of the views (z, y, x).
         slab_ZYX: size of the slab array.
-        max_length: bound on `boxes.length_VB3` in voxels, known to the host: it makes the shapes static.
-        sigma_VB: float32 width of the Gaussian blur in pixels of the view, the same along all axes; 0 is none.
+        max_length: bound on `boxes.length_VB3` in voxels, known to the host: it makes the shapes
+            static.
+        sigma_VB: float32 width of the Gaussian blur in pixels of the view, the same along all axes;
+            0 is none.
         max_sigma: bound on `sigma_VB`, known to the host.
     """
     maps, blurs = [], {}
     if sigma_VB is not None and max_sigma > 0:
         blurs = {n: blur_matrix(sigma_VB, n, max_sigma) for n in sorted(set(window))}
     for axis, num_out in enumerate(window):
-        start, length, flip = (t[..., axis] for t in (boxes.start_VB3, boxes.length_VB3, boxes.flip_VB3))
+        start, length, flip = (
+            t[..., axis] for t in (boxes.start_VB3, boxes.length_VB3, boxes.flip_VB3)
+        )
         one = resize_map(start, length, flip, num_out, slab_ZYX[axis], max_length[axis])
         if blurs:
             one = replace(one, matrix_VBnS=blurs[num_out] @ one.matrix_VBnS)
@@ -84,8 +93,11 @@ def matrices(
     return maps[0], maps[1], maps[2]
 
 
-def resize_map(start: Tensor, length: Tensor, flip: Tensor, num_out: int, num_in: int, max_length: float) -> AxisMap:
-    """R of one axis: pixel i of the view is the triangle-weighted mean of the voxels around its centre.
+def resize_map(
+    start: Tensor, length: Tensor, flip: Tensor, num_out: int, num_in: int, max_length: float
+) -> AxisMap:
+    """R of one axis: pixel i of the view is the triangle-weighted mean of the voxels around its
+    centre.
 
     Args:
         start, length: float32 (V, B), the boxes in voxels.
@@ -97,7 +109,9 @@ def resize_map(start: Tensor, length: Tensor, flip: Tensor, num_out: int, num_in
     support = max(max_length / num_out, 1.0)
     num_columns = min(num_in, math.ceil(max_length + 2 * support) + 2)
     scale = length / num_out
-    radius = scale.clamp(min=1.0)  # below 1 the view is finer than the scan: plain linear interpolation
+    radius = scale.clamp(
+        min=1.0
+    )  # below 1 the view is finer than the scan: plain linear interpolation
     begin = (start - radius).floor().clamp(min=0)
     end = (start + length + radius).ceil().clamp(max=num_in)
     first = begin.clamp(max=num_in - num_columns)
@@ -123,7 +137,8 @@ def _line_sum(centre: Tensor, radius: Tensor) -> Tensor:
 
 
 def blur_matrix(sigma: Tensor, num: int, max_sigma: float) -> Tensor:
-    """G of one axis: Gaussian weights, reflected at both borders (the edge pixel twice), rows sum to 1.
+    """G of one axis: Gaussian weights, reflected at both borders (the edge pixel twice), rows sum
+    to 1.
 
     Args:
         sigma: float32, any shape, in pixels; 0 gives the identity.
@@ -135,8 +150,12 @@ def blur_matrix(sigma: Tensor, num: int, max_sigma: float) -> Tensor:
     mirrors = math.ceil((6 * max_sigma + num) / (2 * num))
     shift = torch.arange(-mirrors, mirrors + 1, device=sigma.device)[:, None] * (2 * num)
     distance = (torch.arange(2 * num, device=sigma.device) + shift).to(torch.float32)
-    width = sigma.clamp(min=1e-3)[..., None, None]  # at 1e-3 every neighbour underflows to exactly 0
-    ring = torch.exp(-0.5 * (distance / width) ** 2).sum(-2)  # reflecting twice comes back after 2 num pixels
+    width = sigma.clamp(min=1e-3)[
+        ..., None, None
+    ]  # at 1e-3 every neighbour underflows to exactly 0
+    ring = torch.exp(-0.5 * (distance / width) ** 2).sum(
+        -2
+    )  # reflecting twice comes back after 2 num pixels
     ring = ring / ring.sum(-1, keepdim=True)
     i = torch.arange(num, device=sigma.device)
     here, mirrored = (i[:, None] - i) % (2 * num), (i[:, None] + i + 1) % (2 * num)
@@ -144,7 +163,11 @@ def blur_matrix(sigma: Tensor, num: int, max_sigma: float) -> Tensor:
 
 
 def apply(
-    hu_BZYX: Tensor, maps: tuple[AxisMap, AxisMap, AxisMap], view: int, contract: HUContract, out_BZYX: Tensor
+    hu_BZYX: Tensor,
+    maps: tuple[AxisMap, AxisMap, AxisMap],
+    view: int,
+    contract: HUContract,
+    out_BZYX: Tensor,
 ) -> None:
     """Make one view of every slab; only the voxels under a crop are converted and read.
 
@@ -155,20 +178,34 @@ def apply(
         contract: the clip to its window comes first.
         out_BZYX: float32, receives HU in [clip_low, clip_high].
     """
-    if hu_BZYX.device.type == _HOST:  # no device to wait for: the host knows each box and cuts it exactly
-        bounds = torch.stack([t[view] for m in maps for t in (m.begin_VB, m.end_VB, m.first_VB)], dim=1).tolist()
+    if (
+        hu_BZYX.device.type == _HOST
+    ):  # no device to wait for: the host knows each box and cuts it exactly
+        bounds = torch.stack(
+            [t[view] for m in maps for t in (m.begin_VB, m.end_VB, m.first_VB)], dim=1
+        ).tolist()
         for b, row in enumerate(bounds):
-            cuts = [(begin, max(end, begin), first) for begin, end, first in zip(row[::3], row[1::3], row[2::3])]
+            cuts = [
+                (begin, max(end, begin), first)
+                for begin, end, first in zip(row[::3], row[1::3], row[2::3])
+            ]
             (z0, z1, _), (y0, y1, _), (x0, x1, _) = cuts
-            parts = [m.matrix_VBnS[view, b : b + 1, :, s - f : e - f] for m, (s, e, f) in zip(maps, cuts)]
-            crop_1YZX = _above_air(hu_BZYX[b : b + 1, z0:z1, y0:y1, x0:x1].transpose(1, 2), contract)
+            parts = [
+                m.matrix_VBnS[view, b : b + 1, :, s - f : e - f] for m, (s, e, f) in zip(maps, cuts)
+            ]
+            crop_1YZX = _above_air(
+                hu_BZYX[b : b + 1, z0:z1, y0:y1, x0:x1].transpose(1, 2), contract
+            )
             torch.add(_contract(crop_1YZX, *parts), contract.clip_low, out=out_BZYX[b : b + 1])
         return
     index_z, index_y, index_x = (
-        m.first_VB[view][:, None] + torch.arange(m.matrix_VBnS.shape[-1], device=hu_BZYX.device) for m in maps
+        m.first_VB[view][:, None] + torch.arange(m.matrix_VBnS.shape[-1], device=hu_BZYX.device)
+        for m in maps
     )
     sample = torch.arange(hu_BZYX.shape[0], device=hu_BZYX.device)[:, None, None, None]
-    crop_BYZX = hu_BZYX[sample, index_z[:, None, :, None], index_y[:, :, None, None], index_x[:, None, None, :]]
+    crop_BYZX = hu_BZYX[
+        sample, index_z[:, None, :, None], index_y[:, :, None, None], index_x[:, None, None, :]
+    ]
     view_BZYX = _contract(_above_air(crop_BYZX, contract), *(m.matrix_VBnS[view] for m in maps))
     torch.add(view_BZYX, contract.clip_low, out=out_BZYX)
 
@@ -180,7 +217,9 @@ def _above_air(hu: Tensor, contract: HUContract) -> Tensor:
 
 
 def _contract(crop_BYZX: Tensor, z_Bnz: Tensor, y_Bny: Tensor, x_Bnx: Tensor) -> Tensor:
-    """Apply three matrices to a contiguous crop; y is its first axis, so that each big product is one plain GEMM."""
+    """Apply three matrices to a contiguous crop; y is its first axis, so that each big product is
+    one plain GEMM.
+    """
     batch, _, depth, width = crop_BYZX.shape
     rows, columns = y_Bny.shape[1], x_Bnx.shape[1]
     rows_first = torch.bmm(y_Bny, crop_BYZX.reshape(batch, -1, depth * width))
@@ -213,7 +252,9 @@ def resize_volume(hu_ZYX: Tensor, size_zyx: tuple[int, int, int], air_hu: float 
 
 
 def _along_band(matrix_nS: Tensor, volume: Tensor, axis: int, rows: int = 32) -> Tensor:
-    """Apply the matrix of a whole axis, a few rows at a time: each block only meets the voxels under it."""
+    """Apply the matrix of a whole axis, a few rows at a time: each block only meets the voxels
+    under it.
+    """
     num_out, num_in = matrix_nS.shape
     shape = list(volume.shape)
     shape[axis] = num_out

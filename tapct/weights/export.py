@@ -27,8 +27,10 @@ from tapct.types import HUContract
 FORMAT, FORMAT_VERSION = "tapct", 1
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 ORIENTATION = (
-    "array axes (z, y, x), LPS: z towards the head, y towards the back, x towards the patient's left; "
-    "int16 HU; input is (B, Z, Y, X) after clip and z-score, padding is air at the far end of each axis"
+    "array axes (z, y, x), LPS: z towards the head, y towards the back, x towards the patient's "
+    "left; "
+    "int16 HU; input is (B, Z, Y, X) after clip and z-score, padding is air at the far end of "
+    "each axis"
 )
 
 
@@ -37,9 +39,12 @@ class Recipe:
     """The part of `config.json` that decides the features."""
 
     model: Plugin = plugins.section("models", "vit", "the backbone and its sizes")
-    hu_contract: HUContract = dataclasses.field(default_factory=HUContract, metadata={"doc": "HU to network input"})
+    hu_contract: HUContract = dataclasses.field(
+        default_factory=HUContract, metadata={"doc": "HU to network input"}
+    )
     preprocess: Preprocess = dataclasses.field(
-        default_factory=Preprocess, metadata={"doc": "how a whole scan is brought before the backbone"}
+        default_factory=Preprocess,
+        metadata={"doc": "how a whole scan is brought before the backbone"},
     )
 
 
@@ -51,19 +56,24 @@ def save_export(
     preprocess: Preprocess,
     provenance: Mapping[str, Any],
 ) -> None:
-    """Write an export folder; a folder of that name is replaced in one step once the new one is complete.
+    """Write an export folder; a folder of that name is replaced in one step once the new one is
+    complete.
 
     Args:
         model: the teacher's backbone.
         model_section: what it was built from.
-        provenance: JSON values, e.g. run name, step, manifest digest; versions of tapct and torch are added.
+        provenance: JSON values, e.g. run name, step, manifest digest; versions of tapct and torch
+            are added.
     Raises:
         UserError: the disk is full or the folder cannot be written.
     """
     aside, old = (out.with_name(f".{out.name}.{what}.{os.getpid()}") for what in ("new", "old"))
     try:
         aside.mkdir(parents=True)
-        state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
+        state = {
+            name: tensor.detach().cpu().contiguous().clone()
+            for name, tensor in model.state_dict().items()
+        }
         save_file(state, aside / WEIGHTS_FILE, metadata={"format": "pt"})
         card = {
             "format": FORMAT,

@@ -1,4 +1,5 @@
-"""Weights out and in: an export folder that holds all one needs to get the teacher's features from a scan.
+"""Weights out and in: an export folder that holds all one needs to get the teacher's features from
+a scan.
 
     model.safetensors   the backbone, float32, DINOv2's parameter names
     config.json         model section, HU contract, preprocessing, orientation, provenance, hash of the weights
@@ -55,7 +56,9 @@ class Embedding:
         """Write all fields under their names as a compressed .npz, whole or not at all."""
         path.parent.mkdir(parents=True, exist_ok=True)
         aside = path.with_name(f".{path.name}.{os.getpid()}")
-        arrays = {field.name: np.asarray(getattr(self, field.name)) for field in dataclasses.fields(self)}
+        arrays = {
+            field.name: np.asarray(getattr(self, field.name)) for field in dataclasses.fields(self)
+        }
         try:
             with aside.open("wb") as file:
                 np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
@@ -97,7 +100,9 @@ class Pretrained(nn.Module):
         return self.recipe.preprocess
 
     def train(self, mode: bool = True) -> Pretrained:
-        """Stays in eval mode: frozen features must not depend on a forgotten switch. `.model` can be trained."""
+        """Stays in eval mode: frozen features must not depend on a forgotten switch. `.model` can
+        be trained.
+        """
         del mode
         return super().train(False)
 
@@ -106,16 +111,22 @@ class Pretrained(nn.Module):
 
         Args:
             crops: float32 (B, Z, Y, X) or (B, 1, Z, Y, X), each side a multiple of the patch.
-            spacing_mm: of the crops' voxels along (z, y, x); only a backbone that works in mm needs it.
+            spacing_mm: of the crops' voxels along (z, y, x); only a backbone that works in mm needs
+                it.
         Raises:
             UserError: another number of axes or channels, or no spacing for a backbone in mm.
         """
         if crops.ndim == 5 and crops.shape[1] == 1:
             crops = crops[:, 0]
         if crops.ndim != 4:
-            raise UserError(f"crops are {tuple(crops.shape)}; give normalised HU as (B, Z, Y, X) or (B, 1, Z, Y, X)")
+            raise UserError(
+                f"crops are {tuple(crops.shape)}; give normalised HU as (B, Z, Y, X) or (B, 1, Z, "
+                "Y, X)"
+            )
         if spacing_mm is not None and getattr(self.model, "needs_spacing", False):
-            told: list[Tokens] = self.model([crops], spacing_mm=[crops.new_tensor(spacing_mm).expand(len(crops), 3)])
+            told: list[Tokens] = self.model(
+                [crops], spacing_mm=[crops.new_tensor(spacing_mm).expand(len(crops), 3)]
+            )
             return told[0]
         tokens: Tokens = self.model([crops])[0]
         return tokens
@@ -151,15 +162,19 @@ class Pretrained(nn.Module):
         )
 
 
-def load_pretrained(path: str | Path, *, custom_code: bool = False, device: torch.device | str = "cpu") -> Pretrained:
+def load_pretrained(
+    path: str | Path, *, custom_code: bool = False, device: torch.device | str = "cpu"
+) -> Pretrained:
     """Load an export folder, or the `export` folder of a run.
 
     Args:
         path: folder with `config.json` and `model.safetensors`.
-        custom_code: allow a backbone from a module outside tapct that the export names; it is imported, so it runs.
+        custom_code: allow a backbone from a module outside tapct that the export names; it is
+            imported, so it runs.
         device: where the backbone is put.
     Raises:
-        UserError: missing folder or file, damaged weights, an unknown or missing setting, weights that do not fit.
+        UserError: missing folder or file, damaged weights, an unknown or missing setting, weights
+            that do not fit.
     """
     folder = Path(path)
     if not (folder / CONFIG_FILE).is_file() and (folder / "export" / CONFIG_FILE).is_file():
@@ -168,7 +183,10 @@ def load_pretrained(path: str | Path, *, custom_code: bool = False, device: torc
     recipe = _read_recipe(card, folder / CONFIG_FILE, custom_code)
     weights = folder / WEIGHTS_FILE
     if sha256(weights) != card["weights"]["sha256"]:
-        raise UserError(f"{weights} is damaged: its sha256 is not the one in {CONFIG_FILE}. Export or copy again.")
+        raise UserError(
+            f"{weights} is damaged: its sha256 is not the one in {CONFIG_FILE}. Export or copy "
+            "again."
+        )
     model: nn.Module = plugins.load("models", recipe.model.name).build(recipe.model.config)
     _check_fit(model, weights)
     model.load_state_dict(load_file(weights))
@@ -177,19 +195,27 @@ def load_pretrained(path: str | Path, *, custom_code: bool = False, device: torc
 
 def _read_card(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
-        raise UserError(f"no folder {folder}: give an export folder, or a run folder that `tapct export` was used on")
+        raise UserError(
+            f"no folder {folder}: give an export folder, or a run folder that `tapct export` was "
+            "used on"
+        )
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (folder / name).is_file():
-            raise UserError(f"{folder} has no {name}, so it is not an export. Make one with `tapct export RUN`.")
+            raise UserError(
+                f"{folder} has no {name}, so it is not an export. Make one with `tapct export RUN`."
+            )
     try:
         card = json.loads((folder / CONFIG_FILE).read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"{folder / CONFIG_FILE} cannot be read as JSON: {error}") from error
     if not isinstance(card, dict) or card.get("format") != FORMAT:
-        raise UserError(f"{folder / CONFIG_FILE} is not a tapct export: its `format` must be {FORMAT!r}")
+        raise UserError(
+            f"{folder / CONFIG_FILE} is not a tapct export: its `format` must be {FORMAT!r}"
+        )
     if card.get("format_version") != FORMAT_VERSION:
         raise UserError(
-            f"{folder / CONFIG_FILE} has format version {card.get('format_version')!r}, this tapct reads "
+            f"{folder / CONFIG_FILE} has format version {card.get('format_version')!r}, this "
+            "tapct reads "
             f"{FORMAT_VERSION}. Export again, or install the tapct that wrote it."
         )
     weights = card.get("weights")
@@ -201,10 +227,16 @@ def _read_card(folder: Path) -> dict[str, Any]:
 
 
 def _read_recipe(card: dict[str, Any], where: Path, custom_code: bool) -> Recipe:
-    given = {key: card[key] for key in card if key in {field.name for field in dataclasses.fields(Recipe)}}
+    given = {
+        key: card[key]
+        for key in card
+        if key in {field.name for field in dataclasses.fields(Recipe)}
+    }
     known = {"format", "format_version", "orientation", "provenance", "weights", *given}
     if unknown := sorted(set(card) - known):
-        raise UserError(f"{where} has the unknown key {unknown[0]!r}. Export again, or take it out.")
+        raise UserError(
+            f"{where} has the unknown key {unknown[0]!r}. Export again, or take it out."
+        )
     name = given["model"].get("name") if isinstance(given.get("model"), dict) else None
     if isinstance(name, str) and "." in name and not custom_code:
         raise UserError(
@@ -213,12 +245,17 @@ def _read_recipe(card: dict[str, Any], where: Path, custom_code: bool) -> Recipe
         )
     recipe: Recipe = from_dict(Recipe, given, str(where))
     if missing := _missing(to_dict(recipe), given):
-        raise UserError(f"{where} lacks {missing}, and a default may not be what these weights need. Export again.")
+        raise UserError(
+            f"{where} lacks {missing}, and a default may not be what these weights need. Export "
+            "again."
+        )
     return recipe
 
 
 def _missing(full: Mapping[str, Any], given: Mapping[str, Any], prefix: str = "") -> str:
-    """Dotted name of the first key that is in `full` and not in `given`; empty when there is none."""
+    """Dotted name of the first key that is in `full` and not in `given`; empty when there is
+    none.
+    """
     for key, value in full.items():
         if key not in given:
             return prefix + key
@@ -228,7 +265,9 @@ def _missing(full: Mapping[str, Any], given: Mapping[str, Any], prefix: str = ""
 
 
 def _check_fit(model: nn.Module, weights: Path) -> None:
-    """Compare names and shapes from the file's header with the model's, before any tensor is read."""
+    """Compare names and shapes from the file's header with the model's, before any tensor is
+    read.
+    """
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     try:
         with safe_open(weights, framework="pt") as file:
@@ -238,7 +277,8 @@ def _check_fit(model: nn.Module, weights: Path) -> None:
     for name in sorted(expected.keys() | found.keys()):
         if expected.get(name) != found.get(name):
             raise UserError(
-                f"{weights} does not fit its {CONFIG_FILE}: {name} is {_shape(found.get(name))} in the file, "
+                f"{weights} does not fit its {CONFIG_FILE}: {name} is {_shape(found.get(name))} "
+                "in the file, "
                 f"{_shape(expected.get(name))} in the model"
             )
 

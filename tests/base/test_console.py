@@ -22,7 +22,14 @@ import pytest
 from tapct.base import console, ranks
 from tapct.engine import trackers
 
-LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
+LAUNCHERS = (
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_RANK",
+    "SLURM_PROCID",
+    "SLURM_STEP_NUM_TASKS",
+    "SLURM_LOCALID",
+)
 QUIET = trackers.Config(tensorboard=False)
 
 
@@ -56,7 +63,11 @@ def on_a_terminal(code: str, columns: int = 80) -> str:
 
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
-    environment = {key: value for key, value in os.environ.items() if key not in (*LAUNCHERS, "COLUMNS", "NO_COLOR")}
+    environment = {
+        key: value
+        for key, value in os.environ.items()
+        if key not in (*LAUNCHERS, "COLUMNS", "NO_COLOR")
+    }
     program = subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(code)],
         stdin=theirs,
@@ -86,7 +97,9 @@ def on_a_terminal(code: str, columns: int = 80) -> str:
 def test_log_is_light_enough_for_the_help_text() -> None:
     code = "import sys, tapct.base.console; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert not {"torch", "numpy", "tensorboard", "wandb", "omegaconf", "rich.progress"} & set(done.stdout.split())
+    assert not {"torch", "numpy", "tensorboard", "wandb", "omegaconf", "rich.progress"} & set(
+        done.stdout.split()
+    )
 
 
 def test_an_error_is_one_plain_line_elsewhere(capsys: pytest.CaptureFixture[str]) -> None:
@@ -97,8 +110,14 @@ def test_an_error_is_one_plain_line_elsewhere(capsys: pytest.CaptureFixture[str]
 
 
 def test_an_error_breaks_between_words_only_on_a_narrow_terminal() -> None:
-    words = ["volume", "/a/very/long/path/of/some/scan-with-hyphens-in-it.nii.gz", *(f"word{i}" for i in range(20))]
-    seen = on_a_terminal(f"from tapct.base import console; console.error({' '.join(words)!r})", columns=30)
+    words = [
+        "volume",
+        "/a/very/long/path/of/some/scan-with-hyphens-in-it.nii.gz",
+        *(f"word{i}" for i in range(20)),
+    ]
+    seen = on_a_terminal(
+        f"from tapct.base import console; console.error({' '.join(words)!r})", columns=30
+    )
     plain = seen.replace("\x1b[1;31m", "").replace("\x1b[0m", "")
     lines = plain.replace("\r", "").splitlines()
     assert len(lines) > 4
@@ -107,9 +126,14 @@ def test_an_error_breaks_between_words_only_on_a_narrow_terminal() -> None:
 
 
 def test_text_that_the_stream_cannot_hold_is_escaped() -> None:
-    code = "from tapct.base import console; console.say('tête \\udcff'); console.error('tête \\udcff')"
+    code = (
+        "from tapct.base import console; console.say('tête \\udcff'); console.error('tête \\udcff')"
+    )
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"PYTHONIOENCODING": "ascii"}
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONIOENCODING": "ascii"},
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout == "t\\xeate \\udcff\n"
@@ -138,7 +162,9 @@ def test_only_the_first_rank_speaks_but_errors_of_all_are_told(
     assert not (tmp_path / "run").exists()
 
 
-def test_plain_progress_tells_the_end_and_not_every_item(capsys: pytest.CaptureFixture[str]) -> None:
+def test_plain_progress_tells_the_end_and_not_every_item(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     with console.progress_bar("pack") as progress:
         for done in range(1, 1001):
             progress(done, 1000)
@@ -157,7 +183,9 @@ def test_plain_progress_of_training_tells_chosen_steps(
             progress.update(row(step, loss=step / 2))
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[1] for line in lines] == ["5/25", "10/25", "20/25", "25/25"]
-    assert lines[1] == "train 10/25  loss 5.0000  16.0 samples/s  left 0:08"  # 15 steps of half a second
+    assert (
+        lines[1] == "train 10/25  loss 5.0000  16.0 samples/s  left 0:08"
+    )  # 15 steps of half a second
 
 
 def test_a_terminal_gets_a_bar_with_step_loss_pace_and_time_left() -> None:
@@ -205,7 +233,10 @@ def test_going_on_drops_the_rows_after_the_checkpoint_and_cut_off_ones(
     file.write_bytes(file.read_bytes() + b'{"step": 8, "loss/to')
     with trackers.MetricsWriter(tmp_path, QUIET, start_step=5) as writer:
         writer.write(row(6, loss=7.0))
-    assert [(one["step"], one["loss/total"]) for one in rows(tmp_path)] == [*((i, 1.5) for i in range(1, 6)), (6, 7.0)]
+    assert [(one["step"], one["loss/total"]) for one in rows(tmp_path)] == [
+        *((i, 1.5) for i in range(1, 6)),
+        (6, 7.0),
+    ]
     assert capsys.readouterr().out == ""
     with trackers.MetricsWriter(tmp_path, QUIET, start_step=0) as writer:
         writer.write(row(1))
@@ -219,7 +250,9 @@ def test_a_row_without_its_end_is_dropped_even_if_it_parses(tmp_path: Path) -> N
     assert [one["step"] for one in rows(tmp_path)] == [1, 3]
 
 
-def test_missing_steps_before_the_start_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_missing_steps_before_the_start_are_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
     trackers.MetricsWriter(tmp_path, QUIET, start_step=4).close()
     assert "ends at step 1, the run goes on from 4" in capsys.readouterr().out
@@ -263,7 +296,10 @@ def scalars(folder: Path) -> Mapping[str, list[tuple[int, float]]]:
 
     events = EventAccumulator(str(folder / "tensorboard"))
     events.Reload()
-    return {tag: [(one.step, one.value) for one in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    return {
+        tag: [(one.step, one.value) for one in events.Scalars(tag)]
+        for tag in events.Tags()["scalars"]
+    }
 
 
 def test_tensorboard_shows_each_step_once_after_going_on(tmp_path: Path) -> None:
@@ -307,9 +343,18 @@ def test_wandb_works_offline_and_goes_on_under_the_same_identity(
         ({}, ranks.Ranks(0, 1, 0)),
         ({"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}, ranks.Ranks(3, 4, 1)),
         ({"RANK": "3", "WORLD_SIZE": "4"}, ranks.Ranks(3, 4, 0)),
-        ({"SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "8", "SLURM_LOCALID": "1"}, ranks.Ranks(5, 8, 1)),
         (
-            {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "8"},
+            {"SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "8", "SLURM_LOCALID": "1"},
+            ranks.Ranks(5, 8, 1),
+        ),
+        (
+            {
+                "RANK": "0",
+                "WORLD_SIZE": "2",
+                "LOCAL_RANK": "0",
+                "SLURM_PROCID": "5",
+                "SLURM_STEP_NUM_TASKS": "8",
+            },
             ranks.Ranks(0, 2, 0),
         ),
         ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_JOB_ID": "1"}, ranks.Ranks(0, 1, 0)),
@@ -323,7 +368,8 @@ def test_the_place_of_a_process_is_torchruns_then_sruns_then_alone(
 
 
 @pytest.mark.parametrize(
-    ("rank", "world", "local"), [("4", "4", "0"), ("-1", "2", "0"), ("x", "2", "0"), ("0", "2", "1")]
+    ("rank", "world", "local"),
+    [("4", "4", "0"), ("-1", "2", "0"), ("x", "2", "0"), ("0", "2", "1")],
 )
 def test_places_that_cannot_be_are_refused(rank: str, world: str, local: str) -> None:
     with pytest.raises(ValueError, match="the launcher's variables make no sense: RANK="):

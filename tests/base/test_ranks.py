@@ -1,4 +1,6 @@
-"""Where the ranks of a run meet, how many share a node, and what a child of one must not be told."""
+"""Where the ranks of a run meet, how many share a node, and what a child of one must not be
+told.
+"""
 
 from __future__ import annotations
 
@@ -24,13 +26,25 @@ def test_the_first_host_of_a_slurm_node_list(nodes: str, host: str) -> None:
 
 
 def test_ranks_meet_where_the_launcher_says_or_on_the_first_node() -> None:
-    told = {"MASTER_ADDR": "here", "MASTER_PORT": "77", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_JOB_ID": "5"}
+    told = {
+        "MASTER_ADDR": "here",
+        "MASTER_PORT": "77",
+        "SLURM_JOB_NODELIST": "n[1-2]",
+        "SLURM_JOB_ID": "5",
+    }
     assert ranks.rendezvous(told) == ("here", 77)
-    job = {"SLURM_JOB_NODELIST": "n[1-2]", "SLURM_STEP_NODELIST": "n2", "SLURM_JOB_ID": "5", "SLURM_STEP_ID": "0"}
+    job = {
+        "SLURM_JOB_NODELIST": "n[1-2]",
+        "SLURM_STEP_NODELIST": "n2",
+        "SLURM_JOB_ID": "5",
+        "SLURM_STEP_ID": "0",
+    }
     host, port = ranks.rendezvous(job)
     assert host == "n2" and 15000 <= port < 30000
     assert (
-        ranks.rendezvous({**job, "SLURM_JOB_ID": "6"})[1] != port != ranks.rendezvous({**job, "SLURM_STEP_ID": "1"})[1]
+        ranks.rendezvous({**job, "SLURM_JOB_ID": "6"})[1]
+        != port
+        != ranks.rendezvous({**job, "SLURM_STEP_ID": "1"})[1]
     )
     with pytest.raises(ValueError, match="start with torchrun, or with srun"):
         ranks.rendezvous({})
@@ -64,7 +78,21 @@ def test_restarts(environment: dict[str, str], number: int) -> None:
 
 
 def test_a_child_keeps_all_but_its_parents_place() -> None:
-    place = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2"}
-    kept = {"PATH": "/bin", "SLURM_CONF": "/etc/slurm.conf", "CUDA_VISIBLE_DEVICES": "0", "OMP_NUM_THREADS": "1"}
-    assert ranks.without_place({**place, **kept, "MASTER_ADDR": "x", "TORCHELASTIC_RUN_ID": "y"}) == kept
+    place = {
+        "RANK": "1",
+        "WORLD_SIZE": "2",
+        "LOCAL_RANK": "1",
+        "SLURM_PROCID": "1",
+        "SLURM_STEP_NUM_TASKS": "2",
+    }
+    kept = {
+        "PATH": "/bin",
+        "SLURM_CONF": "/etc/slurm.conf",
+        "CUDA_VISIBLE_DEVICES": "0",
+        "OMP_NUM_THREADS": "1",
+    }
+    assert (
+        ranks.without_place({**place, **kept, "MASTER_ADDR": "x", "TORCHELASTIC_RUN_ID": "y"})
+        == kept
+    )
     assert ranks.from_environment(ranks.without_place(place)) == Ranks()

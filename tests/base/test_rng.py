@@ -36,7 +36,9 @@ def test_first_word_is_splitmix64() -> None:
 def test_ints_and_tensors_give_the_same_draw() -> None:
     by_int = torch.stack([rng.hash_bits(9, "same", i, 4) for i in range(20)])
     assert torch.equal(by_int, rng.hash_bits(9, "same", torch.arange(20), 4))
-    assert torch.equal(by_int, rng.hash_bits(9, "same", torch.arange(20, dtype=torch.int32), torch.tensor(4)))
+    assert torch.equal(
+        by_int, rng.hash_bits(9, "same", torch.arange(20, dtype=torch.int32), torch.tensor(4))
+    )
     assert rng.hash_bits(9, "same").shape == ()
     assert rng.hash_bits(9, "same").item() == rng.hash_int(9, "same")
 
@@ -48,7 +50,15 @@ def test_counters_broadcast() -> None:
 
 
 def test_seed_purpose_counter_and_their_order_all_count() -> None:
-    keys = [(0, "a", 1, 2), (1, "a", 1, 2), (0, "b", 1, 2), (0, "a", 2, 1), (0, "a", 1, 2, 0), (0, "a", 1), (0, "a")]
+    keys = [
+        (0, "a", 1, 2),
+        (1, "a", 1, 2),
+        (0, "b", 1, 2),
+        (0, "a", 2, 1),
+        (0, "a", 1, 2, 0),
+        (0, "a", 1),
+        (0, "a"),
+    ]
     assert len({rng.hash_int(*key) for key in keys}) == len(keys)
     assert rng.hash_int(0, "a", 1, 2) == rng.hash_int(0, "a", 1, 2)
 

@@ -18,17 +18,24 @@ BLOCKED = "import signal; print(sorted(map(int, signal.pthread_sigmask(signal.SI
 
 
 def blocked_by_children() -> list[int]:
-    said = subprocess.run([sys.executable, "-c", BLOCKED], capture_output=True, text=True, check=True).stdout
+    said = subprocess.run(
+        [sys.executable, "-c", BLOCKED], capture_output=True, text=True, check=True
+    ).stdout
     return [int(word) for word in said.strip("[]\n").split(",") if word]
 
 
 def test_children_are_deaf_and_this_process_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
     heard: list[int] = []
-    before = {number: signal.signal(number, lambda number, _: heard.append(number)) for number in signals.STOP}
+    before = {
+        number: signal.signal(number, lambda number, _: heard.append(number))
+        for number in signals.STOP
+    }
     try:
         outside = blocked_by_children()
         with signals.kept_from_children():
-            assert set(blocked_by_children()) - set(outside) == {int(number) for number in signals.STOP}
+            assert set(blocked_by_children()) - set(outside) == {
+                int(number) for number in signals.STOP
+            }
             for number in signals.STOP:
                 os.kill(os.getpid(), number)
                 for _ in range(1000):
@@ -53,5 +60,7 @@ def test_spawned_processes_are_deaf_too() -> None:
         assert process.is_alive()
         process.kill()
         process.join()
-    mask = int(next(line.split()[1] for line in status.splitlines() if line.startswith("SigBlk")), 16)
+    mask = int(
+        next(line.split()[1] for line in status.splitlines() if line.startswith("SigBlk")), 16
+    )
     assert all(mask >> (number - 1) & 1 for number in signals.STOP)

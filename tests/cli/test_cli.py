@@ -1,4 +1,6 @@
-"""The command line from end to end, and what it says when something is wrong: one line, an exit code, no debris."""
+"""The command line from end to end, and what it says when something is wrong: one line, an exit
+code, no debris.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,8 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": path, "COLUMNS": "120"}
 
 
-# --- from scans to a report ----------------------------------------------------------------------------------------
+# --- from scans to a report
+# ----------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +53,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for words in (
             f"index {folder}/archive --out {folder}/manifest.parquet --workers 0",
             f"pack {folder}/manifest.parquet --out {folder}/store --workers 0",
-            f"train {write_config(folder, folder / 'store')} train.steps=4 data.held_out=0.4 log.tensorboard=true",
+            f"train {write_config(folder, folder / 'store')} train.steps=4 data.held_out=0.4 "
+            "log.tensorboard=true",
         ):
             assert leave_code(patch, *words.split()) == 0
     return folder
@@ -83,7 +87,9 @@ def test_from_an_archive_to_a_report(place: Path, shell: Shell, tmp_path: Path) 
     assert "loss" in page.lower() and "data:image/png" in page
 
 
-def test_the_export_gives_the_features_of_the_teacher(place: Path, shell: Shell, tmp_path: Path) -> None:
+def test_the_export_gives_the_features_of_the_teacher(
+    place: Path, shell: Shell, tmp_path: Path
+) -> None:
     shell.good("export", place / "run", "--out", tmp_path / "export")
     pretrained = tapct.load_pretrained(tmp_path / "export")
     teacher = load_file(place / "run" / "checkpoints" / "step_00000004" / "teacher.safetensors")
@@ -100,7 +106,9 @@ def test_the_export_gives_the_features_of_the_teacher(place: Path, shell: Shell,
     assert pretrained.provenance["step"] == 4
 
 
-def test_an_export_of_a_run_with_a_back_end_for_a_gpu_runs_on_a_cpu(place: Path, shell: Shell, tmp_path: Path) -> None:
+def test_an_export_of_a_run_with_a_back_end_for_a_gpu_runs_on_a_cpu(
+    place: Path, shell: Shell, tmp_path: Path
+) -> None:
     run = tmp_path / "run"
     shutil.copytree(place / "run", run)
     config = (run / "config.yaml").read_text()
@@ -112,14 +120,20 @@ def test_an_export_of_a_run_with_a_back_end_for_a_gpu_runs_on_a_cpu(place: Path,
     assert pretrained(torch.zeros(1, 4, 16, 16)).cls_BD.isfinite().all()
 
 
-def test_the_phantom_command_makes_an_archive_that_index_accepts(shell: Shell, tmp_path: Path) -> None:
+def test_the_phantom_command_makes_an_archive_that_index_accepts(
+    shell: Shell, tmp_path: Path
+) -> None:
     said = shell.good("phantom", "--out", tmp_path / "made", "--num", "1", "--seed", "3")
     assert "1 scans" in said
-    said = shell.good("index", tmp_path / "made", "--out", tmp_path / "manifest.parquet", "--workers", "0")
+    said = shell.good(
+        "index", tmp_path / "made", "--out", tmp_path / "manifest.parquet", "--workers", "0"
+    )
     assert "1 accepted" in said
 
 
-def test_index_names_each_refused_scan_with_its_reason(place: Path, shell: Shell, tmp_path: Path) -> None:
+def test_index_names_each_refused_scan_with_its_reason(
+    place: Path, shell: Shell, tmp_path: Path
+) -> None:
     scan = next((place / "archive" / "images").glob("*.nii.gz"))
     folder = tmp_path / "archive"
     folder.mkdir()
@@ -136,29 +150,39 @@ def test_pack_goes_on_where_it_stopped(place: Path, shell: Shell, tmp_path: Path
     assert "0 packed, 4 kept" in shell.good(*words)
 
 
-def test_train_prints_its_config_with_origins_and_does_not_train(place: Path, shell: Shell, tmp_path: Path) -> None:
+def test_train_prints_its_config_with_origins_and_does_not_train(
+    place: Path, shell: Shell, tmp_path: Path
+) -> None:
     config = place / "tiny.yaml"
     said = shell.good("train", config, f"out={tmp_path}/run", "optim.lr=3e-3", "--print-config")
     lines = {line.split(":")[0]: line for line in said.splitlines()}
     assert lines["optim.lr"].split() == ["optim.lr:", "0.003", "#", "override"]
     assert lines["train.steps"].split()[:2] == ["train.steps:", "12"]
-    assert "tiny.yaml:" in lines["train.steps"] and lines["train.steps"].rpartition(":")[2].isdigit()
+    assert (
+        "tiny.yaml:" in lines["train.steps"] and lines["train.steps"].rpartition(":")[2].isdigit()
+    )
     assert lines["seed"].split() == ["seed:", "0", "#", "default"]
     assert not (tmp_path / "run").exists()
 
 
 def test_plan_prints_parameters(place: Path, shell: Shell) -> None:
-    said = shell.good("plan", place / "tiny.yaml", "--memory", "8", "--tflops", "1", "--gpus", "1,2")
+    said = shell.good(
+        "plan", place / "tiny.yaml", "--memory", "8", "--tflops", "1", "--gpus", "1,2"
+    )
     assert "parameters" in said.lower() and "GPU-days" in said and "train.accumulation" in said
 
 
-# --- bad input -----------------------------------------------------------------------------------------------------
+# --- bad input
+# -----------------------------------------------------------------------------------------------------
 
 BAD = {
     "missing archive": ("index {here}/nowhere --out {here}/m.parquet", ["{here}/nowhere"]),
     "empty archive": ("index {here}/empty --out {here}/m.parquet", ["{here}/empty"]),
     "archive without scans": ("index {here}/words --out {here}/m.parquet", ["{here}/words"]),
-    "missing labels": ("index {place}/archive --out {here}/m.parquet --labels {here}/none", ["{here}/none"]),
+    "missing labels": (
+        "index {place}/archive --out {here}/m.parquet --labels {here}/none",
+        ["{here}/none"],
+    ),
     "bad regex": ("index {place}/archive --out {here}/m.parquet --patient-regex ((", ["(("]),
     "missing manifest": ("pack {here}/m.parquet --out {here}/s", ["m.parquet"]),
     "manifest that is none": ("pack {here}/words/note.txt --out {here}/s", ["note.txt"]),
@@ -169,12 +193,21 @@ BAD = {
     "out of range": ("train {config} train.steps=0", ["train.steps", "0"]),
     "wrong choice": ("train {config} train.precision=fp8", ["train.precision", "fp8", "bf16"]),
     "word that is no override": ("train {config} train.steps", ["train.steps"]),
-    "rule between fields": ("train {config} train.accumulation=3", ["accumulation", "global_batch"]),
+    "rule between fields": (
+        "train {config} train.accumulation=3",
+        ["accumulation", "global_batch"],
+    ),
     "unknown loss": ("train {config} losses.dyno.weight=1", ["dyno", "dino"]),
     "missing module": ("train {config} losses[mylab.none].weight=1", ["mylab"]),
     "no loss": ("train {config} losses.dino=null losses.ibot=null losses.koleo=null", ["losses"]),
-    "view off the patch grid": ("train {config} views.global_window=[4,20,20]", ["views.global_window", "patch"]),
-    "local view off the grid": ("train {config} views.local_window=[4,12,12]", ["views.local_window", "patch"]),
+    "view off the patch grid": (
+        "train {config} views.global_window=[4,20,20]",
+        ["views.global_window", "patch"],
+    ),
+    "local view off the grid": (
+        "train {config} views.local_window=[4,12,12]",
+        ["views.local_window", "patch"],
+    ),
     "missing store": ("train {config} data.store={here}/nowhere", ["{here}/nowhere", "tapct pack"]),
     "empty store": ("train {config} data.store={here}/empty", ["{here}/empty"]),
     "damaged scan": ("train {config} data.store={here}/torn", ["{here}/torn"]),
@@ -192,9 +225,18 @@ BAD = {
     "export of a missing run": ("export {here}/nowhere", ["{here}/nowhere"]),
     "export onto a file": ("export {here}/run --out {here}/words/note.txt/x", ["note.txt"]),
     "embed without export": ("embed {here}/empty {scan}", ["{here}/empty"]),
-    "embed a missing scan": ("embed {here}/run/export {here}/none.nii.gz --out {here}/f.npz", ["none.nii.gz"]),
-    "embed a torn scan": ("embed {here}/run/export {here}/torn.nii.gz --out {here}/f.npz", ["torn.nii.gz"]),
-    "embed a text": ("embed {here}/run/export {here}/words/note.txt --out {here}/f.npz", ["note.txt"]),
+    "embed a missing scan": (
+        "embed {here}/run/export {here}/none.nii.gz --out {here}/f.npz",
+        ["none.nii.gz"],
+    ),
+    "embed a torn scan": (
+        "embed {here}/run/export {here}/torn.nii.gz --out {here}/f.npz",
+        ["torn.nii.gz"],
+    ),
+    "embed a text": (
+        "embed {here}/run/export {here}/words/note.txt --out {here}/f.npz",
+        ["note.txt"],
+    ),
     "report of a missing run": ("report {here}/nowhere", ["{here}/nowhere"]),
     "report of an empty folder": ("report {here}/empty", ["{here}/empty"]),
     "phantom into a full folder": ("phantom --out {here}/words --num 1", ["{here}/words"]),
@@ -203,7 +245,9 @@ BAD = {
 
 @pytest.fixture(scope="module")
 def broken_place(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
-    """Fills {place}, {config}, {scan} and {here} into text; {here} is a folder of things that are wrong."""
+    """Fills {place}, {config}, {scan} and {here} into text; {here} is a folder of things that are
+    wrong.
+    """
     here = tmp_path_factory.mktemp("here")
     for name in ("empty", "words", "fresh"):
         (here / name).mkdir()
@@ -231,7 +275,11 @@ def broken_place(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Calla
 
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_is_told_in_one_line_and_leaves_nothing_behind(
-    shell: Shell, broken_place: Callable[[str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str
+    shell: Shell,
+    broken_place: Callable[[str], str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    case: str,
 ) -> None:
     command, named = BAD[case]
     monkeypatch.chdir(tmp_path)
@@ -251,7 +299,9 @@ def test_bad_input_is_told_in_one_line_and_leaves_nothing_behind(
     assert left == set(), "nothing half-written"
 
 
-def test_debug_shows_the_traceback(shell: Shell, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_debug_shows_the_traceback(
+    shell: Shell, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setenv("TAPCT_DEBUG", "0")
     code, _, err = shell("--debug", "eval", tmp_path)
     assert code == 2 and "Traceback" in err and err.splitlines()[-1].startswith("error: ")
@@ -282,20 +332,27 @@ def test_an_interrupt_of_any_other_command_is_one_line(
     shell: Shell, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupted(*_: object) -> None:
-        signal.raise_signal(signal.SIGINT)  # to this thread: one sent to the process may be taken by another, and late
+        signal.raise_signal(
+            signal.SIGINT
+        )  # to this thread: one sent to the process may be taken by another, and late
 
     monkeypatch.setattr("tapct.data.manifest.judge_source", interrupted, raising=False)
     monkeypatch.setattr("tapct.data.pack._work", interrupted)
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts with & ignores Ctrl-C
+    before = signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # what a shell starts with & ignores Ctrl-C
     try:
-        code, _, err = shell("pack", place / "manifest.parquet", "--out", tmp_path / "store", "--workers", "0")
+        code, _, err = shell(
+            "pack", place / "manifest.parquet", "--out", tmp_path / "store", "--workers", "0"
+        )
     finally:
         signal.signal(signal.SIGINT, before)
     assert code == 130 and err.splitlines() == ["error: interrupted"]
     assert set(files_of(tmp_path)) <= {"store/.lock"}
 
 
-# --- stopping ------------------------------------------------------------------------------------------------------
+# --- stopping
+# ------------------------------------------------------------------------------------------------------
 
 
 def wait_for_step(run: Path, step: int, process: subprocess.Popen[str]) -> None:
@@ -310,9 +367,20 @@ def wait_for_step(run: Path, step: int, process: subprocess.Popen[str]) -> None:
 
 def test_ctrl_c_saves_and_says_how_to_go_on(place: Path, shell: Shell, tmp_path: Path) -> None:
     run = tmp_path / "a run"
-    words = ["train", str(place / "tiny.yaml"), f"out={run}", "train.steps=3000", "log.every=1", "checkpoint.every=900"]
+    words = [
+        "train",
+        str(place / "tiny.yaml"),
+        f"out={run}",
+        "train.steps=3000",
+        "log.every=1",
+        "checkpoint.every=900",
+    ]
     process = subprocess.Popen(
-        program(*words), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        program(*words),
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     wait_for_step(run, 2, process)
     process.send_signal(signal.SIGINT)
@@ -350,12 +418,18 @@ def test_the_line_after_a_stop_goes_on(
     assert "nothing to train" in shell.good(*again[1:])
 
 
-# --- start ---------------------------------------------------------------------------------------------------------
+# --- start
+# ---------------------------------------------------------------------------------------------------------
 
 
 def test_the_command_line_does_not_wait_for_torch() -> None:
-    check = "import sys, tapct.cli; print([name for name in ('torch', 'numpy', 'rich.console') if name in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", check], env=environment(), capture_output=True, text=True, check=True)
+    check = (
+        "import sys, tapct.cli; print([name for name in ('torch', 'numpy', 'rich.console') if "
+        "name in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", check], env=environment(), capture_output=True, text=True, check=True
+    )
     assert done.stdout.strip() == "[]", done.stdout
 
 
@@ -363,7 +437,9 @@ def test_help_answers_in_under_a_second() -> None:
     seconds = []
     for _ in range(3):
         began = time.perf_counter()
-        done = subprocess.run(program("--help"), env=environment(), capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            program("--help"), env=environment(), capture_output=True, text=True, check=True
+        )
         seconds.append(time.perf_counter() - began)
         if seconds[-1] < 1:
             break
@@ -373,9 +449,13 @@ def test_help_answers_in_under_a_second() -> None:
     assert min(seconds) < 1.0, seconds
 
 
-def test_compare_prints_a_table_and_writes_a_page(place: Path, shell: Shell, tmp_path: Path) -> None:
+def test_compare_prints_a_table_and_writes_a_page(
+    place: Path, shell: Shell, tmp_path: Path
+) -> None:
     page = tmp_path / "both.html"
-    said = shell.good("compare", place / "run", tmp_path / "nix", "--out", page, "--metric", "loss/*")
+    said = shell.good(
+        "compare", place / "run", tmp_path / "nix", "--out", page, "--metric", "loss/*"
+    )
     assert f"left out: {tmp_path}/nix is not there" in said and f"curves: {page}" in said
     last = numbers_of(place / "run")
     mean = sum(row["loss/total"] for row in last) / len(last)

@@ -24,7 +24,9 @@ def make_run(run: Path, job: str, steps: int = 100, done: int = 0, *events: str)
     Submission(job, 1e9 + float(job.replace("_", ".")), steps, 20, str(place)).write(place)
     rows = [{"step": n + 1, "loss/total": 5.0 - n / 100, "seconds/step": 2.0} for n in range(done)]
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    told = [json.dumps({"event": event, "restarts": number // 2}) for number, event in enumerate(events)]
+    told = [
+        json.dumps({"event": event, "restarts": number // 2}) for number, event in enumerate(events)
+    ]
     (place / "events.jsonl").write_text("\n".join(told))
 
 
@@ -46,9 +48,13 @@ def told_of(said: str) -> dict[str, list[str]]:
     return {word: row for row in rows for word in row[:2] if word[:2] in ("10", "11", "12")}
 
 
-def test_jobs_tells_state_progress_and_time_left(runs: Path, shell: Shell, cluster: FakeSlurm) -> None:
+def test_jobs_tells_state_progress_and_time_left(
+    runs: Path, shell: Shell, cluster: FakeSlurm
+) -> None:
     cluster.queue(
-        ("10", "PENDING", 0, "Priority"), ("11", "RUNNING", 3, "None"), ("12_1", "FAILED", 0, "NonZeroExitCode")
+        ("10", "PENDING", 0, "Priority"),
+        ("11", "RUNNING", 3, "None"),
+        ("12_1", "FAILED", 0, "NonZeroExitCode"),
     )
     said = shell.good("jobs")
     assert max(map(len, said.splitlines())) <= 80
@@ -76,20 +82,29 @@ def test_jobs_works_without_slurm(runs: Path, shell: Shell, cluster: FakeSlurm) 
         assert "SLURM does not answer" in said
 
 
-def test_jobs_that_slurm_forgot_are_told_apart(runs: Path, shell: Shell, cluster: FakeSlurm) -> None:
+def test_jobs_that_slurm_forgot_are_told_apart(
+    runs: Path, shell: Shell, cluster: FakeSlurm
+) -> None:
     rows = told_of(shell.good("jobs"))
     assert rows["10"][2:4] == ["never", "ran"] and rows["11"][2] == "gone"
 
 
 def test_jobs_tells_why_a_job_gave_up(runs: Path, shell: Shell, cluster: FakeSlurm) -> None:
     (events,) = (runs / "trains").glob("jobs/*/events.jsonl")
-    why = "6 starts in a row saved nothing new (--max-idle-restarts 5); see the logs, then submit again"
-    events.write_text(events.read_text() + "\n" + json.dumps({"event": "gave up", "time": 1, "why": why}))
+    why = (
+        "6 starts in a row saved nothing new (--max-idle-restarts 5); see the logs, then submit "
+        "again"
+    )
+    events.write_text(
+        events.read_text() + "\n" + json.dumps({"event": "gave up", "time": 1, "why": why})
+    )
     for queue in ([("11", "FAILED", 5, "NonZeroExitCode")], []):
         cluster.queue(*queue)
         said = shell.good("jobs")
         assert told_of(said)["11"][2:4] == ["gave", "up"]
-        assert f"runs/trains, job 11: {why}" in " ".join(said.split()) and said.count("job 11:") == 1
+        assert (
+            f"runs/trains, job 11: {why}" in " ".join(said.split()) and said.count("job 11:") == 1
+        )
     cluster.queue(("11", "PENDING", 6, "BeginTime"))  # somebody has requeued it by hand
     said = shell.good("jobs")
     assert told_of(said)["11"][2] == "pending" and why[:20] not in said
@@ -121,7 +136,9 @@ def test_the_newest_submission_of_a_run_counts(tmp_path: Path) -> None:
     assert (row.state, row.step) == ("never ran", 0) and math.isnan(row.loss)
 
 
-def test_cancel_takes_runs_folders_of_runs_and_ids(runs: Path, shell: Shell, cluster: FakeSlurm) -> None:
+def test_cancel_takes_runs_folders_of_runs_and_ids(
+    runs: Path, shell: Shell, cluster: FakeSlurm
+) -> None:
     cluster.queue(*((job, "RUNNING", 0, "None") for job in ("10", "11", "12_0", "12_1", "99")))
     assert "cancelled job 11, was running: runs/trains" in shell.good("cancel", "runs/trains")
     shell.good("cancel", "runs/group")
@@ -148,7 +165,9 @@ def test_cancel_tells_what_it_cannot_do(
     assert cluster.calls("scancel") == []
 
 
-def test_cancel_without_slurm_or_against_its_will_is_told(runs: Path, shell: Shell, cluster: FakeSlurm) -> None:
+def test_cancel_without_slurm_or_against_its_will_is_told(
+    runs: Path, shell: Shell, cluster: FakeSlurm
+) -> None:
     cluster.queue(("10", "RUNNING", 0, "None"))
     cluster.command("scancel", 'echo "scancel: error: Access denied" >&2\nexit 1\n')
     assert "Access denied" in shell.bad("cancel", "10")

@@ -1,4 +1,6 @@
-"""Submitting without a cluster: the batch script, what is kept, what is refused, and when a job is requeued."""
+"""Submitting without a cluster: the batch script, what is kept, what is refused, and when a job is
+requeued.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ from tapct.run.config import RunConfig
 
 
 def test_each_run_of_a_sweep_gets_its_values_and_its_folder(config: Path) -> None:
-    made = submit.plan(config, ["train.steps=7"], ["optim.lr=1e-4,2e-4", "views.global_area=[0.1,0.2],[0.3,0.4]"])
+    made = submit.plan(
+        config, ["train.steps=7"], ["optim.lr=1e-4,2e-4", "views.global_area=[0.1,0.2],[0.3,0.4]"]
+    )
     configs = [run.value for run in made.runs]
     assert [(one.optim.lr, one.views.global_area) for one in configs] == [
         (lr, area) for lr in (1e-4, 2e-4) for area in ((0.1, 0.2), (0.3, 0.4))
@@ -32,11 +36,16 @@ def test_each_run_of_a_sweep_gets_its_values_and_its_folder(config: Path) -> Non
     assert configs[1].out == Path("run/lr=1e-4,global_area=0.3-0.4")
 
 
-# --- the batch script ----------------------------------------------------------------------------------------------
+# --- the batch script
+# ----------------------------------------------------------------------------------------------
 
 
 def options_of(script: str) -> dict[str, str]:
-    lines = [line.removeprefix("#SBATCH --") for line in script.splitlines() if line.startswith("#SBATCH --")]
+    lines = [
+        line.removeprefix("#SBATCH --")
+        for line in script.splitlines()
+        if line.startswith("#SBATCH --")
+    ]
     return {name: value for name, _, value in (line.partition("=") for line in lines)}
 
 
@@ -45,7 +54,10 @@ def test_a_dry_run_prints_the_script_and_writes_nothing(
 ) -> None:
     monkeypatch.setattr("shutil.which", lambda *_: None)  # a machine without SLURM
     before = files_of(tmp_path)
-    words = "--nodes 2 --gpus-per-node 2 --partition p --time 2-00:00 --account a --cpus-per-task 3 --mem 64G --qos q"
+    words = (
+        "--nodes 2 --gpus-per-node 2 --partition p --time 2-00:00 --account a --cpus-per-task "
+        "3 --mem 64G --qos q"
+    )
     words += " --constraint h100 --grace 90 --dry-run"
     script = shell.good("submit", config, "losses.koleo=null", "device=auto", *words.split())
     assert files_of(tmp_path) == before
@@ -68,7 +80,13 @@ def test_a_dry_run_prints_the_script_and_writes_nothing(
         "open-mode": "append",
     }
     (srun,) = (line for line in script.splitlines() if line.startswith("srun "))
-    for part in ("--kill-on-bad-exit=1", "%j_%t_log.out", "--cpus-per-task=3", sys.executable, f"{tmp_path}/run/code/"):
+    for part in (
+        "--kill-on-bad-exit=1",
+        "%j_%t_log.out",
+        "--cpus-per-task=3",
+        sys.executable,
+        f"{tmp_path}/run/code/",
+    ):
         assert part in srun
     assert subprocess.run(["bash", "-n"], input=script, text=True, check=False).returncode == 0
 
@@ -90,18 +108,26 @@ def test_what_is_hardly_meant_is_told_beside_the_script(config: Path, shell: She
 
 
 def test_the_dry_run_of_a_sweep_is_an_array(config: Path, shell: Shell) -> None:
-    script = shell.good("submit", config, "--sweep", "optim.lr=1,2", "--sweep", "seed=1,2,3", "--dry-run")
+    script = shell.good(
+        "submit", config, "--sweep", "optim.lr=1,2", "--sweep", "seed=1,2,3", "--dry-run"
+    )
     assert options_of(script)["array"] == "0-5%6"
-    assert "gpus-per-node" not in options_of(script) and options_of(script)["ntasks-per-node"] == "1"
+    assert (
+        "gpus-per-node" not in options_of(script) and options_of(script)["ntasks-per-node"] == "1"
+    )
 
 
-def run_script(cluster: FakeSlurm, script: str, srun: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def run_script(
+    cluster: FakeSlurm, script: str, srun: str, **environment: str
+) -> subprocess.CompletedProcess[str]:
     """Run a batch script whose srun does what is given."""
     cluster.command("srun", srun)
     path = cluster.here / "job.sh"
     path.write_text(script)
     known = {**os.environ, "SLURM_JOB_ID": "77", "SLURM_JOB_NODELIST": "n[0-1]", **environment}
-    return subprocess.run(["bash", path], env=known, capture_output=True, text=True, timeout=30, check=False)
+    return subprocess.run(
+        ["bash", path], env=known, capture_output=True, text=True, timeout=30, check=False
+    )
 
 
 @pytest.fixture
@@ -114,7 +140,10 @@ def script(config: Path, cluster: FakeSlurm) -> str:
     (config.parent / "run" / "checkpoints").mkdir()
     (place / batch.PLACES).write_text(f"{place}\n")
     hosts = 'if [ "$1 $2" = "show hostnames" ]; then printf "n0\\nn1\\n"; fi\n'
-    state = 'if [ "$1 $2" = "show job" ]; then echo "JobId=77 JobState=$(cat {here}/state) Reason=None"; fi\n'
+    state = (
+        'if [ "$1 $2" = "show job" ]; then echo "JobId=77 JobState=$(cat {here}/state) '
+        'Reason=None"; fi\n'
+    )
     cluster.command("scontrol", hosts + state)
     (cluster.here / "state").write_text("RUNNING")
     return made
@@ -124,10 +153,18 @@ def requeues(cluster: FakeSlurm) -> list[str]:
     return cluster.calls("scontrol requeue")
 
 
-def test_the_script_tells_where_the_ranks_meet_and_which_code_they_run(script: str, cluster: FakeSlurm) -> None:
+def test_the_script_tells_where_the_ranks_meet_and_which_code_they_run(
+    script: str, cluster: FakeSlurm
+) -> None:
     tell = 'env > "{here}/told"\n'
-    run_script(cluster, script, tell, SLURM_JOB_ID="123456", RANK="3", WORLD_SIZE="8", PYTHONPATH="/other")
-    told = dict(line.split("=", 1) for line in (cluster.here / "told").read_text().splitlines() if "=" in line)
+    run_script(
+        cluster, script, tell, SLURM_JOB_ID="123456", RANK="3", WORLD_SIZE="8", PYTHONPATH="/other"
+    )
+    told = dict(
+        line.split("=", 1)
+        for line in (cluster.here / "told").read_text().splitlines()
+        if "=" in line
+    )
     assert told["MASTER_ADDR"] == "n0" and told["MASTER_PORT"] == "23456"
     assert "RANK" not in told and "WORLD_SIZE" not in told
     first, *rest = told["PYTHONPATH"].split(":")
@@ -164,20 +201,31 @@ def saves(step: int) -> str:
 
 
 def last_event() -> dict[str, object]:
-    found: dict[str, object] = json.loads(Path("run/jobs/TIME/events.jsonl").read_text().splitlines()[-1])
+    found: dict[str, object] = json.loads(
+        Path("run/jobs/TIME/events.jsonl").read_text().splitlines()[-1]
+    )
     return found
 
 
 def test_a_job_is_not_requeued_for_ever(script: str, cluster: FakeSlurm) -> None:
     for count, calls in (("8", 1), ("9", 1), ("10", 1)):
-        done = run_script(cluster, script, saves(int(count)) + STOPPED + "exit 0\n", SLURM_RESTART_COUNT=count)
+        done = run_script(
+            cluster, script, saves(int(count)) + STOPPED + "exit 0\n", SLURM_RESTART_COUNT=count
+        )
         assert len(requeues(cluster)) == calls
-        assert done.returncode == (count != "8") and ("--max-restarts" in done.stdout) == (count != "8")
-    assert last_event()["event"] == "gave up" and "restarted 9 times (--max-restarts)" in str(last_event()["why"])
-    assert len(cluster.calls("srun")) == 2, "SLURM's own requeue beyond the bound does not train either"
+        assert done.returncode == (count != "8") and ("--max-restarts" in done.stdout) == (
+            count != "8"
+        )
+    assert last_event()["event"] == "gave up" and "restarted 9 times (--max-restarts)" in str(
+        last_event()["why"]
+    )
+    assert len(cluster.calls("srun")) == 2, (
+        "SLURM's own requeue beyond the bound does not train either"
+    )
 
 
-# what each start saved: a step, or 0 for nothing; and the starts that are allowed when 2 in a row may come back in vain
+# what each start saved: a step, or 0 for nothing; and the starts that are allowed when 2 in a row
+# may come back in vain
 @pytest.mark.parametrize(
     ("saved", "starts"),
     [
@@ -203,7 +251,10 @@ def test_a_job_that_saves_nothing_new_gives_up_and_one_that_does_goes_on(
         assert done.returncode != 1
     else:
         assert "tapct: 3 starts in a row saved nothing new (--max-idle-restarts 2)" in done.stdout
-        assert done.stdout.splitlines()[-1] == f"tapct: {last_event()['why']}" and last_event()["event"] == "gave up"
+        assert (
+            done.stdout.splitlines()[-1] == f"tapct: {last_event()['why']}"
+            and last_event()["event"] == "gave up"
+        )
 
 
 def test_a_job_that_cannot_be_requeued_tells_so(script: str, cluster: FakeSlurm) -> None:
@@ -220,10 +271,16 @@ def test_a_cancelled_job_is_not_requeued(script: str, cluster: FakeSlurm) -> Non
     assert requeues(cluster) == []
 
 
-def test_an_element_of_an_array_requeues_itself_and_not_the_array(script: str, cluster: FakeSlurm) -> None:
+def test_an_element_of_an_array_requeues_itself_and_not_the_array(
+    script: str, cluster: FakeSlurm
+) -> None:
     # one element has the number of the whole array as its job id
-    Path("run/jobs/TIME", batch.PLACES).write_text("".join(f"{Path.cwd()}/run/{n}/jobs/TIME\n" for n in range(5)))
-    run_script(cluster, script, STOPPED + "exit 0\n", SLURM_ARRAY_JOB_ID="77", SLURM_ARRAY_TASK_ID="4")
+    Path("run/jobs/TIME", batch.PLACES).write_text(
+        "".join(f"{Path.cwd()}/run/{n}/jobs/TIME\n" for n in range(5))
+    )
+    run_script(
+        cluster, script, STOPPED + "exit 0\n", SLURM_ARRAY_JOB_ID="77", SLURM_ARRAY_TASK_ID="4"
+    )
     assert requeues(cluster) == ["scontrol requeue 77_4"]
 
 
@@ -231,11 +288,15 @@ def test_an_element_of_an_array_looks_at_its_own_run(script: str, cluster: FakeS
     for n in range(2):
         Path(f"run/{n}/jobs/TIME").mkdir(parents=True)
         Path(f"run/{n}/checkpoints").mkdir()
-    Path("run/jobs/TIME", batch.PLACES).write_text("".join(f"{Path.cwd()}/run/{n}/jobs/TIME\n" for n in range(2)))
+    Path("run/jobs/TIME", batch.PLACES).write_text(
+        "".join(f"{Path.cwd()}/run/{n}/jobs/TIME\n" for n in range(2))
+    )
     for step in range(1, 5):
         srun = f"echo step_{step} > run/0/checkpoints/latest; {STOPPED} exit 0\n"
         codes = [
-            run_script(cluster, script, srun, SLURM_ARRAY_JOB_ID="77", SLURM_ARRAY_TASK_ID=str(n)).returncode
+            run_script(
+                cluster, script, srun, SLURM_ARRAY_JOB_ID="77", SLURM_ARRAY_TASK_ID=str(n)
+            ).returncode
             for n in range(2)
         ]
         assert codes == [0, int(step >= 3)]
@@ -249,14 +310,19 @@ def test_news_of_an_earlier_start_is_forgotten(script: str, cluster: FakeSlurm) 
 
 
 def test_a_signal_to_the_batch_shell_does_not_end_it(script: str, cluster: FakeSlurm) -> None:
-    done = run_script(cluster, script, "kill -USR2 $PPID; kill -TERM $PPID; sleep 0.3; " + STOPPED + "exit 0\n")
+    done = run_script(
+        cluster, script, "kill -USR2 $PPID; kill -TERM $PPID; sleep 0.3; " + STOPPED + "exit 0\n"
+    )
     assert done.returncode == 0 and len(requeues(cluster)) == 1
 
 
-# --- submitting ----------------------------------------------------------------------------------------------------
+# --- submitting
+# ----------------------------------------------------------------------------------------------------
 
 
-def test_submit_keeps_code_config_and_id_in_the_run_folder(config: Path, shell: Shell, cluster: FakeSlurm) -> None:
+def test_submit_keeps_code_config_and_id_in_the_run_folder(
+    config: Path, shell: Shell, cluster: FakeSlurm
+) -> None:
     said = shell.good("submit", config, "--time", "10", "train.steps=5")
     (place,) = Path("run/jobs").iterdir()
     assert "job 77: run" in said and str(place) in said
@@ -266,9 +332,15 @@ def test_submit_keeps_code_config_and_id_in_the_run_folder(config: Path, shell: 
     assert stored.to_dict() == load_config(RunConfig, config, ["train.steps=5"]).to_dict()
     (code,) = Path("run/code").iterdir()
     package = Path(task.__file__).parent.parent
-    copies = {str(path.relative_to(code / "tapct")): path.read_bytes() for path in code.rglob("*") if path.is_file()}
+    copies = {
+        str(path.relative_to(code / "tapct")): path.read_bytes()
+        for path in code.rglob("*")
+        if path.is_file()
+    }
     copies.pop("REVISION")
-    assert copies == {name: data for name, data in files_of(package).items() if "__pycache__" not in name}
+    assert copies == {
+        name: data for name, data in files_of(package).items() if "__pycache__" not in name
+    }
     assert str(code) in (cluster.here / "submitted.sh").read_text()
 
     shell.good("submit", config, "--time", "10")
@@ -287,9 +359,13 @@ def test_a_sweep_is_submitted_as_one_array_with_a_folder_per_run(
         (places,) = Path("run").glob(f"jobs/*/{batch.PLACES}")
         assert places.read_text().splitlines()[number] == str(path.parent.absolute())
         assert json.loads(path.read_text())["job"] == f"77_{number}"
-        assert load_config(RunConfig, path.with_name("config.yaml"), []).value.out == Path("run", name)
+        assert load_config(RunConfig, path.with_name("config.yaml"), []).value.out == Path(
+            "run", name
+        )
     assert "tapct compare run/*=*" in said
-    dry = shell.good("submit", config, "--time", "10", "--sweep", "optim.lr=1e-3,2e-3", "--dry-run", "out=other")
+    dry = shell.good(
+        "submit", config, "--time", "10", "--sweep", "optim.lr=1e-3,2e-3", "--dry-run", "out=other"
+    )
     assert dry.splitlines()[-2:] == ["# run 0: other/lr=1e-3", "# run 1: other/lr=2e-3"]
     assert sorted(Path().glob("run/*=*")) == [Path("run/lr=1e-3"), Path("run/lr=2e-3")]
     assert list(jobs.find([Path("run")])) == [Path("run/lr=1e-3"), Path("run/lr=2e-3")]
@@ -334,13 +410,17 @@ def test_when_sbatch_refuses_nothing_is_left_behind(
         assert files_of(tmp_path) == before and not Path("run").exists()
 
 
-def test_without_slurm_submit_says_where_to_go(config: Path, shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_slurm_submit_says_where_to_go(
+    config: Path, shell: Shell, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("shutil.which", lambda name: None)
     line = shell.bad("submit", config)
     assert "login node" in line and "--dry-run" in line and not Path("run").exists()
 
 
-def test_a_run_with_a_living_job_is_not_submitted_again(config: Path, shell: Shell, cluster: FakeSlurm) -> None:
+def test_a_run_with_a_living_job_is_not_submitted_again(
+    config: Path, shell: Shell, cluster: FakeSlurm
+) -> None:
     shell.good("submit", config)
     cluster.queue(("77", "PENDING", 0, "Resources"))
     assert "tapct cancel run" in shell.bad("submit", config)
@@ -348,11 +428,17 @@ def test_a_run_with_a_living_job_is_not_submitted_again(config: Path, shell: She
     shell.good("submit", config)
 
 
-def test_a_config_that_no_longer_fits_the_run_is_not_submitted(config: Path, shell: Shell, cluster: FakeSlurm) -> None:
+def test_a_config_that_no_longer_fits_the_run_is_not_submitted(
+    config: Path, shell: Shell, cluster: FakeSlurm
+) -> None:
     shell.good("train", config, "train.steps=2")
     line = shell.bad("submit", config, "train.steps=2", "optim.lr=0.5", "seed=3")
     assert "seed was 0" in line and "(also changed: optim.lr)" in line and "--allow-change" in line
-    code, _, err = shell("submit", config, "train.steps=2", "optim.lr=0.5", "--allow-change", "--dry-run")
+    code, _, err = shell(
+        "submit", config, "train.steps=2", "optim.lr=0.5", "--allow-change", "--dry-run"
+    )
     assert code == 0 and "run has all its 2 steps; the job will find nothing to train" in err
-    assert "train.resume=never" in shell.bad("submit", config, "train.steps=2", "train.resume=never")
+    assert "train.resume=never" in shell.bad(
+        "submit", config, "train.steps=2", "train.resume=never"
+    )
     assert shell("submit", config, "train.steps=2")[0] == 0

@@ -32,7 +32,20 @@ def test_a_time_limit_is_read_as_sbatch_reads_it(text: str, minutes: int) -> Non
 
 
 @pytest.mark.parametrize(
-    "text", ["", "soon", "2d12h", "1.5", "-5", "1-25:00", "1-00:60", "12:60:00", "5:99", "1:2:3:4", "2 weeks"]
+    "text",
+    [
+        "",
+        "soon",
+        "2d12h",
+        "1.5",
+        "-5",
+        "1-25:00",
+        "1-00:60",
+        "12:60:00",
+        "5:99",
+        "1:2:3:4",
+        "2 weeks",
+    ],
 )
 def test_what_is_no_time_limit_is_told_with_the_forms(text: str) -> None:
     with pytest.raises(UserError, match=r"--time .*2-00:00.*12:00:00.*90"):
@@ -46,7 +59,12 @@ def test_no_time_at_all_is_refused(text: str) -> None:
 
 
 def test_memory_has_a_unit_that_slurm_knows() -> None:
-    assert [slurm.checked_memory(text) for text in ("64G", "500m", "4000", "1TB")] == ["64G", "500M", "4000", "1TB"]
+    assert [slurm.checked_memory(text) for text in ("64G", "500m", "4000", "1TB")] == [
+        "64G",
+        "500M",
+        "4000",
+        "1TB",
+    ]
     for text in ("64 gigs", "-1G", "1.5G", "lots"):
         with pytest.raises(UserError, match="64G"):
             slurm.checked_memory(text)
@@ -55,7 +73,9 @@ def test_memory_has_a_unit_that_slurm_knows() -> None:
 def test_a_sweep_is_the_product_of_its_values() -> None:
     points = sweep.product(["optim.lr=1e-4,2e-4", "views.num_locals=4,8"])
     assert [point.values for point in points] == [
-        (("optim.lr", lr), ("views.num_locals", num)) for lr in ("1e-4", "2e-4") for num in ("4", "8")
+        (("optim.lr", lr), ("views.num_locals", num))
+        for lr in ("1e-4", "2e-4")
+        for num in ("4", "8")
     ]
     assert points[0].name == "lr=1e-4,num_locals=4" and len({point.name for point in points}) == 4
     assert sweep.product(["optim.lr=1e-4,2e-4 views.num_locals=4,8"]) == points
@@ -64,7 +84,9 @@ def test_a_sweep_is_the_product_of_its_values() -> None:
 def test_commas_within_brackets_and_quotes_belong_to_a_value() -> None:
     points = sweep.product(["views.global_area=[0.1, 0.2],[0.3,0.4] a.b={x: 1, y: 2},'p,q'"])
     found = [[value for _, value in point.values] for point in points]
-    assert found == [[area, other] for area in ("[0.1, 0.2]", "[0.3,0.4]") for other in ("{x: 1, y: 2}", "'p,q'")]
+    assert found == [
+        [area, other] for area in ("[0.1, 0.2]", "[0.3,0.4]") for other in ("{x: 1, y: 2}", "'p,q'")
+    ]
     assert points[0].name == "global_area=0.1-0.2,b=x-1-y-2"
     assert all("/" not in point.name for point in sweep.product(["a=x/y,../z"]))
 

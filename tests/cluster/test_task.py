@@ -42,7 +42,9 @@ def start(job: list[str], restarts: int = 0) -> subprocess.Popen[str]:
         "OMP_NUM_THREADS": "1",
     }
     # -c looks into the working directory first, which holds no tapct
-    return subprocess.Popen(job, env=known, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        job, env=known, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
 
 
 def events() -> list[dict[str, object]]:
@@ -79,20 +81,33 @@ def test_a_task_saves_on_a_signal_marks_it_and_goes_on_from_there(job: list[str]
     assert [event.get("restarts") for event in events()] == [0, None, 1, None]
 
 
-def test_a_job_goes_on_with_a_change_that_was_allowed(config: Path, cluster: FakeSlurm, shell: Shell) -> None:
+def test_a_job_goes_on_with_a_change_that_was_allowed(
+    config: Path, cluster: FakeSlurm, shell: Shell
+) -> None:
     shell.good("train", config, "train.steps=2", "losses.koleo=null")
     shell.good("submit", config, "--allow-change", "train.steps=3", "losses.koleo=null")
     (place,), (code,) = Path("run/jobs").iterdir(), Path("run/code").iterdir()
     words = (str(place.absolute() / "config.yaml"), str(Path.cwd()), str(code.absolute()))
-    for allowed, exit_code, told in ((False, 2, "train.steps was 2"), (True, 0, "--allow-change: train.steps was 2")):
-        process = start([sys.executable, "-c", f"from tapct.cluster.task import work; work{(*words, allowed)!r}"])
+    for allowed, exit_code, told in (
+        (False, 2, "train.steps was 2"),
+        (True, 0, "--allow-change: train.steps was 2"),
+    ):
+        process = start(
+            [
+                sys.executable,
+                "-c",
+                f"from tapct.cluster.task import work; work{(*words, allowed)!r}",
+            ]
+        )
         said, _ = process.communicate(timeout=60)
         assert process.returncode == exit_code and told in said, said
     assert [row["step"] for row in numbers_of(Path("run"))] == [1, 2, 3]
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR2, signal.SIGTERM])
-def test_a_signal_before_training_begins_is_not_lost(job: list[str], number: signal.Signals) -> None:
+def test_a_signal_before_training_begins_is_not_lost(
+    job: list[str], number: signal.Signals
+) -> None:
     process = start(job)
     (place,) = Path("run/jobs").iterdir()
     wait_until(place / "events.jsonl", 1, process)  # torch is being imported now
@@ -108,7 +123,12 @@ def test_a_task_that_fails_says_one_line_and_marks_it(job: list[str], store: Pat
     config.write_text(config.read_text().replace(str(store), "gone"))
     process = start(job)
     said, _ = process.communicate(timeout=60)
-    assert process.returncode == 2 and said.count("\n") == 1 and said.startswith("error: ") and "gone" in said
+    assert (
+        process.returncode == 2
+        and said.count("\n") == 1
+        and said.startswith("error: ")
+        and "gone" in said
+    )
     assert Path("run/mark").read_text() == "failed"
     assert events()[-1]["event"] == "failed"
 
@@ -131,7 +151,10 @@ def test_the_first_mark_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_worker_takes_the_signals_over_before_torch_is_there() -> None:
-    check = "import sys, tapct.cluster.task; print([name for name in ('torch', 'numpy') if name in sys.modules])"
+    check = (
+        "import sys, tapct.cluster.task; print([name for name in ('torch', 'numpy') if name "
+        "in sys.modules])"
+    )
     package = Path(task.__file__).parent.parent.parent
     done = subprocess.run(
         [sys.executable, "-c", check],

@@ -1,7 +1,8 @@
 """Which fields of config dataclasses a package reads: a small type inference over its source.
 
-It follows annotations (parameters, variables, fields, returns), assignments, `self`, loops and calls of constructors,
-and so tells `config.weight` of one Config from that of another. A container counts as what it holds. A field that is
+It follows annotations (parameters, variables, fields, returns), assignments, `self`, loops and
+calls of constructors, and so tells `config.weight` of one Config from that of another. A container
+counts as what it holds. A field that is
 only looked at by its own `__post_init__` counts as unread: to be checked is not to be used.
 """
 
@@ -26,21 +27,30 @@ Function = ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda
 def config_classes(modules: Sequence[ModuleType]) -> list[type]:
     """Every dataclass with a field made by `setting`, `section` or `table`."""
     values = [(value, module) for module in modules for value in vars(module).values()]
-    classes = [value for value, module in values if inspect.isclass(value) and value.__module__ == module.__name__]
+    classes = [
+        value
+        for value, module in values
+        if inspect.isclass(value) and value.__module__ == module.__name__
+    ]
     configs = [cls for cls in classes if dataclasses.is_dataclass(cls)]
-    return [cls for cls in configs if any("doc" in field.metadata for field in dataclasses.fields(cls))]
+    return [
+        cls for cls in configs if any("doc" in field.metadata for field in dataclasses.fields(cls))
+    ]
 
 
 def unread_fields(modules: Sequence[ModuleType]) -> list[str]:
     """Fields of all config classes that nothing in the modules reads, as "module.Class.field"."""
     classes = config_classes(modules)
     plugin_configs = frozenset(
-        cls for cls in classes if cls.__name__ == "Config" and hasattr(inspect.getmodule(cls), "build")
+        cls
+        for cls in classes
+        if cls.__name__ == "Config" and hasattr(inspect.getmodule(cls), "build")
     )
     attributes: dict[tuple[type, str], Types] = {}
     readers = [_Reader(module, attributes, plugin_configs) for module in modules]
     size = -1
-    while size != (size := sum(map(len, attributes.values()))):  # until nothing new is learnt about self.x
+    # until nothing new is learnt about self.x
+    while size != (size := sum(map(len, attributes.values()))):
         for reader in readers:
             reader.reads = set()
             reader.visit_module()
@@ -54,9 +64,15 @@ def unread_fields(modules: Sequence[ModuleType]) -> list[str]:
 
 
 def stands_for(owner: type, cls: type) -> bool:
-    """Whether what is read of `owner` is read of `cls`: its base, its heir, or a protocol that it fulfils."""
+    """Whether what is read of `owner` is read of `cls`: its base, its heir, or a protocol that it
+    fulfils.
+    """
     if getattr(owner, "_is_protocol", False):
-        members = {name for name in [*vars(owner), *inspect.get_annotations(owner)] if not name.startswith("_")}
+        members = {
+            name
+            for name in [*vars(owner), *inspect.get_annotations(owner)]
+            if not name.startswith("_")
+        }
         return members <= {field.name for field in dataclasses.fields(cls)}
     return issubclass(cls, owner) or issubclass(owner, cls)
 
@@ -70,7 +86,10 @@ def classes_in(hint: Any) -> Types:
 
 class _Reader:
     def __init__(
-        self, module: ModuleType, attributes: dict[tuple[type, str], Types], plugin_configs: frozenset[type]
+        self,
+        module: ModuleType,
+        attributes: dict[tuple[type, str], Types],
+        plugin_configs: frozenset[type],
     ) -> None:
         self.module, self.attributes, self.plugin_configs = module, attributes, plugin_configs
         self.tree = ast.parse(Path(str(module.__file__)).read_text(encoding="utf-8"))
@@ -82,7 +101,9 @@ class _Reader:
         self._visit(self.tree, {}, None)
 
     def _visit(self, node: Any, outer: dict[str, Types], owner: type | None) -> None:
-        """One function or class, or the module: learn its variables, note its reads, then go into what it defines."""
+        """One function or class, or the module: learn its variables, note its reads, then go into
+        what it defines.
+        """
         names = dict(outer)
         scope = self.scopes[node] = self.scopes.get(node) or Scope.of(node)
         for _ in range(2):  # a loop may use what is assigned below
@@ -165,11 +186,21 @@ class _Reader:
             member = vars(base).get(name)
             getter = member.fget if isinstance(member, property) else getattr(member, "func", None)
             if getter is not None:
-                found |= self._evaluate(getattr(getter, "__annotations__", {}).get("return"), inspect.getmodule(base))
+                found |= self._evaluate(
+                    getattr(getter, "__annotations__", {}).get("return"), inspect.getmodule(base)
+                )
         return found
 
     def _call(self, node: ast.Call, names: dict[str, Types]) -> Types:
-        if ast.unparse(node.func) in ("dataclasses.replace", "replace", "reversed", "sorted", "list", "tuple", "zip"):
+        if ast.unparse(node.func) in (
+            "dataclasses.replace",
+            "replace",
+            "reversed",
+            "sorted",
+            "list",
+            "tuple",
+            "zip",
+        ):
             return frozenset().union(*(self._infer(arg, names) for arg in node.args))
         if ast.unparse(node.func) == "enumerate":
             return self._infer(node.args[0], names)
@@ -177,11 +208,17 @@ class _Reader:
         if inspect.isclass(target):
             return frozenset({target})
         if target is None and isinstance(node.func, ast.Attribute):
-            methods = [getattr(cls, node.func.attr, None) for cls in self._infer(node.func.value, names)]
+            methods = [
+                getattr(cls, node.func.attr, None) for cls in self._infer(node.func.value, names)
+            ]
         else:
             methods = [target]
-        returns = [(getattr(method, "__annotations__", {}).get("return"), method) for method in methods]
-        return frozenset().union(*(self._evaluate(hint, inspect.getmodule(method)) for hint, method in returns if hint))
+        returns = [
+            (getattr(method, "__annotations__", {}).get("return"), method) for method in methods
+        ]
+        return frozenset().union(
+            *(self._evaluate(hint, inspect.getmodule(method)) for hint, method in returns if hint)
+        )
 
     def _object(self, node: ast.AST) -> Any:
         """What a dotted name stands for in the module, or None."""
@@ -189,7 +226,11 @@ class _Reader:
             return vars(self.module).get(node.id)
         if isinstance(node, ast.Attribute):
             base = self._object(node.value)
-            return getattr(base, node.attr, None) if isinstance(base, ModuleType) or inspect.isclass(base) else None
+            return (
+                getattr(base, node.attr, None)
+                if isinstance(base, ModuleType) or inspect.isclass(base)
+                else None
+            )
         return None
 
     def _annotation(self, node: ast.AST | None) -> Types:
@@ -215,7 +256,9 @@ BINDINGS = (ast.AnnAssign, ast.Assign, ast.NamedExpr, ast.For, ast.comprehension
 
 @dataclasses.dataclass(frozen=True)
 class Scope:
-    """What stands in a function, class or module itself, and not in a function or class inside of it."""
+    """What stands in a function, class or module itself, and not in a function or class inside of
+    it.
+    """
 
     bindings: list[ast.AST]
     reads: list[ast.Attribute]
@@ -244,4 +287,6 @@ def _outside(node: Any) -> Iterator[ast.AST]:
     if isinstance(node, ast.ClassDef):
         yield from node.bases
     else:
-        yield from [value for value in [*node.args.defaults, *node.args.kw_defaults] if value is not None]
+        yield from [
+            value for value in [*node.args.defaults, *node.args.kw_defaults] if value is not None
+        ]

@@ -96,9 +96,15 @@ def shape_root() -> type:
     class ShapeRoot:
         size: int = setting(1, "of all", ge=0)
         shape: plugins.Plugin = plugins.section("losses", "cfgshapes.round", "one shape")
-        shapes: tuple[plugins.Plugin, ...] = plugins.table("losses", ("cfgshapes.round",), "several shapes")
+        shapes: tuple[plugins.Plugin, ...] = plugins.table(
+            "losses", ("cfgshapes.round",), "several shapes"
+        )
 
-    ShapeRoot.__annotations__ = {"size": int, "shape": plugins.Plugin, "shapes": tuple[plugins.Plugin, ...]}
+    ShapeRoot.__annotations__ = {
+        "size": int,
+        "shape": plugins.Plugin,
+        "shapes": tuple[plugins.Plugin, ...],
+    }
     return ShapeRoot
 
 
@@ -154,8 +160,12 @@ def test_a_chain_of_bases_is_overlaid_from_the_deepest_up(write: Callable[..., P
     assert resolved.origin["flag"] == "default"
 
 
-def test_defaults_of_a_nested_section_are_those_of_the_field_not_of_its_class(write: Callable[..., Path]) -> None:
-    assert load_config(Root, write("views: {num_globals: 3}"), []).value.views == Views(num_globals=3, num_locals=6)
+def test_defaults_of_a_nested_section_are_those_of_the_field_not_of_its_class(
+    write: Callable[..., Path],
+) -> None:
+    assert load_config(Root, write("views: {num_globals: 3}"), []).value.views == Views(
+        num_globals=3, num_locals=6
+    )
 
 
 def test_an_optional_section_can_be_switched_on_and_off(write: Callable[..., Path]) -> None:
@@ -226,7 +236,9 @@ def test_interpolation_reaches_defaults_and_the_environment(
         ("teacher: 3", "must be a section with num_globals"),
     ],
 )
-def test_a_wrong_value_is_told_with_line_key_value_and_rule(write: Callable[..., Path], text: str, rule: str) -> None:
+def test_a_wrong_value_is_told_with_line_key_value_and_rule(
+    write: Callable[..., Path], text: str, rule: str
+) -> None:
     number = len(text.splitlines())
     key = ".".join(line.split(":")[0].strip() for line in text.splitlines())
     value = text.rpartition(": ")[2] if ": " in text else "null"
@@ -266,7 +278,9 @@ def test_an_unknown_section_with_several_keys_is_told_as_a_whole() -> None:
 
 def test_an_unknown_key_like_nothing_lists_what_there_is(write: Callable[..., Path]) -> None:
     line = message(Root, write("name: x\noptim:\n  zzzzzzzz: 1"))
-    assert line.startswith("run.yaml:3: optim.zzzzzzzz = 1: unknown key; known here: optim.lr, optim.betas")
+    assert line.startswith(
+        "run.yaml:3: optim.zzzzzzzz = 1: unknown key; known here: optim.lr, optim.betas"
+    )
 
 
 def test_a_rule_between_fields_is_told_with_section_and_source(write: Callable[..., Path]) -> None:
@@ -290,11 +304,16 @@ def test_a_rule_between_fields_is_told_with_section_and_source(write: Callable[.
         ("name: ${b\n", "run.yaml"),
         ("name: ???\n", "run.yaml:1: name"),
         ("base: other.yaml\n", "run.yaml:1: base = other.yaml: no such config file"),
-        ("name: x\nbase: [a, b]\n", "run.yaml:2: base = ['a', 'b']: must be the path of one YAML file"),
+        (
+            "name: x\nbase: [a, b]\n",
+            "run.yaml:2: base = ['a', 'b']: must be the path of one YAML file",
+        ),
         ("base: run.yaml\n", "run.yaml:1: base = run.yaml: the base chain is a circle"),
     ],
 )
-def test_a_broken_file_is_told_in_one_line(write: Callable[..., Path], text: str, expected: str) -> None:
+def test_a_broken_file_is_told_in_one_line(
+    write: Callable[..., Path], text: str, expected: str
+) -> None:
     path = write("")
     path.write_text(text)
     assert message(Root, path).startswith(expected)
@@ -318,7 +337,10 @@ def test_a_folder_and_a_binary_file_are_no_configs(write: Callable[..., Path]) -
 def test_a_circle_of_two_files_is_found(write: Callable[..., Path]) -> None:
     write("base: run.yaml\n", "b.yaml")
     line = message(Root, write("base: b.yaml\n"))
-    assert line == "b.yaml:1: base = run.yaml: the base chain is a circle: run.yaml -> b.yaml -> run.yaml"
+    assert (
+        line
+        == "b.yaml:1: base = run.yaml: the base chain is a circle: run.yaml -> b.yaml -> run.yaml"
+    )
 
 
 def test_an_empty_file_and_an_empty_section_change_nothing(write: Callable[..., Path]) -> None:
@@ -347,7 +369,9 @@ def test_a_missing_required_value_is_named() -> None:
     assert load_config(Needs, None, ["path=x"]).value == Needs("x")
 
 
-def test_a_section_takes_the_fields_of_its_own_plug_in(shapes: type, write: Callable[..., Path]) -> None:
+def test_a_section_takes_the_fields_of_its_own_plug_in(
+    shapes: type, write: Callable[..., Path]
+) -> None:
     path = write("shape: {name: cfgshapes.square, side: 7}")
     value = load_config(shapes, path, []).value
     assert (value.shape.name, value.shape.config.side) == ("cfgshapes.square", 7)
@@ -364,14 +388,18 @@ def test_a_default_plug_in_keeps_the_fields_that_its_owner_gave_it(shapes: type)
         inner: Any = setting(start, "shapes")
 
     Outer.__annotations__ = {"inner": shapes}
-    value = load_config(Outer, None, ["inner.shape.edge=1", "inner.shapes[cfgshapes.round].edge=2"]).value.inner
+    value = load_config(
+        Outer, None, ["inner.shape.edge=1", "inner.shapes[cfgshapes.round].edge=2"]
+    ).value.inner
     assert (value.shape.config.radius, value.shape.config.edge) == (5.0, 1)
     assert (value.shapes[0].config.radius, value.shapes[0].config.edge) == (5.0, 2)
     other = load_config(Outer, None, ["inner.shape.name=cfgshapes.square"]).value.inner
     assert to_dict(other)["shape"] == {"name": "cfgshapes.square", "side": 3}
 
 
-def test_a_new_name_drops_the_fields_of_the_old_plug_in(shapes: type, write: Callable[..., Path]) -> None:
+def test_a_new_name_drops_the_fields_of_the_old_plug_in(
+    shapes: type, write: Callable[..., Path]
+) -> None:
     write("shape:\n  name: cfgshapes.round\n  radius: 9\n", "base.yaml")
     path = write("base: base.yaml\nshape:\n  name: cfgshapes.square\n  side: 4\n")
     resolved = load_config(shapes, path, [])
@@ -384,7 +412,9 @@ def test_a_new_name_drops_the_fields_of_the_old_plug_in(shapes: type, write: Cal
     assert same.value.shape.config.radius == 9.0
 
 
-def test_a_table_switches_plug_ins_on_and_off_in_order(shapes: type, write: Callable[..., Path]) -> None:
+def test_a_table_switches_plug_ins_on_and_off_in_order(
+    shapes: type, write: Callable[..., Path]
+) -> None:
     def names(*overrides: str, text: str = "") -> list[str]:
         value = load_config(shapes, write(text), list(overrides)).value
         return [entry.name.rpartition(".")[2] for entry in value.shapes]
@@ -392,21 +422,32 @@ def test_a_table_switches_plug_ins_on_and_off_in_order(shapes: type, write: Call
     assert names() == ["round"]
     assert names(text="shapes: {cfgshapes.square: {}}") == ["round", "square"]
     assert names(text="shapes: {cfgshapes.square: {}, cfgshapes.round: {}}") == ["square", "round"]
-    assert names("shapes[cfgshapes.square].side=2", "shapes[cfgshapes.round].edge=2") == ["round", "square"]
+    assert names("shapes[cfgshapes.square].side=2", "shapes[cfgshapes.round].edge=2") == [
+        "round",
+        "square",
+    ]
     assert names("shapes[cfgshapes.round]=null") == []
-    assert names("shapes[cfgshapes.round].edge=3", text="shapes: {cfgshapes.round: null}") == ["round"]
+    assert names("shapes[cfgshapes.round].edge=3", text="shapes: {cfgshapes.round: null}") == [
+        "round"
+    ]
 
 
-def test_mistakes_inside_plug_ins_are_told_like_others(shapes: type, write: Callable[..., Path]) -> None:
+def test_mistakes_inside_plug_ins_are_told_like_others(
+    shapes: type, write: Callable[..., Path]
+) -> None:
     path = write("shapes:\n  cfgshapes.square:\n    sides: 3\n")
     line = message(shapes, path)
-    assert line.startswith("run.yaml:3: shapes[cfgshapes.square].sides = 3: unknown key; did you mean")
+    assert line.startswith(
+        "run.yaml:3: shapes[cfgshapes.square].sides = 3: unknown key; did you mean"
+    )
     assert "shapes[cfgshapes.square].side?" in line
     line = message(shapes, write("shape:\n  radius: 0.1\n  edge: 4\n"))
     assert line == "run.yaml:2, run.yaml:3: shape: edge 4 must be at most 10 x radius 0.1"
     assert message(shapes, None, "shape.edge=-1") == "override: shape.edge = -1: must be >= 0"
     assert "no module 'cfgshapes.oval'" in message(shapes, None, "shapes[cfgshapes.oval]=null")
-    assert message(shapes, None, "shape.name=ovel").startswith("override: shape.name: no plug-in 'ovel' in losses")
+    assert message(shapes, None, "shape.name=ovel").startswith(
+        "override: shape.name: no plug-in 'ovel' in losses"
+    )
     assert "must be the name of a plug-in" in message(shapes, None, "shape.name=3")
     assert "must be a section with a name" in message(shapes, None, "shape=3")
     assert "must be a section with a name" in message(shapes, None, "shape=null")
@@ -415,8 +456,15 @@ def test_mistakes_inside_plug_ins_are_told_like_others(shapes: type, write: Call
     assert "{}, or null for off" in message(shapes, None, "shapes[cfgshapes.round]=3")
 
 
-def test_a_resolved_config_reads_back_to_the_same_value(shapes: type, write: Callable[..., Path]) -> None:
-    overrides = ["shapes[cfgshapes.round]=null", "shapes[cfgshapes.square].side=9", "shape.radius=0.1", "shape.edge=1"]
+def test_a_resolved_config_reads_back_to_the_same_value(
+    shapes: type, write: Callable[..., Path]
+) -> None:
+    overrides = [
+        "shapes[cfgshapes.round]=null",
+        "shapes[cfgshapes.square].side=9",
+        "shape.radius=0.1",
+        "shape.edge=1",
+    ]
     first = load_config(shapes, None, overrides)
     assert from_dict(shapes, first.to_dict(), "run/config.yaml") == first.value
     assert load_config(shapes, write(first.to_yaml()), []).value == first.value
@@ -427,7 +475,8 @@ numbers = st.floats(min_value=1e-300, max_value=1e300)
 words = st.text(alphabet=st.characters(codec="utf-8", exclude_characters="$"), max_size=12)
 roots = st.builds(
     Root,
-    name=words | st.sampled_from(["2e-4", "12", "null", "true", "0x1", "1:30", "~", "", "a: b", "# x"]),
+    name=words
+    | st.sampled_from(["2e-4", "12", "null", "true", "0x1", "1:30", "~", "", "a: b", "# x"]),
     store=st.none() | st.sampled_from([Path("/a b/ü"), Path("12")]),
     flag=st.booleans(),
     scales=st.lists(st.floats(allow_nan=False, allow_infinity=False), max_size=3).map(tuple),
@@ -437,7 +486,9 @@ roots = st.builds(
 
 
 @given(roots)
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 def test_every_value_survives_yaml_and_back(write: Callable[..., Path], value: Root) -> None:
     text = dataclasses.replace(load_config(Root, None, []), value=value).to_yaml()
     assert load_config(Root, write(text), []).value == value
@@ -447,12 +498,16 @@ def test_every_value_survives_yaml_and_back(write: Callable[..., Path], value: R
 def test_a_bad_stored_config_names_its_file() -> None:
     with pytest.raises(ConfigError, match=r"^export/config.json: optim.lr = -1: must be > 0$"):
         from_dict(Root, {"optim": {"lr": -1}}, "export/config.json")
-    with pytest.raises(ConfigError, match=r"^export/config.json: optim.rl = 1: unknown key; did you mean optim.lr"):
+    with pytest.raises(
+        ConfigError, match=r"^export/config.json: optim.rl = 1: unknown key; did you mean optim.lr"
+    ):
         from_dict(Root, {"optim": {"rl": 1}}, "export/config.json")
 
 
 def test_pretty_lines_up_keys_values_and_sources(write: Callable[..., Path]) -> None:
-    text = load_config(Root, write("name: x\noptim:\n  lr: 1e-3\n"), ["flag=true", "scales=[2]"]).pretty()
+    text = load_config(
+        Root, write("name: x\noptim:\n  lr: 1e-3\n"), ["flag=true", "scales=[2]"]
+    ).pretty()
     lines = text.splitlines()
     assert len({line.index("  # ") for line in lines if len(line.partition("  # ")[0]) <= 60}) >= 1
     table = {line.partition(":")[0]: line.partition(": ")[2].split("  # ") for line in lines}

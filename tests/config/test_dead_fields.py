@@ -58,18 +58,28 @@ CONFIGS = """
 
 
 def test_a_field_is_not_alive_because_another_class_has_one_of_its_name(tmp_path: Path) -> None:
-    assert unread_in(CONFIGS + "\n    def use(config: Config): return config.inner.weight\n", tmp_path) == [
+    assert unread_in(
+        CONFIGS + "\n    def use(config: Config): return config.inner.weight\n", tmp_path
+    ) == [
         "Inner.decay",
         "Config.weight",
     ]
 
 
 def test_a_field_that_is_only_checked_is_dead(tmp_path: Path) -> None:
-    assert unread_in(CONFIGS, tmp_path) == ["Inner.weight", "Inner.decay", "Config.weight", "Config.inner"]
+    assert unread_in(CONFIGS, tmp_path) == [
+        "Inner.weight",
+        "Inner.decay",
+        "Config.weight",
+        "Config.inner",
+    ]
 
 
 def test_a_field_that_is_only_written_is_dead(tmp_path: Path) -> None:
-    code = "\n    def use(config: Config): return replace(config, weight=2, inner=Inner(decay=3)).inner.weight\n"
+    code = (
+        "\n    def use(config: Config): return replace(config, weight=2, "
+        "inner=Inner(decay=3)).inner.weight\n"
+    )
     assert unread_in(CONFIGS + code, tmp_path) == ["Inner.decay", "Config.weight"]
 
 
@@ -87,7 +97,12 @@ def test_reads_through_bases_heirs_and_protocols_count(tmp_path: Path) -> None:
 
     def use(some: HasWeight, inner: Inner): return some.weight, inner.decay
     """
-    assert unread_in(CONFIGS + code, tmp_path) == ["Inner.weight", "Config.inner", "Heir.weight", "Heir.more"]
+    assert unread_in(CONFIGS + code, tmp_path) == [
+        "Inner.weight",
+        "Config.inner",
+        "Heir.weight",
+        "Heir.more",
+    ]
 
 
 def test_reads_are_found_by_many_ways(tmp_path: Path) -> None:

@@ -27,7 +27,9 @@ GOOD = """
 
 @pytest.fixture()
 def user_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A folder of the user's own, as working directory; its name is not used twice, for modules are remembered."""
+    """A folder of the user's own, as working directory; its name is not used twice, for modules are
+    remembered.
+    """
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])
     package = f"lab_{tmp_path.name.replace('-', '_')}"
@@ -54,7 +56,11 @@ def test_listing_a_folder_imports_nothing() -> None:
 
 def test_names_are_the_files_of_the_folder() -> None:
     folder = Path(plugins.__file__).parent.parent / "losses"
-    expected = {path.name[:-3] for path in folder.iterdir() if path.suffix == ".py" and path.name != "__init__.py"}
+    expected = {
+        path.name[:-3]
+        for path in folder.iterdir()
+        if path.suffix == ".py" and path.name != "__init__.py"
+    }
     assert set(plugins.available("losses")) == expected
     assert plugins.available("views/ops") == plugins.available("views.ops")
 
@@ -91,14 +97,19 @@ def test_a_users_module_that_is_not_there_says_where_it_was_looked_for(user_modu
     [
         ("def build(config): ...", "lacks a dataclass named Config"),
         ("class Config: ...\ndef build(config): ...", "lacks a dataclass named Config"),
-        ("from dataclasses import dataclass\n@dataclass\nclass Config:\n    x: int = 1\n", "lacks frozen=True"),
+        (
+            "from dataclasses import dataclass\n@dataclass\nclass Config:\n    x: int = 1\n",
+            "lacks frozen=True",
+        ),
         (textwrap.dedent(GOOD).replace("def build", "def make"), "lacks a function named build"),
         ("import not_on_this_machine", "needs the module 'not_on_this_machine', which is missing"),
         ("x = 1 / 0", "cannot be imported: ZeroDivisionError: division by zero"),
         ("def build(:\n", "cannot be imported: SyntaxError"),
     ],
 )
-def test_a_users_module_without_a_part_is_refused_with_the_part(user_module: str, text: str, reason: str) -> None:
+def test_a_users_module_without_a_part_is_refused_with_the_part(
+    user_module: str, text: str, reason: str
+) -> None:
     (Path(user_module) / "broken.py").write_text(text)
     assert reason in refusal("losses", f"{user_module}.broken")
 

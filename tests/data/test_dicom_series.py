@@ -16,7 +16,9 @@ from tapct.types import AIR_HU
 
 
 def test_dicom_spacing_comes_from_positions_not_from_slice_thickness(tmp_path: Path) -> None:
-    volume = read_volume(write_series(tmp_path / "s", make_ct(), edit=lambda i: {"SpacingBetweenSlices": 9.0}))
+    volume = read_volume(
+        write_series(tmp_path / "s", make_ct(), edit=lambda i: {"SpacingBetweenSlices": 9.0})
+    )
     np.testing.assert_allclose(volume.spacing_mm, (2.0, 0.7, 0.8))
     np.testing.assert_allclose(volume.origin_mm, (-10, -20, 100))
     np.testing.assert_array_equal(volume.hu_ZYX, make_ct())
@@ -25,7 +27,9 @@ def test_dicom_spacing_comes_from_positions_not_from_slice_thickness(tmp_path: P
 def test_non_monotone_instance_numbers_and_file_names_do_not_matter(tmp_path: Path) -> None:
     order = np.random.default_rng(3).permutation(9)
     positions = [100.0 + 2.0 * int(place) for place in order]
-    shuffled = write_series(tmp_path / "s", make_ct()[order], positions, lambda i: {"InstanceNumber": (i * 5) % 7})
+    shuffled = write_series(
+        tmp_path / "s", make_ct()[order], positions, lambda i: {"InstanceNumber": (i * 5) % 7}
+    )
     np.testing.assert_array_equal(read_volume(shuffled).hu_ZYX, make_ct())
 
 
@@ -72,23 +76,35 @@ def test_slices_of_different_geometry_are_refused(tmp_path: Path) -> None:
             {"ImageOrientationPatient": [1, 0, 0, 0, 0.98, 0.198997]},
         )
     ):
-        folder = write_series(tmp_path / str(number), make_ct(), edit=lambda i, e=edit: e if i == 3 else {})
+        folder = write_series(
+            tmp_path / str(number), make_ct(), edit=lambda i, e=edit: e if i == 3 else {}
+        )
         assert refusal(folder) == "mixed_geometry"
 
 
 def test_missing_position_or_pixel_spacing_is_refused(tmp_path: Path) -> None:
-    for tag, reason in (("ImagePositionPatient", "no_orientation"), ("PixelSpacing", "bad_spacing")):
-        folder = write_series(tmp_path / tag, make_ct(), edit=lambda i, t=tag: {t: None} if i == 3 else {})
+    for tag, reason in (
+        ("ImagePositionPatient", "no_orientation"),
+        ("PixelSpacing", "bad_spacing"),
+    ):
+        folder = write_series(
+            tmp_path / tag, make_ct(), edit=lambda i, t=tag: {t: None} if i == 3 else {}
+        )
         assert refusal(folder) == reason
 
 
 def test_rescale_is_applied_slice_by_slice(tmp_path: Path) -> None:
     folder = write_series(
-        tmp_path / "s", make_ct(), edit=lambda i: {"RescaleIntercept": -1024 - i, "RescaleSlope": 0.5 + i % 2}
+        tmp_path / "s",
+        make_ct(),
+        edit=lambda i: {"RescaleIntercept": -1024 - i, "RescaleSlope": 0.5 + i % 2},
     )
     expected = np.stack(
         [
-            np.maximum(np.rint(np.rint((plane + 1024.0 + i) / (0.5 + i % 2)) * (0.5 + i % 2) - 1024 - i), AIR_HU)
+            np.maximum(
+                np.rint(np.rint((plane + 1024.0 + i) / (0.5 + i % 2)) * (0.5 + i % 2) - 1024 - i),
+                AIR_HU,
+            )
             for i, plane in enumerate(make_ct())
         ]
     )
@@ -122,24 +138,35 @@ def test_mixed_series_in_a_folder_are_sources_of_their_own(tmp_path: Path) -> No
         path.rename(folder / f"b{path.name}")
     assert refusal(folder) == "mixed_series"
     sources = find_sources(tmp_path)
-    assert [(source.path.name, len(source.files)) for source in sources] == [("bslice000.dcm", 9), ("slice000.dcm", 9)]
+    assert [(source.path.name, len(source.files)) for source in sources] == [
+        ("bslice000.dcm", 9),
+        ("slice000.dcm", 9),
+    ]
     np.testing.assert_array_equal(read_volume(sources[0].path).hu_ZYX, make_ct(seed=1))
     np.testing.assert_array_equal(read_volume(sources[1].path).hu_ZYX, make_ct())
 
 
 def test_multiframe_and_secondary_capture_are_refused(tmp_path: Path) -> None:
     enhanced = {"SOPClassUID": CT_STORAGE + ".1", "NumberOfFrames": 9}
-    assert refusal(write_series(tmp_path / "s", make_ct()[:1], edit=lambda i: enhanced)) == "multiframe"
+    assert (
+        refusal(write_series(tmp_path / "s", make_ct()[:1], edit=lambda i: enhanced))
+        == "multiframe"
+    )
     capture = {"SOPClassUID": "1.2.840.10008.5.1.4.1.1.7"}
     assert refusal(write_series(tmp_path / "t", make_ct(), edit=lambda i: capture)) == "not_ct"
 
 
 def test_values_that_are_declared_to_be_no_hu_are_refused(tmp_path: Path) -> None:
-    assert refusal(write_series(tmp_path / "s", make_ct(), edit=lambda i: {"RescaleType": "Z_EFF"})) == "not_hu"
+    assert (
+        refusal(write_series(tmp_path / "s", make_ct(), edit=lambda i: {"RescaleType": "Z_EFF"}))
+        == "not_hu"
+    )
 
 
 def test_a_slice_beside_the_line_of_the_others_is_refused(tmp_path: Path) -> None:
     folder = write_series(
-        tmp_path / "s", make_ct(), edit=lambda i: {"ImagePositionPatient": [3.0 * (i == 4), 0.0, 100.0 + 2 * i]}
+        tmp_path / "s",
+        make_ct(),
+        edit=lambda i: {"ImagePositionPatient": [3.0 * (i == 4), 0.0, 100.0 + 2 * i]},
     )
     assert refusal(folder) == "uneven_slices"

@@ -10,7 +10,16 @@ import nibabel
 import numpy as np
 import pytest
 import SimpleITK
-from scan_files import LPS, SHAPE_ZYX, make_ct, make_labels, patch_bytes, refusal, write_nifti, write_series
+from scan_files import (
+    LPS,
+    SHAPE_ZYX,
+    make_ct,
+    make_labels,
+    patch_bytes,
+    refusal,
+    write_nifti,
+    write_series,
+)
 
 from tapct.data.ct_check import sample
 from tapct.data.ingest import read_volume
@@ -19,7 +28,9 @@ from tapct.types import AIR_HU
 
 def test_big_endian_and_nifti_2_are_read(tmp_path: Path) -> None:
     hu_ZYX = make_ct()
-    image = nibabel.Nifti1Image(hu_ZYX.astype(">i2").transpose(2, 1, 0), LPS, nibabel.Nifti1Header(endianness=">"))
+    image = nibabel.Nifti1Image(
+        hu_ZYX.astype(">i2").transpose(2, 1, 0), LPS, nibabel.Nifti1Header(endianness=">")
+    )
     nibabel.save(image, tmp_path / "a.nii")
     assert (tmp_path / "a.nii").read_bytes()[:4] == struct.pack(">i", 348)
     np.testing.assert_array_equal(read_volume(tmp_path / "a.nii").hu_ZYX, hu_ZYX)
@@ -37,7 +48,9 @@ def test_scl_slope_and_inter_are_applied(tmp_path: Path, slope: float, intercept
 
 
 def test_slope_zero_means_no_scaling(tmp_path: Path) -> None:
-    path = patch_bytes(write_nifti(tmp_path / "a.nii", make_ct()), 112, struct.pack("<ff", 0.0, 7.0))
+    path = patch_bytes(
+        write_nifti(tmp_path / "a.nii", make_ct()), 112, struct.pack("<ff", 0.0, 7.0)
+    )
     np.testing.assert_array_equal(read_volume(path).hu_ZYX, make_ct())
 
 
@@ -51,8 +64,13 @@ def test_int32_and_float_storage_is_read(tmp_path: Path, dtype: type) -> None:
 def test_uint16_without_rescale_is_refused(tmp_path: Path) -> None:
     raw = (make_ct() + 1024).astype(np.uint16)
     assert refusal(write_nifti(tmp_path / "a.nii", raw)) == "no_rescale"
-    assert refusal(write_series(tmp_path / "s", make_ct(), edit=lambda i: {"RescaleIntercept": None})) == "no_rescale"
-    lost = write_series(tmp_path / "t", raw.astype(np.int16), edit=lambda i: {"RescaleIntercept": 0})
+    assert (
+        refusal(write_series(tmp_path / "s", make_ct(), edit=lambda i: {"RescaleIntercept": None}))
+        == "no_rescale"
+    )
+    lost = write_series(
+        tmp_path / "t", raw.astype(np.int16), edit=lambda i: {"RescaleIntercept": 0}
+    )
     assert refusal(lost) == "no_rescale"
 
 
@@ -105,8 +123,13 @@ def test_floats_of_0_to_1_are_refused(tmp_path: Path, scale: tuple[float, float]
 
 def test_label_maps_are_refused_as_scans(tmp_path: Path) -> None:
     assert refusal(write_nifti(tmp_path / "a.nii.gz", make_labels())) == "label_map"
-    assert refusal(write_nifti(tmp_path / "b.nii.gz", make_labels().astype(np.float32))) == "label_map"
-    assert refusal(write_nifti(tmp_path / "c.nii.gz", (make_labels() > 0).astype(np.uint8))) == "label_map"
+    assert (
+        refusal(write_nifti(tmp_path / "b.nii.gz", make_labels().astype(np.float32))) == "label_map"
+    )
+    assert (
+        refusal(write_nifti(tmp_path / "c.nii.gz", (make_labels() > 0).astype(np.uint8)))
+        == "label_map"
+    )
 
 
 def test_mr_is_refused_by_its_values_and_by_its_side_car(tmp_path: Path) -> None:
@@ -115,7 +138,10 @@ def test_mr_is_refused_by_its_values_and_by_its_side_car(tmp_path: Path) -> None
     path = write_nifti(tmp_path / "ct.nii", make_ct())
     (tmp_path / "ct.json").write_text(json.dumps({"Modality": "MR"}))
     assert refusal(path) == "not_ct"
-    assert refusal(write_series(tmp_path / "s", make_ct(), edit=lambda i: {"Modality": "MR"})) == "not_ct"
+    assert (
+        refusal(write_series(tmp_path / "s", make_ct(), edit=lambda i: {"Modality": "MR"}))
+        == "not_ct"
+    )
 
 
 def test_ct_cropped_inside_the_body_needs_its_modality_told(tmp_path: Path) -> None:
@@ -137,7 +163,9 @@ def test_air_alone_is_refused(tmp_path: Path) -> None:
 
 
 def test_constant_volume_is_refused(tmp_path: Path) -> None:
-    assert refusal(write_nifti(tmp_path / "a.nii", np.full(SHAPE_ZYX, -1000, np.int16))) == "constant"
+    assert (
+        refusal(write_nifti(tmp_path / "a.nii", np.full(SHAPE_ZYX, -1000, np.int16))) == "constant"
+    )
 
 
 def test_rgb_is_refused(tmp_path: Path) -> None:
@@ -148,7 +176,10 @@ def test_rgb_is_refused(tmp_path: Path) -> None:
     for suffix in (".nrrd", ".mha"):
         SimpleITK.WriteImage(image, tmp_path / f"b{suffix}")
         assert refusal(tmp_path / f"b{suffix}") == "not_scalar"
-    assert refusal(write_series(tmp_path / "s", make_ct(), edit=lambda i: {"SamplesPerPixel": 3})) == "not_scalar"
+    assert (
+        refusal(write_series(tmp_path / "s", make_ct(), edit=lambda i: {"SamplesPerPixel": 3}))
+        == "not_scalar"
+    )
 
 
 def test_4d_with_one_volume_is_read_and_with_more_refused(tmp_path: Path) -> None:

@@ -31,7 +31,12 @@ def test_facts_hold_no_identifier_in_clear(tmp_path: Path) -> None:
 
 
 def test_side_car_and_dicom_give_the_same_facts(tmp_path: Path) -> None:
-    told = {"PatientID": "P-007", "PatientSex": "F", "PatientAge": "063Y", "StudyDate": "2020-01-31"}
+    told = {
+        "PatientID": "P-007",
+        "PatientSex": "F",
+        "PatientAge": "063Y",
+        "StudyDate": "2020-01-31",
+    }
     told |= {"Manufacturer": "ACME", "ConvolutionKernel": "B30f/3", "Modality": "CT"}
     told |= {"StudyInstanceUID": "1.2", "SeriesInstanceUID": "1.2.3"}
     path = write_nifti(tmp_path / "a.nii.gz", make_ct())
@@ -40,7 +45,9 @@ def test_side_car_and_dicom_give_the_same_facts(tmp_path: Path) -> None:
     assert read_volume(path, key=b"k").facts == read_volume(folder, key=b"k").facts
 
 
-@pytest.mark.parametrize("age, years", [("018M", 1.5), ("052W", 0.9966), ("003D", 0.00821), (63, 63.0), (41.5, 41.5)])
+@pytest.mark.parametrize(
+    "age, years", [("018M", 1.5), ("052W", 0.9966), ("003D", 0.00821), (63, 63.0), (41.5, 41.5)]
+)
 def test_ages_in_every_unit(tmp_path: Path, age: object, years: float) -> None:
     path = write_nifti(tmp_path / "a.nii.gz", make_ct())
     (tmp_path / "a.json").write_text(json.dumps({"PatientAge": age}))
@@ -84,8 +91,12 @@ def test_label_names_from_side_car_slicer_header_and_nifti_extension(tmp_path: P
     SimpleITK.WriteImage(image, tmp_path / "m.seg.nrrd", True)
     assert read_labels(tmp_path / "m.seg.nrrd").names == expected
     nifti = nibabel.Nifti1Image(make_labels().transpose(2, 1, 0), LPS)
-    text = "".join(f'<Label Key="{value}" Red="1"><![CDATA[{name}]]></Label>' for value, name in expected)
-    nifti.header.extensions.append(nibabel.nifti1.Nifti1Extension(0, f"<LabelTable>{text}</LabelTable>".encode()))
+    text = "".join(
+        f'<Label Key="{value}" Red="1"><![CDATA[{name}]]></Label>' for value, name in expected
+    )
+    nifti.header.extensions.append(
+        nibabel.nifti1.Nifti1Extension(0, f"<LabelTable>{text}</LabelTable>".encode())
+    )
     nibabel.save(nifti, tmp_path / "n.nii.gz")
     assert read_labels(tmp_path / "n.nii.gz").names == expected
     np.testing.assert_array_equal(read_labels(tmp_path / "n.nii.gz").labels_ZYX, make_labels())

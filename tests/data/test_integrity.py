@@ -30,7 +30,9 @@ def test_corrupt_nii_gz_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("suffix", [".nii", ".nrrd", ".nhdr", ".mha", ".mhd"])
 @pytest.mark.parametrize("compressed", [False, True])
-def test_truncated_voxels_are_refused_in_every_format(tmp_path: Path, suffix: str, compressed: bool) -> None:
+def test_truncated_voxels_are_refused_in_every_format(
+    tmp_path: Path, suffix: str, compressed: bool
+) -> None:
     if suffix == ".nii":
         path = data = write_nifti(tmp_path / "a.nii", make_ct())
     else:
@@ -46,7 +48,9 @@ def test_truncated_dicom_is_refused(tmp_path: Path) -> None:
         folder = write_series(tmp_path / f"s{cut}", make_ct())
         victim = folder / "slice004.dcm"
         size = victim.stat().st_size
-        victim.write_bytes(victim.read_bytes()[: size - cut if cut == 10 else size - 2 * 14 * 17 - 12])
+        victim.write_bytes(
+            victim.read_bytes()[: size - cut if cut == 10 else size - 2 * 14 * 17 - 12]
+        )
         assert refusal(folder) == "truncated"
 
 
@@ -83,7 +87,9 @@ def test_plain_nifti_named_gz_and_gzip_named_nii_are_read(tmp_path: Path) -> Non
 
 def test_gzip_of_several_members_is_read(tmp_path: Path) -> None:
     content = write_nifti(tmp_path / "a.nii", make_ct()).read_bytes()
-    (tmp_path / "b.nii.gz").write_bytes(gzip.compress(content[:1000]) + gzip.compress(content[1000:]))
+    (tmp_path / "b.nii.gz").write_bytes(
+        gzip.compress(content[:1000]) + gzip.compress(content[1000:])
+    )
     np.testing.assert_array_equal(read_volume(tmp_path / "b.nii.gz").hu_ZYX, make_ct())
 
 

@@ -23,7 +23,13 @@ from tapct.data.store import INDEX_NAME, Store, StoredScan, index_bytes
 from tapct.types import AIR_HU, Batch, Volume
 
 DEPTH = 6
-SHAPES = [(12, 20, 24), (3, 20, 24), (6, 30, 16), (20, 9, 40), (7, 30, 30)]  # one is shorter than a slab
+SHAPES = [
+    (12, 20, 24),
+    (3, 20, 24),
+    (6, 30, 16),
+    (20, 9, 40),
+    (7, 30, 30),
+]  # one is shorter than a slab
 SEED = 11
 
 
@@ -35,7 +41,9 @@ def write_store(folder: Path, shapes: list[tuple[int, int, int]]) -> list[np.nda
         spacing_mm = (1.0 + i, 0.5, 0.25)
         frame, meta = encode(Volume(hu_ZYX, spacing_mm), f"scan{i}", 1)
         write_atomically(folder / f"scan{i}.b2nd", frame)
-        rows.append(StoredScan(meta.id, meta.shape_ZYX, spacing_mm, "", f"{i}.nii", "", meta.checksum))
+        rows.append(
+            StoredScan(meta.id, meta.shape_ZYX, spacing_mm, "", f"{i}.nii", "", meta.checksum)
+        )
         scans.append(hu_ZYX)
     write_atomically(folder / INDEX_NAME, index_bytes(rows, Path("/archive"), "manifest"))
     return scans
@@ -46,7 +54,9 @@ def packed(tmp_path: Path) -> tuple[Path, list[np.ndarray]]:
     return tmp_path / "store", write_store(tmp_path / "store", SHAPES)
 
 
-def take(num_steps: int, folder: Path, config: loader.Config, **where: int) -> list[tuple[Batch, ...]]:
+def take(
+    num_steps: int, folder: Path, config: loader.Config, **where: int
+) -> list[tuple[Batch, ...]]:
     arguments = {"seed": SEED, "global_batch": 4, **where}
     with loader.build(config, Store(folder), **arguments) as batches:  # type: ignore[arg-type]
         return list(itertools.islice(batches, num_steps))
@@ -67,13 +77,17 @@ def assert_same_steps(left: list[tuple[Batch, ...]], right: list[tuple[Batch, ..
         assert_same(a, b)
 
 
-def test_a_batch_is_what_a_slow_loop_over_the_scans_makes(packed: tuple[Path, list[np.ndarray]]) -> None:
+def test_a_batch_is_what_a_slow_loop_over_the_scans_makes(
+    packed: tuple[Path, list[np.ndarray]],
+) -> None:
     folder, scans = packed
     for step, (batch,) in enumerate(take(5, folder, config_of())):
         samples = range(4 * step, 4 * step + 4)
         chosen = [scan_of(sample, len(scans), SEED) for sample in samples]
         height, width = (max(scans[scan].shape[axis] for scan in chosen) for axis in (1, 2))
-        assert batch.hu_BZYX.shape == (4, DEPTH, height, width) and batch.hu_BZYX.dtype == torch.int16
+        assert (
+            batch.hu_BZYX.shape == (4, DEPTH, height, width) and batch.hu_BZYX.dtype == torch.int16
+        )
         for b, (sample, scan) in enumerate(zip(samples, chosen)):
             hu_ZYX = scans[scan]
             starts = range(max(1, len(hu_ZYX) - DEPTH + 1))
@@ -84,22 +98,35 @@ def test_a_batch_is_what_a_slow_loop_over_the_scans_makes(packed: tuple[Path, li
             np.testing.assert_array_equal(batch.hu_BZYX[b], expected_ZYX)
             assert batch.extent_B3[b].tolist() == [min(DEPTH, len(hu_ZYX)), *hu_ZYX.shape[1:]]
             assert batch.spacing_mm_B3[b].tolist() == [1.0 + scan, 0.5, 0.25]
-            assert (batch.sample_B[b], batch.scan_B[b], batch.slab_start_B[b]) == (sample, scan, start)
+            assert (batch.sample_B[b], batch.scan_B[b], batch.slab_start_B[b]) == (
+                sample,
+                scan,
+                start,
+            )
         whole = (batch.extent_B3, batch.sample_B, batch.scan_B, batch.slab_start_B)
-        assert all(t.dtype == torch.int64 for t in whole) and batch.spacing_mm_B3.dtype == torch.float32
+        assert (
+            all(t.dtype == torch.int64 for t in whole)
+            and batch.spacing_mm_B3.dtype == torch.float32
+        )
 
 
 @pytest.mark.parametrize(("workers", "prefetch"), [(1, 1), (2, 1), (3, 4)])
-def test_threads_read_what_the_loop_reads(packed: tuple[Path, list[np.ndarray]], workers: int, prefetch: int) -> None:
+def test_threads_read_what_the_loop_reads(
+    packed: tuple[Path, list[np.ndarray]], workers: int, prefetch: int
+) -> None:
     expected = take(6, packed[0], config_of(), accumulation=2)
-    assert_same_steps(take(6, packed[0], config_of(workers=workers, prefetch=prefetch), accumulation=2), expected)
+    assert_same_steps(
+        take(6, packed[0], config_of(workers=workers, prefetch=prefetch), accumulation=2), expected
+    )
 
 
 def test_processes_read_what_the_loop_reads_and_leave_the_global_randomness_alone(
     packed: tuple[Path, list[np.ndarray]],
 ) -> None:
     before = torch.get_rng_state()
-    found = take(4, packed[0], config_of(workers=1, backend="process"), accumulation=2, start_step=3)
+    found = take(
+        4, packed[0], config_of(workers=1, backend="process"), accumulation=2, start_step=3
+    )
     assert torch.equal(before, torch.get_rng_state())
     assert_same_steps(found, take(4, packed[0], config_of(), accumulation=2, start_step=3))
     assert not multiprocessing.active_children()
@@ -108,16 +135,25 @@ def test_processes_read_what_the_loop_reads_and_leave_the_global_randomness_alon
 def test_a_late_start_reads_what_a_run_through_reads(packed: tuple[Path, list[np.ndarray]]) -> None:
     through = take(9, packed[0], config_of())
     for start in (1, 4, 8):
-        assert_same_steps(take(9 - start, packed[0], config_of(workers=1), start_step=start), through[start:])
+        assert_same_steps(
+            take(9 - start, packed[0], config_of(workers=1), start_step=start), through[start:]
+        )
     started = time.monotonic()
     take(1, packed[0], config_of(), start_step=10**12)
     assert time.monotonic() - started < 2
 
 
-def test_every_split_over_ranks_and_micro_batches_reads_the_same_slabs(packed: tuple[Path, list[np.ndarray]]) -> None:
+def test_every_split_over_ranks_and_micro_batches_reads_the_same_slabs(
+    packed: tuple[Path, list[np.ndarray]],
+) -> None:
     def slabs(world: int, accumulation: int) -> list[tuple[int, int, int, int]]:
         return sorted(
-            (int(sample), int(scan), int(start), int(hu_ZYX[: extent[0], : extent[1], : extent[2]].sum()))
+            (
+                int(sample),
+                int(scan),
+                int(start),
+                int(hu_ZYX[: extent[0], : extent[1], : extent[2]].sum()),
+            )
             for rank in range(world)
             for batch in itertools.chain(
                 *take(3, packed[0], config_of(), rank=rank, world=world, accumulation=accumulation)
@@ -147,7 +183,9 @@ def damage(folder: Path, scan: int) -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_damaged_scan_stops_the_run_in_one_line(packed: tuple[Path, list[np.ndarray]], workers: int) -> None:
+def test_a_damaged_scan_stops_the_run_in_one_line(
+    packed: tuple[Path, list[np.ndarray]], workers: int
+) -> None:
     folder, _ = packed
     damage(folder, 3)
     batches = loader.build(config_of(workers=workers), Store(folder), seed=SEED, global_batch=1)
@@ -159,7 +197,9 @@ def test_a_damaged_scan_stops_the_run_in_one_line(packed: tuple[Path, list[np.nd
     assert loader_threads() == 0
 
 
-def test_a_damaged_scan_is_replaced_by_the_scan_of_the_next_sample(packed: tuple[Path, list[np.ndarray]]) -> None:
+def test_a_damaged_scan_is_replaced_by_the_scan_of_the_next_sample(
+    packed: tuple[Path, list[np.ndarray]],
+) -> None:
     folder, scans = packed
     expected = take(10, folder, config_of())
     damage(folder, 3)
@@ -174,7 +214,9 @@ def test_a_damaged_scan_is_replaced_by_the_scan_of_the_next_sample(packed: tuple
             shapes = [scans[scan].shape for scan in batch.scan_B]
             assert batch.hu_BZYX.shape[2:] == (max(s[1] for s in shapes), max(s[2] for s in shapes))
             for b, sample in enumerate(batch.sample_B.tolist()):
-                scan = next(s for s in (scan_of(sample + n, 5, SEED) for n in range(9)) if s not in (2, 3))
+                scan = next(
+                    s for s in (scan_of(sample + n, 5, SEED) for n in range(9)) if s not in (2, 3)
+                )
                 depth = min(DEPTH, len(scans[scan]))
                 start = int(rng.randint(SEED, "slab", max(1, len(scans[scan]) - DEPTH + 1), sample))
                 inside_ZYX = scans[scan][start : start + depth]
@@ -187,7 +229,9 @@ def test_a_damaged_scan_is_replaced_by_the_scan_of_the_next_sample(packed: tuple
                 assert (outside == AIR_HU).all()
 
 
-def test_skipping_ends_at_max_skips_and_when_all_scans_are_damaged(packed: tuple[Path, list[np.ndarray]]) -> None:
+def test_skipping_ends_at_max_skips_and_when_all_scans_are_damaged(
+    packed: tuple[Path, list[np.ndarray]],
+) -> None:
     folder, _ = packed
     for scan in (0, 1, 2):
         damage(folder, scan)
@@ -202,13 +246,17 @@ def test_skipping_ends_at_max_skips_and_when_all_scans_are_damaged(packed: tuple
 
 
 @pytest.mark.slow
-def test_processes_name_and_replace_damaged_scans_too(packed: tuple[Path, list[np.ndarray]]) -> None:
+def test_processes_name_and_replace_damaged_scans_too(
+    packed: tuple[Path, list[np.ndarray]],
+) -> None:
     folder, _ = packed
     damage(folder, 3)
     with pytest.raises(UserError, match=r"^scan scan3 .*scan3\.b2nd") as error:
         take(4, folder, config_of(workers=1, backend="process"))
     assert "\n" not in str(error.value) and not multiprocessing.active_children()
-    batches = loader.build(config_of(workers=1, backend="process"), Store(folder), seed=SEED, global_batch=1)
+    batches = loader.build(
+        config_of(workers=1, backend="process"), Store(folder), seed=SEED, global_batch=1
+    )
     with pytest.raises(RuntimeError, match="worker"):  # noqa: PT012
         for worker in multiprocessing.active_children():
             worker.kill()
@@ -235,7 +283,9 @@ def test_threads_read_so_many_steps_ahead_and_no_more(
 ) -> None:
     store = CountingStore(packed[0])
     config = config_of(workers=2, prefetch=prefetch)
-    with loader.build(config, store, seed=SEED, global_batch=4, accumulation=accumulation) as batches:
+    with loader.build(
+        config, store, seed=SEED, global_batch=4, accumulation=accumulation
+    ) as batches:
         for handed_over in range(3):
             expected = 4 * (prefetch + handed_over)
             deadline = time.monotonic() + 10
@@ -250,7 +300,9 @@ def loader_threads() -> int:
     return sum(thread.name.startswith("tapct-loader") for thread in threading.enumerate())
 
 
-def test_a_closed_loader_leaves_nothing_and_gives_nothing(packed: tuple[Path, list[np.ndarray]]) -> None:
+def test_a_closed_loader_leaves_nothing_and_gives_nothing(
+    packed: tuple[Path, list[np.ndarray]],
+) -> None:
     batches = loader.build(config_of(workers=3), Store(packed[0]), seed=SEED, global_batch=4)
     next(batches)
     assert loader_threads() == 3
@@ -268,7 +320,9 @@ class InterruptedStore(Store):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_an_interrupt_ends_the_threads(packed: tuple[Path, list[np.ndarray]], workers: int) -> None:
-    batches = loader.build(config_of(workers=workers), InterruptedStore(packed[0]), seed=SEED, global_batch=4)
+    batches = loader.build(
+        config_of(workers=workers), InterruptedStore(packed[0]), seed=SEED, global_batch=4
+    )
     with pytest.raises(KeyboardInterrupt):
         next(batches)
     assert loader_threads() == 0

@@ -1,4 +1,6 @@
-"""A manifest has a row for everything that may be a scan, holds no identifier, and is the same wherever it is made."""
+"""A manifest has a row for everything that may be a scan, holds no identifier, and is the same
+wherever it is made.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +55,11 @@ def test_every_source_has_one_row_with_its_reason(tmp_path: Path) -> None:
     root = make_archive(tmp_path / "archive")
     seen: list[tuple[int, int]] = []
     built = build(
-        root, tmp_path / "m.parquet", min_depth=3, workers=1, progress=lambda done, of: seen.append((done, of))
+        root,
+        tmp_path / "m.parquet",
+        min_depth=3,
+        workers=1,
+        progress=lambda done, of: seen.append((done, of)),
     )
     reasons = {name: row.reason for name, row in by_name(built).items()}
     assert reasons == {
@@ -65,7 +71,13 @@ def test_every_source_has_one_row_with_its_reason(tmp_path: Path) -> None:
         "lonely6": "label_map",
         "cut7": "truncated",
     }
-    assert built.summary() == {"accepted": 3, "duplicate": 1, "label_map": 1, "too_few_slices": 1, "truncated": 1}
+    assert built.summary() == {
+        "accepted": 3,
+        "duplicate": 1,
+        "label_map": 1,
+        "too_few_slices": 1,
+        "truncated": 1,
+    }
     assert [row.path for row in built.rows] == sorted(row.path for row in built.rows)
     assert seen == [(done, 7) for done in range(1, 8)]
     assert len({row.id for row in built.rows}) == 7
@@ -89,7 +101,9 @@ def test_a_library_that_does_not_load_is_no_fault_of_the_scans(
 def test_the_first_of_two_equal_scans_is_kept_and_named(tmp_path: Path) -> None:
     save_scan(tmp_path / "a" / "x.nii.gz", noise_ct(1))
     image = SimpleITK.GetImageFromArray(noise_ct(1))
-    SimpleITK.WriteImage(image, tmp_path / "a" / "y.nrrd")  # another format, another spacing, the same voxels
+    SimpleITK.WriteImage(
+        image, tmp_path / "a" / "y.nrrd"
+    )  # another format, another spacing, the same voxels
     built = build(tmp_path / "a", tmp_path / "m.parquet")
     first, second = built.rows
     assert (first.status, second.reason) == ("accepted", "duplicate")
@@ -105,7 +119,9 @@ def test_facts_of_a_row_come_from_the_scan(tmp_path: Path) -> None:
     (tmp_path / "a" / "x.json").write_text(json.dumps(told))
     (row,) = build(tmp_path / "a", tmp_path / "m.parquet").rows
     assert (row.depth, row.height, row.width) == (6, 12, 13)
-    np.testing.assert_allclose((row.spacing_z_mm, row.spacing_y_mm, row.spacing_x_mm), (2.0, 0.7, 0.8), rtol=1e-6)
+    np.testing.assert_allclose(
+        (row.spacing_z_mm, row.spacing_y_mm, row.spacing_x_mm), (2.0, 0.7, 0.8), rtol=1e-6
+    )
     assert (row.sex, row.age_years, row.study_date) == ("M", 41.0, "20200102")
     assert (row.manufacturer, row.kernel, row.kind, row.label_path) == ("ACME", "B30f", "nifti", "")
     body = np.sort(hu_ZYX[hu_ZYX > -500])
@@ -126,7 +142,10 @@ def test_reading_gives_back_what_was_written(tmp_path: Path) -> None:
     assert again.digest == built.digest
     table = pyarrow.parquet.read_table(tmp_path / "out" / "m.parquet")
     assert table.column_names == [field.name for field in dataclasses.fields(Row)]
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [".patient_key", "m.parquet"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        ".patient_key",
+        "m.parquet",
+    ]
 
 
 def test_ids_and_digest_stay_when_the_archive_moves_or_workers_change(tmp_path: Path) -> None:
@@ -136,7 +155,9 @@ def test_ids_and_digest_stay_when_the_archive_moves_or_workers_change(tmp_path: 
     moved = build(tmp_path / "elsewhere", tmp_path / "n.parquet", min_depth=3, workers=2)
     assert repr(moved.rows) == repr(first.rows)
     assert moved.digest == first.digest
-    expected = "".join(sorted(f"{row.id} {row.digest}\n" for row in first.rows if row.status == "accepted"))
+    expected = "".join(
+        sorted(f"{row.id} {row.digest}\n" for row in first.rows if row.status == "accepted")
+    )
     assert first.digest == hashlib.blake2b(expected.encode(), digest_size=16).hexdigest()
 
 
@@ -209,7 +230,9 @@ def test_a_dicom_folder_can_be_the_whole_archive(tmp_path: Path) -> None:
     assert [(row.path, row.status) for row in first.rows] == [(".", "accepted")]
     assert first.digest == second.digest
     assert first.rows[0].patient != second.rows[0].patient
-    np.testing.assert_array_equal(ingest.read_volume(first.root / first.rows[0].path).hu_ZYX, make_ct())
+    np.testing.assert_array_equal(
+        ingest.read_volume(first.root / first.rows[0].path).hu_ZYX, make_ct()
+    )
 
 
 def test_anonymous_is_not_a_patient(tmp_path: Path) -> None:
@@ -220,7 +243,9 @@ def test_anonymous_is_not_a_patient(tmp_path: Path) -> None:
     assert first.patient != second.patient
 
 
-def test_unexpected_reader_exceptions_become_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unexpected_reader_exceptions_become_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     root = make_archive(tmp_path / "archive")
     read = ingest.nifti.read
 
@@ -236,7 +261,9 @@ def test_unexpected_reader_exceptions_become_rows(tmp_path: Path, monkeypatch: p
     assert by_name(built)["scan1"].status == "accepted"
 
 
-def test_a_folder_that_cannot_be_listed_becomes_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_cannot_be_listed_becomes_a_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     root = make_archive(tmp_path / "archive")
     (root / "p3").mkdir()
     scandir = os.scandir
@@ -251,7 +278,9 @@ def test_a_folder_that_cannot_be_listed_becomes_a_row(tmp_path: Path, monkeypatc
     assert (row.status, row.reason) == ("refused", "unreadable")
 
 
-def test_a_file_without_permission_becomes_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_without_permission_becomes_a_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     root = make_archive(tmp_path / "archive")
     opened = Path.open
 
@@ -268,7 +297,10 @@ def test_a_name_that_is_no_utf8_becomes_a_row(tmp_path: Path) -> None:
     scan = save_scan(tmp_path / "a" / "x1.nii.gz", noise_ct(1))
     os.link(scan, os.fsencode(tmp_path / "a") + b"/caf\xe9.nii.gz")
     built = build(tmp_path / "a", tmp_path / "m.parquet")
-    assert sorted((row.path, row.reason) for row in built.rows) == [("caf\\xe9.nii.gz", "bad_name"), ("x1.nii.gz", "")]
+    assert sorted((row.path, row.reason) for row in built.rows) == [
+        ("caf\\xe9.nii.gz", "bad_name"),
+        ("x1.nii.gz", ""),
+    ]
 
 
 def _end_the_process_at_3(number: int) -> int:
@@ -308,7 +340,9 @@ def test_bad_folders_files_and_regexes_are_one_line_for_the_user(tmp_path: Path)
     assert not (tmp_path / "m.parquet").exists()
 
 
-def test_a_full_disk_leaves_the_old_manifest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_leaves_the_old_manifest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     root = make_archive(tmp_path / "archive")
     build(root, tmp_path / "out" / "m.parquet")
     before = (tmp_path / "out" / "m.parquet").read_bytes()
@@ -322,7 +356,10 @@ def test_a_full_disk_leaves_the_old_manifest(tmp_path: Path, monkeypatch: pytest
     with pytest.raises(UserError, match="No space left"):
         build(root, tmp_path / "out" / "m.parquet")
     assert (tmp_path / "out" / "m.parquet").read_bytes() == before
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [".patient_key", "m.parquet"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        ".patient_key",
+        "m.parquet",
+    ]
 
 
 def test_what_is_no_manifest_is_refused(tmp_path: Path) -> None:

@@ -1,4 +1,6 @@
-"""Every axis order becomes LPS with axial slices first; what permuting and flipping cannot mend is refused."""
+"""Every axis order becomes LPS with axial slices first; what permuting and flipping cannot mend is
+refused.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ from tapct.data.ingest import read_volume
 
 
 @pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
-def test_every_axis_order_and_flip_becomes_lps_as_simpleitk_says(tmp_path: Path, order: tuple[int, ...]) -> None:
+def test_every_axis_order_and_flip_becomes_lps_as_simpleitk_says(
+    tmp_path: Path, order: tuple[int, ...]
+) -> None:
     hu_ZYX = make_ct()
     tilt = np.radians(7)  # oblique: the nearest axes are taken, nothing is resampled
     turn = np.array([[np.cos(tilt), -np.sin(tilt), 0], [np.sin(tilt), np.cos(tilt), 0], [0, 0, 1]])
@@ -40,11 +44,15 @@ def test_every_axis_order_and_flip_becomes_lps_as_simpleitk_says(tmp_path: Path,
 
 @pytest.mark.parametrize("suffix", [".nrrd", ".nhdr", ".mha", ".mhd"])
 @pytest.mark.parametrize("compressed", [False, True])
-def test_nrrd_and_metaimage_agree_with_simpleitk(tmp_path: Path, suffix: str, compressed: bool) -> None:
+def test_nrrd_and_metaimage_agree_with_simpleitk(
+    tmp_path: Path, suffix: str, compressed: bool
+) -> None:
     image = SimpleITK.GetImageFromArray(make_ct())
     image.SetSpacing([0.8, 1.1, 2.5])
     image.SetOrigin([5.0, -7.0, 11.0])
-    image.SetDirection([0, 0, -1, 0.8, 0.6, 0, 0.6, -0.8, 0])  # permuted, flipped, turned by 37 degrees
+    image.SetDirection(
+        [0, 0, -1, 0.8, 0.6, 0, 0.6, -0.8, 0]
+    )  # permuted, flipped, turned by 37 degrees
     SimpleITK.WriteImage(image, tmp_path / f"a{suffix}", compressed)
     volume = read_volume(tmp_path / f"a{suffix}")
     truth = SimpleITK.DICOMOrient(SimpleITK.ReadImage(tmp_path / f"a{suffix}"), "LPS")
@@ -56,7 +64,10 @@ def test_nrrd_and_metaimage_agree_with_simpleitk(tmp_path: Path, suffix: str, co
 def test_nrrd_in_ras_space_is_turned(tmp_path: Path) -> None:
     hu_ZYX = make_ct()
     head = "NRRD0004\ntype: short\ndimension: 3\nspace: right-anterior-superior\nsizes: 17 14 9\n"
-    head += "space directions: (0.8,0,0) (0,0.7,0) (0,0,2.5)\nendian: big\nencoding: raw\nspace origin: (1,2,3)\n\n"
+    head += (
+        "space directions: (0.8,0,0) (0,0.7,0) (0,0,2.5)\nendian: big\nencoding: raw\nspace "
+        "origin: (1,2,3)\n\n"
+    )
     (tmp_path / "a.nrrd").write_bytes(head.encode() + hu_ZYX.astype(">i2").tobytes())
     volume = read_volume(tmp_path / "a.nrrd")
     np.testing.assert_array_equal(volume.hu_ZYX, hu_ZYX[:, ::-1, ::-1])
@@ -68,7 +79,10 @@ def test_sagittal_dicom_becomes_axial_slices_first(tmp_path: Path) -> None:
 
     def edit(index: int) -> dict[str, object]:
         axes = [0, 1, 0, 0, 0, -1]
-        return {"ImageOrientationPatient": axes, "ImagePositionPatient": [-30.0 + 3 * index, -20.0, 50.0]}
+        return {
+            "ImageOrientationPatient": axes,
+            "ImagePositionPatient": [-30.0 + 3 * index, -20.0, 50.0],
+        }
 
     volume = read_volume(write_series(tmp_path / "s", sagittal, edit=edit))
     np.testing.assert_array_equal(volume.hu_ZYX, sagittal.transpose(1, 2, 0)[::-1])
@@ -82,7 +96,9 @@ def test_sheared_affine_is_refused(tmp_path: Path) -> None:
     affine[:3, 2] *= 2.5 / np.linalg.norm(affine[:3, 2])
     assert refusal(write_nifti(tmp_path / "a.nii", make_ct(), affine)) == "sheared"
     tilted = write_series(
-        tmp_path / "s", make_ct(), edit=lambda i: {"ImagePositionPatient": [0.0, 0.5 * i, 100.0 + 2 * i]}
+        tmp_path / "s",
+        make_ct(),
+        edit=lambda i: {"ImagePositionPatient": [0.0, 0.5 * i, 100.0 + 2 * i]},
     )
     assert refusal(tilted) == "sheared"
 
@@ -125,7 +141,9 @@ def test_no_orientation_is_refused(tmp_path: Path) -> None:
     assert refusal(tmp_path / "b.nrrd") == "no_orientation"
 
 
-def test_qform_is_used_where_there_is_no_sform_and_metres_become_millimetres(tmp_path: Path) -> None:
+def test_qform_is_used_where_there_is_no_sform_and_metres_become_millimetres(
+    tmp_path: Path,
+) -> None:
     path = write_nifti(tmp_path / "a.nii", make_ct(), np.diag([-0.0008, 0.0007, 0.0025, 1.0]))
     truth = read_volume(write_nifti(tmp_path / "b.nii", make_ct(), np.diag([-0.8, 0.7, 2.5, 1.0])))
     image = nibabel.load(path)

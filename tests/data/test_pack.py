@@ -67,7 +67,10 @@ def archive(tmp_path: Path) -> tuple[Manifest, list[np.ndarray]]:
     """Four scans and a refused row."""
     root = tmp_path / "archive"
     root.mkdir()
-    scans = [ct_like(shape, seed) for seed, shape in enumerate([(5, 40, 30), (9, 33, 41), (3, 40, 30), (17, 64, 64)])]
+    scans = [
+        ct_like(shape, seed)
+        for seed, shape in enumerate([(5, 40, 30), (9, 33, 41), (3, 40, 30), (17, 64, 64)])
+    ]
     for i, hu_ZYX in enumerate(scans):
         write_nifti(root / f"s{i}.nii", hu_ZYX)
     rows = [row_of(f"s{i}", hu_ZYX) for i, hu_ZYX in enumerate(scans)]
@@ -85,10 +88,18 @@ def test_the_store_holds_the_scans_bit_for_bit(
 ) -> None:
     manifest, scans = archive
     seen: list[tuple[int, int]] = []
-    report = pack(manifest, tmp_path / "out", workers=workers, level=level, progress=lambda *now: seen.append(now))
+    report = pack(
+        manifest,
+        tmp_path / "out",
+        workers=workers,
+        level=level,
+        progress=lambda *now: seen.append(now),
+    )
     store = Store(tmp_path / "out")
     assert seen == [(done, 4) for done in (1, 2, 3, 4)]
-    assert report.packed == ("s0", "s1", "s2", "s3") and not (report.kept or report.refused or report.damaged)
+    assert report.packed == ("s0", "s1", "s2", "s3") and not (
+        report.kept or report.refused or report.damaged
+    )
     assert report.voxel_bytes == sum(hu_ZYX.nbytes for hu_ZYX in scans)
     assert report.stored_bytes == sum(store.file(i).stat().st_size for i in range(4))
     assert files_of(tmp_path / "out") == {INDEX_NAME, *(f"s{i}.b2nd" for i in range(4))}
@@ -97,22 +108,37 @@ def test_the_store_holds_the_scans_bit_for_bit(
         np.testing.assert_array_equal(store.read(i), hu_ZYX)
         store.verify(i)
         scan = store.scans[i]
-        assert (scan.id, scan.shape_ZYX, scan.patient) == (f"s{i}", hu_ZYX.shape, f"patient of s{i}")
+        assert (scan.id, scan.shape_ZYX, scan.patient) == (
+            f"s{i}",
+            hu_ZYX.shape,
+            f"patient of s{i}",
+        )
         np.testing.assert_allclose(scan.spacing_mm, SPACING_MM, rtol=1e-6)
         assert scan.label_path == str(manifest.root / f"labels/s{i}.nii.gz")
 
 
 def test_a_real_manifest_packs(archive: tuple[Manifest, list[np.ndarray]], tmp_path: Path) -> None:
     manifest, scans = archive
-    built = build(manifest.root, tmp_path / "manifest.parquet", labels=None, patient_regex=None, min_depth=1, workers=0)
+    built = build(
+        manifest.root,
+        tmp_path / "manifest.parquet",
+        labels=None,
+        patient_regex=None,
+        min_depth=1,
+        workers=0,
+    )
     assert len(built.accepted) == 4, [row.detail for row in built.rows]
     pack(built, tmp_path / "out")
     store = Store(tmp_path / "out")
     assert store.manifest_digest == built.digest
-    assert {scan.path: scan.checksum for scan in store.scans} == {f"s{i}.nii": checksum(s) for i, s in enumerate(scans)}
+    assert {scan.path: scan.checksum for scan in store.scans} == {
+        f"s{i}.nii": checksum(s) for i, s in enumerate(scans)
+    }
 
 
-def test_a_second_pack_keeps_what_is_whole(archive: tuple[Manifest, list[np.ndarray]], tmp_path: Path) -> None:
+def test_a_second_pack_keeps_what_is_whole(
+    archive: tuple[Manifest, list[np.ndarray]], tmp_path: Path
+) -> None:
     manifest, _ = archive
     out = tmp_path / "out"
     first = pack(manifest, out)
@@ -161,7 +187,9 @@ def test_real_scans_pack_bit_for_bit(tmp_path: Path) -> None:
     root = Path(os.environ.get("TAPCT_TEST_CT", "../shared/data/ct"))
     if not root.is_dir():
         pytest.skip(f"no real scans at {root}; set TAPCT_TEST_CT")
-    manifest = build(root, tmp_path / "m.parquet", labels=None, patient_regex=None, min_depth=1, workers=0)
+    manifest = build(
+        root, tmp_path / "m.parquet", labels=None, patient_regex=None, min_depth=1, workers=0
+    )
     report = pack(manifest, tmp_path / "out", workers=2)
     assert len(report.packed) == len(manifest.accepted) > 3 and not report.refused
     assert report.stored_bytes < 0.6 * report.voxel_bytes
@@ -203,14 +231,20 @@ def test_nothing_packed_is_an_error_and_leaves_no_index(
     assert "\n" not in str(error.value) and not files_of(tmp_path / "out")
 
 
-def test_bad_requests_are_refused(archive: tuple[Manifest, list[np.ndarray]], tmp_path: Path) -> None:
+def test_bad_requests_are_refused(
+    archive: tuple[Manifest, list[np.ndarray]], tmp_path: Path
+) -> None:
     manifest, _ = archive
     row = manifest.accepted[0]
     with pytest.raises(UserError, match="no accepted scan"):
         pack(Manifest((), manifest.root), tmp_path / "out")
     with pytest.raises(UserError, match="level is 10"):
         pack(manifest, tmp_path / "out", level=10)
-    for rows in [(row, row), (dataclasses.replace(row, id="../s0"),), (dataclasses.replace(row, id=".s0"),)]:
+    for rows in [
+        (row, row),
+        (dataclasses.replace(row, id="../s0"),),
+        (dataclasses.replace(row, id=".s0"),),
+    ]:
         with pytest.raises(UserError, match="id"):
             pack(Manifest(rows, manifest.root), tmp_path / "out")
     (tmp_path / "file").write_text("")
@@ -218,7 +252,9 @@ def test_bad_requests_are_refused(archive: tuple[Manifest, list[np.ndarray]], tm
         pack(manifest, tmp_path / "file")
 
 
-def test_two_packs_into_one_folder_do_not_mix(archive: tuple[Manifest, list[np.ndarray]], tmp_path: Path) -> None:
+def test_two_packs_into_one_folder_do_not_mix(
+    archive: tuple[Manifest, list[np.ndarray]], tmp_path: Path
+) -> None:
     manifest, _ = archive
 
     def second_pack(done: int, total: int) -> None:
@@ -238,7 +274,10 @@ class FullDisk(io.FileIO):
 
 @pytest.mark.parametrize("full_from", ["s0.b2nd", "s2.b2nd", INDEX_NAME])
 def test_a_full_disk_says_what_is_needed_and_leaves_whole_files_only(
-    archive: tuple[Manifest, list[np.ndarray]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, full_from: str
+    archive: tuple[Manifest, list[np.ndarray]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    full_from: str,
 ) -> None:
     manifest, scans = archive
     out = tmp_path / "out"
@@ -265,7 +304,10 @@ def test_a_full_disk_says_what_is_needed_and_leaves_whole_files_only(
 def test_a_really_full_disk(tmp_path: Path, workers: int) -> None:
     root = tmp_path / "archive"
     root.mkdir()
-    noise = [np.random.default_rng(i).integers(-1024, 3000, (4, 128, 128)).astype(np.int16) for i in range(6)]
+    noise = [
+        np.random.default_rng(i).integers(-1024, 3000, (4, 128, 128)).astype(np.int16)
+        for i in range(6)
+    ]
     for i, hu_ZYX in enumerate(noise):
         write_nifti(root / f"s{i}.nii", hu_ZYX)
     manifest = Manifest(tuple(row_of(f"s{i}", hu_ZYX) for i, hu_ZYX in enumerate(noise)), root)
@@ -288,7 +330,9 @@ def test_an_interrupt_leaves_a_state_that_resumes(tmp_path: Path) -> None:
     scans = [ct_like((40, 256, 256), i) for i in range(12)]
     for i, hu_ZYX in enumerate(scans):
         write_nifti(root / f"s{i}.nii", hu_ZYX)
-    build(root, tmp_path / "manifest.parquet", labels=None, patient_regex=None, min_depth=1, workers=0)
+    build(
+        root, tmp_path / "manifest.parquet", labels=None, patient_regex=None, min_depth=1, workers=0
+    )
     script = tmp_path / "run.py"
     script.write_text(
         "import signal, sys, time\nfrom pathlib import Path\n"
@@ -299,12 +343,15 @@ def test_an_interrupt_leaves_a_state_that_resumes(tmp_path: Path) -> None:
         "    return once(task)\n"
         "pack_scan.__module__, pack.pack_scan = pack.__name__, pack_scan\n"
         "if __name__ == '__main__':\n"
-        "    signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # what a shell starts with & ignores it
+        # what a shell starts with & ignores it
+        "    signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "    here = Path(sys.argv[1])\n"
         "    pack.pack(Manifest.read(here / 'manifest.parquet'), here / 'out', workers=2)\n"
     )
     environment = {**os.environ, "PYTHONPATH": os.getcwd()}
-    run = subprocess.Popen([sys.executable, script, tmp_path], start_new_session=True, env=environment, stderr=-1)
+    run = subprocess.Popen(
+        [sys.executable, script, tmp_path], start_new_session=True, env=environment, stderr=-1
+    )
     deadline = time.monotonic() + 60
     while not list(out.glob("*.b2nd")) and time.monotonic() < deadline:
         time.sleep(0.01)

@@ -1,6 +1,7 @@
 """Real scans of several origins: are the values where anatomy says they are?
 
-The label values of ts_body are those of the table inside the label file itself; the organs' median HU agree with it.
+The label values of ts_body are those of the table inside the label file itself; the organs' median
+HU agree with it.
 """
 
 from __future__ import annotations
@@ -18,8 +19,12 @@ from tapct.data.geometry import check_same_grid
 from tapct.data.ingest import read_labels, read_volume
 from tapct.types import AIR_HU, LabelMap, Refused, Volume
 
-ROOT = Path(os.environ.get("TAPCT_TEST_CT", Path(__file__).parents[2] / ".." / "shared" / "data" / "ct"))
-pytestmark = pytest.mark.skipif(not ROOT.is_dir(), reason=f"no real scans at {ROOT} (set TAPCT_TEST_CT)")
+ROOT = Path(
+    os.environ.get("TAPCT_TEST_CT", Path(__file__).parents[2] / ".." / "shared" / "data" / "ct")
+)
+pytestmark = pytest.mark.skipif(
+    not ROOT.is_dir(), reason=f"no real scans at {ROOT} (set TAPCT_TEST_CT)"
+)
 
 
 def median_hu(volume: Volume, labels: LabelMap, *names_or_values: str | int) -> float:
@@ -64,7 +69,13 @@ def test_the_cut_of_ts_body_equals_slices_82_to_111_but_its_affine_does_not_say_
     assert cut.origin_mm == whole.origin_mm  # wrong in the file; nothing in the file contradicts it
     labels = read_labels(ROOT / "ts_body" / "example_seg.nii.gz")
     assert len(np.unique(labels.labels_ZYX)) - 1 == 41
-    expected = {"liver": 46, "spleen": 35, "aorta": 43, "vertebrae_L1": 156, "lung_lower_lobe_left": -766}
+    expected = {
+        "liver": 46,
+        "spleen": 35,
+        "aorta": 43,
+        "vertebrae_L1": 156,
+        "lung_lower_lobe_left": -766,
+    }
     for organ, hu in expected.items():
         assert median_hu(cut, labels, organ) == hu
     with pytest.raises(Refused, match="grid_mismatch"):
@@ -79,12 +90,17 @@ def test_elastix_lung_is_one_cropped_hemithorax() -> None:
 
 
 def test_cip_chest_is_the_same_from_nrrd_and_dicom() -> None:
-    nrrd, dicom = read_volume(ROOT / "cip_chest" / "ct-64.nrrd"), read_volume(ROOT / "cip_chest" / "ct-64Dicom")
+    nrrd, dicom = (
+        read_volume(ROOT / "cip_chest" / "ct-64.nrrd"),
+        read_volume(ROOT / "cip_chest" / "ct-64Dicom"),
+    )
     np.testing.assert_array_equal(nrrd.hu_ZYX, dicom.hu_ZYX)
     np.testing.assert_allclose(nrrd.spacing_mm, dicom.spacing_mm, rtol=1e-5)
     np.testing.assert_allclose(nrrd.origin_mm, dicom.origin_mm, atol=1e-3)
     image = SimpleITK.ReadImage(ROOT / "cip_chest" / "ct-64.nrrd")
-    np.testing.assert_array_equal(nrrd.hu_ZYX, np.maximum(SimpleITK.GetArrayFromImage(image), AIR_HU))
+    np.testing.assert_array_equal(
+        nrrd.hu_ZYX, np.maximum(SimpleITK.GetArrayFromImage(image), AIR_HU)
+    )
 
 
 def test_cip_chest_labels_reach_782() -> None:
@@ -99,9 +115,15 @@ def test_dcm_liver3_has_1_mm_slices_and_clamped_padding() -> None:
     assert volume.hu_ZYX.shape == (3, 512, 512)
     assert volume.spacing_mm[0] == pytest.approx(1.0, abs=1e-6)
     assert volume.hu_ZYX.min() == AIR_HU
-    assert median_hu(volume, read_labels(ROOT / "dcm_liver3_seg.nrrd"), 1) == pytest.approx(45, abs=1)
-    whole = SimpleITK.ReadImage([str(ROOT / "dcm_liver3" / f"0{number}.dcm") for number in (3, 2, 1)])
-    np.testing.assert_array_equal(volume.hu_ZYX, np.maximum(SimpleITK.GetArrayFromImage(whole), AIR_HU))
+    assert median_hu(volume, read_labels(ROOT / "dcm_liver3_seg.nrrd"), 1) == pytest.approx(
+        45, abs=1
+    )
+    whole = SimpleITK.ReadImage(
+        [str(ROOT / "dcm_liver3" / f"0{number}.dcm") for number in (3, 2, 1)]
+    )
+    np.testing.assert_array_equal(
+        volume.hu_ZYX, np.maximum(SimpleITK.GetArrayFromImage(whole), AIR_HU)
+    )
 
 
 def test_phantom_and_single_slice_are_read() -> None:
@@ -144,4 +166,10 @@ def test_the_archive_has_seven_scans(tmp_path: Path) -> None:
         "ts_body/example_ct.nii.gz": "ts_body/example_ct_seg62.nii.gz",
         "ts_body/example_ct_sm.nii.gz": "",
     }
-    assert built.summary() == {"accepted": 7, "label_map": 3, "not_ct": 2, "duplicate": 1, "localizer": 1}
+    assert built.summary() == {
+        "accepted": 7,
+        "label_map": 3,
+        "not_ct": 2,
+        "duplicate": 1,
+        "localizer": 1,
+    }

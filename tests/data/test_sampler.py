@@ -1,4 +1,6 @@
-"""The sampler is a permutation per pass, costs nothing to enter anywhere, and does not know the world size."""
+"""The sampler is a permutation per pass, costs nothing to enter anywhere, and does not know the
+world size.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,11 @@ def order(num_scans: int, pass_number: int, seed: int) -> list[int]:
 
 
 @settings(max_examples=60, deadline=None)
-@given(num_scans=st.integers(1, 300), pass_number=st.integers(0, 10**6), seed=st.integers(-(2**63), 2**63 - 1))
+@given(
+    num_scans=st.integers(1, 300),
+    pass_number=st.integers(0, 10**6),
+    seed=st.integers(-(2**63), 2**63 - 1),
+)
 def test_every_pass_shows_every_scan_once(num_scans: int, pass_number: int, seed: int) -> None:
     assert sorted(order(num_scans, pass_number, seed)) == list(range(num_scans))
 
@@ -54,7 +60,9 @@ def test_all_orders_of_few_scans_are_equally_likely(num_scans: int) -> None:
     num_passes, num_orders = 2400, math.factorial(num_scans)
     seen = Counter(tuple(order(num_scans, p, seed=1)) for p in range(num_passes))
     expected = num_passes / num_orders
-    statistic = sum((seen[o] - expected) ** 2 / expected for o in itertools.permutations(range(num_scans)))
+    statistic = sum(
+        (seen[o] - expected) ** 2 / expected for o in itertools.permutations(range(num_scans))
+    )
     assert statistic < chi2.isf(1e-4, num_orders - 1)
 
 
@@ -69,7 +77,9 @@ def test_every_scan_is_equally_likely_at_every_place_and_after_every_other() -> 
     assert ((at - expected) ** 2 / expected).sum() < chi2.isf(1e-4, (num_scans - 1) ** 2)
     off = ~np.eye(num_scans, dtype=bool)
     assert (after[~off] == 0).all()
-    assert ((after[off] - expected) ** 2 / expected).sum() < chi2.isf(1e-4, num_scans * (num_scans - 1) - 1)
+    assert ((after[off] - expected) ** 2 / expected).sum() < chi2.isf(
+        1e-4, num_scans * (num_scans - 1) - 1
+    )
 
 
 @pytest.mark.parametrize("step", [0, 7, 10**9])
@@ -84,8 +94,14 @@ def test_every_split_of_a_step_shows_the_same_samples_once(step: int) -> None:
         assert sorted(itertools.chain(*parts)) == list(range(step * 24, step * 24 + 24))
 
 
-@pytest.mark.parametrize(("world", "accumulation", "global_batch"), [(3, 1, 8), (2, 3, 8), (8, 1, 4), (1, 1, 0)])
-def test_an_unequal_share_is_refused_in_one_line(world: int, accumulation: int, global_batch: int) -> None:
-    with pytest.raises(UserError, match=f"global_batch is {global_batch}.*multiple of {world * accumulation}") as error:
+@pytest.mark.parametrize(
+    ("world", "accumulation", "global_batch"), [(3, 1, 8), (2, 3, 8), (8, 1, 4), (1, 1, 0)]
+)
+def test_an_unequal_share_is_refused_in_one_line(
+    world: int, accumulation: int, global_batch: int
+) -> None:
+    with pytest.raises(
+        UserError, match=f"global_batch is {global_batch}.*multiple of {world * accumulation}"
+    ) as error:
         samples_of(0, 0, 0, world=world, accumulation=accumulation, global_batch=global_batch)
     assert "\n" not in str(error.value)

@@ -33,14 +33,20 @@ def make_store(folder: Path, scans_ZYX: list[np.ndarray], level: int = 1) -> Sto
         frame, meta = encode(Volume(hu_ZYX, SPACING_MM), f"scan{i}", level)
         write_atomically(folder / f"scan{i}.b2nd", frame)
         label = "labels/x.nii.gz" if i == 0 else ""
-        rows.append(StoredScan(meta.id, meta.shape_ZYX, SPACING_MM, "patient", f"{i}.nii", label, meta.checksum))
+        rows.append(
+            StoredScan(
+                meta.id, meta.shape_ZYX, SPACING_MM, "patient", f"{i}.nii", label, meta.checksum
+            )
+        )
     write_atomically(folder / INDEX_NAME, index_bytes(rows, Path("/archive"), "manifest"))
     return Store(folder)
 
 
 def ct_like(shape_ZYX: tuple[int, int, int], seed: int = 0) -> np.ndarray:
     rng = np.random.default_rng(seed)
-    return np.clip(rng.normal(0, 60, shape_ZYX) + rng.integers(-1000, 500), -1024, 3000).astype(np.int16)
+    return np.clip(rng.normal(0, 60, shape_ZYX) + rng.integers(-1000, 500), -1024, 3000).astype(
+        np.int16
+    )
 
 
 @settings(max_examples=40, deadline=None)
@@ -50,7 +56,9 @@ def ct_like(shape_ZYX: tuple[int, int, int], seed: int = 0) -> np.ndarray:
     level=st.sampled_from([0, 1, 5]),
     seed=st.integers(0, 5),
 )
-@example(shape_ZYX=(5, 509, 600), cut=(0.3, 0.9), level=1, seed=0)  # prime height, larger than a block
+@example(
+    shape_ZYX=(5, 509, 600), cut=(0.3, 0.9), level=1, seed=0
+)  # prime height, larger than a block
 @example(shape_ZYX=(19, 512, 512), cut=(0.3, 0.9), level=1, seed=1)
 @example(shape_ZYX=(3, 1030, 1024), cut=(0.0, 1.0), level=1, seed=2)  # one slice a chunk
 def test_a_slab_is_what_was_packed(
@@ -61,7 +69,9 @@ def test_a_slab_is_what_was_packed(
     seed: int,
 ) -> None:
     hu_ZYX = ct_like(shape_ZYX, seed)
-    hu_ZYX[: shape_ZYX[0] // 2] = (0, -1024, 7)[seed % 3]  # chunks of one value are stored as a flag
+    hu_ZYX[: shape_ZYX[0] // 2] = (0, -1024, 7)[
+        seed % 3
+    ]  # chunks of one value are stored as a flag
     store = make_store(tmp_path_factory.mktemp("store"), [hu_ZYX], level)
     z0, z1 = sorted(int(c * shape_ZYX[0]) for c in cut)
     z1 = max(z1, z0 + 1) if z0 < shape_ZYX[0] else shape_ZYX[0]
@@ -70,12 +80,21 @@ def test_a_slab_is_what_was_packed(
     assert slab_ZYX.dtype == np.int16 and slab_ZYX.flags.c_contiguous
     np.testing.assert_array_equal(slab_ZYX, hu_ZYX[z0:z1])
     np.testing.assert_array_equal(store.read(0), hu_ZYX)
-    np.testing.assert_array_equal(blosc2.open(str(store.file(0)), mode="r")[z0:z1], hu_ZYX[z0:z1])  # any blosc2 can
+    np.testing.assert_array_equal(
+        blosc2.open(str(store.file(0)), mode="r")[z0:z1], hu_ZYX[z0:z1]
+    )  # any blosc2 can
     store.verify(0)
 
 
 def test_chunks_are_whole_slices_and_small_and_blocks_are_whole_rows() -> None:
-    for shape_ZYX in [(192, 512, 512), (300, 256, 256), (79, 64, 64), (3, 512, 512), (50, 1024, 1024), (9, 509, 509)]:
+    for shape_ZYX in [
+        (192, 512, 512),
+        (300, 256, 256),
+        (79, 64, 64),
+        (3, 512, 512),
+        (50, 1024, 1024),
+        (9, 509, 509),
+    ]:
         (z, y, x), (block_z, block_y, block_x) = layout(shape_ZYX)
         assert (y, x) == shape_ZYX[1:] and z <= min(4, shape_ZYX[0]) and block_x == x
         assert z == 1 or 2 * z * y * x <= 1 << 20
@@ -99,7 +118,8 @@ def test_a_slab_touches_only_its_own_chunks(tmp_path: Path) -> None:
     hu_ZYX = ct_like((12, 512, 512))
     store = make_store(tmp_path, [hu_ZYX])
     for offset, length in [chunk_bytes(store, 0, c) for c in (0, 1, 2, 5)]:
-        # slices 0..5 and 10..11 are rubbish now, 6..9 are left; blosc2 wants the first chunk's header to open a file
+        # slices 0..5 and 10..11 are rubbish now, 6..9 are left; blosc2 wants the first chunk's
+        # header to open a file
         overwrite(store.file(0), offset + 32, b"\xff" * (length - 32))
     np.testing.assert_array_equal(store.read_slab(0, 6, 10), hu_ZYX[6:10])
     np.testing.assert_array_equal(store.read_slab(0, 7, 8), hu_ZYX[7:8])
@@ -149,9 +169,16 @@ def test_a_missing_file_and_a_foreign_file_are_named(tmp_path: Path) -> None:
 
 def test_the_index_says_all_of_a_scan(tmp_path: Path) -> None:
     store = make_store(tmp_path, [ct_like((4, 9, 8)), ct_like((3, 5, 6))])
-    assert len(store) == 2 and store.root == Path("/archive") and store.manifest_digest == "manifest"
+    assert (
+        len(store) == 2 and store.root == Path("/archive") and store.manifest_digest == "manifest"
+    )
     first, second = store.scans
-    assert (first.id, first.shape_ZYX, first.spacing_mm, first.patient) == ("scan0", (4, 9, 8), SPACING_MM, "patient")
+    assert (first.id, first.shape_ZYX, first.spacing_mm, first.patient) == (
+        "scan0",
+        (4, 9, 8),
+        SPACING_MM,
+        "patient",
+    )
     assert (first.label_path, second.label_path) == ("/archive/labels/x.nii.gz", "")
     assert first.checksum == packed.checksum(store.read(0)) != second.checksum
 
@@ -190,7 +217,11 @@ def test_many_threads_and_few_handles_read_right(tmp_path: Path) -> None:
     store = Store(tmp_path, max_open=2)
 
     def compare(store: Store, k: int) -> bool:
-        return bool(np.array_equal(store.read_slab(k % 6, k % 7, k % 7 + 4), scans[k % 6][k % 7 : k % 7 + 4]))
+        return bool(
+            np.array_equal(
+                store.read_slab(k % 6, k % 7, k % 7 + 4), scans[k % 6][k % 7 : k % 7 + 4]
+            )
+        )
 
     with ThreadPoolExecutor(8) as pool:
         assert all(pool.map(compare, [store] * 300, range(300)))

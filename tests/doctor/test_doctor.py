@@ -1,4 +1,6 @@
-"""Each check of `tapct doctor` in each of its outcomes; a probe that hangs is ended; the sum over gloo is real."""
+"""Each check of `tapct doctor` in each of its outcomes; a probe that hangs is ended; the sum over
+gloo is real.
+"""
 
 from __future__ import annotations
 
@@ -21,10 +23,23 @@ from tapct import cli
 from tapct.data import read_rate
 from tapct.doctor import checkup, device, folders, machine, site, verdicts
 from tapct.doctor.answers import Answers, Child
-from tapct.doctor.facts import INSTALL, AllReduce, Attention, Broken, Copy, Finding, Gpus, Settings, Slurm, Torch
+from tapct.doctor.facts import (
+    INSTALL,
+    AllReduce,
+    Attention,
+    Broken,
+    Copy,
+    Finding,
+    Gpus,
+    Settings,
+    Slurm,
+    Torch,
+)
 
 
-@pytest.mark.parametrize(("state", "finding", "words", "remedy"), CASES, ids=lambda one: getattr(one, "name", None))
+@pytest.mark.parametrize(
+    ("state", "finding", "words", "remedy"), CASES, ids=lambda one: getattr(one, "name", None)
+)
 def test_facts_lead_to_the_finding(state: str, finding: Finding, words: str, remedy: str) -> None:
     assert finding.state == state, finding
     assert words in finding.words and remedy in finding.remedy
@@ -38,10 +53,13 @@ def test_every_check_was_shown_to_pass_and_to_complain() -> None:
     for _, finding, *_ in CASES:
         states.setdefault(finding.name, set()).add(finding.state)
     partial = {"umask": {"ok", "warn"}, "wandb": {"ok", "fail"}, "config": {"ok", "fail"}}
-    assert {name: found for name, found in states.items() if found != {"ok", "warn", "fail"}} == partial
+    assert {
+        name: found for name, found in states.items() if found != {"ok", "warn", "fail"}
+    } == partial
 
 
-# --- probes --------------------------------------------------------------------------------------------------------
+# --- probes
+# --------------------------------------------------------------------------------------------------------
 
 
 def write_program(folder: Path, name: str, text: str) -> None:
@@ -70,10 +88,18 @@ def test_slurm_is_asked_and_a_dead_controller_is_not_waited_for(
     assert time.monotonic() - begin < 30  # of the 60 s that it hangs
 
 
-def test_requirements_are_held_against_what_is_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_requirements_are_held_against_what_is_installed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     about = tmp_path / "madeup-1.0.dist-info"
     about.mkdir()
-    wanted = ("numpy>=1", "pytest>=999", "no-such-package>=2", "nor-this ; extra == 'gpu'", "nor-this; os_name == 'nt'")
+    wanted = (
+        "numpy>=1",
+        "pytest>=999",
+        "no-such-package>=2",
+        "nor-this ; extra == 'gpu'",
+        "nor-this; os_name == 'nt'",
+    )
     head = "Metadata-Version: 2.1\nName: madeup\nVersion: 1.0\nRequires-Python: >=3.8\n"
     (about / "METADATA").write_text(head + "".join(f"Requires-Dist: {line}\n" for line in wanted))
     monkeypatch.syspath_prepend(tmp_path)
@@ -103,7 +129,11 @@ def test_tapct_itself_meets_its_requirements() -> None:
             {"cpu/j/cpu.cfs_quota_us": "300000", "cpu/j/cpu.cfs_period_us": "100000"},
             3.0,
         ),
-        ("4:cpu,cpuacct:/\n", {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, None),
+        (
+            "4:cpu,cpuacct:/\n",
+            {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"},
+            None,
+        ),
         ("nonsense\n", {}, None),
     ],
 )
@@ -174,7 +204,8 @@ def test_attention_runs_on_this_cpu() -> None:
     assert "math" in found.kernels and found.device == "cpu"
 
 
-# --- processes -----------------------------------------------------------------------------------------------------
+# --- processes
+# -----------------------------------------------------------------------------------------------------
 
 HANGING = """
 import subprocess, sys, time
@@ -219,12 +250,18 @@ def test_a_hung_child_is_ended_within_its_time_and_what_it_told_counts(hanging: 
     assert ends_within(10.0, int((hanging / "hanging.py.grandchild").read_text()))
 
 
-def test_a_child_that_dies_is_told_with_its_last_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_child_that_dies_is_told_with_its_last_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "dying.py").write_text("raise ImportError('libcudart.so.13: cannot open')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     why = Child("dying", "torch", {}, 20).answers().of("torch", Torch)
-    assert why == Broken("ended without an answer: ImportError: libcudart.so.13: cannot open", INSTALL)
-    assert verdicts.all_reduce(why, "gloo").remedy == INSTALL  # and not that the host name leads nowhere
+    assert why == Broken(
+        "ended without an answer: ImportError: libcudart.so.13: cannot open", INSTALL
+    )
+    assert (
+        verdicts.all_reduce(why, "gloo").remedy == INSTALL
+    )  # and not that the host name leads nowhere
 
 
 def test_when_all_probes_hang_each_check_fails_with_a_remedy_in_time(
@@ -237,11 +274,17 @@ def test_when_all_probes_hang_each_check_fails_with_a_remedy_in_time(
     found = {one.name: one for one in checkup.findings(Path("x.yaml"), [], None, seconds=8.0)}
     assert time.monotonic() - begin < 45  # all hang side by side for 60 s
     for name in ("config", "gpu", "attention", "gloo sum"):
-        assert found[name].state == "fail" and "no answer within 8 s" in found[name].words and found[name].remedy
+        assert (
+            found[name].state == "fail"
+            and "no answer within 8 s" in found[name].words
+            and found[name].remedy
+        )
     assert found["torch"].words.startswith("9")
 
 
-def test_two_gpus_are_read_and_sum_over_nccl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_gpus_are_read_and_sum_over_nccl(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     about = types.SimpleNamespace(name="NVIDIA H100", major=9, minor=0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda i: (79 * 10**9, 80 * 10**9))
@@ -259,7 +302,9 @@ def test_two_gpus_are_read_and_sum_over_nccl(tmp_path: Path, monkeypatch: pytest
     asked: list[tuple[str, dict[str, object]]] = []
 
     class Told(Child):
-        def __init__(self, module: str, kind: str, arguments: dict[str, object], seconds: float = 1.0) -> None:
+        def __init__(
+            self, module: str, kind: str, arguments: dict[str, object], seconds: float = 1.0
+        ) -> None:
             asked.append((kind, arguments))
 
         def answers(self) -> Answers:
@@ -276,7 +321,9 @@ def test_two_gpus_are_read_and_sum_over_nccl(tmp_path: Path, monkeypatch: pytest
     assert "driver serves 13.1" in found["torch"].words and found["gpu copy"].state == "ok"
     assert found["attention"].state == "warn"  # JSON's list is the facts' tuple again
     assert found["nccl sum"].words == "all-reduce over 2 processes, 300 GB/s"
-    ranks = [(one["backend"], one["rank"], one["world"]) for kind, one in asked if kind == "all_reduce"]
+    ranks = [
+        (one["backend"], one["rank"], one["world"]) for kind, one in asked if kind == "all_reduce"
+    ]
     assert ranks == [("gloo", 0, 2), ("gloo", 1, 2), ("nccl", 0, 2), ("nccl", 1, 2)]
 
 
@@ -287,16 +334,27 @@ def test_the_doctor_runs_whole_with_a_real_sum_over_gloo(
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setenv("MASTER_PORT", "1")  # left by a launcher
     before = set(Path(os.environ.get("TMPDIR") or "/tmp").glob("tapct-doctor-*"))
-    code, out = leave_code(monkeypatch, capsys, write_config(tmp_path, store), "data.loader.workers=1")
+    code, out = leave_code(
+        monkeypatch, capsys, write_config(tmp_path, store), "data.loader.workers=1"
+    )
     heads = [line.split()[0] for line in out.splitlines()[:-1] if not line.startswith(" ")]
     assert set(heads) <= {"ok", "warn", "fail"} and code == ("fail" in heads)
     assert [line for line in out.splitlines() if len(line) > 80 and str(tmp_path) not in line] == []
-    told = re.search(r"^(\w+) +gloo sum +all-reduce over 2 processes, ([\d.]+) GB/s(: slow)?$", out, re.MULTILINE)
+    told = re.search(
+        r"^(\w+) +gloo sum +all-reduce over 2 processes, ([\d.]+) GB/s(: slow)?$", out, re.MULTILINE
+    )
     assert told is not None and 0 < float(told[2]) < 200, out
     assert told[1] == ("ok" if float(told[2]) * verdicts.GB >= verdicts.LEAST_GLOO else "warn"), (
         out
     )  # it may well be busy
-    for line in ("ok   config", "ok   store", "ok   attention", "ok   wandb", "ok   shared memory", "ok   disk"):
+    for line in (
+        "ok   config",
+        "ok   store",
+        "ok   attention",
+        "ok   wandb",
+        "ok   shared memory",
+        "ok   disk",
+    ):
         assert f"\n{line}" in out, out
     assert re.search(r"^1[5-8] checks: \d+ ok, \d+ warn, \d+ fail$", out.splitlines()[-1])
     assert set(Path(os.environ.get("TMPDIR") or "/tmp").glob("tapct-doctor-*")) <= before
@@ -320,7 +378,10 @@ def leave_code(
 def test_the_exit_code_is_1_if_anything_fails(
     state: str, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    two = [Finding("one", "ok", "well"), Finding("two", state, "[what] it is", "do that" if code else "")]  # type: ignore[arg-type]
+    two = [
+        Finding("one", "ok", "well"),
+        Finding("two", state, "[what] it is", "do that" if code else ""),
+    ]  # type: ignore[arg-type]
     monkeypatch.setattr(checkup, "findings", lambda *asked: iter(two))
     found, out = leave_code(monkeypatch, capsys)
     assert found == code and "[what] it is" in out and out.splitlines()[-1].startswith("2 checks: ")

@@ -1,6 +1,8 @@
-"""Run training in children that are killed: `python killed_runs.py` gets one JSON request, answers one line a child.
+"""Run training in children that are killed: `python killed_runs.py` gets one JSON request, answers
+one line a child.
 
-A program of its own, since it forks: nothing but imports has happened in it, so no thread is lost in a child.
+A program of its own, since it forks: nothing but imports has happened in it, so no thread is lost
+    in a child.
 """
 
 from __future__ import annotations
@@ -27,11 +29,18 @@ FILE_EVENTS = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.tru
 PATIENCE_SECONDS = 120.0
 
 
-def start(config: Path, out: Path, overrides: list[str], die_at_event: int = 0, events_to: Path | None = None) -> int:
+def start(
+    config: Path,
+    out: Path,
+    overrides: list[str],
+    die_at_event: int = 0,
+    events_to: Path | None = None,
+) -> int:
     """Fork a child that trains; returns its process id.
 
     Args:
-        die_at_event: the child kills itself just before this change of a file in the run folder, 1-based; 0: never.
+        die_at_event: the child kills itself just before this change of a file in the run folder,
+            1-based; 0: never.
         events_to: file that gets the number of such changes when the child ends by itself.
     """
     child = os.fork()
@@ -57,7 +66,9 @@ def watch(folder: str, die_at_event: int) -> list[int]:
     seen = [0]
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
-        within = event in ("os.remove", "os.rmdir") and arguments[1] != -1  # rmtree's, relative to an open folder
+        within = (
+            event in ("os.remove", "os.rmdir") and arguments[1] != -1
+        )  # rmtree's, relative to an open folder
         if event not in FILE_EVENTS or not (within or str(arguments[0]).startswith(folder)):
             return
         if event == "open" and not arguments[2] & (os.O_WRONLY | os.O_RDWR):
@@ -87,8 +98,12 @@ def announced(out: Path) -> int:
     return int(latest.read_text().strip().removeprefix("step_")) if latest.exists() else 0
 
 
-def kill_at_random(config: Path, out: Path, overrides: list[str], draw: random.Random) -> tuple[int, int]:
-    """Let a run write 0 to 2 checkpoints more, and kill it within about the time of the next: (step before, code)."""
+def kill_at_random(
+    config: Path, out: Path, overrides: list[str], draw: random.Random
+) -> tuple[int, int]:
+    """Let a run write 0 to 2 checkpoints more, and kill it within about the time of the next: (step
+    before, code).
+    """
     before = announced(out)
     goal, began = before + draw.randrange(3), time.monotonic()
     child = start(config, out, overrides)
@@ -109,12 +124,22 @@ def state_after(out: Path) -> dict[str, Any]:
     latest = announced(out)
     whole = latest == 0 or damage(out / "checkpoints" / f"step_{latest:08d}") is None
     step = int(newest.name.removeprefix("step_")) if newest else 0
-    torn = len(list((out / "checkpoints").glob(".writing_*"))) if (out / "checkpoints").is_dir() else 0
-    return {"announced": latest, "announced_is_whole": whole, "newest_whole": step, "damaged": complaints, "torn": torn}
+    torn = (
+        len(list((out / "checkpoints").glob(".writing_*"))) if (out / "checkpoints").is_dir() else 0
+    )
+    return {
+        "announced": latest,
+        "announced_is_whole": whole,
+        "newest_whole": step,
+        "damaged": complaints,
+        "torn": torn,
+    }
 
 
 def main() -> None:
-    """Serve one request: `kills` at random moments, or one death at each of the `events`; then run to the end."""
+    """Serve one request: `kills` at random moments, or one death at each of the `events`; then run
+    to the end.
+    """
     request = json.loads(sys.argv[1])
     config, overrides = Path(request["config"]), request["overrides"]
     if "kills" in request:

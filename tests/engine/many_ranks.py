@@ -1,7 +1,9 @@
 """Runs of several ranks on this machine: a config, words, and how they ended.
 
-`launch` starts them as a person would, by torchrun: for tests of what a launcher and its ranks do to each other.
-`train` forks them from a Python that has torch loaded: for tests of what ranks compute, which are many.
+`launch` starts them as a person would, by torchrun: for tests of what a launcher and its ranks do
+to each other.
+`train` forks them from a Python that has torch loaded: for tests of what ranks compute, which are
+many.
 """
 
 from __future__ import annotations
@@ -33,7 +35,14 @@ def command(world: int, config: Path, *words: str, torchrun: tuple[str, ...] = (
     train = ["-m", "tapct", "train", str(config), *words]
     if world == 1 and not torchrun:
         return [sys.executable, *train]
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}", *torchrun]
+    start = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc-per-node={world}",
+        *torchrun,
+    ]
     return [*start, *train]
 
 
@@ -41,7 +50,12 @@ def environment(fault: str = "") -> dict[str, str]:
     """For the ranks: one thread each, the saboteur within reach, and what it shall do."""
     kept = {key: value for key, value in os.environ.items() if not key.startswith("SLURM_")}
     path = os.pathsep.join([str(FAULTS), kept.get("PYTHONPATH", "")]).rstrip(os.pathsep)
-    return {**kept, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, **({"TAPCT_FAULT": fault} if fault else {})}
+    return {
+        **kept,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": path,
+        **({"TAPCT_FAULT": fault} if fault else {}),
+    }
 
 
 def start(
@@ -84,7 +98,12 @@ def train(
 ) -> subprocess.CompletedProcess[str]:
     """What `launch` does, without torchrun and without a Python to start for every rank."""
     asked = ["train", str(write_config(folder, store)), *words]
-    common = {**environment(fault), **(more or {}), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
+    common = {
+        **environment(fault),
+        **(more or {}),
+        "WORLD_SIZE": str(world),
+        "LOCAL_WORLD_SIZE": str(world),
+    }
     meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(next(free_ports()))}
     places = [{"RANK": str(rank), "LOCAL_RANK": str(rank), **meeting} for rank in range(world)]
     said = [[str(folder / f"{rank}.{name}") for name in ("out", "err")] for rank in range(world)]
@@ -124,7 +143,9 @@ def nest() -> subprocess.Popen[str]:
 
 @functools.cache
 def free_ports() -> Iterator[int]:
-    """Ports that nobody listens on, below those that the system gives away by itself; processes begin far apart."""
+    """Ports that nobody listens on, below those that the system gives away by itself; processes
+    begin far apart.
+    """
     first = 30000 + os.getpid() * 101 % 2700
 
     def unused(port: int) -> bool:
@@ -134,12 +155,15 @@ def free_ports() -> Iterator[int]:
     return filter(unused, itertools.cycle([*range(first, 32700), *range(30000, first)]))
 
 
-def ended(launcher: subprocess.Popen[str], timeout: float = 120.0) -> subprocess.CompletedProcess[str]:
+def ended(
+    launcher: subprocess.Popen[str], timeout: float = 120.0
+) -> subprocess.CompletedProcess[str]:
     """What a started run said by its end; a run that does not end is ended with all its ranks."""
     try:
         out, err = launcher.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
-        launcher.terminate()  # torchrun ends its ranks, which have sessions of their own, after half a minute by force
+        # torchrun ends its ranks, which have sessions of their own, after half a minute by force
+        launcher.terminate()
         with suppress(subprocess.TimeoutExpired):
             launcher.communicate(timeout=60)
         with suppress(ProcessLookupError):
@@ -154,26 +178,38 @@ def good(ended: subprocess.CompletedProcess[str]) -> str:
     return ended.stdout
 
 
-def largest_difference(run: Path, reference: Path, prefixes: tuple[str, ...], floor: float = 1e-6) -> float:
-    """Over all steps and numbers of metrics.jsonl with these prefixes: |a - b| / max(|b|, floor)."""
+def largest_difference(
+    run: Path, reference: Path, prefixes: tuple[str, ...], floor: float = 1e-6
+) -> float:
+    """Over all steps and numbers of metrics.jsonl with these prefixes: |a - b| / max(|b|,
+    floor).
+    """
     rows, wanted = numbers_of(run), numbers_of(reference)
     assert [row["step"] for row in rows] == [row["step"] for row in wanted]
     worst = 0.0
     for row, other in zip(rows, wanted, strict=True):
         names = [name for name in other if name.startswith(prefixes) and name != "health/rankme"]
         assert names and [name for name in row if name in names] == names
-        worst = max(worst, *(abs(row[name] - other[name]) / max(abs(other[name]), floor) for name in names))
+        worst = max(
+            worst, *(abs(row[name] - other[name]) / max(abs(other[name]), floor) for name in names)
+        )
     return worst
 
 
 def largest_state_difference(run: Path, reference: Path, scratch: Path) -> float:
-    """Over all weights, moments and centres of the newest checkpoints: the largest absolute difference."""
+    """Over all weights, moments and centres of the newest checkpoints: the largest absolute
+    difference.
+    """
     states: list[dict[str, Any]] = []
     for number, folder in enumerate((run, reference)):
         newest = folder / "checkpoints" / (folder / "checkpoints" / "latest").read_text().strip()
         state = state_of(newest, scratch / f"{number}.pt")
         states.append({name: value for name, value in state.items() if not name.startswith(".rng")})
     assert states[0].keys() == states[1].keys() and len(states[0]) > 100
-    tensors = [(states[0][name], value) for name, value in states[1].items() if isinstance(value, torch.Tensor)]
+    tensors = [
+        (states[0][name], value)
+        for name, value in states[1].items()
+        if isinstance(value, torch.Tensor)
+    ]
     assert len(tensors) > 100
     return max(float((a.double() - b.double()).abs().max()) for a, b in tensors if a.numel())

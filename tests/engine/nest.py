@@ -1,8 +1,10 @@
-"""Ranks that are forked from one Python in which torch and tapct are loaded already, which costs seconds a rank.
+"""Ranks that are forked from one Python in which torch and tapct are loaded already, which costs
+seconds a rank.
 
-`python nest.py` reads requests and answers them, one line of JSON each. A program of its own, since it forks: nothing
-but imports has happened in it. Threads that libraries start when they are loaded (of jemalloc, in pyarrow) are lost in
-a rank, and not missed. All ranks hash strings alike, which Pythons of their own would not: tests by `launch` do.
+`python nest.py` reads requests and answers them, one line of JSON each. A program of its own, since
+it forks: nothing but imports has happened in it. Threads that libraries start when they are loaded
+(of jemalloc, in pyarrow) are lost in a rank, and not missed. All ranks hash strings alike, which
+Pythons of their own would not: tests by `launch` do.
 """
 
 from __future__ import annotations
@@ -33,7 +35,10 @@ def become(rank: int, request: dict[str, Any]) -> None:
     """What a forked process has to do to be as `python -m tapct` begins."""
     os.setsid()
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    files = [(os.devnull, os.O_RDONLY), *((path, os.O_WRONLY | os.O_CREAT) for path in request["files"][rank])]
+    files = [
+        (os.devnull, os.O_RDONLY),
+        *((path, os.O_WRONLY | os.O_CREAT) for path in request["files"][rank]),
+    ]
     for number, (path, flags) in enumerate(files):
         os.dup2(os.open(path, flags, 0o600), number)
     os.environ.clear()
@@ -41,16 +46,20 @@ def become(rank: int, request: dict[str, Any]) -> None:
     os.chdir(request["folder"])
     sys.argv = ["tapct", *request["words"]]
     torch.set_num_threads(1)
-    random.seed()  # as in a Python of its own: who draws without a key gets something else on every rank
+    # as in a Python of its own: who draws without a key gets something else on every rank
+    random.seed()
     np.random.seed()
 
 
 def wait(ranks: list[int], timeout_s: float) -> list[int | None]:
-    """Exit code of each, or minus the signal that ended it; None for one that had to be killed here."""
+    """Exit code of each, or minus the signal that ended it; None for one that had to be killed
+    here.
+    """
     codes: list[int | None] = [None] * len(ranks)
     running, end = set(range(len(ranks))), time.monotonic() + timeout_s
     while running and time.monotonic() < end:
-        if select.select([sys.stdin], [], [], 0.005)[0]:  # there is one request at a time: who asked is gone
+        # there is one request at a time: who asked is gone
+        if select.select([sys.stdin], [], [], 0.005)[0]:
             break
         for rank in sorted(running):
             found, status = os.waitpid(ranks[rank], os.WNOHANG)
@@ -68,7 +77,9 @@ def wait(ranks: list[int], timeout_s: float) -> list[int | None]:
 
 
 def serve() -> bool:
-    """Answer requests until there are no more; True in a forked rank, which then is what `python -m tapct` is."""
+    """Answer requests until there are no more; True in a forked rank, which then is what `python -m
+    tapct` is.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever asks has it too, and closes our input
     for line in sys.stdin:
         request = json.loads(line)

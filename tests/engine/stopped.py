@@ -30,7 +30,12 @@ def stop_at(monkeypatch: pytest.MonkeyPatch, step: int, number: int) -> None:
 
 
 def stopped_run(
-    monkeypatch: pytest.MonkeyPatch, folder: Path, store: Path, step: int, *overrides: str, number: int = signal.SIGTERM
+    monkeypatch: pytest.MonkeyPatch,
+    folder: Path,
+    store: Path,
+    step: int,
+    *overrides: str,
+    number: int = signal.SIGTERM,
 ) -> loop.Stop:
     with monkeypatch.context() as patch:
         stop_at(patch, step, number)
@@ -44,4 +49,8 @@ def one_line(error: pytest.ExceptionInfo[UserError]) -> str:
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }

@@ -1,4 +1,6 @@
-"""Two ranks that are killed again and again, at random moments and in random parts, lose nothing and end the same."""
+"""Two ranks that are killed again and again, at random moments and in random parts, lose nothing
+and end the same.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +59,9 @@ def announced(out: Path) -> int:
 def kill(victim: str, launcher: subprocess.Popen[str]) -> int:
     """SIGKILL a part of a run; how many processes were there to be killed."""
     ranks = ranks_of(launcher.pid)
-    workers = [child for rank in ranks for child in children(rank) if b"spawn_main" in command_of(child)]
+    workers = [
+        child for rank in ranks for child in children(rank) if b"spawn_main" in command_of(child)
+    ]
     targets = {
         "rank 0": ranks[:1],
         "rank 1": ranks[1:],
@@ -79,8 +83,11 @@ def told_by(launcher: subprocess.Popen[str]) -> str:
     return done.stdout + done.stderr
 
 
-def strike(folder: Path, store: Path, words: tuple[str, ...], victim: str, draw: random.Random) -> bool:
-    """Start the run, let it write 1 to 4 checkpoints, kill the victim within about the time of one more.
+def strike(
+    folder: Path, store: Path, words: tuple[str, ...], victim: str, draw: random.Random
+) -> bool:
+    """Start the run, let it write 1 to 4 checkpoints, kill the victim within about the time of one
+    more.
 
     Returns:
         False when the run was over before.
@@ -99,7 +106,9 @@ def strike(folder: Path, store: Path, words: tuple[str, ...], victim: str, draw:
     assert latest >= before, "what was announced was lost"
     assert latest == 0 or damage(folder / "run" / "checkpoints" / f"step_{latest:08d}") is None
     whole, complaints = Checkpoints(folder / "run" / "checkpoints", keep=1).newest_whole()
-    assert complaints == [] and whole is not None and int(whole.name.removeprefix("step_")) >= latest
+    assert (
+        complaints == [] and whole is not None and int(whole.name.removeprefix("step_")) >= latest
+    )
     return struck
 
 
@@ -118,9 +127,13 @@ def test_two_ranks_killed_at_random_moments_end_as_if_nothing_had_been(
     draw, outcomes = random.Random(kills), []
     for number in range(kills):
         victim = VICTIMS[number % len(VICTIMS)]
-        outcomes.append((victim, strike(folder, store, words, victim, draw), announced(folder / "run")))
+        outcomes.append(
+            (victim, strike(folder, store, words, victim, draw), announced(folder / "run"))
+        )
     assert sum(struck for _, struck, _ in outcomes) == kills, outcomes
-    patience = PATIENCE_S + 2.0 * (8 * kills + 12)  # of a run to which nothing happens, on a busy machine
+    patience = PATIENCE_S + 2.0 * (
+        8 * kills + 12
+    )  # of a run to which nothing happens, on a busy machine
     good(train(2, folder, store, *words, timeout=patience))
     good(train(2, folder / "undisturbed", store, *words, timeout=patience))
     print(json.dumps(outcomes))

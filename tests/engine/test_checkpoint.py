@@ -1,4 +1,6 @@
-"""Checkpoints come back bit for bit, are never half-written, and a damaged one is found and named."""
+"""Checkpoints come back bit for bit, are never half-written, and a damaged one is found and
+named.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ from tapct.ssl.schedules import StepValues
 from tapct.ssl.student_teacher import StudentTeacher
 
 HEAD = heads.Config(num_prototypes=12, hidden=16, bottleneck=8)
-MODEL = Plugin("vit", vit.Config(window=(4, 16, 16), patch=(2, 8, 8), dim=16, depth=2, heads=2, registers=2))
+MODEL = Plugin(
+    "vit", vit.Config(window=(4, 16, 16), patch=(2, 8, 8), dim=16, depth=2, heads=2, registers=2)
+)
 VALUES = StepValues(lr=0.01, wd=0.2, momentum=0.9, teacher_temp=0.04, last_layer_frozen=False)
 
 
@@ -32,18 +36,26 @@ def trained(seed: int, steps: int) -> tuple[StudentTeacher, optim.Updater]:
     for _ in range(steps):
         for parameter in pair.student.parameters():
             parameter.grad = torch.randn(parameter.shape, generator=draw)
-        pair.losses["dino"].targets.scores(torch.randn(1, 4, 12, generator=draw), torch.eye(12), 0.04)
+        pair.losses["dino"].targets.scores(
+            torch.randn(1, 4, 12, generator=draw), torch.eye(12), 0.04
+        )
         updater.step(VALUES, torch.tensor(1.0))
     return pair, updater
 
 
 def equal_states(a: dict, b: dict) -> list[str]:
-    return [name for name in {**a, **b} if name not in a or name not in b or not torch.equal(a[name], b[name])]
+    return [
+        name
+        for name in {**a, **b}
+        if name not in a or name not in b or not torch.equal(a[name], b[name])
+    ]
 
 
 def test_everything_comes_back_bit_for_bit(tmp_path: Path) -> None:
     pair, updater = trained(1, 3)
-    folder = Checkpoints(tmp_path, keep=2).save(Meta(3, 24, {"seed": 1}, "abc"), pair, updater.optimizer)
+    folder = Checkpoints(tmp_path, keep=2).save(
+        Meta(3, 24, {"seed": 1}, "abc"), pair, updater.optimizer
+    )
     torch.manual_seed(5)
     random_before = torch.get_rng_state()
     Checkpoints(tmp_path, keep=2).save(Meta(4, 32), pair, updater.optimizer)
@@ -52,7 +64,10 @@ def test_everything_comes_back_bit_for_bit(tmp_path: Path) -> None:
     other, other_updater = trained(2, 0)
     checkpoint.load(tmp_path / "step_00000004", other, other_updater.optimizer)
     assert equal_states(pair.state_dict(), other.state_dict()) == []
-    old, new = updater.optimizer.state_dict()["state"], other_updater.optimizer.state_dict()["state"]
+    old, new = (
+        updater.optimizer.state_dict()["state"],
+        other_updater.optimizer.state_dict()["state"],
+    )
     assert old.keys() == new.keys() and len(old) > 0
     for index in old:
         assert equal_states(old[index], new[index]) == [], index
@@ -74,7 +89,9 @@ def test_only_the_newest_are_kept_and_latest_points_to_the_last(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("harm", ["truncated", "flipped bit", "deleted", "no fingerprints"])
-def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(tmp_path: Path, harm: str) -> None:
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(
+    tmp_path: Path, harm: str
+) -> None:
     pair, updater = trained(1, 1)
     checkpoints = Checkpoints(tmp_path, keep=3)
     for step in (1, 2):
@@ -107,7 +124,9 @@ def test_a_save_that_was_cut_off_is_never_taken_and_cleaned_up_by_the_next(tmp_p
     assert not torn.exists()
 
 
-def test_a_full_disk_says_so_in_one_line_and_leaves_the_older_checkpoint_whole(tmp_path: Path) -> None:
+def test_a_full_disk_says_so_in_one_line_and_leaves_the_older_checkpoint_whole(
+    tmp_path: Path,
+) -> None:
     with small_disk(tmp_path / "small", "1500k") as small:
         pair, updater = trained(1, 1)
         checkpoints = Checkpoints(small / "checkpoints", keep=5)
@@ -120,7 +139,9 @@ def test_a_full_disk_says_so_in_one_line_and_leaves_the_older_checkpoint_whole(t
         assert step > 1, "the disk must hold at least one"
         assert "no space left" in message and "\n" not in message and f"step {step}" in message
         assert checkpoints.newest_whole() == (small / "checkpoints" / f"step_{step - 1:08d}", [])
-        assert not [name for name in os.listdir(small / "checkpoints") if name.startswith(".writing")]
+        assert not [
+            name for name in os.listdir(small / "checkpoints") if name.startswith(".writing")
+        ]
 
 
 def test_the_teacher_can_be_read_by_whom_the_folder_can_be_read(tmp_path: Path) -> None:

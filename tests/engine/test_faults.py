@@ -1,4 +1,6 @@
-"""What goes wrong on one rank ends the run of all in bounded time, with its cause in one line, and loses nothing."""
+"""What goes wrong on one rank ends the run of all in bounded time, with its cause in one line, and
+loses nothing.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,8 @@ from tapct.engine.checkpoint import Checkpoints
 
 pytestmark = pytest.mark.dist
 STEPS = 12
-IN_TURN = "checkpoint.asynchronous=false"  # on a busy machine a kill may else come before what it must leave alone
+# on a busy machine a kill may else come before what it must leave alone
+IN_TURN = "checkpoint.asynchronous=false"
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +42,9 @@ def error_lines(stderr: str) -> list[str]:
 
 
 def seconds_since_last_step(folder: Path) -> float:
-    """From the last step that was written down until now; how long a busy machine took to start does not count."""
+    """From the last step that was written down until now; how long a busy machine took to start
+    does not count.
+    """
     rows = (folder / "run" / "metrics.jsonl").read_text().splitlines()
     return time.time() - float(json.loads(rows[-1])["time"])
 
@@ -60,17 +65,25 @@ def test_a_rank_that_is_killed_ends_the_others_and_the_run_goes_on_to_the_same_b
     assert_equal_runs(tmp_path / "run", undisturbed, tmp_path)
 
 
-def test_torchrun_restarts_a_run_whose_rank_was_killed(tmp_path: Path, store: Path, undisturbed: Path) -> None:
-    launcher = start(2, tmp_path, store, *PLAIN, IN_TURN, torchrun=("--max-restarts=1",), fault="0 7 SIGKILL")
+def test_torchrun_restarts_a_run_whose_rank_was_killed(
+    tmp_path: Path, store: Path, undisturbed: Path
+) -> None:
+    launcher = start(
+        2, tmp_path, store, *PLAIN, IN_TURN, torchrun=("--max-restarts=1",), fault="0 7 SIGKILL"
+    )
     assert "going on from" in good(ended(launcher))
     assert_equal_runs(tmp_path / "run", undisturbed, tmp_path)
 
 
 @pytest.mark.parametrize("action", ["nan-gradient", "nan-loss"])
-def test_a_number_that_is_not_finite_on_one_rank_reaches_no_weights(tmp_path: Path, store: Path, action: str) -> None:
+def test_a_number_that_is_not_finite_on_one_rank_reaches_no_weights(
+    tmp_path: Path, store: Path, action: str
+) -> None:
     done = train(2, tmp_path, store, *PLAIN, "log.every=12", fault=f"1 6 {action}")
     lines = error_lines(done.stderr)
-    assert len(lines) == 1 and lines[0].startswith("error: step 6: ") and "nothing moved" in lines[0]
+    assert (
+        len(lines) == 1 and lines[0].startswith("error: step 6: ") and "nothing moved" in lines[0]
+    )
     assert newest(tmp_path) == "step_00000004"
     said = good(train(2, tmp_path, store, *PLAIN, "log.every=12"))
     assert "at step 4 of 12" in said and len(numbers_of(tmp_path / "run")) == STEPS
@@ -86,7 +99,12 @@ def test_a_rank_that_hangs_is_named_with_its_step(tmp_path: Path, store: Path) -
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_save_may_take_longer_than_a_collective(tmp_path: Path, store: Path, rank: int) -> None:
-    words = (*PLAIN, "views.ops[faults.slow_disk]={}", "checkpoint.every=100", "parallel.timeout_s=8")
+    words = (
+        *PLAIN,
+        "views.ops[faults.slow_disk]={}",
+        "checkpoint.every=100",
+        "parallel.timeout_s=8",
+    )
     slow = {"TAPCT_SLOW_DISK": f"{rank} 17"}  # more than the time-out and the patience after it
     good(train(2, tmp_path, store, *words, more=slow))
     assert seconds_since_last_step(tmp_path) > 17 and newest(tmp_path) == "step_00000012"
@@ -94,7 +112,12 @@ def test_a_save_may_take_longer_than_a_collective(tmp_path: Path, store: Path, r
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_save_that_hangs_is_named_with_its_step(tmp_path: Path, store: Path, rank: int) -> None:
-    words = (*PLAIN, "views.ops[faults.slow_disk]={}", "checkpoint.every=100", "parallel.save_timeout_s=8")
+    words = (
+        *PLAIN,
+        "views.ops[faults.slow_disk]={}",
+        "checkpoint.every=100",
+        "parallel.save_timeout_s=8",
+    )
     done = ended(start(2, tmp_path, store, *words, more={"TAPCT_SLOW_DISK": f"{rank} 3600"}))
     assert done.returncode != 0 and seconds_since_last_step(tmp_path) < 60
     assert any("saving in step 12" in line for line in error_lines(done.stderr)), done.stderr
@@ -104,11 +127,17 @@ def test_a_save_that_hangs_is_named_with_its_step(tmp_path: Path, store: Path, r
 def test_a_rank_may_start_later_than_a_collective_may_take(tmp_path: Path, store: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+        meeting = {
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(free.getsockname()[1]),
+            "WORLD_SIZE": "2",
+        }
     launched = []
     for rank in ("0", "1"):
         place = {"RANK": rank, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": "2", **meeting}
-        launched.append(start(1, tmp_path, store, *PLAIN, "train.steps=2", "parallel.timeout_s=8", more=place))
+        launched.append(
+            start(1, tmp_path, store, *PLAIN, "train.steps=2", "parallel.timeout_s=8", more=place)
+        )
         if rank == "0":
             time.sleep(10)  # as if its Python came from a slow network disk
     for launcher in launched:
@@ -124,7 +153,9 @@ def test_the_first_cause_stands_on_top(tmp_path: Path, store: Path) -> None:
 
 
 def slow_ranks(run: Path, log_every: int, factor: float = 2.0) -> list[int]:
-    """By each fetch of the metrics, the rank that the rule calls slow, from what every step has written; -1: none."""
+    """By each fetch of the metrics, the rank that the rule calls slow, from what every step has
+    written; -1: none.
+    """
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     found = []
     for first in range(0, len(rows), log_every):
@@ -132,10 +163,15 @@ def slow_ranks(run: Path, log_every: int, factor: float = 2.0) -> list[int]:
         last_ones = [row["ranks/slowest"] for row in part]
         rank = max(set(last_ones), key=last_ones.count)
         late, median, step = (
-            sum(row[name] for row in part) / len(part) for name in ("ranks/slowest_s", "ranks/median_s", "seconds/step")
+            sum(row[name] for row in part) / len(part)
+            for name in ("ranks/slowest_s", "ranks/median_s", "seconds/step")
         )
         often = last_ones.count(rank) > len(part) / 2
-        found.append(int(rank) if often and late >= factor * median and late - median >= max(step / 20, 0.1) else -1)
+        found.append(
+            int(rank)
+            if often and late >= factor * median and late - median >= max(step / 20, 0.1)
+            else -1
+        )
     return found
 
 
@@ -147,22 +183,39 @@ def test_a_slow_rank_is_named(tmp_path: Path, store: Path) -> None:
         if late[0] == "1":
             assert "rank 1 is slow: it comes " in said and by_rule[-1] == 1
         for rank in range(2):  # on a busy machine one may be slow by itself
-            assert (f"rank {rank} is slow" in said) == (next((one for one in by_rule if one >= 0), -1) == rank)
+            assert (f"rank {rank} is slow" in said) == (
+                next((one for one in by_rule if one >= 0), -1) == rank
+            )
 
 
 def test_ranks_that_drift_apart_are_found(tmp_path: Path, store: Path) -> None:
     done = train(2, tmp_path, store, *PLAIN, "parallel.desync_every=2", fault="1 5 drift")
-    assert any("rank 1 and rank 0 no longer hold the same loss state" in line for line in error_lines(done.stderr))
+    assert any(
+        "rank 1 and rank 0 no longer hold the same loss state" in line
+        for line in error_lines(done.stderr)
+    )
     assert newest(tmp_path) == "step_00000004"
 
 
 @pytest.mark.parametrize("policy", ["stop", "continue"])
-def test_a_full_disk_leaves_older_checkpoints_and_stops_or_not(tmp_path: Path, store: Path, policy: str) -> None:
+def test_a_full_disk_leaves_older_checkpoints_and_stops_or_not(
+    tmp_path: Path, store: Path, policy: str
+) -> None:
     with small_disk(tmp_path / "small", "2500k") as small:
-        words = (*PLAIN, f"out={small}/run", "checkpoint.every=2", "checkpoint.keep=9", f"checkpoint.on_error={policy}")
+        words = (
+            *PLAIN,
+            f"out={small}/run",
+            "checkpoint.every=2",
+            "checkpoint.keep=9",
+            f"checkpoint.on_error={policy}",
+        )
         done = train(2, tmp_path, store, *words)
         assert newest(small) >= "step_00000002", "the disk must hold at least one"
-        assert not [name for name in os.listdir(small / "run" / "checkpoints") if name.startswith(".writing")]
+        assert not [
+            name
+            for name in os.listdir(small / "run" / "checkpoints")
+            if name.startswith(".writing")
+        ]
         told = done.stdout + done.stderr
         assert "could not be written" in told and "no space left" in told
         steps = len(numbers_of(small / "run"))

@@ -1,4 +1,6 @@
-"""What may differ when a run goes on, what is refused by name, and what damage and bad numbers leave behind."""
+"""What may differ when a run goes on, what is refused by name, and what damage and bad numbers
+leave behind.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,15 @@ from typing import Any
 import pytest
 import torch
 from stopped import STEPS, files_of, one_line, stopped_run
-from tiny_run import assert_equal_runs, config_of, differences, make_store, numbers_of, own_plugin, state_of
+from tiny_run import (
+    assert_equal_runs,
+    config_of,
+    differences,
+    make_store,
+    numbers_of,
+    own_plugin,
+    state_of,
+)
 
 from tapct import config
 from tapct.base.exits import UserError
@@ -24,7 +34,8 @@ from tapct.engine.checkpoint import Checkpoints, training_state
 from tapct.run import pretrain, resume
 from tapct.run.config import RunConfig
 
-# --- what a resumed run may change ---------------------------------------------------------------------------------
+# --- what a resumed run may change
+# ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -87,11 +98,15 @@ def test_another_archive_is_refused(tmp_path: Path, copied: Path) -> None:
     assert files_of(copied / "run") == before
 
 
-def test_another_archive_is_taken_by_choice(tmp_path: Path, copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_another_archive_is_taken_by_choice(
+    tmp_path: Path, copied: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     other = make_store(tmp_path / "other", seed=1)
     assert pretrain.train(config_of(copied, other, "data.on_change=rebase")) == loop.Stop(STEPS)
     assert "another archive" in capsys.readouterr().out
-    assert pretrain.train(config_of(copied, other)) == loop.Stop(STEPS), "from now on it is the run's own"
+    assert pretrain.train(config_of(copied, other)) == loop.Stop(STEPS), (
+        "from now on it is the run's own"
+    )
 
 
 def test_a_change_that_bends_the_curve_is_told_when_it_is_allowed(
@@ -106,23 +121,33 @@ def test_a_change_that_bends_the_curve_is_told_when_it_is_allowed(
     assert rows[:5] == wanted[:5] and rows[5]["lr"] == pytest.approx(2 * wanted[5]["lr"], rel=1e-3)
 
 
-def test_a_checkpoint_from_before_a_key_existed_holds_its_default(copied: Path, store: Path) -> None:
+def test_a_checkpoint_from_before_a_key_existed_holds_its_default(
+    copied: Path, store: Path
+) -> None:
     now = config_of(copied, store).value
     old = config.to_dict(now)
     del old["stages"], old["model"]["qk_norm"], old["optim"]["betas"]
     assert resume.changed_keys(resume.with_new_keys(old, RunConfig), config.to_dict(now)) == []
     changed = config.to_dict(config_of(copied, store, "model.qk_norm=true").value)
-    assert resume.changed_keys(resume.with_new_keys(old, RunConfig), changed) == [("model.qk_norm", False, True)]
+    assert resume.changed_keys(resume.with_new_keys(old, RunConfig), changed) == [
+        ("model.qk_norm", False, True)
+    ]
     gone = {**old, "gone": 1}
-    assert ("gone", 1, None) in resume.changed_keys(resume.with_new_keys(gone, RunConfig), config.to_dict(now))
+    assert ("gone", 1, None) in resume.changed_keys(
+        resume.with_new_keys(gone, RunConfig), config.to_dict(now)
+    )
 
 
 def test_resume_takes_the_path_of_a_checkpoint_or_of_a_run(
     tmp_path: Path, copied: Path, store: Path, undisturbed: Callable[..., Path]
 ) -> None:
-    for number, source in enumerate((copied / "run", copied / "run" / "checkpoints" / "step_00000005")):
+    for number, source in enumerate(
+        (copied / "run", copied / "run" / "checkpoints" / "step_00000005")
+    ):
         folder = tmp_path / str(number)
-        assert pretrain.train(config_of(folder, store, f"train.resume={source}")) == loop.Stop(STEPS)
+        assert pretrain.train(config_of(folder, store, f"train.resume={source}")) == loop.Stop(
+            STEPS
+        )
         assert numbers_of(folder / "run") == numbers_of(undisturbed())[5:]
         assert files_of(copied / "run"), "the source stays"
     with pytest.raises(UserError, match="neither one of auto, must, never nor a path that exists"):
@@ -187,13 +212,19 @@ def test_a_checkpoint_without_the_random_state_of_this_device_is_read(
         return state
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint_module, "training_state", with_a_gpu)  # a checkpoint of a CPU, read on a GPU
+        patch.setattr(
+            checkpoint_module, "training_state", with_a_gpu
+        )  # a checkpoint of a CPU, read on a GPU
         assert pretrain.train(config_of(copied, store)) == loop.Stop(STEPS)
 
 
 @pytest.mark.parametrize("asynchronous", ["true", "false"])
 def test_a_checkpoint_holds_its_own_step_though_training_goes_on(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, store: Path, undisturbed: Callable[..., Path], asynchronous: str
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    store: Path,
+    undisturbed: Callable[..., Path],
+    asynchronous: str,
 ) -> None:
     write = Checkpoints._write
 
@@ -208,22 +239,31 @@ def test_a_checkpoint_holds_its_own_step_though_training_goes_on(
         wanted = undisturbed("checkpoint.keep=9") / "checkpoints" / f"step_{step:08d}"
         found = tmp_path / "run" / "checkpoints" / wanted.name
         assert differences(state_of(found, tmp_path / "a"), state_of(wanted, tmp_path / "b")) == []
-    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
     stood_still = [row["seconds/save"] for row in rows if row["seconds/save"] > 0]
     assert len(stood_still) == 2 and (stood_still[0] > 0.5) == (asynchronous == "false")
 
 
-def test_resume_must_and_never_mean_what_they_say(tmp_path: Path, copied: Path, store: Path) -> None:
+def test_resume_must_and_never_mean_what_they_say(
+    tmp_path: Path, copied: Path, store: Path
+) -> None:
     with pytest.raises(UserError, match=r"train\.resume=never"):
         pretrain.train(config_of(copied, store, "train.resume=never"))
     with pytest.raises(UserError, match=r"train\.resume=must"):
         pretrain.train(config_of(tmp_path / "new", store, "train.resume=must"))
     assert not (tmp_path / "new" / "run").exists()
-    assert pretrain.train(config_of(tmp_path / "new", store, "train.resume=never", "train.steps=1")) == loop.Stop(1)
+    assert pretrain.train(
+        config_of(tmp_path / "new", store, "train.resume=never", "train.steps=1")
+    ) == loop.Stop(1)
 
 
 def test_a_finished_run_says_that_there_is_nothing_to_train(
-    tmp_path: Path, store: Path, undisturbed: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    store: Path,
+    undisturbed: Callable[..., Path],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     shutil.copytree(undisturbed().parent, tmp_path / "copy")
     config = config_of(tmp_path / "copy", store)
@@ -234,7 +274,8 @@ def test_a_finished_run_says_that_there_is_nothing_to_train(
     assert files_of(tmp_path) == before
 
 
-# --- damage --------------------------------------------------------------------------------------------------------
+# --- damage
+# --------------------------------------------------------------------------------------------------------
 
 
 def spoil(checkpoint: Path) -> None:
@@ -272,7 +313,9 @@ def test_a_damaged_later_checkpoint_never_costs_a_whole_earlier_one(
     assert found == folder / "step_00000004" and complaints == []
 
 
-def test_a_run_without_a_whole_checkpoint_does_not_start_anew_in_silence(copied: Path, store: Path) -> None:
+def test_a_run_without_a_whole_checkpoint_does_not_start_anew_in_silence(
+    copied: Path, store: Path
+) -> None:
     for checkpoint in (copied / "run" / "checkpoints").glob("step_*"):
         spoil(checkpoint)
     with pytest.raises(UserError, match="every checkpoint of .* is damaged"):
@@ -294,12 +337,15 @@ def test_rows_after_the_checkpoint_and_half_rows_are_written_once(
 ) -> None:
     metrics = copied / "run" / "metrics.jsonl"
     rows = metrics.read_text().splitlines()
-    metrics.write_text("\n".join([*rows, '{"step": 6, "loss/total": 1.0}', '{"step": 7, "loss/tot']))
+    metrics.write_text(
+        "\n".join([*rows, '{"step": 6, "loss/total": 1.0}', '{"step": 7, "loss/tot'])
+    )
     pretrain.train(config_of(copied, store))
     assert_equal_runs(copied / "run", undisturbed(), tmp_path)
 
 
-# --- numbers that are not finite -----------------------------------------------------------------------------------
+# --- numbers that are not finite
+# -----------------------------------------------------------------------------------
 
 POISON = '''
 from dataclasses import dataclass
@@ -336,10 +382,17 @@ def build(config):
 
 
 @pytest.mark.parametrize(
-    ("step", "value", "log_every", "safe"), [(5, "nan", 3, 4), (7, "inf", 12, 4), (8, "nan", 1, 4), (2, "-inf", 1, 0)]
+    ("step", "value", "log_every", "safe"),
+    [(5, "nan", 3, 4), (7, "inf", 12, 4), (8, "nan", 1, 4), (2, "-inf", 1, 0)],
 )
 def test_a_loss_that_is_not_finite_stops_the_run_in_one_line_and_spoils_nothing(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, store: Path, step: int, value: str, log_every: int, safe: int
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    store: Path,
+    step: int,
+    value: str,
+    log_every: int,
+    safe: int,
 ) -> None:
     own_plugin(monkeypatch, tmp_path, "poison", POISON)
     bottle = tmp_path / "bottle"
@@ -353,9 +406,13 @@ def test_a_loss_that_is_not_finite_stops_the_run_in_one_line_and_spoils_nothing(
     assert line.startswith(f"step {step}: loss/poison is {float(value)}")
     assert str(list(range(4 * (step - 1), 4 * step))) in line, "the samples of that step"
     rows = numbers_of(tmp_path / "ill" / "run")
-    assert rows[step - 1]["loss/poison"] is None and all(math.isfinite(row["loss/total"]) for row in rows[: step - 1])
+    assert rows[step - 1]["loss/poison"] is None and all(
+        math.isfinite(row["loss/total"]) for row in rows[: step - 1]
+    )
     found, complaints = Checkpoints(tmp_path / "ill" / "run" / "checkpoints", keep=2).newest_whole()
-    assert complaints == [] and (found.name if found else "") == (f"step_{safe:08d}" if safe else "")
+    assert complaints == [] and (found.name if found else "") == (
+        f"step_{safe:08d}" if safe else ""
+    )
 
     bottle.unlink()
     assert pretrain.train(config_of(tmp_path / "ill", store, *words)) == loop.Stop(STEPS)

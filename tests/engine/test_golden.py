@@ -1,6 +1,8 @@
-"""The numbers of a training trajectory stay where they were: what no other test would see move, this one does.
+"""The numbers of a training trajectory stay where they were: what no other test would see move,
+this one does.
 
-Stored numbers are no truth. When a change is meant to move them, look at what moved and how far, write them anew with
+Stored numbers are no truth. When a change is meant to move them, look at what moved and how far,
+write them anew with
 
     python tests/engine/test_golden.py --update
 
@@ -18,7 +20,9 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for --update; pytest has it anyway
+sys.path.insert(
+    0, str(Path(__file__).resolve().parent.parent)
+)  # for --update; pytest has it anyway
 from tiny_run import config_of, make_store, numbers_of, state_of
 
 from tapct.run import pretrain
@@ -55,16 +59,24 @@ def trajectory(case: str, folder: Path, store: Path) -> Numbers:
     config = resolved.value
     (checkpoint,) = (folder / "run" / "checkpoints").glob("step_*")
     after = state_of(checkpoint, folder / "state.pt")
-    before = StudentTeacher(config.model, config.losses, config.seed, dtype=torch.float64).state_dict()
-    for name in (f"{network}.backbone.{part}" for network in ("student", "teacher") for part in WATCHED):
-        (weight,) = (value for key, value in after.items() if key.endswith(name) and "optimizer" not in key)
+    before = StudentTeacher(
+        config.model, config.losses, config.seed, dtype=torch.float64
+    ).state_dict()
+    for name in (
+        f"{network}.backbone.{part}" for network in ("student", "teacher") for part in WATCHED
+    ):
+        (weight,) = (
+            value for key, value in after.items() if key.endswith(name) and "optimizer" not in key
+        )
         found[f"way of {name}"] = [(weight - before[name]).abs().sum().item()]
     return found
 
 
 def moved(found: Numbers, stored: Numbers, tolerance: float = TOLERANCE) -> list[str]:
     """One line for every series that left the stored one, with the first place at which it did."""
-    lines = [f"{name} is new" for name in found.keys() - stored] + [f"{name} is gone" for name in stored.keys() - found]
+    lines = [f"{name} is new" for name in found.keys() - stored] + [
+        f"{name} is gone" for name in stored.keys() - found
+    ]
     for name in found.keys() & stored:
         pairs = list(zip(found[name], stored[name], strict=True))
         away = [
@@ -74,7 +86,10 @@ def moved(found: Numbers, stored: Numbers, tolerance: float = TOLERANCE) -> list
         ]
         if away:
             place, now, then = away[0]
-            lines.append(f"{name}[{place}] was {then:.9g}, is {now:.9g}, and {len(away)} of {len(pairs)} moved")
+            lines.append(
+                f"{name}[{place}] was {then:.9g}, is {now:.9g}, and {len(away)} of {len(pairs)} "
+                "moved"
+            )
     return sorted(lines)
 
 
@@ -88,8 +103,11 @@ def test_thirty_steps_give_the_stored_numbers(case: str, store: Path, tmp_path: 
     stored = json.loads((FOLDER / f"{case}.json").read_text())
     lines = moved(trajectory(case, tmp_path, store), stored)
     assert not lines, (
-        f"the golden trajectory `{case}` moved:\n  " + "\n  ".join(lines) + "\nIf the change should not move numbers, "
-        "it has a fault. If it should: python tests/engine/test_golden.py --update, and say in the commit why"
+        f"the golden trajectory `{case}` moved:\n  "
+        + "\n  ".join(lines)
+        + "\nIf the change should not move numbers, "
+        "it has a fault. If it should: python tests/engine/test_golden.py --update, and say in "
+        "the commit why"
     )
 
 
@@ -112,7 +130,11 @@ def update() -> None:
         for case in CASES:
             path = FOLDER / f"{case}.json"
             found = trajectory(case, Path(scratch) / case, store)
-            lines = moved(found, json.loads(path.read_text())) if path.exists() else ["written for the first time"]
+            lines = (
+                moved(found, json.loads(path.read_text()))
+                if path.exists()
+                else ["written for the first time"]
+            )
             print(f"{case}:", *(lines or ["nothing moved"]), sep="\n  ")
             path.write_text(json.dumps(found, indent=1) + "\n")
 

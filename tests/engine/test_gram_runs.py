@@ -1,4 +1,6 @@
-"""Runs with Gram anchoring: what the snapshot holds at each step, stops across a refresh, going on with and without."""
+"""Runs with Gram anchoring: what the snapshot holds at each step, stops across a refresh, going on
+with and without.
+"""
 
 from __future__ import annotations
 
@@ -22,14 +24,25 @@ GRAM = ("losses.gram.start=2", "losses.gram.refresh_every=4")  # taken before st
 def part_of(checkpoint: Path, scratch: Path, prefix: str) -> dict[str, Any]:
     """What a checkpoint holds under this name, by the rest of the names."""
     state = state_of(checkpoint, scratch / "state.pt")
-    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+    return {
+        name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)
+    }
 
 
 def test_a_checkpoint_holds_the_teacher_of_the_last_refresh(tmp_path: Path, store: Path) -> None:
     pretrain.train(
-        config_of(tmp_path, store, *GRAM, "checkpoint.every=1", "checkpoint.keep=99", "optim.momentum=[0.5,0.9]")
+        config_of(
+            tmp_path,
+            store,
+            *GRAM,
+            "checkpoint.every=1",
+            "checkpoint.keep=99",
+            "optim.momentum=[0.5,0.9]",
+        )
     )
-    folders = {step: tmp_path / "run" / "checkpoints" / f"step_{step:08d}" for step in range(1, STEPS + 1)}
+    folders = {
+        step: tmp_path / "run" / "checkpoints" / f"step_{step:08d}" for step in range(1, STEPS + 1)
+    }
     teachers = {step: load_file(folder / "teacher.safetensors") for step, folder in folders.items()}
     assert not torch.equal(teachers[2]["norm.weight"], teachers[6]["norm.weight"])
     for step, taken in ((2, -1), (3, 2), (6, 2), (7, 6), (10, 6), (11, 10), (12, 10)):
@@ -38,11 +51,20 @@ def test_a_checkpoint_holds_the_teacher_of_the_last_refresh(tmp_path: Path, stor
         held = part_of(folders[step], tmp_path, ".pair.snapshot.backbone.")
         assert held.keys() == teachers[step].keys()
         if taken >= 0:
-            assert [name for name in held if not torch.equal(held[name], teachers[taken][name])] == []
+            assert [
+                name for name in held if not torch.equal(held[name], teachers[taken][name])
+            ] == []
 
 
 @pytest.mark.parametrize(
-    ("step", "more"), [(1, ()), (2, ()), (6, ()), (8, ()), (6, ("train.precision=bf16", "losses.gram.tokens=masked"))]
+    ("step", "more"),
+    [
+        (1, ()),
+        (2, ()),
+        (6, ()),
+        (8, ()),
+        (6, ("train.precision=bf16", "losses.gram.tokens=masked")),
+    ],
 )
 def test_a_run_stopped_before_at_and_after_a_refresh_equals_one_that_was_not(
     monkeypatch: pytest.MonkeyPatch,
@@ -81,24 +103,39 @@ def test_until_its_start_a_run_is_the_one_without_it_and_the_snapshot_is_not_run
 
 
 def test_a_start_beyond_the_last_step_is_told_and_changes_nothing(
-    tmp_path: Path, store: Path, undisturbed: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    store: Path,
+    undisturbed: Callable[..., Path],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     pretrain.train(config_of(tmp_path, store, "losses.gram={}"))
-    assert "first snapshot is due at step 100000: this run never takes it" in capsys.readouterr().out
-    folders = [path / "checkpoints" / f"step_{STEPS:08d}" for path in (tmp_path / "run", undisturbed())]
+    assert (
+        "first snapshot is due at step 100000: this run never takes it" in capsys.readouterr().out
+    )
+    folders = [
+        path / "checkpoints" / f"step_{STEPS:08d}" for path in (tmp_path / "run", undisturbed())
+    ]
     files = [folder / "teacher.safetensors" for folder in folders]
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
 @pytest.mark.parametrize(
     "change",
-    ["losses.gram.weight=1.0", "losses.gram.start=3", "losses.gram.refresh_every=0", "losses.gram.tokens=unmasked"],
+    [
+        "losses.gram.weight=1.0",
+        "losses.gram.start=3",
+        "losses.gram.refresh_every=0",
+        "losses.gram.tokens=unmasked",
+    ],
 )
 def test_every_field_changes_the_weights(
     tmp_path: Path, store: Path, undisturbed: Callable[..., Path], change: str
 ) -> None:
     pretrain.train(config_of(tmp_path, store, *GRAM, change))
-    folders = [path / "checkpoints" / f"step_{STEPS:08d}" for path in (tmp_path / "run", undisturbed(*GRAM))]
+    folders = [
+        path / "checkpoints" / f"step_{STEPS:08d}"
+        for path in (tmp_path / "run", undisturbed(*GRAM))
+    ]
     changed, plain = (load_file(folder / "teacher.safetensors") for folder in folders)
     assert not torch.equal(changed["blocks.1.attn.qkv.weight"], plain["blocks.1.attn.qkv.weight"])
 
@@ -113,16 +150,23 @@ def test_a_run_without_a_snapshot_goes_on_with_one_taken_at_once(
     teacher = load_file(copied / "run" / "checkpoints" / "step_00000005" / "teacher.safetensors")
     assert pretrain.train(config_of(copied, store, *words), allow_change=True) == loop.Stop(STEPS)
     assert "--allow-change: losses.gram.weight was None and is 2.0" in capsys.readouterr().out
-    held = part_of(copied / "run" / "checkpoints" / f"step_{STEPS:08d}", tmp_path, ".pair.snapshot.backbone.")
+    held = part_of(
+        copied / "run" / "checkpoints" / f"step_{STEPS:08d}", tmp_path, ".pair.snapshot.backbone."
+    )
     assert [name for name in teacher if not torch.equal(held[name], teacher[name])] == []
     assert all(row["loss/gram"] > 0 for row in numbers_of(copied / "run")[5:])
 
 
-def test_a_run_with_a_snapshot_goes_on_without(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, store: Path) -> None:
+def test_a_run_with_a_snapshot_goes_on_without(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, store: Path
+) -> None:
     stopped_run(monkeypatch, tmp_path, store, 5, *GRAM)
     assert pretrain.train(config_of(tmp_path, store), allow_change=True) == loop.Stop(STEPS)
     newest = tmp_path / "run" / "checkpoints" / f"step_{STEPS:08d}"
-    assert part_of(newest, tmp_path, ".pair.snapshot") == {} and "loss/gram" not in numbers_of(tmp_path / "run")[-1]
+    assert (
+        part_of(newest, tmp_path, ".pair.snapshot") == {}
+        and "loss/gram" not in numbers_of(tmp_path / "run")[-1]
+    )
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,9 @@ def first_teacher(folder: Path, store: Path, *words: str) -> dict[str, torch.Ten
     return load_file(folder / "run" / "checkpoints" / "step_00000001" / "teacher.safetensors")
 
 
-@pytest.mark.parametrize("source", ["", "checkpoints/step_00000003", "export", "export/model.safetensors"])
+@pytest.mark.parametrize(
+    "source", ["", "checkpoints/step_00000003", "export", "export/model.safetensors"]
+)
 def test_a_run_starts_from_a_run_a_checkpoint_an_export_or_a_file(
     tmp_path: Path, store: Path, trained: Path, source: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -51,12 +53,16 @@ def test_positions_of_another_window_are_resized_when_that_is_meant(
     tmp_path: Path, store: Path, trained: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     wider = (f"train.init={trained}", "model.window=[4,24,24]", "views.global_window=[4,24,24]")
-    with pytest.raises(UserError, match=r"1 parameters .* are resized, pos_embed .* train.init_allow=\[resized\]"):
+    with pytest.raises(
+        UserError, match=r"1 parameters .* are resized, pos_embed .* train.init_allow=\[resized\]"
+    ):
         first_teacher(tmp_path, store, *wider)
     found = first_teacher(tmp_path, store, *wider, "train.init_allow=[resized]")
     old = load_file(trained / "export" / "model.safetensors")["pos_embed"]
     assert torch.equal(found["pos_embed"][0, 0], old[0, 0])
-    assert torch.equal(found["pos_embed"][0, 1:], resize_positions(old[0, 1:], (2, 2, 2), (2, 3, 3)))
+    assert torch.equal(
+        found["pos_embed"][0, 1:], resize_positions(old[0, 1:], (2, 2, 2), (2, 3, 3))
+    )
     assert "resized    1: pos_embed" in capsys.readouterr().out
 
 
@@ -69,18 +75,28 @@ def test_missing_and_unexpected_parameters_are_named_and_must_be_meant(
     source = f"train.init={tmp_path / 'odd.safetensors'}"
     with pytest.raises(UserError, match="are missing, norm.weight for one"):
         first_teacher(tmp_path, store, source)
-    with pytest.raises(UserError, match=r"are unexpected, extra.weight for one; .*\[missing,unexpected\]"):
+    with pytest.raises(
+        UserError, match=r"are unexpected, extra.weight for one; .*\[missing,unexpected\]"
+    ):
         first_teacher(tmp_path, store, source, "train.init_allow=[missing]")
     found = first_teacher(tmp_path, store, source, "train.init_allow=[missing,unexpected]")
-    assert torch.equal(found["norm.weight"], torch.ones(16)) and torch.equal(found["norm.bias"], tensors["norm.bias"])
+    assert torch.equal(found["norm.weight"], torch.ones(16)) and torch.equal(
+        found["norm.bias"], tensors["norm.bias"]
+    )
 
 
-def test_what_cannot_fit_or_is_not_there_is_one_line(tmp_path: Path, store: Path, trained: Path) -> None:
+def test_what_cannot_fit_or_is_not_there_is_one_line(
+    tmp_path: Path, store: Path, trained: Path
+) -> None:
     with pytest.raises(UserError, match="does not fit this model: .* is .* there and .* here"):
         first_teacher(tmp_path, store, f"train.init={trained}", "model.dim=32")
-    with pytest.raises(UserError, match="give a run folder, a checkpoint, an export or a .safetensors file"):
+    with pytest.raises(
+        UserError, match="give a run folder, a checkpoint, an export or a .safetensors file"
+    ):
         first_teacher(tmp_path, store, f"train.init={tmp_path / 'nothing'}")
-    with pytest.raises(UserError, match="train.init_allow: mising is none of missing, resized, unexpected"):
+    with pytest.raises(
+        UserError, match="train.init_allow: mising is none of missing, resized, unexpected"
+    ):
         first_teacher(tmp_path, store, "train.init_allow=[mising]")
     (tmp_path / "broken.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0broken")
     with pytest.raises(UserError, match="cannot be read as safetensors"):

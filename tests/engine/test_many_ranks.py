@@ -1,4 +1,6 @@
-"""W ranks x b are 1 rank x W b: every loss, gradient, moment and weight; a run goes on at another number of ranks."""
+"""W ranks x b are 1 rank x W b: every loss, gradient, moment and weight; a run goes on at another
+number of ranks.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,13 @@ from tiny_run import make_store, numbers_of
 
 pytestmark = pytest.mark.dist
 
-LONG = ("train.steps=20", "train.global_batch=8", "checkpoint.every=20", "optim.lr=3e-4", "log.every=20")
+LONG = (
+    "train.steps=20",
+    "train.global_batch=8",
+    "checkpoint.every=20",
+    "optim.lr=3e-4",
+    "log.every=20",
+)
 LAST_LAYERS = ("losses.dino.head.last_layer=plain", "losses.ibot.head.last_layer=plain")
 RECIPES = {
     "plain": (*PLAIN, *LAST_LAYERS, "optim.freeze_last_layer_steps=4", *LONG),
@@ -26,7 +34,13 @@ RECIPES = {
         "train.accumulation=2",
         *LONG,
     ),
-    "gram": (*PLAIN, *LONG, "losses.gram.start=3", "losses.gram.refresh_every=6", "losses.gram.tokens=masked"),
+    "gram": (
+        *PLAIN,
+        *LONG,
+        "losses.gram.start=3",
+        "losses.gram.refresh_every=6",
+        "losses.gram.tokens=masked",
+    ),
 }
 COMPARED = ("loss/", "ce/", "grad_norm/")
 
@@ -63,16 +77,25 @@ def references(tmp_path_factory: pytest.TempPathFactory, store: Path) -> dict[st
 def test_ranks_share_a_batch_and_change_nothing(
     tmp_path: Path, store: Path, references: dict[str, Path], recipe: str, world: int, shard: int
 ) -> None:
-    words = ("train.precision=fp64", f"parallel.shard={shard}", "parallel.desync_every=5", *RECIPES[recipe])
+    words = (
+        "train.precision=fp64",
+        f"parallel.shard={shard}",
+        "parallel.desync_every=5",
+        *RECIPES[recipe],
+    )
     good(train(world, tmp_path, store, *words))
     reference = references[recipe]
     assert len(numbers_of(reference)) == 20
     assert largest_difference(tmp_path / "run", reference, COMPARED) < 1e-9
-    assert largest_difference(tmp_path / "run", reference, ("health/",), floor=1.0) < 1e-6  # float32 in part
+    assert (
+        largest_difference(tmp_path / "run", reference, ("health/",), floor=1.0) < 1e-6
+    )  # float32 in part
     assert largest_state_difference(tmp_path / "run", reference, tmp_path) < 1e-9
 
 
-def test_a_run_goes_on_at_other_numbers_of_ranks(tmp_path: Path, store: Path, references: dict[str, Path]) -> None:
+def test_a_run_goes_on_at_other_numbers_of_ranks(
+    tmp_path: Path, store: Path, references: dict[str, Path]
+) -> None:
     words = RECIPES["centring"]
     alone = tmp_path / "alone"
     good(train(1, alone, store, *words))
@@ -100,14 +123,18 @@ def test_two_ranks_in_bf16_learn_as_one_does(tmp_path: Path, store: Path) -> Non
     for world in (1, 2):
         good(train(world, tmp_path / str(world), store, *words))
     # 8 bits of mantissa, which two ranks round elsewhere: norms and gains are gathered in bf16
-    assert largest_difference(tmp_path / "2" / "run", tmp_path / "1" / "run", ("loss/total",)) < 0.05
+    assert (
+        largest_difference(tmp_path / "2" / "run", tmp_path / "1" / "run", ("loss/total",)) < 0.05
+    )
 
 
 def test_an_unequal_share_is_one_line_from_one_rank(tmp_path: Path, store: Path) -> None:
     ended = train(2, tmp_path, store, "train.global_batch=3")
     lines = [line for line in ended.stderr.splitlines() if line.startswith("error:")]
     assert ended.returncode != 0 and len(lines) == 1
-    assert "train.global_batch is 3, which 2 ranks x 1 micro-batches cannot share equally" in lines[0]
+    assert (
+        "train.global_batch is 3, which 2 ranks x 1 micro-batches cannot share equally" in lines[0]
+    )
     ended = train(2, tmp_path, store, "parallel.shard=3")
     lines = [line for line in ended.stderr.splitlines() if line.startswith("error:")]
     assert len(lines) == 1 and "parallel.shard 3 does not divide the 2 ranks" in lines[0]

@@ -1,4 +1,6 @@
-"""Groups, clipping, AdamW, the teacher's move and the latch that keeps a bad number from the weights."""
+"""Groups, clipping, AdamW, the teacher's move and the latch that keeps a bad number from the
+weights.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ from tapct.ssl.schedules import StepValues
 from tapct.ssl.student_teacher import StudentTeacher
 
 HEAD = heads.Config(num_prototypes=12, hidden=16, bottleneck=8)
-MODEL = Plugin("vit", vit.Config(window=(4, 16, 16), patch=(2, 8, 8), dim=16, depth=3, heads=2, registers=2))
+MODEL = Plugin(
+    "vit", vit.Config(window=(4, 16, 16), patch=(2, 8, 8), dim=16, depth=3, heads=2, registers=2)
+)
 DINO, KOLEO = Plugin("dino", dino.Config(head=HEAD)), Plugin("koleo", koleo.Config())
 VALUES = StepValues(lr=0.01, wd=0.2, momentum=0.9, teacher_temp=0.04, last_layer_frozen=False)
 
@@ -68,11 +72,17 @@ def test_student_and_teacher_start_equal_with_heads_and_only_the_student_learns(
         ("heads.ibot.last_layer.weight", 1.0, True, True),
     ],
 )
-def test_layer_decay_and_weight_decay_follow_dinov2(name: str, factor: float, decays: bool, last: bool) -> None:
+def test_layer_decay_and_weight_decay_follow_dinov2(
+    name: str, factor: float, decays: bool, last: bool
+) -> None:
     pair = make_pair("plain" if name.endswith("last_layer.weight") else "weight_norm")
     assert name in dict(pair.student.named_parameters())
     key = group_key(name, pair.student.backbone, Config(layer_decay=0.9, patch_embed_lr_factor=0.2))
-    assert key.lr_factor == pytest.approx(factor) and key.decays == decays and key.is_last_layer == last
+    assert (
+        key.lr_factor == pytest.approx(factor)
+        and key.decays == decays
+        and key.is_last_layer == last
+    )
 
 
 def test_one_step_equals_adamw_written_out_and_moves_the_teacher_after_it() -> None:
@@ -100,13 +110,19 @@ def test_the_last_layer_does_not_move_while_it_is_frozen(last_layer: str) -> Non
     before = copy.deepcopy(pair.student.state_dict())
     set_gradients(pair)
     updater.step(StepValues(0.01, 0.2, 0.9, 0.04, last_layer_frozen=True), torch.tensor(1.0))
-    moved = {name for name, value in pair.student.state_dict().items() if not torch.equal(value, before[name])}
+    moved = {
+        name
+        for name, value in pair.student.state_dict().items()
+        if not torch.equal(value, before[name])
+    }
     assert not any("last_layer" in name for name in moved)
     assert any(name.startswith("heads.dino.mlp") for name in moved)
     set_gradients(pair)
     updater.step(VALUES, torch.tensor(1.0))
     after = pair.student.state_dict()
-    assert not any(torch.equal(after[name], value) for name, value in before.items() if "last_layer" in name)
+    assert not any(
+        torch.equal(after[name], value) for name, value in before.items() if "last_layer" in name
+    )
 
 
 def test_clipping_acts_on_each_submodule_by_itself() -> None:
@@ -148,7 +164,9 @@ def test_a_number_that_is_not_finite_moves_nothing_now_or_later(where: str) -> N
     report = updater.step(VALUES, torch.tensor(math.nan if where == "loss" else 1.0))
     assert not bool(report.applied)
     set_gradients(pair, 2)
-    assert not bool(updater.step(VALUES, torch.tensor(1.0)).applied), "the latch holds until a person looks"
+    assert not bool(updater.step(VALUES, torch.tensor(1.0)).applied), (
+        "the latch holds until a person looks"
+    )
     after = pair.state_dict()
     moved = [n for n in before if "pending" not in n and not torch.equal(before[n], after[n])]
     assert moved == []

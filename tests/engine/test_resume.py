@@ -1,4 +1,6 @@
-"""A run that was stopped or killed goes on as if nothing had happened: the same bits, metrics and weights."""
+"""A run that was stopped or killed goes on as if nothing had happened: the same bits, metrics and
+weights.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,8 @@ SINKHORN = ("losses.dino.targets.kind=sinkhorn", "losses.ibot.targets.kind=sinkh
 UNEVEN = ("checkpoint.every=5", "log.every=4")
 
 
-# --- stopped by a signal -------------------------------------------------------------------------------------------
+# --- stopped by a signal
+# -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -39,7 +42,11 @@ UNEVEN = ("checkpoint.every=5", "log.every=4")
         (6, signal.SIGINT, ("model.drop_path=0.4",)),
         (7, signal.SIGTERM, (*SINKHORN, "train.accumulation=2")),
         (2, signal.SIGINT, ("train.precision=bf16",)),
-        (9, signal.SIGUSR1, ("losses.ibot.share_dino_head=true", "optim.freeze_last_layer_steps=10")),
+        (
+            9,
+            signal.SIGUSR1,
+            ("losses.ibot.share_dino_head=true", "optim.freeze_last_layer_steps=10"),
+        ),
     ],
 )
 def test_a_run_stopped_by_a_signal_and_resumed_equals_one_that_was_not(
@@ -55,7 +62,9 @@ def test_a_run_stopped_by_a_signal_and_resumed_equals_one_that_was_not(
     assert stop == loop.Stop(step, signal.Signals(number).name)
     assert [row["step"] for row in numbers_of(tmp_path / "run")] == list(range(1, step + 1))
     assert pretrain.train(config_of(tmp_path, store, *overrides)) == loop.Stop(STEPS)
-    same = tuple(word for word in overrides if word not in UNEVEN)  # when it saves must not change what it learns
+    same = tuple(
+        word for word in overrides if word not in UNEVEN
+    )  # when it saves must not change what it learns
     if same == overrides:
         assert_equal_runs(tmp_path / "run", undisturbed(*overrides), tmp_path)
     else:
@@ -68,12 +77,17 @@ def assert_equal_but_for_rankme(folder: Path, reference: Path) -> None:
     for row in (*rows, *wanted):
         row.pop("health/rankme", None)
     assert rows == wanted
-    files = [path / "checkpoints" / f"step_{STEPS:08d}" / "teacher.safetensors" for path in (folder, reference)]
+    files = [
+        path / "checkpoints" / f"step_{STEPS:08d}" / "teacher.safetensors"
+        for path in (folder, reference)
+    ]
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("overrides", [(), ("train.accumulation=2", "model.drop_path=0.4", *SINKHORN)])
+@pytest.mark.parametrize(
+    "overrides", [(), ("train.accumulation=2", "model.drop_path=0.4", *SINKHORN)]
+)
 def test_a_run_stopped_after_every_single_step_equals_one_that_was_not(
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
@@ -114,7 +128,8 @@ def test_handlers_are_given_back_and_the_second_interrupt_goes_through() -> None
     assert [signal.getsignal(number) for number in stop.SIGNALS] == before
 
 
-# --- killed --------------------------------------------------------------------------------------------------------
+# --- killed
+# --------------------------------------------------------------------------------------------------------
 
 
 def killed(tmp_path: Path, store: Path, **request: Any) -> list[dict[str, Any]]:
@@ -122,7 +137,9 @@ def killed(tmp_path: Path, store: Path, **request: Any) -> list[dict[str, Any]]:
     words = {"config": str(write_config(tmp_path, store)), "out": str(tmp_path / "run"), **request}
     program = [sys.executable, str(Path(__file__).with_name("killed_runs.py")), json.dumps(words)]
     path = os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(program, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(
+        program, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=600
+    )
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]
 
@@ -153,10 +170,14 @@ def test_a_run_killed_before_any_change_of_a_file_goes_on(tmp_path: Path, store:
     assert first["code"] == 0 and first["finished"] == 0
     changes = int(count.read_text())
     assert changes > 30
-    answers = killed(tmp_path, store, overrides=few, events=list(range(1, changes + 1)), count_to=str(count))
+    answers = killed(
+        tmp_path, store, overrides=few, events=list(range(1, changes + 1)), count_to=str(count)
+    )
     assert [answer["code"] for answer in answers] == [-signal.SIGKILL] * changes
     assert [answer["finished"] for answer in answers] == [0] * changes
     assert_nothing_announced_was_lost(answers)
     assert any(answer["torn"] for answer in answers), "some deaths must fall into a save"
     for event in range(1, changes + 1):
-        assert_equal_runs(tmp_path / "run" / f"event_{event}", tmp_path / "run" / "event_0", tmp_path)
+        assert_equal_runs(
+            tmp_path / "run" / f"event_{event}", tmp_path / "run" / "event_0", tmp_path
+        )

@@ -1,4 +1,6 @@
-"""A batch changes streams once: copied on one, waited for by the other, its memory kept until that one is done."""
+"""A batch changes streams once: copied on one, waited for by the other, its memory kept until that
+one is done.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,14 @@ from tapct.types import Batch
 
 def batch_of(number: int, size: int = 8, pin: bool = False) -> Batch:
     one = torch.tensor([number])
-    tensors = (torch.full((1, size, size, size), number, dtype=torch.int16), one, torch.ones(1, 3), one, one, one)
+    tensors = (
+        torch.full((1, size, size, size), number, dtype=torch.int16),
+        one,
+        torch.ones(1, 3),
+        one,
+        one,
+        one,
+    )
     return Batch(*(tensor.pin_memory() if pin else tensor for tensor in tensors))
 
 
@@ -61,7 +70,9 @@ class Told:
         self.log.told.append(f"used by {stream.name}")
 
 
-def test_on_a_gpu_it_is_copied_on_one_stream_and_handed_over_by_one_event(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_a_gpu_it_is_copied_on_one_stream_and_handed_over_by_one_event(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     log = Log()
 
     @contextmanager

@@ -1,4 +1,6 @@
-"""A run that goes bad is told while it trains, once, with the next move; a healthy one says nothing."""
+"""A run that goes bad is told while it trains, once, with the next move; a healthy one says
+nothing.
+"""
 
 from __future__ import annotations
 
@@ -14,14 +16,23 @@ from tapct.run import pretrain
 from tapct.ssl.health import NEXT_MOVE
 
 LN_K = {"dino": math.log(256), "ibot": math.log(256)}
-ALIVE, STUCK, COLLAPSED, FAINT = (1.1, 5.3, 4.0), (0.0, 5.54, 5.53), (5.5, 0.02, 0.01), (0.1, 5.3, 5.2)
+ALIVE, STUCK, COLLAPSED, FAINT = (
+    (1.1, 5.3, 4.0),
+    (0.0, 5.54, 5.53),
+    (5.5, 0.02, 0.01),
+    (0.1, 5.3, 5.2),
+)
 NOT_FOLLOWING, NO_TARGET = (-0.1, 5.3, 4.0), (math.log(256), 0.0, 0.0)
 
 
-def record(step: int, dino: tuple[float, float, float], ibot: tuple[float, float, float] = ALIVE) -> Record:
+def record(
+    step: int, dino: tuple[float, float, float], ibot: tuple[float, float, float] = ALIVE
+) -> Record:
     row: Record = {"step": step}
     for name, numbers in (("dino", dino), ("ibot", ibot)):
-        for what, number in zip(("ln_k_minus_ce", "marginal_entropy", "target_entropy"), numbers, strict=True):
+        for what, number in zip(
+            ("ln_k_minus_ce", "marginal_entropy", "target_entropy"), numbers, strict=True
+        ):
             row[f"health/{name}_{what}"] = number
     return row
 
@@ -38,7 +49,8 @@ def test_a_healthy_and_a_faint_run_say_nothing() -> None:
 
 
 @pytest.mark.parametrize(
-    ("state", "numbers"), [("stuck", STUCK), ("collapsed", COLLAPSED), ("not following", NOT_FOLLOWING)]
+    ("state", "numbers"),
+    [("stuck", STUCK), ("collapsed", COLLAPSED), ("not following", NOT_FOLLOWING)],
 )
 def test_a_bad_run_is_told_once_after_warmup_and_a_window_with_the_next_move(
     state: str, numbers: tuple[float, float, float]
@@ -60,7 +72,14 @@ def test_recovery_and_a_change_from_bad_to_worse_are_told() -> None:
 
 def test_a_run_between_two_states_speaks_at_most_once_per_window() -> None:
     lives = [(STUCK, ALIVE)[step // 20 % 2] for step in range(400)]
-    assert len(said(Vitals(0, 20), [record(step + 1, life) for step, life in enumerate(lives)], every=1)) <= 400 / 20
+    assert (
+        len(
+            said(
+                Vitals(0, 20), [record(step + 1, life) for step, life in enumerate(lives)], every=1
+            )
+        )
+        <= 400 / 20
+    )
 
 
 def test_a_loss_without_targets_is_not_judged() -> None:
@@ -99,7 +118,16 @@ PROVOKED = {
 def test_a_run_that_is_made_to_fail_says_so_while_it_trains(
     tmp_path: Path, store: Path, capsys: pytest.CaptureFixture[str], state: str
 ) -> None:
-    pretrain.train(config_of(tmp_path, store, "train.steps=50", "checkpoint.every=50", "log.every=5", *PROVOKED[state]))
+    pretrain.train(
+        config_of(
+            tmp_path,
+            store,
+            "train.steps=50",
+            "checkpoint.every=50",
+            "log.every=5",
+            *PROVOKED[state],
+        )
+    )
     told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("health, ")]
     assert len(told) == 1 and f": {state}. dino: " in told[0] and NEXT_MOVE[state] in told[0]
     assert len(numbers_of(tmp_path / "run")) == 50

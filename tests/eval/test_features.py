@@ -33,7 +33,9 @@ CONTRACT = HUContract()
 
 
 def small_vit() -> nn.Module:
-    config = vit.Config(window=(4, 16, 16), patch=PATCH, dim=16, depth=2, heads=2, registers=2, layer_scale=1.0)
+    config = vit.Config(
+        window=(4, 16, 16), patch=PATCH, dim=16, depth=2, heads=2, registers=2, layer_scale=1.0
+    )
     model = vit.build(config)
     model.init_weights(3)
     return model.requires_grad_(False)
@@ -63,11 +65,15 @@ def slow_features(model: nn.Module, hu_ZYX: np.ndarray, preprocess: Preprocess) 
     for z, y, x in itertools.product(*starts):
         crop = normal[z : z + window[0], y : y + window[1], x : x + window[2]]
         patches = model([torch.from_numpy(crop)[None]])[0].patches_BND[0].double().numpy()
-        for token, (i, j, k) in zip(patches, itertools.product(*map(range, per_window)), strict=True):
+        for token, (i, j, k) in zip(
+            patches, itertools.product(*map(range, per_window)), strict=True
+        ):
             here = 1.0
             for index, count in ((i, per_window[0]), (j, per_window[1]), (k, per_window[2])):
                 reach = (count - 1) / 2
-                here *= 1 - (1 - preprocess.border_weight) * (abs(index - reach) / reach if reach else 0)
+                here *= 1 - (1 - preprocess.border_weight) * (
+                    abs(index - reach) / reach if reach else 0
+                )
             at_token = z // PATCH[0] + i, y // PATCH[1] + j, x // PATCH[2] + k
             total[at_token] += here * token
             weight[at_token] += here
@@ -89,7 +95,9 @@ def test_dense_features_equal_a_loop_over_windows_and_tokens(shape, window, stri
     model, hu_ZYX = small_vit(), scan(shape)
     preprocess = Preprocess((0, 0), window, stride, border_weight)
     dense = dense_features(model, hu_ZYX, CONTRACT, preprocess, batch=5)
-    np.testing.assert_allclose(dense.features_DZYX.numpy(), slow_features(model, hu_ZYX, preprocess), atol=2e-5)
+    np.testing.assert_allclose(
+        dense.features_DZYX.numpy(), slow_features(model, hu_ZYX, preprocess), atol=2e-5
+    )
 
 
 def test_the_number_of_windows_per_call_changes_nothing():
@@ -118,20 +126,26 @@ def test_model_is_left_in_the_mode_it_was_in_and_runs_in_eval_mode():
 
     for training in (True, False):
         model = Spy(PATCH).train(training)
-        dense = dense_features(model, scan((4, 16, 16)), CONTRACT, Preprocess((0, 0), (4, 16, 16), (4, 16, 16)))
+        dense = dense_features(
+            model, scan((4, 16, 16)), CONTRACT, Preprocess((0, 0), (4, 16, 16), (4, 16, 16))
+        )
         assert model.training is training
         assert not dense.features_DZYX.is_inference()  # a decoder is trained on it
 
 
 def test_a_model_in_mm_is_told_the_spacing_of_the_resized_voxels():
-    config = vit.Config(window=(4, 16, 16), patch=PATCH, dim=16, depth=2, heads=2, positions="rope", layer_scale=1.0)
+    config = vit.Config(
+        window=(4, 16, 16), patch=PATCH, dim=16, depth=2, heads=2, positions="rope", layer_scale=1.0
+    )
     model = vit.build(dataclasses.replace(config, rope=rope.Config(coordinates="mm")))
     hu_ZYX, preprocess = scan((8, 32, 64)), Preprocess((16, 16), (4, 16, 16), (4, 16, 16))
     dense = dense_features(model, hu_ZYX, CONTRACT, preprocess, spacing_mm=(3.0, 1.0, 0.5))
     prepared = prepare(hu_ZYX, CONTRACT, preprocess, PATCH, spacing_mm=(3.0, 1.0, 0.5))
     assert prepared.spacing_mm == pytest.approx((3.0, 2.0, 2.0))
     crops = torch.stack([prepared.input_ZYX[:4], prepared.input_ZYX[4:]])
-    expected = model([crops], spacing_mm=[torch.tensor([[3.0, 2.0, 2.0]]).expand(2, 3)])[0].cls_BD.mean(0)
+    expected = model([crops], spacing_mm=[torch.tensor([[3.0, 2.0, 2.0]]).expand(2, 3)])[
+        0
+    ].cls_BD.mean(0)
     torch.testing.assert_close(dense.cls_D, expected, atol=1e-5, rtol=0)
     other = dense_features(model, hu_ZYX, CONTRACT, preprocess, spacing_mm=(3.0, 1.0, 1.0))
     assert not torch.allclose(dense.cls_D, other.cls_D, atol=1e-5)
@@ -156,8 +170,12 @@ def test_padding_is_air_and_the_clip_comes_before_the_resize():
     assert prepared.input_ZYX.shape == (4, 8, 8)
     hu = prepared.input_ZYX * CONTRACT.std + CONTRACT.mean
     torch.testing.assert_close(hu[3], torch.full((8, 8), -1008.0), atol=1e-2, rtol=0)
-    assert hu[:3, :, 3:5].max() < 823  # 3000 HU unclipped would still be above the window after averaging with air
-    torch.testing.assert_close(hu[0, 2:6, 5], torch.full((4,), 822.0), atol=0.1, rtol=0)  # tissue away from borders
+    assert (
+        hu[:3, :, 3:5].max() < 823
+    )  # 3000 HU unclipped would still be above the window after averaging with air
+    torch.testing.assert_close(
+        hu[0, 2:6, 5], torch.full((4,), 822.0), atol=0.1, rtol=0
+    )  # tissue away from borders
     assert float(hu[0, 4, 3:5].mean()) == pytest.approx((822 - 1008) / 2, abs=2)
 
 
@@ -191,7 +209,11 @@ def test_windows_cover_every_voxel_and_stay_inside(size, window, stride):
 
 @pytest.mark.parametrize(
     ("patch", "resized", "original"),
-    [((2, 4, 4), (7, 24, 24), (7, 24, 24)), ((4, 8, 8), (9, 20, 33), (9, 50, 31)), ((1, 3, 5), (1, 3, 11), (1, 9, 4))],
+    [
+        ((2, 4, 4), (7, 24, 24), (7, 24, 24)),
+        ((4, 8, 8), (9, 20, 33), (9, 50, 31)),
+        ((1, 3, 5), (1, 3, 11), (1, 9, 4)),
+    ],
 )
 def test_upsampling_equals_numpy_interpolation_along_each_axis(patch, resized, original):
     grid = PatchGrid(patch, resized, original)
@@ -199,7 +221,9 @@ def test_upsampling_equals_numpy_interpolation_along_each_axis(patch, resized, o
     expected = maps
     for axis in range(3):
         patch_centres_in_resized = patch[axis] * (np.arange(grid.shape[axis]) + 0.5)
-        voxel_centres_in_resized = (np.arange(original[axis]) + 0.5) * resized[axis] / original[axis]
+        voxel_centres_in_resized = (
+            (np.arange(original[axis]) + 0.5) * resized[axis] / original[axis]
+        )
         expected = np.apply_along_axis(
             lambda line, at=voxel_centres_in_resized, known=patch_centres_in_resized: np.interp(at, known, line),
             axis + 1, expected,
@@ -211,7 +235,9 @@ def test_upsampling_equals_numpy_interpolation_along_each_axis(patch, resized, o
 def test_upsampling_equals_torch_trilinear_where_patches_fill_the_scan():
     grid = PatchGrid((2, 4, 8), (8, 16, 24), (8, 16, 24))
     maps = torch.randn(3, *grid.shape, generator=torch.Generator().manual_seed(0))
-    expected = nn.functional.interpolate(maps[None], scale_factor=(2, 4, 8), mode="trilinear", align_corners=False)[0]
+    expected = nn.functional.interpolate(
+        maps[None], scale_factor=(2, 4, 8), mode="trilinear", align_corners=False
+    )[0]
     torch.testing.assert_close(grid.to_voxels(maps), expected, atol=1e-5, rtol=1e-5)
 
 
@@ -219,7 +245,10 @@ def test_constant_features_stay_constant_up_to_the_border():
     grid = PatchGrid((4, 8, 8), (10, 30, 30), (10, 51, 47))
     assert grid.shape == (3, 4, 4)
     torch.testing.assert_close(
-        grid.to_voxels(torch.full((2, 3, 4, 4), 1.7)), torch.full((2, 10, 51, 47), 1.7), atol=1e-5, rtol=0
+        grid.to_voxels(torch.full((2, 3, 4, 4), 1.7)),
+        torch.full((2, 10, 51, 47), 1.7),
+        atol=1e-5,
+        rtol=0,
     )
 
 
@@ -260,9 +289,13 @@ def test_weight_falls_from_centre_to_border():
 def test_windows_off_the_patch_grid_are_one_line_for_people():
     hu_ZYX = scan((4, 16, 16))
     with pytest.raises(UserError, match=r"preprocess.window is 10 along y.*multiple of 4"):
-        dense_features(RawPatches(PATCH), hu_ZYX, CONTRACT, Preprocess((0, 0), (4, 10, 16), (4, 4, 16)))
+        dense_features(
+            RawPatches(PATCH), hu_ZYX, CONTRACT, Preprocess((0, 0), (4, 10, 16), (4, 4, 16))
+        )
     with pytest.raises(UserError, match=r"preprocess.stride is 6 along x.*multiple of 4"):
-        dense_features(RawPatches(PATCH), hu_ZYX, CONTRACT, Preprocess((0, 0), (4, 16, 16), (4, 16, 6)))
+        dense_features(
+            RawPatches(PATCH), hu_ZYX, CONTRACT, Preprocess((0, 0), (4, 16, 16), (4, 16, 6))
+        )
     with pytest.raises(UserError, match=r"preprocess.stride is 8 along z.*skipped"):
         Preprocess((0, 0), (4, 16, 16), (8, 16, 16))
 

@@ -25,10 +25,14 @@ from tapct.eval.tasks.segmentation import Config as SegmentationConfig
 from tapct.models import vit
 from tapct.types import HUContract, LabelMap, Volume
 
-CT = Path(os.environ.get("TAPCT_TEST_CT", Path(__file__).resolve().parents[2] / "../shared/data/ct"))
+CT = Path(
+    os.environ.get("TAPCT_TEST_CT", Path(__file__).resolve().parents[2] / "../shared/data/ct")
+)
 PATCH = (2, 4, 4)
 PREPROCESS = Preprocess((32, 32), (4, 16, 16), (4, 16, 16))
-VIT = vit.Config(window=(4, 16, 16), patch=PATCH, dim=16, depth=1, heads=2, registers=0, layer_scale=1e-5)
+VIT = vit.Config(
+    window=(4, 16, 16), patch=PATCH, dim=16, depth=1, heads=2, registers=0, layer_scale=1e-5
+)
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,11 @@ def torso(seed: int) -> LabelledScan:
     hu = np.choose(labels, [-1000, 0, 150, -700]) + rng.normal(0, 20, labels.shape)
     names = ((1, "body"), (2, "liver"), (3, "lungs"))
     spacing_mm = (3.0, 1.0, 1.0)
-    return LabelledScan(f"s{seed}", Volume(hu.astype(np.int16), spacing_mm), LabelMap(labels, spacing_mm, names=names))
+    return LabelledScan(
+        f"s{seed}",
+        Volume(hu.astype(np.int16), spacing_mm),
+        LabelMap(labels, spacing_mm, names=names),
+    )
 
 
 @pytest.fixture
@@ -63,7 +71,9 @@ def rows(monkeypatch: pytest.MonkeyPatch) -> list[Row]:
 def evaluate(rows, out: Path, **settings):
     models = with_baselines(load("models", "vit").build(VIT), Plugin("vit", VIT), 0)
     config = runner.Config(num_pictures=0, **settings)
-    return runner.evaluate(models, rows, Path("."), config, contract=HUContract(), out=out, preprocess=PREPROCESS)
+    return runner.evaluate(
+        models, rows, Path("."), config, contract=HUContract(), out=out, preprocess=PREPROCESS
+    )
 
 
 def test_results_hold_what_the_report_reads_and_pictures_exist(rows, tmp_path):
@@ -83,9 +93,15 @@ def test_results_hold_what_the_report_reads_and_pictures_exist(rows, tmp_path):
     assert split["mode"] == "patients"
     assert not set(split["train"]) & set(split["test"])
     for found in results["models"].values():
-        assert found["mean_dice"] == found["mean_dice_voxel"] == pytest.approx(np.mean(list(found["dice"].values())))
+        assert (
+            found["mean_dice"]
+            == found["mean_dice_voxel"]
+            == pytest.approx(np.mean(list(found["dice"].values())))
+        )
         assert set(found["per_scan"]) == set(split["test"])
-        assert all(0 <= value <= 1 and math.isfinite(value) for value in found["dice_patch"].values())
+        assert all(
+            0 <= value <= 1 and math.isfinite(value) for value in found["dice_patch"].values()
+        )
     assert results["models"]["raw_hu"]["mean_dice"] > 0.5  # organs of distinct HU are easy
     for entry in (*results["overlays"], *results["pca"]):
         assert entry["scan"] in split["test"]
@@ -109,15 +125,23 @@ def test_test_labels_never_reach_the_decoder(rows, tmp_path, monkeypatch):
     def spoiled(row, root):
         scan = real(int(row.path))
         if row.id in test_ids:
-            labels = np.where(scan.labels.labels_ZYX == 2, 3, scan.labels.labels_ZYX).astype(np.uint16)
-            scan = LabelledScan(scan.id, scan.volume, LabelMap(labels, scan.labels.spacing_mm, names=scan.labels.names))
+            labels = np.where(scan.labels.labels_ZYX == 2, 3, scan.labels.labels_ZYX).astype(
+                np.uint16
+            )
+            scan = LabelledScan(
+                scan.id,
+                scan.volume,
+                LabelMap(labels, scan.labels.spacing_mm, names=scan.labels.names),
+            )
         return scan
 
     predictions = []
     judge = load("eval.tasks", "segmentation").Segmentation.judge
     monkeypatch.setattr(
         "tapct.eval.tasks.segmentation.Segmentation.judge",
-        lambda self, *args: predictions.append(judge(self, *args).classes_ZYX) or judge(self, *args),
+        lambda self, *args: (
+            predictions.append(judge(self, *args).classes_ZYX) or judge(self, *args)
+        ),
     )
     evaluate(rows, tmp_path / "clean")
     clean, predictions[:] = list(predictions), []
@@ -153,7 +177,9 @@ def test_every_setting_changes_the_results(rows, tmp_path):
 def test_models_of_different_patch_are_one_line(rows, tmp_path):
     models = [NamedModel("a", RawPatches((2, 4, 4))), NamedModel("b", RawPatches((4, 4, 4)))]
     with pytest.raises(UserError, match=r"must share one patch, got a 2x4x4, b 4x4x4"):
-        runner.evaluate(models, rows, Path("."), runner.Config(), contract=HUContract(), out=tmp_path)
+        runner.evaluate(
+            models, rows, Path("."), runner.Config(), contract=HUContract(), out=tmp_path
+        )
     assert not (tmp_path / "results.json").exists()
 
 
@@ -169,7 +195,9 @@ def test_baselines_share_the_initial_weights_of_training():
     pretrained = load("models", "vit").build(VIT)
     pretrained.init_weights(7)
     named = {model.name: model.model for model in with_baselines(pretrained, Plugin("vit", VIT), 7)}
-    first, again, scaled = (named[n].state_dict() for n in ("pretrained", "untrained", "untrained_layerscale1"))
+    first, again, scaled = (
+        named[n].state_dict() for n in ("pretrained", "untrained", "untrained_layerscale1")
+    )
     for key, value in first.items():
         assert torch.equal(value, again[key])
         if key.endswith(".gamma"):
@@ -189,7 +217,9 @@ def test_pca_colours_equal_numpys_svd():
     scores = centred @ loadings.T
     low, high = np.quantile(scores[inside], [0.01, 0.99], axis=0)
     expected = np.clip((scores - low) / (high - low), 0, 1).T.reshape(3, 2, 5, 5)
-    np.testing.assert_allclose(pictures.pca_colours(features, foreground).numpy(), expected, atol=1e-5)
+    np.testing.assert_allclose(
+        pictures.pca_colours(features, foreground).numpy(), expected, atol=1e-5
+    )
 
 
 def test_body_mask_keeps_the_lungs_and_leaves_out_air_and_table():

@@ -51,7 +51,9 @@ def test_split_follows_the_seed_and_not_the_order_of_rows():
 
 def test_patients_kept_out_of_pretraining_are_the_test_side():
     rows = archive(6)
-    split = split_by_patient(rows, test_share=0.5, max_scans=0, seed=0, held_out={"p1", "p4", "not here"})
+    split = split_by_patient(
+        rows, test_share=0.5, max_scans=0, seed=0, held_out={"p1", "p4", "not here"}
+    )
     assert split.held_out
     assert patients(split.test) == {"p1", "p4"}
     for nobody_or_all in ({"not here"}, patients(rows)):
@@ -79,13 +81,21 @@ def test_scans_without_labels_are_left_out_and_none_at_all_is_one_line():
     rows = [*archive(3, 1), Row("bare", "p9", label_path="")]
     split = split_by_patient(rows, test_share=0.3, max_scans=0, seed=0)
     assert "bare" not in {row.id for row in (*split.train, *split.test)}
-    with pytest.raises(UserError, match=r"none of the 1 accepted scans has a label map.*NAME_seg.nii.gz.*--labels DIR"):
+    with pytest.raises(
+        UserError,
+        match=r"none of the 1 accepted scans has a label map.*NAME_seg.nii.gz.*--labels DIR",
+    ):
         split_by_patient([rows[-1]], test_share=0.3, max_scans=0, seed=0)
 
 
-@pytest.mark.parametrize(("depth", "blocks", "gap"), [(31, 8, 2), (31, 4, 0), (12, 8, 3), (5, 8, 2), (4, 2, 2)])
+@pytest.mark.parametrize(
+    ("depth", "blocks", "gap"), [(31, 8, 2), (31, 4, 0), (12, 8, 3), (5, 8, 2), (4, 2, 2)]
+)
 def test_blocks_of_one_scan_lie_apart(depth, blocks, gap):
-    train, test = (block_slices(depth, test=side, num_blocks=blocks, gap=gap, scan_id="s") for side in (False, True))
+    train, test = (
+        block_slices(depth, test=side, num_blocks=blocks, gap=gap, scan_id="s")
+        for side in (False, True)
+    )
     assert train.any()
     assert test.any()
     distance = np.abs(np.flatnonzero(train)[:, None] - np.flatnonzero(test)[None]).min()
@@ -95,7 +105,9 @@ def test_blocks_of_one_scan_lie_apart(depth, blocks, gap):
 
 
 def test_a_scan_too_short_for_blocks_is_one_line():
-    with pytest.raises(UserError, match=r"scan s has 3 patches along z; fitting within one patient needs 4"):
+    with pytest.raises(
+        UserError, match=r"scan s has 3 patches along z; fitting within one patient needs 4"
+    ):
         block_slices(3, test=True, num_blocks=8, gap=2, scan_id="s")
 
 

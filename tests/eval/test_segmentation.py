@@ -22,7 +22,9 @@ SPACING = (2.0, 1.0, 1.0)
 def labelled(labels_ZYX, hu_ZYX=None, names=(), scan_id="a") -> LabelledScan:
     labels_ZYX = np.asarray(labels_ZYX, dtype=np.uint16)
     hu_ZYX = np.zeros(labels_ZYX.shape, np.int16) if hu_ZYX is None else hu_ZYX
-    return LabelledScan(scan_id, Volume(hu_ZYX, SPACING), LabelMap(labels_ZYX, SPACING, names=tuple(names)))
+    return LabelledScan(
+        scan_id, Volume(hu_ZYX, SPACING), LabelMap(labels_ZYX, SPACING, names=tuple(names))
+    )
 
 
 def everywhere(grid: PatchGrid) -> np.ndarray:
@@ -46,13 +48,16 @@ def test_shares_equal_counting_voxels_one_by_one(patch, resized, original):
     for fine in itertools.product(*(range(o * s) for o, s in zip(original, split, strict=True))):
         voxel = tuple(f // s for f, s in zip(fine, split, strict=True))
         cell = tuple(
-            int((f + 0.5) / s * r / o / p) for f, s, r, o, p in zip(fine, split, resized, original, patch, strict=True)
+            int((f + 0.5) / s * r / o / p)
+            for f, s, r, o, p in zip(fine, split, resized, original, patch, strict=True)
         )
         counts[cell][[0, 3, 7, 500].index(labels[voxel])] += 1
     assert truth.values == (0, 3, 7, 500)
     expected = counts.reshape(-1, 4)
     assert expected.sum(1).min() > 0
-    np.testing.assert_allclose(truth.shares_NV, expected / expected.sum(1, keepdims=True), atol=1e-6)
+    np.testing.assert_allclose(
+        truth.shares_NV, expected / expected.sum(1, keepdims=True), atol=1e-6
+    )
 
 
 def test_air_around_the_patient_is_outside_and_air_in_the_lung_is_not():
@@ -60,7 +65,9 @@ def test_air_around_the_patient_is_outside_and_air_in_the_lung_is_not():
     hu[:, 6:26, 6:26] = 40
     hu[:, 12:20, 12:20] = -950  # emphysema: as dark as air, enclosed
     grid = PatchGrid((2, 2, 2), (2, 32, 32), (2, 32, 32))
-    truth = patch_truth(labelled(np.zeros_like(hu), hu), grid, body_labelled=False, in_play_Z=everywhere(grid))
+    truth = patch_truth(
+        labelled(np.zeros_like(hu), hu), grid, body_labelled=False, in_play_Z=everywhere(grid)
+    )
     connected, _ = ndimage.label(hu[0] < -900)
     expected = (connected == connected[0, 0]).reshape(16, 2, 16, 2).mean((1, 3))
     assert truth.values == (OUTSIDE, 0)
@@ -95,7 +102,9 @@ def test_sampling_keeps_rare_labels_and_its_weights_count_every_patch():
     assert len(set(index.tolist())) == len(index)
     assert (chosen == 5).sum() == 4
     for value in (0, 2, 5):
-        assert weight[torch.from_numpy(chosen == value)].sum() == pytest.approx((labels == value).sum(), rel=1e-5)
+        assert weight[torch.from_numpy(chosen == value)].sum() == pytest.approx(
+            (labels == value).sum(), rel=1e-5
+        )
     again, _ = truth.sample(100, seed=1)
     other, _ = truth.sample(100, seed=2)
     assert torch.equal(index, again)
@@ -106,7 +115,9 @@ def test_only_slices_in_play_are_sampled():
     labels = np.random.default_rng(0).integers(0, 3, (4, 8, 8))
     grid = PatchGrid((1, 1, 1), labels.shape, labels.shape)
     in_play = np.array([True, False, False, True])
-    index, weight = patch_truth(labelled(labels), grid, body_labelled=True, in_play_Z=in_play).sample(10**6, seed=0)
+    index, weight = patch_truth(
+        labelled(labels), grid, body_labelled=True, in_play_Z=in_play
+    ).sample(10**6, seed=0)
     assert set((index // 64).tolist()) == {0, 3}
     assert torch.equal(weight, torch.ones(128))
 
@@ -127,9 +138,13 @@ def test_decoder_reaches_the_optimum_that_scipy_finds(scale):
         log_p = special.log_softmax((x - mean) / std @ weight + bias, axis=1)
         return -(balanced * log_p).sum() + l2 / 2 * (weight**2).sum()
 
-    best = optimize.minimize(objective, np.zeros(21), method="L-BFGS-B", options={"maxiter": 5000, "ftol": 1e-15})
+    best = optimize.minimize(
+        objective, np.zeros(21), method="L-BFGS-B", options={"maxiter": 5000, "ftol": 1e-15}
+    )
     expected = (x - mean) / std @ best.x[:18].reshape(6, 3) + best.x[18:]
-    decoder = fit_decoder(torch.from_numpy(x).float(), torch.from_numpy(target).float(), l2=l2, steps=100)
+    decoder = fit_decoder(
+        torch.from_numpy(x).float(), torch.from_numpy(target).float(), l2=l2, steps=100
+    )
     got = (torch.from_numpy(x).float() @ decoder.weight_DC + decoder.bias_C).numpy()
     np.testing.assert_allclose(special.softmax(got, 1), special.softmax(expected, 1), atol=2e-3)
 
@@ -137,11 +152,15 @@ def test_decoder_reaches_the_optimum_that_scipy_finds(scale):
 def test_decoder_does_not_care_for_the_scale_of_features_nor_for_how_common_a_class_is():
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(400, 5, generator=generator)
-    target = torch.nn.functional.one_hot((x[:, 0] + 0.3 * torch.randn(400, generator=generator) > 0).long(), 2).float()
+    target = torch.nn.functional.one_hot(
+        (x[:, 0] + 0.3 * torch.randn(400, generator=generator) > 0).long(), 2
+    ).float()
     one = fit_decoder(x, target, l2=1e-3, steps=60)
     scaled = fit_decoder(x * 50 - 7, target * torch.tensor([1.0, 20.0]), l2=1e-3, steps=60)
     first = (x @ one.weight_DC + one.bias_C).softmax(1)
-    torch.testing.assert_close(first, ((x * 50 - 7) @ scaled.weight_DC + scaled.bias_C).softmax(1), atol=2e-3, rtol=0)
+    torch.testing.assert_close(
+        first, ((x * 50 - 7) @ scaled.weight_DC + scaled.bias_C).softmax(1), atol=2e-3, rtol=0
+    )
 
 
 def test_a_constant_channel_and_an_absent_class_do_no_harm():
@@ -164,11 +183,15 @@ def test_dice_equals_scipys_dissimilarity():
     for t, p in zip(truth, prediction, strict=True):
         confusion[t, p] += 1
     for k in range(4):
-        assert dice_from_confusion(confusion, k) == pytest.approx(1 - dissimilarity(truth == k, prediction == k))
+        assert dice_from_confusion(confusion, k) == pytest.approx(
+            1 - dissimilarity(truth == k, prediction == k)
+        )
     assert np.isnan(dice_from_confusion(np.zeros((2, 2)), 0))
 
 
-def scene(seed: int, scan_id: str, values=(0, 1, 2), names=()) -> tuple[LabelledScan, PatchGrid, DenseFeatures]:
+def scene(
+    seed: int, scan_id: str, values=(0, 1, 2), names=()
+) -> tuple[LabelledScan, PatchGrid, DenseFeatures]:
     """A scan of blocks of organs, and features that tell them nearly apart."""
     rng = np.random.default_rng(seed)
     coarse = rng.choice(values, size=(6, 8, 8), p=None)
@@ -177,7 +200,9 @@ def scene(seed: int, scan_id: str, values=(0, 1, 2), names=()) -> tuple[Labelled
     grid = PatchGrid((2, 4, 4), labels.shape, labels.shape)
     centres = np.random.default_rng(9).normal(size=(600, 5))
     features = centres[coarse] + 0.45 * rng.normal(size=(6, 8, 8, 5))
-    dense = DenseFeatures(torch.from_numpy(features).float().permute(3, 0, 1, 2), torch.zeros(5), grid)
+    dense = DenseFeatures(
+        torch.from_numpy(features).float().permute(3, 0, 1, 2), torch.zeros(5), grid
+    )
     return labelled(labels, hu, names, scan_id), grid, dense
 
 
@@ -211,7 +236,9 @@ def test_dice_of_a_judged_scan_equals_a_slow_count(resolution):
         for organ in (1, 2):
             hit = sum(t == organ and p == organ + 1 for t, p in pairs)
             size = sum(t == organ for t, _ in pairs) + sum(p == organ + 1 for _, p in pairs)
-            assert results["models"]["m"][f"dice_{name}"][f"label {organ}"] == pytest.approx(2 * hit / size)
+            assert results["models"]["m"][f"dice_{name}"][f"label {organ}"] == pytest.approx(
+                2 * hit / size
+            )
     headline = results["models"]["m"]
     assert headline["mean_dice"] == headline[f"mean_dice_{resolution}"]
     assert headline["mean_dice"] == pytest.approx(np.mean([*headline["dice"].values()]))
@@ -237,12 +264,19 @@ def test_mean_dice_is_over_scans_that_have_the_organ_then_over_organs():
 
 def test_classes_follow_names_where_label_values_differ_between_scans():
     task = build(Config(), seed=0, num_train=2)
-    for number, names in ((1, [(1, "liver"), (2, "spleen")]), (2, [(1, "spleen"), (2, "liver"), (3, "table")])):
-        scan, grid, dense = scene(number, f"s{number}", (0, 1, 2) if number == 1 else (0, 1, 2, 3), names)
+    for number, names in (
+        (1, [(1, "liver"), (2, "spleen")]),
+        (2, [(1, "spleen"), (2, "liver"), (3, "table")]),
+    ):
+        scan, grid, dense = scene(
+            number, f"s{number}", (0, 1, 2) if number == 1 else (0, 1, 2, 3), names
+        )
         task.learn("m", dense, task.truth(scan, grid, everywhere(grid)))
     task.fit()
     assert task.classes == ("outside", "body", "liver", "spleen")
-    scan, grid, _ = scene(3, "s3", (0, 1, 2, 3, 500), [(1, "spleen"), (2, "liver"), (3, "table"), (500, "never seen")])
+    scan, grid, _ = scene(
+        3, "s3", (0, 1, 2, 3, 500), [(1, "spleen"), (2, "liver"), (3, "table"), (500, "never seen")]
+    )
     classes = task.class_labels(task.truth(scan, grid, everywhere(grid)))
     for value, index in ((0, 1), (1, 3), (2, 2), (3, 0), (500, 1)):
         assert set(classes[scan.labels.labels_ZYX == value]) == {index}
@@ -258,12 +292,18 @@ def test_a_label_outside_the_slices_in_play_is_no_class():
     task.fit()
     assert task.organs == ("label 1",)
     task.judge("m", dense, task.truth(labelled(labels, scan_id="b"), grid, np.array([False, True])))
-    with pytest.raises(UserError, match=r"none of the organs.*\(label 1\) occurs in the test scans"):
+    with pytest.raises(
+        UserError, match=r"none of the organs.*\(label 1\) occurs in the test scans"
+    ):
         task.results()
 
 
 def test_organs_can_be_chosen_by_name_or_value():
-    for organs, expected in ((("spleen",), ("spleen",)), (("1",), ("liver",)), ((), ("liver", "spleen"))):
+    for organs, expected in (
+        (("spleen",), ("spleen",)),
+        (("1",), ("liver",)),
+        ((), ("liver", "spleen")),
+    ):
         task = build(Config(organs=organs), seed=0, num_train=1)
         scan, grid, dense = scene(1, "s", names=[(1, "liver"), (2, "spleen")])
         task.learn("m", dense, task.truth(scan, grid, everywhere(grid)))

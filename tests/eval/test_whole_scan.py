@@ -1,4 +1,6 @@
-"""A whole scan of full size goes through ViT-B in bounded memory; the script that measures it is what is tested."""
+"""A whole scan of full size goes through ViT-B in bounded memory; the script that measures it is
+what is tested.
+"""
 
 from __future__ import annotations
 
@@ -25,10 +27,18 @@ def test_300_slices_of_512x512_in_vit_b_need_less_than_6_gb(tmp_path: Path) -> N
 
 def test_the_script_counts_the_windows_of_a_scan(tmp_path: Path) -> None:
     """A small scan, of which every window is computed."""
-    line = [sys.executable, "scripts/bench_whole_scan.py", "configs/smoke.yaml", "--json", str(tmp_path / "scan.json")]
+    line = [
+        sys.executable,
+        "scripts/bench_whole_scan.py",
+        "configs/smoke.yaml",
+        "--json",
+        str(tmp_path / "scan.json"),
+    ]
     shape = ["--shape", "12", "64", "96", "--real", "1000"]
     done = subprocess.run([*line, *shape], cwd=REPOSITORY, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "scan.json").read_text())
     assert found["features"][1:] == [3, 8, 12]
-    assert found["windows"] <= found["windows_computed"] < found["windows"] + found["windows_per_call"]
+    assert (
+        found["windows"] <= found["windows_computed"] < found["windows"] + found["windows_per_call"]
+    )

@@ -28,7 +28,9 @@ def tokens(batch: int, seed: int) -> Tokens:
 
 
 def token_sets(
-    num_locals: int = LOCALS, counts: tuple[int, ...] = (2, 0, 4, 0, 3, 1), padded: int | None = None
+    num_locals: int = LOCALS,
+    counts: tuple[int, ...] = (2, 0, 4, 0, 3, 1),
+    padded: int | None = None,
 ) -> TokenSets:
     draw = torch.Generator().manual_seed(9)
     masked = torch.zeros(2 * B, N, dtype=torch.bool)
@@ -94,44 +96,73 @@ def targets_loop(kind: str, logits: torch.Tensor, centre: list[float]) -> list[l
     rows = logits.tolist()
     if kind == "sinkhorn":
         return sinkhorn_loop(rows, TEMP, 3)
-    return [softmax_loop([(x - c) / TEMP for x, c in zip(row, centre, strict=True)]) for row in rows]
+    return [
+        softmax_loop([(x - c) / TEMP for x, c in zip(row, centre, strict=True)]) for row in rows
+    ]
 
 
 @pytest.mark.parametrize("kind", ["centring", "sinkhorn"])
 @pytest.mark.parametrize("num_locals", [0, LOCALS])
 @pytest.mark.parametrize("last_layer", ["weight_norm", "plain"])
 def test_dino_equals_the_loop_over_pairs(kind: str, num_locals: int, last_layer: str) -> None:
-    sets, student_head, teacher_head = token_sets(num_locals), head(1, last_layer), head(2, last_layer)
+    sets, student_head, teacher_head = (
+        token_sets(num_locals),
+        head(1, last_layer),
+        head(2, last_layer),
+    )
     loss = dino.build(dino.Config(head=HEAD, weight=0.7, targets=TargetConfig(kind=kind))).double()
     loss.targets.centre_K.copy_(torch.linspace(-0.3, 0.2, K))
     result = loss(sets, student_head, teacher_head)
 
     with torch.no_grad():
-        target = targets_loop(kind, teacher_head(sets.teacher_global.cls_BD), loss.targets.centre_K.tolist())
+        target = targets_loop(
+            kind, teacher_head(sets.teacher_global.cls_BD), loss.targets.centre_K.tolist()
+        )
         student = student_head(sets.student_global.cls_BD).tolist()
         local = student_head(sets.student_local.cls_BD).tolist() if num_locals else []
     num_terms = 2 + 2 * num_locals
-    global_pairs = [ce_loop(student[g * B + b], target[(1 - g) * B + b]) for g in range(2) for b in range(B)]
+    global_pairs = [
+        ce_loop(student[g * B + b], target[(1 - g) * B + b]) for g in range(2) for b in range(B)
+    ]
     local_pairs = [
-        ce_loop(local[v * B + b], target[g * B + b]) for v in range(num_locals) for g in range(2) for b in range(B)
+        ce_loop(local[v * B + b], target[g * B + b])
+        for v in range(num_locals)
+        for g in range(2)
+        for b in range(B)
     ]
     found = {term.name: term for term in result.terms}
-    assert float(found["dino_global"].value) == pytest.approx(0.7 * sum(global_pairs) / B / num_terms, rel=1e-10)
-    assert float(found["dino_global"].cross_entropy) == pytest.approx(sum(global_pairs) / len(global_pairs), rel=1e-10)
+    assert float(found["dino_global"].value) == pytest.approx(
+        0.7 * sum(global_pairs) / B / num_terms, rel=1e-10
+    )
+    assert float(found["dino_global"].cross_entropy) == pytest.approx(
+        sum(global_pairs) / len(global_pairs), rel=1e-10
+    )
     assert ("dino_local" in found) == bool(num_locals)
     if num_locals:
-        assert float(found["dino_local"].value) == pytest.approx(0.7 * sum(local_pairs) / B / num_terms, rel=1e-10)
-        assert float(found["dino_local"].cross_entropy) == pytest.approx(sum(local_pairs) / len(local_pairs), rel=1e-10)
+        assert float(found["dino_local"].value) == pytest.approx(
+            0.7 * sum(local_pairs) / B / num_terms, rel=1e-10
+        )
+        assert float(found["dino_local"].cross_entropy) == pytest.approx(
+            sum(local_pairs) / len(local_pairs), rel=1e-10
+        )
     assert result.targets is not None
     all_pairs = global_pairs + local_pairs
-    assert float(result.targets.cross_entropy) == pytest.approx(sum(all_pairs) / len(all_pairs), rel=1e-10)
+    assert float(result.targets.cross_entropy) == pytest.approx(
+        sum(all_pairs) / len(all_pairs), rel=1e-10
+    )
 
 
 @pytest.mark.parametrize("kind", ["centring", "sinkhorn"])
 @pytest.mark.parametrize("padded", [None, 3])
 @pytest.mark.parametrize("last_layer", ["weight_norm", "plain"])
-def test_ibot_equals_the_loop_over_masked_patches(kind: str, padded: int | None, last_layer: str) -> None:
-    sets, student_head, teacher_head = token_sets(padded=padded), head(1, last_layer), head(2, last_layer)
+def test_ibot_equals_the_loop_over_masked_patches(
+    kind: str, padded: int | None, last_layer: str
+) -> None:
+    sets, student_head, teacher_head = (
+        token_sets(padded=padded),
+        head(1, last_layer),
+        head(2, last_layer),
+    )
     loss = ibot.build(ibot.Config(head=HEAD, weight=0.6, targets=TargetConfig(kind=kind))).double()
     loss.targets.centre_K.copy_(torch.linspace(-0.3, 0.2, K))
     result = loss(sets, student_head, teacher_head)
@@ -143,7 +174,11 @@ def test_ibot_equals_the_loop_over_masked_patches(kind: str, padded: int | None,
         target = targets_loop(kind, logits, loss.targets.centre_K.tolist())
         student = student_head(sets.student_global.patches_BND.reshape(-1, DIM)[rows]).tolist()
     pairs = [ce_loop(s, t) for s, t in zip(student, target, strict=True)]
-    expected = 0.6 * sum(float(sets.masks.weight_M[m]) * ce for m, ce in zip(real, pairs, strict=True)) / (2 * B)
+    expected = (
+        0.6
+        * sum(float(sets.masks.weight_M[m]) * ce for m, ce in zip(real, pairs, strict=True))
+        / (2 * B)
+    )
     assert float(result.terms[0].value) == pytest.approx(expected, rel=1e-10)
     assert float(result.terms[0].cross_entropy) == pytest.approx(sum(pairs) / len(pairs), rel=1e-10)
     assert result.targets is not None and float(result.targets.sums.rows) == len(real)
@@ -168,8 +203,12 @@ def test_koleo_equals_the_loop_over_neighbours() -> None:
         unit = [[x / math.sqrt(sum(y * y for y in row)) for x in row] for row in rows]
         for i in range(B):
             others = [j for j in range(B) if j != i]
-            nearest = max(others, key=lambda j: sum(a * b for a, b in zip(unit[i], unit[j], strict=True)))
-            distance = math.sqrt(sum((a - b + 1e-8) ** 2 for a, b in zip(unit[i], unit[nearest], strict=True)))
+            nearest = max(
+                others, key=lambda j: sum(a * b for a, b in zip(unit[i], unit[j], strict=True))
+            )
+            distance = math.sqrt(
+                sum((a - b + 1e-8) ** 2 for a, b in zip(unit[i], unit[nearest], strict=True))
+            )
             total -= math.log(distance + 1e-8) / B
     assert float(result.terms[0].value) == pytest.approx(0.2 * total, rel=1e-10)
 
@@ -184,11 +223,18 @@ def test_koleo_keeps_float32_under_autocast_and_for_equal_rows() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         value = koleo.koleo(cls_BD)
     value.backward()
-    assert value.dtype == torch.float32 and torch.isfinite(value) and bool(torch.isfinite(cls_BD.grad).all())
+    assert (
+        value.dtype == torch.float32
+        and torch.isfinite(value)
+        and bool(torch.isfinite(cls_BD.grad).all())
+    )
 
 
 def test_sinkhorn_survives_unequal_gains_at_low_temperature() -> None:
-    logits = torch.randn(12, K, generator=torch.Generator().manual_seed(0)) * torch.logspace(-1, 1.5, 12)[:, None]
+    logits = (
+        torch.randn(12, K, generator=torch.Generator().manual_seed(0))
+        * torch.logspace(-1, 1.5, 12)[:, None]
+    )
     found = sinkhorn(logits, 0.01, 3)
     assert bool(torch.isfinite(found).all())
     assert found.sum(1).tolist() == pytest.approx([1.0] * 12, abs=1e-5)
@@ -197,7 +243,9 @@ def test_sinkhorn_survives_unequal_gains_at_low_temperature() -> None:
 
 
 def test_a_per_row_maximum_would_not_be_the_same_after_three_iterations() -> None:
-    """The known wrong 'fix' for overflow: it changes the answer, so the implementation must not use it."""
+    """The known wrong 'fix' for overflow: it changes the answer, so the implementation must not use
+    it.
+    """
     draw = torch.Generator().manual_seed(4)
     logits, gain = (torch.randn(8, width, generator=draw, dtype=torch.float64) for width in (K, 1))
     logits = logits + gain
@@ -220,7 +268,9 @@ def test_the_centre_moves_once_per_step_over_all_micro_batches_and_acts_in_the_n
     second = targets.scores(one[None], eye, TEMP)
     assert torch.allclose(one / TEMP + second.bias_K, (one - expected) / TEMP, atol=1e-5)
     targets.finish_step(torch.tensor(False))
-    assert torch.allclose(targets.centre_K, expected, atol=1e-7), "a step that was refused leaves the centre"
+    assert torch.allclose(targets.centre_K, expected, atol=1e-7), (
+        "a step that was refused leaves the centre"
+    )
     assert float(targets.pending_count) == 0
 
 
@@ -228,8 +278,15 @@ def test_the_centre_moves_once_per_step_over_all_micro_batches_and_acts_in_the_n
 def test_gradients_reach_student_and_not_teacher(last_layer: str) -> None:
     sets = token_sets()
     student_head, teacher_head = head(1, last_layer), head(2, last_layer)
-    for build, config in ((dino.build, dino.Config(head=HEAD)), (ibot.build, ibot.Config(head=HEAD))):
+    for build, config in (
+        (dino.build, dino.Config(head=HEAD)),
+        (ibot.build, ibot.Config(head=HEAD)),
+    ):
         loss = build(config).double()
-        torch.stack([term.value for term in loss(sets, student_head, teacher_head).terms]).sum().backward()
-    assert all(p.grad is not None and bool(p.grad.abs().sum() > 0) for p in student_head.parameters())
+        torch.stack(
+            [term.value for term in loss(sets, student_head, teacher_head).terms]
+        ).sum().backward()
+    assert all(
+        p.grad is not None and bool(p.grad.abs().sum() > 0) for p in student_head.parameters()
+    )
     assert all(p.grad is None for p in teacher_head.parameters())

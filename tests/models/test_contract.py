@@ -23,7 +23,9 @@ def make(name: str, seed: int = 1) -> Any:
     return model
 
 
-def groups_for(patch: tuple[int, int, int]) -> tuple[list[Tensor], list[Tensor | None], list[tuple[int, int, int]]]:
+def groups_for(
+    patch: tuple[int, int, int],
+) -> tuple[list[Tensor], list[Tensor | None], list[tuple[int, int, int]]]:
     """Two groups of crops of a few patches, a mask for the first."""
     grids = [(2, 3, 2), (1, 2, 1)]
     generator = torch.Generator().manual_seed(0)
@@ -35,7 +37,9 @@ def groups_for(patch: tuple[int, int, int]) -> tuple[list[Tensor], list[Tensor |
 
 
 def flat(tokens: list[Tokens]) -> Tensor:
-    return torch.cat([part.flatten() for t in tokens for part in (t.cls_BD, t.registers_BRD, t.patches_BND)])
+    return torch.cat(
+        [part.flatten() for t in tokens for part in (t.cls_BD, t.registers_BRD, t.patches_BND)]
+    )
 
 
 @pytest.mark.parametrize("name", BACKBONES)
@@ -51,7 +55,10 @@ def test_a_backbone_gives_tokens_and_finite_gradients_from_its_defaults(name: st
         assert tokens.registers_BRD.shape[::2] == (num, model.dim)
     assert flat(results).isfinite().all() and flat(results).dtype == torch.float32
     (flat(results) * torch.linspace(-1, 1, flat(results).numel())).sum().backward()
-    assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in model.parameters())
+    assert all(
+        parameter.grad is not None and parameter.grad.isfinite().all()
+        for parameter in model.parameters()
+    )
 
 
 @pytest.mark.parametrize("name", BACKBONES)

@@ -19,7 +19,14 @@ from tapct.nn.layers import DropKey
 from tapct.types import Tokens
 
 LEARNED = vit.Config(
-    window=(4, 16, 24), patch=(2, 8, 8), dim=28, depth=2, heads=2, registers=3, layer_scale=1.0, drop_path=0.0
+    window=(4, 16, 24),
+    patch=(2, 8, 8),
+    dim=28,
+    depth=2,
+    heads=2,
+    registers=3,
+    layer_scale=1.0,
+    drop_path=0.0,
 )
 ROPE = dataclasses.replace(LEARNED, positions="rope")
 MM = dataclasses.replace(ROPE, rope=rope.Config(coordinates="mm"))
@@ -41,7 +48,9 @@ def groups() -> list[Tensor]:
 
 
 def flat(results: list[Tokens]) -> Tensor:
-    return torch.cat([part.flatten() for t in results for part in (t.cls_BD, t.registers_BRD, t.patches_BND)])
+    return torch.cat(
+        [part.flatten() for t in results for part in (t.cls_BD, t.registers_BRD, t.patches_BND)]
+    )
 
 
 def encode_slowly(model: vit.VisionTransformer, crop: Tensor, spacing_mm: Tensor) -> Tensor:
@@ -69,7 +78,9 @@ def encode_slowly(model: vit.VisionTransformer, crop: Tensor, spacing_mm: Tensor
     period_P = shortest * config.rope.base ** (torch.arange(pairs).double() / pairs)
     angle_NR = (2 * math.pi * place_N3[..., None] / period_P).flatten(1)
     prefix = 1 + config.registers
-    phase = torch.polar(torch.ones(()).double(), torch.cat([torch.zeros(prefix, 3 * pairs).double(), angle_NR]))
+    phase = torch.polar(
+        torch.ones(()).double(), torch.cat([torch.zeros(prefix, 3 * pairs).double(), angle_NR])
+    )
 
     def turn(x: Tensor) -> Tensor:
         pair = torch.complex(x[:, : 3 * pairs], x[:, 3 * pairs : 6 * pairs]) * phase
@@ -83,22 +94,36 @@ def encode_slowly(model: vit.VisionTransformer, crop: Tensor, spacing_mm: Tensor
             part = slice(h * width, (h + 1) * width)
             own_q, own_k = q[:, part], k[:, part]
             if config.qk_norm:
-                own_q, own_k = norm(own_q, f"blocks.{i}.attn.q_norm"), norm(own_k, f"blocks.{i}.attn.k_norm")
+                own_q, own_k = (
+                    norm(own_q, f"blocks.{i}.attn.q_norm"),
+                    norm(own_k, f"blocks.{i}.attn.k_norm"),
+                )
             mixed.append((turn(own_q) @ turn(own_k).T / math.sqrt(width)).softmax(1) @ v[:, part])
-        tokens = tokens + p[f"blocks.{i}.ls1.gamma"] * linear(torch.cat(mixed, 1), f"blocks.{i}.attn.proj")
+        tokens = tokens + p[f"blocks.{i}.ls1.gamma"] * linear(
+            torch.cat(mixed, 1), f"blocks.{i}.attn.proj"
+        )
         hidden = F.gelu(linear(norm(tokens, f"blocks.{i}.norm2"), f"blocks.{i}.mlp.fc1"))
         tokens = tokens + p[f"blocks.{i}.ls2.gamma"] * linear(hidden, f"blocks.{i}.mlp.fc2")
     return norm(tokens, "norm")
 
 
-@pytest.mark.parametrize("config", [ROPE, MM, dataclasses.replace(MM, qk_norm=True)], ids=["rope", "mm", "mm, normed"])
+@pytest.mark.parametrize(
+    "config", [ROPE, MM, dataclasses.replace(MM, qk_norm=True)], ids=["rope", "mm", "mm, normed"]
+)
 def test_packed_groups_equal_one_crop_at_a_time_written_out(config: vit.Config) -> None:
     model, crops = fresh(config), groups()
-    spacing = [torch.rand(len(group), 3, generator=torch.Generator().manual_seed(2)) * 3 + 0.5 for group in crops]
+    spacing = [
+        torch.rand(len(group), 3, generator=torch.Generator().manual_seed(2)) * 3 + 0.5
+        for group in crops
+    ]
     for group, mm, tokens in zip(crops, spacing, model(crops, spacing_mm=spacing), strict=True):
         for b, crop in enumerate(group):
-            got = torch.cat([tokens.cls_BD[b, None], tokens.registers_BRD[b], tokens.patches_BND[b]])
-            torch.testing.assert_close(got.double(), encode_slowly(model, crop, mm[b]), rtol=1e-3, atol=1e-3)
+            got = torch.cat(
+                [tokens.cls_BD[b, None], tokens.registers_BRD[b], tokens.patches_BND[b]]
+            )
+            torch.testing.assert_close(
+                got.double(), encode_slowly(model, crop, mm[b]), rtol=1e-3, atol=1e-3
+            )
 
 
 def test_learned_positions_have_the_parameters_and_values_that_they_had() -> None:
@@ -110,7 +135,9 @@ def test_learned_positions_have_the_parameters_and_values_that_they_had() -> Non
         assert torch.equal(value, both.get_parameter(name))
 
 
-def test_rotary_positions_alone_have_no_position_parameters_and_a_cls_token_that_starts_wide() -> None:
+def test_rotary_positions_alone_have_no_position_parameters_and_a_cls_token_that_starts_wide() -> (
+    None
+):
     with_learned, alone = vit.build(LEARNED), vit.build(ROPE)
     names = {name for name, _ in with_learned.named_parameters()}
     assert names - {name for name, _ in alone.named_parameters()} == {"pos_embed"}
@@ -126,18 +153,24 @@ def test_shuffled_patches_are_told_apart(positions: str) -> None:
     """Without places, attention would not care for the order of the patches."""
     model = fresh(dataclasses.replace(LEARNED, positions=positions))
     (crop, _) = groups()
-    moved = crop.flip(3).unflatten(3, (3, 8)).flip(4).flatten(3)  # the order of patches along x, not what they hold
+    moved = (
+        crop.flip(3).unflatten(3, (3, 8)).flip(4).flatten(3)
+    )  # the order of patches along x, not what they hold
     assert not torch.allclose(model([crop])[0].cls_BD, model([moved])[0].cls_BD, atol=1e-3)
 
 
 def test_dropped_crops_take_the_rotation_of_the_kept_ones() -> None:
-    """A crop that went through a branch among others has the residual that it has alone, in mm of its own."""
+    """A crop that went through a branch among others has the residual that it has alone, in mm of
+    its own.
+    """
     model = fresh(dataclasses.replace(MM, depth=1, drop_path=0.5)).double().train()
     group = torch.randn(4, 4, 16, 24, dtype=torch.float64)
     spacing = torch.tensor([[1.0, 1, 1], [2, 1, 1], [1, 3, 1], [1, 1, 4]])
     captured: dict[str, Any] = {}
     block: Any = model.blocks[0]
-    block.register_forward_hook(lambda _, inputs, output: captured.update(inputs=inputs, output=output))
+    block.register_forward_hook(
+        lambda _, inputs, output: captured.update(inputs=inputs, output=output)
+    )
     model([group], None, DropKey(0, 2), [spacing])
     x, spans, (attend, feed), rotation = captured["inputs"]
     whole = block.ls1(block.attn(block.norm1(x), spans, rotation))
@@ -159,7 +192,11 @@ def test_coordinates_are_drawn_in_training_alone_and_by_key() -> None:
 
 
 def test_only_places_in_mm_need_the_spacing() -> None:
-    assert not vit.build(LEARNED).needs_spacing and not vit.build(ROPE).needs_spacing and vit.build(MM).needs_spacing
+    assert (
+        not vit.build(LEARNED).needs_spacing
+        and not vit.build(ROPE).needs_spacing
+        and vit.build(MM).needs_spacing
+    )
     with pytest.raises(UserError, match="coordinates=mm: the spacing of these crops was not given"):
         vit.build(MM)(groups())
     told = [torch.full((len(group), 3), 2.0) for group in groups()]
@@ -167,13 +204,17 @@ def test_only_places_in_mm_need_the_spacing() -> None:
     assert torch.equal(flat(model(groups(), spacing_mm=told)), flat(model(groups())))
     in_mm = fresh(MM)
     half = [mm / 2 for mm in told]
-    assert not torch.allclose(flat(in_mm(groups(), spacing_mm=told)), flat(in_mm(groups(), spacing_mm=half)), atol=1e-3)
+    assert not torch.allclose(
+        flat(in_mm(groups(), spacing_mm=told)), flat(in_mm(groups(), spacing_mm=half)), atol=1e-3
+    )
 
 
 def test_settings_that_cannot_work_are_refused() -> None:
     with pytest.raises(UserError, match="model.rope is set, but model.positions=learned"):
         dataclasses.replace(LEARNED, rope=rope.Config(base=50.0))
-    with pytest.raises(UserError, match="heads of at least 6 channels, and model.dim 28 over model.heads 7 gives 4"):
+    with pytest.raises(
+        UserError, match="heads of at least 6 channels, and model.dim 28 over model.heads 7 gives 4"
+    ):
         dataclasses.replace(ROPE, heads=7)
 
 
@@ -185,7 +226,9 @@ def test_every_parameter_has_a_gradient_in_every_precision(precision: str) -> No
     model.norm.register_forward_pre_hook(lambda _, inputs: streams.append(inputs[0].dtype))
     masks = [torch.rand(len(group), 12) < 0.4 for group in groups()]
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16 autocast"):
-        results = model(groups(), masks, DropKey(0, 0), [torch.ones(len(group), 3) for group in groups()])
+        results = model(
+            groups(), masks, DropKey(0, 0), [torch.ones(len(group), 3) for group in groups()]
+        )
     assert streams == [torch.float32]
     weights = torch.linspace(-1, 1, flat(results).numel())
     (flat(results).float() * weights).sum().backward()
@@ -195,7 +238,9 @@ def test_every_parameter_has_a_gradient_in_every_precision(precision: str) -> No
 def test_it_is_sharded_on_meta_and_filled_as_a_run_does(tmp_path: Any) -> None:
     """One rank: to_empty after fully_shard loses nothing that init_weights does not set."""
     config = dataclasses.replace(MM, qk_norm=True)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1
+    )
     try:
         with torch.device("meta"):
             model = vit.build(config)

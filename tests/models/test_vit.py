@@ -19,7 +19,14 @@ from tapct.nn.posembed import resize_positions
 from tapct.types import Tokens
 
 TINY = vit.Config(
-    window=(4, 16, 24), patch=(2, 8, 8), dim=16, depth=2, heads=2, registers=3, layer_scale=1.0, drop_path=0.0
+    window=(4, 16, 24),
+    patch=(2, 8, 8),
+    dim=16,
+    depth=2,
+    heads=2,
+    registers=3,
+    layer_scale=1.0,
+    drop_path=0.0,
 )
 
 
@@ -51,14 +58,18 @@ def encode_slowly(model: vit.VisionTransformer, crop: Tensor, mask_N: Tensor | N
     def norm(x: Tensor, name: str) -> Tensor:
         centred = x - x.mean(1, keepdim=True)
         return (
-            centred / (centred.square().mean(1, keepdim=True) + 1e-6).sqrt() * p[f"{name}.weight"] + p[f"{name}.bias"]
+            centred / (centred.square().mean(1, keepdim=True) + 1e-6).sqrt() * p[f"{name}.weight"]
+            + p[f"{name}.bias"]
         )
 
     def linear(x: Tensor, name: str) -> Tensor:
         return x @ p[f"{name}.weight"].T + p[f"{name}.bias"]
 
     patches = F.conv3d(
-        crop.double()[None, None], p["patch_embed.proj.weight"], p["patch_embed.proj.bias"], stride=config.patch
+        crop.double()[None, None],
+        p["patch_embed.proj.weight"],
+        p["patch_embed.proj.bias"],
+        stride=config.patch,
     )[0]
     grid = tuple(patches.shape[1:])
     rows: list[Tensor] = []
@@ -68,7 +79,13 @@ def encode_slowly(model: vit.VisionTransformer, crop: Tensor, mask_N: Tensor | N
                 is_masked = mask_N is not None and bool(mask_N[len(rows)])
                 rows.append(p["mask_token"][0] if is_masked else patches[:, z, y, x])
     pos = resize_positions(p["pos_embed"][0, 1:], config.grid, grid)  # type: ignore[arg-type]
-    tokens = torch.cat([p["cls_token"][0] + p["pos_embed"][0, :1], p["register_tokens"][0], torch.stack(rows) + pos])
+    tokens = torch.cat(
+        [
+            p["cls_token"][0] + p["pos_embed"][0, :1],
+            p["register_tokens"][0],
+            torch.stack(rows) + pos,
+        ]
+    )
     for i in range(config.depth):
         q, k, v = linear(norm(tokens, f"blocks.{i}.norm1"), f"blocks.{i}.attn.qkv").chunk(3, dim=1)
         width = config.dim // config.heads
@@ -76,7 +93,9 @@ def encode_slowly(model: vit.VisionTransformer, crop: Tensor, mask_N: Tensor | N
         for h in range(config.heads):
             part = slice(h * width, (h + 1) * width)
             mixed.append((q[:, part] @ k[:, part].T / math.sqrt(width)).softmax(1) @ v[:, part])
-        tokens = tokens + p[f"blocks.{i}.ls1.gamma"] * linear(torch.cat(mixed, 1), f"blocks.{i}.attn.proj")
+        tokens = tokens + p[f"blocks.{i}.ls1.gamma"] * linear(
+            torch.cat(mixed, 1), f"blocks.{i}.attn.proj"
+        )
         hidden = F.gelu(linear(norm(tokens, f"blocks.{i}.norm2"), f"blocks.{i}.mlp.fc1"))
         tokens = tokens + p[f"blocks.{i}.ls2.gamma"] * linear(hidden, f"blocks.{i}.mlp.fc2")
     return norm(tokens, "norm")
@@ -104,7 +123,9 @@ def test_packed_groups_have_the_gradients_of_separate_passes() -> None:
     masks = [torch.rand(3, 12, generator=torch.Generator().manual_seed(0)) < 0.4, None]
 
     def gradients(passes: list[list[Tokens]]) -> list[Tensor]:
-        loss = torch.stack([all_tokens(tokens).sin().sum() for each in passes for tokens in each]).sum()
+        loss = torch.stack(
+            [all_tokens(tokens).sin().sum() for each in passes for tokens in each]
+        ).sum()
         return list(torch.autograd.grad(loss, list(model.parameters())))
 
     packed = gradients([model(groups, masks)])
@@ -142,10 +163,14 @@ def test_tokens_are_cls_registers_patches_and_registers_have_no_position() -> No
     (group,) = crops((2, 4, 16, 24))
     tokens = embed(model, group)
     assert tokens.shape == (2, 1 + 3 + 12, 16)
-    torch.testing.assert_close(tokens[:, 0], (model.cls_token + model.pos_embed[:, :1])[0].expand(2, -1))
+    torch.testing.assert_close(
+        tokens[:, 0], (model.cls_token + model.pos_embed[:, :1])[0].expand(2, -1)
+    )
     assert model.register_tokens is not None
     torch.testing.assert_close(tokens[:, 1:4], model.register_tokens.expand(2, -1, -1))
-    torch.testing.assert_close(tokens[:, 4:], model.patch_embed([group])[0] + model.pos_embed[:, 1:])
+    torch.testing.assert_close(
+        tokens[:, 4:], model.patch_embed([group])[0] + model.pos_embed[:, 1:]
+    )
 
 
 def test_the_mask_token_takes_the_place_of_patches_before_positions() -> None:
@@ -193,10 +218,33 @@ def test_a_window_or_dim_that_does_not_divide_is_refused_with_the_config() -> No
 
 
 NAMES = [
-    *("cls_token", "register_tokens", "pos_embed", "mask_token", "patch_embed.proj.weight", "patch_embed.proj.bias"),
-    *("norm.weight", "norm.bias", "blocks.0.norm1.weight", "blocks.0.norm1.bias", "blocks.0.attn.qkv.weight"),
-    *("blocks.0.attn.qkv.bias", "blocks.0.attn.proj.weight", "blocks.0.attn.proj.bias", "blocks.0.ls1.gamma"),
-    *("blocks.0.norm2.weight", "blocks.0.norm2.bias", "blocks.0.mlp.fc1.weight", "blocks.0.mlp.fc1.bias"),
+    *(
+        "cls_token",
+        "register_tokens",
+        "pos_embed",
+        "mask_token",
+        "patch_embed.proj.weight",
+        "patch_embed.proj.bias",
+    ),
+    *(
+        "norm.weight",
+        "norm.bias",
+        "blocks.0.norm1.weight",
+        "blocks.0.norm1.bias",
+        "blocks.0.attn.qkv.weight",
+    ),
+    *(
+        "blocks.0.attn.qkv.bias",
+        "blocks.0.attn.proj.weight",
+        "blocks.0.attn.proj.bias",
+        "blocks.0.ls1.gamma",
+    ),
+    *(
+        "blocks.0.norm2.weight",
+        "blocks.0.norm2.bias",
+        "blocks.0.mlp.fc1.weight",
+        "blocks.0.mlp.fc1.bias",
+    ),
     *("blocks.0.mlp.fc2.weight", "blocks.0.mlp.fc2.bias", "blocks.0.ls2.gamma"),
 ]
 
@@ -206,7 +254,11 @@ def test_parameter_names_and_shapes_are_dinov2s() -> None:
     assert sorted(state) == sorted(NAMES)
     shapes = {name: tuple(value.shape) for name, value in state.items()}
     assert shapes["patch_embed.proj.weight"] == (16, 1, 2, 8, 8)
-    assert (shapes["cls_token"], shapes["register_tokens"], shapes["mask_token"]) == ((1, 1, 16), (1, 3, 16), (1, 16))
+    assert (shapes["cls_token"], shapes["register_tokens"], shapes["mask_token"]) == (
+        (1, 1, 16),
+        (1, 3, 16),
+        (1, 16),
+    )
     assert shapes["pos_embed"] == (1, 1 + 12, 16)
     swiglu = vit.build(dataclasses.replace(TINY, depth=1, ffn="swiglu")).state_dict()
     assert {name for name in swiglu if ".mlp." in name} == {
@@ -223,7 +275,8 @@ SLICE: dict[str, Any] = {"window": (1, 224, 224), "patch": (1, 16, 16)}
 @pytest.mark.parametrize(
     ("sizes", "count"),
     [
-        # per block 12 D^2 + 15 D with LayerScale; 2 D of the last norm; (7 + N) D of tokens and positions; (P + 1) D
+        # per block 12 D^2 + 15 D with LayerScale; 2 D of the last norm; (7 + N) D of tokens and
+        # positions; (P + 1) D
         ({**VOLUME, **B}, 87_083_520),
         ({**VOLUME, **S}, 12 * (12 * 384**2 + 15 * 384) + (2 + 7 + 2352 + 257) * 384),
         ({**SLAB, **S}, 12 * (12 * 384**2 + 15 * 384) + (2 + 7 + 196 + 1537) * 384),
@@ -251,9 +304,18 @@ def test_initial_values_follow_dinov2() -> None:
     assert values["mask_token"].abs().max() == 0
     assert (values["blocks.1.ls2.gamma"] == 1e-5).all()
     assert (values["norm.weight"] == 1).all() and (values["blocks.0.norm2.weight"] == 1).all()
-    assert all((value == 0).all() for name, value in values.items() if name.endswith("bias") and "patch" not in name)
-    for name in ("patch_embed.proj.weight", "patch_embed.proj.bias"):  # U(-1/16, 1/16) for a patch of 256 voxels
-        assert values[name].abs().max().item() <= 1 / 16 and values[name].std().item() == pytest.approx(0.0361, rel=0.1)
+    assert all(
+        (value == 0).all()
+        for name, value in values.items()
+        if name.endswith("bias") and "patch" not in name
+    )
+    for name in (
+        "patch_embed.proj.weight",
+        "patch_embed.proj.bias",
+    ):  # U(-1/16, 1/16) for a patch of 256 voxels
+        assert values[name].abs().max().item() <= 1 / 16 and values[
+            name
+        ].std().item() == pytest.approx(0.0361, rel=0.1)
 
 
 def test_initial_values_depend_on_seed_and_name_alone() -> None:
@@ -273,9 +335,13 @@ def test_initial_values_depend_on_seed_and_name_alone() -> None:
 def test_layers_for_layer_decay_count_up_from_the_input() -> None:
     model = vit.build(TINY)
     ids = {name: model.param_group_id(name) for name, _ in model.named_parameters()}
-    assert {ids[name] for name in ("cls_token", "register_tokens", "mask_token", "pos_embed")} == {0}
+    assert {ids[name] for name in ("cls_token", "register_tokens", "mask_token", "pos_embed")} == {
+        0
+    }
     assert ids["patch_embed.proj.weight"] == 0 and ids["norm.weight"] == model.num_blocks + 1 == 3
-    assert all(ids[name] == int(name.split(".")[1]) + 1 for name in ids if name.startswith("blocks."))
+    assert all(
+        ids[name] == int(name.split(".")[1]) + 1 for name in ids if name.startswith("blocks.")
+    )
 
 
 def test_without_layer_scale_the_branch_is_added_as_it_is() -> None:
@@ -295,7 +361,9 @@ def test_dropped_crops_skip_the_branch_and_kept_ones_are_scaled() -> None:
     groups = [group.double() for group in crops((4, 4, 16, 24), (6, 2, 8, 8))]
     captured: dict[str, Any] = {}
     block: Any = model.blocks[0]
-    block.register_forward_hook(lambda _, inputs, output: captured.update(inputs=inputs, output=output))
+    block.register_forward_hook(
+        lambda _, inputs, output: captured.update(inputs=inputs, output=output)
+    )
     model(groups, None, DropKey(0, 5))
     x, spans, (attend, feed), rotation = captured["inputs"]
     assert rotation is None
@@ -319,7 +387,9 @@ def test_stochastic_depth_is_off_without_key_in_eval_and_at_rate_zero() -> None:
     plain = all_tokens(model(groups)[0])
     key = DropKey(0, 0)
     assert not torch.equal(all_tokens(model(groups, None, key)[0]), plain)
-    assert torch.equal(all_tokens(model(groups, None, key)[0]), all_tokens(model(groups, None, key)[0]))
+    assert torch.equal(
+        all_tokens(model(groups, None, key)[0]), all_tokens(model(groups, None, key)[0])
+    )
     assert torch.equal(all_tokens(model.eval()(groups, None, key)[0]), plain)
     assert torch.equal(all_tokens(fresh(TINY)(groups, None, key)[0]), plain)
 
@@ -336,7 +406,8 @@ def test_bf16_autocast_runs_end_to_end_with_float32_tokens() -> None:
         torch.testing.assert_close(all_tokens(tokens), all_tokens(exact), rtol=0.1, atol=0.15)
     torch.stack([all_tokens(tokens).square().sum() for tokens in results]).sum().backward()
     assert all(
-        p.grad is not None and p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in model.parameters()
+        p.grad is not None and p.grad.dtype == torch.float32 and p.grad.isfinite().all()
+        for p in model.parameters()
     )
 
 
@@ -360,19 +431,25 @@ CHANGES: dict[str, Any] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(vit.Config) if field.name != "attention"])
+@pytest.mark.parametrize(
+    "name", [field.name for field in dataclasses.fields(vit.Config) if field.name != "attention"]
+)
 def test_every_field_changes_the_result(name: str) -> None:
     """`attention` chooses among equal results; tests/nn/test_attention.py holds its contract."""
     base = dataclasses.replace(TINY, drop_path=0.1)
     if name == "rope":
-        base = dataclasses.replace(base, positions="both", dim=32)  # two pairs an axis: base turns the second
+        base = dataclasses.replace(
+            base, positions="both", dim=32
+        )  # two pairs an axis: base turns the second
     before, after = fresh(base), fresh(dataclasses.replace(base, **{name: CHANGES[name]}))
     group = crops((2, 4, 24, 24))[0]
     other = group[:, None].expand(-1, 2, -1, -1, -1) if name == "in_chans" else group
 
     def result(model: vit.VisionTransformer, voxels: Tensor) -> Tensor:
         # several steps: two roundings of 1.8 crops agree in one draw of five
-        return torch.cat([model([voxels], None, DropKey(0, step))[0].cls_BD.flatten() for step in range(4)])
+        return torch.cat(
+            [model([voxels], None, DropKey(0, step))[0].cls_BD.flatten() for step in range(4)]
+        )
 
     one, two = result(before, group), result(after, other)
     assert one.shape != two.shape or not torch.allclose(one, two)

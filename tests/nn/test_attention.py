@@ -29,9 +29,14 @@ def attend_slowly(q_THC: Tensor, k_THC: Tensor, v_THC: Tensor, spans: Spans) -> 
             rows = range(start, start + span.tokens)
             for head in range(q_THC.shape[1]):
                 for i in rows:
-                    scores = torch.stack([q_THC[i, head].double() @ k_THC[j, head].double() for j in rows])
+                    scores = torch.stack(
+                        [q_THC[i, head].double() @ k_THC[j, head].double() for j in rows]
+                    )
                     weights = (scores / math.sqrt(q_THC.shape[2])).exp()
-                    out[i, head] = sum(w * v_THC[j, head].double() for w, j in zip(weights, rows)) / weights.sum()
+                    out[i, head] = (
+                        sum(w * v_THC[j, head].double() for w, j in zip(weights, rows))
+                        / weights.sum()
+                    )
             start += span.tokens
     return out
 
@@ -46,7 +51,9 @@ def packed_qkv(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
 
 def attend_under_mask(q_THC: Tensor, k_THC: Tensor, v_THC: Tensor, crop_T: Tensor) -> Tensor:
     """All tokens at once, under the block-diagonal mask of the crops that they belong to."""
-    scores = torch.einsum("ihc,jhc->hij", q_THC.double(), k_THC.double()) / math.sqrt(q_THC.shape[2])
+    scores = torch.einsum("ihc,jhc->hij", q_THC.double(), k_THC.double()) / math.sqrt(
+        q_THC.shape[2]
+    )
     shares = scores.masked_fill(crop_T[:, None] != crop_T[None, :], -math.inf).softmax(-1)
     return torch.einsum("hij,jhc->ihc", shares, v_THC.double()).to(q_THC.dtype)
 
@@ -59,7 +66,9 @@ def crop_of_rows(starts: Tensor) -> Tensor:
 def varlen_stand_in(
     q: Tensor, k: Tensor, v: Tensor, starts: Tensor, starts_k: Tensor, max_q: int, max_k: int
 ) -> Tensor:
-    assert starts.dtype == torch.int32 and torch.equal(starts, starts_k) and int(starts[-1]) == len(q)
+    assert (
+        starts.dtype == torch.int32 and torch.equal(starts, starts_k) and int(starts[-1]) == len(q)
+    )
     assert max_q == max_k == int(starts.diff().max())
     return attend_under_mask(q, k, v, crop_of_rows(starts))
 
@@ -67,16 +76,22 @@ def varlen_stand_in(
 def xformers_stand_in(q: Tensor, k: Tensor, v: Tensor, attn_bias: list[int]) -> Tensor:
     """Its mask is the list of lengths that it is made of."""
     assert q.shape[0] == 1 and q.shape[1] == sum(attn_bias)
-    return attend_under_mask(q[0], k[0], v[0], crop_of_rows(torch.tensor([0, *attn_bias]).cumsum(0)))[None]
+    return attend_under_mask(
+        q[0], k[0], v[0], crop_of_rows(torch.tensor([0, *attn_bias]).cumsum(0))
+    )[None]
 
 
 KEEPS_NOTHING = backends.block_mask.__wrapped__
-MASKS = SimpleNamespace(BlockDiagonalMask=SimpleNamespace(from_seqlens=lambda lengths, device: lengths))
+MASKS = SimpleNamespace(
+    BlockDiagonalMask=SimpleNamespace(from_seqlens=lambda lengths, device: lengths)
+)
 
 
 @pytest.fixture
 def backend(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Backend]:
-    """Back-ends by name; the kernels of those for a GPU are replaced by attention under a materialised mask."""
+    """Back-ends by name; the kernels of those for a GPU are replaced by attention under a
+    materialised mask.
+    """
 
     def find(name: str) -> Backend:
         if name in GPU_ONLY:
@@ -99,12 +114,17 @@ def test_every_backend_agrees_with_attention_written_out(
 ) -> None:
     q, k, v = packed_qkv(dtype)
     torch.testing.assert_close(
-        backend(name)(q, k, v, SPANS).double(), attend_slowly(q, k, v, SPANS), rtol=tolerance, atol=tolerance
+        backend(name)(q, k, v, SPANS).double(),
+        attend_slowly(q, k, v, SPANS),
+        rtol=tolerance,
+        atol=tolerance,
     )
 
 
 @pytest.mark.parametrize("name", BACKENDS)
-def test_every_backend_has_the_gradients_of_attention_written_out(backend: Callable[[str], Backend], name: str) -> None:
+def test_every_backend_has_the_gradients_of_attention_written_out(
+    backend: Callable[[str], Backend], name: str
+) -> None:
     q, k, v = leaves = [part.clone().requires_grad_() for part in packed_qkv(torch.float64)]
     weight = torch.randn(q.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     fast = torch.autograd.grad((backend(name)(q, k, v, SPANS) * weight).sum(), leaves)
@@ -130,10 +150,14 @@ def test_half_types_on_a_cpu_are_as_good_as_float32_and_kept_as_halves(
     kept: list[Tensor] = []
     with (
         torch.autocast("cpu", dtype),
-        torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor),
+        torch.autograd.graph.saved_tensors_hooks(
+            lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor
+        ),
     ):
         out = backends.attend_sdpa(*halves, SPANS)
-    assert out.dtype == dtype and {tensor.dtype for tensor in kept if tensor.shape == out.shape} == {dtype}
+    assert out.dtype == dtype and {
+        tensor.dtype for tensor in kept if tensor.shape == out.shape
+    } == {dtype}
     exact = backends.attend_sdpa(*floats, SPANS)
     found = torch.autograd.grad((out * weight).sum(), halves)
     wanted = torch.autograd.grad((exact * weight.float()).sum(), floats)
@@ -143,7 +167,9 @@ def test_half_types_on_a_cpu_are_as_good_as_float32_and_kept_as_halves(
 
 
 @pytest.mark.parametrize("name", BACKENDS)
-def test_tokens_of_one_crop_never_reach_another(backend: Callable[[str], Backend], name: str) -> None:
+def test_tokens_of_one_crop_never_reach_another(
+    backend: Callable[[str], Backend], name: str
+) -> None:
     q, k, v = packed_qkv(torch.float32)
     before = backend(name)(q, k, v, SPANS)
     changed = v.clone()
@@ -169,7 +195,9 @@ def test_no_backend_keeps_a_matrix_of_tokens_by_tokens(name: str) -> None:
 
 @pytest.mark.parametrize("spans", [SPANS, SPANS[:1], (Span(1, 4), Span(4, 1), Span(2, 9))])
 def test_starts_and_lengths_are_those_that_the_spans_mean(spans: Spans) -> None:
-    crop_T = [number for number, length in enumerate(backends.crop_lengths(spans)) for _ in range(length)]
+    crop_T = [
+        number for number, length in enumerate(backends.crop_lengths(spans)) for _ in range(length)
+    ]
     want, number = [], 0
     for span in spans:
         for _ in range(span.crops):
@@ -188,7 +216,10 @@ def test_the_mask_of_xformers_is_block_diagonal() -> None:
 
 @pytest.mark.parametrize("name", GPU_ONLY)
 def test_a_backend_for_a_gpu_says_so_on_a_cpu(name: str) -> None:
-    with pytest.raises(UserError, match=f"model.attention={name} needs a GPU.*not this CPU; set model.attention=auto"):
+    with pytest.raises(
+        UserError,
+        match=f"model.attention={name} needs a GPU.*not this CPU; set model.attention=auto",
+    ):
         BACKENDS[name](*packed_qkv(torch.bfloat16), SPANS)
 
 
@@ -211,7 +242,9 @@ def test_what_lacks_on_a_gpu_is_named_with_the_remedy(monkeypatch: pytest.Monkey
         backends.check_xformers(q(torch.bfloat16))
 
 
-def test_auto_takes_the_first_that_device_and_precision_allow(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_takes_the_first_that_device_and_precision_allow(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     cuda, bf16 = torch.device("cuda"), torch.bfloat16
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(backends, "varlen_kernel", lambda: varlen_stand_in)
@@ -246,7 +279,9 @@ def test_every_kernel_of_a_gpu_agrees_with_sdpa_forward_and_backward(name: str) 
 
 @pytest.mark.gpu
 def test_varlen_never_waits_for_the_device() -> None:
-    qkv = torch.randn(sum(span.rows for span in SPANS), 3, 2, 8, device="cuda", dtype=torch.bfloat16)
+    qkv = torch.randn(
+        sum(span.rows for span in SPANS), 3, 2, 8, device="cuda", dtype=torch.bfloat16
+    )
     want = BACKENDS["varlen"](*qkv.unbind(1), SPANS)
     torch.cuda.set_sync_debug_mode("error")  # a wait raises
     try:
@@ -262,7 +297,9 @@ def test_the_projection_is_laid_out_as_in_dinov2() -> None:
     x = torch.randn(SPANS[0].rows, 16, dtype=torch.float64)
     qkv = x @ attention.qkv.weight.T + attention.qkv.bias
     q, k, v = (qkv[:, 16 * i : 16 * (i + 1)].reshape(-1, 2, 8) for i in range(3))
-    want = attend_slowly(q, k, v, SPANS[:1]).flatten(1) @ attention.proj.weight.T + attention.proj.bias
+    want = (
+        attend_slowly(q, k, v, SPANS[:1]).flatten(1) @ attention.proj.weight.T + attention.proj.bias
+    )
     torch.testing.assert_close(attention(x, SPANS[:1]), want)
 
 

@@ -83,7 +83,11 @@ def test_the_mlp_has_as_many_layers_as_asked_for(layers: int) -> None:
 
 def test_parameter_names_are_dinov2s() -> None:
     linear = [f"mlp.{index}.{kind}" for index in (0, 2, 4) for kind in ("weight", "bias")]
-    assert list(PrototypeHead(16, TINY).state_dict()) == [*linear, "last_layer.weight_g", "last_layer.weight_v"]
+    assert list(PrototypeHead(16, TINY).state_dict()) == [
+        *linear,
+        "last_layer.weight_g",
+        "last_layer.weight_v",
+    ]
     assert list(PrototypeHead(16, PLAIN).state_dict()) == [*linear, "last_layer.weight"]
 
 
@@ -91,7 +95,9 @@ def test_a_plain_last_layer_starts_as_dinov3s() -> None:
     weight = PrototypeHead(16, replace(PLAIN, num_prototypes=4096, bottleneck=64)).prototypes()
     assert weight.std().item() == pytest.approx(0.02, rel=0.01) and weight.mean().abs() < 1e-4
     lengths = weight.norm(dim=1)
-    assert lengths.mean().item() == pytest.approx(0.02 * 64**0.5, rel=0.01) and lengths.std() > 0.005  # not normed
+    assert (
+        lengths.mean().item() == pytest.approx(0.02 * 64**0.5, rel=0.01) and lengths.std() > 0.005
+    )  # not normed
 
 
 def test_what_a_head_hands_out_does_not_change_with_its_weights() -> None:
@@ -121,13 +127,18 @@ def test_gradcheck_from_tokens_and_every_weight_to_the_fused_loss(config: Config
 
     def loss(x: Tensor, *weights: Tensor) -> Tensor:
         def compare(features: Tensor, prototypes: Tensor) -> Tensor:
-            return prototype_loss(features.unflatten(0, (4, 3)), prototypes, weight, teacher, 0.3, cross=True).value
+            return prototype_loss(
+                features.unflatten(0, (4, 3)), prototypes, weight, teacher, 0.3, cross=True
+            ).value
 
         values = dict(zip(names, weights, strict=True))
         value: Tensor = torch.func.functional_call(head, values, (x, compare))
         return value
 
-    inputs = (make(12, 4).requires_grad_(), *(p.detach().clone().requires_grad_() for p in head.parameters()))
+    inputs = (
+        make(12, 4).requires_grad_(),
+        *(p.detach().clone().requires_grad_() for p in head.parameters()),
+    )
     assert torch.autograd.gradcheck(loss, inputs)
 
 
@@ -141,13 +152,15 @@ def test_features_and_prototypes_stay_float32_under_autocast(config: Config) -> 
     torch.testing.assert_close(features.norm(dim=1), torch.ones(5))
     logits.float().logsumexp(1).sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in head.parameters())
-    assert PrototypeHead(16, config).bfloat16().prototypes().dtype == torch.float32  # as FSDP gathers it in bf16
+    assert (
+        PrototypeHead(16, config).bfloat16().prototypes().dtype == torch.float32
+    )  # as FSDP gathers it in bf16
 
 
 def test_a_head_on_the_meta_device_has_no_values() -> None:
     with torch.device("meta"):
         head = PrototypeHead(768, Config())
     assert all(p.is_meta for p in head.parameters())
-    assert sum(p.numel() for p in head.parameters()) == (768 * 2048 + 2048) + (2048**2 + 2048) + (2048 * 256 + 256) + (
-        65536 * 257
-    )
+    assert sum(p.numel() for p in head.parameters()) == (768 * 2048 + 2048) + (2048**2 + 2048) + (
+        2048 * 256 + 256
+    ) + (65536 * 257)

@@ -8,16 +8,29 @@ import pytest
 import torch
 
 from tapct.nn.backends import Span
-from tapct.nn.layers import DropKey, LayerScale, Mlp, Subset, SwiGLU, draw_subsets, kept_crops, swiglu_hidden
+from tapct.nn.layers import (
+    DropKey,
+    LayerScale,
+    Mlp,
+    Subset,
+    SwiGLU,
+    draw_subsets,
+    kept_crops,
+    swiglu_hidden,
+)
 from tapct.nn.norm import LayerNorm
 
 CPU = torch.device("cpu")
 SPANS = (Span(4, 3), Span(6, 2))
 
 
-def draw(spans: tuple[Span, ...], drop: float, step: int, *, branches: int = 1, **key: int) -> list[Subset | None]:
+def draw(
+    spans: tuple[Span, ...], drop: float, step: int, *, branches: int = 1, **key: int
+) -> list[Subset | None]:
     drop_key = DropKey(key.pop("seed", 7), step, **key)
-    return draw_subsets(spans, branches=branches, drop=drop, rounding="stochastic", key=drop_key, device=CPU)
+    return draw_subsets(
+        spans, branches=branches, drop=drop, rounding="stochastic", key=drop_key, device=CPU
+    )
 
 
 def test_layer_norm_is_the_formula_in_float64() -> None:
@@ -27,7 +40,9 @@ def test_layer_norm_is_the_formula_in_float64() -> None:
     x = torch.randn(9, 16) * 3 + 100
     wide = x.double()
     variance = ((wide - wide.mean(1, keepdim=True)) ** 2).mean(1, keepdim=True)
-    want = (wide - wide.mean(1, keepdim=True)) / (variance + 1e-6).sqrt() * norm.weight.double() + norm.bias.double()
+    want = (wide - wide.mean(1, keepdim=True)) / (
+        variance + 1e-6
+    ).sqrt() * norm.weight.double() + norm.bias.double()
     torch.testing.assert_close(norm(x).double(), want, rtol=1e-4, atol=1e-4)
 
 
@@ -62,10 +77,14 @@ def test_swiglu_is_gate_times_value() -> None:
     width = ffn.w3.in_features
     gate = x @ ffn.w12.weight[:width].T + ffn.w12.bias[:width]
     value = x @ ffn.w12.weight[width:].T + ffn.w12.bias[width:]
-    torch.testing.assert_close(ffn(x), (gate / (1 + (-gate).exp()) * value) @ ffn.w3.weight.T + ffn.w3.bias)
+    torch.testing.assert_close(
+        ffn(x), (gate / (1 + (-gate).exp()) * value) @ ffn.w3.weight.T + ffn.w3.bias
+    )
 
 
-@pytest.mark.parametrize(("hidden", "width"), [(1536, 1024), (3072, 2048), (4096, 2736), (6144, 4096), (24, 16)])
+@pytest.mark.parametrize(
+    ("hidden", "width"), [(1536, 1024), (3072, 2048), (4096, 2736), (6144, 4096), (24, 16)]
+)
 def test_swiglu_takes_two_thirds_rounded_up_to_eight(hidden: int, width: int) -> None:
     """4096 -> 2736 and 6144 -> 4096 are the widths of DINOv2's ViT-L and ViT-g."""
     assert swiglu_hidden(hidden) == width == SwiGLU(8, hidden).w3.in_features
@@ -82,7 +101,11 @@ def test_dinov2_rounding_drops_half_of_two_crops_and_stochastic_rounding_a_tenth
 @pytest.mark.parametrize("rounding", ["stochastic", "dinov2"])
 @pytest.mark.parametrize("uniform", [0.0, 0.5, 0.999])
 def test_at_least_one_crop_is_kept(rounding: str, uniform: float) -> None:
-    assert all(1 <= kept_crops(b, drop, rounding, uniform) <= b for b in range(1, 6) for drop in (0.0, 0.1, 0.5, 0.99))
+    assert all(
+        1 <= kept_crops(b, drop, rounding, uniform) <= b
+        for b in range(1, 6)
+        for drop in (0.0, 0.1, 0.5, 0.99)
+    )
 
 
 @pytest.mark.parametrize("spans", [SPANS, (Span(2, 1),), (Span(5, 1), Span(2, 3))])
@@ -113,7 +136,9 @@ def test_subsets_hold_whole_crops_in_order() -> None:
         assert subset.row_S.tolist() == sorted(subset.row_S.tolist())
         first, second = subset.row_S[:6].view(2, 3), subset.row_S[6:].view(3, 2)
         assert (first[:, 0] % 3 == 0).all() and (first - first[:, :1] == torch.arange(3)).all()
-        assert ((second[:, 0] - 12) % 2 == 0).all() and (second - second[:, :1] == torch.arange(2)).all()
+        assert ((second[:, 0] - 12) % 2 == 0).all() and (
+            second - second[:, :1] == torch.arange(2)
+        ).all()
         assert first.max() < 12 <= second.min()
         assert subset.scales == (2.0, 2.0)
 
@@ -129,13 +154,19 @@ def test_groups_are_scaled_by_their_own_counts() -> None:
 
 def test_equal_keys_draw_equal_subsets_and_every_part_of_the_key_counts() -> None:
     def rows(step: int = 1, **key: int) -> list[list[int]]:
-        return [subset.row_S.tolist() for subset in draw((Span(16, 1),), 0.5, step, branches=4, **key) if subset]
+        return [
+            subset.row_S.tolist()
+            for subset in draw((Span(16, 1),), 0.5, step, branches=4, **key)
+            if subset
+        ]
 
     base = rows(micro=0, rank=0)
     assert rows(micro=0, rank=0) == base
     others = [rows(step=2), rows(micro=1), rows(rank=1), rows(seed=8)]
     assert all(other != base for other in others)
-    assert len({tuple(branch) for branch in base}) == 4  # attention and feed-forward of every block draw their own
+    assert (
+        len({tuple(branch) for branch in base}) == 4
+    )  # attention and feed-forward of every block draw their own
 
 
 def test_groups_of_equal_shape_draw_their_own_subsets() -> None:

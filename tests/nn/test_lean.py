@@ -1,4 +1,6 @@
-"""Linear layers that make their input again: the numbers of the plain formula, and what they keep."""
+"""Linear layers that make their input again: the numbers of the plain formula, and what they
+keep.
+"""
 
 from __future__ import annotations
 
@@ -87,7 +89,9 @@ def test_another_kind_of_layer_and_hooks_of_inference_are_called() -> None:
 @pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("ffn", ["mlp", "swiglu"])
 def test_a_block_keeps_ten_numbers_per_token_and_channel(ffn: str, autocast: bool) -> None:
-    """Its input, queries, keys, values, what attention gives, the stream after it, the hidden layer (4, gated 5.3)."""
+    """Its input, queries, keys, values, what attention gives, the stream after it, the hidden layer
+    (4, gated 5.3).
+    """
     dim, spans = 48, (Span(2, 21), Span(3, 9))
     rows = sum(span.rows for span in spans)
     block = vit.Block(vit.Config(window=(4, 16, 16), dim=dim, depth=1, heads=2, ffn=ffn))
@@ -104,7 +108,11 @@ def test_a_block_keeps_ten_numbers_per_token_and_channel(ffn: str, autocast: boo
         torch.autocast("cpu", torch.bfloat16, enabled=autocast),
     ):
         block(x_TD, spans)
-    large = [each for pointer, each in kept.items() if pointer not in parameters and each.numel() >= rows * dim]
+    large = [
+        each
+        for pointer, each in kept.items()
+        if pointer not in parameters and each.numel() >= rows * dim
+    ]
     hidden = block.mlp.fc1.out_features if ffn == "mlp" else block.mlp.w12.out_features
     half = 2 if autocast else 4
     wanted = rows * (2 * 4 * dim + half * (3 + 1) * dim + half * hidden)
@@ -113,7 +121,11 @@ def test_a_block_keeps_ten_numbers_per_token_and_channel(ffn: str, autocast: boo
 
 def test_in_bf16_the_error_is_that_of_the_plain_formula() -> None:
     torch.manual_seed(0)
-    norm, linear, gain_E = LayerNorm(64), nn.Linear(64, 96), torch.full((96,), 1e-5, requires_grad=True)
+    norm, linear, gain_E = (
+        LayerNorm(64),
+        nn.Linear(64, 96),
+        torch.full((96,), 1e-5, requires_grad=True),
+    )
     x = (3 * torch.randn(200, 64)).requires_grad_()
     dy = torch.randn(200, 96)
     leaves = [x, norm.weight, norm.bias, *linear.parameters(), gain_E]

@@ -12,7 +12,9 @@ CPU = torch.device("cpu")
 
 
 def positions(grid: tuple[int, int, int], channels: int = 5) -> torch.Tensor:
-    return torch.randn(grid[0] * grid[1] * grid[2], channels, generator=torch.Generator().manual_seed(0))
+    return torch.randn(
+        grid[0] * grid[1] * grid[2], channels, generator=torch.Generator().manual_seed(0)
+    )
 
 
 @pytest.mark.parametrize("grid", [(3, 28, 28), (1, 14, 14), (3, 5, 7), (7, 5, 3), (1, 1, 6)])
@@ -22,27 +24,44 @@ def test_positions_are_untouched_at_native_size(grid: tuple[int, int, int]) -> N
 
 
 @pytest.mark.parametrize(
-    ("native", "grid"), [((1, 5, 7), (1, 7, 5)), ((1, 28, 28), (1, 12, 12)), ((1, 4, 9), (1, 11, 3))]
+    ("native", "grid"),
+    [((1, 5, 7), (1, 7, 5)), ((1, 28, 28), (1, 12, 12)), ((1, 4, 9), (1, 11, 3))],
 )
-def test_cubic_positions_are_torchs_bicubic_in_plane(native: tuple[int, int, int], grid: tuple[int, int, int]) -> None:
+def test_cubic_positions_are_torchs_bicubic_in_plane(
+    native: tuple[int, int, int], grid: tuple[int, int, int]
+) -> None:
     pos = positions(native)
     image = pos.view(native[1], native[2], -1).permute(2, 0, 1)[None]
-    want = F.interpolate(image, size=grid[1:], mode="bicubic", align_corners=False)[0].permute(1, 2, 0).reshape(-1, 5)
+    want = (
+        F.interpolate(image, size=grid[1:], mode="bicubic", align_corners=False)[0]
+        .permute(1, 2, 0)
+        .reshape(-1, 5)
+    )
     torch.testing.assert_close(resize_positions(pos, native, grid), want, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
     ("native", "grid"), [((3, 5, 7), (2, 7, 5)), ((2, 8, 8), (5, 4, 4)), ((3, 28, 28), (3, 12, 12))]
 )
-def test_linear_positions_are_torchs_trilinear(native: tuple[int, int, int], grid: tuple[int, int, int]) -> None:
+def test_linear_positions_are_torchs_trilinear(
+    native: tuple[int, int, int], grid: tuple[int, int, int]
+) -> None:
     pos = positions(native)
     volume = pos.view(*native, -1).permute(3, 0, 1, 2)[None]
-    want = F.interpolate(volume, size=grid, mode="trilinear", align_corners=False)[0].permute(1, 2, 3, 0).reshape(-1, 5)
-    torch.testing.assert_close(resize_positions(pos, native, grid, "linear"), want, rtol=1e-4, atol=1e-5)
+    want = (
+        F.interpolate(volume, size=grid, mode="trilinear", align_corners=False)[0]
+        .permute(1, 2, 3, 0)
+        .reshape(-1, 5)
+    )
+    torch.testing.assert_close(
+        resize_positions(pos, native, grid, "linear"), want, rtol=1e-4, atol=1e-5
+    )
 
 
 def test_height_and_width_are_not_swapped() -> None:
-    """A field that only depends on y must still only depend on y in a crop with other proportions."""
+    """A field that only depends on y must still only depend on y in a crop with other
+    proportions.
+    """
     y = torch.linspace(0, 1, 6)[None, :, None].expand(2, 6, 4).reshape(-1, 1)
     resized = resize_positions(y, (2, 6, 4), (3, 4, 9)).view(3, 4, 9)
     assert resized.std(1).min() > 0.1
@@ -52,9 +71,14 @@ def test_height_and_width_are_not_swapped() -> None:
 @pytest.mark.parametrize("mode", ["cubic", "linear"])
 def test_each_axis_is_resized_by_itself(mode: str) -> None:
     """The outer product of three axis signals stays the outer product of the three resized ones."""
-    signals = [torch.randn(n, generator=torch.Generator().manual_seed(n)).double() for n in (3, 5, 7)]
+    signals = [
+        torch.randn(n, generator=torch.Generator().manual_seed(n)).double() for n in (3, 5, 7)
+    ]
     product = torch.einsum("z,y,x->zyx", *signals).reshape(-1, 1)
-    resized = [axis_matrix(len(s), n, mode, CPU, torch.float64) @ s for s, n in zip(signals, (4, 3, 9), strict=True)]
+    resized = [
+        axis_matrix(len(s), n, mode, CPU, torch.float64) @ s
+        for s, n in zip(signals, (4, 3, 9), strict=True)
+    ]
     want = torch.einsum("z,y,x->zyx", *resized).reshape(-1, 1)
     torch.testing.assert_close(resize_positions(product, (3, 5, 7), (4, 3, 9), mode), want)
 

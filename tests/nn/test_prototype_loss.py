@@ -1,4 +1,6 @@
-"""The fused loss against scores that are written out, in values, gradients, statistics and memory."""
+"""The fused loss against scores that are written out, in values, gradients, statistics and
+memory.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ TEACHER, STUDENT = 0.05, 0.1
 
 
 def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed + sum(shape)), dtype=dtype)
+    return torch.randn(
+        *shape, generator=torch.Generator().manual_seed(seed + sum(shape)), dtype=dtype
+    )
 
 
 def problem(
@@ -33,7 +37,9 @@ def problem(
     weight = draw(views, rows, seed=seed + 2).abs()
     valid = draw(rows, seed=seed + 4) > -0.5
     features = F.normalize(draw(targets, rows, W, seed=seed + 3), dim=-1)
-    teacher = TeacherScores(features, draw(K, W, seed=seed + 5), TEACHER, 0.3 * draw(K, seed=seed + 6), valid)
+    teacher = TeacherScores(
+        features, draw(K, W, seed=seed + 5), TEACHER, 0.3 * draw(K, seed=seed + 6), valid
+    )
     return student, prototypes, weight, teacher
 
 
@@ -46,9 +52,13 @@ def written_out(
     log_p = torch.log_softmax(student @ prototypes.T / STUDENT, -1)
     ce = torch.stack(
         [
-            torch.stack([-(targets[g] * log_p[v]).sum(-1) for g in range(len(targets)) if not (cross and g == v)]).sum(
-                0
-            )
+            torch.stack(
+                [
+                    -(targets[g] * log_p[v]).sum(-1)
+                    for g in range(len(targets))
+                    if not (cross and g == v)
+                ]
+            ).sum(0)
             for v in range(len(student))
         ]
     )
@@ -57,7 +67,8 @@ def written_out(
 
 @pytest.mark.parametrize("rows_at_once", [1, 3, 100])
 @pytest.mark.parametrize(
-    ("views", "targets", "cross"), [(4, 2, True), (2, 2, True), (1, 1, False), (3, 2, False), (5, 3, True)]
+    ("views", "targets", "cross"),
+    [(4, 2, True), (2, 2, True), (1, 1, False), (3, 2, False), (5, 3, True)],
 )
 def test_the_fused_loss_equals_the_written_out_one(
     monkeypatch: pytest.MonkeyPatch, views: int, targets: int, cross: bool, rows_at_once: int
@@ -70,21 +81,30 @@ def test_the_fused_loss_equals_the_written_out_one(
     student.grad = prototypes.grad = None
     value, ce, goal = written_out(student, prototypes, weight, teacher, cross)
     (3.0 * value).backward()
-    assert torch.allclose(result.value, value, rtol=1e-12) and torch.allclose(result.ce_VB, ce, rtol=1e-10)
-    assert torch.allclose(found[0], student.grad, atol=1e-11) and torch.allclose(found[1], prototypes.grad, atol=1e-11)
+    assert torch.allclose(result.value, value, rtol=1e-12) and torch.allclose(
+        result.ce_VB, ce, rtol=1e-10
+    )
+    assert torch.allclose(found[0], student.grad, atol=1e-11) and torch.allclose(
+        found[1], prototypes.grad, atol=1e-11
+    )
     kept = goal[:, teacher.valid_B]
     assert torch.allclose(result.sums.mass_K, kept.sum((0, 1)), rtol=1e-10)
-    assert float(result.sums.entropy) == pytest.approx(float(torch.special.entr(kept).sum()), rel=1e-10)
+    assert float(result.sums.entropy) == pytest.approx(
+        float(torch.special.entr(kept).sum()), rel=1e-10
+    )
     assert float(result.sums.rows) == kept.shape[0] * kept.shape[1]
     sum_K, count = teacher.sum_of_scores()
     plain = (teacher.features_GBW @ teacher.prototypes_KW.T)[:, teacher.valid_B]
-    assert torch.allclose(sum_K, plain.sum((0, 1))) and float(count) == kept.shape[0] * kept.shape[1]
+    assert (
+        torch.allclose(sum_K, plain.sum((0, 1))) and float(count) == kept.shape[0] * kept.shape[1]
+    )
 
 
 def test_gradcheck() -> None:
     student, prototypes, weight, teacher = problem()
     assert torch.autograd.gradcheck(
-        lambda s, p: prototype_loss(s, p, weight, teacher, STUDENT, True).value, (student, prototypes)
+        lambda s, p: prototype_loss(s, p, weight, teacher, STUDENT, True).value,
+        (student, prototypes),
     )
 
 
@@ -92,7 +112,11 @@ def test_no_rows_are_no_loss_and_still_connected() -> None:
     student, prototypes, weight, teacher = problem(1, 1, rows=0)
     result = prototype_loss(student, prototypes, weight, teacher, STUDENT, False)
     result.value.backward()
-    assert float(result.value) == 0 and float(prototypes.grad.abs().sum()) == 0 and float(result.sums.rows) == 0
+    assert (
+        float(result.value) == 0
+        and float(prototypes.grad.abs().sum()) == 0
+        and float(result.sums.rows) == 0
+    )
 
 
 @pytest.mark.parametrize("rows_at_once", [1, 3, 100])
@@ -135,11 +159,18 @@ def test_two_ranks_are_one_problem_and_meet_once_per_iteration_and_once_before(
 
 
 def test_sinkhorn_at_temperature_001_neither_overflows_nor_forgets() -> None:
-    features, prototypes = F.normalize(draw(1, 64, W), dim=-1).float(), 3.0 * F.normalize(draw(K, W), dim=-1).float()
+    features, prototypes = (
+        F.normalize(draw(1, 64, W), dim=-1).float(),
+        3.0 * F.normalize(draw(K, W), dim=-1).float(),
+    )
     cold = TeacherScores(features, prototypes, 0.01, torch.zeros(K))
     bias = sinkhorn_bias(cold, 3)
-    wide = TeacherScores(features.double(), prototypes.double(), 0.01, torch.zeros(K, dtype=torch.float64))
-    assert bool(torch.isfinite(bias).all()) and torch.allclose(bias.double(), sinkhorn_bias(wide, 3), atol=2e-2)
+    wide = TeacherScores(
+        features.double(), prototypes.double(), 0.01, torch.zeros(K, dtype=torch.float64)
+    )
+    assert bool(torch.isfinite(bias).all()) and torch.allclose(
+        bias.double(), sinkhorn_bias(wide, 3), atol=2e-2
+    )
     no_rows = dataclasses.replace(cold, valid_B=torch.zeros(64, dtype=torch.bool))
     assert bool((sinkhorn_bias(no_rows, 3) == 0).all())
 
@@ -161,7 +192,9 @@ def test_under_autocast_the_products_are_narrow_and_the_rest_is_not() -> None:
     assert result.value.dtype == result.ce_VB.dtype == narrow[1].grad.dtype == torch.float32
     assert torch.allclose(result.ce_VB.double(), ce, rtol=0.02, atol=0.3)
     for found, wanted in zip(narrow, (student, prototypes), strict=True):
-        assert F.cosine_similarity(found.grad.double().flatten(), wanted.grad.flatten(), dim=0) > 0.999
+        assert (
+            F.cosine_similarity(found.grad.double().flatten(), wanted.grad.flatten(), dim=0) > 0.999
+        )
 
 
 def test_under_autocast_sinkhorn_rounds_products_and_no_sums() -> None:
@@ -190,7 +223,9 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024, 4 * 
 
 
 def test_memory_does_not_grow_with_rows_times_prototypes() -> None:
-    done = subprocess.run([sys.executable, "-c", MEASURE], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE], capture_output=True, text=True, check=True
+    )
     extra, one_matrix = map(float, done.stdout.split())
     assert extra < 2 * prototype_scores.CHUNK_BYTES / 2**20 + 40, f"{extra:.0f} MB"
     assert one_matrix > 370, "the written-out loss would hold several of these"

@@ -44,14 +44,18 @@ def rotation(
 
 
 def place(kind: str, index: int, n: int, side: int, mm: float) -> float:
-    """From the words of the config: where the centre of a patch lies, the centre of the crop being 0."""
+    """From the words of the config: where the centre of a patch lies, the centre of the crop being
+    0.
+    """
     if kind == "normalised":
         return 2 * (index + 0.5) / n - 1
     voxel = (index + 0.5) * side - n * side / 2
     return voxel if kind == "voxel" else voxel * mm
 
 
-def turn_slowly(x_THC: Tensor, kind: str, head_dim: int, num_prefix: int, base: float = 100.0) -> np.ndarray:
+def turn_slowly(
+    x_THC: Tensor, kind: str, head_dim: int, num_prefix: int, base: float = 100.0
+) -> np.ndarray:
     """Each token and each pair by itself, as a complex number times exp(i angle)."""
     out = x_THC.double().numpy().copy()
     num_pairs = head_dim // 6
@@ -101,7 +105,9 @@ def test_prefix_tokens_stay_to_the_bit() -> None:
 
 def test_lengths_of_queries_and_keys_are_kept() -> None:
     x_THC = heads(64).double()
-    torch.testing.assert_close(rotation().turn(x_THC).norm(dim=2), x_THC.norm(dim=2), rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        rotation().turn(x_THC).norm(dim=2), x_THC.norm(dim=2), rtol=1e-6, atol=0
+    )
 
 
 @pytest.mark.parametrize("kind", SHORTEST)
@@ -115,7 +121,9 @@ def test_scores_depend_on_differences_of_places_alone(kind: str) -> None:
     places = list(itertools.product(*map(range, GRID)))
     by_step: dict[tuple[int, ...], list[float]] = {}
     for (i, a), (j, b) in itertools.product(enumerate(places), enumerate(places)):
-        by_step.setdefault(tuple(p - r for p, r in zip(a, b, strict=True)), []).append(float(scores[i, j]))
+        by_step.setdefault(tuple(p - r for p, r in zip(a, b, strict=True)), []).append(
+            float(scores[i, j])
+        )
     assert len(by_step) == 3 * 5 * 9
     assert all(max(each) - min(each) < 1e-4 for each in by_step.values())
     means = [each[0] for each in by_step.values()]
@@ -123,7 +131,9 @@ def test_scores_depend_on_differences_of_places_alone(kind: str) -> None:
 
 
 def test_the_same_places_in_mm_at_two_spacings_turn_alike() -> None:
-    """The same body at a third of the spacing: every third patch has the centre of a coarse one, and turns like it."""
+    """The same body at a third of the spacing: every third patch has the centre of a coarse one,
+    and turns like it.
+    """
     config = Config(coordinates="mm")
     coarse = rope.coordinates(config, (3, 3, 3), PATCH, torch.tensor([[2.0, 1.0, 0.5]]), CPU)
     fine = rope.coordinates(config, (9, 9, 9), PATCH, torch.tensor([[2.0, 1.0, 0.5]]) / 3, CPU)
@@ -175,7 +185,9 @@ def test_a_drawn_scale_stretches_its_own_crop_and_axis() -> None:
     plain, stretched = rotation(num_prefix=0), rotation(num_prefix=0, scale_B3=scale_B3)
     moved = (plain.sin_TR - stretched.sin_TR).abs().amax(0) > 1e-3
     assert moved.nonzero().flatten().tolist() == list(range(20, 30))
-    assert torch.equal(plain.sin_TR[: len(plain.sin_TR) // 2], stretched.sin_TR[: len(plain.sin_TR) // 2])
+    assert torch.equal(
+        plain.sin_TR[: len(plain.sin_TR) // 2], stretched.sin_TR[: len(plain.sin_TR) // 2]
+    )
 
 
 CHANGES = {"coordinates": "voxel", "base": 50.0, "shortest": 2.0, "jitter": 1.5, "rescale": 1.5}
@@ -187,7 +199,9 @@ def test_every_field_changes_the_rotation(name: str) -> None:
         scale_B3 = rope.draw_scales(config, 2, seed=0, counters=(0,), device=CPU)
         return rotation(config, scale_B3=scale_B3).sin_TR
 
-    assert not torch.allclose(table(Config()), table(dataclasses.replace(Config(), **{name: CHANGES[name]})))  # type: ignore[arg-type]
+    assert not torch.allclose(
+        table(Config()), table(dataclasses.replace(Config(), **{name: CHANGES[name]}))
+    )  # type: ignore[arg-type]
 
 
 def test_bf16_queries_are_turned_in_float32() -> None:

@@ -22,9 +22,16 @@ from tapct.nn import heads
 from tapct.nn.posembed import resize_positions
 from tapct.plan import flops
 
-SMALL = vit.Config(window=(8, 32, 48), patch=(4, 8, 8), dim=32, depth=2, heads=2, registers=3, drop_path=0.0)
+SMALL = vit.Config(
+    window=(8, 32, 48), patch=(4, 8, 8), dim=32, depth=2, heads=2, registers=3, drop_path=0.0
+)
 HEAD = heads.Config(num_prototypes=64, hidden=40, bottleneck=16)
-CROPS: dict[str, Any] = {"num_globals": 2, "global_window": (8, 32, 48), "num_locals": 3, "local_window": (8, 16, 16)}
+CROPS: dict[str, Any] = {
+    "num_globals": 2,
+    "global_window": (8, 32, 48),
+    "num_locals": 3,
+    "local_window": (8, 16, 16),
+}
 USES = (flops.HeadUse("dino", HEAD), flops.HeadUse("ibot", HEAD))
 
 
@@ -42,7 +49,9 @@ def attention_flops(q: torch.Size, *others: Any, out_shape: Any = None, **kwargs
     return 4 * q[0] * q[1] * q[2] ** 2 * q[3]
 
 
-def attention_backward_flops(gradient: torch.Size, *others: Any, out_shape: Any = None, **kwargs: Any) -> int:
+def attention_backward_flops(
+    gradient: torch.Size, *others: Any, out_shape: Any = None, **kwargs: Any
+) -> int:
     """Twice that: scores that are made again are no work."""
     return 2 * attention_flops(gradient)
 
@@ -63,7 +72,9 @@ def test_backbone_flops_are_what_torch_counts(ffn: str) -> None:
         model([globals_BZYX])
     with FlopCounterMode(display=False, custom_mapping=FUSED) as student:
         tokens = model([globals_BZYX, locals_BZYX])
-    pos_ND = torch.zeros(48, SMALL.dim, requires_grad=True)  # resized once a step whatever the batch: not in the plan
+    pos_ND = torch.zeros(
+        48, SMALL.dim, requires_grad=True
+    )  # resized once a step whatever the batch: not in the plan
     with FlopCounterMode(display=False) as resize:
         resized = resize_positions(pos_ND, SMALL.grid, (2, 2, 2))
     with FlopCounterMode(display=False) as resize_backward:
@@ -74,7 +85,8 @@ def test_backbone_flops_are_what_torch_counts(ffn: str) -> None:
     assert sum(each.teacher_flops for each in backbone) == teacher.get_total_flops()
     forward = student.get_total_flops() - resize.get_total_flops()
     assert sum(each.student_flops for each in backbone) == forward
-    # twice the forward pass, but for the input's gradient of the patch embedding, which nobody needs
+    # twice the forward pass, but for the input's gradient of the patch embedding, which nobody
+    # needs
     want = 2 * forward - part(costs, "patch embedding").student_flops
     assert backward.get_total_flops() - resize_backward.get_total_flops() == want
 
@@ -111,9 +123,9 @@ def test_head_flops_are_what_torch_counts() -> None:
         for rows, kind in ((student_rows, "student_flops"), (teacher_rows, "teacher_flops")):
             with FlopCounterMode(display=False) as counter:
                 head(torch.randn(int(rows), SMALL.dim))
-            assert sum(getattr(part(costs, f"{name} {each}"), kind) for each in ("MLP", "prototypes")) == (
-                counter.get_total_flops()
-            )
+            assert sum(
+                getattr(part(costs, f"{name} {each}"), kind) for each in ("MLP", "prototypes")
+            ) == (counter.get_total_flops())
 
 
 def test_a_plain_last_layer_is_one_number_a_prototype_less_and_costs_the_same() -> None:
@@ -150,7 +162,10 @@ def test_the_published_model_has_its_published_sizes() -> None:
     assert [view.grid for view in costs.views] == [(3, 28, 28), (3, 12, 12)]
     assert [view.tokens for view in costs.views] == [2357, 437]
     assert (
-        costs.parameters - part(costs, "dino MLP").parameters - part(costs, "dino prototypes").parameters == 87_083_520
+        costs.parameters
+        - part(costs, "dino MLP").parameters
+        - part(costs, "dino prototypes").parameters
+        == 87_083_520
     )
     # 2 FLOPs per weight of the blocks and token, and 4 N D per token and block for attention
     forward = 2 * 2357 * (12 * (12 * 768**2 * 2 + 4 * 2357 * 768))
@@ -161,7 +176,9 @@ def test_the_published_model_has_its_published_sizes() -> None:
 
 def test_a_step_is_three_student_passes_and_one_of_the_teacher() -> None:
     costs = small_plan()
-    assert costs.flops_per_sample == sum(3 * each.student_flops + each.teacher_flops for each in costs.parts)
+    assert costs.flops_per_sample == sum(
+        3 * each.student_flops + each.teacher_flops for each in costs.parts
+    )
     dropped = small_plan(dataclasses.replace(SMALL, drop_path=0.5))
     for name, factor in (("attention", 0.5), ("feed-forward", 0.5), ("patch embedding", 1.0)):
         assert part(dropped, name).student_flops == factor * part(costs, name).student_flops
@@ -176,11 +193,17 @@ def test_sinkhorn_with_too_many_prototypes_is_warned_of_and_centring_is_not() ->
     assert "losses.dino.head.num_prototypes=1024" in warning and "centring" in warning
     assert f"{math.log(65536 / 16):.1f} of ln K = {math.log(65536):.1f}" in warning
     assert small_plan(head_uses=(flops.HeadUse("dino", big),), global_batch=8).warnings == ()
-    assert small_plan(head_uses=(flops.HeadUse("dino", big, sinkhorn=True),), global_batch=512).warnings == ()
+    assert (
+        small_plan(
+            head_uses=(flops.HeadUse("dino", big, sinkhorn=True),), global_batch=512
+        ).warnings
+        == ()
+    )
 
 
 @pytest.mark.parametrize(
-    ("prototypes", "rows", "warns"), [(1024, 16, False), (1025, 16, True), (64, 1, False), (2, 0, True)]
+    ("prototypes", "rows", "warns"),
+    [(1024, 16, False), (1025, 16, True), (64, 1, False), (2, 0, True)],
 )
 def test_the_capacity_rule_is_64_prototypes_a_row(prototypes: int, rows: int, warns: bool) -> None:
     assert (flops.capacity_warning("ibot", prototypes, rows) is not None) == warns
@@ -194,7 +217,9 @@ def test_ibot_capacity_counts_masked_patches() -> None:
 
 
 def test_a_window_that_the_patch_does_not_divide_is_refused() -> None:
-    with pytest.raises(UserError, match="views.local_window 8x16x15 is no multiple of model.patch 4x8x8"):
+    with pytest.raises(
+        UserError, match="views.local_window 8x16x15 is no multiple of model.patch 4x8x8"
+    ):
         small_plan(local_window=(8, 16, 15))
 
 
@@ -208,5 +233,8 @@ def test_the_tables_show_parts_totals_and_warnings() -> None:
 
 
 def test_the_command_lines_start_up_does_not_load_the_plan() -> None:
-    code = "import sys, tapct.cli; sys.exit('tapct.plan.flops' in sys.modules or 'fvcore' in sys.modules)"
+    code = (
+        "import sys, tapct.cli; sys.exit('tapct.plan.flops' in sys.modules or 'fvcore' in "
+        "sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

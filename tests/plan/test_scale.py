@@ -1,4 +1,6 @@
-"""Memory and time of a plan against real networks, torch's own counters, and formulas written out."""
+"""Memory and time of a plan against real networks, torch's own counters, and formulas written
+out.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +56,9 @@ def smoke(*overrides: str, name: str = "smoke") -> RunConfig:
 def sizes_of(config: RunConfig) -> footprint.Sizes:
     views, tokens = config.views, command.tokens_of(config)
     masked = command.masked_share(config) * views.num_globals * tokens
-    return footprint.Sizes(views.num_globals, views.global_window, views.num_locals, views.local_window, tokens, masked)
+    return footprint.Sizes(
+        views.num_globals, views.global_window, views.num_locals, views.local_window, tokens, masked
+    )
 
 
 @functools.cache
@@ -76,7 +80,9 @@ def real_inputs(config: RunConfig) -> tuple[Views, Masks]:
     sizes = sizes_of(config)
     grid = (2, 8, 8)
     in_scan = torch.ones(2, SAMPLES, sizes.num_tokens, dtype=torch.bool)
-    counts = masks.counts(config.masks, num_crops_global=2 * SAMPLES, num_tokens=sizes.num_tokens, seed=0, step=0)
+    counts = masks.counts(
+        config.masks, num_crops_global=2 * SAMPLES, num_tokens=sizes.num_tokens, seed=0, step=0
+    )
     drawn = masks.draw(counts, grid, in_scan, torch.arange(SAMPLES), config.masks, 0)
     views = Views(
         torch.randn(2, SAMPLES, *sizes.global_window),
@@ -96,7 +102,9 @@ def real_step(config: RunConfig, pair: StudentTeacher, inputs: tuple[Views, Mask
 def peak_of(seen: profile) -> int:
     """Most bytes that were allocated and not yet freed, in a profile."""
     events = seen.profiler.kineto_results.events()  # type: ignore[union-attr]
-    moves = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
+    moves = sorted(
+        (event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"
+    )
     return max(itertools.accumulate(size for _, size in moves))
 
 
@@ -140,7 +148,9 @@ def test_activations_are_what_autograd_saves(overrides: tuple[str, ...]) -> None
         real_step(config, pair, inputs)
     linear = footprint.weigh(pair).linear
     copies = 2 * linear if config.train.precision == "bf16" else 0
-    assert counted(*overrides).of(SAMPLES).activations + copies == pytest.approx(sum(saved.values()), rel=0.05)
+    assert counted(*overrides).of(SAMPLES).activations + copies == pytest.approx(
+        sum(saved.values()), rel=0.05
+    )
 
 
 @pytest.mark.parametrize("overrides", [*CASES, AGAIN], ids=" ".join)
@@ -162,7 +172,8 @@ def test_the_peak_is_what_the_profiler_sees(overrides: tuple[str, ...]) -> None:
 @pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")
 @pytest.mark.parametrize("accumulation", [1, 3])
 def test_the_peak_of_a_rank_is_what_the_profiler_sees(four_ranks: None, accumulation: int) -> None:
-    """FSDP as a run uses it, on one of four ranks whose collectives move nothing: all of its buffers are real.
+    """FSDP as a run uses it, on one of four ranks whose collectives move nothing: all of its
+    buffers are real.
 
     The plan is a little above: it takes all gradients to be there while the activations still are.
     """
@@ -196,11 +207,16 @@ def test_a_plug_in_that_asks_for_values_leaves_the_flops(monkeypatch: pytest.Mon
     out = io.StringIO()
     Console(file=out, width=80).print(command.tables(smoke(), command.Options()))
     said = " ".join(out.getvalue().split())
-    assert "feed-forward" in said and "memory and time are not told: one of vit, dino, ibot, koleo needs values" in said
+    assert (
+        "feed-forward" in said
+        and "memory and time are not told: one of vit, dino, ibot, koleo needs values" in said
+    )
 
 
 def test_one_process_and_a_rank_leave_the_same_for_the_backward_pass() -> None:
-    """The count is made with weights as FSDP gathers them; every line of a larger batch is on one straight line."""
+    """The count is made with weights as FSDP gathers them; every line of a larger batch is on one
+    straight line.
+    """
     few, many = counted().few, counted().many
     assert many.activations / few.activations == pytest.approx(2, rel=0.1)
     assert many.inputs == 2 * few.inputs
@@ -217,10 +233,17 @@ def test_state_is_what_adamw_really_holds(overrides: tuple[str, ...]) -> None:
     held = sum(p.nbytes for network in (pair.student, *pair.frozen()) for p in network.parameters())
     held += sum(p.grad.nbytes for p in pair.student.parameters() if p.grad is not None)
     updater.step(Schedules(config.optim, 10, 8).at(5), torch.zeros(()))
-    held += sum(x.nbytes for state in updater.optimizer.state.values() for x in state.values() if x.numel() > 1)
+    held += sum(
+        x.nbytes
+        for state in updater.optimizer.state.values()
+        for x in state.values()
+        if x.numel() > 1
+    )
     # as many bytes again as moments of a single number are left out above
     single = sum(p.numel() == 1 for p in pair.student.parameters())
-    planned = scale.memory_of(DEMAND, weights(*overrides), counted(*overrides), gpus=1, shard=1, samples=4)
+    planned = scale.memory_of(
+        DEMAND, weights(*overrides), counted(*overrides), gpus=1, shard=1, samples=4
+    )
     assert planned.state == held + 8 * single
 
 
@@ -255,20 +278,28 @@ def row(gpus: int, samples: int = 4, shard: int = 1, **changes: Any) -> scale.Me
 
 
 def table(
-    asked: scale.Asked | None = None, store: scale.StoreFacts | None = None, flops: float = STEP, **changes: Any
+    asked: scale.Asked | None = None,
+    store: scale.StoreFacts | None = None,
+    flops: float = STEP,
+    **changes: Any,
 ) -> scale.Scale:
     demand = dataclasses.replace(DEMAND, **changes)
-    return scale.tables(demand, asked or scale.Asked(), weights(), counted(), flops_per_step=flops, store=store)
+    return scale.tables(
+        demand, asked or scale.Asked(), weights(), counted(), flops_per_step=flops, store=store
+    )
 
 
 def test_copies_are_gathered_blocks_heads_and_whole_gradients() -> None:
     w = weights()
     assert row(gpus=1).copies == 2 * w.linear
     assert row(gpus=1, bf16=False).copies == 0
-    # bf16: heads, two blocks with gradients in bf16 and float32; float32 what is outside of the blocks
+    # bf16: heads, two blocks with gradients in bf16 and float32; float32 what is outside of the
+    # blocks
     gathered = 2 * w.heads + 4 * w.rest + 2 * w.block * (2 + 2 + 4)
     assert row(gpus=4, samples=16).copies == gathered
-    assert row(gpus=4, samples=4).copies == gathered + 4 * w.total, "whole gradients wait for the last micro-batch"
+    assert row(gpus=4, samples=4).copies == gathered + 4 * w.total, (
+        "whole gradients wait for the last micro-batch"
+    )
     assert row(gpus=4, samples=16).kept == 0 < row(gpus=4, samples=4).kept
 
 
@@ -299,14 +330,26 @@ def test_only_numbers_that_share_the_batch_are_rows() -> None:
     told = table(scale.Asked(gpus=(1, 3, 12, 16, 64)))
     assert [memory.gpus for memory in told.as_set] == [1, 16]
     reasons = {counts: reason for reason, counts in told.left_out}
-    assert "train.global_batch 64" in reasons[(3,)] and "do not divide" in reasons[(12,)] and "KoLeo" in reasons[(64,)]
+    assert (
+        "train.global_batch 64" in reasons[(3,)]
+        and "do not divide" in reasons[(12,)]
+        and "KoLeo" in reasons[(64,)]
+    )
     free = table(scale.Asked(gpus=(64,)), koleo="world")
     assert free.as_set[0].samples == 1
 
 
 REFUSED: dict[str, tuple[scale.Asked, dict[str, Any], str]] = {
-    "batch": (scale.Asked(gpus=(3, 5)), {}, "3, 5: train.global_batch 64 is not shared equally at accumulation 1"),
-    "accumulation": (scale.Asked(gpus=(8,)), {"accumulation": 16}, "8: train.global_batch 64 .* at accumulation 16"),
+    "batch": (
+        scale.Asked(gpus=(3, 5)),
+        {},
+        "3, 5: train.global_batch 64 is not shared equally at accumulation 1",
+    ),
+    "accumulation": (
+        scale.Asked(gpus=(8,)),
+        {"accumulation": 16},
+        "8: train.global_batch 64 .* at accumulation 16",
+    ),
     "shard": (scale.Asked(gpus=(8,)), {"shard": 3}, "8: 3 that hold a copy"),
     "neighbours": (scale.Asked(gpus=(64,)), {}, "64: KoLeo would have one sample"),
     "memory": (scale.Asked(memory=1e6), {}, r"nothing fits: 2 samples at a time on \d+ GPUs take"),
@@ -337,12 +380,16 @@ def test_options_that_make_no_sense_are_refused(changes: dict[str, Any], reason:
         command.asked(smoke(), command.Options(**changes))
 
 
-def test_a_rate_is_given_or_measured_and_never_made_up(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_rate_is_given_or_measured_and_never_made_up(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     config = smoke(f"data.store={tmp_path}")
     assert command.asked(config, command.Options()).rate is None
     assert command.asked(config, command.Options(tflops=200.0)).rate == 200e12
     assert command.asked(config, command.Options(tflops=1000.0, utilisation=0.25)).rate == 250e12
-    monkeypatch.setattr(command, "gemm_rate", lambda device, dtype: 3e12 if dtype == torch.bfloat16 else 1e12)
+    monkeypatch.setattr(
+        command, "gemm_rate", lambda device, dtype: 3e12 if dtype == torch.bfloat16 else 1e12
+    )
     measured = command.asked(config, command.Options(measure=True))
     assert measured.rate == 3e12 * command.UTILISATION and "assumption" in measured.rate_from
     assert measured.slabs_per_thread is None
@@ -363,7 +410,9 @@ def test_a_store_tells_its_share_of_int16_and_its_slices(tmp_path: Path) -> None
     voxels = sum(z * y * x for z, y, x in (scan.shape_ZYX for scan in scans))
     assert facts is not None and facts.scans == len(scans)
     assert facts.share == sum(file.stat().st_size for file in found.glob("*.b2nd")) / (2 * voxels)
-    assert facts.in_plane == sum(y * x for _, y, x in (scan.shape_ZYX for scan in scans)) / len(scans)
+    assert facts.in_plane == sum(y * x for _, y, x in (scan.shape_ZYX for scan in scans)) / len(
+        scans
+    )
     config = config_of(tmp_path / "here", found, "train.global_batch=8").value
     asked = command.asked(config, command.Options(measure=True))
     told = command.make_scale(config, command.make_plan(config), asked)
@@ -373,19 +422,31 @@ def test_a_store_tells_its_share_of_int16_and_its_slices(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("batch", [1, 2, 5, 64])
 def test_the_masked_share_is_that_of_the_steps(batch: int) -> None:
-    config = smoke("losses.koleo=null", f"train.global_batch={batch}", "masks.probability=0.5", "masks.ratio=[0.1,0.5]")
+    config = smoke(
+        "losses.koleo=null",
+        f"train.global_batch={batch}",
+        "masks.probability=0.5",
+        "masks.ratio=[0.1,0.5]",
+    )
     crops, tokens = 2 * batch, 2 * 8 * 8
     steps = [
-        masks.counts(config.masks, num_crops_global=crops, num_tokens=tokens, seed=3, step=step) for step in range(20)
+        masks.counts(config.masks, num_crops_global=crops, num_tokens=tokens, seed=3, step=step)
+        for step in range(20)
     ]
-    assert command.masked_share(config) == pytest.approx(sum(map(sum, steps)) / (20 * crops * tokens))
+    assert command.masked_share(config) == pytest.approx(
+        sum(map(sum, steps)) / (20 * crops * tokens)
+    )
     uses = {part.name: part for part in command.make_plan(config).parts}
     per_row = 2 * 64 * 256  # bottleneck x prototypes
     assert uses["ibot prototypes"].teacher_flops == pytest.approx(sum(steps[0]) / batch * per_row)
 
 
 def test_sinkhorn_is_warned_of_by_the_rows_of_a_micro_batch() -> None:
-    words = ["losses.dino.targets.kind=sinkhorn", "losses.dino.head.num_prototypes=1024", "train.global_batch=8"]
+    words = [
+        "losses.dino.targets.kind=sinkhorn",
+        "losses.dino.head.num_prototypes=1024",
+        "train.global_batch=8",
+    ]
     assert command.make_plan(smoke(*words)).warnings == ()
     (warning,) = command.make_plan(smoke(*words, "train.accumulation=4")).warnings
     assert "1024 prototypes for 4 rows" in warning
@@ -398,28 +459,43 @@ def planned(*overrides: str) -> str:
 
 
 def test_a_stage_is_named_with_the_words_to_plan_it_by() -> None:
-    told = planned("train.steps=9", 'stages=[{start: 2, set: [seed=0, "losses[koleo].weight=1"]}, {start: 4}]')
-    assert "Warning: stages[0] is not counted; for it give 'stages=[]' seed=0 losses[koleo].weight=1" in told
+    told = planned(
+        "train.steps=9", 'stages=[{start: 2, set: [seed=0, "losses[koleo].weight=1"]}, {start: 4}]'
+    )
+    assert (
+        "Warning: stages[0] is not counted; for it give 'stages=[]' seed=0 losses[koleo].weight=1"
+        in told
+    )
     assert "stages[1]" not in told
     assert "is not counted" not in planned()
 
 
 def test_the_snapshot_of_the_teacher_sees_the_global_crops_too() -> None:
     plain, gram = command.make_plan(smoke()), command.make_plan(smoke("losses.gram.start=10"))
-    backbone = sum(part.teacher_flops for part in plain.parts if not part.name.startswith(("dino", "ibot")))
-    assert gram.flops_per_sample - plain.flops_per_sample == pytest.approx(backbone) and backbone > 0
+    backbone = sum(
+        part.teacher_flops for part in plain.parts if not part.name.startswith(("dino", "ibot"))
+    )
+    assert (
+        gram.flops_per_sample - plain.flops_per_sample == pytest.approx(backbone) and backbone > 0
+    )
 
 
 def test_a_large_vit_is_planned_without_values() -> None:
     config = smoke(name="tap_l_3d")
     costs = command.make_plan(config)
-    backbone = sum(part.parameters for part in costs.parts if not part.name.startswith(("dino", "ibot")))
-    # 24 blocks: 12 D^2 and 13 D, two LayerScales; embedding, positions, CLS, 4 registers, mask token, last norm
+    backbone = sum(
+        part.parameters for part in costs.parts if not part.name.startswith(("dino", "ibot"))
+    )
+    # 24 blocks: 12 D^2 and 13 D, two LayerScales; embedding, positions, CLS, 4 registers, mask
+    # token, last norm
     single = 1024 * ((4 * 8 * 8 + 1) + (3 * 28 * 28 + 1) + 1 + 4 + 1 + 2)
     assert backbone == 24 * (12 * 1024**2 + 13 * 1024 + 2 * 1024) + single
     told = command.make_scale(config, costs, scale.Asked(memory=80e9))
     fits = dict(told.largest)
-    said = re.findall(r"train.accumulation=(\d+) on (\d+) of them", (ROOT / "configs" / "tap_l_3d.yaml").read_text())
+    said = re.findall(
+        r"train.accumulation=(\d+) on (\d+) of them",
+        (ROOT / "configs" / "tap_l_3d.yaml").read_text(),
+    )
     assert said
     for accumulation, gpus in said:
         memory = fits[int(gpus)]
@@ -445,7 +521,13 @@ def test_tables_fit_80_columns_and_say_how_to_get_times() -> None:
 def test_tokens_of_a_micro_batch_are_let_go_when_the_next_is_done(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = config_of(tmp_path, make_store(tmp_path), "train.accumulation=4", "train.global_batch=8", "train.steps=1")
+    config = config_of(
+        tmp_path,
+        make_store(tmp_path),
+        "train.accumulation=4",
+        "train.global_batch=8",
+        "train.steps=1",
+    )
     seen: list[weakref.ref[Tensor]] = []
     alive: list[int] = []
     real = loop.Trainer.forward_backward

@@ -19,23 +19,40 @@ from tapct.base.exits import UserError
 from tapct.report import compare
 
 Config = dict[str, Any]
-BASE: Config = {"out": "runs/x", "seed": 0, "optim": {"lr": 0.001}, "model": {"patch": [4, 8, 8]}, "device": "cpu"}
+BASE: Config = {
+    "out": "runs/x",
+    "seed": 0,
+    "optim": {"lr": 0.001},
+    "model": {"patch": [4, 8, 8]},
+    "device": "cpu",
+}
 
 
-def make_run(folder: Path, steps: int, seed: int, config: Config | None = None, dice: float | None = None) -> Path:
+def make_run(
+    folder: Path, steps: int, seed: int, config: Config | None = None, dice: float | None = None
+) -> Path:
     """A run folder with drawn metrics; rankme only at every tenth step."""
     folder.mkdir(parents=True)
     draw = random.Random(seed)
     with (folder / "metrics.jsonl").open("w") as file:
         for step in range(1, steps + 1):
             row = {"step": step, "loss/total": 5 + draw.random(), "loss/ibot": draw.random()}
-            row |= {"health/ibot_ln_k_minus_ce": draw.random(), "health/ibot_information": draw.random()}
+            row |= {
+                "health/ibot_ln_k_minus_ce": draw.random(),
+                "health/ibot_information": draw.random(),
+            }
             row |= {"health/rankme": draw.random()} if step % 10 == 0 else {}
             file.write(json.dumps({**row, "seconds/step": 0.1 + draw.random()}) + "\n")
-    (folder / "config.yaml").write_text(yaml.safe_dump({**(config or BASE), "out": str(folder)}, sort_keys=False))
+    (folder / "config.yaml").write_text(
+        yaml.safe_dump({**(config or BASE), "out": str(folder)}, sort_keys=False)
+    )
     if dice is not None:
         (folder / "eval").mkdir()
-        models = {"pretrained": {"mean_dice": dice}, "untrained": {"mean_dice": 0.2}, "raw_hu": {"mean_dice": 0.1}}
+        models = {
+            "pretrained": {"mean_dice": dice},
+            "untrained": {"mean_dice": 0.2},
+            "raw_hu": {"mean_dice": 0.1},
+        }
         (folder / "eval" / "results.json").write_text(json.dumps({"models": models}))
     return folder
 
@@ -53,7 +70,11 @@ def value(cell: str) -> float:
 
 
 def test_numbers_are_means_of_the_last_twenty_steps(tmp_path: Path) -> None:
-    runs = [make_run(tmp_path / "a", 57, 1, dice=0.5), make_run(tmp_path / "b", 8, 2), make_run(tmp_path / "c", 95, 3)]
+    runs = [
+        make_run(tmp_path / "a", 57, 1, dice=0.5),
+        make_run(tmp_path / "b", 8, 2),
+        make_run(tmp_path / "c", 95, 3),
+    ]
     told = table_of(compare.read(runs))
     assert told["Steps"] == ["57", "8", "95"]
     names = {
@@ -64,10 +85,16 @@ def test_numbers_are_means_of_the_last_twenty_steps(tmp_path: Path) -> None:
         slow = [statistics.fmean([row[metric] for row in rows_of(run)][-20:]) for run in runs]
         assert [value(cell) for cell in told[name]] == pytest.approx(slow, abs=1e-3), name
     slow_seconds = [statistics.median(row["seconds/step"] for row in rows_of(run)) for run in runs]
-    assert [value(cell) for cell in told["Seconds per step, median"]] == pytest.approx(slow_seconds, abs=1e-2)
-    ranks = [[row["health/rankme"] for row in rows_of(run) if "health/rankme" in row] for run in runs]
+    assert [value(cell) for cell in told["Seconds per step, median"]] == pytest.approx(
+        slow_seconds, abs=1e-2
+    )
+    ranks = [
+        [row["health/rankme"] for row in rows_of(run) if "health/rankme" in row] for run in runs
+    ]
     assert told["RankMe"][1] == compare.BLANK  # 8 steps: never written
-    assert value(told["RankMe"][0]) == pytest.approx(statistics.fmean(ranks[0][-2:]), abs=1e-3)  # steps 40 and 50
+    assert value(told["RankMe"][0]) == pytest.approx(
+        statistics.fmean(ranks[0][-2:]), abs=1e-3
+    )  # steps 40 and 50
     assert told["Frozen Dice"] == ["0.500", compare.BLANK, compare.BLANK]
     assert told["Dice over the best baseline"] == ["+0.300", compare.BLANK, compare.BLANK]
 
@@ -75,15 +102,27 @@ def test_numbers_are_means_of_the_last_twenty_steps(tmp_path: Path) -> None:
 def test_a_metric_that_is_written_rarely_shows_its_newest_value(tmp_path: Path) -> None:
     run = make_run(tmp_path / "a", 30, 1)
     with (run / "metrics.jsonl").open("a") as file:
-        file.writelines(json.dumps({"step": step, "loss/total": 1.0}) + "\n" for step in range(31, 100))
+        file.writelines(
+            json.dumps({"step": step, "loss/total": 1.0}) + "\n" for step in range(31, 100)
+        )
     told = table_of(compare.read([run]))
     assert value(told["RankMe"][0]) == pytest.approx(rows_of(run)[29]["health/rankme"], abs=1e-3)
     assert value(told["Total loss"][0]) == 1
 
 
 def test_only_settings_that_differ_are_told(tmp_path: Path) -> None:
-    other = {**BASE, "device": "cuda", "optim": {"lr": 0.002}, "model": {"patch": [4, 16, 16]}, "more": 1}
-    runs = [make_run(tmp_path / "a", 5, 1), make_run(tmp_path / "b", 5, 2, other), make_run(tmp_path / "c", 5, 3)]
+    other = {
+        **BASE,
+        "device": "cuda",
+        "optim": {"lr": 0.002},
+        "model": {"patch": [4, 16, 16]},
+        "more": 1,
+    }
+    runs = [
+        make_run(tmp_path / "a", 5, 1),
+        make_run(tmp_path / "b", 5, 2, other),
+        make_run(tmp_path / "c", 5, 3),
+    ]
     comparison = compare.read(runs)
     assert dict(compare.settings(comparison)) == {
         "optim.lr": ["0.001", "0.002", "0.001"],
@@ -130,7 +169,10 @@ def test_fifteen_runs_look_different(tmp_path: Path) -> None:
 @pytest.mark.parametrize("width", [40, 80, 132])
 def test_the_table_fits_the_terminal_however_many_runs(tmp_path: Path, width: int) -> None:
     long = {**BASE, "losses": {"dino": {"head": {"num_prototypes_of_a_very_long_name": "x" * 50}}}}
-    runs = [make_run(tmp_path / f"sweep_with_a_long_name_{i}", 3, i, long if i else None) for i in range(9)]
+    runs = [
+        make_run(tmp_path / f"sweep_with_a_long_name_{i}", 3, i, long if i else None)
+        for i in range(9)
+    ]
     comparison = compare.read(runs)
     text = compare.render_text(comparison, width)
     assert max(map(len, text.splitlines())) <= width and text.isascii()
@@ -147,10 +189,23 @@ def test_what_is_no_run_is_told_in_one_line_each(tmp_path: Path) -> None:
     bare = tmp_path / "bare"
     bare.mkdir()
     (bare / "metrics.jsonl").write_text('{"step": 1, "loss/to')
-    folders = [good, tmp_path / "good" / ".." / "good", tmp_path / "empty", tmp_path / "file", tmp_path / "no", bare]
+    folders = [
+        good,
+        tmp_path / "good" / ".." / "good",
+        tmp_path / "empty",
+        tmp_path / "file",
+        tmp_path / "no",
+        bare,
+    ]
     comparison = compare.read(folders)
     assert [run.name for run in comparison.runs] == ["good"]
-    ends = ("it is shown once", "no metrics.jsonl", "is not a run folder", "is not there", "no finished step yet")
+    ends = (
+        "it is shown once",
+        "no metrics.jsonl",
+        "is not a run folder",
+        "is not there",
+        "no finished step yet",
+    )
     assert len(comparison.notes) == len(ends)
     for note, end in zip(comparison.notes, ends, strict=True):
         assert note.endswith(end) and "\n" not in note
@@ -159,9 +214,15 @@ def test_what_is_no_run_is_told_in_one_line_each(tmp_path: Path) -> None:
 
 
 def test_broken_files_leave_blanks(tmp_path: Path) -> None:
-    good, ill = make_run(tmp_path / "good", 30, 1, dice=0.3), make_run(tmp_path / "ill", 30, 2, dice=0.3)
+    good, ill = (
+        make_run(tmp_path / "good", 30, 1, dice=0.3),
+        make_run(tmp_path / "ill", 30, 2, dice=0.3),
+    )
     with (ill / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 31, "loss/total": null, "seconds/step": "fast"}\n[1]\n{"step": "x"}\n{"step": 32, "lo')
+        file.write(
+            '{"step": 31, "loss/total": null, "seconds/step": "fast"}\n[1]\n{"step": '
+            '"x"}\n{"step": 32, "lo'
+        )
     (ill / "config.yaml").write_text("a: [1,\n b")
     (ill / "eval" / "results.json").write_text('{"models": ')
     comparison = compare.read([good, ill])
@@ -178,7 +239,13 @@ def test_broken_files_leave_blanks(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "results", [{"models": []}, {"models": {"pretrained": 3}}, {"models": {"pretrained": {"mean_dice": None}}}, {}]
+    "results",
+    [
+        {"models": []},
+        {"models": {"pretrained": 3}},
+        {"models": {"pretrained": {"mean_dice": None}}},
+        {},
+    ],
 )
 def test_strange_results_are_a_blank(tmp_path: Path, results: Any) -> None:
     run = make_run(tmp_path / "a", 5, 1, dice=0.3)

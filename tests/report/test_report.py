@@ -22,7 +22,9 @@ LN_K = math.log(256)
 
 
 class Page(HTMLParser):
-    """Collects what the tests ask about, and insists that every element is closed where it should be."""
+    """Collects what the tests ask about, and insists that every element is closed where it should
+    be.
+    """
 
     def __init__(self, html: str) -> None:
         super().__init__()
@@ -36,7 +38,11 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags[tag] = self.tags.get(tag, 0) + 1
-        self.links += [value or "" for name, value in attrs if name in ("src", "href", "srcset", "action", "data")]
+        self.links += [
+            value or ""
+            for name, value in attrs
+            if name in ("src", "href", "srcset", "action", "data")
+        ]
         if tag not in VOID:
             self.open.append(tag)
 
@@ -56,7 +62,11 @@ class Page(HTMLParser):
 def record(step: int, alive: float = 1.0) -> dict[str, Any]:
     """One step's metrics; `alive` scales what the targets say about their sample."""
     wave = 0.1 * math.sin(step * 1.7)
-    ce_global, ce_local, ce_ibot = LN_K - alive + wave, LN_K - 0.6 * alive - 0.5 * wave, LN_K - 1.5 * alive
+    ce_global, ce_local, ce_ibot = (
+        LN_K - alive + wave,
+        LN_K - 0.6 * alive - 0.5 * wave,
+        LN_K - 1.5 * alive,
+    )
     return {
         "step": step, "samples": 8 * step, "lr": 1e-3, "wd": 0.1, "momentum": 0.99, "teacher_temp": 0.04,
         "loss/total": 9.0 - alive, "loss/dino_global": ce_global / 5, "loss/koleo": -0.05, "loss/ibot": ce_ibot,
@@ -73,7 +83,9 @@ def record(step: int, alive: float = 1.0) -> dict[str, Any]:
 
 def run_folder(root: Path, steps: int = 40, alive: float = 1.0) -> Path:
     root.mkdir(parents=True, exist_ok=True)
-    (root / "metrics.jsonl").write_text("".join(json.dumps(record(s, alive)) + "\n" for s in range(1, steps + 1)))
+    (root / "metrics.jsonl").write_text(
+        "".join(json.dumps(record(s, alive)) + "\n" for s in range(1, steps + 1))
+    )
     return root
 
 
@@ -131,7 +143,10 @@ def test_the_dice_table_says_what_the_results_say(tmp_path: Path) -> None:
     run = run_folder(tmp_path / "run")
     add_evaluation(run)
     words = Page(page.write(run).read_text()).words
-    assert "fitted on 2 scans and judged on 1, split by patients. Dice is counted at patch resolution." in words
+    assert (
+        "fitted on 2 scans and judged on 1, split by patients. Dice is counted at patch resolution."
+        in words
+    )
     assert "Frozen Dice0.600+0.125 over untrained" in words
     assert "liver0.8000.5000.200+0.300" in words
     assert "<aorta>0.4000.450\u2013\u22120.050" in words
@@ -149,7 +164,9 @@ def test_what_is_missing_is_named_with_the_command_that_makes_it(tmp_path: Path)
     run.mkdir()
     (run / "metrics.jsonl").write_text('{"step": 1}\n')
     words = Page(page.write(run).read_text()).words
-    assert f"tapct eval {run}" in words and "tapct index" in words and "tapct train writes it" in words
+    assert (
+        f"tapct eval {run}" in words and "tapct index" in words and "tapct train writes it" in words
+    )
     assert words.count("logged none of these numbers") == 4
     (run / "eval").mkdir()
     (run / "eval" / "results.json").write_text('{"models": {')
@@ -160,7 +177,9 @@ def test_what_is_missing_is_named_with_the_command_that_makes_it(tmp_path: Path)
 def test_no_finished_step_is_one_clear_line(tmp_path: Path, content: str | None) -> None:
     if content is not None:
         (tmp_path / "metrics.jsonl").write_text(content)
-    with pytest.raises(UserError, match=r"^[^\n]*nothing to report yet\. Train first: tapct train CONFIG\.$"):
+    with pytest.raises(
+        UserError, match=r"^[^\n]*nothing to report yet\. Train first: tapct train CONFIG\.$"
+    ):
         page.write(tmp_path)
     with pytest.raises(UserError, match=r"run folder .* is not there"):
         page.write(tmp_path / "nowhere")
@@ -191,7 +210,8 @@ def test_ln_k_is_found_from_what_is_logged_or_not_claimed(tmp_path: Path) -> Non
     assert prototypes_ln(history, "ibot") == pytest.approx(LN_K, abs=1e-6)
     noise = np.random.default_rng(0).normal(size=(40, 3))
     rows = [
-        {"step": i, "ce/x_a": a, "ce/x_b": b, "health/x_ln_k_minus_ce": c} for i, (a, b, c) in enumerate(noise.tolist())
+        {"step": i, "ce/x_a": a, "ce/x_b": b, "health/x_ln_k_minus_ce": c}
+        for i, (a, b, c) in enumerate(noise.tolist())
     ]
     (tmp_path / "metrics.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     assert math.isnan(prototypes_ln(read_history(tmp_path / "metrics.jsonl"), "x"))
@@ -199,14 +219,19 @@ def test_ln_k_is_found_from_what_is_logged_or_not_claimed(tmp_path: Path) -> Non
 
 def test_ln_k_is_not_claimed_when_the_curves_never_part(tmp_path: Path) -> None:
     row = {"ce/x_a": 5.0, "ce/x_b": 4.0, "health/x_ln_k_minus_ce": 1.0}
-    (tmp_path / "metrics.jsonl").write_text("\n".join(json.dumps(row | {"step": i}) for i in range(40)))
+    (tmp_path / "metrics.jsonl").write_text(
+        "\n".join(json.dumps(row | {"step": i}) for i in range(40))
+    )
     assert math.isnan(prototypes_ln(read_history(tmp_path / "metrics.jsonl"), "x"))
 
 
 def test_a_number_that_is_not_finite_is_shown_as_such(tmp_path: Path) -> None:
     run = run_folder(tmp_path / "run")
     with (run / "metrics.jsonl").open("a") as file:
-        file.write(json.dumps(record(41) | {"loss/total": math.nan, "health/dino_ln_k_minus_ce": math.inf}) + "\n")
+        file.write(
+            json.dumps(record(41) | {"loss/total": math.nan, "health/dino_ln_k_minus_ce": math.inf})
+            + "\n"
+        )
     found = Page(page.write(run).read_text())
     assert "Not finite" in found.words and "not finite at 1 of 41" in found.words
     assert found.data[0]["series"][0]["y"][-1] is None
@@ -219,9 +244,16 @@ def test_small_pictures_go_in_unchanged_and_none_from_outside(tmp_path: Path) ->
     Image.new("RGB", (8, 8), "red").save(run / "eval" / "overlays" / "a.png")
     Image.new("RGB", (8, 8), "blue").save(tmp_path / "secret.png")
     found = Page(page.write(run).read_text())
-    pictures = [base64.b64decode(link.split(",")[1]) for link in found.links if link.startswith("data:image")]
+    pictures = [
+        base64.b64decode(link.split(",")[1])
+        for link in found.links
+        if link.startswith("data:image")
+    ]
     assert pictures == [(run / "eval" / "overlays" / "a.png").read_bytes()]
-    assert "A <caption>. Scan s1." in found.words and "picture ../../secret.png is not there" in found.words
+    assert (
+        "A <caption>. Scan s1." in found.words
+        and "picture ../../secret.png is not there" in found.words
+    )
 
 
 def test_many_large_pictures_and_a_long_history_stay_below_3_mb(tmp_path: Path) -> None:
@@ -249,7 +281,9 @@ def test_a_page_that_cannot_be_written_leaves_nothing_behind(tmp_path: Path) -> 
 
 
 def points(path: str) -> np.ndarray:
-    return np.array([[float(v) for v in pair.split()] for pair in re.findall(r"[ML]([-\d.e]+ [-\d.e]+)", path)])
+    return np.array(
+        [[float(v) for v in pair.split()] for pair in re.findall(r"[ML]([-\d.e]+ [-\d.e]+)", path)]
+    )
 
 
 def test_a_drawn_line_is_the_data() -> None:
@@ -266,7 +300,9 @@ def test_a_drawn_line_is_the_data() -> None:
 
 
 def test_a_gap_in_the_data_is_a_gap_in_the_line() -> None:
-    html = plots.line_chart("t", "", [plots.Curve("", np.arange(6.0), np.array([1, 2, np.nan, 3, 4, 5]), smooth=False)])
+    html = plots.line_chart(
+        "t", "", [plots.Curve("", np.arange(6.0), np.array([1, 2, np.nan, 3, 4, 5]), smooth=False)]
+    )
     assert re.search(r'class="line"[^>]* d="([^"]+)"', html).group(1).count("M") == 2  # type: ignore[union-attr]
     assert "not finite at 1 points, first at 2" in html
 
@@ -289,10 +325,18 @@ def test_decimation_keeps_spikes_means_and_medians() -> None:
     y[[31_234, 70_001]] = 50, -50
     dx, dy = plots.decimate_extremes(x, y, 200)
     assert (
-        len(dx) <= 400 and dy.max() == 50 and dy.min() == -50 and dx[dy.argmax()] == 31_234 and (np.diff(dx) > 0).all()
+        len(dx) <= 400
+        and dy.max() == 50
+        and dy.min() == -50
+        and dx[dy.argmax()] == 31_234
+        and (np.diff(dx) > 0).all()
     )
     mx, my = plots.decimate_means(x, y, 200)
-    assert len(mx) <= 202 and my[1] == pytest.approx(y[:500].mean()) and mx[1] == pytest.approx(x[:500].mean())
+    assert (
+        len(mx) <= 202
+        and my[1] == pytest.approx(y[:500].mean())
+        and mx[1] == pytest.approx(x[:500].mean())
+    )
     assert my[-1] == y[-1] and mx[-1] == x[-1]
     _, median = plots.decimate_medians(x, y, 200)
     np.testing.assert_allclose(median[62], np.median(y[31_000:31_500]))
@@ -300,7 +344,8 @@ def test_decimation_keeps_spikes_means_and_medians() -> None:
 
 
 @pytest.mark.parametrize(
-    ("low", "high"), [(0, 1), (1, 718), (-3.2, 0.4), (0.992, 1.0), (0, 1e-3), (5.5448, 5.5452), (0, 3e6)]
+    ("low", "high"),
+    [(0, 1), (1, 718), (-3.2, 0.4), (0.992, 1.0), (0, 1e-3), (5.5448, 5.5452), (0, 3e6)],
 )
 def test_ticks_are_round_in_range_and_told_apart(low: float, high: float) -> None:
     found = plots.ticks(low, high)
@@ -324,7 +369,10 @@ def test_numbers_are_written_for_people(value: float, shown: str) -> None:
 def test_one_step_and_constant_curves_have_charts() -> None:
     for y in ([2.0], [0.0], [7.0, 7.0, 7.0], [math.nan]):
         html = plots.line_chart(
-            "t", "u", [plots.Curve("c", np.arange(len(y)) + 1.0, np.array(y))], rules=[plots.Rule("r", 1.0)]
+            "t",
+            "u",
+            [plots.Curve("c", np.arange(len(y)) + 1.0, np.array(y))],
+            rules=[plots.Rule("r", 1.0)],
         )
         assert "nan" not in html and "inf" not in html
         Page(html)

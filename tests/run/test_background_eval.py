@@ -1,4 +1,6 @@
-"""Evaluation while training goes on: never in its way, of the right weights, and in words when it cannot be."""
+"""Evaluation while training goes on: never in its way, of the right weights, and in words when it
+cannot be.
+"""
 
 from __future__ import annotations
 
@@ -48,10 +50,14 @@ def test_checkpoints_that_are_due_are_judged_beside_training(tmp_path: Path, sto
     beside = json.loads((folder / "results.json").read_text())
 
     # the same weights, judged by hand in a run that keeps them
-    assert pretrain.train(config_of(tmp_path / "b", store, "checkpoint.keep=3", *QUICK)) == loop.Stop(12)
+    assert pretrain.train(
+        config_of(tmp_path / "b", store, "checkpoint.keep=3", *QUICK)
+    ) == loop.Stop(12)
     by_hand = finished.evaluate(tmp_path / "b" / "run", [], step=8)
     assert beside["models"] == json.loads(json.dumps(by_hand["models"]))
-    assert numbers_of(tmp_path / "run") == numbers_of(tmp_path / "b" / "run"), "training does not notice"
+    assert numbers_of(tmp_path / "run") == numbers_of(tmp_path / "b" / "run"), (
+        "training does not notice"
+    )
 
 
 def test_the_teacher_is_kept_from_rotation_and_a_busy_evaluation_is_not_joined(
@@ -65,14 +71,21 @@ def test_the_teacher_is_kept_from_rotation_and_a_busy_evaluation_is_not_joined(
     began = time.monotonic()
     assert pretrain.train(config_of(tmp_path, store, *words)) == loop.Stop(12)
     assert time.monotonic() - began < 20, "training waited"
-    assert "step 8 is not evaluated: the evaluation before it is still running" in capsys.readouterr().out
-    kept = load_file(background_eval.steps_folder(tmp_path / "run") / "step_00000004" / "teacher.safetensors")
+    assert (
+        "step 8 is not evaluated: the evaluation before it is still running"
+        in capsys.readouterr().out
+    )
+    kept = load_file(
+        background_eval.steps_folder(tmp_path / "run") / "step_00000004" / "teacher.safetensors"
+    )
     assert not (tmp_path / "run" / "checkpoints" / "step_00000004").exists() and len(kept) > 10
 
 
 @pytest.fixture
 def judge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Path]:
-    """Python is a shell script from now on, which notes its words and its process in a file, and ends as it is told."""
+    """Python is a shell script from now on, which notes its words and its process in a file, and
+    ends as it is told.
+    """
     monkeypatch.setenv("SLURM_JOB_ID", "5")
 
     def become(end: str) -> Path:
@@ -101,10 +114,16 @@ def is_alive(process: int) -> bool:
 SAVED_AT_ONCE = ("checkpoint.asynchronous=false", *QUICK)
 
 
-def test_a_job_waits_for_the_last_evaluation(tmp_path: Path, store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_job_waits_for_the_last_evaluation(
+    tmp_path: Path, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "5")
-    assert pretrain.train(config_of(tmp_path, store, "eval.during.every=12", *QUICK)) == loop.Stop(12)
-    assert (background_eval.steps_folder(tmp_path / "run") / "step_00000012" / "results.json").is_file()
+    assert pretrain.train(config_of(tmp_path, store, "eval.during.every=12", *QUICK)) == loop.Stop(
+        12
+    )
+    assert (
+        background_eval.steps_folder(tmp_path / "run") / "step_00000012" / "results.json"
+    ).is_file()
 
 
 def test_in_a_job_the_last_evaluation_is_done_though_the_one_before_takes_long(
@@ -112,7 +131,9 @@ def test_in_a_job_the_last_evaluation_is_done_though_the_one_before_takes_long(
 ) -> None:
     told = judge("exec sleep 3")
     began = time.monotonic()
-    assert pretrain.train(config_of(tmp_path, store, "eval.during.every=4", *SAVED_AT_ONCE)) == loop.Stop(12)
+    assert pretrain.train(
+        config_of(tmp_path, store, "eval.during.every=4", *SAVED_AT_ONCE)
+    ) == loop.Stop(12)
     assert judged(told)[0] == 4 and judged(told)[-1] == 12
     assert time.monotonic() - began > 6 and not is_alive(last_process(told))
 
@@ -132,19 +153,27 @@ def test_a_job_does_not_wait_longer_than(
         monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(time.time()) + 3600))
 
         def is_near(environment: Mapping[str, str], margin_s: float) -> float:
-            assert 3500 < job_deadline(environment, margin_s) - time.time() + background_eval.LEAVE_S < 3600
+            assert (
+                3500
+                < job_deadline(environment, margin_s) - time.time() + background_eval.LEAVE_S
+                < 3600
+            )
             return time.time() + 4
 
         monkeypatch.setattr(background_eval, "job_deadline", is_near)
-    words = ("eval.during.every=12", f"eval.during.wait_s={4 if how == 'its bound' else 3600}", *SAVED_AT_ONCE)
+    words = (
+        "eval.during.every=12",
+        f"eval.during.wait_s={4 if how == 'its bound' else 3600}",
+        *SAVED_AT_ONCE,
+    )
     assert pretrain.train(config_of(tmp_path, store, *words)) == loop.Stop(12)
     said = " ".join(capsys.readouterr().out.split())
     assert f"step 12 was ended with the job; run: tapct eval {tmp_path}/run --step=12" in said
     assert "failed" not in said, "it was ended"
     assert judged(told) == [12] and not is_alive(last_process(told))
-    assert (background_eval.steps_folder(tmp_path / "run") / "step_00000012" / "teacher.safetensors").is_file(), (
-        "for by hand"
-    )
+    assert (
+        background_eval.steps_folder(tmp_path / "run") / "step_00000012" / "teacher.safetensors"
+    ).is_file(), "for by hand"
 
 
 def test_a_job_that_is_stopped_waits_for_nothing_and_says_what_is_left(
@@ -155,17 +184,24 @@ def test_a_job_that_is_stopped_waits_for_nothing_and_says_what_is_left(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     judge("exec sleep 600")
-    monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(time.time()) + 30))  # less than train.save_before_end_s
+    monkeypatch.setenv(
+        "SLURM_JOB_END_TIME", str(int(time.time()) + 30)
+    )  # less than train.save_before_end_s
     stop = pretrain.train(config_of(tmp_path, store, "eval.during.every=1", *SAVED_AT_ONCE))
     assert stop == loop.Stop(1, "time limit")
     assert f"run: tapct eval {tmp_path}/run --step=1" in " ".join(capsys.readouterr().out.split())
-    assert (background_eval.steps_folder(tmp_path / "run") / "step_00000001" / "teacher.safetensors").is_file()
+    assert (
+        background_eval.steps_folder(tmp_path / "run") / "step_00000001" / "teacher.safetensors"
+    ).is_file()
 
 
 def test_the_checkpoint_of_a_stop_is_not_the_last_one(
     tmp_path: Path, store: Path, judge: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    told, resolved = judge("exit 0"), config_of(tmp_path, store, "eval.during.every=8", *SAVED_AT_ONCE)
+    told, resolved = (
+        judge("exit 0"),
+        config_of(tmp_path, store, "eval.during.every=8", *SAVED_AT_ONCE),
+    )
     with monkeypatch.context() as patch:
         patch.setenv("SLURM_JOB_END_TIME", str(int(time.time()) + 30))
         assert pretrain.train(resolved) == loop.Stop(1, "time limit")
@@ -178,9 +214,13 @@ def test_an_evaluation_that_fails_is_told(
     tmp_path: Path, store: Path, judge: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     judge("exit 2")
-    assert pretrain.train(config_of(tmp_path, store, "eval.during.every=12", *SAVED_AT_ONCE)) == loop.Stop(12)
+    assert pretrain.train(
+        config_of(tmp_path, store, "eval.during.every=12", *SAVED_AT_ONCE)
+    ) == loop.Stop(12)
     log = background_eval.steps_folder(tmp_path / "run") / "step_00000012" / "log.txt"
-    assert f"the evaluation of step 12 failed, see {log}" in " ".join(capsys.readouterr().out.split())
+    assert f"the evaluation of step 12 failed, see {log}" in " ".join(
+        capsys.readouterr().out.split()
+    )
 
 
 def test_an_evaluation_can_be_ended_though_other_children_of_training_are_deaf(
@@ -195,7 +235,9 @@ def test_an_evaluation_can_be_ended_though_other_children_of_training_are_deaf(
         assert set(signals.STOP) <= set(blocked), "training is deaf again"
     assert evaluations.child is not None
     status = Path(f"/proc/{evaluations.child.pid}/status").read_text()
-    mask = int(next(line.split()[1] for line in status.splitlines() if line.startswith("SigBlk")), 16)
+    mask = int(
+        next(line.split()[1] for line in status.splitlines() if line.startswith("SigBlk")), 16
+    )
     assert not any(mask >> (number - 1) & 1 for number in signals.STOP)
     evaluations.child.terminate()
     assert evaluations.child.wait(30) == -signal.SIGTERM
@@ -213,10 +255,16 @@ def test_a_job_is_handed_to_sbatch_with_its_options(
     (programs / "sbatch").chmod(0o755)
     monkeypatch.setenv("PATH", f"{programs}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setenv("SLURM_JOB_ID", "5")
-    words = ("eval.during.every=12", "eval.during.how=job", "eval.during.sbatch=[--partition=gpu,--time=60]")
+    words = (
+        "eval.during.every=12",
+        "eval.during.how=job",
+        "eval.during.sbatch=[--partition=gpu,--time=60]",
+    )
     assert pretrain.train(config_of(tmp_path, store, *words)) == loop.Stop(12)
     lines = told.read_text().splitlines()
-    assert "--partition=gpu" in lines and "--time=60" in lines and lines[-1] == "0", "of this job nothing is handed on"
+    assert "--partition=gpu" in lines and "--time=60" in lines and lines[-1] == "0", (
+        "of this job nothing is handed on"
+    )
     wrapped = next(line for line in lines if line.startswith("--wrap="))
     assert f"-m tapct eval {tmp_path}/run --step=12" in wrapped
     assert "evaluation of step 12: job 77" in capsys.readouterr().out
@@ -228,10 +276,15 @@ def test_sbatch_that_fails_or_is_not_there_is_a_line_and_no_end(
     monkeypatch.setenv("PATH", str(tmp_path))
     words = ("eval.during.every=12", "eval.during.how=job")
     assert pretrain.train(config_of(tmp_path, store, *words)) == loop.Stop(12)
-    assert "step 12 is not evaluated: [Errno 2] No such file or directory: 'sbatch'" in capsys.readouterr().out
+    assert (
+        "step 12 is not evaluated: [Errno 2] No such file or directory: 'sbatch'"
+        in capsys.readouterr().out
+    )
 
 
 def test_a_step_that_is_not_there_is_one_line(tmp_path: Path, store: Path) -> None:
     pretrain.train(config_of(tmp_path, store))
-    with pytest.raises(UserError, match=r"has no whole checkpoint of step 5 \(it is not there\); there are: 8, 12"):
+    with pytest.raises(
+        UserError, match=r"has no whole checkpoint of step 5 \(it is not there\); there are: 8, 12"
+    ):
         finished.evaluate(tmp_path / "run", [], step=5)

@@ -28,13 +28,20 @@ def test_parts_follow_each_other_and_do_not_add_up() -> None:
     assert [(part.start, part.stop) for part in parts] == [(0, 2), (2, 5), (5, 7), (7, 10)]
     assert [part.config.views.num_locals for part in parts] == [8, 3, 8, 8]
     assert [part.config.optim.lr for part in parts] == [4e-3, 4e-3, 1.0, 4e-3]
-    assert [part.says("x") for part in parts] == ["x", "stages[0]: x", "stages[1]: x", "stages[2]: x"]
+    assert [part.says("x") for part in parts] == [
+        "x",
+        "stages[0]: x",
+        "stages[1]: x",
+        "stages[2]: x",
+    ]
     for part, changed in zip(parts, ([], ["views.num_locals=3"], ["optim.lr=1"], []), strict=True):
         by_hand = load_config(RunConfig, None, [FEW, *changed]).value
         assert {**to_dict(part.config), "stages": []} == to_dict(by_hand)
 
 
-def test_stages_of_a_file_come_back_from_its_resolved_yaml_and_from_a_checkpoint(tmp_path: Path) -> None:
+def test_stages_of_a_file_come_back_from_its_resolved_yaml_and_from_a_checkpoint(
+    tmp_path: Path,
+) -> None:
     text = """
     train: {steps: 10}
     stages:
@@ -43,11 +50,16 @@ def test_stages_of_a_file_come_back_from_its_resolved_yaml_and_from_a_checkpoint
     """
     (tmp_path / "a.yaml").write_text(text)
     resolved = load_config(RunConfig, tmp_path / "a.yaml", [])
-    assert resolved.value.stages[0] == stages.Stage(2, ("views.global_window=[12,384,384]", "losses.dino.weight=2"))
+    assert resolved.value.stages[0] == stages.Stage(
+        2, ("views.global_window=[12,384,384]", "losses.dino.weight=2")
+    )
     assert resolved.origin["stages"].endswith("a.yaml:3")
     (tmp_path / "b.yaml").write_text(resolved.to_yaml())
     assert load_config(RunConfig, tmp_path / "b.yaml", []).value == resolved.value
-    assert from_dict(RunConfig, json.loads(json.dumps(resolved.to_dict())), "meta.json") == resolved.value
+    assert (
+        from_dict(RunConfig, json.loads(json.dumps(resolved.to_dict())), "meta.json")
+        == resolved.value
+    )
     (line,) = [line for line in resolved.pretty().splitlines() if line.startswith("stages")]
     assert yaml.safe_load(line.split("  # ")[0])["stages"][1] == {"start": 5, "set": []}
     override = line.split("  # ")[0].strip().replace(": ", "=", 1)
@@ -58,19 +70,37 @@ def test_stages_of_a_file_come_back_from_its_resolved_yaml_and_from_a_checkpoint
     ("changes", "line"),
     [
         ("stages=5", "override: stages = 5: must be a list, each item a section with start, set"),
-        ("stages=[5]", "override: stages = [5]: must be a list, each item a section with start, set"),
-        ("stages=[{strat: 2, start: 1}]", "stages[0].strat = 2: unknown key; did you mean stages[0].start?"),
+        (
+            "stages=[5]",
+            "override: stages = [5]: must be a list, each item a section with start, set",
+        ),
+        (
+            "stages=[{strat: 2, start: 1}]",
+            "stages[0].strat = 2: unknown key; did you mean stages[0].start?",
+        ),
         ("stages=[{set: []}]", "stages[0].start is missing"),
-        ("stages=[{begin: 2, set: []}]", "stages[0].start is missing: it has no default, set it (a whole number); un"),
+        (
+            "stages=[{begin: 2, set: []}]",
+            "stages[0].start is missing: it has no default, set it (a whole number); un",
+        ),
         ("stages=[{start: 0}]", "stages[0].start = 0: must be >= 1"),
         ("stages=[{start: 1.5}]", "stages[0].start = 1.5: must be a whole number"),
         (word((2, ()), (2, ())), "stages[1].start 2 is not after 2, where stages[0] starts"),
         (word((10, ())), "stages[0].start 10 is not less than train.steps 10"),
         (word((2, ("optim.lr",))), "stages[0]: override: 'optim.lr' is not key=value"),
-        (word((2, ()), (3, ("views.global_windw=1",))), "stages[1]: views.global_windw = 1: unknown key; did you mean"),
+        (
+            word((2, ()), (3, ("views.global_windw=1",))),
+            "stages[1]: views.global_windw = 1: unknown key; did you mean",
+        ),
         (word((2, ("views.num_locals=-1",))), "stages[0]: views.num_locals = -1: must be >= 0"),
-        (word((2, ("views.local_window=[12,97,96]",))), "stages[0]: config: views.local_window [12, 97, 96] is no mul"),
-        (word((2, ("views.global_window=[32,96,96]",))), "stages[0]: config: data.loader.slab_depth 24 is less"),
+        (
+            word((2, ("views.local_window=[12,97,96]",))),
+            "stages[0]: config: views.local_window [12, 97, 96] is no mul",
+        ),
+        (
+            word((2, ("views.global_window=[32,96,96]",))),
+            "stages[0]: config: data.loader.slab_depth 24 is less",
+        ),
     ],
 )
 def test_a_mistake_in_a_stage_is_one_line_that_names_it(changes: str, line: str) -> None:
@@ -86,13 +116,28 @@ def test_a_mistake_in_a_stage_is_one_line_that_names_it(changes: str, line: str)
         ("seed=1", "seed cannot change in a stage: it says which scan comes at which step"),
         ("train.steps=11", "train.steps cannot change in a stage: it says which scan"),
         ("train.global_batch=8", "train.global_batch cannot change in a stage: it says which scan"),
-        ("train.precision=bf16", "train.precision cannot change in a stage: it is of the whole run"),
+        (
+            "train.precision=bf16",
+            "train.precision cannot change in a stage: it is of the whole run",
+        ),
         ("data.store=elsewhere", "data.store cannot change in a stage: it says which scan"),
         ("out=elsewhere", "out cannot change in a stage: it is of the whole run"),
-        ("contract.mean=0", "contract.mean cannot change in a stage: the exported weights have one"),
-        ("optim.layer_decay=0.5", "optim.layer_decay cannot change in a stage: the optimizer's groups"),
-        ("losses.dino.head.hidden=8", "losses.dino.head.hidden cannot change in a stage: the heads are made once"),
-        ("losses.ibot.share_dino_head=true", "losses.ibot.share_dino_head cannot change in a stage: the heads"),
+        (
+            "contract.mean=0",
+            "contract.mean cannot change in a stage: the exported weights have one",
+        ),
+        (
+            "optim.layer_decay=0.5",
+            "optim.layer_decay cannot change in a stage: the optimizer's groups",
+        ),
+        (
+            "losses.dino.head.hidden=8",
+            "losses.dino.head.hidden cannot change in a stage: the heads are made once",
+        ),
+        (
+            "losses.ibot.share_dino_head=true",
+            "losses.ibot.share_dino_head cannot change in a stage: the heads",
+        ),
         ("losses.koleo=null", "a loss cannot come or go in a stage; set its weight to 0"),
         ("stages=[{start: 3}]", "stages cannot change in a stage: it is of the whole run"),
     ],

@@ -14,7 +14,9 @@ SCRIPTS = Path(__file__).resolve().parent.parent.parent / "scripts"
 
 @pytest.fixture(scope="session")
 def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Folder of the cluster; SLURM_CONF leads there. Needs root, and TAPCT_SLURM=1: daemons may start."""
+    """Folder of the cluster; SLURM_CONF leads there. Needs root, and TAPCT_SLURM=1: daemons may
+    start.
+    """
     if os.environ.get("TAPCT_SLURM") != "1":
         pytest.skip("set TAPCT_SLURM=1 to start a SLURM on this machine")
     folder = tmp_path_factory.mktemp("slurm")

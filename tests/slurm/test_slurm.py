@@ -1,4 +1,5 @@
-"""On a real SLURM: submit, preempt, come back, and end with the numbers of a run that nothing disturbed.
+"""On a real SLURM: submit, preempt, come back, and end with the numbers of a run that nothing
+disturbed.
 
 TAPCT_SLURM=1 pytest -m slurm tests/slurm
 """
@@ -41,7 +42,9 @@ def tapct(*words: str | Path) -> str:
     """What a tapct command says; it must succeed."""
     known = {**os.environ, "PYTHONPATH": str(REPOSITORY), "COLUMNS": "80"}
     command = [sys.executable, "-m", "tapct", *map(str, words)]
-    done = subprocess.run(command, env=known, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(
+        command, env=known, capture_output=True, text=True, timeout=120, check=False
+    )
     assert done.returncode == 0 and done.stderr == "", done.stdout + done.stderr
     return done.stdout
 
@@ -49,14 +52,18 @@ def tapct(*words: str | Path) -> str:
 def submit(here: Path, run: str, *words: str, nodes: int = 1, tasks: int = 1) -> str:
     """Submit the tiny config; returns the id of the job."""
     layout = ["--nodes", str(nodes), "--tasks-per-node", str(tasks)]
-    said = tapct("submit", here / "tiny.yaml", f"out={run}", "--time", "10", "--grace", "20", *layout, *words)
+    said = tapct(
+        "submit", here / "tiny.yaml", f"out={run}", "--time", "10", "--grace", "20", *layout, *words
+    )
     found = re.search(r"job (\S+):", said)
     assert found is not None, said
     return found[1]
 
 
 def ask(*words: str) -> str:
-    return subprocess.run(words, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
+    return subprocess.run(
+        words, capture_output=True, text=True, check=True, timeout=30
+    ).stdout.strip()
 
 
 def state_of(job: str) -> str:
@@ -66,7 +73,12 @@ def state_of(job: str) -> str:
 
 def log_of(run: Path | str, job: str) -> str:
     """All logs of a job, one after the other."""
-    paths = sorted([*Path(run).glob(f"jobs/*/{job}_*_log.out"), *Path(run).parent.glob(f"jobs/*/{job}_*_log.out")])
+    paths = sorted(
+        [
+            *Path(run).glob(f"jobs/*/{job}_*_log.out"),
+            *Path(run).parent.glob(f"jobs/*/{job}_*_log.out"),
+        ]
+    )
     return "".join(path.read_text() for path in paths)
 
 
@@ -95,8 +107,15 @@ def events_of(run: Path | str) -> list[str]:
 
 
 @pytest.mark.parametrize(("nodes", "tasks"), LAYOUTS)
-def test_a_preempted_run_ends_with_the_numbers_of_an_undisturbed_one(here: Path, nodes: int, tasks: int) -> None:
-    words = ("train.steps=200", "log.every=1", "checkpoint.every=10000", "losses.koleo.cross_rank=true")
+def test_a_preempted_run_ends_with_the_numbers_of_an_undisturbed_one(
+    here: Path, nodes: int, tasks: int
+) -> None:
+    words = (
+        "train.steps=200",
+        "log.every=1",
+        "checkpoint.every=10000",
+        "losses.koleo.cross_rank=true",
+    )
     calm = submit(here, "calm", *words, nodes=nodes, tasks=tasks)
     wait_for_end("calm", calm)
     assert events_of("calm") == ["start", "done"]
@@ -162,7 +181,15 @@ def test_loader_processes_do_not_die_of_the_signal(here: Path) -> None:
 
 @pytest.mark.slow
 def test_a_job_whose_time_is_over_comes_back(here: Path) -> None:
-    job = submit(here, "run", "train.steps=100000", "log.every=1", "train.save_before_end_s=20", "--time", "1")
+    job = submit(
+        here,
+        "run",
+        "train.steps=100000",
+        "log.every=1",
+        "train.save_before_end_s=20",
+        "--time",
+        "1",
+    )
     wait_for(lambda: events_of("run")[:3] == ["start", "stopped", "start"], "run", job)
     saved = steps_of("run")
     wait_for(lambda: steps_of("run") > saved, "run", job)
@@ -192,21 +219,42 @@ def test_a_job_that_never_comes_to_train_gives_up(here: Path) -> None:
     wait_for(lambda: state_of(job) == "FAILED", "run", job)
     assert events_of("run") == ["start", "start", "gave up"] and steps_of("run") == 0
     said = " ".join(tapct("jobs", "run").split())
-    assert f"{job} gave up" in said and f"run, job {job}: 2 starts in a row saved nothing new" in said
+    assert (
+        f"{job} gave up" in said and f"run, job {job}: 2 starts in a row saved nothing new" in said
+    )
 
 
 @pytest.mark.slow
 def test_the_last_evaluation_of_a_job_is_waited_for(here: Path) -> None:
-    during = ("eval.during.every=12", "eval.task.steps=5", "eval.max_scans=2", "eval.num_pictures=0")
+    during = (
+        "eval.during.every=12",
+        "eval.task.steps=5",
+        "eval.max_scans=2",
+        "eval.num_pictures=0",
+    )
     job = submit(here, "run", "train.global_batch=4", *during, nodes=2, tasks=1)
     wait_for_end("run", job)
-    assert events_of("run") == ["start", "done"] and "waiting for the evaluation of step 12" in log_of("run", job)
+    assert events_of("run") == [
+        "start",
+        "done",
+    ] and "waiting for the evaluation of step 12" in log_of("run", job)
     assert Path("run/eval/steps/step_00000012/results.json").is_file()
 
 
 @pytest.mark.slow
 def test_a_run_that_fails_is_not_started_again(here: Path, store: Path) -> None:
-    blocker = ask("sbatch", "--parsable", "-p", "urgent", "-N2", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 99")
+    blocker = ask(
+        "sbatch",
+        "--parsable",
+        "-p",
+        "urgent",
+        "-N2",
+        "--exclusive",
+        "-o",
+        "/dev/null",
+        "--wrap",
+        "sleep 99",
+    )
     Path("mine").symlink_to(store)
     job = submit(here, "run", "data.store=mine")
     Path("mine").unlink()  # while the job waits
@@ -235,7 +283,9 @@ def build(config):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["raise UserError('rank 1 gives up')", "os.kill(os.getpid(), signal.SIGSEGV)"])
+@pytest.mark.parametrize(
+    "how", ["raise UserError('rank 1 gives up')", "os.kill(os.getpid(), signal.SIGSEGV)"]
+)
 def test_a_rank_that_fails_ends_the_job_for_good(here: Path, how: str) -> None:
     """srun then stops the others with SIGTERM, as a preemption would."""
     (here / "mylab").mkdir()

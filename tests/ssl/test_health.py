@@ -40,7 +40,12 @@ def test_uniform_targets_have_full_entropies_and_no_information() -> None:
 
 def test_collapsed_targets_have_no_entropy_and_no_information() -> None:
     found = numbers(one_hot([3] * 24))
-    assert found == {"marginal_entropy": 0, "target_entropy": 0, "information": 0, "prototypes_used": 1 / K}
+    assert found == {
+        "marginal_entropy": 0,
+        "target_entropy": 0,
+        "information": 0,
+        "prototypes_used": 1 / K,
+    }
 
 
 def test_balanced_one_hot_targets_have_all_information() -> None:
@@ -88,23 +93,34 @@ def test_rankme_of_equal_singular_values_is_the_rank(rank: int) -> None:
 
 
 def test_rankme_equals_numpy_on_the_same_evenly_spaced_rows() -> None:
-    features = torch.randn(1500, 40, generator=torch.Generator().manual_seed(4)) * torch.linspace(0.1, 3, 40) + 1
+    features = (
+        torch.randn(1500, 40, generator=torch.Generator().manual_seed(4))
+        * torch.linspace(0.1, 3, 40)
+        + 1
+    )
     sigma = np.linalg.svd(features.double().numpy()[::3], compute_uv=False)
     share = sigma / sigma.sum() + 1e-7
-    assert float(health.rankme(features)) == pytest.approx(math.exp(-(share * np.log(share)).sum()), rel=1e-4)
+    assert float(health.rankme(features)) == pytest.approx(
+        math.exp(-(share * np.log(share)).sum()), rel=1e-4
+    )
     assert float(health.rankme(torch.zeros(10, 4))) < 1.1
 
 
 def test_cosine_of_matching_rows() -> None:
     student = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
     teacher = torch.tensor([[5.0, 0.0], [1.0, 1.0]])
-    assert float(health.teacher_student_cosine(student, teacher)) == pytest.approx((1 + math.sqrt(0.5)) / 2)
+    assert float(health.teacher_student_cosine(student, teacher)) == pytest.approx(
+        (1 + math.sqrt(0.5)) / 2
+    )
 
 
 def test_cls_std_is_one_over_root_d_when_spread_and_zero_when_collapsed() -> None:
     spread = torch.randn(4000, 64, generator=torch.Generator().manual_seed(5))
     assert float(health.cls_std(health.cls_moments(spread))) == pytest.approx(1 / 8, rel=0.02)
-    assert float(health.cls_std(health.cls_moments(torch.arange(1.0, 9.0)[:, None] * spread[:1]))) < 1e-6
+    assert (
+        float(health.cls_std(health.cls_moments(torch.arange(1.0, 9.0)[:, None] * spread[:1])))
+        < 1e-6
+    )
     assert float(health.cls_std(health.cls_moments(spread[:1]))) == 0
 
 
@@ -121,7 +137,9 @@ def test_outliers_are_the_tokens_with_a_norm_far_above_the_others() -> None:
     assert float(health.patch_norm_outliers(nearly_equal)) == 0
 
 
-def reading(ln_k_minus_ce: float, marginal: float, target: float, name: str = "dino") -> TermReading:
+def reading(
+    ln_k_minus_ce: float, marginal: float, target: float, name: str = "dino"
+) -> TermReading:
     return TermReading(name, ln_k_minus_ce, marginal, target, ln_k=math.log(256))
 
 
@@ -157,7 +175,13 @@ def test_constructed_targets_get_the_verdict_they_were_made_for() -> None:
     def judge(targets: torch.Tensor, student_log: torch.Tensor) -> str:
         found = numbers(targets)
         ce = float(-(targets * student_log).sum(1).mean())
-        term = TermReading("dino", math.log(K) - ce, found["marginal_entropy"], found["target_entropy"], math.log(K))
+        term = TermReading(
+            "dino",
+            math.log(K) - ce,
+            found["marginal_entropy"],
+            found["target_entropy"],
+            math.log(K),
+        )
         return verdict([term]).state
 
     uniform = torch.full((24, K), 1 / K)

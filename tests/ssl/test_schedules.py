@@ -10,7 +10,9 @@ from tapct.base.exits import UserError
 from tapct.ssl.schedules import OptimSchedule, Schedules, StepValues
 
 
-def dinov2_array(base: float, final: float, total: int, warmup: int, start_warmup: float) -> np.ndarray:
+def dinov2_array(
+    base: float, final: float, total: int, warmup: int, start_warmup: float
+) -> np.ndarray:
     """The reference: an array of all values, element by element."""
     values = np.zeros(total)
     ramp = np.linspace(start_warmup, base, warmup)
@@ -29,14 +31,19 @@ def collect(schedules: Schedules, steps: int) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize(
-    ("total", "batch", "warmup_share"), [(100, 256, 0.1), (37, 8, 0.2), (1000, 2048, 0.0), (10, 3, 0.95)]
+    ("total", "batch", "warmup_share"),
+    [(100, 256, 0.1), (37, 8, 0.2), (1000, 2048, 0.0), (10, 3, 0.95)],
 )
 def test_curves_equal_dinov2_arrays(total: int, batch: int, warmup_share: float) -> None:
-    config = OptimSchedule(lr=4e-3, warmup_share=warmup_share, teacher_temp_warmup_share=0.3, freeze_last_layer_steps=3)
+    config = OptimSchedule(
+        lr=4e-3, warmup_share=warmup_share, teacher_temp_warmup_share=0.3, freeze_last_layer_steps=3
+    )
     got = collect(Schedules(config, total, batch), total)
     warmup = round(warmup_share * total)
     peak = 4e-3 * (batch / 1024) ** 0.5
-    np.testing.assert_allclose(got["lr"], dinov2_array(peak, 1e-6, total, warmup, 0.0), rtol=1e-12, atol=1e-18)
+    np.testing.assert_allclose(
+        got["lr"], dinov2_array(peak, 1e-6, total, warmup, 0.0), rtol=1e-12, atol=1e-18
+    )
     np.testing.assert_allclose(got["wd"], dinov2_array(0.04, 0.4, total, 0, 0.0), rtol=1e-12)
     np.testing.assert_allclose(got["momentum"], dinov2_array(0.992, 1.0, total, 0, 0.0), rtol=1e-12)
     temp_steps = round(0.3 * total)
@@ -46,7 +53,9 @@ def test_curves_equal_dinov2_arrays(total: int, batch: int, warmup_share: float)
 
 
 def test_warmup_starts_at_zero_and_takes_the_peak_twice() -> None:
-    schedules = Schedules(OptimSchedule(lr=1e-3, lr_scaling="none", warmup_share=0.2), total_steps=50, global_batch=8)
+    schedules = Schedules(
+        OptimSchedule(lr=1e-3, lr_scaling="none", warmup_share=0.2), total_steps=50, global_batch=8
+    )
     assert schedules.warmup_steps == 10
     assert schedules.at(0).lr == 0.0
     assert schedules.at(9).lr == schedules.at(10).lr == 1e-3
@@ -84,7 +93,9 @@ def test_every_field_changes_something() -> None:
     assert set(CHANGED) == {field.name for field in dataclasses.fields(OptimSchedule)}
     default = collect(Schedules(OptimSchedule(), 30, 128), 30)
     for name, value in CHANGED.items():
-        other = collect(Schedules(dataclasses.replace(OptimSchedule(), **{name: value}), 30, 128), 30)
+        other = collect(
+            Schedules(dataclasses.replace(OptimSchedule(), **{name: value}), 30, 128), 30
+        )
         assert any((default[key] != other[key]).any() for key in default), name
 
 

@@ -19,14 +19,18 @@ YES, NO = torch.tensor(True), torch.tensor(False)
 
 def gram_pair(**options: object) -> StudentTeacher:
     """A pair with a snapshot, whose student, teacher and snapshot all differ."""
-    model = vit.Config(window=(4, 16, 16), patch=(2, 8, 8), dim=16, depth=2, heads=2, registers=2, drop_path=0.0)
+    model = vit.Config(
+        window=(4, 16, 16), patch=(2, 8, 8), dim=16, depth=2, heads=2, registers=2, drop_path=0.0
+    )
     losses = [Plugin("dino", dino.Config(head=HEAD)), Plugin("gram", gram.Config(**options))]  # type: ignore[arg-type]
     pair = StudentTeacher(Plugin("vit", model), losses, seed=3).double().train()
     draw = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for network in pair.frozen():
             for parameter in network.parameters():
-                parameter += 0.1 * torch.randn(parameter.shape, generator=draw, dtype=parameter.dtype)
+                parameter += 0.1 * torch.randn(
+                    parameter.shape, generator=draw, dtype=parameter.dtype
+                )
     return pair
 
 
@@ -89,12 +93,18 @@ def test_the_term_compares_with_the_snapshot_and_not_with_the_teacher() -> None:
     crops = views.global_VBZYX.flatten(0, 1)
     grams = []
     for network, masked in ((pair.student, masks.masked_VBN.flatten(0, 1)), (pair.snapshot, None)):
-        unit = torch.nn.functional.normalize(network.backbone([crops], [masked])[0].patches_BND, dim=-1)
+        unit = torch.nn.functional.normalize(
+            network.backbone([crops], [masked])[0].patches_BND, dim=-1
+        )
         grams.append(unit @ unit.mT)
     value = output.results[1].terms[0].value
-    assert float(value.detach()) == pytest.approx(float((grams[0] - grams[1]).square().mean()), rel=1e-9)
+    assert float(value.detach()) == pytest.approx(
+        float((grams[0] - grams[1]).square().mean()), rel=1e-9
+    )
     output.total.backward()
-    assert all(parameter.grad is None for network in pair.frozen() for parameter in network.parameters())
+    assert all(
+        parameter.grad is None for network in pair.frozen() for parameter in network.parameters()
+    )
 
 
 def test_accumulating_micro_batches_equals_one_batch() -> None:
@@ -104,18 +114,26 @@ def test_accumulating_micro_batches_equals_one_batch() -> None:
         for part in parts:
             output = ssl_step.forward(pair, *make_views(part), 0.05, None, use_snapshot=True)
             (output.results[1].terms[0].value / len(parts)).backward()
-        totals.append({name: p.grad for name, p in pair.student.named_parameters() if p.grad is not None})
+        totals.append(
+            {name: p.grad for name, p in pair.student.named_parameters() if p.grad is not None}
+        )
     assert totals[0].keys() == totals[1].keys() and len(totals[0]) > 20
-    assert max(float((grad - totals[1][name]).abs().max()) for name, grad in totals[0].items()) < 1e-12
+    assert (
+        max(float((grad - totals[1][name]).abs().max()) for name, grad in totals[0].items()) < 1e-12
+    )
 
 
 def test_it_is_frozen_and_only_there_where_a_loss_wants_it() -> None:
     pair = gram_pair()
     assert pair.snapshot is not None and not pair.snapshot.heads
     pair.train()
-    assert not pair.snapshot.training and not any(parameter.requires_grad for parameter in pair.snapshot.parameters())
+    assert not pair.snapshot.training and not any(
+        parameter.requires_grad for parameter in pair.snapshot.parameters()
+    )
     other = make_pair()
-    assert other.snapshot is None and not [name for name in other.state_dict() if "snapshot" in name]
+    assert other.snapshot is None and not [
+        name for name in other.state_dict() if "snapshot" in name
+    ]
     other.refresh_snapshot(0, YES)
     assert not other.uses_snapshot(0)
 
@@ -137,5 +155,7 @@ def test_the_weight_may_change_on_the_way_and_the_timetable_may_not() -> None:
 def test_two_losses_with_snapshots_of_different_steps_are_refused() -> None:
     one, two = (gram.build(gram.Config(start=start)) for start in (1, 2))
     assert snapshot_times({"gram": one, "mylab.gram": one}) == SnapshotTimes(1, 10_000)
-    with pytest.raises(UserError, match=r"losses.gram and losses.mylab.gram want snapshots .* at different steps"):
+    with pytest.raises(
+        UserError, match=r"losses.gram and losses.mylab.gram want snapshots .* at different steps"
+    ):
         snapshot_times({"gram": one, "mylab.gram": two})

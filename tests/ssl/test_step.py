@@ -1,4 +1,6 @@
-"""One step of the method: parts sum to the total, accumulation equals one batch, gradients go where they should."""
+"""One step of the method: parts sum to the total, accumulation equals one batch, gradients go where
+they should.
+"""
 
 from __future__ import annotations
 
@@ -23,8 +25,18 @@ HEAD = heads.Config(num_prototypes=12, hidden=16, bottleneck=8)
 GRID = (2, 2, 2)
 
 
-def make_pair(targets: str = "centring", with_koleo: bool = True, drop_path: float = 0.0) -> StudentTeacher:
-    model = vit.Config(window=(4, 16, 16), patch=(2, 8, 8), dim=16, depth=2, heads=2, registers=2, drop_path=drop_path)
+def make_pair(
+    targets: str = "centring", with_koleo: bool = True, drop_path: float = 0.0
+) -> StudentTeacher:
+    model = vit.Config(
+        window=(4, 16, 16),
+        patch=(2, 8, 8),
+        dim=16,
+        depth=2,
+        heads=2,
+        registers=2,
+        drop_path=drop_path,
+    )
     losses = [
         Plugin("dino", dino.Config(head=HEAD, targets=TargetConfig(kind=targets))),
         Plugin("ibot", ibot.Config(head=HEAD, targets=TargetConfig(kind=targets))),
@@ -61,7 +73,9 @@ def gradients(pair: StudentTeacher, parts: list[range]) -> tuple[float, dict[str
         output = ssl_step.forward(pair, *make_views(part), 0.05, None)
         (output.total / len(parts)).backward()
         total += float(output.total.detach()) / len(parts)
-    return total, {name: p.grad for name, p in pair.student.named_parameters() if p.grad is not None}
+    return total, {
+        name: p.grad for name, p in pair.student.named_parameters() if p.grad is not None
+    }
 
 
 def test_the_terms_sum_to_what_is_optimised() -> None:
@@ -69,16 +83,22 @@ def test_the_terms_sum_to_what_is_optimised() -> None:
     output = ssl_step.forward(pair, *make_views(range(3)), 0.05, None)
     terms = [term for result in output.results for term in result.terms]
     assert [term.name for term in terms] == ["dino_global", "dino_local", "ibot", "koleo"]
-    assert float(output.total.detach()) == pytest.approx(sum(float(term.value.detach()) for term in terms), rel=1e-12)
+    assert float(output.total.detach()) == pytest.approx(
+        sum(float(term.value.detach()) for term in terms), rel=1e-12
+    )
 
 
 def test_accumulating_three_micro_batches_equals_one_batch_to_1e9() -> None:
     whole, grads_whole = gradients(make_pair(with_koleo=False), [range(6)])
-    parts, grads_parts = gradients(make_pair(with_koleo=False), [range(0, 2), range(2, 4), range(4, 6)])
+    parts, grads_parts = gradients(
+        make_pair(with_koleo=False), [range(0, 2), range(2, 4), range(4, 6)]
+    )
     assert parts == pytest.approx(whole, rel=1e-12)
     assert grads_whole.keys() == grads_parts.keys()
     for name, grad in grads_whole.items():
-        assert float((grad - grads_parts[name]).abs().max()) <= 1e-9 * max(float(grad.abs().max()), 1e-3), name
+        assert float((grad - grads_parts[name]).abs().max()) <= 1e-9 * max(
+            float(grad.abs().max()), 1e-3
+        ), name
 
 
 def test_the_centre_of_an_accumulated_step_equals_that_of_one_batch() -> None:
@@ -94,7 +114,10 @@ def test_the_centre_of_an_accumulated_step_equals_that_of_one_batch() -> None:
 
 
 def test_sinkhorn_and_koleo_act_within_a_micro_batch_as_documented() -> None:
-    for options in ({"targets": "sinkhorn", "with_koleo": False}, {"targets": "centring", "with_koleo": True}):
+    for options in (
+        {"targets": "sinkhorn", "with_koleo": False},
+        {"targets": "centring", "with_koleo": True},
+    ):
         whole, _ = gradients(make_pair(**options), [range(6)])
         parts, _ = gradients(make_pair(**options), [range(0, 3), range(3, 6)])
         assert abs(whole - parts) > 1e-9, options
@@ -124,16 +147,24 @@ def test_teacher_and_student_are_told_the_mm_of_their_own_crops() -> None:
         window=(4, 16, 16), patch=(2, 8, 8), dim=16, depth=2, heads=2, layer_scale=1.0, drop_path=0.0,
         positions="rope", rope=rope.Config(coordinates="mm"),
     )  # fmt: skip
-    pair = StudentTeacher(Plugin("vit", model), [Plugin("dino", dino.Config(head=HEAD))], seed=3).double().train()
+    pair = (
+        StudentTeacher(Plugin("vit", model), [Plugin("dino", dino.Config(head=HEAD))], seed=3)
+        .double()
+        .train()
+    )
     views, masks = make_views(range(2))
-    mm_global, mm_local = (torch.rand(2, 2, 3, generator=torch.Generator().manual_seed(i)) + 0.5 for i in range(2))
+    mm_global, mm_local = (
+        torch.rand(2, 2, 3, generator=torch.Generator().manual_seed(i)) + 0.5 for i in range(2)
+    )
     told = replace(views, global_mm_VB3=mm_global, local_mm_VB3=mm_local)
     tokens = ssl_step.forward(pair, told, masks, 0.05, None).tokens
     assert tokens.student_local is not None
     for view in range(2):
         for sample in range(2):
             row = 2 * view + sample  # crop-major
-            one, local = (crops[view, sample][None] for crops in (views.global_VBZYX, views.local_VBZYX))
+            one, local = (
+                crops[view, sample][None] for crops in (views.global_VBZYX, views.local_VBZYX)
+            )
             teacher = pair.teacher.backbone([one], spacing_mm=[mm_global[view, sample][None]])[0]
             student = pair.student.backbone([local], spacing_mm=[mm_local[view, sample][None]])[0]
             torch.testing.assert_close(tokens.teacher_global.cls_BD[row], teacher.cls_BD[0])
@@ -146,7 +177,9 @@ def test_a_student_of_its_own_learns_to_follow_a_fixed_teacher() -> None:
     losses = []
     for _ in range(40):
         views, masks = make_views(range(4))
-        views = replace(views, global_VBZYX=views.global_VBZYX.float(), local_VBZYX=views.local_VBZYX.float())
+        views = replace(
+            views, global_VBZYX=views.global_VBZYX.float(), local_VBZYX=views.local_VBZYX.float()
+        )
         masks = Masks(masks.masked_VBN, masks.index_M, masks.weight_M.float())
         output = ssl_step.forward(pair, views, masks, 0.05, None)
         output.total.backward()

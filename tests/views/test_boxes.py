@@ -14,15 +14,23 @@ RULE = Rule((8, 32, 32), (0.1, 0.6), (3 / 4, 4 / 3), (1.0, 1.0), 0.0, 4, (0.0, 0
 
 
 def draw(
-    rule: Rule, num: int, extent: tuple[int, int, int], cells: torch.Tensor | None = None, seed: int = 0
+    rule: Rule,
+    num: int,
+    extent: tuple[int, int, int],
+    cells: torch.Tensor | None = None,
+    seed: int = 0,
 ) -> boxes.Boxes:
     cells = torch.ones(1, 4, 8, 8) if cells is None else cells
     extent_B3 = torch.tensor([extent]).expand(num, 3)
-    return boxes.draw(rule, "local", 2, cells.expand(num, -1, -1, -1), extent_B3, torch.arange(num), seed)
+    return boxes.draw(
+        rule, "local", 2, cells.expand(num, -1, -1, -1), extent_B3, torch.arange(num), seed
+    )
 
 
 @pytest.mark.parametrize("extent", [(16, 64, 64), (16, 60, 90), (16, 512, 512)])
-def test_boxes_lie_in_the_scan_with_the_declared_area_and_aspect(extent: tuple[int, int, int]) -> None:
+def test_boxes_lie_in_the_scan_with_the_declared_area_and_aspect(
+    extent: tuple[int, int, int],
+) -> None:
     drawn = draw(RULE, 4000, extent)
     depth, height, width = extent
     start, length = drawn.start_VB3, drawn.length_VB3
@@ -41,7 +49,9 @@ def test_boxes_lie_in_the_scan_with_the_declared_area_and_aspect(extent: tuple[i
 def test_area_one_takes_the_whole_plane_of_any_scan() -> None:
     for extent in ((8, 64, 64), (8, 40, 120)):
         drawn = draw(replace(RULE, area=(1.0, 1.0)), 50, extent)
-        assert torch.allclose(drawn.length_VB3, torch.tensor([8.0, *extent[1:]]).expand(2, 50, 3), rtol=1e-5)
+        assert torch.allclose(
+            drawn.length_VB3, torch.tensor([8.0, *extent[1:]]).expand(2, 50, 3), rtol=1e-5
+        )
         assert drawn.start_VB3[..., 1:].abs().max() < 1e-3
 
 
@@ -60,7 +70,9 @@ def test_a_scan_shorter_than_the_window_starts_at_its_first_slice() -> None:
 def test_z_zoom_changes_the_depth_that_is_read() -> None:
     drawn = draw(replace(RULE, z_zoom=(0.5, 2.0)), 2000, (32, 64, 64))
     length = drawn.length_VB3[..., 0]
-    assert length.min() >= 4 and length.max() <= 16.001 and length.min() < 4.1 and length.max() > 15.6
+    assert (
+        length.min() >= 4 and length.max() <= 16.001 and length.min() < 4.1 and length.max() > 15.6
+    )
     assert (drawn.start_VB3[..., 0] + length <= 32.001).all()
 
 
@@ -77,18 +89,28 @@ def test_views_samples_kinds_and_seeds_draw_apart() -> None:
 
 
 def test_flips_happen_as_often_as_declared() -> None:
-    flips = draw(replace(RULE, flip_p=(0.0, 0.25, 1.0)), 4000, (16, 64, 64)).flip_VB3.float().mean((0, 1))
+    flips = (
+        draw(replace(RULE, flip_p=(0.0, 0.25, 1.0)), 4000, (16, 64, 64))
+        .flip_VB3.float()
+        .mean((0, 1))
+    )
     assert flips[0] == 0 and flips[2] == 1 and abs(flips[1] - 0.25) < 0.02
 
 
 def test_max_length_bounds_every_box() -> None:
-    for area, aspect in (((0.1, 0.6), (3 / 4, 4 / 3)), ((1.0, 1.0), (0.9, 1.1)), ((0.3, 0.9), (2.0, 3.0))):
+    for area, aspect in (
+        ((0.1, 0.6), (3 / 4, 4 / 3)),
+        ((1.0, 1.0), (0.9, 1.1)),
+        ((0.3, 0.9), (2.0, 3.0)),
+    ):
         rule = replace(RULE, area=area, aspect=aspect, z_zoom=(0.7, 1.5))
         for extent in ((16, 64, 64), (16, 40, 200), (16, 200, 40)):
             length = draw(rule, 2000, extent).length_VB3.amax((0, 1))
             bound = torch.tensor(boxes.max_length(rule, extent))
             assert (length <= bound * (1 + 1e-5)).all()
-            larger = torch.tensor(boxes.max_length(rule, (16, 256, 256)))  # another scan of the batch may be larger
+            larger = torch.tensor(
+                boxes.max_length(rule, (16, 256, 256))
+            )  # another scan of the batch may be larger
             assert (length <= larger * (1 + 1e-5)).all()
 
 
@@ -109,14 +131,18 @@ def test_body_share_equals_a_count_over_fine_points() -> None:
     cells = (torch.rand(2, 4, 5, 6, generator=torch.Generator().manual_seed(1)) > 0.5).float()
     generator = torch.Generator().manual_seed(2)
     start = torch.rand(3, 2, 4, 3, generator=generator) * torch.tensor([6.0, 20.0, 24.0])
-    length = torch.rand(3, 2, 4, 3, generator=generator) * torch.tensor([12.0, 20.0, 24.0]) + 1  # may leave the slab
+    length = (
+        torch.rand(3, 2, 4, 3, generator=generator) * torch.tensor([12.0, 20.0, 24.0]) + 1
+    )  # may leave the slab
     share = boxes.body_share(cells, start, length)
     points = (torch.arange(60) + 0.5) / 60
     for v in range(3):
         for b in range(2):
             for c in range(4):
                 z, y, x = (start[v, b, c, a] + length[v, b, c, a] * points for a in range(3))
-                iz, iy, ix = ((p / size).long() for p, size in zip((z, y, x), boxes.CELL, strict=True))
+                iz, iy, ix = (
+                    (p / size).long() for p, size in zip((z, y, x), boxes.CELL, strict=True)
+                )
                 padded = torch.zeros(20, 20, 20)
                 padded[:4, :5, :6] = cells[b]
                 counted = padded[iz[:, None, None], iy[:, None], ix].mean()
@@ -127,23 +153,35 @@ def test_the_first_place_with_enough_body_is_taken_else_the_best() -> None:
     cells = torch.zeros(1, 4, 8, 8)
     cells[:, :, :, :3] = 1  # body on one side only
     num, extent, rule = 400, (16, 64, 64), replace(RULE, area=(0.1, 0.2), candidates=6)
-    tries = [draw(replace(rule, candidates=c + 1, body_share_min=2.0), num, extent, cells) for c in range(6)]
+    tries = [
+        draw(replace(rule, candidates=c + 1, body_share_min=2.0), num, extent, cells)
+        for c in range(6)
+    ]
     places = boxes._starts(
         rule, "local", torch.arange(2)[:, None], torch.tensor([extent]).float().expand(num, 3), tries[0].length_VB3,
         torch.arange(num), 0,
     )  # fmt: skip
-    shares = boxes.body_share(cells.expand(num, -1, -1, -1), places, tries[0].length_VB3[:, :, None].expand_as(places))
+    shares = boxes.body_share(
+        cells.expand(num, -1, -1, -1), places, tries[0].length_VB3[:, :, None].expand_as(places)
+    )
     chosen = draw(replace(rule, body_share_min=0.4), num, extent, cells)
     fallbacks = later = 0
     for v in range(2):
         for b in range(num):
             row = shares[v, b].tolist()
-            want = next((c for c, share in enumerate(row) if share >= 0.4), max(range(6), key=row.__getitem__))
+            want = next(
+                (c for c, share in enumerate(row) if share >= 0.4),
+                max(range(6), key=row.__getitem__),
+            )
             assert torch.equal(chosen.start_VB3[v, b], places[v, b, want])
             fallbacks += max(row) < 0.4
             later += want > 0
     assert fallbacks > 0 and later > 100
-    assert torch.equal(tries[5].body_share_VB, shares.amax(2))  # nothing can hold 2.0: always the best
+    assert torch.equal(
+        tries[5].body_share_VB, shares.amax(2)
+    )  # nothing can hold 2.0: always the best
     without = draw(replace(rule, body_share_min=0.0), num, extent, cells)
     assert chosen.body_share_VB.mean() > without.body_share_VB.mean() + 0.2
-    assert torch.equal(chosen.length_VB3, without.length_VB3)  # the search moves a box, its size stays as declared
+    assert torch.equal(
+        chosen.length_VB3, without.length_VB3
+    )  # the search moves a box, its size stays as declared

@@ -29,14 +29,18 @@ def draw(
     return masks.draw(counts, grid, in_scan, torch.tensor(samples), config, seed)
 
 
-def choice(counts: list[int], grid: tuple[int, int, int], config: masks.Config = CONFIG, seed: int = 0) -> masks.Choice:
+def choice(
+    counts: list[int], grid: tuple[int, int, int], config: masks.Config = CONFIG, seed: int = 0
+) -> masks.Choice:
     """Of one view of samples 0, 1, ..., all in the scan."""
     everywhere = torch.ones(1, len(counts), math.prod(grid), dtype=torch.bool)
     return masks.choose(np.array(counts), grid, everywhere, torch.arange(len(counts)), config, seed)
 
 
 def boxes(made: masks.Choice, grid: tuple[int, int, int], block: int) -> np.ndarray:
-    """Sides (P, 3) of a block, from the tokens that it covers; it covers all of its bounding box."""
+    """Sides (P, 3) of a block, from the tokens that it covers; it covers all of its bounding
+    box.
+    """
     sides = []
     for covered in ((made.word_PN >> block) & 1).reshape(-1, *grid).numpy():
         (box,) = ndimage.find_objects(covered.astype(int))
@@ -46,7 +50,9 @@ def boxes(made: masks.Choice, grid: tuple[int, int, int], block: int) -> np.ndar
 
 
 def numbers_of(sample: int, view: int, seed: int) -> Iterator[float]:
-    """What a mask is drawn from: hashes of Python integers, cut into four, the lowest bits first."""
+    """What a mask is drawn from: hashes of Python integers, cut into four, the lowest bits
+    first.
+    """
     for part in range(20):
         word = rng.hash_int(seed, "mask", sample * 2**20 + view * 2**8 + part)
         for cut in range(4):
@@ -55,7 +61,13 @@ def numbers_of(sample: int, view: int, seed: int) -> Iterator[float]:
 
 
 def slow_mask(
-    count: int, grid: tuple[int, int, int], in_scan: np.ndarray, sample: int, view: int, config: masks.Config, seed: int
+    count: int,
+    grid: tuple[int, int, int],
+    in_scan: np.ndarray,
+    sample: int,
+    view: int,
+    config: masks.Config,
+    seed: int,
 ) -> np.ndarray:
     """One crop, block after block and token after token."""
     drawn = list(numbers_of(sample, view, seed))
@@ -66,13 +78,21 @@ def slow_mask(
         volume = config.min_tokens + max(left - config.min_tokens, 0) * share
         left -= left * share * (1 - masks.OVERLAP * count / len(masked))
         height_width, depth_height = (math.exp(low + (high - low) * ratio) for ratio in ratios)
-        depth = min(max(round((volume * height_width / depth_height) ** (1 / 3) * depth_height), 1), grid[0])
+        depth = min(
+            max(round((volume * height_width / depth_height) ** (1 / 3) * depth_height), 1), grid[0]
+        )
         height = min(max(round(math.sqrt(volume / depth * height_width)), 1), grid[1])
         width = min(max(round(math.sqrt(volume / depth / height_width)), 1), grid[2])
-        starts = [int(u * (size - side + 1)) for u, size, side in zip(where, grid, (depth, height, width), strict=True)]
+        starts = [
+            int(u * (size - side + 1))
+            for u, size, side in zip(where, grid, (depth, height, width), strict=True)
+        ]
         for token in range(len(masked) if count >= config.min_tokens else 0):
             at = np.unravel_index(token, grid)
-            inside = all(0 <= a - b < side for a, b, side in zip(at, starts, (depth, height, width), strict=True))
+            inside = all(
+                0 <= a - b < side
+                for a, b, side in zip(at, starts, (depth, height, width), strict=True)
+            )
             if inside and in_scan[token] and masked.sum() < count:
                 masked[token] = True
     for free in ((~masked & in_scan).nonzero()[0], (~masked & ~in_scan).nonzero()[0]):
@@ -85,7 +105,10 @@ def slow_mask(
 @pytest.mark.parametrize("grid", [(3, 14, 14), (1, 9, 7), (2, 4, 40)])
 def test_masks_are_those_of_a_loop_over_crops_blocks_and_tokens(grid: tuple[int, int, int]) -> None:
     num, config = math.prod(grid), replace(CONFIG, min_tokens=6)
-    counts, samples = [0, 5, 6, num // 10, num // 4, num // 2, num // 2 + 7, num - 3, num, 1], [7, 10**9, 2, 12345, 3]
+    counts, samples = (
+        [0, 5, 6, num // 10, num // 4, num // 2, num // 2 + 7, num - 3, num, 1],
+        [7, 10**9, 2, 12345, 3],
+    )
     in_scan = torch.ones(2, 5, num, dtype=torch.bool)
     in_scan[0, 4, num // 3 :] = False
     in_scan[1, 1:3, : num // 2] = False
@@ -133,7 +156,8 @@ def test_which_crop_gets_which_count_depends_on_seed_and_step_alone() -> None:
 def test_counts_are_exact_for_every_grid_and_every_count(grid: tuple[int, int, int]) -> None:
     num = math.prod(grid)
     counts = sorted(
-        {0, 1, 2, 3, 4, 5, num // 10, num // 3, num // 2, int(num * 0.9), num - 1, num} & set(range(num + 1))
+        {0, 1, 2, 3, 4, 5, num // 10, num // 3, num // 2, int(num * 0.9), num - 1, num}
+        & set(range(num + 1))
     )
     drawn = draw(counts * 2, grid, list(range(len(counts))))
     assert drawn.masked_VBN.shape == (2, len(counts), num) and drawn.masked_VBN.dtype == torch.bool
@@ -144,7 +168,9 @@ def test_index_and_weight_follow_the_mask_in_order() -> None:
     counts = [10, 0, 64, 3]
     drawn = draw(counts, (2, 8, 8), [4, 9])
     flat = drawn.masked_VBN.flatten()
-    assert torch.equal(drawn.index_M, flat.nonzero().squeeze(1)) and drawn.index_M.dtype == torch.int64
+    assert (
+        torch.equal(drawn.index_M, flat.nonzero().squeeze(1)) and drawn.index_M.dtype == torch.int64
+    )
     want = torch.cat([torch.full((count,), 1 / max(count, 1)) for count in counts])
     assert torch.equal(drawn.weight_M, want) and drawn.weight_M.dtype == torch.float32
     none = draw([0, 0, 0, 0], (2, 8, 8), [4, 9])
@@ -189,7 +215,9 @@ def test_padding_is_masked_last_and_weighs_nothing() -> None:
     assert torch.equal(nothing.weight_M, torch.zeros(5)) and nothing.masked_VBN.sum() == 5
 
 
-@pytest.mark.parametrize(("grid", "least"), [((3, 28, 28), 0.97), ((2, 8, 8), 0.97), ((1, 14, 14), 0.97)])
+@pytest.mark.parametrize(
+    ("grid", "least"), [((3, 28, 28), 0.97), ((2, 8, 8), 0.97), ((1, 14, 14), 0.97)]
+)
 def test_most_masked_tokens_come_from_blocks(grid: tuple[int, int, int], least: float) -> None:
     for ratio in (0.1, 0.3, 0.5):
         counts = [int(math.prod(grid) * ratio)] * 200
@@ -205,7 +233,9 @@ def test_masks_are_clumped_and_every_token_has_its_chance() -> None:
     neighbours = (drawn[..., 1:] * drawn[..., :-1]).mean() / drawn.mean()
     assert neighbours > 0.75  # single draws would give 1 / 3
     share = drawn.mean(0)
-    assert 0.003 < share.min() and share.max() < 0.75  # a block rarely reaches a corner, and never forgets one
+    assert (
+        0.003 < share.min() and share.max() < 0.75
+    )  # a block rarely reaches a corner, and never forgets one
     sizes = [np.bincount(ndimage.label(m)[0].ravel())[1:].max() for m in drawn[:50].numpy()]
     assert np.median(sizes) > 0.4 * num / 3
 
@@ -214,7 +244,9 @@ def test_block_sides_keep_volume_and_aspect_inside_a_large_grid() -> None:
     generator = torch.Generator().manual_seed(0)
     volume = 2000 + 20000 * torch.rand(3000, generator=generator)
     low, high = math.log(0.3), math.log(1 / 0.3)
-    height_width, depth_height = (torch.exp(low + (high - low) * torch.rand(3000, generator=generator)) for _ in "ab")
+    height_width, depth_height = (
+        torch.exp(low + (high - low) * torch.rand(3000, generator=generator)) for _ in "ab"
+    )
     depth, height, width = masks.block_sides(volume, height_width, depth_height, (500, 500, 500))
     assert (depth * height * width / volume).log().abs().max() < 0.25  # whole tokens
     assert ((height / width) / height_width).log().abs().max() < 0.25
@@ -225,7 +257,9 @@ def test_block_sides_keep_volume_and_aspect_inside_a_large_grid() -> None:
 
 def test_statistics_are_those_of_the_bounding_boxes() -> None:
     grid, counts = (2, 60, 60), [1700] * 100
-    told = masks.statistics(counts, grid, torch.ones(1, 100, 7200, dtype=torch.bool), torch.arange(100), CONFIG, 3)
+    told = masks.statistics(
+        counts, grid, torch.ones(1, 100, 7200, dtype=torch.bool), torch.arange(100), CONFIG, 3
+    )
     made = choice(counts, grid, seed=3)
     union, placed = np.zeros((100, 7200), dtype=bool), []
     for block in range(masks.ROUNDS):
@@ -249,13 +283,17 @@ def test_statistics_of_the_published_grid() -> None:
     told = masks.statistics(counts, (3, 28, 28), in_scan, torch.arange(64), CONFIG, 0)
     assert told.share_in_blocks > 0.98 and 3 < told.blocks <= masks.ROUNDS
     assert told.volume[0] >= 3 and told.volume[2] < 2352 * 0.5 * 1.2
-    assert told.height_width[0] * told.height_width[2] == pytest.approx(1, abs=0.15)  # log-uniform: as tall as wide
+    assert told.height_width[0] * told.height_width[2] == pytest.approx(
+        1, abs=0.15
+    )  # log-uniform: as tall as wide
     with pytest.raises(ValueError, match="mask more tokens"):
         masks.statistics([0, 3], (3, 28, 28), in_scan[:, :1], torch.arange(1), CONFIG, 0)
 
 
 @pytest.mark.parametrize("grid", [(1, 14, 14), (3, 28, 28)])
-def test_a_shallow_grid_keeps_the_volume_and_the_in_plane_aspect(grid: tuple[int, int, int]) -> None:
+def test_a_shallow_grid_keeps_the_volume_and_the_in_plane_aspect(
+    grid: tuple[int, int, int],
+) -> None:
     volume = torch.full((1000,), 0.25 * math.prod(grid))
     height_width = torch.logspace(-0.25, 0.25, 1000)
     depth, height, width = masks.block_sides(volume, height_width, torch.ones(1000), grid)
@@ -266,7 +304,9 @@ def test_a_shallow_grid_keeps_the_volume_and_the_in_plane_aspect(grid: tuple[int
 
 def test_drawn_aspects_are_log_uniform_in_the_declared_range() -> None:
     config, grid = replace(CONFIG, aspect=(0.3, 1 / 0.3), min_tokens=400), (1, 60, 60)
-    _, height, width = torch.from_numpy(boxes(choice([420] * 600, grid, config, 3), grid, 0)).double().T
+    _, height, width = (
+        torch.from_numpy(boxes(choice([420] * 600, grid, config, 3), grid, 0)).double().T
+    )
     log_aspect = (height / width).log()
     low, high = math.log(0.3), math.log(1 / 0.3)
     assert log_aspect.min() > low - 0.15 and log_aspect.max() < high + 0.15
@@ -274,7 +314,12 @@ def test_drawn_aspects_are_log_uniform_in_the_declared_range() -> None:
     assert bins.min() > 0.6 * bins.max() * 0.8 and abs(log_aspect.mean()) < 0.1
 
 
-CHANGES: dict[str, Any] = {"probability": 0.25, "ratio": (0.3, 0.6), "min_tokens": 40, "aspect": (1.0, 1.0)}
+CHANGES: dict[str, Any] = {
+    "probability": 0.25,
+    "ratio": (0.3, 0.6),
+    "min_tokens": 40,
+    "aspect": (1.0, 1.0),
+}
 
 
 @pytest.mark.parametrize("field", [f.name for f in fields(masks.Config)])

@@ -19,7 +19,9 @@ from tapct.views.key import ViewKey
 
 CONTRACT = HUContract()
 PATCH = (4, 4, 4)
-SMALL = recipe.Config(global_window=(8, 16, 16), local_window=(4, 8, 8), num_locals=3, blur_sigma=(0.1, 1.0))
+SMALL = recipe.Config(
+    global_window=(8, 16, 16), local_window=(4, 8, 8), num_locals=3, blur_sigma=(0.1, 1.0)
+)
 NO_OPS: tuple[Plugin, ...] = ()
 
 
@@ -29,11 +31,18 @@ def make(batch: Batch, config: recipe.Config = SMALL, seed: int = 0) -> Views:
 
 def test_shapes_are_crop_major_and_types_as_declared(make_batch: Callable[..., Batch]) -> None:
     views = make(make_batch([5, 6]))
-    assert views.global_VBZYX.shape == (2, 2, 8, 16, 16) and views.global_VBZYX.dtype == torch.float32
+    assert (
+        views.global_VBZYX.shape == (2, 2, 8, 16, 16) and views.global_VBZYX.dtype == torch.float32
+    )
     assert views.local_VBZYX.shape == (3, 2, 4, 8, 8) and views.local_VBZYX.dtype == torch.float32
-    assert views.global_in_scan_VBN.shape == (2, 2, 2 * 4 * 4) and views.global_in_scan_VBN.dtype == torch.bool
+    assert (
+        views.global_in_scan_VBN.shape == (2, 2, 2 * 4 * 4)
+        and views.global_in_scan_VBN.dtype == torch.bool
+    )
     assert views.global_in_scan_VBN.all()
-    low, high = ((bound - CONTRACT.mean) / CONTRACT.std for bound in (CONTRACT.clip_low, CONTRACT.clip_high))
+    low, high = (
+        (bound - CONTRACT.mean) / CONTRACT.std for bound in (CONTRACT.clip_low, CONTRACT.clip_high)
+    )
     for view in (views.global_VBZYX, views.local_VBZYX):
         assert view.min() >= low - 1e-4 and view.max() <= high + 1e-4 and view.std() > 0.3
     none = make(make_batch([5, 6]), replace(SMALL, num_locals=0))
@@ -41,18 +50,28 @@ def test_shapes_are_crop_major_and_types_as_declared(make_batch: Callable[..., B
 
 
 def test_a_sample_gives_the_same_views_in_any_batch(make_batch: Callable[..., Batch]) -> None:
-    """Other neighbours, another place in the batch, and more padding because a neighbour is larger."""
-    table = (Plugin(name, plugins.load("views.ops", name).Config(p=(1.0, 1.0, 1.0))) for name in ("gain", "noise"))
+    """Other neighbours, another place in the batch, and more padding because a neighbour is
+    larger.
+    """
+    table = (
+        Plugin(name, plugins.load("views.ops", name).Config(p=(1.0, 1.0, 1.0)))
+        for name in ("gain", "noise")
+    )
     config = replace(SMALL, ops=tuple(table), flip_p=(0.5, 0.5, 0.5))
     alone = make(make_batch([7], [(14, 40, 44)]), config)
     among = make(make_batch([3, 7, 4], [(16, 48, 56), (14, 40, 44), (16, 64, 41)]), config)
-    for got, want in ((among.global_VBZYX, alone.global_VBZYX), (among.local_VBZYX, alone.local_VBZYX)):
+    for got, want in (
+        (among.global_VBZYX, alone.global_VBZYX),
+        (among.local_VBZYX, alone.local_VBZYX),
+    ):
         assert (got[:, 1] - want[:, 0]).abs().max() < 1e-4
         assert ((got[:, 0] - got[:, 2]).abs().amax((1, 2, 3)) > 0.1).all()
     assert torch.equal(among.global_in_scan_VBN[:, 1], alone.global_in_scan_VBN[:, 0])
 
 
-def test_the_same_scan_under_another_sample_number_or_seed_gives_other_views(make_batch: Callable[..., Batch]) -> None:
+def test_the_same_scan_under_another_sample_number_or_seed_gives_other_views(
+    make_batch: Callable[..., Batch],
+) -> None:
     batch = make_batch([7])
     views = [make(batch), make(batch, seed=1), make(replace(batch, sample_B=torch.tensor([8])))]
     for i, j in ((0, 1), (0, 2), (1, 2)):
@@ -60,7 +79,9 @@ def test_the_same_scan_under_another_sample_number_or_seed_gives_other_views(mak
         assert (difference > 0.1).all()
 
 
-def test_views_equal_crop_blur_gain_and_z_score_done_by_hand(make_batch: Callable[..., Batch]) -> None:
+def test_views_equal_crop_blur_gain_and_z_score_done_by_hand(
+    make_batch: Callable[..., Batch],
+) -> None:
     config = replace(SMALL, blur_p=(0.0, 0.0, 0.0), flip_p=(0.5, 0.5, 0.5))
     batch = make_batch([1, 2, 3])
     sharp = make(batch, replace(config, ops=NO_OPS))
@@ -76,14 +97,22 @@ def test_views_equal_crop_blur_gain_and_z_score_done_by_hand(make_batch: Callabl
                 start + crops.length_VB3[v, b, a] * (torch.arange(n) + 0.5) / n - 0.5
                 for a, (start, n) in enumerate(zip((z, y, x), rule.window, strict=True))
             ]
-            smooth = ndimage.gaussian_filter(clipped[b].numpy(), (0, 1.0, 1.0))  # any low-pass: geometry is at stake
-            sampled = ndimage.map_coordinates(smooth, np.meshgrid(*points, indexing="ij"), order=1, mode="nearest")
+            smooth = ndimage.gaussian_filter(
+                clipped[b].numpy(), (0, 1.0, 1.0)
+            )  # any low-pass: geometry is at stake
+            sampled = ndimage.map_coordinates(
+                smooth, np.meshgrid(*points, indexing="ij"), order=1, mode="nearest"
+            )
             want = CONTRACT.normalise(torch.from_numpy(np.flip(sampled, tuple(flips)).copy()))
             got = sharp.global_VBZYX[v, b]
             both = torch.stack([got.flatten(), want.flatten()])
             assert torch.corrcoef(both)[0, 1] > 0.97
     gained = make(
-        batch, replace(config, ops=(Plugin("gain", plugins.load("views.ops", "gain").Config(p=(1.0, 1.0, 1.0))),))
+        batch,
+        replace(
+            config,
+            ops=(Plugin("gain", plugins.load("views.ops", "gain").Config(p=(1.0, 1.0, 1.0))),),
+        ),
     )
     hu, hu_gained = (v.global_VBZYX * CONTRACT.std + CONTRACT.mean for v in (sharp, gained))
     inside = (hu > -900) & (hu_gained < CONTRACT.clip_high - 1)
@@ -95,40 +124,54 @@ def test_views_equal_crop_blur_gain_and_z_score_done_by_hand(make_batch: Callabl
 
 
 def test_the_mm_of_a_view_are_those_of_its_box(make_batch: Callable[..., Batch]) -> None:
-    """What a voxel of a view covers of the body: the edge of the box in mm over the voxels of the view."""
+    """What a voxel of a view covers of the body: the edge of the box in mm over the voxels of the
+    view.
+    """
     config = replace(SMALL, z_zoom=(0.5, 2.0))
     spacing = torch.tensor([[5.0, 0.7, 0.8], [1.0, 0.5, 0.9]])
     batch = replace(make_batch([1, 2]), spacing_mm_B3=spacing)
     views = make(batch, config)
     cells = boxes.body_cells(batch.hu_BZYX, CONTRACT)
-    kinds: tuple[tuple[Kind, Any], ...] = (("global", views.global_mm_VB3), ("local", views.local_mm_VB3))
+    kinds: tuple[tuple[Kind, Any], ...] = (
+        ("global", views.global_mm_VB3),
+        ("local", views.local_mm_VB3),
+    )
     for kind, mm_VB3 in kinds:
         rule, num = config.rule(kind), 2 if kind == "global" else 3
         crops = boxes.draw(rule, kind, num, cells, batch.extent_B3, batch.sample_B, 0)
         assert mm_VB3.shape == (num, 2, 3) and mm_VB3.dtype == torch.float32
         for v in range(num):
             for b in range(2):
-                want = [crops.length_VB3[v, b, a] * spacing[b, a] / rule.window[a] for a in range(3)]
+                want = [
+                    crops.length_VB3[v, b, a] * spacing[b, a] / rule.window[a] for a in range(3)
+                ]
                 assert mm_VB3[v, b].tolist() == pytest.approx([float(mm) for mm in want])
     assert make(batch, replace(config, num_locals=0)).local_mm_VB3.shape == (0, 2, 3)
 
 
-def test_blur_happens_as_often_as_declared_and_with_the_declared_width(make_batch: Callable[..., Batch]) -> None:
+def test_blur_happens_as_often_as_declared_and_with_the_declared_width(
+    make_batch: Callable[..., Batch],
+) -> None:
     config = replace(SMALL, blur_p=(1.0, 0.1, 0.5), blur_sigma=(0.1, 2.0))
     sample_B = torch.arange(4000)
     shares = []
     groups: tuple[tuple[Kind, int], ...] = (("global", 0), ("global", 1), ("local", 2))
     for kind, view in groups:
-        sigma = recipe._blur_sigma(config, ViewKey(0, sample_B, kind, view, CONTRACT, torch.ones(len(sample_B), 3)))
+        sigma = recipe._blur_sigma(
+            config, ViewKey(0, sample_B, kind, view, CONTRACT, torch.ones(len(sample_B), 3))
+        )
         shares.append((sigma > 0).double().mean().item())
         drawn = sigma[sigma > 0]
         assert drawn.min() >= 0.1 and drawn.max() < 2.0 and abs(drawn.mean() - 1.05) < 0.1
     assert shares[0] == 1 and abs(shares[1] - 0.1) < 0.02 and abs(shares[2] - 0.5) < 0.03
     batch = make_batch(list(range(6)))
     plain, blurred = (
-        make(batch, replace(SMALL, ops=NO_OPS, blur_sigma=(1.0, 1.0), blur_p=p)) for p in ((0, 0, 0), (1.0, 0.0, 0.0))
+        make(batch, replace(SMALL, ops=NO_OPS, blur_sigma=(1.0, 1.0), blur_p=p))
+        for p in ((0, 0, 0), (1.0, 0.0, 0.0))
     )
-    want = ndimage.gaussian_filter(plain.global_VBZYX[0].numpy(), (0, 1, 1, 1), mode="reflect", truncate=8)
+    want = ndimage.gaussian_filter(
+        plain.global_VBZYX[0].numpy(), (0, 1, 1, 1), mode="reflect", truncate=8
+    )
     assert np.abs(blurred.global_VBZYX[0].numpy() - want).max() < 1e-4
     assert torch.equal(plain.global_VBZYX[1], blurred.global_VBZYX[1])
     assert torch.equal(plain.local_VBZYX, blurred.local_VBZYX)
@@ -139,7 +182,9 @@ def test_tokens_wholly_in_padding_are_told_and_hold_air(make_batch: Callable[...
     batch = make_batch(list(range(12)), [(4, 48, 56)] * 6 + [(5, 48, 56)] * 6)
     views = make(batch, config)
     in_scan = views.global_in_scan_VBN.unflatten(2, (2, 4, 4))
-    assert torch.equal(in_scan, in_scan[..., :1, :1].expand_as(in_scan))  # in-plane every box lies in the scan
+    assert torch.equal(
+        in_scan, in_scan[..., :1, :1].expand_as(in_scan)
+    )  # in-plane every box lies in the scan
     layers = in_scan[..., 0, 0]
     assert (layers[:, :6].sum(-1) == 1).all() and layers[:, 6:].all()
     assert 0 < layers[:, :6, 0].double().mean() < 1  # a flip in z moves the padding to the front
@@ -150,11 +195,15 @@ def test_tokens_wholly_in_padding_are_told_and_hold_air(make_batch: Callable[...
 
 
 def test_local_crops_honour_their_own_depth_and_area(make_batch: Callable[..., Batch]) -> None:
-    """The view of z * 40 HU reads whole neighbouring slices, and a smaller area spans less of a ramp."""
+    """The view of z * 40 HU reads whole neighbouring slices, and a smaller area spans less of a
+    ramp.
+    """
     batch = make_batch([0, 1, 2])
     ramp = torch.arange(16, dtype=torch.int16)[:, None, None] * 40 - 300
     batch.hu_BZYX.copy_(ramp.expand(16, 48, 56))
-    config = replace(SMALL, blur_p=(0.0, 0.0, 0.0), ops=NO_OPS, global_area=(0.3, 0.3), local_area=(0.2, 0.2))
+    config = replace(
+        SMALL, blur_p=(0.0, 0.0, 0.0), ops=NO_OPS, global_area=(0.3, 0.3), local_area=(0.2, 0.2)
+    )
     views = make(batch, config)
     for view in (views.global_VBZYX, views.local_VBZYX):
         middle = (view * CONTRACT.std + CONTRACT.mean)[:, :, :, 4, 4]
@@ -220,10 +269,15 @@ def test_make_views_runs_the_device_path_to_the_same_views(
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_views_on_a_gpu_equal_those_on_the_host_and_never_wait(make_batch: Callable[..., Batch]) -> None:
+def test_views_on_a_gpu_equal_those_on_the_host_and_never_wait(
+    make_batch: Callable[..., Batch],
+) -> None:
     batch = make_batch([0, 1, 2], [(16, 48, 56), (7, 40, 30), (16, 64, 33)])
     names = plugins.available("views.ops")
-    config = replace(SMALL, ops=tuple(Plugin(n, plugins.load("views.ops", n).Config(p=(1.0, 1.0, 1.0))) for n in names))
+    config = replace(
+        SMALL,
+        ops=tuple(Plugin(n, plugins.load("views.ops", n).Config(p=(1.0, 1.0, 1.0))) for n in names),
+    )
     on_device = batch.to(torch.device("cuda"))
     make(on_device, config)  # the first call compiles and allocates
     torch.cuda.synchronize()
@@ -241,7 +295,9 @@ def test_views_on_a_gpu_equal_those_on_the_host_and_never_wait(make_batch: Calla
 def test_ops_are_told_the_mm_of_their_view(make_batch: Callable[..., Batch]) -> None:
     rotation = plugins.load("views.ops", "rotation")
     turn = rotation.Config(p=(1.0, 1.0, 1.0), degrees=(30.0, 30.0))
-    batch = replace(make_batch([1, 2]), spacing_mm_B3=torch.tensor([[3.0, 0.5, 1.1], [2.0, 0.9, 0.6]]))
+    batch = replace(
+        make_batch([1, 2]), spacing_mm_B3=torch.tensor([[3.0, 0.5, 1.1], [2.0, 0.9, 0.6]])
+    )
     plain = make(batch, replace(SMALL, ops=NO_OPS))
     turned = make(batch, replace(SMALL, ops=(Plugin("rotation", turn),)))
     for kind, views, found, mm_VB3 in (
@@ -250,7 +306,9 @@ def test_ops_are_told_the_mm_of_their_view(make_batch: Callable[..., Batch]) -> 
     ):
         for number, view in enumerate(views):
             key = ViewKey(0, batch.sample_B, kind, number, CONTRACT, mm_VB3[number])  # type: ignore[arg-type]
-            wanted = rotation.build(turn)(view, key)  # of means, so it may as well come after the z-score
+            wanted = rotation.build(turn)(
+                view, key
+            )  # of means, so it may as well come after the z-score
             torch.testing.assert_close(found[number], wanted, atol=1e-4, rtol=0)
             other = rotation.build(turn)(view, replace(key, mm_B3=key.mm_B3.flip(1)))
             assert (other - wanted).abs().max() > 0.01

@@ -18,7 +18,9 @@ RANGE = CONTRACT.clip_high - CONTRACT.clip_low
 
 
 def slow_axis(start: float, length: float, num_out: int, num_in: int) -> np.ndarray:
-    """(num_out, num_in) float64: triangle weights over the endless line, outside columns left away (they are air)."""
+    """(num_out, num_in) float64: triangle weights over the endless line, outside columns left away
+    (they are air).
+    """
     scale = length / num_out
     radius = max(scale, 1.0)
     matrix = np.zeros((num_out, num_in))
@@ -33,7 +35,9 @@ def slow_axis(start: float, length: float, num_out: int, num_in: int) -> np.ndar
     return matrix
 
 
-def slow_view(hu: np.ndarray, crop: Boxes, b: int, window: tuple[int, int, int], sigma: float) -> np.ndarray:
+def slow_view(
+    hu: np.ndarray, crop: Boxes, b: int, window: tuple[int, int, int], sigma: float
+) -> np.ndarray:
     """One view in float64: dense sums, then scipy's Gaussian on the finished view."""
     view = np.clip(hu.astype(np.float64), CONTRACT.clip_low, CONTRACT.clip_high) - CONTRACT.clip_low
     for axis in range(3):
@@ -49,11 +53,20 @@ def slow_view(hu: np.ndarray, crop: Boxes, b: int, window: tuple[int, int, int],
 
 def boxes_of(rows: list[tuple[list[float], list[float], list[bool]]]) -> Boxes:
     start, length, flip = ([row[i] for row in rows] for i in range(3))
-    return Boxes(torch.tensor([start]), torch.tensor([length]), torch.tensor([flip]), torch.ones(1, len(rows)))
+    return Boxes(
+        torch.tensor([start]),
+        torch.tensor([length]),
+        torch.tensor([flip]),
+        torch.ones(1, len(rows)),
+    )
 
 
 def fast_views(
-    hu: torch.Tensor, crops: Boxes, window: tuple[int, int, int], sigma: list[float], slack: float = 1.0
+    hu: torch.Tensor,
+    crops: Boxes,
+    window: tuple[int, int, int],
+    sigma: list[float],
+    slack: float = 1.0,
 ) -> torch.Tensor:
     slab = (hu.shape[1], hu.shape[2], hu.shape[3])
     longest_z, longest_y, longest_x = (crops.length_VB3.amax((0, 1)) * slack).tolist()
@@ -67,7 +80,11 @@ def fast_views(
 CASES = [
     ([2.0, 5.3, 7.9], [6.0, 30.0, 21.7], [False, False, False]),  # in the middle
     ([0.0, 0.0, 0.0], [6.0, 48.0, 56.0], [False, True, False]),  # the whole plane, mirrored
-    ([11.0, 31.5, 40.2], [6.0, 16.5, 15.8], [True, False, True]),  # in the far corner, beyond the last slice
+    (
+        [11.0, 31.5, 40.2],
+        [6.0, 16.5, 15.8],
+        [True, False, True],
+    ),  # in the far corner, beyond the last slice
     ([3.0, 10.0, 10.0], [6.0, 9.0, 7.5], [False, False, False]),  # enlarged
     ([1.25, 4.0, 0.5], [11.7, 44.0, 50.0], [False, False, False]),  # z resized too
 ]
@@ -75,7 +92,9 @@ CASES = [
 
 @pytest.mark.parametrize("slack", [1.0, 1.6])
 @pytest.mark.parametrize("sigma", [0.0, 0.1, 0.7, 2.0])
-def test_views_equal_dense_float64_sums(make_batch: Callable[..., Batch], sigma: float, slack: float) -> None:
+def test_views_equal_dense_float64_sums(
+    make_batch: Callable[..., Batch], sigma: float, slack: float
+) -> None:
     hu = make_batch(list(range(len(CASES)))).hu_BZYX
     hu[0, :, ::7, ::5] = 3000  # above the window: the clip comes before the resampling
     hu[1, :, :9] = -2000
@@ -104,7 +123,9 @@ def test_the_device_path_equals_the_host_path(
 @pytest.mark.parametrize(
     ("num_in", "num_out", "length"), [(90, 30, 90.0), (90, 30, 40.0), (33, 40, 17.3), (50, 7, 50.0)]
 )
-def test_rows_sum_to_one_where_the_filter_stays_in_the_slab(num_in: int, num_out: int, length: float) -> None:
+def test_rows_sum_to_one_where_the_filter_stays_in_the_slab(
+    num_in: int, num_out: int, length: float
+) -> None:
     start = torch.tensor([[0.0, (num_in - length) / 2, num_in - length]])
     flip = torch.zeros_like(start, dtype=torch.bool)
     one = resample.resize_map(start, torch.full_like(start, length), flip, num_out, num_in, length)
@@ -120,7 +141,9 @@ def test_blur_rows_sum_to_one_and_zero_is_the_identity() -> None:
     blur = resample.blur_matrix(torch.tensor([0.0, 0.1, 1.0, 2.0, 9.0]), 7, 9.0)
     assert torch.allclose(blur.sum(-1), torch.ones(5, 7), atol=1e-6)
     assert torch.allclose(blur, blur.mT, atol=1e-7)
-    assert torch.equal(blur[0], torch.eye(7)) and torch.allclose(blur[1], torch.eye(7), rtol=0, atol=1e-20)
+    assert torch.equal(blur[0], torch.eye(7)) and torch.allclose(
+        blur[1], torch.eye(7), rtol=0, atol=1e-20
+    )
     impulse = np.eye(7)
     for sigma, matrix in zip([1.0, 2.0, 9.0], blur[2:], strict=True):
         want = ndimage.gaussian_filter1d(impulse, sigma, axis=0, mode="reflect", truncate=10)
@@ -138,7 +161,9 @@ def test_a_constant_scan_stays_constant_and_air_stays_air() -> None:
 
 def test_outside_the_scan_is_air_never_zero() -> None:
     hu = torch.full((1, 4, 40, 40), 55, dtype=torch.int16)
-    crops = boxes_of([([0.0, 0.0, 0.0], [8.0, 40.0, 40.0], [False, False, False])])  # deeper than the slab
+    crops = boxes_of(
+        [([0.0, 0.0, 0.0], [8.0, 40.0, 40.0], [False, False, False])]
+    )  # deeper than the slab
     got = fast_views(hu, crops, (8, 20, 20), [0.0])
     assert (got[0, 4:] == CONTRACT.clip_low).all()
     assert (got[0, :4, 1:-1, 1:-1] - 55).abs().max() < 1e-3
@@ -146,10 +171,14 @@ def test_outside_the_scan_is_air_never_zero() -> None:
 
 
 def test_a_crop_in_the_middle_carries_no_rim() -> None:
-    """Real neighbours feed the border: the view of a straight ramp is a straight ramp up to its edge."""
+    """Real neighbours feed the border: the view of a straight ramp is a straight ramp up to its
+    edge.
+    """
     ramp = torch.arange(90) * 8 - 300
     hu = (ramp[:, None] + 2 * torch.arange(90)).to(torch.int16).expand(1, 16, 90, 90)
-    got = fast_views(hu, boxes_of([([4.0, 20.0, 21.5], [8.0, 48.0, 40.0], [False] * 3)]), (8, 16, 16), [0.0])
+    got = fast_views(
+        hu, boxes_of([([4.0, 20.0, 21.5], [8.0, 48.0, 40.0], [False] * 3)]), (8, 16, 16), [0.0]
+    )
     step_y, step_x = got.diff(dim=2), got.diff(dim=3)
     assert (step_y - 8 * 3).abs().max() < 0.1 and (step_x - 2 * 2.5).abs().max() < 0.1
     assert (got.diff(dim=1).abs() < 1e-3).all()
@@ -159,14 +188,18 @@ def test_stripes_finer_than_the_view_average_out() -> None:
     """At 3x reduction a pattern of period 2 aliases to full contrast without a stretched filter."""
     stripes = torch.where(torch.arange(96) % 2 == 0, 400, -400).to(torch.int16)
     hu = stripes.expand(1, 8, 96, 96).clone()
-    got = fast_views(hu, boxes_of([([0.0, 3.0, 3.0], [8.0, 90.0, 90.0], [False] * 3)]), (8, 30, 30), [0.0])
+    got = fast_views(
+        hu, boxes_of([([0.0, 3.0, 3.0], [8.0, 90.0, 90.0], [False] * 3)]), (8, 30, 30), [0.0]
+    )
     assert got.abs().max() < 50
     sampled = F.interpolate(hu[:, :, 3:93, 3:93].float(), size=(30, 30), mode="bilinear")
     assert sampled.abs().max() > 350
 
 
 @pytest.mark.parametrize("size", [(16, 24), (20, 56), (70, 80)])
-def test_interior_equals_torch_antialiased_resize(make_batch: Callable[..., Batch], size: tuple[int, int]) -> None:
+def test_interior_equals_torch_antialiased_resize(
+    make_batch: Callable[..., Batch], size: tuple[int, int]
+) -> None:
     hu = make_batch([3]).hu_BZYX.float().clamp(CONTRACT.clip_low, CONTRACT.clip_high)
     got = resample.resize_volume(hu[0], (16, *size), CONTRACT.clip_low)
     want = F.interpolate(hu, size=size, mode="bilinear", antialias=True, align_corners=False)[0]
@@ -174,7 +207,9 @@ def test_interior_equals_torch_antialiased_resize(make_batch: Callable[..., Batc
     assert (got[inner] - want[inner]).abs().max() < 1e-4 * RANGE
 
 
-def test_resize_volume_equals_dense_float64_sums_and_keeps_equal_axes(make_batch: Callable[..., Batch]) -> None:
+def test_resize_volume_equals_dense_float64_sums_and_keeps_equal_axes(
+    make_batch: Callable[..., Batch],
+) -> None:
     hu = make_batch([3]).hu_BZYX[0].float()
     assert torch.equal(resample.resize_volume(hu, (16, 48, 56)), hu)
     for sizes in ((7, 20, 70), (80, 47, 33)):
@@ -194,9 +229,13 @@ def check_against_dense(hu: torch.Tensor, sizes: tuple[int, int, int]) -> None:
 
 def test_resize_volume_equals_the_view_of_the_whole_scan(make_batch: Callable[..., Batch]) -> None:
     hu = make_batch([3]).hu_BZYX
-    view = fast_views(hu, boxes_of([([0.0, 0.0, 0.0], [16.0, 48.0, 56.0], [False] * 3)]), (16, 24, 24), [0.0])
+    view = fast_views(
+        hu, boxes_of([([0.0, 0.0, 0.0], [16.0, 48.0, 56.0], [False] * 3)]), (16, 24, 24), [0.0]
+    )
     clipped = hu[0].float().clamp(CONTRACT.clip_low, CONTRACT.clip_high)
-    assert (resample.resize_volume(clipped, (16, 24, 24), CONTRACT.clip_low) - view[0]).abs().max() < 1e-3
+    assert (
+        resample.resize_volume(clipped, (16, 24, 24), CONTRACT.clip_low) - view[0]
+    ).abs().max() < 1e-3
 
 
 def test_full_precision_holds_inside_and_restores_outside() -> None:

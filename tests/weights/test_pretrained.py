@@ -1,4 +1,6 @@
-"""Exports: what goes out comes back bit for bit, and what is damaged or foreign is refused in one line."""
+"""Exports: what goes out comes back bit for bit, and what is damaged or foreign is refused in one
+line.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ from tapct.types import HUContract, Volume
 from tapct.weights.export import save_export
 from tapct.weights.pretrained import Pretrained, load_pretrained
 
-VIT = vit.Config(window=(4, 16, 16), patch=(2, 4, 4), dim=16, depth=2, heads=2, registers=1, drop_path=0.3)
+VIT = vit.Config(
+    window=(4, 16, 16), patch=(2, 4, 4), dim=16, depth=2, heads=2, registers=1, drop_path=0.3
+)
 CONTRACT = HUContract(-900.0, 700.0, -50.0, 300.0)
 PREPROCESS = Preprocess((24, 20), (4, 16, 16), (2, 8, 8), 0.5)
 
@@ -195,7 +199,9 @@ def test_an_extra_tensor_is_refused(teacher, folder):
 def test_a_module_named_by_an_export_is_not_imported_unasked(folder, tmp_path, monkeypatch):
     touch = f"from pathlib import Path\nPath({str(tmp_path / 'imported')!r}).touch()\n"
     (tmp_path / "pack").mkdir()
-    (tmp_path / "pack" / "stranger.py").write_text(touch + "from tapct.models.vit import Config, build\n")
+    (tmp_path / "pack" / "stranger.py").write_text(
+        touch + "from tapct.models.vit import Config, build\n"
+    )
     monkeypatch.syspath_prepend(tmp_path)
     edit(folder, lambda card: card["model"].update(name="pack.stranger"))
     with pytest.raises(UserError, match=r"pack\.stranger.*custom_code=True"):

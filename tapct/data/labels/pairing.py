@@ -1,10 +1,13 @@
 """Which label map belongs to which scan, by name alone; content and grid are checked afterwards.
 
 Rules, first match wins; "same stem" means the file name without its format's suffix:
-1. `--labels DIR`: DIR/<the scan's folder below the root>/<stem>, or DIR/<stem> where no other scan has that stem.
-2. The scan lies in a folder images*: the folder labels* beside it (imagesTr -> labelsTr), same stem.
-3. Beside the scan: NAME_seg, NAME-seg, NAME.seg, NAME_label, NAME_labels, with or without a number (NAME_seg62).
-In 1 and 2 a channel number as nnU-Net writes it (case_0000) may be missing from the label's name.
+1. `--labels DIR`: DIR/<the scan's folder below the root>/<stem>, or DIR/<stem> where no other scan
+has that stem.
+2. The scan lies in a folder images*: the folder labels* beside it (imagesTr -> labelsTr), same
+    stem.
+3. Beside the scan: NAME_seg, NAME-seg, NAME.seg, NAME_label, NAME_labels, with or without a number
+(NAME_seg62). In 1 and 2 a channel number as nnU-Net writes it (case_0000) may be missing from the
+label's name.
 """
 
 from __future__ import annotations
@@ -20,7 +23,9 @@ _BESIDE = re.compile(r"(?P<name>.+?)(?:[_.-]seg\d*|[_-]labels?\d*)", re.IGNORECA
 _CHANNEL = re.compile(r"_0000$")
 
 
-def pair_labels(sources: Sequence[Source], root: Path, labels: Path | None) -> tuple[dict[Path, Path], set[Path]]:
+def pair_labels(
+    sources: Sequence[Source], root: Path, labels: Path | None
+) -> tuple[dict[Path, Path], set[Path]]:
     """Find the label map of every source.
 
     Args:
@@ -42,7 +47,10 @@ def pair_labels(sources: Sequence[Source], root: Path, labels: Path | None) -> t
             beside.setdefault((folder, match["name"]), path)
     found: dict[Path, Path] = {}
     for source in candidates:
-        folder, stem = source.path.parent.relative_to(root) if source.path != root else Path(), stem_of(source.path)
+        folder, stem = (
+            source.path.parent.relative_to(root) if source.path != root else Path(),
+            stem_of(source.path),
+        )
         keys = [(folder, stem), (folder, _CHANNEL.sub("", stem))]
         if stems[stem] == 1:
             keys += [(Path(), stem), (Path(), _CHANNEL.sub("", stem))]
@@ -50,7 +58,9 @@ def pair_labels(sources: Sequence[Source], root: Path, labels: Path | None) -> t
         chosen = match_given or _in_sibling(local, folder, stem) or beside.get((folder, stem))
         if chosen is not None:
             found[source.path] = chosen
-    are_labels = set(found.values()) | {source.path for source in sources if _real(source.path) in taken}
+    are_labels = set(found.values()) | {
+        source.path for source in sources if _real(source.path) in taken
+    }
     return {scan: path for scan, path in found.items() if scan not in are_labels}, are_labels
 
 
@@ -59,7 +69,9 @@ def _by_folder_and_stem(sources: Sequence[Source], root: Path) -> dict[tuple[Pat
     table: dict[tuple[Path, str], Path] = {}
     for source in sources:
         if source.path != root:
-            table.setdefault((source.path.parent.relative_to(root), stem_of(source.path)), source.path)
+            table.setdefault(
+                (source.path.parent.relative_to(root), stem_of(source.path)), source.path
+            )
     return table
 
 

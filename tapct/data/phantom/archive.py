@@ -1,7 +1,9 @@
-"""Synthetic torso CT with organ labels: an archive to test, to learn and to measure with, where no data may travel.
+"""Synthetic torso CT with organ labels: an archive to test, to learn and to measure with, where no
+data may travel.
 
-Every case is a pure function of (seed, index): the first N cases of a larger archive are those of a smaller one.
-Bytes repeat on one machine with one set of library versions; other vector units may round a voxel by 1 HU.
+Every case is a pure function of (seed, index): the first N cases of a larger archive are those of a
+smaller one. Bytes repeat on one machine with one set of library versions; other vector units may
+round a voxel by 1 HU.
 """
 
 from __future__ import annotations
@@ -43,8 +45,12 @@ class Config:
     in_plane: tuple[int, int] = setting(
         (160, 256), "smallest and largest in-plane size in voxels, in steps of 16", ge=32
     )
-    slice_mm: tuple[float, float] = setting((1.0, 5.0), "smallest and largest slice spacing in mm", gt=0, le=10)
-    dicom_share: float = setting(0.2, "share of scans written as DICOM series, the others as NIfTI", ge=0, le=1)
+    slice_mm: tuple[float, float] = setting(
+        (1.0, 5.0), "smallest and largest slice spacing in mm", gt=0, le=10
+    )
+    dicom_share: float = setting(
+        0.2, "share of scans written as DICOM series, the others as NIfTI", ge=0, le=1
+    )
     followup_share: float = setting(0.25, "share of patients with a second time point", ge=0, le=1)
     workers: int = setting(0, "threads that make scans; 0 means one per core", ge=0)
 
@@ -52,7 +58,10 @@ class Config:
         for name in ("slices", "in_plane", "slice_mm"):
             low, high = getattr(self, name)
             if low > high:
-                raise UserError(f"phantom.{name} is ({low}, {high}): the first must not exceed the second. Swap them.")
+                raise UserError(
+                    f"phantom.{name} is ({low}, {high}): the first must not exceed the second. "
+                    "Swap them."
+                )
 
 
 @dataclass(frozen=True)
@@ -125,8 +134,11 @@ def make_case(seed: int, index: int, config: Config) -> tuple[Volume, LabelMap, 
     return volume, LabelMap(labels_ZYX, study.spacing_mm, study.origin_mm, LABELS), facts
 
 
-def write(out: Path, config: Config, progress: Callable[[int, int], None] | None = None) -> PhantomReport:
-    """Write an archive: OUT/images (NIfTI with JSON, DICOM folders) and OUT/labels (NIfTI with JSON).
+def write(
+    out: Path, config: Config, progress: Callable[[int, int], None] | None = None
+) -> PhantomReport:
+    """Write an archive: OUT/images (NIfTI with JSON, DICOM folders) and OUT/labels (NIfTI with
+    JSON).
 
     Args:
         out: folder to make; must be empty or absent.
@@ -137,7 +149,10 @@ def write(out: Path, config: Config, progress: Callable[[int, int], None] | None
     """
     images, labels = out / "images", out / "labels"
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"phantom --out {out}: it exists and is not an empty folder. Choose another or remove it.")
+        raise UserError(
+            f"phantom --out {out}: it exists and is not an empty folder. Choose another or remove "
+            "it."
+        )
     images.mkdir(parents=True)
     labels.mkdir()
     workers = min(config.workers or os.cpu_count() or 1, config.num)

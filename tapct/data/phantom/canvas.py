@@ -1,7 +1,8 @@
-"""What the phantom is painted on: a voxel grid in standard-body millimetres, boxes of it, and smooth random fields.
+"""What the phantom is painted on: a voxel grid in standard-body millimetres, boxes of it, and
+smooth random fields.
 
-Axes: Z Y X voxels of a box. Everything is evaluated inside boxes around an organ, in float32, so that a scan costs
-a fraction of a second.
+Axes: Z Y X voxels of a box. Everything is evaluated inside boxes around an organ, in float32, so
+that a scan costs a fraction of a second.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ WALL_POWER = 2.4  # of the superellipses that a torso's cross sections are
 
 @dataclass(frozen=True)
 class Field:
-    """White noise on a lattice in the patient's frame, read through a cubic B-spline: zero mean, unit variance.
+    """White noise on a lattice in the patient's frame, read through a cubic B-spline: zero mean,
+    unit variance.
 
     Args:
         lattice_ZYX: float32.
@@ -50,7 +52,9 @@ def _spline_matrix(at: np.ndarray, start: float, step: float, count: int) -> np.
     rows = np.arange(len(at))
     for k, tap in enumerate(taps):
         np.add.at(matrix, (rows, np.clip(base - 1 + k, 0, count - 1)), tap / 6)
-    return (matrix / np.sqrt(151 / 315)).astype(np.float32)  # 151/315: mean over f of the sum of squared weights
+    return (matrix / np.sqrt(151 / 315)).astype(
+        np.float32
+    )  # 151/315: mean over f of the sum of squared weights
 
 
 @dataclass(frozen=True)
@@ -79,21 +83,29 @@ class Box:
         """Read a field on this box: float32 ZYX."""
         cz, cy, cx = field.lattice_ZYX.shape
         mz = _spline_matrix(self.z_Z11[:, 0, 0], field.start[2], field.step[2], cz)
-        my = _spline_matrix(self.y_YX[:, self.y_YX.shape[1] // 2], field.start[1], field.step[1], cy)
+        my = _spline_matrix(
+            self.y_YX[:, self.y_YX.shape[1] // 2], field.start[1], field.step[1], cy
+        )
         mx = _spline_matrix(self.x_YX[self.x_YX.shape[0] // 2], field.start[0], field.step[0], cx)
         coarse = (mz @ field.lattice_ZYX.reshape(cz, cy * cx)).reshape(len(mz), cy, cx)
         rows = np.matmul(my, coarse)
         return (rows.reshape(-1, cx) @ mx.T).reshape(len(mz), len(my), len(mx))
 
-    def ellipsoid(self, centre: Triple, radii: Triple, lean: tuple[float, float] = (0.0, 0.0)) -> np.ndarray:
-        """Sum of squares of the normed coordinates (1 on the surface); `lean` shears x and y along z."""
+    def ellipsoid(
+        self, centre: Triple, radii: Triple, lean: tuple[float, float] = (0.0, 0.0)
+    ) -> np.ndarray:
+        """Sum of squares of the normed coordinates (1 on the surface); `lean` shears x and y along
+        z.
+        """
         dz = self.z_Z11 - np.float32(centre[2])
         if lean == (0.0, 0.0):
-            plane = np.square((self.x_YX - centre[0]) / radii[0]) + np.square((self.y_YX - centre[1]) / radii[1])
+            plane = np.square((self.x_YX - centre[0]) / radii[0]) + np.square(
+                (self.y_YX - centre[1]) / radii[1]
+            )
             return plane.astype(np.float32) + np.square(dz / np.float32(radii[2]))
-        return self.tube(centre[0] + lean[0] * dz, centre[1] + lean[1] * dz, radii[0], radii[1]) + np.square(
-            dz / np.float32(radii[2])
-        )
+        return self.tube(
+            centre[0] + lean[0] * dz, centre[1] + lean[1] * dz, radii[0], radii[1]
+        ) + np.square(dz / np.float32(radii[2]))
 
     def tube(self, x: Along, y: Along, rx: Along, ry: Along) -> np.ndarray:
         """Squared normed distance from an axis along z that lies at x(z), y(z) (arrays Z11)."""
@@ -101,7 +113,9 @@ class Box:
         out += np.square((self.y_YX - y) * (1.0 / np.asarray(ry, np.float32)))
         return out
 
-    def paint(self, mask: np.ndarray, hu: np.ndarray | np.floating | float, label: int | None = None) -> None:
+    def paint(
+        self, mask: np.ndarray, hu: np.ndarray | np.floating | float, label: int | None = None
+    ) -> None:
         """Write HU, and a label where one is given, under a mask."""
         np.copyto(self.hu_ZYX, hu, where=mask, casting="same_kind")
         if label is not None:
@@ -126,11 +140,17 @@ class Canvas:
     study: Study
 
     def box(self, low: Triple, high: Triple) -> Box | None:
-        """The part of the scan that holds a box of standard mm; None where the scan does not reach it."""
+        """The part of the scan that holds a box of standard mm; None where the scan does not reach
+        it.
+        """
         study, whole = self.study, self.whole
         z = whole.z_Z11[:, 0, 0]
         keep = np.flatnonzero((z >= low[2]) & (z <= high[2]))
-        corners = [_to_pixels(x, y, self.patient, study) for x in (low[0], high[0]) for y in (low[1], high[1])]
+        corners = [
+            _to_pixels(x, y, self.patient, study)
+            for x in (low[0], high[0])
+            for y in (low[1], high[1])
+        ]
         columns, rows = np.array(corners).T
         x0, x1 = _clip_range(columns, study.shape[2])
         y0, y1 = _clip_range(rows, study.shape[1])
@@ -143,7 +163,13 @@ class Canvas:
 
     def field(self, purpose: str, low: Triple, high: Triple, step: float | Triple) -> Field:
         """A field of this patient; see `make_field`."""
-        return make_field(self.patient, purpose, low, high, step if isinstance(step, tuple) else (step, step, step))
+        return make_field(
+            self.patient,
+            purpose,
+            low,
+            high,
+            step if isinstance(step, tuple) else (step, step, step),
+        )
 
 
 def _clip_range(values: np.ndarray, size: int) -> tuple[int, int]:
@@ -155,7 +181,9 @@ def _to_pixels(x: float, y: float, patient: Patient, study: Study) -> tuple[floa
     c, s = np.cos(study.turn), np.sin(study.turn)
     rx, ry = x * patient.scale[0], y * patient.scale[1]
     u, v = c * rx - s * ry + study.centre_mm[0], s * rx + c * ry + study.centre_mm[1]
-    return u / study.spacing_mm[2] + (study.shape[2] - 1) / 2, v / study.spacing_mm[1] + (study.shape[1] - 1) / 2
+    return u / study.spacing_mm[2] + (study.shape[2] - 1) / 2, v / study.spacing_mm[1] + (
+        study.shape[1] - 1
+    ) / 2
 
 
 def blank_canvas(patient: Patient, study: Study) -> Canvas:
@@ -166,11 +194,17 @@ def blank_canvas(patient: Patient, study: Study) -> Canvas:
     c, s = np.cos(study.turn), np.sin(study.turn)
     x = ((c * u[None, :] + s * v[:, None]) / patient.scale[0]).astype(np.float32)
     y = ((-s * u[None, :] + c * v[:, None]) / patient.scale[1]).astype(np.float32)
-    z = ((study.bottom_z + np.arange(depth) * study.spacing_mm[0]) / patient.scale[2]).astype(np.float32)
+    z = ((study.bottom_z + np.arange(depth) * study.spacing_mm[0]) / patient.scale[2]).astype(
+        np.float32
+    )
     powers = [np.power(np.abs(p), np.float32(WALL_POWER)) for p in (x, y)]
     empty = np.empty((0,), np.float32)
     hu = np.full(study.shape, -1000.0, np.float32)
-    box = Box(x, y, z.reshape(-1, 1, 1), hu, np.zeros(study.shape, np.uint8), empty, powers[0], powers[1])
+    box = Box(
+        x, y, z.reshape(-1, 1, 1), hu, np.zeros(study.shape, np.uint8), empty, powers[0], powers[1]
+    )
     field = make_field(patient, "wall", (-240, -170, -260), (240, 170, 240), (55, 55, 70))
     wall = box.sample(field) * np.float32(0.035)
-    return Canvas(Box(x, y, box.z_Z11, hu, box.label_ZYX, wall, powers[0], powers[1]), patient, study)
+    return Canvas(
+        Box(x, y, box.z_Z11, hu, box.label_ZYX, wall, powers[0], powers[1]), patient, study
+    )

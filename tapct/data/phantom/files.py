@@ -1,4 +1,6 @@
-"""How a phantom case is written: NIfTI with side-cars, or a DICOM series; the label map always as NIfTI."""
+"""How a phantom case is written: NIfTI with side-cars, or a DICOM series; the label map always as
+NIfTI.
+"""
 
 from __future__ import annotations
 
@@ -58,7 +60,9 @@ class CaseFacts:
         }
 
 
-def write_case(volume: Volume, labels: LabelMap, facts: CaseFacts, images: Path, label_folder: Path) -> int:
+def write_case(
+    volume: Volume, labels: LabelMap, facts: CaseFacts, images: Path, label_folder: Path
+) -> int:
     """Write one scan and its label map.
 
     Args:
@@ -74,7 +78,9 @@ def write_case(volume: Volume, labels: LabelMap, facts: CaseFacts, images: Path,
     if facts.dicom:
         num_bytes = _write_series(volume, facts, images / facts.name)
     else:
-        num_bytes = _write_nifti(volume.hu_ZYX, *grid, facts.orientation, images / f"{facts.name}.nii.gz", zlib.Z_RLE)
+        num_bytes = _write_nifti(
+            volume.hu_ZYX, *grid, facts.orientation, images / f"{facts.name}.nii.gz", zlib.Z_RLE
+        )
         num_bytes += _write_json(facts.sidecar(), images / f"{facts.name}.json")
     small = labels.labels_ZYX.astype(np.uint8)
     target = label_folder / f"{facts.name}.nii.gz"
@@ -95,7 +101,9 @@ def _write_nifti(
     path: Path,
     strategy: int,
 ) -> int:
-    """LPS array -> NIfTI (RAS+ affine), stored in the wanted orientation; the gzip header holds no time."""
+    """LPS array -> NIfTI (RAS+ affine), stored in the wanted orientation; the gzip header holds no
+    time.
+    """
     dz, dy, dx = spacing_mm
     x, y, z = origin_mm
     affine = np.array([[-dx, 0, 0, -x], [0, -dy, 0, -y], [0, 0, dz, z], [0, 0, 0, 1]], np.float64)
@@ -111,7 +119,9 @@ def _write_nifti(
 
 
 def _write_series(volume: Volume, facts: CaseFacts, folder: Path) -> int:
-    """One CT Image Storage file per slice; some scanners count slices from the head, some from the feet."""
+    """One CT Image Storage file per slice; some scanners count slices from the head, some from the
+    feet.
+    """
     folder.mkdir(exist_ok=True)
     signed = facts.manufacturer in ("GE MEDICAL SYSTEMS", "TOSHIBA")
     intercept = 0 if signed else -1024
@@ -125,9 +135,13 @@ def _write_series(volume: Volume, facts: CaseFacts, folder: Path) -> int:
         template.SOPInstanceUID = generate_uid(entropy_srcs=[facts.uid_key, "instance", str(k)])
         template.file_meta.MediaStorageSOPInstanceUID = template.SOPInstanceUID
         template.InstanceNumber = k + 1
-        template.ImagePositionPatient = [*_decimals(volume.origin_mm[0], volume.origin_mm[1], position)]
+        template.ImagePositionPatient = [
+            *_decimals(volume.origin_mm[0], volume.origin_mm[1], position)
+        ]
         template.SliceLocation = _decimals(position)[0]
-        template.PixelData = (volume.hu_ZYX[z] - intercept).astype("<i2" if signed else "<u2").tobytes()
+        template.PixelData = (
+            (volume.hu_ZYX[z] - intercept).astype("<i2" if signed else "<u2").tobytes()
+        )
         path = folder / f"IMG{k + 1:04d}.dcm"
         dcmwrite(path, template, enforce_file_format=True)
         num_bytes += path.stat().st_size

@@ -1,7 +1,8 @@
-"""The phantom's organs: liver, spleen, kidneys, aorta and heart, stomach, bowel, muscles along the spine, lesions.
+"""The phantom's organs: liver, spleen, kidneys, aorta and heart, stomach, bowel, muscles along the
+spine, lesions.
 
-Axes: Z Y X voxels of a box. Positions in standard-body mm: x Left, y Posterior, z Superior, z = 0 at T10.
-Later strokes lie over earlier ones; `paint_organs` holds the order.
+Axes: Z Y X voxels of a box. Positions in standard-body mm: x Left, y Posterior, z Superior, z = 0
+at T10. Later strokes lie over earlier ones; `paint_organs` holds the order.
 """
 
 from __future__ import annotations
@@ -22,10 +23,17 @@ from tapct.data.phantom.torso import (
     spine_at,
 )
 
-_LABEL_OF = {"liver": LIVER, "lungs": LUNGS, "kidney_left": KIDNEY_LEFT, "kidney_right": KIDNEY_RIGHT}
+_LABEL_OF = {
+    "liver": LIVER,
+    "lungs": LUNGS,
+    "kidney_left": KIDNEY_LEFT,
+    "kidney_right": KIDNEY_RIGHT,
+}
 
 
-def _moved(canvas: Canvas, organ: str, centre: Triple, radii: Triple, breath: float) -> tuple[Triple, Triple]:
+def _moved(
+    canvas: Canvas, organ: str, centre: Triple, radii: Triple, breath: float
+) -> tuple[Triple, Triple]:
     """An organ's centre and radii in this patient at this breath."""
     shift, size = canvas.patient.shift[organ], canvas.patient.size[organ]
     down = breath * canvas.study.breath_mm
@@ -38,7 +46,9 @@ def _moved(canvas: Canvas, organ: str, centre: Triple, radii: Triple, breath: fl
 def _below_diaphragm(box: Box, canvas: Canvas, gap: float = 1.5) -> np.ndarray:
     """Bool ZYX: inside the cavity and under the diaphragm."""
     z = box.z_Z11[:, 0, 0]
-    return box.inside(profile(z, 0) - gap, profile(z, 1) - gap) & (box.z_Z11 < diaphragm(box, canvas.study) - gap)
+    return box.inside(profile(z, 0) - gap, profile(z, 1) - gap) & (
+        box.z_Z11 < diaphragm(box, canvas.study) - gap
+    )
 
 
 def paint_bowel(canvas: Canvas) -> None:
@@ -50,7 +60,9 @@ def paint_bowel(canvas: Canvas) -> None:
         return
     loops = box.sample(canvas.field("bowel", low, high, (16.0, 14.0, 16.0)))
     fine = box.sample(canvas.field("bowel content", low, high, 6.0))
-    rarer = np.square(np.maximum(box.z_Z11 + 80, 0) / 32)  # no flat roof: fewer loops towards the stomach
+    rarer = np.square(
+        np.maximum(box.z_Z11 + 80, 0) / 32
+    )  # no flat roof: fewer loops towards the stomach
     mask = _below_diaphragm(box, canvas, 6.0) & (loops > -0.7 + 1.1 * p.visceral + rarer)
     hu = p.hu["bowel"] - 12 + 11 * p.gain["bowel"] * fine
     np.copyto(hu, np.float32(p.hu["bowel"] + 18), where=loops < -0.35 + 1.1 * p.visceral)
@@ -59,7 +71,9 @@ def paint_bowel(canvas: Canvas) -> None:
 
 
 def paint_colon(canvas: Canvas) -> None:
-    """Ascending and descending colon with haustra, faeces and gas, and the transverse colon in front."""
+    """Ascending and descending colon with haustra, faeces and gas, and the transverse colon in
+    front.
+    """
     p = canvas.patient
     shift = p.shift["colon"]
     for side, width in ((-1.0, 24.0), (1.0, 19.0)):
@@ -70,22 +84,30 @@ def paint_colon(canvas: Canvas) -> None:
             continue
         z = box.z_Z11
         x = side * 92 + shift[0] / 2 + 6 * np.sin(z / 23 + shift[2])
-        tube = box.tube(x, 16 + 5 * np.sin(z / 31), width + 3 * np.sin(z / 5.5), width + 3 * np.cos(z / 6))
+        tube = box.tube(
+            x, 16 + 5 * np.sin(z / 31), width + 3 * np.sin(z / 5.5), width + 3 * np.cos(z / 6)
+        )
         _fill_colon(box, canvas, tube, f"colon {side}", low, high)
     low, high = (-95.0, -95.0, -140.0), (95.0, -20.0, -60.0)
     box = canvas.box(low, high)
     if box is not None:
         sag = -88 + shift[2] - 22 * np.cos(box.x_YX / 60)
-        tube = np.square((box.y_YX + 66) / 17) + np.square((box.z_Z11 - sag) / (17 + 3 * np.sin(box.x_YX / 6)))
+        tube = np.square((box.y_YX + 66) / 17) + np.square(
+            (box.z_Z11 - sag) / (17 + 3 * np.sin(box.x_YX / 6))
+        )
         _fill_colon(box, canvas, tube.astype(np.float32), "colon transverse", low, high)
 
 
-def _fill_colon(box: Box, canvas: Canvas, tube: np.ndarray, name: str, low: Triple, high: Triple) -> None:
+def _fill_colon(
+    box: Box, canvas: Canvas, tube: np.ndarray, name: str, low: Triple, high: Triple
+) -> None:
     p = canvas.patient
     mottle = box.sample(canvas.field(name, low, high, 7.0))
     slow = box.sample(canvas.field(name + " gas", low, high, 45.0))
     mask = _below_diaphragm(box, canvas, 4.0) & (tube < 1)
-    hu = np.where(slow > 0.6, np.float32(-900), np.minimum(10 + 70 * mottle - 60 * np.square(mottle), 90))
+    hu = np.where(
+        slow > 0.6, np.float32(-900), np.minimum(10 + 70 * mottle - 60 * np.square(mottle), 90)
+    )
     np.copyto(hu, np.float32(p.hu["bowel"] + 5), where=tube > 0.75)
     box.paint(mask, hu.astype(np.float32))
 
@@ -116,7 +138,9 @@ def _around(centre: Triple, radii: Triple, factor: float) -> tuple[Triple, Tripl
 
 
 def paint_liver(canvas: Canvas) -> None:
-    """Right and left lobe under the diaphragm, cut obliquely below; a tree of vessels; the gall bladder."""
+    """Right and left lobe under the diaphragm, cut obliquely below; a tree of vessels; the gall
+    bladder.
+    """
     p = canvas.patient
     right, r_right = _moved(canvas, "liver", (-74.0, 0.0, -36.0), (76.0, 88.0, 86.0), 0.9)
     left, r_left = _moved(canvas, "liver", (2.0, -46.0, -14.0), (72.0, 40.0, 40.0), 0.9)
@@ -126,16 +150,22 @@ def paint_liver(canvas: Canvas) -> None:
         return
     bump = 0.16 * box.sample(canvas.field("liver shape", low, high, 38.0))
     cut = box.z_Z11 - (right[2] - 76 + np.float32(0.42) * (box.x_YX + 125) - 12 * bump)
-    mask = ((box.ellipsoid(right, r_right) + bump < 1) | (box.ellipsoid(left, r_left) + bump < 1)) & (cut > 0)
+    mask = (
+        (box.ellipsoid(right, r_right) + bump < 1) | (box.ellipsoid(left, r_left) + bump < 1)
+    ) & (cut > 0)
     mask &= _below_diaphragm(box, canvas)
     f, g = (box.sample(canvas.field(f"liver vessels {i}", low, high, 26.0)) for i in range(2))
     grain = box.sample(canvas.field("liver grain", low, high, 11.0))
     porta = box.ellipsoid((right[0] + 45, right[1] - 5, right[2] + 2), (85, 85, 85))
     vessel = (46.0 * p.contrast - (1 - p.contrast) * 24.0) * p.gain["liver"]
     hu = p.hu["liver"] + 9 * p.gain["liver"] * grain
-    hu += np.where(np.square(f) + np.square(g) < 0.085 / (0.3 + porta), np.float32(vessel), np.float32(0))
+    hu += np.where(
+        np.square(f) + np.square(g) < 0.085 / (0.3 + porta), np.float32(vessel), np.float32(0)
+    )
     box.paint(mask, hu, LIVER)
-    bladder = box.ellipsoid((right[0] + 32, right[1] - 50, right[2] - 38), (14, 20, 24), (0.1, 0.2)) < 1
+    bladder = (
+        box.ellipsoid((right[0] + 32, right[1] - 50, right[2] - 38), (14, 20, 24), (0.1, 0.2)) < 1
+    )
     box.paint(bladder & (box.label_ZYX != 0), np.float32(p.hu["fluid"]), BODY)
 
 
@@ -156,7 +186,9 @@ def paint_spleen(canvas: Canvas) -> None:
 
 
 def paint_kidneys(canvas: Canvas) -> None:
-    """Cortex around a ring of pyramids around the fat of the sinus, in a capsule of fat beside the psoas."""
+    """Cortex around a ring of pyramids around the fat of the sinus, in a capsule of fat beside the
+    psoas.
+    """
     p = canvas.patient
     for side, z, name, label in (
         (1.0, -96.0, "kidney_left", KIDNEY_LEFT),
@@ -168,13 +200,20 @@ def paint_kidneys(canvas: Canvas) -> None:
         if box is None:
             continue
         lean = (-side * 0.18, -0.12)
-        q = box.ellipsoid(centre, radii, lean) + 0.1 * box.sample(canvas.field(name, low, high, 22.0))
+        q = box.ellipsoid(centre, radii, lean) + 0.1 * box.sample(
+            canvas.field(name, low, high, 22.0)
+        )
         free = _below_diaphragm(box, canvas, 1.0)
         capsule = (q < 1.25 + 0.5 * p.visceral) & free & (box.label_ZYX == BODY)
         box.paint(capsule, np.float32(p.hu["fat"]))
         pyramids = box.sample(canvas.field(name + " pyramids", low, high, 12.0))
         grain = box.sample(canvas.field(name + " grain", low, high, 5.0))
-        hu = p.hu["kidney"] + 10 + 4 * grain + np.where((q < 0.66) & (pyramids > -0.1), np.float32(-38), np.float32(4))
+        hu = (
+            p.hu["kidney"]
+            + 10
+            + 4 * grain
+            + np.where((q < 0.66) & (pyramids > -0.1), np.float32(-38), np.float32(4))
+        )
         box.paint((q < 1) & free, hu.astype(np.float32), label)
         sinus = box.ellipsoid((centre[0] - side * 14, centre[1] - 4, centre[2]), (17, 9, 27), lean)
         soft = np.where(pyramids > 0.6, np.float32(p.hu["fluid"]), np.float32(p.hu["fat"] + 15))
@@ -182,7 +221,9 @@ def paint_kidneys(canvas: Canvas) -> None:
 
 
 def paint_back_muscles(canvas: Canvas) -> None:
-    """Psoas beside the lumbar spine, erector muscles behind the arches, quadratus lumborum, crura."""
+    """Psoas beside the lumbar spine, erector muscles behind the arches, quadratus lumborum,
+    crura.
+    """
     p = canvas.patient
     low, high = (-95.0, 0.0, -270.0), (95.0, 125.0, 180.0)
     box = canvas.box(low, high)
@@ -196,7 +237,9 @@ def paint_back_muscles(canvas: Canvas) -> None:
     np.copyto(hu, np.float32(p.hu["fat"] + 45), where=strands > 1.5 - 0.008 * (p.age_years - 50))
     thick = np.float32(1 + 0.03 * p.muscle_mm)
     for side in (-1.0, 1.0):
-        psoas = box.tube(x + side * (26 + 13 * t), y + 4, thick * (7 + 15 * t), thick * (8 + 16 * t))
+        psoas = box.tube(
+            x + side * (26 + 13 * t), y + 4, thick * (7 + 15 * t), thick * (8 + 16 * t)
+        )
         box.paint((psoas < 1) & (t > 0), hu)
         erector = box.tube(x + side * 30, y + 44 - 2 * t, 26.0 + 4 * t, 15 + 5 * t)
         box.paint((erector < 1) & (box.label_ZYX == BODY), hu)
@@ -207,7 +250,9 @@ def paint_back_muscles(canvas: Canvas) -> None:
 
 
 def paint_vessels(canvas: Canvas) -> None:
-    """The caval vein, and the aorta from its root over the arch to its fork, with calcified walls in the old."""
+    """The caval vein, and the aorta from its root over the arch to its fork, with calcified walls
+    in the old.
+    """
     p = canvas.patient
     low, high = (-70.0, -80.0, -200.0), (80.0, 75.0, 175.0)
     box = canvas.box(low, high)
@@ -227,7 +272,11 @@ def paint_vessels(canvas: Canvas) -> None:
     end_x, end_y = np.interp(128, z[:, 0, 0], ax[:, 0, 0]), np.interp(128, z[:, 0, 0], ay[:, 0, 0])
     q = np.minimum(down, rise)
     for t in np.linspace(0, 1, 11):  # the arch: balls along half an ellipse
-        centre = (-16 + t * (end_x + 16), -30 + t * (end_y + 30), 128 + 22 * float(np.sin(np.pi * t)))
+        centre = (
+            -16 + t * (end_x + 16),
+            -30 + t * (end_y + 30),
+            128 + 22 * float(np.sin(np.pi * t)),
+        )
         ball = r * (1.2 - 0.2 * t)
         q = np.minimum(q, box.ellipsoid(centre, (ball, ball, ball)))
     chalk = box.sample(canvas.field("chalk", low, high, 8.0))
@@ -245,7 +294,11 @@ def paint_heart(canvas: Canvas) -> None:
     if box is not None:
         q = box.ellipsoid(centre, radii, (-0.25, 0.0))
         rooms = box.sample(canvas.field("chambers", low, high, 26.0))
-        hu = p.hu["muscle"] + np.where(rooms > 0, np.float32(10 + 25 * p.contrast), np.float32(-4)) + 3 * rooms
+        hu = (
+            p.hu["muscle"]
+            + np.where(rooms > 0, np.float32(10 + 25 * p.contrast), np.float32(-4))
+            + 3 * rooms
+        )
         np.copyto(hu, np.float32(p.hu["fat"] + 20), where=(np.abs(rooms) < 0.12) & (q > 0.45))
         box.paint((q < 1) & (box.label_ZYX == BODY), hu.astype(np.float32))
     box = canvas.box((-70.0, -60.0, 60.0), (70.0, 60.0, 235.0))
@@ -253,7 +306,10 @@ def paint_heart(canvas: Canvas) -> None:
         return
     z = box.z_Z11
     x, y = (v.reshape(-1, 1, 1) for v in spine_at(z[:, 0, 0], p))
-    box.paint((box.tube(x + 7, y - 24, 8.0, 6.0) < 1) & (box.label_ZYX == BODY), np.float32(p.hu["muscle"]))
+    box.paint(
+        (box.tube(x + 7, y - 24, 8.0, 6.0) < 1) & (box.label_ZYX == BODY),
+        np.float32(p.hu["muscle"]),
+    )
     for side in (-1.0, 1.0):
         fork = np.clip(118 - z, 0, 45)
         branch = box.tube(x + side * fork * 1.1, y - 36, 8.0 + 0.1 * fork, 8.0)
@@ -273,4 +329,6 @@ def paint_lesions(canvas: Canvas) -> None:
             continue
         ragged = box.sample(canvas.field(f"lesion {number}", low, high, 5.0))
         ball = box.ellipsoid(centre, (r, r, r)) + 0.2 * ragged < 1
-        box.paint(ball & (box.label_ZYX == _LABEL_OF[lesion.organ]), np.float32(lesion.hu) + 6 * ragged)
+        box.paint(
+            ball & (box.label_ZYX == _LABEL_OF[lesion.organ]), np.float32(lesion.hu) + 6 * ragged
+        )

@@ -1,7 +1,8 @@
 """Who lies in the phantom's scanner: keyed draws of patients and of their studies.
 
-Frame of all positions here: standard-body millimetres, x to the patient's Left, y to the back (Posterior), z towards
-the head (Superior); z = 0 is the height of T10. `Patient.scale` turns them into real millimetres.
+Frame of all positions here: standard-body millimetres, x to the patient's Left, y to the back
+(Posterior), z towards the head (Superior); z = 0 is the height of T10. `Patient.scale` turns them
+into real millimetres.
 """
 
 from __future__ import annotations
@@ -13,7 +14,28 @@ from typing import Protocol
 import numpy as np
 
 VERTEBRA_Z = np.array(
-    [-257.0, -222, -187, -152, -118, -85, -55, -27, 0, 25, 49, 72, 95, 117, 139, 161, 182, 202, 220], np.float32
+    [
+        -257.0,
+        -222,
+        -187,
+        -152,
+        -118,
+        -85,
+        -55,
+        -27,
+        0,
+        25,
+        49,
+        72,
+        95,
+        117,
+        139,
+        161,
+        182,
+        202,
+        220,
+    ],
+    np.float32,
 )  # S1, L5 .. L1, T12 .. T1, C7, centres of the bodies in standard mm, ascending
 TOP_Z, BOTTOM_Z = 205.0, -225.0  # the phantom has neither neck nor pelvis beyond these
 
@@ -155,7 +177,10 @@ def _triple(values: np.ndarray) -> tuple[float, float, float]:
 def _draw_hu(rng: np.random.Generator, age: int, contrast: float) -> dict[str, float]:
     """Tissue means: the soft organs share one level per patient and overlap around it."""
     level = 46.0 + 22.0 * contrast + rng.normal(0, 5)
-    soft = {name: level + rng.normal(0, 8) for name in ("liver", "spleen", "kidney", "blood", "muscle", "bowel")}
+    soft = {
+        name: level + rng.normal(0, 8)
+        for name in ("liver", "spleen", "kidney", "blood", "muscle", "bowel")
+    }
     for name, uptake in (("blood", 22), ("kidney", 26), ("spleen", 10)):
         soft[name] += uptake * contrast
     bone = 1.0 - 0.006 * (age - 30)
@@ -173,16 +198,22 @@ def _draw_lesions(rng: np.random.Generator) -> tuple[Lesion, ...]:
     lesions = []
     for _ in range(int(rng.integers(0, 5))):
         centre = (rng.uniform(-120, -20), rng.uniform(-50, 50), rng.uniform(-80, 15))
-        lesions.append(Lesion("liver", centre, rng.uniform(7, 20), rng.uniform(8, 30), rng.uniform(0.8, 1.8)))
+        lesions.append(
+            Lesion("liver", centre, rng.uniform(7, 20), rng.uniform(8, 30), rng.uniform(0.8, 1.8))
+        )
     for _ in range(int(rng.integers(0, 5))):
         side = rng.choice((-1.0, 1.0))
         centre = (side * rng.uniform(60, 110), rng.uniform(-45, 65), rng.uniform(45, 165))
-        lesions.append(Lesion("lungs", centre, rng.uniform(4, 13), rng.uniform(-60, 50), rng.uniform(0.8, 1.8)))
+        lesions.append(
+            Lesion("lungs", centre, rng.uniform(4, 13), rng.uniform(-60, 50), rng.uniform(0.8, 1.8))
+        )
     if rng.random() < 0.35:
         side = rng.choice((-1.0, 1.0))
         centre = (side * rng.uniform(60, 85), rng.uniform(40, 65), rng.uniform(-140, -70))
         organ = "kidney_left" if side > 0 else "kidney_right"
-        lesions.append(Lesion(organ, centre, rng.uniform(6, 14), rng.uniform(0, 15), rng.uniform(1.0, 1.4)))
+        lesions.append(
+            Lesion(organ, centre, rng.uniform(6, 14), rng.uniform(0, 15), rng.uniform(1.0, 1.4))
+        )
     return tuple(lesions)
 
 
@@ -198,7 +229,11 @@ def draw_patient(seed: int, number: int) -> Patient:
     age = int(rng.integers(22, 90))
     build = rng.normal(0, 1)
     size = (1.0 if sex == "M" else 0.92) * (1 + 0.03 * build)
-    scale = (size * (1 + rng.normal(0, 0.025)), size * (1 + rng.normal(0, 0.03)), size * (1 + rng.normal(0, 0.035)))
+    scale = (
+        size * (1 + rng.normal(0, 0.025)),
+        size * (1 + rng.normal(0, 0.03)),
+        size * (1 + rng.normal(0, 0.035)),
+    )
     weight = float(np.clip(rng.beta(2, 3) + (0.08 if age > 45 else 0.0), 0, 1))
     female = sex == "F"
     fat = (
@@ -222,7 +257,10 @@ def draw_patient(seed: int, number: int) -> Patient:
         contrast=contrast,
         aorta_mm=float(12.0 + 0.05 * (age - 30) + rng.normal(0, 1.0)),
         hu=_draw_hu(rng, age, contrast),
-        gain={n: float(rng.uniform(0.8, 1.25)) for n in ("liver", "spleen", "kidney", "lungs", "muscle", "bowel")},
+        gain={
+            n: float(rng.uniform(0.8, 1.25))
+            for n in ("liver", "spleen", "kidney", "lungs", "muscle", "bowel")
+        },
         shift=shift,
         size=sizes,
         spine=(
@@ -259,8 +297,14 @@ def draw_study(patient: Patient, visit: int, sizes: Sizes) -> Study:
     field_mm = float(np.clip(width * rng.uniform(0.92, 1.1), 270, 500))
     sharp = bool(rng.random() < (0.6 if region == "CHEST" else 0.25))
     name, soft_kernel, sharp_kernel, factor = SCANNERS[int(rng.integers(len(SCANNERS)))]
-    noise = factor * rng.uniform(8, 15) * (1.9 if sharp else 1.0) * (2.5 / max(slice_mm, 1.0)) ** 0.35
-    corner = np.array([-field_mm / 2, -field_mm / 2 - 110, -300]) + rng.uniform(-1, 1, 3) * (15, 90, 600)
+    noise = (
+        factor * rng.uniform(8, 15) * (1.9 if sharp else 1.0) * (2.5 / max(slice_mm, 1.0)) ** 0.35
+    )
+    corner = np.array([-field_mm / 2, -field_mm / 2 - 110, -300]) + rng.uniform(-1, 1, 3) * (
+        15,
+        90,
+        600,
+    )
     later = visit * int(rng.integers(80, 700))
     day = int(patient.rng("date").integers(0, 3000)) + later
     return Study(

@@ -71,7 +71,9 @@ def _measure(canvas: Canvas) -> np.ndarray:
 
 
 def _side_weight(sigma_px: float) -> float:
-    """Weight w of the taps (w, 1 - 2w, w) whose variance is sigma squared; wider than 0.7 pixels is cut there."""
+    """Weight w of the taps (w, 1 - 2w, w) whose variance is sigma squared; wider than 0.7 pixels is
+    cut there.
+    """
     return float(min(0.5 * sigma_px**2 * 0.5, 0.25))
 
 
@@ -93,7 +95,9 @@ def _blur(plane: np.ndarray, w: float) -> np.ndarray:
 
 
 def _noise_map(canvas: Canvas) -> np.ndarray:
-    """Standard deviation per pixel: rays through the middle are the weakest, so the noise is highest there."""
+    """Standard deviation per pixel: rays through the middle are the weakest, so the noise is
+    highest there.
+    """
     whole, size = canvas.whole, 1 + 0.012 * canvas.patient.fat_mm[0]
     q = np.square(whole.x_YX / 170) + np.square(whole.y_YX / 120)
     return (canvas.study.noise_hu * size * (0.45 + 0.55 * np.exp(-0.9 * q))).astype(np.float32)

@@ -1,6 +1,8 @@
-"""The phantom's torso without its organs: fat, muscle, cavity, diaphragm, lungs, spine, ribs, table.
+"""The phantom's torso without its organs: fat, muscle, cavity, diaphragm, lungs, spine, ribs,
+table.
 
-Axes: Z Y X voxels of a box. Positions in standard-body mm: x Left, y Posterior, z Superior, z = 0 at T10.
+Axes: Z Y X voxels of a box. Positions in standard-body mm: x Left, y Posterior, z Superior, z = 0
+    at T10.
 """
 
 from __future__ import annotations
@@ -43,12 +45,18 @@ def spine_at(z: np.ndarray, patient: Patient) -> tuple[np.ndarray, np.ndarray]:
     """Centre of the vertebral bodies (x, y) at heights z, standard mm."""
     side, front, phase, skew = patient.spine
     x = side * np.sin(z / 90.0 + phase) + skew * z / 20
-    y = 46.0 - front * np.exp(-np.square((z + 150) / 80.0)) + front * np.exp(-np.square((z - 80) / 90.0))
+    y = (
+        46.0
+        - front * np.exp(-np.square((z + 150) / 80.0))
+        + front * np.exp(-np.square((z - 80) / 90.0))
+    )
     return x.astype(np.float32), y.astype(np.float32)
 
 
 def diaphragm(box: Box, study: Study) -> np.ndarray:
-    """Height of the diaphragm over every pixel, standard mm, YX: two domes and the tendon under the heart."""
+    """Height of the diaphragm over every pixel, standard mm, YX: two domes and the tendon under the
+    heart.
+    """
     domes = [
         (height - drop * (np.square((box.x_YX - cx) / rx) + np.square((box.y_YX - cy) / ry)))
         for cx, cy, rx, ry, height, drop in (
@@ -57,7 +65,9 @@ def diaphragm(box: Box, study: Study) -> np.ndarray:
             (12, -42, 62, 62, 8, 60),
         )
     ]
-    return np.maximum(np.maximum(domes[0], domes[1]), domes[2]).astype(np.float32) - np.float32(study.breath_mm)
+    return np.maximum(np.maximum(domes[0], domes[1]), domes[2]).astype(np.float32) - np.float32(
+        study.breath_mm
+    )
 
 
 def paint_wall(canvas: Canvas) -> None:
@@ -69,7 +79,10 @@ def paint_wall(canvas: Canvas) -> None:
     strands = whole.sample(canvas.field("muscle", low, high, (7.0, 7.0, 16.0)))
     a, b = profile(z, 2) + p.muscle_mm, profile(z, 3) + p.muscle_mm
     cavity = (profile(z, 0), profile(z, 1))
-    middle = (0.45 * cavity[0] + 0.55 * a, 0.45 * cavity[1] + 0.55 * b)  # a seam of fat between two muscle layers
+    middle = (
+        0.45 * cavity[0] + 0.55 * a,
+        0.45 * cavity[1] + 0.55 * b,
+    )  # a seam of fat between two muscle layers
     skin_y = whole.y_YX - np.float32((back - front) / 2)
     skin_py = np.power(np.abs(skin_y), np.float32(2.4))
     inner_b, outer_b = b + (front + back) / 2, b + (front + back) / 2 + 2.5
@@ -81,15 +94,23 @@ def paint_wall(canvas: Canvas) -> None:
         np.copyto(hu, np.float32(-5.0), where=outer)
         whole.label_ZYX[k][outer] = BODY
         strand = strands[k]
-        np.copyto(hu, fat + 6 * strand, where=_ellipse(whole.px_YX, skin_py, a[k] + side, inner_b[k], wall))
+        np.copyto(
+            hu,
+            fat + 6 * strand,
+            where=_ellipse(whole.px_YX, skin_py, a[k] + side, inner_b[k], wall),
+        )
         meat = muscle + amplitude * strand
         np.copyto(meat, fat + 40, where=strand > 1.9)
         np.copyto(hu, meat, where=_ellipse(whole.px_YX, whole.py_YX, a[k], b[k], wall))
-        seam = _ellipse(whole.px_YX, whole.py_YX, middle[0][k] + 1, middle[1][k] + 1, wall) & (strand > -0.5)
+        seam = _ellipse(whole.px_YX, whole.py_YX, middle[0][k] + 1, middle[1][k] + 1, wall) & (
+            strand > -0.5
+        )
         seam &= ~_ellipse(whole.px_YX, whole.py_YX, middle[0][k] - 1, middle[1][k] - 1, wall)
         np.copyto(hu, np.float32(fat + 30), where=seam)
         filling = (fat + 8 * strand).astype(np.float32)
-        np.copyto(hu, filling, where=_ellipse(whole.px_YX, whole.py_YX, cavity[0][k], cavity[1][k], wall))
+        np.copyto(
+            hu, filling, where=_ellipse(whole.px_YX, whole.py_YX, cavity[0][k], cavity[1][k], wall)
+        )
 
 
 def _ellipse(px: np.ndarray, py: np.ndarray, a: float, b: float, wall: np.ndarray) -> np.ndarray:
@@ -115,11 +136,17 @@ def paint_breasts(canvas: Canvas) -> None:
         inside = box.ellipsoid(centre, radii) < 1
         texture = box.sample(canvas.field(f"breast {side}", (-150, -190, 0), (150, -40, 150), 10.0))
         outside = inside & (box.hu_ZYX < -500)
-        box.paint(outside, (p.hu["fat"] + np.where(texture > 0.7, 110, 4) * np.abs(texture)).astype(np.float32), BODY)
+        box.paint(
+            outside,
+            (p.hu["fat"] + np.where(texture > 0.7, 110, 4) * np.abs(texture)).astype(np.float32),
+            BODY,
+        )
 
 
 def paint_lungs(canvas: Canvas) -> None:
-    """Two lungs over the diaphragm, around the mediastinum: vessels, a gradient of weight, small airways."""
+    """Two lungs over the diaphragm, around the mediastinum: vessels, a gradient of weight, small
+    airways.
+    """
     p = canvas.patient
     low, high = (-145.0, -105.0, -80.0), (145.0, 105.0, 215.0)
     box = canvas.box(low, high)
@@ -138,7 +165,9 @@ def paint_lungs(canvas: Canvas) -> None:
     mask &= (np.abs(box.x_YX - x_spine) > 24) | (box.y_YX < y_spine)  # none behind the spine
     f, g = (box.sample(canvas.field(f"lung vessels {i}", low, high, 13.0)) for i in range(2))
     fine = box.sample(canvas.field("lung tissue", low, high, 6.0))
-    hilum = np.minimum(box.ellipsoid((-38, 2, 90), (75, 75, 90)), box.ellipsoid((40, 2, 90), (75, 75, 90)))
+    hilum = np.minimum(
+        box.ellipsoid((-38, 2, 90), (75, 75, 90)), box.ellipsoid((40, 2, 90), (75, 75, 90))
+    )
     tube = np.square(f) + np.square(g)
     hu = p.hu["lungs"] + 30 * p.gain["lungs"] * fine
     hu += (box.y_YX * 0.45).astype(np.float32)  # lying on the back, the lower lung is denser
@@ -155,7 +184,9 @@ def paint_spine(canvas: Canvas) -> None:
     z = box.z_Z11[:, 0, 0]
     level = np.interp(z, VERTEBRA_Z, np.arange(len(VERTEBRA_Z)))
     pitch = np.interp(z, VERTEBRA_Z[1:], np.diff(VERTEBRA_Z))
-    phase = (level - np.round(level)).reshape(-1, 1, 1).astype(np.float32)  # 0 mid-body, +-0.5 mid-disc
+    phase = (
+        (level - np.round(level)).reshape(-1, 1, 1).astype(np.float32)
+    )  # 0 mid-body, +-0.5 mid-disc
     grow = np.interp(z, [-260, -150, 0, 100, 215], [25, 24, 20, 16.5, 13.5]).reshape(-1, 1, 1)
     x, y = (v.reshape(-1, 1, 1) for v in spine_at(z, p))
     bump = 0.12 * box.sample(canvas.field("vertebrae", (-62, 0, -270), (62, 135, 235), 9.0))
@@ -182,11 +213,15 @@ def paint_spine(canvas: Canvas) -> None:
 
 
 def paint_ribs(canvas: Canvas) -> None:
-    """Twelve pairs of ribs as oblique bands in the chest wall, costal cartilage, breast bone, shoulder blades."""
+    """Twelve pairs of ribs as oblique bands in the chest wall, costal cartilage, breast bone,
+    shoulder blades.
+    """
     p, whole = canvas.patient, canvas.whole
     z = whole.z_Z11[:, 0, 0]
     ribs_z = VERTEBRA_Z[6:18]  # T12 .. T1
-    turn = np.arctan2(np.abs(whole.x_YX) / 130, whole.y_YX / 92) / np.float32(np.pi)  # 0 at the back, 1 in front
+    turn = np.arctan2(np.abs(whole.x_YX) / 130, whole.y_YX / 92) / np.float32(
+        np.pi
+    )  # 0 at the back, 1 in front
     rise = 92 * turn * turn * (3 - 2 * turn) + 8 * np.sin(np.float32(np.pi) * turn)
     a, b = profile(z, 0), profile(z, 1)
     texture = whole.sample(canvas.field("ribs", (-160, -120, -140), (160, 120, 220), 6.0))
@@ -202,7 +237,9 @@ def paint_ribs(canvas: Canvas) -> None:
         number = np.interp(z[k] + rise[rows, columns], ribs_z, np.arange(12), left=-9, right=99)
         nearest = np.clip(np.round(number), 0, 11).astype(np.int64)
         gap = np.abs(number - nearest)
-        end = np.array([0.30, 0.42, 0.62, 0.68, 0.72, 0.75, 0.78, 0.80, 0.80, 0.80, 0.78, 0.75])[nearest]
+        end = np.array([0.30, 0.42, 0.62, 0.68, 0.72, 0.75, 0.78, 0.80, 0.80, 0.80, 0.78, 0.75])[
+            nearest
+        ]
         band = (gap < 0.32) & (np.abs(whole.x_YX[rows, columns]) > 20)
         bone = band & (t < end)
         cartilage = band & (t >= end) & (nearest > 1) & (t < 0.95)
@@ -219,10 +256,14 @@ def paint_ribs(canvas: Canvas) -> None:
 def _paint_shoulder_blades(canvas: Canvas) -> None:
     p = canvas.patient
     for side in (-1.0, 1.0):
-        box = canvas.box((min(side * 60, side * 160), 20.0, 70.0), (max(side * 60, side * 160), 125.0, 205.0))
+        box = canvas.box(
+            (min(side * 60, side * 160), 20.0, 70.0), (max(side * 60, side * 160), 125.0, 205.0)
+        )
         if box is None:
             continue
-        across = (box.x_YX * side - 112) * 0.77 + (box.y_YX - 72) * 0.64  # along the blade, outwards and back
+        across = (box.x_YX * side - 112) * 0.77 + (
+            box.y_YX - 72
+        ) * 0.64  # along the blade, outwards and back
         normal = (box.x_YX * side - 112) * 0.64 + (box.y_YX - 72) * 0.77 + np.square(across) / 160
         reach = np.interp(box.z_Z11, [70, 110, 170, 200], [4, 24, 40, 30])
         blade = (np.abs(normal - 12) < 3.5) & (np.abs(across) < reach)
@@ -234,10 +275,16 @@ def paint_table(canvas: Canvas) -> None:
     study, p = canvas.study, canvas.patient
     whole = canvas.whole
     touched = np.flatnonzero((whole.label_ZYX == BODY).any(axis=(0, 2)))
-    floor = (int(touched[-1]) if touched.size else study.shape[1] // 2) * study.spacing_mm[1] + study.table_gap_mm
-    columns = (np.arange(study.shape[2]) - (study.shape[2] - 1) / 2) * study.spacing_mm[2] - study.centre_mm[0]
+    floor = (int(touched[-1]) if touched.size else study.shape[1] // 2) * study.spacing_mm[
+        1
+    ] + study.table_gap_mm
+    columns = (np.arange(study.shape[2]) - (study.shape[2] - 1) / 2) * study.spacing_mm[
+        2
+    ] - study.centre_mm[0]
     rows = np.arange(study.shape[1]) * study.spacing_mm[1]
-    depth = rows[:, None] - (floor - np.square(columns)[None, :] / 1400)  # mm below the couch's surface
+    depth = rows[:, None] - (
+        floor - np.square(columns)[None, :] / 1400
+    )  # mm below the couch's surface
     slab = (depth > 0) & (depth < 16) & (np.abs(columns) < 215)[None, :]
     skin = slab & ((depth < 4) | (depth > 12))
     rng = p.rng(f"table {study.visit}")

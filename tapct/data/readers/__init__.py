@@ -4,7 +4,8 @@ from __future__ import annotations
 
 
 def load_libraries() -> None:
-    """Load what reads scans, before many of them are read: a library that is broken is not the fault of every scan.
+    """Load what reads scans, before many of them are read: a library that is broken is not the
+    fault of every scan.
 
     Raises:
         ImportError: nibabel, pydicom or SimpleITK cannot be loaded.

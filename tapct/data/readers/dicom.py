@@ -1,9 +1,10 @@
 """DICOM series: headers by pydicom, voxels by pydicom where it can decode, else by SimpleITK.
 
-A series is all files of one folder with one SeriesInstanceUID. Its geometry comes from the slice positions alone;
-SliceThickness, SpacingBetweenSlices and InstanceNumber are not believed.
+A series is all files of one folder with one SeriesInstanceUID. Its geometry comes from the slice
+positions alone; SliceThickness, SpacingBetweenSlices and InstanceNumber are not believed.
 
-pydicom and SimpleITK are loaded with the first file: every rank of a training run imports this one, and reads none.
+pydicom and SimpleITK are loaded with the first file: every rank of a training run imports this one,
+and reads none.
 """
 
 from __future__ import annotations
@@ -27,10 +28,38 @@ _CT = "1.2.840.10008.5.1.4.1.1.2"
 _MULTIFRAME = (_CT + ".1", _CT + ".2")
 _DICOMDIR = "1.2.840.10008.1.3.10"
 _HEADER_TAGS = [
-    *("SOPClassUID", "StudyDate", "Modality", "Manufacturer", "PatientID", "PatientSex", "PatientAge"),
-    *("BodyPartExamined", "SliceThickness", "SpacingBetweenSlices", "ConvolutionKernel", "StudyInstanceUID"),
-    *("SeriesInstanceUID", "ImagePositionPatient", "ImageOrientationPatient", "SamplesPerPixel", "NumberOfFrames"),
-    *("ImageType", "Rows", "Columns", "PixelSpacing", "RescaleIntercept", "RescaleSlope", "RescaleType"),
+    *(
+        "SOPClassUID",
+        "StudyDate",
+        "Modality",
+        "Manufacturer",
+        "PatientID",
+        "PatientSex",
+        "PatientAge",
+    ),
+    *(
+        "BodyPartExamined",
+        "SliceThickness",
+        "SpacingBetweenSlices",
+        "ConvolutionKernel",
+        "StudyInstanceUID",
+    ),
+    *(
+        "SeriesInstanceUID",
+        "ImagePositionPatient",
+        "ImageOrientationPatient",
+        "SamplesPerPixel",
+        "NumberOfFrames",
+    ),
+    *(
+        "ImageType",
+        "Rows",
+        "Columns",
+        "PixelSpacing",
+        "RescaleIntercept",
+        "RescaleSlope",
+        "RescaleType",
+    ),
 ]
 _SAME_POSITION_MM = 0.01
 _SAME_DIRECTION = 1e-3  # direction cosines of two slices of one series
@@ -53,7 +82,9 @@ def is_dicom(path: Path) -> bool:
 
 
 def series_uid(path: Path) -> str | None:
-    """The file's SeriesInstanceUID, empty where it has none; None for a DICOMDIR, which holds no image."""
+    """The file's SeriesInstanceUID, empty where it has none; None for a DICOMDIR, which holds no
+    image.
+    """
     head = _dcmread(path, ["SeriesInstanceUID"])
     if str(head.file_meta.get("MediaStorageSOPClassUID", "")) == _DICOMDIR:
         return None
@@ -63,19 +94,22 @@ def series_uid(path: Path) -> str | None:
 def read(files: Sequence[Path]) -> Image:
     """Read one series.
 
-    Rules: Modality CT and CT Image Storage; no localizer; one size, pixel spacing and orientation for all slices;
-    slices sorted by position; no two at one place; steps equal to 2 % or the 0.1 mm to which
-    some scanners round positions (never beyond a quarter of a step); rescale slope and intercept
-    present, applied slice by slice; PixelPaddingValue is not used, because low padding is clamped anyway and some
-    files give 0 HU there. A single slice takes its depth from SpacingBetweenSlices, else SliceThickness.
+    Rules: Modality CT and CT Image Storage; no localizer; one size, pixel spacing and orientation
+    for all slices; slices sorted by position; no two at one place; steps equal to 2 % or the 0.1 mm
+    to which some scanners round positions (never beyond a quarter of a step); rescale slope and
+    intercept present, applied slice by slice; PixelPaddingValue is not used, because low padding is
+    clamped anyway and some files give 0 HU there. A single slice takes its depth from
+    SpacingBetweenSlices, else SliceThickness.
 
     Args:
         files: all files of the series, any order.
     Returns:
-        Voxels in HU (int32, or float32 for fractional rescaling), K ascending along the slice normal.
+        Voxels in HU (int32, or float32 for fractional rescaling), K ascending along the slice
+        normal.
     Raises:
-        Refused: not_ct, localizer, multiframe, not_scalar, no_rescale, no_orientation, bad_spacing, mixed_geometry,
-            duplicate_slices, missing_slices, uneven_slices, sheared, truncated, unreadable.
+        Refused: not_ct, localizer, multiframe, not_scalar, no_rescale, no_orientation, bad_spacing,
+            mixed_geometry, duplicate_slices, missing_slices, uneven_slices, sheared, truncated,
+            unreadable.
     """
     headers = [(path, _header(path)) for path in files]
     for path, header in headers:
@@ -97,7 +131,9 @@ def read(files: Sequence[Path]) -> Image:
 
 
 def _dcmread(path: Path, tags: list[str] | None) -> Dataset:
-    """pydicom's reader; without pixels where tags are given. Its own advice about odd values is not for our users."""
+    """pydicom's reader; without pixels where tags are given. Its own advice about odd values is not
+    for our users.
+    """
     import pydicom
 
     with warnings.catch_warnings():
@@ -123,16 +159,26 @@ def _check_is_ct_slice(path: Path, header: Dataset) -> None:
     if modality != "CT":
         raise Refused("not_ct", f"Modality is '{modality}'; rule: CT")
     if sop_class in _MULTIFRAME or int(header.get("NumberOfFrames") or 1) > 1:
-        raise Refused("multiframe", f"{path.name} holds many slices in one file; convert it to NIfTI (dcm2niix)")
+        raise Refused(
+            "multiframe",
+            f"{path.name} holds many slices in one file; convert it to NIfTI (dcm2niix)",
+        )
     if sop_class and sop_class != _CT:
         raise Refused("not_ct", f"SOP class {sop_class} is not CT Image Storage")
     image_type = [str(word).upper() for word in (header.get("ImageType") or [])]
     if "LOCALIZER" in image_type or "SCOUT" in image_type:
-        raise Refused("localizer", f"ImageType is {'/'.join(image_type)}: a projection, not a slice")
+        raise Refused(
+            "localizer", f"ImageType is {'/'.join(image_type)}: a projection, not a slice"
+        )
     if int(header.get("SamplesPerPixel") or 1) != 1:
-        raise Refused("not_scalar", f"{path.name} has {header.SamplesPerPixel} values a pixel; a scan has one")
+        raise Refused(
+            "not_scalar", f"{path.name} has {header.SamplesPerPixel} values a pixel; a scan has one"
+        )
     if header.get("RescaleSlope") is None or header.get("RescaleIntercept") is None:
-        raise Refused("no_rescale", f"{path.name} has no rescale slope and intercept, so its values are not HU")
+        raise Refused(
+            "no_rescale",
+            f"{path.name} has no rescale slope and intercept, so its values are not HU",
+        )
     slope, intercept = float(header.RescaleSlope), float(header.RescaleIntercept)
     if slope == 0 or not np.isfinite([slope, intercept]).all():
         raise Refused("no_rescale", f"{path.name} has rescale slope {slope}, intercept {intercept}")
@@ -142,19 +188,35 @@ def _check_is_ct_slice(path: Path, header: Dataset) -> None:
 
 def _slice(path: Path, header: Dataset) -> _Slice:
     """Position and directions of one slice, checked."""
-    position, orientation = header.get("ImagePositionPatient"), header.get("ImageOrientationPatient")
+    position, orientation = (
+        header.get("ImagePositionPatient"),
+        header.get("ImageOrientationPatient"),
+    )
     if position is None or orientation is None or len(position) != 3 or len(orientation) != 6:
-        raise Refused("no_orientation", f"{path.name} lacks ImagePositionPatient or ImageOrientationPatient")
+        raise Refused(
+            "no_orientation", f"{path.name} lacks ImagePositionPatient or ImageOrientationPatient"
+        )
     place = np.asarray([float(value) for value in position])
     axes = np.asarray([float(value) for value in orientation]).reshape(2, 3).T
     lengths = np.linalg.norm(axes, axis=0)
-    if not (np.isfinite(place).all() and np.isfinite(axes).all()) or (np.abs(lengths - 1) > 0.01).any():
-        raise Refused("bad_affine", f"{path.name}: position {place.tolist()}, directions {axes.T.tolist()}")
+    if (
+        not (np.isfinite(place).all() and np.isfinite(axes).all())
+        or (np.abs(lengths - 1) > 0.01).any()
+    ):
+        raise Refused(
+            "bad_affine", f"{path.name}: position {place.tolist()}, directions {axes.T.tolist()}"
+        )
     if abs(float(axes[:, 0] @ axes[:, 1])) > 0.01:
         raise Refused("sheared", f"{path.name}: rows and columns are not at a right angle")
     spacing = header.get("PixelSpacing")
-    if spacing is None or len(spacing) != 2 or not all(np.isfinite(float(mm)) and float(mm) > 0 for mm in spacing):
-        raise Refused("bad_spacing", f"{path.name}: PixelSpacing is {spacing}; rule: two numbers > 0")
+    if (
+        spacing is None
+        or len(spacing) != 2
+        or not all(np.isfinite(float(mm)) and float(mm) > 0 for mm in spacing)
+    ):
+        raise Refused(
+            "bad_spacing", f"{path.name}: PixelSpacing is {spacing}; rule: two numbers > 0"
+        )
     return _Slice(path, header, place, axes / lengths)
 
 
@@ -162,18 +224,32 @@ def _check_same_geometry(slices: list[_Slice]) -> None:
     first = slices[0]
     for item in slices[1:]:
         if np.abs(item.axes - first.axes).max() > _SAME_DIRECTION:
-            raise Refused("mixed_geometry", f"{item.path.name} and {first.path.name} have different orientations")
+            raise Refused(
+                "mixed_geometry",
+                f"{item.path.name} and {first.path.name} have different orientations",
+            )
         for tag in ("Rows", "Columns"):
             if item.header.get(tag) != first.header.get(tag):
-                raise Refused("mixed_geometry", f"{item.path.name} and {first.path.name} differ in {tag}")
-        mm = [[float(value) for value in header.PixelSpacing] for header in (item.header, first.header)]
+                raise Refused(
+                    "mixed_geometry", f"{item.path.name} and {first.path.name} differ in {tag}"
+                )
+        mm = [
+            [float(value) for value in header.PixelSpacing]
+            for header in (item.header, first.header)
+        ]
         if not np.allclose(mm[0], mm[1], rtol=1e-3, atol=0):
-            raise Refused("mixed_geometry", f"{item.path.name} and {first.path.name} differ in PixelSpacing")
-    check_shape((int(first.header.get("Columns") or 0), int(first.header.get("Rows") or 0), len(slices)))
+            raise Refused(
+                "mixed_geometry", f"{item.path.name} and {first.path.name} differ in PixelSpacing"
+            )
+    check_shape(
+        (int(first.header.get("Columns") or 0), int(first.header.get("Rows") or 0), len(slices))
+    )
 
 
 def _check_steps(slices: list[_Slice], normal: np.ndarray) -> float:
-    """The median distance of neighbouring slices in mm (0 for one slice), once all distances agree with it."""
+    """The median distance of neighbouring slices in mm (0 for one slice), once all distances agree
+    with it.
+    """
     if len(slices) < 2:
         return 0.0
     steps = np.diff([float(item.position @ normal) for item in slices])
@@ -181,10 +257,13 @@ def _check_steps(slices: list[_Slice], normal: np.ndarray) -> float:
     if same.size:
         pair = f"{slices[same[0]].path.name} and {slices[same[0] + 1].path.name}"
         raise Refused(
-            "duplicate_slices", f"{same.size} of {len(slices)} slices repeat a position, as {pair}; keep one of each"
+            "duplicate_slices",
+            f"{same.size} of {len(slices)} slices repeat a position, as {pair}; keep one of each",
         )
     median = float(np.median(steps))
-    tolerance = min(max(0.105, 0.02 * median), 0.25 * median)  # some scanners round positions to 0.1 mm
+    tolerance = min(
+        max(0.105, 0.02 * median), 0.25 * median
+    )  # some scanners round positions to 0.1 mm
     odd = np.abs(steps - median) > tolerance
     if not odd.any():
         return median
@@ -193,10 +272,12 @@ def _check_steps(slices: list[_Slice], normal: np.ndarray) -> float:
     if (gaps == odd).all():
         num_missing = int((multiples[gaps] - 1).sum())
         raise Refused(
-            "missing_slices", f"{num_missing} missing: steps of {median:.3f} and {steps.max():.3f} mm; export again"
+            "missing_slices",
+            f"{num_missing} missing: steps of {median:.3f} and {steps.max():.3f} mm; export again",
         )
     raise Refused(
-        "uneven_slices", f"slice distances run from {steps.min():.3f} to {steps.max():.3f} mm; rule: equal to 2 %"
+        "uneven_slices",
+        f"slice distances run from {steps.min():.3f} to {steps.max():.3f} mm; rule: equal to 2 %",
     )
 
 
@@ -205,7 +286,10 @@ def _check_straight(slices: list[_Slice], step: np.ndarray, step_mm: float) -> N
     expected = slices[0].position + np.arange(len(slices))[:, None] * step
     off_mm = float(np.abs(np.stack([item.position for item in slices]) - expected).max())
     if off_mm > max(0.5, 0.5 * step_mm):
-        raise Refused("uneven_slices", f"slices lie up to {off_mm:.2f} mm off the line through the first and the last")
+        raise Refused(
+            "uneven_slices",
+            f"slices lie up to {off_mm:.2f} mm off the line through the first and the last",
+        )
 
 
 def _single_depth_mm(header: Dataset) -> float:
@@ -218,7 +302,11 @@ def _single_depth_mm(header: Dataset) -> float:
 
 def _voxels(slices: list[_Slice]) -> np.ndarray:
     """HU of all slices as (columns, rows, slices)."""
-    rescales = [float(item.header[tag].value) for item in slices for tag in ("RescaleSlope", "RescaleIntercept")]
+    rescales = [
+        float(item.header[tag].value)
+        for item in slices
+        for tag in ("RescaleSlope", "RescaleIntercept")
+    ]
     fractional = any(not value.is_integer() for value in rescales)
     shape_KJI = (len(slices), int(slices[0].header.Rows), int(slices[0].header.Columns))
     hu_KJI = np.empty(shape_KJI, dtype=np.float32 if fractional else np.int32)
@@ -242,11 +330,16 @@ def _decode(path: Path, shape: tuple[int, int]) -> np.ndarray:
     else:
         num_bytes = shape[0] * shape[1] * int(dataset.BitsAllocated) // 8
         if not syntax.is_encapsulated and len(dataset.PixelData) < num_bytes:
-            raise Refused("truncated", f"{path.name} holds {len(dataset.PixelData)} of {num_bytes} bytes of pixels")
+            raise Refused(
+                "truncated",
+                f"{path.name} holds {len(dataset.PixelData)} of {num_bytes} bytes of pixels",
+            )
         pixels = dataset.pixel_array
         slope, intercept = float(dataset.RescaleSlope), float(dataset.RescaleIntercept)
     if pixels.size != shape[0] * shape[1]:
-        raise Refused("corrupt", f"{path.name} decodes to {pixels.shape} pixels; its header says {shape}")
+        raise Refused(
+            "corrupt", f"{path.name} decodes to {pixels.shape} pixels; its header says {shape}"
+        )
     return pixels.reshape(shape).astype(np.float64) * slope + intercept
 
 

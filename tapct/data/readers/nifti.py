@@ -1,6 +1,7 @@
 """NIfTI-1 and NIfTI-2 in one file (.nii, .nii.gz); content decides about gzip, not the name.
 
-nibabel is loaded with the first file: every rank of a training run imports this one, and reads none.
+nibabel is loaded with the first file: every rank of a training run imports this one, and reads
+    none.
 """
 
 from __future__ import annotations
@@ -28,21 +29,24 @@ _LABEL = re.compile(rb'<Label\s+Key="(\d+)"[^>]*>\s*<!\[CDATA\[(.*?)\]\]>', re.D
 def read(path: Path) -> Image:
     """Read one NIfTI file.
 
-    Rules: 4D is read when it holds one volume; slope 0 or NaN means no scaling; the sform wins over the qform and
-    one of the two must be set; pixdim must be > 0 and agree with the affine to 5 %.
+    Rules: 4D is read when it holds one volume; slope 0 or NaN means no scaling; the sform wins over
+    the qform and one of the two must be set; pixdim must be > 0 and agree with the affine to 5 %.
 
     Args:
         path: the file.
     Returns:
         The voxels with scaling and affine, turned from NIfTI's RAS to LPS.
     Raises:
-        Refused: truncated, corrupt, not_3d, not_scalar, bad_affine, bad_spacing, no_orientation, bad_shape.
+        Refused: truncated, corrupt, not_3d, not_scalar, bad_affine, bad_spacing, no_orientation,
+            bad_shape.
     """
     head = read_head(path, 540)
     header = _parse(path, head)
     shape = _shape(header)
     affine = _affine(header)
-    expected = int(header.get_data_offset()) + header.get_data_dtype().itemsize * int(np.prod(shape, dtype=np.int64))
+    expected = int(header.get_data_offset()) + header.get_data_dtype().itemsize * int(
+        np.prod(shape, dtype=np.int64)
+    )
     if is_gzip(path):
         data = inflate(path, 0, expected)
     else:
@@ -51,7 +55,10 @@ def read(path: Path) -> Image:
     header.set_data_shape(shape)
     voxels = header.raw_data_from_fileobj(io.BytesIO(data))
     slope, intercept = header.get_slope_inter()
-    names = tuple((int(key), name.decode("utf-8", "replace")) for key, name in _LABEL.findall(data[: _offset(header)]))
+    names = tuple(
+        (int(key), name.decode("utf-8", "replace"))
+        for key, name in _LABEL.findall(data[: _offset(header)])
+    )
     return Image(
         voxels_IJK=voxels,
         affine=affine,
@@ -72,17 +79,28 @@ def _parse(path: Path, head: bytes) -> nibabel.Nifti1Header:
     if len(head) < 348:
         raise Refused("truncated", f"{path.name} holds {len(head)} bytes; a NIfTI header has 348")
     sizes = {int.from_bytes(head[:4], "little"): "<", int.from_bytes(head[:4], "big"): ">"}
-    for size, kind, magic in ((348, nibabel.Nifti1Header, head[344:348]), (540, nibabel.Nifti2Header, head[4:8])):
+    for size, kind, magic in (
+        (348, nibabel.Nifti1Header, head[344:348]),
+        (540, nibabel.Nifti2Header, head[4:8]),
+    ):
         if size not in sizes:
             continue
         if len(head) < size:
-            raise Refused("truncated", f"{path.name} holds {len(head)} bytes; its header has {size}")
+            raise Refused(
+                "truncated", f"{path.name} holds {len(head)} bytes; its header has {size}"
+            )
         if magic[:3] not in (b"n+1", b"n+2"):
-            raise Refused("unsupported", f"{path.name} is a header of a .hdr/.img pair; convert it to one .nii.gz file")
+            raise Refused(
+                "unsupported",
+                f"{path.name} is a header of a .hdr/.img pair; convert it to one .nii.gz file",
+            )
         header = kind(head[:size], endianness=sizes[size], check=False)
         if int(header["datatype"]) in _RGB_CODES or int(header["datatype"]) in _COMPLEX_CODES:
             code = int(header["datatype"])
-            raise Refused("not_scalar", f"voxels are {_RGB_CODES.get(code, 'complex')}; a scan has one real value each")
+            raise Refused(
+                "not_scalar",
+                f"voxels are {_RGB_CODES.get(code, 'complex')}; a scan has one real value each",
+            )
         return header
     raise Refused("corrupt", f"{path.name} does not start with a NIfTI header")
 
@@ -96,7 +114,10 @@ def _shape(header: nibabel.Nifti1Header) -> tuple[int, int, int]:
     if len(sizes) < 3:
         raise Refused("not_3d", f"the image has {len(sizes)} axes ({sizes}); a scan has three")
     if any(size > 1 for size in sizes[3:]):
-        raise Refused("not_3d", f"the file holds {int(np.prod(sizes[3:]))} volumes {sizes}; split it, one scan a file")
+        raise Refused(
+            "not_3d",
+            f"the file holds {int(np.prod(sizes[3:]))} volumes {sizes}; split it, one scan a file",
+        )
     check_shape(sizes[:3])
     return sizes[0], sizes[1], sizes[2]
 
@@ -111,16 +132,27 @@ def _affine(header: nibabel.Nifti1Header) -> np.ndarray:
     elif int(header["qform_code"]) > 0:
         quaternion = [float(header[f"quatern_{axis}"]) for axis in "bcd"]
         offsets = [float(header[f"qoffset_{axis}"]) for axis in "xyz"]
-        if not np.isfinite(quaternion + offsets).all() or sum(q * q for q in quaternion) > 1.0 + 1e-3:
-            raise Refused("bad_affine", f"qform quaternion {quaternion}, offset {offsets} is no rotation")
+        if (
+            not np.isfinite(quaternion + offsets).all()
+            or sum(q * q for q in quaternion) > 1.0 + 1e-3
+        ):
+            raise Refused(
+                "bad_affine", f"qform quaternion {quaternion}, offset {offsets} is no rotation"
+            )
         affine = np.asarray(header.get_qform(), dtype=np.float64)
     else:
-        raise Refused("no_orientation", "sform_code and qform_code are 0, so left and right are unknown; set one")
+        raise Refused(
+            "no_orientation",
+            "sform_code and qform_code are 0, so left and right are unknown; set one",
+        )
     if not np.isfinite(affine).all():
         raise Refused("bad_affine", "the affine holds NaN or infinity")
     norms = np.linalg.norm(affine[:3, :3], axis=0)
     if (np.abs(norms - pixdim) > 0.05 * pixdim).any():
-        raise Refused("bad_spacing", f"pixdim {pixdim.tolist()} and affine {norms.round(4).tolist()} differ by > 5 %")
+        raise Refused(
+            "bad_spacing",
+            f"pixdim {pixdim.tolist()} and affine {norms.round(4).tolist()} differ by > 5 %",
+        )
     unit = int(header["xyzt_units"]) & 7
     affine[:3] *= _MM_PER_UNIT.get(unit, 1.0)
     return np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine

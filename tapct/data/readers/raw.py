@@ -14,13 +14,17 @@ import numpy as np
 
 from tapct.types import Refused
 
-MAX_VOXELS = 2**32  # a header that claims more is broken: 65k slices of 256 x 256, or 16k of 512 x 512
+MAX_VOXELS = (
+    2**32
+)  # a header that claims more is broken: 65k slices of 256 x 256, or 16k of 512 x 512
 _CHUNK = 1 << 20
 
 
 @dataclass(frozen=True)
 class Header:
-    """What a file says about its scan, as it says it; `ingest` hashes the identifiers and cleans the rest."""
+    """What a file says about its scan, as it says it; `ingest` hashes the identifiers and cleans
+    the rest.
+    """
 
     patient_id: str = ""
     study_uid: str = ""
@@ -84,7 +88,8 @@ def read_head(path: Path, num_bytes: int) -> bytes:
 
 
 def inflate(path: Path, offset: int, expected: int) -> bytes:
-    """Decompress the gzip or zlib stream(s) at `offset`, to their very end, so that checksum and length are verified.
+    """Decompress the gzip or zlib stream(s) at `offset`, to their very end, so that checksum and
+    length are verified.
 
     Args:
         path: the file.
@@ -97,7 +102,9 @@ def inflate(path: Path, offset: int, expected: int) -> bytes:
     """
     kept = bytearray()
     whole = False
-    stream = zlib.decompressobj(47)  # 47: gzip or zlib header, found by itself; the trailer is verified
+    stream = zlib.decompressobj(
+        47
+    )  # 47: gzip or zlib header, found by itself; the trailer is verified
     with path.open("rb") as file:
         file.seek(offset)
         chunk = file.read(_CHUNK)
@@ -107,7 +114,9 @@ def inflate(path: Path, offset: int, expected: int) -> bytes:
             except zlib.error as error:
                 if whole and len(kept) >= expected:
                     break  # padding after the last stream
-                raise Refused("corrupt", f"{path.name} is damaged: {error}; copy it again") from error
+                raise Refused(
+                    "corrupt", f"{path.name} is damaged: {error}; copy it again"
+                ) from error
             kept += data[: max(0, expected - len(kept))]
             whole = stream.eof
             chunk = stream.unused_data
@@ -117,7 +126,8 @@ def inflate(path: Path, offset: int, expected: int) -> bytes:
     if not whole or len(kept) < expected:
         raise Refused(
             "truncated",
-            f"{path.name} ends after {len(kept)} of {expected} bytes of voxels and header; copy it again",
+            f"{path.name} ends after {len(kept)} of {expected} bytes of voxels and header; copy "
+            "it again",
         )
     return bytes(kept)
 
@@ -135,4 +145,7 @@ def check_shape(shape: tuple[int, ...]) -> None:
         shape: voxels along I, J, K.
     """
     if any(size < 1 for size in shape) or math.prod(shape) > MAX_VOXELS:
-        raise Refused("bad_shape", f"the header claims {'x'.join(map(str, shape))} voxels; rule: 1 to {MAX_VOXELS}")
+        raise Refused(
+            "bad_shape",
+            f"the header claims {'x'.join(map(str, shape))} voxels; rule: 1 to {MAX_VOXELS}",
+        )

@@ -1,7 +1,9 @@
-"""Organ segmentation by a linear decoder on frozen features: one 1x1x1 convolution, the same treatment for every model.
+"""Organ segmentation by a linear decoder on frozen features: one 1x1x1 convolution, the same
+treatment for every model.
 
-Axes: N patches in (z, y, x) raster order, K training patches, D channels, C classes, V label values of one scan,
-Z Y X voxels or patches. Class 0 is the air outside, class 1 the rest of the body, then the organs.
+Axes: N patches in (z, y, x) raster order, K training patches, D channels, C classes, V label values
+of one scan, Z Y X voxels or patches. Class 0 is the air outside, class 1 the rest of the body, then
+the organs.
 """
 
 from __future__ import annotations
@@ -34,17 +36,27 @@ class Config:
 
     resolution: str = setting(
         "voxel",
-        "headline Dice, and what the decoder learns: `voxel` learns label shares of patches and judges upsampled "
+        "headline Dice, and what the decoder learns: `voxel` learns label shares of patches and "
+        "judges upsampled "
         "logits on the scan's own voxels, `patch` learns and judges majority labels of patches",
         choices=RESOLUTIONS,
     )
-    organs: tuple[str, ...] = setting((), "label names or values that count as organs; empty: all; the rest is body")
-    outside: tuple[str, ...] = setting(("table",), "label names or values that belong to the air around the patient")
-    body: tuple[str, ...] = setting(
-        ("body", "body_trunc", "skin"), "label names that mean `inside the body, no organ`; label 0 is then outside air"
+    organs: tuple[str, ...] = setting(
+        (), "label names or values that count as organs; empty: all; the rest is body"
     )
-    max_tokens: int = setting(24576, "most training patches of all scans together, stratified by label", ge=1)
-    l2: float = setting(3e-4, "weight of half the squared decoder weights, on standardised features", ge=0)
+    outside: tuple[str, ...] = setting(
+        ("table",), "label names or values that belong to the air around the patient"
+    )
+    body: tuple[str, ...] = setting(
+        ("body", "body_trunc", "skin"),
+        "label names that mean `inside the body, no organ`; label 0 is then outside air",
+    )
+    max_tokens: int = setting(
+        24576, "most training patches of all scans together, stratified by label", ge=1
+    )
+    l2: float = setting(
+        3e-4, "weight of half the squared decoder weights, on standardised features", ge=0
+    )
     steps: int = setting(60, "L-BFGS iterations, the same for every model", ge=1)
 
 
@@ -69,15 +81,18 @@ class Prediction:
 
 
 def fit_decoder(features_KD: Tensor, target_KC: Tensor, *, l2: float, steps: int) -> Decoder:
-    """Class-balanced multinomial regression by full-batch L-BFGS; convex, deterministic, same budget for all.
+    """Class-balanced multinomial regression by full-batch L-BFGS; convex, deterministic, same
+    budget for all.
 
-    Minimises the mean over classes of the mean cross-entropy of that class, plus l2 / 2 * |weights|^2 on standardised
-    features. Neighbouring voxels and channels are strongly correlated, so the solver works in coordinates that whiten
+    Minimises the mean over classes of the mean cross-entropy of that class, plus l2 / 2 *
+    |weights|^2 on standardised features. Neighbouring voxels and channels are strongly correlated, so the solver works in coordinates that whiten
     the features: the minimum is the same, and raw HU reach it in a quarter of the steps.
 
     Args:
-        features_KD: float32, any scale; standardised here by the class-balanced training statistics.
-        target_KC: float32 >= 0, how much of each patch is which class, times how many patches it stands for.
+        features_KD: float32, any scale; standardised here by the class-balanced training
+            statistics.
+        target_KC: float32 >= 0, how much of each patch is which class, times how many patches it
+            stands for.
         steps: L-BFGS iterations.
     """
     mass_C = target_KC.sum(0)
@@ -85,7 +100,9 @@ def fit_decoder(features_KD: Tensor, target_KC: Tensor, *, l2: float, steps: int
     share_K1 = balanced_KC.sum(1, keepdim=True)
     mean_D = (features_KD * share_K1).sum(0)
     std_D = ((features_KD - mean_D).square() * share_K1).sum(0).sqrt()
-    std_D = std_D.clamp_min(1e-6 * max(float(std_D.max()), 1e-30))  # a constant channel says nothing: keep it near 0
+    std_D = std_D.clamp_min(
+        1e-6 * max(float(std_D.max()), 1e-30)
+    )  # a constant channel says nothing: keep it near 0
     x_KD = (features_KD - mean_D) / std_D
     whiten_DD = _whitening((x_KD * share_K1).T @ x_KD, 10 * l2)
     white_KD = x_KD @ whiten_DD
@@ -116,19 +133,23 @@ def fit_decoder(features_KD: Tensor, target_KC: Tensor, *, l2: float, steps: int
 def _whitening(covariance_DD: Tensor, floor: float) -> Tensor:
     """Matrix P with P' (covariance + floor) P = 1; float32."""
     values_D, vectors_DD = torch.linalg.eigh(covariance_DD.double())
-    # balanced cross-entropy curves by about a tenth of the covariance, so 10 * l2 there matches the penalty
+    # balanced cross-entropy curves by about a tenth of the covariance, so 10 * l2 there matches the
+    # penalty
     return (vectors_DD * (values_D.clamp_min(0) + max(floor, 1e-6)).rsqrt()).float()
 
 
 def dice_from_confusion(confusion_CC: np.ndarray, class_index: int) -> float:
-    """2 |A and B| / (|A| + |B|) of one class; rows of the confusion matrix are truth, columns prediction."""
+    """2 |A and B| / (|A| + |B|) of one class; rows of the confusion matrix are truth, columns
+    prediction.
+    """
     hit = float(confusion_CC[class_index, class_index])
     total = float(confusion_CC[class_index].sum() + confusion_CC[:, class_index].sum())
     return 2 * hit / total if total else float("nan")
 
 
 class Segmentation:
-    """The task: `truth` once per scan, `learn` on train scans, `fit`, `judge` on test scans, `results`.
+    """The task: `truth` once per scan, `learn` on train scans, `fit`, `judge` on test scans,
+    `results`.
 
     State grows with the training patches that are kept, never with whole scans.
     """
@@ -157,7 +178,11 @@ class Segmentation:
             share_KV = torch.from_numpy(truth.shares_NV)[index_K]
             if self.config.resolution == "patch":
                 share_KV = F.one_hot(share_KV.argmax(1), share_KV.shape[1]).float()
-            self._targets[truth.scan.id] = (share_KV * weight_K[:, None], truth.values, truth.names())
+            self._targets[truth.scan.id] = (
+                share_KV * weight_K[:, None],
+                truth.values,
+                truth.names(),
+            )
 
     def fit(self) -> None:
         """Fit one decoder per model; classes are those that occur in the training scans.
@@ -170,18 +195,28 @@ class Segmentation:
         for target_KV, values, names in self._targets.values():
             # a label of the scan that lies in none of the patches kept has no mass and no class
             found = [self._class_of(v, names) for v in values]
-            column_V = torch.tensor([self.classes.index(c if c in self.classes else _BODY) for c in found])
-            targets.append(target_KV.new_zeros(len(target_KV), len(self.classes)).index_add_(1, column_V, target_KV))
+            column_V = torch.tensor(
+                [self.classes.index(c if c in self.classes else _BODY) for c in found]
+            )
+            targets.append(
+                target_KV.new_zeros(len(target_KV), len(self.classes)).index_add_(
+                    1, column_V, target_KV
+                )
+            )
         target_KC = torch.cat(targets)
         for model, features in self._features.items():
             x_KD = torch.cat(features)
             target = target_KC.to(x_KD.device)
-            self._decoders[model] = fit_decoder(x_KD, target, l2=self.config.l2, steps=self.config.steps)
+            self._decoders[model] = fit_decoder(
+                x_KD, target, l2=self.config.l2, steps=self.config.steps
+            )
         self._features.clear()
         self._targets.clear()
 
     def judge(self, model: str, dense: DenseFeatures, truth: PatchTruth) -> Prediction:
-        """Predict a test scan and note its Dice at patches and at voxels, in the part that is in play."""
+        """Predict a test scan and note its Dice at patches and at voxels, in the part that is in
+        play.
+        """
         logits_CZYX = self._decoders[model].logits_CZYX(dense)
         prediction_ZYX = truth.grid.argmax_voxels(logits_CZYX)
         in_play = truth.in_play_Z[truth.grid.patch_of_voxel(0, truth.grid.original[0])]
@@ -189,7 +224,9 @@ class Segmentation:
         open_N = np.repeat(truth.in_play_Z, truth.grid.shape[1] * truth.grid.shape[2])
         class_V = self._class_index(truth)[[max(v, 0) for v in truth.values]]
         patch_truth_N = class_V[truth.shares_NV.argmax(1)]
-        patch = self._confusion(patch_truth_N[open_N], logits_CZYX.flatten(1).argmax(0).cpu().numpy()[open_N])
+        patch = self._confusion(
+            patch_truth_N[open_N], logits_CZYX.flatten(1).argmax(0).cpu().numpy()[open_N]
+        )
         for resolution, confusion in (("voxel", voxel), ("patch", patch)):
             self._dice.setdefault((resolution, model), {})[truth.scan.id] = {
                 organ: dice_from_confusion(confusion, self.classes.index(organ))
@@ -199,16 +236,22 @@ class Segmentation:
         return Prediction(prediction_ZYX)
 
     def class_labels(self, truth: PatchTruth) -> np.ndarray:
-        """True class index (uint16) of every voxel; labels that no training scan has count as body."""
+        """True class index (uint16) of every voxel; labels that no training scan has count as
+        body.
+        """
         labels: np.ndarray = self._class_index(truth)[truth.scan.labels.labels_ZYX]
         return labels
 
     def slices_of_interest(self, truth: PatchTruth) -> tuple[int, int]:
         """The axial and the coronal slice that show most organs."""
-        return pictures.richest_slices(self.class_labels(truth), [self.classes.index(o) for o in self.organs])
+        return pictures.richest_slices(
+            self.class_labels(truth), [self.classes.index(o) for o in self.organs]
+        )
 
     def draw(self, path: Path, truth: PatchTruth, predictions: Mapping[str, Prediction]) -> str:
-        """Write a picture of one test scan, CT | truth | each model's prediction; returns its caption."""
+        """Write a picture of one test scan, CT | truth | each model's prediction; returns its
+        caption.
+        """
         at, scan = self.slices_of_interest(truth), truth.scan
         panels = [pictures.Panel("CT", None), pictures.Panel("truth", self.class_labels(truth))]
         for model, prediction in predictions.items():
@@ -216,12 +259,15 @@ class Segmentation:
             score = f"  Dice {np.mean(dice):.2f}" if dice else ""
             panels.append(pictures.Panel(model.replace("_", " ") + score, prediction.classes_ZYX))
         volume = scan.volume
-        pictures.draw_overlay(path, volume.hu_ZYX, volume.spacing_mm, panels, self.classes, self.organs, at)
+        pictures.draw_overlay(
+            path, volume.hu_ZYX, volume.spacing_mm, panels, self.classes, self.organs, at
+        )
         where = f"axial slice {at[0]}, coronal slice {at[1]} of test scan {scan.id}"
         return f"CT, truth and each model's prediction: {where}"
 
     def results(self) -> dict[str, Any]:
-        """Per model the Dice by organ and scan; means go over the scans that have the organ, then over organs.
+        """Per model the Dice by organ and scan; means go over the scans that have the organ, then
+        over organs.
 
         Raises:
             UserError: no organ of the decoder occurs in the test scans.
@@ -237,7 +283,8 @@ class Segmentation:
             if resolution == self.config.resolution:
                 if mean is None:
                     raise UserError(
-                        f"none of the organs that the decoder learned ({', '.join(self.organs)}) occurs in the test "
+                        f"none of the organs that the decoder learned ({', '.join(self.organs)}) "
+                        "occurs in the test "
                         "scans. Give labels to more scans, or change eval.seed."
                     )
                 entry.update(mean_dice=mean, dice=dice, per_scan=per_scan)
@@ -259,7 +306,8 @@ class Segmentation:
         organs = tuple(name for name in ordered if name not in (_OUTSIDE, _BODY))
         if not organs:
             raise UserError(
-                f"no organ label occurs in the training scans (found: {', '.join(ordered)}). Check the label maps, or "
+                f"no organ label occurs in the training scans (found: {', '.join(ordered)}). "
+                "Check the label maps, or "
                 f"task.organs, which is [{', '.join(self.config.organs)}]."
             )
         return (_OUTSIDE, _BODY, *organs), organs
@@ -268,7 +316,11 @@ class Segmentation:
         """The class that a label value of one scan belongs to."""
         name = names.get(value, f"label {value}")
         called = {name, str(value)}
-        if value == OUTSIDE or (value == 0 and self._body_labelled(names)) or called & set(self.config.outside):
+        if (
+            value == OUTSIDE
+            or (value == 0 and self._body_labelled(names))
+            or called & set(self.config.outside)
+        ):
             return _OUTSIDE
         wanted = not self.config.organs or bool(called & set(self.config.organs))
         return name if value != 0 and name.lower() not in self.config.body and wanted else _BODY

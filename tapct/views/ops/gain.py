@@ -1,4 +1,6 @@
-"""Gain: stretch HU about air by a factor, as another scanner calibration or contrast phase would."""
+"""Gain: stretch HU about air by a factor, as another scanner calibration or contrast phase
+would.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +16,16 @@ from tapct.views.key import Op, ViewKey
 
 @dataclass(frozen=True)
 class Config:
-    """Fields of the op `gain`. Source: TAP-CT's public training configs (0.8-1.2, p 0.7 on global 2 and locals)."""
+    """Fields of the op `gain`. Source: TAP-CT's public training configs (0.8-1.2, p 0.7 on global 2
+    and locals).
+    """
 
     p: tuple[float, float, float] = setting(
         (0.0, 0.7, 0.7), "chance for the first global view, other globals, locals", ge=0, le=1
     )
-    factor: tuple[float, float] = setting((0.8, 1.2), "factor on HU above air, uniform between the two", gt=0)
+    factor: tuple[float, float] = setting(
+        (0.8, 1.2), "factor on HU above air, uniform between the two", gt=0
+    )
 
     def __post_init__(self) -> None:
         if self.factor[0] > self.factor[1]:
@@ -27,7 +33,8 @@ class Config:
 
 
 def build(config: Config) -> Op:
-    """view -> air + factor * (view - air): air (the lower clip of the window) stays air, unlike a gain on z-scores.
+    """view -> air + factor * (view - air): air (the lower clip of the window) stays air, unlike a
+    gain on z-scores.
 
     Values above the upper clip are cut when the view is normalised.
     """

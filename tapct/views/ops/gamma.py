@@ -15,12 +15,16 @@ from tapct.views.key import Op, ViewKey
 
 @dataclass(frozen=True)
 class Config:
-    """Fields of the op `gamma`; off unless a config names it. Defaults are ours, no published run used it."""
+    """Fields of the op `gamma`; off unless a config names it. Defaults are ours, no published run
+    used it.
+    """
 
     p: tuple[float, float, float] = setting(
         (0.0, 0.3, 0.3), "chance for the first global view, other globals, locals", ge=0, le=1
     )
-    exponent: tuple[float, float] = setting((0.8, 1.25), "exponent, log-uniform between the two", gt=0)
+    exponent: tuple[float, float] = setting(
+        (0.8, 1.25), "exponent, log-uniform between the two", gt=0
+    )
 
     def __post_init__(self) -> None:
         if self.exponent[0] > self.exponent[1]:
@@ -28,7 +32,9 @@ class Config:
 
 
 def build(config: Config) -> Op:
-    """x -> x ** exponent, where x in [0, 1] is the place in the contract's HU window; air and its top stay."""
+    """x -> x ** exponent, where x in [0, 1] is the place in the contract's HU window; air and its
+    top stay.
+    """
 
     def apply(view_BZYX: Tensor, key: ViewKey) -> Tensor:
         low, high = key.contract.clip_low, key.contract.clip_high

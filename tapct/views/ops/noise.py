@@ -14,12 +14,16 @@ from tapct.views.key import Op, ViewKey
 
 @dataclass(frozen=True)
 class Config:
-    """Fields of the op `noise`; off unless a config names it. Defaults are ours, no published run used it."""
+    """Fields of the op `noise`; off unless a config names it. Defaults are ours, no published run
+    used it.
+    """
 
     p: tuple[float, float, float] = setting(
         (0.0, 0.3, 0.3), "chance for the first global view, other globals, locals", ge=0, le=1
     )
-    sigma_hu: tuple[float, float] = setting((0.0, 30.0), "standard deviation in HU, uniform between the two", ge=0)
+    sigma_hu: tuple[float, float] = setting(
+        (0.0, 30.0), "standard deviation in HU, uniform between the two", ge=0
+    )
 
     def __post_init__(self) -> None:
         if self.sigma_hu[0] > self.sigma_hu[1]:
@@ -33,7 +37,9 @@ def build(config: Config) -> Op:
         p = config.p[key.group]
         if p == 0:
             return view_BZYX  # a hash per voxel is the dearest draw there is
-        sigma = torch.where(key.happens("noise", p), key.uniform("noise sigma", *config.sigma_hu), 0.0)
+        sigma = torch.where(
+            key.happens("noise", p), key.uniform("noise sigma", *config.sigma_hu), 0.0
+        )
         return key.normal_like("noise", view_BZYX).mul_(sigma).add_(view_BZYX)
 
     return apply

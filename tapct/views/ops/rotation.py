@@ -1,4 +1,6 @@
-"""Rotation: turn the finished view in its plane about its centre, as a body that lies askew on the table."""
+"""Rotation: turn the finished view in its plane about its centre, as a body that lies askew on the
+table.
+"""
 
 from __future__ import annotations
 
@@ -16,13 +18,18 @@ from tapct.views.key import Op, ViewKey
 
 @dataclass(frozen=True)
 class Config:
-    """Fields of the op `rotation`; off unless a config names it. Defaults are ours, no published run used it."""
+    """Fields of the op `rotation`; off unless a config names it. Defaults are ours, no published
+    run used it.
+    """
 
     p: tuple[float, float, float] = setting(
         (0.0, 0.3, 0.3), "chance for the first global view, other globals, locals", ge=0, le=1
     )
     degrees: tuple[float, float] = setting(
-        (-15.0, 15.0), "angle, uniform between the two; above 0 from the view's x axis to its y axis", ge=-180, le=180
+        (-15.0, 15.0),
+        "angle, uniform between the two; above 0 from the view's x axis to its y axis",
+        ge=-180,
+        le=180,
     )
 
     def __post_init__(self) -> None:
@@ -31,8 +38,9 @@ class Config:
 
 
 def build(config: Config) -> Op:
-    """Bilinear, in mm: pixels that are not square keep shapes as they are. What comes in at the corners is the mirror
-    image of the view at its border, so there is no edge of air that gives the angle away.
+    """Bilinear, in mm: pixels that are not square keep shapes as they are. What comes in at the
+    corners is the mirror image of the view at its border, so there is no edge of air that gives the
+    angle away.
     """
 
     def apply(view_BZYX: Tensor, key: ViewKey) -> Tensor:
@@ -45,8 +53,12 @@ def build(config: Config) -> Op:
         # from where a pixel is to where it was, x and y in halves of the view's sides
         row_x_B3 = torch.stack([cos_B, sin_B * height_B / width_B, torch.zeros_like(cos_B)], dim=1)
         row_y_B3 = torch.stack([-sin_B * width_B / height_B, cos_B, torch.zeros_like(cos_B)], dim=1)
-        place_BYX2 = F.affine_grid(torch.stack([row_x_B3, row_y_B3], 1), list(view_BZYX.shape), align_corners=False)
-        turned_BZYX = F.grid_sample(view_BZYX, place_BYX2, padding_mode="reflection", align_corners=False)
+        place_BYX2 = F.affine_grid(
+            torch.stack([row_x_B3, row_y_B3], 1), list(view_BZYX.shape), align_corners=False
+        )
+        turned_BZYX = F.grid_sample(
+            view_BZYX, place_BYX2, padding_mode="reflection", align_corners=False
+        )
         return torch.where(key.happens("rotation", p), turned_BZYX, view_BZYX)
 
     return apply

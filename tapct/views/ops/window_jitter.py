@@ -1,4 +1,6 @@
-"""Window jitter: look at the view through a slightly narrower HU window, stretched back to the full one."""
+"""Window jitter: look at the view through a slightly narrower HU window, stretched back to the full
+one.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ from tapct.views.key import Op, ViewKey
 
 @dataclass(frozen=True)
 class Config:
-    """Fields of the op `window_jitter`; off unless a config names it. Defaults are ours, no published run used it."""
+    """Fields of the op `window_jitter`; off unless a config names it. Defaults are ours, no
+    published run used it.
+    """
 
     p: tuple[float, float, float] = setting(
         (0.0, 0.3, 0.3), "chance for the first global view, other globals, locals", ge=0, le=1
@@ -25,23 +29,35 @@ class Config:
     def __post_init__(self) -> None:
         if self.low_hu + self.high_hu > 1000:
             raise UserError(
-                f"window_jitter moves its ends by up to {self.low_hu} + {self.high_hu} HU: keep the sum at most 1000, "
+                f"window_jitter moves its ends by up to {self.low_hu} + {self.high_hu} HU: keep "
+                "the sum at most 1000, "
                 "or little of the window is left"
             )
 
 
 def build(config: Config) -> Op:
-    """Clip to [low + a, high - b] and map that linearly onto [low, high]: air stays air, absolute HU shift a little.
+    """Clip to [low + a, high - b] and map that linearly onto [low, high]: air stays air, absolute
+    HU shift a little.
 
-    The window can only be narrowed: the view was clipped to the contract's window before it was resampled.
+    The window can only be narrowed: the view was clipped to the contract's window before it was
+        resampled.
     """
 
     def apply(view_BZYX: Tensor, key: ViewKey) -> Tensor:
         happens = key.happens("window jitter", config.p[key.group])
-        low = key.contract.clip_low + torch.where(happens, key.uniform("window low", 0.0, config.low_hu), 0.0)
-        high = key.contract.clip_high - torch.where(happens, key.uniform("window high", 0.0, config.high_hu), 0.0)
+        low = key.contract.clip_low + torch.where(
+            happens, key.uniform("window low", 0.0, config.low_hu), 0.0
+        )
+        high = key.contract.clip_high - torch.where(
+            happens, key.uniform("window high", 0.0, config.high_hu), 0.0
+        )
         width = key.contract.clip_high - key.contract.clip_low
-        narrowed = ((view_BZYX - low) / (high - low)).clamp_(0.0, 1.0).mul_(width).add_(key.contract.clip_low)
+        narrowed = (
+            ((view_BZYX - low) / (high - low))
+            .clamp_(0.0, 1.0)
+            .mul_(width)
+            .add_(key.contract.clip_low)
+        )
         return torch.where(happens, narrowed, view_BZYX)
 
     return apply

@@ -1,4 +1,6 @@
-"""The phantom archive: what is on disk, read back by other libraries, and what the anatomy promises."""
+"""The phantom archive: what is on disk, read back by other libraries, and what the anatomy
+promises.
+"""
 
 from __future__ import annotations
 
@@ -23,8 +25,12 @@ from tapct.data.phantom.scan import scan
 from tapct.types import AIR_HU, HUContract, LabelMap, Volume
 
 NAMES = {name: value for value, name in phantom.LABELS}
-SMALL = phantom.Config(num=6, slices=(20, 28), in_plane=(64, 96), slice_mm=(4.0, 5.0), dicom_share=0.4)
-WHOLE = phantom.Config(slices=(80, 80), in_plane=(112, 112), slice_mm=(5.0, 5.0))  # 400 mm: the whole torso
+SMALL = phantom.Config(
+    num=6, slices=(20, 28), in_plane=(64, 96), slice_mm=(4.0, 5.0), dicom_share=0.4
+)
+WHOLE = phantom.Config(
+    slices=(80, 80), in_plane=(112, 112), slice_mm=(5.0, 5.0)
+)  # 400 mm: the whole torso
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +46,9 @@ def torsos() -> list[tuple[Volume, LabelMap]]:
 
 
 def files_under(root: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(root)): p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file()}
+    return {
+        str(p.relative_to(root)): p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file()
+    }
 
 
 def physical_lps(image: sitk.Image) -> np.ndarray:
@@ -73,8 +81,19 @@ def test_every_scan_has_a_label_map_on_its_grid_with_names_and_header_facts(arch
         np.testing.assert_allclose(scan_file.affine, label_file.affine)
         np.testing.assert_allclose(scan_file.get_qform(), scan_file.get_sform(), atol=1e-3)
         facts = json.loads((archive / "images" / f"{path.name[:-7]}.json").read_text())
-        assert set(facts) >= {"PatientID", "PatientSex", "PatientAge", "StudyDate", "Manufacturer", "ConvolutionKernel"}
-        assert facts["Modality"] == "CT" and len(facts["PatientAge"]) == 4 and facts["PatientAge"].endswith("Y")
+        assert set(facts) >= {
+            "PatientID",
+            "PatientSex",
+            "PatientAge",
+            "StudyDate",
+            "Manufacturer",
+            "ConvolutionKernel",
+        }
+        assert (
+            facts["Modality"] == "CT"
+            and len(facts["PatientAge"]) == 4
+            and facts["PatientAge"].endswith("Y")
+        )
         names = json.loads((archive / "labels" / f"{path.name[:-7]}.json").read_text())["labels"]
         assert names == {str(value): name for value, name in phantom.LABELS}
         assert set(np.unique(label_file.dataobj)) <= set(range(11))
@@ -83,7 +102,9 @@ def test_every_scan_has_a_label_map_on_its_grid_with_names_and_header_facts(arch
 
 
 @pytest.mark.parametrize("orientation", ORIENTATIONS)
-def test_a_nifti_reads_back_as_the_case_in_memory_in_every_orientation(orientation: str, tmp_path: Path) -> None:
+def test_a_nifti_reads_back_as_the_case_in_memory_in_every_orientation(
+    orientation: str, tmp_path: Path
+) -> None:
     volume, labels, facts = phantom.make_case(3, 0, SMALL)
     facts = dataclasses.replace(facts, orientation=orientation, dicom=False)
     write_case(volume, labels, facts, tmp_path, tmp_path / "..")
@@ -91,7 +112,9 @@ def test_a_nifti_reads_back_as_the_case_in_memory_in_every_orientation(orientati
     image = nib.load(path)
     assert "".join(nib.aff2axcodes(image.affine)) == orientation
     ras = nib.as_closest_canonical(image)
-    np.testing.assert_array_equal(np.asarray(ras.dataobj)[::-1, ::-1].transpose(2, 1, 0), volume.hu_ZYX)
+    np.testing.assert_array_equal(
+        np.asarray(ras.dataobj)[::-1, ::-1].transpose(2, 1, 0), volume.hu_ZYX
+    )
     read = sitk.DICOMOrient(sitk.ReadImage(str(path)), "LPS")
     np.testing.assert_array_equal(sitk.GetArrayFromImage(read), volume.hu_ZYX)
     np.testing.assert_allclose(read.GetOrigin(), volume.origin_mm, atol=1e-3)
@@ -99,30 +122,59 @@ def test_a_nifti_reads_back_as_the_case_in_memory_in_every_orientation(orientati
 
 
 @pytest.mark.parametrize("manufacturer", ["SIEMENS", "GE MEDICAL SYSTEMS"])
-def test_a_dicom_series_and_the_nifti_of_the_same_case_are_voxel_identical(manufacturer: str, tmp_path: Path) -> None:
+def test_a_dicom_series_and_the_nifti_of_the_same_case_are_voxel_identical(
+    manufacturer: str, tmp_path: Path
+) -> None:
     volume, labels, facts = phantom.make_case(3, 1, SMALL)
     for folder in ("dicom", "nifti", "labels"):
         (tmp_path / folder).mkdir()
     facts = dataclasses.replace(facts, manufacturer=manufacturer, orientation="RAS")
-    write_case(volume, labels, dataclasses.replace(facts, dicom=True), tmp_path / "dicom", tmp_path / "labels")
-    write_case(volume, labels, dataclasses.replace(facts, dicom=False), tmp_path / "nifti", tmp_path / "labels")
+    write_case(
+        volume,
+        labels,
+        dataclasses.replace(facts, dicom=True),
+        tmp_path / "dicom",
+        tmp_path / "labels",
+    )
+    write_case(
+        volume,
+        labels,
+        dataclasses.replace(facts, dicom=False),
+        tmp_path / "nifti",
+        tmp_path / "labels",
+    )
     nifti = sitk.ReadImage(str(tmp_path / "nifti" / f"{facts.name}.nii.gz"))
     series = tmp_path / "dicom" / facts.name
     read = sitk.ReadImage(sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(series)))
     np.testing.assert_array_equal(physical_lps(read), physical_lps(nifti))
-    np.testing.assert_allclose(read.GetOrigin(), sitk.DICOMOrient(nifti, "LPS").GetOrigin(), atol=1e-3)
-    np.testing.assert_allclose(read.GetSpacing(), sitk.DICOMOrient(nifti, "LPS").GetSpacing(), atol=1e-4)
+    np.testing.assert_allclose(
+        read.GetOrigin(), sitk.DICOMOrient(nifti, "LPS").GetOrigin(), atol=1e-3
+    )
+    np.testing.assert_allclose(
+        read.GetSpacing(), sitk.DICOMOrient(nifti, "LPS").GetSpacing(), atol=1e-4
+    )
 
-    slices = sorted((pydicom.dcmread(p) for p in series.iterdir()), key=lambda ds: ds.ImagePositionPatient[2])
-    hu = np.stack([ds.pixel_array.astype(np.int64) * ds.RescaleSlope + ds.RescaleIntercept for ds in slices])
+    slices = sorted(
+        (pydicom.dcmread(p) for p in series.iterdir()), key=lambda ds: ds.ImagePositionPatient[2]
+    )
+    hu = np.stack(
+        [ds.pixel_array.astype(np.int64) * ds.RescaleSlope + ds.RescaleIntercept for ds in slices]
+    )
     np.testing.assert_array_equal(hu, volume.hu_ZYX)
     steps = np.diff([float(ds.ImagePositionPatient[2]) for ds in slices])
     np.testing.assert_allclose(steps, volume.spacing_mm[0], atol=1e-4)
-    highest = pydicom.dcmread(series / "IMG0001.dcm").InstanceNumber == 1 and slices[-1].InstanceNumber == 1
-    assert highest == (manufacturer == "SIEMENS"), "some scanners count from the head, some from the feet"
+    highest = (
+        pydicom.dcmread(series / "IMG0001.dcm").InstanceNumber == 1
+        and slices[-1].InstanceNumber == 1
+    )
+    assert highest == (manufacturer == "SIEMENS"), (
+        "some scanners count from the head, some from the feet"
+    )
     assert len({ds.SOPInstanceUID for ds in slices}) == len(slices)
     assert {ds.SeriesInstanceUID for ds in slices} == {slices[0].SeriesInstanceUID}
-    assert slices[0].SOPClassUID.name == "CT Image Storage" and slices[0].PatientID == facts.patient_id
+    assert (
+        slices[0].SOPClassUID.name == "CT Image Storage" and slices[0].PatientID == facts.patient_id
+    )
     assert slices[0].file_meta.MediaStorageSOPInstanceUID == slices[0].SOPInstanceUID
 
 
@@ -150,14 +202,19 @@ def test_organs_lie_where_they_lie_in_a_body(torsos: list[tuple[Volume, LabelMap
         spine = middle["vertebrae"]
         assert middle["liver"][x] < spine[x] < middle["spleen"][x], "x grows to the patient's left"
         assert middle["kidney_right"][x] < spine[x] < middle["kidney_left"][x]
-        assert middle["kidney_right"][z] < middle["liver"][z] < middle["lungs"][z], "z grows to the head"
+        assert middle["kidney_right"][z] < middle["liver"][z] < middle["lungs"][z], (
+            "z grows to the head"
+        )
         assert middle["spleen"][z] > middle["kidney_left"][z]
         assert spine[y] > middle["body"][y] and middle["table"][y] > spine[y], "y grows to the back"
         assert middle["liver"][y] < spine[y]
         column = labels.labels_ZYX[:, :, :]
         low = range(int(middle["kidney_right"][z]), int(middle["liver"][z]))
         for k in low:  # the abdominal aorta: in front of the vertebra and a little left of it
-            aorta, bone = np.argwhere(column[k] == NAMES["aorta"]), np.argwhere(column[k] == NAMES["vertebrae"])
+            aorta, bone = (
+                np.argwhere(column[k] == NAMES["aorta"]),
+                np.argwhere(column[k] == NAMES["vertebrae"]),
+            )
             if len(aorta) and len(bone):
                 assert aorta[:, 0].mean() < bone[:, 0].mean()
                 assert aorta[:, 1].mean() > np.median(bone[:, 1]) - 3
@@ -171,7 +228,9 @@ def test_all_labels_occur_in_a_whole_torso_and_tissue_has_its_hounsfield_units(
         hu = volume.hu_ZYX
         assert hu.dtype == np.int16 and hu.min() >= AIR_HU and hu.flags["C_CONTIGUOUS"]
         assert labels.labels_ZYX.dtype == np.uint16
-        median = {name: float(np.median(hu[labels.labels_ZYX == value])) for name, value in NAMES.items()}
+        median = {
+            name: float(np.median(hu[labels.labels_ZYX == value])) for name, value in NAMES.items()
+        }
         assert np.median(hu[labels.labels_ZYX == 0]) < -980
         assert -920 < median["lungs"] < -760
         for organ in ("liver", "spleen", "kidney_left", "kidney_right", "aorta"):
@@ -233,8 +292,12 @@ def test_sharp_kernels_have_finer_and_stronger_noise_than_soft_ones() -> None:
     assert neighbour[False] > 0.3 and neighbour[True] < neighbour[False] - 0.3
     studies = [draw_study(draw_patient(0, n), 0, phantom.Config()) for n in range(200)]
     for kernel in {s.kernel for s in studies}:
-        assert len({s.sharp for s in studies if s.kernel == kernel}) == 1, "a kernel's name tells its noise"
-    mean = {sharp: np.mean([s.noise_hu for s in studies if s.sharp == sharp]) for sharp in (False, True)}
+        assert len({s.sharp for s in studies if s.kernel == kernel}) == 1, (
+            "a kernel's name tells its noise"
+        )
+    mean = {
+        sharp: np.mean([s.noise_hu for s in studies if s.sharp == sharp]) for sharp in (False, True)
+    }
     assert mean[True] > 1.4 * mean[False]
 
 
@@ -265,21 +328,31 @@ def test_bad_settings_and_used_folders_are_refused(tmp_path: Path) -> None:
 
 def test_progress_counts_to_the_end(tmp_path: Path) -> None:
     seen: list[tuple[int, int]] = []
-    report = phantom.write(tmp_path / "a", dataclasses.replace(SMALL, num=3), lambda *at: seen.append(at))
+    report = phantom.write(
+        tmp_path / "a", dataclasses.replace(SMALL, num=3), lambda *at: seen.append(at)
+    )
     assert seen == [(1, 3), (2, 3), (3, 3)]
     assert report.scans == 3 and 1 <= report.patients <= 3
-    assert report.num_bytes == sum(p.stat().st_size for p in (tmp_path / "a").rglob("*") if p.is_file())
+    assert report.num_bytes == sum(
+        p.stat().st_size for p in (tmp_path / "a").rglob("*") if p.is_file()
+    )
 
 
 def patches_of(volume: Volume, labels: LabelMap) -> tuple[torch.Tensor, torch.Tensor]:
-    """Normalised HU (N, 256) of patches of 4x8x8 voxels, and the label that most of their voxels have."""
+    """Normalised HU (N, 256) of patches of 4x8x8 voxels, and the label that most of their voxels
+    have.
+    """
     depth, size = volume.hu_ZYX.shape[0] // 4, volume.hu_ZYX.shape[1] // 8
 
     def cells(array: np.ndarray) -> torch.Tensor:
-        cut = torch.from_numpy(array[: depth * 4].astype(np.float32)).reshape(depth, 4, size, 8, size, 8)
+        cut = torch.from_numpy(array[: depth * 4].astype(np.float32)).reshape(
+            depth, 4, size, 8, size, 8
+        )
         return cut.permute(0, 2, 4, 1, 3, 5).reshape(-1, 256)
 
-    return HUContract().normalise(cells(volume.hu_ZYX)), cells(labels.labels_ZYX).mode(dim=1).values.long()
+    return HUContract().normalise(cells(volume.hu_ZYX)), cells(labels.labels_ZYX).mode(
+        dim=1
+    ).values.long()
 
 
 @pytest.mark.slow
@@ -288,7 +361,10 @@ def test_a_balanced_linear_decoder_on_raw_patches_reaches_a_mean_dice_of_about_0
     config = phantom.Config(in_plane=(128, 128), slices=(40, 80), slice_mm=(2.5, 5.0))
     cases = [phantom.make_case(0, index, config) for index in range(30)]
     held_out = set(sorted({facts.patient_id for *_, facts in cases})[::3])
-    data = [(facts.patient_id in held_out, *patches_of(volume, labels)) for volume, labels, facts in cases]
+    data = [
+        (facts.patient_id in held_out, *patches_of(volume, labels))
+        for volume, labels, facts in cases
+    ]
     x = torch.cat([features for test, features, _ in data if not test])
     y = torch.cat([target for test, _, target in data if not test])
     generator = torch.Generator().manual_seed(0)
@@ -299,7 +375,9 @@ def test_a_balanced_linear_decoder_on_raw_patches_reaches_a_mean_dice_of_about_0
     weight = (1.0 / torch.bincount(y, minlength=11))[y]
     decoder = torch.nn.Linear(256, 11)
     torch.nn.init.zeros_(decoder.weight)
-    solver = torch.optim.LBFGS(decoder.parameters(), max_iter=400, history_size=20, line_search_fn="strong_wolfe")
+    solver = torch.optim.LBFGS(
+        decoder.parameters(), max_iter=400, history_size=20, line_search_fn="strong_wolfe"
+    )
 
     def objective() -> torch.Tensor:
         solver.zero_grad()
@@ -321,5 +399,7 @@ def test_a_balanced_linear_decoder_on_raw_patches_reaches_a_mean_dice_of_about_0
                 dice.setdefault(k, []).append(2 * hit / float(truth.sum() + (guess == k).sum()))
     assert set(dice) == set(range(1, 11))
     assert 0.24 < np.mean([np.mean(values) for values in dice.values()]) < 0.36
-    soft = [np.mean(dice[NAMES[n]]) for n in ("liver", "spleen", "kidney_left", "kidney_right", "aorta")]
+    soft = [
+        np.mean(dice[NAMES[n]]) for n in ("liver", "spleen", "kidney_left", "kidney_right", "aorta")
+    ]
     assert max(soft) < 0.45, "raw HU alone must not find the soft organs"

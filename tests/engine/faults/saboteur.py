@@ -1,6 +1,8 @@
-"""A loss of value 0 that does to one rank what the environment says: TAPCT_FAULT="RANK STEP ACTION", steps from 1.
+"""A loss of value 0 that does to one rank what the environment says: TAPCT_FAULT="RANK STEP
+ACTION", steps from 1.
 
-It stands in every run of a comparison, so that the configs are equal; without the variable it does nothing.
+It stands in every run of a comparison, so that the configs are equal; without the variable it does
+nothing.
 """
 
 from __future__ import annotations
@@ -49,7 +51,10 @@ class Saboteur(Loss):
         self.register_buffer("steps", torch.zeros(()))
 
     def forward(
-        self, sets: TokenSets, student_head: nn.Module | None = None, teacher_head: nn.Module | None = None
+        self,
+        sets: TokenSets,
+        student_head: nn.Module | None = None,
+        teacher_head: nn.Module | None = None,
     ) -> LossResult:
         """Act, and add nothing."""
         cls_BD = sets.student_global.cls_BD
@@ -83,7 +88,9 @@ def act(action: str, cls_BD: Tensor) -> Tensor | float:
 
 
 def tell(number: signal.Signals) -> None:
-    """Send this process a signal and wait until its handler has run; in `tapct train` another thread takes it."""
+    """Send this process a signal and wait until its handler has run; in `tapct train` another
+    thread takes it.
+    """
     flag = getattr(signal.getsignal(number), "__self__", None)
     os.kill(os.getpid(), number)
     until = time.monotonic() + 10.0

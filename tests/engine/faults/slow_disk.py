@@ -1,4 +1,5 @@
-"""An intensity op that changes nothing, and makes one rank's disk slow: TAPCT_SLOW_DISK="RANK SECONDS".
+"""An intensity op that changes nothing, and makes one rank's disk slow: TAPCT_SLOW_DISK="RANK
+SECONDS".
 
 The first file of a checkpoint that the rank forces to the disk takes that long: its shards.
 """
