@@ -56,7 +56,11 @@ def _prepare_section(
     """
     for field in fields_of(cls):
         here = (*path, field.name)
-        if not isinstance(layer.at(here), dict):
+        given = layer.at(here)
+        if isinstance(given, list):
+            # OmegaConf refuses to merge a list with a section; the third pass reports the mistake
+            merged[field.name] = None
+        if not isinstance(given, dict):
             continue  # the layer leaves this field alone, or gives it a plain value
         if not isinstance(merged.get(field.name), dict):
             merged[field.name] = {}
@@ -98,6 +102,8 @@ def _prepare_plugin_table(
     field: ConfigField, path: KeyPath, merged: dict[str, Any], layer: Layer, sources: Sources
 ) -> None:
     for name, settings in layer.at(path).items():
+        if isinstance(settings, list):
+            merged[name] = None  # as in `_prepare_section`
         if not isinstance(settings, dict):
             continue
         if not isinstance(merged[name], dict):
