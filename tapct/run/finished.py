@@ -15,7 +15,7 @@ from tapct.base.exits import UserError
 from tapct.config import Resolved
 from tapct.data.patients import held_out_patients
 from tapct.data.store import Store
-from tapct.distributed.device import pick_device
+from tapct.distributed.device import flush_denormals, pick_device
 from tapct.engine import checkpoint
 from tapct.engine.checkpoint import Checkpoints, Meta
 from tapct.eval import runner
@@ -115,6 +115,7 @@ def evaluate(
     Patients that `data.held_out` kept out of pretraining are the test side; without any,
     `eval.test_share` splits.
     """
+    flush_denormals()  # before the first tensor
     trained = open_run(folder, overrides, step)
     out = (
         folder / "eval"
