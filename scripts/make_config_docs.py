@@ -54,6 +54,11 @@ class Key:
         return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
+def first_paragraph(docstring: str | None) -> str:
+    """The first paragraph of a docstring on one line: a summary may be wrapped."""
+    return " ".join((docstring or "").strip().split("\n\n")[0].split())
+
+
 def kind(hint: Any) -> str:
     """The type of a field in words."""
     args = typing.get_args(hint)
@@ -152,7 +157,7 @@ def plugin_tables(item: dataclasses.Field[Any], name: str) -> list[str]:
         )
     for each in plugins.available(folder):
         module = plugins.load(folder, each)
-        summary = (module.__doc__ or "").strip().splitlines()[0]
+        summary = first_paragraph(module.__doc__)
         prefix = f"{name}." if is_section else f"{name}.{each}."
         lines += [f"**`{each}`** — {summary}", "", *table(keys(module.Config(), prefix))]
     return lines
@@ -177,7 +182,7 @@ def tables() -> str:
         if item.metadata.get("plugin_kind"):
             lines += plugin_tables(item, item.name)
         elif dataclasses.is_dataclass(default):
-            summary = (type(default).__doc__ or "").strip().splitlines()[0]
+            summary = first_paragraph(type(default).__doc__)
             lines += [f"### `{item.name}`", "", summary, "", *table(keys(default, item.name + "."))]
             lines += plugins_below(default, item.name + ".")
     return "\n".join(lines).rstrip() + "\n"
