@@ -22,7 +22,7 @@ import torch
 import typer
 import yaml
 
-from tapct.cli import app
+from tapct.cli.app import app
 from tapct.config import load_config, plugins
 from tapct.config.plugins import Plugin
 from tapct.engine import loop, optim
