@@ -16,15 +16,15 @@ def evaluate(
     run_folder: RunFolder,
     overrides: Overrides = None,
     step: Annotated[
-        int | None, typer.Option(help="judge the checkpoint of this step, not the newest", min=1)
+        int | None, typer.Option(help="evaluate the checkpoint of this step, not the newest", min=1)
     ] = None,
 ) -> None:
-    """Judge the frozen features of a run beside untrained and raw-HU baselines."""
+    """Evaluate the frozen features of a run beside untrained and raw-HU baselines."""
     from tapct.run import finished
 
-    results = finished.evaluate(run_folder, overrides or [], step)
-    for name, model in results["models"].items():
-        console.say(f"{name:<24} mean Dice {model['mean_dice']:.3f}")
+    evaluation = finished.evaluate(run_folder, overrides or [], step)
+    for line in evaluation.lines():
+        console.say(line)
     console.say(
         "results and pictures in "
         f"{run_folder}/eval{'' if step is None else f'/steps/step_{step:08d}'}"
