@@ -12,8 +12,8 @@ import secrets
 from collections.abc import Iterable
 from pathlib import Path
 
-from tapct.base.hashing import hash_int
 from tapct.base.exits import UserError
+from tapct.base.hashing import hash_int
 from tapct.data import discover
 
 
