@@ -23,7 +23,7 @@ import typer
 import yaml
 from plain_words import findings, prose
 
-from tapct.cli import app
+from tapct.cli.app import app
 from tapct.config import load_config, plugins
 from tapct.config.plugins import Plugin
 from tapct.engine import loop, optim
