@@ -36,8 +36,8 @@ from tapct.data.packed import (
     encode,
     open_packed,
 )
+from tapct.data.process_pool import map_unordered
 from tapct.data.store import INDEX_NAME, StoredScan, index_bytes
-from tapct.data.workers import map_unordered
 from tapct.types import Refused, Volume
 
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")

@@ -123,12 +123,10 @@ def make_case(seed: int, index: int, config: Config) -> tuple[Volume, LabelMap, 
     )
     header = ScanFacts(
         study_date=facts.study_date,
-        modality="CT",
         manufacturer=facts.manufacturer,
         kernel=facts.kernel,
         sex=facts.sex,
         age_years=float(facts.age_years),
-        body_part=facts.body_part,
     )
     volume = Volume(hu_ZYX, study.spacing_mm, study.origin_mm, header)
     return volume, LabelMap(labels_ZYX, study.spacing_mm, study.origin_mm, LABELS), facts
