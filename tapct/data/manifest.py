@@ -135,7 +135,8 @@ class Manifest:
         names = [field.name for field in dataclasses.fields(Row)]
         if metadata.get("tapct.schema") != SCHEMA or table.column_names != names:
             raise UserError(
-                f"{path} is not a tapct manifest of version {SCHEMA}; make it again with `tapct index`"
+                f"{path} is not a tapct manifest of version {SCHEMA}; make it again with `tapct "
+                "index`"
             )
         rows = tuple(Row(**row) for row in table.to_pylist())
         if root is None:
@@ -146,8 +147,8 @@ class Manifest:
         manifest = cls(rows, root)
         if manifest.digest != metadata["tapct.digest"]:
             raise UserError(
-                f"{path} does not match its own digest, so it was changed or damaged; make it again "
-                "with `tapct index`"
+                f"{path} does not match its own digest, so it was changed or damaged; make it "
+                "again with `tapct index`"
             )
         return manifest
 
@@ -159,7 +160,7 @@ def write_table(manifest: Manifest, out: Path) -> None:
         manifest: all rows.
         out: .parquet file to write or replace.
     Raises:
-        UserError: the disk is full or the folder is not writable; an old manifest is left unchanged.
+        UserError: the disk is full or the folder is not writable; an old manifest is unchanged.
     """
     fields = dataclasses.fields(Row)
     columns: dict[str, list[Any]] = {

@@ -65,7 +65,7 @@ def format_named(name: str) -> Format:
 
 
 def format_of(path: Path) -> Format | None:
-    """The format of a single file by its name; None where the name decides nothing, as for DICOM."""
+    """The format of a single file by its name; None for other names, and for DICOM."""
     for known in FORMATS:
         if not known.is_series and path.name.lower().endswith(known.suffixes):
             return known

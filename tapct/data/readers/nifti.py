@@ -109,7 +109,7 @@ def _shape(header: nibabel.Nifti1Header) -> tuple[int, int, int]:
     if any(size > 1 for size in sizes[3:]):
         raise Refused(
             "not_3d",
-            f"the file holds {math.prod(sizes[3:])} volumes {sizes}; split it into one file per scan",
+            f"the file holds {math.prod(sizes[3:])} volumes {sizes}; split it, one file per scan",
         )
     check_shape(sizes[:3])
     return sizes[0], sizes[1], sizes[2]
@@ -145,7 +145,7 @@ def _affine(header: nibabel.Nifti1Header) -> np.ndarray:
     if (np.abs(norms - pixdim) > 0.05 * pixdim).any():
         raise Refused(
             "bad_spacing",
-            f"pixdim {pixdim.tolist()} and affine {norms.round(4).tolist()} differ by more than 5 %",
+            f"pixdim {pixdim.tolist()} and affine {norms.round(4).tolist()} differ by over 5 %",
         )
     unit = int(header["xyzt_units"]) & 7
     affine[:3] *= _MM_PER_UNIT.get(unit, 1.0)
