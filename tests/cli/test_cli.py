@@ -336,8 +336,7 @@ def test_an_interrupt_of_any_other_command_is_one_line(
             signal.SIGINT
         )  # to this thread: one sent to the process may be taken by another, and late
 
-    monkeypatch.setattr("tapct.data.manifest.judge_source", interrupted, raising=False)
-    monkeypatch.setattr("tapct.data.pack._work", interrupted)
+    monkeypatch.setattr("tapct.data.pack.pack_task", interrupted)
     before = signal.signal(
         signal.SIGINT, signal.default_int_handler
     )  # what a shell starts with & ignores Ctrl-C
