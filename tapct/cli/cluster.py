@@ -1,4 +1,4 @@
-"""Commands for a SLURM cluster: submit, jobs, cancel."""
+"""Commands for a SLURM cluster: `submit`, `jobs` and `cancel`."""
 
 from __future__ import annotations
 
@@ -11,48 +11,130 @@ from typing import Annotated
 import typer
 
 from tapct.base import console
-from tapct.cli.app import ConfigFile, Overrides, app
+from tapct.cli.app import ConfigFile, Overrides, app, examples
 
 
-@app.command()
+@app.command(
+    epilog=examples(
+        "tapct submit tap_s_3d --gpus-per-node 4 --time 2-00:00 out=runs/mine",
+        "tapct submit tap_s_3d --gpus-per-node 1 --sweep optim.lr=1e-4,2e-4",
+    )
+)
 def submit(
     config: ConfigFile,
     overrides: Overrides = None,
     limit: Annotated[
-        str, typer.Option("--time", help="of one start: 2-00:00, 12:00:00, or minutes")
+        str,
+        typer.Option(
+            "--time",
+            metavar="TIME",
+            help="wall-time limit of one job start: days-hours:minutes, hours:minutes:seconds or "
+            "minutes, e.g. 2-00:00, 12:00:00 or 90",
+        ),
     ] = "1-00:00",
-    nodes: Annotated[int, typer.Option(help="machines", min=1)] = 1,
-    gpus_per_node: Annotated[int, typer.Option(help="0: train on CPUs", min=0)] = 0,
-    tasks_per_node: Annotated[
-        int, typer.Option(help="processes; 0: one per GPU, or one", min=0)
+    nodes: Annotated[int, typer.Option(metavar="N", help="number of nodes", min=1)] = 1,
+    gpus_per_node: Annotated[
+        int, typer.Option(metavar="N", help="GPUs of each node; 0 trains on CPUs", min=0)
     ] = 0,
-    cpus_per_task: Annotated[int, typer.Option(help="0: the cluster's default", min=0)] = 0,
-    mem: Annotated[str, typer.Option(help="per node, e.g. 64G")] = "",
-    partition: Annotated[str, typer.Option(help="as of sbatch")] = "",
-    account: Annotated[str, typer.Option(help="as of sbatch")] = "",
-    qos: Annotated[str, typer.Option(help="as of sbatch")] = "",
-    constraint: Annotated[str, typer.Option(help="as of sbatch")] = "",
+    tasks_per_node: Annotated[
+        int,
+        typer.Option(
+            metavar="N",
+            help="processes on each node; 0 starts one per GPU, or one without GPUs",
+            min=0,
+        ),
+    ] = 0,
+    cpus_per_task: Annotated[
+        int,
+        typer.Option(
+            metavar="N", help="CPU cores of each process; 0 takes the cluster's default", min=0
+        ),
+    ] = 0,
+    mem: Annotated[
+        str,
+        typer.Option(
+            metavar="SIZE",
+            help="memory of each node, e.g. 64G",
+            show_default="the cluster's default",
+        ),
+    ] = "",
+    partition: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="partition of the job, passed to sbatch as --partition",
+            show_default="the cluster's default",
+        ),
+    ] = "",
+    account: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="account of the job, passed to sbatch as --account",
+            show_default="the cluster's default",
+        ),
+    ] = "",
+    qos: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="quality of service, passed to sbatch as --qos",
+            show_default="the cluster's default",
+        ),
+    ] = "",
+    constraint: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="required node features, passed to sbatch as --constraint",
+            show_default="the cluster's default",
+        ),
+    ] = "",
     grace: Annotated[
-        int, typer.Option(help="seconds before its end at which a job is told to save", min=1)
+        int,
+        typer.Option(
+            metavar="SECONDS",
+            help="seconds before the time limit at which the job saves and requeues itself",
+            min=1,
+        ),
     ] = 120,
     max_restarts: Annotated[
-        int, typer.Option(help="requeues after which a job gives up", min=0)
+        int,
+        typer.Option(
+            metavar="N", help="maximum total requeues, even if the run is making progress", min=0
+        ),
     ] = 1000,
     max_idle_restarts: Annotated[
         int,
         typer.Option(
-            help="requeues in a row without a new checkpoint after which a job gives up", min=0
+            metavar="N",
+            help="maximum requeues in a row without a new checkpoint",
+            min=0,
         ),
     ] = 5,
     sweep: Annotated[
-        list[str] | None, typer.Option(help="key=value,value; repeat it for a product")
+        list[str] | None,
+        typer.Option(
+            metavar="KEY=VALUE,VALUE",
+            help="values of a setting, one run for each; repeat the option for all combinations",
+        ),
     ] = None,
-    allow_change: Annotated[bool, typer.Option("--allow-change", help="as in train")] = False,
+    allow_change: Annotated[
+        bool,
+        typer.Option(
+            "--allow-change",
+            help="resume even though settings that affect training have changed",
+        ),
+    ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="print the batch script, write nothing")
+        bool, typer.Option("--dry-run", help="print the batch script and submit nothing")
     ] = False,
 ) -> None:
-    """Train on a SLURM cluster; preempted or out of time, the job requeues itself and goes on."""
+    """Train on a SLURM cluster.
+
+    A job that is preempted or reaches its time limit saves a checkpoint, requeues itself and
+    resumes.
+    """
     from tapct.cluster import slurm
     from tapct.cluster import submit as launch
 
@@ -95,13 +177,16 @@ def submit(
         console.say(f"when they are done: tapct compare {shlex.quote(str(plan.home))}/*=*")
 
 
-@app.command()
+@app.command(epilog=examples("tapct jobs", "tapct jobs runs/mine runs/sweep"))
 def jobs(
     folders: Annotated[
-        list[Path] | None, typer.Argument(help="run folders, or folders of runs; default runs/")
+        list[Path] | None,
+        typer.Argument(
+            metavar="FOLDER", help="run folders, or folders that hold runs; default: runs"
+        ),
     ] = None,
 ) -> None:
-    """How far the submitted runs are."""
+    """Show the progress of submitted runs."""
     from tapct.cluster import jobs as teller
     from tapct.cluster import slurm
 
@@ -119,13 +204,16 @@ def jobs(
         console.say("SLURM does not answer; states are what the run folders say")
 
 
-@app.command()
+@app.command(epilog=examples("tapct cancel runs/mine", "tapct cancel 4711"))
 def cancel(
     words: Annotated[
-        list[str], typer.Argument(metavar="RUN|JOBID...", help="run folders, or ids of jobs")
+        list[str],
+        typer.Argument(
+            metavar="RUN|JOB", help="run folders, folders that hold runs, or SLURM job IDs"
+        ),
     ],
 ) -> None:
-    """Cancel jobs; training saves a checkpoint as it ends."""
+    """Cancel jobs; a run saves a checkpoint before it ends."""
     from tapct.cluster import jobs as teller
 
     for line in teller.cancel(words):
