@@ -30,8 +30,8 @@ import torch
 from scipy.ndimage import gaussian_filter
 
 from tapct.base import exits
+from tapct.base.files import write_atomically
 from tapct.data import loader
-from tapct.data.pack import write_atomically
 from tapct.data.packed import encode
 from tapct.data.store import INDEX_NAME, Store, StoredScan, index_bytes
 from tapct.types import Volume

@@ -19,6 +19,7 @@ from pathlib import Path
 from submitit import SlurmExecutor
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 
+from tapct.base import files
 from tapct.base.exits import UserError
 from tapct.cluster import jobs, slurm, sweep, task
 from tapct.cluster import script as batch
@@ -241,7 +242,7 @@ def submit(plan: Plan, resources: Resources, allow_change: bool = False) -> list
         folder = new_folder(home / "jobs", name, undo)
         places = [folder if out == home else new_folder(out / "jobs", name, undo) for out in outs]
         for place, run in zip(places, runs, strict=True):
-            checkpoint.replace_text(place / "config.yaml", run.to_yaml())
+            files.write_atomically(place / "config.yaml", run.to_yaml())
         (folder / batch.PLACES).write_text(
             "".join(f"{place}\n" for place in places), encoding="utf-8"
         )

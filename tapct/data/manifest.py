@@ -20,6 +20,7 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 
+from tapct.base import files
 from tapct.base.exits import UserError
 from tapct.data.readers.raw import one_line
 
@@ -167,19 +168,11 @@ def write_table(manifest: Manifest, out: Path) -> None:
         "tapct.digest": manifest.digest,
     }
     schema = pyarrow.schema([(f.name, _ARROW[str(f.type)]) for f in fields], metadata=told)
-    aside = out.with_name(f".{out.name}.{os.getpid()}.part")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        with aside.open("wb") as file:
+        with files.replacing(out) as file:
             pyarrow.parquet.write_table(pyarrow.table(columns, schema=schema), file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, out)
-        folder = os.open(out.parent, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
     except OSError as error:
-        aside.unlink(missing_ok=True)
         raise UserError(
-            f"cannot write manifest {out}: {error.strerror or error}; nothing was changed"
+            f"cannot write manifest {out}: {files.first_cause(error)}; nothing was changed"
         ) from error

@@ -12,10 +12,8 @@ Axes: Z Y X depth height width in voxels.
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import multiprocessing
-import os
 import re
 import shutil
 import signal
@@ -28,6 +26,7 @@ from pathlib import Path
 import numpy as np
 
 from tapct.base.exits import UserError
+from tapct.base.files import NO_SPACE, TEMPORARY_SUFFIX, write_atomically
 from tapct.data.ingest import read_volume
 from tapct.data.manifest import Manifest, Row
 from tapct.data.packed import (
@@ -41,7 +40,6 @@ from tapct.data.workers import map_unordered
 from tapct.types import Refused, Volume
 
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass(frozen=True)
@@ -130,7 +128,7 @@ def pack(
     try:
         out.mkdir(parents=True, exist_ok=True)
         with _only_one(out):
-            for leftover in out.glob(".*.tmp"):
+            for leftover in out.glob(f".*{TEMPORARY_SUFFIX}"):
                 leftover.unlink()
             tasks = [_Task(row, root, out, level) for row in rows]
             with closing(
@@ -293,25 +291,12 @@ def _differences(
     return ""
 
 
-def write_atomically(file: Path, content: bytes) -> None:
-    """Write aside, sync, rename. Raises: OSError, and then leaves nothing behind."""
-    aside = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    try:
-        with open(aside, "wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(aside, file)
-    finally:
-        aside.unlink(missing_ok=True)
-
-
 def _write_error(
     error: OSError, out: Path, rows: Sequence[Row], outcomes: Sequence[_Outcome | None]
 ) -> UserError:
     """Say what is missing, where, and that nothing is lost."""
     done = [(row, outcome) for row, outcome in zip(rows, outcomes) if outcome is not None]
-    if error.errno not in _NO_SPACE:
+    if error.errno not in NO_SPACE:
         return UserError(
             f"cannot write the store {out}: {error.strerror or error}. Choose a folder that you "
             "may write to."

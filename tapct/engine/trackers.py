@@ -11,14 +11,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-from tapct.base import ranks
-from tapct.config.fields import setting
-
-if TYPE_CHECKING:
-    pass
+from tapct.base import files, ranks
 from tapct.base.console import say
+from tapct.config.fields import setting
 
 SYNC_SECONDS = 10.0  # metrics are forced to the disk at most this often, and on close
 
@@ -162,9 +159,7 @@ def _drop_rows_after(path: Path, step: int) -> int:
             kept.append(line)
             last = max(last, found)
     if b"".join(kept) != content:
-        aside = path.with_suffix(".jsonl.part")
-        aside.write_bytes(b"".join(kept))
-        aside.replace(path)
+        files.write_atomically(path, b"".join(kept))
     return last
 
 

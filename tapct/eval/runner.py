@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from tapct.base import files
 from tapct.base.exits import UserError
 from tapct.config import plugins, setting, to_dict
 from tapct.config.plugins import Plugin
@@ -164,7 +164,9 @@ def evaluate(
             pca.append(picture)
     results = {**run.describe(), **task.results(), "overlays": overlays, "pca": pca}
     results["seconds"] = round(time.perf_counter() - began, 2)
-    write_json(out / "results.json", results)
+    out.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(results, indent=1, allow_nan=False) + "\n"
+    files.write_atomically(out / "results.json", text)
     return results
 
 
@@ -227,14 +229,6 @@ class _Run:
             gap=self.config.block_gap,
             scan_id=scan_id,
         )
-
-
-def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Write JSON so that the file is either the old or the new one, never half of either."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")
-    aside.replace(path)
 
 
 def _common_patch(models: Sequence[NamedModel]) -> tuple[int, int, int]:

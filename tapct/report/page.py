@@ -7,13 +7,13 @@ policy forbids it. What a run does not have yet is named together with the comma
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from tapct.base import files
 from tapct.base.exits import UserError
 from tapct.report import evaluation, theme
 from tapct.report.history import History, flatten, prototypes_ln, read_history, read_json
@@ -471,14 +471,11 @@ def write(run_dir: Path) -> Path:
 
 def save(html: str, out: Path) -> Path:
     """Write a page, whole or not at all, and return its path. Raises: UserError."""
-    aside = out.with_name(f".{out.name}.{os.getpid()}")
     try:
-        aside.write_text(html, encoding="utf-8")
-        aside.replace(out)
+        files.write_atomically(out, html)
     except OSError as error:
-        aside.unlink(missing_ok=True)
         raise UserError(
-            f"{out} could not be written: {error.strerror}. Free space or check the folder's "
-            "rights."
+            f"{out} could not be written: {files.first_cause(error)}. Free space or check the "
+            "folder's permissions."
         ) from error
     return out

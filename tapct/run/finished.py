@@ -26,6 +26,7 @@ from tapct.run import background_eval
 from tapct.run.config import RunConfig
 from tapct.run.resume import changed_keys
 from tapct.ssl.student_teacher import build_backbone
+from tapct.weights.card import FeatureSettings
 from tapct.weights.export import save_export
 
 
@@ -160,7 +161,6 @@ def export(folder: Path, out: Path | None = None) -> Path:
         getattr(section.config, "attention", "") in GPU_ONLY
     ):  # weights know no back-end, and an export runs anywhere
         section = replace(section, config=replace(section.config, attention="auto"))
-    save_export(
-        target, trained.backbone, section, config.contract, config.eval.preprocess, provenance
-    )
+    settings = FeatureSettings(section, config.contract, config.eval.preprocess)
+    save_export(target, trained.backbone, settings, provenance)
     return target

@@ -19,8 +19,8 @@ import numpy as np
 import pytest
 from small_disk import grow, small_disk
 
+from tapct.base import files
 from tapct.base.exits import UserError
-from tapct.data import pack as pack_module
 from tapct.data.index import build
 from tapct.data.ingest import read_volume
 from tapct.data.manifest import Manifest, Row
@@ -287,7 +287,7 @@ def test_a_full_disk_says_what_is_needed_and_leaves_whole_files_only(
         return FullDisk(file, "w") if full_from in Path(file).name else open(file, mode)
 
     with monkeypatch.context() as patch:
-        patch.setattr(pack_module, "open", open_file, raising=False)
+        patch.setattr(files, "open", open_file, raising=False)
         with pytest.raises(
             UserError, match=rf"no space left.*{before} of 4 scans.*needs about .* GB.*is free"
         ) as error:

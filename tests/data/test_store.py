@@ -16,8 +16,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tapct.base.exits import UserError
+from tapct.base.files import write_atomically
 from tapct.data import packed
-from tapct.data.pack import write_atomically
 from tapct.data.packed import Damaged, encode, layout, open_packed
 from tapct.data.store import INDEX_NAME, Store, StoredScan, index_bytes
 from tapct.types import Volume
