@@ -170,7 +170,7 @@ def judge(out: Path, resolved: configs.Resolved) -> dict[str, Any]:
     if results.is_file() and results.stat().st_mtime > latest.stat().st_mtime:
         console.say(f"eval: {results} is newer than the last checkpoint")
         return json.loads(results.read_text())
-    return finished.evaluate(out)
+    return finished.evaluate(out).to_json()
 
 
 def summarise(
@@ -193,9 +193,7 @@ def summarise(
 
     gains = {name: mean(last, f"health/{name}_ln_k_minus_ce") for name in names}
     information = {name: mean(last, f"health/{name}_information") for name in names}
-    dice = (
-        {name: model["mean_dice"] for name, model in results["models"].items()} if results else {}
-    )
+    dice = results["tasks"]["segmentation"]["headline"]["values"] if results else {}
     untrained = [
         value for name, value in dice.items() if name.startswith("untrained") and value is not None
     ]

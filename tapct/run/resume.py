@@ -19,6 +19,7 @@ from tapct.base.exits import UserError
 from tapct.config import from_dict, to_dict
 from tapct.engine import checkpoint
 from tapct.engine.checkpoint import Checkpoints
+from tapct.eval.old_formats import config_with_task_table
 
 # Where and how a run works, not what it computes.
 HARMLESS = (
@@ -118,10 +119,10 @@ def named_checkpoint(path: Path) -> Path:
 
 def with_new_keys(old: dict[str, Any], cls: type) -> dict[str, Any]:
     """The config of a checkpoint with the defaults of keys that came later, which leave all as it
-    was before them.
+    was before them, and with renamed keys under their new names.
     """
     try:
-        return to_dict(from_dict(cls, old, "checkpoint"))
+        return to_dict(from_dict(cls, config_with_task_table(old), "checkpoint"))
     except UserError:  # a key is gone, or a value is refused now: told as it stands
         return old
 
