@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tapct.base import console
+from tapct.base import console, jsonl
 from tapct.base.exits import UserError
 from tapct.cluster import slurm
 from tapct.cluster.slurm import QueuedJob
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 FILE = "submission.json"
-TAIL_BYTES = 1 << 16  # of metrics.jsonl: some twenty rows
 NOT_RUNS = ("checkpoints", "code", "eval", "export", "jobs", "tensorboard", "wandb")
 
 
@@ -122,11 +121,11 @@ def progress(run: Path, submission: Submission, queued: dict[str, QueuedJob] | N
     Args:
         queued: of `slurm.queue`.
     """
-    rows = last_rows(run / "metrics.jsonl")
+    rows = jsonl.read_tail(run / "metrics.jsonl", "step")
     step = int(rows[-1]["step"]) if rows else 0
     loss = rows[-1].get("loss/total") if rows else None
     paces = [row["seconds/step"] for row in rows[-20:] if row.get("seconds/step") is not None]
-    events = _json_lines(_events_file(run, submission.job))
+    events = jsonl.read(_events_file(run, submission.job), "event").rows
     job = None if queued is None else queued.get(submission.job)
     why = _why_given_up(job, events)
     restarts = (
@@ -179,33 +178,6 @@ def _events_file(run: Path, job: str) -> Path:
         if found is not None and found.job == job:
             return path.with_name("events.jsonl")
     return run / "events.jsonl"
-
-
-def last_rows(path: Path) -> list[dict[str, Any]]:
-    """The last rows of metrics.jsonl, without reading a file of hundreds of MB."""
-    if not path.is_file():
-        return []
-    with path.open("rb") as file:
-        start = max(path.stat().st_size - TAIL_BYTES, 0)
-        file.seek(start)
-        text = file.read().decode(errors="replace")
-    lines = text.splitlines()[1 if start else 0 :]  # the first is cut
-    return [row for row in map(_object, lines) if row is not None and "step" in row]
-
-
-def _json_lines(path: Path) -> list[dict[str, Any]]:
-    lines = (
-        path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
-    )
-    return [row for row in map(_object, lines) if row is not None and "event" in row]
-
-
-def _object(line: str) -> dict[str, Any] | None:
-    try:
-        found = json.loads(line)
-    except json.JSONDecodeError:  # cut off by a kill
-        return None
-    return found if isinstance(found, dict) else None
 
 
 def table(rows: Sequence[Progress]) -> Table:
