@@ -136,15 +136,16 @@ def submit(
     resumes.
     """
     from tapct.cluster import slurm
-    from tapct.cluster import submit as launch
+    from tapct.cluster import submit as submission
+    from tapct.cluster.resources import Resources
 
-    resources = launch.Resources(
-        minutes=slurm.minutes(limit),
+    resources = Resources(
+        minutes=slurm.time_limit_minutes(limit),
         nodes=nodes,
         gpus_per_node=gpus_per_node,
         tasks_per_node=tasks_per_node,
         cpus_per_task=cpus_per_task,
-        mem=slurm.checked_memory(mem) if mem else "",
+        mem=slurm.memory_size(mem) if mem else "",
         partition=partition,
         account=account,
         qos=qos,
@@ -153,28 +154,28 @@ def submit(
         max_restarts=max_restarts,
         max_idle_restarts=max_idle_restarts,
     )
-    plan = launch.plan(config, overrides or [], sweep or [])
-    for run in plan.runs:
-        launch.check(run, resources, allow_change)
-    for line in dict.fromkeys(
-        line for run in plan.runs for line in launch.doubts(run.value, resources)
-    ):
+    planned = submission.plan_runs(config, overrides or [], sweep or [])
+    for run in planned.runs:
+        submission.check_run(run, resources, allow_change)
+    warnings = [
+        line for run in planned.runs for line in submission.run_warnings(run.value, resources)
+    ]
+    for line in dict.fromkeys(warnings):  # each once
         print(f"warning: {line}", file=sys.stderr)
     if dry_run:
-        print(launch.script(plan, resources))
+        print(submission.preview_batch_script(planned, resources))
         return
-    submitted = launch.submit(plan, resources, allow_change)
+    submitted = submission.submit_runs(planned, resources, allow_change)
     console.say(
         f"{nodes} x {resources.tasks} tasks, each start at most "
         f"{console.duration(resources.minutes * 60)}"
     )
-    for run, submission in zip(plan.runs, submitted, strict=True):
-        console.say(f"job {submission.job}: {run.value.out}")
-    console.say(
-        f"logs in {submitted[0].logs}; watch: tapct jobs {plan.home}; end: tapct cancel {plan.home}"
-    )
+    for run, each in zip(planned.runs, submitted, strict=True):
+        console.say(f"job {each.job}: {run.value.out}")
+    home = planned.home
+    console.say(f"logs in {submitted[0].logs}; watch: tapct jobs {home}; end: tapct cancel {home}")
     if sweep:
-        console.say(f"when they are done: tapct compare {shlex.quote(str(plan.home))}/*=*")
+        console.say(f"when they are done: tapct compare {shlex.quote(str(home))}/*=*")
 
 
 @app.command(epilog=examples("tapct jobs", "tapct jobs runs/mine runs/sweep"))
@@ -187,21 +188,21 @@ def jobs(
     ] = None,
 ) -> None:
     """Show the progress of submitted runs."""
-    from tapct.cluster import jobs as teller
+    from tapct.cluster import jobs as submitted_jobs
     from tapct.cluster import slurm
 
-    submissions = teller.find(folders or [Path("runs")])
+    submissions = submitted_jobs.find_submissions(folders or [Path("runs")])
     if not submissions:
         console.say("no run here was submitted; `tapct submit CONFIG` submits one")
         return
-    queued = slurm.queue()
-    rows = [teller.progress(run, one, queued) for run, one in submissions.items()]
-    console.console().print(teller.table(rows))
+    queued = slurm.read_queue()
+    rows = [submitted_jobs.read_progress(run, one, queued) for run, one in submissions.items()]
+    console.console().print(submitted_jobs.progress_table(rows))
     for row in rows:
         if row.why:
             console.say(f"{os.path.relpath(row.run)}, job {row.job}: {row.why}")
     if queued is None:
-        console.say("SLURM does not answer; states are what the run folders say")
+        console.say("SLURM does not respond; states are what the run folders say")
 
 
 @app.command(epilog=examples("tapct cancel runs/mine", "tapct cancel 4711"))
@@ -214,7 +215,7 @@ def cancel(
     ],
 ) -> None:
     """Cancel jobs; a run saves a checkpoint before it ends."""
-    from tapct.cluster import jobs as teller
+    from tapct.cluster import jobs as submitted_jobs
 
-    for line in teller.cancel(words):
+    for line in submitted_jobs.cancel_jobs(words):
         console.say(line)

@@ -37,9 +37,9 @@ def evaluate(
     """
     from tapct.run import finished
 
-    results = finished.evaluate(run_folder, overrides or [], step)
-    for name, model in results["models"].items():
-        console.say(f"{name:<24} mean Dice {model['mean_dice']:.3f}")
+    evaluation = finished.evaluate(run_folder, overrides or [], step)
+    for line in evaluation.lines():
+        console.say(line)
     console.say(
         "results and pictures in "
         f"{run_folder}/eval{'' if step is None else f'/steps/step_{step:08d}'}"

@@ -60,6 +60,11 @@ class _Completion:
         """
         fields = fields_of(cls)
         unknown = [key for key in given if key not in {field.name for field in fields}]
+        renamed: Mapping[str, str] = getattr(cls, "renamed", {})
+        for key in unknown:
+            if key in renamed:  # a key of an earlier version; the class says what replaces it
+                here = (*path, key)
+                raise ConfigError(f"{self.sources.of(here)}: {dotted(here)} {renamed[key]}")
         self.unknown += [((*path, key), given[key]) for key in unknown]
         result: dict[str, Any] = {}
         for field in fields:

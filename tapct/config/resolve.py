@@ -27,7 +27,7 @@ All three walk over the fields of the dataclasses (`schema`) and know the source
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -78,7 +78,12 @@ class Resolved:
         return "\n".join(f"{text:<{width}}  # {origin}" for text, origin in rows)
 
 
-def load_config(cls: type, path: Path | None, overrides: Sequence[str]) -> Resolved:
+def load_config(
+    cls: type,
+    path: Path | None,
+    overrides: Sequence[str],
+    upgrade: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+) -> Resolved:
     """Merge defaults, a YAML file with its `base:` chain, and overrides into a frozen dataclass.
 
     Args:
@@ -88,13 +93,16 @@ def load_config(cls: type, path: Path | None, overrides: Sequence[str]) -> Resol
             overrides alone.
         overrides: arguments such as `optim.lr=2e-4`; values are YAML; a dotted plug-in name goes
             in brackets, `losses[my.loss].weight=1`.
+        upgrade: function for the content of each YAML file, which reads that of earlier versions.
     Raises:
         ConfigError: missing or broken file, unknown key, wrong type, value out of range, or a rule
             between fields.
     """
     try:
-        chain = [] if path is None else read_chain(path)
-        layers = [*chain, *read_overrides(overrides)]
+        files = [] if path is None else read_chain(path)
+        if upgrade is not None:
+            files = [replace(layer, tree=upgrade(layer.tree)) for layer in files]
+        layers = [*files, *read_overrides(overrides)]
     except ValueError as error:
         raise ConfigError(str(error)) from error
     return _resolve(cls, layers)

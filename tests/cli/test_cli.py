@@ -66,9 +66,10 @@ def test_from_an_archive_to_a_report(place: Path, shell: Shell, tmp_path: Path) 
 
     said = shell.good("eval", run)
     results = json.loads((run / "eval" / "results.json").read_text())
-    assert set(results["models"]) >= {"pretrained", "untrained", "raw_hu"}
-    for name, model in results["models"].items():
-        assert f"{name:<24} mean Dice {model['mean_dice']:.3f}" in said
+    values = results["tasks"]["segmentation"]["headline"]["values"]
+    assert set(values) >= {"pretrained", "untrained", "raw_hu"}
+    for name, value in values.items():
+        assert f"{name:<24} mean Dice {value:.3f}" in said
     assert results["split"]["held_out_from_pretraining"] is True
 
     assert str(run / "export") in shell.good("export", run)
@@ -336,8 +337,7 @@ def test_an_interrupt_of_any_other_command_is_one_line(
             signal.SIGINT
         )  # to this thread: one sent to the process may be taken by another, and late
 
-    monkeypatch.setattr("tapct.data.manifest.judge_source", interrupted, raising=False)
-    monkeypatch.setattr("tapct.data.pack._work", interrupted)
+    monkeypatch.setattr("tapct.data.pack.pack_task", interrupted)
     before = signal.signal(
         signal.SIGINT, signal.default_int_handler
     )  # what a shell starts with & ignores Ctrl-C

@@ -538,8 +538,8 @@ def test_each_line_of_pretty_is_an_override_that_gives_the_value_back() -> None:
 def test_a_list_over_a_section_is_an_error_with_its_line(
     write: Callable[..., Path], below: str, above: str, line: str
 ) -> None:
-    path = write("run.yaml", f"base: below.yaml\n{above}\n")
-    write("below.yaml", f"{below}\n")
+    path = write(f"base: below.yaml\n{above}\n")
+    write(f"{below}\n", "below.yaml")
     if line:
         assert message(Root, path).startswith(line)
     else:  # what is wrong below is replaced
@@ -549,7 +549,7 @@ def test_a_list_over_a_section_is_an_error_with_its_line(
 def test_a_list_for_the_fields_of_a_plug_in_is_an_error_with_its_line(
     write: Callable[..., Path], shapes: type
 ) -> None:
-    write("below.yaml", "shapes: {cfgshapes.round: {radius: 2.0}}\n")
-    path = write("run.yaml", "base: below.yaml\nshapes: {cfgshapes.round: [1]}\n")
+    write("shapes: {cfgshapes.round: {radius: 2.0}}\n", "below.yaml")
+    path = write("base: below.yaml\nshapes: {cfgshapes.round: [1]}\n")
     expected = "run.yaml:2: shapes[cfgshapes.round] = [1]: must be a section with its fields"
     assert message(shapes, path).startswith(expected)
