@@ -43,6 +43,7 @@ from tapct.types import Batch, HUContract, LabelMap, Masks, Tokens, TokenSets, V
 from tapct.views import boxes, masks, recipe
 from tapct.views.key import ViewKey
 from tapct.weights import export, pretrained
+from tapct.weights.card import FeatureSettings
 
 ROOT = Path(__file__).resolve().parent.parent
 SMOKE = ROOT / "configs" / "smoke.yaml"
@@ -366,14 +367,8 @@ def test_the_example_backbone_is_exported_and_comes_back(mylab: Path, tmp_path: 
     model = module.build(config)
     model.init_weights(3)
     preprocess = Preprocess((8, 8), (4, 8, 8), (4, 8, 8))
-    export.save_export(
-        tmp_path / "e",
-        model,
-        Plugin("mylab.models.patch_mlp", config),
-        HUContract(),
-        preprocess,
-        {},
-    )
+    settings = FeatureSettings(Plugin("mylab.models.patch_mlp", config), HUContract(), preprocess)
+    export.save_export(tmp_path / "e", model, settings, {})
     crops = torch.randn(1, 4, 8, 8)
     back = pretrained.load_pretrained(tmp_path / "e", custom_code=True)
     assert torch.equal(back(crops).patches_BND, model([crops])[0].patches_BND)
