@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tapct.base import console
+from tapct.base import console, jsonl
 from tapct.base.exits import UserError
 from tapct.cluster import slurm, task
 from tapct.cluster.slurm import QueuedJob
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 SUBMISSION_FILE = "submission.json"
-TAIL_BYTES = 1 << 16  # read from the end of metrics.jsonl: some twenty rows
 STATE_WIDTH = 12
 # Folders inside a run folder that hold no further runs and may hold thousands of files.
 NOT_RUNS = ("checkpoints", "code", "eval", "export", "jobs", "tensorboard", "wandb")
@@ -136,7 +135,7 @@ def read_progress(
         submission: newest submission of the run.
         queue: jobs by id, from `slurm.read_queue`; None when SLURM does not respond.
     """
-    rows = last_rows(run / "metrics.jsonl")
+    rows = jsonl.read_tail(run / "metrics.jsonl", "step")
     step, loss = 0, math.nan
     if rows:
         step = int(rows[-1]["step"])
@@ -196,42 +195,18 @@ def _state(
 def _read_events(run: Path, job: str) -> list[dict[str, Any]]:
     """Events of a job, beside its submission.json: start, stopped, done, failed, gave up."""
     for path in run.glob(f"jobs/*/{SUBMISSION_FILE}"):
-        text = path.read_text(encoding="utf-8", errors="replace")
-        if (_json_object(text) or {}).get("job") == job:
-            events = path.with_name(task.EVENTS_FILE)
-            return [row for row in _json_lines(events) if "event" in row]
+        if _job_id(path) == job:
+            return jsonl.read(path.with_name(task.EVENTS_FILE), "event").rows
     return []
 
 
-def last_rows(path: Path) -> list[dict[str, Any]]:
-    """The last rows of metrics.jsonl, without reading a file of hundreds of MB."""
-    if not path.is_file():
-        return []
-    with path.open("rb") as file:
-        start = max(path.stat().st_size - TAIL_BYTES, 0)
-        file.seek(start)
-        text = file.read().decode(errors="replace")
-    lines = text.splitlines()
-    if start:  # the first line is cut
-        lines = lines[1:]
-    rows = [_json_object(line) for line in lines]
-    return [row for row in rows if row is not None and "step" in row]
-
-
-def _json_lines(path: Path) -> list[dict[str, Any]]:
-    if not path.is_file():
-        return []
-    text = path.read_text(encoding="utf-8", errors="replace")
-    rows = [_json_object(line) for line in text.splitlines()]
-    return [row for row in rows if row is not None]
-
-
-def _json_object(text: str) -> dict[str, Any] | None:
+def _job_id(path: Path) -> str:
+    """The job id in a submission.json; empty where the file is damaged."""
     try:
-        value = json.loads(text)
+        content = json.loads(path.read_text(encoding="utf-8", errors="replace"))
     except json.JSONDecodeError:  # cut off when the process that wrote it was killed
-        return None
-    return value if isinstance(value, dict) else None
+        return ""
+    return str(content.get("job", "")) if isinstance(content, dict) else ""
 
 
 def progress_table(rows: Sequence[Progress]) -> Table:

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from tapct.base import files
 from tapct.base.exits import UserError
 from tapct.cluster import jobs, script, slurm, sweep, task
 from tapct.cluster.folders import make_new_folder
@@ -214,7 +215,7 @@ def submit_runs(
             own = folder if out == planned.home else make_new_folder(out / "jobs", name, undo)
             places.append(own)
         for place, run in zip(places, planned.runs, strict=True):
-            checkpoint.replace_text(place / "config.yaml", run.to_yaml())
+            files.write_atomically(place / "config.yaml", run.to_yaml())
         lines = "".join(f"{place}\n" for place in places)
         (folder / script.PLACES).write_text(lines, encoding="utf-8")
         arguments = [

@@ -13,6 +13,7 @@ from fake_slurm import cluster as cluster  # a fixture
 from shell import Shell
 from shell import shell as shell
 
+from tapct.base import jsonl
 from tapct.cluster import jobs
 from tapct.cluster.jobs import Submission
 
@@ -119,9 +120,9 @@ def test_the_end_of_a_huge_metrics_file_is_read_alone(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     row = json.dumps({"step": 1, "filler": "x" * 1000}) + "\n"
     path.write_text(row * 200 + json.dumps({"step": 9}) + "\n" + '{"step": 10, "loss')
-    found = jobs.last_rows(path)
+    found = jsonl.read_tail(path, "step")
     assert 20 < len(found) < 70 and found[-1] == {"step": 9}
-    assert jobs.last_rows(tmp_path / "none") == []
+    assert jsonl.read_tail(tmp_path / "none", "step") == []
 
 
 def test_the_newest_submission_of_a_run_counts(tmp_path: Path) -> None:
