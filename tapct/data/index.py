@@ -13,6 +13,7 @@ import numpy as np
 from tapct.base.exits import UserError
 from tapct.data import discover, geometry, ingest, patients
 from tapct.data.ct_check import BODY_ABOVE, sample
+from tapct.data.digest import voxel_digest
 from tapct.data.labels.pairing import pair_labels
 from tapct.data.manifest import _NAN, ACCEPTED, REFUSED, Manifest, Row, write_table
 from tapct.data.patients import check_regex, name_of_patient, patient_key
@@ -159,8 +160,6 @@ def _with_facts(row: Row, volume: Volume, job: _Job) -> Row:
     body = values[values > BODY_ABOVE]
     p005, p50, p995 = np.percentile(body, (0.5, 50, 99.5)) if body.size else (_NAN, _NAN, _NAN)
     facts = volume.facts
-    digest = hashlib.blake2b(repr(volume.hu_ZYX.shape).encode(), digest_size=16)
-    digest.update(volume.hu_ZYX.data)
     return replace(
         row,
         depth=depth,
@@ -182,7 +181,7 @@ def _with_facts(row: Row, volume: Volume, job: _Job) -> Row:
         hu_p50=float(p50),
         hu_p995=float(p995),
         body_share=body.size / values.size,
-        digest=digest.hexdigest(),
+        digest=voxel_digest(volume.hu_ZYX),
     )
 
 

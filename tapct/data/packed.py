@@ -4,7 +4,6 @@ both ways.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ import blosc2
 import numpy as np
 
 from tapct.base.exits import UserError
+from tapct.data.digest import voxel_digest
 from tapct.types import Volume
 
 CHUNK_BYTES = 1 << 20  # smaller chunks waste less at a slab's ends, larger ones cost fewer calls
@@ -79,7 +79,9 @@ def encode(volume: Volume, scan_id: str, level: int) -> tuple[bytes, PackedMeta]
         float(volume.spacing_mm[1]),
         float(volume.spacing_mm[2]),
     )
-    meta = PackedMeta(scan_id, (z, y, x), spacing_mm, checksum(volume.hu_ZYX), chunks[0], ranges_C2)
+    meta = PackedMeta(
+        scan_id, (z, y, x), spacing_mm, voxel_digest(volume.hu_ZYX), chunks[0], ranges_C2
+    )
     array.schunk.vlmeta[META_KEY] = (
         meta.to_dict()
     )  # lies behind the chunks, so they stay where they are
@@ -115,15 +117,6 @@ META_KEY = "tapct"
 
 class Damaged(UserError):
     """A packed scan that cannot be read, or does not hold what was packed."""
-
-
-def checksum(hu_ZYX: np.ndarray) -> str:
-    """Name the voxels: blake2b over shape and little-endian int16 in C order, 32 hex digits; the
-    manifest's digest.
-    """
-    digest = hashlib.blake2b(repr(tuple(map(int, hu_ZYX.shape))).encode(), digest_size=16)
-    digest.update(np.ascontiguousarray(hu_ZYX, dtype="<i2").data)
-    return digest.hexdigest()
 
 
 @dataclass(frozen=True)

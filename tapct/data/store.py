@@ -29,7 +29,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tapct.base.exits import UserError
-from tapct.data.packed import SCHEMA, Damaged, checksum, one_line, open_packed
+from tapct.data.digest import voxel_digest
+from tapct.data.packed import SCHEMA, Damaged, one_line, open_packed
 
 INDEX_NAME = "store.parquet"
 _INDEX_KEY = b"tapct.store"
@@ -223,7 +224,7 @@ class Store:
         """Decode the whole scan i and compare it with the checksum taken before packing. Raises:
         Damaged.
         """
-        found = checksum(self.read(i))
+        found = voxel_digest(self.read(i))
         if found != self.scans[i].checksum:
             raise self._damaged(
                 i, f"its voxels have checksum {found}, packed were {self.scans[i].checksum}"

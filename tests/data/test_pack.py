@@ -21,11 +21,11 @@ from small_disk import grow, small_disk
 
 from tapct.base import files
 from tapct.base.exits import UserError
+from tapct.data.digest import voxel_digest
 from tapct.data.index import build
 from tapct.data.ingest import read_volume
 from tapct.data.manifest import Manifest, Row
 from tapct.data.pack import pack
-from tapct.data.packed import checksum
 from tapct.data.store import INDEX_NAME, Store
 
 SPACING_MM = (3.0, 0.8, 0.7)
@@ -58,7 +58,7 @@ def row_of(name: str, hu_ZYX: np.ndarray) -> Row:
         spacing_x_mm=SPACING_MM[2],
         patient=f"patient of {name}",
         label_path=f"labels/{name}.nii.gz",
-        digest=checksum(hu_ZYX),
+        digest=voxel_digest(hu_ZYX),
     )
 
 
@@ -132,7 +132,7 @@ def test_a_real_manifest_packs(archive: tuple[Manifest, list[np.ndarray]], tmp_p
     store = Store(tmp_path / "out")
     assert store.manifest_digest == built.digest
     assert {scan.path: scan.checksum for scan in store.scans} == {
-        f"s{i}.nii": checksum(s) for i, s in enumerate(scans)
+        f"s{i}.nii": voxel_digest(s) for i, s in enumerate(scans)
     }
 
 
