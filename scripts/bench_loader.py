@@ -150,7 +150,7 @@ def levels(scan_ZYX: np.ndarray, depth: int, folder: Path) -> dict[str, Any]:
         return 1e3 * (time.process_time() - started) / len(starts)
 
     found: dict[str, Any] = {}
-    for level in (0, 1, 3, 5):
+    for level in (1, 3, 5):
         started = time.process_time()
         store = write_store(folder / f"level{level}", [scan_ZYX], level)
         seconds = time.process_time() - started

@@ -1,7 +1,4 @@
-"""The digest that names the voxels of a scan, in the manifest and in the store alike.
-
-`tapct pack` compares the two, so they must come from one function.
-"""
+"""The digest of a scan's voxels: equal for one scan in two formats, in manifest and store."""
 
 from __future__ import annotations
 
@@ -11,15 +8,14 @@ import numpy as np
 
 
 def voxel_digest(hu_ZYX: np.ndarray) -> str:
-    """Hash the shape and the voxels of a scan.
+    """Hash shape and voxels of a scan.
 
     Args:
-        hu_ZYX: HU as int16, of any memory layout.
+        hu_ZYX: HU that fit int16, any memory order.
     Returns:
-        32 hex digits: blake2b over "(Z, Y, X)" in ASCII and the voxels as little-endian int16 in
-        C order. Equal for one scan in two file formats.
+        32 hex digits: blake2b over the shape and the little-endian int16 voxels in C order.
     """
-    shape = tuple(map(int, hu_ZYX.shape))
+    shape = tuple(int(size) for size in hu_ZYX.shape)
     digest = hashlib.blake2b(repr(shape).encode(), digest_size=16)
     digest.update(np.ascontiguousarray(hu_ZYX, dtype="<i2").data)
     return digest.hexdigest()

@@ -82,7 +82,7 @@ def files_of(out: Path) -> set[str]:
     return {file.name for file in out.iterdir()} - {".lock"}
 
 
-@pytest.mark.parametrize(("workers", "level"), [(0, 1), (0, 0), (2, 1)])
+@pytest.mark.parametrize(("workers", "level"), [(0, 1), (0, 9), (2, 1)])
 def test_the_store_holds_the_scans_bit_for_bit(
     archive: tuple[Manifest, list[np.ndarray]], tmp_path: Path, workers: int, level: int
 ) -> None:
@@ -238,8 +238,9 @@ def test_bad_requests_are_refused(
     row = manifest.accepted[0]
     with pytest.raises(UserError, match="no accepted scan"):
         pack(Manifest((), manifest.root), tmp_path / "out")
-    with pytest.raises(UserError, match="level is 10"):
-        pack(manifest, tmp_path / "out", level=10)
+    for level in (0, 10):
+        with pytest.raises(UserError, match=f"level is {level}; rule: 1 to 9"):
+            pack(manifest, tmp_path / "out", level=level)
     for rows in [
         (row, row),
         (dataclasses.replace(row, id="../s0"),),
@@ -289,7 +290,7 @@ def test_a_full_disk_says_what_is_needed_and_leaves_whole_files_only(
     with monkeypatch.context() as patch:
         patch.setattr(files, "open", open_file, raising=False)
         with pytest.raises(
-            UserError, match=rf"no space left.*{before} of 4 scans.*needs about .* GB.*is free"
+            UserError, match=rf"no space left.*{before} of 4 scans.*needs about .* GB.*are free"
         ) as error:
             pack(manifest, out)
     assert "\n" not in str(error.value) and str(out) in str(error.value)
