@@ -29,8 +29,9 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from tapct.base import rng
 from tapct.base.exits import UserError
 from tapct.config.fields import setting
+from tapct.data.batch_share import BatchShare
 from tapct.data.packed import Damaged
-from tapct.data.sampler import samples_of, scan_of
+from tapct.data.sampler import scan_of
 from tapct.data.store import Store
 from tapct.types import AIR_HU, Batch
 
@@ -430,9 +431,12 @@ def build(
     Raises:
         UserError: the global batch cannot be shared equally.
     """
-    share = partial(samples_of, world=world, accumulation=accumulation, global_batch=global_batch)
-    share(start_step, 0, rank)  # an unequal share is an error here, not in a worker
-    plan = (share(step, micro, rank) for step in count(start_step) for micro in range(accumulation))
+    share = BatchShare(global_batch, accumulation, world)  # refuses an unequal one, not in a worker
+    plan = (
+        share.samples(step, micro, rank)
+        for step in count(start_step)
+        for micro in range(accumulation)
+    )
     reader = _Reader(config, store, seed, rows)
     ahead = config.prefetch * accumulation
     backend: _Backend

@@ -20,7 +20,6 @@ from tapct.engine import checkpoint
 from tapct.engine.checkpoint import Checkpoints, Meta
 from tapct.eval import runner
 from tapct.eval.baselines import with_baselines
-from tapct.nn.backends import GPU_ONLY
 from tapct.nn.contracts import Backbone
 from tapct.run import background_eval
 from tapct.run.config import RunConfig
@@ -156,11 +155,8 @@ def export(folder: Path, out: Path | None = None) -> Path:
         "samples": meta.samples,
         "data": meta.data_digest,
     }
-    section = config.model
-    if (
-        getattr(section.config, "attention", "") in GPU_ONLY
-    ):  # weights know no back-end, and an export runs anywhere
-        section = replace(section, config=replace(section.config, attention="auto"))
+    portable = trained.backbone.export_config()
+    section = config.model if portable is None else replace(config.model, config=portable)
     save_export(
         target, trained.backbone, section, config.contract, config.eval.preprocess, provenance
     )
