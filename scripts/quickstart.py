@@ -21,11 +21,11 @@ from rich.table import Table
 from tapct import config as configs
 from tapct.base import console
 from tapct.base.exits import UserError
+from tapct.base.files import write_atomically
 from tapct.data import manifest as manifests
 from tapct.data import pack, patients
 from tapct.data.index import build
 from tapct.data.phantom import archive as phantom
-from tapct.engine.checkpoint import replace_text
 from tapct.report import page
 from tapct.run import finished, pretrain
 from tapct.run.config import RunConfig
@@ -136,7 +136,7 @@ def main(words: list[str]) -> None:
     summary = summarise(
         options.out, len(found.accepted), len(refused), results, station.seconds, report
     )
-    replace_text(options.out / "summary.json", json.dumps(summary, indent=1) + "\n")
+    write_atomically(options.out / "summary.json", json.dumps(summary, indent=1) + "\n")
     show(summary)
 
 
@@ -161,7 +161,7 @@ def make_phantom(archive: Path) -> None:
         return
     with console.progress_bar("phantom") as progress:
         phantom.write(archive, config, progress)
-    replace_text(done, json.dumps({"num": config.num, "seed": config.seed}))
+    write_atomically(done, json.dumps({"num": config.num, "seed": config.seed}))
 
 
 def judge(out: Path, resolved: configs.Resolved) -> dict[str, Any]:
@@ -170,7 +170,7 @@ def judge(out: Path, resolved: configs.Resolved) -> dict[str, Any]:
     if results.is_file() and results.stat().st_mtime > latest.stat().st_mtime:
         console.say(f"eval: {results} is newer than the last checkpoint")
         return json.loads(results.read_text())
-    return finished.evaluate(out)
+    return finished.evaluate(out).to_json()
 
 
 def summarise(
@@ -193,9 +193,7 @@ def summarise(
 
     gains = {name: mean(last, f"health/{name}_ln_k_minus_ce") for name in names}
     information = {name: mean(last, f"health/{name}_information") for name in names}
-    dice = (
-        {name: model["mean_dice"] for name, model in results["models"].items()} if results else {}
-    )
+    dice = results["tasks"]["segmentation"]["headline"]["values"] if results else {}
     untrained = [
         value for name, value in dice.items() if name.startswith("untrained") and value is not None
     ]

@@ -31,9 +31,13 @@ def docstrings(tree: ast.AST) -> set[int]:
 
 
 def defaults(tree: ast.AST) -> set[int]:
-    """Ids of the constants in calls of `plugins.table` and `plugins.section`."""
+    """Ids of the constants in calls of `plugins.table` and `plugins.section`, and in a constant
+    DEFAULT_... that such a call takes.
+    """
     found = set()
     for node in ast.walk(tree):
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]).startswith("DEFAULT_"):
+            found |= {id(part) for part in ast.walk(node)}
         if isinstance(node, ast.Call) and ast.unparse(node.func) in (
             "plugins.table",
             "plugins.section",

@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import NoneType
@@ -67,7 +67,12 @@ class Resolved:
         return "\n".join(f"{text:<{width}}  # {origin}" for text, origin in rows)
 
 
-def load_config(cls: type, path: Path | None, overrides: Sequence[str]) -> Resolved:
+def load_config(
+    cls: type,
+    path: Path | None,
+    overrides: Sequence[str],
+    upgrade: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+) -> Resolved:
     """Merge defaults, a YAML file with its `base:` chain, and overrides into a frozen dataclass.
 
     Args:
@@ -76,12 +81,16 @@ def load_config(cls: type, path: Path | None, overrides: Sequence[str]) -> Resol
         path: YAML file, or None for defaults and overrides alone.
         overrides: `optim.lr=2e-4`; values are YAML; a dotted plug-in name goes in brackets,
             `losses[my.loss].weight=1`.
+        upgrade: applied to the content of each YAML file, to read those of earlier versions.
     Raises:
         ConfigError: missing or broken file, unknown key, wrong type, value out of range, or a rule
             between fields.
     """
     try:
-        layers = [*(read_chain(path) if path is not None else ()), *read_overrides(overrides)]
+        files = read_chain(path) if path is not None else []
+        if upgrade is not None:
+            files = [replace(layer, tree=upgrade(layer.tree)) for layer in files]
+        layers = [*files, *read_overrides(overrides)]
     except ValueError as error:
         raise ConfigError(str(error)) from error
     return _resolve(cls, layers)
@@ -248,6 +257,12 @@ def _complete(
             itself.
     """
     known = {item.name for item, _ in _fields(cls)}
+    renamed: Mapping[str, str] = getattr(cls, "renamed", {})
+    for key in user:
+        if key in renamed and key not in known:
+            raise ConfigError(
+                f"{scope.source((*path, key))}: {dotted((*path, key))} {renamed[key]}"
+            )
     scope.unknown += [((*path, key), value) for key, value in user.items() if key not in known]
     result: dict[str, Any] = {}
     for item, hint in _fields(cls):

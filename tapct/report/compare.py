@@ -25,9 +25,10 @@ from rich.table import Table
 from rich.text import Text
 
 from tapct.base.exits import UserError
+from tapct.config.flat import flatten_to_text
 from tapct.report import page
 from tapct.report.evaluation import MODEL_WORDS, finite
-from tapct.report.history import History, flatten, read_history, read_json
+from tapct.report.history import History, read_history, read_json
 from tapct.report.plots import NUM_COLOURS, Curve, Rule, dash_of, line_chart, number, text
 from tapct.ssl.health import verdict
 
@@ -149,7 +150,7 @@ def _config(place: Path, name: str, notes: list[str]) -> Mapping[str, str]:
             "are blank"
         )
         return {}
-    return dict(flatten(tree))
+    return flatten_to_text(tree)
 
 
 def _results(place: Path, name: str, notes: list[str]) -> Mapping[str, Any]:

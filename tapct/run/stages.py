@@ -23,7 +23,7 @@ from typing import Any
 
 from tapct import config as configs
 from tapct.config import ConfigError, setting, to_dict
-from tapct.run.resume import flatten
+from tapct.config.flat import flatten
 from tapct.ssl import needs
 
 MAY_CHANGE = ("views.", "masks.", "losses.", "optim.", "data.loader.", "train.accumulation")
