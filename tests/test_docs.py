@@ -37,6 +37,7 @@ from tapct.nn.contracts import Backbone
 from tapct.plan import command, scale
 from tapct.run.config import RunConfig
 from tapct.ssl import health
+from tapct.ssl.inputs import Inputs
 from tapct.ssl.schedules import Schedules
 from tapct.ssl.student_teacher import StudentTeacher
 from tapct.types import Batch, HUContract, LabelMap, Masks, Tokens, TokenSets, Volume
@@ -467,12 +468,19 @@ def test_the_table_of_metrics_has_every_key_that_a_step_writes_and_no_other() ->
     trainer = loop.Trainer(
         pair,
         optim.Updater(pair, optim.Config()),
-        Schedules(optim.Config(), 2, 2),
-        loop.Config(steps=2, global_batch=2),
-        loop.Recipe(views, masks.Config(probability=1.0), HUContract(), PATCH, 0),
+        [
+            loop.StageSettings(
+                0,
+                "",
+                loop.Config(steps=2, global_batch=2),
+                Inputs(views, masks.Config(probability=1.0), HUContract(), PATCH, 0),
+                Schedules(optim.Config(), 2, 2),
+                optim.Config(),
+                tuple(losses),
+            )
+        ],
         loop.Hooks(written.append, lambda step, last: None),
-        2,
-        2,
+        loop.Cadence(2, 2),
     )
     hu = torch.randint(-1000, 400, (2, 4, 16, 16), dtype=torch.int16)
     number = torch.arange(2)

@@ -13,22 +13,16 @@ from typing import Any
 
 import numpy as np
 
-from tapct.base import files
+from tapct.base import files, metric_names
 from tapct.base.console import duration
 from tapct.base.exits import UserError
+from tapct.config import plugins
 from tapct.config.flat import flatten_to_text
 from tapct.report import evaluation, theme
 from tapct.report.history import History, prototypes_ln, read_history, read_json
 from tapct.report.plots import Curve, Rule, area_chart, line_chart, number, share_bar, text
 from tapct.ssl.health import TermReading, Verdict, verdict
 
-TERM_WORDS = {
-    "dino": "DINO",
-    "ibot": "iBOT",
-    "koleo": "KoLeo",
-    "dino_global": "DINO global",
-    "dino_local": "DINO local",
-}
 LOOK = {
     "alive": "good",
     "faint": "warn",
@@ -77,7 +71,8 @@ POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-s
 
 def words(name: str) -> str:
     """A metric's last part for people."""
-    return TERM_WORDS.get(name, name.replace("_", " "))
+    loss, _, rest = name.partition("_")
+    return f"{plugins.title('losses', loss)} {rest}".strip().replace("_", " ")
 
 
 def curve(
@@ -97,9 +92,9 @@ def curves(history: History, names: Mapping[str, str], factor: float = 1.0) -> l
 def terms(history: History) -> list[str]:
     """Losses that report the information of their targets."""
     return [
-        name.removeprefix("health/").removesuffix("_information")
+        metric_names.loss_with_targets(name)
         for name in history.names("health/")
-        if name.endswith("_information")
+        if metric_names.loss_with_targets(name)
     ]
 
 
@@ -107,7 +102,7 @@ def readings(history: History) -> list[TermReading]:
     """Recent health of each prototype loss."""
 
     def recent(term: str, what: str) -> float:
-        return history.recent(f"health/{term}_{what}")
+        return history.recent(metric_names.target_health(term, what))
 
     found = []
     for term in terms(history):
