@@ -260,7 +260,9 @@ def _complete(
     renamed: Mapping[str, str] = getattr(cls, "renamed", {})
     for key in user:
         if key in renamed and key not in known:
-            raise ConfigError(f"{scope.source((*path, key))}: {dotted((*path, key))} {renamed[key]}")
+            raise ConfigError(
+                f"{scope.source((*path, key))}: {dotted((*path, key))} {renamed[key]}"
+            )
     scope.unknown += [((*path, key), value) for key, value in user.items() if key not in known]
     result: dict[str, Any] = {}
     for item, hint in _fields(cls):

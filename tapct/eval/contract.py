@@ -161,7 +161,7 @@ class Task(ABC, Generic[TruthT, PredictionT]):
 
     labels: ClassVar[Labels]
 
-    def begin(self, num_train: int) -> None:  # noqa: B027 - most tasks need no such number
+    def begin(self, num_train: int) -> None:
         """Start with a known number of training scans; called once, before the first scan.
 
         Args:

@@ -46,5 +46,7 @@ def results_from_schema_1(content: Mapping[str, Any]) -> dict[str, Any]:
     module = plugins.load("eval.tasks", task) if task in plugins.available("eval.tasks") else None
     section_of = getattr(module, "section_from_schema_1", None)
     if section_of is None:
-        raise ValueError(f"it was written by an earlier version for the task {task!r}; run eval again")
+        raise ValueError(
+            f"it was written by an earlier version for the task {task!r}; run eval again"
+        )
     return {**content, "schema": 2, "tasks": {task: section_of(content)}}

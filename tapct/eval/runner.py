@@ -83,9 +83,7 @@ class Config:
     only: tuple[str, ...] = setting(
         (), "patterns that the paths of evaluated scans must match, e.g. `ts_body/*`; empty: all"
     )
-    test_share: float = setting(
-        0.5, "share of the patients to test on, at least one", gt=0, lt=1
-    )
+    test_share: float = setting(0.5, "share of the patients to test on, at least one", gt=0, lt=1)
     max_scans: int = setting(
         0, "most scans to evaluate, train and test together; 0 takes all", ge=0
     )
@@ -264,9 +262,7 @@ class _Run:
                 volume.spacing_mm,
             )
             in_play_Z = self._in_play(prepared.grid, scan.id, test=test)
-            truths = {
-                one.name: one.task.truth(scan, prepared.grid, in_play_Z) for one in tasks
-            }
+            truths = {one.name: one.task.truth(scan, prepared.grid, in_play_Z) for one in tasks}
             yield _PreparedScan(scan, prepared, truths)
             if self.progress:
                 self.progress(number + (len(self.split.train) if test else 0), total)

@@ -319,7 +319,9 @@ def test_organs_can_be_chosen_by_name_or_value():
         assert task.organs == expected
     task = build(Config(organs=("pancreas",)), seed=0)
     task.learn("m", dense, task.truth(scan, grid, everywhere(grid)))
-    with pytest.raises(UserError, match=r"no organ label.*eval.tasks.segmentation.organs, which is \[pancreas\]"):
+    with pytest.raises(
+        UserError, match=r"no organ label.*eval.tasks.segmentation.organs, which is \[pancreas\]"
+    ):
         task.fit()
 
 
