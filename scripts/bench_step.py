@@ -24,6 +24,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ import torch
 
 from tapct import config as configs
 from tapct.base import exits
-from tapct.distributed.device import pick_device
+from tapct.distributed.device import flush_denormals, pick_device
 from tapct.engine import loop, metrics, optim, recompute
 from tapct.plan import command
 from tapct.run import provenance
@@ -109,6 +110,7 @@ def trainer_of(config: RunConfig, device: torch.device, rows: list[metrics.Recor
 
 def measure(config: RunConfig, steps: int, in_plane: int, warm_up: int) -> dict[str, Any]:
     """Run some steps and put their seconds beside the GEMM rate of the same minute."""
+    flush_denormals()  # as `tapct train` does
     device = pick_device(config.device)
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
     rows: list[metrics.Record] = []
@@ -116,9 +118,12 @@ def measure(config: RunConfig, steps: int, in_plane: int, warm_up: int) -> dict[
     feed = batches(config, in_plane)
     rates = {each: [command.gemm_rate(device, each)] for each in {dtype, torch.float32}}
     trainer.pair.train()
+    processor: list[float] = []
     for step in range(warm_up + steps):
+        began = time.process_time()
         trainer.optimizer_step(step, feed)
         trainer.flush()
+        processor.append(time.process_time() - began)
     for each, found in rates.items():
         found.append(command.gemm_rate(device, each))
     rows = rows[warm_up:]
@@ -137,6 +142,7 @@ def measure(config: RunConfig, steps: int, in_plane: int, warm_up: int) -> dict[
             min(row["seconds/step"] for row in rows),
             max(row["seconds/step"] for row in rows),
         ],
+        "processor_seconds": statistics.median(processor[warm_up:]),
         "stages": {
             name: statistics.median(row[f"seconds/{name}"] for row in rows)
             for name in ("views", "forward_backward", "optimizer")
@@ -213,6 +219,7 @@ def show(file: Path, found: dict[str, Any]) -> None:
         f"step          {found['seconds']:.3f} s ({low:.3f}-{high:.3f}, {found['steps']} steps)   "
         f"{stages}"
     )
+    print(f"processor     {found['processor_seconds']:.3f} s a step, all threads together")
     print(
         f"model         {found['model_flops'] / 1e9:.1f} GFLOP a step, "
         f"{found['flops_per_second'] / 1e9:.1f} GFLOP/s"

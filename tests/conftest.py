@@ -28,6 +28,14 @@ def fixed_seeds() -> None:
 
 
 @pytest.fixture(autouse=True)
+def denormals_are_kept() -> Iterator[None]:
+    """A run makes its process flush denormal floats; every test begins without that."""
+    torch.set_flush_denormal(False)
+    yield
+    torch.set_flush_denormal(False)
+
+
+@pytest.fixture(autouse=True)
 def same_signal_handlers() -> Iterator[None]:
     """A test that leaves a handler behind would fail another one, far from the cause."""
     watched = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)

@@ -22,7 +22,7 @@ import torch
 import typer
 import yaml
 
-from tapct.cli import app
+from tapct.cli.app import app
 from tapct.config import load_config, plugins
 from tapct.config.plugins import Plugin
 from tapct.engine import loop, optim
@@ -45,8 +45,9 @@ from tapct.weights import export, pretrained
 
 ROOT = Path(__file__).resolve().parent.parent
 SMOKE = ROOT / "configs" / "smoke.yaml"
-PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
-WITHOUT_COMMANDS = ("CHANGELOG.md", "extending.md", "ingest.md", "log.md")
+TOP_PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
+PAGES = [*TOP_PAGES, *sorted((ROOT / "docs").glob("*.md"))]
+WITHOUT_COMMANDS = ("CHANGELOG.md", "CONTRIBUTING.md", "extending.md", "ingest.md", "log.md")
 GRID, PATCH = (2, 2, 2), (2, 4, 4)
 
 
@@ -58,8 +59,9 @@ def blocks(page: Path, language: str) -> list[str]:
 
 
 def commands(page: Path) -> list[str]:
-    """The lines of indented code that call tapct."""
-    return re.findall(r"^    (tapct .*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    """The lines of indented code that call tapct; lines that end with a backslash are joined."""
+    text = re.sub(r"\\\n\s*", "", page.read_text(encoding="utf-8"))
+    return re.findall(r"^    (tapct .*)$", text, re.MULTILINE)
 
 
 def table_keys(page: Path, heading: str) -> set[str]:
@@ -117,7 +119,9 @@ def test_every_path_of_the_tree_that_a_page_names_exists(page: Path) -> None:
     named = re.findall(
         r"\b((?:tapct|configs|scripts|tests|docs)/[\w/]+\.\w+)", page.read_text(encoding="utf-8")
     )
-    assert [name for name in named if not (ROOT / name).exists() and "mine" not in name] == []
+    made_up = ("mine", "NAME")  # in names of files that a reader is to write
+    missing = [name for name in named if not (ROOT / name).exists()]
+    assert [name for name in missing if not any(word in name for word in made_up)] == []
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -12,8 +12,8 @@ import secrets
 from collections.abc import Iterable
 from pathlib import Path
 
-from tapct.base import rng
 from tapct.base.exits import UserError
+from tapct.base.hashing import hash_int
 from tapct.data import discover
 
 
@@ -28,7 +28,7 @@ def held_out_patients(patients: Iterable[str], share: float, seed: int) -> froze
     Returns:
         The chosen patients; empty for share 0.
     """
-    names = sorted(set(patients), key=lambda name: (rng.hash_int(seed, f"held_out/{name}"), name))
+    names = sorted(set(patients), key=lambda name: (hash_int(seed, f"held_out/{name}"), name))
     if share <= 0 or len(names) < 2:
         return frozenset()
     return frozenset(names[: min(max(round(share * len(names)), 1), len(names) - 1)])

@@ -1,4 +1,4 @@
-"""Choose the device of this process."""
+"""Choose the device of this process, and set up its CPU."""
 
 from __future__ import annotations
 
@@ -32,3 +32,21 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
             "processes"
         )
     return torch.device("cuda", local_rank)
+
+
+def flush_denormals() -> None:
+    """Make the CPU replace denormal floats (below 1.2e-38) by 0: it computes with them very slowly.
+
+    Call it before the first computation. The setting belongs to a thread; a new thread or a forked
+    process inherits it from the thread that starts it. Measured on Linux, x86-64, torch 2.13:
+
+    - Autograd on a CPU computes gradients on the thread that calls `backward`, so they are flushed.
+    - Threads that start afterwards flush: the loader's, the checkpoint's, and OpenMP's workers.
+    - OpenMP's workers start with the first operation that is large enough to be split, and never
+      change. When the call came after such an operation, only the calling thread flushed: on two
+      threads, half of a product stayed denormal.
+    - Spawned processes, such as the loader's, do not inherit it. They only copy int16 voxels.
+
+    A CPU that cannot flush is left as it is. GPUs are not affected.
+    """
+    torch.set_flush_denormal(True)

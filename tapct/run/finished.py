@@ -16,7 +16,7 @@ from tapct.base.exits import UserError
 from tapct.config import Resolved
 from tapct.data.patients import held_out_patients
 from tapct.data.store import Store
-from tapct.distributed.device import pick_device
+from tapct.distributed.device import flush_denormals, pick_device
 from tapct.engine import checkpoint
 from tapct.engine.checkpoint import Checkpoints, Meta
 from tapct.eval import runner
@@ -129,6 +129,7 @@ def evaluate(
         step: step of the checkpoint; None takes the newest whole one.
         command: command line for results.json; empty takes this process's own.
     """
+    flush_denormals()  # before the first tensor
     trained = open_run(folder, overrides, step)
     out = (
         folder / "eval"

@@ -21,7 +21,7 @@ from tapct.data.sampler import samples_of
 from tapct.data.store import Store
 from tapct.distributed import collectives
 from tapct.distributed import world as world_module
-from tapct.distributed.device import pick_device
+from tapct.distributed.device import flush_denormals, pick_device
 from tapct.distributed.world import LostRank, World
 from tapct.engine import checkpoint, compiled, fsdp, initial, loop, optim, recompute, trackers
 from tapct.engine.checkpoint import Checkpoints, Meta
@@ -64,6 +64,7 @@ def train(resolved: Resolved, allow_change: bool = False, command: str = "") -> 
     """
     config: RunConfig = resolved.value
     place = ranks.from_environment(os.environ)
+    flush_denormals()
     device = pick_device(config.device, place.local_rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)

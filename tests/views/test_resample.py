@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from unittest import mock
 
@@ -148,6 +149,74 @@ def test_blur_rows_sum_to_one_and_zero_is_the_identity() -> None:
     for sigma, matrix in zip([1.0, 2.0, 9.0], blur[2:], strict=True):
         want = ndimage.gaussian_filter1d(impulse, sigma, axis=0, mode="reflect", truncate=10)
         assert np.abs(matrix.numpy() - want).max() < 1e-6
+
+
+def num_denormal(t: torch.Tensor) -> int:
+    """How many float32 numbers are denormal, by their bits: a CPU that flushes would count none."""
+    bits = t.contiguous().view(torch.int32)
+    return int((((bits & 0x7F800000) == 0) & ((bits & 0x007FFFFF) != 0)).sum())
+
+
+def test_denormals_are_counted_whether_they_are_flushed_or_not() -> None:
+    numbers = torch.tensor([0.0, -0.0, 1e-37, -1e-39, 1e-45, 1.0, math.inf])
+    for flush in (False, True):
+        torch.set_flush_denormal(flush)
+        assert num_denormal(numbers) == 2
+
+
+@pytest.mark.parametrize("num", [1, 2, 8, 33, 96])
+def test_the_blur_has_no_denormals_and_is_the_whole_gaussian_to_1e_6(num: int) -> None:
+    """The summed error of a row bounds the relative error of a view, a weighted mean by it."""
+    sigmas = [0.0, 1e-3, *torch.linspace(0.01, 9.0, 60).tolist()]
+    for max_sigma in (max(sigmas), 40.0):  # a larger bound adds reflections
+        blur = resample.blur_matrix(torch.tensor(sigmas), num, max_sigma)
+        assert num_denormal(blur) == 0
+        assert (blur.double().sum(-1) - 1).abs().max() < 1e-6
+        assert (blur - whole_gaussian(sigmas, num)).abs().sum(-1).max() < 1e-6
+
+
+def whole_gaussian(sigmas: list[float], num: int) -> torch.Tensor:
+    """(len(sigmas), num, num) float64: the Gaussian without a cut, mirrored beyond 30 sigma."""
+    mirrors = math.ceil(30 * max(sigmas) / (2 * num)) + 1
+    i = torch.arange(num, dtype=torch.float64)
+    width = torch.tensor(sigmas, dtype=torch.float64).clamp(min=1e-3)[:, None, None]
+    total = torch.zeros(len(sigmas), num, num, dtype=torch.float64)
+    for mirror in range(-mirrors, mirrors + 1):
+        for source in (i + 2 * num * mirror, 2 * num * mirror - 1 - i):
+            total += torch.exp(-0.5 * ((source - i[:, None]) / width) ** 2)
+    return total / total.sum(-1, keepdim=True)
+
+
+# slab voxels per pixel, least and most
+ZOOMS = {"one size": (1, 1), "resized": (1, 2), "enlarged": (0.2, 1), "beyond the slab": (2, 3)}
+
+
+@pytest.mark.parametrize("kind", ZOOMS)
+def test_the_matrices_of_views_have_no_denormals(kind: str) -> None:
+    """Random places, sizes, flips and blur widths; nor do the products on the way to a view."""
+    window, slab, crops = (6, 40, 32), (16, 90, 100), 64
+    low, high = ZOOMS[kind]
+    draw = torch.Generator().manual_seed(0)
+    uniform = torch.rand(3, 1, crops, 3, generator=draw)
+    size = torch.tensor(slab, dtype=torch.float32)
+    length = torch.tensor(window) * (low + (high - low) * uniform[0])
+    start = (size - length).clamp(min=0) * uniform[1]
+    boxes = Boxes(start, length, uniform[2] < 0.5, torch.ones(1, crops))
+    sigma = torch.linspace(0.0, 3.0, crops)[None]
+    longest_z, longest_y, longest_x = length.amax((0, 1)).tolist()
+    maps = resample.matrices(boxes, window, slab, (longest_z, longest_y, longest_x), sigma, 3.0)
+    assert [num_denormal(one.matrix_VBnS) for one in maps] == [0, 0, 0]
+    hu = torch.full((crops, *slab), -1024, dtype=torch.int16)
+    hu[:, 5, 40, 50] = 1000  # a single voxel meets every tail
+    above = resample._above_air(hu.transpose(1, 2), CONTRACT)
+    products = [above]
+    for one, axis in zip(maps, (2, 1, 3), strict=True):
+        columns = one.first_VB[0][:, None] + torch.arange(one.matrix_VBnS.shape[-1])
+        dense = torch.zeros(crops, one.matrix_VBnS.shape[-2], above.shape[axis])
+        dense.scatter_(2, columns[:, None].expand_as(one.matrix_VBnS[0]), one.matrix_VBnS[0])
+        along = torch.einsum("bns,bs...->bn...", dense, products[-1].transpose(1, axis))
+        products.append(along.transpose(1, axis))
+    assert [num_denormal(product) for product in products] == [0, 0, 0, 0]
 
 
 def test_a_constant_scan_stays_constant_and_air_stays_air() -> None:

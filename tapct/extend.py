@@ -1,0 +1,91 @@
+"""The one module that a plug-in imports; what stands here keeps its name when tapct's rooms change.
+
+    every plug-in   `setting` describes a key of its `Config`; `UserError` is an error in one line
+    a loss          inherits from `Loss`; gets `TokenSets`, returns a `LossResult` of `Term`s
+    a backbone      inherits from `Backbone`; returns `Tokens`; `init` sets its first weights
+    an op on views  is an `Op`: a function of a view and its `ViewKey`
+    a task          gets `DenseFeatures` on a `PatchGrid` for every `LabelledScan`
+
+| name | what it is for |
+|---|---|
+| `SnapshotTimes` | when a loss wants the teacher copied aside |
+| `TargetStats`, `TargetSums` | statistics of a loss's targets, from which health is logged |
+| `PrototypeHead`, `HeadConfig` | the projection head of DINO and iBOT, and its section of a config |
+| `Targets`, `TargetConfig` | a teacher's targets over prototypes: centring or Sinkhorn |
+| `prototype_loss`, `PrototypeLoss`, `pair_up` | cross-entropy over prototypes without the matrix |
+| `gather_with_gradient` | the tensors of all ranks, differentiable |
+| `Attention`, `Mlp`, `SwiGLU`, `LayerScale`, `LayerNorm`, `DropKey` | layers of a transformer |
+| `Masks`, `Volume`, `LabelMap`, `ScanFacts`, `HUContract`, `AIR_HU` | nouns that cross borders |
+"""
+
+from __future__ import annotations
+
+from tapct.base.exits import UserError
+from tapct.config import setting
+from tapct.distributed.collectives import gather_with_gradient
+from tapct.eval.features import DenseFeatures, PatchGrid
+from tapct.eval.scans import LabelledScan
+from tapct.nn import init
+from tapct.nn.attention import Attention
+from tapct.nn.contracts import Backbone, Loss, SnapshotTimes
+from tapct.nn.heads import Config as HeadConfig
+from tapct.nn.heads import PrototypeHead
+from tapct.nn.layers import DropKey, LayerScale, Mlp, SwiGLU
+from tapct.nn.norm import LayerNorm
+from tapct.nn.prototype_loss import PrototypeLoss, pair_up, prototype_loss
+from tapct.nn.prototypes import TargetConfig, Targets
+from tapct.types import (
+    AIR_HU,
+    HUContract,
+    LabelMap,
+    LossResult,
+    Masks,
+    ScanFacts,
+    TargetStats,
+    TargetSums,
+    Term,
+    Tokens,
+    TokenSets,
+    Volume,
+)
+from tapct.views.key import Op, ViewKey
+
+__all__ = [
+    "AIR_HU",
+    "Attention",
+    "Backbone",
+    "DenseFeatures",
+    "DropKey",
+    "HUContract",
+    "HeadConfig",
+    "LabelMap",
+    "LabelledScan",
+    "LayerNorm",
+    "LayerScale",
+    "Loss",
+    "LossResult",
+    "Masks",
+    "Mlp",
+    "Op",
+    "PatchGrid",
+    "PrototypeHead",
+    "PrototypeLoss",
+    "ScanFacts",
+    "SnapshotTimes",
+    "SwiGLU",
+    "TargetConfig",
+    "TargetStats",
+    "TargetSums",
+    "Targets",
+    "Term",
+    "TokenSets",
+    "Tokens",
+    "UserError",
+    "ViewKey",
+    "Volume",
+    "gather_with_gradient",
+    "init",
+    "pair_up",
+    "prototype_loss",
+    "setting",
+]
