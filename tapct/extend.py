@@ -4,7 +4,8 @@
     a loss          inherits from `Loss`; gets `TokenSets`, returns a `LossResult` of `Term`s
     a backbone      inherits from `Backbone`; returns `Tokens`; `init` sets its first weights
     an op on views  is an `Op`: a function of a view and its `ViewKey`
-    a task          gets `DenseFeatures` on a `PatchGrid` for every `LabelledScan`
+    a task          inherits from `Task`, sets its `Labels`; gets `DenseFeatures` on a `PatchGrid`
+                    for every `LabelledScan`; returns `TaskResults` and a `Headline`
 
 | name | what it is for |
 |---|---|
@@ -15,6 +16,7 @@
 | `prototype_loss`, `PrototypeLoss`, `pair_up` | cross-entropy over prototypes without the matrix |
 | `gather_with_gradient` | the tensors of all ranks, differentiable |
 | `Attention`, `Mlp`, `SwiGLU`, `LayerScale`, `LayerNorm`, `DropKey` | layers of a transformer |
+| `ScanScore`, `Breakdown` | a task's result on one scan; its headline metric by class |
 | `Masks`, `Volume`, `LabelMap`, `ScanFacts`, `HUContract`, `AIR_HU` | nouns that cross borders |
 """
 
@@ -23,6 +25,7 @@ from __future__ import annotations
 from tapct.base.exits import UserError
 from tapct.config import setting
 from tapct.distributed.collectives import gather_with_gradient
+from tapct.eval.contract import Breakdown, Headline, Labels, ScanScore, Task, TaskResults
 from tapct.eval.features import DenseFeatures, PatchGrid
 from tapct.eval.scans import LabelledScan
 from tapct.nn import init
@@ -54,12 +57,15 @@ __all__ = [
     "AIR_HU",
     "Attention",
     "Backbone",
+    "Breakdown",
     "DenseFeatures",
     "DropKey",
     "HUContract",
+    "Headline",
     "HeadConfig",
     "LabelMap",
     "LabelledScan",
+    "Labels",
     "LayerNorm",
     "LayerScale",
     "Loss",
@@ -71,12 +77,15 @@ __all__ = [
     "PrototypeHead",
     "PrototypeLoss",
     "ScanFacts",
+    "ScanScore",
     "SnapshotTimes",
     "SwiGLU",
     "TargetConfig",
     "TargetStats",
     "TargetSums",
     "Targets",
+    "Task",
+    "TaskResults",
     "Term",
     "TokenSets",
     "Tokens",
