@@ -30,8 +30,8 @@ import torch
 from scipy.ndimage import gaussian_filter
 
 from tapct.base import exits
+from tapct.base.files import write_atomically
 from tapct.data import loader
-from tapct.data.pack import write_atomically
 from tapct.data.packed import encode
 from tapct.data.store import INDEX_NAME, Store, StoredScan, index_bytes
 from tapct.types import Volume
@@ -150,7 +150,7 @@ def levels(scan_ZYX: np.ndarray, depth: int, folder: Path) -> dict[str, Any]:
         return 1e3 * (time.process_time() - started) / len(starts)
 
     found: dict[str, Any] = {}
-    for level in (0, 1, 3, 5):
+    for level in (1, 3, 5):
         started = time.process_time()
         store = write_store(folder / f"level{level}", [scan_ZYX], level)
         seconds = time.process_time() - started

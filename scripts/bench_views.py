@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import arguments
+import mask_statistics
 import numpy as np
 import torch
 from torch import Tensor
@@ -243,7 +244,7 @@ def measure_masks(probability: float, clock: Clock) -> dict[str, Any]:
         "times_as_fast_call_after_call": round(alone["classic"] / alone["ours"], 2),
         "classic_loop_falls_short_by": round(short, 4),
         "statistics": dataclasses.asdict(
-            masks.statistics(counts, MASK_GRID, in_scan, samples, rule, 0)
+            mask_statistics.statistics(counts, MASK_GRID, in_scan, samples, rule, 0)
         ),
     }
 

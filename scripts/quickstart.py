@@ -21,11 +21,11 @@ from rich.table import Table
 from tapct import config as configs
 from tapct.base import console
 from tapct.base.exits import UserError
+from tapct.base.files import write_atomically
 from tapct.data import manifest as manifests
 from tapct.data import pack, patients
 from tapct.data.index import build
 from tapct.data.phantom import archive as phantom
-from tapct.engine.checkpoint import replace_text
 from tapct.report import page
 from tapct.run import finished, pretrain
 from tapct.run.config import RunConfig
@@ -136,7 +136,7 @@ def main(words: list[str]) -> None:
     summary = summarise(
         options.out, len(found.accepted), len(refused), results, station.seconds, report
     )
-    replace_text(options.out / "summary.json", json.dumps(summary, indent=1) + "\n")
+    write_atomically(options.out / "summary.json", json.dumps(summary, indent=1) + "\n")
     show(summary)
 
 
@@ -161,7 +161,7 @@ def make_phantom(archive: Path) -> None:
         return
     with console.progress_bar("phantom") as progress:
         phantom.write(archive, config, progress)
-    replace_text(done, json.dumps({"num": config.num, "seed": config.seed}))
+    write_atomically(done, json.dumps({"num": config.num, "seed": config.seed}))
 
 
 def judge(out: Path, resolved: configs.Resolved) -> dict[str, Any]:

@@ -22,6 +22,7 @@ import pytest
 import torch
 import typer
 import yaml
+from plain_words import findings, prose
 from shell import Shell
 from shell import shell as shell  # a fixture
 from tiny_run import make_store, write_config
@@ -194,6 +195,82 @@ def test_the_verdicts_of_the_training_page_are_those_of_the_report() -> None:
                 state,
                 found,
             )
+
+
+# --- how pages are written ---
+
+
+REWRITTEN = [page for page in PAGES if page.name not in ("data.md", "ingest.md", "extending.md")]
+
+
+@pytest.mark.parametrize("page", REWRITTEN, ids=lambda page: page.name)
+def test_a_page_uses_plain_words(page: Path) -> None:
+    assert findings(prose(page.read_text(encoding="utf-8"))) == []
+
+
+@pytest.mark.parametrize("page", REWRITTEN, ids=lambda page: page.name)
+def test_lines_of_a_page_have_at_most_100_columns(page: Path) -> None:
+    """Rows of a table cannot be broken and may be longer."""
+    lines = page.read_text(encoding="utf-8").splitlines()
+    long = [number for number, line in enumerate(lines, 1) if len(line) > 100 and line[0] != "|"]
+    assert long == []
+
+
+CALL = re.compile(r"(?:tapct|python3?|torchrun|pip|uv|srun|\S*scripts/\S+) ")
+
+
+def shell_lines(page: Path) -> list[str]:
+    """Shell commands of a page: in indented code, in bash blocks and in code spans."""
+    text = re.sub(r"\\\n\s*", "", page.read_text(encoding="utf-8"))
+    indented = re.findall(r"^    (\S.*)$", text, re.MULTILINE)
+    fenced = [line for block in blocks(page, "bash") for line in block.splitlines()]
+    spans = re.findall(r"`([^`\n]+)`", text)
+    return [line for line in [*indented, *fenced, *spans] if CALL.match(line)]
+
+
+def unquoted(line: str) -> str:
+    """What a shell sees outside of quotes, without the comment."""
+    return re.sub(r"'[^']*'|\"[^\"]*\"", "", line).partition(" #")[0]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_quote_what_zsh_would_expand(page: Path) -> None:
+    """zsh takes [a,b] and * for patterns of file names, and stops when no file matches.
+
+    Placeholders such as [FOLDER...] and [--store DIR] are no arguments.
+    """
+    lines = [re.sub(r" \[[^\],=]*\]", "", unquoted(line)) for line in shell_lines(page)]
+    assert [line for line in lines if re.search(r"[\[\]*{}]", line)] == []
+
+
+def test_the_check_for_quotes_sees_brackets_outside_of_quotes_alone() -> None:
+    assert "[" in unquoted("tapct train CONFIG model.patch=[4,8,8]  # comment")
+    assert "[" not in unquoted("tapct train CONFIG 'model.patch=[4,8,8]' \"a=[1]\"  # [comment]")
+    every = [line for page in PAGES for line in shell_lines(page)]
+    assert any("'losses[mylab" in line for line in every)  # a line that was continued
+    assert any(line.startswith("pip install") and "[gpu]" in line for line in every)  # a span
+
+
+def test_the_citation_file_names_this_version_and_the_paper() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    declared = re.search(r'^version = "(.+)"$', project, re.MULTILINE)
+    licence = re.search(r'^license = "(.+)"$', project, re.MULTILINE)
+    assert declared and str(citation["version"]) == declared[1]
+    assert licence and citation["license"] == licence[1]
+    assert citation["cff-version"] == "1.2.0" and citation["message"] and citation["title"]
+    assert citation["authors"] == [{"name": "The tapct developers"}]
+    paper = citation["preferred-citation"]
+    assert paper["url"].endswith("2512.00872")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (entry,) = blocks(ROOT / "README.md", "bibtex")
+    assert str(paper["year"]) in entry and paper["url"] in readme
+    listed = re.search(r"author  = \{(.*?)\},\n", entry, re.DOTALL)
+    assert listed is not None
+    names = [" ".join(name.split()) for name in re.split(r"\sand\s", listed[1])]
+    assert names == [
+        f"{author['family-names']}, {author['given-names']}" for author in paper["authors"]
+    ]
 
 
 # --- docs/extending.md ---

@@ -58,7 +58,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     final = _behind_links(path)
     aside = _aside(final)
     try:
-        with aside.open("xb") as file:
+        with open(aside, "xb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

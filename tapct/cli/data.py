@@ -1,24 +1,26 @@
-"""Commands that make and prepare data: phantom, index, pack."""
+"""Commands that make and prepare data: `phantom`, `index` and `pack`."""
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from tapct.base import console
-from tapct.cli.app import app
+from tapct.cli.app import CPUS, Workers, app, examples
 
 
-@app.command()
+@app.command(epilog=examples("tapct phantom --out data/archive --num 40"))
 def phantom(
-    out: Annotated[Path, typer.Option(help="folder of the archive to make")],
-    num: Annotated[int, typer.Option(help="how many scans", min=1)] = 40,
-    seed: Annotated[int, typer.Option(help="the same seed gives the same archive", min=0)] = 0,
+    out: Annotated[Path, typer.Option(metavar="FOLDER", help="folder to create for the archive")],
+    num: Annotated[int, typer.Option(metavar="N", help="number of scans", min=1)] = 40,
+    seed: Annotated[
+        int,
+        typer.Option(metavar="N", help="random seed; the same seed gives the same archive", min=0),
+    ] = 0,
 ) -> None:
-    """Make a synthetic CT archive with organ labels."""
+    """Create a synthetic CT archive with organ labels."""
     from tapct.data.phantom import archive as maker
 
     with console.progress_bar("phantom") as progress:
@@ -28,23 +30,46 @@ def phantom(
     )
 
 
-@app.command()
+@app.command(
+    epilog=examples(
+        "tapct index data/archive --out data/manifest.parquet",
+        "tapct index scans --out scans.parquet --patient-regex '(sub-\\d+)'",
+    )
+)
 def index(
     folder: Annotated[
-        Path, typer.Argument(help="folder with NIfTI, NRRD, MHA or DICOM, any depth")
+        Path,
+        typer.Argument(
+            metavar="FOLDER",
+            help="folder that is searched, with all folders in it, for NIfTI, NRRD, MHA and DICOM",
+        ),
     ],
-    out: Annotated[Path, typer.Option(help="manifest to write (.parquet)")],
+    out: Annotated[Path, typer.Option(metavar="FILE", help="manifest to write, a .parquet file")],
     labels: Annotated[
-        Path | None, typer.Option(help="folder with label maps of the same names")
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="folder with label maps that have the names of the scans",
+            show_default="labels beside the scans",
+        ),
     ] = None,
     patient_regex: Annotated[
-        str | None, typer.Option(help="its first group on the path names the patient")
+        str | None,
+        typer.Option(
+            metavar="REGEX",
+            help="regular expression; group 1, matched on the file path, is the patient ID",
+        ),
     ] = None,
-    min_depth: Annotated[int, typer.Option(help="refuse scans with fewer slices", min=1)] = 1,
-    workers: Annotated[int, typer.Option(help="processes; 0: in this one", min=0)] = os.cpu_count()
-    or 1,
+    min_depth: Annotated[
+        int, typer.Option(metavar="N", help="reject scans with fewer axial slices", min=1)
+    ] = 1,
+    workers: Workers = CPUS,
 ) -> None:
-    """List an archive: each scan accepted with its facts, or refused with the reason."""
+    """List the scans of a folder and check each of them.
+
+    The manifest has a row for each scan: accepted with its geometry and statistics, or rejected
+    with the reason.
+    """
     from tapct.data.index import build
 
     with console.progress_bar("index") as progress:
@@ -68,16 +93,23 @@ def index(
             console.say(f"  {reason}: {row.detail}")
 
 
-@app.command()
+@app.command(epilog=examples("tapct pack data/manifest.parquet --out data/store"))
 def pack(
-    manifest_file: Annotated[Path, typer.Argument(metavar="MANIFEST", help="from tapct index")],
-    out: Annotated[Path, typer.Option(help="store folder")],
-    workers: Annotated[int, typer.Option(help="processes; 0: in this one", min=0)] = os.cpu_count()
-    or 1,
-    level: Annotated[int, typer.Option(help="compression level", min=1, max=9)] = 1,
+    manifest_file: Annotated[
+        Path, typer.Argument(metavar="MANIFEST", help="manifest written by tapct index")
+    ],
+    out: Annotated[Path, typer.Option(metavar="FOLDER", help="folder of the store to write")],
+    workers: Workers = CPUS,
+    level: Annotated[
+        int,
+        typer.Option(
+            metavar="N", help="compression level; 9 gives the smallest files", min=1, max=9
+        ),
+    ] = 1,
 ) -> None:
-    """Pack the accepted scans for fast slab reads; a second call goes on where the first
-    stopped.
+    """Compress the accepted scans into a store for fast reading.
+
+    A second call with the same store packs only the scans that are missing.
     """
     from tapct.data import manifest
     from tapct.data import pack as packer

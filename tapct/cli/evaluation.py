@@ -1,4 +1,4 @@
-"""Commands on finished runs: eval, export, embed, report, compare."""
+"""Commands for trained models: `eval`, `export`, `embed`, `report` and `compare`."""
 
 from __future__ import annotations
 
@@ -8,18 +8,33 @@ from typing import Annotated
 import typer
 
 from tapct.base import console
-from tapct.cli.app import Overrides, RunFolder, app
+from tapct.cli.app import Overrides, RunFolder, app, examples
 
 
-@app.command(name="eval")
+@app.command(
+    name="eval",
+    epilog=examples(
+        "tapct eval runs/quickstart",
+        "tapct eval runs/mine 'eval.preprocess.window=[12,224,224]'",
+    ),
+)
 def evaluate(
     run_folder: RunFolder,
     overrides: Overrides = None,
     step: Annotated[
-        int | None, typer.Option(help="evaluate the checkpoint of this step, not the newest", min=1)
+        int | None,
+        typer.Option(
+            metavar="STEP",
+            help="training step of the checkpoint to evaluate",
+            min=1,
+            show_default="the newest",
+        ),
     ] = None,
 ) -> None:
-    """Evaluate the frozen features of a run beside untrained and raw-HU baselines."""
+    """Evaluate the frozen features of a run.
+
+    The same task is solved with an untrained model and with raw HU values as baselines.
+    """
     from tapct.run import finished
 
     evaluation = finished.evaluate(run_folder, overrides or [], step)
@@ -31,24 +46,35 @@ def evaluate(
     )
 
 
-@app.command()
+@app.command(epilog=examples("tapct export runs/quickstart --out models/quickstart"))
 def export(
     run_folder: RunFolder,
-    out: Annotated[Path | None, typer.Option(help="folder to write; default RUN/export")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="folder to write", show_default="RUN/export"),
+    ] = None,
 ) -> None:
-    """Write the teacher as safetensors + config.json, for tapct.load_pretrained."""
+    """Export the weights of the teacher network.
+
+    The folder holds the weights as safetensors and config.json; tapct.load_pretrained reads it.
+    """
     from tapct.run import finished
 
     console.say(f"exported to {finished.export(run_folder, out)}")
 
 
-@app.command()
+@app.command(epilog=examples("tapct embed models/quickstart scan.nii.gz --out scan.npz"))
 def embed(
-    model: Annotated[Path, typer.Argument(help="export folder")],
-    scan: Annotated[Path, typer.Argument(help="NIfTI, NRRD, MHA or DICOM folder")],
-    out: Annotated[Path, typer.Option(help="features file (.npz)")] = Path("features.npz"),
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="folder written by tapct export")],
+    scan: Annotated[
+        Path,
+        typer.Argument(metavar="SCAN", help="NIfTI, NRRD or MHA file, or folder of a DICOM series"),
+    ],
+    out: Annotated[
+        Path, typer.Option(metavar="FILE", help="file to write the features to, .npz")
+    ] = Path("features.npz"),
 ) -> None:
-    """Dense features of one scan."""
+    """Compute the dense features of one scan."""
     from tapct.data import ingest
     from tapct.weights import pretrained as weights
 
@@ -57,25 +83,42 @@ def embed(
     console.say(f"features in {out}")
 
 
-@app.command()
+@app.command(epilog=examples("tapct report runs/quickstart"))
 def report(run_folder: RunFolder) -> None:
-    """Write RUN/report.html: curves, health, timing, pictures and config on one page."""
+    """Write an HTML report of a run.
+
+    RUN/report.html shows curves, health, timing, pictures and the config on one page.
+    """
     from tapct.report import page
 
     console.say(f"report: {page.write(run_folder)}")
 
 
-@app.command()
+@app.command(
+    epilog=examples(
+        "tapct compare runs/one runs/two",
+        "tapct compare runs/* --metric loss/total --metric 'health/*' --out all.html",
+    )
+)
 def compare(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="run folders, e.g. runs/*")],
-    out: Annotated[Path, typer.Option(help="page to write")] = Path("compare.html"),
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="folders of runs, e.g. runs/*")],
+    out: Annotated[Path, typer.Option(metavar="FILE", help="HTML page to write")] = Path(
+        "compare.html"
+    ),
     metric: Annotated[
         list[str] | None,
-        typer.Option(help="what to draw, again for more: a name of metrics.jsonl, or 'health/*'"),
+        typer.Option(
+            metavar="NAME",
+            help="metric to draw, a name in metrics.jsonl or a pattern such as 'health/*'; "
+            "repeat the option for more",
+            show_default="losses and health",
+        ),
     ] = None,
 ) -> None:
-    """Runs side by side: numbers, the settings in which they differ, and a page with their
-    curves.
+    """Compare runs: metrics, settings and curves.
+
+    Prints a table of metrics and of the settings in which the runs differ, and writes a page with
+    their curves.
     """
     from tapct.report import compare as comparing
 

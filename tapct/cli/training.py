@@ -1,4 +1,4 @@
-"""Commands about one training run on this machine: doctor, plan, train."""
+"""Commands for one training run on this machine: `doctor`, `plan` and `train`."""
 
 from __future__ import annotations
 
@@ -9,22 +9,32 @@ from typing import Annotated
 
 import typer
 
-from tapct.base import console, ranks, signals
-from tapct.cli.app import ConfigFile, Overrides, app
+from tapct.base import console, ranks
+from tapct.cli.app import ConfigFile, Overrides, app, examples
 
 
-@app.command()
+@app.command(
+    epilog=examples("tapct doctor", "tapct doctor smoke data.store=data/store out=runs/mine")
+)
 def doctor(
     config: Annotated[
-        Path | None, typer.Argument(help="YAML config whose store, folder and device are tried")
+        Path | None,
+        typer.Argument(
+            metavar="CONFIG",
+            help="config whose store, run folder and device are checked as well, e.g. smoke",
+        ),
     ] = None,
     overrides: Overrides = None,
     store: Annotated[
-        Path | None, typer.Option(help="store to read from, instead of the config's")
+        Path | None,
+        typer.Option(
+            metavar="FOLDER", help="store to read from", show_default="data.store of the config"
+        ),
     ] = None,
 ) -> None:
-    """Look whether this machine can train: ok, warn or fail with the remedy; exit code 1 if
-    anything fails.
+    """Check that this machine can train.
+
+    Each check prints ok, warn or fail, with a remedy. The exit code is 1 if a check fails.
     """
     from tapct.doctor import checkup, verdicts
 
@@ -37,28 +47,61 @@ def doctor(
         raise typer.Exit(1)
 
 
-@app.command()
+@app.command(
+    epilog=examples(
+        "tapct plan tap_b_3d",
+        "tapct plan tap_b_3d --memory 80 --gpus 8,16,64",
+        "tapct plan tap_b_3d --tflops 990 --utilisation 0.3",
+    )
+)
 def plan(
     config: ConfigFile,
     overrides: Overrides = None,
-    gpus: Annotated[str, typer.Option(help="numbers of GPUs to tell of")] = "1,2,4,8,16,32,64",
+    gpus: Annotated[
+        str, typer.Option(metavar="N,N,...", help="GPU counts to report, e.g. 1,8,64")
+    ] = "1,2,4,8,16,32,64",
     gpus_per_node: Annotated[
-        int, typer.Option(help="that hold one copy where parallel.shard=0", min=1)
+        int,
+        typer.Option(
+            metavar="N",
+            help="GPUs of a node; with parallel.shard=0 these share one copy of the weights",
+            min=1,
+        ),
     ] = 8,
     memory: Annotated[
-        float | None, typer.Option(help="GB of a GPU: what fits, with which accumulation")
+        float | None,
+        typer.Option(
+            metavar="GB",
+            help="memory of one GPU in GB; adds a table of the largest micro-batch that fits",
+        ),
     ] = None,
     tflops: Annotated[
-        float | None, typer.Option(help="that a GPU sustains; its peak with --utilisation")
+        float | None,
+        typer.Option(
+            metavar="TFLOP/S",
+            help="sustained TFLOP/s of one GPU, or its peak if --utilisation is given; "
+            "adds a table of times",
+        ),
     ] = None,
     measure: Annotated[
-        bool, typer.Option("--measure", help="measure rate and reading on this machine")
+        bool,
+        typer.Option(
+            "--measure", help="measure the TFLOP/s and the reading speed of this machine instead"
+        ),
     ] = False,
     utilisation: Annotated[
-        float | None, typer.Option(help="share of the rate; 0.4 of a measured one")
+        float | None,
+        typer.Option(
+            metavar="SHARE",
+            help="share of the TFLOP/s that training reaches, from 0 to 1",
+            show_default="1 with --tflops, 0.4 with --measure",
+        ),
     ] = None,
 ) -> None:
-    """Tokens, parameters and FLOPs of a config; memory, time and reading by the number of GPUs."""
+    """Estimate parameters, FLOPs, memory and time of a run.
+
+    Nothing is trained. Memory and time are reported for each GPU count.
+    """
     from tapct import config as configs
     from tapct.plan import command
     from tapct.run.config import RunConfig
@@ -68,31 +111,46 @@ def plan(
     console.console().print(command.tables(resolved.value, options))
 
 
-@app.command()
+@app.command(
+    epilog=examples(
+        "tapct train smoke data.store=data/store out=runs/mine",
+        "tapct train smoke 'model.patch=[4,8,8]' --print-config",
+        "torchrun --nproc-per-node 8 -m tapct train tap_b_3d out=runs/base",
+    )
+)
 def train(
     config: ConfigFile,
     overrides: Overrides = None,
     print_config: Annotated[
-        bool, typer.Option("--print-config", help="show each value and its source")
+        bool,
+        typer.Option(
+            "--print-config", help="print every setting and where it comes from, and exit"
+        ),
     ] = False,
     allow_change: Annotated[
         bool,
         typer.Option(
             "--allow-change",
-            help="go on from a checkpoint although the config shapes another curve",
+            help="resume even though settings that affect training have changed",
         ),
     ] = False,
     stopped_code: Annotated[
         int,
         typer.Option(
-            help="exit code when a signal or the end of a job's time stopped it, and it has saved",
+            metavar="CODE",
+            help="exit code after a clean stop by a signal or time limit; for batch scripts",
             min=0,
+            hidden=True,
         ),
     ] = 0,
 ) -> None:
-    """Pretrain; started again, it goes on from the newest checkpoint. Under torchrun or srun, on
+    """Pretrain a model; the same command resumes a stopped run.
+
+    A stopped run resumes from its newest checkpoint. Under torchrun or srun the command trains on
     all their ranks.
     """
+    from tapct.base import signals
+
     with signals.kept_from_children():
         from tapct.run import pretrain
 
@@ -102,10 +160,10 @@ def train(
             return
         stop = pretrain.train(resolved, allow_change)
     if stop.signal:
-        again = shlex.join(["tapct", "train", str(config), *(overrides or [])])
+        command = shlex.join(["tapct", "train", str(config), *(overrides or [])])
         how = "" if ranks.from_environment(os.environ).world == 1 else ", under torchrun or srun,"
         console.say(
-            f"stopped by {stop.signal} and saved at step {stop.step}; go on{how} with: {again}"
+            f"stopped by {stop.signal} and saved at step {stop.step}; resume{how} with: {command}"
         )
-        # signals other than Ctrl-C are a scheduler's, which must not take the end for a failure
+        # Other signals than Ctrl-C come from a scheduler, which must not see this end as a failure.
         raise typer.Exit(130 if stop.signal == "SIGINT" else stopped_code)

@@ -65,10 +65,9 @@ class Config:
     )
     resume: str = setting(
         "auto",
-        "auto: go on from the run's newest checkpoint if there is one; must: there has to be one; "
-        "never: there must be "
-        "none; else the path of a checkpoint or run that a run without a checkpoint of its own "
-        "goes on from",
+        "auto: resume from the run's newest checkpoint if there is one; must: there has to be one; "
+        "never: there must be none; else the path of a checkpoint or run from which a run without "
+        "a checkpoint of its own starts",
     )
     init: str = setting(
         "",

@@ -12,7 +12,6 @@ draws none.
 from __future__ import annotations
 
 import colorsys
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from tapct.base import files
 from tapct.eval.features import DenseFeatures
 
 if TYPE_CHECKING:
@@ -345,6 +345,8 @@ def _show(
 
 def _save(figure: Figure, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.stem}.{os.getpid()}.png")
-    figure.savefig(aside, dpi=120, facecolor=figure.get_facecolor(), metadata={"Software": "tapct"})
-    aside.replace(path)
+    colour = figure.get_facecolor()
+    with files.replacing(path) as file:
+        figure.savefig(
+            file, format="png", dpi=120, facecolor=colour, metadata={"Software": "tapct"}
+        )

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from tapct.base import files
 from tapct.eval import old_formats
 from tapct.eval.contract import Breakdown, Headline, ScanScore, TaskResults
 
@@ -134,9 +134,8 @@ class Evaluation:
     def write(self, folder: Path) -> None:
         """Write FOLDER/results.json; the file is either the old or the new one, never half."""
         folder.mkdir(parents=True, exist_ok=True)
-        aside = folder / f".{FILE}.{os.getpid()}"
-        aside.write_text(json.dumps(self.to_json(), indent=1, allow_nan=False) + "\n")
-        aside.replace(folder / FILE)
+        text = json.dumps(self.to_json(), indent=1, allow_nan=False) + "\n"
+        files.write_atomically(folder / FILE, text)
 
 
 def title_of(task: str) -> str:

@@ -35,7 +35,7 @@ from tapct.nn import init, rope
 from tapct.nn.attention import Attention
 from tapct.nn.backends import BACKENDS, Span, Spans
 from tapct.nn.contracts import Backbone
-from tapct.nn.layers import DropKey, LayerScale, Mlp, Subset, SwiGLU, draw_subsets
+from tapct.nn.layers import DropKey, LayerScale, Mlp, NoScale, Subset, SwiGLU, draw_subsets
 from tapct.nn.norm import LayerNorm
 from tapct.nn.posembed import Grid, resize_positions
 from tapct.nn.rope import Rotation
@@ -217,10 +217,10 @@ class Block(nn.Module):
         scale = config.layer_scale
         self.norm1 = LayerNorm(dim, eps=1e-6)
         self.attn = Attention(dim, config.heads, config.qkv_bias, config.attention, config.qk_norm)
-        self.ls1 = LayerScale(dim) if scale else nn.Identity()
+        self.ls1 = LayerScale(dim) if scale else NoScale()
         self.norm2 = LayerNorm(dim, eps=1e-6)
         self.mlp = SwiGLU(dim, hidden) if config.ffn == "swiglu" else Mlp(dim, hidden)
-        self.ls2 = LayerScale(dim) if scale else nn.Identity()
+        self.ls2 = LayerScale(dim) if scale else NoScale()
 
     def forward(
         self,
@@ -236,16 +236,20 @@ class Block(nn.Module):
             subsets: the crops that go through attention and feed-forward; None for all.
             rotation: of all T tokens; None without rotary positions.
         """
+        # x = x + drop(scale(attn(norm(x)))), then the same with the mlp. `drop` is stochastic depth:
+        # the branch works on the rows of the kept crops alone and is added to these rows.
+        # `deferred` norms are the same numbers at less memory (nn/lean.py).
         attend, feed = subsets
         if attend is None:
-            x_TD = x_TD + self.attn(x_TD, spans, rotation, self.norm1, self.ls1)
+            x_TD = x_TD + self.ls1(self.attn(self.norm1.deferred(x_TD), spans, rotation))
         else:
             kept_SD = attend.take(x_TD)
             turned = None if rotation is None else rotation.take(attend.row_S)
-            x_TD = attend.add(x_TD, self.attn(kept_SD, attend.spans, turned, self.norm1, self.ls1))
+            branch_SD = self.ls1(self.attn(self.norm1.deferred(kept_SD), attend.spans, turned))
+            x_TD = attend.add(x_TD, branch_SD)
         if feed is None:
-            return x_TD + self.mlp(x_TD, self.norm2, self.ls2)
-        return feed.add(x_TD, self.mlp(feed.take(x_TD), self.norm2, self.ls2))
+            return x_TD + self.ls2(self.mlp(self.norm2.deferred(x_TD)))
+        return feed.add(x_TD, self.ls2(self.mlp(self.norm2.deferred(feed.take(x_TD)))))
 
 
 class VisionTransformer(Backbone):

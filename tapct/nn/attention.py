@@ -16,8 +16,7 @@ from torch import Tensor, nn
 
 from tapct.base.exits import UserError
 from tapct.nn.backends import BACKENDS, Spans
-from tapct.nn.layers import gain_of, normed_linear
-from tapct.nn.lean import lean_linear
+from tapct.nn.lean import DeferredLinear, DeferredRows, linear_of
 from tapct.nn.norm import LayerNorm
 from tapct.nn.rope import Rotation
 
@@ -59,30 +58,29 @@ class Attention(nn.Module):
         self.k_norm = LayerNorm(dim // heads, eps=1e-6) if qk_norm else nn.Identity()
 
     def forward(
-        self,
-        x_TD: Tensor,
-        spans: Spans,
-        rotation: Rotation | None = None,
-        norm: LayerNorm | None = None,
-        scale: nn.Module | None = None,
-    ) -> Tensor:
-        """Mix the tokens of each crop: (T, D) packed as `spans` say -> (T, D).
+        self, x_TD: Tensor | DeferredRows, spans: Spans, rotation: Rotation | None = None
+    ) -> Tensor | DeferredLinear:
+        """proj(softmax(q k' / sqrt(C)) v) with (q, k, v) = qkv(x), within each crop.
 
         Args:
-            rotation: turns queries and keys by their tokens' places; None for none.
-            norm: of the tokens, before; None for none.
-            scale: LayerScale of the result; None for none.
+            x_TD: tokens, packed as `spans` say.
+            spans: runs of crops of equal length.
+            rotation: turns queries and keys by the positions of their tokens; None: not turned.
+        Returns:
+            (T, D), deferred if the input is.
         """
-        q_THC, k_THC, v_THC = (
-            normed_linear(self.qkv, norm, x_TD).view(x_TD.shape[0], 3, self.heads, -1).unbind(1)
-        )
+        qkv_TE = linear_of(self.qkv, x_TD)  # E = 3 * H * C
+        q_THC, k_THC, v_THC = qkv_TE.view(qkv_TE.shape[0], 3, self.heads, -1).unbind(1)
         q_THC, k_THC = self.q_norm(q_THC), self.k_norm(k_THC)
         if rotation is not None:
             q_THC, k_THC = rotation.turn(q_THC), rotation.turn(k_THC)
-        q_THC, k_THC = q_THC.to(v_THC.dtype), k_THC.to(v_THC.dtype)  # norm and rotation are float32
+        # norm and rotation give float32; kernels want queries, keys and values of one dtype
+        q_THC, k_THC = q_THC.to(v_THC.dtype), k_THC.to(v_THC.dtype)
         mixed_THC = BACKENDS[self.backend](q_THC, k_THC, v_THC, spans)
-        return lean_linear(self.proj, _join_heads, mixed_THC, gain_E=gain_of(scale))
+        y_TD = DeferredLinear(self.proj, DeferredRows(_join_heads, (mixed_THC,)))
+        return y_TD if isinstance(x_TD, DeferredRows) else y_TD.compute()
 
 
 def _join_heads(x_THC: Tensor) -> Tensor:
+    """(T, H, C) -> (T, D)."""
     return x_THC.flatten(1)

@@ -16,34 +16,32 @@ from torch import Tensor, nn
 
 from tapct.base import rng
 from tapct.nn.backends import Span, Spans
-from tapct.nn.lean import lean_linear
-from tapct.nn.norm import LayerNorm
+from tapct.nn.lean import DeferredLinear, DeferredRows, linear_of
 
 
 class LayerScale(nn.Module):
-    """A learned gain per channel on a residual branch. Source: Touvron et al. 2021,
-    arXiv:2103.17239.
+    """A learned gain per channel on a residual branch.
+
+    Source: Touvron et al. 2021, arXiv:2103.17239.
     """
 
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.gamma = nn.Parameter(torch.ones(dim))
 
-    def forward(self, x_TD: Tensor) -> Tensor:
-        """(T, D) -> (T, D)."""
+    def forward(self, x_TD: Tensor | DeferredLinear) -> Tensor:
+        """gamma * x, (T, D) -> (T, D)."""
+        if isinstance(x_TD, DeferredLinear):
+            return x_TD.compute(self.gamma)
         return x_TD * self.gamma
 
 
-def gain_of(scale: nn.Module | None) -> Tensor | None:
-    """The gain of a LayerScale; None where there is none."""
-    return scale.gamma if isinstance(scale, LayerScale) else None
+class NoScale(nn.Module):
+    """Takes the place of LayerScale in a model without it."""
 
-
-def normed_linear(linear: nn.Linear, norm: LayerNorm | None, x_TD: Tensor) -> Tensor:
-    """linear(norm(x)), (T, D) -> (T, E); the normed tokens are not kept for the backward pass."""
-    if norm is None:
-        return linear(x_TD)
-    return lean_linear(linear, norm.formula, x_TD, norm.weight, norm.bias)
+    def forward(self, x_TD: Tensor | DeferredLinear) -> Tensor:
+        """x, (T, D) -> (T, D)."""
+        return x_TD.compute() if isinstance(x_TD, DeferredLinear) else x_TD
 
 
 class Mlp(nn.Module):
@@ -54,15 +52,11 @@ class Mlp(nn.Module):
         self.fc1 = nn.Linear(dim, hidden)
         self.fc2 = nn.Linear(hidden, dim)
 
-    def forward(
-        self, x_TD: Tensor, norm: LayerNorm | None = None, scale: nn.Module | None = None
-    ) -> Tensor:
-        """scale(mlp(norm(x))), (T, D) -> (T, D); without one or the other where they are not
-        given.
-        """
-        return lean_linear(
-            self.fc2, F.gelu, normed_linear(self.fc1, norm, x_TD), gain_E=gain_of(scale)
-        )
+    def forward(self, x_TD: Tensor | DeferredRows) -> Tensor | DeferredLinear:
+        """fc2(gelu(fc1(x))), (T, D) -> (T, D); deferred if the input is."""
+        hidden = DeferredRows(F.gelu, (linear_of(self.fc1, x_TD),))
+        y_TD = DeferredLinear(self.fc2, hidden)
+        return y_TD if isinstance(x_TD, DeferredRows) else y_TD.compute()
 
 
 def swiglu_hidden(hidden: int) -> int:
@@ -87,15 +81,11 @@ class SwiGLU(nn.Module):
         self.w12 = nn.Linear(dim, 2 * width)
         self.w3 = nn.Linear(width, dim)
 
-    def forward(
-        self, x_TD: Tensor, norm: LayerNorm | None = None, scale: nn.Module | None = None
-    ) -> Tensor:
-        """scale(ffn(norm(x))), (T, D) -> (T, D); without one or the other where they are not
-        given.
-        """
-        return lean_linear(
-            self.w3, _gate, normed_linear(self.w12, norm, x_TD), gain_E=gain_of(scale)
-        )
+    def forward(self, x_TD: Tensor | DeferredRows) -> Tensor | DeferredLinear:
+        """w3(silu(a) * b) with (a, b) = w12(x), (T, D) -> (T, D); deferred if the input is."""
+        hidden = DeferredRows(_gate, (linear_of(self.w12, x_TD),))
+        y_TD = DeferredLinear(self.w3, hidden)
+        return y_TD if isinstance(x_TD, DeferredRows) else y_TD.compute()
 
 
 def _gate(both_TF: Tensor) -> Tensor:

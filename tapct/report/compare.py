@@ -23,11 +23,12 @@ from rich.table import Table
 from rich.text import Text
 
 from tapct.base.exits import UserError
+from tapct.config.flat import flatten_to_text
 from tapct.eval import results
 from tapct.eval.old_formats import config_with_task_table
 from tapct.eval.results import Evaluation
 from tapct.report import evaluation, page
-from tapct.report.history import History, flatten, read_history
+from tapct.report.history import History, read_history
 from tapct.report.plots import NUM_COLOURS, Curve, ReferenceLine, dash_of, line_chart, number, text
 from tapct.ssl.health import verdict
 
@@ -149,7 +150,7 @@ def _config(place: Path, name: str, notes: list[str]) -> Mapping[str, str]:
             "are blank"
         )
         return {}
-    return dict(flatten(config_with_task_table(tree)))
+    return flatten_to_text(config_with_task_table(tree))
 
 
 def _evaluation(place: Path, name: str, notes: list[str]) -> Evaluation | None:

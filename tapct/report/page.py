@@ -7,18 +7,20 @@ requests. A part that the run does not have yet is named, with the command that 
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from tapct.base import files
+from tapct.base.console import duration
 from tapct.base.exits import UserError
+from tapct.config.flat import flatten_to_text
 from tapct.eval import results
 from tapct.eval.results import Evaluation
 from tapct.report import evaluation, theme
-from tapct.report.history import History, flatten, prototypes_ln, read_history, read_json
+from tapct.report.history import History, prototypes_ln, read_history, read_json
 from tapct.report.plots import (
     Curve,
     ReferenceLine,
@@ -130,15 +132,6 @@ def readings(history: History) -> list[TermReading]:
             )
         )
     return found
-
-
-def duration(seconds: float) -> str:
-    """Seconds for people."""
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    if seconds < 7200:
-        return f"{seconds / 60:.1f} min"
-    return f"{seconds / 3600:.1f} h" if seconds < 172800 else f"{seconds / 86400:.1f} d"
 
 
 def verdict_box(found: Verdict, evaluated: bool) -> str:
@@ -371,7 +364,7 @@ def provenance(facts: Mapping[str, Any], why_not: str) -> str:
         return f'<p class="missing">Unknown: {text(why_not)}.</p>'
     rows = "".join(
         f"<tr><th>{text(key)}</th><td>{text(value)}</td></tr>"
-        for key, value in flatten(dict(facts))
+        for key, value in flatten_to_text(facts).items()
     )
     return f'<table class="facts"><tbody>{rows}</tbody></table>'
 
@@ -473,14 +466,11 @@ def write(run_dir: Path) -> Path:
 
 def save(html: str, out: Path) -> Path:
     """Write a page, whole or not at all, and return its path. Raises: UserError."""
-    aside = out.with_name(f".{out.name}.{os.getpid()}")
     try:
-        aside.write_text(html, encoding="utf-8")
-        aside.replace(out)
+        files.write_atomically(out, html)
     except OSError as error:
-        aside.unlink(missing_ok=True)
         raise UserError(
-            f"{out} could not be written: {error.strerror}. Free space or check the folder's "
-            "rights."
+            f"{out} could not be written: {files.first_cause(error)}. Free space or check the "
+            "folder's permissions."
         ) from error
     return out

@@ -30,8 +30,8 @@ class DataConfig:
     )
     on_change: str = setting(
         "refuse",
-        "when a run goes on and the store has other scans than before: refuse, or rebase (go on "
-        "with the new ones)",
+        "when a run is resumed and the store has other scans than before: refuse, or rebase "
+        "(continue with the new ones)",
         choices=("refuse", "rebase"),
     )
     loader: loader.Config = field(default_factory=loader.Config)

@@ -29,6 +29,7 @@ from tapct.run import background_eval
 from tapct.run.config import RunConfig
 from tapct.run.resume import changed_keys
 from tapct.ssl.student_teacher import build_backbone
+from tapct.weights.card import FeatureSettings
 from tapct.weights.export import save_export
 
 
@@ -176,7 +177,6 @@ def export(folder: Path, out: Path | None = None) -> Path:
     if getattr(section.config, "attention", "") in GPU_ONLY:
         # weights do not depend on the back-end, and an export must run anywhere
         section = replace(section, config=replace(section.config, attention="auto"))
-    save_export(
-        target, trained.backbone, section, config.contract, config.eval.preprocess, provenance
-    )
+    settings = FeatureSettings(section, config.contract, config.eval.preprocess)
+    save_export(target, trained.backbone, settings, provenance)
     return target

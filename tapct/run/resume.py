@@ -10,13 +10,13 @@ checkpoint it is.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from tapct.base import console
 from tapct.base.exits import UserError
 from tapct.config import from_dict, to_dict
+from tapct.config.flat import flatten
 from tapct.engine import checkpoint
 from tapct.engine.checkpoint import Checkpoints
 from tapct.eval.old_formats import config_with_task_table
@@ -149,16 +149,3 @@ def what_changed(changed: list[tuple[str, Any, Any]], found: Path) -> str:
         "shapes its curve. "
         "Set it back, choose another out=, or go on all the same with --allow-change"
     )
-
-
-def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mapping -> dotted keys; lists are leaves. Goes through JSON, so that tuples equal
-    lists.
-    """
-    flat: dict[str, Any] = {}
-    for key, value in json.loads(json.dumps(tree, default=str)).items():
-        if isinstance(value, dict) and value:
-            flat.update(flatten(value, f"{prefix}{key}."))
-        else:
-            flat[prefix + key] = value
-    return flat

@@ -23,7 +23,7 @@ from typing import Any
 
 from tapct import config as configs
 from tapct.config import ConfigError, setting, to_dict
-from tapct.run.resume import flatten
+from tapct.config.flat import flatten
 
 MAY_CHANGE = ("views.", "masks.", "losses.", "optim.", "data.loader.", "train.accumulation")
 # Pattern of a key, and why it keeps its value for the whole run; the first that fits is told.

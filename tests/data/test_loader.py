@@ -15,8 +15,8 @@ from scipy.stats import chi2
 
 from tapct.base import rng
 from tapct.base.exits import UserError
+from tapct.base.files import write_atomically
 from tapct.data import loader
-from tapct.data.pack import write_atomically
 from tapct.data.packed import encode
 from tapct.data.sampler import scan_of
 from tapct.data.store import INDEX_NAME, Store, StoredScan, index_bytes

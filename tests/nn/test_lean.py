@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from tapct.models import vit
 from tapct.nn.backends import Span
+from tapct.nn.layers import Subset
 from tapct.nn.lean import lean_linear
 from tapct.nn.norm import LayerNorm
 
@@ -117,6 +118,54 @@ def test_a_block_keeps_ten_numbers_per_token_and_channel(ffn: str, autocast: boo
     half = 2 if autocast else 4
     wanted = rows * (2 * 4 * dim + half * (3 + 1) * dim + half * hidden)
     assert sum(each.untyped_storage().nbytes() for each in large) == wanted
+
+
+@pytest.mark.parametrize("ffn", ["mlp", "swiglu"])
+@pytest.mark.parametrize("layer_scale", [1.0, None])
+@pytest.mark.parametrize("dropped", [False, True])
+def test_a_block_is_the_plain_pre_norm_residual_with_its_gradients(
+    ffn: str, layer_scale: float | None, dropped: bool
+) -> None:
+    spans = (Span(2, 5), Span(2, 3))
+    config = vit.Config(
+        window=(4, 16, 16), dim=12, depth=1, heads=2, ffn=ffn, layer_scale=layer_scale, qk_norm=True
+    )
+    block = vit.Block(config).double()
+    for parameter in block.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    x_TD = torch.randn(16, 12, dtype=torch.float64, requires_grad=True)
+    first = Subset(torch.arange(5, 13), (Span(1, 5), Span(1, 3)), (2.0, 2.0)) if dropped else None
+    second = Subset(torch.arange(10), (Span(2, 5), Span(0, 3)), (1.0, 1.0)) if dropped else None
+
+    def attention(x: Tensor, lengths: list[int]) -> Tensor:
+        whole = []
+        for crop in block.norm1(x).split(lengths):
+            q, k, v = (block.attn.qkv(crop).view(-1, 3, 2, 6).unbind(1)[i] for i in range(3))
+            q, k = block.attn.q_norm(q), block.attn.k_norm(k)
+            weights = torch.softmax(torch.einsum("qhc,khc->hqk", q, k) / math.sqrt(6), dim=-1)
+            whole.append(torch.einsum("hqk,khc->qhc", weights, v).flatten(1))
+        return block.ls1(block.attn.proj(torch.cat(whole)))
+
+    def feed_forward(x: Tensor) -> Tensor:
+        if ffn == "mlp":
+            return block.ls2(block.mlp.fc2(gelu(block.mlp.fc1(block.norm2(x)))))
+        gate, value = block.mlp.w12(block.norm2(x)).chunk(2, dim=-1)
+        return block.ls2(block.mlp.w3(gate * torch.sigmoid(gate) * value))
+
+    if dropped:  # by loops over crops: kept rows 5..12 of attention, 0..9 of the feed-forward
+        branch = 2 * attention(x_TD[5:13], [5, 3])
+        plain = torch.cat([x_TD[:5], x_TD[5:13] + branch, x_TD[13:]])
+        plain = torch.cat([plain[:10] + feed_forward(plain[:10]), plain[10:]])
+    else:
+        plain = x_TD + attention(x_TD, [5, 5, 3, 3])
+        plain = plain + feed_forward(plain)
+    lean = block(x_TD, spans, (first, second))
+    torch.testing.assert_close(lean, plain, rtol=1e-11, atol=1e-11)
+    leaves = [x_TD, *block.parameters()]
+    dy = torch.randn_like(plain)
+    got, wanted = (torch.autograd.grad((y * dy).sum(), leaves) for y in (lean, plain))
+    for a, b in zip(got, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
 
 def test_in_bf16_the_error_is_that_of_the_plain_formula() -> None:

@@ -10,6 +10,7 @@ import yaml
 
 from tapct.base.exits import UserError
 from tapct.cluster import submit
+from tapct.cluster.resources import Resources
 from tapct.config import ConfigError, from_dict, load_config, to_dict
 from tapct.run import stages
 from tapct.run.config import RunConfig
@@ -156,4 +157,4 @@ def test_every_key_that_may_change_in_a_stage_is_one_of_the_table() -> None:
 def test_a_job_whose_stage_cannot_share_the_batch_is_refused_before_it_waits() -> None:
     resolved = load_config(RunConfig, None, [FEW, word((2, ("train.accumulation=512",)))])
     with pytest.raises(UserError, match="train.global_batch 1024 cannot be shared by 1 x 4 tasks"):
-        submit.check(resolved, submit.Resources(minutes=60, gpus_per_node=4))
+        submit.check_run(resolved, Resources(minutes=60, gpus_per_node=4))

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,14 +16,21 @@ from tapct.base import rng
 from tapct.base.exits import UserError
 from tapct.views import masks
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent / "scripts"))
+import mask_statistics
+
 CONFIG = masks.Config()
 GRIDS = [(3, 28, 28), (2, 8, 8), (1, 14, 14), (3, 2, 2), (1, 1, 1), (6, 6, 6)]
 
 
 def draw(
-    counts: list[int], grid: tuple[int, int, int], samples: list[int], config: masks.Config = CONFIG, seed: int = 0,
+    counts: list[int],
+    grid: tuple[int, int, int],
+    samples: list[int],
+    config: masks.Config = CONFIG,
+    seed: int = 0,
     in_scan: torch.Tensor | None = None,
-) -> Any:  # fmt: skip
+) -> Any:
     num = math.prod(grid)
     views = len(counts) // len(samples)
     everywhere = torch.ones(views, len(samples), num, dtype=torch.bool)
@@ -221,7 +230,7 @@ def test_padding_is_masked_last_and_weighs_nothing() -> None:
 def test_most_masked_tokens_come_from_blocks(grid: tuple[int, int, int], least: float) -> None:
     for ratio in (0.1, 0.3, 0.5):
         counts = [int(math.prod(grid) * ratio)] * 200
-        blocked = choice(counts, grid).in_blocks_PN
+        blocked = mask_statistics.in_blocks_PN(choice(counts, grid))
         assert blocked.sum() / sum(counts) > least
         final = draw(counts, grid, list(range(200))).masked_VBN[0]
         assert torch.equal(final & blocked, blocked)  # topping up only adds
@@ -257,7 +266,7 @@ def test_block_sides_keep_volume_and_aspect_inside_a_large_grid() -> None:
 
 def test_statistics_are_those_of_the_bounding_boxes() -> None:
     grid, counts = (2, 60, 60), [1700] * 100
-    told = masks.statistics(
+    measured = mask_statistics.statistics(
         counts, grid, torch.ones(1, 100, 7200, dtype=torch.bool), torch.arange(100), CONFIG, 3
     )
     made = choice(counts, grid, seed=3)
@@ -267,27 +276,27 @@ def test_statistics_are_those_of_the_bounding_boxes() -> None:
         placed.append(boxes(made, grid, block)[(union.sum(1) < 1700) | (more.sum(1) <= 1700)])
         union = more
     depth, height, width = np.concatenate(placed).T
-    assert told.blocks == len(depth) / 100
-    assert told.share_in_blocks == pytest.approx(np.minimum(union.sum(1), 1700).mean() / 1700)
+    assert measured.blocks == len(depth) / 100
+    assert measured.share_in_blocks == pytest.approx(np.minimum(union.sum(1), 1700).mean() / 1700)
     for name, values in [
         ("volume", depth * height * width),
         ("height_width", height / width),
         ("depth_height", depth / height),
     ]:
-        assert getattr(told, name) == pytest.approx(np.quantile(values, [0.05, 0.5, 0.95]))
+        assert getattr(measured, name) == pytest.approx(np.quantile(values, [0.05, 0.5, 0.95]))
 
 
 def test_statistics_of_the_published_grid() -> None:
     counts = masks.counts(CONFIG, num_crops_global=128, num_tokens=2352, seed=0, step=0)
     in_scan = torch.ones(2, 64, 2352, dtype=torch.bool)
-    told = masks.statistics(counts, (3, 28, 28), in_scan, torch.arange(64), CONFIG, 0)
-    assert told.share_in_blocks > 0.98 and 3 < told.blocks <= masks.ROUNDS
-    assert told.volume[0] >= 3 and told.volume[2] < 2352 * 0.5 * 1.2
-    assert told.height_width[0] * told.height_width[2] == pytest.approx(
+    measured = mask_statistics.statistics(counts, (3, 28, 28), in_scan, torch.arange(64), CONFIG, 0)
+    assert measured.share_in_blocks > 0.98 and 3 < measured.blocks <= masks.ROUNDS
+    assert measured.volume[0] >= 3 and measured.volume[2] < 2352 * 0.5 * 1.2
+    assert measured.height_width[0] * measured.height_width[2] == pytest.approx(
         1, abs=0.15
     )  # log-uniform: as tall as wide
     with pytest.raises(ValueError, match="mask more tokens"):
-        masks.statistics([0, 3], (3, 28, 28), in_scan[:, :1], torch.arange(1), CONFIG, 0)
+        mask_statistics.statistics([0, 3], (3, 28, 28), in_scan[:, :1], torch.arange(1), CONFIG, 0)
 
 
 @pytest.mark.parametrize("grid", [(1, 14, 14), (3, 28, 28)])
