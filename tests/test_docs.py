@@ -47,6 +47,7 @@ from tapct.types import Batch, HUContract, LabelMap, Masks, Tokens, TokenSets, V
 from tapct.views import boxes, masks, recipe
 from tapct.views.key import ViewKey
 from tapct.weights import export, pretrained
+from tapct.weights.card import FeatureSettings
 
 ROOT = Path(__file__).resolve().parent.parent
 SMOKE = ROOT / "configs" / "smoke.yaml"
@@ -371,13 +372,9 @@ def test_the_example_backbone_is_exported_and_comes_back(mylab: Path, tmp_path: 
     model = module.build(config)
     model.init_weights(3)
     preprocess = Preprocess((8, 8), (4, 8, 8), (4, 8, 8))
+    section = Plugin("mylab.models.patch_mlp", config)
     export.save_export(
-        tmp_path / "e",
-        model,
-        Plugin("mylab.models.patch_mlp", config),
-        HUContract(),
-        preprocess,
-        {},
+        tmp_path / "e", model, FeatureSettings(section, HUContract(), preprocess), {}
     )
     crops = torch.randn(1, 4, 8, 8)
     back = pretrained.load_pretrained(tmp_path / "e", custom_code=True)
