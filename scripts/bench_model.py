@@ -28,7 +28,7 @@ from tapct.base import exits
 from tapct.engine import compiled
 from tapct.models import vit
 from tapct.nn.layers import DropKey
-from tapct.plan import flops as plan
+from tapct.plan import flops
 
 GEMM_SIZE = 2048
 Pass = tuple[list[Tensor], list[Tensor | None]]
@@ -39,7 +39,7 @@ def forward_flops(config: vit.Config, groups: list[Tensor]) -> float:
     total = 0.0
     for group in groups:
         window = (group.shape[1], group.shape[2], group.shape[3])
-        costs = plan.tables(
+        costs = flops.count_costs(
             config, num_globals=group.shape[0], global_window=window, num_locals=0, local_window=window, head_uses=(),
             masked_share=0.0, global_batch=1,
         )  # fmt: skip
