@@ -9,7 +9,7 @@ from tapct.base.exits import UserError
 from tapct.config import plugins, setting
 from tapct.config.plugins import Plugin
 from tapct.data import loader
-from tapct.distributed.world import Config
+from tapct.distributed.config import Config
 from tapct.engine import checkpoint, loop, optim, trackers
 from tapct.eval import runner
 from tapct.run.stages import Part, Stage, parts_of
