@@ -8,6 +8,7 @@ them, so that a list of names is fast.
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import difflib
 import importlib
@@ -48,6 +49,20 @@ def available(folder: str) -> tuple[str, ...]:
     if not path.is_dir():
         raise ValueError(f"tapct has no plug-in folder {folder!r}")
     return tuple(sorted(file.stem for file in path.glob("*.py") if not file.name.startswith("_")))
+
+
+def title(folder: str, name: str) -> str:
+    """Name of one of tapct's plug-ins for people: its docstring up to the first colon.
+
+    Args:
+        folder: plug-in folder, e.g. losses.
+        name: name of the plug-in in YAML; any other name is returned as it is.
+    """
+    if name not in available(folder):
+        return name
+    file = _PACKAGE.joinpath(*_parts(folder), f"{name}.py")
+    text = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or name
+    return text.splitlines()[0].partition(":")[0]
 
 
 def load(folder: str, name: str) -> ModuleType:

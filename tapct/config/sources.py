@@ -48,7 +48,8 @@ class Sources:
 
     def of_fields(self, path: KeyPath, names: list[str]) -> str:
         """The sources of some fields of a section, each once, or else that of the section."""
-        known = [self.origins[(*path, name)] for name in names if (*path, name) in self.origins]
+        keys = [(*path, name) for name in names]
+        known = [self.origins[key] for key in keys if key in self.origins]
         return ", ".join(dict.fromkeys(known)) or self.of(path)
 
     def error(self, path: KeyPath, value: Any, rule: str) -> ConfigError:
