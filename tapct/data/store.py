@@ -105,7 +105,7 @@ class Store:
         self.__init__(state["path"], state["max_open"])  # type: ignore[misc]
         if self.digest != state["digest"]:
             raise UserError(
-                f"the store {self.path} was packed anew while it was in use; start again"
+                f"the store {self.path} was packed again while it was in use; start again"
             )
 
     def file(self, i: int) -> Path:

@@ -312,7 +312,7 @@ def _decode(path: Path, shape: tuple[int, int]) -> np.ndarray:
         slope, intercept = float(dataset.RescaleSlope), float(dataset.RescaleIntercept)
     if pixels.size != shape[0] * shape[1]:
         raise Refused(
-            "corrupt", f"{path.name} decodes to {pixels.shape} pixels; its header says {shape}"
+            "corrupt", f"{path.name} decodes to {pixels.shape} pixels; its header gives {shape}"
         )
     return pixels.reshape(shape).astype(np.float64) * slope + intercept
 

@@ -21,7 +21,7 @@ _CHUNK = 1 << 20
 
 @dataclass(frozen=True)
 class Header:
-    """What a file says about its scan, as text; empty where it says nothing.
+    """Facts about a scan from its header, as text; empty where the header has none.
 
     `headers` cleans it, and `patients` hashes the identifier.
     """
@@ -44,7 +44,7 @@ class Image:
         affine: float64 4x4 matrix, (i, j, k, 1) -> LPS mm.
         slope: factor to HU, unitless.
         intercept: offset in HU.
-        header: what the file says about its scan.
+        header: facts about the scan from the header.
         names: label value and name, where the file holds a table of labels.
     """
 
