@@ -15,7 +15,6 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from itertools import count
 from typing import Any, ClassVar, Protocol
 
@@ -23,7 +22,7 @@ from torch import Tensor
 
 from tapct.base.exits import UserError
 from tapct.config.fields import setting
-from tapct.data.sampler import samples_of
+from tapct.data.batch_share import BatchShare
 from tapct.data.slabs import Failures, ReadSlab, SlabReader
 from tapct.data.store import Store
 from tapct.types import Batch
@@ -160,9 +159,13 @@ def build(
     Raises:
         UserError: the global batch cannot be shared equally.
     """
-    share = partial(samples_of, world=world, accumulation=accumulation, global_batch=global_batch)
-    share(start_step, 0, rank)  # an unequal share is an error here, not in a thread
-    plan = (share(step, micro, rank) for step in count(start_step) for micro in range(accumulation))
+    # an unequal share is refused here, not in a thread
+    share = BatchShare(global_batch, accumulation, world)
+    plan = (
+        share.samples(step, micro, rank)
+        for step in count(start_step)
+        for micro in range(accumulation)
+    )
     max_damaged = config.max_skips if config.on_error == "skip" else 0
     reader = SlabReader(store, seed, config.slab_depth, max_damaged, rows, pin)
     backend: _Backend

@@ -228,7 +228,7 @@ def test_a_job_that_never_comes_to_train_gives_up(here: Path) -> None:
 def test_the_last_evaluation_of_a_job_is_waited_for(here: Path) -> None:
     during = (
         "eval.during.every=12",
-        "eval.task.steps=5",
+        "eval.tasks.segmentation.steps=5",
         "eval.max_scans=2",
         "eval.num_pictures=0",
     )
