@@ -20,7 +20,7 @@ from typing import Any
 import blosc2
 import numpy as np
 
-from tapct.base.exits import UserError
+from tapct.base.exits import UserError, single_line
 from tapct.data.digest import voxel_digest
 from tapct.types import Volume
 
@@ -183,7 +183,7 @@ def open_packed(file: Path) -> tuple[blosc2.NDArray, PackedMeta]:
             )
     except (RuntimeError, KeyError, TypeError, ValueError, AttributeError, OSError) as error:
         raise Damaged(
-            f"{file} is not a complete packed scan ({type(error).__name__}: {one_line(error)})"
+            f"{file} is not a complete packed scan ({type(error).__name__}: {single_line(error)})"
         ) from error
     return array, meta
 
@@ -276,8 +276,3 @@ def _decode(compressed: memoryview, chunk_ZYX: np.ndarray) -> None:
             f"a chunk header promises {num_bytes} bytes, the chunk has {chunk_ZYX.nbytes} bytes"
         )
     blosc2.decompress2(compressed, dst=chunk_ZYX, nthreads=1)
-
-
-def one_line(error: BaseException) -> str:
-    """The message of an error without line breaks."""
-    return " ".join(str(error).split())
