@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # From a folder of CT scans to evaluated features: set-up, index, pack, train, eval, export, report.
-#   scripts/quickstart.sh                    a synthetic archive, about 6 minutes on 2 cores after the install
-#   scripts/quickstart.sh --data DIR         your own scans (NIfTI, NRRD, MHA, DICOM; label maps beside them if you have any)
-#   scripts/quickstart.sh --help             all options; key=value arguments override the config
+#   scripts/quickstart.sh               a synthetic archive; about 6 minutes on 2 cores, plus set-up
+#   scripts/quickstart.sh --data DIR    your own scans (NIfTI, NRRD, MHA, DICOM), with label maps
+#                                       in the same folders if you have any
+#   scripts/quickstart.sh --help        all options; key=value arguments override the config
 # A second call reuses what exists.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

@@ -1,16 +1,25 @@
 #!/usr/bin/env bash
-# Sets everything up and runs the tests: the default tier, or with --slow the slow ones too. More words go to pytest.
-#   scripts/test.sh                     scripts/test.sh --slow                scripts/test.sh tests/test_config.py -x
-# Real scans are taken from TAPCT_TEST_CT (default ../shared/data/ct); without them their tests are skipped.
+# Sets everything up and runs the tests; with --slow the slow ones too. Other arguments go to
+# pytest.
+#   scripts/test.sh
+#   scripts/test.sh --slow
+#   scripts/test.sh tests/config/test_config.py -x
+# Tests on real scans read TAPCT_TEST_CT (default ../shared/data/ct); without it they are skipped.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 scripts/setup.sh dev
 
-words=()
-for word in "$@"; do
-    if [ "$word" = "--slow" ]; then words+=(-m "not slurm and not gpu"); else words+=("$word"); fi
+options=()
+for option in "$@"; do
+    if [ "$option" = "--slow" ]; then
+        options+=(-m "not slurm and not gpu")
+    else
+        options+=("$option")
+    fi
 done
 # One process per core and one thread per process: small tensors gain nothing from threads.
-jobs="${TAPCT_TEST_JOBS:-$(env -u OMP_NUM_THREADS nproc 2>/dev/null || echo 2)}" # nproc takes that variable's word
+# (without OMP_NUM_THREADS, which nproc would print instead of the number of cores)
+jobs="${TAPCT_TEST_JOBS:-$(env -u OMP_NUM_THREADS nproc 2>/dev/null || echo 2)}"
 export OMP_NUM_THREADS=1
-exec .venv/bin/python -m pytest -q -n "$((jobs < 8 ? jobs : 8))" --dist worksteal "${words[@]+"${words[@]}"}"
+exec .venv/bin/python -m pytest -q -n "$((jobs < 8 ? jobs : 8))" --dist worksteal \
+    "${options[@]+"${options[@]}"}"
