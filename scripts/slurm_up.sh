@@ -5,8 +5,8 @@
 # Needs root, and apt if SLURM is not installed. A second call changes nothing. The last line of the
 # output is the line to source.
 # Partitions: debug (the default) and urgent, whose jobs preempt those of debug after 20 s of grace.
-# Settings: SLURM_TEST_DIR, SLURM_TEST_NODES, SLURM_TEST_CPUS (per node; may exceed the real number),
-# SLURM_TEST_GPUS (per node; they need not exist), SLURM_TEST_PORT.
+# Settings: SLURM_TEST_DIR, SLURM_TEST_NODES, SLURM_TEST_CPUS (per node; may exceed those that
+# exist), SLURM_TEST_GPUS (per node; they need not exist), SLURM_TEST_PORT.
 set -euo pipefail
 
 dir="${SLURM_TEST_DIR:-${TMPDIR:-/tmp}/tapct-slurm}"
