@@ -1,4 +1,6 @@
-"""Run all steps of tapct in one process, from scans to an evaluated model and a report."""
+"""All commands of tapct in one process: a small run from scans to an evaluated and exported model
+and a report page.
+"""
 
 from __future__ import annotations
 
@@ -120,15 +122,13 @@ def main(words: list[str]) -> None:
     stop = timed("train", lambda: pretrain.train(resolved))
     if stop.signal:
         raise UserError(
-            f"stopped by {stop.signal} and saved at step {stop.step}; run the same command again "
-            "to resume"
+            f"stopped by {stop.signal} and saved at step {stop.step}; repeat the command to resume"
         )
     labelled = any(row.label_path for row in found.accepted)
     results = timed("eval", lambda: evaluate(options.out, resolved)) if labelled else None
     if results is None:
         console.say(
-            "the scans have no label maps, so Dice is not computed; see the option --labels of "
-            "`tapct index --help`"
+            "no label maps were found, so no Dice is computed; docs/data.md shows how to name them"
         )
     timed("export", lambda: finished.export(options.out))
     report = timed("report", lambda: page.write(options.out))
@@ -248,5 +248,5 @@ if __name__ == "__main__":
         console.error(str(error))
         sys.exit(2)
     except KeyboardInterrupt:
-        console.error("interrupted; run the same command again to resume")
+        console.error("interrupted; repeat the command to resume")
         sys.exit(130)

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Creates .venv and installs tapct into it, with the versions in constraints.txt. Does nothing if
-# that is done already.
+# Creates .venv and installs tapct into it with the versions of constraints.txt. Does nothing if
+# that is already done.
 #   scripts/setup.sh          to use tapct
-#   scripts/setup.sh dev      to test and develop tapct too
-# torch from PyPI brings CUDA along (gigabytes). On a machine without a GPU this is smaller:
+#   scripts/setup.sh dev      also the tools to test and develop it
+# PyPI serves the CUDA build of torch (gigabytes). Without a GPU, the CPU build is smaller:
 #   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu scripts/setup.sh
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -17,15 +17,14 @@ find_python() {
             return
         fi
     done
-    echo "error: tapct needs Python 3.10 or newer; python3 is $(python3 -V 2>&1 || true)." \
-        "Install a newer one, or set its path: PYTHON=/path/to/python3 $0" >&2
+    echo "error: tapct needs Python 3.10 or newer; python3 here is $(python3 -V 2>&1 || true)." \
+        "Install one, or name it: PYTHON=/path/to/python3 $0" >&2
     return 1
 }
 
 mkdir -p .venv
 exec 9>.venv/.lock
-# if two scripts run at the same time, the second waits for the first
-if command -v flock >/dev/null; then flock 9; fi
+if command -v flock >/dev/null; then flock 9; fi # of two scripts at once, the second one waits
 
 stamp=".venv/.installed-$(cat pyproject.toml constraints.txt <(pwd) | cksum | tr -d ' ')"
 if .venv/bin/python -c '' 2>/dev/null && { [ -e "$stamp-$extra" ] || [ -e "$stamp-dev" ]; }; then

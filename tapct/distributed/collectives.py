@@ -107,9 +107,9 @@ def from_first(make: Callable[[], T]) -> T:
         except (UserError, OSError) as error:
             outcome[1] = error
     dist.broadcast_object_list(outcome, src=0)
-    result, error = outcome
-    if error is not None:
-        raise SharedError(str(error))
+    result, failure = outcome
+    if failure is not None:
+        raise SharedError(str(failure))
     return cast(T, result)
 
 

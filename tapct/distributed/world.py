@@ -166,21 +166,31 @@ def shard_size(place: Ranks, wanted: int) -> int:
     return size
 
 
+# What gloo, torch.distributed's store and NCCL raise where another rank has ended or does not come.
+# Whole phrases: a kernel of this rank's own GPU can time out too, and then no other rank is lost.
+LOST_PHRASES = re.compile(
+    # gloo
+    r"connection closed by peer|remote peer closed the connection|timed out waiting \d+ ?ms"
+    r"|timed out in monitoredBarrier|application timeout caused pair closure|read timeout"
+    # sockets and the store
+    r"|connection (reset by peer|refused|timed out|was likely closed)|broken pipe"
+    r"|socket .*timed out|timed out connecting|(wait|barrier) timeout|timeout waiting for key"
+    # collectives of any back-end, NCCL
+    r"|operation timed out!|collective operation timeout|before timing out"
+    r"|ncclRemoteError|remote process exit",
+    re.IGNORECASE,
+)
+OWN_FAULT = re.compile(r"\b(CUDA|CUDNN|cuBLAS|HIP) (driver )?error", re.IGNORECASE)
+
+
 def lost_rank(error: RuntimeError) -> bool:
-    """Whether a back-end says that another rank is gone or late, and not that something is wrong
-    here.
+    """Whether a back-end says that another rank is gone or late, and not that this rank is at
+    fault.
     """
-    told = str(error).lower()
-    signs = (
-        "closed by peer",
-        "connection reset",
-        "connection refused",
-        "timed out",
-        "timeout",
-        "broken pipe",
-        "remote",
-    )
-    return isinstance(error, dist.DistNetworkError) or any(sign in told for sign in signs)
+    if isinstance(error, dist.DistNetworkError):
+        return True
+    text = str(error)
+    return LOST_PHRASES.search(text) is not None and OWN_FAULT.search(text) is None
 
 
 def cause_of(error: RuntimeError) -> str:
