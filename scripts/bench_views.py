@@ -96,7 +96,8 @@ def gather(batch: Batch, config: recipe.Config, blur: bool) -> list[Tensor]:
     views = []
     for kind, num in (("global", config.num_globals), ("local", config.num_locals)):
         rule = config.rule(kind)  # type: ignore[arg-type]
-        crops = boxes.draw(rule, kind, num, cells, batch.extent_B3, batch.sample_B, 0)  # type: ignore[arg-type]
+        extent_B3, sample_B = batch.extent_B3, batch.sample_B
+        crops = boxes.draw(rule, kind, num, cells, extent_B3, sample_B, 0)  # type: ignore[arg-type]
         scale, centre = crops.length_VB3 / size, (2 * crops.start_VB3 + crops.length_VB3) / size - 1
         for view in range(num):
             theta = torch.diag_embed(scale[view].flip(1))
