@@ -75,9 +75,9 @@ def hash_int(seed: int, purpose: str, *counters: int) -> int:
     """The hash of one key in Python integers, for host-side draws.
 
     Args:
-        seed: of the run; any integer, its low 64 bits count.
-        purpose: name of the draw, so that draws for different uses are independent.
-        counters: what the draw is for, e.g. sample number and view; order matters.
+        seed: seed of the run; any integer, of which the low 64 bits are used.
+        purpose: name of the draw, so that draws for different purposes are independent.
+        counters: integers that number the draw, e.g. sample and view; their order matters.
     Returns:
         A signed int64 as an int, equal to `hash_bits` of the same key.
     """
