@@ -20,6 +20,7 @@ from tapct.config.flat import flatten_to_text
 from tapct.report import evaluation, theme
 from tapct.report.history import History, prototypes_ln, read_history, read_json
 from tapct.report.plots import Curve, Rule, area_chart, line_chart, number, share_bar, text
+from tapct.run_folder import RunFolder
 from tapct.ssl.health import TermReading, Verdict, verdict
 
 TERM_WORDS = {
@@ -397,9 +398,10 @@ def render(run_dir: Path) -> str:
         raise UserError(
             f"run folder {run_dir} is not there. Give the folder of a run, e.g. runs/NAME."
         )
-    history = read_history(run_dir / "metrics.jsonl")
-    facts, no_facts = read_json(run_dir / "run.json")
-    results, no_results = read_json(run_dir / "eval" / "results.json")
+    folder = RunFolder(run_dir)
+    history = read_history(folder.metrics)
+    facts, no_facts = read_json(folder.provenance)
+    results, no_results = read_json(folder.evaluation().results)
     manifest: dict[str, Any] = facts["manifest"] if isinstance(facts.get("manifest"), dict) else {}
     others = {key: value for key, value in facts.items() if key != "manifest" or not manifest}
     others |= {
@@ -408,14 +410,14 @@ def render(run_dir: Path) -> str:
     name = run_dir.resolve().name
     sections = {
         "Frozen features": evaluation.evaluation(
-            run_dir / "eval", results, no_results, f"tapct eval {run_dir}"
+            folder.evaluation().path, results, no_results, f"tapct eval {run_dir}"
         ),
         "Losses": losses(history),
         "Health": health(history),
         "Schedules": schedules(history),
         "Timing": timing(history),
         "Scans": scans(manifest, "tapct index DIR"),
-        "Configuration": config(run_dir / "config.yaml"),
+        "Configuration": config(folder.config),
         "Provenance": provenance(others, no_facts),
     }
     anchors = {title: title.lower().replace(" ", "-") for title in sections}
@@ -459,7 +461,7 @@ def write(run_dir: Path) -> Path:
     Raises:
         UserError: no run folder, no finished step in it, or no room to write.
     """
-    return save(render(run_dir), run_dir / "report.html")
+    return save(render(run_dir), RunFolder(run_dir).report)
 
 
 def save(html: str, out: Path) -> Path:

@@ -24,9 +24,10 @@ from pathlib import Path
 import torch
 
 from tapct.base import console, ranks, signals
-from tapct.engine.checkpoint import Checkpoints, step_of
+from tapct.engine.checkpoint import Checkpoints
 from tapct.engine.stop import StopFlag, job_deadline
 from tapct.eval.runner import During
+from tapct.run_folder import CheckpointFolder, RunFolder, step_of
 
 LEAVE_S = 15.0  # before the end of the job's time, for the process to go and the task to end well
 
@@ -137,7 +138,7 @@ class Evaluations:
 
     def log_of(self, step: int) -> Path:
         """What the process that judges a step says."""
-        return steps_folder(self.run) / f"step_{step:08d}" / "log.txt"
+        return RunFolder(self.run).evaluation(step).log
 
     def start(self, saved: Path) -> None:
         """Keep the teacher from rotation and judge it.
@@ -145,16 +146,15 @@ class Evaluations:
         Args:
             saved: a finished checkpoint.
         """
-        folder = steps_folder(self.run) / saved.name
-        folder.mkdir(parents=True, exist_ok=True)
-        for name in ("teacher.safetensors", "meta.json"):
-            (folder / name).unlink(missing_ok=True)
+        folder = RunFolder(self.run).evaluation(step_of(saved))
+        folder.path.mkdir(parents=True, exist_ok=True)
+        source = CheckpointFolder(saved)
+        for old, new in ((source.teacher, folder.teacher), (source.meta, folder.meta)):
+            new.unlink(missing_ok=True)
             try:
-                os.link(
-                    saved / name, folder / name
-                )  # takes no space until the checkpoint is rotated away
+                os.link(old, new)  # takes no space until the checkpoint is rotated away
             except OSError:
-                shutil.copyfile(saved / name, folder / name)
+                shutil.copyfile(old, new)
         words = [
             sys.executable,
             "-m",
@@ -169,7 +169,7 @@ class Evaluations:
         if self.config.how == "job":
             options = [
                 *self.config.sbatch,
-                f"--output={(folder / 'log.txt').absolute()}",
+                f"--output={folder.log.absolute()}",
                 "--open-mode=append",
             ]
             line = [
@@ -189,7 +189,7 @@ class Evaluations:
             )
             return
         self.judged = step_of(saved)
-        with (folder / "log.txt").open("ab") as output, signals.heard_by_children():
+        with folder.log.open("ab") as output, signals.heard_by_children():
             low = ["nice", "-n", "10"] if shutil.which("nice") else []
             self.child = subprocess.Popen(
                 [*low, *words],
@@ -199,8 +199,3 @@ class Evaluations:
                 stderr=output,
                 start_new_session=True,  # a Ctrl-C for training is none for it
             )
-
-
-def steps_folder(run: Path) -> Path:
-    """Where the evaluations of single steps lie."""
-    return run / "eval" / "steps"
