@@ -30,6 +30,7 @@ from tapct.eval.results import Evaluation
 from tapct.report import evaluation, page
 from tapct.report.history import History, read_history
 from tapct.report.plots import NUM_COLOURS, Curve, ReferenceLine, dash_of, line_chart, number, text
+from tapct.run_folder import RunFolder
 from tapct.ssl.health import verdict
 
 LAST_STEPS = 20
@@ -123,14 +124,14 @@ def _history(folder: Path, notes: list[str]) -> History:
         raise UserError(
             f"{folder} is not a run folder" if folder.exists() else f"{folder} is not there"
         )
-    if not (folder / "metrics.jsonl").is_file():
+    if not RunFolder(folder).metrics.is_file():
         raise UserError(f"{folder} is not a run folder: it has no metrics.jsonl")
     try:
-        history = read_history(folder / "metrics.jsonl")
+        history = read_history(RunFolder(folder).metrics)
     except UserError:
         raise UserError(f"{folder} holds no finished step yet") from None
     except OSError as error:
-        raise UserError(f"{folder}/metrics.jsonl cannot be read: {error.strerror}") from error
+        raise UserError(f"{RunFolder(folder).metrics} cannot be read: {error.strerror}") from error
     if history.unreadable:
         notes.append(
             f"{folder}: {history.unreadable} unreadable lines of metrics.jsonl were passed over"
@@ -139,7 +140,7 @@ def _history(folder: Path, notes: list[str]) -> History:
 
 
 def _config(place: Path, name: str, notes: list[str]) -> Mapping[str, str]:
-    path = place / "config.yaml"
+    path = RunFolder(place).config
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8", errors="replace"))
     except (OSError, yaml.YAMLError):
@@ -154,9 +155,9 @@ def _config(place: Path, name: str, notes: list[str]) -> Mapping[str, str]:
 
 
 def _evaluation(place: Path, name: str, notes: list[str]) -> Evaluation | None:
-    folder = place / "eval"
-    evaluated, why_not = results.read(folder)
-    if why_not and (folder / results.FILE).is_file():
+    folder = RunFolder(place).evaluation()
+    evaluated, why_not = results.read(folder.path)
+    if why_not and folder.results.is_file():
         notes.append(f"{name}: {why_not}; its evaluation is blank")
     return evaluated
 

@@ -31,6 +31,7 @@ from tapct.report.plots import (
     share_bar,
     text,
 )
+from tapct.run_folder import RunFolder
 from tapct.ssl.health import TermReading, Verdict, verdict
 
 STYLE_OF = {
@@ -394,9 +395,10 @@ def render(run_dir: Path) -> str:
         raise UserError(
             f"run folder {run_dir} is not there. Give the folder of a run, e.g. runs/NAME."
         )
-    history = read_history(run_dir / "metrics.jsonl")
-    facts, no_facts = read_json(run_dir / "run.json")
-    evaluated, not_evaluated = results.read(run_dir / "eval")
+    folder = RunFolder(run_dir)
+    history = read_history(folder.metrics)
+    facts, no_facts = read_json(folder.provenance)
+    evaluated, not_evaluated = results.read(folder.evaluation().path)
     manifest: dict[str, Any] = facts["manifest"] if isinstance(facts.get("manifest"), dict) else {}
     others = {key: value for key, value in facts.items() if key != "manifest" or not manifest}
     others |= {
@@ -405,14 +407,14 @@ def render(run_dir: Path) -> str:
     name = run_dir.resolve().name
     sections = {
         "Frozen features": evaluation.evaluation_part(
-            run_dir / "eval", evaluated, not_evaluated, f"tapct eval {run_dir}"
+            folder.evaluation().path, evaluated, not_evaluated, f"tapct eval {run_dir}"
         ),
         "Losses": losses(history),
         "Health": health(history),
         "Schedules": schedules(history),
         "Timing": timing(history),
         "Scans": scans(manifest, "tapct index DIR"),
-        "Configuration": config(run_dir / "config.yaml"),
+        "Configuration": config(folder.config),
         "Provenance": provenance(others, no_facts),
     }
     anchors = {title: title.lower().replace(" ", "-") for title in sections}
@@ -456,7 +458,7 @@ def write(run_dir: Path) -> Path:
     Raises:
         UserError: no run folder, no finished step in it, or no room to write.
     """
-    return save(render(run_dir), run_dir / "report.html")
+    return save(render(run_dir), RunFolder(run_dir).report)
 
 
 def save(html: str, out: Path) -> Path:
