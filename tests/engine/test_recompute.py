@@ -123,7 +123,7 @@ def test_a_block_that_draws_by_itself_draws_the_same_again() -> None:
 
 def test_a_backbone_without_blocks_is_one_line() -> None:
     with pytest.raises(
-        UserError, match=r"train.recompute=2: this backbone has no `blocks`.*set it to 0"
+        UserError, match=r"train.recompute=2: this backbone has no repeated blocks.*set it to 0"
     ):
         recompute.recompute_blocks(torch.nn.Linear(2, 2), 2)
     recompute.recompute_blocks(torch.nn.Linear(2, 2), 0)
