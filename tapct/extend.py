@@ -4,7 +4,8 @@
     a loss          inherits from `Loss`; gets `TokenSets`, returns a `LossResult` of `Term`s
     a backbone      inherits from `Backbone`; returns `Tokens`; `init` sets its first weights
     an op on views  is an `Op`: a function of a view and its `ViewKey`
-    a task          gets `DenseFeatures` on a `PatchGrid` for every `LabelledScan`
+    a task          inherits from `Task`, sets its `Labels`; gets `DenseFeatures` on a `PatchGrid`
+                    for every `LabelledScan`; returns `TaskResults` and a `Headline`
 
 | name | what it is for |
 |---|---|
@@ -17,6 +18,7 @@
 | `prototype_loss`, `PrototypeLoss`, `pair_up` | cross-entropy over prototypes without the matrix |
 | `gather_with_gradient` | the tensors of all ranks, differentiable |
 | `Attention`, `Mlp`, `SwiGLU`, `LayerScale`, `LayerNorm`, `DropKey` | layers of a transformer |
+| `ScanScore`, `Breakdown` | a task's result on one scan; its headline metric by class |
 | `Masks`, `Volume`, `LabelMap`, `ScanFacts`, `HUContract`, `AIR_HU` | nouns that cross borders |
 | `Size3`, `Grid`, `patch_grid` | sizes in voxels, in patches, and from one to the other |
 """
@@ -27,6 +29,7 @@ from tapct.base.exits import UserError
 from tapct.base.geometry import Grid, Size3, patch_grid
 from tapct.config import setting
 from tapct.distributed.collectives import gather_with_gradient
+from tapct.eval.contract import Breakdown, Headline, Labels, ScanScore, Task, TaskResults
 from tapct.eval.features import DenseFeatures, PatchGrid
 from tapct.eval.scans import LabelledScan
 from tapct.nn import init
@@ -59,15 +62,18 @@ __all__ = [
     "Attention",
     "Backbone",
     "CropCost",
+    "Breakdown",
     "DenseFeatures",
     "DropKey",
     "Grid",
     "HUContract",
+    "Headline",
     "HeadConfig",
     "HeadRows",
     "LabelMap",
     "LabelledScan",
     "LayerCost",
+    "Labels",
     "LayerNorm",
     "LayerScale",
     "Loss",
@@ -80,12 +86,15 @@ __all__ = [
     "PrototypeLoss",
     "ScanFacts",
     "Size3",
+    "ScanScore",
     "SnapshotTimes",
     "SwiGLU",
     "TargetConfig",
     "TargetStats",
     "TargetSums",
     "Targets",
+    "Task",
+    "TaskResults",
     "Term",
     "TokenSets",
     "Tokens",

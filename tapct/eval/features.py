@@ -28,7 +28,7 @@ _SLAB_BYTES = 16 << 20  # of the largest temporary while a map is brought to vox
 
 @dataclass(frozen=True)
 class Preprocess:
-    """How a whole scan is brought before a frozen backbone; stored in every export beside the HU
+    """How a whole scan is prepared for a frozen backbone; stored in every export with the HU
     contract.
     """
 
@@ -138,8 +138,8 @@ class PatchGrid:
             yield start, end, my @ (slab @ mx.T)
 
     def to_voxels(self, maps_CZYX: Tensor) -> Tensor:
-        """`voxel_slabs` in one piece: float32 (C, Z, Y, X) on the original grid; memory is yours to
-        judge.
+        """`voxel_slabs` in one piece: float32 (C, Z, Y, X) on the original grid. It needs the memory
+        of the whole result.
         """
         return torch.cat([slab for _, _, slab in self.voxel_slabs(maps_CZYX)], dim=1)
 
@@ -149,9 +149,8 @@ class PatchGrid:
         """
         out = np.empty(self.original, dtype=np.uint16)
         for start, end, slab in self.voxel_slabs(maps_CZYX):
-            out[start:end] = (
-                slab.max(dim=0).indices.cpu().numpy()
-            )  # four times as fast as argmax on a CPU
+            # four times as fast as argmax on a CPU
+            out[start:end] = slab.max(dim=0).indices.cpu().numpy()
         return out
 
     def patch_of_voxel(self, axis: int, num_samples: int) -> np.ndarray:
@@ -168,7 +167,7 @@ class PatchGrid:
 
 @dataclass(frozen=True)
 class DenseFeatures:
-    """What a frozen backbone says about a scan.
+    """The features of a scan from a frozen backbone.
 
     Args:
         features_DZYX: float32 on the patch grid of the resized scan, averaged over overlapping
@@ -188,14 +187,13 @@ class DenseFeatures:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A scan ready for windows: resized, clipped, normalised, padded. Shared by all models that are
-    compared.
+    """A scan ready for windows: resized, clipped, normalised, padded; the same for all models.
 
     Args:
         input_ZYX: float32 after `HUContract.normalise`, padded with air to whole patches and to one
             window at least.
         grid: of the patches that touch the scan.
-        spacing_mm: of the resized voxels along (z, y, x); None where it was not told.
+        spacing_mm: mm of the resized voxels along (z, y, x); None if it was not given.
     """
 
     input_ZYX: Tensor
@@ -218,8 +216,8 @@ def prepare(
 
     Args:
         hu_ZYX: int16 HU of the whole scan.
-        spacing_mm: of the scan's own voxels along (z, y, x); only a backbone that works in mm needs
-            it.
+        spacing_mm: mm of the scan's own voxels along (z, y, x); only a backbone that works in mm
+            needs it.
     Raises:
         UserError: window or stride off the patch grid.
     """

@@ -11,7 +11,7 @@ from tapct.config import plugins, setting
 from tapct.config.plugins import Plugin
 from tapct.data import loader
 from tapct.data.batch_share import BatchShare
-from tapct.distributed.world import Config
+from tapct.distributed.config import Config
 from tapct.engine import checkpoint, loop, optim, trackers
 from tapct.eval import runner
 from tapct.run.stages import Part, StageConfig, parts_of

@@ -306,7 +306,7 @@ class Pretraining:
 
         def look_after() -> bool:
             if first:
-                self.evaluations.look(self.checkpoints)
+                self.evaluations.start_due(self.checkpoints)
             return settings.on_error == "stop" and self.checkpoints.failed()
 
         return loop.Hooks(record if first else lambda row: None, save, look_after, console.say)

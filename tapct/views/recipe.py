@@ -1,9 +1,10 @@
-"""From a batch of slabs to the views that the student and the teacher see, all on the device.
+"""Make the views that student and teacher see from a batch of slabs, all on the device.
+
+Order of work: clip to the HU window, crop, resize and blur by matrices, apply the ops one after the
+other, clip again and z-score.
 
 Axes: B batch, V views of one kind (crop-major: all samples of view 0, then view 1), N patch tokens,
-    Z Y X.
-Order of work: clip to the HU window, crop + resize + blur as matrices, ops one by one, clip again
-    and z-score.
+Z Y X depth height width in voxels.
 """
 
 from __future__ import annotations
@@ -22,11 +23,14 @@ from tapct.views import boxes, resample
 from tapct.views.boxes import Boxes, Kind, Rule
 from tapct.views.key import Op, ViewKey
 
+SLIVER = 1e-3  # voxels of scan below which a token counts as padding: float32 rounds by less
+
 
 @dataclass(frozen=True)
 class Config:
-    """How views are made. Source of the defaults, where none is named: TAP-CT's public training
-    configs.
+    """Configure the number, crops, blur and ops of the views.
+
+    Source: defaults are TAP-CT's public training configs, except where another source is named.
     """
 
     num_globals: int = setting(2, "global views of a scan", ge=1)
@@ -94,14 +98,10 @@ class Config:
 
     def rule(self, kind: Kind) -> Rule:
         """The crop rule of one kind of view."""
-        window, area = (
-            (self.global_window, self.global_area)
-            if kind == "global"
-            else (self.local_window, self.local_area)
-        )
+        is_global = kind == "global"
         return Rule(
-            window,
-            area,
+            self.global_window if is_global else self.local_window,
+            self.global_area if is_global else self.local_area,
             self.aspect,
             self.z_zoom,
             self.body_share_min,
@@ -110,7 +110,7 @@ class Config:
         )
 
     def slices_needed(self) -> float:
-        """Slices that the deepest view reads: a shallower slab would always be filled up with
+        """Slices that the deepest view reads; a slab with fewer would always be filled up with
         air.
         """
         depths = [self.global_window[0]] + ([self.local_window[0]] if self.num_locals else [])
@@ -128,9 +128,12 @@ def make_views(
 
     Args:
         batch: slabs, on the device.
-        contract: HU window, mean and std.
-        seed: of the run.
-        patch: (z, y, x) size of a patch token, to tell which tokens lie wholly outside the scan.
+        config: number, crops, blur and ops of the views.
+        contract: HU window, mean and standard deviation.
+        seed: seed of the run.
+        patch: voxels (z, y, x) of a patch token, from which follows which tokens lie in padding.
+    Returns:
+        The views, and which tokens of the global views hold scan.
     Raises:
         UserError: a global view is not a whole number of patches.
     """
@@ -162,13 +165,11 @@ def _views_of_kind(
     cells: Tensor,
     ops: tuple[Op, ...],
 ) -> tuple[Tensor, Boxes, Tensor]:
-    """The views (V, B, Z, Y, X) of one kind, normalised, their boxes, and the mm of their voxels
-    (V, B, 3).
+    """The views (V, B, Z, Y, X) of one kind, normalised; their boxes; and the size of their voxels
+    in mm (V, B, 3).
     """
-    rule, num_views = (
-        config.rule(kind),
-        config.num_globals if kind == "global" else config.num_locals,
-    )
+    rule = config.rule(kind)
+    num_views = config.num_globals if kind == "global" else config.num_locals
     slab_ZYX = (batch.hu_BZYX.shape[1], batch.hu_BZYX.shape[2], batch.hu_BZYX.shape[3])
     crops = boxes.draw(rule, kind, num_views, cells, batch.extent_B3, batch.sample_B, seed)
     mm_VB3 = mm_per_voxel(crops, rule.window, batch.spacing_mm_B3)
@@ -180,7 +181,9 @@ def _views_of_kind(
     if not keys:
         return out, crops, mm_VB3
     sigma_VB = torch.stack([_blur_sigma(config, key) for key in keys])
-    max_sigma = config.blur_sigma[1] if max(config.blur_p[key.group] for key in keys) > 0 else 0.0
+    # the host decides whether there is any blur, so that no draw waits for the device
+    is_blurred = any(config.blur_p[key.group] > 0 for key in keys)
+    max_sigma = config.blur_sigma[1] if is_blurred else 0.0
     maps = resample.matrices(
         crops,
         rule.window,
@@ -189,6 +192,8 @@ def _views_of_kind(
         sigma_VB=sigma_VB,
         max_sigma=max_sigma,
     )
+    # one view at a time: the float32 crops of all views at once would be several times as large as
+    # the views
     for view, key in enumerate(keys):
         resample.apply(batch.hu_BZYX, maps, view, contract, out[view])
         hu_BZYX = out[view]
@@ -199,7 +204,7 @@ def _views_of_kind(
 
 
 def _blur_sigma(config: Config, key: ViewKey) -> Tensor:
-    """(B,) width of the blur of one view, 0 where it does not happen."""
+    """Width (B,) of the blur of one view in pixels, 0 where there is none."""
     sigma = torch.where(
         key.happens("blur", config.blur_p[key.group]),
         key.uniform("blur sigma", *config.blur_sigma),
@@ -213,8 +218,8 @@ def mm_per_voxel(crops: Boxes, window: Size3, spacing_mm_B3: Tensor) -> Tensor:
 
     Args:
         crops: boxes of the views in voxels of the slab.
-        window: voxels of a view.
-        spacing_mm_B3: of the slabs.
+        window: voxels of a view along (z, y, x).
+        spacing_mm_B3: distance of the slabs' voxel centres along (z, y, x).
     """
     length_mm_VB3 = crops.length_VB3 * spacing_mm_B3
     return torch.stack(
@@ -223,13 +228,14 @@ def mm_per_voxel(crops: Boxes, window: Size3, spacing_mm_B3: Tensor) -> Tensor:
 
 
 def tokens_in_scan(crops: Boxes, grid: tuple[int, ...], extent_B3: Tensor) -> Tensor:
-    """Which patch tokens hold scan: (V, B, N) bool in raster order, False where a token lies wholly
-    in padding.
+    """Which patch tokens hold scan.
 
     Args:
         crops: boxes of the views.
         grid: tokens along (z, y, x).
         extent_B3: int64, voxels of each slab that are scan.
+    Returns:
+        (V, B, N) bool in raster order, False where a token lies wholly in padding.
     """
     held = []
     for axis, num in enumerate(grid):
@@ -237,11 +243,9 @@ def tokens_in_scan(crops: Boxes, grid: tuple[int, ...], extent_B3: Tensor) -> Te
         flip = crops.flip_VB3[..., axis, None]
         first, last = (torch.where(flip, 1 - e, e) for e in (edge[:-1], edge[1:]))
         start, length = crops.start_VB3[..., axis, None], crops.length_VB3[..., axis, None]
-        begin, end = (
-            start + length * torch.minimum(first, last),
-            start + length * torch.maximum(first, last),
-        )
-        sliver = 1e-3  # voxel: less is rounding, not scan
-        held.append((begin < extent_B3[:, axis, None] - sliver) & (end > sliver))
+        begin = start + length * torch.minimum(first, last)
+        end = start + length * torch.maximum(first, last)
+        held.append((begin < extent_B3[:, axis, None] - SLIVER) & (end > SLIVER))
+    # (V, B, tokens along one axis) each -> (V, B, z, y, x) -> (V, B, N)
     z, y, x = held
     return (z[..., :, None, None] & y[..., None, :, None] & x[..., None, None, :]).flatten(2)
