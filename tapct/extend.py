@@ -9,6 +9,8 @@
 
 | name | what it is for |
 |---|---|
+| `HeadRows` | what `Loss.prototype_rows` returns: rows that go through a loss's head |
+| `CropCost`, `LayerCost` | what `Backbone.crop_cost` returns: parameters and FLOPs for `tapct plan` |
 | `SnapshotTimes` | when a loss wants the teacher copied aside |
 | `TargetStats`, `TargetSums` | statistics of a loss's targets, from which health is logged |
 | `PrototypeHead`, `HeadConfig` | the projection head of DINO and iBOT, and its section of a config |
@@ -18,11 +20,13 @@
 | `Attention`, `Mlp`, `SwiGLU`, `LayerScale`, `LayerNorm`, `DropKey` | layers of a transformer |
 | `ScanScore`, `Breakdown` | a task's result on one scan; its headline metric by class |
 | `Masks`, `Volume`, `LabelMap`, `ScanFacts`, `HUContract`, `AIR_HU` | nouns that cross borders |
+| `Size3`, `Grid`, `patch_grid` | sizes in voxels, in patches, and from one to the other |
 """
 
 from __future__ import annotations
 
 from tapct.base.exits import UserError
+from tapct.base.geometry import Grid, Size3, patch_grid
 from tapct.config import setting
 from tapct.distributed.collectives import gather_with_gradient
 from tapct.eval.contract import Breakdown, Headline, Labels, ScanScore, Task, TaskResults
@@ -30,7 +34,7 @@ from tapct.eval.features import DenseFeatures, PatchGrid
 from tapct.eval.scans import LabelledScan
 from tapct.nn import init
 from tapct.nn.attention import Attention
-from tapct.nn.contracts import Backbone, Loss, SnapshotTimes
+from tapct.nn.contracts import Backbone, CropCost, HeadRows, LayerCost, Loss, SnapshotTimes
 from tapct.nn.heads import Config as HeadConfig
 from tapct.nn.heads import PrototypeHead
 from tapct.nn.layers import DropKey, LayerScale, Mlp, SwiGLU
@@ -57,14 +61,18 @@ __all__ = [
     "AIR_HU",
     "Attention",
     "Backbone",
+    "CropCost",
     "Breakdown",
     "DenseFeatures",
     "DropKey",
+    "Grid",
     "HUContract",
     "Headline",
     "HeadConfig",
+    "HeadRows",
     "LabelMap",
     "LabelledScan",
+    "LayerCost",
     "Labels",
     "LayerNorm",
     "LayerScale",
@@ -77,6 +85,7 @@ __all__ = [
     "PrototypeHead",
     "PrototypeLoss",
     "ScanFacts",
+    "Size3",
     "ScanScore",
     "SnapshotTimes",
     "SwiGLU",
@@ -95,6 +104,7 @@ __all__ = [
     "gather_with_gradient",
     "init",
     "pair_up",
+    "patch_grid",
     "prototype_loss",
     "setting",
 ]

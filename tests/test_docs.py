@@ -41,6 +41,7 @@ from tapct.nn.contracts import Backbone
 from tapct.plan import command, scale
 from tapct.run.config import RunConfig
 from tapct.ssl import health
+from tapct.ssl.inputs import Inputs
 from tapct.ssl.schedules import Schedules
 from tapct.ssl.student_teacher import StudentTeacher
 from tapct.types import Batch, HUContract, LabelMap, Masks, Tokens, TokenSets, Volume
@@ -201,7 +202,7 @@ def test_the_verdicts_of_the_training_page_are_those_of_the_report() -> None:
 # --- how pages are written ---
 
 
-REWRITTEN = [page for page in PAGES if page.name not in ("data.md", "ingest.md", "extending.md")]
+REWRITTEN = [page for page in PAGES if page.name != "extending.md"]
 
 
 @pytest.mark.parametrize("page", REWRITTEN, ids=lambda page: page.name)
@@ -372,10 +373,8 @@ def test_the_example_backbone_is_exported_and_comes_back(mylab: Path, tmp_path: 
     model = module.build(config)
     model.init_weights(3)
     preprocess = Preprocess((8, 8), (4, 8, 8), (4, 8, 8))
-    section = Plugin("mylab.models.patch_mlp", config)
-    export.save_export(
-        tmp_path / "e", model, FeatureSettings(section, HUContract(), preprocess), {}
-    )
+    settings = FeatureSettings(Plugin("mylab.models.patch_mlp", config), HUContract(), preprocess)
+    export.save_export(tmp_path / "e", model, settings, {})
     crops = torch.randn(1, 4, 8, 8)
     back = pretrained.load_pretrained(tmp_path / "e", custom_code=True)
     assert torch.equal(back(crops).patches_BND, model([crops])[0].patches_BND)
@@ -528,12 +527,19 @@ def test_the_table_of_metrics_has_every_key_that_a_step_writes_and_no_other() ->
     trainer = loop.Trainer(
         pair,
         optim.Updater(pair, optim.Config()),
-        Schedules(optim.Config(), 2, 2),
-        loop.Config(steps=2, global_batch=2),
-        loop.Recipe(views, masks.Config(probability=1.0), HUContract(), PATCH, 0),
+        [
+            loop.StageSettings(
+                0,
+                "",
+                loop.Config(steps=2, global_batch=2),
+                Inputs(views, masks.Config(probability=1.0), HUContract(), PATCH, 0),
+                Schedules(optim.Config(), 2, 2),
+                optim.Config(),
+                tuple(losses),
+            )
+        ],
         loop.Hooks(written.append, lambda step, last: None),
-        2,
-        2,
+        loop.Cadence(2, 2),
     )
     hu = torch.randint(-1000, 400, (2, 4, 16, 16), dtype=torch.int16)
     number = torch.arange(2)

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from tapct.base.exits import UserError
+from tapct.base.geometry import Grid, Size3, patch_grid
 from tapct.config import setting
 from tapct.types import AIR_HU, HUContract, Tokens
 from tapct.views.resample import resize_volume
 
-Triple = tuple[int, int, int]
 _SLAB_BYTES = 16 << 20  # of the largest temporary while a map is brought to voxels
 
 
@@ -59,16 +59,12 @@ class Preprocess:
                     f"skipped. Use {window} or less."
                 )
 
-    def check_patch(self, patch: Triple) -> None:
+    def check_patch(self, patch: Size3) -> None:
         """Raise UserError where window or stride do not fall on the grid of `patch` voxels."""
         for name in ("window", "stride"):
-            for axis, voxels, side in zip("zyx", getattr(self, name), patch, strict=True):
-                if voxels % side:
-                    raise UserError(
-                        f"preprocess.{name} is {voxels} along {axis}, but the backbone's patch is "
-                        f"{side} there: "
-                        f"windows must fall on the patch grid. Use a multiple of {side}."
-                    )
+            patch_grid(
+                getattr(self, name), patch, f"preprocess.{name}", "windows fall on the patch grid"
+            )
 
 
 @dataclass(frozen=True)
@@ -81,12 +77,12 @@ class PatchGrid:
         original: shape of the scan as it was read.
     """
 
-    patch: Triple
-    resized: Triple
-    original: Triple
+    patch: Size3
+    resized: Size3
+    original: Size3
 
     @property
-    def shape(self) -> Triple:
+    def shape(self) -> Grid:
         """Patches along (z, y, x): enough to cover the resized scan."""
         z, y, x = (-(-size // side) for size, side in zip(self.resized, self.patch, strict=True))
         return z, y, x
@@ -207,7 +203,7 @@ def prepare(
     hu_ZYX: np.ndarray,
     contract: HUContract,
     preprocess: Preprocess,
-    patch: Triple,
+    patch: Size3,
     device: torch.device | str = "cpu",
     spacing_mm: Sequence[float] | None = None,
 ) -> Prepared:
@@ -287,13 +283,11 @@ def features_of(
         for axis in zip(input_ZYX.shape, preprocess.window, preprocess.stride, strict=True)
     ]
     corners = [(z, y, x) for z, y, x in itertools.product(*starts)]
-    per_window = [w // p for w, p in zip(preprocess.window, patch, strict=True)]
+    per_window = list(patch_grid(preprocess.window, patch, "preprocess.window"))
     weights = [axis_weight(n, preprocess.border_weight).to(input_ZYX.device) for n in per_window]
     taper_ZYX1 = (weights[0][:, None, None] * weights[1][:, None] * weights[2])[..., None]
     dim = int(model.dim)  # type: ignore[arg-type]
-    total_ZYXD = input_ZYX.new_zeros(
-        *(s // p for s, p in zip(input_ZYX.shape, patch, strict=True)), dim
-    )
+    total_ZYXD = input_ZYX.new_zeros(*patch_grid(input_ZYX.shape, patch, "the padded scan"), dim)
     cls_D = input_ZYX.new_zeros(dim)
     training = model.training
     model.eval()
@@ -344,8 +338,8 @@ def dense_features(
 def _run(
     model: nn.Module,
     prepared: Prepared,
-    corners: list[Triple],
-    window: Triple,
+    corners: list[Size3],
+    window: Size3,
     per_window: list[int],
 ) -> Tokens:
     crops_BZYX = torch.stack(

@@ -286,8 +286,8 @@ def _evaluation_rows(runs: Sequence[Run]) -> list[Row]:
     for name, row_name in tasks.items():
         values, gains = [], []
         for run in runs:
-            section = run.evaluated.tasks.get(name) if run.evaluated else None
-            lead = section.headline.lead() if section else None
+            evaluated = run.evaluated.tasks.get(name) if run.evaluated else None
+            lead = evaluated.headline.lead() if evaluated else None
             known = lead is not None and math.isfinite(lead.own)
             values.append(results.shown(lead.own) if lead and known else BLANK)
             gains.append(evaluation.signed(lead.gain) if lead and known else BLANK)

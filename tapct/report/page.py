@@ -13,9 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from tapct.base import files
+from tapct.base import files, metric_names
 from tapct.base.console import duration
 from tapct.base.exits import UserError
+from tapct.config import plugins
 from tapct.config.flat import flatten_to_text
 from tapct.eval import results
 from tapct.eval.results import Evaluation
@@ -32,13 +33,6 @@ from tapct.report.plots import (
 )
 from tapct.ssl.health import TermReading, Verdict, verdict
 
-TERM_LABELS = {
-    "dino": "DINO",
-    "ibot": "iBOT",
-    "koleo": "KoLeo",
-    "dino_global": "DINO global",
-    "dino_local": "DINO local",
-}
 STYLE_OF = {
     "alive": "good",
     "faint": "warn",
@@ -86,7 +80,8 @@ POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-s
 
 def label_of(name: str) -> str:
     """The last part of a metric's name, for people."""
-    return TERM_LABELS.get(name, name.replace("_", " "))
+    loss, _, rest = name.partition("_")
+    return f"{plugins.title('losses', loss)} {rest}".strip().replace("_", " ")
 
 
 def curve(
@@ -106,9 +101,9 @@ def curves(history: History, names: Mapping[str, str], factor: float = 1.0) -> l
 def terms(history: History) -> list[str]:
     """Losses that report the information of their targets."""
     return [
-        name.removeprefix("health/").removesuffix("_information")
+        metric_names.loss_with_targets(name)
         for name in history.names("health/")
-        if name.endswith("_information")
+        if metric_names.loss_with_targets(name)
     ]
 
 
@@ -116,7 +111,7 @@ def readings(history: History) -> list[TermReading]:
     """Recent health of each prototype loss."""
 
     def recent(term: str, what: str) -> float:
-        return history.recent(f"health/{term}_{what}")
+        return history.recent(metric_names.target_health(term, what))
 
     health_of_terms = []
     for term in terms(history):

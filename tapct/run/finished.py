@@ -21,12 +21,11 @@ from tapct.engine import checkpoint
 from tapct.engine.checkpoint import Checkpoints, Meta
 from tapct.eval import runner
 from tapct.eval.baselines import with_baselines
-from tapct.eval.old_formats import config_with_task_table
 from tapct.eval.results import Evaluation
-from tapct.nn.backends import GPU_ONLY
 from tapct.nn.contracts import Backbone
 from tapct.run import background_eval
 from tapct.run.config import RunConfig
+from tapct.run.old_configs import upgraded
 from tapct.run.resume import changed_keys
 from tapct.ssl.student_teacher import build_backbone
 from tapct.weights.card import FeatureSettings
@@ -76,9 +75,7 @@ def open_run(folder: Path, overrides: Sequence[str] = (), step: int | None = Non
 
 
 def _config_of(folder: Path, overrides: Sequence[str]) -> Resolved:
-    return tapct_config.load_config(
-        RunConfig, folder / "config.yaml", overrides, upgrade=config_with_task_table
-    )
+    return tapct_config.load_config(RunConfig, folder / "config.yaml", overrides, upgrade=upgraded)
 
 
 def newest_teacher(folder: Path) -> Path:
@@ -173,10 +170,8 @@ def export(folder: Path, out: Path | None = None) -> Path:
         "samples": meta.samples,
         "data": meta.data_digest,
     }
-    section = config.model
-    if getattr(section.config, "attention", "") in GPU_ONLY:
-        # weights do not depend on the back-end, and an export must run anywhere
-        section = replace(section, config=replace(section.config, attention="auto"))
+    portable = trained.backbone.export_config()  # weights do not depend on the attention back-end
+    section = config.model if portable is None else replace(config.model, config=portable)
     settings = FeatureSettings(section, config.contract, config.eval.preprocess)
     save_export(target, trained.backbone, settings, provenance)
     return target

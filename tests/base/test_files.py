@@ -13,9 +13,9 @@ import textwrap
 from pathlib import Path
 
 import pytest
+from small_disk import small_disk
 
 from tapct.base import files
-from tests.small_disk import small_disk
 
 
 def names(folder: Path) -> list[str]:
