@@ -447,7 +447,7 @@ def test_the_example_task_finds_the_height_where_it_can_be_seen(
     models = (NamedModel("raw_hu", RawPatches(PATCH)), NamedModel("blind", blind))
     found = evaluate(task, models, tmp_path, monkeypatch)
     section = found.tasks["mylab.tasks.depth"]
-    # 8 slices of patches: a model that sees nothing answers the middle, 3.5, and is 2 off on average
+    # 8 slices of patches: a model that sees nothing predicts the middle, 3.5, and is off by 2
     assert section.headline.values["blind"] == pytest.approx(2.0, abs=0.02)
     assert section.headline.values["raw_hu"] < 0.1
     assert all((tmp_path / one.file).is_file() for one in section.pictures + found.pca)
