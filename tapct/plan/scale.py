@@ -351,8 +351,8 @@ def largest_fits(
         samples = "1 sample" if least.samples == 1 else f"{least.samples} samples"
         raise UserError(
             f"nothing fits: {samples} at a time on {least.gpus} GPUs take {least.total / GB:.2f} "
-            f"GB of each (state {least.state / GB:.2f}, copies {least.copies / GB:.2f}, activations "
-            f"{least.activations / GB:.2f}), and --memory {memory_bytes / GB:g} leaves "
+            f"GB of each (state {least.state / GB:.2f}, copies {least.copies / GB:.2f}, "
+            f"activations {least.activations / GB:.2f}), and --memory {memory_bytes / GB:g} leaves "
             f"{limit / GB:.2f}; take larger GPUs, more of them per copy (parallel.shard), a "
             "smaller model, or smaller or fewer views"
         )

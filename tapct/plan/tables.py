@@ -50,9 +50,10 @@ def _table(title: str, columns: Sequence[str], *, text_columns: int = 0) -> Tabl
     """An empty table; the first columns hold text, all others numbers."""
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for index, column in enumerate(columns):
-        is_text = index < text_columns
-        justify = "left" if is_text else "right"
-        table.add_column(column, justify=justify, vertical="bottom", no_wrap=is_text)  # type: ignore[arg-type]
+        if index < text_columns:
+            table.add_column(column, vertical="bottom", no_wrap=True)
+        else:
+            table.add_column(column, vertical="bottom", justify="right")
     return table
 
 
@@ -121,11 +122,10 @@ def _memory_as_set(estimate: Estimate) -> Table:
 
 
 def _legend(estimate: Estimate) -> str:
-    state_bytes = 5 * estimate.settings.number_bytes
+    state_bytes, parameters = 5 * estimate.settings.number_bytes, estimate.counts.total
     lines = [
         "samples      size of a micro-batch on one GPU",
-        f"state        {state_bytes} bytes for each of {estimate.counts.total:,} parameters: student, "
-        "teacher,",
+        f"state        {state_bytes} bytes for each of {parameters:,} parameters: student, teacher,",
         "             gradients, two moments; divided among the GPUs that share a copy",
         "copies       weights that are whole while they are used",
         "activations  stored for the backward pass",
