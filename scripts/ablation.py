@@ -71,7 +71,8 @@ def outcome(out: Path) -> dict[str, float]:
         json.loads(line)
         for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     ]
-    models = json.loads((out / "eval" / "results.json").read_text(encoding="utf-8"))["models"]
+    results = json.loads((out / "eval" / "results.json").read_text(encoding="utf-8"))
+    models = results["tasks"]["segmentation"]["models"]
     untrained = max(
         found["mean_dice_voxel"] for name, found in models.items() if name.startswith("untrained")
     )

@@ -31,7 +31,7 @@ from tapct.config import plugins
 from tapct.eval.features import window_starts
 from tapct.run.config import RunConfig
 from tapct.types import Tokens, Volume
-from tapct.weights.export import Recipe
+from tapct.weights.card import FeatureSettings
 from tapct.weights.pretrained import Pretrained
 
 
@@ -93,7 +93,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     )
     calls = math.ceil(windows / options.batch)
     model = SomeCalls(backbone, calls, options.real)
-    pretrained = Pretrained(model, Recipe(model=config.model, preprocess=preprocess), {})
+    pretrained = Pretrained(model, FeatureSettings(model=config.model, preprocess=preprocess), {})
     hu_ZYX = np.random.default_rng(0).integers(-1000, 400, options.shape, dtype=np.int16)
     before = peak_bytes()
     embedding = pretrained.embed(Volume(hu_ZYX, (1.0, 0.7, 0.7)), batch=options.batch)

@@ -1,14 +1,15 @@
 """Write the tables of docs/configuration.md from the config dataclasses, so that the page cannot be
 out of date.
 
-python scripts/make_config_docs.py            rewrite the tables, leave the text around them alone
-python scripts/make_config_docs.py --check    write nothing; exit 1 if the page is not current
+python scripts/make_config_docs.py            rewrite the tables, keep the text around them
+python scripts/make_config_docs.py --check    write nothing; exit 1 if the tables are out of date
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import textwrap
 import types
 import typing
 from collections.abc import Iterator
@@ -21,21 +22,25 @@ from tapct.run.config import RunConfig
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "configuration.md"
 BEGIN, END = "<!-- tables: made by scripts/make_config_docs.py -->", "<!-- end of tables -->"
+WIDTH = 100
 WORDS = {
     bool: "true or false",
-    int: "whole number",
+    int: "integer",
     float: "number",
-    str: "text",
+    str: "string",
     Path: "path",
     type(None): "null",
 }
-MANY = {int: "whole numbers", float: "numbers", str: "texts"}
+MANY = {int: "integers", float: "numbers", str: "strings"}
 BOUNDS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
-CONTRACT = {  # HUContract is a noun of tapct/types.py, which knows nothing of settings
-    "clip_low": "HU below this are set to it; 0.5 percentile of the foreground, arXiv:2512.00872",
-    "clip_high": "HU above this are set to it; 99.5 percentile of the foreground, arXiv:2512.00872",
-    "mean": "HU, subtracted after the clip; of the foreground, arXiv:2512.00872",
-    "std": "HU, divided by after that; of the foreground, arXiv:2512.00872",
+# HUContract is defined in tapct/types.py, which must not import `setting`; so its docs are here.
+CONTRACT = {
+    "clip_low": "HU; lower values are set to it; 0.5th percentile of the foreground, "
+    "arXiv:2512.00872",
+    "clip_high": "HU; higher values are set to it; 99.5th percentile of the foreground, "
+    "arXiv:2512.00872",
+    "mean": "HU; subtracted after clipping; mean of the foreground, arXiv:2512.00872",
+    "std": "HU; divisor after that; standard deviation of the foreground, arXiv:2512.00872",
 }
 
 
@@ -55,10 +60,10 @@ class Key:
 
 
 def kind(hint: Any) -> str:
-    """The type of a field in words."""
+    """Type of a field as the tables print it."""
     args = typing.get_args(hint)
     if typing.get_origin(hint) is typing.Literal:
-        return "text"
+        return "string"
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         return " or ".join(kind(arg) for arg in args)
     if typing.get_origin(hint) is tuple:
@@ -71,7 +76,7 @@ def kind(hint: Any) -> str:
 
 
 def value(given: Any) -> str:
-    """A default as it would stand in YAML; long fractions get six digits."""
+    """Default of a field as YAML; long fractions get six digits."""
     if given is None or isinstance(given, bool):
         return "null" if given is None else str(given).lower()
     if isinstance(given, tuple):
@@ -82,7 +87,7 @@ def value(given: Any) -> str:
 
 
 def allowed(hint: Any, metadata: Any) -> str:
-    """The range of a field."""
+    """Allowed values of a field."""
     choices = metadata.get("choices") or (
         typing.get_args(hint) if typing.get_origin(hint) is typing.Literal else ()
     )
@@ -96,7 +101,7 @@ def allowed(hint: Any, metadata: Any) -> str:
 
 
 def fields_of(config: Any) -> Iterator[tuple[dataclasses.Field[Any], Any, Any]]:
-    """Field, resolved type and default of everything that a config can set."""
+    """Field, resolved type and default of every field that a config can set."""
     hints = typing.get_type_hints(type(config))
     for item in dataclasses.fields(config):
         if item.init:
@@ -104,7 +109,7 @@ def fields_of(config: Any) -> Iterator[tuple[dataclasses.Field[Any], Any, Any]]:
 
 
 def keys(config: Any, prefix: str) -> Iterator[Key]:
-    """All leaves below a config dataclass, plug-ins left out."""
+    """All leaf keys below a config dataclass, without those of plug-ins."""
     for item, hint, default in fields_of(config):
         name = prefix + item.name
         if item.metadata.get("plugin_kind"):
@@ -117,8 +122,18 @@ def keys(config: Any, prefix: str) -> Iterator[Key]:
         yield Key(name, kind(hint), value(default), allowed(hint, item.metadata), doc)
 
 
+def summary_of(documented: Any) -> str:
+    """The first paragraph of a docstring, on one line."""
+    return " ".join((documented.__doc__ or "").strip().split("\n\n")[0].split())
+
+
+def wrapped(text: str) -> list[str]:
+    """A paragraph of the page, broken at 100 columns, and the blank line after it."""
+    return [*textwrap.wrap(text, WIDTH, break_long_words=False, break_on_hyphens=False), ""]
+
+
 def table(rows: Iterator[Key]) -> list[str]:
-    """A Markdown table, or nothing without rows."""
+    """A Markdown table; empty if there are no rows."""
     lines = [key.row() for key in rows]
     return (
         ["| key | type | default | range | meaning |", "|---|---|---|---|---|", *lines, ""]
@@ -128,13 +143,13 @@ def table(rows: Iterator[Key]) -> list[str]:
 
 
 def plugin_tables(item: dataclasses.Field[Any], name: str) -> list[str]:
-    """The tables of all plug-ins that one section or table can name."""
+    """Tables of all plug-ins that can be named in one section or table of the config."""
     is_section = item.metadata["plugin_kind"] == "section"
     folder, chosen = item.metadata["plugin_folder"], item.metadata["plugin_default"]
     default = ", ".join(f"`{each}`" for each in ([chosen] if is_section else chosen))
     place, doc = folder.replace(".", "/"), item.metadata["doc"]
     where = f"{doc[0].upper()}{doc[1:]}. Files of `tapct/{place}`; default: {default}."
-    lines = [f"### Plug-ins of `{name}`", "", where, ""]
+    lines = [f"### Plug-ins of `{name}`", "", *wrapped(where)]
     if is_section:
         names = ", ".join(f"`{each}`" for each in plugins.available(folder))
         lines += table(
@@ -142,24 +157,24 @@ def plugin_tables(item: dataclasses.Field[Any], name: str) -> list[str]:
                 [
                     Key(
                         f"{name}.name",
-                        "text",
+                        "string",
                         chosen,
-                        f"{names}, or a module of yours",
-                        "which of them",
+                        f"{names}, or a module of your own",
+                        "file or module to use",
                     )
                 ]
             )
         )
     for each in plugins.available(folder):
         module = plugins.load(folder, each)
-        summary = (module.__doc__ or "").strip().splitlines()[0]
         prefix = f"{name}." if is_section else f"{name}.{each}."
-        lines += [f"**`{each}`** — {summary}", "", *table(keys(module.Config(), prefix))]
+        lines += wrapped(f"**`{each}`** — {summary_of(module)}")
+        lines += table(keys(module.Config(), prefix))
     return lines
 
 
 def plugins_below(config: Any, prefix: str) -> list[str]:
-    """The same for every plug-in field below a config dataclass."""
+    """Tables of all plug-ins below a config dataclass."""
     lines: list[str] = []
     for item, _, default in fields_of(config):
         if item.metadata.get("plugin_kind"):
@@ -170,21 +185,21 @@ def plugins_below(config: Any, prefix: str) -> list[str]:
 
 
 def tables() -> str:
-    """Everything between the two marks of the page."""
+    """The text between the two marks of the page."""
     root = RunConfig()
-    lines = ["### The run itself", "", *table(key for key in keys(root, "") if "." not in key.name)]
+    lines = ["### The run", "", *table(key for key in keys(root, "") if "." not in key.name)]
     for item, _, default in fields_of(root):
         if item.metadata.get("plugin_kind"):
             lines += plugin_tables(item, item.name)
         elif dataclasses.is_dataclass(default):
-            summary = (type(default).__doc__ or "").strip().splitlines()[0]
-            lines += [f"### `{item.name}`", "", summary, "", *table(keys(default, item.name + "."))]
+            lines += [f"### `{item.name}`", "", *wrapped(summary_of(type(default)))]
+            lines += table(keys(default, item.name + "."))
             lines += plugins_below(default, item.name + ".")
     return "\n".join(lines).rstrip() + "\n"
 
 
 def current(page: str) -> str:
-    """The page with its tables made anew."""
+    """The page with new tables."""
     before, _, rest = page.partition(BEGIN)
     _, mark, after = rest.partition(END)
     if not mark:

@@ -1,5 +1,5 @@
-"""All stations of tapct in one process: a small run from scans to a judged, exported model and a
-report page.
+"""All commands of tapct in one process: a small run from scans to an evaluated and exported model
+and a report page.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from rich.table import Table
 from tapct import config as configs
 from tapct.base import console
 from tapct.base.exits import UserError
+from tapct.base.files import write_atomically
 from tapct.data import manifest as manifests
 from tapct.data import pack, patients
 from tapct.data.index import build
 from tapct.data.phantom import archive as phantom
-from tapct.engine.checkpoint import replace_text
 from tapct.report import page
 from tapct.run import finished, pretrain
 from tapct.run.config import RunConfig
@@ -121,22 +121,20 @@ def main(words: list[str]) -> None:
     stop = station("train", lambda: pretrain.train(resolved))
     if stop.signal:
         raise UserError(
-            f"stopped by {stop.signal} and saved at step {stop.step}; the same "
-            "command goes on from there"
+            f"stopped by {stop.signal} and saved at step {stop.step}; repeat the command to resume"
         )
     labelled = any(row.label_path for row in found.accepted)
     results = station("eval", lambda: judge(options.out, resolved)) if labelled else None
     if results is None:
         console.say(
-            "no label maps lie beside the scans, so there is no Dice; `tapct index --help` says "
-            "how to name them"
+            "no label maps were found, so no Dice is computed; docs/data.md shows how to name them"
         )
     station("export", lambda: finished.export(options.out))
     report = station("report", lambda: page.write(options.out))
     summary = summarise(
         options.out, len(found.accepted), len(refused), results, station.seconds, report
     )
-    replace_text(options.out / "summary.json", json.dumps(summary, indent=1) + "\n")
+    write_atomically(options.out / "summary.json", json.dumps(summary, indent=1) + "\n")
     show(summary)
 
 
@@ -145,7 +143,7 @@ def words_without_bf16(cpuinfo: str) -> list[str]:
     float32.
 
     Args:
-        cpuinfo: what Linux tells of the CPU, x86 or Arm.
+        cpuinfo: content of /proc/cpuinfo, x86 or Arm.
     """
     if not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(cpuinfo.split()):
         return []
@@ -161,7 +159,7 @@ def make_phantom(archive: Path) -> None:
         return
     with console.progress_bar("phantom") as progress:
         phantom.write(archive, config, progress)
-    replace_text(done, json.dumps({"num": config.num, "seed": config.seed}))
+    write_atomically(done, json.dumps({"num": config.num, "seed": config.seed}))
 
 
 def judge(out: Path, resolved: configs.Resolved) -> dict[str, Any]:
@@ -170,7 +168,7 @@ def judge(out: Path, resolved: configs.Resolved) -> dict[str, Any]:
     if results.is_file() and results.stat().st_mtime > latest.stat().st_mtime:
         console.say(f"eval: {results} is newer than the last checkpoint")
         return json.loads(results.read_text())
-    return finished.evaluate(out)
+    return finished.evaluate(out).to_json()
 
 
 def summarise(
@@ -193,9 +191,7 @@ def summarise(
 
     gains = {name: mean(last, f"health/{name}_ln_k_minus_ce") for name in names}
     information = {name: mean(last, f"health/{name}_information") for name in names}
-    dice = (
-        {name: model["mean_dice"] for name, model in results["models"].items()} if results else {}
-    )
+    dice = results["tasks"]["segmentation"]["headline"]["values"] if results else {}
     untrained = [
         value for name, value in dice.items() if name.startswith("untrained") and value is not None
     ]
@@ -250,5 +246,5 @@ if __name__ == "__main__":
         console.error(str(error))
         sys.exit(2)
     except KeyboardInterrupt:
-        console.error("interrupted; the same command goes on from where it was")
+        console.error("interrupted; repeat the command to resume")
         sys.exit(130)

@@ -43,21 +43,17 @@ class Refused(UserError):
 
 @dataclass(frozen=True)
 class ScanFacts:
-    """Facts from a scan's header or its JSON side-car; empty or NaN where they are not given.
+    """Facts from a scan's header or its JSON side-car; empty or NaN where it gives none.
 
     `patient` is a keyed hash, never the identifier itself.
     """
 
     patient: str = ""
-    study: str = ""
-    series: str = ""
     study_date: str = ""  # YYYYMMDD
-    modality: str = ""
     manufacturer: str = ""
     kernel: str = ""
     sex: str = ""  # M, F, O or empty
     age_years: float = float("nan")
-    body_part: str = ""
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,10 @@
-"""Errors that a person can mend, and how they end a process: one line on standard error and an exit
-code.
+"""How errors end a process: one line on standard error and an exit code.
 
 | code | meaning |
 |---|---|
-| 0 | done |
-| 1 | a fault of tapct or of a plug-in; a traceback is printed |
-| 2 | bad input or a disk that refuses; one line says what to change |
+| 0 | success |
+| 1 | a bug in tapct or in a plug-in, with a traceback; or `tapct doctor` has found a problem |
+| 2 | wrong input, or a file or disk that cannot be used; one line says what to change |
 | 3 | the run ended because another rank was lost |
 | 130 | interrupted by Ctrl-C |
 """
@@ -20,62 +19,68 @@ from typing import NoReturn
 
 from tapct.base import console, ranks
 
-LOST_RANK = 3  # exit code of a process whose run ended because of another rank
+BUG = 1
+WRONG_INPUT = 2
+LOST_RANK = 3
 INTERRUPTED = 130
 
 
 class UserError(ValueError):
-    """Bad input from a person: the command line prints its one line and exits with 2, without a
-    traceback.
-    """
+    """Wrong input: the command line prints one line and exits with 2, without a traceback."""
 
-    exit_code = 2
+    exit_code = WRONG_INPUT
 
 
 class SharedError(UserError):
-    """Bad input that every rank of a run finds at once: only the first rank prints it."""
+    """Wrong input that every rank of a run finds at once: only the first rank prints it."""
 
 
 class Interrupted(Exception):
-    """Ctrl-C where nothing catches it; typer would end a KeyboardInterrupt without a word."""
+    """Ctrl-C that nothing has caught; typer would end a KeyboardInterrupt without a message."""
 
 
 def exit_code_of(work: Callable[[], object]) -> int:
-    """Run `work`; errors that a person can mend become one line, faults of our own a traceback.
+    """Call a function and print the error that it raises.
 
-    With TAPCT_DEBUG=1 in the environment every error is printed with its traceback.
+    An error that the user can correct becomes one line; any other error is printed with its
+    traceback. With TAPCT_DEBUG=1 in the environment, every error is printed with its traceback.
 
     Args:
-        work: function without arguments; its result is ignored. A SystemExit that it raises gives
-            the exit code.
+        work: function without arguments; its result is ignored.
     Returns:
-        The exit code of the process; see the table above.
+        Exit code of the process, see the table above. A SystemExit gives its own code; as in
+        Python, None means 0, and a text is printed and means 1.
     """
     try:
         work()
         return 0
-    except SystemExit as leave:
-        return leave.code if isinstance(leave.code, int) else int(leave.code is not None)
+    except SystemExit as error:
+        if error.code is None:
+            return 0
+        if isinstance(error.code, int):
+            return error.code
+        return _print_error(str(error.code), error, BUG)
     except SharedError as error:
-        return _print_error(
-            str(error) if ranks.from_environment(os.environ).is_first else "",
-            error,
-            error.exit_code,
-        )
+        is_first = ranks.from_environment(os.environ).is_first
+        return _print_error(str(error) if is_first else "", error, error.exit_code)
     except UserError as error:
         return _print_error(str(error), error, error.exit_code)
     except (Interrupted, KeyboardInterrupt) as error:
         return _print_error("interrupted", error, INTERRUPTED)
     except OSError as error:
         place = f": {error.filename}" if error.filename else ""
-        return _print_error(f"{error.strerror or error}{place}", error, 2)
+        return _print_error(f"{error.strerror or error}{place}", error, WRONG_INPUT)
     except Exception as error:
         sys.excepthook(type(error), error, error.__traceback__)
-        return 1
+        return BUG
 
 
 def leave(code: int) -> NoReturn:
-    """End this process; at once where something has failed on one of several ranks."""
+    """End this process; without any clean-up where one of several ranks has failed.
+
+    Args:
+        code: exit code.
+    """
     if code and ranks.from_environment(os.environ).world > 1:
         sys.stdout.flush()
         sys.stderr.flush()

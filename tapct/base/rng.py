@@ -11,41 +11,19 @@ Source: SplitMix64, Steele, Lea and Flood 2014 (doi:10.1145/2660193.2660195), wi
 
 from __future__ import annotations
 
-import hashlib
 import math
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
+from tapct.base.hashing import GAMMA, MIX_1, MIX_2, signed
+from tapct.base.hashing import hash_int as hash_int
+from tapct.base.hashing import purpose_id as purpose_id
+
 Counter: TypeAlias = int | Tensor
 
-_WORD = (1 << 64) - 1
-_GAMMA = 0x9E3779B97F4A7C15  # odd, 2^64 / golden ratio
-_MIX_1 = 0xBF58476D1CE4E5B9
-_MIX_2 = 0x94D049BB133111EB
-
-
-def _signed(word: int) -> int:
-    """The int64 with the same 64 bits."""
-    word &= _WORD
-    return word - (1 << 64) if word >> 63 else word
-
-
-_SIGNED_GAMMA, _SIGNED_MIX_1, _SIGNED_MIX_2 = (_signed(c) for c in (_GAMMA, _MIX_1, _MIX_2))
-
-
-def purpose_id(name: str) -> int:
-    """A stable number in [0, 2^63) for the name of a draw."""
-    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little") >> 1
-
-
-def _absorb_int(state: int, counter: int) -> int:
-    """Mix one more word into a state; Python integers, unsigned 64-bit."""
-    word = (state + (counter + 1) * _GAMMA) & _WORD
-    word = ((word ^ (word >> 30)) * _MIX_1) & _WORD
-    word = ((word ^ (word >> 27)) * _MIX_2) & _WORD
-    return word ^ (word >> 31)
+_SIGNED_GAMMA, _SIGNED_MIX_1, _SIGNED_MIX_2 = (signed(c) for c in (GAMMA, MIX_1, MIX_2))
 
 
 def _xor_shift(word: Tensor, by: int) -> Tensor:
@@ -54,8 +32,8 @@ def _xor_shift(word: Tensor, by: int) -> Tensor:
 
 
 def _absorb(state: Tensor | int, counter: Tensor | int) -> Tensor:
-    """Mix one more word into a state; int64 tensors, bit-equal to `_absorb_int`. One of the two is
-    a tensor.
+    """Mix one more word into a state: int64, bit-equal to `hashing.absorb`; at least one of the two
+    arguments is a tensor.
     """
     if isinstance(counter, Tensor):
         assert not (counter.is_floating_point() or counter.is_complex()), (
@@ -63,28 +41,12 @@ def _absorb(state: Tensor | int, counter: Tensor | int) -> Tensor:
         )
         step: Tensor | int = (counter.to(torch.int64) + 1) * _SIGNED_GAMMA
     else:
-        step = _signed((counter + 1) * _GAMMA)
+        step = signed((counter + 1) * GAMMA)
     word = step + state
     assert isinstance(word, Tensor)
     word = _xor_shift(word, 30) * _SIGNED_MIX_1
     word = _xor_shift(word, 27) * _SIGNED_MIX_2
     return _xor_shift(word, 31)
-
-
-def hash_int(seed: int, purpose: str, *counters: int) -> int:
-    """The hash of one key in Python integers, for host-side draws.
-
-    Args:
-        seed: seed of the run; any integer, of which the low 64 bits are used.
-        purpose: name of the draw, so that draws for different purposes are independent.
-        counters: integers that number the draw, e.g. sample and view; their order matters.
-    Returns:
-        A signed int64 as an int, equal to `hash_bits` of the same key.
-    """
-    state = _absorb_int(_absorb_int(0, seed), purpose_id(purpose))
-    for counter in counters:
-        state = _absorb_int(state, counter)
-    return _signed(state)
 
 
 def hash_bits(

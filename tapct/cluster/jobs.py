@@ -1,5 +1,6 @@
-"""Jobs of runs: what was submitted, how far it is, and cancelling. Works from the run folders when
-SLURM is silent.
+"""Jobs of runs: what was submitted, its progress, and cancelling.
+
+Progress is read from the run folders too, so that it is known when SLURM does not respond.
 """
 
 from __future__ import annotations
@@ -15,28 +16,29 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tapct.base import console
+from tapct.base import console, jsonl
 from tapct.base.exits import UserError
-from tapct.cluster import slurm
+from tapct.cluster import slurm, task
 from tapct.cluster.slurm import QueuedJob
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-FILE = "submission.json"
-TAIL_BYTES = 1 << 16  # of metrics.jsonl: some twenty rows
+SUBMISSION_FILE = "submission.json"
+STATE_WIDTH = 12
+# Folders inside a run folder that hold no further runs and may hold thousands of files.
 NOT_RUNS = ("checkpoints", "code", "eval", "export", "jobs", "tensorboard", "wandb")
 
 
 @dataclass(frozen=True)
 class Submission:
-    """RUN/jobs/<time>/submission.json: one run that was handed to SLURM.
+    """One run that was handed to SLURM; the content of RUN/jobs/<time>/submission.json.
 
     Args:
-        job: its id; 12_3 for the run of an array.
-        submitted: seconds since 1970.
+        job: job id; 12_3 for the run of an array.
+        submitted: time of submission, in seconds since 1970.
         steps: optimizer steps of the whole run.
-        max_restarts: requeues after which the job gives up.
+        max_restarts: total requeues after which the job gives up.
         logs: folder with one log per rank.
     """
 
@@ -47,24 +49,25 @@ class Submission:
     logs: str
 
     def write(self, folder: Path) -> None:
-        """Write it into RUN/jobs/<time>."""
-        (folder / FILE).write_text(json.dumps(dataclasses.asdict(self), indent=1), encoding="utf-8")
+        """Write submission.json into RUN/jobs/<time>."""
+        text = json.dumps(dataclasses.asdict(self), indent=1)
+        (folder / SUBMISSION_FILE).write_text(text, encoding="utf-8")
 
 
 @dataclass(frozen=True)
 class Progress:
-    """One line of the table.
+    """One line of the table of `tapct jobs`.
 
     Args:
         run: run folder.
-        job: id.
-        state: the queue's in small letters, or what the files say.
-        step: finished steps.
-        steps: of the whole run.
-        loss: of the last step; NaN when there is none.
-        seconds: per step, median of the last steps; NaN when there is none.
-        restarts: requeues so far.
-        why: the job gave up, in words; empty when it did not.
+        job: job id.
+        state: state in the queue, in lower case, or what the files of the run show.
+        step: number of finished steps.
+        steps: number of steps of the whole run.
+        loss: total loss of the last step; NaN when there is none.
+        seconds: seconds per step, median of the last steps; NaN when there is none.
+        restarts: number of requeues so far.
+        why: reason for which the job gave up; empty when it did not.
     """
 
     run: Path
@@ -78,71 +81,85 @@ class Progress:
     why: str = ""
 
 
-def find(folders: Sequence[Path]) -> dict[Path, Submission]:
-    """The newest submission of each run in or below some folders, in order of submission.
+def find_submissions(folders: Sequence[Path]) -> dict[Path, Submission]:
+    """The newest submission of each run in or below some folders.
 
+    Args:
+        folders: run folders, or folders with runs below them.
+    Returns:
+        Run folder -> submission, in order of submission.
     Raises:
         UserError: a folder is missing.
     """
-    found: dict[Path, tuple[Submission, ...]] = {}
+    newest: dict[Path, Submission] = {}
     for folder in folders:
         if not folder.is_dir():
             raise UserError(
                 f"{folder} is not a folder; name a run folder, or one with runs below it"
             )
-        for run in _runs(folder):
-            submissions = [
-                one for path in run.glob(f"jobs/*/{FILE}") if (one := _read(path)) is not None
-            ]
+        for run in _run_folders(folder):
+            submissions = _read_submissions(run)
             if submissions:
-                found[run] = tuple(sorted(submissions, key=lambda one: one.submitted))
-    newest = {run: submissions[-1] for run, submissions in found.items()}
+                newest[run] = submissions[-1]
     return dict(sorted(newest.items(), key=lambda pair: (pair[1].submitted, str(pair[0]))))
 
 
-def _runs(folder: Path) -> Iterator[Path]:
+def _run_folders(folder: Path) -> Iterator[Path]:
     for place, below, _ in os.walk(folder):
         if "jobs" in below:
             yield Path(place)
+        # os.walk descends into the folders that are left in this list
         below[:] = sorted(
             name for name in below if name not in NOT_RUNS and not name.startswith(".")
         )
 
 
-def _read(path: Path) -> Submission | None:
-    try:
-        return Submission(**json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError):  # half written, or of another version
-        return None
+def _read_submissions(run: Path) -> list[Submission]:
+    """All submissions of a run, the oldest first."""
+    submissions = []
+    for path in run.glob(f"jobs/*/{SUBMISSION_FILE}"):
+        try:
+            submissions.append(Submission(**json.loads(path.read_text(encoding="utf-8"))))
+        except (ValueError, TypeError):  # half written, or by another version of tapct
+            continue
+    return sorted(submissions, key=lambda submission: submission.submitted)
 
 
-def progress(run: Path, submission: Submission, queued: dict[str, QueuedJob] | None) -> Progress:
-    """How far a run is.
+def read_progress(
+    run: Path, submission: Submission, queue: dict[str, QueuedJob] | None
+) -> Progress:
+    """Read how far a run is.
 
     Args:
-        queued: of `slurm.queue`.
+        run: run folder.
+        submission: newest submission of the run.
+        queue: jobs by id, from `slurm.read_queue`; None when SLURM does not respond.
     """
-    rows = last_rows(run / "metrics.jsonl")
-    step = int(rows[-1]["step"]) if rows else 0
-    loss = rows[-1].get("loss/total") if rows else None
+    rows = jsonl.read_tail(run / "metrics.jsonl", "step")
+    step, loss = 0, math.nan
+    if rows:
+        step = int(rows[-1]["step"])
+        last_loss = rows[-1].get("loss/total")
+        loss = math.nan if last_loss is None else float(last_loss)
     paces = [row["seconds/step"] for row in rows[-20:] if row.get("seconds/step") is not None]
-    events = _json_lines(_events_file(run, submission.job))
-    job = None if queued is None else queued.get(submission.job)
+    events = _read_events(run, submission.job)
+    job = None if queue is None else queue.get(submission.job)
     why = _why_given_up(job, events)
-    restarts = (
-        job.restarts
-        if job is not None
-        else max([int(event.get("restarts", 0)) for event in events], default=0)
-    )
+    if why:
+        state = "gave up"
+    else:
+        state = _state(job, events, step >= submission.steps, has_queue=queue is not None)
+    if job is not None:
+        restarts = job.restarts
+    else:
+        restarts = max((int(event.get("restarts", 0)) for event in events), default=0)
     return Progress(
         run=run,
         job=submission.job,
-        state="gave up"
-        if why
-        else _state(job, events, step >= submission.steps, answered=queued is not None),
+        state=state,
         step=step,
         steps=submission.steps,
-        loss=math.nan if loss is None else float(loss),
+        loss=loss,
         seconds=statistics.median(paces) if paces else math.nan,
         restarts=restarts,
         why=why,
@@ -150,130 +167,118 @@ def progress(run: Path, submission: Submission, queued: dict[str, QueuedJob] | N
 
 
 def _why_given_up(job: QueuedJob | None, events: Sequence[dict[str, Any]]) -> str:
-    """What the batch script said when it did not requeue; empty when it did, or someone else
-    has.
+    """The reason that the batch script recorded when it did not requeue the job.
+
+    Empty when it did requeue the job, or when a person has requeued it since.
     """
     last = events[-1] if events else {}
-    over = job is None or not job.alive
-    return str(last.get("why", "")) if over and last.get("event") == "gave up" else ""
+    is_over = job is None or not job.is_active
+    return str(last.get("why", "")) if is_over and last.get("event") == "gave up" else ""
 
 
 def _state(
-    job: QueuedJob | None, events: Sequence[dict[str, Any]], all_steps: bool, answered: bool
+    job: QueuedJob | None, events: Sequence[dict[str, Any]], has_all_steps: bool, has_queue: bool
 ) -> str:
+    """The state of a job; with a question mark where only SLURM could know it."""
     if job is not None:
         return job.state.lower()
     last = events[-1]["event"] if events else ""
-    if all_steps or last == "done":
+    if has_all_steps or last == "done":
         return "done"
     if last in ("failed", "stopped"):
-        return last
-    if answered:
+        return str(last)
+    if has_queue:
         return "gone" if last else "never ran"
     return "running?" if last else "waiting?"
 
 
-def _events_file(run: Path, job: str) -> Path:
-    for path in run.glob(f"jobs/*/{FILE}"):
-        found = _read(path)
-        if found is not None and found.job == job:
-            return path.with_name("events.jsonl")
-    return run / "events.jsonl"
+def _read_events(run: Path, job: str) -> list[dict[str, Any]]:
+    """Events of a job, beside its submission.json: start, stopped, done, failed, gave up."""
+    for path in run.glob(f"jobs/*/{SUBMISSION_FILE}"):
+        if _job_id(path) == job:
+            return jsonl.read(path.with_name(task.EVENTS_FILE), "event").rows
+    return []
 
 
-def last_rows(path: Path) -> list[dict[str, Any]]:
-    """The last rows of metrics.jsonl, without reading a file of hundreds of MB."""
-    if not path.is_file():
-        return []
-    with path.open("rb") as file:
-        start = max(path.stat().st_size - TAIL_BYTES, 0)
-        file.seek(start)
-        text = file.read().decode(errors="replace")
-    lines = text.splitlines()[1 if start else 0 :]  # the first is cut
-    return [row for row in map(_object, lines) if row is not None and "step" in row]
-
-
-def _json_lines(path: Path) -> list[dict[str, Any]]:
-    lines = (
-        path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
-    )
-    return [row for row in map(_object, lines) if row is not None and "event" in row]
-
-
-def _object(line: str) -> dict[str, Any] | None:
+def _job_id(path: Path) -> str:
+    """The job id in a submission.json; empty where the file is damaged."""
     try:
-        found = json.loads(line)
-    except json.JSONDecodeError:  # cut off by a kill
-        return None
-    return found if isinstance(found, dict) else None
+        content = json.loads(path.read_text(encoding="utf-8", errors="replace"))
+    except json.JSONDecodeError:  # cut off when the process that wrote it was killed
+        return ""
+    return str(content.get("job", "")) if isinstance(content, dict) else ""
 
 
-def table(rows: Sequence[Progress]) -> Table:
+def progress_table(rows: Sequence[Progress]) -> Table:
     """The table of `tapct jobs`; fits 80 columns."""
     from rich.table import Table
 
-    made = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)
-    made.add_column("run", overflow="fold", min_width=12)
-    made.add_column("job", no_wrap=True)
-    made.add_column("state", no_wrap=True)
-    for name in ("step", "loss", "s/step", "left", "restarts"):
-        made.add_column("re" if name == "restarts" else name, justify="right", no_wrap=True)
+    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)
+    table.add_column("run", overflow="fold", min_width=12)
+    table.add_column("job", no_wrap=True)
+    table.add_column("state", no_wrap=True)
+    for name in ("step", "loss", "s/step", "left", "re"):  # re: restarts
+        table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
-        left = (
-            console.duration((row.steps - row.step) * row.seconds) if row.step < row.steps else ""
-        )
-        made.add_row(
+        left = ""
+        if row.step < row.steps and not math.isnan(row.seconds):
+            left = console.duration((row.steps - row.step) * row.seconds)
+        table.add_row(
             os.path.relpath(row.run),
             row.job,
-            row.state[:12],
+            row.state[:STATE_WIDTH],
             f"{row.step}/{row.steps}",
             "" if math.isnan(row.loss) else f"{row.loss:.3f}",
             "" if math.isnan(row.seconds) else f"{row.seconds:.3g}",
-            "" if left == "?" else left,
+            left,
             str(row.restarts),
         )
-    return made
+    return table
 
 
-def cancel(words: Sequence[str]) -> list[str]:
-    """Cancel the jobs of run folders, of folders with runs below, or of ids; returns one line per
-    job.
+def cancel_jobs(targets: Sequence[str]) -> list[str]:
+    """Cancel jobs.
 
+    Args:
+        targets: run folders, folders with runs below them, or job ids.
+    Returns:
+        One line per cancelled job, to print.
     Raises:
-        UserError: SLURM does not answer, or a word names no job that waits or runs.
+        UserError: SLURM does not respond, or a target has no job that waits or runs.
     """
-    queued = slurm.queue()
-    if queued is None:
+    queue = slurm.read_queue()
+    if queue is None:
         raise UserError(
-            "SLURM does not answer (squeue), so nothing was cancelled; is this a login node? Try "
+            "SLURM does not respond (squeue), so nothing was cancelled; is this a login node? Try "
             "`sinfo`"
         )
-    chosen: dict[str, str] = {}
-    for word in words:
-        found = _chosen_by(word, queued)
-        if not found:
+    lines: dict[str, str] = {}
+    for target in targets:
+        chosen = _active_jobs_of(target, queue)
+        if not chosen:
             raise UserError(
-                f"{word} has no job that waits or runs, so nothing was cancelled; see `squeue --me`"
+                f"{target} has no job that waits or runs, so nothing was cancelled; see "
+                "`squeue --me`"
             )
-        chosen.update(found)
-    slurm.cancel(list(chosen))
-    return [
-        f"cancelled job {job}, was {queued[job].state.lower()}{place}"
-        for job, place in chosen.items()
-    ]
+        for job, run in chosen.items():
+            place = "" if run is None else f": {run}"
+            lines[job] = f"cancelled job {job}, was {queue[job].state.lower()}{place}"
+    slurm.cancel_ids(list(lines))
+    return list(lines.values())
 
 
-def _chosen_by(word: str, queued: dict[str, QueuedJob]) -> dict[str, str]:
-    if re.fullmatch(r"\d+(_\d+)?", word) and not Path(word).is_dir():
-        ids = [job for job in queued if job == word or job.startswith(f"{word}_")]
-        return {job: "" for job in ids if queued[job].alive}
-    runs = find([Path(word)])
-    if not runs:
-        raise UserError(
-            f"{word} holds no run that was submitted; name a run folder or the id of a job"
-        )
-    return {
-        one.job: f": {run}"
-        for run, one in runs.items()
-        if one.job in queued and queued[one.job].alive
-    }
+def _active_jobs_of(target: str, queue: dict[str, QueuedJob]) -> dict[str, Path | None]:
+    """Ids of the jobs that wait or run -> run folder, or None where the target is an id."""
+    is_id = re.fullmatch(r"\d+(_\d+)?", target) is not None
+    if is_id and not Path(target).is_dir():
+        ids = [job for job in queue if job == target or job.startswith(f"{target}_")]
+        return {job: None for job in ids if queue[job].is_active}
+    submissions = find_submissions([Path(target)])
+    if not submissions:
+        raise UserError(f"{target} holds no run that was submitted; name a run folder or a job id")
+    chosen: dict[str, Path | None] = {}
+    for run, submission in submissions.items():
+        job = submission.job
+        if job in queue and queue[job].is_active:
+            chosen[job] = run
+    return chosen

@@ -1,37 +1,51 @@
-"""The shell lines of a job's batch script before and after srun: what the ranks need, and whether
-it begins again.
+"""The batch script of a SLURM job, and handing it to sbatch through submitit.
 
-The batch script decides and not a task: it outlives them all, so it sees every way to end, and no
-    rank is cut off.
+submitit writes the script; the shell lines here stand before and after its srun. They give the
+ranks what they need and decide whether the job is requeued. The batch script decides this and not a
+task, since it outlives all tasks: it sees every way in which they can end, and no rank is cut off.
 """
 
 from __future__ import annotations
 
+import contextlib
+import io
 import shlex
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from submitit import SlurmExecutor
+from submitit.core.utils import FailedJobError, FailedSubmissionError
+
+from tapct.base.exits import UserError
 from tapct.cluster import task
+from tapct.cluster.resources import Resources
 
-PLACES = "places"  # file in a job's folder: RUN/jobs/<time> of each run of the array, a line each
+PLACES = "places"  # file in a job's folder: RUN/jobs/<time> of each run of the array, one per line
 
-# Bounds are looked at before srun too: SLURM requeues by itself, after a node has died say, and
-# asks nobody. `latest` names the newest checkpoint; a start that leaves it as it found it was in
-# vain.
+# The bounds are checked before srun too, because SLURM may requeue a job by itself, for example
+# after a node has failed, without asking this script. `latest` names the newest checkpoint; a start
+# was idle if it left that file as it was.
 BOUNDS = """\
 newest() { cat "$TAPCT_PLACE/../../checkpoints/latest" 2>/dev/null || echo none; }
-in_vain() { awk -v now="$(newest)" '{ n = $0 == now ? n + 1 : 0 } END { print n + 0 }' "$TAPCT_STARTS"; }
+idle_starts() {
+    awk -v now="$(newest)" '{ n = $0 == now ? n + 1 : 0 } END { print n + 0 }' "$TAPCT_STARTS"
+}
 give_up() {
     echo "tapct: $1"
-    printf '{"event": "gave up", "time": %s, "why": "%s"}\\n' "$(date +%s)" "$1" >> "$TAPCT_PLACE/events.jsonl"
+    printf '{"event": "gave up", "time": %s, "why": "%s"}\\n' "$(date +%s)" "$1" \\
+        >> "$TAPCT_PLACE/events.jsonl"
     exit 1
 }
-check_bounds() { # restarts, with the one in question
+check_bounds() { # number of restarts, including the one in question
     if [ "$1" -gt MAX_RESTARTS ]; then
-        give_up "restarted MAX_RESTARTS times (--max-restarts); submit again to go on"
+        give_up "restarted MAX_RESTARTS times (--max-restarts); submit again to resume"
     fi
-    set -- "$(in_vain)"
+    set -- "$(idle_starts)"
     if [ "$1" -gt MAX_IDLE ]; then
-        give_up "$1 starts in a row saved nothing new (--max-idle-restarts MAX_IDLE); see the logs, then submit again"
+        give_up "$1 starts in a row saved nothing new (--max-idle-restarts MAX_IDLE); \\
+see the logs, then submit again"
     fi
 }
 : >> "$TAPCT_STARTS"
@@ -39,9 +53,9 @@ check_bounds "${SLURM_RESTART_COUNT:-0}"
 newest >> "$TAPCT_STARTS"
 """
 
-# After srun. 128 + number: a signal killed a rank while its Python was still starting, before it
-# could leave a mark. A rank that crashes leaves none either, and srun then stops the others: that
-# is no reason to begin again.
+# These lines follow srun. An exit code of 128 + a signal number means that the signal ended a rank
+# while its Python was still starting, before it could leave a mark. A rank that crashes leaves no
+# mark either, and srun then stops the other ranks: that is no reason to requeue.
 REQUEUE = """\
 code=$?
 case "$(cat "$TAPCT_MARK" 2>/dev/null):$code" in
@@ -50,7 +64,8 @@ case "$(cat "$TAPCT_MARK" 2>/dev/null):$code" in
     *) exit "$code" ;;
 esac
 state="$(scontrol show job -o "$TAPCT_JOB" | grep -o 'JobState=[A-Z_]*')"
-if [ "${state:-JobState=RUNNING}" != JobState=RUNNING ]; then # cancelled, or requeued by SLURM itself
+# another state: the job was cancelled, or SLURM itself has requeued it
+if [ "${state:-JobState=RUNNING}" != JobState=RUNNING ]; then
     echo "tapct: $state, so not requeued from here"
     exit 0
 fi
@@ -59,45 +74,141 @@ for attempt in 1 2 3; do
     scontrol requeue "$TAPCT_JOB" && echo "tapct: requeued" && exit 0
     sleep 2
 done
-give_up "could not requeue; submit again to go on"
+give_up "could not requeue; submit again to resume"
 """
 
 
-def setup_lines(folder: Path, code: Path, max_restarts: int, max_idle_restarts: int) -> list[str]:
-    """Shell lines before srun: where the ranks meet, which tapct they import, and no start that is
-    one too many.
-
-    RANK and WORLD_SIZE of the submitting shell would win over SLURM's, so they go.
+@dataclass(frozen=True)
+class JobFolders:
+    """Where a job keeps what it needs.
 
     Args:
-        folder: RUN/jobs/<time>, with `PLACES`.
-        code: folder of the tapct that the job runs.
-        max_restarts: requeues after which it gives up.
-        max_idle_restarts: those in a row since the last new checkpoint.
+        name: name of the job in the queue.
+        folder: RUN/jobs/<time>, absolute, with the file `PLACES`.
+        code: folder with the copy of tapct that the job runs, absolute.
     """
-    job = f'{shlex.quote(str(folder))}/"$TAPCT_JOB"'
-    bounds = BOUNDS.replace("MAX_RESTARTS", str(max_restarts)).replace(
-        "MAX_IDLE", str(max_idle_restarts)
+
+    name: str
+    folder: Path
+    code: Path
+
+
+def make_batch_script(job: JobFolders, resources: Resources, num_runs: int) -> str:
+    """The batch script that `submit_tasks` would hand to sbatch; needs no SLURM and writes nothing.
+
+    Args:
+        job: folders of the job; they need not exist.
+        resources: what the job requests.
+        num_runs: number of runs; several become one array.
+    """
+    executor = _make_executor(job, resources, _ExecutorWithoutSlurm)
+    if num_runs > 1:  # submitit makes no array of one
+        executor.parameters["map_count"] = num_runs
+    return executor._make_submission_file_text(executor._submitit_command_str, "")
+
+
+def submit_tasks(
+    job: JobFolders,
+    resources: Resources,
+    work: Callable[..., object],
+    arguments: Sequence[tuple[Any, ...]],
+) -> list[str]:
+    """Submit one job, or one array, whose tasks call a function.
+
+    Args:
+        job: folders of the job.
+        resources: what the job requests.
+        work: function that every task of the job calls.
+        arguments: positional arguments of `work`, one tuple per run.
+    Returns:
+        Job ids, one per run; 12_3 for an element of an array.
+    Raises:
+        UserError: sbatch refused.
+    """
+    executor = _make_executor(job, resources, SlurmExecutor)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):  # submitit prints what it raises
+            submitted = executor.map_array(work, *zip(*arguments, strict=True))
+    except (FailedJobError, FailedSubmissionError) as error:
+        raise UserError(
+            f"sbatch refused: {' '.join(str(error).split())}; sinfo -s lists partitions, and "
+            "sacctmgr show associations user=$USER lists accounts and qos"
+        ) from error
+    return [each.job_id for each in submitted]
+
+
+class _ExecutorWithoutSlurm(SlurmExecutor):
+    """Makes batch scripts on a machine without SLURM."""
+
+    @classmethod
+    def affinity(cls) -> int:
+        return 2
+
+
+def _make_executor(
+    job: JobFolders, resources: Resources, kind: type[SlurmExecutor]
+) -> SlurmExecutor:
+    """submitit's executor with all parameters of a job."""
+    executor = kind(job.folder)
+    options = {
+        "gpus_per_node": resources.gpus_per_node,
+        "cpus_per_task": resources.cpus_per_task,
+        "mem": resources.mem,
+        "partition": resources.partition,
+        "account": resources.account,
+        "qos": resources.qos,
+        "constraint": resources.constraint,
+    }
+    # --chdir, because python -m searches its working directory before PYTHONPATH. --wait=0, because
+    # the first rank may stay for the last evaluation after the others have ended.
+    srun = ["--kill-on-bad-exit=1", "--wait=0", f"--chdir={job.code}"]
+    if resources.cpus_per_task:
+        # since SLURM 22.05, srun does not inherit this option from sbatch
+        srun.append(f"--cpus-per-task={resources.cpus_per_task}")
+    executor.update_parameters(
+        job_name=job.name,
+        time=resources.minutes,
+        nodes=resources.nodes,
+        ntasks_per_node=resources.tasks,
+        signal_delay_s=resources.grace_seconds,
+        stderr_to_stdout=True,
+        wckey=None,
+        srun_args=srun,
+        additional_parameters={"requeue": True},
+        setup=setup_lines(job, resources),
+        teardown=REQUEUE.splitlines(),
+        **{key: value for key, value in options.items() if value},
     )
+    return executor
+
+
+def setup_lines(job: JobFolders, resources: Resources) -> list[str]:
+    """Shell lines before srun.
+
+    They say where the ranks meet and which tapct they import, and they end a job that has been
+    started too often. RANK and WORLD_SIZE are unset: those of the submitting shell would take
+    precedence over SLURM's variables.
+
+    Args:
+        job: folders of the job.
+        resources: bounds on requeues.
+    """
+    own = f'{shlex.quote(str(job.folder))}/"$TAPCT_JOB"'
+    places = shlex.quote(str(job.folder / PLACES))
+    bounds = BOUNDS.replace("MAX_RESTARTS", str(resources.max_restarts))
+    bounds = bounds.replace("MAX_IDLE", str(resources.max_idle_restarts))
     return [
         'export TAPCT_JOB="${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}"',
         'export TAPCT_JOB="${TAPCT_JOB:-$SLURM_JOB_ID}"',
-        f"export {task.MARK}={job}.end",
+        f"export {task.MARK}={own}.end",
         f'rm -f "${task.MARK}"',
-        f'TAPCT_PLACE="$(sed -n "$((${{SLURM_ARRAY_TASK_ID:-0}} + 1))p" '
-        f'{shlex.quote(str(folder / PLACES))})"',
-        f"TAPCT_STARTS={job}.starts",
+        f'TAPCT_PLACE="$(sed -n "$((${{SLURM_ARRAY_TASK_ID:-0}} + 1))p" {places})"',
+        f"TAPCT_STARTS={own}.starts",
         *bounds.splitlines(),
-        f'export PYTHONPATH={shlex.quote(str(code))}"${{PYTHONPATH:+:$PYTHONPATH}}"',
+        f'export PYTHONPATH={shlex.quote(str(job.code))}"${{PYTHONPATH:+:$PYTHONPATH}}"',
         "unset RANK WORLD_SIZE LOCAL_RANK",
         'MASTER_ADDR="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"',
         'export MASTER_ADDR MASTER_PORT="$((20000 + SLURM_JOB_ID % 10000))"',
-        "trap : TERM USR1 USR2  # the lines after srun must run when this shell is signalled too",
+        "# this shell is signalled too, and the lines after srun must still run",
+        "trap : TERM USR1 USR2",
     ]
-
-
-def requeue_lines() -> list[str]:
-    """Shell lines after srun: requeue the job if a signal ended it, but not one that was cancelled,
-    nor for ever.
-    """
-    return REQUEUE.splitlines()

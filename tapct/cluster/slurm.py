@@ -1,6 +1,4 @@
-"""Talk to SLURM: its forms of time and memory, its queue, cancelling. Nothing here knows of
-runs.
-"""
+"""SLURM's formats of time and memory, its queue, and cancelling. Nothing here knows of runs."""
 
 from __future__ import annotations
 
@@ -14,8 +12,9 @@ from dataclasses import dataclass
 
 from tapct.base.exits import UserError
 
-PATIENCE_SECONDS = 20  # a controller that is busy answers late, one that is gone never
-ALIVE = (
+# A controller that is busy responds late, one that is down never does.
+RESPONSE_SECONDS = 20
+ACTIVE = (
     "PENDING",
     "CONFIGURING",
     "RUNNING",
@@ -25,13 +24,9 @@ ALIVE = (
     "REQUEUED",
     "REQUEUE_HOLD",
 )
-_QUEUE = (
-    ("JobArrayID", 40),
-    ("State", 20),
-    ("RestartCnt", 12),
-    ("Reason", 60),
-)  # field of squeue -O, its width
-_UNITS = {
+# Fields of squeue --Format and the width of their columns.
+QUEUE_FIELDS = (("JobArrayID", 40), ("State", 20), ("RestartCnt", 12), ("Reason", 60))
+MINUTES_OF_UNIT = {
     "m": 1,
     "min": 1,
     "minute": 1,
@@ -41,20 +36,22 @@ _UNITS = {
     "hours": 60,
     "d": 1440,
     "day": 1440,
+    "days": 1440,
 }
-_UNITS["days"] = _UNITS["d"]
-_TIME_RULE = "write days-hours:minutes (2-00:00), hours:minutes:seconds (12:00:00), or minutes (90)"
+TIME_FORMATS = (
+    "write days-hours:minutes (2-00:00), hours:minutes:seconds (12:00:00), or minutes (90)"
+)
 
 
 @dataclass(frozen=True)
 class QueuedJob:
-    """A job as the queue tells it.
+    """A job in the queue.
 
     Args:
-        id: 12, or 12_3 for an element of an array.
-        state: in SLURM's capitals, e.g. RUNNING.
-        restarts: how often it was requeued.
-        reason: why it waits; empty when it does not.
+        id: job id; 12_3 for an element of an array.
+        state: state in SLURM's capitals, e.g. RUNNING.
+        restarts: number of requeues so far.
+        reason: reason why the job waits; empty when it does not.
     """
 
     id: str
@@ -63,122 +60,125 @@ class QueuedJob:
     reason: str
 
     @property
-    def alive(self) -> bool:
-        """Whether it runs or will run."""
-        return self.state in ALIVE
+    def is_active(self) -> bool:
+        """Whether the job runs or will run."""
+        return self.state in ACTIVE
 
 
-def minutes(text: str) -> int:
-    """A time limit in whole minutes, rounded up.
+def time_limit_minutes(text: str) -> int:
+    """Read a time limit; returns whole minutes, rounded up.
 
     Args:
-        text: a form of sbatch --time, or a number with a unit such as `90 minutes`.
+        text: time in a format of sbatch --time, or a number with a unit such as `90 minutes`.
     Raises:
-        UserError: no such form, or no time at all.
+        UserError: the text has no such format, or the time is zero.
     """
-    found = _clock_minutes(text.strip())
-    if found is None:
-        raise UserError(f"--time {text!r} is no time limit; {_TIME_RULE}")
-    if found <= 0:
-        raise UserError(f"--time {text!r} is no time at all; {_TIME_RULE}")
-    return math.ceil(found)
+    minutes = _parse_minutes(text.strip())
+    if minutes is None:
+        raise UserError(f"--time {text!r} is not a time limit; {TIME_FORMATS}")
+    if minutes <= 0:
+        raise UserError(f"--time {text!r} leaves no time to run; {TIME_FORMATS}")
+    return math.ceil(minutes)
 
 
-def _clock_minutes(text: str) -> float | None:
-    if words := re.fullmatch(r"(\d+)\s*([a-z]+)", text.lower()):
-        unit = _UNITS.get(words[2])
-        return None if unit is None else int(words[1]) * unit
-    form = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text)
-    if form is None:
+def _parse_minutes(text: str) -> float | None:
+    if with_unit := re.fullmatch(r"(\d+)\s*([a-z]+)", text.lower()):
+        unit = MINUTES_OF_UNIT.get(with_unit[2])
+        return None if unit is None else int(with_unit[1]) * unit
+    clock = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text)
+    if clock is None:
         return None
-    days, first, second, third = (None if part is None else int(part) for part in form.groups())
-    if days is None and third is None:  # minutes, or minutes:seconds
-        hours, mins, seconds = 0, first or 0, second or 0
-    else:  # hours:minutes:seconds; days-hours, days-hours:minutes ...
-        hours, mins, seconds = first or 0, second or 0, third or 0
-        if mins > 59 or (days is not None and hours > 23):
+    days, first, second, third = (None if part is None else int(part) for part in clock.groups())
+    if days is None and third is None:
+        # minutes, or minutes:seconds
+        hours, minutes, seconds = 0, first or 0, second or 0
+    else:
+        # hours:minutes:seconds, days-hours, days-hours:minutes, days-hours:minutes:seconds
+        hours, minutes, seconds = first or 0, second or 0, third or 0
+        if minutes > 59 or (days is not None and hours > 23):
             return None
     if seconds > 59:
         return None
-    return (days or 0) * 1440 + hours * 60 + mins + seconds / 60
+    return (days or 0) * 1440 + hours * 60 + minutes + seconds / 60
 
 
-def checked_memory(text: str) -> str:
-    """A memory size in sbatch's form.
+def memory_size(text: str) -> str:
+    """Check a memory size; returns it in sbatch's format.
 
+    Args:
+        text: number with K, M, G or T, e.g. 64G.
     Raises:
-        UserError: no number with K, M, G or T.
+        UserError: the text has another format.
     """
-    if not re.fullmatch(r"\d+([KMGT]B?)?", text.strip().upper()):
+    size = text.strip().upper()
+    if not re.fullmatch(r"\d+([KMGT]B?)?", size):
         raise UserError(
-            f"--mem {text!r} is no size of memory; write a number with K, M, G or T, e.g. 64G"
+            f"--mem {text!r} is not a memory size; write a number with K, M, G or T, e.g. 64G"
         )
-    return text.strip().upper()
+    return size
 
 
-def queue() -> dict[str, QueuedJob] | None:
-    """Jobs of this user by id, those that ended lately included; None when SLURM does not
-    answer.
+def read_queue() -> dict[str, QueuedJob] | None:
+    """Jobs of this user by id, including those that ended recently.
+
+    Returns:
+        None when SLURM does not respond.
     """
-    form = ",".join(f"{name}:{width}" for name, width in _QUEUE)
+    columns = ",".join(f"{name}:{width}" for name, width in QUEUE_FIELDS)
+    command = ["squeue", "--noheader", "--array", "--states=all"]
+    command += [f"--user={os.getuid()}", f"--Format={columns}"]
     try:
-        told = _ask(
-            [
-                "squeue",
-                "--noheader",
-                "--array",
-                "--states=all",
-                f"--user={os.getuid()}",
-                f"--Format={form}",
-            ]
-        )
+        output = _run(command)
     except (OSError, subprocess.SubprocessError):
         return None
     jobs = {}
-    for line in told.splitlines():
-        parts, start = [], 0
-        for _, width in _QUEUE:
-            parts.append(line[start : start + width].strip())
+    for line in output.splitlines():
+        cells, start = [], 0
+        for _, width in QUEUE_FIELDS:
+            cells.append(line[start : start + width].strip())
             start += width
-        if parts[0]:
-            count = int(parts[2]) if parts[2].isdigit() else 0
-            reason = "" if parts[3] in ("None", "N/A") else parts[3]
-            jobs[parts[0]] = QueuedJob(parts[0], parts[1], count, reason)
+        id, state, restarts, reason = cells
+        if id:
+            count = int(restarts) if restarts.isdigit() else 0
+            jobs[id] = QueuedJob(id, state, count, "" if reason in ("None", "N/A") else reason)
     return jobs
 
 
-def cancel(ids: Sequence[str]) -> None:
-    """End jobs.
+def cancel_ids(ids: Sequence[str]) -> None:
+    """Cancel jobs.
 
+    Args:
+        ids: job ids.
     Raises:
-        UserError: scancel is missing, does not answer, or refuses.
+        UserError: scancel is missing, does not respond, or refuses.
     """
     try:
-        _ask(["scancel", *ids])
+        _run(["scancel", *ids])
     except FileNotFoundError as error:
         raise UserError(
             f"{error.filename} is not on PATH; run this on a login node of the cluster"
         ) from error
     except subprocess.TimeoutExpired as error:
         raise UserError(
-            f"scancel did not answer within {PATIENCE_SECONDS} s; is SLURM up? Try `sinfo`"
+            f"scancel did not respond within {RESPONSE_SECONDS} s; is SLURM up? Try `sinfo`"
         ) from error
     except subprocess.CalledProcessError as error:
-        raise UserError(
-            f"scancel: {' '.join(error.stderr.split()) or f'exit code {error.returncode}'}"
-        ) from error
+        why = " ".join(error.stderr.split()) or f"exit code {error.returncode}"
+        raise UserError(f"scancel: {why}") from error
 
 
-def need_sbatch() -> None:
-    """Raises UserError where jobs cannot be submitted."""
+def require_commands() -> None:
+    """Raise UserError where jobs cannot be submitted."""
     missing = [name for name in ("sbatch", "srun") if shutil.which(name) is None]
     if missing:
-        where = "submit on a login node of the cluster, or look at the script with --dry-run"
-        raise UserError(f"{' and '.join(missing)} not on PATH; {where}")
+        raise UserError(
+            f"{' and '.join(missing)} not on PATH; submit on a login node of the cluster, or "
+            "print the batch script with --dry-run"
+        )
 
 
-def _ask(command: Sequence[str]) -> str:
+def _run(command: Sequence[str]) -> str:
     done = subprocess.run(
-        command, capture_output=True, text=True, check=True, timeout=PATIENCE_SECONDS
+        command, capture_output=True, text=True, check=True, timeout=RESPONSE_SECONDS
     )
     return done.stdout

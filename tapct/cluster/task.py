@@ -1,10 +1,9 @@
-"""What each task of a SLURM job does: train on the config of the job, so that no signal loses the
-run.
+"""What each task of a SLURM job does: it trains, and no signal loses the run.
 
-A job is ended by a signal some time before its limit (SIGUSR2) or its preemption (SIGTERM or
-SIGUSR2). The training loop answers by saving; before the loop begins there is nothing to save. In
-both cases the task leaves a mark for the batch script, which requeues the job
-(`batch.requeue_lines`). No torch at import, so that signals are taken over early.
+SLURM signals a job some time before its time limit (SIGUSR2) or its preemption (SIGTERM or
+SIGUSR2). The training loop responds by saving a checkpoint; before the loop begins there is nothing
+to save. In both cases the task leaves a mark for the batch script, which requeues the job
+(`script.REQUEUE`). This file imports torch inside a function, so that signals are handled early.
 """
 
 from __future__ import annotations
@@ -23,64 +22,81 @@ import tapct
 from tapct.base import console, exits, ranks, signals
 from tapct.base.exits import UserError
 
-STOPPED = 143  # exit code of a task that was stopped and has saved
-MARK = "TAPCT_MARK"  # environment: the file to leave for the batch script
+STOPPED = 143  # exit code of training that a signal or the time limit stopped, after it has saved
+MARK = "TAPCT_MARK"  # environment variable: path of the file to leave for the batch script
+EVENTS_FILE = "events.jsonl"
 
 
-def work(config: str, start_in: str, snapshot: str, allow_change: bool = False) -> None:
+def run_task(config: str, start_in: str, snapshot: str, allow_change: bool = False) -> None:
     """Train as one task of a job.
 
     Args:
-        config: the job's own resolved config, absolute.
-        start_in: folder in which the job was submitted; relative paths and your own plug-ins are
-            found from there.
+        config: absolute path of the job's own resolved config.
+        start_in: folder in which the job was submitted; relative paths and the user's own plug-ins
+            are found from there.
         snapshot: folder with the copy of tapct that the job must run.
-        allow_change: go on although keys differ that shape the curve.
+        allow_change: resume even though settings that affect training have changed.
     Raises:
-        SystemExit: training failed; its one line is in the log.
+        SystemExit: training failed; the log holds the reason.
     """
     for number in signals.STOP:
-        signal.signal(number, leave_early)
+        signal.signal(number, end_before_training)
     os.chdir(start_in)
     restarts = os.environ.get("SLURM_RESTART_COUNT", "0")
-    note(config, "start", restarts=int(restarts), nodes=os.environ.get("SLURM_JOB_NODELIST", ""))
+    nodes = os.environ.get("SLURM_JOB_NODELIST", "")
+    record_event(config, "start", restarts=int(restarts), nodes=nodes)
     code = 1
     try:
-        code = exits.exit_code_of(lambda: train(config, snapshot, restarts != "0", allow_change))
-    finally:
-        end = (
-            "done" if code == 0 else "stopped" if code in (STOPPED, exits.INTERRUPTED) else "failed"
+        code = exits.exit_code_of(
+            lambda: train_job(config, snapshot, restarts != "0", allow_change)
         )
-        note(config, end, code=code)
+    finally:
+        if code == 0:
+            end = "done"
+        elif code in (STOPPED, exits.INTERRUPTED):
+            end = "stopped"
+        else:
+            end = "failed"
+        record_event(config, end, code=code)
         if end != "done":
             leave_mark(end)
     if end == "failed":
         exits.leave(code)
 
 
-def train(config: str, snapshot: str, restarted: bool, allow_change: bool) -> None:
+def train_job(config: str, snapshot: str, restarted: bool, allow_change: bool) -> None:
     """Train as the job's config says.
 
     Args:
-        restarted: SLURM has started this job before.
+        config: as in `run_task`.
+        snapshot: as in `run_task`.
+        restarted: whether SLURM has started this job before.
+        allow_change: as in `run_task`.
     Raises:
         SystemExit: a signal or the time limit stopped training, and it has saved.
-        UserError: another tapct is imported than that of the snapshot, or training cannot begin.
+        UserError: Python imports another tapct than that of the snapshot, or training cannot begin.
+        RuntimeError: training code has raised SystemExit.
     """
     if Path(tapct.__file__).parent.parent.resolve() != Path(snapshot).resolve():
         raise UserError(
-            f"this job must run the tapct in {snapshot}, but Python found {tapct.__file__}"
+            f"this job must run the tapct in {snapshot}, but Python imports {tapct.__file__}"
         )
     with signals.kept_from_children():
-        # late, so that signals are taken over before torch is loaded
+        # imported here, so that signals are handled before torch is loaded
         from tapct.run import pretrain
 
-        # a restarted job finds its own checkpoints, whatever its first start was asked to do
-        resume = ["train.resume=auto"] if restarted else []
-        resolved = pretrain.read_config(Path(config), resume)
-        stop = pretrain.train(
-            resolved, allow_change, shlex.join(["tapct", "train", config, *resume])
-        )
+        # A restarted job resumes from its own checkpoints, whatever train.resume was at its start.
+        overrides = ["train.resume=auto"] if restarted else []
+        command = shlex.join(["tapct", "train", config, *overrides])
+        try:
+            resolved = pretrain.read_config(Path(config), overrides)
+            stop = pretrain.train(resolved, allow_change, command)
+        except SystemExit as error:
+            # A plug-in that calls sys.exit() must not look like a run that is done or was stopped.
+            raise RuntimeError(
+                f"SystemExit({error.code!r}) was raised before training ended; a plug-in must "
+                "raise another exception"
+            ) from error
     if stop.signal:
         console.say(
             f"stopped by {stop.signal} and saved at step {stop.step}; the job requeues itself"
@@ -88,9 +104,10 @@ def train(config: str, snapshot: str, restarted: bool, allow_change: bool) -> No
         sys.exit(exits.INTERRUPTED if stop.signal == "SIGINT" else STOPPED)
 
 
-def leave_early(number: int, frame: FrameType | None) -> None:
-    """Handler until the loop sets its own: leaves a mark and ends at once, since there is nothing
-    to save.
+def end_before_training(number: int, frame: FrameType | None) -> None:
+    """Signal handler until the training loop sets its own: leave a mark and end at once.
+
+    There is nothing to save yet.
     """
     leave_mark("stopped")
     os.write(1, f"stopped by {signal.Signals(number).name} before training began\n".encode())
@@ -98,26 +115,31 @@ def leave_early(number: int, frame: FrameType | None) -> None:
 
 
 def leave_mark(end: str) -> None:
-    """Tell the batch script why this task ended; the first word of any rank stands.
+    """Leave the reason why this task ended for the batch script; the first mark of any rank stays.
 
     When a rank fails, srun ends the others with SIGTERM, and they look as if they were preempted;
-    when a signal ends one rank early, the others may fail for want of it. What came first is the
-    cause.
+    when a signal ends one rank early, the others may fail because it is missing. Whatever came
+    first is the cause.
 
     Args:
         end: `stopped` or `failed`.
     """
-    if os.environ.get(MARK):
-        with (
-            contextlib.suppress(FileExistsError),
-            open(os.environ[MARK], "x", encoding="utf-8") as file,
-        ):
-            file.write(end)
+    path = os.environ.get(MARK)
+    if not path:
+        return
+    with contextlib.suppress(FileExistsError), open(path, "x", encoding="utf-8") as file:
+        file.write(end)
 
 
-def note(config: str, event: str, **facts: object) -> None:
-    """Append an event to events.jsonl beside the job's config; only the first rank does."""
+def record_event(config: str, event: str, **details: object) -> None:
+    """Append an event to events.jsonl beside the job's config; only the first rank does.
+
+    Args:
+        config: as in `run_task`.
+        event: `start`, `done`, `stopped` or `failed`.
+        details: further entries of the line.
+    """
     if ranks.from_environment(os.environ).is_first:
-        row = {"event": event, "time": round(time.time(), 1), **facts}
-        with (Path(config).parent / "events.jsonl").open("a", encoding="utf-8") as file:
+        row = {"event": event, "time": round(time.time(), 1), **details}
+        with (Path(config).parent / EVENTS_FILE).open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")

@@ -1,5 +1,6 @@
-"""YAML files and command-line overrides as layers of a config: plain trees whose every key knows
-its source.
+"""YAML files and command-line overrides as layers of a config.
+
+A layer is a plain tree of values in which every key knows where it was written.
 """
 
 from __future__ import annotations
@@ -10,13 +11,15 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from tapct.config.fields import KeyPath
+
+_PACKAGE = Path(__file__).resolve().parent.parent
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,7 @@ class Layer:
         tree: nested dict of plain values.
         origins: path of each key -> "configs/smoke.yaml:12" or "override"; the empty path stands
             for the whole layer.
-        ordered: whether its order of keys may rearrange a plug-in table.
+        ordered: whether the order of its keys may rearrange a plug-in table.
     """
 
     tree: dict[str, Any]
@@ -35,106 +38,155 @@ class Layer:
     ordered: bool
 
     def at(self, path: KeyPath) -> Any:
-        """The value at a path, or None where the layer says nothing."""
+        """The value at a path, or None where the layer has none."""
         node: Any = self.tree
         for key in path:
             node = node.get(key) if isinstance(node, Mapping) else None
         return node
 
 
+def shipped_folder() -> Path:
+    """The folder of the configs that come with tapct.
+
+    A wheel holds them inside of the package; in a source tree they lie beside it.
+    """
+    inside = _PACKAGE / "configs"
+    return inside if inside.is_dir() else _PACKAGE.parent / "configs"
+
+
+def shipped_names() -> list[str]:
+    """Names of the configs that come with tapct, without suffix, sorted."""
+    return sorted(file.stem for file in shipped_folder().glob("*.yaml"))
+
+
+def config_file(named: Path) -> Path:
+    """The file of a config that a person has named.
+
+    Args:
+        named: path of a YAML file, or a bare name such as `smoke`. A bare name that is not a file
+            is looked up among the configs that come with tapct.
+    """
+    if named.suffix or named.parent != Path() or named.is_file():
+        return named
+    shipped = shipped_folder() / f"{named}.yaml"
+    return shipped if shipped.is_file() else named
+
+
 def read_chain(path: Path) -> list[Layer]:
     """Read a YAML file and the files that its `base:` key leads to, the deepest base first.
 
     Args:
-        path: YAML file; `base:` is relative to the file that names it.
+        path: YAML file, or the name of a config that comes with tapct. `base:` is relative to the
+            file that contains it, or such a name too.
     Raises:
-        ValueError: a file is missing, unreadable or broken YAML, or the chain bites its tail; one
+        ValueError: a file is missing, unreadable or broken YAML, or a file is its own base; one
             line with file:line.
     """
     layers: list[Layer] = []
     seen: list[Path] = []
-    current: Path | None = path
-    asked_by = ""
+    current: Path | None = config_file(path)
+    named_at = ""  # file:line of the `base:` that names the current file
     while current is not None:
         if current.resolve() in seen:
             chain = " -> ".join(map(_shown, [*seen, current]))
             raise ValueError(
-                f"{asked_by}: base = {_shown(current)}: the base chain is a circle: {chain}"
+                f"{named_at}: base = {_shown(current)}: the base chain is a circle: {chain}"
             )
         seen.append(current.resolve())
-        tree, origins = _read(current, asked_by)
+        tree, origins = _read(current, named_at)
         base = tree.pop("base", None)
-        asked_by = origins.pop(("base",), "")
+        named_at = origins.pop(("base",), "")
         if not isinstance(base, str | None):
-            raise ValueError(f"{asked_by}: base = {base}: must be the path of one YAML file")
+            raise ValueError(f"{named_at}: base = {base}: must be the path of one YAML file")
         layers.append(Layer(tree, origins, ordered=True))
-        current = current.parent / base if base else None
+        current = _base_file(current, base) if base else None
     return layers[::-1]
 
 
+def _base_file(file: Path, base: str) -> Path:
+    """The file that `base:` names: beside the file that contains it, or a shipped config."""
+    beside = file.parent / base
+    if beside.is_file() or base not in shipped_names():
+        return beside
+    return shipped_folder() / f"{base}.yaml"
+
+
 def read_overrides(overrides: Sequence[str]) -> list[Layer]:
-    """Turn `key=value` words into one layer; a later word wins.
+    """Turn `key=value` arguments into one layer; a later argument wins.
 
     Raises:
-        ValueError: a word is not key=value, or its value is not YAML.
+        ValueError: an argument is not key=value, or its value is not YAML.
     """
     merged = OmegaConf.create()
-    for word in overrides:
-        key, equals, _ = word.partition("=")
+    for override in overrides:
+        key, equals, _ = override.partition("=")
         if not equals or not key.strip():
-            raise ValueError(f"override: {word!r} is not key=value, e.g. optim.lr=2e-4")
+            raise ValueError(f"override: {override!r} is not key=value, e.g. optim.lr=2e-4")
         try:
-            merged = OmegaConf.merge(merged, OmegaConf.from_dotlist([word]))  # type: ignore[assignment]
+            layer = OmegaConf.from_dotlist([override])
+            merged = OmegaConf.merge(merged, layer)  # type: ignore[assignment]
         except yaml.YAMLError as error:
             raise ValueError(
                 f"override: {key}: its value is not valid YAML: {_problem(error)}"
             ) from error
         except (OmegaConfBaseException, ValueError, AttributeError) as error:
-            raise ValueError(f"override: {word}: {_first_line(error)}") from error
-    tree = _text_keys(OmegaConf.to_container(merged))
-    return (
-        [Layer(tree, dict.fromkeys(_paths(tree), "override"), ordered=False)] if overrides else []
-    )
+            raise ValueError(f"override: {override}: {_first_line(error)}") from error
+    if not overrides:
+        return []
+    tree = _with_text_keys(OmegaConf.to_container(merged))
+    return [Layer(tree, dict.fromkeys(_paths(tree), "override"), ordered=False)]
 
 
-def _read(path: Path, asked_by: str) -> tuple[dict[str, Any], dict[KeyPath, str]]:
+def _read(path: Path, named_at: str) -> tuple[dict[str, Any], dict[KeyPath, str]]:
+    """The tree of one file, and where each of its keys is written."""
     shown = _shown(path)
     try:
         content = path.read_text(encoding="utf-8")
         loaded = OmegaConf.load(path)
         root = yaml.compose(content, Loader=yaml.SafeLoader)
     except OSError as error:
-        if isinstance(error, FileNotFoundError):
-            names = sorted(file.name for file in path.parent.glob("*.yaml"))
-            near = difflib.get_close_matches(path.with_suffix(".yaml").name, names, n=1)
-            there = f"; {_shown(path.parent)} holds {', '.join(names[:8])}" if names else ""
-            guess = f"; did you mean {_shown(path.parent / near[0])}?" if near else there
-            reason = f"no such config file{guess}"
-        else:
-            reason = error.strerror or "must be a mapping of keys to values"
-        raise ValueError(
-            f"{asked_by + ': base = ' if asked_by else ''}{shown}: {reason}"
-        ) from error
+        _raise_unreadable(path, named_at, error)
     except UnicodeDecodeError as error:
         raise ValueError(f"{shown}: is not UTF-8 text") from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        raise ValueError(
-            f"{shown}:{mark.line + 1 if mark else 1}: not valid YAML: {_problem(error)}"
-        ) from error
+        line = mark.line + 1 if mark else 1
+        raise ValueError(f"{shown}:{line}: not valid YAML: {_problem(error)}") from error
     except OmegaConfBaseException as error:
-        raise ValueError(
-            f"{shown}: {getattr(error, 'full_key', '') or ''}: {_first_line(error)}"
-        ) from error
+        key = getattr(error, "full_key", "") or ""
+        raise ValueError(f"{shown}: {key}: {_first_line(error)}") from error
     tree = OmegaConf.to_container(loaded)
     if not isinstance(tree, dict):
         raise ValueError(
             f"{shown}: must be a mapping of keys to values, not a {type(tree).__name__}"
         )
-    tree = _text_keys(tree)
+    tree = _with_text_keys(tree)
     lines: dict[KeyPath, int] = {(): 1}
     _collect_lines(root, (), lines)
-    return tree, {path: f"{shown}:{_line(lines, path)}" for path in [(), *_paths(tree)] if path}
+    return tree, {path: f"{shown}:{_line(lines, path)}" for path in _paths(tree)}
+
+
+def _raise_unreadable(path: Path, named_at: str, error: OSError) -> NoReturn:
+    source = f"{named_at}: base = " if named_at else ""
+    if isinstance(error, FileNotFoundError):
+        reason = f"no such config file{_near_files(path)}"
+    else:
+        reason = error.strerror or "must be a mapping of keys to values"
+    raise ValueError(f"{source}{_shown(path)}: {reason}") from error
+
+
+def _near_files(path: Path) -> str:
+    """What a person may have meant by a file that does not exist, as the end of an error line."""
+    if not path.suffix and path.parent == Path():
+        names = shipped_names()
+        near = difflib.get_close_matches(path.name, names, n=2)
+        guess = f"did you mean {' or '.join(near)}? " if near else ""
+        return f"; {guess}tapct comes with {', '.join(names) or 'no configs here'}"
+    files = sorted(file.name for file in path.parent.glob("*.yaml"))
+    near = difflib.get_close_matches(path.with_suffix(".yaml").name, files, n=1)
+    if near:
+        return f"; did you mean {_shown(path.parent / near[0])}?"
+    return f"; {_shown(path.parent)} holds {', '.join(files[:8])}" if files else ""
 
 
 def _collect_lines(node: yaml.Node | None, path: KeyPath, lines: dict[KeyPath, int]) -> None:
@@ -146,28 +198,26 @@ def _collect_lines(node: yaml.Node | None, path: KeyPath, lines: dict[KeyPath, i
 
 
 def _line(lines: Mapping[KeyPath, int], path: KeyPath) -> int:
-    while (
-        path not in lines
-    ):  # a key that came through a YAML merge (<<) has the line of the section around it
+    # a key that came through a YAML merge (<<) has the line of the section around it
+    while path not in lines:
         path = path[:-1]
     return lines[path]
 
 
 def _paths(tree: Mapping[str, Any], path: KeyPath = ()) -> list[KeyPath]:
-    found: list[KeyPath] = []
+    """The paths of all keys, sections included."""
+    paths: list[KeyPath] = []
     for key, value in tree.items():
-        found.append((*path, key))
+        paths.append((*path, key))
         if isinstance(value, dict):
-            found += _paths(value, (*path, key))
-    return found
+            paths += _paths(value, (*path, key))
+    return paths
 
 
-def _text_keys(tree: Any) -> Any:
-    return (
-        {str(key): _text_keys(value) for key, value in tree.items()}
-        if isinstance(tree, dict)
-        else tree
-    )
+def _with_text_keys(tree: Any) -> Any:
+    if not isinstance(tree, dict):
+        return tree
+    return {str(key): _with_text_keys(value) for key, value in tree.items()}
 
 
 def _problem(error: yaml.YAMLError) -> str:
@@ -179,7 +229,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _shown(path: Path) -> str:
-    """A path as a person would write it from the working directory."""
+    """A path as a person would write it in the working directory."""
     relative = os.path.relpath(path)
     return relative if not relative.startswith(os.path.join("..", "..")) else str(path.absolute())
 
@@ -199,21 +249,21 @@ def one_line(value: Any) -> str:
         "allow_unicode": True,
     }
     lines = yaml.dump(value, Dumper=_Dumper, **form).splitlines()
-    return " ".join(line for line in lines if line != "...")
+    return " ".join(line for line in lines if line != "...")  # yaml ends a bare value with ...
 
 
 class _Dumper(yaml.SafeDumper):
-    """Block mappings, lists in one line, and quotes around text that OmegaConf would read as a
-    number.
-    """
+    """Block mappings, lists on one line, and quotes around text that looks like a number."""
 
     def represent_list(self, data: Any) -> yaml.SequenceNode:
         return self.represent_sequence("tag:yaml.org,2002:seq", data, flow_style=True)
 
     def represent_str(self, data: str) -> yaml.ScalarNode:
-        style = (
-            "'" if re.fullmatch(r"[-+.\d][-+.:\w]*", data) else None if data.isprintable() else '"'
-        )
+        style = None
+        if re.fullmatch(r"[-+.\d][-+.:\w]*", data):
+            style = "'"  # OmegaConf would read it as a number
+        elif not data.isprintable():
+            style = '"'
         return self.represent_scalar("tag:yaml.org,2002:str", data, style=style)
 
 

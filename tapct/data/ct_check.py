@@ -1,9 +1,9 @@
-"""Is it CT in Hounsfield units? Judged by the values, because NIfTI and NRRD do not say.
+"""Check that a scan is CT in Hounsfield units, by its values: NIfTI and NRRD name no modality.
 
-CT is the one common modality with an absolute scale: air is near -1000 and soft tissue between -200
-and 300. MR, PET, label maps, pictures and rescaled floats lack the first. A file that declares CT
-(DICOM, or a side-car's Modality) needs no air, since a crop inside the body has none, but it still
-needs fat or air below zero.
+CT is the one common modality with an absolute scale: air is near -1000 HU and soft tissue between
+-200 and 300 HU. MR, PET, label maps, photographs and rescaled floats have no values near -1000. A
+file that declares CT (DICOM, or a side-car's Modality) needs no air, since a crop inside the body
+has none, but it still needs fat or air below zero.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from tapct.types import Refused
 
 AIR_RANGE = (-1150.0, -300.0)  # air and lung, with noise
 TISSUE_RANGE = (-200.0, 300.0)
-BODY_ABOVE = -500.0  # what counts as body in manifest statistics
-MIN_AIR = 5e-4  # share of voxels; the smallest seen in real scans is 0.22, an MR has 0
-MIN_TISSUE = 5e-3  # a head phantom of hard plastic has 0.055
-_UNIT_SPAN = 64.0  # values that span less are shares, z-scores or logarithms
-_SAMPLE = 1 << 20
+BODY_ABOVE = -500.0  # HU; voxels above it count as body in the manifest's statistics
+MIN_AIR = 5e-4  # share of voxels; the smallest share in real scans was 0.22, an MR has 0
+MIN_TISSUE = 5e-3  # share of voxels; a head phantom of hard plastic has 0.055
+_UNIT_SPAN = 64.0  # fractional values that span less are shares, z-scores or logarithms
+_SAMPLE = 1 << 20  # voxels
 
 
 def sample(voxels: np.ndarray, limit: int = _SAMPLE) -> np.ndarray:
@@ -35,10 +35,10 @@ def check_is_ct(voxels: np.ndarray, slope: float, intercept: float, declared_ct:
     """Refuse voxels whose values cannot be HU.
 
     Args:
-        voxels: (3 axes) as stored, any real dtype.
+        voxels: stored voxels along three axes, any real dtype.
         slope: factor to HU.
         intercept: offset in HU.
-        declared_ct: the file or its side-car says Modality CT.
+        declared_ct: whether the file or its side-car gives Modality CT.
     Raises:
         Refused: not_finite, constant, normalised, label_map, no_rescale, not_hu, not_ct.
     """
@@ -54,20 +54,20 @@ def check_is_ct(voxels: np.ndarray, slope: float, intercept: float, declared_ct:
             "normalised", f"{span}; HU span hundreds; export the scan without normalisation"
         )
     if low >= 0 and _is_label_map(voxels, values):
-        raise Refused("label_map", f"{span} in flat regions: labels, not a scan")
+        raise Refused("label_map", f"{span} in flat regions, so these are labels and not a scan")
     air, tissue = _share(values, AIR_RANGE), _share(values, TISSUE_RANGE)
     if air < MIN_AIR and low > -300 and high > 900:
         shifted = values - 1024
         if _share(shifted, AIR_RANGE) >= 0.05 and _share(shifted, TISSUE_RANGE) >= 0.05:
             raise Refused(
                 "no_rescale",
-                f"{span}: no HU; CT whose rescale intercept was lost? then subtract 1024",
+                f"{span}, which are not HU; if the rescale intercept was lost, subtract 1024",
             )
     if declared_ct:
         if low > -20:
             raise Refused(
                 "not_hu",
-                f"declared CT, but {span}: neither air nor fat; is a rescale intercept missing?",
+                f"Modality is CT, but {span}, without air or fat; check the rescale intercept",
             )
         return
     if air < MIN_AIR:
@@ -84,11 +84,12 @@ def check_is_ct(voxels: np.ndarray, slope: float, intercept: float, declared_ct:
 
 
 def _share(values: np.ndarray, bounds: tuple[float, float]) -> float:
+    """Share of values between two bounds."""
     return float(((values >= bounds[0]) & (values <= bounds[1])).mean())
 
 
 def _is_label_map(voxels: np.ndarray, values: np.ndarray) -> bool:
-    """Whole numbers, few of them, and most neighbours inside the foreground are equal."""
+    """Whether values are few whole numbers, and most neighbours in the foreground are equal."""
     if (values != np.rint(values)).any():
         return False
     num_distinct = len(np.unique(values))
@@ -105,8 +106,8 @@ def _is_label_map(voxels: np.ndarray, values: np.ndarray) -> bool:
 
 
 def _check_padding(values: np.ndarray) -> None:
-    """Values below air are padding when they are one or two constants; many different ones mean a
-    shifted scale.
+    """Refuse many different values below air, which mean a shifted scale; padding is one or two
+    constants.
     """
     below = values[values < AIR_RANGE[0]]
     if below.size > 0.02 * values.size:
@@ -114,6 +115,6 @@ def _check_padding(values: np.ndarray) -> None:
         if np.sort(counts)[-2:].sum() < 0.5 * below.size:
             raise Refused(
                 "not_hu",
-                f"{below.size / values.size:.0%} of the values lie below air and vary: shifted "
-                "scale",
+                f"{below.size / values.size:.0%} of the values lie below air and are not constant, "
+                "so the scale is shifted; check slope and intercept",
             )

@@ -1,4 +1,4 @@
-"""Find the scans in a folder: files by their content, DICOM series by their headers."""
+"""Find the scans in a folder: files by their suffix, DICOM series by their content and headers."""
 
 from __future__ import annotations
 
@@ -8,19 +8,22 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tapct.base.exits import UserError
-from tapct.data.readers import dicom, itk, nifti
+from tapct.data.readers import DICOM, FORMATS, dicom, format_of
 from tapct.types import Refused
+
+UNREADABLE = "unreadable"  # kind of a folder that cannot be listed
 
 
 @dataclass(frozen=True)
 class Source:
-    """One thing on disk that may be a scan.
+    """One file or DICOM series that may be a scan.
 
     Args:
-        path: the file; of a DICOM series its folder, or its first file where the folder holds
-            several series.
-        kind: nifti, nrrd, meta, dicom, or unreadable for what cannot be opened at all.
-        files: all files that hold it.
+        path: path of the file. For a DICOM series it is the folder, or the first file where the
+            folder holds several series.
+        kind: name of its format in `readers.FORMATS`, or `unreadable` for a folder that cannot be
+            listed.
+        files: all files of the scan.
     """
 
     path: Path
@@ -29,74 +32,83 @@ class Source:
 
 
 def find_sources(root: Path | str) -> list[Source]:
-    """List what may be a scan below a folder, in a fixed order; label maps are listed too.
+    """List everything below a folder that may be a scan, in a fixed order; label maps are listed
+    too.
 
-    Hidden names are skipped; links are followed, each folder once. DICOM is known by its preamble,
-    not by its name, and grouped by SeriesInstanceUID within a folder. A file that is named like a
-    scan but cannot be one is listed, so that it is refused with a reason.
+    Hidden files and folders are skipped. Links are followed, and each folder is visited once. DICOM
+    is recognised by its preamble and not by its name, and grouped by SeriesInstanceUID within a
+    folder. A file that is named like a scan but cannot be one is listed, so that it is refused with
+    a reason.
 
+    Args:
+        root: folder of the archive.
     Raises:
         UserError: `root` is missing or not a folder.
     """
     root = Path(root)
     if not root.is_dir():
-        what = "is a file; give its folder" if root.exists() else "does not exist; check the path"
-        raise UserError(f"folder {root} {what}")
-    closed: list[Path] = []
-    sources = [source for folder in _walk(root, closed) for source in in_folder(folder)]
-    sources += [Source(path, "unreadable", (path,)) for path in closed]
+        problem = (
+            "is a file; give its folder" if root.exists() else "does not exist; check the path"
+        )
+        raise UserError(f"folder {root} {problem}")
+    sources: list[Source] = []
+    unlisted: list[Path] = []
+    for folder in _folders_below(root, unlisted):
+        sources += _sources_in(folder)
+    sources += [Source(path, UNREADABLE, (path,)) for path in unlisted]
     return sorted(sources, key=lambda source: source.path.relative_to(root).as_posix())
 
 
+def find_source(path: Path) -> Source:
+    """The one scan that a path stands for: a file, a folder with one DICOM series, or any file of a
+    series.
+
+    Raises:
+        Refused: `unreadable` where there is no scan, `mixed_series` where there are several.
+    """
+    if not path.exists():
+        raise Refused("unreadable", f"{path} does not exist")
+    file_format = None if path.is_dir() else format_of(path)
+    if file_format is not None:
+        return Source(path, file_format.name, (path,))
+    folder = path if path.is_dir() else path.parent
+    series = [source for source in _sources_in(folder) if source.kind == DICOM.name]
+    if path.is_dir():
+        # a folder with one series is that series, whatever damaged DICOM files lie beside it
+        series = [source for source in series if source.path == path] or series
+    else:
+        series = [source for source in series if path in source.files]
+    if not series:
+        raise Refused("unreadable", f"{path} is not a NIfTI, NRRD, MetaImage or DICOM scan")
+    if len(series) > 1:
+        raise Refused(
+            "mixed_series",
+            f"{path} holds {len(series)} DICOM series; give one file of the series to read",
+        )
+    return series[0]
+
+
 def stem_of(path: Path) -> str:
-    """File name without the suffix of its format (`.nii.gz` is one); a folder's whole name."""
-    lower = path.name.lower()
-    for suffix in (*nifti.SUFFIXES, *itk.SUFFIXES, *dicom.SUFFIXES):
-        if lower.endswith(suffix):
-            return path.name[: -len(suffix)]
+    """File name without the suffix of its format (`.nii.gz` is one suffix); a folder's whole
+    name.
+    """
+    for known in FORMATS:
+        for suffix in known.suffixes:
+            if path.name.lower().endswith(suffix):
+                return path.name[: -len(suffix)]
     return path.name
 
 
-def kind_of(path: Path) -> str:
-    """Format by file name; empty where the name does not tell."""
-    lower = path.name.lower()
-    if lower.endswith(nifti.SUFFIXES):
-        return "nifti"
-    if lower.endswith(itk.SUFFIXES):
-        return "nrrd" if lower.endswith((".nrrd", ".nhdr")) else "meta"
-    return ""
+def _folders_below(root: Path, unlisted: list[Path]) -> Iterator[Path]:
+    """`root` and all folders below it that are not hidden, each once.
 
-
-def _source_of(path: Path) -> Source:
-    """The one source that a path stands for."""
-    if not path.exists():
-        raise Refused("unreadable", f"{path} does not exist")
-    kind = "" if path.is_dir() else kind_of(path)
-    if kind:
-        return Source(path, kind, (path,))
-    folder = path if path.is_dir() else path.parent
-    found = [source for source in in_folder(folder) if source.kind == "dicom"]
-    if path.is_dir():
-        found = [source for source in found if source.path == path] or found
-    else:
-        found = [source for source in found if path in source.files]
-    if not found:
-        raise Refused("unreadable", f"{path} is no NIfTI, NRRD, MetaImage or DICOM")
-    if len(found) > 1:
-        raise Refused(
-            "mixed_series",
-            f"{path} holds {len(found)} DICOM series; give one file of the series meant",
-        )
-    return found[0]
-
-
-def _walk(root: Path, closed: list[Path]) -> Iterator[Path]:
-    """`root` and the folders below, each once, none that is hidden; `closed` gets what cannot be
-    listed.
+    Args:
+        root: folder to start from.
+        unlisted: list that receives the folders that cannot be listed.
     """
     seen: set[tuple[int, int]] = set()
     for folder, subfolders, _ in os.walk(
-        root, followlinks=True, onerror=lambda error: closed.append(Path(error.filename))
+        root, followlinks=True, onerror=lambda error: unlisted.append(Path(error.filename))
     ):
         status = os.stat(folder)
         if (status.st_dev, status.st_ino) in seen:
@@ -109,31 +121,30 @@ def _walk(root: Path, closed: list[Path]) -> Iterator[Path]:
         yield Path(folder)
 
 
-def in_folder(folder: Path) -> list[Source]:
-    """Sources among the files of one folder."""
+def _sources_in(folder: Path) -> list[Source]:
+    """Scans among the files of one folder, without its subfolders."""
     with os.scandir(folder) as entries:
-        files = sorted(
-            folder / entry.name
-            for entry in entries
-            if not entry.name.startswith(".") and entry.is_file()
-        )
+        visible = [entry for entry in entries if not entry.name.startswith(".")]
+        files = sorted(folder / entry.name for entry in visible if entry.is_file())
     sources: list[Source] = []
     series: dict[str, list[Path]] = {}
     for path in files:
-        kind = kind_of(path)
-        if kind:
-            sources.append(Source(path, kind, (path,)))
+        file_format = format_of(path)
+        if file_format is not None:
+            sources.append(Source(path, file_format.name, (path,)))
             continue
         try:
             is_slice = dicom.is_dicom(path)
             uid = dicom.series_uid(path) if is_slice else None
-        except Exception:  # listed here; reading it again gives the reason for which it is refused
-            sources.append(Source(path, "dicom", (path,)))
+        except Exception:  # it is listed here, and reading it again gives the reason of its refusal
+            sources.append(Source(path, DICOM.name, (path,)))
             continue
+        is_named_dicom = path.suffix.lower() in DICOM.suffixes
         if uid:
             series.setdefault(uid, []).append(path)
-        elif uid == "" or (not is_slice and path.suffix.lower() in dicom.SUFFIXES):
-            sources.append(Source(path, "dicom", (path,)))
+        elif uid == "" or (is_named_dicom and not is_slice):
+            sources.append(Source(path, DICOM.name, (path,)))
     for members in series.values():
-        sources.append(Source(folder if len(series) == 1 else members[0], "dicom", tuple(members)))
+        path = folder if len(series) == 1 else members[0]
+        sources.append(Source(path, DICOM.name, tuple(members)))
     return sources

@@ -1,55 +1,30 @@
-"""Orientation and grid of a scan: axial slices first, LPS, spacing in mm, and what is refused."""
+"""Orientation and grid of a scan: axial slices first, LPS, spacing in mm."""
 
 from __future__ import annotations
 
 import itertools
+from typing import TypeAlias
 
 import numpy as np
 
 from tapct.types import LabelMap, Refused, Volume
+
+Spacing3: TypeAlias = tuple[float, float, float]  # mm along (z, y, x)
+Point3: TypeAlias = tuple[float, float, float]  # LPS mm (x, y, z)
 
 SPACING_RANGE_MM = (0.05, 50.0)
 # |cosine| between two axes; rounding of headers stays below 1e-3, half a degree of tilt gives 9e-3
 MAX_SHEAR = 5e-3
 MIN_ALIGNMENT = 0.75  # cosine of 41 degrees between a file axis and the LPS axis that it becomes
 GRID_TOLERANCE = 0.25  # voxels that two grids may be apart at any corner
-Triple = tuple[float, float, float]
 
 
-def check_same_grid(volume: Volume, labels: LabelMap) -> None:
-    """Refuse labels that do not lie on the scan's own voxels.
-
-    Equal shape, and first and last voxel at the same place to a quarter of a voxel. Headers are all
-    that can be
-    compared: a scan that was cropped but kept the affine of the whole one cannot be told from a
-        right one.
-
-    Raises:
-        Refused: `grid_mismatch`.
-    """
-    if volume.hu_ZYX.shape != labels.labels_ZYX.shape:
-        raise Refused(
-            "grid_mismatch",
-            f"labels are {labels.labels_ZYX.shape}, the scan is {volume.hu_ZYX.shape}",
-        )
-    spacing = np.asarray(volume.spacing_mm[::-1])
-    extent = np.asarray(volume.hu_ZYX.shape[::-1]) - 1
-    first = np.asarray(labels.origin_mm) - np.asarray(volume.origin_mm)
-    last = first + extent * (np.asarray(labels.spacing_mm[::-1]) - spacing)
-    off = float(max(np.abs(first / spacing).max(), np.abs(last / spacing).max()))
-    if off > GRID_TOLERANCE:
-        raise Refused(
-            "grid_mismatch",
-            f"labels lie up to {off:.2f} voxels off the scan; rule: {GRID_TOLERANCE}",
-        )
-
-
-def to_lps(voxels_IJK: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, Triple, Triple]:
+def to_lps(voxels_IJK: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, Spacing3, Point3]:
     """Permute and flip to the nearest LPS axes, z first.
 
     Args:
-        voxels_IJK: voxels in file axes.
-        affine: (i, j, k, 1) -> LPS mm.
+        voxels_IJK: voxels along the axes of the file.
+        affine: 4x4 matrix, (i, j, k, 1) -> LPS mm.
     Returns:
         A view (Z, Y, X) of the voxels, spacing (z, y, x) in mm, position (x, y, z) of its first
         voxel in LPS mm.
@@ -66,19 +41,20 @@ def to_lps(voxels_IJK: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, Trip
     direction = affine[:3, :3] / spacing
     shear = float(np.abs(direction.T @ direction - np.eye(3)).max())
     if shear > MAX_SHEAR:
-        raise Refused("sheared", f"axes are {np.degrees(np.arcsin(min(1, shear))):.1f} degrees "
-            "off a right angle "
-                      "(gantry tilt?); resample the scan to an upright grid")  # fmt: skip
-    axes = max(
-        itertools.permutations(range(3)),
-        key=lambda p: np.prod([abs(direction[w, p[w]]) for w in range(3)]),
-    )
+        degrees = np.degrees(np.arcsin(min(1, shear)))
+        raise Refused(
+            "sheared",
+            f"axes are {degrees:.1f} degrees off a right angle (gantry tilt?); resample the scan "
+            "to an upright grid",
+        )
+    axes = _nearest_axes(direction)
     alignment = min(abs(direction[world, axes[world]]) for world in range(3))
     if alignment < MIN_ALIGNMENT:
         angle = np.degrees(np.arccos(alignment))
         raise Refused(
             "oblique",
-            f"an axis is {angle:.0f} degrees off the body's; rule: 41; resample to axial slices",
+            f"an axis is {angle:.0f} degrees off the body's; rule: at most 41; resample to axial "
+            "slices",
         )
     origin, index = affine[:3, 3].copy(), [slice(None)] * 3
     for world, axis in enumerate(axes):
@@ -87,5 +63,45 @@ def to_lps(voxels_IJK: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, Trip
             index[axis] = slice(None, None, -1)
     view_ZYX = voxels_IJK[tuple(index)].transpose(axes[::-1])
     x, y, z = axes
-    spacing_zyx = (float(spacing[z]), float(spacing[y]), float(spacing[x]))
-    return view_ZYX, spacing_zyx, (float(origin[0]), float(origin[1]), float(origin[2]))
+    spacing_mm = (float(spacing[z]), float(spacing[y]), float(spacing[x]))
+    return view_ZYX, spacing_mm, (float(origin[0]), float(origin[1]), float(origin[2]))
+
+
+def _nearest_axes(direction: np.ndarray) -> tuple[int, int, int]:
+    """The axis of the file that is nearest to each of the LPS axes x, y, z."""
+
+    def alignment(axes: tuple[int, ...]) -> float:
+        return float(np.prod([abs(direction[world, axes[world]]) for world in range(3)]))
+
+    x, y, z = max(itertools.permutations(range(3)), key=alignment)
+    return x, y, z
+
+
+def check_same_grid(volume: Volume, labels: LabelMap) -> None:
+    """Refuse labels that do not lie on the scan's own voxels.
+
+    The shapes must be equal, and the first and the last voxel must lie at the same place to a
+    quarter of a voxel. Only headers can be compared: a scan that was cropped but kept the affine of
+    the whole scan passes.
+
+    Args:
+        volume: scan.
+        labels: label map to compare with it.
+    Raises:
+        Refused: `grid_mismatch`.
+    """
+    if volume.hu_ZYX.shape != labels.labels_ZYX.shape:
+        raise Refused(
+            "grid_mismatch",
+            f"labels are {labels.labels_ZYX.shape}, the scan is {volume.hu_ZYX.shape}",
+        )
+    spacing = np.asarray(volume.spacing_mm[::-1])
+    extent = np.asarray(volume.hu_ZYX.shape[::-1]) - 1
+    first = np.asarray(labels.origin_mm) - np.asarray(volume.origin_mm)
+    last = first + extent * (np.asarray(labels.spacing_mm[::-1]) - spacing)
+    distance = float(max(np.abs(first / spacing).max(), np.abs(last / spacing).max()))
+    if distance > GRID_TOLERANCE:
+        raise Refused(
+            "grid_mismatch",
+            f"labels lie up to {distance:.2f} voxels off the scan; rule: {GRID_TOLERANCE}",
+        )

@@ -1,4 +1,4 @@
-"""Facts about a scan from its header and its JSON side-car."""
+"""Facts about a scan and names of labels, from the file's header and its JSON side-car."""
 
 from __future__ import annotations
 
@@ -9,13 +9,29 @@ from pathlib import Path
 from typing import Any
 
 from tapct.data.discover import stem_of
-from tapct.data.patients import keyed_hash, patient_id_of
+from tapct.data.patients import hash_of_header
 from tapct.data.readers.raw import Header, one_line
 from tapct.types import Refused, ScanFacts
 
+# field of Header and the key of a side-car, as BIDS and dcm2niix write it
+SIDECAR_KEYS = {
+    "patient_id": "PatientID",
+    "study_date": "StudyDate",
+    "modality": "Modality",
+    "manufacturer": "Manufacturer",
+    "kernel": "ConvolutionKernel",
+    "sex": "PatientSex",
+    "age": "PatientAge",
+}
+YEARS_PER_UNIT = {"": 1.0, "Y": 1.0, "M": 1 / 12, "W": 7 / 365.25, "D": 1 / 365.25}
+
 
 def read_sidecar(path: Path) -> dict[str, Any]:
-    """The JSON object NAME.json beside NAME, or an empty one where there is none."""
+    """The JSON object of NAME.json beside NAME; empty where there is no such file.
+
+    Raises:
+        Refused: `bad_sidecar`, the file is not a JSON object.
+    """
     sidecar = path.with_name(stem_of(path) + ".json")
     if not sidecar.is_file():
         return {}
@@ -30,49 +46,32 @@ def read_sidecar(path: Path) -> dict[str, Any]:
     return content
 
 
-def merge_facts(header: Header, sidecar: dict[str, Any]) -> Header:
-    """What the file says, completed by its side-car (BIDS and dcm2niix keys)."""
-    keys = {
-        "patient_id": "PatientID",
-        "study_uid": "StudyInstanceUID",
-        "series_uid": "SeriesInstanceUID",
-        "study_date": "StudyDate",
-        "modality": "Modality",
-        "manufacturer": "Manufacturer",
-        "kernel": "ConvolutionKernel",
-        "sex": "PatientSex",
-        "age": "PatientAge",
-        "body_part": "BodyPartExamined",
-    }
-    told = {
+def merge_sidecar(header: Header, sidecar: dict[str, Any]) -> Header:
+    """A header whose fields are replaced by those that the side-car gives."""
+    given = {
         field: one_line(sidecar[key])
-        for field, key in keys.items()
+        for field, key in SIDECAR_KEYS.items()
         if sidecar.get(key) not in (None, "", [])
     }
-    return replace(header, **told)
+    return replace(header, **given)
 
 
-def facts_from_header(header: Header, key: bytes | None) -> ScanFacts:
-    """The facts that tapct keeps of a header; identifiers only as keyed hashes, and not at all
-    without a key.
+def facts_of(header: Header, key: bytes | None) -> ScanFacts:
+    """The facts of a header that tapct keeps, cleaned; the patient only as a keyed hash.
+
+    Args:
+        header: header of the scan, completed by its side-car.
+        key: secret of the keyed hashes; None leaves the patient empty.
     """
-
-    def hashed(text: str) -> str:
-        return keyed_hash(key, text) if key and text else ""
-
     date = re.sub(r"\D", "", header.study_date)
     sex = header.sex.strip()[:1].upper()
     return ScanFacts(
-        patient=hashed(patient_id_of(header.patient_id)),
-        study=hashed(header.study_uid),
-        series=hashed(header.series_uid),
+        patient=hash_of_header(header.patient_id, key),
         study_date=date if len(date) == 8 else "",
-        modality=header.modality,
         manufacturer=header.manufacturer,
         kernel=header.kernel,
         sex=sex if sex in ("M", "F", "O") else "",
         age_years=_age_years(header.age),
-        body_part=header.body_part,
     )
 
 
@@ -81,22 +80,24 @@ def _age_years(text: str) -> float:
     else.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([YMWD]?)\s*", text.upper())
-    if not match:
-        return float("nan")
-    return (
-        float(match[1])
-        * {"": 1.0, "Y": 1.0, "M": 1 / 12, "W": 7 / 365.25, "D": 1 / 365.25}[match[2]]
-    )
+    return float(match[1]) * YEARS_PER_UNIT[match[2]] if match else float("nan")
 
 
 def label_names(path: Path, sidecar: dict[str, Any]) -> tuple[tuple[int, str], ...]:
-    """Names from {"labels": {"1": "liver"}} or, as some data sets write it, {"labels": {"liver":
-    1}}.
+    """Names of labels from a side-car: {"labels": {"1": "liver"}} or {"labels": {"liver": 1}}.
+
+    Args:
+        path: path of the label map, for the error line.
+        sidecar: content of its side-car.
+    Returns:
+        Label value and name, in ascending order; empty where the side-car has no `labels`.
+    Raises:
+        Refused: `bad_sidecar`, `labels` is not a table of values and names.
     """
     table = sidecar.get("labels", {})
     if not isinstance(table, dict):
         raise Refused(
-            "bad_sidecar", f"'labels' beside {path.name} is no JSON object of value and name"
+            "bad_sidecar", f"'labels' beside {path.name} is not a JSON object of values and names"
         )
     pairs = []
     for left, right in table.items():
@@ -104,7 +105,7 @@ def label_names(path: Path, sidecar: dict[str, Any]) -> tuple[tuple[int, str], .
         if not str(value).isdigit():
             raise Refused(
                 "bad_sidecar",
-                f"'labels' beside {path.name} has '{left}': '{right}'; rule: value and name",
+                f"'labels' beside {path.name} has '{left}': '{right}'; rule: a value and a name",
             )
         pairs.append((int(value), str(name)))
     return tuple(sorted(pairs))

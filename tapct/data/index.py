@@ -4,33 +4,43 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from tapct.base.exits import UserError
-from tapct.data import discover, geometry, ingest, patients
 from tapct.data.ct_check import BODY_ABOVE, sample
+from tapct.data.digest import voxel_digest
+from tapct.data.discover import Source, find_sources
+from tapct.data.geometry import check_same_grid
+from tapct.data.ingest import read_labels, read_source
 from tapct.data.labels.pairing import pair_labels
-from tapct.data.manifest import _NAN, ACCEPTED, REFUSED, Manifest, Row, write_table
-from tapct.data.patients import check_regex, name_of_patient, patient_key
+from tapct.data.manifest import ACCEPTED, REFUSED, UNKNOWN, Manifest, Row, write_table
+from tapct.data.patients import PatientRules, check_regex, patient_key
+from tapct.data.process_pool import map_unordered
 from tapct.data.readers import load_libraries
 from tapct.data.readers.raw import one_line
-from tapct.data.workers import map_unordered
 from tapct.types import Refused, Volume
 
 
 @dataclass(frozen=True)
-class _Job:
-    """One source for a worker."""
+class ExamineTask:
+    """One scan for a worker process.
 
-    source: discover.Source
+    Args:
+        source: files of the scan.
+        root: folder of the archive.
+        labels: path of its label map, or None.
+        patients: how its patient is identified.
+        min_depth: fewest slices of an accepted scan.
+    """
+
+    source: Source
     root: Path
     labels: Path | None
-    key: bytes
-    patient_regex: str | None
+    patients: PatientRules
     min_depth: int
 
 
@@ -47,24 +57,24 @@ def build(
     """Index an archive and write the manifest.
 
     Every scan is read once and whole. A scan that fails becomes a refused row. Of scans with the
-    same voxels the first in the order of paths is kept, the others are refused as `duplicate`. A
-    patient is known by PatientID, else by `patient_regex`, else by the stem of the file or DICOM
-    folder; a stem without a digit (`s0001/ct.nii.gz`) is no name of a patient, so the nearest
-    folder with a digit is taken, else the whole path.
+    same voxels the first in the order of paths is kept, and the others are refused as `duplicate`.
+    How a patient is identified: see `tapct.data.patients`.
 
     Args:
         root: folder of the archive.
         out: .parquet file to write; replaced in one step, so that there is never half a manifest.
-        labels: folder with label maps; other places are found by rule
-            (`tapct.data.labels.pairing`).
-        patient_regex: its first group, searched in the path below the root, names the patient.
-        min_depth: scans with fewer slices are refused as `too_few_slices`.
-        workers: processes; 0 or 1 reads in this process.
-        progress: called with (scans done, scans in all).
+        labels: folder with label maps; label maps in other places are found by name, see
+            `tapct.data.labels.pairing`.
+        patient_regex: regular expression; group 1, searched in the path below the root, is the
+            patient's identifier where the header holds none.
+        min_depth: fewest slices of an accepted scan; others are refused as `too_few_slices`.
+        workers: number of processes; 0 or 1 reads in this process.
+        progress: function that is called with (scans done, scans in all).
     Returns:
         The manifest as written.
     Raises:
-        UserError: no such folder, nothing in it, a bad regex, or `out` cannot be written.
+        UserError: the folder is missing or holds no scan, the regex is bad, or `out` cannot be
+            written.
     """
     root, out = Path(root), Path(out)
     load_libraries()
@@ -73,94 +83,94 @@ def build(
         raise UserError(
             f"{out} is a folder; give the file to write, such as {out / 'manifest.parquet'}"
         )
-    sources = discover.find_sources(root)
+    sources = find_sources(root)
     if labels is not None and not Path(labels).is_dir():
-        raise UserError(f"labels folder {labels} does not exist or is no folder; check the path")
-    label_of, are_labels = pair_labels(sources, root, None if labels is None else Path(labels))
-    sources = [source for source in sources if source.path not in are_labels]
-    if not sources:
+        raise UserError(f"labels folder {labels} does not exist or is not a folder; check the path")
+    pairs = pair_labels(sources, root, None if labels is None else Path(labels))
+    scans = [source for source in sources if source.path not in pairs.label_files]
+    if not scans:
         raise UserError(f"{root} holds no NIfTI, NRRD, MetaImage or DICOM scans; check the path")
-    key = patient_key(out.parent)
-    jobs = [_Job(s, root, label_of.get(s.path), key, patient_regex, min_depth) for s in sources]
+    patients = PatientRules(root, patient_key(out.parent), patient_regex)
+    tasks = [
+        ExamineTask(scan, root, pairs.label_of.get(scan.path), patients, min_depth)
+        for scan in scans
+    ]
     rows: dict[int, Row] = {}
-    for index, row in map_unordered(_examine, jobs, workers, _crashed):
+    for index, row in map_unordered(examine, tasks, workers, crashed_row):
         rows[index] = row
         if progress is not None:
-            progress(len(rows), len(jobs))
-    manifest = Manifest(
-        _refuse_duplicates([rows[index] for index in range(len(jobs))]), root.resolve()
-    )
+            progress(len(rows), len(tasks))
+    in_order = [rows[index] for index in range(len(tasks))]
+    manifest = Manifest(refuse_duplicates(in_order), root.resolve())
     write_table(manifest, out)
     return manifest
 
 
-def _relative(job: _Job) -> str:
-    """Path below the root with /; bytes that are no UTF-8 are written as escapes, since Parquet
-    holds text.
-    """
-    relative = job.source.path.relative_to(job.root).as_posix()
-    return os.fsencode(relative).decode("utf-8", "backslashreplace")
-
-
-def _bare_row(job: _Job) -> Row:
-    relative = _relative(job)
-    identity = hashlib.blake2b(relative.encode(), digest_size=8).hexdigest()
-    return Row(id=identity, path=relative, kind=job.source.kind)
-
-
-def _crashed(job: _Job) -> Row:
-    """The row of a scan that ended its worker."""
-    detail = "reading it ended the process (crash of a reader library, or out of memory)"
-    return replace(_bare_row(job), reason="crashed", detail=detail)
-
-
-def _examine(job: _Job) -> Row:
-    """Read one scan and its labels; whatever goes wrong becomes the row's reason."""
-    row = _bare_row(job)
+def examine(task: ExamineTask) -> Row:
+    """Read one scan and its labels; any failure becomes the reason in its row."""
+    row = bare_row(task)
     try:
-        row = replace(row, bytes=sum(path.stat().st_size for path in job.source.files))
-        if os.fsencode(job.source.path.relative_to(job.root).as_posix()) != row.path.encode():
-            raise Refused("bad_name", "the path holds bytes that are no UTF-8; rename it")
-        volume = ingest.read_source(job.source, job.key)
-        row = _with_facts(row, volume, job)
-        if row.depth < job.min_depth:
+        row = replace(row, bytes=sum(path.stat().st_size for path in task.source.files))
+        if os.fsencode(_relative_path(task)) != row.path.encode():
+            raise Refused("bad_name", "the path holds bytes that are not UTF-8; rename it")
+        volume = read_source(task.source, task.patients.key)
+        row = with_facts(
+            row, volume, task.patients.patient_of(task.source.path, volume.facts.patient)
+        )
+        if row.depth < task.min_depth:
             raise Refused(
                 "too_few_slices",
-                f"{row.depth} slices; rule: at least {job.min_depth} (--min-depth)",
+                f"{row.depth} slices; rule: at least {task.min_depth} (--min-depth)",
             )
-        label_path, complaint = _labels(job, volume)
-        return replace(row, status=ACCEPTED, label_path=label_path, detail=complaint)
+        label_path, problem = checked_labels(task, volume)
+        return replace(row, status=ACCEPTED, label_path=label_path, detail=problem)
     except Refused as error:
         return replace(row, reason=error.reason, detail=error.detail)
-    except (
-        Exception
-    ) as error:  # one scan must not end an index of many; the row tells what happened
-        return replace(
-            row, reason="unreadable", detail=one_line(f"{type(error).__name__}: {error}")
-        )
+    except Exception as error:  # one scan must not end the index of a whole archive
+        detail = one_line(f"{type(error).__name__}: {error}")
+        return replace(row, reason="unreadable", detail=detail)
 
 
-def _labels(job: _Job, volume: Volume) -> tuple[str, str]:
-    """Path of the scan's labels, or an empty one and why they are not used."""
-    if job.labels is None:
+def crashed_row(task: ExamineTask) -> Row:
+    """The row of a scan that ended its worker process."""
+    detail = "reading it ended the process (a reader library crashed, or memory ran out)"
+    return replace(bare_row(task), reason="crashed", detail=detail)
+
+
+def bare_row(task: ExamineTask) -> Row:
+    """The row of a scan of which nothing is known but where it lies."""
+    # Parquet holds text, so bytes of a path that are not UTF-8 are written as escapes
+    path = os.fsencode(_relative_path(task)).decode("utf-8", "backslashreplace")
+    scan_id = hashlib.blake2b(path.encode(), digest_size=8).hexdigest()
+    return Row(id=scan_id, path=path, kind=task.source.kind)
+
+
+def _relative_path(task: ExamineTask) -> str:
+    """Path of the scan below the root, with /."""
+    return task.source.path.relative_to(task.root).as_posix()
+
+
+def checked_labels(task: ExamineTask, volume: Volume) -> tuple[str, str]:
+    """Path of the scan's labels and an empty line, or an empty path and why they are not used."""
+    if task.labels is None:
         return "", ""
     try:
-        geometry.check_same_grid(volume, ingest.read_labels(job.labels))
+        check_same_grid(volume, read_labels(task.labels))
     except Refused as error:
-        return "", f"labels {job.labels.name} not used: {error}"
-    if job.labels.is_relative_to(job.root):
-        return job.labels.relative_to(job.root).as_posix(), ""
-    return str(job.labels.resolve()), ""
+        return "", f"labels {task.labels.name} not used: {error}"
+    if task.labels.is_relative_to(task.root):
+        return task.labels.relative_to(task.root).as_posix(), ""
+    return str(task.labels.resolve()), ""
 
 
-def _with_facts(row: Row, volume: Volume, job: _Job) -> Row:
+def with_facts(row: Row, volume: Volume, patient: str) -> Row:
+    """A row with the grid, HU statistics, digest and header facts of its scan."""
     depth, height, width = volume.hu_ZYX.shape
     values = sample(volume.hu_ZYX)
     body = values[values > BODY_ABOVE]
-    p005, p50, p995 = np.percentile(body, (0.5, 50, 99.5)) if body.size else (_NAN, _NAN, _NAN)
-    facts = volume.facts
-    digest = hashlib.blake2b(repr(volume.hu_ZYX.shape).encode(), digest_size=16)
-    digest.update(volume.hu_ZYX.data)
+    p005 = p50 = p995 = UNKNOWN
+    if body.size:
+        p005, p50, p995 = np.percentile(body, (0.5, 50, 99.5))
     return replace(
         row,
         depth=depth,
@@ -169,32 +179,30 @@ def _with_facts(row: Row, volume: Volume, job: _Job) -> Row:
         spacing_z_mm=volume.spacing_mm[0],
         spacing_y_mm=volume.spacing_mm[1],
         spacing_x_mm=volume.spacing_mm[2],
-        patient=facts.patient
-        or patients.keyed_hash(
-            job.key, name_of_patient(job.source.path, job.root, job.patient_regex)
-        ),
-        study_date=facts.study_date,
-        manufacturer=facts.manufacturer,
-        kernel=facts.kernel,
-        sex=facts.sex,
-        age_years=facts.age_years,
+        patient=patient,
+        study_date=volume.facts.study_date,
+        manufacturer=volume.facts.manufacturer,
+        kernel=volume.facts.kernel,
+        sex=volume.facts.sex,
+        age_years=volume.facts.age_years,
         hu_p005=float(p005),
         hu_p50=float(p50),
         hu_p995=float(p995),
         body_share=body.size / values.size,
-        digest=digest.hexdigest(),
+        digest=voxel_digest(volume.hu_ZYX),
     )
 
 
-def _refuse_duplicates(rows: list[Row]) -> tuple[Row, ...]:
-    """Keep the first of scans with equal voxels."""
-    first: dict[str, Row] = {}
-    kept = []
+def refuse_duplicates(rows: Sequence[Row]) -> tuple[Row, ...]:
+    """Refuse accepted scans whose voxels equal those of an earlier one."""
+    first_with: dict[str, Row] = {}
+    checked = []
     for row in rows:
-        known = first.setdefault(row.digest, row) if row.status == ACCEPTED else row
-        if known is not row:
-            detail = f"the same voxels as {known.id} ({known.path})"
-            row = replace(row, status=REFUSED, reason="duplicate", detail=detail)
-        kept.append(row)
-    assert len({row.id for row in kept}) == len(kept), "64-bit ids of two paths collide"
-    return tuple(kept)
+        if row.status == ACCEPTED:
+            first = first_with.setdefault(row.digest, row)
+            if first is not row:
+                detail = f"the same voxels as {first.id} ({first.path})"
+                row = replace(row, status=REFUSED, reason="duplicate", detail=detail)
+        checked.append(row)
+    assert len({row.id for row in checked}) == len(checked), "64-bit ids of two paths collide"
+    return tuple(checked)

@@ -1,9 +1,8 @@
-"""A folder becomes a table: one row per series, accepted with facts or refused with the reason
-(Parquet).
+"""The manifest: a table with one row per scan of an archive, accepted with its facts or refused
+with the reason (Parquet).
 
-The manifest holds no patient identifier, only hashes keyed with a secret that stays beside it
-(`.patient_key`, mode 0600, or the environment's TAPCT_PATIENT_KEY). Paths are kept as they are: an
-archive that names its files after patients is not made anonymous by this.
+The manifest holds no patient identifier, only keyed hashes (see `tapct.data.patients`). Paths are
+kept as they are: the manifest of an archive whose files are named after patients is not anonymous.
 """
 
 from __future__ import annotations
@@ -20,41 +19,43 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 
+from tapct.base import files
 from tapct.base.exits import UserError
 from tapct.data.readers.raw import one_line
 
 SCHEMA = "1"
 ACCEPTED, REFUSED = "accepted", "refused"
-_NAN = float("nan")
+UNKNOWN = float("nan")  # a number that no file gives
 _ARROW = {"str": pyarrow.string(), "int": pyarrow.int64(), "float": pyarrow.float64()}
 
 
 @dataclass(frozen=True)
 class Row:
-    """One series of the archive.
+    """One scan of the archive.
 
     Args:
-        id: 16 hex digits from the path below the root; unchanged when the archive moves.
-        path: file or DICOM folder below the root (the first file of a series that shares its folder
-            with others).
-        kind: nifti, nrrd, meta, dicom.
+        id: 16 hex digits, hashed from the path below the root; unchanged when the archive moves.
+        path: path of the file or DICOM folder below the root; for a series that shares its folder
+            with others, path of its first file.
+        kind: nifti, nrrd, meta or dicom; unreadable for a folder that cannot be listed.
         status: accepted or refused.
-        reason: code of the rule that refused it, else empty.
+        reason: code of the rule by which it was refused, else empty.
         detail: one line: why it was refused, or why its labels are not used.
         depth, height, width: voxels along Z, Y, X; 0 where unknown.
-        spacing_z_mm, spacing_y_mm, spacing_x_mm: mm; NaN where unknown.
-        patient: keyed hash.
+        spacing_z_mm, spacing_y_mm, spacing_x_mm: distance of voxel centres in mm; NaN where
+            unknown.
+        patient: keyed hash of the patient's identifier.
         study_date: YYYYMMDD or empty.
-        manufacturer, kernel: as the header says.
+        manufacturer, kernel: text from the header.
         sex: M, F, O or empty.
-        age_years: years, NaN where unknown.
-        label_path: below the root, or absolute where it lies elsewhere; empty where there is none
-            on the scan's grid.
+        age_years: age in years, NaN where unknown.
+        label_path: path of the label map below the root, or absolute where it lies elsewhere; empty
+            where there is none on the scan's grid.
         hu_p005, hu_p50, hu_p995: 0.5, 50 and 99.5 percentile in HU of the body (voxels above -500
-            HU).
-        body_share: share of voxels above -500 HU; like the percentiles from a strided subsample.
+            HU), from a strided subsample.
+        body_share: share of voxels above -500 HU, from the same subsample.
         bytes: size on disk.
-        digest: of shape and voxels after reading; equal for one scan in two formats.
+        digest: hash of shape and voxels after reading; equal for one scan in two formats.
     """
 
     id: str
@@ -66,20 +67,20 @@ class Row:
     depth: int = 0
     height: int = 0
     width: int = 0
-    spacing_z_mm: float = _NAN
-    spacing_y_mm: float = _NAN
-    spacing_x_mm: float = _NAN
+    spacing_z_mm: float = UNKNOWN
+    spacing_y_mm: float = UNKNOWN
+    spacing_x_mm: float = UNKNOWN
     patient: str = ""
     study_date: str = ""
     manufacturer: str = ""
     kernel: str = ""
     sex: str = ""
-    age_years: float = _NAN
+    age_years: float = UNKNOWN
     label_path: str = ""
-    hu_p005: float = _NAN
-    hu_p50: float = _NAN
-    hu_p995: float = _NAN
-    body_share: float = _NAN
+    hu_p005: float = UNKNOWN
+    hu_p50: float = UNKNOWN
+    hu_p995: float = UNKNOWN
+    body_share: float = UNKNOWN
     bytes: int = 0
     digest: str = ""
 
@@ -93,12 +94,12 @@ class Manifest:
 
     @property
     def accepted(self) -> tuple[Row, ...]:
-        """Rows that tapct trains on."""
+        """Rows of the scans that `tapct pack` packs."""
         return tuple(row for row in self.rows if row.status == ACCEPTED)
 
     @functools.cached_property
     def digest(self) -> str:
-        """Hash over id and voxels of the accepted rows; it does not change when the archive
+        """Hash over ids and voxels of the accepted rows; it does not change when the archive
         moves.
         """
         lines = sorted(f"{row.id} {row.digest}\n" for row in self.accepted)
@@ -107,21 +108,20 @@ class Manifest:
     def summary(self) -> dict[str, int]:
         """Number of rows by reason, `accepted` first, then the commonest reason."""
         reasons = Counter(row.reason for row in self.rows if row.status == REFUSED)
-        return {
-            ACCEPTED: len(self.accepted),
-            **dict(sorted(reasons.items(), key=lambda item: (-item[1], item[0]))),
-        }
+        by_count = sorted(reasons.items(), key=lambda item: (-item[1], item[0]))
+        return {ACCEPTED: len(self.accepted), **dict(by_count)}
 
     @classmethod
     def read(cls, path: Path | str, root: Path | None = None) -> Manifest:
         """Read a manifest.
 
         Args:
-            path: the .parquet file.
-            root: where the archive lies now; without it where it lay, or where it lay relative to
-                the manifest.
+            path: path of the .parquet file.
+            root: folder of the archive now. Without it the folder that was indexed is taken, or,
+                where that is gone, the folder at the same place relative to the manifest.
         Raises:
-            UserError: no manifest, or one of another version, or changed since it was written.
+            UserError: there is no manifest, it has another version, or it was changed after it was
+                written.
         """
         path = Path(path)
         if not path.is_file():
@@ -130,56 +130,54 @@ class Manifest:
             table = pyarrow.parquet.read_table(path)
         except (pyarrow.ArrowException, OSError) as error:
             raise UserError(f"{path} is not a Parquet file: {one_line(error)}") from error
-        told = {
-            key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()
-        }
+        stored = table.schema.metadata or {}
+        metadata = {key.decode(): value.decode() for key, value in stored.items()}
         names = [field.name for field in dataclasses.fields(Row)]
-        if told.get("tapct.schema") != SCHEMA or table.column_names != names:
+        if metadata.get("tapct.schema") != SCHEMA or table.column_names != names:
             raise UserError(
-                f"{path} is no tapct manifest of version {SCHEMA}; make it again with `tapct index`"
+                f"{path} is not a tapct manifest of version {SCHEMA}; make it again with `tapct "
+                "index`"
             )
         rows = tuple(Row(**row) for row in table.to_pylist())
         if root is None:
-            root, beside = Path(told["tapct.root"]), path.parent / told["tapct.root_relative"]
-            root = beside.resolve() if not root.is_dir() and beside.is_dir() else root
+            root = Path(metadata["tapct.root"])
+            beside = path.parent / metadata["tapct.root_relative"]
+            if not root.is_dir() and beside.is_dir():  # archive and manifest moved together
+                root = beside.resolve()
         manifest = cls(rows, root)
-        if manifest.digest != told["tapct.digest"]:
+        if manifest.digest != metadata["tapct.digest"]:
             raise UserError(
-                f"{path} does not match its own digest; it was changed or damaged: index again"
+                f"{path} does not match its own digest, so it was changed or damaged; make it "
+                "again with `tapct index`"
             )
         return manifest
 
 
 def write_table(manifest: Manifest, out: Path) -> None:
-    """Write aside, flush to disk, rename.
+    """Write a manifest under another name, flush it to disk and rename it.
 
+    Args:
+        manifest: all rows.
+        out: .parquet file to write or replace.
     Raises:
-        UserError: the disk is full or the place is not writable.
+        UserError: the disk is full or the folder is not writable; an old manifest is unchanged.
     """
     fields = dataclasses.fields(Row)
     columns: dict[str, list[Any]] = {
         f.name: [getattr(row, f.name) for row in manifest.rows] for f in fields
     }
-    told = {
+    metadata = {
         "tapct.schema": SCHEMA,
         "tapct.root": str(manifest.root),
         "tapct.root_relative": os.path.relpath(manifest.root, out.parent.resolve()),
         "tapct.digest": manifest.digest,
     }
-    schema = pyarrow.schema([(f.name, _ARROW[str(f.type)]) for f in fields], metadata=told)
-    aside = out.with_name(f".{out.name}.{os.getpid()}.part")
+    schema = pyarrow.schema([(f.name, _ARROW[str(f.type)]) for f in fields], metadata=metadata)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        with aside.open("wb") as file:
+        with files.replacing(out) as file:
             pyarrow.parquet.write_table(pyarrow.table(columns, schema=schema), file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, out)
-        folder = os.open(out.parent, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
     except OSError as error:
-        aside.unlink(missing_ok=True)
         raise UserError(
-            f"cannot write manifest {out}: {error.strerror or error}; nothing was changed"
+            f"cannot write manifest {out}: {files.first_cause(error)}; nothing was changed"
         ) from error

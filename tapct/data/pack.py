@@ -1,26 +1,22 @@
-"""Manifest -> store: every accepted scan becomes one compressed array that is read slab by slab.
+"""Pack the accepted scans of a manifest into a store, in worker processes.
 
-Files are written aside, synced and renamed, and `store.parquet` comes last: a packed scan is whole
-or absent, and a run that was stopped at any point goes on where it was. Codec, filter and chunk
-shape were chosen by measurement on CT
-(scripts/bench_loader.py): zstd level 1 with bit shuffle is within 2 % of the size of level 5 and
-packs three times as fast, and byte shuffle is larger; level 0 means LZ4, which reads in 40 % of the
-time at a fifth more space.
+Every file is written under another name, synced and renamed, and `store.parquet` comes last: a
+packed scan is complete or absent, and packing resumes where it was stopped. Codec, filter and chunk
+shape were chosen by measurement on CT (scripts/bench_loader.py): zstd level 1 with bit shuffle is
+within 2 % of the size of level 5 and packs three times as fast, and byte shuffle is larger.
 
 Axes: Z Y X depth height width in voxels.
 """
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import multiprocessing
-import os
 import re
 import shutil
 import signal
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,26 +24,26 @@ from pathlib import Path
 import numpy as np
 
 from tapct.base.exits import UserError
+from tapct.base.files import NO_SPACE, TEMPORARY_SUFFIX, write_atomically
 from tapct.data.ingest import read_volume
 from tapct.data.manifest import Manifest, Row
-from tapct.data.packed import (
-    Damaged,
-    PackedMeta,
-    encode,
-    open_packed,
-)
+from tapct.data.packed import Damaged, PackedMeta, encode, open_packed
+from tapct.data.process_pool import map_unordered
 from tapct.data.store import INDEX_NAME, StoredScan, index_bytes
-from tapct.data.workers import map_unordered
 from tapct.types import Refused, Volume
 
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass(frozen=True)
 class RefusedScan:
-    """An accepted scan that could not be packed: its id, its path in the archive, a reason code and
-    one line.
+    """An accepted scan that could not be packed.
+
+    Args:
+        id: name of the scan in the manifest.
+        path: path of the scan in the archive.
+        reason: reason code, e.g. `vanished`, `changed`.
+        detail: one line that names the value and the rule.
     """
 
     id: str
@@ -58,17 +54,17 @@ class RefusedScan:
 
 @dataclass(frozen=True)
 class PackReport:
-    """What one `pack` did.
+    """The result of one `pack`.
 
     Args:
-        store: the folder.
-        packed: ids of the scans written now.
-        kept: how many were there already and whole.
-        damaged: those of `packed` whose file was there but not readable.
+        store: folder of the store.
+        packed: ids of the scans that were written.
+        kept: number of scans that were packed before.
+        damaged: ids among `packed` whose file was there but not readable.
         refused: scans of the manifest that are not in the store.
-        unlisted: files of the folder that belong to no scan of this manifest; they are left alone.
-        voxel_bytes, stored_bytes: of all scans in the store, int16 in memory and compressed on
-            disk.
+        unlisted: names of packed files that belong to no scan of this manifest; they are kept.
+        voxel_bytes: bytes of all scans of the store as int16 in memory.
+        stored_bytes: bytes of their files on disk.
         seconds: wall time.
     """
 
@@ -85,6 +81,8 @@ class PackReport:
 
 @dataclass(frozen=True)
 class _Task:
+    """One scan for a worker process."""
+
     row: Row
     root: Path
     out: Path
@@ -93,7 +91,7 @@ class _Task:
 
 @dataclass(frozen=True)
 class _Outcome:
-    """One of `scan`, `refused` and `write_error` is set."""
+    """The result of one task; one of `scan`, `refused` and `write_error` is set."""
 
     scan: StoredScan | None = None
     refused: RefusedScan | None = None
@@ -114,14 +112,14 @@ def pack(
     """Pack every accepted scan of a manifest that is not packed yet.
 
     Args:
-        manifest: what `tapct index` wrote.
+        manifest: manifest that `tapct index` wrote.
         out: folder of the store; made if absent.
-        workers: processes; 0 or 1 packs in this one.
-        level: 0 is LZ4; 1..9 is zstd, smaller and slower to write.
-        progress: called with (finished scans, scans).
+        workers: number of processes; 0 or 1 packs in this one.
+        level: level of zstd, 1 to 9; higher is smaller and slower to write.
+        progress: function that is called with (finished scans, scans in all).
     Raises:
-        UserError: nothing to pack, nothing could be packed, the disk is full, or another pack is
-            writing there.
+        UserError: there is nothing to pack, nothing could be packed, the disk is full, or another
+            `tapct pack` is writing to the folder.
     """
     rows = _checked_rows(manifest, level)
     started = time.monotonic()
@@ -130,12 +128,11 @@ def pack(
     try:
         out.mkdir(parents=True, exist_ok=True)
         with _only_one(out):
-            for leftover in out.glob(".*.tmp"):
+            for leftover in out.glob(f".*{TEMPORARY_SUFFIX}"):
                 leftover.unlink()
             tasks = [_Task(row, root, out, level) for row in rows]
-            with closing(
-                _run(tasks, workers)
-            ) as results:  # closing lets the running scans finish, and no more
+            # closing lets the running scans finish and starts no more
+            with closing(map_unordered(pack_task, tasks, workers, _crashed)) as results:
                 for done, (i, outcome) in enumerate(results, 1):
                     if outcome.write_error is not None:
                         raise outcome.write_error
@@ -156,30 +153,30 @@ def pack(
 
 
 def _nothing_packed(report: PackReport, root: Path) -> UserError:
+    """The error of a pack whose scans were all refused."""
     first = report.refused[0]
     return UserError(
         f"none of the {len(report.refused)} accepted scans could be packed; the first, "
-        f"{first.path}: {first.reason}: "
-        f"{first.detail} Is {root} still the archive? If it changed, run `tapct index` again."
+        f"{first.path}: {first.reason}: {first.detail} Check that {root} is still the archive. If "
+        "it changed, run `tapct index` again."
     )
 
 
 def _checked_rows(manifest: Manifest, level: int) -> Sequence[Row]:
-    if not 0 <= level <= 9:
-        raise UserError(
-            f"the compression level is {level}; it goes from 0 (LZ4, fastest) over 1 (zstd) to 9."
-        )
+    """The accepted rows, once the request is checked."""
+    if not 1 <= level <= 9:
+        raise UserError(f"the compression level is {level}; rule: 1 to 9")
     rows = manifest.accepted
     if not rows:
         raise UserError(
             f"the manifest of {manifest.root} has no accepted scan among {len(manifest.rows)}; "
-            "see its reasons."
+            "its rows give the reasons."
         )
     seen: set[str] = set()
     for row in rows:
         if row.id in seen or not _FILE_NAME.fullmatch(row.id):
             raise UserError(
-                f"scan id {row.id!r} of {row.path} is taken twice or no file name; run `tapct "
+                f"scan id {row.id!r} of {row.path} occurs twice or is not a file name; run `tapct "
                 "index` again."
             )
         seen.add(row.id)
@@ -188,7 +185,7 @@ def _checked_rows(manifest: Manifest, level: int) -> Sequence[Row]:
 
 @contextmanager
 def _only_one(out: Path) -> Iterator[None]:
-    """Hold the folder's lock, so that nobody takes another pack's files for leftovers."""
+    """Hold the folder's lock, since a second pack would delete the unfinished files of this one."""
     with open(out / ".lock", "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -199,17 +196,14 @@ def _only_one(out: Path) -> Iterator[None]:
         yield
 
 
-def _run(tasks: Sequence[_Task], workers: int) -> Generator[tuple[int, _Outcome], None, None]:
-    yield from map_unordered(_work, tasks, workers, _crashed)
-
-
 def _crashed(task: _Task) -> _Outcome:
-    detail = "packing it ended the process (a crash of a reader library, or out of memory)"
+    """The result of a scan that ended its worker process."""
+    detail = "packing it ended the process (a reader library crashed, or memory ran out)"
     return _Outcome(refused=RefusedScan(task.row.id, task.row.path, "crashed", detail))
 
 
-def _work(task: _Task) -> _Outcome:
-    """`pack_scan` for `map_unordered`: nothing is raised, and Ctrl-C is the parent's business."""
+def pack_task(task: _Task) -> _Outcome:
+    """`pack_scan` for a worker process: it raises nothing, and leaves Ctrl-C to the parent."""
     if multiprocessing.parent_process() is not None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
@@ -235,10 +229,7 @@ def pack_scan(task: _Task) -> _Outcome:
     try:
         frame, meta = encode(_read_as_indexed(row, task.root), row.id, task.level)
         if meta.checksum != row.digest:
-            detail = (
-                f"{task.root / row.path} has other voxels than the manifest says; run `tapct "
-                "index` again."
-            )
+            detail = f"{task.root / row.path} has other voxels than at `tapct index`; run it again."
             raise Refused("changed", detail)
     except Refused as refusal:
         return _Outcome(
@@ -250,23 +241,28 @@ def pack_scan(task: _Task) -> _Outcome:
 
 
 def _stored(row: Row, meta: PackedMeta) -> StoredScan:
+    """The row of the store for a packed scan."""
     return StoredScan(
-        row.id,
-        meta.shape_ZYX,
-        meta.spacing_mm,
-        row.patient,
-        row.path,
-        row.label_path,
-        meta.checksum,
+        id=row.id,
+        shape_ZYX=meta.shape_ZYX,
+        spacing_mm=meta.spacing_mm,
+        patient=row.patient,
+        path=row.path,
+        label_path=row.label_path,
+        checksum=meta.checksum,
     )
 
 
 def _read_as_indexed(row: Row, root: Path) -> Volume:
-    """Read the source. Raises: Refused where it is not what the manifest says."""
+    """Read the scan of a row.
+
+    Raises:
+        Refused: the scan is gone, unreadable or another one than at `tapct index`.
+    """
     path = root / row.path
     if not path.exists():
         raise Refused(
-            "vanished", f"{path} was there when the manifest was made; run `tapct index` again."
+            "vanished", f"{path} is gone since the manifest was made; run `tapct index` again."
         )
     try:
         volume = read_volume(path)
@@ -282,72 +278,59 @@ def _read_as_indexed(row: Row, root: Path) -> Volume:
 def _differences(
     row: Row, shape_ZYX: tuple[int, int, int], spacing_mm: tuple[float, float, float]
 ) -> str:
-    """In words, what of a grid is not as the manifest says; empty if all is."""
+    """How a grid differs from the one in the manifest; empty where it does not."""
     if shape_ZYX != (row.depth, row.height, row.width):
-        return f"has shape {shape_ZYX}, the manifest says {(row.depth, row.height, row.width)}"
+        return f"has shape {shape_ZYX}, in the manifest {(row.depth, row.height, row.width)}"
     indexed_mm = (row.spacing_z_mm, row.spacing_y_mm, row.spacing_x_mm)
-    if not np.allclose(
-        spacing_mm, indexed_mm, rtol=1e-5, atol=0.0
-    ):  # the manifest may hold float32
-        return f"has spacing {spacing_mm} mm, the manifest says {indexed_mm}"
+    # 1e-5: the manifest may hold float32
+    if not np.allclose(spacing_mm, indexed_mm, rtol=1e-5, atol=0.0):
+        return f"has spacing {spacing_mm} mm, in the manifest {indexed_mm}"
     return ""
-
-
-def write_atomically(file: Path, content: bytes) -> None:
-    """Write aside, sync, rename. Raises: OSError, and then leaves nothing behind."""
-    aside = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    try:
-        with open(aside, "wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(aside, file)
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def _write_error(
     error: OSError, out: Path, rows: Sequence[Row], outcomes: Sequence[_Outcome | None]
 ) -> UserError:
-    """Say what is missing, where, and that nothing is lost."""
+    """The error of a write that failed; for a full disk with the space that is missing."""
     done = [(row, outcome) for row, outcome in zip(rows, outcomes) if outcome is not None]
-    if error.errno not in _NO_SPACE:
+    if error.errno not in NO_SPACE:
         return UserError(
-            f"cannot write the store {out}: {error.strerror or error}. Choose a folder that you "
-            "may write to."
+            f"cannot write the store {out}: {error.strerror or error}. Choose a folder that is "
+            "writable."
         )
     voxel_bytes = sum(_voxel_bytes(row) for row, outcome in done if outcome.scan is not None)
-    ratio = (
-        sum(outcome.stored_bytes for _, outcome in done) / voxel_bytes if voxel_bytes else 0.5
-    )  # as CT usually packs
+    ratio = 0.5  # CT usually packs to half its size
+    if voxel_bytes:
+        ratio = sum(outcome.stored_bytes for _, outcome in done) / voxel_bytes
     rest = ratio * sum(_voxel_bytes(row) for row, outcome in zip(rows, outcomes) if outcome is None)
     return UserError(
         f"no space left for the store {out} after {len(done)} of {len(rows)} scans: the rest "
-        "needs about "
-        f"{rest / 1e9:.3g} GB, {shutil.disk_usage(out).free / 1e9:.3g} GB is free. Make room and "
-        "run `tapct pack` "
-        f"again; what is packed stays."
+        f"needs about {rest / 1e9:.3g} GB, {shutil.disk_usage(out).free / 1e9:.3g} GB are free. "
+        "Free some space and run `tapct pack` again; packed scans are kept."
     )
 
 
 def _voxel_bytes(row: Row) -> int:
+    """Bytes of a scan as int16."""
     return 2 * row.depth * row.height * row.width
 
 
 def _report(
     out: Path, outcomes: Sequence[_Outcome], scans: Sequence[StoredScan], seconds: float
 ) -> PackReport:
-    written = [outcome for outcome in outcomes if outcome.scan is not None and not outcome.kept]
+    """Sum up the outcomes of all scans."""
+    packed, damaged = [], []
+    for outcome in outcomes:
+        if outcome.scan is not None and not outcome.kept:
+            packed.append(outcome.scan.id)
+            if outcome.was_damaged:
+                damaged.append(outcome.scan.id)
     listed = {f"{scan.id}.b2nd" for scan in scans}
     return PackReport(
         store=out,
-        packed=tuple(outcome.scan.id for outcome in written if outcome.scan is not None),
+        packed=tuple(packed),
         kept=sum(outcome.kept for outcome in outcomes),
-        damaged=tuple(
-            outcome.scan.id
-            for outcome in written
-            if outcome.scan is not None and outcome.was_damaged
-        ),
+        damaged=tuple(damaged),
         refused=tuple(outcome.refused for outcome in outcomes if outcome.refused is not None),
         unlisted=tuple(sorted(file.name for file in out.glob("*.b2nd") if file.name not in listed)),
         voxel_bytes=sum(2 * int(np.prod(scan.shape_ZYX)) for scan in scans),

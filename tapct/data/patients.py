@@ -1,6 +1,9 @@
-"""Who the patient of a scan is: identifiers, keyed hashes, guesses from names, and who is held out.
+"""Identity and privacy: which patient a scan belongs to, how that is kept secret, who is held out.
 
-Identifiers never leave this file: what is stored is a keyed hash.
+A patient is identified by the PatientID of the header, else by a regular expression on the path,
+else by a guess from the names on the path. The identifier never leaves this file: what is stored is
+a hash, keyed with a secret, so that nobody without the secret can test whether a known identifier
+is among the hashes.
 """
 
 from __future__ import annotations
@@ -10,11 +13,48 @@ import os
 import re
 import secrets
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
-from tapct.base import rng
 from tapct.base.exits import UserError
-from tapct.data import discover
+from tapct.base.hashing import hash_int
+from tapct.data.discover import stem_of
+
+KEY_FILE = ".patient_key"
+KEY_VARIABLE = "TAPCT_PATIENT_KEY"
+KEY_BYTES = 16
+
+# what a PatientID holds, in lower case, where it identifies nobody
+PLACEHOLDERS = frozenset(
+    ("", "0", "none", "unknown", "anonymous", "anonymized", "anonymised", "anon", "n/a", "na")
+)
+
+
+@dataclass(frozen=True)
+class PatientRules:
+    """How the patients of one archive are identified.
+
+    Args:
+        root: folder of the archive.
+        key: secret of the keyed hashes, see `patient_key`.
+        regex: regular expression whose group 1, searched in the path below the root, is the
+            identifier; None to guess from the names on the path.
+    """
+
+    root: Path
+    key: bytes
+    regex: str | None
+
+    def patient_of(self, scan: Path, from_header: str) -> str:
+        """The keyed hash of a scan's patient.
+
+        Args:
+            scan: path of the scan, below the root.
+            from_header: hash that `hash_of_header` gave for its header; empty where there is none.
+        """
+        if from_header:
+            return from_header
+        return keyed_hash(self.key, identifier_from_path(scan, self.root, self.regex))
 
 
 def held_out_patients(patients: Iterable[str], share: float, seed: int) -> frozenset[str]:
@@ -22,61 +62,78 @@ def held_out_patients(patients: Iterable[str], share: float, seed: int) -> froze
 
     Args:
         patients: keyed hashes, one per scan; repeated for several scans of one patient.
-        share: of the patients, in [0, 1); rounded, but at least one where share > 0 and there are
-            two patients.
-        seed: of the run.
+        share: share of the patients, in [0, 1); the count is rounded, but at least one patient is
+            chosen where share > 0 and there are two patients.
+        seed: random seed of the run.
     Returns:
         The chosen patients; empty for share 0.
     """
-    names = sorted(set(patients), key=lambda name: (rng.hash_int(seed, f"held_out/{name}"), name))
+    names = sorted(set(patients), key=lambda name: (hash_int(seed, f"held_out/{name}"), name))
     if share <= 0 or len(names) < 2:
         return frozenset()
     return frozenset(names[: min(max(round(share * len(names)), 1), len(names) - 1)])
 
 
-_NOT_AN_ID = {
-    "",
-    "0",
-    "none",
-    "unknown",
-    "anonymous",
-    "anonymized",
-    "anonymised",
-    "anon",
-    "n/a",
-    "na",
-}
+def hash_of_header(patient_id: str, key: bytes | None) -> str:
+    """The keyed hash of a header's PatientID.
+
+    Args:
+        patient_id: identifier as the header holds it.
+        key: secret of the keyed hashes; None where no hash is wanted.
+    Returns:
+        16 hex digits; empty without a key, and where the header holds no identifier or only a
+        placeholder such as ANONYMOUS.
+    """
+    cleaned = patient_id.strip()
+    if not key or cleaned.lower() in PLACEHOLDERS:
+        return ""
+    return keyed_hash(key, cleaned)
+
+
+def identifier_from_path(scan: Path, root: Path, regex: str | None) -> str:
+    """Guess the identifier of a scan's patient from its path.
+
+    The identifier is group 1 of the regex where it matches, else the stem of the file or DICOM
+    folder. A stem without a digit (`s0001/ct.nii.gz`) identifies no patient, so the nearest folder
+    whose name has a digit is taken, else the whole path.
+
+    Args:
+        scan: path of the scan, below `root`.
+        root: folder of the archive.
+        regex: regular expression with a group, searched in the path below the root, or None.
+    """
+    relative = scan.relative_to(root)
+    if regex is not None:
+        match = re.search(regex, relative.as_posix())
+        if match and match[1]:
+            return match[1]
+    stem = stem_of(relative) or root.resolve().name
+    for name in (stem, *(folder.name for folder in relative.parents)):
+        if re.search(r"\d", name):
+            return name
+    return (relative.parent / stem).as_posix()
 
 
 def keyed_hash(key: bytes, text: str) -> str:
-    """16 hex digits that cannot be turned back, nor found by trying all identifiers, without the
-    key.
+    """Hash an identifier to 16 hex digits, which cannot be reversed, nor found by trying all
+    identifiers, without the key.
     """
-    return hashlib.blake2b(
-        text.encode("utf-8", "surrogateescape"), key=key[:64], digest_size=8
-    ).hexdigest()
-
-
-def patient_id_of(header_id: str) -> str:
-    """The identifier, or empty where the header holds only a stand-in such as ANONYMOUS."""
-    cleaned = header_id.strip()
-    return "" if cleaned.lower() in _NOT_AN_ID else cleaned
-
-
-KEY_FILE = ".patient_key"
-KEY_VARIABLE = "TAPCT_PATIENT_KEY"
+    content = text.encode("utf-8", "surrogateescape")
+    return hashlib.blake2b(content, key=key[:64], digest_size=8).hexdigest()
 
 
 def patient_key(folder: Path) -> bytes:
-    """The secret of this archive's hashes: from the environment, else the folder's `.patient_key`,
-    made when missing.
+    """The secret of an archive's hashes: from the environment variable TAPCT_PATIENT_KEY, else from
+    the file `.patient_key`, which is made at random when it is missing.
 
+    Args:
+        folder: folder of the manifest, where the key file lies.
     Raises:
         UserError: the key cannot be read or written.
     """
-    told = os.environ.get(KEY_VARIABLE, "")
-    if told:
-        return hashlib.blake2b(told.encode(), digest_size=32).digest()
+    from_environment = os.environ.get(KEY_VARIABLE, "")
+    if from_environment:
+        return hashlib.blake2b(from_environment.encode(), digest_size=32).digest()
     path = folder / KEY_FILE
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -85,53 +142,31 @@ def patient_key(folder: Path) -> bytes:
         except FileExistsError:
             key = path.read_bytes()
         else:
-            key = secrets.token_bytes(16)
+            key = secrets.token_bytes(KEY_BYTES)
             with os.fdopen(descriptor, "wb") as file:
                 file.write(key)
     except OSError as error:
         raise UserError(
             f"patient key {path}: {error.strerror}; set {KEY_VARIABLE} or choose another folder"
         ) from error
-    if len(key) < 16:
+    if len(key) < KEY_BYTES:
         raise UserError(
-            f"patient key {path} holds {len(key)} bytes, rule: 16; remove it (all patient hashes "
-            "change)"
+            f"patient key {path} holds {len(key)} bytes, fewer than {KEY_BYTES}; remove the file "
+            "and index again (all patient hashes change)"
         )
     return key
 
 
-def check_regex(patient_regex: str | None) -> None:
-    """Raise UserError where a patient regex is no regular expression or has no group."""
-    if patient_regex is None:
+def check_regex(regex: str | None) -> None:
+    """Raise UserError where a patient regex is not a regular expression or has no group."""
+    if regex is None:
         return
     try:
-        num_groups = re.compile(patient_regex).groups
+        num_groups = re.compile(regex).groups
     except re.error as error:
-        raise UserError(f"patient regex '{patient_regex}' is not valid: {error}") from error
+        raise UserError(f"patient regex '{regex}' is not valid: {error}") from error
     if num_groups < 1:
         raise UserError(
-            f"patient regex '{patient_regex}' has no group; put the patient's part into "
-            "(parentheses)"
+            f"patient regex '{regex}' has no group; put parentheses around the part that "
+            "identifies the patient"
         )
-
-
-def name_of_patient(path: Path, root: Path, patient_regex: str | None) -> str:
-    """Guess who the patient of a scan is from its path, where no header says so.
-
-    Args:
-        path: the scan, below `root`.
-        root: folder of the archive.
-        patient_regex: regular expression; group 1, matched on the relative path, is the patient.
-    """
-    relative = path.relative_to(root)
-    if patient_regex is not None:
-        match = re.search(patient_regex, relative.as_posix())
-        if match and match[1]:
-            return match[1]
-    names = [
-        discover.stem_of(relative) or root.resolve().name,
-        *(folder.name for folder in relative.parents),
-    ]
-    return next(
-        (name for name in names if re.search(r"\d", name)), (relative.parent / names[0]).as_posix()
-    )

@@ -16,7 +16,7 @@ READ_SECONDS = 1.5
 
 @dataclass(frozen=True)
 class ReadRate:
-    """What was measured.
+    """Measured rate of reading.
 
     Args:
         scans: number of scans in the store.
@@ -35,7 +35,7 @@ def measure(path: str | Path, depth: int, workers: int) -> ReadRate:
     """Read random slabs as the loader does, for `READ_SECONDS`.
 
     Args:
-        path: store folder.
+        path: folder of the store.
         depth: slices per slab.
         workers: number of threads; 0 counts as 1.
     Raises:
@@ -43,25 +43,25 @@ def measure(path: str | Path, depth: int, workers: int) -> ReadRate:
     """
     store, threads = Store(Path(path)), max(1, workers)
     if not store.scans:
-        raise UserError(f"{path} holds no scan; pack an archive that has some")
-    draw = (
-        random.Random()
-    )  # another place each time, so that the disk is asked and not only the page cache
+        raise UserError(f"{path} holds no scan; pack an archive that has accepted scans")
+    # unseeded: other slabs in every call, so that not all of them come from the page cache
+    draw = random.Random()
     end = time.perf_counter() + READ_SECONDS
 
     def read(seed: float) -> tuple[int, int]:
-        own, slabs, size = random.Random(seed), 0, 0
+        """Read until the time is over; returns number of slabs and bytes."""
+        own, slabs, num_bytes = random.Random(seed), 0, 0
         while slabs == 0 or time.perf_counter() < end:
             scan = own.randrange(len(store))
-            deep = store.scans[scan].shape_ZYX[0]
-            start = own.randrange(max(1, deep - depth + 1))
-            size += store.read_slab(scan, start, min(deep, start + depth)).nbytes
+            num_slices = store.scans[scan].shape_ZYX[0]
+            start = own.randrange(max(1, num_slices - depth + 1))
+            num_bytes += store.read_slab(scan, start, min(num_slices, start + depth)).nbytes
             slabs += 1
-        return slabs, size
+        return slabs, num_bytes
 
     begin = time.perf_counter()
     with ThreadPoolExecutor(threads) as pool:
-        found = list(pool.map(read, [draw.random() for _ in range(threads)]))
+        totals = list(pool.map(read, [draw.random() for _ in range(threads)]))
     seconds = time.perf_counter() - begin
-    slabs, size = (sum(column) for column in zip(*found, strict=True))
-    return ReadRate(len(store), slabs / seconds, size / seconds, threads)
+    slabs, num_bytes = (sum(column) for column in zip(*totals, strict=True))
+    return ReadRate(len(store), slabs / seconds, num_bytes / seconds, threads)

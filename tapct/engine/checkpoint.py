@@ -12,8 +12,6 @@ its own shards, and the first rank makes a checkpoint of them. One save is under
 
 from __future__ import annotations
 
-import errno
-import hashlib
 import json
 import os
 import re
@@ -40,6 +38,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.tensor import DTensor
 
+from tapct.base import files
 from tapct.base.exits import UserError
 from tapct.config import setting
 from tapct.distributed import collectives
@@ -193,8 +192,10 @@ class Checkpoints:
         with self._agreeing(meta, aside):
             if self.is_first:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                for leftover in (*self.folder.glob(".writing_*"), *self.folder.glob(".old_*")):
-                    shutil.rmtree(leftover, ignore_errors=leftover.name.startswith(".old_"))
+                for leftover in self.folder.glob(".writing_*"):
+                    shutil.rmtree(leftover)
+                for leftover in (*self.folder.glob(".old_*"), *self.folder.glob(".step_*")):
+                    shutil.rmtree(leftover, ignore_errors=True)
                 aside.mkdir()
         with self._agreeing(meta, aside):
             if self.side is None:
@@ -212,11 +213,8 @@ class Checkpoints:
         (aside / "teacher.safetensors").write_bytes(safetensors.torch.save(teacher))
         (aside / "meta.json").write_text(json.dumps(asdict(meta), indent=1))
         (aside / "files.json").write_text(json.dumps(fingerprints(aside), indent=1))
-        for path in (*aside.iterdir(), aside):
-            sync_path(path)
-        if final.exists():  # the same step again, after a damaged or repeated save
-            shutil.rmtree(final)
-        os.replace(aside, final)
+        # `final` exists where the same step is saved again, after a damaged or repeated save
+        files.put_in_place(aside, final)
         self.announce(final)
         # later steps are of a future that a damaged checkpoint took away: they must not crowd out
         # the whole ones
@@ -273,7 +271,7 @@ class Checkpoints:
         """
         latest, name = self.folder / "latest", path.name + "\n"
         if not latest.is_file() or latest.read_text() != name:
-            replace_text(latest, name)
+            files.write_atomically(latest, name)
 
     def finished(self) -> list[Path]:
         """Checkpoint folders by step, oldest first; whether they are whole is not checked."""
@@ -389,50 +387,21 @@ def damage(path: Path) -> str | None:
             return f"{name} is missing"
         if part.stat().st_size != size:
             return f"{name} has {part.stat().st_size} bytes instead of {size}"
-        if sha256(part) != digest:
+        if files.sha256(part) != digest:
             return f"{name} has changed since it was written"
     return None
 
 
 def fingerprints(folder: Path) -> dict[str, tuple[int, str]]:
     """Size in bytes and sha256 of each file of a folder."""
-    return {path.name: (path.stat().st_size, sha256(path)) for path in sorted(folder.iterdir())}
-
-
-def sha256(path: Path) -> str:
-    """Hex digest of a file."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def sync_path(path: Path) -> None:
-    """Force a file or folder to the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write a small file so that a reader sees the old or the new one, never half of it."""
-    aside = path.with_name(f".{path.name}.writing")
-    aside.write_text(text)
-    sync_path(aside)
-    os.replace(aside, path)
-    sync_path(path.parent)
+    return {
+        path.name: (path.stat().st_size, files.sha256(path)) for path in sorted(folder.iterdir())
+    }
 
 
 def first_cause(error: BaseException) -> str:
-    """The innermost reason of a failed save, in a few words."""
+    """One line with the innermost reason of a failed save, also where DCP has wrapped it."""
     if isinstance(error, CheckpointException) and error.failures:
         wrapped = next(iter(error.failures.values()))
         error = wrapped[0] if isinstance(wrapped, tuple) else wrapped
-    while error.__cause__ is not None:
-        error = error.__cause__
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return "no space left on the disk"
-    return f"{type(error).__name__}: {error}".splitlines()[0]
+    return files.first_cause(error)

@@ -11,14 +11,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-from tapct.base import ranks
-from tapct.config.fields import setting
-
-if TYPE_CHECKING:
-    pass
+from tapct.base import files, jsonl, ranks
 from tapct.base.console import say
+from tapct.config.fields import setting
 
 SYNC_SECONDS = 10.0  # metrics are forced to the disk at most this often, and on close
 
@@ -154,17 +151,14 @@ def _drop_rows_after(path: Path, step: int) -> int:
     content = path.read_bytes()
     kept, last = [], 0
     for line in content.splitlines(keepends=True):
-        try:
-            found = int(json.loads(line)["step"]) if line.endswith(b"\n") else step + 1
-        except (ValueError, TypeError, KeyError):  # cut off by a kill, or mangled by hand
-            found = step + 1
-        if found <= step:
+        # a row without its line break may parse, but the next row would be appended to it
+        row = jsonl.parse(line) if line.endswith(b"\n") else None
+        finished = row.get("step") if row is not None else None
+        if isinstance(finished, int | float) and finished <= step:
             kept.append(line)
-            last = max(last, found)
+            last = max(last, int(finished))
     if b"".join(kept) != content:
-        aside = path.with_suffix(".jsonl.part")
-        aside.write_bytes(b"".join(kept))
-        aside.replace(path)
+        files.write_atomically(path, b"".join(kept))
     return last
 
 

@@ -1,57 +1,60 @@
 """Evaluation of frozen backbones: scans in, `results.json` and pictures out.
 
-Scans are read one at a time and each is seen by every model before the next, so memory holds one
-scan however many there are. Train scans are passed once, decoders are fitted, then test scans are
-passed once.
+Scans are read one at a time and each is seen by every model and task before the next, so memory
+holds one scan however many there are. Training scans are passed once, tasks are fitted, then test
+scans are passed once.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
+import platform
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 
+import tapct
+from tapct.base import console
 from tapct.base.exits import UserError
 from tapct.config import plugins, setting, to_dict
 from tapct.config.plugins import Plugin
 from tapct.eval import pictures, scans
 from tapct.eval.baselines import NamedModel
+from tapct.eval.contract import DEFAULT_TASKS, Labels, Task
 from tapct.eval.features import DenseFeatures, PatchGrid, Prepared, Preprocess, features_of, prepare
-from tapct.eval.scans import LabelledScan, ScanRow, Split
+from tapct.eval.results import Evaluation, Picture, SplitRecord, TaskSection
+from tapct.eval.scans import LabelledScan, ScanLabels, ScanRow, Split
 from tapct.types import HUContract
-
-SCHEMA = 1
 
 
 @dataclass(frozen=True)
 class During:
-    """Evaluation while training goes on."""
+    """Evaluation while training runs."""
 
     every: int = setting(
         0,
-        "steps between evaluations during training, at checkpoints of these steps and the last; "
-        "0: none",
+        "steps between evaluations during training; the checkpoints of these steps and the last "
+        "one are evaluated; 0: none",
         ge=0,
     )
     how: str = setting(
-        "process", "a process beside the first rank, or a SLURM job", choices=("process", "job")
+        "process",
+        "`process` starts a process beside the first rank, `job` submits a SLURM job",
+        choices=("process", "job"),
     )
     device: str = setting(
-        "cpu", "of a `process`, beside ranks that fill their GPUs; empty: as `device` says"
+        "cpu",
+        "device of a `process`; cpu leaves the GPUs to training; empty takes the run's `device`",
     )
     wait_s: float = setting(
         600.0,
-        "in a SLURM job, which ends with training what runs beside it: seconds that the first "
-        "rank then waits for the "
-        "evaluation of a `process`",
+        "longest wait, in seconds, of the first rank for a running `process` at the end of "
+        "training in a SLURM job, which would end the process with it",
         ge=0.0,
     )
     sbatch: tuple[str, ...] = setting(
@@ -63,41 +66,41 @@ class During:
 class Config:
     """Settings of one evaluation of frozen features."""
 
-    task: Plugin = plugins.section(
-        "eval.tasks", "segmentation", "what the frozen features are judged by"
+    # keys of earlier versions -> what to write now
+    renamed: ClassVar[Mapping[str, str]] = {
+        "task": "is now the table eval.tasks: write `eval: {tasks: {NAME: {...}}}` in YAML, "
+        "eval.tasks.NAME.key=value or 'eval.tasks[my.module].key=value' as an override, and "
+        f"eval.tasks.{DEFAULT_TASKS[0]}=null to switch the default task off"
+    }
+
+    tasks: tuple[Plugin, ...] = plugins.table(
+        "eval.tasks", DEFAULT_TASKS, "benchmarks of the frozen features, all in one pass"
     )
     preprocess: Preprocess = dataclasses.field(
         default_factory=Preprocess,
-        metadata={"doc": "how whole scans are brought before the backbone"},
+        metadata={"doc": "how whole scans are prepared for the backbone"},
     )
     only: tuple[str, ...] = setting(
-        (), "patterns of the scans' paths that count, e.g. `ts_body/*`; empty: all"
+        (), "patterns that the paths of evaluated scans must match, e.g. `ts_body/*`; empty: all"
     )
-    test_share: float = setting(
-        0.5, "share of the patients that is held out, at least one", gt=0, lt=1
+    test_share: float = setting(0.5, "share of the patients to test on, at least one", gt=0, lt=1)
+    max_scans: int = setting(
+        0, "most scans to evaluate, train and test together; 0 takes all", ge=0
     )
-    max_scans: int = setting(0, "most labelled scans, train and test together; 0 takes all", ge=0)
-    seed: int = setting(0, "of the split and of the choice of training patches")
+    seed: int = setting(0, "random seed of the split and of the choice of training patches")
     num_blocks: int = setting(
         8, "slabs along z that a scan is cut into when there is one patient only", ge=2
     )
     block_gap: int = setting(
         2, "patch slices between two such slabs that belong to neither side", ge=0
     )
-    num_pictures: int = setting(2, "test scans that get an overlay and a PCA picture", ge=0)
+    num_pictures: int = setting(
+        2, "test scans that get pictures of each task and of the patch features", ge=0
+    )
     batch: int = setting(8, "windows per forward call", ge=1)
     during: During = dataclasses.field(
-        default_factory=During, metadata={"doc": "evaluation while training goes on"}
+        default_factory=During, metadata={"doc": "evaluation while training runs"}
     )
-
-
-@dataclass(frozen=True)
-class _Seen:
-    """One scan of one side with what is common to all models."""
-
-    scan: LabelledScan
-    prepared: Prepared
-    truth: Any
 
 
 def evaluate(
@@ -110,62 +113,119 @@ def evaluate(
     out: Path,
     preprocess: Preprocess | None = None,
     held_out: Collection[str] = (),
+    scan_labels: ScanLabels | None = None,
+    command: str = "",
     device: torch.device | str = "cpu",
     progress: Callable[[int, int], None] | None = None,
-) -> dict[str, Any]:
-    """Judge frozen backbones side by side on the same scans, windows, grid and labels.
+) -> Evaluation:
+    """Evaluate frozen backbones on the same scans, windows, grid and labels.
 
     Args:
-        models: at least one, on `device`, all with the same patch; the first one leads in the
-            pictures.
-        rows: accepted scans; only those with labels count.
+        models: at least one, on `device`, all with the same patch; the first one comes first in
+            the pictures.
+        rows: accepted scans; each task uses those that have the labels it needs.
         root: folder that the rows' paths are relative to.
+        config: tasks, split and preprocessing.
         contract: HU to network input.
-        out: folder for `results.json` and `overlays/*.png`; made if missing, `results.json` is
+        out: folder for `results.json` and `pictures/`; made if missing, `results.json` is
             replaced atomically.
-        preprocess: instead of the config's, e.g. the one stored in an export.
-        held_out: patients kept out of pretraining: the test side where labelled scans lie on both
+        preprocess: preprocessing instead of the config's, e.g. the one stored in an export.
+        held_out: patients kept out of pretraining: the test side where usable scans lie on both
             sides.
+        scan_labels: values for scans as a whole, for tasks that need `Labels.SCAN`.
+        command: command line, kept in the results.
+        device: device that scans are prepared on.
         progress: called with (scans done, scans in all).
     Returns:
         What `results.json` holds.
     Raises:
-        UserError: no labels, models that differ in patch, windows off the patch grid.
+        UserError: no task, no usable scan, models that differ in patch, windows off the patch grid.
     """
     began = time.perf_counter()
     preprocess = preprocess or config.preprocess
     patch = _common_patch(models)
     preprocess.check_patch(patch)
-    split = scans.split_by_patient(
-        scans.matching(rows, config.only),
+    rows = scans.matching(rows, config.only)
+    tasks = _build_tasks(config)
+    usable = _usable_scans(tasks, rows, scan_labels)
+    split = scans.split_for_tasks(
+        list(usable.values()),
         test_share=config.test_share,
         max_scans=config.max_scans,
         seed=config.seed,
         held_out=held_out,
     )
-    build_task = plugins.load("eval.tasks", config.task.name).build
-    task = build_task(config.task.config, seed=config.seed, num_train=len(split.train))
+    running = [_begin(name, tasks[name], chosen, split) for name, chosen in usable.items()]
     run = _Run(
-        config, split, root, contract, preprocess, patch, torch.device(device), task, progress
+        config, split, root, contract, preprocess, patch, torch.device(device), running, progress
     )
-    for seen in run.scans(test=False):
+    for scan in run.scans(test=False, scan_labels=scan_labels):
         for model in models:
-            task.learn(model.name, run.features(model, seen), seen.truth)
-    task.fit()
-    overlays, pca = [], []
-    for number, seen in enumerate(run.scans(test=True)):
-        dense = {model.name: run.features(model, seen) for model in models}
-        predictions = {
-            name: task.judge(name, features, seen.truth) for name, features in dense.items()
-        }
+            dense = run.features(model, scan)
+            for name, truth in scan.truths.items():
+                run.task(name).learn(model.name, dense, truth)
+    for one in running:
+        one.task.fit()
+    drawn = _Drawn(out)
+    for number, scan in enumerate(run.scans(test=True, scan_labels=scan_labels)):
+        outputs = _Outputs()
+        for model in models:
+            dense = run.features(model, scan)
+            for name, truth in scan.truths.items():
+                prediction = run.task(name).judge(model.name, dense, truth)
+                if number < config.num_pictures:
+                    outputs.predictions.setdefault(name, {})[model.name] = prediction
+            if number < config.num_pictures:
+                outputs.dense[model.name] = dense
         if number < config.num_pictures:
-            overlay, picture = _draw(out, task, seen, dense, predictions)
-            overlays.append(overlay)
-            pca.append(picture)
-    results = {**run.describe(), **task.results(), "overlays": overlays, "pca": pca}
-    results["seconds"] = round(time.perf_counter() - began, 2)
-    write_json(out / "results.json", results)
-    return results
+            drawn.draw(run, scan, outputs)
+    settings = {plugin.name: to_dict(plugin.config) for plugin in config.tasks}
+    sections = {}
+    for one in running:
+        skipped = len(rows) - len(usable[one.name])
+        pictures_of = tuple(drawn.of_task.get(one.name, ()))
+        sections[one.name] = _section(one, models, settings[one.name], skipped, pictures_of)
+    evaluation = Evaluation(
+        sections,
+        _record(split),
+        to_dict(preprocess),
+        patch,
+        config.seed,
+        tuple(drawn.pca),
+        _versions(),
+        command,
+        round(time.perf_counter() - began, 2),
+    )
+    evaluation.write(out)
+    return evaluation
+
+
+@dataclass(frozen=True)
+class _RunningTask:
+    """A task with the scans that it can use."""
+
+    name: str
+    task: Task[Any, Any]
+    usable: frozenset[str]
+    num_train: int
+    num_test: int
+
+
+@dataclass(frozen=True)
+class _PreparedScan:
+    """One scan of one side, with what is common to all models."""
+
+    scan: LabelledScan
+    prepared: Prepared
+    truths: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class _Outputs:
+    """Features and predictions of one test scan, kept until its pictures are drawn."""
+
+    dense: dict[str, DenseFeatures] = dataclasses.field(default_factory=dict)
+    predictions: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -177,27 +237,21 @@ class _Run:
     preprocess: Preprocess
     patch: tuple[int, int, int]
     device: torch.device
-    task: Any
+    tasks: Sequence[_RunningTask]
     progress: Callable[[int, int], None] | None
 
-    def describe(self) -> dict[str, Any]:
-        """What `results.json` says of how it was made."""
-        return {
-            "schema": SCHEMA,
-            "task": self.config.task.name,
-            "task_config": to_dict(self.config.task.config),
-            "preprocess": to_dict(self.preprocess),
-            "patch": list(self.patch),
-            "seed": self.config.seed,
-            "split": _describe(self.split),
-        }
+    def task(self, name: str) -> Task[Any, Any]:
+        return next(one.task for one in self.tasks if one.name == name)
 
-    def scans(self, *, test: bool) -> Iterator[_Seen]:
+    def scans(self, *, test: bool, scan_labels: ScanLabels | None) -> Iterator[_PreparedScan]:
         """Read, prepare and label the scans of one side, one at a time."""
         rows = self.split.test if test else self.split.train
         total = len(self.split.train) + len(self.split.test)
         for number, row in enumerate(rows, start=1):
-            scan = scans.read_labelled(row, self.root)
+            tasks = [one for one in self.tasks if row.id in one.usable]
+            with_labels = any(one.task.labels in (Labels.VOXELS, Labels.PAIRS) for one in tasks)
+            values = (scan_labels or {}).get(row.id)
+            scan = scans.read_scan(row, self.root, with_labels=with_labels, scan_labels=values)
             volume = scan.volume
             prepared = prepare(
                 volume.hu_ZYX,
@@ -207,15 +261,14 @@ class _Run:
                 self.device,
                 volume.spacing_mm,
             )
-            truth = self.task.truth(
-                scan, prepared.grid, self._in_play(prepared.grid, scan.id, test=test)
-            )
-            yield _Seen(scan, prepared, truth)
+            in_play_Z = self._in_play(prepared.grid, scan.id, test=test)
+            truths = {one.name: one.task.truth(scan, prepared.grid, in_play_Z) for one in tasks}
+            yield _PreparedScan(scan, prepared, truths)
             if self.progress:
                 self.progress(number + (len(self.split.train) if test else 0), total)
 
-    def features(self, model: NamedModel, seen: _Seen) -> DenseFeatures:
-        return features_of(model.model, seen.prepared, self.preprocess, batch=self.config.batch)
+    def features(self, model: NamedModel, scan: _PreparedScan) -> DenseFeatures:
+        return features_of(model.model, scan.prepared, self.preprocess, batch=self.config.batch)
 
     def _in_play(self, grid: PatchGrid, scan_id: str, *, test: bool) -> np.ndarray:
         if self.split.mode == scans.PATIENTS:
@@ -229,56 +282,161 @@ class _Run:
         )
 
 
-def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Write JSON so that the file is either the old or the new one, never half of either."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")
-    aside.replace(path)
+class _Drawn:
+    """Draws the pictures of test scans and keeps their entries in the results.
+
+    Args:
+        out: folder of results.json.
+    """
+
+    def __init__(self, out: Path) -> None:
+        self.out = out
+        self.of_task: dict[str, list[Picture]] = {}
+        self.pca: list[Picture] = []
+
+    def draw(self, run: _Run, scan: _PreparedScan, outputs: _Outputs) -> None:
+        """Draw one picture per task and one of the features of all models."""
+        scan_id, at = scan.scan.id, None
+        for name, truth in scan.truths.items():
+            task, file = run.task(name), f"pictures/{name}/{scan_id}.png"
+            caption = task.draw(self.out / file, truth, outputs.predictions[name])
+            if caption:
+                self.of_task.setdefault(name, []).append(Picture(scan_id, file, caption))
+            at = at or task.slices_of_interest(truth)
+        volume, file = scan.scan.volume, f"pictures/{scan_id}_features.png"
+        depth, height, _ = volume.hu_ZYX.shape
+        columns = [(name.replace("_", " "), dense) for name, dense in outputs.dense.items()]
+        at = at or (depth // 2, height // 2)
+        pictures.draw_pca(self.out / file, volume.hu_ZYX, volume.spacing_mm, columns, at)
+        caption = f"first three principal components of the patch features of {scan_id}"
+        self.pca.append(Picture(scan_id, file, caption))
+
+
+def _build_tasks(config: Config) -> dict[str, Task[Any, Any]]:
+    """Build the tasks of a config by name, in its order.
+
+    Raises:
+        UserError: no task is on, or what a module builds is no task.
+    """
+    if not config.tasks:
+        raise UserError(f"eval.tasks has no task; write e.g. eval.tasks.{DEFAULT_TASKS[0]}={{}}")
+    tasks: dict[str, Task[Any, Any]] = {}
+    for plugin in config.tasks:
+        task = plugins.load("eval.tasks", plugin.name).build(plugin.config, seed=config.seed)
+        if not isinstance(task, Task) or not isinstance(getattr(task, "labels", None), Labels):
+            raise UserError(
+                f"task {plugin.name}: build() returned a {type(task).__name__}; it must return an "
+                "object of a class that derives from tapct.extend.Task and sets `labels`"
+            )
+        tasks[plugin.name] = task
+    return tasks
+
+
+def _usable_scans(
+    tasks: Mapping[str, Task[Any, Any]], rows: Sequence[ScanRow], scan_labels: ScanLabels | None
+) -> dict[str, list[ScanRow]]:
+    """The scans that each task can use; a task without any is left out, and that is printed.
+
+    Raises:
+        UserError: no task has a scan.
+    """
+    usable: dict[str, list[ScanRow]] = {}
+    missing: list[str] = []
+    for name, task in tasks.items():
+        chosen = scans.usable(rows, task.labels, scan_labels)
+        what = scans.what_is_missing(task.labels)
+        if not chosen:
+            how = scans.how_to_label(task.labels)
+            missing.append(f"{name}: none of the {len(rows)} accepted scans has a {what}: {how}")
+            continue
+        if len(chosen) < len(rows):
+            num = len(rows) - len(chosen)
+            console.say(f"{name}: {num} of {len(rows)} scans have no {what} and are skipped")
+        usable[name] = chosen
+    if not usable:
+        raise UserError("; ".join(missing))
+    for line in missing:
+        console.say(f"{line}. The task is skipped")
+    return usable
+
+
+def _begin(
+    name: str, task: Task[Any, Any], chosen: Sequence[ScanRow], split: Split
+) -> _RunningTask:
+    """Start a task on its share of the split.
+
+    Raises:
+        UserError: one side has none of its scans, or it cannot work within one patient.
+    """
+    usable = frozenset(row.id for row in chosen)
+    num_train, num_test = (
+        sum(row.id in usable for row in side) for side in (split.train, split.test)
+    )
+    if not num_train or not num_test:
+        raise UserError(
+            f"task {name} has {num_train} training and {num_test} test scans; it needs one of "
+            "each. Raise eval.max_scans, change eval.test_share, or switch the task off with "
+            f"eval.tasks[{name}]=null"
+        )
+    if split.mode == scans.BLOCKS and task.labels in (Labels.SCAN, Labels.PAIRS):
+        raise UserError(
+            f"task {name} needs {scans.what_is_missing(task.labels)} of several patients, but the "
+            "scans are of one patient. Index scans of a second patient, or switch the task off "
+            f"with eval.tasks[{name}]=null"
+        )
+    task.begin(num_train)
+    return _RunningTask(name, task, usable, num_train, num_test)
+
+
+def _section(
+    one: _RunningTask,
+    models: Sequence[NamedModel],
+    settings: Mapping[str, Any],
+    skipped: int,
+    drawn: tuple[Picture, ...],
+) -> TaskSection:
+    """What a task found, checked against its contract."""
+    results, headline = one.task.results(), one.task.headline()
+    strange = set(headline.values) - {model.name for model in models}
+    if strange:
+        raise UserError(
+            f"task {one.name}: its headline has values for {', '.join(sorted(strange))}; the models "
+            f"are {', '.join(model.name for model in models)}"
+        )
+    labels = one.task.labels.value
+    return TaskSection(
+        settings, labels, one.num_train, one.num_test, skipped, headline, results, drawn
+    )
+
+
+def _record(split: Split) -> SplitRecord:
+    return SplitRecord(
+        split.mode,
+        split.held_out,
+        tuple(row.id for row in split.train),
+        tuple(row.id for row in split.test),
+        scans.BLOCKS_NOTE if split.mode == scans.BLOCKS else "",
+    )
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "tapct": tapct.__version__,
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "numpy": np.__version__,
+    }
 
 
 def _common_patch(models: Sequence[NamedModel]) -> tuple[int, int, int]:
-    patches = {tuple(int(side) for side in model.model.patch): model.name for model in models}  # type: ignore[union-attr]
+    patches: dict[tuple[int, ...], str] = {}
+    for model in models:
+        patches[tuple(int(side) for side in model.model.patch)] = model.name  # type: ignore[union-attr]
     if len(patches) != 1:
-        found = (
-            ", ".join(f"{name} {'x'.join(map(str, patch))}" for patch, name in patches.items())
-            or "none"
-        )
+        named = [f"{name} {'x'.join(map(str, patch))}" for patch, name in patches.items()]
         raise UserError(
-            f"models of one evaluation must share one patch, got {found}. Evaluate them in "
-            "separate runs."
+            f"models of one evaluation must share one patch, got {', '.join(named) or 'none'}. "
+            "Evaluate them in separate runs."
         )
     z, y, x = next(iter(patches))
     return z, y, x
-
-
-def _describe(split: Split) -> dict[str, Any]:
-    described: dict[str, Any] = {
-        "mode": split.mode,
-        "held_out_from_pretraining": split.held_out,
-        "train": [row.id for row in split.train],
-        "test": [row.id for row in split.test],
-    }
-    if split.mode == scans.BLOCKS:
-        described["note"] = scans.BLOCKS_NOTE
-    return described
-
-
-def _draw(
-    out: Path, task: Any, seen: _Seen, dense: dict[str, DenseFeatures], predictions: dict[str, Any]
-) -> tuple[dict[str, str], dict[str, str]]:
-    """Overlay and PCA picture of one test scan; returns their entries in the results."""
-    volume, name = seen.scan.volume, seen.scan.id
-    overlay, pca = f"overlays/{name}.png", f"overlays/{name}_pca.png"
-    caption = task.draw(out / overlay, seen.truth, predictions)
-    at = task.slices_of_interest(seen.truth)
-    columns = [(model.replace("_", " "), features) for model, features in dense.items()]
-    pictures.draw_pca(out / pca, volume.hu_ZYX, volume.spacing_mm, columns, at)
-    return (
-        {"scan": name, "file": overlay, "caption": caption},
-        {
-            "scan": name,
-            "file": pca,
-            "caption": f"first three principal components of the patch features of {name}",
-        },
-    )

@@ -1,4 +1,4 @@
-"""Labelled scans for evaluation: who is trained on, who is tested, and reading one at a time.
+"""Scans for evaluation: which ones a task can use, the split by patient, reading one at a time.
 
 Axes: Z Y X depth height width in voxels of the scan as it was read.
 """
@@ -6,8 +6,9 @@ Axes: Z Y X depth height width in voxels of the scan as it was read.
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -18,6 +19,7 @@ from tapct.base.exits import UserError
 from tapct.data.geometry import check_same_grid
 from tapct.data.ingest import read_labels, read_volume
 from tapct.data.patients import held_out_patients
+from tapct.eval.contract import Labels
 from tapct.types import LabelMap, Volume
 
 PATIENTS = "patients"  # split mode: no patient on both sides
@@ -27,15 +29,34 @@ BLOCKS_NOTE = "within one patient: a fit, not generalisation"
 
 @dataclass(frozen=True)
 class LabelledScan:
-    """One scan in memory with its labels on the same grid."""
+    """One scan in memory with its labels.
+
+    Args:
+        id: scan ID.
+        volume: voxels in HU.
+        labels: label map on the scan's grid; None where the scan has none or no task needs it.
+        patient: keyed hash of the patient ID; empty where unknown.
+        scan_labels: label name -> value for the scan as a whole; may be empty.
+    """
 
     id: str
     volume: Volume
-    labels: LabelMap
+    labels: LabelMap | None = None
+    patient: str = ""
+    scan_labels: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def label_map(self) -> LabelMap:
+        """The label map of a scan that a task with voxel labels was given."""
+        assert self.labels is not None, f"scan {self.id} was read without its label map"
+        return self.labels
+
+
+ScanLabels = Mapping[str, Mapping[str, str]]  # scan ID -> label name -> value
 
 
 class ScanRow(Protocol):
-    """What evaluation asks of a scan; a `manifest.Row` and a `store.StoredScan` both have it."""
+    """What evaluation reads of a scan's row; `manifest.Row` and `store.StoredScan` both have it."""
 
     @property
     def id(self) -> str:
@@ -43,15 +64,15 @@ class ScanRow(Protocol):
 
     @property
     def patient(self) -> str:
-        """Keyed hash; empty where unknown."""
+        """Keyed hash of the patient ID; empty where unknown."""
 
     @property
     def path(self) -> str:
-        """Of the scan, absolute or relative to the archive's root."""
+        """Path of the scan, absolute or relative to the archive's root."""
 
     @property
     def label_path(self) -> str:
-        """Of its label map; empty where there is none."""
+        """Path of its label map; empty where there is none."""
 
 
 @dataclass(frozen=True)
@@ -59,9 +80,11 @@ class Split:
     """Scans of either side.
 
     Args:
-        mode: `patients`, or `blocks` where one patient is all there is: then both sides hold the
-            same scans and `block_slices` tells them apart.
-        held_out: the test patients were kept out of pretraining too.
+        mode: `patients`, or `blocks` where there is one patient only: then both sides hold the
+            same scans and `block_slices` separates them.
+        train: scans that tasks learn from.
+        test: scans that models are evaluated on.
+        held_out: True if the test patients were kept out of pretraining too.
     """
 
     mode: str
@@ -71,21 +94,110 @@ class Split:
 
 
 def matching(rows: Sequence[ScanRow], patterns: Sequence[str]) -> list[ScanRow]:
-    """The scans whose path matches one of the shell patterns; all of them without a pattern.
+    """Select the scans whose path matches one of the shell patterns; all of them without a pattern.
 
     Raises:
         UserError: none matches.
     """
     if not patterns:
         return list(rows)
-    found = [row for row in rows if any(fnmatch.fnmatch(row.path, pattern) for pattern in patterns)]
-    if not found:
+    chosen = [
+        row for row in rows if any(fnmatch.fnmatch(row.path, pattern) for pattern in patterns)
+    ]
+    if not chosen:
         example = f", e.g. {rows[0].path}" if rows else ""
         raise UserError(
-            f"eval.only {list(patterns)} matches none of the {len(rows)} scans{example}; patterns "
-            "are of whole paths"
+            f"eval.only {list(patterns)} matches none of the {len(rows)} scans{example}; a pattern "
+            "must match the whole path"
         )
-    return found
+    return chosen
+
+
+def usable(
+    rows: Sequence[ScanRow], labels: Labels, scan_labels: ScanLabels | None = None
+) -> list[ScanRow]:
+    """Select the scans that have the labels a task needs.
+
+    Args:
+        rows: accepted scans.
+        labels: labels that the task needs.
+        scan_labels: values for scans as a whole, by scan ID.
+    """
+    if labels is Labels.NONE:
+        return list(rows)
+    if labels is Labels.SCAN:
+        return [row for row in rows if (scan_labels or {}).get(row.id)]
+    with_map = [row for row in rows if row.label_path]
+    if labels is Labels.VOXELS:
+        return with_map
+    per_patient = Counter(row.patient for row in with_map if row.patient)
+    return [row for row in with_map if per_patient[row.patient] > 1]
+
+
+def what_is_missing(labels: Labels) -> str:
+    """What a scan lacks that has not the labels a task needs, for lines to the user."""
+    return {
+        Labels.VOXELS: "label map",
+        Labels.SCAN: "scan-level labels",
+        Labels.PAIRS: "second scan with a label map of the same patient",
+        Labels.NONE: "voxels",
+    }[labels]
+
+
+def how_to_label(labels: Labels) -> str:
+    """How labels of a kind are given to tapct, for error lines."""
+    return {
+        Labels.VOXELS: "name it NAME_seg.nii.gz beside NAME.nii.gz, put it in labels*/ beside "
+        "images*/, or index again with --labels DIR",
+        Labels.SCAN: "pass scan_labels to tapct.eval.runner.evaluate",
+        Labels.PAIRS: "index again with --labels DIR and a --patient-regex that finds the patient",
+        Labels.NONE: "index and pack an archive with accepted scans",
+    }[labels]
+
+
+def split_for_tasks(
+    groups: Sequence[Sequence[ScanRow]],
+    *,
+    test_share: float,
+    max_scans: int,
+    seed: int,
+    held_out: Collection[str] = (),
+) -> Split:
+    """Divide the scans of several tasks by patient, so that each scan is read for all of them.
+
+    The scans of the first task are divided as if it were alone: its numbers do not change when
+    other tasks are added. Scans that only later tasks can use follow; no patient is on both sides.
+
+    Args:
+        groups: scans that each task can use, none of them empty.
+        test_share: share of the patients to test on.
+        max_scans: most scans of all tasks together; 0 means all.
+        seed: random seed of the split.
+        held_out: patients that pretraining did not see.
+    """
+    first = split_by_patient(
+        groups[0], test_share=test_share, max_scans=max_scans, seed=seed, held_out=held_out
+    )
+    known = {row.id for row in groups[0]}
+    others = {row.id: row for group in groups[1:] for row in group if row.id not in known}
+    used = len({row.id for row in (*first.train, *first.test)})
+    rest = sorted(others.values(), key=lambda row: row.id)
+    if max_scans:
+        rest = _some(rest, max(0, max_scans - used), seed)
+    if not rest:
+        return first
+    if first.mode == BLOCKS:
+        scans = (*first.train, *rest)
+        return Split(BLOCKS, scans, scans)
+    tested, trained = ({_patient(row) for row in side} for side in (first.test, first.train))
+    new = {_patient(row) for row in rest} - tested - trained
+    if first.held_out:
+        tested |= new.intersection(held_out)
+    else:
+        tested |= held_out_patients(new, test_share, seed)
+    train = [row for row in rest if _patient(row) not in tested]
+    test = [row for row in rest if _patient(row) in tested]
+    return Split(PATIENTS, (*first.train, *train), (*first.test, *test), first.held_out)
 
 
 def split_by_patient(
@@ -96,39 +208,30 @@ def split_by_patient(
     seed: int,
     held_out: Collection[str] = (),
 ) -> Split:
-    """Choose labelled scans and divide them by patient, keyed by the seed and whatever the order of
-    the rows.
+    """Divide scans by patient; the result depends on the seed, not on the order of the rows.
 
     Args:
-        rows: accepted scans; those without labels are left out.
-        test_share: of the patients, at least one on either side.
+        rows: at least one scan.
+        test_share: share of the patients to test on, at least one on either side.
         max_scans: most scans on both sides together, at least one on either; 0 means all. The sides
             shrink alike.
-        held_out: patients that pretraining did not see: they are the test side where labelled scans
-            lie on both sides, else the split is by `test_share`.
-    Raises:
-        UserError: no scan has labels.
+        seed: random seed of the split.
+        held_out: patients that pretraining did not see: they are the test side where some scans
+            are theirs and some are not, else the split is by `test_share`.
     """
-    labelled = sorted((row for row in rows if row.label_path), key=lambda row: row.id)
-    if not labelled:
-        raise UserError(
-            f"none of the {len(rows)} accepted scans has a label map to evaluate against: name it "
-            "NAME_seg.nii.gz "
-            "beside NAME.nii.gz, put it in labels*/ beside images*/, or index again with --labels "
-            "DIR"
-        )
-    people = {_patient(row) for row in labelled}
+    ordered = sorted(rows, key=lambda row: row.id)
+    people = {_patient(row) for row in ordered}
     if len(people) == 1:
-        scans = tuple(labelled[: max_scans or None])
+        scans = tuple(ordered[: max_scans or None])
         return Split(BLOCKS, scans, scans)
     tested = people.intersection(held_out)
     as_pretrained = 0 < len(tested) < len(people)
     if not as_pretrained:
         tested = set(held_out_patients(people, test_share, seed))
-    test = [row for row in labelled if _patient(row) in tested]
-    train = [row for row in labelled if _patient(row) not in tested]
-    if max_scans and max_scans < len(labelled):
-        num_test = min(max(1, round(max_scans * len(test) / len(labelled))), max(1, max_scans - 1))
+    test = [row for row in ordered if _patient(row) in tested]
+    train = [row for row in ordered if _patient(row) not in tested]
+    if max_scans and max_scans < len(ordered):
+        num_test = min(max(1, round(max_scans * len(test) / len(ordered))), max(1, max_scans - 1))
         test, train = _some(test, num_test, seed), _some(train, max(1, max_scans - num_test), seed)
     return Split(PATIENTS, tuple(train), tuple(test), as_pretrained)
 
@@ -172,15 +275,22 @@ def block_slices(
     return chosen
 
 
-def read_labelled(row: ScanRow, root: Path) -> LabelledScan:
-    """Read a row's scan and labels.
+def read_scan(
+    row: ScanRow, root: Path, *, with_labels: bool, scan_labels: Mapping[str, str] | None = None
+) -> LabelledScan:
+    """Read the voxels of a scan and, where a task needs them, its label map.
 
     Args:
+        row: scan to read.
         root: folder that the row's paths are relative to; absolute ones stay.
+        with_labels: True to read the label map too.
+        scan_labels: values for the scan as a whole.
     Raises:
         Refused: a file is not what the manifest says, or the labels lie on another grid.
     """
     volume = read_volume(root / row.path)
-    labels = read_labels(root / row.label_path)
-    check_same_grid(volume, labels)
-    return LabelledScan(row.id, volume, labels)
+    labels = None
+    if with_labels:
+        labels = read_labels(root / row.label_path)
+        check_same_grid(volume, labels)
+    return LabelledScan(row.id, volume, labels, row.patient, scan_labels or {})

@@ -43,7 +43,7 @@ class PatchTruth:
 
     def names(self) -> dict[int, str]:
         """Label value -> name, as the label file tells; may be empty."""
-        return dict(self.scan.labels.names)
+        return dict(self.scan.label_map.names)
 
     def sample(self, num_tokens: int, seed: int) -> tuple[Tensor, Tensor]:
         """Choose patches for training, stratified by their majority label, so that small organs are
@@ -83,7 +83,7 @@ def patch_truth(
             label of its own; else air connected with the in-plane border becomes `OUTSIDE`.
         in_play_Z: as in `PatchTruth`.
     """
-    labels_ZYX = scan.labels.labels_ZYX
+    labels_ZYX = scan.label_map.labels_ZYX
     values = np.flatnonzero(np.bincount(labels_ZYX.reshape(-1)))
     column = np.zeros(int(values.max()) + 1, dtype=np.uint16)
     column[values] = np.arange(len(values))

@@ -5,15 +5,14 @@ line.
 from __future__ import annotations
 
 import functools
-import json
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from tapct.base import jsonl
 from tapct.base.exits import UserError
 
 RECENT_SHARE, RECENT_MOST = (
@@ -67,18 +66,13 @@ def read_history(path: Path) -> History:
         UserError: no such file, or no finished step in it.
     """
     rows: dict[float, dict[str, Any]] = {}
-    unreadable = 0
-    lines = (
-        path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
-    )
-    for line in lines:
-        if not line.strip():
-            continue
-        row = _object(line)
-        if row is None or not _is_number(row.get("step")):
-            unreadable += 1
-        else:
+    content = jsonl.read(path, "step")
+    unreadable = content.num_unreadable
+    for row in content.rows:
+        if _is_number(row["step"]):
             rows[row["step"]] = row
+        else:
+            unreadable += 1
     if not rows:
         what = "holds no finished step" if path.is_file() else "is missing"
         raise UserError(
@@ -101,19 +95,11 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _object(line: str) -> dict[str, Any] | None:
-    try:
-        found = json.loads(line)
-    except json.JSONDecodeError:  # counted by the caller and shown on the page
-        return None
-    return found if isinstance(found, dict) else None
-
-
 def read_json(path: Path) -> tuple[dict[str, Any], str]:
     """An object from a JSON file, and in words why it is empty (empty words when it is not)."""
     if not path.is_file():
         return {}, f"{path.name} is not there"
-    found = _object(path.read_text(encoding="utf-8", errors="replace").replace("\n", " "))
+    found = jsonl.parse(path.read_text(encoding="utf-8", errors="replace"))
     return (
         ({}, f"{path.name} is damaged: it holds no JSON object") if found is None else (found, "")
     )
@@ -146,23 +132,3 @@ def prototypes_ln(history: History, term: str) -> float:
     shares = bool((solution[1:] > -0.05).all() and solution[1:].sum() < 1.05)
     determined = len(table) > 2 * system.shape[1] or system.shape[1] == 1
     return float(solution[0]) if fits and shares and determined else math.nan
-
-
-def flatten(value: object, prefix: str = "") -> list[tuple[str, str]]:
-    """Nested objects as dotted keys and one-line texts, in order."""
-    if isinstance(value, dict):
-        return [
-            pair
-            for key, one in value.items()
-            for pair in flatten(one, f"{prefix}.{key}" if prefix else str(key))
-        ]
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return [
-            (
-                prefix,
-                " ".join(
-                    one if isinstance(one, str) else json.dumps(one, default=str) for one in value
-                ),
-            )
-        ]
-    return [(prefix, value if isinstance(value, str) else json.dumps(value, default=str))]

@@ -1,11 +1,12 @@
-"""What is done with a run that has trained: read its teacher, judge it, export it."""
+"""Use a run that has trained: read its teacher, evaluate its features, export its weights."""
 
 from __future__ import annotations
 
+import shlex
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from safetensors.torch import load_file
 
@@ -20,12 +21,14 @@ from tapct.engine import checkpoint
 from tapct.engine.checkpoint import Checkpoints, Meta
 from tapct.eval import runner
 from tapct.eval.baselines import with_baselines
-from tapct.nn.backends import GPU_ONLY
+from tapct.eval.results import Evaluation
 from tapct.nn.contracts import Backbone
 from tapct.run import background_eval
 from tapct.run.config import RunConfig
+from tapct.run.old_configs import upgraded
 from tapct.run.resume import changed_keys
 from tapct.ssl.student_teacher import build_backbone
+from tapct.weights.card import FeatureSettings
 from tapct.weights.export import save_export
 
 
@@ -35,8 +38,8 @@ class Trained:
 
     Args:
         resolved: its config with overrides.
-        backbone: the teacher's, in eval mode, on the run's device.
-        meta: of the checkpoint that it comes from.
+        backbone: backbone of the teacher, in eval mode, on the run's device.
+        meta: facts about the checkpoint that it comes from.
     """
 
     resolved: Resolved
@@ -49,8 +52,8 @@ def open_run(folder: Path, overrides: Sequence[str] = (), step: int | None = Non
 
     Args:
         folder: run folder.
-        overrides: only keys that do not shape the weights.
-        step: of the checkpoint; None: the newest whole one.
+        overrides: key=value, only keys that do not affect the weights.
+        step: step of the checkpoint; None takes the newest whole one.
     Raises:
         UserError: not a run folder, no such checkpoint, or an override that would need another
             training.
@@ -58,36 +61,40 @@ def open_run(folder: Path, overrides: Sequence[str] = (), step: int | None = Non
     if not (folder / "config.yaml").is_file():
         hint = f"`tapct train CONFIG out={folder}` makes one"
         raise UserError(f"{folder} is not a run folder: it has no config.yaml; {hint}")
-    trained_with = tapct_config.load_config(RunConfig, folder / "config.yaml", [])
-    resolved = tapct_config.load_config(RunConfig, folder / "config.yaml", overrides)
+    trained_with = _config_of(folder, [])
+    resolved = _config_of(folder, overrides)
     for key, old, new in changed_keys(trained_with.to_dict(), resolved.to_dict()):
         free = "only eval.*, device, model.attention and data.store can change here"
         raise UserError(f"{key}={new}: the run was trained with {old}; {free}")
-    found = newest_teacher(folder) if step is None else teacher_of_step(folder, step)
+    saved = newest_teacher(folder) if step is None else teacher_of_step(folder, step)
     config: RunConfig = resolved.value
     backbone = build_backbone(config.model, config.seed)
-    backbone.load_state_dict(load_file(found / "teacher.safetensors"))
+    backbone.load_state_dict(load_file(saved / "teacher.safetensors"))
     backbone = backbone.to(pick_device(config.device)).requires_grad_(False).eval()
-    return Trained(resolved, backbone, checkpoint.read_meta(found))
+    return Trained(resolved, backbone, checkpoint.read_meta(saved))
+
+
+def _config_of(folder: Path, overrides: Sequence[str]) -> Resolved:
+    return tapct_config.load_config(RunConfig, folder / "config.yaml", overrides, upgrade=upgraded)
 
 
 def newest_teacher(folder: Path) -> Path:
-    """Folder of the newest whole checkpoint of a run.
+    """Return the folder of the newest whole checkpoint of a run.
 
     Raises:
         UserError: there is none.
     """
-    found, complaints = Checkpoints(folder / "checkpoints", keep=1).newest_whole()
+    newest, complaints = Checkpoints(folder / "checkpoints", keep=1).newest_whole()
     for complaint in complaints:
         console.say(complaint)
-    if found is None:
+    if newest is None:
         raise UserError(f"{folder} holds no whole checkpoint yet; train first")
-    return found
+    return newest
 
 
 def teacher_of_step(folder: Path, step: int) -> Path:
-    """Folder with the teacher of a step: kept for its evaluation during training, or a whole
-    checkpoint.
+    """Return the folder with the teacher of a step: kept for its evaluation during training, or a
+    whole checkpoint.
 
     Raises:
         UserError: there is none.
@@ -107,13 +114,18 @@ def teacher_of_step(folder: Path, step: int) -> Path:
 
 
 def evaluate(
-    folder: Path, overrides: Sequence[str] = (), step: int | None = None
-) -> dict[str, Any]:
-    """Judge a run's frozen features beside its baselines; writes RUN/eval, or
-    RUN/eval/steps/step_... for one step.
+    folder: Path, overrides: Sequence[str] = (), step: int | None = None, command: str = ""
+) -> Evaluation:
+    """Evaluate a run's frozen features beside its baselines.
 
-    Patients that `data.held_out` kept out of pretraining are the test side; without any,
-    `eval.test_share` splits.
+    Writes RUN/eval, or RUN/eval/steps/step_... for one step. Patients that `data.held_out` kept out
+    of pretraining are the test side; without any, `eval.test_share` splits.
+
+    Args:
+        folder: run folder.
+        overrides: key=value, as in `open_run`.
+        step: step of the checkpoint; None takes the newest whole one.
+        command: command line for results.json; empty takes this process's own.
     """
     flush_denormals()  # before the first tensor
     trained = open_run(folder, overrides, step)
@@ -128,7 +140,7 @@ def evaluate(
         [scan.patient for scan in store.scans], config.data.held_out, config.seed
     )
     with console.progress_bar("eval") as progress:
-        results = runner.evaluate(
+        evaluation = runner.evaluate(
             with_baselines(trained.backbone, config.model, config.seed),
             store.scans,
             store.root,
@@ -136,12 +148,14 @@ def evaluate(
             contract=config.contract,
             out=out,
             held_out=hidden,
+            command=command or shlex.join(sys.argv),
             device=pick_device(config.device),
             progress=progress,
         )
     if step is not None:
-        (out / "teacher.safetensors").unlink(missing_ok=True)  # was kept from rotation for this
-    return results
+        # it was kept from rotation for this evaluation
+        (out / "teacher.safetensors").unlink(missing_ok=True)
+    return evaluation
 
 
 def export(folder: Path, out: Path | None = None) -> Path:
@@ -156,12 +170,8 @@ def export(folder: Path, out: Path | None = None) -> Path:
         "samples": meta.samples,
         "data": meta.data_digest,
     }
-    section = config.model
-    if (
-        getattr(section.config, "attention", "") in GPU_ONLY
-    ):  # weights know no back-end, and an export runs anywhere
-        section = replace(section, config=replace(section.config, attention="auto"))
-    save_export(
-        target, trained.backbone, section, config.contract, config.eval.preprocess, provenance
-    )
+    portable = trained.backbone.export_config()  # weights do not depend on the attention back-end
+    section = config.model if portable is None else replace(config.model, config=portable)
+    settings = FeatureSettings(section, config.contract, config.eval.preprocess)
+    save_export(target, trained.backbone, settings, provenance)
     return target

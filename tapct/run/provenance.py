@@ -12,15 +12,15 @@ from pathlib import Path
 import torch
 
 import tapct
+from tapct.base import files
 from tapct.config import Resolved
 from tapct.data.store import Store
-from tapct.engine import checkpoint
 
 
 def write_run_files(out: Path, resolved: Resolved, store: Store, command: str) -> None:
     """config.yaml and run.json: what was run, on what, with which versions."""
     out.mkdir(parents=True, exist_ok=True)
-    checkpoint.replace_text(out / "config.yaml", resolved.to_yaml())
+    files.write_atomically(out / "config.yaml", resolved.to_yaml())
     packages = ("torch", "numpy", "nibabel", "SimpleITK", "pydicom", "blosc2")
     about = {
         "command": command,
@@ -40,7 +40,7 @@ def write_run_files(out: Path, resolved: Resolved, store: Store, command: str) -
             },
         },
     }
-    checkpoint.replace_text(out / "run.json", json.dumps(about, indent=1))
+    files.write_atomically(out / "run.json", json.dumps(about, indent=1))
 
 
 def gpu_name() -> str:

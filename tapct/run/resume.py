@@ -10,15 +10,16 @@ checkpoint it is.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from tapct.base import console
 from tapct.base.exits import UserError
 from tapct.config import from_dict, to_dict
+from tapct.config.flat import flatten
 from tapct.engine import checkpoint
 from tapct.engine.checkpoint import Checkpoints
+from tapct.run.old_configs import upgraded
 
 # Where and how a run works, not what it computes.
 HARMLESS = (
@@ -28,7 +29,6 @@ HARMLESS = (
     "data.store",
     "data.on_change",
     "data.loader.workers",
-    "data.loader.backend",
     "data.loader.prefetch",
     "data.loader.on_error",
     "data.loader.max_skips",
@@ -118,10 +118,10 @@ def named_checkpoint(path: Path) -> Path:
 
 def with_new_keys(old: dict[str, Any], cls: type) -> dict[str, Any]:
     """The config of a checkpoint with the defaults of keys that came later, which leave all as it
-    was before them.
+    was before them, and with renamed keys under their new names.
     """
     try:
-        return to_dict(from_dict(cls, old, "checkpoint"))
+        return to_dict(from_dict(cls, upgraded(old), "checkpoint"))
     except UserError:  # a key is gone, or a value is refused now: told as it stands
         return old
 
@@ -148,16 +148,3 @@ def what_changed(changed: list[tuple[str, Any, Any]], found: Path) -> str:
         "shapes its curve. "
         "Set it back, choose another out=, or go on all the same with --allow-change"
     )
-
-
-def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mapping -> dotted keys; lists are leaves. Goes through JSON, so that tuples equal
-    lists.
-    """
-    flat: dict[str, Any] = {}
-    for key, value in json.loads(json.dumps(tree, default=str)).items():
-        if isinstance(value, dict) and value:
-            flat.update(flatten(value, f"{prefix}{key}."))
-        else:
-            flat[prefix + key] = value
-    return flat

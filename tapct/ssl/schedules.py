@@ -33,8 +33,7 @@ class OptimSchedule:
     )
     lr_scaling: str = setting(
         "sqrt",
-        "'sqrt': lr x sqrt(global batch / 1024) (DINOv2); 'none': lr as it stands, whatever the "
-        "batch",
+        "'sqrt': lr x sqrt(global batch / 1024) (DINOv2); 'none': lr unchanged for every batch",
         choices=("sqrt", "none"),
     )
     min_lr: float = setting(

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from tapct.base.exits import UserError
+from tapct.base.geometry import Size3, patch_grid
 from tapct.config import plugins, setting
 from tapct.config.plugins import Plugin
 from tapct.types import Batch, HUContract, Views
@@ -118,7 +119,7 @@ class Config:
 
 @torch.no_grad()
 def make_views(
-    batch: Batch, config: Config, contract: HUContract, seed: int, patch: tuple[int, int, int]
+    batch: Batch, config: Config, contract: HUContract, seed: int, patch: Size3
 ) -> Views:
     """Make all views of a micro-batch. Never waits for the device.
 
@@ -136,10 +137,7 @@ def make_views(
     Raises:
         UserError: a global view is not a whole number of patches.
     """
-    if any(size % p for size, p in zip(config.global_window, patch, strict=True)):
-        raise UserError(
-            f"views.global_window {config.global_window} is not a multiple of the patch {patch}"
-        )
+    grid = patch_grid(config.global_window, patch, "views.global_window")
     ops = tuple(plugins.load("views.ops", op.name).build(op.config) for op in config.ops)
     with resample.full_precision(batch.hu_BZYX.device):
         cells = boxes.body_cells(batch.hu_BZYX, contract)
@@ -149,7 +147,6 @@ def make_views(
         views_local, _, local_mm_VB3 = _views_of_kind(
             batch, config, contract, seed, "local", cells, ops
         )
-    grid = tuple(size // p for size, p in zip(config.global_window, patch, strict=True))
     return Views(
         views_global,
         views_local,
@@ -216,7 +213,7 @@ def _blur_sigma(config: Config, key: ViewKey) -> Tensor:
     return sigma.flatten()
 
 
-def mm_per_voxel(crops: Boxes, window: tuple[int, int, int], spacing_mm_B3: Tensor) -> Tensor:
+def mm_per_voxel(crops: Boxes, window: Size3, spacing_mm_B3: Tensor) -> Tensor:
     """Size of the voxels of finished views: (V, B, 3) float32 mm along (z, y, x).
 
     Args:

@@ -210,7 +210,8 @@ def apply(
                 cuts.append(cut)
                 columns = slice(cut.start - first, cut.stop - first)
                 matrices_1nS.append(m.matrix_VBnS[view, one, :, columns])
-            crop_1YZX = _above_air(hu_BZYX[(one, *cuts)].transpose(1, 2), contract)
+            box = (one, *cuts)
+            crop_1YZX = _above_air(hu_BZYX[box].transpose(1, 2), contract)
             view_1ZYX = _contract(crop_1YZX, *matrices_1nS)
             torch.add(view_1ZYX, contract.clip_low, out=out_BZYX[one])
         return
@@ -219,9 +220,9 @@ def apply(
         m.first_VB[view][:, None] + torch.arange(m.matrix_VBnS.shape[-1], device=hu_BZYX.device)
         for m in maps
     )
-    sample = torch.arange(hu_BZYX.shape[0], device=hu_BZYX.device)[:, None, None, None]
+    sample_B111 = torch.arange(hu_BZYX.shape[0], device=hu_BZYX.device)[:, None, None, None]
     crop_BYZX = hu_BZYX[
-        sample, index_z[:, None, :, None], index_y[:, :, None, None], index_x[:, None, None, :]
+        sample_B111, index_z[:, None, :, None], index_y[:, :, None, None], index_x[:, None, None, :]
     ]
     view_BZYX = _contract(_above_air(crop_BYZX, contract), *(m.matrix_VBnS[view] for m in maps))
     torch.add(view_BZYX, contract.clip_low, out=out_BZYX)

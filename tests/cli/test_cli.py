@@ -66,9 +66,10 @@ def test_from_an_archive_to_a_report(place: Path, shell: Shell, tmp_path: Path) 
 
     said = shell.good("eval", run)
     results = json.loads((run / "eval" / "results.json").read_text())
-    assert set(results["models"]) >= {"pretrained", "untrained", "raw_hu"}
-    for name, model in results["models"].items():
-        assert f"{name:<24} mean Dice {model['mean_dice']:.3f}" in said
+    values = results["tasks"]["segmentation"]["headline"]["values"]
+    assert set(values) >= {"pretrained", "untrained", "raw_hu"}
+    for name, value in values.items():
+        assert f"{name:<24} mean Dice {value:.3f}" in said
     assert results["split"]["held_out_from_pretraining"] is True
 
     assert str(run / "export") in shell.good("export", run)
@@ -336,8 +337,7 @@ def test_an_interrupt_of_any_other_command_is_one_line(
             signal.SIGINT
         )  # to this thread: one sent to the process may be taken by another, and late
 
-    monkeypatch.setattr("tapct.data.manifest.judge_source", interrupted, raising=False)
-    monkeypatch.setattr("tapct.data.pack._work", interrupted)
+    monkeypatch.setattr("tapct.data.pack.pack_task", interrupted)
     before = signal.signal(
         signal.SIGINT, signal.default_int_handler
     )  # what a shell starts with & ignores Ctrl-C
@@ -365,7 +365,7 @@ def wait_for_step(run: Path, step: int, process: subprocess.Popen[str]) -> None:
     raise AssertionError("no progress in a minute")
 
 
-def test_ctrl_c_saves_and_says_how_to_go_on(place: Path, shell: Shell, tmp_path: Path) -> None:
+def test_ctrl_c_saves_and_prints_how_to_resume(place: Path, shell: Shell, tmp_path: Path) -> None:
     run = tmp_path / "a run"
     words = [
         "train",
@@ -391,11 +391,11 @@ def test_ctrl_c_saves_and_says_how_to_go_on(place: Path, shell: Shell, tmp_path:
     assert f"saved at step {step}" in last
     assert (run / "checkpoints" / "latest").read_text() == f"step_{step:08d}\n"
 
-    again = shlex.split(last.partition("go on with: ")[2])
+    again = shlex.split(last.partition("resume with: ")[2])
     assert again == ["tapct", *words], "the line can be pasted into a shell"
 
 
-def test_the_line_after_a_stop_goes_on(
+def test_the_line_printed_at_a_stop_resumes(
     place: Path, shell: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     original = loop.Trainer.optimizer_step
@@ -412,7 +412,7 @@ def test_the_line_after_a_stop_goes_on(
         patch.setattr(loop.Trainer, "optimizer_step", interrupted)
         code, out, err = shell("train", place / "tiny.yaml", f"out={tmp_path}/run", "train.steps=5")
     assert code == 0 and err == "" and "stopped by SIGTERM and saved at step 3" in out
-    again = shlex.split(out.splitlines()[-1].partition("go on with: ")[2])
+    again = shlex.split(out.splitlines()[-1].partition("resume with: ")[2])
     assert "going on from" in shell.good(*again[1:])
     assert [row["step"] for row in numbers_of(tmp_path / "run")] == [1, 2, 3, 4, 5]
     assert "nothing to train" in shell.good(*again[1:])

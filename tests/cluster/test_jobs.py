@@ -13,6 +13,7 @@ from fake_slurm import cluster as cluster  # a fixture
 from shell import Shell
 from shell import shell as shell
 
+from tapct.base import jsonl
 from tapct.cluster import jobs
 from tapct.cluster.jobs import Submission
 
@@ -79,7 +80,7 @@ def test_jobs_works_without_slurm(runs: Path, shell: Shell, cluster: FakeSlurm) 
         assert [rows[job][2] for job in ("10", "11")] == ["waiting?", "running?"]
         assert rows["11"][-1] == "1", "restarts, from the files"
         assert "done" in rows["12_0"] and "failed" in rows["12_1"]
-        assert "SLURM does not answer" in said
+        assert "SLURM does not respond" in said
 
 
 def test_jobs_that_slurm_forgot_are_told_apart(
@@ -119,9 +120,9 @@ def test_the_end_of_a_huge_metrics_file_is_read_alone(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     row = json.dumps({"step": 1, "filler": "x" * 1000}) + "\n"
     path.write_text(row * 200 + json.dumps({"step": 9}) + "\n" + '{"step": 10, "loss')
-    found = jobs.last_rows(path)
+    found = jsonl.read_tail(path, "step")
     assert 20 < len(found) < 70 and found[-1] == {"step": 9}
-    assert jobs.last_rows(tmp_path / "none") == []
+    assert jsonl.read_tail(tmp_path / "none", "step") == []
 
 
 def test_the_newest_submission_of_a_run_counts(tmp_path: Path) -> None:
@@ -131,8 +132,8 @@ def test_the_newest_submission_of_a_run_counts(tmp_path: Path) -> None:
         Submission(job, {"8": 1.0, "9": 3.0, "7": 2.0}[job], 10, 1, "").write(place)
     (tmp_path / "jobs" / "half").mkdir()
     (tmp_path / "jobs" / "half" / "submission.json").write_text('{"job": ')
-    assert [one.job for one in jobs.find([tmp_path]).values()] == ["9"]
-    row = jobs.progress(tmp_path, jobs.find([tmp_path])[tmp_path], {})
+    assert [one.job for one in jobs.find_submissions([tmp_path]).values()] == ["9"]
+    row = jobs.read_progress(tmp_path, jobs.find_submissions([tmp_path])[tmp_path], {})
     assert (row.state, row.step) == ("never ran", 0) and math.isnan(row.loss)
 
 
@@ -172,4 +173,4 @@ def test_cancel_without_slurm_or_against_its_will_is_told(
     cluster.command("scancel", 'echo "scancel: error: Access denied" >&2\nexit 1\n')
     assert "Access denied" in shell.bad("cancel", "10")
     cluster.command("squeue", "exit 1\n")
-    assert "SLURM does not answer" in shell.bad("cancel", "10")
+    assert "SLURM does not respond" in shell.bad("cancel", "10")

@@ -20,12 +20,13 @@ from shell import shell as shell
 
 from tapct.cluster import jobs, submit, task
 from tapct.cluster import script as batch
+from tapct.cluster.resources import Resources
 from tapct.config import load_config
 from tapct.run.config import RunConfig
 
 
 def test_each_run_of_a_sweep_gets_its_values_and_its_folder(config: Path) -> None:
-    made = submit.plan(
+    made = submit.plan_runs(
         config, ["train.steps=7"], ["optim.lr=1e-4,2e-4", "views.global_area=[0.1,0.2],[0.3,0.4]"]
     )
     configs = [run.value for run in made.runs]
@@ -36,8 +37,7 @@ def test_each_run_of_a_sweep_gets_its_values_and_its_folder(config: Path) -> Non
     assert configs[1].out == Path("run/lr=1e-4,global_area=0.3-0.4")
 
 
-# --- the batch script
-# ----------------------------------------------------------------------------------------------
+# --- the batch script ---------------------------------------------------------------------------
 
 
 def options_of(script: str) -> dict[str, str]:
@@ -99,11 +99,11 @@ def test_what_is_hardly_meant_is_told_beside_the_script(config: Path, shell: She
 
     assert warned() == []
     (line,) = warned("device=auto")
-    assert line.startswith("warning: the job asks for no GPU") and "--gpus-per-node" in line
+    assert line.startswith("warning: the job requests no GPU") and "--gpus-per-node" in line
     (line,) = warned("--gpus-per-node", "2")
     assert line.startswith("warning: device=cpu leaves the GPUs")
     (line,) = warned("--cpus-per-task", "2", "data.loader.workers=2")
-    assert "data.loader.workers 2 no core of their own; 3 would" in line
+    assert "no core for training beside data.loader.workers 2; request 3" in line
     assert warned("--cpus-per-task", "3", "data.loader.workers=2") == []
 
 
@@ -133,8 +133,8 @@ def run_script(
 @pytest.fixture
 def script(config: Path, cluster: FakeSlurm) -> str:
     """A batch script with at most 9 restarts, and 2 in vain; its folder exists."""
-    resources = submit.Resources(minutes=10, max_restarts=9, max_idle_restarts=2)
-    made = submit.script(submit.plan(config, [], []), resources)
+    resources = Resources(minutes=10, max_restarts=9, max_idle_restarts=2)
+    made = submit.preview_batch_script(submit.plan_runs(config, [], []), resources)
     place = config.parent / "run" / "jobs" / "TIME"
     place.mkdir(parents=True)
     (config.parent / "run" / "checkpoints").mkdir()
@@ -261,7 +261,7 @@ def test_a_job_that_cannot_be_requeued_tells_so(script: str, cluster: FakeSlurm)
     cluster.command("scontrol", 'if [ "$1" = requeue ]; then exit 1; fi\n')
     cluster.command("sleep", "")
     assert run_script(cluster, script, STOPPED + "exit 0\n").returncode == 1
-    assert last_event()["why"] == "could not requeue; submit again to go on"
+    assert last_event()["why"] == "could not requeue; submit again to resume"
 
 
 def test_a_cancelled_job_is_not_requeued(script: str, cluster: FakeSlurm) -> None:
@@ -316,8 +316,7 @@ def test_a_signal_to_the_batch_shell_does_not_end_it(script: str, cluster: FakeS
     assert done.returncode == 0 and len(requeues(cluster)) == 1
 
 
-# --- submitting
-# ----------------------------------------------------------------------------------------------------
+# --- submitting ---------------------------------------------------------------------------------
 
 
 def test_submit_keeps_code_config_and_id_in_the_run_folder(
@@ -368,7 +367,7 @@ def test_a_sweep_is_submitted_as_one_array_with_a_folder_per_run(
     )
     assert dry.splitlines()[-2:] == ["# run 0: other/lr=1e-3", "# run 1: other/lr=2e-3"]
     assert sorted(Path().glob("run/*=*")) == [Path("run/lr=1e-3"), Path("run/lr=2e-3")]
-    assert list(jobs.find([Path("run")])) == [Path("run/lr=1e-3"), Path("run/lr=2e-3")]
+    assert list(jobs.find_submissions([Path("run")])) == [Path("run/lr=1e-3"), Path("run/lr=2e-3")]
 
 
 @pytest.mark.parametrize(
@@ -437,7 +436,7 @@ def test_a_config_that_no_longer_fits_the_run_is_not_submitted(
     code, _, err = shell(
         "submit", config, "train.steps=2", "optim.lr=0.5", "--allow-change", "--dry-run"
     )
-    assert code == 0 and "run has all its 2 steps; the job will find nothing to train" in err
+    assert code == 0 and "run has finished all 2 steps; the job will find nothing to train" in err
     assert "train.resume=never" in shell.bad(
         "submit", config, "train.steps=2", "train.resume=never"
     )

@@ -28,7 +28,7 @@ from tapct.cluster import slurm, sweep
     ],
 )
 def test_a_time_limit_is_read_as_sbatch_reads_it(text: str, minutes: int) -> None:
-    assert slurm.minutes(text) == minutes
+    assert slurm.time_limit_minutes(text) == minutes
 
 
 @pytest.mark.parametrize(
@@ -49,17 +49,17 @@ def test_a_time_limit_is_read_as_sbatch_reads_it(text: str, minutes: int) -> Non
 )
 def test_what_is_no_time_limit_is_told_with_the_forms(text: str) -> None:
     with pytest.raises(UserError, match=r"--time .*2-00:00.*12:00:00.*90"):
-        slurm.minutes(text)
+        slurm.time_limit_minutes(text)
 
 
 @pytest.mark.parametrize("text", ["0", "0:00", "0-00:00"])
 def test_no_time_at_all_is_refused(text: str) -> None:
-    with pytest.raises(UserError, match="no time at all"):
-        slurm.minutes(text)
+    with pytest.raises(UserError, match="leaves no time to run"):
+        slurm.time_limit_minutes(text)
 
 
 def test_memory_has_a_unit_that_slurm_knows() -> None:
-    assert [slurm.checked_memory(text) for text in ("64G", "500m", "4000", "1TB")] == [
+    assert [slurm.memory_size(text) for text in ("64G", "500m", "4000", "1TB")] == [
         "64G",
         "500M",
         "4000",
@@ -67,7 +67,7 @@ def test_memory_has_a_unit_that_slurm_knows() -> None:
     ]
     for text in ("64 gigs", "-1G", "1.5G", "lots"):
         with pytest.raises(UserError, match="64G"):
-            slurm.checked_memory(text)
+            slurm.memory_size(text)
 
 
 def test_a_sweep_is_the_product_of_its_values() -> None:

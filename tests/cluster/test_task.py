@@ -26,13 +26,20 @@ from tapct.cluster import task
 def job(config: Path, cluster: FakeSlurm, shell: Shell) -> list[str]:
     """A command that does what a task of a submitted job does."""
     shell.good("submit", config, "--time", "10", "train.steps=400", "log.every=1")
+    return job_command()
+
+
+def job_command(*options: bool) -> list[str]:
+    """The command of a task of the job that was submitted for `run`."""
     (place,) = Path("run/jobs").iterdir()
     (code,) = Path("run/code").iterdir()
-    words = (str(place.absolute() / "config.yaml"), str(Path.cwd()), str(code.absolute()))
-    return [sys.executable, "-c", f"from tapct.cluster.task import work; work{words!r}"]
+    arguments = (str(place.absolute() / "config.yaml"), str(Path.cwd()), str(code.absolute()))
+    call = f"run_task{(*arguments, *options)!r}"
+    return [sys.executable, "-c", f"from tapct.cluster.task import run_task; {call}"]
 
 
 def start(job: list[str], restarts: int = 0) -> subprocess.Popen[str]:
+    """Start a task; `-c` makes Python import plug-ins from the working directory."""
     (code,) = Path("run/code").iterdir()
     known = {
         **os.environ,
@@ -41,7 +48,6 @@ def start(job: list[str], restarts: int = 0) -> subprocess.Popen[str]:
         "SLURM_RESTART_COUNT": str(restarts),
         "OMP_NUM_THREADS": "1",
     }
-    # -c looks into the working directory first, which holds no tapct
     return subprocess.Popen(
         job, env=known, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
@@ -86,22 +92,59 @@ def test_a_job_goes_on_with_a_change_that_was_allowed(
 ) -> None:
     shell.good("train", config, "train.steps=2", "losses.koleo=null")
     shell.good("submit", config, "--allow-change", "train.steps=3", "losses.koleo=null")
-    (place,), (code,) = Path("run/jobs").iterdir(), Path("run/code").iterdir()
-    words = (str(place.absolute() / "config.yaml"), str(Path.cwd()), str(code.absolute()))
-    for allowed, exit_code, told in (
+    for allowed, exit_code, line in (
         (False, 2, "train.steps was 2"),
         (True, 0, "--allow-change: train.steps was 2"),
     ):
-        process = start(
-            [
-                sys.executable,
-                "-c",
-                f"from tapct.cluster.task import work; work{(*words, allowed)!r}",
-            ]
-        )
+        process = start(job_command(allowed))
         said, _ = process.communicate(timeout=60)
-        assert process.returncode == exit_code and told in said, said
+        assert process.returncode == exit_code and line in said, said
     assert [row["step"] for row in numbers_of(Path("run"))] == [1, 2, 3]
+    # how a person would do the same by hand
+    (place,) = Path("run/jobs").iterdir()
+    command = json.loads(Path("run/run.json").read_text())["command"]
+    assert command == f"tapct train {place.absolute()}/config.yaml"
+
+
+LEAVING_PLUGIN = """
+import sys
+from dataclasses import dataclass
+
+@dataclass(frozen=True)
+class Config:
+    pass
+
+def build(config):
+    sys.exit({code})
+"""
+
+
+@pytest.mark.parametrize("code", [0, 143])  # success, and what a task that was stopped exits with
+def test_a_plugin_that_exits_does_not_look_like_success(
+    config: Path, cluster: FakeSlurm, shell: Shell, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    Path("mylab").mkdir()
+    Path("mylab/leaves.py").write_text(LEAVING_PLUGIN.format(code=code))
+    monkeypatch.syspath_prepend(Path.cwd())
+    shell.good("submit", config, "--time", "10", "views.ops[mylab.leaves]={}")
+    process = start(job_command())
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 1, said
+    assert f"SystemExit({code}) was raised before training ended" in said and "Traceback" in said
+    assert Path("run/mark").read_text() == "failed"
+    assert [event["event"] for event in events()] == ["start", "failed"]
+
+
+def test_a_job_whose_config_is_wrong_says_one_line(job: list[str]) -> None:
+    (place,) = Path("run/jobs").iterdir()
+    text = (place / "config.yaml").read_text()
+    (place / "config.yaml").write_text(text.replace("steps: 400", "steps: 0"))
+    process = start(job)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 2, said
+    assert said.startswith("error: ") and said.count("\n") == 1 and "train.steps" in said
+    assert Path("run/mark").read_text() == "failed"
+    assert [(event["event"], event.get("code")) for event in events()][1:] == [("failed", 2)]
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR2, signal.SIGTERM])

@@ -24,7 +24,8 @@ from tapct.data import discover, ingest
 from tapct.data.index import build
 from tapct.data.manifest import Manifest, Row
 from tapct.data.patients import KEY_VARIABLE
-from tapct.data.workers import map_unordered
+from tapct.data.process_pool import map_unordered
+from tapct.data.readers import nifti
 from tapct.types import AIR_HU
 
 
@@ -247,14 +248,14 @@ def test_unexpected_reader_exceptions_become_rows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = make_archive(tmp_path / "archive")
-    read = ingest.nifti.read
+    read_head = nifti.read_head
 
-    def stumble(path: Path) -> object:
+    def stumble(path: Path, num_bytes: int) -> bytes:
         if path.name == "scan2.nii.gz":
             raise RuntimeError("the library\nfell over")
-        return read(path)
+        return read_head(path, num_bytes)
 
-    monkeypatch.setattr(ingest.nifti, "read", stumble)
+    monkeypatch.setattr(nifti, "read_head", stumble)
     built = build(root, tmp_path / "m.parquet")
     row = by_name(built)["scan2"]
     assert (row.reason, row.detail) == ("unreadable", "RuntimeError: the library fell over")
@@ -353,7 +354,7 @@ def test_a_full_disk_leaves_the_old_manifest(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(pyarrow.parquet, "write_table", full)
-    with pytest.raises(UserError, match="No space left"):
+    with pytest.raises(UserError, match="no space left on the disk; nothing was changed"):
         build(root, tmp_path / "out" / "m.parquet")
     assert (tmp_path / "out" / "m.parquet").read_bytes() == before
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [

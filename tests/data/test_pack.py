@@ -19,13 +19,13 @@ import numpy as np
 import pytest
 from small_disk import grow, small_disk
 
+from tapct.base import files
 from tapct.base.exits import UserError
-from tapct.data import pack as pack_module
+from tapct.data.digest import voxel_digest
 from tapct.data.index import build
 from tapct.data.ingest import read_volume
 from tapct.data.manifest import Manifest, Row
 from tapct.data.pack import pack
-from tapct.data.packed import checksum
 from tapct.data.store import INDEX_NAME, Store
 
 SPACING_MM = (3.0, 0.8, 0.7)
@@ -58,7 +58,7 @@ def row_of(name: str, hu_ZYX: np.ndarray) -> Row:
         spacing_x_mm=SPACING_MM[2],
         patient=f"patient of {name}",
         label_path=f"labels/{name}.nii.gz",
-        digest=checksum(hu_ZYX),
+        digest=voxel_digest(hu_ZYX),
     )
 
 
@@ -82,7 +82,7 @@ def files_of(out: Path) -> set[str]:
     return {file.name for file in out.iterdir()} - {".lock"}
 
 
-@pytest.mark.parametrize(("workers", "level"), [(0, 1), (0, 0), (2, 1)])
+@pytest.mark.parametrize(("workers", "level"), [(0, 1), (0, 9), (2, 1)])
 def test_the_store_holds_the_scans_bit_for_bit(
     archive: tuple[Manifest, list[np.ndarray]], tmp_path: Path, workers: int, level: int
 ) -> None:
@@ -132,7 +132,7 @@ def test_a_real_manifest_packs(archive: tuple[Manifest, list[np.ndarray]], tmp_p
     store = Store(tmp_path / "out")
     assert store.manifest_digest == built.digest
     assert {scan.path: scan.checksum for scan in store.scans} == {
-        f"s{i}.nii": checksum(s) for i, s in enumerate(scans)
+        f"s{i}.nii": voxel_digest(s) for i, s in enumerate(scans)
     }
 
 
@@ -238,8 +238,9 @@ def test_bad_requests_are_refused(
     row = manifest.accepted[0]
     with pytest.raises(UserError, match="no accepted scan"):
         pack(Manifest((), manifest.root), tmp_path / "out")
-    with pytest.raises(UserError, match="level is 10"):
-        pack(manifest, tmp_path / "out", level=10)
+    for level in (0, 10):
+        with pytest.raises(UserError, match=f"level is {level}; rule: 1 to 9"):
+            pack(manifest, tmp_path / "out", level=level)
     for rows in [
         (row, row),
         (dataclasses.replace(row, id="../s0"),),
@@ -287,9 +288,9 @@ def test_a_full_disk_says_what_is_needed_and_leaves_whole_files_only(
         return FullDisk(file, "w") if full_from in Path(file).name else open(file, mode)
 
     with monkeypatch.context() as patch:
-        patch.setattr(pack_module, "open", open_file, raising=False)
+        patch.setattr(files, "open", open_file, raising=False)
         with pytest.raises(
-            UserError, match=rf"no space left.*{before} of 4 scans.*needs about .* GB.*is free"
+            UserError, match=rf"no space left.*{before} of 4 scans.*needs about .* GB.*are free"
         ) as error:
             pack(manifest, out)
     assert "\n" not in str(error.value) and str(out) in str(error.value)

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import matplotlib.image
@@ -15,11 +15,12 @@ import pytest
 import torch
 
 from tapct.base.exits import UserError
-from tapct.config.plugins import Plugin, available, load
+from tapct.config.plugins import Plugin, load
 from tapct.data import index
 from tapct.eval import pictures, runner
 from tapct.eval.baselines import NamedModel, RawPatches, with_baselines
 from tapct.eval.features import DenseFeatures, PatchGrid, Preprocess
+from tapct.eval.results import from_json
 from tapct.eval.scans import LabelledScan
 from tapct.eval.tasks.segmentation import Config as SegmentationConfig
 from tapct.models import vit
@@ -62,10 +63,24 @@ def torso(seed: int) -> LabelledScan:
     )
 
 
+def read_torso(row, root, *, with_labels, scan_labels) -> LabelledScan:
+    scan = torso(int(row.path))
+    return replace(
+        scan,
+        labels=scan.labels if with_labels else None,
+        patient=row.patient,
+        scan_labels=scan_labels or {},
+    )
+
+
 @pytest.fixture
 def rows(monkeypatch: pytest.MonkeyPatch) -> list[Row]:
-    monkeypatch.setattr("tapct.eval.scans.read_labelled", lambda row, root: torso(int(row.path)))
+    monkeypatch.setattr("tapct.eval.scans.read_scan", read_torso)
     return [Row(f"s{n}", f"p{n}", str(n)) for n in range(6)]
+
+
+def segmentation(**settings) -> tuple[Plugin, ...]:
+    return (Plugin("segmentation", SegmentationConfig(**settings)),)
 
 
 def evaluate(rows, out: Path, **settings):
@@ -83,46 +98,53 @@ def test_results_hold_what_the_report_reads_and_pictures_exist(rows, tmp_path):
         models, rows, Path("."), runner.Config(num_pictures=1), contract=HUContract(), out=tmp_path,
         preprocess=PREPROCESS, progress=lambda done, total: steps.append((done, total)),
     )  # fmt: skip
-    assert json.loads((tmp_path / "results.json").read_text()) == results
+    assert json.loads((tmp_path / "results.json").read_text()) == results.to_json()
+    assert from_json(results.to_json()) == results
     assert list(tmp_path.glob(".*")) == []
-    assert results["schema"] == 1
-    assert results["organs"] == ["liver", "lungs"]
-    assert list(results["models"]) == ["pretrained", "untrained", "untrained_layerscale1", "raw_hu"]
+    assert results.to_json()["schema"] == 2
+    section = results.tasks["segmentation"]
+    assert (section.num_train, section.num_test, section.skipped) == (3, 3, 0)
+    assert list(section.results.breakdown.values) == ["liver", "lungs"]
+    names = ["pretrained", "untrained", "untrained_layerscale1", "raw_hu"]
+    assert list(section.results.models) == list(section.headline.values) == names
     assert steps == [(n, 6) for n in range(1, 7)]
-    split = results["split"]
-    assert split["mode"] == "patients"
-    assert not set(split["train"]) & set(split["test"])
-    for found in results["models"].values():
+    split = results.split
+    assert split.mode == "patients"
+    assert not set(split.train) & set(split.test)
+    for name, found in section.results.models.items():
+        assert section.headline.values[name] == found["mean_dice"]
         assert (
             found["mean_dice"]
             == found["mean_dice_voxel"]
             == pytest.approx(np.mean(list(found["dice"].values())))
         )
-        assert set(found["per_scan"]) == set(split["test"])
+        scores = [score for score in section.results.scans if score.model == name]
+        assert {score.scan for score in scores} == set(split.test)
         assert all(
             0 <= value <= 1 and math.isfinite(value) for value in found["dice_patch"].values()
         )
-    assert results["models"]["raw_hu"]["mean_dice"] > 0.5  # organs of distinct HU are easy
-    for entry in (*results["overlays"], *results["pca"]):
-        assert entry["scan"] in split["test"]
-        assert entry["caption"]
-        picture = matplotlib.image.imread(tmp_path / entry["file"])
+    assert section.headline.values["raw_hu"] > 0.5  # organs of distinct HU are easy
+    assert len(section.pictures) == len(results.pca) == 1
+    for entry in (*section.pictures, *results.pca):
+        assert entry.scan in split.test
+        assert entry.caption
+        picture = matplotlib.image.imread(tmp_path / entry.file)
         assert picture[..., :3].std() > 0.05
 
 
 def test_the_same_evaluation_twice_gives_the_same_numbers(rows, tmp_path):
     one, two = (evaluate(rows, tmp_path / name, seed=3) for name in ("one", "two"))
     other = evaluate(rows, tmp_path / "other", seed=4)
-    assert {**one, "seconds": 0} == {**two, "seconds": 0}
-    assert one["models"] != other["models"]
+    assert replace(one, seconds=0) == replace(two, seconds=0)
+    assert one.tasks != other.tasks
 
 
 def test_test_labels_never_reach_the_decoder(rows, tmp_path, monkeypatch):
     one = evaluate(rows, tmp_path / "one")
-    test_ids = set(one["split"]["test"])
+    test_ids = set(one.split.test)
     real = torso
 
-    def spoiled(row, root):
+    def spoiled(row, root, **options):
         scan = real(int(row.path))
         if row.id in test_ids:
             labels = np.where(scan.labels.labels_ZYX == 2, 3, scan.labels.labels_ZYX).astype(
@@ -145,7 +167,7 @@ def test_test_labels_never_reach_the_decoder(rows, tmp_path, monkeypatch):
     )
     evaluate(rows, tmp_path / "clean")
     clean, predictions[:] = list(predictions), []
-    monkeypatch.setattr("tapct.eval.scans.read_labelled", spoiled)
+    monkeypatch.setattr("tapct.eval.scans.read_scan", spoiled)
     evaluate(rows, tmp_path / "spoiled")
     for before, after in zip(clean, predictions, strict=True):
         np.testing.assert_array_equal(before, after)
@@ -153,8 +175,8 @@ def test_test_labels_never_reach_the_decoder(rows, tmp_path, monkeypatch):
 
 def test_one_patient_is_called_a_fit(rows, tmp_path):
     results = evaluate([Row("s0", "p", "0")], tmp_path, num_blocks=3, block_gap=1)
-    assert results["split"]["mode"] == "blocks"
-    assert "not generalisation" in results["split"]["note"]
+    assert results.split.mode == "blocks"
+    assert "not generalisation" in results.split.note
 
 
 def test_every_setting_changes_the_results(rows, tmp_path):
@@ -162,16 +184,17 @@ def test_every_setting_changes_the_results(rows, tmp_path):
     for number, change in enumerate(
         [
             {"test_share": 0.67}, {"max_scans": 3}, {"seed": 4},
-            {"task": Plugin("segmentation", SegmentationConfig(resolution="patch"))},
-            {"task": Plugin("segmentation", SegmentationConfig(organs=("liver",)))},
-            {"task": Plugin("segmentation", SegmentationConfig(outside=("lungs",)))},
-            {"task": Plugin("segmentation", SegmentationConfig(body=("lungs",)))},
-            {"task": Plugin("segmentation", SegmentationConfig(max_tokens=60))},
-            {"task": Plugin("segmentation", SegmentationConfig(l2=1.0))},
-            {"task": Plugin("segmentation", SegmentationConfig(steps=1))},
+            {"tasks": segmentation(resolution="patch")},
+            {"tasks": segmentation(organs=("liver",))},
+            {"tasks": segmentation(outside=("lungs",))},
+            {"tasks": segmentation(body=("lungs",))},
+            {"tasks": segmentation(max_tokens=60)},
+            {"tasks": segmentation(l2=1.0)},
+            {"tasks": segmentation(steps=1)},
         ]
     ):  # fmt: skip
-        assert evaluate(rows, tmp_path / str(number), **change)["models"] != base["models"], change
+        changed = evaluate(rows, tmp_path / str(number), **change).tasks["segmentation"]
+        assert changed.results != base.tasks["segmentation"].results, change
 
 
 def test_models_of_different_patch_are_one_line(rows, tmp_path):
@@ -181,14 +204,6 @@ def test_models_of_different_patch_are_one_line(rows, tmp_path):
             models, rows, Path("."), runner.Config(), contract=HUContract(), out=tmp_path
         )
     assert not (tmp_path / "results.json").exists()
-
-
-@pytest.mark.parametrize("name", available("eval/tasks"))
-def test_every_task_builds_from_its_defaults(name):
-    module = load("eval/tasks", name)
-    task = module.build(module.Config(), seed=0, num_train=1)
-    for part in ("truth", "learn", "fit", "judge", "draw", "slices_of_interest", "results"):
-        assert callable(getattr(task, part))
 
 
 def test_baselines_share_the_initial_weights_of_training():
@@ -273,6 +288,7 @@ def test_61_organs_of_a_real_scan(tmp_path):
         models, rows, built.root, runner.Config(), contract=HUContract(), out=tmp_path,
         preprocess=Preprocess((128, 128), (8, 64, 64), (8, 64, 64)),
     )  # fmt: skip
-    assert results["split"]["mode"] == "blocks"
-    assert len(results["organs"]) > 40
-    assert 0.01 < results["models"]["raw_hu"]["mean_dice"] < 1
+    assert results.split.mode == "blocks"
+    section = results.tasks["segmentation"]
+    assert len(section.results.breakdown.values) > 40
+    assert 0.01 < section.headline.values["raw_hu"] < 1

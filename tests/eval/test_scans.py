@@ -10,7 +10,16 @@ import numpy as np
 import pytest
 
 from tapct.base.exits import UserError
-from tapct.eval.scans import BLOCKS, PATIENTS, block_slices, read_labelled, split_by_patient
+from tapct.eval.contract import Labels
+from tapct.eval.scans import (
+    BLOCKS,
+    PATIENTS,
+    block_slices,
+    read_scan,
+    split_by_patient,
+    split_for_tasks,
+    usable,
+)
 
 
 @dataclass(frozen=True)
@@ -77,15 +86,46 @@ def test_a_single_patient_is_split_within():
     assert split.train == split.test
 
 
-def test_scans_without_labels_are_left_out_and_none_at_all_is_one_line():
-    rows = [*archive(3, 1), Row("bare", "p9", label_path="")]
-    split = split_by_patient(rows, test_share=0.3, max_scans=0, seed=0)
-    assert "bare" not in {row.id for row in (*split.train, *split.test)}
-    with pytest.raises(
-        UserError,
-        match=r"none of the 1 accepted scans has a label map.*NAME_seg.nii.gz.*--labels DIR",
-    ):
-        split_by_patient([rows[-1]], test_share=0.3, max_scans=0, seed=0)
+def test_scans_are_usable_where_they_have_the_labels_of_a_task():
+    rows = [*archive(3, 1), Row("bare", "p9", label_path=""), Row("twin", "p2")]
+    assert usable(rows, Labels.NONE) == rows
+    assert [row.id for row in usable(rows, Labels.VOXELS)] == ["s0-0", "s1-0", "s2-0", "twin"]
+    assert [row.id for row in usable(rows, Labels.PAIRS)] == ["s2-0", "twin"]
+    values = {"bare": {"sex": "F"}, "s1-0": {}, "elsewhere": {"sex": "M"}}
+    assert [row.id for row in usable(rows, Labels.SCAN, values)] == ["bare"]
+    assert usable(rows, Labels.SCAN) == []
+    nobody = [Row("x", ""), Row("y", "")]  # two scans of unknown patients are no pair
+    assert usable(nobody, Labels.PAIRS) == []
+
+
+def test_a_second_task_leaves_the_split_of_the_first_one_alone():
+    labelled = archive(7)
+    bare = [Row(f"bare{n}", f"p{n}", label_path="") for n in range(4, 12)]
+    for max_scans in (0, 5, 17):
+        for held_out in (set(), {"p2", "p5", "p9"}):
+            choose = {"test_share": 0.5, "max_scans": max_scans, "seed": 1, "held_out": held_out}
+            alone = split_by_patient(labelled, **choose)
+            both = split_for_tasks([labelled, [*labelled, *bare]], **choose)
+            used = {row.id for row in labelled}
+            for side in ("train", "test"):
+                assert [row for row in getattr(both, side) if row.id in used] == [
+                    *getattr(alone, side)
+                ]
+            assert not patients(both.train) & patients(both.test)
+            assert both.held_out == alone.held_out == bool(held_out)
+            if held_out:
+                assert not patients(both.train) & held_out and patients(both.test) <= held_out
+            total = len(both.train) + len(both.test)
+            assert total == (min(max_scans, 22) or 22)
+
+
+def test_a_second_task_with_scans_of_one_patient_is_split_within_too():
+    bare = [Row("bare", "p5", label_path="")]
+    choose = {"test_share": 0.5, "max_scans": 0, "seed": 1}
+    split = split_for_tasks([archive(1), [*archive(1), *bare]], **choose)
+    assert split.mode == BLOCKS
+    assert [row.id for row in split.train] == ["s0-0", "s0-1", "bare"]
+    assert split.train == split.test
 
 
 @pytest.mark.parametrize(
@@ -117,4 +157,6 @@ def test_labels_on_another_grid_are_refused(tmp_path: Path):
         voxels = voxels if name == "a.nii.gz" else np.zeros(shape, np.uint8)
         nibabel.save(nibabel.Nifti1Image(voxels, np.eye(4)), tmp_path / name)
     with pytest.raises(UserError, match="grid"):
-        read_labelled(Row("a", "p", "a.nii.gz", "a_seg.nii.gz"), tmp_path)
+        read_scan(Row("a", "p", "a.nii.gz", "a_seg.nii.gz"), tmp_path, with_labels=True)
+    scan = read_scan(Row("a", "p", "a.nii.gz", "a_seg.nii.gz"), tmp_path, with_labels=False)
+    assert scan.labels is None and scan.patient == "p"

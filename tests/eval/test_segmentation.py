@@ -80,7 +80,7 @@ def test_outside_is_not_derived_where_the_body_has_a_label():
     labels = np.zeros_like(hu)
     labels[:, 4:] = 1
     labels[:, 6:, 6:] = 2
-    task = build(Config(), seed=0, num_train=1)
+    task = build(Config(), seed=0)
     grid = PatchGrid((2, 2, 2), (2, 8, 8), (2, 8, 8))
     truth = task.truth(labelled(labels, hu, [(1, "body"), (2, "liver")]), grid, everywhere(grid))
     assert truth.values == (0, 1, 2)
@@ -208,7 +208,7 @@ def scene(
 
 @pytest.mark.parametrize("resolution", ["patch", "voxel"])
 def test_dice_of_a_judged_scan_equals_a_slow_count(resolution):
-    task = build(Config(resolution=resolution), seed=0, num_train=2)
+    task = build(Config(resolution=resolution), seed=0)
     for number in (1, 2):
         scan, grid, dense = scene(number, f"train{number}")
         task.learn("m", dense, task.truth(scan, grid, everywhere(grid)))
@@ -236,34 +236,42 @@ def test_dice_of_a_judged_scan_equals_a_slow_count(resolution):
         for organ in (1, 2):
             hit = sum(t == organ and p == organ + 1 for t, p in pairs)
             size = sum(t == organ for t, _ in pairs) + sum(p == organ + 1 for _, p in pairs)
-            assert results["models"]["m"][f"dice_{name}"][f"label {organ}"] == pytest.approx(
+            assert results.models["m"][f"dice_{name}"][f"label {organ}"] == pytest.approx(
                 2 * hit / size
             )
-    headline = results["models"]["m"]
-    assert headline["mean_dice"] == headline[f"mean_dice_{resolution}"]
-    assert headline["mean_dice"] == pytest.approx(np.mean([*headline["dice"].values()]))
-    assert headline["per_scan"]["test"] == headline["dice"]
-    assert headline["mean_dice_patch"] > 0.8
+    found = results.models["m"]
+    assert found["mean_dice"] == found[f"mean_dice_{resolution}"]
+    assert found["mean_dice"] == pytest.approx(np.mean([*found["dice"].values()]))
+    assert [(score.scan, score.parts) for score in results.scans] == [("test", found["dice"])]
+    assert results.scans[0].value == pytest.approx(found["mean_dice"])
+    assert found["mean_dice_patch"] > 0.8
+    headline = task.headline()
+    assert headline.values == {"m": found["mean_dice"]}
+    assert (headline.metric, headline.direction) == ("mean Dice", "higher")
+    assert f"at {resolution} resolution" in headline.meaning
+    assert results.breakdown is not None
+    assert results.breakdown.values == {organ: {"m": dice} for organ, dice in found["dice"].items()}
 
 
 def test_mean_dice_is_over_scans_that_have_the_organ_then_over_organs():
-    task = build(Config(), seed=0, num_train=1)
+    task = build(Config(), seed=0)
     scan, grid, dense = scene(1, "train")
     task.learn("m", dense, task.truth(scan, grid, everywhere(grid)))
     task.fit()
     for number, values in ((2, (0, 1, 2)), (3, (0, 1))):
         scan, grid, dense = scene(number, f"test{number}", values)
         task.judge("m", dense, task.truth(scan, grid, everywhere(grid)))
-    found = task.results()["models"]["m"]
-    assert set(found["per_scan"]["test3"]) == {"label 1"}
-    first = np.mean([found["per_scan"][name]["label 1"] for name in ("test2", "test3")])
-    second = found["per_scan"]["test2"]["label 2"]
+    found = task.results().models["m"]
+    per_scan = {score.scan: score.parts for score in task.results().scans}
+    assert set(per_scan["test3"]) == {"label 1"}
+    first = np.mean([per_scan[name]["label 1"] for name in ("test2", "test3")])
+    second = per_scan["test2"]["label 2"]
     assert found["dice"] == pytest.approx({"label 1": first, "label 2": second})
     assert found["mean_dice"] == pytest.approx((first + second) / 2)
 
 
 def test_classes_follow_names_where_label_values_differ_between_scans():
-    task = build(Config(), seed=0, num_train=2)
+    task = build(Config(), seed=0)
     for number, names in (
         (1, [(1, "liver"), (2, "spleen")]),
         (2, [(1, "spleen"), (2, "liver"), (3, "table")]),
@@ -283,7 +291,7 @@ def test_classes_follow_names_where_label_values_differ_between_scans():
 
 
 def test_a_label_outside_the_slices_in_play_is_no_class():
-    task = build(Config(), seed=0, num_train=1)
+    task = build(Config(), seed=0)
     labels = np.zeros((4, 8, 8), int)
     labels[:2, :4], labels[2:, 4:] = 1, 2
     grid = PatchGrid((2, 4, 4), labels.shape, labels.shape)
@@ -304,19 +312,21 @@ def test_organs_can_be_chosen_by_name_or_value():
         (("1",), ("liver",)),
         ((), ("liver", "spleen")),
     ):
-        task = build(Config(organs=organs), seed=0, num_train=1)
+        task = build(Config(organs=organs), seed=0)
         scan, grid, dense = scene(1, "s", names=[(1, "liver"), (2, "spleen")])
         task.learn("m", dense, task.truth(scan, grid, everywhere(grid)))
         task.fit()
         assert task.organs == expected
-    task = build(Config(organs=("pancreas",)), seed=0, num_train=1)
+    task = build(Config(organs=("pancreas",)), seed=0)
     task.learn("m", dense, task.truth(scan, grid, everywhere(grid)))
-    with pytest.raises(UserError, match=r"no organ label.*task.organs, which is \[pancreas\]"):
+    with pytest.raises(
+        UserError, match=r"no organ label.*eval.tasks.segmentation.organs, which is \[pancreas\]"
+    ):
         task.fit()
 
 
 def test_every_model_is_trained_on_the_same_patches():
-    task = build(Config(max_tokens=60), seed=0, num_train=1)
+    task = build(Config(max_tokens=60), seed=0)
     scan, grid, dense = scene(1, "s")
     truth = task.truth(scan, grid, everywhere(grid))
     task.learn("one", dense, truth)

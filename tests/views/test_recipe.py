@@ -247,7 +247,7 @@ def test_bad_values_are_refused_with_their_name(make_batch: Callable[..., Batch]
     for field in ("global_area", "local_area", "aspect", "z_zoom", "blur_sigma"):
         with pytest.raises(UserError, match=f"views.{field}"):
             replace(SMALL, **{field: wrong})
-    with pytest.raises(UserError, match="not a multiple of the patch"):
+    with pytest.raises(UserError, match="views.global_window .* is no multiple of the patch"):
         recipe.make_views(make_batch([0]), SMALL, CONTRACT, 0, (4, 5, 4))
 
 

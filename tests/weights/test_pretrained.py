@@ -17,11 +17,12 @@ from safetensors.torch import save_file
 
 import tapct
 from tapct.base.exits import UserError
+from tapct.base.files import sha256
 from tapct.config.plugins import Plugin
-from tapct.engine.checkpoint import sha256
 from tapct.eval.features import Preprocess, dense_features
 from tapct.models import vit
 from tapct.types import HUContract, Volume
+from tapct.weights.card import FeatureSettings
 from tapct.weights.export import save_export
 from tapct.weights.pretrained import Pretrained, load_pretrained
 
@@ -30,6 +31,7 @@ VIT = vit.Config(
 )
 CONTRACT = HUContract(-900.0, 700.0, -50.0, 300.0)
 PREPROCESS = Preprocess((24, 20), (4, 16, 16), (2, 8, 8), 0.5)
+SETTINGS = FeatureSettings(Plugin("vit", VIT), CONTRACT, PREPROCESS)
 
 
 @pytest.fixture
@@ -42,7 +44,7 @@ def teacher() -> torch.nn.Module:
 @pytest.fixture
 def folder(teacher, tmp_path: Path) -> Path:
     out = tmp_path / "run" / "export"
-    save_export(out, teacher, Plugin("vit", VIT), CONTRACT, PREPROCESS, {"run": "test", "step": 7})
+    save_export(out, teacher, SETTINGS, {"run": "test", "step": 7})
     return out
 
 
@@ -100,7 +102,7 @@ def test_a_run_folder_and_the_package_lead_to_its_export(folder):
 def test_a_second_export_replaces_the_first_and_leaves_nothing_beside(teacher, folder):
     with torch.no_grad():
         teacher.norm.bias.add_(1)
-    save_export(folder, teacher, Plugin("vit", VIT), CONTRACT, PREPROCESS, {})
+    save_export(folder, teacher, SETTINGS, {})
     assert torch.equal(load_pretrained(folder).model.norm.bias, teacher.norm.bias)
     assert [path.name for path in folder.parent.iterdir()] == ["export"]
     assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
@@ -114,7 +116,7 @@ def test_a_full_disk_leaves_the_old_export(teacher, folder, monkeypatch):
 
     monkeypatch.setattr("tapct.weights.export.save_file", full)
     with pytest.raises(UserError, match="cannot write the export.*no space left on the disk"):
-        save_export(folder, teacher, Plugin("vit", VIT), CONTRACT, PREPROCESS, {})
+        save_export(folder, teacher, SETTINGS, {})
     assert {path.name: sha256(path) for path in folder.iterdir()} == before
     assert [path.name for path in folder.parent.iterdir()] == ["export"]
 

@@ -1,9 +1,9 @@
-"""Synthetic torso CT with organ labels: an archive to test, to learn and to measure with, where no
-data may travel.
+"""Make and write a synthetic archive of torso CT with organ labels, for tests, for learning and for
+measurements where no real scans are available.
 
 Every case is a pure function of (seed, index): the first N cases of a larger archive are those of a
-smaller one. Bytes repeat on one machine with one set of library versions; other vector units may
-round a voxel by 1 HU.
+smaller one. Bytes repeat on one machine with one set of library versions; on another CPU a voxel
+may be rounded differently by 1 HU.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Config:
     """The phantom archive."""
 
     num: int = setting(40, "number of scans", ge=1)
-    seed: int = setting(0, "key of all draws; the same seed gives the same bytes", ge=0)
+    seed: int = setting(0, "random seed; the same seed gives the same bytes", ge=0)
     slices: tuple[int, int] = setting((48, 110), "fewest and most slices of a scan", ge=2)
     in_plane: tuple[int, int] = setting(
         (160, 256), "smallest and largest in-plane size in voxels, in steps of 16", ge=32
@@ -52,27 +52,27 @@ class Config:
         0.2, "share of scans written as DICOM series, the others as NIfTI", ge=0, le=1
     )
     followup_share: float = setting(0.25, "share of patients with a second time point", ge=0, le=1)
-    workers: int = setting(0, "threads that make scans; 0 means one per core", ge=0)
+    workers: int = setting(0, "threads that make scans; 0: one per core", ge=0)
 
     def __post_init__(self) -> None:
         for name in ("slices", "in_plane", "slice_mm"):
             low, high = getattr(self, name)
             if low > high:
                 raise UserError(
-                    f"phantom.{name} is ({low}, {high}): the first must not exceed the second. "
-                    "Swap them."
+                    f"phantom.{name} is ({low}, {high}), but the first must not exceed the second; "
+                    "swap them"
                 )
 
 
 @dataclass(frozen=True)
 class PhantomReport:
-    """What `write` has left on disk.
+    """Counts of a written archive.
 
     Args:
         scans: number of scans.
         patients: number of patients.
-        dicom: how many scans are DICOM series.
-        num_bytes: of all files.
+        dicom: number of scans that are DICOM series.
+        num_bytes: bytes of all files.
     """
 
     scans: int
@@ -82,7 +82,7 @@ class PhantomReport:
 
 
 def patient_of(seed: int, index: int, followup_share: float) -> tuple[int, int]:
-    """Which patient and visit a case is: (patient, visit), the same for every archive size."""
+    """Patient and visit of a case: (patient, visit), the same for every archive size."""
     patient = 0
     while True:
         visits = 1 + int(keyed(seed, patient, "visits").random() < followup_share)
@@ -96,11 +96,11 @@ def make_case(seed: int, index: int, config: Config) -> tuple[Volume, LabelMap, 
     """One scan of the archive, in memory.
 
     Args:
-        seed: of the archive.
-        index: of the case, 0-based.
+        seed: random seed of the archive.
+        index: number of the case, from 0.
         config: ranges and shares; `num` and `seed` are not read.
     Returns:
-        The scan, its labels (values and names: LABELS) and its header facts in clear.
+        The scan, its labels (values and names: LABELS) and its header facts in plain text.
     """
     number, visit = patient_of(seed, index, config.followup_share)
     patient = draw_patient(seed, number)
@@ -123,12 +123,10 @@ def make_case(seed: int, index: int, config: Config) -> tuple[Volume, LabelMap, 
     )
     header = ScanFacts(
         study_date=facts.study_date,
-        modality="CT",
         manufacturer=facts.manufacturer,
         kernel=facts.kernel,
         sex=facts.sex,
         age_years=float(facts.age_years),
-        body_part=facts.body_part,
     )
     volume = Volume(hu_ZYX, study.spacing_mm, study.origin_mm, header)
     return volume, LabelMap(labels_ZYX, study.spacing_mm, study.origin_mm, LABELS), facts
@@ -142,28 +140,28 @@ def write(
 
     Args:
         out: folder to make; must be empty or absent.
-        config: see `Config`.
-        progress: called with (scans done, scans in all).
+        config: settings of the archive.
+        progress: function that is called with (scans done, scans in all).
     Raises:
-        UserError: the folder holds something already.
+        UserError: the folder is not empty.
     """
     images, labels = out / "images", out / "labels"
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(
-            f"phantom --out {out}: it exists and is not an empty folder. Choose another or remove "
-            "it."
+            f"phantom --out {out}: it exists and is not an empty folder; choose another folder or "
+            "remove it"
         )
     images.mkdir(parents=True)
     labels.mkdir()
     workers = min(config.workers or os.cpu_count() or 1, config.num)
 
-    def one(index: int) -> tuple[CaseFacts, int]:
+    def make_and_write(index: int) -> tuple[CaseFacts, int]:
         volume, label_map, facts = make_case(config.seed, index, config)
         return facts, write_case(volume, label_map, facts, images, labels)
 
     done: list[tuple[CaseFacts, int]] = []
     with ThreadPoolExecutor(workers) as pool:
-        jobs = [pool.submit(one, index) for index in range(config.num)]
+        jobs = [pool.submit(make_and_write, index) for index in range(config.num)]
         try:
             for job in as_completed(jobs):
                 done.append(job.result())

@@ -1,4 +1,4 @@
-"""How a phantom case is written: NIfTI with side-cars, or a DICOM series; the label map always as
+"""Write a phantom case: the scan as NIfTI with a side-car or as a DICOM series, the label map as
 NIfTI.
 """
 
@@ -21,13 +21,19 @@ from tapct.types import LabelMap, Volume
 
 @dataclass(frozen=True)
 class CaseFacts:
-    """What a case's header says, in clear: the phantom's people do not exist.
+    """Facts of a case's header in plain text, since the phantom's patients do not exist.
 
     Args:
         name: file stem, P<patient>_T<visit>.
-        patient_id: the same at both time points.
-        uid_key: what all DICOM identifiers of the case are hashed from.
+        patient_id: identifier of the patient, the same at both time points.
+        uid_key: text from which all DICOM identifiers of the case are hashed.
+        visit: number of the time point, 0 or 1.
+        sex: M or F.
+        age_years: age at this visit.
         study_date: YYYYMMDD.
+        manufacturer: name of the scanner's maker.
+        kernel: name of the reconstruction kernel.
+        body_part: DICOM's BodyPartExamined.
         orientation: axis codes of the NIfTI's stored array.
         dicom: whether the scan is a DICOM series instead of a NIfTI.
     """
@@ -46,7 +52,7 @@ class CaseFacts:
     dicom: bool
 
     def sidecar(self) -> dict[str, str]:
-        """BIDS/dcm2niix keys."""
+        """The facts with the keys of BIDS and dcm2niix."""
         return {
             "Modality": "CT",
             "PatientID": self.patient_id,
@@ -66,13 +72,13 @@ def write_case(
     """Write one scan and its label map.
 
     Args:
-        volume: the scan.
-        labels: on the same grid.
+        volume: scan.
+        labels: label map on the same grid.
         facts: header facts and the choice of format.
-        images: folder of scans, exists.
-        label_folder: folder of label maps, exists.
+        images: folder of scans; it exists.
+        label_folder: folder of label maps; it exists.
     Returns:
-        Bytes on disk.
+        Number of bytes on disk.
     """
     grid = (volume.spacing_mm, volume.origin_mm)
     if facts.dicom:
@@ -90,6 +96,7 @@ def write_case(
 
 
 def _write_json(content: dict, path: Path) -> int:
+    """Write a side-car; returns its number of bytes."""
     return path.write_text(json.dumps(content, indent=1) + "\n")
 
 
@@ -101,8 +108,10 @@ def _write_nifti(
     path: Path,
     strategy: int,
 ) -> int:
-    """LPS array -> NIfTI (RAS+ affine), stored in the wanted orientation; the gzip header holds no
-    time.
+    """Write an LPS array as NIfTI with its axes in the given orientation.
+
+    The gzip header holds no time, so that the same array gives the same bytes. Returns their
+    number.
     """
     dz, dy, dx = spacing_mm
     x, y, z = origin_mm
@@ -119,8 +128,9 @@ def _write_nifti(
 
 
 def _write_series(volume: Volume, facts: CaseFacts, folder: Path) -> int:
-    """One CT Image Storage file per slice; some scanners count slices from the head, some from the
-    feet.
+    """Write one CT Image Storage file per slice, and return their bytes.
+
+    Instance numbers count from the head for some scanners and from the feet for others.
     """
     folder.mkdir(exist_ok=True)
     signed = facts.manufacturer in ("GE MEDICAL SYSTEMS", "TOSHIBA")
@@ -135,13 +145,10 @@ def _write_series(volume: Volume, facts: CaseFacts, folder: Path) -> int:
         template.SOPInstanceUID = generate_uid(entropy_srcs=[facts.uid_key, "instance", str(k)])
         template.file_meta.MediaStorageSOPInstanceUID = template.SOPInstanceUID
         template.InstanceNumber = k + 1
-        template.ImagePositionPatient = [
-            *_decimals(volume.origin_mm[0], volume.origin_mm[1], position)
-        ]
+        template.ImagePositionPatient = _decimals(*volume.origin_mm[:2], position)
         template.SliceLocation = _decimals(position)[0]
-        template.PixelData = (
-            (volume.hu_ZYX[z] - intercept).astype("<i2" if signed else "<u2").tobytes()
-        )
+        stored = (volume.hu_ZYX[z] - intercept).astype("<i2" if signed else "<u2")
+        template.PixelData = stored.tobytes()
         path = folder / f"IMG{k + 1:04d}.dcm"
         dcmwrite(path, template, enforce_file_format=True)
         num_bytes += path.stat().st_size

@@ -1,15 +1,15 @@
-"""The phantom's organs: liver, spleen, kidneys, aorta and heart, stomach, bowel, muscles along the
-spine, lesions.
+"""Paint the phantom's organs: liver, spleen, kidneys, aorta and heart, stomach, bowel, muscles
+along the spine, lesions.
 
 Axes: Z Y X voxels of a box. Positions in standard-body mm: x Left, y Posterior, z Superior, z = 0
-at T10. Later strokes lie over earlier ones; `paint_organs` holds the order.
+at T10. Each function paints over what was painted before; `scan.LAYERS` holds the order.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from tapct.data.phantom.canvas import Box, Canvas, Triple
+from tapct.data.phantom.canvas import Box, Canvas, Point3
 from tapct.data.phantom.torso import (
     AORTA,
     BODY,
@@ -32,9 +32,11 @@ _LABEL_OF = {
 
 
 def _moved(
-    canvas: Canvas, organ: str, centre: Triple, radii: Triple, breath: float
-) -> tuple[Triple, Triple]:
-    """An organ's centre and radii in this patient at this breath."""
+    canvas: Canvas, organ: str, centre: Point3, radii: Point3, breath: float
+) -> tuple[Point3, Point3]:
+    """An organ's centre and radii in this patient; `breath` is the share of the diaphragm's motion
+    that moves it down.
+    """
     shift, size = canvas.patient.shift[organ], canvas.patient.size[organ]
     down = breath * canvas.study.breath_mm
     return (
@@ -60,9 +62,8 @@ def paint_bowel(canvas: Canvas) -> None:
         return
     loops = box.sample(canvas.field("bowel", low, high, (16.0, 14.0, 16.0)))
     fine = box.sample(canvas.field("bowel content", low, high, 6.0))
-    rarer = np.square(
-        np.maximum(box.z_Z11 + 80, 0) / 32
-    )  # no flat roof: fewer loops towards the stomach
+    # fewer loops towards the stomach, so that they do not end at a flat plane
+    rarer = np.square(np.maximum(box.z_Z11 + 80, 0) / 32)
     mask = _below_diaphragm(box, canvas, 6.0) & (loops > -0.7 + 1.1 * p.visceral + rarer)
     hu = p.hu["bowel"] - 12 + 11 * p.gain["bowel"] * fine
     np.copyto(hu, np.float32(p.hu["bowel"] + 18), where=loops < -0.35 + 1.1 * p.visceral)
@@ -99,8 +100,9 @@ def paint_colon(canvas: Canvas) -> None:
 
 
 def _fill_colon(
-    box: Box, canvas: Canvas, tube: np.ndarray, name: str, low: Triple, high: Triple
+    box: Box, canvas: Canvas, tube: np.ndarray, name: str, low: Point3, high: Point3
 ) -> None:
+    """Paint wall, faeces and gas of one part of the colon where `tube` is below 1."""
     p = canvas.patient
     mottle = box.sample(canvas.field(name, low, high, 7.0))
     slow = box.sample(canvas.field(name + " gas", low, high, 45.0))
@@ -113,7 +115,7 @@ def _fill_colon(
 
 
 def paint_stomach(canvas: Canvas) -> None:
-    """A sack with a fluid level under gas, left of the liver."""
+    """The stomach left of the liver, filled with fluid under gas."""
     p = canvas.patient
     centre, radii = _moved(canvas, "stomach", (52.0, -28.0, -20.0), (40.0, 42.0, 48.0), 0.8)
     low, high = _around(centre, radii, 1.35)
@@ -131,15 +133,16 @@ def paint_stomach(canvas: Canvas) -> None:
     box.paint(mask, hu.astype(np.float32))
 
 
-def _around(centre: Triple, radii: Triple, factor: float) -> tuple[Triple, Triple]:
+def _around(centre: Point3, radii: Point3, factor: float) -> tuple[Point3, Point3]:
+    """Corners of the box around an ellipsoid whose radii are multiplied by `factor`."""
     low = tuple(c - factor * r for c, r in zip(centre, radii, strict=True))
     high = tuple(c + factor * r for c, r in zip(centre, radii, strict=True))
     return (low[0], low[1], low[2]), (high[0], high[1], high[2])
 
 
 def paint_liver(canvas: Canvas) -> None:
-    """Right and left lobe under the diaphragm, cut obliquely below; a tree of vessels; the gall
-    bladder.
+    """Right and left lobe under the diaphragm with an oblique lower edge, a tree of vessels, the
+    gall bladder.
     """
     p = canvas.patient
     right, r_right = _moved(canvas, "liver", (-74.0, 0.0, -36.0), (76.0, 88.0, 86.0), 0.9)
@@ -170,7 +173,7 @@ def paint_liver(canvas: Canvas) -> None:
 
 
 def paint_spleen(canvas: Canvas) -> None:
-    """A crescent along the left back wall, with the fine grain of its pulp."""
+    """A crescent along the left back wall, with the fine texture of its pulp."""
     p = canvas.patient
     centre, radii = _moved(canvas, "spleen", (98.0, 38.0, -26.0), (38.0, 52.0, 54.0), 0.8)
     low, high = _around(centre, radii, 1.25)
@@ -186,8 +189,8 @@ def paint_spleen(canvas: Canvas) -> None:
 
 
 def paint_kidneys(canvas: Canvas) -> None:
-    """Cortex around a ring of pyramids around the fat of the sinus, in a capsule of fat beside the
-    psoas.
+    """Kidneys beside the psoas in a capsule of fat: cortex outside, then pyramids, then the fat of
+    the sinus.
     """
     p = canvas.patient
     for side, z, name, label in (
@@ -208,12 +211,8 @@ def paint_kidneys(canvas: Canvas) -> None:
         box.paint(capsule, np.float32(p.hu["fat"]))
         pyramids = box.sample(canvas.field(name + " pyramids", low, high, 12.0))
         grain = box.sample(canvas.field(name + " grain", low, high, 5.0))
-        hu = (
-            p.hu["kidney"]
-            + 10
-            + 4 * grain
-            + np.where((q < 0.66) & (pyramids > -0.1), np.float32(-38), np.float32(4))
-        )
+        zone = np.where((q < 0.66) & (pyramids > -0.1), np.float32(-38), np.float32(4))
+        hu = p.hu["kidney"] + 10 + 4 * grain + zone
         box.paint((q < 1) & free, hu.astype(np.float32), label)
         sinus = box.ellipsoid((centre[0] - side * 14, centre[1] - 4, centre[2]), (17, 9, 27), lean)
         soft = np.where(pyramids > 0.6, np.float32(p.hu["fluid"]), np.float32(p.hu["fat"] + 15))
@@ -250,8 +249,8 @@ def paint_back_muscles(canvas: Canvas) -> None:
 
 
 def paint_vessels(canvas: Canvas) -> None:
-    """The caval vein, and the aorta from its root over the arch to its fork, with calcified walls
-    in the old.
+    """The caval vein, and the aorta from its root over the arch to its fork; the older the patient,
+    the more its wall is calcified.
     """
     p = canvas.patient
     low, high = (-70.0, -80.0, -200.0), (80.0, 75.0, 175.0)
@@ -318,7 +317,7 @@ def paint_heart(canvas: Canvas) -> None:
 
 
 def paint_lesions(canvas: Canvas) -> None:
-    """Balls with a ragged edge inside their organ; grown or shrunk at the second visit."""
+    """Balls with an irregular edge inside their organ, larger or smaller at the second visit."""
     for number, lesion in enumerate(canvas.patient.lesions):
         r = lesion.radius_mm * (lesion.growth if canvas.study.visit else 1.0)
         down = canvas.study.breath_mm * (0.5 if lesion.organ == "lungs" else 0.8)

@@ -1,8 +1,8 @@
-"""Who lies in the phantom's scanner: keyed draws of patients and of their studies.
+"""Draw the phantom's patients and their studies, each by its own random key.
 
 Frame of all positions here: standard-body millimetres, x to the patient's Left, y to the back
-(Posterior), z towards the head (Superior); z = 0 is the height of T10. `Patient.scale` turns them
-into real millimetres.
+(Posterior), z towards the head (Superior); z = 0 is the height of T10. `Patient.scale` converts
+them to real millimetres.
 """
 
 from __future__ import annotations
@@ -13,31 +13,11 @@ from typing import Protocol
 
 import numpy as np
 
-VERTEBRA_Z = np.array(
-    [
-        -257.0,
-        -222,
-        -187,
-        -152,
-        -118,
-        -85,
-        -55,
-        -27,
-        0,
-        25,
-        49,
-        72,
-        95,
-        117,
-        139,
-        161,
-        182,
-        202,
-        220,
-    ],
-    np.float32,
-)  # S1, L5 .. L1, T12 .. T1, C7, centres of the bodies in standard mm, ascending
-TOP_Z, BOTTOM_Z = 205.0, -225.0  # the phantom has neither neck nor pelvis beyond these
+# heights of the centres of the vertebral bodies in standard mm, ascending
+_LUMBAR_Z = (-257, -222, -187, -152, -118, -85)  # S1, L5 .. L1
+_THORACIC_Z = (-55, -27, 0, 25, 49, 72, 95, 117, 139, 161, 182, 202)  # T12 .. T1
+VERTEBRA_Z = np.array((*_LUMBAR_Z, *_THORACIC_Z, 220), np.float32)  # 220: C7
+TOP_Z, BOTTOM_Z = 205.0, -225.0  # above and below there would be a neck and a pelvis
 
 # manufacturer, soft kernel, sharp kernel, noise factor
 SCANNERS = (
@@ -50,7 +30,7 @@ ORIENTATIONS = ("LPS", "RAS", "LAS", "RPI", "PSR")
 
 
 class Sizes(Protocol):
-    """The part of the phantom's config that shapes a study."""
+    """The part of the phantom's config from which studies are drawn."""
 
     @property
     def slices(self) -> tuple[int, int]:
@@ -75,9 +55,9 @@ class Lesion:
 
     Args:
         organ: 'liver', 'lungs', 'kidney_left' or 'kidney_right'.
-        centre: standard mm (x, y, z).
-        radius_mm: at the first time point.
-        hu: mean of the ball.
+        centre: position in standard mm (x, y, z).
+        radius_mm: radius at the first time point.
+        hu: mean HU of the ball.
         growth: factor on the radius at the second time point.
     """
 
@@ -93,16 +73,21 @@ class Patient:
     """One body; the same at every time point.
 
     Args:
-        key: (seed, patient number), the key of all textures and deformations.
+        key: (seed, patient number), the random key of all textures and deformations.
+        sex: M or F.
+        age_years: age at the first time point.
         scale: real mm per standard mm along (x, y, z).
-        fat_mm: subcutaneous fat (side, front, back), standard mm.
-        visceral: 0 lean to 1 fat inside.
-        contrast: 0 unenhanced to 1 portal venous.
+        fat_mm: thickness of subcutaneous fat (side, front, back), standard mm.
+        muscle_mm: thickness of the muscle wall relative to the standard body.
+        visceral: amount of visceral fat, 0 to 1.
+        contrast: contrast agent, 0 unenhanced to 1 portal venous.
+        aorta_mm: radius of the aorta.
         hu: mean HU by tissue.
         gain: factor on texture amplitudes by tissue.
-        shift: organ displacement from the standard body, standard mm (x, y, z).
-        size: organ size factor (x, y, z).
-        spine: amplitudes of the spine's curve (side, front) in mm and their phases.
+        shift: displacement of organs from the standard body, standard mm (x, y, z).
+        size: size factor of organs (x, y, z).
+        spine: amplitudes of the spine's curve (side, front) in mm, its phase and its slope.
+        lesions: balls of other tissue in organs.
     """
 
     key: tuple[int, int]
@@ -122,7 +107,7 @@ class Patient:
     lesions: tuple[Lesion, ...]
 
     def rng(self, purpose: str) -> np.random.Generator:
-        """Draws of this body for one purpose, equal at every time point."""
+        """A random generator of this body for one purpose, the same at every time point."""
         return keyed(*self.key, purpose)
 
 
@@ -131,16 +116,25 @@ class Study:
     """One visit to a scanner.
 
     Args:
-        shape: voxels (z, y, x).
-        spacing_mm: (z, y, x).
+        visit: number of the time point, 0 or 1.
+        shape: number of voxels (z, y, x).
+        spacing_mm: distance of voxel centres (z, y, x).
         bottom_z: height of the first slice, real mm in the patient's frame.
-        centre_mm: where the patient's axis lies from the centre of the picture (x, y), real mm.
+        centre_mm: offset of the patient's axis from the image centre (x, y), real mm.
         turn: rotation about z in radians.
-        breath_mm: how far the diaphragm stands lower than in the standard body.
+        breath_mm: distance of the diaphragm below that of the standard body.
         origin_mm: LPS position (x, y, z) of voxel (0, 0, 0) in the scanner's own frame.
-        noise_hu: standard deviation in the middle of the body.
+        table_gap_mm: distance between back and table.
+        manufacturer: name of the scanner's maker.
+        kernel: name of the reconstruction kernel.
+        noise_hu: standard deviation of the noise in the middle of the body.
         sharp: whether the kernel is a sharp one.
         round_field: whether everything outside the round field of view is padding.
+        date: date of the study, YYYYMMDD.
+        years_later: years since the first visit.
+        body_part: scanned region, DICOM's BodyPartExamined.
+        orientation: axis codes of the stored array where it is a NIfTI.
+        dicom: whether the scan is written as DICOM.
     """
 
     visit: int
@@ -165,17 +159,18 @@ class Study:
 
 
 def keyed(*key: int | str) -> np.random.Generator:
-    """A generator of its own for every key: numbers, and words for purposes."""
-    words = [zlib.crc32(part.encode()) if isinstance(part, str) else part for part in key]
-    return np.random.Generator(np.random.SFC64(np.random.SeedSequence(words)))
+    """A random generator for one key, which holds numbers and names of purposes."""
+    entropy = [zlib.crc32(part.encode()) if isinstance(part, str) else part for part in key]
+    return np.random.Generator(np.random.SFC64(np.random.SeedSequence(entropy)))
 
 
-def _triple(values: np.ndarray) -> tuple[float, float, float]:
+def _three(values: np.ndarray) -> tuple[float, float, float]:
+    """The three numbers of an array as a tuple."""
     return float(values[0]), float(values[1]), float(values[2])
 
 
 def _draw_hu(rng: np.random.Generator, age: int, contrast: float) -> dict[str, float]:
-    """Tissue means: the soft organs share one level per patient and overlap around it."""
+    """Mean HU by tissue. Soft organs lie around one level per patient, so their values overlap."""
     level = 46.0 + 22.0 * contrast + rng.normal(0, 5)
     soft = {
         name: level + rng.normal(0, 8)
@@ -195,6 +190,7 @@ def _draw_hu(rng: np.random.Generator, age: int, contrast: float) -> dict[str, f
 
 
 def _draw_lesions(rng: np.random.Generator) -> tuple[Lesion, ...]:
+    """Up to four lesions in the liver, four in the lungs and one in a kidney."""
     lesions = []
     for _ in range(int(rng.integers(0, 5))):
         centre = (rng.uniform(-120, -20), rng.uniform(-50, 50), rng.uniform(-80, 15))
@@ -221,8 +217,8 @@ def draw_patient(seed: int, number: int) -> Patient:
     """The body of one patient.
 
     Args:
-        seed: of the archive.
-        number: of the patient in the archive.
+        seed: random seed of the archive.
+        number: number of the patient in the archive.
     """
     rng = keyed(seed, number, "patient")
     sex = "M" if rng.random() < 0.52 else "F"
@@ -243,9 +239,12 @@ def draw_patient(seed: int, number: int) -> Patient:
     )
     contrast = float(rng.choice((0.0, 1.0)) * rng.uniform(0.4, 1.0))
     organs = ("liver", "spleen", "kidney_left", "kidney_right", "heart", "stomach", "colon")
-    spread = {"liver": 6.0, "spleen": 9.0, "heart": 6.0}
-    shift = {n: _triple(rng.normal(0, spread.get(n, 7.0), 3) * (1, 0.7, 1.4)) for n in organs}
-    sizes = {n: _triple((1 + rng.normal(0, 0.1)) * (1 + rng.normal(0, 0.06, 3))) for n in organs}
+    spread_mm = {"liver": 6.0, "spleen": 9.0, "heart": 6.0}
+    shift, sizes = {}, {}
+    for organ in organs:
+        shift[organ] = _three(rng.normal(0, spread_mm.get(organ, 7.0), 3) * (1, 0.7, 1.4))
+    for organ in organs:
+        sizes[organ] = _three((1 + rng.normal(0, 0.1)) * (1 + rng.normal(0, 0.06, 3)))
     return Patient(
         key=(seed, number),
         sex=sex,
@@ -277,8 +276,8 @@ def draw_study(patient: Patient, visit: int, sizes: Sizes) -> Study:
     """One visit of a patient: scanner, region, slices, field of view, breath, noise.
 
     Args:
-        patient: who is scanned.
-        visit: 0 or 1.
+        patient: body that is scanned.
+        visit: number of the time point, 0 or 1.
         sizes: ranges of the archive.
     """
     rng = patient.rng(f"study {visit}")
@@ -290,21 +289,18 @@ def draw_study(patient: Patient, visit: int, sizes: Sizes) -> Study:
     slice_mm = float(rng.choice(steps)) if steps.size else float(rng.uniform(*sizes.slice_mm))
     depth = int(np.clip(round(wanted / slice_mm), *sizes.slices))
     room = max(0.0, (TOP_Z - BOTTOM_Z) * patient.scale[2] - depth * slice_mm)
-    bottom = float(np.clip((low + high) / 2 * patient.scale[2] - depth * slice_mm / 2 + rng.normal(0, 15),
-                           BOTTOM_Z * patient.scale[2], BOTTOM_Z * patient.scale[2] + room))  # fmt: skip
+    lowest = BOTTOM_Z * patient.scale[2]
+    centred = (low + high) / 2 * patient.scale[2] - depth * slice_mm / 2
+    bottom = float(np.clip(centred + rng.normal(0, 15), lowest, lowest + room))
     pixels = int(round(rng.uniform(*sizes.in_plane) / 16) * 16)
     width = 2 * (150 + patient.fat_mm[0]) * patient.scale[0]
     field_mm = float(np.clip(width * rng.uniform(0.92, 1.1), 270, 500))
     sharp = bool(rng.random() < (0.6 if region == "CHEST" else 0.25))
     name, soft_kernel, sharp_kernel, factor = SCANNERS[int(rng.integers(len(SCANNERS)))]
-    noise = (
-        factor * rng.uniform(8, 15) * (1.9 if sharp else 1.0) * (2.5 / max(slice_mm, 1.0)) ** 0.35
-    )
-    corner = np.array([-field_mm / 2, -field_mm / 2 - 110, -300]) + rng.uniform(-1, 1, 3) * (
-        15,
-        90,
-        600,
-    )
+    thickness = (2.5 / max(slice_mm, 1.0)) ** 0.35  # thin slices are noisier
+    noise = factor * rng.uniform(8, 15) * (1.9 if sharp else 1.0) * thickness
+    corner = np.array([-field_mm / 2, -field_mm / 2 - 110, -300])
+    corner = corner + rng.uniform(-1, 1, 3) * (15, 90, 600)
     later = visit * int(rng.integers(80, 700))
     day = int(patient.rng("date").integers(0, 3000)) + later
     return Study(
@@ -315,7 +311,7 @@ def draw_study(patient: Patient, visit: int, sizes: Sizes) -> Study:
         centre_mm=(float(rng.normal(0, 8)), float(rng.normal(-12, 6))),
         turn=float(rng.normal(0, 0.05)),
         breath_mm=float(rng.normal(0, 7)),
-        origin_mm=_triple(np.round(corner, 1)),
+        origin_mm=_three(np.round(corner, 1)),
         table_gap_mm=float(rng.uniform(0, 5)),
         manufacturer=name,
         kernel=sharp_kernel if sharp else soft_kernel,

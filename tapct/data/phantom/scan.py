@@ -1,4 +1,4 @@
-"""From a painted body to a scan: the scanner's blur, its noise, its field of view."""
+"""Measure a painted body as a scanner does: blur, noise, field of view."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from tapct.data.phantom.canvas import Canvas, blank_canvas
 from tapct.data.phantom.patient import Patient, Study
 from tapct.types import AIR_HU
 
-_STROKES = (
+# each is painted over the ones before it
+LAYERS = (
     torso.paint_wall,
     torso.paint_breasts,
     organs.paint_bowel,
@@ -30,14 +31,17 @@ _STROKES = (
 
 
 def scan(patient: Patient, study: Study) -> tuple[np.ndarray, np.ndarray]:
-    """Paint a patient and measure it.
+    """Paint a patient and measure the painted body.
 
+    Args:
+        patient: body to paint.
+        study: scanner, field of view, noise.
     Returns:
         hu_ZYX int16 and labels_ZYX uint16, LPS, axial slices first.
     """
     canvas = blank_canvas(patient, study)
-    for stroke in _STROKES:
-        stroke(canvas)
+    for paint in LAYERS:
+        paint(canvas)
     return _measure(canvas), canvas.whole.label_ZYX.astype(np.uint16)
 
 
@@ -71,14 +75,14 @@ def _measure(canvas: Canvas) -> np.ndarray:
 
 
 def _side_weight(sigma_px: float) -> float:
-    """Weight w of the taps (w, 1 - 2w, w) whose variance is sigma squared; wider than 0.7 pixels is
-    cut there.
+    """Weight w of the taps (w, 1 - 2w, w) whose variance is sigma squared; sigma is limited to 0.7
+    pixels.
     """
     return float(min(0.5 * sigma_px**2 * 0.5, 0.25))
 
 
 def _blur(plane: np.ndarray, w: float) -> np.ndarray:
-    """Three taps along y, then along x."""
+    """Blur with the taps (w, 1 - 2w, w) along y, then along x."""
     out = plane * np.float32(1 - 2 * w)
     side = plane * np.float32(w)
     out[1:] += side[:-1]
@@ -95,8 +99,8 @@ def _blur(plane: np.ndarray, w: float) -> np.ndarray:
 
 
 def _noise_map(canvas: Canvas) -> np.ndarray:
-    """Standard deviation per pixel: rays through the middle are the weakest, so the noise is
-    highest there.
+    """Standard deviation of the noise per pixel, YX: rays through the middle are the weakest, so
+    it is highest there.
     """
     whole, size = canvas.whole, 1 + 0.012 * canvas.patient.fat_mm[0]
     q = np.square(whole.x_YX / 170) + np.square(whole.y_YX / 120)
@@ -104,7 +108,7 @@ def _noise_map(canvas: Canvas) -> np.ndarray:
 
 
 def _round_field(study: Study) -> np.ndarray:
-    """Bool YX: outside the round field of view of a scanner that pads there."""
+    """Whether pixels lie outside the round field of view of a scanner that pads there: bool YX."""
     _, height, width = study.shape
     if not study.round_field:
         return np.zeros((height, width), bool)

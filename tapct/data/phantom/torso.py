@@ -1,8 +1,8 @@
-"""The phantom's torso without its organs: fat, muscle, cavity, diaphragm, lungs, spine, ribs,
+"""Paint the phantom's torso without its organs: fat, muscle, cavity, diaphragm, lungs, spine, ribs,
 table.
 
 Axes: Z Y X voxels of a box. Positions in standard-body mm: x Left, y Posterior, z Superior, z = 0
-    at T10.
+at T10.
 """
 
 from __future__ import annotations
@@ -31,9 +31,17 @@ _PROFILE = np.array(
     np.float64,
 )
 
+# where the bone of each rib ends and its cartilage begins, T12 .. T1: 0 at the back, 1 in front
+_RIB_ENDS = np.array([0.30, 0.42, 0.62, 0.68, 0.72, 0.75, 0.78, 0.80, 0.80, 0.80, 0.78, 0.75])
+
 
 def profile(z_Z: np.ndarray, column: int) -> np.ndarray:
-    """Half-axis per slice: 0, 1 the cavity's x and y; 2, 3 the muscle wall's."""
+    """Half-axis of the torso's cross section in every slice, standard mm.
+
+    Args:
+        z_Z: heights of the slices.
+        column: 0 and 1: the cavity's x and y; 2 and 3: the muscle wall's x and y.
+    """
     fine = np.arange(-320.0, 280.0, 4.0)
     curve = np.interp(fine, _PROFILE[:, 0], _PROFILE[:, column + 1])
     window = np.hanning(13)
@@ -54,20 +62,19 @@ def spine_at(z: np.ndarray, patient: Patient) -> tuple[np.ndarray, np.ndarray]:
 
 
 def diaphragm(box: Box, study: Study) -> np.ndarray:
-    """Height of the diaphragm over every pixel, standard mm, YX: two domes and the tendon under the
+    """Height of the diaphragm at every pixel, standard mm, YX: two domes and the tendon under the
     heart.
     """
-    domes = [
-        (height - drop * (np.square((box.x_YX - cx) / rx) + np.square((box.y_YX - cy) / ry)))
-        for cx, cy, rx, ry, height, drop in (
-            (-66, -8, 78, 95, 38, 88),
-            (68, -4, 78, 95, 26, 84),
-            (12, -42, 62, 62, 8, 60),
-        )
-    ]
-    return np.maximum(np.maximum(domes[0], domes[1]), domes[2]).astype(np.float32) - np.float32(
-        study.breath_mm
-    )
+    domes = []
+    for cx, cy, rx, ry, height, drop in (
+        (-66, -8, 78, 95, 38, 88),
+        (68, -4, 78, 95, 26, 84),
+        (12, -42, 62, 62, 8, 60),
+    ):
+        distance = np.square((box.x_YX - cx) / rx) + np.square((box.y_YX - cy) / ry)
+        domes.append(height - drop * distance)
+    highest = np.maximum(np.maximum(domes[0], domes[1]), domes[2]).astype(np.float32)
+    return highest - np.float32(study.breath_mm)
 
 
 def paint_wall(canvas: Canvas) -> None:
@@ -79,10 +86,8 @@ def paint_wall(canvas: Canvas) -> None:
     strands = whole.sample(canvas.field("muscle", low, high, (7.0, 7.0, 16.0)))
     a, b = profile(z, 2) + p.muscle_mm, profile(z, 3) + p.muscle_mm
     cavity = (profile(z, 0), profile(z, 1))
-    middle = (
-        0.45 * cavity[0] + 0.55 * a,
-        0.45 * cavity[1] + 0.55 * b,
-    )  # a seam of fat between two muscle layers
+    # a seam of fat between two muscle layers
+    middle = (0.45 * cavity[0] + 0.55 * a, 0.45 * cavity[1] + 0.55 * b)
     skin_y = whole.y_YX - np.float32((back - front) / 2)
     skin_py = np.power(np.abs(skin_y), np.float32(2.4))
     inner_b, outer_b = b + (front + back) / 2, b + (front + back) / 2 + 2.5
@@ -94,26 +99,22 @@ def paint_wall(canvas: Canvas) -> None:
         np.copyto(hu, np.float32(-5.0), where=outer)
         whole.label_ZYX[k][outer] = BODY
         strand = strands[k]
-        np.copyto(
-            hu,
-            fat + 6 * strand,
-            where=_ellipse(whole.px_YX, skin_py, a[k] + side, inner_b[k], wall),
-        )
-        meat = muscle + amplitude * strand
-        np.copyto(meat, fat + 40, where=strand > 1.9)
-        np.copyto(hu, meat, where=_ellipse(whole.px_YX, whole.py_YX, a[k], b[k], wall))
-        seam = _ellipse(whole.px_YX, whole.py_YX, middle[0][k] + 1, middle[1][k] + 1, wall) & (
-            strand > -0.5
-        )
+        under_skin = _ellipse(whole.px_YX, skin_py, a[k] + side, inner_b[k], wall)
+        np.copyto(hu, fat + 6 * strand, where=under_skin)
+        fibres = muscle + amplitude * strand
+        np.copyto(fibres, fat + 40, where=strand > 1.9)
+        np.copyto(hu, fibres, where=_ellipse(whole.px_YX, whole.py_YX, a[k], b[k], wall))
+        seam = _ellipse(whole.px_YX, whole.py_YX, middle[0][k] + 1, middle[1][k] + 1, wall)
+        seam &= strand > -0.5
         seam &= ~_ellipse(whole.px_YX, whole.py_YX, middle[0][k] - 1, middle[1][k] - 1, wall)
         np.copyto(hu, np.float32(fat + 30), where=seam)
         filling = (fat + 8 * strand).astype(np.float32)
-        np.copyto(
-            hu, filling, where=_ellipse(whole.px_YX, whole.py_YX, cavity[0][k], cavity[1][k], wall)
-        )
+        inside = _ellipse(whole.px_YX, whole.py_YX, cavity[0][k], cavity[1][k], wall)
+        np.copyto(hu, filling, where=inside)
 
 
 def _ellipse(px: np.ndarray, py: np.ndarray, a: float, b: float, wall: np.ndarray) -> np.ndarray:
+    """Whether pixels of one slice lie inside a superellipse with half-axes a (x) and b (y)."""
     q = px * np.float32(max(a, 1.0) ** -2.4)
     q += py * np.float32(max(b, 1.0) ** -2.4)
     q += wall
@@ -129,23 +130,21 @@ def paint_breasts(canvas: Canvas) -> None:
     for side in (-1.0, 1.0):
         centre = (side * 74, -94 - 0.5 * p.fat_mm[1], 68.0)
         radii = (size * 1.5, size, size * 1.35)
-        box = canvas.box((centre[0] - radii[0], centre[1] - radii[1], 68 - radii[2]),
-                         (centre[0] + radii[0], centre[1] + radii[1], 68 + radii[2]))  # fmt: skip
+        low = (centre[0] - radii[0], centre[1] - radii[1], 68 - radii[2])
+        high = (centre[0] + radii[0], centre[1] + radii[1], 68 + radii[2])
+        box = canvas.box(low, high)
         if box is None:
             continue
         inside = box.ellipsoid(centre, radii) < 1
         texture = box.sample(canvas.field(f"breast {side}", (-150, -190, 0), (150, -40, 150), 10.0))
         outside = inside & (box.hu_ZYX < -500)
-        box.paint(
-            outside,
-            (p.hu["fat"] + np.where(texture > 0.7, 110, 4) * np.abs(texture)).astype(np.float32),
-            BODY,
-        )
+        glands = np.where(texture > 0.7, 110, 4) * np.abs(texture)
+        box.paint(outside, (p.hu["fat"] + glands).astype(np.float32), BODY)
 
 
 def paint_lungs(canvas: Canvas) -> None:
-    """Two lungs over the diaphragm, around the mediastinum: vessels, a gradient of weight, small
-    airways.
+    """Two lungs over the diaphragm, around the mediastinum: vessels, and tissue that is denser
+    towards the back.
     """
     p = canvas.patient
     low, high = (-145.0, -105.0, -80.0), (145.0, 105.0, 215.0)
@@ -170,7 +169,7 @@ def paint_lungs(canvas: Canvas) -> None:
     )
     tube = np.square(f) + np.square(g)
     hu = p.hu["lungs"] + 30 * p.gain["lungs"] * fine
-    hu += (box.y_YX * 0.45).astype(np.float32)  # lying on the back, the lower lung is denser
+    hu += (box.y_YX * 0.45).astype(np.float32)  # the patient lies on the back
     np.copyto(hu, np.float32(p.hu["blood"] - 30), where=tube < 0.11 / (0.35 + hilum))
     box.paint(mask, hu, LUNGS)
 
@@ -184,9 +183,8 @@ def paint_spine(canvas: Canvas) -> None:
     z = box.z_Z11[:, 0, 0]
     level = np.interp(z, VERTEBRA_Z, np.arange(len(VERTEBRA_Z)))
     pitch = np.interp(z, VERTEBRA_Z[1:], np.diff(VERTEBRA_Z))
-    phase = (
-        (level - np.round(level)).reshape(-1, 1, 1).astype(np.float32)
-    )  # 0 mid-body, +-0.5 mid-disc
+    # 0 in the middle of a body, +-0.5 in the middle of a disc
+    phase = (level - np.round(level)).reshape(-1, 1, 1).astype(np.float32)
     grow = np.interp(z, [-260, -150, 0, 100, 215], [25, 24, 20, 16.5, 13.5]).reshape(-1, 1, 1)
     x, y = (v.reshape(-1, 1, 1) for v in spine_at(z, p))
     bump = 0.12 * box.sample(canvas.field("vertebrae", (-62, 0, -270), (62, 135, 235), 9.0))
@@ -219,9 +217,8 @@ def paint_ribs(canvas: Canvas) -> None:
     p, whole = canvas.patient, canvas.whole
     z = whole.z_Z11[:, 0, 0]
     ribs_z = VERTEBRA_Z[6:18]  # T12 .. T1
-    turn = np.arctan2(np.abs(whole.x_YX) / 130, whole.y_YX / 92) / np.float32(
-        np.pi
-    )  # 0 at the back, 1 in front
+    # 0 at the back, 1 in front
+    turn = np.arctan2(np.abs(whole.x_YX) / 130, whole.y_YX / 92) / np.float32(np.pi)
     rise = 92 * turn * turn * (3 - 2 * turn) + 8 * np.sin(np.float32(np.pi) * turn)
     a, b = profile(z, 0), profile(z, 1)
     texture = whole.sample(canvas.field("ribs", (-160, -120, -140), (160, 120, 220), 6.0))
@@ -237,9 +234,7 @@ def paint_ribs(canvas: Canvas) -> None:
         number = np.interp(z[k] + rise[rows, columns], ribs_z, np.arange(12), left=-9, right=99)
         nearest = np.clip(np.round(number), 0, 11).astype(np.int64)
         gap = np.abs(number - nearest)
-        end = np.array([0.30, 0.42, 0.62, 0.68, 0.72, 0.75, 0.78, 0.80, 0.80, 0.80, 0.78, 0.75])[
-            nearest
-        ]
+        end = _RIB_ENDS[nearest]
         band = (gap < 0.32) & (np.abs(whole.x_YX[rows, columns]) > 20)
         bone = band & (t < end)
         cartilage = band & (t >= end) & (nearest > 1) & (t < 0.95)
@@ -254,16 +249,15 @@ def paint_ribs(canvas: Canvas) -> None:
 
 
 def _paint_shoulder_blades(canvas: Canvas) -> None:
+    """A curved plate on either side of the spine, behind the ribs."""
     p = canvas.patient
     for side in (-1.0, 1.0):
-        box = canvas.box(
-            (min(side * 60, side * 160), 20.0, 70.0), (max(side * 60, side * 160), 125.0, 205.0)
-        )
+        inner, outer = side * 60, side * 160
+        box = canvas.box((min(inner, outer), 20.0, 70.0), (max(inner, outer), 125.0, 205.0))
         if box is None:
             continue
-        across = (box.x_YX * side - 112) * 0.77 + (
-            box.y_YX - 72
-        ) * 0.64  # along the blade, outwards and back
+        # distances along the blade, outwards and backwards, and at a right angle to it
+        across = (box.x_YX * side - 112) * 0.77 + (box.y_YX - 72) * 0.64
         normal = (box.x_YX * side - 112) * 0.64 + (box.y_YX - 72) * 0.77 + np.square(across) / 160
         reach = np.interp(box.z_Z11, [70, 110, 170, 200], [4, 24, 40, 30])
         blade = (np.abs(normal - 12) < 3.5) & (np.abs(across) < reach)
@@ -271,20 +265,19 @@ def _paint_shoulder_blades(canvas: Canvas) -> None:
 
 
 def paint_table(canvas: Canvas) -> None:
-    """A curved couch under the back: hard skin around foam; it does not turn with the patient."""
+    """A curved couch under the back, a hard shell around foam. It does not turn with the
+    patient.
+    """
     study, p = canvas.study, canvas.patient
     whole = canvas.whole
     touched = np.flatnonzero((whole.label_ZYX == BODY).any(axis=(0, 2)))
-    floor = (int(touched[-1]) if touched.size else study.shape[1] // 2) * study.spacing_mm[
-        1
-    ] + study.table_gap_mm
-    columns = (np.arange(study.shape[2]) - (study.shape[2] - 1) / 2) * study.spacing_mm[
-        2
-    ] - study.centre_mm[0]
+    lowest_row = int(touched[-1]) if touched.size else study.shape[1] // 2
+    floor = lowest_row * study.spacing_mm[1] + study.table_gap_mm
+    from_middle = np.arange(study.shape[2]) - (study.shape[2] - 1) / 2
+    columns = from_middle * study.spacing_mm[2] - study.centre_mm[0]
     rows = np.arange(study.shape[1]) * study.spacing_mm[1]
-    depth = rows[:, None] - (
-        floor - np.square(columns)[None, :] / 1400
-    )  # mm below the couch's surface
+    surface = floor - np.square(columns)[None, :] / 1400
+    depth = rows[:, None] - surface  # mm below the couch's surface
     slab = (depth > 0) & (depth < 16) & (np.abs(columns) < 215)[None, :]
     skin = slab & ((depth < 4) | (depth > 12))
     rng = p.rng(f"table {study.visit}")

@@ -1,10 +1,7 @@
-"""DICOM series: headers by pydicom, voxels by pydicom where it can decode, else by SimpleITK.
+"""DICOM series: headers by pydicom, voxels by pydicom where it can decode them, else by SimpleITK.
 
 A series is all files of one folder with one SeriesInstanceUID. Its geometry comes from the slice
-positions alone; SliceThickness, SpacingBetweenSlices and InstanceNumber are not believed.
-
-pydicom and SimpleITK are loaded with the first file: every rank of a training run imports this one,
-and reads none.
+positions alone; SliceThickness, SpacingBetweenSlices and InstanceNumber are often wrong.
 """
 
 from __future__ import annotations
@@ -23,60 +20,39 @@ from tapct.types import Refused
 if TYPE_CHECKING:
     from pydicom.dataset import Dataset
 
-SUFFIXES = (".dcm", ".dicom", ".ima")
 _CT = "1.2.840.10008.5.1.4.1.1.2"
 _MULTIFRAME = (_CT + ".1", _CT + ".2")
 _DICOMDIR = "1.2.840.10008.1.3.10"
 _HEADER_TAGS = [
-    *(
-        "SOPClassUID",
-        "StudyDate",
-        "Modality",
-        "Manufacturer",
-        "PatientID",
-        "PatientSex",
-        "PatientAge",
-    ),
-    *(
-        "BodyPartExamined",
-        "SliceThickness",
-        "SpacingBetweenSlices",
-        "ConvolutionKernel",
-        "StudyInstanceUID",
-    ),
-    *(
-        "SeriesInstanceUID",
-        "ImagePositionPatient",
-        "ImageOrientationPatient",
-        "SamplesPerPixel",
-        "NumberOfFrames",
-    ),
-    *(
-        "ImageType",
-        "Rows",
-        "Columns",
-        "PixelSpacing",
-        "RescaleIntercept",
-        "RescaleSlope",
-        "RescaleType",
-    ),
+    *("SOPClassUID", "ImageType", "Modality", "Manufacturer", "ConvolutionKernel", "StudyDate"),
+    *("PatientID", "PatientSex", "PatientAge"),
+    *("Rows", "Columns", "PixelSpacing", "SamplesPerPixel", "NumberOfFrames"),
+    *("ImagePositionPatient", "ImageOrientationPatient", "SliceThickness", "SpacingBetweenSlices"),
+    *("RescaleIntercept", "RescaleSlope", "RescaleType"),
 ]
-_SAME_POSITION_MM = 0.01
+_SAME_POSITION_MM = 0.01  # slices that are nearer to each other lie at one position
 _SAME_DIRECTION = 1e-3  # direction cosines of two slices of one series
 
 
 @dataclass(frozen=True)
 class _Slice:
-    """One file: its header, position and directions of row and column index, all in LPS mm."""
+    """One file of a series.
+
+    Args:
+        path: path of the file.
+        header: its header, without pixels.
+        position: LPS mm (x, y, z) of its first pixel.
+        axes: (3, 2) unit vectors in LPS: direction of growing column index, of growing row index.
+    """
 
     path: Path
     header: Dataset
     position: np.ndarray
-    axes: np.ndarray  # (3, 2): direction of growing column index, of growing row index
+    axes: np.ndarray
 
 
 def is_dicom(path: Path) -> bool:
-    """Whether the file has the DICOM preamble, whatever its name."""
+    """Whether a file has the DICOM preamble, whatever its name."""
     with path.open("rb") as file:
         return file.read(132)[128:] == b"DICM"
 
@@ -94,15 +70,15 @@ def series_uid(path: Path) -> str | None:
 def read(files: Sequence[Path]) -> Image:
     """Read one series.
 
-    Rules: Modality CT and CT Image Storage; no localizer; one size, pixel spacing and orientation
-    for all slices; slices sorted by position; no two at one place; steps equal to 2 % or the 0.1 mm
-    to which some scanners round positions (never beyond a quarter of a step); rescale slope and
-    intercept present, applied slice by slice; PixelPaddingValue is not used, because low padding is
-    clamped anyway and some files give 0 HU there. A single slice takes its depth from
-    SpacingBetweenSlices, else SliceThickness.
+    Rules: Modality CT and CT Image Storage, and no localizer. All slices have one size, pixel
+    spacing and orientation. They are sorted by position, no two lie at one position, and all steps
+    are equal to 2 % or to the 0.1 mm to which some scanners round positions (never beyond a quarter
+    of a step). Rescale slope and intercept must be present and are applied slice by slice.
+    PixelPaddingValue is not used, because low padding is clamped anyway and some files give 0 HU
+    there. A single slice takes its depth from SpacingBetweenSlices, else from SliceThickness.
 
     Args:
-        files: all files of the series, any order.
+        files: all files of the series, in any order.
     Returns:
         Voxels in HU (int32, or float32 for fractional rescaling), K ascending along the slice
         normal.
@@ -111,7 +87,7 @@ def read(files: Sequence[Path]) -> Image:
             mixed_geometry, duplicate_slices, missing_slices, uneven_slices, sheared, truncated,
             unreadable.
     """
-    headers = [(path, _header(path)) for path in files]
+    headers = [(path, _read_header(path)) for path in files]
     for path, header in headers:
         _check_is_ct_slice(path, header)
     slices = [_slice(path, header) for path, header in headers]
@@ -127,23 +103,22 @@ def read(files: Sequence[Path]) -> Image:
         affine[:3, 2] = (slices[-1].position - slices[0].position) / (len(slices) - 1)
         _check_straight(slices, affine[:3, 2], step_mm)
     affine[:3, 3] = slices[0].position
-    return Image(_voxels(slices), affine, header=_facts(slices[0].header))
+    return Image(_voxels(slices), affine, header=_header_of(slices[0].header))
 
 
 def _dcmread(path: Path, tags: list[str] | None) -> Dataset:
-    """pydicom's reader; without pixels where tags are given. Its own advice about odd values is not
-    for our users.
-    """
+    """Read a file with pydicom; where tags are given, these alone and no pixels."""
     import pydicom
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+        warnings.simplefilter("ignore")  # advice about odd values, which no user can follow
         if tags is None:
             return pydicom.dcmread(path)
         return pydicom.dcmread(path, stop_before_pixels=True, specific_tags=list(tags))
 
 
-def _header(path: Path) -> Dataset:
+def _read_header(path: Path) -> Dataset:
+    """The tags of one file that a series needs."""
     if path.stat().st_size == 0:
         raise Refused("empty_file", f"{path.name} has no content")
     if not is_dicom(path):
@@ -152,10 +127,12 @@ def _header(path: Path) -> Dataset:
 
 
 def _check_is_ct_slice(path: Path, header: Dataset) -> None:
-    """Refuse what is not one plain CT slice, and slices without the numbers that we need."""
+    """Refuse what is not one plain CT slice, or lacks what the values need to become HU."""
     modality, sop_class = str(header.get("Modality", "")), str(header.get("SOPClassUID", ""))
     if not modality and not sop_class:
-        raise Refused("corrupt", f"{path.name} tells neither Modality nor SOP class; copy it again")
+        raise Refused(
+            "corrupt", f"{path.name} has neither Modality nor SOP class; copy the file again"
+        )
     if modality != "CT":
         raise Refused("not_ct", f"Modality is '{modality}'; rule: CT")
     if sop_class in _MULTIFRAME or int(header.get("NumberOfFrames") or 1) > 1:
@@ -165,14 +142,16 @@ def _check_is_ct_slice(path: Path, header: Dataset) -> None:
         )
     if sop_class and sop_class != _CT:
         raise Refused("not_ct", f"SOP class {sop_class} is not CT Image Storage")
-    image_type = [str(word).upper() for word in (header.get("ImageType") or [])]
+    image_type = [str(value).upper() for value in (header.get("ImageType") or [])]
     if "LOCALIZER" in image_type or "SCOUT" in image_type:
         raise Refused(
-            "localizer", f"ImageType is {'/'.join(image_type)}: a projection, not a slice"
+            "localizer",
+            f"ImageType is {'/'.join(image_type)}, which is a projection and not a slice",
         )
     if int(header.get("SamplesPerPixel") or 1) != 1:
         raise Refused(
-            "not_scalar", f"{path.name} has {header.SamplesPerPixel} values a pixel; a scan has one"
+            "not_scalar",
+            f"{path.name} has {header.SamplesPerPixel} values per pixel; rule: one",
         )
     if header.get("RescaleSlope") is None or header.get("RescaleIntercept") is None:
         raise Refused(
@@ -188,39 +167,35 @@ def _check_is_ct_slice(path: Path, header: Dataset) -> None:
 
 def _slice(path: Path, header: Dataset) -> _Slice:
     """Position and directions of one slice, checked."""
-    position, orientation = (
-        header.get("ImagePositionPatient"),
-        header.get("ImageOrientationPatient"),
-    )
+    position = header.get("ImagePositionPatient")
+    orientation = header.get("ImageOrientationPatient")
     if position is None or orientation is None or len(position) != 3 or len(orientation) != 6:
         raise Refused(
             "no_orientation", f"{path.name} lacks ImagePositionPatient or ImageOrientationPatient"
         )
-    place = np.asarray([float(value) for value in position])
+    first_pixel = np.asarray([float(value) for value in position])
     axes = np.asarray([float(value) for value in orientation]).reshape(2, 3).T
     lengths = np.linalg.norm(axes, axis=0)
-    if (
-        not (np.isfinite(place).all() and np.isfinite(axes).all())
-        or (np.abs(lengths - 1) > 0.01).any()
-    ):
+    is_finite = np.isfinite(first_pixel).all() and np.isfinite(axes).all()
+    if not is_finite or (np.abs(lengths - 1) > 0.01).any():
         raise Refused(
-            "bad_affine", f"{path.name}: position {place.tolist()}, directions {axes.T.tolist()}"
+            "bad_affine",
+            f"{path.name} has position {first_pixel.tolist()} and directions {axes.T.tolist()}; "
+            "rule: finite numbers and unit vectors",
         )
     if abs(float(axes[:, 0] @ axes[:, 1])) > 0.01:
-        raise Refused("sheared", f"{path.name}: rows and columns are not at a right angle")
+        raise Refused("sheared", f"rows and columns of {path.name} are not at a right angle")
     spacing = header.get("PixelSpacing")
-    if (
-        spacing is None
-        or len(spacing) != 2
-        or not all(np.isfinite(float(mm)) and float(mm) > 0 for mm in spacing)
-    ):
+    sizes = [] if spacing is None else [float(mm) for mm in spacing]
+    if len(sizes) != 2 or not all(np.isfinite(mm) and mm > 0 for mm in sizes):
         raise Refused(
-            "bad_spacing", f"{path.name}: PixelSpacing is {spacing}; rule: two numbers > 0"
+            "bad_spacing", f"PixelSpacing of {path.name} is {spacing}; rule: two numbers > 0"
         )
-    return _Slice(path, header, place, axes / lengths)
+    return _Slice(path, header, first_pixel, axes / lengths)
 
 
 def _check_same_geometry(slices: list[_Slice]) -> None:
+    """Refuse a series whose slices differ in orientation, size or pixel spacing."""
     first = slices[0]
     for item in slices[1:]:
         if np.abs(item.axes - first.axes).max() > _SAME_DIRECTION:
@@ -233,22 +208,21 @@ def _check_same_geometry(slices: list[_Slice]) -> None:
                 raise Refused(
                     "mixed_geometry", f"{item.path.name} and {first.path.name} differ in {tag}"
                 )
-        mm = [
-            [float(value) for value in header.PixelSpacing]
-            for header in (item.header, first.header)
-        ]
-        if not np.allclose(mm[0], mm[1], rtol=1e-3, atol=0):
+        mm = [float(value) for value in item.header.PixelSpacing]
+        first_mm = [float(value) for value in first.header.PixelSpacing]
+        if not np.allclose(mm, first_mm, rtol=1e-3, atol=0):
             raise Refused(
                 "mixed_geometry", f"{item.path.name} and {first.path.name} differ in PixelSpacing"
             )
-    check_shape(
-        (int(first.header.get("Columns") or 0), int(first.header.get("Rows") or 0), len(slices))
-    )
+    columns, rows = (int(first.header.get(tag) or 0) for tag in ("Columns", "Rows"))
+    check_shape((columns, rows, len(slices)))
 
 
 def _check_steps(slices: list[_Slice], normal: np.ndarray) -> float:
-    """The median distance of neighbouring slices in mm (0 for one slice), once all distances agree
-    with it.
+    """Refuse a series whose slices are not evenly spaced.
+
+    Returns:
+        The median distance of neighbouring slices in mm; 0 for one slice.
     """
     if len(slices) < 2:
         return 0.0
@@ -258,12 +232,11 @@ def _check_steps(slices: list[_Slice], normal: np.ndarray) -> float:
         pair = f"{slices[same[0]].path.name} and {slices[same[0] + 1].path.name}"
         raise Refused(
             "duplicate_slices",
-            f"{same.size} of {len(slices)} slices repeat a position, as {pair}; keep one of each",
+            f"{same.size} of {len(slices)} slices repeat a position, e.g. {pair}; keep one of each",
         )
     median = float(np.median(steps))
-    tolerance = min(
-        max(0.105, 0.02 * median), 0.25 * median
-    )  # some scanners round positions to 0.1 mm
+    # 0.105: some scanners round positions to 0.1 mm
+    tolerance = min(max(0.105, 0.02 * median), 0.25 * median)
     odd = np.abs(steps - median) > tolerance
     if not odd.any():
         return median
@@ -273,7 +246,8 @@ def _check_steps(slices: list[_Slice], normal: np.ndarray) -> float:
         num_missing = int((multiples[gaps] - 1).sum())
         raise Refused(
             "missing_slices",
-            f"{num_missing} missing: steps of {median:.3f} and {steps.max():.3f} mm; export again",
+            f"{num_missing} slices are missing: steps are {median:.3f} and {steps.max():.3f} mm; "
+            "export the series again",
         )
     raise Refused(
         "uneven_slices",
@@ -282,9 +256,10 @@ def _check_steps(slices: list[_Slice], normal: np.ndarray) -> float:
 
 
 def _check_straight(slices: list[_Slice], step: np.ndarray, step_mm: float) -> None:
-    """Every slice lies on the line from the first to the last."""
+    """Refuse a series whose slices do not lie on the line from the first to the last."""
     expected = slices[0].position + np.arange(len(slices))[:, None] * step
-    off_mm = float(np.abs(np.stack([item.position for item in slices]) - expected).max())
+    positions = np.stack([item.position for item in slices])
+    off_mm = float(np.abs(positions - expected).max())
     if off_mm > max(0.5, 0.5 * step_mm):
         raise Refused(
             "uneven_slices",
@@ -293,30 +268,29 @@ def _check_straight(slices: list[_Slice], step: np.ndarray, step_mm: float) -> N
 
 
 def _single_depth_mm(header: Dataset) -> float:
+    """Depth of a single slice in mm; 0 where its header gives none."""
     for tag in ("SpacingBetweenSlices", "SliceThickness"):
         value = header.get(tag)
         if value is not None and np.isfinite(float(value)) and float(value) != 0:
             return abs(float(value))
-    return 0.0  # `ingest` refuses a single slice of unknown depth as bad_spacing
+    return 0.0  # `geometry` refuses a single slice of unknown depth as bad_spacing
 
 
 def _voxels(slices: list[_Slice]) -> np.ndarray:
     """HU of all slices as (columns, rows, slices)."""
-    rescales = [
-        float(item.header[tag].value)
-        for item in slices
-        for tag in ("RescaleSlope", "RescaleIntercept")
-    ]
-    fractional = any(not value.is_integer() for value in rescales)
+    is_whole = True
+    for item in slices:
+        for tag in ("RescaleSlope", "RescaleIntercept"):
+            is_whole &= float(item.header[tag].value).is_integer()
     shape_KJI = (len(slices), int(slices[0].header.Rows), int(slices[0].header.Columns))
-    hu_KJI = np.empty(shape_KJI, dtype=np.float32 if fractional else np.int32)
+    hu_KJI = np.empty(shape_KJI, dtype=np.int32 if is_whole else np.float32)
     for index, item in enumerate(slices):
         hu_KJI[index] = _decode(item.path, shape_KJI[1:])
     return hu_KJI.transpose(2, 1, 0)
 
 
 def _decode(path: Path, shape: tuple[int, int]) -> np.ndarray:
-    """HU of one file, rows by columns."""
+    """HU of one file, (rows, columns)."""
     import SimpleITK
     from pydicom.pixels import get_decoder
 
@@ -325,8 +299,8 @@ def _decode(path: Path, shape: tuple[int, int]) -> np.ndarray:
         raise Refused("truncated", f"{path.name} ends before its pixels; copy it again")
     syntax = dataset.file_meta.TransferSyntaxUID
     if syntax.is_encapsulated and not get_decoder(syntax).is_available:
-        pixels = SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(path)))  # rescaled already
-        slope, intercept = 1.0, 0.0
+        pixels = SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(path)))
+        slope, intercept = 1.0, 0.0  # SimpleITK has applied them
     else:
         num_bytes = shape[0] * shape[1] * int(dataset.BitsAllocated) // 8
         if not syntax.is_encapsulated and len(dataset.PixelData) < num_bytes:
@@ -343,7 +317,8 @@ def _decode(path: Path, shape: tuple[int, int]) -> np.ndarray:
     return pixels.reshape(shape).astype(np.float64) * slope + intercept
 
 
-def _facts(header: Dataset) -> Header:
+def _header_of(header: Dataset) -> Header:
+    """The facts of a DICOM header that tapct reads."""
     from pydicom.multival import MultiValue
 
     def text(tag: str) -> str:
@@ -354,13 +329,10 @@ def _facts(header: Dataset) -> Header:
 
     return Header(
         patient_id=text("PatientID"),
-        study_uid=text("StudyInstanceUID"),
-        series_uid=text("SeriesInstanceUID"),
         study_date=text("StudyDate"),
         modality=text("Modality"),
         manufacturer=text("Manufacturer"),
         kernel=text("ConvolutionKernel"),
         sex=text("PatientSex"),
         age=text("PatientAge"),
-        body_part=text("BodyPartExamined"),
     )

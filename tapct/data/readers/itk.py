@@ -1,15 +1,15 @@
-"""NRRD (.nrrd, .nhdr) and MetaImage (.mha, .mhd): our own look at the header, voxels by SimpleITK.
+"""NRRD (.nrrd, .nhdr) and MetaImage (.mha, .mhd): the header is parsed and checked here, the voxels
+are read by SimpleITK.
 
-Detached headers may name one data file in their own folder; lists and patterns of files are not
+A detached header may name one data file in its own folder; lists and patterns of files are not
 read.
-SimpleITK is loaded with the first file: every rank of a training run imports this one, and reads
-    none.
 """
 
 from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,87 +18,104 @@ import numpy as np
 from tapct.data.readers.raw import Header, Image, check_shape, check_size, inflate
 from tapct.types import Refused
 
-SUFFIXES = (".nrrd", ".nhdr", ".mha", ".mhd")
-_HEADER_LIMIT = 4 << 20  # a Slicer segmentation with many segments stays far below
+_HEADER_LIMIT = 4 << 20  # bytes; the header of a Slicer segmentation with many segments is smaller
+_ONE_BYTE = ("signed char", "int8", "int8_t", "uchar", "unsigned char", "uint8", "uint8_t")
+_TWO_BYTES = (
+    *("short", "short int", "signed short", "signed short int", "int16", "int16_t"),
+    *("ushort", "unsigned short", "unsigned short int", "uint16", "uint16_t"),
+)
+_FOUR_BYTES = (
+    *("int", "signed int", "int32", "int32_t", "uint", "unsigned int", "uint32", "uint32_t"),
+    "float",
+)
+_EIGHT_BYTES = (
+    *("longlong", "long long", "int64", "int64_t", "uint64", "uint64_t", "ulonglong"),
+    "double",
+)
 _NRRD_BYTES = {
-    **dict.fromkeys(
-        ("signed char", "int8", "int8_t", "uchar", "unsigned char", "uint8", "uint8_t"), 1
-    ),
-    **dict.fromkeys(
-        ("short", "short int", "signed short", "signed short int", "int16", "int16_t"), 2
-    ),
-    **dict.fromkeys(("ushort", "unsigned short", "unsigned short int", "uint16", "uint16_t"), 2),
-    **dict.fromkeys(
-        (
-            "int",
-            "signed int",
-            "int32",
-            "int32_t",
-            "uint",
-            "unsigned int",
-            "uint32",
-            "uint32_t",
-            "float",
-        ),
-        4,
-    ),
-    **dict.fromkeys(
-        ("longlong", "long long", "int64", "int64_t", "uint64", "uint64_t", "ulonglong", "double"),
-        8,
-    ),
+    **dict.fromkeys(_ONE_BYTE, 1),
+    **dict.fromkeys(_TWO_BYTES, 2),
+    **dict.fromkeys(_FOUR_BYTES, 4),
+    **dict.fromkeys(_EIGHT_BYTES, 8),
 }
 _META_BYTES = {
-    "CHAR": 1,
-    "UCHAR": 1,
-    "SHORT": 2,
-    "USHORT": 2,
-    "INT": 4,
-    "UINT": 4,
-    "LONG": 4,
-    "ULONG": 4,
+    **dict.fromkeys(("CHAR", "UCHAR"), 1),
+    **dict.fromkeys(("SHORT", "USHORT"), 2),
+    **dict.fromkeys(("INT", "UINT", "LONG", "ULONG", "FLOAT"), 4),
+    **dict.fromkeys(("LONG_LONG", "ULONG_LONG", "DOUBLE"), 8),
 }
-_META_BYTES |= {"LONG_LONG": 8, "ULONG_LONG": 8, "FLOAT": 4, "DOUBLE": 8}
 _TO_LPS = {
     **dict.fromkeys(("left-posterior-superior", "LPS"), (1.0, 1.0, 1.0)),
     **dict.fromkeys(("right-anterior-superior", "RAS"), (-1.0, -1.0, 1.0)),
     **dict.fromkeys(("left-anterior-superior", "LAS"), (1.0, -1.0, 1.0)),
 }
+_IDENTITY = "1 0 0 0 1 0 0 0 1"
 _SEGMENT = re.compile(r"Segment(\d+)_(LabelValue|Name)$")
 
 
 @dataclass(frozen=True)
 class _Head:
-    """A checked header: sizes I J K, bytes a voxel, LPS affine, where the voxels lie and how they
-    are packed.
+    """A checked header.
+
+    Args:
+        shape: number of voxels along I, J, K.
+        itemsize: bytes per voxel.
+        affine: 4x4 matrix to LPS mm.
+        data_file: path of the file that holds the voxels.
+        offset: byte at which they start; -1 where they are the last bytes of the file.
+        is_compressed: whether they are a gzip or zlib stream.
+        modality: modality as the header names it, or empty.
+        names: label value and name.
     """
 
     shape: tuple[int, ...]
     itemsize: int
     affine: np.ndarray
     data_file: Path
-    offset: int  # -1: the last bytes of the file
-    compressed: bool
+    offset: int
+    is_compressed: bool
     modality: str = ""
     names: tuple[tuple[int, str], ...] = ()
 
 
-def read(path: Path) -> Image:
-    """Read one NRRD or MetaImage file.
+def read_nrrd(files: Sequence[Path]) -> Image:
+    """Read one NRRD file.
 
-    Rules: three spatial axes with one value a voxel; NRRD must name its space (a MetaImage without
-    TransformMatrix is LPS by its own standard); spacing comes from the directions.
+    Rules: three spatial axes with one value per voxel. The header must name its space. The spacing
+    comes from the space directions.
 
     Args:
-        path: the file, or the detached header.
+        files: path of the file or of the detached header, alone.
     Returns:
         The voxels with their affine in LPS.
     Raises:
-        Refused: truncated, corrupt, not_3d, not_scalar, bad_affine, bad_spacing, no_orientation,
-            unsupported.
+        Refused: truncated, corrupt, not_3d, not_scalar, bad_affine, no_orientation, unsupported.
     """
-    head = _nrrd(path) if path.suffix.lower() in (".nrrd", ".nhdr") else _meta(path)
+    (path,) = files
+    return _read_voxels(path, _nrrd_head(path))
+
+
+def read_meta(files: Sequence[Path]) -> Image:
+    """Read one MetaImage file.
+
+    Rules: three spatial axes with one value per voxel. A MetaImage without TransformMatrix is LPS
+    by its own standard.
+
+    Args:
+        files: path of the file or of the detached header, alone.
+    Returns:
+        The voxels with their affine in LPS.
+    Raises:
+        Refused: truncated, corrupt, not_3d, not_scalar, bad_affine, bad_spacing, unsupported.
+    """
+    (path,) = files
+    return _read_voxels(path, _meta_head(path))
+
+
+def _read_voxels(path: Path, head: _Head) -> Image:
+    """The voxels of a file whose header is checked."""
     expected = head.itemsize * math.prod(head.shape)
-    if head.compressed:
+    if head.is_compressed:
         inflate(head.data_file, head.offset, expected)  # SimpleITK does not verify the checksum
     else:
         check_size(head.data_file, head.data_file.stat().st_size - max(head.offset, 0), expected)
@@ -109,7 +126,7 @@ def read(path: Path) -> Image:
     if voxels_KJI.shape[::-1] != head.shape:
         raise Refused(
             "corrupt",
-            f"the header claims {head.shape} voxels, the reader found {voxels_KJI.shape[::-1]}",
+            f"the header claims {head.shape} voxels, SimpleITK reads {voxels_KJI.shape[::-1]}",
         )
     return Image(
         voxels_KJI.transpose(), head.affine, header=Header(modality=head.modality), names=head.names
@@ -134,7 +151,7 @@ def _build_affine(columns: np.ndarray, origin: list[float]) -> np.ndarray:
 
 
 def _beside(path: Path, name: str) -> Path:
-    """The detached data file: one plain file in the header's folder."""
+    """The detached data file, which must be one plain file in the header's folder."""
     data_file = path.parent / name
     if (
         name.upper().startswith("LIST")
@@ -143,7 +160,8 @@ def _beside(path: Path, name: str) -> Path:
     ):
         raise Refused(
             "unsupported",
-            f"data file '{name}'; rule: one file beside its header; write a single file",
+            f"data file '{name}'; rule: one file beside its header; write scan and header into one "
+            "file",
         )
     if not data_file.is_file():
         raise Refused("truncated", f"the data file '{name}' is not beside its header")
@@ -164,15 +182,17 @@ def _nrrd_fields(path: Path) -> tuple[dict[str, str], int]:
     end = len(text) if blank is None else blank.end()
     fields = {}
     for line in text[:end].decode("utf-8", "replace").splitlines()[1:]:
-        key, found, value = line.partition(":")
-        if found and not line.startswith("#"):
-            fields[key.strip() + ":=" if value.startswith("=") else key.strip().lower()] = (
-                value.lstrip("=").strip()
-            )
+        key, colon, value = line.partition(":")
+        if not colon or line.startswith("#"):
+            continue
+        is_pair = value.startswith("=")
+        name = key.strip() + ":=" if is_pair else key.strip().lower()
+        fields[name] = value.lstrip("=").strip()
     return fields, end
 
 
-def _nrrd(path: Path) -> _Head:
+def _nrrd_head(path: Path) -> _Head:
+    """Parse and check a NRRD header."""
     fields, end = _nrrd_fields(path)
     missing = [key for key in ("type", "dimension", "sizes", "encoding") if key not in fields]
     if missing:
@@ -180,28 +200,29 @@ def _nrrd(path: Path) -> _Head:
     kinds = fields.get("kinds", "").split()
     directions = fields.get("space directions", "")
     if fields["dimension"] != "3":
-        vector = [
-            kind for kind in kinds if kind not in ("domain", "space", "time", "list", "none", "???")
-        ]
+        spatial = ("domain", "space", "time", "list", "none", "???")
+        vector = [kind for kind in kinds if kind not in spatial]
         if vector:
             raise Refused(
-                "not_scalar", f"an axis is of kind '{vector[0]}'; a scan has one value a voxel"
+                "not_scalar", f"an axis is of kind '{vector[0]}'; rule: one value per voxel"
             )
         raise Refused(
-            "not_3d",
-            f"the file has {fields['dimension']} axes ({fields['sizes']}); a scan has three",
+            "not_3d", f"the file has {fields['dimension']} axes ({fields['sizes']}); rule: three"
         )
     if "none" in directions or fields["type"] not in _NRRD_BYTES:
         raise Refused(
             "not_scalar",
-            f"type '{fields['type']}', kinds '{' '.join(kinds)}'; rule: one real value a voxel",
+            f"type '{fields['type']}', kinds '{' '.join(kinds)}'; rule: one real value per voxel",
         )
     if fields["encoding"] not in ("raw", "gzip", "gz"):
         raise Refused(
-            "unsupported", f"encoding '{fields['encoding']}'; rule: raw or gzip; write it again"
+            "unsupported",
+            f"encoding '{fields['encoding']}'; rule: raw or gzip; write the file again",
         )
     if int(fields.get("line skip", "0")) or int(fields.get("byte skip", "0")) > 0:
-        raise Refused("unsupported", "line skip or byte skip; write the file again without")
+        raise Refused(
+            "unsupported", "the header has a line skip or byte skip; write the file without them"
+        )
     space = fields.get("space", "")
     if space not in _TO_LPS or not directions or "space origin" not in fields:
         raise Refused(
@@ -212,15 +233,15 @@ def _nrrd(path: Path) -> _Head:
     check_shape(shape)
     columns = np.asarray(_numbers(directions, 9, "space directions", "bad_affine")).reshape(3, 3).T
     origin = _numbers(fields["space origin"], 3, "space origin", "bad_affine")
-    named = fields.get("data file", fields.get("datafile", ""))
+    detached = fields.get("data file", fields.get("datafile", ""))
     skip = int(fields.get("byte skip", "0"))
     return _Head(
         shape=shape,
         itemsize=_NRRD_BYTES[fields["type"]],
         affine=np.diag([*_TO_LPS[space], 1.0]) @ _build_affine(columns, origin),
-        data_file=_beside(path, named) if named else path,
-        offset=skip if named or skip < 0 else end,
-        compressed=fields["encoding"] != "raw",
+        data_file=_beside(path, detached) if detached else path,
+        offset=skip if detached or skip < 0 else end,
+        is_compressed=fields["encoding"] != "raw",
         names=_segment_names(fields),
     )
 
@@ -243,65 +264,64 @@ def _meta_fields(path: Path) -> tuple[dict[str, str], int]:
     fields: dict[str, str] = {}
     with path.open("rb") as file:
         for line in iter(lambda: file.readline(1 << 16), b""):
-            key, found, value = line.decode("utf-8", "replace").partition("=")
-            if not found or file.tell() > _HEADER_LIMIT:
+            key, equals, value = line.decode("utf-8", "replace").partition("=")
+            if not equals or file.tell() > _HEADER_LIMIT:
                 break
             fields[key.strip()] = value.strip()
             if key.strip() == "ElementDataFile":
                 return fields, file.tell()
     raise Refused(
         "truncated" if "NDims" in fields else "corrupt",
-        f"{path.name} has no whole MetaImage header",
+        f"{path.name} has no complete MetaImage header",
     )
 
 
-def _meta(path: Path) -> _Head:
+def _meta_head(path: Path) -> _Head:
+    """Parse and check a MetaImage header."""
     fields, end = _meta_fields(path)
     missing = [key for key in ("NDims", "DimSize", "ElementType") if key not in fields]
     if missing:
         raise Refused("corrupt", f"the MetaImage header lacks '{missing[0]}'")
     if fields["NDims"] != "3":
         raise Refused(
-            "not_3d", f"the file has {fields['NDims']} axes ({fields['DimSize']}); a scan has three"
+            "not_3d", f"the file has {fields['NDims']} axes ({fields['DimSize']}); rule: three"
         )
     element = fields["ElementType"].removeprefix("MET_")
     if element not in _META_BYTES or fields.get("ElementNumberOfChannels", "1") != "1":
-        raise Refused("not_scalar", f"elements are {element}; rule: one real value a voxel")
+        raise Refused("not_scalar", f"elements are {element}; rule: one real value per voxel")
     if (
         fields.get("BinaryData", "True").lower() == "false"
         or int(fields.get("HeaderSize", "0")) > 0
     ):
         raise Refused(
-            "unsupported", "text voxels or a HeaderSize; write the file again as plain binary"
+            "unsupported",
+            "voxels are text or have a HeaderSize; write the file again as plain binary",
         )
     spacing = fields.get("ElementSpacing", fields.get("ElementSize"))
     if spacing is None:
         raise Refused("bad_spacing", "the MetaImage header has no ElementSpacing")
-    matrix = next(
-        (fields[key] for key in ("TransformMatrix", "Rotation", "Orientation") if key in fields),
-        None,
-    )
-    origin = next(
-        (fields[key] for key in ("Offset", "Position", "Origin") if key in fields), "0 0 0"
-    )
-    columns = (
-        np.asarray(_numbers(matrix or "1 0 0 0 1 0 0 0 1", 9, "TransformMatrix", "bad_affine"))
-        .reshape(3, 3)
-        .T
-    )
+    matrix = _first(fields, ("TransformMatrix", "Rotation", "Orientation"), "") or _IDENTITY
+    origin = _first(fields, ("Offset", "Position", "Origin"), "0 0 0")
+    directions = np.asarray(_numbers(matrix, 9, "TransformMatrix", "bad_affine")).reshape(3, 3)
     shape = tuple(int(size) for size in _numbers(fields["DimSize"], 3, "DimSize", "corrupt"))
     check_shape(shape)
+    spacings = np.asarray(_numbers(spacing, 3, "ElementSpacing", "bad_spacing"))
     local = fields["ElementDataFile"].upper() == "LOCAL"
     modality = fields.get("Modality", "").removeprefix("MET_MOD_")
     return _Head(
         shape=shape,
         itemsize=_META_BYTES[element],
-        affine=_build_affine(
-            columns * np.asarray(_numbers(spacing, 3, "ElementSpacing", "bad_spacing")),
-            _numbers(origin, 3, "Offset", "bad_affine"),
-        ),
+        affine=_build_affine(directions.T * spacings, _numbers(origin, 3, "Offset", "bad_affine")),
         data_file=path if local else _beside(path, fields["ElementDataFile"]),
         offset=end if local else max(0, int(fields.get("HeaderSize", "0"))),
-        compressed=fields.get("CompressedData", "False").lower() == "true",
+        is_compressed=fields.get("CompressedData", "False").lower() == "true",
         modality="" if modality in ("UNKNOWN", "OTHER") else modality,
     )
+
+
+def _first(fields: dict[str, str], keys: Sequence[str], default: str) -> str:
+    """The first of these fields that the header has; MetaImage has several names for one thing."""
+    for key in keys:
+        if key in fields:
+            return fields[key]
+    return default

@@ -1,13 +1,13 @@
-"""NIfTI-1 and NIfTI-2 in one file (.nii, .nii.gz); content decides about gzip, not the name.
-
-nibabel is loaded with the first file: every rank of a training run imports this one, and reads
-    none.
+"""NIfTI-1 and NIfTI-2 in one file (.nii, .nii.gz). The content decides whether it is gzip, not the
+name.
 """
 
 from __future__ import annotations
 
 import io
+import math
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,34 +19,34 @@ from tapct.types import Refused
 if TYPE_CHECKING:
     import nibabel
 
-SUFFIXES = (".nii.gz", ".nii")
 _MM_PER_UNIT = {0: 1.0, 1: 1000.0, 2: 1.0, 3: 0.001}  # xyzt_units: unknown, metre, mm, micron
 _RGB_CODES = {128: "RGB", 2304: "RGBA"}
 _COMPLEX_CODES = {32, 1792, 2048}
 _LABEL = re.compile(rb'<Label\s+Key="(\d+)"[^>]*>\s*<!\[CDATA\[(.*?)\]\]>', re.DOTALL)
 
 
-def read(path: Path) -> Image:
+def read(files: Sequence[Path]) -> Image:
     """Read one NIfTI file.
 
-    Rules: 4D is read when it holds one volume; slope 0 or NaN means no scaling; the sform wins over
-    the qform and one of the two must be set; pixdim must be > 0 and agree with the affine to 5 %.
+    Rules: 4D is read when it holds one volume. Slope 0 or NaN means no scaling. One of sform and
+    qform must be set; where both are, the sform is used. pixdim must be > 0 and agree with the
+    affine to 5 %.
 
     Args:
-        path: the file.
+        files: path of the file, alone.
     Returns:
         The voxels with scaling and affine, turned from NIfTI's RAS to LPS.
     Raises:
         Refused: truncated, corrupt, not_3d, not_scalar, bad_affine, bad_spacing, no_orientation,
             bad_shape.
     """
+    (path,) = files
     head = read_head(path, 540)
     header = _parse(path, head)
     shape = _shape(header)
     affine = _affine(header)
-    expected = int(header.get_data_offset()) + header.get_data_dtype().itemsize * int(
-        np.prod(shape, dtype=np.int64)
-    )
+    offset = int(header.get_data_offset())
+    expected = offset + header.get_data_dtype().itemsize * math.prod(shape)
     if is_gzip(path):
         data = inflate(path, 0, expected)
     else:
@@ -55,21 +55,14 @@ def read(path: Path) -> Image:
     header.set_data_shape(shape)
     voxels = header.raw_data_from_fileobj(io.BytesIO(data))
     slope, intercept = header.get_slope_inter()
-    names = tuple(
-        (int(key), name.decode("utf-8", "replace"))
-        for key, name in _LABEL.findall(data[: _offset(header)])
-    )
+    table = _LABEL.findall(data[:offset])  # extensions lie between header and voxels
     return Image(
         voxels_IJK=voxels,
         affine=affine,
         slope=1.0 if slope is None else float(slope),
         intercept=0.0 if intercept is None else float(intercept),
-        names=names,
+        names=tuple((int(key), name.decode("utf-8", "replace")) for key, name in table),
     )
-
-
-def _offset(header: nibabel.Nifti1Header) -> int:
-    return int(header.get_data_offset())
 
 
 def _parse(path: Path, head: bytes) -> nibabel.Nifti1Header:
@@ -99,7 +92,7 @@ def _parse(path: Path, head: bytes) -> nibabel.Nifti1Header:
             code = int(header["datatype"])
             raise Refused(
                 "not_scalar",
-                f"voxels are {_RGB_CODES.get(code, 'complex')}; a scan has one real value each",
+                f"voxels are {_RGB_CODES.get(code, 'complex')}; rule: one real value per voxel",
             )
         return header
     raise Refused("corrupt", f"{path.name} does not start with a NIfTI header")
@@ -112,11 +105,11 @@ def _shape(header: nibabel.Nifti1Header) -> tuple[int, int, int]:
         raise Refused("corrupt", f"dim[0] is {num_dims}; rule: 1 to 7")
     sizes = tuple(int(size) for size in header["dim"][1 : num_dims + 1])
     if len(sizes) < 3:
-        raise Refused("not_3d", f"the image has {len(sizes)} axes ({sizes}); a scan has three")
+        raise Refused("not_3d", f"the image has {len(sizes)} axes {sizes}; rule: three")
     if any(size > 1 for size in sizes[3:]):
         raise Refused(
             "not_3d",
-            f"the file holds {int(np.prod(sizes[3:]))} volumes {sizes}; split it, one scan a file",
+            f"the file holds {math.prod(sizes[3:])} volumes {sizes}; split it, one file per scan",
         )
     check_shape(sizes[:3])
     return sizes[0], sizes[1], sizes[2]
@@ -137,13 +130,14 @@ def _affine(header: nibabel.Nifti1Header) -> np.ndarray:
             or sum(q * q for q in quaternion) > 1.0 + 1e-3
         ):
             raise Refused(
-                "bad_affine", f"qform quaternion {quaternion}, offset {offsets} is no rotation"
+                "bad_affine",
+                f"qform quaternion {quaternion} with offset {offsets} is not a rotation",
             )
         affine = np.asarray(header.get_qform(), dtype=np.float64)
     else:
         raise Refused(
             "no_orientation",
-            "sform_code and qform_code are 0, so left and right are unknown; set one",
+            "sform_code and qform_code are 0, so left and right are unknown; set one of them",
         )
     if not np.isfinite(affine).all():
         raise Refused("bad_affine", "the affine holds NaN or infinity")
@@ -151,7 +145,7 @@ def _affine(header: nibabel.Nifti1Header) -> np.ndarray:
     if (np.abs(norms - pixdim) > 0.05 * pixdim).any():
         raise Refused(
             "bad_spacing",
-            f"pixdim {pixdim.tolist()} and affine {norms.round(4).tolist()} differ by > 5 %",
+            f"pixdim {pixdim.tolist()} and affine {norms.round(4).tolist()} differ by over 5 %",
         )
     unit = int(header["xyzt_units"]) & 7
     affine[:3] *= _MM_PER_UNIT.get(unit, 1.0)

@@ -1,4 +1,4 @@
-"""What every reader hands to `tapct.data.ingest`, and the integrity checks that they share.
+"""What every reader returns, and the checks of integrity that readers share.
 
 Axes: I J K are the file's own axes, fastest first; positions are LPS millimetres as in DICOM.
 """
@@ -14,41 +14,38 @@ import numpy as np
 
 from tapct.types import Refused
 
-MAX_VOXELS = (
-    2**32
-)  # a header that claims more is broken: 65k slices of 256 x 256, or 16k of 512 x 512
+# a header that claims more is broken: 65k slices of 256 x 256, or 16k of 512 x 512
+MAX_VOXELS = 2**32
 _CHUNK = 1 << 20
 
 
 @dataclass(frozen=True)
 class Header:
-    """What a file says about its scan, as it says it; `ingest` hashes the identifiers and cleans
-    the rest.
+    """What a file says about its scan, as text; empty where it says nothing.
+
+    `headers` cleans it, and `patients` hashes the identifier.
     """
 
     patient_id: str = ""
-    study_uid: str = ""
-    series_uid: str = ""
     study_date: str = ""
-    modality: str = ""  # empty where the file does not say
+    modality: str = ""
     manufacturer: str = ""
     kernel: str = ""
     sex: str = ""
     age: str = ""
-    body_part: str = ""
 
 
 @dataclass(frozen=True)
 class Image:
-    """Voxels as stored, with the way to HU and to space.
+    """Voxels as the file stores them, and how they become HU at a place in space.
 
     Args:
-        voxels_IJK: any real dtype; the values in HU are voxels * slope + intercept.
-        affine: float64 4x4, (i, j, k, 1) -> LPS mm.
+        voxels_IJK: voxels of any real dtype; their HU are voxels * slope + intercept.
+        affine: float64 4x4 matrix, (i, j, k, 1) -> LPS mm.
         slope: factor to HU, unitless.
         intercept: offset in HU.
         header: what the file says about its scan.
-        names: label value and name where the file holds a table of labels.
+        names: label value and name, where the file holds a table of labels.
     """
 
     voxels_IJK: np.ndarray
@@ -60,13 +57,13 @@ class Image:
 
 
 def one_line(text: object, limit: int = 200) -> str:
-    """Any message as one short line."""
+    """A message as one line of at most `limit` characters."""
     line = " ".join(str(text).split())
     return line if len(line) <= limit else line[: limit - 3] + "..."
 
 
 def is_gzip(path: Path) -> bool:
-    """Whether the content (not the name) is a gzip stream."""
+    """Whether the content, not the name, is a gzip stream."""
     with path.open("rb") as file:
         return file.read(2) == b"\x1f\x8b"
 
@@ -88,13 +85,14 @@ def read_head(path: Path, num_bytes: int) -> bytes:
 
 
 def inflate(path: Path, offset: int, expected: int) -> bytes:
-    """Decompress the gzip or zlib stream(s) at `offset`, to their very end, so that checksum and
-    length are verified.
+    """Decompress the gzip or zlib streams at `offset` to their end, so that checksum and length are
+    verified.
 
     Args:
-        path: the file.
+        path: path of the file.
         offset: byte at which the compressed data starts.
-        expected: bytes that the header asks for; what follows them is checked but not kept.
+        expected: number of bytes that the header promises; what follows them is checked but not
+            kept.
     Returns:
         The first `expected` bytes.
     Raises:
@@ -102,9 +100,8 @@ def inflate(path: Path, offset: int, expected: int) -> bytes:
     """
     kept = bytearray()
     whole = False
-    stream = zlib.decompressobj(
-        47
-    )  # 47: gzip or zlib header, found by itself; the trailer is verified
+    # 47: zlib recognises a gzip or zlib header by itself and verifies the trailer
+    stream = zlib.decompressobj(47)
     with path.open("rb") as file:
         file.seek(offset)
         chunk = file.read(_CHUNK)
@@ -126,23 +123,25 @@ def inflate(path: Path, offset: int, expected: int) -> bytes:
     if not whole or len(kept) < expected:
         raise Refused(
             "truncated",
-            f"{path.name} ends after {len(kept)} of {expected} bytes of voxels and header; copy "
+            f"{path.name} ends after {len(kept)} of {expected} bytes of header and voxels; copy "
             "it again",
         )
     return bytes(kept)
 
 
-def check_size(path: Path, found: int, expected: int) -> None:
-    """Refuse a file that holds fewer bytes than its header asks for."""
-    if found < expected:
-        raise Refused("truncated", f"{path.name} holds {found} of {expected} bytes; copy it again")
+def check_size(path: Path, num_bytes: int, expected: int) -> None:
+    """Refuse a file that holds fewer bytes than its header promises."""
+    if num_bytes < expected:
+        raise Refused(
+            "truncated", f"{path.name} holds {num_bytes} of {expected} bytes; copy it again"
+        )
 
 
 def check_shape(shape: tuple[int, ...]) -> None:
     """Refuse sizes that no scan has.
 
     Args:
-        shape: voxels along I, J, K.
+        shape: number of voxels along I, J, K.
     """
     if any(size < 1 for size in shape) or math.prod(shape) > MAX_VOXELS:
         raise Refused(

@@ -1,5 +1,4 @@
-"""Organ segmentation by a linear decoder on frozen features: one 1x1x1 convolution, the same
-treatment for every model.
+"""Organ segmentation by a linear decoder on frozen features: one 1x1x1 convolution per model.
 
 Axes: N patches in (z, y, x) raster order, K training patches, D channels, C classes, V label values
 of one scan, Z Y X voxels or patches. Class 0 is the air outside, class 1 the rest of the body, then
@@ -9,8 +8,8 @@ the organs.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from torch.nn import functional as F
 from tapct.base.exits import UserError
 from tapct.config import setting
 from tapct.eval import pictures
+from tapct.eval.contract import Breakdown, Headline, Labels, ScanScore, Task, TaskResults
 from tapct.eval.features import DenseFeatures, PatchGrid
 from tapct.eval.scans import LabelledScan
 from tapct.eval.truth import OUTSIDE, PatchTruth, patch_truth
@@ -32,13 +32,13 @@ _OUTSIDE, _BODY = "outside", "body"
 
 @dataclass(frozen=True)
 class Config:
-    """Settings of the linear decoder and of what counts."""
+    """Settings of the linear decoder and of its classes."""
 
     resolution: str = setting(
         "voxel",
-        "headline Dice, and what the decoder learns: `voxel` learns label shares of patches and "
-        "judges upsampled "
-        "logits on the scan's own voxels, `patch` learns and judges majority labels of patches",
+        "resolution of the headline Dice and of the training targets: `voxel` learns label shares "
+        "of patches and evaluates upsampled logits on the scan's own voxels, `patch` learns and "
+        "evaluates majority labels of patches",
         choices=RESOLUTIONS,
     )
     organs: tuple[str, ...] = setting(
@@ -75,34 +75,34 @@ class Decoder:
 
 @dataclass(frozen=True)
 class Prediction:
-    """A decoder's answer for one scan: class index (uint16) of every voxel of the scan as read."""
+    """A decoder's prediction: class index (uint16) of every voxel of the scan as read."""
 
     classes_ZYX: np.ndarray
 
 
 def fit_decoder(features_KD: Tensor, target_KC: Tensor, *, l2: float, steps: int) -> Decoder:
-    """Class-balanced multinomial regression by full-batch L-BFGS; convex, deterministic, same
-    budget for all.
+    """Fit a class-balanced multinomial regression by full-batch L-BFGS: convex and deterministic.
 
-    Minimises the mean over classes of the mean cross-entropy of that class, plus l2 / 2 *
-    |weights|^2 on standardised features. Neighbouring voxels and channels are strongly correlated, so the solver works in coordinates that whiten
-    the features: the minimum is the same, and raw HU reach it in a quarter of the steps.
+    Minimises the mean over classes of the mean cross-entropy of that class, plus
+    l2 / 2 * |weights|^2 on standardised features. Neighbouring voxels and channels are strongly
+    correlated, so the solver works in coordinates that whiten the features: the minimum is the
+    same, and raw HU reach it in a quarter of the steps.
 
     Args:
         features_KD: float32, any scale; standardised here by the class-balanced training
             statistics.
-        target_KC: float32 >= 0, how much of each patch is which class, times how many patches it
-            stands for.
-        steps: L-BFGS iterations.
+        target_KC: float32 >= 0, share of each class in each patch, times the number of patches
+            that it stands for.
+        l2: weight of the penalty.
+        steps: L-BFGS iterations, the same number for every model.
     """
     mass_C = target_KC.sum(0)
     balanced_KC = target_KC / (mass_C.clamp_min(1e-12) * int((mass_C > 0).sum()))
     share_K1 = balanced_KC.sum(1, keepdim=True)
     mean_D = (features_KD * share_K1).sum(0)
     std_D = ((features_KD - mean_D).square() * share_K1).sum(0).sqrt()
-    std_D = std_D.clamp_min(
-        1e-6 * max(float(std_D.max()), 1e-30)
-    )  # a constant channel says nothing: keep it near 0
+    # a constant channel carries no information: keep it near 0
+    std_D = std_D.clamp_min(1e-6 * max(float(std_D.max()), 1e-30))
     x_KD = (features_KD - mean_D) / std_D
     whiten_DD = _whitening((x_KD * share_K1).T @ x_KD, 10 * l2)
     white_KD = x_KD @ whiten_DD
@@ -111,9 +111,14 @@ def fit_decoder(features_KD: Tensor, target_KC: Tensor, *, l2: float, steps: int
     code_CD = torch.zeros(target_KC.shape[1], x_KD.shape[1], device=x_KD.device)
     bias_C1 = torch.zeros(target_KC.shape[1], 1, device=x_KD.device)
     solver = torch.optim.LBFGS(
-        [code_CD, bias_C1], max_iter=steps, max_eval=2 * steps, history_size=20, tolerance_grad=1e-9,
-        tolerance_change=1e-12, line_search_fn="strong_wolfe",
-    )  # fmt: skip
+        [code_CD, bias_C1],
+        max_iter=steps,
+        max_eval=2 * steps,
+        history_size=20,
+        tolerance_grad=1e-9,
+        tolerance_change=1e-12,
+        line_search_fn="strong_wolfe",
+    )
 
     def objective() -> Tensor:
         weight_CD = code_CD @ whiten_DD.T
@@ -147,17 +152,17 @@ def dice_from_confusion(confusion_CC: np.ndarray, class_index: int) -> float:
     return 2 * hit / total if total else float("nan")
 
 
-class Segmentation:
-    """The task: `truth` once per scan, `learn` on train scans, `fit`, `judge` on test scans,
-    `results`.
-
-    State grows with the training patches that are kept, never with whole scans.
+class Segmentation(Task[PatchTruth, Prediction]):
+    """Find organs in frozen features. State grows with the training patches that are kept, never
+    with whole scans.
     """
 
-    def __init__(self, config: Config, seed: int, num_train: int) -> None:
+    labels = Labels.VOXELS
+
+    def __init__(self, config: Config, seed: int) -> None:
         self.config = config
         self.seed = seed
-        self.tokens_per_scan = max(1, config.max_tokens // num_train)
+        self.tokens_per_scan = config.max_tokens
         self.classes: tuple[str, ...] = ()
         self.organs: tuple[str, ...] = ()
         self._decoders: dict[str, Decoder] = {}
@@ -165,9 +170,13 @@ class Segmentation:
         self._targets: dict[str, tuple[Tensor, tuple[int, ...], dict[int, str]]] = {}
         self._dice: dict[tuple[str, str], dict[str, dict[str, float]]] = {}
 
+    def begin(self, num_train: int) -> None:
+        """Divide the training patches equally among the training scans."""
+        self.tokens_per_scan = max(1, self.config.max_tokens // num_train)
+
     def truth(self, scan: LabelledScan, grid: PatchGrid, in_play_Z: np.ndarray) -> PatchTruth:
-        """What the labels say on the patch grid; the same for every model."""
-        body_labelled = self._body_labelled(dict(scan.labels.names))
+        """Count the labels on the patch grid; the same for every model."""
+        body_labelled = self._body_labelled(dict(scan.label_map.names))
         return patch_truth(scan, grid, body_labelled=body_labelled, in_play_Z=in_play_Z)
 
     def learn(self, model: str, dense: DenseFeatures, truth: PatchTruth) -> None:
@@ -194,15 +203,12 @@ class Segmentation:
         targets = []
         for target_KV, values, names in self._targets.values():
             # a label of the scan that lies in none of the patches kept has no mass and no class
-            found = [self._class_of(v, names) for v in values]
+            class_names = [self._class_of(value, names) for value in values]
             column_V = torch.tensor(
-                [self.classes.index(c if c in self.classes else _BODY) for c in found]
+                [self.classes.index(c if c in self.classes else _BODY) for c in class_names]
             )
-            targets.append(
-                target_KV.new_zeros(len(target_KV), len(self.classes)).index_add_(
-                    1, column_V, target_KV
-                )
-            )
+            empty_KC = target_KV.new_zeros(len(target_KV), len(self.classes))
+            targets.append(empty_KC.index_add_(1, column_V, target_KV))
         target_KC = torch.cat(targets)
         for model, features in self._features.items():
             x_KD = torch.cat(features)
@@ -214,9 +220,7 @@ class Segmentation:
         self._targets.clear()
 
     def judge(self, model: str, dense: DenseFeatures, truth: PatchTruth) -> Prediction:
-        """Predict a test scan and note its Dice at patches and at voxels, in the part that is in
-        play.
-        """
+        """Predict a test scan and keep its Dice at patches and at voxels, over the slices in play."""
         logits_CZYX = self._decoders[model].logits_CZYX(dense)
         prediction_ZYX = truth.grid.argmax_voxels(logits_CZYX)
         in_play = truth.in_play_Z[truth.grid.patch_of_voxel(0, truth.grid.original[0])]
@@ -239,7 +243,7 @@ class Segmentation:
         """True class index (uint16) of every voxel; labels that no training scan has count as
         body.
         """
-        labels: np.ndarray = self._class_index(truth)[truth.scan.labels.labels_ZYX]
+        labels: np.ndarray = self._class_index(truth)[truth.scan.label_map.labels_ZYX]
         return labels
 
     def slices_of_interest(self, truth: PatchTruth) -> tuple[int, int]:
@@ -265,30 +269,47 @@ class Segmentation:
         where = f"axial slice {at[0]}, coronal slice {at[1]} of test scan {scan.id}"
         return f"CT, truth and each model's prediction: {where}"
 
-    def results(self) -> dict[str, Any]:
-        """Per model the Dice by organ and scan; means go over the scans that have the organ, then
-        over organs.
+    def results(self) -> TaskResults:
+        """Return Dice by organ and scan; means go over the scans that have the organ, then over
+        organs.
 
         Raises:
             UserError: no organ of the decoder occurs in the test scans.
         """
-        models: dict[str, Any] = {}
+        models: dict[str, dict[str, Any]] = {}
+        scans: list[ScanScore] = []
         for (resolution, model), per_scan in self._dice.items():
-            found = {o: [dice[o] for dice in per_scan.values() if o in dice] for o in self.organs}
-            dice = {organ: float(np.mean(values)) for organ, values in found.items() if values}
-            entry = models.setdefault(model, {})
+            dice = self._mean_by_organ(per_scan)
             mean = float(np.mean(list(dice.values()))) if dice else None
+            entry = models.setdefault(model, {})
             entry[f"mean_dice_{resolution}"] = mean
             entry[f"dice_{resolution}"] = dice
             if resolution == self.config.resolution:
                 if mean is None:
                     raise UserError(
                         f"none of the organs that the decoder learned ({', '.join(self.organs)}) "
-                        "occurs in the test "
-                        "scans. Give labels to more scans, or change eval.seed."
+                        "occurs in the test scans. Give labels to more scans, or change eval.seed."
                     )
-                entry.update(mean_dice=mean, dice=dice, per_scan=per_scan)
-        return {"organs": list(self.organs), "resolution": self.config.resolution, "models": models}
+                entry.update(mean_dice=mean, dice=dice)
+                for scan, parts in per_scan.items():
+                    value = float(np.mean(list(parts.values()))) if parts else float("nan")
+                    scans.append(ScanScore(scan, model, value, parts))
+        dice_of = {model: entry["dice"] for model, entry in models.items()}
+        return TaskResults(models, tuple(scans), _by_organ(self.organs, dice_of))
+
+    def headline(self) -> Headline:
+        """Return the mean Dice over organs, at the resolution of the config."""
+        models = self.results().models
+        values = {model: float(entry["mean_dice"]) for model, entry in models.items()}
+        return _headline(values, self.config.resolution)
+
+    def _mean_by_organ(self, per_scan: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+        dice: dict[str, float] = {}
+        for organ in self.organs:
+            values = [parts[organ] for parts in per_scan.values() if organ in parts]
+            if values:
+                dice[organ] = float(np.mean(values))
+        return dice
 
     def _confusion(self, truth: np.ndarray, prediction: np.ndarray) -> np.ndarray:
         num = len(self.classes)
@@ -306,9 +327,9 @@ class Segmentation:
         organs = tuple(name for name in ordered if name not in (_OUTSIDE, _BODY))
         if not organs:
             raise UserError(
-                f"no organ label occurs in the training scans (found: {', '.join(ordered)}). "
+                f"no organ label occurs in the training scans (they have: {', '.join(ordered)}). "
                 "Check the label maps, or "
-                f"task.organs, which is [{', '.join(self.config.organs)}]."
+                f"eval.tasks.segmentation.organs, which is [{', '.join(self.config.organs)}]."
             )
         return (_OUTSIDE, _BODY, *organs), organs
 
@@ -340,11 +361,62 @@ class Segmentation:
         return table
 
 
-def build(config: Config, *, seed: int, num_train: int) -> Segmentation:
-    """The task of one evaluation.
+def _headline(values: Mapping[str, float], resolution: str) -> Headline:
+    meaning = (
+        "Dice of a linear decoder on frozen features, mean over organs, counted at "
+        f"{resolution} resolution. Everything but the backbone is equal."
+    )
+    return Headline("mean Dice", values, "higher", meaning, (0.0, 1.0))
+
+
+def _by_organ(organs: Sequence[str], dice_of: Mapping[str, Mapping[str, float]]) -> Breakdown:
+    """Rows of organs from the Dice of each model."""
+    values: dict[str, dict[str, float]] = {}
+    for organ in organs:
+        values[organ] = {model: dice[organ] for model, dice in dice_of.items() if organ in dice}
+    return Breakdown("Dice of each organ", "organ", values)
+
+
+def section_from_schema_1(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Bring results.json of schema 1, which held this task alone, into the form of schema 2.
 
     Args:
-        seed: of the choice of training patches.
-        num_train: scans that will be learned from.
+        content: the whole file.
+    Returns:
+        The section of this task.
     """
-    return Segmentation(config, seed, num_train)
+    models: Mapping[str, Any] = content["models"]
+    organs = content.get("organs") or []
+    if not organs:
+        for numbers in models.values():
+            organs += [organ for organ in numbers.get("dice", {}) if organ not in organs]
+    scans = []
+    for model, numbers in models.items():
+        for scan, parts in numbers.get("per_scan", {}).items():
+            dice = [value for value in parts.values() if isinstance(value, float)]
+            mean = float(np.mean(dice)) if dice else float("nan")
+            scans.append(asdict(ScanScore(scan, model, mean, parts)))
+    means = {model: numbers.get("mean_dice") for model, numbers in models.items()}
+    dice_of = {model: numbers.get("dice", {}) for model, numbers in models.items()}
+    split = content.get("split", {})
+    return {
+        "config": content.get("task_config", {}),
+        "labels": Labels.VOXELS.value,
+        "num_train": len(split.get("train", ())),
+        "num_test": len(split.get("test", ())),
+        "headline": asdict(_headline(means, content.get("resolution", "voxel"))),
+        "models": models,
+        "breakdown": asdict(_by_organ(organs, dice_of)),
+        "scans": scans,
+        "pictures": content.get("overlays", []),
+    }
+
+
+def build(config: Config, *, seed: int) -> Segmentation:
+    """Make the task of one evaluation.
+
+    Args:
+        config: settings of the decoder.
+        seed: random seed of the choice of training patches.
+    """
+    return Segmentation(config, seed)

@@ -10,7 +10,10 @@ import pytest
 import SimpleITK
 from scan_files import noise_ct, save_labels, save_scan
 
-from tapct.data import index
+from tapct.data import index, labels
+from tapct.data.discover import find_sources
+from tapct.data.labels import pairing
+from tapct.data.labels.archive import FindLabels, LabelArchive
 
 
 @pytest.mark.parametrize(
@@ -97,3 +100,43 @@ def test_labels_that_do_not_fit_are_not_used_and_the_row_says_why(
     (row,) = index.build(tmp_path / "a", tmp_path / "m.parquet").rows
     assert (row.status, row.label_path) == ("accepted", "")
     assert "c1_seg.nii.gz" in row.detail
+
+
+def test_every_layout_file_is_listed() -> None:
+    files = {path.stem for path in Path(labels.__file__).parent.glob("*.py")}
+    listed = {build.__module__.rpartition(".")[2] for build in pairing.LAYOUTS}
+    assert listed == files - {"__init__", "archive", "pairing"}
+
+
+def test_the_first_layout_that_finds_a_file_wins(tmp_path: Path) -> None:
+    """One scan with labels in all three places; each place is removed in turn."""
+    root = tmp_path / "a"
+    save_scan(root / "images" / "c1.nii.gz", noise_ct(1))
+    places = [
+        save_labels(tmp_path / "given" / "images" / "c1.nii.gz"),
+        save_labels(root / "labels" / "c1.nii.gz"),
+        save_labels(root / "images" / "c1_seg.nii.gz"),
+    ]
+    scan = root / "images" / "c1.nii.gz"
+    for path in places:
+        pairs = pairing.pair_labels(find_sources(root), root, tmp_path / "given")
+        assert pairs.label_of == {scan: path}
+        path.unlink()
+    pairs = pairing.pair_labels(find_sources(root), root, tmp_path / "given")
+    assert not pairs.label_of and not pairs.label_files
+
+
+def test_a_layout_that_is_added_to_the_list_finds_labels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the docstring of `tapct.data.labels` promises: a layout c1/ct and c1/organs."""
+    root = tmp_path / "a"
+    save_scan(root / "c1" / "ct.nii.gz", noise_ct(1))
+    save_labels(root / "c1" / "organs.nii.gz")
+
+    def build(archive: LabelArchive) -> FindLabels:
+        return lambda scan: archive.files.get((archive.folder_of(scan), "organs"))
+
+    monkeypatch.setattr(pairing, "LAYOUTS", (*pairing.LAYOUTS, build))
+    (row,) = index.build(root, tmp_path / "m.parquet").rows
+    assert (row.path, row.label_path) == ("c1/ct.nii.gz", "c1/organs.nii.gz")

@@ -1,11 +1,13 @@
-"""Run one function over many inputs in processes; an input that kills its worker does not end the
-run.
+"""Apply one function to many inputs in worker processes, and survive an input that ends its worker.
+
+The workers of `tapct index` and `tapct pack` are these processes. The loader of a training run has
+threads instead (`data.loader.workers`).
 """
 
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from typing import TypeVar
@@ -19,17 +21,17 @@ def map_unordered(
     inputs: Sequence[In],
     workers: int,
     on_crash: Callable[[In], Out],
-) -> Iterator[tuple[int, Out]]:
-    """Yield (index, result) as they become ready.
+) -> Generator[tuple[int, Out], None, None]:
+    """Yield (index of the input, result) in the order in which the results become ready.
 
     When a worker dies (a reader library crashed, memory ran out), the inputs in flight are tried
-    again one by one, and only the one that kills its worker again gets `on_crash`.
+    again one by one, and `on_crash` gives the result of the one that ends its worker again.
 
     Args:
-        function: picklable; it must not raise.
-        inputs: picklable.
-        workers: processes; 0 or 1 runs in this process, without protection.
-        on_crash: makes the result of an input that ends its process.
+        function: function that can be pickled and does not raise.
+        inputs: values that can be pickled.
+        workers: number of processes; 0 or 1 runs in this process, without protection.
+        on_crash: function that makes the result of an input that ends its process.
     """
     if workers <= 1:
         yield from ((index, function(item)) for index, item in enumerate(inputs))
@@ -51,11 +53,15 @@ def _run_pool(
     todo: list[int],
     suspects: list[int],
     workers: int,
-) -> Iterator[tuple[int, Out]]:
-    """Take indices from the end of `todo` until it is empty or a worker dies; `suspects` gets those
-    then in flight.
+) -> Generator[tuple[int, Out], None, None]:
+    """Process indices from the end of `todo` until it is empty or a worker dies.
+
+    Args:
+        function, inputs, workers: as in `map_unordered`.
+        todo: list of indices; those that were given to a worker are removed.
+        suspects: list that receives the indices in flight when a worker died.
     """
-    # forkserver: a fork of this process would copy locks that its other threads hold
+    # forkserver: a fork of this process would copy the locks that its other threads hold
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([function.__module__])
     in_flight: dict[Future[Out], int] = {}

@@ -1,0 +1,176 @@
+"""Write files and folders whole or not at all, and name their content by a hash.
+
+A new file is written beside its final place under a temporary name, forced to the disk, and renamed.
+A reader therefore sees the old content or the new content, never a part of either, and a crash at any
+instant leaves the old content in place. A process that is killed while it writes leaves a hidden
+`.NAME.*.tmp`, which nothing reads.
+
+Rules:
+    permissions   those of a file that `open` creates: 0666, or 0777 for a folder, less the umask
+    symlinks      followed: the link stays, and what it points to is replaced
+    full disk     OSError that names the final path; the temporary file is removed
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+TEMPORARY_SUFFIX = ".tmp"
+_BLOCK_BYTES = 1 << 20
+
+
+def write_atomically(path: Path, content: bytes | str) -> None:
+    """Write a file whole or not at all, and replace the one of that name.
+
+    Args:
+        path: file to write, in a folder that exists; a symlink is followed.
+        content: new content; text is encoded as UTF-8.
+    Raises:
+        OSError: disk full or folder not writable; the old file is unchanged and nothing is left
+            beside it.
+    """
+    with replacing(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """Open a new binary file that replaces `path` when the block ends without an error.
+
+    Args:
+        path: file to write, in a folder that exists; a symlink is followed.
+    Yields:
+        File object under a temporary name in the same folder.
+    Raises:
+        OSError: disk full or folder not writable; the old file is unchanged and nothing is left
+            beside it.
+    """
+    final = _behind_links(path)
+    aside = _aside(final)
+    try:
+        with open(aside, "xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, final)
+        sync(final.parent)
+    except OSError as error:
+        _explain(error, aside, path)
+        raise
+    finally:
+        with contextlib.suppress(OSError):
+            aside.unlink()
+
+
+@contextmanager
+def replacing_folder(path: Path) -> Iterator[Path]:
+    """Make a new folder that replaces `path` when the block ends without an error.
+
+    Args:
+        path: folder to write; parents are made; a symlink is followed.
+    Yields:
+        Empty folder under a temporary name beside `path`.
+    Raises:
+        OSError: disk full or folder not writable; the old folder is unchanged and nothing is left
+            beside it.
+    """
+    final = _behind_links(path)
+    aside = _aside(final)
+    try:
+        aside.mkdir(parents=True)
+        yield aside
+        put_in_place(aside, final)
+    except OSError as error:
+        _explain(error, aside, path)
+        raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def put_in_place(aside: Path, final: Path) -> None:
+    """Force a finished folder to the disk and rename it; an older folder of that name is removed.
+
+    No system call that Python offers exchanges two folders. The older folder is renamed first, so
+    for an instant `final` does not exist; a crash just then leaves both under temporary names.
+
+    Args:
+        aside: complete folder on the same file system.
+        final: path that it gets.
+    Raises:
+        OSError: the disk does not take it; the older folder is in its place.
+    """
+    for place, _, names in os.walk(aside, topdown=False):
+        for name in names:
+            sync(Path(place, name))
+        sync(Path(place))
+    old = _aside(final)
+    if final.exists():
+        os.replace(final, old)
+    try:
+        os.replace(aside, final)
+    except OSError:
+        if old.exists():
+            os.replace(old, final)
+        raise
+    sync(final.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def sync(path: Path) -> None:
+    """Force a file, or the list of names in a folder, to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        # some network file systems cannot sync a folder; its files have been synced all the same
+        if error.errno != errno.EINVAL or not path.is_dir():
+            raise
+    finally:
+        os.close(handle)
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file's content."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def first_cause(error: BaseException) -> str:
+    """One line with the innermost reason of a failed write, for the end of an error message."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    if isinstance(error, OSError) and error.errno in NO_SPACE:
+        return "no space left on the disk"
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+def _behind_links(path: Path) -> Path:
+    return Path(os.path.realpath(path))
+
+
+def _aside(final: Path) -> Path:
+    # random and not the process id: containers on two nodes often have the same ids
+    return final.with_name(f".{final.name}.{secrets.token_hex(4)}{TEMPORARY_SUFFIX}")
+
+
+def _explain(error: OSError, aside: Path, path: Path) -> None:
+    """Name the final path, which people know, in place of the temporary one, and the next step."""
+    if error.filename is None or str(error.filename).startswith(str(aside)):
+        error.filename, error.filename2 = str(path), None
+    if error.errno in NO_SPACE:
+        error.strerror = (
+            "no space left on the disk, so nothing was written; free some and run the command again"
+        )

@@ -1,0 +1,157 @@
+"""Commands that make and prepare data: `phantom`, `index` and `pack`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tapct.base import console, exits
+from tapct.cli.app import CPUS, Workers, app, examples
+
+
+@app.command(epilog=examples("tapct phantom --out data/archive --num 40"))
+def phantom(
+    out: Annotated[Path, typer.Option(metavar="FOLDER", help="folder to create for the archive")],
+    num: Annotated[int, typer.Option(metavar="N", help="number of scans", min=1)] = 40,
+    seed: Annotated[
+        int,
+        typer.Option(metavar="N", help="random seed; the same seed gives the same archive", min=0),
+    ] = 0,
+) -> None:
+    """Create a synthetic CT archive with organ labels."""
+    from tapct.data.phantom import archive as maker
+
+    with console.progress_bar("phantom") as progress:
+        report = maker.write(out, maker.Config(num=num, seed=seed), progress)
+    console.say(
+        f"{report.scans} scans in {out}; next: tapct index {out} --out {out}/manifest.parquet"
+    )
+
+
+@app.command(
+    epilog=examples(
+        "tapct index data/archive --out data/manifest.parquet",
+        "tapct index scans --out scans.parquet --patient-regex '(sub-\\d+)'",
+    )
+)
+def index(
+    folder: Annotated[
+        Path,
+        typer.Argument(
+            metavar="FOLDER",
+            help="folder that is searched, with all folders in it, for NIfTI, NRRD, MHA and DICOM",
+        ),
+    ],
+    out: Annotated[Path, typer.Option(metavar="FILE", help="manifest to write, a .parquet file")],
+    labels: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="folder with label maps that have the names of the scans",
+            show_default="labels beside the scans",
+        ),
+    ] = None,
+    patient_regex: Annotated[
+        str | None,
+        typer.Option(
+            metavar="REGEX",
+            help="regular expression; group 1, matched on the file path, is the patient ID",
+        ),
+    ] = None,
+    min_depth: Annotated[
+        int, typer.Option(metavar="N", help="reject scans with fewer axial slices", min=1)
+    ] = 1,
+    workers: Workers = CPUS,
+) -> None:
+    """List the scans of a folder and check each of them.
+
+    The manifest has a row for each scan: accepted with its geometry and statistics, or rejected
+    with the reason.
+    """
+    from tapct.data.index import build
+
+    with console.progress_bar("index") as progress:
+        found = build(
+            folder,
+            out,
+            labels=labels,
+            patient_regex=patient_regex,
+            min_depth=min_depth,
+            workers=workers,
+            progress=progress,
+        )
+    console.say(
+        ", ".join(f"{count} {reason}" for reason, count in found.summary().items()) + f": {out}"
+    )
+    for row in found.rows:
+        if row.detail:
+            reason = (
+                f"refused {row.path}: {row.reason}" if row.status == "refused" else f"{row.path}"
+            )
+            console.say(f"  {reason}: {row.detail}")
+
+
+@app.command(
+    epilog=examples(
+        "tapct pack data/manifest.parquet --out data/store",
+        "tapct pack data/manifest.parquet --out data/store --verify",
+    )
+)
+def pack(
+    manifest_file: Annotated[
+        Path, typer.Argument(metavar="MANIFEST", help="manifest written by tapct index")
+    ],
+    out: Annotated[Path, typer.Option(metavar="FOLDER", help="folder of the store to write")],
+    workers: Workers = CPUS,
+    level: Annotated[
+        int,
+        typer.Option(
+            metavar="N", help="compression level; 9 gives the smallest files", min=1, max=9
+        ),
+    ] = 1,
+    verify: Annotated[
+        bool,
+        typer.Option("--verify", help="read the packed scans again and compare their digests"),
+    ] = False,
+) -> None:
+    """Compress the accepted scans into a store for fast reading.
+
+    A second call with the same store packs only the scans that are missing.
+    """
+    from tapct.data import manifest
+    from tapct.data import pack as packer
+
+    with console.progress_bar("pack") as progress:
+        found = manifest.Manifest.read(manifest_file)
+        report = packer.pack(found, out, workers=workers, level=level, progress=progress)
+    share = report.stored_bytes / max(report.voxel_bytes, 1)
+    console.say(
+        f"{len(report.packed)} packed, {report.kept} kept from before, {len(report.refused)} "
+        "refused; "
+        f"{report.stored_bytes / 1e6:.0f} MB, {share:.0%} of the voxels: {out}"
+    )
+    for scan in report.refused:
+        console.say(f"  refused {scan.path}: {scan.reason}: {scan.detail}")
+    if report.damaged:
+        console.say(f"  damaged files packed again: {', '.join(report.damaged)}")
+    if report.unlisted:
+        console.say(f"  {len(report.unlisted)} files of {out} belong to no scan of this manifest")
+    if verify:
+        verify_store(out, workers)
+
+
+def verify_store(folder: Path, workers: int) -> None:
+    """Read every scan of a store; print a line per damaged one and end with exit code 2."""
+    from tapct.data.store import Store
+    from tapct.data.verify import damaged_scans
+
+    store = Store(folder)
+    with console.progress_bar("verify") as progress:
+        damaged = damaged_scans(store, workers=workers, progress=progress)
+    console.say(f"{len(store) - len(damaged)} of {len(store)} packed scans verified: {folder}")
+    for error in damaged:
+        console.say(f"  {error}")
+    if damaged:
+        raise typer.Exit(exits.UserError.exit_code)

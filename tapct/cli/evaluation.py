@@ -1,0 +1,129 @@
+"""Commands for trained models: `eval`, `export`, `embed`, `report` and `compare`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tapct.base import console
+from tapct.cli.app import Overrides, RunFolder, app, examples
+
+
+@app.command(
+    name="eval",
+    epilog=examples(
+        "tapct eval runs/quickstart",
+        "tapct eval runs/mine 'eval.preprocess.window=[12,224,224]'",
+    ),
+)
+def evaluate(
+    run_folder: RunFolder,
+    overrides: Overrides = None,
+    step: Annotated[
+        int | None,
+        typer.Option(
+            metavar="STEP",
+            help="training step of the checkpoint to evaluate",
+            min=1,
+            show_default="the newest",
+        ),
+    ] = None,
+) -> None:
+    """Evaluate the frozen features of a run.
+
+    The same task is solved with an untrained model and with raw HU values as baselines.
+    """
+    from tapct.run import finished
+
+    evaluation = finished.evaluate(run_folder, overrides or [], step)
+    for line in evaluation.lines():
+        console.say(line)
+    console.say(
+        "results and pictures in "
+        f"{run_folder}/eval{'' if step is None else f'/steps/step_{step:08d}'}"
+    )
+
+
+@app.command(epilog=examples("tapct export runs/quickstart --out models/quickstart"))
+def export(
+    run_folder: RunFolder,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="folder to write", show_default="RUN/export"),
+    ] = None,
+) -> None:
+    """Export the weights of the teacher network.
+
+    The folder holds the weights as safetensors and config.json; tapct.load_pretrained reads it.
+    """
+    from tapct.run import finished
+
+    console.say(f"exported to {finished.export(run_folder, out)}")
+
+
+@app.command(epilog=examples("tapct embed models/quickstart scan.nii.gz --out scan.npz"))
+def embed(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="folder written by tapct export")],
+    scan: Annotated[
+        Path,
+        typer.Argument(metavar="SCAN", help="NIfTI, NRRD or MHA file, or folder of a DICOM series"),
+    ],
+    out: Annotated[
+        Path, typer.Option(metavar="FILE", help="file to write the features to, .npz")
+    ] = Path("features.npz"),
+) -> None:
+    """Compute the dense features of one scan."""
+    from tapct.data import ingest
+    from tapct.weights import pretrained as weights
+
+    pretrained = weights.load_pretrained(model)
+    pretrained.embed(ingest.read_volume(scan)).write_npz(out)
+    console.say(f"features in {out}")
+
+
+@app.command(epilog=examples("tapct report runs/quickstart"))
+def report(run_folder: RunFolder) -> None:
+    """Write an HTML report of a run.
+
+    RUN/report.html shows curves, health, timing, pictures and the config on one page.
+    """
+    from tapct.report import page
+
+    console.say(f"report: {page.write(run_folder)}")
+
+
+@app.command(
+    epilog=examples(
+        "tapct compare runs/one runs/two",
+        "tapct compare runs/* --metric loss/total --metric 'health/*' --out all.html",
+    )
+)
+def compare(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="folders of runs, e.g. runs/*")],
+    out: Annotated[Path, typer.Option(metavar="FILE", help="HTML page to write")] = Path(
+        "compare.html"
+    ),
+    metric: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="metric to draw, a name in metrics.jsonl or a pattern such as 'health/*'; "
+            "repeat the option for more",
+            show_default="losses and health",
+        ),
+    ] = None,
+) -> None:
+    """Compare runs: metrics, settings and curves.
+
+    Prints a table of metrics and of the settings in which the runs differ, and writes a page with
+    their curves.
+    """
+    from tapct.report import compare as comparing
+
+    comparison = comparing.read(runs, metric or [])
+    for note in comparison.notes:
+        console.say(note)
+    console.say(comparing.render_text(comparison, console.console().width))
+    console.say(f"curves: {comparing.write(comparison, out)}")

@@ -1,0 +1,169 @@
+"""Commands for one training run on this machine: `doctor`, `plan` and `train`."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tapct.base import console, ranks
+from tapct.cli.app import ConfigFile, Overrides, app, examples
+
+
+@app.command(
+    epilog=examples("tapct doctor", "tapct doctor smoke data.store=data/store out=runs/mine")
+)
+def doctor(
+    config: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="CONFIG",
+            help="config whose store, run folder and device are checked as well, e.g. smoke",
+        ),
+    ] = None,
+    overrides: Overrides = None,
+    store: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER", help="store to read from", show_default="data.store of the config"
+        ),
+    ] = None,
+) -> None:
+    """Check that this machine can train.
+
+    Each check prints ok, warn or fail, with a remedy. The exit code is 1 if a check fails.
+    """
+    from tapct.doctor import checkup, verdicts
+
+    found = []
+    for finding in checkup.findings(config, overrides or [], store):
+        checkup.show(finding)
+        found.append(finding)
+    console.say(verdicts.summary(found))
+    if any(finding.state == "fail" for finding in found):
+        raise typer.Exit(1)
+
+
+@app.command(
+    epilog=examples(
+        "tapct plan tap_b_3d",
+        "tapct plan tap_b_3d --memory 80 --gpus 8,16,64",
+        "tapct plan tap_b_3d --tflops 990 --utilisation 0.3",
+    )
+)
+def plan(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    gpus: Annotated[
+        str, typer.Option(metavar="N,N,...", help="GPU counts to report, e.g. 1,8,64")
+    ] = "1,2,4,8,16,32,64",
+    gpus_per_node: Annotated[
+        int,
+        typer.Option(
+            metavar="N",
+            help="GPUs of a node; with parallel.shard=0 these share one copy of the weights",
+            min=1,
+        ),
+    ] = 8,
+    memory: Annotated[
+        float | None,
+        typer.Option(
+            metavar="GB",
+            help="memory of one GPU in GB; adds a table of the largest micro-batch that fits",
+        ),
+    ] = None,
+    tflops: Annotated[
+        float | None,
+        typer.Option(
+            metavar="TFLOP/S",
+            help="sustained TFLOP/s of one GPU, or its peak if --utilisation is given; "
+            "adds a table of times",
+        ),
+    ] = None,
+    measure: Annotated[
+        bool,
+        typer.Option(
+            "--measure", help="measure the TFLOP/s and the reading speed of this machine instead"
+        ),
+    ] = False,
+    utilisation: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SHARE",
+            help="share of the TFLOP/s that training reaches, from 0 to 1",
+            show_default="1 with --tflops, 0.4 with --measure",
+        ),
+    ] = None,
+) -> None:
+    """Estimate parameters, FLOPs, memory and time of a run.
+
+    Nothing is trained. Memory and time are reported for each GPU count.
+    """
+    from tapct import config as configs
+    from tapct.plan import command
+    from tapct.run.config import RunConfig
+
+    resolved = configs.load_config(RunConfig, config, overrides or [])
+    options = command.Options(gpus, gpus_per_node, memory, tflops, measure, utilisation)
+    console.console().print(command.tables(resolved.value, options))
+
+
+@app.command(
+    epilog=examples(
+        "tapct train smoke data.store=data/store out=runs/mine",
+        "tapct train smoke 'model.patch=[4,8,8]' --print-config",
+        "torchrun --nproc-per-node 8 -m tapct train tap_b_3d out=runs/base",
+    )
+)
+def train(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    print_config: Annotated[
+        bool,
+        typer.Option(
+            "--print-config", help="print every setting and where it comes from, and exit"
+        ),
+    ] = False,
+    allow_change: Annotated[
+        bool,
+        typer.Option(
+            "--allow-change",
+            help="resume even though settings that affect training have changed",
+        ),
+    ] = False,
+    stopped_code: Annotated[
+        int,
+        typer.Option(
+            metavar="CODE",
+            help="exit code after a clean stop by a signal or time limit; for batch scripts",
+            min=0,
+            hidden=True,
+        ),
+    ] = 0,
+) -> None:
+    """Pretrain a model; the same command resumes a stopped run.
+
+    A stopped run resumes from its newest checkpoint. Under torchrun or srun the command trains on
+    all their ranks.
+    """
+    from tapct.base import signals
+
+    with signals.kept_from_children():
+        from tapct.run import pretrain
+
+        resolved = pretrain.read_config(config, overrides or [])
+        if print_config:
+            print(resolved.pretty())
+            return
+        stop = pretrain.train(resolved, allow_change)
+    if stop.signal:
+        command = shlex.join(["tapct", "train", str(config), *(overrides or [])])
+        how = "" if ranks.from_environment(os.environ).world == 1 else ", under torchrun or srun,"
+        console.say(
+            f"stopped by {stop.signal} and saved at step {stop.step}; resume{how} with: {command}"
+        )
+        # Other signals than Ctrl-C come from a scheduler, which must not see this end as a failure.
+        raise typer.Exit(130 if stop.signal == "SIGINT" else stopped_code)

@@ -1,0 +1,216 @@
+"""The contract of an evaluation task: which labels it needs, how it learns, what it measures.
+
+Axes: D channels, Z Y X depth height width in patches of the grid.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
+
+from tapct.base.exits import UserError
+
+if TYPE_CHECKING:  # the report reads headlines without loading torch
+    import numpy as np
+
+    from tapct.eval.features import DenseFeatures, PatchGrid
+    from tapct.eval.scans import LabelledScan
+
+TruthT = TypeVar("TruthT")
+PredictionT = TypeVar("PredictionT")
+
+DEFAULT_TASKS = ("segmentation",)  # on unless the config switches them off
+OWN_MODEL = "pretrained"  # every other model of an evaluation is a baseline
+DIRECTIONS = ("higher", "lower")
+
+
+class Labels(Enum):
+    """The labels that a task needs of a scan. Scans without them are skipped for that task."""
+
+    VOXELS = "voxels"  # a label map on the scan's own grid: LabelledScan.labels
+    SCAN = "scan"  # values for the scan as a whole: LabelledScan.scan_labels
+    PAIRS = "pairs"  # label maps of at least two scans of one patient: LabelledScan.patient
+    NONE = "none"
+
+
+@dataclass(frozen=True)
+class Lead:
+    """How the pretrained model compares with the best baseline.
+
+    Args:
+        own: headline value of the pretrained model; NaN where unknown.
+        gain: improvement over the best baseline, positive is better whatever the direction; NaN
+            without a baseline.
+        baseline: name of the best baseline; empty without one.
+    """
+
+    own: float
+    gain: float
+    baseline: str
+
+
+@dataclass(frozen=True)
+class Headline:
+    """The one number per model that the terminal, the report and `tapct compare` show.
+
+    Args:
+        metric: name as it is printed, e.g. `mean Dice`.
+        values: model name -> value; NaN where a model has none.
+        direction: `higher` or `lower`, whichever is better.
+        meaning: one sentence on what the number measures and how.
+        range: lowest and highest value that the metric can take, e.g. (0, 1); None where it is
+            unbounded.
+    """
+
+    metric: str
+    values: Mapping[str, float]
+    direction: str
+    meaning: str
+    range: tuple[float, float] | None = None
+
+    def __post_init__(self) -> None:
+        if self.direction not in DIRECTIONS:
+            raise UserError(
+                f"headline {self.metric!r}: direction is {self.direction!r}, must be one of "
+                f"{' or '.join(DIRECTIONS)} (whichever is better)"
+            )
+        if not self.values:
+            raise UserError(
+                f"headline {self.metric!r} has no value; give one per model that was evaluated"
+            )
+
+    def lead(self) -> Lead:
+        """Compare the pretrained model with the best baseline."""
+        sign = 1.0 if self.direction == "higher" else -1.0
+        own = self.values.get(OWN_MODEL, math.nan)
+        best, baseline = math.nan, ""
+        for model, value in self.values.items():
+            if model == OWN_MODEL or not math.isfinite(value):
+                continue
+            if not baseline or sign * value > sign * best:
+                best, baseline = value, model
+        return Lead(own, sign * (own - best), baseline)
+
+
+@dataclass(frozen=True)
+class ScanScore:
+    """One model's result on one test scan.
+
+    Args:
+        scan: scan ID.
+        model: model name.
+        value: headline metric on this scan alone; NaN where it does not exist.
+        parts: the same metric by part, e.g. by organ; may be empty.
+    """
+
+    scan: str
+    model: str
+    value: float
+    parts: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Breakdown:
+    """The headline metric by class, organ or group: one table row each, one column per model.
+
+    Args:
+        title: heading of the table, e.g. `Dice of each organ`.
+        row: what a row stands for, e.g. `organ`.
+        values: row name -> model name -> value; a model without a value is left out.
+    """
+
+    title: str
+    row: str
+    values: Mapping[str, Mapping[str, float]]
+
+
+@dataclass(frozen=True)
+class TaskResults:
+    """All numbers of a task.
+
+    Args:
+        models: model name -> aggregates over the test scans, written to results.json as they are.
+        scans: one row per test scan and model.
+        breakdown: the headline metric by class; None where the task has no classes.
+    """
+
+    models: Mapping[str, Mapping[str, Any]]
+    scans: tuple[ScanScore, ...] = ()
+    breakdown: Breakdown | None = None
+
+
+class Task(ABC, Generic[TruthT, PredictionT]):
+    """One benchmark of frozen features.
+
+    The runner reads each scan once per side of the split and computes each model's features once
+    for all tasks. It calls
+
+    0. `begin` once, with the number of training scans;
+    1. `truth` once per scan, for all models together;
+    2. `learn` for every training scan and model, then `fit` once;
+    3. `judge` for every test scan and model, and `draw` for the first few test scans;
+    4. `results` and `headline` once at the end.
+
+    A scan-level task reads `dense.cls_D` and leaves `draw` and `slices_of_interest` as they are.
+    """
+
+    labels: ClassVar[Labels]
+
+    def begin(self, num_train: int) -> None:
+        """Start with a known number of training scans; called once, before the first scan.
+
+        Args:
+            num_train: number of training scans, for tasks that keep a share of each.
+        """
+
+    @abstractmethod
+    def truth(self, scan: LabelledScan, grid: PatchGrid, in_play_Z: np.ndarray) -> TruthT:
+        """Collect what there is to know about one scan, the same for all models.
+
+        Args:
+            scan: voxels and the labels that the task declared.
+            grid: patch grid of the features.
+            in_play_Z: bool, slices of patches that belong to this side of the split; all of them
+                unless train and test share a scan.
+        """
+
+    @abstractmethod
+    def learn(self, model: str, dense: DenseFeatures, truth: TruthT) -> None:
+        """Take what is needed from one training scan for one model."""
+
+    @abstractmethod
+    def fit(self) -> None:
+        """Fit whatever is fitted, after the last training scan."""
+
+    @abstractmethod
+    def judge(self, model: str, dense: DenseFeatures, truth: TruthT) -> PredictionT:
+        """Evaluate one model on one test scan; the prediction is handed to `draw`."""
+
+    @abstractmethod
+    def results(self) -> TaskResults:
+        """Return all numbers, after the last test scan."""
+
+    @abstractmethod
+    def headline(self) -> Headline:
+        """Return the number per model that people read, after the last test scan."""
+
+    def draw(self, path: Path, truth: TruthT, predictions: Mapping[str, PredictionT]) -> str:
+        """Write a picture of one test scan.
+
+        Args:
+            path: PNG file to write; its folder may be missing.
+            truth: what `truth` returned for the scan.
+            predictions: model name -> what `judge` returned.
+        Returns:
+            The caption; empty if no picture was written.
+        """
+        return ""
+
+    def slices_of_interest(self, truth: TruthT) -> tuple[int, int] | None:
+        """Axial and coronal slice (voxels) of the feature picture; None takes the middle ones."""
+        return None

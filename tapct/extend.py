@@ -1,0 +1,110 @@
+"""The one module that a plug-in imports; what stands here keeps its name when tapct's rooms change.
+
+    every plug-in   `setting` describes a key of its `Config`; `UserError` is an error in one line
+    a loss          inherits from `Loss`; gets `TokenSets`, returns a `LossResult` of `Term`s
+    a backbone      inherits from `Backbone`; returns `Tokens`; `init` sets its first weights
+    an op on views  is an `Op`: a function of a view and its `ViewKey`
+    a task          inherits from `Task`, sets its `Labels`; gets `DenseFeatures` on a `PatchGrid`
+                    for every `LabelledScan`; returns `TaskResults` and a `Headline`
+
+| name | what it is for |
+|---|---|
+| `HeadRows` | what `Loss.prototype_rows` returns: rows that go through a loss's head |
+| `CropCost`, `LayerCost` | what `Backbone.crop_cost` returns: parameters and FLOPs for `tapct plan` |
+| `SnapshotTimes` | when a loss wants the teacher copied aside |
+| `TargetStats`, `TargetSums` | statistics of a loss's targets, from which health is logged |
+| `PrototypeHead`, `HeadConfig` | the projection head of DINO and iBOT, and its section of a config |
+| `Targets`, `TargetConfig` | a teacher's targets over prototypes: centring or Sinkhorn |
+| `prototype_loss`, `PrototypeLoss`, `pair_up` | cross-entropy over prototypes without the matrix |
+| `gather_with_gradient` | the tensors of all ranks, differentiable |
+| `Attention`, `Mlp`, `SwiGLU`, `LayerScale`, `LayerNorm`, `DropKey` | layers of a transformer |
+| `ScanScore`, `Breakdown` | a task's result on one scan; its headline metric by class |
+| `Masks`, `Volume`, `LabelMap`, `ScanFacts`, `HUContract`, `AIR_HU` | nouns that cross borders |
+| `Size3`, `Grid`, `patch_grid` | sizes in voxels, in patches, and from one to the other |
+"""
+
+from __future__ import annotations
+
+from tapct.base.exits import UserError
+from tapct.base.geometry import Grid, Size3, patch_grid
+from tapct.config import setting
+from tapct.distributed.collectives import gather_with_gradient
+from tapct.eval.contract import Breakdown, Headline, Labels, ScanScore, Task, TaskResults
+from tapct.eval.features import DenseFeatures, PatchGrid
+from tapct.eval.scans import LabelledScan
+from tapct.nn import init
+from tapct.nn.attention import Attention
+from tapct.nn.contracts import Backbone, CropCost, HeadRows, LayerCost, Loss, SnapshotTimes
+from tapct.nn.heads import Config as HeadConfig
+from tapct.nn.heads import PrototypeHead
+from tapct.nn.layers import DropKey, LayerScale, Mlp, SwiGLU
+from tapct.nn.norm import LayerNorm
+from tapct.nn.prototype_loss import PrototypeLoss, pair_up, prototype_loss
+from tapct.nn.prototypes import TargetConfig, Targets
+from tapct.types import (
+    AIR_HU,
+    HUContract,
+    LabelMap,
+    LossResult,
+    Masks,
+    ScanFacts,
+    TargetStats,
+    TargetSums,
+    Term,
+    Tokens,
+    TokenSets,
+    Volume,
+)
+from tapct.views.key import Op, ViewKey
+
+__all__ = [
+    "AIR_HU",
+    "Attention",
+    "Backbone",
+    "CropCost",
+    "Breakdown",
+    "DenseFeatures",
+    "DropKey",
+    "Grid",
+    "HUContract",
+    "Headline",
+    "HeadConfig",
+    "HeadRows",
+    "LabelMap",
+    "LabelledScan",
+    "LayerCost",
+    "Labels",
+    "LayerNorm",
+    "LayerScale",
+    "Loss",
+    "LossResult",
+    "Masks",
+    "Mlp",
+    "Op",
+    "PatchGrid",
+    "PrototypeHead",
+    "PrototypeLoss",
+    "ScanFacts",
+    "Size3",
+    "ScanScore",
+    "SnapshotTimes",
+    "SwiGLU",
+    "TargetConfig",
+    "TargetStats",
+    "TargetSums",
+    "Targets",
+    "Task",
+    "TaskResults",
+    "Term",
+    "TokenSets",
+    "Tokens",
+    "UserError",
+    "ViewKey",
+    "Volume",
+    "gather_with_gradient",
+    "init",
+    "pair_up",
+    "patch_grid",
+    "prototype_loss",
+    "setting",
+]

@@ -1,0 +1,58 @@
+"""Another scheduler needs two files: nothing else runs commands of SLURM, and the page says what
+these two offer.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import tapct
+from tapct import cluster
+from tapct.cluster import script, slurm
+
+PACKAGE = Path(tapct.__file__).parent
+COMMANDS = {"sbatch", "squeue", "scancel", "scontrol", "sinfo"}
+
+
+def runs_commands(file: Path) -> bool:
+    """Whether a text of a file is the name of a SLURM command, or a shell line that begins one."""
+    nodes = ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+    texts = [node.value for node in nodes if isinstance(node, ast.Constant)]
+    return any(text in COMMANDS or "scontrol requeue" in str(text) for text in texts)
+
+
+def test_only_two_files_of_the_cluster_run_commands_of_slurm() -> None:
+    files = {
+        str(file.relative_to(PACKAGE)) for file in PACKAGE.rglob("*.py") if runs_commands(file)
+    }
+    # the last two are named, with the reason, in the docstring of tapct.cluster
+    assert files == {
+        "cluster/slurm.py",
+        "cluster/script.py",
+        "doctor/machine.py",
+        "run/background_eval.py",
+    }
+    page = cluster.__doc__ or ""
+    assert "`doctor/machine.py`" in page and "`run/background_eval.py`" in page
+
+
+def test_the_page_names_what_a_scheduler_offers_and_who_calls_it() -> None:
+    """Every function of the two files that another file calls stands in the table."""
+    table = set(
+        re.findall(r"^    (slurm|script)\.(?!py )(\w+) ", cluster.__doc__ or "", re.MULTILINE)
+    )
+    modules = {"slurm": slurm, "script": script}
+    for name, function in table:
+        assert callable(getattr(modules[name], function))
+    called = set()
+    for file in [*PACKAGE.glob("cluster/*.py"), *PACKAGE.glob("cli/*.py")]:
+        if file.name in ("slurm.py", "script.py"):
+            continue
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+                owner = node.func.value
+                if isinstance(owner, ast.Name) and owner.id in modules:
+                    called.add((owner.id, node.func.attr))
+    assert called == table
