@@ -333,7 +333,7 @@ class VisionTransformer(Backbone):
         self, crops: Sequence[Tensor], masks: Sequence[Tensor | None], grids: Sequence[Grid]
     ) -> tuple[Tensor, Spans]:
         """Tokens of all groups with their positions: (T, D), and how they are packed."""
-        cls_11D = self.cls_token
+        cls_11D: Tensor = self.cls_token
         if self.pos_embed is not None:
             cls_11D = cls_11D + self.pos_embed[:, :1]
         packed, spans = [], []
