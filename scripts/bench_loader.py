@@ -33,12 +33,13 @@ from tapct.base import exits
 from tapct.base.files import write_atomically
 from tapct.data import loader
 from tapct.data.packed import encode
+from tapct.data.slabs import draw_slab
 from tapct.data.store import INDEX_NAME, Store, StoredScan, index_bytes
 from tapct.types import Volume
 
 CASES = {"24x512x512": ((96, 512, 512), 24), "16x256x256": ((96, 256, 256), 16)}
 NUM_SCANS, BATCH, LEVEL = 4, 4, 1
-WORKERS = (("thread", 0), ("thread", 1), ("thread", 2), ("process", 2))
+WORKERS = (0, 1, 2)
 
 
 def make_scan(shape_ZYX: tuple[int, int, int], seed: int) -> np.ndarray:
@@ -70,8 +71,8 @@ Reader = Callable[[int], None]  # reads so many steps
 
 
 @contextmanager
-def from_loader(store: Store, depth: int, backend: str, workers: int) -> Iterator[Reader]:
-    config = loader.Config(slab_depth=depth, backend=backend, workers=workers)
+def from_loader(store: Store, depth: int, workers: int) -> Iterator[Reader]:
+    config = loader.Config(slab_depth=depth, workers=workers)
     with loader.build(config, store, seed=0, global_batch=BATCH) as batches:
 
         def read(num_steps: int) -> None:
@@ -89,7 +90,7 @@ def from_npy(files: list[Path], store: Store, depth: int) -> Iterator[Reader]:
     def read(num_steps: int) -> None:
         for step in itertools.islice(steps, num_steps):
             slabs = [
-                loader.draw_slab(sample, store, 0, depth)
+                draw_slab(sample, store, 0, depth)
                 for sample in range(step * BATCH, (step + 1) * BATCH)
             ]
             hu_BZYX = torch.empty((BATCH, depth, *maps[0].shape[1:]), dtype=torch.int16).numpy()
@@ -174,15 +175,11 @@ def run_case(name: str, folder: Path, num_steps: int) -> dict[str, Any]:
     for file, scan_ZYX in zip(files, scans):
         np.save(file, scan_ZYX)
     store = write_store(folder / "store", scans, LEVEL)
-    print(
-        f"\nslab {name}, batch {BATCH}; the processor time of worker processes is not in the table"
-    )
+    print(f"\nslab {name}, batch {BATCH}")
     with ExitStack() as stack:
         readers = {"npy": stack.enter_context(from_npy(files, store, depth))}
-        for backend, workers in WORKERS:
-            readers[f"{backend} {workers}"] = stack.enter_context(
-                from_loader(store, depth, backend, workers)
-            )
+        for workers in WORKERS:
+            readers[f"{workers} threads"] = stack.enter_context(from_loader(store, depth, workers))
         found = measure(readers, num_steps)
     show(found)
     case: dict[str, Any] = {"loader": found, "levels": levels(scans[0], depth, folder)}

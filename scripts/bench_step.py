@@ -39,7 +39,7 @@ from tapct.engine import loop, metrics, optim, recompute
 from tapct.plan import command
 from tapct.run import provenance
 from tapct.run.config import RunConfig
-from tapct.ssl.schedules import Schedules
+from tapct.run.pretrain import stage_of
 from tapct.ssl.student_teacher import StudentTeacher
 from tapct.types import Batch
 
@@ -93,19 +93,10 @@ def trainer_of(config: RunConfig, device: torch.device, rows: list[metrics.Recor
     """A trainer that writes its records into `rows` and saves nothing."""
     pair = StudentTeacher(config.model, config.losses, config.seed, device=device)
     recompute.recompute_blocks(pair.student.backbone, config.train.recompute)
-    recipe = loop.Recipe(
-        config.views, config.masks, config.contract, pair.student.backbone.patch, config.seed
-    )
-    return loop.Trainer(
-        pair,
-        optim.Updater(pair, config.optim),
-        Schedules(config.optim, config.train.steps, config.train.global_batch),
-        config.train,
-        recipe,
-        loop.Hooks(rows.append, lambda step, last: None),
-        log_every=1,
-        save_every=config.train.steps,
-    )
+    stage = stage_of(config.parts()[0], pair)
+    hooks = loop.Hooks(rows.append, lambda step, last: None)
+    cadence = loop.Cadence(log_every=1, save_every=config.train.steps)
+    return loop.Trainer(pair, optim.Updater(pair, config.optim), [stage], hooks, cadence)
 
 
 def measure(config: RunConfig, steps: int, in_plane: int, warm_up: int) -> dict[str, Any]:

@@ -1,5 +1,5 @@
-"""All stations of tapct in one process: a small run from scans to a judged, exported model and a
-report page.
+"""All commands of tapct in one process: a small run from scans to an evaluated and exported model
+and a report page.
 """
 
 from __future__ import annotations
@@ -121,15 +121,13 @@ def main(words: list[str]) -> None:
     stop = station("train", lambda: pretrain.train(resolved))
     if stop.signal:
         raise UserError(
-            f"stopped by {stop.signal} and saved at step {stop.step}; the same "
-            "command goes on from there"
+            f"stopped by {stop.signal} and saved at step {stop.step}; repeat the command to resume"
         )
     labelled = any(row.label_path for row in found.accepted)
     results = station("eval", lambda: judge(options.out, resolved)) if labelled else None
     if results is None:
         console.say(
-            "no label maps lie beside the scans, so there is no Dice; `tapct index --help` says "
-            "how to name them"
+            "no label maps were found, so no Dice is computed; docs/data.md shows how to name them"
         )
     station("export", lambda: finished.export(options.out))
     report = station("report", lambda: page.write(options.out))
@@ -145,7 +143,7 @@ def words_without_bf16(cpuinfo: str) -> list[str]:
     float32.
 
     Args:
-        cpuinfo: what Linux tells of the CPU, x86 or Arm.
+        cpuinfo: content of /proc/cpuinfo, x86 or Arm.
     """
     if not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(cpuinfo.split()):
         return []
@@ -248,5 +246,5 @@ if __name__ == "__main__":
         console.error(str(error))
         sys.exit(2)
     except KeyboardInterrupt:
-        console.error("interrupted; the same command goes on from where it was")
+        console.error("interrupted; repeat the command to resume")
         sys.exit(130)

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# Makes .venv and installs tapct into it with the versions of constraints.txt; does nothing when that is done already.
+# Creates .venv and installs tapct into it with the versions of constraints.txt. Does nothing if
+# that is already done.
 #   scripts/setup.sh          to use tapct
-#   scripts/setup.sh dev      to test and develop it as well
-# torch from PyPI brings CUDA along (gigabytes). On a machine without a GPU this is smaller:
+#   scripts/setup.sh dev      also the tools to test and develop it
+# PyPI serves the CUDA build of torch (gigabytes). Without a GPU, the CPU build is smaller:
 #   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu scripts/setup.sh
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -16,16 +17,19 @@ find_python() {
             return
         fi
     done
-    echo "error: tapct needs Python 3.10 or newer; python3 here is $(python3 -V 2>&1 || true). Install one, or name it: PYTHON=/path/to/python3 $0" >&2
+    echo "error: tapct needs Python 3.10 or newer; python3 here is $(python3 -V 2>&1 || true)." \
+        "Install one, or name it: PYTHON=/path/to/python3 $0" >&2
     return 1
 }
 
 mkdir -p .venv
 exec 9>.venv/.lock
-if command -v flock >/dev/null; then flock 9; fi # two scripts at once: the second waits for the first
+if command -v flock >/dev/null; then flock 9; fi # of two scripts at once, the second one waits
 
 stamp=".venv/.installed-$(cat pyproject.toml constraints.txt <(pwd) | cksum | tr -d ' ')"
-if .venv/bin/python -c '' 2>/dev/null && { [ -e "$stamp-$extra" ] || [ -e "$stamp-dev" ]; }; then exit 0; fi
+if .venv/bin/python -c '' 2>/dev/null && { [ -e "$stamp-$extra" ] || [ -e "$stamp-dev" ]; }; then
+    exit 0
+fi
 
 python="$(find_python)"
 if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
@@ -36,6 +40,7 @@ if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
     "$python" -m venv .venv
 fi
 echo "installing tapct into .venv (some minutes the first time) ..."
-.venv/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".${extra:+[$extra]}"
+.venv/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt \
+    -e ".${extra:+[$extra]}"
 rm -f .venv/.installed-*
 touch "$stamp-$extra"

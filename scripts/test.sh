@@ -1,7 +1,10 @@
 #!/usr/bin/env bash
-# Sets everything up and runs the tests: the default tier, or with --slow the slow ones too. More words go to pytest.
-#   scripts/test.sh                     scripts/test.sh --slow                scripts/test.sh tests/test_config.py -x
-# Real scans are taken from TAPCT_TEST_CT (default ../shared/data/ct); without them their tests are skipped.
+# Sets everything up and runs the tests. Other arguments are passed to pytest.
+#   scripts/test.sh                        the default tests
+#   scripts/test.sh --slow                 the slow tests too
+#   scripts/test.sh tests/config -x        the tests of one folder
+# Tests on real scans read them from TAPCT_TEST_CT (default ../shared/data/ct) and are skipped if it
+# does not exist.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 scripts/setup.sh dev
@@ -11,6 +14,8 @@ for word in "$@"; do
     if [ "$word" = "--slow" ]; then words+=(-m "not slurm and not gpu"); else words+=("$word"); fi
 done
 # One process per core and one thread per process: small tensors gain nothing from threads.
-jobs="${TAPCT_TEST_JOBS:-$(env -u OMP_NUM_THREADS nproc 2>/dev/null || echo 2)}" # nproc takes that variable's word
+# nproc would print OMP_NUM_THREADS instead of the number of cores.
+jobs="${TAPCT_TEST_JOBS:-$(env -u OMP_NUM_THREADS nproc 2>/dev/null || echo 2)}"
 export OMP_NUM_THREADS=1
-exec .venv/bin/python -m pytest -q -n "$((jobs < 8 ? jobs : 8))" --dist worksteal "${words[@]+"${words[@]}"}"
+exec .venv/bin/python -m pytest -q -n "$((jobs < 8 ? jobs : 8))" --dist worksteal \
+    "${words[@]+"${words[@]}"}"

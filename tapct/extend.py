@@ -4,10 +4,13 @@
     a loss          inherits from `Loss`; gets `TokenSets`, returns a `LossResult` of `Term`s
     a backbone      inherits from `Backbone`; returns `Tokens`; `init` sets its first weights
     an op on views  is an `Op`: a function of a view and its `ViewKey`
-    a task          gets `DenseFeatures` on a `PatchGrid` for every `LabelledScan`
+    a task          inherits from `Task`, sets its `Labels`; gets `DenseFeatures` on a `PatchGrid`
+                    for every `LabelledScan`; returns `TaskResults` and a `Headline`
 
 | name | what it is for |
 |---|---|
+| `HeadRows` | what `Loss.prototype_rows` returns: rows that go through a loss's head |
+| `CropCost`, `LayerCost` | what `Backbone.crop_cost` returns: parameters and FLOPs for `tapct plan` |
 | `SnapshotTimes` | when a loss wants the teacher copied aside |
 | `TargetStats`, `TargetSums` | statistics of a loss's targets, from which health is logged |
 | `PrototypeHead`, `HeadConfig` | the projection head of DINO and iBOT, and its section of a config |
@@ -15,19 +18,23 @@
 | `prototype_loss`, `PrototypeLoss`, `pair_up` | cross-entropy over prototypes without the matrix |
 | `gather_with_gradient` | the tensors of all ranks, differentiable |
 | `Attention`, `Mlp`, `SwiGLU`, `LayerScale`, `LayerNorm`, `DropKey` | layers of a transformer |
+| `ScanScore`, `Breakdown` | a task's result on one scan; its headline metric by class |
 | `Masks`, `Volume`, `LabelMap`, `ScanFacts`, `HUContract`, `AIR_HU` | nouns that cross borders |
+| `Size3`, `Grid`, `patch_grid` | sizes in voxels, in patches, and from one to the other |
 """
 
 from __future__ import annotations
 
 from tapct.base.exits import UserError
+from tapct.base.geometry import Grid, Size3, patch_grid
 from tapct.config import setting
 from tapct.distributed.collectives import gather_with_gradient
+from tapct.eval.contract import Breakdown, Headline, Labels, ScanScore, Task, TaskResults
 from tapct.eval.features import DenseFeatures, PatchGrid
 from tapct.eval.scans import LabelledScan
 from tapct.nn import init
 from tapct.nn.attention import Attention
-from tapct.nn.contracts import Backbone, Loss, SnapshotTimes
+from tapct.nn.contracts import Backbone, CropCost, HeadRows, LayerCost, Loss, SnapshotTimes
 from tapct.nn.heads import Config as HeadConfig
 from tapct.nn.heads import PrototypeHead
 from tapct.nn.layers import DropKey, LayerScale, Mlp, SwiGLU
@@ -54,12 +61,19 @@ __all__ = [
     "AIR_HU",
     "Attention",
     "Backbone",
+    "CropCost",
+    "Breakdown",
     "DenseFeatures",
     "DropKey",
+    "Grid",
     "HUContract",
+    "Headline",
     "HeadConfig",
+    "HeadRows",
     "LabelMap",
     "LabelledScan",
+    "LayerCost",
+    "Labels",
     "LayerNorm",
     "LayerScale",
     "Loss",
@@ -71,12 +85,16 @@ __all__ = [
     "PrototypeHead",
     "PrototypeLoss",
     "ScanFacts",
+    "Size3",
+    "ScanScore",
     "SnapshotTimes",
     "SwiGLU",
     "TargetConfig",
     "TargetStats",
     "TargetSums",
     "Targets",
+    "Task",
+    "TaskResults",
     "Term",
     "TokenSets",
     "Tokens",
@@ -86,6 +104,7 @@ __all__ = [
     "gather_with_gradient",
     "init",
     "pair_up",
+    "patch_grid",
     "prototype_loss",
     "setting",
 ]

@@ -32,7 +32,7 @@ class UserError(ValueError):
 
 
 class SharedError(UserError):
-    """Wrong input that every rank of a run finds at the same time: only the first rank prints it."""
+    """Wrong input that every rank of a run finds at once: only the first rank prints it."""
 
 
 class Interrupted(Exception):

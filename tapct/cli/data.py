@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from tapct.base import console
+from tapct.base import console, exits
 from tapct.cli.app import CPUS, Workers, app, examples
 
 
@@ -93,7 +93,12 @@ def index(
             console.say(f"  {reason}: {row.detail}")
 
 
-@app.command(epilog=examples("tapct pack data/manifest.parquet --out data/store"))
+@app.command(
+    epilog=examples(
+        "tapct pack data/manifest.parquet --out data/store",
+        "tapct pack data/manifest.parquet --out data/store --verify",
+    )
+)
 def pack(
     manifest_file: Annotated[
         Path, typer.Argument(metavar="MANIFEST", help="manifest written by tapct index")
@@ -106,6 +111,10 @@ def pack(
             metavar="N", help="compression level; 9 gives the smallest files", min=1, max=9
         ),
     ] = 1,
+    verify: Annotated[
+        bool,
+        typer.Option("--verify", help="read the packed scans again and compare their digests"),
+    ] = False,
 ) -> None:
     """Compress the accepted scans into a store for fast reading.
 
@@ -125,3 +134,24 @@ def pack(
     )
     for scan in report.refused:
         console.say(f"  refused {scan.path}: {scan.reason}: {scan.detail}")
+    if report.damaged:
+        console.say(f"  damaged files packed again: {', '.join(report.damaged)}")
+    if report.unlisted:
+        console.say(f"  {len(report.unlisted)} files of {out} belong to no scan of this manifest")
+    if verify:
+        verify_store(out, workers)
+
+
+def verify_store(folder: Path, workers: int) -> None:
+    """Read every scan of a store; print a line per damaged one and end with exit code 2."""
+    from tapct.data.store import Store
+    from tapct.data.verify import damaged_scans
+
+    store = Store(folder)
+    with console.progress_bar("verify") as progress:
+        damaged = damaged_scans(store, workers=workers, progress=progress)
+    console.say(f"{len(store) - len(damaged)} of {len(store)} packed scans verified: {folder}")
+    for error in damaged:
+        console.say(f"  {error}")
+    if damaged:
+        raise typer.Exit(exits.UserError.exit_code)

@@ -84,7 +84,7 @@ def check_run(resolved: Resolved, resources: Resources, allow_change: bool = Fal
     """
     config: RunConfig = resolved.value
     for part in config.parts():
-        check_share(part.config, resources)
+        part.config.check_share(resources.world)
     if config.train.save_before_end_s >= 60 * resources.minutes:
         raise UserError(
             f"train.save_before_end_s {config.train.save_before_end_s:g} s is not less than "
@@ -149,21 +149,6 @@ def run_warnings(config: RunConfig, resources: Resources) -> list[str]:
 
 def _finished_checkpoints(config: RunConfig) -> list[Path]:
     return Checkpoints(RunFolder(config.out).checkpoints.path, config.checkpoint.keep).finished()
-
-
-def check_share(config: RunConfig, resources: Resources) -> None:
-    """Raise UserError where the tasks cannot share the batch equally, or KoLeo has too little of
-    it.
-    """
-    parts = resources.world * config.train.accumulation
-    if config.train.global_batch % parts:
-        raise UserError(
-            f"train.global_batch {config.train.global_batch} cannot be shared by "
-            f"{resources.nodes} x {resources.tasks} "
-            f"tasks with train.accumulation {config.train.accumulation}; make it a multiple of "
-            f"{parts}"
-        )
-    config.check_neighbours(resources.world)
 
 
 def check_no_active_job(folders: Sequence[Path]) -> None:

@@ -1,6 +1,6 @@
-"""One config field: its declaration, and the strict check of a value against its type and range.
+"""One config field: its declaration, and the check of a value against its type and range.
 
-No torch and no OmegaConf here, so that light modules can declare their settings.
+Neither torch nor OmegaConf is imported here, so that light modules can declare their settings.
 """
 
 from __future__ import annotations
@@ -41,11 +41,15 @@ def setting(
     lt: float | None = None,
     choices: tuple[Any, ...] | None = None,
 ) -> Any:
-    """One field of a frozen config dataclass: its default, its meaning with unit and source, and
-    its range.
+    """One field of a frozen config dataclass.
 
-    Bounds hold for every element of a tuple field. Rules between fields belong into
-    `__post_init__`, as `UserError`.
+    Rules between fields belong into `__post_init__`, as `UserError`.
+
+    Args:
+        default: value where the config gives none.
+        doc: meaning of the field, with its unit, and where the default comes from.
+        ge, gt, le, lt: bounds of the value, or of every element of a tuple: >=, >, <=, <.
+        choices: allowed values; None allows all.
     """
     return dataclasses.field(
         default=default,
@@ -54,16 +58,18 @@ def setting(
 
 
 def checked(hint: Any, value: Any, metadata: Mapping[str, Any]) -> Any:
-    """Convert a plain YAML value to the type of a field, strictly, and check its range.
+    """Convert a plain YAML value to the type of a field, and check its range.
+
+    The check is strict: text is never read as a number, nor a number as true or false.
 
     Args:
         hint: resolved annotation: bool, int, float, str, Path, Literal, tuple, or a union of those
             (with None).
-        value: what YAML holds: None, bool, int, float, str, list.
-        metadata: of the field, from `setting`.
+        value: value from YAML: None, bool, int, float, str or list.
+        metadata: metadata of the field, from `setting`.
     Returns:
-        The value in the field's type: lists become tuples, whole numbers become floats where a
-        float is asked for.
+        The value in the type of the field: lists become tuples, and whole numbers become floats in
+        a field of type float.
     Raises:
         ValueError: the rule that the value breaks, as a phrase such as "must be >= 0".
     """
@@ -74,7 +80,7 @@ def checked(hint: Any, value: Any, metadata: Mapping[str, Any]) -> Any:
 
 
 def kind(hint: Any) -> str:
-    """What a field takes, in words: "a list of 3 whole numbers, or null"."""
+    """The values that a field allows, in words, e.g. "a list of 3, each item a number"."""
     if hint is None or hint is type(None):
         return "null"
     origin, args = typing.get_origin(hint), typing.get_args(hint)
@@ -102,13 +108,18 @@ def dotted(path: KeyPath) -> str:
 
 
 def nearest_keys(unknown: str, keys: Sequence[str], most: int = 2) -> list[str]:
-    """The known keys that somebody who wrote `unknown` most likely meant, best first; none when
-    nothing is like it.
+    """The known keys that are most like an unknown one, best first; empty when none is like it.
+
+    Args:
+        unknown: dotted key that no field has.
+        keys: dotted keys of all fields.
+        most: most keys to return.
     """
-    scores = {
-        key: max(_likeness(unknown, key), _likeness(_last(unknown), _last(key)) - 0.02)
-        for key in keys
-    }
+    scores: dict[str, float] = {}
+    for key in keys:
+        # the right name in the wrong section counts nearly as much as a likeness of the whole key
+        same_name = _likeness(_last(unknown), _last(key)) - 0.02
+        scores[key] = max(_likeness(unknown, key), same_name)
     best = max(scores.values(), default=0.0)
     near = [key for key, score in scores.items() if score >= max(0.65, best - 0.03)]
     return sorted(near, key=lambda key: (-_likeness(unknown, key), key))[:most]
@@ -141,18 +152,15 @@ def _typed(hint: Any, value: Any) -> Any:
     elif hint in (bool, str):
         fits = isinstance(value, hint)
     elif dataclasses.is_dataclass(hint):
-        fits = False  # sections are built elsewhere: this is something else
+        fits = False  # a section is converted elsewhere, so this value is something else
     else:
-        raise TypeError(
-            f"config fields cannot have the type {hint}"
-        )  # a mistake of ours, not of the config's writer
+        # a mistake of the code that declares the field, not of the config
+        raise TypeError(f"config fields cannot have the type {hint}")
     if not fits:
-        quote = (
-            "; quote it if you mean text"
-            if hint is str and isinstance(value, (bool, int, float))
-            else ""
-        )
-        raise ValueError(f"must be {kind(hint)}{quote}")
+        rule = f"must be {kind(hint)}"
+        if hint is str and isinstance(value, (bool, int, float)):
+            rule += "; quote it if you mean text"
+        raise ValueError(rule)
     return hint(value) if hint in (float, Path) else value
 
 
@@ -167,9 +175,8 @@ def _typed_union(hint: Any, args: tuple[Any, ...], value: Any) -> Any:
             if arg is not type(None):
                 reasons.append(str(error))
     if len(reasons) == 1 and "a list" in reasons[0]:
-        raise ValueError(
-            f"{reasons[0]}, or null"
-        )  # an optional list: its own reason tells the length too
+        # an optional list: the reason of the list names the expected length as well
+        raise ValueError(f"{reasons[0]}, or null")
     raise ValueError(f"must be {kind(hint)}")
 
 
@@ -187,7 +194,13 @@ def _typed_tuple(hint: Any, args: tuple[Any, ...], value: Any) -> tuple[Any, ...
 
 
 def _flat(value: Any) -> list[Any]:
-    return [leaf for item in value for leaf in _flat(item)] if isinstance(value, tuple) else [value]
+    """The elements of a tuple and of the tuples in it, or the value itself."""
+    if not isinstance(value, tuple):
+        return [value]
+    elements: list[Any] = []
+    for item in value:
+        elements += _flat(item)
+    return elements
 
 
 def _check_range(value: Any, metadata: Mapping[str, Any]) -> None:
@@ -199,6 +212,5 @@ def _check_range(value: Any, metadata: Mapping[str, Any]) -> None:
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         bounds = [(name, metadata[name]) for name in _BOUNDS if metadata.get(name) is not None]
         if not all(_BOUNDS[name][0](value, bound) for name, bound in bounds):
-            raise ValueError(
-                "must be " + " and ".join(f"{_BOUNDS[name][1]} {bound}" for name, bound in bounds)
-            )
+            rules = [f"{_BOUNDS[name][1]} {bound}" for name, bound in bounds]
+            raise ValueError(f"must be {' and '.join(rules)}")

@@ -1,13 +1,14 @@
-"""Plug-ins: one file per loss, backbone, op, source or task; the file's name is its name in YAML.
+"""Plug-ins: one file per loss, backbone, op or task; the name of the file is its name in YAML.
 
-A plug-in module holds `@dataclass(frozen=True) class Config` and `build(config, ...)`. A bare name
-(`dino`) is a file of a tapct folder; a dotted name (`mylab.losses.foo`) is a user's own module on
-the Python path or in the working directory. Folders are listed without importing what is in them,
-so asking for names costs nothing.
+A plug-in module contains `@dataclass(frozen=True) class Config` and `build(config, ...)`. A bare
+name (`dino`) is a file of a tapct folder; a dotted name (`mylab.losses.foo`) is a user's own module
+on the Python path or in the working directory. Folders are listed without importing the modules in
+them, so that a list of names is fast.
 """
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import difflib
 import importlib
@@ -29,7 +30,7 @@ class Plugin:
 
     Args:
         name: file name in its tapct folder, or a dotted module name.
-        config: an instance of that module's `Config`.
+        config: instance of that module's `Config`.
     """
 
     name: str
@@ -40,7 +41,7 @@ def available(folder: str) -> tuple[str, ...]:
     """Names of the plug-ins in a tapct folder, sorted, found without importing them.
 
     Args:
-        folder: path below the package, `losses` or `views/ops` (dots are as good as slashes).
+        folder: path below the package, e.g. `losses` or `views/ops`; `views.ops` is the same.
     Raises:
         ValueError: tapct has no such folder.
     """
@@ -50,17 +51,32 @@ def available(folder: str) -> tuple[str, ...]:
     return tuple(sorted(file.stem for file in path.glob("*.py") if not file.name.startswith("_")))
 
 
-def load(folder: str, name: str) -> ModuleType:
-    """Import one plug-in and check that it is one.
+def title(folder: str, name: str) -> str:
+    """Name of one of tapct's plug-ins for people: its docstring up to the first colon.
 
     Args:
-        folder: the tapct folder that bare names are looked up in, e.g. `losses`.
-        name: `dino` for tapct/losses/dino.py, or the dotted name of a user's module.
+        folder: plug-in folder, e.g. losses.
+        name: name of the plug-in in YAML; any other name is returned as it is.
+    """
+    if name not in available(folder):
+        return name
+    file = _PACKAGE.joinpath(*_parts(folder), f"{name}.py")
+    text = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or name
+    return text.splitlines()[0].partition(":")[0]
+
+
+def load(folder: str, name: str) -> ModuleType:
+    """Import a plug-in and check that it has the parts of one.
+
+    Args:
+        folder: tapct folder that bare names are looked up in, e.g. `losses`.
+        name: file name, e.g. `dino` for tapct/losses/dino.py, or the dotted name of a user's
+            module.
     Returns:
         The module, with a frozen dataclass `Config` and a function `build`.
     Raises:
-        UserError: no such plug-in (lists the near names), or the module cannot be imported or lacks
-            a part.
+        UserError: the plug-in does not exist (the near names are listed), cannot be imported, or
+            lacks a part.
     """
     if "." in name:
         module = _import_user_module(folder, name)
@@ -73,13 +89,14 @@ def load(folder: str, name: str) -> ModuleType:
 
 
 def section(folder: str, default: str, doc: str) -> Any:
-    """A dataclass field of type `Plugin`: in YAML a mapping with `name` and the fields of that
-    plug-in's `Config`.
+    """A dataclass field of type `Plugin`.
+
+    In YAML it is a mapping with `name` and the fields of that plug-in's `Config`.
 
     Args:
         folder: plug-in folder, e.g. `models`.
-        default: name of the plug-in that is used when the config does not say.
-        doc: what the section is for.
+        default: name of the plug-in where the config names none.
+        doc: purpose of the section.
     """
     return dataclasses.field(
         default_factory=lambda: _default(folder, default),
@@ -93,16 +110,15 @@ def section(folder: str, default: str, doc: str) -> Any:
 
 
 def table(folder: str, default: tuple[str, ...], doc: str) -> Any:
-    """A dataclass field of type `tuple[Plugin, ...]`: in YAML a mapping from plug-in name to its
-    fields.
+    """A dataclass field of type `tuple[Plugin, ...]`.
 
-    Order is order of appearance, defaults first; `null` switches one off; `{}` takes all its
-    defaults.
+    In YAML it is a mapping from the name of a plug-in to its fields. Entries are in order of
+    appearance, defaults first; `null` switches one off; `{}` takes all its defaults.
 
     Args:
         folder: plug-in folder, e.g. `losses`.
-        default: names that are on when the config does not say.
-        doc: what the table is for.
+        default: names of the plug-ins that are on by default.
+        doc: purpose of the table.
     """
     return dataclasses.field(
         default_factory=lambda: tuple(_default(folder, name) for name in default),
@@ -141,9 +157,9 @@ def _import_user_module(folder: str, name: str) -> ModuleType:
             f"mylab.{folder}.foo"
         )
     if os.getcwd() not in sys.path and "" not in sys.path:
-        sys.path.append(
-            os.getcwd()
-        )  # `python -m` has it, a console script has not; worker processes inherit it
+        # `python -m` puts the working directory on the path, a console script does not; worker
+        # processes inherit the path
+        sys.path.append(os.getcwd())
     importlib.invalidate_caches()
     try:
         return importlib.import_module(name)
@@ -151,9 +167,8 @@ def _import_user_module(folder: str, name: str) -> ModuleType:
         if error.name and (name == error.name or name.startswith(error.name + ".")):
             raise UserError(
                 f"no module {error.name!r} for the plug-in {name!r} ({folder}): put it on "
-                "PYTHONPATH or start tapct "
-                f"in the folder that holds {name.split('.')[0]}; tapct's own are "
-                f"{', '.join(available(folder))}"
+                f"PYTHONPATH or start tapct in the folder that holds {name.split('.')[0]}; tapct's "
+                f"own are {', '.join(available(folder))}"
             ) from error
         raise UserError(
             f"plug-in {name!r} ({folder}) needs the module {error.name!r}, which is missing"

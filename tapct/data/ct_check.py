@@ -1,4 +1,4 @@
-"""Check that a scan is CT in Hounsfield units, by its values, since NIfTI and NRRD name no modality.
+"""Check that a scan is CT in Hounsfield units, by its values: NIfTI and NRRD name no modality.
 
 CT is the one common modality with an absolute scale: air is near -1000 HU and soft tissue between
 -200 and 300 HU. MR, PET, label maps, photographs and rescaled floats have no values near -1000. A

@@ -14,7 +14,6 @@ Source: Luby and Rackoff 1988 (doi:10.1137/0217022); cycle walking: Black and Ro
 from __future__ import annotations
 
 from tapct.base import rng
-from tapct.base.exits import UserError
 
 _ROUNDS = 8  # 4 are a strong permutation of large domains; small ones need more to look uniform
 
@@ -48,31 +47,3 @@ def scan_of(sample: int, num_scans: int, seed: int) -> int:
     assert sample >= 0 and num_scans >= 1
     pass_number, position = divmod(sample, num_scans)
     return permute(position, num_scans, rng.hash_int(seed, "sampler pass", pass_number))
-
-
-def samples_of(
-    step: int, micro: int, rank: int, *, world: int, accumulation: int, global_batch: int
-) -> range:
-    """The samples of one micro-batch of one rank.
-
-    Args:
-        step: finished optimizer steps before this one, from 0.
-        micro: micro-batch of the step, 0..accumulation-1.
-        rank: 0..world-1.
-    Returns:
-        Consecutive sample numbers; over all micro-batches and ranks they are step*G .. (step+1)*G -
-        1 with G = global_batch.
-    Raises:
-        UserError: the global batch is not a multiple of world * accumulation.
-    """
-    assert step >= 0 and 0 <= micro < accumulation and 0 <= rank < world
-    parts = world * accumulation
-    if global_batch < parts or global_batch % parts:
-        raise UserError(
-            f"train.global_batch is {global_batch}, which {world} ranks x {accumulation} "
-            "micro-batches cannot share "
-            f"equally; choose a multiple of {parts}."
-        )
-    size = global_batch // parts
-    start = step * global_batch + (micro * world + rank) * size
-    return range(start, start + size)

@@ -8,13 +8,13 @@ from tapct.base.exits import UserError
 
 
 def pick_device(name: str, local_rank: int = 0) -> torch.device:
-    """The device of this process.
+    """Pick the device of this process.
 
     Args:
-        name: auto, cpu or cuda.
-        local_rank: number of this process on its node; picks its GPU, where it sees more than one.
+        name: auto, cpu or cuda; auto picks a GPU where torch sees one.
+        local_rank: number of this process on its node; picks its GPU if more than one is visible.
     Raises:
-        UserError: a GPU was asked for and there is none for this process.
+        UserError: the name is cuda and there is no GPU for this process.
     """
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
@@ -24,12 +24,12 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
             "lists one"
         )
     visible = torch.cuda.device_count()
-    if visible == 1:  # SLURM may show each process its own GPU only
+    if visible == 1:  # SLURM may show each process only its own GPU
         return torch.device("cuda", 0)
     if local_rank >= visible:
         raise UserError(
-            f"local rank {local_rank} has no GPU of its own: {visible} are visible; start fewer "
-            "processes"
+            f"local rank {local_rank} has no GPU of its own: {visible} are visible; start at most "
+            f"{visible} processes per node"
         )
     return torch.device("cuda", local_rank)
 

@@ -1,6 +1,4 @@
-"""`tapct doctor`: looks whether this machine can train, one line per check. Nothing here waits
-without an end.
-"""
+"""The checks of `tapct doctor`, one line each. Every check has a time-out."""
 
 from __future__ import annotations
 
@@ -13,10 +11,9 @@ from pathlib import Path
 
 from tapct.base import console
 from tapct.doctor import machine, verdicts
-from tapct.doctor.answers import CHILD_SECONDS, Answers, Child
 from tapct.doctor.facts import (
     AllReduce,
-    Attention,
+    AttentionKernels,
     Broken,
     Copy,
     Finding,
@@ -27,135 +24,166 @@ from tapct.doctor.facts import (
     Space,
     Torch,
 )
+from tapct.doctor.probes import PROBE_SECONDS, Probe, Reports
 
 DEVICE, SITE, FOLDERS = "tapct.doctor.device", "tapct.doctor.site", "tapct.doctor.folders"
 FOLDER_SECONDS = 10.0
 COLOURS = {"ok": "green", "warn": "yellow", "fail": "bold red"}
-INDENT = 19
+INDENT = 19  # columns before the text of a line
+NARROWEST = 40  # columns; narrower terminals get longer lines
+ROOM = {  # bytes below which a run fails, bytes below which it may fail, remedy
+    "shared memory": (128e6, 1e9, "docker run --shm-size=16g or --ipc=host; or empty /dev/shm"),
+    "temporary": (100e6, 1e9, "export TMPDIR=/path/to/a/local/folder with more room"),
+    "disk": (2e9, 20e9, "free some space, or choose another out="),
+}
 
 
 def findings(
     config: Path | None,
     overrides: Sequence[str],
     store: Path | None,
-    seconds: float = CHILD_SECONDS,
+    seconds: float = PROBE_SECONDS,
 ) -> Iterator[Finding]:
-    """All checks, each as soon as it is done.
+    """Run all checks; yields each finding as soon as it is known.
 
     Args:
-        config: a YAML config; its store, run folder, wandb and device are looked at.
-        overrides: `key=value` for it.
-        store: to read from instead of the config's.
-        seconds: after which a probe that runs in a process of its own is ended.
+        config: YAML config whose store, run folder, wandb mode and device are checked.
+        overrides: `key=value` for the config.
+        store: store to read from instead of the config's.
+        seconds: time after which a probe is ended.
     """
-    temporary = folder("temporary", Path(os.environ.get("TMPDIR") or "/tmp"))
+    temporary = check_folder("temporary", Path(os.environ.get("TMPDIR") or "/tmp"))
     meeting = "" if temporary.state == "fail" else tempfile.mkdtemp(prefix="tapct-doctor-")
-    children = [Child(DEVICE, "torch", {}, seconds)]
-    children += _all_reducers("gloo", 2, meeting, seconds) if meeting else []
+    torch_probe = Probe(DEVICE, "torch", {}, seconds)
+    gloo_probes = _all_reduce_probes("gloo", 2, meeting, seconds) if meeting else []
+    probes = [torch_probe, *gloo_probes]
     try:
-        yield from quick()
+        yield from quick_findings()
         yield temporary
-        gloo = _all_reduce(
-            children[1:], "gloo"
-        )  # before the store is read, which would share the CPUs with it
-        told = Answers([], Broken("not asked"))
+        # before the store is read, which would compete for the CPUs
+        gloo = _all_reduce_finding(gloo_probes, "gloo")
+        site = Reports([], Broken("not measured"))
         if config or store:
-            asked = {
+            arguments = {
                 "config": str(config or ""),
                 "overrides": list(overrides),
                 "store": str(store or ""),
             }
-            children.append(Child(SITE, "site", asked, seconds))
-            told = children[-1].answers()
-        settings, found = site(told, config, store)
-        yield from found
-        cards, found = device(children[0].answers(), settings)
-        yield from found
+            probes.append(Probe(SITE, "site", arguments, seconds))
+            site = probes[-1].reports()
+        settings, lines = site_findings(site, config, store)
+        yield from lines
+        cards, lines = device_findings(torch_probe.reports(), settings)
+        yield from lines
         yield gloo
         if len(cards) > 1 and meeting:
-            peers = _all_reducers("nccl", len(cards), meeting, seconds)
-            children += peers
-            yield _all_reduce(peers, "nccl")
+            nccl_probes = _all_reduce_probes("nccl", len(cards), meeting, seconds)
+            probes += nccl_probes
+            yield _all_reduce_finding(nccl_probes, "nccl")
     finally:
-        for child in children:
-            child.stop()
+        for probe in probes:
+            probe.stop()
         if meeting:
             shutil.rmtree(meeting, ignore_errors=True)
 
 
-def quick() -> Iterator[Finding]:
-    """What is soon known."""
+def quick_findings() -> Iterator[Finding]:
+    """The checks that take no time."""
     yield verdicts.packages(machine.packages())
     yield verdicts.cpu(machine.cpu(os.environ))
     yield verdicts.limits(machine.limits())
     yield verdicts.umask(machine.umask())
     yield verdicts.slurm(machine.slurm())
-    yield folder("shared memory", Path("/dev/shm"))
+    yield check_folder("shared memory", Path("/dev/shm"))
 
 
-ROOM = {  # bytes below which a run fails, and below which it may; remedy
-    "shared memory": (128e6, 1e9, "docker run --shm-size=16g or --ipc=host; or empty /dev/shm"),
-    "temporary": (100e6, 1e9, "export TMPDIR=/a/local/folder with room"),
-    "disk": (2e9, 20e9, "free some, or choose another out="),
-}
+def check_folder(name: str, path: Path, seconds: float = FOLDER_SECONDS) -> Finding:
+    """Check the room in a folder that a run writes to.
 
-
-def folder(name: str, path: Path, seconds: float = FOLDER_SECONDS) -> Finding:
-    """Whether there is room in a folder that has to be written; a run folder need not be there
-    yet.
+    Args:
+        name: name of the check, a key of `ROOM`; a run folder ("disk") need not exist yet.
+        path: folder.
+        seconds: time after which the probe is ended; a dead network disk never responds.
     """
-    asked = {"path": str(path), "must_exist": name != "disk"}
-    return verdicts.room(
-        name, Child(FOLDERS, "space", asked, seconds).answers().of("space", Space), *ROOM[name]
-    )
+    arguments = {"path": str(path), "must_exist": name != "disk"}
+    space = Probe(FOLDERS, "space", arguments, seconds).reports().of("space", Space)
+    least, good, remedy = ROOM[name]
+    return verdicts.room(name, space, least, good, remedy)
 
 
-def site(told: Answers, config: Path | None, store: Path | None) -> tuple[Settings, list[Finding]]:
-    """What the config says of its machine, and the findings on it, its folders and its store."""
-    found = told.of("settings", Settings) if config else Settings()
-    settings = Settings() if isinstance(found, Broken) else found
-    findings = [verdicts.config(found, str(config))] if config else []
-    findings.append(folder("disk", Path(settings.out)))
-    findings.append(verdicts.wandb(settings.wandb, machine.has_wandb_key(os.environ, Path.home())))
-    place = str(store or settings.store)
-    findings.append(verdicts.reads(told.of("reads", Reads) if place else None))
-    return settings, findings
+def site_findings(
+    site: Reports, config: Path | None, store: Path | None
+) -> tuple[Settings, list[Finding]]:
+    """What the config says about its machine, and the findings about config, folder and store.
+
+    Args:
+        site: reports of the probe of config and store.
+        config: YAML config, if one was given.
+        store: store, if one was given.
+    """
+    settings = Settings()
+    lines = []
+    if config:
+        read = site.of("settings", Settings)
+        lines.append(verdicts.config(read, str(config)))
+        if isinstance(read, Broken):
+            # without a config, its run folder, wandb mode and store are not known
+            if store:
+                lines.append(verdicts.reads(site.of("reads", Reads)))
+            return settings, lines
+        settings = read
+    lines.append(check_folder("disk", Path(settings.out)))
+    has_key = machine.has_wandb_key(os.environ, Path.home())
+    lines.append(verdicts.wandb(settings.wandb, has_key))
+    reads = site.of("reads", Reads) if store or settings.store else None
+    lines.append(verdicts.reads(reads))
+    return settings, lines
 
 
-def device(told: Answers, settings: Settings) -> tuple[tuple[Gpu, ...], list[Finding]]:
-    """The GPUs, and the findings on torch and them."""
+def device_findings(reports: Reports, settings: Settings) -> tuple[tuple[Gpu, ...], list[Finding]]:
+    """The GPUs, and the findings about torch and GPUs.
+
+    Args:
+        reports: reports of the probe of torch.
+        settings: device and precision that the config asks for.
+    """
     has_nvidia = machine.has_nvidia()
-    build = told.of("torch", Torch)
-    if isinstance(build, Broken):  # then nothing else is known either
+    build = reports.of("torch", Torch)
+    if isinstance(build, Broken):  # then nothing else was measured either
         return (), [verdicts.torch(build, has_nvidia)]
-    seen = told.of("gpus", lambda gpus, nccl: Gpus(tuple(Gpu(**gpu) for gpu in gpus), nccl))
-    found = [verdicts.torch(build, has_nvidia), verdicts.gpus(seen, settings, has_nvidia)]
-    cards: tuple[Gpu, ...] = () if isinstance(seen, Broken) else seen.gpus
+    seen = reports.of("gpus", lambda gpus, nccl: Gpus(tuple(Gpu(**gpu) for gpu in gpus), nccl))
+    lines = [verdicts.torch(build, has_nvidia), verdicts.gpus(seen, settings, has_nvidia)]
+    cards: tuple[Gpu, ...] = ()
     if not isinstance(seen, Broken):
-        found.append(verdicts.nccl(seen))
+        cards = seen.gpus
+        lines.append(verdicts.nccl(seen))
     if cards:
-        found.append(verdicts.copy(told.of("copy", Copy)))
-    found.append(verdicts.attention(told.of("attention", Attention)))
-    return cards, found
+        lines.append(verdicts.copy(reports.of("copy", Copy)))
+    lines.append(verdicts.attention(reports.of("attention", AttentionKernels)))
+    return cards, lines
 
 
-def _all_reducers(backend: str, world: int, meeting: str, seconds: float) -> list[Child]:
+def _all_reduce_probes(backend: str, world: int, meeting: str, seconds: float) -> list[Probe]:
     common = {"backend": backend, "world": world, "meeting": str(Path(meeting) / backend)}
-    return [Child(DEVICE, "all_reduce", {**common, "rank": rank}, seconds) for rank in range(world)]
+    return [Probe(DEVICE, "all_reduce", {**common, "rank": rank}, seconds) for rank in range(world)]
 
 
-def _all_reduce(peers: Sequence[Child], backend: str) -> Finding:
-    if not peers:
-        return verdicts.all_reduce(
-            Broken("not tried without a temporary folder", "mend TMPDIR first"), backend
-        )
-    found = [peer.answers().of("all_reduce", AllReduce) for peer in peers]
-    broken = [one for one in found if isinstance(one, Broken)]
-    return verdicts.all_reduce(broken[0] if broken else found[0], backend)
+def _all_reduce_finding(probes: Sequence[Probe], backend: str) -> Finding:
+    if not probes:
+        reason = Broken("not measured: there is no temporary folder", "correct TMPDIR first")
+        return verdicts.all_reduce(reason, backend)
+    sums = [probe.reports().of("all_reduce", AllReduce) for probe in probes]
+    broken = [each for each in sums if isinstance(each, Broken)]
+    return verdicts.all_reduce(broken[0] if broken else sums[0], backend)
 
 
 def lines(finding: Finding, width: int) -> list[str]:
-    """A finding as text: state, name and words, and the remedy on lines of its own."""
+    """A finding as text: state, name and what was measured; the remedy on lines of its own.
+
+    Args:
+        finding: result of a check.
+        width: columns of the terminal.
+    """
     rest = " " * INDENT
     head = f"{finding.state:<5}{finding.name:<{INDENT - 7}}"
     head += " " * max(1, INDENT - len(head))
@@ -163,16 +191,17 @@ def lines(finding: Finding, width: int) -> list[str]:
     def wrapped(text: str, first: str) -> list[str]:
         return textwrap.wrap(
             " ".join(text.split()),
-            max(width, 40),
+            max(width, NARROWEST),
             initial_indent=first,
             subsequent_indent=rest,
             break_on_hyphens=False,
             break_long_words=False,
         )
 
-    return wrapped(finding.words, head) + (
-        wrapped(finding.remedy, f"{rest[:-3]}-> ") if finding.remedy else []
-    )
+    shown = wrapped(finding.text, head)
+    if finding.remedy:
+        shown += wrapped(finding.remedy, f"{rest[:-3]}-> ")
+    return shown
 
 
 def show(finding: Finding) -> None:

@@ -1,5 +1,6 @@
-"""Probes of torch, GPUs, attention and collectives: `python -m tapct.doctor.device KIND
-ARGUMENTS`.
+"""Probe of torch, GPUs, attention and collectives.
+
+`python -m tapct.doctor.device torch {}`, or `... all_reduce ARGUMENTS`.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from tapct.doctor.answers import answer
-from tapct.doctor.facts import AllReduce, Attention, Copy, Gpu, Gpus, Torch
+from tapct.doctor.facts import AllReduce, AttentionKernels, Copy, Gpu, Gpus, Torch
+from tapct.doctor.probes import report
 
 MEET_SECONDS = 20
 KERNELS = {
@@ -32,27 +33,33 @@ KERNELS = {
 
 
 def torch_build() -> Torch:
-    """Versions of torch, its CUDA and the driver's."""
-    served = getattr(
-        torch._C, "_cuda_getDriverVersion", int
-    )()  # 13000 is CUDA 13.0, 0 no driver; not in CPU builds
-    driver = f"{served // 1000}.{served % 1000 // 10}" if served else ""
+    """Versions of torch, of its CUDA, and of the CUDA that the driver supports."""
+    # CPU builds lack this function. 13000 means CUDA 13.0, and 0 means that there is no driver.
+    driver_version = getattr(torch._C, "_cuda_getDriverVersion", int)()
+    driver = ""
+    if driver_version:
+        driver = f"{driver_version // 1000}.{driver_version % 1000 // 10}"
     return Torch(torch.__version__, torch.version.cuda or "", driver)
 
 
 def gpus() -> Gpus:
-    """What torch sees; RuntimeError where CUDA does not start."""
-    found = []
+    """The GPUs that torch sees.
+
+    Raises:
+        RuntimeError: CUDA does not start.
+    """
+    cards = []
     for i in range(torch.cuda.device_count()):
         free, memory = torch.cuda.mem_get_info(i)
         about = torch.cuda.get_device_properties(i)
-        found.append(Gpu(about.name, memory, free, (about.major, about.minor)))
+        cards.append(Gpu(about.name, memory, free, (about.major, about.minor)))
     has_nccl = dist.is_available() and dist.is_nccl_available()
-    return Gpus(tuple(found), ".".join(map(str, torch.cuda.nccl.version())) if has_nccl else "")
+    nccl = ".".join(map(str, torch.cuda.nccl.version())) if has_nccl else ""
+    return Gpus(tuple(cards), nccl)
 
 
 def gpu_seconds(work: Callable[[], object], repeats: int = 10) -> float:
-    """Shortest time of a piece of work on the GPU."""
+    """Shortest time in seconds of a function on the GPU, after two calls of warm-up."""
     times = []
     for _ in range(repeats + 2):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -65,7 +72,7 @@ def gpu_seconds(work: Callable[[], object], repeats: int = 10) -> float:
 
 
 def copies() -> Copy:
-    """Copy 256 MiB within the first GPU and to it."""
+    """Copy 256 MiB within the memory of the first GPU, and from the host to it."""
     size = 1 << 28
     host = torch.empty(size, dtype=torch.uint8, pin_memory=True)
     one, other = (torch.empty(size, dtype=torch.uint8, device="cuda") for _ in range(2))
@@ -73,9 +80,12 @@ def copies() -> Copy:
     return Copy(2 * size / inside, size / gpu_seconds(lambda: other.copy_(host, non_blocking=True)))
 
 
-def attention(device: str) -> Attention:
-    """Try each SDPA kernel forward and backward on a small bf16 crop, and look for the other
+def attention(device: str) -> AttentionKernels:
+    """Run each SDPA kernel forward and backward on small bf16 tensors, and look for other
     back-ends.
+
+    Args:
+        device: cpu or cuda.
     """
     usable = []
     for name, kernel in KERNELS.items():
@@ -88,9 +98,9 @@ def attention(device: str) -> Attention:
                 F.scaled_dot_product_attention(q, k, v).float().square().mean().backward()
             if qkv.grad is not None and bool(qkv.grad.isfinite().all()):
                 usable.append(name)
-        except RuntimeError:  # how torch says that no such kernel is here
+        except RuntimeError:  # torch has no such kernel for this device
             continue
-    return Attention(
+    return AttentionKernels(
         device, tuple(usable), _xformers(), util.find_spec("torch.nn.attention.varlen") is not None
     )
 
@@ -100,20 +110,21 @@ def _xformers() -> str:
         import xformers.ops  # noqa: F401
 
         return metadata.version("xformers")
-    except (
-        ImportError,
-        OSError,
-        RuntimeError,
-        metadata.PackageNotFoundError,
-    ):  # built for another torch: OSError
-        return ""
+    except (ImportError, OSError, RuntimeError, metadata.PackageNotFoundError):
+        return ""  # OSError: it was built for another version of torch
 
 
 def all_reduce(backend: str, rank: int, world: int, meeting: str) -> AllReduce:
-    """Sum a tensor over the processes that meet in a file, several times.
+    """Sum a tensor over processes, several times.
 
-    Source of the rate: 2 (n - 1) / n bytes pass the bus for each byte of the tensor, as nccl-tests
-        counts.
+    The bandwidth is counted as nccl-tests does: 2 (n - 1) / n bytes pass the bus for each byte of
+    the tensor.
+
+    Args:
+        backend: gloo or nccl.
+        rank: number of this process.
+        world: number of processes.
+        meeting: path of the file at which the processes meet.
     """
     device = torch.device("cuda", rank) if backend == "nccl" else torch.device("cpu")
     if device.type == "cuda":
@@ -140,17 +151,17 @@ def _reduce_seconds(values: Tensor) -> float:
 
 
 def main(kind: str, arguments: dict[str, Any]) -> None:
-    """Answer one kind of question."""
+    """Report on torch and the devices, or on a sum over processes."""
     if kind == "torch":
-        answer("torch", torch_build)
-        seen = answer("gpus", gpus)
+        report("torch", torch_build)
+        seen = report("gpus", gpus)
         has_gpu = seen is not None and bool(seen.gpus)
         if has_gpu:
-            answer("copy", copies)
-        answer("attention", lambda: attention("cuda" if has_gpu else "cpu"))
+            report("copy", copies)
+        report("attention", lambda: attention("cuda" if has_gpu else "cpu"))
     else:
-        answer("all_reduce", lambda: all_reduce(**arguments))
-    os._exit(0)  # what was told counts; threads of gloo sometimes abort an orderly end
+        report("all_reduce", lambda: all_reduce(**arguments))
+    os._exit(0)  # all is reported; threads of gloo sometimes abort an orderly exit
 
 
 if __name__ == "__main__":

@@ -1,6 +1,4 @@
-"""What the probes find, and what is said of it: plain data between the machine and the
-judgement.
-"""
+"""What the probes measure, and the line of a check: plain data between probes and verdicts."""
 
 from __future__ import annotations
 
@@ -13,28 +11,29 @@ INSTALL = "pip install -c constraints.txt -e '.[dev]' in tapct's folder"
 
 @dataclass(frozen=True)
 class Finding:
-    """One line for the user.
+    """The result of a check: one line for the user.
 
     Args:
-        name: of the check, one word.
-        state: fail means that a run will not work, warn that it may be slow or in the way of
-            others.
-        words: what was found.
-        remedy: what to do; empty where all is well.
+        name: name of the check, one or two words.
+        state: fail: a run will not work; warn: it may be slow, or disturb others.
+        text: what was measured.
+        remedy: what to do; empty when the state is ok.
     """
 
     name: str
     state: State
-    words: str
+    text: str
     remedy: str = ""
 
 
 @dataclass(frozen=True)
 class Broken:
-    """A probe that gave no facts: it failed, or was ended after its time.
+    """A probe without facts: it failed, or was ended after its time.
 
     Args:
-        remedy: where the reason lies outside of what was probed; empty: the check knows one.
+        why: reason, in one line.
+        remedy: what to do, if the cause lies outside of what was measured; empty: the check's own
+            remedy applies.
     """
 
     why: str
@@ -43,7 +42,7 @@ class Broken:
 
 @dataclass(frozen=True)
 class Package:
-    """A requirement of tapct and what is installed; `version` is empty where nothing is."""
+    """A requirement of tapct and the installed version (empty: it is not installed)."""
 
     name: str
     wanted: str
@@ -53,8 +52,13 @@ class Package:
 
 @dataclass(frozen=True)
 class Cpu:
-    """CPUs of the machine, those this process may run on, the share its cgroup allows (None: all),
-    OMP_NUM_THREADS.
+    """CPUs of this machine.
+
+    Args:
+        count: CPUs of the machine.
+        allowed: CPUs that this process may run on.
+        quota: CPUs that its control group allows; None: no limit.
+        threads: OMP_NUM_THREADS; None: not set.
     """
 
     count: int
@@ -65,7 +69,7 @@ class Cpu:
 
 @dataclass(frozen=True)
 class Limits:
-    """Soft limits (`ulimit`), infinite where there is none; whether there is an InfiniBand card."""
+    """Soft limits (`ulimit`), infinite where there is none; whether an InfiniBand card exists."""
 
     open_files: float
     processes: float
@@ -75,7 +79,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Space:
-    """A folder: bytes in all and free, and why it cannot be written (empty: it can)."""
+    """A folder: its disk's total and free bytes, and why it cannot be written (empty: it can)."""
 
     path: str
     total: int
@@ -85,9 +89,7 @@ class Space:
 
 @dataclass(frozen=True)
 class Slurm:
-    """Names of the partitions that are up and of those that are not, and how many jobs the user
-    has.
-    """
+    """Partitions that are up, partitions that are not, and the number of the user's jobs."""
 
     up: tuple[str, ...]
     down: tuple[str, ...]
@@ -96,7 +98,7 @@ class Slurm:
 
 @dataclass(frozen=True)
 class Settings:
-    """What a config says of its machine."""
+    """What a config asks of its machine."""
 
     out: str = "."
     store: str = ""
@@ -109,7 +111,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Torch:
-    """Version, CUDA of the build and the newest that the driver serves ("" where there is none)."""
+    """Version of torch, its CUDA version, and the newest that the driver supports ("": none)."""
 
     version: str
     cuda: str
@@ -128,7 +130,7 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Gpus:
-    """What torch sees, and the version of its NCCL ("" where it has none)."""
+    """The GPUs that torch sees, and the version of its NCCL ("": none)."""
 
     gpus: tuple[Gpu, ...] = field(default=())
     nccl: str = ""
@@ -136,7 +138,7 @@ class Gpus:
 
 @dataclass(frozen=True)
 class Copy:
-    """Bytes per second that one GPU copies within itself (read and written) and takes from pinned
+    """Bytes per second that a GPU copies within its memory (read and written), and from pinned
     host memory.
     """
 
@@ -145,9 +147,9 @@ class Copy:
 
 
 @dataclass(frozen=True)
-class Attention:
-    """SDPA kernels that ran on the device, xformers' version ("" without), whether torch has
-    `varlen_attn`.
+class AttentionKernels:
+    """SDPA kernels that ran on the device, version of xformers ("": not installed), and whether
+    torch has `varlen_attn`.
     """
 
     device: str
@@ -158,7 +160,7 @@ class Attention:
 
 @dataclass(frozen=True)
 class AllReduce:
-    """A sum over processes: whether it was right, and bytes per second of the bus."""
+    """A sum over processes: their number, whether it was right, bus bandwidth in bytes/s."""
 
     world: int
     right: bool
@@ -167,8 +169,14 @@ class AllReduce:
 
 @dataclass(frozen=True)
 class Reads:
-    """Random slabs from a store: how many scans it has, slabs and decoded bytes per second, by how
-    many threads.
+    """Reading random slabs from a store.
+
+    Args:
+        scans: number of scans in the store.
+        slabs: slabs per second.
+        rate: decoded bytes per second.
+        threads: threads that read.
+        depth: slices of a slab.
     """
 
     scans: int

@@ -1,5 +1,6 @@
-"""Room in a folder, asked in a process of its own, because a dead network disk answers nobody:
-`python -m` this.
+"""Probe of the room in a folder: `python -m tapct.doctor.folders space ARGUMENTS`.
+
+It runs in a process of its own, because a call to a dead network disk never returns.
 """
 
 from __future__ import annotations
@@ -12,15 +13,16 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from tapct.doctor.answers import answer
 from tapct.doctor.facts import Space
+from tapct.doctor.probes import report
 
 
 def space(path: Path, must_exist: bool) -> Space:
-    """Room in a folder and whether it can be written, tried with a small file.
+    """Measure the room in a folder, and write a small file to it.
 
     Args:
-        must_exist: else its nearest parent is looked at, in which it would be made.
+        path: folder.
+        must_exist: False: a missing folder is replaced by its nearest parent that exists.
     """
     folder = path.absolute()
     while not must_exist and not folder.exists() and folder != folder.parent:
@@ -38,8 +40,8 @@ def space(path: Path, must_exist: bool) -> Space:
 
 
 def main(arguments: dict[str, Any]) -> None:
-    """Answer for one folder."""
-    answer("space", lambda: space(Path(arguments["path"]), arguments["must_exist"]))
+    """Report on one folder."""
+    report("space", lambda: space(Path(arguments["path"]), arguments["must_exist"]))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Quick facts of this machine, read without torch. External commands get a time-out."""
+"""Facts that are read without torch and at once. External commands have a time-out."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from packaging.requirements import Requirement
 from tapct.doctor.facts import Broken, Cpu, Limits, Package, Slurm
 
 COMMAND_SECONDS = 8.0
-END_SECONDS = 2.0  # what a killed process gets to vanish; one that waits for a dead disk does not
+END_SECONDS = 2.0  # for a killed process to end; one that waits for a dead disk does not end
 
 
 def start(
-    words: Sequence[str], environment: Mapping[str, str] | None = None
+    command: Sequence[str], environment: Mapping[str, str] | None = None
 ) -> subprocess.Popen[str]:
-    """A process that leads its own session, so that it can be ended with all that it starts."""
+    """Start a process in a session of its own, so that it can be ended with all its children."""
     return subprocess.Popen(
-        words,
+        command,
         env=environment,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
@@ -39,10 +39,13 @@ def start(
 
 
 def ended(process: subprocess.Popen[str], seconds: float) -> tuple[str, str, bool]:
-    """Wait for a process and end its whole group after its time.
+    """Wait for a process, and end it with its children when its time is over.
 
+    Args:
+        process: process from `start`.
+        seconds: longest time to wait.
     Returns:
-        Standard output and error, and whether it ended by itself.
+        Standard output, standard error, and whether the process ended by itself.
     """
     try:
         out, err = process.communicate(timeout=max(seconds, 0.0))
@@ -51,37 +54,36 @@ def ended(process: subprocess.Popen[str], seconds: float) -> tuple[str, str, boo
         kill(process)
     try:
         out, err = process.communicate(timeout=END_SECONDS)
-    except subprocess.TimeoutExpired:  # it cannot be killed, so it is left alone
+    except subprocess.TimeoutExpired:  # it cannot be killed
         out, err = "", ""
     return out, err, False
 
 
 def kill(process: subprocess.Popen[str]) -> None:
-    """End a process of `start` with all that it started; one that is gone, or another's by now, is
-    left alone.
-    """
+    """End a process from `start` with its children; one that has ended already is no error."""
     with suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
 
 
-def ask(words: Sequence[str], seconds: float = COMMAND_SECONDS) -> str | Broken:
-    """Standard output of an external command, or why there is none."""
+def run(command: Sequence[str], seconds: float = COMMAND_SECONDS) -> str | Broken:
+    """Standard output of an external command, or the reason why there is none."""
     try:
-        process = start(words)
+        process = start(command)
     except OSError as error:
-        return Broken(f"{words[0]}: {error.strerror}")
+        return Broken(f"{command[0]}: {error.strerror}")
     out, err, by_itself = ended(process, seconds)
     if not by_itself:
-        return Broken(f"{words[0]} gave no answer within {seconds:g} s")
+        return Broken(f"{command[0]} did not respond within {seconds:g} s")
     if process.returncode:
         why = last_line(err) or f"exit code {process.returncode}"
-        return Broken(why if why.startswith(words[0]) else f"{words[0]}: {why}")
+        return Broken(why if why.startswith(command[0]) else f"{command[0]}: {why}")
     return out
 
 
 def last_line(text: str) -> str:
-    """The last line that says something."""
-    return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "")
+    """The last line of a text that is not blank; empty without one."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1] if lines else ""
 
 
 def packages(distribution: str = "tapct") -> tuple[Package, ...] | Broken:
@@ -90,18 +92,18 @@ def packages(distribution: str = "tapct") -> tuple[Package, ...] | Broken:
         about = metadata.metadata(distribution)
         wanted = [Requirement(line) for line in metadata.requires(distribution) or ()]
     except metadata.PackageNotFoundError:
-        return Broken(f"{distribution} is not installed, only found on the path")
-    found = [
+        return Broken(f"{distribution} is not installed; Python imports it from PYTHONPATH")
+    facts = [
         _package(Requirement(f"python{about['Requires-Python'] or ''}"), platform.python_version())
     ]
     for requirement in wanted:
         if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
             continue
         try:
-            found.append(_package(requirement, metadata.version(requirement.name)))
+            facts.append(_package(requirement, metadata.version(requirement.name)))
         except metadata.PackageNotFoundError:
-            found.append(_package(requirement, ""))
-    return tuple(found)
+            facts.append(_package(requirement, ""))
+    return tuple(facts)
 
 
 def _package(wanted: Requirement, version: str) -> Package:
@@ -110,7 +112,7 @@ def _package(wanted: Requirement, version: str) -> Package:
 
 
 def cpu(environment: Mapping[str, str]) -> Cpu:
-    """CPUs, and how many of them this process gets."""
+    """CPUs, and how many of them this process may use."""
     threads = environment.get("OMP_NUM_THREADS", "").split(",")[0]
     quota = cgroup_cpus(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))
     count = os.cpu_count() or 1
@@ -120,29 +122,32 @@ def cpu(environment: Mapping[str, str]) -> Cpu:
 
 
 def cgroup_cpus(membership: Path, root: Path) -> float | None:
-    """CPUs that the control group of this process allows, versions 2 and 1; None without a limit.
+    """CPUs that the control group of this process allows, for cgroups versions 2 and 1.
 
     Args:
-        membership: /proc/self/cgroup.
-        root: where the groups are mounted.
+        membership: file that names the group, /proc/self/cgroup.
+        root: folder at which the groups are mounted.
+    Returns:
+        None without a limit.
     """
     try:
         lines = [line.split(":", 2) for line in membership.read_text().splitlines()]
     except OSError:
         return None
     limits = []
-    for _, controllers, group in (line for line in lines if len(line) == 3):
-        base = (
-            root if not controllers else root / "cpu" if "cpu" in controllers.split(",") else None
-        )
-        if base is None:
+    for line in lines:
+        if len(line) != 3:
+            continue
+        _, controllers, group = line
+        if not controllers:  # version 2 has one hierarchy
+            base = root
+        elif "cpu" in controllers.split(","):
+            base = root / "cpu"
+        else:
             continue
         inner = base / group.lstrip("/")
-        for folder in [
-            inner,
-            *inner.parents,
-            base,
-        ]:  # within a container the group's own path may not be mounted
+        # the limits of all parents hold too; in a container the group's own path may be missing
+        for folder in [inner, *inner.parents, base]:
             if folder == base or base in folder.parents:
                 limits.append(_cpu_limit(folder))
     return min((limit for limit in limits if limit), default=None)
@@ -165,33 +170,33 @@ def limits() -> Limits:
     """Limits of this process, which its children inherit."""
 
     def soft(kind: int) -> float:
-        found = resource.getrlimit(kind)[0]
-        return math.inf if found == resource.RLIM_INFINITY else float(found)
+        limit = resource.getrlimit(kind)[0]
+        return math.inf if limit == resource.RLIM_INFINITY else float(limit)
 
-    fast = Path("/sys/class/infiniband")
+    cards = Path("/sys/class/infiniband")
     return Limits(
         soft(resource.RLIMIT_NOFILE),
         soft(resource.RLIMIT_NPROC),
         soft(resource.RLIMIT_MEMLOCK),
-        fast.is_dir() and any(fast.iterdir()),
+        cards.is_dir() and any(cards.iterdir()),
     )
 
 
 def umask() -> int:
-    """Bits that are taken from new files."""
-    found = os.umask(0o077)
-    os.umask(found)
-    return found
+    """Permission bits that new files lack."""
+    bits = os.umask(0o077)  # it can only be read by setting it
+    os.umask(bits)
+    return bits
 
 
 def slurm(seconds: float = COMMAND_SECONDS) -> Slurm | Broken | None:
-    """Partitions and own jobs; None where SLURM is not installed."""
+    """Partitions and the user's jobs; None where SLURM is not installed."""
     if shutil.which("sinfo") is None:
         return None
-    partitions = ask(["sinfo", "--noheader", "--format=%R %a"], seconds)
+    partitions = run(["sinfo", "--noheader", "--format=%R %a"], seconds)
     if isinstance(partitions, Broken):
         return partitions
-    jobs = ask(["squeue", "--noheader", "--format=%i", "--me"], seconds)
+    jobs = run(["squeue", "--noheader", "--format=%i", "--me"], seconds)
     if isinstance(jobs, Broken):
         return jobs
     states = dict(line.split()[:2] for line in partitions.splitlines() if len(line.split()) >= 2)
@@ -200,7 +205,7 @@ def slurm(seconds: float = COMMAND_SECONDS) -> Slurm | Broken | None:
 
 
 def has_wandb_key(environment: Mapping[str, str], home: Path) -> bool:
-    """Whether wandb could log in; the key itself is not read."""
+    """Whether wandb has a key to log in; the key itself is not read."""
     netrc = Path(environment.get("NETRC", home / ".netrc"))
     try:
         return bool(environment.get("WANDB_API_KEY")) or "wandb" in netrc.read_text(
@@ -211,5 +216,5 @@ def has_wandb_key(environment: Mapping[str, str], home: Path) -> bool:
 
 
 def has_nvidia() -> bool:
-    """Whether the kernel shows an NVIDIA GPU, whatever torch says."""
+    """Whether the kernel has an NVIDIA GPU, independently of torch."""
     return any(Path("/dev").glob("nvidia[0-9]*"))

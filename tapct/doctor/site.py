@@ -1,4 +1,4 @@
-"""Probes of a config and a store: `python -m tapct.doctor.site KIND ARGUMENTS`."""
+"""Probe of a config and a store: `python -m tapct.doctor.site site ARGUMENTS`."""
 
 from __future__ import annotations
 
@@ -9,13 +9,17 @@ from typing import Any
 
 from tapct import config as configs
 from tapct.data import read_rate
-from tapct.doctor.answers import answer
 from tapct.doctor.facts import Reads, Settings
+from tapct.doctor.probes import report
 from tapct.run.config import RunConfig
 
 
 def settings(path: str, overrides: list[str]) -> Settings:
-    """What the config says of its machine. Raises: UserError."""
+    """Read what a config asks of its machine.
+
+    Raises:
+        UserError: the config is wrong.
+    """
     config: RunConfig = configs.load_config(RunConfig, Path(path), overrides).value
     return Settings(
         str(config.out),
@@ -29,20 +33,24 @@ def settings(path: str, overrides: list[str]) -> Settings:
 
 
 def reads(path: str, depth: int, workers: int) -> Reads:
-    """Read random slabs as the loader does, for a moment. Raises: UserError."""
-    found = read_rate.measure(path, depth, workers)
-    return Reads(found.scans, found.slabs_per_s, found.bytes_per_s, found.threads, depth)
+    """Read random slabs as the loader does, for a moment.
+
+    Raises:
+        UserError: the folder holds no store.
+    """
+    rate = read_rate.measure(path, depth, workers)
+    return Reads(rate.scans, rate.slabs_per_s, rate.bytes_per_s, rate.threads, depth)
 
 
 def main(arguments: dict[str, Any]) -> None:
-    """Read the config if there is one, then from the store if there is one."""
-    found = Settings()
+    """Report on the config if there is one, then on the store if there is one."""
+    read = None
     if arguments["config"]:
-        found = answer("settings", lambda: settings(arguments["config"], arguments["overrides"]))
-    place = arguments["store"] or (found.store if found else "")
-    if place:
-        asked = found or Settings()
-        answer("reads", lambda: reads(place, asked.slab_depth, asked.workers))
+        read = report("settings", lambda: settings(arguments["config"], arguments["overrides"]))
+    wanted = read or Settings()
+    store = arguments["store"] or wanted.store
+    if store:
+        report("reads", lambda: reads(store, wanted.slab_depth, wanted.workers))
 
 
 if __name__ == "__main__":

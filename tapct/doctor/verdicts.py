@@ -1,5 +1,5 @@
-"""From facts to findings: pure, so that each outcome can be shown without the machine that has
-it.
+"""From facts to findings. The functions are pure, so that a test can show each outcome without a
+machine that has it.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from tapct.doctor.facts import (
     INSTALL,
     AllReduce,
-    Attention,
+    AttentionKernels,
     Broken,
     Copy,
     Cpu,
@@ -27,169 +27,163 @@ from tapct.doctor.facts import (
 )
 
 GB, MB = 1e9, 1e6
-LEAST_GLOO, LEAST_NCCL = 0.1 * GB, 5 * GB  # a laptop's loopback and PCIe 3 do better
+# Bytes per second below which a sum over processes is slow; a laptop's loopback and PCIe 3 are
+# faster.
+LEAST_GLOO, LEAST_NCCL = 0.1 * GB, 5 * GB
+# Bytes per second below which a GPU copies slowly, within its memory and from the host.
 LEAST_INSIDE, LEAST_FROM_HOST = 100 * GB, 4 * GB
-LEAST_SLABS = 10.0  # per second; a small model on one GPU takes more
+# Slabs per second below which a store is slow; a small model on one GPU needs more.
+LEAST_SLABS = 10.0
+ULIMITS = "ulimit -n 65536; ulimit -u 4096 (or edit /etc/security/limits.conf)"
 
 
 def size(num_bytes: float) -> str:
-    """Bytes for people."""
+    """Bytes as text, e.g. 12.3 GB."""
     for unit, power in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
         if num_bytes >= power:
             return f"{num_bytes / power:.3g} {unit}"
     return f"{num_bytes / 1e3:.3g} kB"
 
 
-def _broken(name: str, found: Broken, remedy: str) -> Finding:
-    return Finding(name, "fail", found.why, found.remedy or remedy)
+def _broken(name: str, facts: Broken, remedy: str) -> Finding:
+    return Finding(name, "fail", facts.why, facts.remedy or remedy)
 
 
-def packages(found: tuple[Package, ...] | Broken) -> Finding:
-    """Python and packages against what pyproject.toml asks for."""
-    if isinstance(found, Broken):
-        return Finding("packages", "warn", found.why, INSTALL)
-    told = ", ".join(
-        f"{one.name} {one.version}"
-        for one in found
-        if one.name in ("python", "torch", "numpy", "blosc2")
-    )
-    wrong = [one for one in found if not one.fits]
+def packages(facts: tuple[Package, ...] | Broken) -> Finding:
+    """Python and packages against the requirements in pyproject.toml."""
+    if isinstance(facts, Broken):
+        return Finding("packages", "warn", facts.why, INSTALL)
+    shown = [each for each in facts if each.name in ("python", "torch", "numpy", "blosc2")]
+    versions = ", ".join(f"{each.name} {each.version}" for each in shown)
+    wrong = [each for each in facts if not each.fits]
     if not wrong:
-        return Finding("packages", "ok", f"{told}; all {len(found)} requirements are met")
-    words = "; ".join(
-        f"{one.name} {one.version or 'is missing'}, wanted {one.wanted or 'any'}" for one in wrong
-    )
-    return Finding("packages", "fail", words, INSTALL)
+        return Finding("packages", "ok", f"{versions}; all {len(facts)} requirements are met")
+    lines = []
+    for each in wrong:
+        state = each.version or "is missing"
+        lines.append(f"{each.name} {state}, required {each.wanted or 'any version'}")
+    return Finding("packages", "fail", "; ".join(lines), INSTALL)
 
 
-def torch(found: Torch | Broken, has_nvidia: bool) -> Finding:
-    """CUDA of the build against the driver's."""
-    if isinstance(found, Broken):
-        return _broken("torch", found, f"{INSTALL}; then python -c 'import torch'")
-    if not found.cuda:
+def torch(facts: Torch | Broken, has_nvidia: bool) -> Finding:
+    """The CUDA version of torch against the newest that the driver supports."""
+    if isinstance(facts, Broken):
+        return _broken("torch", facts, f"{INSTALL}; then python -c 'import torch'")
+    if not facts.cuda:
         if has_nvidia:
             remedy = "install torch with CUDA, see pytorch.org/get-started"
             return Finding(
                 "torch",
                 "fail",
-                f"{found.version} is built for CPUs, but there is an NVIDIA GPU",
+                f"{facts.version} is built for CPUs, but this machine has an NVIDIA GPU",
                 remedy,
             )
-        return Finding("torch", "ok", f"{found.version}, built for CPUs")
-    words = f"{found.version}, CUDA {found.cuda}"
-    if not found.driver:
+        return Finding("torch", "ok", f"{facts.version}, built for CPUs")
+    text = f"{facts.version}, CUDA {facts.cuda}"
+    if not facts.driver:
         if has_nvidia:
             return Finding(
                 "torch",
                 "fail",
-                f"{words}; the driver does not answer",
-                "nvidia-smi should list GPUs",
+                f"{text}; the NVIDIA driver does not respond",
+                "check that nvidia-smi lists the GPUs",
             )
-        return Finding("torch", "ok", f"{words}; no NVIDIA driver here")
-    words += f", driver serves {found.driver}"
+        return Finding("torch", "ok", f"{text}; this machine has no NVIDIA driver")
+    text += f", driver supports {facts.driver}"
     build, driver = (
-        [int(part) for part in text.split(".")[:2]] for text in (found.cuda, found.driver)
+        [int(part) for part in text.split(".")[:2]] for text in (facts.cuda, facts.driver)
     )
     if build[0] > driver[0]:
-        remedy = f"a newer NVIDIA driver, or a torch built for CUDA {driver[0]}"
-        return Finding("torch", "fail", f"{words}: too old", remedy)
+        remedy = f"install a newer NVIDIA driver, or a torch built for CUDA {driver[0]}"
+        return Finding("torch", "fail", f"{text}: the driver is too old", remedy)
     if build > driver:
-        remedy = "a newer driver, should kernels fail to start"
-        return Finding(
-            "torch", "warn", f"{words}: older than the build, within one major version", remedy
-        )
-    return Finding("torch", "ok", words)
+        remedy = "if kernels fail to start, install a newer driver"
+        text += ": the driver is older than torch's CUDA, within one major version"
+        return Finding("torch", "warn", text, remedy)
+    return Finding("torch", "ok", text)
 
 
-def gpus(found: Gpus | Broken, settings: Settings, has_nvidia: bool) -> Finding:
-    """GPUs that torch sees."""
-    if isinstance(found, Broken):
-        return _broken(
-            "gpu", found, "look at nvidia-smi; a driver that hangs needs an administrator"
-        )
-    if not found.gpus:
+def gpus(facts: Gpus | Broken, settings: Settings, has_nvidia: bool) -> Finding:
+    """The GPUs that torch sees."""
+    if isinstance(facts, Broken):
+        return _broken("gpu", facts, "check nvidia-smi; a driver that hangs needs an administrator")
+    if not facts.gpus:
         if has_nvidia:
-            remedy = "look at CUDA_VISIBLE_DEVICES and nvidia-smi"
-            return Finding("gpu", "fail", "there is one, but torch sees none", remedy)
+            remedy = "check CUDA_VISIBLE_DEVICES and nvidia-smi"
+            return Finding("gpu", "fail", "this machine has a GPU, but torch sees none", remedy)
         if settings.device == "cuda":
-            remedy = "device=cpu, or ask for a GPU: srun --gres=gpu:1 tapct doctor"
-            return Finding("gpu", "fail", "none, but the config says device=cuda", remedy)
+            remedy = "set device=cpu, or request a GPU: srun --gres=gpu:1 tapct doctor"
+            return Finding("gpu", "fail", "no GPU, but the config says device=cuda", remedy)
         if settings.device == "cpu":
-            return Finding("gpu", "ok", "none, and the config asks for none")
+            return Finding("gpu", "ok", "no GPU, and the config says device=cpu")
         return Finding(
             "gpu",
             "warn",
-            "none: training runs on the CPU",
-            "on a cluster: srun --gres=gpu:1 tapct doctor",
+            "no GPU: training would run on the CPU",
+            "on a cluster, request one: srun --gres=gpu:1 tapct doctor",
         )
-    first = found.gpus[0]
-    names = {gpu.name for gpu in found.gpus}
-    has_bf16 = all(gpu.capability >= (8, 0) for gpu in found.gpus)
-    words = (
-        f"{len(found.gpus)} x {' / '.join(sorted(names))}, {size(first.memory)} each, compute "
-        "capability "
-    )
-    words += f"{first.capability[0]}.{first.capability[1]}, bf16 {'yes' if has_bf16 else 'no'}"
+    return _gpus(facts, settings)
+
+
+def _gpus(facts: Gpus, settings: Settings) -> Finding:
+    """One GPU at least: models, bf16, and whether others use them."""
+    first = facts.gpus[0]
+    models = sorted({gpu.name for gpu in facts.gpus})
+    has_bf16 = all(gpu.capability >= (8, 0) for gpu in facts.gpus)
+    text = f"{len(facts.gpus)} x {' / '.join(models)}, {size(first.memory)} each, compute "
+    text += f"capability {first.capability[0]}.{first.capability[1]}, "
+    text += f"bf16 {'yes' if has_bf16 else 'no'}"
     if settings.precision == "bf16" and not has_bf16:
-        return Finding(
-            "gpu", "warn", words, "train.precision=fp32: without bf16 units it is emulated"
-        )
-    if len(names) > 1:
-        return Finding(
-            "gpu",
-            "warn",
-            words,
-            "choose equal ones with CUDA_VISIBLE_DEVICES: the slowest sets the pace",
-        )
-    full = [i for i, gpu in enumerate(found.gpus) if gpu.free < 0.8 * gpu.memory]
-    if full:
-        words += (
-            f"; GPU {', '.join(map(str, full))} is in use: {size(found.gpus[full[0]].free)} free"
-        )
-        return Finding(
-            "gpu",
-            "warn",
-            words,
-            "nvidia-smi shows by whom; choose others with CUDA_VISIBLE_DEVICES",
-        )
-    return Finding("gpu", "ok", words)
+        remedy = "set train.precision=fp32: these GPUs emulate bf16, which is slow"
+        return Finding("gpu", "warn", text, remedy)
+    if len(models) > 1:
+        remedy = "choose equal GPUs with CUDA_VISIBLE_DEVICES: the slowest sets the pace"
+        return Finding("gpu", "warn", text, remedy)
+    busy = [i for i, gpu in enumerate(facts.gpus) if gpu.free < 0.8 * gpu.memory]
+    if busy:
+        numbers = ", ".join(map(str, busy))
+        text += f"; GPU {numbers} is in use: {size(facts.gpus[busy[0]].free)} free"
+        remedy = "nvidia-smi lists the processes; choose others with CUDA_VISIBLE_DEVICES"
+        return Finding("gpu", "warn", text, remedy)
+    return Finding("gpu", "ok", text)
 
 
-def nccl(found: Gpus) -> Finding:
-    """Whether torch can talk between GPUs."""
-    if not found.gpus:
+def nccl(facts: Gpus) -> Finding:
+    """Whether torch can communicate between GPUs."""
+    if not facts.gpus:
         return Finding("nccl", "ok", "not needed without GPUs")
-    if found.nccl:
-        return Finding("nccl", "ok", found.nccl)
-    state: State = "fail" if len(found.gpus) > 1 else "warn"
+    if facts.nccl:
+        return Finding("nccl", "ok", facts.nccl)
+    state: State = "fail" if len(facts.gpus) > 1 else "warn"
     return Finding(
         "nccl",
         state,
-        "torch has none",
+        "torch has no NCCL",
         "install torch with CUDA from pytorch.org, which brings NCCL",
     )
 
 
-def copy(found: Copy | Broken) -> Finding:
-    """Memory of the first GPU."""
-    if isinstance(found, Broken):
-        return _broken("gpu copy", found, "look at nvidia-smi -q for errors, and at ulimit -l")
-    words = (
-        f"{found.inside / GB:.0f} GB/s within the GPU, {found.from_host / GB:.1f} GB/s from "
+def copy(facts: Copy | Broken) -> Finding:
+    """How fast the first GPU copies."""
+    if isinstance(facts, Broken):
+        return _broken("gpu copy", facts, "check nvidia-smi -q for errors, and ulimit -l")
+    text = (
+        f"{facts.inside / GB:.0f} GB/s within the GPU, {facts.from_host / GB:.1f} GB/s from "
         "pinned memory"
     )
-    if found.inside < LEAST_INSIDE or found.from_host < LEAST_FROM_HOST:
-        remedy = "slow: is the GPU shared, or its slot narrow? nvidia-smi; nvidia-smi -q -d PCIE"
-        return Finding("gpu copy", "warn", words, remedy)
-    return Finding("gpu copy", "ok", words)
+    if facts.inside < LEAST_INSIDE or facts.from_host < LEAST_FROM_HOST:
+        remedy = "slow: is the GPU shared (nvidia-smi), or its slot narrow (nvidia-smi -q -d PCIE)?"
+        return Finding("gpu copy", "warn", text, remedy)
+    return Finding("gpu copy", "ok", text)
 
 
-def all_reduce(found: AllReduce | Broken, backend: str) -> Finding:
-    """A real sum over processes."""
+def all_reduce(facts: AllReduce | Broken, backend: str) -> Finding:
+    """A sum over processes."""
     least, remedy = {
         "gloo": (
             LEAST_GLOO,
-            "the host name must lead to this machine (/etc/hosts), or export GLOO_SOCKET_IFNAME=lo",
+            "make the host name resolve to this machine (/etc/hosts), or export "
+            "GLOO_SOCKET_IFNAME=lo",
         ),
         "nccl": (
             LEAST_NCCL,
@@ -197,196 +191,206 @@ def all_reduce(found: AllReduce | Broken, backend: str) -> Finding:
         ),
     }[backend]
     name = f"{backend} sum"
-    if isinstance(found, Broken):
-        return _broken(name, found, remedy)
-    words = f"all-reduce over {found.world} processes, {found.rate / GB:.3g} GB/s"
-    if not found.right:
-        return Finding(name, "fail", f"{words}: the sum is wrong", remedy)
-    return (
-        Finding(name, "warn", f"{words}: slow", remedy)
-        if found.rate < least
-        else Finding(name, "ok", words)
-    )
+    if isinstance(facts, Broken):
+        return _broken(name, facts, remedy)
+    text = f"all-reduce over {facts.world} processes, {facts.rate / GB:.3g} GB/s"
+    if not facts.right:
+        return Finding(name, "fail", f"{text}: the sum is wrong", remedy)
+    if facts.rate < least:
+        return Finding(name, "warn", f"{text}: slow", remedy)
+    return Finding(name, "ok", text)
 
 
-def attention(found: Attention | Broken) -> Finding:
-    """Back-ends of attention on this device."""
-    if isinstance(found, Broken):
-        return _broken("attention", found, INSTALL)
+def attention(facts: AttentionKernels | Broken) -> Finding:
+    """Attention back-ends on this device."""
+    if isinstance(facts, Broken):
+        return _broken("attention", facts, INSTALL)
     others = (
-        f"xformers {found.xformers or 'not installed (optional)'}, varlen "
-        f"{'yes' if found.varlen else 'no'}"
+        f"xformers {facts.xformers or 'not installed (optional)'}, varlen "
+        f"{'yes' if facts.varlen else 'no'}"
     )
-    words = f"sdpa on {found.device}: {', '.join(found.kernels) or 'no kernel'}; {others}"
-    if not found.kernels:
+    text = f"sdpa on {facts.device}: {', '.join(facts.kernels) or 'no kernel runs'}; {others}"
+    if not facts.kernels:
         return Finding(
             "attention",
             "fail",
-            f"{words}; none ran",
+            text,
             "install a torch that is built for this device",
         )
-    if found.kernels == ("math",) and found.device == "cuda":
-        remedy = "attention will write N x N matrices: take smaller windows or batches"
-        return Finding("attention", "warn", words, remedy)
-    return Finding("attention", "ok", words)
+    if facts.kernels == ("math",) and facts.device == "cuda":
+        remedy = "attention will allocate N x N matrices: use smaller windows or batches"
+        return Finding("attention", "warn", text, remedy)
+    return Finding("attention", "ok", text)
 
 
-def config(found: Settings | Broken, path: str) -> Finding:
+def config(facts: Settings | Broken, path: str) -> Finding:
     """The config file."""
-    if isinstance(found, Broken):
-        return _broken("config", found, f"mend {path} or the key=value")
+    if isinstance(facts, Broken):
+        if facts.why.startswith("override: "):
+            why = facts.why.removeprefix("override: ")
+            return Finding("config", "fail", why, "correct this key=value on the command line")
+        return _broken("config", facts, f"correct {path}")
     return Finding("config", "ok", f"{path} is valid")
 
 
-def reads(found: Reads | Broken | None) -> Finding:
+def reads(facts: Reads | Broken | None) -> Finding:
     """How fast slabs come out of the store."""
-    if found is None:
-        return Finding("store", "ok", "not measured; name a CONFIG or --store DIR")
-    if isinstance(found, Broken):
+    if facts is None:
+        return Finding("store", "ok", "not measured; give a CONFIG or --store FOLDER")
+    if isinstance(facts, Broken):
         return _broken(
             "store",
-            found,
-            "tapct pack makes one; if it is there, mount its disk, or name it: --store DIR",
+            facts,
+            "create it with tapct pack; if it exists, mount its disk or pass --store FOLDER",
         )
-    words = (
-        f"{found.scans} scans; {found.slabs:.0f} slabs of {found.depth} slices a second by "
-        f"{found.threads} threads, "
-        f"{found.rate / MB:.0f} MB/s: feeds {found.slabs:.0f} samples/s"
+    text = (
+        f"{facts.scans} scans; {facts.slabs:.0f} slabs of {facts.depth} slices per second "
+        f"with {facts.threads} threads, {facts.rate / MB:.0f} MB/s: enough for "
+        f"{facts.slabs:.0f} samples/s"
     )
-    if found.slabs < LEAST_SLABS:
+    if facts.slabs < LEAST_SLABS:
         return Finding(
-            "store", "warn", words, "copy it to a local disk, or raise data.loader.workers"
+            "store", "warn", text, "copy it to a local disk, or raise data.loader.workers"
         )
-    return Finding("store", "ok", words)
+    return Finding("store", "ok", text)
 
 
-def cpu(found: Cpu) -> Finding:
-    """CPUs that may be used, and whether torch will start more threads than that."""
-    share = math.inf if found.quota is None else found.quota
-    usable = min(float(found.allowed), share)
-    words = f"{found.count} CPUs, {found.allowed} for this process"
-    words += f", {share:.3g} by its cgroup" if math.isfinite(share) else ""
-    words += f", OMP_NUM_THREADS={found.threads}" if found.threads else ""
+def cpu(facts: Cpu) -> Finding:
+    """CPUs that this process may use, and whether torch will start more threads than that."""
+    share = math.inf if facts.quota is None else facts.quota
+    usable = min(float(facts.allowed), share)
+    text = f"{facts.count} CPUs, {facts.allowed} allowed for this process"
+    text += f", {share:.3g} allowed by its cgroup" if math.isfinite(share) else ""
+    text += f", OMP_NUM_THREADS={facts.threads}" if facts.threads else ""
     if usable < 1:
         return Finding(
-            "cpu", "fail", words, "ask for whole CPUs: --cpus-per-task=8, or the container's --cpus"
+            "cpu", "fail", text, "request whole CPUs: --cpus-per-task=8, or the container's --cpus"
         )
-    if (found.threads or found.allowed) > usable + 0.5:
+    if (facts.threads or facts.allowed) > usable + 0.5:
         return Finding(
-            "cpu", "warn", words, f"too many threads: export OMP_NUM_THREADS={math.floor(usable)}"
+            "cpu",
+            "warn",
+            text,
+            f"torch would start too many threads: export OMP_NUM_THREADS={math.floor(usable)}",
         )
-    return Finding("cpu", "ok", words)
+    return Finding("cpu", "ok", text)
 
 
-def limits(found: Limits) -> Finding:
-    """Limits of the shell."""
+def limits(facts: Limits) -> Finding:
+    """Limits of the shell (`ulimit`)."""
 
-    def told(value: float) -> str:
+    def shown(value: float) -> str:
         return f"{value:.0f}" if math.isfinite(value) else "unlimited"
 
-    locked = size(found.locked_bytes) if math.isfinite(found.locked_bytes) else "unlimited"
-    words = (
-        f"{told(found.open_files)} open files, {told(found.processes)} processes, {locked} "
+    locked = size(facts.locked_bytes) if math.isfinite(facts.locked_bytes) else "unlimited"
+    text = (
+        f"{shown(facts.open_files)} open files, {shown(facts.processes)} processes, {locked} "
         "locked memory"
     )
-    if found.open_files < 256 or found.processes < 64:
+    if facts.open_files < 256 or facts.processes < 64:
         return Finding(
             "limits",
             "fail",
-            words,
-            "ulimit -n 65536; ulimit -u 4096 (or /etc/security/limits.conf)",
+            text,
+            ULIMITS,
         )
-    if found.open_files < 1024 or found.processes < 1024:
+    if facts.open_files < 1024 or facts.processes < 1024:
         return Finding(
             "limits",
             "warn",
-            words,
-            "ulimit -n 65536; ulimit -u 4096 (or /etc/security/limits.conf)",
+            text,
+            ULIMITS,
         )
-    if found.infiniband and found.locked_bytes < 1 << 30:
-        remedy = "InfiniBand wants ulimit -l unlimited (on a cluster: its administrator)"
-        return Finding("limits", "warn", words, remedy)
-    return Finding("limits", "ok", words)
+    if facts.infiniband and facts.locked_bytes < 1 << 30:
+        remedy = "InfiniBand needs ulimit -l unlimited; on a cluster, ask its administrator"
+        return Finding("limits", "warn", text, remedy)
+    return Finding("limits", "ok", text)
 
 
-def room(name: str, found: Space | Broken, least: float, good: float, remedy: str) -> Finding:
-    """Room in a folder that has to be written.
+def room(name: str, facts: Space | Broken, least: float, good: float, remedy: str) -> Finding:
+    """Room in a folder that a run writes to.
 
     Args:
-        least: bytes below which a run fails.
-        good: bytes below which it may.
+        name: name of the check.
+        facts: room in the folder.
+        least: free bytes below which a run fails.
+        good: free bytes below which it may fail.
+        remedy: what to do when there is too little room.
     """
-    if isinstance(found, Broken):
-        return _broken(name, found, f"is its disk there? {remedy}")
-    if found.refusal:
-        return Finding(name, "fail", f"{found.path}: {found.refusal}", remedy)
-    words = f"{found.path}: {size(found.free)} free of {size(found.total)}"
-    state: State = "fail" if found.free < least else "warn" if found.free < good else "ok"
-    return Finding(name, state, words, remedy if state != "ok" else "")
+    if isinstance(facts, Broken):
+        return _broken(name, facts, f"is its disk mounted? {remedy}")
+    if facts.refusal:
+        return Finding(name, "fail", f"{facts.path}: {facts.refusal}", remedy)
+    text = f"{facts.path}: {size(facts.free)} free of {size(facts.total)}"
+    if facts.free < least:
+        return Finding(name, "fail", text, remedy)
+    if facts.free < good:
+        return Finding(name, "warn", text, remedy)
+    return Finding(name, "ok", text)
 
 
-def slurm(found: Slurm | Broken | None) -> Finding:
-    """The queue, where there is one."""
-    if found is None:
-        return Finding("slurm", "ok", "not here, and not needed on one machine")
-    if isinstance(found, Broken):
-        if (
-            "configuration source" in found.why
-        ):  # the client is installed, but there is no slurm.conf
-            return Finding(
-                "slurm",
-                "warn",
-                found.why,
-                "on a cluster: its administrator; elsewhere it is not needed",
-            )
-        return _broken(
-            "slurm", found, "scontrol ping; its administrator knows whether slurmctld is down"
-        )
-    if not found.up:
+def slurm(facts: Slurm | Broken | None) -> Finding:
+    """SLURM, where it is installed."""
+    if facts is None:
+        return Finding("slurm", "ok", "not installed, and not needed on one machine")
+    if isinstance(facts, Broken):
+        if "configuration source" in facts.why:
+            # the client is installed, but there is no slurm.conf
+            remedy = "on a cluster, ask its administrator; on one machine SLURM is not needed"
+            return Finding("slurm", "warn", facts.why, remedy)
+        remedy = "run scontrol ping; ask the administrator whether slurmctld is down"
+        return _broken("slurm", facts, remedy)
+    if not facts.up:
         return Finding(
             "slurm",
             "warn",
-            f"no partition of {len(found.down)} is up",
-            "sinfo --summarize; wait, or ask",
+            f"none of {len(facts.down)} partitions is up",
+            "see sinfo --summarize; wait, or ask the administrator",
         )
-    shown = ", ".join(found.up[:6]) + (", ..." if len(found.up) > 6 else "")
-    return Finding("slurm", "ok", f"partitions up: {shown}; jobs of yours: {found.jobs}")
+    shown = ", ".join(facts.up[:6]) + (", ..." if len(facts.up) > 6 else "")
+    return Finding("slurm", "ok", f"partitions up: {shown}; your jobs: {facts.jobs}")
 
 
 def wandb(mode: str, has_key: bool) -> Finding:
-    """Whether metrics leave the machine, and whether they can."""
+    """Whether metrics are sent to wandb, and whether this machine has a key for it."""
     if mode != "online":
-        where = "off" if mode == "disabled" else "offline, written to RUN/wandb"
+        where = "disabled" if mode == "disabled" else "offline, written to RUN/wandb"
         return Finding("wandb", "ok", f"{where}; no internet needed")
     if not has_key:
         return Finding(
-            "wandb", "fail", "online, but there is no key", "wandb login, or log.wandb.mode=offline"
+            "wandb",
+            "fail",
+            "online, but there is no key",
+            "run wandb login, or set log.wandb.mode=offline",
         )
     return Finding(
         "wandb",
         "ok",
-        "online with a key; the training node needs internet, else log.wandb.mode=offline",
+        "online, with a key; if the training node has no internet, set log.wandb.mode=offline",
     )
 
 
-def umask(found: int) -> Finding:
-    """Who else may write what a run writes."""
-    if not found & 0o002:
-        words = (
-            f"{found:04o}: everybody may change your runs, and a checkpoint is trusted like code"
+def umask(facts: int) -> Finding:
+    """Who else may read and change the files of a run."""
+    if not facts & 0o002:
+        text = (
+            f"{facts:04o}: everybody may change your runs, and loading a checkpoint trusts it like "
+            "code"
         )
-        return Finding("umask", "warn", words, "umask 022, or 077 for yourself alone")
-    readers = (
-        "only you" if found & 0o044 == 0o044 else "your group" if found & 0o004 else "everybody"
-    )
-    return Finding("umask", "ok", f"{found:04o}: {readers} can read new runs")
+        return Finding("umask", "warn", text, "umask 022; umask 077 keeps runs private")
+    if facts & 0o004 == 0:
+        readers = "everybody"
+    elif facts & 0o040 == 0:
+        readers = "your group"
+    else:
+        readers = "only you"
+    return Finding("umask", "ok", f"{facts:04o}: {readers} can read new runs")
 
 
 def summary(findings: Sequence[Finding]) -> str:
-    """How many of each."""
-    counts = {
-        state: sum(one.state == state for one in findings) for state in ("ok", "warn", "fail")
-    }
-    return f"{len(findings)} checks: " + ", ".join(
-        f"{count} {state}" for state, count in counts.items()
-    )
+    """The last line: how many checks ended in which state."""
+    counts = []
+    for state in ("ok", "warn", "fail"):
+        count = sum(finding.state == state for finding in findings)
+        counts.append(f"{count} {state}")
+    return f"{len(findings)} checks: {', '.join(counts)}"

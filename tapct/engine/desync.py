@@ -9,9 +9,7 @@ from torch import Tensor
 
 from tapct.base.exits import SharedError
 from tapct.distributed import collectives
-from tapct.distributed.world import (
-    World,
-)
+from tapct.distributed.world import World
 from tapct.ssl.student_teacher import StudentTeacher
 
 

@@ -7,16 +7,17 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from tapct.base import metric_names
 from tapct.base.exits import SharedError, UserError
 from tapct.base.ranks import Ranks
 from tapct.config import setting
 from tapct.config.plugins import Plugin
-from tapct.data import sampler
+from tapct.data.batch_share import BatchShare
 from tapct.distributed import watch as watch_module
 from tapct.distributed import world as parallel
 from tapct.distributed.collectives import Packet, own_slot
@@ -27,11 +28,13 @@ from tapct.engine.stop import FAILED_SAVE, StopFlag, job_deadline
 from tapct.engine.upload import Upload
 from tapct.nn.layers import DropKey
 from tapct.ssl import step as ssl_step
+from tapct.ssl.inputs import Inputs
 from tapct.ssl.schedules import Schedules
 from tapct.ssl.student_teacher import StudentTeacher
-from tapct.types import Batch, HUContract, Masks, Views
-from tapct.views import masks as view_masks
-from tapct.views import recipe
+from tapct.types import Batch, Masks, Views
+
+# entries of the packet that ranks add up once per step, beside those of `metrics.collect`
+ARRIVAL, STOP = "arrival", "stop"
 
 
 @dataclass(frozen=True)
@@ -93,12 +96,7 @@ class Config:
         for kind in self.init_allow:
             if kind not in initial.KINDS:
                 raise UserError(f"train.init_allow: {kind} is none of {', '.join(initial.KINDS)}")
-        if self.global_batch % self.accumulation:
-            raise UserError(
-                f"train.global_batch {self.global_batch} is not a multiple of train.accumulation "
-                f"{self.accumulation}; "
-                "the batch of a rank is global_batch / (world x accumulation)"
-            )
+        BatchShare(self.global_batch, self.accumulation)  # refuses what one rank cannot share
 
 
 @dataclass(frozen=True)
@@ -115,44 +113,16 @@ class Stop:
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """What turns a batch into views and masks.
-
-    Args:
-        views: crops and ops on them.
-        masks: block masks.
-        contract: HU to network input.
-        patch: (z, y, x) voxels of a token.
-        seed: of the run.
-    """
-
-    views: recipe.Config
-    masks: view_masks.Config
-    contract: HUContract
-    patch: tuple[int, int, int]
-    seed: int
-
-    @property
-    def grid(self) -> tuple[int, int, int]:
-        """Patch tokens of a global crop along (z, y, x)."""
-        z, y, x = (
-            window // patch
-            for window, patch in zip(self.views.global_window, self.patch, strict=True)
-        )
-        return z, y, x
-
-
-@dataclass(frozen=True)
 class Hooks:
-    """What the loop calls out to; `run.py` hands these in.
+    """What the loop calls; the run hands these in.
 
     Args:
         log: gets each step's record, in order.
         save: begins a checkpoint of this many finished steps; the bool says that nothing follows,
-            so it ends it too.
-        look_after: called after every step for what goes on beside training; whether a save that
-            was begun has failed, and training shall not go on without it.
-        say: tells people a line.
+            so it waits for the end of it too.
+        look_after: called after every step for what runs beside training; returns whether a save
+            that was begun has failed and training must not continue without it.
+        say: prints a line for people.
     """
 
     log: Callable[[metrics.Record], None]
@@ -162,23 +132,38 @@ class Hooks:
 
 
 @dataclass(frozen=True)
-class Stage:
-    """What holds from a step on, until the next stage.
+class Cadence:
+    """How often the loop does what it does not do in every step.
 
     Args:
-        start: finished steps at its begin.
-        told: a line for people.
-        config: precision, length and global batch are those of the run.
-        recipe: views and masks.
-        schedules: values by step.
-        optim: clipping and moments; its groups are those of the run.
-        losses: settings of the run's losses.
+        log_every: steps between two fetches of the metrics.
+        save_every: steps between two checkpoints.
+        ranks: how often ranks are compared, how long they are waited for, and when one is slow.
+    """
+
+    log_every: int
+    save_every: int
+    ranks: parallel.Config = field(default_factory=parallel.Config)
+
+
+@dataclass(frozen=True)
+class StageSettings:
+    """What the loop works with from a step on, until the next stage.
+
+    Args:
+        start: finished steps at its begin; 0 for the first stage.
+        title: what changes, for the log.
+        config: length, batch and precision; of these only the accumulation differs between stages.
+        inputs: how views and masks are made.
+        schedules: learning rate, momentum and temperatures by step.
+        optim: clipping and moments; the parameter groups are those of the whole run.
+        losses: plug-in sections of the run's losses.
     """
 
     start: int
-    told: str
+    title: str
     config: Config
-    recipe: Recipe
+    inputs: Inputs
     schedules: Schedules
     optim: optim.Config
     losses: tuple[Plugin, ...]
@@ -188,46 +173,31 @@ class Trainer:
     """Runs optimizer steps on one rank.
 
     Args:
-        pair: student, teacher and losses, on their device.
-        updater: optimizer and teacher.
-        schedules: values by step.
-        config: length, batch, precision.
-        recipe: views and masks.
+        pair: student, teacher and losses, on their device and with the losses of the first stage.
+        updater: optimizer and teacher, with the settings of the first stage.
+        stages: settings by step, in order; the first one starts at step 0.
         hooks: logging and saving.
-        log_every: steps between two fetches of the metrics.
-        save_every: steps between two checkpoints.
-        world: this rank's place among the others; None: it is alone.
-        parallel_config: how often ranks are compared, and when one is called slow.
-        stages: in order; before the first one the arguments above hold.
+        cadence: how often metrics are fetched and checkpoints written.
+        world: this rank's place among the others; None where it is alone.
     """
 
     def __init__(
         self,
         pair: StudentTeacher,
         updater: Updater,
-        schedules: Schedules,
-        config: Config,
-        recipe: Recipe,
+        stages: Sequence[StageSettings],
         hooks: Hooks,
-        log_every: int,
-        save_every: int,
+        cadence: Cadence,
         world: World | None = None,
-        parallel_config: parallel.Config | None = None,
-        stages: Sequence[Stage] = (),
     ) -> None:
-        self.pair, self.updater, self.schedules, self.config = pair, updater, schedules, config
-        self.recipe, self.hooks, self.log_every, self.save_every = (
-            recipe,
-            hooks,
-            log_every,
-            save_every,
-        )
-        self.device = next(pair.parameters()).device
-        self.upload = Upload(self.device)
-        self.world = world or World(Ranks(), self.device)
-        self.parallel = parallel_config or parallel.Config()
+        assert stages[0].start == 0
+        self.pair, self.updater, self.hooks, self.cadence = pair, updater, hooks, cadence
         self.stages = stages
-        self.stage: Stage | None = None  # that holds now
+        self.stage = stages[0]  # the one that holds now
+        self.device = next(pair.parameters()).device
+        self.world = world or World(Ranks(), self.device)
+        self.upload = Upload(self.device)
+        config = self.stage.config
         self.flag = StopFlag(
             self.device,
             self.world.ranks.world == 1,
@@ -235,10 +205,18 @@ class Trainer:
         )
         self.pending = metrics.Pending()
         self.not_finite: list[tuple[int, Tensor]] = []  # step, which ranks' loss was not finite
-        self.silent_until = 0.0  # about a slow rank
-        self.vitals = vitals.Vitals(schedules.warmup_steps, vitals.window_of(config.steps))
+        self.silent_until = 0.0  # no second line about a slow rank before this time
+        self.vitals = vitals.Vitals(
+            self.stage.schedules.warmup_steps, vitals.window_of(config.steps)
+        )
         self.ln_k: dict[str, float] = {}  # of each prototype loss
         self.save_seconds = 0.0  # that training stood still for the last save
+
+    @property
+    def share(self) -> BatchShare:
+        """How ranks and micro-batches share the samples of a step now."""
+        config = self.stage.config
+        return BatchShare(config.global_batch, config.accumulation, self.world.ranks.world)
 
     def run(self, batches: Iterator[tuple[Batch, ...]], start: int) -> Stop:
         """Train from step `start` to the last one, or to a signal on any rank; ends with a
@@ -252,189 +230,156 @@ class Trainer:
             UserError: a loss or gradient was not finite; the weights are those before it, none were
                 saved. Or a checkpoint could not be written, or a rank was lost.
         """
+        steps, ranks = self.stage.config.steps, self.cadence.ranks
         self.pair.train()
-        with self.flag, watch_module.watch(self.world, self.parallel) as watch:
-            for step in range(start, self.config.steps):
+        with self.flag, watch_module.watch(self.world, ranks) as watch:
+            for step in range(start, steps):
                 self.enter_stage(step)
+
+                # one optimizer step
                 with watch.naming_lost_ranks():
                     watch.at(step, "training")
                     self.optimizer_step(step, batches)
                 done = step + 1
+
+                # do all ranks stop here, and is a checkpoint due
                 reason = self.flag.agreed()
-                last = done == self.config.steps or bool(reason)
-                due = last or done % self.save_every == 0
-                if due or done % self.log_every == 0:
+                last = done == steps or bool(reason)
+                save_due = last or done % self.cadence.save_every == 0
+
+                # fetch and log the numbers; before a save, so that no weights are saved after a
+                # number that is not finite
+                if save_due or done % self.cadence.log_every == 0:
                     self.flush()
                     fsdp.forget_order(self.pair)
-                if self.parallel.desync_every and done % self.parallel.desync_every == 0:
+
+                # do all ranks still hold the same weights
+                if ranks.desync_every and done % ranks.desync_every == 0:
                     with watch.naming_lost_ranks():
                         desync.check_sync(self.pair, self.world, done)
+
+                # what runs beside training: evaluations, the save before
                 self.flag.failed_save = self.hooks.look_after()
-                if due:
-                    began = time.perf_counter()
-                    with watch.naming_lost_ranks():
-                        watch.at(step, "saving")
-                        self.hooks.save(done, last)
-                    self.save_seconds = time.perf_counter() - began
+
+                # save
+                if save_due:
+                    self.save(done, last, watch)
                 if reason == FAILED_SAVE:
                     raise UserError(
                         f"stopped at step {done}: another rank could not write its part of a "
                         "checkpoint"
                     )
                 if last:
-                    return Stop(done, reason if done < self.config.steps else "")
+                    return Stop(done, reason if done < steps else "")
         return Stop(start)
 
+    def save(self, done: int, last: bool, watch: watch_module.Watch) -> None:
+        """Begin a checkpoint of so many finished steps, and note how long training stood still."""
+        began = time.perf_counter()
+        with watch.naming_lost_ranks():
+            watch.at(done - 1, "saving")
+            self.hooks.save(done, last)
+        self.save_seconds = time.perf_counter() - began
+
     def enter_stage(self, step: int) -> None:
-        """Go on with the settings of the stage that holds at a step; what was learned and held so
-        far stays.
+        """Change to the settings of the stage that holds at a step; weights, moments and centres
+        stay.
         """
-        due = next((stage for stage in reversed(self.stages) if stage.start <= step), None)
-        if due is None or due is self.stage:
+        due = next(stage for stage in reversed(self.stages) if stage.start <= step)
+        if due is self.stage:
             return
-        self.flush()  # judged by the settings that they came from
-        self.stage, self.config, self.recipe, self.schedules = (
-            due,
-            due.config,
-            due.recipe,
-            due.schedules,
-        )
+        self.flush()  # the numbers so far belong to the settings before
+        self.stage = due
         self.updater.config = due.optim
         self.pair.change_losses(due.losses)
-        self.hooks.say(f"{due.told} from step {due.start} on")
+        self.hooks.say(f"{due.title} from step {due.start} on")
 
     def optimizer_step(self, step: int, batches: Iterator[tuple[Batch, ...]]) -> None:
-        """Forward and backward of all micro-batches, one update, and the numbers of it."""
+        """Forward and backward of all micro-batches, one update, and its numbers."""
+        config = self.stage.config
         timer = metrics.StageTimer(self.device)
-        values = self.schedules.at(step)
-        counts = self.mask_counts(step)
+        values = self.stage.schedules.at(step)
+        counts = self.stage.inputs.mask_counts(step, config.global_batch)
         self.pair.refresh_snapshot(step, self.updater.bad == 0)
         packet, began = Packet(), time.perf_counter()
         with timer.stage("step"):
             with timer.stage("data"):
                 micro_batches = next(batches)
+
+            # gradients of all micro-batches, added up
             outputs: list[ssl_step.StepOutput] = []
             for micro, batch in enumerate(micro_batches):
                 with timer.stage("views"):
                     views, masks = self.make_inputs(step, micro, batch, counts)
-                if (
-                    micro == 0
-                    # before the step's first collective: what comes after waits for the slowest
-                    # rank
-                ):
-                    packet.sum("arrival", own_slot(time.perf_counter() - began, self.device))
+                if micro == 0:
+                    # before the first collective of the step: after it, all wait for the slowest
+                    packet.sum(ARRIVAL, own_slot(time.perf_counter() - began, self.device))
                 with timer.stage("forward_backward"):
                     output = self.forward_backward(step, micro, views, masks, values.teacher_temp)
-                # health looks at the last micro-batch alone: else the tokens of all of them would
-                # lie in memory
-                outputs = [*(replace(one, tokens=output.tokens) for one in outputs), output]
+                metrics.append_output(outputs, output)
             self.ln_k = vitals.ln_prototypes(outputs[0])
+
+            # one update of student and teacher, and one collective for all that ranks agree on
             with timer.stage("optimizer"):
                 metrics.collect(outputs, packet)
-                packet.sum("stop", self.flag.slots())
-                report = self.updater.step(
-                    values, metrics.mean([output.total for output in outputs]), packet
-                )
-                self.flag.hear(packet["stop"])
+                packet.sum(STOP, self.flag.slots())
+                total = metrics.mean([output.total for output in outputs])
+                report = self.updater.step(values, total, packet)
+                self.flag.hear(packet[STOP])
                 self.not_finite.append((step, report.not_finite_W))
-            numbers = metrics.readings(
-                outputs, packet, report, with_rank=(step + 1) % self.log_every == 0
-            )
-            numbers += metrics.arrivals(packet["arrival"])
+
+            # numbers of the step; they stay on the device
+            fetched_now = (step + 1) % self.cadence.log_every == 0
+            numbers = metrics.readings(outputs, packet, report, with_rank=fetched_now)
+            numbers += metrics.arrivals(packet[ARRIVAL])
         saving, self.save_seconds = self.save_seconds, 0.0
-        self.pending.add(
-            step + 1, (step + 1) * self.config.global_batch, values, numbers, timer, saving
-        )
-
-    def forward_backward(
-        self, step: int, micro: int, views: Views, masks: Masks, temp: float
-    ) -> ssl_step.StepOutput:
-        """One micro-batch; ranks reduce the gradients after the last of a step."""
-        if self.config.accumulation > 1 and self.world.mesh is not None:
-            fsdp.sync_gradients(self.pair, micro == self.config.accumulation - 1)
-        key = DropKey(self.recipe.seed, step, micro, self.world.ranks.rank)
-        with torch.autocast(
-            self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"
-        ):
-            output = ssl_step.forward(
-                self.pair, views, masks, temp, key, self.pair.uses_snapshot(step)
-            )
-        (output.total / self.config.accumulation).backward()
-        return output
-
-    def mask_counts(self, step: int) -> list[int]:
-        """Masked tokens of every global crop of the step, all ranks and micro-batches,
-        crop-major.
-        """
-        num_tokens = self.recipe.grid[0] * self.recipe.grid[1] * self.recipe.grid[2]
-        num_crops = self.recipe.views.num_globals * self.config.global_batch
-        return view_masks.counts(
-            self.recipe.masks,
-            num_crops_global=num_crops,
-            num_tokens=num_tokens,
-            seed=self.recipe.seed,
-            step=step,
-        )
+        samples = (step + 1) * config.global_batch
+        self.pending.add(step + 1, samples, values, numbers, timer, saving)
 
     def make_inputs(
         self, step: int, micro: int, batch: Batch, counts: list[int]
     ) -> tuple[Views, Masks]:
         """Views and masks of one micro-batch, on the device."""
-        config = self.config
-        rank, world = self.world.ranks.rank, self.world.ranks.world
-        samples = sampler.samples_of(
-            step,
-            micro,
-            rank,
-            world=world,
-            accumulation=config.accumulation,
-            global_batch=config.global_batch,
-        )
-        views_of_all = range(
-            0, len(counts), config.global_batch
-        )  # where each view's crops begin in the whole step
-        mine = [
-            counts[view + sample % config.global_batch]
-            for view in views_of_all
-            for sample in samples
-        ]
-        batch = self.upload(batch)
-        views = recipe.make_views(
-            batch, self.recipe.views, self.recipe.contract, self.recipe.seed, self.recipe.patch
-        )
-        masks = view_masks.draw(
-            mine,
-            self.recipe.grid,
-            views.global_in_scan_VBN,
-            batch.sample_B,
-            self.recipe.masks,
-            self.recipe.seed,
-        )
-        return views, masks
+        samples = self.share.samples(step, micro, self.world.ranks.rank)
+        return self.stage.inputs.make(self.upload(batch), samples, counts)
+
+    def forward_backward(
+        self, step: int, micro: int, views: Views, masks: Masks, temp: float
+    ) -> ssl_step.StepOutput:
+        """One micro-batch; ranks reduce the gradients after the last of a step."""
+        config = self.stage.config
+        if config.accumulation > 1 and self.world.mesh is not None:
+            fsdp.sync_gradients(self.pair, micro == config.accumulation - 1)
+        key = DropKey(self.stage.inputs.seed, step, micro, self.world.ranks.rank)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+            output = ssl_step.forward(
+                self.pair, views, masks, temp, key, self.pair.uses_snapshot(step)
+            )
+        (output.total / config.accumulation).backward()
+        return output
 
     def flush(self) -> None:
         """Fetch the numbers of all steps since the last time, check them, and hand them on."""
         records = self.pending.fetch()
         broken = metrics.first_not_finite(records)
-        slow = metrics.straggler(records, self.parallel.straggler_factor)
+        slow = metrics.straggler(records, self.cadence.ranks.straggler_factor)
         if slow and time.monotonic() > self.silent_until:
             self.hooks.say(slow)
             self.silent_until = time.monotonic() + 60.0
         for record in records:
-            pace = self.config.global_batch / max(record["seconds/step"], 1e-9)
+            pace = self.stage.config.global_batch / max(record[metric_names.seconds("step")], 1e-9)
             self.hooks.log({**record, "samples_per_second": pace})
-        told = self.vitals.look(records, self.ln_k)
-        if told and self.world.ranks.is_first:
-            self.hooks.say(told)
+        line = self.vitals.update(records, self.ln_k)
+        if line and self.world.ranks.is_first:
+            self.hooks.say(line)
         if broken is not None:
             record, name = broken
             samples = self.samples_behind(int(record["step"]) - 1)
             raise SharedError(
-                f"step {record['step']:.0f}: {name} is {record[name]}; nothing moved since the "
-                "step before. Samples "
-                f"{samples}. What was saved before is whole, but the same command would end here "
-                "again: start anew in "
-                "another out= with a lower optim.lr, or without these scans"
+                f"step {record['step']:.0f}: {name} is {record[name]}; the weights were not "
+                f"updated. Samples {samples}. The checkpoints before it are whole, but resuming "
+                "would fail at the same step: start a new run in another out= with a lower "
+                "optim.lr, or without these scans"
             )
         self.not_finite.clear()
 
@@ -443,11 +388,9 @@ class Trainer:
         gradient was not.
         """
         slots_W = next(slots for at, slots in self.not_finite if at == step)
-        guilty = slots_W.nonzero().flatten().tolist() or range(self.world.ranks.world)
-        share = {"world": self.world.ranks.world, "accumulation": self.config.accumulation}
-        parts = [
-            sampler.samples_of(step, micro, rank, global_batch=self.config.global_batch, **share)
-            for rank in guilty
-            for micro in range(self.config.accumulation)
-        ]
-        return sorted(number for part in parts for number in part)
+        ranks = slots_W.nonzero().flatten().tolist() or range(self.world.ranks.world)
+        samples: list[int] = []
+        for rank in ranks:
+            for micro in range(self.stage.config.accumulation):
+                samples += self.share.samples(step, micro, rank)
+        return sorted(samples)

@@ -10,11 +10,12 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
+from tapct.base import metric_names as names
 from tapct.distributed.collectives import Packet
 from tapct.engine.optim import UpdateReport
 from tapct.nn.prototypes import as_float
@@ -26,44 +27,86 @@ from tapct.types import TargetSums
 Record = dict[str, float]
 
 
+@dataclass(frozen=True)
+class PacketKeys:
+    """Entries of the step's packet that hold sums over the targets of one loss.
+
+    Args:
+        loss: place of the loss in the config.
+    """
+
+    loss: int
+
+    @property
+    def rows(self) -> str:
+        """Number of targets, by which the sums of cross-entropies are divided."""
+        return f"rows/{self.loss}"
+
+    @property
+    def cross_entropy(self) -> str:
+        """Cross-entropy, nats."""
+        return f"health/ce/{self.loss}"
+
+    @property
+    def mass(self) -> str:
+        """Mass of each prototype."""
+        return f"health/mass/{self.loss}"
+
+    @property
+    def entropy(self) -> str:
+        """Entropy of the targets, nats."""
+        return f"health/entropy/{self.loss}"
+
+
+CLS_MOMENTS = "health/cls"  # entry of the packet that `cls_std` is made of
+
+
+def append_output(outputs: list[StepOutput], output: StepOutput) -> None:
+    """Add the output of a micro-batch to those of the step before it, without their tokens.
+
+    Only the last micro-batch's tokens are read for health; those of all would fill the memory.
+    """
+    for i, earlier in enumerate(outputs):
+        outputs[i] = replace(earlier, tokens=output.tokens)
+    outputs.append(output)
+
+
 @torch.no_grad()
 def collect(outputs: Sequence[StepOutput], packet: Packet) -> None:
     """Put all numbers of one optimizer step that live on the device into the packet that ranks add
     up.
 
     Args:
-        outputs: of this rank's micro-batches; terms are averaged, target statistics are summed,
-            features are the last one's.
-        packet: gets entries `loss/...`, `ce/...` (with `rows/...`, which they are to be divided
-            by), `health/...`.
+        outputs: outputs of this rank's micro-batches; terms are averaged, target statistics are
+            summed, features are the last one's.
+        packet: gets the losses and `PacketKeys` of every loss, and what health needs.
     """
-    packet.mean("loss/total", mean([output.total for output in outputs]))
+    packet.mean(names.loss(names.TOTAL), mean([output.total for output in outputs]))
     for i, result in enumerate(outputs[0].results):
+        keys = PacketKeys(i)
         stats = [output.results[i].targets for output in outputs]
-        rows = [
-            one.sums.rows if one is not None else output.total.new_ones(())
-            for one, output in zip(stats, outputs)
-        ]
-        packet.sum(f"rows/{i}", torch.stack(rows).sum())
+        rows = []
+        for output, one in zip(outputs, stats, strict=True):
+            # a loss without targets counts each micro-batch once
+            rows.append(one.sums.rows if one is not None else output.total.new_ones(()))
+        packet.sum(keys.rows, torch.stack(rows).sum())
         for j, term in enumerate(result.terms):
             terms = [output.results[i].terms[j] for output in outputs]
-            packet.mean(f"loss/{term.name}", mean([term.value for term in terms]))
+            packet.mean(names.loss(term.name), mean([term.value for term in terms]))
             if term.cross_entropy is not None:
-                packet.sum(f"ce/{term.name}", weighted([one.cross_entropy for one in terms], rows))
+                summed = weighted([one.cross_entropy for one in terms], rows)
+                packet.sum(names.cross_entropy(term.name), summed)
         present = [one for one in stats if one is not None]
         if present:
-            packet.sum(f"health/ce/{i}", weighted([one.cross_entropy for one in present], rows))
-            packet.sum(f"health/mass/{i}", torch.stack([one.sums.mass_K for one in present]).sum(0))
-            packet.sum(
-                f"health/entropy/{i}", torch.stack([one.sums.entropy for one in present]).sum()
-            )
+            packet.sum(keys.cross_entropy, weighted([one.cross_entropy for one in present], rows))
+            packet.sum(keys.mass, torch.stack([one.sums.mass_K for one in present]).sum(0))
+            packet.sum(keys.entropy, torch.stack([one.sums.entropy for one in present]).sum())
     student, teacher = outputs[-1].tokens.student_global, outputs[-1].tokens.teacher_global
-    packet.mean(
-        "health/teacher_student_cosine",
-        health.teacher_student_cosine(student.cls_BD, teacher.cls_BD),
-    )
-    packet.sum("health/cls", health.cls_moments(teacher.cls_BD))
-    packet.mean("health/patch_norm_outliers", health.patch_norm_outliers(teacher.patches_BND))
+    cosine = health.teacher_student_cosine(student.cls_BD, teacher.cls_BD)
+    packet.mean(names.feature_health(names.COSINE), cosine)
+    packet.sum(CLS_MOMENTS, health.cls_moments(teacher.cls_BD))
+    outliers = health.patch_norm_outliers(teacher.patches_BND)
+    packet.mean(names.feature_health(names.NORM_OUTLIERS), outliers)
 
 
 @torch.no_grad()
@@ -74,67 +117,67 @@ def readings(
 
     Args:
         outputs: what was collected; gives the names, and RankMe its features (those of this rank).
-        packet: reduced.
-        report: of the optimizer step.
-        with_rank: add RankMe, whose decomposition waits for a GPU.
+        packet: packet of `collect`, reduced.
+        report: report of the optimizer step.
+        with_rank: whether to add RankMe, whose decomposition waits for a GPU.
     Returns:
         (name in metrics.jsonl, scalar), the same names in the same order at every step but for
-        `health/rankme`.
+        RankMe.
     """
-    numbers = [("loss/total", packet["loss/total"])]
+    total = names.loss(names.TOTAL)
+    numbers = [(total, packet[total])]
     for i, result in enumerate(outputs[0].results):
+        rows = packet[PacketKeys(i).rows]
         for term in result.terms:
-            numbers.append((f"loss/{term.name}", packet[f"loss/{term.name}"]))
+            name = names.loss(term.name)
+            numbers.append((name, packet[name]))
             if term.cross_entropy is not None:
-                numbers.append(
-                    (
-                        f"ce/{term.name}",
-                        packet[f"ce/{term.name}"] / packet[f"rows/{i}"].clamp(min=1),
-                    )
-                )
-    numbers.extend((f"grad_norm/{name}", norm) for name, norm in report.grad_norms)
+                name = names.cross_entropy(term.name)
+                numbers.append((name, packet[name] / rows.clamp(min=1)))
+    for part, norm in report.grad_norms:
+        numbers.append((names.grad_norm(part), norm))
     for i, result in enumerate(outputs[0].results):
         if result.targets is None:
             continue
-        name, rows = result.targets.name, packet[f"rows/{i}"]
-        sums = TargetSums(packet[f"health/mass/{i}"], packet[f"health/entropy/{i}"], rows)
+        keys = PacketKeys(i)
+        rows = packet[keys.rows]
+        sums = TargetSums(packet[keys.mass], packet[keys.entropy], rows)
         life = health.target_health(sums)
-        gained = math.log(len(sums.mass_K)) - packet[f"health/ce/{i}"] / rows.clamp(min=1)
-        numbers.extend(
-            [
-                (f"health/{name}_ln_k_minus_ce", gained),
-                (f"health/{name}_information", life.information),
-                (f"health/{name}_marginal_entropy", life.marginal_entropy),
-                (f"health/{name}_target_entropy", life.target_entropy),
-                (f"health/{name}_prototypes_used", life.prototypes_used),
-            ]
-        )
-    numbers.append(("health/teacher_student_cosine", packet["health/teacher_student_cosine"]))
-    numbers.append(("health/cls_std", health.cls_std(packet["health/cls"])))
-    numbers.append(("health/patch_norm_outliers", packet["health/patch_norm_outliers"]))
+        ln_k = math.log(len(sums.mass_K))
+        values = {
+            names.LN_K_MINUS_CE: ln_k - packet[keys.cross_entropy] / rows.clamp(min=1),
+            names.INFORMATION: life.information,
+            names.MARGINAL_ENTROPY: life.marginal_entropy,
+            names.TARGET_ENTROPY: life.target_entropy,
+            names.PROTOTYPES_USED: life.prototypes_used,
+        }
+        for reading in names.TARGET_READINGS:
+            numbers.append((names.target_health(result.targets.name, reading), values[reading]))
+    cosine = names.feature_health(names.COSINE)
+    numbers.append((cosine, packet[cosine]))
+    numbers.append((names.feature_health(names.CLS_STD), health.cls_std(packet[CLS_MOMENTS])))
+    outliers = names.feature_health(names.NORM_OUTLIERS)
+    numbers.append((outliers, packet[outliers]))
     if with_rank:
-        numbers.append(
-            (
-                "health/rankme",
-                health.rankme(outputs[-1].tokens.teacher_global.patches_BND.flatten(0, 1)),
-            )
-        )
+        patches_ND = outputs[-1].tokens.teacher_global.patches_BND.flatten(0, 1)
+        numbers.append((names.feature_health(names.RANKME), health.rankme(patches_ND)))
     return numbers
 
 
 def arrivals(seconds_W: Tensor) -> list[tuple[str, Tensor]]:
-    """Who came last to the step's first collective, how late, and the median: nothing for one rank.
+    """Which rank came last to the step's first collective, how late, and the median rank; nothing
+    for one rank.
 
     Args:
-        seconds_W: from the beginning of the step, of every rank.
+        seconds_W: seconds from the beginning of the step, of every rank.
     """
     if len(seconds_W) == 1:
         return []
     slowest, rank = seconds_W.max(0)
     return [
-        ("ranks/slowest", rank),
-        ("ranks/slowest_s", slowest),
-        ("ranks/median_s", seconds_W.quantile(0.5, interpolation="lower")),
+        (names.ranks(names.SLOWEST), rank),
+        (names.ranks(names.SLOWEST_S), slowest),
+        (names.ranks(names.MEDIAN_S), seconds_W.quantile(0.5, interpolation="lower")),
     ]
 
 
@@ -144,19 +187,22 @@ def straggler(records: Sequence[Record], factor: float) -> str:
     A rank is named when it came last in most of these steps, `factor` times later than the median
     rank, and when that cost more than a twentieth of the steps' time and a tenth of a second.
     """
-    told = [record for record in records if "ranks/slowest" in record]
-    if not told:
+    timed = [record for record in records if names.ranks(names.SLOWEST) in record]
+    if not timed:
         return ""
-    rank, times = Counter(int(record["ranks/slowest"]) for record in told).most_common(1)[0]
-    late = statistics.fmean(record["ranks/slowest_s"] for record in told)
-    median = statistics.fmean(record["ranks/median_s"] for record in told)
-    whole = statistics.fmean(record["seconds/step"] for record in told)
-    if 2 * times <= len(told) or late < factor * median or late - median < max(0.05 * whole, 0.1):
+    last_ranks = Counter(int(record[names.ranks(names.SLOWEST)]) for record in timed)
+    rank, times = last_ranks.most_common(1)[0]
+    late = statistics.fmean(record[names.ranks(names.SLOWEST_S)] for record in timed)
+    median = statistics.fmean(record[names.ranks(names.MEDIAN_S)] for record in timed)
+    step_s = statistics.fmean(record[names.seconds("step")] for record in timed)
+    is_usual = 2 * times > len(timed)
+    is_late = late >= factor * median and late - median >= max(0.05 * step_s, 0.1)
+    if not (is_usual and is_late):
         return ""
     return (
         f"rank {rank} is slow: it comes {late:.2f} s into a step to what the ranks do together, "
-        "the median rank "
-        f"{median:.2f} s; look at its node's disk, its data.loader.workers and what else runs there"
+        f"the median rank {median:.2f} s; check its node's disk, its data.loader.workers and what "
+        "else runs there"
     )
 
 
@@ -206,7 +252,7 @@ class StageTimer:
         totals: Record = {}
         for name, start, end in self.stages:
             took = start.elapsed_time(end) / 1000 if self.on_gpu else end - start  # type: ignore[attr-defined,operator]
-            totals[f"seconds/{name}"] = totals.get(f"seconds/{name}", 0.0) + took
+            totals[names.seconds(name)] = totals.get(names.seconds(name), 0.0) + took
         return totals
 
 
@@ -243,11 +289,11 @@ class Pending:
             "wd": values.wd,
             "momentum": values.momentum,
             "teacher_temp": values.teacher_temp,
-            "seconds/save": save_seconds,
+            names.seconds("save"): save_seconds,
         }
-        names = [name for name, _ in numbers]
+        labels = [name for name, _ in numbers]
         row = torch.stack([number.detach().double() for _, number in numbers])
-        self.rows.append((host, names, row, timer))
+        self.rows.append((host, labels, row, timer))
 
     def fetch(self) -> list[Record]:
         """All kept steps as plain numbers, in one copy, and forget them."""
@@ -255,9 +301,9 @@ class Pending:
             return []
         flat = torch.cat([row for _, _, row, _ in self.rows]).tolist()
         records = []
-        for host, names, row, timer in self.rows:
+        for host, labels, row, timer in self.rows:
             numbers, flat = flat[: len(row)], flat[len(row) :]
-            records.append({**host, **dict(zip(names, numbers, strict=True)), **timer.seconds()})
+            records.append({**host, **dict(zip(labels, numbers, strict=True)), **timer.seconds()})
         self.rows.clear()
         return records
 
@@ -268,10 +314,8 @@ def first_not_finite(records: Sequence[Record]) -> tuple[Record, str] | None:
     A term is named before the total that it spoils.
     """
     for record in records:
-        names = [name for name in record if name.startswith(("loss/", "grad_norm/"))]
-        for name in sorted(
-            names, key=lambda name: name == "loss/total" or name.startswith("grad_norm/")
-        ):
+        checked = [name for name in record if names.must_be_finite(name)]
+        for name in sorted(checked, key=names.is_sum_of_others):
             if not math.isfinite(record[name]):
                 return record, name
     return None

@@ -5,7 +5,6 @@ Axes: B crops, N patches, D channels, Z Y X voxels.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from tapct.config.plugins import Plugin
+from tapct.nn.contracts import Backbone
 from tapct.ssl.student_teacher import build_backbone
 from tapct.types import Tokens
 
@@ -52,29 +52,28 @@ class RawPatches(nn.Module):
         return Tokens(patches_BND.mean(1), patches_BND[:, :0], patches_BND, grid)
 
 
-def with_baselines(pretrained: nn.Module, section: Plugin, seed: int) -> tuple[NamedModel, ...]:
+def with_baselines(pretrained: Backbone, section: Plugin, seed: int) -> tuple[NamedModel, ...]:
     """The pretrained backbone and what it is compared with.
 
-    `untrained` starts from the weights that training started from. Its LayerScale of 1e-5 makes
-    every block nearly
-    the identity, so `untrained_layerscale1` has gains of 1: a random network that does mix its
-    tokens.
+    `untrained` starts from the weights that training started from. A backbone may name variants of
+    its config to show untrained too; the ViT's `untrained_layerscale1` is a random network that
+    does mix its tokens.
 
     Args:
         section: the backbone's plug-in section.
         seed: of the initial weights in training.
     Returns:
-        pretrained, untrained, untrained_layerscale1 (where the backbone has LayerScale), raw_hu.
+        pretrained, untrained, untrained_NAME for each variant, raw_hu.
     """
     device = next(pretrained.parameters()).device
     models = [
         NamedModel("pretrained", pretrained),
         NamedModel("untrained", _untrained(section, seed).to(device)),
     ]
-    if getattr(section.config, "layer_scale", None) not in (None, 0, 1):
-        unscaled = Plugin(section.name, dataclasses.replace(section.config, layer_scale=1.0))
-        models.append(NamedModel("untrained_layerscale1", _untrained(unscaled, seed).to(device)))
-    return (*models, NamedModel("raw_hu", RawPatches(pretrained.patch)))  # type: ignore[arg-type]
+    for name, config in pretrained.untrained_variants().items():
+        variant = _untrained(Plugin(section.name, config), seed).to(device)
+        models.append(NamedModel(f"untrained_{name}", variant))
+    return (*models, NamedModel("raw_hu", RawPatches(pretrained.patch)))
 
 
 def _untrained(section: Plugin, seed: int) -> nn.Module:

@@ -18,17 +18,17 @@ import torch
 from torch import Tensor, nn
 
 from tapct.base.exits import UserError
+from tapct.base.geometry import Grid, Size3, patch_grid
 from tapct.config import setting
 from tapct.types import AIR_HU, HUContract, Tokens
 from tapct.views.resample import resize_volume
 
-Triple = tuple[int, int, int]
 _SLAB_BYTES = 16 << 20  # of the largest temporary while a map is brought to voxels
 
 
 @dataclass(frozen=True)
 class Preprocess:
-    """How a whole scan is brought before a frozen backbone; stored in every export beside the HU
+    """How a whole scan is prepared for a frozen backbone; stored in every export with the HU
     contract.
     """
 
@@ -59,16 +59,12 @@ class Preprocess:
                     f"skipped. Use {window} or less."
                 )
 
-    def check_patch(self, patch: Triple) -> None:
+    def check_patch(self, patch: Size3) -> None:
         """Raise UserError where window or stride do not fall on the grid of `patch` voxels."""
         for name in ("window", "stride"):
-            for axis, voxels, side in zip("zyx", getattr(self, name), patch, strict=True):
-                if voxels % side:
-                    raise UserError(
-                        f"preprocess.{name} is {voxels} along {axis}, but the backbone's patch is "
-                        f"{side} there: "
-                        f"windows must fall on the patch grid. Use a multiple of {side}."
-                    )
+            patch_grid(
+                getattr(self, name), patch, f"preprocess.{name}", "windows fall on the patch grid"
+            )
 
 
 @dataclass(frozen=True)
@@ -81,12 +77,12 @@ class PatchGrid:
         original: shape of the scan as it was read.
     """
 
-    patch: Triple
-    resized: Triple
-    original: Triple
+    patch: Size3
+    resized: Size3
+    original: Size3
 
     @property
-    def shape(self) -> Triple:
+    def shape(self) -> Grid:
         """Patches along (z, y, x): enough to cover the resized scan."""
         z, y, x = (-(-size // side) for size, side in zip(self.resized, self.patch, strict=True))
         return z, y, x
@@ -142,8 +138,8 @@ class PatchGrid:
             yield start, end, my @ (slab @ mx.T)
 
     def to_voxels(self, maps_CZYX: Tensor) -> Tensor:
-        """`voxel_slabs` in one piece: float32 (C, Z, Y, X) on the original grid; memory is yours to
-        judge.
+        """`voxel_slabs` in one piece: float32 (C, Z, Y, X) on the original grid. It needs the memory
+        of the whole result.
         """
         return torch.cat([slab for _, _, slab in self.voxel_slabs(maps_CZYX)], dim=1)
 
@@ -153,9 +149,8 @@ class PatchGrid:
         """
         out = np.empty(self.original, dtype=np.uint16)
         for start, end, slab in self.voxel_slabs(maps_CZYX):
-            out[start:end] = (
-                slab.max(dim=0).indices.cpu().numpy()
-            )  # four times as fast as argmax on a CPU
+            # four times as fast as argmax on a CPU
+            out[start:end] = slab.max(dim=0).indices.cpu().numpy()
         return out
 
     def patch_of_voxel(self, axis: int, num_samples: int) -> np.ndarray:
@@ -172,7 +167,7 @@ class PatchGrid:
 
 @dataclass(frozen=True)
 class DenseFeatures:
-    """What a frozen backbone says about a scan.
+    """The features of a scan from a frozen backbone.
 
     Args:
         features_DZYX: float32 on the patch grid of the resized scan, averaged over overlapping
@@ -192,14 +187,13 @@ class DenseFeatures:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A scan ready for windows: resized, clipped, normalised, padded. Shared by all models that are
-    compared.
+    """A scan ready for windows: resized, clipped, normalised, padded; the same for all models.
 
     Args:
         input_ZYX: float32 after `HUContract.normalise`, padded with air to whole patches and to one
             window at least.
         grid: of the patches that touch the scan.
-        spacing_mm: of the resized voxels along (z, y, x); None where it was not told.
+        spacing_mm: mm of the resized voxels along (z, y, x); None if it was not given.
     """
 
     input_ZYX: Tensor
@@ -211,7 +205,7 @@ def prepare(
     hu_ZYX: np.ndarray,
     contract: HUContract,
     preprocess: Preprocess,
-    patch: Triple,
+    patch: Size3,
     device: torch.device | str = "cpu",
     spacing_mm: Sequence[float] | None = None,
 ) -> Prepared:
@@ -222,8 +216,8 @@ def prepare(
 
     Args:
         hu_ZYX: int16 HU of the whole scan.
-        spacing_mm: of the scan's own voxels along (z, y, x); only a backbone that works in mm needs
-            it.
+        spacing_mm: mm of the scan's own voxels along (z, y, x); only a backbone that works in mm
+            needs it.
     Raises:
         UserError: window or stride off the patch grid.
     """
@@ -291,13 +285,11 @@ def features_of(
         for axis in zip(input_ZYX.shape, preprocess.window, preprocess.stride, strict=True)
     ]
     corners = [(z, y, x) for z, y, x in itertools.product(*starts)]
-    per_window = [w // p for w, p in zip(preprocess.window, patch, strict=True)]
+    per_window = list(patch_grid(preprocess.window, patch, "preprocess.window"))
     weights = [axis_weight(n, preprocess.border_weight).to(input_ZYX.device) for n in per_window]
     taper_ZYX1 = (weights[0][:, None, None] * weights[1][:, None] * weights[2])[..., None]
     dim = int(model.dim)  # type: ignore[arg-type]
-    total_ZYXD = input_ZYX.new_zeros(
-        *(s // p for s, p in zip(input_ZYX.shape, patch, strict=True)), dim
-    )
+    total_ZYXD = input_ZYX.new_zeros(*patch_grid(input_ZYX.shape, patch, "the padded scan"), dim)
     cls_D = input_ZYX.new_zeros(dim)
     training = model.training
     model.eval()
@@ -348,8 +340,8 @@ def dense_features(
 def _run(
     model: nn.Module,
     prepared: Prepared,
-    corners: list[Triple],
-    window: Triple,
+    corners: list[Size3],
+    window: Size3,
     per_window: list[int],
 ) -> Tokens:
     crops_BZYX = torch.stack(

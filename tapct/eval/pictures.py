@@ -1,12 +1,11 @@
 """Pictures of an evaluation: organ overlays beside the truth, and patch features as colours.
 
 Axes: Z Y X voxels of the scan as read (LPS, z grows towards the head); D channels; C colour
-    components.
-Axial slices are shown as radiologists look at them: patient's right on the left, front on top.
-Coronal: head on top.
+components. Axial slices are shown as radiologists view them: patient's right on the left, front on
+top. Coronal slices have the head on top.
 
-matplotlib is loaded with the first picture: every rank of a training run imports this file, and
-draws none.
+matplotlib is imported with the first picture: every rank of a training run imports this file and
+draws nothing.
 """
 
 from __future__ import annotations
@@ -31,12 +30,27 @@ if TYPE_CHECKING:
 Colour = tuple[float, float, float]
 LEVEL_HU, WIDTH_HU = 40.0, 400.0  # the soft-tissue window of abdominal reading
 _INK, _PAPER, _MUTED = "#e8eaed", "#111418", "#9aa0a6"
-_KNOWN = {  # organs that turn up in most label sets keep their colour from run to run
-    "liver": "#c96a4a", "spleen": "#9b6fd0", "kidney_right": "#f2c14e", "kidney_left": "#f29e4c", "aorta": "#ef476f",
-    "lung": "#5bc0eb", "lungs": "#5bc0eb", "lung_right": "#5bc0eb", "lung_left": "#3d8fd1", "kidneys": "#f2c14e",
-    "vertebrae": "#e9e4d0", "ribs": "#9fd356", "heart": "#d7263d", "stomach": "#2ec4b6", "pancreas": "#ffd6a5",
-    "bladder": "#70c1b3", "lesion": "#ff2e93", "lesions": "#ff2e93",
-}  # fmt: skip
+# organs that occur in most label sets keep their colour from run to run
+_KNOWN = {
+    "liver": "#c96a4a",
+    "spleen": "#9b6fd0",
+    "kidney_right": "#f2c14e",
+    "kidney_left": "#f29e4c",
+    "kidneys": "#f2c14e",
+    "aorta": "#ef476f",
+    "lung": "#5bc0eb",
+    "lungs": "#5bc0eb",
+    "lung_right": "#5bc0eb",
+    "lung_left": "#3d8fd1",
+    "vertebrae": "#e9e4d0",
+    "ribs": "#9fd356",
+    "heart": "#d7263d",
+    "stomach": "#2ec4b6",
+    "pancreas": "#ffd6a5",
+    "bladder": "#70c1b3",
+    "lesion": "#ff2e93",
+    "lesions": "#ff2e93",
+}
 _MOST_IN_LEGEND = 28
 _PANEL_INCHES = 2.3
 
@@ -107,9 +121,8 @@ def draw_overlay(
         at: axial and coronal slice.
     """
     colour_of = colours(organs)
-    shown = [o for o in organs if any(_shows(p, classes.index(o), at) for p in panels)][
-        :_MOST_IN_LEGEND
-    ]
+    visible = [o for o in organs if any(_shows(p, classes.index(o), at) for p in panels)]
+    shown = visible[:_MOST_IN_LEGEND]
     views = [
         ("axial", _axial(hu_ZYX, at[0]), spacing_mm[1:]),
         ("coronal", _coronal(hu_ZYX, at[1]), spacing_mm[::2]),
@@ -120,11 +133,10 @@ def draw_overlay(
         for row, (name, hu_slice, spacing) in enumerate(views):
             picture = _windowed(hu_slice)
             if panel.classes_ZYX is not None:
-                cut = (
-                    _axial(panel.classes_ZYX, at[0])
-                    if name == "axial"
-                    else _coronal(panel.classes_ZYX, at[1])
-                )
+                if name == "axial":
+                    cut = _axial(panel.classes_ZYX, at[0])
+                else:
+                    cut = _coronal(panel.classes_ZYX, at[1])
                 picture = _painted(picture, cut, classes, colour_of)
             _show(
                 axes[row][column],
@@ -138,9 +150,16 @@ def draw_overlay(
     handles = [Patch(facecolor=colour_of[organ], label=organ.replace("_", " ")) for organ in shown]
     if handles:
         figure.legend(
-            handles=handles, loc="lower center", ncols=legend_columns, frameon=False, labelcolor=_INK, fontsize=8,
-            handlelength=1, handleheight=1, columnspacing=1.2,
-        )  # fmt: skip
+            handles=handles,
+            loc="lower center",
+            ncols=legend_columns,
+            frameon=False,
+            labelcolor=_INK,
+            fontsize=8,
+            handlelength=1,
+            handleheight=1,
+            columnspacing=1.2,
+        )
     _save(figure, path)
 
 
@@ -198,9 +217,8 @@ def pca_colours(features_DZYX: Tensor, foreground_ZYX: Tensor) -> Tensor:
     inside_ZP = foreground_ZYX.flatten(1)
     if int(inside_ZP.sum()) < 4:
         inside_ZP = torch.ones_like(inside_ZP)
-    layers_ZPD = features_DZYX.permute(1, 2, 3, 0).flatten(
-        1, 2
-    )  # float64 of one layer at a time: a scan can be 1 GB
+    # float64 of one layer at a time: a scan can be 1 GB
+    layers_ZPD = features_DZYX.permute(1, 2, 3, 0).flatten(1, 2)
     layers = list(zip(layers_ZPD, inside_ZP, strict=True))
     mean_D = (
         torch.stack([x_PD[inside_P].double().sum(0) for x_PD, inside_P in layers]).sum(0)
@@ -273,7 +291,7 @@ def _painted(
     classes: Sequence[str],
     colour_of: dict[str, Colour],
 ) -> np.ndarray:
-    """Organs as a veil of colour with a firm rim, so that the anatomy under them stays visible."""
+    """Paint organs in transparent colour with an opaque rim: the anatomy stays visible."""
     out = picture.copy()
     for organ, colour in colour_of.items():
         mask = class_slice == classes.index(organ)
@@ -318,13 +336,14 @@ def _grid(
     top, bottom = 0.32, 0.1 + 0.2 * legend_rows
     total = sum(heights) + top + bottom + 0.06
     figure = Figure(figsize=(columns * width + 0.3, total), facecolor=_PAPER)
-    axes = figure.subplots(
-        2, columns, squeeze=False,
-        gridspec_kw={
-            "height_ratios": heights, "wspace": 0.025, "hspace": 0.02, "left": 0.25 / (columns * width + 0.3),
-            "right": 1 - 0.05 / (columns * width), "top": 1 - top / total, "bottom": bottom / total,
-        },
-    )  # fmt: skip
+    margins = {
+        "left": 0.25 / (columns * width + 0.3),
+        "right": 1 - 0.05 / (columns * width),
+        "top": 1 - top / total,
+        "bottom": bottom / total,
+    }
+    spaces = {"height_ratios": heights, "wspace": 0.025, "hspace": 0.02}
+    axes = figure.subplots(2, columns, squeeze=False, gridspec_kw=spaces | margins)
     return figure, axes
 
 

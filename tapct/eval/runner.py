@@ -71,7 +71,7 @@ class Config:
     renamed: ClassVar[Mapping[str, str]] = {
         "task": "is now the table eval.tasks: write `eval: {tasks: {NAME: {...}}}` in YAML, "
         "eval.tasks.NAME.key=value or 'eval.tasks[my.module].key=value' as an override, and "
-        "eval.tasks.segmentation=null to leave segmentation out"
+        f"eval.tasks.{DEFAULT_TASKS[0]}=null to switch the default task off"
     }
 
     tasks: tuple[Plugin, ...] = plugins.table(
@@ -325,7 +325,7 @@ def _build_tasks(config: Config) -> dict[str, Task[Any, Any]]:
         UserError: no task is on, or what a module builds is no task.
     """
     if not config.tasks:
-        raise UserError("eval.tasks has no task; write e.g. eval.tasks.segmentation={}")
+        raise UserError(f"eval.tasks has no task; write e.g. eval.tasks.{DEFAULT_TASKS[0]}={{}}")
     tasks: dict[str, Task[Any, Any]] = {}
     for plugin in config.tasks:
         task = plugins.load("eval.tasks", plugin.name).build(plugin.config, seed=config.seed)

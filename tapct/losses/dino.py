@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from tapct.config import setting
 from tapct.nn import heads
-from tapct.nn.contracts import Loss
+from tapct.nn.contracts import HeadRows, Loss
 from tapct.nn.prototype_loss import PrototypeLoss, pair_up, prototype_loss
 from tapct.nn.prototypes import TargetConfig, Targets
 from tapct.types import LossResult, TargetStats, Term, TokenSets
@@ -108,6 +108,11 @@ class DinoLoss(Loss):
             )
         mean_ce = (global_sum + local_sum) / (num_samples * (num_global_pairs + num_local_pairs))
         return LossResult(tuple(terms), TargetStats("dino", result.sums, mean_ce))
+
+    def prototype_rows(self, num_globals: int, num_locals: int, num_masked: float) -> HeadRows:
+        """The class tokens: of all crops for the student, of the global ones for the teacher."""
+        balanced = self.config.targets.kind == "sinkhorn"
+        return HeadRows(num_globals + num_locals, num_globals, balanced)
 
     def pending(self) -> tuple[Tensor, ...]:
         """Sums for the centre; see `Targets.pending`."""

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from tapct.config import setting
 from tapct.nn import heads
-from tapct.nn.contracts import Loss
+from tapct.nn.contracts import HeadRows, Loss
 from tapct.nn.prototype_loss import PrototypeLoss, pair_up, prototype_loss
 from tapct.nn.prototypes import TargetConfig, Targets
 from tapct.types import LossResult, TargetStats, Term, TokenSets
@@ -86,6 +86,11 @@ class IBotLoss(Loss):
         return LossResult(
             (Term("ibot", result.value, mean_ce),), TargetStats("ibot", result.sums, mean_ce)
         )
+
+    def prototype_rows(self, num_globals: int, num_locals: int, num_masked: float) -> HeadRows:
+        """The masked patches of student and teacher."""
+        balanced = self.config.targets.kind == "sinkhorn"
+        return HeadRows(num_masked, num_masked, balanced)
 
     def pending(self) -> tuple[Tensor, ...]:
         """Sums for the centre; see `Targets.pending`."""

@@ -76,6 +76,10 @@ class KoLeoLoss(Loss):
     """KoLeo over each global crop's class tokens, summed over the crops."""
 
     head_of = ""
+    min_samples_reason = (
+        "KoLeo compares the samples of a micro-batch of a rank, or with cross_rank=true those of "
+        "all ranks"
+    )
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -100,6 +104,10 @@ class KoLeoLoss(Loss):
             for cls_BD, all_ND in zip(cls_VBD, everyone_VND, strict=True)
         ]
         return LossResult((Term("koleo", self.config.weight * torch.stack(each).sum()),))
+
+    def min_samples(self, world: int) -> int:
+        """Two, where the samples of another rank are no neighbours."""
+        return 1 if self.config.cross_rank and world > 1 else 2
 
     def finish_step(self, apply: Tensor) -> None:
         """Keeps nothing between steps."""

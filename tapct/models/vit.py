@@ -23,21 +23,31 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tapct.base.exits import UserError
+from tapct.base.geometry import Grid, Size3, patch_grid
 from tapct.config import setting
 from tapct.nn import init, rope
 from tapct.nn.attention import Attention
-from tapct.nn.backends import BACKENDS, Span, Spans
-from tapct.nn.contracts import Backbone
-from tapct.nn.layers import DropKey, LayerScale, Mlp, NoScale, Subset, SwiGLU, draw_subsets
+from tapct.nn.backends import BACKENDS, GPU_ONLY, Span, Spans
+from tapct.nn.contracts import Backbone, CropCost, LayerCost
+from tapct.nn.layers import (
+    DropKey,
+    LayerScale,
+    Mlp,
+    NoScale,
+    Subset,
+    SwiGLU,
+    draw_subsets,
+    swiglu_hidden,
+)
 from tapct.nn.norm import LayerNorm
-from tapct.nn.posembed import Grid, resize_positions
+from tapct.nn.posembed import resize_positions
 from tapct.nn.rope import Rotation
 from tapct.types import Tokens
 
@@ -102,12 +112,7 @@ class Config:
     )
 
     def __post_init__(self) -> None:
-        if any(size % patch for size, patch in zip(self.window, self.patch, strict=True)):
-            raise UserError(
-                f"model.window {_times(self.window)} is no multiple of model.patch "
-                f"{_times(self.patch)} along every "
-                "axis; change one of them"
-            )
+        patch_grid(self.window, self.patch, "model.window")
         if self.dim % self.heads:
             raise UserError(
                 f"model.dim {self.dim} is no multiple of model.heads {self.heads}; change one of "
@@ -134,12 +139,7 @@ class Config:
     @property
     def grid(self) -> Grid:
         """Patches of the native window along (z, y, x)."""
-        z, y, x = (size // patch for size, patch in zip(self.window, self.patch, strict=True))
-        return z, y, x
-
-
-def _times(size: Sequence[int]) -> str:
-    return "x".join(map(str, size))
+        return patch_grid(self.window, self.patch, "model.window")
 
 
 class PatchEmbed(nn.Module):
@@ -170,16 +170,9 @@ class PatchEmbed(nn.Module):
             raise UserError(
                 f"crops of shape {tuple(crops.shape)}: this backbone takes {want}; reshape them"
             )
-        z, y, x = crops.shape[-3:]
-        if any(
-            size == 0 or size % patch for size, patch in zip((z, y, x), self.patch, strict=True)
-        ):
-            raise UserError(
-                f"crop {z}x{y}x{x} is no multiple of model.patch {_times(self.patch)} along every "
-                "axis; "
-                "change the view's window or the patch"
-            )
-        return z // self.patch[0], y // self.patch[1], x // self.patch[2]
+        return patch_grid(
+            crops.shape[-3:], self.patch, "crop", "change the view's window or the patch"
+        )
 
     def unfold(self, crops: Tensor) -> Tensor:
         """Crops (B, Z, Y, X) or (B, C, Z, Y, X) -> rows of voxels (B*N, C*P), patches in (z, y, x)
@@ -268,6 +261,7 @@ class VisionTransformer(Backbone):
         self.config = config
         self.dim = config.dim
         self.patch = config.patch
+        self.attention = config.attention
         self.num_blocks = config.depth
         self.needs_spacing = config.turns and config.rope.coordinates == "mm"
         device = torch.get_default_device()
@@ -419,6 +413,47 @@ class VisionTransformer(Backbone):
             sizes, dim=1
         )
         return Tokens(cls_B1D.squeeze(1), registers_BRD, patches_BND, grid)
+
+    def crop_cost(self, window: Size3) -> CropCost:
+        """Parameters and FLOPs by part; see `Backbone.crop_cost`."""
+        config, dim = self.config, self.dim
+        num_patches = math.prod(patch_grid(window, self.patch, "window"))
+        tokens = 1 + config.registers + num_patches
+        sizes = {name: parameter.numel() for name, parameter in self.named_parameters()}
+        total = sum(sizes.values())
+
+        def count(part: str) -> int:
+            return sum(size for name, size in sizes.items() if part in name)
+
+        # qkv and output projection, then scores and their mixture of values
+        attention = config.depth * tokens * (8.0 * dim * dim + 4.0 * tokens * dim)
+        hidden = int(dim * config.mlp_ratio)
+        # SwiGLU has three matrices of a narrower width, the MLP two
+        widths = 3 * swiglu_hidden(hidden) if config.ffn == "swiglu" else 2 * hidden
+        feed_forward = config.depth * tokens * 2.0 * dim * widths
+        kept = 1 - config.drop_path
+        embedding = 2.0 * math.prod(window) * config.in_chans * dim
+        layers = [
+            LayerCost("patch embedding", count("patch_embed."), embedding),
+            LayerCost("tokens", count("_token"), 0.0),
+            LayerCost("positions", count("pos_embed"), 0.0),
+            LayerCost("attention", count(".attn."), attention, kept),
+            LayerCost("feed-forward", count(".mlp."), feed_forward, kept),
+        ]
+        rest = total - sum(layer.parameters for layer in layers)
+        return CropCost(tokens, (*layers, LayerCost("norms and scales", rest, 0.0)))
+
+    def export_config(self) -> Config:
+        """The config with a back-end of attention that every machine has."""
+        if self.config.attention in GPU_ONLY:
+            return replace(self.config, attention="auto")
+        return self.config
+
+    def untrained_variants(self) -> dict[str, Config]:
+        """Gains of 1: with LayerScale's small ones every untrained block is nearly the identity."""
+        if self.config.layer_scale in (None, 0, 1):
+            return {}
+        return {"layerscale1": replace(self.config, layer_scale=1.0)}
 
     def param_group_id(self, name: str) -> int:
         """Layer of a parameter for layer-wise learning rates: embeddings and tokens 0, block i i +

@@ -9,12 +9,47 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from tapct.base.geometry import Size3
 from tapct.nn.layers import DropKey
 from tapct.types import LossResult, Tokens, TokenSets
 
 
+@dataclass(frozen=True)
+class LayerCost:
+    """One part of a backbone, as `tapct plan` lists it.
+
+    Args:
+        name: part, e.g. attention.
+        parameters: number of its parameters.
+        flops: FLOPs of its matrix products in the forward pass of one crop (a multiply-add is 2).
+        trained_share: share of these FLOPs that the student computes on average; less than 1 where
+            stochastic depth skips crops.
+    """
+
+    name: str
+    parameters: int
+    flops: float
+    trained_share: float = 1.0
+
+
+@dataclass(frozen=True)
+class CropCost:
+    """The forward pass of one crop through a backbone.
+
+    Args:
+        tokens: tokens of the crop, class token and registers included.
+        layers: parts of the backbone, from the input on; together they have all its parameters.
+    """
+
+    tokens: int
+    layers: tuple[LayerCost, ...]
+
+
 class Backbone(nn.Module):
     """Crops in, tokens out.
+
+    The plug-in's `Config` has `patch` too, as a field or a property: views are checked against it
+    before there is a backbone.
 
     Attributes:
         dim: channels D of a token.
@@ -22,12 +57,15 @@ class Backbone(nn.Module):
         num_blocks: layers between embedding and final norm, for layer-wise learning rates.
         needs_spacing: it works in mm. Only then is `forward` given `spacing_mm`, so that others
             need no such argument.
+        attention: attention back-end that its `Config` asks for, a name of `tapct.nn.backends`;
+            empty where it has no choice.
     """
 
     dim: int
-    patch: tuple[int, int, int]
+    patch: Size3
     num_blocks: int
     needs_spacing: bool = False
+    attention: str = ""
 
     @abstractmethod
     def forward(
@@ -61,6 +99,33 @@ class Backbone(nn.Module):
         The module may have been built on the meta device and sharded since: write through
         `tapct.nn.init`.
         """
+
+    def repeated_blocks(self) -> list[nn.Module]:
+        """Layers that FSDP gathers one at a time, and that `train.compile` and `train.recompute`
+        work on.
+
+        By default the `nn.ModuleList` named `blocks`, and none where there is no such list.
+        """
+        blocks = self._modules.get("blocks")
+        return list(blocks) if isinstance(blocks, nn.ModuleList) else []
+
+    def crop_cost(self, window: Size3) -> CropCost | None:
+        """FLOPs and parameters for `tapct plan`; None, the default, where they are not known.
+
+        Args:
+            window: voxels (z, y, x) of the crop, a multiple of the patch.
+        """
+        return None
+
+    def export_config(self) -> Any:
+        """The `Config` to write into an export, which must run on any machine; None, the default,
+        for that of training.
+        """
+        return None
+
+    def untrained_variants(self) -> dict[str, Any]:
+        """Further `Config`s that evaluation shows untrained beside the run's own, by name."""
+        return {}
 
 
 def encode(
@@ -105,6 +170,22 @@ class SnapshotTimes:
         return step >= self.start and (on_time or taken < self.start)
 
 
+@dataclass(frozen=True)
+class HeadRows:
+    """Tokens that a loss sends through its head, of one sample.
+
+    Args:
+        student: rows of the student, with gradient.
+        teacher: rows of the teacher.
+        balanced: whether the teacher's rows of a micro-batch are spread evenly over the prototypes
+            (Sinkhorn), which few rows cannot do with many prototypes.
+    """
+
+    student: float
+    teacher: float
+    balanced: bool = False
+
+
 class Loss(nn.Module):
     """Tokens of student and teacher in, weighted terms out.
 
@@ -113,11 +194,14 @@ class Loss(nn.Module):
         config: its own `Config`; with a field `head` where it owns or shares one.
         snapshot: when the frozen copy of the teacher is taken that `TokenSets.snapshot_global`
             comes from; None where it needs none, and then none is made.
+        min_samples_reason: what `min_samples` is needed for and which setting changes it, for the
+            error line.
     """
 
     head_of: str
     config: Any
     snapshot: SnapshotTimes | None = None
+    min_samples_reason: str = ""
 
     @abstractmethod
     def forward(
@@ -130,6 +214,28 @@ class Loss(nn.Module):
             student_head: maps tokens to prototype logits; None where `head_of` is empty.
             teacher_head: the same, of the teacher.
         """
+
+    def min_samples(self, world: int) -> int:
+        """Fewest samples that a micro-batch of a rank must hold; 1 by default.
+
+        Training, `tapct plan` and `tapct submit` refuse smaller ones.
+
+        Args:
+            world: number of ranks.
+        """
+        return 1
+
+    def prototype_rows(
+        self, num_globals: int, num_locals: int, num_masked: float
+    ) -> HeadRows | None:
+        """Tokens of a sample that go through the head, for `tapct plan`; None without a head.
+
+        Args:
+            num_globals: global crops of a sample.
+            num_locals: local crops of a sample.
+            num_masked: masked patches of a sample, all its global crops together, on average.
+        """
+        return None
 
     def pending(self) -> tuple[Tensor, ...]:
         """Buffers that hold sums of this step; they are added up over ranks, in place, before

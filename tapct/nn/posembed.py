@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-Grid = tuple[int, int, int]
+from tapct.base.geometry import Grid
 
 
 def axis_matrix(

@@ -14,17 +14,18 @@ from rich.console import Group
 from rich.text import Text
 
 from tapct.base.exits import UserError
+from tapct.base.geometry import patch_grid
 from tapct.config import plugins
-from tapct.config.plugins import Plugin
 from tapct.data import read_rate
 from tapct.data.store import INDEX_NAME, Store
 from tapct.distributed.device import pick_device
-from tapct.models import vit
+from tapct.nn.contracts import Backbone
 from tapct.plan import flops, scale
 from tapct.plan import memory as footprint
 from tapct.plan import tables as scale_tables
 from tapct.run.config import RunConfig
 from tapct.run.stages import Part
+from tapct.ssl import needs
 from tapct.views import masks
 
 UTILISATION = (
@@ -114,48 +115,44 @@ def masked_share(config: RunConfig) -> float:
 
 def tokens_of(config: RunConfig) -> int:
     """Patches of a global crop."""
-    patch = getattr(config.model.config, "patch", (1, 1, 1))
-    return math.prod(
-        size // side for size, side in zip(config.views.global_window, patch, strict=True)
-    )
+    patch = needs.patch_of(config.model)
+    return math.prod(patch_grid(config.views.global_window, patch, "views.global_window"))
 
 
 def make_plan(config: RunConfig) -> flops.Plan:
     """Tokens, parameters and FLOPs of a config.
 
     Raises:
-        UserError: the backbone is not tapct's.
+        UserError: the backbone does not know its cost, or a loss not the rows of its head.
     """
-    if not isinstance(config.model.config, vit.Config):
-        raise UserError(
-            f"tapct plan knows the FLOPs of model.name=vit alone, not of {config.model.name}"
-        )
+    with torch.device("meta"):
+        backbone: Backbone = plugins.load("models", config.model.name).build(config.model.config)
+    losses = needs.build_losses(config.losses)
+    views = config.views
+    masked = masked_share(config) * views.num_globals * tokens_of(config)
     uses = []
-    for loss in config.losses:
-        if hasattr(loss.config, "head"):
-            shared = getattr(loss.config, "share_dino_head", False)
-            sinkhorn = loss.config.targets.kind == "sinkhorn"
-            uses.append(flops.HeadUse(loss.name, loss.config.head, sinkhorn, owns_head=not shared))
+    for name, loss in losses.items():
+        if not loss.head_of:
+            continue
+        rows = loss.prototype_rows(views.num_globals, views.num_locals, masked)
+        if rows is None:
+            raise UserError(
+                f"tapct plan cannot count the FLOPs of {needs.losses_key(name)}: it has a head, "
+                "but does not say how many rows go through it; let it override Loss.prototype_rows"
+            )
+        uses.append(flops.HeadUse(name, loss.config.head, rows, owns_head=loss.head_of == name))
     return flops.tables(
-        config.model.config,
+        backbone,
         num_globals=config.views.num_globals,
         global_window=config.views.global_window,
         num_locals=config.views.num_locals,
         local_window=config.views.local_window,
         head_uses=uses,
-        masked_share=masked_share(config),
         global_batch=config.train.global_batch,
         accumulation=config.train.accumulation,
-        frozen_passes=1 + any(wants_snapshot(loss) for loss in config.losses),
+        # an earlier teacher, where a loss wants one, sees the global crops too
+        frozen_passes=1 + any(loss.snapshot is not None for loss in losses.values()),
     )
-
-
-def wants_snapshot(loss: Plugin) -> bool:
-    """Whether a loss looks at an earlier teacher, which then sees the global crops too (from its
-    start on).
-    """
-    with torch.device("meta"):
-        return plugins.load("losses", loss.name).build(loss.config).snapshot is not None
 
 
 def asked(config: RunConfig, options: Options) -> scale.Asked:
@@ -222,7 +219,6 @@ def make_scale(config: RunConfig, costs: flops.Plan, asked: scale.Asked) -> scal
         NeedsValues: a plug-in cannot run without values.
     """
     train, views, bf16 = config.train, config.views, config.train.precision == "bf16"
-    koleo = next((loss.config for loss in config.losses if loss.name == "koleo"), None)
     demand = scale.Demand(
         train.global_batch,
         train.accumulation,
@@ -230,7 +226,7 @@ def make_scale(config: RunConfig, costs: flops.Plan, asked: scale.Asked) -> scal
         config.parallel.shard,
         train.dtype.itemsize,
         bf16,
-        "" if koleo is None else "world" if koleo.cross_rank else "rank",
+        needs.build_losses(config.losses),
         config.data.loader.slab_depth,
         config.data.loader.workers,
     )

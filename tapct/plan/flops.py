@@ -19,14 +19,13 @@ from rich.console import Group
 from rich.table import Table
 
 from tapct.base.exits import UserError
-from tapct.models import vit
+from tapct.base.geometry import Grid, Size3, patch_grid
 from tapct.nn import heads
-from tapct.nn.layers import swiglu_hidden
+from tapct.nn.contracts import Backbone, CropCost, HeadRows
+from tapct.ssl.needs import losses_key
 
 ROWS_PER_PROTOTYPE_LIMIT = 64  # Sinkhorn spreads each row over at least K/n prototypes
 STUDENT_PASSES = 3  # forward and twice that for backward
-
-Window = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
@@ -34,15 +33,15 @@ class HeadUse:
     """One loss that compares tokens with prototypes.
 
     Args:
-        name: of the loss, `dino` (class tokens) or `ibot` (masked patches).
+        name: name of the loss in the config.
         config: sizes of its head.
-        sinkhorn: whether its targets are balanced by Sinkhorn.
+        rows: tokens of a sample that go through the head.
         owns_head: False where it uses another loss's head.
     """
 
     name: str
     config: heads.Config
-    sinkhorn: bool = False
+    rows: HeadRows
     owns_head: bool = True
 
 
@@ -60,8 +59,8 @@ class ViewCost:
 
     name: str
     crops: int
-    window: Window
-    grid: Window
+    window: Size3
+    grid: Grid
     tokens: int
 
 
@@ -120,14 +119,13 @@ class Plan:
 
 
 def tables(
-    model: vit.Config,
+    model: Backbone,
     *,
     num_globals: int,
-    global_window: Window,
+    global_window: Size3,
     num_locals: int,
-    local_window: Window,
+    local_window: Size3,
     head_uses: Sequence[HeadUse],
-    masked_share: float,
     global_batch: int,
     accumulation: int = 1,
     frozen_passes: int = 1,
@@ -135,47 +133,55 @@ def tables(
     """Add up a run.
 
     Args:
-        model: the backbone.
+        model: backbone; it may have no values.
         num_globals, num_locals: crops per sample.
         global_window, local_window: their voxels (z, y, x).
         head_uses: the losses with prototypes.
-        masked_share: mean masked patches over all patches of the global crops.
         global_batch: samples per optimizer step.
         accumulation: micro-batches of a step; Sinkhorn balances the rows of one.
         frozen_passes: passes over the global crops without gradient: the teacher's, and its
             snapshot's if there is one.
     Raises:
-        UserError: a window is no multiple of the patch.
+        UserError: a window is no multiple of the patch, or the backbone does not know its cost.
     """
-    views = [_view("global", num_globals, global_window, model)]
+    crops = [("global", num_globals, global_window)]
     if num_locals:
-        views.append(_view("local", num_locals, local_window, model))
-    # a view's share of the blocks' work that stochastic depth leaves to the student
-    kept = 1 - model.drop_path
-    counts = _backbone_parameters(model)
+        crops.append(("local", num_locals, local_window))
+    views, costs = [], []
+    for name, num, window in crops:
+        grid = patch_grid(window, model.patch, f"views.{name}_window")
+        cost = cost_of(model, window)
+        views.append(ViewCost(name, num, window, grid, cost.tokens))
+        costs.append(cost)
     parts = []
-    for name in (
-        "patch embedding",
-        "tokens",
-        "positions",
-        "attention",
-        "feed-forward",
-        "norms and scales",
-    ):
-        forward = [view.crops * _crop_flops(name, view, model) for view in views]
-        share = kept if name in ("attention", "feed-forward") else 1.0
-        parts.append(PartCost(name, counts[name], share * sum(forward), frozen_passes * forward[0]))
-    masked = masked_share * num_globals * math.prod(views[0].grid)
+    for layers in zip(*(cost.layers for cost in costs), strict=True):
+        forward = [view.crops * layer.flops for view, layer in zip(views, layers, strict=True)]
+        first = layers[0]
+        student = first.trained_share * sum(forward)
+        parts.append(PartCost(first.name, first.parameters, student, frozen_passes * forward[0]))
     warnings = []
     for use in head_uses:
-        student_rows, teacher_rows = (
-            (num_globals + num_locals, num_globals) if use.name == "dino" else (masked, masked)
-        )
-        parts += _head_parts(use, model.dim, student_rows, teacher_rows)
-        rows = round(teacher_rows * global_batch / accumulation)
+        parts += _head_parts(use, model.dim)
+        rows = round(use.rows.teacher * global_batch / accumulation)
         warning = capacity_warning(use.name, use.config.num_prototypes, rows)
-        warnings += [warning] if use.sinkhorn and warning else []
+        if use.rows.balanced and warning:
+            warnings.append(warning)
     return Plan(tuple(views), tuple(parts), global_batch, tuple(warnings))
+
+
+def cost_of(model: Backbone, window: Size3) -> CropCost:
+    """What the backbone says that a crop costs.
+
+    Raises:
+        UserError: it does not say.
+    """
+    cost = model.crop_cost(window)
+    if cost is None:
+        raise UserError(
+            f"tapct plan cannot count the FLOPs of {type(model).__name__}: this backbone does not "
+            "know its cost; let it override Backbone.crop_cost"
+        )
+    return cost
 
 
 def capacity_warning(loss: str, num_prototypes: int, rows: int) -> str | None:
@@ -194,62 +200,23 @@ def capacity_warning(loss: str, num_prototypes: int, rows: int) -> str | None:
     limit = ROWS_PER_PROTOTYPE_LIMIT * rows
     if num_prototypes <= limit:
         return None
-    way_out = f"set losses.{loss}.targets.kind=centring"
+    key = losses_key(loss)
+    way_out = f"set {key}.targets.kind=centring"
     if limit >= 2:
         fewer = 2 ** int(math.log2(limit))
         way_out = (
-            f"set losses.{loss}.head.num_prototypes={fewer} or less, more rows at once, or "
-            f"{way_out[4:]}"
+            f"set {key}.head.num_prototypes={fewer} or less, more rows at once, or {way_out[4:]}"
         )
     floor = math.log(num_prototypes / max(rows, 1))
     return (
-        f"losses.{loss}: {num_prototypes} prototypes for {rows} rows at once: Sinkhorn targets "
+        f"{key}: {num_prototypes} prototypes for {rows} rows at once: Sinkhorn targets "
         "keep at least about "
         f"{floor:.1f} of ln K = {math.log(num_prototypes):.1f} nats, so hardly anything is "
         f"learned; {way_out}"
     )
 
 
-def _view(name: str, crops: int, window: Window, model: vit.Config) -> ViewCost:
-    if any(size % patch for size, patch in zip(window, model.patch, strict=True)):
-        sizes = ["x".join(map(str, size)) for size in (window, model.patch)]
-        raise UserError(
-            f"views.{name}_window {sizes[0]} is no multiple of model.patch {sizes[1]}; change one "
-            "of them"
-        )
-    z, y, x = (size // patch for size, patch in zip(window, model.patch, strict=True))
-    return ViewCost(name, crops, window, (z, y, x), 1 + model.registers + z * y * x)
-
-
-def _backbone_parameters(model: vit.Config) -> dict[str, int]:
-    """Parameters by part, counted on a model without values."""
-    with torch.device("meta"):
-        counts = parameter_count(vit.build(model))
-    blocks = [f"blocks.{i}" for i in range(model.depth)]
-    by_part = {
-        "patch embedding": counts["patch_embed"],
-        "tokens": counts["cls_token"] + counts.get("register_tokens", 0) + counts["mask_token"],
-        "positions": counts.get("pos_embed", 0),
-        "attention": sum(counts[f"{block}.attn"] for block in blocks),
-        "feed-forward": sum(counts[f"{block}.mlp"] for block in blocks),
-    }
-    return by_part | {"norms and scales": counts[""] - sum(by_part.values())}
-
-
-def _crop_flops(part: str, view: ViewCost, model: vit.Config) -> float:
-    """Forward FLOPs of one part of the backbone for one crop."""
-    dim, hidden = model.dim, int(model.dim * model.mlp_ratio)
-    if part == "patch embedding":
-        return 2.0 * math.prod(view.window) * model.in_chans * dim
-    if part == "attention":  # qkv and output projection; scores and mixture
-        return model.depth * view.tokens * (8.0 * dim * dim + 4.0 * view.tokens * dim)
-    if part == "feed-forward":
-        width = 3 * swiglu_hidden(hidden) if model.ffn == "swiglu" else 2 * hidden
-        return model.depth * view.tokens * 2.0 * dim * width
-    return 0.0
-
-
-def _head_parts(use: HeadUse, dim: int, student_rows: float, teacher_rows: float) -> list[PartCost]:
+def _head_parts(use: HeadUse, dim: int) -> list[PartCost]:
     """MLP and prototypes of one loss."""
     config = use.config
     with torch.device("meta"):
@@ -261,8 +228,8 @@ def _head_parts(use: HeadUse, dim: int, student_rows: float, teacher_rows: float
         PartCost(
             f"{use.name} {name}",
             count if use.owns_head else 0,
-            student_rows * cost,
-            teacher_rows * cost,
+            use.rows.student * cost,
+            use.rows.teacher * cost,
         )
         for name, count, cost in (
             ("MLP", counts["mlp"], mlp),

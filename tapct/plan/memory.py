@@ -21,11 +21,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tapct.base.exits import UserError
+from tapct.base.geometry import Size3
 from tapct.config.plugins import Plugin
 from tapct.engine import recompute
 from tapct.engine.fsdp import blocks_of
-from tapct.models import vit
-from tapct.nn.layers import DropKey
+from tapct.nn.attention import Attention
+from tapct.nn.layers import DropKey, Mlp, SwiGLU
 from tapct.ssl import step as ssl_step
 from tapct.ssl.student_teacher import StudentTeacher
 from tapct.types import Masks, Views
@@ -33,8 +34,6 @@ from tapct.types import Masks, Views
 # multiples of 5: stochastic depth then keeps a whole number of crops at any share of tenths, as it
 # does on average
 FEW, MANY = 5, 10
-
-Window = tuple[int, int, int]
 
 
 class NeedsValues(UserError):
@@ -95,9 +94,9 @@ class Sizes:
     """
 
     num_globals: int
-    global_window: Window
+    global_window: Size3
     num_locals: int
-    local_window: Window
+    local_window: Size3
     num_tokens: int
     masked: float
 
@@ -150,11 +149,12 @@ def weigh(pair: StudentTeacher) -> Weights:
     """Count the parameters of the student."""
     network = pair.student
     blocks = [_numbers(block) for block in blocks_of(network.backbone)]
+    # these compute their linear layers with `nn.lean`, which forgets each copy at once
     lean = {
-        module
-        for block in network.modules()
-        if isinstance(block, vit.Block)
-        for module in block.modules()
+        linear
+        for layer in network.modules()
+        if isinstance(layer, Attention | Mlp | SwiGLU)
+        for linear in layer.modules()
     }
     kept = [
         module

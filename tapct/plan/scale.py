@@ -13,11 +13,14 @@ and reading come on top. Only numbers of GPUs that share `train.global_batch` eq
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from tapct.base.exits import UserError
+from tapct.data.batch_share import BatchShare
+from tapct.nn.contracts import Loss
 from tapct.plan.memory import Footprint, Weights, fullest
+from tapct.ssl import needs
 
 GPUS = (1, 2, 4, 8, 16, 32, 64)
 PER_NODE = 8
@@ -37,8 +40,7 @@ class Demand:
         shard: `parallel.shard`.
         number_bytes: of a weight.
         bf16: whether blocks and heads are computed in bf16.
-        koleo: whether the run compares scans with KoLeo, and then among those of all ranks or of
-            one.
+        losses: losses of the run by name, which say how few samples they accept.
         slab_depth: slices read per sample.
         workers: that read ahead, per rank.
     """
@@ -49,13 +51,13 @@ class Demand:
     shard: int
     number_bytes: int
     bf16: bool
-    koleo: str
+    losses: Mapping[str, Loss]
     slab_depth: int
     workers: int
 
     def least(self, gpus: int) -> int:
         """Fewest samples of a micro-batch of a rank."""
-        return 2 if self.koleo == "rank" or (self.koleo == "world" and gpus == 1) else 1
+        return needs.min_samples(list(self.losses.values()), gpus)
 
 
 @dataclass(frozen=True)
@@ -204,7 +206,7 @@ def tables(
             footprint,
             gpus,
             shard,
-            demand.global_batch // (gpus * demand.accumulation),
+            BatchShare(demand.global_batch, demand.accumulation, gpus).micro,
         )
         for gpus, shard in shards.items()
         if gpus not in refused
@@ -268,14 +270,18 @@ def sort_out(demand: Demand, asked: Asked) -> tuple[dict[int, int], dict[str, tu
 
 def why_not(demand: Demand, gpus: int) -> str:
     """Why the config cannot run as it is on so many GPUs; empty where it can."""
-    parts = gpus * demand.accumulation
-    if demand.global_batch % parts:
+    try:
+        share = BatchShare(demand.global_batch, demand.accumulation, gpus)
+    except UserError:  # its line names one number of GPUs; this one stands for several
         return (
             f"train.global_batch {demand.global_batch} is not shared equally at accumulation "
             f"{demand.accumulation}"
         )
-    if demand.global_batch // parts < demand.least(gpus):
-        return "KoLeo would have one sample to compare"
+    for name, loss in demand.losses.items():
+        least = loss.min_samples(gpus)
+        if share.micro < least:
+            key = needs.losses_key(name)
+            return f"{key} needs at least {least} samples in a micro-batch of a rank"
     return ""
 
 

@@ -1,8 +1,7 @@
-"""`tapct compare RUN...`: runs side by side, as a table for the terminal and as one self-contained
-page.
+"""`tapct compare RUN...`: runs side by side, in a table for the terminal and on a page.
 
-A number is the mean over the last 20 steps of its run. What a run does not have is a blank; a
-folder that is no run, or one that was given before, is left out and told in one line.
+A number is the mean over the last 20 steps of its run. A number that a run does not have is blank.
+A folder that is no run, or that is given twice, is left out, and one line says so.
 """
 
 from __future__ import annotations
@@ -16,7 +15,6 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import yaml
@@ -26,16 +24,19 @@ from rich.text import Text
 
 from tapct.base.exits import UserError
 from tapct.config.flat import flatten_to_text
-from tapct.report import page
-from tapct.report.evaluation import MODEL_WORDS, finite
-from tapct.report.history import History, read_history, read_json
-from tapct.report.plots import NUM_COLOURS, Curve, Rule, dash_of, line_chart, number, text
+from tapct.eval import results
+from tapct.eval.old_formats import config_with_task_table
+from tapct.eval.results import Evaluation
+from tapct.report import evaluation, page
+from tapct.report.history import History, read_history
+from tapct.report.plots import NUM_COLOURS, Curve, ReferenceLine, dash_of, line_chart, number, text
 from tapct.run_folder import RunFolder
 from tapct.ssl.health import verdict
 
 LAST_STEPS = 20
 BLANK = "\u2013"
 NAMES_A_RUN = ("out",)  # differs between any two runs and says nothing
+# settings that do not affect training; they come last in the table
 BOOKKEEPING = (
     "device",
     "data.store",
@@ -44,11 +45,10 @@ BOOKKEEPING = (
     "log.",
     "eval.",
     "train.resume",
-)  # told last
+)
 LABEL_KEYS, LABEL_LENGTH = 4, 60  # a legend that would be longer shows the names of the runs
-TERMINAL = str.maketrans(
-    {"\u2013": "-", "\u2212": "-", "\u2009": " "}
-)  # any terminal can show these
+# any terminal can show these
+TERMINAL = str.maketrans({"\u2013": "-", "\u2212": "-", "\u2009": " "})
 FOLD, COLUMN = 32, 15  # widest first column and widest column of a run in the terminal
 
 
@@ -61,25 +61,25 @@ class Run:
         name: the shortest end of its path that no other run has.
         history: its metrics.
         config: dotted key -> value as text; empty where config.yaml cannot be read.
-        results: eval/results.json, maybe empty.
+        evaluated: content of eval/results.json; None if there is none or it cannot be used.
     """
 
     folder: Path
     name: str
     history: History
     config: Mapping[str, str]
-    results: Mapping[str, Any]
+    evaluated: Evaluation | None
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What is shown.
+    """Runs that are shown side by side.
 
     Args:
         runs: at least one.
-        metrics: that are drawn, and told in the table.
-        keys: of the config in which the runs differ.
-        notes: one line each on what was left out or not found.
+        metrics: metrics that are drawn and stand in the table.
+        keys: keys of the config in which the runs differ.
+        notes: one line for each folder or file that was left out or not found.
     """
 
     runs: tuple[Run, ...]
@@ -92,31 +92,31 @@ def read(folders: Sequence[Path], wanted: Sequence[str] = ()) -> Comparison:
     """Read the runs.
 
     Args:
-        folders: of runs; one that is none, or that comes a second time, is left out with a note.
-        wanted: metrics to show, by name or pattern (`health/*`); none: what tells runs apart.
+        folders: run folders; one that is none, or that comes a second time, is left out with a
+            note.
+        wanted: metrics to show, by name or pattern (`health/*`); none shows losses and health.
     Raises:
         UserError: no run is left, or a wanted metric is in none of them.
     """
     notes: list[str] = []
-    found: dict[Path, History] = {}
+    histories: dict[Path, History] = {}
     for folder in folders:
         place = folder.resolve()
-        if place in found:
+        if place in histories:
             notes.append(f"{folder} is given twice; it is shown once")
             continue
         try:
-            found[place] = _history(folder, notes)
+            histories[place] = _history(folder, notes)
         except UserError as error:
             notes.append(f"left out: {error}")
-    if not found:
+    if not histories:
         raise UserError("; ".join(notes) or "no run folder was given; tapct compare runs/A runs/B")
-    runs = tuple(
-        Run(place, name, history, _config(place, name, notes), _results(place, name, notes))
-        for (place, history), name in zip(found.items(), short_names(list(found)), strict=True)
-    )
-    return Comparison(
-        runs, _metrics(runs, wanted), differing_keys([run.config for run in runs]), tuple(notes)
-    )
+    runs = []
+    for place, name in zip(histories, short_names(list(histories)), strict=True):
+        config, evaluated = _config(place, name, notes), _evaluation(place, name, notes)
+        runs.append(Run(place, name, histories[place], config, evaluated))
+    keys = differing_keys([run.config for run in runs])
+    return Comparison(tuple(runs), _metrics(runs, wanted), keys, tuple(notes))
 
 
 def _history(folder: Path, notes: list[str]) -> History:
@@ -151,18 +151,15 @@ def _config(place: Path, name: str, notes: list[str]) -> Mapping[str, str]:
             "are blank"
         )
         return {}
-    return flatten_to_text(tree)
+    return flatten_to_text(config_with_task_table(tree))
 
 
-def _results(place: Path, name: str, notes: list[str]) -> Mapping[str, Any]:
-    path = RunFolder(place).evaluation().results
-    try:
-        results, why_not = read_json(path)
-    except OSError as error:
-        results, why_not = {}, f"{path.name} cannot be read: {error.strerror}"
-    if path.is_file() and why_not:
-        notes.append(f"{name}: {why_not}; its Dice is blank")
-    return results
+def _evaluation(place: Path, name: str, notes: list[str]) -> Evaluation | None:
+    folder = RunFolder(place).evaluation()
+    evaluated, why_not = results.read(folder.path)
+    if why_not and folder.results.is_file():
+        notes.append(f"{name}: {why_not}; its evaluation is blank")
+    return evaluated
 
 
 def short_names(places: Sequence[Path]) -> list[str]:
@@ -184,7 +181,7 @@ def differing_keys(configs: Sequence[Mapping[str, str]]) -> tuple[str, ...]:
     """Keys whose values are not the same in all configs that could be read; a key that one lacks
     differs.
 
-    What shapes a curve comes first, then where and how it was run.
+    Keys that affect training come first, then where and how the run was made.
     """
     known = [config for config in configs if config]
     keys = dict.fromkeys(key for config in known for key in config)
@@ -235,50 +232,30 @@ def last_mean(history: History, name: str) -> float | None:
     return float(recent.mean()) if len(recent) else float(values[-1])
 
 
-def dice(results: Mapping[str, Any]) -> tuple[float, float, str] | None:
-    """Frozen mean Dice, its lead over the best baseline, and which that is; None without a Dice,
-    NaN without a lead.
-    """
-    models = results.get("models")
-    scores = (
-        {n: finite(m.get("mean_dice")) for n, m in models.items() if isinstance(m, dict)}
-        if models
-        else {}
-    )
-    own = scores.pop("pretrained", math.nan)
-    rivals = {name: score for name, score in scores.items() if math.isfinite(score)}
-    best = max(rivals, key=lambda name: rivals[name], default="")
-    return (
-        (own, own - rivals.get(best, math.nan), MODEL_WORDS.get(best, best))
-        if math.isfinite(own)
-        else None
-    )
-
-
 def title(metric: str) -> tuple[str, str, float]:
     """A metric for people: title, unit, factor."""
     kind, _, rest = metric.partition("/")
     if metric == "loss/total":
         return "Total loss", "nats", 1.0
     if kind == "loss":
-        return f"{page.words(rest)} loss, weighted", "nats", 1.0
+        return f"{page.label_of(rest)} loss, weighted", "nats", 1.0
     if kind == "ce":
-        return f"{page.words(rest)} cross-entropy", "nats", 1.0
-    for end, words in (("_ln_k_minus_ce", "ln K \u2212 CE"), ("_information", "information")):
+        return f"{page.label_of(rest)} cross-entropy", "nats", 1.0
+    for end, name in (("_ln_k_minus_ce", "ln K \u2212 CE"), ("_information", "information")):
         if kind == "health" and rest.endswith(end):
-            return f"{page.words(rest.removesuffix(end))} {words}", "nats", 1.0
+            return f"{page.label_of(rest.removesuffix(end))} {name}", "nats", 1.0
     if metric == "health/rankme":
         return "RankMe", "", 1.0
     if metric in ("seconds/step", "step"):
         return {"seconds/step": ("Seconds per step", "s", 1.0), "step": ("Steps", "", 1.0)}[metric]
-    return (page.words(rest) or metric).capitalize(), "s" if kind == "seconds" else "", 1.0
+    return (page.label_of(rest) or metric).capitalize(), "s" if kind == "seconds" else "", 1.0
 
 
 Row = tuple[str, list[str]]
 
 
 def numbers(comparison: Comparison) -> list[Row]:
-    """Rows of the table above the config: what is told, and one cell per run."""
+    """Rows of the table above the config: a name and one cell per run."""
     runs = comparison.runs
     rows: list[Row] = [
         ("Steps", [number(int(run.history.column("step")[1][-1])) for run in runs]),
@@ -293,10 +270,30 @@ def numbers(comparison: Comparison) -> list[Row]:
             (name, [BLANK if value is None else number(value * factor) for value in values])
         )
     rows.append(("Seconds per step, median", [_typical_seconds(run.history) for run in runs]))
-    judged = [dice(run.results) for run in runs]
-    rows.append(("Frozen Dice", [f"{one[0]:.3f}" if one else BLANK for one in judged]))
-    leads = [f"{one[1]:+.3f}" if one and math.isfinite(one[1]) else BLANK for one in judged]
-    rows.append(("Dice over the best baseline", [lead.replace("-", "\u2212") for lead in leads]))
+    return rows + _evaluation_rows(runs)
+
+
+def _evaluation_rows(runs: Sequence[Run]) -> list[Row]:
+    """Two rows per task that any run was evaluated with: its headline and its lead."""
+    tasks: dict[str, str] = {}  # name -> what its first row is called
+    for run in runs:
+        for name, section in (run.evaluated.tasks if run.evaluated else {}).items():
+            headline = section.headline
+            better = f"{headline.direction} is better"
+            tasks.setdefault(name, f"{results.title_of(name)}: {headline.metric}, {better}")
+    if not tasks:
+        return [("Evaluation of frozen features", [BLANK for _ in runs])]
+    rows: list[Row] = []
+    for name, row_name in tasks.items():
+        values, gains = [], []
+        for run in runs:
+            evaluated = run.evaluated.tasks.get(name) if run.evaluated else None
+            lead = evaluated.headline.lead() if evaluated else None
+            known = lead is not None and math.isfinite(lead.own)
+            values.append(results.shown(lead.own) if lead and known else BLANK)
+            gains.append(evaluation.signed(lead.gain) if lead and known else BLANK)
+        rows.append((row_name, values))
+        rows.append((f"{results.title_of(name)}: lead over the best baseline", gains))
     return rows
 
 
@@ -313,27 +310,25 @@ def settings(comparison: Comparison) -> list[Row]:
 
 
 def labels(comparison: Comparison) -> list[str]:
-    """What the legend calls the runs: the settings in which they differ where that is short, else
-    their names.
+    """Names of the runs in a legend: the settings in which they differ where these are short, else
+    the names of their folders.
     """
-    runs, keys = (
-        comparison.runs,
-        [key for key in comparison.keys if not key.startswith(BOOKKEEPING)],
-    )
+    runs = comparison.runs
+    keys = [key for key in comparison.keys if not key.startswith(BOOKKEEPING)]
     if not 0 < len(keys) <= LABEL_KEYS:
         return [run.name for run in runs]
     ends = Counter(key.rpartition(".")[2] for key in keys)
     short = {key: end if ends[end := key.rpartition(".")[2]] == 1 else key for key in keys}
-    told = [", ".join(f"{short[key]} {run.config.get(key, BLANK)}" for key in keys) for run in runs]
-    return (
-        told
-        if len(set(told)) == len(runs) and max(map(len, told)) <= LABEL_LENGTH
-        else [run.name for run in runs]
-    )
+    by_settings = []
+    for run in runs:
+        by_settings.append(", ".join(f"{short[key]} {run.config.get(key, BLANK)}" for key in keys))
+    if len(set(by_settings)) == len(runs) and max(map(len, by_settings)) <= LABEL_LENGTH:
+        return by_settings
+    return [run.name for run in runs]
 
 
 def render_text(comparison: Comparison, width: int) -> str:
-    """The table for a terminal, in as many blocks of runs as its width asks for."""
+    """The table for a terminal, in as many blocks of runs as its width needs."""
     rows, keys = numbers(comparison), settings(comparison)
     first = min(FOLD, max(len(name) for name, _ in [*rows, *keys]), max(width - COLUMN, 8))
     widest = max(len(cell) for _, cells in [*rows, *keys] for cell in cells)
@@ -361,28 +356,30 @@ def _cell(content: str) -> Text:
 def _swatch(i: int) -> str:
     return (
         '<svg class="key" viewBox="0 0 22 10" aria-hidden="true"><path d="M0 5H22" '
-        'style="stroke:var('
-        f'--c{i % NUM_COLOURS});stroke-width:2.4" stroke-dasharray="{dash_of(i)}"/></svg>'
+        f'style="stroke:var(--c{i % NUM_COLOURS});stroke-width:2.4" '
+        f'stroke-dasharray="{dash_of(i)}"/></svg>'
     )
 
 
 def _table(comparison: Comparison) -> str:
     runs = comparison.runs
-    names = [
-        re.sub(r"([_/.,=-]+)", r"\1<wbr>", text(run.name)) for run in runs
-    ]  # where a long name may break
-    heads = "".join(f'<th class="n">{_swatch(i)}{name}</th>' for i, name in enumerate(names))
+    heads = ""
+    for i, run in enumerate(runs):
+        name = re.sub(r"([_/.,=-]+)", r"\1<wbr>", text(run.name))  # where a long name may break
+        heads += f'<th class="n">{_swatch(i)}{name}</th>'
 
     def body(rows: Sequence[Row]) -> str:
-        cells = [
-            (name, "".join(f'<td class="n">{text(one)}</td>' for one in told))
-            for name, told in rows
-        ]
-        return f"<tbody>{''.join(f'<tr><th>{text(name)}</th>{told}</tr>' for name, told in cells)}</tbody>"
+        lines = ""
+        for name, cells in rows:
+            columns = "".join(f'<td class="n">{text(cell)}</td>' for cell in cells)
+            lines += f"<tr><th>{text(name)}</th>{columns}</tr>"
+        return f"<tbody>{lines}</tbody>"
 
     differing = settings(comparison)
-    words = "Settings that differ" if differing else "No setting differs"
-    between = f'<tbody><tr><th class="between" colspan="{len(runs) + 1}">{words}</th></tr></tbody>'
+    heading = "Settings that differ" if differing else "No setting differs"
+    between = (
+        f'<tbody><tr><th class="between" colspan="{len(runs) + 1}">{heading}</th></tr></tbody>'
+    )
     return (
         f'<div class="scroll"><table class="compare"><thead><tr><th></th>{heads}</tr></thead>'
         f"{body(numbers(comparison))}{between}{body(differing)}</table></div>"
@@ -397,30 +394,28 @@ def _chart(comparison: Comparison, metric: str) -> str:
         if len(x):
             curves.append(Curve(label, x, y * factor, style=i))
     lifeless = metric.endswith(("_ln_k_minus_ce", "_information"))
-    rules = [Rule("nothing learned", 0.0)] if lifeless else []
-    return line_chart(
-        name, unit, curves, rules=rules, zero=lifeless or metric.startswith("seconds/")
-    )
+    references = [ReferenceLine("nothing learned", 0.0)] if lifeless else []
+    from_zero = lifeless or metric.startswith("seconds/")
+    return line_chart(name, unit, curves, references=references, zero=from_zero)
 
 
 def render(comparison: Comparison) -> str:
     """The page's HTML."""
     notes = "".join(f"<li>{text(note)}</li>" for note in comparison.notes)
     charts = "".join(_chart(comparison, metric) for metric in comparison.metrics)
+    left_out = f"<ul class=missing>{notes}</ul>" if notes else ""
+    num = len(comparison.runs)
     return page.document(
-        f"{len(comparison.runs)} runs of tapct",
-        f'<header><h1>{len(comparison.runs)} runs side by side</h1><p class="muted">Pretraining '
-        "runs of tapct: "
-        "volumetric DINOv2 on CT.</p></header>"
-        f"{f'<ul class=missing>{notes}</ul>' if notes else ''}<section>{_table(comparison)}"
-        f'<p class="muted">Losses and health: means over the last {LAST_STEPS} steps of each run, '
-        "or the newest value "
-        "where one is written more rarely. A falling loss proves nothing, and losses of different "
-        "settings cannot be "
-        "compared; the frozen Dice can.</p></section><section><h2>Curves</h2>"
-        f'<div class="charts overlaid">{charts}</div></section><footer>Thin lines are raw values, '
-        "thick ones rolling "
-        "means; beside a name stands where its thick line ends.</footer>",
+        f"{num} runs of tapct",
+        f'<header><h1>{num} runs side by side</h1><p class="muted">Pretraining runs of tapct: '
+        f"volumetric DINOv2 on CT.</p></header>{left_out}<section>{_table(comparison)}"
+        f'<p class="muted">Losses and health are means over the last {LAST_STEPS} steps of each '
+        "run, or the newest value where one is written more rarely. A falling loss alone does not "
+        "show learning, and losses of runs with different settings cannot be compared. The "
+        "evaluations of the frozen features can; a positive lead is better than the best "
+        'baseline.</p></section><section><h2>Curves</h2><div class="charts overlaid">'
+        f"{charts}</div></section><footer>Thin lines are raw values, thick lines rolling means; "
+        "the number beside a name is where its thick line ends.</footer>",
     )
 
 

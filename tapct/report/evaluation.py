@@ -1,5 +1,6 @@
-"""The part of the page that shows what the frozen features are worth: Dice tables, overlays, PCA
-pictures.
+"""The part of the page on frozen features: headline tables, pictures of tasks and features.
+
+All names and sentences about a metric come from the task's headline; nothing here knows a task.
 """
 
 from __future__ import annotations
@@ -7,18 +8,19 @@ from __future__ import annotations
 import base64
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
 
+from tapct.eval.contract import OWN_MODEL, Breakdown, Headline
+from tapct.eval.results import Evaluation, Picture, TaskSection, shown, title_of
 from tapct.report.plots import number, text
 
 PICTURE_BYTES = 1_700_000  # all pictures together, so that the page stays below 3 MB
 MOST_PICTURES = 24
-OPEN_ORGANS = 20  # a longer organ table starts folded
-MODEL_WORDS = {
+OPEN_ROWS = 20  # a longer breakdown starts folded
+MODEL_NAMES = {
     "pretrained": "pretrained, frozen",
     "untrained": "untrained, frozen",
     "untrained_layerscale1": "untrained, LayerScale 1",
@@ -27,125 +29,132 @@ MODEL_WORDS = {
 MIME = {".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".webp": "image/webp"}
 
 
-def finite(value: object) -> float:
-    """A number, or NaN for null and whatever is no number."""
-    return float(value) if isinstance(value, int | float) else math.nan
-
-
-def mean(values: Sequence[float]) -> float:
-    """Mean of what is finite; NaN when nothing is."""
-    kept = [value for value in values if math.isfinite(value)]
-    return sum(kept) / len(kept) if kept else math.nan
-
-
-def dice(value: float) -> str:
-    """Dice with three decimals, or a dash."""
-    return f"{value:.3f}" if math.isfinite(value) else "\u2013"
-
-
-def gain(results: Mapping[str, Any]) -> tuple[float, float, str] | None:
-    """Pretrained mean Dice, its lead over the best baseline and that baseline's name; None without
-    both.
-    """
-    means = {
-        name: finite(found.get("mean_dice")) for name, found in results.get("models", {}).items()
-    }
-    own = means.pop("pretrained", math.nan)
-    rivals = {name: value for name, value in means.items() if math.isfinite(value)}
-    if not math.isfinite(own) or not rivals:
-        return None
-    best = max(rivals, key=lambda name: rivals[name])
-    return own, own - rivals[best], MODEL_WORDS.get(best, best)
+def name_of(model: str) -> str:
+    """Name of a model for people."""
+    return MODEL_NAMES.get(model, model.replace("_", " "))
 
 
 def signed(value: float) -> str:
-    """A difference of Dice with its sign, coloured."""
+    """A lead with its sign and a real minus; a dash where it is unknown."""
     if not math.isfinite(value):
         return "\u2013"
-    sign, look = ("+", "up") if value >= 0 else ("\u2212", "down")
-    return f'<span class="{look}">{sign}{abs(value):.3f}</span>'
+    return ("+" if value >= 0 else "\u2212") + shown(abs(value))
 
 
-def models_table(results: Mapping[str, Any]) -> str:
-    """Mean Dice of every model as a bar, with one tick per test scan."""
+def coloured(lead: float) -> str:
+    """A lead as HTML, green where the pretrained model is better and red where it is worse."""
+    if not math.isfinite(lead):
+        return signed(lead)
+    return f'<span class="{"up" if lead >= 0 else "down"}">{signed(lead)}</span>'
+
+
+def tiles(evaluation: Evaluation | None) -> list[tuple[str, str, str]]:
+    """Title, value and note (HTML) of one key number per task."""
+    cells: list[tuple[str, str, str]] = []
+    for name, section in (evaluation.tasks if evaluation else {}).items():
+        lead = section.headline.lead()
+        if not math.isfinite(lead.own):
+            continue
+        note = f"{coloured(lead.gain)} over {text(name_of(lead.baseline))}" if lead.baseline else ""
+        cells.append((f"{title_of(name)}: {section.headline.metric}", shown(lead.own), note))
+    return cells
+
+
+def headline_table(section: TaskSection) -> str:
+    """Headline value of every model as a bar, with one tick per test scan."""
+    headline = section.headline
+    low, high = _bar_range(section)
+
+    def percent(value: float) -> float:
+        return 100 * min(max((value - low) / (high - low), 0.0), 1.0)
+
     rows = []
-    for name, found in results["models"].items():
-        score = finite(found.get("mean_dice"))
-        scans = [
-            mean([finite(v) for v in one.values()]) for one in found.get("per_scan", {}).values()
-        ]
-        scan_marks = "".join(
-            f'<i style="left:{100 * v:.1f}%"></i>' for v in scans if math.isfinite(v)
-        )
-        width = 100 * score if math.isfinite(score) else 0.0
-        first = ' class="first"' if name == "pretrained" else ""
+    for model, value in headline.values.items():
+        ticks = ""
+        for score in section.results.scans:
+            if score.model == model and math.isfinite(score.value):
+                ticks += f'<i style="left:{percent(score.value):.1f}%"></i>'
+        width = percent(value) if math.isfinite(value) else 0.0
+        first = ' class="first"' if model == OWN_MODEL else ""
         rows.append(
-            f"<tr{first}><th>{text(MODEL_WORDS.get(name, name.replace('_', ' ')))}</th>"
-            '<td class="track"><div><span '
-            f'style="width:{width:.1f}%"></span>{scan_marks}</div></td>'
-            f'<td class="n">{dice(score)}</td></tr>'
+            f"<tr{first}><th>{text(name_of(model))}</th>"
+            f'<td class="track"><div><span style="width:{width:.1f}%"></span>{ticks}</div></td>'
+            f'<td class="n">{shown(value)}</td></tr>'
         )
-    what = "<th>mean Dice, 0 to 1; a tick is one test scan</th>"
-    head = f'<thead><tr><th>model</th>{what}<th class="n">mean</th></tr></thead>'
+    tick = "; a tick is one test scan" if section.results.scans else ""
+    what = f"{text(headline.metric)}, {low:.4g} to {high:.4g}, {headline.direction} is better"
+    head = f'<tr><th>model</th><th>{what}{tick}</th><th class="n">value</th></tr>'
     return (
-        '<div class="scroll"><table '
-        f'class="models">{head}<tbody>{"".join(rows)}</tbody></table></div>'
+        f'<div class="scroll"><table class="models"><thead>{head}</thead>'
+        f"<tbody>{''.join(rows)}</tbody></table></div>"
     )
 
 
-def organs_table(results: Mapping[str, Any]) -> str:
-    """Dice of every organ and model, and the pretrained model's lead over the best other one."""
-    models: Mapping[str, Any] = results["models"]
-    organs = results.get("organs") or list(
-        dict.fromkeys(o for found in models.values() for o in found.get("dice", {}))
-    )
+def _bar_range(section: TaskSection) -> tuple[float, float]:
+    """Values at the left and the right end of the bars."""
+    if section.headline.range is not None:
+        return section.headline.range
+    values = [*section.headline.values.values(), *(s.value for s in section.results.scans)]
+    known = [value for value in values if math.isfinite(value)] or [1.0]
+    low, high = min(0.0, *known), max(0.0, *known)
+    return (low, high) if low < high else (0.0, 1.0)
+
+
+def breakdown_table(table: Breakdown, headline: Headline) -> str:
+    """The headline metric by class: one row each, one column per model, and the lead."""
+    models = list(headline.values)
+    low, high = headline.range or (0.0, max(_known(table), default=1.0) or 1.0)
     rows = []
-    for organ in organs:
-        scores = {name: finite(found.get("dice", {}).get(organ)) for name, found in models.items()}
-        known = [value for value in scores.values() if math.isfinite(value)]
+    for row, values in table.values.items():
+        of_row = {model: values.get(model, math.nan) for model in models}
+        part = Headline(headline.metric, of_row, headline.direction, headline.meaning)
+        known = [value for value in of_row.values() if math.isfinite(value)]
+        best = (max if headline.direction == "higher" else min)(known, default=math.nan)
         cells = []
-        for value in scores.values():
-            best = ' class="n best"' if known and value == max(known) else ' class="n"'
-            width = f' style="--v:{100 * value:.1f}%"' if math.isfinite(value) else ""
-            cells.append(f"<td{best}{width}>{dice(value)}</td>")
-        rivals = [v for name, v in scores.items() if name != "pretrained" and math.isfinite(v)]
-        lead = scores.get("pretrained", math.nan) - max(rivals) if rivals else math.nan
-        rows.append(
-            f"<tr><th>{text(str(organ).replace('_', ' '))}</th>{''.join(cells)}<td "
-            f'class="n">{signed(lead)}</td></tr>'
-        )
-    heads = "".join(
-        f'<th class="n">{text(MODEL_WORDS.get(n, n.replace("_", " ")))}</th>' for n in models
-    )
-    table = (
-        f'<div class="scroll"><table class="organs"><thead><tr><th>organ</th>{heads}<th '
-        'class="n">lead over best '
-        f"baseline</th></tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
-    )
-    is_open = " open" if len(organs) <= OPEN_ORGANS else ""
+        for value in of_row.values():
+            if not math.isfinite(value):
+                cells.append('<td class="n">\u2013</td>')
+                continue
+            width = 100 * min(max((value - low) / (high - low), 0.0), 1.0)
+            mark = "n best" if value == best else "n"
+            cells.append(f'<td class="{mark}" style="--v:{width:.1f}%">{shown(value)}</td>')
+        lead = coloured(part.lead().gain)
+        name = text(str(row).replace("_", " "))
+        rows.append(f'<tr><th>{name}</th>{"".join(cells)}<td class="n">{lead}</td></tr>')
+    heads = "".join(f'<th class="n">{text(name_of(model))}</th>' for model in models)
+    opened = " open" if len(rows) <= OPEN_ROWS else ""
     return (
-        f"<details{is_open}><summary>Dice of each of {len(organs)} "
-        f"organs</summary>{table}</details>"
+        f"<details{opened}><summary>{text(table.title)} ({len(rows)})</summary>"
+        f'<div class="scroll"><table class="breakdown"><thead><tr><th>{text(table.row)}</th>'
+        f'{heads}<th class="n">lead over best baseline</th></tr></thead>'
+        f"<tbody>{''.join(rows)}</tbody></table></div></details>"
     )
 
 
-def split_words(results: Mapping[str, Any]) -> str:
-    """How the scans were split and where Dice was counted, in sentences."""
-    split = results.get("split", {})
-    train, test, mode = len(split.get("train", ())), len(split.get("test", ())), split.get("mode")
-    by = f", split by {text(mode)}" if mode else ""
-    note = f" <b>{text(split['note'])}.</b>" if split.get("note") else ""
-    grid = (
-        f" Dice is counted at {text(results['resolution'])} resolution."
-        if results.get("resolution")
-        else ""
+def _known(table: Breakdown) -> list[float]:
+    return [v for values in table.values.values() for v in values.values() if math.isfinite(v)]
+
+
+def scans_sentence(section: TaskSection, evaluation: Evaluation) -> str:
+    """How many scans were used, how they were split, and what a reader must know about it."""
+    split = evaluation.split
+    by = f", split by {text(split.mode)}" if split.mode else ""
+    skipped = (
+        f" {section.skipped} scans without its labels were skipped." if section.skipped else ""
     )
-    return f"The decoder was fitted on {train} scans and judged on {test}{by}.{note}{grid}"
+    note = f" <b>{text(split.note)}.</b>" if split.note else ""
+    return (
+        f"Learned from {section.num_train} scans, evaluated on {section.num_test}{by}."
+        f"{skipped}{note}"
+    )
 
 
 def encode(path: Path, budget: int) -> tuple[bytes, str]:
-    """A picture's bytes and type; re-encoded, then made smaller, if it is larger than its budget in
-    bytes.
+    """Bytes and type of a picture; re-encoded, then made smaller, if it is above its budget.
+
+    Args:
+        path: picture file.
+        budget: most bytes.
     """
     data = path.read_bytes()
     if len(data) <= budget:
@@ -164,79 +173,69 @@ def encode(path: Path, budget: int) -> tuple[bytes, str]:
     return buffer.getvalue(), "image/webp"
 
 
-def pictures(
-    folder: Path, entries: Sequence[Mapping[str, Any]], fallback: str, share: float
-) -> str:
+def pictures(folder: Path, entries: Sequence[Picture], share: float) -> str:
     """Pictures inside the page, with captions.
 
     Args:
-        folder: where `file` of each entry starts; a file outside it is not shown.
-        entries: objects with `file`, and maybe `caption` and `scan`.
-        fallback: caption of a picture that has none.
+        folder: folder that `file` of each entry is relative to; a file outside it is not shown.
+        entries: pictures to show.
         share: part of `PICTURE_BYTES` that these pictures may take.
     """
-    shown = entries[:MOST_PICTURES]
-    budget = int(share * PICTURE_BYTES * 0.73 / max(1, len(shown)))  # base64 takes 4/3 of the bytes
+    first = entries[:MOST_PICTURES]
+    budget = int(share * PICTURE_BYTES * 0.73 / max(1, len(first)))  # base64 takes 4/3 of the bytes
     parts = []
-    for entry in shown:
-        path = (folder / str(entry.get("file", ""))).resolve()
-        words = text(entry.get("caption") or fallback)
-        scan = str(entry.get("scan", ""))
-        caption = words if not scan or scan in words else f"{words} Scan {text(scan)}."
+    for entry in first:
+        path = (folder / entry.file).resolve()
         inside = path.is_relative_to(folder.resolve()) and path.suffix.lower() in MIME
         if not inside or not path.is_file():
-            parts.append(
-                f'<p class="missing">picture {text(entry.get("file", "without a name"))} is not '
-                "there</p>"
-            )
+            missing = text(entry.file or "without a name")
+            parts.append(f'<p class="missing">picture {missing} is not there</p>')
             continue
+        caption = text(entry.caption)
+        if entry.scan and entry.scan not in entry.caption:
+            caption = f"{caption} Scan {text(entry.scan)}.".strip()
         data, mime = encode(path, budget)
         source = f"data:{mime};base64,{base64.b64encode(data).decode()}"
         parts.append(
-            f'<figure><img alt="{caption}" '
-            f'src="{source}"><figcaption>{caption}</figcaption></figure>'
+            f'<figure><img alt="{caption}" src="{source}">'
+            f"<figcaption>{caption}</figcaption></figure>"
         )
-    more = len(entries) - len(shown)
+    more = len(entries) - len(first)
     rest = f'<p class="muted">{more} more in {text(folder.name)}/</p>' if more > 0 else ""
     return f'<div class="pictures">{"".join(parts)}</div>{rest}'
 
 
-def evaluation(folder: Path, results: Mapping[str, Any], why_not: str, command: str) -> str:
+def evaluation_part(folder: Path, evaluation: Evaluation | None, why_not: str, command: str) -> str:
     """The whole part.
 
     Args:
         folder: the run's eval folder.
-        results: eval/results.json, maybe empty.
-        why_not: why it is empty.
-        command: what makes it.
+        evaluation: content of results.json; None if it cannot be used.
+        why_not: reason why it is None.
+        command: command that makes it.
     """
-    if not results.get("models"):
-        reason = text(why_not or "no model was judged")
+    if evaluation is None or not evaluation.tasks:
+        reason = text(why_not or "no task was evaluated")
         return (
             f'<p class="missing">No evaluation yet ({reason}). <code>{text(command)}</code> '
             "makes it.</p>"
         )
-    parts = [
-        f"<p>{split_words(results)} A linear decoder reads frozen features; everything but the "
-        "backbone is equal.</p>"
-    ]
-    parts.append(f'<div class="two">{models_table(results)}{organs_table(results)}</div>')
-    both = bool(results.get("overlays")) and bool(results.get("pca"))
-    if results.get("overlays"):
-        words = "CT, reference labels and prediction of the linear decoder."
+    sets = [section.pictures for section in evaluation.tasks.values() if section.pictures]
+    num_sets = len(sets) + bool(evaluation.pca)
+    parts = []
+    for name, section in evaluation.tasks.items():
+        table = section.results.breakdown
+        by_class = breakdown_table(table, section.headline) if table else ""
         parts.append(
-            f"<h3>Segmentation</h3>{pictures(folder, results['overlays'], words, 0.6 if both else 1.0)}"
+            f"<h3>{text(title_of(name))}</h3>"
+            f"<p>{text(section.headline.meaning)} {scans_sentence(section, evaluation)}</p>"
+            f'<div class="two">{headline_table(section)}{by_class}</div>'
         )
-    if results.get("pca"):
-        words = (
-            "CT and its patch features: the first three principal components as red, green "
-            "and blue."
-        )
-        parts.append(
-            f"<h3>Patch features</h3>{pictures(folder, results['pca'], words, 0.4 if both else 1.0)}"
-        )
-    if finite(results.get("seconds")) > 0:
-        parts.append(
-            f'<p class="muted">The evaluation took {number(finite(results["seconds"]), 3)} s.</p>'
-        )
+        if section.pictures:
+            parts.append(pictures(folder, section.pictures, 1 / num_sets))
+    if evaluation.pca:
+        parts.append(f"<h3>Patch features</h3>{pictures(folder, evaluation.pca, 1 / num_sets)}")
+    if evaluation.seconds > 0:
+        seconds = number(evaluation.seconds, 3)
+        parts.append(f'<p class="muted">The evaluation took {seconds} s.</p>')
     return "".join(parts)

@@ -1,7 +1,7 @@
 """`tapct report RUN`: one self-contained HTML page about one run.
 
-Everything is inside the page (charts as SVG, pictures as data), nothing is fetched, and its own
-policy forbids it. What a run does not have yet is named together with the command that makes it.
+Everything is inside the page (charts as SVG, pictures as data); its content security policy forbids
+requests. A part that the run does not have yet is named, with the command that makes it.
 """
 
 from __future__ import annotations
@@ -13,24 +13,28 @@ from typing import Any
 
 import numpy as np
 
-from tapct.base import files
+from tapct.base import files, metric_names
 from tapct.base.console import duration
 from tapct.base.exits import UserError
+from tapct.config import plugins
 from tapct.config.flat import flatten_to_text
+from tapct.eval import results
+from tapct.eval.results import Evaluation
 from tapct.report import evaluation, theme
 from tapct.report.history import History, prototypes_ln, read_history, read_json
-from tapct.report.plots import Curve, Rule, area_chart, line_chart, number, share_bar, text
+from tapct.report.plots import (
+    Curve,
+    ReferenceLine,
+    area_chart,
+    line_chart,
+    number,
+    share_bar,
+    text,
+)
 from tapct.run_folder import RunFolder
 from tapct.ssl.health import TermReading, Verdict, verdict
 
-TERM_WORDS = {
-    "dino": "DINO",
-    "ibot": "iBOT",
-    "koleo": "KoLeo",
-    "dino_global": "DINO global",
-    "dino_local": "DINO local",
-}
-LOOK = {
+STYLE_OF = {
     "alive": "good",
     "faint": "warn",
     "not following": "warn",
@@ -64,21 +68,21 @@ TERM_HEALTH = (
     "prototypes_used",
 )
 LEADS = {  # title -> what a reader should know before looking
-    "Losses": "Each term as it is optimised, and the plain cross-entropies, which need no weight "
-    "to be read.",
-    "Health": "A falling loss proves nothing: a run that learned nothing falls to ln K, and one "
-    "with collapsed targets "
-    "has the lowest loss of all. The sign of life is the information of the targets, the entropy "
-    "of their mean minus "
-    "the mean of their entropies.",
+    "Losses": "Each term as it is optimised, and the plain cross-entropies, which can be read "
+    "without knowing the weights.",
+    "Health": "A falling loss alone does not show learning: the loss of a run that learns nothing "
+    "falls to ln K, and a run with collapsed targets has the lowest loss of all. The number to "
+    "watch is the information of the targets: the entropy of their mean minus the mean of their "
+    "entropies.",
     "Timing": "Wall time of a step on the process that writes the log.",
 }
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 
 
-def words(name: str) -> str:
-    """A metric's last part for people."""
-    return TERM_WORDS.get(name, name.replace("_", " "))
+def label_of(name: str) -> str:
+    """The last part of a metric's name, for people."""
+    loss, _, rest = name.partition("_")
+    return f"{plugins.title('losses', loss)} {rest}".strip().replace("_", " ")
 
 
 def curve(
@@ -98,9 +102,9 @@ def curves(history: History, names: Mapping[str, str], factor: float = 1.0) -> l
 def terms(history: History) -> list[str]:
     """Losses that report the information of their targets."""
     return [
-        name.removeprefix("health/").removesuffix("_information")
+        metric_names.loss_with_targets(name)
         for name in history.names("health/")
-        if name.endswith("_information")
+        if metric_names.loss_with_targets(name)
     ]
 
 
@@ -108,7 +112,7 @@ def readings(history: History) -> list[TermReading]:
     """Recent health of each prototype loss."""
 
     def recent(term: str, what: str) -> float:
-        return history.recent(f"health/{term}_{what}")
+        return history.recent(metric_names.target_health(term, what))
 
     found = []
     for term in terms(history):
@@ -116,7 +120,7 @@ def readings(history: History) -> list[TermReading]:
         bound = ln_k if math.isfinite(ln_k) else marginal  # the marginal entropy is at most ln K
         found.append(
             TermReading(
-                words(term),
+                label_of(term),
                 recent(term, "ln_k_minus_ce"),
                 marginal,
                 recent(term, "target_entropy"),
@@ -126,19 +130,17 @@ def readings(history: History) -> list[TermReading]:
     return found
 
 
-def verdict_box(found: Verdict, judged: bool) -> str:
-    """The verdict in words, with the next move; a living run whose features are judged needs
-    none.
-    """
-    move = "" if judged and found.state == "alive" else f"<p>Next: {text(found.next_move)}</p>"
+def verdict_box(found: Verdict, evaluated: bool) -> str:
+    """The verdict and the next step; a healthy run that has been evaluated needs none."""
+    move = "" if evaluated and found.state == "alive" else f"<p>Next: {text(found.next_move)}</p>"
     return (
         '<section class="verdict '
-        f'{LOOK.get(found.state, "")}"><p><strong>{text(found.state.capitalize())}</strong></p>'
+        f'{STYLE_OF.get(found.state, "")}"><p><strong>{text(found.state.capitalize())}</strong></p>'
         f"<p>{text(found.words)}.</p>{move}</section>"
     )
 
 
-def tiles(history: History, results: Mapping[str, Any]) -> str:
+def tiles(history: History, evaluated: Evaluation | None) -> str:
     """Key numbers."""
     step_seconds, total, samples = (
         history.column(name)[1] for name in ("seconds/step", "loss/total", "samples")
@@ -166,19 +168,11 @@ def tiles(history: History, results: Mapping[str, Any]) -> str:
     for one in readings(history):
         note = f"nats; ln K \u2212 CE {number(one.ln_k_minus_ce, 3)}"
         cells.append((f"{one.name} information", number(one.information, 3), note))
-    lead = evaluation.gain(results)
-    if lead:
-        cells.append(
-            (
-                "Frozen Dice",
-                evaluation.dice(lead[0]),
-                f"{evaluation.signed(lead[1])} over {text(lead[2])}",
-            )
-        )
-    shown = "".join(
-        f'<div class="tile"><dt>{text(name)}</dt><dd>{value}{f"<small>{note}</small>" if note else ""}</dd></div>'
-        for name, value, note in cells
-    )
+    cells += evaluation.tiles(evaluated)
+    shown = ""
+    for name, value, note in cells:
+        small = f"<small>{note}</small>" if note else ""
+        shown += f'<div class="tile"><dt>{text(name)}</dt><dd>{value}{small}</dd></div>'
     return (
         f'<dl class="tiles">{shown}</dl><p class="muted">Losses and health: means over the '
         f"last {recent} steps.</p>"
@@ -191,23 +185,25 @@ def losses(history: History) -> str:
     for name in ["loss/total", *(name for name in history.names("loss/") if name != "loss/total")]:
         one = curve(history, name)
         if one:
-            kind = words(name.removeprefix("loss/"))
+            kind = label_of(name.removeprefix("loss/"))
             charts.append(
                 line_chart("Total loss" if kind == "total" else f"{kind}, weighted", "nats", [one])
             )
     groups: dict[str, dict[str, str]] = {}
     for name in history.names("ce/"):
         kind = name.removeprefix("ce/")
-        groups.setdefault(kind.split("_")[0], {})[name] = words(kind)
+        groups.setdefault(kind.split("_")[0], {})[name] = label_of(kind)
     for term, names in groups.items():
         ln_k = prototypes_ln(history, term)
-        rules = [Rule(f"ln K = {ln_k:.3f}: nothing learned", ln_k)] if math.isfinite(ln_k) else []
+        references = []
+        if math.isfinite(ln_k):
+            references = [ReferenceLine(f"ln K = {ln_k:.3f}: nothing learned", ln_k)]
         charts.append(
             line_chart(
-                f"{words(term)} cross-entropy",
+                f"{label_of(term)} cross-entropy",
                 "nats per pair, no weight",
                 curves(history, names),
-                rules=rules,
+                references=references,
             )
         )
     return _grid(charts)
@@ -221,14 +217,13 @@ def health(history: History) -> str:
         ("ln_k_minus_ce", "ln K \u2212 cross-entropy", "nats", 1.0),
         ("prototypes_used", "Prototypes in use", "%", 100.0),
     ):
-        lines = curves(history, {f"health/{term}_{what}": words(term) for term in found}, factor)
+        lines = curves(history, {f"health/{term}_{what}": label_of(term) for term in found}, factor)
         if lines:
-            rules = (
-                [Rule("stuck or collapsed" if what == "information" else "stuck", 0.0)]
-                if unit == "nats"
-                else []
-            )
-            charts.append(line_chart(title, unit, lines, rules=rules, zero=True))
+            references = []
+            if unit == "nats":
+                at_zero = "stuck or collapsed" if what == "information" else "stuck"
+                references = [ReferenceLine(at_zero, 0.0)]
+            charts.append(line_chart(title, unit, lines, references=references, zero=True))
     for term in found:
         names = {
             f"health/{term}_marginal_entropy": "of the mean target",
@@ -237,21 +232,21 @@ def health(history: History) -> str:
         lines = curves(history, names)
         if lines:
             ln_k = prototypes_ln(history, term)
-            rules = [Rule("ln K", ln_k)] if math.isfinite(ln_k) else []
+            references = [ReferenceLine("ln K", ln_k)] if math.isfinite(ln_k) else []
             paired = len(lines) == 2 and np.array_equal(lines[0].x, lines[1].x)
             charts.append(
                 line_chart(
-                    f"{words(term)} target entropies",
+                    f"{label_of(term)} target entropies",
                     "nats; the gap is the information",
                     lines,
-                    rules=rules,
+                    references=references,
                     band=paired,
                 )
             )
     shown = {f"health/{term}_{what}" for term in found for what in TERM_HEALTH}
     for name in history.names("health/"):
         key = name.removeprefix("health/")
-        title, unit, factor = HEALTH.get(key, (words(key), "", 1.0))
+        title, unit, factor = HEALTH.get(key, (label_of(key), "", 1.0))
         one = curve(history, name, "", factor)
         if one and name not in shown:
             charts.append(
@@ -259,7 +254,7 @@ def health(history: History) -> str:
             )
     norms = curves(
         history,
-        {name: words(name.removeprefix("grad_norm/")) for name in history.names("grad_norm/")},
+        {name: label_of(name.removeprefix("grad_norm/")) for name in history.names("grad_norm/")},
     )
     if norms:
         charts.append(line_chart("Gradient norm before clipping", "", norms, zero=True))
@@ -292,7 +287,9 @@ def timing(history: History) -> str:
     parts = curves(
         history,
         {
-            name: SECONDS.get(name.removeprefix("seconds/"), words(name.removeprefix("seconds/")))
+            name: SECONDS.get(
+                name.removeprefix("seconds/"), label_of(name.removeprefix("seconds/"))
+            )
             for name in names
         },
     )
@@ -401,7 +398,7 @@ def render(run_dir: Path) -> str:
     folder = RunFolder(run_dir)
     history = read_history(folder.metrics)
     facts, no_facts = read_json(folder.provenance)
-    results, no_results = read_json(folder.evaluation().results)
+    evaluated, not_evaluated = results.read(folder.evaluation().path)
     manifest: dict[str, Any] = facts["manifest"] if isinstance(facts.get("manifest"), dict) else {}
     others = {key: value for key, value in facts.items() if key != "manifest" or not manifest}
     others |= {
@@ -409,8 +406,8 @@ def render(run_dir: Path) -> str:
     }
     name = run_dir.resolve().name
     sections = {
-        "Frozen features": evaluation.evaluation(
-            folder.evaluation().path, results, no_results, f"tapct eval {run_dir}"
+        "Frozen features": evaluation.evaluation_part(
+            folder.evaluation().path, evaluated, not_evaluated, f"tapct eval {run_dir}"
         ),
         "Losses": losses(history),
         "Health": health(history),
@@ -422,34 +419,34 @@ def render(run_dir: Path) -> str:
     }
     anchors = {title: title.lower().replace(" ", "-") for title in sections}
     links = "".join(f'<a href="#{anchor}">{title}</a>' for title, anchor in anchors.items())
-    body = "".join(
-        f'<section><h2 id="{anchors[title]}">{title}</h2>{part}</section>'
-        for title, part in sections.items()
-    )
+    body = ""
+    for title, part in sections.items():
+        lead = f'<p class="muted">{text(LEADS[title])}</p>' if title in LEADS else ""
+        body += f'<section><h2 id="{anchors[title]}">{title}</h2>{lead}{part}</section>'
     cut = (
         f" {history.unreadable} unreadable lines of metrics.jsonl were left out."
         if history.unreadable
         else ""
     )
-    box = verdict_box(verdict(readings(history)), judged=bool(results))
+    box = verdict_box(verdict(readings(history)), evaluated=evaluated is not None)
     return document(
         f"{name}: tapct run",
         f'<header><h1>{text(name)}</h1><p class="muted">Pretraining run of tapct: volumetric '
         "DINOv2 on CT.</p></header>"
-        f"{box}{tiles(history, results)}<nav>{links}</nav>{body}<footer>Thin lines are raw "
+        f"{box}{tiles(history, evaluated)}<nav>{links}</nav>{body}<footer>Thin lines are raw "
         "values, thick ones rolling "
         f"means.{cut}</footer>",
     )
 
 
 def document(title: str, body: str) -> str:
-    """A whole page: looks, behaviour and the policy that forbids requests around a body of HTML."""
+    """A whole page: style, script and the policy that forbids requests around a body of HTML."""
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{text(title)}</title>'
         '<meta name="viewport" content="width=device-width,initial-scale=1"><meta '
         'http-equiv="Content-Security-Policy"'
-        f' content="{POLICY}"><style>{theme.CSS}</style></head><body><main>{body}</main><script>{theme.JS}</script>'
-        "</body></html>\n"
+        f' content="{POLICY}"><style>{theme.style()}</style></head>'
+        f"<body><main>{body}</main><script>{theme.script()}</script></body></html>\n"
     )
 
 

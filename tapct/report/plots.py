@@ -1,5 +1,5 @@
 """Charts as inline SVG: no requests, any theme, readable from a phone to a print; values under the
-pointer by theme.JS.
+pointer by theme.js.
 
 Knows nothing of the project: curves in, HTML out. Colours are the CSS variables --c0 .. --c6 of the
     page.
@@ -43,8 +43,8 @@ class Curve:
 
 
 @dataclass(frozen=True)
-class Rule:
-    """A horizontal line that means something, e.g. a bound."""
+class ReferenceLine:
+    """A horizontal line at a value that means something, e.g. a bound."""
 
     label: str
     y: float
@@ -208,13 +208,16 @@ def smoothed(curve: Curve) -> np.ndarray:
 
 
 def _range(
-    curves: Sequence[Curve], fronts: Sequence[np.ndarray], rules: Sequence[Rule], zero: bool
+    curves: Sequence[Curve],
+    fronts: Sequence[np.ndarray],
+    references: Sequence[ReferenceLine],
+    zero: bool,
 ) -> Frame:
     """Fit the smoothed curves and the raw ones but for rare spikes, which leave the frame (and are
     marked there).
     """
     values = [
-        np.array([rule.y for rule in rules if math.isfinite(rule.y)] + ([0.0] if zero else []))
+        np.array([line.y for line in references if math.isfinite(line.y)] + ([0.0] if zero else []))
     ]
     raws = [curve.y[np.isfinite(curve.y)] for curve in curves]
     for raw, front in zip(raws, fronts, strict=True):
@@ -231,7 +234,9 @@ def _range(
     x0, x1 = float(x.min()), float(x.max())
     y0 = 0.0 if zero and low >= 0 else low - pad
     room = (
-        0.1 * (high - low) if any(rule.y > high - 0.05 * (high - low) for rule in rules) else 0.0
+        0.1 * (high - low)
+        if any(line.y > high - 0.05 * (high - low) for line in references)
+        else 0.0
     )  # for its label
     return Frame(x0, x1 if x1 > x0 else x0 + 1, y0, high + max(pad, room))
 
@@ -275,14 +280,14 @@ def _axes(frame: Frame, x_label: str) -> str:
     return "".join(parts)
 
 
-def _rules(frame: Frame, rules: Sequence[Rule]) -> str:
+def _references(frame: Frame, references: Sequence[ReferenceLine]) -> str:
     parts = []
-    for rule in rules:
-        y = float(frame.py(np.array(rule.y)))
+    for line in references:
+        y = float(frame.py(np.array(line.y)))
         parts.append(f'<path class="rule" d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}"/>')
         parts.append(
             f'<text class="rule-label" x="{WIDTH - RIGHT - 3}" y="{y - 4:.1f}" text-anchor="end">'
-            f"{text(rule.label)}</text>"
+            f"{text(line.label)}</text>"
         )
     return "".join(parts)
 
@@ -369,7 +374,7 @@ def line_chart(
     unit: str,
     curves: Sequence[Curve],
     *,
-    rules: Sequence[Rule] = (),
+    references: Sequence[ReferenceLine] = (),
     zero: bool = False,
     band: bool = False,
     x_label: str = "optimizer step",
@@ -379,14 +384,14 @@ def line_chart(
     Args:
         title: what is shown; `unit` stands beside it.
         curves: at least one, each with at least one point.
-        rules: horizontal reference lines, within the range.
+        references: horizontal reference lines, within the range.
         zero: let the range reach 0.
         band: shade the space between the first two curves (which share x).
     Returns:
         One `<figure>`.
     """
     fronts = [smoothed(curve) for curve in curves]
-    frame = _range(curves, fronts, rules, zero)
+    frame = _range(curves, fronts, references, zero)
     drawn = [decimate_means(curve.x, front) for curve, front in zip(curves, fronts, strict=True)]
     box = f"{WIDTH - LEFT - RIGHT} {HEIGHT - TOP - BOTTOM}"
     width, height = box.split()
@@ -411,7 +416,7 @@ def line_chart(
         if len(x) == 1 and np.isfinite(y[0]):
             at = f'cx="{float(frame.px(x)[0]):.1f}" cy="{float(frame.py(y)[0]):.1f}"'
             parts.append(f'<circle r="3.5" style="fill:var(--c{i % NUM_COLOURS})" {at}/>')
-    parts.append("</svg>" + _rules(frame, rules))
+    parts.append("</svg>" + _references(frame, references))
     parts += [
         _marks(frame, curve, i % NUM_COLOURS) for i, curve in zip(styles, curves, strict=True)
     ]
@@ -449,7 +454,8 @@ def share_bar(parts: Sequence[tuple[str, float]], unit: str) -> str:
     """One bar that splits into its parts (values >= 0), with a small table."""
     total = sum(value for _, value in parts) or 1.0
     cells = "".join(
-        f'<span style="width:{100 * value / total:.2f}%;background:var(--c{i % NUM_COLOURS})"></span>'
+        f'<span style="width:{100 * value / total:.2f}%;'
+        f'background:var(--c{i % NUM_COLOURS})"></span>'
         for i, (_, value) in enumerate(parts)
     )
     rows = "".join(

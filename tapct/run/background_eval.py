@@ -1,12 +1,14 @@
-"""Evaluation while training goes on: a process beside it, or a SLURM job of its own; no step waits
-for either.
+"""Evaluation during training: in a process beside it or in a SLURM job; training never waits.
 
-A process outlives training, but not in a SLURM job, which ends with its ranks all that they have
-started. There the
-first rank waits at its end, when the others have left: the last evaluation is the one that a run is
-trained for.
+A process runs on after training has ended. In a SLURM job it cannot, because the job ends all its
+processes with the ranks. There the first rank waits at its end, after the other ranks have left:
+the last evaluation is the one that matters most.
 
-RUN/eval/steps/step_00005000/   teacher.safetensors (until it is judged), meta.json, log.txt, results.json
+    RUN/eval/steps/step_00005000/
+        teacher.safetensors   the weights, until they have been evaluated
+        meta.json             facts about the checkpoint
+        log.txt               output of the evaluation
+        results.json          its results
 """
 
 from __future__ import annotations
@@ -29,43 +31,43 @@ from tapct.engine.stop import StopFlag, job_deadline
 from tapct.eval.runner import During
 from tapct.run_folder import CheckpointFolder, RunFolder, step_of
 
-LEAVE_S = 15.0  # before the end of the job's time, for the process to go and the task to end well
+# seconds before the end of the job's time in which the process and the first rank can end cleanly
+LEAVE_S = 15.0
 
 
 class Evaluations:
-    """Starts an evaluation for every checkpoint that is due; the first rank of a run has one.
+    """Starts an evaluation of every checkpoint that is due; only the first rank has this object.
 
     Args:
         run: run folder.
-        config: how often, and where.
+        config: interval, and whether to start a process or a job.
     """
 
     def __init__(self, run: Path, config: During) -> None:
         self.run, self.config = run, config
         self.due: list[int] = []
         self.child: subprocess.Popen[bytes] | None = None
-        self.judged = 0  # step that the child judges
-        self.is_mortal = config.how == "process" and "SLURM_JOB_ID" in os.environ
+        self.child_step = 0  # step that the child evaluates
+        self.ends_with_job = config.how == "process" and "SLURM_JOB_ID" in os.environ
 
     def expect(self, step: int, last: bool) -> None:
-        """A checkpoint of this step has been begun."""
+        """Note that a checkpoint of this step is being saved."""
         if self.config.every and (step % self.config.every == 0 or last):
             self.due.append(step)
 
-    def look(self, checkpoints: Checkpoints) -> None:
-        """Start what is due and saved; cheap when there is nothing."""
+    def start_due(self, checkpoints: Checkpoints) -> None:
+        """Start the evaluation that is due, once its checkpoint is saved; cheap if there is none."""
         busy = self.is_busy()
         if not self.due or (checkpoints.under_way is not None and not checkpoints.under_way.done()):
             return
         step = self.due.pop(0)
         saved = next((path for path in checkpoints.finished() if step_of(path) == step), None)
         if saved is None:
-            return  # could not be written, as has been told
+            return  # the checkpoint could not be written, which has been reported
         if busy:
             console.say(
                 f"step {step} is not evaluated: the evaluation before it is still running; raise "
-                "eval.during.every, or "
-                f"run: {self.by_hand(step)}"
+                f"eval.during.every, or run: {self.command_for(step)}"
             )
             return
         try:
@@ -74,50 +76,50 @@ class Evaluations:
             console.say(f"step {step} is not evaluated: {error}")
 
     def is_busy(self) -> bool:
-        """Whether a process is judging; tells when it has failed."""
+        """Whether the child process is running; reports it once if the child has failed."""
         if self.child is not None and self.child.poll() is not None:
             if self.child.returncode:
                 console.say(
-                    f"the evaluation of step {self.judged} failed, see {self.log_of(self.judged)}"
+                    f"the evaluation of step {self.child_step} failed, see {self.log_of(self.child_step)}"
                 )
             self.child = None
         return self.child is not None
 
     def finish(self, checkpoints: Checkpoints, stopped: bool) -> None:
-        """Training is over: what was begun last is still to be judged.
+        """Start the last evaluation after training, and wait for it where it would be ended.
 
         Args:
-            checkpoints: of the run; none is under way any more.
-            stopped: by a signal or the end of the job's time, so nothing can be waited for.
+            checkpoints: checkpoints of the run; none is being written any more.
+            stopped: True if a signal or the end of the job's time stopped training, so that there
+                is no time to wait.
         """
-        self.due = self.due[-1:]  # nobody looks again: the last one counts
-        until = (
-            0.0
-            if stopped
-            else min(time.time() + self.config.wait_s, job_deadline(os.environ, LEAVE_S))
-        )
+        self.due = self.due[-1:]  # only one more can be started: the last one
+        until = 0.0
+        if not stopped:
+            until = min(time.time() + self.config.wait_s, job_deadline(os.environ, LEAVE_S))
         with StopFlag(torch.device("cpu"), deadline=until) as flag:
-            if self.is_mortal:
+            if self.ends_with_job:
                 self.wait(flag)
-            self.look(
-                checkpoints
-            )  # without time to wait too: it keeps the teacher, to be judged by hand
-            if self.is_mortal:
+            # also without time to wait: it keeps the teacher, so that the step can be evaluated later
+            self.start_due(checkpoints)
+            if self.ends_with_job:
                 self.wait(flag)
-        if self.is_busy() and not self.is_mortal:
+        if self.is_busy() and not self.ends_with_job:
             console.say(
-                f"the evaluation of step {self.judged} goes on by itself, see "
-                f"{self.log_of(self.judged)}"
+                f"the evaluation of step {self.child_step} is still running, see "
+                f"{self.log_of(self.child_step)}"
             )
 
     def wait(self, flag: StopFlag) -> None:
-        """Wait for the process that judges; end it at the flag's word, and say how to do its work
-        by hand.
+        """Wait for the child process; when the flag is raised, end it and print how to repeat it.
+
+        Args:
+            flag: raised by a signal or at the end of the waiting time.
         """
         if self.is_busy() and not flag.reason():
             seconds = console.duration(flag.deadline - time.time())
             console.say(
-                f"waiting for the evaluation of step {self.judged}, at most {seconds}; Ctrl-C "
+                f"waiting for the evaluation of step {self.child_step}, at most {seconds}; Ctrl-C "
                 "ends it"
             )
         while self.is_busy() and not flag.reason():
@@ -128,23 +130,23 @@ class Evaluations:
                 self.child.wait(LEAVE_S / 2)
             self.child = None
             console.say(
-                f"the evaluation of step {self.judged} was ended with the job; run: "
-                f"{self.by_hand(self.judged)}"
+                f"the evaluation of step {self.child_step} was ended with the job; run: "
+                f"{self.command_for(self.child_step)}"
             )
 
-    def by_hand(self, step: int) -> str:
-        """The command that judges a step."""
+    def command_for(self, step: int) -> str:
+        """The command line that evaluates a step."""
         return shlex.join(["tapct", "eval", str(self.run), f"--step={step}"])
 
     def log_of(self, step: int) -> Path:
-        """What the process that judges a step says."""
+        """Log file of the evaluation of a step."""
         return RunFolder(self.run).evaluation(step).log
 
     def start(self, saved: Path) -> None:
-        """Keep the teacher from rotation and judge it.
+        """Keep the teacher from rotation and evaluate it.
 
         Args:
-            saved: a finished checkpoint.
+            saved: folder of a finished checkpoint.
         """
         folder = RunFolder(self.run).evaluation(step_of(saved))
         folder.path.mkdir(parents=True, exist_ok=True)
@@ -152,50 +154,53 @@ class Evaluations:
         for old, new in ((source.teacher, folder.teacher), (source.meta, folder.meta)):
             new.unlink(missing_ok=True)
             try:
-                os.link(old, new)  # takes no space until the checkpoint is rotated away
+                # a link takes no space until the checkpoint is rotated away
+                os.link(old, new)
             except OSError:
                 shutil.copyfile(old, new)
-        words = [
+        step = step_of(saved)
+        command = [
             sys.executable,
             "-m",
             "tapct",
             "eval",
             str(self.run.absolute()),
-            f"--step={step_of(saved)}",
+            f"--step={step}",
         ]
         if self.config.device:
-            words.append(f"device={self.config.device}")
-        environment = ranks.without_place(os.environ)
+            command.append(f"device={self.config.device}")
         if self.config.how == "job":
-            options = [
-                *self.config.sbatch,
-                f"--output={folder.log.absolute()}",
-                "--open-mode=append",
-            ]
-            line = [
-                "sbatch",
-                "--parsable",
-                f"--job-name=eval-{self.run.name}",
-                *options,
-                f"--wrap={shlex.join(words)}",
-            ]
-            told = subprocess.run(
-                line, env=environment, capture_output=True, text=True, timeout=60, check=False
-            )
-            answer = (told.stdout or told.stderr).strip() or f"sbatch left with {told.returncode}"
-            console.say(
-                f"evaluation of step {step_of(saved)}: "
-                f"{'job ' if not told.returncode else ''}{answer}"
-            )
-            return
-        self.judged = step_of(saved)
-        with folder.log.open("ab") as output, signals.heard_by_children():
-            low = ["nice", "-n", "10"] if shutil.which("nice") else []
+            self._submit(step, command, folder.log)
+        else:
+            self._spawn(step, command, folder.log)
+
+    def _submit(self, step: int, command: list[str], log: Path) -> None:
+        sbatch = [
+            "sbatch",
+            "--parsable",
+            f"--job-name=eval-{self.run.name}",
+            *self.config.sbatch,
+            f"--output={log.absolute()}",
+            "--open-mode=append",
+            f"--wrap={shlex.join(command)}",
+        ]
+        environment = ranks.without_place(os.environ)
+        done = subprocess.run(
+            sbatch, env=environment, capture_output=True, text=True, timeout=60, check=False
+        )
+        output = (done.stdout or done.stderr).strip() or f"sbatch exited with {done.returncode}"
+        job = "" if done.returncode else "job "
+        console.say(f"evaluation of step {step}: {job}{output}")
+
+    def _spawn(self, step: int, command: list[str], log: Path) -> None:
+        self.child_step = step
+        low_priority = ["nice", "-n", "10"] if shutil.which("nice") else []
+        with log.open("ab") as output, signals.heard_by_children():
             self.child = subprocess.Popen(
-                [*low, *words],
-                env=environment,
+                [*low_priority, *command],
+                env=ranks.without_place(os.environ),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
-                start_new_session=True,  # a Ctrl-C for training is none for it
+                start_new_session=True,  # Ctrl-C ends training, not the evaluation
             )

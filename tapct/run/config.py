@@ -6,13 +6,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tapct.base.exits import UserError
+from tapct.base.geometry import patch_grid
 from tapct.config import plugins, setting
 from tapct.config.plugins import Plugin
 from tapct.data import loader
-from tapct.distributed.world import Config
+from tapct.data.batch_share import BatchShare
+from tapct.distributed.config import Config
 from tapct.engine import checkpoint, loop, optim, trackers
 from tapct.eval import runner
-from tapct.run.stages import Part, Stage, parts_of
+from tapct.run.stages import Part, StageConfig, parts_of
+from tapct.ssl import needs
 from tapct.types import HUContract
 from tapct.views import masks, recipe
 
@@ -58,7 +61,7 @@ class RunConfig:
     checkpoint: checkpoint.Config = field(default_factory=checkpoint.Config)
     log: trackers.Config = field(default_factory=trackers.Config)
     eval: runner.Config = field(default_factory=runner.Config)
-    stages: tuple[Stage, ...] = setting(
+    stages: tuple[StageConfig, ...] = setting(
         (),
         "parts of the run with other settings: sections with start (finished steps) and set (a "
         "list of key=value)",
@@ -72,34 +75,22 @@ class RunConfig:
                 f"{deepest:g} slices that the "
                 "deepest view needs, so every view would be filled up with air; raise it"
             )
-        patch = getattr(self.model.config, "patch", (1, 1, 1))
+        patch = needs.patch_of(self.model)
         for name in ("global_window", "local_window"):
-            window = getattr(self.views, name)
-            if any(size % side for size, side in zip(window, patch, strict=True)):
-                raise UserError(
-                    f"views.{name} {list(window)} is no multiple of model.patch {list(patch)} "
-                    "along every axis; "
-                    "change one of them"
-                )
-        self.check_neighbours(1)
+            patch_grid(getattr(self.views, name), patch, f"views.{name}")
+        self.check_share(1)
         self.parts()
 
     def parts(self) -> list[Part]:
         """The run as stretches with one config each: this one, and then its stages."""
         return parts_of(self, self.stages, self.train.steps)
 
-    def check_neighbours(self, world: int) -> None:
-        """Raise UserError where KoLeo would have a single sample to compare, on so many ranks."""
-        config = next((loss.config for loss in self.losses if loss.name == "koleo"), None)
-        if config is None:
-            return
-        ranks = 1 if config.cross_rank else world
-        samples = self.train.global_batch // (ranks * self.train.accumulation)
-        if samples < 2:
-            raise UserError(
-                f"KoLeo compares the samples of a micro-batch of a rank, which holds {samples} at "
-                "train.global_batch "
-                f"{self.train.global_batch}, train.accumulation {self.train.accumulation} and "
-                f"{world} ranks; raise the "
-                "batch, or set losses.koleo.cross_rank=true or losses.koleo=null"
-            )
+    def share(self, world: int) -> BatchShare:
+        """How so many ranks share the global batch. Raises: UserError: not equally."""
+        return BatchShare(self.train.global_batch, self.train.accumulation, world)
+
+    def check_share(self, world: int) -> None:
+        """Raise UserError where so many ranks cannot share the global batch equally, or a loss
+        needs more samples than a rank then has at once.
+        """
+        needs.check_min_samples(self.losses, self.share(world).micro, world)

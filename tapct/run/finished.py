@@ -21,11 +21,10 @@ from tapct.engine import checkpoint
 from tapct.engine.checkpoint import Checkpoints, Meta
 from tapct.eval import runner
 from tapct.eval.baselines import with_baselines
-from tapct.eval.old_formats import config_with_task_table
 from tapct.eval.results import Evaluation
-from tapct.nn.backends import GPU_ONLY
 from tapct.nn.contracts import Backbone
 from tapct.run.config import RunConfig
+from tapct.run.old_configs import upgraded
 from tapct.run.resume import changed_keys
 from tapct.run_folder import CheckpointFolder, RunFolder, step_of
 from tapct.ssl.student_teacher import build_backbone
@@ -77,7 +76,7 @@ def open_run(folder: Path, overrides: Sequence[str] = (), step: int | None = Non
 
 def _config_of(folder: Path, overrides: Sequence[str]) -> Resolved:
     return tapct_config.load_config(
-        RunConfig, RunFolder(folder).config, overrides, upgrade=config_with_task_table
+        RunConfig, RunFolder(folder).config, overrides, upgrade=upgraded
     )
 
 
@@ -169,10 +168,8 @@ def export(folder: Path, out: Path | None = None) -> Path:
         "samples": meta.samples,
         "data": meta.data_digest,
     }
-    section = config.model
-    if getattr(section.config, "attention", "") in GPU_ONLY:
-        # weights do not depend on the back-end, and an export must run anywhere
-        section = replace(section, config=replace(section.config, attention="auto"))
+    portable = trained.backbone.export_config()  # weights do not depend on the attention back-end
+    section = config.model if portable is None else replace(config.model, config=portable)
     settings = FeatureSettings(section, config.contract, config.eval.preprocess)
     save_export(target, trained.backbone, settings, provenance)
     return target

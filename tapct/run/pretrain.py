@@ -17,7 +17,6 @@ from tapct.base.exits import SharedError, UserError
 from tapct.config import Resolved, load_config
 from tapct.data import loader
 from tapct.data.patients import held_out_patients
-from tapct.data.sampler import samples_of
 from tapct.data.store import Store
 from tapct.distributed import collectives
 from tapct.distributed import world as world_module
@@ -32,6 +31,7 @@ from tapct.run.provenance import write_run_files
 from tapct.run.resume import find_start
 from tapct.run.stages import Part
 from tapct.run_folder import RunFolder
+from tapct.ssl.inputs import Inputs
 from tapct.ssl.schedules import Schedules
 from tapct.ssl.student_teacher import Network, StudentTeacher
 from tapct.types import Batch
@@ -128,7 +128,7 @@ class Pretraining:
         collectives.from_first(
             lambda: write_run_files(config.out, self.resolved, self.store, self.command)
         )
-        if getattr(config.model.config, "attention", "") == "auto":
+        if pair.student.backbone.attention == "auto":
             dtype = torch.bfloat16 if config.train.precision == "bf16" else config.train.dtype
             console.say(f"model.attention=auto: {choose(self.world.device, dtype)}")
         batches = self.batches(rows, start)
@@ -157,13 +157,8 @@ class Pretraining:
         world = self.world.ranks.world
         for part in self.config.parts():
             config: RunConfig = part.config
-            share = {
-                "accumulation": config.train.accumulation,
-                "global_batch": config.train.global_batch,
-            }
             try:
-                samples_of(0, 0, 0, world=world, **share)
-                config.check_neighbours(world)
+                config.check_share(world)
             except UserError as error:
                 raise SharedError(part.says(str(error))) from error
 
@@ -312,7 +307,7 @@ class Pretraining:
 
         def look_after() -> bool:
             if first:
-                self.evaluations.look(self.checkpoints)
+                self.evaluations.start_due(self.checkpoints)
             return settings.on_error == "stop" and self.checkpoints.failed()
 
         return loop.Hooks(record if first else lambda row: None, save, look_after, console.say)
@@ -321,39 +316,32 @@ class Pretraining:
         self, pair: StudentTeacher, updater: optim.Updater, hooks: loop.Hooks
     ) -> loop.Trainer:
         """The loop with everything it needs; all stages are tried before the first step."""
-        config = self.config
-        first, *later = (stage_of(part, pair) for part in config.parts())
-        return loop.Trainer(
-            pair,
-            updater,
-            first.schedules,
-            first.config,
-            first.recipe,
-            hooks,
-            config.log.every,
-            config.checkpoint.every,
-            self.world,
-            config.parallel,
-            later,
+        stages = [stage_of(part, pair) for part in self.config.parts()]
+        cadence = loop.Cadence(
+            self.config.log.every, self.config.checkpoint.every, self.config.parallel
         )
+        return loop.Trainer(pair, updater, stages, hooks, cadence, self.world)
 
 
-def stage_of(part: Part, pair: StudentTeacher) -> loop.Stage:
-    """What holds in a part of the run; raises SharedError where the pair cannot follow it."""
+def stage_of(part: Part, pair: StudentTeacher) -> loop.StageSettings:
+    """What the loop works with in a part of the run.
+
+    Raises:
+        SharedError: the pair's losses or the schedules cannot have these settings.
+    """
     config: RunConfig = part.config
-    recipe = loop.Recipe(
-        config.views, config.masks, config.contract, pair.student.backbone.patch, config.seed
-    )
+    patch = pair.student.backbone.patch
+    inputs = Inputs(config.views, config.masks, config.contract, patch, config.seed)
     try:
         pair.with_settings(config.losses)
         schedules = Schedules(config.optim, config.train.steps, config.train.global_batch)
     except UserError as error:
         raise SharedError(part.says(str(error))) from error
-    return loop.Stage(
+    return loop.StageSettings(
         part.start,
         part.says(part.words),
         config.train,
-        recipe,
+        inputs,
         schedules,
         config.optim,
         config.losses,

@@ -19,7 +19,7 @@ from tapct.config import from_dict, to_dict
 from tapct.config.flat import flatten
 from tapct.engine import checkpoint
 from tapct.engine.checkpoint import Checkpoints
-from tapct.eval.old_formats import config_with_task_table
+from tapct.run.old_configs import upgraded
 from tapct.run_folder import RunFolder, has_step_name
 
 # Where and how a run works, not what it computes.
@@ -30,7 +30,6 @@ HARMLESS = (
     "data.store",
     "data.on_change",
     "data.loader.workers",
-    "data.loader.backend",
     "data.loader.prefetch",
     "data.loader.on_error",
     "data.loader.max_skips",
@@ -123,7 +122,7 @@ def with_new_keys(old: dict[str, Any], cls: type) -> dict[str, Any]:
     was before them, and with renamed keys under their new names.
     """
     try:
-        return to_dict(from_dict(cls, config_with_task_table(old), "checkpoint"))
+        return to_dict(from_dict(cls, upgraded(old), "checkpoint"))
     except UserError:  # a key is gone, or a value is refused now: told as it stands
         return old
 

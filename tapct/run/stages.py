@@ -24,11 +24,13 @@ from typing import Any
 from tapct import config as configs
 from tapct.config import ConfigError, setting, to_dict
 from tapct.config.flat import flatten
+from tapct.ssl import needs
 
 MAY_CHANGE = ("views.", "masks.", "losses.", "optim.", "data.loader.", "train.accumulation")
+HEADS_STAY = "the heads are made once"
 # Pattern of a key, and why it keeps its value for the whole run; the first that fits is told.
 KEPT = (
-    (r"losses\..*\b(head\.|share_dino_head$)", "the heads are made once"),
+    (r"losses\..*\bhead\.", HEADS_STAY),
     (r"optim\.(layer_decay|patch_embed_lr_factor)$", "the optimizer's groups are formed once"),
     (
         r"(seed|train\.steps|train\.global_batch|data\.store|data\.held_out)$",
@@ -41,7 +43,7 @@ KEPT = (
 
 
 @dataclass(frozen=True)
-class Stage:
+class StageConfig:
     """When a stage begins and what it changes."""
 
     start: int = setting(dataclasses.MISSING, "finished steps after which it holds", ge=1)
@@ -73,7 +75,7 @@ class Part:
         return f"{self.name}: {text}" if self.name else text
 
 
-def parts_of(config: Any, stages: Sequence[Stage], steps: int) -> list[Part]:
+def parts_of(config: Any, stages: Sequence[StageConfig], steps: int) -> list[Part]:
     """The whole run, part by part.
 
     Args:
@@ -102,7 +104,7 @@ def parts_of(config: Any, stages: Sequence[Stage], steps: int) -> list[Part]:
     return found
 
 
-def config_of(config: Any, stage: Stage, name: str) -> Any:
+def config_of(config: Any, stage: StageConfig, name: str) -> Any:
     """The config that holds in a stage.
 
     Args:
@@ -120,12 +122,22 @@ def config_of(config: Any, stage: Stage, name: str) -> Any:
             f"{name}: a loss cannot come or go in a stage; set its weight to 0 where it shall not "
             "count"
         )
-    for key in (key for key in {**old, **new} if old.get(key) != new.get(key)):
+    changed = [key for key in {**old, **new} if old.get(key) != new.get(key)]
+    for key in changed:
         reasons = [reason for pattern, reason in KEPT[:-1] if re.match(pattern, key)]
         if reasons or not key.startswith(MAY_CHANGE):
-            raise ConfigError(
-                f"{name}: {key} cannot change in a stage: {(reasons or [KEPT[-1][1]])[0]}; views, "
-                "masks, data.loader, "
-                "train.accumulation and most of losses and optim can"
-            )
+            raise ConfigError(cannot_change(name, key, (reasons or [KEPT[-1][1]])[0]))
+    losses_after = needs.build_losses(result.losses)
+    for loss, built in needs.build_losses(config.losses).items():
+        if built.head_of != losses_after[loss].head_of:
+            keys = [key for key in changed if key.startswith(f"losses.{loss}.")]
+            raise ConfigError(cannot_change(name, ", ".join(keys), HEADS_STAY))
     return result
+
+
+def cannot_change(stage: str, keys: str, reason: str) -> str:
+    """The line that refuses what a stage sets."""
+    return (
+        f"{stage}: {keys} cannot change in a stage: {reason}; views, masks, data.loader, "
+        "train.accumulation and most of losses and optim can"
+    )

@@ -48,7 +48,7 @@ class StudentTeacher(nn.Module):
         shard: shards a network in place, before it has values; the bool is True for the student.
             None: this rank holds all of it.
     Raises:
-        UserError: no loss is switched on, iBOT shares a head that is not there or not equal, or two
+        UserError: no loss is switched on, a loss shares a head that is not there or not equal, or two
             losses want snapshots of different steps.
     """
 
@@ -66,9 +66,8 @@ class StudentTeacher(nn.Module):
     ) -> None:
         super().__init__()
         if not losses:
-            raise UserError(
-                "losses: every term is switched off; keep at least losses.dino or losses.ibot"
-            )
+            names = ", ".join(plugins.available("losses"))
+            raise UserError(f"losses: every term is switched off; keep at least one of {names}")
         self.terms: dict[str, Loss] = {
             each.name: plugins.load("losses", each.name).build(each.config) for each in losses
         }

@@ -1,8 +1,8 @@
-"""Where the crops lie: boxes drawn on the device, by key, with a share of body in each.
+"""Crop boxes: drawn on the device, by key, with a minimum share of body in each.
 
 Axes: B batch, V views of one kind, C candidate places, Z Y X depth height width in voxels of the
-slab; 3 is (z, y, x). A box is a half-open interval [start, start + length) per axis, in voxels,
-where voxel k covers [k, k + 1).
+slab, z y x cells of the body map along these axes; 3 is (z, y, x). A box is a half-open interval
+[start, start + length) per axis, in voxels, where voxel k covers [k, k + 1).
 """
 
 from __future__ import annotations
@@ -20,28 +20,25 @@ from tapct.types import HUContract
 
 Kind = Literal["global", "local"]
 
-CELL = (
-    4,
-    8,
-    8,
-)  # voxels of one cell of the body map; a cell is judged by 16 voxels of its first slice
-BODY_ABOVE_AIR_HU = (
-    48.0  # a cell whose mean lies higher than this above clipped air is body: lung (about -850) is
-)
+# Voxels (z, y, x) of one cell of the body map; its mean is taken over 16 voxels of its first slice.
+CELL = (4, 8, 8)
+# A cell is body if its mean lies more than this above air. Air is clipped to -1008 HU, so -960 HU
+# and above is body, which includes lung (about -850 HU).
+BODY_ABOVE_AIR_HU = 48.0
 
 
 @dataclass(frozen=True)
 class Rule:
-    """How the crops of one kind are drawn; fields as in `recipe.Config`.
+    """How to draw the crops of one kind; fields as in `recipe.Config`.
 
     Args:
-        window: size of the finished view (z, y, x).
-        area: share of the scan's in-plane area, uniform between the two.
-        aspect: height / width in voxels, log-uniform between the two.
-        z_zoom: slices of the scan per slice of the view, log-uniform between the two; (1, 1) cuts
-            whole slices.
-        body_share_min: share of body that a crop should hold.
-        candidates: how many places are tried for it.
+        window: voxels (z, y, x) of the finished view.
+        area: range of the crop's share of the scan's in-plane area, uniform.
+        aspect: range of height / width in voxels, log-uniform.
+        z_zoom: range of slices of the scan per slice of the view, log-uniform; (1, 1) cuts whole
+            slices.
+        body_share_min: smallest share of body that a crop should hold.
+        candidates: number of places that are tried for it.
         flip_p: chance of a flip along (z, y, x).
     """
 
@@ -62,53 +59,45 @@ class Boxes:
         start_VB3: float32, first edge of the box in voxels of the slab.
         length_VB3: float32, edge length in voxels, > 0.
         flip_VB3: bool, the view is mirrored along this axis.
-        body_share_VB: float32 in [0, 1], share of body inside the box.
     """
 
     start_VB3: Tensor
     length_VB3: Tensor
     flip_VB3: Tensor
-    body_share_VB: Tensor
 
 
 def body_cells(hu_BZYX: Tensor, contract: HUContract) -> Tensor:
-    """A coarse map of what is body (or table), lungs included, and what is air.
+    """A coarse map of body (lungs and table included) and air.
 
     Args:
         hu_BZYX: int16 HU.
-        contract: its lower clip is what air is.
+        contract: HU window, whose lower clip is air.
     Returns:
-        float32 0 or 1 per `CELL`, the far cells filled up with air.
+        (B, z, y, x) float32, 1 for a body cell of `CELL` voxels, 0 for air; cells that reach beyond
+        the slab are filled up with air.
     """
-    sampled = hu_BZYX[
-        :, :: CELL[0], ::2, ::2
-    ]  # a sixteenth of the voxels: 16 per cell make a steady mean
+    # a sixteenth of the voxels: 16 per cell give a steady mean
+    sampled = hu_BZYX[:, :: CELL[0], ::2, ::2]
     cell_y, cell_x = CELL[1] // 2, CELL[2] // 2
-    fill = (0, -sampled.shape[3] % cell_x, 0, -sampled.shape[2] % cell_y)
-    above_air = (
-        sampled.to(torch.float32)
-        .clamp(contract.clip_low, contract.clip_high)
-        .sub(contract.clip_low)
-    )
-    cells = (
-        F.pad(above_air, fill)
-        .unflatten(3, (-1, cell_x))
-        .unflatten(2, (-1, cell_y))
-        .mean(dim=(3, 5))
-    )
-    return (cells > BODY_ABOVE_AIR_HU).to(torch.float32)
+    padding = (0, -sampled.shape[3] % cell_x, 0, -sampled.shape[2] % cell_y)
+    clipped = sampled.to(torch.float32).clamp(contract.clip_low, contract.clip_high)
+    above_air = F.pad(clipped.sub(contract.clip_low), padding)
+    # (B, z, y, voxels in y, x, voxels in x): the mean over the voxels of a cell
+    split = above_air.unflatten(3, (-1, cell_x)).unflatten(2, (-1, cell_y))
+    return (split.mean(dim=(3, 5)) > BODY_ABOVE_AIR_HU).to(torch.float32)
 
 
 def body_share(cells_Bzyx: Tensor, start_VBC3: Tensor, length_VBC3: Tensor) -> Tensor:
-    """Share of each box's volume that is body: the overlap of a box with a cell is a product of
-    three overlaps.
+    """Share of each box's volume that is body.
 
     Args:
-        cells_Bzyx: from `body_cells`.
-        start_VBC3, length_VBC3: boxes in voxels.
+        cells_Bzyx: map from `body_cells`.
+        start_VBC3: first edges of the boxes in voxels.
+        length_VBC3: edge lengths in voxels.
     Returns:
-        (V, B, C) float32; what lies outside the slab counts as air.
+        (V, B, C) float32; volume outside the slab counts as air.
     """
+    # the overlap of a box with a cell is the product of its overlaps along the three axes
     overlaps = []
     for axis in range(3):
         edge = torch.arange(cells_Bzyx.shape[1 + axis], device=start_VBC3.device) * CELL[axis]
@@ -121,8 +110,9 @@ def body_share(cells_Bzyx: Tensor, start_VBC3: Tensor, length_VBC3: Tensor) -> T
 
 
 def max_length(rule: Rule, slab_ZYX: tuple[int, int, int]) -> tuple[float, float, float]:
-    """The longest edges that `draw` can give in slabs of this size, for static shapes; voxels along
-    (z, y, x).
+    """The longest edges that `draw` can give in slabs of this size, in voxels along (z, y, x).
+
+    The host knows them before the draw, so shapes that depend on them are static.
     """
     _, height, width = slab_ZYX
     area = rule.area[1] * height * width
@@ -146,22 +136,28 @@ def draw(
 ) -> Boxes:
     """Draw the boxes of all views of one kind.
 
-    The size of a box is drawn once, so that `area` and `aspect` are exactly what was asked for;
-    only its place is drawn `candidates` times, and the first place with enough body is taken, else
-    the one with the most.
+    The size of a box is drawn once, so that `area` and `aspect` have exactly the distribution of
+    the rule. Its place is drawn `candidates` times: the first place with enough body is taken, else
+    the place with the most body.
 
     Args:
-        cells_Bzyx: from `body_cells`.
-        extent_B3: int64, voxels of the slab that are scan. In-plane a box never leaves them; along
-            z only where the scan is shorter than the box, which then starts at the scan's first
+        rule: ranges and chances.
+        kind: global or local; part of the key of every draw.
+        num_views: V.
+        cells_Bzyx: map from `body_cells`.
+        extent_B3: int64, voxels of the slab that are scan. In-plane a box never leaves them. Along
+            z it leaves them where the scan is shorter than the box, which then starts at the first
             slice.
-        sample_B: int64 keys of the samples.
+        sample_B: int64, numbers of the samples.
+        seed: seed of the run.
     """
     view_V1 = torch.arange(num_views, device=sample_B.device)[:, None]
     extent_B3 = extent_B3.to(torch.float32)
     length_VB3 = _lengths(rule, kind, view_V1, extent_B3, sample_B, seed)
     start_VBC3 = _starts(rule, kind, view_V1, extent_B3, length_VB3, sample_B, seed)
     share_VBC = body_share(cells_Bzyx, start_VBC3, length_VB3[:, :, None].expand_as(start_VBC3))
+    # A place with enough body scores more than 1, the earlier the more; any other its share, at
+    # most 1. So one argmax does both, without asking the device whether a place was found.
     order_C = torch.arange(rule.candidates, 0, -1, device=sample_B.device)
     score_VBC = torch.where(share_VBC >= rule.body_share_min, 1.0 + order_C, share_VBC)
     best_VB = score_VBC.argmax(dim=2)
@@ -170,29 +166,25 @@ def draw(
         rng.uniform(seed, f"{kind} flip", sample_B, view_V1, axis) < chance
         for axis, chance in enumerate(rule.flip_p)
     ]
-    share_VB = share_VBC.gather(2, best_VB[:, :, None]).squeeze(2)
-    return Boxes(start_VB3, length_VB3, torch.stack(flips, dim=2), share_VB)
+    return Boxes(start_VB3, length_VB3, torch.stack(flips, dim=2))
 
 
 def _lengths(
     rule: Rule, kind: Kind, view_V1: Tensor, extent_B3: Tensor, sample_B: Tensor, seed: int
 ) -> Tensor:
-    """Edge lengths (V, B, 3): area uniform, aspect log-uniform over what fits into the scan at that
-    area.
+    """Edge lengths (V, B, 3) in voxels: area uniform, aspect log-uniform over the part of its range
+    that fits into the scan at that area.
     """
     height_B, width_B = extent_B3[:, 1], extent_B3[:, 2]
     area_VB = _between(rule.area, rng.uniform(seed, f"{kind} area", sample_B, view_V1))
-    lowest = torch.log(area_VB * height_B / width_B)  # there the box is as wide as the scan
-    highest = torch.log(height_B / (area_VB * width_B))  # there it is as high
-    first = torch.minimum(
-        torch.maximum(lowest, lowest.new_full((), math.log(rule.aspect[0]))), highest
-    )
-    last = torch.maximum(
-        torch.minimum(highest, lowest.new_full((), math.log(rule.aspect[1]))), lowest
-    )
-    aspect_VB = torch.exp(
-        first + (last - first) * rng.uniform(seed, f"{kind} aspect", sample_B, view_V1)
-    )
+    # log of the aspects at which the box is as wide as the scan, and as high as the scan
+    lowest_VB = torch.log(area_VB * height_B / width_B)
+    highest_VB = torch.log(height_B / (area_VB * width_B))
+    low, high = (lowest_VB.new_full((), math.log(edge)) for edge in rule.aspect)
+    first_VB = torch.minimum(torch.maximum(lowest_VB, low), highest_VB)
+    last_VB = torch.maximum(torch.minimum(highest_VB, high), lowest_VB)
+    u_VB = rng.uniform(seed, f"{kind} aspect", sample_B, view_V1)
+    aspect_VB = torch.exp(first_VB + (last_VB - first_VB) * u_VB)
     voxels_VB = area_VB * height_B * width_B
     length_y = torch.minimum((voxels_VB * aspect_VB).sqrt(), height_B)
     length_x = torch.minimum((voxels_VB / aspect_VB).sqrt(), width_B)
@@ -211,23 +203,21 @@ def _starts(
     seed: int,
 ) -> Tensor:
     """Candidate places (V, B, C, 3), uniform over all that keep the box inside the scan."""
-    view_V11, candidate_C = (
-        view_V1[..., None],
-        torch.arange(rule.candidates, device=sample_B.device),
-    )
+    view_V11 = view_V1[..., None]
+    candidate_C = torch.arange(rule.candidates, device=sample_B.device)
     free_VB13 = (extent_B3 - length_VB3).clamp(min=0)[:, :, None]
     starts = []
     for axis, name in enumerate("zyx"):
         u_VBC = rng.uniform(seed, f"{kind} place {name}", sample_B[:, None], view_V11, candidate_C)
         free_VB1 = free_VB13[..., axis]
         if axis == 0 and rule.z_zoom == (1.0, 1.0):
-            starts.append(
-                (u_VBC * (free_VB1 + 1)).floor().minimum(free_VB1)
-            )  # whole slices, no interpolation
+            # whole slices, so that nothing is interpolated along z; `minimum`: u * n may round to n
+            starts.append((u_VBC * (free_VB1 + 1)).floor().minimum(free_VB1))
         else:
             starts.append(u_VBC * free_VB1)
     return torch.stack(starts, dim=3)
 
 
 def _between(bounds: tuple[float, float], u: Tensor) -> Tensor:
+    """u in [0, 1) -> a number between the bounds."""
     return bounds[0] + (bounds[1] - bounds[0]) * u

@@ -1,5 +1,4 @@
-"""What an op may know: which view of which samples it works on, how large its voxels are, and the
-HU window.
+"""The key of a view: all that an op knows of the view it changes, and its random draws.
 
 Axes: B batch, Z Y X depth height width.
 """
@@ -23,12 +22,12 @@ class ViewKey:
     """The key of all draws for one view.
 
     Args:
-        seed: of the run.
-        sample_B: int64, numbers of the samples; on the device of the views.
+        seed: seed of the run.
+        sample_B: int64, numbers of the samples, on the device of the views.
         kind: global or local.
-        view: number of the view among its kind.
-        contract: the HU window of the run.
-        mm_B3: float32 mm of the view's voxels along (z, y, x).
+        view: number of the view within its kind.
+        contract: HU window, mean and standard deviation of the run.
+        mm_B3: float32, size of the view's voxels in mm along (z, y, x).
     """
 
     seed: int
@@ -40,8 +39,8 @@ class ViewKey:
 
     @property
     def group(self) -> int:
-        """0 for the first global view, 1 for the other globals, 2 for locals: index into a field
-        with three chances.
+        """Index into a config field with three chances: 0 for the first global view, 1 for the
+        other global views, 2 for local views.
         """
         return 2 if self.kind == "local" else min(self.view, 1)
 
@@ -55,7 +54,7 @@ class ViewKey:
         return self.uniform(f"{purpose} happens", 0.0, 1.0) < p
 
     def normal_like(self, purpose: str, view_BZYX: Tensor) -> Tensor:
-        """Standard normal float32 for every voxel; a sample's draws do not depend on its place in
+        """(B, Z, Y, X) standard normal float32; a sample's numbers do not depend on its place in
         the batch.
         """
         shape_ZYX = view_BZYX.shape[1:]

@@ -1,9 +1,10 @@
-"""From a batch of slabs to the views that the student and the teacher see, all on the device.
+"""Make the views that student and teacher see from a batch of slabs, all on the device.
+
+Order of work: clip to the HU window, crop, resize and blur by matrices, apply the ops one after the
+other, clip again and z-score.
 
 Axes: B batch, V views of one kind (crop-major: all samples of view 0, then view 1), N patch tokens,
-    Z Y X.
-Order of work: clip to the HU window, crop + resize + blur as matrices, ops one by one, clip again
-    and z-score.
+Z Y X depth height width in voxels.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from tapct.base.exits import UserError
+from tapct.base.geometry import Size3, patch_grid
 from tapct.config import plugins, setting
 from tapct.config.plugins import Plugin
 from tapct.types import Batch, HUContract, Views
@@ -21,11 +23,14 @@ from tapct.views import boxes, resample
 from tapct.views.boxes import Boxes, Kind, Rule
 from tapct.views.key import Op, ViewKey
 
+SLIVER = 1e-3  # voxels of scan below which a token counts as padding: float32 rounds by less
+
 
 @dataclass(frozen=True)
 class Config:
-    """How views are made. Source of the defaults, where none is named: TAP-CT's public training
-    configs.
+    """Configure the number, crops, blur and ops of the views.
+
+    Source: defaults are TAP-CT's public training configs, except where another source is named.
     """
 
     num_globals: int = setting(2, "global views of a scan", ge=1)
@@ -93,14 +98,10 @@ class Config:
 
     def rule(self, kind: Kind) -> Rule:
         """The crop rule of one kind of view."""
-        window, area = (
-            (self.global_window, self.global_area)
-            if kind == "global"
-            else (self.local_window, self.local_area)
-        )
+        is_global = kind == "global"
         return Rule(
-            window,
-            area,
+            self.global_window if is_global else self.local_window,
+            self.global_area if is_global else self.local_area,
             self.aspect,
             self.z_zoom,
             self.body_share_min,
@@ -109,7 +110,7 @@ class Config:
         )
 
     def slices_needed(self) -> float:
-        """Slices that the deepest view reads: a shallower slab would always be filled up with
+        """Slices that the deepest view reads; a slab with fewer would always be filled up with
         air.
         """
         depths = [self.global_window[0]] + ([self.local_window[0]] if self.num_locals else [])
@@ -118,7 +119,7 @@ class Config:
 
 @torch.no_grad()
 def make_views(
-    batch: Batch, config: Config, contract: HUContract, seed: int, patch: tuple[int, int, int]
+    batch: Batch, config: Config, contract: HUContract, seed: int, patch: Size3
 ) -> Views:
     """Make all views of a micro-batch. Never waits for the device.
 
@@ -127,16 +128,16 @@ def make_views(
 
     Args:
         batch: slabs, on the device.
-        contract: HU window, mean and std.
-        seed: of the run.
-        patch: (z, y, x) size of a patch token, to tell which tokens lie wholly outside the scan.
+        config: number, crops, blur and ops of the views.
+        contract: HU window, mean and standard deviation.
+        seed: seed of the run.
+        patch: voxels (z, y, x) of a patch token, from which follows which tokens lie in padding.
+    Returns:
+        The views, and which tokens of the global views hold scan.
     Raises:
         UserError: a global view is not a whole number of patches.
     """
-    if any(size % p for size, p in zip(config.global_window, patch, strict=True)):
-        raise UserError(
-            f"views.global_window {config.global_window} is not a multiple of the patch {patch}"
-        )
+    grid = patch_grid(config.global_window, patch, "views.global_window")
     ops = tuple(plugins.load("views.ops", op.name).build(op.config) for op in config.ops)
     with resample.full_precision(batch.hu_BZYX.device):
         cells = boxes.body_cells(batch.hu_BZYX, contract)
@@ -146,7 +147,6 @@ def make_views(
         views_local, _, local_mm_VB3 = _views_of_kind(
             batch, config, contract, seed, "local", cells, ops
         )
-    grid = tuple(size // p for size, p in zip(config.global_window, patch, strict=True))
     return Views(
         views_global,
         views_local,
@@ -165,13 +165,11 @@ def _views_of_kind(
     cells: Tensor,
     ops: tuple[Op, ...],
 ) -> tuple[Tensor, Boxes, Tensor]:
-    """The views (V, B, Z, Y, X) of one kind, normalised, their boxes, and the mm of their voxels
-    (V, B, 3).
+    """The views (V, B, Z, Y, X) of one kind, normalised; their boxes; and the size of their voxels
+    in mm (V, B, 3).
     """
-    rule, num_views = (
-        config.rule(kind),
-        config.num_globals if kind == "global" else config.num_locals,
-    )
+    rule = config.rule(kind)
+    num_views = config.num_globals if kind == "global" else config.num_locals
     slab_ZYX = (batch.hu_BZYX.shape[1], batch.hu_BZYX.shape[2], batch.hu_BZYX.shape[3])
     crops = boxes.draw(rule, kind, num_views, cells, batch.extent_B3, batch.sample_B, seed)
     mm_VB3 = mm_per_voxel(crops, rule.window, batch.spacing_mm_B3)
@@ -183,7 +181,9 @@ def _views_of_kind(
     if not keys:
         return out, crops, mm_VB3
     sigma_VB = torch.stack([_blur_sigma(config, key) for key in keys])
-    max_sigma = config.blur_sigma[1] if max(config.blur_p[key.group] for key in keys) > 0 else 0.0
+    # the host decides whether there is any blur, so that no draw waits for the device
+    is_blurred = any(config.blur_p[key.group] > 0 for key in keys)
+    max_sigma = config.blur_sigma[1] if is_blurred else 0.0
     maps = resample.matrices(
         crops,
         rule.window,
@@ -192,6 +192,8 @@ def _views_of_kind(
         sigma_VB=sigma_VB,
         max_sigma=max_sigma,
     )
+    # one view at a time: the float32 crops of all views at once would be several times as large as
+    # the views
     for view, key in enumerate(keys):
         resample.apply(batch.hu_BZYX, maps, view, contract, out[view])
         hu_BZYX = out[view]
@@ -202,7 +204,7 @@ def _views_of_kind(
 
 
 def _blur_sigma(config: Config, key: ViewKey) -> Tensor:
-    """(B,) width of the blur of one view, 0 where it does not happen."""
+    """Width (B,) of the blur of one view in pixels, 0 where there is none."""
     sigma = torch.where(
         key.happens("blur", config.blur_p[key.group]),
         key.uniform("blur sigma", *config.blur_sigma),
@@ -211,13 +213,13 @@ def _blur_sigma(config: Config, key: ViewKey) -> Tensor:
     return sigma.flatten()
 
 
-def mm_per_voxel(crops: Boxes, window: tuple[int, int, int], spacing_mm_B3: Tensor) -> Tensor:
+def mm_per_voxel(crops: Boxes, window: Size3, spacing_mm_B3: Tensor) -> Tensor:
     """Size of the voxels of finished views: (V, B, 3) float32 mm along (z, y, x).
 
     Args:
         crops: boxes of the views in voxels of the slab.
-        window: voxels of a view.
-        spacing_mm_B3: of the slabs.
+        window: voxels of a view along (z, y, x).
+        spacing_mm_B3: distance of the slabs' voxel centres along (z, y, x).
     """
     length_mm_VB3 = crops.length_VB3 * spacing_mm_B3
     return torch.stack(
@@ -226,13 +228,14 @@ def mm_per_voxel(crops: Boxes, window: tuple[int, int, int], spacing_mm_B3: Tens
 
 
 def tokens_in_scan(crops: Boxes, grid: tuple[int, ...], extent_B3: Tensor) -> Tensor:
-    """Which patch tokens hold scan: (V, B, N) bool in raster order, False where a token lies wholly
-    in padding.
+    """Which patch tokens hold scan.
 
     Args:
         crops: boxes of the views.
         grid: tokens along (z, y, x).
         extent_B3: int64, voxels of each slab that are scan.
+    Returns:
+        (V, B, N) bool in raster order, False where a token lies wholly in padding.
     """
     held = []
     for axis, num in enumerate(grid):
@@ -240,11 +243,9 @@ def tokens_in_scan(crops: Boxes, grid: tuple[int, ...], extent_B3: Tensor) -> Te
         flip = crops.flip_VB3[..., axis, None]
         first, last = (torch.where(flip, 1 - e, e) for e in (edge[:-1], edge[1:]))
         start, length = crops.start_VB3[..., axis, None], crops.length_VB3[..., axis, None]
-        begin, end = (
-            start + length * torch.minimum(first, last),
-            start + length * torch.maximum(first, last),
-        )
-        sliver = 1e-3  # voxel: less is rounding, not scan
-        held.append((begin < extent_B3[:, axis, None] - sliver) & (end > sliver))
+        begin = start + length * torch.minimum(first, last)
+        end = start + length * torch.maximum(first, last)
+        held.append((begin < extent_B3[:, axis, None] - SLIVER) & (end > SLIVER))
+    # (V, B, tokens along one axis) each -> (V, B, z, y, x) -> (V, B, N)
     z, y, x = held
     return (z[..., :, None, None] & y[..., None, :, None] & x[..., None, None, :]).flatten(2)

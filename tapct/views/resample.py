@@ -1,13 +1,19 @@
-"""Crop, resize, anti-alias and blur as three small matrices per crop, in float32.
+"""Crop, resize, anti-alias and blur by three small matrices per crop, in float32.
 
-    view[z', y', x'] = air + sum over z, y, x of  Mz[z', z] * My[y', y] * Mx[x', x] * (slab[z, y, x]
-    - air)
+Plain form of one crop, of which tests/views/test_resample.py computes every factor by loops:
 
-Axes: B batch, V views of one kind, n pixels of the view along one axis, S voxels of the slab along
-    it, Z Y X all three.
-M = G R: R resizes (triangle filter, stretched where it shrinks, so that nothing aliases), G blurs
-on the view's own grid. Rows sum to 1 over the endless line; what lies outside the slab has weight
-too, and counts as air.
+    above[z, y, x]   = clip(slab[z, y, x]) - air
+    view[z', y', x'] = air + sum_z sum_y sum_x Mz[z', z] My[y', y] Mx[x', x] above[z, y, x]
+    M                = G R
+
+R resizes by a triangle filter, which is widened where the crop shrinks, so that nothing aliases. G
+blurs on the grid of the view. Rows sum to 1 over the endless line: voxels outside the slab have
+weight too, and count as air. The sums are three matrix products, one axis after the other. Each R
+holds only the columns of the voxels that a crop can reach, so that a product is as small as the
+crop.
+
+Axes: B batch, V views of one kind, n pixels of the view along one axis, S columns of the matrix
+along this axis, Z Y X depth height width.
 """
 
 from __future__ import annotations
@@ -24,7 +30,9 @@ from tapct.types import AIR_HU, HUContract
 from tapct.views.boxes import Boxes
 
 _HOST = "cpu"
-_TAILS = 6  # sigmas; weights beyond are below 2e-8 of the peak, less than float32's rounding of it
+# Width of the Gaussian in sigmas to each side. Weights beyond are below 2e-8 of the peak, less than
+# float32's rounding of it.
+_TAILS = 6
 
 
 @dataclass(frozen=True)
@@ -32,11 +40,11 @@ class AxisMap:
     """The matrices of one axis, for all crops of one kind.
 
     Args:
-        matrix_VBnS: float32; column j belongs to voxel first_VB + j. The number of columns is the
-            same for all.
-        first_VB: int64 >= 0.
-        begin_VB, end_VB: int64, the voxels that really weigh lie in [begin, end), a part of the
-            columns.
+        matrix_VBnS: float32; column j belongs to voxel first_VB + j. All crops have the same number
+            of columns.
+        first_VB: int64 >= 0, voxel of the first column.
+        begin_VB: int64, first voxel of those with weight, which are a part of the columns.
+        end_VB: int64, voxel after the last of these.
     """
 
     matrix_VBnS: Tensor
@@ -48,7 +56,8 @@ class AxisMap:
 @contextlib.contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
     """Matrix products in true float32: TF32 keeps 10 bits, which is 1 HU, and autocast fewer."""
-    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
+    mkldnn = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    backends = (torch.backends.cuda.matmul, mkldnn)
     before = [backend.fp32_precision for backend in backends]
     try:
         for backend in backends:
@@ -71,17 +80,18 @@ def matrices(
     """The matrices of all crops of one kind along z, y and x.
 
     Args:
-        boxes: from `boxes.draw`.
+        boxes: crops from `boxes.draw`.
         window: pixels of the views (z, y, x).
         slab_ZYX: size of the slab array.
-        max_length: bound on `boxes.length_VB3` in voxels, known to the host: it makes the shapes
+        max_length: bound on `boxes.length_VB3` in voxels, known to the host, so that shapes are
             static.
-        sigma_VB: float32 width of the Gaussian blur in pixels of the view, the same along all axes;
-            0 is none.
+        sigma_VB: float32, width of the Gaussian blur in pixels of the view, the same along all
+            axes; 0: no blur.
         max_sigma: bound on `sigma_VB`, known to the host.
     """
     maps, blurs = [], {}
     if sigma_VB is not None and max_sigma > 0:
+        # axes of equal size share their matrix
         blurs = {n: blur_matrix(sigma_VB, n, max_sigma) for n in sorted(set(window))}
     for axis, num_out in enumerate(window):
         start, length, flip = (
@@ -101,18 +111,19 @@ def resize_map(
     centre.
 
     Args:
-        start, length: float32 (V, B), the boxes in voxels.
-        flip: bool (V, B), pixels run against the voxels.
+        start: float32 (V, B), first edges of the boxes in voxels.
+        length: float32 (V, B), edge lengths in voxels.
+        flip: bool (V, B), True where pixels run against the voxels.
         num_out: pixels of the view.
         num_in: voxels of the slab array.
         max_length: bound on `length`, in voxels.
     """
     support = max(max_length / num_out, 1.0)
+    # + 2: the box may begin and end inside of a voxel
     num_columns = min(num_in, math.ceil(max_length + 2 * support) + 2)
     scale = length / num_out
-    radius = scale.clamp(
-        min=1.0
-    )  # below 1 the view is finer than the scan: plain linear interpolation
+    # below 1 the view is finer than the scan: plain linear interpolation
+    radius = scale.clamp(min=1.0)
     begin = (start - radius).floor().clamp(min=0)
     end = (start + length + radius).ceil().clamp(max=num_in)
     first = begin.clamp(max=num_in - num_columns)
@@ -128,7 +139,11 @@ def resize_map(
 
 
 def _line_sum(centre: Tensor, radius: Tensor) -> Tensor:
-    """Sum of max(0, 1 - |k - centre| / radius) over all integers k: two arithmetic series."""
+    """Sum of max(0, 1 - |k - centre| / radius) over all integers k.
+
+    To each side of the centre the terms are an arithmetic series: `count` integers at distances
+    nearest, nearest + 1, ...
+    """
     total = torch.zeros_like(centre)
     below = centre - centre.floor()
     for nearest in (below, 1.0 - below):
@@ -158,8 +173,9 @@ def blur_matrix(sigma: Tensor, num: int, max_sigma: float) -> Tensor:
     sigmas = (distance / width).abs()
     sigmas = sigmas.masked_fill(sigmas > _TAILS, math.inf)
     # reflecting twice comes back after 2 num pixels
-    ring = torch.exp(-0.5 * sigmas**2).sum(-2)
+    ring = torch.exp(-0.5 * sigmas**2).sum(-2)  # (..., 2 num), by distance modulo 2 num
     ring = ring / ring.sum(-1, keepdim=True)
+    # pixel j itself and its mirror image beyond the border
     i = torch.arange(num, device=sigma.device)
     here, mirrored = (i[:, None] - i) % (2 * num), (i[:, None] + i + 1) % (2 * num)
     return ring[..., here] + ring[..., mirrored]
@@ -176,38 +192,37 @@ def apply(
 
     Args:
         hu_BZYX: int16 HU.
-        maps: from `matrices`, along z, y, x.
-        view: which of the V views.
-        contract: the clip to its window comes first.
+        maps: matrices along z, y, x, from `matrices`.
+        view: number of the view among the V of its kind.
+        contract: HU window, to which the slab is clipped first.
         out_BZYX: float32, receives HU in [clip_low, clip_high].
     """
-    if (
-        hu_BZYX.device.type == _HOST
-    ):  # no device to wait for: the host knows each box and cuts it exactly
-        bounds = torch.stack(
-            [t[view] for m in maps for t in (m.begin_VB, m.end_VB, m.first_VB)], dim=1
-        ).tolist()
-        for b, row in enumerate(bounds):
-            cuts = [
-                (begin, max(end, begin), first)
-                for begin, end, first in zip(row[::3], row[1::3], row[2::3])
-            ]
-            (z0, z1, _), (y0, y1, _), (x0, x1, _) = cuts
-            parts = [
-                m.matrix_VBnS[view, b : b + 1, :, s - f : e - f] for m, (s, e, f) in zip(maps, cuts)
-            ]
-            crop_1YZX = _above_air(
-                hu_BZYX[b : b + 1, z0:z1, y0:y1, x0:x1].transpose(1, 2), contract
-            )
-            torch.add(_contract(crop_1YZX, *parts), contract.clip_low, out=out_BZYX[b : b + 1])
+    if hu_BZYX.device.type == _HOST:
+        # there is no device to wait for: the host knows every box and cuts it exactly
+        bounds = [
+            torch.stack([m.first_VB[view], m.begin_VB[view], m.end_VB[view]], dim=1).tolist()
+            for m in maps
+        ]
+        for sample, axes in enumerate(zip(*bounds, strict=True)):
+            one, cuts, matrices_1nS = slice(sample, sample + 1), [], []
+            for m, (first, begin, end) in zip(maps, axes, strict=True):
+                cut = slice(begin, max(end, begin))
+                cuts.append(cut)
+                columns = slice(cut.start - first, cut.stop - first)
+                matrices_1nS.append(m.matrix_VBnS[view, one, :, columns])
+            box = (one, *cuts)
+            crop_1YZX = _above_air(hu_BZYX[box].transpose(1, 2), contract)
+            view_1ZYX = _contract(crop_1YZX, *matrices_1nS)
+            torch.add(view_1ZYX, contract.clip_low, out=out_BZYX[one])
         return
+    # on a GPU the boxes are not known to the host, so crops of one static size are gathered
     index_z, index_y, index_x = (
         m.first_VB[view][:, None] + torch.arange(m.matrix_VBnS.shape[-1], device=hu_BZYX.device)
         for m in maps
     )
-    sample = torch.arange(hu_BZYX.shape[0], device=hu_BZYX.device)[:, None, None, None]
+    sample_B111 = torch.arange(hu_BZYX.shape[0], device=hu_BZYX.device)[:, None, None, None]
     crop_BYZX = hu_BZYX[
-        sample, index_z[:, None, :, None], index_y[:, :, None, None], index_x[:, None, None, :]
+        sample_B111, index_z[:, None, :, None], index_y[:, :, None, None], index_x[:, None, None, :]
     ]
     view_BZYX = _contract(_above_air(crop_BYZX, contract), *(m.matrix_VBnS[view] for m in maps))
     torch.add(view_BZYX, contract.clip_low, out=out_BZYX)
@@ -220,8 +235,10 @@ def _above_air(hu: Tensor, contract: HUContract) -> Tensor:
 
 
 def _contract(crop_BYZX: Tensor, z_Bnz: Tensor, y_Bny: Tensor, x_Bnx: Tensor) -> Tensor:
-    """Apply three matrices to a contiguous crop; y is its first axis, so that each big product is
-    one plain GEMM.
+    """Apply three matrices to a contiguous crop: (B, Y, Z, X) -> (B, n, n, n) along (z, y, x).
+
+    y is the crop's first axis, so that each of the two large products is one plain GEMM: y over
+    rows of depth * width numbers, x over the last axis. z comes last, on the smallest array.
     """
     batch, _, depth, width = crop_BYZX.shape
     rows, columns = y_Bny.shape[1], x_Bnx.shape[1]
@@ -235,11 +252,11 @@ def resize_volume(hu_ZYX: Tensor, size_zyx: tuple[int, int, int], air_hu: float 
     """Resize a whole scan, anti-aliased, with the matrices that make the training views.
 
     Args:
-        hu_ZYX: float32 HU (clip first: resampling a clipped scan is what training does).
-        size_zyx: voxels afterwards; an axis that keeps its size is left exactly as it is.
-        air_hu: HU of what lies outside the scan; give the lower clip where the scan was clipped.
+        hu_ZYX: float32 HU, clipped already, since training resamples clipped scans.
+        size_zyx: voxels (z, y, x) of the result; an axis that keeps its size is not resampled.
+        air_hu: HU outside the scan, which is the lower clip where the scan was clipped.
     Returns:
-        float32 of that size.
+        float32 HU of that size.
     """
     volume = hu_ZYX.to(torch.float32) - air_hu
     with full_precision(volume.device):
@@ -255,8 +272,9 @@ def resize_volume(hu_ZYX: Tensor, size_zyx: tuple[int, int, int], air_hu: float 
 
 
 def _along_band(matrix_nS: Tensor, volume: Tensor, axis: int, rows: int = 32) -> Tensor:
-    """Apply the matrix of a whole axis, a few rows at a time: each block only meets the voxels
-    under it.
+    """Apply the matrix of a whole axis, `rows` rows at a time.
+
+    The matrix is a band, so a block of rows is multiplied with the voxels under it alone.
     """
     num_out, num_in = matrix_nS.shape
     shape = list(volume.shape)
@@ -268,6 +286,7 @@ def _along_band(matrix_nS: Tensor, volume: Tensor, axis: int, rows: int = 32) ->
         begin = max(math.floor(first * scale - max(scale, 1.0)), 0)
         end = min(math.ceil(last * scale + max(scale, 1.0)), num_in)
         block, part = matrix_nS[first:last, begin:end], volume.narrow(axis, begin, end - begin)
+        # one plain product per axis, without moving the axis in memory
         if axis == 2:
             product = part @ block.T
         elif axis == 1:

@@ -66,9 +66,10 @@ def test_from_an_archive_to_a_report(place: Path, shell: Shell, tmp_path: Path) 
 
     said = shell.good("eval", run)
     results = json.loads((run / "eval" / "results.json").read_text())
-    assert set(results["models"]) >= {"pretrained", "untrained", "raw_hu"}
-    for name, model in results["models"].items():
-        assert f"{name:<24} mean Dice {model['mean_dice']:.3f}" in said
+    values = results["tasks"]["segmentation"]["headline"]["values"]
+    assert set(values) >= {"pretrained", "untrained", "raw_hu"}
+    for name, value in values.items():
+        assert f"{name:<24} mean Dice {value:.3f}" in said
     assert results["split"]["held_out_from_pretraining"] is True
 
     assert str(run / "export") in shell.good("export", run)

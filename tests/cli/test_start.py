@@ -13,27 +13,11 @@ import pytest
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 # what a command may load once it runs; help needs none of it
-HEAVY = [
-    "torch",
-    "numpy",
-    "rich",
-    "yaml",
-    "omegaconf",
-    "wandb",
-    "tensorboard",
-    "fvcore",
-    "submitit",
-    "matplotlib",
-    "pyarrow",
-    "blosc2",
-    "nibabel",
-    "SimpleITK",
-    "pydicom",
-    "safetensors",
-    "PIL",
-    "packaging",
-    "multiprocessing",
-]
+LIBRARIES = """
+    torch numpy rich yaml omegaconf wandb tensorboard fvcore submitit matplotlib pyarrow blosc2
+    nibabel SimpleITK pydicom safetensors PIL packaging multiprocessing
+"""
+HEAVY = LIBRARIES.split()
 MOST_STARTS = 10.0  # of a bare Python, in CPU time; 4 to 5 on an idle machine
 
 

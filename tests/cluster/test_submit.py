@@ -36,8 +36,7 @@ def test_each_run_of_a_sweep_gets_its_values_and_its_folder(config: Path) -> Non
     assert configs[1].out == Path("run/lr=1e-4,global_area=0.3-0.4")
 
 
-# --- the batch script
-# ----------------------------------------------------------------------------------------------
+# --- the batch script ---------------------------------------------------------------------------
 
 
 def options_of(script: str) -> dict[str, str]:
@@ -316,8 +315,7 @@ def test_a_signal_to_the_batch_shell_does_not_end_it(script: str, cluster: FakeS
     assert done.returncode == 0 and len(requeues(cluster)) == 1
 
 
-# --- submitting
-# ----------------------------------------------------------------------------------------------------
+# --- submitting ---------------------------------------------------------------------------------
 
 
 def test_submit_keeps_code_config_and_id_in_the_run_folder(

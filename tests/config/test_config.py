@@ -524,3 +524,32 @@ def test_each_line_of_pretty_is_an_override_that_gives_the_value_back() -> None:
     rows = [line.rpartition("  # ")[0].rstrip() for line in resolved.pretty().splitlines()]
     back = [row.replace(": ", "=", 1) for row in rows]
     assert load_config(Root, None, back).value == resolved.value
+
+
+@pytest.mark.parametrize(
+    ("below", "above", "line"),
+    [
+        ("optim: {lr: 1}", "optim: []", "run.yaml:2: optim = []: must be a section with lr, betas"),
+        ("optim: []", "optim: {lr: 1}", ""),
+        ("scales: [1, 2]", "scales: {lr: 1}", "run.yaml:2: scales = {lr: 1}: must be a list"),
+        ("scales: {lr: 1}", "scales: [1, 2]", ""),
+    ],
+)
+def test_a_list_over_a_section_is_an_error_with_its_line(
+    write: Callable[..., Path], below: str, above: str, line: str
+) -> None:
+    path = write(f"base: below.yaml\n{above}\n")
+    write(f"{below}\n", "below.yaml")
+    if line:
+        assert message(Root, path).startswith(line)
+    else:  # what is wrong below is replaced
+        load_config(Root, path, [])
+
+
+def test_a_list_for_the_fields_of_a_plug_in_is_an_error_with_its_line(
+    write: Callable[..., Path], shapes: type
+) -> None:
+    write("shapes: {cfgshapes.round: {radius: 2.0}}\n", "below.yaml")
+    path = write("base: below.yaml\nshapes: {cfgshapes.round: [1]}\n")
+    expected = "run.yaml:2: shapes[cfgshapes.round] = [1]: must be a section with its fields"
+    assert message(shapes, path).startswith(expected)

@@ -70,6 +70,12 @@ def test_a_folder_that_tapct_lacks_is_our_mistake() -> None:
         plugins.available("lossses")
 
 
+def test_the_title_of_a_plugin_is_the_beginning_of_its_docstring() -> None:
+    assert plugins.title("losses", "ibot") == "iBOT"
+    assert plugins.title("losses", "koleo") == "KoLeo"
+    assert plugins.title("losses", "backbone") == "backbone"
+
+
 def test_a_misspelt_name_gets_the_near_ones() -> None:
     line = refusal("losses", "koloe")
     assert "no plug-in 'koloe' in losses" in line

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import multiprocessing
+import random
 import threading
 import time
 from pathlib import Path
@@ -16,9 +17,11 @@ from scipy.stats import chi2
 from tapct.base import rng
 from tapct.base.exits import UserError
 from tapct.base.files import write_atomically
+from tapct.config import from_dict
 from tapct.data import loader
 from tapct.data.packed import encode
 from tapct.data.sampler import scan_of
+from tapct.data.slabs import draw_slab
 from tapct.data.store import INDEX_NAME, Store, StoredScan, index_bytes
 from tapct.types import AIR_HU, Batch, Volume
 
@@ -120,16 +123,15 @@ def test_threads_read_what_the_loop_reads(
     )
 
 
-def test_processes_read_what_the_loop_reads_and_leave_the_global_randomness_alone(
-    packed: tuple[Path, list[np.ndarray]],
+@pytest.mark.parametrize("workers", [0, 2])
+def test_loading_leaves_the_global_randomness_alone_and_starts_no_process(
+    packed: tuple[Path, list[np.ndarray]], workers: int
 ) -> None:
-    before = torch.get_rng_state()
-    found = take(
-        4, packed[0], config_of(workers=1, backend="process"), accumulation=2, start_step=3
-    )
-    assert torch.equal(before, torch.get_rng_state())
-    assert_same_steps(found, take(4, packed[0], config_of(), accumulation=2, start_step=3))
-    assert not multiprocessing.active_children()
+    before = (torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate())
+    take(4, packed[0], config_of(workers=workers), accumulation=2, start_step=3)
+    assert torch.equal(before[0], torch.get_rng_state())
+    assert (np.random.get_state()[1].tolist(), random.getstate()) == before[1:]
+    assert not multiprocessing.active_children() and loader_threads() == 0
 
 
 def test_a_late_start_reads_what_a_run_through_reads(packed: tuple[Path, list[np.ndarray]]) -> None:
@@ -171,7 +173,7 @@ def test_every_split_over_ranks_and_micro_batches_reads_the_same_slabs(
 def test_slabs_start_everywhere_equally_often(tmp_path: Path) -> None:
     write_store(tmp_path, [(15, 2, 2)])
     store = Store(tmp_path)
-    starts = [loader.draw_slab(sample, store, 3, DEPTH).start for sample in range(4000)]
+    starts = [draw_slab(sample, store, 3, DEPTH).start for sample in range(4000)]
     counts = np.bincount(starts)
     assert len(counts) == 15 - DEPTH + 1 and counts.min() > 0
     assert ((counts - 400) ** 2 / 400).sum() < chi2.isf(1e-4, 9)
@@ -245,26 +247,72 @@ def test_skipping_ends_at_max_skips_and_when_all_scans_are_damaged(
         take(1, folder, config_of(on_error="skip", max_skips=100))
 
 
-@pytest.mark.slow
-def test_processes_name_and_replace_damaged_scans_too(
-    packed: tuple[Path, list[np.ndarray]],
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_threads_replace_the_same_damaged_scans_as_the_loop(
+    packed: tuple[Path, list[np.ndarray]], accumulation: int
 ) -> None:
     folder, _ = packed
     damage(folder, 3)
-    with pytest.raises(UserError, match=r"^scan scan3 .*scan3\.b2nd") as error:
-        take(4, folder, config_of(workers=1, backend="process"))
-    assert "\n" not in str(error.value) and not multiprocessing.active_children()
-    batches = loader.build(
-        config_of(workers=1, backend="process"), Store(folder), seed=SEED, global_batch=1
-    )
-    with pytest.raises(RuntimeError, match="worker"):  # noqa: PT012
-        for worker in multiprocessing.active_children():
-            worker.kill()
-        for _ in range(9):
-            next(batches)
-    assert not multiprocessing.active_children()
-    skip = config_of(on_error="skip", workers=2, backend="process")
-    assert_same_steps(take(8, folder, skip), take(8, folder, config_of(on_error="skip")))
+    damage(folder, 1)
+    expected = take(8, folder, config_of(on_error="skip"), accumulation=accumulation)
+    for workers, prefetch in [(1, 1), (2, 3), (4, 2)]:
+        config = config_of(on_error="skip", workers=workers, prefetch=prefetch)
+        assert_same_steps(take(8, folder, config, accumulation=accumulation), expected)
+
+
+class BrokenStore(Store):
+    """Fails as a fault of tapct would, not as a damaged scan."""
+
+    def read_into(self, i: int, z0: int, slab_ZYX: np.ndarray) -> None:
+        raise ZeroDivisionError("a fault of our own")
+
+
+@pytest.mark.parametrize("on_error", ["raise", "skip"])
+def test_a_fault_in_a_thread_reaches_the_loop_and_ends_the_threads(
+    packed: tuple[Path, list[np.ndarray]], on_error: str
+) -> None:
+    config = config_of(workers=2, on_error=on_error)
+    batches = loader.build(config, BrokenStore(packed[0]), seed=SEED, global_batch=4)
+    with pytest.raises(ZeroDivisionError, match="a fault of our own"):
+        next(batches)
+    assert loader_threads() == 0 and not batches.skipped
+    with pytest.raises(RuntimeError, match="closed"):
+        next(batches)
+
+
+def test_batches_come_in_order_when_the_first_slabs_are_the_slowest(
+    packed: tuple[Path, list[np.ndarray]],
+) -> None:
+    """Four threads read four steps ahead; three reads of step 0 wait until step 3 is read."""
+    expected = take(4, packed[0], config_of())
+    late = threading.Event()
+
+    class LateStore(Store):
+        num_reads = itertools.count()
+
+        def read_into(self, i: int, z0: int, slab_ZYX: np.ndarray) -> None:
+            number = next(self.num_reads)
+            if number >= 12:
+                late.set()
+            elif number < 3:
+                assert late.wait(20)
+            super().read_into(i, z0, slab_ZYX)
+
+    config = config_of(workers=4, prefetch=4)
+    with loader.build(config, LateStore(packed[0]), seed=SEED, global_batch=4) as batches:
+        assert_same_steps(list(itertools.islice(batches, 4)), expected)
+
+
+def test_the_key_of_earlier_versions_is_refused_by_name_and_dropped_from_old_configs() -> None:
+    old = {"seed": 1, "data": {"store": "s", "loader": {"backend": "process", "workers": 3}}}
+    new = {"seed": 1, "data": {"store": "s", "loader": {"workers": 3}}}
+    assert loader.without_backend(old) == new == loader.without_backend(new)
+    assert "backend" in old["data"]["loader"]  # type: ignore[index]
+    for tree in ({}, {"data": None}, {"data": {"loader": 3}}):
+        assert loader.without_backend(tree) == tree
+    with pytest.raises(UserError, match=r"backend is a key of earlier versions: .*remove") as error:
+        from_dict(loader.Config, {"backend": "process"}, "here")
+    assert "\n" not in str(error.value)
 
 
 class CountingStore(Store):
@@ -336,10 +384,10 @@ def test_an_unequal_share_is_an_error_at_once(packed: tuple[Path, list[np.ndarra
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("backend", ["thread", "process"])
-def test_pinned_batches_hold_the_same(packed: tuple[Path, list[np.ndarray]], backend: str) -> None:
+@pytest.mark.parametrize("workers", [0, 1])
+def test_pinned_batches_hold_the_same(packed: tuple[Path, list[np.ndarray]], workers: int) -> None:
     expected = take(3, packed[0], config_of())
-    config = config_of(workers=1, backend=backend)
+    config = config_of(workers=workers)
     with loader.build(config, Store(packed[0]), seed=SEED, global_batch=4, pin=True) as batches:
         for (batch,), (whole,) in zip(itertools.islice(batches, 3), expected):
             assert all(getattr(batch, name).is_pinned() for name in Batch.__dataclass_fields__)

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from scipy.stats import chi2
 
 from tapct.base.exits import UserError
-from tapct.data.sampler import samples_of, scan_of
+from tapct.data.batch_share import BatchShare
+from tapct.data.sampler import scan_of
 
 
 def order(num_scans: int, pass_number: int, seed: int) -> list[int]:
@@ -86,7 +87,7 @@ def test_every_scan_is_equally_likely_at_every_place_and_after_every_other() -> 
 def test_every_split_of_a_step_shows_the_same_samples_once(step: int) -> None:
     for world, accumulation in [(1, 1), (1, 4), (2, 1), (2, 3), (24, 1), (4, 6)]:
         parts = [
-            samples_of(step, micro, rank, world=world, accumulation=accumulation, global_batch=24)
+            BatchShare(24, accumulation, world).samples(step, micro, rank)
             for micro in range(accumulation)
             for rank in range(world)
         ]
@@ -101,7 +102,7 @@ def test_an_unequal_share_is_refused_in_one_line(
     world: int, accumulation: int, global_batch: int
 ) -> None:
     with pytest.raises(
-        UserError, match=f"global_batch is {global_batch}.*multiple of {world * accumulation}"
+        UserError, match=f"global_batch {global_batch} .*multiple of {world * accumulation}"
     ) as error:
-        samples_of(0, 0, 0, world=world, accumulation=accumulation, global_batch=global_batch)
+        BatchShare(global_batch, accumulation, world)
     assert "\n" not in str(error.value)

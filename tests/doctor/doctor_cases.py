@@ -1,4 +1,4 @@
-"""Facts as no one machine has them all, and what `tapct doctor` must say of each."""
+"""Facts of many machines, and the finding of `tapct doctor` for each."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import replace
 from tapct.doctor import verdicts
 from tapct.doctor.facts import (
     AllReduce,
-    Attention,
+    AttentionKernels,
     Broken,
     Copy,
     Cpu,
@@ -24,7 +24,7 @@ from tapct.doctor.facts import (
     Torch,
 )
 
-HUNG = Broken("no answer within 45 s; it was ended")
+HUNG = Broken("no response within 45 s; it was ended")
 H100 = Gpu("NVIDIA H100", 80 * 10**9, 79 * 10**9, (9, 0))
 V100 = Gpu("Tesla V100", 32 * 10**9, 32 * 10**9, (7, 0))
 ROOMY = Limits(65536, math.inf, math.inf, True)
@@ -37,30 +37,30 @@ def room(found: Space | Broken) -> Finding:
 
 
 CASES: list[tuple[str, Finding, str, str]] = [
-    # state, finding, what its words hold, what its remedy holds
+    # state, finding, part of its text, part of its remedy
     ("ok", verdicts.packages((PACKAGE,)), "all 1 requirements", ""),
     ("warn", verdicts.packages(Broken("tapct is not installed")), "not installed", "pip install"),
     (
         "fail",
         verdicts.packages((PACKAGE, Package("blosc2", ">=3", "", False))),
-        "blosc2 is missing, wanted >=3",
+        "blosc2 is missing, required >=3",
         "pip",
     ),
     (
         "fail",
         verdicts.packages((Package("numpy", ">=1.26", "1.0", False),)),
-        "numpy 1.0, wanted >=1.26",
+        "numpy 1.0, required >=1.26",
         "pip",
     ),
     ("ok", verdicts.torch(Torch("2.13.0+cpu", "", ""), False), "built for CPUs", ""),
     (
         "fail",
         verdicts.torch(Torch("2.13.0+cpu", "", ""), True),
-        "there is an NVIDIA GPU",
+        "this machine has an NVIDIA GPU",
         "with CUDA",
     ),
-    ("ok", verdicts.torch(Torch("2.13.0", "13.0", "13.0"), True), "driver serves 13.0", ""),
-    ("ok", verdicts.torch(Torch("2.13.0", "12.8", "13.1"), True), "driver serves 13.1", ""),
+    ("ok", verdicts.torch(Torch("2.13.0", "13.0", "13.0"), True), "driver supports 13.0", ""),
+    ("ok", verdicts.torch(Torch("2.13.0", "12.8", "13.1"), True), "driver supports 13.1", ""),
     ("ok", verdicts.torch(Torch("2.13.0", "13.0", ""), False), "no NVIDIA driver", ""),
     (
         "warn",
@@ -69,7 +69,7 @@ CASES: list[tuple[str, Finding, str, str]] = [
         "newer driver",
     ),
     ("fail", verdicts.torch(Torch("2.13.0", "13.0", "12.8"), True), "too old", "built for CUDA 12"),
-    ("fail", verdicts.torch(Torch("2.13.0", "13.0", ""), True), "does not answer", "nvidia-smi"),
+    ("fail", verdicts.torch(Torch("2.13.0", "13.0", ""), True), "does not respond", "nvidia-smi"),
     ("fail", verdicts.torch(Broken("ImportError: libcudart"), False), "libcudart", "pip install"),
     (
         "ok",
@@ -77,7 +77,7 @@ CASES: list[tuple[str, Finding, str, str]] = [
         "2 x NVIDIA H100, 80 GB each",
         "",
     ),
-    ("ok", verdicts.gpus(Gpus(), Settings(device="cpu"), False), "asks for none", ""),
+    ("ok", verdicts.gpus(Gpus(), Settings(device="cpu"), False), "says device=cpu", ""),
     ("warn", verdicts.gpus(Gpus(), Settings(), False), "on the CPU", "srun"),
     (
         "warn",
@@ -105,29 +105,34 @@ CASES: list[tuple[str, Finding, str, str]] = [
     ),
     ("fail", verdicts.gpus(Gpus(), Settings(device="cuda"), False), "device=cuda", "device=cpu"),
     ("fail", verdicts.gpus(Gpus(), Settings(), True), "torch sees none", "CUDA_VISIBLE_DEVICES"),
-    ("fail", verdicts.gpus(HUNG, Settings(), True), "no answer", "administrator"),
+    ("fail", verdicts.gpus(HUNG, Settings(), True), "no response", "administrator"),
     ("ok", verdicts.nccl(Gpus()), "not needed", ""),
     ("ok", verdicts.nccl(Gpus((H100,), "2.27.7")), "2.27.7", ""),
-    ("warn", verdicts.nccl(Gpus((H100,))), "none", "pytorch.org"),
-    ("fail", verdicts.nccl(Gpus((H100, H100))), "none", "pytorch.org"),
+    ("warn", verdicts.nccl(Gpus((H100,))), "no NCCL", "pytorch.org"),
+    ("fail", verdicts.nccl(Gpus((H100, H100))), "no NCCL", "pytorch.org"),
     ("ok", verdicts.copy(Copy(2.5e12, 5e10)), "2500 GB/s within the GPU, 50.0 GB/s", ""),
     ("warn", verdicts.copy(Copy(2.5e12, 1e9)), "1.0 GB/s from pinned", "PCIE"),
     ("warn", verdicts.copy(Copy(5e10, 5e10)), "50 GB/s within", "shared"),
     ("fail", verdicts.copy(Broken("OutOfMemoryError: CUDA")), "OutOfMemory", "nvidia-smi"),
     (
         "ok",
-        verdicts.attention(Attention("cuda", ("flash", "math"), "0.0.33", True)),
+        verdicts.attention(AttentionKernels("cuda", ("flash", "math"), "0.0.33", True)),
         "flash, math; xformers 0.0.33",
         "",
     ),
     (
         "warn",
-        verdicts.attention(Attention("cuda", ("math",), "", False)),
+        verdicts.attention(AttentionKernels("cuda", ("math",), "", False)),
         "not installed (optional)",
         "smaller windows",
     ),
-    ("fail", verdicts.attention(Attention("cuda", (), "", True)), "none ran", "install a torch"),
-    ("fail", verdicts.attention(HUNG), "no answer", "pip"),
+    (
+        "fail",
+        verdicts.attention(AttentionKernels("cuda", (), "", True)),
+        "no kernel runs",
+        "install a torch",
+    ),
+    ("fail", verdicts.attention(HUNG), "no response", "pip"),
     ("ok", verdicts.all_reduce(AllReduce(2, True, 2e9), "gloo"), "over 2 processes, 2 GB/s", ""),
     (
         "warn",
@@ -141,27 +146,35 @@ CASES: list[tuple[str, Finding, str, str]] = [
         "the sum is wrong",
         "GLOO_SOCKET_IFNAME",
     ),
-    ("fail", verdicts.all_reduce(HUNG, "gloo"), "no answer", "/etc/hosts"),
+    ("fail", verdicts.all_reduce(HUNG, "gloo"), "no response", "/etc/hosts"),
     ("ok", verdicts.all_reduce(AllReduce(8, True, 3e11), "nccl"), "over 8 processes, 300 GB/s", ""),
     ("warn", verdicts.all_reduce(AllReduce(8, True, 1e9), "nccl"), "slow", "NCCL_DEBUG=INFO"),
-    ("fail", verdicts.all_reduce(HUNG, "nccl"), "no answer", "NCCL_P2P_DISABLE"),
+    ("fail", verdicts.all_reduce(HUNG, "nccl"), "no response", "NCCL_P2P_DISABLE"),
     ("ok", verdicts.config(Settings(), "a.yaml"), "a.yaml is valid", ""),
-    ("fail", verdicts.config(Broken("a.yaml:3: no key x"), "a.yaml"), "no key x", "mend a.yaml"),
+    ("fail", verdicts.config(Broken("a.yaml:3: no key x"), "a.yaml"), "no key x", "correct a.yaml"),
+    (
+        "fail",
+        verdicts.config(
+            Broken("override: optim.lrr = 1: unknown key; did you mean optim.lr?"), "a"
+        ),
+        "optim.lrr = 1: unknown key; did you mean optim.lr?",
+        "correct this key=value on the command line",
+    ),
     ("ok", verdicts.reads(None), "not measured", ""),
     (
         "ok",
         verdicts.reads(SLABS),
-        "50 slabs of 24 slices a second by 2 threads, 500 MB/s: feeds 50 samples/s",
+        "50 slabs of 24 slices per second with 2 threads, 500 MB/s: enough for 50 samples/s",
         "",
     ),
-    ("warn", verdicts.reads(replace(SLABS, slabs=3.0)), "feeds 3 samples/s", "local disk"),
+    ("warn", verdicts.reads(replace(SLABS, slabs=3.0)), "enough for 3 samples/s", "local disk"),
     ("fail", verdicts.reads(Broken("holds no store.parquet")), "store.parquet", "tapct pack"),
-    ("fail", verdicts.reads(HUNG), "no answer", "mount its disk"),
-    ("ok", verdicts.cpu(Cpu(64, 16, None, None)), "64 CPUs, 16 for this process", ""),
-    ("ok", verdicts.cpu(Cpu(64, 64, 4.0, 4)), "4 by its cgroup, OMP_NUM_THREADS=4", ""),
-    ("warn", verdicts.cpu(Cpu(64, 64, 4.0, None)), "4 by its cgroup", "OMP_NUM_THREADS=4"),
+    ("fail", verdicts.reads(HUNG), "no response", "mount its disk"),
+    ("ok", verdicts.cpu(Cpu(64, 16, None, None)), "64 CPUs, 16 allowed for this process", ""),
+    ("ok", verdicts.cpu(Cpu(64, 64, 4.0, 4)), "4 allowed by its cgroup, OMP_NUM_THREADS=4", ""),
+    ("warn", verdicts.cpu(Cpu(64, 64, 4.0, None)), "4 allowed by its cgroup", "OMP_NUM_THREADS=4"),
     ("warn", verdicts.cpu(Cpu(64, 4, None, 32)), "OMP_NUM_THREADS=32", "OMP_NUM_THREADS=4"),
-    ("fail", verdicts.cpu(Cpu(64, 64, 0.5, None)), "0.5 by its cgroup", "--cpus-per-task"),
+    ("fail", verdicts.cpu(Cpu(64, 64, 0.5, None)), "0.5 allowed by its cgroup", "--cpus-per-task"),
     ("ok", verdicts.limits(ROOMY), "65536 open files, unlimited processes, unlimited locked", ""),
     ("ok", verdicts.limits(replace(ROOMY, infiniband=False, locked_bytes=8e6)), "8 MB locked", ""),
     (
@@ -176,10 +189,10 @@ CASES: list[tuple[str, Finding, str, str]] = [
     ("warn", room(Space("/r", 10**12, 10**10)), "10 GB free", "free some"),
     ("fail", room(Space("/r", 10**12, 10**9)), "1 GB free", "free some"),
     ("fail", room(Space("/r", 10**12, 10**12, "Read-only file system")), "Read-only", "free some"),
-    ("fail", room(HUNG), "no answer", "is its disk there?"),
+    ("fail", room(HUNG), "no response", "is its disk mounted?"),
     ("ok", verdicts.slurm(None), "not needed", ""),
-    ("ok", verdicts.slurm(Slurm(("gpu", "cpu"), (), 3)), "gpu, cpu; jobs of yours: 3", ""),
-    ("warn", verdicts.slurm(Slurm((), ("gpu",), 0)), "no partition of 1 is up", "sinfo"),
+    ("ok", verdicts.slurm(Slurm(("gpu", "cpu"), (), 3)), "gpu, cpu; your jobs: 3", ""),
+    ("warn", verdicts.slurm(Slurm((), ("gpu",), 0)), "none of 1 partitions is up", "sinfo"),
     (
         "warn",
         verdicts.slurm(Broken("sinfo: fatal: no configuration source")),
@@ -188,16 +201,16 @@ CASES: list[tuple[str, Finding, str, str]] = [
     ),
     (
         "fail",
-        verdicts.slurm(Broken("sinfo gave no answer within 8 s")),
-        "no answer",
+        verdicts.slurm(Broken("sinfo did not respond within 8 s")),
+        "did not respond",
         "scontrol ping",
     ),
-    ("ok", verdicts.wandb("disabled", False), "off; no internet needed", ""),
+    ("ok", verdicts.wandb("disabled", False), "disabled; no internet needed", ""),
     ("ok", verdicts.wandb("offline", False), "RUN/wandb", ""),
-    ("ok", verdicts.wandb("online", True), "needs internet", ""),
+    ("ok", verdicts.wandb("online", True), "has no internet", ""),
     ("fail", verdicts.wandb("online", False), "no key", "log.wandb.mode=offline"),
     ("ok", verdicts.umask(0o022), "0022: everybody can read", ""),
     ("ok", verdicts.umask(0o027), "0027: your group can read", ""),
     ("ok", verdicts.umask(0o077), "0077: only you can read", ""),
-    ("warn", verdicts.umask(0o000), "trusted like code", "umask 022"),
+    ("warn", verdicts.umask(0o000), "loading a checkpoint trusts it", "umask 022"),
 ]

@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import subprocess
 import sys
 import time
 import types
@@ -22,11 +23,10 @@ from tiny_run import make_store, write_config
 from tapct import cli
 from tapct.data import read_rate
 from tapct.doctor import checkup, device, folders, machine, site, verdicts
-from tapct.doctor.answers import Answers, Child
 from tapct.doctor.facts import (
     INSTALL,
     AllReduce,
-    Attention,
+    AttentionKernels,
     Broken,
     Copy,
     Finding,
@@ -35,6 +35,7 @@ from tapct.doctor.facts import (
     Slurm,
     Torch,
 )
+from tapct.doctor.probes import Probe, Reports
 
 
 @pytest.mark.parametrize(
@@ -42,7 +43,7 @@ from tapct.doctor.facts import (
 )
 def test_facts_lead_to_the_finding(state: str, finding: Finding, words: str, remedy: str) -> None:
     assert finding.state == state, finding
-    assert words in finding.words and remedy in finding.remedy
+    assert words in finding.text and remedy in finding.remedy
     assert bool(finding.remedy) == (state != "ok")
     for line in checkup.lines(finding, 80):
         assert len(line) <= 80
@@ -58,8 +59,7 @@ def test_every_check_was_shown_to_pass_and_to_complain() -> None:
     } == partial
 
 
-# --- probes
-# --------------------------------------------------------------------------------------------------------
+# --- probes -------------------------------------------------------------------------------------
 
 
 def write_program(folder: Path, name: str, text: str) -> None:
@@ -84,7 +84,7 @@ def test_slurm_is_asked_and_a_dead_controller_is_not_waited_for(
     write_program(programs, "sinfo", "sleep 60 & sleep 60")
     begin = time.monotonic()
     found = machine.slurm(0.5)
-    assert isinstance(found, Broken) and "no answer within 0.5 s" in found.why
+    assert isinstance(found, Broken) and "did not respond within 0.5 s" in found.why
     assert time.monotonic() - begin < 30  # of the 60 s that it hangs
 
 
@@ -155,8 +155,8 @@ def test_a_folder_is_tried_by_writing(tmp_path: Path) -> None:
     assert folders.space(tmp_path / "a", must_exist=True).refusal == "No such file or directory"
     (tmp_path / "file").write_text("")
     assert folders.space(tmp_path / "file", must_exist=True).refusal == "Not a directory"
-    assert checkup.folder("temporary", tmp_path / "no").state == "fail"
-    assert checkup.folder("disk", tmp_path / "no").words.startswith(str(tmp_path / "no"))
+    assert checkup.check_folder("temporary", tmp_path / "no").state == "fail"
+    assert checkup.check_folder("disk", tmp_path / "no").text.startswith(str(tmp_path / "no"))
 
 
 def test_a_key_for_wandb_is_found_without_being_told(tmp_path: Path) -> None:
@@ -204,8 +204,7 @@ def test_attention_runs_on_this_cpu() -> None:
     assert "math" in found.kernels and found.device == "cpu"
 
 
-# --- processes
-# -----------------------------------------------------------------------------------------------------
+# --- processes ----------------------------------------------------------------------------------
 
 HANGING = """
 import subprocess, sys, time
@@ -243,10 +242,10 @@ def ends_within(seconds: float, process: int) -> bool:
 
 def test_a_hung_child_is_ended_within_its_time_and_what_it_told_counts(hanging: Path) -> None:
     begin = time.monotonic()
-    told = Child("hanging", "torch", {}, 8.0).answers()  # long enough to start on a busy machine
+    told = Probe("hanging", "torch", {}, 8.0).reports()  # long enough to start on a busy machine
     assert 7.9 < time.monotonic() - begin < 40  # of the 60 s that it hangs
     assert told.of("torch", Torch) == Torch("9", "", "")
-    assert told.of("gpus", Gpus) == Broken("no answer within 8 s; it was ended")
+    assert told.of("gpus", Gpus) == Broken("no response within 8 s; it was ended")
     assert ends_within(10.0, int((hanging / "hanging.py.grandchild").read_text()))
 
 
@@ -255,9 +254,9 @@ def test_a_child_that_dies_is_told_with_its_last_words(
 ) -> None:
     (tmp_path / "dying.py").write_text("raise ImportError('libcudart.so.13: cannot open')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    why = Child("dying", "torch", {}, 20).answers().of("torch", Torch)
+    why = Probe("dying", "torch", {}, 20).reports().of("torch", Torch)
     assert why == Broken(
-        "ended without an answer: ImportError: libcudart.so.13: cannot open", INSTALL
+        "ended without a result: ImportError: libcudart.so.13: cannot open", INSTALL
     )
     assert (
         verdicts.all_reduce(why, "gloo").remedy == INSTALL
@@ -276,10 +275,10 @@ def test_when_all_probes_hang_each_check_fails_with_a_remedy_in_time(
     for name in ("config", "gpu", "attention", "gloo sum"):
         assert (
             found[name].state == "fail"
-            and "no answer within 8 s" in found[name].words
+            and "no response within 8 s" in found[name].text
             and found[name].remedy
         )
-    assert found["torch"].words.startswith("9")
+    assert found["torch"].text.startswith("9")
 
 
 def test_two_gpus_are_read_and_sum_over_nccl(
@@ -297,30 +296,30 @@ def test_two_gpus_are_read_and_sum_over_nccl(
     assert seen == Gpus((H100, H100), "2.27.7") and (build.cuda, build.driver) == ("12.8", "13.1")
     told = {
         "torch": build, "gpus": seen, "copy": Copy(2e12, 5e10), "all_reduce": AllReduce(2, True, 3e11),
-        "attention": Attention("cuda", ("math",), "", True),
+        "attention": AttentionKernels("cuda", ("math",), "", True),
     }  # fmt: skip
     asked: list[tuple[str, dict[str, object]]] = []
 
-    class Told(Child):
+    class Told(Probe):
         def __init__(
             self, module: str, kind: str, arguments: dict[str, object], seconds: float = 1.0
         ) -> None:
             asked.append((kind, arguments))
 
-        def answers(self) -> Answers:
+        def reports(self) -> Reports:
             facts = {topic: json.loads(json.dumps(asdict(one))) for topic, one in told.items()}
-            return Answers([{"topic": topic, "facts": one} for topic, one in facts.items()], HUNG)
+            return Reports([{"topic": topic, "facts": one} for topic, one in facts.items()], HUNG)
 
         def stop(self) -> None: ...
 
-    monkeypatch.setattr(checkup, "Child", Told)
+    monkeypatch.setattr(checkup, "Probe", Told)
     monkeypatch.setattr(machine, "has_nvidia", lambda: True)
-    monkeypatch.setattr(checkup, "folder", lambda name, path: Finding(name, "ok", ""))
+    monkeypatch.setattr(checkup, "check_folder", lambda name, path: Finding(name, "ok", ""))
     found = {one.name: one for one in checkup.findings(None, [], None)}
-    assert "2 x NVIDIA H100" in found["gpu"].words and found["nccl"].words == "2.27.7"
-    assert "driver serves 13.1" in found["torch"].words and found["gpu copy"].state == "ok"
+    assert "2 x NVIDIA H100" in found["gpu"].text and found["nccl"].text == "2.27.7"
+    assert "driver supports 13.1" in found["torch"].text and found["gpu copy"].state == "ok"
     assert found["attention"].state == "warn"  # JSON's list is the facts' tuple again
-    assert found["nccl sum"].words == "all-reduce over 2 processes, 300 GB/s"
+    assert found["nccl sum"].text == "all-reduce over 2 processes, 300 GB/s"
     ranks = [
         (one["backend"], one["rank"], one["world"]) for kind, one in asked if kind == "all_reduce"
     ]
@@ -358,6 +357,49 @@ def test_the_doctor_runs_whole_with_a_real_sum_over_gloo(
         assert f"\n{line}" in out, out
     assert re.search(r"^1[5-8] checks: \d+ ok, \d+ warn, \d+ fail$", out.splitlines()[-1])
     assert set(Path(os.environ.get("TMPDIR") or "/tmp").glob("tapct-doctor-*")) <= before
+
+
+def test_a_mistyped_key_is_one_clear_line_and_nothing_is_said_about_other_folders(
+    store: Path, tmp_path: Path
+) -> None:
+    config, overrides = write_config(tmp_path, store), ["optim.lrr=1"]
+    site_probe = Probe(
+        checkup.SITE, "site", {"config": str(config), "overrides": overrides, "store": ""}
+    )
+    settings, found = checkup.site_findings(site_probe.reports(), config, None)
+    assert settings == Settings()
+    (line,) = found
+    assert checkup.lines(line, 80) == [
+        "fail config        optim.lrr = 1: unknown key; did you mean optim.lr?",
+        "                -> correct this key=value on the command line",
+    ]
+
+
+WITHOUT_TORCH = """
+import sys
+from pathlib import Path
+from tapct.doctor import checkup, machine, verdicts
+machine.slurm = lambda: None
+states = [finding.state for finding in checkup.findings(Path("none.yaml"), [], None)]
+loaded = {"torch", "numpy", "matplotlib", "nibabel", "blosc2"} & set(sys.modules)
+print(len(states), sorted(loaded))
+"""
+
+
+@pytest.mark.dist
+def test_the_process_of_the_command_loads_neither_torch_nor_numpy(tmp_path: Path) -> None:
+    """All checks run; only the probes, which are processes of their own, load torch."""
+    root = Path(checkup.__file__).resolve().parents[2]
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_TORCH],
+        env={**os.environ, "PYTHONPATH": str(root)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    num_checks, loaded = done.stdout.split(" ", 1)
+    assert int(num_checks) >= 12 and loaded.strip() == "[]"
 
 
 def leave_code(

@@ -121,7 +121,7 @@ def test_two_ranks_killed_at_random_moments_end_as_if_nothing_had_been(
         *PLAIN,
         f"train.steps={8 * kills + 12}",
         "checkpoint.every=2",
-        "data.loader.backend=process",
+        "data.loader.workers=2",
         "parallel.timeout_s=20",
     )
     draw, outcomes = random.Random(kills), []

@@ -31,7 +31,7 @@ from tapct.base.exits import UserError
 from tapct.engine import checkpoint as checkpoint_module
 from tapct.engine import loop
 from tapct.engine.checkpoint import Checkpoints, training_state
-from tapct.run import pretrain, resume
+from tapct.run import finished, pretrain, resume
 from tapct.run.config import RunConfig
 
 # --- what a resumed run may change
@@ -119,6 +119,33 @@ def test_a_change_that_bends_the_curve_is_told_when_it_is_allowed(
     assert "--allow-change: losses.dino.weight was 1.0 and is 2.0" in told
     rows, wanted = numbers_of(copied / "run"), numbers_of(undisturbed())
     assert rows[:5] == wanted[:5] and rows[5]["lr"] == pytest.approx(2 * wanted[5]["lr"], rel=1e-3)
+
+
+def test_a_run_of_an_earlier_version_with_loader_backend_resumes_and_is_exported(
+    tmp_path: Path,
+    copied: Path,
+    store: Path,
+    undisturbed: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    read_meta = checkpoint_module.read_meta
+
+    def meta_of_earlier_version(path: Path) -> checkpoint_module.Meta:
+        meta = read_meta(path)
+        meta.config["data"]["loader"]["backend"] = "process"
+        return meta
+
+    monkeypatch.setattr(checkpoint_module, "read_meta", meta_of_earlier_version)
+    assert pretrain.train(config_of(copied, store)) == loop.Stop(STEPS)
+    assert_equal_runs(copied / "run", undisturbed(), tmp_path)
+    stored = copied / "run" / "config.yaml"
+    text = stored.read_text().replace("  loader:\n", "  loader:\n    backend: process\n")
+    assert "backend: process" in text
+    stored.write_text(text)
+    assert finished.export(copied / "run", tmp_path / "export").is_dir()
+    with pytest.raises(UserError) as raised:
+        config_of(copied, store, "data.loader.backend=thread")
+    assert "data.loader.backend is a key of earlier versions" in one_line(raised)
 
 
 def test_a_checkpoint_from_before_a_key_existed_holds_its_default(

@@ -133,7 +133,8 @@ def test_an_unequal_share_is_one_line_from_one_rank(tmp_path: Path, store: Path)
     lines = [line for line in ended.stderr.splitlines() if line.startswith("error:")]
     assert ended.returncode != 0 and len(lines) == 1
     assert (
-        "train.global_batch is 3, which 2 ranks x 1 micro-batches cannot share equally" in lines[0]
+        "train.global_batch 3 cannot be shared equally by 2 ranks with train.accumulation 1"
+        in lines[0]
     )
     ended = train(2, tmp_path, store, "parallel.shard=3")
     lines = [line for line in ended.stderr.splitlines() if line.startswith("error:")]

@@ -102,10 +102,10 @@ def test_a_run_stopped_after_every_single_step_equals_one_that_was_not(
     assert_equal_runs(tmp_path / "run", undisturbed(*overrides, "log.every=1"), tmp_path)
 
 
-def test_worker_processes_give_the_same_run_and_a_resumed_one_may_change_to_threads(
+def test_threads_and_no_threads_give_the_same_run_and_a_resumed_one_may_change_them(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, store: Path, undisturbed: Callable[..., Path]
 ) -> None:
-    stop = stopped_run(monkeypatch, tmp_path, store, 3, "data.loader.backend=process")
+    stop = stopped_run(monkeypatch, tmp_path, store, 3, "data.loader.workers=3")
     assert stop.step == 3
     pretrain.train(config_of(tmp_path, store, "data.loader.workers=0"))
     assert_equal_runs(tmp_path / "run", undisturbed(), tmp_path)

@@ -39,7 +39,7 @@ def record(
 
 def said(vitals: Vitals, records: list[Record], every: int = 5) -> list[str]:
     """All that is said when records are fetched every few steps."""
-    lines = [vitals.look(records[i : i + every], LN_K) for i in range(0, len(records), every)]
+    lines = [vitals.update(records[i : i + every], LN_K) for i in range(0, len(records), every)]
     return [line for line in lines if line]
 
 

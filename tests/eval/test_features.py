@@ -288,11 +288,15 @@ def test_weight_falls_from_centre_to_border():
 
 def test_windows_off_the_patch_grid_are_one_line_for_people():
     hu_ZYX = scan((4, 16, 16))
-    with pytest.raises(UserError, match=r"preprocess.window is 10 along y.*multiple of 4"):
+    with pytest.raises(
+        UserError, match="preprocess.window .*x10x.* is no multiple of the patch .* along y"
+    ):
         dense_features(
             RawPatches(PATCH), hu_ZYX, CONTRACT, Preprocess((0, 0), (4, 10, 16), (4, 4, 16))
         )
-    with pytest.raises(UserError, match=r"preprocess.stride is 6 along x.*multiple of 4"):
+    with pytest.raises(
+        UserError, match="preprocess.stride .*x6 is no multiple of the patch .* along x"
+    ):
         dense_features(
             RawPatches(PATCH), hu_ZYX, CONTRACT, Preprocess((0, 0), (4, 16, 16), (4, 16, 6))
         )

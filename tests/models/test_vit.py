@@ -199,7 +199,7 @@ def test_a_local_crop_of_the_published_model_has_3x12x12_positions() -> None:
 @pytest.mark.parametrize(
     ("shape", "match"),
     [
-        ((2, 4, 15, 24), "4x15x24 is no multiple of model.patch 2x8x8"),
+        ((2, 4, 15, 24), "crop 4x15x24 is no multiple of the patch 2x8x8 along y"),
         ((2, 3, 16, 24), "3x16x24"),
         ((2, 0, 16, 24), "0x16x24"),
         ((1, 2, 4, 16, 24), r"takes \(B, Z, Y, X\)"),
@@ -211,7 +211,9 @@ def test_a_crop_that_does_not_fit_the_patch_is_refused(shape: tuple[int, ...], m
 
 
 def test_a_window_or_dim_that_does_not_divide_is_refused_with_the_config() -> None:
-    with pytest.raises(UserError, match="model.window 4x15x24 is no multiple of model.patch 2x8x8"):
+    with pytest.raises(
+        UserError, match="model.window 4x15x24 is no multiple of the patch 2x8x8 along y"
+    ):
         dataclasses.replace(TINY, window=(4, 15, 24))
     with pytest.raises(UserError, match="model.dim 16 is no multiple of model.heads 3"):
         dataclasses.replace(TINY, heads=3)

@@ -17,9 +17,11 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from tapct.base.exits import UserError
+from tapct.config import plugins
 from tapct.models import vit
 from tapct.nn import heads
 from tapct.nn.posembed import resize_positions
+from tapct.nn.prototypes import TargetConfig
 from tapct.plan import flops
 
 SMALL = vit.Config(
@@ -32,12 +34,23 @@ CROPS: dict[str, Any] = {
     "num_locals": 3,
     "local_window": (8, 16, 16),
 }
-USES = (flops.HeadUse("dino", HEAD), flops.HeadUse("ibot", HEAD))
+MASKED = 0.25 * 2 * 48  # a quarter of the patches of both global crops
+
+
+def use_of(name: str, head: heads.Config = HEAD, kind: str = "centring") -> flops.HeadUse:
+    """What a loss says of its own head, for the crops above."""
+    module = plugins.load("losses", name)
+    loss = module.build(module.Config(head=head, targets=TargetConfig(kind=kind)))
+    return flops.HeadUse(name, head, loss.prototype_rows(2, 3, MASKED))
+
+
+USES = (use_of("dino"), use_of("ibot"))
 
 
 def small_plan(model: vit.Config = SMALL, **changes: Any) -> flops.Plan:
-    settings = {**CROPS, "head_uses": USES, "masked_share": 0.25, "global_batch": 4}
-    return flops.tables(model, **{**settings, **changes})
+    settings = {**CROPS, "head_uses": USES, "global_batch": 4}
+    with torch.device("meta"):
+        return flops.tables(vit.build(model), **{**settings, **changes})
 
 
 def part(costs: flops.Plan, name: str) -> flops.PartCost:
@@ -118,8 +131,7 @@ def test_linear_layers_are_what_fvcore_counts() -> None:
 def test_head_flops_are_what_torch_counts() -> None:
     head = heads.PrototypeHead(SMALL.dim, HEAD)
     costs = small_plan()
-    masked = 0.25 * 2 * 48
-    for name, student_rows, teacher_rows in (("dino", 5, 2), ("ibot", masked, masked)):
+    for name, student_rows, teacher_rows in (("dino", 5, 2), ("ibot", MASKED, MASKED)):
         for rows, kind in ((student_rows, "student_flops"), (teacher_rows, "teacher_flops")):
             with FlopCounterMode(display=False) as counter:
                 head(torch.randn(int(rows), SMALL.dim))
@@ -149,14 +161,15 @@ def test_parameters_add_up_to_the_networks() -> None:
 
 
 def test_the_published_model_has_its_published_sizes() -> None:
+    with torch.device("meta"):
+        base = vit.build(vit.Config(dim=768, heads=12))
     costs = flops.tables(
-        vit.Config(dim=768, heads=12),
+        base,
         num_globals=2,
         global_window=(12, 224, 224),
         num_locals=8,
         local_window=(12, 96, 96),
-        head_uses=(flops.HeadUse("dino", heads.Config()),),
-        masked_share=0.15,
+        head_uses=(use_of("dino", heads.Config()),),
         global_batch=1024,
     )
     assert [view.grid for view in costs.views] == [(3, 28, 28), (3, 12, 12)]
@@ -187,18 +200,13 @@ def test_a_step_is_three_student_passes_and_one_of_the_teacher() -> None:
 
 def test_sinkhorn_with_too_many_prototypes_is_warned_of_and_centring_is_not() -> None:
     big = heads.Config(num_prototypes=65_536)
-    sinkhorn = small_plan(head_uses=(flops.HeadUse("dino", big, sinkhorn=True),), global_batch=8)
+    sinkhorn = small_plan(head_uses=(use_of("dino", big, "sinkhorn"),), global_batch=8)
     (warning,) = sinkhorn.warnings
     assert "65536 prototypes for 16 rows" in warning
     assert "losses.dino.head.num_prototypes=1024" in warning and "centring" in warning
     assert f"{math.log(65536 / 16):.1f} of ln K = {math.log(65536):.1f}" in warning
-    assert small_plan(head_uses=(flops.HeadUse("dino", big),), global_batch=8).warnings == ()
-    assert (
-        small_plan(
-            head_uses=(flops.HeadUse("dino", big, sinkhorn=True),), global_batch=512
-        ).warnings
-        == ()
-    )
+    assert small_plan(head_uses=(use_of("dino", big),), global_batch=8).warnings == ()
+    assert small_plan(head_uses=(use_of("dino", big, "sinkhorn"),), global_batch=512).warnings == ()
 
 
 @pytest.mark.parametrize(
@@ -212,20 +220,20 @@ def test_the_capacity_rule_is_64_prototypes_a_row(prototypes: int, rows: int, wa
 def test_ibot_capacity_counts_masked_patches() -> None:
     big = heads.Config(num_prototypes=8192)
     rows = 0.25 * 2 * 48 * 4
-    (warning,) = small_plan(head_uses=(flops.HeadUse("ibot", big, sinkhorn=True),)).warnings
+    (warning,) = small_plan(head_uses=(use_of("ibot", big, "sinkhorn"),)).warnings
     assert f"8192 prototypes for {rows:.0f} rows" in warning and "num_prototypes=4096" in warning
 
 
 def test_a_window_that_the_patch_does_not_divide_is_refused() -> None:
     with pytest.raises(
-        UserError, match="views.local_window 8x16x15 is no multiple of model.patch 4x8x8"
+        UserError, match="views.local_window 8x16x15 is no multiple of the patch 4x8x8 along x"
     ):
         small_plan(local_window=(8, 16, 15))
 
 
 def test_the_tables_show_parts_totals_and_warnings() -> None:
     out = io.StringIO()
-    costs = small_plan(head_uses=(flops.HeadUse("dino", heads.Config(), sinkhorn=True),))
+    costs = small_plan(head_uses=(use_of("dino", heads.Config(), "sinkhorn"),))
     Console(file=out, width=160).print(flops.render(costs))
     text = out.getvalue()
     assert all(each.name in text for each in costs.parts)

@@ -31,6 +31,7 @@ from tapct.base.exits import UserError
 from tapct.config import load_config
 from tapct.data.store import Store
 from tapct.engine import fsdp, loop, optim, recompute
+from tapct.losses import koleo
 from tapct.nn.layers import DropKey
 from tapct.plan import command, scale, tables
 from tapct.plan import memory as footprint
@@ -266,10 +267,19 @@ def test_parameters_are_told_apart_by_how_ranks_gather_them() -> None:
     assert weights().total == weights().heads + weights().rest + sum(blocks)
 
 
+KOLEO = koleo.build(koleo.Config())
+ACROSS_RANKS = koleo.build(koleo.Config(cross_rank=True))
 DEMAND = scale.Demand(
-    global_batch=64, accumulation=1, steps=1000, shard=0, number_bytes=4, bf16=True, koleo="rank", slab_depth=12,
+    global_batch=64,
+    accumulation=1,
+    steps=1000,
+    shard=0,
+    number_bytes=4,
+    bf16=True,
+    losses={"koleo": KOLEO},
+    slab_depth=12,
     workers=2,
-)  # fmt: skip
+)
 
 
 def row(gpus: int, samples: int = 4, shard: int = 1, **changes: Any) -> scale.Memory:
@@ -333,9 +343,9 @@ def test_only_numbers_that_share_the_batch_are_rows() -> None:
     assert (
         "train.global_batch 64" in reasons[(3,)]
         and "do not divide" in reasons[(12,)]
-        and "KoLeo" in reasons[(64,)]
+        and "losses.koleo" in reasons[(64,)]
     )
-    free = table(scale.Asked(gpus=(64,)), koleo="world")
+    free = table(scale.Asked(gpus=(64,)), losses={"koleo": ACROSS_RANKS})
     assert free.as_set[0].samples == 1
 
 
@@ -351,7 +361,7 @@ REFUSED: dict[str, tuple[scale.Asked, dict[str, Any], str]] = {
         "8: train.global_batch 64 .* at accumulation 16",
     ),
     "shard": (scale.Asked(gpus=(8,)), {"shard": 3}, "8: 3 that hold a copy"),
-    "neighbours": (scale.Asked(gpus=(64,)), {}, "64: KoLeo would have one sample"),
+    "neighbours": (scale.Asked(gpus=(64,)), {}, "64: losses.koleo needs at least 2 samples"),
     "memory": (scale.Asked(memory=1e6), {}, r"nothing fits: 2 samples at a time on \d+ GPUs take"),
 }
 

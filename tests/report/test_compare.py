@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import random
 import re
 import shutil
@@ -13,11 +12,12 @@ from typing import Any
 
 import pytest
 import yaml
-from test_report import Page
+from test_report import Page, lower_is_better
 
 from tapct.base.exits import UserError
-from tapct.report import compare
+from tapct.report import compare, page
 
+DICE, NOTHING = "Segmentation: mean Dice, higher is better", "Evaluation of frozen features"
 Config = dict[str, Any]
 BASE: Config = {
     "out": "runs/x",
@@ -53,7 +53,9 @@ def make_run(
             "untrained": {"mean_dice": 0.2},
             "raw_hu": {"mean_dice": 0.1},
         }
-        (folder / "eval" / "results.json").write_text(json.dumps({"models": models}))
+        (folder / "eval" / "results.json").write_text(
+            json.dumps({"schema": 1, "task": "segmentation", "models": models})
+        )
     return folder
 
 
@@ -95,8 +97,12 @@ def test_numbers_are_means_of_the_last_twenty_steps(tmp_path: Path) -> None:
     assert value(told["RankMe"][0]) == pytest.approx(
         statistics.fmean(ranks[0][-2:]), abs=1e-3
     )  # steps 40 and 50
-    assert told["Frozen Dice"] == ["0.500", compare.BLANK, compare.BLANK]
-    assert told["Dice over the best baseline"] == ["+0.300", compare.BLANK, compare.BLANK]
+    assert told[DICE] == ["0.500", compare.BLANK, compare.BLANK]
+    assert told["Segmentation: lead over the best baseline"] == [
+        "+0.300",
+        compare.BLANK,
+        compare.BLANK,
+    ]
 
 
 def test_a_metric_that_is_written_rarely_shows_its_newest_value(tmp_path: Path) -> None:
@@ -228,11 +234,11 @@ def test_broken_files_leave_blanks(tmp_path: Path) -> None:
     comparison = compare.read([good, ill])
     told = table_of(comparison)
     assert told["Total loss"][1] == "not finite" and told["Steps"] == ["30", "31"]
-    assert told["Frozen Dice"][1] == compare.BLANK and told["iBOT information"][1] != compare.BLANK
+    assert told[DICE][1] == compare.BLANK and told["iBOT information"][1] != compare.BLANK
     assert [note.split(": ", 1)[1] for note in comparison.notes] == [
         "3 unreadable lines of metrics.jsonl were passed over",
         "config.yaml is damaged; its settings are blank",
-        "results.json is damaged: it holds no JSON object; its Dice is blank",
+        "results.json is damaged: it holds no JSON object; its evaluation is blank",
     ]
     assert "not finite at 1 of 31" in compare.render(comparison)
     assert comparison.keys == ()
@@ -250,12 +256,61 @@ def test_broken_files_leave_blanks(tmp_path: Path) -> None:
 def test_strange_results_are_a_blank(tmp_path: Path, results: Any) -> None:
     run = make_run(tmp_path / "a", 5, 1, dice=0.3)
     (run / "eval" / "results.json").write_text(json.dumps(results))
-    assert table_of(compare.read([run]))["Frozen Dice"] == [compare.BLANK]
+    assert table_of(compare.read([run]))[NOTHING] == [compare.BLANK]
 
 
-def test_a_dice_without_baselines_has_no_lead() -> None:
-    own, lead, _ = compare.dice({"models": {"pretrained": {"mean_dice": 0.5}}}) or (0, 0, "")
-    assert own == 0.5 and math.isnan(lead)
+def test_a_value_without_baselines_has_no_lead(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "a", 5, 1)
+    lower_is_better({"pretrained": 0.5}).write(run / "eval")
+    told = table_of(compare.read([run]))
+    assert told["Lung depth: mean error, lower is better"] == ["0.500"]
+    assert told["Lung depth: lead over the best baseline"] == [compare.BLANK]
+
+
+def test_runs_with_different_tasks_share_a_table(tmp_path: Path) -> None:
+    runs = [
+        make_run(tmp_path / "a", 5, 1, dice=0.5),
+        make_run(tmp_path / "b", 5, 2),
+        make_run(tmp_path / "c", 5, 3),
+    ]
+    lower_is_better({"pretrained": 2.0, "raw_hu": 1.0, "untrained": 3.0}).write(runs[1] / "eval")
+    told = table_of(compare.read(runs))
+    assert told[DICE] == ["0.500", compare.BLANK, compare.BLANK]
+    assert told["Lung depth: mean error, lower is better"] == [
+        compare.BLANK,
+        "2.000",
+        compare.BLANK,
+    ]
+    leads = told["Lung depth: lead over the best baseline"]
+    assert leads == [compare.BLANK, "\u22121.000", compare.BLANK]
+    assert NOTHING not in told
+
+
+def test_the_results_of_an_earlier_version_are_compared_and_reported(tmp_path: Path) -> None:
+    """The file was written by the last version with schema 1."""
+    run = make_run(tmp_path / "a", 5, 1)
+    (run / "eval").mkdir()
+    shutil.copy(Path(__file__).with_name("results_schema_1.json"), run / "eval" / "results.json")
+    old = json.loads((run / "eval" / "results.json").read_text())
+    dice = {name: model["mean_dice"] for name, model in old["models"].items()}
+    comparison = compare.read([run])
+    assert comparison.notes == ()
+    assert table_of(comparison)[DICE] == [f"{dice['pretrained']:.3f}"]
+    best = max(dice["untrained"], dice["raw_hu"])
+    lead = f"{dice['pretrained'] - best:+.3f}"
+    assert table_of(comparison)["Segmentation: lead over the best baseline"] == [lead]
+    words = Page(page.write(run).read_text()).words
+    for organ in old["organs"]:
+        cells = "".join(f"{model['dice'][organ]:.3f}" for model in old["models"].values())
+        assert f"{organ}{cells}" in words
+    assert f"evaluated on {len(old['split']['test'])}, split by patients" in words
+
+
+def test_an_earlier_config_has_the_keys_of_today(tmp_path: Path) -> None:
+    old = {**BASE, "eval": {"task": {"name": "segmentation", "l2": 0.1}, "batch": 8}}
+    new = {**BASE, "eval": {"tasks": {"segmentation": {"l2": 0.1}}, "batch": 4}}
+    runs = [make_run(tmp_path / "a", 5, 1, old), make_run(tmp_path / "b", 5, 2, new)]
+    assert compare.read(runs).keys == ("eval.batch",)
 
 
 def test_runs_of_one_name_are_told_apart_by_their_folders(tmp_path: Path) -> None:

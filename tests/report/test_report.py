@@ -14,6 +14,8 @@ import pytest
 from PIL import Image
 
 from tapct.base.exits import UserError
+from tapct.eval.contract import Headline, ScanScore, TaskResults
+from tapct.eval.results import Evaluation, SplitRecord, TaskSection
 from tapct.report import page, plots
 from tapct.report.history import prototypes_ln, read_history
 
@@ -99,9 +101,16 @@ def add_evaluation(run: Path, **more: Any) -> None:
         "untrained": {"liver": 0.5, "<aorta>": 0.45},
         "raw_hu": {"liver": 0.2, "<aorta>": None},
     }
-    judged = {name: model(dice) for name, dice in models.items()}
-    results = {"organs": ["liver", "<aorta>"], "models": judged, "resolution": "patch",
-               "split": {"mode": "patients", "train": ["x", "y"], "test": ["scan_a"]}, **more}  # fmt: skip
+    judged = {name: model(dice) for name, dice in models.items()}  # as schema 1 wrote it
+    results = {
+        "schema": 1,
+        "task": "segmentation",
+        "organs": ["liver", "<aorta>"],
+        "models": judged,
+        "resolution": "patch",
+        "split": {"mode": "patients", "train": ["x", "y"], "test": ["scan_a"]},
+        **more,
+    }
     (run / "eval" / "overlays").mkdir(parents=True, exist_ok=True)
     (run / "eval" / "results.json").write_text(json.dumps(results))
 
@@ -144,12 +153,58 @@ def test_the_dice_table_says_what_the_results_say(tmp_path: Path) -> None:
     add_evaluation(run)
     words = Page(page.write(run).read_text()).words
     assert (
-        "fitted on 2 scans and judged on 1, split by patients. Dice is counted at patch resolution."
-        in words
+        "mean over organs, counted at patch resolution. Everything but the backbone is equal. "
+        "Learned from 2 scans, evaluated on 1, split by patients." in words
     )
-    assert "Frozen Dice0.600+0.125 over untrained" in words
+    assert "Segmentation: mean Dice0.600+0.125 over untrained" in words
     assert "liver0.8000.5000.200+0.300" in words
     assert "<aorta>0.4000.450\u2013\u22120.050" in words
+
+
+def test_every_part_is_explained_before_its_charts(tmp_path: Path) -> None:
+    html = page.write(run_folder(tmp_path / "run")).read_text()
+    for title, lead in page.LEADS.items():
+        heading = f'<h2 id="{title.lower()}">{title}</h2>'
+        assert f'{heading}<p class="muted">{plots.text(lead)}</p>' in html
+
+
+def test_a_page_carries_its_style_and_its_script(tmp_path: Path) -> None:
+    html = page.write(run_folder(tmp_path / "run")).read_text()
+    folder = Path(page.__file__).parent
+    for name in ("theme.css", "theme.js"):
+        assert (folder / name).read_text() in html
+    style = (folder / "theme.css").read_text()
+    used = set(re.findall(r'class="([^"]+)"', html)) | {"rule", "rule-label", "broken"}
+    for name in {one for classes in used for one in classes.split()} - {"plot", "item", "plain"}:
+        assert f".{name}" in style, name
+
+
+def lower_is_better(values: dict[str, float], scans: tuple[ScanScore, ...] = ()) -> Evaluation:
+    headline = Headline("mean error", values, "lower", "How far off the guess is.")
+    results = TaskResults({name: {} for name in values}, scans)
+    section = TaskSection({}, "none", 3, 2, 1, headline, results)
+    return Evaluation({"mylab.tasks.lung_depth": section}, SplitRecord("patients", False, (), ()),
+                      {}, (2, 4, 4), 0)  # fmt: skip
+
+
+def test_a_task_supplies_all_words_about_its_numbers(tmp_path: Path) -> None:
+    run = run_folder(tmp_path / "run")
+    scans = (ScanScore("a", "pretrained", 1.0), ScanScore("b", "raw_hu", 4.0))
+    values = {"pretrained": 1.5, "untrained": 2.0, "raw_hu": 3.0, "blind": math.nan}
+    lower_is_better(values, scans).write(run / "eval")
+    html = page.write(run).read_text()
+    words = Page(html).words
+    assert "Lung depth: mean error1.500+0.500 over untrained" in words
+    assert "How far off the guess is. Learned from 3 scans, evaluated on 2" in words
+    assert "1 scans without its labels were skipped" in words
+    assert "mean error, 0 to 4, lower is better; a tick is one test scan" in words
+    assert "blind\u2013" in words
+    assert re.findall(r'<span style="width:([\d.]+)%"></span>', html)[:4] == [
+        "37.5", "50.0", "75.0", "0.0"
+    ]  # fmt: skip
+    assert re.findall(r'<i style="left:([\d.]+)%"></i>', html) == ["25.0", "100.0"]
+    for foreign in ("Dice", "organ", "decoder"):
+        assert foreign not in words
 
 
 def test_the_verdict_is_in_words(tmp_path: Path) -> None:
@@ -372,7 +427,7 @@ def test_one_step_and_constant_curves_have_charts() -> None:
             "t",
             "u",
             [plots.Curve("c", np.arange(len(y)) + 1.0, np.array(y))],
-            rules=[plots.Rule("r", 1.0)],
+            references=[plots.ReferenceLine("r", 1.0)],
         )
         assert "nan" not in html and "inf" not in html
         Page(html)

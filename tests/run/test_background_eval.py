@@ -24,7 +24,7 @@ from tapct.eval.runner import During
 from tapct.run import background_eval, finished, pretrain
 from tapct.run_folder import RunFolder
 
-QUICK = ("eval.task.steps=5", "eval.max_scans=2", "eval.num_pictures=0")
+QUICK = ("eval.tasks.segmentation.steps=5", "eval.max_scans=2", "eval.num_pictures=0")
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,7 @@ def test_checkpoints_that_are_due_are_judged_beside_training(tmp_path: Path, sto
         config_of(tmp_path / "b", store, "checkpoint.keep=3", *QUICK)
     ) == loop.Stop(12)
     by_hand = finished.evaluate(tmp_path / "b" / "run", [], step=8)
-    assert beside["models"] == json.loads(json.dumps(by_hand["models"]))
+    assert beside["tasks"] == by_hand.to_json()["tasks"]
     assert numbers_of(tmp_path / "run") == numbers_of(tmp_path / "b" / "run"), (
         "training does not notice"
     )

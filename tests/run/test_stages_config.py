@@ -51,7 +51,7 @@ def test_stages_of_a_file_come_back_from_its_resolved_yaml_and_from_a_checkpoint
     """
     (tmp_path / "a.yaml").write_text(text)
     resolved = load_config(RunConfig, tmp_path / "a.yaml", [])
-    assert resolved.value.stages[0] == stages.Stage(
+    assert resolved.value.stages[0] == stages.StageConfig(
         2, ("views.global_window=[12,384,384]", "losses.dino.weight=2")
     )
     assert resolved.origin["stages"].endswith("a.yaml:3")
@@ -96,7 +96,7 @@ def test_stages_of_a_file_come_back_from_its_resolved_yaml_and_from_a_checkpoint
         (word((2, ("views.num_locals=-1",))), "stages[0]: views.num_locals = -1: must be >= 0"),
         (
             word((2, ("views.local_window=[12,97,96]",))),
-            "stages[0]: config: views.local_window [12, 97, 96] is no mul",
+            "stages[0]: config: views.local_window 12x97x96 is no multiple of the patch",
         ),
         (
             word((2, ("views.global_window=[32,96,96]",))),
@@ -156,5 +156,7 @@ def test_every_key_that_may_change_in_a_stage_is_one_of_the_table() -> None:
 
 def test_a_job_whose_stage_cannot_share_the_batch_is_refused_before_it_waits() -> None:
     resolved = load_config(RunConfig, None, [FEW, word((2, ("train.accumulation=512",)))])
-    with pytest.raises(UserError, match="train.global_batch 1024 cannot be shared by 1 x 4 tasks"):
+    with pytest.raises(
+        UserError, match="train.global_batch 1024 cannot be shared equally by 4 ranks"
+    ):
         submit.check_run(resolved, Resources(minutes=60, gpus_per_node=4))

@@ -166,8 +166,8 @@ def test_a_signal_before_training_begins_does_not_lose_the_job(here: Path) -> No
 
 
 @pytest.mark.slow
-def test_loader_processes_do_not_die_of_the_signal(here: Path) -> None:
-    job = submit(here, "run", "train.steps=100000", "log.every=1", "data.loader.backend=process")
+def test_a_run_that_reads_ahead_does_not_die_of_the_signal(here: Path) -> None:
+    job = submit(here, "run", "train.steps=100000", "log.every=1", "data.loader.workers=2")
     wait_for(lambda: steps_of("run") >= 2, "run", job)
     ask("scancel", "--signal=USR2", job)  # SLURM signals every process of the job
     wait_for(lambda: events_of("run")[:3] == ["start", "stopped", "start"], "run", job)
@@ -176,7 +176,7 @@ def test_loader_processes_do_not_die_of_the_signal(here: Path) -> None:
     tapct("cancel", job)
     wait_for_end("run", job, "CANCELLED")
     said = log_of("run", job)
-    assert "stopped by SIGUSR2 and saved at step" in said and "DataLoader worker" not in said
+    assert "stopped by SIGUSR2 and saved at step" in said and "Traceback" not in said
 
 
 @pytest.mark.slow
@@ -228,7 +228,7 @@ def test_a_job_that_never_comes_to_train_gives_up(here: Path) -> None:
 def test_the_last_evaluation_of_a_job_is_waited_for(here: Path) -> None:
     during = (
         "eval.during.every=12",
-        "eval.task.steps=5",
+        "eval.tasks.segmentation.steps=5",
         "eval.max_scans=2",
         "eval.num_pictures=0",
     )

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,15 +16,6 @@ from tapct.views.key import ViewKey
 
 CONTRACT = HUContract()
 MM = (3.0, 0.7, 0.9)  # of a voxel (z, y, x)
-GROUPS = (("global", 0), ("global", 1), ("local", 0))
-# op -> another value for every field but p
-OTHER: dict[str, dict[str, Any]] = {
-    "gain": {"factor": (0.5, 0.6)},
-    "gamma": {"exponent": (2.0, 2.5)},
-    "noise": {"sigma_hu": (50.0, 90.0)},
-    "rotation": {"degrees": (80.0, 100.0)},
-    "window_jitter": {"low_hu": 300.0, "high_hu": 600.0},
-}
 
 
 def key_of(kind: Any, view: int, num: int, seed: int = 0, first: int = 0) -> ViewKey:
@@ -48,47 +39,6 @@ def run(name: str, key: ViewKey, view: torch.Tensor, **changed: Any) -> torch.Te
     out = module.build(replace(module.Config(), **changed))(view, key)
     assert torch.equal(view, before)  # the input is left alone
     return out
-
-
-def test_every_op_of_the_folder_is_tested_here() -> None:
-    assert set(OTHER) == set(plugins.available("views.ops"))
-
-
-@pytest.mark.parametrize("name", sorted(OTHER))
-def test_op_keeps_shape_and_gives_the_same_for_the_same_key(name: str) -> None:
-    always = {"p": (1.0, 1.0, 1.0)}
-    first = run(name, key_of("local", 3, 6), views_of(6), **always)
-    assert (
-        first.shape == (6, 2, 3, 4) and first.dtype == torch.float32 and torch.isfinite(first).all()
-    )
-    assert torch.equal(first, run(name, key_of("local", 3, 6), views_of(6), **always))
-    other_batch = run(name, key_of("local", 3, 2, first=3), views_of(2), **always)
-    assert torch.equal(first[3:5], other_batch)
-    for other in (key_of("local", 2, 6), key_of("global", 3, 6), key_of("local", 3, 6, seed=1)):
-        assert ((first - run(name, other, views_of(6), **always)).abs().amax((1, 2, 3)) > 0).all()
-
-
-@pytest.mark.parametrize("name", sorted(OTHER))
-def test_op_happens_as_often_as_declared_in_each_group(name: str) -> None:
-    num, p = 1500, (0.0, 0.3, 1.0)
-    for (kind, view), chance in zip(GROUPS, p, strict=True):
-        moved = (run(name, key_of(kind, view, num), views_of(num), p=p) - views_of(num)).abs().amax(
-            (1, 2, 3)
-        ) > 1e-3
-        assert abs(moved.double().mean() - chance) < 4 * (chance * (1 - chance) / num) ** 0.5 + 1e-3
-
-
-@pytest.mark.parametrize(
-    ("name", "field"), [(n, f) for n in sorted(OTHER) for f in sorted(OTHER[n])]
-)
-def test_every_field_changes_something(name: str, field: str) -> None:
-    config = plugins.load("views.ops", name).Config
-    assert {f.name for f in fields(config)} == {"p", *OTHER[name]}
-    plain, changed = (
-        run(name, key_of("local", 0, 4), views_of(4), p=(1.0, 1.0, 1.0), **other)
-        for other in ({}, {field: OTHER[name][field]})
-    )
-    assert ((plain - changed).abs().amax((1, 2, 3)) > 0.1).all()
 
 
 def test_gain_is_a_uniform_factor_about_air() -> None:

@@ -212,11 +212,21 @@ def test_local_crops_honour_their_own_depth_and_area(make_batch: Callable[..., B
 
 
 CHANGES: dict[str, Any] = {
-    "num_globals": 1, "global_window": (4, 16, 16), "global_area": (0.9, 0.95), "num_locals": 2,
-    "local_window": (8, 8, 8), "local_area": (0.9, 0.95), "aspect": (2.0, 2.0), "z_zoom": (1.5, 1.5),
-    "body_share_min": 0.9, "candidates": 1, "flip_p": (0.0, 1.0, 0.0), "blur_sigma": (1.9, 2.0),
-    "blur_p": (0.0, 0.0, 0.0), "ops": NO_OPS,
-}  # fmt: skip
+    "num_globals": 1,
+    "global_window": (4, 16, 16),
+    "global_area": (0.9, 0.95),
+    "num_locals": 2,
+    "local_window": (8, 8, 8),
+    "local_area": (0.9, 0.95),
+    "aspect": (2.0, 2.0),
+    "z_zoom": (1.5, 1.5),
+    "body_share_min": 0.9,
+    "candidates": 1,
+    "flip_p": (0.0, 1.0, 0.0),
+    "blur_sigma": (1.9, 2.0),
+    "blur_p": (0.0, 0.0, 0.0),
+    "ops": NO_OPS,
+}
 
 
 @pytest.mark.parametrize("field", [f.name for f in fields(recipe.Config)])
@@ -237,7 +247,7 @@ def test_bad_values_are_refused_with_their_name(make_batch: Callable[..., Batch]
     for field in ("global_area", "local_area", "aspect", "z_zoom", "blur_sigma"):
         with pytest.raises(UserError, match=f"views.{field}"):
             replace(SMALL, **{field: wrong})
-    with pytest.raises(UserError, match="not a multiple of the patch"):
+    with pytest.raises(UserError, match="views.global_window .* is no multiple of the patch"):
         recipe.make_views(make_batch([0]), SMALL, CONTRACT, 0, (4, 5, 4))
 
 
@@ -305,10 +315,9 @@ def test_ops_are_told_the_mm_of_their_view(make_batch: Callable[..., Batch]) -> 
         ("local", plain.local_VBZYX, turned.local_VBZYX, plain.local_mm_VB3),
     ):
         for number, view in enumerate(views):
-            key = ViewKey(0, batch.sample_B, kind, number, CONTRACT, mm_VB3[number])  # type: ignore[arg-type]
-            wanted = rotation.build(turn)(
-                view, key
-            )  # of means, so it may as well come after the z-score
+            key = ViewKey(0, batch.sample_B, kind, number, CONTRACT, mm_VB3[number])
+            # a mean of neighbours, which commutes with the z-score
+            wanted = rotation.build(turn)(view, key)
             torch.testing.assert_close(found[number], wanted, atol=1e-4, rtol=0)
             other = rotation.build(turn)(view, replace(key, mm_B3=key.mm_B3.flip(1)))
             assert (other - wanted).abs().max() > 0.01

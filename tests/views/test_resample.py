@@ -54,12 +54,7 @@ def slow_view(
 
 def boxes_of(rows: list[tuple[list[float], list[float], list[bool]]]) -> Boxes:
     start, length, flip = ([row[i] for row in rows] for i in range(3))
-    return Boxes(
-        torch.tensor([start]),
-        torch.tensor([length]),
-        torch.tensor([flip]),
-        torch.ones(1, len(rows)),
-    )
+    return Boxes(torch.tensor([start]), torch.tensor([length]), torch.tensor([flip]))
 
 
 def fast_views(
@@ -201,7 +196,7 @@ def test_the_matrices_of_views_have_no_denormals(kind: str) -> None:
     size = torch.tensor(slab, dtype=torch.float32)
     length = torch.tensor(window) * (low + (high - low) * uniform[0])
     start = (size - length).clamp(min=0) * uniform[1]
-    boxes = Boxes(start, length, uniform[2] < 0.5, torch.ones(1, crops))
+    boxes = Boxes(start, length, uniform[2] < 0.5)
     sigma = torch.linspace(0.0, 3.0, crops)[None]
     longest_z, longest_y, longest_x = length.amax((0, 1)).tolist()
     maps = resample.matrices(boxes, window, slab, (longest_z, longest_y, longest_x), sigma, 3.0)
@@ -317,7 +312,7 @@ def test_full_precision_holds_inside_and_restores_outside() -> None:
             inside = a @ a
             # few CPUs round float32 products, so the switch itself is looked at too
             assert torch.backends.cuda.matmul.fp32_precision == "ieee"
-            assert torch.backends.mkldnn.matmul.fp32_precision == "ieee"  # type: ignore[attr-defined]
+            assert torch.backends.mkldnn.matmul.fp32_precision == "ieee"
         assert inside.dtype == torch.float32 and (inside - exact).abs().max() < 1e-3
         assert torch.get_float32_matmul_precision() == "medium"
         assert torch.backends.cuda.matmul.fp32_precision == "tf32"

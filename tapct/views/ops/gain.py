@@ -1,6 +1,4 @@
-"""Gain: stretch HU about air by a factor, as another scanner calibration or contrast phase
-would.
-"""
+"""Gain: stretch HU about air by a factor, like another scanner calibration or contrast phase."""
 
 from __future__ import annotations
 
@@ -16,8 +14,9 @@ from tapct.views.key import Op, ViewKey
 
 @dataclass(frozen=True)
 class Config:
-    """Fields of the op `gain`. Source: TAP-CT's public training configs (0.8-1.2, p 0.7 on global 2
-    and locals).
+    """Fields of the op `gain`.
+
+    Source: TAP-CT's public training configs (0.8-1.2, p 0.7 on global 2 and locals).
     """
 
     p: tuple[float, float, float] = setting(
@@ -33,16 +32,15 @@ class Config:
 
 
 def build(config: Config) -> Op:
-    """view -> air + factor * (view - air): air (the lower clip of the window) stays air, unlike a
-    gain on z-scores.
+    """view -> air + factor * (view - air).
 
-    Values above the upper clip are cut when the view is normalised.
+    Air, the lower clip of the window, stays air; a gain on z-scores would move it. Values above the
+    upper clip are cut when the view is normalised.
     """
 
     def apply(view_BZYX: Tensor, key: ViewKey) -> Tensor:
-        factor = torch.where(
-            key.happens("gain", config.p[key.group]), key.uniform("gain factor", *config.factor), 1.0
-        )  # fmt: skip
+        happens = key.happens("gain", config.p[key.group])
+        factor = torch.where(happens, key.uniform("gain factor", *config.factor), 1.0)
         air = key.contract.clip_low
         return (view_BZYX - air).mul_(factor).add_(air)
 

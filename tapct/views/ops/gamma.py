@@ -15,8 +15,9 @@ from tapct.views.key import Op, ViewKey
 
 @dataclass(frozen=True)
 class Config:
-    """Fields of the op `gamma`; off unless a config names it. Defaults are ours, no published run
-    used it.
+    """Fields of the op `gamma`; off unless a config names it.
+
+    Source: defaults are ours; no published run used them.
     """
 
     p: tuple[float, float, float] = setting(
@@ -32,8 +33,8 @@ class Config:
 
 
 def build(config: Config) -> Op:
-    """x -> x ** exponent, where x in [0, 1] is the place in the contract's HU window; air and its
-    top stay.
+    """x -> x ** exponent, where x is HU mapped from the window of the contract to [0, 1]; both ends
+    of the window stay.
     """
 
     def apply(view_BZYX: Tensor, key: ViewKey) -> Tensor:

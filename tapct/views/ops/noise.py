@@ -14,8 +14,9 @@ from tapct.views.key import Op, ViewKey
 
 @dataclass(frozen=True)
 class Config:
-    """Fields of the op `noise`; off unless a config names it. Defaults are ours, no published run
-    used it.
+    """Fields of the op `noise`; off unless a config names it.
+
+    Source: defaults are ours; no published run used them.
     """
 
     p: tuple[float, float, float] = setting(
@@ -31,15 +32,14 @@ class Config:
 
 
 def build(config: Config) -> Op:
-    """view -> view + sigma * normal; what falls below air is cut when the view is normalised."""
+    """view -> view + sigma * normal; values below air are cut when the view is normalised."""
 
     def apply(view_BZYX: Tensor, key: ViewKey) -> Tensor:
         p = config.p[key.group]
         if p == 0:
-            return view_BZYX  # a hash per voxel is the dearest draw there is
-        sigma = torch.where(
-            key.happens("noise", p), key.uniform("noise sigma", *config.sigma_hu), 0.0
-        )
+            return view_BZYX  # saves a hash per voxel, which takes longer than any other draw
+        happens = key.happens("noise", p)
+        sigma = torch.where(happens, key.uniform("noise sigma", *config.sigma_hu), 0.0)
         return key.normal_like("noise", view_BZYX).mul_(sigma).add_(view_BZYX)
 
     return apply

@@ -1,4 +1,4 @@
-"""Rotation: turn the finished view in its plane about its centre, as a body that lies askew on the
+"""Rotation: rotate the view in the axial plane about its centre, like a body lying askew on the
 table.
 """
 
@@ -18,8 +18,9 @@ from tapct.views.key import Op, ViewKey
 
 @dataclass(frozen=True)
 class Config:
-    """Fields of the op `rotation`; off unless a config names it. Defaults are ours, no published
-    run used it.
+    """Fields of the op `rotation`; off unless a config names it.
+
+    Source: defaults are ours; no published run used them.
     """
 
     p: tuple[float, float, float] = setting(
@@ -38,19 +39,21 @@ class Config:
 
 
 def build(config: Config) -> Op:
-    """Bilinear, in mm: pixels that are not square keep shapes as they are. What comes in at the
-    corners is the mirror image of the view at its border, so there is no edge of air that gives the
-    angle away.
+    """Rotate bilinearly, in mm, so that shapes are kept where pixels are not square.
+
+    The corners are filled with the mirror image of the view at its border: an edge of air would
+    give the angle away.
     """
 
     def apply(view_BZYX: Tensor, key: ViewKey) -> Tensor:
         p = config.p[key.group]
         if p == 0:
-            return view_BZYX  # a gather takes longer than all other ops
+            return view_BZYX  # saves the gather, which takes longer than all other ops
         angle_B = key.uniform("rotation angle", *config.degrees).flatten() * (math.pi / 180)
         height_B, width_B = (key.mm_B3[:, axis] * view_BZYX.shape[1 + axis] for axis in (1, 2))
         cos_B, sin_B = angle_B.cos(), angle_B.sin()
-        # from where a pixel is to where it was, x and y in halves of the view's sides
+        # Rows of the matrix from a pixel to the place that it is read from. Its units are half the
+        # sides of the view, so the sides' ratio in mm enters beside the sine.
         row_x_B3 = torch.stack([cos_B, sin_B * height_B / width_B, torch.zeros_like(cos_B)], dim=1)
         row_y_B3 = torch.stack([-sin_B * width_B / height_B, cos_B, torch.zeros_like(cos_B)], dim=1)
         place_BYX2 = F.affine_grid(

@@ -1,6 +1,4 @@
-"""Window jitter: look at the view through a slightly narrower HU window, stretched back to the full
-one.
-"""
+"""Window jitter: clip the view to a slightly narrower HU window and stretch it to the full one."""
 
 from __future__ import annotations
 
@@ -16,8 +14,9 @@ from tapct.views.key import Op, ViewKey
 
 @dataclass(frozen=True)
 class Config:
-    """Fields of the op `window_jitter`; off unless a config names it. Defaults are ours, no
-    published run used it.
+    """Fields of the op `window_jitter`; off unless a config names it.
+
+    Source: defaults are ours; no published run used them.
     """
 
     p: tuple[float, float, float] = setting(
@@ -30,34 +29,25 @@ class Config:
         if self.low_hu + self.high_hu > 1000:
             raise UserError(
                 f"window_jitter moves its ends by up to {self.low_hu} + {self.high_hu} HU: keep "
-                "the sum at most 1000, "
-                "or little of the window is left"
+                "the sum at most 1000, or little of the window is left"
             )
 
 
 def build(config: Config) -> Op:
-    """Clip to [low + a, high - b] and map that linearly onto [low, high]: air stays air, absolute
-    HU shift a little.
+    """Clip to [low + a, high - b] and map this linearly onto [low, high]: air stays air, other HU
+    shift a little.
 
-    The window can only be narrowed: the view was clipped to the contract's window before it was
-        resampled.
+    The window is never widened: the view was clipped to the full window before it was resampled.
     """
 
     def apply(view_BZYX: Tensor, key: ViewKey) -> Tensor:
         happens = key.happens("window jitter", config.p[key.group])
-        low = key.contract.clip_low + torch.where(
-            happens, key.uniform("window low", 0.0, config.low_hu), 0.0
-        )
-        high = key.contract.clip_high - torch.where(
-            happens, key.uniform("window high", 0.0, config.high_hu), 0.0
-        )
-        width = key.contract.clip_high - key.contract.clip_low
-        narrowed = (
-            ((view_BZYX - low) / (high - low))
-            .clamp_(0.0, 1.0)
-            .mul_(width)
-            .add_(key.contract.clip_low)
-        )
+        clip_low, clip_high = key.contract.clip_low, key.contract.clip_high
+        rise = torch.where(happens, key.uniform("window low", 0.0, config.low_hu), 0.0)
+        drop = torch.where(happens, key.uniform("window high", 0.0, config.high_hu), 0.0)
+        low, high = clip_low + rise, clip_high - drop
+        unit = ((view_BZYX - low) / (high - low)).clamp_(0.0, 1.0)
+        narrowed = unit.mul_(clip_high - clip_low).add_(clip_low)
         return torch.where(happens, narrowed, view_BZYX)
 
     return apply

@@ -1,0 +1,19 @@
+"""Read the configs of runs that earlier versions of tapct have written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from tapct.data.loader import without_backend
+from tapct.eval.old_formats import config_with_task_table
+
+
+def upgraded(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """The config of a run with its keys as this version has them.
+
+    Args:
+        tree: whole config of a run, as read from its config.yaml or checkpoint; a newer one is
+            returned unchanged.
+    """
+    return without_backend(config_with_task_table(tree))

@@ -1,0 +1,88 @@
+"""A store is verified by reading it whole: damage that a plain pack does not notice is found."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scan_files import noise_ct, save_scan
+from shell import Shell
+from shell import shell as shell  # a fixture
+
+from tapct.data import index
+from tapct.data.pack import pack
+from tapct.data.packed import open_packed
+from tapct.data.store import Store
+from tapct.data.verify import damaged_scans
+
+
+@pytest.fixture
+def packed(tmp_path: Path) -> tuple[Path, Path]:
+    """(manifest, store) of three scans."""
+    for seed in range(3):
+        save_scan(tmp_path / "scans" / f"c{seed}.nii.gz", noise_ct(seed))
+    manifest = index.build(tmp_path / "scans", tmp_path / "m.parquet")
+    pack(manifest, tmp_path / "store")
+    return tmp_path / "m.parquet", tmp_path / "store"
+
+
+def flip_voxels(store: Store, i: int) -> None:
+    """Damage the middle of a scan's first chunk, where opening the file does not look."""
+    offset, length = (int(number) for number in open_packed(store.file(i))[1].byte_ranges_C2[0])
+    content = bytearray(store.file(i).read_bytes())
+    for place in range(offset + length // 2, offset + length // 2 + 8):
+        content[place] ^= 0xFF
+    store.file(i).write_bytes(content)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_whole_store_has_no_damaged_scan(packed: tuple[Path, Path], workers: int) -> None:
+    seen: list[tuple[int, int]] = []
+    store = Store(packed[1])
+    assert damaged_scans(store, workers=workers, progress=lambda *now: seen.append(now)) == []
+    assert seen == [(1, 3), (2, 3), (3, 3)]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_damaged_scans_are_named_in_the_order_of_the_store(
+    packed: tuple[Path, Path], workers: int
+) -> None:
+    store = Store(packed[1])
+    flip_voxels(store, 2)
+    store.file(0).write_bytes(store.file(0).read_bytes()[:-50])
+    errors = [str(error) for error in damaged_scans(Store(packed[1]), workers=workers)]
+    assert len(errors) == 2 and all("\n" not in error for error in errors)
+    assert store.scans[0].id in errors[0] and store.scans[2].id in errors[1]
+
+
+def test_pack_verify_reports_each_damaged_scan_and_ends_with_2(
+    packed: tuple[Path, Path], shell: Shell
+) -> None:
+    manifest, folder = packed
+    command = ("pack", manifest, "--out", folder, "--workers", "0")
+    assert "3 of 3 packed scans verified" in shell.good(*command, "--verify")
+    store = Store(folder)
+    original = store.read(1)
+    flip_voxels(store, 1)
+    assert "verified" not in shell.good(*command)  # a plain pack looks at the outside of a file
+    code, out, err = shell(*command, "--verify")
+    lines = [line for line in out.splitlines() if "is damaged" in line]
+    assert (code, err) == (2, "") and "2 of 3 packed scans verified" in out
+    assert len(lines) == 1 and str(store.file(1)) in lines[0]
+    store.file(1).unlink()  # what the line advises
+    assert "3 of 3 packed scans verified" in shell.good(*command, "--verify")
+    np.testing.assert_array_equal(Store(folder).read(1), original)
+
+
+def test_pack_reports_damaged_files_and_files_of_no_scan(
+    packed: tuple[Path, Path], shell: Shell
+) -> None:
+    manifest, folder = packed
+    store = Store(folder)
+    content = store.file(0).read_bytes()
+    store.file(0).write_bytes(content[:-50])
+    (folder / "other.b2nd").write_bytes(content)
+    out = shell.good("pack", manifest, "--out", folder, "--workers", "0")
+    assert f"damaged files packed again: {store.scans[0].id}" in out
+    assert "1 files of" in out and "belong to no scan of this manifest" in out

@@ -1,0 +1,414 @@
+"""What every evaluation task promises: tapct's own, found by their files, and a user's."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tiny_run import own_plugin
+
+from tapct.base.exits import UserError
+from tapct.config import plugins
+from tapct.config.plugins import Plugin
+from tapct.eval import runner
+from tapct.eval.baselines import NamedModel, RawPatches
+from tapct.eval.contract import Headline, Labels, Task, TaskResults
+from tapct.eval.features import DenseFeatures, PatchGrid, Preprocess
+from tapct.eval.results import Evaluation, from_json
+from tapct.eval.scans import LabelledScan
+from tapct.types import HUContract, LabelMap, Volume
+
+MODELS = ("pretrained", "untrained")
+NAMES = ((1, "body"), (2, "liver"), (3, "lungs"))
+GRID = PatchGrid((2, 4, 4), (12, 32, 32), (12, 32, 32))
+
+# A task on whole scans, as a user writes it: nearest neighbour in the mean class token.
+NEAREST = """
+from dataclasses import dataclass
+import torch
+from tapct.extend import Headline, Labels, ScanScore, Task, TaskResults, setting
+
+@dataclass(frozen=True)
+class Config:
+    label: str = setting("sex", "label to predict")
+    power: float = setting(2.0, "exponent of the distance", gt=0)
+
+class Nearest(Task):
+    labels = Labels.SCAN
+
+    def __init__(self, config, seed):
+        self.config, self.train, self.scores = config, {}, []
+
+    def truth(self, scan, grid, in_play_Z):
+        return scan.id, scan.scan_labels[self.config.label]
+
+    def learn(self, model, dense, truth):
+        self.train.setdefault(model, []).append((dense.cls_D, truth[1]))
+
+    def fit(self):
+        self.known = {m: torch.stack([cls_D for cls_D, _ in rows]) for m, rows in self.train.items()}
+
+    def judge(self, model, dense, truth):
+        distance = (self.known[model] - dense.cls_D).abs().pow(self.config.power).sum(1)
+        guess = self.train[model][int(distance.argmin())][1]
+        value = float(guess == truth[1]) / (1 + float(distance.min()))
+        self.scores.append(ScanScore(truth[0], model, value))
+        return guess
+
+    def results(self):
+        labels = {m: sorted({label for _, label in rows}) for m, rows in self.train.items()}
+        return TaskResults({m: {"labels": labels[m]} for m in labels}, tuple(self.scores))
+
+    def headline(self):
+        of = {m: [s.value for s in self.scores if s.model == m] for m in self.train}
+        values = {m: sum(v) / len(v) for m, v in of.items()}
+        return Headline("closeness", values, "higher", "Distance of the nearest.", (0.0, 1.0))
+
+def build(config, *, seed):
+    return Nearest(config, seed)
+"""
+TASKS = (*plugins.available("eval.tasks"), "mylab.nearest")
+
+
+@pytest.fixture(autouse=True)
+def users_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own_plugin(monkeypatch, tmp_path, "nearest", NEAREST)
+
+
+def scan_of(number: int, *, with_labels: bool = True) -> LabelledScan:
+    """Boxes of two organs in a body; even scans are of women, odd ones of men, two per patient."""
+    rng = np.random.default_rng(number)
+    labels = np.zeros(GRID.original, np.uint16)
+    labels[:, 4:28, 4:28] = 1
+    labels[2:8, 8:16, 8:20] = 2
+    labels[4:10, 18:26, 6 + number % 3 : 22] = 3
+    hu = np.choose(labels, [-1000, 0, 150, -700]) + rng.normal(0, 20, labels.shape)
+    spacing_mm = (3.0, 1.0, 1.0)
+    label_map = LabelMap(labels, spacing_mm, names=NAMES) if with_labels else None
+    return LabelledScan(
+        f"s{number}",
+        Volume(hu.astype(np.int16), spacing_mm),
+        label_map,
+        f"p{number // 2}",
+        {"sex": "FM"[number % 2], "age": str(number // 2 % 2)},
+    )
+
+
+def features_of(scan: LabelledScan, model: str) -> DenseFeatures:
+    """Features that know the anatomy, the second model's less well; class tokens that know both
+    labels of a scan.
+    """
+    noise = 0.3 if model == "pretrained" else 1.0
+    rng = np.random.default_rng([int(scan.id[1:]), MODELS.index(model)])
+    hu = torch.from_numpy(scan.volume.hu_ZYX.astype(np.float32)) / 300
+    cells = hu.unflatten(2, (-1, 4)).unflatten(1, (-1, 4)).unflatten(0, (-1, 2)).mean((1, 3, 5))
+    channels = torch.stack([cells, cells.square(), cells.abs().sqrt()])
+    channels = channels + noise * torch.from_numpy(rng.normal(size=channels.shape)).float()
+    sex, age = (float(ord(scan.scan_labels[name][0]) % 5) for name in ("sex", "age"))
+    cls_D = torch.tensor([sex, age, 0.0]) + 0.3 * noise * torch.from_numpy(rng.normal(size=3))
+    return DenseFeatures(channels, cls_D.float(), GRID)
+
+
+def run(name: str, seed: int = 0, **settings: Any) -> tuple[Task[Any, Any], TaskResults]:
+    """Six training scans and four test scans through a task."""
+    module = plugins.load("eval.tasks", name)
+    task = module.build(module.Config(**settings), seed=seed)
+    in_play_Z = np.ones(GRID.shape[0], dtype=bool)
+    task.begin(6)
+    for number in range(6):
+        scan = scan_of(number)
+        truth = task.truth(scan, GRID, in_play_Z)
+        for model in MODELS:
+            task.learn(model, features_of(scan, model), truth)
+    task.fit()
+    for number in range(6, 10):
+        scan = scan_of(number)
+        truth = task.truth(scan, GRID, in_play_Z)
+        for model in MODELS:
+            task.judge(model, features_of(scan, model), truth)
+    return task, task.results()
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_a_task_builds_from_its_defaults_and_states_its_labels(name: str) -> None:
+    module = plugins.load("eval.tasks", name)
+    task = module.build(module.Config(), seed=0)
+    assert isinstance(task, Task)
+    assert isinstance(task.labels, Labels)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_a_task_has_a_headline_and_numbers_for_every_model_and_scan(name: str) -> None:
+    task, results = run(name)
+    headline = task.headline()
+    assert isinstance(headline, Headline) and headline.metric and headline.meaning.endswith(".")
+    assert tuple(headline.values) == tuple(results.models) == MODELS
+    assert all(math.isfinite(value) for value in headline.values.values())
+    if headline.range is not None:
+        low, high = headline.range
+        values = [*headline.values.values(), *(score.value for score in results.scans)]
+        assert all(low <= value <= high for value in values)
+    pairs = [(score.scan, score.model) for score in results.scans]
+    assert len(pairs) == len(set(pairs)) == 8
+    assert set(pairs) == {(f"s{n}", model) for n in range(6, 10) for model in MODELS}
+    if results.breakdown is not None:
+        assert results.breakdown.title and results.breakdown.row
+        assert all(set(row) <= set(MODELS) for row in results.breakdown.values.values())
+    json.dumps(results.models, allow_nan=False)
+    lead = headline.lead()
+    assert lead.baseline == "untrained" and lead.gain > 0  # its features are noisier
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_the_same_seed_gives_the_same_results(name: str) -> None:
+    (one, first), (two, second) = run(name, seed=3), run(name, seed=3)
+    assert first == second
+    assert one.headline() == two.headline()
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_a_task_draws_a_picture_or_says_that_it_does_not(name: str, tmp_path: Path) -> None:
+    task, _ = run(name)
+    scan = scan_of(6)
+    truth = task.truth(scan, GRID, np.ones(GRID.shape[0], dtype=bool))
+    predictions = {m: task.judge(m, features_of(scan, m), truth) for m in MODELS}
+    caption = task.draw(tmp_path / "new" / "picture.png", truth, predictions)
+    assert (tmp_path / "new" / "picture.png").is_file() == bool(caption)
+    at = task.slices_of_interest(truth)
+    if at is not None:
+        assert 0 <= at[0] < GRID.original[0] and 0 <= at[1] < GRID.original[1]
+
+
+def other_values(field: dataclasses.Field[Any]) -> list[Any]:
+    """Values of a setting that are not its default, the likeliest to matter first."""
+    default, choices = field.default, field.metadata.get("choices")
+    if choices:
+        return [choice for choice in choices if choice != default]
+    if isinstance(default, bool):
+        return [not default]
+    if isinstance(default, int):
+        return [max(1, default // 400), default * 10]
+    if isinstance(default, float):
+        return [default * 1000, default / 1000]
+    words = [name for _, name in NAMES] + ["age"]
+    return [(word,) for word in words] if isinstance(default, tuple) else words
+
+
+SETTINGS = [
+    (name, field.name)
+    for name in plugins.available("eval.tasks")
+    for field in dataclasses.fields(plugins.load("eval.tasks", name).Config)
+] + [("mylab.nearest", "label"), ("mylab.nearest", "power")]
+
+
+@pytest.mark.parametrize(("name", "setting"), SETTINGS)
+def test_every_setting_changes_something(name: str, setting: str) -> None:
+    config = plugins.load("eval.tasks", name).Config
+    field = next(field for field in dataclasses.fields(config) if field.name == setting)
+    _, base = run(name)
+    for value in other_values(field):
+        try:
+            _, changed = run(name, **{setting: value})
+        except (KeyError, UserError):  # a label that no scan has
+            continue
+        if changed != base:
+            return
+    pytest.fail(f"{setting} of {name} changes nothing")
+
+
+# --- through the runner: labels that scans have or lack ---
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    id: str
+    patient: str
+    path: str
+    label_path: str = ""
+
+
+class Recorder(Task[str, None]):
+    """Notes what a task is given."""
+
+    def __init__(self, labels: Labels, log: list[tuple[str, str]]) -> None:
+        self.labels = labels  # type: ignore[misc]
+        self.log = log
+
+    def begin(self, num_train: int) -> None:
+        self.log.append(("begin", str(num_train)))
+
+    def truth(self, scan: LabelledScan, grid: PatchGrid, in_play_Z: np.ndarray) -> str:
+        needs_map = self.labels in (Labels.VOXELS, Labels.PAIRS)
+        assert scan.labels is not None or not needs_map
+        self.log.append(("truth", scan.id))
+        return scan.id
+
+    def learn(self, model: str, dense: DenseFeatures, truth: str) -> None:
+        self.log.append((f"learn {model}", truth))
+
+    def fit(self) -> None:
+        self.log.append(("fit", ""))
+
+    def judge(self, model: str, dense: DenseFeatures, truth: str) -> None:
+        self.log.append((f"judge {model}", truth))
+
+    def results(self) -> TaskResults:
+        return TaskResults({})
+
+    def headline(self) -> Headline:
+        return Headline("n", {"raw_hu": float(len(self.log))}, "higher", "Calls.")
+
+
+class Archive:
+    """Twelve scans of six patients; four have label maps, three have scan labels."""
+
+    rows = tuple(
+        Row(f"s{n}", f"p{n // 2}", str(n), "map" if n in (0, 1, 4, 7) else "") for n in range(12)
+    )
+    scan_labels: Mapping[str, Mapping[str, str]] = {
+        f"s{n}": {"sex": "FM"[n % 2]} for n in (2, 3, 9)
+    }
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, out: Path) -> None:
+        self.monkeypatch, self.out = monkeypatch, out
+        self.reads: list[tuple[str, bool]] = []
+        self.logs: dict[str, list[tuple[str, str]]] = {}
+        monkeypatch.setattr("tapct.eval.scans.read_scan", self.read)
+
+    def read(
+        self, row: Row, root: Path, *, with_labels: bool, scan_labels: Mapping[str, str] | None
+    ) -> LabelledScan:
+        self.reads.append((row.id, with_labels))
+        scan = scan_of(int(row.path), with_labels=with_labels)
+        return dataclasses.replace(scan, scan_labels=scan_labels or {})
+
+    def evaluate(self, *labels: Labels, **settings: Any) -> Evaluation:
+        """One recorder per kind of labels, in one pass."""
+        for kind in labels:
+            self.logs[kind.value] = []
+        tasks = [Plugin(f"mylab_{kind.value}", NoSettings()) for kind in labels]
+        logs, real = self.logs, plugins.load
+
+        def load(folder: str, name: str) -> Any:
+            if not name.startswith("mylab_"):
+                return real(folder, name)
+            kind = Labels(name.removeprefix("mylab_"))
+
+            class Module:
+                @staticmethod
+                def build(config: Any, *, seed: int) -> Recorder:
+                    return Recorder(kind, logs[kind.value])
+
+            return Module
+
+        self.monkeypatch.setattr(plugins, "load", load)
+        config = runner.Config(tasks=tuple(tasks), num_pictures=1, **settings)
+        return runner.evaluate(
+            [NamedModel("raw_hu", RawPatches((2, 4, 4)))], self.rows, Path("."), config,
+            contract=HUContract(), out=self.out, scan_labels=self.scan_labels,
+            preprocess=Preprocess((32, 32), (4, 16, 16), (4, 16, 16)),
+        )  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class NoSettings:
+    """A task without settings."""
+
+
+@pytest.fixture
+def archive(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Archive:
+    return Archive(monkeypatch, tmp_path / "out")
+
+
+def test_several_tasks_share_one_pass_and_get_the_scans_that_have_their_labels(
+    archive: Archive, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kinds = (Labels.VOXELS, Labels.SCAN, Labels.NONE)
+    evaluation = archive.evaluate(*kinds)
+    seen = {kind: {scan for call, scan in archive.logs[kind] if call == "truth"} for kind in
+            ("voxels", "scan", "none")}  # fmt: skip
+    assert seen["voxels"] == {"s0", "s1", "s4", "s7"}
+    assert seen["scan"] == {"s2", "s3", "s9"}
+    assert seen["none"] == {f"s{n}" for n in range(12)}
+    assert len(archive.reads) == len({scan for scan, _ in archive.reads}) == 12  # each scan once
+    assert {scan for scan, with_map in archive.reads if with_map} == seen["voxels"]
+    for kind in kinds:
+        log, section = archive.logs[kind.value], evaluation.tasks[f"mylab_{kind.value}"]
+        calls = [call for call, _ in log]
+        fitted = calls.index("fit")
+        assert calls[0] == "begin" and log[0][1] == str(section.num_train)
+        assert calls[1:fitted].count("learn raw_hu") == section.num_train
+        assert calls[fitted:].count("judge raw_hu") == section.num_test
+        assert "judge raw_hu" not in calls[:fitted] and "learn raw_hu" not in calls[fitted:]
+        assert section.skipped == 12 - len(seen[kind.value])
+        assert section.pictures == ()  # a recorder draws none
+    sides: dict[str, set[str]] = defaultdict(set)
+    for side in ("train", "test"):
+        for scan in getattr(evaluation.split, side):
+            sides[archive.rows[int(scan[1:])].patient].add(side)
+    assert all(len(one) == 1 for one in sides.values())
+    assert from_json(json.loads((archive.out / "results.json").read_text())) == evaluation
+    said = capsys.readouterr().out
+    assert "mylab_voxels: 8 of 12 scans have no label map and are skipped" in said
+    assert "mylab_scan: 9 of 12 scans have no scan-level labels and are skipped" in said
+    assert "mylab_none" not in said
+    assert len(evaluation.pca) == 1 and (archive.out / evaluation.pca[0].file).is_file()
+
+
+def test_a_task_without_any_scan_is_reported_and_is_an_error_alone(
+    archive: Archive, capsys: pytest.CaptureFixture[str]
+) -> None:
+    archive.monkeypatch.setattr(archive, "scan_labels", {})
+    assert list(archive.evaluate(Labels.SCAN, Labels.NONE).tasks) == ["mylab_none"]
+    assert "mylab_scan: none of the 12 accepted scans has" in capsys.readouterr().out
+    with pytest.raises(UserError, match="mylab_scan: none of the 12 accepted scans has"):
+        archive.evaluate(Labels.SCAN)
+    archive.monkeypatch.setattr(archive, "rows", archive.rows[8:])
+    with pytest.raises(
+        UserError, match=r"none of the 4 accepted.*label map.*NAME_seg.nii.gz.*--labels DIR"
+    ):
+        archive.evaluate(Labels.VOXELS)
+
+
+def test_pairs_are_label_maps_of_one_patient_on_one_side(archive: Archive) -> None:
+    evaluation = archive.evaluate(Labels.NONE, Labels.VOXELS)
+    assert list(evaluation.tasks) == ["mylab_none", "mylab_voxels"]
+    pairs = {scan for call, scan in archive.logs["voxels"] if call == "truth"}
+    assert {"s0", "s1"} <= pairs
+    with pytest.raises(UserError, match="are of one patient"):
+        archive.evaluate(Labels.PAIRS)  # s0 and s1 alone have a second scan with a label map
+    assert archive.logs["pairs"] == []
+
+
+def test_a_task_with_one_side_only_is_one_line(archive: Archive) -> None:
+    with pytest.raises(UserError, match=r"task mylab_voxels has \d training and \d test scans"):
+        archive.evaluate(Labels.NONE, Labels.VOXELS, max_scans=2, seed=1)
+
+
+def test_what_is_no_task_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = NEAREST.replace("class Nearest(Task):", "class Nearest:")
+    own_plugin(monkeypatch, tmp_path / "other", "nearest", text)
+    plugin = Plugin("mylab.nearest", plugins.load("eval.tasks", "mylab.nearest").Config())
+    models = [NamedModel("raw_hu", RawPatches((2, 4, 4)))]
+    config = runner.Config(
+        tasks=(plugin,), preprocess=Preprocess((32, 32), (4, 16, 16), (4, 16, 16))
+    )
+    with pytest.raises(
+        UserError, match=r"mylab.nearest: build\(\) returned a Nearest.*tapct.extend.Task"
+    ):
+        runner.evaluate(
+            models, Archive.rows, Path("."), config, contract=HUContract(), out=tmp_path
+        )
+    with pytest.raises(UserError, match="eval.tasks has no task"):
+        runner.evaluate(
+            models, Archive.rows, Path("."), dataclasses.replace(config, tasks=()),
+            contract=HUContract(), out=tmp_path,
+        )  # fmt: skip
