@@ -19,7 +19,6 @@ from torch import nn
 
 from tapct.base import console
 from tapct.base.exits import UserError
-from tapct.engine.fsdp import blocks_of
 from tapct.ssl.student_teacher import StudentTeacher
 
 # of one function before torch gives up on it; teacher and student, each branch whole or by a subset
@@ -61,14 +60,15 @@ def compile_blocks(pair: StudentTeacher) -> None:
     """Compile the blocks of all networks, in place; the work is done when each is called first.
 
     Raises:
-        UserError: the backbone has no list of `blocks`.
+        UserError: the backbone has no repeated blocks.
     """
     torch._dynamo.config.recompile_limit = max(GRAPHS, torch._dynamo.config.recompile_limit)
     for network in (pair.student, *pair.frozen()):
-        blocks = blocks_of(network.backbone)
+        blocks = network.backbone.repeated_blocks()
         if not blocks:
             raise UserError(
-                "train.compile: this backbone has no `blocks` to compile; set train.compile=never"
+                "train.compile: this backbone has no repeated blocks to compile; set "
+                "train.compile=never"
             )
         for block in blocks:
             compile_forward(block)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import functools
 
 import torch
-from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.utils import _pytree
@@ -48,21 +47,13 @@ def shard(network: Network, mesh: DeviceMesh, *, bf16: bool, keeps_gradient: boo
     whole = MixedPrecisionPolicy(cast_forward_inputs=False)
     if mesh.size(0) == 1:  # no copies: else FSDP sums every gradient over groups of one rank
         mesh = mesh["shard"]
-    for block in blocks_of(network.backbone):
+    for block in network.backbone.repeated_blocks():
         fully_shard(block, mesh=mesh, mp_policy=compute, reshard_after_forward=True)
     fully_shard(
         network.backbone, mesh=mesh, mp_policy=whole, reshard_after_forward=not keeps_gradient
     )
     for head in network.heads.values():
         fully_shard(head, mesh=mesh, mp_policy=compute, reshard_after_forward=not keeps_gradient)
-
-
-def blocks_of(backbone: nn.Module) -> list[nn.Module]:
-    """The repeated layers of a backbone, each gathered by itself: `backbone.blocks`; none where it
-    has no such list.
-    """
-    blocks = getattr(backbone, "blocks", None)
-    return list(blocks) if isinstance(blocks, nn.ModuleList) else []
 
 
 def forget_order(pair: StudentTeacher) -> None:

@@ -19,23 +19,24 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from tapct.base.exits import UserError
-from tapct.engine.fsdp import blocks_of
+from tapct.nn.contracts import Backbone
 
 
-def recompute_blocks(backbone: nn.Module, every: int) -> None:
+def recompute_blocks(backbone: Backbone, every: int) -> None:
     """Keep only the input of every so-many-th block, in place.
 
     Args:
         every: 1 for all blocks, 2 for every second one, ...; 0 changes nothing.
     Raises:
-        UserError: the backbone has no list of `blocks`.
+        UserError: the backbone has no repeated blocks.
     """
     if not every:
         return
-    blocks = blocks_of(backbone)
+    blocks = backbone.repeated_blocks()
     if not blocks:
         raise UserError(
-            f"train.recompute={every}: this backbone has no `blocks` to compute again; set it to 0"
+            f"train.recompute={every}: this backbone has no repeated blocks to compute again; set it "
+            "to 0"
         )
     for block in blocks[::every]:
         recompute_forward(block)

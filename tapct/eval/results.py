@@ -53,7 +53,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class TaskSection:
-    """What one task found.
+    """The results of one task.
 
     Args:
         config: settings of the task.
@@ -81,7 +81,7 @@ class Evaluation:
     """The content of results.json.
 
     Args:
-        tasks: task name -> what it found, in the order of the config.
+        tasks: task name -> its results, in the order of the config.
         split: which scans were used for what.
         preprocess: settings of `eval.preprocess`.
         patch: voxels (z, y, x) of a patch.
@@ -147,7 +147,7 @@ def shown(value: float) -> str:
     """A headline value with three decimals, or three digits where that would hide it."""
     if not math.isfinite(value):
         return "–"
-    return f"{value:.3f}" if value == 0 or 1e-2 <= abs(value) < 1e3 else f"{value:.3g}"
+    return f"{value:.3f}" if value == 0 or 1e-3 <= abs(value) < 1e3 else f"{value:.3g}"
 
 
 def from_json(content: Mapping[str, Any]) -> Evaluation:

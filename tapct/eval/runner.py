@@ -401,13 +401,13 @@ def _section(
     skipped: int,
     drawn: tuple[Picture, ...],
 ) -> TaskSection:
-    """What a task found, checked against its contract."""
+    """The results of a task, checked against its contract."""
     results, headline = one.task.results(), one.task.headline()
     strange = set(headline.values) - {model.name for model in models}
     if strange:
         raise UserError(
-            f"task {one.name}: its headline has values for {', '.join(sorted(strange))}; the models "
-            f"are {', '.join(model.name for model in models)}"
+            f"task {one.name}: its headline has values for {', '.join(sorted(strange))}; the "
+            f"models are {', '.join(model.name for model in models)}"
         )
     labels = one.task.labels.value
     return TaskSection(
@@ -437,7 +437,8 @@ def _versions() -> dict[str, str]:
 def _common_patch(models: Sequence[NamedModel]) -> tuple[int, int, int]:
     patches: dict[tuple[int, ...], str] = {}
     for model in models:
-        patches[tuple(int(side) for side in model.model.patch)] = model.name  # type: ignore[union-attr]
+        sides: Sequence[int] = model.model.patch  # type: ignore[assignment]
+        patches[tuple(int(side) for side in sides)] = model.name
     if len(patches) != 1:
         named = [f"{name} {'x'.join(map(str, patch))}" for patch, name in patches.items()]
         raise UserError(

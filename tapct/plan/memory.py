@@ -24,7 +24,6 @@ from tapct.base.exits import UserError
 from tapct.base.geometry import Size3
 from tapct.config.plugins import Plugin
 from tapct.engine import recompute
-from tapct.engine.fsdp import blocks_of
 from tapct.nn.attention import Attention
 from tapct.nn.layers import DropKey, Mlp, SwiGLU
 from tapct.ssl import step as ssl_step
@@ -148,7 +147,7 @@ class Footprint:
 def weigh(pair: StudentTeacher) -> Weights:
     """Count the parameters of the student."""
     network = pair.student
-    blocks = [_numbers(block) for block in blocks_of(network.backbone)]
+    blocks = [_numbers(block) for block in network.backbone.repeated_blocks()]
     # these compute their linear layers with `nn.lean`, which forgets each copy at once
     lean = {
         linear
@@ -255,7 +254,7 @@ def _give_shapes(pair: StudentTeacher, dtype: torch.dtype, bf16: bool) -> None:
     for network in (pair.student, *pair.frozen()):
         narrow = {
             module
-            for part in (*blocks_of(network.backbone), network.heads)
+            for part in (*network.backbone.repeated_blocks(), network.heads)
             for module in part.modules()
         }
         for module in network.modules():

@@ -404,16 +404,16 @@ def render(comparison: Comparison) -> str:
     notes = "".join(f"<li>{text(note)}</li>" for note in comparison.notes)
     charts = "".join(_chart(comparison, metric) for metric in comparison.metrics)
     left_out = f"<ul class=missing>{notes}</ul>" if notes else ""
-    num = len(comparison.runs)
+    num = "1 run" if len(comparison.runs) == 1 else f"{len(comparison.runs)} runs"
     return page.document(
-        f"{num} runs of tapct",
-        f'<header><h1>{num} runs side by side</h1><p class="muted">Pretraining runs of tapct: '
+        f"{num} of tapct",
+        f'<header><h1>{num} side by side</h1><p class="muted">Pretraining runs of tapct: '
         f"volumetric DINOv2 on CT.</p></header>{left_out}<section>{_table(comparison)}"
         f'<p class="muted">Losses and health are means over the last {LAST_STEPS} steps of each '
         "run, or the newest value where one is written more rarely. A falling loss alone does not "
         "show learning, and losses of runs with different settings cannot be compared. The "
-        "evaluations of the frozen features can; a positive lead is better than the best "
-        'baseline.</p></section><section><h2>Curves</h2><div class="charts overlaid">'
+        "evaluations of the frozen features can be compared; a positive lead is better than the "
+        'best baseline.</p></section><section><h2>Curves</h2><div class="charts overlaid">'
         f"{charts}</div></section><footer>Thin lines are raw values, thick lines rolling means; "
         "the number beside a name is where its thick line ends.</footer>",
     )

@@ -56,7 +56,7 @@ class Evaluations:
             self.due.append(step)
 
     def start_due(self, checkpoints: Checkpoints) -> None:
-        """Start the evaluation that is due, once its checkpoint is saved; cheap if there is none."""
+        """Start the evaluation that is due, once its checkpoint is saved; cheap without one."""
         busy = self.is_busy()
         if not self.due or (checkpoints.under_way is not None and not checkpoints.under_way.done()):
             return
@@ -80,7 +80,8 @@ class Evaluations:
         if self.child is not None and self.child.poll() is not None:
             if self.child.returncode:
                 console.say(
-                    f"the evaluation of step {self.child_step} failed, see {self.log_of(self.child_step)}"
+                    f"the evaluation of step {self.child_step} failed, see "
+                    f"{self.log_of(self.child_step)}"
                 )
             self.child = None
         return self.child is not None
@@ -100,7 +101,7 @@ class Evaluations:
         with StopFlag(torch.device("cpu"), deadline=until) as flag:
             if self.ends_with_job:
                 self.wait(flag)
-            # also without time to wait: it keeps the teacher, so that the step can be evaluated later
+            # also without time to wait: this keeps the teacher, to evaluate the step later
             self.start_due(checkpoints)
             if self.ends_with_job:
                 self.wait(flag)

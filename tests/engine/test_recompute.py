@@ -13,6 +13,7 @@ from tiny_run import config_of
 from tapct.base.exits import UserError
 from tapct.engine import loop, recompute
 from tapct.models import vit
+from tapct.nn.contracts import Backbone
 from tapct.nn.layers import DropKey
 from tapct.run import pretrain
 from tapct.types import Tokens
@@ -123,10 +124,10 @@ def test_a_block_that_draws_by_itself_draws_the_same_again() -> None:
 
 def test_a_backbone_without_blocks_is_one_line() -> None:
     with pytest.raises(
-        UserError, match=r"train.recompute=2: this backbone has no `blocks`.*set it to 0"
+        UserError, match=r"train.recompute=2: this backbone has no repeated blocks.*set it to 0"
     ):
-        recompute.recompute_blocks(torch.nn.Linear(2, 2), 2)
-    recompute.recompute_blocks(torch.nn.Linear(2, 2), 0)
+        recompute.recompute_blocks(Backbone(), 2)
+    recompute.recompute_blocks(Backbone(), 0)
 
 
 def test_a_run_may_go_on_with_blocks_computed_again(

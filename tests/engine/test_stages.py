@@ -259,7 +259,7 @@ LOSSES = ("losses[mylab.growing]={}", "losses.gram.start=4")
         (
             11,
             "train.accumulation=4",
-            "stages[0]: config: KoLeo compares the samples of a micro-batch",
+            "stages[0]: config: losses.koleo needs at least 2 samples in a micro-batch of a rank",
         ),
     ],
 )

@@ -95,7 +95,7 @@ def test_missing_steps_before_the_start_are_told(
 ) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
     trackers.MetricsWriter(tmp_path, QUIET, start_step=4).close()
-    assert "ends at step 1, the run goes on from 4" in capsys.readouterr().out
+    assert "ends at step 1 and the run resumes from step 4" in capsys.readouterr().out
 
 
 def test_a_full_disk_leaves_whole_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
