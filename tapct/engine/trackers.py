@@ -47,8 +47,8 @@ class MetricsWriter:
     config asks for them.
 
     A resumed run first drops the rows after `start_step`, and a row that was cut off, so that no
-    step is logged twice. A row is one write at the end of the file, whole or not at all. Ranks other
-    than the first write nothing.
+    step is logged twice. A row is one write at the end of the file, whole or not at all. Ranks
+    other than the first write nothing.
 
     Args:
         run_dir: run folder; its config.yaml, where there is one, is shown in wandb.
