@@ -410,7 +410,7 @@ def test_the_line_printed_at_a_stop_resumes(
         code, out, err = shell("train", place / "tiny.yaml", f"out={tmp_path}/run", "train.steps=5")
     assert code == 0 and err == "" and "stopped by SIGTERM and saved at step 3" in out
     again = shlex.split(out.splitlines()[-1].partition("resume with: ")[2])
-    assert "going on from" in shell.good(*again[1:])
+    assert "resuming from" in shell.good(*again[1:])
     assert [row["step"] for row in numbers_of(tmp_path / "run")] == [1, 2, 3, 4, 5]
     assert "nothing to train" in shell.good(*again[1:])
 
