@@ -39,10 +39,10 @@ def decide(wanted: str, device: torch.device) -> bool:
     if any(shutil.which(name) for name in names):
         return True
     missing = f"{' or '.join(names)} is not on the PATH"
-    told = f"train.compile={wanted} needs a compiler for this {device.type}, and {missing}"
+    line = f"train.compile={wanted} needs a compiler for this {device.type}, and {missing}"
     if wanted == "always":
-        raise UserError(f"{told}; install one, or set train.compile=never")
-    console.say(f"{told}; going on without")
+        raise UserError(f"{line}; install one, or set train.compile=never")
+    console.say(f"{line}; continuing without it")
     return False
 
 

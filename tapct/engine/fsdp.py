@@ -37,7 +37,7 @@ def shard(network: Network, mesh: DeviceMesh, *, bf16: bool, keeps_gradient: boo
         mesh: replicate x shard.
         bf16: gather and compute in bf16.
         keeps_gradient: the student. The others have no backward pass after which FSDP would free
-            the gathered copy, and would go on with a copy from before its last move.
+            the gathered copy, and would compute with a copy from before its last move.
     """
     _register_outputs()
     compute = MixedPrecisionPolicy(

@@ -18,9 +18,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tapct.base.exits import SharedError, UserError
+from tapct.base.geometry import Grid, patch_grid
 from tapct.distributed.collectives import local_part, part_of_full
 from tapct.engine.checkpoint import Checkpoints, read_meta
-from tapct.nn.posembed import Grid, resize_positions
+from tapct.nn.posembed import resize_positions
 from tapct.run_folder import CheckpointFolder, ExportFolder, RunFolder, has_step_name
 from tapct.ssl.student_teacher import StudentTeacher
 
@@ -28,12 +29,12 @@ KINDS = ("missing", "resized", "unexpected")
 
 
 @dataclass(frozen=True)
-class Weights:
+class SourceWeights:
     """A backbone's tensors, read from disk.
 
     Args:
         tensors: by parameter name.
-        grid: patches (z, y, x) that its positions are learned for; None where nothing tells.
+        grid: patches (z, y, x) that its positions are learned for; None where unknown.
         source: file that they come from.
     """
 
@@ -54,20 +55,21 @@ class Report:
 
     def lines(self) -> list[str]:
         """One line per kind that occurs: its count and some of the names."""
-        told = [f"starting from {self.source}: {len(self.loaded)} parameters loaded"]
+        lines = [f"starting from {self.source}: {len(self.loaded)} parameters loaded"]
         for kind in KINDS:
             names = getattr(self, kind)
             if names:
-                told.append(
+                lines.append(
                     f"  {kind:<10} {len(names)}: "
                     f"{', '.join(names[:4])}{', ...' if len(names) > 4 else ''}"
                 )
-        return told
+        return lines
 
 
 def locate(path: Path) -> Path:
-    """The file with the weights that a path means; one rank looks, since a run that goes on changes
-    its answer.
+    """The file with the weights that a path means.
+
+    One rank locates it for all: a run that is training adds checkpoints meanwhile.
 
     Args:
         path: run folder (newest whole checkpoint), checkpoint folder, export folder, or a
@@ -79,10 +81,10 @@ def locate(path: Path) -> Path:
         return CheckpointFolder(path).teacher
     run = RunFolder(path)
     if run.checkpoints.path.is_dir():
-        found, _ = Checkpoints(run.checkpoints.path, keep=1).newest_whole()
-        if found is None:
+        newest, _ = Checkpoints(run.checkpoints.path, keep=1).newest_whole()
+        if newest is None:
             raise UserError(f"train.init={path}: that run holds no whole checkpoint yet")
-        return CheckpointFolder(found).teacher
+        return CheckpointFolder(newest).teacher
     for export in (ExportFolder(path), run.export):
         if export.weights.is_file():
             return export.weights
@@ -93,11 +95,11 @@ def locate(path: Path) -> Path:
     )
 
 
-def read(file: Path) -> Weights:
+def read(file: Path) -> SourceWeights:
     """Read a backbone's weights.
 
     Args:
-        file: from `locate`; what lies beside it tells the grid of its positions.
+        file: path from `locate`; a JSON file beside it holds the grid of its positions.
     Raises:
         UserError: it is damaged.
     """
@@ -115,23 +117,19 @@ def _grid(model: Mapping[str, object]) -> Grid | None:
     section = model.get("config", model)
     if not isinstance(section, Mapping) or "window" not in section or "patch" not in section:
         return None
-    z, y, x = (
-        int(size) // int(side)
-        for size, side in zip(section["window"], section["patch"], strict=True)
-    )
-    return z, y, x
+    return patch_grid(section["window"], section["patch"], "model.window")
 
 
-def _read_file(file: Path, grid: Grid | None) -> Weights:
+def _read_file(file: Path, grid: Grid | None) -> SourceWeights:
     """The tensors of one safetensors file."""
     try:
-        return Weights(load_file(file), grid, file)
+        return SourceWeights(load_file(file), grid, file)
     except (OSError, SafetensorError) as error:
         raise UserError(f"train.init: {file} cannot be read as safetensors: {error}") from error
 
 
 @torch.no_grad()
-def apply(weights: Weights, pair: StudentTeacher, allow: tuple[str, ...]) -> Report:
+def apply(weights: SourceWeights, pair: StudentTeacher, allow: tuple[str, ...]) -> Report:
     """Put weights into the backbone of student and teacher, sharded or whole; heads keep their
     first values.
 
@@ -151,7 +149,7 @@ def apply(weights: Weights, pair: StudentTeacher, allow: tuple[str, ...]) -> Rep
     for name in wanted.keys() & weights.tensors.keys():
         value, shape = weights.tensors[name], tuple(wanted[name].shape)
         if tuple(value.shape) != shape and name == "pos_embed" and weights.grid is not None:
-            grid = getattr(getattr(pair.student.backbone, "config", None), "grid", None)
+            grid = pair.student.backbone.position_grid
             value = value if grid is None else _resize(value, weights.grid, grid)
             resized.append(name)
         if tuple(value.shape) != shape:
@@ -172,9 +170,8 @@ def apply(weights: Weights, pair: StudentTeacher, allow: tuple[str, ...]) -> Rep
         names = getattr(report, kind)
         if names and kind not in allow:
             raise SharedError(
-                f"train.init: {len(names)} parameters of {weights.source} are {kind}, {names[0]} "
-                "for one; if that is "
-                f"meant, set train.init_allow=[{','.join([*allow, kind])}]"
+                f"train.init: {len(names)} parameters of {weights.source} are {kind}, e.g. "
+                f"{names[0]}; if that is intended, set train.init_allow=[{','.join([*allow, kind])}]"
             )
     teacher = dict(pair.teacher.backbone.named_parameters())
     for name, value in full.items():

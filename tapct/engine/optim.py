@@ -40,7 +40,7 @@ class GroupKey:
     """What the parameters of one group share.
 
     Args:
-        lr_factor: times the schedule's learning rate.
+        lr_factor: factor on the schedule's learning rate.
         decays: whether weight decay applies.
         is_last_layer: whether its learning rate is 0 while the last layer is frozen.
     """
@@ -62,7 +62,7 @@ def group_key(name: str, backbone: Backbone, config: Config) -> GroupKey:
 
     Args:
         name: dotted name within `Network`, e.g. `backbone.blocks.3.attn.qkv.weight`.
-        backbone: tells the layer of its own parameters.
+        backbone: backbone of the student, which knows the layer of each parameter.
         config: layer decay and patch-embedding factor.
     """
     decays = NO_DECAY.search("." + name) is None
@@ -122,14 +122,15 @@ class Updater:
         )
         device = next(pair.parameters()).device
         self.bad = torch.zeros((), device=device)
-        self.optimizer.found_inf = self.bad  # type: ignore[attr-defined]  # read by the fused kernel, as GradScaler sets it
+        # read by the fused kernel, as GradScaler sets it
+        self.optimizer.found_inf = self.bad  # type: ignore[attr-defined]
         self.optimizer.grad_scale = None  # type: ignore[attr-defined]
 
     def step(self, values: StepValues, total: Tensor, packet: Packet | None = None) -> UpdateReport:
         """Clip, check, AdamW, teacher, centres; then forget the gradients.
 
         Args:
-            values: of the schedules at this step.
+            values: values of the schedules at this step.
             total: scalar loss of this rank, the mean over its micro-batches.
             packet: other numbers that ranks add up in the same collective; reduced when this
                 returns.
@@ -141,11 +142,10 @@ class Updater:
         )
         for name, square in square_norms(self.pair.student).items():
             packet.sum(f"update/square_norm/{name}", square / self.num_copies)
-        pending = {
-            f"pending/{name}/{i}": x
-            for name, loss in self.pair.terms.items()
-            for i, x in enumerate(loss.pending())
-        }
+        pending: dict[str, Tensor] = {}
+        for name, loss in self.pair.terms.items():
+            for i, buffer in enumerate(loss.pending()):
+                pending[f"pending/{name}/{i}"] = buffer
         for name, buffer in pending.items():
             packet.sum(name, buffer)
         packet.reduce()
@@ -169,9 +169,8 @@ class Updater:
             frozen = key.is_last_layer and values.last_layer_frozen
             group["lr"] = 0.0 if frozen else values.lr * key.lr_factor
             group["weight_decay"] = values.wd if key.decays else 0.0
-            group["betas"] = (
-                self.config.betas
-            )  # of now: a checkpoint brings those that it was written with
+            # set again in each step: loading a checkpoint replaces them by those of its stage
+            group["betas"] = self.config.betas
         self.optimizer.step()
         self.pair.update_teacher(values.momentum, applied)
         for loss in self.pair.terms.values():
@@ -199,14 +198,13 @@ def clip(student: Network, norms: Mapping[str, Tensor], max_norm: float) -> None
     """Scale the gradients of each submodule by itself down to a norm, without asking the host.
 
     Args:
-        norms: of the whole gradient of each submodule, over all ranks.
+        norms: norm of the whole gradient of each submodule, over all ranks.
     """
     for name, module in student.submodules():
         gradients = local_gradients(module)
         if gradients:
-            factor = (max_norm / (norms[name] + 1e-6)).clamp(
-                max=1.0
-            )  # 1e-6 as torch.nn.utils.clip_grad_norm_
+            # 1e-6 as torch.nn.utils.clip_grad_norm_
+            factor = (max_norm / (norms[name] + 1e-6)).clamp(max=1.0)
             torch._foreach_mul_(gradients, factor.to(gradients[0].dtype))
 
 

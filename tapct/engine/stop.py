@@ -22,15 +22,16 @@ from torch import Tensor
 TIME_LIMIT = "time limit"
 FAILED_SAVE = "failed save"
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-REASONS = (FAILED_SAVE, *(one.name for one in SIGNALS), TIME_LIMIT)  # the first that holds is told
+# the first one that holds is reported
+REASONS = (FAILED_SAVE, *(one.name for one in SIGNALS), TIME_LIMIT)
 
 
 class StopFlag:
     """Remembers the first stop signal instead of dying from it; the second Ctrl-C goes through.
 
     Args:
-        device: where the step's collective runs.
-        alone: one process, which needs nobody's agreement.
+        device: device on which the step's collective runs.
+        alone: whether there is one process, which needs no agreement.
         deadline: `time.time()` after which training stops; infinite for none.
     """
 
@@ -60,7 +61,7 @@ class StopFlag:
             signal.signal(number, handler)  # type: ignore[arg-type]
 
     def reason(self) -> str:
-        """Why this rank would stop; empty to go on."""
+        """Why this rank would stop; empty to continue."""
         if self.failed_save:
             return FAILED_SAVE
         return self.signal or (TIME_LIMIT if time.time() > self.deadline else "")
@@ -76,7 +77,7 @@ class StopFlag:
         """Take in the sum over ranks of the step that was just queued, without waiting for it.
 
         Args:
-            summed: of `slots`, on the device.
+            summed: sum of `slots` over the ranks, on the device.
         """
         if self.device.type != "cuda":
             self.heard.append((summed.clone(), None))
@@ -88,7 +89,7 @@ class StopFlag:
         self.heard.append((host, event))
 
     def agreed(self) -> str:
-        """Why all ranks stop now, the same on every one; empty to go on."""
+        """Why all ranks stop now, the same on every one; empty to continue."""
         if self.alone:
             return self.reason()
         late = self.device.type == "cuda"

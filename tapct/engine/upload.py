@@ -1,5 +1,5 @@
-"""Batches go to the device on a stream of their own, so that a copy runs while the work before it
-is still going on.
+"""Batches go to the device on a stream of their own, so that a copy runs beside the computation
+before it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Upload:
         """The batch on the device, ready for the current stream.
 
         Args:
-            batch: in pinned memory, else the copy waits.
+            batch: batch in pinned memory; otherwise the copy waits for the host.
         """
         if self.stream is None:
             return batch.to(self.device)
@@ -34,8 +34,7 @@ class Upload:
         with torch.cuda.stream(self.stream):
             moved = batch.to(self.device)
         computing.wait_event(self.stream.record_event())
-        for field in fields(
-            moved
-        ):  # its memory goes to no later copy before the work on it is done
+        for field in fields(moved):
+            # its memory goes to no later copy before the computation with it is done
             getattr(moved, field.name).record_stream(computing)
         return moved

@@ -261,6 +261,7 @@ class VisionTransformer(Backbone):
         self.dim = config.dim
         self.patch = config.patch
         self.attention = config.attention
+        self.position_grid = None if config.positions == "rope" else config.grid
         self.num_blocks = config.depth
         self.needs_spacing = config.turns and config.rope.coordinates == "mm"
         device = torch.get_default_device()

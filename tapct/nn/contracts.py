@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tapct.base.geometry import Size3
+from tapct.base.geometry import Grid, Size3
 from tapct.nn.layers import DropKey
 from tapct.types import LossResult, Tokens, TokenSets
 
@@ -59,6 +59,8 @@ class Backbone(nn.Module):
             need no such argument.
         attention: attention back-end that its `Config` asks for, a name of `tapct.nn.backends`;
             empty where it has no choice.
+        position_grid: patches (z, y, x) that its parameter `pos_embed` has positions for; None
+            where it learns none.
     """
 
     dim: int
@@ -66,6 +68,7 @@ class Backbone(nn.Module):
     num_blocks: int
     needs_spacing: bool = False
     attention: str = ""
+    position_grid: Grid | None = None
 
     @abstractmethod
     def forward(
@@ -83,7 +86,7 @@ class Backbone(nn.Module):
             crops: groups, each of one size, normalised.
             masks: per group bool (B, N), True where the mask token stands for the patch; None for
                 none.
-            key: of draws in training, such as stochastic depth; None, or eval mode, for none.
+            key: key of draws in training, such as stochastic depth; None, or eval mode, for none.
         """
 
     @abstractmethod
@@ -149,10 +152,10 @@ def encode(
 
 @dataclass(frozen=True)
 class SnapshotTimes:
-    """When the teacher's backbone is copied aside for a loss that looks at it as it was.
+    """When the teacher's backbone is copied aside for a loss that uses an earlier teacher.
 
     Args:
-        start: finished optimizer steps at the first copy; before that there is nothing to look at.
+        start: finished optimizer steps at the first copy; before that there is none.
         every: steps from one copy to the next; 0: only the first.
     """
 

@@ -50,14 +50,14 @@ def read_config(path: Path, overrides: Sequence[str]) -> Resolved:
 
 
 def train(resolved: Resolved, allow_change: bool = False, command: str = "") -> loop.Stop:
-    """Pretrain as the config says, going on from the newest whole checkpoint of the run folder.
+    """Pretrain as the config says; resume from the newest whole checkpoint of the run folder.
 
     Every rank of a run calls it; the launcher's environment says which one this is.
 
     Args:
-        resolved: the config.
-        allow_change: go on from a checkpoint although keys differ that shape the curve.
-        command: what started the run, for run.json; empty: this process's own command line.
+        resolved: config of the run.
+        allow_change: whether to resume even though settings that affect training have changed.
+        command: command that started the run, for run.json; empty: this process's own.
     Returns:
         How the run ended.
     Raises:
@@ -81,10 +81,10 @@ class Pretraining:
     """The parts of one pretraining, put together on one rank.
 
     Args:
-        resolved: the config.
+        resolved: config of the run.
         world: this rank among the others.
-        allow_change: go on although keys differ that shape the curve.
-        command: as in `train`.
+        allow_change: whether to resume even though settings that affect training have changed.
+        command: command that started the run, as in `train`.
     """
 
     def __init__(
@@ -109,13 +109,13 @@ class Pretraining:
         self.check_share()
         # what was asked of the first start must not end one that a launcher has started again
         wanted = "auto" if ranks.restarts(os.environ) else config.train.resume
-        found = collectives.from_first(
+        saved = collectives.from_first(
             lambda: find_start(self.checkpoints, wanted, config, self.allow_change)
         )
         pair = self.build_pair()
         updater = optim.Updater(pair, config.optim, self.world.num_copies)
         start = (
-            self.restore(found, pair, updater) if found is not None else self.first_weights(pair)
+            self.restore(saved, pair, updater) if saved is not None else self.first_weights(pair)
         )
         if start >= config.train.steps:
             console.say(f"{config.out} has all its {config.train.steps} steps; nothing to train")
@@ -219,29 +219,29 @@ class Pretraining:
                 console.say(line)
         return 0
 
-    def restore(self, found: Path, pair: StudentTeacher, updater: optim.Updater) -> int:
+    def restore(self, saved: Path, pair: StudentTeacher, updater: optim.Updater) -> int:
         """Bring a checkpoint back; returns its step.
 
         Raises:
             UserError: it was trained on another archive.
         """
-        began, meta = time.perf_counter(), checkpoint.read_meta(found)
+        began, meta = time.perf_counter(), checkpoint.read_meta(saved)
         if meta.data_digest != self.store.digest:
             then, now = meta.data_digest[:12], self.store.digest[:12]
-            told = f"{found} was trained on another archive (digest {then}, now {now})"
+            line = f"{saved} was trained on another archive (digest {then}, now {now})"
             if self.config.data.on_change == "refuse":
                 raise SharedError(
-                    f"{told}; point data.store at the old one, set data.on_change=rebase, or "
+                    f"{line}; point data.store at the old one, set data.on_change=rebase, or "
                     "start a new run with "
                     "another out="
                 )
-            console.say(f"{told}; going on with the new one")
-        checkpoint.load(found, pair, updater.optimizer)
-        if self.world.ranks.is_first and found.parent == self.checkpoints.folder:
-            self.checkpoints.announce(found)
+            console.say(f"{line}; continuing with the new one")
+        checkpoint.load(saved, pair, updater.optimizer)
+        if self.world.ranks.is_first and saved.parent == self.checkpoints.folder:
+            self.checkpoints.announce(saved)
         took = time.perf_counter() - began
         console.say(
-            f"going on from {found} at step {meta.step} of {self.config.train.steps}, read in "
+            f"resuming from {saved} at step {meta.step} of {self.config.train.steps}, read in "
             f"{took:.1f} s"
         )
         return meta.step
@@ -294,7 +294,7 @@ class Pretraining:
             except UserError as error:
                 if settings.on_error == "stop":
                     raise
-                console.say(f"going on without it: {error}")
+                console.say(f"continuing without it: {error}")
             try:
                 self.checkpoints.begin(meta, pair, updater.optimizer)
                 if last or not settings.asynchronous:
@@ -302,7 +302,7 @@ class Pretraining:
             except UserError as error:
                 if last or settings.on_error == "stop":
                     raise
-                console.say(f"going on without it: {error}")
+                console.say(f"continuing without it: {error}")
             self.evaluations.expect(step, last=step == self.config.train.steps)
 
         def look_after() -> bool:

@@ -1,11 +1,11 @@
-"""Whether a run may go on from a checkpoint: which keys may differ, which data, and which
+"""Whether a run may resume from a checkpoint: which keys may differ, which data, and which
 checkpoint it is.
 
 | what changed | what happens |
 |---|---|
-| where and how it runs (`HARMLESS`): out, device, ranks, sharding, logging, loader's workers, evaluation | goes on |
-| what shapes the curve: model, views, losses, schedule, global batch, seed, ... | refused; `--allow-change` goes on |
-| the archive (digest of the store) | refused; `data.on_change=rebase` goes on with the new one |
+| where and how it runs (`HARMLESS`): out, device, ranks, logging, evaluation ... | resumes |
+| what affects training: model, views, losses, ... | refused; `--allow-change` resumes |
+| the archive (digest of the store) | refused; `data.on_change=rebase` takes the new one |
 """
 
 from __future__ import annotations
@@ -50,13 +50,14 @@ WORDS = ("auto", "must", "never")
 def find_start(
     checkpoints: Checkpoints, wanted: str, config: Any, allow_change: bool
 ) -> Path | None:
-    """The checkpoint to go on from, or None for a new run; damaged ones are named and passed over.
+    """The checkpoint to resume from, or None for a new run; damaged ones are named and skipped.
 
     Args:
         checkpoints: of the run folder.
         wanted: `auto`, `must`, `never`, or the path of a checkpoint or of another run's folder.
         config: of now, a RunConfig.
-        allow_change: go on although keys differ that shape the curve; they are told.
+        allow_change: whether to resume even though settings that affect training have changed;
+            they are logged.
     Raises:
         UserError: `must` finds none, `never` finds one, the path is no whole checkpoint, or the
             config does not fit.
@@ -65,7 +66,7 @@ def find_start(
         raise UserError(
             f"train.resume={wanted}: neither one of {', '.join(WORDS)} nor a path that exists"
         )
-    found, complaints = checkpoints.newest_whole()
+    saved, complaints = checkpoints.newest_whole()
     for complaint in complaints:
         console.say(complaint)
     if wanted == "never" and checkpoints.finished():
@@ -73,27 +74,27 @@ def find_start(
         raise UserError(
             f"{folder} holds checkpoints and train.resume=never; choose another out= or remove it"
         )
-    if found is None and complaints:
+    if saved is None and complaints:
         raise UserError(
             f"every checkpoint of {checkpoints.folder.parent} is damaged; choose another out= to "
             "start anew"
         )
-    if found is None and wanted not in WORDS:
-        found = named_checkpoint(Path(wanted))
-    if found is None:
+    if saved is None and wanted not in WORDS:
+        saved = named_checkpoint(Path(wanted))
+    if saved is None:
         if wanted == "must":
             raise UserError(
                 f"train.resume=must, but {checkpoints.folder} holds no whole checkpoint"
             )
         return None
     changed = changed_keys(
-        with_new_keys(checkpoint.read_meta(found).config, type(config)), to_dict(config)
+        with_new_keys(checkpoint.read_meta(saved).config, type(config)), to_dict(config)
     )
     if changed and not allow_change:
-        raise UserError(what_changed(changed, found))
+        raise UserError(what_changed(changed, saved))
     for key, old, new in changed:
         console.say(f"--allow-change: {key} was {old} and is {new} from here on")
-    return found
+    return saved
 
 
 def named_checkpoint(path: Path) -> Path:
@@ -107,14 +108,14 @@ def named_checkpoint(path: Path) -> Path:
         if complaint is not None:
             raise UserError(f"train.resume={path}: it is damaged: {complaint}")
         return path
-    found, complaints = Checkpoints(RunFolder(path).checkpoints.path, keep=1).newest_whole()
+    saved, complaints = Checkpoints(RunFolder(path).checkpoints.path, keep=1).newest_whole()
     for complaint in complaints:
         console.say(complaint)
-    if found is None:
+    if saved is None:
         raise UserError(
             f"train.resume={path}: neither a checkpoint nor a run folder with a whole one"
         )
-    return found
+    return saved
 
 
 def with_new_keys(old: dict[str, Any], cls: type) -> dict[str, Any]:
@@ -123,7 +124,7 @@ def with_new_keys(old: dict[str, Any], cls: type) -> dict[str, Any]:
     """
     try:
         return to_dict(from_dict(cls, upgraded(old), "checkpoint"))
-    except UserError:  # a key is gone, or a value is refused now: told as it stands
+    except UserError:  # a key is gone, or a value is refused now: it is reported as it stands
         return old
 
 
@@ -136,8 +137,8 @@ def changed_keys(old: dict[str, Any], new: dict[str, Any]) -> list[tuple[str, An
     return [(key, before.get(key), after.get(key)) for key in keys if not key.startswith(HARMLESS)]
 
 
-def what_changed(changed: list[tuple[str, Any, Any]], found: Path) -> str:
-    """The line that refuses to go on from a checkpoint, with every key that differs."""
+def what_changed(changed: list[tuple[str, Any, Any]], saved: Path) -> str:
+    """The line that refuses to resume from a checkpoint, with every key that differs."""
     (key, old, new), *others = changed
     named, beyond = (
         [other for other, _, _ in others[:8]],
@@ -145,7 +146,6 @@ def what_changed(changed: list[tuple[str, Any, Any]], found: Path) -> str:
     )
     more = f" (also changed: {', '.join(named)}{beyond})" if others else ""
     return (
-        f"{key} was {old} when {found} was written and is {new} now{more}; a run keeps what "
-        "shapes its curve. "
-        "Set it back, choose another out=, or go on all the same with --allow-change"
+        f"{key} was {old} when {saved} was written and is {new} now{more}; settings that affect "
+        "training cannot change on resume. Restore it, choose another out=, or pass --allow-change"
     )

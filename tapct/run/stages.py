@@ -1,14 +1,14 @@
 """Stages: parts of one run with other settings, each from a step on until the next one begins or
 the run ends.
 
-Before the first stage the config itself holds. A stage is the config with its own `key=value` words
-over it, and
-nothing of the stages before: each can be read by itself. Weights, moments, centres, the sampler and
-    all draws go on.
+Before the first stage the config itself holds. A stage is the config with its own `key=value`
+overrides, and takes nothing from the stages before it: each can be read by itself. Weights, moments,
+centres, the sampler and all draws continue.
 
 | key | in a stage |
 |---|---|
-| `views.*`, `masks.*`, `losses.*`, `optim.*`, `data.loader.*`, `train.accumulation` | may change (`MAY_CHANGE`) |
+| `views.*`, `masks.*`, `losses.*`, `optim.*`, `data.loader.*` | may change (`MAY_CHANGE`) |
+| `train.accumulation` | may change |
 | heads, which losses there are, lr factors of layers | refused (`KEPT`) |
 | everything else: model, contract, seed, length, batch, archive, logging, ... | refused |
 """
@@ -28,7 +28,7 @@ from tapct.ssl import needs
 
 MAY_CHANGE = ("views.", "masks.", "losses.", "optim.", "data.loader.", "train.accumulation")
 HEADS_STAY = "the heads are made once"
-# Pattern of a key, and why it keeps its value for the whole run; the first that fits is told.
+# Pattern of a key, and why it keeps its value for the whole run; the first match is reported.
 KEPT = (
     (r"losses\..*\bhead\.", HEADS_STAY),
     (r"optim\.(layer_decay|patch_embed_lr_factor)$", "the optimizer's groups are formed once"),
@@ -86,9 +86,9 @@ def parts_of(config: Any, stages: Sequence[StageConfig], steps: int) -> list[Par
         ConfigError: a stage that never holds, or that sets what is unknown, wrong, or kept for the
             whole run.
     """
-    found = [Part(0, steps, config)]
+    parts = [Part(0, steps, config)]
     for stage in stages:
-        name, before = f"stages[{len(found) - 1}]", found[-1]
+        name, before = f"stages[{len(parts) - 1}]", parts[-1]
         if before.start >= stage.start:
             raise ConfigError(
                 f"{name}.start {stage.start} is not after {before.start}, where {before.name} "
@@ -98,10 +98,10 @@ def parts_of(config: Any, stages: Sequence[StageConfig], steps: int) -> list[Par
             raise ConfigError(
                 f"{name}.start {stage.start} is not less than train.steps {steps}; lower it"
             )
-        found[-1] = dataclasses.replace(before, stop=stage.start)
+        parts[-1] = dataclasses.replace(before, stop=stage.start)
         words = " ".join(stage.set) or "the config itself"
-        found.append(Part(stage.start, steps, config_of(config, stage, name), name, words))
-    return found
+        parts.append(Part(stage.start, steps, config_of(config, stage, name), name, words))
+    return parts
 
 
 def config_of(config: Any, stage: StageConfig, name: str) -> Any:

@@ -26,7 +26,7 @@ class StepOutput:
     Args:
         total: scalar, the sum of all terms: what is optimised.
         results: one per loss, in the order of the config.
-        tokens: of student and teacher, for the health numbers.
+        tokens: tokens of student and teacher, for the health numbers.
     """
 
     total: Tensor
@@ -47,10 +47,10 @@ def forward(
     Args:
         pair: student, teacher and losses.
         views: normalised crops, crop-major.
-        masks: of the global crops.
+        masks: block masks of the global crops.
         teacher_temp: temperature of the teacher's targets at this step.
-        key: of the student's draws, such as stochastic depth; None for none.
-        use_snapshot: run the snapshot too; of this step, from `StudentTeacher.uses_snapshot`.
+        key: key of the student's draws, such as stochastic depth; None for none.
+        use_snapshot: whether to run the snapshot too, from `StudentTeacher.uses_snapshot`.
     Returns:
         The total with its parts.
     """
@@ -86,5 +86,5 @@ def forward(
     )
     results = tuple(loss(sets, *pair.heads_of(loss)) for loss in pair.terms.values())
     total = torch.stack([term.value for result in results for term in result.terms]).sum()
-    # nobody looks at the snapshot's tokens after the losses
+    # nothing reads the snapshot's tokens after the losses
     return StepOutput(total, results, replace(sets, snapshot_global=None))

@@ -41,15 +41,15 @@ class StudentTeacher(nn.Module):
 
     Args:
         model: the backbone's plug-in section.
-        losses: the loss plug-in sections, in the order in which they are summed.
-        seed: of the initial weights.
-        device: of parameters and loss state.
-        dtype: of parameters and loss state.
-        shard: shards a network in place, before it has values; the bool is True for the student.
-            None: this rank holds all of it.
+        losses: plug-in sections of the losses, in the order in which they are summed.
+        seed: random seed of the initial weights.
+        device: device of parameters and loss state.
+        dtype: dtype of parameters and loss state.
+        shard: function that shards a network in place, before it has values; its second argument is
+            True for the student. None: this rank holds all of it.
     Raises:
-        UserError: no loss is switched on, a loss shares a head that is not there or not equal, or two
-            losses want snapshots of different steps.
+        UserError: no loss is switched on, a loss shares a head that is not there or not equal, or
+            two losses want snapshots of different steps.
     """
 
     snapshot_taken: Tensor
@@ -138,9 +138,9 @@ class StudentTeacher(nn.Module):
                 shape, or want the snapshot at other steps.
         """
         assert [each.name for each in losses] == list(self.terms)
-        found: dict[str, Loss] = {}
+        terms: dict[str, Loss] = {}
         for each in losses:
-            old = found[each.name] = self.terms[each.name]
+            old = terms[each.name] = self.terms[each.name]
             if old.config == each.config:
                 continue
             with torch.random.fork_rng(devices=[]):  # a draw here must not move those of training
@@ -158,9 +158,9 @@ class StudentTeacher(nn.Module):
                     f"losses.{each.name}: the teacher's copy has one timetable, which cannot change"
                 )
             like = next(self.parameters())
-            found[each.name] = new.to(like.device, like.dtype).train(old.training)
-            found[each.name].load_state_dict(old.state_dict())
-        return found
+            terms[each.name] = new.to(like.device, like.dtype).train(old.training)
+            terms[each.name].load_state_dict(old.state_dict())
+        return terms
 
     def change_losses(self, losses: Sequence[Plugin]) -> None:
         """Go on with other settings of the same losses; see `with_settings`."""

@@ -46,7 +46,7 @@ def test_auto_is_no_on_a_cpu_and_yes_on_a_gpu_with_a_compiler(
     }  # fmt: skip
     monkeypatch.setattr(compiled.shutil, "which", lambda name: None)
     assert not compiled.decide("auto", CUDA)
-    assert "going on without" in capsys.readouterr().out
+    assert "continuing without it" in capsys.readouterr().out
 
 
 def test_no_compiler_is_one_line(

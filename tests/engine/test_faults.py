@@ -71,7 +71,7 @@ def test_torchrun_restarts_a_run_whose_rank_was_killed(
     launcher = start(
         2, tmp_path, store, *PLAIN, IN_TURN, torchrun=("--max-restarts=1",), fault="0 7 SIGKILL"
     )
-    assert "going on from" in good(ended(launcher))
+    assert "resuming from" in good(ended(launcher))
     assert_equal_runs(tmp_path / "run", undisturbed, tmp_path)
 
 

@@ -207,7 +207,7 @@ def test_a_save_that_failed_costs_only_itself(
     monkeypatch.setattr(Checkpoints, "_complete", full)
     words = ("checkpoint.keep=9", "checkpoint.on_error=continue")
     assert pretrain.train(config_of(tmp_path, store, *words)) == loop.Stop(STEPS)
-    assert "going on without it: checkpoint of step 4" in capsys.readouterr().out
+    assert "continuing without it: checkpoint of step 4" in capsys.readouterr().out
     found = Checkpoints(tmp_path / "run" / "checkpoints", keep=9).finished()
     assert [path.name for path in found] == ["step_00000008", "step_00000012"]
 

@@ -54,7 +54,7 @@ def test_positions_of_another_window_are_resized_when_that_is_meant(
 ) -> None:
     wider = (f"train.init={trained}", "model.window=[4,24,24]", "views.global_window=[4,24,24]")
     with pytest.raises(
-        UserError, match=r"1 parameters .* are resized, pos_embed .* train.init_allow=\[resized\]"
+        UserError, match=r"1 parameters .* are resized, e.g. pos_embed.* train.init_allow=\[resized\]"
     ):
         first_teacher(tmp_path, store, *wider)
     found = first_teacher(tmp_path, store, *wider, "train.init_allow=[resized]")
@@ -73,10 +73,10 @@ def test_missing_and_unexpected_parameters_are_named_and_must_be_meant(
     tensors["extra.weight"] = tensors.pop("norm.weight")
     save_file(tensors, tmp_path / "odd.safetensors")
     source = f"train.init={tmp_path / 'odd.safetensors'}"
-    with pytest.raises(UserError, match="are missing, norm.weight for one"):
+    with pytest.raises(UserError, match="are missing, e.g. norm.weight"):
         first_teacher(tmp_path, store, source)
     with pytest.raises(
-        UserError, match=r"are unexpected, extra.weight for one; .*\[missing,unexpected\]"
+        UserError, match=r"are unexpected, e.g. extra.weight; .*\[missing,unexpected\]"
     ):
         first_teacher(tmp_path, store, source, "train.init_allow=[missing]")
     found = first_teacher(tmp_path, store, source, "train.init_allow=[missing,unexpected]")

@@ -103,7 +103,7 @@ def test_a_run_goes_on_at_other_numbers_of_ranks(
     for world, stop in ((1, 5), (2, 9), (4, 15)):
         said = good(train(world, moved, store, *words, fault=f"{world - 1} {stop} SIGTERM"))
         assert f"stopped by SIGTERM and saved at step {stop}" in said  # whichever rank was told
-    assert "going on from" in good(train(1, moved, store, *words))
+    assert "resuming from" in good(train(1, moved, store, *words))
     assert largest_difference(moved / "run", alone / "run", ("loss/", "ce/")) < 1e-4
 
 
