@@ -1,13 +1,11 @@
-"""What each part of the recipe is worth: short runs with one thing changed, over several seeds,
-judged by frozen Dice.
+"""Measure what each part of the recipe contributes: short runs with one change, several seeds.
 
-    python scripts/ablation.py data/quickstart/store                   # all variants, seeds 0 1 2, two runs at a time
-    python scripts/ablation.py STORE full "no iBOT" --seeds 0 1 --set optim.lr=5e-4 --json
-    ablation.json
+    python scripts/ablation.py data/quickstart/store                # all variants, seeds 0 1 2
+    python scripts/ablation.py STORE full "no iBOT" --seeds 0 1 --set optim.lr=5e-4
 
-Every run is `tapct train` and `tapct eval` on configs/smoke.yaml with STEPS steps in one thread.
-Runs that are whole are not done again. The table gives mean and sample standard deviation over
-seeds; the lead is over the untrained network of the same seed.
+Every run is `tapct train` and `tapct eval` on configs/smoke.yaml, with STEPS steps in one thread.
+Finished runs are not repeated. The table gives mean and sample standard deviation over seeds; the
+lead is the Dice above that of the untrained network of the same seed.
 """
 
 from __future__ import annotations
@@ -91,7 +89,7 @@ def outcome(out: Path) -> dict[str, float]:
 
 
 def run(variant: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
-    """One run, trained and judged unless it already is."""
+    """Train and evaluate one run, unless that is done already."""
     out = options.out / f"{variant.replace(' ', '_')}-{seed}"
     words = [
         f"out={out}",
@@ -156,22 +154,34 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "store", type=Path, help="of phantom scans with labels, as the quickstart leaves it"
+        "store", type=Path, help="store of phantom scans with labels, as the quickstart makes it"
     )
     parser.add_argument(
-        "variants", nargs="*", metavar="VARIANT", help=f"of {', '.join(VARIANTS)}; default all"
+        "variants",
+        nargs="*",
+        metavar="VARIANT",
+        help=f"variants to run: {', '.join(VARIANTS)}; default all",
     )
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument(
-        "--set", nargs="+", default=[], metavar="key=value", help="changes that all variants share"
+        "--seeds", type=int, nargs="+", default=[0, 1, 2], help="random seeds, default 0 1 2"
     )
-    parser.add_argument("--out", type=Path, default=Path("runs/ablation"))
-    parser.add_argument("--jobs", type=arguments.positive, default=2, help="runs at a time")
-    parser.add_argument("--json", type=Path, help="write the numbers of every run there too")
+    parser.add_argument(
+        "--set", nargs="+", default=[], metavar="key=value", help="overrides for all variants"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("runs/ablation"),
+        help="folder of runs, default %(default)s",
+    )
+    parser.add_argument(
+        "--jobs", type=arguments.positive, default=2, help="runs at the same time, default 2"
+    )
+    parser.add_argument("--json", type=Path, help="JSON file to write the figures of every run to")
     options = parser.parse_intermixed_args()
     unknown = [name for name in options.variants if name not in VARIANTS]
     if unknown:
-        parser.error(f"there is no variant {unknown[0]!r}; choose of {', '.join(VARIANTS)}")
+        parser.error(f"unknown variant {unknown[0]!r}; choose from {', '.join(VARIANTS)}")
     asked = [(name, seed) for seed in options.seeds for name in options.variants or VARIANTS]
     with ThreadPoolExecutor(options.jobs) as pool:
         rows = list(pool.map(lambda pair: run(pair[0], pair[1], options), asked))

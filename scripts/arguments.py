@@ -1,6 +1,4 @@
-"""Types of command-line arguments that the scripts share; a wrong one is refused in one line, as
-`tapct` does.
-"""
+"""Types of command-line arguments that the scripts share; a wrong value is refused in one line."""
 
 from __future__ import annotations
 
@@ -9,24 +7,24 @@ import argparse
 import torch
 
 
-def whole(word: str) -> int:
-    """argparse type: a whole number, 0 or more."""
-    if not word.isdigit():
-        raise argparse.ArgumentTypeError(f"{word!r} is no whole number")
-    return int(word)
+def whole(text: str) -> int:
+    """argparse type: an integer, 0 or more."""
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} is not an integer of 0 or more")
+    return int(text)
 
 
-def positive(word: str) -> int:
-    """argparse type: a whole number above 0."""
-    if not word.isdigit() or int(word) < 1:
-        raise argparse.ArgumentTypeError(f"{word!r} is no whole number above 0")
-    return int(word)
+def positive(text: str) -> int:
+    """argparse type: an integer above 0."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not an integer above 0")
+    return int(text)
 
 
-def device(word: str) -> str:
-    """argparse type: a device that is there."""
-    if word not in ("cpu", "cuda"):
-        raise argparse.ArgumentTypeError(f"{word!r} is neither cpu nor cuda")
-    if word == "cuda" and not torch.cuda.is_available():
-        raise argparse.ArgumentTypeError("this torch sees no CUDA GPU; tapct doctor shows why")
-    return word
+def device(text: str) -> str:
+    """argparse type: a device of this machine."""
+    if text not in ("cpu", "cuda"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither cpu nor cuda")
+    if text == "cuda" and not torch.cuda.is_available():
+        raise argparse.ArgumentTypeError("torch sees no CUDA GPU; run tapct doctor for the reason")
+    return text

@@ -1,11 +1,10 @@
-"""How fast slabs come from a store, as a ratio to the same slabs from memory-mapped .npy files
-beside it.
+"""Measure how fast slabs are read from a store, beside the same slabs in memory-mapped .npy files.
 
     python scripts/bench_loader.py --json bench_loader.json
-    python scripts/bench_loader.py --store /data/store --depth 24      # your own scans, no .npy reference
+    python scripts/bench_loader.py --store /data/store --depth 24    # your scans, no .npy reference
 
-The scans are made up: a body with organs and the correlated noise of a soft kernel, air outside.
-All files lie in the page cache, so this measures decompression and copying, not the disk.
+The scans are synthetic: a body with organs and the correlated noise of a soft kernel, air outside.
+All files are in the page cache, so decompression and copying are measured, not the disk.
 """
 
 from __future__ import annotations
@@ -67,7 +66,7 @@ def write_store(folder: Path, scans: list[np.ndarray], level: int) -> Store:
     return Store(folder)
 
 
-Reader = Callable[[int], None]  # reads so many steps
+Reader = Callable[[int], None]  # reads a number of steps
 
 
 @contextmanager
@@ -109,7 +108,7 @@ def measure(
     rates: dict[str, list[float]] = {name: [] for name in readers}
     cpu_ms: dict[str, list[float]] = {name: [] for name in readers}
     for _, (name, read) in itertools.product(range(rounds), readers.items()):
-        read(3)  # what was read ahead before the clock ran
+        read(3)  # consumes what was read ahead before the clock started
         started, cpu_started = time.perf_counter(), time.process_time()
         read(num_steps)
         rates[name].append(num_steps * BATCH / (time.perf_counter() - started))
@@ -124,7 +123,7 @@ def show(found: dict[str, dict[str, float]]) -> None:
     for name, row in found.items():
         line = (
             f"  {name:>10}: {row['samples_per_s']:8.1f} samples/s, {row['cpu_ms']:6.2f} ms of "
-            "processor a sample"
+            "processor time per sample"
         )
         if reference is not None:
             row["over_npy"] = row["samples_per_s"] / reference["samples_per_s"]
@@ -186,7 +185,7 @@ def run_case(name: str, folder: Path, num_steps: int) -> dict[str, Any]:
     for level, row in case["levels"].items():
         print(
             f"  level {level}: size {row['size_ratio']:.3f}, pack {row['pack_MB_per_cpu_s']:.0f} "
-            "MB/s of processor, "
+            "MB per second of processor time, "
             f"slab {row['read_cpu_ms']:.1f} ms = {row['read_over_npy']:.1f} x npy"
         )
     return case
@@ -196,13 +195,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--json", type=Path, help="write the figures there")
+    parser.add_argument("--json", type=Path, help="JSON file to write the figures to")
     parser.add_argument(
-        "--steps", type=arguments.positive, default=20, help="steps of the shortest measurement"
+        "--steps",
+        type=arguments.positive,
+        default=20,
+        help="steps of each measurement, default %(default)s",
     )
-    parser.add_argument("--store", type=Path, help="measure this store instead of made-up scans")
+    parser.add_argument("--store", type=Path, help="store to measure instead of synthetic scans")
     parser.add_argument(
-        "--depth", type=arguments.positive, default=24, help="slices per slab, with --store"
+        "--depth",
+        type=arguments.positive,
+        default=24,
+        help="slices per slab of --store, default %(default)s",
     )
     options = parser.parse_args()
     result: dict[str, Any] = {

@@ -1,13 +1,12 @@
-"""Forward and backward of the backbone against the machine's own matrix-product rate, measured
-beside it.
+"""Time forward and backward of the backbone, beside the matrix-product rate of the machine.
 
-    python scripts/bench_model.py [--dim 128] [--depth 4] [--globals 16] [--locals 16] [--seconds
-    20] [--compile]
+    python scripts/bench_model.py
+    python scripts/bench_model.py --dim 384 --depth 12 --seconds 60 --compile
 
-Per variant: milliseconds and, over the FLOPs of the whole pass, the share of the float32 GEMM rate
-(2048 cubed, all cores). The variants take turns, so that a busy machine disturbs all of them alike;
-the figures are medians. Then, what stochastic depth by subsets saves, beside the share of crops
-that it drops.
+Columns: variant, milliseconds per pass, GFLOP/s over the FLOPs of the whole pass, and the share of
+the float32 GEMM rate (2048 cubed, all cores). The variants take turns, so that other load on the
+machine affects all of them alike; the figures are medians. The last lines compare the time that
+stochastic depth by subsets saves with the share of crops that it drops.
 """
 
 from __future__ import annotations
@@ -40,9 +39,15 @@ def forward_flops(config: vit.Config, groups: list[Tensor]) -> float:
     for group in groups:
         window = (group.shape[1], group.shape[2], group.shape[3])
         costs = plan.tables(
-            config, num_globals=group.shape[0], global_window=window, num_locals=0, local_window=window, head_uses=(),
-            masked_share=0.0, global_batch=1,
-        )  # fmt: skip
+            config,
+            num_globals=group.shape[0],
+            global_window=window,
+            num_locals=0,
+            local_window=window,
+            head_uses=(),
+            masked_share=0.0,
+            global_batch=1,
+        )
         total += sum(part.teacher_flops for part in costs.parts)
     return total
 
@@ -57,7 +62,13 @@ def train(model: vit.VisionTransformer, passes: list[Pass], key: DropKey | None 
 def variants(
     config: vit.Config, groups: list[Tensor], fast: bool
 ) -> dict[str, tuple[Callable[[], object], float]]:
-    """What is timed: name -> one run and its FLOPs; `fast`: compiled blocks too."""
+    """The variants to time: name -> function of one pass, FLOPs of that pass.
+
+    Args:
+        config: backbone.
+        groups: crops of each size.
+        fast: whether to add a variant with compiled blocks.
+    """
     model, some, half = (vit.build(replace(config, drop_path=drop)) for drop in (0.0, 0.1, 0.5))
     masks = [
         torch.rand(group.shape[0], model.patch_embed.unfold(group[:1]).shape[0]) < 0.15
@@ -99,30 +110,30 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    for name, default in (
-        ("dim", 128),
-        ("depth", 4),
-        ("globals", 16),
-        ("locals", 16),
-        ("seconds", 20),
-    ):
+    sizes = {
+        "dim": (128, "width of the tokens, a multiple of 64"),
+        "depth": (4, "number of blocks"),
+        "globals": (16, "global crops of 8x64x64 voxels"),
+        "locals": (16, "local crops of 8x32x32 voxels; 0 for none"),
+        "seconds": (20, "time to measure"),
+    }
+    for name, (default, meaning) in sizes.items():
+        kind = arguments.whole if name == "locals" else arguments.positive
         parser.add_argument(
-            f"--{name}",
-            type=arguments.whole if name == "locals" else arguments.positive,
-            default=default,
+            f"--{name}", type=kind, default=default, help=f"{meaning}, default {default}"
         )
     parser.add_argument(
         "--cpu-time",
         action="store_true",
-        help="count processor time: for a busy machine, with 1 thread",
+        help="measure processor time instead of wall time; on a busy machine, with one thread",
     )
     parser.add_argument(
         "--compile", action="store_true", help="time compiled blocks too; compiling takes minutes"
     )
-    parser.add_argument("--json", type=Path, help="write the figures there")
+    parser.add_argument("--json", type=Path, help="JSON file to write the figures to")
     args = parser.parse_args()
     if args.dim % 64:
-        parser.error(f"--dim {args.dim} is no multiple of 64, the width of a head")
+        parser.error(f"--dim {args.dim} is not a multiple of 64, the width of an attention head")
     clock = time.process_time if args.cpu_time else time.perf_counter
     config = vit.Config(
         window=(8, 64, 64),

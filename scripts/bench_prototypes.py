@@ -1,12 +1,12 @@
-"""The fused prototype loss beside plain matrix products of the same FLOPs, in time and memory.
+"""Time and memory of the fused prototype loss, beside plain matrix products.
 
-    python scripts/bench_prototypes.py                              # M 20,000, K 65,536, width 256, as in TAP-CT
+    python scripts/bench_prototypes.py       # 20,000 rows, 65,536 prototypes, width 256, as TAP-CT
     python scripts/bench_prototypes.py --rows 2000 --device cuda --json out.json
 
-The chain beside it does nothing but the products that the loss cannot avoid (scores of teacher and
-student, gradients of features and prototypes; with Sinkhorn one more product of teacher scores per
-iteration), by chunks of rows, with the chunk size that makes it fastest. So the ratio is the price
-of softmaxes, sums and statistics.
+The reference computes only the products that the loss cannot avoid: scores of teacher and student,
+gradients of features and prototypes; with Sinkhorn, one more product of teacher scores per
+iteration. It works on chunks of rows, with the fastest of several chunk sizes. So the ratio is the
+cost of softmaxes, sums and statistics.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import json
 import resource
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ CHUNKS = (128, 256, 512, 1024)
 
 
 def seconds(run: Callable[[], object], device: str, repeats: int) -> float:
-    """Best of some runs."""
+    """Shortest time of some runs."""
     best = float("inf")
     for _ in range(repeats):
         if device == "cuda":
@@ -48,12 +49,12 @@ def seconds(run: Callable[[], object], device: str, repeats: int) -> float:
 
 
 def chain(tensors: tuple[Tensor, ...], chunk: int, extra: int) -> None:
-    """The products alone.
+    """Compute only the products.
 
     Args:
         tensors: student and teacher features, student and teacher prototypes.
-        chunk: rows at once.
-        extra: further products of teacher scores.
+        chunk: number of rows at once.
+        extra: number of further products of teacher scores.
     """
     student_MW, teacher_MW, student_KW, teacher_KW = tensors
     gradient_KW, gradient_MW = torch.zeros_like(student_KW), torch.empty_like(student_MW)
@@ -71,7 +72,7 @@ def chain(tensors: tuple[Tensor, ...], chunk: int, extra: int) -> None:
 
 
 def fused(tensors: tuple[Tensor, ...], sinkhorn: bool) -> None:
-    """The loss forward and backward."""
+    """Compute the loss forward and backward."""
     student_MW, teacher_MW, student_KW, teacher_KW = tensors
     student, prototypes = (
         student_MW[None].detach().requires_grad_(),
@@ -93,10 +94,14 @@ def peak_bytes(device: str) -> int:
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """All figures; memory of both first, since a process's peak never falls and the chain has
-    larger chunks.
+    """Measure all figures.
+
+    Memory comes first: the peak of a process never falls, and the reference has larger chunks.
     """
-    make = lambda rows: F.normalize(torch.randn(rows, options.width, device=options.device), dim=-1)  # noqa: E731
+
+    def make(rows: int) -> Tensor:
+        return F.normalize(torch.randn(rows, options.width, device=options.device), dim=-1)
+
     tensors = (
         make(options.rows),
         make(options.rows),
@@ -116,12 +121,12 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         fused(tensors, sinkhorn)
         memory[name] = peak_bytes(options.device) - before
     for name, sinkhorn in kinds.items():
-        took = seconds(lambda s=sinkhorn: fused(tensors, s), options.device, options.repeats)  # type: ignore[misc]
+        took = seconds(partial(fused, tensors, sinkhorn), options.device, options.repeats)
         extra = ITERATIONS if sinkhorn else 0
-        plain = {
-            c: seconds(lambda c=c, e=extra: chain(tensors, c, e), options.device, options.repeats)
-            for c in CHUNKS
-        }  # type: ignore[misc]
+        plain = {}
+        for chunk in CHUNKS:
+            reference = partial(chain, tensors, chunk, extra)
+            plain[chunk] = seconds(reference, options.device, options.repeats)
         fastest = min(plain, key=plain.__getitem__)
         flops = (8 + 2 * extra) * options.rows * options.prototypes * options.width
         found[name] = {
@@ -140,12 +145,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rows", type=arguments.positive, default=20_000)
-    parser.add_argument("--prototypes", type=arguments.positive, default=65_536)
-    parser.add_argument("--width", type=arguments.positive, default=256)
-    parser.add_argument("--repeats", type=arguments.positive, default=2)
-    parser.add_argument("--device", type=arguments.device, default="cpu")
-    parser.add_argument("--json", type=Path, help="write the figures there too")
+    parser.add_argument(
+        "--rows", type=arguments.positive, default=20_000, help="tokens, default %(default)s"
+    )
+    parser.add_argument(
+        "--prototypes", type=arguments.positive, default=65_536, help="default %(default)s"
+    )
+    parser.add_argument(
+        "--width", type=arguments.positive, default=256, help="of the bottleneck, default 256"
+    )
+    parser.add_argument(
+        "--repeats", type=arguments.positive, default=2, help="runs; the fastest counts, default 2"
+    )
+    parser.add_argument("--device", type=arguments.device, default="cpu", help="cpu or cuda")
+    parser.add_argument("--json", type=Path, help="JSON file to write the figures to")
     options = parser.parse_args()
     found = measure(options)
     where = (

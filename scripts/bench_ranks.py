@@ -1,11 +1,10 @@
-"""What several ranks cost and gain on this machine: samples per second, collectives, saves, stops
-and restarts.
+"""Measure several ranks on this machine: samples per second, collectives, saves, stops, restarts.
 
-    python scripts/bench_ranks.py STORE                            # configs/smoke.yaml on 1 and 2 ranks
+    python scripts/bench_ranks.py STORE                  # configs/smoke.yaml on 1 and 2 ranks
     python scripts/bench_ranks.py STORE CONFIG key=value --ranks 4 --json out.json
 
-Every figure is of real `tapct train` runs with one thread a rank. Ranks share the machine, so their
-gain is put beside that of plain matrix products in as many processes.
+All figures come from real `tapct train` runs with one thread per rank. The ranks share the machine,
+so their speed-up is printed beside that of plain matrix products in as many processes.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ import argparse
 import json
 import multiprocessing
 import os
+import shlex
 import signal
 import statistics
 import subprocess
@@ -27,16 +27,17 @@ import arguments
 import torch
 
 from tapct.base import exits
+from tapct.base.exits import UserError
 from tapct.config import load_config
 from tapct.data.store import Store
-from tapct.run import config, pretrain
+from tapct.run.config import RunConfig
 
 WARM_UP = 3
 GEMM_SECONDS = 2.0
 
 
 def gemm_count(seconds: float) -> int:
-    """Matrix products that one thread does in so many seconds."""
+    """Number of matrix products that one thread computes in some seconds."""
     torch.set_num_threads(1)
     a, done = torch.randn(1024, 1024), 0
     end = time.perf_counter() + seconds
@@ -47,7 +48,7 @@ def gemm_count(seconds: float) -> int:
 
 
 def gemm_gain(processes: int) -> float:
-    """Matrix products of so many processes at once over those of one."""
+    """Speed-up of matrix products in several processes at once over one process."""
     with multiprocessing.get_context("spawn").Pool(processes) as pool:
         pool.map(gemm_count, [0.2] * processes)  # imports
         alone = pool.apply(gemm_count, (GEMM_SECONDS,))
@@ -55,7 +56,7 @@ def gemm_gain(processes: int) -> float:
 
 
 def command(world: int, words: list[str]) -> list[str]:
-    """`tapct train` under torchrun, one rank too: the same launcher on both sides."""
+    """`tapct train` under torchrun; for one rank too, so that both sides use the same launcher."""
     start = [
         sys.executable,
         "-m",
@@ -67,22 +68,32 @@ def command(world: int, words: list[str]) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    """One thread a rank."""
+    """One thread per rank."""
     return {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 def rows_of(run: Path) -> list[dict[str, Any]]:
-    """Steps of a run."""
-    return [json.loads(line) for line in (pretrain / "metrics.jsonl").read_text().splitlines()]
+    """The rows of metrics.jsonl, one per step."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def failed(line: list[str], done: subprocess.CompletedProcess[str]) -> UserError:
+    """The error for a run that failed; prints what the run has printed."""
+    print(done.stdout + done.stderr, file=sys.stderr)
+    return UserError(f"{shlex.join(line)} ended with exit code {done.returncode}")
 
 
 def train(world: int, words: list[str], run: Path) -> list[dict[str, Any]]:
-    """A run from start to end; its steps."""
-    line = command(world, [*words, f"out={pretrain}"])
+    """Train from start to end.
+
+    Returns:
+        The rows of metrics.jsonl.
+    """
+    line = command(world, [*words, f"out={run}"])
     done = subprocess.run(line, env=environment(), capture_output=True, text=True, check=False)
     if done.returncode:
-        sys.exit(f"{' '.join(line)}\n{done.stdout}{done.stderr}")
-    return rows_of(pretrain)
+        raise failed(line, done)
+    return rows_of(run)
 
 
 def rate(rows: list[dict[str, Any]]) -> float:
@@ -90,39 +101,42 @@ def rate(rows: list[dict[str, Any]]) -> float:
     return statistics.median(row["samples_per_second"] for row in rows[WARM_UP:])
 
 
-def stop_and_go_on(world: int, words: list[str], run: Path) -> dict[str, float]:
-    """Seconds from a signal to one rank until the checkpoint is announced, and from a start until
-    the next step.
+def stop_and_resume(world: int, words: list[str], run: Path) -> dict[str, float]:
+    """Time a stop and a resume.
+
+    Returns:
+        Seconds from a signal to one rank until the checkpoint is saved, and from the start of a
+        resumed run until its next step.
     """
     line = command(
         world,
-        [*words, f"out={pretrain}", "train.steps=100000", "log.every=1", "checkpoint.every=100000"],
+        [*words, f"out={run}", "train.steps=100000", "log.every=1", "checkpoint.every=100000"],
     )
     launcher = subprocess.Popen(
         line, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
-    while not (pretrain / "metrics.jsonl").is_file() or len(rows_of(pretrain)) < WARM_UP:
+    while not (run / "metrics.jsonl").is_file() or len(rows_of(run)) < WARM_UP:
         time.sleep(0.05)
     ranks = subprocess.run(
         ["pgrep", "-P", str(launcher.pid)], capture_output=True, text=True, check=True
     ).stdout.split()
     began = time.time()
     os.kill(int(ranks[-1]), signal.SIGUSR1)
-    while not (pretrain / "checkpoints" / "latest").is_file():
+    while not (run / "checkpoints" / "latest").is_file():
         time.sleep(0.005)
     saved = time.time() - began
     launcher.wait()
-    steps, began = len(rows_of(pretrain)), time.time()
-    said = subprocess.Popen(
+    steps, began = len(rows_of(run)), time.time()
+    resumed_run = subprocess.Popen(
         line, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     )
-    assert said.stdout is not None
-    read = next(text for text in said.stdout if "read in" in text)
-    while len(rows_of(pretrain)) <= steps:
+    assert resumed_run.stdout is not None
+    read = next(text for text in resumed_run.stdout if "read in" in text)
+    while len(rows_of(run)) <= steps:
         time.sleep(0.05)
     resumed = time.time() - began
-    said.terminate()
-    said.wait()
+    resumed_run.terminate()
+    resumed_run.wait()
     return {
         "signal_to_saved_s": saved,
         "start_to_step_s": resumed,
@@ -131,29 +145,32 @@ def stop_and_go_on(world: int, words: list[str], run: Path) -> dict[str, float]:
 
 
 def collectives(world: int, words: list[str], run: Path) -> dict[str, int]:
-    """Collectives of one step beside those that the numbers in its packet would take one by one."""
-    program = Path(pretrain.parent / "count.py")
+    """Count the collectives of one step, and the numbers that its packet sums in one of them."""
+    program = run.parent / "count.py"
     program.write_text(COUNT)
     start = command(world, [])[:-3]
     line = [
         *start,
         str(program),
         *words,
-        f"out={pretrain}",
+        f"out={run}",
         "train.steps=1",
     ]  # the counter's hooks serve one step only
     done = subprocess.run(line, env=environment(), capture_output=True, text=True, check=False)
-    told = [text for text in done.stdout.splitlines() if text.startswith("{")]
-    if not told:
-        sys.exit(done.stdout + done.stderr)
-    return dict(json.loads(told[-1]))
+    counts = [text for text in done.stdout.splitlines() if text.startswith("{")]
+    if not counts:
+        raise failed(line, done)
+    return dict(json.loads(counts[-1]))
 
 
 COUNT = """
 import json, pathlib, sys
 from torch.distributed.tensor.debug import CommDebugMode
-from tapct import collectives, config, run
+from tapct.config import load_config
+from tapct.distributed import collectives
 from tapct.engine import loop
+from tapct.run import pretrain
+from tapct.run.config import RunConfig
 
 step, entries = loop.Trainer.optimizer_step, []
 reduce = collectives.Packet.reduce
@@ -165,13 +182,16 @@ def counted_reduce(self):
 def counted(self, index, batches):
     with CommDebugMode() as mode:
         step(self, index, batches)
-    counts = {str(name).split(".")[-1]: count for name, count in mode.get_comm_counts().items()}
+    counts = {}
+    for name, count in mode.get_comm_counts().items():
+        counts[str(name).split(".")[-1]] = count
     if collectives.rank() == 0:
-        print(json.dumps({"all": sum(counts.values()), "packet_entries": entries[-1], **counts}), flush=True)
+        row = {"all": sum(counts.values()), "packet_entries": entries[-1], **counts}
+        print(json.dumps(row), flush=True)
 
 collectives.Packet.reduce = counted_reduce
 loop.Trainer.optimizer_step = counted
-run.train(config.load_config(run.RunConfig, pathlib.Path(sys.argv[1]), sys.argv[2:]))
+pretrain.train(load_config(RunConfig, pathlib.Path(sys.argv[1]), sys.argv[2:]))
 """
 
 
@@ -198,7 +218,7 @@ def measure(options: argparse.Namespace, words: list[str], folder: Path) -> dict
         "gain": rate(together) / rate(alone),
         "gemm_gain": gemm_gain(ranks),
         "save_stall_s": saves,
-        **stop_and_go_on(ranks, words, folder / "stopped"),
+        **stop_and_resume(ranks, words, folder / "stopped"),
         "collectives_per_step": collectives(ranks, words, folder / "counted"),
     }
 
@@ -209,11 +229,18 @@ def main() -> None:
     )
     parser.add_argument("store", type=Path, help="folder written by tapct pack")
     parser.add_argument(
-        "words", nargs="*", metavar="CONFIG key=value", help="default configs/smoke.yaml"
+        "words",
+        nargs="*",
+        metavar="CONFIG key=value",
+        help="config and overrides, default configs/smoke.yaml",
     )
-    parser.add_argument("--ranks", type=arguments.positive, default=2)
-    parser.add_argument("--steps", type=arguments.positive, default=30)
-    parser.add_argument("--json", type=Path, help="write the figures there too")
+    parser.add_argument(
+        "--ranks", type=arguments.positive, default=2, help="number of ranks, default 2"
+    )
+    parser.add_argument(
+        "--steps", type=arguments.positive, default=30, help="steps per run, default 30"
+    )
+    parser.add_argument("--json", type=Path, help="JSON file to write the figures to")
     options = parser.parse_args()
     words = (
         options.words
@@ -221,8 +248,8 @@ def main() -> None:
         else ["configs/smoke.yaml", *options.words]
     )
     load_config(
-        config.RunConfig, Path(words[0]), words[1:]
-    )  # what is wrong is told before ranks are started
+        RunConfig, Path(words[0]), words[1:]
+    )  # a wrong config is refused before ranks are started
     Store(options.store)
     with tempfile.TemporaryDirectory() as folder:
         found = measure(options, words, Path(folder))
@@ -231,13 +258,13 @@ def main() -> None:
     lines = {
         "samples/s": f"{one:.1f} and {many:.1f}: {found['gain']:.2f} times; GEMM "
         f"{found['gemm_gain']:.2f} times",
-        "save": f"training stands still {saves['asynchronous']:.3f} s; synchronously "
+        "save": f"training waits {saves['asynchronous']:.3f} s; with checkpoint.asynchronous=false "
         f"{saves['synchronous']:.3f} s",
-        "stop": f"{found['signal_to_saved_s']:.2f} s from a signal to one rank to the "
-        "checkpoint's name in `latest`",
-        "go on": f"{found['start_to_step_s']:.1f} s from start to the next step, "
+        "stop": f"{found['signal_to_saved_s']:.2f} s from a signal to one rank until the "
+        "checkpoint is saved",
+        "resume": f"{found['start_to_step_s']:.1f} s from start to the next step, "
         f"{found['read_s']:.1f} s of it reading",
-        "collectives": f"{counts['all']} a step, one of them for {counts['packet_entries']} "
+        "collectives": f"{counts['all']} per step, one of them for {counts['packet_entries']} "
         "numbers and vectors",
     }
     print(f"{words[0]}: 1 and {options.ranks} ranks, one thread each, torch {torch.__version__}")

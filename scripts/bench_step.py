@@ -1,18 +1,16 @@
-"""Seconds and memory of whole training steps, beside the machine's own matrix products.
+"""Time and memory of whole training steps, beside the matrix-product rate of the machine.
 
-    python scripts/bench_step.py                                    # configs/smoke.yaml, the quickstart's step
-    python scripts/bench_step.py configs/tap_s_3d.yaml train.global_batch=2 --steps 3 --json
-    out.json
-    python scripts/bench_step.py --compare --steps 2 --warm-up 1    # beside a published trainer, fp32 and bf16
+    python scripts/bench_step.py                       # configs/smoke.yaml, as in the quickstart
+    python scripts/bench_step.py configs/tap_s_3d.yaml train.global_batch=2 --steps 3
+    python scripts/bench_step.py --compare --steps 2 --warm-up 1
 
-Scans are made up in memory, so no archive is needed and no disk is measured. FLOPs are those of
-`tapct plan`.
+The scans are synthetic and in memory, so no archive is needed and no disk is measured. FLOPs are
+those of `tapct plan`.
 
-`--compare` runs configs/bench_vit432.yaml once in fp32 and once in bf16, each in a process of its
-own so that they share no peak, and puts them beside a published 3D DINO trainer (dinovol) that was
-timed on a machine like A of
-docs/benchmarks.md: 16 s a step at a fp32 matrix-product rate of 180 GFLOP/s, in 8.5 GB. Its seconds
-are scaled by the fp32 rate found beside ours.
+`--compare` runs configs/bench_vit432.yaml in fp32 and in bf16, each in a process of its own so that
+their peaks of memory are separate. It compares them with a published 3D DINO trainer (dinovol),
+timed on a machine like A of docs/benchmarks.md: 16 s per step at a fp32 matrix-product rate of 180
+GFLOP/s, in 8.5 GB. Those seconds are scaled by the fp32 rate of this machine.
 """
 
 from __future__ import annotations
@@ -34,6 +32,7 @@ import torch
 
 from tapct import config as configs
 from tapct.base import exits
+from tapct.base.exits import UserError
 from tapct.distributed.device import flush_denormals, pick_device
 from tapct.engine import loop, metrics, optim, recompute
 from tapct.plan import command
@@ -49,7 +48,7 @@ COMPARED = Path("configs/bench_vit432.yaml")
 
 
 def batches(config: RunConfig, in_plane: int) -> Iterator[tuple[Batch, ...]]:
-    """Made-up slabs: air around a noisy disc of soft tissue."""
+    """Synthetic slabs: air around a noisy disc of soft tissue."""
     per_micro, depth = (
         config.train.global_batch // config.train.accumulation,
         config.data.loader.slab_depth,
@@ -77,7 +76,7 @@ def batches(config: RunConfig, in_plane: int) -> Iterator[tuple[Batch, ...]]:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes that this process, or its part of the GPU, held at most."""
+    """Peak memory of this process, or of its part of the GPU, in bytes."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
     status = Path("/proc/self/status")
@@ -181,23 +180,21 @@ def compare(
                 [sys.executable, __file__, *words, *sizes], stdout=subprocess.DEVNULL, check=False
             )
             if ended.returncode:
-                raise SystemExit(
-                    f"{mode}: the process of its own ended with code {ended.returncode}"
-                )
+                raise UserError(f"{mode}: the process ended with exit code {ended.returncode}")
             found[mode] = beside_published(json.loads(out.read_text()))
         show(file, found[mode])
         speed, memory = found[mode]["speed_ratio"], found[mode]["memory_ratio"]
         print(
-            f"published     {found[mode]['published_seconds']:.2f} s at this GEMM, "
+            f"published     {found[mode]['published_seconds']:.2f} s at this GEMM rate, "
             f"{PUBLISHED_BYTES / 1e9:.1f} GB; "
-            f"ours {speed:.2f} times as fast in 1/{memory:.2f} of the memory\n",
+            f"tapct is {speed:.2f} times as fast, with 1/{memory:.2f} of the memory\n",
             flush=True,
         )
     return found
 
 
 def show(file: Path, found: dict[str, Any]) -> None:
-    """A measurement for people."""
+    """Print a measurement."""
     stages = "  ".join(
         f"{name} {seconds * 1000:.0f} ms" for name, seconds in found["stages"].items()
     )
@@ -212,7 +209,7 @@ def show(file: Path, found: dict[str, Any]) -> None:
     )
     print(f"processor     {found['processor_seconds']:.3f} s a step, all threads together")
     print(
-        f"model         {found['model_flops'] / 1e9:.1f} GFLOP a step, "
+        f"model         {found['model_flops'] / 1e9:.1f} GFLOP per step, "
         f"{found['flops_per_second'] / 1e9:.1f} GFLOP/s"
     )
     print(f"GEMM          {found['gemm_flops_per_second'] / 1e9:.1f} GFLOP/s, best of this run")
@@ -225,22 +222,30 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "words", nargs="*", metavar="CONFIG key=value", help="default configs/smoke.yaml"
+        "words",
+        nargs="*",
+        metavar="CONFIG key=value",
+        help="config and overrides, default configs/smoke.yaml",
     )
-    parser.add_argument("--steps", type=arguments.positive, default=20, help="measured steps")
     parser.add_argument(
-        "--warm-up", type=arguments.whole, default=WARM_UP, help="steps before them"
+        "--steps", type=arguments.positive, default=20, help="steps to measure, default %(default)s"
+    )
+    parser.add_argument(
+        "--warm-up",
+        type=arguments.whole,
+        default=WARM_UP,
+        help="steps before the measurement, default %(default)s",
     )
     parser.add_argument(
         "--in-plane",
         type=arguments.positive,
         default=256,
-        help="in-plane size of the made-up scans",
+        help="rows and columns of the synthetic scans, default %(default)s",
     )
     parser.add_argument(
-        "--compare", action="store_true", help=f"{COMPARED}, beside a published trainer"
+        "--compare", action="store_true", help=f"compare {COMPARED} with a published trainer"
     )
-    parser.add_argument("--json", type=Path, help="write the figures there too")
+    parser.add_argument("--json", type=Path, help="JSON file to write the figures to")
     options = parser.parse_intermixed_args()
     named = options.words and "=" not in options.words[0]
     file = (

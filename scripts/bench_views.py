@@ -1,16 +1,16 @@
-"""Time the making of views and masks against the obvious way to do the same, and against a memory
-copy.
+"""Time the making of views and masks, beside simple implementations and a memory copy.
 
-    python scripts/bench_views.py --json views.json [--device cuda] [--repeat 10] [--batch 64]
+    python scripts/bench_views.py --json views.json
+    python scripts/bench_views.py --device cuda --repeat 20 --batch 64
 
-Views: beside them, of the same crops, a trilinear gather (`grid_sample`), which neither
-anti-aliases nor blurs nor does any op, and a gather with a dense 9x9x9 blur (`conv3d`) of the views
-that are blurred. "all blurred" blurs every view.
-Masks: of 64 crops of 3x28x28 tokens at once, beside the classic sampler, which takes crop after
-crop and draws blocks into a numpy array until they are enough; half of the crops are masked, as by
-default, and all of them. What is compared takes turns, and the least time of each counts. Masks are
-also drawn call after call: the loop in between takes the caches from the 150 small operations that
-    they are made of.
+Views are compared with a trilinear gather (`grid_sample`) of the same crops, which has neither
+anti-aliasing nor blur nor ops, and with a gather followed by a dense 9x9x9 blur (`conv3d`) of the
+views that are blurred. The case "all blurred" blurs every view.
+Masks of 64 crops of 3x28x28 tokens are drawn at once. They are compared with the usual sampler,
+which draws blocks into a numpy array, crop by crop, until enough tokens are masked. Half of the
+crops are masked, as by default, and then all of them. The implementations take turns, and the
+shortest time of each counts. Masks are also drawn call after call, since the loop in between evicts
+their data from the caches.
 """
 
 from __future__ import annotations
@@ -96,7 +96,8 @@ def gather(batch: Batch, config: recipe.Config, blur: bool) -> list[Tensor]:
     views = []
     for kind, num in (("global", config.num_globals), ("local", config.num_locals)):
         rule = config.rule(kind)  # type: ignore[arg-type]
-        crops = boxes.draw(rule, kind, num, cells, batch.extent_B3, batch.sample_B, 0)  # type: ignore[arg-type]
+        extent_B3, sample_B = batch.extent_B3, batch.sample_B
+        crops = boxes.draw(rule, kind, num, cells, extent_B3, sample_B, 0)  # type: ignore[arg-type]
         scale, centre = crops.length_VB3 / size, (2 * crops.start_VB3 + crops.length_VB3) / size - 1
         for view in range(num):
             theta = torch.diag_embed(scale[view].flip(1))
@@ -254,19 +255,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--json", type=Path, default=None, help="where the numbers go")
-    parser.add_argument("--device", type=arguments.device, default="cpu")
-    parser.add_argument("--repeat", type=arguments.positive, default=10)
+    parser.add_argument("--json", type=Path, default=None, help="JSON file to write the figures to")
+    parser.add_argument("--device", type=arguments.device, default="cpu", help="cpu or cuda")
+    parser.add_argument(
+        "--repeat",
+        type=arguments.positive,
+        default=10,
+        help="calls; the fastest counts, default 10",
+    )
     parser.add_argument(
         "--batch",
         type=arguments.positive,
         default=None,
-        help="samples, instead of the case's own number",
+        help="samples per batch; default: the number of each case",
     )
     parser.add_argument(
         "--cpu-time",
         action="store_true",
-        help="count processor time of this thread: for a busy machine, with 1 thread",
+        help="measure processor time of this thread; on a busy machine, with one thread",
     )
     args = parser.parse_args()
     device = torch.device(args.device)

@@ -1,12 +1,12 @@
-"""Peak memory of the features of a whole scan, and the time that all of its windows would take.
+"""Measure the memory that the features of a whole scan need, and estimate their time.
 
-    python scripts/bench_whole_scan.py                          # 300x512x512 at its own size, configs/tap_b_3d.yaml
+    python scripts/bench_whole_scan.py       # 300x512x512 at its own size, configs/tap_b_3d.yaml
     python scripts/bench_whole_scan.py --size 224 224 --batch 16 --device cuda --json scan.json
 
-The way is that of `tapct embed`: the scan as int16, the network's input, accumulators over the
-whole patch grid, windows by batches, and the copy that is written. All of it has its full size. On
-a CPU the windows would take an hour, so the backbone works in the first and the last `--real` calls
-alone; between them new tokens of the same size stand in.
+The script does what `tapct embed` does, at full size: the scan as int16, the network's input,
+accumulators over the whole patch grid, windows in batches, and the copy that is written. On a CPU
+all windows would take an hour, so the backbone computes only the first and the last `--real` calls;
+constant tokens of the same size replace the others.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ from tapct.weights.pretrained import Pretrained
 
 
 class SomeCalls(nn.Module):
-    """A backbone that works in its first and last calls.
+    """A backbone that computes only its first and last calls.
 
     Args:
-        backbone: it.
-        num_calls: that will come.
-        real: of the first and of the last ones.
+        backbone: backbone to call.
+        num_calls: number of calls that will be made.
+        real: number of calls to compute, at the beginning and at the end.
     """
 
     def __init__(self, backbone: nn.Module, num_calls: int, real: int) -> None:
@@ -52,7 +52,7 @@ class SomeCalls(nn.Module):
         self.seconds: list[float] = []  # of a window
 
     def forward(self, groups: list[Tensor]) -> list[Tokens]:
-        """As the backbone's."""
+        """The backbone's tokens, or constant ones."""
         self.calls += 1
         crops_BZYX = groups[0]
         if self.real < self.calls <= self.num_calls - self.real:
@@ -71,12 +71,12 @@ class SomeCalls(nn.Module):
 
 
 def peak_bytes() -> int:
-    """Most memory that this process has held."""
+    """Peak memory of this process."""
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Embed one made-up scan."""
+    """Embed one random scan."""
     config = configs.load_config(RunConfig, options.config, []).value
     preprocess = dataclasses.replace(config.eval.preprocess, size_yx=tuple(options.size))
     backbone = (
@@ -123,19 +123,32 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("config", nargs="?", type=Path, default=Path("configs/tap_b_3d.yaml"))
+    parser.add_argument(
+        "config",
+        nargs="?",
+        type=Path,
+        default=Path("configs/tap_b_3d.yaml"),
+        help="default %(default)s",
+    )
     parser.add_argument(
         "--shape", type=int, nargs=3, default=(300, 512, 512), help="slices, rows, columns"
     )
     parser.add_argument(
-        "--size", type=int, nargs=2, default=(0, 0), help="in-plane size, 0: the scan's own"
+        "--size",
+        type=int,
+        nargs=2,
+        default=(0, 0),
+        help="in-plane size, rows and columns; 0: the scan's own",
     )
     parser.add_argument("--batch", type=arguments.positive, default=8, help="windows per call")
     parser.add_argument(
-        "--real", type=arguments.positive, default=1, help="calls at either end that are computed"
+        "--real",
+        type=arguments.positive,
+        default=1,
+        help="calls to compute at the beginning and at the end",
     )
-    parser.add_argument("--device", type=arguments.device, default="cpu")
-    parser.add_argument("--json", type=Path, help="write the figures there too")
+    parser.add_argument("--device", type=arguments.device, default="cpu", help="cpu or cuda")
+    parser.add_argument("--json", type=Path, help="JSON file to write the figures to")
     options = parser.parse_args()
     found = measure(options)
     print(json.dumps(found, indent=1))

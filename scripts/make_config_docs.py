@@ -211,7 +211,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--check", action="store_true", help="write nothing")
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; exit with 1 if the page is not current"
+    )
     options = parser.parse_args()
     page = PAGE.read_text(encoding="utf-8")
     wanted = current(page)

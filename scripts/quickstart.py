@@ -36,8 +36,8 @@ NUM_SCANS = 40
 EDGE_STEPS = 20  # steps at either end of the run that the table's numbers are means of
 
 
-class Stations:
-    """Runs one station after the other and keeps their wall times in seconds."""
+class Stopwatch:
+    """Runs one step after the other and keeps their wall times in seconds."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
@@ -52,30 +52,30 @@ class Stations:
 def arguments(words: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="scripts/quickstart.sh", description=__doc__)
     parser.add_argument(
-        "--data", type=Path, help="folder with your scans; without it a synthetic archive is made"
+        "--data", type=Path, help="folder with your scans; default: a synthetic archive"
     )
     parser.add_argument(
-        "--labels", type=Path, help="folder with label maps of the same names, if not found by rule"
+        "--labels", type=Path, help="folder with label maps of the same names as the scans"
     )
-    parser.add_argument("--config", type=Path, default=SMOKE, help="default %(default)s")
+    parser.add_argument("--config", type=Path, default=SMOKE, help="config, default %(default)s")
     parser.add_argument(
         "--out", type=Path, default=Path("runs/quickstart"), help="run folder, default %(default)s"
     )
     work = Path("data/quickstart")
     parser.add_argument(
-        "--work", type=Path, default=work, help="archive and store, default %(default)s"
+        "--work", type=Path, default=work, help="folder for archive and store, default %(default)s"
     )
     parser.add_argument(
         "overrides",
         nargs="*",
         metavar="key=value",
-        help="changes to the config, e.g. train.steps=100",
+        help="overrides of the config, e.g. train.steps=100",
     )
     return parser.parse_args(words)
 
 
 def main(words: list[str]) -> None:
-    options, station = arguments(words), Stations()
+    options, timed = arguments(words), Stopwatch()
     work: Path = (
         options.work
         if options.data is None
@@ -84,11 +84,12 @@ def main(words: list[str]) -> None:
     archive = work / "phantom" if options.data is None else options.data
     if options.data is None:
         work.mkdir(parents=True, exist_ok=True)
-        if not (work / patients.KEY_FILE).exists():  # nobody to hide: all hold out the same ones
+        if not (work / patients.KEY_FILE).exists():
+            # the patients are synthetic: a public key makes every machine hold out the same ones
             (work / patients.KEY_FILE).write_bytes(
                 hashlib.blake2b(b"phantom", digest_size=32).digest()
             )
-        station("phantom", lambda: make_phantom(archive))
+        timed("phantom", lambda: make_phantom(archive))
     cores = os.cpu_count() or 1
 
     def index() -> manifests.Manifest:
@@ -103,7 +104,7 @@ def main(words: list[str]) -> None:
                 progress=progress,
             )
 
-    found = station("index", index)
+    found = timed("index", index)
     refused = [row for row in found.rows if row.status == "refused"]
     for row in refused:
         console.say(f"  refused {row.path}: {row.reason}: {row.detail}")
@@ -112,61 +113,60 @@ def main(words: list[str]) -> None:
         with console.progress_bar("pack") as progress:
             return pack.pack(found, work / "store", workers=cores, level=1, progress=progress)
 
-    station("pack", packing)
+    timed("pack", packing)
     precision = (
-        words_without_bf16(Path("/proc/cpuinfo").read_text()) if options.config == SMOKE else []
+        overrides_without_bf16(Path("/proc/cpuinfo").read_text()) if options.config == SMOKE else []
     )
     words = [f"out={options.out}", f"data.store={work / 'store'}", *precision, *options.overrides]
     resolved = configs.load_config(RunConfig, options.config, words)
-    stop = station("train", lambda: pretrain.train(resolved))
+    stop = timed("train", lambda: pretrain.train(resolved))
     if stop.signal:
         raise UserError(
             f"stopped by {stop.signal} and saved at step {stop.step}; repeat the command to resume"
         )
     labelled = any(row.label_path for row in found.accepted)
-    results = station("eval", lambda: judge(options.out, resolved)) if labelled else None
+    results = timed("eval", lambda: evaluate(options.out, resolved)) if labelled else None
     if results is None:
         console.say(
             "no label maps were found, so no Dice is computed; docs/data.md shows how to name them"
         )
-    station("export", lambda: finished.export(options.out))
-    report = station("report", lambda: page.write(options.out))
+    timed("export", lambda: finished.export(options.out))
+    report = timed("report", lambda: page.write(options.out))
     summary = summarise(
-        options.out, len(found.accepted), len(refused), results, station.seconds, report
+        options.out, len(found.accepted), len(refused), results, timed.seconds, report
     )
     write_atomically(options.out / "summary.json", json.dumps(summary, indent=1) + "\n")
     show(summary)
 
 
-def words_without_bf16(cpuinfo: str) -> list[str]:
-    """Overrides for a CPU that has no bf16 arithmetic: torch imitates it there, slower than
-    float32.
+def overrides_without_bf16(cpuinfo: str) -> list[str]:
+    """Overrides for a CPU without bf16 arithmetic, where torch emulates it, slower than float32.
 
     Args:
         cpuinfo: content of /proc/cpuinfo, x86 or Arm.
     """
     if not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(cpuinfo.split()):
         return []
-    console.say("this CPU has no bf16 arithmetic: training in fp32, with fewer steps")
+    console.say("this CPU has no bf16 arithmetic: train in fp32, with fewer steps")
     return ["train.precision=fp32", "train.steps=1350"]
 
 
 def make_phantom(archive: Path) -> None:
-    """Write the archive unless it is there."""
+    """Write the archive unless it exists."""
     done, config = archive / "phantom.json", phantom.Config(num=NUM_SCANS)
     if done.is_file() and json.loads(done.read_text()) == {"num": config.num, "seed": config.seed}:
-        console.say(f"phantom: {archive} is there")
+        console.say(f"phantom: {archive} exists already")
         return
     with console.progress_bar("phantom") as progress:
         phantom.write(archive, config, progress)
     write_atomically(done, json.dumps({"num": config.num, "seed": config.seed}))
 
 
-def judge(out: Path, resolved: configs.Resolved) -> dict[str, Any]:
+def evaluate(out: Path, resolved: configs.Resolved) -> dict[str, Any]:
     """Evaluate, unless the results are newer than the last checkpoint."""
     results, latest = out / "eval" / "results.json", out / "checkpoints" / "latest"
     if results.is_file() and results.stat().st_mtime > latest.stat().st_mtime:
-        console.say(f"eval: {results} is newer than the last checkpoint")
+        console.say(f"eval: {results} is newer than the last checkpoint, so it is kept")
         return json.loads(results.read_text())
     return finished.evaluate(out).to_json()
 
@@ -179,8 +179,10 @@ def summarise(
     seconds: dict[str, float],
     report: Path,
 ) -> dict[str, Any]:
-    """The facts of summary.json; means over the first and the last steps, the worse of the two
-    prototype losses.
+    """The content of summary.json.
+
+    Losses are means over the first and the last steps; gain and information are those of the worse
+    of the two prototype losses.
     """
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     first, last = rows[:EDGE_STEPS], rows[-EDGE_STEPS:]
@@ -215,7 +217,7 @@ def summarise(
 
 
 def show(summary: dict[str, Any]) -> None:
-    """The small table at the end."""
+    """Print the table at the end."""
     table = Table(title="quickstart", show_header=False, title_justify="left")
     number = lambda value: "-" if value is None else f"{value:.3f}"  # noqa: E731
     table.add_row(

@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# Ends the SLURM that scripts/slurm_up.sh started, its jobs first, and nothing else. --purge removes its folder as well.
+# Ends the SLURM that scripts/slurm_up.sh has started: first its jobs, then its daemons, and nothing
+# else. --purge also removes its folder.
 set -euo pipefail
 
 dir="${SLURM_TEST_DIR:-${TMPDIR:-/tmp}/tapct-slurm}"
 export SLURM_CONF="$dir/slurm.conf"
 if [ ! -d "$dir/run" ]; then
-    echo "no SLURM of ours in $dir"
+    echo "no SLURM from slurm_up.sh in $dir"
     exit 0
 fi
 
@@ -19,7 +20,8 @@ end_jobs() {
     done
 }
 
-end_daemon() { # pid file, name of the program: a number that another program has got since is left alone
+# Arguments: pid file, name of the program. A pid that now belongs to another program is left alone.
+end_daemon() {
     local pid
     pid="$(cat "$1" 2>/dev/null || true)"
     rm -f "$1"

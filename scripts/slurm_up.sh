@@ -1,9 +1,12 @@
 #!/usr/bin/env bash
-# A real SLURM on this one machine, for tests: controller, virtual nodes and munge, without systemd and cgroups.
+# Starts a real SLURM on this machine, for tests: controller, virtual nodes and munge, without
+# systemd and cgroups.
 #   scripts/slurm_up.sh                     scripts/slurm_down.sh [--purge]
-# Needs root, and apt if SLURM is not installed. A second call changes nothing. Ends with the line to source.
-# Partitions: debug (the default), and urgent, whose jobs take the place of those of debug after 20 s of grace.
-# SLURM_TEST_DIR, _NODES, _CPUS (declared per node, more than there are is fine), _GPUS (pretended), _PORT change it.
+# Needs root, and apt if SLURM is not installed. A second call changes nothing. The last line of the
+# output is the line to source.
+# Partitions: debug (the default) and urgent, whose jobs preempt those of debug after 20 s of grace.
+# Settings: SLURM_TEST_DIR, SLURM_TEST_NODES, SLURM_TEST_CPUS (per node; may exceed those that
+# exist), SLURM_TEST_GPUS (per node; they need not exist), SLURM_TEST_PORT.
 set -euo pipefail
 
 dir="${SLURM_TEST_DIR:-${TMPDIR:-/tmp}/tapct-slurm}"
@@ -21,14 +24,19 @@ fail() {
 
 install_slurm() {
     if command -v slurmctld slurmd munged sbatch >/dev/null; then return; fi
-    command -v apt-get >/dev/null || fail "SLURM is not installed, and there is no apt-get to install slurm-wlm and munge"
+    command -v apt-get >/dev/null ||
+        fail "SLURM is not installed, and there is no apt-get to install slurm-wlm and munge"
     apt-get update -qq
-    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends slurm-wlm munge >/dev/null
+    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
+        slurm-wlm munge >/dev/null
 }
 
 write_config() {
-    local host
+    local host ports cores resources
     host="$(hostname -s)"
+    ports="[$((port + 1))-$((port + num_nodes))]" # one per node
+    cores="CPUs=$cpus Boards=1 SocketsPerBoard=1 CoresPerSocket=$cpus ThreadsPerCore=1"
+    resources="RealMemory=8000 Gres=gpu:$gpus"
     cat >"$dir/slurm.conf" <<CONF
 ClusterName=tapct
 SlurmctldHost=$host(127.0.0.1)
@@ -63,7 +71,7 @@ SelectTypeParameters=CR_Core
 SlurmdParameters=config_overrides
 GresTypes=gpu
 
-# Quick to schedule, to kill and to come back; jobs stay visible for ten minutes.
+# Short times to schedule, end and requeue jobs; jobs stay visible for ten minutes.
 SchedulerType=sched/backfill
 SchedulerParameters=sched_interval=1,sched_min_interval=0,batch_sched_delay=0,bf_interval=2
 ReturnToService=2
@@ -78,7 +86,7 @@ PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 SlurmctldParameters=preempt_send_user_signal
 
-NodeName=$nodes NodeHostname=$host NodeAddr=127.0.0.1 Port=[$((port + 1))-$((port + num_nodes))] CPUs=$cpus Boards=1 SocketsPerBoard=1 CoresPerSocket=$cpus ThreadsPerCore=1 RealMemory=8000 Gres=gpu:$gpus State=UNKNOWN
+NodeName=$nodes NodeHostname=$host NodeAddr=127.0.0.1 Port=$ports $cores $resources State=UNKNOWN
 PartitionName=debug Nodes=$nodes Default=YES MaxTime=INFINITE PriorityTier=10 GraceTime=20 State=UP
 PartitionName=urgent Nodes=$nodes MaxTime=INFINITE PriorityTier=100 State=UP
 CONF
@@ -94,13 +102,15 @@ is_running() { # pid file, name of the program
 start_all() {
     local number
     is_running "$dir/run/munged.pid" munged ||
-        munged --force --key-file="$dir/munge/key" --seed-file="$dir/munge/seed" --log-file="$dir/log/munged.log" \
-            --socket="$dir/run/munge/munge.socket" --pid-file="$dir/run/munged.pid"
+        munged --force --key-file="$dir/munge/key" --seed-file="$dir/munge/seed" \
+            --log-file="$dir/log/munged.log" --socket="$dir/run/munge/munge.socket" \
+            --pid-file="$dir/run/munged.pid"
     is_running "$dir/run/slurmctld.pid" slurmctld || slurmctld
     for number in $(seq 0 $((num_nodes - 1))); do
         mkdir -p "$dir/spool-node$number"
         # ranks meet at the name of the first node, so names must resolve
-        getent hosts "node$number" >/dev/null || echo "127.0.0.1 node$number # tapct $dir" >>/etc/hosts
+        getent hosts "node$number" >/dev/null ||
+            echo "127.0.0.1 node$number # tapct $dir" >>/etc/hosts
         is_running "$dir/run/slurmd-node$number.pid" slurmd || slurmd -N "node$number"
     done
 }
@@ -108,7 +118,8 @@ start_all() {
 wait_for_nodes() {
     local ready
     for _ in $(seq 120); do
-        ready="$(sinfo --noheader --Node --partition=debug --format=%T 2>/dev/null | grep -cE '^(idle|mixed|allocated)$' || true)"
+        ready="$(sinfo --noheader --Node --partition=debug --format=%T 2>/dev/null |
+            grep -cE '^(idle|mixed|allocated)$' || true)"
         if [ "$ready" -ge "$num_nodes" ]; then return; fi
         sleep 0.5
     done

@@ -9,13 +9,17 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 scripts/setup.sh dev
 
-words=()
-for word in "$@"; do
-    if [ "$word" = "--slow" ]; then words+=(-m "not slurm and not gpu"); else words+=("$word"); fi
+options=()
+for option in "$@"; do
+    if [ "$option" = "--slow" ]; then
+        options+=(-m "not slurm and not gpu")
+    else
+        options+=("$option")
+    fi
 done
 # One process per core and one thread per process: small tensors gain nothing from threads.
 # nproc would print OMP_NUM_THREADS instead of the number of cores.
 jobs="${TAPCT_TEST_JOBS:-$(env -u OMP_NUM_THREADS nproc 2>/dev/null || echo 2)}"
 export OMP_NUM_THREADS=1
 exec .venv/bin/python -m pytest -q -n "$((jobs < 8 ? jobs : 8))" --dist worksteal \
-    "${words[@]+"${words[@]}"}"
+    "${options[@]+"${options[@]}"}"

@@ -1,4 +1,4 @@
-"""The nouns that cross a border between two parts of tapct.
+"""The data types that parts of tapct exchange.
 
 Axes: B batch, V views (crop-major: all samples of view 0, then all of view 1), Z Y X depth height
 width in voxels, N patch tokens of one crop, R registers, D channels, M masked tokens of this rank.
@@ -18,9 +18,8 @@ if TYPE_CHECKING:  # the command line loads this file, and torch takes 2 s
     from torch import Tensor
 from tapct.base.exits import UserError
 
-AIR_HU = (
-    -1024
-)  # what padding is made of in stored and loaded volumes; air, never zero (zero is water)
+# Value of padding in stored and loaded volumes: air. Never zero, which is water.
+AIR_HU = -1024
 
 
 class Refused(UserError):
@@ -80,8 +79,9 @@ class LabelMap:
 
     Args:
         labels_ZYX: uint16, 0 is background, same orientation rule as `Volume`.
-        spacing_mm: as in `Volume`.
-        names: label value and name, where the file or a side-car tells; may be empty.
+        spacing_mm: distance of voxel centres along (z, y, x), all > 0.
+        origin_mm: LPS position (x, y, z order as in DICOM) of voxel (0, 0, 0).
+        names: pairs of label value and name from the file or a side-car; may be empty.
     """
 
     labels_ZYX: np.ndarray
@@ -92,10 +92,15 @@ class LabelMap:
 
 @dataclass(frozen=True)
 class HUContract:
-    """How HU become network input; stored in every checkpoint and export.
+    """HU window and z-score of the network's input; stored in every checkpoint and export.
 
-    Source: TAP-CT's released processor: 0.5 and 99.5 percentiles, mean and std of foreground
-        voxels, arXiv:2512.00872.
+    Args:
+        clip_low: lower end of the window in HU.
+        clip_high: upper end of the window in HU.
+        mean: mean in HU that is subtracted.
+        std: standard deviation in HU that divides.
+    Source: TAP-CT's released processor: 0.5 and 99.5 percentiles, mean and standard deviation of
+        foreground voxels, arXiv:2512.00872.
     """
 
     clip_low: float = -1008.0
@@ -117,7 +122,7 @@ class Batch:
             slab.
         extent_B3: int64, how many voxels (z, y, x) of each slab are scan; the rest is padding.
         spacing_mm_B3: float32, distance of voxel centres along (z, y, x).
-        sample_B: int64, the number of the sample in the whole run: the key of all its random draws.
+        sample_B: int64, number of the sample within the run, which is the key of its random draws.
         scan_B: int64, row of the scan in the store.
         slab_start_B: int64, z index in the scan of the slab's first slice.
     """
@@ -145,11 +150,11 @@ class Views:
 
     Args:
         global_VBZYX: the global crops (V = views.num_globals).
-        local_VBZYX: the local crops; V = 0 when there are none (the other axes then have their
-            configured size).
+        local_VBZYX: the local crops; V = 0 where there are none, and the other axes have their
+            configured size.
         global_in_scan_VBN: bool, False where a patch token lies wholly in padding outside the scan.
         global_mm_VB3: float32, mm of the body per voxel of each global crop along (z, y, x).
-        local_mm_VB3: the same of the local crops.
+        local_mm_VB3: float32, the same for the local crops.
     """
 
     global_VBZYX: Tensor
@@ -177,7 +182,7 @@ class Masks:
 
 @dataclass(frozen=True)
 class Tokens:
-    """What a backbone makes of crops of one size, after the final norm.
+    """Output of a backbone for crops of one size, after the final norm.
 
     Args:
         cls_BD: class tokens.
@@ -194,18 +199,18 @@ class Tokens:
 
 @dataclass(frozen=True)
 class TokenSets:
-    """What student and teacher made of one micro-batch: the input of every loss.
+    """Tokens of student and teacher for one micro-batch: the input of every loss.
 
     Args:
         student_global: tokens of the masked global crops, crop-major (V*B first axis).
         student_local: tokens of the local crops, crop-major, or None without local crops.
         teacher_global: tokens of the same global crops unmasked, without gradient.
-        masks: which global patch tokens the student did not see.
-        num_globals: V of the global crops.
-        num_locals: V of the local crops.
+        masks: masked patch tokens of the global crops, which the student did not see.
+        num_globals: number of global views V.
+        num_locals: number of local views V.
         teacher_temp: temperature of the teacher's targets at this step.
-        snapshot_global: tokens of the same global crops unmasked, from the frozen copy of an
-            earlier teacher; None where no loss wants one, or not yet.
+        snapshot_global: tokens of the same global crops unmasked, from a frozen copy of an earlier
+            teacher; None where no loss needs one at this step.
     """
 
     student_global: Tokens
@@ -223,7 +228,7 @@ class Term:
     """One optimised loss term.
 
     Args:
-        name: as in `metrics.jsonl`, e.g. `dino_local`.
+        name: name in `metrics.jsonl`, e.g. `dino_local`.
         value: scalar float32, weighted: the terms' values sum to the total that is optimised.
         cross_entropy: scalar, plain mean per (student, teacher) pair in nats before any weight;
             None for other terms.
@@ -256,13 +261,13 @@ class TargetSums:
 
 @dataclass(frozen=True)
 class TargetStats:
-    """What is kept of one loss's teacher targets, so that the targets themselves can be freed.
+    """Statistics of one loss's teacher targets, so that the targets themselves can be freed.
 
     Args:
-        name: of the loss, e.g. `dino`.
-        sums: over the targets of this micro-batch.
-        cross_entropy: scalar, plain mean cross-entropy of the student over all pairs of this loss,
-            nats.
+        name: name of the loss, e.g. `dino`.
+        sums: sums over the targets of this micro-batch.
+        cross_entropy: scalar, plain mean cross-entropy of the student in nats, over all pairs of
+            this loss.
     """
 
     name: str
@@ -272,8 +277,11 @@ class TargetStats:
 
 @dataclass(frozen=True)
 class LossResult:
-    """What one loss plug-in returns: its terms and, where it has prototypes, the statistics of its
-    targets.
+    """Result of a loss plug-in: its terms and, if it has prototypes, the statistics of its targets.
+
+    Args:
+        terms: optimised terms.
+        targets: statistics of the teacher's targets; None without prototypes.
     """
 
     terms: tuple[Term, ...]

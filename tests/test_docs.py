@@ -202,15 +202,12 @@ def test_the_verdicts_of_the_training_page_are_those_of_the_report() -> None:
 # --- how pages are written ---
 
 
-REWRITTEN = [page for page in PAGES if page.name != "extending.md"]
-
-
-@pytest.mark.parametrize("page", REWRITTEN, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_a_page_uses_plain_words(page: Path) -> None:
     assert findings(prose(page.read_text(encoding="utf-8"))) == []
 
 
-@pytest.mark.parametrize("page", REWRITTEN, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_lines_of_a_page_have_at_most_100_columns(page: Path) -> None:
     """Rows of a table cannot be broken and may be longer."""
     lines = page.read_text(encoding="utf-8").splitlines()
@@ -450,7 +447,7 @@ def test_the_example_task_finds_the_height_where_it_can_be_seen(
     models = (NamedModel("raw_hu", RawPatches(PATCH)), NamedModel("blind", blind))
     found = evaluate(task, models, tmp_path, monkeypatch)
     section = found.tasks["mylab.tasks.depth"]
-    # 8 slices of patches: a model that sees nothing answers the middle, 3.5, and is 2 off on average
+    # 8 slices of patches: a model that sees nothing predicts the middle, 3.5, and is off by 2
     assert section.headline.values["blind"] == pytest.approx(2.0, abs=0.02)
     assert section.headline.values["raw_hu"] < 0.1
     assert all((tmp_path / one.file).is_file() for one in section.pictures + found.pca)

@@ -36,7 +36,7 @@ def load_quickstart() -> Any:
 )
 def test_a_cpu_without_bf16_trains_in_fp32(cpuinfo: str, precision: str) -> None:
     quickstart = load_quickstart()
-    words = quickstart.words_without_bf16(cpuinfo)
+    words = quickstart.overrides_without_bf16(cpuinfo)
     train = config.load_config(RunConfig, ROOT / quickstart.SMOKE, words).value.train
     assert train.precision == precision
     whole = config.load_config(RunConfig, ROOT / quickstart.SMOKE, []).value.train

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +12,49 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+LIBRARIES = ("arguments.py", "mask_statistics.py")  # imported by other scripts
+SCRIPTS = sorted(path for path in (ROOT / "scripts").glob("*.py") if path.name not in LIBRARIES)
+HELP = """
+import contextlib, io, json, runpy, sys
+pages = {}
+for path in sys.argv[1:]:
+    sys.argv = [path, "--help"]
+    with contextlib.redirect_stdout(io.StringIO()) as page, contextlib.suppress(SystemExit):
+        runpy.run_path(path, run_name="__main__")
+    pages[path] = page.getvalue()
+print(json.dumps(pages))
+"""
+
+
+@pytest.fixture(scope="module")
+def pages() -> dict[str, str]:
+    """What each script prints with --help; torch is loaded once for all."""
+    path = os.pathsep.join([str(ROOT), str(ROOT / "scripts")])
+    done = subprocess.run(
+        [sys.executable, "-c", HELP, *map(str, SCRIPTS)],
+        env={**os.environ, "PYTHONPATH": path, "COLUMNS": "100"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return dict(json.loads(done.stdout))
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_help_fits_100_columns_and_explains_every_option(
+    script: Path, pages: dict[str, str]
+) -> None:
+    page = pages[str(script)]
+    usage, rest = page.split("\n\n", 1)
+    assert usage.startswith("usage: ") and rest[0].isupper()
+    assert [line for line in page.splitlines() if len(line) > 100] == []
+    lines = rest.partition("\noptions:\n")[2].splitlines()
+    for number, line in enumerate(lines):
+        if not line.startswith("  -"):
+            continue
+        below = lines[number + 1] if number + 1 < len(lines) else ""
+        explained = re.search(r"\S  +\S", line) or below.startswith(" " * 20)
+        assert explained, f"{script.name}: no help for {line.strip()}"
 
 
 @pytest.mark.parametrize(
@@ -18,7 +64,7 @@ ROOT = Path(__file__).resolve().parent.parent
             "bench_step.py configs/smok.yaml",
             "configs/smok.yaml: no such config file; did you mean configs/smoke.yaml?",
         ),
-        ("bench_prototypes.py --rows 0", "argument --rows: '0' is no whole number above 0"),
+        ("bench_prototypes.py --rows 0", "argument --rows: '0' is not an integer above 0"),
         (
             "ablation.py {empty} full --seeds 0 --out {empty}/out",
             "full, seed 0: {empty} holds no store.parquet",

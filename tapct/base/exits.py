@@ -75,6 +75,14 @@ def exit_code_of(work: Callable[[], object]) -> int:
         return BUG
 
 
+def single_line(text: object, limit: int | None = None) -> str:
+    """A message without line breaks, cut where it is longer than `limit` characters."""
+    line = " ".join(str(text).split())
+    if limit is None or len(line) <= limit:
+        return line
+    return line[: limit - 3] + "..."
+
+
 def leave(code: int) -> NoReturn:
     """End this process; without any clean-up where one of several ranks has failed.
 

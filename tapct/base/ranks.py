@@ -1,4 +1,4 @@
-"""Who this process is among the processes of a run."""
+"""The place of this process among the processes of a run, from the launcher's variables."""
 
 from __future__ import annotations
 
@@ -6,18 +6,16 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-# The variables of each launcher for rank, world, local rank; the first launcher whose first two are
-# set wins. SLURM_STEP_NUM_TASKS and not SLURM_NTASKS: the latter is also set in a batch script
-# outside of srun, where one process would wait for ever for the others.
-_LAUNCHERS = (
+# Variables of each launcher for rank, world size and local rank. The first launcher whose first two
+# variables are set is used. SLURM_STEP_NUM_TASKS and not SLURM_NTASKS: the latter is also set in a
+# batch script outside of srun, where a single process would wait forever for the others.
+LAUNCHERS = (
     ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
     ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),
 )
 
-
-# All that torchrun, srun and `tapct submit` tell a process about its place; SLURM_CONF is the
-# cluster's own.
-_TOLD = (
+# Beginnings of the variables by which torchrun, srun and `tapct submit` assign a process its place.
+PLACE_VARIABLES = (
     "RANK",
     "WORLD_SIZE",
     "LOCAL_",
@@ -36,9 +34,9 @@ class Ranks:
     """Place of one process in a run.
 
     Args:
-        rank: 0 .. world - 1 over all nodes.
+        rank: index of this process over all nodes, from 0.
         world: number of processes.
-        local_rank: number of this process on its node; picks its GPU.
+        local_rank: index of this process on its node; picks its GPU.
     """
 
     rank: int = 0
@@ -48,7 +46,8 @@ class Ranks:
     def __post_init__(self) -> None:
         if not (0 <= self.rank < self.world and 0 <= self.local_rank <= self.rank):
             raise ValueError(
-                f"rank {self.rank}, local rank {self.local_rank} do not fit a world of {self.world}"
+                f"rank {self.rank} and local rank {self.local_rank} do not fit a world of "
+                f"{self.world} processes"
             )
 
     @property
@@ -58,66 +57,85 @@ class Ranks:
 
 
 def from_environment(environment: Mapping[str, str]) -> Ranks:
-    """Read the place from the launcher's variables: torchrun's win over srun's, and without either
-    it is one process.
+    """Read the place of this process from the launcher's variables.
+
+    Those of torchrun take precedence over those of srun; without either, it is a single process.
 
     Args:
-        environment: `os.environ`.
+        environment: environment variables, `os.environ`.
     Raises:
-        ValueError: the variables hold no numbers, or numbers that do not fit.
+        ValueError: the variables are not integers, or do not fit together.
     """
-    for names in _LAUNCHERS:
+    for names in LAUNCHERS:
         if names[0] in environment and names[1] in environment:
             try:
                 rank, world, local_rank = (int(environment.get(name, "0")) for name in names)
                 return Ranks(rank, world, local_rank)
             except ValueError as error:
-                told = ", ".join(f"{name}={environment.get(name, '')}" for name in names)
+                values = ", ".join(f"{name}={environment.get(name, '')}" for name in names)
                 raise ValueError(
-                    f"the launcher's variables make no sense: {told}; {error}"
+                    f"the launcher's variables are not valid: {values}; {error}"
                 ) from error
     return Ranks()
 
 
 def without_place(environment: Mapping[str, str]) -> dict[str, str]:
-    """The environment for a child that is a run of its own and must not take itself for one of the
-    ranks.
+    """The environment for a child process that is not one of the ranks.
+
+    SLURM_CONF stays: it names the cluster and not a place.
+
+    Args:
+        environment: environment variables of this process.
     """
     return {
         name: value
         for name, value in environment.items()
-        if not name.startswith(_TOLD) or name == "SLURM_CONF"
+        if not name.startswith(PLACE_VARIABLES) or name == "SLURM_CONF"
     }
 
 
 def restarts(environment: Mapping[str, str]) -> int:
-    """How often torchrun or SLURM has started this run again."""
-    told = [
-        environment.get(name, "0") for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
-    ]
-    return max(int(count) if count.isdigit() else 0 for count in told)
+    """How often torchrun or SLURM has started this run again.
+
+    Args:
+        environment: environment variables, `os.environ`.
+    """
+    counts = [0]
+    for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"):
+        value = environment.get(name, "")
+        if value.isdigit():
+            counts.append(int(value))
+    return max(counts)
 
 
 def per_node(environment: Mapping[str, str], place: Ranks) -> int:
-    """Ranks on each node: torchrun's LOCAL_WORLD_SIZE, or srun's tasks per node where all nodes
-    have as many.
+    """Number of ranks on each node.
 
-    Where neither tells, or nodes differ, the whole world: it divides itself.
+    It is torchrun's LOCAL_WORLD_SIZE, or srun's tasks per node if all nodes have the same number.
+    Otherwise it is the number of all ranks, which is always a divisor of itself.
+
+    Args:
+        environment: environment variables, `os.environ`.
+        place: place of this process.
     """
     if environment.get("LOCAL_WORLD_SIZE", "").isdigit():
         return int(environment["LOCAL_WORLD_SIZE"])
-    told = re.fullmatch(r"(\d+)(\(x\d+\))?", environment.get("SLURM_STEP_TASKS_PER_NODE", ""))
-    return int(told[1]) if told else place.world
+    # `4`, or `4(x2)` for two nodes; `4,2` for nodes that differ does not match
+    tasks = environment.get("SLURM_STEP_TASKS_PER_NODE", "")
+    equal = re.fullmatch(r"(\d+)(\(x\d+\))?", tasks)
+    return int(equal[1]) if equal else place.world
 
 
 def rendezvous(environment: Mapping[str, str]) -> tuple[str, int]:
-    """Host and port at which the ranks meet: MASTER_ADDR and MASTER_PORT, else the first node of
-    the SLURM step.
+    """Host and port at which the ranks meet.
 
-    The port is made of job and step number, so that jobs that share a node do not meet each other.
+    They are MASTER_ADDR and MASTER_PORT, or the first node of the SLURM step and a port that is
+    computed from the numbers of job and step, so that jobs on the same node use different ports.
 
+    Args:
+        environment: environment variables, `os.environ`.
     Raises:
-        ValueError: neither is told.
+        ValueError: there is neither MASTER_ADDR nor a SLURM node list.
     """
     nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST", "")
     host = environment.get("MASTER_ADDR") or first_host(nodes)
@@ -134,5 +152,6 @@ def rendezvous(environment: Mapping[str, str]) -> tuple[str, int]:
 
 def first_host(nodes: str) -> str:
     """The first name of a SLURM node list: `gpu[08-11,20],big1` -> `gpu08`."""
-    found = re.match(r"([^,\[]+)(?:\[([^,\]-]+)[^\]]*\]([^,\[]*))?", nodes)
-    return "".join(part or "" for part in found.groups()) if found else ""
+    # the name up to a bracket, the first number in the bracket, the rest of the name
+    parts = re.match(r"([^,\[]+)(?:\[([^,\]-]+)[^\]]*\]([^,\[]*))?", nodes)
+    return "".join(part or "" for part in parts.groups()) if parts else ""

@@ -1,7 +1,7 @@
-"""Stop signals are for the process that trains, not for those that it starts.
+"""Keep stop signals from the processes that training starts.
 
-SLURM sends them to every process of a job step. A loader worker or wandb's service would die of
-SIGUSR2, and training with it, before it can save.
+SLURM sends stop signals to every process of a job step. SIGUSR2 would end a loader worker or
+wandb's service, and training with it, before it can save.
 """
 
 from __future__ import annotations
@@ -17,12 +17,11 @@ STOP = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 @contextmanager
 def kept_from_children() -> Iterator[None]:
-    """Within it, processes that this thread starts are deaf to the stop signals; handlers here
-    still run.
+    """Within this context, stop signals do not reach the processes that this thread starts.
 
-    What a thread blocks, its children block from their first instruction on. So this thread blocks
-    the signals, and another one takes them; Python runs the handlers in the main thread all the
-    same.
+    The handlers of this process still run. A child process blocks the signals that its parent
+    thread blocks, from its first instruction on. So this thread blocks the stop signals and another
+    thread receives them; Python runs the handlers in the main thread in any case.
     """
     listening, done = threading.Event(), threading.Event()
 
@@ -36,7 +35,7 @@ def kept_from_children() -> Iterator[None]:
     listening.wait()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP)
     try:
-        # else it starts with the first worker, and unblocks SIGTERM behind itself
+        # otherwise it would start with the first worker, and unblock SIGTERM in this thread
         resource_tracker.ensure_running()
         signal.pthread_sigmask(signal.SIG_BLOCK, STOP)
         yield
@@ -48,8 +47,8 @@ def kept_from_children() -> Iterator[None]:
 
 @contextmanager
 def heard_by_children() -> Iterator[None]:
-    """Within it, inside of `kept_from_children` too, processes that this thread starts can be ended
-    by a signal.
+    """Within this context, stop signals reach the processes that this thread starts, also inside
+    of `kept_from_children`.
     """
     before = signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP)
     try:

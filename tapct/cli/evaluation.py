@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from tapct import run_folder as run_paths
 from tapct.base import console
 from tapct.cli.app import Overrides, RunFolder, app, examples
 
@@ -40,10 +41,8 @@ def evaluate(
     evaluation = finished.evaluate(run_folder, overrides or [], step)
     for line in evaluation.lines():
         console.say(line)
-    console.say(
-        "results and pictures in "
-        f"{run_folder}/eval{'' if step is None else f'/steps/step_{step:08d}'}"
-    )
+    folder = run_paths.RunFolder(run_folder).evaluation(step)
+    console.say(f"results and pictures in {folder.path}")
 
 
 @app.command(epilog=examples("tapct export runs/quickstart --out models/quickstart"))

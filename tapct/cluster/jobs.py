@@ -18,16 +18,15 @@ from typing import TYPE_CHECKING, Any
 
 from tapct.base import console, jsonl
 from tapct.base.exits import UserError
-from tapct.cluster import slurm, task
+from tapct.cluster import slurm
 from tapct.cluster.slurm import QueuedJob
+from tapct.run_folder import JobFolder, RunFolder
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-SUBMISSION_FILE = "submission.json"
 STATE_WIDTH = 12
 # Folders inside a run folder that hold no further runs and may hold thousands of files.
-NOT_RUNS = ("checkpoints", "code", "eval", "export", "jobs", "tensorboard", "wandb")
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,7 @@ class Submission:
     def write(self, folder: Path) -> None:
         """Write submission.json into RUN/jobs/<time>."""
         text = json.dumps(dataclasses.asdict(self), indent=1)
-        (folder / SUBMISSION_FILE).write_text(text, encoding="utf-8")
+        JobFolder(folder).submission.write_text(text, encoding="utf-8")
 
 
 @dataclass(frozen=True)
@@ -105,21 +104,23 @@ def find_submissions(folders: Sequence[Path]) -> dict[Path, Submission]:
 
 
 def _run_folders(folder: Path) -> Iterator[Path]:
+    not_runs = RunFolder(folder).own_folders()
     for place, below, _ in os.walk(folder):
-        if "jobs" in below:
+        if RunFolder(Path(place)).jobs.name in below:
             yield Path(place)
         # os.walk descends into the folders that are left in this list
         below[:] = sorted(
-            name for name in below if name not in NOT_RUNS and not name.startswith(".")
+            name for name in below if name not in not_runs and not name.startswith(".")
         )
 
 
 def _read_submissions(run: Path) -> list[Submission]:
     """All submissions of a run, the oldest first."""
     submissions = []
-    for path in run.glob(f"jobs/*/{SUBMISSION_FILE}"):
+    for job in RunFolder(run).submissions():
         try:
-            submissions.append(Submission(**json.loads(path.read_text(encoding="utf-8"))))
+            content = json.loads(job.submission.read_text(encoding="utf-8"))
+            submissions.append(Submission(**content))
         except (ValueError, TypeError):  # half written, or by another version of tapct
             continue
     return sorted(submissions, key=lambda submission: submission.submitted)
@@ -135,7 +136,7 @@ def read_progress(
         submission: newest submission of the run.
         queue: jobs by id, from `slurm.read_queue`; None when SLURM does not respond.
     """
-    rows = jsonl.read_tail(run / "metrics.jsonl", "step")
+    rows = jsonl.read_tail(RunFolder(run).metrics, "step")
     step, loss = 0, math.nan
     if rows:
         step = int(rows[-1]["step"])
@@ -194,9 +195,9 @@ def _state(
 
 def _read_events(run: Path, job: str) -> list[dict[str, Any]]:
     """Events of a job, beside its submission.json: start, stopped, done, failed, gave up."""
-    for path in run.glob(f"jobs/*/{SUBMISSION_FILE}"):
-        if _job_id(path) == job:
-            return jsonl.read(path.with_name(task.EVENTS_FILE), "event").rows
+    for folder in RunFolder(run).submissions():
+        if _job_id(folder.submission) == job:
+            return jsonl.read(folder.events, "event").rows
     return []
 
 

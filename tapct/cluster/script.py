@@ -21,21 +21,20 @@ from submitit.core.utils import FailedJobError, FailedSubmissionError
 from tapct.base.exits import UserError
 from tapct.cluster import task
 from tapct.cluster.resources import Resources
-
-PLACES = "places"  # file in a job's folder: RUN/jobs/<time> of each run of the array, one per line
+from tapct.run_folder import JobFolder, RunFolder
 
 # The bounds are checked before srun too, because SLURM may requeue a job by itself, for example
 # after a node has failed, without asking this script. `latest` names the newest checkpoint; a start
 # was idle if it left that file as it was.
 BOUNDS = """\
-newest() { cat "$TAPCT_PLACE/../../checkpoints/latest" 2>/dev/null || echo none; }
+newest() { cat "$TAPCT_PLACE/LATEST" 2>/dev/null || echo none; }
 idle_starts() {
     awk -v now="$(newest)" '{ n = $0 == now ? n + 1 : 0 } END { print n + 0 }' "$TAPCT_STARTS"
 }
 give_up() {
     echo "tapct: $1"
     printf '{"event": "gave up", "time": %s, "why": "%s"}\\n' "$(date +%s)" "$1" \\
-        >> "$TAPCT_PLACE/events.jsonl"
+        >> "$TAPCT_PLACE/EVENTS"
     exit 1
 }
 check_bounds() { # number of restarts, including the one in question
@@ -84,7 +83,7 @@ class JobFolders:
 
     Args:
         name: name of the job in the queue.
-        folder: RUN/jobs/<time>, absolute, with the file `PLACES`.
+        folder: RUN/jobs/<time>, absolute, with the file `places`.
         code: folder with the copy of tapct that the job runs, absolute.
     """
 
@@ -194,9 +193,12 @@ def setup_lines(job: JobFolders, resources: Resources) -> list[str]:
         resources: bounds on requeues.
     """
     own = f'{shlex.quote(str(job.folder))}/"$TAPCT_JOB"'
-    places = shlex.quote(str(job.folder / PLACES))
+    places = shlex.quote(str(JobFolder(job.folder).places))
     bounds = BOUNDS.replace("MAX_RESTARTS", str(resources.max_restarts))
     bounds = bounds.replace("MAX_IDLE", str(resources.max_idle_restarts))
+    # both are relative to RUN/jobs/<time> of the run that a task of the array works on
+    bounds = bounds.replace("LATEST", str(RunFolder(Path("..", "..")).checkpoints.latest))
+    bounds = bounds.replace("EVENTS", str(JobFolder(Path()).events))
     return [
         'export TAPCT_JOB="${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}"',
         'export TAPCT_JOB="${TAPCT_JOB:-$SLURM_JOB_ID}"',

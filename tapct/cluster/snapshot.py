@@ -12,6 +12,7 @@ from pathlib import Path
 import tapct
 from tapct.cluster.folders import make_parents
 from tapct.run.provenance import git_revision
+from tapct.run_folder import RunFolder
 
 PACKAGE = Path(tapct.__file__).resolve().parent
 
@@ -37,7 +38,7 @@ def copy_package(home: Path, undo: contextlib.ExitStack) -> Path:
     Returns:
         HOME/code/<name>, the folder to put on PYTHONPATH.
     """
-    target = home.absolute() / "code" / snapshot_name()
+    target = RunFolder(home.absolute()).code / snapshot_name()
     if target.is_dir():
         return target
     make_parents(target.parent, undo)

@@ -27,6 +27,7 @@ from tapct.engine import checkpoint
 from tapct.engine.checkpoint import Checkpoints
 from tapct.run.config import RunConfig
 from tapct.run.resume import changed_keys, what_changed, with_new_keys
+from tapct.run_folder import JobFolder, RunFolder, step_of
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ def check_resume(resolved: Resolved, allow_change: bool) -> None:
             "remove it"
         )
     if saved and not allow_change:
-        newest = max(saved, key=checkpoint.step_of)
+        newest = max(saved, key=step_of)
         before = with_new_keys(checkpoint.read_meta(newest).config, type(config))
         changed = changed_keys(before, resolved.to_dict())
         if changed:
@@ -138,7 +139,7 @@ def run_warnings(config: RunConfig, resources: Resources) -> list[str]:
             f"data.loader.workers {workers}; request {workers + 1}"
         )
     saved = _finished_checkpoints(config)
-    if saved and max(map(checkpoint.step_of, saved)) >= config.train.steps:
+    if saved and max(map(step_of, saved)) >= config.train.steps:
         lines.append(
             f"{config.out} has finished all {config.train.steps} steps; the job will find nothing "
             "to train"
@@ -147,7 +148,7 @@ def run_warnings(config: RunConfig, resources: Resources) -> list[str]:
 
 
 def _finished_checkpoints(config: RunConfig) -> list[Path]:
-    return Checkpoints(config.out / "checkpoints", config.checkpoint.keep).finished()
+    return Checkpoints(RunFolder(config.out).checkpoints.path, config.checkpoint.keep).finished()
 
 
 def check_no_active_job(folders: Sequence[Path]) -> None:
@@ -194,17 +195,19 @@ def submit_runs(
     name = time.strftime("%Y%m%d-%H%M%S")
     with contextlib.ExitStack() as undo:
         code = copy_package(planned.home, undo)
-        folder = make_new_folder(planned.home / "jobs", name, undo)
+        folder = make_new_folder(RunFolder(planned.home).jobs, name, undo)
         places = []  # RUN/jobs/<time> of each run
         for out in planned.folders:
-            own = folder if out == planned.home else make_new_folder(out / "jobs", name, undo)
+            own = (
+                folder if out == planned.home else make_new_folder(RunFolder(out).jobs, name, undo)
+            )
             places.append(own)
         for place, run in zip(places, planned.runs, strict=True):
-            files.write_atomically(place / "config.yaml", run.to_yaml())
+            files.write_atomically(JobFolder(place).config, run.to_yaml())
         lines = "".join(f"{place}\n" for place in places)
-        (folder / script.PLACES).write_text(lines, encoding="utf-8")
+        JobFolder(folder).places.write_text(lines, encoding="utf-8")
         arguments = [
-            (str(place / "config.yaml"), os.getcwd(), str(code), allow_change) for place in places
+            (str(JobFolder(place).config), os.getcwd(), str(code), allow_change) for place in places
         ]
         job = JobFolders(planned.job_name, folder, code)
         ids = script.submit_tasks(job, resources, task.run_task, arguments)
@@ -223,8 +226,8 @@ def preview_batch_script(planned: PlannedRuns, resources: Resources) -> str:
 
     It needs no SLURM and writes nothing.
     """
-    home = planned.home.absolute()
-    job = JobFolders(planned.job_name, home / "jobs" / "TIME", home / "code" / snapshot_name())
+    home = RunFolder(planned.home.absolute())
+    job = JobFolders(planned.job_name, home.jobs / "TIME", home.code / snapshot_name())
     lines = [script.make_batch_script(job, resources, len(planned.runs))]
     for number, out in enumerate(planned.folders):
         if out != planned.home:

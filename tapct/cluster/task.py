@@ -21,10 +21,10 @@ from types import FrameType
 import tapct
 from tapct.base import console, exits, ranks, signals
 from tapct.base.exits import UserError
+from tapct.run_folder import JobFolder
 
 STOPPED = 143  # exit code of training that a signal or the time limit stopped, after it has saved
 MARK = "TAPCT_MARK"  # environment variable: path of the file to leave for the batch script
-EVENTS_FILE = "events.jsonl"
 
 
 def run_task(config: str, start_in: str, snapshot: str, allow_change: bool = False) -> None:
@@ -141,5 +141,5 @@ def record_event(config: str, event: str, **details: object) -> None:
     """
     if ranks.from_environment(os.environ).is_first:
         row = {"event": event, "time": round(time.time(), 1), **details}
-        with (Path(config).parent / EVENTS_FILE).open("a", encoding="utf-8") as file:
+        with JobFolder(Path(config).parent).events.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")

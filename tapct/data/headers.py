@@ -8,9 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from tapct.base.exits import single_line
 from tapct.data.discover import stem_of
 from tapct.data.patients import hash_of_header
-from tapct.data.readers.raw import Header, one_line
+from tapct.data.readers.raw import MAX_TEXT, Header
 from tapct.types import Refused, ScanFacts
 
 # field of Header and the key of a side-car, as BIDS and dcm2niix write it
@@ -38,7 +39,9 @@ def read_sidecar(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(sidecar.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise Refused("bad_sidecar", one_line(f"{sidecar.name} is not JSON: {error}")) from error
+        raise Refused(
+            "bad_sidecar", single_line(f"{sidecar.name} is not JSON: {error}", MAX_TEXT)
+        ) from error
     if not isinstance(content, dict):
         raise Refused(
             "bad_sidecar", f"{sidecar.name} holds a {type(content).__name__}; rule: one JSON object"
@@ -49,7 +52,7 @@ def read_sidecar(path: Path) -> dict[str, Any]:
 def merge_sidecar(header: Header, sidecar: dict[str, Any]) -> Header:
     """A header whose fields are replaced by those that the side-car gives."""
     given = {
-        field: one_line(sidecar[key])
+        field: single_line(sidecar[key], MAX_TEXT)
         for field, key in SIDECAR_KEYS.items()
         if sidecar.get(key) not in (None, "", [])
     }

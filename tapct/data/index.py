@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tapct.base.exits import UserError
+from tapct.base.exits import UserError, single_line
 from tapct.data.ct_check import BODY_ABOVE, sample
 from tapct.data.digest import voxel_digest
 from tapct.data.discover import Source, find_sources
@@ -21,7 +21,7 @@ from tapct.data.manifest import ACCEPTED, REFUSED, UNKNOWN, Manifest, Row, write
 from tapct.data.patients import PatientRules, check_regex, patient_key
 from tapct.data.process_pool import map_unordered
 from tapct.data.readers import load_libraries
-from tapct.data.readers.raw import one_line
+from tapct.data.readers.raw import MAX_TEXT
 from tapct.types import Refused, Volume
 
 
@@ -127,7 +127,7 @@ def examine(task: ExamineTask) -> Row:
     except Refused as error:
         return replace(row, reason=error.reason, detail=error.detail)
     except Exception as error:  # one scan must not end the index of a whole archive
-        detail = one_line(f"{type(error).__name__}: {error}")
+        detail = single_line(f"{type(error).__name__}: {error}", MAX_TEXT)
         return replace(row, reason="unreadable", detail=detail)
 
 

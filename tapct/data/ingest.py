@@ -12,12 +12,13 @@ from pathlib import Path
 
 import numpy as np
 
+from tapct.base.exits import single_line
 from tapct.data.ct_check import check_is_ct
 from tapct.data.discover import UNREADABLE, Source, find_source
 from tapct.data.geometry import to_lps
 from tapct.data.headers import facts_of, label_names, merge_sidecar, read_sidecar
 from tapct.data.readers import DICOM, format_named
-from tapct.data.readers.raw import Image, one_line
+from tapct.data.readers.raw import MAX_TEXT, Image
 from tapct.types import AIR_HU, LabelMap, Refused, Volume
 
 MAX_HU = 32767  # largest int16
@@ -95,7 +96,9 @@ def _read_image(source: Source) -> Image:
     except (Refused, ImportError):  # a library that cannot be loaded is not a fault of this scan
         raise
     except Exception as error:
-        raise Refused("unreadable", one_line(f"{type(error).__name__}: {error}")) from error
+        raise Refused(
+            "unreadable", single_line(f"{type(error).__name__}: {error}", MAX_TEXT)
+        ) from error
 
 
 def _to_hu(view_ZYX: np.ndarray, slope: float, intercept: float) -> np.ndarray:

@@ -20,8 +20,8 @@ import pyarrow
 import pyarrow.parquet
 
 from tapct.base import files
-from tapct.base.exits import UserError
-from tapct.data.readers.raw import one_line
+from tapct.base.exits import UserError, single_line
+from tapct.data.readers.raw import MAX_TEXT
 
 SCHEMA = "1"
 ACCEPTED, REFUSED = "accepted", "refused"
@@ -129,7 +129,9 @@ class Manifest:
         try:
             table = pyarrow.parquet.read_table(path)
         except (pyarrow.ArrowException, OSError) as error:
-            raise UserError(f"{path} is not a Parquet file: {one_line(error)}") from error
+            raise UserError(
+                f"{path} is not a Parquet file: {single_line(error, MAX_TEXT)}"
+            ) from error
         stored = table.schema.metadata or {}
         metadata = {key.decode(): value.decode() for key, value in stored.items()}
         names = [field.name for field in dataclasses.fields(Row)]

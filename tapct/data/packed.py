@@ -20,7 +20,7 @@ from typing import Any
 import blosc2
 import numpy as np
 
-from tapct.base.exits import UserError
+from tapct.base.exits import UserError, single_line
 from tapct.data.digest import voxel_digest
 from tapct.types import Volume
 
@@ -179,11 +179,11 @@ def open_packed(file: Path) -> tuple[blosc2.NDArray, PackedMeta]:
         if (array.dtype, tuple(array.shape), tuple(array.chunks)) != expected:
             raise ValueError(
                 f"it holds {array.dtype} {tuple(array.shape)} in chunks {tuple(array.chunks)}, "
-                f"its metadata says {meta.shape_ZYX} in chunks of {meta.chunk_slices} slices"
+                f"its metadata lists {meta.shape_ZYX} in chunks of {meta.chunk_slices} slices"
             )
     except (RuntimeError, KeyError, TypeError, ValueError, AttributeError, OSError) as error:
         raise Damaged(
-            f"{file} is not a complete packed scan ({type(error).__name__}: {one_line(error)})"
+            f"{file} is not a complete packed scan ({type(error).__name__}: {single_line(error)})"
         ) from error
     return array, meta
 
@@ -255,7 +255,7 @@ class PackedScan:
 
 
 def _read_exactly(fd: int, num_bytes: int, offset: int) -> bytes:
-    """Read so many bytes; `pread` itself stops at 2 GiB and may return less."""
+    """Read exactly this number of bytes; `pread` itself stops at 2 GiB and may return less."""
     parts: list[bytes] = []
     while num_bytes > 0:
         part = os.pread(fd, min(num_bytes, 1 << 30), offset)
@@ -273,11 +273,6 @@ def _decode(compressed: memoryview, chunk_ZYX: np.ndarray) -> None:
     if num_bytes != chunk_ZYX.nbytes or num_compressed != len(compressed):
         # decompress2 trusts the header and would write beyond the array
         raise ValueError(
-            f"a chunk header says {num_bytes} bytes, the chunk has {chunk_ZYX.nbytes} bytes"
+            f"a chunk header promises {num_bytes} bytes, the chunk has {chunk_ZYX.nbytes} bytes"
         )
     blosc2.decompress2(compressed, dst=chunk_ZYX, nthreads=1)
-
-
-def one_line(error: BaseException) -> str:
-    """The message of an error without line breaks."""
-    return " ".join(str(error).split())

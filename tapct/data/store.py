@@ -23,9 +23,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tapct.base.exits import UserError
+from tapct.base.exits import UserError, single_line
 from tapct.data.digest import voxel_digest
-from tapct.data.packed import SCHEMA, Damaged, PackedScan, one_line
+from tapct.data.packed import SCHEMA, Damaged, PackedScan
 
 INDEX_NAME = "store.parquet"
 _INDEX_KEY = b"tapct.store"
@@ -105,7 +105,7 @@ class Store:
         self.__init__(state["path"], state["max_open"])  # type: ignore[misc]
         if self.digest != state["digest"]:
             raise UserError(
-                f"the store {self.path} was packed anew while it was in use; start again"
+                f"the store {self.path} was packed again while it was in use; start again"
             )
 
     def file(self, i: int) -> Path:
@@ -143,7 +143,7 @@ class Store:
         try:
             self._opened(i).read_into(z0, slab_ZYX)
         except (Damaged, OSError, ValueError, RuntimeError) as error:
-            raise self._damaged(i, one_line(error)) from error
+            raise self._damaged(i, single_line(error)) from error
 
     def verify(self, i: int) -> None:
         """Decode the whole scan i and compare its digest with the one taken before packing.
@@ -252,7 +252,7 @@ def read_index(folder: Path) -> tuple[tuple[StoredScan, ...], dict[str, Any]]:
         columns = [table.column(column.name).cast(column.type).to_pylist() for column in _COLUMNS]
     except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
         raise UserError(
-            f"{file} is not readable ({one_line(error)}); run `tapct pack` again, it keeps the "
+            f"{file} is not readable ({single_line(error)}); run `tapct pack` again, it keeps the "
             "scans."
         ) from error
     root = Path(info["root"])

@@ -1,4 +1,4 @@
-"""The section `parallel` of a config; read by `world`, `watch`, the training loop and its checks."""
+"""The section `parallel` of a config; `world`, `watch` and the training loop read it."""
 
 from __future__ import annotations
 

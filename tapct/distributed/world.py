@@ -198,6 +198,6 @@ def cause_of(error: RuntimeError) -> str:
     lines = str(error).splitlines()
     if "Last error:" in lines[:-1]:  # NCCL names its cause on the line after this one
         return lines[lines.index("Last error:") + 1]
-    # gloo begins with the place in its sources: "[../gloo/transport/tcp/pair.cc:525] Connection ..."
+    # gloo begins with the place in its sources: "[../gloo/tcp/pair.cc:525] Connection closed ..."
     without_place = re.sub(r"^\[[^]]*\] *", "", lines[0])
     return without_place.partition(". ")[0]

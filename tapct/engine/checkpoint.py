@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -42,6 +41,7 @@ from tapct.base import files
 from tapct.base.exits import UserError
 from tapct.config import setting
 from tapct.distributed import collectives
+from tapct.run_folder import CheckpointFolder, CheckpointsFolder, step_of
 from tapct.ssl.student_teacher import StudentTeacher
 
 
@@ -87,14 +87,6 @@ class Meta:
     world: int = 1
 
 
-FOLDER = re.compile(r"step_\d+")
-
-
-def step_of(path: Path) -> int:
-    """Finished steps of a checkpoint folder, by its name."""
-    return int(path.name.removeprefix("step_"))
-
-
 class Checkpoints:
     """The checkpoint folder of one run, as one rank sees it.
 
@@ -115,6 +107,7 @@ class Checkpoints:
         device: torch.device | None = None,
     ) -> None:
         self.folder, self.keep, self.keep_every, self.side = folder, keep, keep_every, side
+        self.paths = CheckpointsFolder(folder)
         self.is_first = side is None or dist.get_rank() == 0
 
         def use_own_gpu() -> None:  # a new thread works on GPU 0
@@ -185,17 +178,13 @@ class Checkpoints:
 
     def _write(self, meta: Meta, state: dict[str, Any], teacher: dict[str, Tensor]) -> Path:
         """The thread: shards of every rank, then the first rank makes a checkpoint of them."""
-        final, aside = (
-            self.folder / f"step_{meta.step:08d}",
-            self.folder / f".writing_step_{meta.step:08d}",
-        )
+        final, aside = self.paths.step(meta.step).path, self.paths.half_written(meta.step)
         with self._agreeing(meta, aside):
             if self.is_first:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                for leftover in self.folder.glob(".writing_*"):
-                    shutil.rmtree(leftover)
-                for leftover in (*self.folder.glob(".old_*"), *self.folder.glob(".step_*")):
-                    shutil.rmtree(leftover, ignore_errors=True)
+                for leftover in self.paths.leftovers():
+                    # what resists here is of no use, unless it has the name that is needed now
+                    shutil.rmtree(leftover, ignore_errors=leftover != aside)
                 aside.mkdir()
         with self._agreeing(meta, aside):
             if self.side is None:
@@ -210,9 +199,10 @@ class Checkpoints:
 
     def _complete(self, meta: Meta, teacher: dict[str, Tensor], aside: Path, final: Path) -> None:
         """Add what a checkpoint holds besides the shards, make it the latest, and drop old ones."""
-        (aside / "teacher.safetensors").write_bytes(safetensors.torch.save(teacher))
-        (aside / "meta.json").write_text(json.dumps(asdict(meta), indent=1))
-        (aside / "files.json").write_text(json.dumps(fingerprints(aside), indent=1))
+        paths = CheckpointFolder(aside)
+        paths.teacher.write_bytes(safetensors.torch.save(teacher))
+        paths.meta.write_text(json.dumps(asdict(meta), indent=1))
+        paths.fingerprints.write_text(json.dumps(fingerprints(aside), indent=1))
         # `final` exists where the same step is saved again, after a damaged or repeated save
         files.put_in_place(aside, final)
         self.announce(final)
@@ -233,7 +223,7 @@ class Checkpoints:
         resists stays aside.
         """
         with suppress(OSError):
-            aside = self.folder / f".old_{path.name}"
+            aside = self.paths.half_removed(path)
             os.replace(path, aside)
             shutil.rmtree(aside, ignore_errors=True)
 
@@ -269,16 +259,13 @@ class Checkpoints:
         """Make `latest` name a checkpoint; a kill between a save and this, or damage, may have left
         it behind.
         """
-        latest, name = self.folder / "latest", path.name + "\n"
+        latest, name = self.paths.latest, path.name + "\n"
         if not latest.is_file() or latest.read_text() != name:
             files.write_atomically(latest, name)
 
     def finished(self) -> list[Path]:
         """Checkpoint folders by step, oldest first; whether they are whole is not checked."""
-        return sorted(
-            (path for path in self.folder.glob("step_*") if FOLDER.fullmatch(path.name)),
-            key=step_of,
-        )
+        return self.paths.finished()
 
     def newest_whole(self) -> tuple[Path | None, list[str]]:
         """The newest checkpoint that passes its own fingerprints, and one line for each damaged one
@@ -342,7 +329,7 @@ def read_meta(path: Path) -> Meta:
         UserError: there is none, or it is not readable.
     """
     try:
-        return Meta(**json.loads((path / "meta.json").read_text()))
+        return Meta(**json.loads(CheckpointFolder(path).meta.read_text()))
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{path} is not a tapct checkpoint: {error}") from error
 
@@ -378,7 +365,7 @@ def teacher_tensors(pair: StudentTeacher) -> dict[str, Tensor]:
 def damage(path: Path) -> str | None:
     """Compare a checkpoint folder with its fingerprints: None when whole, else what is wrong."""
     try:
-        expected = json.loads((path / "files.json").read_text())
+        expected = json.loads(CheckpointFolder(path).fingerprints.read_text())
     except (OSError, ValueError) as error:
         return f"files.json cannot be read ({error})"
     for name, (size, digest) in expected.items():

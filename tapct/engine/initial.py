@@ -20,8 +20,9 @@ from torch import Tensor
 from tapct.base.exits import SharedError, UserError
 from tapct.base.geometry import Grid, patch_grid
 from tapct.distributed.collectives import local_part, part_of_full
-from tapct.engine.checkpoint import FOLDER, Checkpoints, read_meta
+from tapct.engine.checkpoint import Checkpoints, read_meta
 from tapct.nn.posembed import resize_positions
+from tapct.run_folder import CheckpointFolder, ExportFolder, RunFolder, has_step_name
 from tapct.ssl.student_teacher import StudentTeacher
 
 KINDS = ("missing", "resized", "unexpected")
@@ -76,16 +77,17 @@ def locate(path: Path) -> Path:
     Raises:
         UserError: nothing of that kind is there.
     """
-    if FOLDER.fullmatch(path.name) and (path / "teacher.safetensors").is_file():
-        return path / "teacher.safetensors"
-    if (path / "checkpoints").is_dir():
-        newest, _ = Checkpoints(path / "checkpoints", keep=1).newest_whole()
+    if has_step_name(path) and CheckpointFolder(path).teacher.is_file():
+        return CheckpointFolder(path).teacher
+    run = RunFolder(path)
+    if run.checkpoints.path.is_dir():
+        newest, _ = Checkpoints(run.checkpoints.path, keep=1).newest_whole()
         if newest is None:
             raise UserError(f"train.init={path}: that run holds no whole checkpoint yet")
-        return newest / "teacher.safetensors"
-    for folder in (path, path / "export"):
-        if (folder / "model.safetensors").is_file():
-            return folder / "model.safetensors"
+        return CheckpointFolder(newest).teacher
+    for export in (ExportFolder(path), run.export):
+        if export.weights.is_file():
+            return export.weights
     if path.suffix == ".safetensors" and path.is_file():
         return path
     raise UserError(
@@ -101,10 +103,11 @@ def read(file: Path) -> SourceWeights:
     Raises:
         UserError: it is damaged.
     """
-    if (file.parent / "meta.json").is_file():
+    if CheckpointFolder(file.parent).meta.is_file():
         return _read_file(file, _grid(read_meta(file.parent).config.get("model", {})))
-    if (file.parent / "config.json").is_file():
-        card = json.loads((file.parent / "config.json").read_text())
+    card_file = ExportFolder(file.parent).card
+    if card_file.is_file():
+        card = json.loads(card_file.read_text())
         return _read_file(file, _grid(card.get("model", {})))
     return _read_file(file, None)
 

@@ -16,6 +16,7 @@ from typing import Any, Literal
 from tapct.base import files, jsonl, ranks
 from tapct.base.console import say
 from tapct.config.fields import setting
+from tapct.run_folder import RunFolder
 
 SYNC_SECONDS = 10.0  # metrics are forced to the disk at most this often, and on close
 
@@ -64,7 +65,8 @@ class MetricsWriter:
         if not ranks.from_environment(os.environ).is_first:
             return
         run_dir.mkdir(parents=True, exist_ok=True)
-        path = run_dir / "metrics.jsonl"
+        folder = RunFolder(run_dir)
+        path = folder.metrics
         last = _drop_rows_after(path, start_step)
         if start_step and last != start_step:
             say(
@@ -74,7 +76,7 @@ class MetricsWriter:
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         try:
             if config.tensorboard:
-                self._trackers.append(_TensorBoard(run_dir / "tensorboard", start_step))
+                self._trackers.append(_TensorBoard(folder.tensorboard, start_step))
             if config.wandb.mode != "disabled":
                 self._trackers.append(_Wandb(run_dir, config.wandb))
         except BaseException:
@@ -186,11 +188,12 @@ class _Wandb:
         import wandb
         import yaml
 
-        identity = run_dir / "wandb" / "tapct_run_id"  # the same run there when this one goes on
+        folder = RunFolder(run_dir)
+        identity = folder.wandb_run_id  # a resumed run must be the same run there
         identity.parent.mkdir(exist_ok=True)
         if not identity.exists():
             identity.write_text(uuid.uuid4().hex)
-        stored = run_dir / "config.yaml"
+        stored = folder.config
         self._offline, self._folder = config.mode == "offline", identity.parent
         try:
             self._run = wandb.init(

@@ -138,9 +138,7 @@ class PatchGrid:
             yield start, end, my @ (slab @ mx.T)
 
     def to_voxels(self, maps_CZYX: Tensor) -> Tensor:
-        """`voxel_slabs` in one piece: float32 (C, Z, Y, X) on the original grid. It needs the memory
-        of the whole result.
-        """
+        """`voxel_slabs` in one piece: float32 (C, Z, Y, X) on the original grid, all in memory."""
         return torch.cat([slab for _, _, slab in self.voxel_slabs(maps_CZYX)], dim=1)
 
     def argmax_voxels(self, maps_CZYX: Tensor) -> np.ndarray:

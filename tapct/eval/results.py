@@ -12,9 +12,9 @@ from typing import Any
 from tapct.base import files
 from tapct.eval import old_formats
 from tapct.eval.contract import Breakdown, Headline, ScanScore, TaskResults
+from tapct.run_folder import EvaluationFolder
 
 SCHEMA = 2
-FILE = "results.json"
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class TaskSection:
-    """What one task found.
+    """The results of one task.
 
     Args:
         config: settings of the task.
@@ -81,7 +81,7 @@ class Evaluation:
     """The content of results.json.
 
     Args:
-        tasks: task name -> what it found, in the order of the config.
+        tasks: task name -> its results, in the order of the config.
         split: which scans were used for what.
         preprocess: settings of `eval.preprocess`.
         patch: voxels (z, y, x) of a patch.
@@ -135,7 +135,7 @@ class Evaluation:
         """Write FOLDER/results.json; the file is either the old or the new one, never half."""
         folder.mkdir(parents=True, exist_ok=True)
         text = json.dumps(self.to_json(), indent=1, allow_nan=False) + "\n"
-        files.write_atomically(folder / FILE, text)
+        files.write_atomically(EvaluationFolder(folder).results, text)
 
 
 def title_of(task: str) -> str:
@@ -147,7 +147,7 @@ def shown(value: float) -> str:
     """A headline value with three decimals, or three digits where that would hide it."""
     if not math.isfinite(value):
         return "–"
-    return f"{value:.3f}" if value == 0 or 1e-2 <= abs(value) < 1e3 else f"{value:.3g}"
+    return f"{value:.3f}" if value == 0 or 1e-3 <= abs(value) < 1e3 else f"{value:.3g}"
 
 
 def from_json(content: Mapping[str, Any]) -> Evaluation:
@@ -191,21 +191,21 @@ def read(folder: Path) -> tuple[Evaluation | None, str]:
     Returns:
         The evaluation and an empty text, or None and the reason.
     """
-    path = folder / FILE
+    path = EvaluationFolder(folder).results
     if not path.is_file():
-        return None, f"{FILE} is not there"
+        return None, f"{path.name} is not there"
     try:
         content = json.loads(path.read_text(encoding="utf-8", errors="replace"))
     except OSError as error:
-        return None, f"{FILE} cannot be read: {error.strerror}"
+        return None, f"{path.name} cannot be read: {error.strerror}"
     except json.JSONDecodeError:
         content = None
     if not isinstance(content, dict):
-        return None, f"{FILE} is damaged: it holds no JSON object"
+        return None, f"{path.name} is damaged: it holds no JSON object"
     try:
         return from_json(content), ""
     except ValueError as error:
-        return None, f"{FILE} cannot be used: {error}"
+        return None, f"{path.name} cannot be used: {error}"
 
 
 def _section_to_json(section: TaskSection) -> dict[str, Any]:

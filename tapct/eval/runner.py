@@ -29,6 +29,7 @@ from tapct.eval.contract import DEFAULT_TASKS, Labels, Task
 from tapct.eval.features import DenseFeatures, PatchGrid, Prepared, Preprocess, features_of, prepare
 from tapct.eval.results import Evaluation, Picture, SplitRecord, TaskSection
 from tapct.eval.scans import LabelledScan, ScanLabels, ScanRow, Split
+from tapct.run_folder import EvaluationFolder
 from tapct.types import HUContract
 
 
@@ -290,7 +291,7 @@ class _Drawn:
     """
 
     def __init__(self, out: Path) -> None:
-        self.out = out
+        self.out, self.folder = out, EvaluationFolder(out).pictures
         self.of_task: dict[str, list[Picture]] = {}
         self.pca: list[Picture] = []
 
@@ -298,18 +299,23 @@ class _Drawn:
         """Draw one picture per task and one of the features of all models."""
         scan_id, at = scan.scan.id, None
         for name, truth in scan.truths.items():
-            task, file = run.task(name), f"pictures/{name}/{scan_id}.png"
-            caption = task.draw(self.out / file, truth, outputs.predictions[name])
+            task, file = run.task(name), self.folder / name / f"{scan_id}.png"
+            caption = task.draw(file, truth, outputs.predictions[name])
             if caption:
-                self.of_task.setdefault(name, []).append(Picture(scan_id, file, caption))
+                picture = Picture(scan_id, self.below_out(file), caption)
+                self.of_task.setdefault(name, []).append(picture)
             at = at or task.slices_of_interest(truth)
-        volume, file = scan.scan.volume, f"pictures/{scan_id}_features.png"
+        volume, file = scan.scan.volume, self.folder / f"{scan_id}_features.png"
         depth, height, _ = volume.hu_ZYX.shape
         columns = [(name.replace("_", " "), dense) for name, dense in outputs.dense.items()]
         at = at or (depth // 2, height // 2)
-        pictures.draw_pca(self.out / file, volume.hu_ZYX, volume.spacing_mm, columns, at)
+        pictures.draw_pca(file, volume.hu_ZYX, volume.spacing_mm, columns, at)
         caption = f"first three principal components of the patch features of {scan_id}"
-        self.pca.append(Picture(scan_id, file, caption))
+        self.pca.append(Picture(scan_id, self.below_out(file), caption))
+
+    def below_out(self, file: Path) -> str:
+        """Path of a picture as results.json holds it."""
+        return file.relative_to(self.out).as_posix()
 
 
 def _build_tasks(config: Config) -> dict[str, Task[Any, Any]]:
@@ -395,13 +401,13 @@ def _section(
     skipped: int,
     drawn: tuple[Picture, ...],
 ) -> TaskSection:
-    """What a task found, checked against its contract."""
+    """The results of a task, checked against its contract."""
     results, headline = one.task.results(), one.task.headline()
     strange = set(headline.values) - {model.name for model in models}
     if strange:
         raise UserError(
-            f"task {one.name}: its headline has values for {', '.join(sorted(strange))}; the models "
-            f"are {', '.join(model.name for model in models)}"
+            f"task {one.name}: its headline has values for {', '.join(sorted(strange))}; the "
+            f"models are {', '.join(model.name for model in models)}"
         )
     labels = one.task.labels.value
     return TaskSection(
@@ -431,7 +437,8 @@ def _versions() -> dict[str, str]:
 def _common_patch(models: Sequence[NamedModel]) -> tuple[int, int, int]:
     patches: dict[tuple[int, ...], str] = {}
     for model in models:
-        patches[tuple(int(side) for side in model.model.patch)] = model.name  # type: ignore[union-attr]
+        sides: Sequence[int] = model.model.patch  # type: ignore[assignment]
+        patches[tuple(int(side) for side in sides)] = model.name
     if len(patches) != 1:
         named = [f"{name} {'x'.join(map(str, patch))}" for patch, name in patches.items()]
         raise UserError(

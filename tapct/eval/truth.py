@@ -42,7 +42,7 @@ class PatchTruth:
     in_play_Z: np.ndarray
 
     def names(self) -> dict[int, str]:
-        """Label value -> name, as the label file tells; may be empty."""
+        """Label value -> name, from the label file; may be empty."""
         return dict(self.scan.label_map.names)
 
     def sample(self, num_tokens: int, seed: int) -> tuple[Tensor, Tensor]:

@@ -2,20 +2,22 @@
 size of its patch.
 
     patches  = unfold(crop) W + b                    all groups of crops in one matrix product
-    patches  = mask_token where masked               before the positions
-    tokens   = [CLS + pos_0, registers, patches + pos_1..N]     no pos where positions are rotary alone
-    tokens   = tokens + drop(scale(attention(norm(tokens))))      attention within a crop, all else packed;
-                                                             rotary positions turn its queries and
-                                                             keys
+    patches  = mask_token where masked                          before positions are added
+    tokens   = [CLS + pos_0, registers, patches + pos_1..N]     no pos with `positions: rope`
+    tokens   = tokens + drop(scale(attention(norm(tokens))))    in every block
     tokens   = tokens + drop(scale(mlp(norm(tokens))))
     features = norm(tokens)
 
-B crops of one group (all of one size), N patches of one crop, P voxels of one patch, R registers, D
-channels, T packed tokens of all crops of all groups.
+Attention works within each crop; everything else works on the packed tokens of all crops. Rotary
+positions rotate the queries and keys of attention. Parameter names are DINOv2's. With `positions:
+rope` there is no `pos_embed`: CLS has no position, and starts with the standard deviation that a
+learned position would give it (0.02).
+
+Axes: B crops of one group (all of one size), N patches of one crop, P voxels of one patch, R
+registers, D channels, T packed tokens of all crops of all groups, S rows of the kept crops or
+tokens of one crop.
 Source: Dosovitskiy et al. 2021, arXiv:2010.11929; DINOv2, arXiv:2304.07193; registers,
-arXiv:2309.16588. Parameter names are DINOv2's. With `positions: rope` there is no `pos_embed` at
-all: CLS is its own token alone, whose place no score depends on, and starts as wide as its learned
-    position would (std 0.02).
+    arXiv:2309.16588.
 """
 
 from __future__ import annotations
@@ -126,14 +128,13 @@ class Config:
         if self.turns and not rope.pairs_per_axis(self.dim // self.heads):
             raise UserError(
                 f"model.positions={self.positions} needs heads of at least {rope.PAIRS_PER_AXIS} "
-                "channels, and "
-                f"model.dim {self.dim} over model.heads {self.heads} gives "
+                f"channels, and model.dim {self.dim} over model.heads {self.heads} gives "
                 f"{self.dim // self.heads}; use fewer heads"
             )
 
     @property
     def turns(self) -> bool:
-        """Whether queries and keys are turned."""
+        """Whether positions rotate queries and keys."""
         return self.positions != "learned"
 
     @property
@@ -143,11 +144,11 @@ class Config:
 
 
 class PatchEmbed(nn.Module):
-    """Crops to patch embeddings: a convolution whose stride is its kernel, computed as one matrix
-    product.
+    """Patch embedding: a convolution whose stride is its kernel size, as one matrix product.
 
-    The convolution holds the parameters under DINOv2's name and is never called: over the unfolded
-    crops of all groups one product is faster.
+    Plain form: self.proj(crops[:, None]).flatten(2).transpose(1, 2). The convolution holds the
+    parameters under DINOv2's name and is never called: one product over the unfolded crops of all
+    groups is faster, and tests/models/test_vit.py compares the two.
     """
 
     def __init__(self, config: Config) -> None:
@@ -180,18 +181,16 @@ class PatchEmbed(nn.Module):
         """
         grid = self.grid_of(crops)
         pairs = [size for each in zip(grid, self.patch, strict=True) for size in each]
-        split = crops.reshape(
-            crops.shape[0], self.in_chans, *pairs
-        )  # (B, C, gz, pz, gy, py, gx, px)
+        # (B, C, gz, pz, gy, py, gx, px) -> (B, gz, gy, gx, C, pz, py, px) -> (B*N, C*P)
+        split = crops.reshape(crops.shape[0], self.in_chans, *pairs)
         return split.permute(0, 2, 4, 6, 1, 3, 5, 7).reshape(crops.shape[0] * math.prod(grid), -1)
 
     def forward(self, groups: Sequence[Tensor]) -> list[Tensor]:
         """Groups of crops -> one (B, N, D) per group."""
         rows = [self.unfold(crops) for crops in groups]
         weight = self.proj.weight.flatten(1)
-        embedded = F.linear(
-            (torch.cat(rows) if len(rows) > 1 else rows[0]).to(weight.dtype), weight, self.proj.bias
-        )
+        packed = torch.cat(rows) if len(rows) > 1 else rows[0]
+        embedded = F.linear(packed.to(weight.dtype), weight, self.proj.bias)
         parts = embedded.split([len(part) for part in rows])
         return [
             part.unflatten(0, (crops.shape[0], -1))
@@ -226,12 +225,13 @@ class Block(nn.Module):
 
         Args:
             x_TD: tokens of all crops, packed as `spans` say.
-            subsets: the crops that go through attention and feed-forward; None for all.
-            rotation: of all T tokens; None without rotary positions.
+            spans: runs of crops of equal length.
+            subsets: crops that go through attention, and through the feed-forward; None: all.
+            rotation: rotation of all T tokens; None without rotary positions.
         """
-        # x = x + drop(scale(attn(norm(x)))), then the same with the mlp. `drop` is stochastic depth:
-        # the branch works on the rows of the kept crops alone and is added to these rows.
-        # `deferred` norms are the same numbers at less memory (nn/lean.py).
+        # x = x + drop(scale(attn(norm(x)))), then the same with the mlp. `drop` is stochastic
+        # depth: the branch works on the rows of the kept crops alone and is added to these rows.
+        # `deferred` norms give the same numbers with less memory (nn/lean.py).
         attend, feed = subsets
         if attend is None:
             x_TD = x_TD + self.ls1(self.attn(self.norm1.deferred(x_TD), spans, rotation))
@@ -246,8 +246,7 @@ class Block(nn.Module):
 
 
 class VisionTransformer(Backbone):
-    """The backbone. Starts as `init_weights(0)` leaves it; on a meta device it stays without
-    values.
+    """The backbone; starts as `init_weights(0)` leaves it, on a meta device without values.
 
     Args:
         config: sizes and switches.
@@ -296,23 +295,23 @@ class VisionTransformer(Backbone):
         Args:
             crops: groups, each (B, Z, Y, X) of one size, float32, normalised; (B, C, Z, Y, X) where
                 in_chans > 1.
-            masks: per group bool (B, N), True where the mask token stands for the patch; None for
-                none.
-            key: of stochastic depth and of drawn coordinates; None, or eval mode, for none.
-            spacing_mm: per group float32 (B, 3), mm per voxel along (z, y, x); read for places in
-                mm alone.
+            masks: per group bool (B, N), True where the mask token replaces the patch; None: no
+                masks.
+            key: key of stochastic depth and of drawn coordinates; nothing is drawn with None or in
+                eval mode.
+            spacing_mm: per group float32 (B, 3), mm per voxel along (z, y, x); needed only for
+                coordinates in mm.
         Returns:
             One `Tokens` per group, after the final norm.
         Raises:
-            UserError: a crop is no multiple of the patch, or places in mm lack the spacing.
+            UserError: a crop is no multiple of the patch, or coordinates in mm lack the spacing.
         """
         grids = [self.patch_embed.grid_of(group) for group in crops]
         x_TD, spans = self._embed(crops, masks or [None] * len(crops), grids)
-        rotation = (
-            self._rotation(spans, grids, key, spacing_mm, x_TD.device)
-            if self.config.turns
-            else None
-        )
+        rotation = None
+        if self.config.turns:
+            rotation = self._rotation(spans, grids, key, spacing_mm, x_TD.device)
+        # two residual branches per block
         subsets: list[Subset | None] = [None] * (2 * self.num_blocks)
         if key is not None and self.training and self.config.drop_path > 0:
             subsets = draw_subsets(
@@ -335,9 +334,9 @@ class VisionTransformer(Backbone):
         self, crops: Sequence[Tensor], masks: Sequence[Tensor | None], grids: Sequence[Grid]
     ) -> tuple[Tensor, Spans]:
         """Tokens of all groups with their positions: (T, D), and how they are packed."""
-        cls_11D = (
-            self.cls_token if self.pos_embed is None else self.cls_token + self.pos_embed[:, :1]
-        )
+        cls_11D: Tensor = self.cls_token
+        if self.pos_embed is not None:
+            cls_11D = cls_11D + self.pos_embed[:, :1]
         packed, spans = [], []
         for patches_BND, mask_BN, grid in zip(self.patch_embed(crops), masks, grids, strict=True):
             num_crops = patches_BND.shape[0]
@@ -352,9 +351,9 @@ class VisionTransformer(Backbone):
             if self.register_tokens is not None:
                 tokens.append(self.register_tokens.expand(num_crops, -1, -1))
             tokens.append(self._place(patches_BND, grid))
-            x_BSD = torch.cat(
-                tokens, dim=1
-            )  # float32 from here on: the residual stream takes the patches' dtype
+            # float32 from here on, since `_place` widens the patches: the residual stream sums
+            # 2 * depth branches, and bf16 would round away the small ones
+            x_BSD = torch.cat(tokens, dim=1)
             packed.append(x_BSD.flatten(0, 1))
             spans.append(Span(num_crops, x_BSD.shape[1]))
         return torch.cat(packed) if len(packed) > 1 else packed[0], tuple(spans)
@@ -375,7 +374,7 @@ class VisionTransformer(Backbone):
         spacing_mm: Sequence[Tensor] | None,
         device: torch.device,
     ) -> Rotation:
-        """How queries and keys of all packed tokens are turned; never waits for the device."""
+        """Rotation of the queries and keys of all packed tokens; never waits for the device."""
         config = self.config
         if self.needs_spacing and spacing_mm is None:
             raise UserError(
@@ -384,7 +383,9 @@ class VisionTransformer(Backbone):
             )
         groups = []
         for group, (span, grid) in enumerate(zip(spans, grids, strict=True)):
-            scale_B3 = None
+            spacing_mm_B3 = scale_B3 = None
+            if self.needs_spacing and spacing_mm is not None:
+                spacing_mm_B3 = spacing_mm[group]
             if key is not None and self.training:
                 counters = (key.step, key.micro, key.rank, group)
                 scale_B3 = rope.draw_scales(
@@ -398,9 +399,7 @@ class VisionTransformer(Backbone):
                     patch=config.patch,
                     num_crops=span.crops,
                     num_prefix=1 + config.registers,
-                    spacing_mm_B3=spacing_mm[group]
-                    if self.needs_spacing and spacing_mm is not None
-                    else None,
+                    spacing_mm_B3=spacing_mm_B3,
                     scale_B3=scale_B3,
                     device=device,
                 )

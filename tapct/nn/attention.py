@@ -3,11 +3,11 @@
 T tokens of all crops of all groups, B crops of one group, N tokens of one crop, H heads, C channels
 per head, D = H*C.
 
-The tokens of all crops lie along one axis, group after group, so that norms and linear layers see
-one matrix. Only the attention itself needs to know where a crop ends; a back-end gets packed
-queries, keys and values and the lengths, and never writes an N x N matrix. What acts on queries and
-keys alone (a rotation, a norm) belongs between the projection and the back-end, where they are
-still packed.
+The tokens of all crops lie along one axis, group after group, so that norms and linear layers
+compute one matrix. Only attention itself depends on where a crop ends: a back-end takes packed
+queries, keys and values with the lengths of the crops, and never writes an N x N matrix. A rotation
+or norm of queries and keys comes between the projection and the back-end, where they are still
+packed.
 """
 
 from __future__ import annotations
@@ -26,10 +26,11 @@ class Attention(nn.Module):
 
     Args:
         dim: channels D, a multiple of `heads`.
-        heads: H.
-        qkv_bias: give the joint projection a bias.
-        backend: a name in `BACKENDS`.
-        qk_norm: normalise each head's queries and keys, before they are turned; arXiv:2302.05442.
+        heads: attention heads H.
+        qkv_bias: True for a bias of the joint projection.
+        backend: name of a back-end in `BACKENDS`.
+        qk_norm: True for a layer norm of each head's queries and keys, before they are rotated;
+            arXiv:2302.05442.
     Raises:
         UserError: no such back-end, or D is no multiple of H.
     """

@@ -1,13 +1,14 @@
 """Attention back-ends: equal results by different kernels, none of which writes an N x N matrix.
 
-| name | where | how |
-|---|---|---|
-| sdpa | everywhere | one batched call per run of equal lengths, no mask; the default; half types on a CPU in float32 |
-| varlen | CUDA from Ampere, bf16 or fp16, torch with `torch.nn.attention.varlen` | one flash call over all crops |
-| xformers | CUDA, xformers installed | one call over all crops under a block-diagonal mask |
-| auto | everywhere | the first of varlen, xformers and sdpa that the pass at hand can use |
+    sdpa      everywhere; the default     one batched call per run of equal lengths, without a mask
+    varlen    CUDA from Ampere, bf16 or   one flash call over all crops (torch.nn.attention.varlen)
+              fp16
+    xformers  CUDA, xformers installed    one call over all crops with a block-diagonal mask
+    auto      everywhere                  the first of varlen, xformers and sdpa that device and
+                                          dtype allow
 
-T tokens of all crops of all groups, H heads, C channels per head, S crops.
+Axes: T tokens of all crops of all groups, H heads, C channels per head, S crops; B crops of one
+run of equal lengths, N tokens of one of them.
 """
 
 from __future__ import annotations
@@ -26,15 +27,13 @@ from torch import Tensor
 from tapct.base.exits import UserError
 
 HALF = (torch.bfloat16, torch.float16)
-AMPERE = (8, 0)
-LONG_CROP = 300  # tokens, from which on torch's CPU kernel for halves pays
+AMPERE = (8, 0)  # compute capability
+LONG_CROP = 300  # tokens from which torch's CPU kernel is faster in bf16 than in float32
 
 
 @dataclass(frozen=True)
 class Span:
-    """A run of crops of one length in the packed token axis: `crops` sequences of `tokens` rows
-    each.
-    """
+    """A run of crops of equal length in the packed token axis: `crops` times `tokens` rows."""
 
     crops: int
     tokens: int
@@ -54,13 +53,15 @@ def attend_sdpa(q_THC: Tensor, k_THC: Tensor, v_THC: Tensor, spans: Spans) -> Te
     mask.
 
     Args:
-        q_THC: queries, packed as `spans` say; keys and values alike.
+        q_THC: queries, packed as `spans` say.
+        k_THC: keys.
+        v_THC: values.
         spans: runs of crops in packed order; their rows sum to T.
     Returns:
         (T, H, C), softmax(q k' / sqrt(C)) v of each crop.
     """
     is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
-    # off within `sdpa_kernel(MATH)`, on a CPU too
+    # a user who selects another kernel by `sdpa_kernel` disables flash, on a CPU too
     if q_THC.device.type == "cpu" and not is_traced and torch.backends.cuda.flash_sdp_enabled():
         packed: Tensor = CpuFlash.apply(q_THC, k_THC, v_THC, spans)
         return packed
@@ -71,13 +72,13 @@ def attend_sdpa(q_THC: Tensor, k_THC: Tensor, v_THC: Tensor, spans: Spans) -> Te
 
 
 class CpuFlash(torch.autograd.Function):
-    """SDPA on a CPU, by the calls that torch makes itself, into one packed result that is kept
-    once.
+    """SDPA on a CPU by torch's own kernels, whose results are written into one packed tensor.
 
-    Joining the results of SDPA would keep each of them twice, for its own backward pass and for
-    that of what follows.
-    Halves of short crops are computed in float32: there torch's own kernel is up to 8 times slower
-    backward in bf16 than in float32, and no more exact; of long ones it is faster (docs/log.md).
+    Plain form, which the other branch of `attend_sdpa` computes: F.scaled_dot_product_attention of
+    each run, concatenated. This would keep each result twice, for its own backward pass and for
+    that of the next layer.
+    Short crops in bf16 or fp16 are computed in float32: torch's kernel takes up to 8 times as long
+    backward in bf16, and is no more exact; for long crops it is faster (docs/log.md).
     """
 
     @staticmethod
@@ -98,36 +99,36 @@ class CpuFlash(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        """Of queries, keys and values, in their own precision."""
+        """Gradients of queries, keys and values, in their dtypes."""
         q_THC, k_THC, v_THC, out_THC, *norms = ctx.saved_tensors
-        found = tuple(torch.empty_like(x_THC) for x_THC in (q_THC, k_THC, v_THC))
-        crops = crops_of(ctx.spans, gradients[0], q_THC, k_THC, v_THC, out_THC, *found)
-        for (*known, dq, dk, dv), norms_BHN in zip(crops, norms, strict=True):
-            made = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                *map(_wide, known), norms_BHN, 0.0, False
+        dqkv = tuple(torch.empty_like(x_THC) for x_THC in (q_THC, k_THC, v_THC))
+        crops = crops_of(ctx.spans, gradients[0], q_THC, k_THC, v_THC, out_THC, *dqkv)
+        for (*inputs, dq, dk, dv), norms_BHN in zip(crops, norms, strict=True):
+            # no dropout, not causal
+            computed = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                *map(_wide, inputs), norms_BHN, 0.0, False
             )
-            for into_BHNC, one_BHNC in zip((dq, dk, dv), made, strict=True):
+            for into_BHNC, one_BHNC in zip((dq, dk, dv), computed, strict=True):
                 into_BHNC.copy_(one_BHNC)
-        return *found, None
+        return *dqkv, None
 
 
 def crops_of(spans: Spans, *packed: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Views of packed tensors (T, H, C): for each run of equal lengths all of them as (B, H, N,
-    C).
-    """
+    """Views (B, H, N, C) of packed tensors (T, H, C), for each run of equal lengths."""
     rows = [span.rows for span in spans]
-    # split, not slices: its backward is one concatenation, where each slice would fill a T-sized
-    # gradient with zeros
+    # split, not slices: its backward pass is one concatenation, while the backward pass of each
+    # slice would fill a gradient of T rows with zeros
     for span, *parts in zip(spans, *(x_THC.split(rows) for x_THC in packed), strict=True):
         yield tuple(part.unflatten(0, (span.crops, span.tokens)).transpose(1, 2) for part in parts)
 
 
 def _wide(x_BHNC: Tensor) -> Tensor:
+    """x in float32 where it is a half type and its crops are short, else x."""
     return x_BHNC.float() if x_BHNC.dtype in HALF and x_BHNC.shape[2] < LONG_CROP else x_BHNC
 
 
 def crop_starts(spans: Spans, device: torch.device) -> Tensor:
-    """(S + 1,) int32: the first packed row of every crop, and T; made on the device, so that
+    """First packed row of every crop, and T: (S + 1,) int32, computed on the device, so that
     nothing waits for it.
     """
     parts, start = [torch.zeros(1, dtype=torch.int32, device=device)], 0
@@ -176,7 +177,7 @@ def attend_xformers(q_THC: Tensor, k_THC: Tensor, v_THC: Tensor, spans: Spans) -
 
 @functools.lru_cache(maxsize=256)
 def block_mask(lengths: tuple[int, ...], device: torch.device) -> Any:
-    """xformers' mask of crops of these lengths; kept, because making one waits for the device."""
+    """xformers' mask for crops of these lengths; cached, because making it waits for the device."""
     return xformers_ops().fmha.BlockDiagonalMask.from_seqlens(list(lengths), device=device)
 
 
@@ -188,7 +189,7 @@ def attend_auto(q_THC: Tensor, k_THC: Tensor, v_THC: Tensor, spans: Spans) -> Te
 
 
 def choose(device: torch.device, dtype: torch.dtype) -> str:
-    """Name of the back-end that `auto` takes: varlen, xformers or sdpa."""
+    """Name of the back-end that `auto` selects: varlen, xformers or sdpa."""
     if device.type == "cuda" and dtype in HALF:
         if varlen_kernel() is not None and torch.cuda.get_device_capability(device) >= AMPERE:
             return "varlen"
@@ -228,11 +229,10 @@ _REMEDY = "set model.attention=auto or sdpa"
 
 
 def _name(tensor: Tensor) -> str:
-    return (
-        torch.cuda.get_device_name(tensor.device)
-        if tensor.device.type == "cuda"
-        else tensor.device.type.upper()
-    )
+    """Name of the device that holds the tensor."""
+    if tensor.device.type == "cuda":
+        return torch.cuda.get_device_name(tensor.device)
+    return tensor.device.type.upper()
 
 
 @functools.cache
@@ -249,7 +249,7 @@ def xformers_ops() -> Any:
     """The module `xformers.ops`, or None."""
     try:
         return importlib.import_module("xformers.ops")
-    except (ImportError, OSError, RuntimeError):  # built for another torch: OSError
+    except (ImportError, OSError, RuntimeError):  # OSError: built for another torch
         return None
 
 

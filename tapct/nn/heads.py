@@ -1,6 +1,6 @@
 """The projection head of DINO and iBOT: MLP, L2 norm, prototypes (weight-normed or plain).
 
-R rows (class tokens or masked patches), D channels of the backbone, W bottleneck width, K
+Axes: R rows (class tokens or masked patches), D channels of the backbone, W bottleneck width, K
 prototypes.
 """
 
@@ -47,16 +47,15 @@ class WeightNormed(nn.Module):
 
     def prototypes(self) -> Tensor:
         """g * v / |v|, (K, W), float32 or wider."""
-        wide = torch.promote_types(
-            self.weight_v.dtype, torch.float32
-        )  # bf16 norms would move every logit
+        # float32: the rounding of a bf16 norm would change every logit
+        wide = torch.promote_types(self.weight_v.dtype, torch.float32)
         v_KW = self.weight_v.to(wide)
         return v_KW * (self.weight_g.to(wide) / torch.linalg.vector_norm(v_KW, dim=1, keepdim=True))
 
 
 class Plain(nn.Module):
-    """Linear layer without bias: `weight` (K, W) is the prototypes, and their lengths are learned
-    with them.
+    """Linear layer without bias, whose `weight` (K, W) is the prototypes; their lengths are learned
+    too.
     """
 
     def __init__(self, num_prototypes: int, width: int) -> None:
@@ -64,23 +63,20 @@ class Plain(nn.Module):
         self.weight = nn.Parameter(torch.empty(num_prototypes, width))
 
     def prototypes(self) -> Tensor:
-        """The weight, (K, W), float32 or wider; the parameter itself where it is that wide
-        already.
-        """
+        """The weight, (K, W), float32 or wider; the parameter itself where it is wide enough."""
         return self.weight.to(torch.promote_types(self.weight.dtype, torch.float32))
 
 
 class PrototypeHead(nn.Module):
-    """y = weight * normalize(MLP(x)). Source: DINOv2's DINOHead; its parameter names.
+    """Logits of tokens over prototypes: prototypes * normalize(MLP(x)).
 
-    A plain last layer is DINOv3's (arXiv:2508.10104), whose linear layers all start at trunc_normal
-    0.02.
-
-    Starts as `init_weights(0)` leaves it; on a meta device it stays without values.
+    A plain last layer is DINOv3's, whose linear layers all start at trunc_normal 0.02. The head
+    starts as `init_weights(0)` leaves it; on a meta device it stays without values.
 
     Args:
-        dim: channels D of the tokens that come in.
-        config: sizes.
+        dim: channels D of the tokens.
+        config: sizes and form of the last layer.
+    Source: DINOv2's DINOHead, with its parameter names; DINOv3, arXiv:2508.10104.
     """
 
     def __init__(self, dim: int, config: Config) -> None:
@@ -112,22 +108,20 @@ class PrototypeHead(nn.Module):
         return self.last_layer.prototypes()
 
     def forward(self, x_RD: Tensor, then: Callable[[Tensor, Tensor], Any] | None = None) -> Any:
-        """Logits before any temperature: (R, D) -> (R, K); or what `then` makes of features and
-        prototypes.
+        """Logits before any temperature, (R, D) -> (R, K), or the result of `then`.
 
-        Sharded weights are whole only inside of this call, so what needs features (R, W) and the
-        effective last layer (K, W) together without writing the logits out happens here.
+        FSDP gathers sharded weights for the time of this call. A loss that takes features (R, W)
+        and the effective last layer (K, W) instead of logits is therefore called here.
 
         Args:
             x_RD: tokens.
-            then: gets features and prototypes; its result is returned. None: their product.
+            then: function of features and prototypes, whose result is returned; None: their
+                product.
         """
         features_RW, prototypes_KW = self.features(x_RD), self.prototypes()
-        return (
-            F.linear(features_RW, prototypes_KW)
-            if then is None
-            else then(features_RW, prototypes_KW)
-        )
+        if then is not None:
+            return then(features_RW, prototypes_KW)
+        return F.linear(features_RW, prototypes_KW)
 
     def init_weights(self, seed: int) -> None:
         """Set every parameter from (seed, name): weights trunc_normal 0.02, directions like

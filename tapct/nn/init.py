@@ -1,8 +1,8 @@
-"""Initial values as pure functions of (seed, parameter name): equal on every device and beside any
-other layers.
+"""Initial values as pure functions of (seed, parameter name): equal on every device and whatever
+other layers a model has.
 
-Each value is drawn in float32 on the host and copied into the parameter; a sharded parameter takes
-its part, so that every number of ranks starts from the same weights.
+Each value is drawn in float32 on the host and copied into the parameter. A sharded parameter copies
+its own part, so every number of ranks starts from the same weights.
 """
 
 from __future__ import annotations
@@ -37,9 +37,7 @@ def normal(parameter: Tensor, std: float, seed: int, name: str) -> None:
 
 @torch.no_grad()
 def trunc_normal(parameter: Tensor, std: float, seed: int, name: str) -> None:
-    """Draw from N(0, std) cut at +-2, as DINOv2 and timm do: at std 0.02 the cut is 100 sigma
-    away.
-    """
+    """Draw from N(0, std) cut at +-2, as DINOv2 and timm do; std 0.02 puts the cut at 100 sigma."""
     value = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
     _copy(parameter, nn.init.trunc_normal_(value, std=std, generator=_generator(seed, name)))
 

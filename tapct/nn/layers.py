@@ -96,13 +96,13 @@ def _gate(both_TF: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class DropKey:
-    """What the draws of stochastic depth depend on: equal keys give equal subsets.
+    """Key of the draws of stochastic depth: equal keys give equal subsets.
 
     Args:
-        seed: of the run.
-        step: optimizer step.
-        micro: micro-batch within the step.
-        rank: of the process.
+        seed: seed of the run.
+        step: number of the optimizer step.
+        micro: number of the micro-batch within the step.
+        rank: rank of the process.
     """
 
     seed: int
@@ -116,10 +116,10 @@ class Subset:
     """The crops that one residual branch works on.
 
     Args:
-        row_S: int64, rows of the packed axis, ascending.
-        spans: how the S kept rows are packed.
-        scales: crops / kept crops of each group; on the host, where no mixed-precision policy can
-            round them.
+        row_S: int64, kept rows of the packed axis, ascending.
+        spans: runs of crops of equal length among the kept rows.
+        scales: crops / kept crops of each group; numbers of the host, which no mixed-precision
+            policy rounds.
     """
 
     row_S: Tensor
@@ -131,8 +131,9 @@ class Subset:
         return x_TD.index_select(0, self.row_S)
 
     def add(self, x_TD: Tensor, residual_SD: Tensor) -> Tensor:
-        """x plus the residual of the kept crops, scaled so that its mean over draws is that of all
-        crops: (T, D).
+        """x plus the scaled residual of the kept crops, (T, D).
+
+        The mean over draws is x plus the residual of all crops.
         """
         sum_TD = x_TD.clone()
         rows = [span.rows for span in self.spans]
@@ -140,7 +141,7 @@ class Subset:
             self.row_S.split(rows), residual_SD.to(x_TD.dtype).split(rows), self.scales, strict=True
         )
         for row_s, residual_sD, scale in parts:
-            if torch.compiler.is_compiling():  # a graph would hold for one value of alpha
+            if torch.compiler.is_compiling():  # with alpha, every scale would be a new graph
                 sum_TD.index_add_(0, row_s, residual_sD * scale)
             else:
                 sum_TD.index_add_(0, row_s, residual_sD, alpha=scale)
@@ -148,12 +149,14 @@ class Subset:
 
 
 def kept_crops(num_crops: int, drop: float, rounding: str, uniform: float) -> int:
-    """How many crops of a group keep the branch: num_crops * (1 - drop), at least 1.
+    """Number of crops of a group that keep the branch: num_crops * (1 - drop), at least 1.
 
     Args:
+        num_crops: crops of the group.
+        drop: share of crops that skip the branch.
         rounding: "stochastic" rounds up with the chance of the fraction, so the mean is exact;
             "dinov2" truncates, which drops half of 2 crops at drop 0.1.
-        uniform: a draw in [0, 1) that decides the stochastic rounding.
+        uniform: random number in [0, 1) that decides the stochastic rounding.
     Source: DINOv2, drop_add_residual_stochastic_depth.
     """
     keep = num_crops * (1 - drop)
@@ -167,14 +170,15 @@ def draw_subsets(
     """Draw, for each residual branch of the model, the random subset of crops that goes through it.
 
     Every branch and every run of equal lengths (crop group) has a draw of its own, uniform over
-    subsets of its size. The sizes are known to the host, so no draw waits for the device.
+    subsets of its size. The sizes are drawn on the host, so that nothing waits for the device.
 
     Args:
-        spans: the whole packed batch.
+        spans: runs of crops of the packed batch.
         branches: residual branches of the model, two per block.
         drop: share of crops that skip a branch, 0 <= drop < 1.
-        rounding: see `kept_crops`.
-        device: where the rows shall lie.
+        rounding: rounding of the number of kept crops, see `kept_crops`.
+        key: key of all draws.
+        device: device of the rows.
     Returns:
         One entry per branch; None where all crops are kept.
     """
@@ -186,6 +190,7 @@ def draw_subsets(
         bits_LB = rng.hash_bits(
             key.seed, "drop_path/crops", *counters, group, branch_L1, crop_B, device=device
         )
+        # the order of random numbers is a random permutation; its first crops are the kept ones
         order.append(bits_LB.argsort(dim=1))
         starts.append(start)
         start += span.rows
@@ -194,7 +199,8 @@ def draw_subsets(
         kept = []
         for group, span in enumerate(spans):
             bits = rng.hash_int(key.seed, "drop_path/count", *counters, group, branch)
-            kept.append(kept_crops(span.crops, drop, rounding, ((bits >> 40) & 0xFFFFFF) / 2**24))
+            uniform = ((bits >> 40) & 0xFFFFFF) / 2**24  # the upper 24 bits, as in rng.uniform
+            kept.append(kept_crops(span.crops, drop, rounding, uniform))
         if all(count == span.crops for count, span in zip(kept, spans, strict=True)):
             subsets.append(None)
             continue
@@ -212,8 +218,5 @@ def _subset(spans: Spans, starts: Sequence[int], chosen: Sequence[Tensor]) -> Su
     kept_spans = tuple(
         Span(len(crop_s), span.tokens) for span, crop_s in zip(spans, chosen, strict=True)
     )
-    return Subset(
-        torch.cat(rows),
-        kept_spans,
-        tuple(a.crops / b.crops for a, b in zip(spans, kept_spans, strict=True)),
-    )
+    scales = tuple(a.crops / b.crops for a, b in zip(spans, kept_spans, strict=True))
+    return Subset(torch.cat(rows), kept_spans, scales)

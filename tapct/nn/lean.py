@@ -17,8 +17,8 @@ of the weights:
     dgain = sum_D(W G) + b sum_T(dy)
     drows = dy (gain W)
 
-No matrix product is computed twice. A residual branch reads `scale(mlp(norm(x)))`: the norm hands on
-`DeferredRows`, the last linear layer hands on a `DeferredLinear`, and the scale computes it with its
+No matrix product is computed twice. A residual branch reads `scale(mlp(norm(x)))`: the norm returns
+`DeferredRows`, the last linear layer returns a `DeferredLinear`, and the scale computes it with its
 gain folded into the weights.
 
 T rows, D channels in, E channels out.

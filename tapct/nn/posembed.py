@@ -1,6 +1,6 @@
 """Learned positions on a grid, resized one axis at a time.
 
-D channels; n_out, n_in grid points of one axis.
+Axes: N grid points, D channels; O and I (n_out and n_in) points of one axis; R taps of the kernel.
 """
 
 from __future__ import annotations
@@ -17,11 +17,15 @@ def axis_matrix(
     """Weights that resample one axis from `n_in` to `n_out` points.
 
     Points sit at (i + 0.5) / n of the axis, the border value continues outside, nothing is low-pass
-    filtered: what `F.interpolate(size=..., align_corners=False)` does, and so DINOv2's positions
-        without its +0.1 offset.
+    filtered. `F.interpolate(size=..., align_corners=False)` does the same, but has no cubic mode in
+    3D; DINOv2's positions too, except for its offset of +0.1.
 
     Args:
+        n_in: points before.
+        n_out: points after.
         mode: "cubic" (Keys' kernel with a = -0.75) or "linear".
+        device: device of the matrix.
+        dtype: dtype of the matrix.
     Returns:
         (n_out, n_in), rows sum to 1.
     """
@@ -31,13 +35,15 @@ def axis_matrix(
     index_OR = centre_O.floor().long()[:, None] + tap_R
     distance_OR = (centre_O[:, None] - index_OR).abs()
     weight_OR = _keys_kernel(distance_OR) if mode == "cubic" else (1 - distance_OR).clamp(min=0)
+    # taps beyond the border are clamped to it, so one column may receive several of them
     matrix_OI = torch.zeros(n_out, n_in, device=device, dtype=dtype)
     return matrix_OI.scatter_add_(1, index_OR.clamp(0, n_in - 1), weight_OR)
 
 
 def _keys_kernel(distance: Tensor, a: float = -0.75) -> Tensor:
-    """Cubic convolution kernel at distances 0 <= x <= 2. Source: Keys 1981; a as in PyTorch's
-    bicubic.
+    """Cubic convolution kernel at distances 0 <= x <= 2.
+
+    Source: Keys 1981; a as in PyTorch's bicubic mode.
     """
     near = ((a + 2) * distance - (a + 3)) * distance * distance + 1
     far = a * (((distance - 5) * distance + 8) * distance - 4)
@@ -45,13 +51,12 @@ def _keys_kernel(distance: Tensor, a: float = -0.75) -> Tensor:
 
 
 def resize_positions(pos_ND: Tensor, native: Grid, grid: Grid, mode: str = "cubic") -> Tensor:
-    """Learned positions for another grid, separably, in float32 (or wider); the identity where the
-    size is native.
+    """Learned positions resized to another grid, axis by axis; unchanged where the grid is native.
 
     Args:
         pos_ND: one vector per point of the native grid, in (z, y, x) raster order.
-        native: points along (z, y, x), product N.
-        grid: points wanted along (z, y, x).
+        native: points of the native grid along (z, y, x), product N.
+        grid: points of the result along (z, y, x).
         mode: "cubic" or "linear".
     Returns:
         (product of `grid`, D), float32 or wider.
@@ -59,7 +64,7 @@ def resize_positions(pos_ND: Tensor, native: Grid, grid: Grid, mode: str = "cubi
     pos = pos_ND.to(torch.promote_types(pos_ND.dtype, torch.float32))
     if grid == native:
         return pos
-    pos = pos.view(*native, -1)
+    pos = pos.view(*native, -1)  # (z, y, x, D)
     for axis, (n_in, n_out) in enumerate(zip(native, grid, strict=True)):
         if n_in != n_out:
             matrix_OI = axis_matrix(n_in, n_out, mode, pos.device, pos.dtype)

@@ -1,8 +1,8 @@
-"""Teacher targets over prototypes: how scores become targets, and the state that this needs.
+"""Teacher targets over prototypes: centring or Sinkhorn, and the state of the centre.
 
 Axes: G teacher views, B rows of a view (class tokens or masked patches), W bottleneck width, K
-    prototypes. All in
-float32, or float64 when given float64: sums over 65k prototypes lose mass in bf16.
+prototypes. All is float32, or float64 for float64 input: sums over 65k prototypes lose mass in
+bf16.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tapct.nn.sinkhorn import sinkhorn_bias
 
 @dataclass(frozen=True)
 class TargetConfig:
-    """How teacher logits become targets."""
+    """Configure how teacher scores become targets."""
 
     kind: str = setting(
         "centring",
@@ -35,21 +35,21 @@ class TargetConfig:
 
 
 def as_float(x: Tensor) -> Tensor:
-    """float32 at least: bf16 and fp16 are lifted, float64 stays (the oracles run in it)."""
+    """x in float32; float64 stays, since tests compare in it."""
     return x if x.dtype == torch.float64 else x.float()
 
 
 class Targets(nn.Module):
-    """Turn teacher scores into targets, and keep the state that needs.
+    """Turn teacher scores into targets, and keep the centre that this needs.
 
-    Centring uses in step i the centre made of the steps before i; `finish_step` moves it once per
-    optimizer step, over
-    all micro-batches and ranks: the caller sums `pending` over ranks before. Sinkhorn balances the
-    rows of one call on all ranks, so with accumulation each micro-batch is a problem of its own.
+    Centring uses in step i the centre of the steps before i. `finish_step` moves it once per
+    optimizer step, over all micro-batches and ranks; the caller sums `pending` over ranks before.
+    Sinkhorn balances the rows of one call over all ranks, so with accumulation each micro-batch is
+    balanced separately.
 
     Args:
-        num_prototypes: K.
-        config: kind and constants.
+        num_prototypes: number of prototypes K.
+        config: kind of targets and its constants.
     """
 
     centre_K: Tensor
@@ -60,8 +60,7 @@ class Targets(nn.Module):
         super().__init__()
         self.config = config
         self.register_buffer("centre_K", torch.zeros(num_prototypes))
-        # Checkpoints are written between optimizer steps, when nothing is pending; kept in them all
-        # the same.
+        # Checkpoints hold the pending sums too, although these are 0 whenever one is written.
         self.register_buffer("pending_sum_K", torch.zeros(num_prototypes))
         self.register_buffer("pending_count", torch.zeros(()))
 
@@ -73,16 +72,16 @@ class Targets(nn.Module):
         temperature: float,
         valid_B: Tensor | None = None,
     ) -> TeacherScores:
-        """What makes the targets of these rows; remembers their mean score for the next step's
-        centre.
+        """Scores whose softmax is the targets of these rows; centring adds them to the pending sum
+        for the next centre.
 
         Args:
             features_GBW: teacher features of this micro-batch, on the unit sphere.
             prototypes_KW: the teacher's effective last layer.
-            temperature: of the teacher.
+            temperature: temperature of the teacher.
             valid_B: bool, rows that count; None: all.
         Returns:
-            Scores whose features and prototypes are in the dtype of the products.
+            Scores whose features and prototypes have the dtype of the products.
         """
         plain = TeacherScores(
             features_GBW, prototypes_KW, temperature, torch.zeros_like(prototypes_KW[:, 0]), valid_B
@@ -98,17 +97,18 @@ class Targets(nn.Module):
         ).narrowed()
 
     def pending(self) -> tuple[Tensor, ...]:
-        """Buffers that ranks add up before `finish_step`; none for Sinkhorn."""
+        """Buffers that the caller sums over ranks before `finish_step`; none with Sinkhorn."""
         return () if self.config.kind == "sinkhorn" else (self.pending_sum_K, self.pending_count)
 
     @torch.no_grad()
     def finish_step(self, apply: Tensor) -> None:
-        """Move the centre by the pending mean, if there is one.
+        """Move the centre towards the mean of the pending scores.
 
         Args:
-            apply: bool scalar on the device; False (a step that was not finite) drops what is
-                pending.
+            apply: bool scalar on the device; False after a step that was not finite, whose scores
+                are dropped.
         """
+        # all without a branch on device values, which would wait for the device
         mean_K = self.pending_sum_K / self.pending_count.clamp(min=1)
         moved_K = self.centre_K.lerp(mean_K, 1 - self.config.centre_momentum)
         self.centre_K.copy_(torch.where(apply & (self.pending_count > 0), moved_K, self.centre_K))

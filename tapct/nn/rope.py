@@ -1,18 +1,19 @@
-"""Rotary positions in three dimensions: a token's place turns its queries and keys, so that scores
-see differences.
+"""Rotary positions in three dimensions: the position of a token rotates its queries and keys, so
+that attention scores depend on differences of positions.
 
-    coordinate = unit (i + 0.5 - n / 2)          per axis, from the crop's centre; i of n patches
-    angle      = 2 pi coordinate / period        P periods per axis, from `shortest` up to `shortest * base`
+    coordinate = unit (i + 0.5 - n / 2)          per axis, from the crop's centre; patch i of n
+    angle      = 2 pi coordinate / period        P periods per axis: shortest * base^(p / P)
     (a, b)     = (a cos - b sin, b cos + a sin)  channel pairs (j, j + 3P), the same for every head
 
-A head of C channels has P = C // 6 pairs per axis; the last C - 6P channels are left as they are (C
-= 64: P = 10, 4 left), and so are the prefix tokens, CLS and registers. Since q and k are turned
-alike, q.k depends on the difference of two places only.
+A head of C channels has P = C // 6 pairs per axis. The last C - 6P channels are not rotated
+(C = 64: P = 10, 4 channels remain), nor are the prefix tokens, CLS and registers. Queries and keys
+are rotated alike, so q.k depends on the difference of two positions only.
 
-T packed tokens (see `attention`), H heads, C channels per head, P pairs per axis, R = 3P pairs in
-all; B crops of one group, N patches of one crop, n patches along one axis.
-Source: Su et al. 2021, arXiv:2104.09864; 2D in DINOv3, arXiv:2508.10104, whose periods, jitter and
-    rescale these are.
+Axes: T packed tokens (see `attention`), H heads, C channels per head, P pairs per axis, R = 3P
+pairs of all axes; B crops of one group, N patches of one crop, n patches along one axis, S prefix
+tokens or kept rows.
+Source: Su et al. 2021, arXiv:2104.09864; 2D in DINOv3, arXiv:2508.10104, from which periods, jitter
+    and rescale are taken.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from tapct.nn.posembed import Grid
 
 PAIRS_PER_AXIS = 6  # channels of a head per pair and axis: two channels in a pair, three axes
 
+# Shortest period in the unit of the coordinates: that of DINOv3, else not below two patches (ours).
 _SHORTEST = {"normalised": 1.0, "voxel": 16.0, "mm": 32.0}
 
 
@@ -49,8 +51,7 @@ class Config:
     shortest: float | None = setting(
         None,
         "shortest period in the unit of the coordinates; null: 1 normalised (DINOv3), 16 voxels, "
-        "32 mm (ours: not "
-        "below two patches)",
+        "32 mm (ours: not below two patches)",
         gt=0.0,
     )
     jitter: float = setting(
@@ -74,8 +75,8 @@ class Config:
 
 @dataclass(frozen=True)
 class Rotation:
-    """How queries and keys of packed tokens are turned; made once per forward pass, shared by all
-    blocks.
+    """Rotation of the queries and keys of packed tokens; computed once per forward pass, shared by
+    all blocks.
 
     Args:
         cos_TR: float32, cosine of each pair's angle; 1 for prefix tokens.
@@ -90,8 +91,9 @@ class Rotation:
         return Rotation(self.cos_TR.index_select(0, row_S), self.sin_TR.index_select(0, row_S))
 
     def turn(self, x_THC: Tensor) -> Tensor:
-        """Turn queries or keys: (T, H, C) -> the same, float32 or wider."""
+        """Rotate queries or keys: (T, H, C) -> (T, H, C), float32 or wider."""
         num_pairs = self.cos_TR.shape[1]
+        # float32: a bf16 product of 8 bits would lose small differences of positions
         wide = x_THC.to(torch.promote_types(x_THC.dtype, torch.float32))
         a_THR, b_THR, rest = wide.split(
             [num_pairs, num_pairs, wide.shape[2] - 2 * num_pairs], dim=2
@@ -108,7 +110,7 @@ def pairs_per_axis(head_dim: int) -> int:
 
 
 def periods(config: Config, head_dim: int, device: torch.device) -> Tensor:
-    """(P,) float32, the periods of one axis in the unit of the coordinates."""
+    """The periods of one axis in the unit of the coordinates, (P,) float32."""
     num_pairs = pairs_per_axis(head_dim)
     shortest = _SHORTEST[config.coordinates] if config.shortest is None else config.shortest
     exponent_P = torch.arange(num_pairs, device=device, dtype=torch.float32) / num_pairs
@@ -118,14 +120,15 @@ def periods(config: Config, head_dim: int, device: torch.device) -> Tensor:
 def coordinates(
     config: Config, grid: Grid, patch: Grid, spacing_mm_B3: Tensor | None, device: torch.device
 ) -> list[Tensor]:
-    """Places of patch centres from the centre of the crop.
+    """Positions of patch centres relative to the centre of the crop.
 
     Args:
+        config: unit of the coordinates.
         grid: patches along (z, y, x).
         patch: voxels of one patch.
         spacing_mm_B3: mm per voxel of each crop along (z, y, x); needed for `mm`.
     Returns:
-        Per axis (B, n) float32; B = 1 where all crops have the same.
+        Per axis (B, n) float32; B = 1 where the positions of all crops are equal.
     """
     places = []
     for axis, (n, side) in enumerate(zip(grid, patch, strict=True)):
@@ -144,12 +147,16 @@ def coordinates(
 def draw_scales(
     config: Config, num_crops: int, *, seed: int, counters: Sequence[int], device: torch.device
 ) -> Tensor | None:
-    """Factors on the coordinates of each crop in training; None where they are switched off.
+    """Random factors on the coordinates of each crop in training; None where there are none.
 
     DINOv3 draws once per forward pass; here every crop has a draw of its own.
 
     Args:
-        counters: what the draw is for, e.g. step, micro-batch, rank and group.
+        config: ranges of the factors.
+        num_crops: B.
+        seed: seed of the run.
+        counters: key of the draw, e.g. step, micro-batch, rank and group.
+        device: device of the factors.
     Returns:
         (B, 3) float32, log-uniform per axis within `jitter` and over all axes within `rescale`.
     """
@@ -174,12 +181,18 @@ def group_rotation(
     scale_B3: Tensor | None,
     device: torch.device,
 ) -> Rotation:
-    """The rotation of one group of crops, [prefix, patches in (z, y, x) raster order] of each.
+    """The rotation of one group of crops; each crop is [prefix, patches in (z, y, x) raster order].
 
     Args:
-        head_dim: C, channels of a head.
-        num_prefix: tokens before the patches that are not turned.
-        spacing_mm_B3, scale_B3: see `coordinates` and `draw_scales`.
+        config: coordinates and periods.
+        head_dim: channels C of a head.
+        grid: patches along (z, y, x).
+        patch: voxels of one patch along (z, y, x).
+        num_crops: B.
+        num_prefix: tokens before the patches, which are not rotated.
+        spacing_mm_B3: mm per voxel of each crop, see `coordinates`.
+        scale_B3: factors on the coordinates, see `draw_scales`.
+        device: device of the tables.
     Returns:
         Tables of B * (num_prefix + N) rows.
     """
@@ -190,9 +203,10 @@ def group_rotation(
         if scale_B3 is not None:
             place_Bn = place_Bn * scale_B3[:, axis, None]
         tables.append(2 * math.pi * place_Bn[..., None] / period_P)
-    cos_BNR, sin_BNR = (
-        _on_grid([part(table) for table in tables], grid) for part in (torch.cos, torch.sin)
-    )
+    # cos and sin of n angles per axis, then repeated over the grid: N would be many times as many
+    cos_BNR = _on_grid([table_BnP.cos() for table_BnP in tables], grid)
+    sin_BNR = _on_grid([table_BnP.sin() for table_BnP in tables], grid)
+    # an angle of 0 leaves the prefix tokens as they are
     ones_BSR = cos_BNR.new_ones(cos_BNR.shape[0], num_prefix, cos_BNR.shape[2])
     cos_BTR = torch.cat([ones_BSR, cos_BNR], dim=1)
     sin_BTR = torch.cat([torch.zeros_like(ones_BSR), sin_BNR], dim=1)
@@ -203,7 +217,7 @@ def group_rotation(
 
 
 def _on_grid(axes: Sequence[Tensor], grid: Grid) -> Tensor:
-    """Values per axis (B, n, P) -> values of every patch in raster order (B, N, 3P), z pairs
+    """Values per axis (B, n, P) -> values of every patch (B, N, 3P) in raster order, pairs of z
     first.
     """
     parts = []

@@ -30,6 +30,7 @@ from tapct.eval.results import Evaluation
 from tapct.report import evaluation, page
 from tapct.report.history import History, read_history
 from tapct.report.plots import NUM_COLOURS, Curve, ReferenceLine, dash_of, line_chart, number, text
+from tapct.run_folder import RunFolder
 from tapct.ssl.health import verdict
 
 LAST_STEPS = 20
@@ -123,14 +124,14 @@ def _history(folder: Path, notes: list[str]) -> History:
         raise UserError(
             f"{folder} is not a run folder" if folder.exists() else f"{folder} is not there"
         )
-    if not (folder / "metrics.jsonl").is_file():
+    if not RunFolder(folder).metrics.is_file():
         raise UserError(f"{folder} is not a run folder: it has no metrics.jsonl")
     try:
-        history = read_history(folder / "metrics.jsonl")
+        history = read_history(RunFolder(folder).metrics)
     except UserError:
         raise UserError(f"{folder} holds no finished step yet") from None
     except OSError as error:
-        raise UserError(f"{folder}/metrics.jsonl cannot be read: {error.strerror}") from error
+        raise UserError(f"{RunFolder(folder).metrics} cannot be read: {error.strerror}") from error
     if history.unreadable:
         notes.append(
             f"{folder}: {history.unreadable} unreadable lines of metrics.jsonl were passed over"
@@ -139,7 +140,7 @@ def _history(folder: Path, notes: list[str]) -> History:
 
 
 def _config(place: Path, name: str, notes: list[str]) -> Mapping[str, str]:
-    path = place / "config.yaml"
+    path = RunFolder(place).config
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8", errors="replace"))
     except (OSError, yaml.YAMLError):
@@ -154,9 +155,9 @@ def _config(place: Path, name: str, notes: list[str]) -> Mapping[str, str]:
 
 
 def _evaluation(place: Path, name: str, notes: list[str]) -> Evaluation | None:
-    folder = place / "eval"
-    evaluated, why_not = results.read(folder)
-    if why_not and (folder / results.FILE).is_file():
+    folder = RunFolder(place).evaluation()
+    evaluated, why_not = results.read(folder.path)
+    if why_not and folder.results.is_file():
         notes.append(f"{name}: {why_not}; its evaluation is blank")
     return evaluated
 
@@ -403,16 +404,16 @@ def render(comparison: Comparison) -> str:
     notes = "".join(f"<li>{text(note)}</li>" for note in comparison.notes)
     charts = "".join(_chart(comparison, metric) for metric in comparison.metrics)
     left_out = f"<ul class=missing>{notes}</ul>" if notes else ""
-    num = len(comparison.runs)
+    num = "1 run" if len(comparison.runs) == 1 else f"{len(comparison.runs)} runs"
     return page.document(
-        f"{num} runs of tapct",
-        f'<header><h1>{num} runs side by side</h1><p class="muted">Pretraining runs of tapct: '
+        f"{num} of tapct",
+        f'<header><h1>{num} side by side</h1><p class="muted">Pretraining runs of tapct: '
         f"volumetric DINOv2 on CT.</p></header>{left_out}<section>{_table(comparison)}"
         f'<p class="muted">Losses and health are means over the last {LAST_STEPS} steps of each '
         "run, or the newest value where one is written more rarely. A falling loss alone does not "
         "show learning, and losses of runs with different settings cannot be compared. The "
-        "evaluations of the frozen features can; a positive lead is better than the best "
-        'baseline.</p></section><section><h2>Curves</h2><div class="charts overlaid">'
+        "evaluations of the frozen features can be compared; a positive lead is better than the "
+        'best baseline.</p></section><section><h2>Curves</h2><div class="charts overlaid">'
         f"{charts}</div></section><footer>Thin lines are raw values, thick lines rolling means; "
         "the number beside a name is where its thick line ends.</footer>",
     )

@@ -139,14 +139,18 @@ def scans_sentence(section: TaskSection, evaluation: Evaluation) -> str:
     """How many scans were used, how they were split, and what a reader must know about it."""
     split = evaluation.split
     by = f", split by {text(split.mode)}" if split.mode else ""
-    skipped = (
-        f" {section.skipped} scans without its labels were skipped." if section.skipped else ""
-    )
+    skipped = ""
+    if section.skipped:
+        skipped = f" Skipped for lack of labels: {_scans(section.skipped)}."
     note = f" <b>{text(split.note)}.</b>" if split.note else ""
     return (
-        f"Learned from {section.num_train} scans, evaluated on {section.num_test}{by}."
+        f"Learned from {_scans(section.num_train)}, evaluated on {_scans(section.num_test)}{by}."
         f"{skipped}{note}"
     )
+
+
+def _scans(num: int) -> str:
+    return f"{num} scan" if num == 1 else f"{num} scans"
 
 
 def encode(path: Path, budget: int) -> tuple[bytes, str]:
@@ -193,7 +197,7 @@ def pictures(folder: Path, entries: Sequence[Picture], share: float) -> str:
             continue
         caption = text(entry.caption)
         if entry.scan and entry.scan not in entry.caption:
-            caption = f"{caption} Scan {text(entry.scan)}.".strip()
+            caption = f"{caption.rstrip('.')}. Scan {text(entry.scan)}.".removeprefix(". ")
         data, mime = encode(path, budget)
         source = f"data:{mime};base64,{base64.b64encode(data).decode()}"
         parts.append(

@@ -31,6 +31,7 @@ from tapct.report.plots import (
     share_bar,
     text,
 )
+from tapct.run_folder import RunFolder
 from tapct.ssl.health import TermReading, Verdict, verdict
 
 STYLE_OF = {
@@ -94,8 +95,8 @@ def curve(
 
 def curves(history: History, names: Mapping[str, str], factor: float = 1.0) -> list[Curve]:
     """Metrics (name -> label) as curves, without those that were never written."""
-    found = (curve(history, name, label, factor) for name, label in names.items())
-    return [one for one in found if one is not None]
+    drawn = (curve(history, name, label, factor) for name, label in names.items())
+    return [one for one in drawn if one is not None]
 
 
 def terms(history: History) -> list[str]:
@@ -113,11 +114,11 @@ def readings(history: History) -> list[TermReading]:
     def recent(term: str, what: str) -> float:
         return history.recent(metric_names.target_health(term, what))
 
-    found = []
+    health_of_terms = []
     for term in terms(history):
         ln_k, marginal = prototypes_ln(history, term), recent(term, "marginal_entropy")
         bound = ln_k if math.isfinite(ln_k) else marginal  # the marginal entropy is at most ln K
-        found.append(
+        health_of_terms.append(
             TermReading(
                 label_of(term),
                 recent(term, "ln_k_minus_ce"),
@@ -126,16 +127,17 @@ def readings(history: History) -> list[TermReading]:
                 bound,
             )
         )
-    return found
+    return health_of_terms
 
 
-def verdict_box(found: Verdict, evaluated: bool) -> str:
+def verdict_box(current: Verdict, evaluated: bool) -> str:
     """The verdict and the next step; a healthy run that has been evaluated needs none."""
-    move = "" if evaluated and found.state == "alive" else f"<p>Next: {text(found.next_move)}</p>"
+    is_fine = evaluated and current.state == "alive"
+    step = "" if is_fine else f"<p>Next: {text(current.next_move)}</p>"
+    state = f"<p><strong>{text(current.state.capitalize())}</strong></p>"
     return (
-        '<section class="verdict '
-        f'{STYLE_OF.get(found.state, "")}"><p><strong>{text(found.state.capitalize())}</strong></p>'
-        f"<p>{text(found.words)}.</p>{move}</section>"
+        f'<section class="verdict {STYLE_OF.get(current.state, "")}">{state}'
+        f"<p>{text(current.words)}.</p>{step}</section>"
     )
 
 
@@ -210,20 +212,22 @@ def losses(history: History) -> str:
 
 def health(history: History) -> str:
     """The signs of life."""
-    found, charts = terms(history), []
+    prototype_terms, charts = terms(history), []
     for what, title, unit, factor in (
         ("information", "Information of the targets", "nats", 1.0),
         ("ln_k_minus_ce", "ln K \u2212 cross-entropy", "nats", 1.0),
         ("prototypes_used", "Prototypes in use", "%", 100.0),
     ):
-        lines = curves(history, {f"health/{term}_{what}": label_of(term) for term in found}, factor)
+        lines = curves(
+            history, {f"health/{term}_{what}": label_of(term) for term in prototype_terms}, factor
+        )
         if lines:
             references = []
             if unit == "nats":
                 at_zero = "stuck or collapsed" if what == "information" else "stuck"
                 references = [ReferenceLine(at_zero, 0.0)]
             charts.append(line_chart(title, unit, lines, references=references, zero=True))
-    for term in found:
+    for term in prototype_terms:
         names = {
             f"health/{term}_marginal_entropy": "of the mean target",
             f"health/{term}_target_entropy": "mean of the targets",
@@ -242,7 +246,7 @@ def health(history: History) -> str:
                     band=paired,
                 )
             )
-    shown = {f"health/{term}_{what}" for term in found for what in TERM_HEALTH}
+    shown = {f"health/{term}_{what}" for term in prototype_terms for what in TERM_HEALTH}
     for name in history.names("health/"):
         key = name.removeprefix("health/")
         title, unit, factor = HEALTH.get(key, (label_of(key), "", 1.0))
@@ -262,14 +266,14 @@ def health(history: History) -> str:
 
 def schedules(history: History) -> str:
     """What was scheduled."""
-    found = (
+    charts = (
         (curve(history, name, "", smooth=False), title, unit)
         for name, (title, unit) in SCHEDULES.items()
     )
     return _grid(
         [
             line_chart(title, unit, [one], zero=title == "Learning rate")
-            for one, title, unit in found
+            for one, title, unit in charts
             if one
         ]
     )
@@ -343,12 +347,12 @@ def scans(manifest: Mapping[str, Any], command: str) -> str:
             ),
         ]
     )
-    found = (
+    sentence = (
         f"{number(accepted + refused)} scans were found, {number(accepted)} accepted, "
         f"{number(refused)} refused."
     )
     return (
-        f'<p>{found}</p><div class="scroll"><table '
+        f'<p>{sentence}</p><div class="scroll"><table '
         f'class="models"><tbody>{body}</tbody></table></div>'
     )
 
@@ -394,9 +398,10 @@ def render(run_dir: Path) -> str:
         raise UserError(
             f"run folder {run_dir} is not there. Give the folder of a run, e.g. runs/NAME."
         )
-    history = read_history(run_dir / "metrics.jsonl")
-    facts, no_facts = read_json(run_dir / "run.json")
-    evaluated, not_evaluated = results.read(run_dir / "eval")
+    folder = RunFolder(run_dir)
+    history = read_history(folder.metrics)
+    facts, no_facts = read_json(folder.provenance)
+    evaluated, not_evaluated = results.read(folder.evaluation().path)
     manifest: dict[str, Any] = facts["manifest"] if isinstance(facts.get("manifest"), dict) else {}
     others = {key: value for key, value in facts.items() if key != "manifest" or not manifest}
     others |= {
@@ -405,14 +410,14 @@ def render(run_dir: Path) -> str:
     name = run_dir.resolve().name
     sections = {
         "Frozen features": evaluation.evaluation_part(
-            run_dir / "eval", evaluated, not_evaluated, f"tapct eval {run_dir}"
+            folder.evaluation().path, evaluated, not_evaluated, f"tapct eval {run_dir}"
         ),
         "Losses": losses(history),
         "Health": health(history),
         "Schedules": schedules(history),
         "Timing": timing(history),
         "Scans": scans(manifest, "tapct index DIR"),
-        "Configuration": config(run_dir / "config.yaml"),
+        "Configuration": config(folder.config),
         "Provenance": provenance(others, no_facts),
     }
     anchors = {title: title.lower().replace(" ", "-") for title in sections}
@@ -456,7 +461,7 @@ def write(run_dir: Path) -> Path:
     Raises:
         UserError: no run folder, no finished step in it, or no room to write.
     """
-    return save(render(run_dir), run_dir / "report.html")
+    return save(render(run_dir), RunFolder(run_dir).report)
 
 
 def save(html: str, out: Path) -> Path:

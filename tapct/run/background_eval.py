@@ -26,9 +26,10 @@ from pathlib import Path
 import torch
 
 from tapct.base import console, ranks, signals
-from tapct.engine.checkpoint import Checkpoints, step_of
+from tapct.engine.checkpoint import Checkpoints
 from tapct.engine.stop import StopFlag, job_deadline
 from tapct.eval.runner import During
+from tapct.run_folder import CheckpointFolder, RunFolder, step_of
 
 # seconds before the end of the job's time in which the process and the first rank can end cleanly
 LEAVE_S = 15.0
@@ -55,7 +56,7 @@ class Evaluations:
             self.due.append(step)
 
     def start_due(self, checkpoints: Checkpoints) -> None:
-        """Start the evaluation that is due, once its checkpoint is saved; cheap if there is none."""
+        """Start the evaluation that is due, once its checkpoint is saved; cheap without one."""
         busy = self.is_busy()
         if not self.due or (checkpoints.under_way is not None and not checkpoints.under_way.done()):
             return
@@ -79,7 +80,8 @@ class Evaluations:
         if self.child is not None and self.child.poll() is not None:
             if self.child.returncode:
                 console.say(
-                    f"the evaluation of step {self.child_step} failed, see {self.log_of(self.child_step)}"
+                    f"the evaluation of step {self.child_step} failed, see "
+                    f"{self.log_of(self.child_step)}"
                 )
             self.child = None
         return self.child is not None
@@ -99,7 +101,7 @@ class Evaluations:
         with StopFlag(torch.device("cpu"), deadline=until) as flag:
             if self.ends_with_job:
                 self.wait(flag)
-            # also without time to wait: it keeps the teacher, so that the step can be evaluated later
+            # also without time to wait: this keeps the teacher, to evaluate the step later
             self.start_due(checkpoints)
             if self.ends_with_job:
                 self.wait(flag)
@@ -139,7 +141,7 @@ class Evaluations:
 
     def log_of(self, step: int) -> Path:
         """Log file of the evaluation of a step."""
-        return steps_folder(self.run) / f"step_{step:08d}" / "log.txt"
+        return RunFolder(self.run).evaluation(step).log
 
     def start(self, saved: Path) -> None:
         """Keep the teacher from rotation and evaluate it.
@@ -147,15 +149,16 @@ class Evaluations:
         Args:
             saved: folder of a finished checkpoint.
         """
-        folder = steps_folder(self.run) / saved.name
-        folder.mkdir(parents=True, exist_ok=True)
-        for name in ("teacher.safetensors", "meta.json"):
-            (folder / name).unlink(missing_ok=True)
+        folder = RunFolder(self.run).evaluation(step_of(saved))
+        folder.path.mkdir(parents=True, exist_ok=True)
+        source = CheckpointFolder(saved)
+        for old, new in ((source.teacher, folder.teacher), (source.meta, folder.meta)):
+            new.unlink(missing_ok=True)
             try:
                 # a link takes no space until the checkpoint is rotated away
-                os.link(saved / name, folder / name)
+                os.link(old, new)
             except OSError:
-                shutil.copyfile(saved / name, folder / name)
+                shutil.copyfile(old, new)
         step = step_of(saved)
         command = [
             sys.executable,
@@ -168,9 +171,9 @@ class Evaluations:
         if self.config.device:
             command.append(f"device={self.config.device}")
         if self.config.how == "job":
-            self._submit(step, command, folder / "log.txt")
+            self._submit(step, command, folder.log)
         else:
-            self._spawn(step, command, folder / "log.txt")
+            self._spawn(step, command, folder.log)
 
     def _submit(self, step: int, command: list[str], log: Path) -> None:
         sbatch = [
@@ -202,8 +205,3 @@ class Evaluations:
                 stderr=output,
                 start_new_session=True,  # Ctrl-C ends training, not the evaluation
             )
-
-
-def steps_folder(run: Path) -> Path:
-    """Folder with one evaluation per step."""
-    return run / "eval" / "steps"

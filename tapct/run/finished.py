@@ -23,10 +23,10 @@ from tapct.eval import runner
 from tapct.eval.baselines import with_baselines
 from tapct.eval.results import Evaluation
 from tapct.nn.contracts import Backbone
-from tapct.run import background_eval
 from tapct.run.config import RunConfig
 from tapct.run.old_configs import upgraded
 from tapct.run.resume import changed_keys
+from tapct.run_folder import CheckpointFolder, RunFolder, step_of
 from tapct.ssl.student_teacher import build_backbone
 from tapct.weights.card import FeatureSettings
 from tapct.weights.export import save_export
@@ -58,7 +58,7 @@ def open_run(folder: Path, overrides: Sequence[str] = (), step: int | None = Non
         UserError: not a run folder, no such checkpoint, or an override that would need another
             training.
     """
-    if not (folder / "config.yaml").is_file():
+    if not RunFolder(folder).config.is_file():
         hint = f"`tapct train CONFIG out={folder}` makes one"
         raise UserError(f"{folder} is not a run folder: it has no config.yaml; {hint}")
     trained_with = _config_of(folder, [])
@@ -69,13 +69,15 @@ def open_run(folder: Path, overrides: Sequence[str] = (), step: int | None = Non
     saved = newest_teacher(folder) if step is None else teacher_of_step(folder, step)
     config: RunConfig = resolved.value
     backbone = build_backbone(config.model, config.seed)
-    backbone.load_state_dict(load_file(saved / "teacher.safetensors"))
+    backbone.load_state_dict(load_file(CheckpointFolder(saved).teacher))
     backbone = backbone.to(pick_device(config.device)).requires_grad_(False).eval()
     return Trained(resolved, backbone, checkpoint.read_meta(saved))
 
 
 def _config_of(folder: Path, overrides: Sequence[str]) -> Resolved:
-    return tapct_config.load_config(RunConfig, folder / "config.yaml", overrides, upgrade=upgraded)
+    return tapct_config.load_config(
+        RunConfig, RunFolder(folder).config, overrides, upgrade=upgraded
+    )
 
 
 def newest_teacher(folder: Path) -> Path:
@@ -84,7 +86,7 @@ def newest_teacher(folder: Path) -> Path:
     Raises:
         UserError: there is none.
     """
-    newest, complaints = Checkpoints(folder / "checkpoints", keep=1).newest_whole()
+    newest, complaints = Checkpoints(RunFolder(folder).checkpoints.path, keep=1).newest_whole()
     for complaint in complaints:
         console.say(complaint)
     if newest is None:
@@ -99,14 +101,14 @@ def teacher_of_step(folder: Path, step: int) -> Path:
     Raises:
         UserError: there is none.
     """
-    name = f"step_{step:08d}"
-    if (background_eval.steps_folder(folder) / name / "teacher.safetensors").is_file():
-        return background_eval.steps_folder(folder) / name
-    wanted = folder / "checkpoints" / name
+    kept = RunFolder(folder).evaluation(step)
+    if kept.teacher.is_file():
+        return kept.path
+    wanted = RunFolder(folder).checkpoints.step(step).path
     complaint = checkpoint.damage(wanted) if wanted.is_dir() else "it is not there"
     if complaint is not None:
-        finished = Checkpoints(folder / "checkpoints", keep=1).finished()
-        there = ", ".join(str(checkpoint.step_of(path)) for path in finished) or "none"
+        finished = Checkpoints(RunFolder(folder).checkpoints.path, keep=1).finished()
+        there = ", ".join(str(step_of(path)) for path in finished) or "none"
         raise UserError(
             f"{folder} has no whole checkpoint of step {step} ({complaint}); there are: {there}"
         )
@@ -129,11 +131,7 @@ def evaluate(
     """
     flush_denormals()  # before the first tensor
     trained = open_run(folder, overrides, step)
-    out = (
-        folder / "eval"
-        if step is None
-        else background_eval.steps_folder(folder) / f"step_{step:08d}"
-    )
+    out = RunFolder(folder).evaluation(step)
     config: RunConfig = trained.resolved.value
     store = Store(config.data.store)
     hidden = held_out_patients(
@@ -146,7 +144,7 @@ def evaluate(
             store.root,
             config.eval,
             contract=config.contract,
-            out=out,
+            out=out.path,
             held_out=hidden,
             command=command or shlex.join(sys.argv),
             device=pick_device(config.device),
@@ -154,7 +152,7 @@ def evaluate(
         )
     if step is not None:
         # it was kept from rotation for this evaluation
-        (out / "teacher.safetensors").unlink(missing_ok=True)
+        out.teacher.unlink(missing_ok=True)
     return evaluation
 
 
@@ -162,7 +160,7 @@ def export(folder: Path, out: Path | None = None) -> Path:
     """Write a run's teacher for `tapct.load_pretrained`; RUN/export by default."""
     trained = open_run(folder)
     config: RunConfig = trained.resolved.value
-    target = out or folder / "export"
+    target = out or RunFolder(folder).export.path
     meta = trained.meta
     provenance = {
         "run": folder.name,

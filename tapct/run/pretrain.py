@@ -30,6 +30,7 @@ from tapct.run.config import RunConfig
 from tapct.run.provenance import write_run_files
 from tapct.run.resume import find_start
 from tapct.run.stages import Part
+from tapct.run_folder import RunFolder
 from tapct.ssl.inputs import Inputs
 from tapct.ssl.schedules import Schedules
 from tapct.ssl.student_teacher import Network, StudentTeacher
@@ -94,7 +95,7 @@ class Pretraining:
         self.config: RunConfig = resolved.value
         self.store = Store(self.config.data.store)
         self.checkpoints = Checkpoints(
-            self.config.out / "checkpoints",
+            RunFolder(self.config.out).checkpoints.path,
             self.config.checkpoint.keep,
             self.config.checkpoint.keep_every,
             world.side,

@@ -15,12 +15,13 @@ import tapct
 from tapct.base import files
 from tapct.config import Resolved
 from tapct.data.store import Store
+from tapct.run_folder import RunFolder
 
 
 def write_run_files(out: Path, resolved: Resolved, store: Store, command: str) -> None:
     """config.yaml and run.json: what was run, on what, with which versions."""
     out.mkdir(parents=True, exist_ok=True)
-    files.write_atomically(out / "config.yaml", resolved.to_yaml())
+    files.write_atomically(RunFolder(out).config, resolved.to_yaml())
     packages = ("torch", "numpy", "nibabel", "SimpleITK", "pydicom", "blosc2")
     about = {
         "command": command,
@@ -40,7 +41,7 @@ def write_run_files(out: Path, resolved: Resolved, store: Store, command: str) -
             },
         },
     }
-    files.write_atomically(out / "run.json", json.dumps(about, indent=1))
+    files.write_atomically(RunFolder(out).provenance, json.dumps(about, indent=1))
 
 
 def gpu_name() -> str:

@@ -20,6 +20,7 @@ from tapct.config.flat import flatten
 from tapct.engine import checkpoint
 from tapct.engine.checkpoint import Checkpoints
 from tapct.run.old_configs import upgraded
+from tapct.run_folder import RunFolder, has_step_name
 
 # Where and how a run works, not what it computes.
 HARMLESS = (
@@ -102,12 +103,12 @@ def named_checkpoint(path: Path) -> Path:
     Raises:
         UserError: there is none, or it is damaged.
     """
-    if checkpoint.FOLDER.fullmatch(path.name) and path.is_dir():
+    if has_step_name(path) and path.is_dir():
         complaint = checkpoint.damage(path)
         if complaint is not None:
             raise UserError(f"train.resume={path}: it is damaged: {complaint}")
         return path
-    saved, complaints = Checkpoints(path / "checkpoints", keep=1).newest_whole()
+    saved, complaints = Checkpoints(RunFolder(path).checkpoints.path, keep=1).newest_whole()
     for complaint in complaints:
         console.say(complaint)
     if saved is None:

@@ -24,10 +24,12 @@ from tapct.base.exits import UserError
 from tapct.config import from_dict, plugins, to_dict
 from tapct.config.plugins import Plugin
 from tapct.eval.features import Preprocess
+from tapct.run_folder import ExportFolder
 from tapct.types import HUContract
 
 FORMAT, FORMAT_VERSION = "tapct", 1
-CARD_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
+CARD_FILE = ExportFolder(Path()).card.name
+WEIGHTS_FILE = ExportFolder(Path()).weights.name
 ORIENTATION = (
     "array axes (z, y, x), LPS: z towards the head, y towards the back, x towards the patient's "
     "left; int16 HU; input is (B, Z, Y, X) after clip and z-score, padding is air at the far end "

@@ -26,8 +26,9 @@ from tapct.base.exits import UserError
 from tapct.config import plugins
 from tapct.config.plugins import Plugin
 from tapct.eval.features import DenseFeatures, Preprocess, dense_features
+from tapct.run_folder import ExportFolder, RunFolder
 from tapct.types import HUContract, Tokens, Volume
-from tapct.weights.card import CARD_FILE, WEIGHTS_FILE, FeatureSettings, read_card
+from tapct.weights.card import CARD_FILE, FeatureSettings, read_card
 
 
 @dataclass(frozen=True)
@@ -183,11 +184,11 @@ def load_pretrained(
         UserError: missing folder or file, damaged weights, an unknown or missing setting, weights
             that do not fit.
     """
-    folder = Path(path)
-    if not (folder / CARD_FILE).is_file() and (folder / "export" / CARD_FILE).is_file():
-        folder = folder / "export"
-    card = read_card(folder, custom_code=custom_code)
-    weights = folder / WEIGHTS_FILE
+    export, of_run = ExportFolder(Path(path)), RunFolder(Path(path)).export
+    if not export.card.is_file() and of_run.card.is_file():
+        export = of_run
+    card = read_card(export.path, custom_code=custom_code)
+    weights = export.weights
     if files.sha256(weights) != card.weights_sha256:
         raise UserError(
             f"{weights} is damaged: its sha256 is not the one in {CARD_FILE}. Export or copy again."

@@ -372,5 +372,5 @@ def test_the_place_of_a_process_is_torchruns_then_sruns_then_alone(
     [("4", "4", "0"), ("-1", "2", "0"), ("x", "2", "0"), ("0", "2", "1")],
 )
 def test_places_that_cannot_be_are_refused(rank: str, world: str, local: str) -> None:
-    with pytest.raises(ValueError, match="the launcher's variables make no sense: RANK="):
+    with pytest.raises(ValueError, match="the launcher's variables are not valid: RANK="):
         ranks.from_environment({"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": local})

@@ -134,3 +134,10 @@ def test_a_single_process_and_a_rank_that_is_done_clean_up(code: int, world: int
         process.communicate(timeout=4)
     process.send_signal(signal.SIGKILL)
     process.communicate()
+
+
+def test_a_message_becomes_a_single_line_of_limited_length() -> None:
+    assert exits.single_line(" a\n b\t\tc ") == "a b c"
+    assert exits.single_line(ValueError("x\ny")) == "x y"
+    assert exits.single_line("abcdefgh", 8) == "abcdefgh"
+    assert exits.single_line("abcdefghi", 8) == "abcde..."

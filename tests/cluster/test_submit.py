@@ -19,7 +19,6 @@ from shell import Shell, files_of
 from shell import shell as shell
 
 from tapct.cluster import jobs, submit, task
-from tapct.cluster import script as batch
 from tapct.cluster.resources import Resources
 from tapct.config import load_config
 from tapct.run.config import RunConfig
@@ -138,7 +137,7 @@ def script(config: Path, cluster: FakeSlurm) -> str:
     place = config.parent / "run" / "jobs" / "TIME"
     place.mkdir(parents=True)
     (config.parent / "run" / "checkpoints").mkdir()
-    (place / batch.PLACES).write_text(f"{place}\n")
+    (place / "places").write_text(f"{place}\n")
     hosts = 'if [ "$1 $2" = "show hostnames" ]; then printf "n0\\nn1\\n"; fi\n'
     state = (
         'if [ "$1 $2" = "show job" ]; then echo "JobId=77 JobState=$(cat {here}/state) '
@@ -275,7 +274,7 @@ def test_an_element_of_an_array_requeues_itself_and_not_the_array(
     script: str, cluster: FakeSlurm
 ) -> None:
     # one element has the number of the whole array as its job id
-    Path("run/jobs/TIME", batch.PLACES).write_text(
+    Path("run/jobs/TIME", "places").write_text(
         "".join(f"{Path.cwd()}/run/{n}/jobs/TIME\n" for n in range(5))
     )
     run_script(
@@ -288,7 +287,7 @@ def test_an_element_of_an_array_looks_at_its_own_run(script: str, cluster: FakeS
     for n in range(2):
         Path(f"run/{n}/jobs/TIME").mkdir(parents=True)
         Path(f"run/{n}/checkpoints").mkdir()
-    Path("run/jobs/TIME", batch.PLACES).write_text(
+    Path("run/jobs/TIME", "places").write_text(
         "".join(f"{Path.cwd()}/run/{n}/jobs/TIME\n" for n in range(2))
     )
     for step in range(1, 5):
@@ -355,7 +354,7 @@ def test_a_sweep_is_submitted_as_one_array_with_a_folder_per_run(
     for number, name in enumerate(("lr=1e-3", "lr=2e-3")):
         assert f"job 77_{number}: run/{name}" in said
         (path,) = Path("run", name).glob("jobs/*/submission.json")
-        (places,) = Path("run").glob(f"jobs/*/{batch.PLACES}")
+        (places,) = Path("run").glob("jobs/*/places")
         assert places.read_text().splitlines()[number] == str(path.parent.absolute())
         assert json.loads(path.read_text())["job"] == f"77_{number}"
         assert load_config(RunConfig, path.with_name("config.yaml"), []).value.out == Path(

@@ -44,8 +44,8 @@ def test_names_and_suffixes_of_formats_are_distinct() -> None:
     ],
 )
 def test_single_files_are_recognised_by_their_suffix(name: str, kind: str | None) -> None:
-    found = readers.format_of(Path("folder.nii") / name)
-    assert (found.name if found else None) == kind
+    known = readers.format_of(Path("folder.nii") / name)
+    assert (known.name if known else None) == kind
 
 
 def test_a_format_that_is_added_to_the_list_is_found_read_and_indexed(

@@ -31,16 +31,16 @@ def test_facts_hold_no_identifier_in_clear(tmp_path: Path) -> None:
 
 
 def test_side_car_and_dicom_give_the_same_facts(tmp_path: Path) -> None:
-    told = {
+    sidecar = {
         "PatientID": "P-007",
         "PatientSex": "F",
         "PatientAge": "063Y",
         "StudyDate": "2020-01-31",
     }
-    told |= {"Manufacturer": "ACME", "ConvolutionKernel": "B30f/3", "Modality": "CT"}
-    told |= {"StudyInstanceUID": "1.2", "SeriesInstanceUID": "1.2.3"}
+    sidecar |= {"Manufacturer": "ACME", "ConvolutionKernel": "B30f/3", "Modality": "CT"}
+    sidecar |= {"StudyInstanceUID": "1.2", "SeriesInstanceUID": "1.2.3"}
     path = write_nifti(tmp_path / "a.nii.gz", make_ct())
-    (tmp_path / "a.json").write_text(json.dumps(told))
+    (tmp_path / "a.json").write_text(json.dumps(sidecar))
     folder = write_series(tmp_path / "s", make_ct())
     assert read_volume(path, key=b"k").facts == read_volume(folder, key=b"k").facts
 

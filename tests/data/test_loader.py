@@ -209,9 +209,9 @@ def test_a_damaged_scan_is_replaced_by_the_scan_of_the_next_sample(
     for workers in (0, 2):
         config = config_of(on_error="skip", workers=workers)
         with loader.build(config, Store(folder), seed=SEED, global_batch=4) as batches:
-            found = list(itertools.islice(batches, 10))
+            replaced = list(itertools.islice(batches, 10))
             assert sorted(batches.skipped) == [2, 3] and "scan3" in batches.skipped[3]
-        for (batch,), (whole,) in zip(found, expected):
+        for (batch,), (whole,) in zip(replaced, expected):
             assert torch.equal(batch.sample_B, whole.sample_B)  # the keys of all other draws stay
             shapes = [scans[scan].shape for scan in batch.scan_B]
             assert batch.hu_BZYX.shape[2:] == (max(s[1] for s in shapes), max(s[2] for s in shapes))

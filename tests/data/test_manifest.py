@@ -115,9 +115,9 @@ def test_facts_of_a_row_come_from_the_scan(tmp_path: Path) -> None:
     hu_ZYX = noise_ct(5)
     hu_ZYX[0] = -2000
     save_scan(tmp_path / "a" / "x.nii.gz", hu_ZYX)
-    told = {"PatientID": "P9", "PatientSex": "M", "PatientAge": "041Y", "StudyDate": "20200102"}
-    told |= {"Manufacturer": "ACME", "ConvolutionKernel": "B30f"}
-    (tmp_path / "a" / "x.json").write_text(json.dumps(told))
+    sidecar = {"PatientID": "P9", "PatientSex": "M", "PatientAge": "041Y", "StudyDate": "20200102"}
+    sidecar |= {"Manufacturer": "ACME", "ConvolutionKernel": "B30f"}
+    (tmp_path / "a" / "x.json").write_text(json.dumps(sidecar))
     (row,) = build(tmp_path / "a", tmp_path / "m.parquet").rows
     assert (row.depth, row.height, row.width) == (6, 12, 13)
     np.testing.assert_allclose(
@@ -127,10 +127,10 @@ def test_facts_of_a_row_come_from_the_scan(tmp_path: Path) -> None:
     assert (row.manufacturer, row.kernel, row.kind, row.label_path) == ("ACME", "B30f", "nifti", "")
     body = np.sort(hu_ZYX[hu_ZYX > -500])
     assert row.body_share == pytest.approx(body.size / hu_ZYX.size)
-    for share, found in ((0.005, row.hu_p005), (0.5, row.hu_p50), (0.995, row.hu_p995)):
+    for share, value in ((0.005, row.hu_p005), (0.5, row.hu_p50), (0.995, row.hu_p995)):
         place = share * (body.size - 1)
         low, high = body[int(np.floor(place))], body[int(np.ceil(place))]
-        assert found == pytest.approx(low + (high - low) * (place % 1))
+        assert value == pytest.approx(low + (high - low) * (place % 1))
     held = np.maximum(hu_ZYX, AIR_HU).astype("<i2").tobytes()
     assert row.digest == hashlib.blake2b(b"(6, 12, 13)" + held, digest_size=16).hexdigest()
 
@@ -175,8 +175,8 @@ def test_archive_and_manifest_may_move_together(tmp_path: Path) -> None:
     save_scan(tmp_path / "old" / "scans" / "x1.nii.gz", noise_ct(1))
     build(tmp_path / "old" / "scans", tmp_path / "old" / "m.parquet")
     shutil.move(tmp_path / "old", tmp_path / "new")
-    found = Manifest.read(tmp_path / "new" / "m.parquet")
-    assert (found.root / found.rows[0].path).is_file()
+    moved = Manifest.read(tmp_path / "new" / "m.parquet")
+    assert (moved.root / moved.rows[0].path).is_file()
     assert Manifest.read(tmp_path / "new" / "m.parquet", root=tmp_path).root == tmp_path
 
 
@@ -195,12 +195,12 @@ def test_hashes_of_patients_need_the_key(tmp_path: Path, monkeypatch: pytest.Mon
     assert patients(tmp_path / "o" / "n.parquet") == first
     assert patients(tmp_path / "other" / "m.parquet") != first
     monkeypatch.setenv(KEY_VARIABLE, "a secret of the hospital")
-    told = patients(tmp_path / "p" / "m.parquet")
-    assert told == patients(tmp_path / "q" / "m.parquet")
+    from_environment = patients(tmp_path / "p" / "m.parquet")
+    assert from_environment == patients(tmp_path / "q" / "m.parquet")
     assert not (tmp_path / "p" / ".patient_key").exists()
     assert b"P1" not in (tmp_path / "p" / "m.parquet").read_bytes()
     key = hashlib.blake2b(b"a secret of the hospital", digest_size=32).digest()
-    assert told[2] == hashlib.blake2b(b"P2", key=key, digest_size=8).hexdigest()
+    assert from_environment[2] == hashlib.blake2b(b"P2", key=key, digest_size=8).hexdigest()
 
 
 @pytest.mark.parametrize(
@@ -333,10 +333,10 @@ def test_bad_folders_files_and_regexes_are_one_line_for_the_user(tmp_path: Path)
         (root, tmp_path / "empty", {}, "empty"),
         (root, tmp_path / "file" / "m.parquet", {}, "file"),
     ]
-    for folder, out, options, word in calls:
+    for folder, out, options, part in calls:
         with pytest.raises(UserError) as caught:
             build(folder, out, **options)  # type: ignore[arg-type]
-        assert word in str(caught.value)
+        assert part in str(caught.value)
         assert "\n" not in str(caught.value)
     assert not (tmp_path / "m.parquet").exists()
 

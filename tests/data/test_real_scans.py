@@ -1,4 +1,4 @@
-"""Real scans of several origins: are the values where anatomy says they are?
+"""Real scans of several origins: values lie where anatomy expects them.
 
 The label values of ts_body are those of the table inside the label file itself; the organs' median
 HU agree with it.

@@ -241,7 +241,7 @@ def test_a_pickled_store_reads_and_refuses_a_store_that_changed(tmp_path: Path) 
     frozen = pickle.dumps(make_store(tmp_path, scans))
     np.testing.assert_array_equal(pickle.loads(frozen).read(0), scans[0])
     make_store(tmp_path, [ct_like((4, 9, 8), 1)])
-    with pytest.raises(UserError, match="packed anew"):
+    with pytest.raises(UserError, match="packed again"):
         pickle.loads(frozen)
 
 

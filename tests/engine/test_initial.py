@@ -54,7 +54,8 @@ def test_positions_of_another_window_are_resized_when_that_is_meant(
 ) -> None:
     wider = (f"train.init={trained}", "model.window=[4,24,24]", "views.global_window=[4,24,24]")
     with pytest.raises(
-        UserError, match=r"1 parameters .* are resized, e.g. pos_embed.* train.init_allow=\[resized\]"
+        UserError,
+        match=r"1 parameters .* are resized, e.g. pos_embed.* train.init_allow=\[resized\]",
     ):
         first_teacher(tmp_path, store, *wider)
     found = first_teacher(tmp_path, store, *wider, "train.init_allow=[resized]")

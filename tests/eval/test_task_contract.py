@@ -54,7 +54,7 @@ class Nearest(Task):
         self.train.setdefault(model, []).append((dense.cls_D, truth[1]))
 
     def fit(self):
-        self.known = {m: torch.stack([cls_D for cls_D, _ in rows]) for m, rows in self.train.items()}
+        self.known = {m: torch.stack([one[0] for one in rows]) for m, rows in self.train.items()}
 
     def judge(self, model, dense, truth):
         distance = (self.known[model] - dense.cls_D).abs().pow(self.config.power).sum(1)

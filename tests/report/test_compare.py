@@ -303,7 +303,7 @@ def test_the_results_of_an_earlier_version_are_compared_and_reported(tmp_path: P
     for organ in old["organs"]:
         cells = "".join(f"{model['dice'][organ]:.3f}" for model in old["models"].values())
         assert f"{organ}{cells}" in words
-    assert f"evaluated on {len(old['split']['test'])}, split by patients" in words
+    assert f"evaluated on {len(old['split']['test'])} scans, split by patients" in words
 
 
 def test_an_earlier_config_has_the_keys_of_today(tmp_path: Path) -> None:

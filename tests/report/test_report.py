@@ -154,7 +154,7 @@ def test_the_dice_table_says_what_the_results_say(tmp_path: Path) -> None:
     words = Page(page.write(run).read_text()).words
     assert (
         "mean over organs, counted at patch resolution. Everything but the backbone is equal. "
-        "Learned from 2 scans, evaluated on 1, split by patients." in words
+        "Learned from 2 scans, evaluated on 1 scan, split by patients." in words
     )
     assert "Segmentation: mean Dice0.600+0.125 over untrained" in words
     assert "liver0.8000.5000.200+0.300" in words
@@ -195,8 +195,8 @@ def test_a_task_supplies_all_words_about_its_numbers(tmp_path: Path) -> None:
     html = page.write(run).read_text()
     words = Page(html).words
     assert "Lung depth: mean error1.500+0.500 over untrained" in words
-    assert "How far off the guess is. Learned from 3 scans, evaluated on 2" in words
-    assert "1 scans without its labels were skipped" in words
+    assert "How far off the guess is. Learned from 3 scans, evaluated on 2 scans" in words
+    assert "Skipped for lack of labels: 1 scan." in words
     assert "mean error, 0 to 4, lower is better; a tick is one test scan" in words
     assert "blind\u2013" in words
     assert re.findall(r'<span style="width:([\d.]+)%"></span>', html)[:4] == [

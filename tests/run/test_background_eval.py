@@ -22,6 +22,7 @@ from tapct.engine import loop
 from tapct.engine.stop import job_deadline
 from tapct.eval.runner import During
 from tapct.run import background_eval, finished, pretrain
+from tapct.run_folder import RunFolder
 
 QUICK = ("eval.tasks.segmentation.steps=5", "eval.max_scans=2", "eval.num_pictures=0")
 
@@ -44,7 +45,7 @@ def test_checkpoints_that_are_due_are_judged_beside_training(tmp_path: Path, sto
     words = ("eval.during.every=8", "checkpoint.keep=1", "checkpoint.asynchronous=false", *QUICK)
     resolved = config_of(tmp_path, store, *words)
     assert pretrain.train(resolved) == loop.Stop(12)
-    folder = background_eval.steps_folder(tmp_path / "run") / "step_00000008"
+    folder = RunFolder(tmp_path / "run").step_evaluations / "step_00000008"
     wait_for(folder / "results.json")
     assert not (folder / "teacher.safetensors").exists(), "kept only until it is judged"
     beside = json.loads((folder / "results.json").read_text())
@@ -76,7 +77,7 @@ def test_the_teacher_is_kept_from_rotation_and_a_busy_evaluation_is_not_joined(
         in capsys.readouterr().out
     )
     kept = load_file(
-        background_eval.steps_folder(tmp_path / "run") / "step_00000004" / "teacher.safetensors"
+        RunFolder(tmp_path / "run").step_evaluations / "step_00000004" / "teacher.safetensors"
     )
     assert not (tmp_path / "run" / "checkpoints" / "step_00000004").exists() and len(kept) > 10
 
@@ -122,7 +123,7 @@ def test_a_job_waits_for_the_last_evaluation(
         12
     )
     assert (
-        background_eval.steps_folder(tmp_path / "run") / "step_00000012" / "results.json"
+        RunFolder(tmp_path / "run").step_evaluations / "step_00000012" / "results.json"
     ).is_file()
 
 
@@ -172,7 +173,7 @@ def test_a_job_does_not_wait_longer_than(
     assert "failed" not in said, "it was ended"
     assert judged(told) == [12] and not is_alive(last_process(told))
     assert (
-        background_eval.steps_folder(tmp_path / "run") / "step_00000012" / "teacher.safetensors"
+        RunFolder(tmp_path / "run").step_evaluations / "step_00000012" / "teacher.safetensors"
     ).is_file(), "for by hand"
 
 
@@ -191,7 +192,7 @@ def test_a_job_that_is_stopped_waits_for_nothing_and_says_what_is_left(
     assert stop == loop.Stop(1, "time limit")
     assert f"run: tapct eval {tmp_path}/run --step=1" in " ".join(capsys.readouterr().out.split())
     assert (
-        background_eval.steps_folder(tmp_path / "run") / "step_00000001" / "teacher.safetensors"
+        RunFolder(tmp_path / "run").step_evaluations / "step_00000001" / "teacher.safetensors"
     ).is_file()
 
 
@@ -217,7 +218,7 @@ def test_an_evaluation_that_fails_is_told(
     assert pretrain.train(
         config_of(tmp_path, store, "eval.during.every=12", *SAVED_AT_ONCE)
     ) == loop.Stop(12)
-    log = background_eval.steps_folder(tmp_path / "run") / "step_00000012" / "log.txt"
+    log = RunFolder(tmp_path / "run").step_evaluations / "step_00000012" / "log.txt"
     assert f"the evaluation of step 12 failed, see {log}" in " ".join(
         capsys.readouterr().out.split()
     )

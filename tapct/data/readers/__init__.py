@@ -4,7 +4,7 @@ To add a format such as MINC:
 
 1. Write `readers/minc.py` with a function `read(files)` that returns a `raw.Image`: the voxels as
    the file stores them, the affine from voxel indices to LPS millimetres, slope and intercept to
-   HU, and what the header says about the scan. The reader checks the file itself: it reads it to
+   HU, and the facts of the header. The reader checks the file itself: it reads it to
    its end, and raises `Refused` with a reason code where the file is truncated or damaged, or where
    its header gives no orientation. `raw` holds the checks that readers share.
 2. Import the library that decodes the format inside the function that needs it. Every rank of a

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tapct.data.readers.raw import Header, Image, check_shape, one_line
+from tapct.base.exits import single_line
+from tapct.data.readers.raw import MAX_TEXT, Header, Image, check_shape
 from tapct.types import Refused
 
 if TYPE_CHECKING:
@@ -312,7 +313,7 @@ def _decode(path: Path, shape: tuple[int, int]) -> np.ndarray:
         slope, intercept = float(dataset.RescaleSlope), float(dataset.RescaleIntercept)
     if pixels.size != shape[0] * shape[1]:
         raise Refused(
-            "corrupt", f"{path.name} decodes to {pixels.shape} pixels; its header says {shape}"
+            "corrupt", f"{path.name} decodes to {pixels.shape} pixels; its header gives {shape}"
         )
     return pixels.reshape(shape).astype(np.float64) * slope + intercept
 
@@ -325,7 +326,7 @@ def _header_of(header: Dataset) -> Header:
         value = header.get(tag)
         if isinstance(value, MultiValue):
             value = "/".join(map(str, value))
-        return "" if value is None else one_line(value)
+        return "" if value is None else single_line(value, MAX_TEXT)
 
     return Header(
         patient_id=text("PatientID"),

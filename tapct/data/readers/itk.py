@@ -136,7 +136,7 @@ def _read_voxels(path: Path, head: _Head) -> Image:
 def _numbers(text: str, count: int, what: str, reason: str) -> list[float]:
     """Exactly `count` finite numbers from a header field."""
     try:
-        values = [float(word) for word in re.split(r"[\s,()]+", text.strip()) if word]
+        values = [float(part) for part in re.split(r"[\s,()]+", text.strip()) if part]
     except ValueError as error:
         raise Refused(reason, f"{what} is '{text.strip()}'; rule: {count} numbers") from error
     if len(values) != count or not np.isfinite(values).all():

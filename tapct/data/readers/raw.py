@@ -16,12 +16,13 @@ from tapct.types import Refused
 
 # a header that claims more is broken: 65k slices of 256 x 256, or 16k of 512 x 512
 MAX_VOXELS = 2**32
+MAX_TEXT = 200  # characters that the manifest keeps of a header field or of a library's message
 _CHUNK = 1 << 20
 
 
 @dataclass(frozen=True)
 class Header:
-    """What a file says about its scan, as text; empty where it says nothing.
+    """Facts about a scan from its header, as text; empty where the header has none.
 
     `headers` cleans it, and `patients` hashes the identifier.
     """
@@ -44,7 +45,7 @@ class Image:
         affine: float64 4x4 matrix, (i, j, k, 1) -> LPS mm.
         slope: factor to HU, unitless.
         intercept: offset in HU.
-        header: what the file says about its scan.
+        header: facts about the scan from the header.
         names: label value and name, where the file holds a table of labels.
     """
 
@@ -54,12 +55,6 @@ class Image:
     intercept: float = 0.0
     header: Header = field(default_factory=Header)
     names: tuple[tuple[int, str], ...] = ()
-
-
-def one_line(text: object, limit: int = 200) -> str:
-    """A message as one line of at most `limit` characters."""
-    line = " ".join(str(text).split())
-    return line if len(line) <= limit else line[: limit - 3] + "..."
 
 
 def is_gzip(path: Path) -> bool:

@@ -220,7 +220,7 @@ class Segmentation(Task[PatchTruth, Prediction]):
         self._targets.clear()
 
     def judge(self, model: str, dense: DenseFeatures, truth: PatchTruth) -> Prediction:
-        """Predict a test scan and keep its Dice at patches and at voxels, over the slices in play."""
+        """Predict a test scan and keep its Dice at patches and voxels, over the slices in play."""
         logits_CZYX = self._decoders[model].logits_CZYX(dense)
         prediction_ZYX = truth.grid.argmax_voxels(logits_CZYX)
         in_play = truth.in_play_Z[truth.grid.patch_of_voxel(0, truth.grid.original[0])]

@@ -187,9 +187,9 @@ def test_ingest_reads_every_case_as_it_was_in_memory(archive: Path) -> None:
         np.testing.assert_allclose(read.spacing_mm, volume.spacing_mm, atol=1e-4)
         assert (read.facts.study_date, read.facts.sex) == (facts.study_date, facts.sex)
         assert (read.facts.kernel, read.facts.age_years) == (facts.kernel, facts.age_years)
-        told = ingest.read_labels(archive / "labels" / f"{facts.name}.nii.gz")
-        np.testing.assert_array_equal(told.labels_ZYX, labels.labels_ZYX)
-        assert set(told.names) == set(phantom.LABELS)
+        stored = ingest.read_labels(archive / "labels" / f"{facts.name}.nii.gz")
+        np.testing.assert_array_equal(stored.labels_ZYX, labels.labels_ZYX)
+        assert set(stored.names) == set(phantom.LABELS)
 
 
 def test_organs_lie_where_they_lie_in_a_body(torsos: list[tuple[Volume, LabelMap]]) -> None:
@@ -245,8 +245,8 @@ def test_soft_organs_overlap_so_that_a_threshold_cannot_tell_them_apart() -> Non
     for index in range(12):
         volume, labels, _ = phantom.make_case(9, index, WHOLE)
         for name in ("liver", "spleen", "kidney_left", "aorta"):
-            found = volume.hu_ZYX[labels.labels_ZYX == NAMES[name]]
-            samples.setdefault(name, []).append(rng.choice(found, 300))
+            values = volume.hu_ZYX[labels.labels_ZYX == NAMES[name]]
+            samples.setdefault(name, []).append(rng.choice(values, 300))
     pooled = {name: np.concatenate(parts) for name, parts in samples.items()}
     for a in pooled:
         for b in pooled:
@@ -293,7 +293,7 @@ def test_sharp_kernels_have_finer_and_stronger_noise_than_soft_ones() -> None:
     studies = [draw_study(draw_patient(0, n), 0, phantom.Config()) for n in range(200)]
     for kernel in {s.kernel for s in studies}:
         assert len({s.sharp for s in studies if s.kernel == kernel}) == 1, (
-            "a kernel's name tells its noise"
+            "kernels of one name have one noise level"
         )
     mean = {
         sharp: np.mean([s.noise_hu for s in studies if s.sharp == sharp]) for sharp in (False, True)

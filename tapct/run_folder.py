@@ -1,0 +1,310 @@
+"""What a run folder holds: every path in it, and nowhere else in tapct.
+
+    RUN/
+      config.yaml                       resolved config
+      run.json                          command, versions, git revision, machine, data
+      metrics.jsonl                     one line per optimizer step
+      tensorboard/*                     the same for TensorBoard, with log.tensorboard
+      wandb/*                           with log.wandb.mode=offline or online
+      checkpoints/
+        latest                          name of the newest checkpoint
+        step_00000500/
+          .metadata, *.distcp           weights, optimizer, centres, random state (torch DCP)
+          meta.json                     step, samples seen, config, data digest
+          teacher.safetensors           the teacher's backbone alone
+          files.json                    size and sha256 of the other files
+      eval/
+        results.json                    after tapct eval
+        pictures/*                      of some test scans
+        steps/step_00000500/            with eval.during.every, or after tapct eval --step
+          results.json, pictures/*      as above
+          meta.json                     of the checkpoint
+          teacher.safetensors           until the step has been evaluated
+          log.txt                       output of the evaluation
+      export/
+        config.json                     after tapct export: what the features depend on
+        model.safetensors               the teacher's backbone
+      report.html                       after tapct report
+      jobs/20260131-120000/             after tapct submit, one folder per submission
+        config.yaml                     config of the job
+        submission.json                 job id, time, number of steps
+        events.jsonl                    starts and ends of the job
+        places                          job folder of each run of a sweep
+        *                               batch script, logs and state of the job
+      code/REVISION/tapct/*             copy of tapct that the job runs
+
+Files whose names begin with a dot, except DCP's `.metadata`, are being written or left by a process
+that was killed while it wrote.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+_STEP_NAME = re.compile(r"step_\d+")
+
+
+def step_name(step: int) -> str:
+    """Name of the folder of a step: step_00000500."""
+    return f"step_{step:08d}"
+
+
+def step_of(path: Path) -> int:
+    """Finished steps of a checkpoint or evaluation, by the name of its folder."""
+    return int(path.name.removeprefix("step_"))
+
+
+def has_step_name(path: Path) -> bool:
+    """Whether a path has the name of a checkpoint; whether it exists is not checked."""
+    return _STEP_NAME.fullmatch(path.name) is not None
+
+
+@dataclass(frozen=True)
+class CheckpointFolder:
+    """Paths in one checkpoint.
+
+    Args:
+        path: RUN/checkpoints/step_00000500.
+    """
+
+    path: Path
+
+    @property
+    def meta(self) -> Path:
+        """Step, samples seen, config and data digest."""
+        return self.path / "meta.json"
+
+    @property
+    def teacher(self) -> Path:
+        """The teacher's backbone alone."""
+        return self.path / "teacher.safetensors"
+
+    @property
+    def fingerprints(self) -> Path:
+        """Size and sha256 of the other files."""
+        return self.path / "files.json"
+
+
+@dataclass(frozen=True)
+class CheckpointsFolder:
+    """Paths among the checkpoints of a run.
+
+    Args:
+        path: RUN/checkpoints.
+    """
+
+    path: Path
+
+    @property
+    def latest(self) -> Path:
+        """File that holds the name of the newest checkpoint."""
+        return self.path / "latest"
+
+    def step(self, step: int) -> CheckpointFolder:
+        """The checkpoint of a step, whether or not it exists."""
+        return CheckpointFolder(self.path / step_name(step))
+
+    def half_written(self, step: int) -> Path:
+        """Folder of the checkpoint of a step while ranks write their parts of it."""
+        return self.path / f".writing_{step_name(step)}"
+
+    def half_removed(self, checkpoint: Path) -> Path:
+        """Name that a checkpoint gets before its files are removed."""
+        return self.path / f".old_{checkpoint.name}"
+
+    def finished(self) -> list[Path]:
+        """Checkpoint folders by step, oldest first; whether they are whole is not checked."""
+        return sorted(filter(has_step_name, self.path.glob("step_*")), key=step_of)
+
+    def leftovers(self) -> Iterator[Path]:
+        """Folders that a process left which was killed while it wrote or removed a checkpoint."""
+        for pattern in (".writing_*", ".old_*", ".step_*"):
+            yield from self.path.glob(pattern)
+
+
+@dataclass(frozen=True)
+class EvaluationFolder:
+    """Paths in one evaluation.
+
+    Args:
+        path: RUN/eval, RUN/eval/steps/step_00000500, or a folder of the user's choice.
+    """
+
+    path: Path
+
+    @property
+    def results(self) -> Path:
+        """All numbers, and how they were made."""
+        return self.path / "results.json"
+
+    @property
+    def pictures(self) -> Path:
+        """Folder of the pictures of some test scans."""
+        return self.path / "pictures"
+
+    @property
+    def meta(self) -> Path:
+        """Meta file of the checkpoint that is evaluated."""
+        return self.path / "meta.json"
+
+    @property
+    def teacher(self) -> Path:
+        """The teacher's backbone, kept until the step has been evaluated."""
+        return self.path / "teacher.safetensors"
+
+    @property
+    def log(self) -> Path:
+        """Output of the process that evaluates."""
+        return self.path / "log.txt"
+
+
+@dataclass(frozen=True)
+class ExportFolder:
+    """Paths in an export.
+
+    Args:
+        path: RUN/export, or a folder of the user's choice.
+    """
+
+    path: Path
+
+    @property
+    def card(self) -> Path:
+        """All that the features depend on; see `weights/card.py`."""
+        return self.path / "config.json"
+
+    @property
+    def weights(self) -> Path:
+        """The teacher's backbone."""
+        return self.path / "model.safetensors"
+
+
+@dataclass(frozen=True)
+class JobFolder:
+    """Paths of one submission to SLURM.
+
+    Args:
+        path: RUN/jobs/<time>.
+    """
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        """Resolved config of the job."""
+        return self.path / "config.yaml"
+
+    @property
+    def submission(self) -> Path:
+        """Job id, time and number of steps."""
+        return self.path / "submission.json"
+
+    @property
+    def events(self) -> Path:
+        """Starts and ends of the job, one JSON object per line."""
+        return self.path / "events.jsonl"
+
+    @property
+    def places(self) -> Path:
+        """Job folder of each run of a sweep, one per line."""
+        return self.path / "places"
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths in a run folder; nothing is read or made.
+
+    Args:
+        path: the folder, `out` of the config.
+    """
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        """Resolved config."""
+        return self.path / "config.yaml"
+
+    @property
+    def provenance(self) -> Path:
+        """Command, versions, git revision, machine and data."""
+        return self.path / "run.json"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object per optimizer step."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def report(self) -> Path:
+        """Page of `tapct report`."""
+        return self.path / "report.html"
+
+    @property
+    def tensorboard(self) -> Path:
+        """Folder of TensorBoard's event files."""
+        return self.path / "tensorboard"
+
+    @property
+    def wandb(self) -> Path:
+        """Folder of Weights & Biases."""
+        return self.path / "wandb"
+
+    @property
+    def wandb_run_id(self) -> Path:
+        """Identity of the run at Weights & Biases, kept over restarts."""
+        return self.wandb / "tapct_run_id"
+
+    @property
+    def checkpoints(self) -> CheckpointsFolder:
+        """The checkpoints."""
+        return CheckpointsFolder(self.path / "checkpoints")
+
+    @property
+    def step_evaluations(self) -> Path:
+        """Parent of the evaluations of single steps."""
+        return self.path / "eval" / "steps"
+
+    def evaluation(self, step: int | None = None) -> EvaluationFolder:
+        """The evaluation of the run, or that of one step."""
+        if step is None:
+            return EvaluationFolder(self.path / "eval")
+        return EvaluationFolder(self.step_evaluations / step_name(step))
+
+    @property
+    def export(self) -> ExportFolder:
+        """The exported teacher."""
+        return ExportFolder(self.path / "export")
+
+    @property
+    def jobs(self) -> Path:
+        """Parent of the submissions to SLURM."""
+        return self.path / "jobs"
+
+    def submissions(self) -> list[JobFolder]:
+        """Submissions that wrote their submission.json, in order of name, that is of time."""
+        names = sorted(self.jobs.glob(f"*/{JobFolder(Path()).submission.name}"))
+        return [JobFolder(path.parent) for path in names]
+
+    @property
+    def code(self) -> Path:
+        """Parent of the copies of tapct that jobs run."""
+        return self.path / "code"
+
+    def own_folders(self) -> set[str]:
+        """Names of the folders that belong to the run, so that no other run lies in them."""
+        return {
+            path.name
+            for path in (
+                self.checkpoints.path,
+                self.evaluation().path,
+                self.export.path,
+                self.jobs,
+                self.code,
+                self.tensorboard,
+                self.wandb,
+            )
+        }
