@@ -119,21 +119,6 @@ class Checkpoints:
         )
         self.under_way: Future[Path] | None = None
 
-    def save(self, meta: Meta, pair: StudentTeacher, optimizer: torch.optim.Optimizer) -> Path:
-        """Write a checkpoint, make it the latest, and drop the oldest beyond `keep`. All ranks call
-        it.
-
-        Returns:
-            Its folder.
-        Raises:
-            UserError: the disk is full or not writable; nothing half-written is left, older
-                checkpoints are whole.
-        """
-        self.begin(meta, pair, optimizer)
-        saved = self.finish()
-        assert saved is not None
-        return saved
-
     def begin(self, meta: Meta, pair: StudentTeacher, optimizer: torch.optim.Optimizer) -> None:
         """Copy the state to the host's memory and write it in a thread; first waits for the save
         before.
