@@ -95,25 +95,3 @@ def normal(
     ) * 2.0**-32  # in (0, 1]: the log stays finite
     angle_u = (bits & 0xFFFFFF).to(torch.float32) * 2.0**-24
     return (-2.0 * radius_u.log()).sqrt() * (2.0 * math.pi * angle_u).cos()
-
-
-def randint(
-    seed: int,
-    purpose: str,
-    high: Counter,
-    *counters: Counter,
-    device: torch.device | str | None = None,
-) -> Tensor:
-    """int64 in [0, high).
-
-    Args:
-        high: int or integer tensor >= 1 that broadcasts with the counters; the bias is below high /
-            2^63.
-        seed, purpose, counters, device: as in `hash_bits`.
-    """
-    if isinstance(high, int):
-        assert high >= 1, f"randint needs high >= 1, got {high}"
-    elif device is None and not any(isinstance(c, Tensor) for c in counters):
-        device = high.device
-    bits = hash_bits(seed, purpose, *counters, device=device) & ((1 << 63) - 1)
-    return bits % high

@@ -118,22 +118,6 @@ class Checkpoints:
         )
         self.under_way: Future[Path] | None = None
 
-    def save(self, meta: Meta, pair: StudentTeacher, optimizer: torch.optim.Optimizer) -> Path:
-        """Write a checkpoint, make it the latest, and remove the oldest beyond `keep`.
-
-        All ranks call it.
-
-        Returns:
-            Folder of the checkpoint.
-        Raises:
-            UserError: the disk is full or not writable; nothing half-written is left, older
-                checkpoints are whole.
-        """
-        self.begin(meta, pair, optimizer)
-        saved = self.finish()
-        assert saved is not None
-        return saved
-
     def begin(self, meta: Meta, pair: StudentTeacher, optimizer: torch.optim.Optimizer) -> None:
         """Wait for the previous save, copy the state to host memory and start to write it.
 

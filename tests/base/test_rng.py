@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from keyed_draws import randint
 from scipy import stats
 
 from tapct.base import hashing, rng
@@ -46,7 +47,7 @@ def test_ints_and_tensors_give_the_same_draw() -> None:
 def test_counters_broadcast() -> None:
     a, b = torch.arange(3)[:, None, None], torch.arange(4)[:, None]
     assert rng.uniform(0, "shape", a, 1, b, torch.arange(5)).shape == (3, 4, 5)
-    assert rng.randint(0, "shape", torch.tensor([3, 7]), 1).shape == (2,)
+    assert randint(0, "shape", torch.tensor([3, 7]), 1).shape == (2,)
 
 
 def test_seed_purpose_counter_and_their_order_all_count() -> None:
@@ -113,10 +114,10 @@ def test_normal_is_normal() -> None:
 
 def test_randint_covers_its_range_evenly_for_each_high() -> None:
     high = torch.tensor([1, 2, 7, 1000])
-    draws = rng.randint(4, "die", high, torch.arange(40_000)[:, None])
+    draws = randint(4, "die", high, torch.arange(40_000)[:, None])
     assert draws.min() == 0 and (draws.max(0).values == high - 1).all()
     assert stats.chisquare(torch.bincount(draws[:, 2]).numpy()).pvalue > 1e-4
-    assert rng.randint(4, "die", 2**62, torch.arange(1000)).max() > 2**61
+    assert randint(4, "die", 2**62, torch.arange(1000)).max() > 2**61
 
 
 def test_float_counters_are_refused() -> None:

@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from keyed_draws import randint
 from scipy.stats import chi2
 
-from tapct.base import rng
 from tapct.base.exits import UserError
 from tapct.base.files import write_atomically
 from tapct.config import from_dict
@@ -94,7 +94,7 @@ def test_a_batch_is_what_a_slow_loop_over_the_scans_makes(
         for b, (sample, scan) in enumerate(zip(samples, chosen)):
             hu_ZYX = scans[scan]
             starts = range(max(1, len(hu_ZYX) - DEPTH + 1))
-            start = starts[int(rng.randint(SEED, "slab", len(starts), sample))]
+            start = starts[int(randint(SEED, "slab", len(starts), sample))]
             expected_ZYX = np.full((DEPTH, height, width), AIR_HU, np.int16)
             for z, y, x in np.ndindex(min(DEPTH, len(hu_ZYX)), *hu_ZYX.shape[1:]):
                 expected_ZYX[z, y, x] = hu_ZYX[start + z, y, x]
@@ -220,7 +220,7 @@ def test_a_damaged_scan_is_replaced_by_the_scan_of_the_next_sample(
                     s for s in (scan_of(sample + n, 5, SEED) for n in range(9)) if s not in (2, 3)
                 )
                 depth = min(DEPTH, len(scans[scan]))
-                start = int(rng.randint(SEED, "slab", max(1, len(scans[scan]) - DEPTH + 1), sample))
+                start = int(randint(SEED, "slab", max(1, len(scans[scan]) - DEPTH + 1), sample))
                 inside_ZYX = scans[scan][start : start + depth]
                 _, y, x = inside_ZYX.shape
                 assert (batch.scan_B[b], batch.slab_start_B[b]) == (scan, start)

@@ -29,6 +29,19 @@ MODEL = Plugin(
 VALUES = StepValues(lr=0.01, wd=0.2, momentum=0.9, teacher_temp=0.04, last_layer_frozen=False)
 
 
+def save(
+    checkpoints: Checkpoints,
+    meta: Meta,
+    pair: StudentTeacher,
+    optimizer: torch.optim.Optimizer,
+) -> Path:
+    """Write a checkpoint and wait for it."""
+    checkpoints.begin(meta, pair, optimizer)
+    folder = checkpoints.finish()
+    assert folder is not None
+    return folder
+
+
 def trained(seed: int, steps: int) -> tuple[StudentTeacher, optim.Updater]:
     pair = StudentTeacher(MODEL, (Plugin("dino", dino.Config(head=HEAD)),), seed=seed)
     updater = optim.Updater(pair, optim.Config())
@@ -53,12 +66,12 @@ def equal_states(a: dict, b: dict) -> list[str]:
 
 def test_everything_comes_back_bit_for_bit(tmp_path: Path) -> None:
     pair, updater = trained(1, 3)
-    folder = Checkpoints(tmp_path, keep=2).save(
-        Meta(3, 24, {"seed": 1}, "abc"), pair, updater.optimizer
+    folder = save(
+        Checkpoints(tmp_path, keep=2), Meta(3, 24, {"seed": 1}, "abc"), pair, updater.optimizer
     )
     torch.manual_seed(5)
     random_before = torch.get_rng_state()
-    Checkpoints(tmp_path, keep=2).save(Meta(4, 32), pair, updater.optimizer)
+    save(Checkpoints(tmp_path, keep=2), Meta(4, 32), pair, updater.optimizer)
     torch.manual_seed(6)
 
     other, other_updater = trained(2, 0)
@@ -82,7 +95,7 @@ def test_only_the_newest_are_kept_and_latest_points_to_the_last(tmp_path: Path) 
     pair, updater = trained(1, 1)
     checkpoints = Checkpoints(tmp_path, keep=2)
     for step in (9, 10, 100):  # a string sort would put 9 last
-        checkpoints.save(Meta(step, step), pair, updater.optimizer)
+        save(checkpoints, Meta(step, step), pair, updater.optimizer)
     assert [path.name for path in checkpoints.finished()] == ["step_00000010", "step_00000100"]
     assert (tmp_path / "latest").read_text() == "step_00000100\n"
     assert checkpoints.newest_whole() == (tmp_path / "step_00000100", [])
@@ -95,7 +108,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(
     pair, updater = trained(1, 1)
     checkpoints = Checkpoints(tmp_path, keep=3)
     for step in (1, 2):
-        checkpoints.save(Meta(step, step), pair, updater.optimizer)
+        save(checkpoints, Meta(step, step), pair, updater.optimizer)
     shard = next((tmp_path / "step_00000002").glob("*.distcp"))
     data = bytearray(shard.read_bytes())
     if harm == "truncated":
@@ -115,12 +128,12 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(
 def test_a_save_that_was_cut_off_is_never_taken_and_cleaned_up_by_the_next(tmp_path: Path) -> None:
     pair, updater = trained(1, 1)
     checkpoints = Checkpoints(tmp_path, keep=2)
-    checkpoints.save(Meta(1, 1), pair, updater.optimizer)
+    save(checkpoints, Meta(1, 1), pair, updater.optimizer)
     torn = tmp_path / ".writing_step_00000002"
     torn.mkdir()
     (torn / "__0_0.distcp").write_bytes(b"half")
     assert checkpoints.newest_whole() == (tmp_path / "step_00000001", [])
-    checkpoints.save(Meta(3, 3), pair, updater.optimizer)
+    save(checkpoints, Meta(3, 3), pair, updater.optimizer)
     assert not torn.exists()
 
 
@@ -133,7 +146,7 @@ def test_a_full_disk_says_so_in_one_line_and_leaves_the_older_checkpoint_whole(
         step, message = 0, ""
         try:
             for step in range(1, 50):
-                checkpoints.save(Meta(step, step), pair, updater.optimizer)
+                save(checkpoints, Meta(step, step), pair, updater.optimizer)
         except UserError as error:
             message = str(error)
         assert step > 1, "the disk must hold at least one"
@@ -146,6 +159,6 @@ def test_a_full_disk_says_so_in_one_line_and_leaves_the_older_checkpoint_whole(
 
 def test_the_teacher_can_be_read_by_whom_the_folder_can_be_read(tmp_path: Path) -> None:
     pair, updater = trained(1, 1)
-    folder = Checkpoints(tmp_path, keep=1).save(Meta(1, 1), pair, updater.optimizer)
+    folder = save(Checkpoints(tmp_path, keep=1), Meta(1, 1), pair, updater.optimizer)
     modes = {path.name: path.stat().st_mode & 0o777 for path in folder.iterdir()}
     assert len(set(modes.values())) == 1, modes
