@@ -27,7 +27,7 @@ from tapct.base import exits
 from tapct.engine import compiled
 from tapct.models import vit
 from tapct.nn.layers import DropKey
-from tapct.plan import flops as plan
+from tapct.plan import flops
 
 GEMM_SIZE = 2048
 Pass = tuple[list[Tensor], list[Tensor | None]]
@@ -35,17 +35,18 @@ Pass = tuple[list[Tensor], list[Tensor | None]]
 
 def forward_flops(config: vit.Config, groups: list[Tensor]) -> float:
     """FLOPs of one forward pass without stochastic depth."""
+    with torch.device("meta"):
+        backbone = vit.build(config)
     total = 0.0
     for group in groups:
         window = (group.shape[1], group.shape[2], group.shape[3])
-        costs = plan.tables(
-            config,
+        costs = flops.count_costs(
+            backbone,
             num_globals=group.shape[0],
             global_window=window,
             num_locals=0,
             local_window=window,
             head_uses=(),
-            masked_share=0.0,
             global_batch=1,
         )
         total += sum(part.teacher_flops for part in costs.parts)

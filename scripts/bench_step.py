@@ -36,6 +36,7 @@ from tapct.base.exits import UserError
 from tapct.distributed.device import flush_denormals, pick_device
 from tapct.engine import loop, metrics, optim, recompute
 from tapct.plan import command
+from tapct.plan.measure import gemm_rate
 from tapct.run import provenance
 from tapct.run.config import RunConfig
 from tapct.run.pretrain import stage_of
@@ -106,7 +107,7 @@ def measure(config: RunConfig, steps: int, in_plane: int, warm_up: int) -> dict[
     rows: list[metrics.Record] = []
     trainer = trainer_of(config, device, rows)
     feed = batches(config, in_plane)
-    rates = {each: [command.gemm_rate(device, each)] for each in {dtype, torch.float32}}
+    rates = {each: [gemm_rate(device, each)] for each in {dtype, torch.float32}}
     trainer.pair.train()
     processor: list[float] = []
     for step in range(warm_up + steps):
@@ -115,10 +116,10 @@ def measure(config: RunConfig, steps: int, in_plane: int, warm_up: int) -> dict[
         trainer.flush()
         processor.append(time.process_time() - began)
     for each, found in rates.items():
-        found.append(command.gemm_rate(device, each))
+        found.append(gemm_rate(device, each))
     rows = rows[warm_up:]
     seconds = statistics.median(row["seconds/step"] for row in rows)
-    flops, gemm = command.make_plan(config).flops_per_step, max(rates[dtype])
+    flops, gemm = command.costs_of(config).flops_per_step, max(rates[dtype])
     return {
         "device": provenance.gpu_name()
         if device.type == "cuda"

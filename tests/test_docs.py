@@ -163,7 +163,7 @@ def test_the_header_of_a_published_config_tells_the_flops_of_its_plan(name: str)
         re.DOTALL,
     )
     assert told is not None
-    step = command.make_plan(config).flops_per_step
+    step = command.costs_of(config).flops_per_step
     facts = (
         step / 1e15,
         step * config.train.steps / 1e18,
@@ -175,7 +175,9 @@ def test_the_header_of_a_published_config_tells_the_flops_of_its_plan(name: str)
 def test_the_header_for_small_batches_tells_the_memory_of_its_plan() -> None:
     path = ROOT / "configs" / "tap_s_3d_small_batch.yaml"
     config = load_config(RunConfig, path, []).value
-    (memory,) = command.make_scale(config, command.make_plan(config), scale.Asked(gpus=(1,))).as_set
+    (memory,) = command.estimate_of(
+        config, command.costs_of(config), scale.Request(gpus=(1,))
+    ).as_set
     told = re.search(r"\((\d+) GB as counted by tapct plan", path.read_text())
     assert told and abs(float(told[1]) - memory.total / 1e9) < 0.6
 

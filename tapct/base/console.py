@@ -1,7 +1,6 @@
-"""What a run tells: lines and progress for people, metrics for files and trackers. Only rank 0
-speaks and writes.
+"""Print lines, errors and progress for people; lines and progress come from the first rank only.
 
-No torch, rich, TensorBoard or wandb at import: `tapct --help` loads this file.
+No torch, rich or numpy at import: `tapct --help` loads this file.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ BAR_SECONDS = 0.1
 
 @functools.cache
 def console() -> Console:
-    """The one console of this process, on standard output; silent on all ranks but the first."""
+    """Return the console of this process, on standard output; it prints on the first rank only."""
     from rich.console import Console
 
     return Console(quiet=not ranks.from_environment(os.environ).is_first, highlight=False)
@@ -79,24 +78,24 @@ def duration(seconds: float) -> str:
 
 @contextmanager
 def progress_bar(description: str) -> Iterator[Callable[[int, int], None]]:
-    """Progress of a job of known length: a bar on a terminal, a line now and then elsewhere.
+    """Show progress of a job of known length: a bar on a terminal, a line now and then elsewhere.
 
     Args:
-        description: one word, e.g. `pack`.
+        description: name of the job in one word, e.g. `pack`.
     Yields:
-        A function to call with (done, total) as the job goes on; it is cheap.
+        Function to call with (done, total) whenever an item is done; a call is cheap.
     """
     with _Meter(description) as meter:
         yield lambda done, total: meter.show(done, total, meter.remaining(done, total))
 
 
 class TrainProgress:
-    """Progress of training: step, loss, samples per second and time left.
+    """Shows progress of training: step, loss, samples per second and time left.
 
     Args:
         steps: number of the last step.
-        start_step: steps that were done before.
-        every: plain lines tell steps that are multiples of this, the first and the last.
+        start_step: steps that were finished before this start.
+        every: steps between two plain lines; the first and the last step are printed too.
     """
 
     def __init__(self, steps: int, start_step: int, every: int) -> None:
@@ -117,7 +116,11 @@ class TrainProgress:
         self._meter.__exit__(kind, error, trace)
 
     def update(self, row: Mapping[str, float]) -> None:
-        """Tell one finished step, a row of metrics.jsonl."""
+        """Show one finished step.
+
+        Args:
+            row: its row of metrics.jsonl.
+        """
         step = int(row["step"])
         seconds = row.get("seconds/step", math.nan)
         # about the last 20 steps; the first ones are slower (warm-up of caches, workers, compilers)
@@ -130,15 +133,15 @@ class TrainProgress:
             f"loss {row['loss/total']:.4f}  {row.get('samples_per_second', math.nan):.1f} samples/s"
         )
         left = (self._steps - step) * self._step_seconds
-        wanted = step == self._start + 1 or step == self._steps or step % self._every == 0
+        is_chosen = step == self._start + 1 or step == self._steps or step % self._every == 0
         self._meter.show(
-            step, self._steps, left, facts, line=wanted, at_once=step == self._start + 1
+            step, self._steps, left, facts, line=is_chosen, at_once=step == self._start + 1
         )
 
 
 class _Meter:
-    """A bar on a terminal, else lines; without a thread, which a forking data loader would not
-    like.
+    """A bar on a terminal, else lines. It runs no thread, because a thread that holds a lock while
+    the data loader forks would leave the child without a way to release it.
     """
 
     def __init__(self, description: str) -> None:
@@ -175,7 +178,7 @@ class _Meter:
             self._bar.stop()
 
     def remaining(self, done: int, total: int) -> float:
-        """Seconds that the rest takes at the pace so far."""
+        """Estimate the seconds that are left, from the mean pace so far."""
         return (total - done) * (time.monotonic() - self._began) / done if done else math.nan
 
     def show(
@@ -188,14 +191,21 @@ class _Meter:
         line: bool = True,
         at_once: bool = False,
     ) -> None:
-        """Bring the bar up to date, or print a line when one is due: the last always, others at
-        intervals.
+        """Update the bar, or print a line when one is due.
+
+        Args:
+            done: finished items.
+            total: all items.
+            left: estimate of the seconds that are left.
+            facts: further text, e.g. the loss.
+            line: whether this item may be printed as a line; the last one always is.
+            at_once: whether it is printed even if the line before it is recent.
         """
         now, at_end = time.monotonic(), done >= total
         if self._last == (done, total):
             return
-        words = [facts] if facts else []
-        words.append(f"took {duration(now - self._began)}" if at_end else f"left {duration(left)}")
+        parts = [facts] if facts else []
+        parts.append(f"took {duration(now - self._began)}" if at_end else f"left {duration(left)}")
         due = (
             at_end
             or at_once
@@ -203,10 +213,10 @@ class _Meter:
         )
         if self._bar is not None and self._task is not None:
             self._bar.update(
-                self._task, completed=done, total=total, facts="  ".join(words), refresh=due
+                self._task, completed=done, total=total, facts="  ".join(parts), refresh=due
             )
         elif due and (line or at_end):
-            say("  ".join([f"{self._description} {done}/{total}", *words]))
+            say("  ".join([f"{self._description} {done}/{total}", *parts]))
         else:
             return
         self._last = (done, total)

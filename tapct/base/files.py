@@ -1,9 +1,9 @@
 """Write files and folders whole or not at all, and name their content by a hash.
 
-A new file is written beside its final place under a temporary name, forced to the disk, and renamed.
-A reader therefore sees the old content or the new content, never a part of either, and a crash at any
-instant leaves the old content in place. A process that is killed while it writes leaves a hidden
-`.NAME.*.tmp`, which nothing reads.
+A new file is written beside its final place under a temporary name, forced to the disk, and
+renamed. A reader therefore sees the old content or the new content, never a part of either, and a
+crash at any instant leaves the old content in place. A process that is killed while it writes
+leaves a hidden `.NAME.*.tmp`, which nothing reads.
 
 Rules:
     permissions   those of a file that `open` creates: 0666, or 0777 for a folder, less the umask

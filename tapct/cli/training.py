@@ -108,7 +108,7 @@ def plan(
 
     resolved = configs.load_config(RunConfig, config, overrides or [])
     options = command.Options(gpus, gpus_per_node, memory, tflops, measure, utilisation)
-    console.console().print(command.tables(resolved.value, options))
+    console.console().print(command.report(resolved.value, options))
 
 
 @app.command(

@@ -6,10 +6,10 @@ import contextlib
 import hashlib
 import re
 import shutil
-import tempfile
 from pathlib import Path
 
 import tapct
+from tapct.base import files
 from tapct.cluster.folders import make_parents
 from tapct.run.provenance import git_revision
 from tapct.run_folder import RunFolder
@@ -42,19 +42,16 @@ def copy_package(home: Path, undo: contextlib.ExitStack) -> Path:
     if target.is_dir():
         return target
     make_parents(target.parent, undo)
-    aside = Path(tempfile.mkdtemp(prefix=".part-", dir=target.parent))
-    undo.callback(shutil.rmtree, aside, ignore_errors=True)
-    for path in _sources():
-        copy = aside / "tapct" / path.relative_to(PACKAGE)
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, copy)
-    (aside / "tapct" / "REVISION").write_text(git_revision() + "\n", encoding="utf-8")
-    aside.chmod(0o755)  # mkdtemp lets only the owner in, but colleagues may read a run folder
-    aside.rename(target)
+    with files.replacing_folder(target) as folder:
+        for path in _sources():
+            copy = folder / "tapct" / path.relative_to(PACKAGE)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, copy)
+        (folder / "tapct" / "REVISION").write_text(git_revision() + "\n", encoding="utf-8")
     undo.callback(shutil.rmtree, target, ignore_errors=True)
     return target
 
 
 def _sources() -> list[Path]:
-    files = (path for path in PACKAGE.rglob("*") if path.is_file())
-    return sorted(path for path in files if "__pycache__" not in path.parts)
+    sources = (path for path in PACKAGE.rglob("*") if path.is_file())
+    return sorted(path for path in sources if "__pycache__" not in path.parts)

@@ -1,8 +1,7 @@
-"""Checkpoints: written aside, verified, renamed, rotated; a crash at any instant leaves the older
-ones whole.
+"""Write, verify, rotate and load checkpoints; a crash at any instant leaves the older ones whole.
 
-Training waits only while the state is copied to the host's memory; a thread writes it, every rank
-its own shards, and the first rank makes a checkpoint of them. One save is under way at a time.
+Training waits only while the state is copied to host memory. A thread then writes it under a
+temporary name: every rank its own shards, and the first rank the rest. One save runs at a time.
 
     checkpoints/
       latest                 the name of the newest one, one line
@@ -57,7 +56,7 @@ class Config:
         0, "checkpoints whose step is a multiple of this stay for ever; 0: none", ge=0
     )
     asynchronous: bool = setting(
-        True, "write while training goes on; costs a copy of the state in host memory"
+        True, "write while training continues; costs a copy of the state in host memory"
     )
     on_error: str = setting(
         "stop",
@@ -73,10 +72,10 @@ class Meta:
     Args:
         step: finished optimizer steps.
         samples: samples seen; the sampler continues with this number.
-        config: the resolved config of the run.
-        data_digest: of the store that was trained on.
-        torch_version: that wrote it.
-        world: ranks that wrote it; any number reads it.
+        config: resolved config of the run.
+        data_digest: digest of the store that was trained on.
+        torch_version: version of torch that wrote it.
+        world: number of ranks that wrote it; any number reads it.
     """
 
     step: int
@@ -91,11 +90,11 @@ class Checkpoints:
     """The checkpoint folder of one run, as one rank sees it.
 
     Args:
-        folder: made when the first checkpoint is written.
-        keep: how many stay.
-        keep_every: steps of which multiples stay for ever; 0: none.
+        folder: folder of the checkpoints; made when the first one is written.
+        keep: number of the newest checkpoints that are kept.
+        keep_every: checkpoints whose step is a multiple of this are kept for ever; 0: none.
         side: process group on the CPU in which ranks agree; None for one process.
-        device: of training.
+        device: device of training.
     """
 
     def __init__(
@@ -120,11 +119,10 @@ class Checkpoints:
         self.under_way: Future[Path] | None = None
 
     def begin(self, meta: Meta, pair: StudentTeacher, optimizer: torch.optim.Optimizer) -> None:
-        """Copy the state to the host's memory and write it in a thread; first waits for the save
-        before.
+        """Wait for the previous save, copy the state to host memory and start to write it.
 
         Raises:
-            UserError: the save before failed.
+            UserError: the previous save failed.
         """
         self.finish()
         teacher = teacher_tensors(pair)
@@ -134,18 +132,16 @@ class Checkpoints:
         self.under_way = self.thread.submit(self._write, meta, staged, teacher)
 
     def failed(self) -> bool:
-        """Whether the save under way has come to nothing; does not wait."""
+        """Whether the save that was begun last has failed already; does not wait."""
         done = self.under_way is not None and self.under_way.done()
         return done and self.under_way is not None and self.under_way.exception() is not None
 
     def close(self) -> None:
-        """Let the thread go once its work is done; nothing is saved after this."""
+        """End the thread when its work is done; nothing can be saved after this."""
         self.thread.shutdown(wait=False)
 
     def settle(self) -> None:
-        """Wait for the save under way and do not ask how it went: something else has already gone
-        wrong.
-        """
+        """Wait for the save under way and ignore its outcome, after another failure."""
         if self.under_way is not None:
             wait([self.under_way])
             self.under_way = None
@@ -162,7 +158,7 @@ class Checkpoints:
         return under_way.result()
 
     def _write(self, meta: Meta, state: dict[str, Any], teacher: dict[str, Tensor]) -> Path:
-        """The thread: shards of every rank, then the first rank makes a checkpoint of them."""
+        """Work of the thread: every rank writes its shards, the first rank completes the folder."""
         final, aside = self.paths.step(meta.step).path, self.paths.half_written(meta.step)
         with self._agreeing(meta, aside):
             if self.is_first:
@@ -183,7 +179,7 @@ class Checkpoints:
         return final
 
     def _complete(self, meta: Meta, teacher: dict[str, Tensor], aside: Path, final: Path) -> None:
-        """Add what a checkpoint holds besides the shards, make it the latest, and drop old ones."""
+        """Add the files besides the shards, make the checkpoint the latest, remove old ones."""
         paths = CheckpointFolder(aside)
         paths.teacher.write_bytes(safetensors.torch.save(teacher))
         paths.meta.write_text(json.dumps(asdict(meta), indent=1))
@@ -191,8 +187,8 @@ class Checkpoints:
         # `final` exists where the same step is saved again, after a damaged or repeated save
         files.put_in_place(aside, final)
         self.announce(final)
-        # later steps are of a future that a damaged checkpoint took away: they must not crowd out
-        # the whole ones
+        # Checkpoints of later steps exist where the run resumed from an older one, because they are
+        # damaged. They must not push whole ones out.
         kept = [path for path in self.finished() if step_of(path) <= meta.step][-self.keep :]
         for path in self.finished():
             for_ever = (
@@ -204,8 +200,8 @@ class Checkpoints:
                 self._drop(path)
 
     def _drop(self, path: Path) -> None:
-        """Remove a checkpoint; by its name at once, so that a kill leaves no half of one. What
-        resists stays aside.
+        """Remove a checkpoint. It is renamed first, so that a kill leaves no half of one under its
+        name; files that cannot be removed stay under the other name.
         """
         with suppress(OSError):
             aside = self.paths.half_removed(path)
@@ -214,12 +210,11 @@ class Checkpoints:
 
     @contextmanager
     def _agreeing(self, meta: Meta, aside: Path) -> Iterator[None]:
-        """One stage of a save: when it fails on one rank it fails on all, and nothing half-written
-        stays.
+        """One stage of a save: if it fails on one rank it fails on all, and what was written is
+        removed.
 
         Raises:
-            UserError: naming step and cause; on a rank where all went well, that another one
-                failed.
+            UserError: the stage failed here, with step and cause, or on another rank.
         """
         failure: BaseException | None = None
         try:
@@ -241,8 +236,8 @@ class Checkpoints:
             ) from failure
 
     def announce(self, path: Path) -> None:
-        """Make `latest` name a checkpoint; a kill between a save and this, or damage, may have left
-        it behind.
+        """Make `latest` name a checkpoint; a kill just before this, or damage, may have left an
+        older or a removed one in it.
         """
         latest, name = self.paths.latest, path.name + "\n"
         if not latest.is_file() or latest.read_text() != name:
@@ -253,8 +248,11 @@ class Checkpoints:
         return self.paths.finished()
 
     def newest_whole(self) -> tuple[Path | None, list[str]]:
-        """The newest checkpoint that passes its own fingerprints, and one line for each damaged one
-        passed over.
+        """Find the newest checkpoint whose files equal its fingerprints.
+
+        Returns:
+            Its folder, None where there is none; and one line for each damaged one that was
+            skipped.
         """
         complaints: list[str] = []
         for path in reversed(self.finished()):
@@ -266,20 +264,19 @@ class Checkpoints:
 
 
 def load(path: Path, pair: StudentTeacher, optimizer: torch.optim.Optimizer) -> None:
-    """Bring weights, optimizer moments, centres and random state back, in place, at any number of
-    ranks.
+    """Load weights, optimizer moments, centres and random state in place, at any number of ranks.
 
-    A snapshot of the teacher that only the checkpoint holds is left out. One that it lacks stays as
-    it is, never taken, and so is taken before the first step that needs it.
+    A snapshot of the teacher that only the checkpoint holds is ignored. One that only the config
+    asks for keeps its state "never taken", so it is taken before the first step that needs it.
 
     Args:
-        path: a checkpoint folder that `damage` finds whole.
-        pair: of the same config.
-        optimizer: of the same config.
+        path: checkpoint folder that `damage` finds whole.
+        pair: student and teacher, built from the same config.
+        optimizer: optimizer of the student, built from the same config.
     """
     state = training_state(pair, optimizer)
-    # a rank or a device that was not there when it was written has no random state in it, and keeps
-    # its new one
+    # A rank or a device that did not exist when the checkpoint was written has no random state in
+    # it, and keeps its own.
     known = FileSystemReader(path).read_metadata().state_dict_metadata
     absent = [
         key for key in state["pair"] if key.startswith("snapshot") and f"pair.{key}" not in known
@@ -301,26 +298,28 @@ def load(path: Path, pair: StudentTeacher, optimizer: torch.optim.Optimizer) -> 
 
 @contextmanager
 def single_process() -> Iterator[None]:
-    """Keep DCP from warning that there is no process group: one process is what is meant."""
+    """Keep DCP from warning that there is no process group, where one process is intended."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         yield
 
 
 def read_meta(path: Path) -> Meta:
-    """The readable part of a checkpoint folder.
+    """Read the readable part of a checkpoint folder.
 
     Raises:
-        UserError: there is none, or it is not readable.
+        UserError: the file is missing or damaged.
     """
     try:
         return Meta(**json.loads(CheckpointFolder(path).meta.read_text()))
     except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{path} is not a tapct checkpoint: {error}") from error
+        raise UserError(
+            f"{path} is not a checkpoint of tapct: {error}; name a folder RUN/checkpoints/step_..."
+        ) from error
 
 
 def training_state(pair: StudentTeacher, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Everything a run needs to go on, as DCP takes it; random state by rank."""
+    """Everything that resuming needs, in the form that DCP takes; random state by rank."""
     rng = {"cpu": torch.get_rng_state()}
     if next(pair.parameters()).is_cuda:
         rng["cuda"] = torch.cuda.get_rng_state()
@@ -333,22 +332,25 @@ def training_state(pair: StudentTeacher, optimizer: torch.optim.Optimizer) -> di
 
 
 def teacher_tensors(pair: StudentTeacher) -> dict[str, Tensor]:
-    """The teacher's backbone in full under its own parameter names, on the CPU; only the first rank
-    keeps it.
+    """Copy the teacher's backbone to the CPU, unsharded, under its own parameter names.
 
-    A collective where it is sharded.
+    A collective where it is sharded. Only the first rank keeps the tensors; others return none.
     """
     tensors = {}
     for name, tensor in pair.teacher.backbone.state_dict().items():
         full = (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
         if collectives.rank() == 0:
-            # training goes on meanwhile
+            # a copy, because training changes the tensor while the thread writes
             tensors[name] = torch.empty_like(full, device="cpu").copy_(full).contiguous()
     return tensors
 
 
 def damage(path: Path) -> str | None:
-    """Compare a checkpoint folder with its fingerprints: None when whole, else what is wrong."""
+    """Compare a checkpoint folder with its fingerprints.
+
+    Returns:
+        None when all files are whole, else the first thing that is wrong.
+    """
     try:
         expected = json.loads(CheckpointFolder(path).fingerprints.read_text())
     except (OSError, ValueError) as error:

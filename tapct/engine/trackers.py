@@ -46,14 +46,14 @@ class MetricsWriter:
     """Writes each step's metrics to RUN/metrics.jsonl, and to TensorBoard and wandb where the
     config asks for them.
 
-    A run that goes on first drops the rows after `start_step` (and a row that was cut off), so that
-    no step is told twice. A row is one write at the end of the file, whole or not at all. Does
-    nothing on ranks other than the first.
+    A resumed run first drops the rows after `start_step`, and a row that was cut off, so that no
+    step is logged twice. A row is one write at the end of the file, whole or not at all. Ranks
+    other than the first write nothing.
 
     Args:
-        run_dir: the run folder; its config.yaml, where there is one, is shown in wandb.
-        config: the `log` section.
-        start_step: finished steps that the run goes on from; 0 for a new run.
+        run_dir: run folder; its config.yaml, where there is one, is shown in wandb.
+        config: section `log` of the config.
+        start_step: finished steps that the run resumes from; 0 for a new run.
     Raises:
         OSError: the folder cannot be written, or wandb cannot start.
     """
@@ -70,8 +70,8 @@ class MetricsWriter:
         last = _drop_rows_after(path, start_step)
         if start_step and last != start_step:
             say(
-                f"{path} ends at step {last}, the run goes on from {start_step}: the steps "
-                "between are not in it"
+                f"{path} ends at step {last} and the run resumes from step {start_step}; the "
+                "steps between them are missing in the file"
             )
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         try:
@@ -98,7 +98,7 @@ class MetricsWriter:
         """Write one finished step.
 
         Args:
-            row: flat, with `step`; values that are not finite become null.
+            row: metric name -> value, with `step`; values that are not finite become null.
         Raises:
             OSError: the disk is full; the file still ends with a whole row.
         """
@@ -112,13 +112,13 @@ class MetricsWriter:
             self.flush()
 
     def flush(self) -> None:
-        """Force what was written to the disk."""
+        """Force the rows that were written to the disk."""
         if self._file >= 0:
             os.fsync(self._file)
             self._synced = time.monotonic()
 
     def close(self) -> None:
-        """Flush and end all trackers; a second call does nothing."""
+        """Flush and close all trackers; a second call does nothing."""
         if self._file >= 0:
             self.flush()
             os.close(self._file)
@@ -137,7 +137,7 @@ def _append(file: int, line: bytes) -> None:
     end = os.fstat(file).st_size
     try:
         written = os.write(file, line)
-        while written < len(line):  # a nearly full disk takes a part, and refuses the rest
+        while written < len(line):  # a nearly full disk takes a part and refuses the rest
             written += os.write(file, line[written:])
     except OSError:
         os.ftruncate(file, end)
@@ -145,8 +145,10 @@ def _append(file: int, line: bytes) -> None:
 
 
 def _drop_rows_after(path: Path, step: int) -> int:
-    """Rewrite metrics.jsonl without rows after `step` and without what is no row; returns the last
-    step left.
+    """Rewrite metrics.jsonl without the rows after a step and without lines that are no rows.
+
+    Returns:
+        The last step that is left; 0 where none is.
     """
     if not path.exists():
         return 0
@@ -168,9 +170,8 @@ class _TensorBoard:
     def __init__(self, folder: Path, start_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(
-            str(folder), purge_step=start_step + 1
-        )  # hides what an earlier try wrote after it
+        # TensorBoard then hides the steps that an earlier start wrote after the checkpoint
+        self._writer = SummaryWriter(str(folder), purge_step=start_step + 1)
 
     def write(self, row: Mapping[str, float | None]) -> None:
         for name, value in row.items():
@@ -216,13 +217,13 @@ class _Wandb:
             raise ConnectionError(f"log.wandb.mode = {config.mode}: {error}; {rule}") from error
 
     def write(self, row: Mapping[str, float | None]) -> None:
-        known = {name: value for name, value in row.items() if value is not None}
-        self._run.log(known, step=int(row["step"] or 0))
+        finite = {name: value for name, value in row.items() if value is not None}
+        self._run.log(finite, step=int(row["step"] or 0))
 
     def close(self) -> None:
         self._run.finish()
         if self._offline:
             say(
-                "wandb kept this run here; where there is internet: wandb sync "
-                f"{self._folder}/offline-run-*"
+                "wandb stored this run offline; to upload it from a machine with internet, run: "
+                f"wandb sync {self._folder}/offline-run-*"
             )

@@ -1,7 +1,7 @@
 """Frozen dense features of a whole scan: sliding windows, averaged on one patch grid, mapped back
 to voxels.
 
-Axes: Z Y X depth height width (voxels, or patches of the grid where the text says so), D channels,
+Axes: Z Y X depth height width (voxels, or patches of the grid where stated), D channels,
 C maps (classes), B windows.
 Padding: the scan stands at the origin and air follows at the far end of each axis, as in training.
 """

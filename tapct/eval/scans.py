@@ -286,7 +286,7 @@ def read_scan(
         with_labels: True to read the label map too.
         scan_labels: values for the scan as a whole.
     Raises:
-        Refused: a file is not what the manifest says, or the labels lie on another grid.
+        Refused: a file differs from its row in the manifest, or the labels have another grid.
     """
     volume = read_volume(root / row.path)
     labels = None

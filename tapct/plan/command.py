@@ -1,13 +1,15 @@
-"""`tapct plan`: what its options ask for, measured if they say so, and memory and time of a config
-by them.
+"""`tapct plan`: from the config and the options of the command line to the tables that it prints.
+
+config, options -> `flops`     tokens, parameters and FLOPs by part
+                -> `memory`    bytes of a micro-batch, counted on fake tensors
+                -> `scale`     memory and time for each GPU count
+                -> `tables`    what is printed
 """
 
 from __future__ import annotations
 
 import math
-import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from rich.console import Group
@@ -17,34 +19,30 @@ from tapct.base.exits import UserError
 from tapct.base.geometry import patch_grid
 from tapct.config import plugins
 from tapct.data import read_rate
-from tapct.data.store import INDEX_NAME, Store
+from tapct.data.store import INDEX_NAME
 from tapct.distributed.device import pick_device
 from tapct.nn.contracts import Backbone
-from tapct.plan import flops, scale
-from tapct.plan import memory as footprint
-from tapct.plan import tables as scale_tables
+from tapct.plan import flops, measure, memory, scale, tables
 from tapct.run.config import RunConfig
 from tapct.run.stages import Part
 from tapct.ssl import needs
 from tapct.views import masks
 
-UTILISATION = (
-    0.4  # of the rate of plain matrix products that a training step reaches; ours, an assumption
-)
-STORE_SAMPLE = 256  # scans whose files are looked at, of a store that may hold a million
+# share of the rate of plain matrix products that a training step reaches; an assumption of ours
+UTILISATION = 0.4
 
 
 @dataclass(frozen=True)
 class Options:
-    """Of the command line.
+    """Options of the command line.
 
     Args:
-        gpus: numbers of GPUs, with commas.
+        gpus: GPU counts to report, separated by commas.
         per_node: GPUs of a node.
-        memory_gb: of a GPU.
-        tflops: TFLOP/s that one GPU sustains, or its peak where there is a utilisation.
-        measure: time matrix products on the config's device, and reading from its store if there is
-            one.
+        memory_gb: memory of one GPU in GB; None prints no table of what fits.
+        tflops: sustained TFLOP/s of one GPU, or its peak if there is a utilisation.
+        measure: whether to time matrix products on the device of the config, and reading from its
+            store if there is one.
         utilisation: share of the rate that training reaches.
     """
 
@@ -56,16 +54,17 @@ class Options:
     utilisation: float | None = None
 
     def __post_init__(self) -> None:
-        for name, value in (
-            ("--memory", self.memory_gb),
-            ("--tflops", self.tflops),
-            ("--utilisation", self.utilisation),
-        ):
+        numbers = {
+            "--memory": self.memory_gb,
+            "--tflops": self.tflops,
+            "--utilisation": self.utilisation,
+        }
+        for name, value in numbers.items():
             if value is not None and not 0 < value < math.inf:
                 raise UserError(f"{name} is {value:g}; it must be more than 0")
         if self.utilisation is not None and self.utilisation > 1:
             raise UserError(
-                f"--utilisation is {self.utilisation:g}, more than all of the rate; give a share"
+                f"--utilisation is {self.utilisation:g}; it is a share and must be at most 1"
             )
         if self.measure and self.tflops is not None:
             raise UserError(
@@ -73,38 +72,39 @@ class Options:
             )
         if self.utilisation is not None and self.tflops is None and not self.measure:
             raise UserError(
-                "--utilisation is a share of a rate; give that with --tflops, or --measure it"
+                "--utilisation is a share of a rate; give the rate with --tflops or --measure"
             )
 
 
-def tables(config: RunConfig, options: Options) -> Group:
-    """All that `tapct plan` prints. Raises: UserError: the config cannot run so, or an option makes
-    no sense.
+def report(config: RunConfig, options: Options) -> Group:
+    """Everything that `tapct plan` prints.
+
+    Raises:
+        UserError: the config cannot run, or an option is wrong.
     """
-    costs, wanted = make_plan(config), asked(config, options)
-    told = [
-        f"Warning: {part.name} is not counted; for it give 'stages=[]' {part.words}"
-        for part in stages_of(config)
-    ]
-    later = map(Text, told)  # as it is: brackets of a key are no markup
+    costs, request = costs_of(config), request_of(config, options)
+    stage_warnings = []
+    for part in stages_of(config):
+        line = f"Warning: {part.name} is not counted; for it give 'stages=[]' {part.words}"
+        stage_warnings.append(Text(line))  # not a string: rich would read [...] as markup
     try:
-        return Group(
-            flops.render(costs), scale_tables.render(make_scale(config, costs, wanted)), *later
-        )
-    except footprint.NeedsValues as error:
-        return Group(flops.render(costs), f"Warning: memory and time are not told: {error}", *later)
+        estimate = tables.estimate_tables(estimate_of(config, costs, request))
+        return Group(tables.cost_tables(costs), estimate, *stage_warnings)
+    except memory.NeedsValues as error:
+        missing = Text(f"Warning: memory and time are not estimated: {error}")
+        return Group(tables.cost_tables(costs), missing, *stage_warnings)
 
 
 def stages_of(config: RunConfig) -> list[Part]:
-    """The parts of the run that are not the config itself."""
-    return [
-        part for part, stage in zip(config.parts()[1:], config.stages, strict=True) if stage.set
-    ]
+    """The parts of the run that train with other settings than the config itself."""
+    later_parts = zip(config.parts()[1:], config.stages, strict=True)
+    return [part for part, stage in later_parts if stage.set]
 
 
 def masked_share(config: RunConfig) -> float:
-    """Masked patches over all patches of the global crops: the same in every step, only on other
-    crops.
+    """Share of the patches of the global crops that are masked.
+
+    It is the same in every step; only the crops that are masked change.
     """
     num_crops, num_tokens = config.views.num_globals * config.train.global_batch, tokens_of(config)
     counts = masks.counts(
@@ -119,7 +119,7 @@ def tokens_of(config: RunConfig) -> int:
     return math.prod(patch_grid(config.views.global_window, patch, "views.global_window"))
 
 
-def make_plan(config: RunConfig) -> flops.Plan:
+def costs_of(config: RunConfig) -> flops.Costs:
     """Tokens, parameters and FLOPs of a config.
 
     Raises:
@@ -141,7 +141,7 @@ def make_plan(config: RunConfig) -> flops.Plan:
                 "but does not say how many rows go through it; let it override Loss.prototype_rows"
             )
         uses.append(flops.HeadUse(name, loss.config.head, rows, owns_head=loss.head_of == name))
-    return flops.tables(
+    return flops.count_costs(
         backbone,
         num_globals=config.views.num_globals,
         global_window=config.views.global_window,
@@ -155,111 +155,97 @@ def make_plan(config: RunConfig) -> flops.Plan:
     )
 
 
-def asked(config: RunConfig, options: Options) -> scale.Asked:
-    """Numbers from the options, measured if they say so. Raises: UserError."""
-    counts, share = gpu_counts(options.gpus), options.utilisation
-    memory = None if options.memory_gb is None else options.memory_gb * scale.GB
-    rate, source, slabs = None, "", None
+def request_of(config: RunConfig, options: Options) -> scale.Request:
+    """What the options ask for in numbers; measured on this machine if they say so.
+
+    Raises:
+        UserError: --gpus is not a list of GPU counts.
+    """
+    counts = gpu_counts(options.gpus)
+    memory_bytes = None if options.memory_gb is None else options.memory_gb * scale.GB
+    rate, source, slabs_per_thread = None, "", None
     if options.tflops is not None:
-        rate, source = 1e12 * options.tflops * (share or 1.0), "--tflops"
-        if share is not None:
-            source = f"--tflops {options.tflops:g} x --utilisation {share:g}"
+        rate, source = _given_rate(options.tflops, options.utilisation)
     if options.measure:
-        device = pick_device(config.device)
-        found = gemm_rate(
-            device, torch.bfloat16 if config.train.precision == "bf16" else config.train.dtype
-        )
-        rate = found * (share or UTILISATION)
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-        what = (
-            f"{found / 1e12:.3g} TFLOP/s of {config.train.precision} matrix products on this {name}"
-        )
-        source = (
-            f"{what} x {share:g}"
-            if share
-            else f"{what} x {UTILISATION}, an assumption: see --utilisation"
-        )
+        rate, source = _measured_rate(config, options.utilisation)
         if (config.data.store / INDEX_NAME).is_file():
-            slabs = read_rate.measure(
-                config.data.store, config.data.loader.slab_depth, 1
-            ).slabs_per_s
-    return scale.Asked(counts, options.per_node, memory, rate, source, slabs)
+            measured = read_rate.measure(config.data.store, config.data.loader.slab_depth, 1)
+            slabs_per_thread = measured.slabs_per_s
+    return scale.Request(counts, options.per_node, memory_bytes, rate, source, slabs_per_thread)
+
+
+def _given_rate(tflops: float, utilisation: float | None) -> tuple[float, str]:
+    """FLOP/s of --tflops, and where they come from."""
+    if utilisation is None:
+        return 1e12 * tflops, "--tflops"
+    return 1e12 * tflops * utilisation, f"--tflops {tflops:g} x --utilisation {utilisation:g}"
+
+
+def _measured_rate(config: RunConfig, utilisation: float | None) -> tuple[float, str]:
+    """FLOP/s of --measure, and where they come from."""
+    device = pick_device(config.device)
+    dtype = torch.bfloat16 if config.train.precision == "bf16" else config.train.dtype
+    products = measure.gemm_rate(device, dtype)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    precision = config.train.precision
+    source = f"{products / 1e12:.3g} TFLOP/s of {precision} matrix products on this {name}"
+    if utilisation is None:
+        assumption = f"{source} x {UTILISATION}, an assumption: see --utilisation"
+        return products * UTILISATION, assumption
+    return products * utilisation, f"{source} x {utilisation:g}"
 
 
 def gpu_counts(text: str) -> tuple[int, ...]:
-    """1,2,8 -> the numbers in ascending order, each once. Raises: UserError."""
-    words = [word.strip() for word in text.split(",")]
-    if not all(word.isascii() and word.isdigit() and int(word) > 0 for word in words):
-        raise UserError(
-            f"--gpus {text} is no list of numbers of GPUs; write for example --gpus 1,8,64"
-        )
-    return tuple(sorted({int(word) for word in words}))
+    """The GPU counts of a list such as 1,8,64: ascending, each once.
+
+    Raises:
+        UserError: an entry is not a positive whole number.
+    """
+    entries = [entry.strip() for entry in text.split(",")]
+    if not all(entry.isascii() and entry.isdigit() and int(entry) > 0 for entry in entries):
+        raise UserError(f"--gpus {text} is not a list of GPU counts; write e.g. --gpus 1,8,64")
+    return tuple(sorted({int(entry) for entry in entries}))
 
 
-def gemm_rate(device: torch.device, dtype: torch.dtype, repeats: int = 5) -> float:
-    """FLOP/s of the best of some square matrix products."""
-    size = 8192 if device.type == "cuda" else 2048
-    a = torch.randn(size, size, device=device).to(dtype)
-    best = float("inf")
-    for _ in range(repeats + 1):  # the first one warms up
-        begin = time.perf_counter()
-        (a @ a)[0, 0].item()
-        best = min(best, time.perf_counter() - begin)
-    return 2 * size**3 / best
-
-
-def make_scale(config: RunConfig, costs: flops.Plan, asked: scale.Asked) -> scale.Scale:
-    """Memory and time of a config by the number of GPUs.
+def estimate_of(config: RunConfig, costs: flops.Costs, request: scale.Request) -> scale.Estimate:
+    """Memory and time of a config for each GPU count.
 
     Args:
-        costs: its plan.
-        asked: of the command line.
+        config: config of the run.
+        costs: its FLOPs.
+        request: numbers from the command line.
     Raises:
-        UserError: no number of GPUs can run it.
+        UserError: the config runs on none of the GPU counts.
         NeedsValues: a plug-in cannot run without values.
     """
     train, views, bf16 = config.train, config.views, config.train.precision == "bf16"
-    demand = scale.Demand(
-        train.global_batch,
-        train.accumulation,
-        train.steps,
-        config.parallel.shard,
-        train.dtype.itemsize,
-        bf16,
-        needs.build_losses(config.losses),
-        config.data.loader.slab_depth,
-        config.data.loader.workers,
+    settings = scale.RunSettings(
+        global_batch=train.global_batch,
+        accumulation=train.accumulation,
+        steps=train.steps,
+        shard=config.parallel.shard,
+        number_bytes=train.dtype.itemsize,
+        bf16=bf16,
+        losses=needs.build_losses(config.losses),
+        slab_depth=config.data.loader.slab_depth,
+        workers=config.data.loader.workers,
     )
     num_tokens = tokens_of(config)
-    sizes = footprint.Sizes(
-        views.num_globals,
-        views.global_window,
-        views.num_locals,
-        views.local_window,
-        num_tokens,
-        masked_share(config) * views.num_globals * num_tokens,
+    sample = memory.SampleShape(
+        num_globals=views.num_globals,
+        global_window=views.global_window,
+        num_locals=views.num_locals,
+        local_window=views.local_window,
+        num_tokens=num_tokens,
+        masked=masked_share(config) * views.num_globals * num_tokens,
     )
-    return scale.tables(
-        demand,
-        asked,
-        footprint.weigh(footprint.Valueless(config.model, config.losses)),
-        footprint.trace(
-            config.model, config.losses, sizes, dtype=train.dtype, bf16=bf16, every=train.recompute
+    return scale.estimate(
+        settings,
+        request,
+        memory.count_parameters(memory.Valueless(config.model, config.losses)),
+        memory.count_bytes(
+            config.model, config.losses, sample, dtype=train.dtype, bf16=bf16, every=train.recompute
         ),
         flops_per_step=costs.flops_per_step,
-        store=store_facts(config.data.store),
+        store=measure.store_facts(config.data.store),
     )
-
-
-def store_facts(path: Path) -> scale.StoreFacts | None:
-    """What a store tells of reading, from some of its scans; None where there is none."""
-    if not (path / INDEX_NAME).is_file():
-        return None
-    store = Store(path)
-    some = range(0, len(store), max(1, len(store) // STORE_SAMPLE))
-    planes = [math.prod(store.scans[i].shape_ZYX[1:]) for i in some]
-    raw = sum(2 * math.prod(store.scans[i].shape_ZYX) for i in some)
-    if not raw:
-        return None
-    held = sum(store.file(i).stat().st_size for i in some if store.file(i).is_file())
-    return scale.StoreFacts(len(store), sum(planes) / len(planes), held / raw)

@@ -1,5 +1,4 @@
-"""What a run would cost, before it runs: tokens, parameters and FLOPs by part, and settings that
-cannot learn.
+"""Cost of a training step: tokens, parameters and FLOPs of each part of the network.
 
 FLOPs count matrix products (a multiply-add is 2), which is all that shows at these sizes; norms,
 GELU and softmax are left out, as in fvcore and in torch's counter. The backward pass costs twice
@@ -15,8 +14,6 @@ from dataclasses import dataclass
 
 import torch
 from fvcore.nn import parameter_count
-from rich.console import Group
-from rich.table import Table
 
 from tapct.base.exits import UserError
 from tapct.base.geometry import Grid, Size3, patch_grid
@@ -51,10 +48,10 @@ class ViewCost:
 
     Args:
         name: global or local.
-        crops: per sample.
-        window: voxels (z, y, x).
-        grid: patches (z, y, x).
-        tokens: of one crop, CLS and registers included.
+        crops: number of crops of a sample.
+        window: voxels (z, y, x) of a crop.
+        grid: patches (z, y, x) of a crop.
+        tokens: tokens of one crop, CLS and registers included.
     """
 
     name: str
@@ -69,10 +66,11 @@ class PartCost:
     """One part of the network.
 
     Args:
-        name: of the part.
-        parameters: of one network (student and teacher each have them).
-        student_flops: forward, per sample, all its crops; stochastic depth taken off.
-        teacher_flops: forward, per sample, global crops.
+        name: name of the part, e.g. attention.
+        parameters: number of parameters in one network; student and teacher each have them.
+        student_flops: FLOPs of the forward pass of a sample, all its crops; those that stochastic
+            depth saves are taken off.
+        teacher_flops: FLOPs of the forward pass of a sample, global crops alone.
     """
 
     name: str
@@ -87,38 +85,45 @@ class PartCost:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Costs:
     """Cost of a run.
 
     Args:
-        views: globals, then locals.
-        parts: from the input to the heads.
+        views: global crops, then local crops.
+        backbone: parts of the backbone, from the input on.
+        heads: parts of the heads, a MLP and prototypes for each loss with a head.
         global_batch: samples per optimizer step.
         warnings: settings under which a loss cannot learn, each with the next move.
     """
 
     views: tuple[ViewCost, ...]
-    parts: tuple[PartCost, ...]
+    backbone: tuple[PartCost, ...]
+    heads: tuple[PartCost, ...]
     global_batch: int
     warnings: tuple[str, ...]
 
     @property
+    def parts(self) -> tuple[PartCost, ...]:
+        """All parts of the network, backbone and heads."""
+        return self.backbone + self.heads
+
+    @property
     def parameters(self) -> int:
-        """Of one network with its heads."""
+        """Number of parameters of one network with its heads."""
         return sum(part.parameters for part in self.parts)
 
     @property
     def flops_per_sample(self) -> float:
-        """Of one training step, for one sample."""
+        """FLOPs of one training step for one sample."""
         return sum(part.step_flops for part in self.parts)
 
     @property
     def flops_per_step(self) -> float:
-        """Of one optimizer step, for the global batch."""
+        """FLOPs of one optimizer step for the global batch."""
         return self.flops_per_sample * self.global_batch
 
 
-def tables(
+def count_costs(
     model: Backbone,
     *,
     num_globals: int,
@@ -129,18 +134,18 @@ def tables(
     global_batch: int,
     accumulation: int = 1,
     frozen_passes: int = 1,
-) -> Plan:
-    """Add up a run.
+) -> Costs:
+    """Add up the cost of a training step over the parts of the network.
 
     Args:
-        model: backbone; it may have no values.
-        num_globals, num_locals: crops per sample.
-        global_window, local_window: their voxels (z, y, x).
-        head_uses: the losses with prototypes.
+        model: backbone; its parameters need no values.
+        num_globals, num_locals: number of crops of a sample.
+        global_window, local_window: voxels (z, y, x) of these crops.
+        head_uses: losses with a head.
         global_batch: samples per optimizer step.
         accumulation: micro-batches of a step; Sinkhorn balances the rows of one.
-        frozen_passes: passes over the global crops without gradient: the teacher's, and its
-            snapshot's if there is one.
+        frozen_passes: number of passes over the global crops without gradient: that of the
+            teacher, and that of its snapshot if there is one.
     Raises:
         UserError: a window is no multiple of the patch, or the backbone does not know its cost.
     """
@@ -153,20 +158,20 @@ def tables(
         cost = cost_of(model, window)
         views.append(ViewCost(name, num, window, grid, cost.tokens))
         costs.append(cost)
-    parts = []
+    backbone = []
     for layers in zip(*(cost.layers for cost in costs), strict=True):
         forward = [view.crops * layer.flops for view, layer in zip(views, layers, strict=True)]
         first = layers[0]
         student = first.trained_share * sum(forward)
-        parts.append(PartCost(first.name, first.parameters, student, frozen_passes * forward[0]))
-    warnings = []
+        backbone.append(PartCost(first.name, first.parameters, student, frozen_passes * forward[0]))
+    head_parts, warnings = [], []
     for use in head_uses:
-        parts += _head_parts(use, model.dim)
+        head_parts += _head_parts(use, model.dim)
         rows = round(use.rows.teacher * global_batch / accumulation)
         warning = capacity_warning(use.name, use.config.num_prototypes, rows)
         if use.rows.balanced and warning:
             warnings.append(warning)
-    return Plan(tuple(views), tuple(parts), global_batch, tuple(warnings))
+    return Costs(tuple(views), tuple(backbone), tuple(head_parts), global_batch, tuple(warnings))
 
 
 def cost_of(model: Backbone, window: Size3) -> CropCost:
@@ -185,10 +190,10 @@ def cost_of(model: Backbone, window: Size3) -> CropCost:
 
 
 def capacity_warning(loss: str, num_prototypes: int, rows: int) -> str | None:
-    """Say when Sinkhorn targets must stay nearly uniform: more prototypes than 64 per row that it
-    balances at once.
+    """Warn when Sinkhorn targets must stay nearly uniform.
 
-    Each of n balanced targets holds at most n/K of a prototype, so its entropy is at least about
+    That is so with more than 64 prototypes for each row that is balanced at once: each of n
+    balanced targets holds at most n/K of a prototype, so its entropy is at least about
     ln(K/n).
 
     Args:
@@ -236,54 +241,3 @@ def _head_parts(use: HeadUse, dim: int) -> list[PartCost]:
             ("prototypes", counts["last_layer"], last),
         )
     ]
-
-
-def render(plan: Plan) -> Group:
-    """The plan as tables for a terminal."""
-    views = Table(
-        "view",
-        "crops",
-        "window (z,y,x)",
-        "patches (z,y,x)",
-        "tokens per crop",
-        "tokens per sample",
-        title="Views",
-    )
-    for view in plan.views:
-        sizes = ["x".join(map(str, size)) for size in (view.window, view.grid)]
-        views.add_row(
-            view.name, str(view.crops), *sizes, f"{view.tokens:,}", f"{view.crops * view.tokens:,}"
-        )
-    title = "Parameters and GFLOP per sample (student forward and backward, teacher forward)"
-    costs = Table(title=title, pad_edge=False)
-    costs.add_column("part", no_wrap=True)
-    costs.add_column("parameters", justify="right", min_width=len(f"{plan.parameters:,}"))
-    for column in ("student forward", "teacher forward", "step", "share"):
-        costs.add_column(column, justify="right")
-    for part in plan.parts:
-        flops = [
-            f"{value / 1e9:,.2f}"
-            for value in (part.student_flops, part.teacher_flops, part.step_flops)
-        ]
-        costs.add_row(
-            part.name,
-            f"{part.parameters:,}",
-            *flops,
-            f"{part.step_flops / plan.flops_per_sample:.1%}",
-        )
-    totals = [
-        sum(part.student_flops for part in plan.parts),
-        sum(part.teacher_flops for part in plan.parts),
-    ]
-    costs.add_section()
-    costs.add_row(
-        "total",
-        f"{plan.parameters:,}",
-        *(f"{value / 1e9:,.2f}" for value in (*totals, plan.flops_per_sample)),
-        "100.0%",
-    )
-    step = (
-        f"One optimizer step of {plan.global_batch} samples: {plan.flops_per_step / 1e12:,.3f} "
-        "TFLOP."
-    )
-    return Group(views, costs, step, *(f"Warning: {warning}" for warning in plan.warnings))

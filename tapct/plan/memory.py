@@ -1,10 +1,10 @@
-"""Bytes of a training step, counted on the real networks and losses before any of them has values.
+"""Bytes of a training step, counted on the real networks and losses without any values.
 
-Weights are counted from their shapes. For the rest the real step (teacher, student, losses,
+ParameterCounts are counted from their shapes. For the rest the real step (teacher, student, losses,
 backward) runs on torch's fake tensors, which have shapes and types but no memory, while a dispatch
 mode adds up the storages that are alive. So whatever the backbone, the losses or their autograd
 functions hold is counted as it is, whichever plug-in they are. The bytes of a micro-batch are a
-fixed part and a part by sample; two runs tell both.
+fixed part and a part for each sample; two runs give both.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from tapct.ssl import step as ssl_step
 from tapct.ssl.student_teacher import StudentTeacher
 from tapct.types import Masks, Views
 
-# multiples of 5: stochastic depth then keeps a whole number of crops at any share of tenths, as it
-# does on average
+# Multiples of 5: at any drop rate in tenths, stochastic depth then keeps a whole number of crops,
+# the same as it keeps on average.
 FEW, MANY = 5, 10
 
 
 class NeedsValues(UserError):
-    """A plug-in asks for values, so that its step cannot be run without."""
+    """A plug-in reads the value of a tensor, so that its step cannot run on fake tensors."""
 
 
 class Valueless(StudentTeacher):
@@ -46,11 +46,11 @@ class Valueless(StudentTeacher):
         super().__init__(model, losses, 0, device="meta", shard=lambda network, learns: None)
 
     def init_weights(self, seed: int) -> None:
-        """Draw nothing."""
+        """Do nothing: there are no values to draw."""
 
 
 @dataclass(frozen=True)
-class Weights:
+class ParameterCounts:
     """Parameters of one network, backbone and heads, by how ranks hold them.
 
     Args:
@@ -82,14 +82,14 @@ class Weights:
 
 
 @dataclass(frozen=True)
-class Sizes:
-    """What a sample is made into.
+class SampleShape:
+    """The views of one sample.
 
     Args:
-        num_globals, num_locals: crops of a sample.
-        global_window, local_window: their voxels (z, y, x).
+        num_globals, num_locals: number of crops.
+        global_window, local_window: voxels (z, y, x) of these crops.
         num_tokens: patches N of a global crop.
-        masked: mean masked patches of a sample.
+        masked: mean number of masked patches, all global crops together.
     """
 
     num_globals: int
@@ -102,15 +102,15 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Bytes:
-    """Of one micro-batch on one rank, beside weights, gradients and moments.
+    """Bytes of one micro-batch on one rank, beside weights, gradients and moments.
 
     Args:
-        inputs: views and masks.
-        activations: what the forward pass leaves for the backward pass.
-        work: what is alive beside both when most is: scores by chunk, temporaries, gradients on
-            their way.
-        kept: what stays of a micro-batch while the next one is computed: tokens for the health
-            numbers.
+        inputs: bytes of views and masks.
+        activations: bytes that the forward pass stores for the backward pass.
+        work: bytes in use beside both at the fullest moment: chunks of scores, temporaries, and
+            gradients.
+        kept: bytes of a micro-batch that stay while the next one is computed: its tokens, for the
+            health metrics.
     """
 
     inputs: float
@@ -121,30 +121,30 @@ class Bytes:
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes of a micro-batch by its samples.
+    """Bytes of a micro-batch as a function of its size.
 
     Args:
-        few, many: counted with `FEW` and `MANY` samples.
+        few, many: bytes counted with `FEW` and `MANY` samples.
     """
 
     few: Bytes
     many: Bytes
 
     def of(self, samples: int) -> Bytes:
-        """Of so many samples, on the straight line through the two counts.
+        """Bytes of a micro-batch of so many samples, on the line through the two counts.
 
-        With few prototypes that is above the truth for many samples: a chunk of scores grows no
-        more once it is full.
+        With few prototypes that is too much for a large micro-batch: a chunk of scores does not
+        grow once it is full.
         """
         share = (samples - FEW) / (MANY - FEW)
-        pairs = [
-            (getattr(self.few, field.name), getattr(self.many, field.name))
-            for field in fields(Bytes)
-        ]
-        return Bytes(*(max(low + share * (high - low), 0.0) for low, high in pairs))
+        sizes = {}
+        for field in fields(Bytes):
+            low, high = getattr(self.few, field.name), getattr(self.many, field.name)
+            sizes[field.name] = max(low + share * (high - low), 0.0)
+        return Bytes(**sizes)
 
 
-def weigh(pair: StudentTeacher) -> Weights:
+def count_parameters(pair: StudentTeacher) -> ParameterCounts:
     """Count the parameters of the student."""
     network = pair.student
     blocks = [_numbers(block) for block in network.backbone.repeated_blocks()]
@@ -163,7 +163,7 @@ def weigh(pair: StudentTeacher) -> Weights:
     linear = sum(map(_numbers, kept))
     rest = _numbers(network.backbone) - sum(blocks)
     snapshot = () if pair.snapshot is None else shapes_of(pair.snapshot)
-    return Weights(
+    return ParameterCounts(
         shapes_of(network), _numbers(network.heads), rest, max(blocks, default=0), linear, snapshot
     )
 
@@ -184,10 +184,10 @@ def _numbers(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def trace(
+def count_bytes(
     model: Plugin,
     losses: Sequence[Plugin],
-    sizes: Sizes,
+    sizes: SampleShape,
     *,
     dtype: torch.dtype,
     bf16: bool,
@@ -197,11 +197,13 @@ def trace(
 
     Args:
         model, losses: sections of the config.
-        dtype: of weights and loss state.
-        bf16: blocks and heads are computed in bf16, as gathered by FSDP; autocast for the rest.
-        every: every so-many-th block is computed again instead of being kept; 0: none.
+        sizes: views of a sample.
+        dtype: type of weights and loss state.
+        bf16: whether blocks and heads are computed in bf16, as FSDP gathers them, and the rest
+            under autocast.
+        every: interval of the blocks that are computed again in the backward pass; 0: none.
     Raises:
-        NeedsValues: a plug-in asks for values.
+        NeedsValues: a plug-in reads values.
     """
     try:
         return Footprint(
@@ -217,7 +219,7 @@ def trace(
 def _count(
     model: Plugin,
     losses: Sequence[Plugin],
-    sizes: Sizes,
+    sizes: SampleShape,
     samples: int,
     dtype: torch.dtype,
     bf16: bool,
@@ -275,7 +277,7 @@ def _replace(tensors: dict[str, Any], dtype: torch.dtype | None) -> None:
             tensors[name] = torch.empty(tensor.shape, dtype=tensor.dtype)
 
 
-def _inputs(sizes: Sizes, samples: int) -> tuple[Views, Masks]:
+def _inputs(sizes: SampleShape, samples: int) -> tuple[Views, Masks]:
     """Views and masks of a micro-batch."""
     num_globals, num_locals, tokens = sizes.num_globals, sizes.num_locals, sizes.num_tokens
     views = Views(
@@ -294,8 +296,8 @@ class LiveBytes(TorchDispatchMode):
     """Adds up the storages that operations have made and that still are alive.
 
     Attributes:
-        now: bytes.
-        peak: the most there were; whoever sets it begins anew.
+        now: bytes of the storages that are alive.
+        peak: largest value of `now` since it was last set.
     """
 
     def __init__(self) -> None:
@@ -310,7 +312,7 @@ class LiveBytes(TorchDispatchMode):
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        """Run the operation, then look at what came out."""
+        """Run the operation, then count the storages of its results."""
         out = func(*args, **(kwargs or {}))
         for tensor in out if isinstance(out, tuple | list) else (out,):
             if isinstance(tensor, Tensor):

@@ -1,14 +1,16 @@
-"""Will a run fit, and how long will it take: memory, time and reading by the number of GPUs.
+"""Memory and time of a run for each GPU count.
 
 Memory of one GPU, GB = 10^9 bytes:
 
-    state        student, teacher, AdamW's two moments, gradients: this rank's part of each (`parallel.shard`); and of
-                 the teacher's snapshot, where a loss wants one
-    copies       what is whole while it is computed: gathered blocks and heads, or autocast's bf16 weights
-    inputs, activations, work, kept: of a micro-batch, see `footprint`
+    state        student, teacher, AdamW's two moments and gradients, and the snapshot of the
+                 teacher where a loss wants one: this rank's part of each (`parallel.shard`)
+    copies       weights that are whole while they are used: gathered blocks and heads, or the bf16
+                 weights of autocast
+    inputs, activations, work, kept
+                 bytes of a micro-batch; see `memory.Bytes`
 
-Time is FLOPs over a rate that is given or measured, never one made up here; communication, views
-and reading come on top. Only numbers of GPUs that share `train.global_batch` equally are told of.
+Time is FLOPs over a rate that is given or measured; no rate is assumed here. Communication, views
+and reading come on top. Only GPU counts that share `train.global_batch` equally are reported.
 """
 
 from __future__ import annotations
@@ -19,30 +21,30 @@ from dataclasses import dataclass
 from tapct.base.exits import UserError
 from tapct.data.batch_share import BatchShare
 from tapct.nn.contracts import Loss
-from tapct.plan.memory import Footprint, Weights, fullest
+from tapct.plan.memory import Footprint, ParameterCounts, fullest
 from tapct.ssl import needs
 
 GPUS = (1, 2, 4, 8, 16, 32, 64)
 PER_NODE = 8
-# of a GPU's memory, for the CUDA context, NCCL's buffers and gaps of the allocator; ours, not
-# measured
+# Share of a GPU's memory for the CUDA context, the buffers of NCCL and gaps of the allocator; our
+# choice, not a measurement.
 RESERVE = 0.1
-IN_PLANE = 512 * 512  # voxels of a CT slice, where no store tells
+IN_PLANE = 512 * 512  # voxels of a CT slice, assumed where there is no store
 GB, MB, DAY_S = 1e9, 1e6, 86400.0
 
 
 @dataclass(frozen=True)
-class Demand:
-    """What a config asks for.
+class RunSettings:
+    """Settings of a config that decide about memory and time.
 
     Args:
-        global_batch, accumulation, steps: of the run.
-        shard: `parallel.shard`.
-        number_bytes: of a weight.
+        global_batch, accumulation, steps: settings `train.*`.
+        shard: setting `parallel.shard`.
+        number_bytes: bytes of a weight.
         bf16: whether blocks and heads are computed in bf16.
         losses: losses of the run by name, which say how few samples they accept.
-        slab_depth: slices read per sample.
-        workers: that read ahead, per rank.
+        slab_depth: number of slices read for a sample.
+        workers: number of threads or processes of a rank that read ahead.
     """
 
     global_batch: int
@@ -62,12 +64,12 @@ class Demand:
 
 @dataclass(frozen=True)
 class StoreFacts:
-    """What a store tells of reading.
+    """Facts about reading from a store.
 
     Args:
-        scans: how many.
-        in_plane: mean voxels of a slice.
-        share: bytes on the disk over those of plain int16.
+        scans: number of scans.
+        in_plane: mean number of voxels of a slice.
+        share: bytes on the disk over bytes as int16.
     """
 
     scans: int
@@ -76,16 +78,16 @@ class StoreFacts:
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What the command line asks for.
+class Request:
+    """Numbers from the command line.
 
     Args:
-        gpus: numbers of GPUs.
+        gpus: GPU counts to report.
         per_node: GPUs of a node; the ranks that share one copy where `parallel.shard` is 0.
-        memory: bytes of a GPU; None: not compared.
+        memory: bytes of one GPU; None: no comparison.
         rate: FLOP/s that one GPU sustains in training; None: no times.
-        rate_from: where the rate comes from, in words.
-        slabs_per_thread: slabs/s that one reading thread was measured to give; None: not measured.
+        rate_from: origin of the rate, in words.
+        slabs_per_thread: slabs/s that one reading thread reads here; None: not measured.
     """
 
     gpus: tuple[int, ...] = GPUS
@@ -101,11 +103,11 @@ class Memory:
     """Bytes of one GPU at the fullest moment of a step.
 
     Args:
-        gpus: of the run.
-        shard: ranks that hold one copy of the state between them.
-        samples: of a micro-batch of a rank.
+        gpus: GPU count of the run.
+        shard: number of ranks that share one copy of the state.
+        samples: size of a micro-batch on a rank.
         accumulation: micro-batches of a step.
-        state, copies, inputs, activations, work, kept: see the top of this file.
+        state, copies, inputs, activations, work, kept: bytes; see the top of this file.
     """
 
     gpus: int
@@ -121,7 +123,7 @@ class Memory:
 
     @property
     def total(self) -> float:
-        """All of it."""
+        """Sum of all parts."""
         return self.state + self.copies + self.inputs + self.activations + self.work + self.kept
 
 
@@ -130,12 +132,13 @@ class Pace:
     """Time of a run on so many GPUs.
 
     Args:
+        gpus: GPU count of the run.
         step_s: seconds of an optimizer step.
-        days: of the whole run.
-        slabs: read per second, by all ranks.
-        raw: bytes/s that these are as int16.
-        stored: and on the disk; None without a store.
-        threads: of one rank that read so fast; None where that was not measured.
+        days: days of the whole run.
+        slabs: slabs read per second, by all ranks.
+        raw: bytes/s of these slabs as int16.
+        stored: bytes/s of these slabs on the disk; None without a store.
+        threads: number of threads of a rank that read so fast; None where this was not measured.
     """
 
     gpus: int
@@ -148,25 +151,26 @@ class Pace:
 
 
 @dataclass(frozen=True)
-class Scale:
-    """Memory and time of a run by the number of GPUs.
+class Estimate:
+    """Memory and time of a run for each GPU count.
 
     Args:
-        demand, asked: of config and command line.
-        weights: of one network.
-        as_set: with the config's accumulation, for the numbers of GPUs at which that is possible.
-        largest: with the largest micro-batch that fits `asked.memory`; None where not even the
-            smallest does.
-        paces: empty without a rate.
-        slab_bytes: of one sample as int16.
-        store: None where there is none.
-        left_out: reason and the numbers of GPUs.
-        warnings: what is possible but doubtful, each with the next move.
+        settings: settings of the config.
+        request: numbers from the command line.
+        counts: parameters of one network.
+        as_set: memory with the accumulation of the config, for the GPU counts that allow it.
+        largest: GPU count, and memory with the largest micro-batch that fits `request.memory`;
+            None where not even the smallest fits.
+        paces: times; empty without a rate.
+        slab_bytes: bytes of one sample as int16.
+        store: facts of the store; None where there is none.
+        left_out: reason, and the GPU counts that it excludes.
+        warnings: doubtful settings, each with the next move.
     """
 
-    demand: Demand
-    asked: Asked
-    weights: Weights
+    settings: RunSettings
+    request: Request
+    counts: ParameterCounts
     as_set: tuple[Memory, ...]
     largest: tuple[tuple[int, Memory | None], ...]
     paces: tuple[Pace, ...]
@@ -176,108 +180,104 @@ class Scale:
     warnings: tuple[str, ...]
 
 
-def tables(
-    demand: Demand,
-    asked: Asked,
-    weights: Weights,
+def estimate(
+    settings: RunSettings,
+    request: Request,
+    counts: ParameterCounts,
     footprint: Footprint,
     *,
     flops_per_step: float,
     store: StoreFacts | None = None,
-) -> Scale:
+) -> Estimate:
     """Work out memory and time.
 
     Args:
-        demand: of the config.
-        asked: of the command line.
-        weights: of one network.
-        footprint: of a micro-batch.
-        flops_per_step: of the global batch.
-        store: None where there is none.
+        settings: settings of the config.
+        request: numbers from the command line.
+        counts: parameters of one network.
+        footprint: bytes of a micro-batch.
+        flops_per_step: FLOPs of a step, for the global batch.
+        store: facts of the store; None where there is none.
     Raises:
-        UserError: no number of GPUs can run this, or none has the memory for it.
+        UserError: the config runs on none of the GPU counts, or fits on none.
     """
-    shards, left_out = sort_out(demand, asked)
-    refused = {gpus for counts in left_out.values() for gpus in counts}
-    as_set = tuple(
-        memory_of(
-            demand,
-            weights,
-            footprint,
-            gpus,
-            shard,
-            BatchShare(demand.global_batch, demand.accumulation, gpus).micro,
-        )
-        for gpus, shard in shards.items()
-        if gpus not in refused
-    )
-    if not shards or (not as_set and asked.memory is None):
-        told = "; ".join(f"{listed(counts)}: {reason}" for reason, counts in left_out.items())
+    shards, left_out = sort_out(settings, request)
+    excluded = {gpus for gpu_counts in left_out.values() for gpus in gpu_counts}
+    as_set = []
+    for gpus, shard in shards.items():
+        if gpus not in excluded:
+            micro = BatchShare(settings.global_batch, settings.accumulation, gpus).micro
+            as_set.append(memory_of(settings, counts, footprint, gpus, shard, micro))
+    if not shards or (not as_set and request.memory is None):
+        reasons = [f"{listed(gpus)}: {reason}" for reason, gpus in left_out.items()]
         raise UserError(
-            f"no number of GPUs can run this ({told}); name others with --gpus, or change "
-            "train.global_batch, "
-            "train.accumulation or parallel.shard"
+            f"the config runs on none of these GPU counts ({'; '.join(reasons)}); give others with "
+            "--gpus, or change train.global_batch, train.accumulation or parallel.shard"
         )
-    largest = largest_fits(demand, asked.memory, weights, footprint, shards) if asked.memory else ()
-    usable = {memory.gpus for memory in as_set} | {
-        gpus for gpus, memory in largest if memory is not None
-    }
-    slab_bytes = 2 * demand.slab_depth * (store.in_plane if store else IN_PLANE)
-    paces = [
-        pace_of(demand, asked, flops_per_step, slab_bytes, store, gpus)
-        for gpus in shards
-        if gpus in usable
-    ]
-    return Scale(
-        demand,
-        asked,
-        weights,
-        as_set,
+    largest: tuple[tuple[int, Memory | None], ...] = ()
+    if request.memory:
+        largest = largest_fits(settings, request.memory, counts, footprint, shards)
+    usable = {memory.gpus for memory in as_set}
+    usable |= {gpus for gpus, memory in largest if memory is not None}
+    in_plane = IN_PLANE if store is None else store.in_plane
+    slab_bytes = 2 * settings.slab_depth * in_plane
+    paces = []
+    if request.rate is not None:
+        for gpus in shards:
+            if gpus in usable:
+                step_s = flops_per_step / (gpus * request.rate)
+                paces.append(pace_of(settings, request, step_s, slab_bytes, store, gpus))
+    return Estimate(
+        settings,
+        request,
+        counts,
+        tuple(as_set),
         largest,
-        tuple(pace for pace in paces if pace is not None),
+        tuple(paces),
         slab_bytes,
         store,
         tuple(left_out.items()),
-        warnings_of(demand, asked, as_set, [pace for pace in paces if pace is not None], store),
+        warnings_of(settings, request, as_set, paces, store),
     )
 
 
-def sort_out(demand: Demand, asked: Asked) -> tuple[dict[int, int], dict[str, tuple[int, ...]]]:
-    """Which numbers of GPUs can run this.
+def sort_out(
+    settings: RunSettings, request: Request
+) -> tuple[dict[int, int], dict[str, tuple[int, ...]]]:
+    """The GPU counts that can run the config.
 
     Returns:
-        Ranks that share a copy, for those that can at some accumulation; and those that cannot at
-        the config's, by reason.
+        GPU count -> number of ranks that share a copy, where some accumulation is possible; and
+        reason -> GPU counts at which that of the config is not.
     """
     shards, left_out = {}, dict[str, tuple[int, ...]]()
-    for gpus in asked.gpus:
-        shard = demand.shard or min(asked.per_node, gpus)
+    for gpus in request.gpus:
+        shard = settings.shard or min(request.per_node, gpus)
         if gpus % shard:
             reason = (
-                f"{shard} that hold a copy between them (parallel.shard, else a node's) do "
-                "not divide it"
+                f"the {shard} GPUs that share a copy (parallel.shard, or those of a node) do not "
+                "divide it"
             )
         else:
-            reason = why_not(demand, gpus)
-            if demand.global_batch % gpus == 0 and demand.global_batch // gpus >= demand.least(
-                gpus
-            ):
+            reason = why_not(settings, gpus)
+            samples, rest = divmod(settings.global_batch, gpus)
+            if rest == 0 and samples >= settings.least(gpus):
                 shards[gpus] = shard
         if reason:
             left_out[reason] = (*left_out.get(reason, ()), gpus)
     return shards, left_out
 
 
-def why_not(demand: Demand, gpus: int) -> str:
-    """Why the config cannot run as it is on so many GPUs; empty where it can."""
+def why_not(settings: RunSettings, gpus: int) -> str:
+    """The reason why the config cannot run as it is on so many GPUs; empty where it can."""
     try:
-        share = BatchShare(demand.global_batch, demand.accumulation, gpus)
-    except UserError:  # its line names one number of GPUs; this one stands for several
+        share = BatchShare(settings.global_batch, settings.accumulation, gpus)
+    except UserError:  # its line names one GPU count; ours stands for several
         return (
-            f"train.global_batch {demand.global_batch} is not shared equally at accumulation "
-            f"{demand.accumulation}"
+            f"train.global_batch {settings.global_batch} is not shared equally at accumulation "
+            f"{settings.accumulation}"
         )
-    for name, loss in demand.losses.items():
+    for name, loss in settings.losses.items():
         least = loss.min_samples(gpus)
         if share.micro < least:
             key = needs.losses_key(name)
@@ -286,120 +286,136 @@ def why_not(demand: Demand, gpus: int) -> str:
 
 
 def memory_of(
-    demand: Demand, weights: Weights, footprint: Footprint, gpus: int, shard: int, samples: int
+    settings: RunSettings,
+    counts: ParameterCounts,
+    footprint: Footprint,
+    gpus: int,
+    shard: int,
+    samples: int,
 ) -> Memory:
-    """Bytes of the fullest rank."""
-    wide, narrow = demand.number_bytes, 2 if demand.bf16 else demand.number_bytes
-    accumulation = demand.global_batch // (gpus * samples)
-    state = wide * (5 * weights.on_fullest_rank(shard) + fullest(weights.snapshot, shard))
+    """Bytes of the rank that holds most."""
+    wide = settings.number_bytes
+    narrow = 2 if settings.bf16 else wide
+    accumulation = settings.global_batch // (gpus * samples)
+    state = wide * (5 * counts.on_fullest_rank(shard) + fullest(counts.snapshot, shard))
     if gpus == 1:
-        copies = narrow * weights.linear if demand.bf16 else 0
-    else:  # two blocks at a time, one computed and one fetched, with their gradients and those on their way
-        copies = (
-            narrow * weights.heads + wide * weights.rest + 2 * weights.block * (2 * narrow + wide)
-        )
+        copies = narrow * counts.linear if settings.bf16 else 0
+    else:
+        # two blocks at a time, one in use and one being fetched, each with its gradient and the
+        # one that is on its way to the other ranks
+        blocks = 2 * counts.block * (2 * narrow + wide)
+        copies = narrow * counts.heads + wide * counts.rest + blocks
         if accumulation > 1:  # ranks add up whole gradients until the last micro-batch
-            copies += wide * weights.total
+            copies += wide * counts.total
     each = footprint.of(samples)
-    kept = each.kept if accumulation > 1 else 0.0
     return Memory(
-        gpus, shard, samples, accumulation, state, copies, each.inputs, each.activations, each.work, kept
-    )  # fmt: skip
+        gpus=gpus,
+        shard=shard,
+        samples=samples,
+        accumulation=accumulation,
+        state=state,
+        copies=copies,
+        inputs=each.inputs,
+        activations=each.activations,
+        work=each.work,
+        kept=each.kept if accumulation > 1 else 0.0,
+    )
 
 
 def largest_fits(
-    demand: Demand,
+    settings: RunSettings,
     memory_bytes: float,
-    weights: Weights,
+    counts: ParameterCounts,
     footprint: Footprint,
     shards: dict[int, int],
 ) -> tuple[tuple[int, Memory | None], ...]:
-    """By number of GPUs the largest micro-batch that fits and divides a rank's share; None where
-    none does.
+    """The largest micro-batch that fits and divides a rank's share of the global batch.
 
+    Returns:
+        GPU count and memory, or None where not even the smallest micro-batch fits.
     Raises:
-        UserError: none does anywhere.
+        UserError: it fits on none of the GPU counts.
     """
-    limit, found, least = (1 - RESERVE) * memory_bytes, [], []
+    limit = (1 - RESERVE) * memory_bytes
+    largest: list[tuple[int, Memory | None]] = []
+    smallest: list[Memory] = []
     for gpus, shard in shards.items():
-        share = demand.global_batch // gpus
-        sizes = [size for size in range(demand.least(gpus), share + 1) if share % size == 0]
-        tried = [memory_of(demand, weights, footprint, gpus, shard, size) for size in sizes]
-        found.append(
-            (gpus, next((memory for memory in reversed(tried) if memory.total <= limit), None))
-        )
-        least.append(min(tried, key=lambda memory: memory.total))
-    if all(memory is None for _, memory in found):
-        small = min(least, key=lambda memory: memory.total)
-        num = "1 sample" if small.samples == 1 else f"{small.samples} samples"
+        share = settings.global_batch // gpus
+        sizes = [size for size in range(settings.least(gpus), share + 1) if share % size == 0]
+        memories = [memory_of(settings, counts, footprint, gpus, shard, size) for size in sizes]
+        fitting = [memory for memory in memories if memory.total <= limit]
+        largest.append((gpus, fitting[-1] if fitting else None))
+        smallest.append(min(memories, key=lambda memory: memory.total))
+    if all(memory is None for _, memory in largest):
+        least = min(smallest, key=lambda memory: memory.total)
+        samples = "1 sample" if least.samples == 1 else f"{least.samples} samples"
         raise UserError(
-            f"nothing fits: {num} at a time on {small.gpus} GPUs take {small.total / GB:.2f} GB "
-            "of each (state "
-            f"{small.state / GB:.2f}, copies {small.copies / GB:.2f}, activations "
-            f"{small.activations / GB:.2f}), and "
-            f"--memory {memory_bytes / GB:g} leaves {limit / GB:.2f}; take larger GPUs, more of "
-            "them per copy "
-            "(parallel.shard), a smaller model, or smaller or fewer views"
+            f"nothing fits: {samples} at a time on {least.gpus} GPUs take {least.total / GB:.2f} "
+            f"GB of each (state {least.state / GB:.2f}, copies {least.copies / GB:.2f}, "
+            f"activations {least.activations / GB:.2f}), and --memory {memory_bytes / GB:g} leaves "
+            f"{limit / GB:.2f}; take larger GPUs, more of them per copy (parallel.shard), a "
+            "smaller model, or smaller or fewer views"
         )
-    return tuple(found)
+    return tuple(largest)
 
 
 def pace_of(
-    demand: Demand,
-    asked: Asked,
-    flops_per_step: float,
+    settings: RunSettings,
+    request: Request,
+    step_s: float,
     slab_bytes: float,
     store: StoreFacts | None,
     gpus: int,
-) -> Pace | None:
-    """Time on so many GPUs, FLOPs of a step / (GPUs x rate); None without a rate."""
-    if asked.rate is None:
-        return None
-    step_s = flops_per_step / (gpus * asked.rate)
-    slabs = demand.global_batch / step_s
-    threads = slabs / gpus / asked.slabs_per_thread if asked.slabs_per_thread else None
+) -> Pace:
+    """Time of the run, and what must be read meanwhile, at so many seconds a step."""
+    slabs = settings.global_batch / step_s
     raw = slabs * slab_bytes
-    days = demand.steps * step_s / DAY_S
-    return Pace(gpus, step_s, days, slabs, raw, raw * store.share if store else None, threads)
+    threads = None
+    if request.slabs_per_thread:
+        threads = slabs / gpus / request.slabs_per_thread
+    return Pace(
+        gpus=gpus,
+        step_s=step_s,
+        days=settings.steps * step_s / DAY_S,
+        slabs=slabs,
+        raw=raw,
+        stored=None if store is None else raw * store.share,
+        threads=threads,
+    )
 
 
 def warnings_of(
-    demand: Demand,
-    asked: Asked,
+    settings: RunSettings,
+    request: Request,
     as_set: Sequence[Memory],
     paces: Sequence[Pace],
     store: StoreFacts | None,
 ) -> tuple[str, ...]:
-    """What is doubtful."""
-    said = []
-    if asked.memory is not None:
-        full = [memory.gpus for memory in as_set if memory.total > (1 - RESERVE) * asked.memory]
-        if full:
-            said.append(
-                f"train.accumulation={demand.accumulation} does not fit on {listed(full)} GPUs; "
-                "take the "
-                "train.accumulation of the second table"
+    """Doubtful settings, each with the next move."""
+    warnings = []
+    if request.memory is not None:
+        limit = (1 - RESERVE) * request.memory
+        too_large = [memory.gpus for memory in as_set if memory.total > limit]
+        if too_large:
+            warnings.append(
+                f"train.accumulation={settings.accumulation} does not fit on {listed(too_large)} "
+                "GPUs; take the train.accumulation of the second table"
             )
-    if store is not None and store.scans < demand.global_batch:
-        said.append(
-            f"the store has {store.scans} scans for a batch of {demand.global_batch}: one step "
-            "shows some of them more "
-            "than once; lower train.global_batch"
+    if store is not None and store.scans < settings.global_batch:
+        warnings.append(
+            f"the store has {store.scans} scans for a batch of {settings.global_batch}: one step "
+            "shows some of them more than once; lower train.global_batch"
         )
-    slow = [
-        pace.gpus
-        for pace in paces
-        if pace.threads is not None and pace.threads > max(demand.workers, 1)
-    ]
+    workers = max(settings.workers, 1)
+    slow = [pace.gpus for pace in paces if pace.threads is not None and pace.threads > workers]
     if slow:
-        said.append(
-            f"data.loader.workers={demand.workers} cannot read fast enough for {listed(slow)} "
-            "GPUs, as measured here; "
-            "raise it"
+        warnings.append(
+            f"data.loader.workers={settings.workers} cannot read fast enough for {listed(slow)} "
+            "GPUs, as measured here; raise it"
         )
-    return tuple(said)
+    return tuple(warnings)
 
 
 def listed(counts: Sequence[int]) -> str:
-    """1, 2, 4."""
+    """Numbers as text: 1, 2, 4."""
     return ", ".join(map(str, counts))

@@ -1,47 +1,114 @@
-"""Memory and time of a run as tables for a terminal of 80 columns."""
+"""The tables and legends that `tapct plan` prints; they fit a terminal of 80 columns."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 from rich import box
 from rich.console import Group
 from rich.table import Table
 
-from tapct.plan.scale import GB, MB, RESERVE, Memory, Scale, listed
+from tapct.plan.flops import Costs, PartCost
+from tapct.plan.scale import GB, MB, RESERVE, Estimate, Memory, listed
 
+GFLOP, TFLOP = 1e9, 1e12
 HOW_TO_TIME = (
-    "Times: give --tflops, what one GPU sustains in training (or its peak, with --utilisation); "
-    "or --measure, on a "
-    "machine like those of the run."
+    "No times: give --tflops, the sustained TFLOP/s of one GPU (or its peak, with --utilisation), "
+    "or give --measure on a machine like those of the run."
 )
 
 
-def render(scale: Scale) -> Group:
-    """All tables, and what they rest on."""
+def cost_tables(costs: Costs) -> Group:
+    """Tokens, parameters and FLOPs, and warnings about settings that cannot learn."""
+    step = (
+        f"One optimizer step of {costs.global_batch} samples: {costs.flops_per_step / TFLOP:,.3f} "
+        "TFLOP."
+    )
+    warnings = [f"Warning: {warning}" for warning in costs.warnings]
+    return Group(_views(costs), _parts(costs), step, *warnings)
+
+
+def estimate_tables(estimate: Estimate) -> Group:
+    """Memory and time for each GPU count, and what the numbers rest on."""
     parts: list[Table | str] = []
-    if scale.as_set:
-        parts += [_as_set(scale), _legend(scale)]
-    if scale.largest:
-        parts.append(_largest(scale))
-    parts += [f"Left out, {listed(counts)} GPUs: {reason}." for reason, counts in scale.left_out]
-    parts.append(_reading(scale))
-    parts += [_paces(scale), _basis(scale)] if scale.paces else [HOW_TO_TIME]
-    return Group(*parts, *(f"Warning: {warning}" for warning in scale.warnings))
+    if estimate.as_set:
+        parts += [_memory_as_set(estimate), _legend(estimate)]
+    if estimate.largest:
+        parts.append(_largest(estimate))
+    for reason, counts in estimate.left_out:
+        parts.append(f"Left out, {listed(counts)} GPUs: {reason}.")
+    parts.append(_reading(estimate))
+    if estimate.paces:
+        parts += [_times(estimate), _basis(estimate)]
+    else:
+        parts.append(HOW_TO_TIME)
+    parts += [f"Warning: {warning}" for warning in estimate.warnings]
+    return Group(*parts)
 
 
-def _table(title: str, columns: str) -> Table:
-    table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in columns.split(","):
-        table.add_column(column.strip(), justify="right", vertical="bottom")
+def _table(title: str, columns: Sequence[str], *, text_columns: int = 0) -> Table:
+    """An empty table; the first columns hold text, all others numbers."""
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for index, column in enumerate(columns):
+        if index < text_columns:
+            table.add_column(column, vertical="bottom", no_wrap=True)
+        else:
+            table.add_column(column, vertical="bottom", justify="right")
     return table
 
 
-def _as_set(scale: Scale) -> Table:
+def _views(costs: Costs) -> Table:
+    columns = ("view", "crops", "window zyx", "patches zyx", "tokens a crop", "tokens a sample")
+    table = _table("Views of a sample", columns, text_columns=1)
+    for view in costs.views:
+        window, grid = ("x".join(map(str, size)) for size in (view.window, view.grid))
+        tokens = f"{view.tokens:,}", f"{view.crops * view.tokens:,}"
+        table.add_row(view.name, str(view.crops), window, grid, *tokens)
+    return table
+
+
+def _parts(costs: Costs) -> Table:
     table = _table(
-        f"Memory of each GPU in GB, train.accumulation={scale.demand.accumulation}",
-        "GPUs, samples, state, copies, inputs, activations, work, kept, total",
+        "Parameters of one network, and GFLOP per sample\n"
+        "(step = forward and backward of the student, forward of the teacher)",
+        ("part", "parameters", "student forward", "teacher forward", "step", "share"),
+        text_columns=1,
     )
-    for memory in scale.as_set:
-        parts = (
+    for part in costs.backbone:
+        table.add_row(*_part_row(part.name, [part], costs))
+    table.add_section()
+    table.add_row(*_part_row("backbone", costs.backbone, costs))
+    table.add_section()
+    for part in costs.heads:
+        table.add_row(*_part_row(part.name, [part], costs))
+    if costs.heads:
+        table.add_section()
+        table.add_row(*_part_row("heads", costs.heads, costs))
+        table.add_section()
+    table.add_row(*_part_row("total", costs.parts, costs))
+    return table
+
+
+def _part_row(name: str, parts: Sequence[PartCost], costs: Costs) -> list[str]:
+    """One row: the sum over some parts."""
+    step = sum(part.step_flops for part in parts)
+    return [
+        name,
+        f"{sum(part.parameters for part in parts):,}",
+        f"{sum(part.student_flops for part in parts) / GFLOP:,.2f}",
+        f"{sum(part.teacher_flops for part in parts) / GFLOP:,.2f}",
+        f"{step / GFLOP:,.2f}",
+        f"{step / costs.flops_per_sample:.1%}",
+    ]
+
+
+def _memory_as_set(estimate: Estimate) -> Table:
+    table = _table(
+        f"Memory of one GPU in GB, with train.accumulation={estimate.settings.accumulation}",
+        ("GPUs", "samples", "state", "copies", "inputs", "activations", "work", "kept", "total"),
+    )
+    for memory in estimate.as_set:
+        sizes = (
             memory.state,
             memory.copies,
             memory.inputs,
@@ -50,40 +117,42 @@ def _as_set(scale: Scale) -> Table:
             memory.kept,
             memory.total,
         )
-        table.add_row(str(memory.gpus), str(memory.samples), *(_gb(part) for part in parts))
+        table.add_row(str(memory.gpus), str(memory.samples), *map(_gigabytes, sizes))
     return table
 
 
-def _legend(scale: Scale) -> str:
-    wide = scale.demand.number_bytes
-    snapshot = " and the teacher's snapshot" if scale.weights.snapshot else ""
-    return (
-        f"samples: of a micro-batch. state: {5 * wide} bytes for each of {scale.weights.total:,} "
-        "parameters (student, "
-        f"teacher, gradients, two moments){snapshot}, shared by the ranks of a copy. copies: "
-        "whole while "
-        "computed. activations: kept for the backward pass. work: most beside it, scores by chunk "
-        "included. kept: "
-        "tokens of the micro-batch before. Not in it: CUDA context, NCCL, gaps of the allocator."
-    )
+def _legend(estimate: Estimate) -> str:
+    state_bytes, parameters = 5 * estimate.settings.number_bytes, estimate.counts.total
+    lines = [
+        "samples      size of a micro-batch on one GPU",
+        f"state        {state_bytes} bytes for each of {parameters:,} parameters: student, teacher,",
+        "             gradients, two moments; divided among the GPUs that share a copy",
+        "copies       weights that are whole while they are used",
+        "activations  stored for the backward pass",
+        "work         most memory in use beside them, chunks of prototype scores included",
+        "kept         tokens of the micro-batch before",
+        "Not included: CUDA context, NCCL, gaps of the allocator.",
+        "",
+    ]
+    if estimate.counts.snapshot:
+        lines.insert(3, "             also the snapshot of the teacher, divided in the same way")
+    return "\n".join(lines)
 
 
-def _largest(scale: Scale) -> Table:
-    assert scale.asked.memory is not None
+def _largest(estimate: Estimate) -> Table:
+    assert estimate.request.memory is not None
+    limit = (1 - RESERVE) * estimate.request.memory
     table = _table(
-        f"What fits into {1 - RESERVE:.0%} of {scale.asked.memory / GB:g} GB",
-        "GPUs, largest micro-batch, train.accumulation, total GB, as the config is",
+        f"Largest micro-batch that fits into {1 - RESERVE:.0%} of {estimate.request.memory / GB:g} "
+        "GB",
+        ("GPUs", "samples", "train.accumulation", "total GB", "the config as it is"),
     )
-    as_set = {memory.gpus: memory for memory in scale.as_set}
-    for gpus, memory in scale.largest:
-        fits = (
-            (str(memory.samples), str(memory.accumulation), _gb(memory.total))
-            if memory
-            else ("none", "", "")
-        )
-        table.add_row(
-            str(gpus), *fits, _verdict(as_set.get(gpus), (1 - RESERVE) * scale.asked.memory)
-        )
+    as_set = {memory.gpus: memory for memory in estimate.as_set}
+    for gpus, memory in estimate.largest:
+        fitting = ["none", "", ""]
+        if memory is not None:
+            fitting = [str(memory.samples), str(memory.accumulation), _gigabytes(memory.total)]
+        table.add_row(str(gpus), *fitting, _verdict(as_set.get(gpus), limit))
     return table
 
 
@@ -93,53 +162,51 @@ def _verdict(memory: Memory | None, limit: float) -> str:
     return "fits" if memory.total <= limit else "too large"
 
 
-def _reading(scale: Scale) -> str:
-    size = scale.demand.global_batch * scale.slab_bytes / GB
-    where = (
-        f"{scale.store.share:.0%} of it on the disk"
-        if scale.store
-        else "no store yet: slices of 512x512 assumed"
-    )
-    return f"Each step reads {scale.demand.global_batch} slabs, {size:.3g} GB as int16 ({where})."
+def _reading(estimate: Estimate) -> str:
+    batch = estimate.settings.global_batch
+    size = batch * estimate.slab_bytes / GB
+    basis = "there is no store yet: slices of 512x512 are assumed"
+    if estimate.store is not None:
+        basis = f"the store holds it in {estimate.store.share:.0%} of that"
+    return f"Each step reads {batch} slabs, {size:.3g} GB as int16 ({basis})."
 
 
-def _paces(scale: Scale) -> Table:
-    demand = scale.demand
-    table = _table(
-        f"Time of {demand.steps:,} steps, {demand.steps * demand.global_batch:,} samples",
-        "GPUs, s a step, days, GPU-days, slabs/s, MB/s int16"
-        + (", MB/s on disk" if scale.store else "")
-        + (", reading threads a GPU" if scale.asked.slabs_per_thread else ""),
-    )
-    for pace in scale.paces:
+def _times(estimate: Estimate) -> Table:
+    settings = estimate.settings
+    columns = ["GPUs", "s a step", "days", "GPU-days", "slabs/s", "MB/s int16"]
+    if estimate.store is not None:
+        columns.append("MB/s on disk")
+    if estimate.request.slabs_per_thread:
+        columns.append("reading threads a GPU")
+    samples = settings.steps * settings.global_batch
+    table = _table(f"Time of {settings.steps:,} steps, {samples:,} samples", columns)
+    for pace in estimate.paces:
         numbers = [pace.step_s, pace.days, pace.days * pace.gpus, pace.slabs, pace.raw / MB]
-        numbers += [
-            value for value in (pace.stored and pace.stored / MB, pace.threads) if value is not None
-        ]
-        table.add_row(str(pace.gpus), *(_number(value) for value in numbers))
+        if pace.stored is not None:
+            numbers.append(pace.stored / MB)
+        if pace.threads is not None:
+            numbers.append(pace.threads)
+        table.add_row(str(pace.gpus), *map(_number, numbers))
     return table
 
 
-def _basis(scale: Scale) -> str:
-    assert scale.asked.rate is not None
+def _basis(estimate: Estimate) -> str:
+    request = estimate.request
+    assert request.rate is not None
     return (
-        f"At {scale.asked.rate / 1e12:.3g} TFLOP/s a GPU ({scale.asked.rate_from}). "
-        "Communication, views, and reading "
-        "that is slower than this come on top."
+        f"At {request.rate / TFLOP:.3g} TFLOP/s a GPU ({request.rate_from}). Not included: "
+        "communication, making views, and reading where it is slower than the table asks for."
     )
 
 
-def _gb(size: float) -> str:
+def _gigabytes(size: float) -> str:
     if not size or size >= 100 * GB:
         return f"{size / GB:,.0f}"
     return f"{size / GB:.2f}" if size >= 0.1 * GB else f"{size / GB:.3f}"
 
 
 def _number(value: float) -> str:
-    return (
-        f"{value:,.0f}"
-        if 100 <= value < 1e6
-        else f"{value:.1g}"
-        if value < 0.01
-        else f"{value:.3g}"
-    )
+    """Three digits; whole numbers from 100 on, one digit below 0.01."""
+    if 100 <= value < 1e6:
+        return f"{value:,.0f}"
+    return f"{value:.1g}" if value < 0.01 else f"{value:.3g}"

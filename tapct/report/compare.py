@@ -1,7 +1,7 @@
 """`tapct compare RUN...`: runs side by side, in a table for the terminal and on a page.
 
 A number is the mean over the last 20 steps of its run. A number that a run does not have is blank.
-A folder that is no run, or that is given twice, is left out, and one line says so.
+A folder that is no run, or that is given twice, is left out and reported.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ def _history(folder: Path, notes: list[str]) -> History:
         raise UserError(f"{RunFolder(folder).metrics} cannot be read: {error.strerror}") from error
     if history.unreadable:
         notes.append(
-            f"{folder}: {history.unreadable} unreadable lines of metrics.jsonl were passed over"
+            f"{folder}: {history.unreadable} unreadable lines of metrics.jsonl were skipped"
         )
     return history
 

@@ -142,7 +142,7 @@ def verdict_box(current: Verdict, evaluated: bool) -> str:
 
 
 def tiles(history: History, evaluated: Evaluation | None) -> str:
-    """Key numbers."""
+    """Key numbers of the run, and one of each evaluation task."""
     step_seconds, total, samples = (
         history.column(name)[1] for name in ("seconds/step", "loss/total", "samples")
     )
@@ -181,7 +181,7 @@ def tiles(history: History, evaluated: Evaluation | None) -> str:
 
 
 def losses(history: History) -> str:
-    """Total, each term as optimised, and the plain cross-entropies below ln K."""
+    """Charts of the total, of each term as optimised, and of the plain cross-entropies."""
     charts = []
     for name in ["loss/total", *(name for name in history.names("loss/") if name != "loss/total")]:
         one = curve(history, name)
@@ -211,7 +211,7 @@ def losses(history: History) -> str:
 
 
 def health(history: History) -> str:
-    """The signs of life."""
+    """Charts that show whether the run learns."""
     prototype_terms, charts = terms(history), []
     for what, title, unit, factor in (
         ("information", "Information of the targets", "nats", 1.0),
@@ -265,7 +265,7 @@ def health(history: History) -> str:
 
 
 def schedules(history: History) -> str:
-    """What was scheduled."""
+    """Charts of what the schedules set."""
     charts = (
         (curve(history, name, "", smooth=False), title, unit)
         for name, (title, unit) in SCHEDULES.items()
@@ -280,7 +280,7 @@ def schedules(history: History) -> str:
 
 
 def timing(history: History) -> str:
-    """Where the time of a step goes."""
+    """Charts of the time of a step, by part."""
     names = [name for name in history.names("seconds/") if name != "seconds/step"]
     names.sort(
         key=lambda name: (
@@ -318,7 +318,7 @@ def timing(history: History) -> str:
 
 
 def scans(manifest: Mapping[str, Any], command: str) -> str:
-    """How many scans were taken and refused, and why."""
+    """Counts of accepted and refused scans, with the reasons."""
     if "accepted" not in manifest:
         known = (
             f"The run's store holds {number(manifest['scans'])} scans. "
@@ -327,26 +327,23 @@ def scans(manifest: Mapping[str, Any], command: str) -> str:
         )
         return (
             f'<p class="missing">{known}Which scans were refused, and why: '
-            f"<code>{text(command)}</code> says it.</p>"
+            f"<code>{text(command)}</code> lists them.</p>"
         )
-    accepted, reasons = (
-        int(manifest["accepted"]),
-        {k: int(v) for k, v in manifest.get("refused", {}).items()},
-    )
+    accepted = int(manifest["accepted"])
+    reasons = {reason: int(count) for reason, count in manifest.get("refused", {}).items()}
     refused = sum(reasons.values())
     most = max(accepted, *reasons.values(), 1)
-    body = "".join(
-        f"<tr{first}><th>{text(name.replace('_', ' '))}</th>"
-        f'<td class="track"><div><span style="width:{100 * count / most:.1f}%"></span></div></td>'
-        f'<td class="n">{number(count)}</td></tr>'
-        for name, count, first in [
-            ("accepted", accepted, ' class="first"'),
-            *(
-                (name, count, "")
-                for name, count in sorted(reasons.items(), key=lambda pair: -pair[1])
-            ),
-        ]
-    )
+    counts = [("accepted", accepted)]
+    counts += sorted(reasons.items(), key=lambda pair: -pair[1])
+    body = ""
+    for name, count in counts:
+        first = ' class="first"' if name == "accepted" else ""
+        width = f"{100 * count / most:.1f}%"
+        body += (
+            f"<tr{first}><th>{text(name.replace('_', ' '))}</th>"
+            f'<td class="track"><div><span style="width:{width}"></span></div></td>'
+            f'<td class="n">{number(count)}</td></tr>'
+        )
     sentence = (
         f"{number(accepted + refused)} scans were found, {number(accepted)} accepted, "
         f"{number(refused)} refused."
@@ -358,7 +355,7 @@ def scans(manifest: Mapping[str, Any], command: str) -> str:
 
 
 def provenance(facts: Mapping[str, Any], why_not: str) -> str:
-    """Everything else that the run noted about itself."""
+    """Table of all other facts in run.json."""
     if not facts:
         return f'<p class="missing">Unknown: {text(why_not)}.</p>'
     rows = "".join(
@@ -369,7 +366,7 @@ def provenance(facts: Mapping[str, Any], why_not: str) -> str:
 
 
 def config(path: Path) -> str:
-    """The resolved configuration, folded."""
+    """The resolved configuration, folded away."""
     if not path.is_file():
         return f'<p class="missing">{text(path.name)} is not there; tapct train writes it.</p>'
     body = text(path.read_text(encoding="utf-8", errors="replace"))

@@ -1,9 +1,8 @@
-"""Log: what people see on a terminal and elsewhere, and what is left in the run folder."""
+"""What people see of a run, on a terminal and elsewhere."""
 
 from __future__ import annotations
 
 import errno
-import json
 import math
 import os
 import pty
@@ -13,14 +12,11 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Iterator, Mapping
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator
 
 import pytest
 
-from tapct.base import console, ranks
-from tapct.engine import trackers
+from tapct.base import console
 
 LAUNCHERS = (
     "RANK",
@@ -30,7 +26,6 @@ LAUNCHERS = (
     "SLURM_STEP_NUM_TASKS",
     "SLURM_LOCALID",
 )
-QUIET = trackers.Config(tensorboard=False)
 
 
 @pytest.fixture(autouse=True)
@@ -50,10 +45,6 @@ def row(step: int, loss: float = 1.5, **more: float) -> dict[str, float]:
         "seconds/step": 0.5,
         "samples_per_second": 16.0,
     } | more
-
-
-def rows(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def on_a_terminal(code: str, columns: int = 80) -> str:
@@ -146,7 +137,7 @@ def test_say_neither_wraps_nor_reads_markup(capsys: pytest.CaptureFixture[str]) 
 
 
 def test_only_the_first_rank_speaks_but_errors_of_all_are_told(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name, value in (("RANK", "3"), ("WORLD_SIZE", "4"), ("LOCAL_RANK", "1")):
         monkeypatch.setenv(name, value)
@@ -154,12 +145,8 @@ def test_only_the_first_rank_speaks_but_errors_of_all_are_told(
     with console.TrainProgress(3, 0, 1) as progress, console.progress_bar("pack") as bar:
         progress.update(row(1))
         bar(1, 1)
-    with trackers.MetricsWriter(tmp_path / "run", QUIET) as writer:
-        writer.write(row(1))
-        writer.flush()
     console.error("no such file")
     assert capsys.readouterr() == ("", "error: [rank 3] no such file\n")
-    assert not (tmp_path / "run").exists()
 
 
 def test_plain_progress_tells_the_end_and_not_every_item(
@@ -211,166 +198,3 @@ def test_durations_read_well() -> None:
     given = (0.4, 59.6, 754, 3599.7, 18367, 183870, math.inf, math.nan, -3.0)
     told = ["0:00", "1:00", "12:34", "1:00:00", "5:06:07", "2d 03:04", "?", "?", "0:00"]
     assert [console.duration(seconds) for seconds in given] == told
-
-
-def test_metrics_are_one_strict_json_object_per_step(tmp_path: Path) -> None:
-    with trackers.MetricsWriter(tmp_path, QUIET) as writer:
-        writer.write(row(1.0, loss=0.1 + 0.2) | {"samples": 8.0})  # type: ignore[arg-type]
-        writer.write(row(2, loss=math.nan, other=math.inf))
-    first, second = rows(tmp_path)
-    assert first["loss/total"] == 0.1 + 0.2
-    assert (type(first["step"]), type(first["samples"])) == (int, int)
-    assert (second["loss/total"], second["other"]) == (None, None)
-
-
-def test_going_on_drops_the_rows_after_the_checkpoint_and_cut_off_ones(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with trackers.MetricsWriter(tmp_path, QUIET) as writer:
-        for step in range(1, 8):
-            writer.write(row(step))
-    file = tmp_path / "metrics.jsonl"
-    file.write_bytes(file.read_bytes() + b'{"step": 8, "loss/to')
-    with trackers.MetricsWriter(tmp_path, QUIET, start_step=5) as writer:
-        writer.write(row(6, loss=7.0))
-    assert [(one["step"], one["loss/total"]) for one in rows(tmp_path)] == [
-        *((i, 1.5) for i in range(1, 6)),
-        (6, 7.0),
-    ]
-    assert capsys.readouterr().out == ""
-    with trackers.MetricsWriter(tmp_path, QUIET, start_step=0) as writer:
-        writer.write(row(1))
-    assert [one["step"] for one in rows(tmp_path)] == [1]
-
-
-def test_a_row_without_its_end_is_dropped_even_if_it_parses(tmp_path: Path) -> None:
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}')
-    with trackers.MetricsWriter(tmp_path, QUIET, start_step=2) as writer:
-        writer.write(row(3))
-    assert [one["step"] for one in rows(tmp_path)] == [1, 3]
-
-
-def test_missing_steps_before_the_start_are_told(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
-    trackers.MetricsWriter(tmp_path, QUIET, start_step=4).close()
-    assert "ends at step 1, the run goes on from 4" in capsys.readouterr().out
-
-
-def test_a_full_disk_leaves_whole_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    writer = trackers.MetricsWriter(tmp_path, QUIET)
-    writer.write(row(1))
-    whole = os.write
-    calls: list[int] = []
-
-    def short(file: int, data: bytes) -> int:
-        calls.append(len(data))
-        if len(calls) == 1:
-            return whole(file, data[:7])
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(console.os, "write", short)
-    with pytest.raises(OSError, match="No space left"):
-        writer.write(row(2))
-    monkeypatch.undo()
-    writer.close()
-    assert [one["step"] for one in rows(tmp_path)] == [1]
-
-
-def test_rows_are_in_the_file_before_the_writer_is_closed(tmp_path: Path) -> None:
-    code = f"""
-        import os, signal
-        from pathlib import Path
-        from tapct.engine import trackers
-        writer = trackers.MetricsWriter(Path({str(tmp_path)!r}), trackers.Config(tensorboard=False))
-        writer.write({{"step": 1, "loss/total": 1.0}})
-        os.kill(os.getpid(), signal.SIGKILL)
-    """
-    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=False)
-    assert [one["step"] for one in rows(tmp_path)] == [1]
-
-
-def scalars(folder: Path) -> Mapping[str, list[tuple[int, float]]]:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(folder / "tensorboard"))
-    events.Reload()
-    return {
-        tag: [(one.step, one.value) for one in events.Scalars(tag)]
-        for tag in events.Tags()["scalars"]
-    }
-
-
-def test_tensorboard_shows_each_step_once_after_going_on(tmp_path: Path) -> None:
-    with trackers.MetricsWriter(tmp_path, trackers.Config()) as writer:
-        for step in range(1, 5):
-            writer.write(row(step, time=1e9 + step))
-    time.sleep(1.1)  # TensorBoard orders its files by their second
-    with trackers.MetricsWriter(tmp_path, trackers.Config(), start_step=2) as writer:
-        writer.write(row(3, loss=9.0) | {"ce/dino_global": math.nan})
-    found = scalars(tmp_path)
-    assert found["loss/total"] == [(1, 1.5), (2, 1.5), (3, 9.0)]
-    assert "ce/dino_global" not in found and "step" not in found and "time" not in found
-    assert not (tmp_path / "wandb").exists()
-
-
-@pytest.mark.slow
-def test_wandb_works_offline_and_goes_on_under_the_same_identity(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("WANDB_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "settings"))
-    config = trackers.Config(tensorboard=False, wandb=trackers.Wandb(mode="offline", name="mine"))
-    folder = tmp_path / "run"
-    folder.mkdir()
-    (folder / "config.yaml").write_text("optim: {lr: 0.1}\n")
-    names = []
-    for start in (0, 2):
-        with trackers.MetricsWriter(folder, config, start_step=start) as writer:
-            writer.write(row(start + 1))
-            writer.write(row(start + 2, loss=math.nan))
-        names.append((folder / "wandb" / "tapct_run_id").read_text())
-    assert names[0] == names[1]
-    stored = list(folder.glob(f"wandb/offline-run-*/run-{names[0]}.wandb"))
-    assert len(stored) == 2
-    assert all(path.stat().st_size > 200 for path in stored)
-
-
-@pytest.mark.parametrize(
-    ("environment", "expected"),
-    [
-        ({}, ranks.Ranks(0, 1, 0)),
-        ({"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}, ranks.Ranks(3, 4, 1)),
-        ({"RANK": "3", "WORLD_SIZE": "4"}, ranks.Ranks(3, 4, 0)),
-        (
-            {"SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "8", "SLURM_LOCALID": "1"},
-            ranks.Ranks(5, 8, 1),
-        ),
-        (
-            {
-                "RANK": "0",
-                "WORLD_SIZE": "2",
-                "LOCAL_RANK": "0",
-                "SLURM_PROCID": "5",
-                "SLURM_STEP_NUM_TASKS": "8",
-            },
-            ranks.Ranks(0, 2, 0),
-        ),
-        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_JOB_ID": "1"}, ranks.Ranks(0, 1, 0)),
-        ({"RANK": "1"}, ranks.Ranks(0, 1, 0)),
-    ],
-)
-def test_the_place_of_a_process_is_torchruns_then_sruns_then_alone(
-    environment: dict[str, str], expected: ranks.Ranks
-) -> None:
-    assert ranks.from_environment(environment) == expected
-
-
-@pytest.mark.parametrize(
-    ("rank", "world", "local"),
-    [("4", "4", "0"), ("-1", "2", "0"), ("x", "2", "0"), ("0", "2", "1")],
-)
-def test_places_that_cannot_be_are_refused(rank: str, world: str, local: str) -> None:
-    with pytest.raises(ValueError, match="the launcher's variables are not valid: RANK="):
-        ranks.from_environment({"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": local})

@@ -96,3 +96,42 @@ def test_a_child_keeps_all_but_its_parents_place() -> None:
         == kept
     )
     assert ranks.from_environment(ranks.without_place(place)) == Ranks()
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, ranks.Ranks(0, 1, 0)),
+        ({"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}, ranks.Ranks(3, 4, 1)),
+        ({"RANK": "3", "WORLD_SIZE": "4"}, ranks.Ranks(3, 4, 0)),
+        (
+            {"SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "8", "SLURM_LOCALID": "1"},
+            ranks.Ranks(5, 8, 1),
+        ),
+        (
+            {
+                "RANK": "0",
+                "WORLD_SIZE": "2",
+                "LOCAL_RANK": "0",
+                "SLURM_PROCID": "5",
+                "SLURM_STEP_NUM_TASKS": "8",
+            },
+            ranks.Ranks(0, 2, 0),
+        ),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_JOB_ID": "1"}, ranks.Ranks(0, 1, 0)),
+        ({"RANK": "1"}, ranks.Ranks(0, 1, 0)),
+    ],
+)
+def test_the_place_of_a_process_is_torchruns_then_sruns_then_alone(
+    environment: dict[str, str], expected: ranks.Ranks
+) -> None:
+    assert ranks.from_environment(environment) == expected
+
+
+@pytest.mark.parametrize(
+    ("rank", "world", "local"),
+    [("4", "4", "0"), ("-1", "2", "0"), ("x", "2", "0"), ("0", "2", "1")],
+)
+def test_places_that_cannot_be_are_refused(rank: str, world: str, local: str) -> None:
+    with pytest.raises(ValueError, match="the launcher's variables are not valid: RANK="):
+        ranks.from_environment({"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": local})

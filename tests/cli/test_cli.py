@@ -40,8 +40,7 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": path, "COLUMNS": "120"}
 
 
-# --- from scans to a report
-# ----------------------------------------------------------------------------------------
+# --- from scans to a report ---
 
 
 @pytest.fixture(scope="module")
@@ -173,8 +172,7 @@ def test_plan_prints_parameters(place: Path, shell: Shell) -> None:
     assert "parameters" in said.lower() and "GPU-days" in said and "train.accumulation" in said
 
 
-# --- bad input
-# -----------------------------------------------------------------------------------------------------
+# --- bad input ---
 
 BAD = {
     "missing archive": ("index {here}/nowhere --out {here}/m.parquet", ["{here}/nowhere"]),
@@ -351,8 +349,7 @@ def test_an_interrupt_of_any_other_command_is_one_line(
     assert set(files_of(tmp_path)) <= {"store/.lock"}
 
 
-# --- stopping
-# ------------------------------------------------------------------------------------------------------
+# --- stopping ---
 
 
 def wait_for_step(run: Path, step: int, process: subprocess.Popen[str]) -> None:
@@ -418,8 +415,7 @@ def test_the_line_printed_at_a_stop_resumes(
     assert "nothing to train" in shell.good(*again[1:])
 
 
-# --- start
-# ---------------------------------------------------------------------------------------------------------
+# --- start ---
 
 
 def test_the_command_line_does_not_wait_for_torch() -> None:

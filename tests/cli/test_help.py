@@ -173,3 +173,14 @@ def test_a_typo_in_the_name_of_a_config_names_the_nearest(shell: Shell, name: st
     assert re.search(rf"did you mean .*\b{nearest}\b", line), line
     with pytest.raises(UserError, match=nearest):
         load_config(RunConfig, Path(name), [])
+
+
+DOCS = Path(tapct.__file__).resolve().parent.parent
+PAGES = [DOCS / "README.md", DOCS / "CONTRIBUTING.md", *sorted((DOCS / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_of_the_docs_quote_brackets_for_zsh(page: Path) -> None:
+    for line in re.findall(r"^    (tapct .*)$", page.read_text(encoding="utf-8"), re.MULTILINE):
+        unquoted = re.sub(r"'[^']*'|\"[^\"]*\"|\s#.*", "", line)
+        assert "[" not in unquoted, f"{page.name}: {line}: zsh takes brackets for a pattern"

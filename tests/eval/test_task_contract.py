@@ -5,14 +5,16 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from plugin_cases import cases, examples, user_modules
 from tiny_run import own_plugin
 
 from tapct.base.exits import UserError
@@ -75,12 +77,15 @@ class Nearest(Task):
 def build(config, *, seed):
     return Nearest(config, seed)
 """
-TASKS = (*plugins.available("eval.tasks"), "mylab.nearest")
+TASKS = (*cases("eval.tasks", "tasks"), "mylab.nearest")
 
 
 @pytest.fixture(autouse=True)
-def users_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    own_plugin(monkeypatch, tmp_path, "nearest", NEAREST)
+def users_tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The example of the docs, and the task above."""
+    with user_modules(tmp_path / "examples"):
+        own_plugin(monkeypatch, tmp_path, "nearest", NEAREST)
+        yield
 
 
 def scan_of(number: int, *, with_labels: bool = True) -> LabelledScan:
@@ -164,7 +169,7 @@ def test_a_task_has_a_headline_and_numbers_for_every_model_and_scan(name: str) -
         assert all(set(row) <= set(MODELS) for row in results.breakdown.values.values())
     json.dumps(results.models, allow_nan=False)
     lead = headline.lead()
-    assert lead.baseline == "untrained" and lead.gain > 0  # its features are noisier
+    assert lead.baseline == "untrained" and lead.gain > 0  # features of the other one are noisier
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -202,11 +207,22 @@ def other_values(field: dataclasses.Field[Any]) -> list[Any]:
     return [(word,) for word in words] if isinstance(default, tuple) else words
 
 
-SETTINGS = [
-    (name, field.name)
-    for name in plugins.available("eval.tasks")
-    for field in dataclasses.fields(plugins.load("eval.tasks", name).Config)
-] + [("mylab.nearest", "label"), ("mylab.nearest", "power")]
+def setting_names() -> list[tuple[str, str]]:
+    """Task and field of all settings, found without importing a user's file."""
+    pairs = []
+    for name in TASKS:
+        if "." in name:
+            text = NEAREST if name == "mylab.nearest" else examples()[name]
+            pairs += [
+                (name, field) for field in re.findall(r"^    (\w+): .* = setting", text, re.M)
+            ]
+        else:
+            fields = dataclasses.fields(plugins.load("eval.tasks", name).Config)
+            pairs += [(name, field.name) for field in fields]
+    return pairs
+
+
+SETTINGS = setting_names()
 
 
 @pytest.mark.parametrize(("name", "setting"), SETTINGS)

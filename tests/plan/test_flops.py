@@ -22,7 +22,7 @@ from tapct.models import vit
 from tapct.nn import heads
 from tapct.nn.posembed import resize_positions
 from tapct.nn.prototypes import TargetConfig
-from tapct.plan import flops
+from tapct.plan import flops, tables
 
 SMALL = vit.Config(
     window=(8, 32, 48), patch=(4, 8, 8), dim=32, depth=2, heads=2, registers=3, drop_path=0.0
@@ -47,13 +47,13 @@ def use_of(name: str, head: heads.Config = HEAD, kind: str = "centring") -> flop
 USES = (use_of("dino"), use_of("ibot"))
 
 
-def small_plan(model: vit.Config = SMALL, **changes: Any) -> flops.Plan:
+def small_plan(model: vit.Config = SMALL, **changes: Any) -> flops.Costs:
     settings = {**CROPS, "head_uses": USES, "global_batch": 4}
     with torch.device("meta"):
-        return flops.tables(vit.build(model), **{**settings, **changes})
+        return flops.count_costs(vit.build(model), **{**settings, **changes})
 
 
-def part(costs: flops.Plan, name: str) -> flops.PartCost:
+def part(costs: flops.Costs, name: str) -> flops.PartCost:
     return next(each for each in costs.parts if each.name == name)
 
 
@@ -163,7 +163,7 @@ def test_parameters_add_up_to_the_networks() -> None:
 def test_the_published_model_has_its_published_sizes() -> None:
     with torch.device("meta"):
         base = vit.build(vit.Config(dim=768, heads=12))
-    costs = flops.tables(
+    costs = flops.count_costs(
         base,
         num_globals=2,
         global_window=(12, 224, 224),
@@ -234,7 +234,7 @@ def test_a_window_that_the_patch_does_not_divide_is_refused() -> None:
 def test_the_tables_show_parts_totals_and_warnings() -> None:
     out = io.StringIO()
     costs = small_plan(head_uses=(use_of("dino", heads.Config(), "sinkhorn"),))
-    Console(file=out, width=160).print(flops.render(costs))
+    Console(file=out, width=160).print(tables.cost_tables(costs))
     text = out.getvalue()
     assert all(each.name in text for each in costs.parts)
     assert f"{costs.parameters:,}" in text and "Warning: losses.dino" in text and "8x32x48" in text

@@ -28,13 +28,12 @@ from torch.profiler import ProfilerActivity, profile
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from tapct.base.exits import UserError
-from tapct.config import load_config
+from tapct.config import load_config, plugins
 from tapct.data.store import Store
 from tapct.engine import fsdp, loop, optim, recompute
 from tapct.losses import koleo
 from tapct.nn.layers import DropKey
-from tapct.plan import command, scale, tables
-from tapct.plan import memory as footprint
+from tapct.plan import command, measure, memory, scale, tables
 from tapct.run import pretrain
 from tapct.run.config import RunConfig
 from tapct.ssl import step as ssl_step
@@ -54,26 +53,26 @@ def smoke(*overrides: str, name: str = "smoke") -> RunConfig:
     return config
 
 
-def sizes_of(config: RunConfig) -> footprint.Sizes:
+def sizes_of(config: RunConfig) -> memory.SampleShape:
     views, tokens = config.views, command.tokens_of(config)
     masked = command.masked_share(config) * views.num_globals * tokens
-    return footprint.Sizes(
+    return memory.SampleShape(
         views.num_globals, views.global_window, views.num_locals, views.local_window, tokens, masked
     )
 
 
 @functools.cache
-def counted(*overrides: str) -> footprint.Footprint:
+def counted(*overrides: str) -> memory.Footprint:
     config = smoke(*overrides)
     bf16 = config.train.precision == "bf16"
     how = {"dtype": config.train.dtype, "bf16": bf16, "every": config.train.recompute}
-    return footprint.trace(config.model, config.losses, sizes_of(config), **how)
+    return memory.count_bytes(config.model, config.losses, sizes_of(config), **how)
 
 
 @functools.cache
-def weights(*overrides: str) -> footprint.Weights:
+def weights(*overrides: str) -> memory.ParameterCounts:
     config = smoke(*overrides)
-    return footprint.weigh(footprint.Valueless(config.model, config.losses))
+    return memory.count_parameters(memory.Valueless(config.model, config.losses))
 
 
 def real_inputs(config: RunConfig) -> tuple[Views, Masks]:
@@ -147,7 +146,7 @@ def test_activations_are_what_autograd_saves(overrides: tuple[str, ...]) -> None
 
     with saved_tensors_hooks(pack, lambda tensor: tensor):
         real_step(config, pair, inputs)
-    linear = footprint.weigh(pair).linear
+    linear = memory.count_parameters(pair).linear
     copies = 2 * linear if config.train.precision == "bf16" else 0
     assert counted(*overrides).of(SAMPLES).activations + copies == pytest.approx(
         sum(saved.values()), rel=0.05
@@ -163,7 +162,7 @@ def test_the_peak_is_what_the_profiler_sees(overrides: tuple[str, ...]) -> None:
     inputs = real_inputs(config)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
         real_step(config, pair, inputs).backward()
-    copies = 2 * footprint.weigh(pair).linear if config.train.precision == "bf16" else 0
+    copies = 2 * memory.count_parameters(pair).linear if config.train.precision == "bf16" else 0
     each = counted(*overrides).of(SAMPLES)
     # with blocks computed again little is left but work, which two counts know less well
     tolerance = 0.05 if overrides in CASES else 0.1
@@ -206,11 +205,11 @@ def test_a_plug_in_that_asks_for_values_leaves_the_flops(monkeypatch: pytest.Mon
 
     monkeypatch.setattr(ssl_step, "forward", impatient)
     out = io.StringIO()
-    Console(file=out, width=80).print(command.tables(smoke(), command.Options()))
+    Console(file=out, width=80).print(command.report(smoke(), command.Options()))
     said = " ".join(out.getvalue().split())
     assert (
         "feed-forward" in said
-        and "memory and time are not told: one of vit, dino, ibot, koleo needs values" in said
+        and "memory and time are not estimated: one of vit, dino, ibot, koleo needs values" in said
     )
 
 
@@ -251,7 +250,7 @@ def test_state_is_what_adamw_really_holds(overrides: tuple[str, ...]) -> None:
 @pytest.mark.parametrize("shard", [2, 4])
 def test_the_fullest_rank_holds_what_fsdp_gives_it(four_ranks: None, shard: int) -> None:
     config = smoke()
-    pair = footprint.Valueless(config.model, config.losses)
+    pair = memory.Valueless(config.model, config.losses)
     mesh = init_device_mesh("cpu", (4 // shard, shard), mesh_dim_names=("replicate", "shard"))
     fsdp.shard(pair.student, mesh, bf16=True, keeps_gradient=True)
     local = sum(p.to_local().numel() for p in pair.student.parameters())  # type: ignore[operator]
@@ -261,7 +260,8 @@ def test_the_fullest_rank_holds_what_fsdp_gives_it(four_ranks: None, shard: int)
 def test_parameters_are_told_apart_by_how_ranks_gather_them() -> None:
     config = smoke()
     network = StudentTeacher(config.model, config.losses, 0).student
-    blocks = [sum(p.numel() for p in block.parameters()) for block in network.backbone.blocks]  # type: ignore[union-attr]
+    all_blocks: Any = network.backbone.blocks
+    blocks = [sum(p.numel() for p in block.parameters()) for block in all_blocks]
     assert weights().block == max(blocks)
     assert weights().total == sum(p.numel() for p in network.parameters())
     assert weights().total == weights().heads + weights().rest + sum(blocks)
@@ -269,7 +269,7 @@ def test_parameters_are_told_apart_by_how_ranks_gather_them() -> None:
 
 KOLEO = koleo.build(koleo.Config())
 ACROSS_RANKS = koleo.build(koleo.Config(cross_rank=True))
-DEMAND = scale.Demand(
+DEMAND = scale.RunSettings(
     global_batch=64,
     accumulation=1,
     steps=1000,
@@ -288,14 +288,14 @@ def row(gpus: int, samples: int = 4, shard: int = 1, **changes: Any) -> scale.Me
 
 
 def table(
-    asked: scale.Asked | None = None,
+    asked: scale.Request | None = None,
     store: scale.StoreFacts | None = None,
     flops: float = STEP,
     **changes: Any,
-) -> scale.Scale:
+) -> scale.Estimate:
     demand = dataclasses.replace(DEMAND, **changes)
-    return scale.tables(
-        demand, asked or scale.Asked(), weights(), counted(), flops_per_step=flops, store=store
+    return scale.estimate(
+        demand, asked or scale.Request(), weights(), counted(), flops_per_step=flops, store=store
     )
 
 
@@ -315,17 +315,17 @@ def test_copies_are_gathered_blocks_heads_and_whole_gradients() -> None:
 
 def test_the_largest_micro_batch_is_the_last_that_fits() -> None:
     limit = row(gpus=4, samples=8, shard=4).total / (1 - scale.RESERVE)
-    (found,) = table(scale.Asked(gpus=(4,), memory=limit)).largest
+    (found,) = table(scale.Request(gpus=(4,), memory=limit)).largest
     assert found[1] is not None and (found[1].samples, found[1].accumulation) == (8, 2)
-    (found,) = table(scale.Asked(gpus=(4,), memory=0.999 * limit)).largest
+    (found,) = table(scale.Request(gpus=(4,), memory=0.999 * limit)).largest
     assert found[1] is not None and (found[1].samples, found[1].accumulation) == (4, 4)
-    told = table(scale.Asked(gpus=(1, 4), memory=0.999 * limit, per_node=4))
+    told = table(scale.Request(gpus=(1, 4), memory=0.999 * limit, per_node=4))
     assert any("accumulation=1 does not fit on 1, 4 GPUs" in warning for warning in told.warnings)
 
 
 def test_time_is_flops_over_rate() -> None:
     store = scale.StoreFacts(scans=100, in_plane=1000.0, share=0.25)
-    asked = scale.Asked(gpus=(1, 8), rate=1e12, slabs_per_thread=4.0)
+    asked = scale.Request(gpus=(1, 8), rate=1e12, slabs_per_thread=4.0)
     one, eight = table(asked, store).paces
     assert (one.step_s, eight.step_s) == (3.0, 0.375)
     assert one.days == 1000 * 3.0 / (24 * 60 * 60)
@@ -333,36 +333,40 @@ def test_time_is_flops_over_rate() -> None:
     assert eight.raw == eight.slabs * 12 * 1000 * 2 and eight.stored == eight.raw / 4
     assert table(asked).paces[0].stored is None
     assert eight.threads == pytest.approx(64 / 0.375 / 8 / 4)
-    assert table(scale.Asked(gpus=(1, 8))).paces == (), "no rate, no times"
+    assert table(scale.Request(gpus=(1, 8))).paces == (), "no rate, no times"
 
 
 def test_only_numbers_that_share_the_batch_are_rows() -> None:
-    told = table(scale.Asked(gpus=(1, 3, 12, 16, 64)))
-    assert [memory.gpus for memory in told.as_set] == [1, 16]
+    told = table(scale.Request(gpus=(1, 3, 12, 16, 64)))
+    assert [row.gpus for row in told.as_set] == [1, 16]
     reasons = {counts: reason for reason, counts in told.left_out}
     assert (
         "train.global_batch 64" in reasons[(3,)]
         and "do not divide" in reasons[(12,)]
         and "losses.koleo" in reasons[(64,)]
     )
-    free = table(scale.Asked(gpus=(64,)), losses={"koleo": ACROSS_RANKS})
+    free = table(scale.Request(gpus=(64,)), losses={"koleo": ACROSS_RANKS})
     assert free.as_set[0].samples == 1
 
 
-REFUSED: dict[str, tuple[scale.Asked, dict[str, Any], str]] = {
+REFUSED: dict[str, tuple[scale.Request, dict[str, Any], str]] = {
     "batch": (
-        scale.Asked(gpus=(3, 5)),
+        scale.Request(gpus=(3, 5)),
         {},
         "3, 5: train.global_batch 64 is not shared equally at accumulation 1",
     ),
     "accumulation": (
-        scale.Asked(gpus=(8,)),
+        scale.Request(gpus=(8,)),
         {"accumulation": 16},
         "8: train.global_batch 64 .* at accumulation 16",
     ),
-    "shard": (scale.Asked(gpus=(8,)), {"shard": 3}, "8: 3 that hold a copy"),
-    "neighbours": (scale.Asked(gpus=(64,)), {}, "64: losses.koleo needs at least 2 samples"),
-    "memory": (scale.Asked(memory=1e6), {}, r"nothing fits: 2 samples at a time on \d+ GPUs take"),
+    "shard": (scale.Request(gpus=(8,)), {"shard": 3}, "8: the 3 GPUs that share a copy"),
+    "neighbours": (scale.Request(gpus=(64,)), {}, "64: losses.koleo needs at least 2 samples"),
+    "memory": (
+        scale.Request(memory=1e6),
+        {},
+        r"nothing fits: 2 samples at a time on \d+ GPUs take",
+    ),
 }
 
 
@@ -387,36 +391,38 @@ def test_what_cannot_run_is_refused_with_the_reason(case: str) -> None:
 )
 def test_options_that_make_no_sense_are_refused(changes: dict[str, Any], reason: str) -> None:
     with pytest.raises(UserError, match=reason):
-        command.asked(smoke(), command.Options(**changes))
+        command.request_of(smoke(), command.Options(**changes))
 
 
 def test_a_rate_is_given_or_measured_and_never_made_up(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     config = smoke(f"data.store={tmp_path}")
-    assert command.asked(config, command.Options()).rate is None
-    assert command.asked(config, command.Options(tflops=200.0)).rate == 200e12
-    assert command.asked(config, command.Options(tflops=1000.0, utilisation=0.25)).rate == 250e12
-    monkeypatch.setattr(
-        command, "gemm_rate", lambda device, dtype: 3e12 if dtype == torch.bfloat16 else 1e12
+    assert command.request_of(config, command.Options()).rate is None
+    assert command.request_of(config, command.Options(tflops=200.0)).rate == 200e12
+    assert (
+        command.request_of(config, command.Options(tflops=1000.0, utilisation=0.25)).rate == 250e12
     )
-    measured = command.asked(config, command.Options(measure=True))
+    monkeypatch.setattr(
+        measure, "gemm_rate", lambda device, dtype: 3e12 if dtype == torch.bfloat16 else 1e12
+    )
+    measured = command.request_of(config, command.Options(measure=True))
     assert measured.rate == 3e12 * command.UTILISATION and "assumption" in measured.rate_from
     assert measured.slabs_per_thread is None
-    assert command.asked(config, command.Options(measure=True, utilisation=0.5)).rate == 1.5e12
+    assert command.request_of(config, command.Options(measure=True, utilisation=0.5)).rate == 1.5e12
 
 
 def test_the_measured_rate_is_that_of_a_matrix_product(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two FLOPs for each of 2048^3 multiply-adds, over the fastest of some products."""
     clock = itertools.accumulate(itertools.cycle([0.0, 4.0, 0.0, 0.5, 0.0, 2.0]))
-    monkeypatch.setattr(command, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
-    assert command.gemm_rate(torch.device("cpu"), torch.float32) == 2 * 2048**3 / 0.5
+    monkeypatch.setattr(measure, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    assert measure.gemm_rate(torch.device("cpu"), torch.float32) == 2 * 2048**3 / 0.5
 
 
 def test_a_store_tells_its_share_of_int16_and_its_slices(tmp_path: Path) -> None:
-    assert command.store_facts(tmp_path) is None
+    assert measure.store_facts(tmp_path) is None
     found = make_store(tmp_path)
-    facts, scans = command.store_facts(found), Store(found).scans
+    facts, scans = measure.store_facts(found), Store(found).scans
     voxels = sum(z * y * x for z, y, x in (scan.shape_ZYX for scan in scans))
     assert facts is not None and facts.scans == len(scans)
     assert facts.share == sum(file.stat().st_size for file in found.glob("*.b2nd")) / (2 * voxels)
@@ -424,8 +430,8 @@ def test_a_store_tells_its_share_of_int16_and_its_slices(tmp_path: Path) -> None
         scans
     )
     config = config_of(tmp_path / "here", found, "train.global_batch=8").value
-    asked = command.asked(config, command.Options(measure=True))
-    told = command.make_scale(config, command.make_plan(config), asked)
+    asked = command.request_of(config, command.Options(measure=True))
+    told = command.estimate_of(config, command.costs_of(config), asked)
     assert any("4 scans for a batch of 8" in warning for warning in told.warnings)
     assert asked.slabs_per_thread is not None and told.paces[0].threads is not None
 
@@ -446,7 +452,7 @@ def test_the_masked_share_is_that_of_the_steps(batch: int) -> None:
     assert command.masked_share(config) == pytest.approx(
         sum(map(sum, steps)) / (20 * crops * tokens)
     )
-    uses = {part.name: part for part in command.make_plan(config).parts}
+    uses = {part.name: part for part in command.costs_of(config).parts}
     per_row = 2 * 64 * 256  # bottleneck x prototypes
     assert uses["ibot prototypes"].teacher_flops == pytest.approx(sum(steps[0]) / batch * per_row)
 
@@ -457,14 +463,14 @@ def test_sinkhorn_is_warned_of_by_the_rows_of_a_micro_batch() -> None:
         "losses.dino.head.num_prototypes=1024",
         "train.global_batch=8",
     ]
-    assert command.make_plan(smoke(*words)).warnings == ()
-    (warning,) = command.make_plan(smoke(*words, "train.accumulation=4")).warnings
+    assert command.costs_of(smoke(*words)).warnings == ()
+    (warning,) = command.costs_of(smoke(*words, "train.accumulation=4")).warnings
     assert "1024 prototypes for 4 rows" in warning
 
 
 def planned(*overrides: str) -> str:
     out = io.StringIO()
-    Console(file=out, width=200).print(command.tables(smoke(*overrides), command.Options(gpus="1")))
+    Console(file=out, width=200).print(command.report(smoke(*overrides), command.Options(gpus="1")))
     return out.getvalue()
 
 
@@ -481,7 +487,7 @@ def test_a_stage_is_named_with_the_words_to_plan_it_by() -> None:
 
 
 def test_the_snapshot_of_the_teacher_sees_the_global_crops_too() -> None:
-    plain, gram = command.make_plan(smoke()), command.make_plan(smoke("losses.gram.start=10"))
+    plain, gram = command.costs_of(smoke()), command.costs_of(smoke("losses.gram.start=10"))
     backbone = sum(
         part.teacher_flops for part in plain.parts if not part.name.startswith(("dino", "ibot"))
     )
@@ -492,7 +498,7 @@ def test_the_snapshot_of_the_teacher_sees_the_global_crops_too() -> None:
 
 def test_a_large_vit_is_planned_without_values() -> None:
     config = smoke(name="tap_l_3d")
-    costs = command.make_plan(config)
+    costs = command.costs_of(config)
     backbone = sum(
         part.parameters for part in costs.parts if not part.name.startswith(("dino", "ibot"))
     )
@@ -500,7 +506,7 @@ def test_a_large_vit_is_planned_without_values() -> None:
     # token, last norm
     single = 1024 * ((4 * 8 * 8 + 1) + (3 * 28 * 28 + 1) + 1 + 4 + 1 + 2)
     assert backbone == 24 * (12 * 1024**2 + 13 * 1024 + 2 * 1024) + single
-    told = command.make_scale(config, costs, scale.Asked(memory=80e9))
+    told = command.estimate_of(config, costs, scale.Request(memory=80e9))
     fits = dict(told.largest)
     said = re.findall(
         r"train.accumulation=(\d+) on (\d+) of them",
@@ -508,20 +514,55 @@ def test_a_large_vit_is_planned_without_values() -> None:
     )
     assert said
     for accumulation, gpus in said:
-        memory = fits[int(gpus)]
-        assert memory is not None and memory.accumulation <= int(accumulation)
+        fitting = fits[int(gpus)]
+        assert fitting is not None and fitting.accumulation <= int(accumulation)
+
+
+@pytest.mark.parametrize(
+    ("name", "published"), [("tap_b_3d", 87_083_520), ("tap_s_3d", None), ("smoke", None)]
+)
+def test_the_subtotal_of_the_backbone_is_the_size_of_the_real_model(
+    name: str, published: int | None
+) -> None:
+    config = smoke(name=name)
+    with torch.device("meta"):
+        model = plugins.load("models", config.model.name).build(config.model.config)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    assert published in (None, parameters)
+    out = io.StringIO()
+    costs = command.costs_of(config)
+    Console(file=out, width=80).print(tables.cost_tables(costs))
+    rows = {line.split("  ")[0].strip(): line.split() for line in out.getvalue().splitlines()}
+    assert rows["backbone"][1] == f"{parameters:,}"
+    backbone, heads, total = (
+        int(rows[each][1].replace(",", "")) for each in ("backbone", "heads", "total")
+    )
+    assert backbone + heads == total == costs.parameters
+
+
+@pytest.mark.parametrize("width", [80, 120])
+@pytest.mark.parametrize("name", ["smoke", "tap_b_3d"])
+def test_everything_that_is_printed_fits_the_terminal(name: str, width: int) -> None:
+    out = io.StringIO()
+    options = command.Options(memory_gb=80.0, tflops=200.0)
+    config = smoke("losses.gram.start=3", name=name)
+    Console(file=out, width=width).print(command.report(config, options))
+    lines = out.getvalue().splitlines()
+    assert max(map(len, lines)) <= width and "…" not in out.getvalue()
+    heading = next(line for line in lines if line.lstrip().startswith("part "))
+    assert heading.split()[:2] == ["part", "parameters"]
 
 
 def test_tables_fit_80_columns_and_say_how_to_get_times() -> None:
     store = scale.StoreFacts(scans=10, in_plane=512.0**2, share=0.4)
-    asked = scale.Asked(memory=80e9, rate=2e14, rate_from="--tflops 200", slabs_per_thread=30.0)
+    asked = scale.Request(memory=80e9, rate=2e14, rate_from="--tflops 200", slabs_per_thread=30.0)
     for told in (
         table(asked, store, LARGE_STEP, global_batch=1024),
         table(asked, store),
-        table(scale.Asked(gpus=(1, 3))),
+        table(scale.Request(gpus=(1, 3))),
     ):
         out = io.StringIO()
-        Console(file=out, width=80).print(tables.render(told))
+        Console(file=out, width=80).print(tables.estimate_tables(told))
         text = out.getvalue()
         assert max(map(len, text.splitlines())) <= 80 and "…" not in text
         assert (tables.HOW_TO_TIME[:20] in text) == (not told.paces)

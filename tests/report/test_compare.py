@@ -236,7 +236,7 @@ def test_broken_files_leave_blanks(tmp_path: Path) -> None:
     assert told["Total loss"][1] == "not finite" and told["Steps"] == ["30", "31"]
     assert told[DICE][1] == compare.BLANK and told["iBOT information"][1] != compare.BLANK
     assert [note.split(": ", 1)[1] for note in comparison.notes] == [
-        "3 unreadable lines of metrics.jsonl were passed over",
+        "3 unreadable lines of metrics.jsonl were skipped",
         "config.yaml is damaged; its settings are blank",
         "results.json is damaged: it holds no JSON object; its evaluation is blank",
     ]

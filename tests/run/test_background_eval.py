@@ -1,5 +1,5 @@
-"""Evaluation while training goes on: never in its way, of the right weights, and in words when it
-cannot be.
+"""Evaluation during training: it never delays training, uses the right weights, and reports when it
+cannot run.
 """
 
 from __future__ import annotations
@@ -40,17 +40,19 @@ def wait_for(path: Path, seconds: float = 90.0) -> None:
         time.sleep(0.1)
 
 
-def test_checkpoints_that_are_due_are_judged_beside_training(tmp_path: Path, store: Path) -> None:
+def test_checkpoints_that_are_due_are_evaluated_beside_training(
+    tmp_path: Path, store: Path
+) -> None:
     # saved at once: a run as short as this is over before a save in the background is
     words = ("eval.during.every=8", "checkpoint.keep=1", "checkpoint.asynchronous=false", *QUICK)
     resolved = config_of(tmp_path, store, *words)
     assert pretrain.train(resolved) == loop.Stop(12)
     folder = RunFolder(tmp_path / "run").step_evaluations / "step_00000008"
     wait_for(folder / "results.json")
-    assert not (folder / "teacher.safetensors").exists(), "kept only until it is judged"
+    assert not (folder / "teacher.safetensors").exists(), "kept only until it is evaluated"
     beside = json.loads((folder / "results.json").read_text())
 
-    # the same weights, judged by hand in a run that keeps them
+    # the same weights, evaluated by hand in a run that keeps them
     assert pretrain.train(
         config_of(tmp_path / "b", store, "checkpoint.keep=3", *QUICK)
     ) == loop.Stop(12)
@@ -83,29 +85,31 @@ def test_the_teacher_is_kept_from_rotation_and_a_busy_evaluation_is_not_joined(
 
 
 @pytest.fixture
-def judge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Path]:
-    """Python is a shell script from now on, which notes its words and its process in a file, and
-    ends as it is told.
+def fake_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Path]:
+    """Python is a shell script from now on, which notes its arguments and its process ID in a file
+    and then runs the given commands.
     """
     monkeypatch.setenv("SLURM_JOB_ID", "5")
 
     def become(end: str) -> Path:
-        script, told = tmp_path / "python", tmp_path / "told"
-        script.write_text(f'#!/bin/sh\necho "$$ $*" >> {told}\n{end}\n')
+        script, calls = tmp_path / "python", tmp_path / "calls"
+        script.write_text(f'#!/bin/sh\necho "$$ $*" >> {calls}\n{end}\n')
         script.chmod(script.stat().st_mode | stat.S_IEXEC)
         monkeypatch.setattr("sys.executable", str(script))
-        return told
+        return calls
 
     return become
 
 
-def judged(told: Path) -> list[int]:
-    """Steps that were begun to be judged."""
-    return [int(line.rpartition("--step=")[2].split()[0]) for line in told.read_text().splitlines()]
+def steps_started(calls: Path) -> list[int]:
+    """Steps whose evaluation was started."""
+    return [
+        int(line.rpartition("--step=")[2].split()[0]) for line in calls.read_text().splitlines()
+    ]
 
 
-def last_process(told: Path) -> int:
-    return int(told.read_text().splitlines()[-1].split()[0])
+def last_process(calls: Path) -> int:
+    return int(calls.read_text().splitlines()[-1].split()[0])
 
 
 def is_alive(process: int) -> bool:
@@ -128,28 +132,28 @@ def test_a_job_waits_for_the_last_evaluation(
 
 
 def test_in_a_job_the_last_evaluation_is_done_though_the_one_before_takes_long(
-    tmp_path: Path, store: Path, judge: Callable[[str], Path]
+    tmp_path: Path, store: Path, fake_python: Callable[[str], Path]
 ) -> None:
-    told = judge("exec sleep 3")
+    calls = fake_python("exec sleep 3")
     began = time.monotonic()
     assert pretrain.train(
         config_of(tmp_path, store, "eval.during.every=4", *SAVED_AT_ONCE)
     ) == loop.Stop(12)
-    assert judged(told)[0] == 4 and judged(told)[-1] == 12
-    assert time.monotonic() - began > 6 and not is_alive(last_process(told))
+    assert steps_started(calls)[0] == 4 and steps_started(calls)[-1] == 12
+    assert time.monotonic() - began > 6 and not is_alive(last_process(calls))
 
 
 @pytest.mark.parametrize("how", ["its bound", "a signal", "the end of the job's time"])
 def test_a_job_does_not_wait_longer_than(
     tmp_path: Path,
     store: Path,
-    judge: Callable[[str], Path],
+    fake_python: Callable[[str], Path],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     how: str,
 ) -> None:
     end = "kill -TERM $PPID; " if how == "a signal" else ""
-    told = judge(f"{end}exec sleep 600")
+    calls = fake_python(f"{end}exec sleep 600")
     if how == "the end of the job's time":
         monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(time.time()) + 3600))
 
@@ -171,7 +175,7 @@ def test_a_job_does_not_wait_longer_than(
     said = " ".join(capsys.readouterr().out.split())
     assert f"step 12 was ended with the job; run: tapct eval {tmp_path}/run --step=12" in said
     assert "failed" not in said, "it was ended"
-    assert judged(told) == [12] and not is_alive(last_process(told))
+    assert steps_started(calls) == [12] and not is_alive(last_process(calls))
     assert (
         RunFolder(tmp_path / "run").step_evaluations / "step_00000012" / "teacher.safetensors"
     ).is_file(), "for by hand"
@@ -180,11 +184,11 @@ def test_a_job_does_not_wait_longer_than(
 def test_a_job_that_is_stopped_waits_for_nothing_and_says_what_is_left(
     tmp_path: Path,
     store: Path,
-    judge: Callable[[str], Path],
+    fake_python: Callable[[str], Path],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    judge("exec sleep 600")
+    fake_python("exec sleep 600")
     monkeypatch.setenv(
         "SLURM_JOB_END_TIME", str(int(time.time()) + 30)
     )  # less than train.save_before_end_s
@@ -197,24 +201,27 @@ def test_a_job_that_is_stopped_waits_for_nothing_and_says_what_is_left(
 
 
 def test_the_checkpoint_of_a_stop_is_not_the_last_one(
-    tmp_path: Path, store: Path, judge: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, store: Path, fake_python: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    told, resolved = (
-        judge("exit 0"),
+    calls, resolved = (
+        fake_python("exit 0"),
         config_of(tmp_path, store, "eval.during.every=8", *SAVED_AT_ONCE),
     )
     with monkeypatch.context() as patch:
         patch.setenv("SLURM_JOB_END_TIME", str(int(time.time()) + 30))
         assert pretrain.train(resolved) == loop.Stop(1, "time limit")
-    assert not told.exists()
+    assert not calls.exists()
     assert pretrain.train(resolved) == loop.Stop(12)
-    assert judged(told) == [8, 12]
+    assert steps_started(calls) == [8, 12]
 
 
 def test_an_evaluation_that_fails_is_told(
-    tmp_path: Path, store: Path, judge: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    store: Path,
+    fake_python: Callable[[str], Path],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    judge("exit 2")
+    fake_python("exit 2")
     assert pretrain.train(
         config_of(tmp_path, store, "eval.during.every=12", *SAVED_AT_ONCE)
     ) == loop.Stop(12)
@@ -225,10 +232,10 @@ def test_an_evaluation_that_fails_is_told(
 
 
 def test_an_evaluation_can_be_ended_though_other_children_of_training_are_deaf(
-    tmp_path: Path, store: Path, judge: Callable[[str], Path]
+    tmp_path: Path, store: Path, fake_python: Callable[[str], Path]
 ) -> None:
     assert pretrain.train(config_of(tmp_path, store, *QUICK)) == loop.Stop(12)
-    judge("exec sleep 600")
+    fake_python("exec sleep 600")
     evaluations = background_eval.Evaluations(tmp_path / "run", During(every=12))
     with signals.kept_from_children():
         evaluations.start(tmp_path / "run" / "checkpoints" / "step_00000012")
@@ -249,9 +256,9 @@ def test_a_job_is_handed_to_sbatch_with_its_options(
 ) -> None:
     programs = tmp_path / "bin"
     programs.mkdir()
-    told = tmp_path / "told"
+    calls = tmp_path / "calls"
     (programs / "sbatch").write_text(
-        f'#!/bin/sh\nprintf "%s\\n" "$@" > {told}\nenv | grep -c "^SLURM_" >> {told}\necho 77\n'
+        f'#!/bin/sh\nprintf "%s\\n" "$@" > {calls}\nenv | grep -c "^SLURM_" >> {calls}\necho 77\n'
     )
     (programs / "sbatch").chmod(0o755)
     monkeypatch.setenv("PATH", f"{programs}{os.pathsep}{os.environ['PATH']}")
@@ -262,7 +269,7 @@ def test_a_job_is_handed_to_sbatch_with_its_options(
         "eval.during.sbatch=[--partition=gpu,--time=60]",
     )
     assert pretrain.train(config_of(tmp_path, store, *words)) == loop.Stop(12)
-    lines = told.read_text().splitlines()
+    lines = calls.read_text().splitlines()
     assert "--partition=gpu" in lines and "--time=60" in lines and lines[-1] == "0", (
         "of this job nothing is handed on"
     )

@@ -1,0 +1,177 @@
+"""Metrics of every step: metrics.jsonl, TensorBoard and Weights & Biases."""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tapct.base import console
+from tapct.engine import trackers
+
+LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS")
+QUIET = trackers.Config(tensorboard=False)
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in LAUNCHERS:
+        monkeypatch.delenv(name, raising=False)
+    console.console.cache_clear()
+
+
+def row(step: int, loss: float = 1.5, **more: float) -> dict[str, float]:
+    return {
+        "step": step,
+        "samples": step * 8,
+        "loss/total": loss,
+        "seconds/step": 0.5,
+        "samples_per_second": 16.0,
+    } | more
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_only_the_first_rank_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("RANK", "3"), ("WORLD_SIZE", "4"), ("LOCAL_RANK", "1")):
+        monkeypatch.setenv(name, value)
+    with trackers.MetricsWriter(tmp_path / "run", QUIET) as writer:
+        writer.write(row(1))
+        writer.flush()
+    assert not (tmp_path / "run").exists()
+
+
+def test_metrics_are_one_strict_json_object_per_step(tmp_path: Path) -> None:
+    with trackers.MetricsWriter(tmp_path, QUIET) as writer:
+        writer.write(row(1.0, loss=0.1 + 0.2) | {"samples": 8.0})  # type: ignore[arg-type]
+        writer.write(row(2, loss=math.nan, other=math.inf))
+    first, second = rows(tmp_path)
+    assert first["loss/total"] == 0.1 + 0.2
+    assert (type(first["step"]), type(first["samples"])) == (int, int)
+    assert (second["loss/total"], second["other"]) == (None, None)
+
+
+def test_going_on_drops_the_rows_after_the_checkpoint_and_cut_off_ones(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with trackers.MetricsWriter(tmp_path, QUIET) as writer:
+        for step in range(1, 8):
+            writer.write(row(step))
+    file = tmp_path / "metrics.jsonl"
+    file.write_bytes(file.read_bytes() + b'{"step": 8, "loss/to')
+    with trackers.MetricsWriter(tmp_path, QUIET, start_step=5) as writer:
+        writer.write(row(6, loss=7.0))
+    assert [(one["step"], one["loss/total"]) for one in rows(tmp_path)] == [
+        *((i, 1.5) for i in range(1, 6)),
+        (6, 7.0),
+    ]
+    assert capsys.readouterr().out == ""
+    with trackers.MetricsWriter(tmp_path, QUIET, start_step=0) as writer:
+        writer.write(row(1))
+    assert [one["step"] for one in rows(tmp_path)] == [1]
+
+
+def test_a_row_without_its_end_is_dropped_even_if_it_parses(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}')
+    with trackers.MetricsWriter(tmp_path, QUIET, start_step=2) as writer:
+        writer.write(row(3))
+    assert [one["step"] for one in rows(tmp_path)] == [1, 3]
+
+
+def test_missing_steps_before_the_start_are_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+    trackers.MetricsWriter(tmp_path, QUIET, start_step=4).close()
+    assert "ends at step 1 and the run resumes from step 4" in capsys.readouterr().out
+
+
+def test_a_full_disk_leaves_whole_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    writer = trackers.MetricsWriter(tmp_path, QUIET)
+    writer.write(row(1))
+    whole = os.write
+    calls: list[int] = []
+
+    def short(file: int, data: bytes) -> int:
+        calls.append(len(data))
+        if len(calls) == 1:
+            return whole(file, data[:7])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(trackers.os, "write", short)
+    with pytest.raises(OSError, match="No space left"):
+        writer.write(row(2))
+    monkeypatch.undo()
+    writer.close()
+    assert [one["step"] for one in rows(tmp_path)] == [1]
+
+
+def test_rows_are_in_the_file_before_the_writer_is_closed(tmp_path: Path) -> None:
+    code = f"""
+        import os, signal
+        from pathlib import Path
+        from tapct.engine import trackers
+        writer = trackers.MetricsWriter(Path({str(tmp_path)!r}), trackers.Config(tensorboard=False))
+        writer.write({{"step": 1, "loss/total": 1.0}})
+        os.kill(os.getpid(), signal.SIGKILL)
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=False)
+    assert [one["step"] for one in rows(tmp_path)] == [1]
+
+
+def scalars(folder: Path) -> Mapping[str, list[tuple[int, float]]]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder / "tensorboard"))
+    events.Reload()
+    return {
+        tag: [(one.step, one.value) for one in events.Scalars(tag)]
+        for tag in events.Tags()["scalars"]
+    }
+
+
+def test_tensorboard_shows_each_step_once_after_going_on(tmp_path: Path) -> None:
+    with trackers.MetricsWriter(tmp_path, trackers.Config()) as writer:
+        for step in range(1, 5):
+            writer.write(row(step, time=1e9 + step))
+    time.sleep(1.1)  # TensorBoard orders its files by their second
+    with trackers.MetricsWriter(tmp_path, trackers.Config(), start_step=2) as writer:
+        writer.write(row(3, loss=9.0) | {"ce/dino_global": math.nan})
+    found = scalars(tmp_path)
+    assert found["loss/total"] == [(1, 1.5), (2, 1.5), (3, 9.0)]
+    assert "ce/dino_global" not in found and "step" not in found and "time" not in found
+    assert not (tmp_path / "wandb").exists()
+
+
+@pytest.mark.slow
+def test_wandb_works_offline_and_goes_on_under_the_same_identity(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "settings"))
+    config = trackers.Config(tensorboard=False, wandb=trackers.Wandb(mode="offline", name="mine"))
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "config.yaml").write_text("optim: {lr: 0.1}\n")
+    names = []
+    for start in (0, 2):
+        with trackers.MetricsWriter(folder, config, start_step=start) as writer:
+            writer.write(row(start + 1))
+            writer.write(row(start + 2, loss=math.nan))
+        names.append((folder / "wandb" / "tapct_run_id").read_text())
+    assert names[0] == names[1]
+    stored = list(folder.glob(f"wandb/offline-run-*/run-{names[0]}.wandb"))
+    assert len(stored) == 2
+    assert all(path.stat().st_size > 200 for path in stored)
