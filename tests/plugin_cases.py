@@ -133,7 +133,7 @@ def in_range(number: float, metadata: Any) -> bool:
 
 
 def bases(config: Any) -> list[Any]:
-    """A config, and the same with another choice in one field: some fields are read by one alone."""
+    """A config, and the same with another choice in one field: some fields count with one only."""
     found = [config]
     for path in leaves(config):
         section = config

@@ -171,7 +171,8 @@ def apply(weights: SourceWeights, pair: StudentTeacher, allow: tuple[str, ...]) 
         if names and kind not in allow:
             raise SharedError(
                 f"train.init: {len(names)} parameters of {weights.source} are {kind}, e.g. "
-                f"{names[0]}; if that is intended, set train.init_allow=[{','.join([*allow, kind])}]"
+                f"{names[0]}; if that is intended, set "
+                f"train.init_allow=[{','.join([*allow, kind])}]"
             )
     teacher = dict(pair.teacher.backbone.named_parameters())
     for name, value in full.items():

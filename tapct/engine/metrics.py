@@ -251,7 +251,10 @@ class StageTimer:
         """Seconds by stage; on a GPU the events must have passed."""
         totals: Record = {}
         for name, start, end in self.stages:
-            took = start.elapsed_time(end) / 1000 if self.on_gpu else end - start  # type: ignore[attr-defined,operator]
+            if self.on_gpu:
+                took = start.elapsed_time(end) / 1000  # type: ignore[attr-defined]
+            else:
+                took = end - start  # type: ignore[operator]
             totals[names.seconds(name)] = totals.get(names.seconds(name), 0.0) + took
         return totals
 

@@ -35,8 +35,8 @@ def recompute_blocks(backbone: Backbone, every: int) -> None:
     blocks = backbone.repeated_blocks()
     if not blocks:
         raise UserError(
-            f"train.recompute={every}: this backbone has no repeated blocks to compute again; set it "
-            "to 0"
+            f"train.recompute={every}: this backbone has no repeated blocks to compute again; set "
+            "it to 0"
         )
     for block in blocks[::every]:
         recompute_forward(block)

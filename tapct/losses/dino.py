@@ -1,8 +1,9 @@
 """DINO: the student's class tokens predict the teacher's prototype assignment of the other crops.
 
-    # s student, t teacher, g global crops, l local crops; CE(s, t) = -sum_k t_k log softmax(s /
-    0.1)_k
-    targets = centre_or_sinkhorn(teacher_head(teacher(globals).cls) / temperature)      # 2B x K, no gradient
+    # s student, t teacher, g global crops, l local crops
+    # CE(s, t) = -sum_k t_k log softmax(s / 0.1)_k
+    # targets: 2B x K, without gradient
+    targets = centre_or_sinkhorn(teacher_head(teacher(globals).cls) / temperature)
     local   = sum_l sum_g      mean_b CE(student_head(student(l).cls), targets[g]) / n   # 2L pairs
     global_ = sum_g sum_g'!=g  mean_b CE(student_head(student(g).cls), targets[g']) / n  # 2 pairs
     n       = 2 + 2L
@@ -85,15 +86,13 @@ class DinoLoss(Loss):
     def terms_of(
         self, result: PrototypeLoss, num_globals: int, num_locals: int, scale: float
     ) -> LossResult:
-        """The two terms; all of the gradient flows through the first, their values tell the share
-        of each.
+        """The two terms; the whole gradient flows through the first, their values are the share of
+        each.
         """
         global_sum, local_sum = result.ce_VB[:num_globals].sum(), result.ce_VB[num_globals:].sum()
         num_samples = result.ce_VB.shape[1]
-        num_global_pairs, num_local_pairs = (
-            num_globals * (num_globals - 1),
-            num_globals * num_locals,
-        )
+        num_global_pairs = num_globals * (num_globals - 1)
+        num_local_pairs = num_globals * num_locals
         local_value = scale * local_sum
         terms = [
             Term(

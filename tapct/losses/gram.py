@@ -1,11 +1,13 @@
 """Gram anchoring: patches of a crop stay as alike to each other as an earlier teacher saw them.
 
-    X = normalize(student(masked globals).patches), Y = normalize(snapshot(globals).patches)    # N D of each crop
+    # N x D of each crop
+    X = normalize(student(masked globals).patches)
+    Y = normalize(snapshot(globals).patches)
     loss = mean over crops of mean over N x N of (X X^T - Y Y^T)^2
 
 The snapshot is a frozen copy of the teacher's backbone, taken at one step and anew at later ones.
-What is kept is the
-geometry of the patches, not their features: X and X R are the same for every rotation R.
+The loss keeps the geometry of the patches, not their features: X and X R give the same value for
+every rotation R.
 
 Nothing of size N x N is made where N > D. With S = X + Y and E = X - Y, X X^T - Y Y^T = (S E^T + E
 S^T) / 2. Where student and snapshot agree, E is small and no difference of large numbers is left:

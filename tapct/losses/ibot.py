@@ -3,7 +3,8 @@ patch.
 
     rows    = masked patch tokens of all global crops, and only those                    # M
     targets = centre_or_sinkhorn(teacher_head(teacher(globals).patches[rows]) / temperature)
-    loss    = sum_m weight_m CE(student_head(student(masked globals).patches[rows])_m, targets_m) / (2B)
+    scores  = student_head(student(masked globals).patches[rows])
+    loss    = sum_m weight_m CE(scores_m, targets_m) / (2B)
     weight  = 1 / masked tokens of that crop; the 2B count the unmasked crops too
 
 Source: Zhou et al. 2021, arXiv:2111.07832; Oquab et al. 2023, arXiv:2304.07193.
@@ -64,9 +65,8 @@ class IBotLoss(Loss):
         masks = sets.masks
         student_MD = sets.student_global.patches_BND.flatten(0, 1)[masks.index_M]
         num_crops = sets.student_global.patches_BND.shape[0]
-        real_M = (
-            masks.weight_M > 0
-        )  # a masked token that is all padding weighs nothing, here and in the targets
+        # a masked token that is all padding weighs nothing, here and in the targets
+        real_M = masks.weight_M > 0
         with torch.no_grad():
             teacher_MD = sets.teacher_global.patches_BND.flatten(0, 1)[masks.index_M]
             features_MW, teacher_KW = teacher_head(teacher_MD, pair_up)

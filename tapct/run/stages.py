@@ -2,8 +2,8 @@
 the run ends.
 
 Before the first stage the config itself holds. A stage is the config with its own `key=value`
-overrides, and takes nothing from the stages before it: each can be read by itself. Weights, moments,
-centres, the sampler and all draws continue.
+overrides, and takes nothing from the stages before it: each can be read by itself. Weights,
+moments, centres, the sampler and all draws continue.
 
 | key | in a stage |
 |---|---|
