@@ -161,6 +161,17 @@ def test_imports_have_no_cycles() -> None:
     assert not circles, circles
 
 
+def test_a_class_name_has_one_meaning() -> None:
+    """`Config` alone is the name of many classes: the settings of the file that it stands in."""
+    homes: dict[str, list[str]] = {}
+    for file in FILES:
+        for node in parsed(file).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                homes.setdefault(node.name, []).append(module_name(file))
+    homes.pop("Config")
+    assert {name: modules for name, modules in homes.items() if len(modules) > 1} == {}
+
+
 def test_only_readers_and_the_phantom_import_reader_libraries() -> None:
     libraries, wrong = {"nibabel", "SimpleITK", "pydicom"}, []
     for file in FILES:
