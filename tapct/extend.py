@@ -10,10 +10,10 @@
 | name | what it is for |
 |---|---|
 | `HeadRows` | what `Loss.prototype_rows` returns: rows that go through a loss's head |
-| `CropCost`, `LayerCost` | what `Backbone.crop_cost` returns: parameters and FLOPs for `tapct plan` |
+| `CropCost`, `LayerCost` | what `Backbone.crop_cost` returns: parameters and FLOPs |
 | `SnapshotTimes` | when a loss wants the teacher copied aside |
 | `TargetStats`, `TargetSums` | statistics of a loss's targets, from which health is logged |
-| `PrototypeHead`, `HeadConfig` | the projection head of DINO and iBOT, and its section of a config |
+| `PrototypeHead`, `HeadConfig` | the projection head of DINO and iBOT, and its config section |
 | `Targets`, `TargetConfig` | a teacher's targets over prototypes: centring or Sinkhorn |
 | `prototype_loss`, `PrototypeLoss`, `pair_up` | cross-entropy over prototypes without the matrix |
 | `gather_with_gradient` | the tensors of all ranks, differentiable |

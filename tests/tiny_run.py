@@ -25,7 +25,8 @@ out: {out}
 device: cpu
 data: {{store: {store}, loader: {{slab_depth: 6, workers: 1}}}}
 views: {{global_window: [4, 16, 16], num_locals: 2, local_window: [4, 8, 8], candidates: 1}}
-model: {{name: vit, window: [4, 16, 16], patch: [2, 8, 8], dim: 16, depth: 2, heads: 2, registers: 1}}
+model: {{name: vit, window: [4, 16, 16], patch: [2, 8, 8], dim: 16, depth: 2, heads: 2,
+  registers: 1}}
 losses:
   dino: {{head: {{num_prototypes: 16, hidden: 16, bottleneck: 8}}}}
   ibot: {{head: {{num_prototypes: 16, hidden: 16, bottleneck: 8}}}}

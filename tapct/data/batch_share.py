@@ -1,4 +1,6 @@
-"""How the global batch is shared by ranks and micro-batches: one rule for training, plan, submit."""
+"""How the global batch is shared by ranks and micro-batches: one rule for training, plan,
+submit.
+"""
 
 from __future__ import annotations
 

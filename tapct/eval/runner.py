@@ -160,26 +160,8 @@ def evaluate(
     run = _Run(
         config, split, root, contract, preprocess, patch, torch.device(device), running, progress
     )
-    for scan in run.scans(test=False, scan_labels=scan_labels):
-        for model in models:
-            dense = run.features(model, scan)
-            for name, truth in scan.truths.items():
-                run.task(name).learn(model.name, dense, truth)
-    for one in running:
-        one.task.fit()
-    drawn = _Drawn(out)
-    for number, scan in enumerate(run.scans(test=True, scan_labels=scan_labels)):
-        outputs = _Outputs()
-        for model in models:
-            dense = run.features(model, scan)
-            for name, truth in scan.truths.items():
-                prediction = run.task(name).judge(model.name, dense, truth)
-                if number < config.num_pictures:
-                    outputs.predictions.setdefault(name, {})[model.name] = prediction
-            if number < config.num_pictures:
-                outputs.dense[model.name] = dense
-        if number < config.num_pictures:
-            drawn.draw(run, scan, outputs)
+    _learn(run, models, scan_labels)
+    drawn = _test(run, models, scan_labels, out)
     settings = {plugin.name: to_dict(plugin.config) for plugin in config.tasks}
     sections = {}
     for one in running:
@@ -199,6 +181,38 @@ def evaluate(
     )
     evaluation.write(out)
     return evaluation
+
+
+def _learn(run: _Run, models: Sequence[NamedModel], scan_labels: ScanLabels | None) -> None:
+    """Pass over the training scans once, for all models and tasks, and fit the tasks."""
+    for scan in run.scans(test=False, scan_labels=scan_labels):
+        for model in models:
+            dense = run.features(model, scan)
+            for name, truth in scan.truths.items():
+                run.task(name).learn(model.name, dense, truth)
+    for one in run.tasks:
+        one.task.fit()
+
+
+def _test(
+    run: _Run, models: Sequence[NamedModel], scan_labels: ScanLabels | None, out: Path
+) -> _Drawn:
+    """Pass over the test scans once; returns the pictures of the first few."""
+    drawn = _Drawn(out)
+    for number, scan in enumerate(run.scans(test=True, scan_labels=scan_labels)):
+        is_drawn = number < run.config.num_pictures
+        outputs = _Outputs()
+        for model in models:
+            dense = run.features(model, scan)
+            for name, truth in scan.truths.items():
+                prediction = run.task(name).judge(model.name, dense, truth)
+                if is_drawn:
+                    outputs.predictions.setdefault(name, {})[model.name] = prediction
+            if is_drawn:
+                outputs.dense[model.name] = dense
+        if is_drawn:
+            drawn.draw(run, scan, outputs)
+    return drawn
 
 
 @dataclass(frozen=True)

@@ -125,7 +125,8 @@ def _legend(estimate: Estimate) -> str:
     state_bytes, parameters = 5 * estimate.settings.number_bytes, estimate.counts.total
     lines = [
         "samples      size of a micro-batch on one GPU",
-        f"state        {state_bytes} bytes for each of {parameters:,} parameters: student, teacher,",
+        f"state        {state_bytes} bytes for each of {parameters:,} parameters: student, "
+        "teacher,",
         "             gradients, two moments; divided among the GPUs that share a copy",
         "copies       weights that are whole while they are used",
         "activations  stored for the backward pass",

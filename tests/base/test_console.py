@@ -181,7 +181,8 @@ def test_a_terminal_gets_a_bar_with_step_loss_pace_and_time_left() -> None:
         from tapct.base import console
         with console.TrainProgress(500, 0, 10) as progress:
             for step in range(1, 21):
-                progress.update({"step": step, "loss/total": 9.25, "seconds/step": 0.5, "samples_per_second": 16.0})
+                row = {"step": step, "loss/total": 9.25, "seconds/step": 0.5}
+                progress.update(row | {"samples_per_second": 16.0})
                 if step == 5:
                     console.say("saved [step] 5")
         """,

@@ -107,7 +107,8 @@ def test_requirements_are_held_against_what_is_installed(
     assert not isinstance(found, Broken)
     told = {one.name: (one.wanted, one.fits) for one in found}
     assert told == {
-        "python": (">=3.8", True), "numpy": (">=1", True), "pytest": (">=999", False), "no-such-package": (">=2", False)
+        "python": (">=3.8", True), "numpy": (">=1", True), "pytest": (">=999", False),
+        "no-such-package": (">=2", False)
     }  # fmt: skip
     assert isinstance(machine.packages("no-such-package"), Broken)
 
@@ -295,7 +296,8 @@ def test_two_gpus_are_read_and_sum_over_nccl(
     seen, build = device.gpus(), device.torch_build()
     assert seen == Gpus((H100, H100), "2.27.7") and (build.cuda, build.driver) == ("12.8", "13.1")
     told = {
-        "torch": build, "gpus": seen, "copy": Copy(2e12, 5e10), "all_reduce": AllReduce(2, True, 3e11),
+        "torch": build, "gpus": seen, "copy": Copy(2e12, 5e10), "all_reduce": AllReduce(2, True,
+        3e11),
         "attention": AttentionKernels("cuda", ("math",), "", True),
     }  # fmt: skip
     asked: list[tuple[str, dict[str, object]]] = []

@@ -25,7 +25,8 @@ LEARNED = vit.Config(
     window=(8, 32, 32), dim=64, depth=3, heads=2, registers=2, layer_scale=1.0, drop_path=0.3
 )
 ROPE = vit.Config(
-    window=(8, 32, 32), dim=64, depth=2, heads=2, registers=2, layer_scale=1.0, drop_path=0.3, positions="rope",
+    window=(8, 32, 32), dim=64, depth=2, heads=2, registers=2, layer_scale=1.0, drop_path=0.3,
+    positions="rope",
     ffn="swiglu", qk_norm=True,
 )  # fmt: skip
 WORDS = ("train.precision=fp64", "model.drop_path=0.4")
@@ -41,7 +42,8 @@ def test_auto_is_no_on_a_cpu_and_yes_on_a_gpu_with_a_compiler(
         for device in (CPU, CUDA)
     }
     assert asked == {
-        ("auto", "cpu"): False, ("auto", "cuda"): True, ("always", "cpu"): True, ("always", "cuda"): True,
+        ("auto", "cpu"): False, ("auto", "cuda"): True, ("always", "cpu"): True, ("always",
+        "cuda"): True,
         ("never", "cpu"): False, ("never", "cuda"): False,
     }  # fmt: skip
     monkeypatch.setattr(compiled.shutil, "which", lambda name: None)

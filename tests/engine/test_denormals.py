@@ -28,7 +28,8 @@ what, place = sys.argv[1], pathlib.Path(sys.argv[2])
 if what == "train":
     pretrain.train(config.load_config(RunConfig, place, ["train.steps=1"]))
 elif what == "eval":
-    finished.evaluate(place, ["eval.tasks.segmentation.steps=5", "eval.max_scans=2", "eval.num_pictures=0"])
+    fewer = ["eval.tasks.segmentation.steps=5", "eval.max_scans=2", "eval.num_pictures=0"]
+    finished.evaluate(place, fewer)
 else:
     torch.ones(1 << 22) * 2  # large enough to be split over two threads
 

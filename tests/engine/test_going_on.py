@@ -302,7 +302,7 @@ def test_a_finished_run_says_that_there_is_nothing_to_train(
 
 
 # --- damage
-# --------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 
 
 def spoil(checkpoint: Path) -> None:
@@ -386,7 +386,7 @@ class Config:
     bottle: str = ""
 
 class Poison(Loss):
-    """A draw from torch's own generator; a file says at which step something that is not finite is added."""
+    """Draw from torch's own generator; a file names the step that becomes non-finite."""
 
     head_of = ""
 
@@ -398,7 +398,8 @@ class Poison(Loss):
         bottle = Path(self.config.bottle)
         at, value = bottle.read_text().split() if bottle.exists() else ("0", "0")
         worth = float(value) if self.steps + 1 == int(at) else 0.0
-        return LossResult((Term("poison", sets.student_global.cls_BD.sum() * 0.0 + torch.rand(()) + worth),))
+        value = sets.student_global.cls_BD.sum() * 0.0 + torch.rand(()) + worth
+        return LossResult((Term("poison", value),))
 
     def finish_step(self, apply):
         self.steps += 1

@@ -129,7 +129,7 @@ def test_handlers_are_given_back_and_the_second_interrupt_goes_through() -> None
 
 
 # --- killed
-# --------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 
 
 def killed(tmp_path: Path, store: Path, **request: Any) -> list[dict[str, Any]]:

@@ -225,7 +225,8 @@ def test_upsampling_equals_numpy_interpolation_along_each_axis(patch, resized, o
             (np.arange(original[axis]) + 0.5) * resized[axis] / original[axis]
         )
         expected = np.apply_along_axis(
-            lambda line, at=voxel_centres_in_resized, known=patch_centres_in_resized: np.interp(at, known, line),
+            lambda line, at=voxel_centres_in_resized, known=patch_centres_in_resized: np.interp(at,
+            known, line),
             axis + 1, expected,
         )  # fmt: skip
     got = grid.to_voxels(torch.from_numpy(maps).float())

@@ -371,7 +371,8 @@ def test_dropped_crops_skip_the_branch_and_kept_ones_are_scaled() -> None:
     assert rotation is None
     assert attend.row_S.tolist() != feed.row_S.tolist()  # each branch has its own draw
     for subset, norm, branch, scale in (
-        (attend, block.norm1, lambda y: block.attn(y, spans), block.ls1), (feed, block.norm2, block.mlp, block.ls2)
+        (attend, block.norm1, lambda y: block.attn(y, spans), block.ls1), (feed, block.norm2,
+        block.mlp, block.ls2)
     ):  # fmt: skip
         keep = torch.zeros(len(x), 1, dtype=torch.float64)
         keep[subset.row_S] = 2.0
@@ -426,7 +427,8 @@ def test_bf16_parameters_leave_the_residual_stream_in_float32() -> None:
 
 
 CHANGES: dict[str, Any] = {
-    "window": (4, 24, 16), "patch": (2, 8, 4), "in_chans": 2, "dim": 32, "depth": 3, "heads": 4, "mlp_ratio": 2.0,
+    "window": (4, 24, 16), "patch": (2, 8, 4), "in_chans": 2, "dim": 32, "depth": 3, "heads": 4,
+    "mlp_ratio": 2.0,
     "ffn": "swiglu", "qkv_bias": False, "registers": 1, "layer_scale": 0.5, "drop_path": 0.5,
     "drop_path_rounding": "dinov2", "pos_resize": "linear", "qk_norm": True, "positions": "both",
     "rope": rope.Config(base=50.0),

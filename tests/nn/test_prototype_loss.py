@@ -218,7 +218,8 @@ few = TeacherScores(teacher.features_GBW[:, :8], teacher.prototypes_KW, 0.05, te
 prototype_loss(student[:, :8], prototypes, torch.ones(1, 8), few, 0.1, False).value.backward()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 prototype_loss(student, prototypes, torch.ones(1, rows), teacher, 0.1, False).value.backward()
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024, 4 * rows * kinds / 2**20)
+after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print((after - before) / 1024, 4 * rows * kinds / 2**20)
 """
 
 

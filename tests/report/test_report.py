@@ -70,16 +70,20 @@ def record(step: int, alive: float = 1.0) -> dict[str, Any]:
         LN_K - 1.5 * alive,
     )
     return {
-        "step": step, "samples": 8 * step, "lr": 1e-3, "wd": 0.1, "momentum": 0.99, "teacher_temp": 0.04,
-        "loss/total": 9.0 - alive, "loss/dino_global": ce_global / 5, "loss/koleo": -0.05, "loss/ibot": ce_ibot,
+        "step": step, "samples": 8 * step, "lr": 1e-3, "wd": 0.1, "momentum": 0.99,
+        "teacher_temp": 0.04,
+        "loss/total": 9.0 - alive, "loss/dino_global": ce_global / 5, "loss/koleo": -0.05,
+        "loss/ibot": ce_ibot,
         "ce/dino_global": ce_global, "ce/dino_local": ce_local, "ce/ibot": ce_ibot,
-        "health/dino_ln_k_minus_ce": LN_K - (ce_global + 4 * ce_local) / 5, "health/ibot_ln_k_minus_ce": 1.5 * alive,
+        "health/dino_ln_k_minus_ce": LN_K - (ce_global + 4 * ce_local) / 5,
+        "health/ibot_ln_k_minus_ce": 1.5 * alive,
         "health/dino_information": alive, "health/dino_marginal_entropy": 5.4,
         "health/dino_target_entropy": 5.4 - alive,
         "health/ibot_information": alive, "health/ibot_marginal_entropy": 5.4,
         "health/ibot_target_entropy": 5.4 - alive,
         "health/dino_prototypes_used": 0.5, "health/rankme": 30.0, "grad_norm/backbone": 1.0,
-        "seconds/data": 0.1, "seconds/forward_backward": 0.3, "seconds/step": 0.5, "samples_per_second": 16.0,
+        "seconds/data": 0.1, "seconds/forward_backward": 0.3, "seconds/step": 0.5,
+        "samples_per_second": 16.0,
     }  # fmt: skip
 
 
@@ -119,8 +123,10 @@ def test_the_page_is_whole_and_asks_nobody_for_anything(tmp_path: Path) -> None:
     run = run_folder(tmp_path / "run")
     add_evaluation(run)
     (run / "config.yaml").write_text("seed: 3\nname: </pre><script>alert(1)</script>\n")
-    (run / "run.json").write_text(json.dumps({"command": ["tapct", "train", "<b>"], "git": {"revision": "abc123"},
-        "manifest": {"accepted": 20, "refused": {"not_ct": 2, "missing_slices": 1}, "digest": "d1g35t"}}))  # fmt: skip
+    (run / "run.json").write_text(json.dumps({"command": ["tapct", "train", "<b>"],
+    "git": {"revision": "abc123"},
+        "manifest": {"accepted": 20, "refused": {"not_ct": 2, "missing_slices": 1},
+        "digest": "d1g35t"}}))  # fmt: skip
     out = page.write(run)
     html = out.read_text()
     found = Page(html)

@@ -144,7 +144,8 @@ def test_the_teacher_sees_no_mask_and_no_drop_path() -> None:
 
 def test_teacher_and_student_are_told_the_mm_of_their_own_crops() -> None:
     model = vit.Config(
-        window=(4, 16, 16), patch=(2, 8, 8), dim=16, depth=2, heads=2, layer_scale=1.0, drop_path=0.0,
+        window=(4, 16, 16), patch=(2, 8, 8), dim=16, depth=2, heads=2, layer_scale=1.0,
+        drop_path=0.0,
         positions="rope", rope=rope.Config(coordinates="mm"),
     )  # fmt: skip
     pair = (
