@@ -129,9 +129,10 @@ def test_plan_leaves_out_gpu_counts_at_which_a_users_loss_has_too_little() -> No
         ["losses.koleo=null", OWN, "losses[lab_needs.spread].alone=true", "train.global_batch=8"],
     ).value
     options = command.Options(gpus="1,8")
-    scale = command.make_scale(config, command.make_plan(config), command.asked(config, options))
-    assert [memory.gpus for memory in scale.as_set] == [1]
-    ((reason, counts),) = scale.left_out
+    request = command.request_of(config, options)
+    estimate = command.estimate_of(config, command.costs_of(config), request)
+    assert [memory.gpus for memory in estimate.as_set] == [1]
+    ((reason, counts),) = estimate.left_out
     assert counts == (8,) and "losses[lab_needs.spread] needs at least 3 samples" in reason
 
 
@@ -140,7 +141,7 @@ def test_a_loss_with_a_head_of_unknown_rows_is_refused_by_plan_alone() -> None:
     with pytest.raises(
         UserError, match=r"losses\[lab_needs.headed\].*override Loss.prototype_rows"
     ):
-        command.make_plan(config)
+        command.costs_of(config)
 
 
 def test_koleo_needs_a_neighbour_on_its_rank_or_on_another() -> None:
