@@ -1,5 +1,7 @@
 """What one optimizer step reports: scalars that stay on the device until the loop fetches many
 steps at once.
+
+Axes: W ranks, K prototypes, N patch tokens of all crops, D channels.
 """
 
 from __future__ import annotations

@@ -1,5 +1,7 @@
 """Parameter groups, clipping, AdamW and the teacher's move: everything between backward and the
 next step.
+
+Axis: W ranks.
 """
 
 from __future__ import annotations
@@ -143,7 +145,7 @@ class Updater:
         for name, square in square_norms(self.pair.student).items():
             packet.sum(f"update/square_norm/{name}", square / self.num_copies)
         pending: dict[str, Tensor] = {}
-        for name, loss in self.pair.terms.items():
+        for name, loss in self.pair.losses_by_name.items():
             for i, buffer in enumerate(loss.pending()):
                 pending[f"pending/{name}/{i}"] = buffer
         for name, buffer in pending.items():
@@ -173,7 +175,7 @@ class Updater:
             group["betas"] = self.config.betas
         self.optimizer.step()
         self.pair.update_teacher(values.momentum, applied)
-        for loss in self.pair.terms.values():
+        for loss in self.pair.losses_by_name.values():
             loss.finish_step(applied)
         self.optimizer.zero_grad(set_to_none=True)
         return UpdateReport(tuple(norms.items()), packet["update/not_finite"].clone(), applied)
