@@ -128,6 +128,11 @@ class Updater:
         self.optimizer.found_inf = self.bad  # type: ignore[attr-defined]
         self.optimizer.grad_scale = None  # type: ignore[attr-defined]
 
+    @property
+    def is_finite(self) -> Tensor:
+        """Bool scalar on the device: whether all losses and gradients so far were finite."""
+        return self.bad == 0
+
     def step(self, values: StepValues, total: Tensor, packet: Packet | None = None) -> UpdateReport:
         """Clip, check, AdamW, teacher, centres; then forget the gradients.
 
@@ -166,7 +171,7 @@ class Updater:
             ]
         ).all()
         self.bad.copy_(torch.maximum(self.bad, 1.0 - finite.to(self.bad.dtype)))
-        applied = self.bad == 0
+        applied = self.is_finite
         for key, group in zip(self.keys, self.optimizer.param_groups, strict=True):
             frozen = key.is_last_layer and values.last_layer_frozen
             group["lr"] = 0.0 if frozen else values.lr * key.lr_factor
