@@ -99,7 +99,7 @@ def test_the_table_of_all_config_keys_is_current(monkeypatch: pytest.MonkeyPatch
     }
     # found by another way: the leaves of a resolved config, with the plug-ins that are off by
     # default
-    resolved = set(load_config(RunConfig, None, ["losses.gram={}"]).origin)
+    resolved = set(load_config(RunConfig, None, ["losses.gram={}"]).sources)
     assert keys == {key for key in resolved if not key.startswith("views.ops.")}
 
 
@@ -309,7 +309,7 @@ def test_every_piece_of_yaml_is_a_config(page: str, block: str, mylab: Path) -> 
     )
     resolved = load_config(RunConfig, path, [])
     assert any(
-        origin.endswith(".yaml:1") or "piece.yaml" in origin for origin in resolved.origin.values()
+        origin.endswith(".yaml:1") or "piece.yaml" in origin for origin in resolved.sources.values()
     )
 
 

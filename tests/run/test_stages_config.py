@@ -55,7 +55,7 @@ def test_stages_of_a_file_come_back_from_its_resolved_yaml_and_from_a_checkpoint
     assert resolved.value.stages[0] == stages.StageConfig(
         2, ("views.global_window=[12,384,384]", "losses.dino.weight=2")
     )
-    assert resolved.origin["stages"].endswith("a.yaml:3")
+    assert resolved.sources["stages"].endswith("a.yaml:3")
     (tmp_path / "b.yaml").write_text(resolved.to_yaml())
     assert load_config(RunConfig, tmp_path / "b.yaml", []).value == resolved.value
     assert (
@@ -151,7 +151,7 @@ def test_what_is_of_the_whole_run_is_refused_with_the_reason(change: str, line: 
 
 
 def test_every_key_that_may_change_in_a_stage_is_one_of_the_table() -> None:
-    keys = load_config(RunConfig, None, []).origin
+    keys = load_config(RunConfig, None, []).sources
     assert all(any(key.startswith(start) for key in keys) for start in stages.MAY_CHANGE)
 
 
