@@ -32,8 +32,7 @@ These other places depend on SLURM as well, and have to be changed:
 
 - Nothing selects a scheduler. `submit.py`, `jobs.py` and `cli/cluster.py` import `slurm` and
   `script` by name.
-- `jobs.py` recognises a job ID on the command line by `\\d+(_\\d+)?`; PBS has IDs such as
-  `123.server`.
+- `jobs.py` recognises only job IDs such as `12` and `12_3`; PBS has IDs such as `123.server`.
 - `task.py` reads SLURM_RESTART_COUNT and SLURM_JOB_NODELIST.
 - `resources.py` holds the options of sbatch.
 - `base/ranks.py` reads variables of SLURM for rank and world size (LAUNCHERS), restarts
