@@ -112,7 +112,7 @@ class Watch:
 
 
 @contextmanager
-def watch(world: World, config: Config) -> Iterator[Watch]:
+def watch_ranks(world: World, config: Config) -> Iterator[Watch]:
     """Watch the ranks while training runs; a single process needs no thread for it.
 
     Args:

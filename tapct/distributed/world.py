@@ -68,7 +68,7 @@ class World:
 
 
 @contextmanager
-def world(place: Ranks, device: torch.device, config: Config) -> Iterator[World]:
+def join_ranks(place: Ranks, device: torch.device, config: Config) -> Iterator[World]:
     """Join the other ranks; leave them at the end.
 
     Args:
@@ -85,7 +85,7 @@ def world(place: Ranks, device: torch.device, config: Config) -> Iterator[World]
         return
     # FSDP2 warns of views that a loss could write into; no loss does.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
-    store = _join(place, device, config)
+    store = _meet(place, device, config)
     shard = collectives.from_first(lambda: shard_size(place, config.shard))
     mesh = init_device_mesh(
         device.type, (place.world // shard, shard), mesh_dim_names=("replicate", "shard")
@@ -108,7 +108,7 @@ def world(place: Ranks, device: torch.device, config: Config) -> Iterator[World]
     dist.destroy_process_group()
 
 
-def _join(place: Ranks, device: torch.device, config: Config) -> dist.Store:
+def _meet(place: Ranks, device: torch.device, config: Config) -> dist.Store:
     """Meet the other ranks and start the process group; returns the store at which they met.
 
     Raises:

@@ -18,9 +18,9 @@ from tapct.base.ranks import Ranks
 from tapct.config import setting
 from tapct.config.plugins import Plugin
 from tapct.data.batch_share import BatchShare
-from tapct.distributed import watch as watch_module
-from tapct.distributed import world as parallel
 from tapct.distributed.collectives import Packet, own_slot
+from tapct.distributed.config import Config as ParallelConfig
+from tapct.distributed.watch import Watch, watch_ranks
 from tapct.distributed.world import World
 from tapct.engine import compiled, desync, fsdp, initial, metrics, optim, vitals
 from tapct.engine.optim import Updater
@@ -143,7 +143,7 @@ class Cadence:
 
     log_every: int
     save_every: int
-    ranks: parallel.Config = field(default_factory=parallel.Config)
+    ranks: ParallelConfig = field(default_factory=ParallelConfig)
 
 
 @dataclass(frozen=True)
@@ -232,7 +232,7 @@ class Trainer:
         """
         steps, ranks = self.stage.config.steps, self.cadence.ranks
         self.pair.train()
-        with self.flag, watch_module.watch(self.world, ranks) as watch:
+        with self.flag, watch_ranks(self.world, ranks) as watch:
             for step in range(start, steps):
                 self.enter_stage(step)
 
@@ -273,7 +273,7 @@ class Trainer:
                     return Stop(done, reason if done < steps else "")
         return Stop(start)
 
-    def save(self, done: int, last: bool, watch: watch_module.Watch) -> None:
+    def save(self, done: int, last: bool, watch: Watch) -> None:
         """Begin a checkpoint of so many finished steps, and note how long training stood still."""
         began = time.perf_counter()
         with watch.naming_lost_ranks():

@@ -19,9 +19,8 @@ from tapct.data import loader
 from tapct.data.patients import held_out_patients
 from tapct.data.store import Store
 from tapct.distributed import collectives
-from tapct.distributed import world as world_module
 from tapct.distributed.device import flush_denormals, pick_device
-from tapct.distributed.world import LostRank, World
+from tapct.distributed.world import LostRank, World, join_ranks
 from tapct.engine import checkpoint, compiled, fsdp, initial, loop, optim, recompute, trackers
 from tapct.engine.checkpoint import Checkpoints, Meta
 from tapct.nn.backends import choose
@@ -69,7 +68,7 @@ def train(resolved: Resolved, allow_change: bool = False, command: str = "") -> 
     device = pick_device(config.device, place.local_rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    with world_module.world(place, device, config.parallel) as world:
+    with join_ranks(place, device, config.parallel) as world:
         pretraining = Pretraining(resolved, world, allow_change, command)
         stop = pretraining.run()
     if place.is_first:

@@ -81,7 +81,7 @@ from tapct.distributed.world import World
 watching.EXTRA_S = 0.0
 store = dist.HashStore()
 world = World(Ranks(0, 2, 0), torch.device("cpu"), store=store)
-with watching.watch(world, Config(timeout_s=1.0, save_timeout_s={save_timeout_s})) as watch:
+with watching.watch_ranks(world, Config(timeout_s=1.0, save_timeout_s={save_timeout_s})) as watch:
     store.set("where/1", "3 training")
     watch.at(3, "{phase}")
     time.sleep({seconds})

@@ -11,11 +11,11 @@ from tapct.base.exits import UserError
 from tapct.base.ranks import Ranks
 from tapct.distributed import world as worlds
 from tapct.distributed.config import Config
-from tapct.distributed.world import cause_of, shard_size, world
+from tapct.distributed.world import cause_of, join_ranks, shard_size
 
 
 def test_a_single_process_has_no_mesh_and_one_copy() -> None:
-    with world(Ranks(), torch.device("cpu"), Config()) as alone:
+    with join_ranks(Ranks(), torch.device("cpu"), Config()) as alone:
         assert alone.mesh is alone.side is alone.store is None and alone.num_copies == 1
     assert not torch.distributed.is_initialized()
 
@@ -67,7 +67,7 @@ def test_ranks_that_do_not_meet_are_one_line_with_address_and_time(
     monkeypatch.setenv("MASTER_PORT", str(port))
     with (
         pytest.raises(UserError, match=rf"^rank 0 of 2 .* at 127.0.0.1:{port} within 2 s: \S"),
-        world(Ranks(0, 2), torch.device("cpu"), Config(timeout_s=2.0)),
+        join_ranks(Ranks(0, 2), torch.device("cpu"), Config(timeout_s=2.0)),
     ):
         pass
     assert not torch.distributed.is_initialized()
@@ -78,6 +78,6 @@ def test_without_a_launcher_the_error_names_the_launchers(monkeypatch: pytest.Mo
         monkeypatch.delenv(name, raising=False)
     with (
         pytest.raises(UserError, match=r"rank 1 of 2 could not meet the others: .*torchrun"),
-        world(Ranks(1, 2), torch.device("cpu"), Config()),
+        join_ranks(Ranks(1, 2), torch.device("cpu"), Config()),
     ):
         pass
