@@ -15,10 +15,12 @@
 | `TargetStats`, `TargetSums` | statistics of a loss's targets, from which health is logged |
 | `PrototypeHead`, `HeadConfig` | the projection head of DINO and iBOT, and its config section |
 | `Targets`, `TargetConfig` | a teacher's targets over prototypes: centring or Sinkhorn |
-| `prototype_loss`, `PrototypeLoss`, `pair_up` | cross-entropy over prototypes without the matrix |
+| `prototype_loss`, `PrototypeLoss`, `return_both` | fused cross-entropy over prototypes |
 | `gather_with_gradient` | the tensors of all ranks, differentiable |
 | `Attention`, `Mlp`, `SwiGLU`, `LayerScale`, `LayerNorm`, `DropKey` | layers of a transformer |
 | `ScanScore`, `Breakdown` | a task's result on one scan; its headline metric by class |
+| `patch_truth`, `PatchTruth` | share of each label in each patch of a scan |
+| `fit_decoder`, `Decoder` | a linear decoder from the features of a patch to classes |
 | `Masks`, `Volume`, `LabelMap`, `ScanFacts`, `HUContract`, `AIR_HU` | nouns that cross borders |
 | `Size3`, `Grid`, `patch_grid` | sizes in voxels, in patches, and from one to the other |
 """
@@ -32,6 +34,8 @@ from tapct.distributed.collectives import gather_with_gradient
 from tapct.eval.contract import Breakdown, Headline, Labels, ScanScore, Task, TaskResults
 from tapct.eval.features import DenseFeatures, PatchGrid
 from tapct.eval.scans import LabelledScan
+from tapct.eval.tasks.segmentation import Decoder, fit_decoder
+from tapct.eval.truth import PatchTruth, patch_truth
 from tapct.nn import init
 from tapct.nn.attention import Attention
 from tapct.nn.contracts import Backbone, CropCost, HeadRows, LayerCost, Loss, SnapshotTimes
@@ -39,7 +43,7 @@ from tapct.nn.heads import Config as HeadConfig
 from tapct.nn.heads import PrototypeHead
 from tapct.nn.layers import DropKey, LayerScale, Mlp, SwiGLU
 from tapct.nn.norm import LayerNorm
-from tapct.nn.prototype_loss import PrototypeLoss, pair_up, prototype_loss
+from tapct.nn.prototype_loss import PrototypeLoss, prototype_loss, return_both
 from tapct.nn.prototypes import TargetConfig, Targets
 from tapct.types import (
     AIR_HU,
@@ -63,6 +67,7 @@ __all__ = [
     "Backbone",
     "CropCost",
     "Breakdown",
+    "Decoder",
     "DenseFeatures",
     "DropKey",
     "Grid",
@@ -82,6 +87,7 @@ __all__ = [
     "Mlp",
     "Op",
     "PatchGrid",
+    "PatchTruth",
     "PrototypeHead",
     "PrototypeLoss",
     "ScanFacts",
@@ -101,10 +107,12 @@ __all__ = [
     "UserError",
     "ViewKey",
     "Volume",
+    "fit_decoder",
     "gather_with_gradient",
     "init",
-    "pair_up",
     "patch_grid",
+    "patch_truth",
     "prototype_loss",
+    "return_both",
     "setting",
 ]

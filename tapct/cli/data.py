@@ -72,10 +72,10 @@ def index(
     The manifest has a row for each scan: accepted with its geometry and statistics, or refused
     with the reason.
     """
-    from tapct.data.index import build
+    from tapct.data.index import build_manifest
 
     with console.progress_bar("index") as progress:
-        found = build(
+        manifest = build_manifest(
             folder,
             out,
             labels=labels,
@@ -85,9 +85,9 @@ def index(
             progress=progress,
         )
     console.say(
-        ", ".join(f"{count} {reason}" for reason, count in found.summary().items()) + f": {out}"
+        ", ".join(f"{count} {reason}" for reason, count in manifest.summary().items()) + f": {out}"
     )
-    for row in found.rows:
+    for row in manifest.rows:
         if row.detail:
             reason = (
                 f"refused {row.path}: {row.reason}" if row.status == "refused" else f"{row.path}"

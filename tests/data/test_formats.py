@@ -68,7 +68,7 @@ def test_a_format_that_is_added_to_the_list_is_found_read_and_indexed(
     changed = (*readers.FORMATS, minc)
     for module in ("tapct.data.readers", "tapct.data.discover"):
         monkeypatch.setattr(sys.modules[module], "FORMATS", changed)
-    (row,) = index.build(tmp_path / "a", tmp_path / "m.parquet").rows
+    (row,) = index.build_manifest(tmp_path / "a", tmp_path / "m.parquet").rows
     assert (row.path, row.kind, row.status) == ("x1.mnc", "minc", "accepted")
     assert find_source(tmp_path / "a" / "x1.mnc").kind == "minc"
     assert stem_of(Path("x1.mnc")) == "x1"
