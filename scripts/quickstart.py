@@ -24,7 +24,7 @@ from tapct.base.exits import UserError
 from tapct.base.files import write_atomically
 from tapct.data import manifest as manifests
 from tapct.data import pack, patients
-from tapct.data.index import build
+from tapct.data.index import build_manifest
 from tapct.data.phantom import archive as phantom
 from tapct.report import page
 from tapct.run import finished, pretrain
@@ -94,7 +94,7 @@ def main(words: list[str]) -> None:
 
     def index() -> manifests.Manifest:
         with console.progress_bar("index") as progress:
-            return build(
+            return build_manifest(
                 archive,
                 work / "manifest.parquet",
                 labels=options.labels,

@@ -15,7 +15,7 @@
 | `TargetStats`, `TargetSums` | statistics of a loss's targets, from which health is logged |
 | `PrototypeHead`, `HeadConfig` | the projection head of DINO and iBOT, and its config section |
 | `Targets`, `TargetConfig` | a teacher's targets over prototypes: centring or Sinkhorn |
-| `prototype_loss`, `PrototypeLoss`, `pair_up` | cross-entropy over prototypes without the matrix |
+| `prototype_loss`, `PrototypeLoss`, `return_both` | fused cross-entropy over prototypes |
 | `gather_with_gradient` | the tensors of all ranks, differentiable |
 | `Attention`, `Mlp`, `SwiGLU`, `LayerScale`, `LayerNorm`, `DropKey` | layers of a transformer |
 | `ScanScore`, `Breakdown` | a task's result on one scan; its headline metric by class |
@@ -43,7 +43,7 @@ from tapct.nn.heads import Config as HeadConfig
 from tapct.nn.heads import PrototypeHead
 from tapct.nn.layers import DropKey, LayerScale, Mlp, SwiGLU
 from tapct.nn.norm import LayerNorm
-from tapct.nn.prototype_loss import PrototypeLoss, pair_up, prototype_loss
+from tapct.nn.prototype_loss import PrototypeLoss, prototype_loss, return_both
 from tapct.nn.prototypes import TargetConfig, Targets
 from tapct.types import (
     AIR_HU,
@@ -110,9 +110,9 @@ __all__ = [
     "fit_decoder",
     "gather_with_gradient",
     "init",
-    "pair_up",
     "patch_grid",
     "patch_truth",
     "prototype_loss",
+    "return_both",
     "setting",
 ]

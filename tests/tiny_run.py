@@ -53,7 +53,7 @@ def make_archive(folder: Path, num: int = 4, seed: int = 0, dicom_share: float =
 def make_store(folder: Path, num: int = 4, seed: int = 0) -> Path:
     """The archive, indexed and packed; returns the store."""
     archive = make_archive(folder / "archive", num, seed)
-    found = index.build(
+    found = index.build_manifest(
         archive,
         folder / "manifest.parquet",
         labels=None,

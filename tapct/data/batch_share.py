@@ -26,16 +26,23 @@ class BatchShare:
     world: int = 1
 
     def __post_init__(self) -> None:
-        parts = self.world * self.accumulation
-        if self.global_batch % parts == 0 and self.global_batch >= parts:
+        self.check(self.global_batch, self.accumulation, self.world)
+
+    @staticmethod
+    def check(global_batch: int, accumulation: int, world: int = 1) -> None:
+        """Raise UserError where ranks and micro-batches cannot share the global batch equally;
+        arguments as of the class.
+        """
+        parts = world * accumulation
+        if global_batch % parts == 0 and global_batch >= parts:
             return
-        above = -(-self.global_batch // parts) * parts
+        above = -(-global_batch // parts) * parts
         nearest = [str(size) for size in (above - parts, above) if size]
-        ranks = "1 rank" if self.world == 1 else f"{self.world} ranks"
+        ranks = "1 rank" if world == 1 else f"{world} ranks"
         raise UserError(
-            f"train.global_batch {self.global_batch} cannot be shared equally by {ranks} with "
-            f"train.accumulation {self.accumulation}: it must be a multiple of {parts}, the "
-            f"product of both; set it to {' or '.join(nearest)}"
+            f"train.global_batch {global_batch} cannot be shared equally by {ranks} with "
+            f"train.accumulation {accumulation}: it must be a multiple of {parts}, the product of "
+            f"both; set it to {' or '.join(nearest)}"
         )
 
     @property

@@ -21,7 +21,7 @@ _UNIT_SPAN = 64.0  # fractional values that span less are shares, z-scores or lo
 _SAMPLE = 1 << 20  # voxels
 
 
-def sample(voxels: np.ndarray, limit: int = _SAMPLE) -> np.ndarray:
+def subsample(voxels: np.ndarray, limit: int = _SAMPLE) -> np.ndarray:
     """A strided subsample of at most about `limit` voxels, same axes; the stride is the same along
     all axes.
     """
@@ -42,7 +42,7 @@ def check_is_ct(voxels: np.ndarray, slope: float, intercept: float, declared_ct:
     Raises:
         Refused: not_finite, constant, normalised, label_map, no_rescale, not_hu, not_ct.
     """
-    values = sample(voxels).astype(np.float64) * slope + intercept
+    values = subsample(voxels).astype(np.float64) * slope + intercept
     if not np.isfinite(values).all():
         raise Refused("not_finite", "voxels hold NaN or infinity; write air (-1024) there")
     low, high = float(values.min()), float(values.max())

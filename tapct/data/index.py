@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from tapct.base.exits import UserError, single_line
-from tapct.data.ct_check import BODY_ABOVE, sample
+from tapct.data import formats
+from tapct.data.ct_check import BODY_ABOVE, subsample
 from tapct.data.digest import voxel_digest
 from tapct.data.discover import Source, find_sources
 from tapct.data.geometry import check_same_grid
@@ -44,7 +45,7 @@ class ExamineTask:
     min_depth: int
 
 
-def build(
+def build_manifest(
     root: Path,
     out: Path,
     *,
@@ -56,9 +57,9 @@ def build(
 ) -> Manifest:
     """Index an archive and write the manifest.
 
-    Every scan is read once and whole. A scan that fails becomes a refused row. Of scans with the
-    same voxels the first in the order of paths is kept, and the others are refused as `duplicate`.
-    How a patient is identified: see `tapct.data.patients`.
+    Every scan is read completely, and once. A scan that fails becomes a refused row. Of scans with
+    the same voxels the first in the order of paths is accepted, and the others are refused as
+    `duplicate`. How a patient is identified: see `tapct.data.patients`.
 
     Args:
         root: folder of the archive.
@@ -84,12 +85,16 @@ def build(
             f"{out} is a folder; give the file to write, such as {out / 'manifest.parquet'}"
         )
     sources = find_sources(root)
-    if labels is not None and not Path(labels).is_dir():
-        raise UserError(f"labels folder {labels} does not exist or is not a folder; check the path")
-    pairs = pair_labels(sources, root, None if labels is None else Path(labels))
+    if labels is not None:
+        labels = Path(labels)
+        if not labels.is_dir():
+            raise UserError(
+                f"labels folder {labels} does not exist or is not a folder; check the path"
+            )
+    pairs = pair_labels(sources, root, labels)
     scans = [source for source in sources if source.path not in pairs.label_files]
     if not scans:
-        raise UserError(f"{root} holds no NIfTI, NRRD, MetaImage or DICOM scans; check the path")
+        raise UserError(f"{root} holds no {formats.listed('or')} scans; check the path")
     patients = PatientRules(root, patient_key(out.parent), patient_regex)
     tasks = [
         ExamineTask(scan, root, pairs.label_of.get(scan.path), patients, min_depth)
@@ -108,10 +113,11 @@ def build(
 
 def examine(task: ExamineTask) -> Row:
     """Read one scan and its labels; any failure becomes the reason in its row."""
-    row = bare_row(task)
+    row = bare_row(task)  # refused, until all checks have passed
     try:
-        row = replace(row, bytes=sum(path.stat().st_size for path in task.source.files))
-        if os.fsencode(_relative_path(task)) != row.path.encode():
+        num_bytes = sum(path.stat().st_size for path in task.source.files)
+        row = replace(row, bytes=num_bytes)
+        if not has_utf8_name(task):
             raise Refused("bad_name", "the path holds bytes that are not UTF-8; rename it")
         volume = read_source(task.source, task.patients.key)
         row = with_facts(
@@ -123,6 +129,7 @@ def examine(task: ExamineTask) -> Row:
                 f"{row.depth} slices; rule: at least {task.min_depth} (--min-depth)",
             )
         label_path, problem = checked_labels(task, volume)
+        # labels that cannot be used do not refuse the scan; its row says why it has none
         return replace(row, status=ACCEPTED, label_path=label_path, detail=problem)
     except Refused as error:
         return replace(row, reason=error.reason, detail=error.detail)
@@ -138,11 +145,20 @@ def crashed_row(task: ExamineTask) -> Row:
 
 
 def bare_row(task: ExamineTask) -> Row:
-    """The row of a scan of which nothing is known but where it lies."""
+    """The row of a scan that has not been read: its path and kind; its status is refused."""
     # Parquet holds text, so bytes of a path that are not UTF-8 are written as escapes
     path = os.fsencode(_relative_path(task)).decode("utf-8", "backslashreplace")
     scan_id = hashlib.blake2b(path.encode(), digest_size=8).hexdigest()
-    return Row(id=scan_id, path=path, kind=task.source.kind)
+    return Row(id=scan_id, path=path, kind=task.source.kind, status=REFUSED)
+
+
+def has_utf8_name(task: ExamineTask) -> bool:
+    """Whether the path of a scan is UTF-8, so that the manifest can hold it as it is."""
+    try:
+        os.fsencode(_relative_path(task)).decode("utf-8")
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _relative_path(task: ExamineTask) -> str:
@@ -151,7 +167,11 @@ def _relative_path(task: ExamineTask) -> str:
 
 
 def checked_labels(task: ExamineTask, volume: Volume) -> tuple[str, str]:
-    """Path of the scan's labels and an empty line, or an empty path and why they are not used."""
+    """Path of the scan's label map, and why it cannot be used.
+
+    One of the two is empty: the reason where the label map can be used, else the path. Both are
+    empty where the scan has no label map.
+    """
     if task.labels is None:
         return "", ""
     try:
@@ -166,7 +186,7 @@ def checked_labels(task: ExamineTask, volume: Volume) -> tuple[str, str]:
 def with_facts(row: Row, volume: Volume, patient: str) -> Row:
     """A row with the grid, HU statistics, digest and header facts of its scan."""
     depth, height, width = volume.hu_ZYX.shape
-    values = sample(volume.hu_ZYX)
+    values = subsample(volume.hu_ZYX)
     body = values[values > BODY_ABOVE]
     p005 = p50 = p995 = UNKNOWN
     if body.size:
@@ -195,7 +215,7 @@ def with_facts(row: Row, volume: Volume, patient: str) -> Row:
 
 def refuse_duplicates(rows: Sequence[Row]) -> tuple[Row, ...]:
     """Refuse accepted scans whose voxels equal those of an earlier one."""
-    first_with: dict[str, Row] = {}
+    first_with: dict[str, Row] = {}  # digest of the voxels -> first scan with it
     checked = []
     for row in rows:
         if row.status == ACCEPTED:

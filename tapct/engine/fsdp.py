@@ -57,14 +57,15 @@ def shard(network: Network, mesh: DeviceMesh, *, bf16: bool, keeps_gradient: boo
 
 
 def forget_order(pair: StudentTeacher) -> None:
-    """Let FSDP forget the order of gathering in networks that have no backward pass, which alone
-    does so.
+    """Let FSDP forget in which order it gathered the modules of the frozen networks.
+
+    FSDP adds an entry to this list at every forward pass and empties it in the backward pass. The
+    frozen networks have none, so their lists would grow at every step.
     """
-    for root in (
-        part for network in pair.frozen() for part in (network.backbone, *network.heads.values())
-    ):
-        if isinstance(root, FSDPModule) and hasattr(root, "reset_iter_state"):  # torch 2.13
-            root.reset_iter_state()
+    for network in pair.frozen():
+        for root in (network.backbone, *network.heads.values()):
+            if isinstance(root, FSDPModule) and hasattr(root, "reset_iter_state"):  # torch 2.13
+                root.reset_iter_state()
 
 
 def sync_gradients(pair: StudentTeacher, enabled: bool) -> None:

@@ -102,7 +102,7 @@ class Config:
         for kind in self.init_allow:
             if kind not in initial.KINDS:
                 raise UserError(f"train.init_allow: {kind} is none of {', '.join(initial.KINDS)}")
-        BatchShare(self.global_batch, self.accumulation)  # refuses what one rank cannot share
+        BatchShare.check(self.global_batch, self.accumulation)
 
 
 @dataclass(frozen=True)
@@ -123,12 +123,12 @@ class Hooks:
     """What the loop calls; the run hands these in.
 
     Args:
-        log: gets each step's record, in order.
-        save: begins a checkpoint of this many finished steps; the bool says that nothing follows,
-            so it waits for the end of it too.
-        look_after: called after every step for what runs beside training; returns whether a save
-            that was begun has failed and training must not continue without it.
-        say: prints a line for people.
+        log: called with the record of each step, in order.
+        save: called with the number of finished steps; begins a checkpoint. The bool is True for
+            the last one: no step follows, so the hook waits until the checkpoint is written.
+        look_after: called after every step for what runs beside training; returns whether an
+            earlier save has failed and training must not continue without it.
+        say: prints a line on the terminal.
     """
 
     log: Callable[[metrics.Record], None]
@@ -144,20 +144,21 @@ class Cadence:
     Args:
         log_every: steps between two fetches of the metrics.
         save_every: steps between two checkpoints.
-        ranks: how often ranks are compared, how long they are waited for, and when one is slow.
+        parallel: how often the weights of the ranks are compared, how long ranks wait for each
+            other, and when a rank counts as slow.
     """
 
     log_every: int
     save_every: int
-    ranks: ParallelConfig = field(default_factory=ParallelConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
 
 @dataclass(frozen=True)
 class StageSettings:
-    """What the loop works with from a step on, until the next stage.
+    """Settings of the loop from one step on, until the next stage of the run starts.
 
     Args:
-        start: finished steps at its begin; 0 for the first stage.
+        start: finished steps at which the stage starts; 0 for the first stage.
         title: what changes, for the log.
         config: length, batch and precision; of these only the accumulation differs between stages.
         inputs: how views and masks are made.
@@ -199,30 +200,32 @@ class Trainer:
         assert stages[0].start == 0
         self.pair, self.updater, self.hooks, self.cadence = pair, updater, hooks, cadence
         self.stages = stages
-        self.stage = stages[0]  # the one that holds now
+        self.stage = stages[0]  # the stage of the current step
         self.device = next(pair.parameters()).device
         self.world = world or World(Ranks(), self.device)
         self.upload = Upload(self.device)
         config = self.stage.config
+        self.num_ranks = self.world.ranks.world
         self.flag = StopFlag(
             self.device,
-            self.world.ranks.world == 1,
-            job_deadline(os.environ, config.save_before_end_s),
+            alone=self.num_ranks == 1,
+            deadline=job_deadline(os.environ, config.save_before_end_s),
         )
         self.pending = metrics.Pending()
-        self.not_finite: list[tuple[int, Tensor]] = []  # step, which ranks' loss was not finite
-        self.silent_until = 0.0  # no second line about a slow rank before this time
+        # per step since the last flush: its index, and 1 for each rank whose loss was not finite
+        self.not_finite: list[tuple[int, Tensor]] = []
+        self.silent_until = 0.0  # time before which no second line about a slow rank is printed
         self.vitals = vitals.Vitals(
             self.stage.schedules.warmup_steps, vitals.window_of(config.steps)
         )
-        self.ln_k: dict[str, float] = {}  # of each prototype loss
-        self.save_seconds = 0.0  # that training stood still for the last save
+        self.ln_k: dict[str, float] = {}  # name of a prototype loss -> ln(number of prototypes)
+        self.save_seconds = 0.0  # seconds that training waited for the last save
 
     @property
     def share(self) -> BatchShare:
-        """How ranks and micro-batches share the samples of a step now."""
+        """How ranks and micro-batches share the samples of a step in the current stage."""
         config = self.stage.config
-        return BatchShare(config.global_batch, config.accumulation, self.world.ranks.world)
+        return BatchShare(config.global_batch, config.accumulation, self.num_ranks)
 
     def run(self, batches: Iterator[tuple[Batch, ...]], start: int) -> Stop:
         """Train from step `start` to the last one, or to a signal on any rank; ends with a
@@ -233,12 +236,12 @@ class Trainer:
                 `start`.
             start: finished optimizer steps.
         Raises:
-            UserError: a loss or gradient was not finite; the weights are those before it, none were
-                saved. Or a checkpoint could not be written, or a rank was lost.
+            UserError: a loss or gradient was not finite (the weights are those before that step),
+                a checkpoint could not be written, or a rank was lost.
         """
-        steps, ranks = self.stage.config.steps, self.cadence.ranks
+        steps, parallel = self.stage.config.steps, self.cadence.parallel
         self.pair.train()
-        with self.flag, watch_ranks(self.world, ranks) as watch:
+        with self.flag, watch_ranks(self.world, parallel) as watch:
             for step in range(start, steps):
                 self.enter_stage(step)
 
@@ -248,26 +251,29 @@ class Trainer:
                     self.optimizer_step(step, batches)
                 done = step + 1
 
-                # do all ranks stop here, and is a checkpoint due
+                # Do all ranks stop here, and is a checkpoint due? On several GPUs `agreed` answers
+                # with the reasons of one step earlier, so that the host does not wait.
                 reason = self.flag.agreed()
                 last = done == steps or bool(reason)
                 save_due = last or done % self.cadence.save_every == 0
 
-                # fetch and log the numbers; before a save, so that no weights are saved after a
-                # number that is not finite
+                # Fetch and log the numbers. A save comes after it, because `flush` raises where a
+                # number is not finite: weights after such a step are never saved.
                 if save_due or done % self.cadence.log_every == 0:
                     self.flush()
+                    # else FSDP's list of gathered modules would grow as long as the run lasts
                     fsdp.forget_order(self.pair)
 
                 # do all ranks still hold the same weights
-                if ranks.desync_every and done % ranks.desync_every == 0:
+                if parallel.desync_every and done % parallel.desync_every == 0:
                     with watch.naming_lost_ranks():
                         desync.check_sync(self.pair, self.world, done)
 
-                # what runs beside training: evaluations, the save before
+                # what runs beside training: evaluations, and the save that was begun last
                 self.flag.failed_save = self.hooks.look_after()
 
-                # save
+                # Save. After a failed save, a rank whose own part failed raises here, with the
+                # cause; a rank whose part was written raises below.
                 if save_due:
                     self.save(done, last, watch)
                 if reason == FAILED_SAVE:
@@ -275,12 +281,14 @@ class Trainer:
                         f"stopped at step {done}: another rank could not write its part of a "
                         "checkpoint"
                     )
-                if last:
-                    return Stop(done, reason if done < steps else "")
-        return Stop(start)
+                if done == steps:
+                    return Stop(done)  # finished, even if a signal came during the last step
+                if reason:
+                    return Stop(done, reason)
+        return Stop(start)  # no step was left; `tapct train` ends before it calls this
 
     def save(self, done: int, last: bool, watch: Watch) -> None:
-        """Begin a checkpoint of so many finished steps, and note how long training stood still."""
+        """Begin a checkpoint of `done` finished steps, and measure how long training waits."""
         began = time.perf_counter()
         with watch.naming_lost_ranks():
             watch.at(done - 1, "saving")
@@ -288,45 +296,46 @@ class Trainer:
         self.save_seconds = time.perf_counter() - began
 
     def enter_stage(self, step: int) -> None:
-        """Change to the settings of the stage that holds at a step; weights, moments and centres
+        """Change to the settings of the stage that a step belongs to; weights, moments and centres
         stay.
         """
-        due = next(stage for stage in reversed(self.stages) if stage.start <= step)
-        if due is self.stage:
+        stage = next(stage for stage in reversed(self.stages) if stage.start <= step)
+        if stage is self.stage:
             return
-        self.flush()  # the numbers so far belong to the settings before
-        self.stage = due
-        self.updater.config = due.optim
-        self.pair.change_losses(due.losses)
-        self.hooks.say(f"{due.title} from step {due.start} on")
+        self.flush()  # the numbers so far belong to the settings of the stage before
+        self.stage = stage
+        self.updater.config = stage.optim
+        self.pair.change_losses(stage.losses)
+        self.hooks.say(f"{stage.title} from step {stage.start} on")
 
     def optimizer_step(self, step: int, batches: Iterator[tuple[Batch, ...]]) -> None:
         """Forward and backward of all micro-batches, one update, and its numbers."""
         config = self.stage.config
-        timer = metrics.StageTimer(self.device)
+        timer = metrics.PhaseTimer(self.device)
         values = self.stage.schedules.at(step)
         counts = self.stage.inputs.mask_counts(step, config.global_batch)
-        self.pair.refresh_snapshot(step, self.updater.bad == 0)
-        packet, began = Packet(), time.perf_counter()
-        with timer.stage("step"):
-            with timer.stage("data"):
+        self.pair.refresh_snapshot(step, self.updater.is_finite)
+        packet = Packet()
+        began = time.perf_counter()
+        with timer.phase("step"):
+            with timer.phase("data"):
                 micro_batches = next(batches)
 
             # gradients of all micro-batches, added up
             outputs: list[ssl_step.StepOutput] = []
             for micro, batch in enumerate(micro_batches):
-                with timer.stage("views"):
+                with timer.phase("views"):
                     views, masks = self.make_inputs(step, micro, batch, counts)
                 if micro == 0:
                     # before the first collective of the step: after it, all wait for the slowest
                     packet.sum(ARRIVAL, own_slot(time.perf_counter() - began, self.device))
-                with timer.stage("forward_backward"):
+                with timer.phase("forward_backward"):
                     output = self.forward_backward(step, micro, views, masks, values.teacher_temp)
                 metrics.append_output(outputs, output)
             self.ln_k = vitals.ln_prototypes(outputs[0])
 
             # one update of student and teacher, and one collective for all that ranks agree on
-            with timer.stage("optimizer"):
+            with timer.phase("optimizer"):
                 metrics.collect(outputs, packet)
                 packet.sum(STOP, self.flag.slots())
                 total = metrics.mean([output.total for output in outputs])
@@ -335,12 +344,14 @@ class Trainer:
                 self.not_finite.append((step, report.not_finite_W))
 
             # numbers of the step; they stay on the device
-            fetched_now = (step + 1) % self.cadence.log_every == 0
-            numbers = metrics.readings(outputs, packet, report, with_rank=fetched_now)
+            # RankMe is slow: only in the steps that are logged by the cadence, not in those that a
+            # save fetches
+            with_rankme = (step + 1) % self.cadence.log_every == 0
+            numbers = metrics.readings(outputs, packet, report, with_rankme=with_rankme)
             numbers += metrics.arrivals(packet[ARRIVAL])
-        saving, self.save_seconds = self.save_seconds, 0.0
         samples = (step + 1) * config.global_batch
-        self.pending.add(step + 1, samples, values, numbers, timer, saving)
+        self.pending.add(step + 1, samples, values, numbers, timer, self.save_seconds)
+        self.save_seconds = 0.0  # counted once, in the step after the save
 
     def make_inputs(
         self, step: int, micro: int, batch: Batch, counts: list[int]
@@ -356,19 +367,19 @@ class Trainer:
         config = self.stage.config
         if config.accumulation > 1 and self.world.mesh is not None:
             fsdp.sync_gradients(self.pair, micro == config.accumulation - 1)
-        key = DropKey(self.stage.inputs.seed, step, micro, self.world.ranks.rank)
+        drop_key = DropKey(self.stage.inputs.seed, step, micro, self.world.ranks.rank)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
             output = ssl_step.forward(
-                self.pair, views, masks, temp, key, self.pair.uses_snapshot(step)
+                self.pair, views, masks, temp, drop_key, self.pair.uses_snapshot(step)
             )
         (output.total / config.accumulation).backward()
         return output
 
     def flush(self) -> None:
-        """Fetch the numbers of all steps since the last time, check them, and hand them on."""
+        """Fetch the numbers of all steps since the last flush, check them, and log them."""
         records = self.pending.fetch()
         broken = metrics.first_not_finite(records)
-        slow = metrics.straggler(records, self.cadence.ranks.straggler_factor)
+        slow = metrics.straggler(records, self.cadence.parallel.straggler_factor)
         if slow and time.monotonic() > self.silent_until:
             self.hooks.say(slow)
             self.silent_until = time.monotonic() + 60.0
@@ -380,7 +391,7 @@ class Trainer:
             self.hooks.say(line)
         if broken is not None:
             record, name = broken
-            samples = self.samples_behind(int(record["step"]) - 1)
+            samples = self.samples_of_bad_ranks(int(record["step"]) - 1)
             raise SharedError(
                 f"step {record['step']:.0f}: {name} is {record[name]}; the weights were not "
                 f"updated. Samples {samples}. The checkpoints before it are whole, but resuming "
@@ -389,12 +400,12 @@ class Trainer:
             )
         self.not_finite.clear()
 
-    def samples_behind(self, step: int) -> list[int]:
+    def samples_of_bad_ranks(self, step: int) -> list[int]:
         """Samples of the ranks whose loss was not finite in a step; of all ranks, where only a
         gradient was not.
         """
-        slots_W = next(slots for at, slots in self.not_finite if at == step)
-        ranks = slots_W.nonzero().flatten().tolist() or range(self.world.ranks.world)
+        slots_W = dict(self.not_finite)[step]
+        ranks = slots_W.nonzero().flatten().tolist() or range(self.num_ranks)
         samples: list[int] = []
         for rank in ranks:
             for micro in range(self.stage.config.accumulation):

@@ -1,5 +1,7 @@
 """What one optimizer step reports: scalars that stay on the device until the loop fetches many
 steps at once.
+
+Axes: W ranks, K prototypes, N patch tokens of all crops, D channels.
 """
 
 from __future__ import annotations
@@ -111,7 +113,7 @@ def collect(outputs: Sequence[StepOutput], packet: Packet) -> None:
 
 @torch.no_grad()
 def readings(
-    outputs: Sequence[StepOutput], packet: Packet, report: UpdateReport, with_rank: bool
+    outputs: Sequence[StepOutput], packet: Packet, report: UpdateReport, with_rankme: bool
 ) -> list[tuple[str, Tensor]]:
     """The numbers of one optimizer step over all ranks.
 
@@ -119,7 +121,7 @@ def readings(
         outputs: what was collected; gives the names, and RankMe its features (those of this rank).
         packet: packet of `collect`, reduced.
         report: report of the optimizer step.
-        with_rank: whether to add RankMe, whose decomposition waits for a GPU.
+        with_rankme: whether to add RankMe, whose decomposition waits for a GPU.
     Returns:
         (name in metrics.jsonl, scalar), the same names in the same order at every step but for
         RankMe.
@@ -158,7 +160,7 @@ def readings(
     numbers.append((names.feature_health(names.CLS_STD), health.cls_std(packet[CLS_MOMENTS])))
     outliers = names.feature_health(names.NORM_OUTLIERS)
     numbers.append((outliers, packet[outliers]))
-    if with_rank:
+    if with_rankme:
         patches_ND = outputs[-1].tokens.teacher_global.patches_BND.flatten(0, 1)
         numbers.append((names.feature_health(names.RANKME), health.rankme(patches_ND)))
     return numbers
@@ -219,8 +221,8 @@ def mean(values: Sequence[Tensor]) -> Tensor:
     return torch.stack([as_float(value.detach()) for value in values]).mean()
 
 
-class StageTimer:
-    """Seconds of the stages of a step: by the clock on a CPU, by events on a GPU, which are read
+class PhaseTimer:
+    """Seconds of the phases of a step: by the clock on a CPU, by events on a GPU, which are read
     only when fetched.
 
     Args:
@@ -230,7 +232,7 @@ class StageTimer:
     def __init__(self, device: torch.device) -> None:
         self.on_gpu = device.type == "cuda"
         self.started = time.perf_counter()
-        self.stages: list[tuple[str, object, object]] = []
+        self.phases: list[tuple[str, object, object]] = []
 
     def now(self) -> object:
         """A point in time on the device."""
@@ -241,16 +243,16 @@ class StageTimer:
         return event
 
     @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Add the time spent inside to a stage."""
+    def phase(self, name: str) -> Iterator[None]:
+        """Add the time spent inside to a phase."""
         start = self.now()
         yield
-        self.stages.append((name, start, self.now()))
+        self.phases.append((name, start, self.now()))
 
     def seconds(self) -> Record:
-        """Seconds by stage; on a GPU the events must have passed."""
+        """Seconds by phase; on a GPU the events must have passed."""
         totals: Record = {}
-        for name, start, end in self.stages:
+        for name, start, end in self.phases:
             if self.on_gpu:
                 took = start.elapsed_time(end) / 1000  # type: ignore[attr-defined]
             else:
@@ -263,7 +265,7 @@ class StageTimer:
 class Pending:
     """Steps whose numbers have not been fetched yet."""
 
-    rows: list[tuple[Record, list[str], Tensor, StageTimer]] = field(default_factory=list)
+    rows: list[tuple[Record, list[str], Tensor, PhaseTimer]] = field(default_factory=list)
 
     def add(
         self,
@@ -271,18 +273,18 @@ class Pending:
         samples: int,
         values: StepValues,
         numbers: list[tuple[str, Tensor]],
-        timer: StageTimer,
+        timer: PhaseTimer,
         save_seconds: float = 0.0,
     ) -> None:
         """Keep one step's numbers; nothing is copied to the host.
 
         Args:
             step: finished optimizer steps, this one included.
-            samples: seen so far.
-            values: of the schedules.
+            samples: samples seen so far.
+            values: values of the schedules.
             numbers: scalars on the device.
-            timer: of this step.
-            save_seconds: that training stood still for a checkpoint before this step.
+            timer: timer of this step.
+            save_seconds: seconds that training waited for a checkpoint before this step.
         """
         host: Record = {
             "step": step,

@@ -1,5 +1,7 @@
 """Parameter groups, clipping, AdamW and the teacher's move: everything between backward and the
 next step.
+
+Axis: W ranks.
 """
 
 from __future__ import annotations
@@ -132,6 +134,11 @@ class Updater:
         self.optimizer.found_inf = self.bad  # type: ignore[attr-defined]
         self.optimizer.grad_scale = None  # type: ignore[attr-defined]
 
+    @property
+    def is_finite(self) -> Tensor:
+        """Bool scalar on the device: whether all losses and gradients so far were finite."""
+        return self.bad == 0
+
     def step(self, values: StepValues, total: Tensor, packet: Packet | None = None) -> UpdateReport:
         """Clip, check, AdamW, teacher, centres; then forget the gradients.
 
@@ -149,7 +156,7 @@ class Updater:
         for name, square in square_norms(self.pair.student).items():
             packet.sum(f"update/square_norm/{name}", square / self.num_copies)
         pending: dict[str, Tensor] = {}
-        for name, loss in self.pair.terms.items():
+        for name, loss in self.pair.losses_by_name.items():
             for i, buffer in enumerate(loss.pending()):
                 pending[f"pending/{name}/{i}"] = buffer
         for name, buffer in pending.items():
@@ -170,7 +177,7 @@ class Updater:
             ]
         ).all()
         self.bad.copy_(torch.maximum(self.bad, 1.0 - finite.to(self.bad.dtype)))
-        applied = self.bad == 0
+        applied = self.is_finite
         for key, group in zip(self.keys, self.optimizer.param_groups, strict=True):
             frozen = key.is_last_layer and values.last_layer_frozen
             group["lr"] = 0.0 if frozen else values.lr * key.lr_factor
@@ -179,7 +186,7 @@ class Updater:
             group["betas"] = self.config.betas
         self.optimizer.step()
         self.pair.update_teacher(values.momentum, applied)
-        for loss in self.pair.terms.values():
+        for loss in self.pair.losses_by_name.values():
             loss.finish_step(applied)
         self.optimizer.zero_grad(set_to_none=True)
         return UpdateReport(tuple(norms.items()), packet["update/not_finite"].clone(), applied)

@@ -147,10 +147,9 @@ class TaskResults:
 class Task(ABC, Generic[TruthT, PredictionT]):
     """One benchmark of frozen features.
 
-    The runner reads each scan once per side of the split and computes each model's features once
-    for all tasks. It calls
+    The runner reads each training scan once and each test scan once, and computes each model's
+    features once for all tasks. After `begin`, with the number of training scans, it calls
 
-    0. `begin` once, with the number of training scans;
     1. `truth` once per scan, for all models together;
     2. `learn` for every training scan and model, then `fit` once;
     3. `judge` for every test scan and model, and `draw` for the first few test scans;
@@ -162,30 +161,35 @@ class Task(ABC, Generic[TruthT, PredictionT]):
     labels: ClassVar[Labels]
 
     def begin(self, num_train: int) -> None:
-        """Start with a known number of training scans; called once, before the first scan.
+        """Prepare for the training scans; called once, before the first scan.
 
         Args:
-            num_train: number of training scans, for tasks that keep a share of each.
+            num_train: number of training scans, for tasks that keep a share of the patches of each.
         """
 
     @abstractmethod
     def truth(self, scan: LabelledScan, grid: PatchGrid, in_play_Z: np.ndarray) -> TruthT:
-        """Collect what there is to know about one scan, the same for all models.
+        """Compute from one scan what `learn`, `judge` and `draw` need, e.g. labels of patches.
+
+        The result is the same for all models.
 
         Args:
             scan: voxels and the labels that the task declared.
             grid: patch grid of the features.
-            in_play_Z: bool, slices of patches that belong to this side of the split; all of them
-                unless train and test share a scan.
+            in_play_Z: bool, True for the slices of patches that the task may use. Only where the
+                same scan is in the training and in the test set are some False: those of the other
+                set, and the gap between both.
         """
 
     @abstractmethod
     def learn(self, model: str, dense: DenseFeatures, truth: TruthT) -> None:
-        """Take what is needed from one training scan for one model."""
+        """Keep what `fit` needs of one training scan and one model, e.g. some patch features."""
 
     @abstractmethod
     def fit(self) -> None:
-        """Fit whatever is fitted, after the last training scan."""
+        """Fit the task's own classifiers or regressions, one per model; called once, after the last
+        training scan.
+        """
 
     @abstractmethod
     def judge(self, model: str, dense: DenseFeatures, truth: TruthT) -> PredictionT:

@@ -1,8 +1,9 @@
 """Evaluation of frozen backbones: scans in, `results.json` and pictures out.
 
-Scans are read one at a time and each is seen by every model and task before the next, so memory
-holds one scan however many there are. Training scans are passed once, tasks are fitted, then test
-scans are passed once.
+Scans are read one at a time, and every model and task works on a scan before the next one is read.
+So memory holds one scan and the features of one model at a time; for a test scan that gets
+pictures, the features of all models. The training scans are read once, then the tasks are fitted,
+then the test scans are read once.
 """
 
 from __future__ import annotations
@@ -131,8 +132,8 @@ def evaluate(
         out: folder for `results.json` and `pictures/`; made if missing, `results.json` is
             replaced atomically.
         preprocess: preprocessing instead of the config's, e.g. the one stored in an export.
-        held_out: patients kept out of pretraining: the test side where usable scans lie on both
-            sides.
+        held_out: patients kept out of pretraining. If some of the usable scans are theirs and some
+            are not, these patients are the test set; else patients are drawn by `test_share`.
         scan_labels: values for scans as a whole, for tasks that need `Labels.SCAN`.
         command: command line, kept in the results.
         device: device that scans are prepared on.
@@ -148,89 +149,103 @@ def evaluate(
     preprocess.check_patch(patch)
     rows = scans.matching(rows, config.only)
     tasks = _build_tasks(config)
-    usable = _usable_scans(tasks, rows, scan_labels)
+    rows_of_task = _usable_rows(tasks, rows, scan_labels)
     split = scans.split_for_tasks(
-        list(usable.values()),
+        list(rows_of_task.values()),
         test_share=config.test_share,
         max_scans=config.max_scans,
         seed=config.seed,
         held_out=held_out,
     )
-    running = [_begin(name, tasks[name], chosen, split) for name, chosen in usable.items()]
     run = _Run(
-        config, split, root, contract, preprocess, patch, torch.device(device), running, progress
+        config=config,
+        split=split,
+        root=root,
+        contract=contract,
+        preprocess=preprocess,
+        patch=patch,
+        device=torch.device(device),
+        task_runs=[_begin(name, tasks[name], rows_of_task[name], split) for name in rows_of_task],
+        scan_labels=scan_labels or {},
+        progress=progress,
     )
-    _learn(run, models, scan_labels)
-    drawn = _test(run, models, scan_labels, out)
-    settings = {plugin.name: to_dict(plugin.config) for plugin in config.tasks}
-    sections = {}
-    for one in running:
-        skipped = len(rows) - len(usable[one.name])
-        pictures_of = tuple(drawn.of_task.get(one.name, ()))
-        sections[one.name] = _section(one, models, settings[one.name], skipped, pictures_of)
+    _learn(run, models)
+    album = _test(run, models, out)
     evaluation = Evaluation(
-        sections,
-        _record(split),
-        to_dict(preprocess),
-        patch,
-        config.seed,
-        tuple(drawn.pca),
-        _versions(),
-        command,
-        round(time.perf_counter() - began, 2),
+        tasks=_sections(run, models, num_rows=len(rows), album=album),
+        split=_record(split),
+        preprocess=to_dict(preprocess),
+        patch=patch,
+        seed=config.seed,
+        pca=tuple(album.pca),
+        versions=_versions(),
+        command=command,
+        seconds=round(time.perf_counter() - began, 2),
     )
     evaluation.write(out)
     return evaluation
 
 
-def _learn(run: _Run, models: Sequence[NamedModel], scan_labels: ScanLabels | None) -> None:
-    """Pass over the training scans once, for all models and tasks, and fit the tasks."""
-    for scan in run.scans(test=False, scan_labels=scan_labels):
+def _learn(run: _Run, models: Sequence[NamedModel]) -> None:
+    """Read the training scans once, for all models and tasks, and fit the tasks."""
+    for scan in run.prepared_scans(test=False):
         for model in models:
             dense = run.features(model, scan)
             for name, truth in scan.truths.items():
                 run.task(name).learn(model.name, dense, truth)
-    for one in run.tasks:
-        one.task.fit()
+    for task_run in run.task_runs:
+        task_run.task.fit()
 
 
-def _test(
-    run: _Run, models: Sequence[NamedModel], scan_labels: ScanLabels | None, out: Path
-) -> _Drawn:
-    """Pass over the test scans once; returns the pictures of the first few."""
-    drawn = _Drawn(out)
-    for number, scan in enumerate(run.scans(test=True, scan_labels=scan_labels)):
-        is_drawn = number < run.config.num_pictures
+def _test(run: _Run, models: Sequence[NamedModel], out: Path) -> _Album:
+    """Read the test scans once; returns the pictures of the first few."""
+    album = _Album(out)
+    for number, scan in enumerate(run.prepared_scans(test=True)):
+        gets_pictures = number < run.config.num_pictures
         outputs = _Outputs()
         for model in models:
             dense = run.features(model, scan)
             for name, truth in scan.truths.items():
                 prediction = run.task(name).judge(model.name, dense, truth)
-                if is_drawn:
+                if gets_pictures:
                     outputs.predictions.setdefault(name, {})[model.name] = prediction
-            if is_drawn:
+            if gets_pictures:
                 outputs.dense[model.name] = dense
-        if is_drawn:
-            drawn.draw(run, scan, outputs)
-    return drawn
+        if gets_pictures:
+            album.add(run, scan, outputs)
+    return album
 
 
 @dataclass(frozen=True)
-class _RunningTask:
-    """A task with the scans that it can use."""
+class _TaskRun:
+    """A task and the scans that it can use.
+
+    Args:
+        name: name of the task's plug-in.
+        task: the task.
+        scan_ids: IDs of the scans that have the labels it needs.
+        num_train: number of them that it learns from.
+        num_test: number of them that it evaluates.
+    """
 
     name: str
     task: Task[Any, Any]
-    usable: frozenset[str]
+    scan_ids: frozenset[str]
     num_train: int
     num_test: int
 
 
 @dataclass(frozen=True)
 class _PreparedScan:
-    """One scan of one side, with what is common to all models."""
+    """One scan, with everything that is the same for all models.
 
-    scan: LabelledScan
+    Args:
+        labelled: voxels and labels.
+        prepared: input of the backbones.
+        truths: task name -> what its `truth` returned.
+    """
+
+    labelled: LabelledScan
     prepared: Prepared
     truths: Mapping[str, Any]
 
@@ -245,6 +260,8 @@ class _Outputs:
 
 @dataclass(frozen=True)
 class _Run:
+    """The inputs of one evaluation; arguments as of `evaluate`."""
+
     config: Config
     split: Split
     root: Path
@@ -252,22 +269,28 @@ class _Run:
     preprocess: Preprocess
     patch: tuple[int, int, int]
     device: torch.device
-    tasks: Sequence[_RunningTask]
+    task_runs: Sequence[_TaskRun]
+    scan_labels: ScanLabels
     progress: Callable[[int, int], None] | None
 
     def task(self, name: str) -> Task[Any, Any]:
-        return next(one.task for one in self.tasks if one.name == name)
+        return next(task_run.task for task_run in self.task_runs if task_run.name == name)
 
-    def scans(self, *, test: bool, scan_labels: ScanLabels | None) -> Iterator[_PreparedScan]:
-        """Read, prepare and label the scans of one side, one at a time."""
+    def prepared_scans(self, *, test: bool) -> Iterator[_PreparedScan]:
+        """Read, prepare and label the test scans, or else the training scans, one at a time."""
         rows = self.split.test if test else self.split.train
+        num_before = len(self.split.train) if test else 0
         total = len(self.split.train) + len(self.split.test)
         for number, row in enumerate(rows, start=1):
-            tasks = [one for one in self.tasks if row.id in one.usable]
-            with_labels = any(one.task.labels in (Labels.VOXELS, Labels.PAIRS) for one in tasks)
-            values = (scan_labels or {}).get(row.id)
-            scan = scans.read_scan(row, self.root, with_labels=with_labels, scan_labels=values)
-            volume = scan.volume
+            task_runs = [each for each in self.task_runs if row.id in each.scan_ids]
+            need_map = [each.task.labels in (Labels.VOXELS, Labels.PAIRS) for each in task_runs]
+            labelled = scans.read_scan(
+                row,
+                self.root,
+                with_labels=any(need_map),
+                scan_labels=self.scan_labels.get(row.id),
+            )
+            volume = labelled.volume
             prepared = prepare(
                 volume.hu_ZYX,
                 self.contract,
@@ -276,16 +299,20 @@ class _Run:
                 self.device,
                 volume.spacing_mm,
             )
-            in_play_Z = self._in_play(prepared.grid, scan.id, test=test)
-            truths = {one.name: one.task.truth(scan, prepared.grid, in_play_Z) for one in tasks}
-            yield _PreparedScan(scan, prepared, truths)
+            in_play_Z = self._in_play(prepared.grid, labelled.id, test=test)
+            truths = {}
+            for task_run in task_runs:
+                truth = task_run.task.truth(labelled, prepared.grid, in_play_Z)
+                truths[task_run.name] = truth
+            yield _PreparedScan(labelled, prepared, truths)
             if self.progress:
-                self.progress(number + (len(self.split.train) if test else 0), total)
+                self.progress(num_before + number, total)
 
     def features(self, model: NamedModel, scan: _PreparedScan) -> DenseFeatures:
         return features_of(model.model, scan.prepared, self.preprocess, batch=self.config.batch)
 
     def _in_play(self, grid: PatchGrid, scan_id: str, *, test: bool) -> np.ndarray:
+        """Slices of patches that this side of the split may use: bool (Z,)."""
         if self.split.mode == scans.PATIENTS:
             return np.ones(grid.shape[0], dtype=bool)
         return scans.block_slices(
@@ -297,8 +324,8 @@ class _Run:
         )
 
 
-class _Drawn:
-    """Draws the pictures of test scans and keeps their entries in the results.
+class _Album:
+    """Draws the pictures of test scans and keeps their entries for the results.
 
     Args:
         out: folder of results.json.
@@ -309,21 +336,24 @@ class _Drawn:
         self.of_task: dict[str, list[Picture]] = {}
         self.pca: list[Picture] = []
 
-    def draw(self, run: _Run, scan: _PreparedScan, outputs: _Outputs) -> None:
+    def add(self, run: _Run, scan: _PreparedScan, outputs: _Outputs) -> None:
         """Draw one picture per task and one of the features of all models."""
-        scan_id, at = scan.scan.id, None
+        scan_id, volume = scan.labelled.id, scan.labelled.volume
+        slices: tuple[int, int] | None = None  # axial and coronal slice of the feature picture
         for name, truth in scan.truths.items():
             task, file = run.task(name), self.folder / name / f"{scan_id}.png"
             caption = task.draw(file, truth, outputs.predictions[name])
             if caption:
                 picture = Picture(scan_id, self.below_out(file), caption)
                 self.of_task.setdefault(name, []).append(picture)
-            at = at or task.slices_of_interest(truth)
-        volume, file = scan.scan.volume, self.folder / f"{scan_id}_features.png"
-        depth, height, _ = volume.hu_ZYX.shape
+            # the first task that names slices decides
+            slices = slices or task.slices_of_interest(truth)
+        if slices is None:
+            depth, height, _ = volume.hu_ZYX.shape
+            slices = (depth // 2, height // 2)
+        file = self.folder / f"{scan_id}_features.png"
         columns = [(name.replace("_", " "), dense) for name, dense in outputs.dense.items()]
-        at = at or (depth // 2, height // 2)
-        pictures.draw_pca(file, volume.hu_ZYX, volume.spacing_mm, columns, at)
+        pictures.draw_pca(file, volume.hu_ZYX, volume.spacing_mm, columns, slices)
         caption = f"first three principal components of the patch features of {scan_id}"
         self.pca.append(Picture(scan_id, self.below_out(file), caption))
 
@@ -352,15 +382,16 @@ def _build_tasks(config: Config) -> dict[str, Task[Any, Any]]:
     return tasks
 
 
-def _usable_scans(
+def _usable_rows(
     tasks: Mapping[str, Task[Any, Any]], rows: Sequence[ScanRow], scan_labels: ScanLabels | None
 ) -> dict[str, list[ScanRow]]:
-    """The scans that each task can use; a task without any is left out, and that is printed.
+    """Task name -> the scans that it can use. A task without any is left out, and a line about it
+    is printed.
 
     Raises:
         UserError: no task has a scan.
     """
-    usable: dict[str, list[ScanRow]] = {}
+    rows_of_task: dict[str, list[ScanRow]] = {}
     missing: list[str] = []
     for name, task in tasks.items():
         chosen = scans.usable(rows, task.labels, scan_labels)
@@ -372,26 +403,29 @@ def _usable_scans(
         if len(chosen) < len(rows):
             num = len(rows) - len(chosen)
             console.say(f"{name}: {num} of {len(rows)} scans have no {what} and are skipped")
-        usable[name] = chosen
-    if not usable:
+        rows_of_task[name] = chosen
+    if not rows_of_task:
         raise UserError("; ".join(missing))
     for line in missing:
         console.say(f"{line}. The task is skipped")
-    return usable
+    return rows_of_task
 
 
-def _begin(
-    name: str, task: Task[Any, Any], chosen: Sequence[ScanRow], split: Split
-) -> _RunningTask:
-    """Start a task on its share of the split.
+def _begin(name: str, task: Task[Any, Any], rows: Sequence[ScanRow], split: Split) -> _TaskRun:
+    """Start a task on the scans of the split that it can use.
 
+    Args:
+        name: name of the task's plug-in.
+        task: the task.
+        rows: scans that it can use.
+        split: training and test scans of all tasks.
     Raises:
-        UserError: one side has none of its scans, or it cannot work within one patient.
+        UserError: it can use no training scan or no test scan, or it cannot work within one
+            patient.
     """
-    usable = frozenset(row.id for row in chosen)
-    num_train, num_test = (
-        sum(row.id in usable for row in side) for side in (split.train, split.test)
-    )
+    scan_ids = frozenset(row.id for row in rows)
+    num_train = sum(row.id in scan_ids for row in split.train)
+    num_test = sum(row.id in scan_ids for row in split.test)
     if not num_train or not num_test:
         raise UserError(
             f"task {name} has {num_train} training and {num_test} test scans; it needs one of "
@@ -405,37 +439,52 @@ def _begin(
             f"with eval.tasks[{name}]=null"
         )
     task.begin(num_train)
-    return _RunningTask(name, task, usable, num_train, num_test)
+    return _TaskRun(name, task, scan_ids, num_train, num_test)
 
 
-def _section(
-    one: _RunningTask,
-    models: Sequence[NamedModel],
-    settings: Mapping[str, Any],
-    skipped: int,
-    drawn: tuple[Picture, ...],
-) -> TaskSection:
-    """The results of a task, checked against its contract."""
-    results, headline = one.task.results(), one.task.headline()
-    strange = set(headline.values) - {model.name for model in models}
-    if strange:
-        raise UserError(
-            f"task {one.name}: its headline has values for {', '.join(sorted(strange))}; the "
-            f"models are {', '.join(model.name for model in models)}"
+def _sections(
+    run: _Run, models: Sequence[NamedModel], num_rows: int, album: _Album
+) -> dict[str, TaskSection]:
+    """Task name -> its results, checked against its contract.
+
+    Args:
+        run: evaluation whose test scans have been read.
+        models: models that were evaluated.
+        num_rows: number of accepted scans, usable or not.
+        album: pictures of the test scans.
+    Raises:
+        UserError: a headline has values for a model that was not evaluated.
+    """
+    settings = {plugin.name: to_dict(plugin.config) for plugin in run.config.tasks}
+    sections: dict[str, TaskSection] = {}
+    for task_run in run.task_runs:
+        results, headline = task_run.task.results(), task_run.task.headline()
+        unknown = set(headline.values) - {model.name for model in models}
+        if unknown:
+            raise UserError(
+                f"task {task_run.name}: its headline has values for {', '.join(sorted(unknown))}; "
+                f"the models are {', '.join(model.name for model in models)}"
+            )
+        sections[task_run.name] = TaskSection(
+            config=settings[task_run.name],
+            labels=task_run.task.labels.value,
+            num_train=task_run.num_train,
+            num_test=task_run.num_test,
+            skipped=num_rows - len(task_run.scan_ids),
+            headline=headline,
+            results=results,
+            pictures=tuple(album.of_task.get(task_run.name, ())),
         )
-    labels = one.task.labels.value
-    return TaskSection(
-        settings, labels, one.num_train, one.num_test, skipped, headline, results, drawn
-    )
+    return sections
 
 
 def _record(split: Split) -> SplitRecord:
     return SplitRecord(
-        split.mode,
-        split.held_out,
-        tuple(row.id for row in split.train),
-        tuple(row.id for row in split.test),
-        scans.BLOCKS_NOTE if split.mode == scans.BLOCKS else "",
+        mode=split.mode,
+        held_out_from_pretraining=split.held_out,
+        train=tuple(row.id for row in split.train),
+        test=tuple(row.id for row in split.test),
+        note=scans.BLOCKS_NOTE if split.mode == scans.BLOCKS else "",
     )
 
 

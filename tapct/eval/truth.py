@@ -32,7 +32,7 @@ class PatchTruth:
         grid: of the patches.
         values: label values that occur, ascending; `OUTSIDE` where it was derived from HU.
         shares_NV: float32, share of each value among a patch's voxels; rows sum to 1.
-        in_play_Z: bool over the grid's slices: which of them this side of the split may use.
+        in_play_Z: bool, True for the slices of the grid that the task may use; see `Task.truth`.
     """
 
     scan: LabelledScan

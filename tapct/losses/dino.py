@@ -8,6 +8,9 @@
     global_ = sum_g sum_g'!=g  mean_b CE(student_head(student(g).cls), targets[g']) / n  # 2 pairs
     n       = 2 + 2L
 
+Axes: B samples, D channels, W bottleneck width of the head, K prototypes, V student views (global
+crops, then local ones), G teacher views, N = G*B and R = V*B rows, crop-major.
+
 Source: Caron et al. 2021, arXiv:2104.14294; Oquab et al. 2023, arXiv:2304.07193.
 """
 
@@ -21,7 +24,7 @@ from torch import Tensor, nn
 from tapct.config import setting
 from tapct.nn import heads
 from tapct.nn.contracts import HeadRows, Loss
-from tapct.nn.prototype_loss import PrototypeLoss, pair_up, prototype_loss
+from tapct.nn.prototype_loss import PrototypeLoss, prototype_loss, return_both
 from tapct.nn.prototypes import TargetConfig, Targets
 from tapct.types import LossResult, TargetStats, Term, TokenSets
 
@@ -55,8 +58,9 @@ class DinoLoss(Loss):
 
         Args:
             sets: tokens of student and teacher, crop-major.
-            student_head: maps class tokens to K logits.
-            teacher_head: the same, its moving average.
+            student_head: head of class tokens, a `PrototypeHead`. With a second argument it returns
+                what that function makes of its features and prototypes, instead of logits.
+            teacher_head: moving average of the student's head.
         Returns:
             Terms `dino_global` and, with local crops, `dino_local`.
         """
@@ -64,25 +68,32 @@ class DinoLoss(Loss):
         num_globals, num_locals = sets.num_globals, sets.num_locals
         num_terms = num_globals * (num_globals - 1) + num_globals * num_locals
         with torch.no_grad():
-            features_NW, teacher_KW = teacher_head(sets.teacher_global.cls_BD, pair_up)
-            teacher = self.targets.scores(
+            features_NW, teacher_KW = teacher_head(sets.teacher_global.cls_BD, return_both)
+            target_scores = self.targets.scores(
                 features_NW.unflatten(0, (num_globals, -1)), teacher_KW, sets.teacher_temp
             )
-            del features_NW, teacher_KW  # under autocast `teacher` holds narrower ones
-        cls = [sets.student_global.cls_BD] + (
-            [sets.student_local.cls_BD] if sets.student_local is not None else []
-        )
-        num_samples = teacher.features_GBW.shape[1]
+            # under autocast `target_scores` holds copies in bf16: free the float32 originals
+            del features_NW, teacher_KW
+        student_cls = [sets.student_global.cls_BD]
+        if sets.student_local is not None:
+            student_cls.append(sets.student_local.cls_BD)
+        num_samples = target_scores.features_GBW.shape[1]
         scale = self.config.weight / (num_terms * num_samples)
 
         def compare(features_RW: Tensor, prototypes_KW: Tensor) -> PrototypeLoss:
             student_VBW = features_RW.unflatten(0, (num_globals + num_locals, -1))
             weight_VB = torch.full_like(student_VBW[..., 0], scale)
+            # cross: a global crop is compared with the other ones, not with itself
             return prototype_loss(
-                student_VBW, prototypes_KW, weight_VB, teacher, self.config.student_temp, cross=True
+                student_VBW,
+                prototypes_KW,
+                weight_VB,
+                target_scores,
+                self.config.student_temp,
+                cross=True,
             )
 
-        result: PrototypeLoss = student_head(torch.cat(cls), compare)
+        result: PrototypeLoss = student_head(torch.cat(student_cls), compare)
         return self.terms_of(result, num_globals, num_locals, scale)
 
     def terms_of(

@@ -4,8 +4,11 @@ patch.
     rows    = masked patch tokens of all global crops, and only those                    # M
     targets = centre_or_sinkhorn(teacher_head(teacher(globals).patches[rows]) / temperature)
     scores  = student_head(student(masked globals).patches[rows])
-    loss    = sum_m weight_m CE(scores_m, targets_m) / (2B)
-    weight  = 1 / masked tokens of that crop; the 2B count the unmasked crops too
+    loss    = sum_m weight_m CE(scores_m, targets_m) / (V*B)
+    weight  = 1 / (masked in-scan tokens of that crop); V*B counts the crops without a mask too
+
+Axes: V global views, B samples, N patch tokens of a crop, D channels, M masked tokens, W bottleneck
+width of the head, K prototypes. In `patches_BND` the first axis holds all V*B crops.
 
 Source: Zhou et al. 2021, arXiv:2111.07832; Oquab et al. 2023, arXiv:2304.07193.
 """
@@ -20,7 +23,7 @@ from torch import Tensor, nn
 from tapct.config import setting
 from tapct.nn import heads
 from tapct.nn.contracts import HeadRows, Loss
-from tapct.nn.prototype_loss import PrototypeLoss, pair_up, prototype_loss
+from tapct.nn.prototype_loss import PrototypeLoss, prototype_loss, return_both
 from tapct.nn.prototypes import TargetConfig, Targets
 from tapct.types import LossResult, TargetStats, Term, TokenSets
 
@@ -56,33 +59,43 @@ class IBotLoss(Loss):
 
         Args:
             sets: tokens of student and teacher, crop-major, with the masks.
-            student_head: maps patch tokens to K logits.
-            teacher_head: the same, its moving average.
+            student_head: head of patch tokens, a `PrototypeHead`. With a second argument it returns
+                what that function makes of its features and prototypes, instead of logits.
+            teacher_head: moving average of the student's head.
         Returns:
-            Term `ibot`; zero (but connected) when no patch is masked.
+            Term `ibot`; zero, but still with gradients (of zero), when no patch is masked.
         """
         assert student_head is not None and teacher_head is not None
         masks = sets.masks
         student_MD = sets.student_global.patches_BND.flatten(0, 1)[masks.index_M]
         num_crops = sets.student_global.patches_BND.shape[0]
-        # a masked token that is all padding weighs nothing, here and in the targets
-        real_M = masks.weight_M > 0
+        # A masked token that is all padding has no weight in the loss, and does not count in the
+        # targets' statistics either.
+        in_scan_M = masks.weight_M > 0
         with torch.no_grad():
             teacher_MD = sets.teacher_global.patches_BND.flatten(0, 1)[masks.index_M]
-            features_MW, teacher_KW = teacher_head(teacher_MD, pair_up)
-            teacher = self.targets.scores(features_MW[None], teacher_KW, sets.teacher_temp, real_M)
-            del teacher_MD, features_MW, teacher_KW  # under autocast `teacher` holds narrower ones
+            features_MW, teacher_KW = teacher_head(teacher_MD, return_both)
+            target_scores = self.targets.scores(
+                features_MW[None], teacher_KW, sets.teacher_temp, in_scan_M
+            )
+            # under autocast `target_scores` holds copies in bf16: free the float32 originals
+            del teacher_MD, features_MW, teacher_KW
         weight_M = (self.config.weight / num_crops) * masks.weight_M
 
         def compare(features_MW: Tensor, prototypes_KW: Tensor) -> PrototypeLoss:
-            weight_1M = weight_M.to(features_MW.dtype)[None]
-            temp = self.config.student_temp
+            # One view of M rows. A row of the student is compared with the same patch of the
+            # teacher's crop; cross=True would leave that pair out.
             return prototype_loss(
-                features_MW[None], prototypes_KW, weight_1M, teacher, temp, cross=False
+                features_MW[None],
+                prototypes_KW,
+                weight_M.to(features_MW.dtype)[None],
+                target_scores,
+                self.config.student_temp,
+                cross=False,
             )
 
         result: PrototypeLoss = student_head(student_MD, compare)
-        mean_ce = (result.ce_VB[0] * real_M).sum() / real_M.sum().clamp(min=1)
+        mean_ce = (result.ce_VB[0] * in_scan_M).sum() / in_scan_M.sum().clamp(min=1)
         return LossResult(
             (Term("ibot", result.value, mean_ce),), TargetStats("ibot", result.sums, mean_ce)
         )

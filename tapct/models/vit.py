@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -52,6 +53,16 @@ from tapct.nn.norm import LayerNorm
 from tapct.nn.posembed import resize_positions
 from tapct.nn.rope import Rotation
 from tapct.types import Tokens
+
+# Rows of `tapct plan` and the parameters in each; the first pattern that fits a name decides.
+PARTS = {
+    "patch embedding": r"patch_embed\.",
+    "tokens": r"(cls_token|register_tokens|mask_token)$",
+    "positions": r"pos_embed$",
+    "attention": r"blocks\.\d+\.attn\.",
+    "feed-forward": r"blocks\.\d+\.mlp\.",
+    "norms and scales": r"",
+}
 
 
 @dataclass(frozen=True)
@@ -129,12 +140,12 @@ class Config:
                 f"model.dim {self.dim} is no multiple of model.heads {self.heads}; change one of "
                 "them"
             )
-        if not self.turns and self.rope != rope.Config():
+        if not self.uses_rope and self.rope != rope.Config():
             raise UserError(
                 "model.rope is set, but model.positions=learned reads none of it; choose rope or "
                 "both"
             )
-        if self.turns and not rope.pairs_per_axis(self.dim // self.heads):
+        if self.uses_rope and not rope.pairs_per_axis(self.dim // self.heads):
             raise UserError(
                 f"model.positions={self.positions} needs heads of at least {rope.PAIRS_PER_AXIS} "
                 f"channels, and model.dim {self.dim} over model.heads {self.heads} gives "
@@ -142,13 +153,13 @@ class Config:
             )
 
     @property
-    def turns(self) -> bool:
-        """Whether positions rotate queries and keys."""
+    def uses_rope(self) -> bool:
+        """Whether rotary positions rotate queries and keys."""
         return self.positions != "learned"
 
     @property
     def grid(self) -> Grid:
-        """Patches of the native window along (z, y, x)."""
+        """Patches of `model.window` along (z, y, x)."""
         return patch_grid(self.window, self.patch, "model.window")
 
 
@@ -189,10 +200,10 @@ class PatchEmbed(nn.Module):
         raster order.
         """
         grid = self.grid_of(crops)
-        pairs = [size for each in zip(grid, self.patch, strict=True) for size in each]
+        num_crops, (gz, gy, gx), (pz, py, px) = crops.shape[0], grid, self.patch
         # (B, C, gz, pz, gy, py, gx, px) -> (B, gz, gy, gx, C, pz, py, px) -> (B*N, C*P)
-        split = crops.reshape(crops.shape[0], self.in_chans, *pairs)
-        return split.permute(0, 2, 4, 6, 1, 3, 5, 7).reshape(crops.shape[0] * math.prod(grid), -1)
+        split = crops.reshape(num_crops, self.in_chans, gz, pz, gy, py, gx, px)
+        return split.permute(0, 2, 4, 6, 1, 3, 5, 7).reshape(num_crops * math.prod(grid), -1)
 
     def forward(self, groups: Sequence[Tensor]) -> list[Tensor]:
         """Groups of crops -> one (B, N, D) per group."""
@@ -240,18 +251,22 @@ class Block(nn.Module):
         """
         # x = x + drop(scale(attn(norm(x)))), then the same with the mlp. `drop` is stochastic
         # depth: the branch works on the rows of the kept crops alone and is added to these rows.
-        # `deferred` norms give the same numbers with less memory (nn/lean.py).
-        attend, feed = subsets
-        if attend is None:
+        # `deferred`: the rows are normalised later, inside the next linear layer, which gives the
+        # same numbers with less memory (nn/lean.py).
+        attention_subset, mlp_subset = subsets
+        if attention_subset is None:
             x_TD = x_TD + self.ls1(self.attn(self.norm1.deferred(x_TD), spans, rotation))
         else:
-            kept_SD = attend.take(x_TD)
-            turned = None if rotation is None else rotation.take(attend.row_S)
-            branch_SD = self.ls1(self.attn(self.norm1.deferred(kept_SD), attend.spans, turned))
-            x_TD = attend.add(x_TD, branch_SD)
-        if feed is None:
+            kept_SD, kept_spans = attention_subset.take(x_TD), attention_subset.spans
+            kept_rotation = None
+            if rotation is not None:
+                kept_rotation = rotation.take(attention_subset.row_S)
+            attended_SD = self.attn(self.norm1.deferred(kept_SD), kept_spans, kept_rotation)
+            x_TD = attention_subset.add(x_TD, self.ls1(attended_SD))
+        if mlp_subset is None:
             return x_TD + self.ls2(self.mlp(self.norm2.deferred(x_TD)))
-        return feed.add(x_TD, self.ls2(self.mlp(self.norm2.deferred(feed.take(x_TD)))))
+        kept_SD = mlp_subset.take(x_TD)
+        return mlp_subset.add(x_TD, self.ls2(self.mlp(self.norm2.deferred(kept_SD))))
 
 
 class VisionTransformer(Backbone):
@@ -272,19 +287,18 @@ class VisionTransformer(Backbone):
         self.attention = config.attention
         self.position_grid = None if config.positions == "rope" else config.grid
         self.num_blocks = config.depth
-        self.needs_spacing = config.turns and config.rope.coordinates == "mm"
+        self.needs_spacing = config.uses_rope and config.rope.coordinates == "mm"
         device = torch.get_default_device()
         with torch.device("meta"):  # the layers' own initialisation is skipped
             self.patch_embed = PatchEmbed(config)
             self.cls_token = nn.Parameter(torch.empty(1, 1, config.dim))
-            registers = (
-                nn.Parameter(torch.empty(1, config.registers, config.dim))
-                if config.registers
-                else None
-            )
-            self.register_parameter("register_tokens", registers)
-            learned = nn.Parameter(torch.empty(1, 1 + math.prod(config.grid), config.dim))
-            self.register_parameter("pos_embed", None if config.positions == "rope" else learned)
+            register_tokens = pos_embed = None
+            if config.registers:
+                register_tokens = nn.Parameter(torch.empty(1, config.registers, config.dim))
+            if config.positions != "rope":
+                pos_embed = nn.Parameter(torch.empty(1, 1 + math.prod(config.grid), config.dim))
+            self.register_parameter("register_tokens", register_tokens)
+            self.register_parameter("pos_embed", pos_embed)
             self.mask_token = nn.Parameter(torch.empty(1, config.dim))
             self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
             self.norm = LayerNorm(config.dim, eps=1e-6)
@@ -318,7 +332,7 @@ class VisionTransformer(Backbone):
         grids = [self.patch_embed.grid_of(group) for group in crops]
         x_TD, spans = self._embed(crops, masks or [None] * len(crops), grids)
         rotation = None
-        if self.config.turns:
+        if self.config.uses_rope:
             rotation = self._rotation(spans, grids, key, spacing_mm, x_TD.device)
         # two residual branches per block
         subsets: list[Subset | None] = [None] * (2 * self.num_blocks)
@@ -360,8 +374,8 @@ class VisionTransformer(Backbone):
             if self.register_tokens is not None:
                 tokens.append(self.register_tokens.expand(num_crops, -1, -1))
             tokens.append(self._place(patches_BND, grid))
-            # float32 from here on, since `_place` widens the patches: the residual stream sums
-            # 2 * depth branches, and bf16 would round away the small ones
+            # `_place` returns float32, so all tokens are float32 from here on: the residual stream
+            # sums 2 * depth branches, and bf16 would lose the small ones
             x_BSD = torch.cat(tokens, dim=1)
             packed.append(x_BSD.flatten(0, 1))
             spans.append(Span(num_crops, x_BSD.shape[1]))
@@ -428,11 +442,10 @@ class VisionTransformer(Backbone):
         config, dim = self.config, self.dim
         num_patches = math.prod(patch_grid(window, self.patch, "window"))
         tokens = 1 + config.registers + num_patches
-        sizes = {name: parameter.numel() for name, parameter in self.named_parameters()}
-        total = sum(sizes.values())
-
-        def count(part: str) -> int:
-            return sum(size for name, size in sizes.items() if part in name)
+        parameters: Counter[str] = Counter()
+        for name, parameter in self.named_parameters():
+            part = next(part for part, pattern in PARTS.items() if re.match(pattern, name))
+            parameters[part] += parameter.numel()
 
         # qkv and output projection, then scores and their mixture of values
         attention = config.depth * tokens * (8.0 * dim * dim + 4.0 * tokens * dim)
@@ -442,34 +455,39 @@ class VisionTransformer(Backbone):
         feed_forward = config.depth * tokens * 2.0 * dim * widths
         kept = 1 - config.drop_path
         embedding = 2.0 * math.prod(window) * config.in_chans * dim
-        layers = [
-            LayerCost("patch embedding", count("patch_embed."), embedding),
-            LayerCost("tokens", count("_token"), 0.0),
-            LayerCost("positions", count("pos_embed"), 0.0),
-            LayerCost("attention", count(".attn."), attention, kept),
-            LayerCost("feed-forward", count(".mlp."), feed_forward, kept),
-        ]
-        rest = total - sum(layer.parameters for layer in layers)
-        return CropCost(tokens, (*layers, LayerCost("norms and scales", rest, 0.0)))
+        layers = (
+            LayerCost("patch embedding", parameters["patch embedding"], embedding),
+            LayerCost("tokens", parameters["tokens"], 0.0),
+            LayerCost("positions", parameters["positions"], 0.0),
+            LayerCost("attention", parameters["attention"], attention, kept),
+            LayerCost("feed-forward", parameters["feed-forward"], feed_forward, kept),
+            LayerCost("norms and scales", parameters["norms and scales"], 0.0),
+        )
+        return CropCost(tokens, layers)
 
     def export_config(self) -> Config:
-        """The config with a back-end of attention that every machine has."""
+        """The config with an attention back-end that works on every machine."""
         if self.config.attention in GPU_ONLY:
             return replace(self.config, attention="auto")
         return self.config
 
     def untrained_variants(self) -> dict[str, Config]:
-        """Gains of 1: with LayerScale's small ones every untrained block is nearly the identity."""
+        """A variant with LayerScale gains of 1.
+
+        The default gains are so small that an untrained block hardly changes its input.
+        """
         if self.config.layer_scale in (None, 0, 1):
             return {}
         return {"layerscale1": replace(self.config, layer_scale=1.0)}
 
     def param_group_id(self, name: str) -> int:
-        """Layer of a parameter for layer-wise learning rates: embeddings and tokens 0, block i i +
-        1, final norm last.
+        """Number of a parameter's layer, for layer-wise learning rates.
 
         Args:
             name: dotted name within this module, e.g. `blocks.3.attn.qkv.weight`.
+        Returns:
+            0 for embeddings and tokens, i + 1 for block i (from 0), and one more than the last
+            block for the final norm.
         """
         block = re.match(r"blocks\.(\d+)\.", name)
         if block:
@@ -479,9 +497,15 @@ class VisionTransformer(Backbone):
     def init_weights(self, seed: int) -> None:
         """Set every parameter from (seed, its name), as DINOv2 does.
 
-        Linear weights and positions trunc_normal 0.02, biases 0; CLS and registers N(0, 1e-6); mask
-        token 0; norms 1 and 0; LayerScale its initial gain; the patch embedding PyTorch's
-        convolution default. CLS without a position of its own N(0, 0.02).
+        | parameter | initial values |
+        |---|---|
+        | weights of linear layers, learned positions | truncated normal, standard deviation 0.02 |
+        | biases, mask token | 0 |
+        | register tokens; class token with a learned position | normal, 1e-6 |
+        | class token without a learned position | normal, 0.02 |
+        | weights of norms | 1 |
+        | LayerScale | `layer_scale` of the config |
+        | patch embedding | uniform, as PyTorch's convolution |
         """
         patch_voxels = self.config.in_chans * math.prod(self.patch)
         for name, parameter in self.named_parameters():

@@ -34,7 +34,7 @@ from tapct.nn.prototype_scores import Chunks, TeacherScores, softmax
 from tapct.types import TargetSums
 
 
-def pair_up(features_RW: Tensor, prototypes_KW: Tensor) -> tuple[Tensor, Tensor]:
+def return_both(features_RW: Tensor, prototypes_KW: Tensor) -> tuple[Tensor, Tensor]:
     """Return features and prototypes as they are, as the `then` of a head.
 
     A plain last layer is the parameter itself, which FSDP frees after the call: it is copied.

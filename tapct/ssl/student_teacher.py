@@ -68,19 +68,22 @@ class StudentTeacher(nn.Module):
         if not losses:
             names = ", ".join(plugins.available("losses"))
             raise UserError(f"losses: every term is switched off; keep at least one of {names}")
-        self.terms: dict[str, Loss] = {
+        self.losses_by_name: dict[str, Loss] = {
             each.name: plugins.load("losses", each.name).build(each.config) for each in losses
         }
-        check_heads(self.terms)
-        self.snapshot_times = snapshot_times(self.terms)
+        check_heads(self.losses_by_name)
+        self.snapshot_times = snapshot_times(self.losses_by_name)
         self.losses = nn.ModuleDict(
-            {module_key(name): loss for name, loss in self.terms.items()}
+            {module_key(name): loss for name, loss in self.losses_by_name.items()}
         ).to(device, dtype)
-        owners = list(dict.fromkeys(loss.head_of for loss in self.terms.values() if loss.head_of))
+        owners = list(
+            dict.fromkeys(loss.head_of for loss in self.losses_by_name.values() if loss.head_of)
+        )
         with torch.device("cpu" if shard is None else "meta"):
             backbone: Backbone = plugins.load("models", model.name).build(model.config)
             heads = {
-                name: PrototypeHead(backbone.dim, self.terms[name].config.head) for name in owners
+                name: PrototypeHead(backbone.dim, self.losses_by_name[name].config.head)
+                for name in owners
             }
             self.student = Network(backbone, heads).to(dtype)
         self.teacher = copy.deepcopy(self.student)
@@ -137,10 +140,10 @@ class StudentTeacher(nn.Module):
             UserError: with these settings a loss would use another head, hold something of another
                 shape, or want the snapshot at other steps.
         """
-        assert [each.name for each in losses] == list(self.terms)
+        assert [each.name for each in losses] == list(self.losses_by_name)
         terms: dict[str, Loss] = {}
         for each in losses:
-            old = terms[each.name] = self.terms[each.name]
+            old = terms[each.name] = self.losses_by_name[each.name]
             if old.config == each.config:
                 continue
             with torch.random.fork_rng(devices=[]):  # a draw here must not move those of training
@@ -164,8 +167,10 @@ class StudentTeacher(nn.Module):
 
     def change_losses(self, losses: Sequence[Plugin]) -> None:
         """Go on with other settings of the same losses; see `with_settings`."""
-        self.terms = self.with_settings(losses)
-        self.losses = nn.ModuleDict({module_key(name): loss for name, loss in self.terms.items()})
+        self.losses_by_name = self.with_settings(losses)
+        self.losses = nn.ModuleDict(
+            {module_key(name): loss for name, loss in self.losses_by_name.items()}
+        )
 
     def heads_of(self, loss: Loss) -> tuple[nn.Module | None, nn.Module | None]:
         """The student's and the teacher's head for a loss; None for a loss without one."""

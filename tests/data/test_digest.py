@@ -53,7 +53,7 @@ def test_shape_and_every_voxel_count() -> None:
 
 def test_manifest_and_store_hold_the_digest_of_the_voxels(tmp_path: Path) -> None:
     archive = make_archive(tmp_path / "archive", num=2, dicom_share=0.5)
-    manifest = index.build(
+    manifest = index.build_manifest(
         archive,
         tmp_path / "m.parquet",
         labels=None,

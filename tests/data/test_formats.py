@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from scan_files import make_ct, save_scan
 
-from tapct.data import index, readers
+from tapct.data import formats, index, readers
 from tapct.data.discover import find_source, stem_of
 from tapct.data.readers.raw import Image
 
@@ -27,6 +27,12 @@ def test_names_and_suffixes_of_formats_are_distinct() -> None:
     suffixes = [suffix for known in readers.FORMATS for suffix in known.suffixes]
     assert len(set(names)) == len(names) and len(set(suffixes)) == len(suffixes)
     assert all(readers.format_named(name).name == name for name in names)
+
+
+def test_every_format_has_a_title_in_the_light_module_of_help_texts() -> None:
+    assert list(formats.TITLES) == [known.name for known in readers.FORMATS]
+    assert formats.listed("and") == "NIfTI, NRRD, MetaImage and DICOM"
+    assert formats.listed("or", without="dicom") == "NIfTI, NRRD or MetaImage"
 
 
 @pytest.mark.parametrize(
@@ -62,7 +68,7 @@ def test_a_format_that_is_added_to_the_list_is_found_read_and_indexed(
     changed = (*readers.FORMATS, minc)
     for module in ("tapct.data.readers", "tapct.data.discover"):
         monkeypatch.setattr(sys.modules[module], "FORMATS", changed)
-    (row,) = index.build(tmp_path / "a", tmp_path / "m.parquet").rows
+    (row,) = index.build_manifest(tmp_path / "a", tmp_path / "m.parquet").rows
     assert (row.path, row.kind, row.status) == ("x1.mnc", "minc", "accepted")
     assert find_source(tmp_path / "a" / "x1.mnc").kind == "minc"
     assert stem_of(Path("x1.mnc")) == "x1"

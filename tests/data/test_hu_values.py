@@ -21,7 +21,7 @@ from scan_files import (
     write_series,
 )
 
-from tapct.data.ct_check import sample
+from tapct.data.ct_check import subsample
 from tapct.data.ingest import read_volume
 from tapct.types import AIR_HU
 
@@ -109,7 +109,7 @@ def test_nan_voxels_are_refused(tmp_path: Path) -> None:
 
 def test_nan_between_the_sampled_voxels_is_refused(tmp_path: Path) -> None:
     hu_ZYX = make_ct((40, 200, 200)).astype(np.float32)
-    assert sample(hu_ZYX).shape == (20, 100, 100)
+    assert subsample(hu_ZYX).shape == (20, 100, 100)
     hu_ZYX[21, 51, 51] = np.inf
     assert refusal(write_nifti(tmp_path / "a.nii", hu_ZYX)) == "not_finite"
 

@@ -21,7 +21,7 @@ from scan_files import make_ct, noise_ct, save_labels, save_scan, write_series
 
 from tapct.base.exits import UserError
 from tapct.data import discover, ingest
-from tapct.data.index import build
+from tapct.data.index import build_manifest
 from tapct.data.manifest import Manifest, Row
 from tapct.data.patients import KEY_VARIABLE
 from tapct.data.process_pool import map_unordered
@@ -55,7 +55,7 @@ def by_name(built: Manifest) -> dict[str, Row]:
 def test_every_source_has_one_row_with_its_reason(tmp_path: Path) -> None:
     root = make_archive(tmp_path / "archive")
     seen: list[tuple[int, int]] = []
-    built = build(
+    built = build_manifest(
         root,
         tmp_path / "m.parquet",
         min_depth=3,
@@ -95,7 +95,7 @@ def test_a_library_that_does_not_load_is_no_fault_of_the_scans(
     archive = make_archive(tmp_path / "archive")
     monkeypatch.setitem(sys.modules, library, None)
     with pytest.raises(ImportError, match=library):
-        build(archive, tmp_path / "manifest.parquet")
+        build_manifest(archive, tmp_path / "manifest.parquet")
     assert not (tmp_path / "manifest.parquet").exists()
 
 
@@ -105,7 +105,7 @@ def test_the_first_of_two_equal_scans_is_kept_and_named(tmp_path: Path) -> None:
     SimpleITK.WriteImage(
         image, tmp_path / "a" / "y.nrrd"
     )  # another format, another spacing, the same voxels
-    built = build(tmp_path / "a", tmp_path / "m.parquet")
+    built = build_manifest(tmp_path / "a", tmp_path / "m.parquet")
     first, second = built.rows
     assert (first.status, second.reason) == ("accepted", "duplicate")
     assert first.id in second.detail
@@ -118,7 +118,7 @@ def test_facts_of_a_row_come_from_the_scan(tmp_path: Path) -> None:
     sidecar = {"PatientID": "P9", "PatientSex": "M", "PatientAge": "041Y", "StudyDate": "20200102"}
     sidecar |= {"Manufacturer": "ACME", "ConvolutionKernel": "B30f"}
     (tmp_path / "a" / "x.json").write_text(json.dumps(sidecar))
-    (row,) = build(tmp_path / "a", tmp_path / "m.parquet").rows
+    (row,) = build_manifest(tmp_path / "a", tmp_path / "m.parquet").rows
     assert (row.depth, row.height, row.width) == (6, 12, 13)
     np.testing.assert_allclose(
         (row.spacing_z_mm, row.spacing_y_mm, row.spacing_x_mm), (2.0, 0.7, 0.8), rtol=1e-6
@@ -137,7 +137,7 @@ def test_facts_of_a_row_come_from_the_scan(tmp_path: Path) -> None:
 
 def test_reading_gives_back_what_was_written(tmp_path: Path) -> None:
     root = make_archive(tmp_path / "archive")
-    built = build(root, tmp_path / "out" / "m.parquet", min_depth=3)
+    built = build_manifest(root, tmp_path / "out" / "m.parquet", min_depth=3)
     again = Manifest.read(tmp_path / "out" / "m.parquet")
     assert repr(again) == repr(built)  # NaN != NaN
     assert again.digest == built.digest
@@ -151,9 +151,9 @@ def test_reading_gives_back_what_was_written(tmp_path: Path) -> None:
 
 def test_ids_and_digest_stay_when_the_archive_moves_or_workers_change(tmp_path: Path) -> None:
     root = make_archive(tmp_path / "archive")
-    first = build(root, tmp_path / "m.parquet", min_depth=3)
+    first = build_manifest(root, tmp_path / "m.parquet", min_depth=3)
     shutil.move(root, tmp_path / "elsewhere")
-    moved = build(tmp_path / "elsewhere", tmp_path / "n.parquet", min_depth=3, workers=2)
+    moved = build_manifest(tmp_path / "elsewhere", tmp_path / "n.parquet", min_depth=3, workers=2)
     assert repr(moved.rows) == repr(first.rows)
     assert moved.digest == first.digest
     expected = "".join(
@@ -164,16 +164,16 @@ def test_ids_and_digest_stay_when_the_archive_moves_or_workers_change(tmp_path: 
 
 def test_digest_follows_the_accepted_voxels_only(tmp_path: Path) -> None:
     root = make_archive(tmp_path / "archive")
-    first = build(root, tmp_path / "m.parquet").digest
+    first = build_manifest(root, tmp_path / "m.parquet").digest
     (root / "p2" / "cut7.nii.gz").unlink()
-    assert build(root, tmp_path / "m.parquet").digest == first
+    assert build_manifest(root, tmp_path / "m.parquet").digest == first
     save_scan(root / "p1" / "scan2.nii.gz", noise_ct(8))
-    assert build(root, tmp_path / "m.parquet").digest != first
+    assert build_manifest(root, tmp_path / "m.parquet").digest != first
 
 
 def test_archive_and_manifest_may_move_together(tmp_path: Path) -> None:
     save_scan(tmp_path / "old" / "scans" / "x1.nii.gz", noise_ct(1))
-    build(tmp_path / "old" / "scans", tmp_path / "old" / "m.parquet")
+    build_manifest(tmp_path / "old" / "scans", tmp_path / "old" / "m.parquet")
     shutil.move(tmp_path / "old", tmp_path / "new")
     moved = Manifest.read(tmp_path / "new" / "m.parquet")
     assert (moved.root / moved.rows[0].path).is_file()
@@ -187,7 +187,7 @@ def test_hashes_of_patients_need_the_key(tmp_path: Path, monkeypatch: pytest.Mon
         (root / f"{name}.json").write_text(json.dumps({"PatientID": patient}))
 
     def patients(out: Path) -> list[str]:
-        return [row.patient for row in build(root, out).rows]
+        return [row.patient for row in build_manifest(root, out).rows]
 
     first = patients(tmp_path / "o" / "m.parquet")
     assert first[0] == first[1] != first[2]
@@ -218,7 +218,7 @@ def test_patients_without_header_come_from_regex_or_names(
 ) -> None:
     for seed, path in enumerate(paths):
         save_scan(tmp_path / "a" / path, noise_ct(seed))
-    built = build(tmp_path / "a", tmp_path / "m.parquet", patient_regex=regex)
+    built = build_manifest(tmp_path / "a", tmp_path / "m.parquet", patient_regex=regex)
     patients = [row.patient for row in built.rows]
     assert all(patients)
     assert ["ab"[patients[0] != patient] for patient in patients] == list(groups)
@@ -227,7 +227,9 @@ def test_patients_without_header_come_from_regex_or_names(
 def test_a_dicom_folder_can_be_the_whole_archive(tmp_path: Path) -> None:
     for name in ("case7", "case8"):
         write_series(tmp_path / name, make_ct(), edit=lambda index: {"PatientID": None})
-    first, second = (build(tmp_path / name, tmp_path / "m.parquet") for name in ("case7", "case8"))
+    first, second = (
+        build_manifest(tmp_path / name, tmp_path / "m.parquet") for name in ("case7", "case8")
+    )
     assert [(row.path, row.status) for row in first.rows] == [(".", "accepted")]
     assert first.digest == second.digest
     assert first.rows[0].patient != second.rows[0].patient
@@ -240,7 +242,7 @@ def test_anonymous_is_not_a_patient(tmp_path: Path) -> None:
     for name in ("a1", "a2"):
         save_scan(tmp_path / "a" / f"{name}.nii.gz", noise_ct(int(name[1])))
         (tmp_path / "a" / f"{name}.json").write_text(json.dumps({"PatientID": "ANONYMOUS"}))
-    first, second = build(tmp_path / "a", tmp_path / "m.parquet").rows
+    first, second = build_manifest(tmp_path / "a", tmp_path / "m.parquet").rows
     assert first.patient != second.patient
 
 
@@ -256,7 +258,7 @@ def test_unexpected_reader_exceptions_become_rows(
         return read_head(path, num_bytes)
 
     monkeypatch.setattr(nifti, "read_head", stumble)
-    built = build(root, tmp_path / "m.parquet")
+    built = build_manifest(root, tmp_path / "m.parquet")
     row = by_name(built)["scan2"]
     assert (row.reason, row.detail) == ("unreadable", "RuntimeError: the library fell over")
     assert by_name(built)["scan1"].status == "accepted"
@@ -275,7 +277,7 @@ def test_a_folder_that_cannot_be_listed_becomes_a_row(
         return scandir(path)
 
     monkeypatch.setattr(os, "scandir", deny)
-    row = by_name(build(root, tmp_path / "m.parquet"))["p3"]
+    row = by_name(build_manifest(root, tmp_path / "m.parquet"))["p3"]
     assert (row.status, row.reason) == ("refused", "unreadable")
 
 
@@ -291,13 +293,13 @@ def test_a_file_without_permission_becomes_a_row(
         return opened(path, *args, **kwargs)
 
     monkeypatch.setattr(Path, "open", deny)
-    assert by_name(build(root, tmp_path / "m.parquet"))["scan2"].reason == "unreadable"
+    assert by_name(build_manifest(root, tmp_path / "m.parquet"))["scan2"].reason == "unreadable"
 
 
 def test_a_name_that_is_no_utf8_becomes_a_row(tmp_path: Path) -> None:
     scan = save_scan(tmp_path / "a" / "x1.nii.gz", noise_ct(1))
     os.link(scan, os.fsencode(tmp_path / "a") + b"/caf\xe9.nii.gz")
-    built = build(tmp_path / "a", tmp_path / "m.parquet")
+    built = build_manifest(tmp_path / "a", tmp_path / "m.parquet")
     assert sorted((row.path, row.reason) for row in built.rows) == [
         ("caf\\xe9.nii.gz", "bad_name"),
         ("x1.nii.gz", ""),
@@ -335,7 +337,7 @@ def test_bad_folders_files_and_regexes_are_one_line_for_the_user(tmp_path: Path)
     ]
     for folder, out, options, part in calls:
         with pytest.raises(UserError) as caught:
-            build(folder, out, **options)  # type: ignore[arg-type]
+            build_manifest(folder, out, **options)  # type: ignore[arg-type]
         assert part in str(caught.value)
         assert "\n" not in str(caught.value)
     assert not (tmp_path / "m.parquet").exists()
@@ -345,7 +347,7 @@ def test_a_full_disk_leaves_the_old_manifest(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = make_archive(tmp_path / "archive")
-    build(root, tmp_path / "out" / "m.parquet")
+    build_manifest(root, tmp_path / "out" / "m.parquet")
     before = (tmp_path / "out" / "m.parquet").read_bytes()
     save_scan(root / "new9.nii.gz", noise_ct(9))
 
@@ -355,7 +357,7 @@ def test_a_full_disk_leaves_the_old_manifest(
 
     monkeypatch.setattr(pyarrow.parquet, "write_table", full)
     with pytest.raises(UserError, match="no space left on the disk; nothing was changed"):
-        build(root, tmp_path / "out" / "m.parquet")
+        build_manifest(root, tmp_path / "out" / "m.parquet")
     assert (tmp_path / "out" / "m.parquet").read_bytes() == before
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         ".patient_key",
@@ -367,7 +369,7 @@ def test_what_is_no_manifest_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.parquet").write_bytes(b"PAR1 or not")
     pyarrow.parquet.write_table(pyarrow.table({"x": [1]}), tmp_path / "b.parquet")
     save_scan(tmp_path / "scans" / "x1.nii.gz", noise_ct(1))
-    build(tmp_path / "scans", tmp_path / "c.parquet")
+    build_manifest(tmp_path / "scans", tmp_path / "c.parquet")
     table = pyarrow.parquet.read_table(tmp_path / "c.parquet")
     changed = table.set_column(table.column_names.index("digest"), "digest", [["0" * 32]])
     pyarrow.parquet.write_table(changed, tmp_path / "c.parquet")

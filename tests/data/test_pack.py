@@ -22,7 +22,7 @@ from small_disk import grow, small_disk
 from tapct.base import files
 from tapct.base.exits import UserError
 from tapct.data.digest import voxel_digest
-from tapct.data.index import build
+from tapct.data.index import build_manifest
 from tapct.data.ingest import read_volume
 from tapct.data.manifest import Manifest, Row
 from tapct.data.pack import pack
@@ -119,7 +119,7 @@ def test_the_store_holds_the_scans_bit_for_bit(
 
 def test_a_real_manifest_packs(archive: tuple[Manifest, list[np.ndarray]], tmp_path: Path) -> None:
     manifest, scans = archive
-    built = build(
+    built = build_manifest(
         manifest.root,
         tmp_path / "manifest.parquet",
         labels=None,
@@ -187,7 +187,7 @@ def test_real_scans_pack_bit_for_bit(tmp_path: Path) -> None:
     root = Path(os.environ.get("TAPCT_TEST_CT", "../shared/data/ct"))
     if not root.is_dir():
         pytest.skip(f"no real scans at {root}; set TAPCT_TEST_CT")
-    manifest = build(
+    manifest = build_manifest(
         root, tmp_path / "m.parquet", labels=None, patient_regex=None, min_depth=1, workers=0
     )
     report = pack(manifest, tmp_path / "out", workers=2)
@@ -331,7 +331,7 @@ def test_an_interrupt_leaves_a_state_that_resumes(tmp_path: Path) -> None:
     scans = [ct_like((40, 256, 256), i) for i in range(12)]
     for i, hu_ZYX in enumerate(scans):
         write_nifti(root / f"s{i}.nii", hu_ZYX)
-    build(
+    build_manifest(
         root, tmp_path / "manifest.parquet", labels=None, patient_regex=None, min_depth=1, workers=0
     )
     script = tmp_path / "run.py"

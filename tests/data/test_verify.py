@@ -22,7 +22,7 @@ def packed(tmp_path: Path) -> tuple[Path, Path]:
     """(manifest, store) of three scans."""
     for seed in range(3):
         save_scan(tmp_path / "scans" / f"c{seed}.nii.gz", noise_ct(seed))
-    manifest = index.build(tmp_path / "scans", tmp_path / "m.parquet")
+    manifest = index.build_manifest(tmp_path / "scans", tmp_path / "m.parquet")
     pack(manifest, tmp_path / "store")
     return tmp_path / "m.parquet", tmp_path / "store"
 

@@ -278,7 +278,7 @@ def test_61_organs_of_a_real_scan(tmp_path):
     for folder, name in (("images", "example_ct"), ("labels", "example_ct_seg62")):
         (tmp_path / folder).mkdir()
         shutil.copy(CT / "ts_body" / f"{name}.nii.gz", tmp_path / folder / "example_ct.nii.gz")
-    built = index.build(
+    built = index.build_manifest(
         tmp_path / "images", tmp_path / "m.parquet", labels=tmp_path / "labels",
         patient_regex=None, min_depth=1,
         workers=1, progress=None,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tapct.nn.heads import Config, PrototypeHead
-from tapct.nn.prototype_loss import pair_up, prototype_loss
+from tapct.nn.prototype_loss import prototype_loss, return_both
 from tapct.nn.prototype_scores import TeacherScores
 
 TINY = Config(num_prototypes=32, hidden=24, bottleneck=8, layers=3)
@@ -105,7 +105,7 @@ def test_what_a_head_hands_out_does_not_change_with_its_weights() -> None:
     for config in (TINY, PLAIN):
         head = PrototypeHead(16, config)
         with torch.no_grad():
-            _, prototypes = head(torch.randn(2, 16), pair_up)
+            _, prototypes = head(torch.randn(2, 16), return_both)
             before = prototypes.clone()
             for parameter in head.parameters():
                 parameter.zero_()

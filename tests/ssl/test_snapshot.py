@@ -145,11 +145,11 @@ def test_the_weight_may_change_on_the_way_and_the_timetable_may_not() -> None:
         return [Plugin("dino", dino.Config(head=HEAD)), Plugin("gram", gram.Config(**options))]  # type: ignore[arg-type]
 
     pair.change_losses(asked(start=4, refresh_every=2, weight=0.5))
-    assert pair.terms["gram"].config.weight == 0.5 and pair.snapshot is not None
+    assert pair.losses_by_name["gram"].config.weight == 0.5 and pair.snapshot is not None
     for changed in ({"start": 6, "refresh_every": 2}, {"start": 4, "refresh_every": 3}):
         with pytest.raises(UserError, match=r"losses.gram: the teacher's copy has one timetable"):
             pair.change_losses(asked(**changed))
-    assert pair.terms["gram"].config.weight == 0.5
+    assert pair.losses_by_name["gram"].config.weight == 0.5
 
 
 def test_two_losses_with_snapshots_of_different_steps_are_refused() -> None:

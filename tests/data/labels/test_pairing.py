@@ -32,14 +32,14 @@ from tapct.data.labels.archive import FindLabels, LabelArchive
 def test_labels_are_found_by_rule(tmp_path: Path, scan: str, labels: str) -> None:
     save_scan(tmp_path / "a" / scan, noise_ct(1))
     save_labels(tmp_path / "a" / labels)
-    (row,) = index.build(tmp_path / "a", tmp_path / "m.parquet").rows
+    (row,) = index.build_manifest(tmp_path / "a", tmp_path / "m.parquet").rows
     assert (row.path, row.label_path, row.status) == (scan, labels, "accepted")
 
 
 def test_labels_of_a_dicom_folder_carry_its_name(tmp_path: Path) -> None:
     _write_dicom(tmp_path / "a" / "liver3", noise_ct(1))
     save_labels(tmp_path / "a" / "liver3_seg.nii.gz")
-    built = index.build(tmp_path / "a", tmp_path / "m.parquet")
+    built = index.build_manifest(tmp_path / "a", tmp_path / "m.parquet")
     # the labels lie at another place than the slices: found, compared, not used
     assert [(row.path, row.label_path) for row in built.rows] == [("liver3", "")]
     assert "grid_mismatch" in built.rows[0].detail
@@ -64,7 +64,7 @@ def test_labels_folder_given_by_the_user(tmp_path: Path) -> None:
         save_scan(tmp_path / "a" / "sub" / f"{stem}.nii.gz", noise_ct(int(stem[1])))
     save_labels(tmp_path / "given" / "c1.nii.gz")
     save_labels(tmp_path / "given" / "sub" / "c2.nii.gz")
-    built = index.build(tmp_path / "a", tmp_path / "m.parquet", labels=tmp_path / "given")
+    built = index.build_manifest(tmp_path / "a", tmp_path / "m.parquet", labels=tmp_path / "given")
     assert [row.label_path for row in built.rows] == [
         str((tmp_path / "given" / "c1.nii.gz").resolve()),
         str((tmp_path / "given" / "sub" / "c2.nii.gz").resolve()),
@@ -75,7 +75,9 @@ def test_labels_folder_given_by_the_user(tmp_path: Path) -> None:
 def test_labels_folder_inside_the_archive_holds_no_scans(tmp_path: Path) -> None:
     save_scan(tmp_path / "a" / "c1.nii.gz", noise_ct(1))
     save_labels(tmp_path / "a" / "masks" / "c1.nii.gz")
-    built = index.build(tmp_path / "a", tmp_path / "m.parquet", labels=tmp_path / "a" / "masks")
+    built = index.build_manifest(
+        tmp_path / "a", tmp_path / "m.parquet", labels=tmp_path / "a" / "masks"
+    )
     assert [(row.path, row.label_path) for row in built.rows] == [("c1.nii.gz", "masks/c1.nii.gz")]
 
 
@@ -83,7 +85,7 @@ def test_one_label_file_is_not_given_to_two_scans_of_one_name(tmp_path: Path) ->
     for seed, folder in enumerate(("s1", "s2")):
         save_scan(tmp_path / "a" / folder / "ct.nii.gz", noise_ct(seed))
     save_labels(tmp_path / "given" / "ct.nii.gz")
-    built = index.build(tmp_path / "a", tmp_path / "m.parquet", labels=tmp_path / "given")
+    built = index.build_manifest(tmp_path / "a", tmp_path / "m.parquet", labels=tmp_path / "given")
     assert [row.label_path for row in built.rows] == ["", ""]
 
 
@@ -97,7 +99,7 @@ def test_labels_that_do_not_fit_are_not_used_and_the_row_says_why(
     else:
         spacing = (0.8, 0.7, 3.0) if wrong == "spacing" else (0.8, 0.7, 2.0)
         save_labels(tmp_path / "a" / "c1_seg.nii.gz", 5 if wrong == "depth" else 6, spacing)
-    (row,) = index.build(tmp_path / "a", tmp_path / "m.parquet").rows
+    (row,) = index.build_manifest(tmp_path / "a", tmp_path / "m.parquet").rows
     assert (row.status, row.label_path) == ("accepted", "")
     assert "c1_seg.nii.gz" in row.detail
 
@@ -138,5 +140,5 @@ def test_a_layout_that_is_added_to_the_list_finds_labels(
         return lambda scan: archive.files.get((archive.folder_of(scan), "organs"))
 
     monkeypatch.setattr(pairing, "LAYOUTS", (*pairing.LAYOUTS, build))
-    (row,) = index.build(root, tmp_path / "m.parquet").rows
+    (row,) = index.build_manifest(root, tmp_path / "m.parquet").rows
     assert (row.path, row.label_path) == ("c1/ct.nii.gz", "c1/organs.nii.gz")
