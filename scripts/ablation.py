@@ -4,8 +4,9 @@
     python scripts/ablation.py STORE full "no iBOT" --seeds 0 1 --set optim.lr=5e-4
 
 Every run is `tapct train` and `tapct eval` on configs/smoke.yaml, with STEPS steps in one thread.
-Finished runs are not repeated. The table gives mean and sample standard deviation over seeds; the
-lead is the Dice above that of the untrained network of the same seed.
+Finished runs are not repeated. The table gives mean and sample standard deviation over seeds. The
+lead is the difference to the best baseline, which on the phantom is the untrained network of the
+same seed.
 """
 
 from __future__ import annotations

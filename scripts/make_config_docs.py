@@ -35,12 +35,12 @@ MANY = {int: "integers", float: "numbers", str: "strings"}
 BOUNDS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
 # HUContract is defined in tapct/types.py, which must not import `setting`; so its docs are here.
 CONTRACT = {
-    "clip_low": "HU; lower values are set to it; 0.5th percentile of the foreground, "
+    "clip_low": "HU; lower values are set to this; 0.5th percentile of the foreground, "
     "arXiv:2512.00872",
-    "clip_high": "HU; higher values are set to it; 99.5th percentile of the foreground, "
+    "clip_high": "HU; higher values are set to this; 99.5th percentile of the foreground, "
     "arXiv:2512.00872",
     "mean": "HU; subtracted after clipping; mean of the foreground, arXiv:2512.00872",
-    "std": "HU; divisor after that; standard deviation of the foreground, arXiv:2512.00872",
+    "std": "HU; values are divided by this; standard deviation of the foreground, arXiv:2512.00872",
 }
 
 

@@ -19,6 +19,8 @@
 | `gather_with_gradient` | the tensors of all ranks, differentiable |
 | `Attention`, `Mlp`, `SwiGLU`, `LayerScale`, `LayerNorm`, `DropKey` | layers of a transformer |
 | `ScanScore`, `Breakdown` | a task's result on one scan; its headline metric by class |
+| `patch_truth`, `PatchTruth` | share of each label in each patch of a scan |
+| `fit_decoder`, `Decoder` | a linear decoder from the features of a patch to classes |
 | `Masks`, `Volume`, `LabelMap`, `ScanFacts`, `HUContract`, `AIR_HU` | nouns that cross borders |
 | `Size3`, `Grid`, `patch_grid` | sizes in voxels, in patches, and from one to the other |
 """
@@ -32,6 +34,8 @@ from tapct.distributed.collectives import gather_with_gradient
 from tapct.eval.contract import Breakdown, Headline, Labels, ScanScore, Task, TaskResults
 from tapct.eval.features import DenseFeatures, PatchGrid
 from tapct.eval.scans import LabelledScan
+from tapct.eval.tasks.segmentation import Decoder, fit_decoder
+from tapct.eval.truth import PatchTruth, patch_truth
 from tapct.nn import init
 from tapct.nn.attention import Attention
 from tapct.nn.contracts import Backbone, CropCost, HeadRows, LayerCost, Loss, SnapshotTimes
@@ -63,6 +67,7 @@ __all__ = [
     "Backbone",
     "CropCost",
     "Breakdown",
+    "Decoder",
     "DenseFeatures",
     "DropKey",
     "Grid",
@@ -82,6 +87,7 @@ __all__ = [
     "Mlp",
     "Op",
     "PatchGrid",
+    "PatchTruth",
     "PrototypeHead",
     "PrototypeLoss",
     "ScanFacts",
@@ -101,9 +107,11 @@ __all__ = [
     "UserError",
     "ViewKey",
     "Volume",
+    "fit_decoder",
     "gather_with_gradient",
     "init",
     "patch_grid",
+    "patch_truth",
     "prototype_loss",
     "return_both",
     "setting",

@@ -4,6 +4,7 @@ somewhere.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import importlib.util
 import json
@@ -12,7 +13,7 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -23,6 +24,7 @@ import torch
 import typer
 import yaml
 from plain_words import findings, prose
+from scan_files import make_ct, write_nifti
 from shell import Shell
 from shell import shell as shell  # a fixture
 from tiny_run import make_store, write_config
@@ -30,10 +32,11 @@ from tiny_run import make_store, write_config
 from tapct.cli.app import app
 from tapct.config import load_config, plugins
 from tapct.config.plugins import Plugin
+from tapct.data.ingest import read_volume
 from tapct.engine import loop, optim
 from tapct.eval import results, runner
 from tapct.eval.baselines import NamedModel, RawPatches, with_baselines
-from tapct.eval.features import Preprocess
+from tapct.eval.features import Preprocess, dense_features
 from tapct.eval.scans import LabelledScan
 from tapct.models import vit
 from tapct.nn import heads
@@ -82,6 +85,31 @@ def table_keys(page: Path, heading: str) -> set[str]:
 # --- pages and links ---
 
 
+def plugin_fields(config: Any, prefix: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Key and metadata of every field of a config that names plug-ins."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if "plugin_kind" in field.metadata:
+            yield prefix + field.name, field.metadata
+        elif dataclasses.is_dataclass(value):
+            yield from plugin_fields(value, f"{prefix}{field.name}.")
+
+
+def with_every_plugin(config: RunConfig) -> Iterator[list[str]]:
+    """Overrides with which every plug-in of tapct, also one that is off by default, is used once.
+
+    Plug-ins of a table can be used together, those of a section one at a time.
+    """
+    together: list[str] = []
+    for key, metadata in plugin_fields(config):
+        others = set(plugins.available(metadata["plugin_folder"]))
+        if metadata["plugin_kind"] == "table":
+            together += [f"{key}.{name}={{}}" for name in others - set(metadata["plugin_default"])]
+        else:
+            yield from ([f"{key}.name={name}"] for name in others - {metadata["plugin_default"]})
+    yield together
+
+
 def test_the_table_of_all_config_keys_is_current(monkeypatch: pytest.MonkeyPatch) -> None:
     spec = importlib.util.spec_from_file_location(
         "make_config_docs", ROOT / "scripts" / "make_config_docs.py"
@@ -92,15 +120,13 @@ def test_the_table_of_all_config_keys_is_current(monkeypatch: pytest.MonkeyPatch
     spec.loader.exec_module(maker)
     page = maker.PAGE.read_text(encoding="utf-8")
     assert page == maker.current(page), "run python scripts/make_config_docs.py"
-    keys = {
-        key
-        for key in re.findall(r"^\| `([^`]+)` \|", page, re.MULTILINE)
-        if not key.startswith("views.ops.")
-    }
-    # found by another way: the leaves of a resolved config, with the plug-ins that are off by
-    # default
-    resolved = set(load_config(RunConfig, None, ["losses.gram={}"]).sources)
-    assert keys == {key for key in resolved if not key.startswith("views.ops.")}
+    keys = set(re.findall(r"^\| `([^`]+)` \|", page, re.MULTILINE))
+    # found by another way: the leaves of resolved configs, with every plug-in of tapct
+    resolved: set[str] = set()
+    for overrides in with_every_plugin(RunConfig()):
+        resolved |= set(load_config(RunConfig, None, overrides).sources)
+    assert "losses.gram.start" in resolved  # a loss that is off by default
+    assert keys == resolved
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -377,6 +403,24 @@ def test_the_example_backbone_is_exported_and_comes_back(mylab: Path, tmp_path: 
     crops = torch.randn(1, 4, 8, 8)
     back = pretrained.load_pretrained(tmp_path / "e", custom_code=True)
     assert torch.equal(back(crops).patches_BND, model([crops])[0].patches_BND)
+
+
+def test_embed_imports_the_example_backbone_only_if_asked(
+    mylab: Path, tmp_path: Path, shell: Shell
+) -> None:
+    config = load(mylab, "mylab.models.patch_mlp").Config(patch=PATCH, dim=8)
+    model = load(mylab, "mylab.models.patch_mlp").build(config)
+    model.init_weights(3)
+    preprocess = Preprocess((16, 16), (4, 8, 8), (4, 8, 8))
+    settings = FeatureSettings(Plugin("mylab.models.patch_mlp", config), HUContract(), preprocess)
+    export.save_export(tmp_path / "e", model, settings, {})
+    scan, out = tmp_path / "case1.nii.gz", tmp_path / "case1.npz"
+    write_nifti(scan, make_ct())
+    assert "--custom-code" in shell.bad("embed", tmp_path / "e", scan, "--out", out)
+    assert not out.exists()
+    shell.good("embed", tmp_path / "e", scan, "--out", out, "--custom-code")
+    dense = dense_features(model, read_volume(scan).hu_ZYX, HUContract(), preprocess)
+    assert np.array_equal(np.load(out)["features_DZYX"], dense.features_DZYX.numpy())
 
 
 def test_the_example_op_moves_a_whole_view_by_one_offset_per_sample(mylab: Path) -> None:

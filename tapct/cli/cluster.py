@@ -161,11 +161,11 @@ def submit(
         line for run in planned.runs for line in submission.run_warnings(run.value, resources)
     ]
     for line in dict.fromkeys(warnings):  # each once
-        print(f"warning: {line}", file=sys.stderr)
+        print_warning(line)
     if dry_run:
         print(submission.preview_batch_script(planned, resources))
         return
-    submitted = submission.submit_runs(planned, resources, allow_change)
+    submitted = submission.submit_runs(planned, resources, allow_change, warn=print_warning)
     console.say(
         f"{nodes} x {resources.tasks} tasks, each start at most "
         f"{console.duration(resources.minutes * 60)}"
@@ -176,6 +176,11 @@ def submit(
     console.say(f"logs in {submitted[0].logs}; watch: tapct jobs {root}; end: tapct cancel {root}")
     if sweep:
         console.say(f"when they are done: tapct compare {shlex.quote(str(root))}/*=*")
+
+
+def print_warning(line: str) -> None:
+    """Print a warning on standard error."""
+    print(f"warning: {line}", file=sys.stderr)
 
 
 @app.command(epilog=examples("tapct jobs", "tapct jobs runs/mine runs/sweep"))
@@ -202,7 +207,7 @@ def jobs(
         if row.why:
             console.say(f"{os.path.relpath(row.run)}, job {row.job}: {row.why}")
     if queued is None:
-        console.say("SLURM does not respond; states are what the run folders say")
+        console.say("SLURM does not respond; states are read from the run folders")
 
 
 @app.command(epilog=examples("tapct cancel runs/mine", "tapct cancel 4711"))
@@ -214,7 +219,11 @@ def cancel(
         ),
     ],
 ) -> None:
-    """Cancel jobs; a run saves a checkpoint before it ends."""
+    """Cancel jobs.
+
+    A run saves a checkpoint first, if the setting KillWait of SLURM leaves enough time (30 s by
+    default).
+    """
     from tapct.cluster import jobs as submitted_jobs
 
     for line in submitted_jobs.cancel_jobs(words):

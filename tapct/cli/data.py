@@ -9,6 +9,7 @@ import typer
 
 from tapct.base import console, exits
 from tapct.cli.app import CPUS, Workers, app, examples
+from tapct.data import formats
 
 
 @app.command(epilog=examples("tapct phantom --out data/archive --num 40"))
@@ -41,7 +42,7 @@ def index(
         Path,
         typer.Argument(
             metavar="FOLDER",
-            help="folder that is searched, with all folders in it, for NIfTI, NRRD, MHA and DICOM",
+            help=f"folder that is searched, with all folders in it, for {formats.listed('and')}",
         ),
     ],
     out: Annotated[Path, typer.Option(metavar="FILE", help="manifest to write, a .parquet file")],
@@ -57,17 +58,18 @@ def index(
         str | None,
         typer.Option(
             metavar="REGEX",
-            help="regular expression; group 1, matched on the file path, is the patient ID",
+            help="regular expression for scans without a PatientID: group 1, searched in the path "
+            "below FOLDER, is used instead",
         ),
     ] = None,
     min_depth: Annotated[
-        int, typer.Option(metavar="N", help="reject scans with fewer axial slices", min=1)
+        int, typer.Option(metavar="N", help="refuse scans with fewer axial slices", min=1)
     ] = 1,
     workers: Workers = CPUS,
 ) -> None:
     """List the scans of a folder and check each of them.
 
-    The manifest has a row for each scan: accepted with its geometry and statistics, or rejected
+    The manifest has a row for each scan: accepted with its geometry and statistics, or refused
     with the reason.
     """
     from tapct.data.index import build_manifest

@@ -10,6 +10,7 @@ import typer
 from tapct import run_folder as run_paths
 from tapct.base import console
 from tapct.cli.app import Overrides, RunFolder, app, examples
+from tapct.data import formats
 
 
 @app.command(
@@ -62,22 +63,38 @@ def export(
     console.say(f"exported to {finished.export(run_folder, out)}")
 
 
-@app.command(epilog=examples("tapct embed models/quickstart scan.nii.gz --out scan.npz"))
+@app.command(
+    epilog=examples(
+        "tapct embed models/quickstart scan.nii.gz --out scan.npz",
+        "tapct embed models/mine scan.nii.gz --custom-code",
+    )
+)
 def embed(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="folder written by tapct export")],
     scan: Annotated[
         Path,
-        typer.Argument(metavar="SCAN", help="NIfTI, NRRD or MHA file, or folder of a DICOM series"),
+        typer.Argument(
+            metavar="SCAN",
+            help=f"{formats.listed('or', without='dicom')} file, or folder of a DICOM series",
+        ),
     ],
     out: Annotated[
         Path, typer.Option(metavar="FILE", help="file to write the features to, .npz")
     ] = Path("features.npz"),
+    custom_code: Annotated[
+        bool,
+        typer.Option(
+            "--custom-code",
+            help="allow an export with a backbone of your own: the module that its config.json "
+            "names is imported, which runs its code",
+        ),
+    ] = False,
 ) -> None:
     """Compute the dense features of one scan."""
     from tapct.data import ingest
     from tapct.weights import pretrained as weights
 
-    pretrained = weights.load_pretrained(model)
+    pretrained = weights.load_pretrained(model, custom_code=custom_code)
     pretrained.embed(ingest.read_volume(scan)).write_npz(out)
     console.say(f"features in {out}")
 

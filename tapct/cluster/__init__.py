@@ -9,8 +9,8 @@
     slurm.py      SLURM's time and memory formats, its queue, cancelling
     script.py     the SLURM batch script, and handing it to sbatch (through submitit)
 
-Adding another scheduler, PBS for example, takes two files beside `slurm.py` and `script.py`. They
-offer the same functions, and nothing else here runs a command of the scheduler:
+Two files contain the commands and formats of SLURM: `slurm.py` and `script.py`. Another scheduler,
+PBS for example, needs two files with the same functions and types:
 
     function                     called by           what it does
     slurm.time_limit_minutes     tapct submit        reads --time
@@ -21,12 +21,26 @@ offer the same functions, and nothing else here runs a command of the scheduler:
     script.make_batch_script     submit --dry-run    makes the text of the batch script
     script.submit_tasks          submit.submit_runs  submits one job or one array, returns ids
 
-The batch script must start `task.run_task` once per rank, export TAPCT_MARK, and requeue the job
-when that file says `stopped`. `base/ranks.py` must know the scheduler's variables for rank and
-world size, and `engine/stop.py` the one that says when the job's time ends.
+`jobs.py` also imports the type `slurm.QueuedJob` (one job in the queue), and `submit.py` the type
+`script.JobFolders` (the folders of a job). `cli/cluster.py` calls read_queue too, for `tapct jobs`.
+`script.py` uses submitit's SlurmExecutor, which knows no other scheduler.
 
-Two files outside of this folder run commands of SLURM. `doctor/machine.py` asks sinfo and squeue
-whether the cluster responds. `run/background_eval.py` calls sbatch from inside a job, to evaluate
-beside training; it lies below this folder in the order of imports, and needs none of these
-functions.
+The batch script must start `task.run_task` once per rank, export TAPCT_MARK, and requeue the job
+when that file says `stopped`.
+
+These other places depend on SLURM as well, and have to be changed:
+
+- Nothing selects a scheduler. `submit.py`, `jobs.py` and `cli/cluster.py` import `slurm` and
+  `script` by name.
+- `jobs.py` recognises only job IDs such as `12` and `12_3`; PBS has IDs such as `123.server`.
+- `task.py` reads SLURM_RESTART_COUNT and SLURM_JOB_NODELIST.
+- `resources.py` holds the options of sbatch.
+- `base/ranks.py` reads variables of SLURM for rank and world size (LAUNCHERS), restarts
+  (`restarts`), ranks per node (`per_node`) and the address at which the ranks meet (`rendezvous`,
+  `first_host`). PLACE_VARIABLES lists the variables that a child process must not inherit.
+- `engine/stop.py` reads SLURM_JOB_END_TIME, the time at which the job ends.
+- `run/background_eval.py` reads SLURM_JOB_ID, and calls sbatch from inside a job to evaluate during
+  training. It lies below this folder in the order of imports, so it uses none of these functions.
+- `doctor/machine.py` asks sinfo and squeue whether the cluster responds, and `doctor/verdicts.py`
+  names SLURM in its lines.
 """

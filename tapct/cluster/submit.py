@@ -12,11 +12,11 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tapct.base import files
+from tapct.base import console, files
 from tapct.base.exits import UserError
 from tapct.cluster import jobs, script, slurm, sweep, task
 from tapct.cluster.folders import make_new_folder
@@ -155,11 +155,12 @@ def _finished_checkpoints(config: RunConfig) -> list[Path]:
     return Checkpoints(RunFolder(config.out).checkpoints.path, config.checkpoint.keep).finished()
 
 
-def check_no_active_job(folders: Sequence[Path]) -> None:
+def check_no_active_job(folders: Sequence[Path], warn: Callable[[str], object]) -> None:
     """Refuse run folders that a job is writing or will write: two jobs must not share one.
 
     Args:
         folders: run folders; they need not exist.
+        warn: function that is called with one line if SLURM does not respond.
     Raises:
         UserError: a run folder has a job that waits or runs.
     """
@@ -171,7 +172,14 @@ def check_no_active_job(folders: Sequence[Path]) -> None:
                 submitted[folder] = submissions[folder].job
     if not submitted:
         return
-    queue = slurm.read_queue() or {}
+    queue = slurm.read_queue()
+    if queue is None:
+        names = ", ".join(map(str, submitted))
+        warn(
+            f"SLURM does not respond (squeue), so it is unknown whether a job is already working "
+            f"on {names}; check with `squeue --me` that no job of this run waits or runs"
+        )
+        return
     for folder, job in submitted.items():
         if job in queue and queue[job].is_active:
             raise UserError(
@@ -181,7 +189,10 @@ def check_no_active_job(folders: Sequence[Path]) -> None:
 
 
 def submit_runs(
-    planned: PlannedRuns, resources: Resources, allow_change: bool = False
+    planned: PlannedRuns,
+    resources: Resources,
+    allow_change: bool = False,
+    warn: Callable[[str], object] = console.say,
 ) -> list[jobs.Submission]:
     """Hand checked runs to SLURM, as one job or one array.
 
@@ -189,13 +200,14 @@ def submit_runs(
         planned: runs, each of which `check_run` has accepted.
         resources: what the job requests.
         allow_change: as in `check_run`; it holds for every start of the job.
+        warn: function that is called with a line if a check could not be made.
     Returns:
         One submission per run.
     Raises:
         UserError: SLURM refused; nothing is left behind.
     """
     slurm.require_commands()
-    check_no_active_job(planned.folders)
+    check_no_active_job(planned.folders, warn)
     name = time.strftime("%Y%m%d-%H%M%S")
     with contextlib.ExitStack() as undo:
         code = copy_package(planned.root, undo)

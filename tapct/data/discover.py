@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tapct.base.exits import UserError
+from tapct.data import formats
 from tapct.data.readers import DICOM, FORMATS, dicom, format_of
 from tapct.types import Refused
 
@@ -79,7 +80,7 @@ def find_source(path: Path) -> Source:
     else:
         series = [source for source in series if path in source.files]
     if not series:
-        raise Refused("unreadable", f"{path} is not a NIfTI, NRRD, MetaImage or DICOM scan")
+        raise Refused("unreadable", f"{path} is not a {formats.listed('or')} scan")
     if len(series) > 1:
         raise Refused(
             "mixed_series",

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from tapct.base.exits import UserError, single_line
+from tapct.data import formats
 from tapct.data.ct_check import BODY_ABOVE, subsample
 from tapct.data.digest import voxel_digest
 from tapct.data.discover import Source, find_sources
@@ -89,7 +90,7 @@ def build_manifest(
     pairs = pair_labels(sources, root, labels)
     scans = [source for source in sources if source.path not in pairs.label_files]
     if not scans:
-        raise UserError(f"{root} holds no NIfTI, NRRD, MetaImage or DICOM scans; check the path")
+        raise UserError(f"{root} holds no {formats.listed('or')} scans; check the path")
     patients = PatientRules(root, patient_key(out.parent), patient_regex)
     tasks = [
         ExamineTask(scan, root, pairs.label_of.get(scan.path), patients, min_depth)

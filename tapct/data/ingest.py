@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from tapct.base.exits import single_line
+from tapct.data import formats
 from tapct.data.ct_check import check_is_ct
 from tapct.data.discover import UNREADABLE, Source, find_source
 from tapct.data.geometry import to_lps
@@ -73,7 +74,9 @@ def read_labels(path: Path | str) -> LabelMap:
     source = find_source(Path(path))
     if source.kind == DICOM.name:
         raise Refused(
-            "unsupported", "labels are read from NIfTI, NRRD or MetaImage; convert the DICOM SEG"
+            "unsupported",
+            f"labels are read from {formats.listed('or', without=DICOM.name)}; convert the DICOM "
+            "SEG",
         )
     image = _read_image(source)
     view_ZYX, spacing_mm, origin_mm = to_lps(image.voxels_IJK, image.affine)

@@ -39,17 +39,28 @@ class Config:
     }
 
     slab_depth: int = setting(
-        24, "slices read per sample; at least the depth of a global crop before resizing", ge=1
+        24,
+        "slices read per sample; at least the larger depth of views.global_window and "
+        "views.local_window, multiplied by the larger value of views.z_zoom",
+        ge=1,
     )
-    workers: int = setting(2, "threads per rank; 0 reads in the training loop itself", ge=0)
-    prefetch: int = setting(2, "steps read ahead; host memory grows with it", ge=1)
+    workers: int = setting(
+        2, "threads per rank that read scans; 0: the training loop reads them itself", ge=0
+    )
+    prefetch: int = setting(
+        2,
+        "number of steps that are loaded in advance; a larger number needs more host memory",
+        ge=1,
+    )
     on_error: str = setting(
         "raise",
-        "a damaged scan stops the run, or is skipped and replaced by another",
+        "when a scan is damaged: raise stops the run, skip uses another scan instead",
         choices=("raise", "skip"),
     )
     max_skips: int = setting(
-        10, "different damaged scans that `on_error: skip` accepts before it stops", ge=1
+        10,
+        "with on_error=skip: the run stops if more than this number of different scans are damaged",
+        ge=1,
     )
 
 

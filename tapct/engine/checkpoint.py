@@ -62,16 +62,17 @@ class Config:
     every: int = setting(
         500, "optimizer steps between checkpoints; one is always written at the end", ge=1
     )
-    keep: int = setting(2, "how many of the newest checkpoints stay on disk", ge=1)
+    keep: int = setting(2, "number of newest checkpoints that are kept", ge=1)
     keep_every: int = setting(
-        0, "checkpoints whose step is a multiple of this stay for ever; 0: none", ge=0
+        0, "checkpoints whose step is a multiple of this number are never deleted; 0: none", ge=0
     )
     asynchronous: bool = setting(
-        True, "write while training continues; costs a copy of the state in host memory"
+        True, "write while training continues; needs host memory for a copy of the state"
     )
     on_error: str = setting(
         "stop",
-        "when one cannot be written (full disk): stop the run, or continue without it",
+        "when a checkpoint cannot be written (e.g. full disk): stop the run, or continue "
+        "without this checkpoint",
         choices=("stop", "continue"),
     )
 

@@ -46,44 +46,50 @@ class Config:
         1024, "samples per optimizer step over all ranks and micro-batches", ge=1
     )
     accumulation: int = setting(
-        1, "micro-batches per optimizer step; Sinkhorn and KoLeo act within one", ge=1
+        1,
+        "number of micro-batches per optimizer step; Sinkhorn and KoLeo use the samples of one "
+        "micro-batch only",
+        ge=1,
     )
     precision: str = setting(
         "fp32",
-        "compute dtype of the networks: fp32; bf16 autocast over float32 weights; fp64 "
-        "throughout, to check equality",
+        "compute dtype of the networks: fp32; bf16 (autocast, weights in float32); fp64 (to "
+        "check that two ways of computing agree)",
         choices=("fp32", "bf16", "fp64"),
     )
     compile: str = setting(
         "auto",
-        "torch.compile of every block of student and teacher: auto (on a GPU), always or never",
+        "torch.compile of every block of student and teacher: auto (only on a GPU), always or "
+        "never",
         choices=compiled.WANTED,
     )
     recompute: int = setting(
         0,
-        "activation checkpointing: 1 computes each block again in the backward pass instead of "
-        "keeping it, 2 every "
-        "second block, and so on; 0 none",
+        "activation checkpointing: 1 computes every block again in the backward pass instead "
+        "of storing its activations, 2 every second block, and so on; 0: none",
         ge=0,
     )
     resume: str = setting(
         "auto",
-        "auto: resume from the run's newest checkpoint if there is one; must: there has to be one; "
-        "never: there must be none; else the path of a checkpoint or run from which a run without "
-        "a checkpoint of its own starts",
+        "auto: resume from the run's newest checkpoint if there is one; must: there has to be "
+        "one; never: there must be none; or a path: if this run has no checkpoint yet, it "
+        "starts from that checkpoint or run",
     )
     init: str = setting(
         "",
         "weights that a new run starts from: a run, checkpoint, export or .safetensors file; "
-        "empty: random ones",
+        "empty: random weights",
     )
     init_allow: tuple[str, ...] = setting(
-        (), "what else than a perfect fit is meant: missing, resized, unexpected"
+        (),
+        "which mismatches between these weights and the model are allowed: missing, resized, "
+        "unexpected",
     )
     save_before_end_s: float = setting(
         60.0,
-        "in a SLURM job, save and stop this many seconds before its time ends, without a signal "
-        "too",
+        "in a SLURM job, the run saves and stops this many seconds before the job's time "
+        "limit, even if no signal arrives; it also stops at the signal of `tapct submit "
+        "--grace`, whichever is earlier",
         ge=0.0,
     )
 

@@ -23,17 +23,23 @@ from tapct.ssl.student_teacher import Network, StudentTeacher
 
 @dataclass(frozen=True)
 class Config(schedules.OptimSchedule):
-    """AdamW with layer-wise learning rates; the schedules' fields come first."""
+    """AdamW with layer-wise learning rates, and the schedules of a run."""
 
-    betas: tuple[float, float] = setting((0.9, 0.999), "AdamW moments; DINOv2", ge=0.0, lt=1.0)
+    betas: tuple[float, float] = setting(
+        (0.9, 0.999), "decay rates of AdamW's moments; DINOv2", ge=0.0, lt=1.0
+    )
     clip_norm: float = setting(
-        3.0, "gradient norm of backbone and each head, clipped one by one; DINOv2", gt=0.0
+        3.0, "maximum gradient norm, for the backbone and for each head separately; DINOv2", gt=0.0
     )
     layer_decay: float = setting(
-        0.9, "learning rate factor per block from the output down; DINOv2", gt=0.0, le=1.0
+        0.9,
+        "a block's learning rate is this factor times that of the block after it (nearer to "
+        "the output); DINOv2",
+        gt=0.0,
+        le=1.0,
     )
     patch_embed_lr_factor: float = setting(
-        0.2, "further factor for the patch embedding; DINOv2", gt=0.0, le=1.0
+        0.2, "additional factor on the learning rate of the patch embedding; DINOv2", gt=0.0, le=1.0
     )
 
 

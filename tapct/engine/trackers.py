@@ -26,18 +26,24 @@ class Wandb:
     """Weights & Biases."""
 
     mode: Literal["disabled", "offline", "online"] = setting(
-        "disabled", "offline writes to RUN/wandb for `wandb sync`"
+        "disabled",
+        "Weights & Biases: disabled; offline writes to RUN/wandb for `wandb sync`; online",
     )
-    project: str = setting("tapct", "project there")
-    entity: str | None = setting(None, "user or team there; null: your default")
-    name: str | None = setting(None, "name of the run there; null: name of the run folder")
+    project: str = setting("tapct", "project at wandb")
+    entity: str | None = setting(None, "user or team at wandb; null: your default")
+    name: str | None = setting(None, "name of the run at wandb; null: name of the run folder")
 
 
 @dataclass(frozen=True)
 class Config:
     """Where the metrics of a run go besides metrics.jsonl."""
 
-    every: int = setting(10, "steps between two fetches of the metrics from the device", ge=1)
+    every: int = setting(
+        10,
+        "steps between two writes of the metrics; those of all steps in between are copied from "
+        "the device at once",
+        ge=1,
+    )
     tensorboard: bool = setting(True, "write RUN/tensorboard")
     wandb: Wandb = field(default_factory=Wandb)
 

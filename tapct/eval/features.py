@@ -34,18 +34,23 @@ class Preprocess:
 
     size_yx: tuple[int, int] = setting(
         (224, 224),
-        "in-plane size in voxels that the scan is resized to; 0 keeps its own [arXiv:2512.00872]",
+        "in-plane size in voxels that the scan is resized to; 0: the scan keeps its size; "
+        "arXiv:2512.00872",
         ge=0,
     )
     window: tuple[int, int, int] = setting(
-        (12, 224, 224), "voxels (z, y, x) that the backbone sees at once [arXiv:2512.00872]", ge=1
+        (12, 224, 224), "voxels (z, y, x) that the backbone sees at once; arXiv:2512.00872", ge=1
     )
     stride: tuple[int, int, int] = setting(
-        (8, 112, 112), "voxels between neighbouring windows; a multiple of the patch", ge=1
+        (8, 112, 112),
+        "step of the window in voxels (z, y, x), a multiple of the patch; windows overlap "
+        "where it is smaller than the window",
+        ge=1,
     )
     border_weight: float = setting(
         1.0,
-        "weight of a window's outermost tokens in the mean over windows, against 1 at its centre",
+        "weight of the outermost tokens of a window in the mean over windows; the tokens at "
+        "its centre have weight 1",
         gt=0,
         le=1,
     )

@@ -40,8 +40,8 @@ class During:
 
     every: int = setting(
         0,
-        "steps between evaluations during training; the checkpoints of these steps and the last "
-        "one are evaluated; 0: none",
+        "steps between evaluations during training; the checkpoints of these steps and the "
+        "last one are evaluated; 0: no evaluation",
         ge=0,
     )
     how: str = setting(
@@ -51,12 +51,12 @@ class During:
     )
     device: str = setting(
         "cpu",
-        "device of a `process`; cpu leaves the GPUs to training; empty takes the run's `device`",
+        "device of a `process`; cpu leaves the GPUs to training; empty: the run's `device`",
     )
     wait_s: float = setting(
         600.0,
-        "longest wait, in seconds, of the first rank for a running `process` at the end of "
-        "training in a SLURM job, which would end the process with it",
+        "in a SLURM job: how long, in seconds, the first rank waits at the end of training for "
+        "a running `process`; the end of the job would otherwise end it",
         ge=0.0,
     )
     sbatch: tuple[str, ...] = setting(
@@ -85,19 +85,19 @@ class Config:
     only: tuple[str, ...] = setting(
         (), "patterns that the paths of evaluated scans must match, e.g. `ts_body/*`; empty: all"
     )
-    test_share: float = setting(0.5, "share of the patients to test on, at least one", gt=0, lt=1)
-    max_scans: int = setting(
-        0, "most scans to evaluate, train and test together; 0 takes all", ge=0
+    test_share: float = setting(
+        0.5, "share of the patients that are test patients; at least one patient", gt=0, lt=1
     )
+    max_scans: int = setting(0, "maximum number of scans, train and test together; 0: all", ge=0)
     seed: int = setting(0, "random seed of the split and of the choice of training patches")
     num_blocks: int = setting(
-        8, "slabs along z that a scan is cut into when there is one patient only", ge=2
+        8,
+        "number of slabs along z that a scan is divided into if all scans are of one patient",
+        ge=2,
     )
-    block_gap: int = setting(
-        2, "patch slices between two such slabs that belong to neither side", ge=0
-    )
+    block_gap: int = setting(2, "number of patch slices that are left out between two slabs", ge=0)
     num_pictures: int = setting(
-        2, "test scans that get pictures of each task and of the patch features", ge=0
+        2, "number of test scans with pictures of each task and of the patch features", ge=0
     )
     batch: int = setting(8, "windows per forward call", ge=1)
     during: During = dataclasses.field(
@@ -434,8 +434,8 @@ def _begin(name: str, task: Task[Any, Any], rows: Sequence[ScanRow], split: Spli
         )
     if split.mode == scans.BLOCKS and task.labels in (Labels.SCAN, Labels.PAIRS):
         raise UserError(
-            f"task {name} needs {scans.what_is_missing(task.labels)} of several patients, but the "
-            "scans are of one patient. Index scans of a second patient, or switch the task off "
+            f"task {name} needs labelled scans of several patients, but all of its scans are of "
+            "one patient. Index scans of a second patient, or switch the task off "
             f"with eval.tasks[{name}]=null"
         )
     task.begin(num_train)

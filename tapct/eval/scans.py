@@ -135,12 +135,14 @@ def usable(
 
 
 def what_is_missing(labels: Labels) -> str:
-    """What a scan lacks that has not the labels a task needs, for lines to the user."""
+    """What a scan without the labels of a task lacks: a singular noun, so that it can follow both
+    "has a" and "have no".
+    """
     return {
         Labels.VOXELS: "label map",
-        Labels.SCAN: "scan-level labels",
-        Labels.PAIRS: "second scan with a label map of the same patient",
-        Labels.NONE: "voxels",
+        Labels.SCAN: "scan-level label",
+        Labels.PAIRS: "second scan of the same patient with a label map",
+        Labels.NONE: "CT volume",
     }[labels]
 
 
@@ -149,7 +151,8 @@ def how_to_label(labels: Labels) -> str:
     return {
         Labels.VOXELS: "name it NAME_seg.nii.gz beside NAME.nii.gz, put it in labels*/ beside "
         "images*/, or index again with --labels DIR",
-        Labels.SCAN: "pass scan_labels to tapct.eval.runner.evaluate",
+        Labels.SCAN: "`tapct eval` cannot read scan-level labels yet; set labels = Labels.NONE "
+        "in the task and read the values from a file that its Config names (see docs/extending.md)",
         Labels.PAIRS: "index again with --labels DIR and a --patient-regex that finds the patient",
         Labels.NONE: "index and pack an archive with accepted scans",
     }[labels]

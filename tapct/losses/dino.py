@@ -33,7 +33,9 @@ from tapct.types import LossResult, TargetStats, Term, TokenSets
 class Config:
     """Weight, temperatures, targets and head of the DINO term."""
 
-    weight: float = setting(1.0, "factor on local + global; DINOv2", ge=0.0)
+    weight: float = setting(
+        1.0, "factor on the sum of the local and the global term; DINOv2", ge=0.0
+    )
     student_temp: float = setting(0.1, "student temperature; DINO, arXiv:2104.14294", gt=0.0)
     targets: TargetConfig = field(default_factory=TargetConfig)
     head: heads.Config = field(default_factory=heads.Config)

@@ -1,11 +1,12 @@
-"""Gram anchoring: patches of a crop stay as alike to each other as an earlier teacher saw them.
+"""Gram anchoring: the similarities between the patches of a crop should equal those of an earlier
+teacher.
 
     # N x D of each crop
     X = normalize(student(masked globals).patches)
     Y = normalize(snapshot(globals).patches)
     loss = mean over crops of mean over N x N of (X X^T - Y Y^T)^2
 
-The snapshot is a frozen copy of the teacher's backbone, taken at one step and anew at later ones.
+The snapshot is a frozen copy of the teacher's backbone, taken at one step and again at later ones.
 The loss keeps the geometry of the patches, not their features: X and X R give the same value for
 every rotation R.
 
@@ -44,21 +45,20 @@ class Config:
     weight: float = setting(2.0, "factor on the term; DINOv3, arXiv:2508.10104", ge=0.0)
     start: int = setting(
         100_000,
-        "optimizer steps before the first snapshot; the term is 0 until then and costs no forward "
-        "pass. DINOv3: "
-        "1,000,000; here 80 % of the default train.steps",
+        "optimizer steps before the first snapshot of the teacher; until then the term is 0 "
+        "and needs no forward pass; DINOv3: 1,000,000; default: 80 % of the default "
+        "train.steps",
         ge=0,
     )
     refresh_every: int = setting(
         10_000,
-        "steps from one snapshot to the next; 0: only the first; DINOv3, arXiv:2508.10104",
+        "steps from one snapshot to the next; 0: only one snapshot; DINOv3, arXiv:2508.10104",
         ge=0,
     )
     tokens: str = setting(
         "all",
-        "patches of the global crops that are compared: all, as DINOv3; masked or unmasked, those "
-        "that the student did "
-        "not see or did see",
+        "patches of the global crops that are compared: all (as DINOv3), masked (those that "
+        "the student does not see) or unmasked (those that it sees)",
         choices=("all", "masked", "unmasked"),
     )
 

@@ -36,8 +36,8 @@ class Config:
     student_temp: float = setting(0.1, "student temperature; iBOT, arXiv:2111.07832", gt=0.0)
     share_dino_head: bool = setting(
         False,
-        "use DINO's head and prototypes (as iBOT and TAP-CT did); both head sections must then be "
-        "equal",
+        "use DINO's head and prototypes (as in iBOT and TAP-CT); the settings of both heads "
+        "must then be equal",
     )
     targets: TargetConfig = field(default_factory=TargetConfig)
     head: heads.Config = field(default_factory=heads.Config)

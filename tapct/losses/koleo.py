@@ -1,4 +1,4 @@
-"""KoLeo: spread the class tokens of a batch over the sphere (Sablayrolles et al. 2019,
+"""KoLeo: spread the class tokens of a batch over the sphere (Sablayrolles et al., ICLR 2019,
 arXiv:1806.03198).
 
 B samples of this rank, N candidates for a neighbour (this rank's samples, or those of all W ranks),
@@ -30,8 +30,8 @@ class Config:
     )
     cross_rank: bool = setting(
         False,
-        "look for neighbours among the samples of all ranks (small batches), not of this rank's "
-        "as DINOv2 does",
+        "true: compare with the samples of all ranks (for small batches); false: of this rank "
+        "only, as in DINOv2",
     )
 
 
@@ -50,7 +50,7 @@ def koleo(
         Scalar, float32 (float64 for float64 input); lower is more uniform.
     Raises:
         UserError: N < 2, so no neighbour exists.
-    Source: Sablayrolles et al. 2019, arXiv:1806.03198, eq. 5.
+    Source: Sablayrolles et al., ICLR 2019, arXiv:1806.03198, eq. 5.
     """
     everyone_ND = cls_BD if everyone_ND is None else everyone_ND
     if everyone_ND.shape[0] < 2:

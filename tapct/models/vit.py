@@ -71,56 +71,65 @@ class Config:
 
     window: tuple[int, int, int] = setting(
         (12, 224, 224),
-        "voxels (z, y, x) of the crop whose positions are learned one to one; arXiv:2512.00872",
+        "voxels (z, y, x) of a crop: for this crop size the learned positions are used without "
+        "resizing; arXiv:2512.00872",
         ge=1,
     )
     patch: tuple[int, int, int] = setting(
         (4, 8, 8), "voxels (z, y, x) of one patch; arXiv:2512.00872", ge=1
     )
-    in_chans: int = setting(1, "channels of a voxel; CT has one", ge=1)
+    in_chans: int = setting(
+        1, "channels of a voxel; training needs 1, because views have one channel", ge=1
+    )
     dim: int = setting(384, "channels D of a token (ViT-S 384, ViT-B 768)", ge=1)
-    depth: int = setting(12, "blocks", ge=1)
-    heads: int = setting(6, "attention heads; D / heads is 64 in ViT-S and ViT-B", ge=1)
-    mlp_ratio: float = setting(4.0, "width of the feed-forward over D", gt=0.0)
+    depth: int = setting(12, "number of transformer blocks", ge=1)
+    heads: int = setting(6, "number of attention heads; D / heads is 64 in ViT-S and ViT-B", ge=1)
+    mlp_ratio: float = setting(
+        4.0,
+        "hidden width of the feed-forward network divided by D; swiglu uses 2/3 of this width",
+        gt=0.0,
+    )
     ffn: str = setting(
-        "mlp", "feed-forward: mlp, or swiglu at 2/3 of the width", choices=("mlp", "swiglu")
+        "mlp", "feed-forward network: mlp (two linear layers) or swiglu", choices=("mlp", "swiglu")
     )
     qkv_bias: bool = setting(True, "bias of the query-key-value projection; DINOv2")
     qk_norm: bool = setting(
         False, "layer norm of each head's queries and keys; arXiv:2302.05442 (ViT-22B)"
     )
-    registers: int = setting(4, "register tokens R; arXiv:2309.16588", ge=0)
+    registers: int = setting(4, "number of register tokens R; arXiv:2309.16588", ge=0)
     layer_scale: float | None = setting(
-        1e-5, "initial gain of every residual branch; null or 0: none; DINOv2", ge=0.0
+        1e-5,
+        "LayerScale: initial gain of every residual branch; null or 0: no LayerScale; DINOv2",
+        ge=0.0,
     )
     drop_path: float = setting(
         0.1,
-        "share of crops that skip a residual branch in training; the TAP configs",
+        "stochastic depth: share of crops that skip a residual branch in training; the TAP configs",
         ge=0.0,
         lt=1.0,
     )
     drop_path_rounding: str = setting(
         "stochastic",
-        "crops kept: stochastic has the exact mean, dinov2 truncates (half of 2 crops at 0.1)",
+        "how the number of kept crops is rounded: stochastic rounds at random, so that the "
+        "mean is exact; dinov2 rounds down (of 2 crops at 0.1 it keeps only 1)",
         choices=("stochastic", "dinov2"),
     )
     positions: str = setting(
         "learned",
-        "how patches know their place: learned vectors (DINOv2), rope turns queries and keys "
-        "(DINOv3), or both",
+        "how a patch gets its position: learned vectors added to the tokens (DINOv2), rope "
+        "rotates queries and keys by it (DINOv3), or both",
         choices=("learned", "rope", "both"),
     )
     pos_resize: str = setting(
         "cubic",
-        "how learned positions follow the crop's size; DINOv2: cubic",
+        "interpolation by which learned positions are resized to other crop sizes; DINOv2: cubic",
         choices=("cubic", "linear"),
     )
     rope: rope.Config = field(default_factory=rope.Config)
     attention: str = setting(
         "sdpa",
-        "attention back-end: sdpa anywhere; varlen and xformers on a GPU alone; auto the first of "
-        "varlen, xformers and "
-        "sdpa that device and precision allow",
+        "attention back-end: sdpa works on every device, varlen and xformers only on a GPU; "
+        "auto uses the first of varlen, xformers and sdpa that device and precision allow",
         choices=tuple(BACKENDS),
     )
 

@@ -23,14 +23,16 @@ from tapct.nn import init
 class Config:
     """Sizes of a prototype head. Source: DINOv2's published training config."""
 
-    num_prototypes: int = setting(65_536, "prototypes K that a token is compared with", ge=2)
+    num_prototypes: int = setting(
+        65_536, "number K of prototypes that a token is compared with", ge=2
+    )
     hidden: int = setting(2048, "width of the MLP's hidden layers", ge=1)
     bottleneck: int = setting(256, "width of the normalised features before the prototypes", ge=1)
-    layers: int = setting(3, "linear layers of the MLP", ge=1)
+    layers: int = setting(3, "number of linear layers of the MLP", ge=1)
     last_layer: str = setting(
         "weight_norm",
-        "how a prototype is made: weight_norm, a direction times a gain (DINO, DINOv2), or plain "
-        "weights (DINOv3)",
+        "weights of the prototypes: weight_norm, a direction times a gain (DINO, DINOv2), or "
+        "plain (DINOv3)",
         choices=("weight_norm", "plain"),
     )
 

@@ -27,10 +27,14 @@ class TargetConfig:
         choices=("centring", "sinkhorn"),
     )
     centre_momentum: float = setting(
-        0.9, "c <- m c + (1 - m) mean; DINO, arXiv:2104.14294", ge=0.0, lt=1.0
+        0.9,
+        "momentum m of the centre's moving average: c <- m c + (1 - m) mean; DINO, "
+        "arXiv:2104.14294",
+        ge=0.0,
+        lt=1.0,
     )
     sinkhorn_iterations: int = setting(
-        3, "row and column normalisations; SwAV, arXiv:2006.09882", ge=1
+        3, "number of row and column normalisations; SwAV, arXiv:2006.09882", ge=1
     )
 
 

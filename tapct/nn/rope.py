@@ -41,29 +41,32 @@ class Config:
 
     coordinates: str = setting(
         "normalised",
-        "unit of places: normalised -1 to 1 along each axis of the crop (DINOv3), voxel of the "
-        "view, or mm of the body",
+        "unit of positions: normalised (-1 to 1 along each axis of the crop, DINOv3), voxel "
+        "(voxels of the view) or mm (of the body)",
         choices=tuple(_SHORTEST),
     )
     base: float = setting(
-        100.0, "periods of P pairs are shortest * base^(i / P); DINOv3: 100", gt=1.0
+        100.0,
+        "a head of C channels has P = C // 6 periods per axis: shortest * base^(p / P) for p = 0 "
+        "to P - 1; DINOv3: 100",
+        gt=1.0,
     )
     shortest: float | None = setting(
         None,
-        "shortest period in the unit of the coordinates; null: 1 normalised (DINOv3), 16 voxels, "
-        "32 mm (ours: not below two patches)",
+        "shortest period in the unit of the coordinates; null: 1 for normalised (DINOv3), 16 "
+        "for voxel, 32 for mm (our own choice)",
         gt=0.0,
     )
     jitter: float = setting(
         1.0,
-        "in training, factor on each axis of a crop, log-uniform from 1 / jitter to jitter; 1: "
-        "off; DINOv3",
+        "in training, factor on the positions along each axis of a crop, drawn log-uniformly "
+        "from 1 / jitter to jitter; 1: off; DINOv3",
         ge=1.0,
     )
     rescale: float = setting(
         1.0,
-        "in training, factor on all axes of a crop at once, likewise; 1: off; 2 in DINOv3's "
-        "configs",
+        "in training, factor on the positions along all axes of a crop, drawn log-uniformly "
+        "from 1 / rescale to rescale; 1: off; 2 in DINOv3's configs",
         ge=1.0,
     )
 

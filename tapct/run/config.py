@@ -27,7 +27,8 @@ class DataConfig:
     store: Path = setting(Path("data/store"), "folder written by `tapct pack`")
     held_out: float = setting(
         0.0,
-        "share of patients kept out of pretraining, on which `tapct eval` tests",
+        "share of the patients that pretraining does not see; these are the test patients of "
+        "`tapct eval`",
         ge=0.0,
         lt=1.0,
     )
@@ -45,15 +46,17 @@ class RunConfig:
     """Everything a run is made of; one section per part of tapct."""
 
     out: Path = setting(Path("runs/default"), "run folder")
-    seed: int = setting(0, "of weights, sampler, views and masks", ge=0)
-    device: str = setting("auto", "auto: a GPU if there is one", choices=("auto", "cpu", "cuda"))
+    seed: int = setting(0, "random seed of weights, sampler, views and masks", ge=0)
+    device: str = setting(
+        "auto", "auto: a GPU if there is one, else the CPU", choices=("auto", "cpu", "cuda")
+    )
     data: DataConfig = field(default_factory=DataConfig)
     contract: HUContract = field(default_factory=HUContract)
     views: recipe.Config = field(default_factory=recipe.Config)
     masks: masks.Config = field(default_factory=masks.Config)
     model: Plugin = plugins.section("models", "vit", "backbone of student and teacher")
     losses: tuple[Plugin, ...] = plugins.table(
-        "losses", ("dino", "ibot", "koleo"), "terms that are summed"
+        "losses", ("dino", "ibot", "koleo"), "losses; their terms are summed"
     )
     optim: optim.Config = field(default_factory=optim.Config)
     train: loop.Config = field(default_factory=loop.Config)
@@ -63,8 +66,8 @@ class RunConfig:
     eval: runner.Config = field(default_factory=runner.Config)
     stages: tuple[StageConfig, ...] = setting(
         (),
-        "parts of the run with other settings: sections with start (finished steps) and set (a "
-        "list of key=value)",
+        "list of {start, set}: after `start` finished steps, the settings in `set` (a list of "
+        "key=value) replace those of the config, until the next stage starts",
     )
 
     def __post_init__(self) -> None:
@@ -75,6 +78,7 @@ class RunConfig:
                 f"{deepest:g} slices that the "
                 "deepest view needs, so every view would be filled up with air; raise it"
             )
+        needs.check_channels(self.model)
         patch = needs.patch_of(self.model)
         for name in ("global_window", "local_window"):
             patch_grid(getattr(self.views, name), patch, f"views.{name}")

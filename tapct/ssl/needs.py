@@ -30,6 +30,20 @@ def patch_of(model: Plugin) -> Size3:
     return patch
 
 
+def check_channels(model: Plugin) -> None:
+    """Raise UserError where a backbone expects several channels: views have one, (B, Z, Y, X).
+
+    Args:
+        model: plug-in section of the backbone.
+    """
+    in_chans = getattr(model.config, "in_chans", 1)
+    if in_chans != 1:
+        raise UserError(
+            f"model.in_chans is {in_chans}; a run needs 1, because the views of a CT scan have one "
+            "channel, (B, Z, Y, X). Set model.in_chans=1, or build the backbone in your own code"
+        )
+
+
 def build_losses(losses: Sequence[Plugin]) -> dict[str, Loss]:
     """Losses by name that can be asked what they need; they hold no values.
 

@@ -27,47 +27,53 @@ class OptimSchedule:
 
     lr: float = setting(
         4e-3,
-        "peak learning rate; under lr_scaling 'sqrt' stated at a global batch of 1024 (TAP-CT "
-        "configs)",
+        "peak learning rate; with lr_scaling=sqrt: the value for a global batch of 1024 "
+        "(TAP-CT configs)",
         gt=0.0,
     )
     lr_scaling: str = setting(
         "sqrt",
-        "'sqrt': lr x sqrt(global batch / 1024) (DINOv2); 'none': lr unchanged for every batch",
+        "sqrt: lr * sqrt(global batch / 1024) (DINOv2); none: lr is the same for every batch",
         choices=("sqrt", "none"),
     )
     min_lr: float = setting(
-        1e-6, "learning rate at the end of the cosine, never scaled (DINOv2)", ge=0.0
+        1e-6, "learning rate at the end of the cosine; it is not scaled (DINOv2)", ge=0.0
     )
     warmup_share: float = setting(
         0.1,
-        "share of all steps in which lr rises linearly from 0 (TAP-CT configs: 10 of 100 epochs)",
+        "share of all steps in which the learning rate rises linearly from 0 (TAP-CT configs: "
+        "10 of 100 epochs)",
         ge=0.0,
         lt=1.0,
     )
     weight_decay: tuple[float, float] = setting(
-        (0.04, 0.4), "weight decay at start and end, cosine (DINOv2)", ge=0.0
+        (0.04, 0.4),
+        "weight decay at the start and the end, with a cosine between them (DINOv2)",
+        ge=0.0,
     )
     momentum: tuple[float, float] = setting(
         (0.992, 1.0),
-        "EMA momentum of the teacher at start and end, cosine (DINOv2)",
+        "EMA momentum of the teacher at the start and the end, with a cosine between them (DINOv2)",
         ge=0.0,
         le=1.0,
     )
     teacher_temp: tuple[float, float] = setting(
         (0.04, 0.07),
-        "teacher temperature at start and after its warm-up, linear, then constant (DINOv2)",
+        "teacher temperature at the start and after its warm-up, linear between them, then "
+        "constant (DINOv2)",
         gt=0.0,
     )
     teacher_temp_warmup_share: float = setting(
         0.3,
-        "share of all steps in which the teacher temperature moves (TAP-CT configs: 30 of 100)",
+        "share of all steps in which the teacher temperature changes (TAP-CT configs: 30 of "
+        "100 epochs)",
         ge=0.0,
         lt=1.0,
     )
     freeze_last_layer_steps: int = setting(
         0,
-        "first steps in which the heads' last layers keep lr 0 (DINOv2: one epoch, 1250 steps)",
+        "number of steps at the start in which the last layers of the heads are not trained "
+        "(DINOv2: one epoch, 1250 steps)",
         ge=0,
     )
 

@@ -58,22 +58,26 @@ BLOCKS = 2**ROUNDS - 1  # the bits of all blocks
 
 @dataclass(frozen=True)
 class Config:
-    """Which share of the tokens the student does not see. Source of the defaults: DINOv2 and
-    TAP-CT's configs.
+    """The share of the tokens that the student does not see, and the size of the masked blocks.
+    Source of the defaults: DINOv2 and TAP-CT's configs.
     """
 
     probability: float = setting(
-        0.5, "share of the global crops of a step that are masked at all", ge=0, le=1
+        0.5, "share of the global crops of a step that get a mask", ge=0, le=1
     )
     ratio: tuple[float, float] = setting(
         (0.1, 0.5),
-        "masked share of a masked crop: those of a step take even steps between the two",
+        "share of masked tokens: the masked crops of one step get evenly spaced shares between "
+        "the two values",
         ge=0,
         le=1,
     )
-    min_tokens: int = setting(4, "smallest volume of a block in tokens", ge=1)
+    min_tokens: int = setting(4, "smallest block, in tokens", ge=1)
     aspect: tuple[float, float] = setting(
-        (0.3, 1 / 0.3), "height / width and depth / height of a block in tokens, log-uniform", gt=0
+        (0.3, 1 / 0.3),
+        "height / width and depth / height of a block in tokens, drawn log-uniformly between "
+        "the two values",
+        gt=0,
     )
 
     def __post_init__(self) -> None:

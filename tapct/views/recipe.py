@@ -33,61 +33,77 @@ class Config:
     Source: defaults are TAP-CT's public training configs, except where another source is named.
     """
 
-    num_globals: int = setting(2, "global views of a scan", ge=1)
+    num_globals: int = setting(2, "number of global views of a scan", ge=1)
     global_window: tuple[int, int, int] = setting(
-        (12, 224, 224), "size of a global view (z, y, x)", ge=1
+        (12, 224, 224), "size of a global view in voxels (z, y, x)", ge=1
     )
     global_area: tuple[float, float] = setting(
         (0.32, 1.0),
-        "share of the scan's in-plane area in a global view, uniform between the two",
+        "share of the scan's in-plane area in a global view, drawn uniformly between the two "
+        "values",
         gt=0,
         le=1,
     )
-    num_locals: int = setting(8, "local views of a scan; 0 for none", ge=0)
+    num_locals: int = setting(8, "number of local views of a scan; 0: none", ge=0)
     local_window: tuple[int, int, int] = setting(
-        (12, 96, 96), "size of a local view (z, y, x)", ge=1
+        (12, 96, 96), "size of a local view in voxels (z, y, x)", ge=1
     )
     local_area: tuple[float, float] = setting(
         (0.05, 0.32),
-        "share of the scan's in-plane area in a local view, uniform between the two",
+        "share of the scan's in-plane area in a local view, drawn uniformly between the two values",
         gt=0,
         le=1,
     )
     aspect: tuple[float, float] = setting(
         (3 / 4, 4 / 3),
-        "height / width of a crop in voxels, log-uniform over what fits into the scan",
+        "height / width of a crop in voxels, drawn log-uniformly from the part of this range "
+        "in which the crop fits into the scan",
         gt=0,
     )
     z_zoom: tuple[float, float] = setting(
         (1.0, 1.0),
-        "slices of the scan per slice of a view, log-uniform; 1, 1 cuts whole slices, unresized",
+        "slices of the scan per slice of a view, drawn log-uniformly between the two values; "
+        "[1, 1]: no resizing along z",
         gt=0,
     )
     body_share_min: float = setting(
         0.25,
-        "a crop should hold this share of body, lungs included (ours); 0 accepts any",
+        "smallest share of body (lungs included) in a crop; see candidates; 0 accepts every "
+        "crop; our own choice, not TAP-CT's",
         ge=0,
         le=1,
     )
     candidates: int = setting(
-        4, "places tried for a crop with enough body, else the best of them (ours)", ge=1, le=64
+        4,
+        "number of positions that are tried until a crop has enough body; if none has, the "
+        "best one is used; our own choice, not TAP-CT's",
+        ge=1,
+        le=64,
     )
     flip_p: tuple[float, float, float] = setting(
         (0.0, 0.0, 0.0),
-        "chance of a mirror image along (z, y, x); bodies have a left and a right (ours)",
+        "probability of a mirror image along (z, y, x); keep 0 along x if left and right must "
+        "stay different; our own choice, not TAP-CT's",
         ge=0,
         le=1,
     )
     blur_sigma: tuple[float, float] = setting(
         (0.1, 2.0),
-        "width of the Gaussian blur in pixels of the view, all three axes, uniform",
+        "standard deviation of the Gaussian blur in pixels of the view, the same along all "
+        "three axes, drawn uniformly between the two values",
         ge=0,
     )
     blur_p: tuple[float, float, float] = setting(
-        (1.0, 0.1, 0.5), "chance of blur: first global view, other globals, locals", ge=0, le=1
+        (1.0, 0.1, 0.5),
+        "probability of blur: first global view, other global views, local views",
+        ge=0,
+        le=1,
     )
     ops: tuple[Plugin, ...] = plugins.table(
-        "views.ops", ("gain",), "ops on finished views, in this order"
+        "views.ops",
+        ("gain",),
+        "ops on views in HU, applied in the order in which the config lists them; the "
+        "normalisation follows",
     )
 
     def __post_init__(self) -> None:

@@ -426,6 +426,18 @@ def test_a_run_with_a_living_job_is_not_submitted_again(
     shell.good("submit", config)
 
 
+def test_when_slurm_does_not_respond_one_warning_names_the_run_that_was_not_checked(
+    config: Path, shell: Shell, cluster: FakeSlurm
+) -> None:
+    cluster.command("squeue", "exit 1\n")
+    code, _, err = shell("submit", config)
+    assert code == 0 and err == ""  # no earlier submission, so there is nothing to check
+    code, _, err = shell("submit", config)
+    (line,) = err.splitlines()
+    assert code == 0 and line.startswith("warning: SLURM does not respond (squeue)")
+    assert "on run;" in line and "squeue --me" in line
+
+
 def test_a_config_that_no_longer_fits_the_run_is_not_submitted(
     config: Path, shell: Shell, cluster: FakeSlurm
 ) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from scan_files import make_ct, save_scan
 
-from tapct.data import index, readers
+from tapct.data import formats, index, readers
 from tapct.data.discover import find_source, stem_of
 from tapct.data.readers.raw import Image
 
@@ -27,6 +27,12 @@ def test_names_and_suffixes_of_formats_are_distinct() -> None:
     suffixes = [suffix for known in readers.FORMATS for suffix in known.suffixes]
     assert len(set(names)) == len(names) and len(set(suffixes)) == len(suffixes)
     assert all(readers.format_named(name).name == name for name in names)
+
+
+def test_every_format_has_a_title_in_the_light_module_of_help_texts() -> None:
+    assert list(formats.TITLES) == [known.name for known in readers.FORMATS]
+    assert formats.listed("and") == "NIfTI, NRRD, MetaImage and DICOM"
+    assert formats.listed("or", without="dicom") == "NIfTI, NRRD or MetaImage"
 
 
 @pytest.mark.parametrize(

@@ -82,7 +82,9 @@ def test_a_number_that_is_not_finite_on_one_rank_reaches_no_weights(
     done = train(2, tmp_path, store, *PLAIN, "log.every=12", fault=f"1 6 {action}")
     lines = error_lines(done.stderr)
     assert (
-        len(lines) == 1 and lines[0].startswith("error: step 6: ") and "nothing moved" in lines[0]
+        len(lines) == 1
+        and lines[0].startswith("error: step 6: ")
+        and "weights were not updated" in lines[0]
     )
     assert newest(tmp_path) == "step_00000004"
     said = good(train(2, tmp_path, store, *PLAIN, "log.every=12"))

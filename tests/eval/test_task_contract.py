@@ -374,7 +374,7 @@ def test_several_tasks_share_one_pass_and_get_the_scans_that_have_their_labels(
     assert from_json(json.loads((archive.out / "results.json").read_text())) == evaluation
     said = capsys.readouterr().out
     assert "mylab_voxels: 8 of 12 scans have no label map and are skipped" in said
-    assert "mylab_scan: 9 of 12 scans have no scan-level labels and are skipped" in said
+    assert "mylab_scan: 9 of 12 scans have no scan-level label and are skipped" in said
     assert "mylab_none" not in said
     assert len(evaluation.pca) == 1 and (archive.out / evaluation.pca[0].file).is_file()
 
@@ -385,7 +385,11 @@ def test_a_task_without_any_scan_is_reported_and_is_an_error_alone(
     archive.monkeypatch.setattr(archive, "scan_labels", {})
     assert list(archive.evaluate(Labels.SCAN, Labels.NONE).tasks) == ["mylab_none"]
     assert "mylab_scan: none of the 12 accepted scans has" in capsys.readouterr().out
-    with pytest.raises(UserError, match="mylab_scan: none of the 12 accepted scans has"):
+    with pytest.raises(
+        UserError,
+        match=r"mylab_scan: none of the 12 accepted scans has a scan-level label: `tapct eval` "
+        r"cannot read scan-level labels yet; set labels = Labels.NONE",
+    ):
         archive.evaluate(Labels.SCAN)
     archive.monkeypatch.setattr(archive, "rows", archive.rows[8:])
     with pytest.raises(
@@ -399,7 +403,7 @@ def test_pairs_are_label_maps_of_one_patient_on_one_side(archive: Archive) -> No
     assert list(evaluation.tasks) == ["mylab_none", "mylab_voxels"]
     pairs = {scan for call, scan in archive.logs["voxels"] if call == "truth"}
     assert {"s0", "s1"} <= pairs
-    with pytest.raises(UserError, match="are of one patient"):
+    with pytest.raises(UserError, match="its scans are of one patient"):
         archive.evaluate(Labels.PAIRS)  # s0 and s1 alone have a second scan with a label map
     assert archive.logs["pairs"] == []
 

@@ -166,3 +166,14 @@ def test_losses_are_asked_without_memory_and_without_moving_torchs_draws() -> No
 def test_a_backbone_without_a_patch_in_its_config_is_refused_in_one_line() -> None:
     with pytest.raises(UserError, match=r"model.name lab.net: its Config has no patch; add it"):
         needs.patch_of(Plugin("lab.net", object()))
+
+
+def test_a_backbone_with_several_channels_is_refused_with_the_config() -> None:
+    with pytest.raises(ConfigError, match=r"model.in_chans is 2; a run needs 1.*model.in_chans=1"):
+        load_config(RunConfig, Path("smoke"), ["model.in_chans=2"])
+    config = load_config(RunConfig, Path("smoke"), ["model.in_chans=1"]).value
+    needs.check_channels(config.model)
+
+
+def test_a_backbone_without_a_setting_for_channels_is_accepted() -> None:
+    needs.check_channels(Plugin("mylab.models.other", object()))

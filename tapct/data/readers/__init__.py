@@ -9,8 +9,9 @@ To add a format such as MINC:
    its header gives no orientation. `raw` holds the checks that readers share.
 2. Import the library that decodes the format inside the function that needs it. Every rank of a
    training run imports this package, and none of them reads a scan file.
-3. Add one line to `FORMATS`. `discover` then finds the files by their suffixes, and `ingest` reads
-   them.
+3. Import the module here and add one line to `FORMATS`: name, suffixes, function, libraries.
+   `discover` then finds the files by their suffixes, and `ingest` reads them.
+4. Add the name to `TITLES` in `data/formats.py`, from where help texts and messages take it.
 
 All other checks are not the reader's job and hold for every format: orientation and spacing
 (`geometry`), whether the values are HU (`ct_check`), side-car files and facts (`headers`), patient
@@ -33,7 +34,8 @@ class Format:
     """One format of scan files.
 
     Args:
-        name: name of the format, the column `kind` of the manifest.
+        name: name of the format, the column `kind` of the manifest; `formats.TITLES` has its name
+            for people.
         suffixes: endings of its file names, in lower case; longer ones first.
         read: function that reads the files of one scan; all formats but DICOM have one file.
         libraries: Python packages that decode the format, loaded with the first file.

@@ -36,28 +36,31 @@ class Config:
 
     resolution: str = setting(
         "voxel",
-        "resolution of the headline Dice and of the training targets: `voxel` learns label shares "
-        "of patches and evaluates upsampled logits on the scan's own voxels, `patch` learns and "
-        "evaluates majority labels of patches",
+        "`voxel`: the decoder learns the share of each label in a patch, and the headline Dice "
+        "is computed on the voxels of the scan, to which the logits are upsampled; `patch`: "
+        "the decoder learns the majority label of each patch, and the headline Dice is "
+        "computed on patches",
         choices=RESOLUTIONS,
     )
     organs: tuple[str, ...] = setting(
-        (), "label names or values that count as organs; empty: all; the rest is body"
+        (), "label names or values that count as organs; empty: all; other labels count as body"
     )
     outside: tuple[str, ...] = setting(
-        ("table",), "label names or values that belong to the air around the patient"
+        ("table",), "label names or values that count as outside (air around the patient)"
     )
     body: tuple[str, ...] = setting(
         ("body", "body_trunc", "skin"),
-        "label names that mean `inside the body, no organ`; label 0 is then outside air",
+        "label names for `inside the body, no organ`; if one of these exists, label 0 means air",
     )
     max_tokens: int = setting(
-        24576, "most training patches of all scans together, stratified by label", ge=1
+        24576, "maximum number of training patches of all scans together, stratified by label", ge=1
     )
     l2: float = setting(
-        3e-4, "weight of half the squared decoder weights, on standardised features", ge=0
+        3e-4,
+        "L2 penalty on the decoder weights w for standardised features: l2 / 2 x sum of w^2",
+        ge=0,
     )
-    steps: int = setting(60, "L-BFGS iterations, the same for every model", ge=1)
+    steps: int = setting(60, "number of L-BFGS iterations, the same for every model", ge=1)
 
 
 @dataclass(frozen=True)

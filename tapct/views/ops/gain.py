@@ -20,10 +20,16 @@ class Config:
     """
 
     p: tuple[float, float, float] = setting(
-        (0.0, 0.7, 0.7), "chance for the first global view, other globals, locals", ge=0, le=1
+        (0.0, 0.7, 0.7),
+        "probability for the first global view, other global views, local views",
+        ge=0,
+        le=1,
     )
     factor: tuple[float, float] = setting(
-        (0.8, 1.2), "factor on HU above air, uniform between the two", gt=0
+        (0.8, 1.2),
+        "HU -> air + factor * (HU - air) with air = contract.clip_low; the factor is drawn "
+        "uniformly between the two values",
+        gt=0,
     )
 
     def __post_init__(self) -> None:

@@ -21,10 +21,16 @@ class Config:
     """
 
     p: tuple[float, float, float] = setting(
-        (0.0, 0.3, 0.3), "chance for the first global view, other globals, locals", ge=0, le=1
+        (0.0, 0.3, 0.3),
+        "probability for the first global view, other global views, local views",
+        ge=0,
+        le=1,
     )
     exponent: tuple[float, float] = setting(
-        (0.8, 1.25), "exponent, log-uniform between the two", gt=0
+        (0.8, 1.25),
+        "u -> u^exponent, where u is the HU value mapped from the HU window to [0, 1]; the "
+        "exponent is drawn log-uniformly between the two values",
+        gt=0,
     )
 
     def __post_init__(self) -> None:

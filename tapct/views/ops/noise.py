@@ -20,10 +20,13 @@ class Config:
     """
 
     p: tuple[float, float, float] = setting(
-        (0.0, 0.3, 0.3), "chance for the first global view, other globals, locals", ge=0, le=1
+        (0.0, 0.3, 0.3),
+        "probability for the first global view, other global views, local views",
+        ge=0,
+        le=1,
     )
     sigma_hu: tuple[float, float] = setting(
-        (0.0, 30.0), "standard deviation in HU, uniform between the two", ge=0
+        (0.0, 30.0), "standard deviation in HU, drawn uniformly between the two values", ge=0
     )
 
     def __post_init__(self) -> None:

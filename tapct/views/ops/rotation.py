@@ -1,5 +1,5 @@
-"""Rotation: rotate the view in the axial plane about its centre, like a body lying askew on the
-table.
+"""Rotation: rotate the view in the axial plane about its centre, like a patient who lies at an
+angle on the table.
 """
 
 from __future__ import annotations
@@ -24,11 +24,15 @@ class Config:
     """
 
     p: tuple[float, float, float] = setting(
-        (0.0, 0.3, 0.3), "chance for the first global view, other globals, locals", ge=0, le=1
+        (0.0, 0.3, 0.3),
+        "probability for the first global view, other global views, local views",
+        ge=0,
+        le=1,
     )
     degrees: tuple[float, float] = setting(
         (-15.0, 15.0),
-        "angle, uniform between the two; above 0 from the view's x axis to its y axis",
+        "angle in degrees, drawn uniformly between the two values; positive: from the x axis "
+        "towards the y axis",
         ge=-180,
         le=180,
     )

@@ -20,10 +20,21 @@ class Config:
     """
 
     p: tuple[float, float, float] = setting(
-        (0.0, 0.3, 0.3), "chance for the first global view, other globals, locals", ge=0, le=1
+        (0.0, 0.3, 0.3),
+        "probability for the first global view, other global views, local views",
+        ge=0,
+        le=1,
     )
-    low_hu: float = setting(30.0, "the lower end moves up by 0 to this many HU, uniform", ge=0)
-    high_hu: float = setting(200.0, "the upper end moves down by 0 to this many HU, uniform", ge=0)
+    low_hu: float = setting(
+        30.0,
+        "the lower end moves up by a number of HU that is drawn uniformly between 0 and this",
+        ge=0,
+    )
+    high_hu: float = setting(
+        200.0,
+        "the upper end moves down by a number of HU that is drawn uniformly between 0 and this",
+        ge=0,
+    )
 
     def __post_init__(self) -> None:
         if self.low_hu + self.high_hu > 1000:
