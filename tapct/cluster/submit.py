@@ -83,8 +83,8 @@ def check_run(resolved: Resolved, resources: Resources, allow_change: bool = Fal
         UserError: batch, time limit, device, data or run folder do not allow the run.
     """
     config: RunConfig = resolved.value
-    for part in config.parts():
-        part.config.check_share(resources.world)
+    for stage in config.resolved_stages():
+        stage.config.check_share(resources.world)
     if config.train.save_before_end_s >= 60 * resources.minutes:
         raise UserError(
             f"train.save_before_end_s {config.train.save_before_end_s:g} s is not less than "
