@@ -39,7 +39,7 @@ from tapct.plan import command
 from tapct.plan.measure import gemm_rate
 from tapct.run import provenance
 from tapct.run.config import RunConfig
-from tapct.run.pretrain import stage_of
+from tapct.run.pretrain import stage_settings
 from tapct.ssl.student_teacher import StudentTeacher
 from tapct.types import Batch
 
@@ -93,7 +93,7 @@ def trainer_of(config: RunConfig, device: torch.device, rows: list[metrics.Recor
     """A trainer that writes its records into `rows` and saves nothing."""
     pair = StudentTeacher(config.model, config.losses, config.seed, device=device)
     recompute.recompute_blocks(pair.student.backbone, config.train.recompute)
-    stage = stage_of(config.parts()[0], pair)
+    stage = stage_settings(config.resolved_stages()[0], pair)
     hooks = loop.Hooks(rows.append, lambda step, last: None)
     cadence = loop.Cadence(log_every=1, save_every=config.train.steps)
     return loop.Trainer(pair, optim.Updater(pair, config.optim), [stage], hooks, cadence)

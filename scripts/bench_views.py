@@ -1,7 +1,7 @@
 """Time the making of views and masks, beside simple implementations and a memory copy.
 
     python scripts/bench_views.py --json views.json
-    python scripts/bench_views.py --device cuda --repeat 20 --batch 64
+    python scripts/bench_views.py --device cuda --repeats 20 --batch 64
 
 Views are compared with a trilinear gather (`grid_sample`) of the same crops, which has neither
 anti-aliasing nor blur nor ops, and with a gather followed by a dense 9x9x9 blur (`conv3d`) of the
@@ -258,7 +258,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=None, help="JSON file to write the figures to")
     parser.add_argument("--device", type=arguments.device, default="cpu", help="cpu or cuda")
     parser.add_argument(
-        "--repeat",
+        "--repeats",
         type=arguments.positive,
         default=10,
         help="calls; the fastest counts, default 10",
@@ -276,7 +276,7 @@ def main() -> None:
     )
     args = parser.parse_args()
     device = torch.device(args.device)
-    clock = Clock(device, args.repeat, time.thread_time if args.cpu_time else time.perf_counter)
+    clock = Clock(device, args.repeats, time.thread_time if args.cpu_time else time.perf_counter)
     side = 2048
     square = torch.rand(side, side, device=device)
     gemm_ms = clock.best_ms({"gemm": lambda: square @ square})["gemm"]

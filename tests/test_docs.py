@@ -124,7 +124,7 @@ def test_the_table_of_all_config_keys_is_current(monkeypatch: pytest.MonkeyPatch
     # found by another way: the leaves of resolved configs, with every plug-in of tapct
     resolved: set[str] = set()
     for overrides in with_every_plugin(RunConfig()):
-        resolved |= set(load_config(RunConfig, None, overrides).origin)
+        resolved |= set(load_config(RunConfig, None, overrides).sources)
     assert "losses.gram.start" in resolved  # a loss that is off by default
     assert keys == resolved
 
@@ -335,7 +335,7 @@ def test_every_piece_of_yaml_is_a_config(page: str, block: str, mylab: Path) -> 
     )
     resolved = load_config(RunConfig, path, [])
     assert any(
-        origin.endswith(".yaml:1") or "piece.yaml" in origin for origin in resolved.origin.values()
+        origin.endswith(".yaml:1") or "piece.yaml" in origin for origin in resolved.sources.values()
     )
 
 

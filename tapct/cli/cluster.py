@@ -176,10 +176,10 @@ def submit(
     )
     for run, each in zip(planned.runs, submitted, strict=True):
         console.say(f"job {each.job}: {run.value.out}")
-    home = planned.home
-    console.say(f"logs in {submitted[0].logs}; watch: tapct jobs {home}; end: tapct cancel {home}")
+    root = planned.root
+    console.say(f"logs in {submitted[0].logs}; watch: tapct jobs {root}; end: tapct cancel {root}")
     if sweep:
-        console.say(f"when they are done: tapct compare {shlex.quote(str(home))}/*=*")
+        console.say(f"when they are done: tapct compare {shlex.quote(str(root))}/*=*")
 
 
 def print_warning(line: str) -> None:

@@ -25,8 +25,7 @@ from tapct.run_folder import JobFolder, RunFolder
 if TYPE_CHECKING:
     from rich.table import Table
 
-STATE_WIDTH = 12
-# Folders inside a run folder that hold no further runs and may hold thousands of files.
+STATE_WIDTH = 12  # characters of the column `state`
 
 
 @dataclass(frozen=True)

@@ -29,16 +29,16 @@ def snapshot_name() -> str:
     return "-".join(filter(None, [revision, digest.hexdigest()[:10]]))
 
 
-def copy_package(home: Path, undo: contextlib.ExitStack) -> Path:
+def copy_package(root: Path, undo: contextlib.ExitStack) -> Path:
     """Copy this tapct to HOME/code/<name>/tapct, unless that copy exists already.
 
     Args:
-        home: folder for code and logs of a submission.
+        root: folder for code and logs of a submission.
         undo: stack that removes the copy again.
     Returns:
         HOME/code/<name>, the folder to put on PYTHONPATH.
     """
-    target = RunFolder(home.absolute()).code / snapshot_name()
+    target = RunFolder(root.absolute()).code / snapshot_name()
     if target.is_dir():
         return target
     make_parents(target.parent, undo)

@@ -1,8 +1,10 @@
-"""Submit runs: check them here, copy the code, write their folders, hand them to the scheduler.
+"""Submit runs: check them on this machine, copy the code, write their folders, and hand them to
+SLURM.
 
-RUN/jobs/<time>/   the job's config.yaml, submission.json, events.jsonl, places and starts
-                   (`script`); submitit's batch script, pickles and logs
-RUN/code/<rev>/    the tapct that the job runs, whatever happens to the source tree in the meantime
+RUN/jobs/<time>/   files of tapct: config.yaml, submission.json, events.jsonl, `places` and `starts`
+                   (see `script`); files of submitit: the batch script, pickles and logs
+RUN/code/<rev>/    copy of tapct that the job runs, so that later edits of the source tree do not
+                   change it
 """
 
 from __future__ import annotations
@@ -36,11 +38,12 @@ class PlannedRuns:
 
     Args:
         runs: config of each run.
-        home: folder for code and logs: the run folder, or the one around the runs of a sweep.
+        root: folder of the job's code and logs: the run folder, or for a sweep the folder that
+            contains all run folders.
     """
 
     runs: tuple[Resolved, ...]
-    home: Path
+    root: Path
 
     @property
     def folders(self) -> list[Path]:
@@ -50,7 +53,7 @@ class PlannedRuns:
     @property
     def job_name(self) -> str:
         """Name of the job in the queue."""
-        return f"tapct-{self.home.absolute().name}"
+        return f"tapct-{self.root.absolute().name}"
 
 
 def plan_runs(config: Path, overrides: Sequence[str], axes: Sequence[str]) -> PlannedRuns:
@@ -59,32 +62,33 @@ def plan_runs(config: Path, overrides: Sequence[str], axes: Sequence[str]) -> Pl
     Args:
         config: YAML file.
         overrides: `key=value` for all runs.
-        axes: arguments of --sweep, `key=value,value`; none for a single run.
+        axes: arguments of --sweep, one `key=value,value` for each swept key; empty for a single
+            run.
     Raises:
         UserError: one of the configs is wrong.
     """
     first = load_config(RunConfig, config, overrides)
-    home: Path = first.value.out
+    root: Path = first.value.out
     if not axes:
-        return PlannedRuns((first,), home)
+        return PlannedRuns((first,), root)
     points = sweep.product(axes)
-    runs = [load_config(RunConfig, config, point.overrides(overrides, home)) for point in points]
-    return PlannedRuns(tuple(runs), home)
+    runs = [load_config(RunConfig, config, point.overrides(overrides, root)) for point in points]
+    return PlannedRuns(tuple(runs), root)
 
 
 def check_run(resolved: Resolved, resources: Resources, allow_change: bool = False) -> None:
-    """Refuse a run that would end as soon as it starts, before it waits in a queue.
+    """Refuse a run that would fail at its start, now instead of after the wait in the queue.
 
     Args:
         resolved: config of the run.
-        resources: what the job requests.
-        allow_change: resume even though settings that affect training have changed.
+        resources: nodes, GPUs, CPU cores and time that the job requests.
+        allow_change: whether to resume even though settings that affect training have changed.
     Raises:
         UserError: batch, time limit, device, data or run folder do not allow the run.
     """
     config: RunConfig = resolved.value
-    for part in config.parts():
-        part.config.check_share(resources.world)
+    for stage in config.resolved_stages():
+        stage.config.check_share(resources.world)
     if config.train.save_before_end_s >= 60 * resources.minutes:
         raise UserError(
             f"train.save_before_end_s {config.train.save_before_end_s:g} s is not less than "
@@ -98,18 +102,18 @@ def check_run(resolved: Resolved, resources: Resources, allow_change: bool = Fal
             f"out={config.out}: SLURM would replace the % in the names of its log files; choose "
             "a folder without %"
         )
-    Store(config.data.store)
+    Store(config.data.store)  # opened only to check it: raises UserError where it is missing or bad
     check_resume(resolved, allow_change)
 
 
 def check_resume(resolved: Resolved, allow_change: bool) -> None:
-    """Refuse a run that could not resume from the checkpoints in its folder.
+    """Refuse a run whose folder holds checkpoints from which it must not or cannot resume.
 
     Args:
         resolved: config of the run.
-        allow_change: resume even though settings that affect training have changed.
+        allow_change: whether to resume even though settings that affect training have changed.
     Raises:
-        UserError: the run may not resume, or its config has changed since the newest checkpoint.
+        UserError: train.resume=never, or the config has changed since the newest checkpoint.
     """
     config: RunConfig = resolved.value
     saved = _finished_checkpoints(config)
@@ -206,42 +210,47 @@ def submit_runs(
     check_no_active_job(planned.folders, warn)
     name = time.strftime("%Y%m%d-%H%M%S")
     with contextlib.ExitStack() as undo:
-        code = copy_package(planned.home, undo)
-        folder = make_new_folder(RunFolder(planned.home).jobs, name, undo)
-        places = []  # RUN/jobs/<time> of each run
-        for out in planned.folders:
-            own = (
-                folder if out == planned.home else make_new_folder(RunFolder(out).jobs, name, undo)
-            )
-            places.append(own)
-        for place, run in zip(places, planned.runs, strict=True):
-            files.write_atomically(JobFolder(place).config, run.to_yaml())
-        lines = "".join(f"{place}\n" for place in places)
-        JobFolder(folder).places.write_text(lines, encoding="utf-8")
-        arguments = [
-            (str(JobFolder(place).config), os.getcwd(), str(code), allow_change) for place in places
-        ]
-        job = JobFolders(planned.job_name, folder, code)
+        code = copy_package(planned.root, undo)
+        log_folder = make_new_folder(RunFolder(planned.root).jobs, name, undo)
+        job_folders: list[Path] = []  # RUN/jobs/<time> of each run
+        for run_folder in planned.folders:
+            if run_folder == planned.root:
+                job_folders.append(log_folder)
+            else:
+                job_folders.append(make_new_folder(RunFolder(run_folder).jobs, name, undo))
+        arguments = []
+        for folder, run in zip(job_folders, planned.runs, strict=True):
+            config = JobFolder(folder).config
+            files.write_atomically(config, run.to_yaml())
+            arguments.append((str(config), os.getcwd(), str(code), allow_change))
+        lines = "".join(f"{folder}\n" for folder in job_folders)
+        JobFolder(log_folder).places.write_text(lines, encoding="utf-8")
+        job = JobFolders(planned.job_name, log_folder, code)
         ids = script.submit_tasks(job, resources, task.run_task, arguments)
-        undo.pop_all()
+        undo.pop_all()  # SLURM has accepted the job: keep all new folders
     submissions = []
-    for place, run, id in zip(places, planned.runs, ids, strict=True):
-        steps = run.value.train.steps
-        submission = jobs.Submission(id, time.time(), steps, resources.max_restarts, str(folder))
-        submission.write(place)
+    for folder, run, id in zip(job_folders, planned.runs, ids, strict=True):
+        submission = jobs.Submission(
+            job=id,
+            submitted=time.time(),
+            steps=run.value.train.steps,
+            max_restarts=resources.max_restarts,
+            logs=str(log_folder),
+        )
+        submission.write(folder)
         submissions.append(submission)
     return submissions
 
 
 def preview_batch_script(planned: PlannedRuns, resources: Resources) -> str:
-    """The batch script that `submit_runs` would hand to sbatch, and below it the runs of a sweep.
+    """The batch script that `submit_runs` would pass to sbatch, and below it the runs of a sweep.
 
-    It needs no SLURM and writes nothing.
+    The preview needs no SLURM and writes nothing.
     """
-    home = RunFolder(planned.home.absolute())
-    job = JobFolders(planned.job_name, home.jobs / "TIME", home.code / snapshot_name())
+    root = RunFolder(planned.root.absolute())
+    job = JobFolders(planned.job_name, root.jobs / "TIME", root.code / snapshot_name())
     lines = [script.make_batch_script(job, resources, len(planned.runs))]
     for number, out in enumerate(planned.folders):
-        if out != planned.home:
+        if out != planned.root:
             lines.append(f"# run {number}: {out}")
     return "\n".join(lines)

@@ -62,7 +62,9 @@ class _Completion:
         unknown = [key for key in given if key not in {field.name for field in fields}]
         renamed: Mapping[str, str] = getattr(cls, "renamed", {})
         for key in unknown:
-            if key in renamed:  # a key of an earlier version; the class says what replaces it
+            if (
+                key in renamed
+            ):  # a key of an earlier version; `renamed` holds the end of the message
                 here = (*path, key)
                 raise ConfigError(f"{self.sources.of(here)}: {dotted(here)} {renamed[key]}")
         self.unknown += [((*path, key), given[key]) for key in unknown]
@@ -82,10 +84,12 @@ class _Completion:
 
     def _given(self, field: ConfigField, start: Any, given: Any, path: KeyPath) -> Any:
         """A field that was given; `start` is its default, or ABSENT."""
-        each = field.section_of_list(given)
-        if each is not None:
-            sections = enumerate(given)
-            return [self.section(each, None, one, (*path, str(i))) for i, one in sections]
+        item_class = field.section_of_list(given)
+        if item_class is not None:
+            items = []
+            for i, item in enumerate(given):
+                items.append(self.section(item_class, None, item, (*path, str(i))))
+            return items
         if not isinstance(given, Mapping):
             return given  # a plain value; the third pass decides whether it is allowed
         if field.is_plugin_section:
@@ -114,9 +118,10 @@ class _Completion:
         path: KeyPath,
     ) -> dict[str, Any]:
         defaults = {entry.name: entry.config for entry in start}
-        names = list(given)
-        if not set(defaults) <= set(given):
-            names = list(dict.fromkeys([*defaults, *given]))
+        if set(defaults) <= set(given):
+            names = list(given)  # with all defaults in it, its own order decides
+        else:
+            names = list(dict.fromkeys([*defaults, *given]))  # each once, defaults first
         result: dict[str, Any] = {}
         for name in names:
             here = (*path, name)

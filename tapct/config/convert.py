@@ -67,10 +67,12 @@ def _value(field: ConfigField, value: Any, path: KeyPath, sources: Sources) -> A
         return _plugin_section(field, value, path, sources)
     if field.is_plugin_table:
         return _plugin_table(field, value, path, sources)
-    each = field.section_of_list(value)
-    if each is not None:
-        sections = enumerate(value)
-        return tuple(convert(each, one, (*path, str(i)), sources) for i, one in sections)
+    item_class = field.section_of_list(value)
+    if item_class is not None:
+        items = []
+        for i, item in enumerate(value):
+            items.append(convert(item_class, item, (*path, str(i)), sources))
+        return tuple(items)
     section = field.section
     if section is None:
         try:

@@ -43,7 +43,7 @@ def setting(
 ) -> Any:
     """One field of a frozen config dataclass.
 
-    Rules between fields belong into `__post_init__`, as `UserError`.
+    Rules between fields belong in `__post_init__`, as `UserError`.
 
     Args:
         default: value where the config gives none.

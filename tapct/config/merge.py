@@ -45,12 +45,12 @@ def merge_layers(cls: type, layers: Sequence[Layer], sources: Sources) -> dict[s
 def _prepare_section(
     cls: type, path: KeyPath, merged: dict[str, Any], layer: Layer, sources: Sources
 ) -> None:
-    """Arrange a section of the tree for the merge with a layer.
+    """Arrange a section of the tree for the merge with a layer, in place.
 
     Args:
         cls: config dataclass of the section.
         path: path of the section.
-        merged: section as the layers below have left it; it is changed in place.
+        merged: section as merged from the layers below; changed in place.
         layer: layer that is merged next.
         sources: sources of the keys.
     """
@@ -58,12 +58,14 @@ def _prepare_section(
         here = (*path, field.name)
         given = layer.at(here)
         if isinstance(given, list):
-            # OmegaConf refuses to merge a list with a section; the third pass reports the mistake
+            # The list replaces what is there. None stands in its place until the merge, because
+            # OmegaConf refuses to merge a list into a section; where the field holds no list, the
+            # third pass reports the mistake.
             merged[field.name] = None
         if not isinstance(given, dict):
             continue  # the layer leaves this field alone, or gives it a plain value
         if not isinstance(merged.get(field.name), dict):
-            merged[field.name] = {}
+            merged[field.name] = {}  # so that the functions below can change it in place
         if field.is_plugin_section:
             _prepare_plugin_section(field, here, merged[field.name], layer, sources)
         elif field.is_plugin_table:

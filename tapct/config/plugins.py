@@ -26,7 +26,9 @@ _PACKAGE = Path(__file__).resolve().parent.parent
 
 @dataclass(frozen=True)
 class Plugin:
-    """A resolved plug-in section of a config.
+    """A plug-in that a config names, with its settings.
+
+    It is the value of a plug-in section, or of one entry of a plug-in table.
 
     Args:
         name: file name in its tapct folder, or a dotted module name.

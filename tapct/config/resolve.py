@@ -2,8 +2,8 @@
 
     dataclass defaults <- `base:` YAML chain <- YAML <- key=value overrides
 
-Each source is a layer, a plain tree whose keys know where they were written (`yamlfile`). Three
-passes turn the layers into a frozen dataclass. With the defaults
+Each file, and all overrides together, are a layer: a plain tree with the source of each key
+(`yamlfile`). Three passes turn the layers into a frozen dataclass. With the defaults
 
     model: {name: vit, dim: 384, depth: 12}
     losses: {dino: {weight: 1.0}, ibot: {weight: 1.0}}
@@ -22,7 +22,7 @@ the file `mine.yaml` and one override become
        checked and frozen     losses = (Plugin("dino", dino.Config(weight=12.0)),)
 
 All three walk over the fields of the dataclasses (`schema`) and know the source of each key
-(`sources`): an error names it, and `Resolved.origin` keeps it.
+(`sources`), that is the line where it was written: errors name it, and `Resolved.sources` keeps it.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ from tapct.config.sources import ConfigError as ConfigError
 from tapct.config.sources import Sources
 from tapct.config.yamlfile import Layer, one_line, read_chain, read_overrides, to_text
 
-WIDEST_VALUE = 60  # columns that origins are aligned behind in `Resolved.pretty`
+# `Resolved.pretty` aligns the sources at the longest line, but at no later column than this.
+MAX_ALIGNED_COLUMN = 60
 
 
 @dataclass(frozen=True)
@@ -51,11 +52,11 @@ class Resolved:
 
     Args:
         value: frozen dataclass.
-        origin: dotted key of each leaf -> "default", "configs/smoke.yaml:12" or "override".
+        sources: dotted key of each leaf -> "default", "configs/smoke.yaml:12" or "override".
     """
 
     value: Any
-    origin: dict[str, str]
+    sources: dict[str, str]
 
     def to_dict(self) -> dict[str, Any]:
         """The whole config as plain nested dicts and lists; `from_dict` reads it back."""
@@ -66,16 +67,16 @@ class Resolved:
         return to_text(self.to_dict())
 
     def pretty(self) -> str:
-        """One `key: value  # origin` line per leaf, aligned.
+        """One `key: value  # source` line per leaf, aligned.
 
         With `=` in place of `: `, each line is an override.
         """
         rows = []
         for path, value in leaves(self.to_dict()):
             key = dotted(path)
-            rows.append((f"{key}: {one_line(value)}", self.origin[key]))
-        width = min(max((len(text) for text, _ in rows), default=0), WIDEST_VALUE)
-        return "\n".join(f"{text:<{width}}  # {origin}" for text, origin in rows)
+            rows.append((f"{key}: {one_line(value)}", self.sources[key]))
+        width = min(max((len(text) for text, _ in rows), default=0), MAX_ALIGNED_COLUMN)
+        return "\n".join(f"{text:<{width}}  # {source}" for text, source in rows)
 
 
 def load_config(
@@ -124,19 +125,26 @@ def from_dict(
     layers = [Layer(dict(mapping), {(): where}, ordered=True)]
     try:
         for layer in read_overrides(overrides):
-            layers.append(replace(layer, origins=dict.fromkeys(layer.origins, where)))
+            layers.append(replace(layer, sources=dict.fromkeys(layer.sources, where)))
     except ValueError as error:
         raise ConfigError(f"{where}: {error}") from error
     return _resolve(cls, layers, interpolate=False).value
 
 
 def _resolve(cls: type, layers: Sequence[Layer], interpolate: bool = True) -> Resolved:
+    """Turn layers into a frozen dataclass by the three passes above.
+
+    Args:
+        cls: frozen dataclass.
+        layers: layers, the lowest first.
+        interpolate: whether to replace `${...}`; a resolved config has it as plain text only.
+    """
     sources = Sources()
     full = complete(cls, merge_layers(cls, layers, sources), sources)
     if interpolate:
         full = interpolated(full, sources)
     value = convert(cls, full, (), sources)
-    origin: dict[str, str] = {}
+    source_of_leaf: dict[str, str] = {}
     for path, _ in leaves(to_dict(value)):
-        origin[dotted(path)] = sources.origins.get(path, "default")
-    return Resolved(value, origin)
+        source_of_leaf[dotted(path)] = sources.by_path.get(path, "default")
+    return Resolved(value, source_of_leaf)

@@ -78,10 +78,11 @@ class ConfigField:
 
     def example(self) -> str:
         """The name of a plug-in that this field can hold, for error lines."""
-        names = self.metadata["plugin_default"]
-        if isinstance(names, str):
-            return names
-        return (*names, *plugins.available(self.metadata["plugin_folder"]), "foo")[0]
+        default: str | tuple[str, ...] = self.metadata["plugin_default"]
+        if isinstance(default, str):
+            return default
+        names = [*default, *plugins.available(self.metadata["plugin_folder"])]
+        return names[0] if names else "mylab.foo"
 
 
 def fields_of(cls: type) -> list[ConfigField]:

@@ -23,33 +23,33 @@ class Sources:
     """The source of each key.
 
     Args:
-        origins: path of each key that a layer sets -> "configs/smoke.yaml:12" or "override".
+        by_path: path of each key that a layer sets -> "configs/smoke.yaml:12" or "override".
     """
 
-    origins: dict[KeyPath, str] = field(default_factory=dict)
+    by_path: dict[KeyPath, str] = field(default_factory=dict)
 
     def add(self, layer: Layer) -> None:
         """Note the sources of a layer's keys; they replace those of the layers before it."""
-        self.origins.update(layer.origins)
+        self.by_path.update(layer.sources)
 
     def forget_below(self, path: KeyPath, layer: Layer) -> None:
         """Drop the sources of the keys below a path, except those that this layer has set."""
-        below = [key for key in self.origins if key[: len(path)] == path and len(key) > len(path)]
+        below = [key for key in self.by_path if key[: len(path)] == path and len(key) > len(path)]
         for key in below:
-            if key not in layer.origins:
-                del self.origins[key]
+            if key not in layer.sources:
+                del self.by_path[key]
 
     def of(self, path: KeyPath) -> str:
         """The source of a key, or else of the nearest section around it."""
         for length in range(len(path), -1, -1):
-            if path[:length] in self.origins:
-                return self.origins[path[:length]]
+            if path[:length] in self.by_path:
+                return self.by_path[path[:length]]
         return "default"
 
     def of_fields(self, path: KeyPath, names: list[str]) -> str:
         """The sources of some fields of a section, each once, or else that of the section."""
         keys = [(*path, name) for name in names]
-        known = [self.origins[key] for key in keys if key in self.origins]
+        known = [self.by_path[key] for key in keys if key in self.by_path]
         return ", ".join(dict.fromkeys(known)) or self.of(path)
 
     def error(self, path: KeyPath, value: Any, rule: str) -> ConfigError:

@@ -1,6 +1,6 @@
 """YAML files and command-line overrides as layers of a config.
 
-A layer is a plain tree of values in which every key knows where it was written.
+A layer is a plain tree of values, with the source of each key: the line where it was written.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ class Layer:
 
     Args:
         tree: nested dict of plain values.
-        origins: path of each key -> "configs/smoke.yaml:12" or "override"; the empty path stands
+        sources: path of each key -> "configs/smoke.yaml:12" or "override"; the empty path stands
             for the whole layer.
         ordered: whether the order of its keys may rearrange a plug-in table.
     """
 
     tree: dict[str, Any]
-    origins: dict[KeyPath, str]
+    sources: dict[KeyPath, str]
     ordered: bool
 
     def at(self, path: KeyPath) -> Any:
@@ -93,12 +93,12 @@ def read_chain(path: Path) -> list[Layer]:
                 f"{named_at}: base = {_shown(current)}: the base chain is a circle: {chain}"
             )
         seen.append(current.resolve())
-        tree, origins = _read(current, named_at)
+        tree, sources = _read(current, named_at)
         base = tree.pop("base", None)
-        named_at = origins.pop(("base",), "")
+        named_at = sources.pop(("base",), "")
         if not isinstance(base, str | None):
             raise ValueError(f"{named_at}: base = {base}: must be the path of one YAML file")
-        layers.append(Layer(tree, origins, ordered=True))
+        layers.append(Layer(tree, sources, ordered=True))
         current = _base_file(current, base) if base else None
     return layers[::-1]
 
@@ -167,12 +167,16 @@ def _read(path: Path, named_at: str) -> tuple[dict[str, Any], dict[KeyPath, str]
 
 
 def _raise_unreadable(path: Path, named_at: str, error: OSError) -> NoReturn:
-    source = f"{named_at}: base = " if named_at else ""
+    """Raise ValueError for a config file that could not be read, with the `base:` that names it."""
+    named_by = f"{named_at}: base = " if named_at else ""
     if isinstance(error, FileNotFoundError):
         reason = f"no such config file{_near_files(path)}"
+    elif error.strerror:
+        reason = error.strerror
     else:
-        reason = error.strerror or "must be a mapping of keys to values"
-    raise ValueError(f"{source}{_shown(path)}: {reason}") from error
+        # not from the system: OmegaConf raises a bare OSError for a file that is a single value
+        reason = "must be a mapping of keys to values"
+    raise ValueError(f"{named_by}{_shown(path)}: {reason}") from error
 
 
 def _near_files(path: Path) -> str:

@@ -85,12 +85,8 @@ def build_manifest(
             f"{out} is a folder; give the file to write, such as {out / 'manifest.parquet'}"
         )
     sources = find_sources(root)
-    if labels is not None:
-        labels = Path(labels)
-        if not labels.is_dir():
-            raise UserError(
-                f"labels folder {labels} does not exist or is not a folder; check the path"
-            )
+    if labels is not None and not labels.is_dir():
+        raise UserError(f"labels folder {labels} does not exist or is not a folder; check the path")
     pairs = pair_labels(sources, root, labels)
     scans = [source for source in sources if source.path not in pairs.label_files]
     if not scans:

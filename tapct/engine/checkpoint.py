@@ -3,6 +3,17 @@
 Training waits only while the state is copied to host memory. A thread then writes it under a
 temporary name: every rank its own shards, and the first rank the rest. One save runs at a time.
 
+| method of `Checkpoints` | what it does |
+|---|---|
+| `begin` | waits for the previous save, copies the state, starts a save in the thread |
+| `failed` | whether the save that was begun last has failed already; does not wait |
+| `finish` | waits for the save in progress; raises its error |
+| `settle` | waits for the save in progress; ignores its error, as another one is being raised |
+| `close` | ends the thread; nothing can be saved after it |
+| `announce` | writes the name of a checkpoint into `latest` |
+| `finished` | all checkpoint folders, by step |
+| `newest_whole` | the newest checkpoint whose files have their fingerprints |
+
     checkpoints/
       latest                 the name of the newest one, one line
       step_00000400/         torch DCP shards (.metadata, *.distcp), meta.json, teacher.safetensors,
@@ -117,7 +128,7 @@ class Checkpoints:
         self.thread = ThreadPoolExecutor(
             1, thread_name_prefix="tapct-checkpoint", initializer=use_own_gpu
         )
-        self.under_way: Future[Path] | None = None
+        self.save_in_progress: Future[Path] | None = None
 
     def begin(self, meta: Meta, pair: StudentTeacher, optimizer: torch.optim.Optimizer) -> None:
         """Wait for the previous save, copy the state to host memory and start to write it.
@@ -130,33 +141,34 @@ class Checkpoints:
         stager = DefaultStager(StagingOptions(False, False, False, use_non_blocking_copy=False))
         staged = stager.stage(training_state(pair, optimizer))
         assert isinstance(staged, dict), "not asked to stage in the background"
-        self.under_way = self.thread.submit(self._write, meta, staged, teacher)
+        self.save_in_progress = self.thread.submit(self._write, meta, staged, teacher)
 
     def failed(self) -> bool:
         """Whether the save that was begun last has failed already; does not wait."""
-        done = self.under_way is not None and self.under_way.done()
-        return done and self.under_way is not None and self.under_way.exception() is not None
+        save = self.save_in_progress
+        return save is not None and save.done() and save.exception() is not None
 
     def close(self) -> None:
         """End the thread when its work is done; nothing can be saved after this."""
         self.thread.shutdown(wait=False)
 
     def settle(self) -> None:
-        """Wait for the save under way and ignore its outcome, after another failure."""
-        if self.under_way is not None:
-            wait([self.under_way])
-            self.under_way = None
+        """Wait for the save in progress and ignore its error, after another failure."""
+        if self.save_in_progress is not None:
+            wait([self.save_in_progress])
+            self.save_in_progress = None
 
     def finish(self) -> Path | None:
-        """Wait for the save under way, if there is one.
+        """Wait for the save in progress, if there is one; returns the folder of its checkpoint.
 
         Raises:
             UserError: it failed.
         """
-        if self.under_way is None:
+        save = self.save_in_progress
+        if save is None:
             return None
-        under_way, self.under_way = self.under_way, None
-        return under_way.result()
+        self.save_in_progress = None  # before `result`, so that its error is raised only once
+        return save.result()
 
     def _write(self, meta: Meta, state: dict[str, Any], teacher: dict[str, Tensor]) -> Path:
         """Work of the thread: every rank writes its shards, the first rank completes the folder."""
@@ -211,11 +223,11 @@ class Checkpoints:
 
     @contextmanager
     def _agreeing(self, meta: Meta, aside: Path) -> Iterator[None]:
-        """One stage of a save: if it fails on one rank it fails on all, and what was written is
+        """One phase of a save: if it fails on one rank it fails on all, and what was written is
         removed.
 
         Raises:
-            UserError: the stage failed here, with step and cause, or on another rank.
+            UserError: the phase failed here, with step and cause, or on another rank.
         """
         failure: BaseException | None = None
         try:

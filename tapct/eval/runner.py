@@ -277,7 +277,7 @@ class _Run:
         return next(task_run.task for task_run in self.task_runs if task_run.name == name)
 
     def prepared_scans(self, *, test: bool) -> Iterator[_PreparedScan]:
-        """Read, prepare and label the test scans, or else the training scans, one at a time."""
+        """Read and prepare the test scans, or else the training scans, one at a time."""
         rows = self.split.test if test else self.split.train
         num_before = len(self.split.train) if test else 0
         total = len(self.split.train) + len(self.split.test)

@@ -220,8 +220,8 @@ def check_xformers(q_THC: Tensor) -> None:
         raise UserError(f"model.attention=xformers needs a GPU, not this {_name(q_THC)}; {_REMEDY}")
     if xformers_ops() is None:
         raise UserError(
-            "model.attention=xformers: it cannot be imported; pip install 'tapct[gpu]', or "
-            f"{_REMEDY}"
+            "model.attention=xformers: it cannot be imported; in the folder of tapct, run pip "
+            f"install -c constraints.txt -e '.[gpu]', or {_REMEDY}"
         )
 
 

@@ -24,7 +24,7 @@ from tapct.distributed.device import pick_device
 from tapct.nn.contracts import Backbone
 from tapct.plan import flops, measure, memory, scale, tables
 from tapct.run.config import RunConfig
-from tapct.run.stages import Part
+from tapct.run.stages import ResolvedStage
 from tapct.ssl import needs
 from tapct.views import masks
 
@@ -84,8 +84,8 @@ def report(config: RunConfig, options: Options) -> Group:
     """
     costs, request = costs_of(config), request_of(config, options)
     stage_warnings = []
-    for part in stages_of(config):
-        line = f"Warning: {part.name} is not counted; for it give 'stages=[]' {part.words}"
+    for stage in stages_of(config):
+        line = f"Warning: {stage.name} is not counted; for it give 'stages=[]' {stage.changes}"
         stage_warnings.append(Text(line))  # not a string: rich would read [...] as markup
     try:
         estimate = tables.estimate_tables(estimate_of(config, costs, request))
@@ -95,10 +95,10 @@ def report(config: RunConfig, options: Options) -> Group:
         return Group(tables.cost_tables(costs), missing, *stage_warnings)
 
 
-def stages_of(config: RunConfig) -> list[Part]:
-    """The parts of the run that train with other settings than the config itself."""
-    later_parts = zip(config.parts()[1:], config.stages, strict=True)
-    return [part for part, stage in later_parts if stage.set]
+def stages_of(config: RunConfig) -> list[ResolvedStage]:
+    """The stages that train with other settings than the config itself."""
+    declared = zip(config.resolved_stages()[1:], config.stages, strict=True)
+    return [resolved for resolved, stage in declared if stage.set]
 
 
 def masked_share(config: RunConfig) -> float:

@@ -58,7 +58,8 @@ class Evaluations:
     def start_due(self, checkpoints: Checkpoints) -> None:
         """Start the evaluation that is due, once its checkpoint is saved; cheap without one."""
         busy = self.is_busy()
-        if not self.due or (checkpoints.under_way is not None and not checkpoints.under_way.done()):
+        save = checkpoints.save_in_progress
+        if not self.due or (save is not None and not save.done()):
             return
         step = self.due.pop(0)
         saved = next((path for path in checkpoints.finished() if step_of(path) == step), None)

@@ -14,7 +14,7 @@ from tapct.data.batch_share import BatchShare
 from tapct.distributed.config import Config
 from tapct.engine import checkpoint, loop, optim, trackers
 from tapct.eval import runner
-from tapct.run.stages import Part, StageConfig, parts_of
+from tapct.run.stages import ResolvedStage, StageConfig, resolve_stages
 from tapct.ssl import needs
 from tapct.types import HUContract
 from tapct.views import masks, recipe
@@ -83,11 +83,11 @@ class RunConfig:
         for name in ("global_window", "local_window"):
             patch_grid(getattr(self.views, name), patch, f"views.{name}")
         self.check_share(1)
-        self.parts()
+        self.resolved_stages()
 
-    def parts(self) -> list[Part]:
-        """The run as stretches with one config each: this one, and then its stages."""
-        return parts_of(self, self.stages, self.train.steps)
+    def resolved_stages(self) -> list[ResolvedStage]:
+        """All stages of the run, each with its whole config; the first one is this config."""
+        return resolve_stages(self, self.stages, self.train.steps)
 
     def share(self, world: int) -> BatchShare:
         """How so many ranks share the global batch. Raises: UserError: not equally."""

@@ -1,4 +1,8 @@
-"""The whole config of a run, and the wiring of its parts. Only this file sees all of it."""
+"""`tapct train`: build the parts of a run from its config, and start the loop.
+
+Only this file sees the whole config (`RunConfig`, in run/config.py); each part is given its own
+section.
+"""
 
 from __future__ import annotations
 
@@ -23,12 +27,13 @@ from tapct.distributed.device import flush_denormals, pick_device
 from tapct.distributed.world import LostRank, World, join_ranks
 from tapct.engine import checkpoint, compiled, fsdp, initial, loop, optim, recompute, trackers
 from tapct.engine.checkpoint import Checkpoints, Meta
+from tapct.engine.metrics import Record
 from tapct.nn.backends import choose
 from tapct.run import background_eval
 from tapct.run.config import RunConfig
 from tapct.run.provenance import write_run_files
 from tapct.run.resume import find_start
-from tapct.run.stages import Part
+from tapct.run.stages import ResolvedStage
 from tapct.run_folder import RunFolder
 from tapct.ssl.inputs import Inputs
 from tapct.ssl.schedules import Schedules
@@ -103,19 +108,21 @@ class Pretraining:
         self.evaluations = background_eval.Evaluations(self.config.out, self.config.eval.during)
 
     def run(self) -> loop.Stop:
-        """From the newest checkpoint to the last step, or to a signal."""
+        """Train from the newest checkpoint to the last step, or to a signal."""
         config, rows = self.config, self.rows()
         self.check_share()
-        # what was asked of the first start must not end one that a launcher has started again
+        # train.resume=never and must are for the first start only: a run that its launcher has
+        # started again resumes
         wanted = "auto" if ranks.restarts(os.environ) else config.train.resume
         saved = collectives.from_first(
             lambda: find_start(self.checkpoints, wanted, config, self.allow_change)
         )
         pair = self.build_pair()
         updater = optim.Updater(pair, config.optim, self.world.num_copies)
-        start = (
-            self.restore(saved, pair, updater) if saved is not None else self.first_weights(pair)
-        )
+        if saved is not None:
+            start = self.restore(saved, pair, updater)
+        else:
+            start = self.first_weights(pair)
         if start >= config.train.steps:
             console.say(f"{config.out} has all its {config.train.steps} steps; nothing to train")
             return loop.Stop(start)
@@ -139,7 +146,7 @@ class Pretraining:
                 hooks = self.hooks(pair, updater, writer, progress)
                 with compiled.naming_failures():
                     stop = self.trainer(pair, updater, hooks).run(batches, start)
-        except LostRank:  # the save under way will never end
+        except LostRank:  # a save in progress will never end: do not wait for it
             raise
         except BaseException:
             self.checkpoints.settle()
@@ -153,25 +160,22 @@ class Pretraining:
         """Raise SharedError where the ranks cannot share `train.global_batch` equally, or have too
         little of it.
         """
-        world = self.world.ranks.world
-        for part in self.config.parts():
-            config: RunConfig = part.config
+        for stage in self.config.resolved_stages():
+            config: RunConfig = stage.config
             try:
-                config.check_share(world)
+                config.check_share(self.world.ranks.world)
             except UserError as error:
-                raise SharedError(part.says(str(error))) from error
+                raise SharedError(stage.with_name(str(error))) from error
 
     def rows(self) -> list[int]:
         """Rows of the store that are trained on."""
-        held_out = self.config.data.held_out
-        hidden = held_out_patients(
-            [scan.patient for scan in self.store.scans], held_out, self.config.seed
-        )
-        rows = [i for i, scan in enumerate(self.store.scans) if scan.patient not in hidden]
+        share = self.config.data.held_out
+        patients = [scan.patient for scan in self.store.scans]
+        held_out = held_out_patients(patients, share, self.config.seed)
+        rows = [i for i, patient in enumerate(patients) if patient not in held_out]
         if not rows:
             raise UserError(
-                f"data.held_out {held_out} leaves no scan of {len(self.store)} to train on; lower "
-                "it"
+                f"data.held_out {share} leaves no scan of {len(self.store)} to train on; lower it"
             )
         return rows
 
@@ -180,15 +184,15 @@ class Pretraining:
         over several.
         """
         config, mesh = self.config, self.world.mesh
-        # for plug-ins that draw without a key: other numbers on every rank; a checkpoint brings its
-        # own state back
+        # The global random state is only for plug-ins that draw from it; tapct draws by keys. It
+        # differs between ranks, and a checkpoint restores it.
         torch.manual_seed(config.seed + self.world.ranks.rank)
         shard: Callable[[Network, bool], None] | None = None
         if mesh is not None:
             bf16 = config.train.precision == "bf16"
 
-            def shard(network: Network, learns: bool) -> None:
-                fsdp.shard(network, mesh, bf16=bf16, keeps_gradient=learns)
+            def shard(network: Network, is_student: bool) -> None:
+                fsdp.shard(network, mesh, bf16=bf16, keeps_gradient=is_student)
 
         pair = StudentTeacher(
             config.model,
@@ -203,36 +207,37 @@ class Pretraining:
                 "train.compile: the blocks are compiled in the first steps, which may take minutes"
             )
             compiled.compile_blocks(pair)
-        recompute.recompute_blocks(
-            pair.student.backbone, config.train.recompute
-        )  # outside of a compiled block
+        # after compiling: a block's compiled forward is recomputed as a whole
+        recompute.recompute_blocks(pair.student.backbone, config.train.recompute)
         return pair
 
     def first_weights(self, pair: StudentTeacher) -> int:
         """Replace random weights by those of `train.init`, if it is set; returns step 0."""
         if self.config.train.init:
             source = collectives.from_first(lambda: initial.locate(Path(self.config.train.init)))
-            for line in initial.apply(
-                initial.read(source), pair, self.config.train.init_allow
-            ).lines():
+            weights = initial.read(source)
+            report = initial.apply(weights, pair, self.config.train.init_allow)
+            for line in report.lines():
                 console.say(line)
         return 0
 
     def restore(self, saved: Path, pair: StudentTeacher, updater: optim.Updater) -> int:
-        """Bring a checkpoint back; returns its step.
+        """Load a checkpoint; returns its step.
 
         Raises:
-            UserError: it was trained on another archive.
+            SharedError: it was trained on another archive.
         """
-        began, meta = time.perf_counter(), checkpoint.read_meta(saved)
+        began = time.perf_counter()
+        meta = checkpoint.read_meta(saved)
         if meta.data_digest != self.store.digest:
-            then, now = meta.data_digest[:12], self.store.digest[:12]
-            line = f"{saved} was trained on another archive (digest {then}, now {now})"
+            line = (
+                f"{saved} was trained on another archive (digest {meta.data_digest[:12]}, now "
+                f"{self.store.digest[:12]})"
+            )
             if self.config.data.on_change == "refuse":
                 raise SharedError(
                     f"{line}; point data.store at the old one, set data.on_change=rebase, or "
-                    "start a new run with "
-                    "another out="
+                    "start a new run with another out="
                 )
             console.say(f"{line}; continuing with the new one")
         checkpoint.load(saved, pair, updater.optimizer)
@@ -246,11 +251,12 @@ class Pretraining:
         return meta.step
 
     def batches(self, rows: list[int], start: int) -> Generator[tuple[Batch, ...], None, None]:
-        """Slabs of this rank from step `start` on, part by part of the run."""
-        for part in self.config.parts():
-            if part.stop <= start:
+        """Slabs of this rank from step `start` on, from one loader per stage."""
+        for stage in self.config.resolved_stages():
+            if stage.stop <= start:
                 continue
-            first, config = max(part.start, start), part.config
+            config: RunConfig = stage.config
+            first_step = max(stage.start, start)
             with loader.build(
                 config.data.loader,
                 self.store,
@@ -259,11 +265,11 @@ class Pretraining:
                 world=self.world.ranks.world,
                 accumulation=config.train.accumulation,
                 global_batch=config.train.global_batch,
-                start_step=first,
+                start_step=first_step,
                 pin=self.world.device.type == "cuda",
                 rows=rows,
-            ) as read:
-                yield from islice(read, part.stop - first)
+            ) as batches:
+                yield from islice(batches, stage.stop - first_step)
 
     def hooks(
         self,
@@ -272,23 +278,23 @@ class Pretraining:
         writer: trackers.MetricsWriter,
         progress: console.TrainProgress,
     ) -> loop.Hooks:
-        """What the loop calls: only the first rank writes and speaks, all of them save."""
-        settings, first = self.config.checkpoint, self.world.ranks.is_first
+        """The hooks of the loop: only the first rank logs and prints, all ranks save."""
+        settings, is_first = self.config.checkpoint, self.world.ranks.is_first
 
-        def record(row: dict[str, float]) -> None:
-            writer.write(row)
-            progress.update(row)
+        def log(record: Record) -> None:
+            if is_first:
+                writer.write(record)
+                progress.update(record)
 
         def save(step: int, last: bool) -> None:
-            samples = step * self.config.train.global_batch
             meta = Meta(
-                step,
-                samples,
-                self.resolved.to_dict(),
-                self.store.digest,
+                step=step,
+                samples=step * self.config.train.global_batch,
+                config=self.resolved.to_dict(),
+                data_digest=self.store.digest,
                 world=self.world.ranks.world,
             )
-            try:  # the save before, which must not cost this one
+            try:  # in its own block: if the previous save has failed, this one is still made
                 self.checkpoints.finish()
             except UserError as error:
                 if settings.on_error == "stop":
@@ -305,43 +311,43 @@ class Pretraining:
             self.evaluations.expect(step, last=step == self.config.train.steps)
 
         def look_after() -> bool:
-            if first:
+            if is_first:
                 self.evaluations.start_due(self.checkpoints)
             return settings.on_error == "stop" and self.checkpoints.failed()
 
-        return loop.Hooks(record if first else lambda row: None, save, look_after, console.say)
+        return loop.Hooks(log, save, look_after, console.say)
 
     def trainer(
         self, pair: StudentTeacher, updater: optim.Updater, hooks: loop.Hooks
     ) -> loop.Trainer:
-        """The loop with everything it needs; all stages are tried before the first step."""
-        stages = [stage_of(part, pair) for part in self.config.parts()]
+        """The loop, with the settings of all stages: a wrong one raises before the first step."""
+        stages = [stage_settings(stage, pair) for stage in self.config.resolved_stages()]
         cadence = loop.Cadence(
             self.config.log.every, self.config.checkpoint.every, self.config.parallel
         )
         return loop.Trainer(pair, updater, stages, hooks, cadence, self.world)
 
 
-def stage_of(part: Part, pair: StudentTeacher) -> loop.StageSettings:
-    """What the loop works with in a part of the run.
+def stage_settings(stage: ResolvedStage, pair: StudentTeacher) -> loop.StageSettings:
+    """The settings of the loop in a stage.
 
     Raises:
         SharedError: the pair's losses or the schedules cannot have these settings.
     """
-    config: RunConfig = part.config
+    config: RunConfig = stage.config
     patch = pair.student.backbone.patch
     inputs = Inputs(config.views, config.masks, config.contract, patch, config.seed)
     try:
         pair.with_settings(config.losses)
         schedules = Schedules(config.optim, config.train.steps, config.train.global_batch)
     except UserError as error:
-        raise SharedError(part.says(str(error))) from error
+        raise SharedError(stage.with_name(str(error))) from error
     return loop.StageSettings(
-        part.start,
-        part.says(part.words),
-        config.train,
-        inputs,
-        schedules,
-        config.optim,
-        config.losses,
+        start=stage.start,
+        title=stage.with_name(stage.changes),
+        config=config.train,
+        inputs=inputs,
+        schedules=schedules,
+        optim=config.optim,
+        losses=config.losses,
     )

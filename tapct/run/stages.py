@@ -1,9 +1,12 @@
 """Stages: parts of one run with other settings, each from a step on until the next one begins or
 the run ends.
 
-Before the first stage the config itself holds. A stage is the config with its own `key=value`
-overrides, and takes nothing from the stages before it: each can be read by itself. Weights,
-moments, centres, the sampler and all draws continue.
+A `StageConfig` is what a config says about a stage: where it starts, and `key=value` overrides. A
+`ResolvedStage` is what follows from it: first and last step, and the whole config of these steps.
+Before the first `StageConfig` the config itself applies, as a `ResolvedStage` without a name.
+
+A stage is the config with its own overrides, and takes nothing from the stages before it: each can
+be read by itself. Weights, moments, centres, the sampler and all draws continue.
 
 | key | in a stage |
 |---|---|
@@ -44,7 +47,7 @@ KEPT = (
 
 @dataclass(frozen=True)
 class StageConfig:
-    """When a stage begins and what it changes."""
+    """A stage as a config declares it: when it starts and what it changes."""
 
     start: int = setting(dataclasses.MISSING, "finished steps after which it holds", ge=1)
     set: tuple[str, ...] = setting(
@@ -53,42 +56,42 @@ class StageConfig:
 
 
 @dataclass(frozen=True)
-class Part:
-    """A stretch of a run with one config.
+class ResolvedStage:
+    """A range of steps that are trained with one config.
 
     Args:
-        start: finished steps at its begin.
+        start: finished steps at its start.
         stop: finished steps at its end.
-        config: of these steps, whole.
-        name: `stages[0]`, empty before the first stage.
-        words: what it changes, for people.
+        config: RunConfig of these steps.
+        name: `stages[0]` for the first declared stage; empty for the steps before it.
+        changes: its overrides as one line of text.
     """
 
     start: int
     stop: int
     config: Any
     name: str = ""
-    words: str = ""
+    changes: str = ""
 
-    def says(self, text: str) -> str:
-        """A line about this part."""
+    def with_name(self, text: str) -> str:
+        """A line of text with the name of the stage before it, where it has one."""
         return f"{self.name}: {text}" if self.name else text
 
 
-def parts_of(config: Any, stages: Sequence[StageConfig], steps: int) -> list[Part]:
-    """The whole run, part by part.
+def resolve_stages(config: Any, stages: Sequence[StageConfig], steps: int) -> list[ResolvedStage]:
+    """All stages of a run, from step 0 to the last step.
 
     Args:
-        config: a RunConfig, as it holds before the first stage.
-        stages: of it, in order.
-        steps: of the whole run.
+        config: RunConfig that applies before the first declared stage.
+        stages: declared stages, in order.
+        steps: steps of the whole run.
     Raises:
-        ConfigError: a stage that never holds, or that sets what is unknown, wrong, or kept for the
+        ConfigError: a stage applies to no step, or sets what is unknown, wrong, or fixed for the
             whole run.
     """
-    parts = [Part(0, steps, config)]
-    for stage in stages:
-        name, before = f"stages[{len(parts) - 1}]", parts[-1]
+    resolved = [ResolvedStage(0, steps, config)]
+    for number, stage in enumerate(stages):
+        name, before = f"stages[{number}]", resolved[-1]
         if before.start >= stage.start:
             raise ConfigError(
                 f"{name}.start {stage.start} is not after {before.start}, where {before.name} "
@@ -98,21 +101,28 @@ def parts_of(config: Any, stages: Sequence[StageConfig], steps: int) -> list[Par
             raise ConfigError(
                 f"{name}.start {stage.start} is not less than train.steps {steps}; lower it"
             )
-        parts[-1] = dataclasses.replace(before, stop=stage.start)
-        words = " ".join(stage.set) or "the config itself"
-        parts.append(Part(stage.start, steps, config_of(config, stage, name), name, words))
-    return parts
+        resolved[-1] = dataclasses.replace(before, stop=stage.start)
+        resolved.append(
+            ResolvedStage(
+                start=stage.start,
+                stop=steps,
+                config=config_of(config, stage, name),
+                name=name,
+                changes=" ".join(stage.set) or "the config itself",
+            )
+        )
+    return resolved
 
 
 def config_of(config: Any, stage: StageConfig, name: str) -> Any:
-    """The config that holds in a stage.
+    """The config that applies in a stage.
 
     Args:
-        config: a RunConfig, as it holds before the first stage.
-        stage: one of its stages.
-        name: for error lines.
+        config: RunConfig that applies before the first declared stage.
+        stage: declared stage.
+        name: name of the stage, for error lines.
     Raises:
-        ConfigError: a word is unknown or wrong, or changes what is kept for the whole run.
+        ConfigError: an override is unknown or wrong, or changes what is fixed for the whole run.
     """
     before = {**to_dict(config), "stages": []}
     result = configs.from_dict(type(config), before, name, stage.set)

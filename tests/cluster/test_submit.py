@@ -32,7 +32,7 @@ def test_each_run_of_a_sweep_gets_its_values_and_its_folder(config: Path) -> Non
     assert [(one.optim.lr, one.views.global_area) for one in configs] == [
         (lr, area) for lr in (1e-4, 2e-4) for area in ((0.1, 0.2), (0.3, 0.4))
     ]
-    assert made.home == Path("run") and {one.train.steps for one in configs} == {7}
+    assert made.root == Path("run") and {one.train.steps for one in configs} == {7}
     assert configs[1].out == Path("run/lr=1e-4,global_area=0.3-0.4")
 
 

@@ -141,7 +141,7 @@ def message(cls: type, path: Path | None, *overrides: str) -> str:
 def test_defaults_alone_give_the_dataclass_itself() -> None:
     resolved = load_config(Root, None, [])
     assert resolved.value == Root()
-    assert set(resolved.origin.values()) == {"default"}
+    assert set(resolved.sources.values()) == {"default"}
 
 
 def test_a_chain_of_bases_is_overlaid_from_the_deepest_up(write: Callable[..., Path]) -> None:
@@ -152,12 +152,12 @@ def test_a_chain_of_bases_is_overlaid_from_the_deepest_up(write: Callable[..., P
     value = resolved.value
     assert (value.name, value.optim.lr, value.optim.clip) == ("top", 3.5, None)
     assert (value.views.num_locals, value.views.window) == (1, (1, 2, 3))
-    assert resolved.origin["name"] == "run.yaml:2"
-    assert resolved.origin["optim.lr"] == "middle.yaml:3"
-    assert resolved.origin["views.num_locals"] == "deep/deepest.yaml:3"
-    assert resolved.origin["views.window"] == "override"
-    assert resolved.origin["optim.clip"] == "override"
-    assert resolved.origin["flag"] == "default"
+    assert resolved.sources["name"] == "run.yaml:2"
+    assert resolved.sources["optim.lr"] == "middle.yaml:3"
+    assert resolved.sources["views.num_locals"] == "deep/deepest.yaml:3"
+    assert resolved.sources["views.window"] == "override"
+    assert resolved.sources["optim.clip"] == "override"
+    assert resolved.sources["flag"] == "default"
 
 
 def test_defaults_of_a_nested_section_are_those_of_the_field_not_of_its_class(
@@ -357,7 +357,7 @@ def test_yaml_anchors_and_merges_keep_working(write: Callable[..., Path]) -> Non
     path = write("views: &v\n  num_locals: 1\nteacher:\n  <<: *v\n  num_globals: 9\n")
     resolved = load_config(Root, path, [])
     assert resolved.value.teacher == Views(num_globals=9, num_locals=1)
-    assert resolved.origin["teacher.num_locals"] == "run.yaml:3"
+    assert resolved.sources["teacher.num_locals"] == "run.yaml:3"
 
 
 def test_a_missing_required_value_is_named() -> None:
@@ -404,10 +404,10 @@ def test_a_new_name_drops_the_fields_of_the_old_plug_in(
     path = write("base: base.yaml\nshape:\n  name: cfgshapes.square\n  side: 4\n")
     resolved = load_config(shapes, path, [])
     assert to_dict(resolved.value)["shape"] == {"name": "cfgshapes.square", "side": 4}
-    assert resolved.origin["shape.side"] == "run.yaml:4"
+    assert resolved.sources["shape.side"] == "run.yaml:4"
     back = load_config(shapes, path, ["shape.edge=5", "shape.name=cfgshapes.round"])
     assert to_dict(back.value)["shape"] == {"name": "cfgshapes.round", "radius": 1.0, "edge": 5}
-    assert back.origin["shape.radius"] == "default"
+    assert back.sources["shape.radius"] == "default"
     same = load_config(shapes, Path("base.yaml"), ["shape.name=cfgshapes.round"])
     assert same.value.shape.config.radius == 9.0
 

@@ -96,7 +96,7 @@ def test_a_wheel_holds_every_module_and_every_config(tmp_path: Path) -> None:
 
     # not `tapct train smoke`: it would load torch for the same answer
     program = "from pathlib import Path; from tapct.config import yamlfile; " + (
-        "print(*(yamlfile.read_chain(Path('smoke'))[0].origins.values()), sep='\\n')"
+        "print(*(yamlfile.read_chain(Path('smoke'))[0].sources.values()), sep='\\n')"
     )
     printed = subprocess.run(
         [sys.executable, "-c", program],

@@ -22,22 +22,23 @@ def word(*changes: tuple[int, tuple[str, ...]]) -> str:
     return "stages=" + json.dumps([{"start": start, "set": words} for start, words in changes])
 
 
-def test_parts_follow_each_other_and_do_not_add_up() -> None:
+def test_stages_follow_each_other_and_do_not_add_up() -> None:
     changes = word((2, ("views.num_locals=3",)), (5, ("optim.lr=1",)), (7, ()))
     config = load_config(RunConfig, None, [FEW, changes]).value
-    parts = config.parts()
-    assert [(part.start, part.stop) for part in parts] == [(0, 2), (2, 5), (5, 7), (7, 10)]
-    assert [part.config.views.num_locals for part in parts] == [8, 3, 8, 8]
-    assert [part.config.optim.lr for part in parts] == [4e-3, 4e-3, 1.0, 4e-3]
-    assert [part.says("x") for part in parts] == [
+    resolved = config.resolved_stages()
+    assert [(stage.start, stage.stop) for stage in resolved] == [(0, 2), (2, 5), (5, 7), (7, 10)]
+    assert [stage.config.views.num_locals for stage in resolved] == [8, 3, 8, 8]
+    assert [stage.config.optim.lr for stage in resolved] == [4e-3, 4e-3, 1.0, 4e-3]
+    assert [stage.with_name("x") for stage in resolved] == [
         "x",
         "stages[0]: x",
         "stages[1]: x",
         "stages[2]: x",
     ]
-    for part, changed in zip(parts, ([], ["views.num_locals=3"], ["optim.lr=1"], []), strict=True):
-        by_hand = load_config(RunConfig, None, [FEW, *changed]).value
-        assert {**to_dict(part.config), "stages": []} == to_dict(by_hand)
+    changed = ([], ["views.num_locals=3"], ["optim.lr=1"], [])
+    for stage, overrides in zip(resolved, changed, strict=True):
+        by_hand = load_config(RunConfig, None, [FEW, *overrides]).value
+        assert {**to_dict(stage.config), "stages": []} == to_dict(by_hand)
 
 
 def test_stages_of_a_file_come_back_from_its_resolved_yaml_and_from_a_checkpoint(
@@ -54,7 +55,7 @@ def test_stages_of_a_file_come_back_from_its_resolved_yaml_and_from_a_checkpoint
     assert resolved.value.stages[0] == stages.StageConfig(
         2, ("views.global_window=[12,384,384]", "losses.dino.weight=2")
     )
-    assert resolved.origin["stages"].endswith("a.yaml:3")
+    assert resolved.sources["stages"].endswith("a.yaml:3")
     (tmp_path / "b.yaml").write_text(resolved.to_yaml())
     assert load_config(RunConfig, tmp_path / "b.yaml", []).value == resolved.value
     assert (
@@ -150,7 +151,7 @@ def test_what_is_of_the_whole_run_is_refused_with_the_reason(change: str, line: 
 
 
 def test_every_key_that_may_change_in_a_stage_is_one_of_the_table() -> None:
-    keys = load_config(RunConfig, None, []).origin
+    keys = load_config(RunConfig, None, []).sources
     assert all(any(key.startswith(start) for key in keys) for start in stages.MAY_CHANGE)
 
 
