@@ -3,18 +3,71 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 import tapct
 from tapct.base import exits
 
+# what some versions of Typer add to a help text: a type after the name of an argument, as in
+# `KEY=VALUE <list[str]>`, and the range of a number, as in `[default: 1; x>=1]`
+TYPE_HINT = re.compile(r" <[^>]*>$")
+NUMBER_RANGE = re.compile(r"(; )?([\d.]+<=?)?x[<>]=?[\d.]+")
+
+
+def plain_record(name: str, text: str) -> tuple[str, str]:
+    """One row of a help text without type hints and ranges.
+
+    Args:
+        name: first column, e.g. `--nodes N`.
+        text: second column.
+    """
+    text = NUMBER_RANGE.sub("", text).replace("[]", "").rstrip()
+    return TYPE_HINT.sub("", name), text
+
+
+def describe_help_option(option: Any) -> Any:
+    """Give the option --help a text in the form of the other options."""
+    if option is not None:
+        option.help = "show this message and exit"
+    return option
+
+
+class Command(TyperCommand):
+    """A command whose help names the values of its arguments as we wrote them, and no types."""
+
+    def get_help_option(self, ctx: Any) -> Any:
+        """The option --help."""
+        return describe_help_option(super().get_help_option(ctx))
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        """Parts of the usage line: `CONFIG` where a version of Typer writes `{CONFIG}`."""
+        return [re.sub(r"[{}]", "", piece) for piece in super().collect_usage_pieces(ctx)]
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Write the tables of arguments and options."""
+        tables: dict[str, list[tuple[str, str]]] = {"Arguments": [], "Options": []}
+        for item in self.get_params(ctx):
+            record = item.get_help_record(ctx)
+            if record is not None:
+                title = "Arguments" if item.param_type_name == "argument" else "Options"
+                tables[title].append(plain_record(*record))
+        for title, rows in tables.items():
+            if rows:
+                with formatter.section(title):
+                    formatter.write_dl(rows)
+
 
 class Commands(TyperGroup):
     """The group of all commands."""
+
+    def get_help_option(self, ctx: Any) -> Any:
+        """The option --help."""
+        return describe_help_option(super().get_help_option(ctx))
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command that was given on the command line."""
@@ -34,7 +87,15 @@ def examples(*lines: str) -> str:
     return "\n".join(["\b", "Examples:", *(f"  {line}" for line in lines)])
 
 
-app = typer.Typer(
+class App(typer.Typer):
+    """The application; its commands are of the class `Command`."""
+
+    def command(self, *args: Any, **kwargs: Any) -> Any:
+        """Register a function as a command; arguments as in Typer."""
+        return super().command(*args, **{"cls": Command, **kwargs})
+
+
+app = App(
     cls=Commands,
     help="Pretrain 3D foundation models on CT scans and evaluate them.",
     epilog="'tapct COMMAND -h' shows the options of a command, with examples.",
@@ -61,14 +122,12 @@ ConfigFile = Annotated[
         help="YAML file, or the name of a config that comes with tapct, e.g. smoke",
     ),
 ]
-RunFolder = Annotated[
-    Path, typer.Argument(metavar="RUN", help="folder of a run, e.g. runs/quickstart")
-]
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="run folder, e.g. runs/quickstart")]
 Workers = Annotated[
     int,
     typer.Option(
         metavar="N",
-        help="number of worker processes; 0 works in this process",
+        help="number of worker processes; 0 starts none and works in the process of the command",
         min=0,
         show_default="number of CPUs",
     ),

@@ -28,8 +28,8 @@ def submit(
         typer.Option(
             "--time",
             metavar="TIME",
-            help="wall-time limit of one job start: days-hours:minutes, hours:minutes:seconds or "
-            "minutes, e.g. 2-00:00, 12:00:00 or 90",
+            help="wall-time limit of one job start, e.g. 90 (minutes), 12:00:00 (hours) or 2-00:00 "
+            "(two days)",
         ),
     ] = "1-00:00",
     nodes: Annotated[int, typer.Option(metavar="N", help="number of nodes", min=1)] = 1,
@@ -94,21 +94,24 @@ def submit(
         int,
         typer.Option(
             metavar="SECONDS",
-            help="seconds before the time limit at which the job saves and requeues itself",
+            help="seconds before the time limit at which the job receives the signal to save and "
+            "to requeue itself",
             min=1,
         ),
     ] = 120,
     max_restarts: Annotated[
         int,
         typer.Option(
-            metavar="N", help="maximum total requeues, even if the run is making progress", min=0
+            metavar="N",
+            help="maximum number of requeues in total, even if the run makes progress",
+            min=0,
         ),
     ] = 1000,
     max_idle_restarts: Annotated[
         int,
         typer.Option(
             metavar="N",
-            help="maximum requeues in a row without a new checkpoint",
+            help="maximum number of starts in a row that write no new checkpoint",
             min=0,
         ),
     ] = 5,
@@ -116,7 +119,8 @@ def submit(
         list[str] | None,
         typer.Option(
             metavar="KEY=VALUE,VALUE",
-            help="values of a setting, one run for each; repeat the option for all combinations",
+            help="several values of one setting; one run per value. Repeated options give all "
+            "combinations",
         ),
     ] = None,
     allow_change: Annotated[
@@ -188,7 +192,8 @@ def jobs(
     folders: Annotated[
         list[Path] | None,
         typer.Argument(
-            metavar="FOLDER", help="run folders, or folders that hold runs; default: runs"
+            metavar="FOLDER",
+            help="run folders, or folders that contain runs; default: the folder `runs`",
         ),
     ] = None,
 ) -> None:

@@ -51,7 +51,7 @@ def index(
         typer.Option(
             metavar="FOLDER",
             help="folder with label maps that have the names of the scans",
-            show_default="labels beside the scans",
+            show_default="label maps beside the scans",
         ),
     ] = None,
     patient_regex: Annotated[
@@ -110,17 +110,25 @@ def pack(
     level: Annotated[
         int,
         typer.Option(
-            metavar="N", help="compression level; 9 gives the smallest files", min=1, max=9
+            metavar="N",
+            help="compression level from 1 to 9; 9 gives the smallest files",
+            min=1,
+            max=9,
         ),
     ] = 1,
     verify: Annotated[
         bool,
-        typer.Option("--verify", help="read the packed scans again and compare their digests"),
+        typer.Option(
+            "--verify",
+            help="read the packed scans again and compare their digests; the exit code is 2 if one "
+            "is damaged",
+        ),
     ] = False,
 ) -> None:
     """Compress the accepted scans into a store for fast reading.
 
-    A second call with the same store packs only the scans that are missing.
+    A second call with the same store packs only the scans that are missing, and those whose packed
+    file cannot be opened, for example because it was cut short.
     """
     from tapct.data import manifest
     from tapct.data import pack as packer

@@ -9,7 +9,7 @@ import typer
 
 from tapct import run_folder as run_paths
 from tapct.base import console
-from tapct.cli.app import Overrides, RunFolder, app, examples
+from tapct.cli.app import RunFolder, app, examples
 from tapct.data import formats
 
 
@@ -17,17 +17,25 @@ from tapct.data import formats
     name="eval",
     epilog=examples(
         "tapct eval runs/quickstart",
+        "tapct eval runs/mine eval.max_scans=20 device=cpu",
         "tapct eval runs/mine 'eval.preprocess.window=[12,224,224]'",
     ),
 )
 def evaluate(
     run_folder: RunFolder,
-    overrides: Overrides = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="KEY=VALUE",
+            help="settings that replace those of the run: eval.*, device, model.attention or "
+            "data.store, e.g. eval.max_scans=20 device=cpu",
+        ),
+    ] = None,
     step: Annotated[
         int | None,
         typer.Option(
             metavar="STEP",
-            help="training step of the checkpoint to evaluate",
+            help="step of the checkpoint to evaluate",
             min=1,
             show_default="the newest",
         ),
@@ -35,7 +43,7 @@ def evaluate(
 ) -> None:
     """Evaluate the frozen features of a run.
 
-    The same task is solved with an untrained model and with raw HU values as baselines.
+    Baselines: an untrained model and raw HU values. They solve the same tasks.
     """
     from tapct.run import finished
 
@@ -56,7 +64,7 @@ def export(
 ) -> None:
     """Export the weights of the teacher network.
 
-    The folder holds the weights as safetensors and config.json; tapct.load_pretrained reads it.
+    The folder contains model.safetensors and config.json. tapct.load_pretrained reads it.
     """
     from tapct.run import finished
 
@@ -70,7 +78,12 @@ def export(
     )
 )
 def embed(
-    model: Annotated[Path, typer.Argument(metavar="MODEL", help="folder written by tapct export")],
+    model: Annotated[
+        Path,
+        typer.Argument(
+            metavar="MODEL", help="folder written by tapct export, or a run folder that contains it"
+        ),
+    ],
     scan: Annotated[
         Path,
         typer.Argument(
@@ -117,7 +130,7 @@ def report(run_folder: RunFolder) -> None:
     )
 )
 def compare(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="folders of runs, e.g. runs/*")],
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="run folders, e.g. runs/*")],
     out: Annotated[Path, typer.Option(metavar="FILE", help="HTML page to write")] = Path(
         "compare.html"
     ),

@@ -24,11 +24,19 @@ def doctor(
             help="config whose store, run folder and device are checked as well, e.g. smoke",
         ),
     ] = None,
-    overrides: Overrides = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="KEY=VALUE",
+            help="settings that replace those of the config, e.g. data.store=data/store device=cpu",
+        ),
+    ] = None,
     store: Annotated[
         Path | None,
         typer.Option(
-            metavar="FOLDER", help="store to read from", show_default="data.store of the config"
+            metavar="FOLDER",
+            help="store from which scans are read, to check it and to measure the reading speed",
+            show_default="data.store of the config",
         ),
     ] = None,
 ) -> None:
@@ -64,7 +72,8 @@ def plan(
         int,
         typer.Option(
             metavar="N",
-            help="GPUs of a node; with parallel.shard=0 these share one copy of the weights",
+            help="number of GPUs of a node; with parallel.shard=0, the GPUs of a node share one "
+            "copy of the weights",
             min=1,
         ),
     ] = 8,
@@ -86,7 +95,9 @@ def plan(
     measure: Annotated[
         bool,
         typer.Option(
-            "--measure", help="measure the TFLOP/s and the reading speed of this machine instead"
+            "--measure",
+            help="measure the TFLOP/s and the reading speed of this machine, instead of giving "
+            "--tflops",
         ),
     ] = False,
     utilisation: Annotated[
@@ -146,8 +157,8 @@ def train(
 ) -> None:
     """Pretrain a model; the same command resumes a stopped run.
 
-    A stopped run resumes from its newest checkpoint. Under torchrun or srun the command trains on
-    all their ranks.
+    A stopped run resumes from its newest checkpoint. Under torchrun or srun, all ranks take part in
+    the training.
     """
     from tapct.base import signals
 

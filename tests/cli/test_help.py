@@ -14,7 +14,7 @@ from shell import shell as shell  # a fixture
 
 import tapct
 from tapct.base.exits import UserError
-from tapct.cli.app import app
+from tapct.cli.app import app, plain_record
 from tapct.config import load_config
 from tapct.plan import command as plan_command
 from tapct.run.config import RunConfig
@@ -64,6 +64,33 @@ def test_a_help_text_fits_80_columns_and_is_not_cut(shell: Shell, name: str) -> 
     for line in text.splitlines():
         assert "…" not in line
         assert not re.search(r"\.\.\.$", line) or usage_and_lists.search(line.split("  ")[0]), line
+
+
+@pytest.mark.parametrize("name", ["", *COMMANDS])
+def test_a_help_text_shows_neither_types_nor_ranges(shell: Shell, name: str) -> None:
+    text = help_of(shell, *name.split())
+    assert not re.search(r"<\w+(\[\w+\])?>|x[<>]=?\d|[{}]", text), text
+    assert re.search(r"  -h, --help +show this message and exit$", text, re.MULTILINE)
+
+
+@pytest.mark.parametrize("name", ["eval", "doctor"])
+def test_the_example_settings_of_a_help_text_can_be_given_to_the_command(name: str) -> None:
+    (item,) = (item for item in COMMANDS[name].params if item.name == "overrides")
+    settings = re.findall(r"\S+=\S+", item.help)
+    free = ("eval.", "device=", "model.attention", "data.store")  # as in run/finished.py
+    assert settings and all(word.startswith(free) for word in settings)
+    load_config(RunConfig, Path("smoke"), settings)
+
+
+def test_a_row_of_a_help_text_loses_the_type_and_the_range_and_keeps_the_default() -> None:
+    assert plain_record("KEY=VALUE <list[str]>", "settings") == ("KEY=VALUE", "settings")
+    assert plain_record("--nodes N", "nodes  [default: 1; x>=1]") == (
+        "--nodes N",
+        "nodes  [default: 1]",
+    )
+    assert plain_record("--level N", "level  [default: 1; 1<=x<=9]")[1] == "level  [default: 1]"
+    assert plain_record("--least N", "least  [x>=1]")[1] == "least"
+    assert plain_record("MAX N", "x=2; [required]") == ("MAX N", "x=2; [required]")
 
 
 @pytest.mark.parametrize("name", COMMANDS)
