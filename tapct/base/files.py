@@ -154,6 +154,8 @@ def first_cause(error: BaseException) -> str:
         error = error.__cause__
     if isinstance(error, OSError) and error.errno in NO_SPACE:
         return "no space left on the disk"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
     return f"{type(error).__name__}: {error}".splitlines()[0]
 
 

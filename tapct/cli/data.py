@@ -140,7 +140,7 @@ def pack(
     console.say(
         f"{len(report.packed)} packed, {report.kept} kept from before, {len(report.refused)} "
         "refused; "
-        f"{report.stored_bytes / 1e6:.0f} MB, {share:.0%} of the voxels: {out}"
+        f"{report.stored_bytes / 1e6:.0f} MB, {share:.0%} of the uncompressed size: {out}"
     )
     for scan in report.refused:
         console.say(f"  refused {scan.path}: {scan.reason}: {scan.detail}")

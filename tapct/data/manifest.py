@@ -125,7 +125,8 @@ class Manifest:
         """
         path = Path(path)
         if not path.is_file():
-            raise UserError(f"manifest {path} does not exist; make one with `tapct index`")
+            problem = "is a folder" if path.is_dir() else "does not exist"
+            raise UserError(f"manifest {path} {problem}; make one with `tapct index`")
         try:
             table = pyarrow.parquet.read_table(path)
         except (pyarrow.ArrowException, OSError) as error:

@@ -60,7 +60,10 @@ def open_run(folder: Path, overrides: Sequence[str] = (), step: int | None = Non
     """
     if not RunFolder(folder).config.is_file():
         hint = f"`tapct train CONFIG out={folder}` makes one"
-        raise UserError(f"{folder} is not a run folder: it has no config.yaml; {hint}")
+        problem = "is not a run folder: it has no config.yaml"
+        if not folder.exists():
+            problem = "does not exist; give the folder of a run, e.g. runs/smoke"
+        raise UserError(f"{folder} {problem}; {hint}")
     trained_with = _config_of(folder, [])
     resolved = _config_of(folder, overrides)
     for key, old, new in changed_keys(trained_with.to_dict(), resolved.to_dict()):
