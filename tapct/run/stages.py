@@ -49,9 +49,13 @@ KEPT = (
 class StageConfig:
     """A stage as a config declares it: when it starts and what it changes."""
 
-    start: int = setting(dataclasses.MISSING, "finished steps after which it holds", ge=1)
+    start: int = setting(
+        dataclasses.MISSING,
+        "number of finished steps after which the settings of this stage apply",
+        ge=1,
+    )
     set: tuple[str, ...] = setting(
-        (), "key=value, as on the command line; none: the config itself holds again"
+        (), "settings as key=value, as on the command line; empty: those of the config apply again"
     )
 
 
