@@ -147,8 +147,8 @@ def patient_key(folder: Path) -> bytes:
                 file.write(key)
     except OSError as error:
         raise UserError(
-            f"cannot read or write the patient key {path}: {error.strerror}; give --out in a folder "
-            "that you can write"
+            f"cannot read or write the patient key {path}: {error.strerror}; give --out in a "
+            "folder that you can write"
         ) from error
     if len(key) < KEY_BYTES:
         raise UserError(
