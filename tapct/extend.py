@@ -32,9 +32,9 @@ from tapct.base.geometry import Grid, Size3, patch_grid
 from tapct.config import setting
 from tapct.distributed.collectives import gather_with_gradient
 from tapct.eval.contract import Breakdown, Headline, Labels, ScanScore, Task, TaskResults
+from tapct.eval.decoder import Decoder, fit_decoder
 from tapct.eval.features import DenseFeatures, PatchGrid
 from tapct.eval.scans import LabelledScan
-from tapct.eval.tasks.segmentation import Decoder, fit_decoder
 from tapct.eval.truth import PatchTruth, patch_truth
 from tapct.nn import init
 from tapct.nn.attention import Attention

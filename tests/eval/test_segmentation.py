@@ -10,9 +10,10 @@ import torch
 from scipy import ndimage, optimize, special
 
 from tapct.base.exits import UserError
+from tapct.eval.decoder import fit_decoder
 from tapct.eval.features import DenseFeatures, PatchGrid
 from tapct.eval.scans import LabelledScan
-from tapct.eval.tasks.segmentation import Config, build, dice_from_confusion, fit_decoder
+from tapct.eval.tasks.segmentation import Config, build, dice_from_confusion
 from tapct.eval.truth import OUTSIDE, patch_truth
 from tapct.types import LabelMap, Volume
 
