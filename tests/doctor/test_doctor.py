@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import time
 import types
 from dataclasses import asdict
@@ -334,7 +335,10 @@ def test_the_doctor_runs_whole_with_a_real_sum_over_gloo(
 ) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setenv("MASTER_PORT", "1")  # left by a launcher
-    before = set(Path(os.environ.get("TMPDIR") or "/tmp").glob("tapct-doctor-*"))
+    # a folder of its own: another test may run a doctor at the same time
+    own = tmp_path / "temporary"
+    own.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(own))
     code, out = leave_code(
         monkeypatch, capsys, write_config(tmp_path, store), "data.loader.workers=1"
     )
@@ -358,7 +362,7 @@ def test_the_doctor_runs_whole_with_a_real_sum_over_gloo(
     ):
         assert f"\n{line}" in out, out
     assert re.search(r"^1[5-8] checks: \d+ ok, \d+ warn, \d+ fail$", out.splitlines()[-1])
-    assert set(Path(os.environ.get("TMPDIR") or "/tmp").glob("tapct-doctor-*")) <= before
+    assert list(own.glob("tapct-doctor-*")) == []
 
 
 def test_a_mistyped_key_is_one_clear_line_and_nothing_is_said_about_other_folders(
