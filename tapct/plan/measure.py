@@ -11,7 +11,7 @@ import torch
 from tapct.data.store import INDEX_NAME, Store
 from tapct.plan.scale import StoreFacts
 
-STORE_SAMPLE = 256  # a store may hold a million scans; the files of about so many are read
+STORE_SAMPLE = 256  # a store may hold a million scans; about this number of files is read
 
 
 def gemm_rate(device: torch.device, dtype: torch.dtype, repeats: int = 5) -> float:

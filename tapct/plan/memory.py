@@ -131,7 +131,7 @@ class Footprint:
     many: Bytes
 
     def of(self, samples: int) -> Bytes:
-        """Bytes of a micro-batch of so many samples, on the line through the two counts.
+        """Bytes of a micro-batch of a number of samples, on the line through the two counts.
 
         With few prototypes that is too much for a large micro-batch: a chunk of scores does not
         grow once it is full.

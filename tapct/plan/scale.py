@@ -129,7 +129,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class Pace:
-    """Time of a run on so many GPUs.
+    """Time of a run on a number of GPUs.
 
     Args:
         gpus: GPU count of the run.
@@ -269,7 +269,7 @@ def sort_out(
 
 
 def why_not(settings: RunSettings, gpus: int) -> str:
-    """The reason why the config cannot run as it is on so many GPUs; empty where it can."""
+    """The reason why the config cannot run as it is on this number of GPUs; empty where it can."""
     try:
         share = BatchShare(settings.global_batch, settings.accumulation, gpus)
     except UserError:  # its line names one GPU count; ours stands for several
@@ -367,7 +367,7 @@ def pace_of(
     store: StoreFacts | None,
     gpus: int,
 ) -> Pace:
-    """Time of the run, and what must be read meanwhile, at so many seconds a step."""
+    """Time of the run, and what must be read meanwhile, for a given time per step."""
     slabs = settings.global_batch / step_s
     raw = slabs * slab_bytes
     threads = None

@@ -90,11 +90,11 @@ class RunConfig:
         return resolve_stages(self, self.stages, self.train.steps)
 
     def share(self, world: int) -> BatchShare:
-        """How so many ranks share the global batch. Raises: UserError: not equally."""
+        """How `world` ranks share the global batch. Raises: UserError: not equally."""
         return BatchShare(self.train.global_batch, self.train.accumulation, world)
 
     def check_share(self, world: int) -> None:
-        """Raise UserError where so many ranks cannot share the global batch equally, or a loss
+        """Raise UserError where `world` ranks cannot share the global batch equally, or a loss
         needs more samples than a rank then has at once.
         """
         needs.check_min_samples(self.losses, self.share(world).micro, world)
