@@ -52,7 +52,8 @@ def check_sync(pair: StudentTeacher, world: World, step: int) -> None:
         for part, other, what in ((0, twin, "parameters"), (1, 0, "loss state"), (2, 0, "step")):
             if row[part] != all_W3[other][part]:
                 raise SharedError(
-                    f"step {step}: rank {rank} and rank {other} no longer hold the same {what}. The "
-                    "cause is a fault of memory or network, or a plug-in that draws random numbers "
-                    "without a key. Start the same command again: it resumes from the last checkpoint"
+                    f"step {step}: rank {rank} and rank {other} no longer hold the same {what}. "
+                    "The cause is a fault of memory or network, or a plug-in that draws random "
+                    "numbers without a key. Start the same command again: it resumes from the "
+                    "last checkpoint"
                 )
