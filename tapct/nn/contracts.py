@@ -197,8 +197,8 @@ class Loss(nn.Module):
         config: its own `Config`; with a field `head` where it owns or shares one.
         snapshot: when the frozen copy of the teacher is taken that `TokenSets.snapshot_global`
             comes from; None where it needs none, and then none is made.
-        min_samples_reason: what `min_samples` is needed for and which setting changes it, for the
-            error line.
+        min_samples_reason: what `min_samples` is needed for and, if there is one, the setting that
+            changes it; printed in the error line.
     """
 
     head_of: str
