@@ -23,10 +23,15 @@ from tapct.base import files
 from tapct.base.exits import UserError, single_line
 from tapct.data.readers.raw import MAX_TEXT
 
-SCHEMA = "1"
+SCHEMA = "2"
 ACCEPTED, REFUSED = "accepted", "refused"
 UNKNOWN = float("nan")  # a number that no file gives
-_ARROW = {"str": pyarrow.string(), "int": pyarrow.int64(), "float": pyarrow.float64()}
+_ARROW = {
+    "str": pyarrow.string(),
+    "int": pyarrow.int64(),
+    "float": pyarrow.float64(),
+    "tuple[str, ...]": pyarrow.list_(pyarrow.string()),
+}
 
 
 @dataclass(frozen=True)
@@ -41,21 +46,32 @@ class Row:
         status: accepted or refused.
         reason: code of the rule by which it was refused, else empty.
         detail: one line: why it was refused, or why its labels are not used.
+        marks: codes of what is unusual about an accepted scan, e.g. `values_windowed`; several are
+            separated by commas.
         depth, height, width: voxels along Z, Y, X; 0 where unknown.
         spacing_z_mm, spacing_y_mm, spacing_x_mm: distance of voxel centres in mm; NaN where
             unknown.
         patient: keyed hash of the patient's identifier.
+        patient_from: where the identifier is from: header, bids, study, side_car, regex, folder or
+            guess; empty where unknown.
         study_date: YYYYMMDD or empty.
         manufacturer, kernel: text from the header.
         sex: M, F, O or empty.
         age_years: age in years, NaN where unknown.
         label_path: path of the label map below the root, or absolute where it lies elsewhere; empty
             where there is none on the scan's grid.
+        label_digest: hash of shape and values of the label map on the scan's grid; empty where
+            there is none.
+        duplicate_of: id of the accepted scan that a refused duplicate repeats, else empty.
+        lossy_ratio: ratio of a lossy compression that the header declares; NaN where it declares
+            none.
         hu_p005, hu_p50, hu_p995: 0.5, 50 and 99.5 percentile in HU of the body (voxels above -500
             HU), from a strided subsample.
         body_share: share of voxels above -500 HU, from the same subsample.
         bytes: size on disk.
         digest: hash of shape and voxels after reading; equal for one scan in two formats.
+        file_paths: paths below the root of all files of a scan of several files, in the order of
+            its slices; empty where `path` is the only file.
     """
 
     id: str
@@ -64,6 +80,7 @@ class Row:
     status: str = REFUSED
     reason: str = ""
     detail: str = ""
+    marks: str = ""
     depth: int = 0
     height: int = 0
     width: int = 0
@@ -71,18 +88,23 @@ class Row:
     spacing_y_mm: float = UNKNOWN
     spacing_x_mm: float = UNKNOWN
     patient: str = ""
+    patient_from: str = ""
     study_date: str = ""
     manufacturer: str = ""
     kernel: str = ""
     sex: str = ""
     age_years: float = UNKNOWN
     label_path: str = ""
+    label_digest: str = ""
+    duplicate_of: str = ""
+    lossy_ratio: float = UNKNOWN
     hu_p005: float = UNKNOWN
     hu_p50: float = UNKNOWN
     hu_p995: float = UNKNOWN
     body_share: float = UNKNOWN
     bytes: int = 0
     digest: str = ""
+    file_paths: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -141,7 +163,9 @@ class Manifest:
                 f"{path} is not a tapct manifest of version {SCHEMA}; make it again with `tapct "
                 "index`"
             )
-        rows = tuple(Row(**row) for row in table.to_pylist())
+        rows = tuple(
+            Row(**{**row, "file_paths": tuple(row["file_paths"])}) for row in table.to_pylist()
+        )
         if root is None:
             root = Path(metadata["tapct.root"])
             beside = path.parent / metadata["tapct.root_relative"]

@@ -1,4 +1,4 @@
-"""Identity and privacy: which patient a scan belongs to, how that is kept secret, who is held out.
+"""Identity and privacy: which patient a scan belongs to, and how that is kept secret.
 
 A patient is identified by the PatientID of the header, else by a regular expression on the path,
 else by a guess from the names on the path. The identifier never leaves this file: what is stored is
@@ -12,12 +12,10 @@ import hashlib
 import os
 import re
 import secrets
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from tapct.base.exits import UserError
-from tapct.base.hashing import hash_int
 from tapct.data.discover import stem_of
 
 KEY_FILE = ".patient_key"
@@ -55,23 +53,6 @@ class PatientRules:
         if from_header:
             return from_header
         return keyed_hash(self.key, identifier_from_path(scan, self.root, self.regex))
-
-
-def held_out_patients(patients: Iterable[str], share: float, seed: int) -> frozenset[str]:
-    """Choose whole patients, the same ones for the same seed whatever the order of the scans.
-
-    Args:
-        patients: keyed hashes, one per scan; repeated for several scans of one patient.
-        share: share of the patients, in [0, 1); the count is rounded, but at least one patient is
-            chosen where share > 0 and there are two patients.
-        seed: random seed of the run.
-    Returns:
-        The chosen patients; empty for share 0.
-    """
-    names = sorted(set(patients), key=lambda name: (hash_int(seed, f"held_out/{name}"), name))
-    if share <= 0 or len(names) < 2:
-        return frozenset()
-    return frozenset(names[: min(max(round(share * len(names)), 1), len(names) - 1)])
 
 
 def hash_of_header(patient_id: str, key: bytes | None) -> str:

@@ -18,7 +18,7 @@ from tapct.base import rng
 from tapct.base.exits import UserError
 from tapct.data.geometry import check_same_grid
 from tapct.data.ingest import read_labels, read_volume
-from tapct.data.patients import held_out_patients
+from tapct.data.split import held_out_patients
 from tapct.eval.contract import Labels
 from tapct.types import LabelMap, Volume
 

@@ -14,7 +14,7 @@ from tapct import config as tapct_config
 from tapct.base import console
 from tapct.base.exits import UserError
 from tapct.config import Resolved
-from tapct.data.patients import held_out_patients
+from tapct.data.split import held_out_patients
 from tapct.data.store import Store
 from tapct.distributed.device import flush_denormals, pick_device
 from tapct.engine import checkpoint

@@ -20,7 +20,7 @@ from tapct.base import console, ranks
 from tapct.base.exits import SharedError, UserError
 from tapct.config import Resolved, load_config
 from tapct.data import loader
-from tapct.data.patients import held_out_patients
+from tapct.data.split import held_out_patients
 from tapct.data.store import Store
 from tapct.distributed import collectives
 from tapct.distributed.device import flush_denormals, pick_device
