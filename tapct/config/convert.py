@@ -21,8 +21,7 @@ from tapct.config.fields import KeyPath, checked, dotted, kind
 from tapct.config.schema import ConfigField, fields_of
 from tapct.config.sources import ConfigError, Sources
 
-
-# `${NAME}`; OmegaConf's own forms have a dot, a colon or a bracket in it, or name a key of the config
+# `${NAME}`; OmegaConf's own forms hold a dot, a colon or a bracket, or name a key of the config
 _ENVIRONMENT = re.compile(r"\$\{([A-Za-z_]\w*)\}")
 
 

@@ -230,7 +230,8 @@ def _check_range(value: Any, metadata: Mapping[str, Any]) -> None:
         raise ValueError("must be finite")
     choices = metadata.get("choices")
     if choices is not None and value is not None and value not in choices:
-        raise ValueError("must be one of " + ", ".join(map(str, choices)))
+        named = [str(choice) or "'' (empty)" for choice in choices]
+        raise ValueError("must be one of " + ", ".join(named))
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         bounds = [(name, metadata[name]) for name in _BOUNDS if metadata.get(name) is not None]
         if not all(_BOUNDS[name][0](value, bound) for name, bound in bounds):
