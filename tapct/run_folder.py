@@ -4,6 +4,7 @@
       config.yaml                       resolved config
       run.json                          command, versions, git revision, machine, data
       metrics.jsonl                     one line per optimizer step
+      lease.json                        while a process trains: which one
       tensorboard/*                     the same for TensorBoard, with log.tensorboard
       wandb/*                           with log.wandb.mode=offline or online
       checkpoints/
@@ -232,6 +233,11 @@ class RunFolder:
     def provenance(self) -> Path:
         """Command, versions, git revision, machine and data."""
         return self.path / "run.json"
+
+    @property
+    def lease(self) -> Path:
+        """Process that writes the folder; see `base/lease.py`."""
+        return self.path / "lease.json"
 
     @property
     def metrics(self) -> Path:

@@ -108,6 +108,21 @@ class HUContract:
     mean: float = -86.80862426757812
     std: float = 322.63470458984375
 
+    def __post_init__(self) -> None:
+        if not self.clip_low < self.clip_high:
+            raise UserError(
+                f"contract.clip_low {self.clip_low:g} is not below contract.clip_high "
+                f"{self.clip_high:g}: every voxel would have the same value"
+            )
+        if not self.clip_low <= self.mean <= self.clip_high:
+            raise UserError(
+                f"contract.mean {self.mean:g} lies outside the window from contract.clip_low "
+                f"{self.clip_low:g} to contract.clip_high {self.clip_high:g}; give the mean of the "
+                "clipped voxels"
+            )
+        if not self.std > 0:
+            raise UserError(f"contract.std {self.std:g} must be above 0: values are divided by it")
+
     def normalise(self, hu: Tensor) -> Tensor:
         """Clip and z-score: any shape in HU -> float32, unitless."""
         return hu.float().clamp(self.clip_low, self.clip_high).sub(self.mean).div(self.std)

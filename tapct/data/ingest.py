@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from tapct.base.exits import single_line
+from tapct.base.files import expand_path
 from tapct.data import formats
 from tapct.data.ct_check import check_is_ct
 from tapct.data.discover import UNREADABLE, Source, find_source
@@ -38,7 +39,7 @@ def read_volume(path: Path | str, key: bytes | None = None) -> Volume:
     Raises:
         Refused: the scan breaks a rule.
     """
-    return read_source(find_source(Path(path)), key)
+    return read_source(find_source(expand_path(path)), key)
 
 
 def read_source(source: Source, key: bytes | None = None) -> Volume:

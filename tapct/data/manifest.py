@@ -145,7 +145,7 @@ class Manifest:
             UserError: there is no manifest, it has another version, or it was changed after it was
                 written.
         """
-        path = Path(path)
+        path = files.expand_path(path)
         if not path.is_file():
             problem = "is a folder" if path.is_dir() else "does not exist"
             raise UserError(f"manifest {path} {problem}; make one with `tapct index`")

@@ -24,6 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tapct.base.exits import UserError, single_line
+from tapct.base.files import expand_path
 from tapct.data.digest import voxel_digest
 from tapct.data.packed import SCHEMA, Damaged, PackedScan
 
@@ -79,7 +80,7 @@ class Store:
     """
 
     def __init__(self, path: Path | str, max_open: int = 16) -> None:
-        self.path = Path(path)
+        self.path = expand_path(path)
         self.max_open = max_open
         self.scans, info = read_index(self.path)
         self.digest: str = info["digest"]
