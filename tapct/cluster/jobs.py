@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from tapct.base import console, jsonl
 from tapct.base.exits import UserError
 from tapct.base.files import expand_path
+from tapct.base.recent import LAST_STEPS, last_mean
 from tapct.cluster import slurm
 from tapct.cluster.slurm import QueuedJob
 from tapct.run_folder import JobFolder, RunFolder
@@ -140,9 +141,11 @@ def read_progress(
     step, loss = 0, math.nan
     if rows:
         step = int(rows[-1]["step"])
-        last_loss = rows[-1].get("loss/total")
-        loss = math.nan if last_loss is None else float(last_loss)
-    paces = [row["seconds/step"] for row in rows[-20:] if row.get("seconds/step") is not None]
+        logged = [(row["step"], row["loss/total"]) for row in rows if "loss/total" in row]
+        values = [math.nan if value is None else float(value) for _, value in logged]
+        loss = last_mean([at for at, _ in logged], values, step)
+    recent = rows[-LAST_STEPS:]
+    paces = [row["seconds/step"] for row in recent if row.get("seconds/step") is not None]
     events = _read_events(run, submission.job)
     job = None if queue is None else queue.get(submission.job)
     why = _why_given_up(job, events)

@@ -19,7 +19,7 @@ from tapct.data.geometry import check_same_grid
 from tapct.data.ingest import read_labels, read_source
 from tapct.data.labels.pairing import pair_labels
 from tapct.data.manifest import ACCEPTED, REFUSED, UNKNOWN, Manifest, Row, write_table
-from tapct.data.patients import PatientRules, check_regex, patient_key
+from tapct.data.patients import PatientRules, check_regex, key_name, patient_key
 from tapct.data.process_pool import map_unordered
 from tapct.data.readers import load_libraries
 from tapct.data.readers.raw import MAX_TEXT
@@ -102,7 +102,7 @@ def build_manifest(
         if progress is not None:
             progress(len(rows), len(tasks))
     in_order = [rows[index] for index in range(len(tasks))]
-    manifest = Manifest(refuse_duplicates(in_order), root.resolve())
+    manifest = Manifest(refuse_duplicates(in_order), root.resolve(), key_name(patients.key))
     write_table(manifest, out)
     return manifest
 

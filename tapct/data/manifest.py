@@ -109,10 +109,17 @@ class Row:
 
 @dataclass(frozen=True)
 class Manifest:
-    """All rows of an archive, in the order of their paths."""
+    """All rows of an archive, in the order of their paths.
+
+    Args:
+        rows: accepted and refused scans.
+        root: folder of the archive.
+        patient_key: name of the key of the patient hashes; empty where unknown.
+    """
 
     rows: tuple[Row, ...]
     root: Path
+    patient_key: str = ""
 
     @property
     def accepted(self) -> tuple[Row, ...]:
@@ -171,7 +178,7 @@ class Manifest:
             beside = path.parent / metadata["tapct.root_relative"]
             if not root.is_dir() and beside.is_dir():  # archive and manifest moved together
                 root = beside.resolve()
-        manifest = cls(rows, root)
+        manifest = cls(rows, root, metadata.get("tapct.patient_key", ""))
         if manifest.digest != metadata["tapct.digest"]:
             raise UserError(
                 f"{path} does not match its own digest, so it was changed or damaged; make it "
@@ -198,6 +205,7 @@ def write_table(manifest: Manifest, out: Path) -> None:
         "tapct.root": str(manifest.root),
         "tapct.root_relative": os.path.relpath(manifest.root, out.parent.resolve()),
         "tapct.digest": manifest.digest,
+        "tapct.patient_key": manifest.patient_key,
     }
     schema = pyarrow.schema([(f.name, _ARROW[str(f.type)]) for f in fields], metadata=metadata)
     try:

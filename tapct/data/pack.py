@@ -144,9 +144,10 @@ def pack(
             report = _report(out, finished, scans, time.monotonic() - started)
             if not scans:
                 raise _nothing_packed(report, root)
-            write_atomically(
-                out / INDEX_NAME, index_bytes(scans, root, manifest.digest, manifest.summary())
+            content = index_bytes(
+                scans, root, manifest.digest, manifest.summary(), manifest.patient_key
             )
+            write_atomically(out / INDEX_NAME, content)
             return report
     except OSError as error:
         raise _write_error(error, out, rows, outcomes) from error

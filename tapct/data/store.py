@@ -74,6 +74,8 @@ class Store:
         digest: hash of the voxels of the whole store, whatever the compression.
         root: folder of the archive that was packed.
         manifest_digest: digest of the manifest that was packed.
+        patient_key: name of the key of the patient hashes; of a store whose key is unknown, a name
+            that only stores of the same manifest share.
         summary: how many scans that manifest accepted, and refused by reason.
     Raises:
         UserError: there is no store, or its index is not readable.
@@ -86,6 +88,7 @@ class Store:
         self.digest: str = info["digest"]
         self.root = Path(info["root"])
         self.manifest_digest: str = info["manifest_digest"]
+        self.patient_key: str = info.get("patient_key") or f"manifest {self.manifest_digest}"
         self.summary: dict[str, int] = info.get("summary", {})
         self._start_process()
 
@@ -199,6 +202,7 @@ def index_bytes(
     root: Path,
     manifest_digest: str,
     summary: Mapping[str, int] | None = None,
+    patient_key: str = "",
 ) -> bytes:
     """The content of `store.parquet`.
 
@@ -207,6 +211,7 @@ def index_bytes(
         root: folder of the archive; relative label paths lie below it.
         manifest_digest: digest of the manifest.
         summary: number of rows of the manifest by reason, as `Manifest.summary` counts them.
+        patient_key: name of the key of the patient hashes; empty where unknown.
     """
     scans = tuple(scans)
     rows = [
@@ -220,6 +225,7 @@ def index_bytes(
         "manifest_digest": manifest_digest,
         "digest": store_digest(scans),
         "summary": dict(summary or {}),
+        "patient_key": patient_key,
     }
     schema = _COLUMNS.with_metadata({_INDEX_KEY: json.dumps(info).encode()})
     sink = pa.BufferOutputStream()

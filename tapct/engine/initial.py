@@ -8,7 +8,7 @@ must be allowed.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +27,7 @@ from tapct.run_folder import CheckpointFolder, ExportFolder, RunFolder, has_step
 from tapct.ssl.student_teacher import StudentTeacher
 
 KINDS = ("missing", "resized", "unexpected")
+MOST_NAMES = 4  # of parameters in a line
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class Report:
             if names:
                 lines.append(
                     f"  {kind:<10} {len(names)}: "
-                    f"{', '.join(names[:4])}{', ...' if len(names) > 4 else ''}"
+                    f"{', '.join(names[:MOST_NAMES])}{', ...' if len(names) > MOST_NAMES else ''}"
                 )
         return lines
 
@@ -142,8 +143,8 @@ def apply(weights: SourceWeights, pair: StudentTeacher, allow: tuple[str, ...]) 
         pair: gets them.
         allow: kinds that may occur: `missing`, `resized`, `unexpected`.
     Raises:
-        UserError: a kind occurs that is not allowed, or a shape cannot be brought to fit; nothing
-            was changed.
+        UserError: no parameter is there, a kind occurs that is not allowed, or a shape cannot be
+            brought to fit; nothing was changed.
     """
     wanted = dict(pair.student.backbone.named_parameters())
     report, full = compare(weights, pair.student.backbone, allow)
@@ -182,6 +183,8 @@ def compare(
         raise SharedError(
             f"train.init: {weights.source} does not fit this model: {sorted(unfit)[0]}"
         )
+    if not full:
+        raise SharedError(nothing_fits(weights, wanted))
     report = Report(
         loaded=tuple(sorted(full.keys() - set(resized))),
         missing=tuple(sorted(wanted.keys() - full.keys())),
@@ -198,6 +201,25 @@ def compare(
                 f"train.init_allow=[{','.join([*allow, kind])}]"
             )
     return report, full
+
+
+def nothing_fits(weights: SourceWeights, wanted: Collection[str]) -> str:
+    """The line about a file that has no parameter of the model, with the first names on both sides.
+
+    Args:
+        weights: content of the file.
+        wanted: names of the model's parameters.
+    """
+
+    def first(names: Collection[str]) -> str:
+        some = sorted(names)[:MOST_NAMES]
+        return ", ".join(some) + (", ..." if len(names) > len(some) else "") if some else "nothing"
+
+    return (
+        f"train.init: none of the {len(weights.tensors)} tensors of {weights.source} has the name "
+        f"of a parameter of this model; the file has {first(weights.tensors)}; the model has "
+        f"{first(wanted)}. Rename the tensors, or give other weights"
+    )
 
 
 def _resize(pos_1ND: Tensor, native: Grid, grid: Grid) -> Tensor:

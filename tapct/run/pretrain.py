@@ -30,8 +30,9 @@ from tapct.distributed.world import LostRank, World, join_ranks
 from tapct.engine import checkpoint, compiled, fsdp, initial, loop, optim, recompute, trackers
 from tapct.engine.checkpoint import Checkpoints, Meta
 from tapct.engine.metrics import Record
+from tapct.eval.saved import dataset_name
 from tapct.nn.backends import choose
-from tapct.run import background_eval
+from tapct.run import background_eval, lineage
 from tapct.run.config import RunConfig
 from tapct.run.provenance import facts_of_rank, write_run_files
 from tapct.run.resume import find_start
@@ -153,7 +154,12 @@ class Pretraining:
             world.device,
             self.check_lease,
         )
-        self.evaluations = background_eval.Evaluations(self.config.out, self.config.eval.during)
+        self.init_weights = ""  # file that train.init was found to mean
+        self.evaluations = background_eval.Evaluations(
+            self.config.out,
+            self.config.eval.during,
+            dataset_name(self.config.out, self.store.path, self.store.digest),
+        )
 
     def run(self) -> loop.Stop:
         """Train from the newest checkpoint to the last step, or to a signal."""
@@ -176,9 +182,7 @@ class Pretraining:
         if start >= config.train.steps:
             console.say(f"{config.out} has all its {config.train.steps} steps; nothing to train")
             return loop.Stop(start)
-        collectives.from_first(
-            lambda: write_run_files(config.out, self.resolved, self.store, self.command)
-        )
+        collectives.from_first(lambda: self.write_records(rows, start, saved))
         if pair.student.backbone.attention == "auto":
             dtype = torch.bfloat16 if config.train.precision == "bf16" else config.train.dtype
             console.say(f"model.attention=auto: {choose(self.world.device, dtype)}")
@@ -205,6 +209,13 @@ class Pretraining:
         """Raise LostLease where another process has taken over the run folder."""
         if self.lease is not None:
             self.lease.check()
+
+    def write_records(self, rows: list[int], start: int, saved: Path | None) -> None:
+        """Write what the run is and which scans it is trained on; only the first rank does."""
+        write_run_files(self.config.out, self.resolved, self.store, self.command)
+        lineage.update(
+            self.config.out, self.store, rows, start=start, saved=saved, init=self.init_weights
+        )
 
     def check_share(self) -> None:
         """Raise SharedError where the ranks cannot share `train.global_batch` equally, or have too
@@ -265,6 +276,7 @@ class Pretraining:
         """Replace random weights by those of `train.init`, if it is set; returns step 0."""
         if self.config.train.init:
             source = collectives.from_first(lambda: initial.locate(Path(self.config.train.init)))
+            self.init_weights = str(source)
             weights = initial.read(source)
             report = initial.apply(weights, pair, self.config.train.init_allow)
             for line in report.lines():
