@@ -222,8 +222,11 @@ def pack_scan(task: _Task) -> _Outcome:
         except Damaged:
             was_damaged = True
         else:
-            if (meta.id, meta.checksum) == (row.id, row.digest) and not _differences(
-                row, meta.shape_ZYX, meta.spacing_mm
+            is_current = meta.checksums_C is not None  # files of earlier versions are packed again
+            if (
+                is_current
+                and (meta.id, meta.checksum) == (row.id, row.digest)
+                and not _differences(row, meta.shape_ZYX, meta.spacing_mm)
             ):
                 return _Outcome(_stored(row, meta), kept=True, stored_bytes=file.stat().st_size)
     try:
