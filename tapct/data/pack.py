@@ -11,10 +11,8 @@ Axes: Z Y X depth height width in voxels.
 from __future__ import annotations
 
 import fcntl
-import multiprocessing
 import re
 import shutil
-import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -25,10 +23,11 @@ import numpy as np
 
 from tapct.base.exits import UserError
 from tapct.base.files import NO_SPACE, TEMPORARY_SUFFIX, write_atomically
-from tapct.data.ingest import read_volume
+from tapct.data.ingest import OUT_OF_MEMORY, read_volume
 from tapct.data.manifest import Manifest, Row
 from tapct.data.packed import Damaged, PackedMeta, encode, open_packed
-from tapct.data.process_pool import map_unordered
+from tapct.data.process_pool import DEFAULT_LIMITS, Failure, Limits, map_unordered
+from tapct.data.readers import LIBRARIES
 from tapct.data.store import INDEX_NAME, StoredScan, index_bytes
 from tapct.types import Refused, Volume
 
@@ -107,6 +106,7 @@ def pack(
     *,
     workers: int = 0,
     level: int = 1,
+    limits: Limits = DEFAULT_LIMITS,
     progress: Callable[[int, int], None] | None = None,
 ) -> PackReport:
     """Pack every accepted scan of a manifest that is not packed yet.
@@ -114,8 +114,10 @@ def pack(
     Args:
         manifest: manifest that `tapct index` wrote.
         out: folder of the store; made if absent.
-        workers: number of processes; 0 or 1 packs in this one.
+        workers: number of processes; 0 packs in this one, without protection from a file that
+            ends, blocks or fills it.
         level: level of zstd, 1 to 9; higher is smaller and slower to write.
+        limits: time and memory that one scan may take in a worker process.
         progress: function that is called with (finished scans, scans in all).
     Raises:
         UserError: there is nothing to pack, nothing could be packed, the disk is full, or another
@@ -131,8 +133,16 @@ def pack(
             for leftover in out.glob(f".*{TEMPORARY_SUFFIX}"):
                 leftover.unlink()
             tasks = [_Task(row, root, out, level) for row in rows]
-            # closing lets the running scans finish and starts no more
-            with closing(map_unordered(pack_task, tasks, workers, _crashed)) as results:
+            results = map_unordered(
+                pack_task,
+                tasks,
+                workers,
+                _failed,
+                num_bytes=lambda task: max(task.row.bytes, _voxel_bytes(task.row)),
+                limits=limits,
+                modules=LIBRARIES,
+            )
+            with closing(results):  # ends the workers at an error or Ctrl-C
                 for done, (i, outcome) in enumerate(results, 1):
                     if outcome.write_error is not None:
                         raise outcome.write_error
@@ -196,16 +206,14 @@ def _only_one(out: Path) -> Iterator[None]:
         yield
 
 
-def _crashed(task: _Task) -> _Outcome:
-    """The result of a scan that ended its worker process."""
-    detail = "packing it ended the process (a reader library crashed, or memory ran out)"
-    return _Outcome(refused=RefusedScan(task.row.id, task.row.path, "crashed", detail))
+def _failed(task: _Task, failure: Failure) -> _Outcome:
+    """The result of a scan whose worker process has none."""
+    detail = failure.detail.replace(f"{task.root}/", "")
+    return _Outcome(refused=RefusedScan(task.row.id, task.row.path, failure.reason, detail))
 
 
 def pack_task(task: _Task) -> _Outcome:
-    """`pack_scan` for a worker process: it raises nothing, and leaves Ctrl-C to the parent."""
-    if multiprocessing.parent_process() is not None:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """`pack_scan` as the pool calls it: an error of the store is a result, and not a refusal."""
     try:
         return pack_scan(task)
     except OSError as error:
@@ -235,6 +243,8 @@ def pack_scan(task: _Task) -> _Outcome:
             detail = f"{task.root / row.path} has other voxels than at `tapct index`; run it again."
             raise Refused("changed", detail)
     except Refused as refusal:
+        if refusal.reason == OUT_OF_MEMORY:
+            raise MemoryError(refusal.detail) from refusal  # the pool tries it again with more
         return _Outcome(
             refused=RefusedScan(row.id, row.path, refusal.reason, refusal.detail),
             was_damaged=was_damaged,
