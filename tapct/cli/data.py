@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tapct.base import console, exits
+from tapct.base import console, exits, signals
 from tapct.cli.app import CPUS, Workers, app, examples
 from tapct.data import formats
 
 if TYPE_CHECKING:
-    from tapct.data.process_pool import Limits
+    from tapct.data.process_pool import ScanLimits
 
 Timeout = Annotated[
     float,
@@ -34,11 +34,11 @@ Memory = Annotated[
 ]
 
 
-def limits_of(timeout: float, memory_gb: float | None) -> Limits:
+def limits_of(timeout: float, memory_gb: float | None) -> ScanLimits:
     """The limits of one scan as `process_pool` takes them."""
-    from tapct.data.process_pool import Limits
+    from tapct.data.process_pool import ScanLimits
 
-    return Limits(seconds=timeout, memory_bytes=memory_gb and int(memory_gb * 1e9))
+    return ScanLimits(seconds=timeout, memory_bytes=memory_gb and int(memory_gb * 1e9))
 
 
 @app.command(epilog=examples("tapct phantom --out data/archive --num 40"))
@@ -53,7 +53,7 @@ def phantom(
     """Create a synthetic CT archive with organ labels."""
     from tapct.data.phantom import archive as maker
 
-    with console.progress_bar("phantom") as progress:
+    with signals.leaving_at_sigterm(), console.progress_bar("phantom") as progress:
         report = maker.write(out, maker.Config(num=num, seed=seed), progress)
     console.say(
         f"{report.scans} scans in {out}; next: tapct index {out} --out {out}/manifest.parquet"
@@ -105,7 +105,7 @@ def index(
     """
     from tapct.data.index import build_manifest
 
-    with console.progress_bar("index") as progress:
+    with signals.leaving_at_sigterm(), console.progress_bar("index") as progress:
         manifest = build_manifest(
             folder,
             out,
@@ -167,7 +167,7 @@ def pack(
     from tapct.data import manifest
     from tapct.data import pack as packer
 
-    with console.progress_bar("pack") as progress:
+    with signals.leaving_at_sigterm(), console.progress_bar("pack") as progress:
         found = manifest.Manifest.read(manifest_file)
         report = packer.pack(
             found,

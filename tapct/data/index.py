@@ -5,13 +5,15 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from tapct.base.exits import UserError, single_line
+from tapct.base.files import first_cause
+from tapct.base.locks import Lock, hold
 from tapct.data import formats
 from tapct.data.ct_check import BODY_ABOVE, subsample
 from tapct.data.digest import voxel_digest
@@ -21,7 +23,7 @@ from tapct.data.ingest import OUT_OF_MEMORY, read_labels, read_source
 from tapct.data.labels.pairing import pair_labels
 from tapct.data.manifest import ACCEPTED, REFUSED, UNKNOWN, Manifest, Row, write_table
 from tapct.data.patients import PatientRules, check_regex, patient_key
-from tapct.data.process_pool import DEFAULT_LIMITS, Failure, Limits, map_unordered
+from tapct.data.process_pool import DEFAULT_LIMITS, Failure, ScanLimits, map_unordered
 from tapct.data.readers import LIBRARIES, load_libraries
 from tapct.data.readers.raw import MAX_TEXT
 from tapct.types import Refused, Volume
@@ -54,7 +56,7 @@ def build_manifest(
     patient_regex: str | None = None,
     min_depth: int = 1,
     workers: int = 0,
-    limits: Limits = DEFAULT_LIMITS,
+    limits: ScanLimits = DEFAULT_LIMITS,
     progress: Callable[[int, int], None] | None = None,
 ) -> Manifest:
     """Index an archive and write the manifest.
@@ -84,10 +86,7 @@ def build_manifest(
     root, out = Path(root), Path(out)
     load_libraries()
     check_regex(patient_regex)
-    if out.is_dir():
-        raise UserError(
-            f"{out} is a folder; give the file to write, such as {out / 'manifest.parquet'}"
-        )
+    _check_out(out)
     sources = find_sources(root)
     if labels is not None and not labels.is_dir():
         raise UserError(f"labels folder {labels} does not exist or is not a folder; check the path")
@@ -100,24 +99,57 @@ def build_manifest(
         ExamineTask(scan, root, pairs.label_of.get(scan.path), patients, min_depth)
         for scan in scans
     ]
-    rows: dict[int, Row] = {}
-    results = map_unordered(
-        examine,
-        tasks,
-        workers,
-        failed_row,
-        num_bytes=bytes_of,
-        limits=limits,
-        modules=LIBRARIES,
-    )
-    for index, row in results:
-        rows[index] = row
-        if progress is not None:
-            progress(len(rows), len(tasks))
-    in_order = [rows[index] for index in range(len(tasks))]
-    manifest = Manifest(refuse_duplicates(in_order), root.resolve())
-    write_table(manifest, out)
+    with _only_writer(out) as lock:
+        rows: dict[int, Row] = {}
+        results = map_unordered(
+            examine,
+            tasks,
+            workers,
+            failed_row,
+            num_bytes=bytes_of,
+            limits=limits,
+            modules=LIBRARIES,
+        )
+        with contextlib.closing(results):  # ends the workers at an error or Ctrl-C
+            for index, row in results:
+                rows[index] = row
+                if progress is not None:
+                    progress(len(rows), len(tasks))
+        in_order = [rows[index] for index in range(len(tasks))]
+        manifest = Manifest(refuse_duplicates(in_order), root.resolve())
+        lock.check()
+        write_table(manifest, out)
     return manifest
+
+
+def _check_out(out: Path) -> None:
+    """Refuse a place that is no file of a manifest, before anything is read."""
+    if out.is_dir():
+        raise UserError(
+            f"{out} is a folder; give the file to write, such as {out / 'manifest.parquet'}"
+        )
+    if out.suffix != ".parquet":
+        raise UserError(
+            f"the manifest is a Parquet file, and {out} does not end in .parquet; give a name such "
+            f"as {out.with_suffix('.parquet')}"
+        )
+
+
+@contextlib.contextmanager
+def _only_writer(out: Path) -> Iterator[Lock]:
+    """Hold the lock of a manifest; a place that cannot be written to is refused here, before the
+    archive is read.
+    """
+    taken = f"another `tapct index` is writing {out}"
+    with contextlib.ExitStack() as stack:
+        try:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            lock = stack.enter_context(hold(out.with_name(f".{out.name}.lock"), taken))
+        except OSError as error:
+            raise UserError(
+                f"cannot write manifest {out}: {first_cause(error)}; nothing was changed"
+            ) from error
+        yield lock
 
 
 def examine(task: ExamineTask) -> Row:

@@ -10,7 +10,6 @@ Axes: Z Y X depth height width in voxels.
 
 from __future__ import annotations
 
-import fcntl
 import re
 import shutil
 import time
@@ -23,14 +22,16 @@ import numpy as np
 
 from tapct.base.exits import UserError
 from tapct.base.files import NO_SPACE, TEMPORARY_SUFFIX, write_atomically
+from tapct.base.locks import hold
 from tapct.data.ingest import OUT_OF_MEMORY, read_volume
 from tapct.data.manifest import Manifest, Row
 from tapct.data.packed import Damaged, PackedMeta, encode, open_packed
-from tapct.data.process_pool import DEFAULT_LIMITS, Failure, Limits, map_unordered
+from tapct.data.process_pool import DEFAULT_LIMITS, Failure, ScanLimits, map_unordered
 from tapct.data.readers import LIBRARIES
 from tapct.data.store import INDEX_NAME, StoredScan, index_bytes
 from tapct.types import Refused, Volume
 
+LOCK_NAME = ".lock"
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
@@ -106,7 +107,7 @@ def pack(
     *,
     workers: int = 0,
     level: int = 1,
-    limits: Limits = DEFAULT_LIMITS,
+    limits: ScanLimits = DEFAULT_LIMITS,
     progress: Callable[[int, int], None] | None = None,
 ) -> PackReport:
     """Pack every accepted scan of a manifest that is not packed yet.
@@ -129,9 +130,9 @@ def pack(
     outcomes: list[_Outcome | None] = [None] * len(rows)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        with _only_one(out):
-            for leftover in out.glob(f".*{TEMPORARY_SUFFIX}"):
-                leftover.unlink()
+        # a second pack would delete the unfinished files of the first one
+        taken = f"another `tapct pack` is writing to {out}"
+        with hold(out / LOCK_NAME, taken) as lock, _without_leftovers(out):
             tasks = [_Task(row, root, out, level) for row in rows]
             results = map_unordered(
                 pack_task,
@@ -154,12 +155,28 @@ def pack(
             report = _report(out, finished, scans, time.monotonic() - started)
             if not scans:
                 raise _nothing_packed(report, root)
+            lock.check()
             write_atomically(
                 out / INDEX_NAME, index_bytes(scans, root, manifest.digest, manifest.summary())
             )
             return report
     except OSError as error:
         raise _write_error(error, out, rows, outcomes) from error
+
+
+@contextmanager
+def _without_leftovers(out: Path) -> Iterator[None]:
+    """Remove the unfinished files of killed processes, before and after this context."""
+    _remove_leftovers(out)
+    try:
+        yield
+    finally:
+        _remove_leftovers(out)
+
+
+def _remove_leftovers(out: Path) -> None:
+    for leftover in out.glob(f".*{TEMPORARY_SUFFIX}"):
+        leftover.unlink(missing_ok=True)
 
 
 def _nothing_packed(report: PackReport, root: Path) -> UserError:
@@ -191,19 +208,6 @@ def _checked_rows(manifest: Manifest, level: int) -> Sequence[Row]:
             )
         seen.add(row.id)
     return rows
-
-
-@contextmanager
-def _only_one(out: Path) -> Iterator[None]:
-    """Hold the folder's lock, since a second pack would delete the unfinished files of this one."""
-    with open(out / ".lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"another `tapct pack` is writing to {out}; wait for it or choose another folder."
-            ) from None
-        yield
 
 
 def _failed(task: _Task, failure: Failure) -> _Outcome:

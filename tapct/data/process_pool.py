@@ -46,7 +46,7 @@ _PROGRAM = (
 
 
 @dataclass(frozen=True)
-class Limits:
+class ScanLimits:
     """What one input may use.
 
     Args:
@@ -72,7 +72,7 @@ class Limits:
         return whole // workers if self.memory_bytes else max(_LEAST_MEMORY, whole // workers)
 
 
-DEFAULT_LIMITS = Limits()
+DEFAULT_LIMITS = ScanLimits()
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def map_unordered(
     on_failure: Callable[[In, Failure], Out],
     *,
     num_bytes: Callable[[In], int] = lambda item: 0,
-    limits: Limits = DEFAULT_LIMITS,
+    limits: ScanLimits = DEFAULT_LIMITS,
     modules: Sequence[str] = (),
 ) -> Generator[tuple[int, Out], None, None]:
     """Yield (index of the input, result) in the order in which the results become ready.
@@ -267,7 +267,7 @@ class _Pool(Generic[In]):
     function: Callable[[In], Any]
     size: int
     modules: tuple[str, ...]
-    limits: Limits
+    limits: ScanLimits
     num_bytes: Callable[[In], int]
     workers: list[_Worker] = field(default_factory=list)
 
