@@ -141,7 +141,7 @@ def pack(
                 _failed,
                 num_bytes=lambda task: max(task.row.bytes, _voxel_bytes(task.row)),
                 limits=limits,
-                modules=LIBRARIES,
+                modules=(__name__, *LIBRARIES),
             )
             with closing(results):  # ends the workers at an error or Ctrl-C
                 for done, (i, outcome) in enumerate(results, 1):

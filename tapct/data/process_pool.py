@@ -110,13 +110,14 @@ def map_unordered(
         on_failure: function that makes the result of an input that failed.
         num_bytes: size of an input, for its time limit.
         limits: time and memory of an input.
-        modules: names of modules that the function needs, imported once for all workers.
+        modules: names of modules that the function needs, imported once for all workers of all
+            calls with the same names.
     """
     if workers <= 0:
         for index, item in enumerate(inputs):
             yield index, _result(worker_process.outcome_of(function, item), item, on_failure)
         return
-    modules = (function.__module__, *modules)
+    modules = tuple(modules)
     todo = deque(range(len(inputs)))
     failed_once: list[int] = []
     pool = _Pool(function, min(workers, len(inputs)), modules, limits, num_bytes)

@@ -143,4 +143,3 @@ def test_a_folder_that_cannot_be_written_is_an_os_error(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="No such file"):
         with hold(tmp_path / "missing" / ".lock", TAKEN):
             pytest.fail("there is no folder")
-
