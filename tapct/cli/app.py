@@ -142,7 +142,7 @@ Workers = Annotated[
     int,
     typer.Option(
         metavar="N",
-        help="number of worker processes; 0 starts none and works in the process of the command",
+        help="number of worker processes, at least one",
         min=0,
         show_default="number of CPUs",
     ),

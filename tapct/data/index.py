@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from tapct.base.exits import UserError, single_line
+from tapct.base.files import first_cause
+from tapct.base.locks import Lock, hold
 from tapct.data import formats
 from tapct.data.ct_check import BODY_ABOVE, subsample
 from tapct.data.digest import voxel_digest
 from tapct.data.discover import Source, find_sources
 from tapct.data.geometry import check_same_grid
-from tapct.data.ingest import read_labels, read_source
+from tapct.data.ingest import OUT_OF_MEMORY, read_labels, read_source
 from tapct.data.labels.pairing import pair_labels
 from tapct.data.manifest import ACCEPTED, REFUSED, UNKNOWN, Manifest, Row, write_table
 from tapct.data.patients import PatientRules, check_regex, key_name, patient_key
-from tapct.data.process_pool import map_unordered
-from tapct.data.readers import load_libraries
+from tapct.data.process_pool import DEFAULT_LIMITS, Failure, ScanLimits, map_unordered
+from tapct.data.readers import LIBRARIES, load_libraries
 from tapct.data.readers.raw import MAX_TEXT
 from tapct.types import Refused, Volume
+
+_MODULES = (__name__, *LIBRARIES)  # what a worker needs
 
 
 @dataclass(frozen=True)
@@ -52,7 +57,8 @@ def build_manifest(
     labels: Path | None = None,
     patient_regex: str | None = None,
     min_depth: int = 1,
-    workers: int = 1,
+    workers: int = 0,
+    limits: ScanLimits = DEFAULT_LIMITS,
     progress: Callable[[int, int], None] | None = None,
 ) -> Manifest:
     """Index an archive and write the manifest.
@@ -69,7 +75,9 @@ def build_manifest(
         patient_regex: regular expression; group 1, searched in the path below the root, is the
             patient's identifier where the header holds none.
         min_depth: fewest slices of an accepted scan; others are refused as `too_few_slices`.
-        workers: number of processes; 0 or 1 reads in this process.
+        workers: number of processes; 0 reads in this process, without protection from a file that
+            ends, blocks or fills it.
+        limits: time and memory that one scan may take in a worker process.
         progress: function that is called with (scans done, scans in all).
     Returns:
         The manifest as written.
@@ -78,12 +86,9 @@ def build_manifest(
             written.
     """
     root, out = Path(root), Path(out)
-    load_libraries()
+    _check_libraries(workers)
     check_regex(patient_regex)
-    if out.is_dir():
-        raise UserError(
-            f"{out} is a folder; give the file to write, such as {out / 'manifest.parquet'}"
-        )
+    _check_out(out)
     sources = find_sources(root)
     if labels is not None and not labels.is_dir():
         raise UserError(f"labels folder {labels} does not exist or is not a folder; check the path")
@@ -96,23 +101,88 @@ def build_manifest(
         ExamineTask(scan, root, pairs.label_of.get(scan.path), patients, min_depth)
         for scan in scans
     ]
-    rows: dict[int, Row] = {}
-    for index, row in map_unordered(examine, tasks, workers, crashed_row):
-        rows[index] = row
-        if progress is not None:
-            progress(len(rows), len(tasks))
-    in_order = [rows[index] for index in range(len(tasks))]
-    manifest = Manifest(refuse_duplicates(in_order), root.resolve(), key_name(patients.key))
-    write_table(manifest, out)
+    with _only_writer(out) as lock:
+        rows: dict[int, Row] = {}
+        results = map_unordered(
+            examine,
+            tasks,
+            workers,
+            failed_row,
+            num_bytes=bytes_of,
+            limits=limits,
+            modules=_MODULES,
+        )
+        with contextlib.closing(results):  # ends the workers at an error or Ctrl-C
+            for index, row in results:
+                rows[index] = row
+                if progress is not None:
+                    progress(len(rows), len(tasks))
+        in_order = [rows[index] for index in range(len(tasks))]
+        manifest = Manifest(refuse_duplicates(in_order), root.resolve(), key_name(patients.key))
+        lock.check()
+        write_table(manifest, out)
     return manifest
+
+
+def _check_libraries(workers: int) -> None:
+    """Load the reader libraries where scans are read, since a broken one would refuse every scan.
+
+    The process of the command does not need them; loading them costs it 0.7 s.
+    """
+    if workers == 0:
+        load_libraries()
+        return
+    for _, problem in map_unordered(
+        problem_of_libraries, [None], 1, lambda _, failure: failure.detail, modules=_MODULES
+    ):
+        if problem:
+            raise UserError(f"a library that reads scans cannot be loaded ({problem}); install it")
+
+
+def problem_of_libraries(_: None) -> str:
+    """Load the reader libraries; empty where they work, else the error."""
+    try:
+        load_libraries()
+    except Exception as error:
+        return single_line(f"{type(error).__name__}: {error}", MAX_TEXT)
+    return ""
+
+
+def _check_out(out: Path) -> None:
+    """Refuse a place that is no file of a manifest, before anything is read."""
+    if out.is_dir():
+        raise UserError(
+            f"{out} is a folder; give the file to write, such as {out / 'manifest.parquet'}"
+        )
+    if out.suffix != ".parquet":
+        raise UserError(
+            f"the manifest is a Parquet file, and {out} does not end in .parquet; give a name such "
+            f"as {out.with_suffix('.parquet')}"
+        )
+
+
+@contextlib.contextmanager
+def _only_writer(out: Path) -> Iterator[Lock]:
+    """Hold the lock of a manifest; a place that cannot be written to is refused here, before the
+    archive is read.
+    """
+    taken = f"another `tapct index` is writing {out}"
+    with contextlib.ExitStack() as stack:
+        try:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            lock = stack.enter_context(hold(out.with_name(f".{out.name}.lock"), taken))
+        except OSError as error:
+            raise UserError(
+                f"cannot write manifest {out}: {first_cause(error)}; nothing was changed"
+            ) from error
+        yield lock
 
 
 def examine(task: ExamineTask) -> Row:
     """Read one scan and its labels; any failure becomes the reason in its row."""
     row = bare_row(task)  # refused, until all checks have passed
     try:
-        num_bytes = sum(path.stat().st_size for path in task.source.files)
-        row = replace(row, bytes=num_bytes)
+        row = replace(row, bytes=bytes_of(task))
         if not has_utf8_name(task):
             raise Refused("bad_name", "the path holds bytes that are not UTF-8; rename it")
         volume = read_source(task.source, task.patients.key)
@@ -128,16 +198,29 @@ def examine(task: ExamineTask) -> Row:
         # labels that cannot be used do not refuse the scan; its row says why it has none
         return replace(row, status=ACCEPTED, label_path=label_path, detail=problem)
     except Refused as error:
+        if error.reason == OUT_OF_MEMORY:
+            raise MemoryError(error.detail) from error  # the pool tries it again with more
         return replace(row, reason=error.reason, detail=error.detail)
+    except MemoryError:
+        raise
     except Exception as error:  # one scan must not end the index of a whole archive
         detail = single_line(f"{type(error).__name__}: {error}", MAX_TEXT)
         return replace(row, reason="unreadable", detail=detail)
 
 
-def crashed_row(task: ExamineTask) -> Row:
-    """The row of a scan that ended its worker process."""
-    detail = "reading it ended the process (a reader library crashed, or memory ran out)"
-    return replace(bare_row(task), reason="crashed", detail=detail)
+def bytes_of(task: ExamineTask) -> int:
+    """Bytes of the files of a scan; a file that is gone counts as empty."""
+    num_bytes = 0
+    for path in task.source.files:
+        with contextlib.suppress(OSError):
+            num_bytes += path.stat().st_size
+    return num_bytes
+
+
+def failed_row(task: ExamineTask, failure: Failure) -> Row:
+    """The row of a scan whose worker process has no result."""
+    detail = failure.detail.replace(f"{task.root}{os.sep}", "")
+    return replace(bare_row(task), bytes=bytes_of(task), reason=failure.reason, detail=detail)
 
 
 def bare_row(task: ExamineTask) -> Row:

@@ -8,6 +8,12 @@ has a reason code. An exception inside a reader library becomes `unreadable` wit
 
 from __future__ import annotations
 
+import importlib
+import os
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +29,9 @@ from tapct.data.readers import DICOM, format_named
 from tapct.data.readers.raw import MAX_TEXT, Image
 from tapct.types import AIR_HU, LabelMap, Refused, Volume
 
+OUT_OF_MEMORY = "out_of_memory"
+# what reader libraries write where an allocation failed; ITK raises RuntimeError
+_NO_MEMORY = re.compile("bad_alloc|bad allocation|failed to allocate|not enough memory", re.I)
 MAX_HU = 32767  # largest int16
 MAX_LABEL = 65535  # largest uint16
 
@@ -39,11 +48,19 @@ def read_volume(path: Path | str, key: bytes | None = None) -> Volume:
     Raises:
         Refused: the scan breaks a rule.
     """
-    return read_source(find_source(expand_path(path)), key)
+    with refusing(expand_path(path)):
+        source = find_source(expand_path(path))
+    return read_source(source, key)
 
 
 def read_source(source: Source, key: bytes | None = None) -> Volume:
     """`read_volume` for a source that `find_sources` found, without searching its folder again."""
+    _load_library(source)
+    with refusing(source.path):
+        return _read_source(source, key)
+
+
+def _read_source(source: Source, key: bytes | None) -> Volume:
     image = _read_image(source)
     header = image.header
     if source.kind != DICOM.name:
@@ -72,13 +89,20 @@ def read_labels(path: Path | str) -> LabelMap:
         Refused: a reason for which a scan is refused too, or `not_labels`: values that are not
             whole numbers from 0 to 65535.
     """
-    source = find_source(Path(path))
+    with refusing(Path(path)):
+        source = find_source(Path(path))
     if source.kind == DICOM.name:
         raise Refused(
             "unsupported",
             f"labels are read from {formats.listed('or', without=DICOM.name)}; convert the DICOM "
             "SEG",
         )
+    _load_library(source)
+    with refusing(source.path):
+        return _read_labels(source)
+
+
+def _read_labels(source: Source) -> LabelMap:
     image = _read_image(source)
     view_ZYX, spacing_mm, origin_mm = to_lps(image.voxels_IJK, image.affine)
     labels_ZYX = _to_labels(source.path.name, view_ZYX, image.slope, image.intercept)
@@ -87,22 +111,45 @@ def read_labels(path: Path | str) -> LabelMap:
 
 
 def _read_image(source: Source) -> Image:
-    """Call the format's reader; every exception but a missing library becomes a refusal."""
+    """Call the format's reader."""
     if source.kind == UNREADABLE:
         raise Refused(
             "unreadable", f"folder {source.path.name} cannot be listed; check its permissions"
         )
+    for path in source.files:
+        if path.stat().st_size == 0:
+            raise Refused("empty_file", f"{path.name} has no content")
+    return format_named(source.kind).read(source.files)
+
+
+def _load_library(source: Source) -> None:
+    """Load what decodes a source; a library that cannot be loaded is not a fault of the scan."""
+    if source.kind != UNREADABLE:
+        for library in format_named(source.kind).libraries:
+            importlib.import_module(library)
+
+
+@contextmanager
+def refusing(path: Path) -> Iterator[None]:
+    """Within this context, every exception that a file can cause becomes a refusal, and no warning
+    of Python code is printed.
+
+    Args:
+        path: path of the scan; its folder is removed from the messages of libraries.
+    """
     try:
-        for path in source.files:
-            if path.stat().st_size == 0:
-                raise Refused("empty_file", f"{path.name} has no content")
-        return format_named(source.kind).read(source.files)
-    except (Refused, ImportError):  # a library that cannot be loaded is not a fault of this scan
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except Refused:
         raise
     except Exception as error:
-        raise Refused(
-            "unreadable", single_line(f"{type(error).__name__}: {error}", MAX_TEXT)
-        ) from error
+        text = f"{type(error).__name__}: {error}".replace(f"{path.parent}{os.sep}", "")
+        no_memory = isinstance(error, MemoryError) or _NO_MEMORY.search(text)
+        reason = OUT_OF_MEMORY if no_memory else "unreadable"
+        raise Refused(reason, single_line(text, MAX_TEXT)) from error
+    except SystemExit as error:
+        raise Refused("unreadable", f"the reader library ended with {error.code}") from error
 
 
 def _to_hu(view_ZYX: np.ndarray, slope: float, intercept: float) -> np.ndarray:

@@ -61,6 +61,9 @@ FORMATS = (
 )
 
 
+LIBRARIES = tuple(dict.fromkeys(library for known in FORMATS for library in known.libraries))
+
+
 def format_named(name: str) -> Format:
     """The format with this name; KeyError where there is none."""
     return {known.name: known for known in FORMATS}[name]
@@ -81,6 +84,5 @@ def load_libraries() -> None:
     Raises:
         ImportError: nibabel, pydicom or SimpleITK cannot be loaded.
     """
-    for known in FORMATS:
-        for library in known.libraries:
-            importlib.import_module(library)
+    for library in LIBRARIES:
+        importlib.import_module(library)
