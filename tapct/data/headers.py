@@ -17,6 +17,8 @@ from tapct.types import Refused, ScanFacts
 # field of Header and the key of a side-car, as BIDS and dcm2niix write it
 SIDECAR_KEYS = {
     "patient_id": "PatientID",
+    "study_uid": "StudyInstanceUID",
+    "series_uid": "SeriesInstanceUID",
     "study_date": "StudyDate",
     "modality": "Modality",
     "manufacturer": "Manufacturer",

@@ -24,10 +24,18 @@ _CHUNK = 1 << 20
 class Header:
     """Facts about a scan from its header, as text; empty where the header has none.
 
-    `headers` cleans it, and `patients` hashes the identifier.
+    `headers` cleans it, and `patients` hashes the identifiers, which are never stored as they are.
+
+    Args:
+        patient_id: PatientID.
+        study_uid: StudyInstanceUID.
+        series_uid: SeriesInstanceUID.
+        study_date, modality, manufacturer, kernel, sex, age: text of the elements of these names.
     """
 
     patient_id: str = ""
+    study_uid: str = ""
+    series_uid: str = ""
     study_date: str = ""
     modality: str = ""
     manufacturer: str = ""
