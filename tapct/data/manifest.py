@@ -12,7 +12,8 @@ import functools
 import hashlib
 import os
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -109,10 +110,18 @@ class Row:
 
 @dataclass(frozen=True)
 class Manifest:
-    """All rows of an archive, in the order of their paths."""
+    """All rows of an archive, in the order of their paths.
+
+    Args:
+        rows: one per scan.
+        root: folder of the archive.
+        passed_over: number of files of each kind that are no scan; only after the index, since the
+            file does not hold it.
+    """
 
     rows: tuple[Row, ...]
     root: Path
+    passed_over: Mapping[str, int] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def accepted(self) -> tuple[Row, ...]:

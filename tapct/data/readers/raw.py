@@ -55,6 +55,10 @@ class Image:
         intercept: offset in HU.
         header: facts about the scan from the header.
         names: label value and name, where the file holds a table of labels.
+        is_lossy: whether the voxels were compressed with loss, now or at any time before.
+        lossy_ratio: ratio of that compression; NaN where it is unknown or there was none.
+        derived: in a few words how the image was computed from others, such as a projection; empty
+            for plain slices.
     """
 
     voxels_IJK: np.ndarray
@@ -63,6 +67,9 @@ class Image:
     intercept: float = 0.0
     header: Header = field(default_factory=Header)
     names: tuple[tuple[int, str], ...] = ()
+    is_lossy: bool = False
+    lossy_ratio: float = math.nan
+    derived: str = ""
 
 
 def is_gzip(path: Path) -> bool:
