@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Frame:
+class FrameSlice:
     """One slice of a multi-frame file.
 
     Args:
@@ -33,7 +33,7 @@ class Frame:
     intercept: float
 
 
-def frames_of(path: Path, dataset: Dataset, head: Head) -> list[Frame]:
+def frames_of(path: Path, dataset: Dataset, head: Head) -> list[FrameSlice]:
     """The frames of a file in the order in which they are stored.
 
     Args:
@@ -80,7 +80,7 @@ def kernel_of(dataset: Dataset) -> str:
         return _text(groups, "CTReconstructionSequence", "ConvolutionKernel").replace("\\", "/")
 
 
-def _frame(name: str, head: Head, groups: Sequence[Dataset]) -> Frame:
+def _frame(name: str, head: Head, groups: Sequence[Dataset]) -> FrameSlice:
     """One frame from its own functional groups, then the shared ones, then the data set."""
     frame_type = _text(groups, "CTImageFrameTypeSequence", "FrameType")
     if kind.is_localizer(frame_type):
@@ -106,7 +106,7 @@ def _frame(name: str, head: Head, groups: Sequence[Dataset]) -> Frame:
         spacing=place.spacing,
         derived=derived if frame_type or head.derived else "",
     )
-    return Frame(head, slope, intercept)
+    return FrameSlice(head, slope, intercept)
 
 
 def _items(dataset: Dataset, name: str) -> list[Dataset]:
