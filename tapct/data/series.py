@@ -234,6 +234,10 @@ def split(heads: Sequence[Head], tried: int = 0) -> list[Stack]:
     """
     merged = _examine(heads)
     for trait in range(tried, _FOLDER + 1):
+        if trait == _FOLDER and merged.reason == "duplicate_slices":
+            without_copies = _without_copies(heads)
+            if without_copies:
+                return without_copies
         groups = list(_by_trait(heads, trait).values())
         if len(groups) < 2 or len(groups) > len(heads) / 2 + 1:
             continue
@@ -243,7 +247,7 @@ def split(heads: Sequence[Head], tried: int = 0) -> list[Stack]:
         if _is_better(merged, groups, parts, by_folder=trait == _FOLDER):
             return [_as_leftover(part, parts) for part in parts]
     if merged.reason in ("duplicate_slices", "uneven_slices", "missing_slices"):
-        return _by_number(heads) or _without_copies(heads) or [merged]
+        return _by_number(heads) or [merged]
     return [merged]
 
 
