@@ -26,7 +26,7 @@ def body(mm: np.ndarray) -> np.ndarray:
     x, y, z = np.moveaxis(mm - [5.0, -3.0, 20.0], -1, 0)
     radius = np.sqrt((x / 26) ** 2 + (y / 22) ** 2 + (z / 40) ** 2)
     inside = 1 / (1 + np.exp(12 * (radius - 1)))
-    return -1000 + inside * (1040 + 2 * x - 1.5 * y + z)
+    return AIR_HU + inside * (1064 + 2 * x - 1.5 * y + z)
 
 
 def tilted_affine(degrees: float, axis: str) -> np.ndarray:
@@ -62,7 +62,7 @@ def test_resampled_voxels_are_those_of_the_body_at_their_place(degrees: float, a
     error = np.abs(made.voxels_IJK - expected)[covered]
     assert covered.mean() > 0.6
     assert np.median(error) < 1
-    assert np.percentile(error, 99) < 15  # at the edge of the body, of 1040 HU
+    assert np.percentile(error, 99) < 15  # at the edge of the body, of 1064 HU
     wrong = np.abs(image.voxels_IJK - body(places_mm(made.affine, SIZES)))
     assert np.percentile(wrong, 99) > 200  # the same voxels, taken for a grid with right angles
 

@@ -91,9 +91,9 @@ def _starts_like_dicom(start: bytes) -> bool:
     if len(start) < 8:
         return False
     for order in ("little", "big"):
-        group = int.from_bytes(start[:2], order)  # type: ignore[arg-type]
-        element = int.from_bytes(start[2:4], order)  # type: ignore[arg-type]
-        length = int.from_bytes(start[4:8], order)  # type: ignore[arg-type]
+        group = int.from_bytes(start[:2], order)
+        element = int.from_bytes(start[2:4], order)
+        length = int.from_bytes(start[4:8], order)
         is_explicit = start[4:6].isalpha() and start[4:6].isupper()
         if group in (2, 8) and element <= 0x100 and (is_explicit or length <= 1024):
             return True
