@@ -10,6 +10,7 @@ import typer
 from tapct.base import console, exits, signals
 from tapct.cli.app import CPUS, Workers, app, examples
 from tapct.data import formats
+from tapct.data.read_rules import MAX_LOSSY_RATIO, MIN_DEPTH, ReadRules
 
 if TYPE_CHECKING:
     from tapct.data.process_pool import ScanLimits
@@ -92,8 +93,33 @@ def index(
         ),
     ] = None,
     min_depth: Annotated[
-        int, typer.Option(metavar="N", help="refuse scans with fewer axial slices", min=1)
-    ] = 1,
+        int,
+        typer.Option(
+            metavar="N",
+            help="refuse scans with fewer axial slices; a patch of the 3D configs has 4",
+            min=1,
+        ),
+    ] = MIN_DEPTH,
+    derived: Annotated[
+        bool,
+        typer.Option(
+            "--derived",
+            help="accept DICOM images that were computed from others: projections such as MIP, "
+            "reformats, maps of materials",
+        ),
+    ] = False,
+    max_lossy_ratio: Annotated[
+        float,
+        typer.Option(metavar="R", help="refuse scans that were compressed with loss beyond R:1"),
+    ] = MAX_LOSSY_RATIO,
+    resample_tilt: Annotated[
+        bool,
+        typer.Option(
+            "--resample-tilt",
+            help="accept scans with gantry tilt, with their slices shifted to a grid with right "
+            "angles",
+        ),
+    ] = False,
     workers: Workers = CPUS,
     timeout: Timeout = 120.0,
     memory_gb: Memory = None,
@@ -101,9 +127,11 @@ def index(
     """List the scans of a folder and check each of them.
 
     The manifest has a row for each scan: accepted with its geometry and statistics, or refused
-    with the reason.
+    with the reason. If no scan is accepted, or no label map of --labels is used, the exit code
+    is 2.
     """
-    from tapct.data.index import build_manifest
+    from tapct.data.index import build_manifest, check_usable
+    from tapct.data.passed_over import summary
 
     with signals.leaving_at_sigterm(), console.progress_bar("index") as progress:
         manifest = build_manifest(
@@ -112,6 +140,7 @@ def index(
             labels=labels,
             patient_regex=patient_regex,
             min_depth=min_depth,
+            rules=ReadRules(derived, max_lossy_ratio, resample_tilt),
             workers=max(1, workers),
             limits=limits_of(timeout, memory_gb),
             progress=progress,
@@ -125,6 +154,16 @@ def index(
                 f"refused {row.path}: {row.reason}" if row.status == "refused" else f"{row.path}"
             )
             console.say(f"  {reason}: {row.detail}")
+    others = summary(manifest.passed_over)
+    if others:
+        console.say(f"passed over: {others}")
+    num_short = manifest.summary().get("too_few_slices", 0)
+    if num_short:
+        console.say(
+            f"{num_short} scan{'s have' if num_short > 1 else ' has'} fewer than {min_depth} "
+            "slices; --min-depth 1 accepts them"
+        )
+    check_usable(manifest, labels)
 
 
 @app.command(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,16 +16,19 @@ from tapct.base.exits import UserError, single_line
 from tapct.base.files import first_cause
 from tapct.base.locks import Lock, hold
 from tapct.data import formats
+from tapct.data import passed_over as passed
 from tapct.data.ct_check import BODY_ABOVE, subsample
 from tapct.data.digest import voxel_digest
-from tapct.data.discover import Source, find_sources
+from tapct.data.discover import DICOM_OBJECT, Source, search
 from tapct.data.geometry import check_same_grid
 from tapct.data.ingest import OUT_OF_MEMORY, read_labels, read_source
 from tapct.data.labels.pairing import pair_labels
 from tapct.data.manifest import ACCEPTED, REFUSED, UNKNOWN, Manifest, Row, write_table
 from tapct.data.patients import PatientRules, check_regex, key_name, patient_key
 from tapct.data.process_pool import DEFAULT_LIMITS, Failure, ScanLimits, map_unordered
+from tapct.data.read_rules import MIN_DEPTH, PLAIN, ReadRules
 from tapct.data.readers import LIBRARIES, load_libraries
+from tapct.data.readers.dicom_kind import object_title
 from tapct.data.readers.raw import MAX_TEXT
 from tapct.types import Refused, Volume
 
@@ -41,6 +45,7 @@ class ExamineTask:
         labels: path of its label map, or None.
         patients: how its patient is identified.
         min_depth: fewest slices of an accepted scan.
+        rules: what is accepted beyond plain scans.
     """
 
     source: Source
@@ -48,6 +53,7 @@ class ExamineTask:
     labels: Path | None
     patients: PatientRules
     min_depth: int
+    rules: ReadRules = PLAIN
 
 
 def build_manifest(
@@ -56,7 +62,8 @@ def build_manifest(
     *,
     labels: Path | None = None,
     patient_regex: str | None = None,
-    min_depth: int = 1,
+    min_depth: int = MIN_DEPTH,
+    rules: ReadRules = PLAIN,
     workers: int = 0,
     limits: ScanLimits = DEFAULT_LIMITS,
     progress: Callable[[int, int], None] | None = None,
@@ -75,12 +82,13 @@ def build_manifest(
         patient_regex: regular expression; group 1, searched in the path below the root, is the
             patient's identifier where the header holds none.
         min_depth: fewest slices of an accepted scan; others are refused as `too_few_slices`.
+        rules: what is accepted beyond plain scans.
         workers: number of processes; 0 reads in this process, without protection from a file that
             ends, blocks or fills it.
         limits: time and memory that one scan may take in a worker process.
         progress: function that is called with (scans done, scans in all).
     Returns:
-        The manifest as written.
+        The manifest as written, with the number of files of each kind that were passed over.
     Raises:
         UserError: the folder is missing or holds no scan, the regex is bad, or `out` cannot be
             written.
@@ -89,16 +97,25 @@ def build_manifest(
     _check_libraries(workers)
     check_regex(patient_regex)
     _check_out(out)
-    sources = find_sources(root)
+    listing = search(root, derived=rules.derived)
+    sources = listing.sources
     if labels is not None and not labels.is_dir():
         raise UserError(f"labels folder {labels} does not exist or is not a folder; check the path")
     pairs = pair_labels(sources, root, labels)
-    scans = [source for source in sources if source.path not in pairs.label_files]
+    scans = []
+    passed_over = Counter(listing.passed_over)
+    for source in sources:
+        if source.path in pairs.label_files:
+            continue
+        if source.kind == DICOM_OBJECT:
+            passed_over[f"DICOM {object_title(source.sop_class)}"] += 1
+        else:
+            scans.append(source)
     if not scans:
-        raise UserError(f"{root} holds no {formats.listed('or')} scans; check the path")
+        raise _no_scans(root, passed_over)
     patients = PatientRules(root, patient_key(out.parent), patient_regex)
     tasks = [
-        ExamineTask(scan, root, pairs.label_of.get(scan.path), patients, min_depth)
+        ExamineTask(scan, root, pairs.label_of.get(scan.path), patients, min_depth, rules)
         for scan in scans
     ]
     with _only_writer(out) as lock:
@@ -118,7 +135,9 @@ def build_manifest(
                 if progress is not None:
                     progress(len(rows), len(tasks))
         in_order = [rows[index] for index in range(len(tasks))]
-        manifest = Manifest(refuse_duplicates(in_order), root.resolve(), key_name(patients.key))
+        manifest = Manifest(
+            refuse_duplicates(in_order), root.resolve(), key_name(patients.key), dict(passed_over)
+        )
         lock.check()
         write_table(manifest, out)
     return manifest
@@ -178,6 +197,35 @@ def _only_writer(out: Path) -> Iterator[Lock]:
         yield lock
 
 
+def _no_scans(root: Path, counts: Counter[str]) -> UserError:
+    """The error of a folder without anything to examine."""
+    others = passed.summary(counts)
+    beside = f", but {others}" if others else ""
+    return UserError(f"{root} holds no {formats.listed('or')} scans{beside}; check the path")
+
+
+def check_usable(manifest: Manifest, labels: Path | None) -> None:
+    """Refuse a manifest from which nothing can be packed, or in which no label map was used.
+
+    Args:
+        manifest: manifest as written.
+        labels: folder that was given for label maps, or None.
+    Raises:
+        UserError: no scan is accepted, or labels were given and none belongs to an accepted scan.
+    """
+    if not manifest.accepted:
+        (_, (reason, count), *_) = [*manifest.summary().items(), ("", 0)]
+        raise UserError(
+            f"none of the {len(manifest.rows)} scans in {manifest.root} is accepted, {count} are "
+            f"refused as {reason}; the manifest lists the reasons, docs/ingest.md explains them"
+        )
+    if labels is not None and not any(row.label_path for row in manifest.accepted):
+        raise UserError(
+            f"no label map in {labels} belongs to an accepted scan; label maps must have the names "
+            "of the scans, see docs/data.md, and lie on their grid"
+        )
+
+
 def examine(task: ExamineTask) -> Row:
     """Read one scan and its labels; any failure becomes the reason in its row."""
     row = bare_row(task)  # refused, until all checks have passed
@@ -185,7 +233,7 @@ def examine(task: ExamineTask) -> Row:
         row = replace(row, bytes=bytes_of(task))
         if not has_utf8_name(task):
             raise Refused("bad_name", "the path holds bytes that are not UTF-8; rename it")
-        volume = read_source(task.source, task.patients.key)
+        volume = read_source(task.source, task.patients.key, task.rules)
         row = with_facts(
             row, volume, task.patients.patient_of(task.source.path, volume.facts.patient)
         )
@@ -226,23 +274,27 @@ def failed_row(task: ExamineTask, failure: Failure) -> Row:
 def bare_row(task: ExamineTask) -> Row:
     """The row of a scan that has not been read: its path and kind; its status is refused."""
     # Parquet holds text, so bytes of a path that are not UTF-8 are written as escapes
-    path = os.fsencode(_relative_path(task)).decode("utf-8", "backslashreplace")
+    path = _escaped(task, task.source.path)
     scan_id = hashlib.blake2b(path.encode(), digest_size=8).hexdigest()
-    return Row(id=scan_id, path=path, kind=task.source.kind, status=REFUSED)
+    files = task.source.files
+    file_paths = () if files == (task.source.path,) else tuple(_escaped(task, f) for f in files)
+    return Row(id=scan_id, path=path, kind=task.source.kind, status=REFUSED, file_paths=file_paths)
+
+
+def _escaped(task: ExamineTask, file: Path) -> str:
+    """Path of a file below the root, as text that Parquet can hold."""
+    relative = file.relative_to(task.root).as_posix()
+    return os.fsencode(relative).decode("utf-8", "backslashreplace")
 
 
 def has_utf8_name(task: ExamineTask) -> bool:
-    """Whether the path of a scan is UTF-8, so that the manifest can hold it as it is."""
+    """Whether the paths of a scan are UTF-8, so that the manifest can hold them as they are."""
     try:
-        os.fsencode(_relative_path(task)).decode("utf-8")
+        for file in (task.source.path, *task.source.files):
+            os.fsencode(file.relative_to(task.root)).decode("utf-8")
     except UnicodeDecodeError:
         return False
     return True
-
-
-def _relative_path(task: ExamineTask) -> str:
-    """Path of the scan below the root, with /."""
-    return task.source.path.relative_to(task.root).as_posix()
 
 
 def checked_labels(task: ExamineTask, volume: Volume) -> tuple[str, str]:
@@ -289,6 +341,8 @@ def with_facts(row: Row, volume: Volume, patient: str) -> Row:
         hu_p995=float(p995),
         body_share=body.size / values.size,
         digest=voxel_digest(volume.hu_ZYX),
+        marks=",".join(volume.marks),
+        lossy_ratio=volume.facts.lossy_ratio,
     )
 
 

@@ -12,7 +12,8 @@ import functools
 import hashlib
 import os
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -115,11 +116,14 @@ class Manifest:
         rows: accepted and refused scans.
         root: folder of the archive.
         patient_key: name of the key of the patient hashes; empty where unknown.
+        passed_over: number of files of each kind that are no scan; only after the index, since the
+            file does not hold it.
     """
 
     rows: tuple[Row, ...]
     root: Path
     patient_key: str = ""
+    passed_over: Mapping[str, int] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def accepted(self) -> tuple[Row, ...]:

@@ -23,10 +23,12 @@ import numpy as np
 from tapct.base.exits import UserError
 from tapct.base.files import NO_SPACE, TEMPORARY_SUFFIX, write_atomically
 from tapct.base.locks import hold
-from tapct.data.ingest import OUT_OF_MEMORY, read_volume
+from tapct.data.discover import source_of
+from tapct.data.ingest import OUT_OF_MEMORY, read_source
 from tapct.data.manifest import Manifest, Row
 from tapct.data.packed import Damaged, PackedMeta, encode, open_packed
 from tapct.data.process_pool import DEFAULT_LIMITS, Failure, ScanLimits, map_unordered
+from tapct.data.read_rules import AS_INDEXED
 from tapct.data.readers import LIBRARIES
 from tapct.data.store import INDEX_NAME, StoredScan, index_bytes
 from tapct.types import Refused, Volume
@@ -277,13 +279,15 @@ def _read_as_indexed(row: Row, root: Path) -> Volume:
     Raises:
         Refused: the scan is gone, unreadable or another one than at `tapct index`.
     """
-    path = root / row.path
-    if not path.exists():
-        raise Refused(
-            "vanished", f"{path} is gone since the manifest was made; run `tapct index` again."
-        )
+    source = source_of(root, row.path, row.kind, row.file_paths)
+    path = source.path
+    for file in (path, *source.files):
+        if not file.exists():
+            raise Refused(
+                "vanished", f"{file} is gone since the manifest was made; run `tapct index` again."
+            )
     try:
-        volume = read_volume(path)
+        volume = read_source(source, rules=AS_INDEXED)
     except OSError as error:
         raise Refused("unreadable", f"{path}: {error.strerror or error}") from error
     z, y, x = volume.hu_ZYX.shape
