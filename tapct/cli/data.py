@@ -39,7 +39,9 @@ def limits_of(timeout: float, memory_gb: float | None) -> ScanLimits:
     """The limits of one scan as `process_pool` takes them."""
     from tapct.data.process_pool import ScanLimits
 
-    return ScanLimits(seconds=timeout, memory_bytes=memory_gb and int(memory_gb * 1e9))
+    return ScanLimits(
+        seconds=timeout, memory_bytes=None if memory_gb is None else int(memory_gb * 1e9)
+    )
 
 
 @app.command(epilog=examples("tapct phantom --out data/archive --num 40"))

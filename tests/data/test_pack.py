@@ -289,7 +289,7 @@ def test_a_store_that_cannot_be_written_is_refused_before_a_scan_is_read(
     def open_file(path: object, flags: int, mode: int = 0o777, **_: object) -> int:
         raise OSError(errno.EROFS, os.strerror(errno.EROFS), path)
 
-    monkeypatch.setattr("tapct.data.pack.read_volume", read)
+    monkeypatch.setattr("tapct.data.pack.read_source", read)
     monkeypatch.setattr(os, "open", open_file)  # by which the lock is created
     with pytest.raises(UserError, match=r"cannot write the store .*: Read-only file system"):
         pack(archive[0], tmp_path / "out")

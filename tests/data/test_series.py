@@ -81,9 +81,9 @@ def test_a_series_in_hashed_folders_is_one_scan_and_every_file_is_opened_once(
     opened: list[Path] = []
     plain_open = Path.open
 
-    def counted(path: Path, *args: object) -> object:
+    def counted(path: Path, *args: object, **options: object) -> object:
         opened.append(path)
-        return plain_open(path, *args)  # type: ignore[call-overload]
+        return plain_open(path, *args, **options)  # type: ignore[call-overload]
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "open", counted)
