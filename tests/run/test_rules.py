@@ -224,6 +224,17 @@ def test_print_config_accepts_a_config_whose_store_does_not_exist_yet(
     assert error == "warning: data.store later does not exist yet, so the data was not checked\n"
 
 
+def test_wandb_without_a_home_folder_is_refused_before_the_first_step(
+    tmp_path: Path, config: Path, shell: Shell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)  # as without HOME and passwd
+    words = ("train", config, f"out={tmp_path}/run", "log.wandb.mode=offline")
+    assert "wandb needs a home folder" in shell.bad(*words)
+    code, _, error = shell(*words, "--print-config")
+    assert code == 2 and "wandb needs a home folder" in error
+    assert not (tmp_path / "run").exists()
+
+
 def test_print_config_refuses_a_run_folder_of_another_config(
     tmp_path: Path, config: Path, shell: Shell
 ) -> None:
