@@ -75,6 +75,14 @@ def expand_path(path: Path | str) -> Path:
     return Path(home)
 
 
+def home_folder() -> Path | None:
+    """The home folder of this user; None without HOME and without an entry in /etc/passwd, as in
+    some containers.
+    """
+    home = os.path.expanduser("~")
+    return None if home == "~" else Path(home)
+
+
 def unexpanded(path: Path | str) -> str:
     """Text that `expand_path` reads back to the same path."""
     text = str(path).replace("$", "$$")

@@ -115,6 +115,7 @@ class Lease:
         self.holder = this_process(environment)
         self.file = -1  # open while the lease is held
         self.is_lost = False
+        self.has_made_folder = False
         self.over = threading.Event()
         self.heart: threading.Thread | None = None
 
@@ -125,6 +126,7 @@ class Lease:
             UserError: a process that is alive holds it.
             OSError: the folder cannot be written.
         """
+        self.has_made_folder = not self.path.parent.exists()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         aside = self._aside("new")
         self.file = os.open(aside, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
@@ -170,7 +172,10 @@ class Lease:
         )
 
     def release(self) -> None:
-        """Give the lease back; nothing happens where it is not held or lost."""
+        """Give the lease back; nothing happens where it is not held or lost.
+
+        A folder that was made for the lease and is still empty is removed.
+        """
         if self.file < 0:
             return
         self.over.set()
@@ -183,6 +188,9 @@ class Lease:
                 if seen is not None and seen.holder == self.holder:
                     self.path.unlink()
                 self._claim_file(self.holder).unlink()
+        if self.has_made_folder:
+            with contextlib.suppress(OSError):
+                self.path.parent.rmdir()
         os.close(self.file)
         self.file = -1
 

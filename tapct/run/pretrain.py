@@ -50,11 +50,14 @@ def read_config(path: Path, overrides: Sequence[str]) -> Resolved:
     """The config of a run, as every rank reads it.
 
     Raises:
-        SharedError: the config is wrong; every rank finds that, and only the first one prints it.
+        UserError: the config is wrong; the ranks of a node have the same one, and only the first
+            of them prints the error.
     """
     try:
         return load_run_config(path, overrides)
     except UserError as error:
+        if ranks.from_environment(os.environ).local_rank == 0:
+            raise
         raise SharedError(str(error)) from error
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from tapct.base import files
 from tapct.base.exits import UserError
 from tapct.config import Resolved, plugins
 from tapct.data.store import Store
@@ -69,7 +70,7 @@ def check_run_folder(out: Path) -> None:
 
 
 def check_packages(log: trackers.Config) -> None:
-    """Raise UserError where a package is missing that the section `log` needs."""
+    """Raise UserError where something is missing that the section `log` needs."""
     wanted = {"tensorboard": log.tensorboard, "wandb": log.wandb.mode != "disabled"}
     for package, is_wanted in wanted.items():
         if is_wanted and importlib.util.find_spec(package) is None:
@@ -77,6 +78,11 @@ def check_packages(log: trackers.Config) -> None:
             raise UserError(
                 f"log: the package {package} is not installed; install it, or set {off[package]}"
             )
+    if wanted["wandb"] and files.home_folder() is None:
+        raise UserError(
+            f"log.wandb.mode={log.wandb.mode}: wandb needs a home folder, and there is none here; "
+            "set the environment variable HOME, or log.wandb.mode=disabled"
+        )
 
 
 def check_networks(config: RunConfig) -> None:

@@ -224,6 +224,10 @@ BAD = {
     "export of a missing run": ("export {here}/nowhere", ["{here}/nowhere"]),
     "export onto a file": ("export {here}/run --out {here}/words/note.txt/x", ["note.txt"]),
     "embed without export": ("embed {here}/empty {scan}", ["{here}/empty"]),
+    "embed to a file of another kind": (
+        "embed {here}/run/export {scan} --out {here}/f.pt",
+        ["--out {here}/f.pt: features are written as .npz"],
+    ),
     "embed a missing scan": (
         "embed {here}/run/export {here}/none.nii.gz --out {here}/f.npz",
         ["none.nii.gz"],
@@ -327,7 +331,8 @@ def test_a_typo_gets_one_clear_message(shell: Shell, words: str, named: list[str
     code, out, err = shell(*words.split())
     assert code == 2 and out == "" and "Traceback" not in err
     last = err.splitlines()[-1]
-    assert last.lower().startswith("error: ")
+    assert last.startswith("error: ") and len(err.splitlines()) == 1
+    assert last.endswith(" -h")
     for part in named:
         assert part.lower() in last.lower(), err
 

@@ -34,6 +34,7 @@ from tapct.doctor.facts import (
     Gpus,
     Settings,
     Slurm,
+    Space,
     Torch,
 )
 from tapct.doctor.probes import Probe, Reports
@@ -161,8 +162,17 @@ def test_a_folder_is_tried_by_writing(tmp_path: Path) -> None:
     assert checkup.check_folder("disk", tmp_path / "no").text.startswith(str(tmp_path / "no"))
 
 
+def test_a_missing_permission_is_not_called_a_lack_of_space() -> None:
+    for refusal in ("Permission denied", "Read-only file system"):
+        finding = verdicts.room("disk", Space("/a", 0, 0, refusal), 1, 2, "free some space")
+        assert finding.state == "fail" and "permission" in finding.remedy
+        assert "space" not in finding.remedy
+    full = verdicts.room("disk", Space("/a", 9, 0), 1, 2, "free some space")
+    assert full.remedy == "free some space"
+
+
 def test_a_key_for_wandb_is_found_without_being_told(tmp_path: Path) -> None:
-    assert not machine.has_wandb_key({}, tmp_path)
+    assert not machine.has_wandb_key({}, tmp_path) and not machine.has_wandb_key({}, None)
     assert machine.has_wandb_key({"WANDB_API_KEY": "x"}, tmp_path)
     (tmp_path / ".netrc").write_text("machine api.wandb.ai login user password x\n")
     assert machine.has_wandb_key({}, tmp_path)

@@ -17,7 +17,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -95,8 +95,14 @@ def train(
     fault: str = "",
     timeout: float = 120.0,
     more: dict[str, str] | None = None,
+    each: Sequence[dict[str, str]] = (),
 ) -> subprocess.CompletedProcess[str]:
-    """What `launch` does, without torchrun and without a Python to start for every rank."""
+    """What `launch` does, without torchrun and without a Python to start for every rank.
+
+    Args:
+        more: environment variables of all ranks.
+        each: further environment variables of each rank.
+    """
     asked = ["train", str(write_config(folder, store)), *words]
     common = {
         **environment(fault),
@@ -106,6 +112,8 @@ def train(
     }
     meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(next(free_ports()))}
     places = [{"RANK": str(rank), "LOCAL_RANK": str(rank), **meeting} for rank in range(world)]
+    for place, own in zip(places, each, strict=False):
+        place.update(own)
     said = [[str(folder / f"{rank}.{name}") for name in ("out", "err")] for rank in range(world)]
     for path in itertools.chain(*said):
         Path(path).write_text("")
