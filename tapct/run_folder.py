@@ -5,6 +5,7 @@
       run.json                          command, versions, git revision, machine, data
       trained_on.parquet                scans and patients that the run has been trained on
       metrics.jsonl                     one line per optimizer step
+      lease.json                        while a process trains: which one
       tensorboard/*                     the same for TensorBoard, with log.tensorboard
       wandb/*                           with log.wandb.mode=offline or online
       checkpoints/
@@ -242,6 +243,11 @@ class RunFolder:
     def provenance(self) -> Path:
         """Command, versions, git revision, machine and data."""
         return self.path / "run.json"
+
+    @property
+    def lease(self) -> Path:
+        """Process that writes the folder; see `base/lease.py`."""
+        return self.path / "lease.json"
 
     @property
     def trained_on(self) -> Path:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from tapct.base import console, jsonl
 from tapct.base.exits import UserError
+from tapct.base.files import expand_path
 from tapct.base.recent import LAST_STEPS, last_mean
 from tapct.cluster import slurm
 from tapct.cluster.slurm import QueuedJob
@@ -273,10 +274,11 @@ def cancel_jobs(targets: Sequence[str]) -> list[str]:
 def _active_jobs_of(target: str, queue: dict[str, QueuedJob]) -> dict[str, Path | None]:
     """Ids of the jobs that wait or run -> run folder, or None where the target is an id."""
     is_id = re.fullmatch(r"\d+(_\d+)?", target) is not None
-    if is_id and not Path(target).is_dir():
+    folder = expand_path(target)
+    if is_id and not folder.is_dir():
         ids = [job for job in queue if job == target or job.startswith(f"{target}_")]
         return {job: None for job in ids if queue[job].is_active}
-    submissions = find_submissions([Path(target)])
+    submissions = find_submissions([folder])
     if not submissions:
         raise UserError(f"{target} holds no run that was submitted; name a run folder or a job id")
     chosen: dict[str, Path | None] = {}

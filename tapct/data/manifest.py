@@ -12,7 +12,8 @@ import functools
 import hashlib
 import os
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -115,11 +116,14 @@ class Manifest:
         rows: accepted and refused scans.
         root: folder of the archive.
         patient_key: name of the key of the patient hashes; empty where unknown.
+        passed_over: number of files of each kind that are no scan; only after the index, since the
+            file does not hold it.
     """
 
     rows: tuple[Row, ...]
     root: Path
     patient_key: str = ""
+    passed_over: Mapping[str, int] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def accepted(self) -> tuple[Row, ...]:
@@ -152,7 +156,7 @@ class Manifest:
             UserError: there is no manifest, it has another version, or it was changed after it was
                 written.
         """
-        path = Path(path)
+        path = files.expand_path(path)
         if not path.is_file():
             problem = "is a folder" if path.is_dir() else "does not exist"
             raise UserError(f"manifest {path} {problem}; make one with `tapct index`")

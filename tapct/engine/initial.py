@@ -21,6 +21,7 @@ from tapct.base.exits import SharedError, UserError
 from tapct.base.geometry import Grid, patch_grid
 from tapct.distributed.collectives import local_part, part_of_full
 from tapct.engine.checkpoint import Checkpoints, read_meta
+from tapct.nn.contracts import Backbone
 from tapct.nn.posembed import resize_positions
 from tapct.run_folder import CheckpointFolder, ExportFolder, RunFolder, has_step_name
 from tapct.ssl.student_teacher import StudentTeacher
@@ -146,11 +147,33 @@ def apply(weights: SourceWeights, pair: StudentTeacher, allow: tuple[str, ...]) 
             brought to fit; nothing was changed.
     """
     wanted = dict(pair.student.backbone.named_parameters())
+    report, full = compare(weights, pair.student.backbone, allow)
+    teacher = dict(pair.teacher.backbone.named_parameters())
+    for name, value in full.items():
+        for parameter in (wanted[name], teacher[name]):
+            local_part(parameter).copy_(part_of_full(value.to(parameter.dtype), parameter))
+    return report
+
+
+@torch.no_grad()
+def compare(
+    weights: SourceWeights, backbone: Backbone, allow: tuple[str, ...]
+) -> tuple[Report, dict[str, Tensor]]:
+    """What would become of each parameter, and the tensors in the shapes of the backbone.
+
+    Args:
+        weights: read from disk.
+        backbone: gives names and shapes; it may have no values.
+        allow: kinds that may occur, as in `apply`.
+    Raises:
+        UserError: as in `apply`.
+    """
+    wanted = dict(backbone.named_parameters())
     full, resized, unfit = {}, [], []
     for name in wanted.keys() & weights.tensors.keys():
         value, shape = weights.tensors[name], tuple(wanted[name].shape)
         if tuple(value.shape) != shape and name == "pos_embed" and weights.grid is not None:
-            grid = pair.student.backbone.position_grid
+            grid = backbone.position_grid
             value = value if grid is None else _resize(value, weights.grid, grid)
             resized.append(name)
         if tuple(value.shape) != shape:
@@ -177,11 +200,7 @@ def apply(weights: SourceWeights, pair: StudentTeacher, allow: tuple[str, ...]) 
                 f"{names[0]}; if that is intended, set "
                 f"train.init_allow=[{','.join([*allow, kind])}]"
             )
-    teacher = dict(pair.teacher.backbone.named_parameters())
-    for name, value in full.items():
-        for parameter in (wanted[name], teacher[name]):
-            local_part(parameter).copy_(part_of_full(value.to(parameter.dtype), parameter))
-    return report
+    return report, full
 
 
 def nothing_fits(weights: SourceWeights, wanted: Collection[str]) -> str:

@@ -55,6 +55,7 @@ class During:
     device: str = setting(
         "cpu",
         "device of a `process`; cpu leaves the GPUs to training; empty: the run's `device`",
+        choices=("", "auto", "cpu", "cuda"),
     )
     wait_s: float = setting(
         600.0,
@@ -92,7 +93,9 @@ class Config:
         0.5, "share of the patients that are test patients; at least one patient", gt=0, lt=1
     )
     max_scans: int = setting(0, "maximum number of scans, train and test together; 0: all", ge=0)
-    seed: int = setting(0, "random seed of the split and of the choice of training patches")
+    seed: int = setting(
+        0, "random seed of the split and of the choice of training patches", ge=0, lt=2**63
+    )
     num_blocks: int = setting(
         8,
         "number of slabs along z that a scan is divided into if all scans are of one patient",
