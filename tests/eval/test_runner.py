@@ -199,6 +199,19 @@ def test_every_setting_changes_the_results(rows, tmp_path):
         assert changed.results != base.tasks["segmentation"].results, change
 
 
+@pytest.mark.parametrize("key", ["organs", "outside", "body"])
+def test_a_setting_that_names_no_label_is_one_line_before_any_feature(
+    rows, tmp_path, monkeypatch, key
+):
+    monkeypatch.setattr("tapct.eval.runner.features_of", None)
+    with pytest.raises(
+        UserError,
+        match=rf"eval.tasks.segmentation.{key} names '7', which is no label of the 6 label maps; "
+        "they have 1 body, 2 liver, 3 lungs",
+    ):
+        evaluate(rows, tmp_path, tasks=segmentation(**{key: ("liver", "7")}))
+
+
 def test_models_of_different_patch_are_one_line(rows, tmp_path):
     models = [NamedModel("a", RawPatches((2, 4, 4))), NamedModel("b", RawPatches((4, 4, 4)))]
     with pytest.raises(UserError, match=r"must share one patch, got a 2x4x4, b 4x4x4"):

@@ -7,6 +7,7 @@ the organs.
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -102,6 +103,7 @@ class Segmentation(Task[PatchTruth, Prediction]):
         self._targets: dict[str, tuple[Tensor, tuple[int, ...], dict[int, str]]] = {}
         self._dice: dict[tuple[str, str], dict[str, dict[str, float]]] = {}
         self._left_out: dict[tuple[int, str], str] = {}  # label value, its name -> class
+        self._not_learned: set[str] = set()  # organs of test scans that no training scan has
 
     def named_labels(self) -> Mapping[str, tuple[str, ...]]:
         """Words of the settings that must name a label; the defaults need not."""
@@ -174,6 +176,9 @@ class Segmentation(Task[PatchTruth, Prediction]):
         in_play = truth.in_play_Z[truth.grid.patch_of_voxel(0, truth.grid.original[0])]
         voxel = self._confusion(self.class_labels(truth)[in_play], prediction_ZYX[in_play])
         open_N = np.repeat(truth.in_play_Z, truth.grid.shape[1] * truth.grid.shape[2])
+        names = truth.names()
+        of_scan = {self._class_of(value, names) for value in truth.values}
+        self._not_learned |= of_scan - set(self.classes) - {_OUTSIDE, _BODY}
         class_V = self._class_index(truth)[[max(v, 0) for v in truth.values]]
         patch_truth_N = class_V[truth.shares_NV.argmax(1)]
         patch = self._confusion(
@@ -250,14 +255,29 @@ class Segmentation(Task[PatchTruth, Prediction]):
         models = self.results().models
         values = {model: float(entry["mean_dice"]) for model, entry in models.items()}
         organs = list(dict.fromkeys(organ for entry in models.values() for organ in entry["dice"]))
-        mean_of = f"mean of {_num_organs(len(organs))}: {_listed(organs)}"
+        return _headline(values, self.config.resolution, self._mean_of(organs))
+
+    def _mean_of(self, organs: Sequence[str]) -> str:
+        """What the mean Dice is a mean of, and which labels are not in it.
+
+        Args:
+            organs: organs in the mean.
+        """
         left_out = []
         for (value, name), counts_as in sorted(self._left_out.items()):
-            by_number = "" if name else " by its number, the label maps give it no name"
-            left_out.append(f"{name or f'label {value}'} ({counts_as}{by_number})")
+            by_number = f"label {value} (set as {counts_as} by its number; it has no name)"
+            left_out.append(name or by_number)
+        left_out += [f"{organ} (in no test scan)" for organ in self.organs if organ not in organs]
+        left_out += [f"{organ} (in no training scan)" for organ in sorted(self._not_learned)]
+        line = f"mean of {_num_organs(len(organs))}: {_listed(organs)}"
         if left_out:
-            mean_of += f"; left out: {_listed(left_out)}"
-        return _headline(values, self.config.resolution, mean_of)
+            line += f"; left out: {_listed(left_out)}"
+        if any(re.fullmatch(r"label \d+", organ) for organ in organs):
+            line += (
+                "; a label without a name may be the body or the table: see "
+                "eval.tasks.segmentation.body and outside"
+            )
+        return line
 
     def _mean_by_organ(self, per_scan: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
         dice: dict[str, float] = {}
