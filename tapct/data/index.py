@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +20,7 @@ from tapct.data import formats
 from tapct.data import passed_over as passed
 from tapct.data.ct_check import BODY_ABOVE, subsample
 from tapct.data.digest import voxel_digest
-from tapct.data.discover import DICOM_OBJECT, Source, search
+from tapct.data.discover import DICOM_OBJECT, Listing, Source, search
 from tapct.data.geometry import check_same_grid
 from tapct.data.ingest import OUT_OF_MEMORY, read_labels, read_source
 from tapct.data.labels.pairing import pair_labels
@@ -94,10 +95,9 @@ def build_manifest(
             written.
     """
     root, out = Path(root), Path(out)
-    _check_libraries(workers)
     check_regex(patient_regex)
     _check_out(out)
-    listing = search(root, derived=rules.derived)
+    listing = _search(root, workers, rules.derived)
     sources = listing.sources
     if labels is not None and not labels.is_dir():
         raise UserError(f"labels folder {labels} does not exist or is not a folder; check the path")
@@ -143,28 +143,38 @@ def build_manifest(
     return manifest
 
 
-def _check_libraries(workers: int) -> None:
-    """Load the reader libraries where scans are read, since a broken one would refuse every scan.
+def _search(root: Path, workers: int, derived: bool) -> Listing:
+    """Find the scans of an archive in a worker process, which reads the headers of DICOM files.
 
-    The process of the command does not need them; loading them costs it 0.7 s.
+    It also loads the reader libraries, since a broken one would refuse every scan. The process of
+    the command does not need them; loading them costs it 0.7 s.
     """
     if workers == 0:
         load_libraries()
-        return
-    for _, problem in map_unordered(
-        problem_of_libraries, [None], 1, lambda _, failure: failure.detail, modules=_MODULES
-    ):
-        if problem:
-            raise UserError(f"a library that reads scans cannot be loaded ({problem}); install it")
+        return search(root, derived=derived)
+    ((_, found),) = map_unordered(
+        _listing_or_error,
+        [(root, derived)],
+        1,
+        lambda _, failure: UserError(f"{root} cannot be searched: {failure.detail}"),
+        limits=ScanLimits(seconds=math.inf),  # it takes as long as the archive is large
+        modules=_MODULES,
+    )
+    if isinstance(found, UserError):
+        raise found
+    return found
 
 
-def problem_of_libraries(_: None) -> str:
-    """Load the reader libraries; empty where they work, else the error."""
+def _listing_or_error(request: tuple[Path, bool]) -> Listing | UserError:
+    """What `search` finds below a folder, or the error that a person can mend."""
+    root, derived = request
     try:
         load_libraries()
-    except Exception as error:
-        return single_line(f"{type(error).__name__}: {error}", MAX_TEXT)
-    return ""
+        return search(root, derived=derived)
+    except ImportError as error:
+        return UserError(f"a library that reads scans cannot be loaded ({error}); install it again")
+    except UserError as error:
+        return error
 
 
 def _check_out(out: Path) -> None:

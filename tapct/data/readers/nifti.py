@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 _MM_PER_UNIT = {0: 1.0, 1: 1000.0, 2: 1.0, 3: 0.001}  # xyzt_units: unknown, metre, mm, micron
 _RGB_CODES = {128: "RGB", 2304: "RGBA"}
+_REAL_CODES = {2, 4, 8, 16, 64, 256, 512, 768, 1024, 1280}
 _COMPLEX_CODES = {32, 1792, 2048}
 _LABEL = re.compile(rb'<Label\s+Key="(\d+)"[^>]*>\s*<!\[CDATA\[(.*?)\]\]>', re.DOTALL)
 
@@ -95,6 +96,11 @@ def _parse(path: Path, head: bytes) -> nibabel.Nifti1Header:
             raise Refused(
                 "not_scalar",
                 f"voxels are {_RGB_CODES.get(code, 'complex')}; rule: one real value per voxel",
+            )
+        if int(header["datatype"]) not in _REAL_CODES:
+            raise Refused(
+                "unsupported",
+                f"datatype is {int(header['datatype'])}; rule: integers, float32 or float64",
             )
         return header
     raise Refused("corrupt", f"{path.name} does not start with a NIfTI header")
