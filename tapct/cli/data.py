@@ -109,7 +109,7 @@ def index(
             labels=labels,
             patient_regex=patient_regex,
             min_depth=min_depth,
-            rules=ReadRules(derived, max_lossy_ratio, resample_tilt),
+            accept=ReadRules(derived, max_lossy_ratio, resample_tilt),
             workers=workers,
             progress=progress,
         )
