@@ -142,7 +142,7 @@ def index(
             labels=labels,
             patient_regex=patient_regex,
             min_depth=min_depth,
-            rules=ReadRules(derived, max_lossy_ratio, resample_tilt),
+            accept=ReadRules(derived, max_lossy_ratio, resample_tilt),
             workers=max(1, workers),
             limits=limits_of(timeout, memory_gb),
             progress=progress,

@@ -46,7 +46,7 @@ class ExamineTask:
         labels: path of its label map, or None.
         patients: how its patient is identified.
         min_depth: fewest slices of an accepted scan.
-        rules: what is accepted beyond plain scans.
+        accept: what is accepted beyond plain scans.
     """
 
     source: Source
@@ -54,7 +54,7 @@ class ExamineTask:
     labels: Path | None
     patients: PatientRules
     min_depth: int
-    rules: ReadRules = PLAIN
+    accept: ReadRules = PLAIN
 
 
 def build_manifest(
@@ -64,7 +64,7 @@ def build_manifest(
     labels: Path | None = None,
     patient_regex: str | None = None,
     min_depth: int = MIN_DEPTH,
-    rules: ReadRules = PLAIN,
+    accept: ReadRules = PLAIN,
     workers: int = 0,
     limits: ScanLimits = DEFAULT_LIMITS,
     progress: Callable[[int, int], None] | None = None,
@@ -83,7 +83,7 @@ def build_manifest(
         patient_regex: regular expression; group 1, searched in the path below the root, is the
             patient's identifier where the header holds none.
         min_depth: fewest slices of an accepted scan; others are refused as `too_few_slices`.
-        rules: what is accepted beyond plain scans.
+        accept: what is accepted beyond plain scans.
         workers: number of processes; 0 reads in this process, without protection from a file that
             ends, blocks or fills it.
         limits: time and memory that one scan may take in a worker process.
@@ -97,7 +97,7 @@ def build_manifest(
     root, out = Path(root), Path(out)
     check_regex(patient_regex)
     _check_out(out)
-    listing = _search(root, workers, rules.derived)
+    listing = _search(root, workers, accept.derived)
     sources = listing.sources
     if labels is not None and not labels.is_dir():
         raise UserError(f"labels folder {labels} does not exist or is not a folder; check the path")
@@ -115,7 +115,7 @@ def build_manifest(
         raise _no_scans(root, passed_over)
     patients = PatientRules(root, patient_key(out.parent), patient_regex)
     tasks = [
-        ExamineTask(scan, root, pairs.label_of.get(scan.path), patients, min_depth, rules)
+        ExamineTask(scan, root, pairs.label_of.get(scan.path), patients, min_depth, accept)
         for scan in scans
     ]
     with _only_writer(out) as lock:
@@ -243,7 +243,7 @@ def examine(task: ExamineTask) -> Row:
         row = replace(row, bytes=bytes_of(task))
         if not has_utf8_name(task):
             raise Refused("bad_name", "the path holds bytes that are not UTF-8; rename it")
-        volume = read_source(task.source, task.patients.key, task.rules)
+        volume = read_source(task.source, task.patients.key, task.accept)
         row = with_facts(
             row, volume, task.patients.patient_of(task.source.path, volume.facts.patient)
         )

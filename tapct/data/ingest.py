@@ -39,40 +39,40 @@ MAX_HU = 32767  # largest int16
 MAX_LABEL = 65535  # largest uint16
 
 
-def read_volume(path: Path | str, key: bytes | None = None, rules: ReadRules = PLAIN) -> Volume:
+def read_volume(path: Path | str, key: bytes | None = None, accept: ReadRules = PLAIN) -> Volume:
     """Read one CT scan.
 
     Args:
         path: path of a file, of a folder with one DICOM series, or of one DICOM file, which stands
             for its whole series in this folder.
         key: secret of the patient's hash in `facts`; without it the hash stays empty.
-        rules: what is accepted beyond plain scans.
+        accept: what is accepted beyond plain scans.
     Returns:
         The scan in int16 HU, (Z, Y, X) in LPS, every value >= AIR_HU.
     Raises:
         Refused: the scan breaks a rule.
     """
     with refusing(expand_path(path)):
-        source = find_source(expand_path(path), derived=rules.derived)
-    return read_source(source, key, rules)
+        source = find_source(expand_path(path), derived=accept.derived)
+    return read_source(source, key, accept)
 
 
-def read_source(source: Source, key: bytes | None = None, rules: ReadRules = PLAIN) -> Volume:
+def read_source(source: Source, key: bytes | None = None, accept: ReadRules = PLAIN) -> Volume:
     """`read_volume` for a source that `find_sources` found, without searching its folder again."""
     _load_library(source)
     with refusing(source.path):
-        return _read_source(source, key, rules)
+        return _read_source(source, key, accept)
 
 
-def _read_source(source: Source, key: bytes | None, rules: ReadRules) -> Volume:
+def _read_source(source: Source, key: bytes | None, accept: ReadRules) -> Volume:
     image = _read_image(source)
-    marks = _marks(source, image, rules)
+    marks = _marks(source, image, accept)
     header = image.header
     if source.kind != DICOM.name:
         header = merge_sidecar(header, read_sidecar(source.path))
     if header.modality and header.modality.upper() != "CT":
         raise Refused("not_ct", f"Modality is '{header.modality}'; rule: CT")
-    if rules.resample_tilt and tilt.is_tilted(image.affine):
+    if accept.resample_tilt and tilt.is_tilted(image.affine):
         image = tilt.upright(image)
         marks += (tilt.MARK,)
     view_ZYX, spacing_mm, origin_mm = to_lps(image.voxels_IJK, image.affine)
@@ -84,19 +84,19 @@ def _read_source(source: Source, key: bytes | None, rules: ReadRules) -> Volume:
     return Volume(hu_ZYX, spacing_mm, origin_mm, facts, marks)
 
 
-def _marks(source: Source, image: Image, rules: ReadRules) -> tuple[str, ...]:
+def _marks(source: Source, image: Image, accept: ReadRules) -> tuple[str, ...]:
     """Codes of what is unusual about a scan as its file holds it.
 
     Raises:
-        Refused: derived_image, lossy, where the rules do not accept it.
+        Refused: derived_image, lossy, where that is not to be accepted.
     """
-    if image.derived and not rules.derived:
+    if image.derived and not accept.derived:
         raise Refused("derived_image", f"it is {image.derived}; accept with --derived")
-    if image.lossy_ratio > rules.max_lossy_ratio:
+    if image.lossy_ratio > accept.max_lossy_ratio:
         raise Refused(
             "lossy",
             f"it was compressed {image.lossy_ratio:g}:1 with loss; rule: at most "
-            f"{rules.max_lossy_ratio:g}:1 (--max-lossy-ratio)",
+            f"{accept.max_lossy_ratio:g}:1 (--max-lossy-ratio)",
         )
     marks = [source.mark] if source.mark else []
     if image.derived:

@@ -287,7 +287,7 @@ def _read_as_indexed(row: Row, root: Path) -> Volume:
                 "vanished", f"{file} is gone since the manifest was made; run `tapct index` again."
             )
     try:
-        volume = read_source(source, rules=AS_INDEXED)
+        volume = read_source(source, accept=AS_INDEXED)
     except OSError as error:
         raise Refused("unreadable", f"{path}: {error.strerror or error}") from error
     z, y, x = volume.hu_ZYX.shape

@@ -259,7 +259,7 @@ def test_lossy_compression_is_marked_or_refused_beyond_a_ratio(tmp_path: Path) -
     assert built.rows[0].lossy_ratio == 4
     assert np.isnan(built.rows[2].lossy_ratio)
     built = index.build_manifest(
-        tmp_path / "x", tmp_path / "m.parquet", rules=ReadRules(max_lossy_ratio=12)
+        tmp_path / "x", tmp_path / "m.parquet", accept=ReadRules(max_lossy_ratio=12)
     )
     assert [row.marks for row in built.rows] == ["lossy"] * 3
 
