@@ -9,21 +9,28 @@ Pythons of their own would not: tests by `launch` do.
 
 from __future__ import annotations
 
+import atexit
+import gc
 import json
 import os
 import random
 import select
 import signal
 import sys
+import threading
 import time
 from contextlib import suppress
-from typing import Any
+from typing import Any, NoReturn
 
+# some of these are imported late, and then by every rank for itself
+import fsspec  # noqa: F401
 import numpy as np
-import pyarrow.dataset  # noqa: F401  # this and the next are imported late, and then by every rank for itself
+import pyarrow.dataset  # noqa: F401
 import torch
 import torch._dynamo
 import torch.distributed.fsdp
+import torch.distributed.tensor
+from pydantic import TypeAdapter  # noqa: F401
 
 from tapct import cli
 from tapct.run import pretrain  # noqa: F401
@@ -93,6 +100,23 @@ def serve() -> bool:
     return False
 
 
-if __name__ == "__main__":
-    if serve():
+def run_and_leave() -> NoReturn:
+    """Run `tapct` and leave at once: Python would take torch apart, which takes a second."""
+    code: int | str | None = 0
+    try:
         cli.main()
+    except SystemExit as leave:
+        code = leave.code
+    threading._shutdown()  # type: ignore[attr-defined]  # waits for threads, as Python does
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code if isinstance(code, int) else int(code is not None))
+
+
+if __name__ == "__main__":
+    # what is loaded is never collected: ranks neither search it nor copy the memory that holds it
+    gc.collect()
+    gc.freeze()
+    if serve():
+        run_and_leave()
