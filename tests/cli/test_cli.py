@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from forked import Forked
 from safetensors.torch import load_file
 from shell import Shell, files_of, leave_code
 from shell import shell as shell  # a fixture
@@ -362,7 +363,7 @@ def test_an_interrupt_of_any_other_command_is_one_line(
 # --- stopping ---
 
 
-def wait_for_step(run: Path, step: int, process: subprocess.Popen[str]) -> None:
+def wait_for_step(run: Path, step: int, process: Forked) -> None:
     for _ in range(6000):
         path = run / "metrics.jsonl"
         if path.exists() and len(path.read_text().splitlines()) >= step:
@@ -382,13 +383,7 @@ def test_ctrl_c_saves_and_prints_how_to_resume(place: Path, shell: Shell, tmp_pa
         "log.every=1",
         "checkpoint.every=900",
     ]
-    process = subprocess.Popen(
-        program(*words),
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    process = Forked(["-m", "tapct", *words], env=environment())
     wait_for_step(run, 2, process)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
