@@ -14,11 +14,11 @@ from typing import Protocol
 
 import numpy as np
 
-from tapct.base import rng
+from tapct.base import console, rng
 from tapct.base.exits import UserError
 from tapct.data.geometry import check_same_grid
 from tapct.data.ingest import read_labels, read_volume
-from tapct.data.split import held_out_patients
+from tapct.data.split import held_out_patients, two_sides
 from tapct.eval.contract import Labels
 from tapct.types import LabelMap, Volume
 
@@ -215,7 +215,8 @@ def split_by_patient(
 
     Args:
         rows: at least one scan.
-        test_share: share of the patients to test on, at least one on either side.
+        test_share: expected share of the patients to test on, at least one on either side; see
+            `data.split`.
         max_scans: most scans on both sides together, at least one on either; 0 means all. The sides
             shrink alike.
         seed: random seed of the split.
@@ -230,7 +231,14 @@ def split_by_patient(
     tested = people.intersection(held_out)
     as_pretrained = 0 < len(tested) < len(people)
     if not as_pretrained:
-        tested = set(held_out_patients(people, test_share, seed))
+        drawn, was_moved = two_sides(people, test_share, seed)
+        tested = set(drawn)
+        if was_moved:
+            console.say(
+                f"eval.test_share {test_share:g} with eval.seed {seed} puts all {len(people)} "
+                "patients on one side, so the patient nearest to the share is moved to the other; "
+                "another eval.seed divides them in another way"
+            )
     test = [row for row in ordered if _patient(row) in tested]
     train = [row for row in ordered if _patient(row) not in tested]
     if max_scans and max_scans < len(ordered):

@@ -14,7 +14,6 @@ from tapct import config as tapct_config
 from tapct.base import console
 from tapct.base.exits import UserError
 from tapct.config import Resolved
-from tapct.data.split import held_out_patients
 from tapct.data.store import Store
 from tapct.distributed.device import flush_denormals, pick_device
 from tapct.engine import checkpoint
@@ -137,9 +136,7 @@ def evaluate(
     out = RunFolder(folder).evaluation(step)
     config: RunConfig = trained.resolved.value
     store = Store(config.data.store)
-    hidden = held_out_patients(
-        [scan.patient for scan in store.scans], config.data.held_out, config.seed
-    )
+    hidden = config.data.held_out_patients([scan.patient for scan in store.scans], config.seed)
     with console.progress_bar("eval") as progress:
         evaluation = runner.evaluate(
             with_baselines(trained.backbone, config.model, config.seed),

@@ -10,12 +10,13 @@ checkpoint it is.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from tapct.base import console
 from tapct.base.exits import UserError
-from tapct.config import from_dict, to_dict
+from tapct.config import Resolved, from_dict, to_dict
 from tapct.config.flat import flatten
 from tapct.engine import checkpoint
 from tapct.engine.checkpoint import Checkpoints
@@ -87,14 +88,41 @@ def find_start(
                 f"train.resume=must, but {checkpoints.folder} holds no whole checkpoint"
             )
         return None
-    changed = changed_keys(
-        with_new_keys(checkpoint.read_meta(saved).config, type(config)), to_dict(config)
-    )
+    old = with_new_keys(checkpoint.read_meta(saved).config, type(config))
+    changed = changed_keys(old, to_dict(config))
+    if old.get("data", {}).get("split_version") == 1:  # `with_split_of` keeps it
+        changed = [change for change in changed if change[0] != "data.split_version"]
     if changed and not allow_change:
         raise UserError(what_changed(changed, saved))
     for key, old, new in changed:
         console.say(f"--allow-change: {key} was {old} and is {new} from here on")
     return saved
+
+
+def with_split_of(resolved: Resolved, saved: Path) -> Resolved:
+    """The config of a resumed run, with the rule by which the run began to choose its held-out
+    patients.
+
+    Runs of earlier versions began with rule 1. Another rule would train on patients that were held
+    out until now.
+
+    Args:
+        resolved: config of now, a RunConfig.
+        saved: checkpoint to resume from.
+    """
+    config = resolved.value
+    version = upgraded(checkpoint.read_meta(saved).config)["data"]["split_version"]
+    if version == config.data.split_version:
+        return resolved
+    if config.data.held_out > 0:
+        console.say(
+            f"the run keeps rule {version} for its held-out patients (data.split_version), with "
+            "which it began"
+        )
+    data = replace(config.data, split_version=version)
+    return Resolved(
+        replace(config, data=data), {**resolved.sources, "data.split_version": "checkpoint"}
+    )
 
 
 def named_checkpoint(path: Path) -> Path:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from tapct.base.exits import UserError
+from tapct.data.split import position
 from tapct.eval.contract import Labels
 from tapct.eval.scans import (
     BLOCKS,
@@ -45,7 +46,20 @@ def test_no_patient_is_on_both_sides_and_no_scan_is_lost(seed):
     assert split.mode == PATIENTS
     assert not patients(split.train) & patients(split.test)
     assert sorted(row.id for row in (*split.train, *split.test)) == sorted(row.id for row in rows)
-    assert len(patients(split.test)) == round(0.4 * 9)
+    below = {name for name in patients(rows) if position(name, seed) < 0.4}
+    assert patients(split.test) == below and 0 < len(below) < 9
+
+
+def test_nobody_changes_sides_when_scans_are_added_and_a_forced_choice_is_printed(capsys):
+    few, many = archive(4), archive(40)
+    choose = {"test_share": 0.5, "max_scans": 0}
+    forced = 0
+    for seed in range(12):
+        before, after = (split_by_patient(rows, **choose, seed=seed) for rows in (few, many))
+        moved = patients(before.test) ^ (patients(after.test) & patients(few))
+        assert len(moved) == ("puts all 4 patients on one side" in capsys.readouterr().out)
+        forced += len(moved)
+    assert 0 < forced < 6
 
 
 def test_split_follows_the_seed_and_not_the_order_of_rows():
@@ -68,7 +82,7 @@ def test_patients_kept_out_of_pretraining_are_the_test_side():
     for nobody_or_all in ({"not here"}, patients(rows)):
         split = split_by_patient(rows, test_share=0.5, max_scans=0, seed=0, held_out=nobody_or_all)
         assert not split.held_out
-        assert len(patients(split.test)) == 3
+        assert patients(split.test) == {f"p{n}" for n in range(6) if position(f"p{n}", 0) < 0.5}
 
 
 @pytest.mark.parametrize("max_scans", [2, 3, 5, 11])
@@ -76,7 +90,8 @@ def test_a_limit_on_scans_shrinks_both_sides(max_scans):
     rows = archive(10)
     split = split_by_patient(rows, test_share=0.5, max_scans=max_scans, seed=0)
     assert len(split.train) + len(split.test) == max_scans
-    assert abs(len(split.train) - len(split.test)) <= 1
+    share = sum(position(name, 0) < 0.5 for name in patients(rows)) / 10
+    assert abs(len(split.test) - max_scans * share) <= 0.5
     assert not patients(split.train) & patients(split.test)
 
 
