@@ -42,10 +42,28 @@ class Refused(UserError):
 
 
 @dataclass(frozen=True)
+class PatientClues:
+    """What a scan's header or side-car says about its patient beside the PatientID.
+
+    Args:
+        patient_from: `header` or `side_car`, where the PatientID is from; empty without one.
+        study: keyed hash of the StudyInstanceUID, or empty.
+        pseudonym: keyed hash of a numbered stand-in such as ANON0012, which may stand for one
+            patient or for one file; or empty.
+        has_stand_in: whether the PatientID is a stand-in such as REMOVED.
+    """
+
+    patient_from: str = ""
+    study: str = ""
+    pseudonym: str = ""
+    has_stand_in: bool = False
+
+
+@dataclass(frozen=True)
 class ScanFacts:
     """Facts from a scan's header or its JSON side-car; empty or NaN where it gives none.
 
-    `patient` is a keyed hash, never the identifier itself.
+    `patient` is a keyed hash of the PatientID, never the identifier itself; empty for a stand-in.
     """
 
     patient: str = ""
@@ -54,6 +72,7 @@ class ScanFacts:
     kernel: str = ""
     sex: str = ""  # M, F, O or empty
     age_years: float = float("nan")
+    clues: PatientClues = field(default_factory=PatientClues, compare=False, repr=False)
 
 
 @dataclass(frozen=True)

@@ -62,6 +62,26 @@ def index(
             "below FOLDER, is used instead",
         ),
     ] = None,
+    patient_column: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE.csv:COLUMN",
+            help="table with the patients: a column names the scan by its path below FOLDER, "
+            "COLUMN its patient; it outranks the PatientID",
+        ),
+    ] = None,
+    patient_from: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SOURCE",
+            help="folder:N, the N-th folder below FOLDER is the patient; or header, every "
+            "PatientID counts, also one that all studies have",
+        ),
+    ] = None,
+    study_dates: Annotated[
+        bool,
+        typer.Option("--study-dates", help="store the whole date of a study, not its year alone"),
+    ] = False,
     min_depth: Annotated[
         int, typer.Option(metavar="N", help="refuse scans with fewer axial slices", min=1)
     ] = 1,
@@ -73,6 +93,7 @@ def index(
     with the reason.
     """
     from tapct.data.index import build_manifest
+    from tapct.data.patient_report import lines_about_patients
 
     with console.progress_bar("index") as progress:
         manifest = build_manifest(
@@ -80,6 +101,9 @@ def index(
             out,
             labels=labels,
             patient_regex=patient_regex,
+            patient_column=patient_column,
+            patient_from=patient_from,
+            study_dates=study_dates,
             min_depth=min_depth,
             workers=workers,
             progress=progress,
@@ -87,6 +111,8 @@ def index(
     console.say(
         ", ".join(f"{count} {reason}" for reason, count in manifest.summary().items()) + f": {out}"
     )
+    for line in lines_about_patients(manifest.rows):
+        console.say(line)
     for row in manifest.rows:
         if row.detail:
             reason = (
@@ -106,6 +132,14 @@ def pack(
         Path, typer.Argument(metavar="MANIFEST", help="manifest written by tapct index")
     ],
     out: Annotated[Path, typer.Option(metavar="FOLDER", help="folder of the store to write")],
+    root: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="folder of the scans, if it has moved since tapct index",
+            show_default="where it was, relative to the manifest",
+        ),
+    ] = None,
     workers: Workers = CPUS,
     level: Annotated[
         int,
@@ -134,7 +168,7 @@ def pack(
     from tapct.data import pack as packer
 
     with console.progress_bar("pack") as progress:
-        found = manifest.Manifest.read(manifest_file)
+        found = manifest.Manifest.read(manifest_file, root)
         report = packer.pack(found, out, workers=workers, level=level, progress=progress)
     share = report.stored_bytes / max(report.voxel_bytes, 1)
     console.say(

@@ -10,13 +10,15 @@ from typing import Any
 
 from tapct.base.exits import single_line
 from tapct.data.discover import stem_of
-from tapct.data.patients import hash_of_header
+from tapct.data.patients import hash_of_patient_id, keyed_hash
 from tapct.data.readers.raw import MAX_TEXT, Header
-from tapct.types import Refused, ScanFacts
+from tapct.data.stand_ins import numbered_stand_in
+from tapct.types import PatientClues, Refused, ScanFacts
 
 # field of Header and the key of a side-car, as BIDS and dcm2niix write it
 SIDECAR_KEYS = {
     "patient_id": "PatientID",
+    "study_uid": "StudyInstanceUID",
     "study_date": "StudyDate",
     "modality": "Modality",
     "manufacturer": "Manufacturer",
@@ -59,17 +61,29 @@ def merge_sidecar(header: Header, sidecar: dict[str, Any]) -> Header:
     return replace(header, **given)
 
 
-def facts_of(header: Header, key: bytes | None) -> ScanFacts:
+def facts_of(header: Header, key: bytes | None, patient_from: str = "header") -> ScanFacts:
     """The facts of a header that tapct keeps, cleaned; the patient only as a keyed hash.
 
     Args:
         header: header of the scan, completed by its side-car.
         key: secret of the keyed hashes; None leaves the patient empty.
+        patient_from: `header` or `side_car`, where the header's `patient_id` is from.
     """
     date = re.sub(r"\D", "", header.study_date)
     sex = header.sex.strip()[:1].upper()
+    patient = hash_of_patient_id(header.patient_id, key)
+    clues = PatientClues()
+    if key:
+        number, study = numbered_stand_in(header.patient_id), header.study_uid.strip(" \0")
+        clues = PatientClues(
+            patient_from=patient_from if patient else "",
+            study=keyed_hash(key, f"study {study}") if study else "",
+            pseudonym=keyed_hash(key, f"stand-in {number}") if number else "",
+            has_stand_in=bool(header.patient_id.strip(" \0")) and not patient,
+        )
     return ScanFacts(
-        patient=hash_of_header(header.patient_id, key),
+        patient=patient,
+        clues=clues,
         study_date=date if len(date) == 8 else "",
         manufacturer=header.manufacturer,
         kernel=header.kernel,

@@ -2,28 +2,51 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
 
-from tapct.base.exits import UserError, single_line
+from tapct.base.exits import UserError
 from tapct.data import formats
 from tapct.data.ct_check import BODY_ABOVE, subsample
 from tapct.data.digest import voxel_digest
 from tapct.data.discover import Source, find_sources
+from tapct.data.duplicates import mirror_digest, refuse_duplicates
 from tapct.data.geometry import check_same_grid
 from tapct.data.ingest import read_labels, read_source
 from tapct.data.labels.pairing import pair_labels
 from tapct.data.manifest import ACCEPTED, REFUSED, UNKNOWN, Manifest, Row, write_table
-from tapct.data.patients import PatientRules, check_regex, patient_key
+from tapct.data.patient_table import patients_from_table
+from tapct.data.patients import (
+    STAND_IN,
+    Known,
+    PatientRules,
+    check_regex,
+    keyed_hash,
+    parse_patient_from,
+    patient_key,
+    patients_of,
+)
+from tapct.data.plain_facts import failure, kernel, maker, without_names
 from tapct.data.process_pool import map_unordered
-from tapct.data.readers import load_libraries
-from tapct.data.readers.raw import MAX_TEXT
-from tapct.types import Refused, Volume
+from tapct.data.readers import DICOM, load_libraries
+from tapct.types import Refused, ScanFacts, Volume
+
+
+@dataclass(frozen=True)
+class Examined(Row):
+    """The row of an examined scan, with what is needed until the whole archive has been examined.
+
+    Args:
+        facts: facts of its header and side-car; None where it could not be read.
+        mirror_digest: see `duplicates.mirror_digest`; empty where it could not be read.
+    """
+
+    facts: ScanFacts | None = None
+    mirror_digest: str = ""
 
 
 @dataclass(frozen=True)
@@ -34,15 +57,17 @@ class ExamineTask:
         source: files of the scan.
         root: folder of the archive.
         labels: path of its label map, or None.
-        patients: how its patient is identified.
+        key: secret of the keyed hashes of scans and patients.
         min_depth: fewest slices of an accepted scan.
+        study_dates: whether the row has the whole date of the study, and not its year alone.
     """
 
     source: Source
     root: Path
     labels: Path | None
-    patients: PatientRules
+    key: bytes
     min_depth: int
+    study_dates: bool = False
 
 
 def build_manifest(
@@ -51,6 +76,9 @@ def build_manifest(
     *,
     labels: Path | None = None,
     patient_regex: str | None = None,
+    patient_column: str | None = None,
+    patient_from: str | None = None,
+    study_dates: bool = False,
     min_depth: int = 1,
     workers: int = 1,
     progress: Callable[[int, int], None] | None = None,
@@ -58,8 +86,8 @@ def build_manifest(
     """Index an archive and write the manifest.
 
     Every scan is read completely, and once. A scan that fails becomes a refused row. Of scans with
-    the same voxels the first in the order of paths is accepted, and the others are refused as
-    `duplicate`. How a patient is identified: see `tapct.data.patients`.
+    the same voxels one is accepted, see `tapct.data.duplicates`. How a patient is identified: see
+    `tapct.data.patients`.
 
     Args:
         root: folder of the archive.
@@ -68,18 +96,23 @@ def build_manifest(
             `tapct.data.labels.pairing`.
         patient_regex: regular expression; group 1, searched in the path below the root, is the
             patient's identifier where the header holds none.
+        patient_column: `FILE.csv:COLUMN`, a table with the patients; see `patient_table`.
+        patient_from: `folder:N`, the N-th folder below the root is the patient; or `header`, every
+            PatientID counts, also one that all studies have.
+        study_dates: whether the manifest has the whole date of a study, and not its year alone.
         min_depth: fewest slices of an accepted scan; others are refused as `too_few_slices`.
         workers: number of processes; 0 or 1 reads in this process.
         progress: function that is called with (scans done, scans in all).
     Returns:
         The manifest as written.
     Raises:
-        UserError: the folder is missing or holds no scan, the regex is bad, or `out` cannot be
-            written.
+        UserError: the folder is missing or holds no scan, an option about patients is wrong, or
+            `out` cannot be written.
     """
     root, out = Path(root), Path(out)
     load_libraries()
     check_regex(patient_regex)
+    folder, trusts_header = parse_patient_from(patient_from)
     if out.is_dir():
         raise UserError(
             f"{out} is a folder; give the file to write, such as {out / 'manifest.parquet'}"
@@ -91,23 +124,58 @@ def build_manifest(
     scans = [source for source in sources if source.path not in pairs.label_files]
     if not scans:
         raise UserError(f"{root} holds no {formats.listed('or')} scans; check the path")
-    patients = PatientRules(root, patient_key(out.parent), patient_regex)
+    column = {}
+    if patient_column is not None:
+        column = patients_from_table(
+            patient_column, [scan.path.relative_to(root) for scan in scans]
+        )
+    key = patient_key(out.parent)
+    patients = PatientRules(root, key, patient_regex, folder, trusts_header, column)
     tasks = [
-        ExamineTask(scan, root, pairs.label_of.get(scan.path), patients, min_depth)
+        ExamineTask(scan, root, pairs.label_of.get(scan.path), key, min_depth, study_dates)
         for scan in scans
     ]
-    rows: dict[int, Row] = {}
+    rows: dict[int, Examined] = {}
     for index, row in map_unordered(examine, tasks, workers, crashed_row):
         rows[index] = row
         if progress is not None:
             progress(len(rows), len(tasks))
     in_order = [rows[index] for index in range(len(tasks))]
-    manifest = Manifest(refuse_duplicates(in_order), root.resolve())
+    checked = refuse_duplicates(in_order, {row.id: row.mirror_digest for row in in_order})
+    manifest = Manifest(with_patients(checked, in_order, scans, patients), root.resolve())
     write_table(manifest, out)
     return manifest
 
 
-def examine(task: ExamineTask) -> Row:
+def with_patients(
+    rows: Sequence[Row],
+    examined: Sequence[Examined],
+    scans: Sequence[Source],
+    rules: PatientRules,
+) -> tuple[Row, ...]:
+    """The rows of an archive with their patients, which depend on the archive as a whole.
+
+    Args:
+        rows: rows as they will be written, but for the patient.
+        examined: the same scans, as they were examined.
+        scans: the same scans as sources.
+        rules: how patients are identified.
+    """
+    known = [
+        Known(scan.path, scan.kind == DICOM.name, row.facts, row.mirror_digest)
+        for row, scan in zip(examined, scans)
+    ]
+    result = []
+    for row, patient in zip(rows, patients_of(known, rules)):
+        columns = {field.name: getattr(row, field.name) for field in fields(Row)}
+        columns |= {"patient": patient.hash, "patient_from": patient.source}
+        if patient.has_stand_in:
+            columns["marks"] = ",".join(filter(None, (row.marks, STAND_IN)))
+        result.append(Row(**columns))
+    return tuple(result)
+
+
+def examine(task: ExamineTask) -> Examined:
     """Read one scan and its labels; any failure becomes the reason in its row."""
     row = bare_row(task)  # refused, until all checks have passed
     try:
@@ -115,10 +183,8 @@ def examine(task: ExamineTask) -> Row:
         row = replace(row, bytes=num_bytes)
         if not has_utf8_name(task):
             raise Refused("bad_name", "the path holds bytes that are not UTF-8; rename it")
-        volume = read_source(task.source, task.patients.key)
-        row = with_facts(
-            row, volume, task.patients.patient_of(task.source.path, volume.facts.patient)
-        )
+        volume = read_source(task.source, task.key)
+        row = with_facts(row, volume, task)
         if row.depth < task.min_depth:
             raise Refused(
                 "too_few_slices",
@@ -126,26 +192,33 @@ def examine(task: ExamineTask) -> Row:
             )
         label_path, problem = checked_labels(task, volume)
         # labels that cannot be used do not refuse the scan; its row says why it has none
-        return replace(row, status=ACCEPTED, label_path=label_path, detail=problem)
+        detail = nameless(problem, task)
+        return replace(row, status=ACCEPTED, label_path=label_path, detail=detail)
     except Refused as error:
-        return replace(row, reason=error.reason, detail=error.detail)
+        return replace(row, reason=error.reason, detail=nameless(error.detail, task))
     except Exception as error:  # one scan must not end the index of a whole archive
-        detail = single_line(f"{type(error).__name__}: {error}", MAX_TEXT)
-        return replace(row, reason="unreadable", detail=detail)
+        return replace(row, reason="unreadable", detail=failure(error))
 
 
-def crashed_row(task: ExamineTask) -> Row:
+def nameless(detail: str, task: ExamineTask) -> str:
+    """A line about a scan without the names of its files: the columns of paths have them."""
+    labels = () if task.labels is None else (task.labels,)
+    return without_names(detail, task.root, (task.source.path, *task.source.files, *labels))
+
+
+def crashed_row(task: ExamineTask) -> Examined:
     """The row of a scan that ended its worker process."""
     detail = "reading it ended the process (a reader library crashed, or memory ran out)"
     return replace(bare_row(task), reason="crashed", detail=detail)
 
 
-def bare_row(task: ExamineTask) -> Row:
+def bare_row(task: ExamineTask) -> Examined:
     """The row of a scan that has not been read: its path and kind; its status is refused."""
     # Parquet holds text, so bytes of a path that are not UTF-8 are written as escapes
     path = os.fsencode(_relative_path(task)).decode("utf-8", "backslashreplace")
-    scan_id = hashlib.blake2b(path.encode(), digest_size=8).hexdigest()
-    return Row(id=scan_id, path=path, kind=task.source.kind, status=REFUSED)
+    # keyed: nobody without the key can test whether a known path is in a manifest or a store
+    scan_id = keyed_hash(task.key, f"scan {path}")
+    return Examined(id=scan_id, path=path, kind=task.source.kind, status=REFUSED)
 
 
 def has_utf8_name(task: ExamineTask) -> bool:
@@ -179,7 +252,7 @@ def checked_labels(task: ExamineTask, volume: Volume) -> tuple[str, str]:
     return str(task.labels.resolve()), ""
 
 
-def with_facts(row: Row, volume: Volume, patient: str) -> Row:
+def with_facts(row: Examined, volume: Volume, task: ExamineTask) -> Examined:
     """A row with the grid, HU statistics, digest and header facts of its scan."""
     depth, height, width = volume.hu_ZYX.shape
     values = subsample(volume.hu_ZYX)
@@ -195,10 +268,9 @@ def with_facts(row: Row, volume: Volume, patient: str) -> Row:
         spacing_z_mm=volume.spacing_mm[0],
         spacing_y_mm=volume.spacing_mm[1],
         spacing_x_mm=volume.spacing_mm[2],
-        patient=patient,
-        study_date=volume.facts.study_date,
-        manufacturer=volume.facts.manufacturer,
-        kernel=volume.facts.kernel,
+        study_date=volume.facts.study_date[: None if task.study_dates else 4],
+        manufacturer=maker(volume.facts.manufacturer),
+        kernel=kernel(volume.facts.kernel),
         sex=volume.facts.sex,
         age_years=volume.facts.age_years,
         hu_p005=float(p005),
@@ -206,19 +278,6 @@ def with_facts(row: Row, volume: Volume, patient: str) -> Row:
         hu_p995=float(p995),
         body_share=body.size / values.size,
         digest=voxel_digest(volume.hu_ZYX),
+        facts=volume.facts,
+        mirror_digest=mirror_digest(volume.hu_ZYX),
     )
-
-
-def refuse_duplicates(rows: Sequence[Row]) -> tuple[Row, ...]:
-    """Refuse accepted scans whose voxels equal those of an earlier one."""
-    first_with: dict[str, Row] = {}  # digest of the voxels -> first scan with it
-    checked = []
-    for row in rows:
-        if row.status == ACCEPTED:
-            first = first_with.setdefault(row.digest, row)
-            if first is not row:
-                detail = f"the same voxels as {first.id} ({first.path})"
-                row = replace(row, status=REFUSED, reason="duplicate", detail=detail)
-        checked.append(row)
-    assert len({row.id for row in checked}) == len(checked), "64-bit ids of two paths collide"
-    return tuple(checked)

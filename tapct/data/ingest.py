@@ -12,14 +12,14 @@ from pathlib import Path
 
 import numpy as np
 
-from tapct.base.exits import single_line
 from tapct.data import formats
 from tapct.data.ct_check import check_is_ct
 from tapct.data.discover import UNREADABLE, Source, find_source
 from tapct.data.geometry import to_lps
 from tapct.data.headers import facts_of, label_names, merge_sidecar, read_sidecar
+from tapct.data.plain_facts import failure
 from tapct.data.readers import DICOM, format_named
-from tapct.data.readers.raw import MAX_TEXT, Image
+from tapct.data.readers.raw import Image
 from tapct.types import AIR_HU, LabelMap, Refused, Volume
 
 MAX_HU = 32767  # largest int16
@@ -44,9 +44,12 @@ def read_volume(path: Path | str, key: bytes | None = None) -> Volume:
 def read_source(source: Source, key: bytes | None = None) -> Volume:
     """`read_volume` for a source that `find_sources` found, without searching its folder again."""
     image = _read_image(source)
-    header = image.header
+    header, patient_from = image.header, "header"
     if source.kind != DICOM.name:
-        header = merge_sidecar(header, read_sidecar(source.path))
+        merged = merge_sidecar(header, read_sidecar(source.path))
+        if merged.patient_id != header.patient_id:
+            patient_from = "side_car"
+        header = merged
     if header.modality and header.modality.upper() != "CT":
         raise Refused("not_ct", f"Modality is '{header.modality}'; rule: CT")
     view_ZYX, spacing_mm, origin_mm = to_lps(image.voxels_IJK, image.affine)
@@ -54,7 +57,7 @@ def read_source(source: Source, key: bytes | None = None) -> Volume:
         image.voxels_IJK, image.slope, image.intercept, declared_ct=header.modality.upper() == "CT"
     )
     hu_ZYX = _to_hu(view_ZYX, image.slope, image.intercept)
-    return Volume(hu_ZYX, spacing_mm, origin_mm, facts_of(header, key))
+    return Volume(hu_ZYX, spacing_mm, origin_mm, facts_of(header, key, patient_from))
 
 
 def read_labels(path: Path | str) -> LabelMap:
@@ -99,9 +102,7 @@ def _read_image(source: Source) -> Image:
     except (Refused, ImportError):  # a library that cannot be loaded is not a fault of this scan
         raise
     except Exception as error:
-        raise Refused(
-            "unreadable", single_line(f"{type(error).__name__}: {error}", MAX_TEXT)
-        ) from error
+        raise Refused("unreadable", failure(error)) from error
 
 
 def _to_hu(view_ZYX: np.ndarray, slope: float, intercept: float) -> np.ndarray:

@@ -1,8 +1,10 @@
 """The manifest: a table with one row per scan of an archive, accepted with its facts or refused
 with the reason (Parquet).
 
-The manifest holds no patient identifier, only keyed hashes (see `tapct.data.patients`). Paths are
-kept as they are: the manifest of an archive whose files are named after patients is not anonymous.
+The manifest holds no patient identifier, only keyed hashes (see `tapct.data.patients`), and no free
+text of a header. Paths below the archive are kept as they are in the columns of paths, and nowhere
+else: the manifest of an archive whose files are named after patients is not anonymous. Only its
+owner can read it.
 """
 
 from __future__ import annotations
@@ -39,23 +41,24 @@ class Row:
     """One scan of the archive.
 
     Args:
-        id: 16 hex digits, hashed from the path below the root; unchanged when the archive moves.
+        id: 16 hex digits, keyed hash of the path below the root; unchanged when the archive moves.
         path: path of the file or DICOM folder below the root; for a series that shares its folder
             with others, path of its first file.
         kind: nifti, nrrd, meta or dicom; unreadable for a folder that cannot be listed.
         status: accepted or refused.
         reason: code of the rule by which it was refused, else empty.
-        detail: one line: why it was refused, or why its labels are not used.
+        detail: one line: why it was refused, or why its labels are not used; it names no file.
         marks: codes of what is unusual about an accepted scan, e.g. `values_windowed`; several are
             separated by commas.
         depth, height, width: voxels along Z, Y, X; 0 where unknown.
         spacing_z_mm, spacing_y_mm, spacing_x_mm: distance of voxel centres in mm; NaN where
             unknown.
         patient: keyed hash of the patient's identifier.
-        patient_from: where the identifier is from: header, bids, study, side_car, regex, folder or
-            guess; empty where unknown.
-        study_date: YYYYMMDD or empty.
-        manufacturer, kernel: text from the header.
+        patient_from: rule that identified the patient: column, folder, header, regex, bids,
+            side_car, study or guess; empty where unknown.
+        study_date: year of the study, or YYYYMMDD with `index --study-dates`; empty where unknown.
+        manufacturer: short name of a known maker, `other`, or empty.
+        kernel: reconstruction kernel where its text looks like one, `other`, or empty.
         sex: M, F, O or empty.
         age_years: age in years, NaN where unknown.
         label_path: path of the label map below the root, or absolute where it lies elsewhere; empty
@@ -139,8 +142,8 @@ class Manifest:
 
         Args:
             path: path of the .parquet file.
-            root: folder of the archive now. Without it the folder that was indexed is taken, or,
-                where that is gone, the folder at the same place relative to the manifest.
+            root: folder of the archive now; without it, the folder at the same place relative to
+                the manifest as when the archive was indexed.
         Raises:
             UserError: there is no manifest, it has another version, or it was changed after it was
                 written.
@@ -167,10 +170,7 @@ class Manifest:
             Row(**{**row, "file_paths": tuple(row["file_paths"])}) for row in table.to_pylist()
         )
         if root is None:
-            root = Path(metadata["tapct.root"])
-            beside = path.parent / metadata["tapct.root_relative"]
-            if not root.is_dir() and beside.is_dir():  # archive and manifest moved together
-                root = beside.resolve()
+            root = (path.parent.resolve() / metadata["tapct.root_relative"]).resolve()
         manifest = cls(rows, root)
         if manifest.digest != metadata["tapct.digest"]:
             raise UserError(
@@ -195,14 +195,14 @@ def write_table(manifest: Manifest, out: Path) -> None:
     }
     metadata = {
         "tapct.schema": SCHEMA,
-        "tapct.root": str(manifest.root),
+        # no absolute path: it may hold the name of a user or of a patient
         "tapct.root_relative": os.path.relpath(manifest.root, out.parent.resolve()),
         "tapct.digest": manifest.digest,
     }
     schema = pyarrow.schema([(f.name, _ARROW[str(f.type)]) for f in fields], metadata=metadata)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        with files.replacing(out) as file:
+        with files.replacing(out, mode=files.PRIVATE) as file:
             pyarrow.parquet.write_table(pyarrow.table(columns, schema=schema), file)
     except OSError as error:
         raise UserError(

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import fcntl
 import multiprocessing
+import os
 import re
 import shutil
 import signal
@@ -24,7 +25,7 @@ from pathlib import Path
 import numpy as np
 
 from tapct.base.exits import UserError
-from tapct.base.files import NO_SPACE, TEMPORARY_SUFFIX, write_atomically
+from tapct.base.files import NO_SPACE, PRIVATE, TEMPORARY_SUFFIX, write_atomically
 from tapct.data.ingest import read_volume
 from tapct.data.manifest import Manifest, Row
 from tapct.data.packed import Damaged, PackedMeta, encode, open_packed
@@ -118,8 +119,8 @@ def pack(
         level: level of zstd, 1 to 9; higher is smaller and slower to write.
         progress: function that is called with (finished scans, scans in all).
     Raises:
-        UserError: there is nothing to pack, nothing could be packed, the disk is full, or another
-            `tapct pack` is writing to the folder.
+        UserError: there is nothing to pack, nothing could be packed, the archive is gone, the disk
+            is full, or another `tapct pack` is writing to the folder.
     """
     rows = _checked_rows(manifest, level)
     started = time.monotonic()
@@ -145,7 +146,14 @@ def pack(
             if not scans:
                 raise _nothing_packed(report, root)
             write_atomically(
-                out / INDEX_NAME, index_bytes(scans, root, manifest.digest, manifest.summary())
+                out / INDEX_NAME,
+                index_bytes(
+                    scans,
+                    Path(os.path.relpath(root, out.resolve())),
+                    manifest.digest,
+                    manifest.summary(),
+                ),
+                mode=PRIVATE,
             )
             return report
     except OSError as error:
@@ -171,6 +179,11 @@ def _checked_rows(manifest: Manifest, level: int) -> Sequence[Row]:
         raise UserError(
             f"the manifest of {manifest.root} has no accepted scan among {len(manifest.rows)}; "
             "its rows give the reasons."
+        )
+    if not manifest.root.is_dir():
+        raise UserError(
+            f"the archive {manifest.root} is gone, where the manifest expects it beside itself; "
+            "give its folder with --root"
         )
     seen: set[str] = set()
     for row in rows:
@@ -236,7 +249,7 @@ def pack_scan(task: _Task) -> _Outcome:
             refused=RefusedScan(row.id, row.path, refusal.reason, refusal.detail),
             was_damaged=was_damaged,
         )
-    write_atomically(file, frame)
+    write_atomically(file, frame, mode=PRIVATE)
     return _Outcome(_stored(row, meta), was_damaged=was_damaged, stored_bytes=len(frame))
 
 

@@ -203,7 +203,7 @@ def index_bytes(
 
     Args:
         scans: all scans of the store, in the order of the manifest.
-        root: folder of the archive; relative label paths lie below it.
+        root: folder of the archive, relative to the store; relative label paths lie below it.
         manifest_digest: digest of the manifest.
         summary: number of rows of the manifest by reason, as `Manifest.summary` counts them.
     """
@@ -232,8 +232,8 @@ def read_index(folder: Path) -> tuple[tuple[StoredScan, ...], dict[str, Any]]:
     Args:
         folder: folder of the store.
     Returns:
-        The scans, with absolute label paths, and the index's `root`, `manifest_digest`, `digest`
-        and `summary`.
+        The scans, with absolute label paths, and the index's `root` (absolute, too),
+        `manifest_digest`, `digest` and `summary`.
     Raises:
         UserError: there is none, or it is damaged or of another version.
     """
@@ -255,7 +255,8 @@ def read_index(folder: Path) -> tuple[tuple[StoredScan, ...], dict[str, Any]]:
             f"{file} is not readable ({single_line(error)}); run `tapct pack` again, it keeps the "
             "scans."
         ) from error
-    root = Path(info["root"])
+    root = (folder.resolve() / info["root"]).resolve()
+    info["root"] = str(root)
     scans = []
     for scan_id, z, y, x, dz, dy, dx, patient, path, label, checksum in zip(*columns, strict=True):
         label_path = str(root / label) if label else ""

@@ -39,5 +39,9 @@ def save_export(
             save_file(state, folder / WEIGHTS_FILE, metadata={"format": "pt"})
             digest = files.sha256(folder / WEIGHTS_FILE)
             ExportCard(settings, provenance, digest).write(folder)
+            # an export is made to be given to others, whatever the umask
+            folder.chmod(0o755)
+            for file in folder.iterdir():
+                file.chmod(files.SHARED)
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot write the export {out}: {files.first_cause(error)}") from error

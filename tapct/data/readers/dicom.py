@@ -26,7 +26,7 @@ _MULTIFRAME = (_CT + ".1", _CT + ".2")
 _DICOMDIR = "1.2.840.10008.1.3.10"
 _HEADER_TAGS = [
     *("SOPClassUID", "ImageType", "Modality", "Manufacturer", "ConvolutionKernel", "StudyDate"),
-    *("PatientID", "PatientSex", "PatientAge"),
+    *("PatientID", "PatientSex", "PatientAge", "StudyInstanceUID"),
     *("Rows", "Columns", "PixelSpacing", "SamplesPerPixel", "NumberOfFrames"),
     *("ImagePositionPatient", "ImageOrientationPatient", "SliceThickness", "SpacingBetweenSlices"),
     *("RescaleIntercept", "RescaleSlope", "RescaleType"),
@@ -330,6 +330,7 @@ def _header_of(header: Dataset) -> Header:
 
     return Header(
         patient_id=text("PatientID"),
+        study_uid=text("StudyInstanceUID"),
         study_date=text("StudyDate"),
         modality=text("Modality"),
         manufacturer=text("Manufacturer"),

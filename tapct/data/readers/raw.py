@@ -28,6 +28,7 @@ class Header:
     """
 
     patient_id: str = ""
+    study_uid: str = ""
     study_date: str = ""
     modality: str = ""
     manufacturer: str = ""
