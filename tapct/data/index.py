@@ -142,7 +142,7 @@ def build_manifest(
             progress(len(rows), len(tasks))
     in_order = [rows[index] for index in range(len(tasks))]
     checked = refuse_duplicates(in_order, {row.id: row.mirror_digest for row in in_order})
-    manifest = Manifest(with_patients(checked, in_order, scans, patients), root.resolve())
+    manifest = Manifest(with_patients(checked, in_order, scans, patients), root.resolve(), file=out)
     write_table(manifest, out)
     return manifest
 

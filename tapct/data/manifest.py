@@ -14,7 +14,7 @@ import functools
 import hashlib
 import os
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -112,10 +112,17 @@ class Row:
 
 @dataclass(frozen=True)
 class Manifest:
-    """All rows of an archive, in the order of their paths."""
+    """All rows of an archive, in the order of their paths.
+
+    Args:
+        rows: one per scan.
+        root: folder of the archive.
+        file: file that holds the manifest; None where there is none.
+    """
 
     rows: tuple[Row, ...]
     root: Path
+    file: Path | None = field(default=None, repr=False, compare=False)
 
     @property
     def accepted(self) -> tuple[Row, ...]:
@@ -171,13 +178,32 @@ class Manifest:
         )
         if root is None:
             root = (path.parent.resolve() / metadata["tapct.root_relative"]).resolve()
-        manifest = cls(rows, root)
+        manifest = cls(rows, root, file=path)
         if manifest.digest != metadata["tapct.digest"]:
             raise UserError(
                 f"{path} does not match its own digest, so it was changed or damaged; make it "
                 "again with `tapct index`"
             )
         return manifest
+
+
+def read_paths(file: Path, digest: str) -> dict[str, str]:
+    """The paths of an archive's scans by id, for a store, which has ids alone.
+
+    Args:
+        file: file of the manifest.
+        digest: digest of the manifest that was packed.
+    Returns:
+        Path below the archive by id; empty where the file is gone or is another manifest.
+    """
+    try:
+        stored = pyarrow.parquet.read_schema(file).metadata or {}
+        if stored.get(b"tapct.digest", b"").decode() != digest:
+            return {}
+        table = pyarrow.parquet.read_table(file, columns=["id", "path"], partitioning=None)
+    except (pyarrow.ArrowException, OSError):
+        return {}
+    return dict(zip(table.column("id").to_pylist(), table.column("path").to_pylist()))
 
 
 def write_table(manifest: Manifest, out: Path) -> None:

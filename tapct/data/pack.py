@@ -149,15 +149,21 @@ def pack(
                 out / INDEX_NAME,
                 index_bytes(
                     scans,
-                    Path(os.path.relpath(root, out.resolve())),
+                    Path(_below(out, root)),
                     manifest.digest,
                     manifest.summary(),
+                    manifest_file="" if manifest.file is None else _below(out, manifest.file),
                 ),
                 mode=PRIVATE,
             )
             return report
     except OSError as error:
         raise _write_error(error, out, rows, outcomes) from error
+
+
+def _below(out: Path, path: Path) -> str:
+    """A path relative to the store, so that the store holds no absolute one."""
+    return os.path.relpath(path.resolve(), out.resolve())
 
 
 def _nothing_packed(report: PackReport, root: Path) -> UserError:

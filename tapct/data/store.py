@@ -25,6 +25,7 @@ import pyarrow.parquet as pq
 
 from tapct.base.exits import UserError, single_line
 from tapct.data.digest import voxel_digest
+from tapct.data.manifest import read_paths
 from tapct.data.packed import SCHEMA, Damaged, PackedScan
 
 INDEX_NAME = "store.parquet"
@@ -34,7 +35,7 @@ _COLUMNS = pa.schema(
         ("id", pa.string()),
         *((name, pa.int32()) for name in ("depth", "height", "width")),
         *((name, pa.float64()) for name in ("spacing_z_mm", "spacing_y_mm", "spacing_x_mm")),
-        *((name, pa.string()) for name in ("patient", "path", "label_path", "checksum")),
+        *((name, pa.string()) for name in ("patient", "label_path", "checksum")),
     ]
 )
 
@@ -48,7 +49,8 @@ class StoredScan:
         shape_ZYX: number of voxels.
         spacing_mm: distance of voxel centres along (z, y, x).
         patient: keyed hash; scans of one patient share it.
-        path: path of the source below the archive's root.
+        path: path of the source below the archive's root. The store does not hold it: it comes from
+            the manifest that was packed, and is empty where that is gone.
         label_path: absolute path of the scan's label map, empty where there is none.
         checksum: digest of the decoded voxels, the manifest's `digest`.
     """
@@ -198,6 +200,7 @@ def index_bytes(
     root: Path,
     manifest_digest: str,
     summary: Mapping[str, int] | None = None,
+    manifest_file: str = "",
 ) -> bytes:
     """The content of `store.parquet`.
 
@@ -206,17 +209,16 @@ def index_bytes(
         root: folder of the archive, relative to the store; relative label paths lie below it.
         manifest_digest: digest of the manifest.
         summary: number of rows of the manifest by reason, as `Manifest.summary` counts them.
+        manifest_file: file of the manifest, relative to the store; empty where there is none.
     """
     scans = tuple(scans)
-    rows = [
-        (s.id, *s.shape_ZYX, *s.spacing_mm, s.patient, s.path, s.label_path, s.checksum)
-        for s in scans
-    ]
+    rows = [(s.id, *s.shape_ZYX, *s.spacing_mm, s.patient, s.label_path, s.checksum) for s in scans]
     arrays = [pa.array([row[k] for row in rows], column.type) for k, column in enumerate(_COLUMNS)]
     info: dict[str, Any] = {
         "schema": SCHEMA,
         "root": str(root),
         "manifest_digest": manifest_digest,
+        "manifest_file": manifest_file,
         "digest": store_digest(scans),
         "summary": dict(summary or {}),
     }
@@ -257,8 +259,11 @@ def read_index(folder: Path) -> tuple[tuple[StoredScan, ...], dict[str, Any]]:
         ) from error
     root = (folder.resolve() / info["root"]).resolve()
     info["root"] = str(root)
+    manifest_file = info.get("manifest_file", "")
+    paths = read_paths(folder / manifest_file, info["manifest_digest"]) if manifest_file else {}
     scans = []
-    for scan_id, z, y, x, dz, dy, dx, patient, path, label, checksum in zip(*columns, strict=True):
+    for scan_id, z, y, x, dz, dy, dx, patient, label, checksum in zip(*columns, strict=True):
+        path = paths.get(scan_id, "")
         label_path = str(root / label) if label else ""
         scans.append(
             StoredScan(scan_id, (z, y, x), (dz, dy, dx), patient, path, label_path, checksum)

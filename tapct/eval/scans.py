@@ -18,9 +18,10 @@ from tapct.base import console, rng
 from tapct.base.exits import UserError
 from tapct.data.geometry import check_same_grid
 from tapct.data.ingest import read_labels, read_volume
+from tapct.data.plain_facts import without_names
 from tapct.data.split import held_out_patients, two_sides
 from tapct.eval.contract import Labels
-from tapct.types import LabelMap, Volume
+from tapct.types import LabelMap, Refused, Volume
 
 PATIENTS = "patients"  # split mode: no patient on both sides
 BLOCKS = "blocks"  # split mode: slabs of the same scans
@@ -104,6 +105,12 @@ def matching(rows: Sequence[ScanRow], patterns: Sequence[str]) -> list[ScanRow]:
     chosen = [
         row for row in rows if any(fnmatch.fnmatch(row.path, pattern) for pattern in patterns)
     ]
+    if rows and not any(row.path for row in rows):
+        raise UserError(
+            f"eval.only {list(patterns)} needs the paths of the scans, which only the manifest "
+            "holds; the manifest that was packed is gone or has changed: put it back, or run "
+            "`tapct pack` with the new one"
+        )
     if not chosen:
         example = f", e.g. {rows[0].path}" if rows else ""
         raise UserError(
@@ -298,10 +305,21 @@ def read_scan(
         scan_labels: values for the scan as a whole.
     Raises:
         Refused: a file differs from its row in the manifest, or the labels have another grid.
+        UserError: the store does not know where the scan is.
     """
-    volume = read_volume(root / row.path)
+    if not row.path:
+        raise UserError(
+            f"scan {row.id} cannot be read: its path is in the manifest that was packed, which is "
+            "gone or has changed; put it back, or run `tapct pack` with the new one"
+        )
+    scan, label_file = root / row.path, root / row.label_path
     labels = None
-    if with_labels:
-        labels = read_labels(root / row.label_path)
-        check_same_grid(volume, labels)
+    try:
+        volume = read_volume(scan)
+        if with_labels:
+            labels = read_labels(label_file)
+            check_same_grid(volume, labels)
+    except Refused as error:  # an evaluation may be logged: it names the scan by its id
+        detail = without_names(error.detail, root, (scan, label_file))
+        raise Refused(error.reason, f"scan {row.id}: {detail}") from error
     return LabelledScan(row.id, volume, labels, row.patient, scan_labels or {})

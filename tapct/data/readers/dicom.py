@@ -142,12 +142,12 @@ def _check_is_ct_slice(path: Path, header: Dataset) -> None:
             f"{path.name} holds many slices in one file; convert it to NIfTI (dcm2niix)",
         )
     if sop_class and sop_class != _CT:
-        raise Refused("not_ct", f"SOP class {sop_class} is not CT Image Storage")
+        raise Refused("not_ct", f"SOP class '{sop_class}' is not CT Image Storage")
     image_type = [str(value).upper() for value in (header.get("ImageType") or [])]
     if "LOCALIZER" in image_type or "SCOUT" in image_type:
         raise Refused(
             "localizer",
-            f"ImageType is {'/'.join(image_type)}, which is a projection and not a slice",
+            f"ImageType is '{'/'.join(image_type)}', which is a projection and not a slice",
         )
     if int(header.get("SamplesPerPixel") or 1) != 1:
         raise Refused(
@@ -163,7 +163,7 @@ def _check_is_ct_slice(path: Path, header: Dataset) -> None:
     if slope == 0 or not np.isfinite([slope, intercept]).all():
         raise Refused("no_rescale", f"{path.name} has rescale slope {slope}, intercept {intercept}")
     if str(header.get("RescaleType") or "HU") not in ("HU", "US"):
-        raise Refused("not_hu", f"RescaleType is {header.RescaleType}; rule: HU")
+        raise Refused("not_hu", f"RescaleType is '{header.RescaleType}'; rule: HU")
 
 
 def _slice(path: Path, header: Dataset) -> _Slice:

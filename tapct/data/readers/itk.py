@@ -207,7 +207,7 @@ def _nrrd_head(path: Path) -> _Head:
                 "not_scalar", f"an axis is of kind '{vector[0]}'; rule: one value per voxel"
             )
         raise Refused(
-            "not_3d", f"the file has {fields['dimension']} axes ({fields['sizes']}); rule: three"
+            "not_3d", f"the file has '{fields['dimension']}' axes, '{fields['sizes']}'; rule: three"
         )
     if "none" in directions or fields["type"] not in _NRRD_BYTES:
         raise Refused(
@@ -284,11 +284,11 @@ def _meta_head(path: Path) -> _Head:
         raise Refused("corrupt", f"the MetaImage header lacks '{missing[0]}'")
     if fields["NDims"] != "3":
         raise Refused(
-            "not_3d", f"the file has {fields['NDims']} axes ({fields['DimSize']}); rule: three"
+            "not_3d", f"the file has '{fields['NDims']}' axes, '{fields['DimSize']}'; rule: three"
         )
     element = fields["ElementType"].removeprefix("MET_")
     if element not in _META_BYTES or fields.get("ElementNumberOfChannels", "1") != "1":
-        raise Refused("not_scalar", f"elements are {element}; rule: one real value per voxel")
+        raise Refused("not_scalar", f"elements are '{element}'; rule: one real value per voxel")
     if (
         fields.get("BinaryData", "True").lower() == "false"
         or int(fields.get("HeaderSize", "0")) > 0
