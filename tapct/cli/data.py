@@ -54,6 +54,15 @@ def index(
             show_default="label maps beside the scans",
         ),
     ] = None,
+    ignore_label: Annotated[
+        list[int] | None,
+        typer.Option(
+            metavar="VALUE",
+            help="label value of voxels that nobody has labelled, e.g. -1; losses and metrics "
+            "leave them out; may be given several times",
+            show_default="none",
+        ),
+    ] = None,
     patient_regex: Annotated[
         str | None,
         typer.Option(
@@ -79,6 +88,7 @@ def index(
             folder,
             out,
             labels=labels,
+            ignore_labels=ignore_label or (),
             patient_regex=patient_regex,
             min_depth=min_depth,
             workers=workers,
@@ -87,6 +97,9 @@ def index(
     console.say(
         ", ".join(f"{count} {reason}" for reason, count in manifest.summary().items()) + f": {out}"
     )
+    if manifest.label_report is not None:
+        for line in manifest.label_report.lines():
+            console.say(line)
     for row in manifest.rows:
         if row.detail:
             reason = (

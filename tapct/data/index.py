@@ -13,11 +13,12 @@ import numpy as np
 from tapct.base.exits import UserError, single_line
 from tapct.data import formats
 from tapct.data.ct_check import BODY_ABOVE, subsample
-from tapct.data.digest import voxel_digest
+from tapct.data.digest import label_digest, voxel_digest
 from tapct.data.discover import Source, find_sources
-from tapct.data.geometry import check_same_grid
-from tapct.data.ingest import read_labels, read_source
+from tapct.data.ingest import read_source
+from tapct.data.labels.counting import label_report, not_used
 from tapct.data.labels.pairing import pair_labels
+from tapct.data.labels.reading import read_labels_of
 from tapct.data.manifest import ACCEPTED, REFUSED, UNKNOWN, Manifest, Row, write_table
 from tapct.data.patients import PatientRules, check_regex, patient_key
 from tapct.data.process_pool import map_unordered
@@ -33,9 +34,10 @@ class ExamineTask:
     Args:
         source: files of the scan.
         root: folder of the archive.
-        labels: path of its label map, or None.
+        labels: path of its label file or folder of masks, or None.
         patients: how its patient is identified.
         min_depth: fewest slices of an accepted scan.
+        ignore_labels: label values of voxels that nobody has labelled.
     """
 
     source: Source
@@ -43,6 +45,7 @@ class ExamineTask:
     labels: Path | None
     patients: PatientRules
     min_depth: int
+    ignore_labels: tuple[int, ...] = ()
 
 
 def build_manifest(
@@ -50,6 +53,7 @@ def build_manifest(
     out: Path,
     *,
     labels: Path | None = None,
+    ignore_labels: Sequence[int] = (),
     patient_regex: str | None = None,
     min_depth: int = 1,
     workers: int = 1,
@@ -66,13 +70,15 @@ def build_manifest(
         out: .parquet file to write; replaced in one step, so that there is never half a manifest.
         labels: folder with label maps; label maps in other places are found by name, see
             `tapct.data.labels.pairing`.
+        ignore_labels: label values of voxels that nobody has labelled, e.g. -1; losses and metrics
+            leave these voxels out.
         patient_regex: regular expression; group 1, searched in the path below the root, is the
             patient's identifier where the header holds none.
         min_depth: fewest slices of an accepted scan; others are refused as `too_few_slices`.
         workers: number of processes; 0 or 1 reads in this process.
         progress: function that is called with (scans done, scans in all).
     Returns:
-        The manifest as written.
+        The manifest as written, with the counts of its labels.
     Raises:
         UserError: the folder is missing or holds no scan, the regex is bad, or `out` cannot be
             written.
@@ -92,8 +98,9 @@ def build_manifest(
     if not scans:
         raise UserError(f"{root} holds no {formats.listed('or')} scans; check the path")
     patients = PatientRules(root, patient_key(out.parent), patient_regex)
+    ignore = tuple(ignore_labels)
     tasks = [
-        ExamineTask(scan, root, pairs.label_of.get(scan.path), patients, min_depth)
+        ExamineTask(scan, root, pairs.label_of.get(scan.path), patients, min_depth, ignore)
         for scan in scans
     ]
     rows: dict[int, Row] = {}
@@ -102,7 +109,9 @@ def build_manifest(
         if progress is not None:
             progress(len(rows), len(tasks))
     in_order = [rows[index] for index in range(len(tasks))]
-    manifest = Manifest(refuse_duplicates(in_order), root.resolve())
+    checked = refuse_duplicates(in_order)
+    report = label_report(pairs, checked, root)
+    manifest = Manifest(checked, root.resolve(), ignore, report)
     write_table(manifest, out)
     return manifest
 
@@ -124,9 +133,7 @@ def examine(task: ExamineTask) -> Row:
                 "too_few_slices",
                 f"{row.depth} slices; rule: at least {task.min_depth} (--min-depth)",
             )
-        label_path, problem = checked_labels(task, volume)
-        # labels that cannot be used do not refuse the scan; its row says why it has none
-        return replace(row, status=ACCEPTED, label_path=label_path, detail=problem)
+        return with_labels(replace(row, status=ACCEPTED), task, volume)
     except Refused as error:
         return replace(row, reason=error.reason, detail=error.detail)
     except Exception as error:  # one scan must not end the index of a whole archive
@@ -162,21 +169,27 @@ def _relative_path(task: ExamineTask) -> str:
     return task.source.path.relative_to(task.root).as_posix()
 
 
-def checked_labels(task: ExamineTask, volume: Volume) -> tuple[str, str]:
-    """Path of the scan's label map, and why it cannot be used.
+def with_labels(row: Row, task: ExamineTask, volume: Volume) -> Row:
+    """A row with path and digest of the scan's labels.
 
-    One of the two is empty: the reason where the label map can be used, else the path. Both are
-    empty where the scan has no label map.
+    Labels that cannot be used do not refuse the scan: its row gives the reason in `detail`.
     """
     if task.labels is None:
-        return "", ""
+        return row
     try:
-        check_same_grid(volume, read_labels(task.labels))
+        found = read_labels_of(volume, task.labels, task.ignore_labels)
     except Refused as error:
-        return "", f"labels {task.labels.name} not used: {error}"
+        return replace(row, detail=not_used(task.labels.name, str(error)))
+    path = os.path.relpath(task.labels.resolve(), task.root.resolve())
     if task.labels.is_relative_to(task.root):
-        return task.labels.relative_to(task.root).as_posix(), ""
-    return str(task.labels.resolve()), ""
+        path = task.labels.relative_to(task.root).as_posix()
+    notes = "".join(f"labels {task.labels.name}: {note}" for note in found.notes[:1])
+    return replace(
+        row,
+        label_path=Path(path).as_posix(),
+        label_digest=label_digest(found.label_map),
+        detail="; ".join([notes, *found.notes[1:]]) if notes else "",
+    )
 
 
 def with_facts(row: Row, volume: Volume, patient: str) -> Row:

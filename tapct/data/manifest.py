@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import json
 import os
 from collections import Counter
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ import pyarrow.parquet
 
 from tapct.base import files
 from tapct.base.exits import UserError, single_line
+from tapct.data.labels.report import LabelReport
 from tapct.data.readers.raw import MAX_TEXT
 
 SCHEMA = "2"
@@ -45,7 +47,8 @@ class Row:
         kind: nifti, nrrd, meta or dicom; unreadable for a folder that cannot be listed.
         status: accepted or refused.
         reason: code of the rule by which it was refused, else empty.
-        detail: one line: why it was refused, or why its labels are not used.
+        detail: one line: why it was refused, why its labels are not used, or what was decided
+            about them.
         marks: codes of what is unusual about an accepted scan, e.g. `values_windowed`; several are
             separated by commas.
         depth, height, width: voxels along Z, Y, X; 0 where unknown.
@@ -58,10 +61,10 @@ class Row:
         manufacturer, kernel: text from the header.
         sex: M, F, O or empty.
         age_years: age in years, NaN where unknown.
-        label_path: path of the label map below the root, or absolute where it lies elsewhere; empty
-            where there is none on the scan's grid.
-        label_digest: hash of shape and values of the label map on the scan's grid; empty where
-            there is none.
+        label_path: path of the label file, or folder of masks, relative to the root (it begins with
+            .. where it lies elsewhere); empty where there is none on the scan's grid.
+        label_digest: hash of shape, values and names of the label map on the scan's grid; empty
+            where there is none.
         duplicate_of: id of the accepted scan that a refused duplicate repeats, else empty.
         lossy_ratio: ratio of a lossy compression that the header declares; NaN where it declares
             none.
@@ -109,10 +112,20 @@ class Row:
 
 @dataclass(frozen=True)
 class Manifest:
-    """All rows of an archive, in the order of their paths."""
+    """All rows of an archive, in the order of their paths.
+
+    Args:
+        rows: all rows.
+        root: folder of the archive.
+        ignore_labels: label values of voxels that nobody has labelled, as `tapct index
+            --ignore-label` was given them; `tapct pack` reads the labels by the same rule.
+        label_report: what `tapct index` found about the labels; None for a manifest that was read.
+    """
 
     rows: tuple[Row, ...]
     root: Path
+    ignore_labels: tuple[int, ...] = ()
+    label_report: LabelReport | None = dataclasses.field(default=None, compare=False)
 
     @property
     def accepted(self) -> tuple[Row, ...]:
@@ -171,7 +184,7 @@ class Manifest:
             beside = path.parent / metadata["tapct.root_relative"]
             if not root.is_dir() and beside.is_dir():  # archive and manifest moved together
                 root = beside.resolve()
-        manifest = cls(rows, root)
+        manifest = cls(rows, root, tuple(json.loads(metadata.get("tapct.ignore_labels", "[]"))))
         if manifest.digest != metadata["tapct.digest"]:
             raise UserError(
                 f"{path} does not match its own digest, so it was changed or damaged; make it "
@@ -198,6 +211,7 @@ def write_table(manifest: Manifest, out: Path) -> None:
         "tapct.root": str(manifest.root),
         "tapct.root_relative": os.path.relpath(manifest.root, out.parent.resolve()),
         "tapct.digest": manifest.digest,
+        "tapct.ignore_labels": json.dumps(list(manifest.ignore_labels)),
     }
     schema = pyarrow.schema([(f.name, _ARROW[str(f.type)]) for f in fields], metadata=metadata)
     try:
