@@ -157,6 +157,10 @@ def pack(
     )
     for scan in report.refused:
         console.say(f"  refused {scan.path}: {scan.reason}: {scan.detail}")
+    if report.num_labelled or report.labels_refused:
+        console.say(f"labels of {report.num_labelled} scans packed")
+    for scan in report.labels_refused:
+        console.say(f"  labels {scan.path} not packed: {scan.reason}: {scan.detail}")
     if report.damaged:
         console.say(f"  damaged files packed again: {', '.join(report.damaged)}")
     if report.unlisted:

@@ -57,7 +57,6 @@ def row_of(name: str, hu_ZYX: np.ndarray) -> Row:
         spacing_y_mm=SPACING_MM[1],
         spacing_x_mm=SPACING_MM[2],
         patient=f"patient of {name}",
-        label_path=f"labels/{name}.nii.gz",
         digest=voxel_digest(hu_ZYX),
     )
 
@@ -114,7 +113,7 @@ def test_the_store_holds_the_scans_bit_for_bit(
             f"patient of s{i}",
         )
         np.testing.assert_allclose(scan.spacing_mm, SPACING_MM, rtol=1e-6)
-        assert scan.label_path == str(manifest.root / f"labels/s{i}.nii.gz")
+        assert not scan.has_labels
 
 
 def test_a_real_manifest_packs(archive: tuple[Manifest, list[np.ndarray]], tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from tapct.data.labels.names import clean_names
 from tapct.data.labels.overlay import Overlay
 from tapct.data.labels.polygons import fill_even_odd
 from tapct.data.labels.values import MAX_LABEL
-from tapct.data.readers.dicom_labels import Contour, Frame, LabelObject, frames, read_object
+from tapct.data.readers.dicom_labels import Contour, LabelObject, SegFrame, frames, read_object
 from tapct.types import LabelMap, Refused, Volume
 
 
@@ -98,7 +98,7 @@ def _paint_frames(found: LabelObject, volume: Volume, overlay: Overlay) -> None:
             overlay.add_part(value, mask_ZYX, piece.place[::-1], num_voxels[value])
 
 
-def _placed(frame: Frame, to_voxels: np.ndarray, shape_XYZ: Sequence[int]) -> _Piece:
+def _placed(frame: SegFrame, to_voxels: np.ndarray, shape_XYZ: Sequence[int]) -> _Piece:
     """Turn a frame into the axes of the scan, and cut off its background outside the scan.
 
     Args:

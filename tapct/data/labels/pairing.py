@@ -1,7 +1,7 @@
 """Find the labels of every scan, by the layouts in a fixed order.
 
-Pairs are made by names (or by the references of DICOM objects) alone. Whether the labels can be read
-and lie on the scan's grid is checked when the scan is examined.
+Pairs are made by names (or by the references of DICOM objects) alone. Whether the labels can be
+read and lie on the scan's grid is checked when the scan is examined.
 """
 
 from __future__ import annotations

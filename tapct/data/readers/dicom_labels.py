@@ -65,7 +65,7 @@ class Structure:
 
 
 @dataclass(frozen=True)
-class Frame:
+class SegFrame:
     """The mask of a segmentation on one plane.
 
     Args:
@@ -166,7 +166,7 @@ def read_object(path: Path) -> LabelObject:
     return LabelObject(structures, identity, dataset=dataset)
 
 
-def frames(dataset: Dataset) -> Iterator[Frame]:
+def frames(dataset: Dataset) -> Iterator[SegFrame]:
     """Decode the frames of a SEG, one at a time: all of them together may not fit in memory.
 
     Raises:
@@ -187,7 +187,7 @@ def frames(dataset: Dataset) -> Iterator[Frame]:
             if segment is None:
                 raise Refused("corrupt", f"frame {number} names no segment")
             values = (values != 0) * int(segment.ReferencedSegmentNumber)
-        yield Frame(values, to_mm)
+        yield SegFrame(values, to_mm)
 
 
 def _pixels(dataset: Dataset, num_frames: int) -> Iterator[np.ndarray]:

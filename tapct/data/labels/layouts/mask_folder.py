@@ -30,9 +30,9 @@ def build(archive: LabelArchive) -> Layout:
             masks[folder].add(stem)
             if words.is_mask_folder(folder.name):
                 likely.add(source.path)
-        if not (words.keys_by_word(stem) or words.is_only_label_word(stem)):
-            if source.path.is_file():
-                scans_in[folder].append(source.path)
+        is_named_like_labels = words.keys_by_word(stem) or words.is_only_label_word(stem)
+        if source.path.is_file() and not is_named_like_labels:
+            scans_in[folder].append(source.path)
     for folder in masks:
         folders_in[folder.parent].append(folder)
 
