@@ -299,7 +299,9 @@ def test_objects_are_matched_by_the_series_that_they_refer_to(tmp_path: Path) ->
     root = tmp_path / "a"
     for number in range(3):
         uids = {"SeriesInstanceUID": f"1.2.{number}", "FrameOfReferenceUID": f"1.5.{number}"}
-        write_series(root / f"p{number}" / "ct", make_ct(seed=number), edit=lambda _: uids)
+        write_series(
+            root / f"p{number}" / "ct", make_ct(seed=number), edit=lambda _, uids=uids: uids
+        )
     write_seg(root / "objects" / "x" / "1.dcm", two_masks(), series="1.2.1")
     square = np.asarray([[2, 2], [9, 2], [9, 9], [2, 9]])
     write_rtstruct(root / "objects" / "y" / "2.dcm", {"Cord": [(3, square)]}, series="1.2.2")
