@@ -10,7 +10,7 @@ Orientation: LPS, axial slices first. Index z grows towards the head (Superior),
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 if TYPE_CHECKING:  # the command line loads this file, and torch takes 2 s
     import numpy as np
@@ -20,6 +20,14 @@ from tapct.base.exits import UserError
 
 # Value of padding in stored and loaded volumes: air. Never zero, which is water.
 AIR_HU = -1024
+# Label value of voxels that nobody has labelled; losses and metrics leave them out.
+IGNORE_LABEL = 65535
+
+# unit vectors in LPS (x, y, z) along which the index x, the index y and the index z grow
+Directions: TypeAlias = tuple[
+    tuple[float, float, float], tuple[float, float, float], tuple[float, float, float]
+]
+UPRIGHT: Directions = ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0))
 
 
 class Refused(UserError):
@@ -84,12 +92,15 @@ class Volume:
         spacing_mm: distance of voxel centres along (z, y, x), all > 0.
         origin_mm: LPS position (x, y, z order as in DICOM) of voxel (0, 0, 0).
         facts: header facts.
+        directions: directions of the array's axes x, y and z; a scan that lies oblique in its file
+            keeps its residual rotation here.
     """
 
     hu_ZYX: np.ndarray
     spacing_mm: tuple[float, float, float]
     origin_mm: tuple[float, float, float] = (0.0, 0.0, 0.0)
     facts: ScanFacts = field(default_factory=ScanFacts)
+    directions: Directions = UPRIGHT
 
 
 @dataclass(frozen=True)
@@ -97,16 +108,19 @@ class LabelMap:
     """Organ labels of one scan on the scan's own grid.
 
     Args:
-        labels_ZYX: uint16, 0 is background, same orientation rule as `Volume`.
+        labels_ZYX: uint16, 0 is background, IGNORE_LABEL is not labelled; same orientation rule as
+            `Volume`.
         spacing_mm: distance of voxel centres along (z, y, x), all > 0.
         origin_mm: LPS position (x, y, z order as in DICOM) of voxel (0, 0, 0).
         names: pairs of label value and name from the file or a side-car; may be empty.
+        directions: as in `Volume`.
     """
 
     labels_ZYX: np.ndarray
     spacing_mm: tuple[float, float, float]
     origin_mm: tuple[float, float, float] = (0.0, 0.0, 0.0)
     names: tuple[tuple[int, str], ...] = ()
+    directions: Directions = UPRIGHT
 
 
 @dataclass(frozen=True)

@@ -54,6 +54,15 @@ def index(
             show_default="label maps beside the scans",
         ),
     ] = None,
+    ignore_label: Annotated[
+        list[int] | None,
+        typer.Option(
+            metavar="VALUE",
+            help="label value of voxels that nobody has labelled, e.g. -1; losses and metrics "
+            "leave them out; may be given several times",
+            show_default="none",
+        ),
+    ] = None,
     patient_regex: Annotated[
         str | None,
         typer.Option(
@@ -100,6 +109,7 @@ def index(
             folder,
             out,
             labels=labels,
+            ignore_labels=ignore_label or (),
             patient_regex=patient_regex,
             patient_column=patient_column,
             patient_from=patient_from,
@@ -113,6 +123,9 @@ def index(
     )
     for line in lines_about_patients(manifest.rows):
         console.say(line)
+    if manifest.label_report is not None:
+        for line in manifest.label_report.lines():
+            console.say(line)
     for row in manifest.rows:
         if row.detail:
             reason = (
@@ -178,6 +191,10 @@ def pack(
     )
     for scan in report.refused:
         console.say(f"  refused {scan.path}: {scan.reason}: {scan.detail}")
+    if report.num_labelled or report.labels_refused:
+        console.say(f"labels of {report.num_labelled} scans packed")
+    for scan in report.labels_refused:
+        console.say(f"  labels {scan.path} not packed: {scan.reason}: {scan.detail}")
     if report.damaged:
         console.say(f"  damaged files packed again: {', '.join(report.damaged)}")
     if report.unlisted:

@@ -1,4 +1,4 @@
-"""Facts about a scan and names of labels, from the file's header and its JSON side-car."""
+"""Facts about a scan, from the file's header and its JSON side-car."""
 
 from __future__ import annotations
 
@@ -98,31 +98,3 @@ def _age_years(text: str) -> float:
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([YMWD]?)\s*", text.upper())
     return float(match[1]) * YEARS_PER_UNIT[match[2]] if match else float("nan")
-
-
-def label_names(path: Path, sidecar: dict[str, Any]) -> tuple[tuple[int, str], ...]:
-    """Names of labels from a side-car: {"labels": {"1": "liver"}} or {"labels": {"liver": 1}}.
-
-    Args:
-        path: path of the label map, for the error line.
-        sidecar: content of its side-car.
-    Returns:
-        Label value and name, in ascending order; empty where the side-car has no `labels`.
-    Raises:
-        Refused: `bad_sidecar`, `labels` is not a table of values and names.
-    """
-    table = sidecar.get("labels", {})
-    if not isinstance(table, dict):
-        raise Refused(
-            "bad_sidecar", f"'labels' beside {path.name} is not a JSON object of values and names"
-        )
-    pairs = []
-    for left, right in table.items():
-        value, name = (left, right) if str(left).isdigit() else (right, left)
-        if not str(value).isdigit():
-            raise Refused(
-                "bad_sidecar",
-                f"'labels' beside {path.name} has '{left}': '{right}'; rule: a value and a name",
-            )
-        pairs.append((int(value), str(name)))
-    return tuple(sorted(pairs))

@@ -12,12 +12,13 @@ import numpy as np
 from tapct.base.exits import UserError
 from tapct.data import formats
 from tapct.data.ct_check import BODY_ABOVE, subsample
-from tapct.data.digest import voxel_digest
+from tapct.data.digest import label_digest, voxel_digest
 from tapct.data.discover import Source, find_sources
 from tapct.data.duplicates import mirror_digest, refuse_duplicates
-from tapct.data.geometry import check_same_grid
-from tapct.data.ingest import read_labels, read_source
+from tapct.data.ingest import read_source
+from tapct.data.labels.counting import label_report, not_used
 from tapct.data.labels.pairing import pair_labels
+from tapct.data.labels.reading import read_labels_of
 from tapct.data.manifest import ACCEPTED, REFUSED, UNKNOWN, Manifest, Row, write_table
 from tapct.data.patient_table import patients_from_table
 from tapct.data.patients import (
@@ -56,10 +57,11 @@ class ExamineTask:
     Args:
         source: files of the scan.
         root: folder of the archive.
-        labels: path of its label map, or None.
+        labels: path of its label file or folder of masks, or None.
         key: secret of the keyed hashes of scans and patients.
         min_depth: fewest slices of an accepted scan.
         study_dates: whether the row has the whole date of the study, and not its year alone.
+        ignore_labels: label values of voxels that nobody has labelled.
     """
 
     source: Source
@@ -68,6 +70,7 @@ class ExamineTask:
     key: bytes
     min_depth: int
     study_dates: bool = False
+    ignore_labels: tuple[int, ...] = ()
 
 
 def build_manifest(
@@ -75,6 +78,7 @@ def build_manifest(
     out: Path,
     *,
     labels: Path | None = None,
+    ignore_labels: Sequence[int] = (),
     patient_regex: str | None = None,
     patient_column: str | None = None,
     patient_from: str | None = None,
@@ -94,6 +98,8 @@ def build_manifest(
         out: .parquet file to write; replaced in one step, so that there is never half a manifest.
         labels: folder with label maps; label maps in other places are found by name, see
             `tapct.data.labels.pairing`.
+        ignore_labels: label values of voxels that nobody has labelled, e.g. -1; losses and metrics
+            leave these voxels out.
         patient_regex: regular expression; group 1, searched in the path below the root, is the
             patient's identifier where the header holds none.
         patient_column: `FILE.csv:COLUMN`, a table with the patients; see `patient_table`.
@@ -104,7 +110,7 @@ def build_manifest(
         workers: number of processes; 0 or 1 reads in this process.
         progress: function that is called with (scans done, scans in all).
     Returns:
-        The manifest as written.
+        The manifest as written, with the counts of its labels.
     Raises:
         UserError: the folder is missing or holds no scan, an option about patients is wrong, or
             `out` cannot be written.
@@ -131,8 +137,9 @@ def build_manifest(
         )
     key = patient_key(out.parent)
     patients = PatientRules(root, key, patient_regex, folder, trusts_header, column)
+    ignore = tuple(ignore_labels)
     tasks = [
-        ExamineTask(scan, root, pairs.label_of.get(scan.path), key, min_depth, study_dates)
+        ExamineTask(scan, root, pairs.label_of.get(scan.path), key, min_depth, study_dates, ignore)
         for scan in scans
     ]
     rows: dict[int, Examined] = {}
@@ -142,7 +149,13 @@ def build_manifest(
             progress(len(rows), len(tasks))
     in_order = [rows[index] for index in range(len(tasks))]
     checked = refuse_duplicates(in_order, {row.id: row.mirror_digest for row in in_order})
-    manifest = Manifest(with_patients(checked, in_order, scans, patients), root.resolve(), file=out)
+    manifest = Manifest(
+        with_patients(checked, in_order, scans, patients),
+        root.resolve(),
+        ignore_labels=ignore,
+        label_report=label_report(pairs, checked, root),
+        file=out,
+    )
     write_table(manifest, out)
     return manifest
 
@@ -190,10 +203,8 @@ def examine(task: ExamineTask) -> Examined:
                 "too_few_slices",
                 f"{row.depth} slices; rule: at least {task.min_depth} (--min-depth)",
             )
-        label_path, problem = checked_labels(task, volume)
-        # labels that cannot be used do not refuse the scan; its row says why it has none
-        detail = nameless(problem, task)
-        return replace(row, status=ACCEPTED, label_path=label_path, detail=detail)
+        row = with_labels(replace(row, status=ACCEPTED), task, volume)
+        return replace(row, detail=nameless(row.detail, task))
     except Refused as error:
         return replace(row, reason=error.reason, detail=nameless(error.detail, task))
     except Exception as error:  # one scan must not end the index of a whole archive
@@ -235,21 +246,27 @@ def _relative_path(task: ExamineTask) -> str:
     return task.source.path.relative_to(task.root).as_posix()
 
 
-def checked_labels(task: ExamineTask, volume: Volume) -> tuple[str, str]:
-    """Path of the scan's label map, and why it cannot be used.
+def with_labels(row: Examined, task: ExamineTask, volume: Volume) -> Examined:
+    """A row with path and digest of the scan's labels.
 
-    One of the two is empty: the reason where the label map can be used, else the path. Both are
-    empty where the scan has no label map.
+    Labels that cannot be used do not refuse the scan: its row gives the reason in `detail`.
     """
     if task.labels is None:
-        return "", ""
+        return row
     try:
-        check_same_grid(volume, read_labels(task.labels))
+        found = read_labels_of(volume, task.labels, task.ignore_labels)
     except Refused as error:
-        return "", f"labels {task.labels.name} not used: {error}"
+        return replace(row, detail=not_used(task.labels.name, str(error)))
+    path = os.path.relpath(task.labels.resolve(), task.root.resolve())
     if task.labels.is_relative_to(task.root):
-        return task.labels.relative_to(task.root).as_posix(), ""
-    return str(task.labels.resolve()), ""
+        path = task.labels.relative_to(task.root).as_posix()
+    notes = "".join(f"labels {task.labels.name}: {note}" for note in found.notes[:1])
+    return replace(
+        row,
+        label_path=Path(path).as_posix(),
+        label_digest=label_digest(found.label_map),
+        detail="; ".join([notes, *found.notes[1:]]) if notes else "",
+    )
 
 
 def with_facts(row: Examined, volume: Volume, task: ExamineTask) -> Examined:

@@ -1,6 +1,6 @@
-"""Read one scan or label map from disk as a `Volume` or `LabelMap`.
+"""Read one scan from disk as a `Volume`; `labels.reading` does the same for its labels.
 
-A reader gives the voxels as stored. Here they become HU (or labels) in LPS with axial slices first.
+A reader gives the voxels as stored. Here they become HU in LPS with axial slices first.
 Nothing is resampled: axes are permuted and flipped to the nearest LPS axes, and a scan that this
 cannot bring upright (gantry tilt, more than 41 degrees off the body's axes) is refused. Every rule
 has a reason code. An exception inside a reader library becomes `unreadable` with its message.
@@ -8,22 +8,22 @@ has a reason code. An exception inside a reader library becomes `unreadable` wit
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 
-from tapct.data import formats
 from tapct.data.ct_check import check_is_ct
 from tapct.data.discover import UNREADABLE, Source, find_source
 from tapct.data.geometry import to_lps
-from tapct.data.headers import facts_of, label_names, merge_sidecar, read_sidecar
+from tapct.data.headers import facts_of, merge_sidecar, read_sidecar
 from tapct.data.plain_facts import failure
 from tapct.data.readers import DICOM, format_named
 from tapct.data.readers.raw import Image
-from tapct.types import AIR_HU, LabelMap, Refused, Volume
+from tapct.types import AIR_HU, Refused, Volume
 
 MAX_HU = 32767  # largest int16
-MAX_LABEL = 65535  # largest uint16
 
 
 def read_volume(path: Path | str, key: bytes | None = None) -> Volume:
@@ -43,7 +43,8 @@ def read_volume(path: Path | str, key: bytes | None = None) -> Volume:
 
 def read_source(source: Source, key: bytes | None = None) -> Volume:
     """`read_volume` for a source that `find_sources` found, without searching its folder again."""
-    image = _read_image(source)
+    with refusing():
+        image = read_image(source)
     header, patient_from = image.header, "header"
     if source.kind != DICOM.name:
         merged = merge_sidecar(header, read_sidecar(source.path))
@@ -52,53 +53,33 @@ def read_source(source: Source, key: bytes | None = None) -> Volume:
         header = merged
     if header.modality and header.modality.upper() != "CT":
         raise Refused("not_ct", f"Modality is '{header.modality}'; rule: CT")
-    view_ZYX, spacing_mm, origin_mm = to_lps(image.voxels_IJK, image.affine)
+    view_ZYX, spacing_mm, origin_mm, directions = to_lps(image.voxels_IJK, image.affine)
     check_is_ct(
         image.voxels_IJK, image.slope, image.intercept, declared_ct=header.modality.upper() == "CT"
     )
     hu_ZYX = _to_hu(view_ZYX, image.slope, image.intercept)
-    return Volume(hu_ZYX, spacing_mm, origin_mm, facts_of(header, key, patient_from))
+    return Volume(hu_ZYX, spacing_mm, origin_mm, facts_of(header, key, patient_from), directions)
 
 
-def read_labels(path: Path | str) -> LabelMap:
-    """Read one label map.
-
-    Names come from NAME.json {"labels": {"1": "liver"}}, else from the file's own table (Slicer
-    segments, the label table of a NIfTI extension), else they stay empty.
-
-    Args:
-        path: path of a NIfTI, NRRD or MetaImage file.
-    Returns:
-        Labels as uint16, (Z, Y, X) in LPS.
-    Raises:
-        Refused: a reason for which a scan is refused too, or `not_labels`: values that are not
-            whole numbers from 0 to 65535.
-    """
-    source = find_source(Path(path))
-    if source.kind == DICOM.name:
-        raise Refused(
-            "unsupported",
-            f"labels are read from {formats.listed('or', without=DICOM.name)}; convert the DICOM "
-            "SEG",
-        )
-    image = _read_image(source)
-    view_ZYX, spacing_mm, origin_mm = to_lps(image.voxels_IJK, image.affine)
-    labels_ZYX = _to_labels(source.path.name, view_ZYX, image.slope, image.intercept)
-    names = label_names(source.path, read_sidecar(source.path)) or image.names
-    return LabelMap(labels_ZYX, spacing_mm, origin_mm, names)
-
-
-def _read_image(source: Source) -> Image:
-    """Call the format's reader; every exception but a missing library becomes a refusal."""
+def read_image(source: Source) -> Image:
+    """Call the format's reader."""
     if source.kind == UNREADABLE:
         raise Refused(
             "unreadable", f"folder {source.path.name} cannot be listed; check its permissions"
         )
+    for path in source.files:
+        if path.stat().st_size == 0:
+            raise Refused("empty_file", f"{path.name} has no content")
+    return format_named(source.kind).read(source.files)
+
+
+@contextmanager
+def refusing() -> Iterator[None]:
+    """Within this context, every exception but a missing library becomes a refusal, without the
+    text of the library, which may quote the file.
+    """
     try:
-        for path in source.files:
-            if path.stat().st_size == 0:
-                raise Refused("empty_file", f"{path.name} has no content")
-        return format_named(source.kind).read(source.files)
+        yield
     except (Refused, ImportError):  # a library that cannot be loaded is not a fault of this scan
         raise
     except Exception as error:
@@ -127,20 +108,3 @@ def _to_hu(view_ZYX: np.ndarray, slope: float, intercept: float) -> np.ndarray:
             )
         hu_ZYX[z] = np.maximum(values_YX, AIR_HU)
     return hu_ZYX
-
-
-def _to_labels(name: str, view_ZYX: np.ndarray, slope: float, intercept: float) -> np.ndarray:
-    """uint16 labels, slice by slice: refuse fractions and what uint16 cannot hold."""
-    labels_ZYX = np.empty(view_ZYX.shape, dtype=np.uint16)
-    for z, plane_YX in enumerate(view_ZYX):
-        values_YX = plane_YX.astype(np.float64) * slope + intercept
-        if not (np.isfinite(values_YX).all() and (values_YX == np.rint(values_YX)).all()):
-            raise Refused("not_labels", f"{name} holds values that are not whole numbers")
-        if values_YX.min() < 0 or values_YX.max() > MAX_LABEL:
-            raise Refused(
-                "not_labels",
-                f"labels run from {values_YX.min():g} to {values_YX.max():g}; rule: 0 to "
-                f"{MAX_LABEL}",
-            )
-        labels_ZYX[z] = values_YX
-    return labels_ZYX

@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import json
 import os
 from collections import Counter
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ import pyarrow.parquet
 
 from tapct.base import files
 from tapct.base.exits import UserError, single_line
+from tapct.data.labels.report import LabelReport
 from tapct.data.readers.raw import MAX_TEXT
 
 SCHEMA = "2"
@@ -47,7 +49,8 @@ class Row:
         kind: nifti, nrrd, meta or dicom; unreadable for a folder that cannot be listed.
         status: accepted or refused.
         reason: code of the rule by which it was refused, else empty.
-        detail: one line: why it was refused, or why its labels are not used; it names no file.
+        detail: one line: why it was refused, why its labels are not used, or what was decided
+            about them; it names no file.
         marks: codes of what is unusual about an accepted scan, e.g. `values_windowed`; several are
             separated by commas.
         depth, height, width: voxels along Z, Y, X; 0 where unknown.
@@ -61,10 +64,10 @@ class Row:
         kernel: reconstruction kernel where its text looks like one, `other`, or empty.
         sex: M, F, O or empty.
         age_years: age in years, NaN where unknown.
-        label_path: path of the label map below the root, or absolute where it lies elsewhere; empty
-            where there is none on the scan's grid.
-        label_digest: hash of shape and values of the label map on the scan's grid; empty where
-            there is none.
+        label_path: path of the label file, or folder of masks, relative to the root (it begins with
+            .. where it lies elsewhere); empty where there is none on the scan's grid.
+        label_digest: hash of shape, values and names of the label map on the scan's grid; empty
+            where there is none.
         duplicate_of: id of the accepted scan that a refused duplicate repeats, else empty.
         lossy_ratio: ratio of a lossy compression that the header declares; NaN where it declares
             none.
@@ -115,13 +118,18 @@ class Manifest:
     """All rows of an archive, in the order of their paths.
 
     Args:
-        rows: one per scan.
+        rows: all rows.
         root: folder of the archive.
+        ignore_labels: label values of voxels that nobody has labelled, as `tapct index
+            --ignore-label` was given them; `tapct pack` reads the labels by the same rule.
+        label_report: what `tapct index` found about the labels; None for a manifest that was read.
         file: file that holds the manifest; None where there is none.
     """
 
     rows: tuple[Row, ...]
     root: Path
+    ignore_labels: tuple[int, ...] = ()
+    label_report: LabelReport | None = field(default=None, compare=False)
     file: Path | None = field(default=None, repr=False, compare=False)
 
     @property
@@ -178,7 +186,8 @@ class Manifest:
         )
         if root is None:
             root = (path.parent.resolve() / metadata["tapct.root_relative"]).resolve()
-        manifest = cls(rows, root, file=path)
+        ignore = tuple(json.loads(metadata.get("tapct.ignore_labels", "[]")))
+        manifest = cls(rows, root, ignore, file=path)
         if manifest.digest != metadata["tapct.digest"]:
             raise UserError(
                 f"{path} does not match its own digest, so it was changed or damaged; make it "
@@ -224,6 +233,7 @@ def write_table(manifest: Manifest, out: Path) -> None:
         # no absolute path: it may hold the name of a user or of a patient
         "tapct.root_relative": os.path.relpath(manifest.root, out.parent.resolve()),
         "tapct.digest": manifest.digest,
+        "tapct.ignore_labels": json.dumps(list(manifest.ignore_labels)),
     }
     schema = pyarrow.schema([(f.name, _ARROW[str(f.type)]) for f in fields], metadata=metadata)
     try:

@@ -19,16 +19,19 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from tapct.base.exits import UserError
 from tapct.base.files import NO_SPACE, PRIVATE, TEMPORARY_SUFFIX, write_atomically
+from tapct.data.digest import label_digest
 from tapct.data.ingest import read_volume
+from tapct.data.labels.reading import read_labels_of
 from tapct.data.manifest import Manifest, Row
 from tapct.data.packed import Damaged, PackedMeta, encode, open_packed
+from tapct.data.packed_labels import encode_labels, labels_file, packed_digest, read_names
 from tapct.data.process_pool import map_unordered
 from tapct.data.store import INDEX_NAME, StoredScan, index_bytes
 from tapct.types import Refused, Volume
@@ -67,6 +70,8 @@ class PackReport:
         voxel_bytes: bytes of all scans of the store as int16 in memory.
         stored_bytes: bytes of their files on disk.
         seconds: wall time.
+        num_labelled: number of scans of the store with labels.
+        labels_refused: scans of the store whose labels could not be packed.
     """
 
     store: Path
@@ -78,6 +83,8 @@ class PackReport:
     voxel_bytes: int
     stored_bytes: int
     seconds: float
+    num_labelled: int = 0
+    labels_refused: tuple[RefusedScan, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -88,6 +95,7 @@ class _Task:
     root: Path
     out: Path
     level: int
+    ignore_labels: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -100,6 +108,7 @@ class _Outcome:
     kept: bool = False
     was_damaged: bool = False
     stored_bytes: int = 0
+    labels_refused: RefusedScan | None = None
 
 
 def pack(
@@ -131,7 +140,8 @@ def pack(
         with _only_one(out):
             for leftover in out.glob(f".*{TEMPORARY_SUFFIX}"):
                 leftover.unlink()
-            tasks = [_Task(row, root, out, level) for row in rows]
+            ignore = manifest.ignore_labels
+            tasks = [_Task(row, root, out, level, ignore) for row in rows]
             # closing lets the running scans finish and starts no more
             with closing(map_unordered(pack_task, tasks, workers, _crashed)) as results:
                 for done, (i, outcome) in enumerate(results, 1):
@@ -149,7 +159,6 @@ def pack(
                 out / INDEX_NAME,
                 index_bytes(
                     scans,
-                    Path(_below(out, root)),
                     manifest.digest,
                     manifest.summary(),
                     manifest_file="" if manifest.file is None else _below(out, manifest.file),
@@ -244,9 +253,13 @@ def pack_scan(task: _Task) -> _Outcome:
             if (meta.id, meta.checksum) == (row.id, row.digest) and not _differences(
                 row, meta.shape_ZYX, meta.spacing_mm
             ):
-                return _Outcome(_stored(row, meta), kept=True, stored_bytes=file.stat().st_size)
+                size = file.stat().st_size
+                return _with_labels(
+                    task, _Outcome(_stored(row, meta), kept=True, stored_bytes=size)
+                )
     try:
-        frame, meta = encode(_read_as_indexed(row, task.root), row.id, task.level)
+        volume = _read_as_indexed(row, task.root)
+        frame, meta = encode(volume, row.id, task.level)
         if meta.checksum != row.digest:
             detail = f"{task.root / row.path} has other voxels than at `tapct index`; run it again."
             raise Refused("changed", detail)
@@ -256,7 +269,36 @@ def pack_scan(task: _Task) -> _Outcome:
             was_damaged=was_damaged,
         )
     write_atomically(file, frame, mode=PRIVATE)
-    return _Outcome(_stored(row, meta), was_damaged=was_damaged, stored_bytes=len(frame))
+    outcome = _Outcome(_stored(row, meta), was_damaged=was_damaged, stored_bytes=len(frame))
+    return _with_labels(task, outcome, volume)
+
+
+def _with_labels(task: _Task, outcome: _Outcome, volume: Volume | None = None) -> _Outcome:
+    """Keep or pack the labels of a packed scan; labels that cannot be packed do not refuse it.
+
+    Args:
+        task: the scan.
+        outcome: result for its voxels.
+        volume: the scan; None to read it if its labels must be read.
+    """
+    row, scan = task.row, outcome.scan
+    if scan is None or not row.label_path:
+        return outcome
+    file = labels_file(task.out, row.id)
+    try:
+        if packed_digest(file) != row.label_digest:
+            if volume is None:
+                volume = _read_as_indexed(row, task.root)
+            found = read_labels_of(volume, task.root / row.label_path, task.ignore_labels)
+            if label_digest(found.label_map) != row.label_digest:
+                raise Refused("changed", "they differ from `tapct index`; run it again.")
+            packed = encode_labels(found.label_map, row.id, task.level)
+            write_atomically(file, packed, mode=PRIVATE)
+        names = read_names(file)
+    except Refused as refusal:
+        problem = RefusedScan(row.id, row.label_path, refusal.reason, refusal.detail)
+        return replace(outcome, labels_refused=problem)
+    return replace(outcome, scan=replace(scan, label_digest=row.label_digest, label_names=names))
 
 
 def _stored(row: Row, meta: PackedMeta) -> StoredScan:
@@ -267,7 +309,7 @@ def _stored(row: Row, meta: PackedMeta) -> StoredScan:
         spacing_mm=meta.spacing_mm,
         patient=row.patient,
         path=row.path,
-        label_path=row.label_path,
+        label_digest="",  # set once its labels are packed
         checksum=meta.checksum,
     )
 
@@ -345,6 +387,7 @@ def _report(
             if outcome.was_damaged:
                 damaged.append(outcome.scan.id)
     listed = {f"{scan.id}.b2nd" for scan in scans}
+    listed |= {labels_file(out, scan.id).name for scan in scans if scan.has_labels}
     return PackReport(
         store=out,
         packed=tuple(packed),
@@ -355,4 +398,8 @@ def _report(
         voxel_bytes=sum(2 * int(np.prod(scan.shape_ZYX)) for scan in scans),
         stored_bytes=sum(outcome.stored_bytes for outcome in outcomes),
         seconds=seconds,
+        num_labelled=sum(scan.has_labels for scan in scans),
+        labels_refused=tuple(
+            outcome.labels_refused for outcome in outcomes if outcome.labels_refused is not None
+        ),
     )

@@ -24,7 +24,7 @@ from tapct.base.exits import UserError, single_line
 from tapct.data.digest import voxel_digest
 from tapct.types import Volume
 
-SCHEMA = 1  # version of store.parquet and of the metadata in every .b2nd
+SCHEMA = 1  # version of the metadata in every .b2nd
 META_KEY = "tapct"
 CHUNK_BYTES = 1 << 20  # smaller chunks waste less at a slab's ends, larger ones cost fewer calls
 CHUNK_SLICES = 4

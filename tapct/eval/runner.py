@@ -24,6 +24,7 @@ from tapct.base import console
 from tapct.base.exits import UserError
 from tapct.config import plugins, setting, to_dict
 from tapct.config.plugins import Plugin
+from tapct.data.store import Store
 from tapct.eval import pictures, scans
 from tapct.eval.baselines import NamedModel
 from tapct.eval.contract import DEFAULT_TASKS, Labels, Task
@@ -108,7 +109,7 @@ class Config:
 def evaluate(
     models: Sequence[NamedModel],
     rows: Sequence[ScanRow],
-    root: Path,
+    store: Store,
     config: Config,
     *,
     contract: HUContract,
@@ -126,7 +127,7 @@ def evaluate(
         models: at least one, on `device`, all with the same patch; the first one comes first in
             the pictures.
         rows: accepted scans; each task uses those that have the labels it needs.
-        root: folder that the rows' paths are relative to.
+        store: packed scans and labels, which are all that is read.
         config: tasks, split and preprocessing.
         contract: HU to network input.
         out: folder for `results.json` and `pictures/`; made if missing, `results.json` is
@@ -160,7 +161,7 @@ def evaluate(
     run = _Run(
         config=config,
         split=split,
-        root=root,
+        store=store,
         contract=contract,
         preprocess=preprocess,
         patch=patch,
@@ -264,7 +265,7 @@ class _Run:
 
     config: Config
     split: Split
-    root: Path
+    store: Store
     contract: HUContract
     preprocess: Preprocess
     patch: tuple[int, int, int]
@@ -286,7 +287,7 @@ class _Run:
             need_map = [each.task.labels in (Labels.VOXELS, Labels.PAIRS) for each in task_runs]
             labelled = scans.read_scan(
                 row,
-                self.root,
+                self.store,
                 with_labels=any(need_map),
                 scan_labels=self.scan_labels.get(row.id),
             )

@@ -9,19 +9,16 @@ import fnmatch
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
 from tapct.base import console, rng
 from tapct.base.exits import UserError
-from tapct.data.geometry import check_same_grid
-from tapct.data.ingest import read_labels, read_volume
-from tapct.data.plain_facts import without_names
 from tapct.data.split import held_out_patients, two_sides
+from tapct.data.store import Store
 from tapct.eval.contract import Labels
-from tapct.types import LabelMap, Refused, Volume
+from tapct.types import LabelMap, Volume
 
 PATIENTS = "patients"  # split mode: no patient on both sides
 BLOCKS = "blocks"  # split mode: slabs of the same scans
@@ -57,7 +54,7 @@ ScanLabels = Mapping[str, Mapping[str, str]]  # scan ID -> label name -> value
 
 
 class ScanRow(Protocol):
-    """What evaluation reads of a scan's row; `manifest.Row` and `store.StoredScan` both have it."""
+    """What evaluation reads of a scan's row; `store.StoredScan` has it."""
 
     @property
     def id(self) -> str:
@@ -72,8 +69,8 @@ class ScanRow(Protocol):
         """Path of the scan, absolute or relative to the archive's root."""
 
     @property
-    def label_path(self) -> str:
-        """Path of its label map; empty where there is none."""
+    def has_labels(self) -> bool:
+        """Whether the store holds labels of the scan."""
 
 
 @dataclass(frozen=True)
@@ -134,7 +131,7 @@ def usable(
         return list(rows)
     if labels is Labels.SCAN:
         return [row for row in rows if (scan_labels or {}).get(row.id)]
-    with_map = [row for row in rows if row.label_path]
+    with_map = [row for row in rows if row.has_labels]
     if labels is Labels.VOXELS:
         return with_map
     per_patient = Counter(row.patient for row in with_map if row.patient)
@@ -157,10 +154,11 @@ def how_to_label(labels: Labels) -> str:
     """How labels of a kind are given to tapct, for error lines."""
     return {
         Labels.VOXELS: "name it NAME_seg.nii.gz beside NAME.nii.gz, put it in labels*/ beside "
-        "images*/, or index again with --labels DIR",
+        "images*/ (docs/data.md lists all layouts), or use --labels DIR; then index and pack again",
         Labels.SCAN: "`tapct eval` cannot read scan-level labels yet; set labels = Labels.NONE "
         "in the task and read the values from a file that its Config names (see docs/extending.md)",
-        Labels.PAIRS: "index again with --labels DIR and a --patient-regex that finds the patient",
+        Labels.PAIRS: "index again with --labels DIR and a --patient-regex that finds the patient, "
+        "and pack again",
         Labels.NONE: "index and pack an archive with accepted scans",
     }[labels]
 
@@ -294,32 +292,19 @@ def block_slices(
 
 
 def read_scan(
-    row: ScanRow, root: Path, *, with_labels: bool, scan_labels: Mapping[str, str] | None = None
+    row: ScanRow, store: Store, *, with_labels: bool, scan_labels: Mapping[str, str] | None = None
 ) -> LabelledScan:
-    """Read the voxels of a scan and, where a task needs them, its label map.
+    """Read the voxels of a scan and, where a task needs them, its labels, from the store.
 
     Args:
         row: scan to read.
-        root: folder that the row's paths are relative to; absolute ones stay.
-        with_labels: True to read the label map too.
+        store: packed scans.
+        with_labels: True to read the labels too.
         scan_labels: values for the scan as a whole.
     Raises:
-        Refused: a file differs from its row in the manifest, or the labels have another grid.
-        UserError: the store does not know where the scan is.
+        Damaged: the packed scan or its labels are damaged.
     """
-    if not row.path:
-        raise UserError(
-            f"scan {row.id} cannot be read: its path is in the manifest that was packed, which is "
-            "gone or has changed; put it back, or run `tapct pack` with the new one"
-        )
-    scan, label_file = root / row.path, root / row.label_path
-    labels = None
-    try:
-        volume = read_volume(scan)
-        if with_labels:
-            labels = read_labels(label_file)
-            check_same_grid(volume, labels)
-    except Refused as error:  # an evaluation may be logged: it names the scan by its id
-        detail = without_names(error.detail, root, (scan, label_file))
-        raise Refused(error.reason, f"scan {row.id}: {detail}") from error
+    i = store.index_of(row.id)
+    volume = Volume(store.read(i), store.scans[i].spacing_mm)
+    labels = store.read_labels(i) if with_labels else None
     return LabelledScan(row.id, volume, labels, row.patient, scan_labels or {})

@@ -141,7 +141,7 @@ def evaluate(
         evaluation = runner.evaluate(
             with_baselines(trained.backbone, config.model, config.seed),
             store.scans,
-            store.root,
+            store,
             config.eval,
             contract=config.contract,
             out=out.path,
