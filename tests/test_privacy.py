@@ -200,7 +200,7 @@ def test_planted_names_are_nowhere_but_in_the_columns_of_paths(
     assert len([row for row in table if row["status"] == "refused"]) > 15
     assert all(IN_PATHS in row["path"] for row in table)
 
-    labelled = {scan.patient for scan in Store(store).scans if scan.label_path}
+    labelled = {scan.patient for scan in Store(store).scans if scan.has_labels}
     seed = next(s for s in range(50) if 0 < len(held_out_patients(labelled, 0.5, s)) < 5)
     config = write_config(tmp_path, store)
     overrides = ["data.held_out=0.5", f"data.split_seed={seed}", "train.steps=2"]

@@ -128,8 +128,8 @@ def pack(
         level: level of zstd, 1 to 9; higher is smaller and slower to write.
         progress: function that is called with (finished scans, scans in all).
     Raises:
-        UserError: there is nothing to pack, nothing could be packed, the archive is gone, the disk
-            is full, or another `tapct pack` is writing to the folder.
+        UserError: there is nothing to pack, nothing could be packed, the disk is full, or another
+            `tapct pack` is writing to the folder.
     """
     rows = _checked_rows(manifest, level)
     started = time.monotonic()
@@ -177,6 +177,11 @@ def _below(out: Path, path: Path) -> str:
 
 def _nothing_packed(report: PackReport, root: Path) -> UserError:
     """The error of a pack whose scans were all refused."""
+    if not root.is_dir():
+        return UserError(
+            f"the archive {root} is gone, where the manifest expects it; give its folder with "
+            "`tapct pack --root FOLDER`"
+        )
     first = report.refused[0]
     return UserError(
         f"none of the {len(report.refused)} accepted scans could be packed; the first, "
@@ -194,11 +199,6 @@ def _checked_rows(manifest: Manifest, level: int) -> Sequence[Row]:
         raise UserError(
             f"the manifest of {manifest.root} has no accepted scan among {len(manifest.rows)}; "
             "its rows give the reasons."
-        )
-    if not manifest.root.is_dir():
-        raise UserError(
-            f"the archive {manifest.root} is gone, where the manifest expects it beside itself; "
-            "give its folder with --root"
         )
     seen: set[str] = set()
     for row in rows:

@@ -108,12 +108,25 @@ def imbalance(patients: Collection[str], share: float, seed: int) -> str:
         f"data.held_out {share:g} holds out {'none' if num == 0 else 'all'} of the {len(names)} "
         f"patients with data.split_seed {seed}"
     )
-    if len(names) == 1:
-        return f"{line}; set data.held_out=0, since one patient cannot be on two sides"
+    seed = seed_with_both_sides(names, share)
+    if seed is None:
+        return f"{line}; set data.held_out=0"
+    count = len(held_out_patients(names, share, seed))
+    return f"{line}; set data.split_seed={seed}, which holds out {count}, or data.held_out=0"
+
+
+def seed_with_both_sides(patients: Collection[str], share: float) -> int | None:
+    """The seed among the first hundred that holds out some of the patients, as near to the share as
+    one of them does; None where none does, as for one patient.
+
+    Args:
+        patients, share: as in `held_out_patients`.
+    """
+    names = set(patients)
     wanted = min(max(share * len(names), 1), len(names) - 1)
-    counts = [len(held_out_patients(names, share, other)) for other in range(100)]
-    mixed = [other for other, count in enumerate(counts) if 0 < count < len(names)]
-    if not mixed:
-        return f"{line}; change data.held_out, or set it to 0"
-    best = min(mixed, key=lambda other: (abs(counts[other] - wanted), other))
-    return f"{line}; set data.split_seed={best}, which holds out {counts[best]}, or data.held_out=0"
+    best, distance = None, float("inf")
+    for seed in range(100):
+        count = len(held_out_patients(names, share, seed))
+        if 0 < count < len(names) and abs(count - wanted) < distance:
+            best, distance = seed, abs(count - wanted)
+    return best
