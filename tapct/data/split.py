@@ -105,14 +105,14 @@ def imbalance(patients: Collection[str], share: float, seed: int) -> str:
     if 0 < num < len(names):
         return ""
     line = (
-        f"data.held_out {share:g} holds out {'none' if num == 0 else 'all'} of the {len(names)} "
-        f"patients with data.split_seed {seed}"
+        f"data.held_out {share:g} holds out {'none' if num == 0 else 'all'} of the store's "
+        f"patients ({len(names)}) with data.split_seed {seed}"
     )
-    seed = seed_with_both_sides(names, share)
-    if seed is None:
+    other = seed_with_both_sides(names, share)
+    if other is None:
         return f"{line}; set data.held_out=0"
-    count = len(held_out_patients(names, share, seed))
-    return f"{line}; set data.split_seed={seed}, which holds out {count}, or data.held_out=0"
+    count = len(held_out_patients(names, share, other))
+    return f"{line}; set data.split_seed={other}, which holds out {count}, or data.held_out=0"
 
 
 def seed_with_both_sides(patients: Collection[str], share: float) -> int | None:
@@ -129,4 +129,6 @@ def seed_with_both_sides(patients: Collection[str], share: float) -> int | None:
         count = len(held_out_patients(names, share, seed))
         if 0 < count < len(names) and abs(count - wanted) < distance:
             best, distance = seed, abs(count - wanted)
+        if distance <= 0.5:  # no other seed is nearer
+            break
     return best

@@ -87,7 +87,7 @@ def test_a_share_that_holds_out_nobody_or_everybody_names_a_seed_that_does_not()
         num = len(held_out_patients(names, 0.2, seed))
         assert bool(line) == (num in (0, 5))
         if line:
-            assert "of the 5 patients" in line and "\n" not in line
+            assert "patients (5)" in line and "\n" not in line
             other = int(line.split("data.split_seed=")[1].split(",")[0])
             assert len(held_out_patients(names, 0.2, other)) == 1
     assert any(lines.values())
