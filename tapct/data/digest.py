@@ -29,10 +29,11 @@ def label_digest(labels: LabelMap) -> str:
     Args:
         labels: label map.
     Returns:
-        32 hex digits: blake2b over the shape, the names and the little-endian uint16 values in C
-        order.
+        32 hex digits: blake2b over the shape, the names and the values in C order, as uint8 where
+        all are below 256, else as little-endian uint16.
     """
     shape = tuple(int(size) for size in labels.labels_ZYX.shape)
-    digest = hashlib.blake2b(repr((shape, labels.names)).encode(), digest_size=16)
-    digest.update(np.ascontiguousarray(labels.labels_ZYX, dtype="<u2").data)
+    dtype = "u1" if labels.labels_ZYX.max(initial=0) < 256 else "<u2"
+    digest = hashlib.blake2b(repr((shape, dtype, labels.names)).encode(), digest_size=16)
+    digest.update(np.ascontiguousarray(labels.labels_ZYX, dtype=dtype).data)
     return digest.hexdigest()

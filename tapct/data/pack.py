@@ -286,15 +286,17 @@ def _with_labels(task: _Task, outcome: _Outcome, volume: Volume | None = None) -
         return outcome
     file = labels_file(task.out, row.id)
     try:
-        if packed_digest(file) != row.label_digest:
+        if packed_digest(file) == row.label_digest:
+            names = read_names(file)
+        else:
             if volume is None:
                 volume = _read_as_indexed(row, task.root)
             found = read_labels_of(volume, task.root / row.label_path, task.ignore_labels)
             if label_digest(found.label_map) != row.label_digest:
                 raise Refused("changed", "they differ from `tapct index`; run it again.")
-            packed = encode_labels(found.label_map, row.id, task.level)
-            write_atomically(file, packed, mode=PRIVATE)
-        names = read_names(file)
+            names = found.label_map.names
+            frame = encode_labels(found.label_map, row.id, task.level, row.label_digest)
+            write_atomically(file, frame, mode=PRIVATE)
     except Refused as refusal:
         problem = RefusedScan(row.id, row.label_path, refusal.reason, refusal.detail)
         return replace(outcome, labels_refused=problem)

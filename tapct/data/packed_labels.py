@@ -36,13 +36,14 @@ def labels_file(store: Path, scan_id: str) -> Path:
     return store / f"{scan_id}.labels.b2nd"
 
 
-def encode_labels(labels: LabelMap, scan_id: str, level: int) -> bytes:
+def encode_labels(labels: LabelMap, scan_id: str, level: int, digest: str = "") -> bytes:
     """Compress the labels of one scan.
 
     Args:
         labels: label map on the grid of its scan.
         scan_id: name of the scan in the store.
         level: level of zstd, 1 to 9.
+        digest: their `label_digest` where it is known; empty to compute it.
     Returns:
         The bytes of its file.
     """
@@ -67,7 +68,7 @@ def encode_labels(labels: LabelMap, scan_id: str, level: int) -> bytes:
         "schema": _SCHEMA,
         "id": scan_id,
         "spacing_mm": [float(mm) for mm in labels.spacing_mm],
-        "digest": label_digest(labels),
+        "digest": digest or label_digest(labels),
         "names": [[int(value), name] for value, name in labels.names],
         "ignore": IGNORE_LABEL,
     }
