@@ -83,8 +83,8 @@ def index(
         str | None,
         typer.Option(
             metavar="SOURCE",
-            help="folder:N, the N-th folder below FOLDER is the patient; or header, every "
-            "PatientID counts, also one that all studies have",
+            help="folder:N, the N-th folder below FOLDER is the patient; or header, a "
+            "PatientID counts also where all studies have the same one",
         ),
     ] = None,
     study_dates: Annotated[

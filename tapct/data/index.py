@@ -103,8 +103,8 @@ def build_manifest(
         patient_regex: regular expression; group 1, searched in the path below the root, is the
             patient's identifier where the header holds none.
         patient_column: `FILE.csv:COLUMN`, a table with the patients; see `patient_table`.
-        patient_from: `folder:N`, the N-th folder below the root is the patient; or `header`, every
-            PatientID counts, also one that all studies have.
+        patient_from: `folder:N`, the N-th folder below the root is the patient; or `header`, a
+            PatientID counts also where all studies have the same one.
         study_dates: whether the manifest has the whole date of a study, and not its year alone.
         min_depth: fewest slices of an accepted scan; others are refused as `too_few_slices`.
         workers: number of processes; 0 or 1 reads in this process.

@@ -22,8 +22,8 @@ def lines_about_patients(rows: Sequence[Row]) -> list[str]:
     if stand_ins:
         lines.append(
             f"{stand_ins} of {len(accepted)} scans have a PatientID that identifies nobody (a "
-            "stand-in such as REMOVED, or the same in all studies); it is not used. If it does "
-            "identify patients, give --patient-from header"
+            "stand-in such as REMOVED, or the same in all studies); it is not used. If one ID "
+            "for all studies is right, give --patient-from header"
         )
     guessed = [row for row in accepted if row.patient_from == "guess"]
     if guessed:

@@ -52,8 +52,7 @@ class PatientRules:
             identifier; None to guess from the names on the path.
         folder: number of the folder on the path below the root that is the patient, from 1; 0 for
             none.
-        trusts_header: whether every PatientID counts, also one that looks like a stand-in because
-            all studies have it.
+        trusts_header: whether a PatientID counts also where all studies have the same one.
         column: identifier of a scan by its path below the root, from a table.
     """
 
