@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 import tapct
-from tapct.base import exits
+from tapct.base import exits, files
 
 # what some versions of Typer add to a help text: a type after the name of an argument, as in
 # `KEY=VALUE <list[str]>`, and the range of a number, as in `[default: 1; x>=1]`
@@ -37,8 +37,23 @@ def describe_help_option(option: Any) -> Any:
     return option
 
 
+def expanded(value: Any) -> Any:
+    """The value of an argument with `~` and `$NAME` replaced where it is a path or a list of them.
+
+    The shell does not do it in quotes, nor after the = of `--out=~/runs`.
+    """
+    if isinstance(value, Path):
+        return files.expand_path(value)
+    return [expanded(item) for item in value] if isinstance(value, list | tuple) else value
+
+
 class Command(TyperCommand):
     """A command whose help names the values of its arguments as we wrote them, and no types."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Call the function of the command."""
+        ctx.params = {name: expanded(value) for name, value in ctx.params.items()}
+        return super().invoke(ctx)
 
     def get_help_option(self, ctx: Any) -> Any:
         """The option --help."""
@@ -127,7 +142,7 @@ Workers = Annotated[
     int,
     typer.Option(
         metavar="N",
-        help="number of worker processes; 0 starts none and works in the process of the command",
+        help="number of worker processes, at least one",
         min=0,
         show_default="number of CPUs",
     ),

@@ -12,6 +12,17 @@ from tapct.base import console
 from tapct.cli.app import RunFolder, app, examples
 from tapct.data import formats
 
+DataSet = Annotated[
+    str,
+    typer.Option(
+        "--data",
+        metavar="NAME",
+        help="data set whose evaluation is shown: the name of a folder in RUN/eval, or its "
+        "beginning",
+        show_default="the data set of the run",
+    ),
+]
+
 
 @app.command(
     name="eval",
@@ -50,7 +61,9 @@ def evaluate(
     evaluation = finished.evaluate(run_folder, overrides or [], step)
     for line in evaluation.lines():
         console.say(line)
-    folder = run_paths.RunFolder(run_folder).evaluation(step)
+    data, weights = evaluation.origin.data, evaluation.origin.weights
+    assert data is not None and weights is not None, "an evaluation of a run knows both"
+    folder = run_paths.RunFolder(run_folder).evaluation(data.name, weights.step)
     console.say(f"results and pictures in {folder.path}")
 
 
@@ -113,14 +126,14 @@ def embed(
 
 
 @app.command(epilog=examples("tapct report runs/quickstart"))
-def report(run_folder: RunFolder) -> None:
+def report(run_folder: RunFolder, data: DataSet = "") -> None:
     """Write an HTML report of a run.
 
     RUN/report.html shows curves, health, timing, pictures and the config on one page.
     """
     from tapct.report import page
 
-    console.say(f"report: {page.write(run_folder)}")
+    console.say(f"report: {page.write(run_folder, data)}")
 
 
 @app.command(
@@ -143,6 +156,7 @@ def compare(
             show_default="losses and health",
         ),
     ] = None,
+    data: DataSet = "",
 ) -> None:
     """Compare runs: metrics, settings and curves.
 
@@ -151,7 +165,7 @@ def compare(
     """
     from tapct.report import compare as comparing
 
-    comparison = comparing.read(runs, metric or [])
+    comparison = comparing.read(runs, metric or [], data)
     for note in comparison.notes:
         console.say(note)
     console.say(comparing.render_text(comparison, console.console().width))

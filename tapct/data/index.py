@@ -2,52 +2,49 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from tapct.base.exits import UserError
+from tapct.base.exits import UserError, single_line
+from tapct.base.files import first_cause
+from tapct.base.locks import Lock, hold
 from tapct.data import formats
+from tapct.data import passed_over as passed
 from tapct.data.ct_check import BODY_ABOVE, subsample
 from tapct.data.digest import label_digest, voxel_digest
-from tapct.data.discover import Source, find_sources
+from tapct.data.discover import DICOM_OBJECT, Source, search
 from tapct.data.duplicates import mirror_digest, refuse_duplicates
-from tapct.data.ingest import read_source
+from tapct.data.examined import Examined, with_patients
+from tapct.data.ingest import OUT_OF_MEMORY, read_source
 from tapct.data.labels.counting import label_report, not_used
 from tapct.data.labels.pairing import pair_labels
 from tapct.data.labels.reading import read_labels_of
-from tapct.data.manifest import ACCEPTED, REFUSED, UNKNOWN, Manifest, Row, write_table
+from tapct.data.manifest import ACCEPTED, REFUSED, UNKNOWN, Manifest, write_table
 from tapct.data.patient_table import patients_from_table
 from tapct.data.patients import (
-    STAND_IN,
-    Known,
     PatientRules,
     check_regex,
+    key_name,
     keyed_hash,
     parse_patient_from,
     patient_key,
-    patients_of,
 )
-from tapct.data.plain_facts import failure, kernel, maker, without_names
-from tapct.data.process_pool import map_unordered
-from tapct.data.readers import DICOM, load_libraries
-from tapct.types import Refused, ScanFacts, Volume
+from tapct.data.plain_facts import failure as failure_line
+from tapct.data.plain_facts import kernel, maker, without_names
+from tapct.data.process_pool import DEFAULT_LIMITS, Failure, ScanLimits, map_unordered
+from tapct.data.read_rules import MIN_DEPTH, PLAIN, ReadRules
+from tapct.data.readers import LIBRARIES, load_libraries
+from tapct.data.readers.dicom_kind import object_title
+from tapct.data.readers.raw import MAX_TEXT
+from tapct.types import Refused, Volume
 
-
-@dataclass(frozen=True)
-class Examined(Row):
-    """The row of an examined scan, with what is needed until the whole archive has been examined.
-
-    Args:
-        facts: facts of its header and side-car; None where it could not be read.
-        mirror_digest: see `duplicates.mirror_digest`; empty where it could not be read.
-    """
-
-    facts: ScanFacts | None = None
-    mirror_digest: str = ""
+_MODULES = (__name__, *LIBRARIES)  # what a worker needs
 
 
 @dataclass(frozen=True)
@@ -60,6 +57,7 @@ class ExamineTask:
         labels: path of its label file or folder of masks, or None.
         key: secret of the keyed hashes of scans and patients.
         min_depth: fewest slices of an accepted scan.
+        rules: what is accepted beyond plain scans.
         study_dates: whether the row has the whole date of the study, and not its year alone.
         ignore_labels: label values of voxels that nobody has labelled.
     """
@@ -69,6 +67,7 @@ class ExamineTask:
     labels: Path | None
     key: bytes
     min_depth: int
+    rules: ReadRules = PLAIN
     study_dates: bool = False
     ignore_labels: tuple[int, ...] = ()
 
@@ -83,8 +82,10 @@ def build_manifest(
     patient_column: str | None = None,
     patient_from: str | None = None,
     study_dates: bool = False,
-    min_depth: int = 1,
-    workers: int = 1,
+    min_depth: int = MIN_DEPTH,
+    rules: ReadRules = PLAIN,
+    workers: int = 0,
+    limits: ScanLimits = DEFAULT_LIMITS,
     progress: Callable[[int, int], None] | None = None,
 ) -> Manifest:
     """Index an archive and write the manifest.
@@ -107,29 +108,39 @@ def build_manifest(
             PatientID counts also where all studies have the same one.
         study_dates: whether the manifest has the whole date of a study, and not its year alone.
         min_depth: fewest slices of an accepted scan; others are refused as `too_few_slices`.
-        workers: number of processes; 0 or 1 reads in this process.
+        rules: what is accepted beyond plain scans.
+        workers: number of processes; 0 reads in this process, without protection from a file that
+            ends, blocks or fills it.
+        limits: time and memory that one scan may take in a worker process.
         progress: function that is called with (scans done, scans in all).
     Returns:
-        The manifest as written, with the counts of its labels.
+        The manifest as written, with the number of files of each kind that were passed over, and
+        the counts of its labels.
     Raises:
         UserError: the folder is missing or holds no scan, an option about patients is wrong, or
             `out` cannot be written.
     """
     root, out = Path(root), Path(out)
-    load_libraries()
+    _check_libraries(workers)
     check_regex(patient_regex)
     folder, trusts_header = parse_patient_from(patient_from)
-    if out.is_dir():
-        raise UserError(
-            f"{out} is a folder; give the file to write, such as {out / 'manifest.parquet'}"
-        )
-    sources = find_sources(root)
+    _check_out(out)
+    listing = search(root, derived=rules.derived)
+    sources = listing.sources
     if labels is not None and not labels.is_dir():
         raise UserError(f"labels folder {labels} does not exist or is not a folder; check the path")
     pairs = pair_labels(sources, root, labels)
-    scans = [source for source in sources if source.path not in pairs.label_files]
+    scans = []
+    passed_over = Counter(listing.passed_over)
+    for source in sources:
+        if source.path in pairs.label_files:
+            continue
+        if source.kind == DICOM_OBJECT:
+            passed_over[f"DICOM {object_title(source.sop_class)}"] += 1
+        else:
+            scans.append(source)
     if not scans:
-        raise UserError(f"{root} holds no {formats.listed('or')} scans; check the path")
+        raise _no_scans(root, passed_over)
     column = {}
     if patient_column is not None:
         column = patients_from_table(
@@ -137,66 +148,133 @@ def build_manifest(
         )
     key = patient_key(out.parent)
     patients = PatientRules(root, key, patient_regex, folder, trusts_header, column)
-    ignore = tuple(ignore_labels)
     tasks = [
-        ExamineTask(scan, root, pairs.label_of.get(scan.path), key, min_depth, study_dates, ignore)
+        ExamineTask(
+            *(scan, root, pairs.label_of.get(scan.path), key, min_depth, rules, study_dates),
+            tuple(ignore_labels),
+        )
         for scan in scans
     ]
-    rows: dict[int, Examined] = {}
-    for index, row in map_unordered(examine, tasks, workers, crashed_row):
-        rows[index] = row
-        if progress is not None:
-            progress(len(rows), len(tasks))
-    in_order = [rows[index] for index in range(len(tasks))]
-    checked = refuse_duplicates(in_order, {row.id: row.mirror_digest for row in in_order})
-    manifest = Manifest(
-        with_patients(checked, in_order, scans, patients),
-        root.resolve(),
-        ignore_labels=ignore,
-        label_report=label_report(pairs, checked, root),
-        file=out,
-    )
-    write_table(manifest, out)
+    with _only_writer(out) as lock:
+        rows: dict[int, Examined] = {}
+        results = map_unordered(
+            examine,
+            tasks,
+            workers,
+            failed_row,
+            num_bytes=bytes_of,
+            limits=limits,
+            modules=_MODULES,
+        )
+        with contextlib.closing(results):  # ends the workers at an error or Ctrl-C
+            for index, row in results:
+                rows[index] = row
+                if progress is not None:
+                    progress(len(rows), len(tasks))
+        in_order = [rows[index] for index in range(len(tasks))]
+        checked = refuse_duplicates(in_order, {row.id: row.mirror_digest for row in in_order})
+        manifest = Manifest(
+            with_patients(checked, in_order, scans, patients),
+            *(root.resolve(), key_name(key), dict(passed_over), tuple(ignore_labels)),
+            label_report(pairs, checked, root),
+            file=out,
+        )
+        lock.check()
+        write_table(manifest, out)
     return manifest
 
 
-def with_patients(
-    rows: Sequence[Row],
-    examined: Sequence[Examined],
-    scans: Sequence[Source],
-    rules: PatientRules,
-) -> tuple[Row, ...]:
-    """The rows of an archive with their patients, which depend on the archive as a whole.
+def _check_libraries(workers: int) -> None:
+    """Load the reader libraries where scans are read, since a broken one would refuse every scan.
+
+    The process of the command does not need them; loading them costs it 0.7 s.
+    """
+    if workers == 0:
+        load_libraries()
+        return
+    for _, problem in map_unordered(
+        problem_of_libraries, [None], 1, lambda _, failure: failure.detail, modules=_MODULES
+    ):
+        if problem:
+            raise UserError(f"a library that reads scans cannot be loaded ({problem}); install it")
+
+
+def problem_of_libraries(_: None) -> str:
+    """Load the reader libraries; empty where they work, else the error."""
+    try:
+        load_libraries()
+    except Exception as error:
+        return single_line(f"{type(error).__name__}: {error}", MAX_TEXT)
+    return ""
+
+
+def _check_out(out: Path) -> None:
+    """Refuse a place that is no file of a manifest, before anything is read."""
+    if out.is_dir():
+        raise UserError(
+            f"{out} is a folder; give the file to write, such as {out / 'manifest.parquet'}"
+        )
+    if out.suffix != ".parquet":
+        raise UserError(
+            f"the manifest is a Parquet file, and {out} does not end in .parquet; give a name such "
+            f"as {out.with_suffix('.parquet')}"
+        )
+
+
+@contextlib.contextmanager
+def _only_writer(out: Path) -> Iterator[Lock]:
+    """Hold the lock of a manifest; a place that cannot be written to is refused here, before the
+    archive is read.
+    """
+    taken = f"another `tapct index` is writing {out}"
+    with contextlib.ExitStack() as stack:
+        try:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            lock = stack.enter_context(hold(out.with_name(f".{out.name}.lock"), taken))
+        except OSError as error:
+            raise UserError(
+                f"cannot write manifest {out}: {first_cause(error)}; nothing was changed"
+            ) from error
+        yield lock
+
+
+def _no_scans(root: Path, counts: Counter[str]) -> UserError:
+    """The error of a folder without anything to examine."""
+    others = passed.summary(counts)
+    beside = f", but {others}" if others else ""
+    return UserError(f"{root} holds no {formats.listed('or')} scans{beside}; check the path")
+
+
+def check_usable(manifest: Manifest, labels: Path | None) -> None:
+    """Refuse a manifest from which nothing can be packed, or in which no label map was used.
 
     Args:
-        rows: rows as they will be written, but for the patient.
-        examined: the same scans, as they were examined.
-        scans: the same scans as sources.
-        rules: how patients are identified.
+        manifest: manifest as written.
+        labels: folder that was given for label maps, or None.
+    Raises:
+        UserError: no scan is accepted, or labels were given and none belongs to an accepted scan.
     """
-    known = [
-        Known(scan.path, scan.kind == DICOM.name, row.facts, row.mirror_digest)
-        for row, scan in zip(examined, scans)
-    ]
-    result = []
-    for row, patient in zip(rows, patients_of(known, rules)):
-        columns = {field.name: getattr(row, field.name) for field in fields(Row)}
-        columns |= {"patient": patient.hash, "patient_from": patient.source}
-        if patient.has_stand_in:
-            columns["marks"] = ",".join(filter(None, (row.marks, STAND_IN)))
-        result.append(Row(**columns))
-    return tuple(result)
+    if not manifest.accepted:
+        (_, (reason, count), *_) = [*manifest.summary().items(), ("", 0)]
+        raise UserError(
+            f"none of the {len(manifest.rows)} scans in {manifest.root} is accepted, {count} are "
+            f"refused as {reason}; the manifest lists the reasons, docs/ingest.md explains them"
+        )
+    if labels is not None and not any(row.label_path for row in manifest.accepted):
+        raise UserError(
+            f"no label map in {labels} belongs to an accepted scan; label maps must have the names "
+            "of the scans, see docs/data.md, and lie on their grid"
+        )
 
 
 def examine(task: ExamineTask) -> Examined:
     """Read one scan and its labels; any failure becomes the reason in its row."""
     row = bare_row(task)  # refused, until all checks have passed
     try:
-        num_bytes = sum(path.stat().st_size for path in task.source.files)
-        row = replace(row, bytes=num_bytes)
+        row = replace(row, bytes=bytes_of(task))
         if not has_utf8_name(task):
             raise Refused("bad_name", "the path holds bytes that are not UTF-8; rename it")
-        volume = read_source(task.source, task.key)
+        volume = read_source(task.source, task.key, task.rules)
         row = with_facts(row, volume, task)
         if row.depth < task.min_depth:
             raise Refused(
@@ -206,9 +284,13 @@ def examine(task: ExamineTask) -> Examined:
         row = with_labels(replace(row, status=ACCEPTED), task, volume)
         return replace(row, detail=nameless(row.detail, task))
     except Refused as error:
+        if error.reason == OUT_OF_MEMORY:
+            raise MemoryError(error.detail) from error  # the pool tries it again with more
         return replace(row, reason=error.reason, detail=nameless(error.detail, task))
+    except MemoryError:
+        raise
     except Exception as error:  # one scan must not end the index of a whole archive
-        return replace(row, reason="unreadable", detail=failure(error))
+        return replace(row, reason="unreadable", detail=failure_line(error))
 
 
 def nameless(detail: str, task: ExamineTask) -> str:
@@ -217,33 +299,48 @@ def nameless(detail: str, task: ExamineTask) -> str:
     return without_names(detail, task.root, (task.source.path, *task.source.files, *labels))
 
 
-def crashed_row(task: ExamineTask) -> Examined:
-    """The row of a scan that ended its worker process."""
-    detail = "reading it ended the process (a reader library crashed, or memory ran out)"
-    return replace(bare_row(task), reason="crashed", detail=detail)
+def bytes_of(task: ExamineTask) -> int:
+    """Bytes of the files of a scan; a file that is gone counts as empty."""
+    num_bytes = 0
+    for path in task.source.files:
+        with contextlib.suppress(OSError):
+            num_bytes += path.stat().st_size
+    return num_bytes
+
+
+def failed_row(task: ExamineTask, failure: Failure) -> Examined:
+    """The row of a scan whose worker process has no result."""
+    detail = nameless(failure.detail, task)
+    return replace(bare_row(task), bytes=bytes_of(task), reason=failure.reason, detail=detail)
 
 
 def bare_row(task: ExamineTask) -> Examined:
     """The row of a scan that has not been read: its path and kind; its status is refused."""
     # Parquet holds text, so bytes of a path that are not UTF-8 are written as escapes
-    path = os.fsencode(_relative_path(task)).decode("utf-8", "backslashreplace")
+    path = _escaped(task, task.source.path)
     # keyed: nobody without the key can test whether a known path is in a manifest or a store
     scan_id = keyed_hash(task.key, f"scan {path}")
-    return Examined(id=scan_id, path=path, kind=task.source.kind, status=REFUSED)
+    files = task.source.files
+    file_paths = () if files == (task.source.path,) else tuple(_escaped(task, f) for f in files)
+    return Examined(
+        id=scan_id, path=path, kind=task.source.kind, status=REFUSED, file_paths=file_paths
+    )
+
+
+def _escaped(task: ExamineTask, file: Path) -> str:
+    """Path of a file below the root, as text that Parquet can hold."""
+    relative = file.relative_to(task.root).as_posix()
+    return os.fsencode(relative).decode("utf-8", "backslashreplace")
 
 
 def has_utf8_name(task: ExamineTask) -> bool:
-    """Whether the path of a scan is UTF-8, so that the manifest can hold it as it is."""
+    """Whether the paths of a scan are UTF-8, so that the manifest can hold them as they are."""
     try:
-        os.fsencode(_relative_path(task)).decode("utf-8")
+        for file in (task.source.path, *task.source.files):
+            os.fsencode(file.relative_to(task.root)).decode("utf-8")
     except UnicodeDecodeError:
         return False
     return True
-
-
-def _relative_path(task: ExamineTask) -> str:
-    """Path of the scan below the root, with /."""
-    return task.source.path.relative_to(task.root).as_posix()
 
 
 def with_labels(row: Examined, task: ExamineTask, volume: Volume) -> Examined:
@@ -256,6 +353,8 @@ def with_labels(row: Examined, task: ExamineTask, volume: Volume) -> Examined:
     try:
         found = read_labels_of(volume, task.labels, task.ignore_labels)
     except Refused as error:
+        if error.reason == OUT_OF_MEMORY:
+            raise
         return replace(row, detail=not_used(task.labels.name, str(error)))
     path = os.path.relpath(task.labels.resolve(), task.root.resolve())
     if task.labels.is_relative_to(task.root):
@@ -295,6 +394,8 @@ def with_facts(row: Examined, volume: Volume, task: ExamineTask) -> Examined:
         hu_p995=float(p995),
         body_share=body.size / values.size,
         digest=voxel_digest(volume.hu_ZYX),
+        marks=",".join(volume.marks),
+        lossy_ratio=volume.facts.lossy_ratio,
         facts=volume.facts,
         mirror_digest=mirror_digest(volume.hu_ZYX),
     )

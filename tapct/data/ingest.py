@@ -1,50 +1,70 @@
 """Read one scan from disk as a `Volume`; `labels.reading` does the same for its labels.
 
 A reader gives the voxels as stored. Here they become HU in LPS with axial slices first.
-Nothing is resampled: axes are permuted and flipped to the nearest LPS axes, and a scan that this
-cannot bring upright (gantry tilt, more than 41 degrees off the body's axes) is refused. Every rule
-has a reason code. An exception inside a reader library becomes `unreadable` with its message.
+Nothing is resampled unless `ReadRules.resample_tilt` asks for it: axes are permuted and flipped to
+the nearest LPS axes, and a scan that this cannot bring upright (gantry tilt, more than 41 degrees
+off the body's axes) is refused. Every rule has a reason code. An exception inside a reader library
+becomes `unreadable` with its message.
 """
 
 from __future__ import annotations
 
+import importlib
+import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
+from tapct.base.files import expand_path
+from tapct.data import tilt
 from tapct.data.ct_check import check_is_ct
 from tapct.data.discover import UNREADABLE, Source, find_source
 from tapct.data.geometry import to_lps
 from tapct.data.headers import facts_of, merge_sidecar, read_sidecar
 from tapct.data.plain_facts import failure
-from tapct.data.readers import DICOM, format_named
+from tapct.data.read_rules import PLAIN, ReadRules
+from tapct.data.readers import DICOM, FORMATS, format_named
 from tapct.data.readers.raw import Image
 from tapct.types import AIR_HU, Refused, Volume
 
+OUT_OF_MEMORY = "out_of_memory"
+# what reader libraries write where an allocation failed; ITK raises RuntimeError
+_NO_MEMORY = re.compile("bad_alloc|bad allocation|failed to allocate|not enough memory", re.I)
 MAX_HU = 32767  # largest int16
 
 
-def read_volume(path: Path | str, key: bytes | None = None) -> Volume:
+def read_volume(path: Path | str, key: bytes | None = None, rules: ReadRules = PLAIN) -> Volume:
     """Read one CT scan.
 
     Args:
-        path: path of a NIfTI, NRRD or MetaImage file, of a folder with one DICOM series, or of one
-            DICOM file, which stands for its whole series.
+        path: path of a file, of a folder with one DICOM series, or of one DICOM file, which stands
+            for its whole series in this folder.
         key: secret of the patient's hash in `facts`; without it the hash stays empty.
+        rules: what is accepted beyond plain scans.
     Returns:
         The scan in int16 HU, (Z, Y, X) in LPS, every value >= AIR_HU.
     Raises:
         Refused: the scan breaks a rule.
     """
-    return read_source(find_source(Path(path)), key)
-
-
-def read_source(source: Source, key: bytes | None = None) -> Volume:
-    """`read_volume` for a source that `find_sources` found, without searching its folder again."""
     with refusing():
-        image = read_image(source)
+        source = find_source(expand_path(path), derived=rules.derived)
+    return read_source(source, key, rules)
+
+
+def read_source(source: Source, key: bytes | None = None, rules: ReadRules = PLAIN) -> Volume:
+    """`read_volume` for a source that `find_sources` found, without searching its folder again."""
+    load_library(source)
+    with refusing():
+        return _read_source(source, key, rules)
+
+
+def _read_source(source: Source, key: bytes | None, rules: ReadRules) -> Volume:
+    image = read_image(source)
+    marks = _marks(source, image, rules)
     header, patient_from = image.header, "header"
     if source.kind != DICOM.name:
         merged = merge_sidecar(header, read_sidecar(source.path))
@@ -53,16 +73,44 @@ def read_source(source: Source, key: bytes | None = None) -> Volume:
         header = merged
     if header.modality and header.modality.upper() != "CT":
         raise Refused("not_ct", f"Modality is '{header.modality}'; rule: CT")
+    if rules.resample_tilt and tilt.is_tilted(image.affine):
+        image = tilt.upright(image)
+        marks += (tilt.MARK,)
     view_ZYX, spacing_mm, origin_mm, directions = to_lps(image.voxels_IJK, image.affine)
     check_is_ct(
         image.voxels_IJK, image.slope, image.intercept, declared_ct=header.modality.upper() == "CT"
     )
     hu_ZYX = _to_hu(view_ZYX, image.slope, image.intercept)
-    return Volume(hu_ZYX, spacing_mm, origin_mm, facts_of(header, key, patient_from), directions)
+    facts = replace(facts_of(header, key, patient_from), lossy_ratio=image.lossy_ratio)
+    return Volume(hu_ZYX, spacing_mm, origin_mm, facts, marks, directions)
+
+
+def _marks(source: Source, image: Image, rules: ReadRules) -> tuple[str, ...]:
+    """Codes of what is unusual about a scan as its file holds it.
+
+    Raises:
+        Refused: derived_image, lossy, where the rules do not accept it.
+    """
+    if image.derived and not rules.derived:
+        raise Refused("derived_image", f"it is {image.derived}; accept with --derived")
+    if image.lossy_ratio > rules.max_lossy_ratio:
+        raise Refused(
+            "lossy",
+            f"it was compressed {image.lossy_ratio:g}:1 with loss; rule: at most "
+            f"{rules.max_lossy_ratio:g}:1 (--max-lossy-ratio)",
+        )
+    marks = [source.mark] if source.mark else []
+    if image.derived:
+        marks.append("derived")
+    if image.is_lossy:
+        marks.append("lossy")
+    return tuple(marks)
 
 
 def read_image(source: Source) -> Image:
     """Call the format's reader."""
+    if source.reason:
+        raise Refused(source.reason, source.detail)
     if source.kind == UNREADABLE:
         raise Refused(
             "unreadable", f"folder {source.path.name} cannot be listed; check its permissions"
@@ -73,16 +121,31 @@ def read_image(source: Source) -> Image:
     return format_named(source.kind).read(source.files)
 
 
+def load_library(source: Source) -> None:
+    """Load what decodes a source; a library that cannot be loaded is not a fault of the scan."""
+    # a source that is refused without being read, such as a folder that cannot be listed, has no
+    # format
+    if source.kind in {known.name for known in FORMATS}:
+        for library in format_named(source.kind).libraries:
+            importlib.import_module(library)
+
+
 @contextmanager
 def refusing() -> Iterator[None]:
-    """Within this context, every exception but a missing library becomes a refusal, without the
-    text of the library, which may quote the file.
+    """Within this context, every exception that a file can cause becomes a refusal without the text
+    of the library, which may quote the file, and no warning of Python code is printed.
     """
     try:
-        yield
-    except (Refused, ImportError):  # a library that cannot be loaded is not a fault of this scan
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except Refused:
         raise
     except Exception as error:
+        no_memory = isinstance(error, MemoryError) or _NO_MEMORY.search(str(error))
+        reason = OUT_OF_MEMORY if no_memory else "unreadable"
+        raise Refused(reason, failure(error)) from error
+    except SystemExit as error:
         raise Refused("unreadable", failure(error)) from error
 
 

@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -118,8 +119,11 @@ class Manifest:
     """All rows of an archive, in the order of their paths.
 
     Args:
-        rows: all rows.
+        rows: accepted and refused scans.
         root: folder of the archive.
+        patient_key: name of the key of the patient hashes; empty where unknown.
+        passed_over: number of files of each kind that are no scan; only after the index, since the
+            file does not hold it.
         ignore_labels: label values of voxels that nobody has labelled, as `tapct index
             --ignore-label` was given them; `tapct pack` reads the labels by the same rule.
         label_report: what `tapct index` found about the labels; None for a manifest that was read.
@@ -128,8 +132,10 @@ class Manifest:
 
     rows: tuple[Row, ...]
     root: Path
+    patient_key: str = ""
+    passed_over: Mapping[str, int] = field(default_factory=dict, compare=False, repr=False)
     ignore_labels: tuple[int, ...] = ()
-    label_report: LabelReport | None = field(default=None, compare=False)
+    label_report: LabelReport | None = field(default=None, compare=False, repr=False)
     file: Path | None = field(default=None, repr=False, compare=False)
 
     @property
@@ -163,7 +169,7 @@ class Manifest:
             UserError: there is no manifest, it has another version, or it was changed after it was
                 written.
         """
-        path = Path(path)
+        path = files.expand_path(path)
         if not path.is_file():
             problem = "is a folder" if path.is_dir() else "does not exist"
             raise UserError(f"manifest {path} {problem}; make one with `tapct index`")
@@ -186,8 +192,13 @@ class Manifest:
         )
         if root is None:
             root = (path.parent.resolve() / metadata["tapct.root_relative"]).resolve()
-        ignore = tuple(json.loads(metadata.get("tapct.ignore_labels", "[]")))
-        manifest = cls(rows, root, ignore, file=path)
+        manifest = cls(
+            rows,
+            root,
+            metadata.get("tapct.patient_key", ""),
+            ignore_labels=tuple(json.loads(metadata.get("tapct.ignore_labels", "[]"))),
+            file=path,
+        )
         if manifest.digest != metadata["tapct.digest"]:
             raise UserError(
                 f"{path} does not match its own digest, so it was changed or damaged; make it "
@@ -234,6 +245,7 @@ def write_table(manifest: Manifest, out: Path) -> None:
         "tapct.root_relative": os.path.relpath(manifest.root, out.parent.resolve()),
         "tapct.digest": manifest.digest,
         "tapct.ignore_labels": json.dumps(list(manifest.ignore_labels)),
+        "tapct.patient_key": manifest.patient_key,
     }
     schema = pyarrow.schema([(f.name, _ARROW[str(f.type)]) for f in fields], metadata=metadata)
     try:

@@ -96,7 +96,7 @@ def kernel(text: str) -> str:
     return "/".join([parts[0], *(part for part in parts[1:] if _STRENGTH.fullmatch(part))])
 
 
-def failure(error: Exception) -> str:
+def failure(error: BaseException) -> str:
     """One line about an exception of a reader library, whose own text may quote the file."""
     if isinstance(error, OSError) and error.strerror:
         return f"the file cannot be read: {error.strerror}"

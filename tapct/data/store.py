@@ -14,7 +14,7 @@ import json
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tapct.base.exits import UserError, single_line
+from tapct.base.files import expand_path
 from tapct.data.digest import voxel_digest
 from tapct.data.manifest import read_paths
 from tapct.data.packed import Damaged, PackedScan
@@ -32,7 +33,9 @@ from tapct.data.packed_labels import labels_file, read_packed_labels
 from tapct.types import LabelMap
 
 INDEX_NAME = "store.parquet"
-SCHEMA = 2  # version of store.parquet; version 1 listed the label files of the archive
+# version of store.parquet; version 1 listed the label files of the archive and had no digest of its
+# own content
+SCHEMA = 2
 _INDEX_KEY = b"tapct.store"
 _COLUMNS = pa.schema(
     [
@@ -86,17 +89,20 @@ class Store:
         scans: one per scan, in the order of the manifest.
         digest: hash of the voxels of the whole store, whatever the compression.
         manifest_digest: digest of the manifest that was packed.
+        patient_key: name of the key of the patient hashes; of a store whose key is unknown, a name
+            that only stores of the same manifest share.
         summary: how many scans that manifest accepted, and refused by reason.
     Raises:
         UserError: there is no store, or its index is not readable.
     """
 
     def __init__(self, path: Path | str, max_open: int = 16) -> None:
-        self.path = Path(path)
+        self.path = expand_path(path)
         self.max_open = max_open
         self.scans, info = read_index(self.path)
         self.digest: str = info["digest"]
         self.manifest_digest: str = info["manifest_digest"]
+        self.patient_key: str = info.get("patient_key") or f"manifest {self.manifest_digest}"
         self.summary: dict[str, int] = info.get("summary", {})
         self._number_of = {scan.id: i for i, scan in enumerate(self.scans)}
         self._start_process()
@@ -194,8 +200,8 @@ class Store:
 
     def _damaged(self, i: int, problem: str) -> Damaged:
         return Damaged(
-            f"scan {self.scans[i].id} is damaged: {self.file(i)}: {problem}. Delete that file and "
-            "run `tapct pack` again."
+            f"scan {self.scans[i].id} is damaged: {self.file(i)}: {problem}. Run `tapct pack` with "
+            "--verify --repair to pack it again."
         )
 
     def _opened(self, i: int) -> PackedScan:
@@ -232,6 +238,7 @@ def index_bytes(
     scans: Iterable[StoredScan],
     manifest_digest: str,
     summary: Mapping[str, int] | None = None,
+    patient_key: str = "",
     manifest_file: str = "",
 ) -> bytes:
     """The content of `store.parquet`.
@@ -240,6 +247,7 @@ def index_bytes(
         scans: all scans of the store, in the order of the manifest.
         manifest_digest: digest of the manifest.
         summary: number of rows of the manifest by reason, as `Manifest.summary` counts them.
+        patient_key: name of the key of the patient hashes; empty where unknown.
         manifest_file: file of the manifest, relative to the store; empty where there is none.
     """
     scans = tuple(scans)
@@ -257,11 +265,30 @@ def index_bytes(
         "manifest_file": manifest_file,
         "digest": store_digest(scans),
         "summary": dict(summary or {}),
+        "patient_key": patient_key,
     }
+    info["content"] = _content_digest([array.to_pylist() for array in arrays], info)
     schema = _COLUMNS.with_metadata({_INDEX_KEY: json.dumps(info).encode()})
     sink = pa.BufferOutputStream()
     pq.write_table(pa.Table.from_arrays(arrays, schema=schema), sink)
     return sink.getvalue().to_pybytes()
+
+
+def _content_digest(columns: Sequence[Sequence[Any]], info: Mapping[str, Any]) -> str:
+    """Hash everything that `store.parquet` holds, so that damage to it is noticed.
+
+    Args:
+        columns: values of each of `_COLUMNS`.
+        info: facts about the whole store; the digest itself, `content`, is left out.
+    """
+    facts = {key: value for key, value in info.items() if key != "content"}
+    digest = hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=16)
+    for column, values in zip(_COLUMNS, columns, strict=True):
+        if pa.types.is_string(column.type):
+            digest.update("\0".join(values).encode())
+        else:
+            digest.update(np.asarray(values, column.type.to_pandas_dtype()).tobytes())
+    return digest.hexdigest()
 
 
 def read_index(folder: Path) -> tuple[tuple[StoredScan, ...], dict[str, Any]]:
@@ -284,16 +311,16 @@ def read_index(folder: Path) -> tuple[tuple[StoredScan, ...], dict[str, Any]]:
         table = pq.read_table(file, partitioning=None)
         info = json.loads((table.schema.metadata or {})[_INDEX_KEY])
         if info["schema"] != SCHEMA:
-            raise UserError(
-                f"{folder} was packed by an older or newer version of tapct; run `tapct pack` "
-                "again, it keeps the scans."
-            )
+            age = "an older" if info["schema"] < SCHEMA else "a newer"
+            raise ValueError(f"it was packed by {age} version of tapct")
         # column by column: a dictionary per row takes four times as long
         columns = [table.column(column.name).cast(column.type).to_pylist() for column in _COLUMNS]
+        if info["content"] != _content_digest(columns, info):
+            raise ValueError("its content differs from its digest, so it is damaged")
     except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
         raise UserError(
-            f"{file} is not readable ({single_line(error)}); run `tapct pack` again, it keeps the "
-            "scans."
+            f"{file} is not readable ({single_line(error)}); run `tapct pack` again, it keeps "
+            "the scans that it can."
         ) from error
     manifest_file = info.get("manifest_file", "")
     paths = read_paths(folder / manifest_file, info["manifest_digest"]) if manifest_file else {}

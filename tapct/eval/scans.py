@@ -18,11 +18,8 @@ from tapct.base.exits import UserError
 from tapct.data.split import held_out_patients, two_sides
 from tapct.data.store import Store
 from tapct.eval.contract import Labels
-from tapct.types import LabelMap, Volume
-
-PATIENTS = "patients"  # split mode: no patient on both sides
-BLOCKS = "blocks"  # split mode: slabs of the same scans
-BLOCKS_NOTE = "within one patient: a fit, not generalisation"
+from tapct.eval.results import BLOCKS, PATIENTS
+from tapct.types import IGNORE_LABEL, LabelMap, Volume
 
 
 @dataclass(frozen=True)
@@ -82,7 +79,7 @@ class Split:
             same scans and `block_slices` separates them.
         train: scans that tasks learn from.
         test: scans that models are evaluated on.
-        held_out: True if the test patients were kept out of pretraining too.
+        held_out: True if the test patients are those that `data.held_out` names.
     """
 
     mode: str
@@ -289,6 +286,20 @@ def block_slices(
     for block in range(int(test), num_blocks, 2):
         chosen[edges[block] : edges[block + 1] - gap] = True
     return chosen
+
+
+def labels_of(row: ScanRow, store: Store) -> dict[int, str]:
+    """The labels of a scan: value -> name, empty where it has none; without the background.
+
+    Args:
+        row: scan with labels.
+        store: packed scans and labels.
+    """
+    labels = store.read_labels(store.index_of(row.id))
+    names = dict(labels.names)
+    present = np.flatnonzero(np.bincount(labels.labels_ZYX.reshape(-1)))
+    values = {*present.tolist(), *names} - {0, IGNORE_LABEL}
+    return {value: names.get(value, "") for value in sorted(values)}
 
 
 def read_scan(

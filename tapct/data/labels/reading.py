@@ -8,18 +8,19 @@ from pathlib import Path
 
 import numpy as np
 
+from tapct.base.files import expand_path
 from tapct.data import formats
-from tapct.data.discover import find_source, stem_of
+from tapct.data.discover import Source, find_source, stem_of
 from tapct.data.geometry import to_lps
 from tapct.data.headers import read_sidecar
-from tapct.data.ingest import read_image, refusing
+from tapct.data.ingest import load_library, read_image, refusing
 from tapct.data.labels.dicom_masks import read_dicom_labels
 from tapct.data.labels.grid import fit_to_scan
 from tapct.data.labels.names import clean_names, table_of_dataset, table_of_sidecar
 from tapct.data.labels.overlay import Overlay
 from tapct.data.labels.values import MAX_LABEL, to_label_values
 from tapct.data.readers import DICOM, FORMATS, format_of
-from tapct.data.readers.dicom import is_dicom
+from tapct.data.readers.dicom_elements import quiet
 from tapct.data.readers.itk import read_slicer, segments_of
 from tapct.data.readers.raw import Image
 from tapct.types import IGNORE_LABEL, LabelMap, Refused, Volume
@@ -70,8 +71,10 @@ def read_labels(path: Path | str, ignore: Collection[int] = ()) -> LabelMap:
         Refused: a reason for which a scan is refused too, or `not_labels`: values that are not
             whole numbers from 0 to 65534.
     """
+    path = expand_path(path)
+    _load_libraries_of(path)
     with refusing():
-        return _read_file(Path(path), ignore).label_map
+        return _read_file(path, ignore).label_map
 
 
 def read_labels_of(volume: Volume, path: Path, ignore: Collection[int] = ()) -> ReadLabels:
@@ -85,15 +88,25 @@ def read_labels_of(volume: Volume, path: Path, ignore: Collection[int] = ()) -> 
     Raises:
         Refused: the labels break a rule; nothing else is raised, whatever the files contain.
     """
+    _load_libraries_of(path)
     with refusing():
         if path.is_dir():
             return _read_masks(path, volume, ignore)
-        if format_of(path) is None and path.is_file() and is_dicom(path):
-            label_map, notes = read_dicom_labels(path, volume)
+        if format_of(path) is None:
+            with quiet():
+                label_map, notes = read_dicom_labels(path, volume)
             return ReadLabels(label_map, notes)
         found = _read_file(path, ignore)
         on_scan = fit_to_scan(found.label_map, volume, found.first_voxel_mm)
         return ReadLabels(on_scan, found.notes)
+
+
+def _load_libraries_of(path: Path) -> None:
+    """Load what decodes the labels; a library that cannot be loaded is not a fault of a file."""
+    for file in mask_files(path) if path.is_dir() else (path,):
+        file_format = format_of(file)
+        name = DICOM.name if file_format is None else file_format.name
+        load_library(Source(file, name, (file,)))
 
 
 def _read_file(path: Path, ignore: Collection[int]) -> _OnOwnGrid:

@@ -7,7 +7,6 @@ the grid of that scan.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,15 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tapct.data.readers.dicom import is_dicom
+from tapct.data.readers import dicom_elements as elements
+from tapct.data.readers.dicom_kind import SEGMENTATIONS, STRUCTURE_SET
 from tapct.types import Refused
 
 if TYPE_CHECKING:
     from pydicom.dataset import Dataset
 
-_SEG = "1.2.840.10008.5.1.4.1.1.66.4"
-_LABELMAP_SEG = "1.2.840.10008.5.1.4.1.1.66.7"
-_RTSTRUCT = "1.2.840.10008.5.1.4.1.1.481.3"
 _REFERENCE_TAGS = [
     *("SOPClassUID", "SeriesInstanceUID", "FrameOfReferenceUID"),
     *("ReferencedSeriesSequence", "ReferencedFrameOfReferenceSequence"),
@@ -112,9 +109,15 @@ class LabelObject:
 def reference_of(path: Path) -> Reference | None:
     """The UIDs of a DICOM file; None where it cannot be read."""
     try:
-        head = _dcmread(path, _REFERENCE_TAGS)
+        with elements.quiet():
+            head = elements.read_dataset(path, _REFERENCE_TAGS)
+            return None if head is None else _reference(head)
     except Exception:  # the scan is refused with the reason when it is examined
         return None
+
+
+def _reference(head: Dataset) -> Reference:
+    """The UIDs in a header."""
     sop_class = str(head.get("SOPClassUID", ""))
     frame = str(head.get("FrameOfReferenceUID", ""))
     referenced = [str(item.get("SeriesInstanceUID", "")) for item in _items(head, _SERIES)]
@@ -126,8 +129,8 @@ def reference_of(path: Path) -> Reference | None:
     return Reference(
         series=str(head.get("SeriesInstanceUID", "")),
         frame=frame,
-        is_label_object=sop_class in (_SEG, _LABELMAP_SEG, _RTSTRUCT),
-        is_contours=sop_class == _RTSTRUCT,
+        is_label_object=sop_class in (*SEGMENTATIONS, STRUCTURE_SET),
+        is_contours=sop_class == STRUCTURE_SET,
         referenced_series=tuple(dict.fromkeys(uid for uid in referenced if uid)),
     )
 
@@ -138,15 +141,15 @@ def read_object(path: Path) -> LabelObject:
     Raises:
         Refused: unreadable, not_labels (neither SEG nor RTSTRUCT, or fractional), truncated.
     """
-    if not is_dicom(path):
-        raise Refused("unreadable", f"{path.name} has no DICOM preamble")
-    dataset = _dcmread(path, None)
+    dataset = elements.read_dataset(path, None)
+    if dataset is None:
+        raise Refused("unreadable", f"{path.name} is not DICOM")
     sop_class = str(dataset.get("SOPClassUID", ""))
     identity = _identity(dataset)
-    if sop_class == _RTSTRUCT:
+    if sop_class == STRUCTURE_SET:
         contours, num_open = _contours(dataset)
         return LabelObject(_regions(dataset), identity, contours, num_open)
-    if sop_class not in (_SEG, _LABELMAP_SEG):
+    if sop_class not in SEGMENTATIONS:
         raise Refused(
             "not_labels",
             f"{path.name} has SOP class {sop_class}; rule: DICOM SEG or RTSTRUCT",
@@ -285,14 +288,3 @@ def _first_item(groups: list[Dataset], keyword: str) -> Any | None:
         if items:
             return items[0]
     return None
-
-
-def _dcmread(path: Path, tags: list[str] | None) -> Dataset:
-    """Read a file with pydicom; where tags are given, these alone and no pixels."""
-    import pydicom
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # advice about odd values, which no user can follow
-        if tags is None:
-            return pydicom.dcmread(path)
-        return pydicom.dcmread(path, stop_before_pixels=True, specific_tags=list(tags))

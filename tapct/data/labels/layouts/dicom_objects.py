@@ -12,10 +12,11 @@ from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
-from tapct.data.discover import Source
+from tapct.data.discover import DICOM_OBJECT, Source
 from tapct.data.headers import read_sidecar
 from tapct.data.labels.archive import LabelArchive, Layout
 from tapct.data.readers import DICOM
+from tapct.data.readers.dicom_kind import SEGMENTATIONS, STRUCTURE_SET
 from tapct.data.readers.dicom_labels import Reference, reference_of
 from tapct.types import Refused
 
@@ -29,22 +30,20 @@ class _Object:
 
 
 def build(archive: LabelArchive) -> Layout:
-    """Read the first header of every DICOM series, and find the objects that hold labels."""
+    """Read the objects that hold labels and, if there are any, one header of every series."""
     objects: list[_Object] = []
-    scan_references: dict[Path, Reference] = {}  # by path of the scan
     for source in archive.sources:
-        if source.kind != DICOM.name:
-            continue
-        for file in source.files:
-            reference = reference_of(file)
-            if reference is not None and reference.is_label_object:
-                objects.append(_Object(file, reference))
-                continue
+        if source.kind == DICOM_OBJECT and source.sop_class in (*SEGMENTATIONS, STRUCTURE_SET):
+            reference = reference_of(source.path)
             if reference is not None:
-                scan_references[source.path] = reference
-            break
+                objects.append(_Object(source.path, reference))
     if not objects:
         return Layout(lambda scan: None)
+    scan_references: dict[Path, Reference] = {}  # by path of the scan
+    for source in archive.sources:
+        reference = reference_of(source.files[0]) if source.kind == DICOM.name else None
+        if reference is not None:
+            scan_references[source.path] = reference
     objects.sort(key=lambda item: (item.reference.is_contours, str(item.path)))
     by_series: dict[str, Path] = {}
     by_frame: dict[str, Path] = {}
@@ -67,7 +66,7 @@ def build(archive: LabelArchive) -> Layout:
             return by_series[own.series]
         return by_frame.get(own.frame) if num_with[own.frame] == 1 else None
 
-    return Layout(find, likely=frozenset(item.path for item in objects))
+    return Layout(find, owned=frozenset(item.path for item in objects))
 
 
 def _series_in_sidecar(scan: Path) -> str:
