@@ -457,12 +457,8 @@ def rising_scan(seed: int) -> LabelledScan:
 
 class Row:
     def __init__(self, number: int) -> None:
-        self.id, self.patient, self.path, self.label_path = (
-            f"s{number}",
-            f"p{number}",
-            str(number),
-            "yes",
-        )
+        self.id, self.patient, self.path = f"s{number}", f"p{number}", str(number)
+        self.has_labels = True
 
 
 def evaluate(

@@ -17,6 +17,7 @@ import torch
 from tapct.base import files
 from tapct.base.exits import UserError
 from tapct.config import Resolved, plugins
+from tapct.data import split
 from tapct.data.store import Store
 from tapct.distributed.device import pick_device
 from tapct.engine import initial, trackers
@@ -125,10 +126,10 @@ def data_warnings(config: RunConfig, store: Store, rows: Sequence[int]) -> Itera
             "compare a scan with itself"
         )
     if config.data.held_out > 0 and num == len(store):
-        yield (
-            f"data.held_out {config.data.held_out:g} holds out no patient of {store.path}; raise "
-            "it, or set data.held_out=0"
-        )
+        people = [scan.patient for scan in store.scans]
+        problem = split.imbalance(people, config.data.held_out, config.data.split_seed)
+        if problem:
+            yield problem
     loader = config.data.loader
     if loader.on_error == "skip" and loader.max_skips >= num:
         yield (

@@ -27,6 +27,7 @@ from tiny_run import evaluation_of, make_archive, numbers_of, write_config
 
 import tapct
 from tapct.data import ingest
+from tapct.data.patients import KEY_VARIABLE
 from tapct.engine import loop
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
@@ -50,6 +51,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("place")
     make_archive(folder / "archive", num=4, dicom_share=0.3)
     with pytest.MonkeyPatch.context() as patch:
+        # a key of its own would hold out other patients in every run of the test
+        patch.setenv(KEY_VARIABLE, "tests")
         for words in (
             f"index {folder}/archive --out {folder}/manifest.parquet --workers 0",
             f"pack {folder}/manifest.parquet --out {folder}/store --workers 0",

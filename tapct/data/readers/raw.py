@@ -74,6 +74,21 @@ class Image:
     derived: str = ""
 
 
+@dataclass(frozen=True)
+class Segment:
+    """One segment of a segmentation of 3D Slicer.
+
+    Args:
+        layer: number of the layer that holds it, from 0.
+        value: its value in that layer.
+        name: its name as the file holds it; empty where it has none.
+    """
+
+    layer: int
+    value: int
+    name: str
+
+
 def is_gzip(path: Path) -> bool:
     """Whether the content, not the name, is a gzip stream."""
     with path.open("rb") as file:
