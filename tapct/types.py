@@ -10,7 +10,7 @@ Orientation: LPS, axial slices first. Index z grows towards the head (Superior),
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 if TYPE_CHECKING:  # the command line loads this file, and torch takes 2 s
     import numpy as np
@@ -20,6 +20,14 @@ from tapct.base.exits import UserError, single_line
 
 # Value of padding in stored and loaded volumes: air. Never zero, which is water.
 AIR_HU = -1024
+# Label value of voxels that nobody has labelled; losses and metrics leave them out.
+IGNORE_LABEL = 65535
+
+# unit vectors in LPS (x, y, z) along which the index x, the index y and the index z grow
+Directions: TypeAlias = tuple[
+    tuple[float, float, float], tuple[float, float, float], tuple[float, float, float]
+]
+UPRIGHT: Directions = ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0))
 
 
 _MAX_DETAIL = 500  # characters
@@ -47,10 +55,28 @@ class Refused(UserError):
 
 
 @dataclass(frozen=True)
+class PatientClues:
+    """What a scan's header or side-car says about its patient beside the PatientID.
+
+    Args:
+        patient_from: `header` or `side_car`, where the PatientID is from; empty without one.
+        study: keyed hash of the StudyInstanceUID, or empty.
+        pseudonym: keyed hash of a numbered stand-in such as ANON0012, which may stand for one
+            patient or for one file; or empty.
+        has_stand_in: whether the PatientID is a stand-in such as REMOVED.
+    """
+
+    patient_from: str = ""
+    study: str = ""
+    pseudonym: str = ""
+    has_stand_in: bool = False
+
+
+@dataclass(frozen=True)
 class ScanFacts:
     """Facts from a scan's header or its JSON side-car; empty or NaN where it gives none.
 
-    `patient` is a keyed hash, never the identifier itself.
+    `patient` is a keyed hash of the PatientID, never the identifier itself; empty for a stand-in.
     """
 
     patient: str = ""
@@ -59,6 +85,8 @@ class ScanFacts:
     kernel: str = ""
     sex: str = ""  # M, F, O or empty
     age_years: float = float("nan")
+    lossy_ratio: float = float("nan")  # of a lossy compression; NaN where none is declared
+    clues: PatientClues = field(default_factory=PatientClues, compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -70,12 +98,17 @@ class Volume:
         spacing_mm: distance of voxel centres along (z, y, x), all > 0.
         origin_mm: LPS position (x, y, z order as in DICOM) of voxel (0, 0, 0).
         facts: header facts.
+        marks: codes of what is unusual about the scan, e.g. `lossy`, `tilt_resampled`.
+        directions: directions of the array's axes x, y and z; a scan that lies oblique in its file
+            keeps its residual rotation here.
     """
 
     hu_ZYX: np.ndarray
     spacing_mm: tuple[float, float, float]
     origin_mm: tuple[float, float, float] = (0.0, 0.0, 0.0)
     facts: ScanFacts = field(default_factory=ScanFacts)
+    marks: tuple[str, ...] = ()
+    directions: Directions = UPRIGHT
 
 
 @dataclass(frozen=True)
@@ -83,16 +116,19 @@ class LabelMap:
     """Organ labels of one scan on the scan's own grid.
 
     Args:
-        labels_ZYX: uint16, 0 is background, same orientation rule as `Volume`.
+        labels_ZYX: uint16, 0 is background, IGNORE_LABEL is not labelled; same orientation rule as
+            `Volume`.
         spacing_mm: distance of voxel centres along (z, y, x), all > 0.
         origin_mm: LPS position (x, y, z order as in DICOM) of voxel (0, 0, 0).
         names: pairs of label value and name from the file or a side-car; may be empty.
+        directions: as in `Volume`.
     """
 
     labels_ZYX: np.ndarray
     spacing_mm: tuple[float, float, float]
     origin_mm: tuple[float, float, float] = (0.0, 0.0, 0.0)
     names: tuple[tuple[int, str], ...] = ()
+    directions: Directions = UPRIGHT
 
 
 @dataclass(frozen=True)
@@ -112,6 +148,21 @@ class HUContract:
     clip_high: float = 822.0
     mean: float = -86.80862426757812
     std: float = 322.63470458984375
+
+    def __post_init__(self) -> None:
+        if not self.clip_low < self.clip_high:
+            raise UserError(
+                f"contract.clip_low {self.clip_low:g} is not below contract.clip_high "
+                f"{self.clip_high:g}: every voxel would have the same value"
+            )
+        if not self.clip_low <= self.mean <= self.clip_high:
+            raise UserError(
+                f"contract.mean {self.mean:g} lies outside the window from contract.clip_low "
+                f"{self.clip_low:g} to contract.clip_high {self.clip_high:g}; give the mean of the "
+                "clipped voxels"
+            )
+        if not self.std > 0:
+            raise UserError(f"contract.std {self.std:g} must be above 0: values are divided by it")
 
     def normalise(self, hu: Tensor) -> Tensor:
         """Clip and z-score: any shape in HU -> float32, unitless."""

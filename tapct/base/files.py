@@ -1,4 +1,4 @@
-"""Write files and folders whole or not at all, and name their content by a hash.
+"""Write files and folders whole or not at all, name their content by a hash, and expand paths.
 
 A new file is written beside its final place under a temporary name, forced to the disk, and
 renamed. A reader therefore sees the old content or the new content, never a part of either, and a
@@ -6,7 +6,8 @@ crash at any instant leaves the old content in place. A process that is killed w
 leaves a hidden `.NAME.*.tmp`, which nothing reads.
 
 Rules:
-    permissions   those of a file that `open` creates: 0666, or 0777 for a folder, less the umask
+    permissions   those of a file that `open` creates: 0666, or 0777 for a folder, less the umask;
+                  or the mode that is asked for, whatever the umask
     symlinks      followed: the link stays, and what it points to is replaced
     full disk     OSError that names the final path; the temporary file is removed
 """
@@ -17,6 +18,7 @@ import contextlib
 import errno
 import hashlib
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -24,31 +26,94 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+from tapct.base.exits import UserError
+
+PRIVATE = 0o600  # for files about patients: their owner alone can read them
+SHARED = 0o644  # for files that are made to be given to others
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+# `$$`, `$NAME` and `${NAME}` in a path
+_VARIABLE = re.compile(r"\$(?:(\$)|(?=[A-Za-z_{])(?:(\w+)|\{(\w+)\}))")
 TEMPORARY_SUFFIX = ".tmp"
 _BLOCK_BYTES = 1 << 20
 
 
-def write_atomically(path: Path, content: bytes | str) -> None:
+def expand_path(path: Path | str) -> Path:
+    """A path as a person writes it, with `~`, `~user`, `$NAME` and `${NAME}` replaced.
+
+    The shell replaces them only in some places: not in `out=~/runs`, in quotes or in a file. `$$`
+    stands for a `$`, and `./~` for a folder that is called `~`. A file that exists under the name
+    as it is written, with a `$` in it, is meant itself.
+
+    Args:
+        path: path from a command line, a config or a call.
+    Raises:
+        UserError: an environment variable is not set, or a user or the home folder is unknown.
+    """
+    text = str(path)
+    if "$" in text and text[0] != "~" and os.path.lexists(text):
+        return Path(text)
+
+    def value(match: re.Match[str]) -> str:
+        name = match[2] or match[3]
+        if match[1]:
+            return "$"
+        if name not in os.environ:
+            raise UserError(
+                f"the environment variable {name} of the path {text} is not set; set it, or write "
+                "$$ for a $ in the name of a file"
+            )
+        return os.environ[name]
+
+    tail = _VARIABLE.sub(value, text)
+    if not text.startswith("~"):
+        return Path(tail)
+    home = os.path.expanduser(tail)
+    if home == tail:  # what `expanduser` does without HOME, or for a user that does not exist
+        user = tail[1:].partition("/")[0]
+        problem = f"there is no user {user}" if user else "HOME is not set"
+        raise UserError(
+            f"{problem}, which the path {text} needs; write the whole path, or ./{text} for a "
+            "file of this name"
+        )
+    return Path(home)
+
+
+def home_folder() -> Path | None:
+    """The home folder of this user; None without HOME and without an entry in /etc/passwd, as in
+    some containers.
+    """
+    home = os.path.expanduser("~")
+    return None if home == "~" else Path(home)
+
+
+def unexpanded(path: Path | str) -> str:
+    """Text that `expand_path` reads back to the same path."""
+    text = str(path).replace("$", "$$")
+    return f"./{text}" if text.startswith("~") else text
+
+
+def write_atomically(path: Path, content: bytes | str, *, mode: int | None = None) -> None:
     """Write a file whole or not at all, and replace the one of that name.
 
     Args:
         path: file to write, in a folder that exists; a symlink is followed.
         content: new content; text is encoded as UTF-8.
+        mode: permissions of the file, such as PRIVATE; None for those of any new file.
     Raises:
         OSError: disk full or folder not writable; the old file is unchanged and nothing is left
             beside it.
     """
-    with replacing(path) as file:
+    with replacing(path, mode=mode) as file:
         file.write(content.encode() if isinstance(content, str) else content)
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
+def replacing(path: Path, *, mode: int | None = None) -> Iterator[BinaryIO]:
     """Open a new binary file that replaces `path` when the block ends without an error.
 
     Args:
         path: file to write, in a folder that exists; a symlink is followed.
+        mode: permissions of the file, as in `write_atomically`.
     Yields:
         File object under a temporary name in the same folder.
     Raises:
@@ -59,6 +124,8 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     aside = _aside(final)
     try:
         with open(aside, "xb") as file:
+            if mode is not None:  # while the file is empty
+                _set_mode(aside, mode)
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -157,6 +224,15 @@ def first_cause(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+def _set_mode(path: Path, mode: int) -> None:
+    """Set the permissions of a file; some network file systems have none for single files."""
+    try:
+        path.chmod(mode)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL):
+            raise
 
 
 def _behind_links(path: Path) -> Path:

@@ -10,7 +10,6 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from multiprocessing import resource_tracker
 
 STOP = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
@@ -23,6 +22,8 @@ def kept_from_children() -> Iterator[None]:
     thread blocks, from its first instruction on. So this thread blocks the stop signals and another
     thread receives them; Python runs the handlers in the main thread in any case.
     """
+    from multiprocessing import resource_tracker
+
     listening, done = threading.Event(), threading.Event()
 
     def listen() -> None:

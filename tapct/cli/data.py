@@ -10,6 +10,7 @@ import typer
 from tapct.base import console, exits, signals
 from tapct.cli.app import CPUS, Workers, app, examples
 from tapct.data import formats
+from tapct.data.read_rules import MAX_LOSSY_RATIO, MIN_DEPTH, ReadRules
 
 if TYPE_CHECKING:
     from tapct.data.process_pool import ScanLimits
@@ -38,7 +39,9 @@ def limits_of(timeout: float, memory_gb: float | None) -> ScanLimits:
     """The limits of one scan as `process_pool` takes them."""
     from tapct.data.process_pool import ScanLimits
 
-    return ScanLimits(seconds=timeout, memory_bytes=memory_gb and int(memory_gb * 1e9))
+    return ScanLimits(
+        seconds=timeout, memory_bytes=None if memory_gb is None else int(memory_gb * 1e9)
+    )
 
 
 @app.command(epilog=examples("tapct phantom --out data/archive --num 40"))
@@ -83,6 +86,15 @@ def index(
             show_default="label maps beside the scans",
         ),
     ] = None,
+    ignore_label: Annotated[
+        list[int] | None,
+        typer.Option(
+            metavar="VALUE",
+            help="label value of voxels that nobody has labelled, e.g. -1; losses and metrics "
+            "leave them out; may be given several times",
+            show_default="none",
+        ),
+    ] = None,
     patient_regex: Annotated[
         str | None,
         typer.Option(
@@ -91,9 +103,54 @@ def index(
             "below FOLDER, is used instead",
         ),
     ] = None,
+    patient_column: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE.csv:COLUMN",
+            help="table with the patients: a column names the scan by its path below FOLDER, "
+            "COLUMN its patient; it outranks the PatientID",
+        ),
+    ] = None,
+    patient_from: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SOURCE",
+            help="folder:N, the N-th folder below FOLDER is the patient; or header, a "
+            "PatientID counts also where all studies have the same one",
+        ),
+    ] = None,
+    study_dates: Annotated[
+        bool,
+        typer.Option("--study-dates", help="store the whole date of a study, not its year alone"),
+    ] = False,
     min_depth: Annotated[
-        int, typer.Option(metavar="N", help="refuse scans with fewer axial slices", min=1)
-    ] = 1,
+        int,
+        typer.Option(
+            metavar="N",
+            help="refuse scans with fewer axial slices; a patch of the 3D configs has 4",
+            min=1,
+        ),
+    ] = MIN_DEPTH,
+    derived: Annotated[
+        bool,
+        typer.Option(
+            "--derived",
+            help="accept DICOM images that were computed from others: projections such as MIP, "
+            "reformats, maps of materials",
+        ),
+    ] = False,
+    max_lossy_ratio: Annotated[
+        float,
+        typer.Option(metavar="R", help="refuse scans that were compressed with loss beyond R:1"),
+    ] = MAX_LOSSY_RATIO,
+    resample_tilt: Annotated[
+        bool,
+        typer.Option(
+            "--resample-tilt",
+            help="accept scans with gantry tilt, with their slices shifted to a grid with right "
+            "angles",
+        ),
+    ] = False,
     workers: Workers = CPUS,
     timeout: Timeout = 120.0,
     memory_gb: Memory = None,
@@ -101,17 +158,25 @@ def index(
     """List the scans of a folder and check each of them.
 
     The manifest has a row for each scan: accepted with its geometry and statistics, or refused
-    with the reason.
+    with the reason. If no scan is accepted, or no label map of --labels is used, the exit code
+    is 2.
     """
-    from tapct.data.index import build_manifest
+    from tapct.data.index import build_manifest, check_usable
+    from tapct.data.passed_over import summary
+    from tapct.data.patient_report import lines_about_patients
 
     with signals.leaving_at_sigterm(), console.progress_bar("index") as progress:
         manifest = build_manifest(
             folder,
             out,
             labels=labels,
+            ignore_labels=ignore_label or (),
             patient_regex=patient_regex,
+            patient_column=patient_column,
+            patient_from=patient_from,
+            study_dates=study_dates,
             min_depth=min_depth,
+            accept=ReadRules(derived, max_lossy_ratio, resample_tilt),
             workers=max(1, workers),
             limits=limits_of(timeout, memory_gb),
             progress=progress,
@@ -119,12 +184,27 @@ def index(
     console.say(
         ", ".join(f"{count} {reason}" for reason, count in manifest.summary().items()) + f": {out}"
     )
+    for line in lines_about_patients(manifest.rows):
+        console.say(line)
+    if manifest.label_report is not None:
+        for line in manifest.label_report.lines():
+            console.say(line)
     for row in manifest.rows:
         if row.detail:
             reason = (
                 f"refused {row.path}: {row.reason}" if row.status == "refused" else f"{row.path}"
             )
             console.say(f"  {reason}: {row.detail}")
+    others = summary(manifest.passed_over)
+    if others:
+        console.say(f"passed over: {others}")
+    num_short = manifest.summary().get("too_few_slices", 0)
+    if num_short:
+        console.say(
+            f"{num_short} scan{'s have' if num_short > 1 else ' has'} fewer than {min_depth} "
+            "slices; --min-depth 1 accepts them"
+        )
+    check_usable(manifest, labels)
 
 
 @app.command(
@@ -138,6 +218,14 @@ def pack(
         Path, typer.Argument(metavar="MANIFEST", help="manifest written by tapct index")
     ],
     out: Annotated[Path, typer.Option(metavar="FOLDER", help="folder of the store to write")],
+    root: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="folder of the scans, if it has moved since tapct index",
+            show_default="where it was, relative to the manifest",
+        ),
+    ] = None,
     workers: Workers = CPUS,
     timeout: Timeout = 120.0,
     memory_gb: Memory = None,
@@ -168,7 +256,7 @@ def pack(
     from tapct.data import pack as packer
 
     with signals.leaving_at_sigterm(), console.progress_bar("pack") as progress:
-        found = manifest.Manifest.read(manifest_file)
+        found = manifest.Manifest.read(manifest_file, root)
         report = packer.pack(
             found,
             out,
@@ -185,6 +273,10 @@ def pack(
     )
     for scan in report.refused:
         console.say(f"  refused {scan.path}: {scan.reason}: {scan.detail}")
+    if report.num_labelled or report.labels_refused:
+        console.say(f"labels of {report.num_labelled} scans packed")
+    for scan in report.labels_refused:
+        console.say(f"  labels {scan.path} not packed: {scan.reason}: {scan.detail}")
     if report.damaged:
         console.say(f"  damaged files packed again: {', '.join(report.damaged)}")
     if report.unlisted:

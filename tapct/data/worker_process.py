@@ -97,7 +97,8 @@ def _answer(control: socket.socket, request: dict[str, Any], fds: list[int]) -> 
     if pid == 0:
         try:
             control.close()
-            _work(server, *fds, **request)
+            tasks_fd, log_fd = fds
+            _work(server, tasks_fd, log_fd, **request)
         finally:
             os._exit(1)
     return {"pid": pid}

@@ -16,7 +16,8 @@ import SimpleITK
 from tapct.data import index
 from tapct.data.discover import find_sources
 from tapct.data.geometry import check_same_grid
-from tapct.data.ingest import read_labels, read_volume
+from tapct.data.ingest import read_volume
+from tapct.data.labels.reading import read_labels
 from tapct.types import AIR_HU, LabelMap, Refused, Volume
 
 ROOT = Path(
@@ -156,7 +157,7 @@ def test_what_is_not_ct_is_refused(path: str, reason: str) -> None:
 
 def test_the_archive_has_seven_scans(tmp_path: Path) -> None:
     assert len(find_sources(ROOT)) == 16
-    built = index.build_manifest(ROOT, tmp_path / "m.parquet")
+    built = index.build_manifest(ROOT, tmp_path / "m.parquet", min_depth=1)
     assert {row.path: row.label_path for row in built.accepted} == {
         "cip_chest/ct-64.nrrd": "",
         "dcm_liver3": "dcm_liver3_seg.nrrd",

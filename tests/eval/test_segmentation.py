@@ -15,7 +15,7 @@ from tapct.eval.features import DenseFeatures, PatchGrid
 from tapct.eval.scans import LabelledScan
 from tapct.eval.tasks.segmentation import Config, build, dice_from_confusion
 from tapct.eval.truth import OUTSIDE, patch_truth
-from tapct.types import LabelMap, Volume
+from tapct.types import IGNORE_LABEL, LabelMap, Volume
 
 SPACING = (2.0, 1.0, 1.0)
 
@@ -121,6 +121,76 @@ def test_only_slices_in_play_are_sampled():
     ).sample(10**6, seed=0)
     assert set((index // 64).tolist()) == {0, 3}
     assert torch.equal(weight, torch.ones(128))
+
+
+def test_voxels_to_ignore_count_in_no_share_and_in_no_sample():
+    rng = np.random.default_rng(0)
+    labels = rng.choice([0, 3], size=(4, 16, 16))
+    labels[rng.random(labels.shape) < 0.3] = IGNORE_LABEL
+    labels[:2, :4, :4] = IGNORE_LABEL  # the first patch, all of it
+    hu = np.where(rng.random(labels.shape) < 0.9, 40, -1000).astype(np.int16)
+    grid = PatchGrid((2, 4, 4), labels.shape, labels.shape)
+    for body_labelled, values in ((True, (0, 3)), (False, (OUTSIDE, 0, 3))):
+        truth = patch_truth(
+            labelled(labels, hu), grid, body_labelled=body_labelled, in_play_Z=everywhere(grid)
+        )
+        assert truth.values == values
+        cells = labels.reshape(2, 2, 4, 4, 4, 4).transpose(0, 2, 4, 1, 3, 5).reshape(32, -1)
+        for number, cell in enumerate(cells):
+            known = cell[cell != IGNORE_LABEL]
+            share = (known == 3).mean() if len(known) else 0
+            assert truth.shares_NV[number, -1] == pytest.approx(share, abs=1e-6)
+            assert truth.shares_NV[number].sum() == pytest.approx(float(len(known) > 0), abs=1e-6)
+        index, weight = truth.sample(10**6, seed=0)
+        assert index.tolist() == list(range(1, 32)) and weight.sum() == 31
+
+
+def test_air_spreads_through_voxels_to_ignore():
+    hu = np.full((2, 32, 32), -1000, dtype=np.int16)
+    hu[:, 8:24, 8:24] = 40
+    labels = np.zeros(hu.shape, int)
+    labels[:, :4], labels[:, -4:], labels[:, :, :4] = (IGNORE_LABEL,) * 3
+    labels[:, :, -4:] = IGNORE_LABEL  # the whole border
+    grid = PatchGrid((2, 2, 2), hu.shape, hu.shape)
+    truth = patch_truth(labelled(labels, hu), grid, body_labelled=False, in_play_Z=everywhere(grid))
+    expected = (hu[0] < -900) & (labels[0] == 0)
+    np.testing.assert_array_equal(
+        truth.shares_NV[:, 0].reshape(16, 16), expected.reshape(16, 2, 16, 2).mean((1, 3))
+    )
+
+
+@pytest.mark.parametrize("value", [0, 1, 2])
+def test_dice_is_the_same_whatever_the_ignored_voxels_would_be(value):
+    """A quarter of the test scan is ignored: Dice is that of the other three."""
+    task = build(Config(), seed=0)
+    scan, grid, dense = scene(1, "train")
+    task.learn("m", dense, task.truth(scan, grid, everywhere(grid)))
+    task.fit()
+    scan, grid, dense = scene(3, "test")
+    labels = scan.labels.labels_ZYX.copy()
+    labels[:6, :16] = IGNORE_LABEL
+    prediction = task.judge(
+        "m", dense, task.truth(labelled(labels, scan_id="cut"), grid, everywhere(grid))
+    ).classes_ZYX
+    dice = {score.scan: score.parts for score in task.results().scans}["cut"]
+    counted = labels != IGNORE_LABEL
+    for organ in (1, 2):
+        truth, found = labels[counted] == organ, prediction[counted] == organ + 1
+        assert dice[f"label {organ}"] == pytest.approx(
+            2 * (truth & found).sum() / (truth.sum() + found.sum())
+        )
+    changed = dense.features_DZYX.clone()
+    changed[:, :3, :4] = torch.from_numpy(np.random.default_rng(9).normal(size=(600, 5)))[
+        value
+    ].float()[:, None, None, None]
+    other = DenseFeatures(changed, dense.cls_D, grid)
+    truth = task.truth(labelled(labels, scan_id="other"), grid, everywhere(grid))
+    task.judge("m", other, truth)
+    scores = {score.scan: score.parts for score in task.results().scans}
+    patch = {scan: task._dice["patch", "m"][scan] for scan in ("cut", "other")}
+    assert patch["other"] == patch["cut"]
+    near_border = {organ: abs(scores["other"][organ] - dice[organ]) for organ in dice}
+    assert max(near_border.values()) < 0.05  # logits are interpolated across the border
 
 
 @pytest.mark.parametrize("scale", [1.0, 300.0])
@@ -335,3 +405,72 @@ def test_every_model_is_trained_on_the_same_patches():
     one, two = (torch.cat(task._features[name]) for name in ("one", "two"))
     assert len(one) <= 60
     torch.testing.assert_close(one * 2, two)
+
+
+def judged(config: Config, names, values=(0, 1, 2, 3), tested=None):
+    """A task after one training and one test scan with the same labels."""
+    task = build(config, seed=0)
+    scan, grid, dense = scene(1, "train", values, names)
+    task.learn("m", dense, task.truth(scan, grid, everywhere(grid)))
+    task.fit()
+    scan, grid, dense = scene(2, "test", tested or values, names)
+    task.judge("m", dense, task.truth(scan, grid, everywhere(grid)))
+    return task
+
+
+@pytest.mark.parametrize(
+    ("config", "names", "organs", "words"),
+    [
+        (
+            Config(),
+            [(1, "Body"), (2, "Couch"), (3, "liver")],
+            ["liver"],
+            "mean of 1 organ: liver; left out: Body, Couch",
+        ),
+        (
+            Config(body=("1",), outside=("2",)),
+            (),
+            ["label 3"],
+            "mean of 1 organ: label 3; left out: label 1 (set as body by its number; it has no "
+            "name), label 2 (set as outside by its number; it has no name); a label without a name "
+            "may be the body or the table: see eval.tasks.segmentation.body and outside",
+        ),
+        (
+            Config(body=("1",)),
+            [(1, "torso"), (2, "spleen"), (3, "liver")],
+            ["spleen", "liver"],
+            "mean of 2 organs: spleen, liver; left out: torso",
+        ),
+        (
+            Config(organs=("SPLEEN",)),
+            [(1, "body"), (2, "spleen"), (3, "liver")],
+            ["spleen"],
+            "mean of 1 organ: spleen; left out: body, liver",
+        ),
+    ],
+)
+def test_the_mean_leaves_out_body_and_table_and_lists_its_organs(config, names, organs, words):
+    task = judged(config, names)
+    dice = task.results().models["m"]["dice"]
+    assert list(dice) == organs
+    assert task.headline().mean_of == words
+    assert task.headline().values["m"] == pytest.approx(np.mean(list(dice.values())))
+
+
+def test_a_body_by_number_makes_label_0_the_air_outside():
+    scan, grid, _ = scene(1, "s", (0, 1, 2))
+    by_number = build(Config(body=("1",)), seed=0).truth(scan, grid, everywhere(grid))
+    assert OUTSIDE not in by_number.values
+
+
+def test_organs_that_one_side_lacks_are_listed_as_left_out():
+    names = [(1, "liver"), (2, "spleen"), (3, "aorta")]
+    line = judged(Config(), names, (0, 1, 2), (0, 1, 3)).headline().mean_of
+    assert line == (
+        "mean of 1 organ: liver; left out: spleen (in no test scan), aorta (in no training scan)"
+    )
+
+
+def test_settings_that_must_name_a_label_are_those_that_are_not_defaults():
+    named = build(Config(body=("body", "torso"), organs=("1",)), seed=0).named_labels()
+    assert named == {"organs": ("1",), "outside": (), "body": ("torso",)}

@@ -26,10 +26,18 @@ _SURPLUS = 1 << 26  # bytes that may follow the voxels, whatever their number
 class Header:
     """Facts about a scan from its header, as text; empty where the header has none.
 
-    `headers` cleans it, and `patients` hashes the identifier.
+    `headers` cleans it, and `patients` hashes the identifiers, which are never stored as they are.
+
+    Args:
+        patient_id: PatientID.
+        study_uid: StudyInstanceUID.
+        series_uid: SeriesInstanceUID.
+        study_date, modality, manufacturer, kernel, sex, age: text of the elements of these names.
     """
 
     patient_id: str = ""
+    study_uid: str = ""
+    series_uid: str = ""
     study_date: str = ""
     modality: str = ""
     manufacturer: str = ""
@@ -49,6 +57,10 @@ class Image:
         intercept: offset in HU.
         header: facts about the scan from the header.
         names: label value and name, where the file holds a table of labels.
+        is_lossy: whether the voxels were compressed with loss, now or at any time before.
+        lossy_ratio: ratio of that compression; NaN where it is unknown or there was none.
+        derived: in a few words how the image was computed from others, such as a projection; empty
+            for plain slices.
     """
 
     voxels_IJK: np.ndarray
@@ -57,6 +69,24 @@ class Image:
     intercept: float = 0.0
     header: Header = field(default_factory=Header)
     names: tuple[tuple[int, str], ...] = ()
+    is_lossy: bool = False
+    lossy_ratio: float = math.nan
+    derived: str = ""
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One segment of a segmentation of 3D Slicer.
+
+    Args:
+        layer: number of the layer that holds it, from 0.
+        value: its value in that layer.
+        name: its name as the file holds it; empty where it has none.
+    """
+
+    layer: int
+    value: int
+    name: str
 
 
 def is_gzip(path: Path) -> bool:
