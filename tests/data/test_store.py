@@ -209,7 +209,7 @@ def test_damage_to_the_index_is_found_or_harmless(tmp_path: Path) -> None:
         except UserError:
             found += 1
             continue
-        assert (read.scans, read.digest, read.root) == (store.scans, store.digest, store.root)
+        assert (read.scans, read.digest) == (store.scans, store.digest)
         assert read.manifest_digest == store.manifest_digest
     assert found > 100
 
