@@ -16,7 +16,7 @@ if TYPE_CHECKING:  # the command line loads this file, and torch takes 2 s
     import numpy as np
     import torch
     from torch import Tensor
-from tapct.base.exits import UserError
+from tapct.base.exits import UserError, single_line
 
 # Value of padding in stored and loaded volumes: air. Never zero, which is water.
 AIR_HU = -1024
@@ -30,16 +30,21 @@ Directions: TypeAlias = tuple[
 UPRIGHT: Directions = ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0))
 
 
+_MAX_DETAIL = 500  # characters
+
+
 class Refused(UserError):
     """A scan that tapct will not train on.
 
     Args:
         reason: short code in snake_case, one per rule, e.g. `not_ct`, `truncated`,
             `missing_slices`.
-        detail: one line that names the value and the rule.
+        detail: one line that names the value and the rule. Texts of a file in it are made printable
+            and cut.
     """
 
     def __init__(self, reason: str, detail: str) -> None:
+        detail = single_line(detail, _MAX_DETAIL)
         super().__init__(f"{reason}: {detail}")
         self.reason = reason
         self.detail = detail

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import numpy as np
 
+from tapct.base import console
 from tapct.base.exits import UserError
 from tapct.base.files import first_cause
-from tapct.base.locks import Lock, hold
+from tapct.base.lease import Lease, hold
 from tapct.data import formats
 from tapct.data import passed_over as passed
 from tapct.data.ct_check import BODY_ABOVE, subsample
@@ -154,7 +155,7 @@ def build_manifest(
         )
         for scan in scans
     ]
-    with _only_writer(out) as lock:
+    with _only_writer(out) as lease:
         rows: dict[int, Examined] = {}
         results = map_unordered(
             examine,
@@ -178,7 +179,7 @@ def build_manifest(
             label_report(pairs, checked, root),
             file=out,
         )
-        lock.check()
+        lease.check()
         write_table(manifest, out)
     return manifest
 
@@ -231,20 +232,20 @@ def _check_out(out: Path) -> None:
 
 
 @contextlib.contextmanager
-def _only_writer(out: Path) -> Iterator[Lock]:
-    """Hold the lock of a manifest; a place that cannot be written to is refused here, before the
+def _only_writer(out: Path) -> Iterator[Lease]:
+    """Hold the lease of a manifest; a place that cannot be written to is refused here, before the
     archive is read.
     """
-    taken = f"another `tapct index` is writing {out}"
+    lease_file = out.with_name(f".{out.name}.lease")
     with contextlib.ExitStack() as stack:
         try:
             out.parent.mkdir(parents=True, exist_ok=True)
-            lock = stack.enter_context(hold(out.with_name(f".{out.name}.lock"), taken))
+            lease = stack.enter_context(hold(lease_file, f"manifest {out}", console.say))
         except OSError as error:
             raise UserError(
                 f"cannot write manifest {out}: {first_cause(error)}; nothing was changed"
             ) from error
-        yield lock
+        yield lease
 
 
 def _no_scans(root: Path, counts: Counter[str]) -> UserError:

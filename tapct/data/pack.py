@@ -21,9 +21,10 @@ from pathlib import Path
 
 import numpy as np
 
+from tapct.base import console
 from tapct.base.exits import UserError
 from tapct.base.files import NO_SPACE, PRIVATE, TEMPORARY_SUFFIX, write_atomically
-from tapct.base.locks import hold
+from tapct.base.lease import hold
 from tapct.data.digest import label_digest
 from tapct.data.discover import source_of
 from tapct.data.ingest import OUT_OF_MEMORY, read_source
@@ -37,7 +38,7 @@ from tapct.data.readers import LIBRARIES
 from tapct.data.store import INDEX_NAME, StoredScan, index_bytes
 from tapct.types import Refused, Volume
 
-LOCK_NAME = ".lock"
+LEASE_NAME = ".lease"
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
@@ -143,8 +144,8 @@ def pack(
     try:
         out.mkdir(parents=True, exist_ok=True)
         # a second pack would delete the unfinished files of the first one
-        taken = f"another `tapct pack` is writing to {out}"
-        with hold(out / LOCK_NAME, taken) as lock, _without_leftovers(out):
+        lease_file = out / LEASE_NAME
+        with hold(lease_file, f"the store {out}", console.say) as lease, _without_leftovers(out):
             tasks = [_Task(row, root, out, level, manifest.ignore_labels) for row in rows]
             results = map_unordered(
                 pack_task,
@@ -167,7 +168,7 @@ def pack(
             report = _report(out, finished, scans, time.monotonic() - started)
             if not scans:
                 raise _nothing_packed(report, root)
-            lock.check()
+            lease.check()
             content = index_bytes(
                 *(scans, manifest.digest, manifest.summary(), manifest.patient_key),
                 manifest_file="" if manifest.file is None else _below(out, manifest.file),

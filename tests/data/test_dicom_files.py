@@ -331,11 +331,10 @@ def test_objects_without_an_image_are_listed_by_their_class(tmp_path: Path) -> N
     ]
     built = index.build_manifest(tmp_path, tmp_path / "m.parquet")
     assert [row.path for row in built.rows] == ["s"]
-    assert built.passed_over == {
-        "DICOM segmentation": 1,
-        "DICOM structured report": 1,
-        "DICOM RT structure set": 1,
-    }
+    assert built.passed_over == {"DICOM structured report": 1}
+    # the other two are labels that belong to no scan
+    assert built.label_report is not None
+    assert {Path(path).name for path in built.label_report.unmatched} == {"rt.dcm", "seg.dcm"}
     with pytest.raises(Refused, match="segmentation"):
         read_volume(tmp_path / "seg.dcm")
     assert find_source(tmp_path / "s" / "slice003.dcm").path == tmp_path / "s"

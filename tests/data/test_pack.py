@@ -259,7 +259,9 @@ def test_two_packs_into_one_folder_do_not_mix(
     manifest, _ = archive
 
     def second_pack(done: int, total: int) -> None:
-        with pytest.raises(UserError, match="another `tapct pack`"):
+        with pytest.raises(
+            UserError, match=r"is being written by another process \(.*choose another --out"
+        ):
             pack(manifest, tmp_path / "out")
 
     assert len(pack(manifest, tmp_path / "out", progress=second_pack).packed) == 4
@@ -289,7 +291,7 @@ def test_a_store_that_cannot_be_written_is_refused_before_a_scan_is_read(
         raise OSError(errno.EROFS, os.strerror(errno.EROFS), path)
 
     monkeypatch.setattr("tapct.data.pack.read_source", read)
-    monkeypatch.setattr(os, "open", open_file)  # by which the lock is created
+    monkeypatch.setattr(os, "open", open_file)  # by which the lease is created
     with pytest.raises(UserError, match=r"cannot write the store .*: Read-only file system"):
         pack(archive[0], tmp_path / "out")
 

@@ -46,7 +46,7 @@ def read(files: Sequence[Path]) -> Image:
     header = _parse(path, head)
     shape = _shape(header)
     affine = _affine(header)
-    offset = int(header.get_data_offset())
+    offset = _offset(header)
     expected = offset + header.get_data_dtype().itemsize * math.prod(shape)
     data_file = _data_file(path, header)
     if is_gzip(data_file):
@@ -133,6 +133,16 @@ def _shape(header: nibabel.Nifti1Header) -> tuple[int, int, int]:
         )
     check_shape(sizes[:3])
     return sizes[0], sizes[1], sizes[2]
+
+
+def _offset(header: nibabel.Nifti1Header) -> int:
+    """The byte at which the voxels start, behind the header and the flag of its extensions."""
+    offset, least = float(header["vox_offset"]), header.sizeof_hdr + 4
+    if not offset.is_integer() or offset < least:
+        raise Refused(
+            "corrupt", f"vox_offset is {offset:g}; rule: a whole number, at least {least}"
+        )
+    return int(offset)
 
 
 def _affine(header: nibabel.Nifti1Header) -> np.ndarray:
