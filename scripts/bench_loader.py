@@ -62,7 +62,7 @@ def write_store(folder: Path, scans: list[np.ndarray], level: int) -> Store:
         frame, meta = encode(Volume(hu_ZYX, (1.0, 1.0, 1.0)), f"scan{i}", level)
         write_atomically(folder / f"scan{i}.b2nd", frame)
         rows.append(StoredScan(meta.id, meta.shape_ZYX, meta.spacing_mm, "", "", "", meta.checksum))
-    write_atomically(folder / INDEX_NAME, index_bytes(rows, folder, ""))
+    write_atomically(folder / INDEX_NAME, index_bytes(rows, ""))
     return Store(folder)
 
 

@@ -23,14 +23,14 @@ from tapct.base.exits import UserError
 from tapct.base.files import write_atomically
 from tapct.base.recent import LAST_STEPS
 from tapct.data import manifest as manifests
-from tapct.data import pack, patients
+from tapct.data import pack, patients, split
 from tapct.data.index import build_manifest
 from tapct.data.phantom import archive as phantom
 from tapct.eval import saved
 from tapct.report import page
 from tapct.report.history import read_history
 from tapct.run import finished, pretrain
-from tapct.run.config import RunConfig
+from tapct.run.config import DataConfig, RunConfig
 from tapct.run_folder import RunFolder
 
 T = TypeVar("T")
@@ -120,7 +120,7 @@ def main(words: list[str]) -> None:
         overrides_without_bf16(Path("/proc/cpuinfo").read_text()) if options.config == SMOKE else []
     )
     words = [f"out={options.out}", f"data.store={work / 'store'}", *precision, *options.overrides]
-    resolved = configs.load_config(RunConfig, options.config, words)
+    resolved = with_both_sides(options.config, words, [row.patient for row in found.accepted])
     stop = timed("train", lambda: pretrain.train(resolved))
     if stop.signal:
         raise UserError(
@@ -139,6 +139,26 @@ def main(words: list[str]) -> None:
     )
     write_atomically(options.out / "summary.json", json.dumps(summary, indent=1) + "\n")
     show(summary)
+
+
+def with_both_sides(config: Path, words: list[str], people: list[str]) -> configs.Resolved:
+    """The config of the run; with another data.split_seed where that of a small archive would hold
+    out nobody or everybody, and with nobody held out where there is one patient.
+
+    Args:
+        config: YAML file.
+        words: overrides of the config.
+        people: keyed hash of the patient of each scan.
+    """
+    resolved = configs.load_config(RunConfig, config, words)
+    data: DataConfig = resolved.value.data
+    problem = split.imbalance(people, data.held_out, data.split_seed)
+    if not problem:
+        return resolved
+    console.say(problem)
+    seed = split.seed_with_both_sides(people, data.held_out)
+    word = "data.held_out=0" if seed is None else f"data.split_seed={seed}"
+    return configs.load_config(RunConfig, config, [*words, word])
 
 
 def overrides_without_bf16(cpuinfo: str) -> list[str]:

@@ -10,16 +10,27 @@ Orientation: LPS, axial slices first. Index z grows towards the head (Superior),
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 if TYPE_CHECKING:  # the command line loads this file, and torch takes 2 s
     import numpy as np
     import torch
     from torch import Tensor
-from tapct.base.exits import UserError
+from tapct.base.exits import UserError, single_line
 
 # Value of padding in stored and loaded volumes: air. Never zero, which is water.
 AIR_HU = -1024
+# Label value of voxels that nobody has labelled; losses and metrics leave them out.
+IGNORE_LABEL = 65535
+
+# unit vectors in LPS (x, y, z) along which the index x, the index y and the index z grow
+Directions: TypeAlias = tuple[
+    tuple[float, float, float], tuple[float, float, float], tuple[float, float, float]
+]
+UPRIGHT: Directions = ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0))
+
+
+_MAX_DETAIL = 500  # characters
 
 
 class Refused(UserError):
@@ -28,10 +39,12 @@ class Refused(UserError):
     Args:
         reason: short code in snake_case, one per rule, e.g. `not_ct`, `truncated`,
             `missing_slices`.
-        detail: one line that names the value and the rule.
+        detail: one line that names the value and the rule. Texts of a file in it are made printable
+            and cut.
     """
 
     def __init__(self, reason: str, detail: str) -> None:
+        detail = single_line(detail, _MAX_DETAIL)
         super().__init__(f"{reason}: {detail}")
         self.reason = reason
         self.detail = detail
@@ -42,10 +55,28 @@ class Refused(UserError):
 
 
 @dataclass(frozen=True)
+class PatientClues:
+    """What a scan's header or side-car says about its patient beside the PatientID.
+
+    Args:
+        patient_from: `header` or `side_car`, where the PatientID is from; empty without one.
+        study: keyed hash of the StudyInstanceUID, or empty.
+        pseudonym: keyed hash of a numbered stand-in such as ANON0012, which may stand for one
+            patient or for one file; or empty.
+        has_stand_in: whether the PatientID is a stand-in such as REMOVED.
+    """
+
+    patient_from: str = ""
+    study: str = ""
+    pseudonym: str = ""
+    has_stand_in: bool = False
+
+
+@dataclass(frozen=True)
 class ScanFacts:
     """Facts from a scan's header or its JSON side-car; empty or NaN where it gives none.
 
-    `patient` is a keyed hash, never the identifier itself.
+    `patient` is a keyed hash of the PatientID, never the identifier itself; empty for a stand-in.
     """
 
     patient: str = ""
@@ -55,6 +86,7 @@ class ScanFacts:
     sex: str = ""  # M, F, O or empty
     age_years: float = float("nan")
     lossy_ratio: float = float("nan")  # of a lossy compression; NaN where none is declared
+    clues: PatientClues = field(default_factory=PatientClues, compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -67,6 +99,8 @@ class Volume:
         origin_mm: LPS position (x, y, z order as in DICOM) of voxel (0, 0, 0).
         facts: header facts.
         marks: codes of what is unusual about the scan, e.g. `lossy`, `tilt_resampled`.
+        directions: directions of the array's axes x, y and z; a scan that lies oblique in its file
+            keeps its residual rotation here.
     """
 
     hu_ZYX: np.ndarray
@@ -74,6 +108,7 @@ class Volume:
     origin_mm: tuple[float, float, float] = (0.0, 0.0, 0.0)
     facts: ScanFacts = field(default_factory=ScanFacts)
     marks: tuple[str, ...] = ()
+    directions: Directions = UPRIGHT
 
 
 @dataclass(frozen=True)
@@ -81,16 +116,19 @@ class LabelMap:
     """Organ labels of one scan on the scan's own grid.
 
     Args:
-        labels_ZYX: uint16, 0 is background, same orientation rule as `Volume`.
+        labels_ZYX: uint16, 0 is background, IGNORE_LABEL is not labelled; same orientation rule as
+            `Volume`.
         spacing_mm: distance of voxel centres along (z, y, x), all > 0.
         origin_mm: LPS position (x, y, z order as in DICOM) of voxel (0, 0, 0).
         names: pairs of label value and name from the file or a side-car; may be empty.
+        directions: as in `Volume`.
     """
 
     labels_ZYX: np.ndarray
     spacing_mm: tuple[float, float, float]
     origin_mm: tuple[float, float, float] = (0.0, 0.0, 0.0)
     names: tuple[tuple[int, str], ...] = ()
+    directions: Directions = UPRIGHT
 
 
 @dataclass(frozen=True)

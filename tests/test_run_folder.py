@@ -91,7 +91,11 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny run, evaluated at one step and at the end, exported and reported."""
     folder = tmp_path_factory.mktemp("whole")
     resolved = config_of(
-        folder, make_store(folder), "log.tensorboard=true", "log.wandb.mode=disabled"
+        folder,
+        make_store(folder),
+        "log.tensorboard=true",
+        "log.wandb.mode=disabled",
+        "eval.tasks.segmentation.steps=5",
     )
     pretrain.train(resolved)
     out: Path = resolved.value.out

@@ -77,11 +77,18 @@ def exit_code_of(work: Callable[[], object]) -> int:
 
 
 def single_line(text: object, limit: int | None = None) -> str:
-    """A message without line breaks, cut where it is longer than `limit` characters."""
-    line = " ".join(str(text).split())
+    """A message without line breaks and control characters, cut where it is longer than `limit`."""
+    line = printable(" ".join(str(text).split()))
     if limit is None or len(line) <= limit:
         return line
     return line[: limit - 3] + "..."
+
+
+def printable(text: str) -> str:
+    """Text with escapes in place of characters that a terminal would obey, such as ESC."""
+    if text.isprintable():
+        return text
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
 
 
 def leave(code: int) -> NoReturn:

@@ -6,7 +6,8 @@ crash at any instant leaves the old content in place. A process that is killed w
 leaves a hidden `.NAME.*.tmp`, which nothing reads.
 
 Rules:
-    permissions   those of a file that `open` creates: 0666, or 0777 for a folder, less the umask
+    permissions   those of a file that `open` creates: 0666, or 0777 for a folder, less the umask;
+                  or the mode that is asked for, whatever the umask
     symlinks      followed: the link stays, and what it points to is replaced
     full disk     OSError that names the final path; the temporary file is removed
 """
@@ -27,6 +28,8 @@ from typing import BinaryIO
 
 from tapct.base.exits import UserError
 
+PRIVATE = 0o600  # for files about patients: their owner alone can read them
+SHARED = 0o644  # for files that are made to be given to others
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 # `$$`, `$NAME` and `${NAME}` in a path
 _VARIABLE = re.compile(r"\$(?:(\$)|(?=[A-Za-z_{])(?:(\w+)|\{(\w+)\}))")
@@ -75,32 +78,42 @@ def expand_path(path: Path | str) -> Path:
     return Path(home)
 
 
+def home_folder() -> Path | None:
+    """The home folder of this user; None without HOME and without an entry in /etc/passwd, as in
+    some containers.
+    """
+    home = os.path.expanduser("~")
+    return None if home == "~" else Path(home)
+
+
 def unexpanded(path: Path | str) -> str:
     """Text that `expand_path` reads back to the same path."""
     text = str(path).replace("$", "$$")
     return f"./{text}" if text.startswith("~") else text
 
 
-def write_atomically(path: Path, content: bytes | str) -> None:
+def write_atomically(path: Path, content: bytes | str, *, mode: int | None = None) -> None:
     """Write a file whole or not at all, and replace the one of that name.
 
     Args:
         path: file to write, in a folder that exists; a symlink is followed.
         content: new content; text is encoded as UTF-8.
+        mode: permissions of the file, such as PRIVATE; None for those of any new file.
     Raises:
         OSError: disk full or folder not writable; the old file is unchanged and nothing is left
             beside it.
     """
-    with replacing(path) as file:
+    with replacing(path, mode=mode) as file:
         file.write(content.encode() if isinstance(content, str) else content)
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
+def replacing(path: Path, *, mode: int | None = None) -> Iterator[BinaryIO]:
     """Open a new binary file that replaces `path` when the block ends without an error.
 
     Args:
         path: file to write, in a folder that exists; a symlink is followed.
+        mode: permissions of the file, as in `write_atomically`.
     Yields:
         File object under a temporary name in the same folder.
     Raises:
@@ -111,6 +124,8 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     aside = _aside(final)
     try:
         with open(aside, "xb") as file:
+            if mode is not None:  # while the file is empty
+                _set_mode(aside, mode)
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -209,6 +224,15 @@ def first_cause(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+def _set_mode(path: Path, mode: int) -> None:
+    """Set the permissions of a file; some network file systems have none for single files."""
+    try:
+        path.chmod(mode)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL):
+            raise
 
 
 def _behind_links(path: Path) -> Path:

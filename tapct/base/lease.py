@@ -30,7 +30,8 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -97,6 +98,7 @@ class Lease:
         environment: environment variables, which name the job.
         beat_s: seconds between two heartbeats.
         stale_s: seconds without a heartbeat after which a holder on another machine counts as dead.
+        option: setting or option that names another folder, e.g. `--out`.
         say: function that prints a line.
     """
 
@@ -108,13 +110,15 @@ class Lease:
         *,
         beat_s: float = BEAT_S,
         stale_s: float = STALE_S,
+        option: str = "out=",
         say: Callable[[str], object] = lambda line: None,
     ) -> None:
-        self.path, self.what, self.say = path, what, say
+        self.path, self.what, self.option, self.say = path, what, option, say
         self.beat_s, self.stale_s = beat_s, stale_s
         self.holder = this_process(environment)
         self.file = -1  # open while the lease is held
         self.is_lost = False
+        self.has_made_folder = False
         self.over = threading.Event()
         self.heart: threading.Thread | None = None
 
@@ -125,6 +129,7 @@ class Lease:
             UserError: a process that is alive holds it.
             OSError: the folder cannot be written.
         """
+        self.has_made_folder = not self.path.parent.exists()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         aside = self._aside("new")
         self.file = os.open(aside, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
@@ -166,11 +171,14 @@ class Lease:
         taken = "its lease was removed" if holder is None else f"it belongs to {holder.described()}"
         raise LostLease(
             f"{self.what} is no longer this process's to write: {taken}; nothing more is written "
-            "here. Start again in another out=, or end the other process first"
+            f"here. Start again in another {self.option}, or end the other process first"
         )
 
     def release(self) -> None:
-        """Give the lease back; nothing happens where it is not held or lost."""
+        """Give the lease back; nothing happens where it is not held or lost.
+
+        A folder that was made for the lease and is still empty is removed.
+        """
         if self.file < 0:
             return
         self.over.set()
@@ -183,6 +191,9 @@ class Lease:
                 if seen is not None and seen.holder == self.holder:
                     self.path.unlink()
                 self._claim_file(self.holder).unlink()
+        if self.has_made_folder:
+            with contextlib.suppress(OSError):
+                self.path.parent.rmdir()
         os.close(self.file)
         self.file = -1
 
@@ -248,7 +259,7 @@ class Lease:
         shown = "another process" if other is None else other.described()
         return UserError(
             f"{self.what} is being written by another process ({shown}; {why}); two would damage "
-            "it. Wait for that one, end it, or choose another out="
+            f"it. Wait for that one, end it, or choose another {self.option}"
         )
 
     def _claim(self, holder: Holder | None) -> bool:
@@ -287,6 +298,28 @@ class Lease:
                 os.fsync(self.file)
             with contextlib.suppress(LostLease):
                 self.check()
+
+
+@contextmanager
+def hold(
+    path: Path, what: str, say: Callable[[str], object] = lambda line: None
+) -> Iterator[Lease]:
+    """Hold the lease of what a command writes to its `--out` within this context.
+
+    Args:
+        path: file of the lease.
+        what: what is written in the words of an error line, e.g. `the store data/store`.
+        say: function that prints a line.
+    Raises:
+        UserError: a process that is alive holds it.
+        OSError: the folder cannot be written.
+    """
+    lease = Lease(path, what, os.environ, option="--out", say=say)
+    lease.acquire()
+    try:
+        yield lease
+    finally:
+        lease.release()
 
 
 def this_process(environment: Mapping[str, str]) -> Holder:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from typer.core import TyperCommand, TyperGroup
@@ -172,6 +172,42 @@ def common(
         os.environ["TAPCT_DEBUG"] = "1"
 
 
+def answer() -> NoReturn:
+    """Run the command that was given on the command line.
+
+    Raises:
+        SystemExit: the command has ended by itself, with its exit code.
+        UserError: the command line is wrong; click would print its usage in four lines.
+    """
+    try:
+        code = app(standalone_mode=False)
+    except Exception as error:
+        # Typer brings its own copy of click in some versions, so its classes are known by name
+        kinds = {cls.__name__ for cls in type(error).__mro__}
+        if "Abort" in kinds:
+            raise exits.Interrupted from error
+        if "NoArgsIsHelpError" in kinds:
+            error.show()  # type: ignore[attr-defined]
+            raise SystemExit(exits.WRONG_INPUT) from error
+        if "ClickException" not in kinds:
+            raise
+        message = error.format_message().rstrip(".")  # type: ignore[attr-defined]
+        context = getattr(error, "ctx", None)
+        command = "tapct" if context is None else " ".join(["tapct", *named_commands(context)])
+        end = message if message.endswith("?") else f"{message};"
+        raise exits.UserError(f"{end} see {command} -h") from error
+    raise SystemExit(code if isinstance(code, int) else 0)
+
+
+def named_commands(context: Any) -> list[str]:
+    """Names of the commands below `tapct` that a command line has reached."""
+    names = []
+    while context.parent is not None:
+        names.append(context.info_name)
+        context = context.parent
+    return names[::-1]
+
+
 def main() -> None:
     """Run the command line: the entry point of the console script."""
-    exits.leave(exits.exit_code_of(app))
+    exits.leave(exits.exit_code_of(answer))

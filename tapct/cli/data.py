@@ -86,6 +86,15 @@ def index(
             show_default="label maps beside the scans",
         ),
     ] = None,
+    ignore_label: Annotated[
+        list[int] | None,
+        typer.Option(
+            metavar="VALUE",
+            help="label value of voxels that nobody has labelled, e.g. -1; losses and metrics "
+            "leave them out; may be given several times",
+            show_default="none",
+        ),
+    ] = None,
     patient_regex: Annotated[
         str | None,
         typer.Option(
@@ -94,6 +103,26 @@ def index(
             "below FOLDER, is used instead",
         ),
     ] = None,
+    patient_column: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE.csv:COLUMN",
+            help="table with the patients: a column names the scan by its path below FOLDER, "
+            "COLUMN its patient; it outranks the PatientID",
+        ),
+    ] = None,
+    patient_from: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SOURCE",
+            help="folder:N, the N-th folder below FOLDER is the patient; or header, a "
+            "PatientID counts also where all studies have the same one",
+        ),
+    ] = None,
+    study_dates: Annotated[
+        bool,
+        typer.Option("--study-dates", help="store the whole date of a study, not its year alone"),
+    ] = False,
     min_depth: Annotated[
         int,
         typer.Option(
@@ -134,15 +163,20 @@ def index(
     """
     from tapct.data.index import build_manifest, check_usable
     from tapct.data.passed_over import summary
+    from tapct.data.patient_report import lines_about_patients
 
     with signals.leaving_at_sigterm(), console.progress_bar("index") as progress:
         manifest = build_manifest(
             folder,
             out,
             labels=labels,
+            ignore_labels=ignore_label or (),
             patient_regex=patient_regex,
+            patient_column=patient_column,
+            patient_from=patient_from,
+            study_dates=study_dates,
             min_depth=min_depth,
-            rules=ReadRules(derived, max_lossy_ratio, resample_tilt),
+            accept=ReadRules(derived, max_lossy_ratio, resample_tilt),
             workers=max(1, workers),
             limits=limits_of(timeout, memory_gb),
             progress=progress,
@@ -150,6 +184,11 @@ def index(
     console.say(
         ", ".join(f"{count} {reason}" for reason, count in manifest.summary().items()) + f": {out}"
     )
+    for line in lines_about_patients(manifest.rows):
+        console.say(line)
+    if manifest.label_report is not None:
+        for line in manifest.label_report.lines():
+            console.say(line)
     for row in manifest.rows:
         if row.detail:
             reason = (
@@ -179,6 +218,14 @@ def pack(
         Path, typer.Argument(metavar="MANIFEST", help="manifest written by tapct index")
     ],
     out: Annotated[Path, typer.Option(metavar="FOLDER", help="folder of the store to write")],
+    root: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="folder of the scans, if it has moved since tapct index",
+            show_default="where it was, relative to the manifest",
+        ),
+    ] = None,
     workers: Workers = CPUS,
     timeout: Timeout = 120.0,
     memory_gb: Memory = None,
@@ -209,7 +256,7 @@ def pack(
     from tapct.data import pack as packer
 
     with signals.leaving_at_sigterm(), console.progress_bar("pack") as progress:
-        found = manifest.Manifest.read(manifest_file)
+        found = manifest.Manifest.read(manifest_file, root)
         report = packer.pack(
             found,
             out,
@@ -226,6 +273,10 @@ def pack(
     )
     for scan in report.refused:
         console.say(f"  refused {scan.path}: {scan.reason}: {scan.detail}")
+    if report.num_labelled or report.labels_refused:
+        console.say(f"labels of {report.num_labelled} scans packed")
+    for scan in report.labels_refused:
+        console.say(f"  labels {scan.path} not packed: {scan.reason}: {scan.detail}")
     if report.damaged:
         console.say(f"  damaged files packed again: {', '.join(report.damaged)}")
     if report.unlisted:

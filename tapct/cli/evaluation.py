@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from tapct import run_folder as run_paths
-from tapct.base import console
+from tapct.base import console, exits
 from tapct.cli.app import RunFolder, app, examples
 from tapct.data import formats
 
@@ -117,6 +117,8 @@ def embed(
     ] = False,
 ) -> None:
     """Compute the dense features of one scan."""
+    if out.suffix != ".npz":
+        raise exits.UserError(f"--out {out}: features are written as .npz; use {out}.npz")
     from tapct.data import ingest
     from tapct.weights import pretrained as weights
 

@@ -124,6 +124,8 @@ def nearest_keys(unknown: str, keys: Sequence[str], most: int = 2) -> list[str]:
     for key in keys:
         # the right name in the wrong section counts nearly as much as a likeness of the whole key
         same_name = _likeness(_last(unknown), _last(key)) - 0.02
+        if _initials(_last(unknown)) == _last(key) or _last(unknown) == _initials(_last(key)):
+            same_name = 0.9  # learning_rate and lr
         scores[key] = max(_likeness(unknown, key), same_name)
     best = max(scores.values(), default=0.0)
     near = [key for key, score in scores.items() if score >= max(0.65, best - 0.03)]
@@ -132,6 +134,12 @@ def nearest_keys(unknown: str, keys: Sequence[str], most: int = 2) -> list[str]:
 
 def _last(key: str) -> str:
     return key.rpartition(".")[2]
+
+
+def _initials(name: str) -> str:
+    """The first letters of the words of a name; empty for a single word."""
+    words = name.split("_")
+    return "".join(word[:1] for word in words) if len(words) > 1 else ""
 
 
 def _likeness(one: str, other: str) -> float:

@@ -1,10 +1,12 @@
-"""The digest of a scan's voxels: equal for one scan in two formats, in manifest and store."""
+"""The digests of a scan's voxels and labels: equal in manifest and store, and for two formats."""
 
 from __future__ import annotations
 
 import hashlib
 
 import numpy as np
+
+from tapct.types import LabelMap
 
 
 def voxel_digest(hu_ZYX: np.ndarray) -> str:
@@ -18,4 +20,20 @@ def voxel_digest(hu_ZYX: np.ndarray) -> str:
     shape = tuple(int(size) for size in hu_ZYX.shape)
     digest = hashlib.blake2b(repr(shape).encode(), digest_size=16)
     digest.update(np.ascontiguousarray(hu_ZYX, dtype="<i2").data)
+    return digest.hexdigest()
+
+
+def label_digest(labels: LabelMap) -> str:
+    """Hash shape, values and names of a label map on the grid of its scan.
+
+    Args:
+        labels: label map.
+    Returns:
+        32 hex digits: blake2b over the shape, the names and the values in C order, as uint8 where
+        all are below 256, else as little-endian uint16.
+    """
+    shape = tuple(int(size) for size in labels.labels_ZYX.shape)
+    dtype = "u1" if labels.labels_ZYX.max(initial=0) < 256 else "<u2"
+    digest = hashlib.blake2b(repr((shape, dtype, labels.names)).encode(), digest_size=16)
+    digest.update(np.ascontiguousarray(labels.labels_ZYX, dtype=dtype).data)
     return digest.hexdigest()

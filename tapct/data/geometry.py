@@ -7,7 +7,7 @@ from typing import TypeAlias
 
 import numpy as np
 
-from tapct.types import LabelMap, Refused, Volume
+from tapct.types import Directions, LabelMap, Refused, Volume
 
 Spacing3: TypeAlias = tuple[float, float, float]  # mm along (z, y, x)
 Point3: TypeAlias = tuple[float, float, float]  # LPS mm (x, y, z)
@@ -17,9 +17,13 @@ SPACING_RANGE_MM = (0.05, 50.0)
 MAX_SHEAR = 5e-3
 MIN_ALIGNMENT = 0.75  # cosine of 41 degrees between a file axis and the LPS axis that it becomes
 GRID_TOLERANCE = 0.25  # voxels that two grids may be apart at any corner
+# largest difference of any component of two unit vectors that count as one direction (0.3 degrees)
+SAME_DIRECTION = 5e-3
 
 
-def to_lps(voxels_IJK: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, Spacing3, Point3]:
+def to_lps(
+    voxels_IJK: np.ndarray, affine: np.ndarray
+) -> tuple[np.ndarray, Spacing3, Point3, Directions]:
     """Permute and flip to the nearest LPS axes, z first.
 
     Args:
@@ -27,7 +31,7 @@ def to_lps(voxels_IJK: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, Spac
         affine: 4x4 matrix, (i, j, k, 1) -> LPS mm.
     Returns:
         A view (Z, Y, X) of the voxels, spacing (z, y, x) in mm, position (x, y, z) of its first
-        voxel in LPS mm.
+        voxel in LPS mm, directions of its axes x, y and z.
     Raises:
         Refused: bad_affine, bad_spacing, sheared, oblique.
     """
@@ -57,14 +61,19 @@ def to_lps(voxels_IJK: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, Spac
             "slices",
         )
     origin, index = affine[:3, 3].copy(), [slice(None)] * 3
+    columns: list[tuple[float, float, float]] = []
     for world, axis in enumerate(axes):
+        sign = -1.0 if direction[world, axis] < 0 else 1.0
+        dx, dy, dz = (float(cosine) for cosine in sign * direction[:, axis])
+        columns.append((dx, dy, dz))
         if direction[world, axis] < 0:
             origin += affine[:3, axis] * (voxels_IJK.shape[axis] - 1)
             index[axis] = slice(None, None, -1)
     view_ZYX = voxels_IJK[tuple(index)].transpose(axes[::-1])
     x, y, z = axes
     spacing_mm = (float(spacing[z]), float(spacing[y]), float(spacing[x]))
-    return view_ZYX, spacing_mm, (float(origin[0]), float(origin[1]), float(origin[2]))
+    origin_mm = (float(origin[0]), float(origin[1]), float(origin[2]))
+    return view_ZYX, spacing_mm, origin_mm, (columns[0], columns[1], columns[2])
 
 
 def _nearest_axes(direction: np.ndarray) -> tuple[int, int, int]:
@@ -77,12 +86,54 @@ def _nearest_axes(direction: np.ndarray) -> tuple[int, int, int]:
     return x, y, z
 
 
+def voxel_to_mm(grid: Volume | LabelMap) -> np.ndarray:
+    """4x4 matrix (x, y, z, 1) in voxels of a grid -> LPS mm."""
+    matrix = np.eye(4)
+    matrix[:3, :3] = np.asarray(grid.directions).T * np.asarray(grid.spacing_mm[::-1])
+    matrix[:3, 3] = grid.origin_mm
+    return matrix
+
+
+def check_same_directions(volume: Volume, labels: LabelMap) -> None:
+    """Refuse labels whose axes point elsewhere than those of the scan.
+
+    Raises:
+        Refused: `grid_mismatch`.
+    """
+    cosines = np.sum(np.asarray(volume.directions) * np.asarray(labels.directions), axis=1)
+    difference = np.abs(np.asarray(volume.directions) - np.asarray(labels.directions)).max()
+    if difference > SAME_DIRECTION:
+        angle = np.degrees(np.arccos(np.clip(cosines, -1, 1))).max()
+        raise Refused(
+            "grid_mismatch",
+            f"labels are turned by {angle:.1f} degrees against the scan; rule: at most 0.3",
+        )
+
+
+def corners_in_scan(volume: Volume, labels: LabelMap) -> np.ndarray:
+    """Where the corners of a label map lie in the scan: (8, 3) voxels along x, y, z.
+
+    The corners are those of the box through the centres of the outermost voxels, in the order of
+    `box_corners`.
+    """
+    corners_83 = box_corners(labels.labels_ZYX.shape)
+    to_scan = np.linalg.inv(voxel_to_mm(volume)) @ voxel_to_mm(labels)
+    placed: np.ndarray = corners_83 @ to_scan[:3, :3].T + to_scan[:3, 3]
+    return placed
+
+
+def box_corners(shape_ZYX: tuple[int, ...]) -> np.ndarray:
+    """Indices (8, 3) along x, y, z of the outermost voxels of an array."""
+    z, y, x = (size - 1 for size in shape_ZYX)
+    return np.asarray(list(itertools.product((0, x), (0, y), (0, z))), dtype=np.float64)
+
+
 def check_same_grid(volume: Volume, labels: LabelMap) -> None:
     """Refuse labels that do not lie on the scan's own voxels.
 
-    The shapes must be equal, and the first and the last voxel must lie at the same place to a
-    quarter of a voxel. Only headers can be compared: a scan that was cropped but kept the affine of
-    the whole scan passes.
+    The shapes must be equal, the directions equal to SAME_DIRECTION, and all eight corners at the
+    same place to a quarter of a voxel. Only headers can be compared: a scan that was cropped but
+    kept the affine of the whole scan passes.
 
     Args:
         volume: scan.
@@ -95,11 +146,9 @@ def check_same_grid(volume: Volume, labels: LabelMap) -> None:
             "grid_mismatch",
             f"labels are {labels.labels_ZYX.shape}, the scan is {volume.hu_ZYX.shape}",
         )
-    spacing = np.asarray(volume.spacing_mm[::-1])
-    extent = np.asarray(volume.hu_ZYX.shape[::-1]) - 1
-    first = np.asarray(labels.origin_mm) - np.asarray(volume.origin_mm)
-    last = first + extent * (np.asarray(labels.spacing_mm[::-1]) - spacing)
-    distance = float(max(np.abs(first / spacing).max(), np.abs(last / spacing).max()))
+    check_same_directions(volume, labels)
+    off_83 = corners_in_scan(volume, labels) - box_corners(labels.labels_ZYX.shape)
+    distance = float(np.abs(off_83).max())
     if distance > GRID_TOLERANCE:
         raise Refused(
             "grid_mismatch",

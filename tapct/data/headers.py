@@ -1,4 +1,4 @@
-"""Facts about a scan and names of labels, from the file's header and its JSON side-car."""
+"""Facts about a scan, from the file's header and its JSON side-car."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from typing import Any
 
 from tapct.base.exits import single_line
 from tapct.data.discover import stem_of
-from tapct.data.patients import hash_of_header
+from tapct.data.patients import hash_of_patient_id, keyed_hash
 from tapct.data.readers.raw import MAX_TEXT, Header
-from tapct.types import Refused, ScanFacts
+from tapct.data.stand_ins import numbered_stand_in
+from tapct.types import PatientClues, Refused, ScanFacts
 
 # field of Header and the key of a side-car, as BIDS and dcm2niix write it
 SIDECAR_KEYS = {
@@ -61,17 +62,29 @@ def merge_sidecar(header: Header, sidecar: dict[str, Any]) -> Header:
     return replace(header, **given)
 
 
-def facts_of(header: Header, key: bytes | None) -> ScanFacts:
+def facts_of(header: Header, key: bytes | None, patient_from: str = "header") -> ScanFacts:
     """The facts of a header that tapct keeps, cleaned; the patient only as a keyed hash.
 
     Args:
         header: header of the scan, completed by its side-car.
         key: secret of the keyed hashes; None leaves the patient empty.
+        patient_from: `header` or `side_car`, where the header's `patient_id` is from.
     """
     date = re.sub(r"\D", "", header.study_date)
     sex = header.sex.strip()[:1].upper()
+    patient = hash_of_patient_id(header.patient_id, key)
+    clues = PatientClues()
+    if key:
+        number, study = numbered_stand_in(header.patient_id), header.study_uid.strip(" \0")
+        clues = PatientClues(
+            patient_from=patient_from if patient else "",
+            study=keyed_hash(key, f"study {study}") if study else "",
+            pseudonym=keyed_hash(key, f"stand-in {number}") if number else "",
+            has_stand_in=bool(header.patient_id.strip(" \0")) and not patient,
+        )
     return ScanFacts(
-        patient=hash_of_header(header.patient_id, key),
+        patient=patient,
+        clues=clues,
         study_date=date if len(date) == 8 else "",
         manufacturer=header.manufacturer,
         kernel=header.kernel,
@@ -87,31 +100,3 @@ def _age_years(text: str) -> float:
     units = "Y|M|W|D|YRS?|YEARS?|MONTHS?|WEEKS?|DAYS?"
     match = re.fullmatch(rf"\s*(\d+(?:\.\d+)?)\s*({units})?(?: OLD)?\s*", text.upper())
     return float(match[1]) * YEARS_PER_UNIT[(match[2] or "")[:1]] if match else float("nan")
-
-
-def label_names(path: Path, sidecar: dict[str, Any]) -> tuple[tuple[int, str], ...]:
-    """Names of labels from a side-car: {"labels": {"1": "liver"}} or {"labels": {"liver": 1}}.
-
-    Args:
-        path: path of the label map, for the error line.
-        sidecar: content of its side-car.
-    Returns:
-        Label value and name, in ascending order; empty where the side-car has no `labels`.
-    Raises:
-        Refused: `bad_sidecar`, `labels` is not a table of values and names.
-    """
-    table = sidecar.get("labels", {})
-    if not isinstance(table, dict):
-        raise Refused(
-            "bad_sidecar", f"'labels' beside {path.name} is not a JSON object of values and names"
-        )
-    pairs = []
-    for left, right in table.items():
-        value, name = (left, right) if str(left).isdigit() else (right, left)
-        if not str(value).isdigit():
-            raise Refused(
-                "bad_sidecar",
-                f"'labels' beside {path.name} has '{left}': '{right}'; rule: a value and a name",
-            )
-        pairs.append((int(value), str(name)))
-    return tuple(sorted(pairs))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
+import math
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -12,24 +12,37 @@ from pathlib import Path
 
 import numpy as np
 
-from tapct.base.exits import UserError, single_line
+from tapct.base import console
+from tapct.base.exits import UserError
 from tapct.base.files import first_cause
-from tapct.base.locks import Lock, hold
+from tapct.base.lease import Lease, hold
 from tapct.data import formats
 from tapct.data import passed_over as passed
 from tapct.data.ct_check import BODY_ABOVE, subsample
-from tapct.data.digest import voxel_digest
-from tapct.data.discover import DICOM_OBJECT, Source, search
-from tapct.data.geometry import check_same_grid
-from tapct.data.ingest import OUT_OF_MEMORY, read_labels, read_source
+from tapct.data.digest import label_digest, voxel_digest
+from tapct.data.discover import DICOM_OBJECT, Listing, Source, search
+from tapct.data.duplicates import mirror_digest, refuse_duplicates
+from tapct.data.examined import Examined, with_patients
+from tapct.data.ingest import OUT_OF_MEMORY, read_source
+from tapct.data.labels.counting import label_report, not_used
 from tapct.data.labels.pairing import pair_labels
-from tapct.data.manifest import ACCEPTED, REFUSED, UNKNOWN, Manifest, Row, write_table
-from tapct.data.patients import PatientRules, check_regex, key_name, patient_key
+from tapct.data.labels.reading import read_labels_of
+from tapct.data.manifest import ACCEPTED, REFUSED, UNKNOWN, Manifest, write_table
+from tapct.data.patient_table import patients_from_table
+from tapct.data.patients import (
+    PatientRules,
+    check_regex,
+    key_name,
+    keyed_hash,
+    parse_patient_from,
+    patient_key,
+)
+from tapct.data.plain_facts import failure as failure_line
+from tapct.data.plain_facts import kernel, maker, without_names
 from tapct.data.process_pool import DEFAULT_LIMITS, Failure, ScanLimits, map_unordered
 from tapct.data.read_rules import MIN_DEPTH, PLAIN, ReadRules
 from tapct.data.readers import LIBRARIES, load_libraries
 from tapct.data.readers.dicom_kind import object_title
-from tapct.data.readers.raw import MAX_TEXT
 from tapct.types import Refused, Volume
 
 _MODULES = (__name__, *LIBRARIES)  # what a worker needs
@@ -42,18 +55,22 @@ class ExamineTask:
     Args:
         source: files of the scan.
         root: folder of the archive.
-        labels: path of its label map, or None.
-        patients: how its patient is identified.
+        labels: path of its label file or folder of masks, or None.
+        key: secret of the keyed hashes of scans and patients.
         min_depth: fewest slices of an accepted scan.
-        rules: what is accepted beyond plain scans.
+        accept: what is accepted beyond plain scans.
+        study_dates: whether the row has the whole date of the study, and not its year alone.
+        ignore_labels: label values of voxels that nobody has labelled.
     """
 
     source: Source
     root: Path
     labels: Path | None
-    patients: PatientRules
+    key: bytes
     min_depth: int
-    rules: ReadRules = PLAIN
+    accept: ReadRules = PLAIN
+    study_dates: bool = False
+    ignore_labels: tuple[int, ...] = ()
 
 
 def build_manifest(
@@ -61,9 +78,13 @@ def build_manifest(
     out: Path,
     *,
     labels: Path | None = None,
+    ignore_labels: Sequence[int] = (),
     patient_regex: str | None = None,
+    patient_column: str | None = None,
+    patient_from: str | None = None,
+    study_dates: bool = False,
     min_depth: int = MIN_DEPTH,
-    rules: ReadRules = PLAIN,
+    accept: ReadRules = PLAIN,
     workers: int = 0,
     limits: ScanLimits = DEFAULT_LIMITS,
     progress: Callable[[int, int], None] | None = None,
@@ -71,33 +92,40 @@ def build_manifest(
     """Index an archive and write the manifest.
 
     Every scan is read completely, and once. A scan that fails becomes a refused row. Of scans with
-    the same voxels the first in the order of paths is accepted, and the others are refused as
-    `duplicate`. How a patient is identified: see `tapct.data.patients`.
+    the same voxels one is accepted, see `tapct.data.duplicates`. How a patient is identified: see
+    `tapct.data.patients`.
 
     Args:
         root: folder of the archive.
         out: .parquet file to write; replaced in one step, so that there is never half a manifest.
         labels: folder with label maps; label maps in other places are found by name, see
             `tapct.data.labels.pairing`.
+        ignore_labels: label values of voxels that nobody has labelled, e.g. -1; losses and metrics
+            leave these voxels out.
         patient_regex: regular expression; group 1, searched in the path below the root, is the
             patient's identifier where the header holds none.
+        patient_column: `FILE.csv:COLUMN`, a table with the patients; see `patient_table`.
+        patient_from: `folder:N`, the N-th folder below the root is the patient; or `header`, a
+            PatientID counts also where all studies have the same one.
+        study_dates: whether the manifest has the whole date of a study, and not its year alone.
         min_depth: fewest slices of an accepted scan; others are refused as `too_few_slices`.
-        rules: what is accepted beyond plain scans.
+        accept: what is accepted beyond plain scans.
         workers: number of processes; 0 reads in this process, without protection from a file that
             ends, blocks or fills it.
         limits: time and memory that one scan may take in a worker process.
         progress: function that is called with (scans done, scans in all).
     Returns:
-        The manifest as written, with the number of files of each kind that were passed over.
+        The manifest as written, with the number of files of each kind that were passed over, and
+        the counts of its labels.
     Raises:
-        UserError: the folder is missing or holds no scan, the regex is bad, or `out` cannot be
-            written.
+        UserError: the folder is missing or holds no scan, an option about patients is wrong, or
+            `out` cannot be written.
     """
     root, out = Path(root), Path(out)
-    _check_libraries(workers)
     check_regex(patient_regex)
+    folder, trusts_header = parse_patient_from(patient_from)
     _check_out(out)
-    listing = search(root, derived=rules.derived)
+    listing = _search(root, workers, accept.derived)
     sources = listing.sources
     if labels is not None and not labels.is_dir():
         raise UserError(f"labels folder {labels} does not exist or is not a folder; check the path")
@@ -113,13 +141,22 @@ def build_manifest(
             scans.append(source)
     if not scans:
         raise _no_scans(root, passed_over)
-    patients = PatientRules(root, patient_key(out.parent), patient_regex)
+    column = {}
+    if patient_column is not None:
+        column = patients_from_table(
+            patient_column, [scan.path.relative_to(root) for scan in scans]
+        )
+    key = patient_key(out.parent)
+    patients = PatientRules(root, key, patient_regex, folder, trusts_header, column)
     tasks = [
-        ExamineTask(scan, root, pairs.label_of.get(scan.path), patients, min_depth, rules)
+        ExamineTask(
+            *(scan, root, pairs.label_of.get(scan.path), key, min_depth, accept, study_dates),
+            tuple(ignore_labels),
+        )
         for scan in scans
     ]
-    with _only_writer(out) as lock:
-        rows: dict[int, Row] = {}
+    with _only_writer(out) as lease:
+        rows: dict[int, Examined] = {}
         results = map_unordered(
             examine,
             tasks,
@@ -135,36 +172,50 @@ def build_manifest(
                 if progress is not None:
                     progress(len(rows), len(tasks))
         in_order = [rows[index] for index in range(len(tasks))]
+        checked = refuse_duplicates(in_order, {row.id: row.mirror_digest for row in in_order})
         manifest = Manifest(
-            refuse_duplicates(in_order), root.resolve(), key_name(patients.key), dict(passed_over)
+            with_patients(checked, in_order, scans, patients),
+            *(root.resolve(), key_name(key), dict(passed_over), tuple(ignore_labels)),
+            label_report(pairs, checked, root),
+            file=out,
         )
-        lock.check()
+        lease.check()
         write_table(manifest, out)
     return manifest
 
 
-def _check_libraries(workers: int) -> None:
-    """Load the reader libraries where scans are read, since a broken one would refuse every scan.
+def _search(root: Path, workers: int, derived: bool) -> Listing:
+    """Find the scans of an archive in a worker process, which reads the headers of DICOM files.
 
-    The process of the command does not need them; loading them costs it 0.7 s.
+    It also loads the reader libraries, since a broken one would refuse every scan. The process of
+    the command does not need them; loading them costs it 0.7 s.
     """
     if workers == 0:
         load_libraries()
-        return
-    for _, problem in map_unordered(
-        problem_of_libraries, [None], 1, lambda _, failure: failure.detail, modules=_MODULES
-    ):
-        if problem:
-            raise UserError(f"a library that reads scans cannot be loaded ({problem}); install it")
+        return search(root, derived=derived)
+    ((_, found),) = map_unordered(
+        _listing_or_error,
+        [(root, derived)],
+        1,
+        lambda _, failure: UserError(f"{root} cannot be searched: {failure.detail}"),
+        limits=ScanLimits(seconds=math.inf),  # it takes as long as the archive is large
+        modules=_MODULES,
+    )
+    if isinstance(found, UserError):
+        raise found
+    return found
 
 
-def problem_of_libraries(_: None) -> str:
-    """Load the reader libraries; empty where they work, else the error."""
+def _listing_or_error(request: tuple[Path, bool]) -> Listing | UserError:
+    """What `search` finds below a folder, or the error that a person can mend."""
+    root, derived = request
     try:
         load_libraries()
-    except Exception as error:
-        return single_line(f"{type(error).__name__}: {error}", MAX_TEXT)
-    return ""
+        return search(root, derived=derived)
+    except ImportError as error:
+        return UserError(f"a library that reads scans cannot be loaded ({error}); install it again")
+    except UserError as error:
+        return error
 
 
 def _check_out(out: Path) -> None:
@@ -181,20 +232,20 @@ def _check_out(out: Path) -> None:
 
 
 @contextlib.contextmanager
-def _only_writer(out: Path) -> Iterator[Lock]:
-    """Hold the lock of a manifest; a place that cannot be written to is refused here, before the
+def _only_writer(out: Path) -> Iterator[Lease]:
+    """Hold the lease of a manifest; a place that cannot be written to is refused here, before the
     archive is read.
     """
-    taken = f"another `tapct index` is writing {out}"
+    lease_file = out.with_name(f".{out.name}.lease")
     with contextlib.ExitStack() as stack:
         try:
             out.parent.mkdir(parents=True, exist_ok=True)
-            lock = stack.enter_context(hold(out.with_name(f".{out.name}.lock"), taken))
+            lease = stack.enter_context(hold(lease_file, f"manifest {out}", console.say))
         except OSError as error:
             raise UserError(
                 f"cannot write manifest {out}: {first_cause(error)}; nothing was changed"
             ) from error
-        yield lock
+        yield lease
 
 
 def _no_scans(root: Path, counts: Counter[str]) -> UserError:
@@ -226,34 +277,36 @@ def check_usable(manifest: Manifest, labels: Path | None) -> None:
         )
 
 
-def examine(task: ExamineTask) -> Row:
+def examine(task: ExamineTask) -> Examined:
     """Read one scan and its labels; any failure becomes the reason in its row."""
     row = bare_row(task)  # refused, until all checks have passed
     try:
         row = replace(row, bytes=bytes_of(task))
         if not has_utf8_name(task):
             raise Refused("bad_name", "the path holds bytes that are not UTF-8; rename it")
-        volume = read_source(task.source, task.patients.key, task.rules)
-        row = with_facts(
-            row, volume, task.patients.patient_of(task.source.path, volume.facts.patient)
-        )
+        volume = read_source(task.source, task.key, task.accept)
+        row = with_facts(row, volume, task)
         if row.depth < task.min_depth:
             raise Refused(
                 "too_few_slices",
                 f"{row.depth} slices; rule: at least {task.min_depth} (--min-depth)",
             )
-        label_path, problem = checked_labels(task, volume)
-        # labels that cannot be used do not refuse the scan; its row says why it has none
-        return replace(row, status=ACCEPTED, label_path=label_path, detail=problem)
+        row = with_labels(replace(row, status=ACCEPTED), task, volume)
+        return replace(row, detail=nameless(row.detail, task))
     except Refused as error:
         if error.reason == OUT_OF_MEMORY:
             raise MemoryError(error.detail) from error  # the pool tries it again with more
-        return replace(row, reason=error.reason, detail=error.detail)
+        return replace(row, reason=error.reason, detail=nameless(error.detail, task))
     except MemoryError:
         raise
     except Exception as error:  # one scan must not end the index of a whole archive
-        detail = single_line(f"{type(error).__name__}: {error}", MAX_TEXT)
-        return replace(row, reason="unreadable", detail=detail)
+        return replace(row, reason="unreadable", detail=failure_line(error))
+
+
+def nameless(detail: str, task: ExamineTask) -> str:
+    """A line about a scan without the names of its files: the columns of paths have them."""
+    labels = () if task.labels is None else (task.labels,)
+    return without_names(detail, task.root, (task.source.path, *task.source.files, *labels))
 
 
 def bytes_of(task: ExamineTask) -> int:
@@ -265,20 +318,23 @@ def bytes_of(task: ExamineTask) -> int:
     return num_bytes
 
 
-def failed_row(task: ExamineTask, failure: Failure) -> Row:
+def failed_row(task: ExamineTask, failure: Failure) -> Examined:
     """The row of a scan whose worker process has no result."""
-    detail = failure.detail.replace(f"{task.root}{os.sep}", "")
+    detail = nameless(failure.detail, task)
     return replace(bare_row(task), bytes=bytes_of(task), reason=failure.reason, detail=detail)
 
 
-def bare_row(task: ExamineTask) -> Row:
+def bare_row(task: ExamineTask) -> Examined:
     """The row of a scan that has not been read: its path and kind; its status is refused."""
     # Parquet holds text, so bytes of a path that are not UTF-8 are written as escapes
     path = _escaped(task, task.source.path)
-    scan_id = hashlib.blake2b(path.encode(), digest_size=8).hexdigest()
+    # keyed: nobody without the key can test whether a known path is in a manifest or a store
+    scan_id = keyed_hash(task.key, f"scan {path}")
     files = task.source.files
     file_paths = () if files == (task.source.path,) else tuple(_escaped(task, f) for f in files)
-    return Row(id=scan_id, path=path, kind=task.source.kind, status=REFUSED, file_paths=file_paths)
+    return Examined(
+        id=scan_id, path=path, kind=task.source.kind, status=REFUSED, file_paths=file_paths
+    )
 
 
 def _escaped(task: ExamineTask, file: Path) -> str:
@@ -297,24 +353,32 @@ def has_utf8_name(task: ExamineTask) -> bool:
     return True
 
 
-def checked_labels(task: ExamineTask, volume: Volume) -> tuple[str, str]:
-    """Path of the scan's label map, and why it cannot be used.
+def with_labels(row: Examined, task: ExamineTask, volume: Volume) -> Examined:
+    """A row with path and digest of the scan's labels.
 
-    One of the two is empty: the reason where the label map can be used, else the path. Both are
-    empty where the scan has no label map.
+    Labels that cannot be used do not refuse the scan: its row gives the reason in `detail`.
     """
     if task.labels is None:
-        return "", ""
+        return row
     try:
-        check_same_grid(volume, read_labels(task.labels))
+        found = read_labels_of(volume, task.labels, task.ignore_labels)
     except Refused as error:
-        return "", f"labels {task.labels.name} not used: {error}"
+        if error.reason == OUT_OF_MEMORY:
+            raise
+        return replace(row, detail=not_used(task.labels.name, str(error)))
+    path = os.path.relpath(task.labels.resolve(), task.root.resolve())
     if task.labels.is_relative_to(task.root):
-        return task.labels.relative_to(task.root).as_posix(), ""
-    return str(task.labels.resolve()), ""
+        path = task.labels.relative_to(task.root).as_posix()
+    notes = "".join(f"labels {task.labels.name}: {note}" for note in found.notes[:1])
+    return replace(
+        row,
+        label_path=Path(path).as_posix(),
+        label_digest=label_digest(found.label_map),
+        detail="; ".join([notes, *found.notes[1:]]) if notes else "",
+    )
 
 
-def with_facts(row: Row, volume: Volume, patient: str) -> Row:
+def with_facts(row: Examined, volume: Volume, task: ExamineTask) -> Examined:
     """A row with the grid, HU statistics, digest and header facts of its scan."""
     depth, height, width = volume.hu_ZYX.shape
     values = subsample(volume.hu_ZYX)
@@ -330,10 +394,9 @@ def with_facts(row: Row, volume: Volume, patient: str) -> Row:
         spacing_z_mm=volume.spacing_mm[0],
         spacing_y_mm=volume.spacing_mm[1],
         spacing_x_mm=volume.spacing_mm[2],
-        patient=patient,
-        study_date=volume.facts.study_date,
-        manufacturer=volume.facts.manufacturer,
-        kernel=volume.facts.kernel,
+        study_date=volume.facts.study_date[: None if task.study_dates else 4],
+        manufacturer=maker(volume.facts.manufacturer),
+        kernel=kernel(volume.facts.kernel),
         sex=volume.facts.sex,
         age_years=volume.facts.age_years,
         hu_p005=float(p005),
@@ -343,19 +406,6 @@ def with_facts(row: Row, volume: Volume, patient: str) -> Row:
         digest=voxel_digest(volume.hu_ZYX),
         marks=",".join(volume.marks),
         lossy_ratio=volume.facts.lossy_ratio,
+        facts=volume.facts,
+        mirror_digest=mirror_digest(volume.hu_ZYX),
     )
-
-
-def refuse_duplicates(rows: Sequence[Row]) -> tuple[Row, ...]:
-    """Refuse accepted scans whose voxels equal those of an earlier one."""
-    first_with: dict[str, Row] = {}  # digest of the voxels -> first scan with it
-    checked = []
-    for row in rows:
-        if row.status == ACCEPTED:
-            first = first_with.setdefault(row.digest, row)
-            if first is not row:
-                detail = f"the same voxels as {first.id} ({first.path})"
-                row = replace(row, status=REFUSED, reason="duplicate", detail=detail)
-        checked.append(row)
-    assert len({row.id for row in checked}) == len(checked), "64-bit ids of two paths collide"
-    return tuple(checked)

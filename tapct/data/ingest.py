@@ -1,6 +1,6 @@
-"""Read one scan or label map from disk as a `Volume` or `LabelMap`.
+"""Read one scan from disk as a `Volume`; `labels.reading` does the same for its labels.
 
-A reader gives the voxels as stored. Here they become HU (or labels) in LPS with axial slices first.
+A reader gives the voxels as stored. Here they become HU in LPS with axial slices first.
 Nothing is resampled unless `ReadRules.resample_tilt` asks for it: axes are permuted and flipped to
 the nearest LPS axes, and a scan that this cannot bring upright (gantry tilt, more than 41 degrees
 off the body's axes) is refused. Every rule has a reason code. An exception inside a reader library
@@ -10,7 +10,6 @@ becomes `unreadable` with its message.
 from __future__ import annotations
 
 import importlib
-import os
 import re
 import warnings
 from collections.abc import Iterator
@@ -20,83 +19,85 @@ from pathlib import Path
 
 import numpy as np
 
-from tapct.base.exits import single_line
 from tapct.base.files import expand_path
-from tapct.data import formats, tilt
+from tapct.data import tilt
 from tapct.data.ct_check import check_is_ct
 from tapct.data.discover import UNREADABLE, Source, find_source
 from tapct.data.geometry import to_lps
-from tapct.data.headers import facts_of, label_names, merge_sidecar, read_sidecar
+from tapct.data.headers import facts_of, merge_sidecar, read_sidecar
+from tapct.data.plain_facts import failure
 from tapct.data.read_rules import PLAIN, ReadRules
 from tapct.data.readers import DICOM, FORMATS, format_named
-from tapct.data.readers.raw import MAX_TEXT, Image
-from tapct.types import AIR_HU, LabelMap, Refused, Volume
+from tapct.data.readers.raw import Image
+from tapct.types import AIR_HU, Refused, Volume
 
 OUT_OF_MEMORY = "out_of_memory"
 # what reader libraries write where an allocation failed; ITK raises RuntimeError
 _NO_MEMORY = re.compile("bad_alloc|bad allocation|failed to allocate|not enough memory", re.I)
 MAX_HU = 32767  # largest int16
-MAX_LABEL = 65535  # largest uint16
 
 
-def read_volume(path: Path | str, key: bytes | None = None, rules: ReadRules = PLAIN) -> Volume:
+def read_volume(path: Path | str, key: bytes | None = None, accept: ReadRules = PLAIN) -> Volume:
     """Read one CT scan.
 
     Args:
         path: path of a file, of a folder with one DICOM series, or of one DICOM file, which stands
             for its whole series in this folder.
         key: secret of the patient's hash in `facts`; without it the hash stays empty.
-        rules: what is accepted beyond plain scans.
+        accept: what is accepted beyond plain scans.
     Returns:
         The scan in int16 HU, (Z, Y, X) in LPS, every value >= AIR_HU.
     Raises:
         Refused: the scan breaks a rule.
     """
-    with refusing(expand_path(path)):
-        source = find_source(expand_path(path), derived=rules.derived)
-    return read_source(source, key, rules)
+    with refusing():
+        source = find_source(expand_path(path), derived=accept.derived)
+    return read_source(source, key, accept)
 
 
-def read_source(source: Source, key: bytes | None = None, rules: ReadRules = PLAIN) -> Volume:
+def read_source(source: Source, key: bytes | None = None, accept: ReadRules = PLAIN) -> Volume:
     """`read_volume` for a source that `find_sources` found, without searching its folder again."""
-    _load_library(source)
-    with refusing(source.path):
-        return _read_source(source, key, rules)
+    load_library(source)
+    with refusing():
+        return _read_source(source, key, accept)
 
 
-def _read_source(source: Source, key: bytes | None, rules: ReadRules) -> Volume:
-    image = _read_image(source)
-    marks = _marks(source, image, rules)
-    header = image.header
+def _read_source(source: Source, key: bytes | None, accept: ReadRules) -> Volume:
+    image = read_image(source)
+    marks = _marks(source, image, accept)
+    header, patient_from = image.header, "header"
     if source.kind != DICOM.name:
-        header = merge_sidecar(header, read_sidecar(source.path))
+        merged = merge_sidecar(header, read_sidecar(source.path))
+        if merged.patient_id != header.patient_id:
+            patient_from = "side_car"
+        header = merged
     if header.modality and header.modality.upper() != "CT":
         raise Refused("not_ct", f"Modality is '{header.modality}'; rule: CT")
-    if rules.resample_tilt and tilt.is_tilted(image.affine):
+    if accept.resample_tilt and tilt.is_tilted(image.affine):
         image = tilt.upright(image)
         marks += (tilt.MARK,)
-    view_ZYX, spacing_mm, origin_mm = to_lps(image.voxels_IJK, image.affine)
+    view_ZYX, spacing_mm, origin_mm, directions = to_lps(image.voxels_IJK, image.affine)
     check_is_ct(
         image.voxels_IJK, image.slope, image.intercept, declared_ct=header.modality.upper() == "CT"
     )
     hu_ZYX = _to_hu(view_ZYX, image.slope, image.intercept)
-    facts = replace(facts_of(header, key), lossy_ratio=image.lossy_ratio)
-    return Volume(hu_ZYX, spacing_mm, origin_mm, facts, marks)
+    facts = replace(facts_of(header, key, patient_from), lossy_ratio=image.lossy_ratio)
+    return Volume(hu_ZYX, spacing_mm, origin_mm, facts, marks, directions)
 
 
-def _marks(source: Source, image: Image, rules: ReadRules) -> tuple[str, ...]:
+def _marks(source: Source, image: Image, accept: ReadRules) -> tuple[str, ...]:
     """Codes of what is unusual about a scan as its file holds it.
 
     Raises:
-        Refused: derived_image, lossy, where the rules do not accept it.
+        Refused: derived_image, lossy, where that is not to be accepted.
     """
-    if image.derived and not rules.derived:
+    if image.derived and not accept.derived:
         raise Refused("derived_image", f"it is {image.derived}; accept with --derived")
-    if image.lossy_ratio > rules.max_lossy_ratio:
+    if image.lossy_ratio > accept.max_lossy_ratio:
         raise Refused(
             "lossy",
             f"it was compressed {image.lossy_ratio:g}:1 with loss; rule: at most "
-            f"{rules.max_lossy_ratio:g}:1 (--max-lossy-ratio)",
+            f"{accept.max_lossy_ratio:g}:1 (--max-lossy-ratio)",
         )
     marks = [source.mark] if source.mark else []
     if image.derived:
@@ -106,42 +107,7 @@ def _marks(source: Source, image: Image, rules: ReadRules) -> tuple[str, ...]:
     return tuple(marks)
 
 
-def read_labels(path: Path | str) -> LabelMap:
-    """Read one label map.
-
-    Names come from NAME.json {"labels": {"1": "liver"}}, else from the file's own table (Slicer
-    segments, the label table of a NIfTI extension), else they stay empty.
-
-    Args:
-        path: path of a NIfTI, NRRD or MetaImage file.
-    Returns:
-        Labels as uint16, (Z, Y, X) in LPS.
-    Raises:
-        Refused: a reason for which a scan is refused too, or `not_labels`: values that are not
-            whole numbers from 0 to 65535.
-    """
-    with refusing(Path(path)):
-        source = find_source(Path(path))
-    if source.kind == DICOM.name:
-        raise Refused(
-            "unsupported",
-            f"labels are read from {formats.listed('or', without=DICOM.name)}; convert the DICOM "
-            "SEG",
-        )
-    _load_library(source)
-    with refusing(source.path):
-        return _read_labels(source)
-
-
-def _read_labels(source: Source) -> LabelMap:
-    image = _read_image(source)
-    view_ZYX, spacing_mm, origin_mm = to_lps(image.voxels_IJK, image.affine)
-    labels_ZYX = _to_labels(source.path.name, view_ZYX, image.slope, image.intercept)
-    names = label_names(source.path, read_sidecar(source.path)) or image.names
-    return LabelMap(labels_ZYX, spacing_mm, origin_mm, names)
-
-
-def _read_image(source: Source) -> Image:
+def read_image(source: Source) -> Image:
     """Call the format's reader."""
     if source.reason:
         raise Refused(source.reason, source.detail)
@@ -155,7 +121,7 @@ def _read_image(source: Source) -> Image:
     return format_named(source.kind).read(source.files)
 
 
-def _load_library(source: Source) -> None:
+def load_library(source: Source) -> None:
     """Load what decodes a source; a library that cannot be loaded is not a fault of the scan."""
     # a source that is refused without being read, such as a folder that cannot be listed, has no
     # format
@@ -165,12 +131,9 @@ def _load_library(source: Source) -> None:
 
 
 @contextmanager
-def refusing(path: Path) -> Iterator[None]:
-    """Within this context, every exception that a file can cause becomes a refusal, and no warning
-    of Python code is printed.
-
-    Args:
-        path: path of the scan; its folder is removed from the messages of libraries.
+def refusing() -> Iterator[None]:
+    """Within this context, every exception that a file can cause becomes a refusal without the text
+    of the library, which may quote the file, and no warning of Python code is printed.
     """
     try:
         with warnings.catch_warnings():
@@ -179,12 +142,11 @@ def refusing(path: Path) -> Iterator[None]:
     except Refused:
         raise
     except Exception as error:
-        text = f"{type(error).__name__}: {error}".replace(f"{path.parent}{os.sep}", "")
-        no_memory = isinstance(error, MemoryError) or _NO_MEMORY.search(text)
+        no_memory = isinstance(error, MemoryError) or _NO_MEMORY.search(str(error))
         reason = OUT_OF_MEMORY if no_memory else "unreadable"
-        raise Refused(reason, single_line(text, MAX_TEXT)) from error
+        raise Refused(reason, failure(error)) from error
     except SystemExit as error:
-        raise Refused("unreadable", f"the reader library ended with {error.code}") from error
+        raise Refused("unreadable", failure(error)) from error
 
 
 def _to_hu(view_ZYX: np.ndarray, slope: float, intercept: float) -> np.ndarray:
@@ -209,20 +171,3 @@ def _to_hu(view_ZYX: np.ndarray, slope: float, intercept: float) -> np.ndarray:
             )
         hu_ZYX[z] = np.maximum(values_YX, AIR_HU)
     return hu_ZYX
-
-
-def _to_labels(name: str, view_ZYX: np.ndarray, slope: float, intercept: float) -> np.ndarray:
-    """uint16 labels, slice by slice: refuse fractions and what uint16 cannot hold."""
-    labels_ZYX = np.empty(view_ZYX.shape, dtype=np.uint16)
-    for z, plane_YX in enumerate(view_ZYX):
-        values_YX = plane_YX.astype(np.float64) * slope + intercept
-        if not (np.isfinite(values_YX).all() and (values_YX == np.rint(values_YX)).all()):
-            raise Refused("not_labels", f"{name} holds values that are not whole numbers")
-        if values_YX.min() < 0 or values_YX.max() > MAX_LABEL:
-            raise Refused(
-                "not_labels",
-                f"labels run from {values_YX.min():g} to {values_YX.max():g}; rule: 0 to "
-                f"{MAX_LABEL}",
-            )
-        labels_ZYX[z] = values_YX
-    return labels_ZYX

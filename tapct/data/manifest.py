@@ -1,8 +1,10 @@
 """The manifest: a table with one row per scan of an archive, accepted with its facts or refused
 with the reason (Parquet).
 
-The manifest holds no patient identifier, only keyed hashes (see `tapct.data.patients`). Paths are
-kept as they are: the manifest of an archive whose files are named after patients is not anonymous.
+The manifest holds no patient identifier, only keyed hashes (see `tapct.data.patients`), and no free
+text of a header. Paths below the archive are kept as they are in the columns of paths, and nowhere
+else: the manifest of an archive whose files are named after patients is not anonymous. Only its
+owner can read it.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import json
 import os
 from collections import Counter
 from collections.abc import Mapping
@@ -22,6 +25,7 @@ import pyarrow.parquet
 
 from tapct.base import files
 from tapct.base.exits import UserError, single_line
+from tapct.data.labels.report import LabelReport
 from tapct.data.readers.raw import MAX_TEXT
 
 SCHEMA = "2"
@@ -40,29 +44,31 @@ class Row:
     """One scan of the archive.
 
     Args:
-        id: 16 hex digits, hashed from the path below the root; unchanged when the archive moves.
+        id: 16 hex digits, keyed hash of the path below the root; unchanged when the archive moves.
         path: path of the file or DICOM folder below the root; for a series that shares its folder
             with others, path of its first file.
         kind: nifti, nrrd, meta or dicom; unreadable for a folder that cannot be listed.
         status: accepted or refused.
         reason: code of the rule by which it was refused, else empty.
-        detail: one line: why it was refused, or why its labels are not used.
+        detail: one line: why it was refused, why its labels are not used, or what was decided
+            about them; it names no file.
         marks: codes of what is unusual about an accepted scan, e.g. `values_windowed`; several are
             separated by commas.
         depth, height, width: voxels along Z, Y, X; 0 where unknown.
         spacing_z_mm, spacing_y_mm, spacing_x_mm: distance of voxel centres in mm; NaN where
             unknown.
         patient: keyed hash of the patient's identifier.
-        patient_from: where the identifier is from: header, bids, study, side_car, regex, folder or
-            guess; empty where unknown.
-        study_date: YYYYMMDD or empty.
-        manufacturer, kernel: text from the header.
+        patient_from: rule that identified the patient: column, folder, header, regex, bids,
+            side_car, study or guess; empty where unknown.
+        study_date: year of the study, or YYYYMMDD with `index --study-dates`; empty where unknown.
+        manufacturer: short name of a known maker, `other`, or empty.
+        kernel: reconstruction kernel where its text looks like one, `other`, or empty.
         sex: M, F, O or empty.
         age_years: age in years, NaN where unknown.
-        label_path: path of the label map below the root, or absolute where it lies elsewhere; empty
-            where there is none on the scan's grid.
-        label_digest: hash of shape and values of the label map on the scan's grid; empty where
-            there is none.
+        label_path: path of the label file, or folder of masks, relative to the root (it begins with
+            .. where it lies elsewhere); empty where there is none on the scan's grid.
+        label_digest: hash of shape, values and names of the label map on the scan's grid; empty
+            where there is none.
         duplicate_of: id of the accepted scan that a refused duplicate repeats, else empty.
         lossy_ratio: ratio of a lossy compression that the header declares; NaN where it declares
             none.
@@ -118,12 +124,19 @@ class Manifest:
         patient_key: name of the key of the patient hashes; empty where unknown.
         passed_over: number of files of each kind that are no scan; only after the index, since the
             file does not hold it.
+        ignore_labels: label values of voxels that nobody has labelled, as `tapct index
+            --ignore-label` was given them; `tapct pack` reads the labels by the same rule.
+        label_report: what `tapct index` found about the labels; None for a manifest that was read.
+        file: file that holds the manifest; None where there is none.
     """
 
     rows: tuple[Row, ...]
     root: Path
     patient_key: str = ""
     passed_over: Mapping[str, int] = field(default_factory=dict, compare=False, repr=False)
+    ignore_labels: tuple[int, ...] = ()
+    label_report: LabelReport | None = field(default=None, compare=False, repr=False)
+    file: Path | None = field(default=None, repr=False, compare=False)
 
     @property
     def accepted(self) -> tuple[Row, ...]:
@@ -150,8 +163,8 @@ class Manifest:
 
         Args:
             path: path of the .parquet file.
-            root: folder of the archive now. Without it the folder that was indexed is taken, or,
-                where that is gone, the folder at the same place relative to the manifest.
+            root: folder of the archive now; without it, the folder at the same place relative to
+                the manifest as when the archive was indexed.
         Raises:
             UserError: there is no manifest, it has another version, or it was changed after it was
                 written.
@@ -178,17 +191,39 @@ class Manifest:
             Row(**{**row, "file_paths": tuple(row["file_paths"])}) for row in table.to_pylist()
         )
         if root is None:
-            root = Path(metadata["tapct.root"])
-            beside = path.parent / metadata["tapct.root_relative"]
-            if not root.is_dir() and beside.is_dir():  # archive and manifest moved together
-                root = beside.resolve()
-        manifest = cls(rows, root, metadata.get("tapct.patient_key", ""))
+            root = (path.parent.resolve() / metadata["tapct.root_relative"]).resolve()
+        manifest = cls(
+            rows,
+            root,
+            metadata.get("tapct.patient_key", ""),
+            ignore_labels=tuple(json.loads(metadata.get("tapct.ignore_labels", "[]"))),
+            file=path,
+        )
         if manifest.digest != metadata["tapct.digest"]:
             raise UserError(
                 f"{path} does not match its own digest, so it was changed or damaged; make it "
                 "again with `tapct index`"
             )
         return manifest
+
+
+def read_paths(file: Path, digest: str) -> dict[str, str]:
+    """The paths of an archive's scans by id, for a store, which has ids alone.
+
+    Args:
+        file: file of the manifest.
+        digest: digest of the manifest that was packed.
+    Returns:
+        Path below the archive by id; empty where the file is gone or is another manifest.
+    """
+    try:
+        stored = pyarrow.parquet.read_schema(file).metadata or {}
+        if stored.get(b"tapct.digest", b"").decode() != digest:
+            return {}
+        table = pyarrow.parquet.read_table(file, columns=["id", "path"], partitioning=None)
+    except (pyarrow.ArrowException, OSError):
+        return {}
+    return dict(zip(table.column("id").to_pylist(), table.column("path").to_pylist()))
 
 
 def write_table(manifest: Manifest, out: Path) -> None:
@@ -206,15 +241,16 @@ def write_table(manifest: Manifest, out: Path) -> None:
     }
     metadata = {
         "tapct.schema": SCHEMA,
-        "tapct.root": str(manifest.root),
+        # no absolute path: it may hold the name of a user or of a patient
         "tapct.root_relative": os.path.relpath(manifest.root, out.parent.resolve()),
         "tapct.digest": manifest.digest,
+        "tapct.ignore_labels": json.dumps(list(manifest.ignore_labels)),
         "tapct.patient_key": manifest.patient_key,
     }
     schema = pyarrow.schema([(f.name, _ARROW[str(f.type)]) for f in fields], metadata=metadata)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        with files.replacing(out) as file:
+        with files.replacing(out, mode=files.PRIVATE) as file:
             pyarrow.parquet.write_table(pyarrow.table(columns, schema=schema), file)
     except OSError as error:
         raise UserError(

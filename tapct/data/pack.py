@@ -10,30 +10,35 @@ Axes: Z Y X depth height width in voxels.
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
+from tapct.base import console
 from tapct.base.exits import UserError
-from tapct.base.files import NO_SPACE, TEMPORARY_SUFFIX, write_atomically
-from tapct.base.locks import hold
+from tapct.base.files import NO_SPACE, PRIVATE, TEMPORARY_SUFFIX, write_atomically
+from tapct.base.lease import hold
+from tapct.data.digest import label_digest
 from tapct.data.discover import source_of
 from tapct.data.ingest import OUT_OF_MEMORY, read_source
+from tapct.data.labels.reading import read_labels_of
 from tapct.data.manifest import Manifest, Row
 from tapct.data.packed import Damaged, PackedMeta, encode, open_packed
+from tapct.data.packed_labels import encode_labels, labels_file, packed_digest, read_names
 from tapct.data.process_pool import DEFAULT_LIMITS, Failure, ScanLimits, map_unordered
 from tapct.data.read_rules import AS_INDEXED
 from tapct.data.readers import LIBRARIES
 from tapct.data.store import INDEX_NAME, StoredScan, index_bytes
 from tapct.types import Refused, Volume
 
-LOCK_NAME = ".lock"
+LEASE_NAME = ".lease"
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
@@ -68,6 +73,8 @@ class PackReport:
         voxel_bytes: bytes of all scans of the store as int16 in memory.
         stored_bytes: bytes of their files on disk.
         seconds: wall time.
+        num_labelled: number of scans of the store with labels.
+        labels_refused: scans of the store whose labels could not be packed.
     """
 
     store: Path
@@ -79,6 +86,8 @@ class PackReport:
     voxel_bytes: int
     stored_bytes: int
     seconds: float
+    num_labelled: int = 0
+    labels_refused: tuple[RefusedScan, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -89,6 +98,7 @@ class _Task:
     root: Path
     out: Path
     level: int
+    ignore_labels: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -101,6 +111,7 @@ class _Outcome:
     kept: bool = False
     was_damaged: bool = False
     stored_bytes: int = 0
+    labels_refused: RefusedScan | None = None
 
 
 def pack(
@@ -133,9 +144,9 @@ def pack(
     try:
         out.mkdir(parents=True, exist_ok=True)
         # a second pack would delete the unfinished files of the first one
-        taken = f"another `tapct pack` is writing to {out}"
-        with hold(out / LOCK_NAME, taken) as lock, _without_leftovers(out):
-            tasks = [_Task(row, root, out, level) for row in rows]
+        lease_file = out / LEASE_NAME
+        with hold(lease_file, f"the store {out}", console.say) as lease, _without_leftovers(out):
+            tasks = [_Task(row, root, out, level, manifest.ignore_labels) for row in rows]
             results = map_unordered(
                 pack_task,
                 tasks,
@@ -157,14 +168,20 @@ def pack(
             report = _report(out, finished, scans, time.monotonic() - started)
             if not scans:
                 raise _nothing_packed(report, root)
-            lock.check()
+            lease.check()
             content = index_bytes(
-                scans, root, manifest.digest, manifest.summary(), manifest.patient_key
+                *(scans, manifest.digest, manifest.summary(), manifest.patient_key),
+                manifest_file="" if manifest.file is None else _below(out, manifest.file),
             )
-            write_atomically(out / INDEX_NAME, content)
+            write_atomically(out / INDEX_NAME, content, mode=PRIVATE)
             return report
     except OSError as error:
         raise _write_error(error, out, rows, outcomes) from error
+
+
+def _below(out: Path, path: Path) -> str:
+    """A path relative to the store, so that the store holds no absolute one."""
+    return os.path.relpath(path.resolve(), out.resolve())
 
 
 @contextmanager
@@ -184,6 +201,11 @@ def _remove_leftovers(out: Path) -> None:
 
 def _nothing_packed(report: PackReport, root: Path) -> UserError:
     """The error of a pack whose scans were all refused."""
+    if not root.is_dir():
+        return UserError(
+            f"the archive {root} is gone, where the manifest expects it; give its folder with "
+            "`tapct pack --root FOLDER`"
+        )
     first = report.refused[0]
     return UserError(
         f"none of the {len(report.refused)} accepted scans could be packed; the first, "
@@ -243,9 +265,13 @@ def pack_scan(task: _Task) -> _Outcome:
                 and (meta.id, meta.checksum) == (row.id, row.digest)
                 and not _differences(row, meta.shape_ZYX, meta.spacing_mm)
             ):
-                return _Outcome(_stored(row, meta), kept=True, stored_bytes=file.stat().st_size)
+                size = file.stat().st_size
+                return _with_labels(
+                    task, _Outcome(_stored(row, meta), kept=True, stored_bytes=size)
+                )
     try:
-        frame, meta = encode(_read_as_indexed(row, task.root), row.id, task.level)
+        volume = _read_as_indexed(row, task.root)
+        frame, meta = encode(volume, row.id, task.level)
         if meta.checksum != row.digest:
             detail = f"{task.root / row.path} has other voxels than at `tapct index`; run it again."
             raise Refused("changed", detail)
@@ -256,8 +282,41 @@ def pack_scan(task: _Task) -> _Outcome:
             refused=RefusedScan(row.id, row.path, refusal.reason, refusal.detail),
             was_damaged=was_damaged,
         )
-    write_atomically(file, frame)
-    return _Outcome(_stored(row, meta), was_damaged=was_damaged, stored_bytes=len(frame))
+    write_atomically(file, frame, mode=PRIVATE)
+    outcome = _Outcome(_stored(row, meta), was_damaged=was_damaged, stored_bytes=len(frame))
+    return _with_labels(task, outcome, volume)
+
+
+def _with_labels(task: _Task, outcome: _Outcome, volume: Volume | None = None) -> _Outcome:
+    """Keep or pack the labels of a packed scan; labels that cannot be packed do not refuse it.
+
+    Args:
+        task: the scan.
+        outcome: result for its voxels.
+        volume: the scan; None to read it if its labels must be read.
+    """
+    row, scan = task.row, outcome.scan
+    if scan is None or not row.label_path:
+        return outcome
+    file = labels_file(task.out, row.id)
+    try:
+        if packed_digest(file) == row.label_digest:
+            names = read_names(file)
+        else:
+            if volume is None:
+                volume = _read_as_indexed(row, task.root)
+            found = read_labels_of(volume, task.root / row.label_path, task.ignore_labels)
+            if label_digest(found.label_map) != row.label_digest:
+                raise Refused("changed", "they differ from `tapct index`; run it again.")
+            names = found.label_map.names
+            frame = encode_labels(found.label_map, row.id, task.level, row.label_digest)
+            write_atomically(file, frame, mode=PRIVATE)
+    except Refused as refusal:
+        if refusal.reason == OUT_OF_MEMORY:
+            raise MemoryError(refusal.detail) from refusal  # the pool tries it again with more
+        problem = RefusedScan(row.id, row.label_path, refusal.reason, refusal.detail)
+        return replace(outcome, labels_refused=problem)
+    return replace(outcome, scan=replace(scan, label_digest=row.label_digest, label_names=names))
 
 
 def _stored(row: Row, meta: PackedMeta) -> StoredScan:
@@ -268,7 +327,7 @@ def _stored(row: Row, meta: PackedMeta) -> StoredScan:
         spacing_mm=meta.spacing_mm,
         patient=row.patient,
         path=row.path,
-        label_path=row.label_path,
+        label_digest="",  # set once its labels are packed
         checksum=meta.checksum,
     )
 
@@ -287,7 +346,7 @@ def _read_as_indexed(row: Row, root: Path) -> Volume:
                 "vanished", f"{file} is gone since the manifest was made; run `tapct index` again."
             )
     try:
-        volume = read_source(source, rules=AS_INDEXED)
+        volume = read_source(source, accept=AS_INDEXED)
     except OSError as error:
         raise Refused("unreadable", f"{path}: {error.strerror or error}") from error
     z, y, x = volume.hu_ZYX.shape
@@ -348,6 +407,7 @@ def _report(
             if outcome.was_damaged:
                 damaged.append(outcome.scan.id)
     listed = {f"{scan.id}.b2nd" for scan in scans}
+    listed |= {labels_file(out, scan.id).name for scan in scans if scan.has_labels}
     return PackReport(
         store=out,
         packed=tuple(packed),
@@ -358,4 +418,8 @@ def _report(
         voxel_bytes=sum(2 * int(np.prod(scan.shape_ZYX)) for scan in scans),
         stored_bytes=sum(outcome.stored_bytes for outcome in outcomes),
         seconds=seconds,
+        num_labelled=sum(scan.has_labels for scan in scans),
+        labels_refused=tuple(
+            outcome.labels_refused for outcome in outcomes if outcome.labels_refused is not None
+        ),
     )

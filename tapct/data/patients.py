@@ -1,9 +1,20 @@
 """Identity and privacy: which patient a scan belongs to, and how that is kept secret.
 
-A patient is identified by the PatientID of the header, else by a regular expression on the path,
-else by a guess from the names on the path. The identifier never leaves this file: what is stored is
-a hash, keyed with a secret, so that nobody without the secret can test whether a known identifier
-is among the hashes.
+| order | a patient is identified by | `patient_from` |
+|---|---|---|
+| 1 | the table of `--patient-column` | `column` |
+| 2 | the folder of `--patient-from folder:N` | `folder` |
+| 3 | the PatientID of a DICOM header, unless it is a stand-in | `header` |
+| 4 | `--patient-regex`, for scans without a PatientID in header or side-car | `regex` |
+| 5 | `sub-XX` of BIDS on the path | `bids` |
+| 6 | the PatientID of a side-car, unless it is a stand-in | `side_car` |
+| 7 | the StudyInstanceUID: one study is one patient | `study` |
+| 8 | a guess from names, see `patient_names` | `guess` |
+
+Copies of one scan, scans of one study and numbered stand-ins join what these rules give, since a
+leak is worse than a coarse split. The identifier never leaves this file: what is stored is a hash,
+keyed with a secret, so that nobody without the secret can test whether a known identifier is among
+the hashes.
 """
 
 from __future__ import annotations
@@ -12,20 +23,22 @@ import hashlib
 import os
 import re
 import secrets
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from tapct.base.exits import UserError
-from tapct.data.discover import stem_of
+from tapct.data.patient_names import bids_subject, guessed_identifier, person_and_visit
+from tapct.data.stand_ins import is_stand_in
+from tapct.types import ScanFacts
 
 KEY_FILE = ".patient_key"
 KEY_VARIABLE = "TAPCT_PATIENT_KEY"
 KEY_BYTES = 16
 
-# what a PatientID holds, in lower case, where it identifies nobody
-PLACEHOLDERS = frozenset(
-    ("", "0", "none", "unknown", "anonymous", "anonymized", "anonymised", "anon", "n/a", "na")
-)
+SOURCES = ("column", "folder", "header", "regex", "bids", "side_car", "study", "guess")
+STAND_IN = "patient_stand_in"  # mark of a scan whose PatientID identifies nobody
 
 
 @dataclass(frozen=True)
@@ -37,62 +50,218 @@ class PatientRules:
         key: secret of the keyed hashes, see `patient_key`.
         regex: regular expression whose group 1, searched in the path below the root, is the
             identifier; None to guess from the names on the path.
+        folder: number of the folder on the path below the root that is the patient, from 1; 0 for
+            none.
+        trusts_header: whether a PatientID counts also where all studies have the same one.
+        column: identifier of a scan by its path below the root, from a table.
     """
 
     root: Path
     key: bytes
-    regex: str | None
-
-    def patient_of(self, scan: Path, from_header: str) -> str:
-        """The keyed hash of a scan's patient.
-
-        Args:
-            scan: path of the scan, below the root.
-            from_header: hash that `hash_of_header` gave for its header; empty where there is none.
-        """
-        if from_header:
-            return from_header
-        return keyed_hash(self.key, identifier_from_path(scan, self.root, self.regex))
+    regex: str | None = None
+    folder: int = 0
+    trusts_header: bool = False
+    column: Mapping[str, str] = field(default_factory=dict)
 
 
-def hash_of_header(patient_id: str, key: bytes | None) -> str:
-    """The keyed hash of a header's PatientID.
+@dataclass(frozen=True)
+class Known:
+    """What is known of one scan before its patient is decided.
 
     Args:
-        patient_id: identifier as the header holds it.
+        path: path of the scan, below the archive.
+        is_series: whether it is a DICOM series.
+        facts: facts of its header and side-car; None where it could not be read.
+        digest: digest of its voxels, or empty.
+    """
+
+    path: Path
+    is_series: bool
+    facts: ScanFacts | None
+    digest: str = ""
+
+
+@dataclass(frozen=True)
+class Identified:
+    """The patient of one scan.
+
+    Args:
+        hash: keyed hash of the identifier; empty where the scan could not be read.
+        source: rule that identified it, one of SOURCES; empty where the scan could not be read.
+        has_stand_in: whether the scan has a PatientID that identifies nobody.
+    """
+
+    hash: str = ""
+    source: str = ""
+    has_stand_in: bool = False
+
+
+def patients_of(scans: Sequence[Known], rules: PatientRules) -> list[Identified]:
+    """Identify the patients of a whole archive.
+
+    Args:
+        scans: all scans of the archive, accepted and refused.
+        rules: rules of the archive.
+    Returns:
+        One patient per scan, in the same order.
+    """
+    same_for_all = set() if rules.trusts_header else _same_for_all(scans, rules)
+    found = [_first_rule(scan, rules, same_for_all) for scan in scans]
+    joined = _Joined(found)
+    _join_scans(scans, found, rules, joined.join)
+    patients = []
+    for scan, patient in zip(scans, found):
+        is_stand_in = scan.facts is not None and (
+            scan.facts.clues.has_stand_in or scan.facts.patient in same_for_all
+        )
+        patients.append(Identified(joined.name_of(patient.hash), patient.source, is_stand_in))
+    return patients
+
+
+def _same_for_all(scans: Iterable[Known], rules: PatientRules) -> set[str]:
+    """PatientIDs that identify nobody, because all of several studies have the same one.
+
+    Headers and side-cars are looked at separately.
+    """
+    studies: dict[str, set[str]] = defaultdict(set)
+    ids: dict[str, set[str]] = defaultdict(set)
+    for scan in scans:
+        if scan.facts is not None and scan.facts.patient:
+            source = scan.facts.clues.patient_from
+            ids[source].add(scan.facts.patient)
+            studies[source].add(scan.facts.clues.study or _guess(scan, rules))
+    return {
+        next(iter(ids[source]))
+        for source in ids
+        if len(ids[source]) == 1 and len(studies[source]) > 1
+    }
+
+
+def _first_rule(scan: Known, rules: PatientRules, same_for_all: set[str]) -> Identified:
+    """The patient of a scan by the first rule that applies to it."""
+    if scan.facts is None:
+        return Identified()
+    relative = scan.path.relative_to(rules.root)
+    clues = scan.facts.clues
+    in_column = rules.column.get(relative.as_posix(), "")
+    if in_column:
+        return Identified(keyed_hash(rules.key, in_column), "column")
+    folders = relative.parts if scan.is_series else relative.parts[:-1]
+    if 0 < rules.folder <= len(folders):
+        return Identified(keyed_hash(rules.key, folders[rules.folder - 1]), "folder")
+    from_id = "" if scan.facts.patient in same_for_all else scan.facts.patient
+    if from_id and clues.patient_from == "header":
+        return Identified(from_id, "header")
+    match = re.search(rules.regex, relative.as_posix()) if rules.regex and not from_id else None
+    if match and match[1]:
+        return Identified(keyed_hash(rules.key, match[1]), "regex")
+    subject = bids_subject(relative)
+    if subject:
+        return Identified(keyed_hash(rules.key, subject), "bids")
+    if from_id:
+        return Identified(from_id, "side_car")
+    if clues.study:
+        return Identified(clues.study, "study")
+    return Identified(_guess(scan, rules), "guess")
+
+
+def _guess(scan: Known, rules: PatientRules) -> str:
+    """The keyed hash of the identifier that the names on a scan's path suggest."""
+    relative = scan.path.relative_to(rules.root)
+    name = guessed_identifier(relative, is_series=scan.is_series)
+    return keyed_hash(rules.key, name or rules.root.resolve().name)
+
+
+def _join_scans(
+    scans: Sequence[Known],
+    found: Sequence[Identified],
+    rules: PatientRules,
+    join: Callable[[str, str], None],
+) -> None:
+    """Join the patients of scans that must be of one person.
+
+    Args:
+        scans, rules: as in `patients_of`.
+        found: patient of each scan by the first rule.
+        join: function that joins two patients.
+    """
+    pseudonyms = {scan.facts.clues.pseudonym for scan in scans if scan.facts is not None} - {""}
+    by_digest: dict[str, str] = {}
+    by_pseudonym: dict[str, str] = {}
+    by_study: dict[str, set[str]] = defaultdict(set)  # patients that a better rule gave a study
+    by_guess: dict[str, set[str]] = defaultdict(set)
+    for scan, patient in zip(scans, found):
+        if scan.facts is None:
+            continue
+        clues = scan.facts.clues
+        if scan.digest:  # copies, in whatever format and under whatever name
+            join(by_digest.setdefault(scan.digest, patient.hash), patient.hash)
+        # one number for all says nothing; several may count patients
+        if clues.pseudonym and len(pseudonyms) > 1:
+            join(by_pseudonym.setdefault(clues.pseudonym, patient.hash), patient.hash)
+        if clues.study and patient.source != "study":
+            by_study[clues.study].add(patient.hash)
+        if patient.source in ("header", "bids", "side_car", "study"):
+            by_guess[_guess(scan, rules)].add(patient.hash)
+        if patient.source == "study":
+            relative = scan.path.relative_to(rules.root)
+            if person_and_visit(relative, is_series=scan.is_series):
+                join(_guess(scan, rules), patient.hash)
+    for scan, patient in zip(scans, found):
+        if scan.facts is None:
+            continue
+        known = by_study[scan.facts.clues.study] if patient.source == "study" else set()
+        if patient.source == "guess":
+            # the folder of one known patient; a folder of several is not a person
+            known = by_guess[patient.hash]
+        if len(known) == 1:
+            join(next(iter(known)), patient.hash)
+
+
+class _Joined:
+    """Sets of patients that are one; each is named after the member that the best rule gave.
+
+    Args:
+        found: patient of each scan by the first rule.
+    """
+
+    def __init__(self, found: Iterable[Identified]) -> None:
+        self._parent: dict[str, str] = {}
+        self._rank: dict[str, int] = {}
+        for patient in found:
+            if patient.hash:
+                rank = SOURCES.index(patient.source)
+                self._rank[patient.hash] = min(rank, self._rank.get(patient.hash, rank))
+
+    def name_of(self, patient: str) -> str:
+        """The patient that stands for the set of this one."""
+        while patient in self._parent:
+            patient = self._parent[patient]
+        return patient
+
+    def join(self, one: str, other: str) -> None:
+        """Join the sets of two patients."""
+        one, other = self.name_of(one), self.name_of(other)
+        if one != other:
+            first, second = sorted((one, other), key=lambda name: (self._place(name), name))
+            self._parent[second] = first
+
+    def _place(self, patient: str) -> int:
+        return self._rank.get(patient, len(SOURCES))
+
+
+def hash_of_patient_id(patient_id: str, key: bytes | None) -> str:
+    """The keyed hash of a PatientID.
+
+    Args:
+        patient_id: identifier as a header or a side-car holds it.
         key: secret of the keyed hashes; None where no hash is wanted.
     Returns:
-        16 hex digits; empty without a key, and where the header holds no identifier or only a
-        placeholder such as ANONYMOUS.
+        16 hex digits; empty without a key, and where the identifier is a stand-in.
     """
-    cleaned = patient_id.strip()
-    if not key or cleaned.lower() in PLACEHOLDERS:
+    if not key or is_stand_in(patient_id):
         return ""
-    return keyed_hash(key, cleaned)
-
-
-def identifier_from_path(scan: Path, root: Path, regex: str | None) -> str:
-    """Guess the identifier of a scan's patient from its path.
-
-    The identifier is group 1 of the regex where it matches, else the stem of the file or DICOM
-    folder. A stem without a digit (`s0001/ct.nii.gz`) identifies no patient, so the nearest folder
-    whose name has a digit is taken, else the whole path.
-
-    Args:
-        scan: path of the scan, below `root`.
-        root: folder of the archive.
-        regex: regular expression with a group, searched in the path below the root, or None.
-    """
-    relative = scan.relative_to(root)
-    if regex is not None:
-        match = re.search(regex, relative.as_posix())
-        if match and match[1]:
-            return match[1]
-    stem = stem_of(relative) or root.resolve().name
-    for name in (stem, *(folder.name for folder in relative.parents)):
-        if re.search(r"\d", name):
-            return name
-    return (relative.parent / stem).as_posix()
+    return keyed_hash(key, patient_id.strip(" \0"))
 
 
 def keyed_hash(key: bytes, text: str) -> str:
@@ -159,3 +328,22 @@ def check_regex(regex: str | None) -> None:
             f"patient regex '{regex}' has no group; put parentheses around the part that "
             "identifies the patient"
         )
+
+
+def parse_patient_from(text: str | None) -> tuple[int, bool]:
+    """The folder number of `--patient-from folder:N`, and whether it is `--patient-from header`.
+
+    Raises:
+        UserError: it is neither.
+    """
+    if text is None:
+        return 0, False
+    if text == "header":
+        return 0, True
+    match = re.fullmatch(r"folder:([1-9]\d?)", text)
+    if match is None:
+        raise UserError(
+            f"--patient-from {text}: rule: folder:N, where folder 1 is the first one below the "
+            "archive, or header"
+        )
+    return int(match[1]), False

@@ -36,9 +36,11 @@ _MEMORY_SHARE = 0.8  # of the machine's memory, for all workers together
 _LEAST_MEMORY = 1 << 29  # bytes that every worker may use
 _POLL_SECONDS = 1.0  # longest wait between two looks at the clock
 _PAUSE_SECONDS = 5.0  # a longer time between two looks: this process was stopped, as by Ctrl-Z
-_LOG_BYTES = 1 << 16
+_LOG_BYTES = 1 << 26  # printed for one input: a library that writes more does not end
+_TAIL_BYTES = 1 << 12
 _MAX_TEXT = 200
 _REAP_SECONDS = 2.0  # a process that waits for a broken disk cannot be killed at once
+_LOST_WORKERS = 3  # in a row, before they had an input: the fault is not one of an input
 _PROGRAM = (
     "import json, sys; given = json.loads(sys.argv[1]); sys.path[:] = given.pop('path'); "
     "from tapct.data import worker_process; worker_process.serve(**given)"
@@ -224,6 +226,7 @@ class _Worker:
         pid: process id.
         tasks: connection to it.
         log: file descriptor of its standard output and error.
+        is_ready: whether it has loaded the function, which takes time of its own.
         index: input that it works on, None where it has none.
         began, limit: start on the clock, and seconds that the input may take.
     """
@@ -232,6 +235,7 @@ class _Worker:
     pid: int
     tasks: Connection
     log: int
+    is_ready: bool = False
     index: int | None = None
     began: float = 0.0
     limit: float = math.inf
@@ -253,11 +257,14 @@ class _Worker:
                     time.sleep(0.005)
         return code
 
+    def printed(self) -> int:
+        """Number of bytes that it printed while it worked on its input."""
+        return os.fstat(self.log).st_size
+
     def last_line(self) -> str:
         """The last line that it printed while it worked on its input."""
-        num_bytes = os.lseek(self.log, 0, os.SEEK_CUR)
-        text = os.pread(self.log, num_bytes, 0).decode("utf-8", "replace")
-        lines = [line for line in text.splitlines() if line.strip()]
+        text = os.pread(self.log, _TAIL_BYTES, max(0, self.printed() - _TAIL_BYTES))
+        lines = [line for line in text.decode("utf-8", "replace").splitlines() if line.strip()]
         return single_line(lines[-1], _MAX_TEXT) if lines else ""
 
 
@@ -271,6 +278,7 @@ class _Pool(Generic[In]):
     limits: ScanLimits
     num_bytes: Callable[[In], int]
     workers: list[_Worker] = field(default_factory=list)
+    num_lost: int = 0
 
     def run(
         self, inputs: Sequence[In], todo: deque[int]
@@ -280,14 +288,14 @@ class _Pool(Generic[In]):
             looked = time.monotonic()
             while todo or any(worker.index is not None for worker in self.workers):
                 self._hand_out(inputs, todo)
-                ready = wait([worker.tasks for worker in self.workers], _POLL_SECONDS)
+                ready = wait([worker.tasks for worker in self.workers], self._patience())
                 now = time.monotonic()
                 if now - looked > _PAUSE_SECONDS:
                     for worker in self.workers:
                         worker.began += now - looked
                 looked = now
                 finished = [self._outcome(w) for w in list(self.workers) if w.tasks in ready]
-                finished += [self._timed_out(w) for w in list(self.workers) if self._is_late(w)]
+                finished += [self._stopped(w) for w in list(self.workers) if self._is_over(w)]
                 self._hand_out(inputs, todo)  # before the results are used, which takes time
                 for item in finished:
                     if item is not None:
@@ -298,12 +306,18 @@ class _Pool(Generic[In]):
                 worker.end()
             self.workers.clear()
 
+    def _patience(self) -> float:
+        """Seconds until a time limit is reached, at most those between two looks."""
+        ends = [w.began + w.limit for w in self.workers if w.index is not None]
+        left = min(ends, default=math.inf) - time.monotonic()
+        return min(max(left, 0.01), _POLL_SECONDS)
+
     def _hand_out(self, inputs: Sequence[In], todo: deque[int]) -> None:
         """Give an input to every worker that has none; start workers that are missing."""
         while todo and len(self.workers) < self.size:
             self.workers.append(self._start())
-        for worker in [worker for worker in self.workers if worker.index is None]:
-            if todo:
+        for worker in self.workers:
+            if todo and worker.is_ready and worker.index is None:
                 worker.index = todo.popleft()
                 worker.began = time.monotonic()
                 item = inputs[worker.index]
@@ -342,42 +356,57 @@ class _Pool(Generic[In]):
         return worker
 
     def _outcome(self, worker: _Worker) -> tuple[int, tuple[str, Any]] | None:
-        """The answer of a worker, or how it died; None where it died without an input."""
+        """The answer of a worker, or how it died; None where it had no input.
+
+        Raises:
+            RuntimeError: the function cannot be loaded, or workers die without an input.
+        """
         index = worker.index
         try:
             outcome = worker.tasks.recv()
-            if outcome[0] == worker_process.NO_MEMORY:  # what it has left may be in small pieces
-                self.workers.remove(worker)
-                worker.end()
         except (EOFError, OSError):
-            self.workers.remove(worker)
             line = worker.last_line()
-            code = worker.end()
+            code = self._end(worker)
             outcome = ("crashed", _crash_text(code, line))
-        worker.index = None
+            if index is None:
+                self.num_lost += 1
+                if self.num_lost >= _LOST_WORKERS:
+                    raise RuntimeError(f"worker processes die at once: {outcome[1]}") from None
+                return None
+        else:
+            self.num_lost = 0
+            if outcome[0] == worker_process.BROKEN:
+                raise RuntimeError(f"a worker process cannot load its work: {outcome[1]}")
+            if outcome[0] == worker_process.NO_MEMORY:
+                self._end(worker)  # what it has left may be in small pieces
+        worker.is_ready, worker.index = True, None
         return None if index is None else (index, outcome)
 
-    def _is_late(self, worker: _Worker) -> bool:
-        return worker.index is not None and time.monotonic() - worker.began > worker.limit
+    def _is_over(self, worker: _Worker) -> bool:
+        """Whether a worker has used what one input may use."""
+        if worker.index is None:
+            return False
+        is_late = time.monotonic() - worker.began > worker.limit
+        return is_late or worker.printed() > _LOG_BYTES
 
-    def _timed_out(self, worker: _Worker) -> tuple[int, tuple[str, Any]]:
-        """Kill a worker whose input takes too long."""
+    def _stopped(self, worker: _Worker) -> tuple[int, tuple[str, Any]]:
+        """Kill a worker whose input takes too long, or prints without end."""
         assert worker.index is not None
+        outcome = ("timed_out", f"reading it took longer than {worker.limit:.0f} s (--timeout)")
+        if worker.printed() > _LOG_BYTES:
+            outcome = ("crashed", f"its reader printed more than {_LOG_BYTES} bytes")
+        self._end(worker)
+        return worker.index, outcome
+
+    def _end(self, worker: _Worker) -> int | None:
         self.workers.remove(worker)
-        worker.end()
-        detail = f"reading it took longer than {worker.limit:.0f} s (--timeout)"
-        return worker.index, ("timed_out", detail)
+        return worker.end()
 
 
 def _new_log() -> int:
-    """A file in memory that takes what a worker prints, up to its size."""
+    """A file in memory that takes what a worker prints."""
     try:
-        import fcntl
-
-        fd = os.memfd_create("tapct worker", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        os.ftruncate(fd, _LOG_BYTES)
-        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK)
-        return fd
+        return os.memfd_create("tapct worker", os.MFD_CLOEXEC)
     except (AttributeError, OSError):
         return os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
 

@@ -1,24 +1,134 @@
-"""The split of an archive: which patients are held out from pretraining."""
+"""The split of an archive: which patients are held out from pretraining, or tested in evaluation.
+
+A patient is held out if a keyed hash of the patient, as a number between 0 and 1, is below the
+share. The answer for one patient depends on nothing else, so a patient never changes sides when
+patients are added to an archive or removed from it. The price is that the share holds only on
+average: of a small archive it may hold out nobody or everybody.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
-from tapct.base.hashing import hash_int
+from tapct.base.hashing import MASK_64, hash_int
+
+# Version of the rule, kept in the config of a run: a run that began with rule 1 keeps it.
+VERSION = 2
 
 
 def held_out_patients(patients: Iterable[str], share: float, seed: int) -> frozenset[str]:
-    """Choose whole patients, the same ones for the same seed whatever the order of the scans.
+    """Choose the patients whose keyed hash is below the share.
 
     Args:
         patients: keyed hashes, one per scan; repeated for several scans of one patient.
-        share: share of the patients, in [0, 1); the count is rounded, but at least one patient is
-            chosen where share > 0 and there are two patients.
-        seed: random seed of the run.
+        share: expected share of the patients, in [0, 1).
+        seed: seed of the split, `data.split_seed`.
     Returns:
         The chosen patients; empty for share 0.
+    """
+    return frozenset(name for name in set(patients) if position(name, seed) < share)
+
+
+def position(patient: str, seed: int) -> float:
+    """Place of a patient between 0 and 1: a hash of the seed and the patient alone."""
+    return (hash_int(seed, f"held_out/{patient}") & MASK_64) / 2**64
+
+
+def held_out_patients_v1(patients: Iterable[str], share: float, seed: int) -> frozenset[str]:
+    """Choose a rounded number of patients: the rule of runs that began before version 2.
+
+    Under this rule a patient can change sides when the archive grows.
+
+    Args:
+        patients, share: as in `held_out_patients`; at least one patient is chosen where share > 0
+            and there are two patients.
+        seed: random seed of the run.
     """
     names = sorted(set(patients), key=lambda name: (hash_int(seed, f"held_out/{name}"), name))
     if share <= 0 or len(names) < 2:
         return frozenset()
     return frozenset(names[: min(max(round(share * len(names)), 1), len(names) - 1)])
+
+
+def split_of_version(
+    version: int, patients: Iterable[str], share: float, *, split_seed: int, run_seed: int
+) -> frozenset[str]:
+    """The held-out patients of a run by the rule with which it began.
+
+    Args:
+        version: `data.split_version` of the run's config, 1 or 2.
+        patients, share: as in `held_out_patients`.
+        split_seed: seed of the split, which version 2 uses.
+        run_seed: random seed of the run, which version 1 used.
+    """
+    if version == 1:
+        return held_out_patients_v1(patients, share, run_seed)
+    return held_out_patients(patients, share, split_seed)
+
+
+def two_sides(patients: Collection[str], share: float, seed: int) -> tuple[frozenset[str], bool]:
+    """`held_out_patients`, with at least one patient on either side.
+
+    Where the share draws nobody, the patient nearest to it is chosen; where it draws everybody, the
+    patient nearest to it is left out. That one patient can change sides when the archive grows; no
+    other does.
+
+    Args:
+        patients: at least two patients.
+        share: expected share, in (0, 1).
+        seed: seed of the split.
+    Returns:
+        The chosen patients, and whether one patient was moved.
+    """
+    names = sorted(set(patients), key=lambda name: (position(name, seed), name))
+    assert len(names) > 1, "one patient cannot be on two sides"
+    chosen = held_out_patients(names, share, seed)
+    if not chosen:
+        return frozenset(names[:1]), True
+    if len(chosen) == len(names):
+        return frozenset(names[:-1]), True
+    return chosen, False
+
+
+def imbalance(patients: Collection[str], share: float, seed: int) -> str:
+    """One line about a share above 0 that holds out nobody or everybody; empty where it does not.
+
+    The line names a seed of the split that holds out some of the patients.
+
+    Args:
+        patients, share, seed: as in `held_out_patients`.
+    """
+    names = set(patients)
+    if share <= 0 or not names:
+        return ""
+    num = len(held_out_patients(names, share, seed))
+    if 0 < num < len(names):
+        return ""
+    line = (
+        f"data.held_out {share:g} holds out {'none' if num == 0 else 'all'} of the store's "
+        f"patients ({len(names)}) with data.split_seed {seed}"
+    )
+    other = seed_with_both_sides(names, share)
+    if other is None:
+        return f"{line}; set data.held_out=0"
+    count = len(held_out_patients(names, share, other))
+    return f"{line}; set data.split_seed={other}, which holds out {count}, or data.held_out=0"
+
+
+def seed_with_both_sides(patients: Collection[str], share: float) -> int | None:
+    """The seed among the first hundred that holds out some of the patients, as near to the share as
+    one of them does; None where none does, as for one patient.
+
+    Args:
+        patients, share: as in `held_out_patients`.
+    """
+    names = set(patients)
+    wanted = min(max(share * len(names), 1), len(names) - 1)
+    best, distance = None, float("inf")
+    for seed in range(100):
+        count = len(held_out_patients(names, share, seed))
+        if 0 < count < len(names) and abs(count - wanted) < distance:
+            best, distance = seed, abs(count - wanted)
+        if distance <= 0.5:  # no other seed is nearer
+            break
+    return best

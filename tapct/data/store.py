@@ -1,7 +1,8 @@
 """The packed archive: a folder of packed scans and its index, read slab by slab.
 
 A store is a folder: `store.parquet` (one row per scan) beside one `<id>.b2nd` per scan (see
-`packed`). A z-slab is read without touching the rest of the scan.
+`packed`), and one `<id>.labels.b2nd` per scan with labels (see `packed_labels`). A z-slab is read
+without touching the rest of the scan.
 
 Axes: Z Y X depth height width in voxels.
 """
@@ -26,17 +27,22 @@ import pyarrow.parquet as pq
 from tapct.base.exits import UserError, single_line
 from tapct.base.files import expand_path
 from tapct.data.digest import voxel_digest
+from tapct.data.manifest import read_paths
 from tapct.data.packed import Damaged, PackedScan
+from tapct.data.packed_labels import labels_file, read_packed_labels
+from tapct.types import LabelMap
 
 INDEX_NAME = "store.parquet"
-SCHEMA = 2  # version of store.parquet; version 1 had no digest of its own content
+# version of store.parquet; version 1 listed the label files of the archive and had no digest of its
+# own content
+SCHEMA = 2
 _INDEX_KEY = b"tapct.store"
 _COLUMNS = pa.schema(
     [
         ("id", pa.string()),
         *((name, pa.int32()) for name in ("depth", "height", "width")),
         *((name, pa.float64()) for name in ("spacing_z_mm", "spacing_y_mm", "spacing_x_mm")),
-        *((name, pa.string()) for name in ("patient", "path", "label_path", "checksum")),
+        *((name, pa.string()) for name in ("patient", "label_digest", "label_names", "checksum")),
     ]
 )
 
@@ -50,9 +56,12 @@ class StoredScan:
         shape_ZYX: number of voxels.
         spacing_mm: distance of voxel centres along (z, y, x).
         patient: keyed hash; scans of one patient share it.
-        path: path of the source below the archive's root.
-        label_path: absolute path of the scan's label map, empty where there is none.
+        path: path of the source below the archive's root. The store does not hold it: it comes from
+            the manifest that was packed, and is empty where that is gone.
+        label_digest: digest of its packed labels, the manifest's `label_digest`; empty where it has
+            none.
         checksum: digest of the decoded voxels, the manifest's `digest`.
+        label_names: label value and name; empty where it has no labels or they have no names.
     """
 
     id: str
@@ -60,8 +69,14 @@ class StoredScan:
     spacing_mm: tuple[float, float, float]
     patient: str
     path: str
-    label_path: str
+    label_digest: str
     checksum: str
+    label_names: tuple[tuple[int, str], ...] = ()
+
+    @property
+    def has_labels(self) -> bool:
+        """Whether the store holds labels of the scan."""
+        return bool(self.label_digest)
 
 
 class Store:
@@ -73,7 +88,6 @@ class Store:
     Attributes:
         scans: one per scan, in the order of the manifest.
         digest: hash of the voxels of the whole store, whatever the compression.
-        root: folder of the archive that was packed.
         manifest_digest: digest of the manifest that was packed.
         patient_key: name of the key of the patient hashes; of a store whose key is unknown, a name
             that only stores of the same manifest share.
@@ -87,10 +101,10 @@ class Store:
         self.max_open = max_open
         self.scans, info = read_index(self.path)
         self.digest: str = info["digest"]
-        self.root = Path(info["root"])
         self.manifest_digest: str = info["manifest_digest"]
         self.patient_key: str = info.get("patient_key") or f"manifest {self.manifest_digest}"
         self.summary: dict[str, int] = info.get("summary", {})
+        self._number_of = {scan.id: i for i, scan in enumerate(self.scans)}
         self._start_process()
 
     def _start_process(self) -> None:
@@ -116,6 +130,25 @@ class Store:
     def file(self, i: int) -> Path:
         """Path of the file of scan i."""
         return self.path / f"{self.scans[i].id}.b2nd"
+
+    def index_of(self, scan_id: str) -> int:
+        """Number of the scan with this name; KeyError where there is none."""
+        return self._number_of[scan_id]
+
+    def read_labels(self, i: int) -> LabelMap:
+        """The labels of scan i, on its grid.
+
+        Raises:
+            Damaged: the packed labels are missing or damaged.
+        """
+        scan = self.scans[i]
+        assert scan.has_labels, f"scan {scan.id} has no labels"
+        try:
+            return read_packed_labels(labels_file(self.path, scan.id), scan.id, scan.label_digest)
+        except Damaged as error:
+            raise Damaged(
+                f"the labels of scan {scan.id} are damaged: {error}. Run `tapct pack` again."
+            ) from error
 
     def read(self, i: int) -> np.ndarray:
         """The whole scan i: int16 HU, (Z, Y, X). Raises: Damaged."""
@@ -151,11 +184,14 @@ class Store:
             raise self._damaged(i, single_line(error)) from error
 
     def verify(self, i: int) -> None:
-        """Decode the whole scan i and compare its digest with the one taken before packing.
+        """Decode the whole scan i and its labels, and compare their digests with those taken before
+        packing.
 
         Raises:
-            Damaged: the scan cannot be read, or holds other voxels.
+            Damaged: the scan or its labels cannot be read, or hold other voxels.
         """
+        if self.scans[i].has_labels:
+            self.read_labels(i)
         digest = voxel_digest(self.read(i))
         if digest != self.scans[i].checksum:
             raise self._damaged(
@@ -200,30 +236,33 @@ def store_digest(scans: Iterable[StoredScan]) -> str:
 
 def index_bytes(
     scans: Iterable[StoredScan],
-    root: Path,
     manifest_digest: str,
     summary: Mapping[str, int] | None = None,
     patient_key: str = "",
+    manifest_file: str = "",
 ) -> bytes:
     """The content of `store.parquet`.
 
     Args:
         scans: all scans of the store, in the order of the manifest.
-        root: folder of the archive; relative label paths lie below it.
         manifest_digest: digest of the manifest.
         summary: number of rows of the manifest by reason, as `Manifest.summary` counts them.
         patient_key: name of the key of the patient hashes; empty where unknown.
+        manifest_file: file of the manifest, relative to the store; empty where there is none.
     """
     scans = tuple(scans)
     rows = [
-        (s.id, *s.shape_ZYX, *s.spacing_mm, s.patient, s.path, s.label_path, s.checksum)
+        (
+            *(s.id, *s.shape_ZYX, *s.spacing_mm, s.patient),
+            *(s.label_digest, json.dumps(s.label_names), s.checksum),
+        )
         for s in scans
     ]
     arrays = [pa.array([row[k] for row in rows], column.type) for k, column in enumerate(_COLUMNS)]
     info: dict[str, Any] = {
         "schema": SCHEMA,
-        "root": str(root),
         "manifest_digest": manifest_digest,
+        "manifest_file": manifest_file,
         "digest": store_digest(scans),
         "summary": dict(summary or {}),
         "patient_key": patient_key,
@@ -258,8 +297,7 @@ def read_index(folder: Path) -> tuple[tuple[StoredScan, ...], dict[str, Any]]:
     Args:
         folder: folder of the store.
     Returns:
-        The scans, with absolute label paths, and the index's `root`, `manifest_digest`, `digest`
-        and `summary`.
+        The scans, and the index's `manifest_digest`, `digest` and `summary`.
     Raises:
         UserError: there is none, or it is damaged or of another version.
     """
@@ -272,22 +310,29 @@ def read_index(folder: Path) -> tuple[tuple[StoredScan, ...], dict[str, Any]]:
     try:
         table = pq.read_table(file, partitioning=None)
         info = json.loads((table.schema.metadata or {})[_INDEX_KEY])
-        if info["schema"] not in (1, SCHEMA):
-            raise ValueError(f"schema is {info['schema']}, this tapct reads {SCHEMA}")
+        if info["schema"] != SCHEMA:
+            age = "an older" if info["schema"] < SCHEMA else "a newer"
+            raise ValueError(f"it was packed by {age} version of tapct")
         # column by column: a dictionary per row takes four times as long
         columns = [table.column(column.name).cast(column.type).to_pylist() for column in _COLUMNS]
-        if info["schema"] != 1 and info["content"] != _content_digest(columns, info):
+        if info["content"] != _content_digest(columns, info):
             raise ValueError("its content differs from its digest, so it is damaged")
     except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
         raise UserError(
-            f"{file} is not readable ({single_line(error)}); run `tapct pack` again, it keeps the "
-            "scans."
+            f"{file} is not readable ({single_line(error)}); run `tapct pack` again, it keeps "
+            "the scans that it can."
         ) from error
-    root = Path(info["root"])
+    manifest_file = info.get("manifest_file", "")
+    paths = read_paths(folder / manifest_file, info["manifest_digest"]) if manifest_file else {}
     scans = []
-    for scan_id, z, y, x, dz, dy, dx, patient, path, label, checksum in zip(*columns, strict=True):
-        label_path = str(root / label) if label else ""
+    for row in zip(*columns, strict=True):
+        scan_id, z, y, x, dz, dy, dx, patient, label_digest, names, checksum = row
+        path = paths.get(scan_id, "")
+        label_names = tuple((int(value), str(name)) for value, name in json.loads(names))
         scans.append(
-            StoredScan(scan_id, (z, y, x), (dz, dy, dx), patient, path, label_path, checksum)
+            StoredScan(
+                *(scan_id, (z, y, x), (dz, dy, dx), patient, path, label_digest, checksum),
+                label_names,
+            )
         )
     return tuple(scans), info

@@ -9,8 +9,8 @@ No process outlives the one that started it, however that one ends. The kernel k
 the server ends. The server ends when its parent does: its socket is closed, or it has another
 parent (looked at twice a second), or the kernel kills it.
 
-Standard output and error of a worker are a file in memory of at most 64 KiB: what a library prints
-there never reaches the terminal, and its last line explains a crash.
+Standard output and error of a worker are a file in memory: what a library prints there never
+reaches the terminal, and its last line explains a crash.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ from typing import Any, NoReturn
 
 from tapct.base.exits import single_line
 
-# kinds of a worker's answer
+# kinds of a worker's answer: first READY or BROKEN, then one of the others for each input
+READY, BROKEN = "ready", "broken"
 DONE, RAISED, NO_MEMORY = "done", "raised", "out_of_memory"
 
 _LOOK_SECONDS = 0.5  # between two looks at the parent
@@ -96,7 +97,8 @@ def _answer(control: socket.socket, request: dict[str, Any], fds: list[int]) -> 
     if pid == 0:
         try:
             control.close()
-            _work(server, *fds, **request)
+            tasks_fd, log_fd = fds
+            _work(server, tasks_fd, log_fd, **request)
         finally:
             os._exit(1)
     return {"pid": pid}
@@ -124,10 +126,13 @@ def _work(
     _limit_memory(memory_bytes)
     tasks = Connection(tasks_fd)
     try:
-        function = tasks.recv()
+        kind, function = outcome_of(lambda _: tasks.recv(), None)
+        tasks.send((READY, None) if kind == DONE else (BROKEN, function))
         while True:
             item = tasks.recv()
-            os.lseek(log_fd, 0, os.SEEK_SET)  # the parent reads up to the current position
+            with contextlib.suppress(OSError):  # it is /dev/null where memory has no files
+                os.ftruncate(log_fd, 0)
+                os.lseek(log_fd, 0, os.SEEK_SET)
             tasks.send(outcome_of(function, item))
     except (EOFError, OSError):  # the parent has closed the pool, or ended
         os._exit(0)

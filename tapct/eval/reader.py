@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +12,7 @@ import torch
 from tapct.base import console
 from tapct.base.exits import UserError, single_line
 from tapct.data.packed import Damaged
+from tapct.data.store import Store
 from tapct.eval import scans
 from tapct.eval.contract import Labels
 from tapct.eval.features import PatchGrid, Prepared, Preprocess, prepare
@@ -55,7 +55,7 @@ class ScanReader:
 
     Args:
         split: training and test scans.
-        root: folder that the rows' paths are relative to.
+        store: packed scans and labels.
         task_runs: tasks, with the scans that each can use.
         scan_labels: values for scans as a whole.
         contract: HU to network input.
@@ -72,7 +72,7 @@ class ScanReader:
     def __init__(
         self,
         split: Split,
-        root: Path,
+        store: Store,
         task_runs: Sequence[TaskRun],
         scan_labels: ScanLabels,
         *,
@@ -84,7 +84,7 @@ class ScanReader:
         max_skips: int,
         progress: Callable[[int, int], None] | None,
     ) -> None:
-        self.split, self.root, self.task_runs = split, root, task_runs
+        self.split, self.store, self.task_runs = split, store, task_runs
         self.scan_labels, self.contract, self.preprocess = scan_labels, contract, preprocess
         self.patch, self.device, self.blocks = patch, device, blocks
         self.max_skips, self.progress = max_skips, progress
@@ -127,7 +127,7 @@ class ScanReader:
         need_map = any(task.labels in (Labels.VOXELS, Labels.PAIRS) for task in tasks)
         try:
             return scans.read_scan(
-                row, self.root, with_labels=need_map, scan_labels=self.scan_labels.get(row.id)
+                row, self.store, with_labels=need_map, scan_labels=self.scan_labels.get(row.id)
             )
         except (Refused, Damaged, OSError) as error:
             reason = single_line(error)

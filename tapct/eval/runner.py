@@ -24,6 +24,7 @@ from tapct.base.exits import UserError
 from tapct.base.paths import without_absolute_paths
 from tapct.config import plugins, setting, to_dict
 from tapct.config.plugins import Plugin
+from tapct.data.store import Store
 from tapct.eval import scans
 from tapct.eval.album import Album, Outputs
 from tapct.eval.baselines import NamedModel
@@ -114,7 +115,7 @@ class Config:
 def evaluate(
     models: Sequence[NamedModel],
     rows: Sequence[ScanRow],
-    root: Path,
+    store: Store,
     config: Config,
     *,
     contract: HUContract,
@@ -134,7 +135,7 @@ def evaluate(
         models: at least one, on `device`, all with the same patch; the first one comes first in
             the pictures.
         rows: accepted scans; each task uses those that have the labels it needs.
-        root: folder that the rows' paths are relative to.
+        store: packed scans and labels, which are all that is read.
         config: tasks, split and preprocessing.
         contract: HU to network input.
         out: folder for `results.json` and `pictures/`; made if missing, `results.json` is
@@ -159,10 +160,10 @@ def evaluate(
     patch = _common_patch(models)
     preprocess.check_patch(patch)
     rows = scans.matching(rows, config.only)
-    task_runs, split = _plan(config, rows, root, held_out, scan_labels)
+    task_runs, split = _plan(config, rows, store, held_out, scan_labels)
     reader = ScanReader(
         split,
-        root,
+        store,
         task_runs,
         scan_labels or {},
         contract=contract,
@@ -192,7 +193,7 @@ def evaluate(
 def _plan(
     config: Config,
     rows: Sequence[ScanRow],
-    root: Path,
+    store: Store,
     held_out: Collection[str],
     scan_labels: ScanLabels | None,
 ) -> tuple[list[TaskRun], Split]:
@@ -200,7 +201,7 @@ def _plan(
     tasks = build_tasks(config.tasks, config.seed)
     rows_of_task = usable_rows(tasks, rows, scan_labels)
     for name, chosen in rows_of_task.items():
-        check_label_settings(name, tasks[name], chosen, root)
+        check_label_settings(name, tasks[name], chosen, store)
     split = scans.split_for_tasks(
         list(rows_of_task.values()),
         test_share=config.test_share,

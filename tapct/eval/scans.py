@@ -9,19 +9,17 @@ import fnmatch
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
-from tapct.base import rng
+from tapct.base import console, rng
 from tapct.base.exits import UserError
-from tapct.data.geometry import check_same_grid
-from tapct.data.ingest import read_labels, read_volume
-from tapct.data.split import held_out_patients
+from tapct.data.split import held_out_patients, two_sides
+from tapct.data.store import Store
 from tapct.eval.contract import Labels
 from tapct.eval.results import BLOCKS, PATIENTS
-from tapct.types import LabelMap, Volume
+from tapct.types import IGNORE_LABEL, LabelMap, Volume
 
 
 @dataclass(frozen=True)
@@ -53,7 +51,7 @@ ScanLabels = Mapping[str, Mapping[str, str]]  # scan ID -> label name -> value
 
 
 class ScanRow(Protocol):
-    """What evaluation reads of a scan's row; `manifest.Row` and `store.StoredScan` both have it."""
+    """What evaluation reads of a scan's row; `store.StoredScan` has it."""
 
     @property
     def id(self) -> str:
@@ -68,8 +66,8 @@ class ScanRow(Protocol):
         """Path of the scan, absolute or relative to the archive's root."""
 
     @property
-    def label_path(self) -> str:
-        """Path of its label map; empty where there is none."""
+    def has_labels(self) -> bool:
+        """Whether the store holds labels of the scan."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +99,12 @@ def matching(rows: Sequence[ScanRow], patterns: Sequence[str]) -> list[ScanRow]:
     chosen = [
         row for row in rows if any(fnmatch.fnmatch(row.path, pattern) for pattern in patterns)
     ]
+    if rows and not any(row.path for row in rows):
+        raise UserError(
+            f"eval.only {list(patterns)} needs the paths of the scans, which only the manifest "
+            "holds; the manifest that was packed is gone or has changed: put it back, or run "
+            "`tapct pack` with the new one"
+        )
     if not chosen:
         example = f", e.g. {rows[0].path}" if rows else ""
         raise UserError(
@@ -124,7 +128,7 @@ def usable(
         return list(rows)
     if labels is Labels.SCAN:
         return [row for row in rows if (scan_labels or {}).get(row.id)]
-    with_map = [row for row in rows if row.label_path]
+    with_map = [row for row in rows if row.has_labels]
     if labels is Labels.VOXELS:
         return with_map
     per_patient = Counter(row.patient for row in with_map if row.patient)
@@ -147,10 +151,11 @@ def how_to_label(labels: Labels) -> str:
     """How labels of a kind are given to tapct, for error lines."""
     return {
         Labels.VOXELS: "name it NAME_seg.nii.gz beside NAME.nii.gz, put it in labels*/ beside "
-        "images*/, or index again with --labels DIR",
+        "images*/ (docs/data.md lists all layouts), or use --labels DIR; then index and pack again",
         Labels.SCAN: "`tapct eval` cannot read scan-level labels yet; set labels = Labels.NONE "
         "in the task and read the values from a file that its Config names (see docs/extending.md)",
-        Labels.PAIRS: "index again with --labels DIR and a --patient-regex that finds the patient",
+        Labels.PAIRS: "index again with --labels DIR and a --patient-regex that finds the patient, "
+        "and pack again",
         Labels.NONE: "index and pack an archive with accepted scans",
     }[labels]
 
@@ -212,7 +217,8 @@ def split_by_patient(
 
     Args:
         rows: at least one scan.
-        test_share: share of the patients to test on, at least one on either side.
+        test_share: expected share of the patients to test on, at least one on either side; see
+            `data.split`.
         max_scans: most scans on both sides together, at least one on either; 0 means all. The sides
             shrink alike.
         seed: random seed of the split.
@@ -227,7 +233,14 @@ def split_by_patient(
     tested = people.intersection(held_out)
     as_pretrained = 0 < len(tested) < len(people)
     if not as_pretrained:
-        tested = set(held_out_patients(people, test_share, seed))
+        drawn, was_moved = two_sides(people, test_share, seed)
+        tested = set(drawn)
+        if was_moved:
+            console.say(
+                f"eval.test_share {test_share:g} with eval.seed {seed} puts all {len(people)} "
+                "patients on one side, so the patient nearest to the share is moved to the other; "
+                "another eval.seed divides them in another way"
+            )
     test = [row for row in ordered if _patient(row) in tested]
     train = [row for row in ordered if _patient(row) not in tested]
     if max_scans and max_scans < len(ordered):
@@ -275,36 +288,34 @@ def block_slices(
     return chosen
 
 
-def labels_of(row: ScanRow, root: Path) -> dict[int, str]:
+def labels_of(row: ScanRow, store: Store) -> dict[int, str]:
     """The labels of a scan: value -> name, empty where it has none; without the background.
 
     Args:
-        row: scan with a label map.
-        root: folder that the row's paths are relative to.
+        row: scan with labels.
+        store: packed scans and labels.
     """
-    labels = read_labels(root / row.label_path)
+    labels = store.read_labels(store.index_of(row.id))
     names = dict(labels.names)
     present = np.flatnonzero(np.bincount(labels.labels_ZYX.reshape(-1)))
-    values = {*present.tolist(), *names} - {0}
+    values = {*present.tolist(), *names} - {0, IGNORE_LABEL}
     return {value: names.get(value, "") for value in sorted(values)}
 
 
 def read_scan(
-    row: ScanRow, root: Path, *, with_labels: bool, scan_labels: Mapping[str, str] | None = None
+    row: ScanRow, store: Store, *, with_labels: bool, scan_labels: Mapping[str, str] | None = None
 ) -> LabelledScan:
-    """Read the voxels of a scan and, where a task needs them, its label map.
+    """Read the voxels of a scan and, where a task needs them, its labels, from the store.
 
     Args:
         row: scan to read.
-        root: folder that the row's paths are relative to; absolute ones stay.
-        with_labels: True to read the label map too.
+        store: packed scans.
+        with_labels: True to read the labels too.
         scan_labels: values for the scan as a whole.
     Raises:
-        Refused: a file differs from its row in the manifest, or the labels have another grid.
+        Damaged: the packed scan or its labels are damaged.
     """
-    volume = read_volume(root / row.path)
-    labels = None
-    if with_labels:
-        labels = read_labels(root / row.label_path)
-        check_same_grid(volume, labels)
+    i = store.index_of(row.id)
+    volume = Volume(store.read(i), store.scans[i].spacing_mm)
+    labels = store.read_labels(i) if with_labels else None
     return LabelledScan(row.id, volume, labels, row.patient, scan_labels or {})

@@ -6,13 +6,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from tapct.base import console
 from tapct.base.exits import UserError
 from tapct.config import plugins
 from tapct.config.plugins import Plugin
+from tapct.data.store import Store
 from tapct.eval import scans
 from tapct.eval.contract import DEFAULT_TASKS, Headline, Labels, Task, TaskResults
 from tapct.eval.results import BLOCKS
@@ -110,7 +110,7 @@ def usable_rows(
 
 
 def check_label_settings(
-    name: str, task: Task[Any, Any], rows: Sequence[ScanRow], root: Path
+    name: str, task: Task[Any, Any], rows: Sequence[ScanRow], store: Store
 ) -> None:
     """Check that the labels which the settings of a task name exist, before features are computed.
 
@@ -120,7 +120,7 @@ def check_label_settings(
         name: name of the task's plug-in.
         task: the task.
         rows: scans that it can use.
-        root: folder that the rows' paths are relative to.
+        store: packed scans and labels.
     Raises:
         UserError: a setting names a label that no label map has.
     """
@@ -130,7 +130,7 @@ def check_label_settings(
     for row in rows:
         if not any(missing.values()):
             return
-        known |= scans.labels_of(row, root)
+        known |= scans.labels_of(row, store)
         num_read += 1
         called = {text.lower() for value, label in known.items() for text in (str(value), label)}
         for key, words in missing.items():

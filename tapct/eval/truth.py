@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from tapct.base import rng
 from tapct.eval.features import PatchGrid
 from tapct.eval.scans import LabelledScan
+from tapct.types import IGNORE_LABEL
 
 OUTSIDE = -1  # label value that stands for the air around the patient
 AIR_BELOW_HU = -900
@@ -30,9 +31,12 @@ class PatchTruth:
     Args:
         scan: the scan and its labels.
         grid: of the patches.
-        values: label values that occur, ascending; `OUTSIDE` where it was derived from HU.
-        shares_NV: float32, share of each value among a patch's voxels; rows sum to 1.
+        values: label values that occur, ascending; `OUTSIDE` where it was derived from HU. Voxels
+            with IGNORE_LABEL do not count.
+        shares_NV: float32, share of each value among a patch's voxels that are labelled; rows sum
+            to 1, or to 0 where no voxel is.
         in_play_Z: bool, True for the slices of the grid that the task may use; see `Task.truth`.
+        labelled_N: bool, False for the patches whose voxels all have IGNORE_LABEL.
     """
 
     scan: LabelledScan
@@ -40,6 +44,13 @@ class PatchTruth:
     values: tuple[int, ...]
     shares_NV: np.ndarray
     in_play_Z: np.ndarray
+    labelled_N: np.ndarray
+
+    def open_N(self) -> np.ndarray:
+        """Patches that the task may use and that somebody has labelled: bool (N,)."""
+        in_play_N = np.repeat(self.in_play_Z, self.grid.shape[1] * self.grid.shape[2])
+        open_N: np.ndarray = in_play_N & self.labelled_N
+        return open_N
 
     def names(self) -> dict[int, str]:
         """Label value -> name, from the label file; may be empty."""
@@ -55,7 +66,7 @@ class PatchTruth:
             int64 (K,) ascending patch indices; float32 (K,) how many patches each stands for.
         """
         majority_N = self.shares_NV.argmax(1)
-        open_N = np.repeat(self.in_play_Z, self.grid.shape[1] * self.grid.shape[2])
+        open_N = self.open_N()
         draw_N = rng.uniform(
             seed, "eval tokens", rng.purpose_id(self.scan.id), torch.arange(len(majority_N))
         ).numpy()
@@ -68,6 +79,8 @@ class PatchTruth:
             kept.append(chosen)
             weights.append(np.full(len(chosen), len(stratum) / len(chosen), dtype=np.float32))
             left -= len(chosen)
+        if not kept:  # every voxel of the scan is to be ignored
+            return torch.zeros(0, dtype=torch.int64), torch.zeros(0)
         index_K, weight_K = np.concatenate(kept), np.concatenate(weights)
         order = np.argsort(index_K)
         return torch.from_numpy(index_K[order]), torch.from_numpy(weight_K[order])
@@ -84,20 +97,29 @@ def patch_truth(
         in_play_Z: as in `PatchTruth`.
     """
     labels_ZYX = scan.label_map.labels_ZYX
-    values = np.flatnonzero(np.bincount(labels_ZYX.reshape(-1)))
-    column = np.zeros(int(values.max()) + 1, dtype=np.uint16)
+    values = np.flatnonzero(np.bincount(labels_ZYX.reshape(-1), minlength=1))
+    values = values[values != IGNORE_LABEL]
+    # voxels to ignore are counted in a column behind those of the values, which is then dropped
+    column = np.full(IGNORE_LABEL + 1, len(values), dtype=np.uint16)
     column[values] = np.arange(len(values))
-    counts_NV = _count(column[labels_ZYX], len(values), grid)
-    shares_NV = (counts_NV / counts_NV.sum(1, keepdims=True)).astype(np.float32)
-    if body_labelled or values[0] != 0:
-        return PatchTruth(scan, grid, tuple(int(v) for v in values), shares_NV, in_play_Z)
-    air_ZYX = (scan.volume.hu_ZYX < AIR_BELOW_HU) & (labels_ZYX == 0)
-    air_N2 = _count(air_ZYX.astype(np.uint16), 2, grid)
-    air_N = (air_N2[:, 1] / air_N2.sum(1)).astype(np.float32)
-    outside_N = air_N * _reached_from_border(air_N.reshape(grid.shape)).reshape(-1)
+    counts_NV = _count(column[labels_ZYX], len(values) + 1, grid)[:, :-1]
+    num_labelled_N = counts_NV.sum(1)
+    labelled_N = num_labelled_N > 0
+    shares_NV = (counts_NV / np.maximum(num_labelled_N, 1)[:, None]).astype(np.float32)
+    known = tuple(int(v) for v in values)
+    if body_labelled or 0 not in known:
+        return PatchTruth(scan, grid, known, shares_NV, in_play_Z, labelled_N)
+    is_air_ZYX = scan.volume.hu_ZYX < AIR_BELOW_HU
+    air_N = _count((is_air_ZYX & (labels_ZYX == 0)).astype(np.uint16), 2, grid)[:, 1]
+    air_share_N = (air_N / np.maximum(num_labelled_N, 1)).astype(np.float32)
+    # air spreads through voxels that nobody has labelled, too
+    may_spread_ZYX = is_air_ZYX & ((labels_ZYX == 0) | (labels_ZYX == IGNORE_LABEL))
+    spread_N2 = _count(may_spread_ZYX.astype(np.uint16), 2, grid)
+    spread_N = (spread_N2[:, 1] / spread_N2.sum(1)).astype(np.float32)
+    outside_N = air_share_N * _reached_from_border(spread_N.reshape(grid.shape)).reshape(-1)
     shares_NV[:, 0] -= outside_N
     shares_NV = np.concatenate([outside_N[:, None], shares_NV.clip(0)], axis=1)
-    return PatchTruth(scan, grid, (OUTSIDE, *(int(v) for v in values)), shares_NV, in_play_Z)
+    return PatchTruth(scan, grid, (OUTSIDE, *known), shares_NV, in_play_Z, labelled_N)
 
 
 def _count(columns_ZYX: np.ndarray, num_columns: int, grid: PatchGrid) -> np.ndarray:

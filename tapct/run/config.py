@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from tapct.base.exits import UserError
 from tapct.base.geometry import patch_grid
 from tapct.config import plugins, setting
 from tapct.config.plugins import Plugin
-from tapct.data import loader
+from tapct.data import loader, split
 from tapct.data.batch_share import BatchShare
 from tapct.distributed.config import Config
 from tapct.engine import checkpoint, loop, optim, trackers
@@ -32,6 +33,16 @@ class DataConfig:
         ge=0.0,
         lt=1.0,
     )
+    split_seed: int = setting(
+        0,
+        "random seed of the choice of held-out patients; it does not follow `seed`, so runs with "
+        "other seeds hold out the same patients",
+    )
+    split_version: int = setting(
+        split.VERSION,
+        "rule by which held-out patients are chosen; a run that began with rule 1 keeps it",
+        choices=(1, split.VERSION),
+    )
     on_change: str = setting(
         "refuse",
         "when a run is resumed and the store has other scans than before: refuse, or rebase "
@@ -39,6 +50,21 @@ class DataConfig:
         choices=("refuse", "rebase"),
     )
     loader: loader.Config = field(default_factory=loader.Config)
+
+    def held_out_patients(self, patients: Iterable[str], run_seed: int) -> frozenset[str]:
+        """The patients of a store that pretraining does not see.
+
+        Args:
+            patients: keyed hashes, one per scan.
+            run_seed: `seed` of the run, which rule 1 uses.
+        """
+        return split.split_of_version(
+            self.split_version,
+            patients,
+            self.held_out,
+            split_seed=self.split_seed,
+            run_seed=run_seed,
+        )
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,6 @@ from tapct.base import console, files
 from tapct.base.exits import UserError
 from tapct.base.paths import command_line
 from tapct.config import Resolved
-from tapct.data.split import held_out_patients
 from tapct.data.store import Store
 from tapct.distributed.device import flush_denormals, pick_device
 from tapct.engine import checkpoint
@@ -150,9 +149,7 @@ def evaluate(
     trained = open_run(folder, overrides, step)
     config: RunConfig = trained.resolved.value
     store = Store(config.data.store)
-    hidden = held_out_patients(
-        [scan.patient for scan in store.scans], config.data.held_out, config.seed
-    )
+    hidden = config.data.held_out_patients([scan.patient for scan in store.scans], config.seed)
     name = dataset_name(folder, store.path, store.digest)
     out = RunFolder(folder).evaluation(name, trained.meta.step)
     reading = config.data.loader
@@ -160,7 +157,7 @@ def evaluate(
         evaluation = runner.evaluate(
             with_baselines(trained.backbone, config.model, config.seed),
             store.scans,
-            store.root,
+            store,
             config.eval,
             contract=config.contract,
             out=out.path,

@@ -21,8 +21,7 @@ from tapct.base.exits import SharedError, UserError
 from tapct.base.lease import Lease
 from tapct.base.ranks import Ranks
 from tapct.config import Resolved
-from tapct.data import loader
-from tapct.data.split import held_out_patients
+from tapct.data import loader, split
 from tapct.data.store import Store
 from tapct.distributed import collectives
 from tapct.distributed.device import flush_denormals, pick_device
@@ -35,7 +34,7 @@ from tapct.nn.backends import choose
 from tapct.run import background_eval, lineage
 from tapct.run.config import RunConfig
 from tapct.run.provenance import facts_of_rank, write_run_files
-from tapct.run.resume import find_start
+from tapct.run.resume import find_start, with_split_of
 from tapct.run.rules import load_run_config, warnings
 from tapct.run.stages import ResolvedStage
 from tapct.run.start import check_machine, check_start, data_warnings
@@ -50,11 +49,14 @@ def read_config(path: Path, overrides: Sequence[str]) -> Resolved:
     """The config of a run, as every rank reads it.
 
     Raises:
-        SharedError: the config is wrong; every rank finds that, and only the first one prints it.
+        UserError: the config is wrong; the ranks of a node have the same one, and only the first
+            of them prints the error.
     """
     try:
         return load_run_config(path, overrides)
     except UserError as error:
+        if ranks.from_environment(os.environ).local_rank == 0:
+            raise
         raise SharedError(str(error)) from error
 
 
@@ -163,16 +165,19 @@ class Pretraining:
 
     def run(self) -> loop.Stop:
         """Train from the newest checkpoint to the last step, or to a signal."""
-        config, rows = self.config, self.rows()
         self.check_share()
-        for line in (*warnings(self.resolved), *data_warnings(config, self.store, rows)):
-            console.warn(line)
         # train.resume=never and must are for the first start only: a run that its launcher has
         # started again resumes
-        wanted = "auto" if ranks.restarts(os.environ) else config.train.resume
+        wanted = "auto" if ranks.restarts(os.environ) else self.config.train.resume
         saved = collectives.from_first(
-            lambda: find_start(self.checkpoints, wanted, config, self.allow_change)
+            lambda: find_start(self.checkpoints, wanted, self.config, self.allow_change)
         )
+        if saved is not None:
+            self.resolved = with_split_of(self.resolved, saved)
+            self.config = self.resolved.value
+        config, rows = self.config, self.rows()
+        for line in (*warnings(self.resolved), *data_warnings(config, self.store, rows)):
+            console.warn(line)
         pair = self.build_pair()
         updater = optim.Updater(pair, config.optim, self.world.num_copies)
         if saved is not None:
@@ -230,14 +235,12 @@ class Pretraining:
 
     def rows(self) -> list[int]:
         """Rows of the store that are trained on."""
-        share = self.config.data.held_out
+        data = self.config.data
         patients = [scan.patient for scan in self.store.scans]
-        held_out = held_out_patients(patients, share, self.config.seed)
+        held_out = data.held_out_patients(patients, self.config.seed)
         rows = [i for i, patient in enumerate(patients) if patient not in held_out]
         if not rows:
-            raise UserError(
-                f"data.held_out {share} leaves no scan of {len(self.store)} to train on; lower it"
-            )
+            raise SharedError(split.imbalance(patients, data.held_out, data.split_seed))
         return rows
 
     def build_pair(self) -> StudentTeacher:

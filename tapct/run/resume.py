@@ -10,6 +10,7 @@ checkpoint it is.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -79,14 +80,38 @@ def find_start(
                 f"train.resume=must, but {checkpoints.folder} holds no whole checkpoint"
             )
         return None
-    changed = changed_keys(
-        with_new_keys(checkpoint.read_meta(saved).config, type(config)), to_dict(config)
-    )
+    changed = changed_since(saved, config)
     if changed and not allow_change:
         raise UserError(what_changed(changed, saved))
     for key, old, new in changed:
         console.say(f"--allow-change: {key} was {old} and is {new} from here on")
     return saved
+
+
+def with_split_of(resolved: Resolved, saved: Path) -> Resolved:
+    """The config of a resumed run, with the rule by which the run began to choose its held-out
+    patients.
+
+    Runs of earlier versions began with rule 1. Another rule would train on patients that were held
+    out until now.
+
+    Args:
+        resolved: config of now, a RunConfig.
+        saved: checkpoint to resume from.
+    """
+    config = resolved.value
+    version = upgraded(checkpoint.read_meta(saved).config)["data"]["split_version"]
+    if version == config.data.split_version:
+        return resolved
+    if config.data.held_out > 0:
+        console.say(
+            f"the run keeps rule {version} for its held-out patients (data.split_version), with "
+            "which it began"
+        )
+    data = replace(config.data, split_version=version)
+    return Resolved(
+        replace(config, data=data), {**resolved.sources, "data.split_version": "checkpoint"}
+    )
 
 
 def check_resume(resolved: Resolved, allow_change: bool) -> None:
@@ -115,8 +140,7 @@ def check_resume(resolved: Resolved, allow_change: bool) -> None:
         raise UserError(f"train.resume=must, but {folder.path} holds no whole checkpoint")
     if saved and not allow_change:
         newest = max(saved, key=step_of)
-        before = with_new_keys(checkpoint.read_meta(newest).config, type(config))
-        changed = changed_keys(before, resolved.to_dict())
+        changed = changed_since(newest, config)
         if changed:
             raise UserError(what_changed(changed, newest))
 
@@ -169,6 +193,15 @@ def with_new_keys(old: dict[str, Any], cls: type) -> dict[str, Any]:
         return to_dict(from_dict(cls, upgraded(old), "checkpoint"))
     except UserError:  # a key is gone, or a value is refused now: it is reported as it stands
         return old
+
+
+def changed_since(saved: Path, config: Any) -> list[tuple[str, Any, Any]]:
+    """`changed_keys` of a checkpoint and the config of now, a RunConfig."""
+    old = with_new_keys(checkpoint.read_meta(saved).config, type(config))
+    changed = changed_keys(old, to_dict(config))
+    if old.get("data", {}).get("split_version") == 1:  # `with_split_of` keeps it
+        changed = [change for change in changed if change[0] != "data.split_version"]
+    return changed
 
 
 def changed_keys(old: dict[str, Any], new: dict[str, Any]) -> list[tuple[str, Any, Any]]:

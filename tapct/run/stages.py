@@ -36,7 +36,7 @@ KEPT = (
     (r"losses\..*\bhead\.", HEADS_STAY),
     (r"optim\.(layer_decay|patch_embed_lr_factor)$", "the optimizer's groups are formed once"),
     (
-        r"(seed|train\.steps|train\.global_batch|data\.store|data\.held_out)$",
+        r"(seed|train\.steps|train\.global_batch|data\.store|data\.held_out|data\.split_.*)$",
         "it says which scan comes at which step",
     ),
     (r"model\.", "the weights are built by it once"),

@@ -14,8 +14,10 @@ from pathlib import Path
 
 import torch
 
+from tapct.base import files
 from tapct.base.exits import UserError
 from tapct.config import Resolved, plugins
+from tapct.data import split
 from tapct.data.store import Store
 from tapct.distributed.device import pick_device
 from tapct.engine import initial, trackers
@@ -69,7 +71,7 @@ def check_run_folder(out: Path) -> None:
 
 
 def check_packages(log: trackers.Config) -> None:
-    """Raise UserError where a package is missing that the section `log` needs."""
+    """Raise UserError where something is missing that the section `log` needs."""
     wanted = {"tensorboard": log.tensorboard, "wandb": log.wandb.mode != "disabled"}
     for package, is_wanted in wanted.items():
         if is_wanted and importlib.util.find_spec(package) is None:
@@ -77,6 +79,11 @@ def check_packages(log: trackers.Config) -> None:
             raise UserError(
                 f"log: the package {package} is not installed; install it, or set {off[package]}"
             )
+    if wanted["wandb"] and files.home_folder() is None:
+        raise UserError(
+            f"log.wandb.mode={log.wandb.mode}: wandb needs a home folder, and there is none here; "
+            "set the environment variable HOME, or log.wandb.mode=disabled"
+        )
 
 
 def check_networks(config: RunConfig) -> None:
@@ -119,10 +126,10 @@ def data_warnings(config: RunConfig, store: Store, rows: Sequence[int]) -> Itera
             "compare a scan with itself"
         )
     if config.data.held_out > 0 and num == len(store):
-        yield (
-            f"data.held_out {config.data.held_out:g} holds out no patient of {store.path}; raise "
-            "it, or set data.held_out=0"
-        )
+        people = [scan.patient for scan in store.scans]
+        problem = split.imbalance(people, config.data.held_out, config.data.split_seed)
+        if problem:
+            yield problem
     loader = config.data.loader
     if loader.on_error == "skip" and loader.max_skips >= num:
         yield (

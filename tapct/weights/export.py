@@ -54,6 +54,10 @@ def save_export(
                 scans.write(path)
                 about[LIST_SHA256] = files.sha256(path)
             ExportCard(settings, about, digest).write(folder)
+            # an export is made to be given to others, whatever the umask
+            folder.chmod(0o755)
+            for file in folder.iterdir():
+                file.chmod(files.SHARED)
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot write the export {out}: {files.first_cause(error)}") from error
 

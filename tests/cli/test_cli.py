@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from forked import Forked
 from safetensors.torch import load_file
 from shell import Shell, files_of, leave_code
 from shell import shell as shell  # a fixture
@@ -26,6 +27,7 @@ from tiny_run import evaluation_of, make_archive, numbers_of, write_config
 
 import tapct
 from tapct.data import ingest
+from tapct.data.patients import KEY_VARIABLE
 from tapct.engine import loop
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
@@ -49,6 +51,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("place")
     make_archive(folder / "archive", num=4, dicom_share=0.3)
     with pytest.MonkeyPatch.context() as patch:
+        # a key of its own would hold out other patients in every run of the test
+        patch.setenv(KEY_VARIABLE, "tests")
         for words in (
             f"index {folder}/archive --out {folder}/manifest.parquet --workers 0",
             f"pack {folder}/manifest.parquet --out {folder}/store --workers 0",
@@ -224,6 +228,10 @@ BAD = {
     "export of a missing run": ("export {here}/nowhere", ["{here}/nowhere"]),
     "export onto a file": ("export {here}/run --out {here}/words/note.txt/x", ["note.txt"]),
     "embed without export": ("embed {here}/empty {scan}", ["{here}/empty"]),
+    "embed to a file of another kind": (
+        "embed {here}/run/export {scan} --out {here}/f.pt",
+        ["--out {here}/f.pt: features are written as .npz"],
+    ),
     "embed a missing scan": (
         "embed {here}/run/export {here}/none.nii.gz --out {here}/f.npz",
         ["none.nii.gz"],
@@ -327,7 +335,8 @@ def test_a_typo_gets_one_clear_message(shell: Shell, words: str, named: list[str
     code, out, err = shell(*words.split())
     assert code == 2 and out == "" and "Traceback" not in err
     last = err.splitlines()[-1]
-    assert last.lower().startswith("error: ")
+    assert last.startswith("error: ") and len(err.splitlines()) == 1
+    assert last.endswith(" -h")
     for part in named:
         assert part.lower() in last.lower(), err
 
@@ -357,7 +366,7 @@ def test_an_interrupt_of_any_other_command_is_one_line(
 # --- stopping ---
 
 
-def wait_for_step(run: Path, step: int, process: subprocess.Popen[str]) -> None:
+def wait_for_step(run: Path, step: int, process: Forked) -> None:
     for _ in range(6000):
         path = run / "metrics.jsonl"
         if path.exists() and len(path.read_text().splitlines()) >= step:
@@ -377,13 +386,7 @@ def test_ctrl_c_saves_and_prints_how_to_resume(place: Path, shell: Shell, tmp_pa
         "log.every=1",
         "checkpoint.every=900",
     ]
-    process = subprocess.Popen(
-        program(*words),
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    process = Forked(["-m", "tapct", *words], env=environment())
     wait_for_step(run, 2, process)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)

@@ -259,7 +259,7 @@ def test_lossy_compression_is_marked_or_refused_beyond_a_ratio(tmp_path: Path) -
     assert built.rows[0].lossy_ratio == 4
     assert np.isnan(built.rows[2].lossy_ratio)
     built = index.build_manifest(
-        tmp_path / "x", tmp_path / "m.parquet", rules=ReadRules(max_lossy_ratio=12)
+        tmp_path / "x", tmp_path / "m.parquet", accept=ReadRules(max_lossy_ratio=12)
     )
     assert [row.marks for row in built.rows] == ["lossy"] * 3
 
@@ -307,7 +307,7 @@ def test_values_that_the_standard_forbids_are_read_in_silence(
             config.settings.writing_validation_mode = modes[0]
             config.settings.reading_validation_mode = modes[1]
     (row,) = index.build_manifest(tmp_path / "a", tmp_path / "m.parquet").rows
-    assert (row.reason, row.depth, row.age_years, row.study_date) == ("", 9, 63, "20200131")
+    assert (row.reason, row.depth, row.age_years, row.study_date) == ("", 9, 63, "2020")
     np.testing.assert_allclose((row.spacing_z_mm, row.spacing_y_mm), (2.0, 0.7))
     assert capfd.readouterr() == ("", "")
     assert caplog.records == []
@@ -331,11 +331,10 @@ def test_objects_without_an_image_are_listed_by_their_class(tmp_path: Path) -> N
     ]
     built = index.build_manifest(tmp_path, tmp_path / "m.parquet")
     assert [row.path for row in built.rows] == ["s"]
-    assert built.passed_over == {
-        "DICOM segmentation": 1,
-        "DICOM structured report": 1,
-        "DICOM RT structure set": 1,
-    }
+    assert built.passed_over == {"DICOM structured report": 1}
+    # the other two are labels that belong to no scan
+    assert built.label_report is not None
+    assert {Path(path).name for path in built.label_report.unmatched} == {"rt.dcm", "seg.dcm"}
     with pytest.raises(Refused, match="segmentation"):
         read_volume(tmp_path / "seg.dcm")
     assert find_source(tmp_path / "s" / "slice003.dcm").path == tmp_path / "s"

@@ -14,7 +14,8 @@ from scan_files import LPS, make_ct, make_labels, make_slice, refusal, write_nif
 from tapct.base.exits import UserError
 from tapct.data.discover import find_sources, stem_of
 from tapct.data.geometry import check_same_grid
-from tapct.data.ingest import read_labels, read_volume
+from tapct.data.ingest import read_volume
+from tapct.data.labels.reading import read_labels
 from tapct.types import LabelMap, Refused, Volume
 
 

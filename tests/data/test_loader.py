@@ -48,7 +48,7 @@ def write_store(folder: Path, shapes: list[tuple[int, int, int]]) -> list[np.nda
             StoredScan(meta.id, meta.shape_ZYX, spacing_mm, "", f"{i}.nii", "", meta.checksum)
         )
         scans.append(hu_ZYX)
-    write_atomically(folder / INDEX_NAME, index_bytes(rows, Path("/archive"), "manifest"))
+    write_atomically(folder / INDEX_NAME, index_bytes(rows, "manifest"))
     return scans
 
 

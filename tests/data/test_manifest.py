@@ -102,13 +102,13 @@ def test_a_library_that_does_not_load_is_no_fault_of_the_scans(
 def test_the_first_of_two_equal_scans_is_kept_and_named(tmp_path: Path) -> None:
     save_scan(tmp_path / "a" / "x.nii.gz", noise_ct(1))
     image = SimpleITK.GetImageFromArray(noise_ct(1))
-    SimpleITK.WriteImage(
-        image, tmp_path / "a" / "y.nrrd"
-    )  # another format, another spacing, the same voxels
+    image.SetSpacing((0.8, 0.7, 2.0))
+    SimpleITK.WriteImage(image, tmp_path / "a" / "y.nrrd")  # another format, the same voxels
     built = build_manifest(tmp_path / "a", tmp_path / "m.parquet")
     first, second = built.rows
     assert (first.status, second.reason) == ("accepted", "duplicate")
-    assert first.id in second.detail
+    assert second.duplicate_of == first.id and first.id in second.detail
+    assert first.patient == second.patient
 
 
 def test_facts_of_a_row_come_from_the_scan(tmp_path: Path) -> None:
@@ -116,15 +116,18 @@ def test_facts_of_a_row_come_from_the_scan(tmp_path: Path) -> None:
     hu_ZYX[0] = -2000
     save_scan(tmp_path / "a" / "x.nii.gz", hu_ZYX)
     sidecar = {"PatientID": "P9", "PatientSex": "M", "PatientAge": "041Y", "StudyDate": "20200102"}
-    sidecar |= {"Manufacturer": "ACME", "ConvolutionKernel": "B30f"}
+    sidecar |= {"Manufacturer": "SIEMENS AG", "ConvolutionKernel": "B30f"}
     (tmp_path / "a" / "x.json").write_text(json.dumps(sidecar))
     (row,) = build_manifest(tmp_path / "a", tmp_path / "m.parquet").rows
     assert (row.depth, row.height, row.width) == (6, 12, 13)
     np.testing.assert_allclose(
         (row.spacing_z_mm, row.spacing_y_mm, row.spacing_x_mm), (2.0, 0.7, 0.8), rtol=1e-6
     )
-    assert (row.sex, row.age_years, row.study_date) == ("M", 41.0, "20200102")
-    assert (row.manufacturer, row.kernel, row.kind, row.label_path) == ("ACME", "B30f", "nifti", "")
+    assert (row.sex, row.age_years, row.study_date) == ("M", 41.0, "2020")
+    assert (row.manufacturer, row.kernel, row.kind) == ("Siemens", "B30f", "nifti")
+    assert (row.label_path, row.patient_from) == ("", "side_car")
+    dated = build_manifest(tmp_path / "a", tmp_path / "m.parquet", study_dates=True)
+    assert dated.rows[0].study_date == "20200102"
     body = np.sort(hu_ZYX[hu_ZYX > -500])
     assert row.body_share == pytest.approx(body.size / hu_ZYX.size)
     for share, value in ((0.005, row.hu_p005), (0.5, row.hu_p50), (0.995, row.hu_p995)):
@@ -139,7 +142,8 @@ def test_reading_gives_back_what_was_written(tmp_path: Path) -> None:
     root = make_archive(tmp_path / "archive")
     built = build_manifest(root, tmp_path / "out" / "m.parquet", min_depth=3)
     again = Manifest.read(tmp_path / "out" / "m.parquet")
-    assert repr(again) == repr(built)  # NaN != NaN
+    assert repr(again.rows) == repr(built.rows)  # NaN != NaN
+    assert (again.root, again.ignore_labels) == (built.root, built.ignore_labels)
     assert again.digest == built.digest
     table = pyarrow.parquet.read_table(tmp_path / "out" / "m.parquet")
     assert table.column_names == [field.name for field in dataclasses.fields(Row)]
@@ -177,6 +181,9 @@ def test_archive_and_manifest_may_move_together(tmp_path: Path) -> None:
     shutil.move(tmp_path / "old", tmp_path / "new")
     moved = Manifest.read(tmp_path / "new" / "m.parquet")
     assert (moved.root / moved.rows[0].path).is_file()
+    content = (tmp_path / "new" / "m.parquet").read_bytes()
+    assert str(tmp_path).encode() not in content and b"../" not in content
+    assert (tmp_path / "new" / "m.parquet").stat().st_mode & 0o777 == 0o600
     assert Manifest.read(tmp_path / "new" / "m.parquet", root=tmp_path).root == tmp_path
 
 
@@ -225,8 +232,9 @@ def test_patients_without_header_come_from_regex_or_names(
 
 
 def test_a_dicom_folder_can_be_the_whole_archive(tmp_path: Path) -> None:
+    nobody: dict[str, object] = {"PatientID": None, "StudyInstanceUID": None}
     for name in ("case7", "case8"):
-        write_series(tmp_path / name, make_ct(), edit=lambda index: {"PatientID": None})
+        write_series(tmp_path / name, make_ct(), edit=lambda index: nobody)
     first, second = (
         build_manifest(tmp_path / name, tmp_path / "m.parquet") for name in ("case7", "case8")
     )
@@ -260,7 +268,8 @@ def test_unexpected_reader_exceptions_become_rows(
     monkeypatch.setattr(nifti, "read_head", stumble)
     built = build_manifest(root, tmp_path / "m.parquet")
     row = by_name(built)["scan2"]
-    assert (row.reason, row.detail) == ("unreadable", "RuntimeError: the library fell over")
+    assert row.reason == "unreadable"
+    assert "RuntimeError" in row.detail and "fell over" not in row.detail
     assert by_name(built)["scan1"].status == "accepted"
 
 

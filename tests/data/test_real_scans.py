@@ -16,7 +16,8 @@ import SimpleITK
 from tapct.data import index
 from tapct.data.discover import find_sources
 from tapct.data.geometry import check_same_grid
-from tapct.data.ingest import read_labels, read_volume
+from tapct.data.ingest import read_volume
+from tapct.data.labels.reading import read_labels
 from tapct.types import AIR_HU, LabelMap, Refused, Volume
 
 ROOT = Path(

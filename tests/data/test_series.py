@@ -290,10 +290,10 @@ def test_derived_images_are_refused_in_one_row_or_accepted_with_a_mark(tmp_path:
     folder = write_series(tmp_path / "a" / "s", make_ct(), edit=lambda i: edit)
     (row,) = rows_of(tmp_path / "a", tmp_path)
     assert (row.path, row.reason, row.marks) == ("s", "derived_image", "")
-    (row,) = rows_of(tmp_path / "a", tmp_path, rules=ReadRules(derived=True))
+    (row,) = rows_of(tmp_path / "a", tmp_path, accept=ReadRules(derived=True))
     assert (row.status, row.marks) == ("accepted", "derived")
     report = pack.pack(index.Manifest.read(tmp_path / "m.parquet"), tmp_path / "store")
     assert len(report.packed) == 1
     with pytest.raises(Refused, match="derived_image"):
         read_volume(folder)
-    assert read_volume(folder, rules=ReadRules(derived=True)).marks == ("derived",)
+    assert read_volume(folder, accept=ReadRules(derived=True)).marks == ("derived",)

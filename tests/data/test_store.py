@@ -18,10 +18,11 @@ from hypothesis import strategies as st
 
 from tapct.base.exits import UserError
 from tapct.base.files import write_atomically
-from tapct.data.digest import voxel_digest
+from tapct.data.digest import label_digest, voxel_digest
 from tapct.data.packed import Damaged, encode, layout, open_packed
+from tapct.data.packed_labels import encode_labels, labels_file
 from tapct.data.store import INDEX_NAME, Store, StoredScan, index_bytes
-from tapct.types import Volume
+from tapct.types import LabelMap, Volume
 
 SPACING_MM = (2.5, 0.75, 0.8)
 
@@ -33,13 +34,18 @@ def make_store(folder: Path, scans_ZYX: list[np.ndarray], level: int = 1) -> Sto
     for i, hu_ZYX in enumerate(scans_ZYX):
         frame, meta = encode(Volume(hu_ZYX, SPACING_MM), f"scan{i}", level)
         write_atomically(folder / f"scan{i}.b2nd", frame)
-        label = "labels/x.nii.gz" if i == 0 else ""
+        label, names = "", ()
+        if i == 0:
+            labels = LabelMap((hu_ZYX > 0).astype(np.uint16), SPACING_MM, names=((1, "liver"),))
+            label, names = label_digest(labels), labels.names
+            write_atomically(labels_file(folder, meta.id), encode_labels(labels, meta.id, level))
         rows.append(
             StoredScan(
-                meta.id, meta.shape_ZYX, SPACING_MM, "patient", f"{i}.nii", label, meta.checksum
+                *(meta.id, meta.shape_ZYX, SPACING_MM, "patient", f"{i}.nii", label, meta.checksum),
+                names,
             )
         )
-    write_atomically(folder / INDEX_NAME, index_bytes(rows, Path("/archive"), "manifest"))
+    write_atomically(folder / INDEX_NAME, index_bytes(rows, "manifest"))
     return Store(folder)
 
 
@@ -203,7 +209,7 @@ def test_damage_to_the_index_is_found_or_harmless(tmp_path: Path) -> None:
         except UserError:
             found += 1
             continue
-        assert (read.scans, read.digest, read.root) == (store.scans, store.digest, store.root)
+        assert (read.scans, read.digest) == (store.scans, store.digest)
         assert read.manifest_digest == store.manifest_digest
     assert found > 100
 
@@ -253,9 +259,7 @@ def test_a_missing_file_and_a_foreign_file_are_named(tmp_path: Path) -> None:
 
 def test_the_index_says_all_of_a_scan(tmp_path: Path) -> None:
     store = make_store(tmp_path, [ct_like((4, 9, 8)), ct_like((3, 5, 6))])
-    assert (
-        len(store) == 2 and store.root == Path("/archive") and store.manifest_digest == "manifest"
-    )
+    assert len(store) == 2 and store.manifest_digest == "manifest"
     first, second = store.scans
     assert (first.id, first.shape_ZYX, first.spacing_mm, first.patient) == (
         "scan0",
@@ -263,7 +267,9 @@ def test_the_index_says_all_of_a_scan(tmp_path: Path) -> None:
         SPACING_MM,
         "patient",
     )
-    assert (first.label_path, second.label_path) == ("/archive/labels/x.nii.gz", "")
+    assert (first.has_labels, second.has_labels) == (True, False)
+    assert (first.label_names, second.label_names) == (((1, "liver"),), ())
+    np.testing.assert_array_equal(store.read_labels(0).labels_ZYX, store.read(0) > 0)
     assert first.checksum == voxel_digest(store.read(0)) != second.checksum
 
 

@@ -108,10 +108,10 @@ def test_a_tilted_series_is_refused_or_resampled_with_a_mark(tmp_path: Path) -> 
     folder = write_series(tmp_path / "a" / "s", hu_IJK.transpose(2, 1, 0), edit=edit)
     with pytest.raises(Refused, match="sheared"):
         read_volume(folder)
-    volume = read_volume(folder, rules=RESAMPLED)
+    volume = read_volume(folder, accept=RESAMPLED)
     assert volume.marks == ("tilt_resampled",)
     np.testing.assert_allclose(volume.spacing_mm, (4 * np.cos(np.radians(20)), 1.5, 2.0), rtol=1e-6)
-    built = index.build_manifest(tmp_path / "a", tmp_path / "m.parquet", rules=RESAMPLED)
+    built = index.build_manifest(tmp_path / "a", tmp_path / "m.parquet", accept=RESAMPLED)
     assert [(scan.status, scan.marks) for scan in built.rows] == [("accepted", "tilt_resampled")]
     report = pack.pack(index.Manifest.read(tmp_path / "m.parquet"), tmp_path / "store")
     assert len(report.packed) == 1  # packed as it was indexed

@@ -15,7 +15,7 @@ class Row:
     path: str
     id: str = "x"
     patient: str = ""
-    label_path: str = ""
+    has_labels: bool = False
 
 
 ROWS = [Row("ts_body/a.nii.gz"), Row("ts_body/b.nii.gz"), Row("lung/a.nrrd")]

@@ -17,6 +17,8 @@ import torch
 from tapct.base.exits import UserError
 from tapct.config.plugins import Plugin, load
 from tapct.data import index
+from tapct.data.pack import pack
+from tapct.data.store import Store
 from tapct.eval import pictures, runner
 from tapct.eval.baselines import NamedModel, RawPatches, with_baselines
 from tapct.eval.features import DenseFeatures, PatchGrid, Preprocess
@@ -41,7 +43,7 @@ class Row:
     id: str
     patient: str
     path: str
-    label_path: str = "yes"
+    has_labels: bool = True
 
 
 def torso(seed: int) -> LabelledScan:
@@ -298,10 +300,12 @@ def test_61_organs_of_a_real_scan(tmp_path):
         patient_regex=None, min_depth=1,
         workers=1, progress=None,
     )  # fmt: skip
-    rows = built.accepted
+    pack(built, tmp_path / "store")
+    store = Store(tmp_path / "store")
+    rows = store.scans
     models = [NamedModel("raw_hu", RawPatches((4, 8, 8)))]
     results = runner.evaluate(
-        models, rows, built.root, runner.Config(), contract=HUContract(), out=tmp_path,
+        models, rows, store, runner.Config(), contract=HUContract(), out=tmp_path,
         preprocess=Preprocess((128, 128), (8, 64, 64), (8, 64, 64)),
     )  # fmt: skip
     assert results.split.mode == "blocks"

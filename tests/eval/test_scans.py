@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-import nibabel
 import numpy as np
 import pytest
+from scan_files import noise_ct, save_labels, save_scan
 
 from tapct.base.exits import UserError
+from tapct.data.index import build_manifest
+from tapct.data.pack import pack
+from tapct.data.split import position
+from tapct.data.store import Store
 from tapct.eval.contract import Labels
 from tapct.eval.scans import (
     BLOCKS,
@@ -27,7 +32,7 @@ class Row:
     id: str
     patient: str
     path: str = "x.nii.gz"
-    label_path: str = "x_seg.nii.gz"
+    has_labels: bool = True
 
 
 def archive(num_patients: int, scans_each: int = 2) -> list[Row]:
@@ -45,7 +50,20 @@ def test_no_patient_is_on_both_sides_and_no_scan_is_lost(seed):
     assert split.mode == PATIENTS
     assert not patients(split.train) & patients(split.test)
     assert sorted(row.id for row in (*split.train, *split.test)) == sorted(row.id for row in rows)
-    assert len(patients(split.test)) == round(0.4 * 9)
+    below = {name for name in patients(rows) if position(name, seed) < 0.4}
+    assert patients(split.test) == below and 0 < len(below) < 9
+
+
+def test_nobody_changes_sides_when_scans_are_added_and_a_forced_choice_is_printed(capsys):
+    few, many = archive(4), archive(40)
+    choose = {"test_share": 0.5, "max_scans": 0}
+    forced = 0
+    for seed in range(12):
+        before, after = (split_by_patient(rows, **choose, seed=seed) for rows in (few, many))
+        moved = patients(before.test) ^ (patients(after.test) & patients(few))
+        assert len(moved) == ("puts all 4 patients on one side" in capsys.readouterr().out)
+        forced += len(moved)
+    assert 0 < forced < 6
 
 
 def test_split_follows_the_seed_and_not_the_order_of_rows():
@@ -68,7 +86,7 @@ def test_patients_kept_out_of_pretraining_are_the_test_side():
     for nobody_or_all in ({"not here"}, patients(rows)):
         split = split_by_patient(rows, test_share=0.5, max_scans=0, seed=0, held_out=nobody_or_all)
         assert not split.held_out
-        assert len(patients(split.test)) == 3
+        assert patients(split.test) == {f"p{n}" for n in range(6) if position(f"p{n}", 0) < 0.5}
 
 
 @pytest.mark.parametrize("max_scans", [2, 3, 5, 11])
@@ -76,7 +94,8 @@ def test_a_limit_on_scans_shrinks_both_sides(max_scans):
     rows = archive(10)
     split = split_by_patient(rows, test_share=0.5, max_scans=max_scans, seed=0)
     assert len(split.train) + len(split.test) == max_scans
-    assert abs(len(split.train) - len(split.test)) <= 1
+    share = sum(position(name, 0) < 0.5 for name in patients(rows)) / 10
+    assert abs(len(split.test) - max_scans * share) <= 0.5
     assert not patients(split.train) & patients(split.test)
 
 
@@ -87,7 +106,7 @@ def test_a_single_patient_is_split_within():
 
 
 def test_scans_are_usable_where_they_have_the_labels_of_a_task():
-    rows = [*archive(3, 1), Row("bare", "p9", label_path=""), Row("twin", "p2")]
+    rows = [*archive(3, 1), Row("bare", "p9", has_labels=False), Row("twin", "p2")]
     assert usable(rows, Labels.NONE) == rows
     assert [row.id for row in usable(rows, Labels.VOXELS)] == ["s0-0", "s1-0", "s2-0", "twin"]
     assert [row.id for row in usable(rows, Labels.PAIRS)] == ["s2-0", "twin"]
@@ -100,7 +119,7 @@ def test_scans_are_usable_where_they_have_the_labels_of_a_task():
 
 def test_a_second_task_leaves_the_split_of_the_first_one_alone():
     labelled = archive(7)
-    bare = [Row(f"bare{n}", f"p{n}", label_path="") for n in range(4, 12)]
+    bare = [Row(f"bare{n}", f"p{n}", has_labels=False) for n in range(4, 12)]
     for max_scans in (0, 5, 17):
         for held_out in (set(), {"p2", "p5", "p9"}):
             choose = {"test_share": 0.5, "max_scans": max_scans, "seed": 1, "held_out": held_out}
@@ -120,7 +139,7 @@ def test_a_second_task_leaves_the_split_of_the_first_one_alone():
 
 
 def test_a_second_task_with_scans_of_one_patient_is_split_within_too():
-    bare = [Row("bare", "p5", label_path="")]
+    bare = [Row("bare", "p5", has_labels=False)]
     choose = {"test_share": 0.5, "max_scans": 0, "seed": 1}
     split = split_for_tasks([archive(1), [*archive(1), *bare]], **choose)
     assert split.mode == BLOCKS
@@ -151,12 +170,17 @@ def test_a_scan_too_short_for_blocks_is_one_line():
         block_slices(3, test=True, num_blocks=8, gap=2, scan_id="s")
 
 
-def test_labels_on_another_grid_are_refused(tmp_path: Path):
-    for name, shape in (("a.nii.gz", (8, 8, 5)), ("a_seg.nii.gz", (8, 8, 4))):
-        voxels = np.random.default_rng(0).integers(-1000, 400, shape).astype(np.int16)
-        voxels = voxels if name == "a.nii.gz" else np.zeros(shape, np.uint8)
-        nibabel.save(nibabel.Nifti1Image(voxels, np.eye(4)), tmp_path / name)
-    with pytest.raises(UserError, match="grid"):
-        read_scan(Row("a", "p", "a.nii.gz", "a_seg.nii.gz"), tmp_path, with_labels=True)
-    scan = read_scan(Row("a", "p", "a.nii.gz", "a_seg.nii.gz"), tmp_path, with_labels=False)
-    assert scan.labels is None and scan.patient == "p"
+def test_scans_and_labels_are_read_from_the_store_alone(tmp_path: Path):
+    hu_ZYX = noise_ct(1)
+    save_scan(tmp_path / "archive" / "a.nii.gz", hu_ZYX)
+    save_labels(tmp_path / "archive" / "a_seg.nii.gz")
+    save_scan(tmp_path / "archive" / "b.nii.gz", noise_ct(2))
+    pack(build_manifest(tmp_path / "archive", tmp_path / "m.parquet"), tmp_path / "store")
+    shutil.rmtree(tmp_path / "archive")
+    store = Store(tmp_path / "store")
+    assert [row.path for row in usable(store.scans, Labels.VOXELS)] == ["a.nii.gz"]
+    scan = read_scan(store.scans[0], store, with_labels=True)
+    np.testing.assert_array_equal(scan.volume.hu_ZYX, np.maximum(hu_ZYX, -1024))
+    assert scan.label_map.labels_ZYX[2, 3, 3] == 1 and scan.label_map.labels_ZYX[3, 10, 5] == 300
+    assert scan.volume.spacing_mm == scan.label_map.spacing_mm == pytest.approx((2.0, 0.7, 0.8))
+    assert read_scan(store.scans[0], store, with_labels=False).labels is None

@@ -15,7 +15,7 @@ from tapct.eval.features import DenseFeatures, PatchGrid
 from tapct.eval.scans import LabelledScan
 from tapct.eval.tasks.segmentation import Config, build, dice_from_confusion
 from tapct.eval.truth import OUTSIDE, patch_truth
-from tapct.types import LabelMap, Volume
+from tapct.types import IGNORE_LABEL, LabelMap, Volume
 
 SPACING = (2.0, 1.0, 1.0)
 
@@ -121,6 +121,76 @@ def test_only_slices_in_play_are_sampled():
     ).sample(10**6, seed=0)
     assert set((index // 64).tolist()) == {0, 3}
     assert torch.equal(weight, torch.ones(128))
+
+
+def test_voxels_to_ignore_count_in_no_share_and_in_no_sample():
+    rng = np.random.default_rng(0)
+    labels = rng.choice([0, 3], size=(4, 16, 16))
+    labels[rng.random(labels.shape) < 0.3] = IGNORE_LABEL
+    labels[:2, :4, :4] = IGNORE_LABEL  # the first patch, all of it
+    hu = np.where(rng.random(labels.shape) < 0.9, 40, -1000).astype(np.int16)
+    grid = PatchGrid((2, 4, 4), labels.shape, labels.shape)
+    for body_labelled, values in ((True, (0, 3)), (False, (OUTSIDE, 0, 3))):
+        truth = patch_truth(
+            labelled(labels, hu), grid, body_labelled=body_labelled, in_play_Z=everywhere(grid)
+        )
+        assert truth.values == values
+        cells = labels.reshape(2, 2, 4, 4, 4, 4).transpose(0, 2, 4, 1, 3, 5).reshape(32, -1)
+        for number, cell in enumerate(cells):
+            known = cell[cell != IGNORE_LABEL]
+            share = (known == 3).mean() if len(known) else 0
+            assert truth.shares_NV[number, -1] == pytest.approx(share, abs=1e-6)
+            assert truth.shares_NV[number].sum() == pytest.approx(float(len(known) > 0), abs=1e-6)
+        index, weight = truth.sample(10**6, seed=0)
+        assert index.tolist() == list(range(1, 32)) and weight.sum() == 31
+
+
+def test_air_spreads_through_voxels_to_ignore():
+    hu = np.full((2, 32, 32), -1000, dtype=np.int16)
+    hu[:, 8:24, 8:24] = 40
+    labels = np.zeros(hu.shape, int)
+    labels[:, :4], labels[:, -4:], labels[:, :, :4] = (IGNORE_LABEL,) * 3
+    labels[:, :, -4:] = IGNORE_LABEL  # the whole border
+    grid = PatchGrid((2, 2, 2), hu.shape, hu.shape)
+    truth = patch_truth(labelled(labels, hu), grid, body_labelled=False, in_play_Z=everywhere(grid))
+    expected = (hu[0] < -900) & (labels[0] == 0)
+    np.testing.assert_array_equal(
+        truth.shares_NV[:, 0].reshape(16, 16), expected.reshape(16, 2, 16, 2).mean((1, 3))
+    )
+
+
+@pytest.mark.parametrize("value", [0, 1, 2])
+def test_dice_is_the_same_whatever_the_ignored_voxels_would_be(value):
+    """A quarter of the test scan is ignored: Dice is that of the other three."""
+    task = build(Config(), seed=0)
+    scan, grid, dense = scene(1, "train")
+    task.learn("m", dense, task.truth(scan, grid, everywhere(grid)))
+    task.fit()
+    scan, grid, dense = scene(3, "test")
+    labels = scan.labels.labels_ZYX.copy()
+    labels[:6, :16] = IGNORE_LABEL
+    prediction = task.judge(
+        "m", dense, task.truth(labelled(labels, scan_id="cut"), grid, everywhere(grid))
+    ).classes_ZYX
+    dice = {score.scan: score.parts for score in task.results().scans}["cut"]
+    counted = labels != IGNORE_LABEL
+    for organ in (1, 2):
+        truth, found = labels[counted] == organ, prediction[counted] == organ + 1
+        assert dice[f"label {organ}"] == pytest.approx(
+            2 * (truth & found).sum() / (truth.sum() + found.sum())
+        )
+    changed = dense.features_DZYX.clone()
+    changed[:, :3, :4] = torch.from_numpy(np.random.default_rng(9).normal(size=(600, 5)))[
+        value
+    ].float()[:, None, None, None]
+    other = DenseFeatures(changed, dense.cls_D, grid)
+    truth = task.truth(labelled(labels, scan_id="other"), grid, everywhere(grid))
+    task.judge("m", other, truth)
+    scores = {score.scan: score.parts for score in task.results().scans}
+    patch = {scan: task._dice["patch", "m"][scan] for scan in ("cut", "other")}
+    assert patch["other"] == patch["cut"]
+    near_border = {organ: abs(scores["other"][organ] - dice[organ]) for organ in dice}
+    assert max(near_border.values()) < 0.05  # logits are interpolated across the border
 
 
 @pytest.mark.parametrize("scale", [1.0, 300.0])

@@ -248,7 +248,7 @@ class Row:
     id: str
     patient: str
     path: str
-    label_path: str = ""
+    has_labels: bool = False
 
 
 class Recorder(Task[str, None]):
@@ -286,9 +286,7 @@ class Recorder(Task[str, None]):
 class Archive:
     """Twelve scans of six patients; four have label maps, three have scan labels."""
 
-    rows = tuple(
-        Row(f"s{n}", f"p{n // 2}", str(n), "map" if n in (0, 1, 4, 7) else "") for n in range(12)
-    )
+    rows = tuple(Row(f"s{n}", f"p{n // 2}", str(n), n in (0, 1, 4, 7)) for n in range(12))
     scan_labels: Mapping[str, Mapping[str, str]] = {
         f"s{n}": {"sex": "FM"[n % 2]} for n in (2, 3, 9)
     }

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 
@@ -13,10 +15,13 @@ from shell import shell as shell  # a fixture
 from tiny_run import config_of, make_store, write_config
 
 from tapct.config import ConfigError, load_config
+from tapct.data.split import held_out_patients_v1
+from tapct.data.store import Store
 from tapct.engine import loop
 from tapct.eval.runner import Config
 from tapct.run import finished, pretrain
 from tapct.run.config import RunConfig
+from tapct.run.resume import with_split_of
 
 OLD_TASK = {
     "name": "segmentation",
@@ -45,14 +50,24 @@ def old_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = folder / "run"
     config = run / "config.yaml"
     config.write_text(yaml.safe_dump(with_one_task(yaml.safe_load(config.read_text()))))
-    saved = run / "checkpoints" / "step_00000004"
+    rewrite_config(run / "checkpoints" / "step_00000004", with_one_task)
+    return run
+
+
+def without_split(tree: dict) -> dict:
+    """The config as the last version without `data.split_version` wrote it."""
+    data = {key: value for key, value in tree["data"].items() if not key.startswith("split_")}
+    return {**tree, "data": data}
+
+
+def rewrite_config(saved: Path, change: Callable[[dict], dict]) -> None:
+    """Change the config in a checkpoint, and the digest of the file that holds it."""
     meta = json.loads((saved / "meta.json").read_text())
-    text = json.dumps({**meta, "config": with_one_task(meta["config"])})
+    text = json.dumps({**meta, "config": change(meta["config"])})
     (saved / "meta.json").write_text(text)
     files = json.loads((saved / "files.json").read_text())
     files["meta.json"] = [len(text.encode()), sha256(text.encode()).hexdigest()]
     (saved / "files.json").write_text(json.dumps(files))
-    return run
 
 
 def test_an_earlier_run_is_evaluated_with_its_own_task(old_run: Path, shell: Shell) -> None:
@@ -71,6 +86,36 @@ def test_an_earlier_run_is_resumed_without_a_changed_key(old_run: Path) -> None:
     # a setting that affects training is still found
     with pytest.raises(Exception, match=r"optim.lr was 0.01 .* and is 0.02 now"):
         pretrain.train(config_of(folder, store, "train.steps=4", "optim.lr=0.02"))
+
+
+def test_an_earlier_run_keeps_its_held_out_patients(
+    old_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = old_run.parent / "store"
+    held_out = ("train.steps=4", "data.held_out=0.5")
+    resolved = config_of(tmp_path, store, *held_out, "train.steps=2")
+    resolved = replace(
+        resolved,
+        value=replace(resolved.value, data=replace(resolved.value.data, split_version=1)),
+    )
+    assert pretrain.train(resolved) == loop.Stop(2)
+    (saved,) = (tmp_path / "run" / "checkpoints").glob("step_*")
+    rewrite_config(saved, without_split)
+    config = tmp_path / "run" / "config.yaml"
+    config.write_text(yaml.safe_dump(without_split(yaml.safe_load(config.read_text()))))
+
+    patients = [scan.patient for scan in Store(store).scans]
+    expected = held_out_patients_v1(patients, 0.5, 0)
+    old = finished.open_run(tmp_path / "run").resolved.value
+    assert old.data.held_out_patients(patients, old.seed) == expected
+
+    now = config_of(tmp_path, store, *held_out, "train.steps=2")
+    assert now.value.data.held_out_patients(patients, 0) != expected
+    kept = with_split_of(now, saved)
+    assert "keeps rule 1" in capsys.readouterr().out
+    assert kept.value.data.held_out_patients(patients, 0) == expected
+    assert kept.to_yaml().count("split_version: 1") == 1
+    assert pretrain.train(now) == loop.Stop(2)
 
 
 @pytest.mark.parametrize(

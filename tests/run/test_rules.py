@@ -130,7 +130,7 @@ DOUBTED = {
     "eval.during.how=job": "have no effect with eval.during.every=0",
     "eval.preprocess.size_yx=[8,8]": "less than the 16 of eval.preprocess.window",
     "stages=[{start:3,set:[]}]": "stages[0].set changes nothing",
-    "stages=[{start:3,set:[optim.momentum=[1,1]]}]": "stages[0]: optim.momentum is [1, 1]",
+    "stages=[{start:3,set:['optim.momentum=[1,1]']}]": "stages[0]: optim.momentum is [1, 1]",
 }
 # settings that are unusual and meant: neither refused nor warned of
 MEANT = (
@@ -173,8 +173,9 @@ def test_what_cannot_work_is_refused(config: Path, text: str) -> None:
 @pytest.mark.parametrize("text", DOUBTED)
 def test_what_is_probably_not_intended_is_warned_of(config: Path, text: str) -> None:
     resolved = pretrain.read_config(config, words_of(text))
-    (line,) = {line for line in rules.warnings(resolved) if DOUBTED[text] in line}
-    assert "\n" not in line
+    lines = rules.warnings(resolved)
+    assert any(DOUBTED[text] in line for line in lines), lines
+    assert not any("\n" in line for line in lines)
 
 
 @pytest.mark.parametrize("text", MEANT)
@@ -221,6 +222,17 @@ def test_print_config_accepts_a_config_whose_store_does_not_exist_yet(
     code, printed, error = shell("train", config, "data.store=later", "--print-config")
     assert code == 0 and "seed: " in printed
     assert error == "warning: data.store later does not exist yet, so the data was not checked\n"
+
+
+def test_wandb_without_a_home_folder_is_refused_before_the_first_step(
+    tmp_path: Path, config: Path, shell: Shell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)  # as without HOME and passwd
+    words = ("train", config, f"out={tmp_path}/run", "log.wandb.mode=offline")
+    assert "wandb needs a home folder" in shell.bad(*words)
+    code, _, error = shell(*words, "--print-config")
+    assert code == 2 and "wandb needs a home folder" in error
+    assert not (tmp_path / "run").exists()
 
 
 def test_print_config_refuses_a_run_folder_of_another_config(

@@ -1,8 +1,7 @@
-"""What every label layout starts from: the files of the archive by folder and name."""
+"""What every label layout starts from, and what it returns."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +11,25 @@ from tapct.data.discover import Source, stem_of
 
 # folder below the root, and file name without the suffix of its format
 FolderAndStem: TypeAlias = tuple[Path, str]
-# the contract of a layout: from a scan to its label file, or None where the layout does not apply
+# from a scan to its label file or folder of masks, or None where the layout does not apply
 FindLabels: TypeAlias = Callable[[Source], Path | None]
 
-_CHANNEL = re.compile(r"_0000$")
+
+@dataclass(frozen=True)
+class Layout:
+    """One layout, prepared for one archive.
+
+    Args:
+        find: function from a scan to the path of its labels.
+        owned: paths of files that can only be label files, whether a scan matches them or not;
+            they are never scans.
+        likely: paths of files that are named like labels; one that no scan matches is examined as
+            a scan, and reported where it is refused.
+    """
+
+    find: FindLabels
+    owned: frozenset[Path] = frozenset()
+    likely: frozenset[Path] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -49,10 +63,3 @@ def by_folder_and_stem(sources: Iterable[Source], root: Path) -> dict[FolderAndS
             key = (source.path.parent.relative_to(root), stem_of(source.path))
             table.setdefault(key, source.path)
     return table
-
-
-def label_stems(stem: str) -> tuple[str, str]:
-    """Stems that the label map of a scan may have: the scan's own, and the one without the channel
-    number that nnU-Net writes (case_0000 -> case).
-    """
-    return stem, _CHANNEL.sub("", stem)

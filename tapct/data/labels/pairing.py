@@ -1,7 +1,7 @@
-"""Find the label map of every scan, by the layouts of this folder in a fixed order.
+"""Find the labels of every scan, by the layouts in a fixed order.
 
-Pairs are made by name alone. Whether the labels can be read and lie on the scan's grid is checked
-when the scan is examined.
+Pairs are made by names (or by the references of DICOM objects) alone. Whether the labels can be
+read and lie on the scan's grid is checked when the scan is examined.
 """
 
 from __future__ import annotations
@@ -11,27 +11,57 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tapct.data.discover import Source, find_sources
-from tapct.data.labels import beside, given, sibling
 from tapct.data.labels.archive import FolderAndStem, LabelArchive, by_folder_and_stem
+from tapct.data.labels.layouts import (
+    beside,
+    bids,
+    case_folder,
+    dicom_objects,
+    given,
+    inner_folder,
+    mask_folder,
+    numbered,
+    sibling,
+)
 
-LAYOUTS = (given.build, sibling.build, beside.build)  # the first that finds a file wins
+# the first that finds labels wins
+LAYOUTS = (
+    given.build,
+    sibling.build,
+    beside.build,
+    inner_folder.build,
+    mask_folder.build,
+    case_folder.build,
+    numbered.build,
+    bids.build,
+    dicom_objects.build,
+)
 
 
 @dataclass(frozen=True)
 class LabelPairs:
-    """Which label map belongs to which scan.
+    """Which labels belong to which scan.
 
     Args:
-        label_of: path of a scan to path of its label map.
-        label_files: all paths of the archive that are label maps and therefore no scans.
+        label_of: path of a scan to path of its label file or folder of masks.
+        label_files: paths of all sources of the archive that are labels and therefore no scans.
+        unmatched: paths of label files that can only be label files and belong to no scan.
+        likely: paths of sources that are named like labels but belong to no scan: they are
+            examined as scans, and are label files if they are refused.
+        num_given: number of files in the folder of `--labels`.
+        num_given_used: number of scans whose labels lie in that folder.
     """
 
     label_of: Mapping[Path, Path]
     label_files: frozenset[Path]
+    unmatched: tuple[Path, ...] = ()
+    likely: frozenset[Path] = frozenset()
+    num_given: int = 0
+    num_given_used: int = 0
 
 
 def pair_labels(sources: Sequence[Source], root: Path, labels: Path | None) -> LabelPairs:
-    """Find the label map of every scan.
+    """Find the labels of every scan.
 
     Args:
         sources: what `find_sources(root)` found: scans, and label maps that lie among them.
@@ -42,21 +72,36 @@ def pair_labels(sources: Sequence[Source], root: Path, labels: Path | None) -> L
     if labels is not None:
         by_name = by_folder_and_stem(find_sources(labels), labels)
     given_files = {path.resolve() for path in by_name.values()}
-    others, label_files = [], set()
-    for source in sources:
-        if source.path.resolve() in given_files:
-            label_files.add(source.path)
-        else:
-            others.append(source)
+    others = [source for source in sources if source.path.resolve() not in given_files]
+    label_files = {source.path for source in sources if source.path.resolve() in given_files}
     archive = LabelArchive(root, tuple(others), by_folder_and_stem(others, root), by_name)
     layouts = [build(archive) for build in LAYOUTS]
+    owned = frozenset(path for layout in layouts for path in layout.owned)
+    likely = frozenset(path for layout in layouts for path in layout.likely)
     label_of: dict[Path, Path] = {}
     for source in others:
-        for find in layouts:
-            path = find(source)
+        if source.path in owned:
+            continue
+        for layout in layouts:
+            path = layout.find(source)
             if path is not None:
                 label_of[source.path] = path
                 break
-    label_files.update(label_of.values())
+    used = set(label_of.values())
+    label_files |= {source.path for source in others if _is_among(source, used)}
+    label_files |= owned & {source.path for source in others}
     scans = {scan: path for scan, path in label_of.items() if scan not in label_files}
-    return LabelPairs(scans, frozenset(label_files))
+    used = set(scans.values())
+    return LabelPairs(
+        label_of=scans,
+        label_files=frozenset(label_files),
+        unmatched=tuple(sorted(path for path in owned if path not in used)),
+        likely=likely - label_files - used,
+        num_given=len(by_name),
+        num_given_used=sum(path.resolve() in given_files for path in scans.values()),
+    )
+
+
+def _is_among(source: Source, used: set[Path]) -> bool:
+    """Whether a source is labels that a scan uses: a file, or one in a folder of masks."""
+    return source.path in used or source.path.parent in used or source.files[0] in used

@@ -15,10 +15,14 @@ from pathlib import Path
 
 import numpy as np
 
-from tapct.data.readers.raw import Header, Image, check_shape, check_size, inflate
+from tapct.data.readers.raw import Header, Image, Segment, check_shape, check_size, inflate
 from tapct.types import Refused
 
 _HEADER_LIMIT = 4 << 20  # bytes; the header of a Slicer segmentation with many segments is smaller
+_MAX_LINES = 20_000
+# SimpleITK 2.5 ends the process where it reports an error in a longer line
+_MAX_FIELD = 400  # characters of a field of a NRRD header; free text may be longer
+_MAX_META_LINE = 1 << 16
 _ONE_BYTE = ("signed char", "int8", "int8_t", "uchar", "unsigned char", "uint8", "uint8_t")
 _TWO_BYTES = (
     *("short", "short int", "signed short", "signed short int", "int16", "int16_t"),
@@ -50,7 +54,7 @@ _TO_LPS = {
     **dict.fromkeys(("left-anterior-superior", "LAS"), (1.0, -1.0, 1.0)),
 }
 _IDENTITY = "1 0 0 0 1 0 0 0 1"
-_SEGMENT = re.compile(r"Segment(\d+)_(LabelValue|Name)$")
+_SEGMENT = re.compile(r"Segment(\d{1,6})_(LabelValue|Name|Layer)$")
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,8 @@ class _Head:
         is_compressed: whether they are a gzip or zlib stream.
         modality: modality as the header names it, or empty.
         names: label value and name.
+        num_layers: number of values per voxel, which lie one after the other; more than 1 only
+            in a segmentation of 3D Slicer with overlapping segments.
     """
 
     shape: tuple[int, ...]
@@ -76,6 +82,7 @@ class _Head:
     is_compressed: bool
     modality: str = ""
     names: tuple[tuple[int, str], ...] = ()
+    num_layers: int = 1
 
 
 def read_nrrd(files: Sequence[Path]) -> Image:
@@ -93,6 +100,39 @@ def read_nrrd(files: Sequence[Path]) -> Image:
     """
     (path,) = files
     return _read_voxels(path, _nrrd_head(path))
+
+
+def read_slicer(path: Path) -> tuple[Image, ...]:
+    """Read the layers of a segmentation of 3D Slicer, one image per layer.
+
+    Rules: as in `read_nrrd`, but there may be a first axis of kind `list`, over layers.
+
+    Raises:
+        Refused: as `read_nrrd`.
+    """
+    head = _nrrd_head(path, with_layers=True)
+    if head.num_layers == 1:
+        return (_read_voxels(path, head),)
+    voxels = _read_array(path, head)  # (K, J, I, layer)
+    return tuple(
+        Image(voxels[..., layer].transpose(), head.affine, names=head.names)
+        for layer in range(head.num_layers)
+    )
+
+
+def segments_of(path: Path) -> tuple[Segment, ...]:
+    """The segments that a file lists, in their order; empty for a file that 3D Slicer did not write
+    as a segmentation.
+    """
+    if path.suffix.lower() not in (".nrrd", ".nhdr"):
+        return ()
+    table = _segment_table(_nrrd_fields(path)[0])
+    segments = []
+    for _, fields in sorted(table.items()):
+        value, layer = fields.get("LabelValue", ""), fields.get("Layer", "0")
+        if value.isdigit() and layer.isdigit():
+            segments.append(Segment(int(layer), int(value), fields.get("Name", "")))
+    return tuple(segments)
 
 
 def read_meta(files: Sequence[Path]) -> Image:
@@ -114,7 +154,17 @@ def read_meta(files: Sequence[Path]) -> Image:
 
 def _read_voxels(path: Path, head: _Head) -> Image:
     """The voxels of a file whose header is checked."""
-    expected = head.itemsize * math.prod(head.shape)
+    return Image(
+        _read_array(path, head).transpose(),
+        head.affine,
+        header=Header(modality=head.modality),
+        names=head.names,
+    )
+
+
+def _read_array(path: Path, head: _Head) -> np.ndarray:
+    """The array of a file whose header is checked: (K, J, I), or (K, J, I, layer)."""
+    expected = head.itemsize * math.prod(head.shape) * head.num_layers
     if head.is_compressed:
         inflate(head.data_file, head.offset, expected)  # SimpleITK does not verify the checksum
     else:
@@ -122,15 +172,14 @@ def _read_voxels(path: Path, head: _Head) -> Image:
     import SimpleITK
 
     image = SimpleITK.ReadImage(str(path))
-    voxels_KJI = SimpleITK.GetArrayFromImage(image)
-    if voxels_KJI.shape[::-1] != head.shape:
+    voxels: np.ndarray = SimpleITK.GetArrayFromImage(image)
+    layers = (head.num_layers,) if head.num_layers > 1 else ()
+    if voxels.shape != (*head.shape[::-1], *layers):
         raise Refused(
             "corrupt",
-            f"the header claims {head.shape} voxels, SimpleITK reads {voxels_KJI.shape[::-1]}",
+            f"the header claims {head.shape} voxels, SimpleITK reads {voxels.shape[::-1]}",
         )
-    return Image(
-        voxels_KJI.transpose(), head.affine, header=Header(modality=head.modality), names=head.names
-    )
+    return voxels
 
 
 def _numbers(text: str, count: int, what: str, reason: str) -> list[float]:
@@ -181,8 +230,18 @@ def _nrrd_fields(path: Path) -> tuple[dict[str, str], int]:
         raise Refused("truncated", f"{path.name} ends inside its header")
     end = len(text) if blank is None else blank.end()
     fields = {}
-    for line in text[:end].decode("utf-8", "replace").splitlines()[1:]:
+    lines = text[:end].decode("utf-8", "replace").splitlines()[1:]
+    if len(lines) > _MAX_LINES:
+        raise Refused("corrupt", f"the NRRD header has {len(lines)} lines; rule: {_MAX_LINES}")
+    for line in lines:
         key, colon, value = line.partition(":")
+        is_free_text = line.startswith("#") or value.startswith("=") or key == "content"
+        if len(line) > _MAX_FIELD and not is_free_text:
+            raise Refused(
+                "corrupt",
+                f"line '{line[:20]}...' of the NRRD header has {len(line)} characters; rule: at "
+                f"most {_MAX_FIELD}",
+            )
         if not colon or line.startswith("#"):
             continue
         is_pair = value.startswith("=")
@@ -191,12 +250,13 @@ def _nrrd_fields(path: Path) -> tuple[dict[str, str], int]:
     return fields, end
 
 
-def _nrrd_head(path: Path) -> _Head:
-    """Parse and check a NRRD header."""
+def _nrrd_head(path: Path, *, with_layers: bool = False) -> _Head:
+    """Parse and check a NRRD header; a first axis over layers is an error unless `with_layers`."""
     fields, end = _nrrd_fields(path)
     missing = [key for key in ("type", "dimension", "sizes", "encoding") if key not in fields]
     if missing:
         raise Refused("corrupt", f"the NRRD header lacks '{missing[0]}'")
+    num_layers = _take_layer_axis(fields) if with_layers else 1
     kinds = fields.get("kinds", "").split()
     directions = fields.get("space directions", "")
     if fields["dimension"] != "3":
@@ -207,7 +267,7 @@ def _nrrd_head(path: Path) -> _Head:
                 "not_scalar", f"an axis is of kind '{vector[0]}'; rule: one value per voxel"
             )
         raise Refused(
-            "not_3d", f"the file has {fields['dimension']} axes ({fields['sizes']}); rule: three"
+            "not_3d", f"the file has '{fields['dimension']}' axes, '{fields['sizes']}'; rule: three"
         )
     if "none" in directions or fields["type"] not in _NRRD_BYTES:
         raise Refused(
@@ -243,27 +303,57 @@ def _nrrd_head(path: Path) -> _Head:
         offset=skip if detached or skip < 0 else end,
         is_compressed=fields["encoding"] != "raw",
         names=_segment_names(fields),
+        num_layers=num_layers,
     )
+
+
+def _take_layer_axis(fields: dict[str, str]) -> int:
+    """Remove a first axis over layers from the fields of a header.
+
+    Returns:
+        The number of layers; 1 where there is no such axis.
+    """
+    kinds, sizes = fields.get("kinds", "").split(), fields["sizes"].split()
+    directions = fields.get("space directions", "")
+    is_layered = fields["dimension"] == "4" and kinds[:1] in (["list"], ["vector"])
+    if not is_layered or len(sizes) != 4 or not directions.startswith("none") or sizes[0] == "0":
+        return 1
+    fields["dimension"], fields["kinds"] = "3", " ".join(kinds[1:])
+    fields["sizes"] = " ".join(sizes[1:])
+    fields["space directions"] = directions.removeprefix("none")
+    return int(sizes[0]) if sizes[0].isdigit() else 1
+
+
+def _segment_table(fields: dict[str, str]) -> dict[int, dict[str, str]]:
+    """Number of a segment of 3D Slicer -> its fields LabelValue, Name and Layer."""
+    table: dict[int, dict[str, str]] = {}
+    for key, value in fields.items():
+        match = _SEGMENT.match(key.removesuffix(":="))
+        if match:
+            table.setdefault(int(match[1]), {})[match[2]] = value
+    return table
 
 
 def _segment_names(fields: dict[str, str]) -> tuple[tuple[int, str], ...]:
     """Label values and names of a 3D Slicer segmentation."""
-    values: dict[str, int] = {}
-    names: dict[str, str] = {}
-    for key, value in fields.items():
-        match = _SEGMENT.match(key.removesuffix(":="))
-        if match and match[2] == "Name":
-            names[match[1]] = value
-        elif match and value.isdigit():
-            values[match[1]] = int(value)
-    return tuple(sorted((values[number], names[number]) for number in values if number in names))
+    return tuple(
+        sorted(
+            (int(segment["LabelValue"]), segment["Name"])
+            for segment in _segment_table(fields).values()
+            if segment.get("LabelValue", "").isdigit() and "Name" in segment
+        )
+    )
 
 
 def _meta_fields(path: Path) -> tuple[dict[str, str], int]:
     """Fields of a MetaImage header and the byte after the line of ElementDataFile."""
     fields: dict[str, str] = {}
     with path.open("rb") as file:
-        for line in iter(lambda: file.readline(1 << 16), b""):
+        for line in iter(lambda: file.readline(_MAX_META_LINE), b""):
+            if len(line) == _MAX_META_LINE:
+                raise Refused(
+                    "corrupt", f"a line of the header has over {_MAX_META_LINE} characters"
+                )
             key, equals, value = line.decode("utf-8", "replace").partition("=")
             if not equals or file.tell() > _HEADER_LIMIT:
                 break
@@ -284,11 +374,11 @@ def _meta_head(path: Path) -> _Head:
         raise Refused("corrupt", f"the MetaImage header lacks '{missing[0]}'")
     if fields["NDims"] != "3":
         raise Refused(
-            "not_3d", f"the file has {fields['NDims']} axes ({fields['DimSize']}); rule: three"
+            "not_3d", f"the file has '{fields['NDims']}' axes, '{fields['DimSize']}'; rule: three"
         )
     element = fields["ElementType"].removeprefix("MET_")
     if element not in _META_BYTES or fields.get("ElementNumberOfChannels", "1") != "1":
-        raise Refused("not_scalar", f"elements are {element}; rule: one real value per voxel")
+        raise Refused("not_scalar", f"elements are '{element}'; rule: one real value per voxel")
     if (
         fields.get("BinaryData", "True").lower() == "false"
         or int(fields.get("HeaderSize", "0")) > 0

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 _MM_PER_UNIT = {0: 1.0, 1: 1000.0, 2: 1.0, 3: 0.001}  # xyzt_units: unknown, metre, mm, micron
 _RGB_CODES = {128: "RGB", 2304: "RGBA"}
+_REAL_CODES = {2, 4, 8, 16, 64, 256, 512, 768, 1024, 1280}
 _COMPLEX_CODES = {32, 1792, 2048}
 _LABEL = re.compile(rb'<Label\s+Key="(\d+)"[^>]*>\s*<!\[CDATA\[(.*?)\]\]>', re.DOTALL)
 
@@ -45,7 +46,7 @@ def read(files: Sequence[Path]) -> Image:
     header = _parse(path, head)
     shape = _shape(header)
     affine = _affine(header)
-    offset = int(header.get_data_offset())
+    offset = _offset(header)
     expected = offset + header.get_data_dtype().itemsize * math.prod(shape)
     data_file = _data_file(path, header)
     if is_gzip(data_file):
@@ -96,6 +97,11 @@ def _parse(path: Path, head: bytes) -> nibabel.Nifti1Header:
                 "not_scalar",
                 f"voxels are {_RGB_CODES.get(code, 'complex')}; rule: one real value per voxel",
             )
+        if int(header["datatype"]) not in _REAL_CODES:
+            raise Refused(
+                "unsupported",
+                f"datatype is {int(header['datatype'])}; rule: integers, float32 or float64",
+            )
         return header
     raise Refused("corrupt", f"{path.name} does not start with a NIfTI header")
 
@@ -127,6 +133,16 @@ def _shape(header: nibabel.Nifti1Header) -> tuple[int, int, int]:
         )
     check_shape(sizes[:3])
     return sizes[0], sizes[1], sizes[2]
+
+
+def _offset(header: nibabel.Nifti1Header) -> int:
+    """The byte at which the voxels start, behind the header and the flag of its extensions."""
+    offset, least = float(header["vox_offset"]), header.sizeof_hdr + 4
+    if not offset.is_integer() or offset < least:
+        raise Refused(
+            "corrupt", f"vox_offset is {offset:g}; rule: a whole number, at least {least}"
+        )
+    return int(offset)
 
 
 def _affine(header: nibabel.Nifti1Header) -> np.ndarray:

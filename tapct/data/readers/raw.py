@@ -18,6 +18,8 @@ from tapct.types import Refused
 MAX_VOXELS = 2**32
 MAX_TEXT = 200  # characters that the manifest keeps of a header field or of a library's message
 _CHUNK = 1 << 20
+_INFLATED = 1 << 24  # bytes that are inflated at once
+_SURPLUS = 1 << 26  # bytes that may follow the voxels, whatever their number
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,21 @@ class Image:
     derived: str = ""
 
 
+@dataclass(frozen=True)
+class Segment:
+    """One segment of a segmentation of 3D Slicer.
+
+    Args:
+        layer: number of the layer that holds it, from 0.
+        value: its value in that layer.
+        name: its name as the file holds it; empty where it has none.
+    """
+
+    layer: int
+    value: int
+    name: str
+
+
 def is_gzip(path: Path) -> bool:
     """Whether the content, not the name, is a gzip stream."""
     with path.open("rb") as file:
@@ -109,6 +126,7 @@ def inflate(path: Path, offset: int, expected: int) -> bytes:
         Refused: `truncated` when the stream ends early, `corrupt` when its checksum is wrong.
     """
     kept = bytearray()
+    num_bytes, limit = 0, 2 * expected + _SURPLUS
     whole = False
     # 47: zlib recognises a gzip or zlib header by itself and verifies the trailer
     stream = zlib.decompressobj(47)
@@ -117,7 +135,8 @@ def inflate(path: Path, offset: int, expected: int) -> bytes:
         chunk = file.read(_CHUNK)
         while chunk:
             try:
-                data = stream.decompress(chunk)
+                # a limit, because 1 MB can inflate to 1 GB
+                data = stream.decompress(chunk, _INFLATED)
             except zlib.error as error:
                 if whole and len(kept) >= expected:
                     break  # padding after the last stream
@@ -125,8 +144,15 @@ def inflate(path: Path, offset: int, expected: int) -> bytes:
                     "corrupt", f"{path.name} is damaged: {error}; copy it again"
                 ) from error
             kept += data[: max(0, expected - len(kept))]
+            num_bytes += len(data)
+            if num_bytes > limit:
+                raise Refused(
+                    "corrupt",
+                    f"{path.name} inflates to more than {limit} bytes, its header promises "
+                    f"{expected}",
+                )
             whole = stream.eof
-            chunk = stream.unused_data
+            chunk = stream.unused_data if stream.eof else stream.unconsumed_tail
             if stream.eof:
                 stream = zlib.decompressobj(47)  # gzip files may hold several members (bgzip)
             chunk = chunk or file.read(_CHUNK)

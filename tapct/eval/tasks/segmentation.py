@@ -27,6 +27,7 @@ from tapct.eval.decoder import Decoder, fit_decoder
 from tapct.eval.features import DenseFeatures, PatchGrid
 from tapct.eval.scans import LabelledScan
 from tapct.eval.truth import OUTSIDE, PatchTruth, patch_truth
+from tapct.types import IGNORE_LABEL
 
 RESOLUTIONS = ("patch", "voxel")
 _OUTSIDE, _BODY = "outside", "body"
@@ -174,8 +175,11 @@ class Segmentation(Task[PatchTruth, Prediction]):
         logits_CZYX = self._decoders[model].logits_CZYX(dense)
         prediction_ZYX = truth.grid.argmax_voxels(logits_CZYX)
         in_play = truth.in_play_Z[truth.grid.patch_of_voxel(0, truth.grid.original[0])]
-        voxel = self._confusion(self.class_labels(truth)[in_play], prediction_ZYX[in_play])
-        open_N = np.repeat(truth.in_play_Z, truth.grid.shape[1] * truth.grid.shape[2])
+        counted_ZYX = truth.scan.label_map.labels_ZYX[in_play] != IGNORE_LABEL
+        voxel = self._confusion(
+            self.class_labels(truth)[in_play][counted_ZYX], prediction_ZYX[in_play][counted_ZYX]
+        )
+        open_N = truth.open_N()
         names = truth.names()
         of_scan = {self._class_of(value, names) for value in truth.values}
         self._not_learned |= of_scan - set(self.classes) - {_OUTSIDE, _BODY}
@@ -194,10 +198,13 @@ class Segmentation(Task[PatchTruth, Prediction]):
 
     def class_labels(self, truth: PatchTruth) -> np.ndarray:
         """True class index (uint16) of every voxel; labels that no training scan has count as
-        body.
+        body, voxels with IGNORE_LABEL as label 0 (the metrics leave them out).
         """
-        labels: np.ndarray = self._class_index(truth)[truth.scan.label_map.labels_ZYX]
-        return labels
+        labels_ZYX = truth.scan.label_map.labels_ZYX
+        classes_ZYX: np.ndarray = self._class_index(truth)[
+            np.where(labels_ZYX == IGNORE_LABEL, 0, labels_ZYX)
+        ]
+        return classes_ZYX
 
     def slices_of_interest(self, truth: PatchTruth) -> tuple[int, int]:
         """The axial and the coronal slice that show most organs."""

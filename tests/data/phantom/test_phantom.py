@@ -18,6 +18,7 @@ import torch
 
 from tapct.base.exits import UserError
 from tapct.data import ingest
+from tapct.data.labels import reading
 from tapct.data.phantom import archive as phantom
 from tapct.data.phantom.files import write_case
 from tapct.data.phantom.patient import ORIENTATIONS, draw_patient, draw_study
@@ -187,7 +188,7 @@ def test_ingest_reads_every_case_as_it_was_in_memory(archive: Path) -> None:
         np.testing.assert_allclose(read.spacing_mm, volume.spacing_mm, atol=1e-4)
         assert (read.facts.study_date, read.facts.sex) == (facts.study_date, facts.sex)
         assert (read.facts.kernel, read.facts.age_years) == (facts.kernel, facts.age_years)
-        stored = ingest.read_labels(archive / "labels" / f"{facts.name}.nii.gz")
+        stored = reading.read_labels(archive / "labels" / f"{facts.name}.nii.gz")
         np.testing.assert_array_equal(stored.labels_ZYX, labels.labels_ZYX)
         assert set(stored.names) == set(phantom.LABELS)
 

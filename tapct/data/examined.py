@@ -1,0 +1,55 @@
+"""The rows of scans that were examined one by one, and what only the archive as a whole decides:
+whose scans they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+from tapct.data.discover import Source
+from tapct.data.manifest import Row
+from tapct.data.patients import STAND_IN, Known, PatientRules, patients_of
+from tapct.data.readers import DICOM
+from tapct.types import ScanFacts
+
+
+@dataclass(frozen=True)
+class Examined(Row):
+    """The row of an examined scan, with what is needed until the whole archive has been examined.
+
+    Args:
+        facts: facts of its header and side-car; None where it could not be read.
+        mirror_digest: see `duplicates.mirror_digest`; empty where it could not be read.
+    """
+
+    facts: ScanFacts | None = None
+    mirror_digest: str = ""
+
+
+def with_patients(
+    rows: Sequence[Row],
+    examined: Sequence[Examined],
+    scans: Sequence[Source],
+    rules: PatientRules,
+) -> tuple[Row, ...]:
+    """The rows of an archive with their patients.
+
+    Args:
+        rows: rows as they will be written, but for the patient.
+        examined: the same scans, as they were examined.
+        scans: the same scans as sources.
+        rules: how patients are identified.
+    """
+    known = [
+        Known(scan.path, scan.kind == DICOM.name, row.facts, row.mirror_digest)
+        for row, scan in zip(examined, scans)
+    ]
+    result = []
+    for row, patient in zip(rows, patients_of(known, rules)):
+        columns = {field.name: getattr(row, field.name) for field in fields(Row)}
+        columns |= {"patient": patient.hash, "patient_from": patient.source}
+        if patient.has_stand_in:
+            columns["marks"] = ",".join(filter(None, (row.marks, STAND_IN)))
+        result.append(Row(**columns))
+    return tuple(result)

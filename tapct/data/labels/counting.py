@@ -1,0 +1,63 @@
+"""Count the labels of an archive that was examined."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from tapct.data.labels.names import table_of_dataset
+from tapct.data.labels.pairing import LabelPairs
+from tapct.data.labels.report import LabelReport
+from tapct.data.manifest import ACCEPTED, Row
+
+_NOT_USED = re.compile(r"labels .* not used: ([a-z0-9_]+):")
+
+
+def not_used(name: str, reason: str) -> str:
+    """The detail of a scan whose labels were found and cannot be used.
+
+    Args:
+        name: name of the label file or folder.
+        reason: the refusal, which begins with its reason code.
+    """
+    return f"labels {name} not used: {reason}"
+
+
+def label_report(pairs: LabelPairs, rows: Sequence[Row], root: Path) -> LabelReport:
+    """Count the labels of an archive.
+
+    Args:
+        pairs: which labels belong to which scan.
+        rows: rows of all scans after they were examined.
+        root: folder of the archive.
+    """
+    accepted = [row for row in rows if row.status == ACCEPTED]
+    unusable: Counter[str] = Counter()
+    for row in accepted:
+        match = _NOT_USED.match(row.detail)
+        if match:
+            unusable[match[1]] += 1
+    refused = {row.path for row in rows if row.status != ACCEPTED}
+    unmatched = [_shown(path, root) for path in pairs.unmatched]
+    likely = [_shown(path, root) for path in sorted(pairs.likely)]
+    # a DICOM object may have its folder as the path of its row
+    unmatched += [path for path in likely if {path, str(Path(path).parent)} & refused]
+    notes: dict[str, None] = {}
+    for path in {path.parent: path for path in pairs.label_of.values()}.values():
+        notes.update(dict.fromkeys(table_of_dataset(path).notes))
+    return LabelReport(
+        num_scans=len(accepted),
+        num_labelled=sum(bool(row.label_path) for row in accepted),
+        unusable=tuple(unusable.most_common()),
+        unmatched=tuple(unmatched),
+        num_given=pairs.num_given,
+        num_given_used=pairs.num_given_used,
+        notes=tuple(notes),
+    )
+
+
+def _shown(path: Path, root: Path) -> str:
+    """Path below the root where it lies there, else the whole path."""
+    return (path.relative_to(root) if path.is_relative_to(root) else path).as_posix()

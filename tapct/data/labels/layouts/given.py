@@ -1,0 +1,37 @@
+"""Layout `--labels DIR`: DIR/<the scan's folder below the root>/<the scan's name>.
+
+DIR/<the scan's name> is taken too where no other scan of the archive has that name. The name of the
+labels may lack nnU-Net's channel number (case_0000) and may end in a word for labels (case_seg).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+from tapct.data.discover import Source, stem_of
+from tapct.data.labels import words
+from tapct.data.labels.archive import FolderAndStem, LabelArchive, Layout
+
+
+def build(archive: LabelArchive) -> Layout:
+    """Prepare the search in the folder of `--labels`."""
+    num_with = Counter(stem_of(source.path) for source in archive.sources)
+    by_key: dict[FolderAndStem, Path] = dict(archive.given)
+    for (folder, stem), path in archive.given.items():
+        for key in words.keys_by_word(stem):
+            by_key.setdefault((folder, key), path)
+    shared = words.ambiguous_keys(num_with)
+
+    def find(scan: Source) -> Path | None:
+        stem = stem_of(scan.path)
+        folders = [archive.folder_of(scan)]
+        if num_with[stem] == 1:
+            folders.append(Path())
+        for folder in dict.fromkeys(folders):
+            for key in words.scan_keys(stem):
+                if (folder, key) in by_key and (key == stem or key not in shared):
+                    return by_key[folder, key]
+        return None
+
+    return Layout(find, owned=frozenset(archive.given.values()))

@@ -1,0 +1,62 @@
+"""Layout of sibling folders: images*/case1 and labels*/case1 (imagesTr -> labelsTr, img -> label).
+
+nnU-Net, MSD, FLARE, AMOS and many others. The folder of the labels may also be called masks,
+segmentations or gt; folders below it repeat those below the folder of the images.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from pathlib import Path
+
+from tapct.data.discover import Source, stem_of
+from tapct.data.labels import words
+from tapct.data.labels.archive import LabelArchive, Layout
+
+
+def build(archive: LabelArchive) -> Layout:
+    """Prepare the search in the folders of labels of an archive."""
+    stems_in: dict[Path, list[str]] = defaultdict(list)
+    labels_in: dict[Path, dict[str, Path]] = defaultdict(dict)
+    lower: dict[str, Path] = {}  # folder in lower case -> folder
+    for (folder, stem), path in archive.files.items():
+        stems_in[folder].append(stem)
+        lower.setdefault(folder.as_posix().lower(), folder)
+        if path.is_file():
+            for key in words.label_keys(stem):
+                labels_in[folder].setdefault(key, path)
+    siblings = {folder: _label_folders(folder, lower) for folder in stems_in}
+    shared = {folder: words.ambiguous_keys(stems) for folder, stems in stems_in.items()}
+
+    def find(scan: Source) -> Path | None:
+        folder, stem = archive.folder_of(scan), stem_of(scan.path)
+        for labels in siblings.get(folder, ()):
+            for key in words.scan_keys(stem):
+                if key in labels_in[labels] and (key == stem or key not in shared[folder]):
+                    return labels_in[labels][key]
+        return None
+
+    owned = {
+        path
+        for folders in siblings.values()
+        for folder in folders
+        for path in labels_in[folder].values()
+    }
+    return Layout(find, owned=frozenset(owned))
+
+
+def _label_folders(folder: Path, lower: dict[str, Path]) -> tuple[Path, ...]:
+    """The folders of labels that belong to a folder of images; empty for any other folder.
+
+    Args:
+        folder: folder below the root.
+        lower: all folders with files, by their path in lower case.
+    """
+    parts = folder.parts
+    found = []
+    for depth in reversed(range(len(parts))):
+        for name in words.label_folder_names(parts[depth]):
+            path = Path(*parts[:depth], name, *parts[depth + 1 :]).as_posix().lower()
+            if path in lower and lower[path] != folder:
+                found.append(lower[path])
+    return tuple(found)

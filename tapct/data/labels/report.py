@@ -1,0 +1,42 @@
+"""What `tapct index` prints about the labels of an archive."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class LabelReport:
+    """Counts of labels that were used, cannot be used, or belong to no scan.
+
+    Args:
+        num_scans: number of accepted scans.
+        num_labelled: number of them with labels.
+        unusable: reason code and number of accepted scans whose labels were found and not used.
+        unmatched: paths of label files that belong to no scan, below the root where they lie
+            there.
+        num_given: number of files in the folder of `--labels`; 0 without the option.
+        num_given_used: number of scans whose labels lie in that folder.
+        notes: one line for each thing in a `dataset.json` that is not used.
+    """
+
+    num_scans: int
+    num_labelled: int
+    unusable: tuple[tuple[str, int], ...] = ()
+    unmatched: tuple[str, ...] = ()
+    num_given: int = 0
+    num_given_used: int = 0
+    notes: tuple[str, ...] = ()
+
+    def lines(self) -> list[str]:
+        """Lines for the terminal; empty for an archive without any labels."""
+        if not (self.num_labelled or self.unusable or self.unmatched or self.num_given):
+            return []
+        parts = [f"labels: {self.num_labelled} of {self.num_scans} scans"]
+        if self.unusable:
+            counts = ", ".join(f"{count} {reason}" for reason, count in self.unusable)
+            total = sum(count for _, count in self.unusable)
+            parts.append(f"{total} found but not used ({counts})")
+        if self.unmatched:
+            parts.append(f"unmatched label files: {len(self.unmatched)}, e.g. {self.unmatched[0]}")
+        return ["; ".join(parts), *self.notes]
