@@ -1,5 +1,5 @@
 """NRRD (.nrrd, .nhdr) and MetaImage (.mha, .mhd): the header is parsed and checked here, the voxels
-are read by SimpleITK.
+are read by numpy.
 
 A detached header may name one data file in its own folder; lists and patterns of files are not
 read.
@@ -20,33 +20,25 @@ from tapct.types import Refused
 
 _HEADER_LIMIT = 4 << 20  # bytes; the header of a Slicer segmentation with many segments is smaller
 _MAX_LINES = 20_000
-# SimpleITK 2.5 ends the process where it reports an error in a longer line
 _MAX_FIELD = 400  # characters of a field of a NRRD header; free text may be longer
 _MAX_META_LINE = 1 << 16
-_ONE_BYTE = ("signed char", "int8", "int8_t", "uchar", "unsigned char", "uint8", "uint8_t")
-_TWO_BYTES = (
-    *("short", "short int", "signed short", "signed short int", "int16", "int16_t"),
-    *("ushort", "unsigned short", "unsigned short int", "uint16", "uint16_t"),
-)
-_FOUR_BYTES = (
-    *("int", "signed int", "int32", "int32_t", "uint", "unsigned int", "uint32", "uint32_t"),
-    "float",
-)
-_EIGHT_BYTES = (
-    *("longlong", "long long", "int64", "int64_t", "uint64", "uint64_t", "ulonglong"),
-    "double",
-)
-_NRRD_BYTES = {
-    **dict.fromkeys(_ONE_BYTE, 1),
-    **dict.fromkeys(_TWO_BYTES, 2),
-    **dict.fromkeys(_FOUR_BYTES, 4),
-    **dict.fromkeys(_EIGHT_BYTES, 8),
+_NRRD_TYPES = {  # numpy's names; the byte order is a field of its own
+    **dict.fromkeys(("signed char", "int8", "int8_t"), "i1"),
+    **dict.fromkeys(("uchar", "unsigned char", "uint8", "uint8_t"), "u1"),
+    **dict.fromkeys(
+        ("short", "short int", "signed short", "signed short int", "int16", "int16_t"), "i2"
+    ),
+    **dict.fromkeys(("ushort", "unsigned short", "unsigned short int", "uint16", "uint16_t"), "u2"),
+    **dict.fromkeys(("int", "signed int", "int32", "int32_t"), "i4"),
+    **dict.fromkeys(("uint", "unsigned int", "uint32", "uint32_t"), "u4"),
+    **dict.fromkeys(("longlong", "long long", "int64", "int64_t"), "i8"),
+    **dict.fromkeys(("ulonglong", "uint64", "uint64_t"), "u8"),
+    **{"float": "f4", "double": "f8"},
 }
-_META_BYTES = {
-    **dict.fromkeys(("CHAR", "UCHAR"), 1),
-    **dict.fromkeys(("SHORT", "USHORT"), 2),
-    **dict.fromkeys(("INT", "UINT", "LONG", "ULONG", "FLOAT"), 4),
-    **dict.fromkeys(("LONG_LONG", "ULONG_LONG", "DOUBLE"), 8),
+_META_TYPES = {
+    **{"CHAR": "i1", "UCHAR": "u1", "SHORT": "i2", "USHORT": "u2", "INT": "i4", "UINT": "u4"},
+    **{"LONG": "i4", "ULONG": "u4", "LONG_LONG": "i8", "ULONG_LONG": "u8"},
+    **{"FLOAT": "f4", "DOUBLE": "f8"},
 }
 _TO_LPS = {
     **dict.fromkeys(("left-posterior-superior", "LPS"), (1.0, 1.0, 1.0)),
@@ -63,7 +55,7 @@ class _Head:
 
     Args:
         shape: number of voxels along I, J, K.
-        itemsize: bytes per voxel.
+        dtype: type of a voxel, in the byte order of the file.
         affine: 4x4 matrix to LPS mm.
         data_file: path of the file that holds the voxels.
         offset: byte at which they start; -1 where they are the last bytes of the file.
@@ -75,7 +67,7 @@ class _Head:
     """
 
     shape: tuple[int, ...]
-    itemsize: int
+    dtype: np.dtype
     affine: np.ndarray
     data_file: Path
     offset: int
@@ -164,22 +156,19 @@ def _read_voxels(path: Path, head: _Head) -> Image:
 
 def _read_array(path: Path, head: _Head) -> np.ndarray:
     """The array of a file whose header is checked: (K, J, I), or (K, J, I, layer)."""
-    expected = head.itemsize * math.prod(head.shape) * head.num_layers
-    if head.is_compressed:
-        inflate(head.data_file, head.offset, expected)  # SimpleITK does not verify the checksum
-    else:
-        check_size(head.data_file, head.data_file.stat().st_size - max(head.offset, 0), expected)
-    import SimpleITK
-
-    image = SimpleITK.ReadImage(str(path))
-    voxels: np.ndarray = SimpleITK.GetArrayFromImage(image)
     layers = (head.num_layers,) if head.num_layers > 1 else ()
-    if voxels.shape != (*head.shape[::-1], *layers):
-        raise Refused(
-            "corrupt",
-            f"the header claims {head.shape} voxels, SimpleITK reads {voxels.shape[::-1]}",
-        )
-    return voxels
+    shape = (*head.shape[::-1], *layers)
+    count = math.prod(shape)
+    expected = head.dtype.itemsize * count
+    # not by SimpleITK: where its parser differs from ours, or its zlib fails, it returns other
+    # voxels without an error, and where it reports an error in a long line, it ends the process
+    if head.is_compressed:
+        content = inflate(head.data_file, head.offset, expected)
+        return np.frombuffer(content, head.dtype).reshape(shape)
+    num_bytes = head.data_file.stat().st_size
+    offset = head.offset if head.offset >= 0 else num_bytes - expected
+    check_size(head.data_file, num_bytes - max(offset, 0), expected)
+    return np.fromfile(head.data_file, head.dtype, count, offset=offset).reshape(shape)
 
 
 def _numbers(text: str, count: int, what: str, reason: str) -> list[float]:
@@ -269,7 +258,7 @@ def _nrrd_head(path: Path, *, with_layers: bool = False) -> _Head:
         raise Refused(
             "not_3d", f"the file has '{fields['dimension']}' axes, '{fields['sizes']}'; rule: three"
         )
-    if "none" in directions or fields["type"] not in _NRRD_BYTES:
+    if "none" in directions or fields["type"] not in _NRRD_TYPES:
         raise Refused(
             "not_scalar",
             f"type '{fields['type']}', kinds '{' '.join(kinds)}'; rule: one real value per voxel",
@@ -297,7 +286,7 @@ def _nrrd_head(path: Path, *, with_layers: bool = False) -> _Head:
     skip = int(fields.get("byte skip", "0"))
     return _Head(
         shape=shape,
-        itemsize=_NRRD_BYTES[fields["type"]],
+        dtype=_nrrd_dtype(fields),
         affine=np.diag([*_TO_LPS[space], 1.0]) @ _build_affine(columns, origin),
         data_file=_beside(path, detached) if detached else path,
         offset=skip if detached or skip < 0 else end,
@@ -305,6 +294,14 @@ def _nrrd_head(path: Path, *, with_layers: bool = False) -> _Head:
         names=_segment_names(fields),
         num_layers=num_layers,
     )
+
+
+def _nrrd_dtype(fields: dict[str, str]) -> np.dtype:
+    """The type of a voxel; the byte order must be given where a voxel has several bytes."""
+    name, endian = _NRRD_TYPES[fields["type"]], fields.get("endian", "")
+    if endian not in ("little", "big") and not name.endswith("1"):
+        raise Refused("corrupt", f"endian is '{endian}'; rule: little or big")
+    return np.dtype((">" if endian == "big" else "<") + name)
 
 
 def _take_layer_axis(fields: dict[str, str]) -> int:
@@ -377,12 +374,9 @@ def _meta_head(path: Path) -> _Head:
             "not_3d", f"the file has '{fields['NDims']}' axes, '{fields['DimSize']}'; rule: three"
         )
     element = fields["ElementType"].removeprefix("MET_")
-    if element not in _META_BYTES or fields.get("ElementNumberOfChannels", "1") != "1":
+    if element not in _META_TYPES or fields.get("ElementNumberOfChannels", "1") != "1":
         raise Refused("not_scalar", f"elements are '{element}'; rule: one real value per voxel")
-    if (
-        fields.get("BinaryData", "True").lower() == "false"
-        or int(fields.get("HeaderSize", "0")) > 0
-    ):
+    if not _is_true(fields.get("BinaryData", "True")) or int(fields.get("HeaderSize", "0")) > 0:
         raise Refused(
             "unsupported",
             "voxels are text or have a HeaderSize; write the file again as plain binary",
@@ -396,17 +390,30 @@ def _meta_head(path: Path) -> _Head:
     shape = tuple(int(size) for size in _numbers(fields["DimSize"], 3, "DimSize", "corrupt"))
     check_shape(shape)
     spacings = np.asarray(_numbers(spacing, 3, "ElementSpacing", "bad_spacing"))
+    scaling = [_first(fields, (f"ElementToIntensityFunction{k}",), "") for k in ("Slope", "Offset")]
+    if any(text and float(text) != plain for text, plain in zip(scaling, (1.0, 0.0))):
+        raise Refused(
+            "unsupported",
+            f"ElementToIntensityFunctionSlope and -Offset are {scaling}; write the file with HU",
+        )
+    is_big = _is_true(_first(fields, ("BinaryDataByteOrderMSB", "ElementByteOrderMSB"), ""))
+    order = ">" if is_big else "<"
     local = fields["ElementDataFile"].upper() == "LOCAL"
     modality = fields.get("Modality", "").removeprefix("MET_MOD_")
     return _Head(
         shape=shape,
-        itemsize=_META_BYTES[element],
+        dtype=np.dtype(order + _META_TYPES[element]),
         affine=_build_affine(directions.T * spacings, _numbers(origin, 3, "Offset", "bad_affine")),
         data_file=path if local else _beside(path, fields["ElementDataFile"]),
-        offset=end if local else max(0, int(fields.get("HeaderSize", "0"))),
-        is_compressed=fields.get("CompressedData", "False").lower() == "true",
+        offset=end if local else int(fields.get("HeaderSize", "0")),
+        is_compressed=_is_true(fields.get("CompressedData", "")),
         modality="" if modality in ("UNKNOWN", "OTHER") else modality,
     )
+
+
+def _is_true(text: str) -> bool:
+    """Whether a field is true by the rule of the MetaImage library, which reads one letter."""
+    return text[:1] in ("T", "t", "1")
 
 
 def _first(fields: dict[str, str], keys: Sequence[str], default: str) -> str:

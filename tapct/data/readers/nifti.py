@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 _MM_PER_UNIT = {0: 1.0, 1: 1000.0, 2: 1.0, 3: 0.001}  # xyzt_units: unknown, metre, mm, micron
 _RGB_CODES = {128: "RGB", 2304: "RGBA"}
 _REAL_CODES = {2, 4, 8, 16, 64, 256, 512, 768, 1024, 1280}
+_MAX_CODE = 5  # of sform_code and qform_code: the coordinate systems that NIfTI defines
 _COMPLEX_CODES = {32, 1792, 2048}
 _LABEL = re.compile(rb'<Label\s+Key="(\d+)"[^>]*>\s*<!\[CDATA\[(.*?)\]\]>', re.DOTALL)
 
@@ -137,7 +138,8 @@ def _shape(header: nibabel.Nifti1Header) -> tuple[int, int, int]:
 
 def _offset(header: nibabel.Nifti1Header) -> int:
     """The byte at which the voxels start, behind the header and the flag of its extensions."""
-    offset, least = float(header["vox_offset"]), header.sizeof_hdr + 4
+    is_pair = bytes(header["magic"])[:2] == b"ni"
+    offset, least = float(header["vox_offset"]), 0 if is_pair else header.sizeof_hdr + 4
     if not offset.is_integer() or offset < least:
         raise Refused(
             "corrupt", f"vox_offset is {offset:g}; rule: a whole number, at least {least}"
@@ -150,6 +152,9 @@ def _affine(header: nibabel.Nifti1Header) -> np.ndarray:
     pixdim = np.asarray(header["pixdim"][1:4], dtype=np.float64)
     if not np.isfinite(pixdim).all() or (pixdim <= 0).any():
         raise Refused("bad_spacing", f"pixdim is {pixdim.tolist()}; rule: three numbers > 0")
+    for code in ("sform_code", "qform_code"):
+        if not 0 <= int(header[code]) <= _MAX_CODE:
+            raise Refused("bad_affine", f"{code} is {int(header[code])}; rule: 0 to {_MAX_CODE}")
     if int(header["sform_code"]) > 0:
         affine = np.asarray(header.get_sform(), dtype=np.float64)
     elif int(header["qform_code"]) > 0:
