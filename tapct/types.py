@@ -65,12 +65,14 @@ class Volume:
         spacing_mm: distance of voxel centres along (z, y, x), all > 0.
         origin_mm: LPS position (x, y, z order as in DICOM) of voxel (0, 0, 0).
         facts: header facts.
+        marks: codes of what is unusual about the scan, see docs/ingest.md.
     """
 
     hu_ZYX: np.ndarray
     spacing_mm: tuple[float, float, float]
     origin_mm: tuple[float, float, float] = (0.0, 0.0, 0.0)
     facts: ScanFacts = field(default_factory=ScanFacts)
+    marks: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

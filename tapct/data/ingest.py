@@ -14,7 +14,8 @@ import numpy as np
 
 from tapct.base.exits import single_line
 from tapct.data import formats
-from tapct.data.ct_check import check_is_ct
+from tapct.data.check_rules import DEFAULT_RULES, CheckRules
+from tapct.data.ct_check import check_hu, check_is_ct
 from tapct.data.discover import UNREADABLE, Source, find_source
 from tapct.data.geometry import to_lps
 from tapct.data.headers import facts_of, label_names, merge_sidecar, read_sidecar
@@ -26,22 +27,28 @@ MAX_HU = 32767  # largest int16
 MAX_LABEL = 65535  # largest uint16
 
 
-def read_volume(path: Path | str, key: bytes | None = None) -> Volume:
+def read_volume(
+    path: Path | str, key: bytes | None = None, rules: CheckRules | None = DEFAULT_RULES
+) -> Volume:
     """Read one CT scan.
 
     Args:
         path: path of a NIfTI, NRRD or MetaImage file, of a folder with one DICOM series, or of one
             DICOM file, which stands for its whole series.
         key: secret of the patient's hash in `facts`; without it the hash stays empty.
+        rules: thresholds of the checks of values; None leaves these checks out, for a scan that
+            passed them before and is recognised by its digest.
     Returns:
         The scan in int16 HU, (Z, Y, X) in LPS, every value >= AIR_HU.
     Raises:
         Refused: the scan breaks a rule.
     """
-    return read_source(find_source(Path(path)), key)
+    return read_source(find_source(Path(path)), key, rules)
 
 
-def read_source(source: Source, key: bytes | None = None) -> Volume:
+def read_source(
+    source: Source, key: bytes | None = None, rules: CheckRules | None = DEFAULT_RULES
+) -> Volume:
     """`read_volume` for a source that `find_sources` found, without searching its folder again."""
     image = _read_image(source)
     header = image.header
@@ -50,11 +57,12 @@ def read_source(source: Source, key: bytes | None = None) -> Volume:
     if header.modality and header.modality.upper() != "CT":
         raise Refused("not_ct", f"Modality is '{header.modality}'; rule: CT")
     view_ZYX, spacing_mm, origin_mm = to_lps(image.voxels_IJK, image.affine)
-    check_is_ct(
-        image.voxels_IJK, image.slope, image.intercept, declared_ct=header.modality.upper() == "CT"
-    )
+    declared_ct = header.modality.upper() == "CT"
+    if rules is not None:
+        check_is_ct(image.voxels_IJK, image.slope, image.intercept, declared_ct, rules)
     hu_ZYX = _to_hu(view_ZYX, image.slope, image.intercept)
-    return Volume(hu_ZYX, spacing_mm, origin_mm, facts_of(header, key))
+    marks = () if rules is None else check_hu(hu_ZYX, declared_ct, rules)
+    return Volume(hu_ZYX, spacing_mm, origin_mm, facts_of(header, key), marks)
 
 
 def read_labels(path: Path | str) -> LabelMap:
