@@ -103,6 +103,12 @@ class CheckRules:
         "HU, where little lies between it and air; real scans reach 1.4",
         gt=0,
     )
+    max_fat_shift_coarse: float = setting(
+        0.5, "the same where all values are multiples of 2 HU or more", gt=0
+    )
+    max_step: int = setting(
+        8, "largest distance in HU of which all differences of values are multiples", ge=1
+    )
     max_turned: float = setting(
         1.2,
         "largest share of values from 900 to 1100 HU, relative to the 200 HU on both sides; bone "

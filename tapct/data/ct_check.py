@@ -249,6 +249,12 @@ def _check_window(histogram: HuHistogram, rules: CheckRules) -> list[str]:
 
 def _check_scale(histogram: HuHistogram, rules: CheckRules) -> None:
     """Refuse peaks of air, fat and bone at places where another slope or sign puts them."""
+    if histogram.step > rules.max_step:
+        raise Refused(
+            "not_hu",
+            f"all values are {histogram.step} HU or a multiple of it apart; rule: at most "
+            f"{rules.max_step} (max_step); these are grey levels or HU with a wrong slope",
+        )
     dense = histogram.total(300, TOP_HU + 1) / max(histogram.total(-300, TOP_HU + 1), 1e-9)
     if dense > rules.max_dense:
         raise Refused(
@@ -285,7 +291,9 @@ def _check_scale(histogram: HuHistogram, rules: CheckRules) -> None:
     fat = histogram.peak(24, -140, -60)
     shifted = histogram.peak(24, -280, -160)
     between = histogram.share(-850, -320) / max(histogram.share(-320, -30), 1e-9)
-    if shifted > rules.max_fat_shift * fat and between < _MAX_BETWEEN:
+    # a whole factor leaves gaps between the values, so that less evidence is enough
+    limit = rules.max_fat_shift if histogram.step == 1 else rules.max_fat_shift_coarse
+    if shifted > limit * fat and between < _MAX_BETWEEN:
         raise Refused(
             "not_hu",
             "fat lies from -280 to -160 HU instead of -140 to -60 HU; the slope is too large",

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tapct.data.readers.raw import Header, Image, check_shape, check_size, inflate
+from tapct.data.readers.raw import Header, Image, check_shape, check_size, inflate, slack_of
 from tapct.types import Refused
 
 _HEADER_LIMIT = 4 << 20  # bytes; the header of a Slicer segmentation with many segments is smaller
@@ -63,6 +63,7 @@ class _Head:
         affine: 4x4 matrix to LPS mm.
         data_file: path of the file that holds the voxels.
         offset: byte at which they start; -1 where they are the last bytes of the file.
+        header_end: byte after the header in the file that holds the voxels; -1 where it is unknown.
         is_compressed: whether they are a gzip or zlib stream.
         modality: modality as the header names it, or empty.
         names: label value and name.
@@ -73,6 +74,7 @@ class _Head:
     affine: np.ndarray
     data_file: Path
     offset: int
+    header_end: int
     is_compressed: bool
     modality: str = ""
     names: tuple[tuple[int, str], ...] = ()
@@ -89,7 +91,8 @@ def read_nrrd(files: Sequence[Path]) -> Image:
     Returns:
         The voxels with their affine in LPS.
     Raises:
-        Refused: truncated, corrupt, not_3d, not_scalar, bad_affine, no_orientation, unsupported.
+        Refused: truncated, corrupt, not_3d, not_scalar, bad_affine, bad_spacing, no_orientation,
+            header_mismatch, unsupported.
     """
     (path,) = files
     return _read_voxels(path, _nrrd_head(path))
@@ -106,7 +109,8 @@ def read_meta(files: Sequence[Path]) -> Image:
     Returns:
         The voxels with their affine in LPS.
     Raises:
-        Refused: truncated, corrupt, not_3d, not_scalar, bad_affine, bad_spacing, unsupported.
+        Refused: truncated, corrupt, not_3d, not_scalar, bad_affine, bad_spacing, header_mismatch,
+            unsupported.
     """
     (path,) = files
     return _read_voxels(path, _meta_head(path))
@@ -115,10 +119,16 @@ def read_meta(files: Sequence[Path]) -> Image:
 def _read_voxels(path: Path, head: _Head) -> Image:
     """The voxels of a file whose header is checked."""
     expected = head.itemsize * math.prod(head.shape)
+    slack = slack_of(head.shape, head.itemsize)
     if head.is_compressed:
-        inflate(head.data_file, head.offset, expected)  # SimpleITK does not verify the checksum
+        # SimpleITK does not verify the checksum
+        inflate(head.data_file, head.offset, expected, slack)
     else:
-        check_size(head.data_file, head.data_file.stat().st_size - max(head.offset, 0), expected)
+        num_bytes = head.data_file.stat().st_size
+        if head.header_end >= 0:
+            check_size(head.data_file, num_bytes - head.header_end, expected, slack)
+        else:  # the header says that other bytes come first
+            check_size(head.data_file, num_bytes, expected, num_bytes)
     import SimpleITK
 
     image = SimpleITK.ReadImage(str(path))
@@ -233,6 +243,7 @@ def _nrrd_head(path: Path) -> _Head:
     check_shape(shape)
     columns = np.asarray(_numbers(directions, 9, "space directions", "bad_affine")).reshape(3, 3).T
     origin = _numbers(fields["space origin"], 3, "space origin", "bad_affine")
+    _check_nrrd_spacing(fields, columns)
     detached = fields.get("data file", fields.get("datafile", ""))
     skip = int(fields.get("byte skip", "0"))
     return _Head(
@@ -241,9 +252,28 @@ def _nrrd_head(path: Path) -> _Head:
         affine=np.diag([*_TO_LPS[space], 1.0]) @ _build_affine(columns, origin),
         data_file=_beside(path, detached) if detached else path,
         offset=skip if detached or skip < 0 else end,
+        header_end=end if not detached else (0 if skip == 0 else -1),
         is_compressed=fields["encoding"] != "raw",
         names=_segment_names(fields),
     )
+
+
+def _check_nrrd_spacing(fields: dict[str, str], columns: np.ndarray) -> None:
+    """Refuse other units than mm, and spacings that contradict the space directions."""
+    units = set(re.findall(r'"([^"]*)"', fields.get("space units", "")))
+    if not units <= {"mm", "millimeter", "millimeters", "millimetre", "millimetres", ""}:
+        raise Refused(
+            "bad_spacing", f"space units are {sorted(units)}; rule: mm; write the file again in mm"
+        )
+    if "spacings" in fields:
+        spacings = np.asarray(_numbers(fields["spacings"], 3, "spacings", "bad_spacing"))
+        norms = np.linalg.norm(columns, axis=0)
+        if (np.abs(norms - spacings) > 0.05 * norms).any():
+            raise Refused(
+                "header_mismatch",
+                f"spacings {spacings.tolist()} and space directions {norms.round(4).tolist()} "
+                "differ by over 5 %",
+            )
 
 
 def _segment_names(fields: dict[str, str]) -> tuple[tuple[int, str], ...]:
@@ -306,6 +336,15 @@ def _meta_head(path: Path) -> _Head:
     shape = tuple(int(size) for size in _numbers(fields["DimSize"], 3, "DimSize", "corrupt"))
     check_shape(shape)
     spacings = np.asarray(_numbers(spacing, 3, "ElementSpacing", "bad_spacing"))
+    if (spacings <= 0).any():
+        raise Refused("bad_spacing", f"ElementSpacing is {spacings.tolist()}; rule: numbers > 0")
+    lengths = np.linalg.norm(directions, axis=1)
+    if (np.abs(lengths - 1.0) > 0.05).any():
+        raise Refused(
+            "header_mismatch",
+            f"the rows of TransformMatrix have lengths {lengths.round(3).tolist()}; rule: 1, the "
+            "spacing stands in ElementSpacing",
+        )
     local = fields["ElementDataFile"].upper() == "LOCAL"
     modality = fields.get("Modality", "").removeprefix("MET_MOD_")
     return _Head(
@@ -314,6 +353,7 @@ def _meta_head(path: Path) -> _Head:
         affine=_build_affine(directions.T * spacings, _numbers(origin, 3, "Offset", "bad_affine")),
         data_file=path if local else _beside(path, fields["ElementDataFile"]),
         offset=end if local else max(0, int(fields.get("HeaderSize", "0"))),
+        header_end=end if local else min(0, int(fields.get("HeaderSize", "0"))),
         is_compressed=fields.get("CompressedData", "False").lower() == "true",
         modality="" if modality in ("UNKNOWN", "OTHER") else modality,
     )
