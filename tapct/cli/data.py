@@ -35,6 +35,7 @@ def phantom(
     epilog=examples(
         "tapct index data/archive --out data/manifest.parquet",
         "tapct index scans --out scans.parquet --patient-regex '(sub-\\d+)'",
+        "tapct index scans --out scans.parquet --rule refuse_windows=none --rule max_clamped=0.9",
     )
 )
 def index(
@@ -65,6 +66,18 @@ def index(
     min_depth: Annotated[
         int, typer.Option(metavar="N", help="refuse scans with fewer axial slices", min=1)
     ] = 1,
+    rules: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="YAML file with thresholds of the checks of values, such as 'max_clamped: 0.9' "
+            "(docs/ingest.md lists them)",
+        ),
+    ] = None,
+    rule: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=VALUE", help="one such threshold; may be given several times"),
+    ] = None,
     workers: Workers = CPUS,
 ) -> None:
     """List the scans of a folder and check each of them.
@@ -72,8 +85,10 @@ def index(
     The manifest has a row for each scan: accepted with its geometry and statistics, or refused
     with the reason.
     """
+    from tapct.data.check_rules import read_rules
     from tapct.data.index import build_manifest
 
+    checks = read_rules(rules, rule or ())
     with console.progress_bar("index") as progress:
         manifest = build_manifest(
             folder,
@@ -81,6 +96,7 @@ def index(
             labels=labels,
             patient_regex=patient_regex,
             min_depth=min_depth,
+            rules=checks,
             workers=workers,
             progress=progress,
         )
@@ -88,6 +104,8 @@ def index(
         ", ".join(f"{count} {reason}" for reason, count in manifest.summary().items()) + f": {out}"
     )
     for row in manifest.rows:
+        if row.marks and row.status == "accepted":
+            console.say(f"  accepted {row.path}, marked {row.marks}")
         if row.detail:
             reason = (
                 f"refused {row.path}: {row.reason}" if row.status == "refused" else f"{row.path}"

@@ -131,8 +131,8 @@ def check_hu(
         )
     if hu_ZYX.size < _MIN_VOXELS:
         return ()
-    marks = [*check_slices(hu_ZYX, rules)]
     _check_texture(hu_ZYX, histogram, rules)
+    marks = [*check_slices(hu_ZYX, rules)]
     marks += _check_fills(histogram, rules)
     _check_intercept(histogram)
     marks += _check_window(histogram, rules)

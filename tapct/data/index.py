@@ -12,6 +12,7 @@ import numpy as np
 
 from tapct.base.exits import UserError, single_line
 from tapct.data import formats
+from tapct.data.check_rules import DEFAULT_RULES, CheckRules
 from tapct.data.ct_check import BODY_ABOVE, subsample
 from tapct.data.digest import voxel_digest
 from tapct.data.discover import Source, find_sources
@@ -36,6 +37,7 @@ class ExamineTask:
         labels: path of its label map, or None.
         patients: how its patient is identified.
         min_depth: fewest slices of an accepted scan.
+        rules: thresholds of the checks of values.
     """
 
     source: Source
@@ -43,6 +45,7 @@ class ExamineTask:
     labels: Path | None
     patients: PatientRules
     min_depth: int
+    rules: CheckRules = DEFAULT_RULES
 
 
 def build_manifest(
@@ -52,6 +55,7 @@ def build_manifest(
     labels: Path | None = None,
     patient_regex: str | None = None,
     min_depth: int = 1,
+    rules: CheckRules = DEFAULT_RULES,
     workers: int = 1,
     progress: Callable[[int, int], None] | None = None,
 ) -> Manifest:
@@ -69,6 +73,7 @@ def build_manifest(
         patient_regex: regular expression; group 1, searched in the path below the root, is the
             patient's identifier where the header holds none.
         min_depth: fewest slices of an accepted scan; others are refused as `too_few_slices`.
+        rules: thresholds of the checks of values, see docs/ingest.md.
         workers: number of processes; 0 or 1 reads in this process.
         progress: function that is called with (scans done, scans in all).
     Returns:
@@ -93,7 +98,7 @@ def build_manifest(
         raise UserError(f"{root} holds no {formats.listed('or')} scans; check the path")
     patients = PatientRules(root, patient_key(out.parent), patient_regex)
     tasks = [
-        ExamineTask(scan, root, pairs.label_of.get(scan.path), patients, min_depth)
+        ExamineTask(scan, root, pairs.label_of.get(scan.path), patients, min_depth, rules)
         for scan in scans
     ]
     rows: dict[int, Row] = {}
@@ -115,7 +120,7 @@ def examine(task: ExamineTask) -> Row:
         row = replace(row, bytes=num_bytes)
         if not has_utf8_name(task):
             raise Refused("bad_name", "the path holds bytes that are not UTF-8; rename it")
-        volume = read_source(task.source, task.patients.key)
+        volume = read_source(task.source, task.patients.key, task.rules)
         row = with_facts(
             row, volume, task.patients.patient_of(task.source.path, volume.facts.patient)
         )
@@ -206,6 +211,7 @@ def with_facts(row: Row, volume: Volume, patient: str) -> Row:
         hu_p995=float(p995),
         body_share=body.size / values.size,
         digest=voxel_digest(volume.hu_ZYX),
+        marks=",".join(volume.marks),
     )
 
 
