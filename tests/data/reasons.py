@@ -1,10 +1,15 @@
-"""The reason codes that the code can give, read from its syntax tree."""
+"""The reason codes that the code can give, read from its syntax tree.
+
+A reason is the first argument of `Refused`, or an argument `reason=` of any call. A name is
+followed to the constants that the function or the module assigns to it, to constants of this name
+in other modules, and to what callers in the same file pass.
+"""
 
 from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import tapct
@@ -14,56 +19,92 @@ _CODE = re.compile(r"[a-z][a-z0-9]*(_[a-z0-9]+)*$")
 
 
 def reasons_in_code(package: Path = PACKAGE) -> dict[str, set[str]]:
-    """Reason code -> files that give it: the first argument of `Refused`, and `reason=` of a row.
-
-    A variable is followed to the constants that the function assigns to it, or that its callers in
-    the same file pass.
-    """
+    """Reason code -> files that give it."""
+    trees = {
+        file.relative_to(package).as_posix(): ast.parse(file.read_text(encoding="utf-8"))
+        for file in sorted(package.rglob("*.py"))
+    }
+    constants: dict[str, list[ast.expr]] = {}
+    for tree in trees.values():
+        for name, value in _assignments(tree.body):
+            if name.isupper():
+                constants.setdefault(name, []).append(value)
     found: dict[str, set[str]] = {}
-    for file in sorted(package.rglob("*.py")):
-        tree = ast.parse(file.read_text(encoding="utf-8"))
-        for code in _codes_of(tree):
-            found.setdefault(code, set()).add(file.relative_to(package).as_posix())
+    for file, tree in trees.items():
+        for code in _Reasons(tree, constants).codes():
+            found.setdefault(code, set()).add(file)
     return found
 
 
-def _codes_of(tree: ast.Module) -> Iterator[str]:
-    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
-    inside = {id(node): function for function in functions for node in ast.walk(function)}
-    for node in ast.walk(tree):
-        if not isinstance(node, ast.Call):
-            continue
-        name = getattr(node.func, "id", getattr(node.func, "attr", ""))
-        given: list[ast.expr] = []
-        if name == "Refused" and node.args:
-            given.append(node.args[0])
-        if name in ("replace", "Row"):
-            given += [keyword.value for keyword in node.keywords if keyword.arg == "reason"]
-        for value in given:
-            yield from _constants(value, inside.get(id(node)), tree)
+def _assignments(body: Iterable[ast.AST]) -> Iterator[tuple[str, ast.expr]]:
+    """Names and values of plain assignments."""
+    for node in body:
+        if isinstance(node, ast.Assign):
+            for target in node.targets:
+                names, values = [target], [node.value]
+                if isinstance(target, ast.Tuple) and isinstance(node.value, ast.Tuple):
+                    names, values = target.elts, node.value.elts
+                for name, value in zip(names, values, strict=True):
+                    if isinstance(name, ast.Name):
+                        yield name.id, value
+        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.value:
+            yield node.target.id, node.value
 
 
-def _constants(value: ast.expr, function: ast.FunctionDef | None, tree: ast.Module) -> list[str]:
-    """String constants that an expression can be."""
-    if isinstance(value, ast.Constant):
-        return [value.value] if isinstance(value.value, str) and _CODE.match(value.value) else []
-    if isinstance(value, ast.IfExp):
-        return [*_constants(value.body, function, tree), *_constants(value.orelse, function, tree)]
-    if not isinstance(value, ast.Name) or function is None:
-        return []  # such as `error.reason` of a refusal that is passed on
-    found = []
-    for node in ast.walk(function):
-        if isinstance(node, ast.Assign) and any(
-            isinstance(target, ast.Name) and target.id == value.id for target in node.targets
-        ):
-            found += _constants(node.value, None, tree)
-    names = [argument.arg for argument in function.args.args]
-    if value.id in names:
-        position = names.index(value.id)
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == function.name:
-                passed = [k.value for k in node.keywords if k.arg == value.id]
-                passed += node.args[position : position + 1]
-                for item in passed:
-                    found += _constants(item, None, tree)
-    return found
+class _Reasons:
+    """The reasons of one module.
+
+    Args:
+        tree: syntax tree of the module.
+        constants: values of the constants of all modules, by name.
+    """
+
+    def __init__(self, tree: ast.Module, constants: dict[str, list[ast.expr]]) -> None:
+        self.constants = constants
+        self.calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+        self.function_of: dict[int, ast.FunctionDef] = {}
+        for function in ast.walk(tree):
+            if isinstance(function, ast.FunctionDef):
+                for node in ast.walk(function):
+                    self.function_of[id(node)] = function
+
+    def codes(self) -> Iterator[str]:
+        """All reason codes; one may occur several times."""
+        for call in self.calls:
+            given = [keyword.value for keyword in call.keywords if keyword.arg == "reason"]
+            if _name_of(call) == "Refused":
+                given += call.args[:1]
+            for value in given:
+                yield from self._constants(value, self.function_of.get(id(call)))
+
+    def _constants(self, value: ast.expr, function: ast.FunctionDef | None) -> Iterator[str]:
+        """String constants that an expression can be."""
+        if isinstance(value, ast.Constant):
+            if isinstance(value.value, str) and _CODE.match(value.value):
+                yield value.value
+        elif isinstance(value, ast.IfExp):
+            yield from self._constants(value.body, function)
+            yield from self._constants(value.orelse, function)
+        elif isinstance(value, ast.Name):
+            yield from self._of_name(value.id, function)
+
+    def _of_name(self, name: str, function: ast.FunctionDef | None) -> Iterator[str]:
+        for value in self.constants.get(name, []):
+            yield from self._constants(value, None)
+        if function is None:
+            return
+        for assigned, value in _assignments(ast.walk(function)):
+            if assigned == name:
+                yield from self._constants(value, None)
+        parameters = [argument.arg for argument in function.args.args]
+        if name not in parameters:
+            return
+        position = parameters.index(name)
+        for call in self.calls:
+            if _name_of(call) == function.name:
+                for value in call.args[position : position + 1]:
+                    yield from self._constants(value, None)
+
+
+def _name_of(call: ast.Call) -> str:
+    return getattr(call.func, "id", getattr(call.func, "attr", ""))
