@@ -27,9 +27,11 @@ import arguments
 
 from tapct.base import exits
 from tapct.base.exits import UserError
+from tapct.base.recent import LAST_STEPS
+from tapct.eval import saved
 
 CONFIG = Path("configs/smoke.yaml")
-LAST = 20  # steps at the end of a run that its numbers are means of
+LAST = LAST_STEPS  # steps at the end of a run that its numbers are means of
 STEPS = 900  # fewer than the recipe has, so that three seeds of all take less than an hour
 # steps of small crops; for others, words of one's own for `tapct train` do (docs/training.md)
 FIRST = 600
@@ -70,8 +72,9 @@ def outcome(out: Path) -> dict[str, float]:
         json.loads(line)
         for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     ]
-    results = json.loads((out / "eval" / "results.json").read_text(encoding="utf-8"))
-    models = results["tasks"]["segmentation"]["models"]
+    own = saved.pick(saved.find(out))
+    assert own is not None and own.evaluation is not None, f"{out} has been evaluated"
+    models = own.evaluation.tasks["segmentation"].results.models
     untrained = max(
         found["mean_dice_voxel"] for name, found in models.items() if name.startswith("untrained")
     )
@@ -103,7 +106,7 @@ def run(variant: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
     tapct = [sys.executable, "-m", "tapct"]
     asked = out / "asked.txt"
     if not (
-        (out / "eval" / "results.json").exists()
+        saved.pick(saved.find(out)) is not None
         and asked.exists()
         and asked.read_text() == shlex.join(words)
     ):

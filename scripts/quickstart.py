@@ -9,7 +9,6 @@ import hashlib
 import json
 import math
 import os
-import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -22,18 +21,21 @@ from tapct import config as configs
 from tapct.base import console
 from tapct.base.exits import UserError
 from tapct.base.files import write_atomically
+from tapct.base.recent import LAST_STEPS
 from tapct.data import manifest as manifests
 from tapct.data import pack, patients
 from tapct.data.index import build_manifest
 from tapct.data.phantom import archive as phantom
+from tapct.eval import saved
 from tapct.report import page
+from tapct.report.history import read_history
 from tapct.run import finished, pretrain
 from tapct.run.config import RunConfig
+from tapct.run_folder import RunFolder
 
 T = TypeVar("T")
 SMOKE = Path("configs/smoke.yaml")
 NUM_SCANS = 40
-EDGE_STEPS = 20  # steps at either end of the run that the table's numbers are means of
 
 
 class Stopwatch:
@@ -163,11 +165,14 @@ def make_phantom(archive: Path) -> None:
 
 
 def evaluate(out: Path, resolved: configs.Resolved) -> dict[str, Any]:
-    """Evaluate, unless the results are newer than the last checkpoint."""
-    results, latest = out / "eval" / "results.json", out / "checkpoints" / "latest"
-    if results.is_file() and results.stat().st_mtime > latest.stat().st_mtime:
-        console.say(f"eval: {results} is newer than the last checkpoint, so it is kept")
-        return json.loads(results.read_text())
+    """Evaluate, unless the run's own results are newer than the last checkpoint."""
+    latest = RunFolder(out).checkpoints.latest
+    own = saved.pick(saved.find(out))
+    if own is not None and own.evaluation is not None and own.is_own:
+        results = own.folder.results
+        if results.stat().st_mtime > latest.stat().st_mtime:
+            console.say(f"eval: {results} is newer than the last checkpoint, so it is kept")
+            return own.evaluation.to_json()
     return finished.evaluate(out).to_json()
 
 
@@ -181,30 +186,27 @@ def summarise(
 ) -> dict[str, Any]:
     """The content of summary.json.
 
-    Losses are means over the first and the last steps; gain and information are those of the worse
-    of the two prototype losses.
+    The numbers at the end are those of the report; gain and information are those of the worse of
+    the two prototype losses.
     """
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    first, last = rows[:EDGE_STEPS], rows[-EDGE_STEPS:]
-    names = [name for name in ("dino", "ibot") if f"health/{name}_information" in rows[-1]]
-
-    def mean(rows: list[dict[str, Any]], key: str) -> float:
-        return statistics.fmean(row[key] for row in rows if row.get(key) is not None)
-
-    gains = {name: mean(last, f"health/{name}_ln_k_minus_ce") for name in names}
-    information = {name: mean(last, f"health/{name}_information") for name in names}
-    dice = results["tasks"]["segmentation"]["headline"]["values"] if results else {}
+    history = read_history(RunFolder(out).metrics)
+    names = [name for name in ("dino", "ibot") if f"health/{name}_information" in history.columns]
+    gains = {name: history.recent(f"health/{name}_ln_k_minus_ce") for name in names}
+    information = {name: history.recent(f"health/{name}_information") for name in names}
+    first_losses = history.column("loss/total")[1][:LAST_STEPS]
+    section = results["tasks"]["segmentation"] if results else {}
+    dice = section["headline"]["values"] if results else {}
     untrained = [
         value for name, value in dice.items() if name.startswith("untrained") and value is not None
     ]
     return {
         "scans_accepted": accepted,
         "scans_refused": refused,
-        "loss_first": mean(first, "loss/total"),
-        "loss_last": mean(last, "loss/total"),
+        "loss_first": float(first_losses.mean()),
+        "loss_last": history.recent("loss/total"),
         "ln_k_minus_ce": min(gains.values(), default=math.nan),
         "prototype_information_nats": min(information.values(), default=math.nan),
-        "seconds_per_step": statistics.median(row["seconds/step"] for row in rows),
+        "seconds_per_step": history.typical_seconds(),
         "dice_pretrained": dice.get("pretrained"),
         "dice_untrained": max(untrained, default=None),
         "dice_raw_hu": dice.get("raw_hu"),
@@ -212,7 +214,9 @@ def summarise(
         "report": str(report),
         "by_loss": {"ln_k_minus_ce": gains, "prototype_information_nats": information},
         "dice": dice,
-        "steps": rows[-1]["step"],
+        "dice_mean_of": section["headline"]["mean_of"] if results else "",
+        "dice_caveat": results["split"]["note"] if results else "",
+        "steps": history.last_step,
     }
 
 
@@ -238,6 +242,9 @@ def show(summary: dict[str, Any]) -> None:
         "  ".join(f"{name} {value:.0f} s" for name, value in summary["seconds"].items()),
     )
     console.console().print(table)
+    for line in (summary["dice_mean_of"], summary["dice_caveat"]):
+        if line:
+            console.say(f"Dice: {line}")
     console.say(f"report: {summary['report']}")
 
 

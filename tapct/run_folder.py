@@ -3,7 +3,9 @@
     RUN/
       config.yaml                       resolved config
       run.json                          command, versions, git revision, machine, data
+      trained_on.parquet                scans and patients that the run has been trained on
       metrics.jsonl                     one line per optimizer step
+      lease.json                        while a process trains: which one
       tensorboard/*                     the same for TensorBoard, with log.tensorboard
       wandb/*                           with log.wandb.mode=offline or online
       checkpoints/
@@ -13,17 +15,16 @@
           meta.json                     step, samples seen, config, data digest
           teacher.safetensors           the teacher's backbone alone
           files.json                    size and sha256 of the other files
-      eval/
-        results.json                    after tapct eval
+      eval/DATASET/step_00000500/       one folder per data set and checkpoint
+        results.json                    after tapct eval, or with eval.during.every
         pictures/*                      of some test scans
-        steps/step_00000500/            with eval.during.every, or after tapct eval --step
-          results.json, pictures/*      as above
-          meta.json                     of the checkpoint
-          teacher.safetensors           until the step has been evaluated
-          log.txt                       output of the evaluation
+        meta.json                       of the checkpoint, with eval.during.every
+        teacher.safetensors             until the step has been evaluated
+        log.txt                         output of the evaluation
       export/
         config.json                     after tapct export: what the features depend on
         model.safetensors               the teacher's backbone
+        trained_on.parquet              scans and patients that it has been trained on
       report.html                       after tapct report
       jobs/20260131-120000/             after tapct submit, one folder per submission
         config.yaml                     config of the job
@@ -32,6 +33,9 @@
         places                          job folder of each run of a sweep
         *                               batch script, logs and state of the job
       code/REVISION/tapct/*             copy of tapct that the job runs
+
+DATASET is the name of a store and the first digits of its digest. Earlier versions wrote
+RUN/eval/results.json, whatever the data set, and RUN/eval/steps/step_00000500/results.json.
 
 Files whose names begin with a dot, except DCP's `.metadata`, are being written or left by a process
 that was killed while it wrote.
@@ -45,6 +49,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _STEP_NAME = re.compile(r"step_\d+")
+_TRAINED_ON = "trained_on.parquet"
+_EARLIER_STEPS = "steps"  # folder of the evaluations of earlier versions
 
 
 def step_name(step: int) -> str:
@@ -130,7 +136,7 @@ class EvaluationFolder:
     """Paths in one evaluation.
 
     Args:
-        path: RUN/eval, RUN/eval/steps/step_00000500, or a folder of the user's choice.
+        path: RUN/eval/DATASET/step_00000500, or a folder of the user's choice.
     """
 
     path: Path
@@ -180,6 +186,11 @@ class ExportFolder:
     def weights(self) -> Path:
         """The teacher's backbone."""
         return self.path / "model.safetensors"
+
+    @property
+    def trained_on(self) -> Path:
+        """Scans and patients that the backbone has been trained on."""
+        return self.path / _TRAINED_ON
 
 
 @dataclass(frozen=True)
@@ -234,6 +245,16 @@ class RunFolder:
         return self.path / "run.json"
 
     @property
+    def lease(self) -> Path:
+        """Process that writes the folder; see `base/lease.py`."""
+        return self.path / "lease.json"
+
+    @property
+    def trained_on(self) -> Path:
+        """Scans and patients that the run has been trained on."""
+        return self.path / _TRAINED_ON
+
+    @property
     def metrics(self) -> Path:
         """One JSON object per optimizer step."""
         return self.path / "metrics.jsonl"
@@ -264,15 +285,26 @@ class RunFolder:
         return CheckpointsFolder(self.path / "checkpoints")
 
     @property
-    def step_evaluations(self) -> Path:
-        """Parent of the evaluations of single steps."""
-        return self.path / "eval" / "steps"
+    def evaluations(self) -> Path:
+        """Parent of the evaluations."""
+        return self.path / "eval"
 
-    def evaluation(self, step: int | None = None) -> EvaluationFolder:
-        """The evaluation of the run, or that of one step."""
-        if step is None:
-            return EvaluationFolder(self.path / "eval")
-        return EvaluationFolder(self.step_evaluations / step_name(step))
+    def evaluation(self, dataset: str, step: int) -> EvaluationFolder:
+        """The evaluation of a step on a data set, whether or not it exists."""
+        return EvaluationFolder(self.evaluations / dataset / step_name(step))
+
+    def evaluations_of_steps(self) -> Iterator[tuple[str, EvaluationFolder]]:
+        """Folders of evaluations that exist, each with the name of its data set; the name is empty
+        for folders of earlier versions, which did not record it.
+        """
+        for path in sorted(filter(has_step_name, self.evaluations.glob("*/step_*"))):
+            of_earlier = path.parent.name == _EARLIER_STEPS
+            yield "" if of_earlier else path.parent.name, EvaluationFolder(path)
+
+    @property
+    def earlier_evaluation(self) -> EvaluationFolder:
+        """Where earlier versions wrote the newest evaluation, whatever its data set."""
+        return EvaluationFolder(self.evaluations)
 
     @property
     def export(self) -> ExportFolder:
@@ -300,7 +332,7 @@ class RunFolder:
             path.name
             for path in (
                 self.checkpoints.path,
-                self.evaluation().path,
+                self.evaluations,
                 self.export.path,
                 self.jobs,
                 self.code,

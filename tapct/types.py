@@ -54,6 +54,7 @@ class ScanFacts:
     kernel: str = ""
     sex: str = ""  # M, F, O or empty
     age_years: float = float("nan")
+    lossy_ratio: float = float("nan")  # of a lossy compression; NaN where none is declared
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class Volume:
         spacing_mm: distance of voxel centres along (z, y, x), all > 0.
         origin_mm: LPS position (x, y, z order as in DICOM) of voxel (0, 0, 0).
         facts: header facts.
-        marks: codes of what is unusual about the scan, see docs/ingest.md.
+        marks: codes of what is unusual about the scan, e.g. `lossy`, `tilt_resampled`.
     """
 
     hu_ZYX: np.ndarray
@@ -109,6 +110,21 @@ class HUContract:
     clip_high: float = 822.0
     mean: float = -86.80862426757812
     std: float = 322.63470458984375
+
+    def __post_init__(self) -> None:
+        if not self.clip_low < self.clip_high:
+            raise UserError(
+                f"contract.clip_low {self.clip_low:g} is not below contract.clip_high "
+                f"{self.clip_high:g}: every voxel would have the same value"
+            )
+        if not self.clip_low <= self.mean <= self.clip_high:
+            raise UserError(
+                f"contract.mean {self.mean:g} lies outside the window from contract.clip_low "
+                f"{self.clip_low:g} to contract.clip_high {self.clip_high:g}; give the mean of the "
+                "clipped voxels"
+            )
+        if not self.std > 0:
+            raise UserError(f"contract.std {self.std:g} must be above 0: values are divided by it")
 
     def normalise(self, hu: Tensor) -> Tensor:
         """Clip and z-score: any shape in HU -> float32, unitless."""

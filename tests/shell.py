@@ -20,6 +20,11 @@ def leave_code(monkeypatch: pytest.MonkeyPatch, *words: str | Path) -> int:
     return 0
 
 
+def without_warnings(text: str) -> list[str]:
+    """The other lines of what a command has printed on standard error."""
+    return [line for line in text.splitlines() if not line.startswith("warning: ")]
+
+
 class Shell:
     """Runs the command line in this process, as a console script would."""
 
@@ -34,8 +39,9 @@ class Shell:
         return code, out, err
 
     def good(self, *words: str | Path) -> str:
+        """What a command prints that succeeds; its only lines on standard error are warnings."""
         code, out, err = self(*words)
-        assert (code, err) == (0, ""), (out, err)
+        assert (code, without_warnings(err)) == (0, []), (out, err)
         return out
 
     def bad(self, *words: str | Path) -> str:
@@ -43,7 +49,7 @@ class Shell:
         code, out, err = self(*words)
         assert code != 0
         assert "Traceback" not in out + err
-        lines = err.splitlines()
+        lines = without_warnings(err)
         assert len(lines) == 1 and lines[0].startswith("error: "), err
         return lines[0]
 

@@ -27,7 +27,7 @@ from plain_words import findings, prose
 from scan_files import make_ct, write_nifti
 from shell import Shell
 from shell import shell as shell  # a fixture
-from tiny_run import make_store, write_config
+from tiny_run import evaluation_of, make_store, write_config
 
 from tapct.cli.app import app
 from tapct.config import load_config, plugins
@@ -515,13 +515,13 @@ def test_the_example_task_runs_through_every_command(
     monkeypatch.delenv("SLURM_JOB_ID")
 
     run = tmp_path / "run"
-    beside, why_not = results.read(run / "eval" / "steps" / "step_00000012")
+    beside, why_not = results.read(evaluation_of(run, 12).path)
     assert beside is not None, why_not
     said = shell.good("eval", run)
-    by_hand, _ = results.read(run / "eval")
+    by_hand, _ = results.read(evaluation_of(run, 12).path)
     assert by_hand is not None and by_hand.tasks == beside.tasks
     assert list(by_hand.tasks) == ["mylab.tasks.depth"]
-    assert by_hand.command.endswith(f"eval {run}")
+    assert " eval " in by_hand.origin.command and str(run) not in by_hand.origin.command
     values = by_hand.tasks["mylab.tasks.depth"].headline.values
     assert list(values) == ["pretrained", "untrained", "untrained_layerscale1", "raw_hu"]
     for model, value in values.items():
@@ -541,7 +541,7 @@ def test_the_example_task_runs_through_every_command(
     # both tasks in one pass; the second one does not change the first
     both = ("eval.tasks.segmentation.steps=5", "eval.num_pictures=1")
     said = shell.good("eval", run, *both)
-    together, _ = results.read(run / "eval")
+    together, _ = results.read(evaluation_of(run, 12).path)
     assert together is not None
     assert list(together.tasks) == ["mylab.tasks.depth", "segmentation"]  # as in the YAML
     assert (

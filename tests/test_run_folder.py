@@ -13,7 +13,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
-from tiny_run import config_of, make_store
+from tiny_run import config_of, evaluation_of, make_store
 
 from tapct import run_folder
 from tapct.report import page
@@ -33,8 +33,7 @@ ROOTS = (
     RunFolder(Path()),
     RunFolder(Path()).checkpoints,
     RunFolder(Path()).checkpoints.step(500),
-    RunFolder(Path()).evaluation(),
-    RunFolder(Path()).evaluation(500),
+    RunFolder(Path()).evaluation("DATASET", 500),
     RunFolder(Path()).export,
     JobFolder(RunFolder(Path()).jobs / "20260131-120000"),
 )
@@ -54,7 +53,7 @@ def drawn(text: str) -> set[str]:
             folders.append((indent, above + names[0]))
         else:
             found |= {above + name for name in names}
-    return {re.sub(r"\d{8}(-\d{6})?|REVISION", "*", name) for name in found}
+    return {re.sub(r"\d{8}(-\d{6})?|REVISION|DATASET", "*", name) for name in found}
 
 
 def paths_of(folder: object) -> dict[str, Path]:
@@ -77,15 +76,14 @@ def test_the_docs_draw_the_same_folder() -> None:
 
 def test_every_path_is_drawn() -> None:
     tree = TREES["run_folder.py"]
-    of_one_step = {"eval/meta.json", "eval/teacher.safetensors", "eval/log.txt"}
     for folder in ROOTS:
         assert [field.name for field in fields(folder)] == ["path"]  # type: ignore[arg-type]
         for name, path in paths_of(folder).items():
-            text = re.sub(r"\d{8}(-\d{6})?", "*", path.as_posix())
+            text = re.sub(r"\d{8}(-\d{6})?|DATASET", "*", path.as_posix())
             known = {text, f"{text}/x"} & tree or any(
                 fnmatch.fnmatch(text, entry) or entry.startswith(f"{text}/") for entry in tree
             )
-            assert known or text in of_one_step, f"{type(folder).__name__}.{name}: {text}"
+            assert known, f"{type(folder).__name__}.{name}: {text}"
 
 
 @pytest.fixture(scope="module")
@@ -113,9 +111,7 @@ def test_a_run_leaves_what_is_drawn(run: Path, name: str) -> None:
     assert unknown == set()
     # of an evaluation beside training, of a SLURM job, and of wandb: other tests make those
     elsewhere = ("jobs/", "code/", "wandb/")
-    beside = {
-        f"eval/steps/step_*/{file}" for file in ("meta.json", "teacher.safetensors", "log.txt")
-    }
+    beside = {f"eval/*/step_*/{file}" for file in ("meta.json", "teacher.safetensors", "log.txt")}
     missing = {
         entry
         for entry in TREES[name] - beside
@@ -126,7 +122,7 @@ def test_a_run_leaves_what_is_drawn(run: Path, name: str) -> None:
 
 def test_the_paths_of_a_run_exist(run: Path) -> None:
     folder = RunFolder(run)
-    whole = [folder, folder.checkpoints, folder.evaluation(), folder.export]
+    whole = [folder, folder.checkpoints, evaluation_of(run, 12), folder.export]
     for place in (*whole, CheckpointFolder(folder.checkpoints.finished()[-1])):
         assert place.path.is_dir()
         for name, path in paths_of(place).items():

@@ -19,6 +19,7 @@ from tapct.config import Resolved, load_config
 from tapct.data import index, pack
 from tapct.data.phantom import archive as phantom
 from tapct.run.config import RunConfig
+from tapct.run_folder import EvaluationFolder, RunFolder, step_of
 
 CONFIG = """
 out: {out}
@@ -77,6 +78,13 @@ def write_config(folder: Path, store: Path) -> Path:
 def config_of(folder: Path, store: Path, *overrides: str) -> Resolved:
     """The tiny config of a run in FOLDER/run."""
     return load_config(RunConfig, write_config(folder, store), overrides)
+
+
+def evaluation_of(run: Path, step: int) -> EvaluationFolder:
+    """The evaluation of a step of a run that was evaluated on one data set."""
+    found = [folder for _, folder in RunFolder(run).evaluations_of_steps()]
+    (one,) = (folder for folder in found if step_of(folder.path) == step)
+    return one
 
 
 def own_plugin(monkeypatch: pytest.MonkeyPatch, folder: Path, name: str, text: str) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import math
 import os
+import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -58,6 +59,12 @@ def error(text: str) -> None:
         )
     out.print("error:", style="bold red", end="")
     out.print(_encodable(line.removeprefix("error:"), out), markup=False, soft_wrap=True)
+
+
+def warn(text: str) -> None:
+    """Print `warning: ...` to standard error, as one line; only the first rank does."""
+    if ranks.from_environment(os.environ).is_first:
+        print(f"warning: {' '.join(text.split())}", file=sys.stderr, flush=True)
 
 
 def _encodable(text: str, out: Console) -> str:

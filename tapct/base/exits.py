@@ -7,6 +7,7 @@
 | 2 | wrong input, or a file or disk that cannot be used; one line says what to change |
 | 3 | the run ended because another rank was lost |
 | 130 | interrupted by Ctrl-C |
+| 143 | `tapct index`, `pack` or `phantom` was ended by SIGTERM |
 """
 
 from __future__ import annotations

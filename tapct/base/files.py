@@ -1,4 +1,4 @@
-"""Write files and folders whole or not at all, and name their content by a hash.
+"""Write files and folders whole or not at all, name their content by a hash, and expand paths.
 
 A new file is written beside its final place under a temporary name, forced to the disk, and
 renamed. A reader therefore sees the old content or the new content, never a part of either, and a
@@ -17,6 +17,7 @@ import contextlib
 import errno
 import hashlib
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -24,9 +25,68 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+from tapct.base.exits import UserError
+
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+# `$$`, `$NAME` and `${NAME}` in a path
+_VARIABLE = re.compile(r"\$(?:(\$)|(?=[A-Za-z_{])(?:(\w+)|\{(\w+)\}))")
 TEMPORARY_SUFFIX = ".tmp"
 _BLOCK_BYTES = 1 << 20
+
+
+def expand_path(path: Path | str) -> Path:
+    """A path as a person writes it, with `~`, `~user`, `$NAME` and `${NAME}` replaced.
+
+    The shell replaces them only in some places: not in `out=~/runs`, in quotes or in a file. `$$`
+    stands for a `$`, and `./~` for a folder that is called `~`. A file that exists under the name
+    as it is written, with a `$` in it, is meant itself.
+
+    Args:
+        path: path from a command line, a config or a call.
+    Raises:
+        UserError: an environment variable is not set, or a user or the home folder is unknown.
+    """
+    text = str(path)
+    if "$" in text and text[0] != "~" and os.path.lexists(text):
+        return Path(text)
+
+    def value(match: re.Match[str]) -> str:
+        name = match[2] or match[3]
+        if match[1]:
+            return "$"
+        if name not in os.environ:
+            raise UserError(
+                f"the environment variable {name} of the path {text} is not set; set it, or write "
+                "$$ for a $ in the name of a file"
+            )
+        return os.environ[name]
+
+    tail = _VARIABLE.sub(value, text)
+    if not text.startswith("~"):
+        return Path(tail)
+    home = os.path.expanduser(tail)
+    if home == tail:  # what `expanduser` does without HOME, or for a user that does not exist
+        user = tail[1:].partition("/")[0]
+        problem = f"there is no user {user}" if user else "HOME is not set"
+        raise UserError(
+            f"{problem}, which the path {text} needs; write the whole path, or ./{text} for a "
+            "file of this name"
+        )
+    return Path(home)
+
+
+def home_folder() -> Path | None:
+    """The home folder of this user; None without HOME and without an entry in /etc/passwd, as in
+    some containers.
+    """
+    home = os.path.expanduser("~")
+    return None if home == "~" else Path(home)
+
+
+def unexpanded(path: Path | str) -> str:
+    """Text that `expand_path` reads back to the same path."""
+    text = str(path).replace("$", "$$")
+    return f"./{text}" if text.startswith("~") else text
 
 
 def write_atomically(path: Path, content: bytes | str) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-TAIL_BYTES = 1 << 16  # some twenty rows of metrics.jsonl
+TAIL_BYTES = 1 << 18  # more than twenty rows of metrics.jsonl
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Keep stop signals from the processes that training starts.
+"""Keep stop signals from the processes that training starts, and end other commands cleanly.
 
 SLURM sends stop signals to every process of a job step. SIGUSR2 would end a loader worker or
 wandb's service, and training with it, before it can save.
@@ -10,7 +10,6 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from multiprocessing import resource_tracker
 
 STOP = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
@@ -23,6 +22,8 @@ def kept_from_children() -> Iterator[None]:
     thread blocks, from its first instruction on. So this thread blocks the stop signals and another
     thread receives them; Python runs the handlers in the main thread in any case.
     """
+    from multiprocessing import resource_tracker
+
     listening, done = threading.Event(), threading.Event()
 
     def listen() -> None:
@@ -55,3 +56,26 @@ def heard_by_children() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
+def leaving_at_sigterm() -> Iterator[None]:
+    """Within this context, SIGTERM ends the process as an error does: what was begun is cleaned up.
+
+    The exit code is 143, as that of a process which the signal has killed. Nothing changes where
+    the program has a handler of its own, or outside of the main thread.
+    """
+
+    def leave(number: int, frame: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one must not end the cleaning up
+        raise SystemExit(128 + number)
+
+    is_main = threading.current_thread() is threading.main_thread()
+    if not is_main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)

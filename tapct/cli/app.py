@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 
 import tapct
-from tapct.base import exits
+from tapct.base import exits, files
 
 # what some versions of Typer add to a help text: a type after the name of an argument, as in
 # `KEY=VALUE <list[str]>`, and the range of a number, as in `[default: 1; x>=1]`
@@ -37,8 +37,23 @@ def describe_help_option(option: Any) -> Any:
     return option
 
 
+def expanded(value: Any) -> Any:
+    """The value of an argument with `~` and `$NAME` replaced where it is a path or a list of them.
+
+    The shell does not do it in quotes, nor after the = of `--out=~/runs`.
+    """
+    if isinstance(value, Path):
+        return files.expand_path(value)
+    return [expanded(item) for item in value] if isinstance(value, list | tuple) else value
+
+
 class Command(TyperCommand):
     """A command whose help names the values of its arguments as we wrote them, and no types."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Call the function of the command."""
+        ctx.params = {name: expanded(value) for name, value in ctx.params.items()}
+        return super().invoke(ctx)
 
     def get_help_option(self, ctx: Any) -> Any:
         """The option --help."""
@@ -127,7 +142,7 @@ Workers = Annotated[
     int,
     typer.Option(
         metavar="N",
-        help="number of worker processes; 0 starts none and works in the process of the command",
+        help="number of worker processes, at least one",
         min=0,
         show_default="number of CPUs",
     ),
@@ -157,6 +172,42 @@ def common(
         os.environ["TAPCT_DEBUG"] = "1"
 
 
+def answer() -> NoReturn:
+    """Run the command that was given on the command line.
+
+    Raises:
+        SystemExit: the command has ended by itself, with its exit code.
+        UserError: the command line is wrong; click would print its usage in four lines.
+    """
+    try:
+        code = app(standalone_mode=False)
+    except Exception as error:
+        # Typer brings its own copy of click in some versions, so its classes are known by name
+        kinds = {cls.__name__ for cls in type(error).__mro__}
+        if "Abort" in kinds:
+            raise exits.Interrupted from error
+        if "NoArgsIsHelpError" in kinds:
+            error.show()  # type: ignore[attr-defined]
+            raise SystemExit(exits.WRONG_INPUT) from error
+        if "ClickException" not in kinds:
+            raise
+        message = error.format_message().rstrip(".")  # type: ignore[attr-defined]
+        context = getattr(error, "ctx", None)
+        command = "tapct" if context is None else " ".join(["tapct", *named_commands(context)])
+        end = message if message.endswith("?") else f"{message};"
+        raise exits.UserError(f"{end} see {command} -h") from error
+    raise SystemExit(code if isinstance(code, int) else 0)
+
+
+def named_commands(context: Any) -> list[str]:
+    """Names of the commands below `tapct` that a command line has reached."""
+    names = []
+    while context.parent is not None:
+        names.append(context.info_name)
+        context = context.parent
+    return names[::-1]
+
+
 def main() -> None:
     """Run the command line: the entry point of the console script."""
-    exits.leave(exits.exit_code_of(app))
+    exits.leave(exits.exit_code_of(answer))

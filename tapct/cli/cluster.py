@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shlex
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -161,15 +160,13 @@ def submit(
     planned = submission.plan_runs(config, overrides or [], sweep or [])
     for run in planned.runs:
         submission.check_run(run, resources, allow_change)
-    warnings = [
-        line for run in planned.runs for line in submission.run_warnings(run.value, resources)
-    ]
+    warnings = [line for run in planned.runs for line in submission.run_warnings(run, resources)]
     for line in dict.fromkeys(warnings):  # each once
-        print_warning(line)
+        console.warn(line)
     if dry_run:
         print(submission.preview_batch_script(planned, resources))
         return
-    submitted = submission.submit_runs(planned, resources, allow_change, warn=print_warning)
+    submitted = submission.submit_runs(planned, resources, allow_change, warn=console.warn)
     console.say(
         f"{nodes} x {resources.tasks} tasks, each start at most "
         f"{console.duration(resources.minutes * 60)}"
@@ -180,11 +177,6 @@ def submit(
     console.say(f"logs in {submitted[0].logs}; watch: tapct jobs {root}; end: tapct cancel {root}")
     if sweep:
         console.say(f"when they are done: tapct compare {shlex.quote(str(root))}/*=*")
-
-
-def print_warning(line: str) -> None:
-    """Print a warning on standard error."""
-    print(f"warning: {line}", file=sys.stderr)
 
 
 @app.command(epilog=examples("tapct jobs", "tapct jobs runs/mine runs/sweep"))

@@ -3,13 +3,45 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tapct.base import console, exits
+from tapct.base import console, exits, signals
 from tapct.cli.app import CPUS, Workers, app, examples
 from tapct.data import formats
+from tapct.data.read_rules import MAX_LOSSY_RATIO, MIN_DEPTH, ReadRules
+
+if TYPE_CHECKING:
+    from tapct.data.process_pool import ScanLimits
+
+Timeout = Annotated[
+    float,
+    typer.Option(
+        metavar="SECONDS",
+        help="refuse a scan whose reading takes longer than this and 1 s per MB",
+        min=1,
+    ),
+]
+Memory = Annotated[
+    float | None,
+    typer.Option(
+        "--memory-gb",
+        metavar="GB",
+        help="memory of all worker processes together; refuse a scan that needs more",
+        min=0.1,
+        show_default="80% of the machine's or the job's",
+    ),
+]
+
+
+def limits_of(timeout: float, memory_gb: float | None) -> ScanLimits:
+    """The limits of one scan as `process_pool` takes them."""
+    from tapct.data.process_pool import ScanLimits
+
+    return ScanLimits(
+        seconds=timeout, memory_bytes=None if memory_gb is None else int(memory_gb * 1e9)
+    )
 
 
 @app.command(epilog=examples("tapct phantom --out data/archive --num 40"))
@@ -24,7 +56,7 @@ def phantom(
     """Create a synthetic CT archive with organ labels."""
     from tapct.data.phantom import archive as maker
 
-    with console.progress_bar("phantom") as progress:
+    with signals.leaving_at_sigterm(), console.progress_bar("phantom") as progress:
         report = maker.write(out, maker.Config(num=num, seed=seed), progress)
     console.say(
         f"{report.scans} scans in {out}; next: tapct index {out} --out {out}/manifest.parquet"
@@ -35,7 +67,6 @@ def phantom(
     epilog=examples(
         "tapct index data/archive --out data/manifest.parquet",
         "tapct index scans --out scans.parquet --patient-regex '(sub-\\d+)'",
-        "tapct index scans --out scans.parquet --rule refuse_windows=none --rule max_clamped=0.9",
     )
 )
 def index(
@@ -64,8 +95,33 @@ def index(
         ),
     ] = None,
     min_depth: Annotated[
-        int, typer.Option(metavar="N", help="refuse scans with fewer axial slices", min=1)
-    ] = 1,
+        int,
+        typer.Option(
+            metavar="N",
+            help="refuse scans with fewer axial slices; a patch of the 3D configs has 4",
+            min=1,
+        ),
+    ] = MIN_DEPTH,
+    derived: Annotated[
+        bool,
+        typer.Option(
+            "--derived",
+            help="accept DICOM images that were computed from others: projections such as MIP, "
+            "reformats, maps of materials",
+        ),
+    ] = False,
+    max_lossy_ratio: Annotated[
+        float,
+        typer.Option(metavar="R", help="refuse scans that were compressed with loss beyond R:1"),
+    ] = MAX_LOSSY_RATIO,
+    resample_tilt: Annotated[
+        bool,
+        typer.Option(
+            "--resample-tilt",
+            help="accept scans with gantry tilt, with their slices shifted to a grid with right "
+            "angles",
+        ),
+    ] = False,
     rules: Annotated[
         Path | None,
         typer.Option(
@@ -79,25 +135,30 @@ def index(
         typer.Option(metavar="NAME=VALUE", help="one such threshold; may be given several times"),
     ] = None,
     workers: Workers = CPUS,
+    timeout: Timeout = 120.0,
+    memory_gb: Memory = None,
 ) -> None:
     """List the scans of a folder and check each of them.
 
     The manifest has a row for each scan: accepted with its geometry and statistics, or refused
-    with the reason.
+    with the reason. If no scan is accepted, or no label map of --labels is used, the exit code
+    is 2.
     """
     from tapct.data.check_rules import read_rules
-    from tapct.data.index import build_manifest
+    from tapct.data.index import build_manifest, check_usable
+    from tapct.data.passed_over import summary
 
     checks = read_rules(rules, rule or ())
-    with console.progress_bar("index") as progress:
+    with signals.leaving_at_sigterm(), console.progress_bar("index") as progress:
         manifest = build_manifest(
             folder,
             out,
             labels=labels,
             patient_regex=patient_regex,
             min_depth=min_depth,
-            rules=checks,
-            workers=workers,
+            accept=ReadRules(derived, max_lossy_ratio, resample_tilt, checks),
+            workers=max(1, workers),
+            limits=limits_of(timeout, memory_gb),
             progress=progress,
         )
     console.say(
@@ -111,6 +172,16 @@ def index(
                 f"refused {row.path}: {row.reason}" if row.status == "refused" else f"{row.path}"
             )
             console.say(f"  {reason}: {row.detail}")
+    others = summary(manifest.passed_over)
+    if others:
+        console.say(f"passed over: {others}")
+    num_short = manifest.summary().get("too_few_slices", 0)
+    if num_short:
+        console.say(
+            f"{num_short} scan{'s have' if num_short > 1 else ' has'} fewer than {min_depth} "
+            "slices; --min-depth 1 accepts them"
+        )
+    check_usable(manifest, labels)
 
 
 @app.command(
@@ -125,6 +196,8 @@ def pack(
     ],
     out: Annotated[Path, typer.Option(metavar="FOLDER", help="folder of the store to write")],
     workers: Workers = CPUS,
+    timeout: Timeout = 120.0,
+    memory_gb: Memory = None,
     level: Annotated[
         int,
         typer.Option(
@@ -151,9 +224,16 @@ def pack(
     from tapct.data import manifest
     from tapct.data import pack as packer
 
-    with console.progress_bar("pack") as progress:
+    with signals.leaving_at_sigterm(), console.progress_bar("pack") as progress:
         found = manifest.Manifest.read(manifest_file)
-        report = packer.pack(found, out, workers=workers, level=level, progress=progress)
+        report = packer.pack(
+            found,
+            out,
+            workers=max(1, workers),
+            level=level,
+            limits=limits_of(timeout, memory_gb),
+            progress=progress,
+        )
     share = report.stored_bytes / max(report.voxel_bytes, 1)
     console.say(
         f"{len(report.packed)} packed, {report.kept} kept from before, {len(report.refused)} "

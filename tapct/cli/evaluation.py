@@ -8,9 +8,20 @@ from typing import Annotated
 import typer
 
 from tapct import run_folder as run_paths
-from tapct.base import console
+from tapct.base import console, exits
 from tapct.cli.app import RunFolder, app, examples
 from tapct.data import formats
+
+DataSet = Annotated[
+    str,
+    typer.Option(
+        "--data",
+        metavar="NAME",
+        help="data set whose evaluation is shown: the name of a folder in RUN/eval, or its "
+        "beginning",
+        show_default="the data set of the run",
+    ),
+]
 
 
 @app.command(
@@ -50,7 +61,9 @@ def evaluate(
     evaluation = finished.evaluate(run_folder, overrides or [], step)
     for line in evaluation.lines():
         console.say(line)
-    folder = run_paths.RunFolder(run_folder).evaluation(step)
+    data, weights = evaluation.origin.data, evaluation.origin.weights
+    assert data is not None and weights is not None, "an evaluation of a run knows both"
+    folder = run_paths.RunFolder(run_folder).evaluation(data.name, weights.step)
     console.say(f"results and pictures in {folder.path}")
 
 
@@ -104,6 +117,8 @@ def embed(
     ] = False,
 ) -> None:
     """Compute the dense features of one scan."""
+    if out.suffix != ".npz":
+        raise exits.UserError(f"--out {out}: features are written as .npz; use {out}.npz")
     from tapct.data import ingest
     from tapct.weights import pretrained as weights
 
@@ -113,14 +128,14 @@ def embed(
 
 
 @app.command(epilog=examples("tapct report runs/quickstart"))
-def report(run_folder: RunFolder) -> None:
+def report(run_folder: RunFolder, data: DataSet = "") -> None:
     """Write an HTML report of a run.
 
     RUN/report.html shows curves, health, timing, pictures and the config on one page.
     """
     from tapct.report import page
 
-    console.say(f"report: {page.write(run_folder)}")
+    console.say(f"report: {page.write(run_folder, data)}")
 
 
 @app.command(
@@ -143,6 +158,7 @@ def compare(
             show_default="losses and health",
         ),
     ] = None,
+    data: DataSet = "",
 ) -> None:
     """Compare runs: metrics, settings and curves.
 
@@ -151,7 +167,7 @@ def compare(
     """
     from tapct.report import compare as comparing
 
-    comparison = comparing.read(runs, metric or [])
+    comparison = comparing.read(runs, metric or [], data)
     for note in comparison.notes:
         console.say(note)
     console.say(comparing.render_text(comparison, console.console().width))

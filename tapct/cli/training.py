@@ -113,11 +113,12 @@ def plan(
 
     Nothing is trained. Memory and time are reported for each GPU count.
     """
-    from tapct import config as configs
     from tapct.plan import command
-    from tapct.run.config import RunConfig
+    from tapct.run import rules
 
-    resolved = configs.load_config(RunConfig, config, overrides or [])
+    resolved = rules.load_run_config(config, overrides or [])
+    for line in rules.warnings(resolved):
+        console.warn(line)
     options = command.Options(gpus, gpus_per_node, memory, tflops, measure, utilisation)
     console.console().print(command.report(resolved.value, options))
 
@@ -135,7 +136,9 @@ def train(
     print_config: Annotated[
         bool,
         typer.Option(
-            "--print-config", help="print every setting and where it comes from, and exit"
+            "--print-config",
+            help="print every setting and where it comes from, check that a run can start, and "
+            "exit",
         ),
     ] = False,
     allow_change: Annotated[
@@ -167,7 +170,9 @@ def train(
 
         resolved = pretrain.read_config(config, overrides or [])
         if print_config:
-            print(resolved.pretty())
+            print(resolved.pretty(), flush=True)
+            for line in pretrain.check(resolved, allow_change):
+                console.warn(line)
             return
         stop = pretrain.train(resolved, allow_change)
     if stop.signal:

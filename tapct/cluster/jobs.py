@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 from tapct.base import console, jsonl
 from tapct.base.exits import UserError
+from tapct.base.files import expand_path
+from tapct.base.recent import LAST_STEPS, last_mean
 from tapct.cluster import slurm
 from tapct.cluster.slurm import QueuedJob
 from tapct.run_folder import JobFolder, RunFolder
@@ -139,9 +141,11 @@ def read_progress(
     step, loss = 0, math.nan
     if rows:
         step = int(rows[-1]["step"])
-        last_loss = rows[-1].get("loss/total")
-        loss = math.nan if last_loss is None else float(last_loss)
-    paces = [row["seconds/step"] for row in rows[-20:] if row.get("seconds/step") is not None]
+        logged = [(row["step"], row["loss/total"]) for row in rows if "loss/total" in row]
+        values = [math.nan if value is None else float(value) for _, value in logged]
+        loss = last_mean([at for at, _ in logged], values, step)
+    recent = rows[-LAST_STEPS:]
+    paces = [row["seconds/step"] for row in recent if row.get("seconds/step") is not None]
     events = _read_events(run, submission.job)
     job = None if queue is None else queue.get(submission.job)
     why = _why_given_up(job, events)
@@ -270,10 +274,11 @@ def cancel_jobs(targets: Sequence[str]) -> list[str]:
 def _active_jobs_of(target: str, queue: dict[str, QueuedJob]) -> dict[str, Path | None]:
     """Ids of the jobs that wait or run -> run folder, or None where the target is an id."""
     is_id = re.fullmatch(r"\d+(_\d+)?", target) is not None
-    if is_id and not Path(target).is_dir():
+    folder = expand_path(target)
+    if is_id and not folder.is_dir():
         ids = [job for job in queue if job == target or job.startswith(f"{target}_")]
         return {job: None for job in ids if queue[job].is_active}
-    submissions = find_submissions([Path(target)])
+    submissions = find_submissions([folder])
     if not submissions:
         raise UserError(f"{target} holds no run that was submitted; name a run folder or a job id")
     chosen: dict[str, Path | None] = {}

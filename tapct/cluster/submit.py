@@ -23,12 +23,12 @@ from tapct.cluster.folders import make_new_folder
 from tapct.cluster.resources import Resources
 from tapct.cluster.script import JobFolders
 from tapct.cluster.snapshot import copy_package, snapshot_name
-from tapct.config import Resolved, load_config
+from tapct.config import Resolved
 from tapct.data.store import Store
-from tapct.engine import checkpoint
 from tapct.engine.checkpoint import Checkpoints
 from tapct.run.config import RunConfig
-from tapct.run.resume import changed_keys, what_changed, with_new_keys
+from tapct.run.resume import check_resume
+from tapct.run.rules import load_run_config, warnings
 from tapct.run_folder import JobFolder, RunFolder, step_of
 
 
@@ -67,12 +67,12 @@ def plan_runs(config: Path, overrides: Sequence[str], axes: Sequence[str]) -> Pl
     Raises:
         UserError: one of the configs is wrong.
     """
-    first = load_config(RunConfig, config, overrides)
+    first = load_run_config(config, overrides)
     root: Path = first.value.out
     if not axes:
         return PlannedRuns((first,), root)
     points = sweep.product(axes)
-    runs = [load_config(RunConfig, config, point.overrides(overrides, root)) for point in points]
+    runs = [load_run_config(config, point.overrides(overrides, root)) for point in points]
     return PlannedRuns(tuple(runs), root)
 
 
@@ -106,33 +106,10 @@ def check_run(resolved: Resolved, resources: Resources, allow_change: bool = Fal
     check_resume(resolved, allow_change)
 
 
-def check_resume(resolved: Resolved, allow_change: bool) -> None:
-    """Refuse a run whose folder holds checkpoints from which it must not or cannot resume.
-
-    Args:
-        resolved: config of the run.
-        allow_change: whether to resume even though settings that affect training have changed.
-    Raises:
-        UserError: train.resume=never, or the config has changed since the newest checkpoint.
-    """
-    config: RunConfig = resolved.value
-    saved = _finished_checkpoints(config)
-    if saved and config.train.resume == "never":
-        raise UserError(
-            f"{config.out} holds checkpoints and train.resume=never; choose another out= or "
-            "remove it"
-        )
-    if saved and not allow_change:
-        newest = max(saved, key=step_of)
-        before = with_new_keys(checkpoint.read_meta(newest).config, type(config))
-        changed = changed_keys(before, resolved.to_dict())
-        if changed:
-            raise UserError(what_changed(changed, newest))
-
-
-def run_warnings(config: RunConfig, resources: Resources) -> list[str]:
+def run_warnings(resolved: Resolved, resources: Resources) -> list[str]:
     """Combinations that work but are probably not intended, one line each."""
-    lines, workers = [], config.data.loader.workers
+    config: RunConfig = resolved.value
+    lines, workers = warnings(resolved), config.data.loader.workers
     if config.device == "auto" and not resources.gpus_per_node:
         lines.append("the job requests no GPU and will train on the CPU; add --gpus-per-node")
     if config.device == "cpu" and resources.gpus_per_node:

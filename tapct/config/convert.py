@@ -6,6 +6,7 @@ and each dataclass checks the rules between its own fields in `__post_init__`.
 
 from __future__ import annotations
 
+import os
 import re
 import typing
 from collections.abc import Mapping
@@ -20,13 +21,19 @@ from tapct.config.fields import KeyPath, checked, dotted, kind
 from tapct.config.schema import ConfigField, fields_of
 from tapct.config.sources import ConfigError, Sources
 
+# `${NAME}`; OmegaConf's own forms hold a dot, a colon or a bracket, or name a key of the config
+_ENVIRONMENT = re.compile(r"\$\{([A-Za-z_]\w*)\}")
+
 
 def interpolated(full: dict[str, Any], sources: Sources) -> dict[str, Any]:
     """The tree with `${...}` replaced by the values that they point at.
 
+    A name that is no key of the config, as in `${HOME}`, is an environment variable.
+
     Raises:
         ConfigError: one of them points at nothing, or at itself.
     """
+    full = _with_environment(full, (), full, sources)
     try:
         tree = OmegaConf.to_container(OmegaConf.create(full), resolve=True, throw_on_missing=True)
         return typing.cast("dict[str, Any]", tree)
@@ -34,6 +41,32 @@ def interpolated(full: dict[str, Any], sources: Sources) -> dict[str, Any]:
         path = tuple(re.findall(r"[^.\[\]]+", str(getattr(error, "full_key", "") or "")))
         rule = (str(getattr(error, "msg", "") or error).splitlines() or ["cannot be resolved"])[0]
         raise ConfigError(f"{sources.of(path)}: {dotted(path)}: {rule}") from error
+
+
+def _with_environment(node: Any, path: KeyPath, full: Mapping[str, Any], sources: Sources) -> Any:
+    """A part of the tree in which `${NAME}` is written as OmegaConf's `${oc.env:NAME}`, unless NAME
+    is a key of the config.
+    """
+    if isinstance(node, dict):
+        return {
+            key: _with_environment(value, (*path, key), full, sources)
+            for key, value in node.items()
+        }
+    if isinstance(node, list):
+        return [_with_environment(value, path, full, sources) for value in node]
+    if not isinstance(node, str):
+        return node
+
+    def replaced(match: re.Match[str]) -> str:
+        name = match[1]
+        if name in full:
+            return match[0]
+        if name not in os.environ:
+            rule = f"{name} is neither a key of the config nor an environment variable that is set"
+            raise sources.error(path, node, rule)
+        return f"${{oc.env:{name}}}"
+
+    return _ENVIRONMENT.sub(replaced, node)
 
 
 def convert(cls: type, tree: Mapping[str, Any], path: KeyPath, sources: Sources) -> Any:

@@ -14,6 +14,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from tapct.base.files import expand_path
+
 KeyPath: TypeAlias = tuple[str, ...]
 
 _KINDS = {
@@ -40,6 +42,7 @@ def setting(
     le: float | None = None,
     lt: float | None = None,
     choices: tuple[Any, ...] | None = None,
+    is_path: bool = False,
 ) -> Any:
     """One field of a frozen config dataclass.
 
@@ -50,11 +53,11 @@ def setting(
         doc: meaning of the field, with its unit, and where the default comes from.
         ge, gt, le, lt: bounds of the value, or of every element of a tuple: >=, >, <=, <.
         choices: allowed values; None allows all.
+        is_path: whether a field of type text holds a path, in which `~` and `$NAME` are replaced;
+            fields of type Path always do.
     """
-    return dataclasses.field(
-        default=default,
-        metadata={"doc": doc, "ge": ge, "gt": gt, "le": le, "lt": lt, "choices": choices},
-    )
+    metadata = {"doc": doc, "ge": ge, "gt": gt, "le": le, "lt": lt, "choices": choices}
+    return dataclasses.field(default=default, metadata={**metadata, "is_path": is_path})
 
 
 def checked(hint: Any, value: Any, metadata: Mapping[str, Any]) -> Any:
@@ -68,14 +71,16 @@ def checked(hint: Any, value: Any, metadata: Mapping[str, Any]) -> Any:
         value: value from YAML: None, bool, int, float, str or list.
         metadata: metadata of the field, from `setting`.
     Returns:
-        The value in the type of the field: lists become tuples, and whole numbers become floats in
-        a field of type float.
+        The value in the type of the field: lists become tuples, whole numbers become floats in a
+        field of type float, and a number such as 1e4 becomes 10000 in a field of type int.
     Raises:
         ValueError: the rule that the value breaks, as a phrase such as "must be >= 0".
     """
     result = _typed(hint, value)
     for item in _flat(result):
         _check_range(item, metadata)
+    if metadata.get("is_path") and result:
+        return str(expand_path(result))
     return result
 
 
@@ -119,6 +124,8 @@ def nearest_keys(unknown: str, keys: Sequence[str], most: int = 2) -> list[str]:
     for key in keys:
         # the right name in the wrong section counts nearly as much as a likeness of the whole key
         same_name = _likeness(_last(unknown), _last(key)) - 0.02
+        if _initials(_last(unknown)) == _last(key) or _last(unknown) == _initials(_last(key)):
+            same_name = 0.9  # learning_rate and lr
         scores[key] = max(_likeness(unknown, key), same_name)
     best = max(scores.values(), default=0.0)
     near = [key for key, score in scores.items() if score >= max(0.65, best - 0.03)]
@@ -127,6 +134,12 @@ def nearest_keys(unknown: str, keys: Sequence[str], most: int = 2) -> list[str]:
 
 def _last(key: str) -> str:
     return key.rpartition(".")[2]
+
+
+def _initials(name: str) -> str:
+    """The first letters of the words of a name; empty for a single word."""
+    words = name.split("_")
+    return "".join(word[:1] for word in words) if len(words) > 1 else ""
 
 
 def _likeness(one: str, other: str) -> float:
@@ -146,7 +159,7 @@ def _typed(hint: Any, value: Any) -> Any:
     elif hint is float:
         fits = isinstance(value, (int, float)) and not isinstance(value, bool)
     elif hint is int:
-        fits = isinstance(value, int) and not isinstance(value, bool)
+        fits = _is_whole(value)
     elif hint is Path:
         fits = isinstance(value, str) and value != ""
     elif hint in (bool, str):
@@ -161,7 +174,24 @@ def _typed(hint: Any, value: Any) -> Any:
         if hint is str and isinstance(value, (bool, int, float)):
             rule += "; quote it if you mean text"
         raise ValueError(rule)
-    return hint(value) if hint in (float, Path) else value
+    if hint is Path:
+        return expand_path(value)
+    if hint not in (int, float):
+        return value
+    try:
+        return hint(value)
+    except OverflowError as error:  # a whole number that no float can hold
+        raise ValueError("must be finite") from error
+
+
+def _is_whole(value: Any) -> bool:
+    """Whether a value is a whole number, also one that YAML reads as a float, such as 1e4.
+
+    Floats from 2^53 on are not all the whole number that was written, so they do not count.
+    """
+    if isinstance(value, float):
+        return value.is_integer() and abs(value) < 2**53
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _typed_union(hint: Any, args: tuple[Any, ...], value: Any) -> Any:
@@ -208,7 +238,8 @@ def _check_range(value: Any, metadata: Mapping[str, Any]) -> None:
         raise ValueError("must be finite")
     choices = metadata.get("choices")
     if choices is not None and value is not None and value not in choices:
-        raise ValueError("must be one of " + ", ".join(map(str, choices)))
+        named = [str(choice) or "'' (empty)" for choice in choices]
+        raise ValueError("must be one of " + ", ".join(named))
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         bounds = [(name, metadata[name]) for name in _BOUNDS if metadata.get(name) is not None]
         if not all(_BOUNDS[name][0](value, bound) for name, bound in bounds):

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tapct.base.files import unexpanded
 from tapct.config import plugins
 from tapct.config.fields import KeyPath
 
@@ -122,6 +123,8 @@ def to_plain(declared: dataclasses.Field[Any], value: Any) -> Any:
         on = {entry.name: to_dict(entry.config) for entry in value}
         off = [name for name in declared.metadata["plugin_default"] if name not in on]
         return {**on, **dict.fromkeys(off)}
+    if declared.metadata.get("is_path") and value:
+        return unexpanded(value)
     return _plain_value(value)
 
 
@@ -130,7 +133,7 @@ def _plain_value(value: Any) -> Any:
         return to_dict(value)
     if isinstance(value, tuple | list):
         return [_plain_value(one) for one in value]
-    return str(value) if isinstance(value, Path) else value
+    return unexpanded(value) if isinstance(value, Path) else value
 
 
 def leaves(

@@ -17,6 +17,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from tapct.base.files import expand_path
 from tapct.config.fields import KeyPath
 
 _PACKAGE = Path(__file__).resolve().parent.parent
@@ -66,6 +67,7 @@ def config_file(named: Path) -> Path:
         named: path of a YAML file, or a bare name such as `smoke`. A bare name that is not a file
             is looked up among the configs that come with tapct.
     """
+    named = expand_path(named)
     if named.suffix or named.parent != Path() or named.is_file():
         return named
     shipped = shipped_folder() / f"{named}.yaml"
@@ -96,7 +98,7 @@ def read_chain(path: Path) -> list[Layer]:
         tree, sources = _read(current, named_at)
         base = tree.pop("base", None)
         named_at = sources.pop(("base",), "")
-        if not isinstance(base, str | None):
+        if not isinstance(base, str | None) or base == "":
             raise ValueError(f"{named_at}: base = {base}: must be the path of one YAML file")
         layers.append(Layer(tree, sources, ordered=True))
         current = _base_file(current, base) if base else None
@@ -105,7 +107,7 @@ def read_chain(path: Path) -> list[Layer]:
 
 def _base_file(file: Path, base: str) -> Path:
     """The file that `base:` names: beside the file that contains it, or a shipped config."""
-    beside = file.parent / base
+    beside = file.parent / expand_path(base)
     if beside.is_file() or base not in shipped_names():
         return beside
     return shipped_folder() / f"{base}.yaml"
@@ -190,6 +192,9 @@ def _near_files(path: Path) -> str:
     near = difflib.get_close_matches(path.with_suffix(".yaml").name, files, n=1)
     if near:
         return f"; did you mean {_shown(path.parent / near[0])}?"
+    near = difflib.get_close_matches(path.stem, shipped_names(), n=1)
+    if near:  # e.g. configs/smok.yaml in a folder without configs/
+        return f"; did you mean {near[0]}? It comes with tapct"
     return f"; {_shown(path.parent)} holds {', '.join(files[:8])}" if files else ""
 
 

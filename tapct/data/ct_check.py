@@ -25,7 +25,8 @@ _MIN_VOXELS = 1000  # fewer give no histogram
 _MIN_PAIRS = 100
 _MIN_NOISE_HU = 120.0  # noise of a scanner inside of a body stays below it
 _METAL_HU = 1500
-_MAX_LEVELS = 16
+_MAX_LEVELS = 16  # different values of a label map, whatever its texture
+_FEW_LEVELS = 512  # different values; CT has more
 _MAX_WINDOW_HU = 2000  # 12-bit scans end at 2976 or 3071 HU by themselves
 _MAX_BETWEEN = 0.5
 _MIN_TURNED = 0.05  # share of voxels
@@ -161,8 +162,9 @@ def _check_texture(hu_ZYX: np.ndarray, histogram: HuHistogram, rules: CheckRules
     # one repeated value may be padding or the end of a window, which have rules of their own
     for hu in {histogram.low, histogram.high, *(fill.hu for fill in histogram.fills[:1])}:
         body &= (first != hu) & (second != hu)
-    num_pairs = int(body.sum())
-    if num_pairs >= _MIN_PAIRS:
+    distinct = int((histogram.counts > 0).sum())
+    # a scan that was enlarged by repeating voxels is flat too, but has many values
+    if distinct <= _FEW_LEVELS and int(body.sum()) >= _MIN_PAIRS:
         flat = float((difference[body] == 0).mean())
         if flat > rules.max_flat:
             raise Refused(
@@ -170,7 +172,6 @@ def _check_texture(hu_ZYX: np.ndarray, histogram: HuHistogram, rules: CheckRules
                 f"{flat:.0%} of the neighbours in the body are equal; rule: at most "
                 f"{rules.max_flat:.0%} (max_flat); these are labels or few grey levels",
             )
-    distinct = int((histogram.counts > 0).sum())
     if distinct <= _MAX_LEVELS:
         raise Refused(
             "label_map",

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from tapct.base.exits import UserError
-from tapct.data import formats
-from tapct.data.readers import DICOM, FORMATS, dicom, format_of
+from tapct.base.exits import UserError, single_line
+from tapct.data import formats, series
+from tapct.data import passed_over as passed
+from tapct.data.readers import DICOM, FORMATS, dicom_kind, format_of
+from tapct.data.readers.dicom_head import Head, read_head
+from tapct.data.readers.raw import MAX_TEXT
 from tapct.types import Refused
 
 UNREADABLE = "unreadable"  # kind of a folder that cannot be listed
+DICOM_OBJECT = "dicom_object"  # kind of a DICOM file without an image, such as a structured report
+DICOMDIR = "DICOMDIR"
 
 
 @dataclass(frozen=True)
@@ -21,28 +27,66 @@ class Source:
 
     Args:
         path: path of the file. For a DICOM series it is the folder, or the first file where the
-            folder holds several series.
-        kind: name of its format in `readers.FORMATS`, or `unreadable` for a folder that cannot be
-            listed.
-        files: all files of the scan.
+            folder holds several series or the series lies in several folders.
+        kind: name of its format in `readers.FORMATS`, `dicom_object` for a DICOM file without an
+            image, or `unreadable` for a folder that cannot be listed.
+        files: all files of the scan, those of a DICOM series in the order of the slices.
+        reason: code of the rule by which its headers alone refuse it; empty for the others.
+        detail: one line that says why.
+        mark: code of what its headers alone show to be unusual; empty for most.
+        sop_class: SOPClassUID of a DICOM object.
+        modality: Modality of a DICOM object.
     """
 
     path: Path
     kind: str
     files: tuple[Path, ...]
+    reason: str = ""
+    detail: str = ""
+    mark: str = ""
+    sop_class: str = ""
+    modality: str = ""
+
+
+@dataclass(frozen=True)
+class Listing:
+    """What a folder holds.
+
+    Args:
+        sources: everything that may be a scan or a label map, in a fixed order.
+        passed_over: number of files of each kind that are neither, e.g. {".zip": 2}.
+    """
+
+    sources: tuple[Source, ...]
+    passed_over: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass
+class _Found:
+    """What the folders hold, while they are searched."""
+
+    sources: list[Source] = field(default_factory=list)
+    heads: list[Head] = field(default_factory=list)
+    passed_over: Counter[str] = field(default_factory=Counter)
 
 
 def find_sources(root: Path | str) -> list[Source]:
-    """List everything below a folder that may be a scan, in a fixed order; label maps are listed
-    too.
+    """Everything below a folder that may be a scan or a label map, see `search`."""
+    return list(search(root).sources)
 
-    Hidden files and folders are skipped. Links are followed, and each folder is visited once. DICOM
-    is recognised by its preamble and not by its name, and grouped by SeriesInstanceUID within a
-    folder. A file that is named like a scan but cannot be one is listed, so that it is refused with
-    a reason.
+
+def search(root: Path | str, *, derived: bool = False) -> Listing:
+    """List everything below a folder that may be a scan, in a fixed order; label maps are listed
+    too, and what is neither is counted.
+
+    Hidden files and folders are passed over. Links are followed, and each folder is visited once.
+    DICOM is recognised by its content and not by its name; each file is opened once, and series are
+    put together over all folders (`data/series.py`). A file that is named like a scan but cannot be
+    one is listed, so that it is refused with a reason.
 
     Args:
         root: folder of the archive.
+        derived: True to treat images that were computed from others as plain slices.
     Raises:
         UserError: `root` is missing or not a folder.
     """
@@ -52,18 +96,22 @@ def find_sources(root: Path | str) -> list[Source]:
             "is a file; give its folder" if root.exists() else "does not exist; check the path"
         )
         raise UserError(f"folder {root} {problem}")
-    sources: list[Source] = []
+    found = _Found()
     unlisted: list[Path] = []
-    for folder in _folders_below(root, unlisted):
-        sources += _sources_in(folder)
-    sources += [Source(path, UNREADABLE, (path,)) for path in unlisted]
-    return sorted(sources, key=lambda source: source.path.relative_to(root).as_posix())
+    for folder in _folders_below(root, unlisted, found.passed_over):
+        _search_folder(folder, found)
+    return _listing(root, found, unlisted, derived)
 
 
-def find_source(path: Path) -> Source:
-    """The one scan that a path stands for: a file, a folder with one DICOM series, or any file of a
-    series.
+def find_source(path: Path, *, derived: bool = False) -> Source:
+    """The one scan that a path stands for: a file, a folder with one DICOM series (in it or in the
+    folders below it), or any file of a series.
 
+    Of a series that lies in several folders, one file stands for the files of its own folder.
+
+    Args:
+        path: path of the file or folder.
+        derived: as in `search`.
     Raises:
         Refused: `unreadable` where there is no scan, `mixed_series` where there are several.
     """
@@ -72,21 +120,44 @@ def find_source(path: Path) -> Source:
     file_format = None if path.is_dir() else format_of(path)
     if file_format is not None:
         return Source(path, file_format.name, (path,))
-    folder = path if path.is_dir() else path.parent
-    series = [source for source in _sources_in(folder) if source.kind == DICOM.name]
+    found = _Found()
     if path.is_dir():
-        # a folder with one series is that series, whatever damaged DICOM files lie beside it
-        series = [source for source in series if source.path == path] or series
-    else:
-        series = [source for source in series if path in source.files]
-    if not series:
-        raise Refused("unreadable", f"{path} is not a {formats.listed('or')} scan")
-    if len(series) > 1:
+        for folder in _folders_below(path, [], Counter()):
+            _search_folder(folder, found, only_dicom=True)
+        sources = _listing(path, found, [], derived).sources
+        own = [source for source in sources if any(file.parent == path for file in source.files)]
+        return _only_scan(path, own or sources)
+    _search_folder(path.parent, found, only_dicom=True)
+    for source in _listing(path.parent, found, [], derived).sources:
+        if path in source.files:
+            return source
+    raise Refused("unreadable", f"{path} is not a {formats.listed('or')} scan")
+
+
+def _only_scan(folder: Path, sources: Sequence[Source]) -> Source:
+    """The one scan among the DICOM files of a folder, whatever scouts and damaged files lie beside
+    it; where there is none, what makes up most of the folder, so that it gives the reason.
+    """
+    scans = [source for source in sources if not source.reason]
+    if len(scans) > 1:
         raise Refused(
             "mixed_series",
-            f"{path} holds {len(series)} DICOM series; give one file of the series to read",
+            f"{folder} holds {len(scans)} DICOM series; give one file of the series to read",
         )
-    return series[0]
+    if not sources:
+        raise Refused("unreadable", f"{folder} is not a {formats.listed('or')} scan")
+    return max(scans or sources, key=lambda source: len(source.files))
+
+
+def source_of(root: Path, path: str, kind: str, file_paths: Sequence[str]) -> Source:
+    """The source of a scan that was found before.
+
+    Args:
+        root: folder of the archive.
+        path, kind, file_paths: columns of its row in the manifest.
+    """
+    files = tuple(root / file for file in file_paths) or (root / path,)
+    return Source(root / path, kind, files)
 
 
 def stem_of(path: Path) -> str:
@@ -100,12 +171,13 @@ def stem_of(path: Path) -> str:
     return path.name
 
 
-def _folders_below(root: Path, unlisted: list[Path]) -> Iterator[Path]:
+def _folders_below(root: Path, unlisted: list[Path], passed_over: Counter[str]) -> Iterator[Path]:
     """`root` and all folders below it that are not hidden, each once.
 
     Args:
         root: folder to start from.
         unlisted: list that receives the folders that cannot be listed.
+        passed_over: counts that receive the hidden folders.
     """
     seen: set[tuple[int, int]] = set()
     for folder, subfolders, _ in os.walk(
@@ -116,36 +188,126 @@ def _folders_below(root: Path, unlisted: list[Path]) -> Iterator[Path]:
             subfolders.clear()
             continue
         seen.add((status.st_dev, status.st_ino))
-        subfolders[:] = sorted(
-            name for name in subfolders if not name.startswith((".", "__MACOSX"))
-        )
+        visible = [name for name in subfolders if not name.startswith((".", "__MACOSX"))]
+        passed_over[passed.HIDDEN_FOLDER] += len(subfolders) - len(visible)
+        subfolders[:] = sorted(visible)
         yield Path(folder)
 
 
-def _sources_in(folder: Path) -> list[Source]:
-    """Scans among the files of one folder, without its subfolders."""
-    with os.scandir(folder) as entries:
-        visible = [entry for entry in entries if not entry.name.startswith(".")]
-        files = sorted(folder / entry.name for entry in visible if entry.is_file())
+def _search_folder(folder: Path, found: _Found, *, only_dicom: bool = False) -> None:
+    """Add what one folder holds, without its subfolders.
+
+    Args:
+        folder: folder to search.
+        found: everything that was found so far.
+        only_dicom: True to leave out the files of other formats.
+    """
     sources: list[Source] = []
-    series: dict[str, list[Path]] = {}
-    for path in files:
+    others: list[Path] = []
+    for path in _files_in(folder, found.passed_over):
         file_format = format_of(path)
-        if file_format is not None:
+        if file_format is None:
+            others.append(path)
+        elif not only_dicom:
             sources.append(Source(path, file_format.name, (path,)))
-            continue
-        try:
-            is_slice = dicom.is_dicom(path)
-            uid = dicom.series_uid(path) if is_slice else None
-        except Exception:  # it is listed here, and reading it again gives the reason of its refusal
-            sources.append(Source(path, DICOM.name, (path,)))
-            continue
-        is_named_dicom = path.suffix.lower() in DICOM.suffixes
-        if uid:
-            series.setdefault(uid, []).append(path)
-        elif uid == "" or (is_named_dicom and not is_slice):
-            sources.append(Source(path, DICOM.name, (path,)))
-    for members in series.values():
-        path = folder if len(series) == 1 else members[0]
-        sources.append(Source(path, DICOM.name, tuple(members)))
+    stems = {stem_of(source.path) for source in sources}
+    for path in others:
+        head, problem = _head_or_problem(path)
+        if problem is not None:
+            sources.append(Source(path, DICOM.name, (path,), *problem))
+        elif head is not None and head.sop_class == dicom_kind.DICOMDIR:
+            found.passed_over[DICOMDIR] += 1
+        elif head is not None:
+            found.heads.append(head)
+        elif not passed.is_companion(path.name, stems):
+            found.passed_over[passed.kind_of(path.name)] += 1
+    found.sources += sources
+
+
+def _files_in(folder: Path, passed_over: Counter[str]) -> list[Path]:
+    """The visible files of a folder, sorted; the others are counted."""
+    files = []
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_dir():
+                continue
+            if entry.name.startswith("."):
+                passed_over[passed.HIDDEN_FILE] += 1
+            elif entry.is_file():
+                files.append(folder / entry.name)
+            else:
+                passed_over[passed.NO_FILE] += 1
+    return sorted(files)
+
+
+def _head_or_problem(path: Path) -> tuple[Head | None, tuple[str, str] | None]:
+    """The head of a DICOM file, or reason and detail of a file that is named like one or begins
+    like one and cannot be read; both are None for other files.
+    """
+    is_named_dicom = path.suffix.lower() in DICOM.suffixes
+    try:
+        head = read_head(path)
+    except Refused as error:
+        return None, (error.reason, error.detail)
+    except Exception as error:
+        line = single_line(f"{type(error).__name__}: {error}", MAX_TEXT)
+        return None, ("unreadable", f"the header of {path.name} cannot be read: {line}")
+    if head is None and is_named_dicom:
+        if path.stat().st_size == 0:
+            return None, ("empty_file", f"{path.name} has no content")
+        return None, ("unreadable", f"{path.name} is not DICOM, in spite of its name")
+    if head is not None and head.refusal is not None and head.refusal[0] == "corrupt":
+        return None, head.refusal
+    return head, None
+
+
+def _listing(root: Path, found: _Found, unlisted: list[Path], derived: bool) -> Listing:
+    """Put the DICOM files together and sort all sources by their paths."""
+    sources = list(found.sources)
+    slices: list[Head] = []
+    for head in found.heads:
+        title = dicom_kind.object_title(head.sop_class)
+        if title:
+            detail = f"{head.path.name} is a DICOM {title}, not a CT image"
+            sources.append(
+                Source(
+                    head.path,
+                    DICOM_OBJECT,
+                    (head.path,),
+                    reason="not_ct",
+                    detail=detail,
+                    sop_class=head.sop_class,
+                    modality=head.modality,
+                )
+            )
+        else:
+            slices.append(head)
+    sources += _series_sources(series.stacks_of(slices, derived=derived))
+    sources += [Source(path, UNREADABLE, (path,)) for path in unlisted]
+    in_order = sorted(sources, key=lambda source: source.path.relative_to(root).as_posix())
+    return Listing(tuple(in_order), dict(+found.passed_over))
+
+
+def _series_sources(stacks: Sequence[series.Stack]) -> list[Source]:
+    """Sources of the stacks of slices.
+
+    A stack is called by its folder where that holds this whole stack alone, or nothing but this
+    one; else by its first file.
+    """
+    folders = [{head.path.parent for head in stack.heads} for stack in stacks]
+    num_stacks = Counter(folder for parents in folders for folder in parents)
+    num_whole: Counter[Path] = Counter()
+    for stack, parents in zip(stacks, folders):
+        if not stack.reason:
+            num_whole.update(parents)
+    sources = []
+    for stack, parents in zip(stacks, folders):
+        files = tuple(head.path for head in stack.heads)
+        path = min(files)
+        (home, *more) = parents
+        if not more:
+            is_alone = num_stacks[home] == 1
+            if is_alone or (not stack.reason and num_whole[home] == 1):
+                path = home
+        sources.append(Source(path, DICOM.name, files, stack.reason, stack.detail, stack.mark))
     return sources

@@ -6,7 +6,13 @@ They are apart from `readers.FORMATS`, because help texts must not wait for nump
 from __future__ import annotations
 
 # name of a format in `readers.FORMATS` -> name for people, in the same order; a test compares them
-TITLES = {"nifti": "NIfTI", "nrrd": "NRRD", "meta": "MetaImage", "dicom": "DICOM"}
+TITLES = {
+    "nifti": "NIfTI",
+    "nrrd": "NRRD",
+    "meta": "MetaImage",
+    "mgh": "MGH",
+    "dicom": "DICOM",
+}
 
 
 def listed(last: str, *, without: str = "") -> str:

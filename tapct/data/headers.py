@@ -17,6 +17,8 @@ from tapct.types import Refused, ScanFacts
 # field of Header and the key of a side-car, as BIDS and dcm2niix write it
 SIDECAR_KEYS = {
     "patient_id": "PatientID",
+    "study_uid": "StudyInstanceUID",
+    "series_uid": "SeriesInstanceUID",
     "study_date": "StudyDate",
     "modality": "Modality",
     "manufacturer": "Manufacturer",
@@ -79,11 +81,12 @@ def facts_of(header: Header, key: bytes | None) -> ScanFacts:
 
 
 def _age_years(text: str) -> float:
-    """Years from DICOM's `063Y`, `018M`, `012W`, `003D` or a plain number; NaN for anything
-    else.
+    """Years from DICOM's `063Y`, `018M`, `012W`, `003D`, from words such as `63 years`, or from a
+    plain number; NaN for anything else.
     """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([YMWD]?)\s*", text.upper())
-    return float(match[1]) * YEARS_PER_UNIT[match[2]] if match else float("nan")
+    units = "Y|M|W|D|YRS?|YEARS?|MONTHS?|WEEKS?|DAYS?"
+    match = re.fullmatch(rf"\s*(\d+(?:\.\d+)?)\s*({units})?(?: OLD)?\s*", text.upper())
+    return float(match[1]) * YEARS_PER_UNIT[(match[2] or "")[:1]] if match else float("nan")
 
 
 def label_names(path: Path, sidecar: dict[str, Any]) -> tuple[tuple[int, str], ...]:

@@ -1,68 +1,111 @@
 """Read one scan or label map from disk as a `Volume` or `LabelMap`.
 
 A reader gives the voxels as stored. Here they become HU (or labels) in LPS with axial slices first.
-Nothing is resampled: axes are permuted and flipped to the nearest LPS axes, and a scan that this
-cannot bring upright (gantry tilt, more than 41 degrees off the body's axes) is refused. Every rule
-has a reason code. An exception inside a reader library becomes `unreadable` with its message.
+Nothing is resampled unless `ReadRules.resample_tilt` asks for it: axes are permuted and flipped to
+the nearest LPS axes, and a scan that this cannot bring upright (gantry tilt, more than 41 degrees
+off the body's axes) is refused. Every rule has a reason code. An exception inside a reader library
+becomes `unreadable` with its message.
 """
 
 from __future__ import annotations
 
+import importlib
+import os
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from tapct.base.exits import single_line
-from tapct.data import formats
-from tapct.data.check_rules import DEFAULT_RULES, CheckRules
+from tapct.base.files import expand_path
+from tapct.data import formats, tilt
 from tapct.data.ct_check import check_hu, check_is_ct
 from tapct.data.discover import UNREADABLE, Source, find_source
 from tapct.data.geometry import to_lps
 from tapct.data.headers import facts_of, label_names, merge_sidecar, read_sidecar
-from tapct.data.readers import DICOM, format_named
+from tapct.data.read_rules import PLAIN, ReadRules
+from tapct.data.readers import DICOM, FORMATS, format_named
 from tapct.data.readers.raw import MAX_TEXT, Image
 from tapct.types import AIR_HU, LabelMap, Refused, Volume
 
+OUT_OF_MEMORY = "out_of_memory"
+# what reader libraries write where an allocation failed; ITK raises RuntimeError
+_NO_MEMORY = re.compile("bad_alloc|bad allocation|failed to allocate|not enough memory", re.I)
 MAX_HU = 32767  # largest int16
 MAX_LABEL = 65535  # largest uint16
 
 
-def read_volume(
-    path: Path | str, key: bytes | None = None, rules: CheckRules | None = DEFAULT_RULES
-) -> Volume:
+def read_volume(path: Path | str, key: bytes | None = None, accept: ReadRules = PLAIN) -> Volume:
     """Read one CT scan.
 
     Args:
-        path: path of a NIfTI, NRRD or MetaImage file, of a folder with one DICOM series, or of one
-            DICOM file, which stands for its whole series.
+        path: path of a file, of a folder with one DICOM series, or of one DICOM file, which stands
+            for its whole series in this folder.
         key: secret of the patient's hash in `facts`; without it the hash stays empty.
-        rules: thresholds of the checks of values; None leaves these checks out, for a scan that
-            passed them before and is recognised by its digest.
+        accept: what is accepted beyond plain scans.
     Returns:
         The scan in int16 HU, (Z, Y, X) in LPS, every value >= AIR_HU.
     Raises:
         Refused: the scan breaks a rule.
     """
-    return read_source(find_source(Path(path)), key, rules)
+    with refusing(expand_path(path)):
+        source = find_source(expand_path(path), derived=accept.derived)
+    return read_source(source, key, accept)
 
 
-def read_source(
-    source: Source, key: bytes | None = None, rules: CheckRules | None = DEFAULT_RULES
-) -> Volume:
+def read_source(source: Source, key: bytes | None = None, accept: ReadRules = PLAIN) -> Volume:
     """`read_volume` for a source that `find_sources` found, without searching its folder again."""
+    _load_library(source)
+    with refusing(source.path):
+        return _read_source(source, key, accept)
+
+
+def _read_source(source: Source, key: bytes | None, accept: ReadRules) -> Volume:
     image = _read_image(source)
+    marks = _marks(source, image, accept)
     header = image.header
     if source.kind != DICOM.name:
         header = merge_sidecar(header, read_sidecar(source.path))
     if header.modality and header.modality.upper() != "CT":
         raise Refused("not_ct", f"Modality is '{header.modality}'; rule: CT")
+    if accept.resample_tilt and tilt.is_tilted(image.affine):
+        image = tilt.upright(image)
+        marks += (tilt.MARK,)
     view_ZYX, spacing_mm, origin_mm = to_lps(image.voxels_IJK, image.affine)
     declared_ct = header.modality.upper() == "CT"
-    if rules is not None:
-        check_is_ct(image.voxels_IJK, image.slope, image.intercept, declared_ct, rules)
+    if accept.checks is not None:
+        check_is_ct(image.voxels_IJK, image.slope, image.intercept, declared_ct, accept.checks)
     hu_ZYX = _to_hu(view_ZYX, image.slope, image.intercept)
-    marks = () if rules is None else check_hu(hu_ZYX, declared_ct, rules)
-    return Volume(hu_ZYX, spacing_mm, origin_mm, facts_of(header, key), marks)
+    if accept.checks is not None:
+        marks += check_hu(hu_ZYX, declared_ct, accept.checks)
+    facts = replace(facts_of(header, key), lossy_ratio=image.lossy_ratio)
+    return Volume(hu_ZYX, spacing_mm, origin_mm, facts, marks)
+
+
+def _marks(source: Source, image: Image, accept: ReadRules) -> tuple[str, ...]:
+    """Codes of what is unusual about a scan as its file holds it.
+
+    Raises:
+        Refused: derived_image, lossy, where that is not to be accepted.
+    """
+    if image.derived and not accept.derived:
+        raise Refused("derived_image", f"it is {image.derived}; accept with --derived")
+    if image.lossy_ratio > accept.max_lossy_ratio:
+        raise Refused(
+            "lossy",
+            f"it was compressed {image.lossy_ratio:g}:1 with loss; rule: at most "
+            f"{accept.max_lossy_ratio:g}:1 (--max-lossy-ratio)",
+        )
+    marks = [source.mark] if source.mark else []
+    if image.derived:
+        marks.append("derived")
+    if image.is_lossy:
+        marks.append("lossy")
+    return tuple(marks)
 
 
 def read_labels(path: Path | str) -> LabelMap:
@@ -79,13 +122,20 @@ def read_labels(path: Path | str) -> LabelMap:
         Refused: a reason for which a scan is refused too, or `not_labels`: values that are not
             whole numbers from 0 to 65535.
     """
-    source = find_source(Path(path))
+    with refusing(Path(path)):
+        source = find_source(Path(path))
     if source.kind == DICOM.name:
         raise Refused(
             "unsupported",
             f"labels are read from {formats.listed('or', without=DICOM.name)}; convert the DICOM "
             "SEG",
         )
+    _load_library(source)
+    with refusing(source.path):
+        return _read_labels(source)
+
+
+def _read_labels(source: Source) -> LabelMap:
     image = _read_image(source)
     view_ZYX, spacing_mm, origin_mm = to_lps(image.voxels_IJK, image.affine)
     labels_ZYX = _to_labels(source.path.name, view_ZYX, image.slope, image.intercept)
@@ -94,22 +144,49 @@ def read_labels(path: Path | str) -> LabelMap:
 
 
 def _read_image(source: Source) -> Image:
-    """Call the format's reader; every exception but a missing library becomes a refusal."""
+    """Call the format's reader."""
+    if source.reason:
+        raise Refused(source.reason, source.detail)
     if source.kind == UNREADABLE:
         raise Refused(
             "unreadable", f"folder {source.path.name} cannot be listed; check its permissions"
         )
+    for path in source.files:
+        if path.stat().st_size == 0:
+            raise Refused("empty_file", f"{path.name} has no content")
+    return format_named(source.kind).read(source.files)
+
+
+def _load_library(source: Source) -> None:
+    """Load what decodes a source; a library that cannot be loaded is not a fault of the scan."""
+    # a source that is refused without being read, such as a folder that cannot be listed, has no
+    # format
+    if source.kind in {known.name for known in FORMATS}:
+        for library in format_named(source.kind).libraries:
+            importlib.import_module(library)
+
+
+@contextmanager
+def refusing(path: Path) -> Iterator[None]:
+    """Within this context, every exception that a file can cause becomes a refusal, and no warning
+    of Python code is printed.
+
+    Args:
+        path: path of the scan; its folder is removed from the messages of libraries.
+    """
     try:
-        for path in source.files:
-            if path.stat().st_size == 0:
-                raise Refused("empty_file", f"{path.name} has no content")
-        return format_named(source.kind).read(source.files)
-    except (Refused, ImportError):  # a library that cannot be loaded is not a fault of this scan
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except Refused:
         raise
     except Exception as error:
-        raise Refused(
-            "unreadable", single_line(f"{type(error).__name__}: {error}", MAX_TEXT)
-        ) from error
+        text = f"{type(error).__name__}: {error}".replace(f"{path.parent}{os.sep}", "")
+        no_memory = isinstance(error, MemoryError) or _NO_MEMORY.search(text)
+        reason = OUT_OF_MEMORY if no_memory else "unreadable"
+        raise Refused(reason, single_line(text, MAX_TEXT)) from error
+    except SystemExit as error:
+        raise Refused("unreadable", f"the reader library ended with {error.code}") from error
 
 
 def _to_hu(view_ZYX: np.ndarray, slope: float, intercept: float) -> np.ndarray:

@@ -12,7 +12,8 @@ import functools
 import hashlib
 import os
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -109,10 +110,20 @@ class Row:
 
 @dataclass(frozen=True)
 class Manifest:
-    """All rows of an archive, in the order of their paths."""
+    """All rows of an archive, in the order of their paths.
+
+    Args:
+        rows: accepted and refused scans.
+        root: folder of the archive.
+        patient_key: name of the key of the patient hashes; empty where unknown.
+        passed_over: number of files of each kind that are no scan; only after the index, since the
+            file does not hold it.
+    """
 
     rows: tuple[Row, ...]
     root: Path
+    patient_key: str = ""
+    passed_over: Mapping[str, int] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def accepted(self) -> tuple[Row, ...]:
@@ -145,7 +156,7 @@ class Manifest:
             UserError: there is no manifest, it has another version, or it was changed after it was
                 written.
         """
-        path = Path(path)
+        path = files.expand_path(path)
         if not path.is_file():
             problem = "is a folder" if path.is_dir() else "does not exist"
             raise UserError(f"manifest {path} {problem}; make one with `tapct index`")
@@ -171,7 +182,7 @@ class Manifest:
             beside = path.parent / metadata["tapct.root_relative"]
             if not root.is_dir() and beside.is_dir():  # archive and manifest moved together
                 root = beside.resolve()
-        manifest = cls(rows, root)
+        manifest = cls(rows, root, metadata.get("tapct.patient_key", ""))
         if manifest.digest != metadata["tapct.digest"]:
             raise UserError(
                 f"{path} does not match its own digest, so it was changed or damaged; make it "
@@ -198,6 +209,7 @@ def write_table(manifest: Manifest, out: Path) -> None:
         "tapct.root": str(manifest.root),
         "tapct.root_relative": os.path.relpath(manifest.root, out.parent.resolve()),
         "tapct.digest": manifest.digest,
+        "tapct.patient_key": manifest.patient_key,
     }
     schema = pyarrow.schema([(f.name, _ARROW[str(f.type)]) for f in fields], metadata=metadata)
     try:

@@ -10,11 +10,8 @@ Axes: Z Y X depth height width in voxels.
 
 from __future__ import annotations
 
-import fcntl
-import multiprocessing
 import re
 import shutil
-import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -25,13 +22,18 @@ import numpy as np
 
 from tapct.base.exits import UserError
 from tapct.base.files import NO_SPACE, TEMPORARY_SUFFIX, write_atomically
-from tapct.data.ingest import read_volume
+from tapct.base.locks import hold
+from tapct.data.discover import source_of
+from tapct.data.ingest import OUT_OF_MEMORY, read_source
 from tapct.data.manifest import Manifest, Row
 from tapct.data.packed import Damaged, PackedMeta, encode, open_packed
-from tapct.data.process_pool import map_unordered
+from tapct.data.process_pool import DEFAULT_LIMITS, Failure, ScanLimits, map_unordered
+from tapct.data.read_rules import AS_INDEXED
+from tapct.data.readers import LIBRARIES
 from tapct.data.store import INDEX_NAME, StoredScan, index_bytes
 from tapct.types import Refused, Volume
 
+LOCK_NAME = ".lock"
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
@@ -107,6 +109,7 @@ def pack(
     *,
     workers: int = 0,
     level: int = 1,
+    limits: ScanLimits = DEFAULT_LIMITS,
     progress: Callable[[int, int], None] | None = None,
 ) -> PackReport:
     """Pack every accepted scan of a manifest that is not packed yet.
@@ -114,8 +117,10 @@ def pack(
     Args:
         manifest: manifest that `tapct index` wrote.
         out: folder of the store; made if absent.
-        workers: number of processes; 0 or 1 packs in this one.
+        workers: number of processes; 0 packs in this one, without protection from a file that
+            ends, blocks or fills it.
         level: level of zstd, 1 to 9; higher is smaller and slower to write.
+        limits: time and memory that one scan may take in a worker process.
         progress: function that is called with (finished scans, scans in all).
     Raises:
         UserError: there is nothing to pack, nothing could be packed, the disk is full, or another
@@ -127,12 +132,20 @@ def pack(
     outcomes: list[_Outcome | None] = [None] * len(rows)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        with _only_one(out):
-            for leftover in out.glob(f".*{TEMPORARY_SUFFIX}"):
-                leftover.unlink()
+        # a second pack would delete the unfinished files of the first one
+        taken = f"another `tapct pack` is writing to {out}"
+        with hold(out / LOCK_NAME, taken) as lock, _without_leftovers(out):
             tasks = [_Task(row, root, out, level) for row in rows]
-            # closing lets the running scans finish and starts no more
-            with closing(map_unordered(pack_task, tasks, workers, _crashed)) as results:
+            results = map_unordered(
+                pack_task,
+                tasks,
+                workers,
+                _failed,
+                num_bytes=lambda task: max(task.row.bytes, _voxel_bytes(task.row)),
+                limits=limits,
+                modules=(__name__, *LIBRARIES),
+            )
+            with closing(results):  # ends the workers at an error or Ctrl-C
                 for done, (i, outcome) in enumerate(results, 1):
                     if outcome.write_error is not None:
                         raise outcome.write_error
@@ -144,12 +157,29 @@ def pack(
             report = _report(out, finished, scans, time.monotonic() - started)
             if not scans:
                 raise _nothing_packed(report, root)
-            write_atomically(
-                out / INDEX_NAME, index_bytes(scans, root, manifest.digest, manifest.summary())
+            lock.check()
+            content = index_bytes(
+                scans, root, manifest.digest, manifest.summary(), manifest.patient_key
             )
+            write_atomically(out / INDEX_NAME, content)
             return report
     except OSError as error:
         raise _write_error(error, out, rows, outcomes) from error
+
+
+@contextmanager
+def _without_leftovers(out: Path) -> Iterator[None]:
+    """Remove the unfinished files of killed processes, before and after this context."""
+    _remove_leftovers(out)
+    try:
+        yield
+    finally:
+        _remove_leftovers(out)
+
+
+def _remove_leftovers(out: Path) -> None:
+    for leftover in out.glob(f".*{TEMPORARY_SUFFIX}"):
+        leftover.unlink(missing_ok=True)
 
 
 def _nothing_packed(report: PackReport, root: Path) -> UserError:
@@ -183,29 +213,14 @@ def _checked_rows(manifest: Manifest, level: int) -> Sequence[Row]:
     return rows
 
 
-@contextmanager
-def _only_one(out: Path) -> Iterator[None]:
-    """Hold the folder's lock, since a second pack would delete the unfinished files of this one."""
-    with open(out / ".lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"another `tapct pack` is writing to {out}; wait for it or choose another folder."
-            ) from None
-        yield
-
-
-def _crashed(task: _Task) -> _Outcome:
-    """The result of a scan that ended its worker process."""
-    detail = "packing it ended the process (a reader library crashed, or memory ran out)"
-    return _Outcome(refused=RefusedScan(task.row.id, task.row.path, "crashed", detail))
+def _failed(task: _Task, failure: Failure) -> _Outcome:
+    """The result of a scan whose worker process has none."""
+    detail = failure.detail.replace(f"{task.root}/", "")
+    return _Outcome(refused=RefusedScan(task.row.id, task.row.path, failure.reason, detail))
 
 
 def pack_task(task: _Task) -> _Outcome:
-    """`pack_scan` for a worker process: it raises nothing, and leaves Ctrl-C to the parent."""
-    if multiprocessing.parent_process() is not None:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """`pack_scan` as the pool calls it: an error of the store is a result, and not a refusal."""
     try:
         return pack_scan(task)
     except OSError as error:
@@ -222,8 +237,11 @@ def pack_scan(task: _Task) -> _Outcome:
         except Damaged:
             was_damaged = True
         else:
-            if (meta.id, meta.checksum) == (row.id, row.digest) and not _differences(
-                row, meta.shape_ZYX, meta.spacing_mm
+            is_current = meta.checksums_C is not None  # files of earlier versions are packed again
+            if (
+                is_current
+                and (meta.id, meta.checksum) == (row.id, row.digest)
+                and not _differences(row, meta.shape_ZYX, meta.spacing_mm)
             ):
                 return _Outcome(_stored(row, meta), kept=True, stored_bytes=file.stat().st_size)
     try:
@@ -232,6 +250,8 @@ def pack_scan(task: _Task) -> _Outcome:
             detail = f"{task.root / row.path} has other voxels than at `tapct index`; run it again."
             raise Refused("changed", detail)
     except Refused as refusal:
+        if refusal.reason == OUT_OF_MEMORY:
+            raise MemoryError(refusal.detail) from refusal  # the pool tries it again with more
         return _Outcome(
             refused=RefusedScan(row.id, row.path, refusal.reason, refusal.detail),
             was_damaged=was_damaged,
@@ -259,13 +279,15 @@ def _read_as_indexed(row: Row, root: Path) -> Volume:
     Raises:
         Refused: the scan is gone, unreadable or another one than at `tapct index`.
     """
-    path = root / row.path
-    if not path.exists():
-        raise Refused(
-            "vanished", f"{path} is gone since the manifest was made; run `tapct index` again."
-        )
+    source = source_of(root, row.path, row.kind, row.file_paths)
+    path = source.path
+    for file in (path, *source.files):
+        if not file.exists():
+            raise Refused(
+                "vanished", f"{file} is gone since the manifest was made; run `tapct index` again."
+            )
     try:
-        volume = read_volume(path, rules=None)  # its digest shows that index checked it
+        volume = read_source(source, accept=AS_INDEXED)
     except OSError as error:
         raise Refused("unreadable", f"{path}: {error.strerror or error}") from error
     z, y, x = volume.hu_ZYX.shape

@@ -139,6 +139,13 @@ def patient_key(folder: Path) -> bytes:
     return key
 
 
+def key_name(key: bytes) -> str:
+    """A name for a key, from which the key cannot be found: hashes are comparable where it is
+    equal.
+    """
+    return hashlib.blake2b(b"tapct patient key", key=key[:64], digest_size=8).hexdigest()
+
+
 def check_regex(regex: str | None) -> None:
     """Raise UserError where a patient regex is not a regular expression or has no group."""
     if regex is None:

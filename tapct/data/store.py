@@ -13,7 +13,7 @@ import json
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,10 +24,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tapct.base.exits import UserError, single_line
+from tapct.base.files import expand_path
 from tapct.data.digest import voxel_digest
-from tapct.data.packed import SCHEMA, Damaged, PackedScan
+from tapct.data.packed import Damaged, PackedScan
 
 INDEX_NAME = "store.parquet"
+SCHEMA = 2  # version of store.parquet; version 1 had no digest of its own content
 _INDEX_KEY = b"tapct.store"
 _COLUMNS = pa.schema(
     [
@@ -73,18 +75,21 @@ class Store:
         digest: hash of the voxels of the whole store, whatever the compression.
         root: folder of the archive that was packed.
         manifest_digest: digest of the manifest that was packed.
+        patient_key: name of the key of the patient hashes; of a store whose key is unknown, a name
+            that only stores of the same manifest share.
         summary: how many scans that manifest accepted, and refused by reason.
     Raises:
         UserError: there is no store, or its index is not readable.
     """
 
     def __init__(self, path: Path | str, max_open: int = 16) -> None:
-        self.path = Path(path)
+        self.path = expand_path(path)
         self.max_open = max_open
         self.scans, info = read_index(self.path)
         self.digest: str = info["digest"]
         self.root = Path(info["root"])
         self.manifest_digest: str = info["manifest_digest"]
+        self.patient_key: str = info.get("patient_key") or f"manifest {self.manifest_digest}"
         self.summary: dict[str, int] = info.get("summary", {})
         self._start_process()
 
@@ -159,8 +164,8 @@ class Store:
 
     def _damaged(self, i: int, problem: str) -> Damaged:
         return Damaged(
-            f"scan {self.scans[i].id} is damaged: {self.file(i)}: {problem}. Delete that file and "
-            "run `tapct pack` again."
+            f"scan {self.scans[i].id} is damaged: {self.file(i)}: {problem}. Run `tapct pack` with "
+            "--verify --repair to pack it again."
         )
 
     def _opened(self, i: int) -> PackedScan:
@@ -198,6 +203,7 @@ def index_bytes(
     root: Path,
     manifest_digest: str,
     summary: Mapping[str, int] | None = None,
+    patient_key: str = "",
 ) -> bytes:
     """The content of `store.parquet`.
 
@@ -206,6 +212,7 @@ def index_bytes(
         root: folder of the archive; relative label paths lie below it.
         manifest_digest: digest of the manifest.
         summary: number of rows of the manifest by reason, as `Manifest.summary` counts them.
+        patient_key: name of the key of the patient hashes; empty where unknown.
     """
     scans = tuple(scans)
     rows = [
@@ -219,11 +226,30 @@ def index_bytes(
         "manifest_digest": manifest_digest,
         "digest": store_digest(scans),
         "summary": dict(summary or {}),
+        "patient_key": patient_key,
     }
+    info["content"] = _content_digest([array.to_pylist() for array in arrays], info)
     schema = _COLUMNS.with_metadata({_INDEX_KEY: json.dumps(info).encode()})
     sink = pa.BufferOutputStream()
     pq.write_table(pa.Table.from_arrays(arrays, schema=schema), sink)
     return sink.getvalue().to_pybytes()
+
+
+def _content_digest(columns: Sequence[Sequence[Any]], info: Mapping[str, Any]) -> str:
+    """Hash everything that `store.parquet` holds, so that damage to it is noticed.
+
+    Args:
+        columns: values of each of `_COLUMNS`.
+        info: facts about the whole store; the digest itself, `content`, is left out.
+    """
+    facts = {key: value for key, value in info.items() if key != "content"}
+    digest = hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=16)
+    for column, values in zip(_COLUMNS, columns, strict=True):
+        if pa.types.is_string(column.type):
+            digest.update("\0".join(values).encode())
+        else:
+            digest.update(np.asarray(values, column.type.to_pandas_dtype()).tobytes())
+    return digest.hexdigest()
 
 
 def read_index(folder: Path) -> tuple[tuple[StoredScan, ...], dict[str, Any]]:
@@ -246,10 +272,12 @@ def read_index(folder: Path) -> tuple[tuple[StoredScan, ...], dict[str, Any]]:
     try:
         table = pq.read_table(file, partitioning=None)
         info = json.loads((table.schema.metadata or {})[_INDEX_KEY])
-        if info["schema"] != SCHEMA:
+        if info["schema"] not in (1, SCHEMA):
             raise ValueError(f"schema is {info['schema']}, this tapct reads {SCHEMA}")
         # column by column: a dictionary per row takes four times as long
         columns = [table.column(column.name).cast(column.type).to_pylist() for column in _COLUMNS]
+        if info["schema"] != 1 and info["content"] != _content_digest(columns, info):
+            raise ValueError("its content differs from its digest, so it is damaged")
     except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
         raise UserError(
             f"{file} is not readable ({single_line(error)}); run `tapct pack` again, it keeps the "

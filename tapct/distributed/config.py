@@ -22,12 +22,14 @@ class Config:
         "the run ends if a rank does not take part in a collective operation within this time, "
         "in seconds",
         ge=1.0,
+        le=1e7,
     )
     save_timeout_s: float = setting(
         3600.0,
         "the run ends if a rank does not finish a save within this time, in seconds; a save "
         "takes as long as the disk needs",
         ge=1.0,
+        le=1e7,
     )
     desync_every: int = setting(
         0,

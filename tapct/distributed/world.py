@@ -11,7 +11,7 @@ import os
 import re
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -22,7 +22,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from tapct.base import ranks
 from tapct.base.exits import LOST_RANK, UserError
 from tapct.base.ranks import Ranks
-from tapct.distributed import collectives
+from tapct.distributed import agreement, collectives
 from tapct.distributed.config import Config
 
 # A rank that has lost another one waits this long, so that the rank which knows the cause prints
@@ -67,25 +67,39 @@ class World:
         return self.mesh.size(0) if self.mesh is not None else 1
 
 
+def _nothing() -> None:
+    """What the first rank does before the others continue, by default."""
+
+
 @contextmanager
-def join_ranks(place: Ranks, device: torch.device, config: Config) -> Iterator[World]:
+def join_ranks(
+    place: Ranks,
+    device: torch.device,
+    config: Config,
+    facts: Mapping[str, str] | None = None,
+    first: Callable[[], object] = _nothing,
+) -> Iterator[World]:
     """Join the other ranks; leave them at the end.
 
     Args:
         place: place of this process, from the launcher's variables.
         device: device of this rank; on CUDA already the one of its local rank.
         config: shard size and time-outs.
+        facts: name -> value; ranks whose facts differ refuse to start together.
+        first: function that the first rank calls once all ranks have met and agree; its error ends
+            all ranks.
     Raises:
-        UserError: the other ranks did not come within the time-out, or `parallel.shard` does not
-            divide the number of ranks.
+        UserError: the other ranks did not come within the time-out, the ranks differ, or
+            `parallel.shard` does not divide the number of ranks.
         LostRank: another rank ended or hangs.
     """
     if place.world == 1:
+        first()
         yield World(place, device)
         return
     # FSDP2 warns of views that a loss could write into; no loss does.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
-    store = _meet(place, device, config)
+    store = _meet(place, device, config, facts or {}, first)
     shard = collectives.from_first(lambda: shard_size(place, config.shard))
     mesh = init_device_mesh(
         device.type, (place.world // shard, shard), mesh_dim_names=("replicate", "shard")
@@ -108,11 +122,18 @@ def join_ranks(place: Ranks, device: torch.device, config: Config) -> Iterator[W
     dist.destroy_process_group()
 
 
-def _meet(place: Ranks, device: torch.device, config: Config) -> dist.Store:
-    """Meet the other ranks and start the process group; returns the store at which they met.
+def _meet(
+    place: Ranks,
+    device: torch.device,
+    config: Config,
+    facts: Mapping[str, str],
+    first: Callable[[], object],
+) -> dist.Store:
+    """Meet the other ranks, compare the facts and start the process group; returns the store at
+    which they met. Arguments as in `join_ranks`.
 
     Raises:
-        UserError: the other ranks did not come within the time-out.
+        UserError: the other ranks did not come within the time-out, or they differ.
     """
     on_gpu = device.type == "cuda"
     meet_s = max(config.timeout_s, MEET_S)
@@ -129,6 +150,8 @@ def _meet(place: Ranks, device: torch.device, config: Config) -> dist.Store:
         store = dist.PrefixStore(f"attempt_{attempt}", store)
         store.set(f"here/{place.rank}", "yes")
         store.wait([f"here/{rank}" for rank in range(place.world)], patience)
+        # before the process group, whose back-end depends on the device of each rank
+        agreement.agree(dist.PrefixStore("start", store), place, facts, first, patience)
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
             store=dist.PrefixStore("group", store),
@@ -137,6 +160,8 @@ def _meet(place: Ranks, device: torch.device, config: Config) -> dist.Store:
             timeout=datetime.timedelta(seconds=timeout_s),
             device_id=device if on_gpu else None,
         )
+    except UserError:
+        raise
     except (dist.DistError, RuntimeError, ValueError) as error:
         where = f" at {address} within {meet_s:.0f} s" if address else ""
         raise UserError(

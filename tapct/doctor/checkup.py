@@ -9,7 +9,7 @@ import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from tapct.base import console
+from tapct.base import console, files
 from tapct.doctor import machine, verdicts
 from tapct.doctor.facts import (
     AllReduce,
@@ -133,7 +133,7 @@ def site_findings(
             return settings, lines
         settings = read
     lines.append(check_folder("disk", Path(settings.out)))
-    has_key = machine.has_wandb_key(os.environ, Path.home())
+    has_key = machine.has_wandb_key(os.environ, files.home_folder())
     lines.append(verdicts.wandb(settings.wandb, has_key))
     reads = site.of("reads", Reads) if store or settings.store else None
     lines.append(verdicts.reads(reads))

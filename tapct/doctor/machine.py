@@ -204,13 +204,15 @@ def slurm(seconds: float = COMMAND_SECONDS) -> Slurm | Broken | None:
     return Slurm(up, tuple(name for name in states if name not in up), len(jobs.split()))
 
 
-def has_wandb_key(environment: Mapping[str, str], home: Path) -> bool:
+def has_wandb_key(environment: Mapping[str, str], home: Path | None) -> bool:
     """Whether wandb has a key to log in; the key itself is not read."""
-    netrc = Path(environment.get("NETRC", home / ".netrc"))
+    if environment.get("WANDB_API_KEY"):
+        return True
+    netrc = Path(environment["NETRC"]) if "NETRC" in environment else None
+    if netrc is None and home is not None:
+        netrc = home / ".netrc"
     try:
-        return bool(environment.get("WANDB_API_KEY")) or "wandb" in netrc.read_text(
-            errors="replace"
-        )
+        return netrc is not None and "wandb" in netrc.read_text(errors="replace")
     except OSError:
         return False
 

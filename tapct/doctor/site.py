@@ -7,11 +7,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tapct import config as configs
 from tapct.data import read_rate
 from tapct.doctor.facts import Reads, Settings
 from tapct.doctor.probes import report
 from tapct.run.config import RunConfig
+from tapct.run.rules import load_run_config
 
 
 def settings(path: str, overrides: list[str]) -> Settings:
@@ -20,7 +20,7 @@ def settings(path: str, overrides: list[str]) -> Settings:
     Raises:
         UserError: the config is wrong.
     """
-    config: RunConfig = configs.load_config(RunConfig, Path(path), overrides).value
+    config: RunConfig = load_run_config(Path(path), overrides).value
     return Settings(
         str(config.out),
         str(config.data.store),

@@ -4,7 +4,9 @@ machine that has it.
 
 from __future__ import annotations
 
+import errno
 import math
+import os
 from collections.abc import Sequence
 
 from tapct.doctor.facts import (
@@ -27,6 +29,8 @@ from tapct.doctor.facts import (
 )
 
 GB, MB = 1e9, 1e6
+# What the system answers where not space is missing but the right to write.
+NO_PERMISSION = tuple(map(os.strerror, (errno.EACCES, errno.EPERM, errno.EROFS)))
 # Bytes per second below which a sum over processes is slow; a laptop's loopback and PCIe 3 are
 # faster.
 LEAST_GLOO, LEAST_NCCL = 0.1 * GB, 5 * GB
@@ -320,6 +324,8 @@ def room(name: str, facts: Space | Broken, least: float, good: float, remedy: st
     if isinstance(facts, Broken):
         return _broken(name, facts, f"is its disk mounted? {remedy}")
     if facts.refusal:
+        if facts.refusal in NO_PERMISSION:
+            remedy = "you have no permission to write there; choose another folder, or ask for it"
         return Finding(name, "fail", f"{facts.path}: {facts.refusal}", remedy)
     text = f"{facts.path}: {size(facts.free)} free of {size(facts.total)}"
     if facts.free < least:

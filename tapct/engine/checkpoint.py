@@ -26,7 +26,7 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
@@ -49,6 +49,7 @@ from torch.distributed.tensor import DTensor
 
 from tapct.base import files
 from tapct.base.exits import UserError
+from tapct.base.lease import LostLease
 from tapct.config import setting
 from tapct.distributed import collectives
 from tapct.run_folder import CheckpointFolder, CheckpointsFolder, step_of
@@ -107,6 +108,8 @@ class Checkpoints:
         keep_every: checkpoints whose step is a multiple of this are kept for ever; 0: none.
         side: process group on the CPU in which ranks agree; None for one process.
         device: device of training.
+        guard: function that the first rank calls before it changes the folder; it raises where
+            another process writes the run folder now.
     """
 
     def __init__(
@@ -116,7 +119,9 @@ class Checkpoints:
         keep_every: int = 0,
         side: dist.ProcessGroup | None = None,
         device: torch.device | None = None,
+        guard: Callable[[], object] | None = None,
     ) -> None:
+        self.guard = guard
         self.folder, self.keep, self.keep_every, self.side = folder, keep, keep_every, side
         self.paths = CheckpointsFolder(folder)
         self.is_first = side is None or dist.get_rank() == 0
@@ -175,6 +180,8 @@ class Checkpoints:
         final, aside = self.paths.step(meta.step).path, self.paths.half_written(meta.step)
         with self._agreeing(meta, aside):
             if self.is_first:
+                if self.guard is not None:
+                    self.guard()
                 self.folder.mkdir(parents=True, exist_ok=True)
                 for leftover in self.paths.leftovers():
                     # what resists here is of no use, unless it has the name that is needed now
@@ -193,6 +200,8 @@ class Checkpoints:
 
     def _complete(self, meta: Meta, teacher: dict[str, Tensor], aside: Path, final: Path) -> None:
         """Add the files besides the shards, make the checkpoint the latest, remove old ones."""
+        if self.guard is not None:
+            self.guard()
         paths = CheckpointFolder(aside)
         paths.teacher.write_bytes(safetensors.torch.save(teacher))
         paths.meta.write_text(json.dumps(asdict(meta), indent=1))
@@ -237,6 +246,8 @@ class Checkpoints:
         num_failed = torch.tensor(int(failure is not None))
         if self.side is not None:
             dist.all_reduce(num_failed, group=self.side)
+        if isinstance(failure, LostLease):
+            raise failure  # what lies in the folder now belongs to another process
         if num_failed:
             if self.is_first:
                 shutil.rmtree(aside, ignore_errors=True)

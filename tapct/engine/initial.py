@@ -8,7 +8,7 @@ must be allowed.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,11 +21,13 @@ from tapct.base.exits import SharedError, UserError
 from tapct.base.geometry import Grid, patch_grid
 from tapct.distributed.collectives import local_part, part_of_full
 from tapct.engine.checkpoint import Checkpoints, read_meta
+from tapct.nn.contracts import Backbone
 from tapct.nn.posembed import resize_positions
 from tapct.run_folder import CheckpointFolder, ExportFolder, RunFolder, has_step_name
 from tapct.ssl.student_teacher import StudentTeacher
 
 KINDS = ("missing", "resized", "unexpected")
+MOST_NAMES = 4  # of parameters in a line
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ class Report:
             if names:
                 lines.append(
                     f"  {kind:<10} {len(names)}: "
-                    f"{', '.join(names[:4])}{', ...' if len(names) > 4 else ''}"
+                    f"{', '.join(names[:MOST_NAMES])}{', ...' if len(names) > MOST_NAMES else ''}"
                 )
         return lines
 
@@ -141,15 +143,37 @@ def apply(weights: SourceWeights, pair: StudentTeacher, allow: tuple[str, ...]) 
         pair: gets them.
         allow: kinds that may occur: `missing`, `resized`, `unexpected`.
     Raises:
-        UserError: a kind occurs that is not allowed, or a shape cannot be brought to fit; nothing
-            was changed.
+        UserError: no parameter is there, a kind occurs that is not allowed, or a shape cannot be
+            brought to fit; nothing was changed.
     """
     wanted = dict(pair.student.backbone.named_parameters())
+    report, full = compare(weights, pair.student.backbone, allow)
+    teacher = dict(pair.teacher.backbone.named_parameters())
+    for name, value in full.items():
+        for parameter in (wanted[name], teacher[name]):
+            local_part(parameter).copy_(part_of_full(value.to(parameter.dtype), parameter))
+    return report
+
+
+@torch.no_grad()
+def compare(
+    weights: SourceWeights, backbone: Backbone, allow: tuple[str, ...]
+) -> tuple[Report, dict[str, Tensor]]:
+    """What would become of each parameter, and the tensors in the shapes of the backbone.
+
+    Args:
+        weights: read from disk.
+        backbone: gives names and shapes; it may have no values.
+        allow: kinds that may occur, as in `apply`.
+    Raises:
+        UserError: as in `apply`.
+    """
+    wanted = dict(backbone.named_parameters())
     full, resized, unfit = {}, [], []
     for name in wanted.keys() & weights.tensors.keys():
         value, shape = weights.tensors[name], tuple(wanted[name].shape)
         if tuple(value.shape) != shape and name == "pos_embed" and weights.grid is not None:
-            grid = pair.student.backbone.position_grid
+            grid = backbone.position_grid
             value = value if grid is None else _resize(value, weights.grid, grid)
             resized.append(name)
         if tuple(value.shape) != shape:
@@ -159,6 +183,8 @@ def apply(weights: SourceWeights, pair: StudentTeacher, allow: tuple[str, ...]) 
         raise SharedError(
             f"train.init: {weights.source} does not fit this model: {sorted(unfit)[0]}"
         )
+    if not full:
+        raise SharedError(nothing_fits(weights, wanted))
     report = Report(
         loaded=tuple(sorted(full.keys() - set(resized))),
         missing=tuple(sorted(wanted.keys() - full.keys())),
@@ -174,11 +200,26 @@ def apply(weights: SourceWeights, pair: StudentTeacher, allow: tuple[str, ...]) 
                 f"{names[0]}; if that is intended, set "
                 f"train.init_allow=[{','.join([*allow, kind])}]"
             )
-    teacher = dict(pair.teacher.backbone.named_parameters())
-    for name, value in full.items():
-        for parameter in (wanted[name], teacher[name]):
-            local_part(parameter).copy_(part_of_full(value.to(parameter.dtype), parameter))
-    return report
+    return report, full
+
+
+def nothing_fits(weights: SourceWeights, wanted: Collection[str]) -> str:
+    """The line about a file that has no parameter of the model, with the first names on both sides.
+
+    Args:
+        weights: content of the file.
+        wanted: names of the model's parameters.
+    """
+
+    def first(names: Collection[str]) -> str:
+        some = sorted(names)[:MOST_NAMES]
+        return ", ".join(some) + (", ..." if len(names) > len(some) else "") if some else "nothing"
+
+    return (
+        f"train.init: none of the {len(weights.tensors)} tensors of {weights.source} has the name "
+        f"of a parameter of this model; the file has {first(weights.tensors)}; the model has "
+        f"{first(wanted)}. Rename the tensors, or give other weights"
+    )
 
 
 def _resize(pos_1ND: Tensor, native: Grid, grid: Grid) -> Tensor:

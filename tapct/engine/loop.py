@@ -74,11 +74,13 @@ class Config:
         "auto: resume from the run's newest checkpoint if there is one; must: there has to be "
         "one; never: there must be none; or a path: if this run has no checkpoint yet, it "
         "starts from that checkpoint or run",
+        is_path=True,
     )
     init: str = setting(
         "",
         "weights that a new run starts from: a run, checkpoint, export or .safetensors file; "
         "empty: random weights",
+        is_path=True,
     )
     init_allow: tuple[str, ...] = setting(
         (),

@@ -29,7 +29,7 @@ class Config(schedules.OptimSchedule):
         (0.9, 0.999), "decay rates of AdamW's moments; DINOv2", ge=0.0, lt=1.0
     )
     clip_norm: float = setting(
-        3.0, "maximum gradient norm, for the backbone and for each head separately; DINOv2", gt=0.0
+        3.0, "maximum gradient norm, for the backbone and for each head separately; DINOv2", ge=1e-6
     )
     layer_decay: float = setting(
         0.9,

@@ -14,8 +14,8 @@ from tapct.engine.metrics import Record
 from tapct.ssl.health import STATES, TermReading, verdict
 from tapct.ssl.step import StepOutput
 
-# Steps that one verdict covers: this share of the run, within these bounds; the share and the upper
-# bound are those of the report.
+# Steps that one verdict covers: this share of the run, within these bounds. More than the report's
+# window, since a line is logged when the verdict changes.
 WINDOW_SHARE, WINDOW_LEAST, WINDOW_MOST = 0.1, 20, 200
 FIRST_BAD = "not following"  # in STATES; the states before it need no warning
 

@@ -65,6 +65,8 @@ class Headline:
         meaning: one sentence on what the number measures and how.
         range: lowest and highest value that the metric can take, e.g. (0, 1); None where it is
             unbounded.
+        mean_of: what the values are means of and what was left out, e.g. `mean of 2 organs: liver,
+            spleen`; empty where they are no means over classes.
     """
 
     metric: str
@@ -72,6 +74,7 @@ class Headline:
     direction: str
     meaning: str
     range: tuple[float, float] | None = None
+    mean_of: str = ""
 
     def __post_init__(self) -> None:
         if self.direction not in DIRECTIONS:
@@ -159,6 +162,12 @@ class Task(ABC, Generic[TruthT, PredictionT]):
     """
 
     labels: ClassVar[Labels]
+
+    def named_labels(self) -> Mapping[str, tuple[str, ...]]:
+        """Return setting -> label names or values in it. The runner checks that each occurs in a
+        label map before features are computed. Words that need not occur are left out.
+        """
+        return {}
 
     def begin(self, num_train: int) -> None:
         """Prepare for the training scans; called once, before the first scan.

@@ -5,16 +5,34 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from tapct.base import files
 from tapct.eval import old_formats
 from tapct.eval.contract import Breakdown, Headline, ScanScore, TaskResults
+from tapct.eval.held_out import BY_EARLIER_VERSION, HeldOut
 from tapct.run_folder import EvaluationFolder
 
-SCHEMA = 2
+SCHEMA = 3
+PATIENTS = "patients"  # split mode: no patient on both sides
+BLOCKS = "blocks"  # split mode: slabs of the same scans
+
+
+@dataclass(frozen=True)
+class UnreadScan:
+    """A scan of the split that could not be read and was skipped.
+
+    Args:
+        scan: scan ID.
+        side: `train` or `test`.
+        reason: code of the reason and one line.
+    """
+
+    scan: str
+    side: str
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -23,17 +41,89 @@ class SplitRecord:
 
     Args:
         mode: `patients` or `blocks`.
-        held_out_from_pretraining: True if pretraining saw none of the test patients.
+        held_out: whether the test scans were held out from pretraining.
         train: IDs of the scans that tasks learned from.
         test: IDs of the scans that models were evaluated on.
-        note: what a reader must know about the split; may be empty.
+        unread: scans that could not be read; they are in neither list.
     """
 
     mode: str
-    held_out_from_pretraining: bool
+    held_out: HeldOut
     train: tuple[str, ...]
     test: tuple[str, ...]
-    note: str = ""
+    unread: tuple[UnreadScan, ...] = ()
+
+    @property
+    def caveat(self) -> str:
+        """What a reader must know about the numbers, in one line; empty where there is nothing. The
+        terminal, the report and `tapct compare` print this line.
+        """
+        parts = [self.held_out.caveat()]
+        if self.mode == BLOCKS:
+            fit = "trained and tested on scans of one patient: a fit, not generalisation"
+            parts.insert(0, fit)
+        for side in ("train", "test"):
+            num = sum(scan.side == side for scan in self.unread)
+            if num:
+                total = num + len(getattr(self, side))
+                name = "training" if side == "train" else "test"
+                parts.append(f"{num} of {total} {name} scans could not be read and were skipped")
+        return "; ".join(part for part in parts if part)
+
+
+@dataclass(frozen=True)
+class EvaluatedData:
+    """The data set of an evaluation.
+
+    Args:
+        name: name of its folder, see `eval/saved.py`.
+        manifest: digest of the manifest.
+        store: digest of the store, which depends on the voxels and not on their compression.
+        num_scans: number of scans in the store.
+    """
+
+    name: str
+    manifest: str
+    store: str
+    num_scans: int
+
+
+@dataclass(frozen=True)
+class EvaluatedWeights:
+    """The weights of the pretrained model.
+
+    Args:
+        run: name of the run folder.
+        step: finished steps.
+        samples: samples seen.
+        sha256: hash of the file with the weights.
+        store: digest of the store that the run was trained on at that step.
+    """
+
+    run: str
+    step: int
+    samples: int
+    sha256: str
+    store: str
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What an evaluation was made from, and how.
+
+    Args:
+        data: its data set; None where it was called from Python with other scans.
+        weights: weights of the pretrained model; None as above.
+        command: command line, without absolute paths; empty where it was called from Python.
+        git_revision: revision of tapct; empty where unknown.
+        versions: package -> version.
+    """
+
+    data: EvaluatedData | None = None
+    weights: EvaluatedWeights | None = None
+    command: str = ""
+    git_revision: str = ""
+    versions: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -87,8 +177,7 @@ class Evaluation:
         patch: voxels (z, y, x) of a patch.
         seed: random seed of the split and of the choice of training patches.
         pca: pictures of patch features.
-        versions: package -> version.
-        command: command line that made it; empty where it was called from Python.
+        origin: data, weights, command and versions.
         seconds: wall time.
     """
 
@@ -98,8 +187,7 @@ class Evaluation:
     patch: tuple[int, ...]
     seed: int
     pca: tuple[Picture, ...] = ()
-    versions: Mapping[str, str] | None = None
-    command: str = ""
+    origin: Origin = field(default_factory=Origin)
     seconds: float = math.nan
 
     def to_json(self) -> dict[str, Any]:
@@ -107,21 +195,24 @@ class Evaluation:
         tasks = {name: _section_to_json(section) for name, section in self.tasks.items()}
         content = {
             "schema": SCHEMA,
+            "data": None if self.origin.data is None else asdict(self.origin.data),
+            "weights": None if self.origin.weights is None else asdict(self.origin.weights),
             "tasks": tasks,
-            "split": asdict(self.split),
+            "split": _split_to_json(self.split),
             "preprocess": self.preprocess,
             "patch": self.patch,
             "seed": self.seed,
             "pca": [asdict(picture) for picture in self.pca],
-            "versions": self.versions or {},
-            "command": self.command,
+            "versions": self.origin.versions,
+            "git_revision": self.origin.git_revision,
+            "command": self.origin.command,
             "seconds": self.seconds,
         }
         plain: dict[str, Any] = _plain(content)
         return plain
 
     def lines(self) -> list[str]:
-        """Headlines as lines for a terminal."""
+        """Headlines as lines for a terminal, what they are means of, and the caveat."""
         lines = []
         for name, section in self.tasks.items():
             headline = section.headline
@@ -129,6 +220,10 @@ class Evaluation:
                 lines.append(f"{name} ({headline.direction} is better)")
             for model, value in headline.values.items():
                 lines.append(f"{model:<24} {headline.metric} {shown(value)}")
+            if headline.mean_of:
+                lines.append(headline.mean_of)
+        if self.split.caveat:
+            lines.append(f"caveat: {self.split.caveat}")
         return lines
 
     def write(self, folder: Path) -> None:
@@ -159,26 +254,25 @@ def from_json(content: Mapping[str, Any]) -> Evaluation:
     schema = content.get("schema", 1)
     if schema == 1:
         content = old_formats.results_from_schema_1(content)
-    elif schema != SCHEMA:
+    elif schema not in (2, SCHEMA):
         raise ValueError(f"it has schema {schema}, this version of tapct reads up to {SCHEMA}")
     try:
-        split = content.get("split", {})
-        record = SplitRecord(
-            str(split.get("mode", "")),
-            bool(split.get("held_out_from_pretraining", False)),
-            tuple(split.get("train", ())),
-            tuple(split.get("test", ())),
-            str(split.get("note", "")),
+        data, weights = content.get("data"), content.get("weights")
+        origin = Origin(
+            None if data is None else EvaluatedData(**data),
+            None if weights is None else EvaluatedWeights(**weights),
+            str(content.get("command", "")),
+            str(content.get("git_revision", "")),
+            content.get("versions", {}),
         )
         return Evaluation(
             {name: _section_from_json(section) for name, section in content["tasks"].items()},
-            record,
+            _split_from_json(content.get("split", {}), was_checked=schema == SCHEMA),
             content.get("preprocess", {}),
             tuple(content.get("patch", ())),
             int(content.get("seed", 0)),
             _pictures(content.get("pca", ())),
-            content.get("versions", {}),
-            str(content.get("command", "")),
+            origin,
             _number(content.get("seconds")),
         )
     except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -206,6 +300,33 @@ def read(folder: Path) -> tuple[Evaluation | None, str]:
         return from_json(content), ""
     except ValueError as error:
         return None, f"{path.name} cannot be used: {error}"
+
+
+def _split_to_json(split: SplitRecord) -> dict[str, Any]:
+    return {
+        "mode": split.mode,
+        "held_out_from_pretraining": split.held_out.value,
+        "test_scans_pretrained_on": split.held_out.num_scans,
+        "test_scans_of_pretrained_patients": split.held_out.num_patients,
+        "unknown": split.held_out.unknown,
+        "train": split.train,
+        "test": split.test,
+        "unread": [asdict(scan) for scan in split.unread],
+        "note": split.caveat,
+    }
+
+
+def _split_from_json(content: Mapping[str, Any], *, was_checked: bool) -> SplitRecord:
+    test = tuple(content.get("test", ()))
+    held_out = HeldOut(
+        len(test),
+        int(content.get("test_scans_pretrained_on", 0)),
+        int(content.get("test_scans_of_pretrained_patients", 0)),
+        str(content.get("unknown", "")) if was_checked else BY_EARLIER_VERSION,
+    )
+    unread = tuple(UnreadScan(**one) for one in content.get("unread", ()))
+    mode = str(content.get("mode", ""))
+    return SplitRecord(mode, held_out, tuple(content.get("train", ())), test, unread)
 
 
 def _section_to_json(section: TaskSection) -> dict[str, Any]:
@@ -250,6 +371,7 @@ def _section_from_json(content: Mapping[str, Any]) -> TaskSection:
             str(headline["direction"]),
             str(headline["meaning"]),
             None if limits is None else (float(limits[0]), float(limits[1])),
+            str(headline.get("mean_of", "")),
         ),
         TaskResults(content["models"], tuple(scores), breakdown),
         _pictures(content.get("pictures", ())),

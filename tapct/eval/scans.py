@@ -18,13 +18,11 @@ from tapct.base import rng
 from tapct.base.exits import UserError
 from tapct.data.geometry import check_same_grid
 from tapct.data.ingest import read_labels, read_volume
+from tapct.data.read_rules import AS_INDEXED
 from tapct.data.split import held_out_patients
 from tapct.eval.contract import Labels
+from tapct.eval.results import BLOCKS, PATIENTS
 from tapct.types import LabelMap, Volume
-
-PATIENTS = "patients"  # split mode: no patient on both sides
-BLOCKS = "blocks"  # split mode: slabs of the same scans
-BLOCKS_NOTE = "within one patient: a fit, not generalisation"
 
 
 @dataclass(frozen=True)
@@ -84,7 +82,7 @@ class Split:
             same scans and `block_slices` separates them.
         train: scans that tasks learn from.
         test: scans that models are evaluated on.
-        held_out: True if the test patients were kept out of pretraining too.
+        held_out: True if the test patients are those that `data.held_out` names.
     """
 
     mode: str
@@ -278,6 +276,20 @@ def block_slices(
     return chosen
 
 
+def labels_of(row: ScanRow, root: Path) -> dict[int, str]:
+    """The labels of a scan: value -> name, empty where it has none; without the background.
+
+    Args:
+        row: scan with a label map.
+        root: folder that the row's paths are relative to.
+    """
+    labels = read_labels(root / row.label_path)
+    names = dict(labels.names)
+    present = np.flatnonzero(np.bincount(labels.labels_ZYX.reshape(-1)))
+    values = {*present.tolist(), *names} - {0}
+    return {value: names.get(value, "") for value in sorted(values)}
+
+
 def read_scan(
     row: ScanRow, root: Path, *, with_labels: bool, scan_labels: Mapping[str, str] | None = None
 ) -> LabelledScan:
@@ -291,7 +303,7 @@ def read_scan(
     Raises:
         Refused: a file differs from its row in the manifest, or the labels have another grid.
     """
-    volume = read_volume(root / row.path, rules=None)  # tapct index has checked its values
+    volume = read_volume(root / row.path, accept=AS_INDEXED)
     labels = None
     if with_labels:
         labels = read_labels(root / row.label_path)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from tapct.config import setting
 from tapct.nn import heads
-from tapct.nn.contracts import HeadRows, Loss
+from tapct.nn.contracts import HeadRows, Loss, LossInputs
 from tapct.nn.prototype_loss import PrototypeLoss, prototype_loss, return_both
 from tapct.nn.prototypes import TargetConfig, Targets
 from tapct.types import LossResult, TargetStats, Term, TokenSets
@@ -34,9 +34,9 @@ class Config:
     """Weight, temperatures, targets and head of the DINO term."""
 
     weight: float = setting(
-        1.0, "factor on the sum of the local and the global term; DINOv2", ge=0.0
+        1.0, "factor on the sum of the local and the global term; DINOv2", ge=0.0, le=1e6
     )
-    student_temp: float = setting(0.1, "student temperature; DINO, arXiv:2104.14294", gt=0.0)
+    student_temp: float = setting(0.1, "student temperature; DINO, arXiv:2104.14294", ge=1e-3)
     targets: TargetConfig = field(default_factory=TargetConfig)
     head: heads.Config = field(default_factory=heads.Config)
 
@@ -106,6 +106,10 @@ class DinoLoss(Loss):
         num_samples = result.ce_VB.shape[1]
         num_global_pairs = num_globals * (num_globals - 1)
         num_local_pairs = num_globals * num_locals
+        if num_globals == 1:  # a global crop is never compared with itself
+            local = Term("dino_local", result.value, local_sum / (num_samples * num_local_pairs))
+            mean_ce = local_sum / (num_samples * num_local_pairs)
+            return LossResult((local,), TargetStats("dino", result.sums, mean_ce))
         local_value = scale * local_sum
         terms = [
             Term(
@@ -120,6 +124,19 @@ class DinoLoss(Loss):
             )
         mean_ce = (global_sum + local_sum) / (num_samples * (num_global_pairs + num_local_pairs))
         return LossResult(tuple(terms), TargetStats("dino", result.sums, mean_ce))
+
+    def problem(self, inputs: LossInputs) -> str:
+        """It needs two crops of a scan, one of them global."""
+        if inputs.num_globals + inputs.num_locals > 1:
+            return ""
+        return (
+            "it compares different crops of a scan, and views.num_globals=1 with "
+            "views.num_locals=0 gives one crop; raise one of them"
+        )
+
+    def warnings(self, inputs: LossInputs) -> list[str]:
+        """Temperatures that do not fit together, and settings of the targets without effect."""
+        return self.targets.warnings(inputs.teacher_temp, self.config.student_temp)
 
     def prototype_rows(self, num_globals: int, num_locals: int, num_masked: float) -> HeadRows:
         """The class tokens: of all crops for the student, of the global ones for the teacher."""

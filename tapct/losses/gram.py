@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tapct.config import setting
-from tapct.nn.contracts import Loss, SnapshotTimes
+from tapct.nn.contracts import Loss, LossInputs, SnapshotTimes
 from tapct.nn.prototypes import as_float
 from tapct.types import LossResult, Term, TokenSets
 
@@ -42,7 +42,7 @@ CROPS_AT_ONCE = 8  # bounds what is made beside the tokens: 3 x D x D for each o
 class Config:
     """Weight, times of the snapshot and tokens of the term."""
 
-    weight: float = setting(2.0, "factor on the term; DINOv3, arXiv:2508.10104", ge=0.0)
+    weight: float = setting(2.0, "factor on the term; DINOv3, arXiv:2508.10104", ge=0.0, le=1e6)
     start: int = setting(
         100_000,
         "optimizer steps before the first snapshot of the teacher; until then the term is 0 "
@@ -117,6 +117,14 @@ class GramLoss(Loss):
         super().__init__()
         self.config = config
         self.snapshot = SnapshotTimes(config.start, config.refresh_every)
+
+    def problem(self, inputs: LossInputs) -> str:
+        """It needs the patches that `tokens` names."""
+        if self.config.tokens == "masked" and not inputs.num_masked:
+            return "tokens=masked, and these settings mask no patch; raise masks.probability"
+        if self.config.tokens == "unmasked" and inputs.all_masked:
+            return "tokens=unmasked, and these settings mask every patch; lower masks.ratio"
+        return ""
 
     def forward(
         self,

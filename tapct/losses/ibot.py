@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from tapct.config import setting
 from tapct.nn import heads
-from tapct.nn.contracts import HeadRows, Loss
+from tapct.nn.contracts import HeadRows, Loss, LossInputs
 from tapct.nn.prototype_loss import PrototypeLoss, prototype_loss, return_both
 from tapct.nn.prototypes import TargetConfig, Targets
 from tapct.types import LossResult, TargetStats, Term, TokenSets
@@ -32,8 +32,8 @@ from tapct.types import LossResult, TargetStats, Term, TokenSets
 class Config:
     """Weight, temperatures, targets and head of the iBOT term."""
 
-    weight: float = setting(1.0, "factor on the term; DINOv2", ge=0.0)
-    student_temp: float = setting(0.1, "student temperature; iBOT, arXiv:2111.07832", gt=0.0)
+    weight: float = setting(1.0, "factor on the term; DINOv2", ge=0.0, le=1e6)
+    student_temp: float = setting(0.1, "student temperature; iBOT, arXiv:2111.07832", ge=1e-3)
     share_dino_head: bool = setting(
         False,
         "use DINO's head and prototypes (as in iBOT and TAP-CT); the settings of both heads "
@@ -99,6 +99,19 @@ class IBotLoss(Loss):
         return LossResult(
             (Term("ibot", result.value, mean_ce),), TargetStats("ibot", result.sums, mean_ce)
         )
+
+    def problem(self, inputs: LossInputs) -> str:
+        """It needs masked patches."""
+        if inputs.num_masked:
+            return ""
+        return (
+            "it predicts masked patches, and these settings mask none; raise masks.probability, "
+            "masks.ratio or train.global_batch"
+        )
+
+    def warnings(self, inputs: LossInputs) -> list[str]:
+        """Temperatures that do not fit together, and settings of the targets without effect."""
+        return self.targets.warnings(inputs.teacher_temp, self.config.student_temp)
 
     def prototype_rows(self, num_globals: int, num_locals: int, num_masked: float) -> HeadRows:
         """The masked patches of student and teacher."""

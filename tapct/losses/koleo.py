@@ -26,7 +26,7 @@ class Config:
     """Weight and reach of the term."""
 
     weight: float = setting(
-        0.1, "factor on the sum over the global crops; DINOv2, arXiv:2304.07193", ge=0.0
+        0.1, "factor on the sum over the global crops; DINOv2, arXiv:2304.07193", ge=0.0, le=1e6
     )
     cross_rank: bool = setting(
         False,

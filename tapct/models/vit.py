@@ -140,6 +140,12 @@ class Config:
                 f"model.dim {self.dim} is no multiple of model.heads {self.heads}; change one of "
                 "them"
             )
+        hidden = int(self.dim * self.mlp_ratio)
+        if (swiglu_hidden(hidden) if self.ffn == "swiglu" else hidden) < 1:
+            raise UserError(
+                f"model.mlp_ratio {self.mlp_ratio:g} times model.dim {self.dim} is less than one "
+                "channel; raise one of them"
+            )
         if not self.uses_rope and self.rope != rope.Config():
             raise UserError(
                 "model.rope is set, but model.positions=learned reads none of it; choose rope or "

@@ -189,6 +189,25 @@ class HeadRows:
     balanced: bool = False
 
 
+@dataclass(frozen=True)
+class LossInputs:
+    """What a loss will be given in training, as the config says before there is a batch.
+
+    Args:
+        num_globals: global crops of a sample.
+        num_locals: local crops of a sample.
+        num_masked: masked patches of an optimizer step, all global crops together.
+        all_masked: whether every patch of every global crop is masked.
+        teacher_temp: highest temperature of the teacher in the run.
+    """
+
+    num_globals: int
+    num_locals: int
+    num_masked: int
+    all_masked: bool
+    teacher_temp: float
+
+
 class Loss(nn.Module):
     """Tokens of student and teacher in, weighted terms out.
 
@@ -227,6 +246,19 @@ class Loss(nn.Module):
             world: number of ranks.
         """
         return 1
+
+    def problem(self, inputs: LossInputs) -> str:
+        """Why the loss cannot be computed from these inputs, as a clause; empty, the default, where
+        it can. Training refuses such a config before its first step.
+
+        Args:
+            inputs: numbers of crops and masked patches.
+        """
+        return ""
+
+    def warnings(self, inputs: LossInputs) -> list[str]:
+        """Why the loss will probably not do what is intended, one clause each; none by default."""
+        return []
 
     def prototype_rows(
         self, num_globals: int, num_locals: int, num_masked: float

@@ -68,6 +68,25 @@ class Targets(nn.Module):
         self.register_buffer("pending_sum_K", torch.zeros(num_prototypes))
         self.register_buffer("pending_count", torch.zeros(()))
 
+    def warnings(self, teacher_temp: float, student_temp: float) -> list[str]:
+        """Settings that work but are probably not intended, one clause each.
+
+        Args:
+            teacher_temp: highest temperature of the teacher in the run.
+            student_temp: temperature of the student.
+        """
+        clauses = []
+        if teacher_temp >= student_temp:
+            clauses.append(
+                f"student_temp {student_temp:g} is not above the teacher's temperature "
+                f"{teacher_temp:g} (optim.teacher_temp): the targets are not sharper than the "
+                "predictions, and training may collapse"
+            )
+        unread = "centre_momentum" if self.config.kind == "sinkhorn" else "sinkhorn_iterations"
+        if getattr(self.config, unread) != getattr(TargetConfig, unread):
+            clauses.append(f"targets.{unread} has no effect with targets.kind={self.config.kind}")
+        return clauses
+
     @torch.no_grad()
     def scores(
         self,

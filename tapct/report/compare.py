@@ -1,6 +1,7 @@
 """`tapct compare RUN...`: runs side by side, in a table for the terminal and on a page.
 
-A number is the mean over the last 20 steps of its run. A number that a run does not have is blank.
+Losses and health are means over the last 20 steps of a run, as in its report. A number that a run
+does not have is blank.
 A folder that is no run, or that is given twice, is left out and reported.
 """
 
@@ -16,24 +17,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import yaml
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from tapct.base.exits import UserError
-from tapct.config.flat import flatten_to_text
-from tapct.eval import results
-from tapct.eval.old_formats import config_with_task_table
+from tapct.base.recent import LAST_STEPS
+from tapct.eval import results, saved
 from tapct.eval.results import Evaluation
+from tapct.eval.saved import SavedEvaluation
 from tapct.report import evaluation, page
 from tapct.report.history import History, read_history
 from tapct.report.plots import NUM_COLOURS, Curve, ReferenceLine, dash_of, line_chart, number, text
 from tapct.run_folder import RunFolder
-from tapct.ssl.health import verdict
 
-LAST_STEPS = 20
 BLANK = "\u2013"
 NAMES_A_RUN = ("out",)  # differs between any two runs and says nothing
 # settings that do not affect training; they come last in the table
@@ -61,14 +58,19 @@ class Run:
         name: the shortest end of its path that no other run has.
         history: its metrics.
         config: dotted key -> value as text; empty where config.yaml cannot be read.
-        evaluated: content of eval/results.json; None if there is none or it cannot be used.
+        saved: its evaluation; None if there is none on the data set that is shown.
     """
 
     folder: Path
     name: str
     history: History
     config: Mapping[str, str]
-    evaluated: Evaluation | None
+    saved: SavedEvaluation | None
+
+    @property
+    def evaluated(self) -> Evaluation | None:
+        """Content of results.json; None if it cannot be used."""
+        return self.saved.evaluation if self.saved else None
 
 
 @dataclass(frozen=True)
@@ -88,15 +90,17 @@ class Comparison:
     notes: tuple[str, ...]
 
 
-def read(folders: Sequence[Path], wanted: Sequence[str] = ()) -> Comparison:
+def read(folders: Sequence[Path], wanted: Sequence[str] = (), data: str = "") -> Comparison:
     """Read the runs.
 
     Args:
         folders: run folders; one that is none, or that comes a second time, is left out with a
             note.
         wanted: metrics to show, by name or pattern (`health/*`); none shows losses and health.
+        data: name of the data set whose evaluations are shown; empty for each run's own.
     Raises:
-        UserError: no run is left, or a wanted metric is in none of them.
+        UserError: no run is left, a wanted metric is in none of them, or no run was evaluated on
+            the data set.
     """
     notes: list[str] = []
     histories: dict[Path, History] = {}
@@ -111,10 +115,13 @@ def read(folders: Sequence[Path], wanted: Sequence[str] = ()) -> Comparison:
             notes.append(f"left out: {error}")
     if not histories:
         raise UserError("; ".join(notes) or "no run folder was given; tapct compare runs/A runs/B")
+    evaluations = {place: saved.find(place) for place in histories}
+    saved.check_wanted([one for found in evaluations.values() for one in found], data)
     runs = []
     for place, name in zip(histories, short_names(list(histories)), strict=True):
-        config, evaluated = _config(place, name, notes), _evaluation(place, name, notes)
-        runs.append(Run(place, name, histories[place], config, evaluated))
+        config = _config(place, name, notes)
+        chosen = _evaluation(evaluations[place], name, data, notes)
+        runs.append(Run(place, name, histories[place], config, chosen))
     keys = differing_keys([run.config for run in runs])
     return Comparison(tuple(runs), _metrics(runs, wanted), keys, tuple(notes))
 
@@ -141,25 +148,31 @@ def _history(folder: Path, notes: list[str]) -> History:
 
 def _config(place: Path, name: str, notes: list[str]) -> Mapping[str, str]:
     path = RunFolder(place).config
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8", errors="replace"))
-    except (OSError, yaml.YAMLError):
-        tree = None
-    if not isinstance(tree, dict):
+    config = page.read_config(path)
+    if config is None:
         notes.append(
             f"{name}: config.yaml is {'damaged' if path.is_file() else 'not there'}; its settings "
             "are blank"
         )
-        return {}
-    return flatten_to_text(config_with_task_table(tree))
+    return config or {}
 
 
-def _evaluation(place: Path, name: str, notes: list[str]) -> Evaluation | None:
-    folder = RunFolder(place).evaluation()
-    evaluated, why_not = results.read(folder.path)
-    if why_not and folder.results.is_file():
-        notes.append(f"{name}: {why_not}; its evaluation is blank")
-    return evaluated
+def _evaluation(
+    found: list[SavedEvaluation], name: str, data: str, notes: list[str]
+) -> SavedEvaluation | None:
+    """The evaluation of a run that is shown; its caveat, and evaluations that are not shown, become
+    notes.
+    """
+    chosen = saved.pick(found, data)
+    if chosen is not None and chosen.evaluation is None:
+        notes.append(f"{name}: {chosen.why_not}; its evaluation is blank")
+    elif chosen is not None and chosen.evaluation is not None:
+        caveat = chosen.evaluation.split.caveat
+        notes += [f"{name}: {caveat}"] if caveat else []
+    others = ", ".join(one.title for one in found if one is not chosen)
+    if others:
+        notes.append(f"{name} was also evaluated on {others}; --data NAME shows one of them")
+    return chosen
 
 
 def short_names(places: Sequence[Path]) -> list[str]:
@@ -218,20 +231,6 @@ def _metrics(runs: Sequence[Run], wanted: Sequence[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(chosen))
 
 
-def last_mean(history: History, name: str) -> float | None:
-    """Mean of a metric over the last steps of the run; its newest value where it is written more
-    rarely.
-
-    Returns:
-        None when it was never written, NaN when one of the values is not finite.
-    """
-    steps, values = history.column(name)
-    if not len(values):
-        return None
-    recent = values[steps > history.column("step")[1][-1] - LAST_STEPS]
-    return float(recent.mean()) if len(recent) else float(values[-1])
-
-
 def title(metric: str) -> tuple[str, str, float]:
     """A metric for people: title, unit, factor."""
     kind, _, rest = metric.partition("/")
@@ -259,16 +258,17 @@ def numbers(comparison: Comparison) -> list[Row]:
     runs = comparison.runs
     rows: list[Row] = [
         ("Steps", [number(int(run.history.column("step")[1][-1])) for run in runs]),
-        ("Verdict", [verdict(page.readings(run.history)).state for run in runs]),
+        ("Verdict", [page.verdict_of(run.history, run.config).state for run in runs]),
     ]
     for metric in comparison.metrics:
         if metric in ("step", "seconds/step"):
             continue
         name, _, factor = title(metric)
-        values = [last_mean(run.history, metric) for run in runs]
-        rows.append(
-            (name, [BLANK if value is None else number(value * factor) for value in values])
-        )
+        cells = []
+        for run in runs:
+            has_it = metric in run.history.columns
+            cells.append(number(run.history.recent(metric) * factor) if has_it else BLANK)
+        rows.append((name, cells))
     rows.append(("Seconds per step, median", [_typical_seconds(run.history) for run in runs]))
     return rows + _evaluation_rows(runs)
 
@@ -283,7 +283,7 @@ def _evaluation_rows(runs: Sequence[Run]) -> list[Row]:
             tasks.setdefault(name, f"{results.title_of(name)}: {headline.metric}, {better}")
     if not tasks:
         return [("Evaluation of frozen features", [BLANK for _ in runs])]
-    rows: list[Row] = []
+    rows: list[Row] = [("Evaluated on", [run.saved.title if run.saved else BLANK for run in runs])]
     for name, row_name in tasks.items():
         values, gains = [], []
         for run in runs:
@@ -298,8 +298,8 @@ def _evaluation_rows(runs: Sequence[Run]) -> list[Row]:
 
 
 def _typical_seconds(history: History) -> str:
-    seconds = history.column("seconds/step")[1]
-    return number(float(np.nanmedian(seconds)), 3) if np.isfinite(seconds).any() else BLANK
+    seconds = history.typical_seconds()
+    return number(seconds, 3) if math.isfinite(seconds) else BLANK
 
 
 def settings(comparison: Comparison) -> list[Row]:
@@ -392,7 +392,9 @@ def _chart(comparison: Comparison, metric: str) -> str:
     for i, (label, run) in enumerate(zip(labels(comparison), comparison.runs, strict=True)):
         x, y = run.history.column(metric)
         if len(x):
-            curves.append(Curve(label, x, y * factor, style=i))
+            is_seconds = metric == "seconds/step"
+            end = run.history.typical_seconds() if is_seconds else run.history.recent(metric)
+            curves.append(Curve(label, x, y * factor, style=i, end=end * factor))
     lifeless = metric.endswith(("_ln_k_minus_ce", "_information"))
     references = [ReferenceLine("nothing learned", 0.0)] if lifeless else []
     from_zero = lifeless or metric.startswith("seconds/")
@@ -415,7 +417,7 @@ def render(comparison: Comparison) -> str:
         "evaluations of the frozen features can be compared; a positive lead is better than the "
         'best baseline.</p></section><section><h2>Curves</h2><div class="charts overlaid">'
         f"{charts}</div></section><footer>Thin lines are raw values, thick lines rolling means; "
-        "the number beside a name is where its thick line ends.</footer>",
+        "the number beside a name is the one in the table.</footer>",
     )
 
 

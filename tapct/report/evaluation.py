@@ -15,6 +15,7 @@ from PIL import Image
 
 from tapct.eval.contract import OWN_MODEL, Breakdown, Headline
 from tapct.eval.results import Evaluation, Picture, TaskSection, shown, title_of
+from tapct.eval.saved import SavedEvaluation
 from tapct.report.plots import number, text
 
 PICTURE_BYTES = 1_700_000  # all pictures together, so that the page stays below 3 MB
@@ -142,7 +143,7 @@ def scans_sentence(section: TaskSection, evaluation: Evaluation) -> str:
     skipped = ""
     if section.skipped:
         skipped = f" Skipped for lack of labels: {_scans(section.skipped)}."
-    note = f" <b>{text(split.note)}.</b>" if split.note else ""
+    note = f" <b>Caveat: {text(split.caveat)}.</b>" if split.caveat else ""
     return (
         f"Learned from {_scans(section.num_train)}, evaluated on {_scans(section.num_test)}{by}."
         f"{skipped}{note}"
@@ -209,30 +210,38 @@ def pictures(folder: Path, entries: Sequence[Picture], share: float) -> str:
     return f'<div class="pictures">{"".join(parts)}</div>{rest}'
 
 
-def evaluation_part(folder: Path, evaluation: Evaluation | None, why_not: str, command: str) -> str:
+def evaluation_part(
+    found: Sequence[SavedEvaluation], shown_one: SavedEvaluation | None, command: str
+) -> str:
     """The whole part.
 
     Args:
-        folder: the run's eval folder.
-        evaluation: content of results.json; None if it cannot be used.
-        why_not: reason why it is None.
+        found: evaluations of the run.
+        shown_one: the one of them that is shown; None where none is of the run's own data set.
         command: command that makes it.
     """
-    if evaluation is None or not evaluation.tasks:
-        reason = text(why_not or "no task was evaluated")
+    rest = others([one for one in found if one is not shown_one])
+    evaluation = shown_one.evaluation if shown_one else None
+    if shown_one is None or evaluation is None or not evaluation.tasks:
+        reason = "results.json is not there"
+        if shown_one is not None:
+            reason = shown_one.why_not or "no task was evaluated"
         return (
-            f'<p class="missing">No evaluation yet ({reason}). <code>{text(command)}</code> '
-            "makes it.</p>"
+            f'<p class="missing">No evaluation yet ({text(reason)}). <code>{text(command)}</code> '
+            f"makes it.</p>{rest}"
         )
+    folder = shown_one.folder.path
     sets = [section.pictures for section in evaluation.tasks.values() if section.pictures]
     num_sets = len(sets) + bool(evaluation.pca)
-    parts = []
+    parts = [f'<p class="muted">Evaluated on {text(shown_one.title)}.</p>']
     for name, section in evaluation.tasks.items():
-        table = section.results.breakdown
-        by_class = breakdown_table(table, section.headline) if table else ""
+        table, headline = section.results.breakdown, section.headline
+        by_class = breakdown_table(table, headline) if table and table.values else ""
+        mean_of = f" {text(headline.metric)} is the {text(headline.mean_of)}."
         parts.append(
             f"<h3>{text(title_of(name))}</h3>"
-            f"<p>{text(section.headline.meaning)} {scans_sentence(section, evaluation)}</p>"
+            f"<p>{text(headline.meaning)}{mean_of if headline.mean_of else ''} "
+            f"{scans_sentence(section, evaluation)}</p>"
             f'<div class="two">{headline_table(section)}{by_class}</div>'
         )
         if section.pictures:
@@ -242,4 +251,32 @@ def evaluation_part(folder: Path, evaluation: Evaluation | None, why_not: str, c
     if evaluation.seconds > 0:
         seconds = number(evaluation.seconds, 3)
         parts.append(f'<p class="muted">The evaluation took {seconds} s.</p>')
-    return "".join(parts)
+    return "".join(parts) + rest
+
+
+def others(found: Sequence[SavedEvaluation]) -> str:
+    """Table of the evaluations on other data sets: headline of each task and caveat."""
+    rows = ""
+    for one in found:
+        if one.evaluation is None:
+            values, caveat = "", one.why_not
+        else:
+            values, caveat = _headlines(one.evaluation), one.evaluation.split.caveat
+        rows += f"<tr><th>{text(one.title)}</th><td>{text(values)}</td><td>{text(caveat)}</td></tr>"
+    if not rows:
+        return ""
+    return (
+        "<h3>Evaluations on other data sets</h3>"
+        '<p class="muted"><code>tapct report RUN --data NAME</code> shows one of them.</p>'
+        '<div class="scroll"><table class="facts"><thead><tr><th>data set</th><th>pretrained</th>'
+        f"<th>caveat</th></tr></thead><tbody>{rows}</tbody></table></div>"
+    )
+
+
+def _headlines(evaluation: Evaluation) -> str:
+    """The headline of the pretrained model in each task, as one text."""
+    parts = []
+    for name, section in evaluation.tasks.items():
+        own = shown(section.headline.lead().own)
+        parts.append(f"{title_of(name)}: {section.headline.metric} {own}")
+    return "; ".join(parts)

@@ -14,12 +14,7 @@ import numpy as np
 
 from tapct.base import jsonl
 from tapct.base.exits import UserError
-
-RECENT_SHARE, RECENT_MOST = (
-    0.1,
-    200,
-)  # "recent" means: the last tenth of the steps, at most this many
-
+from tapct.base.recent import last_mean
 
 Column = tuple[np.ndarray, np.ndarray]  # steps at which a metric was written, its values; float64
 
@@ -46,17 +41,22 @@ class History:
         """Steps and values of a metric; empty when it was never written."""
         return self.columns.get(name, (np.zeros(0), np.zeros(0)))
 
-    def recent(self, name: str) -> float:
-        """Mean over the recent steps in which the metric was written; NaN when one is not finite or
-        there is none.
-        """
-        values = self.column(name)[1]
-        return float(values[-self.num_recent(len(values)) :].mean()) if len(values) else math.nan
+    @property
+    def last_step(self) -> int:
+        """The last finished step."""
+        return int(self.column("step")[1][-1])
 
-    @staticmethod
-    def num_recent(num_values: int) -> int:
-        """How many values count as recent."""
-        return max(1, min(RECENT_MOST, round(RECENT_SHARE * num_values)))
+    def recent(self, name: str) -> float:
+        """The number that every page and table shows for a metric of the run, see `base/recent.py`;
+        NaN where it was never written.
+        """
+        steps, values = self.column(name)
+        return last_mean(steps.tolist(), values.tolist(), self.last_step)
+
+    def typical_seconds(self) -> float:
+        """Seconds per step: median over the run; NaN where there is none."""
+        seconds = self.column("seconds/step")[1]
+        return float(np.nanmedian(seconds)) if np.isfinite(seconds).any() else math.nan
 
 
 def read_history(path: Path) -> History:

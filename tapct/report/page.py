@@ -12,13 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 
 from tapct.base import files, metric_names
 from tapct.base.console import duration
 from tapct.base.exits import UserError
+from tapct.base.recent import window_in_words
 from tapct.config import plugins
 from tapct.config.flat import flatten_to_text
-from tapct.eval import results
+from tapct.eval import saved
+from tapct.eval.old_formats import config_with_task_table
 from tapct.eval.results import Evaluation
 from tapct.report import evaluation, theme
 from tapct.report.history import History, prototypes_ln, read_history, read_json
@@ -32,7 +35,7 @@ from tapct.report.plots import (
     text,
 )
 from tapct.run_folder import RunFolder
-from tapct.ssl.health import TermReading, Verdict, verdict
+from tapct.ssl.health import TermReading, Verdict, verdict_at
 
 STYLE_OF = {
     "alive": "good",
@@ -88,9 +91,12 @@ def label_of(name: str) -> str:
 def curve(
     history: History, name: str, label: str = "", factor: float = 1.0, smooth: bool = True
 ) -> Curve | None:
-    """A metric as a curve; None when it was never written."""
+    """A metric as a curve; None when it was never written. Beside its name stands the number that
+    the rest of the page shows; the last value where it is not smoothed.
+    """
     x, y = history.column(name)
-    return Curve(label, x, y * factor, smooth) if len(x) else None
+    end = history.recent(name) * factor if smooth else None
+    return Curve(label, x, y * factor, smooth, end=end) if len(x) else None
 
 
 def curves(history: History, names: Mapping[str, str], factor: float = 1.0) -> list[Curve]:
@@ -130,6 +136,24 @@ def readings(history: History) -> list[TermReading]:
     return health_of_terms
 
 
+def warmup_steps(config: Mapping[str, str]) -> int:
+    """Warm-up steps of the learning rate, from the config of a run as text; 0 where unknown."""
+    try:
+        return round(float(config["optim.warmup_share"]) * int(config["train.steps"]))
+    except (KeyError, ValueError):
+        return 0
+
+
+def verdict_of(history: History, config: Mapping[str, str]) -> Verdict:
+    """The verdict on a run at its last step.
+
+    Args:
+        history: its metrics.
+        config: dotted key -> value as text; empty where it cannot be read.
+    """
+    return verdict_at(readings(history), history.last_step, warmup_steps(config))
+
+
 def verdict_box(current: Verdict, evaluated: bool) -> str:
     """The verdict and the next step; a healthy run that has been evaluated needs none."""
     is_fine = evaluated and current.state == "alive"
@@ -146,15 +170,13 @@ def tiles(history: History, evaluated: Evaluation | None) -> str:
     step_seconds, total, samples = (
         history.column(name)[1] for name in ("seconds/step", "loss/total", "samples")
     )
-    recent = History.num_recent(history.num_steps)
     seen = f"{_count(samples[-1])} samples" if len(samples) else ""
     cells: list[tuple[str, str, str]] = [("Steps", _count(history.column("step")[1][-1]), seen)]
     if len(step_seconds):
-        typical = float(np.nanmedian(step_seconds)) if np.isfinite(step_seconds).any() else math.nan
         cells.append(
             (
                 "Seconds per step",
-                number(typical, 3),
+                number(history.typical_seconds(), 3),
                 f"median; {duration(float(np.nansum(step_seconds)))} in all",
             )
         )
@@ -175,8 +197,9 @@ def tiles(history: History, evaluated: Evaluation | None) -> str:
         small = f"<small>{note}</small>" if note else ""
         shown += f'<div class="tile"><dt>{text(name)}</dt><dd>{value}{small}</dd></div>'
     return (
-        f'<dl class="tiles">{shown}</dl><p class="muted">Losses and health: means over the '
-        f"last {recent} steps.</p>"
+        f'<dl class="tiles">{shown}</dl><p class="muted">Losses and health: '
+        f"{window_in_words(history.num_steps)}, or the newest value where one is written more "
+        "rarely.</p>"
     )
 
 
@@ -385,11 +408,14 @@ def _grid(charts: Sequence[str]) -> str:
     return f'<div class="charts">{"".join(charts)}</div>'
 
 
-def render(run_dir: Path) -> str:
+def render(run_dir: Path, data: str = "") -> str:
     """The page's HTML.
 
+    Args:
+        run_dir: run folder.
+        data: name of the data set whose evaluation is shown; empty for the run's own.
     Raises:
-        UserError: no run folder, or no finished step in it.
+        UserError: no run folder, no finished step in it, or no evaluation on that data set.
     """
     if not run_dir.is_dir():
         raise UserError(
@@ -398,17 +424,16 @@ def render(run_dir: Path) -> str:
     folder = RunFolder(run_dir)
     history = read_history(folder.metrics)
     facts, no_facts = read_json(folder.provenance)
-    evaluated, not_evaluated = results.read(folder.evaluation().path)
+    found = saved.find(run_dir)
+    saved.check_wanted(found, data)
+    shown = saved.pick(found, data)
     manifest: dict[str, Any] = facts["manifest"] if isinstance(facts.get("manifest"), dict) else {}
     others = {key: value for key, value in facts.items() if key != "manifest" or not manifest}
     others |= {
         f"manifest.{key}": manifest[key] for key in ("digest", "path", "root") if key in manifest
     }
-    name = run_dir.resolve().name
     sections = {
-        "Frozen features": evaluation.evaluation_part(
-            folder.evaluation().path, evaluated, not_evaluated, f"tapct eval {run_dir}"
-        ),
+        "Frozen features": evaluation.evaluation_part(found, shown, f"tapct eval {run_dir}"),
         "Losses": losses(history),
         "Health": health(history),
         "Schedules": schedules(history),
@@ -417,6 +442,30 @@ def render(run_dir: Path) -> str:
         "Configuration": config(folder.config),
         "Provenance": provenance(others, no_facts),
     }
+    evaluated = shown.evaluation if shown else None
+    current = verdict_of(history, read_config(folder.config) or {})
+    top = verdict_box(current, evaluated=evaluated is not None) + tiles(history, evaluated)
+    return _page(run_dir.resolve().name, top, sections, history)
+
+
+def read_config(path: Path) -> dict[str, str] | None:
+    """The config of a run as dotted key -> text; None where it cannot be read."""
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8", errors="replace"))
+    except (OSError, yaml.YAMLError):
+        return None
+    return flatten_to_text(config_with_task_table(tree)) if isinstance(tree, dict) else None
+
+
+def _page(name: str, top: str, sections: Mapping[str, str], history: History) -> str:
+    """The page of a run.
+
+    Args:
+        name: name of the run.
+        top: verdict and key numbers.
+        sections: title -> HTML.
+        history: metrics of the run.
+    """
     anchors = {title: title.lower().replace(" ", "-") for title in sections}
     links = "".join(f'<a href="#{anchor}">{title}</a>' for title, anchor in anchors.items())
     body = ""
@@ -428,14 +477,12 @@ def render(run_dir: Path) -> str:
         if history.unreadable
         else ""
     )
-    box = verdict_box(verdict(readings(history)), evaluated=evaluated is not None)
     return document(
         f"{name}: tapct run",
         f'<header><h1>{text(name)}</h1><p class="muted">Pretraining run of tapct: volumetric '
-        "DINOv2 on CT.</p></header>"
-        f"{box}{tiles(history, evaluated)}<nav>{links}</nav>{body}<footer>Thin lines are raw "
-        "values, thick ones rolling "
-        f"means.{cut}</footer>",
+        f"DINOv2 on CT.</p></header>{top}<nav>{links}</nav>{body}<footer>Thin lines are raw "
+        "values, thick ones rolling means. The number beside the name of a thick line is the "
+        f"{window_in_words(history.num_steps)}.{cut}</footer>",
     )
 
 
@@ -450,15 +497,17 @@ def document(title: str, body: str) -> str:
     )
 
 
-def write(run_dir: Path) -> Path:
+def write(run_dir: Path, data: str = "") -> Path:
     """Write RUN/report.html, whole or not at all, and return its path.
 
     Args:
         run_dir: folder of a run, with metrics.jsonl and whatever else there is by now.
+        data: name of the data set whose evaluation is shown; empty for the run's own.
     Raises:
-        UserError: no run folder, no finished step in it, or no room to write.
+        UserError: no run folder, no finished step in it, no evaluation on that data set, or no room
+            to write.
     """
-    return save(render(run_dir), RunFolder(run_dir).report)
+    return save(render(run_dir, data), RunFolder(run_dir).report)
 
 
 def save(html: str, out: Path) -> Path:

@@ -33,6 +33,7 @@ class Curve:
         y: float64 (n); not finite where the value was not.
         smooth: draw a rolling mean, with the raw curve behind it.
         style: which colour and dashes; None: by its place in the chart.
+        end: value shown beside its name; None: the last one that is drawn.
     """
 
     label: str
@@ -40,6 +41,7 @@ class Curve:
     y: np.ndarray
     smooth: bool = True
     style: int | None = None
+    end: float | None = None
 
 
 @dataclass(frozen=True)
@@ -336,7 +338,10 @@ def _legend(curves: Sequence[Curve], fronts: Sequence[np.ndarray], area: bool) -
             else ""
         )
         last = front[np.isfinite(front)]
-        value = number(float(last[-1])) if len(last) else "\u2013"
+        if curve.end is not None:
+            value = number(curve.end)
+        else:
+            value = number(float(last[-1])) if len(last) else "\u2013"
         items.append(
             f'<span class="item">{key}{text(curve.label)} <b class="val">{value}</b>{note}</span>'
         )

@@ -4,7 +4,7 @@ A process runs on after training has ended. In a SLURM job it cannot, because th
 processes with the ranks. There the first rank waits at its end, after the other ranks have left:
 the last evaluation is the one that matters most.
 
-    RUN/eval/steps/step_00005000/
+    RUN/eval/DATASET/step_00005000/
         teacher.safetensors   the weights, until they have been evaluated
         meta.json             facts about the checkpoint
         log.txt               output of the evaluation
@@ -41,10 +41,11 @@ class Evaluations:
     Args:
         run: run folder.
         config: interval, and whether to start a process or a job.
+        dataset: name of the data set of the run.
     """
 
-    def __init__(self, run: Path, config: During) -> None:
-        self.run, self.config = run, config
+    def __init__(self, run: Path, config: During, dataset: str) -> None:
+        self.run, self.config, self.dataset = run, config, dataset
         self.due: list[int] = []
         self.child: subprocess.Popen[bytes] | None = None
         self.child_step = 0  # step that the child evaluates
@@ -142,7 +143,7 @@ class Evaluations:
 
     def log_of(self, step: int) -> Path:
         """Log file of the evaluation of a step."""
-        return RunFolder(self.run).evaluation(step).log
+        return RunFolder(self.run).evaluation(self.dataset, step).log
 
     def start(self, saved: Path) -> None:
         """Keep the teacher from rotation and evaluate it.
@@ -150,7 +151,7 @@ class Evaluations:
         Args:
             saved: folder of a finished checkpoint.
         """
-        folder = RunFolder(self.run).evaluation(step_of(saved))
+        folder = RunFolder(self.run).evaluation(self.dataset, step_of(saved))
         folder.path.mkdir(parents=True, exist_ok=True)
         source = CheckpointFolder(saved)
         for old, new in ((source.teacher, folder.teacher), (source.meta, folder.meta)):

@@ -46,7 +46,7 @@ class RunConfig:
     """Everything a run is made of; one section per part of tapct."""
 
     out: Path = setting(Path("runs/default"), "run folder")
-    seed: int = setting(0, "random seed of weights, sampler, views and masks", ge=0)
+    seed: int = setting(0, "random seed of weights, sampler, views and masks", ge=0, lt=2**63)
     device: str = setting(
         "auto", "auto: a GPU if there is one, else the CPU", choices=("auto", "cpu", "cuda")
     )
@@ -80,8 +80,9 @@ class RunConfig:
             )
         needs.check_channels(self.model)
         patch = needs.patch_of(self.model)
-        for name in ("global_window", "local_window"):
-            patch_grid(getattr(self.views, name), patch, f"views.{name}")
+        patch_grid(self.views.global_window, patch, "views.global_window")
+        if self.views.num_locals:
+            patch_grid(self.views.local_window, patch, "views.local_window")
         self.check_share(1)
         self.resolved_stages()
 

@@ -6,25 +6,30 @@ import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from safetensors.torch import load_file
 
 from tapct import config as tapct_config
-from tapct.base import console
+from tapct.base import console, files
 from tapct.base.exits import UserError
+from tapct.base.paths import command_line
 from tapct.config import Resolved
 from tapct.data.split import held_out_patients
 from tapct.data.store import Store
 from tapct.distributed.device import flush_denormals, pick_device
 from tapct.engine import checkpoint
 from tapct.engine.checkpoint import Checkpoints, Meta
-from tapct.eval import runner
+from tapct.eval import held_out, runner
 from tapct.eval.baselines import with_baselines
-from tapct.eval.results import Evaluation
+from tapct.eval.results import EvaluatedData, EvaluatedWeights, Evaluation, Origin
+from tapct.eval.saved import dataset_name
 from tapct.nn.contracts import Backbone
+from tapct.run import lineage
 from tapct.run.config import RunConfig
 from tapct.run.old_configs import upgraded
+from tapct.run.provenance import git_revision
 from tapct.run.resume import changed_keys
 from tapct.run_folder import CheckpointFolder, RunFolder, step_of
 from tapct.ssl.student_teacher import build_backbone
@@ -40,11 +45,19 @@ class Trained:
         resolved: its config with overrides.
         backbone: backbone of the teacher, in eval mode, on the run's device.
         meta: facts about the checkpoint that it comes from.
+        sha256: hash of the file with its weights.
     """
 
     resolved: Resolved
     backbone: Backbone
     meta: Meta
+    sha256: str
+
+    def weights(self, folder: Path) -> EvaluatedWeights:
+        """What results.json says of the weights of the run in a folder."""
+        meta = self.meta
+        name = folder.resolve().name
+        return EvaluatedWeights(name, meta.step, meta.samples, self.sha256, meta.data_digest)
 
 
 def open_run(folder: Path, overrides: Sequence[str] = (), step: int | None = None) -> Trained:
@@ -72,9 +85,10 @@ def open_run(folder: Path, overrides: Sequence[str] = (), step: int | None = Non
     saved = newest_teacher(folder) if step is None else teacher_of_step(folder, step)
     config: RunConfig = resolved.value
     backbone = build_backbone(config.model, config.seed)
-    backbone.load_state_dict(load_file(CheckpointFolder(saved).teacher))
+    teacher = CheckpointFolder(saved).teacher
+    backbone.load_state_dict(load_file(teacher))
     backbone = backbone.to(pick_device(config.device)).requires_grad_(False).eval()
-    return Trained(resolved, backbone, checkpoint.read_meta(saved))
+    return Trained(resolved, backbone, checkpoint.read_meta(saved), files.sha256(teacher))
 
 
 def _config_of(folder: Path, overrides: Sequence[str]) -> Resolved:
@@ -104,9 +118,9 @@ def teacher_of_step(folder: Path, step: int) -> Path:
     Raises:
         UserError: there is none.
     """
-    kept = RunFolder(folder).evaluation(step)
-    if kept.teacher.is_file():
-        return kept.path
+    for _, kept in RunFolder(folder).evaluations_of_steps():
+        if step_of(kept.path) == step and kept.teacher.is_file():
+            return kept.path
     wanted = RunFolder(folder).checkpoints.step(step).path
     complaint = checkpoint.damage(wanted) if wanted.is_dir() else "it is not there"
     if complaint is not None:
@@ -123,8 +137,8 @@ def evaluate(
 ) -> Evaluation:
     """Evaluate a run's frozen features beside its baselines.
 
-    Writes RUN/eval, or RUN/eval/steps/step_... for one step. Patients that `data.held_out` kept out
-    of pretraining are the test side; without any, `eval.test_share` splits.
+    Writes RUN/eval/DATASET/step_..., see `eval/saved.py`. Patients that `data.held_out` kept out of
+    pretraining are the test side; without any, `eval.test_share` splits.
 
     Args:
         folder: run folder.
@@ -134,12 +148,14 @@ def evaluate(
     """
     flush_denormals()  # before the first tensor
     trained = open_run(folder, overrides, step)
-    out = RunFolder(folder).evaluation(step)
     config: RunConfig = trained.resolved.value
     store = Store(config.data.store)
     hidden = held_out_patients(
         [scan.patient for scan in store.scans], config.data.held_out, config.seed
     )
+    name = dataset_name(folder, store.path, store.digest)
+    out = RunFolder(folder).evaluation(name, trained.meta.step)
+    reading = config.data.loader
     with console.progress_bar("eval") as progress:
         evaluation = runner.evaluate(
             with_baselines(trained.backbone, config.model, config.seed),
@@ -149,13 +165,24 @@ def evaluate(
             contract=config.contract,
             out=out.path,
             held_out=hidden,
-            command=command or shlex.join(sys.argv),
+            check_held_out=partial(
+                held_out.check,
+                digests={scan.id: scan.checksum for scan in store.scans},
+                patient_key=store.patient_key,
+                trained_on=lineage.scans_of_run(folder, trained.meta.step),
+            ),
+            origin=Origin(
+                EvaluatedData(name, store.manifest_digest, store.digest, len(store)),
+                trained.weights(folder),
+                command_line(shlex.split(command) if command else sys.argv),
+                git_revision(),
+            ),
+            max_skips=reading.max_skips if reading.on_error == "skip" else 0,
             device=pick_device(config.device),
             progress=progress,
         )
-    if step is not None:
-        # it was kept from rotation for this evaluation
-        out.teacher.unlink(missing_ok=True)
+    # it was kept from rotation for this evaluation
+    out.teacher.unlink(missing_ok=True)
     return evaluation
 
 
@@ -174,5 +201,6 @@ def export(folder: Path, out: Path | None = None) -> Path:
     portable = trained.backbone.export_config()  # weights do not depend on the attention back-end
     section = config.model if portable is None else replace(config.model, config=portable)
     settings = FeatureSettings(section, config.contract, config.eval.preprocess)
-    save_export(target, trained.backbone, settings, provenance)
+    scans = lineage.scans_of_run(folder, meta.step)
+    save_export(target, trained.backbone, settings, provenance, scans)
     return target

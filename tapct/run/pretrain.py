@@ -18,7 +18,9 @@ import torch
 
 from tapct.base import console, ranks
 from tapct.base.exits import SharedError, UserError
-from tapct.config import Resolved, load_config
+from tapct.base.lease import Lease
+from tapct.base.ranks import Ranks
+from tapct.config import Resolved
 from tapct.data import loader
 from tapct.data.split import held_out_patients
 from tapct.data.store import Store
@@ -28,12 +30,15 @@ from tapct.distributed.world import LostRank, World, join_ranks
 from tapct.engine import checkpoint, compiled, fsdp, initial, loop, optim, recompute, trackers
 from tapct.engine.checkpoint import Checkpoints, Meta
 from tapct.engine.metrics import Record
+from tapct.eval.saved import dataset_name
 from tapct.nn.backends import choose
-from tapct.run import background_eval
+from tapct.run import background_eval, lineage
 from tapct.run.config import RunConfig
-from tapct.run.provenance import write_run_files
+from tapct.run.provenance import facts_of_rank, write_run_files
 from tapct.run.resume import find_start
+from tapct.run.rules import load_run_config, warnings
 from tapct.run.stages import ResolvedStage
+from tapct.run.start import check_machine, check_start, data_warnings
 from tapct.run_folder import RunFolder
 from tapct.ssl.inputs import Inputs
 from tapct.ssl.schedules import Schedules
@@ -45,12 +50,36 @@ def read_config(path: Path, overrides: Sequence[str]) -> Resolved:
     """The config of a run, as every rank reads it.
 
     Raises:
-        SharedError: the config is wrong; every rank finds that, and only the first one prints it.
+        UserError: the config is wrong; the ranks of a node have the same one, and only the first
+            of them prints the error.
     """
     try:
-        return load_config(RunConfig, path, overrides)
+        return load_run_config(path, overrides)
     except UserError as error:
+        if ranks.from_environment(os.environ).local_rank == 0:
+            raise
         raise SharedError(str(error)) from error
+
+
+def check(resolved: Resolved, allow_change: bool = False) -> list[str]:
+    """What `train` checks before its first step, in a single process; nothing is written.
+
+    Args:
+        resolved: config of the run.
+        allow_change: as in `train`.
+    Returns:
+        Warnings, one line each.
+    Raises:
+        UserError: `train` would refuse to start.
+    """
+    config: RunConfig = resolved.value
+    check_start(resolved, allow_change)
+    lines = warnings(resolved)
+    if not config.data.store.exists():
+        store = config.data.store
+        return [*lines, f"data.store {store} does not exist yet, so the data was not checked"]
+    pretraining = Pretraining(resolved, World(Ranks(), torch.device("cpu")), allow_change)
+    return [*lines, *data_warnings(config, pretraining.store, pretraining.rows())]
 
 
 def train(resolved: Resolved, allow_change: bool = False, command: str = "") -> loop.Stop:
@@ -73,12 +102,27 @@ def train(resolved: Resolved, allow_change: bool = False, command: str = "") -> 
     device = pick_device(config.device, place.local_rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    with join_ranks(place, device, config.parallel) as world:
-        pretraining = Pretraining(resolved, world, allow_change, command)
-        stop = pretraining.run()
-    if place.is_first:
-        pretraining.evaluations.finish(pretraining.checkpoints, stopped=bool(stop.signal))
+    lease = lease_of(config.out)
+
+    def prepare_run_folder() -> None:
+        check_machine(config, device)
+        lease.acquire()
+
+    facts = facts_of_rank(resolved) if place.world > 1 else None
+    try:
+        with join_ranks(place, device, config.parallel, facts, prepare_run_folder) as world:
+            pretraining = Pretraining(resolved, world, allow_change, command, lease)
+            stop = pretraining.run()
+        if place.is_first:
+            pretraining.evaluations.finish(pretraining.checkpoints, stopped=bool(stop.signal))
+    finally:
+        lease.release()
     return stop
+
+
+def lease_of(out: Path) -> Lease:
+    """The right of the first rank to write a run folder; not taken yet."""
+    return Lease(RunFolder(out).lease, f"the run folder {out}", os.environ, say=console.say)
 
 
 class Pretraining:
@@ -89,14 +133,21 @@ class Pretraining:
         world: this rank among the others.
         allow_change: whether to resume even though settings that affect training have changed.
         command: command that started the run, as in `train`.
+        lease: right of the first rank to write the run folder; None for a run that is not started.
     """
 
     def __init__(
-        self, resolved: Resolved, world: World, allow_change: bool = False, command: str = ""
+        self,
+        resolved: Resolved,
+        world: World,
+        allow_change: bool = False,
+        command: str = "",
+        lease: Lease | None = None,
     ) -> None:
         self.resolved, self.world, self.allow_change = resolved, world, allow_change
         self.command = command or shlex.join(sys.argv)
         self.config: RunConfig = resolved.value
+        self.lease = lease
         self.store = Store(self.config.data.store)
         self.checkpoints = Checkpoints(
             RunFolder(self.config.out).checkpoints.path,
@@ -104,13 +155,21 @@ class Pretraining:
             self.config.checkpoint.keep_every,
             world.side,
             world.device,
+            self.check_lease,
         )
-        self.evaluations = background_eval.Evaluations(self.config.out, self.config.eval.during)
+        self.init_weights = ""  # file that train.init was found to mean
+        self.evaluations = background_eval.Evaluations(
+            self.config.out,
+            self.config.eval.during,
+            dataset_name(self.config.out, self.store.path, self.store.digest),
+        )
 
     def run(self) -> loop.Stop:
         """Train from the newest checkpoint to the last step, or to a signal."""
         config, rows = self.config, self.rows()
         self.check_share()
+        for line in (*warnings(self.resolved), *data_warnings(config, self.store, rows)):
+            console.warn(line)
         # train.resume=never and must are for the first start only: a run that its launcher has
         # started again resumes
         wanted = "auto" if ranks.restarts(os.environ) else config.train.resume
@@ -126,14 +185,7 @@ class Pretraining:
         if start >= config.train.steps:
             console.say(f"{config.out} has all its {config.train.steps} steps; nothing to train")
             return loop.Stop(start)
-        if pair.snapshot_times is not None and pair.snapshot_times.start >= config.train.steps:
-            console.say(
-                f"the teacher's first snapshot is due at step {pair.snapshot_times.start}: this "
-                "run never takes it"
-            )
-        collectives.from_first(
-            lambda: write_run_files(config.out, self.resolved, self.store, self.command)
-        )
+        collectives.from_first(lambda: self.write_records(rows, start, saved))
         if pair.student.backbone.attention == "auto":
             dtype = torch.bfloat16 if config.train.precision == "bf16" else config.train.dtype
             console.say(f"model.attention=auto: {choose(self.world.device, dtype)}")
@@ -155,6 +207,18 @@ class Pretraining:
             batches.close()
             self.checkpoints.close()
         return stop
+
+    def check_lease(self) -> None:
+        """Raise LostLease where another process has taken over the run folder."""
+        if self.lease is not None:
+            self.lease.check()
+
+    def write_records(self, rows: list[int], start: int, saved: Path | None) -> None:
+        """Write what the run is and which scans it is trained on; only the first rank does."""
+        write_run_files(self.config.out, self.resolved, self.store, self.command)
+        lineage.update(
+            self.config.out, self.store, rows, start=start, saved=saved, init=self.init_weights
+        )
 
     def check_share(self) -> None:
         """Raise SharedError where the ranks cannot share `train.global_batch` equally, or have too
@@ -215,6 +279,7 @@ class Pretraining:
         """Replace random weights by those of `train.init`, if it is set; returns step 0."""
         if self.config.train.init:
             source = collectives.from_first(lambda: initial.locate(Path(self.config.train.init)))
+            self.init_weights = str(source)
             weights = initial.read(source)
             report = initial.apply(weights, pair, self.config.train.init_allow)
             for line in report.lines():
@@ -283,6 +348,7 @@ class Pretraining:
 
         def log(record: Record) -> None:
             if is_first:
+                self.check_lease()
                 writer.write(record)
                 progress.update(record)
 
@@ -311,6 +377,8 @@ class Pretraining:
             self.evaluations.expect(step, last=step == self.config.train.steps)
 
         def look_after() -> bool:
+            if self.lease is not None and self.lease.is_lost:  # noticed with a heartbeat
+                self.lease.check()
             if is_first:
                 self.evaluations.start_due(self.checkpoints)
             return settings.on_error == "stop" and self.checkpoints.failed()

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import json
 import os
 import platform
 import subprocess
+import sys
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import torch
 
 import tapct
 from tapct.base import files
+from tapct.base.exits import UserError, single_line
 from tapct.config import Resolved
+from tapct.config.flat import flatten
+from tapct.config.plugins import Plugin
 from tapct.data.store import Store
 from tapct.run_folder import RunFolder
 
@@ -42,6 +50,48 @@ def write_run_files(out: Path, resolved: Resolved, store: Store, command: str) -
         },
     }
     files.write_atomically(RunFolder(out).provenance, json.dumps(about, indent=1))
+
+
+def facts_of_rank(resolved: Resolved) -> dict[str, str]:
+    """What all ranks of a run must have in common: every setting, code, versions and data.
+
+    The folder of the store may differ, because nodes can have copies of it on their own disks.
+    """
+    facts = {key: str(value) for key, value in flatten(resolved.to_dict()).items()}
+    store = Path(facts.pop("data.store"))
+    try:
+        facts["digest of data.store"] = Store(resolved.value.data.store).digest
+    except (UserError, OSError) as error:
+        facts["digest of data.store"] = f"unknown ({store}: {single_line(error, 120)})"
+    facts["version of tapct"] = tapct.__version__
+    facts["version of torch"] = torch.__version__
+    facts["digest of the code"] = code_digest(resolved.value)
+    return facts
+
+
+def code_digest(config: Any) -> str:
+    """Hash of the Python files of tapct, and of the plug-ins outside of it that a config names."""
+    package = Path(tapct.__file__).parent
+    digest = hashlib.sha256()
+    for file in sorted(package.rglob("*.py")):
+        digest.update(f"{file.relative_to(package)}\n".encode() + file.read_bytes())
+    for name in sorted({each.name for each in plugins_in(config) if "." in each.name}):
+        file_name = sys.modules[name].__file__
+        if file_name is not None:
+            digest.update(f"{name}\n".encode() + Path(file_name).read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def plugins_in(value: Any) -> Iterator[Plugin]:
+    """The plug-ins in a config, those in the settings of others included."""
+    if isinstance(value, Plugin):
+        yield value
+    if isinstance(value, tuple):
+        for item in value:
+            yield from plugins_in(item)
+    elif dataclasses.is_dataclass(value):
+        for field in dataclasses.fields(value):
+            yield from plugins_in(getattr(value, field.name))
 
 
 def gpu_name() -> str:

@@ -15,12 +15,12 @@ from typing import Any
 
 from tapct.base import console
 from tapct.base.exits import UserError
-from tapct.config import from_dict, to_dict
+from tapct.config import Resolved, from_dict, to_dict
 from tapct.config.flat import flatten
 from tapct.engine import checkpoint
 from tapct.engine.checkpoint import Checkpoints
 from tapct.run.old_configs import upgraded
-from tapct.run_folder import RunFolder, has_step_name
+from tapct.run_folder import RunFolder, has_step_name, step_of
 
 # Where and how a run works, not what it computes.
 HARMLESS = (
@@ -62,18 +62,10 @@ def find_start(
         UserError: `must` finds none, `never` finds one, the path is no whole checkpoint, or the
             config does not fit.
     """
-    if wanted not in WORDS and not Path(wanted).exists():
-        raise UserError(
-            f"train.resume={wanted}: neither one of {', '.join(WORDS)} nor a path that exists"
-        )
+    check_wanted(wanted, checkpoints.folder, bool(checkpoints.finished()))
     saved, complaints = checkpoints.newest_whole()
     for complaint in complaints:
         console.say(complaint)
-    if wanted == "never" and checkpoints.finished():
-        folder = checkpoints.folder.parent
-        raise UserError(
-            f"{folder} holds checkpoints and train.resume=never; choose another out= or remove it"
-        )
     if saved is None and complaints:
         raise UserError(
             f"every checkpoint of {checkpoints.folder.parent} is damaged; choose another out= to "
@@ -95,6 +87,57 @@ def find_start(
     for key, old, new in changed:
         console.say(f"--allow-change: {key} was {old} and is {new} from here on")
     return saved
+
+
+def check_resume(resolved: Resolved, allow_change: bool) -> None:
+    """Refuse what `find_start` would refuse, without reading the weights of a checkpoint.
+
+    Args:
+        resolved: config of the run.
+        allow_change: whether to resume even though settings that affect training have changed.
+    Raises:
+        UserError: train.resume does not fit what the run folder holds, or the config has changed
+            since the newest checkpoint.
+    """
+    config = resolved.value
+    wanted: str = config.train.resume
+    folder = RunFolder(config.out).checkpoints
+    saved = folder.finished()
+    check_wanted(wanted, folder.path, bool(saved))
+    if not saved and wanted not in WORDS:
+        path = Path(wanted)
+        saved = [path] if has_step_name(path) else RunFolder(path).checkpoints.finished()
+        if not saved:
+            raise UserError(
+                f"train.resume={path}: neither a checkpoint nor a run folder with a whole one"
+            )
+    if not saved and wanted == "must":
+        raise UserError(f"train.resume=must, but {folder.path} holds no whole checkpoint")
+    if saved and not allow_change:
+        newest = max(saved, key=step_of)
+        before = with_new_keys(checkpoint.read_meta(newest).config, type(config))
+        changed = changed_keys(before, resolved.to_dict())
+        if changed:
+            raise UserError(what_changed(changed, newest))
+
+
+def check_wanted(wanted: str, checkpoints: Path, has_some: bool) -> None:
+    """Raise UserError where `train.resume` names nothing, or forbids the checkpoints of the run.
+
+    Args:
+        wanted: `train.resume`.
+        checkpoints: folder of the run's checkpoints.
+        has_some: whether there are any.
+    """
+    if wanted not in WORDS and not Path(wanted).exists():
+        raise UserError(
+            f"train.resume={wanted}: neither one of {', '.join(WORDS)} nor a path that exists"
+        )
+    if wanted == "never" and has_some:
+        raise UserError(
+            f"{checkpoints.parent} holds checkpoints and train.resume=never; choose another out= "
+            "or remove it"
+        )
 
 
 def named_checkpoint(path: Path) -> Path:

@@ -35,6 +35,7 @@ OUTLIER_FLOOR = (
 NO_INFORMATION = 0.05  # nats; below it the targets say nothing about their sample
 FAINT_INFORMATION = 0.2  # nats; below it the run may yet fall back
 NO_PROGRESS = 0.02  # nats of ln K - CE
+MIN_STEPS = 200  # steps before which a finite run has no verdict
 ONE_PROTOTYPE = 0.2  # as a share of ln K: below it the mean target sits on few prototypes
 
 
@@ -168,7 +169,7 @@ class Verdict:
 
     Args:
         state: `alive`, `faint`, `not following`, `stuck`, `collapsed`, `not finite` (from good to
-            bad), or `unknown`.
+            bad), `unknown`, or `too early to say`.
         words: one sentence with the numbers.
         next_move: what to do about it.
     """
@@ -178,6 +179,7 @@ class Verdict:
     next_move: str
 
 
+TOO_EARLY = "too early to say"
 STATES = (
     "unknown",
     "alive",
@@ -250,3 +252,21 @@ def verdict(terms: Sequence[TermReading]) -> Verdict:
         return Verdict("unknown", "no prototype loss reported its health", NEXT_MOVE["unknown"])
     worst = max(judged, key=lambda one: STATES.index(one.state))
     return Verdict(worst.state, "; ".join(one.words for one in judged), worst.next_move)
+
+
+def verdict_at(terms: Sequence[TermReading], step: int, warmup_steps: int) -> Verdict:
+    """Verdict on a run after some steps: none before the learning rate has warmed up, nor in the
+    first `MIN_STEPS` steps, unless a number is not finite.
+
+    Args:
+        terms: recent means.
+        step: finished steps.
+        warmup_steps: warm-up steps of the learning rate; 0 where unknown.
+    """
+    found, needed = verdict(terms), max(MIN_STEPS, warmup_steps)
+    if step >= needed or found.state in ("unknown", "not finite"):
+        return found
+    words = f"the run has {step} steps; the first verdict comes after {needed}"
+    if warmup_steps > MIN_STEPS:
+        words += ", when the learning rate has warmed up"
+    return Verdict(TOO_EARLY, words, "Train on and look again.")

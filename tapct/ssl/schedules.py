@@ -61,7 +61,7 @@ class OptimSchedule:
         (0.04, 0.07),
         "teacher temperature at the start and after its warm-up, linear between them, then "
         "constant (DINOv2)",
-        gt=0.0,
+        ge=1e-3,
     )
     teacher_temp_warmup_share: float = setting(
         0.3,

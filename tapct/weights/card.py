@@ -105,6 +105,18 @@ def read_card(folder: Path, *, custom_code: bool = False) -> ExportCard:
     return ExportCard(settings, card["provenance"], weights["sha256"])
 
 
+def provenance_of(folder: Path) -> dict[str, Any]:
+    """The provenance in the card of a folder, without a check of the rest; empty where there is no
+    card.
+    """
+    try:
+        card = json.loads((folder / CARD_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    provenance = card.get("provenance") if isinstance(card, dict) else None
+    return provenance if isinstance(provenance, dict) else {}
+
+
 def _read_json(folder: Path) -> dict[str, Any]:
     """The card as JSON, after a check that it is a card of this format version."""
     if not folder.is_dir():

@@ -12,11 +12,20 @@ from torch import nn
 
 from tapct.base import files
 from tapct.base.exits import UserError
-from tapct.weights.card import WEIGHTS_FILE, ExportCard, FeatureSettings
+from tapct.data import trained_on
+from tapct.data.trained_on import TrainedOn
+from tapct.run_folder import ExportFolder
+from tapct.weights.card import WEIGHTS_FILE, ExportCard, FeatureSettings, provenance_of
+
+LIST_SHA256 = "trained_on_sha256"  # in the provenance of the card
 
 
 def save_export(
-    out: Path, model: nn.Module, settings: FeatureSettings, provenance: Mapping[str, Any]
+    out: Path,
+    model: nn.Module,
+    settings: FeatureSettings,
+    provenance: Mapping[str, Any],
+    scans: TrainedOn | None = None,
 ) -> None:
     """Write an export folder whole or not at all; an older folder of that name is replaced.
 
@@ -26,6 +35,7 @@ def save_export(
         settings: section that the backbone was built from, HU contract and preprocessing.
         provenance: JSON values, e.g. run name, step, data digest; versions of tapct and torch are
             added.
+        scans: scans that the weights have been trained on; None where unknown.
     Raises:
         UserError: the disk is full or the folder cannot be written.
     """
@@ -38,6 +48,25 @@ def save_export(
         with files.replacing_folder(out) as folder:
             save_file(state, folder / WEIGHTS_FILE, metadata={"format": "pt"})
             digest = files.sha256(folder / WEIGHTS_FILE)
-            ExportCard(settings, provenance, digest).write(folder)
+            about = dict(provenance)
+            if scans is not None:
+                path = ExportFolder(folder).trained_on
+                scans.write(path)
+                about[LIST_SHA256] = files.sha256(path)
+            ExportCard(settings, about, digest).write(folder)
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot write the export {out}: {files.first_cause(error)}") from error
+
+
+def scans_of_export(folder: Path) -> TrainedOn:
+    """The scans that the weights of an export have been trained on; incomplete, with the reason,
+    where the folder is no export of a version that lists them.
+    """
+    export = ExportFolder(folder)
+    if not export.trained_on.is_file():
+        reason = f"the weights {folder.name} come without a list of the scans of pretraining"
+        return TrainedOn(unknown=(reason,))
+    if files.sha256(export.trained_on) != provenance_of(folder).get(LIST_SHA256):
+        reason = f"the list of the scans of pretraining of {folder.name} is not that of its card"
+        return TrainedOn(unknown=(reason,))
+    return trained_on.read(export.trained_on)

@@ -62,6 +62,7 @@ class Embedding:
         arrays = {
             field.name: np.asarray(getattr(self, field.name)) for field in dataclasses.fields(self)
         }
+        path = files.expand_path(path)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with files.replacing(path) as file:
@@ -184,7 +185,8 @@ def load_pretrained(
         UserError: missing folder or file, damaged weights, an unknown or missing setting, weights
             that do not fit.
     """
-    export, of_run = ExportFolder(Path(path)), RunFolder(Path(path)).export
+    path = files.expand_path(path)
+    export, of_run = ExportFolder(path), RunFolder(path).export
     if not export.card.is_file() and of_run.card.is_file():
         export = of_run
     card = read_card(export.path, custom_code=custom_code)

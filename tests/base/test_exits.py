@@ -106,6 +106,7 @@ HANGING_AT_EXIT = """
 import atexit, time
 from tapct.base import exits
 atexit.register(time.sleep, 60)
+atexit.register(print, " and cleaned up", flush=True)
 print("flushed", end="")
 exits.leave({code})
 """
@@ -130,8 +131,10 @@ def test_a_failed_rank_of_several_ends_at_once() -> None:
 @pytest.mark.parametrize(("code", "world"), [(2, 1), (0, 2)])
 def test_a_single_process_and_a_rank_that_is_done_clean_up(code: int, world: int) -> None:
     process = leaving(code, world)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "flushed and cleaned up\n"
     with pytest.raises(subprocess.TimeoutExpired):
-        process.communicate(timeout=4)
+        process.wait(timeout=0.2)
     process.send_signal(signal.SIGKILL)
     process.communicate()
 

@@ -16,6 +16,7 @@ import pytest
 from small_disk import small_disk
 
 from tapct.base import files
+from tapct.base.exits import UserError
 
 
 def names(folder: Path) -> list[str]:
@@ -202,3 +203,45 @@ def test_the_first_cause_is_the_innermost_one_in_one_line() -> None:
     assert files.first_cause(outer) == "ValueError: the reason"
     middle.__cause__ = OSError(errno.EDQUOT, "Disk quota exceeded")
     assert files.first_cause(outer) == "no space left on the disk"
+
+
+def test_a_path_is_expanded_as_a_shell_would(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("SCRATCH", "/scratch/$me")
+    monkeypatch.chdir(tmp_path)
+    expected = {
+        "~": "/home/me",
+        "~/runs": "/home/me/runs",
+        "$SCRATCH/a": "/scratch/$me/a",
+        "${SCRATCH}_2": "/scratch/$me_2",
+        "a~b": "a~b",
+        "a$": "a$",
+        "a$1": "a$1",
+        "cost$$": "cost$",
+        "$$HOME": "$HOME",
+        "./~": "~",
+    }
+    assert {text: str(files.expand_path(text)) for text in expected} == expected
+    for path in map(Path, ("~", "~me/a", "a$b", "$$", "a$1", "/plain")):
+        assert files.expand_path(files.unexpanded(path)) == path
+
+
+def test_a_path_that_cannot_be_expanded_names_what_is_missing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("NOWHERE", raising=False)
+    with pytest.raises(UserError, match=r"environment variable NOWHERE of the path \$NOWHERE/a"):
+        files.expand_path("$NOWHERE/a")
+    with pytest.raises(UserError, match="no user nobody_of_this_name"):
+        files.expand_path("~nobody_of_this_name/a")
+
+
+def test_a_file_whose_name_holds_a_dollar_is_meant_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("b", raising=False)
+    file = tmp_path / "a$b"
+    file.touch()
+    assert files.expand_path(file) == file

@@ -61,7 +61,7 @@ def test_jobs_tells_state_progress_and_time_left(
     assert max(map(len, said.splitlines())) <= 80
     rows = told_of(said)
     assert rows["10"][1:] == ["10", "pending", "0/100", "0"]
-    assert rows["11"][1:] == ["11", "running", "40/125000", "4.610", "2", "2d", "21:25", "3"]
+    assert rows["11"][1:] == ["11", "running", "40/125000", "4.705", "2", "2d", "21:25", "3"]
     assert "done" in rows["12_0"] and "100/100" in rows["12_0"]
     assert "failed" in rows["12_1"] and "50/100" in rows["12_1"] and "1:40" in rows["12_1"]
     assert set(told_of(shell.good("jobs", "runs/group"))) == {"12_0", "12_1"}
@@ -119,9 +119,9 @@ def test_jobs_of_nothing_is_told(shell: Shell, cluster: FakeSlurm, tmp_path: Pat
 def test_the_end_of_a_huge_metrics_file_is_read_alone(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     row = json.dumps({"step": 1, "filler": "x" * 1000}) + "\n"
-    path.write_text(row * 200 + json.dumps({"step": 9}) + "\n" + '{"step": 10, "loss')
+    path.write_text(row * 1000 + json.dumps({"step": 9}) + "\n" + '{"step": 10, "loss')
     found = jsonl.read_tail(path, "step")
-    assert 20 < len(found) < 70 and found[-1] == {"step": 9}
+    assert 20 < len(found) < 280 and found[-1] == {"step": 9}
     assert jsonl.read_tail(tmp_path / "none", "step") == []
 
 

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from fake_slurm import FakeSlurm
 from fake_slurm import cluster as cluster  # fixtures
 from fake_slurm import config as config
 from fake_slurm import store as store
+from forked import Forked
 from shell import Shell
 from shell import shell as shell
 from tiny_run import numbers_of
@@ -35,21 +37,34 @@ def job_command(*options: bool) -> list[str]:
     (code,) = Path("run/code").iterdir()
     arguments = (str(place.absolute() / "config.yaml"), str(Path.cwd()), str(code.absolute()))
     call = f"run_task{(*arguments, *options)!r}"
-    return [sys.executable, "-c", f"from tapct.cluster.task import run_task; {call}"]
+    return ["-c", f"from tapct.cluster.task import run_task; {call}"]
 
 
-def start(job: list[str], restarts: int = 0) -> subprocess.Popen[str]:
-    """Start a task; `-c` makes Python import plug-ins from the working directory."""
+def environment(restarts: int) -> dict[str, str]:
+    """Variables of a task."""
     (code,) = Path("run/code").iterdir()
-    known = {
+    return {
         **os.environ,
         task.MARK: str(Path("run/mark").absolute()),
         "PYTHONPATH": str(code.absolute()),
         "SLURM_RESTART_COUNT": str(restarts),
         "OMP_NUM_THREADS": "1",
     }
+
+
+def start(job: Sequence[str], restarts: int = 0) -> Forked:
+    """Start a task; `-c` makes Python import plug-ins from the working directory."""
+    return Forked(job, env=environment(restarts), merged=True)
+
+
+def start_fresh(job: Sequence[str]) -> subprocess.Popen[str]:
+    """Start a task in a Python of its own, which has to load torch."""
     return subprocess.Popen(
-        job, env=known, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [sys.executable, *job],
+        env=environment(0),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
 
 
@@ -58,7 +73,7 @@ def events() -> list[dict[str, object]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def wait_until(path: Path, lines: int, process: subprocess.Popen[str]) -> None:
+def wait_until(path: Path, lines: int, process: Forked | subprocess.Popen[str]) -> None:
     for _ in range(6000):
         if path.exists() and len(path.read_text().splitlines()) >= lines:
             return
@@ -151,7 +166,7 @@ def test_a_job_whose_config_is_wrong_says_one_line(job: list[str]) -> None:
 def test_a_signal_before_training_begins_is_not_lost(
     job: list[str], number: signal.Signals
 ) -> None:
-    process = start(job)
+    process = start_fresh(job)
     (place,) = Path("run/jobs").iterdir()
     wait_until(place / "events.jsonl", 1, process)  # torch is being imported now
     process.send_signal(number)
@@ -178,7 +193,7 @@ def test_a_task_that_fails_says_one_line_and_marks_it(job: list[str], store: Pat
 
 def test_a_task_refuses_another_tapct_than_its_snapshot(job: list[str]) -> None:
     (code,) = Path("run/code").iterdir()
-    job[2] = job[2].replace(str(code.absolute()), "/elsewhere")
+    job[1] = job[1].replace(str(code.absolute()), "/elsewhere")
     process = start(job)
     said, _ = process.communicate(timeout=60)
     assert process.returncode == 2 and "error: this job must run the tapct in /elsewhere" in said

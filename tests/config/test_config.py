@@ -187,6 +187,8 @@ def test_an_optional_section_can_be_switched_on_and_off(write: Callable[..., Pat
         ("name='12'", "12"),
         ("flag=true", True),
         ("optim={lr: 7, clip: 1}", Optim(lr=7.0, clip=1.0)),
+        ("views.num_locals=1e4", 10_000),
+        ("views.num_locals=2.0", 2),
     ],
 )
 def test_overrides_are_typed_as_yaml(word: str, expected: Any) -> None:
@@ -195,6 +197,38 @@ def test_overrides_are_typed_as_yaml(word: str, expected: Any) -> None:
         value = getattr(value, part)
     assert value == expected
     assert type(value) is type(expected)
+
+
+@pytest.mark.parametrize("text", ["1.5", "1e4.5", "1e-1", "1e30", ".inf", ".nan", "'1e4'", "true"])
+def test_what_is_no_whole_number_is_refused(text: str) -> None:
+    line = message(Root, None, f"views.num_locals={text}")
+    assert "views.num_locals" in line and "must be a whole number" in line
+
+
+@pytest.mark.parametrize(
+    "text", ["~/store", "$HOME/store", "${HOME}/store", "'${oc.env:HOME}/store'"]
+)
+def test_paths_are_expanded_in_files_and_overrides(
+    write: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    wanted = Path("/home/me/store")
+    assert load_config(Root, None, [f"store={text}"]).value.store == wanted
+    resolved = load_config(Root, write(f"store: {text}\n"), [])
+    assert resolved.value.store == wanted
+    assert load_config(Root, write(resolved.to_yaml()), []).value == resolved.value
+
+
+def test_a_path_with_a_dollar_survives_the_config_of_the_run(write: Callable[..., Path]) -> None:
+    resolved = load_config(Root, write("store: /data/a$$b\n"), [])
+    assert resolved.value.store == Path("/data/a$b")
+    assert load_config(Root, write(resolved.to_yaml()), []).value == resolved.value
+
+
+def test_a_variable_that_is_not_set_is_named_with_its_line(write: Callable[..., Path]) -> None:
+    for text in ("$NOT_SET_HERE/a", "${NOT_SET_HERE}/a"):
+        line = message(Root, write(f"name: x\nstore: {text}\n"))
+        assert line.startswith("run.yaml:2: store = ") and "NOT_SET_HERE" in line
 
 
 def test_later_overrides_win() -> None:
@@ -225,7 +259,7 @@ def test_interpolation_reaches_defaults_and_the_environment(
         ("optim:\n  betas: 0.9", "must be a list of 2"),
         ("optim:\n  clip: [1]", "must be a number or null"),
         ("optim:\n  schedule: linear", "must be one of cosine, flat"),
-        ("views:\n  num_locals: 2.0", "must be a whole number"),
+        ("views:\n  num_locals: 2.5", "must be a whole number"),
         ("views:\n  num_locals: true", "must be a whole number"),
         ("views:\n  window: [1, 2, 3.5]", "each item a whole number"),
         ("views:\n  window: [1, 0, 3]", "must be >= 1"),
@@ -300,7 +334,7 @@ def test_a_rule_between_fields_is_told_with_section_and_source(write: Callable[.
         ("name: a\n---\nname: b\n", "run.yaml:2: not valid YAML"),
         ("name: !!python/object:os.system {}\n", "run.yaml:1: not valid YAML"),
         ("name: &a [*a]\n", "run.yaml:1: not valid YAML"),
-        ("name: ${nowhere}\n", "run.yaml:1: name: Interpolation key 'nowhere' not found"),
+        ("name: ${nowhere}\n", "run.yaml:1: name = ${nowhere}: nowhere is neither a key"),
         ("name: ${b\n", "run.yaml"),
         ("name: ???\n", "run.yaml:1: name"),
         ("base: other.yaml\n", "run.yaml:1: base = other.yaml: no such config file"),

@@ -1,8 +1,8 @@
 """The reason codes that the code can give, read from its syntax tree.
 
-A reason is the first argument of `Refused`, or an argument `reason=` of any call. A name is
-followed to the constants that the function or the module assigns to it, to constants of this name
-in other modules, and to what callers in the same file pass.
+A reason is an argument for a parameter or dataclass field called `reason`, or the first element of
+a pair that is called `outcome`. A name is followed to the constants that the function assigns to
+it, to constants of this name in any module, and to what callers in the same file pass.
 """
 
 from __future__ import annotations
@@ -29,11 +29,31 @@ def reasons_in_code(package: Path = PACKAGE) -> dict[str, set[str]]:
         for name, value in _assignments(tree.body):
             if name.isupper():
                 constants.setdefault(name, []).append(value)
+    positions = {name: at for tree in trees.values() for name, at in _positions(tree)}
     found: dict[str, set[str]] = {}
     for file, tree in trees.items():
-        for code in _Reasons(tree, constants).codes():
+        for code in _Reasons(tree, constants, positions).codes():
             found.setdefault(code, set()).add(file)
     return found
+
+
+def _positions(tree: ast.Module) -> Iterator[tuple[str, int]]:
+    """Names of classes and functions with a parameter `reason`, and its position."""
+    for node in ast.walk(tree):
+        names: list[str] = []
+        if isinstance(node, ast.FunctionDef):
+            names = [argument.arg for argument in node.args.args]
+        elif isinstance(node, ast.ClassDef):
+            names = [
+                item.target.id
+                for item in node.body
+                if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name)
+            ]
+            for item in node.body:
+                if isinstance(item, ast.FunctionDef) and item.name == "__init__":
+                    names = [argument.arg for argument in item.args.args[1:]]
+        if "reason" in names and getattr(node, "name", "") != "__init__":
+            yield node.name, names.index("reason")  # type: ignore[attr-defined]
 
 
 def _assignments(body: Iterable[ast.AST]) -> Iterator[tuple[str, ast.expr]]:
@@ -57,10 +77,16 @@ class _Reasons:
     Args:
         tree: syntax tree of the module.
         constants: values of the constants of all modules, by name.
+        positions: position of the argument `reason` of classes and functions of all modules.
     """
 
-    def __init__(self, tree: ast.Module, constants: dict[str, list[ast.expr]]) -> None:
-        self.constants = constants
+    def __init__(
+        self,
+        tree: ast.Module,
+        constants: dict[str, list[ast.expr]],
+        positions: dict[str, int],
+    ) -> None:
+        self.tree, self.constants, self.positions = tree, constants, positions
         self.calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
         self.function_of: dict[int, ast.FunctionDef] = {}
         for function in ast.walk(tree):
@@ -72,10 +98,14 @@ class _Reasons:
         """All reason codes; one may occur several times."""
         for call in self.calls:
             given = [keyword.value for keyword in call.keywords if keyword.arg == "reason"]
-            if _name_of(call) == "Refused":
-                given += call.args[:1]
+            if _name_of(call) in self.positions:
+                position = self.positions[_name_of(call)]
+                given += call.args[position : position + 1]
             for value in given:
                 yield from self._constants(value, self.function_of.get(id(call)))
+        for name, value in _assignments(ast.walk(self.tree)):
+            if name == "outcome" and isinstance(value, ast.Tuple):
+                yield from self._constants(value.elts[0], None)
 
     def _constants(self, value: ast.expr, function: ast.FunctionDef | None) -> Iterator[str]:
         """String constants that an expression can be."""

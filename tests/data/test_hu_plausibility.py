@@ -17,6 +17,7 @@ from tapct.data.ct_check import check_hu, check_is_ct
 from tapct.data.hu_histogram import HuHistogram
 from tapct.data.index import build_manifest
 from tapct.data.ingest import read_volume
+from tapct.data.read_rules import ReadRules
 from tapct.types import AIR_HU, Refused
 
 SHAPE_ZYX = (20, 24, 26)
@@ -99,6 +100,7 @@ LEGITIMATE = {
     "thick": thick,
     "every-third-voxel": lambda hu: hu[::3, ::3, ::3],
     "twice-as-fine": twice_as_fine,
+    "voxels-repeated": lambda hu: hu.repeat(2, axis=1).repeat(2, axis=2),
     "fractional": lambda hu: hu + 0.25,
     "air-clipped": lambda hu: np.clip(hu, -1000, 1000),
 }
@@ -233,6 +235,8 @@ def test_index_applies_rules_and_writes_marks(tmp_path: Path) -> None:
         (CheckRules(), ("accepted", "", "values_windowed")),
         (CheckRules(refuse_windows="all"), ("refused", "windowed", "")),
     ):
-        manifest = build_manifest(tmp_path / "archive", tmp_path / "m.parquet", rules=rules)
+        manifest = build_manifest(
+            tmp_path / "archive", tmp_path / "m.parquet", accept=ReadRules(checks=rules)
+        )
         (row,) = manifest.rows
         assert (row.status, row.reason, row.marks) == expected

@@ -24,7 +24,7 @@ from tapct.data import discover, ingest
 from tapct.data.index import build_manifest
 from tapct.data.manifest import Manifest, Row
 from tapct.data.patients import KEY_VARIABLE
-from tapct.data.process_pool import map_unordered
+from tapct.data.process_pool import Failure, map_unordered
 from tapct.data.readers import nifti
 from tapct.types import AIR_HU
 
@@ -312,7 +312,8 @@ def _end_the_process_at_3(number: int) -> int:
     return number * 10
 
 
-def _minus(number: int) -> int:
+def _minus(number: int, failure: Failure) -> int:
+    assert failure.reason == "crashed"
     return -number
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import fcntl
 import io
 import multiprocessing
 import os
@@ -79,7 +80,7 @@ def archive(tmp_path: Path) -> tuple[Manifest, list[np.ndarray]]:
 
 
 def files_of(out: Path) -> set[str]:
-    return {file.name for file in out.iterdir()} - {".lock"}
+    return {file.name for file in out.iterdir()}
 
 
 @pytest.mark.parametrize(("workers", "level"), [(0, 1), (0, 9), (2, 1)])
@@ -263,6 +264,35 @@ def test_two_packs_into_one_folder_do_not_mix(
             pack(manifest, tmp_path / "out")
 
     assert len(pack(manifest, tmp_path / "out", progress=second_pack).packed) == 4
+
+
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOLCK])
+def test_two_packs_do_not_mix_where_flock_does_not_exist(
+    archive: tuple[Manifest, list[np.ndarray]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    code: int,
+) -> None:
+    def no_flock(*_: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(fcntl, "flock", no_flock)
+    test_two_packs_into_one_folder_do_not_mix(archive, tmp_path)
+
+
+def test_a_store_that_cannot_be_written_is_refused_before_a_scan_is_read(
+    archive: tuple[Manifest, list[np.ndarray]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read(*_: object) -> None:
+        pytest.fail("a scan was read")
+
+    def open_file(path: object, flags: int, mode: int = 0o777, **_: object) -> int:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), path)
+
+    monkeypatch.setattr("tapct.data.pack.read_source", read)
+    monkeypatch.setattr(os, "open", open_file)  # by which the lock is created
+    with pytest.raises(UserError, match=r"cannot write the store .*: Read-only file system"):
+        pack(archive[0], tmp_path / "out")
 
 
 class FullDisk(io.FileIO):

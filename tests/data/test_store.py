@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import pickle
+import random
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -128,7 +129,7 @@ def test_a_slab_touches_only_its_own_chunks(tmp_path: Path) -> None:
             store.read_slab(0, z0, z1)
 
 
-def test_verify_finds_one_flipped_voxel(tmp_path: Path) -> None:
+def test_reading_finds_what_decodes_without_any_complaint(tmp_path: Path) -> None:
     noise_ZYX = np.random.default_rng(0).integers(-1024, 3000, (4, 64, 64)).astype(np.int16)
     noise_ZYX &= 0x0FF0  # stays compressible, so a flipped literal decodes without any complaint
     store = make_store(tmp_path, [noise_ZYX])
@@ -137,15 +138,98 @@ def test_verify_finds_one_flipped_voxel(tmp_path: Path) -> None:
     silent = 0
     for position in range(offset + length // 2, offset + length // 2 + 40):
         overwrite(store.file(0), position, bytes([whole[position] ^ 0x10]))
-        try:
-            silent += not np.array_equal(Store(tmp_path).read(0), noise_ZYX)
-        except Damaged:
+        try:  # what blosc2 alone notices
+            silent += not np.array_equal(blosc2.open(str(store.file(0)), mode="r")[:], noise_ZYX)
+        except RuntimeError:
             pass
-        with pytest.raises(Damaged, match="scan0"):
-            Store(tmp_path).verify(0)
+        for read in (Store(tmp_path).read, Store(tmp_path).verify):
+            with pytest.raises(Damaged, match="scan0"):
+                read(0)
         overwrite(store.file(0), position, whole[position : position + 1])
-    assert silent > 0  # reading alone does not notice
+    assert silent > 0
     store.verify(0)
+
+
+DAMAGES = ("one bit flipped", "64 bytes inverted", "4 KiB zeroed", "cut short", "bytes exchanged")
+
+
+def damaged(whole: bytes, kind: str, draw: random.Random) -> bytes:
+    """The content of a file with one damage at a random place, the last byte included."""
+    content = bytearray(whole)
+    at = draw.randrange(len(whole))
+    if kind == "one bit flipped":
+        content[at] ^= 1 << draw.randrange(8)
+    elif kind == "64 bytes inverted":
+        content[at : at + 64] = bytes(byte ^ 0xFF for byte in content[at : at + 64])
+    elif kind == "4 KiB zeroed":
+        content[at : at + 4096] = bytes(len(content[at : at + 4096]))
+    elif kind == "cut short":
+        del content[at:]
+    else:
+        other = draw.randrange(len(whole) - 8)
+        at = min(at, len(whole) - 8)
+        content[at : at + 8], content[other : other + 8] = whole[other : other + 8], whole[at:][:8]
+    return bytes(content)
+
+
+def test_every_damage_to_a_packed_scan_is_found(tmp_path: Path) -> None:
+    hu_ZYX = ct_like((9, 48, 40))
+    hu_ZYX[4:8] = 0  # a chunk of which the file holds only a flag
+    store = make_store(tmp_path, [hu_ZYX])
+    file, whole = store.file(0), store.file(0).read_bytes()
+    draw, found = random.Random(1), 0
+    while found < 300:
+        content = damaged(whole, DAMAGES[found % len(DAMAGES)], draw)
+        if content == whole:
+            continue  # zeros were zeroed
+        file.write_bytes(content)
+        with pytest.raises(Damaged, match="scan scan0 is damaged") as error:
+            Store(tmp_path).read(0)
+        assert "\n" not in str(error.value)
+        found += 1
+    file.write_bytes(whole)
+    np.testing.assert_array_equal(Store(tmp_path).read(0), hu_ZYX)
+
+
+def test_damage_to_the_index_is_found_or_harmless(tmp_path: Path) -> None:
+    """Bytes of the index that nobody reads may change; its content and its scans may not."""
+    store = make_store(tmp_path, [ct_like((4, 20, 20), seed) for seed in range(3)])
+    index = tmp_path / INDEX_NAME
+    whole, draw, found = index.read_bytes(), random.Random(2), 0
+    for number in range(200):
+        index.write_bytes(damaged(whole, DAMAGES[number % len(DAMAGES)], draw))
+        try:
+            read = Store(tmp_path)
+        except UserError:
+            found += 1
+            continue
+        assert (read.scans, read.digest, read.root) == (store.scans, store.digest, store.root)
+        assert read.manifest_digest == store.manifest_digest
+    assert found > 100
+
+
+def without_checksums(file: Path) -> None:
+    """Rewrite a packed scan as earlier versions wrote it."""
+    frame_bytes = int.from_bytes(file.read_bytes()[-16:-8], "little")
+    file.write_bytes(file.read_bytes()[:frame_bytes])
+    array = blosc2.open(str(file), mode="a")
+    meta = dict(array.schunk.vlmeta["tapct"])
+    del meta["checksums"]
+    array.schunk.vlmeta["tapct"] = {**meta, "schema": 1}
+
+
+def test_a_packed_scan_of_an_earlier_version_is_read(tmp_path: Path) -> None:
+    hu_ZYX = ct_like((9, 48, 40))
+    hu_ZYX[4:8] = 0
+    store = make_store(tmp_path, [hu_ZYX])
+    without_checksums(store.file(0))
+    assert open_packed(store.file(0))[1].checksums_C is None
+    np.testing.assert_array_equal(Store(tmp_path).read(0), hu_ZYX)
+    Store(tmp_path).verify(0)
+    offset, length = chunk_bytes(store, 0, 0)
+    overwrite(store.file(0), offset + length // 2, b"\0" * 40)
+    with pytest.raises(Damaged):  # by the digest of the voxels alone
+        Store(tmp_path).verify(0)
 
 
 @pytest.mark.parametrize("keep", [0.0, 0.3, 0.9, 0.999])

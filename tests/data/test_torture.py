@@ -8,10 +8,8 @@ import pytest
 import torture
 from torture_cases import CASES
 
-from tapct.data.discover import Source
-from tapct.data.index import ExamineTask, build_manifest, crashed_row
+from tapct.data.index import build_manifest
 from tapct.data.manifest import ACCEPTED, Row
-from tapct.data.patients import PatientRules
 
 
 @pytest.fixture(scope="session")
@@ -40,9 +38,3 @@ def test_verdict(rows: dict[str, list[Row]], case: torture.Case) -> None:
     assert verdict == case.verdict, row.detail
     assert (row.status == ACCEPTED) == (row.detail == "")
     assert "\n" not in row.detail
-
-
-def test_a_scan_that_ends_its_process_is_refused_as_crashed(tmp_path: Path) -> None:
-    source = Source(tmp_path / "a.nii", "nifti", (tmp_path / "a.nii",))
-    row = crashed_row(ExamineTask(source, tmp_path, None, PatientRules(tmp_path, b"k", None), 1))
-    assert (row.status, row.reason, row.path) == ("refused", "crashed", "a.nii")

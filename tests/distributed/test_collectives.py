@@ -5,13 +5,15 @@ nothing happens.
 from __future__ import annotations
 
 import json
-import multiprocessing
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from forked import Forked, end_together
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
@@ -82,15 +84,12 @@ def run_rank(rank: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def of_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("collectives")
-    context = multiprocessing.get_context("spawn")
-    processes = [
-        context.Process(target=run_rank, args=(rank, str(folder))) for rank in range(WORLD)
+    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    ranks = [
+        Forked([__file__, str(rank), str(folder)], env={**os.environ, "PYTHONPATH": path})
+        for rank in range(WORLD)
     ]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(120)
-        assert process.exitcode == 0
+    assert end_together(ranks, timeout=120, grace_s=5) == [0] * WORLD, [one.said() for one in ranks]
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(WORLD)]
 
 
@@ -150,3 +149,7 @@ def test_a_single_process_gets_back_what_it_gave() -> None:
     with pytest.raises(AssertionError, match="already"):
         packet.sum("a", own)
     assert issubclass(SharedError, UserError)
+
+
+if __name__ == "__main__":
+    run_rank(int(sys.argv[1]), sys.argv[2])

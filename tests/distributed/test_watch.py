@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 import torch.distributed as dist
@@ -91,14 +90,7 @@ print("over")
 
 def run_hanging(phase: str, seconds: float, save_timeout_s: float) -> tuple[int, str, str]:
     program = HANGING.format(phase=phase, seconds=seconds, save_timeout_s=save_timeout_s)
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=100,
-        check=False,
-    )
+    done = forked.run(["-c", program], {**os.environ, "PYTHONPATH": str(ROOT)}, timeout=100)
     return done.returncode, done.stdout, done.stderr
 
 

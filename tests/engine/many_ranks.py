@@ -2,48 +2,41 @@
 
 `launch` starts them as a person would, by torchrun: for tests of what a launcher and its ranks do
 to each other.
-`train` forks them from a Python that has torch loaded: for tests of what ranks compute, which are
-many.
+`train` starts the ranks themselves: for tests of what ranks compute, which are many.
+All processes are forked from a Python that has torch loaded, unless a test asks for fresh ones.
 """
 
 from __future__ import annotations
 
-import atexit
 import functools
 import itertools
-import json
 import os
 import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+from forked import Forked, end_together, with_nest
 from tiny_run import numbers_of, state_of, write_config
 
 FAULTS = Path(__file__).resolve().parent
+GRACE_S = 20.0  # of ranks whose fellow has failed: to end by themselves, and say why
 # what makes the samples of W ranks x b the same problem as those of one rank x W b
 PLAIN = ("model.drop_path=0.0", "losses.koleo=null", "losses[faults.saboteur]={}")
 
 
-def command(world: int, config: Path, *words: str, torchrun: tuple[str, ...] = ()) -> list[str]:
-    """`tapct train` on so many ranks."""
+def arguments(world: int, config: Path, *words: str, torchrun: tuple[str, ...] = ()) -> list[str]:
+    """What follows `python` for `tapct train` on so many ranks."""
     train = ["-m", "tapct", "train", str(config), *words]
     if world == 1 and not torchrun:
-        return [sys.executable, *train]
-    start = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        f"--nproc-per-node={world}",
-        *torchrun,
-    ]
-    return [*start, *train]
+        return train
+    options = ["--standalone", f"--nproc-per-node={world}", *torchrun]
+    return ["-m", "torch.distributed.run", *options, *train]
 
 
 def environment(fault: str = "") -> dict[str, str]:
@@ -66,13 +59,26 @@ def start(
     fault: str = "",
     torchrun: tuple[str, ...] = (),
     more: dict[str, str] | None = None,
-) -> subprocess.Popen[str]:
+) -> Forked:
     """A run in FOLDER/run that goes on by itself."""
-    line = command(world, write_config(folder, store), *words, torchrun=torchrun)
+    line = arguments(world, write_config(folder, store), *words, torchrun=torchrun)
+    return Forked(line, env=with_nest({**environment(fault), **(more or {})}))
+
+
+def start_fresh(
+    world: int,
+    folder: Path,
+    store: Path,
+    *words: str,
+    fault: str = "",
+    torchrun: tuple[str, ...] = (),
+) -> subprocess.Popen[str]:
+    """What `start` does, with Pythons of their own, of which each hashes strings differently."""
+    line = arguments(world, write_config(folder, store), *words, torchrun=torchrun)
     # a session of its own, so that a test can end all of it
     return subprocess.Popen(
-        line,
-        env={**environment(fault), **(more or {})},
+        [sys.executable, *line],
+        env=environment(fault),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -95,9 +101,15 @@ def train(
     fault: str = "",
     timeout: float = 120.0,
     more: dict[str, str] | None = None,
+    each: Sequence[dict[str, str]] = (),
 ) -> subprocess.CompletedProcess[str]:
-    """What `launch` does, without torchrun and without a Python to start for every rank."""
-    asked = ["train", str(write_config(folder, store)), *words]
+    """What `launch` does, without torchrun.
+
+    Args:
+        more: environment variables of all ranks.
+        each: further environment variables of each rank.
+    """
+    asked = ["-m", "tapct", "train", str(write_config(folder, store)), *words]
     common = {
         **environment(fault),
         **(more or {}),
@@ -105,40 +117,16 @@ def train(
         "LOCAL_WORLD_SIZE": str(world),
     }
     meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(next(free_ports()))}
-    places = [{"RANK": str(rank), "LOCAL_RANK": str(rank), **meeting} for rank in range(world)]
-    said = [[str(folder / f"{rank}.{name}") for name in ("out", "err")] for rank in range(world)]
-    for path in itertools.chain(*said):
-        Path(path).write_text("")
-    request = {
-        "words": asked,
-        "folder": os.getcwd(),
-        "environments": [{**common, **(place if world > 1 else {})} for place in places],
-        "files": said,
-        "timeout_s": timeout,
-    }
-    hatchery = nest()
-    assert hatchery.stdin and hatchery.stdout and hatchery.poll() is None, "the nest has died"
-    hatchery.stdin.write(json.dumps(request) + "\n")
-    hatchery.stdin.flush()
-    codes = json.loads(hatchery.stdout.readline())
-    out, err = ("".join(Path(files[number]).read_text() for files in said) for number in range(2))
+    ranks = []
+    for rank in range(world):
+        place = {"RANK": str(rank), "LOCAL_RANK": str(rank), **meeting} if world > 1 else {}
+        own = each[rank] if rank < len(each) else {}
+        ranks.append(Forked(asked, env={**common, **place, **own}))
+    codes = end_together(ranks, timeout, GRACE_S)
+    out, err = ("".join(said) for said in zip(*(rank.said() for rank in ranks), strict=True))
     if None in codes and not any(codes):
         raise subprocess.TimeoutExpired(asked, timeout, out, err)
     return subprocess.CompletedProcess(asked, next((code for code in codes if code), 0), out, err)
-
-
-@functools.cache
-def nest() -> subprocess.Popen[str]:
-    """The Python that forks ranks; it ends with this process, which closes its input."""
-    started = subprocess.Popen(
-        [sys.executable, str(FAULTS / "nest.py")],
-        env=environment(),
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    atexit.register(started.communicate)
-    return started
 
 
 @functools.cache
@@ -156,7 +144,7 @@ def free_ports() -> Iterator[int]:
 
 
 def ended(
-    launcher: subprocess.Popen[str], timeout: float = 120.0
+    launcher: Forked | subprocess.Popen[str], timeout: float = 120.0
 ) -> subprocess.CompletedProcess[str]:
     """What a started run said by its end; a run that does not end is ended with all its ranks."""
     try:
@@ -169,7 +157,7 @@ def ended(
         with suppress(ProcessLookupError):
             os.killpg(launcher.pid, signal.SIGKILL)
         raise
-    return subprocess.CompletedProcess(launcher.args, launcher.returncode, out, err)
+    return subprocess.CompletedProcess(launcher.args, launcher.returncode or 0, out, err)
 
 
 def good(ended: subprocess.CompletedProcess[str]) -> str:

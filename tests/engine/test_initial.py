@@ -86,6 +86,21 @@ def test_missing_and_unexpected_parameters_are_named_and_must_be_meant(
     )
 
 
+def test_weights_without_one_parameter_of_the_model_are_an_error_that_names_both_sides(
+    tmp_path: Path, store: Path, trained: Path
+) -> None:
+    tensors = load_file(trained / "export" / "model.safetensors")
+    odd = tmp_path / "odd.safetensors"
+    save_file({f"model.{name}": value for name, value in tensors.items()}, odd)
+    allowed = "train.init_allow=[missing,resized,unexpected]"
+    with pytest.raises(
+        UserError,
+        match=rf"none of the {len(tensors)} tensors of .* has the name of a parameter of this model"
+        r"; the file has model\.blocks.*; the model has blocks",
+    ):
+        first_teacher(tmp_path, store, f"train.init={odd}", allowed)
+
+
 def test_what_cannot_fit_or_is_not_there_is_one_line(
     tmp_path: Path, store: Path, trained: Path
 ) -> None:

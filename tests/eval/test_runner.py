@@ -76,6 +76,8 @@ def read_torso(row, root, *, with_labels, scan_labels) -> LabelledScan:
 @pytest.fixture
 def rows(monkeypatch: pytest.MonkeyPatch) -> list[Row]:
     monkeypatch.setattr("tapct.eval.scans.read_scan", read_torso)
+    names = {1: "body", 2: "liver", 3: "lungs"}
+    monkeypatch.setattr("tapct.eval.scans.labels_of", lambda row, root: names)
     return [Row(f"s{n}", f"p{n}", str(n)) for n in range(6)]
 
 
@@ -101,7 +103,7 @@ def test_results_hold_what_the_report_reads_and_pictures_exist(rows, tmp_path):
     assert json.loads((tmp_path / "results.json").read_text()) == results.to_json()
     assert from_json(results.to_json()) == results
     assert list(tmp_path.glob(".*")) == []
-    assert results.to_json()["schema"] == 2
+    assert results.to_json()["schema"] == 3
     section = results.tasks["segmentation"]
     assert (section.num_train, section.num_test, section.skipped) == (3, 3, 0)
     assert list(section.results.breakdown.values) == ["liver", "lungs"]
@@ -176,7 +178,7 @@ def test_test_labels_never_reach_the_decoder(rows, tmp_path, monkeypatch):
 def test_one_patient_is_called_a_fit(rows, tmp_path):
     results = evaluate([Row("s0", "p", "0")], tmp_path, num_blocks=3, block_gap=1)
     assert results.split.mode == "blocks"
-    assert "not generalisation" in results.split.note
+    assert "not generalisation" in results.split.caveat
 
 
 def test_every_setting_changes_the_results(rows, tmp_path):
@@ -195,6 +197,19 @@ def test_every_setting_changes_the_results(rows, tmp_path):
     ):  # fmt: skip
         changed = evaluate(rows, tmp_path / str(number), **change).tasks["segmentation"]
         assert changed.results != base.tasks["segmentation"].results, change
+
+
+@pytest.mark.parametrize("key", ["organs", "outside", "body"])
+def test_a_setting_that_names_no_label_is_one_line_before_any_feature(
+    rows, tmp_path, monkeypatch, key
+):
+    monkeypatch.setattr("tapct.eval.runner.features_of", None)
+    with pytest.raises(
+        UserError,
+        match=rf"eval.tasks.segmentation.{key} names '7', which is no label of the 6 label maps; "
+        "they have 1 body, 2 liver, 3 lungs",
+    ):
+        evaluate(rows, tmp_path, tasks=segmentation(**{key: ("liver", "7")}))
 
 
 def test_models_of_different_patch_are_one_line(rows, tmp_path):

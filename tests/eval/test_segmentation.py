@@ -335,3 +335,72 @@ def test_every_model_is_trained_on_the_same_patches():
     one, two = (torch.cat(task._features[name]) for name in ("one", "two"))
     assert len(one) <= 60
     torch.testing.assert_close(one * 2, two)
+
+
+def judged(config: Config, names, values=(0, 1, 2, 3), tested=None):
+    """A task after one training and one test scan with the same labels."""
+    task = build(config, seed=0)
+    scan, grid, dense = scene(1, "train", values, names)
+    task.learn("m", dense, task.truth(scan, grid, everywhere(grid)))
+    task.fit()
+    scan, grid, dense = scene(2, "test", tested or values, names)
+    task.judge("m", dense, task.truth(scan, grid, everywhere(grid)))
+    return task
+
+
+@pytest.mark.parametrize(
+    ("config", "names", "organs", "words"),
+    [
+        (
+            Config(),
+            [(1, "Body"), (2, "Couch"), (3, "liver")],
+            ["liver"],
+            "mean of 1 organ: liver; left out: Body, Couch",
+        ),
+        (
+            Config(body=("1",), outside=("2",)),
+            (),
+            ["label 3"],
+            "mean of 1 organ: label 3; left out: label 1 (set as body by its number; it has no "
+            "name), label 2 (set as outside by its number; it has no name); a label without a name "
+            "may be the body or the table: see eval.tasks.segmentation.body and outside",
+        ),
+        (
+            Config(body=("1",)),
+            [(1, "torso"), (2, "spleen"), (3, "liver")],
+            ["spleen", "liver"],
+            "mean of 2 organs: spleen, liver; left out: torso",
+        ),
+        (
+            Config(organs=("SPLEEN",)),
+            [(1, "body"), (2, "spleen"), (3, "liver")],
+            ["spleen"],
+            "mean of 1 organ: spleen; left out: body, liver",
+        ),
+    ],
+)
+def test_the_mean_leaves_out_body_and_table_and_lists_its_organs(config, names, organs, words):
+    task = judged(config, names)
+    dice = task.results().models["m"]["dice"]
+    assert list(dice) == organs
+    assert task.headline().mean_of == words
+    assert task.headline().values["m"] == pytest.approx(np.mean(list(dice.values())))
+
+
+def test_a_body_by_number_makes_label_0_the_air_outside():
+    scan, grid, _ = scene(1, "s", (0, 1, 2))
+    by_number = build(Config(body=("1",)), seed=0).truth(scan, grid, everywhere(grid))
+    assert OUTSIDE not in by_number.values
+
+
+def test_organs_that_one_side_lacks_are_listed_as_left_out():
+    names = [(1, "liver"), (2, "spleen"), (3, "aorta")]
+    line = judged(Config(), names, (0, 1, 2), (0, 1, 3)).headline().mean_of
+    assert line == (
+        "mean of 1 organ: liver; left out: spleen (in no test scan), aorta (in no training scan)"
+    )
+
+
+def test_settings_that_must_name_a_label_are_those_that_are_not_defaults():
+    named = build(Config(body=("body", "torso"), organs=("1",)), seed=0).named_labels()
+    assert named == {"organs": ("1",), "outside": (), "body": ("torso",)}

@@ -15,6 +15,7 @@ from PIL import Image
 
 from tapct.base.exits import UserError
 from tapct.eval.contract import Headline, ScanScore, TaskResults
+from tapct.eval.held_out import HeldOut
 from tapct.eval.results import Evaluation, SplitRecord, TaskSection
 from tapct.report import page, plots
 from tapct.report.history import prototypes_ln, read_history
@@ -189,8 +190,8 @@ def lower_is_better(values: dict[str, float], scans: tuple[ScanScore, ...] = ())
     headline = Headline("mean error", values, "lower", "How far off the guess is.")
     results = TaskResults({name: {} for name in values}, scans)
     section = TaskSection({}, "none", 3, 2, 1, headline, results)
-    return Evaluation({"mylab.tasks.lung_depth": section}, SplitRecord("patients", False, (), ()),
-                      {}, (2, 4, 4), 0)  # fmt: skip
+    split = SplitRecord("patients", HeldOut(0), (), ())
+    return Evaluation({"mylab.tasks.lung_depth": section}, split, {}, (2, 4, 4), 0)
 
 
 def test_a_task_supplies_all_words_about_its_numbers(tmp_path: Path) -> None:
@@ -214,10 +215,27 @@ def test_a_task_supplies_all_words_about_its_numbers(tmp_path: Path) -> None:
 
 
 def test_the_verdict_is_in_words(tmp_path: Path) -> None:
-    alive = Page(page.write(run_folder(tmp_path / "alive")).read_text()).words
-    stuck = Page(page.write(run_folder(tmp_path / "stuck", alive=0.0)).read_text()).words
+    alive = Page(page.write(run_folder(tmp_path / "alive", 200)).read_text()).words
+    stuck = Page(page.write(run_folder(tmp_path / "stuck", 200, alive=0.0)).read_text()).words
     assert "Alive" in alive and "Next: Judge the features: tapct eval." in alive
     assert "Stuck" in stuck and "nothing is learned" in stuck and "Next: Lower lr" in stuck
+
+
+def test_there_is_no_verdict_before_200_steps_and_the_end_of_the_warm_up(tmp_path: Path) -> None:
+    run = run_folder(tmp_path / "run", 199)
+    early = Page(page.write(run).read_text()).words
+    assert "Too early to say" in early and "after 200" in early and "Alive" not in early
+    run_folder(run, 400)
+    (run / "config.yaml").write_text("optim: {warmup_share: 0.1}\ntrain: {steps: 4010}\n")
+    words = Page(page.write(run).read_text()).words
+    assert "Too early to say" in words and "after 401, when the learning rate" in words
+    (run / "config.yaml").write_text("optim: {warmup_share: 0.1}\ntrain: {steps: 4000}\n")
+    assert "Alive" in Page(page.write(run).read_text()).words
+    with (run / "metrics.jsonl").open("a") as file:  # this one is never too early
+        file.write(json.dumps({**record(401), "health/dino_information": None}) + "\n")
+        file.write(json.dumps({**record(402), "health/dino_ln_k_minus_ce": None}) + "\n")
+    (run / "config.yaml").write_text("optim: {warmup_share: 1.0}\ntrain: {steps: 4000}\n")
+    assert "Not finite" in Page(page.write(run).read_text()).words
 
 
 def test_what_is_missing_is_named_with_the_command_that_makes_it(tmp_path: Path) -> None:

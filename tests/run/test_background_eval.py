@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
-from tiny_run import config_of, make_store, numbers_of
+from tiny_run import config_of, evaluation_of, make_store, numbers_of
 
 from tapct.base import signals
 from tapct.base.exits import UserError
@@ -22,7 +22,6 @@ from tapct.engine import loop
 from tapct.engine.stop import job_deadline
 from tapct.eval.runner import During
 from tapct.run import background_eval, finished, pretrain
-from tapct.run_folder import RunFolder
 
 QUICK = ("eval.tasks.segmentation.steps=5", "eval.max_scans=2", "eval.num_pictures=0")
 
@@ -47,7 +46,7 @@ def test_checkpoints_that_are_due_are_evaluated_beside_training(
     words = ("eval.during.every=8", "checkpoint.keep=1", "checkpoint.asynchronous=false", *QUICK)
     resolved = config_of(tmp_path, store, *words)
     assert pretrain.train(resolved) == loop.Stop(12)
-    folder = RunFolder(tmp_path / "run").step_evaluations / "step_00000008"
+    folder = evaluation_of(tmp_path / "run", 8).path
     wait_for(folder / "results.json")
     assert not (folder / "teacher.safetensors").exists(), "kept only until it is evaluated"
     beside = json.loads((folder / "results.json").read_text())
@@ -78,9 +77,7 @@ def test_the_teacher_is_kept_from_rotation_and_a_busy_evaluation_is_not_joined(
         "step 8 is not evaluated: the evaluation before it is still running"
         in capsys.readouterr().out
     )
-    kept = load_file(
-        RunFolder(tmp_path / "run").step_evaluations / "step_00000004" / "teacher.safetensors"
-    )
+    kept = load_file(evaluation_of(tmp_path / "run", 4).teacher)
     assert not (tmp_path / "run" / "checkpoints" / "step_00000004").exists() and len(kept) > 10
 
 
@@ -126,9 +123,7 @@ def test_a_job_waits_for_the_last_evaluation(
     assert pretrain.train(config_of(tmp_path, store, "eval.during.every=12", *QUICK)) == loop.Stop(
         12
     )
-    assert (
-        RunFolder(tmp_path / "run").step_evaluations / "step_00000012" / "results.json"
-    ).is_file()
+    assert (evaluation_of(tmp_path / "run", 12).results).is_file()
 
 
 def test_in_a_job_the_last_evaluation_is_done_though_the_one_before_takes_long(
@@ -176,9 +171,7 @@ def test_a_job_does_not_wait_longer_than(
     assert f"step 12 was ended with the job; run: tapct eval {tmp_path}/run --step=12" in said
     assert "failed" not in said, "it was ended"
     assert steps_started(calls) == [12] and not is_alive(last_process(calls))
-    assert (
-        RunFolder(tmp_path / "run").step_evaluations / "step_00000012" / "teacher.safetensors"
-    ).is_file(), "for by hand"
+    assert (evaluation_of(tmp_path / "run", 12).teacher).is_file(), "for by hand"
 
 
 def test_a_job_that_is_stopped_waits_for_nothing_and_says_what_is_left(
@@ -195,9 +188,7 @@ def test_a_job_that_is_stopped_waits_for_nothing_and_says_what_is_left(
     stop = pretrain.train(config_of(tmp_path, store, "eval.during.every=1", *SAVED_AT_ONCE))
     assert stop == loop.Stop(1, "time limit")
     assert f"run: tapct eval {tmp_path}/run --step=1" in " ".join(capsys.readouterr().out.split())
-    assert (
-        RunFolder(tmp_path / "run").step_evaluations / "step_00000001" / "teacher.safetensors"
-    ).is_file()
+    assert (evaluation_of(tmp_path / "run", 1).teacher).is_file()
 
 
 def test_the_checkpoint_of_a_stop_is_not_the_last_one(
@@ -225,7 +216,7 @@ def test_an_evaluation_that_fails_is_told(
     assert pretrain.train(
         config_of(tmp_path, store, "eval.during.every=12", *SAVED_AT_ONCE)
     ) == loop.Stop(12)
-    log = RunFolder(tmp_path / "run").step_evaluations / "step_00000012" / "log.txt"
+    log = evaluation_of(tmp_path / "run", 12).log
     assert f"the evaluation of step 12 failed, see {log}" in " ".join(
         capsys.readouterr().out.split()
     )
@@ -236,7 +227,7 @@ def test_an_evaluation_can_be_ended_though_other_children_of_training_are_deaf(
 ) -> None:
     assert pretrain.train(config_of(tmp_path, store, *QUICK)) == loop.Stop(12)
     fake_python("exec sleep 600")
-    evaluations = background_eval.Evaluations(tmp_path / "run", During(every=12))
+    evaluations = background_eval.Evaluations(tmp_path / "run", During(every=12), "mine")
     with signals.kept_from_children():
         evaluations.start(tmp_path / "run" / "checkpoints" / "step_00000012")
         blocked = signal.pthread_sigmask(signal.SIG_BLOCK, [])

@@ -9,6 +9,7 @@ may be rounded differently by 1 HU.
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -151,8 +152,6 @@ def write(
             f"phantom --out {out}: it exists and is not an empty folder; choose another folder or "
             "remove it"
         )
-    images.mkdir(parents=True)
-    labels.mkdir()
     workers = min(config.workers or os.cpu_count() or 1, config.num)
 
     def make_and_write(index: int) -> tuple[CaseFacts, int]:
@@ -160,16 +159,24 @@ def write(
         return facts, write_case(volume, label_map, facts, images, labels)
 
     done: list[tuple[CaseFacts, int]] = []
-    with ThreadPoolExecutor(workers) as pool:
-        jobs = [pool.submit(make_and_write, index) for index in range(config.num)]
-        try:
-            for job in as_completed(jobs):
-                done.append(job.result())
-                if progress is not None:
-                    progress(len(done), config.num)
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+    existed = out.exists()
+    images.mkdir(parents=True)
+    labels.mkdir()
+    try:
+        with ThreadPoolExecutor(workers) as pool:
+            jobs = [pool.submit(make_and_write, index) for index in range(config.num)]
+            try:
+                for job in as_completed(jobs):
+                    done.append(job.result())
+                    if progress is not None:
+                        progress(len(done), config.num)
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+    except BaseException:  # Ctrl-C too: half an archive would look like a whole one
+        for folder in (images, labels) if existed else (out,):
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
     return PhantomReport(
         scans=len(done),
         patients=len({facts.patient_id for facts, _ in done}),

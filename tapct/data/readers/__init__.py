@@ -25,7 +25,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tapct.data.readers import dicom, itk, nifti
+from tapct.data.readers import dicom, itk, mgh, nifti
 from tapct.data.readers.raw import Image
 
 
@@ -54,11 +54,15 @@ DICOM = Format(
     "dicom", (".dcm", ".dicom", ".ima"), dicom.read, ("pydicom", "SimpleITK"), is_series=True
 )
 FORMATS = (
-    Format("nifti", (".nii.gz", ".nii"), nifti.read, ("nibabel",)),
+    Format("nifti", (".nii.gz", ".nii", ".hdr"), nifti.read, ("nibabel",)),
     Format("nrrd", (".nrrd", ".nhdr"), itk.read_nrrd, ("SimpleITK",)),
     Format("meta", (".mha", ".mhd"), itk.read_meta, ("SimpleITK",)),
+    Format("mgh", (".mgz", ".mgh"), mgh.read, ("nibabel",)),
     DICOM,
 )
+
+
+LIBRARIES = tuple(dict.fromkeys(library for known in FORMATS for library in known.libraries))
 
 
 def format_named(name: str) -> Format:
@@ -81,6 +85,5 @@ def load_libraries() -> None:
     Raises:
         ImportError: nibabel, pydicom or SimpleITK cannot be loaded.
     """
-    for known in FORMATS:
-        for library in known.libraries:
-            importlib.import_module(library)
+    for library in LIBRARIES:
+        importlib.import_module(library)

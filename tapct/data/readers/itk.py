@@ -19,6 +19,10 @@ from tapct.data.readers.raw import Header, Image, check_shape, check_size, infla
 from tapct.types import Refused
 
 _HEADER_LIMIT = 4 << 20  # bytes; the header of a Slicer segmentation with many segments is smaller
+_MAX_LINES = 20_000
+# SimpleITK 2.5 ends the process where it reports an error in a longer line
+_MAX_FIELD = 400  # characters of a field of a NRRD header; free text may be longer
+_MAX_META_LINE = 1 << 16
 _ONE_BYTE = ("signed char", "int8", "int8_t", "uchar", "unsigned char", "uint8", "uint8_t")
 _TWO_BYTES = (
     *("short", "short int", "signed short", "signed short int", "int16", "int16_t"),
@@ -191,8 +195,18 @@ def _nrrd_fields(path: Path) -> tuple[dict[str, str], int]:
         raise Refused("truncated", f"{path.name} ends inside its header")
     end = len(text) if blank is None else blank.end()
     fields = {}
-    for line in text[:end].decode("utf-8", "replace").splitlines()[1:]:
+    lines = text[:end].decode("utf-8", "replace").splitlines()[1:]
+    if len(lines) > _MAX_LINES:
+        raise Refused("corrupt", f"the NRRD header has {len(lines)} lines; rule: {_MAX_LINES}")
+    for line in lines:
         key, colon, value = line.partition(":")
+        is_free_text = line.startswith("#") or value.startswith("=") or key == "content"
+        if len(line) > _MAX_FIELD and not is_free_text:
+            raise Refused(
+                "corrupt",
+                f"line '{line[:20]}...' of the NRRD header has {len(line)} characters; rule: at "
+                f"most {_MAX_FIELD}",
+            )
         if not colon or line.startswith("#"):
             continue
         is_pair = value.startswith("=")
@@ -293,7 +307,11 @@ def _meta_fields(path: Path) -> tuple[dict[str, str], int]:
     """Fields of a MetaImage header and the byte after the line of ElementDataFile."""
     fields: dict[str, str] = {}
     with path.open("rb") as file:
-        for line in iter(lambda: file.readline(1 << 16), b""):
+        for line in iter(lambda: file.readline(_MAX_META_LINE), b""):
+            if len(line) == _MAX_META_LINE:
+                raise Refused(
+                    "corrupt", f"a line of the header has over {_MAX_META_LINE} characters"
+                )
             key, equals, value = line.decode("utf-8", "replace").partition("=")
             if not equals or file.tell() > _HEADER_LIMIT:
                 break

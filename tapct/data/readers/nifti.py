@@ -1,5 +1,5 @@
-"""NIfTI-1 and NIfTI-2 in one file (.nii, .nii.gz). The content decides whether it is gzip, not the
-name.
+"""NIfTI-1 and NIfTI-2 in one file (.nii, .nii.gz) or as a pair of header and voxels (.hdr, .img).
+The content decides whether it is gzip, not the name.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 _MM_PER_UNIT = {0: 1.0, 1: 1000.0, 2: 1.0, 3: 0.001}  # xyzt_units: unknown, metre, mm, micron
 _RGB_CODES = {128: "RGB", 2304: "RGBA"}
+_REAL_CODES = {2, 4, 8, 16, 64, 256, 512, 768, 1024, 1280}
 _COMPLEX_CODES = {32, 1792, 2048}
 _LABEL = re.compile(rb'<Label\s+Key="(\d+)"[^>]*>\s*<!\[CDATA\[(.*?)\]\]>', re.DOTALL)
 
@@ -41,7 +42,7 @@ def read(files: Sequence[Path]) -> Image:
     and agree with the affine to 5 %.
 
     Args:
-        files: path of the file, alone.
+        files: path of the file, or of the header of a pair, alone.
     Returns:
         The voxels with scaling and affine, turned from NIfTI's RAS to LPS.
     Raises:
@@ -57,11 +58,12 @@ def read(files: Sequence[Path]) -> Image:
     itemsize = header.get_data_dtype().itemsize
     expected = offset + itemsize * math.prod(shape)
     slack = slack_of(shape, itemsize)
-    if is_gzip(path):
-        data = inflate(path, 0, expected, slack)
+    data_file = _data_file(path, header)
+    if is_gzip(data_file):
+        data = inflate(data_file, 0, expected, slack)
     else:
-        check_size(path, path.stat().st_size, expected, slack)
-        data = path.read_bytes()
+        check_size(data_file, data_file.stat().st_size, expected, slack)
+        data = data_file.read_bytes()
     header.set_data_shape(shape)
     voxels = header.raw_data_from_fileobj(io.BytesIO(data))
     slope, intercept = header.get_slope_inter()
@@ -92,10 +94,11 @@ def _parse(path: Path, head: bytes) -> nibabel.Nifti1Header:
             raise Refused(
                 "truncated", f"{path.name} holds {len(head)} bytes; its header has {size}"
             )
-        if magic[:3] not in (b"n+1", b"n+2"):
+        if magic[:3] not in (b"n+1", b"n+2", b"ni1", b"ni2"):
             raise Refused(
-                "unsupported",
-                f"{path.name} is a header of a .hdr/.img pair; convert it to one .nii.gz file",
+                "no_orientation",
+                f"{path.name} is an Analyze header, which does not say where left and right are; "
+                "convert it to .nii.gz with the directions of the scanner",
             )
         header = kind(head[:size], endianness=sizes[size], check=False)
         if int(header["datatype"]) in _RGB_CODES or int(header["datatype"]) in _COMPLEX_CODES:
@@ -104,8 +107,25 @@ def _parse(path: Path, head: bytes) -> nibabel.Nifti1Header:
                 "not_scalar",
                 f"voxels are {_RGB_CODES.get(code, 'complex')}; rule: one real value per voxel",
             )
+        if int(header["datatype"]) not in _REAL_CODES:
+            raise Refused(
+                "unsupported",
+                f"datatype is {int(header['datatype'])}; rule: integers, float32 or float64",
+            )
         return header
     raise Refused("corrupt", f"{path.name} does not start with a NIfTI header")
+
+
+def _data_file(path: Path, header: nibabel.Nifti1Header) -> Path:
+    """The file that holds the voxels: that of the header, or its partner `.img`."""
+    if bytes(header["magic"])[:2] != b"ni":
+        return path
+    stem = path.name[: -len(path.suffix)]
+    for suffix in (".img", ".img.gz", ".IMG"):
+        partner = path.with_name(stem + suffix)
+        if partner.is_file():
+            return partner
+    raise Refused("truncated", f"{path.name} has no voxels: {stem}.img is missing beside it")
 
 
 def _shape(header: nibabel.Nifti1Header) -> tuple[int, int, int]:

@@ -19,16 +19,26 @@ MAX_VOXELS = 2**32
 MAX_TEXT = 200  # characters that the manifest keeps of a header field or of a library's message
 _CHUNK = 1 << 20
 _MAX_SLACK = 4096  # bytes; some tools pad files to whole blocks
+_INFLATED = 1 << 24  # bytes that are inflated at once
+_SURPLUS = 1 << 26  # bytes that may follow the voxels, whatever their number
 
 
 @dataclass(frozen=True)
 class Header:
     """Facts about a scan from its header, as text; empty where the header has none.
 
-    `headers` cleans it, and `patients` hashes the identifier.
+    `headers` cleans it, and `patients` hashes the identifiers, which are never stored as they are.
+
+    Args:
+        patient_id: PatientID.
+        study_uid: StudyInstanceUID.
+        series_uid: SeriesInstanceUID.
+        study_date, modality, manufacturer, kernel, sex, age: text of the elements of these names.
     """
 
     patient_id: str = ""
+    study_uid: str = ""
+    series_uid: str = ""
     study_date: str = ""
     modality: str = ""
     manufacturer: str = ""
@@ -48,6 +58,10 @@ class Image:
         intercept: offset in HU.
         header: facts about the scan from the header.
         names: label value and name, where the file holds a table of labels.
+        is_lossy: whether the voxels were compressed with loss, now or at any time before.
+        lossy_ratio: ratio of that compression; NaN where it is unknown or there was none.
+        derived: in a few words how the image was computed from others, such as a projection; empty
+            for plain slices.
     """
 
     voxels_IJK: np.ndarray
@@ -56,6 +70,9 @@ class Image:
     intercept: float = 0.0
     header: Header = field(default_factory=Header)
     names: tuple[tuple[int, str], ...] = ()
+    is_lossy: bool = False
+    lossy_ratio: float = math.nan
+    derived: str = ""
 
 
 def is_gzip(path: Path) -> bool:
@@ -97,7 +114,7 @@ def inflate(path: Path, offset: int, expected: int, slack: int = 0) -> bytes:
             `header_mismatch` when it holds more.
     """
     kept = bytearray()
-    num_bytes = 0
+    num_bytes, limit = 0, 2 * expected + _SURPLUS
     whole = False
     # 47: zlib recognises a gzip or zlib header by itself and verifies the trailer
     stream = zlib.decompressobj(47)
@@ -106,7 +123,8 @@ def inflate(path: Path, offset: int, expected: int, slack: int = 0) -> bytes:
         chunk = file.read(_CHUNK)
         while chunk:
             try:
-                data = stream.decompress(chunk)
+                # a limit, because 1 MB can inflate to 1 GB
+                data = stream.decompress(chunk, _INFLATED)
             except zlib.error as error:
                 if whole and len(kept) >= expected:
                     break  # padding after the last stream
@@ -115,8 +133,14 @@ def inflate(path: Path, offset: int, expected: int, slack: int = 0) -> bytes:
                 ) from error
             kept += data[: max(0, expected - len(kept))]
             num_bytes += len(data)
+            if num_bytes > limit:
+                raise Refused(
+                    "corrupt",
+                    f"{path.name} inflates to more than {limit} bytes, its header promises "
+                    f"{expected}",
+                )
             whole = stream.eof
-            chunk = stream.unused_data
+            chunk = stream.unused_data if stream.eof else stream.unconsumed_tail
             if stream.eof:
                 stream = zlib.decompressobj(47)  # gzip files may hold several members (bgzip)
             chunk = chunk or file.read(_CHUNK)

@@ -7,6 +7,7 @@ the organs.
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -29,6 +30,9 @@ from tapct.eval.truth import OUTSIDE, PatchTruth, patch_truth
 
 RESOLUTIONS = ("patch", "voxel")
 _OUTSIDE, _BODY = "outside", "body"
+OUTSIDE_NAMES = ("table", "couch", "background")
+BODY_NAMES = ("body", "body_trunc", "body_extremities", "skin", "external")
+MOST_NAMES = 12  # in the line that says what the mean is of
 
 
 @dataclass(frozen=True)
@@ -47,11 +51,12 @@ class Config:
         (), "label names or values that count as organs; empty: all; other labels count as body"
     )
     outside: tuple[str, ...] = setting(
-        ("table",), "label names or values that count as outside (air around the patient)"
+        OUTSIDE_NAMES, "label names or values that count as outside (air around the patient)"
     )
     body: tuple[str, ...] = setting(
-        ("body", "body_trunc", "skin"),
-        "label names for `inside the body, no organ`; if one of these exists, label 0 means air",
+        BODY_NAMES,
+        "label names or values for `inside the body, no organ`; if one of these exists, label 0 "
+        "means air",
     )
     max_tokens: int = setting(
         24576, "maximum number of training patches of all scans together, stratified by label", ge=1
@@ -97,6 +102,17 @@ class Segmentation(Task[PatchTruth, Prediction]):
         self._features: dict[str, list[Tensor]] = defaultdict(list)
         self._targets: dict[str, tuple[Tensor, tuple[int, ...], dict[int, str]]] = {}
         self._dice: dict[tuple[str, str], dict[str, dict[str, float]]] = {}
+        self._left_out: dict[tuple[int, str], str] = {}  # label value, its name -> class
+        self._not_learned: set[str] = set()  # organs of test scans that no training scan has
+
+    def named_labels(self) -> Mapping[str, tuple[str, ...]]:
+        """Words of the settings that must name a label; the defaults need not."""
+        defaults = {*OUTSIDE_NAMES, *BODY_NAMES}
+        found = {}
+        for key in ("organs", "outside", "body"):
+            words: tuple[str, ...] = getattr(self.config, key)
+            found[key] = tuple(word for word in words if word not in defaults)
+        return found
 
     def begin(self, num_train: int) -> None:
         """Divide the training patches equally among the training scans."""
@@ -104,8 +120,14 @@ class Segmentation(Task[PatchTruth, Prediction]):
 
     def truth(self, scan: LabelledScan, grid: PatchGrid, in_play_Z: np.ndarray) -> PatchTruth:
         """Count the labels on the patch grid; the same for every model."""
-        body_labelled = self._body_labelled(dict(scan.label_map.names))
-        return patch_truth(scan, grid, body_labelled=body_labelled, in_play_Z=in_play_Z)
+        names = dict(scan.label_map.names)
+        body_labelled = self._body_labelled(names)
+        truth = patch_truth(scan, grid, body_labelled=body_labelled, in_play_Z=in_play_Z)
+        for value in truth.values:
+            name = self._class_of(value, names)
+            if value > 0 and name in (_OUTSIDE, _BODY):
+                self._left_out[value, names.get(value, "")] = name
+        return truth
 
     def learn(self, model: str, dense: DenseFeatures, truth: PatchTruth) -> None:
         """Keep the training patches of one scan for one model."""
@@ -154,6 +176,9 @@ class Segmentation(Task[PatchTruth, Prediction]):
         in_play = truth.in_play_Z[truth.grid.patch_of_voxel(0, truth.grid.original[0])]
         voxel = self._confusion(self.class_labels(truth)[in_play], prediction_ZYX[in_play])
         open_N = np.repeat(truth.in_play_Z, truth.grid.shape[1] * truth.grid.shape[2])
+        names = truth.names()
+        of_scan = {self._class_of(value, names) for value in truth.values}
+        self._not_learned |= of_scan - set(self.classes) - {_OUTSIDE, _BODY}
         class_V = self._class_index(truth)[[max(v, 0) for v in truth.values]]
         patch_truth_N = class_V[truth.shares_NV.argmax(1)]
         patch = self._confusion(
@@ -229,7 +254,30 @@ class Segmentation(Task[PatchTruth, Prediction]):
         """Return the mean Dice over organs, at the resolution of the config."""
         models = self.results().models
         values = {model: float(entry["mean_dice"]) for model, entry in models.items()}
-        return _headline(values, self.config.resolution)
+        organs = list(dict.fromkeys(organ for entry in models.values() for organ in entry["dice"]))
+        return _headline(values, self.config.resolution, self._mean_of(organs))
+
+    def _mean_of(self, organs: Sequence[str]) -> str:
+        """What the mean Dice is a mean of, and which labels are not in it.
+
+        Args:
+            organs: organs in the mean.
+        """
+        left_out = []
+        for (value, name), counts_as in sorted(self._left_out.items()):
+            by_number = f"label {value} (set as {counts_as} by its number; it has no name)"
+            left_out.append(name or by_number)
+        left_out += [f"{organ} (in no test scan)" for organ in self.organs if organ not in organs]
+        left_out += [f"{organ} (in no training scan)" for organ in sorted(self._not_learned)]
+        line = f"mean of {_num_organs(len(organs))}: {_listed(organs)}"
+        if left_out:
+            line += f"; left out: {_listed(left_out)}"
+        if any(re.fullmatch(r"label \d+", organ) for organ in organs):
+            line += (
+                "; a label without a name may be the body or the table: see "
+                "eval.tasks.segmentation.body and outside"
+            )
+        return line
 
     def _mean_by_organ(self, per_scan: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
         dice: dict[str, float] = {}
@@ -263,20 +311,26 @@ class Segmentation(Task[PatchTruth, Prediction]):
 
     def _class_of(self, value: int, names: dict[int, str]) -> str:
         """The class that a label value of one scan belongs to."""
-        name = names.get(value, f"label {value}")
-        called = {name, str(value)}
-        if (
-            value == OUTSIDE
-            or (value == 0 and self._body_labelled(names))
-            or called & set(self.config.outside)
-        ):
+        if value == OUTSIDE:
             return _OUTSIDE
-        wanted = not self.config.organs or bool(called & set(self.config.organs))
-        return name if value != 0 and name.lower() not in self.config.body and wanted else _BODY
+        if value == 0:
+            return _OUTSIDE if self._body_labelled(names) else _BODY
+        name = names.get(value, f"label {value}")
+        if _is_called(value, name, self.config.outside):
+            return _OUTSIDE
+        if _is_called(value, name, self.config.body):
+            return _BODY
+        wanted = not self.config.organs or _is_called(value, name, self.config.organs)
+        return name if wanted else _BODY
 
     def _body_labelled(self, names: dict[int, str]) -> bool:
-        """True where the body has a label of its own, so that 0 is the air outside."""
-        return any(name.lower() in self.config.body for name in names.values())
+        """True where the body has a label of its own, by name or by number, so that 0 is the air
+        outside.
+        """
+        by_number = any(word.isdigit() for word in self.config.body)
+        return by_number or any(
+            _is_called(value, name, self.config.body) for value, name in names.items()
+        )
 
     def _class_index(self, truth: PatchTruth) -> np.ndarray:
         """Table from label value to class index, uint16."""
@@ -289,16 +343,35 @@ class Segmentation(Task[PatchTruth, Prediction]):
         return table
 
 
-def _headline(values: Mapping[str, float], resolution: str) -> Headline:
+def _is_called(value: int, name: str, words: Sequence[str]) -> bool:
+    """Whether one of the words is the name of a label, in any case, or its value."""
+    return any(word.lower() in (name.lower(), str(value)) for word in words)
+
+
+def _num_organs(num: int) -> str:
+    return "1 organ" if num == 1 else f"{num} organs"
+
+
+def _listed(names: Sequence[str]) -> str:
+    """Names as one text, the last ones as a number where there are many."""
+    more = len(names) - MOST_NAMES
+    return ", ".join(names[:MOST_NAMES]) + (f" and {more} more" if more > 0 else "")
+
+
+def _headline(values: Mapping[str, float], resolution: str, mean_of: str = "") -> Headline:
     meaning = (
         "Dice of a linear decoder on frozen features, mean over organs, counted at "
         f"{resolution} resolution. Everything but the backbone is equal."
     )
-    return Headline("mean Dice", values, "higher", meaning, (0.0, 1.0))
+    return Headline("mean Dice", values, "higher", meaning, (0.0, 1.0), mean_of)
 
 
-def _by_organ(organs: Sequence[str], dice_of: Mapping[str, Mapping[str, float]]) -> Breakdown:
-    """Rows of organs from the Dice of each model."""
+def _by_organ(
+    organs: Sequence[str], dice_of: Mapping[str, Mapping[str, float]]
+) -> Breakdown | None:
+    """Rows of organs from the Dice of each model; None without any organ."""
+    if not organs:
+        return None
     values: dict[str, dict[str, float]] = {}
     for organ in organs:
         values[organ] = {model: dice[organ] for model, dice in dice_of.items() if organ in dice}
@@ -326,6 +399,7 @@ def section_from_schema_1(content: Mapping[str, Any]) -> dict[str, Any]:
             scans.append(asdict(ScanScore(scan, model, mean, parts)))
     means = {model: numbers.get("mean_dice") for model, numbers in models.items()}
     dice_of = {model: numbers.get("dice", {}) for model, numbers in models.items()}
+    table = _by_organ(organs, dice_of)
     split = content.get("split", {})
     return {
         "config": content.get("task_config", {}),
@@ -334,7 +408,7 @@ def section_from_schema_1(content: Mapping[str, Any]) -> dict[str, Any]:
         "num_test": len(split.get("test", ())),
         "headline": asdict(_headline(means, content.get("resolution", "voxel"))),
         "models": models,
-        "breakdown": asdict(_by_organ(organs, dice_of)),
+        "breakdown": None if table is None else asdict(table),
         "scans": scans,
         "pictures": content.get("overlays", []),
     }

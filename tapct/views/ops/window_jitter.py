@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tapct.base.exits import UserError
 from tapct.config import setting
+from tapct.types import HUContract
 from tapct.views.key import Op, ViewKey
 
 
@@ -41,6 +42,16 @@ class Config:
             raise UserError(
                 f"window_jitter moves its ends by up to {self.low_hu} + {self.high_hu} HU: keep "
                 "the sum at most 1000, or little of the window is left"
+            )
+
+    def check_contract(self, contract: HUContract) -> None:
+        """Raise UserError where nothing of the HU window could be left."""
+        width = contract.clip_high - contract.clip_low
+        if self.low_hu + self.high_hu >= width:
+            raise UserError(
+                f"window_jitter moves the ends of the HU window by up to {self.low_hu:g} + "
+                f"{self.high_hu:g} HU, and contract.clip_low to contract.clip_high are only "
+                f"{width:g} HU; lower low_hu or high_hu"
             )
 
 

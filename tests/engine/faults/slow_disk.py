@@ -1,7 +1,8 @@
 """An intensity op that changes nothing, and makes one rank's disk slow: TAPCT_SLOW_DISK="RANK
 SECONDS".
 
-The first file of a checkpoint that the rank forces to the disk takes that long: its shards.
+The first file of a checkpoint that the rank forces to the disk takes that long: its shards. The
+watch of the ranks ends a process a second after its time-out, and not after five.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from tapct.distributed import collectives
+from tapct.distributed import collectives, watch
 from tapct.views.key import Op, ViewKey
 
 RANK, SECONDS = (float(word) for word in os.environ.get("TAPCT_SLOW_DISK", "-1 0").split())
@@ -29,6 +30,7 @@ def slow_sync(file: int) -> None:
 
 
 os.fsync = slow_sync
+watch.EXTRA_S = 1.0
 
 
 @dataclass(frozen=True)

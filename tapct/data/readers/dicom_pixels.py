@@ -1,0 +1,155 @@
+"""Pixels of a DICOM file as stored values, by pydicom where it can decode them, else by GDCM.
+
+GDCM is the library behind SimpleITK. It reads what pydicom cannot decode alone: lossless JPEG,
+JPEG-LS, and JPEG with 12 bits per pixel.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from tapct.base.exits import single_line
+from tapct.data.readers import dicom_elements as elements
+from tapct.data.readers.raw import MAX_TEXT
+from tapct.types import Refused
+
+if TYPE_CHECKING:
+    from pydicom.dataset import Dataset
+
+_JPEG_8_BIT = "1.2.840.10008.1.2.4.50"
+_JPEG_12_BIT = "1.2.840.10008.1.2.4.51"
+_LOSSY = (_JPEG_8_BIT, _JPEG_12_BIT)  # JPEG-LS near-lossless and JPEG 2000 may be lossless
+_ELSCINT_COMPRESSION, _ELSCINT_PIXELS = 0x07A11011, 0x07A1100A
+
+
+def stored_values(path: Path, dataset: Dataset, num_frames: int) -> tuple[np.ndarray, bool]:
+    """Decode the pixels of a file.
+
+    Args:
+        path: path of the file, which GDCM opens again.
+        dataset: whole content of the file.
+        num_frames: number of images in the file.
+    Returns:
+        Values (frames, rows, columns), and whether slope and intercept are applied already.
+    Raises:
+        Refused: truncated, unsupported, corrupt.
+    """
+    rows, columns = elements.unsigned(dataset, "Rows"), elements.unsigned(dataset, "Columns")
+    syntax = dataset.file_meta.TransferSyntaxUID
+    if syntax.is_encapsulated and not _pydicom_decodes(dataset):
+        if num_frames > 1:
+            raise Refused(
+                "unsupported",
+                f"{path.name} holds {num_frames} frames in {syntax.name}; decompress it",
+            )
+        pixels, is_rescaled = _by_gdcm(path, dataset), True
+    else:
+        if not syntax.is_encapsulated:
+            bits = rows * columns * num_frames * elements.unsigned(dataset, "BitsAllocated")
+            _check_length(path, len(dataset.PixelData), math.ceil(bits / 8))
+        with elements.quiet():
+            pixels, is_rescaled = dataset.pixel_array, False
+    if pixels.size != num_frames * rows * columns:
+        raise Refused(
+            "corrupt",
+            f"{path.name} decodes to {pixels.shape} pixels; its header gives {rows} rows, "
+            f"{columns} columns",
+        )
+    return pixels.reshape(num_frames, rows, columns), is_rescaled
+
+
+def lossy_ratio(dataset: Dataset) -> float | None:
+    """Ratio of a lossy compression of the pixels, now or at any time before.
+
+    Returns:
+        The largest ratio that the header declares, or that of the file itself; NaN where a lossy
+        compression of unknown ratio is declared, None where none is.
+    """
+    syntax = str(dataset.file_meta.get("TransferSyntaxUID", ""))
+    if elements.text(dataset, "LossyImageCompression") != "01" and syntax not in _LOSSY:
+        return None
+    declared = elements.numbers(dataset, "LossyImageCompressionRatio")
+    ratios = [ratio for ratio in declared if math.isfinite(ratio) and ratio >= 1]
+    if ratios:
+        return max(ratios)
+    pixels = dataset.get_item("PixelData")
+    if syntax in _LOSSY and pixels is not None and pixels.value:
+        frames = max(1, elements.whole(dataset, "NumberOfFrames"))
+        size = elements.unsigned(dataset, "Rows") * elements.unsigned(dataset, "Columns")
+        # the stored bits, since the empty ones of a word cost nothing
+        bits = elements.unsigned(dataset, "BitsStored") or 8
+        return frames * size * bits / 8 / len(pixels.value)
+    return math.nan
+
+
+def check_has_pixels(path: Path, dataset: Dataset) -> None:
+    """Refuse a file without pixels that are stored as the standard says."""
+    private = elements.text(dataset, _ELSCINT_COMPRESSION)
+    if _ELSCINT_PIXELS in dataset or private.startswith("PMSCT"):
+        raise Refused(
+            "private_compression",
+            f"{path.name} is compressed with the private method {private or 'of ELSCINT1'}; "
+            "convert it with gdcmconv --raw",
+        )
+    if "FloatPixelData" in dataset or "DoubleFloatPixelData" in dataset:
+        raise Refused("unsupported", f"{path.name} holds pixels as floats; convert it to NIfTI")
+    if "PixelData" not in dataset:
+        raise Refused("truncated", f"{path.name} ends before its pixels; copy it again")
+
+
+def _check_length(path: Path, num_bytes: int, expected: int) -> None:
+    """Refuse pixels that are fewer than the header promises."""
+    if num_bytes < expected:
+        raise Refused("truncated", f"{path.name} holds {num_bytes} of {expected} bytes of pixels")
+
+
+def _pydicom_decodes(dataset: Dataset) -> bool:
+    """Whether pydicom can decode the compressed pixels with what is installed here."""
+    from pydicom.pixels import get_decoder
+
+    syntax = dataset.file_meta.TransferSyntaxUID
+    if syntax in _LOSSY and elements.unsigned(dataset, "BitsStored") > 8:
+        return False  # pydicom says that it can, but Pillow has no JPEG of 12 bits
+    try:
+        return bool(get_decoder(syntax).is_available)
+    except NotImplementedError:
+        return False
+
+
+def _by_gdcm(path: Path, dataset: Dataset) -> np.ndarray:
+    """HU of one file, decoded by GDCM, which applies slope and intercept."""
+    import SimpleITK
+
+    _check_ends(path, dataset)
+    SimpleITK.ProcessObject.SetGlobalWarningDisplay(False)
+    reader = SimpleITK.ImageFileReader()
+    reader.SetImageIO("GDCMImageIO")
+    reader.SetFileName(str(path))
+    try:
+        return SimpleITK.GetArrayFromImage(reader.Execute())
+    except RuntimeError as error:
+        syntax = dataset.file_meta.TransferSyntaxUID.name
+        raise Refused(
+            "unsupported",
+            f"{path.name} is compressed as {syntax}, which neither pydicom nor GDCM decodes: "
+            + single_line(str(error).rpartition("ERROR:")[2] or error, MAX_TEXT),
+        ) from error
+
+
+def _check_ends(path: Path, dataset: Dataset) -> None:
+    """Refuse a JPEG stream without its end, which GDCM fills with grey instead of failing."""
+    from pydicom.encaps import generate_frames
+
+    try:
+        (frame,) = generate_frames(dataset.PixelData, number_of_frames=1)
+    except Exception as error:
+        raise Refused(
+            "truncated", f"the compressed pixels of {path.name} are cut off; copy it again"
+        ) from error
+    is_jpeg = frame[:2] == b"\xff\xd8"
+    if is_jpeg and not frame.rstrip(b"\0").endswith(b"\xff\xd9"):
+        raise Refused("truncated", f"the JPEG image in {path.name} is cut off; copy it again")

@@ -1,0 +1,414 @@
+"""Put DICOM slices together to scans: by SeriesInstanceUID over the whole archive, and within a
+series by what tells one stack of slices from another.
+
+A stack is whole if its slices have one orientation, size and pixel spacing, and follow each other
+in equal steps. Whole stacks are scans. What does not belong to one (scouts, bolus tracking,
+projections over slices) is refused with a reason. A scan is never cut to pieces: slices of one
+series that together make a whole stack stay together, unless two stacks of them lie in each other.
+"""
+
+from __future__ import annotations
+
+import filecmp
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from tapct.data.readers import dicom_geometry as geometry
+from tapct.data.readers.dicom_head import TRAITS, Head
+from tapct.types import Refused
+
+_FOLDER = len(TRAITS)  # number of the trait after the last element
+MIN_STACK = 3  # fewest slices for which a split can be seen from their places
+MIN_BLOCK = 8  # fewest slices of each of two stacks that lie behind each other
+_PARALLEL = 0.75  # |cosine| between the normals of a scout and of a stack of slices
+
+
+@dataclass(frozen=True)
+class Stack:
+    """The slices of one scan, or slices that make none.
+
+    Args:
+        heads: its slices in order, or the files that are refused together.
+        reason: code of the rule by which they are refused; empty for a whole stack.
+        detail: one line that says why.
+        mark: code of what is unusual about a whole stack; empty for most.
+    """
+
+    heads: tuple[Head, ...]
+    reason: str = ""
+    detail: str = ""
+    mark: str = ""
+
+    @property
+    def is_long(self) -> bool:
+        """Whether this is a whole stack of several slices."""
+        return not self.reason and len(self.heads) > 1
+
+
+def stacks_of(heads: Iterable[Head], *, derived: bool = False) -> list[Stack]:
+    """Put the slices of an archive together.
+
+    Args:
+        heads: one per file, in a fixed order.
+        derived: True to treat images that were computed from others as plain slices.
+    Returns:
+        Stacks, and what is refused, in the order of the first file of their series.
+    """
+    by_series: dict[tuple[str, ...], list[Head]] = {}
+    for head in heads:
+        by_series.setdefault(series_key(head), []).append(head)
+    stacks = []
+    for key, members in by_series.items():
+        found = _stacks_of_series(members, derived)
+        stacks += found if key[2] else _without_uid(found)
+    return stacks
+
+
+def series_key(head: Head) -> tuple[str, ...]:
+    """What all slices of one series have in common.
+
+    The patient is part of it, since some anonymisers give every series the same UID. Without
+    SeriesInstanceUID it is the study, and without that the folder.
+    """
+    if head.series_uid:
+        return head.patient_id, "", head.series_uid, ""
+    folder = "" if head.study_uid else str(head.path.parent)
+    return head.patient_id, head.study_uid, "", folder
+
+
+def _without_uid(stacks: list[Stack]) -> list[Stack]:
+    """Refuse the slices without SeriesInstanceUID that do not show by themselves that they are one
+    stack.
+    """
+    kept, rest = [], []
+    for stack in stacks:
+        if stack.is_long or (len(stack.heads) == 1 and stack.heads[0].is_multiframe):
+            kept.append(replace(stack, mark="no_series_uid"))
+        elif not stack.reason or stack.reason in _GEOMETRY_REASONS:
+            rest.append(stack)
+        else:
+            kept.append(stack)
+    if rest:
+        members = tuple(head for stack in rest for head in stack.heads)
+        why = rest[0].detail or "a single slice is no stack"
+        detail = f"{_num_slices(members)} without SeriesInstanceUID make no whole stack: {why}"
+        kept.append(Stack(members, "no_series_uid", detail))
+    return kept
+
+
+_GEOMETRY_REASONS = frozenset(
+    ("duplicate_slices", "missing_slices", "uneven_slices", "mixed_geometry", "bolus_tracking")
+)
+
+
+def _stacks_of_series(heads: list[Head], derived: bool) -> list[Stack]:
+    """The stacks of one series: first what cannot be a slice, then the slices by their places."""
+    stacks: list[Stack] = []
+    refused: dict[tuple[str, str], list[Head]] = {}
+    frames: dict[str, list[Head]] = {}
+    slices: dict[str, list[Head]] = {}
+    for head in heads:
+        if head.refusal is not None:
+            sort_of = head.sop_class if head.refusal[0] == "not_ct" else ""
+            refused.setdefault((head.refusal[0], sort_of), []).append(head)
+        elif head.derived and not derived:
+            refused.setdefault(("derived_image", head.derived), []).append(head)
+        elif head.is_multiframe:
+            frames.setdefault(head.concatenation or str(head.path), []).append(head)
+        else:
+            slices.setdefault(head.derived, []).append(head)
+    for (reason, what), members in refused.items():
+        if reason == "derived_image":
+            detail = f"{_num_images(members)}: {what}; accept with --derived"
+        else:
+            assert members[0].refusal is not None
+            detail = members[0].refusal[1]
+        stacks.append(Stack(tuple(members), reason, detail))
+    stacks += [Stack(tuple(members)) for members in frames.values()]
+    for members in slices.values():
+        stacks += _stacks_of_slices(members)
+    return stacks
+
+
+def _stacks_of_slices(heads: list[Head]) -> list[Stack]:
+    """The stacks among the slices of one series."""
+    stacks, heads = _misplaced(heads)
+    grids = [stack for members in _by_grid(heads) for stack in split(members)]
+    longest = max((stack for stack in grids if stack.is_long), key=_length, default=None)
+    if longest is None:
+        return stacks + _no_stack(grids)
+    for stack in grids:
+        if not stack.reason and not stack.is_long:
+            stack = _odd_image(stack, longest)
+        stacks.append(stack)
+    return stacks
+
+
+def _misplaced(heads: list[Head]) -> tuple[list[Stack], list[Head]]:
+    """Refuse slices of unknown place, and all slices of the same size with them: each of them may
+    be the one that is missing in the stack.
+
+    Returns:
+        What is refused, and the other slices.
+    """
+    stacks = []
+    for size in dict.fromkeys(head.size for head in heads if head.misplaced):
+        members = tuple(head for head in heads if head.size == size)
+        first = next(head.misplaced for head in members if head.misplaced)
+        stacks.append(Stack(members, *first))
+    sizes = {stack.heads[0].size for stack in stacks}
+    return stacks, [head for head in heads if head.size not in sizes]
+
+
+def _by_grid(heads: list[Head]) -> list[list[Head]]:
+    """Slices by orientation, size and pixel spacing."""
+    grids: list[list[Head]] = []
+    same: dict[tuple[object, ...], list[Head]] = {}  # most slices have equal numbers
+    for head in heads:
+        numbers = (head.axes, head.size, head.spacing)
+        if numbers not in same:
+            for grid in grids:
+                if not geometry.same_grid_problem(head, grid[0]):
+                    break
+            else:
+                grid = []
+                grids.append(grid)
+            same[numbers] = grid
+        same[numbers].append(head)
+    return grids
+
+
+def _no_stack(stacks: list[Stack]) -> list[Stack]:
+    """The stacks of a series without a whole one: those of similar orientation are one row."""
+    if len(stacks) < 2:
+        return stacks
+    largest = max(stacks, key=_length)
+    beside = [stack for stack in stacks if _is_parallel(stack, largest)]
+    others = [stack for stack in stacks if not _is_parallel(stack, largest)]
+    if len(beside) > 1:
+        members = tuple(head for stack in beside for head in stack.heads)
+        problem = "lie at places that make no stack"
+        for head in members[1:]:
+            problem = geometry.same_grid_problem(head, members[0]) or problem
+        why = f"{len(members)} slices of one series {problem}"
+        beside = [Stack(members, "mixed_geometry", why)]
+    return beside + [
+        stack if stack.reason or stack.is_long else _odd_image(stack, largest) for stack in others
+    ]
+
+
+def _odd_image(stack: Stack, beside: Stack) -> Stack:
+    """Refuse a single slice beside the stack of its series."""
+    head = stack.heads[0]
+    rest = f"beside {len(beside.heads)} slices of its series"
+    if not _is_parallel(stack, beside):
+        detail = f"{head.path.name} is a single image of another orientation {rest}"
+        return replace(stack, reason="localizer", detail=detail)
+    detail = f"{head.path.name} is a single image {rest}"
+    return replace(stack, reason="bolus_tracking", detail=detail)
+
+
+def _is_parallel(one: Stack, other: Stack) -> bool:
+    """Whether the slices of two stacks have similar directions."""
+    return abs(float(one.heads[0].normal @ other.heads[0].normal)) > _PARALLEL
+
+
+def _length(stack: Stack) -> int:
+    """Number of slices."""
+    return len(stack.heads)
+
+
+def split(heads: Sequence[Head], tried: int = 0) -> list[Stack]:
+    """Split slices of one pixel grid into stacks.
+
+    Slices that follow each other in equal steps stay together, even where a trait such as
+    AcquisitionNumber changes on the way. They are split where the stacks lie in each other (phases,
+    kernels, energies), or where all of them do not make one stack and parts of them do.
+
+    Args:
+        heads: slices of one orientation, size and pixel spacing.
+        tried: number of traits that have been tried on these slices.
+    """
+    merged = _examine(heads)
+    for trait in range(tried, _FOLDER + 1):
+        if trait == _FOLDER and merged.reason == "duplicate_slices":
+            without_copies = _without_copies(heads)
+            if without_copies:
+                return without_copies
+        groups = list(_by_trait(heads, trait).values())
+        if len(groups) < 2 or len(groups) > len(heads) / 2 + 1:
+            continue
+        if not merged.reason and not _lie_in_each_other(groups):
+            continue
+        parts = [stack for members in groups for stack in split(members, trait + 1)]
+        if _is_better(merged, groups, parts, by_folder=trait == _FOLDER):
+            return [_as_leftover(part, parts) for part in parts]
+    if merged.reason in ("duplicate_slices", "uneven_slices", "missing_slices"):
+        return _by_number(heads) or [merged]
+    return [merged]
+
+
+def _examine(heads: Sequence[Head]) -> Stack:
+    """All these slices as one stack, with the reason for which they are none."""
+    members = tuple(heads[index] for index in geometry.in_order(heads))
+    if len(members) == 1:
+        return Stack(members)
+    span = np.ptp(geometry.heights_mm(members))
+    if span < geometry.SAME_POSITION_MM and len(members) > 2:
+        detail = f"{len(members)} slices lie at one position: bolus tracking or a film"
+        return Stack(members, "bolus_tracking", detail)
+    try:
+        geometry.check_same_grid(members)
+        geometry.step_vector(members)
+    except Refused as error:
+        return Stack(members, error.reason, error.detail)
+    return Stack(members)
+
+
+def _by_trait(heads: Sequence[Head], trait: int) -> dict[str, list[Head]]:
+    """Slices by the value of one trait."""
+    groups: dict[str, list[Head]] = {}
+    for head in heads:
+        value = str(head.path.parent) if trait == _FOLDER else head.traits[trait]
+        groups.setdefault(value, []).append(head)
+    return groups
+
+
+def _is_better(
+    merged: Stack, groups: list[list[Head]], parts: list[Stack], *, by_folder: bool
+) -> bool:
+    """Whether slices are to be split into these parts.
+
+    Args:
+        merged: all slices as one stack; where it is whole, the groups lie in each other.
+        groups: the slices by a trait.
+        parts: the stacks that these groups make.
+        by_folder: whether the trait is the folder, which says nothing about the scanner.
+    """
+    whole = [part for part in parts if not part.reason and len(part.heads) >= MIN_STACK]
+    if not whole:
+        return False
+    if not merged.reason:  # equal steps, but of two stacks, one in the other
+        return not by_folder and len(whole) == len(parts)
+    if by_folder:
+        return len(whole) == len(parts)
+    if _lie_in_each_other(groups):
+        return True
+    return all(len(group) >= MIN_BLOCK for group in groups if np.ptp(_heights(group)) > 0)
+
+
+def _lie_in_each_other(groups: list[list[Head]]) -> bool:
+    """Whether the ranges of places of two groups overlap."""
+    ranges = []
+    for group in groups:
+        heights = _heights(group)
+        ranges.append((float(heights.min()), float(heights.max())))
+    ranges.sort()
+    end = ranges[0][1]
+    for first, last in ranges[1:]:
+        if first < end - geometry.SAME_POSITION_MM:
+            return True
+        end = max(end, last)
+    return False
+
+
+def _heights(heads: Sequence[Head]) -> np.ndarray:
+    """Places along the normal in mm."""
+    return geometry.heights_mm(heads)
+
+
+def _as_leftover(part: Stack, parts: list[Stack]) -> Stack:
+    """Refuse a single slice that is left beside a whole stack."""
+    longest = max((stack for stack in parts if stack.is_long), key=_length, default=None)
+    if longest is None or part.reason or part.is_long:
+        return part
+    return _odd_image(part, longest)
+
+
+def _by_number(heads: Sequence[Head]) -> list[Stack]:
+    """Split slices that repeat their places by InstanceNumber: a new stack begins where the places
+    turn back, or each place is repeated before the next one.
+
+    Returns:
+        The stacks; empty where the numbers do not separate them.
+    """
+    numbers = [head.number for head in heads]
+    if len(set(numbers)) < len(heads):
+        return []
+    in_turn = sorted(heads, key=lambda head: head.number)
+    for groups in (_runs(in_turn), _repeats(in_turn)):
+        parts = [_examine(group) for group in groups]
+        if len(parts) < 2 or any(len(part.heads) < MIN_STACK or part.reason for part in parts):
+            continue
+        if _lie_in_each_other(groups):
+            return parts
+    return []
+
+
+def _runs(heads: list[Head]) -> list[list[Head]]:
+    """Cut slices where the direction in which their places move changes."""
+    heights = _heights(heads)
+    runs: list[list[Head]] = [[heads[0]]]
+    direction = 0.0
+    for head, step in zip(heads[1:], np.sign(np.diff(heights))):
+        if direction and step != direction:
+            runs.append([head])
+            direction = 0.0
+        else:
+            runs[-1].append(head)
+            direction = float(step)
+    return runs
+
+
+def _repeats(heads: list[Head]) -> list[list[Head]]:
+    """The first slice at each place, the second one, and so on, where each place is repeated
+    equally often before the next one; empty otherwise.
+    """
+    heights = _heights(heads)
+    same = np.abs(np.diff(heights)) < geometry.SAME_POSITION_MM
+    starts = np.flatnonzero(np.concatenate([[True], ~same]))
+    counts = np.diff([*starts, len(heads)])
+    if counts.min() != counts.max() or counts[0] < 2:
+        return []
+    return [heads[index :: int(counts[0])] for index in range(int(counts[0]))]
+
+
+def _without_copies(heads: Sequence[Head]) -> list[Stack]:
+    """The stack without files that are byte by byte another file of it; empty where that does not
+    make it whole.
+    """
+    first_of: dict[tuple[str, tuple[float, ...]], Head] = {}
+    copies = []
+    for head in heads:
+        first = first_of.setdefault((head.sop_uid, head.position), head)
+        if first is head:
+            continue
+        if not _equal_files(first.path, head.path):
+            return []
+        copies.append(head)
+    merged = _examine(list(first_of.values()))
+    if not copies or merged.reason:
+        return []
+    detail = f"{len(copies)} files are copies of other files of their series"
+    return [merged, Stack(tuple(copies), "duplicate", detail)]
+
+
+def _equal_files(one: Path, other: Path) -> bool:
+    """Whether two files have the same bytes; False where one cannot be read."""
+    try:
+        return filecmp.cmp(one, other, shallow=False)
+    except OSError:
+        return False
+
+
+def _num_slices(heads: Sequence[Head]) -> str:
+    """Number of slices in words."""
+    return f"{len(heads)} slice{'s' * (len(heads) > 1)}"
+
+
+def _num_images(heads: Sequence[Head]) -> str:
+    """Number of images in words."""
+    return f"{len(heads)} image{'s' * (len(heads) > 1)}"

@@ -1,0 +1,108 @@
+"""Whether the test scans of an evaluation were held out from pretraining: checked, never assumed.
+
+A test scan was trained on if its voxels were (equal digests), whatever its name and store. A test
+patient was trained on if any scan of theirs was (equal hashes with the same key).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # the report reads results without loading pyarrow and blosc2
+    from tapct.data.trained_on import TrainedOn
+    from tapct.eval.scans import ScanRow
+
+UNKNOWN = "unknown"
+BY_EARLIER_VERSION = "the results were written by an earlier version of tapct, which did not check"
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """What is known about the test scans.
+
+    Args:
+        num_test: number of test scans.
+        num_scans: test scans whose voxels were trained on.
+        num_patients: other test scans, whose patient was trained on.
+        unknown: reason why there may be more of either; empty where both numbers are complete.
+    """
+
+    num_test: int
+    num_scans: int = 0
+    num_patients: int = 0
+    unknown: str = ""
+
+    @property
+    def value(self) -> bool | str:
+        """True, False or `unknown`, as results.json holds it."""
+        if self.num_scans or self.num_patients:
+            return False
+        return UNKNOWN if self.unknown else True
+
+    def caveat(self) -> str:
+        """What a reader must know, in one line; empty where all test scans were held out."""
+        if self.value is True:
+            return ""
+        if self.value == UNKNOWN:
+            return f"whether the test scans were pretrained on is unknown: {self.unknown}"
+        at_least = "at least " if self.unknown else ""
+        of_all = f"of {self.num_test} test scan{'' if self.num_test == 1 else 's'}"
+        others = (
+            f"{self.num_patients} {'is' if self.num_patients == 1 else 'are'} of patients whose "
+            "other scans were pretrained on"
+        )
+        if not self.num_scans:
+            return at_least + others.replace(" ", f" {of_all} ", 1)
+        were = "was" if self.num_scans == 1 else "were"
+        line = f"{at_least}{self.num_scans} {of_all} {were} pretrained on"
+        return f"{line}, and {others}" if self.num_patients else line
+
+
+def no_list(test: Sequence[ScanRow]) -> HeldOut:
+    """What is known of the test scans without a list of the scans of pretraining: nothing."""
+    return HeldOut(len(test), unknown="there is no list of the scans of pretraining")
+
+
+def check(
+    test: Sequence[ScanRow],
+    *,
+    digests: Mapping[str, str],
+    patient_key: str,
+    trained_on: TrainedOn,
+) -> HeldOut:
+    """Compare the test scans with the scans that a network has been trained on.
+
+    Args:
+        test: test scans.
+        digests: scan ID -> digest of its voxels.
+        patient_key: name of the key of their patient hashes.
+        trained_on: scans of pretraining.
+    """
+    seen_digests = {scan.digest for scan in trained_on.from_step}
+    seen_patients, keys, nameless = set(), set(), 0
+    for scan in trained_on.from_step:
+        keys.add(scan.patient_key)
+        nameless += not scan.patient
+        if scan.patient and scan.patient_key == patient_key:
+            seen_patients.add(scan.patient)
+    num_scans = num_patients = num_nameless = 0
+    for row in test:
+        if digests.get(row.id) in seen_digests:
+            num_scans += 1
+        elif row.patient in seen_patients:
+            num_patients += 1
+        elif not row.patient:
+            num_nameless += 1
+    reasons = list(trained_on.unknown)
+    if keys - {patient_key}:
+        reasons.append(
+            "no test scan has the voxels of a scan of pretraining, but the patients cannot be "
+            "compared, because their hashes were made with another key"
+            if not num_scans
+            else "the patients of some scans of pretraining are hashed with another key"
+        )
+    if nameless or num_nameless:
+        reasons.append("the patients of some scans are not known")
+    return HeldOut(len(test), num_scans, num_patients, "; ".join(reasons))

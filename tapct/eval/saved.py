@@ -1,0 +1,124 @@
+"""The evaluations that a run folder holds: one folder per data set and step.
+
+The name of a data set is the name of its store and the first digits of the store's digest. The
+digits decide: a store that was moved keeps its folder, and another store never shares one.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from tapct.base.exits import UserError
+from tapct.eval import results
+from tapct.eval.results import Evaluation
+from tapct.run_folder import EvaluationFolder, RunFolder, step_of
+
+DIGITS = 8  # of the digest in a name
+GENERIC = ("store", "packed", "data")  # names of a store that say nothing; its parent's name does
+MAX_NAME = 32
+EARLIER = "unknown data set (of an earlier version of tapct)"
+
+
+@dataclass(frozen=True)
+class SavedEvaluation:
+    """The newest evaluation of a run on one data set.
+
+    Args:
+        folder: its folder.
+        dataset: name of the data set; empty for an evaluation of an earlier version.
+        step: step of the checkpoint; None where an earlier version did not record it.
+        is_own: whether it is the data set that the run was trained on.
+        evaluation: content of results.json; None if it cannot be used.
+        why_not: reason why it is None.
+    """
+
+    folder: EvaluationFolder
+    dataset: str
+    step: int | None
+    is_own: bool
+    evaluation: Evaluation | None
+    why_not: str
+
+    @property
+    def title(self) -> str:
+        """Data set and step in words."""
+        step = "" if self.step is None else f", step {self.step}"
+        return f"{self.dataset or EARLIER}{step}"
+
+
+def dataset_name(run: Path, store: Path, digest: str) -> str:
+    """The name of a data set in a run folder.
+
+    Args:
+        run: run folder; an evaluation of the same data set gives the name that it already has.
+        store: folder of the store.
+        digest: digest of the store.
+    """
+    ending = f"-{digest[:DIGITS]}"
+    for known, _ in RunFolder(run).evaluations_of_steps():
+        if known.endswith(ending):
+            return known
+    parts = [part for part in store.absolute().parts if part.lower() not in GENERIC]
+    slug = re.sub(r"[^a-z0-9]+", "-", parts[-1].lower())[:MAX_NAME].strip("-")
+    return f"{slug or 'store'}{ending}"
+
+
+def find(run: Path) -> list[SavedEvaluation]:
+    """The newest evaluation on each data set: the run's own first, then by name; one of an earlier
+    version last.
+    """
+    newest: dict[str, EvaluationFolder] = {}
+    for dataset, folder in RunFolder(run).evaluations_of_steps():
+        before = newest.get(dataset)
+        is_newer = before is None or step_of(before.path) < step_of(folder.path)
+        if folder.results.is_file() and is_newer:
+            newest[dataset] = folder
+    earlier = RunFolder(run).earlier_evaluation
+    if earlier.results.is_file():
+        newest[""] = earlier
+    own = _own_digest(run)[:DIGITS]
+    found = []
+    for dataset, folder in newest.items():
+        evaluation, why_not = results.read(folder.path)
+        step = None if folder == earlier else step_of(folder.path)
+        is_own = bool(own) and dataset.endswith(f"-{own}")
+        found.append(SavedEvaluation(folder, dataset, step, is_own, evaluation, why_not))
+    return sorted(found, key=lambda one: (not one.is_own, not one.dataset, one.dataset))
+
+
+def pick(found: list[SavedEvaluation], wanted: str = "") -> SavedEvaluation | None:
+    """The evaluation to show.
+
+    Args:
+        found: as `find` returns them.
+        wanted: name of a data set, or the beginning of one; empty for the run's own. Without one of
+            its own, an evaluation of an earlier version is shown, never one on another data set.
+    Returns:
+        None where there is none.
+    """
+    for one in found:
+        if one.dataset.startswith(wanted) if wanted else one.is_own or not one.dataset:
+            return one
+    return None
+
+
+def check_wanted(found: list[SavedEvaluation], wanted: str) -> None:
+    """Raise UserError where no evaluation is of the wanted data set."""
+    if wanted and pick(found, wanted) is None:
+        known = ", ".join(sorted({one.dataset for one in found if one.dataset})) or "none"
+        raise UserError(
+            f"--data {wanted}: there is no evaluation on a data set of that name; there are: "
+            f"{known}"
+        )
+
+
+def _own_digest(run: Path) -> str:
+    """Digest of the store that a run was trained on last; empty where unknown."""
+    try:
+        content = json.loads(RunFolder(run).provenance.read_text(encoding="utf-8"))
+        return str(content["manifest"]["digest"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""

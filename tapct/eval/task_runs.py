@@ -1,0 +1,175 @@
+"""The tasks of one evaluation: built from the config, with the scans that each can use, and what
+they found.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tapct.base import console
+from tapct.base.exits import UserError
+from tapct.config import plugins
+from tapct.config.plugins import Plugin
+from tapct.eval import scans
+from tapct.eval.contract import DEFAULT_TASKS, Headline, Labels, Task, TaskResults
+from tapct.eval.results import BLOCKS
+from tapct.eval.scans import ScanLabels, ScanRow, Split
+
+MOST_LABELS_IN_LINE = 40
+
+
+@dataclass(frozen=True)
+class TaskRun:
+    """A task and the scans that it can use.
+
+    Args:
+        name: name of the task's plug-in.
+        task: the task.
+        scan_ids: IDs of the scans that have the labels it needs.
+    """
+
+    name: str
+    task: Task[Any, Any]
+    scan_ids: frozenset[str]
+
+    def count(self, rows: Sequence[ScanRow]) -> int:
+        """Number of scans among these that the task can use."""
+        return sum(row.id in self.scan_ids for row in rows)
+
+    def checked_results(self, models: Sequence[str]) -> tuple[TaskResults, Headline]:
+        """The results and the headline of the task, after the last test scan.
+
+        Args:
+            models: names of the models that were evaluated.
+        Raises:
+            UserError: the headline has values for a model that was not evaluated.
+        """
+        results, headline = self.task.results(), self.task.headline()
+        unknown = set(headline.values) - set(models)
+        if unknown:
+            raise UserError(
+                f"task {self.name}: its headline has values for {', '.join(sorted(unknown))}; "
+                f"the models are {', '.join(models)}"
+            )
+        return results, headline
+
+
+def build_tasks(sections: Sequence[Plugin], seed: int) -> dict[str, Task[Any, Any]]:
+    """Build the tasks of a config by name, in its order.
+
+    Args:
+        sections: plug-in sections of `eval.tasks`.
+        seed: random seed of the evaluation.
+    Raises:
+        UserError: no task is on, or what a module builds is no task.
+    """
+    if not sections:
+        raise UserError(f"eval.tasks has no task; write e.g. eval.tasks.{DEFAULT_TASKS[0]}={{}}")
+    tasks: dict[str, Task[Any, Any]] = {}
+    for plugin in sections:
+        task = plugins.load("eval.tasks", plugin.name).build(plugin.config, seed=seed)
+        if not isinstance(task, Task) or not isinstance(getattr(task, "labels", None), Labels):
+            raise UserError(
+                f"task {plugin.name}: build() returned a {type(task).__name__}; it must return an "
+                "object of a class that derives from tapct.extend.Task and sets `labels`"
+            )
+        tasks[plugin.name] = task
+    return tasks
+
+
+def usable_rows(
+    tasks: Mapping[str, Task[Any, Any]], rows: Sequence[ScanRow], scan_labels: ScanLabels | None
+) -> dict[str, list[ScanRow]]:
+    """Task name -> the scans that it can use. A task without any is left out, and a line about it
+    is printed.
+
+    Raises:
+        UserError: no task has a scan.
+    """
+    rows_of_task: dict[str, list[ScanRow]] = {}
+    missing: list[str] = []
+    for name, task in tasks.items():
+        chosen = scans.usable(rows, task.labels, scan_labels)
+        what = scans.what_is_missing(task.labels)
+        if not chosen:
+            how = scans.how_to_label(task.labels)
+            missing.append(f"{name}: none of the {len(rows)} accepted scans has a {what}: {how}")
+            continue
+        if len(chosen) < len(rows):
+            num = len(rows) - len(chosen)
+            console.say(f"{name}: {num} of {len(rows)} scans have no {what} and are skipped")
+        rows_of_task[name] = chosen
+    if not rows_of_task:
+        raise UserError("; ".join(missing))
+    for line in missing:
+        console.say(f"{line}. The task is skipped")
+    return rows_of_task
+
+
+def check_label_settings(
+    name: str, task: Task[Any, Any], rows: Sequence[ScanRow], root: Path
+) -> None:
+    """Check that the labels which the settings of a task name exist, before features are computed.
+
+    Label maps are read until all have been found, so a right setting costs one label map as a rule.
+
+    Args:
+        name: name of the task's plug-in.
+        task: the task.
+        rows: scans that it can use.
+        root: folder that the rows' paths are relative to.
+    Raises:
+        UserError: a setting names a label that no label map has.
+    """
+    missing = {key: list(words) for key, words in task.named_labels().items() if words}
+    known: dict[int, str] = {}
+    num_read = 0
+    for row in rows:
+        if not any(missing.values()):
+            return
+        known |= scans.labels_of(row, root)
+        num_read += 1
+        called = {text.lower() for value, label in known.items() for text in (str(value), label)}
+        for key, words in missing.items():
+            missing[key] = [word for word in words if word.lower() not in called]
+    for key, words in missing.items():
+        if words:
+            there = [f"{value} {label}".rstrip() for value, label in sorted(known.items())]
+            more = ", ..." if len(there) > MOST_LABELS_IN_LINE else ""
+            raise UserError(
+                f"eval.tasks.{name}.{key} names {words[0]!r}, which is no label of the {num_read} "
+                f"label maps; they have {', '.join(there[:MOST_LABELS_IN_LINE])}{more}"
+            )
+
+
+def begin(name: str, task: Task[Any, Any], rows: Sequence[ScanRow], split: Split) -> TaskRun:
+    """Start a task on the scans of the split that it can use.
+
+    Args:
+        name: name of the task's plug-in.
+        task: the task.
+        rows: scans that it can use.
+        split: training and test scans of all tasks.
+    Raises:
+        UserError: it can use no training scan or no test scan, or it cannot work within one
+            patient.
+    """
+    task_run = TaskRun(name, task, frozenset(row.id for row in rows))
+    num_train, num_test = task_run.count(split.train), task_run.count(split.test)
+    if not num_train or not num_test:
+        raise UserError(
+            f"task {name} has {num_train} training and {num_test} test scans; it needs one of "
+            "each. Raise eval.max_scans, change eval.test_share, or switch the task off with "
+            f"eval.tasks[{name}]=null"
+        )
+    if split.mode == BLOCKS and task.labels in (Labels.SCAN, Labels.PAIRS):
+        raise UserError(
+            f"task {name} needs labelled scans of several patients, but all of its scans are of "
+            "one patient. Index scans of a second patient, or switch the task off "
+            f"with eval.tasks[{name}]=null"
+        )
+    task.begin(num_train)
+    return task_run

@@ -1,0 +1,39 @@
+"""Command lines that are kept in results hold no absolute path."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tapct.base.paths import command_line, without_absolute_paths
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        "/data/Meyer Hans/store",
+        "data.store=/data/Meyer Hans/store",
+        "eval.only=[/data/Meyer Hans/*,ts_body/*]",
+        "--labels=/data/Meyer Hans",
+        "out=~/Meyer Hans/run",
+        "pair=a:/data/Meyer Hans",
+    ],
+)
+def test_nothing_of_an_absolute_path_is_left(word: str) -> None:
+    line = command_line(["/opt/Meyer/bin/tapct", "eval", word])
+    assert line.startswith("tapct eval ") and "path-" in line
+    assert not [name for name in ("Meyer", "Hans", "/data", "~", "/opt") if name in line]
+
+
+def test_a_path_below_the_working_folder_becomes_relative(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = [f"{tmp_path}/tapct/__main__.py", "eval", f"{tmp_path}/runs/a", "device=cpu", "runs/b"]
+    assert command_line(words) == "tapct eval runs/a device=cpu runs/b"
+
+
+def test_other_values_are_unchanged() -> None:
+    value = {"a": ["mm/s", 3, 1.5, None, "x/y"], "b": {"c": ("1", True)}}
+    assert without_absolute_paths(value) == value

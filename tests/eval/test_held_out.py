@@ -1,0 +1,107 @@
+"""The claim that test scans were held out: against a loop over all pairs, and in words."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tapct.data import trained_on
+from tapct.data.trained_on import SeenScan, TrainedOn
+from tapct.eval.held_out import HeldOut, check
+from tapct.eval.results import BLOCKS, PATIENTS, SplitRecord, UnreadScan
+
+
+@dataclass(frozen=True)
+class Row:
+    id: str
+    patient: str
+    path: str = ""
+    label_path: str = ""
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_the_counts_equal_a_loop_over_all_pairs(seed: int) -> None:
+    draw = random.Random(seed)
+    seen = [
+        SeenScan(f"d{draw.randrange(12)}", f"p{draw.randrange(9)}", draw.choice(["k", "k", "k2"]))
+        for _ in range(draw.randrange(1, 6))
+    ]
+    test = [Row(f"s{n}", f"p{draw.randrange(9)}") for n in range(draw.randrange(1, 8))]
+    digests = {row.id: f"d{draw.randrange(12)}" for row in test}
+    same_voxels, same_patient = set(), set()
+    for row, scan in itertools.product(test, seen):
+        if digests[row.id] == scan.digest:
+            same_voxels.add(row.id)
+        if (row.patient, "k") == (scan.patient, scan.patient_key):
+            same_patient.add(row.id)
+    found = check(
+        test, digests=digests, patient_key="k", trained_on=TrainedOn(dict.fromkeys(seen, 0))
+    )
+    assert found.num_scans == len(same_voxels)
+    assert found.num_patients == len(same_patient - same_voxels)
+    can_compare = {scan.patient_key for scan in seen} == {"k"}
+    if same_voxels | same_patient:
+        assert found.value is False
+    else:
+        assert found.value == (True if can_compare else "unknown")
+    assert (found.caveat() == "") == (found.value is True)
+
+
+@pytest.mark.parametrize(
+    ("found", "line"),
+    [
+        (HeldOut(6), ""),
+        (HeldOut(6, 4), "4 of 6 test scans were pretrained on"),
+        (HeldOut(1, 1), "1 of 1 test scan was pretrained on"),
+        (HeldOut(6, 4, unknown="x"), "at least 4 of 6 test scans were pretrained on"),
+        (
+            HeldOut(6, 0, 2),
+            "2 of 6 test scans are of patients whose other scans were pretrained on",
+        ),
+        (
+            HeldOut(6, 3, 1),
+            "3 of 6 test scans were pretrained on, and 1 is of patients whose other scans were "
+            "pretrained on",
+        ),
+        (HeldOut(6, unknown="y"), "whether the test scans were pretrained on is unknown: y"),
+    ],
+)
+def test_the_caveat_is_one_line(found: HeldOut, line: str) -> None:
+    assert found.caveat() == line
+
+
+def test_a_split_names_everything_that_a_reader_must_know() -> None:
+    assert SplitRecord(PATIENTS, HeldOut(2), ("a",), ("b", "c")).caveat == ""
+    unread = (UnreadScan("d", "test", "damaged"), UnreadScan("e", "train", "damaged"))
+    split = SplitRecord(BLOCKS, HeldOut(2, 2), ("a",), ("b", "c"), unread)
+    assert split.caveat == (
+        "trained and tested on scans of one patient: a fit, not generalisation; "
+        "2 of 2 test scans were pretrained on; 1 of 2 training scans could not be read and were "
+        "skipped; 1 of 3 test scans could not be read and were skipped"
+    )
+
+
+def test_a_scan_without_a_patient_leaves_the_claim_open() -> None:
+    seen = TrainedOn({SeenScan("d", "p", "k"): 0})
+    for row, trained in (
+        (Row("s", ""), seen),
+        (Row("s", "q"), TrainedOn({SeenScan("d", "", "k"): 0})),
+    ):
+        found = check([row], digests={"s": "e"}, patient_key="k", trained_on=trained)
+        assert found.value == "unknown" and "not known" in found.caveat()
+
+
+def test_the_list_comes_back_and_a_damaged_one_is_incomplete(tmp_path: Path) -> None:
+    path = tmp_path / "list.parquet"
+    one = TrainedOn({SeenScan("a", "p", "k"): 0, SeenScan("b", "q", "k"): 40}, ("weights of X",))
+    one.write(path)
+    assert trained_on.read(path) == one
+    assert one.before(40).from_step == {SeenScan("a", "p", "k"): 0}
+    assert one.before(41) == one
+    path.write_bytes(path.read_bytes()[:-20])
+    assert "cannot be read" in trained_on.read(path).unknown[0]
+    assert trained_on.read(tmp_path / "nowhere").unknown
