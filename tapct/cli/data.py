@@ -13,6 +13,7 @@ from tapct.data import formats
 from tapct.data.read_rules import MAX_LOSSY_RATIO, MIN_DEPTH, ReadRules
 
 if TYPE_CHECKING:
+    from tapct.data.pack import PackReport
     from tapct.data.process_pool import ScanLimits
 
 Timeout = Annotated[
@@ -151,6 +152,18 @@ def index(
             "angles",
         ),
     ] = False,
+    rules: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="YAML file with thresholds of the checks of values, such as 'max_clamped: 0.9' "
+            "(docs/ingest.md lists them)",
+        ),
+    ] = None,
+    rule: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=VALUE", help="one such threshold; may be given several times"),
+    ] = None,
     workers: Workers = CPUS,
     timeout: Timeout = 120.0,
     memory_gb: Memory = None,
@@ -161,10 +174,12 @@ def index(
     with the reason. If no scan is accepted, or no label map of --labels is used, the exit code
     is 2.
     """
+    from tapct.data.check_rules import read_rules
     from tapct.data.index import build_manifest, check_usable
     from tapct.data.passed_over import summary
     from tapct.data.patient_report import lines_about_patients
 
+    checks = read_rules(rules, rule or ())
     with signals.leaving_at_sigterm(), console.progress_bar("index") as progress:
         manifest = build_manifest(
             folder,
@@ -176,7 +191,7 @@ def index(
             patient_from=patient_from,
             study_dates=study_dates,
             min_depth=min_depth,
-            accept=ReadRules(derived, max_lossy_ratio, resample_tilt),
+            accept=ReadRules(derived, max_lossy_ratio, resample_tilt, checks),
             workers=max(1, workers),
             limits=limits_of(timeout, memory_gb),
             progress=progress,
@@ -190,6 +205,8 @@ def index(
         for line in manifest.label_report.lines():
             console.say(line)
     for row in manifest.rows:
+        if row.marks and row.status == "accepted":
+            console.say(f"  accepted {row.path}, marked {row.marks}")
         if row.detail:
             reason = (
                 f"refused {row.path}: {row.reason}" if row.status == "refused" else f"{row.path}"
@@ -210,7 +227,7 @@ def index(
 @app.command(
     epilog=examples(
         "tapct pack data/manifest.parquet --out data/store",
-        "tapct pack data/manifest.parquet --out data/store --verify",
+        "tapct pack data/manifest.parquet --out data/store --verify --repair",
     )
 )
 def pack(
@@ -246,6 +263,10 @@ def pack(
             "is damaged",
         ),
     ] = False,
+    repair: Annotated[
+        bool,
+        typer.Option("--repair", help="with --verify: pack damaged scans again from the archive"),
+    ] = False,
 ) -> None:
     """Compress the accepted scans into a store for fast reading.
 
@@ -254,17 +275,47 @@ def pack(
     """
     from tapct.data import manifest
     from tapct.data import pack as packer
+    from tapct.data.store import Store
+    from tapct.data.verify import remove
 
-    with signals.leaving_at_sigterm(), console.progress_bar("pack") as progress:
+    if repair and not verify:
+        raise exits.UserError("--repair packs again what --verify finds; give both")
+
+    def pack_and_report() -> None:
+        with console.progress_bar("pack") as progress:
+            report = packer.pack(
+                found,
+                out,
+                workers=max(1, workers),
+                level=level,
+                limits=limits_of(timeout, memory_gb),
+                progress=progress,
+            )
+        report_packed(report, out)
+
+    with signals.leaving_at_sigterm():
         found = manifest.Manifest.read(manifest_file, root)
-        report = packer.pack(
-            found,
-            out,
-            workers=max(1, workers),
-            level=level,
-            limits=limits_of(timeout, memory_gb),
-            progress=progress,
-        )
+        pack_and_report()
+        if not verify:
+            return
+        damaged = verify_store(out, workers)
+        if damaged and repair:
+            lost = {Store(out).scans[i].path for i in damaged}
+            remove(Store(out), damaged)
+            pack_and_report()
+            lost -= {scan.path for scan in Store(out).scans}
+            damaged = verify_store(out, workers)
+            if lost:
+                console.say(
+                    f"  not repaired, since they cannot be packed: {', '.join(sorted(lost))}"
+                )
+                raise typer.Exit(exits.UserError.exit_code)
+    if damaged:
+        raise typer.Exit(exits.UserError.exit_code)
+
+
+def report_packed(report: PackReport, out: Path) -> None:
+    """Print what `pack` did: counts, then a line for everything that is not as it should be."""
     share = report.stored_bytes / max(report.voxel_bytes, 1)
     console.say(
         f"{len(report.packed)} packed, {report.kept} kept from before, {len(report.refused)} "
@@ -281,12 +332,10 @@ def pack(
         console.say(f"  damaged files packed again: {', '.join(report.damaged)}")
     if report.unlisted:
         console.say(f"  {len(report.unlisted)} files of {out} belong to no scan of this manifest")
-    if verify:
-        verify_store(out, workers)
 
 
-def verify_store(folder: Path, workers: int) -> None:
-    """Read every scan of a store; print a line per damaged one and end with exit code 2."""
+def verify_store(folder: Path, workers: int) -> list[int]:
+    """Read every scan of a store and print a line per damaged one; their numbers."""
     from tapct.data.store import Store
     from tapct.data.verify import damaged_scans
 
@@ -294,7 +343,6 @@ def verify_store(folder: Path, workers: int) -> None:
     with console.progress_bar("verify") as progress:
         damaged = damaged_scans(store, workers=workers, progress=progress)
     console.say(f"{len(store) - len(damaged)} of {len(store)} packed scans verified: {folder}")
-    for error in damaged:
+    for error in damaged.values():
         console.say(f"  {error}")
-    if damaged:
-        raise typer.Exit(exits.UserError.exit_code)
+    return list(damaged)

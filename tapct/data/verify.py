@@ -1,17 +1,21 @@
-"""Verify a store: decode every packed scan and compare it with the digest taken before packing."""
+"""Verify a store: decode every packed scan and compare it with the digest taken before packing.
+
+A damaged scan is repaired by removing its files, so that the next `pack` packs it again.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 
 from tapct.data.packed import Damaged
+from tapct.data.packed_labels import labels_file
 from tapct.data.store import Store
 
 
 def damaged_scans(
     store: Store, *, workers: int = 0, progress: Callable[[int, int], None] | None = None
-) -> list[Damaged]:
+) -> dict[int, Damaged]:
     """Read the whole store and collect the scans that are damaged.
 
     Threads suffice: reading, decompressing and hashing all run without Python's global lock.
@@ -21,7 +25,7 @@ def damaged_scans(
         workers: number of threads; 0 counts as 1. Each holds one whole scan in memory.
         progress: function that is called with (scans done, scans in all).
     Returns:
-        One error per damaged scan, which names its file, in the order of the store.
+        Number of each damaged scan and its error, which names the file, in the order of the store.
     """
 
     def check(i: int) -> Damaged | None:
@@ -31,11 +35,23 @@ def damaged_scans(
             return error
         return None
 
-    damaged: list[Damaged] = []
+    damaged: dict[int, Damaged] = {}
     with ThreadPoolExecutor(max(1, workers)) as pool:
-        for done, error in enumerate(pool.map(check, range(len(store))), 1):
+        for i, error in enumerate(pool.map(check, range(len(store)))):
             if error is not None:
-                damaged.append(error)
+                damaged[i] = error
             if progress is not None:
-                progress(done, len(store))
+                progress(i + 1, len(store))
     return damaged
+
+
+def remove(store: Store, numbers: Iterable[int]) -> None:
+    """Remove the files of scans, so that the next `pack` packs them again from the archive.
+
+    Args:
+        store: packed scans.
+        numbers: numbers of the scans in the store.
+    """
+    for i in numbers:
+        store.file(i).unlink(missing_ok=True)
+        labels_file(store.path, store.scans[i].id).unlink(missing_ok=True)

@@ -229,7 +229,7 @@ def write_jpeg_series(folder: Path, *, cut: int = 0, **tags: object) -> np.ndarr
 
 def test_jpeg_of_12_bits_is_decoded_and_its_ratio_is_known(tmp_path: Path) -> None:
     written = write_jpeg_series(tmp_path / "s", LossyImageCompressionRatio=4.5)
-    volume = read_volume(tmp_path / "s")
+    volume = read_volume(tmp_path / "s", accept=ReadRules(checks=None))  # its blocks are flat
     np.testing.assert_array_equal(volume.hu_ZYX, written)
     assert (volume.marks, volume.facts.lossy_ratio) == (("lossy",), 4.5)
     write_jpeg_series(tmp_path / "t")  # the ratio of the file itself, since the header has none

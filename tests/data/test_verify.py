@@ -40,7 +40,7 @@ def flip_voxels(store: Store, i: int) -> None:
 def test_a_whole_store_has_no_damaged_scan(packed: tuple[Path, Path], workers: int) -> None:
     seen: list[tuple[int, int]] = []
     store = Store(packed[1])
-    assert damaged_scans(store, workers=workers, progress=lambda *now: seen.append(now)) == []
+    assert damaged_scans(store, workers=workers, progress=lambda *now: seen.append(now)) == {}
     assert seen == [(1, 3), (2, 3), (3, 3)]
 
 
@@ -51,7 +51,9 @@ def test_damaged_scans_are_named_in_the_order_of_the_store(
     store = Store(packed[1])
     flip_voxels(store, 2)
     store.file(0).write_bytes(store.file(0).read_bytes()[:-50])
-    errors = [str(error) for error in damaged_scans(Store(packed[1]), workers=workers)]
+    damaged = damaged_scans(Store(packed[1]), workers=workers)
+    errors = [str(error) for error in damaged.values()]
+    assert list(damaged) == [0, 2]
     assert len(errors) == 2 and all("\n" not in error for error in errors)
     assert store.scans[0].id in errors[0] and store.scans[2].id in errors[1]
 
@@ -86,3 +88,34 @@ def test_pack_reports_damaged_files_and_files_of_no_scan(
     out = shell.good("pack", manifest, "--out", folder, "--workers", "0")
     assert f"damaged files packed again: {store.scans[0].id}" in out
     assert "1 files of" in out and "belong to no scan of this manifest" in out
+
+
+def test_repair_packs_the_damaged_scans_again_from_the_archive(
+    packed: tuple[Path, Path], shell: Shell
+) -> None:
+    manifest, folder = packed
+    command = ("pack", manifest, "--out", folder, "--workers", "0")
+    store = Store(folder)
+    originals = [store.read(i) for i in range(3)]
+    flip_voxels(store, 1)
+    store.file(2).write_bytes(store.file(2).read_bytes()[:-50])
+    times = store.file(0).stat().st_mtime_ns
+    out = shell.good(*command, "--verify", "--repair")
+    assert "2 of 3 packed scans verified" in out and "3 of 3 packed scans verified" in out
+    for i, original in enumerate(originals):
+        np.testing.assert_array_equal(Store(folder).read(i), original)
+    assert store.file(0).stat().st_mtime_ns == times  # a whole one is not touched
+
+
+def test_repair_names_what_the_archive_no_longer_has(
+    packed: tuple[Path, Path], shell: Shell
+) -> None:
+    manifest, folder = packed
+    store = Store(folder)
+    flip_voxels(store, 1)
+    (manifest.parent / "scans" / store.scans[1].path).unlink()
+    command = ("pack", manifest, "--out", folder, "--workers", "0")
+    code, out, _ = shell(*command, "--verify", "--repair")
+    assert code == 2 and f"cannot be packed: {store.scans[1].path}" in out
+    assert "2 of 2 packed scans verified" in out
+    assert "give both" in shell.bad(*command, "--repair")

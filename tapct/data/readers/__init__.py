@@ -55,8 +55,8 @@ DICOM = Format(
 )
 FORMATS = (
     Format("nifti", (".nii.gz", ".nii", ".hdr"), nifti.read, ("nibabel",)),
-    Format("nrrd", (".nrrd", ".nhdr"), itk.read_nrrd, ("SimpleITK",)),
-    Format("meta", (".mha", ".mhd"), itk.read_meta, ("SimpleITK",)),
+    Format("nrrd", (".nrrd", ".nhdr"), itk.read_nrrd, ("numpy",)),
+    Format("meta", (".mha", ".mhd"), itk.read_meta, ("numpy",)),
     Format("mgh", (".mgz", ".mgh"), mgh.read, ("nibabel",)),
     DICOM,
 )

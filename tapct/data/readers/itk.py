@@ -1,5 +1,5 @@
 """NRRD (.nrrd, .nhdr) and MetaImage (.mha, .mhd): the header is parsed and checked here, the voxels
-are read by SimpleITK.
+are read by numpy.
 
 A detached header may name one data file in its own folder; lists and patterns of files are not
 read.
@@ -15,38 +15,38 @@ from pathlib import Path
 
 import numpy as np
 
-from tapct.data.readers.raw import Header, Image, Segment, check_shape, check_size, inflate
+from tapct.data.readers.raw import (
+    Header,
+    Image,
+    Segment,
+    check_shape,
+    check_size,
+    inflate,
+    slack_of,
+)
 from tapct.types import Refused
 
 _HEADER_LIMIT = 4 << 20  # bytes; the header of a Slicer segmentation with many segments is smaller
 _MAX_LINES = 20_000
-# SimpleITK 2.5 ends the process where it reports an error in a longer line
 _MAX_FIELD = 400  # characters of a field of a NRRD header; free text may be longer
 _MAX_META_LINE = 1 << 16
-_ONE_BYTE = ("signed char", "int8", "int8_t", "uchar", "unsigned char", "uint8", "uint8_t")
-_TWO_BYTES = (
-    *("short", "short int", "signed short", "signed short int", "int16", "int16_t"),
-    *("ushort", "unsigned short", "unsigned short int", "uint16", "uint16_t"),
-)
-_FOUR_BYTES = (
-    *("int", "signed int", "int32", "int32_t", "uint", "unsigned int", "uint32", "uint32_t"),
-    "float",
-)
-_EIGHT_BYTES = (
-    *("longlong", "long long", "int64", "int64_t", "uint64", "uint64_t", "ulonglong"),
-    "double",
-)
-_NRRD_BYTES = {
-    **dict.fromkeys(_ONE_BYTE, 1),
-    **dict.fromkeys(_TWO_BYTES, 2),
-    **dict.fromkeys(_FOUR_BYTES, 4),
-    **dict.fromkeys(_EIGHT_BYTES, 8),
+_NRRD_TYPES = {  # numpy's names; the byte order is a field of its own
+    **dict.fromkeys(("signed char", "int8", "int8_t"), "i1"),
+    **dict.fromkeys(("uchar", "unsigned char", "uint8", "uint8_t"), "u1"),
+    **dict.fromkeys(
+        ("short", "short int", "signed short", "signed short int", "int16", "int16_t"), "i2"
+    ),
+    **dict.fromkeys(("ushort", "unsigned short", "unsigned short int", "uint16", "uint16_t"), "u2"),
+    **dict.fromkeys(("int", "signed int", "int32", "int32_t"), "i4"),
+    **dict.fromkeys(("uint", "unsigned int", "uint32", "uint32_t"), "u4"),
+    **dict.fromkeys(("longlong", "long long", "int64", "int64_t"), "i8"),
+    **dict.fromkeys(("ulonglong", "uint64", "uint64_t"), "u8"),
+    **{"float": "f4", "double": "f8"},
 }
-_META_BYTES = {
-    **dict.fromkeys(("CHAR", "UCHAR"), 1),
-    **dict.fromkeys(("SHORT", "USHORT"), 2),
-    **dict.fromkeys(("INT", "UINT", "LONG", "ULONG", "FLOAT"), 4),
-    **dict.fromkeys(("LONG_LONG", "ULONG_LONG", "DOUBLE"), 8),
+_META_TYPES = {
+    **{"CHAR": "i1", "UCHAR": "u1", "SHORT": "i2", "USHORT": "u2", "INT": "i4", "UINT": "u4"},
+    **{"LONG": "i4", "ULONG": "u4", "LONG_LONG": "i8", "ULONG_LONG": "u8"},
+    **{"FLOAT": "f4", "DOUBLE": "f8"},
 }
 _TO_LPS = {
     **dict.fromkeys(("left-posterior-superior", "LPS"), (1.0, 1.0, 1.0)),
@@ -63,10 +63,11 @@ class _Head:
 
     Args:
         shape: number of voxels along I, J, K.
-        itemsize: bytes per voxel.
+        dtype: type of a voxel, in the byte order of the file.
         affine: 4x4 matrix to LPS mm.
         data_file: path of the file that holds the voxels.
         offset: byte at which they start; -1 where they are the last bytes of the file.
+        header_end: byte after the header in the file that holds the voxels; -1 where it is unknown.
         is_compressed: whether they are a gzip or zlib stream.
         modality: modality as the header names it, or empty.
         names: label value and name.
@@ -75,10 +76,11 @@ class _Head:
     """
 
     shape: tuple[int, ...]
-    itemsize: int
+    dtype: np.dtype
     affine: np.ndarray
     data_file: Path
     offset: int
+    header_end: int
     is_compressed: bool
     modality: str = ""
     names: tuple[tuple[int, str], ...] = ()
@@ -96,7 +98,8 @@ def read_nrrd(files: Sequence[Path]) -> Image:
     Returns:
         The voxels with their affine in LPS.
     Raises:
-        Refused: truncated, corrupt, not_3d, not_scalar, bad_affine, no_orientation, unsupported.
+        Refused: truncated, corrupt, not_3d, not_scalar, bad_affine, bad_spacing, no_orientation,
+            header_mismatch, unsupported.
     """
     (path,) = files
     return _read_voxels(path, _nrrd_head(path))
@@ -146,7 +149,8 @@ def read_meta(files: Sequence[Path]) -> Image:
     Returns:
         The voxels with their affine in LPS.
     Raises:
-        Refused: truncated, corrupt, not_3d, not_scalar, bad_affine, bad_spacing, unsupported.
+        Refused: truncated, corrupt, not_3d, not_scalar, bad_affine, bad_spacing, header_mismatch,
+            unsupported.
     """
     (path,) = files
     return _read_voxels(path, _meta_head(path))
@@ -164,22 +168,22 @@ def _read_voxels(path: Path, head: _Head) -> Image:
 
 def _read_array(path: Path, head: _Head) -> np.ndarray:
     """The array of a file whose header is checked: (K, J, I), or (K, J, I, layer)."""
-    expected = head.itemsize * math.prod(head.shape) * head.num_layers
-    if head.is_compressed:
-        inflate(head.data_file, head.offset, expected)  # SimpleITK does not verify the checksum
-    else:
-        check_size(head.data_file, head.data_file.stat().st_size - max(head.offset, 0), expected)
-    import SimpleITK
-
-    image = SimpleITK.ReadImage(str(path))
-    voxels: np.ndarray = SimpleITK.GetArrayFromImage(image)
     layers = (head.num_layers,) if head.num_layers > 1 else ()
-    if voxels.shape != (*head.shape[::-1], *layers):
-        raise Refused(
-            "corrupt",
-            f"the header claims {head.shape} voxels, SimpleITK reads {voxels.shape[::-1]}",
-        )
-    return voxels
+    shape = (*head.shape[::-1], *layers)
+    count = math.prod(shape)
+    expected = head.dtype.itemsize * count
+    slack = slack_of(head.shape, head.dtype.itemsize * head.num_layers)
+    # not by SimpleITK: where its parser differs from ours, or its zlib fails, it returns other
+    # voxels without an error, and where it reports an error in a long line, it ends the process
+    if head.is_compressed:
+        content = inflate(head.data_file, head.offset, expected, slack)
+        return np.frombuffer(content, head.dtype).reshape(shape)
+    num_bytes = head.data_file.stat().st_size
+    offset = head.offset if head.offset >= 0 else num_bytes - expected
+    # where the voxels are the last bytes of a file with a header, nothing may lie between the two
+    first = head.header_end if head.header_end >= 0 else offset
+    check_size(head.data_file, num_bytes - max(first, 0), expected, slack)
+    return np.fromfile(head.data_file, head.dtype, count, offset=offset).reshape(shape)
 
 
 def _numbers(text: str, count: int, what: str, reason: str) -> list[float]:
@@ -269,7 +273,7 @@ def _nrrd_head(path: Path, *, with_layers: bool = False) -> _Head:
         raise Refused(
             "not_3d", f"the file has '{fields['dimension']}' axes, '{fields['sizes']}'; rule: three"
         )
-    if "none" in directions or fields["type"] not in _NRRD_BYTES:
+    if "none" in directions or fields["type"] not in _NRRD_TYPES:
         raise Refused(
             "not_scalar",
             f"type '{fields['type']}', kinds '{' '.join(kinds)}'; rule: one real value per voxel",
@@ -293,18 +297,28 @@ def _nrrd_head(path: Path, *, with_layers: bool = False) -> _Head:
     check_shape(shape)
     columns = np.asarray(_numbers(directions, 9, "space directions", "bad_affine")).reshape(3, 3).T
     origin = _numbers(fields["space origin"], 3, "space origin", "bad_affine")
+    _check_nrrd_spacing(fields, columns)
     detached = fields.get("data file", fields.get("datafile", ""))
     skip = int(fields.get("byte skip", "0"))
     return _Head(
         shape=shape,
-        itemsize=_NRRD_BYTES[fields["type"]],
+        dtype=_nrrd_dtype(fields),
         affine=np.diag([*_TO_LPS[space], 1.0]) @ _build_affine(columns, origin),
         data_file=_beside(path, detached) if detached else path,
         offset=skip if detached or skip < 0 else end,
+        header_end=end if not detached else (0 if skip == 0 else -1),
         is_compressed=fields["encoding"] != "raw",
         names=_segment_names(fields),
         num_layers=num_layers,
     )
+
+
+def _nrrd_dtype(fields: dict[str, str]) -> np.dtype:
+    """The type of a voxel; the byte order must be given where a voxel has several bytes."""
+    name, endian = _NRRD_TYPES[fields["type"]], fields.get("endian", "")
+    if endian not in ("little", "big") and not name.endswith("1"):
+        raise Refused("corrupt", f"endian is '{endian}'; rule: little or big")
+    return np.dtype((">" if endian == "big" else "<") + name)
 
 
 def _take_layer_axis(fields: dict[str, str]) -> int:
@@ -332,6 +346,24 @@ def _segment_table(fields: dict[str, str]) -> dict[int, dict[str, str]]:
         if match:
             table.setdefault(int(match[1]), {})[match[2]] = value
     return table
+
+
+def _check_nrrd_spacing(fields: dict[str, str], columns: np.ndarray) -> None:
+    """Refuse other units than mm, and spacings that contradict the space directions."""
+    units = set(re.findall(r'"([^"]*)"', fields.get("space units", "")))
+    if not units <= {"mm", "millimeter", "millimeters", "millimetre", "millimetres", ""}:
+        raise Refused(
+            "bad_spacing", f"space units are {sorted(units)}; rule: mm; write the file again in mm"
+        )
+    if "spacings" in fields:
+        spacings = np.asarray(_numbers(fields["spacings"], 3, "spacings", "bad_spacing"))
+        norms = np.linalg.norm(columns, axis=0)
+        if (np.abs(norms - spacings) > 0.05 * norms).any():
+            raise Refused(
+                "header_mismatch",
+                f"spacings {spacings.tolist()} and space directions {norms.round(4).tolist()} "
+                "differ by over 5 %",
+            )
 
 
 def _segment_names(fields: dict[str, str]) -> tuple[tuple[int, str], ...]:
@@ -377,12 +409,9 @@ def _meta_head(path: Path) -> _Head:
             "not_3d", f"the file has '{fields['NDims']}' axes, '{fields['DimSize']}'; rule: three"
         )
     element = fields["ElementType"].removeprefix("MET_")
-    if element not in _META_BYTES or fields.get("ElementNumberOfChannels", "1") != "1":
+    if element not in _META_TYPES or fields.get("ElementNumberOfChannels", "1") != "1":
         raise Refused("not_scalar", f"elements are '{element}'; rule: one real value per voxel")
-    if (
-        fields.get("BinaryData", "True").lower() == "false"
-        or int(fields.get("HeaderSize", "0")) > 0
-    ):
+    if not _is_true(fields.get("BinaryData", "True")) or int(fields.get("HeaderSize", "0")) > 0:
         raise Refused(
             "unsupported",
             "voxels are text or have a HeaderSize; write the file again as plain binary",
@@ -396,17 +425,40 @@ def _meta_head(path: Path) -> _Head:
     shape = tuple(int(size) for size in _numbers(fields["DimSize"], 3, "DimSize", "corrupt"))
     check_shape(shape)
     spacings = np.asarray(_numbers(spacing, 3, "ElementSpacing", "bad_spacing"))
+    scaling = [_first(fields, (f"ElementToIntensityFunction{k}",), "") for k in ("Slope", "Offset")]
+    if any(text and float(text) != plain for text, plain in zip(scaling, (1.0, 0.0))):
+        raise Refused(
+            "unsupported",
+            f"ElementToIntensityFunctionSlope and -Offset are {scaling}; write the file with HU",
+        )
+    is_big = _is_true(_first(fields, ("BinaryDataByteOrderMSB", "ElementByteOrderMSB"), ""))
+    order = ">" if is_big else "<"
+    if (spacings <= 0).any():
+        raise Refused("bad_spacing", f"ElementSpacing is {spacings.tolist()}; rule: numbers > 0")
+    lengths = np.linalg.norm(directions, axis=1)
+    if (np.abs(lengths - 1.0) > 0.05).any():
+        raise Refused(
+            "header_mismatch",
+            f"the rows of TransformMatrix have lengths {lengths.round(3).tolist()}; rule: 1, the "
+            "spacing stands in ElementSpacing",
+        )
     local = fields["ElementDataFile"].upper() == "LOCAL"
     modality = fields.get("Modality", "").removeprefix("MET_MOD_")
     return _Head(
         shape=shape,
-        itemsize=_META_BYTES[element],
+        dtype=np.dtype(order + _META_TYPES[element]),
         affine=_build_affine(directions.T * spacings, _numbers(origin, 3, "Offset", "bad_affine")),
         data_file=path if local else _beside(path, fields["ElementDataFile"]),
-        offset=end if local else max(0, int(fields.get("HeaderSize", "0"))),
-        is_compressed=fields.get("CompressedData", "False").lower() == "true",
+        offset=end if local else int(fields.get("HeaderSize", "0")),
+        header_end=end if local else min(0, int(fields.get("HeaderSize", "0"))),
+        is_compressed=_is_true(fields.get("CompressedData", "")),
         modality="" if modality in ("UNKNOWN", "OTHER") else modality,
     )
+
+
+def _is_true(text: str) -> bool:
+    """Whether a field is true by the rule of the MetaImage library, which reads one letter."""
+    return text[:1] in ("T", "t", "1")
 
 
 def _first(fields: dict[str, str], keys: Sequence[str], default: str) -> str:
