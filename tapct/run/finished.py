@@ -16,7 +16,7 @@ from tapct.base import console, files
 from tapct.base.exits import UserError
 from tapct.base.paths import command_line
 from tapct.config import Resolved
-from tapct.data.store import Store
+from tapct.data.store import Store, labels_digest
 from tapct.distributed.device import flush_denormals, pick_device
 from tapct.engine import checkpoint
 from tapct.engine.checkpoint import Checkpoints, Meta
@@ -169,7 +169,13 @@ def evaluate(
                 trained_on=lineage.scans_of_run(folder, trained.meta.step),
             ),
             origin=Origin(
-                EvaluatedData(name, store.manifest_digest, store.digest, len(store)),
+                EvaluatedData(
+                    name,
+                    store.manifest_digest,
+                    store.digest,
+                    labels_digest(store.scans),
+                    len(store),
+                ),
                 trained.weights(folder),
                 command_line(shlex.split(command) if command else sys.argv),
                 git_revision(),

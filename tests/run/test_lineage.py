@@ -17,7 +17,7 @@ import tapct
 from tapct.base.exits import UserError
 from tapct.config import Resolved
 from tapct.data import index, pack, patients, trained_on
-from tapct.data.store import Store
+from tapct.data.store import Store, labels_digest
 from tapct.eval import saved
 from tapct.report import compare, page
 from tapct.run import finished, lineage, pretrain
@@ -109,7 +109,7 @@ def test_held_out_scans_are_held_out_and_the_results_know_their_data(
     assert content["split"]["note"] == ""
     assert content["data"] == {
         "name": own.dataset, "manifest": packed.manifest_digest, "store": packed.digest,
-        "num_scans": len(packed),
+        "labels": labels_digest(packed.scans), "num_scans": len(packed),
     }  # fmt: skip
     files = json.loads((run / "checkpoints" / "step_00000004" / "files.json").read_text())
     assert content["weights"] == {
