@@ -53,6 +53,7 @@ _TO_LPS = {
     **dict.fromkeys(("right-anterior-superior", "RAS"), (-1.0, -1.0, 1.0)),
     **dict.fromkeys(("left-anterior-superior", "LAS"), (1.0, -1.0, 1.0)),
 }
+_SPATIAL_KINDS = ("domain", "space", "none", "???")
 _IDENTITY = "1 0 0 0 1 0 0 0 1"
 _SEGMENT = re.compile(r"Segment(\d{1,6})_(LabelValue|Name|Layer)$")
 
@@ -250,6 +251,8 @@ def _nrrd_fields(path: Path) -> tuple[dict[str, str], int]:
             continue
         is_pair = value.startswith("=")
         name = key.strip() + ":=" if is_pair else key.strip().lower()
+        if name in fields and not is_pair:
+            raise Refused("corrupt", f"the NRRD header has the field '{name}' twice")
         fields[name] = value.lstrip("=").strip()
     return fields, end
 
@@ -272,6 +275,11 @@ def _nrrd_head(path: Path, *, with_layers: bool = False) -> _Head:
             )
         raise Refused(
             "not_3d", f"the file has '{fields['dimension']}' axes, '{fields['sizes']}'; rule: three"
+        )
+    odd = [kind for kind in kinds if kind not in _SPATIAL_KINDS]
+    if odd or (kinds and len(kinds) != 3):
+        raise Refused(
+            "corrupt", f"kinds are '{' '.join(kinds)}'; rule: three times domain or space"
         )
     if "none" in directions or fields["type"] not in _NRRD_TYPES:
         raise Refused(
@@ -389,7 +397,8 @@ def _meta_fields(path: Path) -> tuple[dict[str, str], int]:
             key, equals, value = line.decode("utf-8", "replace").partition("=")
             if not equals or file.tell() > _HEADER_LIMIT:
                 break
-            fields[key.strip()] = value.strip()
+            if fields.setdefault(key.strip(), value.strip()) != value.strip():
+                raise Refused("corrupt", f"the header has two values of '{key.strip()}'")
             if key.strip() == "ElementDataFile":
                 return fields, file.tell()
     raise Refused(
