@@ -23,7 +23,7 @@ from tapct.engine.checkpoint import Checkpoints, Meta
 from tapct.eval import held_out, runner
 from tapct.eval.baselines import with_baselines
 from tapct.eval.results import EvaluatedData, EvaluatedWeights, Evaluation, Origin
-from tapct.eval.saved import dataset_name
+from tapct.eval.saved import dataset_name, link_newest
 from tapct.nn.contracts import Backbone
 from tapct.run import lineage
 from tapct.run.config import RunConfig
@@ -186,6 +186,7 @@ def evaluate(
         )
     # it was kept from rotation for this evaluation
     out.teacher.unlink(missing_ok=True)
+    link_newest(folder)
     return evaluation
 
 

@@ -129,6 +129,8 @@ def test_another_store_is_compared_by_voxels_and_never_replaces_the_own_result(
     said = shell.good("eval", run, f"data.store={renamed}")
     found = saved.find(run)
     own, other = found
+    link = RunFolder(run).newest_results
+    assert link.is_symlink() and link.resolve() == own.folder.results.resolve()
     assert own.is_own and own.folder.results.read_bytes() == before
     assert not other.is_own and other.dataset.startswith("theirs")
 
@@ -228,6 +230,18 @@ def test_the_same_data_keeps_its_folder_when_the_store_moves(run: Path, store: P
         "mine-yours-abababab"
     )
     assert saved.dataset_name(run, Path("/store"), "ab" * 16) == "store-abababab"
+
+
+def test_results_of_an_earlier_version_are_not_replaced_by_the_link(
+    run: Path, tmp_path: Path
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy, symlinks=True)
+    link = RunFolder(copy).newest_results
+    link.unlink()
+    link.write_text("earlier")
+    saved.link_newest(copy)
+    assert link.read_text() == "earlier" and not link.is_symlink()
 
 
 def test_a_damaged_scan_is_skipped_named_and_counted(

@@ -12,7 +12,7 @@ from tapct.data.labels.pairing import LabelPairs
 from tapct.data.labels.report import LabelReport
 from tapct.data.manifest import ACCEPTED, Row
 
-_NOT_USED = re.compile(r"labels .* not used: ([a-z0-9_]+):")
+_NOT_USED = re.compile(r"its labels are not used: ([a-z0-9_]+):")
 
 
 def not_used(reason: str) -> str:
