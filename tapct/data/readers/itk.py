@@ -46,41 +46,13 @@ _TO_LPS = {
     **dict.fromkeys(("left-anterior-superior", "LAS"), (1.0, -1.0, 1.0)),
 }
 # all fields of the NRRD format, which is a closed list, without blanks
-_FIELDS = frozenset(
-    [
-        "content",
-        "number",
-        "type",
-        "blocksize",
-        "dimension",
-        "space",
-        "spacedimension",
-        "sizes",
-        "spacings",
-        "thicknesses",
-        "axismins",
-        "axismaxs",
-        "centers",
-        "centerings",
-        "labels",
-        "units",
-        "spaceunits",
-        "min",
-        "max",
-        "oldmin",
-        "oldmax",
-        "datafile",
-        "endian",
-        "encoding",
-        "lineskip",
-        "byteskip",
-        "kinds",
-        "spaceorigin",
-        "spacedirections",
-        "measurementframe",
-        "sampleunits",
-    ]
-)
+_FIELDS = {
+    *("content", "number", "type", "blocksize", "dimension", "space", "spacedimension", "sizes"),
+    *("spacings", "thicknesses", "axismins", "axismaxs", "centers", "centerings", "labels"),
+    *("units", "spaceunits", "min", "max", "oldmin", "oldmax", "datafile", "endian", "encoding"),
+    *("lineskip", "byteskip", "kinds", "spaceorigin", "spacedirections", "measurementframe"),
+    "sampleunits",
+}
 _SPATIAL_KINDS = ("domain", "space", "none", "???")
 _IDENTITY = "1 0 0 0 1 0 0 0 1"
 _SEGMENT = re.compile(r"Segment(\d{1,6})_(LabelValue|Name|Layer)$")
