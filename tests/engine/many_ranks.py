@@ -14,7 +14,6 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -59,31 +58,18 @@ def start(
     fault: str = "",
     torchrun: tuple[str, ...] = (),
     more: dict[str, str] | None = None,
+    fresh: bool = False,
 ) -> Forked:
-    """A run in FOLDER/run that goes on by itself."""
-    line = arguments(world, write_config(folder, store), *words, torchrun=torchrun)
-    return Forked(line, env=with_nest({**environment(fault), **(more or {})}))
+    """A run in FOLDER/run that continues by itself.
 
-
-def start_fresh(
-    world: int,
-    folder: Path,
-    store: Path,
-    *words: str,
-    fault: str = "",
-    torchrun: tuple[str, ...] = (),
-) -> subprocess.Popen[str]:
-    """What `start` does, with Pythons of their own, of which each hashes strings differently."""
+    Args:
+        torchrun: options of torchrun.
+        more: environment variables of all ranks.
+        fresh: torchrun starts each rank in a Python of its own, which hashes strings differently.
+    """
     line = arguments(world, write_config(folder, store), *words, torchrun=torchrun)
-    # a session of its own, so that a test can end all of it
-    return subprocess.Popen(
-        [sys.executable, *line],
-        env=environment(fault),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+    known = {**environment(fault), **(more or {})}
+    return Forked(line, env=known if fresh else with_nest(known))
 
 
 def launch(
@@ -143,9 +129,7 @@ def free_ports() -> Iterator[int]:
     return filter(unused, itertools.cycle([*range(first, 32700), *range(30000, first)]))
 
 
-def ended(
-    launcher: Forked | subprocess.Popen[str], timeout: float = 120.0
-) -> subprocess.CompletedProcess[str]:
+def ended(launcher: Forked, timeout: float = 120.0) -> subprocess.CompletedProcess[str]:
     """What a started run said by its end; a run that does not end is ended with all its ranks."""
     try:
         out, err = launcher.communicate(timeout=timeout)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 from tiny_run import config_of, make_store
@@ -54,10 +53,8 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def kept_after(*words: str | Path) -> dict[str, float]:
     """Share of products that stay denormal in a process of two threads after its work."""
-    # passive: two threads that spin while they wait take ten times as long on a busy machine
-    environment = {**os.environ, "OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "passive"}
-    command = [sys.executable, "-c", CODE, *map(str, words)]
-    ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    ended = forked.run(["-c", CODE, *words], {**os.environ, "OMP_NUM_THREADS": "2"})
+    assert ended.returncode == 0, ended.stderr
     found: dict[str, float] = json.loads(ended.stdout.splitlines()[-1])
     return found
 

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from many_ranks import PLAIN, ended, good, launch, start, start_fresh, train
+from many_ranks import PLAIN, ended, good, launch, start, train
 from small_disk import small_disk
 from tiny_run import assert_equal_runs, make_store, numbers_of
 
@@ -68,8 +68,8 @@ def test_a_rank_that_is_killed_ends_the_others_and_the_run_goes_on_to_the_same_b
 def test_torchrun_restarts_a_run_whose_rank_was_killed(
     tmp_path: Path, store: Path, undisturbed: Path
 ) -> None:
-    again = ("--max-restarts=1",)
-    launcher = start_fresh(2, tmp_path, store, *PLAIN, IN_TURN, torchrun=again, fault="0 7 SIGKILL")
+    again, words = ("--max-restarts=1",), (*PLAIN, IN_TURN)
+    launcher = start(2, tmp_path, store, *words, torchrun=again, fault="0 7 SIGKILL", fresh=True)
     assert "resuming from" in good(ended(launcher))
     assert_equal_runs(tmp_path / "run", undisturbed, tmp_path)
 
