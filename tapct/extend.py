@@ -10,6 +10,7 @@
 | name | what it is for |
 |---|---|
 | `HeadRows` | what `Loss.prototype_rows` returns: rows that go through a loss's head |
+| `LossInputs` | what `Loss.problem` and `Loss.warnings` are given: crops and masks of a config |
 | `CropCost`, `LayerCost` | what `Backbone.crop_cost` returns: parameters and FLOPs |
 | `SnapshotTimes` | when a loss wants the teacher copied aside |
 | `TargetStats`, `TargetSums` | statistics of a loss's targets, from which health is logged |
@@ -38,7 +39,15 @@ from tapct.eval.scans import LabelledScan
 from tapct.eval.truth import PatchTruth, patch_truth
 from tapct.nn import init
 from tapct.nn.attention import Attention
-from tapct.nn.contracts import Backbone, CropCost, HeadRows, LayerCost, Loss, SnapshotTimes
+from tapct.nn.contracts import (
+    Backbone,
+    CropCost,
+    HeadRows,
+    LayerCost,
+    Loss,
+    LossInputs,
+    SnapshotTimes,
+)
 from tapct.nn.heads import Config as HeadConfig
 from tapct.nn.heads import PrototypeHead
 from tapct.nn.layers import DropKey, LayerScale, Mlp, SwiGLU
@@ -82,6 +91,7 @@ __all__ = [
     "LayerNorm",
     "LayerScale",
     "Loss",
+    "LossInputs",
     "LossResult",
     "Masks",
     "Mlp",

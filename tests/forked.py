@@ -23,6 +23,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
+import pytest
+
 HERE = Path(__file__).resolve().parent
 NEST = "TAPCT_TEST_NEST"  # environment variable: the socket of the nest
 
@@ -64,6 +66,14 @@ def python() -> str:
 def with_nest(environment: Mapping[str, str]) -> dict[str, str]:
     """Variables with which `python`, and the ranks that torchrun starts, find the nest."""
     return {**environment, NEST: str(nest() / "socket"), "PYTHON_EXEC": python()}
+
+
+@pytest.fixture
+def python_from_nest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """tapct starts its own processes (evaluations, probes) from the nest, too."""
+    for name, value in with_nest({}).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "executable", python())
 
 
 class Forked:

@@ -23,6 +23,7 @@ import pytest
 import torch
 import typer
 import yaml
+from forked import python_from_nest as python_from_nest  # a fixture
 from plain_words import findings, prose
 from scan_files import make_ct, write_nifti
 from shell import Shell
@@ -496,7 +497,11 @@ def test_the_example_task_finds_the_height_where_it_can_be_seen(
 
 
 def test_the_example_task_runs_through_every_command(
-    mylab: Path, tmp_path: Path, shell: Shell, monkeypatch: pytest.MonkeyPatch
+    mylab: Path,
+    tmp_path: Path,
+    shell: Shell,
+    monkeypatch: pytest.MonkeyPatch,
+    python_from_nest: None,
 ) -> None:
     """As a user would: with the YAML of the page, beside training and by hand."""
     monkeypatch.setenv("PYTHONPATH", f"{mylab}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")

@@ -84,6 +84,9 @@ def test_no_other_module_knows_a_plugin_by_name(folder: str) -> None:
         for name in plugins.available(folder):
             if not re.search(rf"(?<![a-z]){name}(?![a-z])", text):
                 continue
+            # archives have files and folders of this name, which data/ finds
+            if name == "segmentation" and PACKAGE / "data" in file.parents:
+                continue
             for line in mentions(text, folder, name):
                 wrong.append(f"{file.relative_to(PACKAGE)}:{line} knows {name}")
     assert wrong == []

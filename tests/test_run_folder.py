@@ -91,7 +91,11 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny run, evaluated at one step and at the end, exported and reported."""
     folder = tmp_path_factory.mktemp("whole")
     resolved = config_of(
-        folder, make_store(folder), "log.tensorboard=true", "log.wandb.mode=disabled"
+        folder,
+        make_store(folder),
+        "log.tensorboard=true",
+        "log.wandb.mode=disabled",
+        "eval.tasks.segmentation.steps=5",
     )
     pretrain.train(resolved)
     out: Path = resolved.value.out
@@ -112,6 +116,7 @@ def test_a_run_leaves_what_is_drawn(run: Path, name: str) -> None:
     # of an evaluation beside training, of a SLURM job, and of wandb: other tests make those
     elsewhere = ("jobs/", "code/", "wandb/")
     beside = {f"eval/*/step_*/{file}" for file in ("meta.json", "teacher.safetensors", "log.txt")}
+    beside.add("lease.json")  # only while the run trains
     missing = {
         entry
         for entry in TREES[name] - beside
@@ -126,7 +131,7 @@ def test_the_paths_of_a_run_exist(run: Path) -> None:
     for place in (*whole, CheckpointFolder(folder.checkpoints.finished()[-1])):
         assert place.path.is_dir()
         for name, path in paths_of(place).items():
-            absent = {"wandb", "wandb_run_id", "jobs", "code"}
+            absent = {"wandb", "wandb_run_id", "jobs", "code", "lease"}
             absent |= {"meta", "teacher", "log"} if isinstance(place, EvaluationFolder) else set()
             assert path.exists() == (name not in absent), path
     assert folder.checkpoints.latest.read_text().strip() == folder.checkpoints.finished()[-1].name

@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,15 +27,11 @@ print(json.dumps(pages))
 
 @pytest.fixture(scope="module")
 def pages() -> dict[str, str]:
-    """What each script prints with --help; torch is loaded once for all."""
+    """What each script prints with --help, all in one process."""
     path = os.pathsep.join([str(ROOT), str(ROOT / "scripts")])
-    done = subprocess.run(
-        [sys.executable, "-c", HELP, *map(str, SCRIPTS)],
-        env={**os.environ, "PYTHONPATH": path, "COLUMNS": "100"},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    known = {**os.environ, "PYTHONPATH": path, "COLUMNS": "100"}
+    done = forked.run(["-c", HELP, *SCRIPTS], known)
+    assert done.returncode == 0, done.stderr
     return dict(json.loads(done.stdout))
 
 
@@ -73,11 +68,6 @@ def test_help_fits_100_columns_and_explains_every_option(
 )
 def test_bad_input_is_one_line(tmp_path: Path, words: str, told: str) -> None:
     line = words.format(empty=tmp_path).split()
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "scripts" / line[0]), *line[1:]],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
+    done = forked.run([ROOT / "scripts" / line[0], *line[1:]], cwd=ROOT)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert f"error: {told.format(empty=tmp_path)}" in done.stderr.splitlines()[-1]

@@ -152,6 +152,18 @@ def index(
             "angles",
         ),
     ] = False,
+    rules: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="YAML file with thresholds of the checks of values, such as 'max_clamped: 0.9' "
+            "(docs/ingest.md lists them)",
+        ),
+    ] = None,
+    rule: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=VALUE", help="one such threshold; may be given several times"),
+    ] = None,
     workers: Workers = CPUS,
     timeout: Timeout = 120.0,
     memory_gb: Memory = None,
@@ -162,10 +174,12 @@ def index(
     with the reason. If no scan is accepted, or no label map of --labels is used, the exit code
     is 2.
     """
+    from tapct.data.check_rules import read_rules
     from tapct.data.index import build_manifest, check_usable
     from tapct.data.passed_over import summary
     from tapct.data.patient_report import lines_about_patients
 
+    checks = read_rules(rules, rule or ())
     with signals.leaving_at_sigterm(), console.progress_bar("index") as progress:
         manifest = build_manifest(
             folder,
@@ -177,7 +191,7 @@ def index(
             patient_from=patient_from,
             study_dates=study_dates,
             min_depth=min_depth,
-            accept=ReadRules(derived, max_lossy_ratio, resample_tilt),
+            accept=ReadRules(derived, max_lossy_ratio, resample_tilt, checks),
             workers=max(1, workers),
             limits=limits_of(timeout, memory_gb),
             progress=progress,
@@ -191,6 +205,8 @@ def index(
         for line in manifest.label_report.lines():
             console.say(line)
     for row in manifest.rows:
+        if row.marks and row.status == "accepted":
+            console.say(f"  accepted {row.path}, marked {row.marks}")
         if row.detail:
             reason = (
                 f"refused {row.path}: {row.reason}" if row.status == "refused" else f"{row.path}"

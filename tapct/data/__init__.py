@@ -6,5 +6,6 @@
     sampler  -> slabs, loader                                                  batches for training
 
 `labels` finds the label map of each scan, `verify` reads a whole store again, `read_rate` measures
-how fast a store is read, and `phantom` makes a synthetic archive.
+how fast a store is read, and `phantom` makes a synthetic archive. `ct_check` uses
+`hu_histogram` and `slice_check`, with the thresholds of `check_rules`.
 """

@@ -8,12 +8,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tapct.base.exits import UserError, single_line
+from tapct.base.exits import UserError
 from tapct.data import formats, series
 from tapct.data import passed_over as passed
 from tapct.data.readers import DICOM, FORMATS, dicom_kind, format_of
 from tapct.data.readers.dicom_head import Head, read_head
-from tapct.data.readers.raw import MAX_TEXT
 from tapct.types import Refused
 
 UNREADABLE = "unreadable"  # kind of a folder that cannot be listed
@@ -250,8 +249,9 @@ def _head_or_problem(path: Path) -> tuple[Head | None, tuple[str, str] | None]:
     except Refused as error:
         return None, (error.reason, error.detail)
     except Exception as error:
-        line = single_line(f"{type(error).__name__}: {error}", MAX_TEXT)
-        return None, ("unreadable", f"the header of {path.name} cannot be read: {line}")
+        # not the text of the error, which may quote the header
+        problem = f"the header of {path.name} cannot be read ({type(error).__name__})"
+        return None, ("unreadable", problem)
     if head is None and is_named_dicom:
         if path.stat().st_size == 0:
             return None, ("empty_file", f"{path.name} has no content")

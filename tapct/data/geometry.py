@@ -15,6 +15,11 @@ Point3: TypeAlias = tuple[float, float, float]  # LPS mm (x, y, z)
 SPACING_RANGE_MM = (0.05, 50.0)
 # |cosine| between two axes; rounding of headers stays below 1e-3, half a degree of tilt gives 9e-3
 MAX_SHEAR = 5e-3
+MAX_ANISOTROPY = 100.0  # largest spacing relative to the smallest; 0.15 mm pixels of 10 mm have 67
+MAX_ORIGIN_MM = 10_000.0  # distance from the origin along each axis; a scanner's table has 2 m
+MAX_EXTENT_MM = 2_500.0  # of a whole body with its table
+MIN_EXTENT_MM = 5.0  # of each axis with many voxels, and of two axes in any case
+_MANY_VOXELS = 16
 MIN_ALIGNMENT = 0.75  # cosine of 41 degrees between a file axis and the LPS axis that it becomes
 GRID_TOLERANCE = 0.25  # voxels that two grids may be apart at any corner
 # largest difference of any component of two unit vectors that count as one direction (0.3 degrees)
@@ -74,6 +79,43 @@ def to_lps(
     spacing_mm = (float(spacing[z]), float(spacing[y]), float(spacing[x]))
     origin_mm = (float(origin[0]), float(origin[1]), float(origin[2]))
     return view_ZYX, spacing_mm, origin_mm, (columns[0], columns[1], columns[2])
+
+
+def check_extent(shape: tuple[int, ...], affine: np.ndarray) -> None:
+    """Refuse a grid that no scan of a body has. Label maps are not checked, since they may be cut
+    to one small organ.
+
+    Args:
+        shape: number of voxels along I, J, K.
+        affine: float64 4x4 matrix, (i, j, k, 1) -> LPS mm.
+    Raises:
+        Refused: absurd_geometry.
+    """
+    spacing, origin = np.linalg.norm(affine[:3, :3], axis=0), affine[:3, 3]
+    text = f"spacing {spacing.round(4).tolist()} mm, {'x'.join(map(str, shape))} voxels"
+    extent = spacing * np.asarray(shape)
+    if spacing.max() > MAX_ANISOTROPY * spacing.min():
+        raise Refused(
+            "absurd_geometry", f"{text}; rule: spacings differ at most {MAX_ANISOTROPY:g} times"
+        )
+    if (np.abs(origin) > MAX_ORIGIN_MM).any():
+        raise Refused(
+            "absurd_geometry",
+            f"the first voxel lies at {origin.round(1).tolist()} mm; rule: at most "
+            f"{MAX_ORIGIN_MM:g} mm from the origin",
+        )
+    if (extent > MAX_EXTENT_MM).any():
+        raise Refused(
+            "absurd_geometry",
+            f"{text} are {extent.max():.0f} mm long; rule: at most {MAX_EXTENT_MM:g} mm",
+        )
+    is_thin = extent < MIN_EXTENT_MM
+    if is_thin.sum() > 1 or (is_thin & (np.asarray(shape) >= _MANY_VOXELS)).any():
+        raise Refused(
+            "absurd_geometry",
+            f"{text} are {extent.round(1).tolist()} mm; rule: at least {MIN_EXTENT_MM:g} mm "
+            f"along an axis of {_MANY_VOXELS} voxels or more, and along two axes",
+        )
 
 
 def _nearest_axes(direction: np.ndarray) -> tuple[int, int, int]:

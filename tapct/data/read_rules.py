@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from tapct.data.check_rules import DEFAULT_RULES, CheckRules
+
 # One patch of the 3D configs is 4 slices deep; a shorter scan would be padding for the most part.
 MIN_DEPTH = 4
 # A choice: up to 8:1 the loss in CT of the body is mostly noise, beyond it texture goes too.
@@ -20,13 +22,15 @@ class ReadRules:
             of materials.
         max_lossy_ratio: largest ratio of a lossy compression.
         resample_tilt: True to resample scans with gantry tilt to a grid with right angles.
+        checks: thresholds of the checks of values; None leaves these checks out.
     """
 
     derived: bool = False
     max_lossy_ratio: float = MAX_LOSSY_RATIO
     resample_tilt: bool = False
+    checks: CheckRules | None = DEFAULT_RULES
 
 
 PLAIN = ReadRules()
 # For a scan that was accepted before: its row says that it is the same scan.
-AS_INDEXED = ReadRules(derived=True, max_lossy_ratio=math.inf, resample_tilt=True)
+AS_INDEXED = ReadRules(derived=True, max_lossy_ratio=math.inf, resample_tilt=True, checks=None)

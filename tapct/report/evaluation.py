@@ -237,7 +237,7 @@ def evaluation_part(
     for name, section in evaluation.tasks.items():
         table, headline = section.results.breakdown, section.headline
         by_class = breakdown_table(table, headline) if table and table.values else ""
-        mean_of = f" {text(headline.metric)} is the {text(headline.mean_of)}."
+        mean_of = f" {text(headline.mean_of[:1].upper() + headline.mean_of[1:])}."
         parts.append(
             f"<h3>{text(title_of(name))}</h3>"
             f"<p>{text(headline.meaning)}{mean_of if headline.mean_of else ''} "

@@ -37,6 +37,8 @@ class DataConfig:
         0,
         "random seed of the choice of held-out patients; it does not follow `seed`, so runs with "
         "other seeds hold out the same patients",
+        ge=0,
+        lt=2**63,
     )
     split_version: int = setting(
         split.VERSION,

@@ -107,7 +107,7 @@ def train(resolved: Resolved, allow_change: bool = False, command: str = "") -> 
         check_machine(config, device)
         lease.acquire()
 
-    facts = facts_of_rank(resolved) if place.world > 1 else None
+    facts = facts_of_rank(resolved, device) if place.world > 1 else None
     try:
         with join_ranks(place, device, config.parallel, facts, prepare_run_folder) as world:
             pretraining = Pretraining(resolved, world, allow_change, command, lease)
@@ -176,8 +176,9 @@ class Pretraining:
             self.resolved = with_split_of(self.resolved, saved)
             self.config = self.resolved.value
         config, rows = self.config, self.rows()
-        for line in (*warnings(self.resolved), *data_warnings(config, self.store, rows)):
-            console.warn(line)
+        if self.world.ranks.is_first:
+            for line in (*warnings(self.resolved), *data_warnings(config, self.store, rows)):
+                console.warn(line)
         pair = self.build_pair()
         updater = optim.Updater(pair, config.optim, self.world.num_copies)
         if saved is not None:

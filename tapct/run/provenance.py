@@ -52,10 +52,14 @@ def write_run_files(out: Path, resolved: Resolved, store: Store, command: str) -
     files.write_atomically(RunFolder(out).provenance, json.dumps(about, indent=1))
 
 
-def facts_of_rank(resolved: Resolved) -> dict[str, str]:
+def facts_of_rank(resolved: Resolved, device: torch.device) -> dict[str, str]:
     """What all ranks of a run must have in common: every setting, code, versions and data.
 
     The folder of the store may differ, because nodes can have copies of it on their own disks.
+
+    Args:
+        resolved: config of the run, as this rank has read it.
+        device: device of this rank; `device: auto` may choose another kind on another node.
     """
     facts = {key: str(value) for key, value in flatten(resolved.to_dict()).items()}
     store = Path(facts.pop("data.store"))
@@ -63,6 +67,7 @@ def facts_of_rank(resolved: Resolved) -> dict[str, str]:
         facts["digest of data.store"] = Store(resolved.value.data.store).digest
     except (UserError, OSError) as error:
         facts["digest of data.store"] = f"unknown ({store}: {single_line(error, 120)})"
+    facts["kind of device"] = device.type
     facts["version of tapct"] = tapct.__version__
     facts["version of torch"] = torch.__version__
     facts["digest of the code"] = code_digest(resolved.value)

@@ -213,6 +213,11 @@ def changed_keys(old: dict[str, Any], new: dict[str, Any]) -> list[tuple[str, An
     return [(key, before.get(key), after.get(key)) for key in keys if not key.startswith(HARMLESS)]
 
 
+def shown(value: Any) -> Any:
+    """A value in an error line; an empty text would be invisible."""
+    return "empty" if value == "" else value
+
+
 def what_changed(changed: list[tuple[str, Any, Any]], saved: Path) -> str:
     """The line that refuses to resume from a checkpoint, with every key that differs."""
     (key, old, new), *others = changed
@@ -222,6 +227,7 @@ def what_changed(changed: list[tuple[str, Any, Any]], saved: Path) -> str:
     )
     more = f" (also changed: {', '.join(named)}{beyond})" if others else ""
     return (
-        f"{key} was {old} when {saved} was written and is {new} now{more}; settings that affect "
-        "training cannot change on resume. Restore it, choose another out=, or pass --allow-change"
+        f"{key} was {shown(old)} when {saved} was written and is {shown(new)} now{more}; settings "
+        "that affect training cannot change on resume. Restore it, choose another out=, or pass "
+        "--allow-change"
     )

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from tapct.base.exits import UserError
 from tapct.base.geometry import patch_grid
-from tapct.config import ConfigError, Resolved, load_config
+from tapct.config import ConfigError, Resolved, load_config, plugins
 from tapct.nn.contracts import Loss, LossInputs
 from tapct.run.config import RunConfig
 from tapct.run.stages import ResolvedStage
@@ -74,10 +74,12 @@ def with_source(line: str, resolved: Resolved) -> str:
 def problems(config: RunConfig) -> Iterator[str]:
     """Why a config cannot work, one line per rule that it breaks."""
     if not config.losses:
-        yield "losses: every term is switched off; keep at least one, e.g. losses.dino={}"
+        names = ", ".join(plugins.available("losses"))
+        yield f"losses: every term is switched off; keep at least one of {names}"
         return
     if all(getattr(loss.config, "weight", None) == 0 for loss in config.losses):
-        yield "losses: every weight is 0, so nothing is learned; raise one, e.g. losses.dino.weight"
+        key = needs.losses_key(config.losses[0].name)
+        yield f"losses: every weight is 0, so nothing is learned; raise one, e.g. {key}.weight"
     losses = needs.build_losses(config.losses)
     yield from caught(lambda: check_heads(losses), lambda: snapshot_times(losses))
     for name, loss in losses.items():

@@ -21,11 +21,13 @@ from tapct.data import split
 from tapct.data.store import Store
 from tapct.distributed.device import pick_device
 from tapct.engine import initial, trackers
-from tapct.eval import scans
+from tapct.eval import scans, task_runs
 from tapct.nn.backends import GPU_ONLY
 from tapct.nn.contracts import Backbone
 from tapct.run.config import RunConfig
 from tapct.run.resume import check_resume
+
+MOST_LABEL_MAPS = 20  # read to find a label that a setting names; a right one is in the first
 
 
 def check_start(resolved: Resolved, allow_change: bool) -> None:
@@ -143,20 +145,19 @@ def data_warnings(config: RunConfig, store: Store, rows: Sequence[int]) -> Itera
             f"views.global_window or views.local_window needs {needed:g} slices, and the deepest "
             f"scan of {store.path} has {deepest}: views of that depth are always filled up with air"
         )
-    during = config.eval.during
-    if during.every and not _can_be_evaluated(config, store):
+    during, tasks = config.eval.during, {}
+    if config.eval.tasks:
+        tasks = task_runs.build_tasks(config.eval.tasks, config.eval.seed)
+    can_use = {name: scans.usable(store.scans, task.labels) for name, task in tasks.items()}
+    if during.every and not any(can_use.values()):
         yield (
             f"eval.during.every {during.every}: no scan of {store.path} has the labels that "
             "eval.tasks needs, so every evaluation will fail; set eval.during.every=0"
         )
     if during.every and during.how == "job" and shutil.which("sbatch") is None:
         yield "eval.during.how=job needs sbatch, which is not on the PATH here"
-
-
-def _can_be_evaluated(config: RunConfig, store: Store) -> bool:
-    """Whether a task of the config can use a scan of the store."""
-    for task in config.eval.tasks:
-        built = plugins.load("eval.tasks", task.name).build(task.config, seed=config.eval.seed)
-        if scans.usable(store.scans, built.labels, None):
-            return True
-    return False
+    for name, task in tasks.items():
+        try:
+            task_runs.check_label_settings(name, task, can_use[name][:MOST_LABEL_MAPS], store)
+        except UserError as error:
+            yield f"{error}; `tapct eval` would refuse it"

@@ -266,7 +266,7 @@ def verdict_at(terms: Sequence[TermReading], step: int, warmup_steps: int) -> Ve
     found, needed = verdict(terms), max(MIN_STEPS, warmup_steps)
     if step >= needed or found.state in ("unknown", "not finite"):
         return found
-    words = f"the run has {step} steps; the first verdict comes after {needed}"
+    words = f"The run has {step} steps; the first verdict comes after {needed}"
     if warmup_steps > MIN_STEPS:
         words += ", when the learning rate has warmed up"
     return Verdict(TOO_EARLY, words, "Train on and look again.")

@@ -34,7 +34,7 @@ SPACING_MM = (3.0, 0.8, 0.7)
 
 def ct_like(shape_ZYX: tuple[int, int, int], seed: int) -> np.ndarray:
     noise = np.random.default_rng(seed).normal(0, 40, shape_ZYX)
-    body = np.linspace(-1000, 300, shape_ZYX[2])[None, None, :]
+    body = np.where(np.arange(shape_ZYX[2]) < shape_ZYX[2] // 3, -1000, 40)
     return np.clip(noise + body, -1024, 3000).astype(np.int16)
 
 

@@ -19,6 +19,8 @@ import numpy as np
 import pytest
 import torch
 from doctor_cases import CASES, H100, HUNG
+from forked import python, with_nest
+from forked import python_from_nest as python_from_nest  # a fixture
 from tiny_run import make_store, write_config
 
 from tapct import cli
@@ -376,7 +378,7 @@ def test_the_doctor_runs_whole_with_a_real_sum_over_gloo(
 
 
 def test_a_mistyped_key_is_one_clear_line_and_nothing_is_said_about_other_folders(
-    store: Path, tmp_path: Path
+    store: Path, tmp_path: Path, python_from_nest: None
 ) -> None:
     config, overrides = write_config(tmp_path, store), ["optim.lrr=1"]
     site_probe = Probe(
@@ -395,6 +397,7 @@ WITHOUT_TORCH = """
 import sys
 from pathlib import Path
 from tapct.doctor import checkup, machine, verdicts
+sys.executable = sys.argv[1]  # of the probes
 machine.slurm = lambda: None
 states = [finding.state for finding in checkup.findings(Path("none.yaml"), [], None)]
 loaded = {"torch", "numpy", "matplotlib", "nibabel", "blosc2"} & set(sys.modules)
@@ -407,8 +410,8 @@ def test_the_process_of_the_command_loads_neither_torch_nor_numpy(tmp_path: Path
     """All checks run; only the probes, which are processes of their own, load torch."""
     root = Path(checkup.__file__).resolve().parents[2]
     done = subprocess.run(
-        [sys.executable, "-c", WITHOUT_TORCH],
-        env={**os.environ, "PYTHONPATH": str(root)},
+        [sys.executable, "-c", WITHOUT_TORCH, python()],
+        env=with_nest({**os.environ, "PYTHONPATH": str(root)}),
         cwd=tmp_path,
         capture_output=True,
         text=True,

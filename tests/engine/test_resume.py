@@ -7,12 +7,11 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 import torch
 from stopped import STEPS, stopped_run
@@ -135,11 +134,9 @@ def test_handlers_are_given_back_and_the_second_interrupt_goes_through() -> None
 def killed(tmp_path: Path, store: Path, **request: Any) -> list[dict[str, Any]]:
     """Answers of killed_runs.py."""
     words = {"config": str(write_config(tmp_path, store)), "out": str(tmp_path / "run"), **request}
-    program = [sys.executable, str(Path(__file__).with_name("killed_runs.py")), json.dumps(words)]
+    program = [Path(__file__).with_name("killed_runs.py"), json.dumps(words)]
     path = os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        program, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=600
-    )
+    done = forked.run(program, {**os.environ, "PYTHONPATH": path}, timeout=600)
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]
 

@@ -6,14 +6,14 @@ import errno
 import json
 import math
 import os
-import subprocess
-import sys
+import signal
 import textwrap
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 
 from tapct.base import console
@@ -127,7 +127,7 @@ def test_rows_are_in_the_file_before_the_writer_is_closed(tmp_path: Path) -> Non
         writer.write({{"step": 1, "loss/total": 1.0}})
         os.kill(os.getpid(), signal.SIGKILL)
     """
-    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=False)
+    assert forked.run(["-c", textwrap.dedent(code)]).returncode == -signal.SIGKILL
     assert [one["step"] for one in rows(tmp_path)] == [1]
 
 

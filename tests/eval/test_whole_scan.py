@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -28,14 +29,13 @@ def test_300_slices_of_512x512_in_vit_b_need_less_than_6_gb(tmp_path: Path) -> N
 def test_the_script_counts_the_windows_of_a_scan(tmp_path: Path) -> None:
     """A small scan, of which every window is computed."""
     line = [
-        sys.executable,
         "scripts/bench_whole_scan.py",
         "configs/smoke.yaml",
         "--json",
         str(tmp_path / "scan.json"),
     ]
     shape = ["--shape", "12", "64", "96", "--real", "1000"]
-    done = subprocess.run([*line, *shape], cwd=REPOSITORY, capture_output=True, text=True)
+    done = forked.run([*line, *shape], cwd=REPOSITORY)
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "scan.json").read_text())
     assert found["features"][1:] == [3, 8, 12]

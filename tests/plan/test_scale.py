@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from rich.console import Console
+from rich.console import Console, Group
 from tiny_run import config_of, make_store
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
@@ -540,13 +540,18 @@ def test_the_subtotal_of_the_backbone_is_the_size_of_the_real_model(
     assert backbone + heads == total == costs.parameters
 
 
+@functools.cache
+def whole_report(name: str) -> Group:
+    """Everything that is printed of a config, with a snapshot of the teacher."""
+    options = command.Options(memory_gb=80.0, tflops=200.0)
+    return command.report(smoke("losses.gram.start=3", name=name), options)
+
+
 @pytest.mark.parametrize("width", [80, 120])
 @pytest.mark.parametrize("name", ["smoke", "tap_b_3d"])
 def test_everything_that_is_printed_fits_the_terminal(name: str, width: int) -> None:
     out = io.StringIO()
-    options = command.Options(memory_gb=80.0, tflops=200.0)
-    config = smoke("losses.gram.start=3", name=name)
-    Console(file=out, width=width).print(command.report(config, options))
+    Console(file=out, width=width).print(whole_report(name))
     lines = out.getvalue().splitlines()
     assert max(map(len, lines)) <= width and "…" not in out.getvalue()
     heading = next(line for line in lines if line.lstrip().startswith("part "))

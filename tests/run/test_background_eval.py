@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
+from forked import python_from_nest as python_from_nest  # a fixture
 from safetensors.torch import load_file
 from tiny_run import config_of, evaluation_of, make_store, numbers_of
 
@@ -117,7 +118,7 @@ SAVED_AT_ONCE = ("checkpoint.asynchronous=false", *QUICK)
 
 
 def test_a_job_waits_for_the_last_evaluation(
-    tmp_path: Path, store: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, store: Path, monkeypatch: pytest.MonkeyPatch, python_from_nest: None
 ) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "5")
     assert pretrain.train(config_of(tmp_path, store, "eval.during.every=12", *QUICK)) == loop.Stop(

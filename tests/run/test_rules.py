@@ -261,6 +261,18 @@ def test_settings_that_the_data_makes_pointless_are_warned_of_by_both(
     assert code == 0 and trained == error
 
 
+def test_a_label_that_no_scan_has_is_warned_of_before_training(config: Path, shell: Shell) -> None:
+    code, _, error = shell(
+        "train", config, "eval.tasks.segmentation.body=[nosuch]", "--print-config"
+    )
+    assert code == 0 and "eval.tasks.segmentation.body names 'nosuch'" in error
+    assert "`tapct eval` would refuse it" in error
+    code, _, error = shell(
+        "train", config, "eval.tasks.segmentation.organs=[liver]", "--print-config"
+    )
+    assert code == 0 and "liver" not in error
+
+
 def test_one_global_view_is_compared_with_the_local_ones(
     tmp_path: Path, config: Path, shell: Shell
 ) -> None:

@@ -15,7 +15,15 @@ from pathlib import Path
 
 import numpy as np
 
-from tapct.data.readers.raw import Header, Image, Segment, check_shape, check_size, inflate
+from tapct.data.readers.raw import (
+    Header,
+    Image,
+    Segment,
+    check_shape,
+    check_size,
+    inflate,
+    slack_of,
+)
 from tapct.types import Refused
 
 _HEADER_LIMIT = 4 << 20  # bytes; the header of a Slicer segmentation with many segments is smaller
@@ -68,6 +76,7 @@ class _Head:
         affine: 4x4 matrix to LPS mm.
         data_file: path of the file that holds the voxels.
         offset: byte at which they start; -1 where they are the last bytes of the file.
+        header_end: byte after the header in the file that holds the voxels; -1 where it is unknown.
         is_compressed: whether they are a gzip or zlib stream.
         modality: modality as the header names it, or empty.
         names: label value and name.
@@ -80,6 +89,7 @@ class _Head:
     affine: np.ndarray
     data_file: Path
     offset: int
+    header_end: int
     is_compressed: bool
     modality: str = ""
     names: tuple[tuple[int, str], ...] = ()
@@ -97,7 +107,8 @@ def read_nrrd(files: Sequence[Path]) -> Image:
     Returns:
         The voxels with their affine in LPS.
     Raises:
-        Refused: truncated, corrupt, not_3d, not_scalar, bad_affine, no_orientation, unsupported.
+        Refused: truncated, corrupt, not_3d, not_scalar, bad_affine, bad_spacing, no_orientation,
+            header_mismatch, unsupported.
     """
     (path,) = files
     return _read_voxels(path, _nrrd_head(path))
@@ -147,7 +158,8 @@ def read_meta(files: Sequence[Path]) -> Image:
     Returns:
         The voxels with their affine in LPS.
     Raises:
-        Refused: truncated, corrupt, not_3d, not_scalar, bad_affine, bad_spacing, unsupported.
+        Refused: truncated, corrupt, not_3d, not_scalar, bad_affine, bad_spacing, header_mismatch,
+            unsupported.
     """
     (path,) = files
     return _read_voxels(path, _meta_head(path))
@@ -169,14 +181,17 @@ def _read_array(path: Path, head: _Head) -> np.ndarray:
     shape = (*head.shape[::-1], *layers)
     count = math.prod(shape)
     expected = head.dtype.itemsize * count
+    slack = slack_of(head.shape, head.dtype.itemsize * head.num_layers)
     # not by SimpleITK: where its parser differs from ours, or its zlib fails, it returns other
     # voxels without an error, and where it reports an error in a long line, it ends the process
     if head.is_compressed:
-        content = inflate(head.data_file, head.offset, expected)
+        content = inflate(head.data_file, head.offset, expected, slack)
         return np.frombuffer(content, head.dtype).reshape(shape)
     num_bytes = head.data_file.stat().st_size
     offset = head.offset if head.offset >= 0 else num_bytes - expected
-    check_size(head.data_file, num_bytes - max(offset, 0), expected)
+    # where the voxels are the last bytes of a file with a header, nothing may lie between the two
+    first = head.header_end if head.header_end >= 0 else offset
+    check_size(head.data_file, num_bytes - max(first, 0), expected, slack)
     return np.fromfile(head.data_file, head.dtype, count, offset=offset).reshape(shape)
 
 
@@ -302,6 +317,7 @@ def _nrrd_head(path: Path, *, with_layers: bool = False) -> _Head:
     check_shape(shape)
     columns = np.asarray(_numbers(directions, 9, "space directions", "bad_affine")).reshape(3, 3).T
     origin = _numbers(fields["space origin"], 3, "space origin", "bad_affine")
+    _check_nrrd_spacing(fields, columns)
     detached = fields.get("data file", fields.get("datafile", ""))
     skip = int(fields.get("byte skip", "0"))
     return _Head(
@@ -310,6 +326,7 @@ def _nrrd_head(path: Path, *, with_layers: bool = False) -> _Head:
         affine=np.diag([*_TO_LPS[space], 1.0]) @ _build_affine(columns, origin),
         data_file=_beside(path, detached) if detached else path,
         offset=skip if detached or skip < 0 else end,
+        header_end=end if not detached else (0 if skip == 0 else -1),
         is_compressed=fields["encoding"] != "raw",
         names=_segment_names(fields),
         num_layers=num_layers,
@@ -349,6 +366,24 @@ def _segment_table(fields: dict[str, str]) -> dict[int, dict[str, str]]:
         if match:
             table.setdefault(int(match[1]), {})[match[2]] = value
     return table
+
+
+def _check_nrrd_spacing(fields: dict[str, str], columns: np.ndarray) -> None:
+    """Refuse other units than mm, and spacings that contradict the space directions."""
+    units = set(re.findall(r'"([^"]*)"', fields.get("space units", "")))
+    if not units <= {"mm", "millimeter", "millimeters", "millimetre", "millimetres", ""}:
+        raise Refused(
+            "bad_spacing", f"space units are {sorted(units)}; rule: mm; write the file again in mm"
+        )
+    if "spacings" in fields:
+        spacings = np.asarray(_numbers(fields["spacings"], 3, "spacings", "bad_spacing"))
+        norms = np.linalg.norm(columns, axis=0)
+        if (np.abs(norms - spacings) > 0.05 * norms).any():
+            raise Refused(
+                "header_mismatch",
+                f"spacings {spacings.tolist()} and space directions {norms.round(4).tolist()} "
+                "differ by over 5 %",
+            )
 
 
 def _segment_names(fields: dict[str, str]) -> tuple[tuple[int, str], ...]:
@@ -419,6 +454,15 @@ def _meta_head(path: Path) -> _Head:
         )
     is_big = _is_true(_first(fields, ("BinaryDataByteOrderMSB", "ElementByteOrderMSB"), ""))
     order = ">" if is_big else "<"
+    if (spacings <= 0).any():
+        raise Refused("bad_spacing", f"ElementSpacing is {spacings.tolist()}; rule: numbers > 0")
+    lengths = np.linalg.norm(directions, axis=1)
+    if (np.abs(lengths - 1.0) > 0.05).any():
+        raise Refused(
+            "header_mismatch",
+            f"the rows of TransformMatrix have lengths {lengths.round(3).tolist()}; rule: 1, the "
+            "spacing stands in ElementSpacing",
+        )
     local = fields["ElementDataFile"].upper() == "LOCAL"
     modality = fields.get("Modality", "").removeprefix("MET_MOD_")
     return _Head(
@@ -427,6 +471,7 @@ def _meta_head(path: Path) -> _Head:
         affine=_build_affine(directions.T * spacings, _numbers(origin, 3, "Offset", "bad_affine")),
         data_file=path if local else _beside(path, fields["ElementDataFile"]),
         offset=end if local else int(fields.get("HeaderSize", "0")),
+        header_end=end if local else min(0, int(fields.get("HeaderSize", "0"))),
         is_compressed=_is_true(fields.get("CompressedData", "")),
         modality="" if modality in ("UNKNOWN", "OTHER") else modality,
     )

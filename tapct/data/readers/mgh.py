@@ -11,6 +11,7 @@ import numpy as np
 from tapct.data.readers.raw import Image, check_shape, check_size, inflate, is_gzip, read_head
 from tapct.types import Refused
 
+_MAX_FOOTER = 1 << 16  # bytes; acquisition parameters and tags follow the voxels
 _HEADER_BYTES = 284
 _DTYPES = {0: ">u1", 1: ">i4", 3: ">f4", 4: ">i2", 10: ">u2"}
 
@@ -49,9 +50,9 @@ def read(files: Sequence[Path]) -> Image:
     dtype = np.dtype(_DTYPES[code])
     expected = _HEADER_BYTES + dtype.itemsize * math.prod(shape)
     if is_gzip(path):
-        data = inflate(path, 0, expected)
+        data = inflate(path, 0, expected, _MAX_FOOTER)
     else:
-        check_size(path, path.stat().st_size, expected)
+        check_size(path, path.stat().st_size, expected, _MAX_FOOTER)
         data = path.read_bytes()
     values = np.frombuffer(data, dtype, math.prod(shape), _HEADER_BYTES)
     return Image(values.reshape(shape, order="F"), affine)

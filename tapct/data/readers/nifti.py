@@ -13,7 +13,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tapct.data.readers.raw import Image, check_shape, check_size, inflate, is_gzip, read_head
+from tapct.data.readers.raw import (
+    Image,
+    check_shape,
+    check_size,
+    inflate,
+    is_gzip,
+    read_head,
+    slack_of,
+)
 from tapct.types import Refused
 
 if TYPE_CHECKING:
@@ -31,8 +39,8 @@ def read(files: Sequence[Path]) -> Image:
     """Read one NIfTI file.
 
     Rules: 4D is read when it holds one volume. Slope 0 or NaN means no scaling. One of sform and
-    qform must be set; where both are, the sform is used. pixdim must be > 0 and agree with the
-    affine to 5 %.
+    qform must be set; where both are, they must agree, and the sform is used. pixdim must be > 0
+    and agree with the affine to 5 %.
 
     Args:
         files: path of the file, or of the header of a pair, alone.
@@ -40,20 +48,22 @@ def read(files: Sequence[Path]) -> Image:
         The voxels with scaling and affine, turned from NIfTI's RAS to LPS.
     Raises:
         Refused: truncated, corrupt, not_3d, not_scalar, bad_affine, bad_spacing, no_orientation,
-            bad_shape.
+            bad_shape, header_mismatch.
     """
     (path,) = files
     head = read_head(path, 540)
     header = _parse(path, head)
     shape = _shape(header)
-    affine = _affine(header)
+    affine = _affine(header, shape)
     offset = _offset(header)
-    expected = offset + header.get_data_dtype().itemsize * math.prod(shape)
+    itemsize = header.get_data_dtype().itemsize
+    expected = offset + itemsize * math.prod(shape)
+    slack = slack_of(shape, itemsize)
     data_file = _data_file(path, header)
     if is_gzip(data_file):
-        data = inflate(data_file, 0, expected)
+        data = inflate(data_file, 0, expected, slack)
     else:
-        check_size(data_file, data_file.stat().st_size, expected)
+        check_size(data_file, data_file.stat().st_size, expected, slack)
         data = data_file.read_bytes()
     header.set_data_shape(shape)
     voxels = header.raw_data_from_fileobj(io.BytesIO(data))
@@ -147,28 +157,19 @@ def _offset(header: nibabel.Nifti1Header) -> int:
     return int(offset)
 
 
-def _affine(header: nibabel.Nifti1Header) -> np.ndarray:
-    """The affine in LPS millimetres, checked against pixdim."""
+def _affine(header: nibabel.Nifti1Header, shape: tuple[int, int, int]) -> np.ndarray:
+    """The affine in LPS millimetres, checked against pixdim and the second affine."""
     pixdim = np.asarray(header["pixdim"][1:4], dtype=np.float64)
     if not np.isfinite(pixdim).all() or (pixdim <= 0).any():
         raise Refused("bad_spacing", f"pixdim is {pixdim.tolist()}; rule: three numbers > 0")
     for code in ("sform_code", "qform_code"):
         if not 0 <= int(header[code]) <= _MAX_CODE:
             raise Refused("bad_affine", f"{code} is {int(header[code])}; rule: 0 to {_MAX_CODE}")
-    if int(header["sform_code"]) > 0:
+    has_sform, has_qform = int(header["sform_code"]) > 0, int(header["qform_code"]) > 0
+    if has_sform:
         affine = np.asarray(header.get_sform(), dtype=np.float64)
-    elif int(header["qform_code"]) > 0:
-        quaternion = [float(header[f"quatern_{axis}"]) for axis in "bcd"]
-        offsets = [float(header[f"qoffset_{axis}"]) for axis in "xyz"]
-        if (
-            not np.isfinite(quaternion + offsets).all()
-            or sum(q * q for q in quaternion) > 1.0 + 1e-3
-        ):
-            raise Refused(
-                "bad_affine",
-                f"qform quaternion {quaternion} with offset {offsets} is not a rotation",
-            )
-        affine = np.asarray(header.get_qform(), dtype=np.float64)
+    elif has_qform:
+        affine = _qform(header)
     else:
         raise Refused(
             "no_orientation",
@@ -182,6 +183,39 @@ def _affine(header: nibabel.Nifti1Header) -> np.ndarray:
             "bad_spacing",
             f"pixdim {pixdim.tolist()} and affine {norms.round(4).tolist()} differ by over 5 %",
         )
+    if has_sform and has_qform:
+        _check_forms(affine, _qform(header), shape)
     unit = int(header["xyzt_units"]) & 7
     affine[:3] *= _MM_PER_UNIT.get(unit, 1.0)
     return np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine
+
+
+def _qform(header: nibabel.Nifti1Header) -> np.ndarray:
+    """The affine of quaternion, pixdim and offset."""
+    quaternion = [float(header[f"quatern_{axis}"]) for axis in "bcd"]
+    offsets = [float(header[f"qoffset_{axis}"]) for axis in "xyz"]
+    if not np.isfinite(quaternion + offsets).all() or sum(q * q for q in quaternion) > 1.0 + 1e-3:
+        raise Refused(
+            "bad_affine",
+            f"qform quaternion {quaternion} with offset {offsets} is not a rotation",
+        )
+    return np.asarray(header.get_qform(), dtype=np.float64)
+
+
+def _check_forms(sform: np.ndarray, qform: np.ndarray, shape: tuple[int, int, int]) -> None:
+    """Refuse two affines that put a corner of the volume at different places.
+
+    One voxel and 1 % of the diagonal are allowed: a qform is always rectangular, and is rounded.
+    """
+    corners = np.array([(i, j, k, 1) for i in (0, 1) for j in (0, 1) for k in (0, 1)], float)
+    corners[:, :3] *= np.asarray(shape) - 1
+    difference = (corners @ (sform - qform).T)[:, :3]
+    apart = float(np.linalg.norm(difference, axis=1).max())
+    spacing = np.linalg.norm(sform[:3, :3], axis=0)
+    allowed = float(spacing.max() + 0.01 * np.linalg.norm(spacing * np.asarray(shape)))
+    if not apart <= allowed:
+        raise Refused(
+            "header_mismatch",
+            f"sform and qform differ by {apart:.1f} (in the unit of the file) at a corner; rule: "
+            f"at most {allowed:.1f}; set qform_code or sform_code of the wrong one to 0",
+        )

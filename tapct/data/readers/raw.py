@@ -18,6 +18,7 @@ from tapct.types import Refused
 MAX_VOXELS = 2**32
 MAX_TEXT = 200  # characters that the manifest keeps of a header field or of a library's message
 _CHUNK = 1 << 20
+_MAX_SLACK = 4096  # bytes; some tools pad files to whole blocks
 _INFLATED = 1 << 24  # bytes that are inflated at once
 _SURPLUS = 1 << 26  # bytes that may follow the voxels, whatever their number
 
@@ -111,7 +112,7 @@ def read_head(path: Path, num_bytes: int) -> bytes:
         raise Refused("corrupt", f"{path.name} is not a readable gzip stream ({error})") from error
 
 
-def inflate(path: Path, offset: int, expected: int) -> bytes:
+def inflate(path: Path, offset: int, expected: int, slack: int = 0) -> bytes:
     """Decompress the gzip or zlib streams at `offset` to their end, so that checksum and length are
     verified.
 
@@ -120,10 +121,12 @@ def inflate(path: Path, offset: int, expected: int) -> bytes:
         offset: byte at which the compressed data starts.
         expected: number of bytes that the header promises; what follows them is checked but not
             kept.
+        slack: number of bytes that may follow them.
     Returns:
         The first `expected` bytes.
     Raises:
-        Refused: `truncated` when the stream ends early, `corrupt` when its checksum is wrong.
+        Refused: `truncated` when the stream ends early, `corrupt` when its checksum is wrong,
+            `header_mismatch` when it holds more.
     """
     kept = bytearray()
     num_bytes, limit = 0, 2 * expected + _SURPLUS
@@ -162,14 +165,41 @@ def inflate(path: Path, offset: int, expected: int) -> bytes:
             f"{path.name} ends after {len(kept)} of {expected} bytes of header and voxels; copy "
             "it again",
         )
+    check_size(path, num_bytes, expected, slack)
     return bytes(kept)
 
 
-def check_size(path: Path, num_bytes: int, expected: int) -> None:
-    """Refuse a file that holds fewer bytes than its header promises."""
+def slack_of(shape: tuple[int, ...], itemsize: int) -> int:
+    """Bytes that may follow the voxels: less than any face of the volume, so that no slice is left
+    over, and no more than a page.
+
+    Args:
+        shape: number of voxels along I, J, K.
+        itemsize: bytes per voxel.
+    """
+    return min(_MAX_SLACK, itemsize * math.prod(shape) // max(shape) - 1)
+
+
+def check_size(path: Path, num_bytes: int, expected: int, slack: int) -> None:
+    """Refuse a file whose size does not fit its header.
+
+    Args:
+        path: path of the file.
+        num_bytes: number of bytes that it holds, after decompression.
+        expected: number of bytes that the header promises.
+        slack: number of bytes that may follow them, see `slack_of`.
+    Raises:
+        Refused: truncated, header_mismatch.
+    """
     if num_bytes < expected:
         raise Refused(
             "truncated", f"{path.name} holds {num_bytes} of {expected} bytes; copy it again"
+        )
+    if num_bytes > expected + slack:
+        raise Refused(
+            "header_mismatch",
+            f"{path.name} holds {num_bytes} bytes, but its header describes {expected}: it claims "
+            "fewer or smaller voxels; write the file again",
         )
 
 
