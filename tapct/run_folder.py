@@ -21,6 +21,7 @@
         meta.json                       of the checkpoint, with eval.during.every
         teacher.safetensors             until the step has been evaluated
         log.txt                         output of the evaluation
+      eval/results.json                 link to the newest results on the run's own data set
       export/
         config.json                     after tapct export: what the features depend on
         model.safetensors               the teacher's backbone
@@ -300,6 +301,11 @@ class RunFolder:
         for path in sorted(filter(has_step_name, self.evaluations.glob("*/step_*"))):
             of_earlier = path.parent.name == _EARLIER_STEPS
             yield "" if of_earlier else path.parent.name, EvaluationFolder(path)
+
+    @property
+    def newest_results(self) -> Path:
+        """Link to the newest results on the run's own data set."""
+        return self.evaluations / EvaluationFolder(self.evaluations).results.name
 
     @property
     def earlier_evaluation(self) -> EvaluationFolder:

@@ -19,6 +19,15 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 torch.set_num_threads(1)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the tests of several ranks, the longest: at the end, workers would wait for one.
+
+    They come to one worker, since pytest-xdist gives each a part of the list: two runs of several
+    ranks at the same time would disturb each other.
+    """
+    items.sort(key=lambda item: item.get_closest_marker("dist") is None)
+
+
 @pytest.fixture(autouse=True)
 def fixed_seeds() -> None:
     """Tests that draw without a key draw the same numbers every time, alone or in company."""

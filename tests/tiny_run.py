@@ -35,7 +35,8 @@ optim: {{lr: 1e-2, lr_scaling: none}}
 train: {{steps: 12, global_batch: 4}}
 checkpoint: {{every: 4}}
 log: {{every: 3, tensorboard: false}}
-eval: {{num_pictures: 1, preprocess: {{window: [4, 16, 16], stride: [4, 16, 16]}}}}
+eval: {{num_pictures: 1,
+  preprocess: {{size_yx: [64, 64], window: [4, 16, 16], stride: [4, 16, 16]}}}}
 """
 CLOCK = re.compile(
     r"time$|seconds/|samples_per_second$|^ranks/"

@@ -24,6 +24,7 @@ BUG = 1
 WRONG_INPUT = 2
 LOST_RANK = 3
 INTERRUPTED = 130
+TERMINATED = 143
 
 
 class UserError(ValueError):
@@ -92,15 +93,17 @@ def printable(text: str) -> str:
 
 
 def leave(code: int) -> NoReturn:
-    """End this process; without any clean-up where one of several ranks has failed.
+    """End this process; without any clean-up where one of several ranks has failed, or after
+    SIGTERM.
 
     Args:
         code: exit code.
     """
-    if code and ranks.from_environment(os.environ).world > 1:
+    # connections to other ranks would keep this process alive until their time-outs; and whoever
+    # sends SIGTERM waits, while the interpreter needs a second to take itself apart
+    if code == TERMINATED or (code and ranks.from_environment(os.environ).world > 1):
         sys.stdout.flush()
         sys.stderr.flush()
-        # connections to other ranks would keep this process alive until their time-outs
         os._exit(code)
     sys.exit(code)
 

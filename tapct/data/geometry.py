@@ -38,7 +38,7 @@ def to_lps(
         A view (Z, Y, X) of the voxels, spacing (z, y, x) in mm, position (x, y, z) of its first
         voxel in LPS mm, directions of its axes x, y and z.
     Raises:
-        Refused: bad_affine, bad_spacing, absurd_geometry, sheared, oblique.
+        Refused: bad_affine, bad_spacing, sheared, oblique.
     """
     if not np.isfinite(affine).all():
         raise Refused("bad_affine", "the affine holds NaN or infinity")
@@ -47,7 +47,6 @@ def to_lps(
         raise Refused(
             "bad_spacing", f"spacing is {spacing.round(4).tolist()} mm; rule: {SPACING_RANGE_MM} mm"
         )
-    _check_extent(spacing, affine[:3, 3], voxels_IJK.shape)
     direction = affine[:3, :3] / spacing
     shear = float(np.abs(direction.T @ direction - np.eye(3)).max())
     if shear > MAX_SHEAR:
@@ -82,14 +81,17 @@ def to_lps(
     return view_ZYX, spacing_mm, origin_mm, (columns[0], columns[1], columns[2])
 
 
-def _check_extent(spacing: np.ndarray, origin: np.ndarray, shape: tuple[int, ...]) -> None:
-    """Refuse a grid that no scan of a body has.
+def check_extent(shape: tuple[int, ...], affine: np.ndarray) -> None:
+    """Refuse a grid that no scan of a body has. Label maps are not checked, since they may be cut
+    to one small organ.
 
     Args:
-        spacing: mm along I, J, K.
-        origin: LPS mm of the first voxel.
         shape: number of voxels along I, J, K.
+        affine: float64 4x4 matrix, (i, j, k, 1) -> LPS mm.
+    Raises:
+        Refused: absurd_geometry.
     """
+    spacing, origin = np.linalg.norm(affine[:3, :3], axis=0), affine[:3, 3]
     text = f"spacing {spacing.round(4).tolist()} mm, {'x'.join(map(str, shape))} voxels"
     extent = spacing * np.asarray(shape)
     if spacing.max() > MAX_ANISOTROPY * spacing.min():

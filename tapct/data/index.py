@@ -365,11 +365,11 @@ def with_labels(row: Examined, task: ExamineTask, volume: Volume) -> Examined:
     except Refused as error:
         if error.reason == OUT_OF_MEMORY:
             raise
-        return replace(row, detail=not_used(task.labels.name, str(error)))
+        return replace(row, detail=not_used(str(error)))
     path = os.path.relpath(task.labels.resolve(), task.root.resolve())
     if task.labels.is_relative_to(task.root):
         path = task.labels.relative_to(task.root).as_posix()
-    notes = "".join(f"labels {task.labels.name}: {note}" for note in found.notes[:1])
+    notes = "".join(f"its labels: {note}" for note in found.notes[:1])
     return replace(
         row,
         label_path=Path(path).as_posix(),

@@ -23,7 +23,7 @@ from tapct.base.files import expand_path
 from tapct.data import tilt
 from tapct.data.ct_check import check_hu, check_is_ct
 from tapct.data.discover import UNREADABLE, Source, find_source
-from tapct.data.geometry import to_lps
+from tapct.data.geometry import check_extent, to_lps
 from tapct.data.headers import facts_of, merge_sidecar, read_sidecar
 from tapct.data.plain_facts import failure
 from tapct.data.read_rules import PLAIN, ReadRules
@@ -77,6 +77,7 @@ def _read_source(source: Source, key: bytes | None, accept: ReadRules) -> Volume
         image = tilt.upright(image)
         marks += (tilt.MARK,)
     view_ZYX, spacing_mm, origin_mm, directions = to_lps(image.voxels_IJK, image.affine)
+    check_extent(image.voxels_IJK.shape, image.affine)
     declared_ct = header.modality.upper() == "CT"
     if accept.checks is not None:
         check_is_ct(image.voxels_IJK, image.slope, image.intercept, declared_ct, accept.checks)

@@ -237,7 +237,8 @@ def _checked_rows(manifest: Manifest, level: int) -> Sequence[Row]:
 
 def _failed(task: _Task, failure: Failure) -> _Outcome:
     """The result of a scan whose worker process has none."""
-    detail = failure.detail.replace(f"{task.root}/", "")
+    printed = f"; the last line of the library: {failure.printed}" if failure.printed else ""
+    detail = f"{failure.detail}{printed}".replace(f"{task.root}/", "")
     return _Outcome(refused=RefusedScan(task.row.id, task.row.path, failure.reason, detail))
 
 

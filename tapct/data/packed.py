@@ -262,7 +262,7 @@ def open_packed(file: Path) -> tuple[blosc2.NDArray, PackedMeta]:
         Damaged: the file is missing, cut short, or not a packed scan. The voxels are not decoded.
     """
     if not file.is_file():
-        raise Damaged(f"{file} is missing")
+        raise Damaged(f"{file} does not exist")
     try:
         has_footer = _check_outside(file)
         array = blosc2.open(str(file), mode="r", dparams={"nthreads": 1})

@@ -84,10 +84,13 @@ class Failure:
     Args:
         reason: `timed_out`, `out_of_memory` or `crashed`; `unreadable` where the function raised.
         detail: one line.
+        printed: last line that a library printed before the process ended; it may hold texts of the
+            file.
     """
 
     reason: str
     detail: str
+    printed: str = ""
 
 
 def map_unordered(
@@ -144,6 +147,9 @@ def _result(outcome: tuple[str, Any], item: In, on_failure: Callable[[In, Failur
         return result
     if kind == worker_process.NO_MEMORY:
         value = "reading it needs more memory than one scan may use (--memory-gb)"
+    if kind == "crashed":
+        detail, printed = value
+        return on_failure(item, Failure(kind, detail, printed))
     reason = "unreadable" if kind == worker_process.RAISED else kind
     return on_failure(item, Failure(reason, value))
 
@@ -367,11 +373,12 @@ class _Pool(Generic[In]):
         except (EOFError, OSError):
             line = worker.last_line()
             code = self._end(worker)
-            outcome = ("crashed", _crash_text(code, line))
+            outcome = ("crashed", (_crash_text(code), line))
             if index is None:
                 self.num_lost += 1
                 if self.num_lost >= _LOST_WORKERS:
-                    raise RuntimeError(f"worker processes die at once: {outcome[1]}") from None
+                    text = f"worker processes die at once: {outcome[1][0]} {line}"
+                    raise RuntimeError(text) from None
                 return None
         else:
             self.num_lost = 0
@@ -392,9 +399,13 @@ class _Pool(Generic[In]):
     def _stopped(self, worker: _Worker) -> tuple[int, tuple[str, Any]]:
         """Kill a worker whose input takes too long, or prints without end."""
         assert worker.index is not None
-        outcome = ("timed_out", f"reading it took longer than {worker.limit:.0f} s (--timeout)")
+        outcome: tuple[str, Any] = (
+            "timed_out",
+            f"reading it took longer than {worker.limit:.0f} s (--timeout)",
+        )
         if worker.printed() > _LOG_BYTES:
-            outcome = ("crashed", f"its reader printed more than {_LOG_BYTES} bytes")
+            text = f"its reader printed more than {_LOG_BYTES} bytes"
+            outcome = ("crashed", (text, worker.last_line()))
         self._end(worker)
         return worker.index, outcome
 
@@ -411,11 +422,10 @@ def _new_log() -> int:
         return os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
 
 
-def _crash_text(code: int | None, line: str) -> str:
+def _crash_text(code: int | None) -> str:
     """Why a process ended, in one line."""
     how = "it ended unexpectedly" if code is None else f"exit code {code}"
     if code is not None and code < 0:
         with contextlib.suppress(ValueError):
             how = signal.Signals(-code).name
-    said = f"; its last line: {line}" if line else ""
-    return f"reading it ended the process ({how}{said})"
+    return f"reading it ended the process ({how})"

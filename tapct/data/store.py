@@ -234,6 +234,14 @@ def store_digest(scans: Iterable[StoredScan]) -> str:
     return digest.hexdigest()
 
 
+def labels_digest(scans: Iterable[StoredScan]) -> str:
+    """Hash the labels and label names of all scans: 32 hex digits."""
+    digest = hashlib.blake2b(digest_size=16)
+    for scan in scans:
+        digest.update(repr((scan.id, scan.label_digest, scan.label_names)).encode())
+    return digest.hexdigest()
+
+
 def index_bytes(
     scans: Iterable[StoredScan],
     manifest_digest: str,

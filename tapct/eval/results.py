@@ -79,12 +79,14 @@ class EvaluatedData:
         name: name of its folder, see `eval/saved.py`.
         manifest: digest of the manifest.
         store: digest of the store, which depends on the voxels and not on their compression.
+        labels: digest of the labels of all scans.
         num_scans: number of scans in the store.
     """
 
     name: str
     manifest: str
     store: str
+    labels: str
     num_scans: int
 
 

@@ -6,7 +6,9 @@ digits decide: a store that was moved keeps its folder, and another store never 
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,7 +79,7 @@ def find(run: Path) -> list[SavedEvaluation]:
         if folder.results.is_file() and is_newer:
             newest[dataset] = folder
     earlier = RunFolder(run).earlier_evaluation
-    if earlier.results.is_file():
+    if earlier.results.is_file() and not earlier.results.is_symlink():
         newest[""] = earlier
     own = _own_digest(run)[:DIGITS]
     found = []
@@ -87,6 +89,20 @@ def find(run: Path) -> list[SavedEvaluation]:
         is_own = bool(own) and dataset.endswith(f"-{own}")
         found.append(SavedEvaluation(folder, dataset, step, is_own, evaluation, why_not))
     return sorted(found, key=lambda one: (not one.is_own, not one.dataset, one.dataset))
+
+
+def link_newest(run: Path) -> None:
+    """Make RUN/eval/results.json a link to the newest results on the run's own data set, for
+    scripts that read it. A file of an earlier version stays.
+    """
+    link = RunFolder(run).newest_results
+    own = next((one for one in find(run) if one.is_own), None)
+    if own is None or (link.exists() and not link.is_symlink()):
+        return
+    aside = link.with_name(f".{link.name}.{os.getpid()}")
+    with contextlib.suppress(OSError):  # a file system without links
+        aside.symlink_to(own.folder.results.relative_to(link.parent))
+        os.replace(aside, link)
 
 
 def pick(found: list[SavedEvaluation], wanted: str = "") -> SavedEvaluation | None:

@@ -12,6 +12,7 @@ from tapct.base import console
 from tapct.base.exits import UserError
 from tapct.config import plugins
 from tapct.config.plugins import Plugin
+from tapct.data.packed import Damaged
 from tapct.data.store import Store
 from tapct.eval import scans
 from tapct.eval.contract import DEFAULT_TASKS, Headline, Labels, Task, TaskResults
@@ -130,7 +131,10 @@ def check_label_settings(
     for row in rows:
         if not any(missing.values()):
             return
-        known |= scans.labels_of(row, store)
+        try:
+            known |= scans.labels_of(row, store)
+        except Damaged:  # it is named, skipped and counted when it is used
+            continue
         num_read += 1
         called = {text.lower() for value, label in known.items() for text in (str(value), label)}
         for key, words in missing.items():
@@ -162,8 +166,8 @@ def begin(name: str, task: Task[Any, Any], rows: Sequence[ScanRow], split: Split
     if not num_train or not num_test:
         raise UserError(
             f"task {name} has {num_train} training and {num_test} test scans; it needs one of "
-            "each. Raise eval.max_scans, change eval.test_share, or switch the task off with "
-            f"eval.tasks[{name}]=null"
+            "each. Raise eval.max_scans, change eval.test_share or eval.seed, or switch the task "
+            f"off with eval.tasks[{name}]=null"
         )
     if split.mode == BLOCKS and task.labels in (Labels.SCAN, Labels.PAIRS):
         raise UserError(

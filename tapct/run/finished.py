@@ -16,14 +16,14 @@ from tapct.base import console, files
 from tapct.base.exits import UserError
 from tapct.base.paths import command_line
 from tapct.config import Resolved
-from tapct.data.store import Store
+from tapct.data.store import Store, labels_digest
 from tapct.distributed.device import flush_denormals, pick_device
 from tapct.engine import checkpoint
 from tapct.engine.checkpoint import Checkpoints, Meta
 from tapct.eval import held_out, runner
 from tapct.eval.baselines import with_baselines
 from tapct.eval.results import EvaluatedData, EvaluatedWeights, Evaluation, Origin
-from tapct.eval.saved import dataset_name
+from tapct.eval.saved import dataset_name, link_newest
 from tapct.nn.contracts import Backbone
 from tapct.run import lineage
 from tapct.run.config import RunConfig
@@ -169,7 +169,13 @@ def evaluate(
                 trained_on=lineage.scans_of_run(folder, trained.meta.step),
             ),
             origin=Origin(
-                EvaluatedData(name, store.manifest_digest, store.digest, len(store)),
+                EvaluatedData(
+                    name,
+                    store.manifest_digest,
+                    store.digest,
+                    labels_digest(store.scans),
+                    len(store),
+                ),
                 trained.weights(folder),
                 command_line(shlex.split(command) if command else sys.argv),
                 git_revision(),
@@ -180,6 +186,7 @@ def evaluate(
         )
     # it was kept from rotation for this evaluation
     out.teacher.unlink(missing_ok=True)
+    link_newest(folder)
     return evaluation
 
 

@@ -68,7 +68,9 @@ def check_row(row: Row, path: Path, reasons: set[str]) -> None:
 
 def index_mutants(folder: Path, first: int, num: int) -> tuple[Manifest, list[Path]]:
     files = write_mutants(folder / "scans", first, num)
-    manifest = build_manifest(folder / "scans", folder / "m.parquet", workers=2, limits=LIMITS)
+    manifest = build_manifest(
+        folder / "scans", folder / "m.parquet", min_depth=1, workers=2, limits=LIMITS
+    )
     return manifest, files
 
 

@@ -253,7 +253,7 @@ def test_a_missing_file_and_a_foreign_file_are_named(tmp_path: Path) -> None:
     os.replace(store.file(1), store.file(0))
     with pytest.raises(Damaged, match=r"scan scan0 .* holds scan scan1"):
         store.read(0)
-    with pytest.raises(Damaged, match=r"scan scan1 .*is missing"):
+    with pytest.raises(Damaged, match=r"scan scan1 .*does not exist"):
         store.read(1)
 
 

@@ -188,7 +188,12 @@ CASES: list[tuple[str, Finding, str, str]] = [
     ("ok", room(Space("/r", 10**12, 10**11)), "/r: 100 GB free of 1 TB", ""),
     ("warn", room(Space("/r", 10**12, 10**10)), "10 GB free", "free some"),
     ("fail", room(Space("/r", 10**12, 10**9)), "1 GB free", "free some"),
-    ("fail", room(Space("/r", 10**12, 10**12, "Read-only file system")), "Read-only", "free some"),
+    (
+        "fail",
+        room(Space("/r", 10**12, 10**12, "Read-only file system")),
+        "Read-only",
+        "no permission",
+    ),
     ("fail", room(HUNG), "no response", "is its disk mounted?"),
     ("ok", verdicts.slurm(None), "not needed", ""),
     ("ok", verdicts.slurm(Slurm(("gpu", "cpu"), (), 3)), "gpu, cpu; your jobs: 3", ""),

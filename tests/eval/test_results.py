@@ -41,7 +41,7 @@ def evaluation() -> Evaluation:
     )
     split = SplitRecord("patients", HeldOut(2), ("s3", "s4", "s5"), ("s1", "s2"))
     origin = Origin(
-        EvaluatedData("phantom-0123abcd", "m1", "0123abcd", 9),
+        EvaluatedData("phantom-0123abcd", "m1", "0123abcd", "1ab", 9),
         EvaluatedWeights("run", 500, 4000, "f00", "0123abcd"),
         "tapct eval x", "abc123", {"tapct": "1"},
     )  # fmt: skip

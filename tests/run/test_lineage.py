@@ -17,7 +17,7 @@ import tapct
 from tapct.base.exits import UserError
 from tapct.config import Resolved
 from tapct.data import index, pack, patients, trained_on
-from tapct.data.store import Store
+from tapct.data.store import Store, labels_digest
 from tapct.eval import saved
 from tapct.report import compare, page
 from tapct.run import finished, lineage, pretrain
@@ -109,7 +109,7 @@ def test_held_out_scans_are_held_out_and_the_results_know_their_data(
     assert content["split"]["note"] == ""
     assert content["data"] == {
         "name": own.dataset, "manifest": packed.manifest_digest, "store": packed.digest,
-        "num_scans": len(packed),
+        "labels": labels_digest(packed.scans), "num_scans": len(packed),
     }  # fmt: skip
     files = json.loads((run / "checkpoints" / "step_00000004" / "files.json").read_text())
     assert content["weights"] == {
@@ -129,6 +129,8 @@ def test_another_store_is_compared_by_voxels_and_never_replaces_the_own_result(
     said = shell.good("eval", run, f"data.store={renamed}")
     found = saved.find(run)
     own, other = found
+    link = RunFolder(run).newest_results
+    assert link.is_symlink() and link.resolve() == own.folder.results.resolve()
     assert own.is_own and own.folder.results.read_bytes() == before
     assert not other.is_own and other.dataset.startswith("theirs")
 
@@ -228,6 +230,18 @@ def test_the_same_data_keeps_its_folder_when_the_store_moves(run: Path, store: P
         "mine-yours-abababab"
     )
     assert saved.dataset_name(run, Path("/store"), "ab" * 16) == "store-abababab"
+
+
+def test_results_of_an_earlier_version_are_not_replaced_by_the_link(
+    run: Path, tmp_path: Path
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy, symlinks=True)
+    link = RunFolder(copy).newest_results
+    link.unlink()
+    link.write_text("earlier")
+    saved.link_newest(copy)
+    assert link.read_text() == "earlier" and not link.is_symlink()
 
 
 def test_a_damaged_scan_is_skipped_named_and_counted(

@@ -12,17 +12,16 @@ from tapct.data.labels.pairing import LabelPairs
 from tapct.data.labels.report import LabelReport
 from tapct.data.manifest import ACCEPTED, Row
 
-_NOT_USED = re.compile(r"labels .* not used: ([a-z0-9_]+):")
+_NOT_USED = re.compile(r"its labels are not used: ([a-z0-9_]+):")
 
 
-def not_used(name: str, reason: str) -> str:
+def not_used(reason: str) -> str:
     """The detail of a scan whose labels were found and cannot be used.
 
     Args:
-        name: name of the label file or folder.
         reason: the refusal, which begins with its reason code.
     """
-    return f"labels {name} not used: {reason}"
+    return f"its labels are not used: {reason}"
 
 
 def label_report(pairs: LabelPairs, rows: Sequence[Row], root: Path) -> LabelReport:

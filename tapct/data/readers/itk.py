@@ -53,6 +53,15 @@ _TO_LPS = {
     **dict.fromkeys(("right-anterior-superior", "RAS"), (-1.0, -1.0, 1.0)),
     **dict.fromkeys(("left-anterior-superior", "LAS"), (1.0, -1.0, 1.0)),
 }
+# all fields of the NRRD format, which is a closed list, without blanks
+_FIELDS = {
+    *("content", "number", "type", "blocksize", "dimension", "space", "spacedimension", "sizes"),
+    *("spacings", "thicknesses", "axismins", "axismaxs", "centers", "centerings", "labels"),
+    *("units", "spaceunits", "min", "max", "oldmin", "oldmax", "datafile", "endian", "encoding"),
+    *("lineskip", "byteskip", "kinds", "spaceorigin", "spacedirections", "measurementframe"),
+    "sampleunits",
+}
+_SPATIAL_KINDS = ("domain", "space", "none", "???")
 _IDENTITY = "1 0 0 0 1 0 0 0 1"
 _SEGMENT = re.compile(r"Segment(\d{1,6})_(LabelValue|Name|Layer)$")
 
@@ -246,11 +255,17 @@ def _nrrd_fields(path: Path) -> tuple[dict[str, str], int]:
                 f"line '{line[:20]}...' of the NRRD header has {len(line)} characters; rule: at "
                 f"most {_MAX_FIELD}",
             )
-        if not colon or line.startswith("#"):
+        if line.startswith("#") or not line.strip():
             continue
         is_pair = value.startswith("=")
         name = key.strip() + ":=" if is_pair else key.strip().lower()
+        if not is_pair and (not colon or name.replace(" ", "") not in _FIELDS):
+            raise Refused("corrupt", f"line '{line[:40]}' of the NRRD header is no field of NRRD")
+        if name in fields and not is_pair:
+            raise Refused("corrupt", f"the NRRD header has the field '{name}' twice")
         fields[name] = value.lstrip("=").strip()
+        if name.replace(" ", "") == "datafile" and fields[name].upper().startswith("LIST"):
+            break  # the names of the files follow
     return fields, end
 
 
@@ -272,6 +287,11 @@ def _nrrd_head(path: Path, *, with_layers: bool = False) -> _Head:
             )
         raise Refused(
             "not_3d", f"the file has '{fields['dimension']}' axes, '{fields['sizes']}'; rule: three"
+        )
+    odd = [kind for kind in kinds if kind not in _SPATIAL_KINDS]
+    if odd or (kinds and len(kinds) != 3):
+        raise Refused(
+            "corrupt", f"kinds are '{' '.join(kinds)}'; rule: three times domain or space"
         )
     if "none" in directions or fields["type"] not in _NRRD_TYPES:
         raise Refused(
@@ -389,7 +409,8 @@ def _meta_fields(path: Path) -> tuple[dict[str, str], int]:
             key, equals, value = line.decode("utf-8", "replace").partition("=")
             if not equals or file.tell() > _HEADER_LIMIT:
                 break
-            fields[key.strip()] = value.strip()
+            if fields.setdefault(key.strip(), value.strip()) != value.strip():
+                raise Refused("corrupt", f"the header has two values of '{key.strip()}'")
             if key.strip() == "ElementDataFile":
                 return fields, file.tell()
     raise Refused(

@@ -95,7 +95,7 @@ def _parse(path: Path, head: bytes) -> nibabel.Nifti1Header:
             raise Refused(
                 "truncated", f"{path.name} holds {len(head)} bytes; its header has {size}"
             )
-        if magic[:3] not in (b"n+1", b"n+2", b"ni1", b"ni2"):
+        if magic not in (b"n+1\0", b"n+2\0", b"ni1\0", b"ni2\0"):
             raise Refused(
                 "no_orientation",
                 f"{path.name} is an Analyze header, which does not say where left and right are; "

@@ -101,7 +101,7 @@ def test_labels_that_do_not_fit_are_not_used_and_the_row_says_why(
         save_labels(tmp_path / "a" / "c1_seg.nii.gz", 5 if wrong == "depth" else 6, spacing)
     (row,) = index.build_manifest(tmp_path / "a", tmp_path / "m.parquet").rows
     assert (row.status, row.label_path) == ("accepted", "")
-    assert "labels <file> not used" in row.detail
+    assert "its labels are not used" in row.detail
 
 
 def test_every_layout_file_is_listed() -> None:
