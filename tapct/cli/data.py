@@ -128,7 +128,7 @@ def index(
         int,
         typer.Option(
             metavar="N",
-            help="refuse scans with fewer axial slices; a patch of the 3D configs has 4",
+            help="refuse scans with fewer axial slices",
             min=1,
         ),
     ] = MIN_DEPTH,

@@ -119,22 +119,18 @@ def patients_of(scans: Sequence[Known], rules: PatientRules) -> list[Identified]
 
 
 def _same_for_all(scans: Iterable[Known], rules: PatientRules) -> set[str]:
-    """PatientIDs that identify nobody, because all of several studies have the same one.
+    """The PatientID that identifies nobody, because all of several studies have the same one.
 
-    Headers and side-cars are looked at separately.
+    Headers and side-cars count together: one patient with two DICOM studies among others with
+    side-cars is a patient.
     """
-    studies: dict[str, set[str]] = defaultdict(set)
-    ids: dict[str, set[str]] = defaultdict(set)
+    studies: set[str] = set()
+    ids: set[str] = set()
     for scan in scans:
         if scan.facts is not None and scan.facts.patient:
-            source = scan.facts.clues.patient_from
-            ids[source].add(scan.facts.patient)
-            studies[source].add(scan.facts.clues.study or _guess(scan, rules))
-    return {
-        next(iter(ids[source]))
-        for source in ids
-        if len(ids[source]) == 1 and len(studies[source]) > 1
-    }
+            ids.add(scan.facts.patient)
+            studies.add(scan.facts.clues.study or _guess(scan, rules))
+    return ids if len(ids) == 1 and len(studies) > 1 else set()
 
 
 def _first_rule(scan: Known, rules: PatientRules, same_for_all: set[str]) -> Identified:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from tapct.data.check_rules import DEFAULT_RULES, CheckRules
 
-# One patch of the 3D configs is 4 slices deep; a shorter scan would be padding for the most part.
-MIN_DEPTH = 4
+# A single slice has no third dimension to learn from: a 3D crop of it is padding but for one slice.
+MIN_DEPTH = 2
 # A choice: up to 8:1 the loss in CT of the body is mostly noise, beyond it texture goes too.
 MAX_LOSSY_RATIO = 8.0
 

@@ -122,6 +122,9 @@ def test_an_identifier_that_all_studies_have_identifies_nobody() -> None:
     side_cars = [known(f"case{n}.nii.gz", side_car="Hospital") for n in range(3)]
     assert identified(*side_cars) == ("abc", ["guess"] * 3)
     assert identified(*side_cars, known("case9.nii.gz", side_car="P1"))[0] == "aaab"
+    mixed = [known(f"a{n}/x", patient_id="P1", study_uid=f"{n}") for n in range(2)]
+    mixed.append(known("case9.nii.gz", side_car="P2"))
+    assert identified(*mixed) == ("aab", ["header"] * 2 + ["side_car"]), "two studies of a patient"
     follow_ups = [known(f"Meyer/{n}/x", patient_id="P1", study_uid=f"{n}") for n in (2019, 2020)]
     assert identified(*follow_ups) == ("aa", ["study"] * 2), "one folder, two visits"
 

@@ -262,14 +262,11 @@ def test_settings_that_the_data_makes_pointless_are_warned_of_by_both(
 
 
 def test_a_label_that_no_scan_has_is_warned_of_before_training(config: Path, shell: Shell) -> None:
-    code, _, error = shell(
-        "train", config, "eval.tasks.segmentation.body=[nosuch]", "--print-config"
-    )
+    words = ("train", config, "--print-config")
+    code, _, error = shell(*words, "eval.tasks.segmentation.body=[nosuch]")
     assert code == 0 and "eval.tasks.segmentation.body names 'nosuch'" in error
     assert "`tapct eval` would refuse it" in error
-    code, _, error = shell(
-        "train", config, "eval.tasks.segmentation.organs=[liver]", "--print-config"
-    )
+    code, _, error = shell(*words, "eval.tasks.segmentation.organs=[liver]")
     assert code == 0 and "liver" not in error
 
 
