@@ -228,11 +228,15 @@ def _files_in(folder: Path, passed_over: Counter[str]) -> list[Path]:
     files = []
     with os.scandir(folder) as entries:
         for entry in entries:
-            if entry.is_dir():
+            try:
+                is_folder, is_file = entry.is_dir(), entry.is_file()
+            except OSError:  # a link to itself, or one into a folder that cannot be read
+                is_folder = is_file = False
+            if is_folder:
                 continue
             if entry.name.startswith("."):
                 passed_over[passed.HIDDEN_FILE] += 1
-            elif entry.is_file():
+            elif is_file:
                 files.append(folder / entry.name)
             else:
                 passed_over[passed.NO_FILE] += 1

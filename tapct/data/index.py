@@ -282,7 +282,7 @@ def examine(task: ExamineTask) -> Examined:
     row = bare_row(task)  # refused, until all checks have passed
     try:
         row = replace(row, bytes=bytes_of(task))
-        if not has_utf8_name(task):
+        if not all(map(is_utf8, _paths_below(task))):
             raise Refused("bad_name", "the path holds bytes that are not UTF-8; rename it")
         volume = read_source(task.source, task.key, task.accept)
         row = with_facts(row, volume, task)
@@ -343,11 +343,15 @@ def _escaped(task: ExamineTask, file: Path) -> str:
     return os.fsencode(relative).decode("utf-8", "backslashreplace")
 
 
-def has_utf8_name(task: ExamineTask) -> bool:
-    """Whether the paths of a scan are UTF-8, so that the manifest can hold them as they are."""
+def _paths_below(task: ExamineTask) -> list[Path]:
+    """The paths of a scan below the root: its own, and those of its files."""
+    return [path.relative_to(task.root) for path in (task.source.path, *task.source.files)]
+
+
+def is_utf8(path: Path | str) -> bool:
+    """Whether a path is UTF-8, so that the manifest can hold it as it is."""
     try:
-        for file in (task.source.path, *task.source.files):
-            os.fsencode(file.relative_to(task.root)).decode("utf-8")
+        os.fsencode(path).decode("utf-8")
     except UnicodeDecodeError:
         return False
     return True
@@ -360,15 +364,17 @@ def with_labels(row: Examined, task: ExamineTask, volume: Volume) -> Examined:
     """
     if task.labels is None:
         return row
+    path = os.path.relpath(task.labels.resolve(), task.root.resolve())
+    if task.labels.is_relative_to(task.root):
+        path = task.labels.relative_to(task.root).as_posix()
     try:
+        if not is_utf8(path):
+            raise Refused("bad_name", "their path holds bytes that are not UTF-8; rename it")
         found = read_labels_of(volume, task.labels, task.ignore_labels)
     except Refused as error:
         if error.reason == OUT_OF_MEMORY:
             raise
         return replace(row, detail=not_used(str(error)))
-    path = os.path.relpath(task.labels.resolve(), task.root.resolve())
-    if task.labels.is_relative_to(task.root):
-        path = task.labels.relative_to(task.root).as_posix()
     notes = "".join(f"its labels: {note}" for note in found.notes[:1])
     return replace(
         row,
