@@ -1,7 +1,9 @@
 """Whether the test scans of an evaluation were held out from pretraining: checked, never assumed.
 
 A test scan was trained on if its voxels were (equal digests), whatever its name and store. A test
-patient was trained on if any scan of theirs was (equal hashes with the same key).
+patient was trained on if any scan of theirs was: the hashes are equal and have the same key, or the
+evaluated store holds a scan of this patient whose voxels were trained on. The latter finds patients
+that were identified by another rule or hashed with another key when the network was trained.
 """
 
 from __future__ import annotations
@@ -68,6 +70,7 @@ def no_list(test: Sequence[ScanRow]) -> HeldOut:
 def check(
     test: Sequence[ScanRow],
     *,
+    rows: Sequence[ScanRow],
     digests: Mapping[str, str],
     patient_key: str,
     trained_on: TrainedOn,
@@ -76,6 +79,7 @@ def check(
 
     Args:
         test: test scans.
+        rows: all scans of the evaluated store.
         digests: scan ID -> digest of its voxels.
         patient_key: name of the key of their patient hashes.
         trained_on: scans of pretraining.
@@ -87,9 +91,12 @@ def check(
         nameless += not scan.patient
         if scan.patient and scan.patient_key == patient_key:
             seen_patients.add(scan.patient)
+    for row in rows:
+        if row.patient and digests[row.id] in seen_digests:
+            seen_patients.add(row.patient)
     num_scans = num_patients = num_nameless = 0
     for row in test:
-        if digests.get(row.id) in seen_digests:
+        if digests[row.id] in seen_digests:
             num_scans += 1
         elif row.patient in seen_patients:
             num_patients += 1
@@ -100,7 +107,7 @@ def check(
         reasons.append(
             "no test scan has the voxels of a scan of pretraining, but the patients cannot be "
             "compared, because their hashes were made with another key"
-            if not num_scans
+            if not (num_scans or num_patients)
             else "the patients of some scans of pretraining are hashed with another key"
         )
     if nameless or num_nameless:

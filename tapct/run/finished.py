@@ -164,6 +164,7 @@ def evaluate(
             held_out=hidden,
             check_held_out=partial(
                 held_out.check,
+                rows=store.scans,
                 digests={scan.id: scan.checksum for scan in store.scans},
                 patient_key=store.patient_key,
                 trained_on=lineage.scans_of_run(folder, trained.meta.step),
