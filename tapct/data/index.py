@@ -267,8 +267,8 @@ def check_usable(manifest: Manifest, labels: Path | None) -> None:
     if not manifest.accepted:
         (_, (reason, count), *_) = [*manifest.summary().items(), ("", 0)]
         raise UserError(
-            f"none of the {len(manifest.rows)} scans in {manifest.root} is accepted, {count} are "
-            f"refused as {reason}; the manifest lists the reasons, docs/ingest.md explains them"
+            f"no scan in {manifest.root} is accepted: {count} of {len(manifest.rows)} refused as "
+            f"{reason}; the manifest lists the reasons, docs/ingest.md explains them"
         )
     if labels is not None and not any(row.label_path for row in manifest.accepted):
         raise UserError(

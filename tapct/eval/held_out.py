@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from tapct.base.counted import counted
+
 if TYPE_CHECKING:  # the report reads results without loading pyarrow and blosc2
     from tapct.data.trained_on import TrainedOn
     from tapct.eval.scans import ScanRow
@@ -50,7 +52,7 @@ class HeldOut:
         if self.value == UNKNOWN:
             return f"whether the test scans were pretrained on is unknown: {self.unknown}"
         at_least = "at least " if self.unknown else ""
-        of_all = f"of {self.num_test} test scan{'' if self.num_test == 1 else 's'}"
+        of_all = f"of {counted(self.num_test, 'test scan')}"
         others = (
             f"{self.num_patients} {'is' if self.num_patients == 1 else 'are'} of patients whose "
             "other scans were pretrained on"

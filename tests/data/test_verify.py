@@ -87,7 +87,7 @@ def test_pack_reports_damaged_files_and_files_of_no_scan(
     (folder / "other.b2nd").write_bytes(content)
     out = shell.good("pack", manifest, "--out", folder, "--workers", "0")
     assert f"damaged files packed again: {store.scans[0].id}" in out
-    assert "1 files of" in out and "belong to no scan of this manifest" in out
+    assert "1 file of" in out and "belongs to no scan of this manifest" in out
 
 
 def test_repair_packs_the_damaged_scans_again_from_the_archive(

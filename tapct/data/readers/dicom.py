@@ -73,16 +73,6 @@ def read(files: Sequence[Path]) -> Image:
     )
 
 
-def is_dicom(path: Path) -> bool:
-    """Whether a file is DICOM, with preamble or without and even if damaged, whatever its name."""
-    try:
-        return (
-            elements.read_dataset(path, ("SOPClassUID", "Modality", "Rows", "Columns")) is not None
-        )
-    except Exception:  # only a file with preamble raises
-        return True
-
-
 def _open(path: Path) -> tuple[Dataset, Head]:
     """The content of one file and its head, which must be that of a slice with a place."""
     if path.stat().st_size == 0:
