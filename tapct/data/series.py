@@ -1,5 +1,5 @@
 """Put DICOM slices together to scans: by SeriesInstanceUID over the whole archive, and within a
-series by what tells one stack of slices from another.
+series by what distinguishes one stack of slices from another.
 
 A stack is whole if its slices have one orientation, size and pixel spacing, and follow each other
 in equal steps. Whole stacks are scans. What does not belong to one (scouts, bolus tracking,
@@ -34,7 +34,7 @@ class Stack:
     Args:
         heads: its slices in order, or the files that are refused together.
         reason: code of the rule by which they are refused; empty for a whole stack.
-        detail: one line that says why.
+        detail: one line with the reason.
         mark: code of what is unusual about a whole stack; empty for most.
     """
 
@@ -289,7 +289,7 @@ def _is_better(
         merged: all slices as one stack; where it is whole, the groups lie in each other.
         groups: the slices by a trait.
         parts: the stacks that these groups make.
-        by_folder: whether the trait is the folder, which says nothing about the scanner.
+        by_folder: whether the trait is the folder, which the scanner does not choose.
     """
     whole = [part for part in parts if not part.reason and len(part.heads) >= MIN_STACK]
     if not whole:

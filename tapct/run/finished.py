@@ -53,7 +53,7 @@ class Trained:
     sha256: str
 
     def weights(self, folder: Path) -> EvaluatedWeights:
-        """What results.json says of the weights of the run in a folder."""
+        """The weights of the run in a folder, as results.json describes them."""
         meta = self.meta
         name = folder.resolve().name
         return EvaluatedWeights(name, meta.step, meta.samples, self.sha256, meta.data_digest)

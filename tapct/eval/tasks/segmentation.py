@@ -34,7 +34,7 @@ RESOLUTIONS = ("patch", "voxel")
 _OUTSIDE, _BODY = "outside", "body"
 OUTSIDE_NAMES = ("table", "couch", "background")
 BODY_NAMES = ("body", "body_trunc", "body_extremities", "skin", "external")
-MOST_NAMES = 12  # in the line that says what the mean is of
+MOST_NAMES = 12  # in the line about the organs of the mean
 
 
 @dataclass(frozen=True)
