@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -275,18 +276,18 @@ def pack(
     from tapct.data import manifest
     from tapct.data import pack as packer
     from tapct.data.store import Store
-    from tapct.data.verify import remove
 
     if repair and not verify:
         raise exits.UserError("--repair packs again what --verify finds; give both")
 
-    def pack_and_report() -> None:
+    def pack_and_report(again: Collection[str] = ()) -> None:
         with console.progress_bar("pack") as progress:
             report = packer.pack(
                 found,
                 out,
                 workers=max(1, workers),
                 level=level,
+                again=again,
                 limits=limits_of(timeout, memory_gb),
                 progress=progress,
             )
@@ -299,9 +300,9 @@ def pack(
             return
         damaged = verify_store(out, workers)
         if damaged and repair:
-            lost = {Store(out).scans[i].path for i in damaged}
-            remove(Store(out), damaged)
-            pack_and_report()
+            again = [Store(out).scans[i] for i in damaged]
+            pack_and_report([scan.id for scan in again])
+            lost = {scan.path for scan in again}
             lost -= {scan.path for scan in Store(out).scans}
             damaged = verify_store(out, workers)
             if lost:
