@@ -125,10 +125,7 @@ def build_manifest(
     check_regex(patient_regex)
     folder, trusts_header = parse_patient_from(patient_from)
     _check_out(out)
-    listing = _search(root, workers, accept.derived)
-    if labels is not None and not labels.is_dir():
-        raise UserError(f"labels folder {labels} does not exist or is not a folder; check the path")
-    pairs = pair_labels(listing.sources, root, labels)
+    listing, pairs = _search(root, labels, workers, accept.derived)
     scans, passed_over = _scans_of(listing, pairs)
     if not scans:
         raise _no_scans(root, passed_over)
@@ -208,18 +205,21 @@ def _examine_all(
     return [rows[index] for index in range(len(tasks))]
 
 
-def _search(root: Path, workers: int, derived: bool) -> Listing:
-    """Find the scans of an archive in a worker process, which reads the headers of DICOM files.
+def _search(
+    root: Path, labels: Path | None, workers: int, derived: bool
+) -> tuple[Listing, LabelPairs]:
+    """Find the scans of an archive and their label maps in a worker process, since this reads
+    headers.
 
     It also loads the reader libraries, since a broken one would refuse every scan. The process of
     the command does not need them; loading them costs it 0.7 s.
     """
+    request = (root, labels, derived)
     if workers == 0:
-        load_libraries()
-        return search(root, derived=derived)
+        return _found(request)
     ((_, found),) = map_unordered(
-        _listing_or_error,
-        [(root, derived)],
+        _found_or_error,
+        [request],
         1,
         lambda _, failure: UserError(f"{root} cannot be searched: {failure.detail}"),
         limits=ScanLimits(seconds=math.inf),  # it takes as long as the archive is large
@@ -230,12 +230,22 @@ def _search(root: Path, workers: int, derived: bool) -> Listing:
     return found
 
 
-def _listing_or_error(request: tuple[Path, bool]) -> Listing | UserError:
-    """What `search` finds below a folder, or the error that a person can mend."""
-    root, derived = request
+def _found(request: tuple[Path, Path | None, bool]) -> tuple[Listing, LabelPairs]:
+    """What lies below a folder, and which label map belongs to which scan."""
+    root, labels, derived = request
+    load_libraries()
+    listing = search(root, derived=derived)
+    if labels is not None and not labels.is_dir():
+        raise UserError(f"labels folder {labels} does not exist or is not a folder; check the path")
+    return listing, pair_labels(listing.sources, root, labels)
+
+
+def _found_or_error(
+    request: tuple[Path, Path | None, bool],
+) -> tuple[Listing, LabelPairs] | UserError:
+    """`_found`, or the error that a person can mend."""
     try:
-        load_libraries()
-        return search(root, derived=derived)
+        return _found(request)
     except ImportError as error:
         return UserError(f"a library that reads scans cannot be loaded ({error}); install it again")
     except UserError as error:
