@@ -296,7 +296,7 @@ def examine(task: ExamineTask) -> Examined:
     except Refused as error:
         if error.reason == OUT_OF_MEMORY:
             raise MemoryError(error.detail) from error  # the pool tries it again with more
-        return replace(row, reason=error.reason, detail=nameless(error.detail, task))
+        return replace(row, reason=error.reason, detail=nameless(error.marked, task))
     except MemoryError:
         raise
     except Exception as error:  # one scan must not end the index of a whole archive
@@ -365,7 +365,7 @@ def with_labels(row: Examined, task: ExamineTask, volume: Volume) -> Examined:
     except Refused as error:
         if error.reason == OUT_OF_MEMORY:
             raise
-        return replace(row, detail=not_used(str(error)))
+        return replace(row, detail=not_used(f"{error.reason}: {error.marked}"))
     path = os.path.relpath(task.labels.resolve(), task.root.resolve())
     if task.labels.is_relative_to(task.root):
         path = task.labels.relative_to(task.root).as_posix()
