@@ -61,6 +61,7 @@ class ExamineTask:
         accept: what is accepted beyond plain scans.
         study_dates: whether the row has the whole date of the study, and not its year alone.
         ignore_labels: label values of voxels that nobody has labelled.
+        num_other_labels: number of further label maps that fit the scan and are not used.
     """
 
     source: Source
@@ -71,6 +72,7 @@ class ExamineTask:
     accept: ReadRules = PLAIN
     study_dates: bool = False
     ignore_labels: tuple[int, ...] = ()
+    num_other_labels: int = 0
 
 
 def build_manifest(
@@ -152,6 +154,7 @@ def build_manifest(
         ExamineTask(
             *(scan, root, pairs.label_of.get(scan.path), key, min_depth, accept, study_dates),
             tuple(ignore_labels),
+            len(pairs.others_of.get(scan.path, ())),
         )
         for scan in scans
     ]
@@ -360,12 +363,16 @@ def with_labels(row: Examined, task: ExamineTask, volume: Volume) -> Examined:
     """
     if task.labels is None:
         return row
+    num_found = task.num_other_labels + 1
+    choice = f"its labels: the first of {num_found} label maps is used" if num_found > 1 else ""
     try:
         found = read_labels_of(volume, task.labels, task.ignore_labels)
     except Refused as error:
         if error.reason == OUT_OF_MEMORY:
             raise
-        return replace(row, detail=not_used(f"{error.reason}: {error.marked}"))
+        line = not_used(f"{error.reason}: {error.marked}")
+        # the reason comes first, where `label_report` counts it
+        return replace(row, detail="; ".join(filter(None, (line, choice))))
     path = os.path.relpath(task.labels.resolve(), task.root.resolve())
     if task.labels.is_relative_to(task.root):
         path = task.labels.relative_to(task.root).as_posix()
@@ -374,7 +381,7 @@ def with_labels(row: Examined, task: ExamineTask, volume: Volume) -> Examined:
         row,
         label_path=Path(path).as_posix(),
         label_digest=label_digest(found.label_map),
-        detail="; ".join([notes, *found.notes[1:]]) if notes else "",
+        detail="; ".join(filter(None, (notes, *found.notes[1:], choice))),
     )
 
 
