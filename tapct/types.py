@@ -17,6 +17,7 @@ if TYPE_CHECKING:  # the command line loads this file, and torch takes 2 s
     import torch
     from torch import Tensor
 from tapct.base.exits import UserError, single_line
+from tapct.base.marks import unmarked
 
 # Value of padding in stored and loaded volumes: air. Never zero, which is water.
 AIR_HU = -1024
@@ -30,7 +31,7 @@ Directions: TypeAlias = tuple[
 UPRIGHT: Directions = ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0))
 
 
-_MAX_DETAIL = 500  # characters
+MAX_DETAIL = 500  # characters
 
 
 class Refused(UserError):
@@ -40,18 +41,20 @@ class Refused(UserError):
         reason: short code in snake_case, one per rule, e.g. `not_ct`, `truncated`,
             `missing_slices`.
         detail: one line that names the value and the rule. Texts of a file in it are made printable
-            and cut.
+            and cut. Names of files in it are marked by `tapct.base.marks`; the attribute `detail`
+            is the line with the names, `marked` the one with their marks.
     """
 
     def __init__(self, reason: str, detail: str) -> None:
-        detail = single_line(detail, _MAX_DETAIL)
+        self.marked = detail
+        detail = single_line(unmarked(detail), MAX_DETAIL)
         super().__init__(f"{reason}: {detail}")
         self.reason = reason
         self.detail = detail
 
     def __reduce__(self) -> tuple[type[Refused], tuple[str, str]]:
         """Pickles by its two arguments, so that a worker process can raise it."""
-        return type(self), (self.reason, self.detail)
+        return type(self), (self.reason, self.marked)
 
 
 @dataclass(frozen=True)

@@ -36,11 +36,28 @@ def console() -> Console:
 
 
 def say(text: str) -> None:
-    """Print plain text as it is: no markup, no colours, no wrapping; beside a running bar, not
-    through it.
+    """Print plain text: no markup, no colours, no wrapping; beside a running bar, not through it.
+
+    Characters that a terminal would obey, such as ESC, are escaped, since names of files may hold
+    them; only the ends of lines are kept.
     """
     out = console()
-    out.print(_encodable(text, out), markup=False, soft_wrap=True)
+    lines = "\n".join(printable(line) for line in text.split("\n"))
+    out.print(_encodable(lines, out), markup=False, soft_wrap=True)
+
+
+def say_line(text: str) -> None:
+    """Print one line as `say` does, with escapes also in place of the ends of lines that the name
+    of a file may hold.
+    """
+    say(printable(text))
+
+
+def printable(text: str) -> str:
+    """Text with escapes in place of characters that a terminal would obey, such as ESC."""
+    if text.isprintable():
+        return text
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
 
 
 def error(text: str) -> None:
@@ -52,7 +69,7 @@ def error(text: str) -> None:
     out = Console(stderr=True, highlight=False)
     place = ranks.from_environment(os.environ)
     line = f"error: {'' if place.is_first else f'[rank {place.rank}] '}{' '.join(text.split())}"
-    line = "".join(char if char.isprintable() else repr(char)[1:-1] for char in line)
+    line = printable(line)
     if out.is_terminal:
         line = textwrap.fill(
             line, max(out.width, 20), break_long_words=False, break_on_hyphens=False
@@ -64,7 +81,7 @@ def error(text: str) -> None:
 def warn(text: str) -> None:
     """Print `warning: ...` to standard error, as one line; only the first rank does."""
     if ranks.from_environment(os.environ).is_first:
-        print(f"warning: {' '.join(text.split())}", file=sys.stderr, flush=True)
+        print(f"warning: {printable(' '.join(text.split()))}", file=sys.stderr, flush=True)
 
 
 def _encodable(text: str, out: Console) -> str:

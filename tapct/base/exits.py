@@ -19,6 +19,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from tapct.base import console, ranks
+from tapct.base.console import printable as printable
 
 BUG = 1
 WRONG_INPUT = 2
@@ -83,13 +84,6 @@ def single_line(text: object, limit: int | None = None) -> str:
     if limit is None or len(line) <= limit:
         return line
     return line[: limit - 3] + "..."
-
-
-def printable(text: str) -> str:
-    """Text with escapes in place of characters that a terminal would obey, such as ESC."""
-    if text.isprintable():
-        return text
-    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
 
 
 def leave(code: int) -> NoReturn:

@@ -61,7 +61,7 @@ def phantom(
 
     with signals.leaving_at_sigterm(), console.progress_bar("phantom") as progress:
         report = maker.write(out, maker.Config(num=num, seed=seed), progress)
-    console.say(
+    console.say_line(
         f"{report.scans} scans in {out}; next: tapct index {out} --out {out}/manifest.parquet"
     )
 
@@ -198,29 +198,29 @@ def index(
             limits=limits_of(timeout, memory_gb),
             progress=progress,
         )
-    console.say(
+    console.say_line(
         ", ".join(f"{count} {reason}" for reason, count in manifest.summary().items()) + f": {out}"
     )
     for line in lines_about_patients(manifest.rows):
-        console.say(line)
+        console.say_line(line)
     if manifest.label_report is not None:
         for line in manifest.label_report.lines():
-            console.say(line)
+            console.say_line(line)
     for row in manifest.rows:
         if row.marks and row.status == "accepted":
-            console.say(f"  accepted {row.path}, marked {row.marks}")
+            console.say_line(f"  accepted {row.path}, marked {row.marks}")
         if row.detail:
             reason = (
                 f"refused {row.path}: {row.reason}" if row.status == "refused" else f"{row.path}"
             )
-            console.say(f"  {reason}: {row.detail}")
+            console.say_line(f"  {reason}: {row.detail}")
     others = summary(manifest.passed_over)
     if others:
-        console.say(f"passed over: {others}")
+        console.say_line(f"passed over: {others}")
     num_short = manifest.summary().get("too_few_slices", 0)
     if num_short:
         short = counted(num_short, "scan has", "scans have")
-        console.say(f"{short} fewer than {min_depth} slices; --min-depth 1 accepts them")
+        console.say_line(f"{short} fewer than {min_depth} slices; --min-depth 1 accepts them")
     check_usable(manifest, labels)
 
 
@@ -306,7 +306,7 @@ def pack(
             lost -= {scan.path for scan in Store(out).scans}
             damaged = verify_store(out, workers)
             if lost:
-                console.say(
+                console.say_line(
                     f"  not repaired, since they cannot be packed: {', '.join(sorted(lost))}"
                 )
                 raise typer.Exit(exits.UserError.exit_code)
@@ -317,23 +317,23 @@ def pack(
 def report_packed(report: PackReport, out: Path) -> None:
     """Print what `pack` did: counts, then a line for everything that is not as it should be."""
     share = report.stored_bytes / max(report.voxel_bytes, 1)
-    console.say(
+    console.say_line(
         f"{len(report.packed)} packed, {report.kept} kept from before, {len(report.refused)} "
         "refused; "
         f"{report.stored_bytes / 1e6:.0f} MB, {share:.0%} of the uncompressed size: {out}"
     )
     for scan in report.refused:
-        console.say(f"  refused {scan.path}: {scan.reason}: {scan.detail}")
+        console.say_line(f"  refused {scan.path}: {scan.reason}: {scan.detail}")
     if report.num_labelled or report.labels_refused:
-        console.say(f"labels of {counted(report.num_labelled, 'scan')} packed")
+        console.say_line(f"labels of {counted(report.num_labelled, 'scan')} packed")
     for scan in report.labels_refused:
-        console.say(f"  labels {scan.path} not packed: {scan.reason}: {scan.detail}")
+        console.say_line(f"  labels {scan.path} not packed: {scan.reason}: {scan.detail}")
     if report.damaged:
-        console.say(f"  damaged files packed again: {', '.join(report.damaged)}")
+        console.say_line(f"  damaged files packed again: {', '.join(report.damaged)}")
     if report.unlisted:
         one, several = f"file of {out} belongs", f"files of {out} belong"
         unlisted = counted(len(report.unlisted), one, several)
-        console.say(f"  {unlisted} to no scan of this manifest")
+        console.say_line(f"  {unlisted} to no scan of this manifest")
 
 
 def verify_store(folder: Path, workers: int) -> list[int]:
@@ -344,9 +344,9 @@ def verify_store(folder: Path, workers: int) -> list[int]:
     store = Store(folder)
     with console.progress_bar("verify") as progress:
         damaged = damaged_scans(store, workers=workers, progress=progress)
-    console.say(
+    console.say_line(
         f"{len(store) - len(damaged)} of {counted(len(store), 'packed scan')} verified: {folder}"
     )
     for error in damaged.values():
-        console.say(f"  {error}")
+        console.say_line(f"  {error}")
     return list(damaged)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tapct.base.exits import UserError
+from tapct.base.marks import file_name
 from tapct.data import formats, series
 from tapct.data import passed_over as passed
 from tapct.data.readers import DICOM, FORMATS, dicom_kind, format_of
@@ -115,7 +116,7 @@ def find_source(path: Path, *, derived: bool = False) -> Source:
         Refused: `unreadable` where there is no scan, `mixed_series` where there are several.
     """
     if not path.exists():
-        raise Refused("unreadable", f"{path} does not exist")
+        raise Refused("unreadable", f"{file_name(str(path))} does not exist")
     file_format = None if path.is_dir() else format_of(path)
     if file_format is not None:
         return Source(path, file_format.name, (path,))
@@ -130,7 +131,7 @@ def find_source(path: Path, *, derived: bool = False) -> Source:
     for source in _listing(path.parent, found, [], derived).sources:
         if path in source.files:
             return source
-    raise Refused("unreadable", f"{path} is not a {formats.listed('or')} scan")
+    raise Refused("unreadable", f"{file_name(str(path))} is not a {formats.listed('or')} scan")
 
 
 def _only_scan(folder: Path, sources: Sequence[Source]) -> Source:
@@ -141,10 +142,13 @@ def _only_scan(folder: Path, sources: Sequence[Source]) -> Source:
     if len(scans) > 1:
         raise Refused(
             "mixed_series",
-            f"{folder} holds {len(scans)} DICOM series; give one file of the series to read",
+            f"{file_name(str(folder))} holds {len(scans)} DICOM series; give one file of the "
+            "series to read",
         )
     if not sources:
-        raise Refused("unreadable", f"{folder} is not a {formats.listed('or')} scan")
+        raise Refused(
+            "unreadable", f"{file_name(str(folder))} is not a {formats.listed('or')} scan"
+        )
     return max(scans or sources, key=lambda source: len(source.files))
 
 
@@ -251,15 +255,15 @@ def _head_or_problem(path: Path) -> tuple[Head | None, tuple[str, str] | None]:
     try:
         head = read_head(path)
     except Refused as error:
-        return None, (error.reason, error.detail)
+        return None, (error.reason, error.marked)
     except Exception as error:
         # not the text of the error, which may quote the header
-        problem = f"the header of {path.name} cannot be read ({type(error).__name__})"
+        problem = f"the header of {file_name(path)} cannot be read ({type(error).__name__})"
         return None, ("unreadable", problem)
     if head is None and is_named_dicom:
         if path.stat().st_size == 0:
-            return None, ("empty_file", f"{path.name} has no content")
-        return None, ("unreadable", f"{path.name} is not DICOM, in spite of its name")
+            return None, ("empty_file", f"{file_name(path)} has no content")
+        return None, ("unreadable", f"{file_name(path)} is not DICOM, in spite of its name")
     if head is not None and head.refusal is not None and head.refusal[0] == "corrupt":
         return None, head.refusal
     return head, None
@@ -272,7 +276,7 @@ def _listing(root: Path, found: _Found, unlisted: list[Path], derived: bool) -> 
     for head in found.heads:
         title = dicom_kind.object_title(head.sop_class)
         if title:
-            detail = f"{head.path.name} is a DICOM {title}, not a CT image"
+            detail = f"{file_name(head.path)} is a DICOM {title}, not a CT image"
             sources.append(
                 Source(
                     head.path,

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tapct.base.exits import single_line
+from tapct.base.marks import file_name
 from tapct.data.discover import stem_of
 from tapct.data.patients import hash_of_patient_id, keyed_hash
 from tapct.data.readers.raw import MAX_TEXT, Header
@@ -43,11 +44,12 @@ def read_sidecar(path: Path) -> dict[str, Any]:
         content = json.loads(sidecar.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:  # the last: thousands of brackets
         raise Refused(
-            "bad_sidecar", single_line(f"{sidecar.name} is not JSON: {error}", MAX_TEXT)
+            "bad_sidecar", f"{file_name(sidecar)} is not JSON: {single_line(error, MAX_TEXT)}"
         ) from error
     if not isinstance(content, dict):
         raise Refused(
-            "bad_sidecar", f"{sidecar.name} holds a {type(content).__name__}; rule: one JSON object"
+            "bad_sidecar",
+            f"{file_name(sidecar)} holds a {type(content).__name__}; rule: one JSON object",
         )
     return content
 

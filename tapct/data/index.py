@@ -61,6 +61,7 @@ class ExamineTask:
         accept: what is accepted beyond plain scans.
         study_dates: whether the row has the whole date of the study, and not its year alone.
         ignore_labels: label values of voxels that nobody has labelled.
+        num_other_labels: number of further label maps that fit the scan and are not used.
     """
 
     source: Source
@@ -71,6 +72,7 @@ class ExamineTask:
     accept: ReadRules = PLAIN
     study_dates: bool = False
     ignore_labels: tuple[int, ...] = ()
+    num_other_labels: int = 0
 
 
 def build_manifest(
@@ -146,6 +148,7 @@ def build_manifest(
             accept=accept,
             study_dates=study_dates,
             ignore_labels=tuple(ignore_labels),
+            num_other_labels=len(pairs.others_of.get(scan.path, ())),
         )
         for scan in scans
     ]
@@ -330,7 +333,7 @@ def examine(task: ExamineTask) -> Examined:
     except Refused as error:
         if error.reason == OUT_OF_MEMORY:
             raise MemoryError(error.detail) from error  # the pool tries it again with more
-        return replace(row, reason=error.reason, detail=nameless(error.detail, task))
+        return replace(row, reason=error.reason, detail=nameless(error.marked, task))
     except MemoryError:
         raise
     except Exception as error:  # one scan must not end the index of a whole archive
@@ -401,6 +404,8 @@ def with_labels(row: Examined, task: ExamineTask, volume: Volume) -> Examined:
     path = os.path.relpath(task.labels.resolve(), task.root.resolve())
     if task.labels.is_relative_to(task.root):
         path = task.labels.relative_to(task.root).as_posix()
+    num_found = task.num_other_labels + 1
+    choice = f"its labels: the first of {num_found} label maps is used" if num_found > 1 else ""
     try:
         if not is_utf8(path):
             raise Refused("bad_name", "their path holds bytes that are not UTF-8; rename it")
@@ -408,13 +413,15 @@ def with_labels(row: Examined, task: ExamineTask, volume: Volume) -> Examined:
     except Refused as error:
         if error.reason == OUT_OF_MEMORY:
             raise
-        return replace(row, detail=not_used(str(error)))
+        line = not_used(f"{error.reason}: {error.marked}")
+        # the reason comes first, where `label_report` counts it
+        return replace(row, detail="; ".join(filter(None, (line, choice))))
     notes = "".join(f"its labels: {note}" for note in found.notes[:1])
     return replace(
         row,
         label_path=Path(path).as_posix(),
         label_digest=label_digest(found.label_map),
-        detail="; ".join([notes, *found.notes[1:]]) if notes else "",
+        detail="; ".join(filter(None, (notes, *found.notes[1:], choice))),
     )
 
 

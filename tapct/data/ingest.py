@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from tapct.base.files import expand_path
+from tapct.base.marks import file_name, quoted
 from tapct.data import tilt
 from tapct.data.ct_check import check_hu, check_is_ct
 from tapct.data.discover import UNREADABLE, Source, find_source
@@ -72,7 +73,7 @@ def _read_source(source: Source, key: bytes | None, accept: ReadRules) -> Volume
             patient_from = "side_car"
         header = merged
     if header.modality and header.modality.upper() != "CT":
-        raise Refused("not_ct", f"Modality is '{header.modality}'; rule: CT")
+        raise Refused("not_ct", f"Modality is {quoted(header.modality)}; rule: CT")
     if accept.resample_tilt and tilt.is_tilted(image.affine):
         image = tilt.upright(image)
         marks += (tilt.MARK,)
@@ -116,11 +117,11 @@ def read_image(source: Source) -> Image:
         raise Refused(source.reason, source.detail)
     if source.kind == UNREADABLE:
         raise Refused(
-            "unreadable", f"folder {source.path.name} cannot be listed; check its permissions"
+            "unreadable", f"folder {file_name(source.path)} cannot be listed; check its permissions"
         )
     for path in source.files:
         if path.stat().st_size == 0:
-            raise Refused("empty_file", f"{path.name} has no content")
+            raise Refused("empty_file", f"{file_name(path)} has no content")
     return format_named(source.kind).read(source.files)
 
 

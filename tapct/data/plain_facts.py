@@ -10,13 +10,11 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
+from tapct.base.exits import single_line
+from tapct.base.marks import HIDDEN, without_marked
 from tapct.data.discover import stem_of
-from tapct.data.patient_names import Says, is_layout, read_name
+from tapct.types import MAX_DETAIL
 
-# A quoted text may hold apostrophes of its own ('O'Brien'); one between two letters neither begins
-# nor ends a quotation.
-_QUOTED = re.compile(r"(?<!\w)'(.*?)'(?!\w)")
-_QUOTE = re.compile(r"(?<!\w)'|'(?!\w)")
 _NUMBERS = re.compile(r"[\d\s.,+\-eExX()\[\]]+")
 # words that headers of scans hold and that lines about them quote
 _HEADER_WORDS_TEXT = """
@@ -29,6 +27,19 @@ _HEADER_WORDS_TEXT = """
     derived axial localizer
 """
 _HEADER_WORDS = frozenset(_HEADER_WORDS_TEXT.split())
+# A quoted text may hold apostrophes of its own ('O'Brien'); one between two letters neither begins
+# nor ends a quotation.
+_QUOTED = re.compile(r"((?:(?:RescaleType|ImageType|Modality) is )?)(?<!\w)'(.*?)'(?!\w)")
+_QUOTE = re.compile(r"(?<!\w)'|'(?!\w)")
+# values of RescaleType, ImageType and Modality in the DICOM standard
+_CODES_TEXT = """
+    HU HU_MOD US OD MGML Z_EFF ED EDW PCT ORIGINAL DERIVED PRIMARY SECONDARY AXIAL LOCALIZER MPR MIP
+    MINIP PROJECTION VOLUME REFORMATTED SCOUT TOPOGRAM NONE OTHER RESAMPLED MIXED CT_SOM5 CT_SOM7
+    SPI TOP STD SNRG DET CSA CSAPARALLEL CSA_RESAMPLED DOSE_INFO SCREEN_SAVE SCREEN
+    AU BI BMD CR CT DX ECG EPS ES GM IO KO LS MG MR NM OCT OP OPT OT PR PT REG RF RG RTDOSE RTIMAGE
+    RTPLAN RTRECORD RTSTRUCT SC SEG SM SMR SR TG US XA XC
+"""
+_CODES = frozenset(_CODES_TEXT.split())
 OTHER = "other"  # a text that is there, but that no list or pattern knows
 _MAKERS = {
     "siemens": "Siemens",
@@ -114,31 +125,44 @@ def without_names(line: str, root: Path, paths: Iterable[Path]) -> str:
     """A line about a scan without the names of its files and folders, and without quoted text that
     may come from a header.
 
+    Names are hidden where `marks.file_name` has marked them. Whole paths, and file names with a
+    suffix, are hidden everywhere, since a library may have put them into the line; no sentence
+    contains them by chance.
+
     Args:
-        line: text of a refusal.
+        line: text of a refusal, with its marks.
         root: folder of the archive.
         paths: paths that belong to the scan: its files and its label map.
     """
+    line = without_marked(line)
     names = {str(root): "<archive>", str(root.resolve()): "<archive>"}
     for path in paths:
         below = path.relative_to(root) if path.is_relative_to(root) else Path(path.name)
-        names[str(path)] = names[str(below)] = names[below.name] = "<file>"
-        stem = stem_of(below)
-        for part in (stem, *below.parts[:-1]):
-            # images, ct or lung identify nobody, and lines about scans need these words
-            if not is_layout(part) and read_name(part).says is not Says.NOTHING:
-                names.setdefault(part, "<file>" if part == stem else "<folder>")
+        names[str(path)] = HIDDEN
+        if len(below.parts) > 1:
+            names[str(below)] = HIDDEN
+        if stem_of(below) != below.name:
+            names[below.name] = HIDDEN
     for text in sorted(filter(None, names), key=len, reverse=True):
         line = re.sub(rf"(?<!\w){re.escape(text)}(?!\w)", names[text], line)
-    line = re.sub('"([^"]*)"', lambda match: f"'{_plain(match[1])}'", line)
-    if len(_QUOTE.findall(line)) % 2:  # a text with a mark of its own: all between first and last
-        return re.sub("'.*'", lambda match: f"'{_plain(match[0][1:-1])}'", line)
-    return _QUOTED.sub(lambda match: f"'{_plain(match[1])}'", line)
+    if '"' in line or len(_QUOTE.findall(line)) % 2:
+        # a text with a quotation mark of its own: everything between the first and the last mark
+        line = re.sub("""['"].*['"]""", lambda match: f"'{_plain(match[0][1:-1], '')}'", line)
+    else:
+        line = _QUOTED.sub(lambda match: f"{match[1]}'{_plain(match[2], match[1])}'", line)
+    return single_line(line, MAX_DETAIL)
 
 
-def _plain(text: str) -> str:
-    """A text that cannot be a name as it is; else how long it is."""
+def _plain(text: str, field: str) -> str:
+    """A text that cannot be a name as it is; else how long it is.
+
+    Args:
+        text: what stands between the quotes.
+        field: what stands before them, if it is a field with a closed vocabulary.
+    """
     if not text or _NUMBERS.fullmatch(text):
+        return text
+    if field and all(word in _CODES for word in re.split(r"[/\\]", text)):
         return text
     if all(word.lower() in _HEADER_WORDS for word in re.findall(r"[^\W\d_]+", text)):
         return text

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from tapct.base.counted import counted
+from tapct.base.marks import file_name
 from tapct.data.readers import dicom_geometry as geometry
 from tapct.data.readers.dicom_head import TRAITS, Head
 from tapct.types import Refused
@@ -208,9 +209,9 @@ def _odd_image(stack: Stack, beside: Stack) -> Stack:
     head = stack.heads[0]
     rest = f"beside {len(beside.heads)} slices of its series"
     if not _is_parallel(stack, beside):
-        detail = f"{head.path.name} is a single image of another orientation {rest}"
+        detail = f"{file_name(head.path)} is a single image of another orientation {rest}"
         return replace(stack, reason="localizer", detail=detail)
-    detail = f"{head.path.name} is a single image {rest}"
+    detail = f"{file_name(head.path)} is a single image {rest}"
     return replace(stack, reason="bolus_tracking", detail=detail)
 
 
@@ -267,7 +268,7 @@ def _examine(heads: Sequence[Head]) -> Stack:
         geometry.check_same_grid(members)
         geometry.step_vector(members)
     except Refused as error:
-        return Stack(members, error.reason, error.detail)
+        return Stack(members, error.reason, error.marked)
     return Stack(members)
 
 

@@ -199,3 +199,17 @@ def test_durations_read_well() -> None:
     given = (0.4, 59.6, 754, 3599.7, 18367, 183870, math.inf, math.nan, -3.0)
     told = ["0:00", "1:00", "12:34", "1:00:00", "5:06:07", "2d 03:04", "?", "?", "0:00"]
     assert [console.duration(seconds) for seconds in given] == told
+
+
+def test_control_characters_of_a_file_name_do_not_reach_the_terminal(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    name = "new\nline\x1b[31m\x07\r\x9b.nii.gz"
+    console.say(f"first {name}")
+    console.say_line(f"second {name}")
+    console.warn(f"third {name}")
+    out, err = capsys.readouterr()
+    escaped = r"line\x1b[31m\x07\r\x9b.nii.gz"
+    assert out == f"first new\n{escaped}\nsecond new\\n{escaped}\n"
+    assert "third new line" in err
+    assert (out + err).replace("\n", "").isprintable()

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeAlias
 
@@ -25,11 +25,13 @@ class Layout:
             they are never scans.
         likely: paths of files that are named like labels; one that no scan matches is examined as
             a scan, and reported where it is refused.
+        others: further files that fit where `find` returns the first one, by the path of that one.
     """
 
     find: FindLabels
     owned: frozenset[Path] = frozenset()
     likely: frozenset[Path] = frozenset()
+    others: Mapping[Path, Sequence[Path]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -63,3 +65,20 @@ def by_folder_and_stem(sources: Iterable[Source], root: Path) -> dict[FolderAndS
             key = (source.path.parent.relative_to(root), stem_of(source.path))
             table.setdefault(key, source.path)
     return table
+
+
+def keep_first(
+    table: dict[FolderAndStem, Path], key: FolderAndStem, path: Path, others: dict[Path, list[Path]]
+) -> None:
+    """Enter a label file under its key; one that comes later under the same key is counted among
+    the others of the first.
+
+    Args:
+        table: label files by folder and key.
+        key: folder and key of this file.
+        path: path of this file.
+        others: dict that receives the further files, by the path of the first.
+    """
+    first = table.setdefault(key, path)
+    if first != path and path not in others.setdefault(first, []):
+        others[first].append(path)

@@ -46,6 +46,12 @@ def label_report(pairs: LabelPairs, rows: Sequence[Row], root: Path) -> LabelRep
     notes: dict[str, None] = {}
     for path in {path.parent: path for path in pairs.label_of.values()}.values():
         notes.update(dict.fromkeys(table_of_dataset(path).notes))
+    several = [
+        (pairs.label_of[scan], pairs.others_of[scan][0])
+        for scan in (root / row.path for row in accepted)
+        if scan in pairs.others_of
+    ]
+    example = [_shown(path, root) for path in (several[0] if several else ())]
     return LabelReport(
         num_scans=len(accepted),
         num_labelled=sum(bool(row.label_path) for row in accepted),
@@ -54,6 +60,8 @@ def label_report(pairs: LabelPairs, rows: Sequence[Row], root: Path) -> LabelRep
         num_given=pairs.num_given,
         num_given_used=pairs.num_given_used,
         notes=tuple(notes),
+        num_several=len(several),
+        example=(example[0], example[1]) if example else ("", ""),
     )
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from tapct.base.counted import counted
+from tapct.base.marks import file_name
 from tapct.data.geometry import GRID_TOLERANCE, SAME_DIRECTION, voxel_to_mm
 from tapct.data.labels.names import clean_names
 from tapct.data.labels.overlay import Overlay
@@ -54,7 +55,8 @@ def read_dicom_labels(path: Path, volume: Volume) -> tuple[LabelMap, tuple[str, 
     if len(set(numbers)) < len(numbers) or not all(0 < number <= MAX_LABEL for number in numbers):
         raise Refused(
             "not_labels",
-            f"{path.name} numbers its structures {numbers[:8]}; rule: different, 1 to {MAX_LABEL}",
+            f"{file_name(path)} numbers its structures {numbers[:8]}; rule: different, 1 to "
+            f"{MAX_LABEL}",
         )
     overlay = Overlay(volume.hu_ZYX.shape)
     if found.dataset is not None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from tapct.base.marks import file_name, quoted
 from tapct.types import Refused
 
 Names: TypeAlias = tuple[tuple[int, str], ...]  # label value and name, ascending
@@ -76,7 +77,7 @@ def names_in(table: Mapping[str, Any], file: str) -> NameTable:
         if isinstance(value, bool) or not re.fullmatch(r"-?\d{1,9}", str(value)):
             raise Refused(
                 "bad_sidecar",
-                f"'labels' in {file} has '{left}': '{right}'; rule: a value and a name",
+                f"'labels' in {file} has {quoted(left)}: {quoted(right)}; rule: a value and a name",
             )
         if str(name).lower() == _IGNORE_NAME:
             ignore.append(int(value))
@@ -106,9 +107,10 @@ def table_of_sidecar(path: Path, sidecar: Mapping[str, Any]) -> NameTable:
     table = sidecar.get("labels", {})
     if not isinstance(table, dict):
         raise Refused(
-            "bad_sidecar", f"'labels' beside {path.name} is not a JSON object of values and names"
+            "bad_sidecar",
+            f"'labels' beside {file_name(path)} is not a JSON object of values and names",
         )
-    return names_in(table, f"the side-car of {path.name}")
+    return names_in(table, f"the side-car of {file_name(path)}")
 
 
 def table_of_dataset(path: Path) -> NameTable:

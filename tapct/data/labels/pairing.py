@@ -7,11 +7,11 @@ read and lie on the scan's grid is checked when the scan is examined.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from tapct.data.discover import Source, find_sources
-from tapct.data.labels.archive import FolderAndStem, LabelArchive, by_folder_and_stem
+from tapct.data.labels.archive import FolderAndStem, LabelArchive, Layout, by_folder_and_stem
 from tapct.data.labels.layouts import (
     beside,
     bids,
@@ -50,6 +50,7 @@ class LabelPairs:
             examined as scans, and are label files if they are refused.
         num_given: number of files in the folder of `--labels`.
         num_given_used: number of scans whose labels lie in that folder.
+        others_of: path of a scan to paths of further labels that fit it and are not used.
     """
 
     label_of: Mapping[Path, Path]
@@ -58,6 +59,7 @@ class LabelPairs:
     likely: frozenset[Path] = frozenset()
     num_given: int = 0
     num_given_used: int = 0
+    others_of: Mapping[Path, tuple[Path, ...]] = field(default_factory=dict)
 
 
 def pair_labels(sources: Sequence[Source], root: Path, labels: Path | None) -> LabelPairs:
@@ -79,14 +81,14 @@ def pair_labels(sources: Sequence[Source], root: Path, labels: Path | None) -> L
     owned = frozenset(path for layout in layouts for path in layout.owned)
     likely = frozenset(path for layout in layouts for path in layout.likely)
     label_of: dict[Path, Path] = {}
+    others_of: dict[Path, tuple[Path, ...]] = {}
     for source in others:
         if source.path in owned:
             continue
-        for layout in layouts:
-            path = layout.find(source)
-            if path is not None:
-                label_of[source.path] = path
-                break
+        found = _all_found(source, layouts)
+        if found:
+            label_of[source.path], *others_found = found
+            others_of[source.path] = tuple(others_found)
     used = set(label_of.values())
     label_files |= {source.path for source in others if _is_among(source, used)}
     label_files |= owned & {source.path for source in others}
@@ -99,7 +101,23 @@ def pair_labels(sources: Sequence[Source], root: Path, labels: Path | None) -> L
         likely=likely - label_files - used,
         num_given=len(by_name),
         num_given_used=sum(path.resolve() in given_files for path in scans.values()),
+        others_of={scan: others_of[scan] for scan in scans if others_of[scan]},
     )
+
+
+def _all_found(source: Source, layouts: Sequence[Layout]) -> list[Path]:
+    """All labels that fit a scan, in the order of the layouts: the first is used."""
+    found: dict[Path, None] = {}
+    for layout in layouts:
+        path = layout.find(source)
+        if path is None:
+            continue
+        for each in (path, *layout.others.get(path, ())):
+            # a folder of labels is no other label map beside the file in it
+            is_same = any(each in known.parents or known in each.parents for known in found)
+            if each != source.path and not is_same:
+                found.setdefault(each)
+    return list(found)
 
 
 def _is_among(source: Source, used: set[Path]) -> bool:

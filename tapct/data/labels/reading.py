@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from tapct.base.files import expand_path
+from tapct.base.marks import file_name
 from tapct.data import formats
 from tapct.data.discover import Source, find_source, stem_of
 from tapct.data.geometry import to_lps
@@ -115,7 +116,7 @@ def _read_file(path: Path, ignore: Collection[int]) -> _OnOwnGrid:
     if source.kind == DICOM.name:
         raise Refused(
             "unsupported",
-            f"{path.name} is DICOM, whose labels are read together with their scan; give a "
+            f"{file_name(path)} is DICOM, whose labels are read together with their scan; give a "
             f"{formats.listed('or', without=DICOM.name)} file",
         )
     sidecar = table_of_sidecar(path, read_sidecar(path))
@@ -127,7 +128,7 @@ def _read_file(path: Path, ignore: Collection[int]) -> _OnOwnGrid:
     if not names:
         dataset = table_of_dataset(path)  # its notes are reported once, by `report`
         names, more_ignored = dataset.names, dataset.ignore
-    label_map = _on_own_grid(path.name, image, (*ignore, *more_ignored), names)
+    label_map = _on_own_grid(file_name(path), image, (*ignore, *more_ignored), names)
     return _OnOwnGrid(label_map, image.affine[:3, 3], tuple(notes))
 
 
@@ -154,7 +155,7 @@ def _read_slicer(
         ignore: label values of voxels that nobody has labelled.
     """
     layers, segments = read_slicer(path), segments_of(path)
-    maps = [_on_own_grid(path.name, layer, ignore) for layer in layers]
+    maps = [_on_own_grid(file_name(path), layer, ignore) for layer in layers]
     if len(maps) == 1:
         named = [(segment.value, segment.name) for segment in segments]
         return _OnOwnGrid(replace(maps[0], names=names or clean_names(named)), None)
@@ -164,7 +165,7 @@ def _read_slicer(
         if not 0 <= segment.layer < len(maps):
             raise Refused(
                 "not_labels",
-                f"a segment of {path.name} is in layer {segment.layer} of {len(maps)}",
+                f"a segment of {file_name(path)} is in layer {segment.layer} of {len(maps)}",
             )
         overlay.add(number, maps[segment.layer].labels_ZYX == segment.value)
         claimed = unclaimed[segment.layer]
@@ -173,7 +174,8 @@ def _read_slicer(
         if values.any():
             raise Refused(
                 "not_labels",
-                f"layer {layer} of {path.name} holds value {values.max()}, which is no segment",
+                f"layer {layer} of {file_name(path)} holds value {values.max()}, which is no "
+                "segment",
             )
     named = [(number, segment.name) for number, segment in enumerate(segments, 1)]
     label_map = replace(maps[0], labels_ZYX=overlay.labels_ZYX, names=names or clean_names(named))
@@ -187,9 +189,9 @@ def _read_masks(folder: Path, volume: Volume, ignore: Collection[int]) -> ReadLa
     """
     files = mask_files(folder)
     if not files:
-        raise Refused("not_labels", f"folder {folder.name} holds no mask")
+        raise Refused("not_labels", f"folder {file_name(folder)} holds no mask")
     if len(files) > MAX_LABEL:
-        raise Refused("not_labels", f"folder {folder.name} holds {len(files)} files")
+        raise Refused("not_labels", f"folder {file_name(folder)} holds {len(files)} files")
     if len(files) == 1:
         found = _read_file(files[0], ignore)
         if found.label_map.labels_ZYX.max() > 1 or found.label_map.names:
@@ -214,13 +216,14 @@ def _read_masks(folder: Path, volume: Volume, ignore: Collection[int]) -> ReadLa
 def _read_mask(file: Path, volume: Volume, ignore: Collection[int]) -> np.ndarray:
     """The mask of one organ on the grid of the scan: bool (Z, Y, X)."""
     image = read_image(find_source(file))
-    own = _on_own_grid(f"{file.parent.name}/{file.name}", image, ignore)
+    own_name = file_name(f"{file.parent.name}/{file.name}")
+    own = _on_own_grid(own_name, image, ignore)
     on_scan = fit_to_scan(own, volume, image.affine[:3, 3])
     values = np.unique(on_scan.labels_ZYX)
     if len(values[values != 0]) > 1 or IGNORE_LABEL in values:
         raise Refused(
             "not_labels",
-            f"{file.parent.name}/{file.name} holds the values {values[:6].tolist()}; rule for one "
+            f"{own_name} holds the values {values[:6].tolist()}; rule for one "
             "mask per organ: 0 and one other value",
         )
     mask_ZYX: np.ndarray = on_scan.labels_ZYX != 0

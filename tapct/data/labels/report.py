@@ -17,6 +17,8 @@ class LabelReport:
             there.
         num_given: number of files in the folder of `--labels`; 0 without the option.
         num_given_used: number of scans whose labels lie in that folder.
+        num_several: number of accepted scans for which several label maps were found.
+        example: a label map that was used and one of the same scan that was not.
         notes: one line for each thing in a `dataset.json` that is not used.
     """
 
@@ -27,6 +29,8 @@ class LabelReport:
     num_given: int = 0
     num_given_used: int = 0
     notes: tuple[str, ...] = ()
+    num_several: int = 0
+    example: tuple[str, str] = ("", "")
 
     def lines(self) -> list[str]:
         """Lines for the terminal; empty for an archive without any labels."""
@@ -39,4 +43,12 @@ class LabelReport:
             parts.append(f"{total} found but not used ({counts})")
         if self.unmatched:
             parts.append(f"unmatched label files: {len(self.unmatched)}, e.g. {self.unmatched[0]}")
-        return ["; ".join(parts), *self.notes]
+        lines = ["; ".join(parts)]
+        if self.num_several:
+            used, other = self.example
+            scans = f"{self.num_several} scan{'s have' if self.num_several > 1 else ' has'}"
+            lines.append(
+                f"{scans} several label maps; the first was used, e.g. {used} and not {other}; "
+                "docs/data.md gives the order"
+            )
+        return [*lines, *self.notes]

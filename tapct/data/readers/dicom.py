@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from tapct.base.exits import single_line
+from tapct.base.marks import file_name
 from tapct.data.readers import dicom_elements as elements
 from tapct.data.readers import dicom_frames, dicom_geometry, dicom_pixels
 from tapct.data.readers.dicom_head import Head, head_of
@@ -76,10 +77,10 @@ def read(files: Sequence[Path]) -> Image:
 def _open(path: Path) -> tuple[Dataset, Head]:
     """The content of one file and its head, which must be that of a slice with a place."""
     if path.stat().st_size == 0:
-        raise Refused("empty_file", f"{path.name} has no content")
+        raise Refused("empty_file", f"{file_name(path)} has no content")
     dataset = elements.read_dataset(path, None)
     if dataset is None:
-        raise Refused("unreadable", f"{path.name} is not DICOM")
+        raise Refused("unreadable", f"{file_name(path)} is not DICOM")
     head = head_of(path, dataset)
     problem = head.refusal or head.misplaced
     if problem is None or problem[0] not in ("not_ct", "localizer"):

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tapct.base.marks import file_name
 from tapct.types import Refused
 
 if TYPE_CHECKING:
@@ -75,7 +76,9 @@ def read_dataset(path: Path, tags: Sequence[str | int] | None) -> Dataset | None
                     specific_tags=None if tags is None else [_tag(name) for name in tags],
                 )
             except EOFError as error:
-                raise Refused("truncated", f"{path.name} ends early; copy it again") from error
+                raise Refused(
+                    "truncated", f"{file_name(path)} ends early; copy it again"
+                ) from error
             except Exception:
                 if has_preamble:
                     raise

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tapct.base.marks import file_name
 from tapct.data.readers import dicom_elements as elements
 from tapct.data.readers import dicom_kind as kind
 from tapct.data.readers.dicom_head import Head, place_from
@@ -51,10 +52,11 @@ def frames_of(path: Path, dataset: Dataset, head: Head) -> list[FrameSlice]:
         if len(per_frame) != num_frames:
             raise Refused(
                 "multiframe",
-                f"{path.name} claims {num_frames} frames and gives the places of {len(per_frame)}",
+                f"{file_name(path)} claims {num_frames} frames and gives the places of "
+                f"{len(per_frame)}",
             )
         return [
-            _frame(f"frame {number} of {path.name}", head, [item, *shared[:1], dataset])
+            _frame(f"frame {number} of {file_name(path)}", head, [item, *shared[:1], dataset])
             for number, item in enumerate(per_frame, 1)
         ]
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from tapct.base.marks import file_name
 from tapct.data.readers import dicom_elements as elements
 from tapct.data.readers import dicom_kind as kind
 from tapct.types import Refused
@@ -107,14 +108,14 @@ def head_of(path: Path, dataset: Dataset) -> Head:
     sop_class = elements.text(dataset, "SOPClassUID") or elements.text(
         dataset.file_meta, "MediaStorageSOPClassUID"
     )
-    refusal = kind.refusal_of(path.name, sop_class, dataset)
+    refusal = kind.refusal_of(file_name(path), sop_class, dataset)
     is_slice = refusal is None and sop_class not in kind.MULTIFRAME
     place, misplaced = _Place(), None
     if is_slice:
         try:
-            place = _place_of(path.name, dataset)
+            place = _place_of(file_name(path), dataset)
         except Refused as error:
-            misplaced = (error.reason, error.detail)
+            misplaced = (error.reason, error.marked)
     return Head(
         path=path,
         sop_class=sys.intern(sop_class),

@@ -6,6 +6,7 @@ import math
 import re
 from typing import TYPE_CHECKING
 
+from tapct.base.marks import quoted
 from tapct.data.readers import dicom_elements as elements
 
 if TYPE_CHECKING:
@@ -115,13 +116,13 @@ def refusal_of(name: str, sop_class: str, dataset: Dataset) -> tuple[str, str] |
         return "corrupt", f"{name} has neither Modality nor SOP class; copy the file again"
     is_ct_class = sop_class == CT or sop_class in MULTIFRAME
     if modality not in ("CT", "") or (not modality and not is_ct_class):
-        return "not_ct", f"Modality is '{modality}'; rule: CT"
+        return "not_ct", f"Modality is {quoted(modality)}; rule: CT"
     if sop_class and not is_ct_class:
-        return "not_ct", f"SOP class '{sop_class}' is not CT Image Storage"
+        return "not_ct", f"SOP class {quoted(sop_class)} is not CT Image Storage"
     image_type = elements.text(dataset, "ImageType").upper()
     if is_localizer(image_type):
         shown = image_type.replace("\\", "/")
-        return "localizer", f"ImageType is '{shown}', which is a projection and not a slice"
+        return "localizer", f"ImageType is {quoted(shown)}, which is a projection and not a slice"
     if sop_class in MULTIFRAME:
         return None  # the rest is given for each frame
     num_frames = elements.whole(dataset, "NumberOfFrames")
@@ -145,7 +146,7 @@ def _values_refusal(name: str, dataset: Dataset) -> tuple[str, str] | None:
     if samples != 1 or (photometric and not photometric.startswith("MONOCHROME")):
         return (
             "not_scalar",
-            f"{name} has {samples} values per pixel ('{photometric}'); rule: one grey value",
+            f"{name} has {samples} values per pixel ({quoted(photometric)}); rule: one grey value",
         )
     return rescale_refusal(
         name,
@@ -171,7 +172,7 @@ def rescale_refusal(
     if slope == 0 or not (math.isfinite(slope) and math.isfinite(intercept)):
         return "no_rescale", f"{name} has rescale slope {slope}, intercept {intercept}"
     if unit.upper() not in ("", "HU", "US"):
-        return "not_hu", f"RescaleType is '{unit}'; rule: HU"
+        return "not_hu", f"RescaleType is {quoted(unit)}; rule: HU"
     return None
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from tapct.base.marks import file_name, quoted
 from tapct.data.readers import dicom_elements as elements
 from tapct.data.readers.dicom_kind import SEGMENTATIONS, STRUCTURE_SET
 from tapct.types import Refused
@@ -143,7 +144,7 @@ def read_object(path: Path) -> LabelObject:
     """
     dataset = elements.read_dataset(path, None)
     if dataset is None:
-        raise Refused("unreadable", f"{path.name} is not DICOM")
+        raise Refused("unreadable", f"{file_name(path)} is not DICOM")
     sop_class = str(dataset.get("SOPClassUID", ""))
     identity = _identity(dataset)
     if sop_class == STRUCTURE_SET:
@@ -152,16 +153,16 @@ def read_object(path: Path) -> LabelObject:
     if sop_class not in SEGMENTATIONS:
         raise Refused(
             "not_labels",
-            f"{path.name} has SOP class '{sop_class}'; rule: DICOM SEG or RTSTRUCT",
+            f"{file_name(path)} has SOP class {quoted(sop_class)}; rule: DICOM SEG or RTSTRUCT",
         )
     kind = str(dataset.get("SegmentationType", ""))
     if kind not in ("BINARY", "LABELMAP"):
         raise Refused(
             "not_labels",
-            f"{path.name} has SegmentationType '{kind}'; rule: BINARY or LABELMAP",
+            f"{file_name(path)} has SegmentationType {quoted(kind)}; rule: BINARY or LABELMAP",
         )
     if "PixelData" not in dataset:
-        raise Refused("truncated", f"{path.name} ends before its pixels; copy it again")
+        raise Refused("truncated", f"{file_name(path)} ends before its pixels; copy it again")
     structures = tuple(
         Structure(int(item.SegmentNumber), str(item.get("SegmentLabel", "")))
         for item in _items(dataset, "SegmentSequence")

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from tapct.base.exits import single_line
+from tapct.base.marks import file_name
 from tapct.data.readers import dicom_elements as elements
 from tapct.data.readers.raw import MAX_TEXT
 from tapct.types import Refused
@@ -44,7 +45,7 @@ def stored_values(path: Path, dataset: Dataset, num_frames: int) -> tuple[np.nda
         if num_frames > 1:
             raise Refused(
                 "unsupported",
-                f"{path.name} holds {num_frames} frames in {syntax.name}; decompress it",
+                f"{file_name(path)} holds {num_frames} frames in {syntax.name}; decompress it",
             )
         pixels, is_rescaled = _by_gdcm(path, dataset), True
     else:
@@ -56,7 +57,7 @@ def stored_values(path: Path, dataset: Dataset, num_frames: int) -> tuple[np.nda
     if pixels.size != num_frames * rows * columns:
         raise Refused(
             "corrupt",
-            f"{path.name} decodes to {pixels.shape} pixels; its header gives {rows} rows, "
+            f"{file_name(path)} decodes to {pixels.shape} pixels; its header gives {rows} rows, "
             f"{columns} columns",
         )
     return pixels.reshape(num_frames, rows, columns), is_rescaled
@@ -92,19 +93,23 @@ def check_has_pixels(path: Path, dataset: Dataset) -> None:
     if _ELSCINT_PIXELS in dataset or private.startswith("PMSCT"):
         raise Refused(
             "private_compression",
-            f"{path.name} is compressed with a private method of ELSCINT1; convert it with "
+            f"{file_name(path)} is compressed with a private method of ELSCINT1; convert it with "
             "gdcmconv --raw",
         )
     if "FloatPixelData" in dataset or "DoubleFloatPixelData" in dataset:
-        raise Refused("unsupported", f"{path.name} holds pixels as floats; convert it to NIfTI")
+        raise Refused(
+            "unsupported", f"{file_name(path)} holds pixels as floats; convert it to NIfTI"
+        )
     if "PixelData" not in dataset:
-        raise Refused("truncated", f"{path.name} ends before its pixels; copy it again")
+        raise Refused("truncated", f"{file_name(path)} ends before its pixels; copy it again")
 
 
 def _check_length(path: Path, num_bytes: int, expected: int) -> None:
     """Refuse pixels that are fewer than the header promises."""
     if num_bytes < expected:
-        raise Refused("truncated", f"{path.name} holds {num_bytes} of {expected} bytes of pixels")
+        raise Refused(
+            "truncated", f"{file_name(path)} holds {num_bytes} of {expected} bytes of pixels"
+        )
 
 
 def _pydicom_decodes(dataset: Dataset) -> bool:
@@ -135,7 +140,7 @@ def _by_gdcm(path: Path, dataset: Dataset) -> np.ndarray:
         syntax = dataset.file_meta.TransferSyntaxUID.name
         raise Refused(
             "unsupported",
-            f"{path.name} is compressed as {syntax}, which neither pydicom nor GDCM decodes: "
+            f"{file_name(path)} is compressed as {syntax}, which neither pydicom nor GDCM decodes: "
             + single_line(str(error).rpartition("ERROR:")[2] or error, MAX_TEXT),
         ) from error
 
@@ -148,8 +153,8 @@ def _check_ends(path: Path, dataset: Dataset) -> None:
         (frame,) = generate_frames(dataset.PixelData, number_of_frames=1)
     except Exception as error:
         raise Refused(
-            "truncated", f"the compressed pixels of {path.name} are cut off; copy it again"
+            "truncated", f"the compressed pixels of {file_name(path)} are cut off; copy it again"
         ) from error
     is_jpeg = frame[:2] == b"\xff\xd8"
     if is_jpeg and not frame.rstrip(b"\0").endswith(b"\xff\xd9"):
-        raise Refused("truncated", f"the JPEG image in {path.name} is cut off; copy it again")
+        raise Refused("truncated", f"the JPEG image in {file_name(path)} is cut off; copy it again")

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from tapct.base.marks import file_name, quoted
 from tapct.data.readers.raw import (
     Header,
     Image,
@@ -200,9 +201,9 @@ def _numbers(text: str, count: int, what: str, reason: str) -> list[float]:
     try:
         values = [float(part) for part in re.split(r"[\s,()]+", text.strip()) if part]
     except ValueError as error:
-        raise Refused(reason, f"{what} is '{text.strip()}'; rule: {count} numbers") from error
+        raise Refused(reason, f"{what} is {quoted(text.strip())}; rule: {count} numbers") from error
     if len(values) != count or not np.isfinite(values).all():
-        raise Refused(reason, f"{what} is '{text.strip()}'; rule: {count} finite numbers")
+        raise Refused(reason, f"{what} is {quoted(text.strip())}; rule: {count} finite numbers")
     return values
 
 
@@ -222,11 +223,11 @@ def _beside(path: Path, name: str) -> Path:
     ):
         raise Refused(
             "unsupported",
-            f"data file '{name}'; rule: one file beside its header; write scan and header into one "
-            "file",
+            f"data file {quoted(name)} is a list or pattern of files, or lies in another folder; "
+            "rule: one file beside its header; write scan and header into one file",
         )
     if not data_file.is_file():
-        raise Refused("truncated", f"the data file '{name}' is not beside its header")
+        raise Refused("truncated", f"the data file {quoted(name)} is not beside its header")
     return data_file
 
 
@@ -237,10 +238,10 @@ def _nrrd_fields(path: Path) -> tuple[dict[str, str], int]:
     with path.open("rb") as file:
         text = file.read(_HEADER_LIMIT)
     if not text.startswith(b"NRRD000"):
-        raise Refused("corrupt", f"{path.name} does not start with NRRD000")
+        raise Refused("corrupt", f"{file_name(path)} does not start with NRRD000")
     blank = re.search(rb"\r?\n\r?\n", text)
     if blank is None and path.suffix.lower() == ".nrrd":
-        raise Refused("truncated", f"{path.name} ends inside its header")
+        raise Refused("truncated", f"{file_name(path)} ends inside its header")
     end = len(text) if blank is None else blank.end()
     fields = {}
     lines = text[:end].decode("utf-8", "replace").splitlines()[1:]
@@ -252,7 +253,8 @@ def _nrrd_fields(path: Path) -> tuple[dict[str, str], int]:
         if len(line) > _MAX_FIELD and not is_free_text:
             raise Refused(
                 "corrupt",
-                f"line '{line[:20]}...' of the NRRD header has {len(line)} characters; rule: at "
+                f"line {quoted(line[:20] + '...')} of the NRRD header has {len(line)} "
+                "characters; rule: at "
                 f"most {_MAX_FIELD}",
             )
         if line.startswith("#") or not line.strip():
@@ -260,9 +262,11 @@ def _nrrd_fields(path: Path) -> tuple[dict[str, str], int]:
         is_pair = value.startswith("=")
         name = key.strip() + ":=" if is_pair else key.strip().lower()
         if not is_pair and (not colon or name.replace(" ", "") not in _FIELDS):
-            raise Refused("corrupt", f"line '{line[:40]}' of the NRRD header is no field of NRRD")
+            raise Refused(
+                "corrupt", f"line {quoted(line[:40])} of the NRRD header is no field of NRRD"
+            )
         if name in fields and not is_pair:
-            raise Refused("corrupt", f"the NRRD header has the field '{name}' twice")
+            raise Refused("corrupt", f"the NRRD header has the field {quoted(name)} twice")
         fields[name] = value.lstrip("=").strip()
         if name.replace(" ", "") == "datafile" and fields[name].upper().startswith("LIST"):
             break  # the names of the files follow
@@ -274,7 +278,7 @@ def _nrrd_head(path: Path, *, with_layers: bool = False) -> _Head:
     fields, end = _nrrd_fields(path)
     missing = [key for key in ("type", "dimension", "sizes", "encoding") if key not in fields]
     if missing:
-        raise Refused("corrupt", f"the NRRD header lacks '{missing[0]}'")
+        raise Refused("corrupt", f"the NRRD header lacks {quoted(missing[0])}")
     num_layers = _take_layer_axis(fields) if with_layers else 1
     kinds = fields.get("kinds", "").split()
     directions = fields.get("space directions", "")
@@ -283,25 +287,28 @@ def _nrrd_head(path: Path, *, with_layers: bool = False) -> _Head:
         vector = [kind for kind in kinds if kind not in spatial]
         if vector:
             raise Refused(
-                "not_scalar", f"an axis is of kind '{vector[0]}'; rule: one value per voxel"
+                "not_scalar", f"an axis is of kind {quoted(vector[0])}; rule: one value per voxel"
             )
         raise Refused(
-            "not_3d", f"the file has '{fields['dimension']}' axes, '{fields['sizes']}'; rule: three"
+            "not_3d",
+            f"the file has {quoted(fields['dimension'])} axes, {quoted(fields['sizes'])}; "
+            "rule: three",
         )
     odd = [kind for kind in kinds if kind not in _SPATIAL_KINDS]
     if odd or (kinds and len(kinds) != 3):
         raise Refused(
-            "corrupt", f"kinds are '{' '.join(kinds)}'; rule: three times domain or space"
+            "corrupt", f"kinds are {quoted(' '.join(kinds))}; rule: three times domain or space"
         )
     if "none" in directions or fields["type"] not in _NRRD_TYPES:
         raise Refused(
             "not_scalar",
-            f"type '{fields['type']}', kinds '{' '.join(kinds)}'; rule: one real value per voxel",
+            f"type {quoted(fields['type'])}, kinds {quoted(' '.join(kinds))}; rule: one real "
+            "value per voxel",
         )
     if fields["encoding"] not in ("raw", "gzip", "gz"):
         raise Refused(
             "unsupported",
-            f"encoding '{fields['encoding']}'; rule: raw or gzip; write the file again",
+            f"encoding {quoted(fields['encoding'])}; rule: raw or gzip; write the file again",
         )
     if int(fields.get("line skip", "0")) or int(fields.get("byte skip", "0")) > 0:
         raise Refused(
@@ -311,7 +318,7 @@ def _nrrd_head(path: Path, *, with_layers: bool = False) -> _Head:
     if space not in _TO_LPS or not directions or "space origin" not in fields:
         raise Refused(
             "no_orientation",
-            f"space '{space}'; rule: a named space (LPS, RAS or LAS), directions and origin",
+            f"space {quoted(space)}; rule: a named space (LPS, RAS or LAS), directions and origin",
         )
     shape = tuple(int(size) for size in _numbers(fields["sizes"], 3, "sizes", "corrupt"))
     check_shape(shape)
@@ -337,7 +344,7 @@ def _nrrd_dtype(fields: dict[str, str]) -> np.dtype:
     """The type of a voxel; the byte order must be given where a voxel has several bytes."""
     name, endian = _NRRD_TYPES[fields["type"]], fields.get("endian", "")
     if endian not in ("little", "big") and not name.endswith("1"):
-        raise Refused("corrupt", f"endian is '{endian}'; rule: little or big")
+        raise Refused("corrupt", f"endian is {quoted(endian)}; rule: little or big")
     return np.dtype((">" if endian == "big" else "<") + name)
 
 
@@ -410,12 +417,12 @@ def _meta_fields(path: Path) -> tuple[dict[str, str], int]:
             if not equals or file.tell() > _HEADER_LIMIT:
                 break
             if fields.setdefault(key.strip(), value.strip()) != value.strip():
-                raise Refused("corrupt", f"the header has two values of '{key.strip()}'")
+                raise Refused("corrupt", f"the header has two values of {quoted(key.strip())}")
             if key.strip() == "ElementDataFile":
                 return fields, file.tell()
     raise Refused(
         "truncated" if "NDims" in fields else "corrupt",
-        f"{path.name} has no complete MetaImage header",
+        f"{file_name(path)} has no complete MetaImage header",
     )
 
 
@@ -424,14 +431,18 @@ def _meta_head(path: Path) -> _Head:
     fields, end = _meta_fields(path)
     missing = [key for key in ("NDims", "DimSize", "ElementType") if key not in fields]
     if missing:
-        raise Refused("corrupt", f"the MetaImage header lacks '{missing[0]}'")
+        raise Refused("corrupt", f"the MetaImage header lacks {quoted(missing[0])}")
     if fields["NDims"] != "3":
         raise Refused(
-            "not_3d", f"the file has '{fields['NDims']}' axes, '{fields['DimSize']}'; rule: three"
+            "not_3d",
+            f"the file has {quoted(fields['NDims'])} axes, {quoted(fields['DimSize'])}; "
+            "rule: three",
         )
     element = fields["ElementType"].removeprefix("MET_")
     if element not in _META_TYPES or fields.get("ElementNumberOfChannels", "1") != "1":
-        raise Refused("not_scalar", f"elements are '{element}'; rule: one real value per voxel")
+        raise Refused(
+            "not_scalar", f"elements are {quoted(element)}; rule: one real value per voxel"
+        )
     if not _is_true(fields.get("BinaryData", "True")) or int(fields.get("HeaderSize", "0")) > 0:
         raise Refused(
             "unsupported",

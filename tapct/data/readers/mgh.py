@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from tapct.base.marks import file_name
 from tapct.data.readers.raw import Image, check_shape, check_size, inflate, is_gzip, read_head
 from tapct.types import Refused
 
@@ -35,11 +36,12 @@ def read(files: Sequence[Path]) -> Image:
     head = read_head(path, _HEADER_BYTES)
     if len(head) < _HEADER_BYTES:
         raise Refused(
-            "truncated", f"{path.name} holds {len(head)} bytes; an MGH header has {_HEADER_BYTES}"
+            "truncated",
+            f"{file_name(path)} holds {len(head)} bytes; an MGH header has {_HEADER_BYTES}",
         )
     version, *sizes, code, _ = np.frombuffer(head, ">i4", 7).tolist()
     if version != 1:
-        raise Refused("corrupt", f"{path.name} has version {version}; an MGH file has 1")
+        raise Refused("corrupt", f"{file_name(path)} has version {version}; an MGH file has 1")
     if sizes[3] > 1:
         raise Refused("not_3d", f"the file holds {sizes[3]} volumes; split it, one file per scan")
     if code not in _DTYPES:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from tapct.base.marks import file_name
 from tapct.data.readers.raw import (
     Image,
     check_shape,
@@ -83,7 +84,9 @@ def _parse(path: Path, head: bytes) -> nibabel.Nifti1Header:
     import nibabel
 
     if len(head) < 348:
-        raise Refused("truncated", f"{path.name} holds {len(head)} bytes; a NIfTI header has 348")
+        raise Refused(
+            "truncated", f"{file_name(path)} holds {len(head)} bytes; a NIfTI header has 348"
+        )
     sizes = {int.from_bytes(head[:4], "little"): "<", int.from_bytes(head[:4], "big"): ">"}
     for size, kind, magic in (
         (348, nibabel.Nifti1Header, head[344:348]),
@@ -93,12 +96,12 @@ def _parse(path: Path, head: bytes) -> nibabel.Nifti1Header:
             continue
         if len(head) < size:
             raise Refused(
-                "truncated", f"{path.name} holds {len(head)} bytes; its header has {size}"
+                "truncated", f"{file_name(path)} holds {len(head)} bytes; its header has {size}"
             )
         if magic not in (b"n+1\0", b"n+2\0", b"ni1\0", b"ni2\0"):
             raise Refused(
                 "no_orientation",
-                f"{path.name} is an Analyze header, in which left and right are not defined; "
+                f"{file_name(path)} is an Analyze header, in which left and right are not defined; "
                 "convert it to .nii.gz with the directions of the scanner",
             )
         header = kind(head[:size], endianness=sizes[size], check=False)
@@ -114,7 +117,7 @@ def _parse(path: Path, head: bytes) -> nibabel.Nifti1Header:
                 f"datatype is {int(header['datatype'])}; rule: integers, float32 or float64",
             )
         return header
-    raise Refused("corrupt", f"{path.name} does not start with a NIfTI header")
+    raise Refused("corrupt", f"{file_name(path)} does not start with a NIfTI header")
 
 
 def _data_file(path: Path, header: nibabel.Nifti1Header) -> Path:
@@ -126,7 +129,10 @@ def _data_file(path: Path, header: nibabel.Nifti1Header) -> Path:
         partner = path.with_name(stem + suffix)
         if partner.is_file():
             return partner
-    raise Refused("truncated", f"{path.name} has no voxels: {stem}.img is missing beside it")
+    raise Refused(
+        "truncated",
+        f"{file_name(path)} has no voxels: {file_name(f'{stem}.img')} is missing beside it",
+    )
 
 
 def _shape(header: nibabel.Nifti1Header) -> tuple[int, int, int]:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from tapct.base.marks import file_name
 from tapct.types import Refused
 
 # a header that claims more is broken: 65k slices of 256 x 256, or 16k of 512 x 512
@@ -109,7 +110,9 @@ def read_head(path: Path, num_bytes: int) -> bytes:
     try:
         return zlib.decompressobj(31).decompress(start, num_bytes)
     except zlib.error as error:
-        raise Refused("corrupt", f"{path.name} is not a readable gzip stream ({error})") from error
+        raise Refused(
+            "corrupt", f"{file_name(path)} is not a readable gzip stream ({error})"
+        ) from error
 
 
 def inflate(path: Path, offset: int, expected: int, slack: int = 0) -> bytes:
@@ -144,14 +147,14 @@ def inflate(path: Path, offset: int, expected: int, slack: int = 0) -> bytes:
                 if whole and len(kept) >= expected:
                     break  # padding after the last stream
                 raise Refused(
-                    "corrupt", f"{path.name} is damaged: {error}; copy it again"
+                    "corrupt", f"{file_name(path)} is damaged: {error}; copy it again"
                 ) from error
             kept += data[: max(0, expected - len(kept))]
             num_bytes += len(data)
             if num_bytes > limit:
                 raise Refused(
                     "corrupt",
-                    f"{path.name} inflates to more than {limit} bytes, its header promises "
+                    f"{file_name(path)} inflates to more than {limit} bytes, its header promises "
                     f"{expected}",
                 )
             whole = stream.eof
@@ -162,7 +165,8 @@ def inflate(path: Path, offset: int, expected: int, slack: int = 0) -> bytes:
     if not whole or len(kept) < expected:
         raise Refused(
             "truncated",
-            f"{path.name} ends after {len(kept)} of {expected} bytes of header and voxels; copy "
+            f"{file_name(path)} ends after {len(kept)} of {expected} bytes of header and "
+            "voxels; copy "
             "it again",
         )
     check_size(path, num_bytes, expected, slack)
@@ -193,12 +197,13 @@ def check_size(path: Path, num_bytes: int, expected: int, slack: int) -> None:
     """
     if num_bytes < expected:
         raise Refused(
-            "truncated", f"{path.name} holds {num_bytes} of {expected} bytes; copy it again"
+            "truncated", f"{file_name(path)} holds {num_bytes} of {expected} bytes; copy it again"
         )
     if num_bytes > expected + slack:
         raise Refused(
             "header_mismatch",
-            f"{path.name} holds {num_bytes} bytes, but its header describes {expected}: it claims "
+            f"{file_name(path)} holds {num_bytes} bytes, but its header describes "
+            f"{expected}: it claims "
             "fewer or smaller voxels; write the file again",
         )
 

@@ -142,3 +142,37 @@ def test_a_layout_that_is_added_to_the_list_finds_labels(
     monkeypatch.setattr(pairing, "LAYOUTS", (*pairing.LAYOUTS, build))
     (row,) = index.build_manifest(root, tmp_path / "m.parquet").rows
     assert (row.path, row.label_path) == ("c1/ct.nii.gz", "c1/organs.nii.gz")
+
+
+@pytest.mark.parametrize(
+    ("scan", "used", "others"),
+    [
+        ("c1.nii.gz", "c1_mask.nii.gz", ("c1_seg.nii.gz",)),
+        ("c1.nii.gz", "c1_seg1.nii.gz", ("c1_seg2.nii.gz", "c1_seg3.nii.gz")),
+        ("images/c1.nii.gz", "labels/c1.nii.gz", ("labels/c1_seg.nii.gz",)),
+        ("c1.nii.gz", "c1_seg.nii.gz", ("masks/c1.nii.gz",)),
+        ("s1/ct.nii.gz", "s1/segmentations", ("s1/mask.nii.gz",)),
+    ],
+)
+def test_a_choice_among_several_label_maps_is_reported(
+    tmp_path: Path, scan: str, used: str, others: tuple[str, ...]
+) -> None:
+    save_scan(tmp_path / "a" / scan, noise_ct(1))
+    first = f"{used}/liver.nii.gz" if used.endswith("segmentations") else used
+    for path in (first, *others):
+        save_labels(tmp_path / "a" / path)
+    built = index.build_manifest(tmp_path / "a", tmp_path / "m.parquet")
+    (row,) = (row for row in built.rows if row.path == scan)
+    assert row.label_path == used or "not used" in row.detail
+    assert f"the first of {len(others) + 1} label maps is used" in row.detail
+    assert built.label_report is not None
+    assert built.label_report.num_several == 1
+    assert f"e.g. {used} and not {others[0]}" in "\n".join(built.label_report.lines())
+
+
+def test_one_label_map_is_no_choice(tmp_path: Path) -> None:
+    save_scan(tmp_path / "a" / "c1.nii.gz", noise_ct(1))
+    save_labels(tmp_path / "a" / "labels" / "c1.nii.gz")
+    built = index.build_manifest(tmp_path / "a", tmp_path / "m.parquet")
+    assert [row.detail for row in built.rows] == [""]
+    assert built.label_report is not None and built.label_report.num_several == 0

@@ -252,3 +252,16 @@ def test_directions_are_part_of_the_grid() -> None:
             continue
         with pytest.raises(Refused, match=problem):
             check_same_grid(volume, labels)
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.int32, np.float32])
+def test_the_stored_code_of_not_labelled_is_no_label_unless_it_is_ignored(
+    tmp_path: Path, dtype: type
+) -> None:
+    values = make_labels().astype(dtype)
+    values[:, 0, 0] = IGNORE_LABEL
+    volume, file = scan_at(tmp_path, FLIPPED), save(tmp_path / "labels.nii.gz", values, FLIPPED)
+    with pytest.raises(Refused, match="not_labels: .* --ignore-label 65535"):
+        read_labels_of(volume, file)
+    found = read_labels_of(volume, file, (IGNORE_LABEL,)).label_map
+    assert (found.labels_ZYX == IGNORE_LABEL).sum() == len(values)

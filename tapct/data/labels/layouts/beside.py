@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tapct.data.discover import Source, stem_of
 from tapct.data.labels import words
-from tapct.data.labels.archive import FolderAndStem, LabelArchive, Layout
+from tapct.data.labels.archive import FolderAndStem, LabelArchive, Layout, keep_first
 
 
 def build(archive: LabelArchive) -> Layout:
@@ -19,13 +19,14 @@ def build(archive: LabelArchive) -> Layout:
     labels: dict[FolderAndStem, Path] = {}  # by folder and key
     stems_in: dict[Path, list[str]] = defaultdict(list)
     likely = set()
+    others: dict[Path, list[Path]] = {}
     for (folder, stem), path in archive.files.items():
         keys = words.keys_by_word(stem) if path.is_file() else ()  # a DICOM folder is never labels
         if not keys:
             stems_in[folder].append(stem)
         for key in keys:
             likely.add(path)
-            labels.setdefault((folder, key), path)
+            keep_first(labels, (folder, key), path, others)
     shared = {folder: words.ambiguous_keys(stems) for folder, stems in stems_in.items()}
 
     def find(scan: Source) -> Path | None:
@@ -37,4 +38,4 @@ def build(archive: LabelArchive) -> Layout:
                 return path
         return None
 
-    return Layout(find, likely=frozenset(likely))
+    return Layout(find, likely=frozenset(likely), others=others)

@@ -11,16 +11,17 @@ from pathlib import Path
 
 from tapct.data.discover import Source, stem_of
 from tapct.data.labels import words
-from tapct.data.labels.archive import FolderAndStem, LabelArchive, Layout
+from tapct.data.labels.archive import FolderAndStem, LabelArchive, Layout, keep_first
 
 
 def build(archive: LabelArchive) -> Layout:
     """Prepare the search in the folder of `--labels`."""
     num_with = Counter(stem_of(source.path) for source in archive.sources)
     by_key: dict[FolderAndStem, Path] = dict(archive.given)
+    others: dict[Path, list[Path]] = {}
     for (folder, stem), path in archive.given.items():
         for key in words.keys_by_word(stem):
-            by_key.setdefault((folder, key), path)
+            keep_first(by_key, (folder, key), path, others)
     shared = words.ambiguous_keys(num_with)
 
     def find(scan: Source) -> Path | None:
@@ -34,4 +35,4 @@ def build(archive: LabelArchive) -> Layout:
                     return by_key[folder, key]
         return None
 
-    return Layout(find, owned=frozenset(archive.given.values()))
+    return Layout(find, owned=frozenset(archive.given.values()), others=others)

@@ -9,18 +9,19 @@ from pathlib import Path
 
 from tapct.data.discover import Source, stem_of
 from tapct.data.labels import words
-from tapct.data.labels.archive import FolderAndStem, LabelArchive, Layout
+from tapct.data.labels.archive import FolderAndStem, LabelArchive, Layout, keep_first
 
 
 def build(archive: LabelArchive) -> Layout:
     """Find the files in folders that are named by a word for labels."""
     labels: dict[FolderAndStem, Path] = {}  # by folder of the scans and key
     stems_in: dict[Path, list[str]] = {}
+    others: dict[Path, list[Path]] = {}
     for (folder, stem), path in archive.files.items():
         stems_in.setdefault(folder, []).append(stem)
         if path.is_file() and folder != Path() and folder.name.lower() in words.LABEL_FOLDERS:
             for key in words.label_keys(stem):
-                labels.setdefault((folder.parent, key), path)
+                keep_first(labels, (folder.parent, key), path, others)
     shared = {folder: words.ambiguous_keys(stems) for folder, stems in stems_in.items()}
 
     def find(scan: Source) -> Path | None:
@@ -30,4 +31,4 @@ def build(archive: LabelArchive) -> Layout:
                 return labels[folder, key]
         return None
 
-    return Layout(find, likely=frozenset(labels.values()))
+    return Layout(find, likely=frozenset(labels.values()), others=others)

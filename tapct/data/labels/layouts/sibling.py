@@ -11,20 +11,21 @@ from pathlib import Path
 
 from tapct.data.discover import Source, stem_of
 from tapct.data.labels import words
-from tapct.data.labels.archive import LabelArchive, Layout
+from tapct.data.labels.archive import FolderAndStem, LabelArchive, Layout, keep_first
 
 
 def build(archive: LabelArchive) -> Layout:
     """Prepare the search in the folders of labels of an archive."""
     stems_in: dict[Path, list[str]] = defaultdict(list)
-    labels_in: dict[Path, dict[str, Path]] = defaultdict(dict)
+    labels_in: dict[FolderAndStem, Path] = {}
+    others: dict[Path, list[Path]] = {}
     lower: dict[str, Path] = {}  # folder in lower case -> folder
     for (folder, stem), path in archive.files.items():
         stems_in[folder].append(stem)
         lower.setdefault(folder.as_posix().lower(), folder)
         if path.is_file():
             for key in words.label_keys(stem):
-                labels_in[folder].setdefault(key, path)
+                keep_first(labels_in, (folder, key), path, others)
     siblings = {folder: _label_folders(folder, lower) for folder in stems_in}
     shared = {folder: words.ambiguous_keys(stems) for folder, stems in stems_in.items()}
 
@@ -32,17 +33,17 @@ def build(archive: LabelArchive) -> Layout:
         folder, stem = archive.folder_of(scan), stem_of(scan.path)
         for labels in siblings.get(folder, ()):
             for key in words.scan_keys(stem):
-                if key in labels_in[labels] and (key == stem or key not in shared[folder]):
-                    return labels_in[labels][key]
+                if (labels, key) in labels_in and (key == stem or key not in shared[folder]):
+                    return labels_in[labels, key]
         return None
 
-    owned = {
+    label_folders = {folder for folders in siblings.values() for folder in folders}
+    owned = frozenset(
         path
-        for folders in siblings.values()
-        for folder in folders
-        for path in labels_in[folder].values()
-    }
-    return Layout(find, owned=frozenset(owned))
+        for (folder, _), path in archive.files.items()
+        if folder in label_folders and path.is_file()
+    )
+    return Layout(find, owned=owned, others=others)
 
 
 def _label_folders(folder: Path, lower: dict[str, Path]) -> tuple[Path, ...]:
