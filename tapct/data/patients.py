@@ -228,7 +228,7 @@ def _join_studies(
 ) -> set[str]:
     """Join the patients of one study, whatever their identifiers.
 
-    Patients that the user named for each scan stay apart, and so do several PatientIDs of headers
+    Patients that the user named for each scan stay apart, and so do several PatientIDs
     where the user trusts them.
 
     Args:
@@ -236,7 +236,7 @@ def _join_studies(
     Returns:
         Studies of which several identifiers were joined.
     """
-    sure = (*_BY_USER, "header") if rules.trusts_header else _BY_USER
+    sure = (*_BY_USER, "header", "side_car") if rules.trusts_header else _BY_USER
     named: dict[str, set[str]] = defaultdict(set)
     doubtful: dict[str, set[str]] = defaultdict(set)
     without_id: dict[str, set[str]] = defaultdict(set)
@@ -274,7 +274,7 @@ def _join_series(
     Args:
         scans, found, rules, join: as in `_join_scans`.
     """
-    sure = (*_BY_USER, "header") if rules.trusts_header else _BY_USER
+    sure = (*_BY_USER, "header", "side_car") if rules.trusts_header else _BY_USER
     members: dict[str, list[tuple[str, str]]] = defaultdict(list)
     for scan, patient in zip(scans, found):
         if scan.facts is not None and scan.facts.clues.series and patient.source not in sure:

@@ -206,6 +206,21 @@ def test_one_study_is_one_patient_whatever_the_ids_and_the_rows_are_marked() -> 
     )
 
 
+@pytest.mark.parametrize("option, num_patients", [(None, 1), ("header", 2)])
+def test_the_index_joins_and_marks_a_study_with_several_ids(
+    tmp_path: Path, option: str | None, num_patients: int
+) -> None:
+    for number in range(2):
+        path = tmp_path / "a" / f"x{number}.nii.gz"
+        save_scan(path, noise_ct(number))
+        clues = {"PatientID": f"K{number}", "StudyInstanceUID": "1.9"}
+        path.with_name(f"x{number}.json").write_text(json.dumps(clues))
+    rows = build_manifest(tmp_path / "a", tmp_path / "m.parquet", patient_from=option).rows
+    assert len({row.patient for row in rows}) == num_patients
+    marked = [SEVERAL_IDS in row.marks.split(",") for row in rows]
+    assert marked == [num_patients == 1] * 2
+
+
 def test_one_series_is_one_patient_unless_its_uid_was_copied() -> None:
     one = [known("x", patient_id="A", series_uid="1"), known("y", patient_id="B", series_uid="1")]
     other = known("z", patient_id="C", series_uid="2")
