@@ -56,7 +56,7 @@ class Refused(UserError):
 
 @dataclass(frozen=True)
 class PatientClues:
-    """What a scan's header or side-car says about its patient beside the PatientID.
+    """Facts about the patient in a scan's header or side-car, beside the PatientID.
 
     Args:
         patient_from: `header` or `side_car`, where the PatientID is from; empty without one.

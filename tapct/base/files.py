@@ -40,9 +40,9 @@ _BLOCK_BYTES = 1 << 20
 def expand_path(path: Path | str) -> Path:
     """A path as a person writes it, with `~`, `~user`, `$NAME` and `${NAME}` replaced.
 
-    The shell replaces them only in some places: not in `out=~/runs`, in quotes or in a file. `$$`
-    stands for a `$`, and `./~` for a folder that is called `~`. A file that exists under the name
-    as it is written, with a `$` in it, is meant itself.
+    The shell replaces them only in some places: not in `out=~/runs`, in quotes or in a file. Write
+    `$$` for a `$`, and `./~` for a folder that is called `~`. The name of an
+    existing file with a `$` in it is not changed.
 
     Args:
         path: path from a command line, a config or a call.

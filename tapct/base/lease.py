@@ -252,7 +252,7 @@ class Lease:
             if now is None or now.holder != other:
                 return "it has changed"
             if now.content != seen.content:
-                raise self._refusal(other, "its heartbeat goes on")
+                raise self._refusal(other, "its heartbeat continues")
         return f"no heartbeat for {self.stale_s:.0f} s"
 
     def _refusal(self, other: Holder | None, why: str) -> UserError:

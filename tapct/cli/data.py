@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from tapct.base import console, exits, signals
+from tapct.base.counted import counted
 from tapct.cli.app import CPUS, Workers, app, examples
 from tapct.data import formats
 from tapct.data.read_rules import MAX_LOSSY_RATIO, MIN_DEPTH, ReadRules
@@ -217,10 +219,8 @@ def index(
         console.say(f"passed over: {others}")
     num_short = manifest.summary().get("too_few_slices", 0)
     if num_short:
-        console.say(
-            f"{num_short} scan{'s have' if num_short > 1 else ' has'} fewer than {min_depth} "
-            "slices; --min-depth 1 accepts them"
-        )
+        short = counted(num_short, "scan has", "scans have")
+        console.say(f"{short} fewer than {min_depth} slices; --min-depth 1 accepts them")
     check_usable(manifest, labels)
 
 
@@ -276,18 +276,18 @@ def pack(
     from tapct.data import manifest
     from tapct.data import pack as packer
     from tapct.data.store import Store
-    from tapct.data.verify import remove
 
     if repair and not verify:
         raise exits.UserError("--repair packs again what --verify finds; give both")
 
-    def pack_and_report() -> None:
+    def pack_and_report(again: Collection[str] = ()) -> None:
         with console.progress_bar("pack") as progress:
             report = packer.pack(
                 found,
                 out,
                 workers=max(1, workers),
                 level=level,
+                again=again,
                 limits=limits_of(timeout, memory_gb),
                 progress=progress,
             )
@@ -300,9 +300,9 @@ def pack(
             return
         damaged = verify_store(out, workers)
         if damaged and repair:
-            lost = {Store(out).scans[i].path for i in damaged}
-            remove(Store(out), damaged)
-            pack_and_report()
+            again = [Store(out).scans[i] for i in damaged]
+            pack_and_report([scan.id for scan in again])
+            lost = {scan.path for scan in again}
             lost -= {scan.path for scan in Store(out).scans}
             damaged = verify_store(out, workers)
             if lost:
@@ -325,13 +325,15 @@ def report_packed(report: PackReport, out: Path) -> None:
     for scan in report.refused:
         console.say(f"  refused {scan.path}: {scan.reason}: {scan.detail}")
     if report.num_labelled or report.labels_refused:
-        console.say(f"labels of {report.num_labelled} scans packed")
+        console.say(f"labels of {counted(report.num_labelled, 'scan')} packed")
     for scan in report.labels_refused:
         console.say(f"  labels {scan.path} not packed: {scan.reason}: {scan.detail}")
     if report.damaged:
         console.say(f"  damaged files packed again: {', '.join(report.damaged)}")
     if report.unlisted:
-        console.say(f"  {len(report.unlisted)} files of {out} belong to no scan of this manifest")
+        one, several = f"file of {out} belongs", f"files of {out} belong"
+        unlisted = counted(len(report.unlisted), one, several)
+        console.say(f"  {unlisted} to no scan of this manifest")
 
 
 def verify_store(folder: Path, workers: int) -> list[int]:
@@ -342,7 +344,9 @@ def verify_store(folder: Path, workers: int) -> list[int]:
     store = Store(folder)
     with console.progress_bar("verify") as progress:
         damaged = damaged_scans(store, workers=workers, progress=progress)
-    console.say(f"{len(store) - len(damaged)} of {len(store)} packed scans verified: {folder}")
+    console.say(
+        f"{len(store) - len(damaged)} of {counted(len(store), 'packed scan')} verified: {folder}"
+    )
     for error in damaged.values():
         console.say(f"  {error}")
     return list(damaged)

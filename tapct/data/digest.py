@@ -1,8 +1,13 @@
-"""The digests of a scan's voxels and labels: equal in manifest and store, and for two formats."""
+"""The digests of a scan's voxels and labels: equal in manifest and store, and for two formats; and
+the digest of a whole table, so that damage to a manifest or to the index of a store is noticed.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -36,4 +41,25 @@ def label_digest(labels: LabelMap) -> str:
     dtype = "u1" if labels.labels_ZYX.max(initial=0) < 256 else "<u2"
     digest = hashlib.blake2b(repr((shape, dtype, labels.names)).encode(), digest_size=16)
     digest.update(np.ascontiguousarray(labels.labels_ZYX, dtype=dtype).data)
+    return digest.hexdigest()
+
+
+def table_digest(columns: Iterable[Sequence[Any]], facts: Mapping[str, Any]) -> str:
+    """Hash all values of a table, and facts about it.
+
+    Args:
+        columns: values of each column: text, numbers, or lists of text.
+        facts: facts about the whole table that JSON can hold.
+    Returns:
+        32 hex digits.
+    """
+    digest = hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=16)
+    for values in columns:
+        if any(isinstance(value, (list, tuple)) for value in values[:1]):
+            values = ["\1".join(value) for value in values]
+        if any(isinstance(value, str) for value in values[:1]):
+            content = "\0".join(values).encode()
+        else:
+            content = np.asarray(values, np.float64).tobytes()
+        digest.update(f"{len(values)} {len(content)} ".encode() + content)
     return digest.hexdigest()

@@ -31,7 +31,7 @@ class Source:
             image, or `unreadable` for a folder that cannot be listed.
         files: all files of the scan, those of a DICOM series in the order of the slices.
         reason: code of the rule by which its headers alone refuse it; empty for the others.
-        detail: one line that says why.
+        detail: one line with the reason.
         mark: code of what its headers alone show to be unusual; empty for most.
         sop_class: SOPClassUID of a DICOM object.
         modality: Modality of a DICOM object.
@@ -103,10 +103,10 @@ def search(root: Path | str, *, derived: bool = False) -> Listing:
 
 
 def find_source(path: Path, *, derived: bool = False) -> Source:
-    """The one scan that a path stands for: a file, a folder with one DICOM series (in it or in the
+    """The one scan that a path names: a file, a folder with one DICOM series (in it or in the
     folders below it), or any file of a series.
 
-    Of a series that lies in several folders, one file stands for the files of its own folder.
+    For a series that lies in several folders, a file names the part in its own folder.
 
     Args:
         path: path of the file or folder.
@@ -228,11 +228,15 @@ def _files_in(folder: Path, passed_over: Counter[str]) -> list[Path]:
     files = []
     with os.scandir(folder) as entries:
         for entry in entries:
-            if entry.is_dir():
+            try:
+                is_folder, is_file = entry.is_dir(), entry.is_file()
+            except OSError:  # a link to itself, or one into a folder that cannot be read
+                is_folder = is_file = False
+            if is_folder:
                 continue
             if entry.name.startswith("."):
                 passed_over[passed.HIDDEN_FILE] += 1
-            elif entry.is_file():
+            elif is_file:
                 files.append(folder / entry.name)
             else:
                 passed_over[passed.NO_FILE] += 1

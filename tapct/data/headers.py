@@ -42,7 +42,7 @@ def read_sidecar(path: Path) -> dict[str, Any]:
         return {}
     try:
         content = json.loads(sidecar.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # the last: thousands of brackets
         raise Refused(
             "bad_sidecar", single_line(f"{sidecar.name} is not JSON: {error}", MAX_TEXT)
         ) from error

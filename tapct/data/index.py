@@ -25,7 +25,7 @@ from tapct.data.duplicates import mirror_digest, refuse_duplicates
 from tapct.data.examined import Examined, with_patients
 from tapct.data.ingest import OUT_OF_MEMORY, read_source
 from tapct.data.labels.counting import label_report, not_used
-from tapct.data.labels.pairing import pair_labels
+from tapct.data.labels.pairing import LabelPairs, pair_labels
 from tapct.data.labels.reading import read_labels_of
 from tapct.data.manifest import ACCEPTED, REFUSED, UNKNOWN, Manifest, write_table
 from tapct.data.patient_table import patients_from_table
@@ -126,19 +126,10 @@ def build_manifest(
     folder, trusts_header = parse_patient_from(patient_from)
     _check_out(out)
     listing = _search(root, workers, accept.derived)
-    sources = listing.sources
     if labels is not None and not labels.is_dir():
         raise UserError(f"labels folder {labels} does not exist or is not a folder; check the path")
-    pairs = pair_labels(sources, root, labels)
-    scans = []
-    passed_over = Counter(listing.passed_over)
-    for source in sources:
-        if source.path in pairs.label_files:
-            continue
-        if source.kind == DICOM_OBJECT:
-            passed_over[f"DICOM {object_title(source.sop_class)}"] += 1
-        else:
-            scans.append(source)
+    pairs = pair_labels(listing.sources, root, labels)
+    scans, passed_over = _scans_of(listing, pairs)
     if not scans:
         raise _no_scans(root, passed_over)
     column = {}
@@ -150,38 +141,71 @@ def build_manifest(
     patients = PatientRules(root, key, patient_regex, folder, trusts_header, column)
     tasks = [
         ExamineTask(
-            *(scan, root, pairs.label_of.get(scan.path), key, min_depth, accept, study_dates),
-            tuple(ignore_labels),
+            source=scan,
+            root=root,
+            labels=pairs.label_of.get(scan.path),
+            key=key,
+            min_depth=min_depth,
+            accept=accept,
+            study_dates=study_dates,
+            ignore_labels=tuple(ignore_labels),
         )
         for scan in scans
     ]
     with _only_writer(out) as lease:
-        rows: dict[int, Examined] = {}
-        results = map_unordered(
-            examine,
-            tasks,
-            workers,
-            failed_row,
-            num_bytes=bytes_of,
-            limits=limits,
-            modules=_MODULES,
-        )
-        with contextlib.closing(results):  # ends the workers at an error or Ctrl-C
-            for index, row in results:
-                rows[index] = row
-                if progress is not None:
-                    progress(len(rows), len(tasks))
-        in_order = [rows[index] for index in range(len(tasks))]
-        checked = refuse_duplicates(in_order, {row.id: row.mirror_digest for row in in_order})
+        examined = _examine_all(tasks, workers, limits, progress)
+        rows = refuse_duplicates(examined, {row.id: row.mirror_digest for row in examined})
         manifest = Manifest(
-            with_patients(checked, in_order, scans, patients),
-            *(root.resolve(), key_name(key), dict(passed_over), tuple(ignore_labels)),
-            label_report(pairs, checked, root),
+            with_patients(rows, examined, scans, patients),
+            root.resolve(),
+            key_name(key),
+            passed_over=dict(passed_over),
+            ignore_labels=tuple(ignore_labels),
+            label_report=label_report(pairs, rows, root),
             file=out,
         )
         lease.check()
         write_table(manifest, out)
     return manifest
+
+
+def _scans_of(listing: Listing, pairs: LabelPairs) -> tuple[list[Source], Counter[str]]:
+    """The sources to examine as scans, and the files that are passed over, counted by kind."""
+    scans: list[Source] = []
+    passed_over = Counter(listing.passed_over)
+    for source in listing.sources:
+        if source.path in pairs.label_files:
+            continue
+        if source.kind == DICOM_OBJECT:
+            passed_over[f"DICOM {object_title(source.sop_class)}"] += 1
+        else:
+            scans.append(source)
+    return scans, passed_over
+
+
+def _examine_all(
+    tasks: Sequence[ExamineTask],
+    workers: int,
+    limits: ScanLimits,
+    progress: Callable[[int, int], None] | None,
+) -> list[Examined]:
+    """The rows of all scans, in their order; arguments as in `build_manifest`."""
+    rows: dict[int, Examined] = {}
+    results = map_unordered(
+        examine,
+        tasks,
+        workers,
+        failed_row,
+        num_bytes=bytes_of,
+        limits=limits,
+        modules=_MODULES,
+    )
+    with contextlib.closing(results):  # ends the workers at an error or Ctrl-C
+        for index, row in results:
+            rows[index] = row
+            if progress is not None:
+                progress(len(rows), len(tasks))
+    return [rows[index] for index in range(len(tasks))]
 
 
 def _search(root: Path, workers: int, derived: bool) -> Listing:
@@ -267,8 +291,8 @@ def check_usable(manifest: Manifest, labels: Path | None) -> None:
     if not manifest.accepted:
         (_, (reason, count), *_) = [*manifest.summary().items(), ("", 0)]
         raise UserError(
-            f"none of the {len(manifest.rows)} scans in {manifest.root} is accepted, {count} are "
-            f"refused as {reason}; the manifest lists the reasons, docs/ingest.md explains them"
+            f"no scan in {manifest.root} is accepted: {count} of {len(manifest.rows)} refused as "
+            f"{reason}; the manifest lists the reasons, docs/ingest.md explains them"
         )
     if labels is not None and not any(row.label_path for row in manifest.accepted):
         raise UserError(
@@ -282,7 +306,7 @@ def examine(task: ExamineTask) -> Examined:
     row = bare_row(task)  # refused, until all checks have passed
     try:
         row = replace(row, bytes=bytes_of(task))
-        if not has_utf8_name(task):
+        if not all(map(is_utf8, _paths_below(task))):
             raise Refused("bad_name", "the path holds bytes that are not UTF-8; rename it")
         volume = read_source(task.source, task.key, task.accept)
         row = with_facts(row, volume, task)
@@ -343,11 +367,15 @@ def _escaped(task: ExamineTask, file: Path) -> str:
     return os.fsencode(relative).decode("utf-8", "backslashreplace")
 
 
-def has_utf8_name(task: ExamineTask) -> bool:
-    """Whether the paths of a scan are UTF-8, so that the manifest can hold them as they are."""
+def _paths_below(task: ExamineTask) -> list[Path]:
+    """The paths of a scan below the root: its own, and those of its files."""
+    return [path.relative_to(task.root) for path in (task.source.path, *task.source.files)]
+
+
+def is_utf8(path: Path | str) -> bool:
+    """Whether a path is UTF-8, so that the manifest can hold it as it is."""
     try:
-        for file in (task.source.path, *task.source.files):
-            os.fsencode(file.relative_to(task.root)).decode("utf-8")
+        os.fsencode(path).decode("utf-8")
     except UnicodeDecodeError:
         return False
     return True
@@ -360,15 +388,17 @@ def with_labels(row: Examined, task: ExamineTask, volume: Volume) -> Examined:
     """
     if task.labels is None:
         return row
+    path = os.path.relpath(task.labels.resolve(), task.root.resolve())
+    if task.labels.is_relative_to(task.root):
+        path = task.labels.relative_to(task.root).as_posix()
     try:
+        if not is_utf8(path):
+            raise Refused("bad_name", "their path holds bytes that are not UTF-8; rename it")
         found = read_labels_of(volume, task.labels, task.ignore_labels)
     except Refused as error:
         if error.reason == OUT_OF_MEMORY:
             raise
         return replace(row, detail=not_used(str(error)))
-    path = os.path.relpath(task.labels.resolve(), task.root.resolve())
-    if task.labels.is_relative_to(task.root):
-        path = task.labels.relative_to(task.root).as_posix()
     notes = "".join(f"its labels: {note}" for note in found.notes[:1])
     return replace(
         row,

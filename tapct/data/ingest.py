@@ -155,12 +155,14 @@ def refusing() -> Iterator[None]:
 def _to_hu(view_ZYX: np.ndarray, slope: float, intercept: float) -> np.ndarray:
     """int16 HU, slice by slice: clamp to AIR_HU from below, refuse what int16 cannot hold."""
     hu_ZYX = np.empty(view_ZYX.shape, dtype=np.int16)
-    is_whole = view_ZYX.dtype.kind in "iu" and slope == 1.0 and float(intercept).is_integer()
+    # int64 holds the sum of every smaller type; larger values are refused, rounded or not
+    is_small = view_ZYX.dtype.kind in "iu" and view_ZYX.dtype.itemsize < 8
+    is_whole = is_small and slope == 1.0 and float(intercept).is_integer()
     for z, plane_YX in enumerate(view_ZYX):
         if is_whole and plane_YX.dtype == np.int16 and intercept == 0:
             np.maximum(plane_YX, AIR_HU, out=hu_ZYX[z])
             continue
-        if is_whole:  # exact: float64 would round 64-bit integers
+        if is_whole:
             values_YX = plane_YX.astype(np.int64) + int(intercept)
         else:
             values_YX = np.rint(plane_YX.astype(np.float64) * slope + intercept)

@@ -25,6 +25,7 @@ import pyarrow.parquet
 
 from tapct.base import files
 from tapct.base.exits import UserError, single_line
+from tapct.data.digest import table_digest
 from tapct.data.labels.report import LabelReport
 from tapct.data.readers.raw import MAX_TEXT
 
@@ -173,22 +174,44 @@ class Manifest:
         if not path.is_file():
             problem = "is a folder" if path.is_dir() else "does not exist"
             raise UserError(f"manifest {path} {problem}; make one with `tapct index`")
+        damaged = UserError(
+            f"{path} is damaged, or was changed after `tapct index` wrote it; make it again with "
+            "`tapct index`"
+        )
         try:
             table = pyarrow.parquet.read_table(path)
         except (pyarrow.ArrowException, OSError) as error:
             raise UserError(
-                f"{path} is not a Parquet file: {single_line(error, MAX_TEXT)}"
+                f"{path} is not a readable Parquet file: {single_line(error, MAX_TEXT)}; make it "
+                "again with `tapct index`"
             ) from error
         stored = table.schema.metadata or {}
-        metadata = {key.decode(): value.decode() for key, value in stored.items()}
+        try:
+            metadata = {key.decode(): value.decode() for key, value in stored.items()}
+            columns = [table.column(name).to_pylist() for name in table.column_names]
+        except UnicodeDecodeError as error:
+            raise damaged from error
         names = [field.name for field in dataclasses.fields(Row)]
-        if metadata.get("tapct.schema") != SCHEMA or table.column_names != names:
+        written = metadata.get("tapct.rows", "")
+        if not written or metadata.get("tapct.schema") != SCHEMA or table.column_names != names:
             raise UserError(
                 f"{path} is not a tapct manifest of version {SCHEMA}; make it again with `tapct "
                 "index`"
             )
+        facts = {
+            key: value
+            for key, value in metadata.items()
+            if key.startswith("tapct.") and key != "tapct.rows"
+        }
+        try:
+            is_whole = written == table_digest(columns, facts)
+        except (TypeError, ValueError):  # damage may change the type of a column
+            is_whole = False
+        if not is_whole:
+            raise damaged
         rows = tuple(
-            Row(**{**row, "file_paths": tuple(row["file_paths"])}) for row in table.to_pylist()
+            Row(**{**row, "file_paths": tuple(row["file_paths"])})
+            for row in (dict(zip(names, values)) for values in zip(*columns))
         )
         if root is None:
             root = (path.parent.resolve() / metadata["tapct.root_relative"]).resolve()
@@ -199,11 +222,6 @@ class Manifest:
             ignore_labels=tuple(json.loads(metadata.get("tapct.ignore_labels", "[]"))),
             file=path,
         )
-        if manifest.digest != metadata["tapct.digest"]:
-            raise UserError(
-                f"{path} does not match its own digest, so it was changed or damaged; make it "
-                "again with `tapct index`"
-            )
         return manifest
 
 
@@ -247,6 +265,7 @@ def write_table(manifest: Manifest, out: Path) -> None:
         "tapct.ignore_labels": json.dumps(list(manifest.ignore_labels)),
         "tapct.patient_key": manifest.patient_key,
     }
+    metadata["tapct.rows"] = table_digest(columns.values(), metadata)
     schema = pyarrow.schema([(f.name, _ARROW[str(f.type)]) for f in fields], metadata=metadata)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)

@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -92,13 +92,14 @@ class PackReport:
 
 @dataclass(frozen=True)
 class _Task:
-    """One scan for a worker process."""
+    """One scan for a worker process; `again` to pack it even though its file can be opened."""
 
     row: Row
     root: Path
     out: Path
     level: int
     ignore_labels: tuple[int, ...] = ()
+    again: bool = False
 
 
 @dataclass(frozen=True)
@@ -120,6 +121,7 @@ def pack(
     *,
     workers: int = 0,
     level: int = 1,
+    again: Collection[str] = (),
     limits: ScanLimits = DEFAULT_LIMITS,
     progress: Callable[[int, int], None] | None = None,
 ) -> PackReport:
@@ -131,6 +133,8 @@ def pack(
         workers: number of processes; 0 packs in this one, without protection from a file that
             ends, blocks or fills it.
         level: level of zstd, 1 to 9; higher is smaller and slower to write.
+        again: ids of packed scans that are damaged, so that they are packed again. The damaged file
+            of one that cannot be packed stays, but the store does not list it.
         limits: time and memory that one scan may take in a worker process.
         progress: function that is called with (finished scans, scans in all).
     Raises:
@@ -146,7 +150,8 @@ def pack(
         # a second pack would delete the unfinished files of the first one
         lease_file = out / LEASE_NAME
         with hold(lease_file, f"the store {out}", console.say) as lease, _without_leftovers(out):
-            tasks = [_Task(row, root, out, level, manifest.ignore_labels) for row in rows]
+            ignore = manifest.ignore_labels
+            tasks = [_Task(row, root, out, level, ignore, row.id in again) for row in rows]
             results = map_unordered(
                 pack_task,
                 tasks,
@@ -237,8 +242,7 @@ def _checked_rows(manifest: Manifest, level: int) -> Sequence[Row]:
 
 def _failed(task: _Task, failure: Failure) -> _Outcome:
     """The result of a scan whose worker process has none."""
-    printed = f"; the last line of the library: {failure.printed}" if failure.printed else ""
-    detail = f"{failure.detail}{printed}".replace(f"{task.root}/", "")
+    detail = failure.detail.replace(f"{task.root}/", "")
     return _Outcome(refused=RefusedScan(task.row.id, task.row.path, failure.reason, detail))
 
 
@@ -253,8 +257,8 @@ def pack_task(task: _Task) -> _Outcome:
 def pack_scan(task: _Task) -> _Outcome:
     """Keep, pack or refuse one scan. Raises: OSError where the store cannot be written."""
     row, file = task.row, task.out / f"{task.row.id}.b2nd"
-    was_damaged = False
-    if file.exists():
+    was_damaged = task.again
+    if file.exists() and not task.again:
         try:
             _, meta = open_packed(file)
         except Damaged:

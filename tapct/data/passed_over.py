@@ -8,6 +8,8 @@ import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from tapct.base.counted import counted
+
 HIDDEN_FILE, HIDDEN_FOLDER = "hidden", "hidden folders"
 NO_FILE = "broken link or no regular file"
 WITHOUT_SUFFIX = "without suffix"
@@ -55,7 +57,7 @@ def summary(counts: Mapping[str, int]) -> str:
         by_count = sorted(files.items(), key=lambda item: (-item[1], item[0]))
         kinds = ", ".join(f"{count} {kind}" for kind, count in by_count)
         total = sum(files.values())
-        parts.append(f"{total} file{'s' * (total > 1)} ({kinds})")
+        parts.append(f"{counted(total, 'file')} ({kinds})")
     if folders:
-        parts.append(f"{folders} hidden folder{'s' * (folders > 1)}")
+        parts.append(counted(folders, "hidden folder"))
     return " and ".join(parts)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from tapct.base.counted import counted
 from tapct.data.manifest import ACCEPTED, Row
 from tapct.data.patients import SEVERAL_IDS, STAND_IN
 
@@ -21,8 +22,9 @@ def lines_about_patients(rows: Sequence[Row]) -> list[str]:
     stand_ins = sum(STAND_IN in row.marks.split(",") for row in accepted)
     lines = []
     if stand_ins:
+        of_all = f"{stand_ins} of {counted(len(accepted), 'scan')}"
         lines.append(
-            f"{stand_ins} of {len(accepted)} scans have a PatientID that identifies nobody (a "
+            f"{of_all} {'has' if stand_ins == 1 else 'have'} a PatientID that identifies nobody (a "
             "stand-in such as REMOVED, or the same in all studies); it is not used. If one ID "
             "for all studies is right, give --patient-from header"
         )
@@ -48,10 +50,6 @@ def _guess_line(guessed: Sequence[Row]) -> str:
         if first is not row and not example:
             example = f", e.g. {first.path} and {row.path} as one"
     return (
-        f"patients guessed from file names: {_counted(len(guessed), 'scan')} as "
-        f"{_counted(len(first_of), 'patient')}{example}; {CHECK}"
+        f"patients guessed from file names: {counted(len(guessed), 'scan')} as "
+        f"{counted(len(first_of), 'patient')}{example}; {CHECK}"
     )
-
-
-def _counted(num: int, noun: str) -> str:
-    return f"{num} {noun}" if num == 1 else f"{num} {noun}s"

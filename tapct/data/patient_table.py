@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from tapct.base.exits import UserError
+from tapct.base.files import expand_path
 from tapct.data.discover import stem_of
 
 # columns that name the scan, in lower case; without one of them the first column does
@@ -32,7 +33,7 @@ def patients_from_table(option: str, scans: Iterable[Path]) -> dict[str, str]:
     file, _, column = option.rpartition(":")
     if not file or not column:
         raise UserError(f"--patient-column {option}: rule: FILE.csv:COLUMN")
-    given = _read(Path(file).expanduser(), column)
+    given = _read(expand_path(file), column)
     paths = [path.as_posix() for path in scans]
     names = Counter(name for path in paths for name in _file_names(Path(path)))
     found = {path: _patient_of(Path(path), given, names) for path in paths}

@@ -205,7 +205,7 @@ def _join_scans(
         clues = scan.facts.clues
         if scan.digest:  # copies, in whatever format and under whatever name
             join(by_digest.setdefault(scan.digest, patient.hash), patient.hash)
-        # one number for all says nothing; several may count patients
+        # one number for all identifies nobody; several may count patients
         if clues.pseudonym and len(pseudonyms) > 1:
             join(by_pseudonym.setdefault(clues.pseudonym, patient.hash), patient.hash)
         if patient.source in ("header", "bids", "side_car", "study"):
@@ -303,7 +303,7 @@ class _Joined:
                 self._rank[patient.hash] = min(rank, self._rank.get(patient.hash, rank))
 
     def name_of(self, patient: str) -> str:
-        """The patient that stands for the set of this one."""
+        """The patient after whom the set of this one is named."""
         while patient in self._parent:
             patient = self._parent[patient]
         return patient

@@ -13,6 +13,10 @@ from pathlib import Path
 from tapct.data.discover import stem_of
 from tapct.data.patient_names import Says, is_layout, read_name
 
+# A quoted text may hold apostrophes of its own ('O'Brien'); one between two letters neither begins
+# nor ends a quotation.
+_QUOTED = re.compile(r"(?<!\w)'(.*?)'(?!\w)")
+_QUOTE = re.compile(r"(?<!\w)'|'(?!\w)")
 _NUMBERS = re.compile(r"[\d\s.,+\-eExX()\[\]]+")
 # words that headers of scans hold and that lines about them quote
 _HEADER_WORDS_TEXT = """
@@ -126,7 +130,10 @@ def without_names(line: str, root: Path, paths: Iterable[Path]) -> str:
                 names.setdefault(part, "<file>" if part == stem else "<folder>")
     for text in sorted(filter(None, names), key=len, reverse=True):
         line = re.sub(rf"(?<!\w){re.escape(text)}(?!\w)", names[text], line)
-    return re.sub(r"'([^']*)'", lambda match: f"'{_plain(match[1])}'", line)
+    line = re.sub('"([^"]*)"', lambda match: f"'{_plain(match[1])}'", line)
+    if len(_QUOTE.findall(line)) % 2:  # a text with a mark of its own: all between first and last
+        return re.sub("'.*'", lambda match: f"'{_plain(match[0][1:-1])}'", line)
+    return _QUOTED.sub(lambda match: f"'{_plain(match[1])}'", line)
 
 
 def _plain(text: str) -> str:

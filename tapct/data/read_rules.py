@@ -32,5 +32,5 @@ class ReadRules:
 
 
 PLAIN = ReadRules()
-# For a scan that was accepted before: its row says that it is the same scan.
+# For a scan that was accepted before: the digest in its row shows that it is the same scan.
 AS_INDEXED = ReadRules(derived=True, max_lossy_ratio=math.inf, resample_tilt=True, checks=None)

@@ -1,5 +1,5 @@
 """Put DICOM slices together to scans: by SeriesInstanceUID over the whole archive, and within a
-series by what tells one stack of slices from another.
+series by what distinguishes one stack of slices from another.
 
 A stack is whole if its slices have one orientation, size and pixel spacing, and follow each other
 in equal steps. Whole stacks are scans. What does not belong to one (scouts, bolus tracking,
@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from tapct.base.counted import counted
 from tapct.data.readers import dicom_geometry as geometry
 from tapct.data.readers.dicom_head import TRAITS, Head
 from tapct.data.stand_ins import canonical_id
@@ -34,7 +35,7 @@ class Stack:
     Args:
         heads: its slices in order, or the files that are refused together.
         reason: code of the rule by which they are refused; empty for a whole stack.
-        detail: one line that says why.
+        detail: one line with the reason.
         mark: code of what is unusual about a whole stack; empty for most.
     """
 
@@ -152,7 +153,9 @@ def _without_uid(stacks: list[Stack]) -> list[Stack]:
     if rest:
         members = tuple(head for stack in rest for head in stack.heads)
         why = rest[0].detail or "a single slice is no stack"
-        detail = f"{_num_slices(members)} without SeriesInstanceUID make no whole stack: {why}"
+        detail = (
+            f"{counted(len(members), 'slice')} without SeriesInstanceUID make no whole stack: {why}"
+        )
         kept.append(Stack(members, "no_series_uid", detail))
     return kept
 
@@ -180,7 +183,7 @@ def _stacks_of_series(heads: list[Head], derived: bool) -> list[Stack]:
             slices.setdefault(head.derived, []).append(head)
     for (reason, what), members in refused.items():
         if reason == "derived_image":
-            detail = f"{_num_images(members)}: {what}; accept with --derived"
+            detail = f"{counted(len(members), 'image')}: {what}; accept with --derived"
         else:
             assert members[0].refusal is not None
             detail = members[0].refusal[1]
@@ -353,7 +356,7 @@ def _is_better(
         merged: all slices as one stack; where it is whole, the groups lie in each other.
         groups: the slices by a trait.
         parts: the stacks that these groups make.
-        by_folder: whether the trait is the folder, which says nothing about the scanner.
+        by_folder: whether the trait is the folder, which the scanner does not choose.
     """
     whole = [part for part in parts if not part.reason and len(part.heads) >= MIN_STACK]
     if not whole:
@@ -459,7 +462,7 @@ def _without_copies(heads: Sequence[Head]) -> list[Stack]:
     merged = _examine(list(first_of.values()))
     if not copies or merged.reason:
         return []
-    detail = f"{len(copies)} files are copies of other files of their series"
+    detail = f"{counted(len(copies), 'file')} of the series repeated byte by byte"
     return [merged, Stack(tuple(copies), "duplicate", detail)]
 
 
@@ -469,13 +472,3 @@ def _equal_files(one: Path, other: Path) -> bool:
         return filecmp.cmp(one, other, shallow=False)
     except OSError:
         return False
-
-
-def _num_slices(heads: Sequence[Head]) -> str:
-    """Number of slices in words."""
-    return f"{len(heads)} slice{'s' * (len(heads) > 1)}"
-
-
-def _num_images(heads: Sequence[Head]) -> str:
-    """Number of images in words."""
-    return f"{len(heads)} image{'s' * (len(heads) > 1)}"

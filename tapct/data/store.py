@@ -14,7 +14,7 @@ import json
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 
 from tapct.base.exits import UserError, single_line
 from tapct.base.files import expand_path
-from tapct.data.digest import voxel_digest
+from tapct.data.digest import table_digest, voxel_digest
 from tapct.data.manifest import read_paths
 from tapct.data.packed import Damaged, PackedScan
 from tapct.data.packed_labels import labels_file, read_packed_labels
@@ -275,28 +275,11 @@ def index_bytes(
         "summary": dict(summary or {}),
         "patient_key": patient_key,
     }
-    info["content"] = _content_digest([array.to_pylist() for array in arrays], info)
+    info["content"] = table_digest([array.to_pylist() for array in arrays], info)
     schema = _COLUMNS.with_metadata({_INDEX_KEY: json.dumps(info).encode()})
     sink = pa.BufferOutputStream()
     pq.write_table(pa.Table.from_arrays(arrays, schema=schema), sink)
     return sink.getvalue().to_pybytes()
-
-
-def _content_digest(columns: Sequence[Sequence[Any]], info: Mapping[str, Any]) -> str:
-    """Hash everything that `store.parquet` holds, so that damage to it is noticed.
-
-    Args:
-        columns: values of each of `_COLUMNS`.
-        info: facts about the whole store; the digest itself, `content`, is left out.
-    """
-    facts = {key: value for key, value in info.items() if key != "content"}
-    digest = hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=16)
-    for column, values in zip(_COLUMNS, columns, strict=True):
-        if pa.types.is_string(column.type):
-            digest.update("\0".join(values).encode())
-        else:
-            digest.update(np.asarray(values, column.type.to_pandas_dtype()).tobytes())
-    return digest.hexdigest()
 
 
 def read_index(folder: Path) -> tuple[tuple[StoredScan, ...], dict[str, Any]]:
@@ -323,7 +306,8 @@ def read_index(folder: Path) -> tuple[tuple[StoredScan, ...], dict[str, Any]]:
             raise ValueError(f"it was packed by {age} version of tapct")
         # column by column: a dictionary per row takes four times as long
         columns = [table.column(column.name).cast(column.type).to_pylist() for column in _COLUMNS]
-        if info["content"] != _content_digest(columns, info):
+        facts = {key: value for key, value in info.items() if key != "content"}
+        if info["content"] != table_digest(columns, facts):
             raise ValueError("its content differs from its digest, so it is damaged")
     except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
         raise UserError(

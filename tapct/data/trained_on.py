@@ -83,12 +83,6 @@ class TrainedOn:
             from_step[seen] = min(step, from_step.get(seen, step))
         return replace(self, from_step=from_step)
 
-    def with_unknown(self, reason: str) -> TrainedOn:
-        """Note a reason why scans may be missing from the table."""
-        if reason in self.unknown:
-            return self
-        return replace(self, unknown=(*self.unknown, reason))
-
     def write(self, path: Path) -> None:
         """Write the table, whole or not at all.
 

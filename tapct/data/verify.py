@@ -1,15 +1,14 @@
 """Verify a store: decode every packed scan and compare it with the digest taken before packing.
 
-A damaged scan is repaired by removing its files, so that the next `pack` packs it again.
+A damaged scan is repaired by `pack` with its id in `again`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 from tapct.data.packed import Damaged
-from tapct.data.packed_labels import labels_file
 from tapct.data.store import Store
 
 
@@ -43,15 +42,3 @@ def damaged_scans(
             if progress is not None:
                 progress(i + 1, len(store))
     return damaged
-
-
-def remove(store: Store, numbers: Iterable[int]) -> None:
-    """Remove the files of scans, so that the next `pack` packs them again from the archive.
-
-    Args:
-        store: packed scans.
-        numbers: numbers of the scans in the store.
-    """
-    for i in numbers:
-        store.file(i).unlink(missing_ok=True)
-        labels_file(store.path, store.scans[i].id).unlink(missing_ok=True)

@@ -1,7 +1,9 @@
 """Whether the test scans of an evaluation were held out from pretraining: checked, never assumed.
 
 A test scan was trained on if its voxels were (equal digests), whatever its name and store. A test
-patient was trained on if any scan of theirs was (equal hashes with the same key).
+patient was trained on if any scan of theirs was: the hashes are equal and have the same key, or the
+evaluated store holds a scan of this patient whose voxels were trained on. The latter finds patients
+that were identified by another rule or hashed with another key when the network was trained.
 """
 
 from __future__ import annotations
@@ -9,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from tapct.base.counted import counted
 
 if TYPE_CHECKING:  # the report reads results without loading pyarrow and blosc2
     from tapct.data.trained_on import TrainedOn
@@ -48,7 +52,7 @@ class HeldOut:
         if self.value == UNKNOWN:
             return f"whether the test scans were pretrained on is unknown: {self.unknown}"
         at_least = "at least " if self.unknown else ""
-        of_all = f"of {self.num_test} test scan{'' if self.num_test == 1 else 's'}"
+        of_all = f"of {counted(self.num_test, 'test scan')}"
         others = (
             f"{self.num_patients} {'is' if self.num_patients == 1 else 'are'} of patients whose "
             "other scans were pretrained on"
@@ -68,6 +72,7 @@ def no_list(test: Sequence[ScanRow]) -> HeldOut:
 def check(
     test: Sequence[ScanRow],
     *,
+    rows: Sequence[ScanRow],
     digests: Mapping[str, str],
     patient_key: str,
     trained_on: TrainedOn,
@@ -76,6 +81,7 @@ def check(
 
     Args:
         test: test scans.
+        rows: all scans of the evaluated store.
         digests: scan ID -> digest of its voxels.
         patient_key: name of the key of their patient hashes.
         trained_on: scans of pretraining.
@@ -87,9 +93,12 @@ def check(
         nameless += not scan.patient
         if scan.patient and scan.patient_key == patient_key:
             seen_patients.add(scan.patient)
+    for row in rows:
+        if row.patient and digests[row.id] in seen_digests:
+            seen_patients.add(row.patient)
     num_scans = num_patients = num_nameless = 0
     for row in test:
-        if digests.get(row.id) in seen_digests:
+        if digests[row.id] in seen_digests:
             num_scans += 1
         elif row.patient in seen_patients:
             num_patients += 1
@@ -100,7 +109,7 @@ def check(
         reasons.append(
             "no test scan has the voxels of a scan of pretraining, but the patients cannot be "
             "compared, because their hashes were made with another key"
-            if not num_scans
+            if not (num_scans or num_patients)
             else "the patients of some scans of pretraining are hashed with another key"
         )
     if nameless or num_nameless:

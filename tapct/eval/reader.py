@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -131,7 +132,8 @@ class ScanReader:
             )
         except (Refused, Damaged, OSError) as error:
             reason = single_line(error)
-            self.unread.append(UnreadScan(row.id, side, reason))
+            in_store = reason.replace(f"{self.store.path}{os.sep}", "")  # results hold no path
+            self.unread.append(UnreadScan(row.id, side, in_store))
             if len({scan.scan for scan in self.unread}) > self.max_skips:
                 raise UserError(
                     f"scan {row.id} cannot be read: {reason}. Restore it, or skip up to N damaged "

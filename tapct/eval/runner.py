@@ -143,7 +143,7 @@ def evaluate(
         preprocess: preprocessing instead of the config's, e.g. the one stored in an export.
         held_out: patients kept out of pretraining. If some of the usable scans are theirs and some
             are not, these patients are the test set; else patients are drawn by `test_share`.
-        check_held_out: function that says which test scans pretraining has seen.
+        check_held_out: function that finds the test scans that were trained on.
         scan_labels: values for scans as a whole, for tasks that need `Labels.SCAN`.
         origin: data, weights and command, kept in the results.
         max_skips: largest number of scans that are skipped because they cannot be read.

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from tapct.base.counted import counted
 from tapct.eval.contract import OWN_MODEL, Breakdown, Headline
 from tapct.eval.results import Evaluation, Picture, TaskSection, shown, title_of
 from tapct.eval.saved import SavedEvaluation
@@ -142,16 +143,10 @@ def scans_sentence(section: TaskSection, evaluation: Evaluation) -> str:
     by = f", split by {text(split.mode)}" if split.mode else ""
     skipped = ""
     if section.skipped:
-        skipped = f" Skipped for lack of labels: {_scans(section.skipped)}."
+        skipped = f" Skipped for lack of labels: {counted(section.skipped, 'scan')}."
     note = f" <b>Caveat: {text(split.caveat)}.</b>" if split.caveat else ""
-    return (
-        f"Learned from {_scans(section.num_train)}, evaluated on {_scans(section.num_test)}{by}."
-        f"{skipped}{note}"
-    )
-
-
-def _scans(num: int) -> str:
-    return f"{num} scan" if num == 1 else f"{num} scans"
+    train, test = counted(section.num_train, "scan"), counted(section.num_test, "scan")
+    return f"Learned from {train}, evaluated on {test}{by}.{skipped}{note}"
 
 
 def encode(path: Path, budget: int) -> tuple[bytes, str]:

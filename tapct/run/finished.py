@@ -53,7 +53,7 @@ class Trained:
     sha256: str
 
     def weights(self, folder: Path) -> EvaluatedWeights:
-        """What results.json says of the weights of the run in a folder."""
+        """The weights of the run in a folder, as results.json describes them."""
         meta = self.meta
         name = folder.resolve().name
         return EvaluatedWeights(name, meta.step, meta.samples, self.sha256, meta.data_digest)
@@ -164,6 +164,7 @@ def evaluate(
             held_out=hidden,
             check_held_out=partial(
                 held_out.check,
+                rows=store.scans,
                 digests={scan.id: scan.checksum for scan in store.scans},
                 patient_key=store.patient_key,
                 trained_on=lineage.scans_of_run(folder, trained.meta.step),

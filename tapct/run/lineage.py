@@ -33,7 +33,10 @@ def update(
         UserError: the list cannot be written.
     """
     path = RunFolder(run).trained_on
-    if saved is not None:
+    if saved is not None and saved.parent.parent == run and path.is_file():
+        # also the scans of steps after the checkpoint: weights of them may wait to be evaluated
+        known = trained_on.read(path)
+    elif saved is not None:
         known = scans_of_checkpoint(saved)
     elif init:
         known = scans_of_weights(Path(init)).at_start()

@@ -214,7 +214,7 @@ def doubts_about_views(config: RunConfig) -> Iterator[str]:
 
 
 def doubts_about_schedules(config: RunConfig) -> Iterator[str]:
-    """Learning rate, weight decay and momentum that cannot mean what they say."""
+    """Learning rate, weight decay and momentum with which training cannot work as intended."""
     optim, steps = config.optim, config.train.steps
     schedules = Schedules(optim, steps, config.train.global_batch)
     start, end = optim.momentum

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from tapct.base import files
+from tapct.base.counted import counted
 from tapct.base.exits import UserError
 from tapct.config import Resolved, plugins
 from tapct.data import split
@@ -119,7 +120,7 @@ def data_warnings(config: RunConfig, store: Store, rows: Sequence[int]) -> Itera
         rows: rows of the store that are trained on.
     """
     batch, num = config.train.global_batch, len(rows)
-    named = "1 scan" if num == 1 else f"{num} scans"
+    named = counted(num, "scan")
     if batch > num:
         times = -(-batch // num)
         yield (

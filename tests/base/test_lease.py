@@ -114,7 +114,7 @@ def test_another_process_with_the_id_of_the_holder_is_not_the_holder(make: Make)
 def test_a_holder_on_another_machine_is_alive_while_its_heart_beats(make: Make) -> None:
     first = make("a")
     first.acquire()
-    with pytest.raises(UserError, match="its heartbeat goes on"):
+    with pytest.raises(UserError, match="its heartbeat continues"):
         make("b").acquire()
     first.check()
 

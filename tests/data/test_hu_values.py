@@ -8,6 +8,7 @@ from pathlib import Path
 
 import nibabel
 import numpy as np
+import pydicom
 import pytest
 import SimpleITK
 from scan_files import (
@@ -99,6 +100,25 @@ def test_values_out_of_the_int16_range_are_refused(tmp_path: Path) -> None:
     assert refusal(write_nifti(tmp_path / "a.nii", hu_ZYX)) == "out_of_range"
     hu_ZYX[3, 3, 3] = -(2**31)
     assert read_volume(write_nifti(tmp_path / "a.nii", hu_ZYX)).hu_ZYX[3, 3, 3] == AIR_HU
+
+
+def test_a_value_that_no_int64_holds_is_refused_and_is_not_air(tmp_path: Path) -> None:
+    stored_ZYX = (make_ct((40, 200, 200)).astype(np.int64) + 1024).astype(np.uint64)
+    stored_ZYX[3, 3, 3] = 2**64 - 1  # not among the sampled voxels
+    path = tmp_path / "a.nii"
+    nibabel.save(nibabel.Nifti1Image(stored_ZYX.transpose(2, 1, 0), LPS, dtype=np.uint64), path)
+    patch_bytes(path, 112, struct.pack("<2f", 1.0, -1024.0))  # scl_slope, scl_inter
+    assert refusal(path) == "out_of_range"
+
+
+def test_hu_beyond_int32_do_not_wrap_around(tmp_path: Path) -> None:
+    # stored value v becomes v * (2^32 + 1) - 1024, whose lowest 32 bits are v - 1024
+    path = write_series(tmp_path / "series", make_ct((5, 32, 32)))
+    for file in path.iterdir():
+        dataset = pydicom.dcmread(file)
+        dataset.RescaleSlope = 2**32 + 1
+        dataset.save_as(file)
+    assert refusal(path) in ("not_hu", "no_rescale", "out_of_range")
 
 
 def test_nan_voxels_are_refused(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import errno
 import hashlib
 import json
 import os
+import random
 import shutil
 import sys
 from pathlib import Path
@@ -17,10 +18,10 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 import SimpleITK
-from scan_files import make_ct, noise_ct, save_labels, save_scan, write_series
+from scan_files import make_ct, make_labels, noise_ct, save_labels, save_scan, write_series
 
 from tapct.base.exits import UserError
-from tapct.data import discover, ingest
+from tapct.data import discover, ingest, passed_over
 from tapct.data.index import build_manifest
 from tapct.data.manifest import Manifest, Row
 from tapct.data.patients import KEY_VARIABLE
@@ -315,6 +316,38 @@ def test_a_name_that_is_no_utf8_becomes_a_row(tmp_path: Path) -> None:
     ]
 
 
+def test_labels_whose_path_is_no_utf8_are_not_used(tmp_path: Path) -> None:
+    root, labels = tmp_path / "scans", Path(os.fsdecode(os.fsencode(tmp_path) + b"/labels\xff"))
+    save_scan(root / "a.nii.gz", make_ct((6, 32, 32), 1))
+    save_scan(labels / "a.nii.gz", make_labels((6, 32, 32)))
+    built = build_manifest(root, tmp_path / "m.parquet", labels=labels)
+    assert built.rows[0].label_path == "" and "bad_name" in built.rows[0].detail
+    assert Manifest.read(tmp_path / "m.parquet").digest == built.digest
+
+
+def test_a_link_to_itself_is_passed_over(tmp_path: Path) -> None:
+    root = tmp_path / "scans"
+    save_scan(root / "a.nii.gz", make_ct((6, 32, 32), 1))
+    (root / "loop").symlink_to("loop")
+    built = build_manifest(root, tmp_path / "m.parquet")
+    assert len(built.accepted) == 1
+    assert dict(built.passed_over) == {passed_over.NO_FILE: 1}
+
+
+def test_json_without_an_end_of_brackets_costs_only_itself(tmp_path: Path) -> None:
+    root = tmp_path / "scans"
+    for name in ("imagesTr/a", "imagesTr/b"):
+        save_scan(root / f"{name}.nii.gz", make_ct((6, 32, 32), len(name)))
+    save_scan(root / "labelsTr" / "a.nii.gz", make_labels((6, 32, 32)))
+    (root / "labelsTr" / "dataset.json").write_text("[" * 200_000)
+    (root / "imagesTr" / "b.json").write_text("[" * 200_000)
+    built = build_manifest(root, tmp_path / "m.parquet")
+    assert {row.path: row.reason for row in built.rows} == {
+        "imagesTr/a.nii.gz": "", "imagesTr/b.nii.gz": "bad_sidecar",
+    }  # fmt: skip
+    assert built.label_report is not None and "it is not JSON" in built.label_report.notes[0]
+
+
 def _end_the_process_at_3(number: int) -> int:
     if number == 3:
         os._exit(1)
@@ -388,3 +421,23 @@ def test_what_is_no_manifest_is_refused(tmp_path: Path) -> None:
             Manifest.read(tmp_path / name)
         assert name in str(caught.value)
         assert "\n" not in str(caught.value)
+
+
+def test_every_damage_to_a_manifest_is_found(tmp_path: Path) -> None:
+    for number in range(3):
+        save_scan(tmp_path / "scans" / f"x{number}.nii.gz", noise_ct(number))
+    path = tmp_path / "m.parquet"
+    build_manifest(tmp_path / "scans", path)
+    good, rows = path.read_bytes(), Manifest.read(path).rows
+    draw = random.Random(0)
+    found = 0
+    for _ in range(300):
+        damaged = bytearray(good)
+        damaged[draw.randrange(len(good))] ^= 1 << draw.randrange(8)
+        path.write_bytes(damaged)
+        try:
+            # bytes that Parquet does not use may change without changing a row
+            assert repr(Manifest.read(path).rows) == repr(rows)
+        except UserError:
+            found += 1
+    assert found > 150

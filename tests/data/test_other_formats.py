@@ -101,7 +101,7 @@ def test_what_no_reader_takes_is_counted_by_kind(tmp_path: Path) -> None:
 def test_an_index_from_which_nothing_can_be_used_is_an_error(tmp_path: Path) -> None:
     write_series(tmp_path / "a" / "s", make_ct(), edit=lambda i: {"Modality": "MR"})
     built = index.build_manifest(tmp_path / "a", tmp_path / "m.parquet")
-    with pytest.raises(UserError, match="1 are refused as not_ct"):
+    with pytest.raises(UserError, match="1 of 1 refused as not_ct"):
         index.check_usable(built, None)
     write_nifti(tmp_path / "a" / "x.nii.gz", make_ct())
     (tmp_path / "labels").mkdir()

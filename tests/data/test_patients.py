@@ -301,7 +301,7 @@ def test_the_index_prints_what_was_guessed_and_what_is_no_identifier(
         "patients guessed from file names: 6 scans as 3 patients, e.g. p0/visit1.nii.gz and "
         "p0/visit2.nii.gz as one; check, or give --patient-regex / --patient-column\n" in said
     )
-    assert "1 of 6 scans have a PatientID that identifies nobody" in said
+    assert "1 of 6 scans has a PatientID that identifies nobody" in said
     table = tmp_path / "who.csv"
     table.write_text("path;person\np0;X\np1/visit1;X\np1/visit2.nii.gz;X\np2;Y\n")
     said = shell.good(

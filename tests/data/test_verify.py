@@ -87,7 +87,7 @@ def test_pack_reports_damaged_files_and_files_of_no_scan(
     (folder / "other.b2nd").write_bytes(content)
     out = shell.good("pack", manifest, "--out", folder, "--workers", "0")
     assert f"damaged files packed again: {store.scans[0].id}" in out
-    assert "1 files of" in out and "belong to no scan of this manifest" in out
+    assert "1 file of" in out and "belongs to no scan of this manifest" in out
 
 
 def test_repair_packs_the_damaged_scans_again_from_the_archive(
@@ -119,3 +119,20 @@ def test_repair_names_what_the_archive_no_longer_has(
     assert code == 2 and f"cannot be packed: {store.scans[1].path}" in out
     assert "2 of 2 packed scans verified" in out
     assert "give both" in shell.bad(*command, "--repair")
+
+
+def test_a_damaged_scan_that_cannot_be_packed_again_is_not_deleted(
+    packed: tuple[Path, Path], shell: Shell
+) -> None:
+    manifest, folder = packed
+    store, scans = Store(folder), manifest.parent / "scans"
+    flip_voxels(store, 1)
+    content = store.file(1).read_bytes()
+    scans.rename(manifest.parent / "moved")
+    command = ("pack", manifest, "--out", folder, "--workers", "0", "--verify", "--repair")
+    code, out, _ = shell(*command)
+    assert code == 2 and f"cannot be packed: {store.scans[1].path}" in out
+    assert store.file(1).read_bytes() == content and len(Store(folder)) == 2
+    # with the archive back, it is repaired
+    out = shell.good(*command, "--root", manifest.parent / "moved")
+    assert "3 of 3 packed scans verified" in out

@@ -38,8 +38,15 @@ def test_the_counts_equal_a_loop_over_all_pairs(seed: int) -> None:
             same_voxels.add(row.id)
         if (row.patient, "k") == (scan.patient, scan.patient_key):
             same_patient.add(row.id)
+    for row, other in itertools.product(test, test):
+        if row.patient == other.patient and other.id in same_voxels:
+            same_patient.add(row.id)
     found = check(
-        test, digests=digests, patient_key="k", trained_on=TrainedOn(dict.fromkeys(seen, 0))
+        test,
+        rows=test,
+        digests=digests,
+        patient_key="k",
+        trained_on=TrainedOn(dict.fromkeys(seen, 0)),
     )
     assert found.num_scans == len(same_voxels)
     assert found.num_patients == len(same_patient - same_voxels)
@@ -91,8 +98,20 @@ def test_a_scan_without_a_patient_leaves_the_claim_open() -> None:
         (Row("s", ""), seen),
         (Row("s", "q"), TrainedOn({SeenScan("d", "", "k"): 0})),
     ):
-        found = check([row], digests={"s": "e"}, patient_key="k", trained_on=trained)
+        found = check([row], rows=[row], digests={"s": "e"}, patient_key="k", trained_on=trained)
         assert found.value == "unknown" and "not known" in found.caveat()
+
+
+def test_a_patient_with_another_hash_is_found_by_a_scan_that_was_trained_on() -> None:
+    """The first index guessed the patient `p`; a later one has the follow-up too, and a table."""
+    trained = TrainedOn({SeenScan("d1", "p", "k"): 0})
+    rows = [Row("first", "q"), Row("follow-up", "q"), Row("other", "r")]
+    digests = {"first": "d1", "follow-up": "d2", "other": "d3"}
+    for key in ("k", "another key"):
+        found = check(rows[1:], rows=rows, digests=digests, patient_key=key, trained_on=trained)
+        assert (found.num_scans, found.num_patients, found.value) == (0, 1, False)
+    found = check(rows[2:], rows=rows, digests=digests, patient_key="k", trained_on=trained)
+    assert found.value is True
 
 
 def test_the_list_comes_back_and_a_damaged_one_is_incomplete(tmp_path: Path) -> None:

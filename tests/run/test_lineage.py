@@ -177,6 +177,20 @@ def test_a_changed_store_adds_to_the_list_from_its_step_on(
     assert after.split.held_out.num_scans == len(after.split.test)
 
 
+def test_scans_of_abandoned_steps_stay_in_the_list(
+    run: Path, store: Path, renamed: Path, tmp_path: Path
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    path = RunFolder(copy).trained_on
+    known = trained_on.read(path).with_store(Store(renamed), range(len(Store(renamed))), 4)
+    known.write(path)
+    saved_at_2 = RunFolder(copy).checkpoints.step(2).path
+    lineage.update(copy, Store(store), [], start=2, saved=saved_at_2, init="")
+    assert trained_on.read(path) == known
+    assert 4 in known.from_step.values()
+
+
 def test_a_run_from_another_one_inherits_its_list(run: Path, store: Path, tmp_path: Path) -> None:
     finished.export(run)
     parent = {scan.digest for scan in trained_on.read(RunFolder(run).trained_on).from_step}

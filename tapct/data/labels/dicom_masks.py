@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from tapct.base.counted import counted
 from tapct.data.geometry import GRID_TOLERANCE, SAME_DIRECTION, voxel_to_mm
 from tapct.data.labels.names import clean_names
 from tapct.data.labels.overlay import Overlay
@@ -64,9 +65,15 @@ def read_dicom_labels(path: Path, volume: Volume) -> tuple[LabelMap, tuple[str, 
     names = clean_names(named, found.identity)
     notes = [overlay.note()]
     if found.num_open:
-        notes.append(f"{found.num_open} contours that are no closed polygons are not used")
-    if len(names) < sum(bool(name) for _, name in named):
-        notes.append(f"{len(named) - len(names)} label names are not used")
+        open_ones = counted(
+            found.num_open,
+            "contour that is no closed polygon is",
+            "contours that are no closed polygons are",
+        )
+        notes.append(f"{open_ones} not used")
+    num_refused = sum(bool(name) for _, name in named) - len(names)
+    if num_refused:
+        notes.append(f"{counted(num_refused, 'label name is', 'label names are')} not used")
     labels = LabelMap(
         overlay.labels_ZYX, volume.spacing_mm, volume.origin_mm, names, volume.directions
     )

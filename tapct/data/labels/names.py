@@ -126,7 +126,7 @@ def table_of_dataset(path: Path) -> NameTable:
             if not isinstance(table, dict):
                 return NameTable(notes=(f"{DATASET_FILE} has no table 'labels'",))
             return names_in(table, DATASET_FILE)
-        except (OSError, ValueError, Refused) as error:
+        except (OSError, ValueError, RecursionError, Refused) as error:
             problem = error.detail if isinstance(error, Refused) else "it is not JSON"
             return NameTable(notes=(f"{DATASET_FILE} gives no label names: {problem}",))
     return NameTable()

@@ -23,8 +23,6 @@ from tapct.types import Refused
 if TYPE_CHECKING:
     from pydicom.dataset import Dataset
 
-_INT16 = np.iinfo(np.int16)
-
 
 def read(files: Sequence[Path]) -> Image:
     """Read the slices of one scan.
@@ -75,16 +73,6 @@ def read(files: Sequence[Path]) -> Image:
     )
 
 
-def is_dicom(path: Path) -> bool:
-    """Whether a file is DICOM, with preamble or without and even if damaged, whatever its name."""
-    try:
-        return (
-            elements.read_dataset(path, ("SOPClassUID", "Modality", "Rows", "Columns")) is not None
-        )
-    except Exception:  # only a file with preamble raises
-        return True
-
-
 def _open(path: Path) -> tuple[Dataset, Head]:
     """The content of one file and its head, which must be that of a slice with a place."""
     if path.stat().st_size == 0:
@@ -122,9 +110,9 @@ def _rescaled(stored: np.ndarray, slope: float, intercept: float) -> np.ndarray:
     """HU of one slice, in the smallest type that holds them."""
     if stored.dtype.kind in "iu" and slope.is_integer() and intercept.is_integer():
         hu = stored.astype(np.int64) * int(slope) + int(intercept)
-        if hu.min() >= _INT16.min and hu.max() <= _INT16.max:
-            return hu.astype(np.int16)
-        return hu.astype(np.int32)
+        for dtype in (np.int16, np.int32):
+            if hu.min() >= np.iinfo(dtype).min and hu.max() <= np.iinfo(dtype).max:
+                return hu.astype(dtype)
     return (stored.astype(np.float64) * slope + intercept).astype(np.float32)
 
 

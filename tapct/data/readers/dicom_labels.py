@@ -152,13 +152,13 @@ def read_object(path: Path) -> LabelObject:
     if sop_class not in SEGMENTATIONS:
         raise Refused(
             "not_labels",
-            f"{path.name} has SOP class {sop_class}; rule: DICOM SEG or RTSTRUCT",
+            f"{path.name} has SOP class '{sop_class}'; rule: DICOM SEG or RTSTRUCT",
         )
     kind = str(dataset.get("SegmentationType", ""))
     if kind not in ("BINARY", "LABELMAP"):
         raise Refused(
             "not_labels",
-            f"{path.name} is a {kind or 'nameless'} segmentation; rule: BINARY or LABELMAP",
+            f"{path.name} has SegmentationType '{kind}'; rule: BINARY or LABELMAP",
         )
     if "PixelData" not in dataset:
         raise Refused("truncated", f"{path.name} ends before its pixels; copy it again")

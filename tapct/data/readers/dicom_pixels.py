@@ -92,8 +92,8 @@ def check_has_pixels(path: Path, dataset: Dataset) -> None:
     if _ELSCINT_PIXELS in dataset or private.startswith("PMSCT"):
         raise Refused(
             "private_compression",
-            f"{path.name} is compressed with the private method {private or 'of ELSCINT1'}; "
-            "convert it with gdcmconv --raw",
+            f"{path.name} is compressed with a private method of ELSCINT1; convert it with "
+            "gdcmconv --raw",
         )
     if "FloatPixelData" in dataset or "DoubleFloatPixelData" in dataset:
         raise Refused("unsupported", f"{path.name} holds pixels as floats; convert it to NIfTI")

@@ -111,7 +111,7 @@ def read_nrrd(files: Sequence[Path]) -> Image:
             header_mismatch, unsupported.
     """
     (path,) = files
-    return _read_voxels(path, _nrrd_head(path))
+    return _read_voxels(_nrrd_head(path))
 
 
 def read_slicer(path: Path) -> tuple[Image, ...]:
@@ -124,8 +124,8 @@ def read_slicer(path: Path) -> tuple[Image, ...]:
     """
     head = _nrrd_head(path, with_layers=True)
     if head.num_layers == 1:
-        return (_read_voxels(path, head),)
-    voxels = _read_array(path, head)  # (K, J, I, layer)
+        return (_read_voxels(head),)
+    voxels = _read_array(head)  # (K, J, I, layer)
     return tuple(
         Image(voxels[..., layer].transpose(), head.affine, names=head.names)
         for layer in range(head.num_layers)
@@ -162,20 +162,20 @@ def read_meta(files: Sequence[Path]) -> Image:
             unsupported.
     """
     (path,) = files
-    return _read_voxels(path, _meta_head(path))
+    return _read_voxels(_meta_head(path))
 
 
-def _read_voxels(path: Path, head: _Head) -> Image:
+def _read_voxels(head: _Head) -> Image:
     """The voxels of a file whose header is checked."""
     return Image(
-        _read_array(path, head).transpose(),
+        _read_array(head).transpose(),
         head.affine,
         header=Header(modality=head.modality),
         names=head.names,
     )
 
 
-def _read_array(path: Path, head: _Head) -> np.ndarray:
+def _read_array(head: _Head) -> np.ndarray:
     """The array of a file whose header is checked: (K, J, I), or (K, J, I, layer)."""
     layers = (head.num_layers,) if head.num_layers > 1 else ()
     shape = (*head.shape[::-1], *layers)

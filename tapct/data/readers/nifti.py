@@ -98,7 +98,7 @@ def _parse(path: Path, head: bytes) -> nibabel.Nifti1Header:
         if magic not in (b"n+1\0", b"n+2\0", b"ni1\0", b"ni2\0"):
             raise Refused(
                 "no_orientation",
-                f"{path.name} is an Analyze header, which does not say where left and right are; "
+                f"{path.name} is an Analyze header, in which left and right are not defined; "
                 "convert it to .nii.gz with the directions of the scanner",
             )
         header = kind(head[:size], endianness=sizes[size], check=False)

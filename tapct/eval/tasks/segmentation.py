@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from tapct.base.counted import counted
 from tapct.base.exits import UserError
 from tapct.config import setting
 from tapct.eval import pictures
@@ -33,7 +34,7 @@ RESOLUTIONS = ("patch", "voxel")
 _OUTSIDE, _BODY = "outside", "body"
 OUTSIDE_NAMES = ("table", "couch", "background")
 BODY_NAMES = ("body", "body_trunc", "body_extremities", "skin", "external")
-MOST_NAMES = 12  # in the line that says what the mean is of
+MOST_NAMES = 12  # in the line about the organs of the mean
 
 
 @dataclass(frozen=True)
@@ -276,7 +277,7 @@ class Segmentation(Task[PatchTruth, Prediction]):
             left_out.append(name or by_number)
         left_out += [f"{organ} (in no test scan)" for organ in self.organs if organ not in organs]
         left_out += [f"{organ} (in no training scan)" for organ in sorted(self._not_learned)]
-        line = f"mean of {_num_organs(len(organs))}: {_listed(organs)}"
+        line = f"mean of {counted(len(organs), 'organ')}: {_listed(organs)}"
         if left_out:
             line += f"; left out: {_listed(left_out)}"
         if any(re.fullmatch(r"label \d+", organ) for organ in organs):
@@ -353,10 +354,6 @@ class Segmentation(Task[PatchTruth, Prediction]):
 def _is_called(value: int, name: str, words: Sequence[str]) -> bool:
     """Whether one of the words is the name of a label, in any case, or its value."""
     return any(word.lower() in (name.lower(), str(value)) for word in words)
-
-
-def _num_organs(num: int) -> str:
-    return "1 organ" if num == 1 else f"{num} organs"
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -283,7 +283,7 @@ def test_open_contours_are_left_out_and_counted(volume: Volume, tmp_path: Path) 
     path = write_rtstruct(tmp_path / "rs.dcm", {"a": [(3, points)]}, kind="OPEN_PLANAR")
     found = read_labels_of(volume, path)
     assert not found.label_map.labels_ZYX.any()
-    assert found.notes == ("1 contours that are no closed polygons are not used",)
+    assert found.notes == ("1 contour that is no closed polygon is not used",)
 
 
 def test_names_that_may_be_those_of_a_patient_are_left_out(volume: Volume, tmp_path: Path) -> None:
