@@ -32,7 +32,7 @@ def lines_about_patients(rows: Sequence[Row]) -> list[str]:
     if several:
         verb = "has" if several == 1 else "have"
         lines.append(
-            f"{_counted(several, 'scan')} {verb} one StudyInstanceUID and several PatientIDs; they "
+            f"{counted(several, 'scan')} {verb} one StudyInstanceUID and several PatientIDs; they "
             "count as one patient. If the PatientIDs are right, give --patient-from header"
         )
     guessed = [row for row in accepted if row.patient_from == "guess"]

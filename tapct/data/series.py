@@ -199,7 +199,8 @@ def _of_one_patient(stack: Stack) -> Stack:
     ids = {canonical_id(head.patient_id) for head in stack.heads} - {""}
     if stack.reason or len(ids) < 2:
         return stack
-    detail = f"{_num_slices(stack.heads)} of one series have {len(ids)} PatientIDs; rule: one"
+    slices = counted(len(stack.heads), "slice")
+    detail = f"{slices} of one series have {len(ids)} PatientIDs; rule: one"
     return replace(stack, reason="mixed_patients", detail=detail)
 
 
