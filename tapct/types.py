@@ -64,6 +64,7 @@ class PatientClues:
     Args:
         patient_from: `header` or `side_car`, where the PatientID is from; empty without one.
         study: keyed hash of the StudyInstanceUID, or empty.
+        series: keyed hash of the SeriesInstanceUID, or empty.
         pseudonym: keyed hash of a numbered stand-in such as ANON0012, which may stand for one
             patient or for one file; or empty.
         has_stand_in: whether the PatientID is a stand-in such as REMOVED.
@@ -71,6 +72,7 @@ class PatientClues:
 
     patient_from: str = ""
     study: str = ""
+    series: str = ""
     pseudonym: str = ""
     has_stand_in: bool = False
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 
 from tapct.data.discover import Source
 from tapct.data.manifest import Row
-from tapct.data.patients import STAND_IN, Known, PatientRules, patients_of
+from tapct.data.patients import SEVERAL_IDS, STAND_IN, Known, PatientRules, patients_of
 from tapct.data.readers import DICOM
 from tapct.types import ScanFacts
 
@@ -49,7 +49,8 @@ def with_patients(
     for row, patient in zip(rows, patients_of(known, rules)):
         columns = {field.name: getattr(row, field.name) for field in fields(Row)}
         columns |= {"patient": patient.hash, "patient_from": patient.source}
-        if patient.has_stand_in:
-            columns["marks"] = ",".join(filter(None, (row.marks, STAND_IN)))
+        marks = [row.marks] if row.marks else []
+        marks += [STAND_IN] * patient.has_stand_in + [SEVERAL_IDS] * patient.has_several_ids
+        columns["marks"] = ",".join(marks)
         result.append(Row(**columns))
     return tuple(result)

@@ -28,6 +28,7 @@ SIDECAR_KEYS = {
     "sex": "PatientSex",
     "age": "PatientAge",
 }
+_IDENTIFIERS = frozenset(("patient_id", "study_uid", "series_uid"))
 YEARS_PER_UNIT = {"": 1.0, "Y": 1.0, "M": 1 / 12, "W": 7 / 365.25, "D": 1 / 365.25}
 
 
@@ -56,12 +57,20 @@ def read_sidecar(path: Path) -> dict[str, Any]:
 
 def merge_sidecar(header: Header, sidecar: dict[str, Any]) -> Header:
     """A header whose fields are replaced by those that the side-car gives."""
-    given = {
-        field: single_line(sidecar[key], MAX_TEXT)
-        for field, key in SIDECAR_KEYS.items()
-        if sidecar.get(key) not in (None, "", [])
-    }
+    given = {}
+    for field, key in SIDECAR_KEYS.items():
+        value = sidecar.get(key)
+        if value in (None, "", []):
+            continue
+        if field in _IDENTIFIERS and not _is_identifier(value):
+            continue
+        given[field] = single_line(value, MAX_TEXT)
     return replace(header, **given)
+
+
+def _is_identifier(value: object) -> bool:
+    """Whether a value of JSON can be an identifier: true, lists and objects identify nobody."""
+    return isinstance(value, (str, int, float)) and not isinstance(value, bool)
 
 
 def facts_of(header: Header, key: bytes | None, patient_from: str = "header") -> ScanFacts:
@@ -77,10 +86,12 @@ def facts_of(header: Header, key: bytes | None, patient_from: str = "header") ->
     patient = hash_of_patient_id(header.patient_id, key)
     clues = PatientClues()
     if key:
-        number, study = numbered_stand_in(header.patient_id), header.study_uid.strip(" \0")
+        number = numbered_stand_in(header.patient_id)
+        study, series = header.study_uid.strip(" \0"), header.series_uid.strip(" \0")
         clues = PatientClues(
             patient_from=patient_from if patient else "",
             study=keyed_hash(key, f"study {study}") if study else "",
+            series=keyed_hash(key, f"series {series}") if series else "",
             pseudonym=keyed_hash(key, f"stand-in {number}") if number else "",
             has_stand_in=bool(header.patient_id.strip(" \0")) and not patient,
         )

@@ -10,12 +10,15 @@ look like a visit, a phase or a reconstruction, do not make another person.
 | `imagesTr/case1_0000` | `case1` | `imagesTr` belongs to a layout, `_0000` is a channel |
 | `train_1_a_2`, `case1_v2`, `Meyer_lung` | `train_1`, `case1`, `meyer` | endings are cut |
 | `sub-01/ses-2/ct/sub-01_ses-2_ct` | `sub-01` | BIDS |
+| `p7a`, `Meyer2019`, `P7Arterial` | `p7`, `meyer`, `p7` | so are endings without a separator |
+| `CT1/p02`, `CT2/p02` | `p02` | `CT1` counts scans, since a name with a number follows |
 | `batch1/ser2`, `batch2/ser2` | `batch1`, `batch2` | a generic name joins no two folders |
 """
 
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -71,6 +74,11 @@ _WEAK_TEXT = """
     inputs output original originals orig raw source
 """
 _WEAK = frozenset(_WEAK_TEXT.split())
+# words of a modality or a file format: with a number they count the scans of a person, or people
+_MODALITY_TEXT = """
+    ct cta ctpa cbct ldct hrct dicom dicoms dcm nii nifti niftis nrrd data raw input output
+"""
+_MODALITY = frozenset(_MODALITY_TEXT.split())
 # words of folders that hold many people
 _LAYOUT_TEXT = """
     dataset datasets rawdata sourcedata derivatives archive archives export exports download
@@ -97,6 +105,11 @@ _PERSON_TEXT = """
 _PERSON = frozenset(_PERSON_TEXT.split())
 # public data sets whose own name ends in a number
 _NUMBERED_NAMES = re.compile(r"(?:flare|amos|kits|lits|luna|verse|btcv|covid|sarscov)\d{1,4}")
+# endings that no separator sets off: P01Arterial, p77a, Meyer2019
+_CAMEL = re.compile(r"(?<=[^\W_A-Z])(?=[A-Z][a-z\d])")
+_HEX_HASH = re.compile(r"[0-9a-f]{8,}")
+_ATTACHED = re.compile(r"(.*?\d)([^\W\d_]+\d*)")
+_NAME_AND_DATE = re.compile(rf"([^\W\d_]{{3,}})({_DATE.pattern})")
 
 
 class Says(Enum):
@@ -133,9 +146,9 @@ def guessed_identifier(relative: Path, *, is_series: bool) -> str:
     """
     folders, stem = _parts(relative, is_series)
     start, sets = _start(folders), [name for name in folders if _SETS.fullmatch(name)]
-    for name in folders[start:]:
+    for name, below in zip(folders[start:], [*folders[start + 1 :], stem]):
         reading = read_name(name)
-        if is_layout(name) or reading.says is Says.NOTHING:
+        if is_layout(name) or reading.says is Says.NOTHING or _is_numbered_scan(name, below):
             continue
         return _scoped(reading, sets)
     reading = read_name(stem)
@@ -159,7 +172,7 @@ def person_and_visit(relative: Path, *, is_series: bool) -> str:
 
 def is_layout(folder: str) -> bool:
     """Whether a folder's name belongs to the layout of an archive, such as imagesTr or batch1."""
-    name = folder.lower()
+    name = _folded(folder)
     words = _words(name)
     if _NUMBERED_SET.fullmatch("".join(words)) or _NUMBERED_SET.fullmatch(name):
         return True
@@ -168,7 +181,7 @@ def is_layout(folder: str) -> bool:
 
 def read_name(name: str) -> Reading:
     """Read a file's stem or a folder's name, up to the first word that looks like an ending."""
-    words = _words(name.lower())
+    words = [_without_ending(word) for word in _words(_folded(name))]
     words = [word for word in words if not _NUMBERED_NAMES.fullmatch(word)] or words
     kept: list[str] = []
     weak = ""
@@ -235,6 +248,52 @@ def _is_ending(word: str) -> bool:
 
 def _words(name: str) -> list[str]:
     return _WORD.findall(name)
+
+
+def _folded(name: str) -> str:
+    """A name in lower case, with composed accents, and with its endings set off: P01Arterial."""
+    chunks = _CAMEL.split(unicodedata.normalize("NFC", name))
+    folded = chunks[0]
+    for chunk in chunks[1:]:
+        first = (_words(chunk.casefold()) or [""])[0]
+        folded += f"_{chunk}" if _is_ending(first) else chunk
+    return unicodedata.normalize("NFC", folded.casefold())
+
+
+def _without_ending(word: str) -> str:
+    """A word without the ending that is attached to it: a letter or a phase after a number, or a
+    year or a date after a name. Words that count, such as case2019, keep their number.
+    """
+    if _is_ending(word) or _HEX_HASH.fullmatch(word) or not word.isalnum():
+        return word
+    dated = _NAME_AND_DATE.fullmatch(word)
+    if dated and not _is_counting(dated[1]):
+        return dated[1]
+    attached = _ATTACHED.fullmatch(word)
+    if attached:
+        ending = attached[2]
+        if len(ending) == 1 or ending in _WEAK or _is_ending(ending):
+            return attached[1]
+    return word
+
+
+def _is_counting(word: str) -> bool:
+    """Whether a word is one that a running number follows."""
+    return any(word in words for words in (_PERSON, _WEAK, _COUNTED, _LAYOUT, _ENDINGS))
+
+
+def _is_numbered_scan(folder: str, below: str) -> bool:
+    """Whether a folder such as CT1 counts scans: the name below it is a person's, with a number.
+
+    UIDs are no such names, since each series of a person has one of its own.
+    """
+    reading = read_name(folder)
+    if reading.says is not Says.COUNT or reading.identifier.rstrip("0123456789") not in _MODALITY:
+        return False
+    inner = read_name(below)
+    has_letter = any(letter.isalpha() for letter in inner.identifier)
+    has_number = any(letter.isdigit() for letter in inner.identifier)
+    return inner.says is Says.PERSON and has_letter and has_number and not is_uid(below)
 
 
 def _parts(relative: Path, is_series: bool) -> tuple[list[str], str]:

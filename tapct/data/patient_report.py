@@ -6,13 +6,14 @@ from collections.abc import Sequence
 
 from tapct.base.counted import counted
 from tapct.data.manifest import ACCEPTED, Row
-from tapct.data.patients import STAND_IN
+from tapct.data.patients import SEVERAL_IDS, STAND_IN
 
 CHECK = "check, or give --patient-regex / --patient-column"
 
 
 def lines_about_patients(rows: Sequence[Row]) -> list[str]:
-    """How many patients were guessed, with an example, and how many PatientIDs identify nobody.
+    """How many patients were guessed, with an example, how many PatientIDs identify nobody, and how
+    many scans of one study have several.
 
     Args:
         rows: all rows of a manifest.
@@ -26,6 +27,13 @@ def lines_about_patients(rows: Sequence[Row]) -> list[str]:
             f"{of_all} {'has' if stand_ins == 1 else 'have'} a PatientID that identifies nobody (a "
             "stand-in such as REMOVED, or the same in all studies); it is not used. If one ID "
             "for all studies is right, give --patient-from header"
+        )
+    several = sum(SEVERAL_IDS in row.marks.split(",") for row in accepted)
+    if several:
+        verb = "has" if several == 1 else "have"
+        lines.append(
+            f"{counted(several, 'scan')} {verb} one StudyInstanceUID and several PatientIDs; they "
+            "count as one patient. If the PatientIDs are right, give --patient-from header"
         )
     guessed = [row for row in accepted if row.patient_from == "guess"]
     if guessed:

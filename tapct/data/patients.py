@@ -11,10 +11,10 @@
 | 7 | the StudyInstanceUID: one study is one patient | `study` |
 | 8 | a guess from names, see `patient_names` | `guess` |
 
-Copies of one scan, scans of one study and numbered stand-ins join what these rules give, since a
-leak is worse than a coarse split. The identifier never leaves this file: what is stored is a hash,
-keyed with a secret, so that nobody without the secret can test whether a known identifier is among
-the hashes.
+Copies of one scan, scans of one study or series and numbered stand-ins join what these rules give,
+since a leak is worse than a coarse split. The identifier never leaves this file: what is stored is
+a hash, keyed with a secret, so that nobody without the secret can test whether a known identifier
+is among the hashes.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from pathlib import Path
 
 from tapct.base.exits import UserError
 from tapct.data.patient_names import bids_subject, guessed_identifier, person_and_visit
-from tapct.data.stand_ins import is_stand_in
+from tapct.data.stand_ins import canonical_id, is_stand_in
 from tapct.types import ScanFacts
 
 KEY_FILE = ".patient_key"
@@ -39,6 +39,8 @@ KEY_BYTES = 16
 
 SOURCES = ("column", "folder", "header", "regex", "bids", "side_car", "study", "guess")
 STAND_IN = "patient_stand_in"  # mark of a scan whose PatientID identifies nobody
+SEVERAL_IDS = "several_patient_ids"  # mark of the scans of one study with several PatientIDs
+_BY_USER = ("column", "folder")  # rules by which the user names the patient of each scan
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,8 @@ class PatientRules:
             identifier; None to guess from the names on the path.
         folder: number of the folder on the path below the root that is the patient, from 1; 0 for
             none.
-        trusts_header: whether a PatientID counts also where all studies have the same one.
+        trusts_header: whether a PatientID counts also where all studies have the same one, or one
+            study has several.
         column: identifier of a scan by its path below the root, from a table.
     """
 
@@ -89,11 +92,13 @@ class Identified:
         hash: keyed hash of the identifier; empty where the scan could not be read.
         source: rule that identified it, one of SOURCES; empty where the scan could not be read.
         has_stand_in: whether the scan has a PatientID that identifies nobody.
+        has_several_ids: whether scans of its study have other identifiers, which were joined.
     """
 
     hash: str = ""
     source: str = ""
     has_stand_in: bool = False
+    has_several_ids: bool = False
 
 
 def patients_of(scans: Sequence[Known], rules: PatientRules) -> list[Identified]:
@@ -109,12 +114,16 @@ def patients_of(scans: Sequence[Known], rules: PatientRules) -> list[Identified]
     found = [_first_rule(scan, rules, same_for_all) for scan in scans]
     joined = _Joined(found)
     _join_scans(scans, found, rules, joined.join)
+    several = _join_studies(scans, found, rules, joined.join)
+    _join_series(scans, found, rules, joined.join)
     patients = []
     for scan, patient in zip(scans, found):
         is_stand_in = scan.facts is not None and (
             scan.facts.clues.has_stand_in or scan.facts.patient in same_for_all
         )
-        patients.append(Identified(joined.name_of(patient.hash), patient.source, is_stand_in))
+        has_several_ids = scan.facts is not None and scan.facts.clues.study in several
+        name = joined.name_of(patient.hash)
+        patients.append(Identified(name, patient.source, is_stand_in, has_several_ids))
     return patients
 
 
@@ -141,19 +150,19 @@ def _first_rule(scan: Known, rules: PatientRules, same_for_all: set[str]) -> Ide
     clues = scan.facts.clues
     in_column = rules.column.get(relative.as_posix(), "")
     if in_column:
-        return Identified(keyed_hash(rules.key, in_column), "column")
+        return Identified(_hash_of_name(rules, in_column), "column")
     folders = relative.parts if scan.is_series else relative.parts[:-1]
     if 0 < rules.folder <= len(folders):
-        return Identified(keyed_hash(rules.key, folders[rules.folder - 1]), "folder")
+        return Identified(_hash_of_name(rules, folders[rules.folder - 1]), "folder")
     from_id = "" if scan.facts.patient in same_for_all else scan.facts.patient
     if from_id and clues.patient_from == "header":
         return Identified(from_id, "header")
     match = re.search(rules.regex, relative.as_posix()) if rules.regex and not from_id else None
     if match and match[1]:
-        return Identified(keyed_hash(rules.key, match[1]), "regex")
+        return Identified(_hash_of_name(rules, match[1]), "regex")
     subject = bids_subject(relative)
     if subject:
-        return Identified(keyed_hash(rules.key, subject), "bids")
+        return Identified(_hash_of_name(rules, subject), "bids")
     if from_id:
         return Identified(from_id, "side_car")
     if clues.study:
@@ -165,7 +174,12 @@ def _guess(scan: Known, rules: PatientRules) -> str:
     """The keyed hash of the identifier that the names on a scan's path suggest."""
     relative = scan.path.relative_to(rules.root)
     name = guessed_identifier(relative, is_series=scan.is_series)
-    return keyed_hash(rules.key, name or rules.root.resolve().name)
+    return _hash_of_name(rules, name or rules.root.resolve().name)
+
+
+def _hash_of_name(rules: PatientRules, name: str) -> str:
+    """The keyed hash of an identifier, however it is written."""
+    return keyed_hash(rules.key, canonical_id(name) or name)
 
 
 def _join_scans(
@@ -184,7 +198,6 @@ def _join_scans(
     pseudonyms = {scan.facts.clues.pseudonym for scan in scans if scan.facts is not None} - {""}
     by_digest: dict[str, str] = {}
     by_pseudonym: dict[str, str] = {}
-    by_study: dict[str, set[str]] = defaultdict(set)  # patients that a better rule gave a study
     by_guess: dict[str, set[str]] = defaultdict(set)
     for scan, patient in zip(scans, found):
         if scan.facts is None:
@@ -195,23 +208,83 @@ def _join_scans(
         # one number for all identifies nobody; several may count patients
         if clues.pseudonym and len(pseudonyms) > 1:
             join(by_pseudonym.setdefault(clues.pseudonym, patient.hash), patient.hash)
-        if clues.study and patient.source != "study":
-            by_study[clues.study].add(patient.hash)
         if patient.source in ("header", "bids", "side_car", "study"):
             by_guess[_guess(scan, rules)].add(patient.hash)
         if patient.source == "study":
             relative = scan.path.relative_to(rules.root)
             if person_and_visit(relative, is_series=scan.is_series):
                 join(_guess(scan, rules), patient.hash)
+    for patient in found:
+        # the folder of one known patient; a folder of several is not a person
+        if patient.source == "guess" and len(by_guess[patient.hash]) == 1:
+            join(next(iter(by_guess[patient.hash])), patient.hash)
+
+
+def _join_studies(
+    scans: Sequence[Known],
+    found: Sequence[Identified],
+    rules: PatientRules,
+    join: Callable[[str, str], None],
+) -> set[str]:
+    """Join the patients of one study, whatever their identifiers.
+
+    Patients that the user named for each scan stay apart, and so do several PatientIDs
+    where the user trusts them.
+
+    Args:
+        scans, found, rules, join: as in `_join_scans`.
+    Returns:
+        Studies of which several identifiers were joined.
+    """
+    sure = (*_BY_USER, "header", "side_car") if rules.trusts_header else _BY_USER
+    named: dict[str, set[str]] = defaultdict(set)
+    doubtful: dict[str, set[str]] = defaultdict(set)
+    without_id: dict[str, set[str]] = defaultdict(set)
     for scan, patient in zip(scans, found):
-        if scan.facts is None:
+        if scan.facts is None or not scan.facts.clues.study:
             continue
-        known = by_study[scan.facts.clues.study] if patient.source == "study" else set()
-        if patient.source == "guess":
-            # the folder of one known patient; a folder of several is not a person
-            known = by_guess[patient.hash]
-        if len(known) == 1:
-            join(next(iter(known)), patient.hash)
+        sort = without_id if patient.source == "study" else doubtful
+        sort = named if patient.source in sure else sort
+        sort[scan.facts.clues.study].add(patient.hash)
+    several = set()
+    for study in {*named, *doubtful, *without_id}:
+        members = sorted(doubtful[study])
+        if len(named[study]) == 1:
+            members = sorted(named[study] | doubtful[study])
+        if len(members) > 1:
+            several.add(study)
+        if len(named[study]) < 2:
+            members += sorted(without_id[study])
+        for other in members[1:]:
+            join(members[0], other)
+    return several
+
+
+def _join_series(
+    scans: Sequence[Known],
+    found: Sequence[Identified],
+    rules: PatientRules,
+    join: Callable[[str, str], None],
+) -> None:
+    """Join the patients of one series where no study tells them apart.
+
+    Some anonymisation software gives all series one UID, so series of different studies and a UID
+    that all series have join nobody.
+
+    Args:
+        scans, found, rules, join: as in `_join_scans`.
+    """
+    sure = (*_BY_USER, "header", "side_car") if rules.trusts_header else _BY_USER
+    members: dict[str, list[tuple[str, str]]] = defaultdict(list)
+    for scan, patient in zip(scans, found):
+        if scan.facts is not None and scan.facts.clues.series and patient.source not in sure:
+            members[scan.facts.clues.series].append((scan.facts.clues.study, patient.hash))
+    if len(members) < 2:
+        return
+    for series in members.values():
+        if len({study for study, _ in series} - {""}) < 2:
+            for _, other in series[1:]:
+                join(series[0][1], other)
 
 
 class _Joined:
@@ -257,7 +330,7 @@ def hash_of_patient_id(patient_id: str, key: bytes | None) -> str:
     """
     if not key or is_stand_in(patient_id):
         return ""
-    return keyed_hash(key, patient_id.strip(" \0"))
+    return keyed_hash(key, canonical_id(patient_id))
 
 
 def keyed_hash(key: bytes, text: str) -> str:

@@ -20,6 +20,7 @@ from tapct.base.counted import counted
 from tapct.base.marks import file_name
 from tapct.data.readers import dicom_geometry as geometry
 from tapct.data.readers.dicom_head import TRAITS, Head
+from tapct.data.stand_ins import canonical_id
 from tapct.types import Refused
 
 _FOLDER = len(TRAITS)  # number of the trait after the last element
@@ -64,21 +65,78 @@ def stacks_of(heads: Iterable[Head], *, derived: bool = False) -> list[Stack]:
         by_series.setdefault(series_key(head), []).append(head)
     stacks = []
     for key, members in by_series.items():
-        found = _stacks_of_series(members, derived)
-        stacks += found if key[2] else _without_uid(found)
+        if key[2]:
+            for part in _by_patient(members):
+                stacks += _stacks_of_series(part, derived)
+        else:
+            stacks += _without_uid(_stacks_of_series(members, derived))
     return stacks
 
 
 def series_key(head: Head) -> tuple[str, ...]:
     """What all slices of one series have in common.
 
-    The patient is part of it, since some anonymisers give every series the same UID. Without
-    SeriesInstanceUID it is the study, and without that the folder.
+    Without SeriesInstanceUID it is the patient and the study, and without that the folder.
     """
     if head.series_uid:
-        return head.patient_id, "", head.series_uid, ""
+        return "", "", head.series_uid, ""
     folder = "" if head.study_uid else str(head.path.parent)
     return head.patient_id, head.study_uid, "", folder
+
+
+def _by_patient(heads: list[Head]) -> list[list[Head]]:
+    """Slices of one SeriesInstanceUID by patient.
+
+    Some anonymisation software gives every series the same UID: slices of several patients are
+    several series if their studies differ or their stacks lie in each other. Other slices of
+    several PatientIDs stay together, since a scan is never cut to pieces.
+    """
+    by_patient: dict[str, list[Head]] = {}
+    for head in heads:
+        by_patient.setdefault(canonical_id(head.patient_id), []).append(head)
+    series: list[list[Head]] = []
+    for members in by_patient.values():
+        same = next((part for part in series if _is_one_series(part, members)), None)
+        if same is None:
+            series.append(members)
+        else:
+            same += members
+    return series
+
+
+def _is_one_series(one: list[Head], other: list[Head]) -> bool:
+    """Whether slices of two PatientIDs and one SeriesInstanceUID are of one series."""
+    studies = [{head.study_uid for head in part} - {""} for part in (one, other)]
+    if all(studies) and not studies[0] & studies[1]:
+        return False
+    ids = {id(head) for head in one}
+    for members in _by_grid(_plain_slices(one + other)):
+        parts = (
+            [head for head in members if id(head) in ids],
+            [head for head in members if id(head) not in ids],
+        )
+        if all(parts) and not _are_two_stacks(*parts):
+            return True
+    return False
+
+
+def _are_two_stacks(one: list[Head], other: list[Head]) -> bool:
+    """Whether slices of one pixel grid and two PatientIDs are two stacks that lie in each other."""
+    reason = _examine(one + other).reason
+    if not reason or not _lie_in_each_other([one, other]):
+        return False
+    if reason == "duplicate_slices":
+        return True
+    return all(stack.is_long for part in (one, other) for stack in split(part))
+
+
+def _plain_slices(heads: list[Head]) -> list[Head]:
+    """Slices of known place."""
+    return [
+        head
+        for head in heads
+        if head.refusal is None and not head.misplaced and not head.is_multiframe
+    ]
 
 
 def _without_uid(stacks: list[Stack]) -> list[Stack]:
@@ -133,8 +191,18 @@ def _stacks_of_series(heads: list[Head], derived: bool) -> list[Stack]:
         stacks.append(Stack(tuple(members), reason, detail))
     stacks += [Stack(tuple(members)) for members in frames.values()]
     for members in slices.values():
-        stacks += _stacks_of_slices(members)
+        stacks += [_of_one_patient(stack) for stack in _stacks_of_slices(members)]
     return stacks
+
+
+def _of_one_patient(stack: Stack) -> Stack:
+    """Refuse a whole stack whose slices have several PatientIDs: nobody knows whose it is."""
+    ids = {canonical_id(head.patient_id) for head in stack.heads} - {""}
+    if stack.reason or len(ids) < 2:
+        return stack
+    slices = counted(len(stack.heads), "slice")
+    detail = f"{slices} of one series have {len(ids)} PatientIDs; rule: one"
+    return replace(stack, reason="mixed_patients", detail=detail)
 
 
 def _stacks_of_slices(heads: list[Head]) -> list[Stack]:

@@ -1,8 +1,11 @@
-"""PatientIDs that identify nobody: what anonymisation, export and test software writes there."""
+"""What a PatientID says: one form for all ways of writing it, and the ones that identify nobody, as
+anonymisation, export and test software writes them.
+"""
 
 from __future__ import annotations
 
 import re
+import unicodedata
 
 _WORDS_TEXT = """
     none null nil nan na unknown unk unkown undefined unspecified unassigned unavailable
@@ -14,7 +17,21 @@ _WORDS_TEXT = """
 """
 _WORDS = frozenset(_WORDS_TEXT.split())
 _PREFIXES = ("anon", "removed", "redacted", "deidentified", "pseudonym", "unknown", "dummy")
-_NUMBERS = re.compile(r"0+|9{4,}|0?123456?7?8?9?0?")
+_NUMBERS = re.compile(r"0+|9{4,}")
+
+
+def canonical_id(text: str) -> str:
+    """One form for all ways of writing an identifier.
+
+    Upper and lower case, spaces around it, leading zeros of its numbers, the `.0` that tables of
+    floating-point numbers append, and composed or decomposed accents do not make another patient.
+    """
+    text = " ".join(unicodedata.normalize("NFKC", text).replace("\0", " ").split()).strip(" ^")
+    text = unicodedata.normalize("NFKC", text.casefold().upper())
+    if re.fullmatch(r"\d+(?:\.\d+)?E\+\d+", text):
+        text = str(int(float(text))) if float(text).is_integer() else text
+    text = re.sub(r"(\d+)\.0+", r"\1", text) if re.fullmatch(r"\d+\.0+", text) else text
+    return re.sub(r"(?<!\d)0+(?=\d)", "", text)
 
 
 def is_stand_in(patient_id: str) -> bool:

@@ -14,14 +14,21 @@ from shell import Shell
 from shell import shell as shell  # a fixture
 
 from tapct.base.exits import UserError
-from tapct.data.headers import facts_of
+from tapct.data.headers import facts_of, merge_sidecar
 from tapct.data.index import build_manifest
 from tapct.data.manifest import Row
 from tapct.data.patient_report import lines_about_patients
 from tapct.data.patient_table import patients_from_table
-from tapct.data.patients import STAND_IN, Identified, Known, PatientRules, patients_of
+from tapct.data.patients import (
+    SEVERAL_IDS,
+    STAND_IN,
+    Identified,
+    Known,
+    PatientRules,
+    patients_of,
+)
 from tapct.data.readers.raw import Header
-from tapct.data.stand_ins import is_stand_in, numbered_stand_in
+from tapct.data.stand_ins import canonical_id, is_stand_in, numbered_stand_in
 from tapct.types import ScanFacts
 
 KEY = b"k" * 16
@@ -106,10 +113,21 @@ def test_stand_ins_are_no_identifier(text: str) -> None:
 def test_words_of_anonymisation_software_are_stand_ins_and_identifiers_are_not() -> None:
     for text in (
         *("De-Identified", "DEIDENTIFIED", "anonymized patient", "REDACTED", "Unknown", "None"),
-        *("no id", "---", "???", "9999", "123456", "X", "patient", "Patient ID", "Dummy 1"),
+        *("no id", "---", "???", "9999", "X", "patient", "Patient ID", "Dummy 1"),
     ):
         assert is_stand_in(text), text
-    for text in ("P-007", "1", "12", "999", "0815", "A", "LIDC-IDRI-0001", "Meyer", "PHANTOM-0-3"):
+    for text in (
+        "P-007",
+        "1",
+        "12",
+        "999",
+        "0815",
+        "123456",
+        "A",
+        "LIDC-IDRI-0001",
+        "Meyer",
+        "PHANTOM-0-3",
+    ):
         assert not is_stand_in(text), text
 
 
@@ -127,6 +145,95 @@ def test_an_identifier_that_all_studies_have_identifies_nobody() -> None:
     assert identified(*mixed) == ("aab", ["header"] * 2 + ["side_car"]), "two studies of a patient"
     follow_ups = [known(f"Meyer/{n}/x", patient_id="P1", study_uid=f"{n}") for n in (2019, 2020)]
     assert identified(*follow_ups) == ("aa", ["study"] * 2), "one folder, two visits"
+
+
+FORMS = {
+    "leading zeros": ("0815", "815", "00815"),
+    "letter case": ("mrn77", "MRN77", "Mrn077"),
+    "spaces around it": ("Q9", " Q9", "Q9 ", "Q9\0"),
+    "a table of floating-point numbers": ("12", "12.0", "012"),
+    "accents": ("M\u00fcller", "Mu\u0308ller", "M\u00dcLLER"),
+}
+
+
+@pytest.mark.parametrize("forms", FORMS.values(), ids=FORMS)
+def test_one_identifier_written_in_several_forms_is_one_patient(forms: tuple[str, ...]) -> None:
+    assert len({canonical_id(form) for form in forms}) == 1
+    scans = [
+        known(f"x{number}", patient_id=form, study_uid=str(number))
+        for number, form in enumerate(forms)
+    ]
+    groups, _ = identified(*scans, known("y.nii.gz", side_car=forms[1]), known("z", patient_id="R"))
+    assert groups == "a" * (len(forms) + 1) + "b"
+
+
+def test_different_identifiers_stay_different() -> None:
+    names = ("P-1", "P-10", "P1", "1.0.1", "1.1", "A", "AA", "1-2", "12", "10", "100", "1.5")
+    assert len({canonical_id(name) for name in names}) == len(names)
+
+
+def test_subjects_that_differ_in_zeros_or_case_are_one() -> None:
+    names = ("sub-09/ses-1/ct.nii.gz", "sub-9_ses-2_ct.nii.gz", "SUB-09_x.nii.gz", "sub-90.nii.gz")
+    assert identified(*map(known, names))[0] == "aaab"
+    table = {"a.nii.gz": "12.0", "b.nii.gz": "12", "c.nii.gz": "13"}
+    assert identified(*map(known, table), column=table)[0] == "aab"
+
+
+@pytest.mark.parametrize("value", [None, True, False, ["x"], {"id": "x"}, ""])
+def test_a_value_of_json_that_is_no_text_or_number_is_no_identifier(value: object) -> None:
+    merged = merge_sidecar(Header(), {"PatientID": value, "StudyInstanceUID": value})
+    assert merged.patient_id == merged.study_uid == ""
+    assert merge_sidecar(Header(), {"PatientID": 12.0}).patient_id == "12.0"
+
+
+def test_one_study_is_one_patient_whatever_the_ids_and_the_rows_are_marked() -> None:
+    scans = [
+        known("x1", patient_id="K1", study_uid="9"),
+        known("x2.nii.gz", study_uid="9", side_car=None, patient_id="K2"),
+        known("x3", study_uid="9"),
+        known("x4", patient_id="K2", study_uid="8"),
+        known("x5", patient_id="K3", study_uid="7"),
+    ]
+    assert identified(*scans)[0] == "aaaab"
+    found = patients_of(scans, PatientRules(ROOT, KEY))
+    assert [patient.has_several_ids for patient in found] == [True, True, True, False, False]
+    assert identified(*scans, trusts_header=True)[0] == "abcbd"
+    table = {"x1": "one", "x2.nii.gz": "two"}
+    assert identified(*scans, column=table)[0][:2] == "ab", "the table of the user holds"
+    row = Row("1", "a", "dicom", "accepted", marks=f"lossy,{SEVERAL_IDS}", patient_from="header")
+    assert lines_about_patients([row, row])[0].startswith(
+        "2 scans have one StudyInstanceUID and several PatientIDs; they count as one patient"
+    )
+
+
+@pytest.mark.parametrize("option, num_patients", [(None, 1), ("header", 2)])
+def test_the_index_joins_and_marks_a_study_with_several_ids(
+    tmp_path: Path, option: str | None, num_patients: int
+) -> None:
+    for number in range(2):
+        path = tmp_path / "a" / f"x{number}.nii.gz"
+        save_scan(path, noise_ct(number))
+        clues = {"PatientID": f"K{number}", "StudyInstanceUID": "1.9"}
+        path.with_name(f"x{number}.json").write_text(json.dumps(clues))
+    rows = build_manifest(tmp_path / "a", tmp_path / "m.parquet", patient_from=option).rows
+    assert len({row.patient for row in rows}) == num_patients
+    marked = [SEVERAL_IDS in row.marks.split(",") for row in rows]
+    assert marked == [num_patients == 1] * 2
+
+
+def test_one_series_is_one_patient_unless_its_uid_was_copied() -> None:
+    one = [known("x", patient_id="A", series_uid="1"), known("y", patient_id="B", series_uid="1")]
+    other = known("z", patient_id="C", series_uid="2")
+    assert identified(*one, other)[0] == "aab"
+    assert identified(*one)[0] == "ab", "one UID for all says nothing"
+    studies = [known(name, patient_id=name, series_uid="1", study_uid=f"1.{name}") for name in "xy"]
+    assert identified(*studies, other)[0] == "abc"
+
+
+def test_a_number_that_looks_like_a_stand_in_joins_its_studies() -> None:
+    scans = [known(f"x{n}", patient_id="123456", study_uid=str(n)) for n in range(2)]
+    assert identified(*scans, known("y", patient_id="P2"))[0] == "aab"
+    assert identified(*scans)[0] == "ab", "all studies have it"
 
 
 def test_numbered_stand_ins_join_but_do_not_identify() -> None:

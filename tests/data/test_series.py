@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -139,6 +140,21 @@ def test_slices_without_any_uid_in_hashed_folders_are_no_scans() -> None:
 def test_a_series_is_not_shared_by_two_patients() -> None:
     both = heads(range(9), patient="A", folder="a") + heads(range(9), patient="B", folder="b")
     assert shape(stacks_of(both)) == [(9, ""), (9, "")]
+
+
+def test_a_series_whose_patient_changes_is_refused_as_a_whole() -> None:
+    halves = heads(range(20), patient="A1") + heads(range(20, 40), first=21, patient="A2")
+    assert shape(stacks_of(halves)) == [(40, "mixed_patients")]
+    in_turn = [replace(head, patient_id=f"A{head.number % 2}") for head in heads(range(40))]
+    assert shape(stacks_of(in_turn)) == [(40, "mixed_patients")]
+    one_form = [replace(head, patient_id=["a07", "A7 "][head.number % 2]) for head in in_turn]
+    assert shape(stacks_of(one_form)) == [(40, "")]
+    some_without = [replace(head, patient_id="A" * (head.number % 2)) for head in in_turn]
+    assert shape(stacks_of(some_without)) == [(40, "")]
+    three = [replace(head, patient_id="A" * (1 + (head.number in (7, 8, 9)))) for head in in_turn]
+    assert all(reason for _, reason in shape(stacks_of(three[:20] + three[21:])))
+    studies = [replace(head, study_uid=f"1.{head.patient_id}") for head in halves]
+    assert shape(stacks_of(studies)) == [(20, ""), (20, "")]
 
 
 @pytest.mark.parametrize("trait", ["ImageType", "ConvolutionKernel", "KVP", "AcquisitionNumber"])
