@@ -373,6 +373,8 @@ SERIES = (
     Case("dicom-no-position", "no_orientation", dicom(lambda i: {"ImagePositionPatient": None})),
     Case("dicom-gap", "missing_slices", dicom(positions=lambda i: 2.0 * i + 4.0 * (i > 4))),
     Case("dicom-uneven", "uneven_slices", dicom(positions=lambda i: 2.0 * i + 0.7 * (i % 3))),
+    Case("dicom-fewer-rows", "header_mismatch", dicom(lambda i: {"Rows": 23})),
+    Case("dicom-more-rows", "truncated", dicom(lambda i: {"Rows": 25})),
     Case("dicom-10-m-away", "absurd_geometry", dicom(positions=lambda i: 50_000 + 2.0 * i)),
 )
 

@@ -44,8 +44,8 @@ def read(files: Sequence[Path]) -> Image:
     Raises:
         Refused: not_ct, localizer, multiframe, not_scalar, no_rescale, not_hu, no_orientation,
             bad_spacing, bad_affine, mixed_geometry, duplicate_slices, missing_slices,
-            uneven_slices, sheared, truncated, corrupt, private_compression, unsupported,
-            unreadable.
+            uneven_slices, sheared, truncated, header_mismatch, corrupt,
+            private_compression, unsupported, unreadable.
     """
     heads: list[Head] = []
     planes: list[np.ndarray] = []
