@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from tapct.data.check_rules import CheckRules
+from tapct.data.slice_levels import check_levels
 from tapct.types import AIR_HU, Refused
 
 _SIDE = 64  # pixels of a slice along each axis that are compared
@@ -29,7 +30,7 @@ def check_slices(hu_ZYX: np.ndarray, rules: CheckRules) -> tuple[str, ...]:
         Marks: `empty_slices` for constant slices at the ends, `repeated_slices` for few slices
         that equal another one.
     Raises:
-        Refused: empty_slices, repeated_slices, slice_order.
+        Refused: empty_slices, repeated_slices, slice_order, not_hu (a step between slices).
     """
     pixels_ZYX = hu_ZYX[
         :,
@@ -45,6 +46,7 @@ def check_slices(hu_ZYX: np.ndarray, rules: CheckRules) -> tuple[str, ...]:
     marks = [*_check_empty(flat, filled, has_body, rules)]
     marks += _check_repeated(hu_ZYX, flat, filled, has_body, rules)
     _check_order(pixels_ZYX[filled[0] : filled[-1] + 1], rules)
+    check_levels(hu_ZYX)
     return tuple(marks)
 
 

@@ -21,6 +21,7 @@ from tapct.data import index
 from tapct.data.discover import find_source, find_sources, search
 from tapct.data.ingest import read_volume
 from tapct.data.read_rules import ReadRules
+from tapct.data.readers import dicom_pixels
 from tapct.types import Refused
 
 
@@ -153,6 +154,27 @@ def test_the_parts_of_a_concatenation_are_one_scan(tmp_path: Path) -> None:
     (source,) = find_sources(tmp_path)
     assert len(source.files) == 2
     np.testing.assert_array_equal(read_volume(tmp_path / "e").hu_ZYX, make_ct())
+
+
+def test_multiframe_pixels_have_the_length_that_the_header_describes(tmp_path: Path) -> None:
+    def longer(dataset: Dataset) -> None:
+        dataset.PixelData += dataset.PixelData[: 2 * dataset.Rows * dataset.Columns]
+
+    def shorter(dataset: Dataset) -> None:
+        dataset.PixelData = dataset.PixelData[:-2]
+
+    for edit, reason in ((longer, "header_mismatch"), (shorter, "truncated")):
+        assert refusal(write_enhanced(tmp_path / edit.__name__ / "x", make_ct(), edit)) == reason
+
+
+@pytest.mark.parametrize(("num_bytes", "reason"), [(9, ""), (10, ""), (11, "header_mismatch")])
+def test_one_byte_may_pad_pixels_to_an_even_length(num_bytes: int, reason: str) -> None:
+    if not reason:
+        dicom_pixels._check_length(Path("x"), num_bytes, 9)
+        return
+    with pytest.raises(Refused, match="11 bytes of pixels; its header describes 9") as caught:
+        dicom_pixels._check_length(Path("x"), num_bytes, 9)
+    assert caught.value.reason == reason
 
 
 def test_frames_that_make_no_stack_are_refused(tmp_path: Path) -> None:

@@ -209,6 +209,12 @@ def part(edit: Edit, region: tuple[slice, ...]) -> Edit:
     return apply
 
 
+def at_slices(hu: np.ndarray, first: int, last: int) -> np.ndarray:
+    """1 in the slices from first to before last, else 0."""
+    index = np.arange(len(hu))
+    return ((index >= first) & (index < last)).astype(np.int32)[:, None, None]
+
+
 def fill(value: int, *region: slice) -> Edit:
     return part(lambda hu: np.full_like(hu, value), region)
 

@@ -16,6 +16,7 @@ from scan_files import make_ct, patch_bytes, write_nifti
 from torture import (
     SPACING,
     Case,
+    at_slices,
     blocks,
     content,
     declared,
@@ -349,6 +350,15 @@ VALUES = (
     Case("slices-twice", "repeated_slices", values(lambda hu: np.repeat(hu, 2, axis=0))),
     Case("half-copied", "repeated_slices", values(lambda hu: np.concatenate([hu[:10], hu[:10]]))),
     Case("one-slice-turned-in-sign", "slice_order", values(part(lambda hu: -hu, (slice(9, 10),)))),
+    *(
+        Case(
+            f"{first}-to-{last}-shifted-{hu_shift}",
+            "not_hu",
+            values(part(lambda hu, by=hu_shift: np.maximum(hu + by, -1024), (slice(first, last),))),
+        )
+        for first, last, hu_shift in ((9, 12, 1024), (5, 13, 200), (5, 13, -500))
+    ),
+    Case("5-to-13-half-slope", "not_hu", values(part(lambda hu: hu // 2, (slice(5, 13),)))),
     Case("slices-shuffled", "slice_order", values(lambda hu: shuffled(0)(tall(hu)))),
     Case(
         "slices-interleaved",
@@ -373,6 +383,25 @@ SERIES = (
     Case("dicom-no-position", "no_orientation", dicom(lambda i: {"ImagePositionPatient": None})),
     Case("dicom-gap", "missing_slices", dicom(positions=lambda i: 2.0 * i + 4.0 * (i > 4))),
     Case("dicom-uneven", "uneven_slices", dicom(positions=lambda i: 2.0 * i + 0.7 * (i % 3))),
+    # slope and intercept that differ from slice to slice
+    *(
+        Case(
+            f"dicom-intercept-of-slices-{shift}",
+            "not_hu",
+            dicom(
+                lambda i, by=shift: {"RescaleIntercept": -1024 + by * (i in (3, 4, 5))},
+                lambda hu, by=shift: hu + by * at_slices(hu, 3, 6),
+            ),
+        )
+        for shift in (200, 1024)
+    ),
+    Case(
+        "dicom-intercepts-of-right-hu",
+        "accepted",
+        dicom(lambda i: {"RescaleIntercept": -1024 - 50 * i, "PatientID": "P-008"}),
+    ),
+    Case("dicom-fewer-rows", "header_mismatch", dicom(lambda i: {"Rows": 23})),
+    Case("dicom-more-rows", "truncated", dicom(lambda i: {"Rows": 25})),
     Case("dicom-10-m-away", "absurd_geometry", dicom(positions=lambda i: 50_000 + 2.0 * i)),
 )
 

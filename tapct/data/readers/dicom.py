@@ -19,10 +19,13 @@ from tapct.data.readers import dicom_elements as elements
 from tapct.data.readers import dicom_frames, dicom_geometry, dicom_pixels
 from tapct.data.readers.dicom_head import Head, head_of
 from tapct.data.readers.raw import MAX_TEXT, Header, Image
+from tapct.data.slice_levels import check_rescaling
 from tapct.types import Refused
 
 if TYPE_CHECKING:
     from pydicom.dataset import Dataset
+
+_PLAIN = (1.0, 0.0)  # slope and intercept of values that are HU already
 
 
 def read(files: Sequence[Path]) -> Image:
@@ -31,7 +34,8 @@ def read(files: Sequence[Path]) -> Image:
     Rules: CT Image Storage or multi-frame CT, and no localizer. All slices have one size, pixel
     spacing and orientation. They are sorted by position, no two lie at one position, and all steps
     are equal to 2 % or to the 0.1 mm to which some scanners round positions (never beyond a quarter
-    of a step). Rescale slope and intercept must be present and are applied slice by slice.
+    of a step). Rescale slope and intercept must be present and are applied slice by slice;
+    where they change, the HU must stay at their level.
     PixelPaddingValue is not used, because low padding is clamped anyway and some files give 0 HU
     there. A single slice takes its depth from SpacingBetweenSlices, else from SliceThickness.
 
@@ -43,18 +47,20 @@ def read(files: Sequence[Path]) -> Image:
     Raises:
         Refused: not_ct, localizer, multiframe, not_scalar, no_rescale, not_hu, no_orientation,
             bad_spacing, bad_affine, mixed_geometry, duplicate_slices, missing_slices,
-            uneven_slices, sheared, truncated, corrupt, private_compression, unsupported,
-            unreadable.
+            uneven_slices, sheared, truncated, header_mismatch, corrupt,
+            private_compression, unsupported, unreadable.
     """
     heads: list[Head] = []
     planes: list[np.ndarray] = []
+    rescalings: list[tuple[float, float]] = []
     ratios: list[float] = []
     header, depth_mm = Header(), 0.0
     for path in files:
         dataset, file_head = _open(path)
-        for head, plane in _slices(path, dataset, file_head):
+        for head, plane, rescaling in _slices(path, dataset, file_head):
             heads.append(head)
             planes.append(plane)
+            rescalings.append(rescaling)
         if path == files[0]:
             header, depth_mm = _header_of(dataset), _single_depth_mm(dataset)
         ratio = dicom_pixels.lossy_ratio(dataset)
@@ -62,10 +68,11 @@ def read(files: Sequence[Path]) -> Image:
             ratios.append(ratio)
     dicom_geometry.check_same_grid(heads)
     order = dicom_geometry.in_order(heads)
-    heads = [heads[index] for index in order]
+    heads, planes = [heads[index] for index in order], [planes[index] for index in order]
+    check_rescaling(planes, [rescalings[index] for index in order])
     known_ratios = [ratio for ratio in ratios if math.isfinite(ratio)]
     return Image(
-        _stack([planes[index] for index in order]).transpose(2, 1, 0),
+        _stack(planes).transpose(2, 1, 0),
         _affine(heads, depth_mm),
         header=header,
         is_lossy=bool(ratios),
@@ -91,20 +98,23 @@ def _open(path: Path) -> tuple[Dataset, Head]:
     return dataset, head
 
 
-def _slices(path: Path, dataset: Dataset, head: Head) -> Iterator[tuple[Head, np.ndarray]]:
-    """Heads and HU (rows, columns) of all slices of one file."""
+def _slices(
+    path: Path, dataset: Dataset, head: Head
+) -> Iterator[tuple[Head, np.ndarray, tuple[float, float]]]:
+    """Heads, HU (rows, columns), and slope and intercept of all slices of one file."""
     if head.is_multiframe:
         frames = dicom_frames.frames_of(path, dataset, head)
         values, is_rescaled = dicom_pixels.stored_values(path, dataset, len(frames))
         for frame, plane in zip(frames, values):
-            rescaling = (1.0, 0.0) if is_rescaled else (frame.slope, frame.intercept)
-            yield frame.head, _rescaled(plane, *rescaling)
+            rescaling = (frame.slope, frame.intercept)
+            yield frame.head, _rescaled(plane, *_PLAIN if is_rescaled else rescaling), rescaling
         return
     values, is_rescaled = dicom_pixels.stored_values(path, dataset, 1)
     slope = elements.number(dataset, "RescaleSlope")
     intercept = elements.number(dataset, "RescaleIntercept")
     assert slope is not None and intercept is not None  # the head has been checked
-    yield head, _rescaled(values[0], *((1.0, 0.0) if is_rescaled else (slope, intercept)))
+    rescaling = (slope, intercept)
+    yield head, _rescaled(values[0], *_PLAIN if is_rescaled else rescaling), rescaling
 
 
 def _rescaled(stored: np.ndarray, slope: float, intercept: float) -> np.ndarray:

@@ -37,7 +37,7 @@ def stored_values(path: Path, dataset: Dataset, num_frames: int) -> tuple[np.nda
     Returns:
         Values (frames, rows, columns), and whether slope and intercept are applied already.
     Raises:
-        Refused: truncated, unsupported, corrupt.
+        Refused: truncated, header_mismatch, unsupported, corrupt.
     """
     rows, columns = elements.unsigned(dataset, "Rows"), elements.unsigned(dataset, "Columns")
     syntax = dataset.file_meta.TransferSyntaxUID
@@ -105,10 +105,18 @@ def check_has_pixels(path: Path, dataset: Dataset) -> None:
 
 
 def _check_length(path: Path, num_bytes: int, expected: int) -> None:
-    """Refuse pixels that are fewer than the header promises."""
+    """Refuse pixels that are fewer or more than the header describes; one byte may pad them to an
+    even length.
+    """
     if num_bytes < expected:
         raise Refused(
             "truncated", f"{file_name(path)} holds {num_bytes} of {expected} bytes of pixels"
+        )
+    if num_bytes > expected + expected % 2:
+        raise Refused(
+            "header_mismatch",
+            f"{file_name(path)} holds {num_bytes} bytes of pixels; its header describes {expected} "
+            "(rows, columns, frames); export the series again",
         )
 
 
