@@ -38,6 +38,7 @@ These other places depend on SLURM as well, and have to be changed:
 - `base/ranks.py` reads variables of SLURM for rank and world size (LAUNCHERS), restarts
   (`restarts`), ranks per node (`per_node`) and the address at which the ranks meet (`rendezvous`,
   `first_host`). PLACE_VARIABLES lists the variables that a child process must not inherit.
+- `base/lease.py` reads SLURM_JOB_ID, so that a requeued job takes over its run folder at once.
 - `engine/stop.py` reads SLURM_JOB_END_TIME, the time at which the job ends.
 - `run/background_eval.py` reads SLURM_JOB_ID, and calls sbatch from inside a job to evaluate during
   training. It lies below this folder in the order of imports, so it uses none of these functions.

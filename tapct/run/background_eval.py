@@ -20,6 +20,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -33,6 +34,12 @@ from tapct.run_folder import CheckpointFolder, RunFolder, step_of
 
 # seconds before the end of the job's time in which the process and the first rank can end cleanly
 LEAVE_S = 15.0
+
+
+def doubts(config: During) -> Iterator[str]:
+    """Why evaluations during training will not start on this machine."""
+    if config.every and config.how == "job" and shutil.which("sbatch") is None:
+        yield "eval.during.how=job needs sbatch, which is not on the PATH here"
 
 
 class Evaluations:

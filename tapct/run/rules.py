@@ -53,7 +53,12 @@ def warnings(resolved: Resolved) -> list[str]:
     stages = config.resolved_stages()
     lines = [with_source(line, resolved) for line in [*doubts(config), *unused(config)]]
     for stage in stages[1:]:
-        new = [line for line in doubts(stage.config) if with_source(line, resolved) not in lines]
+        try:
+            new = [
+                line for line in doubts(stage.config) if with_source(line, resolved) not in lines
+            ]
+        except UserError as error:
+            raise UserError(stage.with_name(str(error))) from error
         lines += map(stage.with_name, new)
     for before, stage in zip(stages[:-1], stages[1:], strict=True):
         lines += without_change(before, stage)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -25,6 +24,7 @@ from tapct.engine import initial, trackers
 from tapct.eval import scans, task_runs
 from tapct.nn.backends import GPU_ONLY
 from tapct.nn.contracts import Backbone
+from tapct.run import background_eval
 from tapct.run.config import RunConfig
 from tapct.run.resume import check_resume
 
@@ -155,8 +155,7 @@ def data_warnings(config: RunConfig, store: Store, rows: Sequence[int]) -> Itera
             f"eval.during.every {during.every}: no scan of {store.path} has the labels that "
             "eval.tasks needs, so every evaluation will fail; set eval.during.every=0"
         )
-    if during.every and during.how == "job" and shutil.which("sbatch") is None:
-        yield "eval.during.how=job needs sbatch, which is not on the PATH here"
+    yield from background_eval.doubts(during)
     for name, task in tasks.items():
         try:
             task_runs.check_label_settings(name, task, can_use[name][:MOST_LABEL_MAPS], store)

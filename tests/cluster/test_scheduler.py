@@ -49,6 +49,7 @@ def test_the_page_names_every_file_that_reads_a_variable_of_slurm() -> None:
     in_cluster = {file.name for file in readers if file.parent.name == "cluster"}
     elsewhere = {str(file) for file in readers if file.parent.name != "cluster"}
     assert in_cluster == {"task.py"} and elsewhere == {
+        "base/lease.py",
         "base/ranks.py",
         "engine/stop.py",
         "run/background_eval.py",

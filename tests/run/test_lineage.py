@@ -141,7 +141,8 @@ def test_another_store_is_compared_by_voxels_and_never_replaces_the_own_result(
     expected = sum(checksum[name] in seen for name in split["test"])
     assert expected > 0 and split["test_scans_pretrained_on"] == expected
     assert split["held_out_from_pretraining"] is False
-    line = f"at least {expected} of {len(split['test'])} test scans were pretrained on"
+    were = "was" if expected == 1 else "were"
+    line = f"at least {expected} of {len(split['test'])} test scans {were} pretrained on"
     assert line in " ".join(said.split()) and line in split["note"]
 
     # report and compare show the run's own result, and the other one only when it is asked for
