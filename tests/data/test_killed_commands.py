@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -68,6 +69,8 @@ def kill_and_wait(run: subprocess.Popen[bytes], name: str, number: int) -> float
 def ended_index(archive: Path, folder: Path, name: str, number: int, after_s: float) -> None:
     """Index, end it, index again: the manifest is that of an index that nobody ended."""
     out = folder / "m.parquet"
+    # ids are hashes with the key of the archive
+    shutil.copy(archive / ".patient_key", folder)
     run = start(name, "index", archive / "scans", "--out", out)
     time.sleep(after_s)
     kill_and_wait(run, name, number)
