@@ -29,6 +29,10 @@ def last_mean(steps: Sequence[float], values: Sequence[float], last_step: float)
 
 
 def window_in_words(num_steps: int) -> str:
-    """The window of a run of so many steps, e.g. `mean of the last 20 steps`."""
+    """The averaging window in words, e.g. `mean of the last 20 steps`.
+
+    Args:
+        num_steps: number of steps of the run.
+    """
     num = min(LAST_STEPS, num_steps)
     return "value of the only step" if num == 1 else f"mean of the last {num} steps"

@@ -1,4 +1,4 @@
-"""Where every key of a config was written, and the error lines that say so."""
+"""Where every key of a config was written, and the error lines that name the place."""
 
 from __future__ import annotations
 

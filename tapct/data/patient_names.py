@@ -67,7 +67,7 @@ _ENDINGS = frozenset(_ENDINGS_TEXT.split())
 _KERNELS = r"[bdhuijqt][a-z]?\d{2}[a-z]|(?:b[rlvfpy]|h[rcvpsf]|qr|u[br])\d{2}|fc\d{2}|i?dose\d?"
 _SIZES = r"\d+(?:\.\d+)?mm|\d+kvp?|\d+mas?|\d+kev|asir\d+|\d{1,3}pct"
 _ENDING = re.compile(rf"(?:{'|'.join(sorted(_COUNTED))})\d+[a-z]?|{_KERNELS}|{_SIZES}")
-# words that say that something is a scan, and not whose; with a number they may count people
+# words for a scan that do not identify a person; with a number they may count people
 _WEAK_TEXT = """
     ct cta ctpa cbct ldct hrct scan scans image images img imgs volume volumes vol vols study
     studies exam exams file files data dicom dicoms dcm nii nifti niftis nrrd mha hu input
@@ -112,8 +112,8 @@ _ATTACHED = re.compile(r"(.*?\d)([^\W\d_]+\d*)")
 _NAME_AND_DATE = re.compile(rf"([^\W\d_]{{3,}})({_DATE.pattern})")
 
 
-class Says(Enum):
-    """What a name says about a person."""
+class NameKind(Enum):
+    """What a name identifies: a person, a number in a list, or nothing."""
 
     PERSON = "whose it is"
     COUNT = "a generic word and a number"
@@ -122,9 +122,9 @@ class Says(Enum):
 
 @dataclass(frozen=True)
 class Reading:
-    """What a name says, and the identifier in it; empty where it says nothing."""
+    """The kind of a name, and the identifier in it; empty where it identifies nobody."""
 
-    says: Says
+    kind: NameKind
     identifier: str = ""
 
 
@@ -148,11 +148,11 @@ def guessed_identifier(relative: Path, *, is_series: bool) -> str:
     start, sets = _start(folders), [name for name in folders if _SETS.fullmatch(name)]
     for name, below in zip(folders[start:], [*folders[start + 1 :], stem]):
         reading = read_name(name)
-        if is_layout(name) or reading.says is Says.NOTHING or _is_numbered_scan(name, below):
+        if is_layout(name) or reading.kind is NameKind.NOTHING or _is_numbered_scan(name, below):
             continue
         return _scoped(reading, sets)
     reading = read_name(stem)
-    if reading.says is Says.NOTHING:
+    if reading.kind is NameKind.NOTHING:
         return "/".join(folders)
     return _scoped(reading, sets)
 
@@ -163,9 +163,9 @@ def person_and_visit(relative: Path, *, is_series: bool) -> str:
     """
     folders, _ = _parts(relative, is_series)
     for name, below in zip(folders[_start(folders) :], folders[_start(folders) + 1 :]):
-        if is_layout(name) or read_name(name).says is Says.NOTHING:
+        if is_layout(name) or read_name(name).kind is NameKind.NOTHING:
             continue
-        is_visit = read_name(below).says is Says.NOTHING and not is_layout(below)
+        is_visit = read_name(below).kind is NameKind.NOTHING and not is_layout(below)
         return guessed_identifier(relative, is_series=is_series) if is_visit else ""
     return ""
 
@@ -212,15 +212,15 @@ def read_name(name: str) -> Reading:
 
 
 def _judged(kept: Sequence[str], weak: str) -> Reading:
-    """What the words that were kept say, after a generic word or none."""
+    """The reading of the words that were kept, after a generic word or none."""
     counts = [word for word in kept if word.isdigit()]
     if weak and not kept:
-        return Reading(Says.NOTHING) if weak in _WEAK else Reading(Says.COUNT, weak)
+        return Reading(NameKind.NOTHING) if weak in _WEAK else Reading(NameKind.COUNT, weak)
     if weak and len(counts) == len(kept):
-        return Reading(Says.COUNT, f"{weak.rstrip('0123456789')}{counts[0]}")
+        return Reading(NameKind.COUNT, f"{weak.rstrip('0123456789')}{counts[0]}")
     if not kept or (weak and all(len(word) == 1 for word in kept)):
-        return Reading(Says.NOTHING)
-    return Reading(Says.PERSON, "_".join(kept))
+        return Reading(NameKind.NOTHING)
+    return Reading(NameKind.PERSON, "_".join(kept))
 
 
 def _patient_after(words: Sequence[str]) -> list[str]:
@@ -288,12 +288,15 @@ def _is_numbered_scan(folder: str, below: str) -> bool:
     UIDs are no such names, since each series of a person has one of its own.
     """
     reading = read_name(folder)
-    if reading.says is not Says.COUNT or reading.identifier.rstrip("0123456789") not in _MODALITY:
+    if (
+        reading.kind is not NameKind.COUNT
+        or reading.identifier.rstrip("0123456789") not in _MODALITY
+    ):
         return False
     inner = read_name(below)
     has_letter = any(letter.isalpha() for letter in inner.identifier)
     has_number = any(letter.isdigit() for letter in inner.identifier)
-    return inner.says is Says.PERSON and has_letter and has_number and not is_uid(below)
+    return inner.kind is NameKind.PERSON and has_letter and has_number and not is_uid(below)
 
 
 def _parts(relative: Path, is_series: bool) -> tuple[list[str], str]:
@@ -318,6 +321,6 @@ def _start(folders: Sequence[str]) -> int:
 
 def _scoped(reading: Reading, sets: Sequence[str]) -> str:
     """The identifier; a counted one, such as scan1, only within its set of people."""
-    if reading.says is Says.COUNT:
+    if reading.kind is NameKind.COUNT:
         return "/".join([*sets, reading.identifier])
     return reading.identifier

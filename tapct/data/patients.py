@@ -266,7 +266,7 @@ def _join_series(
     rules: PatientRules,
     join: Callable[[str, str], None],
 ) -> None:
-    """Join the patients of one series where no study tells them apart.
+    """Join the patients of one series where no study separates them.
 
     Some anonymisation software gives all series one UID, so series of different studies and a UID
     that all series have join nobody.

@@ -65,11 +65,11 @@ class ScanLimits:
     memory_bytes: int | None = None
 
     def seconds_for(self, num_bytes: int) -> float:
-        """Wall time that an input of this size may take."""
+        """Longest wall time in seconds for an input of `num_bytes` bytes."""
         return self.seconds + num_bytes / 1e6 / self.mb_per_second
 
     def memory_for(self, workers: int) -> int:
-        """Bytes that each of so many workers may use."""
+        """Bytes that each of `workers` processes may use."""
         whole = self.memory_bytes or int(_MEMORY_SHARE * machine_memory())
         return whole // workers if self.memory_bytes else max(_LEAST_MEMORY, whole // workers)
 

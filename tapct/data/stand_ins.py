@@ -1,4 +1,4 @@
-"""What a PatientID says: one form for all ways of writing it, and the ones that identify nobody, as
+"""PatientIDs: one form for all ways of writing it, and the ones that identify nobody, as
 anonymisation, export and test software writes them.
 """
 

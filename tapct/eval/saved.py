@@ -19,7 +19,11 @@ from tapct.eval.results import Evaluation
 from tapct.run_folder import EvaluationFolder, RunFolder, step_of
 
 DIGITS = 8  # of the digest in a name
-GENERIC = ("store", "packed", "data")  # names of a store that say nothing; its parent's name does
+GENERIC = (
+    "store",
+    "packed",
+    "data",
+)  # names that identify no store; the name of its parent is used
 MAX_NAME = 32
 EARLIER = "unknown data set (of an earlier version of tapct)"
 

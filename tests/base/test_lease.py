@@ -108,7 +108,11 @@ def test_another_process_with_the_id_of_the_holder_is_not_the_holder(make: Make)
     stop_heart(first)
     head = {**json.loads(first.path.read_bytes().partition(b"\n")[0]), "born": "1"}
     first.path.write_text(json.dumps(head) + "\n0000000000\n")
-    make().acquire()
+    second = make()
+    second.acquire()
+    second.check()
+    with pytest.raises(LostLease):
+        first.check()
 
 
 def test_a_holder_on_another_machine_is_alive_while_its_heart_beats(make: Make) -> None:

@@ -126,7 +126,7 @@ def _pydicom_decodes(dataset: Dataset) -> bool:
 
     syntax = dataset.file_meta.TransferSyntaxUID
     if syntax in _LOSSY and elements.unsigned(dataset, "BitsStored") > 8:
-        return False  # pydicom says that it can, but Pillow has no JPEG of 12 bits
+        return False  # pydicom claims to support it, but Pillow has no JPEG of 12 bits
     try:
         return bool(get_decoder(syntax).is_available)
     except NotImplementedError:

@@ -20,7 +20,7 @@ _DTYPES = {0: ">u1", 1: ">i4", 3: ">f4", 4: ">i2", 10: ">u2"}
 def read(files: Sequence[Path]) -> Image:
     """Read one MGH file.
 
-    Rules: one frame. The header must say that its directions are valid (goodRASFlag).
+    Rules: one frame. The header must mark its directions as valid (goodRASFlag).
 
     Args:
         files: path of the file, alone.

@@ -36,7 +36,7 @@ def build(archive: LabelArchive) -> Layout:
         if not entities or suffix.lower() in _SUFFIXES:
             return None
         key = _own(entities)
-        # several files of one scan (one per organ, or per derivative) cannot be told apart by name
+        # several files of one scan (one per organ, or per derivative) have names that do not differ
         return labels[key][0] if len(labels.get(key, ())) == 1 and num_scans[key] == 1 else None
 
     return Layout(find, likely=frozenset(path for paths in labels.values() for path in paths))
