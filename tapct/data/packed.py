@@ -111,6 +111,31 @@ class PackedMeta:
         )
 
 
+def compress(voxels_ZYX: np.ndarray, level: int) -> blosc2.NDArray:
+    """Compress a volume in the chunks of a store.
+
+    Args:
+        voxels_ZYX: C-contiguous HU or labels.
+        level: level of zstd, 1 to 9; higher is smaller and slower to write.
+    """
+    z, y, x = voxels_ZYX.shape
+    chunks, blocks = layout((z, y, x))
+    return blosc2.asarray(
+        voxels_ZYX,
+        chunks=chunks,
+        blocks=blocks,
+        contiguous=True,
+        cparams={
+            "codec": blosc2.Codec.ZSTD,
+            "clevel": level,
+            "filters": [blosc2.Filter.BITSHUFFLE],
+            "typesize": voxels_ZYX.itemsize,
+            "nthreads": 1,
+        },
+        dparams={"nthreads": 1},
+    )
+
+
 def encode(volume: Volume, scan_id: str, level: int) -> tuple[bytes, PackedMeta]:
     """Compress one scan.
 
@@ -122,25 +147,12 @@ def encode(volume: Volume, scan_id: str, level: int) -> tuple[bytes, PackedMeta]
         The bytes of its `.b2nd` file, and the metadata in it.
     """
     z, y, x = volume.hu_ZYX.shape
-    chunks, blocks = layout((z, y, x))
-    array = blosc2.asarray(
-        np.ascontiguousarray(volume.hu_ZYX, dtype=np.int16),
-        chunks=chunks,
-        blocks=blocks,
-        contiguous=True,
-        cparams={
-            "codec": blosc2.Codec.ZSTD,
-            "clevel": level,
-            "filters": [blosc2.Filter.BITSHUFFLE],
-            "typesize": 2,
-            "nthreads": 1,
-        },
-        dparams={"nthreads": 1},
-    )
+    array = compress(np.ascontiguousarray(volume.hu_ZYX, dtype=np.int16), level)
+    chunk_depth = array.chunks[0]
     frame = array.schunk.to_cframe()
     ranges_C2 = _byte_ranges(array, frame)
     for c in np.flatnonzero(ranges_C2[:, 0] < 0):
-        if volume.hu_ZYX[c * chunks[0] : (c + 1) * chunks[0]].any():
+        if volume.hu_ZYX[c * chunk_depth : (c + 1) * chunk_depth].any():
             raise RuntimeError(f"blosc2 {blosc2.__version__} keeps a chunk with values as a flag")
     dz, dy, dx = (float(mm) for mm in volume.spacing_mm)
     meta = PackedMeta(
@@ -148,7 +160,7 @@ def encode(volume: Volume, scan_id: str, level: int) -> tuple[bytes, PackedMeta]
         (z, y, x),
         (dz, dy, dx),
         voxel_digest(volume.hu_ZYX),
-        chunks[0],
+        chunk_depth,
         ranges_C2,
         _checksums(frame, ranges_C2),
     )

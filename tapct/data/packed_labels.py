@@ -17,7 +17,7 @@ import numpy as np
 
 from tapct.base.exits import single_line
 from tapct.data.digest import label_digest
-from tapct.data.packed import Damaged, layout
+from tapct.data.packed import Damaged, compress
 from tapct.types import IGNORE_LABEL, LabelMap
 
 _META_KEY = "tapct_labels"
@@ -47,23 +47,8 @@ def encode_labels(labels: LabelMap, scan_id: str, level: int, digest: str = "") 
     Returns:
         The bytes of its file.
     """
-    z, y, x = labels.labels_ZYX.shape
     dtype = np.uint8 if labels.labels_ZYX.max(initial=0) <= 255 else np.uint16
-    chunks, blocks = layout((z, y, x))
-    array = blosc2.asarray(
-        np.ascontiguousarray(labels.labels_ZYX, dtype=dtype),
-        chunks=chunks,
-        blocks=blocks,
-        contiguous=True,
-        cparams={
-            "codec": blosc2.Codec.ZSTD,
-            "clevel": level,
-            "filters": [blosc2.Filter.BITSHUFFLE],
-            "typesize": np.dtype(dtype).itemsize,
-            "nthreads": 1,
-        },
-        dparams={"nthreads": 1},
-    )
+    array = compress(np.ascontiguousarray(labels.labels_ZYX, dtype=dtype), level)
     array.schunk.vlmeta[_META_KEY] = {
         "schema": _SCHEMA,
         "id": scan_id,
