@@ -32,7 +32,7 @@ from tapct.eval.statistics import (
     with_holm,
 )
 
-MIN_PER_CLASS = 5  # patients of the rarest class; no interval and no p-value below it
+MIN_PER_CLASS = 10  # patients of the rarest class; no interval and no p-value below it
 MIN_USABLE = 0.9  # share of the resamples on which the metric must exist
 
 Metric = Callable[[np.ndarray, np.ndarray], float]  # (truth, scores) -> value, NaN if undefined
