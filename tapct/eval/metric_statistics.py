@@ -21,9 +21,9 @@ from tapct.eval.intervals import NUM_FLIPS, NUM_RESAMPLES
 from tapct.eval.statistics import (
     MIN_PATIENTS,
     Difference,
-    Estimate,
     ListedScan,
     ModelValue,
+    PatientEstimate,
     Statistics,
     others,
     own_patients,
@@ -165,20 +165,22 @@ def _metric_estimate(
     num_patients: int,
     limits: tuple[float, float] | None,
     refusal: str,
-) -> Estimate:
-    """Estimate from the metric on all scans, without each patient, and on each resample."""
+) -> PatientEstimate:
+    """PatientEstimate from the metric on all scans, without each patient, and on each resample."""
     value = float(values_R[0])
     if refusal or not math.isfinite(value):
-        return Estimate(value, None, num_scans, num_patients, refusal or "the metric is undefined")
+        return PatientEstimate(
+            value, None, num_scans, num_patients, refusal or "the metric is undefined"
+        )
     left_out_P, resampled_R = values_R[1 : num_patients + 1], values_R[num_patients + 1 :]
     usable_R = np.isfinite(resampled_R)
     skipped = int((~usable_R).sum())
     if usable_R.mean() < MIN_USABLE or not np.isfinite(left_out_P).all():
         why = f"the metric is undefined on {skipped} of {len(resampled_R)} resamples"
-        return Estimate(value, None, num_scans, num_patients, why, num_skipped=skipped)
+        return PatientEstimate(value, None, num_scans, num_patients, why, num_skipped=skipped)
     interval = intervals.bca_interval(value, resampled_R[usable_R], left_out_P, limits)
     why = "" if interval is not None else "all resamples have the same value"
-    return Estimate(value, interval, num_scans, num_patients, why, num_skipped=skipped)
+    return PatientEstimate(value, interval, num_scans, num_patients, why, num_skipped=skipped)
 
 
 def _listed(predictions: ScanPredictions, model: str) -> tuple[ListedScan, ...]:

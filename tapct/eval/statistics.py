@@ -83,7 +83,7 @@ class ListedScan:
 
 
 @dataclass(frozen=True)
-class Estimate:
+class PatientEstimate:
     """A value and how certain it is.
 
     Args:
@@ -116,7 +116,7 @@ class ModelValue:
     """
 
     model: str
-    estimate: Estimate
+    estimate: PatientEstimate
     by_seed: tuple[float, ...]
 
     @property
@@ -141,7 +141,7 @@ class Difference:
 
     reference: str
     other: str
-    estimate: Estimate
+    estimate: PatientEstimate
     p: float = math.nan
     p_holm: float = math.nan
     exact: bool = False
@@ -275,11 +275,11 @@ def _mean_estimate(
     seed: int,
     limits: tuple[float, float] | None,
     num_resamples: int,
-) -> Estimate:
+) -> PatientEstimate:
     """Mean over parts of the mean over scans, with its interval."""
     has_S = np.isfinite(values_SK).any(1)
     if not has_S.any():
-        return Estimate(math.nan, None, 0, 0, "no scan has a value")
+        return PatientEstimate(math.nan, None, 0, 0, "no scan has a value")
     sum_PK, count_PK = _by_patient(table, values_SK)
     mean = intervals.mean_of_parts(sum_PK, count_PK)
     num_scans, num_patients = int(has_S.sum()), len(sum_PK)
@@ -288,10 +288,10 @@ def _mean_estimate(
             ListedScan(table.scans[scan], table.patients[scan], float(np.nanmean(values_SK[scan])))
             for scan in np.flatnonzero(has_S)
         )
-        return Estimate(mean, None, num_scans, num_patients, too_few(num_patients), listed)
+        return PatientEstimate(mean, None, num_scans, num_patients, too_few(num_patients), listed)
     interval = intervals.interval_of_mean(sum_PK, count_PK, seed, limits, num_resamples)
     why = "" if interval is not None else "all patients have the same value"
-    return Estimate(mean, interval, num_scans, num_patients, why)
+    return PatientEstimate(mean, interval, num_scans, num_patients, why)
 
 
 def _p_of_mean(table: ScanTable, difference_SK: np.ndarray, seed: int) -> tuple[float, bool]:
@@ -384,7 +384,7 @@ def _in_order(table: ScanTable) -> ScanTable:
     )
 
 
-def _shown(estimate: Estimate, digits: int, sign: str = "") -> str:
+def _shown(estimate: PatientEstimate, digits: int, sign: str = "") -> str:
     """Value, interval or the reason against one, and the numbers of scans and patients."""
     text = f"{estimate.value:{sign}.{digits}f}"
     if estimate.interval is not None:
@@ -398,7 +398,7 @@ def _shown(estimate: Estimate, digits: int, sign: str = "") -> str:
     return text
 
 
-def _listed_lines(estimate: Estimate, digits: int) -> list[str]:
+def _listed_lines(estimate: PatientEstimate, digits: int) -> list[str]:
     lines = []
     for one in estimate.listed:
         line = f"  scan {one.scan}, patient {one.patient or 'unknown'}: {one.value:.{digits}f}"
