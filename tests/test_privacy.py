@@ -26,7 +26,7 @@ from shell import shell as shell  # a fixture
 from tiny_run import write_config
 
 from tapct.config.plugins import Plugin
-from tapct.data.patients import KEY_FILE, KEY_VARIABLE
+from tapct.data.patient_key import KEY_FILE, KEY_VARIABLE
 from tapct.data.split import held_out_patients
 from tapct.data.store import Store
 from tapct.eval.features import Preprocess

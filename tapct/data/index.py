@@ -28,15 +28,9 @@ from tapct.data.labels.counting import label_report, not_used
 from tapct.data.labels.pairing import LabelPairs, pair_labels
 from tapct.data.labels.reading import read_labels_of
 from tapct.data.manifest import ACCEPTED, REFUSED, UNKNOWN, Manifest, write_table
+from tapct.data.patient_key import key_name, keyed_hash, patient_key
 from tapct.data.patient_table import patients_from_table
-from tapct.data.patients import (
-    PatientRules,
-    check_regex,
-    key_name,
-    keyed_hash,
-    parse_patient_from,
-    patient_key,
-)
+from tapct.data.patients import PatientRules, check_regex, parse_patient_from
 from tapct.data.plain_facts import failure as failure_line
 from tapct.data.plain_facts import kernel, maker, without_names
 from tapct.data.process_pool import DEFAULT_LIMITS, Failure, ScanLimits, map_unordered

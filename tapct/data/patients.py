@@ -19,23 +19,17 @@ is among the hashes.
 
 from __future__ import annotations
 
-import hashlib
-import os
 import re
-import secrets
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from tapct.base.exits import UserError
+from tapct.data.patient_key import keyed_hash
 from tapct.data.patient_names import bids_subject, guessed_identifier, person_and_visit
 from tapct.data.stand_ins import canonical_id, is_stand_in
 from tapct.types import ScanFacts
-
-KEY_FILE = ".patient_key"
-KEY_VARIABLE = "TAPCT_PATIENT_KEY"
-KEY_BYTES = 16
 
 SOURCES = ("column", "folder", "header", "regex", "bids", "side_car", "study", "guess")
 STAND_IN = "patient_stand_in"  # mark of a scan whose PatientID identifies nobody
@@ -331,57 +325,6 @@ def hash_of_patient_id(patient_id: str, key: bytes | None) -> str:
     if not key or is_stand_in(patient_id):
         return ""
     return keyed_hash(key, canonical_id(patient_id))
-
-
-def keyed_hash(key: bytes, text: str) -> str:
-    """Hash an identifier to 16 hex digits, which cannot be reversed, nor found by trying all
-    identifiers, without the key.
-    """
-    content = text.encode("utf-8", "surrogateescape")
-    return hashlib.blake2b(content, key=key[:64], digest_size=8).hexdigest()
-
-
-def patient_key(folder: Path) -> bytes:
-    """The secret of an archive's hashes: from the environment variable TAPCT_PATIENT_KEY, else from
-    the file `.patient_key`, which is made at random when it is missing.
-
-    Args:
-        folder: folder of the manifest, where the key file lies.
-    Raises:
-        UserError: the key cannot be read or written.
-    """
-    from_environment = os.environ.get(KEY_VARIABLE, "")
-    if from_environment:
-        return hashlib.blake2b(from_environment.encode(), digest_size=32).digest()
-    path = folder / KEY_FILE
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        try:
-            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        except FileExistsError:
-            key = path.read_bytes()
-        else:
-            key = secrets.token_bytes(KEY_BYTES)
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(key)
-    except OSError as error:
-        raise UserError(
-            f"cannot read or write the patient key {path}: {error.strerror}; give --out in a "
-            "folder that you can write"
-        ) from error
-    if len(key) < KEY_BYTES:
-        raise UserError(
-            f"patient key {path} holds {len(key)} bytes, fewer than {KEY_BYTES}; remove the file "
-            "and index again (all patient hashes change)"
-        )
-    return key
-
-
-def key_name(key: bytes) -> str:
-    """A name for a key, from which the key cannot be found: hashes are comparable where it is
-    equal.
-    """
-    return hashlib.blake2b(b"tapct patient key", key=key[:64], digest_size=8).hexdigest()
 
 
 def check_regex(regex: str | None) -> None:

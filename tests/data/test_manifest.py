@@ -24,7 +24,7 @@ from tapct.base.exits import UserError
 from tapct.data import discover, ingest, passed_over
 from tapct.data.index import build_manifest
 from tapct.data.manifest import Manifest, Row
-from tapct.data.patients import KEY_VARIABLE
+from tapct.data.patient_key import KEY_VARIABLE
 from tapct.data.process_pool import Failure, map_unordered
 from tapct.data.readers import nifti
 from tapct.types import AIR_HU
