@@ -122,6 +122,29 @@ def index(
             "PatientID counts also where all studies have the same one",
         ),
     ] = None,
+    older: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="older manifest of the archive: its scans keep their patients, so that no patient "
+            "changes sides of a split",
+            show_default="the manifest at --out",
+        ),
+    ] = None,
+    fresh: Annotated[
+        bool,
+        typer.Option("--fresh", help="forget the patients of the older manifest"),
+    ] = False,
+    split_seed: Annotated[
+        int,
+        typer.Option(
+            metavar="N",
+            help="data.split_seed of your runs: if two known patients turn out to be one, no scan "
+            "moves to the test side of this split",
+            min=0,
+            max=2**63 - 1,
+        ),
+    ] = 0,
     study_dates: Annotated[
         bool,
         typer.Option("--study-dates", help="store the whole date of a study, not its year alone"),
@@ -178,9 +201,12 @@ def index(
     """
     from tapct.data.check_rules import read_rules
     from tapct.data.index import build_manifest, check_usable
+    from tapct.data.kept_patients import KeepRules
     from tapct.data.passed_over import summary
-    from tapct.data.patient_report import lines_about_patients
+    from tapct.data.patient_report import lines_about_changes, lines_about_patients
 
+    if fresh and older is not None:
+        raise exits.UserError("--fresh forgets the patients that --older names; give one of them")
     checks = read_rules(rules, rule or ())
     with signals.leaving_at_sigterm(), console.progress_bar("index") as progress:
         manifest = build_manifest(
@@ -197,11 +223,14 @@ def index(
             workers=max(1, workers),
             limits=limits_of(timeout, memory_gb),
             progress=progress,
+            keep=KeepRules(older, fresh, split_seed),
         )
     console.say_line(
         ", ".join(f"{count} {reason}" for reason, count in manifest.summary().items()) + f": {out}"
     )
     for line in lines_about_patients(manifest.rows):
+        console.say_line(line)
+    for line in lines_about_changes(manifest.patient_changes):
         console.say_line(line)
     if manifest.label_report is not None:
         for line in manifest.label_report.lines():

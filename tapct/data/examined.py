@@ -32,8 +32,8 @@ def with_patients(
     examined: Sequence[Examined],
     scans: Sequence[Source],
     rules: PatientRules,
-) -> tuple[Row, ...]:
-    """The rows of an archive with their patients.
+) -> tuple[tuple[Row, ...], list[str]]:
+    """The rows of an archive with their patients, and the hash that each scan's own rule gave.
 
     Args:
         rows: rows as they will be written, but for the patient.
@@ -45,12 +45,13 @@ def with_patients(
         Known(scan.path, scan.kind == DICOM.name, row.facts, row.mirror_digest)
         for row, scan in zip(examined, scans)
     ]
+    patients = patients_of(known, rules)
     result = []
-    for row, patient in zip(rows, patients_of(known, rules)):
+    for row, patient in zip(rows, patients):
         columns = {field.name: getattr(row, field.name) for field in fields(Row)}
         columns |= {"patient": patient.hash, "patient_from": patient.source}
         marks = [row.marks] if row.marks else []
         marks += [STAND_IN] * patient.has_stand_in + [SEVERAL_IDS] * patient.has_several_ids
         columns["marks"] = ",".join(marks)
         result.append(Row(**columns))
-    return tuple(result)
+    return tuple(result), [patient.given for patient in patients]

@@ -24,6 +24,7 @@ from tapct.data.discover import DICOM_OBJECT, Listing, Source, search
 from tapct.data.duplicates import mirror_digest, refuse_duplicates
 from tapct.data.examined import Examined, with_patients
 from tapct.data.ingest import OUT_OF_MEMORY, read_source
+from tapct.data.kept_patients import KEEP_ALL, KeepRules, read_older, with_kept_patients
 from tapct.data.labels.counting import label_report, not_used
 from tapct.data.labels.pairing import LabelPairs, pair_labels
 from tapct.data.labels.reading import read_labels_of
@@ -84,12 +85,14 @@ def build_manifest(
     workers: int = 0,
     limits: ScanLimits = DEFAULT_LIMITS,
     progress: Callable[[int, int], None] | None = None,
+    keep: KeepRules = KEEP_ALL,
 ) -> Manifest:
     """Index an archive and write the manifest.
 
     Every scan is read completely, and once. A scan that fails becomes a refused row. Of scans with
     the same voxels one is accepted, see `tapct.data.duplicates`. How a patient is identified: see
-    `tapct.data.patients`.
+    `tapct.data.patients`. Scans that an older manifest at `out` lists keep their patients, see
+    `tapct.data.kept_patients`.
 
     Args:
         root: folder of the archive.
@@ -110,6 +113,7 @@ def build_manifest(
             ends, blocks or fills it.
         limits: time and memory that one scan may take in a worker process.
         progress: function that is called with (scans done, scans in all).
+        keep: which patients of an older manifest are kept.
     Returns:
         The manifest as written, with the number of files of each kind that were passed over, and
         the counts of its labels.
@@ -147,10 +151,12 @@ def build_manifest(
         for scan in scans
     ]
     with _only_writer(out) as lease:
+        older = read_older(out, keep, key_name(key))
         examined = _examine_all(tasks, workers, limits, progress)
         rows = refuse_duplicates(examined, {row.id: row.mirror_digest for row in examined})
+        identified, given = with_patients(rows, examined, scans, patients)
         manifest = Manifest(
-            with_patients(rows, examined, scans, patients),
+            identified,
             root.resolve(),
             key_name(key),
             passed_over=dict(passed_over),
@@ -158,6 +164,7 @@ def build_manifest(
             label_report=label_report(pairs, rows, root),
             file=out,
         )
+        manifest = with_kept_patients(manifest, given, older, keep)
         lease.check()
         write_table(manifest, out)
     return manifest

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from tapct.base.counted import counted
 from tapct.data.manifest import ACCEPTED, Row
+from tapct.data.patient_memory import PatientChanges
 from tapct.data.patients import SEVERAL_IDS, STAND_IN
 
 CHECK = "check, or give --patient-regex / --patient-column"
@@ -52,4 +53,56 @@ def _guess_line(guessed: Sequence[Row]) -> str:
     return (
         f"patients guessed from file names: {counted(len(guessed), 'scan')} as "
         f"{counted(len(first_of), 'patient')}{example}; {CHECK}"
+    )
+
+
+def lines_about_changes(changes: PatientChanges | None) -> list[str]:
+    """What became of the patients of an older manifest, one line per kind of change.
+
+    Args:
+        changes: what changed; None where there was no older manifest.
+    """
+    if changes is None:
+        return []
+    if changes.problem:
+        return [
+            f"the patients of the older manifest cannot be kept: {changes.problem}. Patients may "
+            "have other hashes now, so scans that a run was trained on can be on the test side; "
+            "`tapct eval` counts the test scans whose voxels were trained on"
+        ]
+    lines = []
+    if changes.num_scans:
+        lines.append(_line_of_changed(changes))
+    if changes.num_kept:
+        has = "has" if changes.num_kept == 1 else "have"
+        lines.append(
+            f"{counted(changes.num_kept, 'scan')} {has} the patient of the older manifest "
+            "(patient_from: kept), where the rules give another hash; --fresh forgets the older "
+            "patients"
+        )
+    if changes.num_undivided:
+        is_one = "patient" if changes.num_undivided == 1 else "patients"
+        lines.append(
+            f"{changes.num_undivided} {is_one} of the older manifest would be divided by the rules "
+            "and stay undivided, since a run may have been trained on some of the scans; if there "
+            "is no such run, give --fresh"
+        )
+    return lines
+
+
+def _line_of_changed(changes: PatientChanges) -> str:
+    """The line about scans that have another patient than in the older manifest."""
+    line = (
+        f"{counted(changes.num_scans, 'scan')} of {counted(changes.num_patients, 'patient')} "
+        "changed patient since the older manifest: "
+    )
+    if changes.forgotten:
+        return (
+            f"{line}--fresh was given; trained runs: scans that they were trained on can be on the "
+            "test side now; `tapct eval` counts the ones with the same voxels"
+        )
+    return (
+        f"{line}they are of one person with another patient of it; trained runs: no scan that they "
+        f"were trained on is on the test side now if data.split_seed is {changes.split_seed} "
+        "(--split-seed); scans that they held out can be on the training side"
     )

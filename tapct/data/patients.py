@@ -87,12 +87,14 @@ class Identified:
         source: rule that identified it, one of SOURCES; empty where the scan could not be read.
         has_stand_in: whether the scan has a PatientID that identifies nobody.
         has_several_ids: whether scans of its study have other identifiers, which were joined.
+        given: keyed hash by its rule alone, before scans of one person were joined.
     """
 
     hash: str = ""
     source: str = ""
     has_stand_in: bool = False
     has_several_ids: bool = False
+    given: str = ""
 
 
 def patients_of(scans: Sequence[Known], rules: PatientRules) -> list[Identified]:
@@ -117,7 +119,8 @@ def patients_of(scans: Sequence[Known], rules: PatientRules) -> list[Identified]
         )
         has_several_ids = scan.facts is not None and scan.facts.clues.study in several
         name = joined.name_of(patient.hash)
-        patients.append(Identified(name, patient.source, is_stand_in, has_several_ids))
+        identified = Identified(name, patient.source, is_stand_in, has_several_ids, patient.hash)
+        patients.append(identified)
     return patients
 
 
