@@ -334,6 +334,7 @@ def _stored(row: Row, meta: PackedMeta) -> StoredScan:
         path=row.path,
         label_digest="",  # set once its labels are packed
         checksum=meta.checksum,
+        patient_from=row.patient_from,
     )
 
 

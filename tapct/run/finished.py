@@ -168,6 +168,7 @@ def evaluate(
                 digests={scan.id: scan.checksum for scan in store.scans},
                 patient_key=store.patient_key,
                 trained_on=lineage.scans_of_run(folder, trained.meta.step),
+                patient_rules={scan.id: scan.patient_from for scan in store.scans},
             ),
             origin=Origin(
                 EvaluatedData(

@@ -237,8 +237,7 @@ def test_a_dicom_folder_can_be_the_whole_archive(tmp_path: Path) -> None:
     for name in ("case7", "case8"):
         write_series(tmp_path / name, make_ct(), edit=lambda index: nobody)
     first, second = (
-        build_manifest(tmp_path / name, tmp_path / f"{name}.parquet")
-        for name in ("case7", "case8")
+        build_manifest(tmp_path / name, tmp_path / f"{name}.parquet") for name in ("case7", "case8")
     )
     assert [(row.path, row.status) for row in first.rows] == [(".", "accepted")]
     assert first.digest == second.digest
