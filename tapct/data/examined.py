@@ -9,7 +9,14 @@ from dataclasses import dataclass, fields
 
 from tapct.data.discover import Source
 from tapct.data.manifest import Row
-from tapct.data.patients import SEVERAL_IDS, STAND_IN, Known, PatientRules, patients_of
+from tapct.data.patients import (
+    NEAR_COPY,
+    SEVERAL_IDS,
+    STAND_IN,
+    Known,
+    PatientRules,
+    patients_of,
+)
 from tapct.data.readers import DICOM
 from tapct.types import ScanFacts
 
@@ -21,10 +28,12 @@ class Examined(Row):
     Args:
         facts: facts of its header and side-car; None where it could not be read.
         mirror_digest: see `duplicates.mirror_digest`; empty where it could not be read.
+        sketch: see `near_copies.sketch`; empty where it could not be read.
     """
 
     facts: ScanFacts | None = None
     mirror_digest: str = ""
+    sketch: bytes = b""
 
 
 def with_patients(
@@ -42,7 +51,7 @@ def with_patients(
         rules: how patients are identified.
     """
     known = [
-        Known(scan.path, scan.kind == DICOM.name, row.facts, row.mirror_digest)
+        Known(scan.path, scan.kind == DICOM.name, row.facts, row.mirror_digest, row.sketch)
         for row, scan in zip(examined, scans)
     ]
     patients = patients_of(known, rules)
@@ -52,6 +61,7 @@ def with_patients(
         columns |= {"patient": patient.hash, "patient_from": patient.source}
         marks = [row.marks] if row.marks else []
         marks += [STAND_IN] * patient.has_stand_in + [SEVERAL_IDS] * patient.has_several_ids
+        marks += [NEAR_COPY] * patient.has_near_copy
         columns["marks"] = ",".join(marks)
         result.append(Row(**columns))
     return tuple(result), [patient.given for patient in patients]

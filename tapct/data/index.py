@@ -16,7 +16,7 @@ from tapct.base import console
 from tapct.base.exits import UserError
 from tapct.base.files import first_cause
 from tapct.base.lease import Lease, hold
-from tapct.data import formats
+from tapct.data import formats, near_copies
 from tapct.data import passed_over as passed
 from tapct.data.ct_check import BODY_ABOVE, subsample
 from tapct.data.digest import label_digest, voxel_digest
@@ -456,4 +456,5 @@ def with_facts(row: Examined, volume: Volume, task: ExamineTask) -> Examined:
         lossy_ratio=volume.facts.lossy_ratio,
         facts=volume.facts,
         mirror_digest=mirror_digest(volume.hu_ZYX),
+        sketch=near_copies.sketch(volume.hu_ZYX),
     )

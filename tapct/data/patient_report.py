@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from tapct.base.counted import counted
 from tapct.data.manifest import ACCEPTED, Row
 from tapct.data.patient_memory import PatientChanges
-from tapct.data.patients import SEVERAL_IDS, STAND_IN
+from tapct.data.patients import NEAR_COPY, SEVERAL_IDS, STAND_IN
 
 CHECK = "check, or give --patient-regex / --patient-column"
 
 
 def lines_about_patients(rows: Sequence[Row]) -> list[str]:
     """How many patients were guessed, with an example, how many PatientIDs identify nobody, and how
-    many scans of one study have several.
+    many scans have slices of another one or are of a study with several PatientIDs.
 
     Args:
         rows: all rows of a manifest.
@@ -35,6 +35,13 @@ def lines_about_patients(rows: Sequence[Row]) -> list[str]:
         lines.append(
             f"{counted(several, 'scan')} {verb} one StudyInstanceUID and several PatientIDs; they "
             "count as one patient. If the PatientIDs are right, give --patient-from header"
+        )
+    near = sum(NEAR_COPY in row.marks.split(",") for row in accepted)
+    if near:
+        verb = "has" if near == 1 else "have"
+        lines.append(
+            f"{counted(near, 'scan')} {verb} slices of another scan, as a cropped copy has; such "
+            "scans count as one patient unless --patient-column or --patient-from separates them"
         )
     guessed = [row for row in accepted if row.patient_from == "guess"]
     if guessed:

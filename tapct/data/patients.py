@@ -26,6 +26,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tapct.base.exits import UserError
+from tapct.data import near_copies
 from tapct.data.patient_key import keyed_hash
 from tapct.data.patient_names import bids_subject, guessed_identifier, person_and_visit
 from tapct.data.stand_ins import canonical_id, is_stand_in
@@ -34,6 +35,7 @@ from tapct.types import ScanFacts
 SOURCES = ("column", "folder", "header", "regex", "bids", "side_car", "study", "guess")
 STAND_IN = "patient_stand_in"  # mark of a scan whose PatientID identifies nobody
 SEVERAL_IDS = "several_patient_ids"  # mark of the scans of one study with several PatientIDs
+NEAR_COPY = "near_copy"  # mark of a scan that has slices of another one
 _BY_USER = ("column", "folder")  # rules by which the user names the patient of each scan
 
 
@@ -70,12 +72,14 @@ class Known:
         is_series: whether it is a DICOM series.
         facts: facts of its header and side-car; None where it could not be read.
         digest: digest of its voxels, or empty.
+        sketch: `near_copies.sketch` of its voxels, or empty.
     """
 
     path: Path
     is_series: bool
     facts: ScanFacts | None
     digest: str = ""
+    sketch: bytes = b""
 
 
 @dataclass(frozen=True)
@@ -87,6 +91,7 @@ class Identified:
         source: rule that identified it, one of SOURCES; empty where the scan could not be read.
         has_stand_in: whether the scan has a PatientID that identifies nobody.
         has_several_ids: whether scans of its study have other identifiers, which were joined.
+        has_near_copy: whether another scan has slices of it.
         given: keyed hash by its rule alone, before scans of one person were joined.
     """
 
@@ -94,6 +99,7 @@ class Identified:
     source: str = ""
     has_stand_in: bool = False
     has_several_ids: bool = False
+    has_near_copy: bool = False
     given: str = ""
 
 
@@ -112,15 +118,24 @@ def patients_of(scans: Sequence[Known], rules: PatientRules) -> list[Identified]
     _join_scans(scans, found, rules, joined.join)
     several = _join_studies(scans, found, rules, joined.join)
     _join_series(scans, found, rules, joined.join)
+    near = _join_near_copies(scans, found, rules, joined.join)
     patients = []
-    for scan, patient in zip(scans, found):
+    for number, (scan, patient) in enumerate(zip(scans, found)):
         is_stand_in = scan.facts is not None and (
             scan.facts.clues.has_stand_in or scan.facts.patient in same_for_all
         )
         has_several_ids = scan.facts is not None and scan.facts.clues.study in several
         name = joined.name_of(patient.hash)
-        identified = Identified(name, patient.source, is_stand_in, has_several_ids, patient.hash)
-        patients.append(identified)
+        patients.append(
+            Identified(
+                name,
+                patient.source,
+                is_stand_in,
+                has_several_ids,
+                has_near_copy=number in near,
+                given=patient.hash,
+            )
+        )
     return patients
 
 
@@ -282,6 +297,31 @@ def _join_series(
         if len({study for study, _ in series} - {""}) < 2:
             for _, other in series[1:]:
                 join(series[0][1], other)
+
+
+def _join_near_copies(
+    scans: Sequence[Known],
+    found: Sequence[Identified],
+    rules: PatientRules,
+    join: Callable[[str, str], None],
+) -> set[int]:
+    """Join the patients of scans that share slices, unless the user named both of them.
+
+    Args:
+        scans, found, rules, join: as in `_join_scans`.
+    Returns:
+        Numbers of the scans that share slices with a scan that is no whole copy of them.
+    """
+    sure = (*_BY_USER, "header", "side_car") if rules.trusts_header else _BY_USER
+    near = set()
+    for one, other in near_copies.pairs([scan.sketch for scan in scans]):
+        if not (found[one].hash and found[other].hash):
+            continue
+        if scans[one].digest != scans[other].digest:
+            near |= {one, other}
+        if found[one].source not in sure or found[other].source not in sure:
+            join(found[one].hash, found[other].hash)
+    return near
 
 
 class _Joined:
