@@ -30,8 +30,9 @@ from tapct.data.patient_memory import KnownScan, PatientChanges, PatientMemory
 from tapct.data.split import position
 
 KEPT = "kept"  # `patient_from` of a scan whose patient has the hash of an older manifest
-# rules of an identifier that belongs to one person, whatever the scan is called
-_PERSONAL = ("column", "header", "side_car")
+# rules of an identifier that belongs to one person, whatever the scan is called; equal values are
+# one rule
+_PERSONAL = {"column": "column", "header": "PatientID", "side_car": "PatientID"}
 
 
 @dataclass(frozen=True)
@@ -210,12 +211,13 @@ def _patients_before(rows: Sequence[Row], known: Iterable[KnownScan]) -> list[li
 
 
 def _is_replaced(row: Row, before: KnownScan, digests: set[str]) -> bool:
-    """Whether a path holds another person's scan now: the scan that it held lies elsewhere, or both
-    have an identifier of their own.
+    """Whether a path holds another person's scan now: the scan that it held lies elsewhere, or the
+    same rule of personal identifiers gives another patient.
     """
     if before.digest in digests:
         return True
-    return before.patient_from in _PERSONAL and row.patient_from in _PERSONAL
+    rule = _PERSONAL.get(before.patient_from)
+    return rule is not None and rule == _PERSONAL.get(row.patient_from)
 
 
 def _names(joined: _Sets, earlier: set[str], today: set[str], split_seed: int) -> dict[str, str]:

@@ -28,7 +28,7 @@ from tapct.data.manifest import Manifest, Row, write_table
 from tapct.data.patient_key import KEY_FILE, key_name
 from tapct.data.patient_memory import KnownScan, PatientChanges, PatientMemory
 from tapct.data.patient_report import lines_about_changes
-from tapct.data.patients import Known, PatientRules, patients_of
+from tapct.data.patients import SOURCES, Known, PatientRules, patients_of
 from tapct.data.readers.raw import Header
 from tapct.data.split import position
 
@@ -145,9 +145,22 @@ class Growing:
             self.change(self.at_unmoved(), study=f"1.{person}.{self.draw.randrange(3)}")
 
 
-def indexed(scans: list[Scan]) -> tuple[list[Row], list[str]]:
+def rules_of(seed: int, day: int, scans: list[Scan]) -> PatientRules:
+    """The options of one day: some users give one from some day on."""
+    rules = PatientRules(ROOT, KEY)
+    if day < seed % 5:
+        return rules
+    column = {scan.path: f"T{scan.number % 4}" for scan in scans if scan.number % 3 == 0}
+    options: list[dict[str, object]] = [
+        *({}, {}, {"regex": r"(?:case|liver_|p)(\d+)"}, {"folder": 1}),
+        *({"column": column}, {"trusts_header": True}),
+    ]
+    return replace(rules, **options[seed % 6])  # type: ignore[arg-type]
+
+
+def indexed(scans: list[Scan], rules: PatientRules) -> tuple[list[Row], list[str]]:
     """The rows by the rules of one day, and the hash that the rule of each scan alone gives."""
-    found = patients_of([scan.known() for scan in scans], PatientRules(ROOT, KEY))
+    found = patients_of([scan.known() for scan in scans], rules)
     rows = [
         Row(
             hashlib.md5(scan.path.encode()).hexdigest()[:16],
@@ -191,15 +204,16 @@ class History:
 
 def test_no_known_scan_moves_to_the_test_side_in_simulated_growths() -> None:
     moved_by_rules = num_days = num_joined = num_kept = 0
+    sources: set[str] = set()
     for seed in range(120):
         archive, history = Growing(seed), History()
         older = Manifest((), ROOT)
         before: dict[int, str] = {}
         split_seed = seed % 3
-        for _ in range(8):
+        for day in range(8):
             archive.grow()
             scans = archive.scans
-            rows, given = indexed(scans)
+            rows, given = indexed(scans, rules_of(seed, day, scans))
             history.add(scans, rows, given)
             kept, memory, changes = keep_patients(rows, given, older, split_seed=split_seed)
             older = Manifest(kept, ROOT, memory=PatientMemory.from_json(memory.to_json()))
@@ -224,7 +238,9 @@ def test_no_known_scan_moves_to_the_test_side_in_simulated_growths() -> None:
                 num_joined += new != old
             before |= after
             num_kept += changes.num_kept
+            sources |= {row.patient_from for row in rows}
             num_days += 1
+    assert sources == set(SOURCES)
     assert num_days == 960 and num_joined > 20 and num_kept > 200
     assert moved_by_rules > 100, "without an older manifest, scans move to the test side"
 
@@ -250,7 +266,8 @@ def test_a_scan_is_known_by_its_voxels_else_by_its_path() -> None:
 def test_a_file_that_was_replaced_by_another_persons_is_another_patient() -> None:
     older = [row("a", "1", "P", "header")]
     assert kept([row("a", "2", "Q", "header")], older)[0] == ["Q"]
-    assert kept([row("a", "2", "Q", "study")], older)[0] == ["P"], "doubtful, so they are joined"
+    for source in ("study", "guess", "regex", "column"):
+        assert kept([row("a", "2", "Q", source)], older)[0] == ["P"], "doubtful, so they are joined"
 
 
 def test_the_hash_of_joined_patients_is_held_out_last_whatever_the_order() -> None:
