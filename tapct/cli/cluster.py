@@ -158,9 +158,10 @@ def submit(
         max_idle_restarts=max_idle_restarts,
     )
     planned = submission.plan_runs(config, overrides or [], sweep or [])
+    warnings: list[str] = []
     for run in planned.runs:
-        submission.check_run(run, resources, allow_change)
-    warnings = [line for run in planned.runs for line in submission.run_warnings(run, resources)]
+        warnings += submission.check_run(run, resources, allow_change)
+        warnings += submission.run_warnings(run, resources)
     for line in dict.fromkeys(warnings):  # each once
         console.warn(line)
     if dry_run:
