@@ -10,7 +10,7 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -21,6 +21,7 @@ import torch
 from tapct.base import console, ranks
 from tapct.base.exits import SharedError, UserError
 from tapct.base.lease import Lease, LostLease
+from tapct.base.ranks import Ranks
 from tapct.config import Resolved
 from tapct.data import loader
 from tapct.data.store import Store
@@ -117,16 +118,18 @@ def train(resolved: Resolved, allow_change: bool = False, command: str = "") -> 
     config: RunConfig = resolved.value
     place = ranks.from_environment(os.environ)
     flush_denormals()
-    device = pick_device(config.device, place.local_rank)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
+    device, no_device = device_of_rank(config.device, place)
     lease = lease_of(config.out)
+
+    def facts() -> Mapping[str, str]:
+        if no_device is not None:
+            raise no_device
+        return facts_of_rank(resolved, device)
 
     def prepare_run_folder() -> None:
         check_machine(config, device)
         lease.acquire()
 
-    facts = facts_of_rank(resolved, device) if place.world > 1 else None
     try:
         with join_ranks(place, device, config.parallel, facts, prepare_run_folder) as world:
             pretraining = Pretraining(resolved, world, allow_change, command, lease)
@@ -137,6 +140,27 @@ def train(resolved: Resolved, allow_change: bool = False, command: str = "") -> 
     finally:
         lease.release()
     return stop
+
+
+def device_of_rank(name: str, place: Ranks) -> tuple[torch.device, UserError | None]:
+    """The device of this rank, and why it has none: the other ranks wait for one that has failed,
+    so it meets them first.
+
+    Args:
+        name: setting `device`.
+        place: place of this process.
+    Raises:
+        UserError: there is no such device, in a single process.
+    """
+    try:
+        device = pick_device(name, place.local_rank)
+    except UserError as error:
+        if place.world == 1:
+            raise
+        return torch.device("cpu"), error
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device, None
 
 
 def lease_of(out: Path) -> Lease:
