@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -59,11 +59,8 @@ def test_many_processes_make_one_link_and_leave_nothing(run: Path) -> None:
     killed.mkdir()
     os.utime(killed, (time.time() - 2 * saved.LEFTOVER_S,) * 2)
     # threads share a process ID, as processes on two machines or in two containers can
-    threads = [threading.Thread(target=saved.link_newest, args=[run]) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(saved.link_newest, [run] * 40))  # raises what one of them raises
     assert link.resolve() == RunFolder(run).evaluation(OWN, 12).results.resolve()
     assert {path.name for path in link.parent.iterdir()} == {OWN, OTHER, THIRD, link.name}
     RunFolder(run).evaluation(OWN, 20).path.mkdir()
