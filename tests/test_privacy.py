@@ -27,7 +27,7 @@ from tiny_run import write_config
 
 from tapct.config.plugins import Plugin
 from tapct.data.patient_key import KEY_FILE, KEY_VARIABLE
-from tapct.data.split import held_out_patients
+from tapct.data.split import patients_below
 from tapct.data.store import Store
 from tapct.eval.features import Preprocess
 from tapct.models import vit
@@ -201,7 +201,7 @@ def test_planted_names_are_nowhere_but_in_the_columns_of_paths(
     assert all(IN_PATHS in row["path"] for row in table)
 
     labelled = {scan.patient for scan in Store(store).scans if scan.has_labels}
-    seed = next(s for s in range(50) if 0 < len(held_out_patients(labelled, 0.5, s)) < 5)
+    seed = next(s for s in range(50) if 0 < len(patients_below(labelled, 0.5, s)) < 5)
     config = write_config(tmp_path, store)
     overrides = ["data.held_out=0.5", f"data.split_seed={seed}", "train.steps=2"]
     silent = [

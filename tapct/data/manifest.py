@@ -234,22 +234,31 @@ class Manifest:
 
 
 def read_paths(file: Path, digest: str) -> dict[str, str]:
-    """The paths of an archive's scans by id, for a store, which has ids alone.
+    """The paths of an archive's scans by id, for a store, which has ids alone; arguments as in
+    `read_column`.
+    """
+    return read_column(file, digest, "path")
+
+
+def read_column(file: Path, digest: str, column: str) -> dict[str, Any]:
+    """One column of a manifest by id.
 
     Args:
         file: file of the manifest.
         digest: digest of the manifest that was packed.
+        column: name of the column.
     Returns:
-        Path below the archive by id; empty where the file is gone or is another manifest.
+        Value of each scan by id; empty where the file is gone, is another manifest or has no such
+        column.
     """
     try:
         stored = pyarrow.parquet.read_schema(file).metadata or {}
         if stored.get(b"tapct.digest", b"").decode() != digest:
             return {}
-        table = pyarrow.parquet.read_table(file, columns=["id", "path"], partitioning=None)
-    except (pyarrow.ArrowException, OSError):
+        table = pyarrow.parquet.read_table(file, columns=["id", column], partitioning=None)
+        return dict(zip(table.column("id").to_pylist(), table.column(column).to_pylist()))
+    except (pyarrow.ArrowException, OSError, KeyError):
         return {}
-    return dict(zip(table.column("id").to_pylist(), table.column("path").to_pylist()))
 
 
 def write_table(manifest: Manifest, out: Path) -> None:

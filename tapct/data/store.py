@@ -27,7 +27,7 @@ import pyarrow.parquet as pq
 from tapct.base.exits import UserError, single_line
 from tapct.base.files import expand_path
 from tapct.data.digest import table_digest, voxel_digest
-from tapct.data.manifest import read_paths
+from tapct.data.manifest import read_column, read_paths
 from tapct.data.packed import Damaged, PackedScan
 from tapct.data.packed_labels import labels_file, read_packed_labels
 from tapct.types import LabelMap
@@ -108,6 +108,7 @@ class Store:
         self.manifest_digest: str = info["manifest_digest"]
         self.patient_key: str = info.get("patient_key") or f"manifest {self.manifest_digest}"
         self.summary: dict[str, int] = info.get("summary", {})
+        self._manifest_file: str = info.get("manifest_file", "")
         self._number_of = {scan.id: i for i, scan in enumerate(self.scans)}
         self._start_process()
 
@@ -138,6 +139,15 @@ class Store:
     def index_of(self, scan_id: str) -> int:
         """Number of the scan with this name; KeyError where there is none."""
         return self._number_of[scan_id]
+
+    def num_guessed_patients(self) -> int:
+        """Number of scans whose patient `tapct index` guessed from file names; 0 where the manifest
+        that was packed is gone, so that it is not known.
+        """
+        if not self._manifest_file:
+            return 0
+        sources = read_column(self.path / self._manifest_file, self.manifest_digest, "patient_from")
+        return sum(sources.get(scan.id) == "guess" for scan in self.scans)
 
     def read_labels(self, i: int) -> LabelMap:
         """The labels of scan i, on its grid.
