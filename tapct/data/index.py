@@ -14,7 +14,7 @@ import numpy as np
 
 from tapct.base import console
 from tapct.base.exits import UserError
-from tapct.base.files import first_cause
+from tapct.base.files import check_new_path, first_cause
 from tapct.base.lease import Lease, hold
 from tapct.data import formats
 from tapct.data import passed_over as passed
@@ -278,6 +278,7 @@ def _check_out(out: Path) -> None:
             f"the manifest is a Parquet file, and {out} does not end in .parquet; give a name such "
             f"as {out.with_suffix('.parquet')}"
         )
+    check_new_path(out)
 
 
 @contextlib.contextmanager

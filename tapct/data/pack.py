@@ -23,7 +23,13 @@ import numpy as np
 
 from tapct.base import console
 from tapct.base.exits import UserError
-from tapct.base.files import NO_SPACE, PRIVATE, TEMPORARY_SUFFIX, write_atomically
+from tapct.base.files import (
+    NO_SPACE,
+    PRIVATE,
+    TEMPORARY_SUFFIX,
+    check_new_path,
+    write_atomically,
+)
 from tapct.base.lease import hold
 from tapct.data.digest import label_digest
 from tapct.data.discover import source_of
@@ -103,6 +109,7 @@ def pack(
             `tapct pack` is writing to the folder, or the store is one of another archive.
     """
     rows = _checked_rows(manifest, level)
+    check_new_path(out / INDEX_NAME)
     started = time.monotonic()
     outcomes: list[_Outcome | None] = [None] * len(rows)
     try:
