@@ -179,8 +179,7 @@ def index(
     """
     from tapct.data.check_rules import read_rules
     from tapct.data.index import build_manifest, check_usable
-    from tapct.data.passed_over import summary
-    from tapct.data.patient_report import lines_about_patients
+    from tapct.data.index_report import lines_about
 
     checks = read_rules(rules, rule or ())
     with signals.leaving_at_sigterm(), console.progress_bar("index") as progress:
@@ -199,29 +198,8 @@ def index(
             limits=limits_of(timeout, memory_gb),
             progress=progress,
         )
-    console.say_line(
-        ", ".join(f"{count} {reason}" for reason, count in manifest.summary().items()) + f": {out}"
-    )
-    for line in lines_about_patients(manifest.rows):
+    for line in lines_about(manifest, out, min_depth):
         console.say_line(line)
-    if manifest.label_report is not None:
-        for line in manifest.label_report.lines():
-            console.say_line(line)
-    for row in manifest.rows:
-        if row.marks and row.status == "accepted":
-            console.say_line(f"  accepted {row.path}, marked {row.marks}")
-        if row.detail:
-            reason = (
-                f"refused {row.path}: {row.reason}" if row.status == "refused" else f"{row.path}"
-            )
-            console.say_line(f"  {reason}: {row.detail}")
-    others = summary(manifest.passed_over)
-    if others:
-        console.say_line(f"passed over: {others}")
-    num_short = manifest.summary().get("too_few_slices", 0)
-    if num_short:
-        short = counted(num_short, "scan has", "scans have")
-        console.say_line(f"{short} fewer than {min_depth} slices; --min-depth 1 accepts them")
     check_usable(manifest, labels)
 
 
