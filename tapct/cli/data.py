@@ -301,7 +301,7 @@ def pack(
     with signals.leaving_at_sigterm():
         found = manifest.Manifest.read(manifest_file, root)
         if verify and not repair:
-            verify_only(found, out, workers)
+            verify_only(found, out, workers, allow_missing)
             return
         report = pack_and_report()
         if repair:
@@ -311,13 +311,14 @@ def pack(
         raise exits.Incomplete(missing)
 
 
-def verify_only(manifest: Manifest, folder: Path, workers: int) -> None:
+def verify_only(manifest: Manifest, folder: Path, workers: int, allow_missing: int) -> None:
     """Verify a store without writing anything.
 
     Args:
         manifest: manifest that should have been packed.
         folder: folder of the store.
         workers: number of threads.
+        allow_missing: number of accepted scans that may be missing.
     Raises:
         UserError: the store is of another manifest, or lacks accepted scans.
         Exit: a scan is damaged; its line has been printed.
@@ -328,7 +329,7 @@ def verify_only(manifest: Manifest, folder: Path, workers: int) -> None:
     damaged = verify_store(folder, workers)
     if damaged:
         raise typer.Exit(exits.WRONG_INPUT)
-    check_complete(Store(folder), manifest)
+    check_complete(Store(folder), manifest, allow_missing)
 
 
 def repair_store(folder: Path, workers: int, pack_again: Callable[[list[str]], object]) -> None:

@@ -127,6 +127,10 @@ def find_source(path: Path, *, derived: bool = False) -> Source:
     """
     if not path.exists():
         raise Refused("unreadable", f"{file_name(str(path))} does not exist")
+    if not (path.is_file() or path.is_dir()):  # opening a FIFO would wait for ever
+        raise Refused(
+            "unreadable", f"{file_name(str(path))} is neither a regular file nor a folder"
+        )
     file_format = None if path.is_dir() else format_of(path)
     if file_format is not None:
         return Source(path, file_format.name, (path,))

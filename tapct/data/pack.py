@@ -109,7 +109,7 @@ def pack(
             `tapct pack` is writing to the folder, or the store is one of another archive.
     """
     rows = _checked_rows(manifest, level)
-    check_new_path(out / INDEX_NAME)
+    check_new_path(out)
     started = time.monotonic()
     outcomes: list[_Outcome | None] = [None] * len(rows)
     try:
@@ -337,8 +337,8 @@ def _read_as_indexed(row: Row, root: Path) -> Volume:
     """
     source = source_of(root, row.path, row.kind, row.file_paths)
     path = source.path
-    for file in (path, *source.files):
-        if not file.exists():
+    for file in source.files:
+        if not file.is_file():  # opening what is now a FIFO would wait for ever
             raise Refused(
                 "vanished", f"{file} is gone since the manifest was made; run `tapct index` again."
             )
@@ -371,6 +371,8 @@ def _write_error(
 ) -> UserError:
     """The error of a write that failed; for a full disk with the space that is missing."""
     done = [(row, outcome) for row, outcome in zip(rows, outcomes) if outcome is not None]
+    if os.path.lexists(out) and not out.is_dir():
+        return UserError(f"cannot write the store {out}: it is no folder; choose another --out")
     if error.errno not in NO_SPACE:
         return UserError(
             f"cannot write the store {out}: {error.strerror or error}. Choose a folder that is "

@@ -84,8 +84,8 @@ class StoreBefore:
         ids = {row.id for row in manifest.rows if is_same_file or not row.digest}
         if any(s.checksum in digests or s.id in ids for s in self.scans.values()):
             return
+        num_scans = counted(len(self.scans), "scan")
         raise UserError(
-            f"the manifest of {manifest.root} knows none of the "
-            f"{counted(len(self.scans), 'scan')} in the store {self.folder}, so it is another "
-            f"archive; {_NEXT_STEP}"
+            f"the manifest of {manifest.root} has no scan of the store {self.folder} "
+            f"({num_scans}), so it is another archive; {_NEXT_STEP}"
         )

@@ -18,8 +18,10 @@ from scan_files import make_ct, write_nifti
 from tapct.base.exits import UserError
 from tapct.data import discover, folder_entries, index, passed_over, time_limit
 from tapct.data.discover import find_source, search
+from tapct.data.pack import pack
 from tapct.data.process_pool import ScanLimits
 from tapct.data.time_limit import NoAnswer, TimeLimit
+from tapct.types import Refused
 
 
 @pytest.fixture
@@ -69,6 +71,17 @@ def test_special_files_are_counted_by_kind_and_never_opened(root: Path) -> None:
     assert passed_over.summary(built.passed_over) == (
         "8 files (3 FIFO, 2 broken link, 2 device, 1 socket)"
     )
+
+
+def test_one_special_file_is_refused_without_being_opened(root: Path) -> None:
+    os.mkfifo(root / "b.nii.gz")
+    with pytest.raises(Refused, match="neither a regular file nor a folder"):
+        find_source(root / "b.nii.gz")
+    built = index.build_manifest(root, root.parent / "m.parquet")
+    (root / "a.nii.gz").unlink()
+    os.mkfifo(root / "a.nii.gz")
+    with pytest.raises(UserError, match=r"none of the 1 .*a\.nii\.gz: vanished"):
+        pack(built, root.parent / "store")
 
 
 def test_links_in_a_circle_end_and_each_folder_is_visited_once(root: Path) -> None:

@@ -200,6 +200,7 @@ def test_verify_notices_scans_that_were_never_packed_and_stores_of_another_archi
     code, out, err = shell("pack", packed[0], "--out", folder, "--verify")
     assert code == exits.INCOMPLETE and "3 of 3 packed scans verified" in out
     assert "lacks 1 accepted scan" in err and "c3.nii.gz" in err
+    shell.good("pack", packed[0], "--out", folder, "--verify", "--allow-missing", "1")
     save_scan(tmp_path / "others" / "c0.nii.gz", noise_ct(7))
     index.build_manifest(tmp_path / "others", tmp_path / "o.parquet")
     code, _, err = shell("pack", tmp_path / "o.parquet", "--out", folder, "--verify")
