@@ -174,6 +174,10 @@ class Manifest:
         if not path.is_file():
             problem = "is a folder" if path.is_dir() else "does not exist"
             raise UserError(f"manifest {path} {problem}; make one with `tapct index`")
+        damaged = UserError(
+            f"{path} is damaged, or was changed after `tapct index` wrote it; make it again with "
+            "`tapct index`"
+        )
         try:
             table = pyarrow.parquet.read_table(path)
         except (pyarrow.ArrowException, OSError) as error:
@@ -181,7 +185,34 @@ class Manifest:
                 f"{path} is not a readable Parquet file: {single_line(error, MAX_TEXT)}; make it "
                 "again with `tapct index`"
             ) from error
-        rows, metadata = _checked_content(table, path)
+        stored = table.schema.metadata or {}
+        try:
+            metadata = {key.decode(): value.decode() for key, value in stored.items()}
+            columns = [table.column(name).to_pylist() for name in table.column_names]
+        except UnicodeDecodeError as error:
+            raise damaged from error
+        names = [field.name for field in dataclasses.fields(Row)]
+        written = metadata.get("tapct.rows", "")
+        if not written or metadata.get("tapct.schema") != SCHEMA or table.column_names != names:
+            raise UserError(
+                f"{path} is not a tapct manifest of version {SCHEMA}; make it again with `tapct "
+                "index`"
+            )
+        facts = {
+            key: value
+            for key, value in metadata.items()
+            if key.startswith("tapct.") and key != "tapct.rows"
+        }
+        try:
+            is_whole = written == table_digest(columns, facts)
+        except (TypeError, ValueError):  # damage may change the type of a column
+            is_whole = False
+        if not is_whole:
+            raise damaged
+        rows = tuple(
+            Row(**{**row, "file_paths": tuple(row["file_paths"])})
+            for row in (dict(zip(names, values)) for values in zip(*columns))
+        )
         if root is None:
             root = (path.parent.resolve() / metadata["tapct.root_relative"]).resolve()
         manifest = cls(
@@ -192,49 +223,6 @@ class Manifest:
             file=path,
         )
         return manifest
-
-
-def _checked_content(table: pyarrow.Table, path: Path) -> tuple[tuple[Row, ...], dict[str, str]]:
-    """The rows and the metadata of a manifest, once its version and its digest are checked.
-
-    Args:
-        table: content of the file.
-        path: the file, for the error line.
-    Raises:
-        UserError: the manifest has another version, or it was changed after it was written.
-    """
-    damaged = UserError(
-        f"{path} is damaged, or was changed after `tapct index` wrote it; make it again with "
-        "`tapct index`"
-    )
-    stored = table.schema.metadata or {}
-    try:
-        metadata = {key.decode(): value.decode() for key, value in stored.items()}
-        columns = [table.column(name).to_pylist() for name in table.column_names]
-    except UnicodeDecodeError as error:
-        raise damaged from error
-    names = [field.name for field in dataclasses.fields(Row)]
-    written = metadata.get("tapct.rows", "")
-    if not written or metadata.get("tapct.schema") != SCHEMA or table.column_names != names:
-        raise UserError(
-            f"{path} is not a tapct manifest of version {SCHEMA}; make it again with `tapct index`"
-        )
-    facts = {
-        key: value
-        for key, value in metadata.items()
-        if key.startswith("tapct.") and key != "tapct.rows"
-    }
-    try:
-        is_whole = written == table_digest(columns, facts)
-    except (TypeError, ValueError):  # damage may change the type of a column
-        is_whole = False
-    if not is_whole:
-        raise damaged
-    rows = tuple(
-        Row(**{**row, "file_paths": tuple(row["file_paths"])})
-        for row in (dict(zip(names, values)) for values in zip(*columns))
-    )
-    return rows, metadata
 
 
 def read_paths(file: Path, digest: str) -> dict[str, str]:
