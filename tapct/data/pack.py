@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -149,7 +149,20 @@ def _pack_all(
     Raises:
         OSError: the store cannot be written; `outcomes` has what was done before.
     """
-    results = map_unordered(
+    with closing(_outcomes(tasks, workers, limits)) as results:  # ends the workers at an error
+        for done, (i, outcome) in enumerate(results, 1):
+            if outcome.write_error is not None:
+                raise outcome.write_error
+            outcomes[i] = outcome
+            if progress is not None:
+                progress(done, len(tasks))
+
+
+def _outcomes(
+    tasks: Sequence[_Task], workers: int, limits: ScanLimits
+) -> Generator[tuple[int, _Outcome], None, None]:
+    """Index and outcome of each task, in the order in which they become ready."""
+    return map_unordered(
         pack_task,
         tasks,
         workers,
@@ -158,13 +171,6 @@ def _pack_all(
         limits=limits,
         modules=(__name__, *LIBRARIES),
     )
-    with closing(results):  # ends the workers at an error or Ctrl-C
-        for done, (i, outcome) in enumerate(results, 1):
-            if outcome.write_error is not None:
-                raise outcome.write_error
-            outcomes[i] = outcome
-            if progress is not None:
-                progress(done, len(tasks))
 
 
 def _write_index(out: Path, manifest: Manifest, scans: Sequence[StoredScan]) -> None:
