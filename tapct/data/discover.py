@@ -90,7 +90,7 @@ def search(root: Path | str, *, derived: bool = False, seconds: float = math.inf
     one is listed, so that it is refused with a reason.
 
     A file or folder that does not answer, as on a broken network disk, is refused as `timed_out`
-    where it may be a scan; a file whose name speaks against a scan is only counted. After three in
+    where it may be a scan; a file with the suffix of another kind is only counted. After three in
     a row the other files of a folder are not tried.
 
     Args:
@@ -127,7 +127,7 @@ def find_source(path: Path, *, derived: bool = False) -> Source:
     """
     if not path.exists():
         raise Refused("unreadable", f"{file_name(str(path))} does not exist")
-    if not (path.is_file() or path.is_dir()):  # opening a FIFO would wait for ever
+    if not (path.is_file() or path.is_dir()):  # opening a FIFO would never return
         raise Refused(
             "unreadable", f"{file_name(str(path))} is neither a regular file nor a folder"
         )

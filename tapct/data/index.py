@@ -362,7 +362,9 @@ def nameless(detail: str, task: ExamineTask) -> str:
 def bytes_of(task: ExamineTask) -> int:
     """Bytes of the files of a scan; a file that is gone counts as empty."""
     num_bytes = 0
-    if task.source.reason == LATE:  # asking for its size could wait for ever in this process
+    if (
+        task.source.reason == LATE
+    ):  # asking for its size may never return, and this process would wait
         return num_bytes
     for path in task.source.files:
         with contextlib.suppress(OSError):

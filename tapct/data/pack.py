@@ -344,7 +344,7 @@ def _read_as_indexed(row: Row, root: Path) -> Volume:
     source = source_of(root, row.path, row.kind, row.file_paths)
     path = source.path
     for file in source.files:
-        if not file.is_file():  # opening what is now a FIFO would wait for ever
+        if not file.is_file():  # opening what is now a FIFO would never return
             raise Refused(
                 "vanished", f"{file} is gone since the manifest was made; run `tapct index` again."
             )

@@ -1,4 +1,4 @@
-"""Calls that may wait for ever, such as opening a file on a network disk that does not answer."""
+"""Calls that may never return, such as opening a file on a network disk that does not answer."""
 
 from __future__ import annotations
 
