@@ -23,7 +23,7 @@ from tapct.base.exits import UserError
 from tapct.base.files import write_atomically
 from tapct.base.recent import LAST_STEPS
 from tapct.data import manifest as manifests
-from tapct.data import pack, patient_key, split
+from tapct.data import pack, pack_report, patient_key, split
 from tapct.data.index import build_manifest
 from tapct.data.phantom import archive as phantom
 from tapct.eval import saved
@@ -111,11 +111,13 @@ def main(words: list[str]) -> None:
     for row in refused:
         console.say(f"  refused {row.path}: {row.reason}: {row.detail}")
 
-    def packing() -> pack.PackReport:
+    def packing() -> pack_report.PackReport:
         with console.progress_bar("pack") as progress:
             return pack.pack(found, work / "store", workers=cores, level=1, progress=progress)
 
-    timed("pack", packing)
+    packed = timed("pack", packing)
+    for scan in (*packed.refused, *packed.labels_refused):
+        console.say(f"  not packed {scan.path}: {scan.reason}: {scan.detail}")
     precision = (
         overrides_without_bf16(Path("/proc/cpuinfo").read_text()) if options.config == SMOKE else []
     )

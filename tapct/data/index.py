@@ -14,13 +14,13 @@ import numpy as np
 
 from tapct.base import console
 from tapct.base.exits import UserError
-from tapct.base.files import first_cause
+from tapct.base.files import check_new_path, first_cause
 from tapct.base.lease import Lease, hold
 from tapct.data import formats, near_copies
 from tapct.data import passed_over as passed
 from tapct.data.ct_check import BODY_ABOVE, subsample
 from tapct.data.digest import label_digest, voxel_digest
-from tapct.data.discover import DICOM_OBJECT, Listing, Source, search
+from tapct.data.discover import DICOM_OBJECT, LATE, Listing, Source, search
 from tapct.data.duplicates import mirror_digest, refuse_duplicates
 from tapct.data.examined import Examined, with_patients
 from tapct.data.ingest import OUT_OF_MEMORY, read_source
@@ -38,8 +38,10 @@ from tapct.data.process_pool import DEFAULT_LIMITS, Failure, ScanLimits, map_uno
 from tapct.data.read_rules import MIN_DEPTH, PLAIN, ReadRules
 from tapct.data.readers import LIBRARIES, load_libraries
 from tapct.data.readers.dicom_kind import object_title
+from tapct.data.time_limit import NoAnswer, TimeLimit
 from tapct.types import Refused, Volume
 
+_PAIRING_SECONDS = 1.0  # per scan or label map, beside the limit of one file
 _MODULES = (__name__, *LIBRARIES)  # what a worker needs
 
 
@@ -125,7 +127,7 @@ def build_manifest(
     check_regex(patient_regex)
     folder, trusts_header = parse_patient_from(patient_from)
     _check_out(out)
-    listing, pairs = _search(root, labels, workers, accept.derived)
+    listing, pairs = _search(root, labels, workers, accept.derived, limits.seconds)
     scans, passed_over = _scans_of(listing, pairs)
     if not scans:
         raise _no_scans(root, passed_over)
@@ -210,15 +212,15 @@ def _examine_all(
 
 
 def _search(
-    root: Path, labels: Path | None, workers: int, derived: bool
+    root: Path, labels: Path | None, workers: int, derived: bool, seconds: float
 ) -> tuple[Listing, LabelPairs]:
     """Find the scans of an archive and their label maps in a worker process, since this reads
-    headers.
+    headers; each file may take `seconds`.
 
     It also loads the reader libraries, since a broken one would refuse every scan. The process of
     the command does not need them; loading them costs it 0.7 s.
     """
-    request = (root, labels, derived)
+    request = (root, labels, derived, seconds)
     if workers == 0:
         return _found(request)
     ((_, found),) = map_unordered(
@@ -234,18 +236,28 @@ def _search(
     return found
 
 
-def _found(request: tuple[Path, Path | None, bool]) -> tuple[Listing, LabelPairs]:
+def _found(request: tuple[Path, Path | None, bool, float]) -> tuple[Listing, LabelPairs]:
     """What lies below a folder, and which label map belongs to which scan."""
-    root, labels, derived = request
+    root, labels, derived, seconds = request
     load_libraries()
-    listing = search(root, derived=derived)
+    listing = search(root, derived=derived, seconds=seconds)
     if labels is not None and not labels.is_dir():
         raise UserError(f"labels folder {labels} does not exist or is not a folder; check the path")
-    return listing, pair_labels(listing.sources, root, labels)
+    # side-cars, tables of labels and the headers of DICOM objects are read again
+    limit = TimeLimit(seconds + _PAIRING_SECONDS * len(listing.sources))
+    try:
+        return listing, limit.call(pair_labels, listing.sources, root, labels, seconds)
+    except NoAnswer as error:
+        raise UserError(
+            f"the files of {root} were listed, but reading side-cars and tables of labels had "
+            f"{error}; check the disk"
+        ) from error
+    finally:
+        limit.close()
 
 
 def _found_or_error(
-    request: tuple[Path, Path | None, bool],
+    request: tuple[Path, Path | None, bool, float],
 ) -> tuple[Listing, LabelPairs] | UserError:
     """`_found`, or the error that a person can mend."""
     try:
@@ -267,6 +279,7 @@ def _check_out(out: Path) -> None:
             f"the manifest is a Parquet file, and {out} does not end in .parquet; give a name such "
             f"as {out.with_suffix('.parquet')}"
         )
+    check_new_path(out)
 
 
 @contextlib.contextmanager
@@ -350,6 +363,10 @@ def nameless(detail: str, task: ExamineTask) -> str:
 def bytes_of(task: ExamineTask) -> int:
     """Bytes of the files of a scan; a file that is gone counts as empty."""
     num_bytes = 0
+    if (
+        task.source.reason == LATE
+    ):  # asking for its size may never return, and this process would wait
+        return num_bytes
     for path in task.source.files:
         with contextlib.suppress(OSError):
             num_bytes += path.stat().st_size

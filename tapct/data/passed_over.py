@@ -11,7 +11,8 @@ from pathlib import Path
 from tapct.base.counted import counted
 
 HIDDEN_FILE, HIDDEN_FOLDER = "hidden", "hidden folders"
-NO_FILE = "broken link or no regular file"
+BROKEN_LINK, FIFO, SOCKET, DEVICE = "broken link", "FIFO", "socket", "device"
+NO_ANSWER = "without an answer"  # of a disk that does not answer
 WITHOUT_SUFFIX = "without suffix"
 # suffixes of a file that belongs to another one with the same stem: side-cars, and voxels that a
 # header names

@@ -134,7 +134,7 @@ class Store:
 
     def file(self, i: int) -> Path:
         """Path of the file of scan i."""
-        return self.path / f"{self.scans[i].id}.b2nd"
+        return packed_file(self.path, self.scans[i].id)
 
     def index_of(self, scan_id: str) -> int:
         """Number of the scan with this name; KeyError where there is none."""
@@ -238,6 +238,16 @@ class Store:
             while len(self._open) > self.max_open:
                 self._open.popitem(last=False)
         return opened
+
+
+def packed_file(folder: Path, scan_id: str) -> Path:
+    """Path of the packed voxels of a scan.
+
+    Args:
+        folder: folder of the store.
+        scan_id: name of the scan.
+    """
+    return folder / f"{scan_id}.b2nd"
 
 
 def store_digest(scans: Iterable[StoredScan]) -> str:

@@ -331,7 +331,7 @@ def test_a_link_to_itself_is_passed_over(tmp_path: Path) -> None:
     (root / "loop").symlink_to("loop")
     built = build_manifest(root, tmp_path / "m.parquet")
     assert len(built.accepted) == 1
-    assert dict(built.passed_over) == {passed_over.NO_FILE: 1}
+    assert dict(built.passed_over) == {passed_over.BROKEN_LINK: 1}
 
 
 def test_json_without_an_end_of_brackets_costs_only_itself(tmp_path: Path) -> None:

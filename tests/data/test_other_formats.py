@@ -89,11 +89,11 @@ def test_what_no_reader_takes_is_counted_by_kind(tmp_path: Path) -> None:
     assert listing.passed_over == {
         **{".zip": 2, ".nii.bz2": 1, ".npy": 1, ".dcm.gz": 1, ".txt": 1, ".json": 1},
         **{"without suffix": 2, "hidden": 1, "hidden folders": 1},
-        "broken link or no regular file": 1,
+        "broken link": 1,
     }
     assert passed_over.summary(listing.passed_over) == (
         "11 files (2 .zip, 2 without suffix, 1 .dcm.gz, 1 .json, 1 .nii.bz2, 1 .npy, 1 .txt, "
-        "1 broken link or no regular file, 1 hidden) and 1 hidden folder"
+        "1 broken link, 1 hidden) and 1 hidden folder"
     )
     assert passed_over.summary({}) == ""
 

@@ -6,6 +6,7 @@ read and lie on the scan's grid is checked when the scan is examined.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -62,17 +63,20 @@ class LabelPairs:
     others_of: Mapping[Path, tuple[Path, ...]] = field(default_factory=dict)
 
 
-def pair_labels(sources: Sequence[Source], root: Path, labels: Path | None) -> LabelPairs:
+def pair_labels(
+    sources: Sequence[Source], root: Path, labels: Path | None, seconds: float = math.inf
+) -> LabelPairs:
     """Find the labels of every scan.
 
     Args:
         sources: what `find_sources(root)` found: scans, and label maps that lie among them.
         root: folder of the archive.
         labels: folder of `--labels`, which may lie inside the archive, or None.
+        seconds: longest time to wait for a file of that folder.
     """
     by_name: dict[FolderAndStem, Path] = {}
     if labels is not None:
-        by_name = by_folder_and_stem(find_sources(labels), labels)
+        by_name = by_folder_and_stem(find_sources(labels, seconds), labels)
     given_files = {path.resolve() for path in by_name.values()}
     others = [source for source in sources if source.path.resolve() not in given_files]
     label_files = {source.path for source in sources if source.path.resolve() in given_files}
