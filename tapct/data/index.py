@@ -39,7 +39,7 @@ from tapct.data.patients import (
 )
 from tapct.data.plain_facts import failure as failure_line
 from tapct.data.plain_facts import kernel, maker, without_names
-from tapct.data.process_pool import DEFAULT_LIMITS, Failure, ScanLimits, map_unordered
+from tapct.data.process_pool import DEFAULT_LIMITS, LOST, Failure, ScanLimits, map_unordered
 from tapct.data.read_rules import MIN_DEPTH, PLAIN, ReadRules
 from tapct.data.readers import LIBRARIES, load_libraries
 from tapct.data.readers.dicom_kind import object_title
@@ -62,6 +62,8 @@ class ExamineTask:
         study_dates: whether the row has the whole date of the study, and not its year alone.
         ignore_labels: label values of voxels that nobody has labelled.
         num_other_labels: number of further label maps that fit the scan and are not used.
+        label_problem: reason for which the labels cannot be used although nobody has read them;
+            empty for most.
     """
 
     source: Source
@@ -73,6 +75,7 @@ class ExamineTask:
     study_dates: bool = False
     ignore_labels: tuple[int, ...] = ()
     num_other_labels: int = 0
+    label_problem: str = ""
 
 
 def build_manifest(
@@ -189,23 +192,39 @@ def _examine_all(
     limits: ScanLimits,
     progress: Callable[[int, int], None] | None,
 ) -> list[Examined]:
-    """The rows of all scans, in their order; arguments as in `build_manifest`."""
+    """The rows of all scans, in their order; arguments as in `build_manifest`.
+
+    Where a worker process was lost, the labels may be the cause, and they must not refuse their
+    scan: it is read again without them.
+    """
     rows: dict[int, Examined] = {}
+    for index, row in _examined(tasks, workers, limits):
+        rows[index] = row
+        if progress is not None:
+            progress(len(rows), len(tasks))
+    again = [i for i, row in rows.items() if row.reason in LOST and tasks[i].labels is not None]
+    problems = [f"{rows[i].reason}: with its labels, {rows[i].detail}" for i in again]
+    alone = [replace(tasks[i], label_problem=text) for i, text in zip(again, problems)]
+    for index, row in _examined(alone, workers, limits):
+        rows[again[index]] = row
+    return [rows[index] for index in range(len(tasks))]
+
+
+def _examined(
+    tasks: Sequence[ExamineTask], workers: int, limits: ScanLimits
+) -> Iterator[tuple[int, Examined]]:
+    """Yield index and row of each task, in the order in which they become ready."""
     results = map_unordered(
         examine,
         tasks,
         workers,
         failed_row,
-        num_bytes=bytes_of,
+        num_bytes=_bytes_to_read,
         limits=limits,
         modules=_MODULES,
     )
     with contextlib.closing(results):  # ends the workers at an error or Ctrl-C
-        for index, row in results:
-            rows[index] = row
-            if progress is not None:
-                progress(len(rows), len(tasks))
-    return [rows[index] for index in range(len(tasks))]
+        yield from results
 
 
 def _search(
@@ -355,6 +374,16 @@ def bytes_of(task: ExamineTask) -> int:
     return num_bytes
 
 
+def _bytes_to_read(task: ExamineTask) -> int:
+    """Bytes of the files of a scan and of its labels, for the time that reading them may take."""
+    num_bytes = bytes_of(task)
+    if task.labels is not None and not task.label_problem:
+        with contextlib.suppress(OSError):
+            files = task.labels.iterdir() if task.labels.is_dir() else (task.labels,)
+            num_bytes += sum(file.stat().st_size for file in files)
+    return num_bytes
+
+
 def failed_row(task: ExamineTask, failure: Failure) -> Examined:
     """The row of a scan whose worker process has no result."""
     detail = nameless(failure.detail, task)
@@ -406,6 +435,9 @@ def with_labels(row: Examined, task: ExamineTask, volume: Volume) -> Examined:
         path = task.labels.relative_to(task.root).as_posix()
     num_found = task.num_other_labels + 1
     choice = f"its labels: the first of {num_found} label maps is used" if num_found > 1 else ""
+    if task.label_problem:
+        line = not_used(task.label_problem)
+        return replace(row, detail="; ".join(filter(None, (line, choice))))
     try:
         if not is_utf8(path):
             raise Refused("bad_name", "their path holds bytes that are not UTF-8; rename it")

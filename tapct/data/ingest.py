@@ -10,7 +10,6 @@ becomes `unreadable` with its message.
 from __future__ import annotations
 
 import importlib
-import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,12 +28,10 @@ from tapct.data.headers import facts_of, merge_sidecar, read_sidecar
 from tapct.data.plain_facts import failure
 from tapct.data.read_rules import PLAIN, ReadRules
 from tapct.data.readers import DICOM, FORMATS, format_named
-from tapct.data.readers.raw import Image
+from tapct.data.readers.raw import Image, is_out_of_memory
 from tapct.types import AIR_HU, Refused, Volume
 
 OUT_OF_MEMORY = "out_of_memory"
-# what reader libraries write where an allocation failed; ITK raises RuntimeError
-_NO_MEMORY = re.compile("bad_alloc|bad allocation|failed to allocate|not enough memory", re.I)
 MAX_HU = 32767  # largest int16
 
 
@@ -146,8 +143,7 @@ def refusing() -> Iterator[None]:
     except Refused:
         raise
     except Exception as error:
-        no_memory = isinstance(error, MemoryError) or _NO_MEMORY.search(str(error))
-        reason = OUT_OF_MEMORY if no_memory else "unreadable"
+        reason = OUT_OF_MEMORY if is_out_of_memory(error) else "unreadable"
         raise Refused(reason, failure(error)) from error
     except SystemExit as error:
         raise Refused("unreadable", failure(error)) from error

@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,7 +32,7 @@ from tapct.data.labels.reading import read_labels_of
 from tapct.data.manifest import Manifest, Row
 from tapct.data.packed import Damaged, PackedMeta, encode, open_packed
 from tapct.data.packed_labels import encode_labels, labels_file, packed_digest, read_names
-from tapct.data.process_pool import DEFAULT_LIMITS, Failure, ScanLimits, map_unordered
+from tapct.data.process_pool import DEFAULT_LIMITS, LOST, Failure, ScanLimits, map_unordered
 from tapct.data.read_rules import AS_INDEXED
 from tapct.data.readers import LIBRARIES
 from tapct.data.store import INDEX_NAME, StoredScan, index_bytes
@@ -152,16 +152,7 @@ def pack(
         with hold(lease_file, f"the store {out}", console.say) as lease, _without_leftovers(out):
             ignore = manifest.ignore_labels
             tasks = [_Task(row, root, out, level, ignore, row.id in again) for row in rows]
-            results = map_unordered(
-                pack_task,
-                tasks,
-                workers,
-                _failed,
-                num_bytes=lambda task: max(task.row.bytes, _voxel_bytes(task.row)),
-                limits=limits,
-                modules=(__name__, *LIBRARIES),
-            )
-            with closing(results):  # ends the workers at an error or Ctrl-C
+            with closing(_outcomes(tasks, workers, limits)) as results:
                 for done, (i, outcome) in enumerate(results, 1):
                     if outcome.write_error is not None:
                         raise outcome.write_error
@@ -182,6 +173,46 @@ def pack(
             return report
     except OSError as error:
         raise _write_error(error, out, rows, outcomes) from error
+
+
+def _outcomes(
+    tasks: Sequence[_Task], workers: int, limits: ScanLimits
+) -> Generator[tuple[int, _Outcome], None, None]:
+    """Yield index and outcome of each task, in the order in which they become ready.
+
+    Where a worker process was lost, the labels may be the cause, and they must not refuse their
+    scan: it is packed again without them.
+    """
+
+    def run(some: Sequence[_Task]) -> Generator[tuple[int, _Outcome], None, None]:
+        results = map_unordered(
+            pack_task,
+            some,
+            workers,
+            _failed,
+            num_bytes=lambda task: max(task.row.bytes, _voxel_bytes(task.row)),
+            limits=limits,
+            modules=(__name__, *LIBRARIES),
+        )
+        with closing(results):  # ends the workers at an error or Ctrl-C
+            yield from results
+
+    lost: dict[int, RefusedScan] = {}
+    for index, outcome in run(tasks):
+        refused = outcome.refused
+        if refused is not None and refused.reason in LOST and tasks[index].row.label_path:
+            lost[index] = refused
+        else:
+            yield index, outcome
+    again = list(lost)
+    alone = [replace(tasks[i], row=replace(tasks[i].row, label_path="")) for i in again]
+    for k, outcome in run(alone):
+        if outcome.scan is not None:
+            row, problem = tasks[again[k]].row, lost[again[k]]
+            detail = f"with its labels, {problem.detail}"
+            labels_refused = RefusedScan(row.id, row.label_path, problem.reason, detail)
+            outcome = replace(outcome, labels_refused=labels_refused)
+        yield again[k], outcome
 
 
 def _below(out: Path, path: Path) -> str:

@@ -12,6 +12,7 @@ from scan_files import noise_ct, save_labels, save_scan
 
 from tapct.base.exits import UserError
 from tapct.data import index, store
+from tapct.data import pack as pack_module
 from tapct.data.digest import label_digest
 from tapct.data.manifest import Manifest
 from tapct.data.pack import pack
@@ -152,3 +153,18 @@ def test_the_digest_covers_values_shape_and_names() -> None:
         dataclasses.replace(labels, labels_ZYX=labels.labels_ZYX[::-1]),
     ]
     assert len({label_digest(item) for item in (labels, *others)}) == 4
+
+
+def test_labels_that_end_their_worker_do_not_refuse_their_scan(
+    archive: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(pack_module, "read_labels_of", fail)
+    report = pack(archive, tmp_path / "store")
+    (refused,) = report.labels_refused
+    assert (refused.path, refused.reason, report.refused) == ("c1_seg.nii.gz", "out_of_memory", ())
+    assert "with its labels" in refused.detail
+    held = Store(tmp_path / "store")
+    assert [scan.has_labels for scan in held.scans] == [False, False]

@@ -73,7 +73,9 @@ def read_labels(path: Path | str, ignore: Collection[int] = ()) -> LabelMap:
             whole numbers from 0 to 65534.
     """
     path = expand_path(path)
-    _load_libraries_of(path)
+    with refusing():
+        files = _files_of(path)
+    _load_libraries_of(files)
     with refusing():
         return _read_file(path, ignore).label_map
 
@@ -89,7 +91,9 @@ def read_labels_of(volume: Volume, path: Path, ignore: Collection[int] = ()) -> 
     Raises:
         Refused: the labels break a rule; nothing else is raised, whatever the files contain.
     """
-    _load_libraries_of(path)
+    with refusing():
+        files = _files_of(path)
+    _load_libraries_of(files)
     with refusing():
         if path.is_dir():
             return _read_masks(path, volume, ignore)
@@ -102,9 +106,14 @@ def read_labels_of(volume: Volume, path: Path, ignore: Collection[int] = ()) -> 
         return ReadLabels(on_scan, found.notes)
 
 
-def _load_libraries_of(path: Path) -> None:
+def _files_of(path: Path) -> Sequence[Path]:
+    """The files that hold the labels."""
+    return mask_files(path) if path.is_dir() else (path,)
+
+
+def _load_libraries_of(files: Sequence[Path]) -> None:
     """Load what decodes the labels; a library that cannot be loaded is not a fault of a file."""
-    for file in mask_files(path) if path.is_dir() else (path,):
+    for file in files:
         file_format = format_of(file)
         name = DICOM.name if file_format is None else file_format.name
         load_library(Source(file, name, (file,)))
