@@ -56,6 +56,7 @@ class ExamineTask:
         source: files of the scan.
         root: folder of the archive.
         labels: path of its label file or folder of masks, or None.
+        more_labels: paths of the DICOM objects that are merged with `labels`.
         key: secret of the keyed hashes of scans and patients.
         min_depth: fewest slices of an accepted scan.
         accept: what is accepted beyond plain scans.
@@ -74,6 +75,7 @@ class ExamineTask:
     accept: ReadRules = PLAIN
     study_dates: bool = False
     ignore_labels: tuple[int, ...] = ()
+    more_labels: tuple[Path, ...] = ()
     num_other_labels: int = 0
     label_problem: str = ""
 
@@ -151,6 +153,7 @@ def build_manifest(
             accept=accept,
             study_dates=study_dates,
             ignore_labels=tuple(ignore_labels),
+            more_labels=pairs.more_of.get(scan.path, ()),
             num_other_labels=len(pairs.others_of.get(scan.path, ())),
         )
         for scan in scans
@@ -361,7 +364,7 @@ def examine(task: ExamineTask) -> Examined:
 
 def nameless(detail: str, task: ExamineTask) -> str:
     """A line about a scan without the names of its files: the columns of paths have them."""
-    labels = () if task.labels is None else (task.labels,)
+    labels = () if task.labels is None else (task.labels, *task.more_labels)
     return without_names(detail, task.root, (task.source.path, *task.source.files, *labels))
 
 
@@ -379,7 +382,8 @@ def _bytes_to_read(task: ExamineTask) -> int:
     num_bytes = bytes_of(task)
     if task.labels is not None and not task.label_problem:
         with contextlib.suppress(OSError):
-            files = task.labels.iterdir() if task.labels.is_dir() else (task.labels,)
+            files = (*task.labels.iterdir(),) if task.labels.is_dir() else (task.labels,)
+            files += task.more_labels
             num_bytes += sum(file.stat().st_size for file in files)
     return num_bytes
 
@@ -430,18 +434,16 @@ def with_labels(row: Examined, task: ExamineTask, volume: Volume) -> Examined:
     """
     if task.labels is None:
         return row
-    path = os.path.relpath(task.labels.resolve(), task.root.resolve())
-    if task.labels.is_relative_to(task.root):
-        path = task.labels.relative_to(task.root).as_posix()
+    paths = [_shown_path(labels, task.root) for labels in (task.labels, *task.more_labels)]
     num_found = task.num_other_labels + 1
     choice = f"its labels: the first of {num_found} label maps is used" if num_found > 1 else ""
     if task.label_problem:
         line = not_used(task.label_problem)
         return replace(row, detail="; ".join(filter(None, (line, choice))))
     try:
-        if not is_utf8(path):
+        if not all(map(is_utf8, paths)):
             raise Refused("bad_name", "their path holds bytes that are not UTF-8; rename it")
-        found = read_labels_of(volume, task.labels, task.ignore_labels)
+        found = read_labels_of(volume, task.labels, task.ignore_labels, task.more_labels)
     except Refused as error:
         if error.reason == OUT_OF_MEMORY:
             raise
@@ -451,10 +453,18 @@ def with_labels(row: Examined, task: ExamineTask, volume: Volume) -> Examined:
     notes = "".join(f"its labels: {note}" for note in found.notes[:1])
     return replace(
         row,
-        label_path=Path(path).as_posix(),
+        label_path=paths[0],
+        merged_labels=tuple(paths[1:]),
         label_digest=label_digest(found.label_map),
         detail="; ".join(filter(None, (notes, *found.notes[1:], choice))),
     )
+
+
+def _shown_path(labels: Path, root: Path) -> str:
+    """Path of labels relative to the archive; it begins with .. where they lie elsewhere."""
+    if labels.is_relative_to(root):
+        return labels.relative_to(root).as_posix()
+    return Path(os.path.relpath(labels.resolve(), root.resolve())).as_posix()
 
 
 def with_facts(row: Examined, volume: Volume, task: ExamineTask) -> Examined:

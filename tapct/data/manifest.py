@@ -80,6 +80,8 @@ class Row:
         digest: hash of shape and voxels after reading; equal for one scan in two formats.
         file_paths: paths below the root of all files of a scan of several files, in the order of
             its slices; empty where `path` is the only file.
+        merged_labels: paths of the DICOM objects that are merged with the one in `label_path`;
+            empty for most.
     """
 
     id: str
@@ -113,6 +115,7 @@ class Row:
     bytes: int = 0
     digest: str = ""
     file_paths: tuple[str, ...] = ()
+    merged_labels: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -210,8 +213,8 @@ class Manifest:
         if not is_whole:
             raise damaged
         rows = tuple(
-            Row(**{**row, "file_paths": tuple(row["file_paths"])})
-            for row in (dict(zip(names, values)) for values in zip(*columns))
+            Row(**{name: _frozen(value) for name, value in zip(names, values)})
+            for values in zip(*columns)
         )
         if root is None:
             root = (path.parent.resolve() / metadata["tapct.root_relative"]).resolve()
@@ -223,6 +226,11 @@ class Manifest:
             file=path,
         )
         return manifest
+
+
+def _frozen(value: Any) -> Any:
+    """A value of a column as a row holds it: lists become tuples."""
+    return tuple(value) if isinstance(value, list) else value
 
 
 def read_paths(file: Path, digest: str) -> dict[str, str]:

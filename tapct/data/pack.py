@@ -341,7 +341,12 @@ def _with_labels(task: _Task, outcome: _Outcome, volume: Volume | None = None) -
         else:
             if volume is None:
                 volume = _read_as_indexed(row, task.root)
-            found = read_labels_of(volume, task.root / row.label_path, task.ignore_labels)
+            found = read_labels_of(
+                volume,
+                task.root / row.label_path,
+                task.ignore_labels,
+                [task.root / path for path in row.merged_labels],
+            )
             if label_digest(found.label_map) != row.label_digest:
                 raise Refused("changed", "they differ from `tapct index`; run it again.")
             names = found.label_map.names

@@ -116,7 +116,7 @@ def test_an_index_from_which_nothing_can_be_used_is_an_error(tmp_path: Path) -> 
 
 
 def test_single_slices_are_refused_by_default(tmp_path: Path) -> None:
-    write_nifti(tmp_path / "a1.nii.gz", make_ct((1, 14, 17)))
-    write_nifti(tmp_path / "b2.nii.gz", make_ct((2, 14, 17)))
+    write_nifti(tmp_path / "a1.nii.gz", make_ct((1, 34, 37)))
+    write_nifti(tmp_path / "b2.nii.gz", make_ct((2, 34, 37)))
     rows = index.build_manifest(tmp_path, tmp_path / "m.parquet").rows
     assert [row.reason for row in rows] == ["too_few_slices", ""]

@@ -99,7 +99,7 @@ def test_labels_are_packed_beside_their_scan_and_packed_again_when_they_change(
 def test_labels_that_changed_after_the_index_are_not_packed(
     archive: Manifest, tmp_path: Path
 ) -> None:
-    save_scan(archive.root / "c1_seg.nii.gz", np.ones((6, 12, 13), np.uint8))
+    save_scan(archive.root / "c1_seg.nii.gz", np.ones((6, 24, 26), np.uint8))
     report = pack(archive, tmp_path / "store")
     (refused,) = report.labels_refused
     assert (refused.path, refused.reason, len(report.packed)) == ("c1_seg.nii.gz", "changed", 2)
@@ -122,7 +122,7 @@ def test_damaged_labels_are_named_found_and_packed_again(archive: Manifest, tmp_
 
 def test_ignored_values_are_packed_by_the_rule_of_the_index(tmp_path: Path) -> None:
     save_scan(tmp_path / "a" / "c1.nii.gz", noise_ct(1))
-    labels = np.zeros((6, 12, 13), np.int16)
+    labels = np.zeros((6, 24, 26), np.int16)
     labels[2:4], labels[5] = 1, -1
     save_scan(tmp_path / "a" / "c1_seg.nii.gz", labels)
     built = index.build_manifest(tmp_path / "a", tmp_path / "m.parquet", ignore_labels=[-1])

@@ -314,6 +314,16 @@ VALUES = (
     Case("normal-noise", "noise", values(random("normal"))),
     Case("even-noise", "noise", values(random("even"))),
     Case("voxels-shuffled", "noise", values(shuffled(None))),
+    # too few voxels to be checked, whatever they are
+    Case("tiny-scan", "too_small", values(lambda hu: hu[:9, 4:14, 6:17])),
+    Case("tiny-scan-declared", "too_small", declared(lambda hu: hu[:9, 4:14, 6:17])),
+    Case("tiny-mr", "too_small", values(lambda hu: like_mr(hu)[8:16, 8:18, 8:18])),
+    Case(
+        "tiny-label-map",
+        "too_small",
+        declared(lambda hu: blocks(hu)[:9, :10, :10] * 60 - 1000),
+    ),
+    Case("small-scan", "accepted", values(lambda hu: hu[:8, ::2, ::2])),
     Case("constant", "constant", values(lambda hu: np.full_like(hu, -1000))),
     Case("all-clamped", "constant", declared(lambda hu: hu - 9999)),
     Case(
