@@ -24,7 +24,8 @@ from tapct.data.discover import DICOM_OBJECT, Listing, Source, search
 from tapct.data.duplicates import mirror_digest, refuse_duplicates
 from tapct.data.examined import Examined, with_patients
 from tapct.data.ingest import OUT_OF_MEMORY, read_source
-from tapct.data.labels.counting import label_report, not_used
+from tapct.data.labels.counting import label_report, not_used, path_from
+from tapct.data.labels.merging import CONTRADICTORY
 from tapct.data.labels.pairing import LabelPairs, pair_labels
 from tapct.data.labels.reading import read_labels_of
 from tapct.data.manifest import ACCEPTED, REFUSED, UNKNOWN, Manifest, write_table
@@ -167,7 +168,7 @@ def build_manifest(
             key_name(key),
             passed_over=dict(passed_over),
             ignore_labels=tuple(ignore_labels),
-            label_report=label_report(pairs, rows, root),
+            label_report=label_report(pairs, rows, root, [row.contradiction for row in examined]),
             file=out,
         )
         lease.check()
@@ -434,7 +435,7 @@ def with_labels(row: Examined, task: ExamineTask, volume: Volume) -> Examined:
     """
     if task.labels is None:
         return row
-    paths = [_shown_path(labels, task.root) for labels in (task.labels, *task.more_labels)]
+    paths = [path_from(task.root, labels) for labels in (task.labels, *task.more_labels)]
     num_found = task.num_other_labels + 1
     choice = f"its labels: the first of {num_found} label maps is used" if num_found > 1 else ""
     if task.label_problem:
@@ -448,8 +449,10 @@ def with_labels(row: Examined, task: ExamineTask, volume: Volume) -> Examined:
         if error.reason == OUT_OF_MEMORY:
             raise
         line = not_used(f"{error.reason}: {error.marked}")
+        contradiction = error.detail if error.reason == CONTRADICTORY else ""
         # the reason comes first, where `label_report` counts it
-        return replace(row, detail="; ".join(filter(None, (line, choice))))
+        detail = "; ".join(filter(None, (line, choice)))
+        return replace(row, detail=detail, contradiction=contradiction)
     notes = "".join(f"its labels: {note}" for note in found.notes[:1])
     return replace(
         row,
@@ -458,13 +461,6 @@ def with_labels(row: Examined, task: ExamineTask, volume: Volume) -> Examined:
         label_digest=label_digest(found.label_map),
         detail="; ".join(filter(None, (notes, *found.notes[1:], choice))),
     )
-
-
-def _shown_path(labels: Path, root: Path) -> str:
-    """Path of labels relative to the archive; it begins with .. where they lie elsewhere."""
-    if labels.is_relative_to(root):
-        return labels.relative_to(root).as_posix()
-    return Path(os.path.relpath(labels.resolve(), root.resolve())).as_posix()
 
 
 def with_facts(row: Examined, volume: Volume, task: ExamineTask) -> Examined:

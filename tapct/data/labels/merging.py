@@ -18,6 +18,7 @@ from tapct.data.labels.dicom_masks import DicomLabels
 from tapct.data.labels.values import MAX_LABEL
 from tapct.types import LabelMap, Refused
 
+CONTRADICTORY = "contradictory_labels"
 INSIDE = 0.9  # share of the smaller structure from which it lies inside the other one
 TOUCHING = 0.1  # share of the smaller structure up to which the two only touch
 # overlap of a contour with the mask that was made of it: twice the common voxels over the sum of
@@ -125,7 +126,7 @@ def _contradiction(part: _Part, other: _Part, problem: str) -> Refused:
     """The refusal of two objects."""
     names = f"{file_name(other.drawn.path)} and {file_name(part.drawn.path)}"
     return Refused(
-        "contradictory_labels",
+        CONTRADICTORY,
         f"{names} contradict each other: {problem}; move one of them out of the archive",
     )
 

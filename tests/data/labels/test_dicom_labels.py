@@ -419,7 +419,9 @@ def test_several_objects_of_one_scan_are_indexed_and_packed_as_one_label_map(
     )
     assert built.label_report is not None
     assert built.label_report.lines() == [
-        "labels: 1 of 2 scans; 1 found but not used (1 contradictory_labels)"
+        "labels: 1 of 2 scans; 1 found but not used (1 contradictory_labels)",
+        "labels that are not used, e.g. 1a.dcm and 1b.dcm contradict each other: 'liver' has 120 "
+        "and 150 voxels, 0 of them common; move one of them out of the archive",
     ]
     read_again = Manifest.read(tmp_path / "m.parquet")
     assert [row.merged_labels for row in read_again.rows] == [merged.merged_labels, ()]
