@@ -27,7 +27,7 @@ from tapct.data.geometry import check_extent, to_lps
 from tapct.data.headers import facts_of, merge_sidecar, read_sidecar
 from tapct.data.plain_facts import failure
 from tapct.data.read_rules import PLAIN, ReadRules
-from tapct.data.readers import DICOM, FORMATS, format_named
+from tapct.data.readers import DICOM, FORMATS, dicom, format_named
 from tapct.data.readers.raw import Image, is_out_of_memory
 from tapct.types import AIR_HU, Refused, Volume
 
@@ -119,6 +119,8 @@ def read_image(source: Source) -> Image:
     for path in source.files:
         if path.stat().st_size == 0:
             raise Refused("empty_file", f"{file_name(path)} has no content")
+    if source.frames:
+        return dicom.read(source.files, source.frames)
     return format_named(source.kind).read(source.files)
 
 

@@ -381,7 +381,7 @@ def _read_as_indexed(row: Row, root: Path) -> Volume:
     """
     source = source_of(root, row.path, row.kind, row.file_paths)
     path = source.path
-    for file in (path, *source.files):
+    for file in source.files:
         if not file.exists():
             raise Refused(
                 "vanished", f"{file} is gone since the manifest was made; run `tapct index` again."

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from tapct.base.marks import file_name
 from tapct.data.readers.dicom_head import Head
 from tapct.data.readers.raw import check_shape
 from tapct.types import Refused
@@ -42,8 +41,7 @@ def check_same_grid(heads: Sequence[Head]) -> None:
             continue
         problem = same_grid_problem(head, first)
         if problem:
-            names = f"{file_name(head.path)} and {file_name(first.path)}"
-            raise Refused("mixed_geometry", f"{names} {problem}")
+            raise Refused("mixed_geometry", f"{head.name} and {first.name} {problem}")
     rows, columns = first.size
     check_shape((columns, rows, len(heads)))
 
@@ -85,7 +83,7 @@ def check_steps(heads: Sequence[Head]) -> float:
     steps = np.diff(heights_mm(heads))
     same = np.flatnonzero(steps < SAME_POSITION_MM)
     if same.size:
-        pair = f"{file_name(heads[same[0]].path)} and {file_name(heads[same[0] + 1].path)}"
+        pair = f"{heads[same[0]].name} and {heads[same[0] + 1].name}"
         raise Refused(
             "duplicate_slices",
             f"{same.size} of {len(heads)} slices repeat a position, e.g. {pair}; keep one of each",

@@ -188,7 +188,7 @@ def test_a_seg_with_turned_planes_lies_on_the_same_voxels(volume: Volume, tmp_pa
     [
         ({"SegmentationType": "FRACTIONAL"}, "not_labels: .*FRACTIONAL"),
         ({"SOPClassUID": "1.2.840.10008.5.1.4.1.1.2"}, "not_labels: .*SOP class"),
-        ({"NumberOfFrames": 9}, "corrupt: 9 frames have 4 positions"),
+        ({"NumberOfFrames": 9}, "multiframe: .*claims 9 frames and gives the places of 4"),
         ({"PixelData": b"\1\2"}, "truncated"),
         ({"SegmentSequence": [item(SegmentNumber=1)]}, "not_labels: pixels name segment 2"),
         ({"shift": (0.5, 0.0, 0.0)}, "grid_mismatch"),
