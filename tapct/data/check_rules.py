@@ -132,6 +132,12 @@ class CheckRules:
         "for 16 slices and more; real scans reach 0.61",
         gt=0,
     )
+    min_axis_order: float = setting(
+        0.6,
+        "smallest difference of neighbours with two sizes of the header exchanged, relative to the "
+        "order of the header; real scans have 1 or more",
+        ge=0,
+    )
 
 
 DEFAULT_RULES = CheckRules()

@@ -21,6 +21,7 @@ import numpy as np
 from tapct.base.files import expand_path
 from tapct.base.marks import file_name, quoted
 from tapct.data import tilt
+from tapct.data.axis_check import check_axes
 from tapct.data.ct_check import check_hu, check_is_ct
 from tapct.data.discover import UNREADABLE, Source, find_source
 from tapct.data.geometry import check_extent, to_lps
@@ -29,6 +30,7 @@ from tapct.data.plain_facts import failure
 from tapct.data.read_rules import PLAIN, ReadRules
 from tapct.data.readers import DICOM, FORMATS, dicom, format_named
 from tapct.data.readers.raw import Image, is_out_of_memory
+from tapct.data.wrap_check import check_wrap
 from tapct.types import AIR_HU, Refused, Volume
 
 OUT_OF_MEMORY = "out_of_memory"
@@ -61,7 +63,7 @@ def read_source(source: Source, key: bytes | None = None, accept: ReadRules = PL
 
 
 def _read_source(source: Source, key: bytes | None, accept: ReadRules) -> Volume:
-    image = read_image(source)
+    image = stored = read_image(source)
     marks = _marks(source, image, accept)
     header, patient_from = image.header, "header"
     if source.kind != DICOM.name:
@@ -79,6 +81,8 @@ def _read_source(source: Source, key: bytes | None, accept: ReadRules) -> Volume
     declared_ct = header.modality.upper() == "CT"
     if accept.checks is not None:
         check_is_ct(image.voxels_IJK, image.slope, image.intercept, declared_ct, accept.checks)
+        check_wrap(stored.voxels_IJK, stored.slope, stored.intercept)
+        check_axes(stored.voxels_IJK, stored.affine, stored.slope, stored.intercept, accept.checks)
     hu_ZYX = _to_hu(view_ZYX, image.slope, image.intercept)
     if accept.checks is not None:
         marks += check_hu(hu_ZYX, declared_ct, accept.checks)

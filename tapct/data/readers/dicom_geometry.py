@@ -14,12 +14,14 @@ from tapct.data.readers.raw import check_shape
 from tapct.types import Refused
 
 SAME_POSITION_MM = 0.01  # slices that are nearer to each other lie at one position
-_SAME_DIRECTION = 1e-3  # direction cosines of two slices of one series
+# largest difference of direction cosines of two slices of one stack; narrower than SAME_DIRECTION
+# of labels, whose corners are compared too
+_SLICE_DIRECTION = 1e-3
 
 
 def same_grid_problem(head: Head, first: Head) -> str:
     """In which property of the pixel grid two slices differ; empty where they do not."""
-    if np.abs(np.subtract(head.axes, first.axes)).max() > _SAME_DIRECTION:
+    if np.abs(np.subtract(head.axes, first.axes)).max() > _SLICE_DIRECTION:
         return "have different orientations"
     for index, name in enumerate(("Rows", "Columns")):
         if head.size[index] != first.size[index]:

@@ -38,7 +38,7 @@ HEAD_TAGS = (
     *("Modality", "SeriesDescription", "InstanceNumber", "NumberOfFrames", "ConcatenationUID"),
     *("Rows", "Columns", "SamplesPerPixel", "PhotometricInterpretation", "PixelSpacing"),
     *("ImagePositionPatient", "ImageOrientationPatient"),
-    *("RescaleIntercept", "RescaleSlope", "RescaleType"),
+    *("RescaleIntercept", "RescaleSlope", "RescaleType", "ModalityLUTSequence"),
     *TRAITS,
 )
 _RIGHT_ANGLE = 0.01  # |cosine| of rows and columns, and how far a direction's length may be from 1

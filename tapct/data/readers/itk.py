@@ -23,6 +23,8 @@ from tapct.data.readers.raw import (
     check_shape,
     check_size,
     inflate,
+    other_format,
+    read_head,
     slack_of,
 )
 from tapct.types import Refused
@@ -31,6 +33,7 @@ _HEADER_LIMIT = 4 << 20  # bytes; the header of a Slicer segmentation with many 
 _MAX_LINES = 20_000
 _MAX_FIELD = 400  # characters of a field of a NRRD header; free text may be longer
 _MAX_META_LINE = 1 << 16
+_START = 540  # bytes that show what a file is
 _NRRD_TYPES = {  # numpy's names; the byte order is a field of its own
     **dict.fromkeys(("signed char", "int8", "int8_t"), "i1"),
     **dict.fromkeys(("uchar", "unsigned char", "uint8", "uint8_t"), "u1"),
@@ -238,7 +241,7 @@ def _nrrd_fields(path: Path) -> tuple[dict[str, str], int]:
     with path.open("rb") as file:
         text = file.read(_HEADER_LIMIT)
     if not text.startswith(b"NRRD000"):
-        raise Refused("corrupt", f"{file_name(path)} does not start with NRRD000")
+        raise other_format(path, text, "NRRD")
     blank = re.search(rb"\r?\n\r?\n", text)
     if blank is None and path.suffix.lower() == ".nrrd":
         raise Refused("truncated", f"{file_name(path)} ends inside its header")
@@ -420,10 +423,9 @@ def _meta_fields(path: Path) -> tuple[dict[str, str], int]:
                 raise Refused("corrupt", f"the header has two values of {quoted(key.strip())}")
             if key.strip() == "ElementDataFile":
                 return fields, file.tell()
-    raise Refused(
-        "truncated" if "NDims" in fields else "corrupt",
-        f"{file_name(path)} has no complete MetaImage header",
-    )
+    if not fields.keys() & {"ObjectType", "NDims", "DimSize"}:
+        raise other_format(path, read_head(path, _START), "MetaImage")
+    raise Refused("truncated", f"{file_name(path)} has no complete MetaImage header")
 
 
 def _meta_head(path: Path) -> _Head:

@@ -99,6 +99,31 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or _NO_MEMORY.search(str(error)) is not None
 
 
+def other_format(path: Path, head: bytes, expected: str) -> Refused:
+    """The refusal of a file that does not begin like the format of its name.
+
+    Args:
+        path: path of the file.
+        head: its first 132 bytes or more, after decompression.
+        expected: format that its name means.
+    """
+    found = ""
+    if head[128:132] == b"DICM":
+        found, suffix = "DICOM", ".dcm"
+    elif head.startswith(b"NRRD000"):
+        found, suffix = "NRRD", ".nrrd"
+    elif head[344:347] in (b"n+1", b"ni1") or head[4:7] in (b"n+2", b"ni2"):
+        found, suffix = "NIfTI", ".nii"
+    elif head.startswith((b"ObjectType", b"NDims")):
+        found, suffix = "MetaImage", ".mha"
+    if found and found != expected:
+        return Refused(
+            "corrupt",
+            f"{file_name(path)} holds {found} in spite of its name; give it the suffix {suffix}",
+        )
+    return Refused("corrupt", f"{file_name(path)} does not start with {expected}")
+
+
 def is_gzip(path: Path) -> bool:
     """Whether the content, not the name, is a gzip stream."""
     with path.open("rb") as file:
