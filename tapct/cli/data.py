@@ -178,7 +178,7 @@ def index(
     """
     from tapct.data.check_rules import read_rules
     from tapct.data.index import build_manifest, check_usable
-    from tapct.data.passed_over import summary
+    from tapct.data.passed_over import advice, summary
     from tapct.data.patient_report import lines_about_patients
 
     checks = read_rules(rules, rule or ())
@@ -217,6 +217,8 @@ def index(
     others = summary(manifest.passed_over)
     if others:
         console.say_line(f"passed over: {others}")
+        if advice(manifest.passed_over):
+            console.say_line(advice(manifest.passed_over))
     num_short = manifest.summary().get("too_few_slices", 0)
     if num_short:
         short = counted(num_short, "scan has", "scans have")

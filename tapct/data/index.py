@@ -179,7 +179,7 @@ def build_manifest(
 def _scans_of(listing: Listing, pairs: LabelPairs) -> tuple[list[Source], Counter[str]]:
     """The sources to examine as scans, and the files that are passed over, counted by kind."""
     scans: list[Source] = []
-    passed_over = Counter(listing.passed_over)
+    passed_over = Counter(listing.passed_over) + Counter(pairs.passed_over)
     for source in listing.sources:
         if source.path in pairs.label_files:
             continue

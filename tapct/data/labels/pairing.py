@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tapct.data.discover import Source, find_sources
+from tapct.data.discover import Source, search
 from tapct.data.labels.archive import FolderAndStem, LabelArchive, Layout, by_folder_and_stem
 from tapct.data.labels.layouts import (
     beside,
@@ -51,6 +51,8 @@ class LabelPairs:
         num_given: number of files in the folder of `--labels`.
         num_given_used: number of scans whose labels lie in that folder.
         others_of: path of a scan to paths of further labels that fit it and are not used.
+        passed_over: number of files of each kind that are no label files, in a folder of `--labels`
+            outside of the archive.
         more_of: path of a scan to paths of the DICOM objects that are merged with the first one.
     """
 
@@ -62,6 +64,7 @@ class LabelPairs:
     num_given_used: int = 0
     others_of: Mapping[Path, tuple[Path, ...]] = field(default_factory=dict)
     more_of: Mapping[Path, tuple[Path, ...]] = field(default_factory=dict)
+    passed_over: Mapping[str, int] = field(default_factory=dict)
 
 
 def pair_labels(sources: Sequence[Source], root: Path, labels: Path | None) -> LabelPairs:
@@ -74,8 +77,12 @@ def pair_labels(sources: Sequence[Source], root: Path, labels: Path | None) -> L
     """
     by_name: dict[FolderAndStem, Path] = {}
     twins: dict[Path, list[Path]] = {}
+    passed_over: Mapping[str, int] = {}
     if labels is not None:
-        by_name, twins = by_folder_and_stem(find_sources(labels), labels)
+        listing = search(labels)
+        by_name, twins = by_folder_and_stem(listing.sources, labels)
+        if not labels.resolve().is_relative_to(root.resolve()):
+            passed_over = listing.passed_over
     given = [*by_name.values(), *(path for paths in twins.values() for path in paths)]
     given_files = {path.resolve() for path in given}
     others = [source for source in sources if source.path.resolve() not in given_files]
@@ -110,6 +117,7 @@ def pair_labels(sources: Sequence[Source], root: Path, labels: Path | None) -> L
         num_given_used=sum(path.resolve() in given_files for path in scans.values()),
         others_of={scan: others_of[scan] for scan in scans if others_of[scan]},
         more_of={scan: more_of[scan] for scan in scans if more_of[scan]},
+        passed_over=passed_over,
     )
 
 

@@ -64,7 +64,9 @@ def test_labels_folder_given_by_the_user(tmp_path: Path) -> None:
         save_scan(tmp_path / "a" / "sub" / f"{stem}.nii.gz", noise_ct(int(stem[1])))
     save_labels(tmp_path / "given" / "c1.nii.gz")
     save_labels(tmp_path / "given" / "sub" / "c2.nii.gz")
+    (tmp_path / "given" / "c3.nii.bz2").write_bytes(b"some bytes")
     built = index.build_manifest(tmp_path / "a", tmp_path / "m.parquet", labels=tmp_path / "given")
+    assert built.passed_over == {".nii.bz2": 1}
     assert [row.label_path for row in built.rows] == [
         "../given/c1.nii.gz",  # relative, so that no path of this machine is stored
         "../given/sub/c2.nii.gz",
