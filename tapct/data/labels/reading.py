@@ -23,7 +23,7 @@ from tapct.data.labels.overlay import Overlay
 from tapct.data.labels.values import MAX_LABEL, to_label_values
 from tapct.data.readers import DICOM, FORMATS, format_of
 from tapct.data.readers.dicom_elements import quiet
-from tapct.data.readers.itk import read_slicer, segments_of
+from tapct.data.readers.nrrd import read_slicer, segments_of
 from tapct.data.readers.raw import Image
 from tapct.types import IGNORE_LABEL, LabelMap, Refused, Volume
 
