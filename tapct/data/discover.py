@@ -13,8 +13,10 @@ from tapct.base.marks import file_name
 from tapct.data import folder_entries, formats, series
 from tapct.data import passed_over as passed
 from tapct.data.folder_entries import Entries
+from tapct.data.frame_numbers import with_frames, without_frames
 from tapct.data.readers import DICOM, FORMATS, dicom_kind, format_of
-from tapct.data.readers.dicom_head import Head, read_head
+from tapct.data.readers.dicom_frames import read_head
+from tapct.data.readers.dicom_head import Head
 from tapct.data.time_limit import NoAnswer, TimeLimit
 from tapct.types import Refused
 
@@ -31,7 +33,8 @@ class Source:
 
     Args:
         path: path of the file. For a DICOM series it is the folder, or the first file where the
-            folder holds several series or the series lies in several folders.
+            folder holds several series or the series lies in several folders; see `frame_numbers`
+            for a file that holds several scans.
         kind: name of its format in `readers.FORMATS`, `dicom_object` for a DICOM file without an
             image, or `unreadable` for a folder that cannot be listed.
         files: all files of the scan, those of a DICOM series in the order of the slices.
@@ -40,6 +43,8 @@ class Source:
         mark: code of what its headers alone show to be unusual; empty for most.
         sop_class: SOPClassUID of a DICOM object.
         modality: Modality of a DICOM object.
+        frames: numbers of the frames that make the scan, counted from 1 over all of its files;
+            empty for all frames.
     """
 
     path: Path
@@ -50,6 +55,7 @@ class Source:
     mark: str = ""
     sop_class: str = ""
     modality: str = ""
+    frames: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -125,6 +131,11 @@ def find_source(path: Path, *, derived: bool = False) -> Source:
     Raises:
         Refused: `unreadable` where there is no scan, `mixed_series` where there are several.
     """
+    file, frames = without_frames(str(path))
+    if frames and not path.exists() and Path(file).is_file():
+        for source in _sources_beside(Path(file), derived):
+            if source.path == path:
+                return source
     if not path.exists():
         raise Refused("unreadable", f"{file_name(str(path))} does not exist")
     if not (path.is_file() or path.is_dir()):  # opening a FIFO would never return
@@ -134,27 +145,38 @@ def find_source(path: Path, *, derived: bool = False) -> Source:
     file_format = None if path.is_dir() else format_of(path)
     if file_format is not None:
         return Source(path, file_format.name, (path,))
-    found = _Found()
     if path.is_dir():
+        found = _Found()
         for folder, entries in _folders_below(path, found):
             _search_folder(folder, entries, found, only_dicom=True)
         found.sources = [source for source in found.sources if source.kind != UNREADABLE]
         sources = _listing(path, found, derived).sources
         own = [source for source in sources if any(file.parent == path for file in source.files)]
         return _only_scan(path, own or sources)
-    entries = folder_entries.read(path.parent)
-    _search_folder(path.parent, entries, found, only_dicom=True)
-    for source in _listing(path.parent, found, derived).sources:
-        if path in source.files:
-            return source
+    same_file = [source for source in _sources_beside(path, derived) if path in source.files]
+    if same_file:
+        return _only_scan(path, same_file)
     raise Refused("unreadable", f"{file_name(str(path))} is not a {formats.listed('or')} scan")
 
 
+def _sources_beside(path: Path, derived: bool) -> Sequence[Source]:
+    """The DICOM series in the folder of a file."""
+    found = _Found()
+    _search_folder(path.parent, folder_entries.read(path.parent), found, only_dicom=True)
+    return _listing(path.parent, found, derived).sources
+
+
 def _only_scan(folder: Path, sources: Sequence[Source]) -> Source:
-    """The one scan among the DICOM files of a folder, whatever scouts and damaged files lie beside
-    it; where there is none, what makes up most of the folder, so that it gives the reason.
+    """The one scan among the DICOM files of a folder, or in a file, whatever scouts and damaged
+    files lie beside it; where there is none, what makes up most of it, so that it gives the reason.
     """
     scans = [source for source in sources if not source.reason]
+    if len(scans) > 1 and all(source.frames for source in scans) and not folder.is_dir():
+        raise Refused(
+            "mixed_series",
+            f"{file_name(folder)} holds {len(scans)} stacks of slices; give one of them, such as "
+            f"{file_name(scans[0].path)}",
+        )
     if len(scans) > 1:
         raise Refused(
             "mixed_series",
@@ -165,7 +187,7 @@ def _only_scan(folder: Path, sources: Sequence[Source]) -> Source:
         raise Refused(
             "unreadable", f"{file_name(str(folder))} is not a {formats.listed('or')} scan"
         )
-    return max(scans or sources, key=lambda source: len(source.files))
+    return max(scans or sources, key=lambda source: (len(source.files), len(source.frames)))
 
 
 def source_of(root: Path, path: str, kind: str, file_paths: Sequence[str]) -> Source:
@@ -176,7 +198,10 @@ def source_of(root: Path, path: str, kind: str, file_paths: Sequence[str]) -> So
         path, kind, file_paths: columns of its row in the manifest.
     """
     files = tuple(root / file for file in file_paths) or (root / path,)
-    return Source(root / path, kind, files)
+    file, frames = without_frames(path)
+    # a folder or file may have such a name without holding several scans
+    has_frames = kind == DICOM.name and path not in file_paths and file in file_paths
+    return Source(root / path, kind, files, frames=frames if has_frames else ())
 
 
 def stem_of(path: Path) -> str:
@@ -334,12 +359,31 @@ def _series_sources(stacks: Sequence[series.Stack]) -> list[Source]:
             num_whole.update(parents)
     sources = []
     for stack, parents in zip(stacks, folders):
-        files = tuple(head.path for head in stack.heads)
+        files = tuple(dict.fromkeys(head.path for head in stack.heads))
+        frames = _frames_of(stack)
         path = min(files)
         (home, *more) = parents
-        if not more:
+        if frames:
+            files = tuple(sorted(files))
+            path = with_frames(files[0], frames)
+        elif not more:
             is_alone = num_stacks[home] == 1
             if is_alone or (not stack.reason and num_whole[home] == 1):
                 path = home
-        sources.append(Source(path, DICOM.name, files, stack.reason, stack.detail, stack.mark))
+        sources.append(
+            Source(path, DICOM.name, files, stack.reason, stack.detail, stack.mark, frames=frames)
+        )
     return sources
+
+
+def _frames_of(stack: series.Stack) -> tuple[int, ...]:
+    """Numbers of the frames of a stack, counted over its files in the order of their paths; empty
+    for a stack of whole files.
+    """
+    if not all(head.frame for head in stack.heads):
+        return ()
+    num_before, total = {}, 0
+    for path, num_frames in sorted({(head.path, head.num_frames) for head in stack.heads}):
+        num_before[path] = total
+        total += num_frames
+    return tuple(sorted(num_before[head.path] + head.frame for head in stack.heads))

@@ -29,11 +29,14 @@ class Examined(Row):
         facts: facts of its header and side-car; None where it could not be read.
         mirror_digest: see `duplicates.mirror_digest`; empty where it could not be read.
         sketch: see `near_copies.sketch`; empty where it could not be read.
+        contradiction: how the label files of this scan contradict each other, with their names;
+            empty for most.
     """
 
     facts: ScanFacts | None = None
     mirror_digest: str = ""
     sketch: bytes = b""
+    contradiction: str = ""
 
 
 def with_patients(

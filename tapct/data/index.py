@@ -25,7 +25,8 @@ from tapct.data.duplicates import mirror_digest, refuse_duplicates
 from tapct.data.examined import Examined, with_patients
 from tapct.data.ingest import OUT_OF_MEMORY, read_source
 from tapct.data.kept_patients import KEEP_ALL, KeepRules, read_older, with_kept_patients
-from tapct.data.labels.counting import label_report, not_used
+from tapct.data.labels.counting import label_report, not_used, path_from
+from tapct.data.labels.merging import CONTRADICTORY
 from tapct.data.labels.pairing import LabelPairs, pair_labels
 from tapct.data.labels.reading import read_labels_of
 from tapct.data.manifest import ACCEPTED, REFUSED, UNKNOWN, Manifest, write_table
@@ -34,7 +35,7 @@ from tapct.data.patient_table import patients_from_table
 from tapct.data.patients import PatientRules, check_regex, parse_patient_from
 from tapct.data.plain_facts import failure as failure_line
 from tapct.data.plain_facts import kernel, maker, without_names
-from tapct.data.process_pool import DEFAULT_LIMITS, Failure, ScanLimits, map_unordered
+from tapct.data.process_pool import DEFAULT_LIMITS, LOST, Failure, ScanLimits, map_unordered
 from tapct.data.read_rules import MIN_DEPTH, PLAIN, ReadRules
 from tapct.data.readers import LIBRARIES, load_libraries
 from tapct.data.readers.dicom_kind import object_title
@@ -53,12 +54,15 @@ class ExamineTask:
         source: files of the scan.
         root: folder of the archive.
         labels: path of its label file or folder of masks, or None.
+        more_labels: paths of the DICOM objects that are merged with `labels`.
         key: secret of the keyed hashes of scans and patients.
         min_depth: fewest slices of an accepted scan.
         accept: what is accepted beyond plain scans.
         study_dates: whether the row has the whole date of the study, and not its year alone.
         ignore_labels: label values of voxels that nobody has labelled.
         num_other_labels: number of further label maps that fit the scan and are not used.
+        label_problem: reason for which the labels cannot be used although nobody has read them;
+            empty for most.
     """
 
     source: Source
@@ -69,7 +73,9 @@ class ExamineTask:
     accept: ReadRules = PLAIN
     study_dates: bool = False
     ignore_labels: tuple[int, ...] = ()
+    more_labels: tuple[Path, ...] = ()
     num_other_labels: int = 0
+    label_problem: str = ""
 
 
 def build_manifest(
@@ -148,6 +154,7 @@ def build_manifest(
             accept=accept,
             study_dates=study_dates,
             ignore_labels=tuple(ignore_labels),
+            more_labels=pairs.more_of.get(scan.path, ()),
             num_other_labels=len(pairs.others_of.get(scan.path, ())),
         )
         for scan in scans
@@ -163,7 +170,7 @@ def build_manifest(
             key_name(key),
             passed_over=dict(passed_over),
             ignore_labels=tuple(ignore_labels),
-            label_report=label_report(pairs, rows, root),
+            label_report=label_report(pairs, rows, root, [row.contradiction for row in examined]),
             file=out,
         )
         manifest = with_kept_patients(manifest, given, older, keep)
@@ -175,7 +182,7 @@ def build_manifest(
 def _scans_of(listing: Listing, pairs: LabelPairs) -> tuple[list[Source], Counter[str]]:
     """The sources to examine as scans, and the files that are passed over, counted by kind."""
     scans: list[Source] = []
-    passed_over = Counter(listing.passed_over)
+    passed_over = Counter(listing.passed_over) + Counter(pairs.passed_over)
     for source in listing.sources:
         if source.path in pairs.label_files:
             continue
@@ -192,23 +199,39 @@ def _examine_all(
     limits: ScanLimits,
     progress: Callable[[int, int], None] | None,
 ) -> list[Examined]:
-    """The rows of all scans, in their order; arguments as in `build_manifest`."""
+    """The rows of all scans, in their order; arguments as in `build_manifest`.
+
+    Where a worker process was lost, the labels may be the cause, and they must not refuse their
+    scan: it is read again without them.
+    """
     rows: dict[int, Examined] = {}
+    for index, row in _examined(tasks, workers, limits):
+        rows[index] = row
+        if progress is not None:
+            progress(len(rows), len(tasks))
+    again = [i for i, row in rows.items() if row.reason in LOST and tasks[i].labels is not None]
+    problems = [f"{rows[i].reason}: with its labels, {rows[i].detail}" for i in again]
+    alone = [replace(tasks[i], label_problem=text) for i, text in zip(again, problems)]
+    for index, row in _examined(alone, workers, limits):
+        rows[again[index]] = row
+    return [rows[index] for index in range(len(tasks))]
+
+
+def _examined(
+    tasks: Sequence[ExamineTask], workers: int, limits: ScanLimits
+) -> Iterator[tuple[int, Examined]]:
+    """Yield index and row of each task, in the order in which they become ready."""
     results = map_unordered(
         examine,
         tasks,
         workers,
         failed_row,
-        num_bytes=bytes_of,
+        num_bytes=_bytes_to_read,
         limits=limits,
         modules=_MODULES,
     )
     with contextlib.closing(results):  # ends the workers at an error or Ctrl-C
-        for index, row in results:
-            rows[index] = row
-            if progress is not None:
-                progress(len(rows), len(tasks))
-    return [rows[index] for index in range(len(tasks))]
+        yield from results
 
 
 def _search(
@@ -356,7 +379,7 @@ def examine(task: ExamineTask) -> Examined:
 
 def nameless(detail: str, task: ExamineTask) -> str:
     """A line about a scan without the names of its files: the columns of paths have them."""
-    labels = () if task.labels is None else (task.labels,)
+    labels = () if task.labels is None else (task.labels, *task.more_labels)
     return without_names(detail, task.root, (task.source.path, *task.source.files, *labels))
 
 
@@ -370,6 +393,17 @@ def bytes_of(task: ExamineTask) -> int:
     for path in task.source.files:
         with contextlib.suppress(OSError):
             num_bytes += path.stat().st_size
+    return num_bytes
+
+
+def _bytes_to_read(task: ExamineTask) -> int:
+    """Bytes of the files of a scan and of its labels, for the time that reading them may take."""
+    num_bytes = bytes_of(task)
+    if task.labels is not None and not task.label_problem:
+        with contextlib.suppress(OSError):
+            files = (*task.labels.iterdir(),) if task.labels.is_dir() else (task.labels,)
+            files += task.more_labels
+            num_bytes += sum(file.stat().st_size for file in files)
     return num_bytes
 
 
@@ -419,25 +453,29 @@ def with_labels(row: Examined, task: ExamineTask, volume: Volume) -> Examined:
     """
     if task.labels is None:
         return row
-    path = os.path.relpath(task.labels.resolve(), task.root.resolve())
-    if task.labels.is_relative_to(task.root):
-        path = task.labels.relative_to(task.root).as_posix()
+    paths = [path_from(task.root, labels) for labels in (task.labels, *task.more_labels)]
     num_found = task.num_other_labels + 1
     choice = f"its labels: the first of {num_found} label maps is used" if num_found > 1 else ""
+    if task.label_problem:
+        line = not_used(task.label_problem)
+        return replace(row, detail="; ".join(filter(None, (line, choice))))
     try:
-        if not is_utf8(path):
+        if not all(map(is_utf8, paths)):
             raise Refused("bad_name", "their path holds bytes that are not UTF-8; rename it")
-        found = read_labels_of(volume, task.labels, task.ignore_labels)
+        found = read_labels_of(volume, task.labels, task.ignore_labels, task.more_labels)
     except Refused as error:
         if error.reason == OUT_OF_MEMORY:
             raise
         line = not_used(f"{error.reason}: {error.marked}")
+        contradiction = error.detail if error.reason == CONTRADICTORY else ""
         # the reason comes first, where `label_report` counts it
-        return replace(row, detail="; ".join(filter(None, (line, choice))))
+        detail = "; ".join(filter(None, (line, choice)))
+        return replace(row, detail=detail, contradiction=contradiction)
     notes = "".join(f"its labels: {note}" for note in found.notes[:1])
     return replace(
         row,
-        label_path=Path(path).as_posix(),
+        label_path=paths[0],
+        merged_labels=tuple(paths[1:]),
         label_digest=label_digest(found.label_map),
         detail="; ".join(filter(None, (notes, *found.notes[1:], choice))),
     )

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tapct.base.counted import counted
 from tapct.data.manifest import ACCEPTED, REFUSED, Manifest
-from tapct.data.passed_over import summary
+from tapct.data.passed_over import advice, summary
 from tapct.data.patient_report import lines_about_changes, lines_about_patients
 
 
@@ -29,6 +29,8 @@ def lines_about(manifest: Manifest, out: Path, min_depth: int) -> Iterator[str]:
     others = summary(manifest.passed_over)
     if others:
         yield f"passed over: {others}"
+        if advice(manifest.passed_over):
+            yield advice(manifest.passed_over)
     num_short = manifest.summary().get("too_few_slices", 0)
     if num_short:
         short = counted(num_short, "scan has", "scans have")

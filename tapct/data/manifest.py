@@ -48,7 +48,8 @@ class Row:
     Args:
         id: 16 hex digits, keyed hash of the path below the root; unchanged when the archive moves.
         path: path of the file or DICOM folder below the root; for a series that shares its folder
-            with others, path of its first file.
+            with others, path of its first file; for one of several scans in a file, path of the
+            file and the numbers of its frames (`scan.dcm#1-40`).
         kind: nifti, nrrd, meta or dicom; unreadable for a folder that cannot be listed.
         status: accepted or refused.
         reason: code of the rule by which it was refused, else empty.
@@ -82,6 +83,8 @@ class Row:
         digest: hash of shape and voxels after reading; equal for one scan in two formats.
         file_paths: paths below the root of all files of a scan of several files, in the order of
             its slices; empty where `path` is the only file.
+        merged_labels: paths of the DICOM objects that are merged with the one in `label_path`;
+            empty for most.
     """
 
     id: str
@@ -115,6 +118,7 @@ class Row:
     bytes: int = 0
     digest: str = ""
     file_paths: tuple[str, ...] = ()
+    merged_labels: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -217,8 +221,8 @@ class Manifest:
         if not is_whole:
             raise damaged
         rows = tuple(
-            Row(**{**row, "file_paths": tuple(row["file_paths"])})
-            for row in (dict(zip(names, values)) for values in zip(*columns))
+            Row(**{name: _frozen(value) for name, value in zip(names, values)})
+            for values in zip(*columns)
         )
         if root is None:
             root = (path.parent.resolve() / metadata["tapct.root_relative"]).resolve()
@@ -231,6 +235,11 @@ class Manifest:
             memory=PatientMemory.from_json(metadata.get("tapct.patient_memory", "")),
         )
         return manifest
+
+
+def _frozen(value: Any) -> Any:
+    """A value of a column as a row holds it: lists become tuples."""
+    return tuple(value) if isinstance(value, list) else value
 
 
 def read_paths(file: Path, digest: str) -> dict[str, str]:

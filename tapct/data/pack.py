@@ -39,7 +39,7 @@ from tapct.data.manifest import Manifest, Row
 from tapct.data.pack_report import PackReport, RefusedScan
 from tapct.data.packed import Damaged, PackedMeta, encode, open_packed
 from tapct.data.packed_labels import encode_labels, labels_file, packed_digest, read_names
-from tapct.data.process_pool import DEFAULT_LIMITS, Failure, ScanLimits, map_unordered
+from tapct.data.process_pool import DEFAULT_LIMITS, LOST, Failure, ScanLimits, map_unordered
 from tapct.data.read_rules import AS_INDEXED
 from tapct.data.readers import LIBRARIES
 from tapct.data.store import INDEX_NAME, StoredScan, index_bytes, packed_file
@@ -161,16 +161,41 @@ def _pack_all(
 def _outcomes(
     tasks: Sequence[_Task], workers: int, limits: ScanLimits
 ) -> Generator[tuple[int, _Outcome], None, None]:
-    """Index and outcome of each task, in the order in which they become ready."""
-    return map_unordered(
-        pack_task,
-        tasks,
-        workers,
-        _failed,
-        num_bytes=lambda task: max(task.row.bytes, _voxel_bytes(task.row)),
-        limits=limits,
-        modules=(__name__, *LIBRARIES),
-    )
+    """Yield index and outcome of each task, in the order in which they become ready.
+
+    Where a worker process was lost, the labels may be the cause, and they must not refuse their
+    scan: it is packed again without them.
+    """
+
+    def run(some: Sequence[_Task]) -> Generator[tuple[int, _Outcome], None, None]:
+        results = map_unordered(
+            pack_task,
+            some,
+            workers,
+            _failed,
+            num_bytes=lambda task: max(task.row.bytes, _voxel_bytes(task.row)),
+            limits=limits,
+            modules=(__name__, *LIBRARIES),
+        )
+        with closing(results):  # ends the workers at an error or Ctrl-C
+            yield from results
+
+    lost: dict[int, RefusedScan] = {}
+    for index, outcome in run(tasks):
+        refused = outcome.refused
+        if refused is not None and refused.reason in LOST and tasks[index].row.label_path:
+            lost[index] = refused
+        else:
+            yield index, outcome
+    again = list(lost)
+    alone = [replace(tasks[i], row=replace(tasks[i].row, label_path="")) for i in again]
+    for k, outcome in run(alone):
+        if outcome.scan is not None:
+            row, problem = tasks[again[k]].row, lost[again[k]]
+            detail = f"with its labels, {problem.detail}"
+            labels_refused = RefusedScan(row.id, row.label_path, problem.reason, detail)
+            outcome = replace(outcome, labels_refused=labels_refused)
+        yield again[k], outcome
 
 
 def _write_index(out: Path, manifest: Manifest, scans: Sequence[StoredScan]) -> None:
@@ -308,7 +333,12 @@ def _with_labels(task: _Task, outcome: _Outcome, volume: Volume | None = None) -
         else:
             if volume is None:
                 volume = _read_as_indexed(row, task.root)
-            found = read_labels_of(volume, task.root / row.label_path, task.ignore_labels)
+            found = read_labels_of(
+                volume,
+                task.root / row.label_path,
+                task.ignore_labels,
+                [task.root / path for path in row.merged_labels],
+            )
             if label_digest(found.label_map) != row.label_digest:
                 raise Refused("changed", "they differ from `tapct index`; run it again.")
             names = found.label_map.names
