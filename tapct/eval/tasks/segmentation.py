@@ -61,14 +61,25 @@ class Config:
         "means air",
     )
     max_tokens: int = setting(
-        24576, "maximum number of training patches of all scans together, stratified by label", ge=1
+        49152, "maximum number of training patches of all scans together, stratified by label", ge=1
+    )
+    class_power: float = setting(
+        0.5,
+        "exponent p of the class weights (n / n_c)^p in the cross-entropy, n_c patches of class c "
+        "among n; 0: every patch counts alike, 1: every class does, which drowns small organs in "
+        "false positives",
+        ge=0,
+        le=1,
+    )
+    dice_weight: float = setting(
+        1.0, "weight of the soft Dice of the organs, which is added to the cross-entropy", ge=0
     )
     l2: float = setting(
-        3e-4,
+        1e-6,
         "L2 penalty on the decoder weights w for standardised features: l2 / 2 x sum of w^2",
         ge=0,
     )
-    steps: int = setting(60, "number of L-BFGS iterations, the same for every model", ge=1)
+    steps: int = setting(100, "number of L-BFGS iterations, the same for every model", ge=1)
 
 
 @dataclass(frozen=True)
@@ -166,7 +177,13 @@ class Segmentation(Task[PatchTruth, Prediction]):
             x_KD = torch.cat(features)
             target = target_KC.to(x_KD.device)
             self._decoders[model] = fit_decoder(
-                x_KD, target, l2=self.config.l2, steps=self.config.steps
+                x_KD,
+                target,
+                l2=self.config.l2,
+                steps=self.config.steps,
+                class_power=self.config.class_power,
+                dice_weight=self.config.dice_weight,
+                dice_classes=[self.classes.index(organ) for organ in self.organs],
             )
         self._features.clear()
         self._targets.clear()
