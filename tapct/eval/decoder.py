@@ -1,7 +1,7 @@
 """Decoders from the features of a patch to classes, for tasks on frozen features.
 
-Axes: N patches in (z, y, x) raster order, K training patches, D channels, H hidden channels,
-C classes, Z Y X patches.
+Axes: N patches in (z, y, x) raster order, K training patches, D channels, C classes, O classes of
+the Dice term, Z Y X patches.
 """
 
 from __future__ import annotations
@@ -11,30 +11,30 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
-
-from tapct.eval.features import DenseFeatures
+from torch import Tensor
 
 
 class Decoder(Protocol):
     """A fitted map from features to class logits."""
 
-    def logits_CZYX(self, dense: DenseFeatures) -> Tensor:
-        """Class logits on the patch grid, float32."""
+    def logits_NC(self, features_ND: Tensor) -> Tensor:
+        """Class logits of patches, float32 (N, C).
+
+        Args:
+            features_ND: features of the patches, float32.
+        """
 
 
 @dataclass(frozen=True)
-class Linear:
+class LinearDecoder:
     """The fitted linear map, standardisation folded in: logits = features @ weight_DC + bias_C."""
 
     weight_DC: Tensor
     bias_C: Tensor
 
-    def logits_CZYX(self, dense: DenseFeatures) -> Tensor:
-        """Class logits on the patch grid, float32."""
-        logits_NC = torch.addmm(self.bias_C, dense.tokens_ND(), self.weight_DC)
-        return logits_NC.T.unflatten(1, dense.grid.shape)
+    def logits_NC(self, features_ND: Tensor) -> Tensor:
+        """Class logits of patches, float32 (N, C)."""
+        return torch.addmm(self.bias_C, features_ND, self.weight_DC)
 
 
 def fit_decoder(
@@ -46,7 +46,7 @@ def fit_decoder(
     class_power: float = 1.0,
     dice_weight: float = 0.0,
     dice_classes: Sequence[int] = (),
-) -> Linear:
+) -> LinearDecoder:
     """Fit a linear map by full-batch L-BFGS from zero weights: deterministic, no learning rate.
 
     Minimises, over the training patches,
@@ -71,8 +71,7 @@ def fit_decoder(
         dice_classes: classes whose soft Dice is maximised; those without mass are left out.
     """
     mass_C = target_KC.sum(0)
-    weight_C = (mass_C.sum() / mass_C.clamp_min(1e-12)) ** class_power
-    wanted_KC = target_KC * torch.where(mass_C > 0, weight_C, torch.zeros_like(weight_C))
+    wanted_KC = target_KC * class_weights(target_KC, class_power)
     wanted_KC = wanted_KC / wanted_KC.sum()  # sums to 1: the cross-entropy is a weighted mean
     share_K1 = wanted_KC.sum(1, keepdim=True)
     mean_D = (features_KD * share_K1).sum(0)
@@ -84,7 +83,7 @@ def fit_decoder(
     white_KD = x_KD @ whiten_DD
     # class-major rows and a gradient by hand: four times as fast as autograd over (K, C) on a CPU
     white_DK, wanted_CK, share_1K = (t.T.contiguous() for t in (white_KD, wanted_KC, share_K1))
-    dice = _SoftDice(target_KC, [c for c in dice_classes if mass_C[c] > 0], dice_weight)
+    dice = SoftDice(target_KC, [c for c in dice_classes if mass_C[c] > 0], dice_weight)
     code_CD = torch.zeros(target_KC.shape[1], x_KD.shape[1], device=x_KD.device)
     bias_C1 = torch.zeros(target_KC.shape[1], 1, device=x_KD.device)
     solver = torch.optim.LBFGS(
@@ -113,10 +112,22 @@ def fit_decoder(
     with torch.no_grad():
         solver.step(objective)
         weight_DC = (whiten_DD @ code_CD.T) / std_D[:, None]
-        return Linear(weight_DC, bias_C1[:, 0] - mean_D @ weight_DC)
+        return LinearDecoder(weight_DC, bias_C1[:, 0] - mean_D @ weight_DC)
 
 
-class _SoftDice:
+def class_weights(target_KC: Tensor, power: float) -> Tensor:
+    """Weights (n / n_c) ^ power of the classes, float32 (C,); 0 for a class without mass.
+
+    Args:
+        target_KC: mass of each class in each patch.
+        power: 0: every patch counts alike; 1: every class does.
+    """
+    mass_C = target_KC.sum(0)
+    weight_C = (mass_C.sum() / mass_C.clamp_min(1e-12)) ** power
+    return torch.where(mass_C > 0, weight_C, torch.zeros_like(weight_C))
+
+
+class SoftDice:
     """weight * (1 - mean over classes of 2 sum(m p) / (sum(M p) + sum(m))).
 
     m is the mass of the class in a patch, M that of all classes, p the predicted probability.
