@@ -55,18 +55,19 @@ class SavedEvaluation:
         return f"{self.dataset or EARLIER}{step}"
 
 
-def dataset_name(run: Path, store: Path, digest: str) -> str:
-    """The name of a data set in a run folder.
+def dataset_name(evaluations: Path, store: Path, digest: str) -> str:
+    """The name of a data set among the evaluations of a model.
 
     Args:
-        run: run folder; an evaluation of the same data set gives the name that it already has.
+        evaluations: parent of the evaluations, such as RUN/eval; one of the same data set gives the
+            name that it already has.
         store: folder of the store.
         digest: digest of the store.
     """
     ending = f"-{digest[:DIGITS]}"
-    for known, _ in RunFolder(run).evaluations_of_steps():
-        if known.endswith(ending):
-            return known
+    for known in sorted(evaluations.glob(f"*{ending}")):
+        if known.is_dir():
+            return known.name
     parts = [part for part in store.absolute().parts if part.lower() not in GENERIC]
     slug = re.sub(r"[^a-z0-9]+", "-", parts[-1].lower())[:MAX_NAME].strip("-")
     return f"{slug or 'store'}{ending}"

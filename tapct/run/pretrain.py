@@ -160,7 +160,9 @@ class Pretraining:
         self.evaluations = background_eval.Evaluations(
             self.config.out,
             self.config.eval.during,
-            dataset_name(self.config.out, self.store.path, self.store.digest),
+            dataset_name(
+                RunFolder(self.config.out).evaluations, self.store.path, self.store.digest
+            ),
         )
 
     def run(self) -> loop.Stop:
