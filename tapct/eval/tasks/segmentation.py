@@ -101,8 +101,11 @@ class Segmentation(Task[PatchTruth, Prediction]):
         self.classes: tuple[str, ...] = ()
         self.organs: tuple[str, ...] = ()
         self._decoders: dict[str, Decoder] = {}
-        self._features: dict[str, list[Tensor]] = defaultdict(list)
-        self._targets: dict[str, tuple[Tensor, tuple[int, ...], dict[int, str]]] = {}
+        # model -> scan, patch grid and features; models may differ in their patch grid
+        self._features: dict[str, list[tuple[str, PatchGrid, Tensor]]] = defaultdict(list)
+        self._targets: dict[
+            tuple[str, PatchGrid], tuple[Tensor, tuple[int, ...], dict[int, str]]
+        ] = {}
         self._dice: dict[tuple[str, str], dict[str, dict[str, float]]] = {}
         self._left_out: dict[tuple[int, str], str] = {}  # label value, its name -> class
         self._not_learned: set[str] = set()  # organs of test scans that no training scan has
@@ -134,12 +137,13 @@ class Segmentation(Task[PatchTruth, Prediction]):
     def learn(self, model: str, dense: DenseFeatures, truth: PatchTruth) -> None:
         """Keep the training patches of one scan for one model."""
         index_K, weight_K = truth.sample(self.tokens_per_scan, self.seed)
-        self._features[model].append(dense.tokens_ND()[index_K.to(dense.features_DZYX.device)])
-        if truth.scan.id not in self._targets:
+        features_KD = dense.tokens_ND()[index_K.to(dense.features_DZYX.device)]
+        self._features[model].append((truth.scan.id, truth.grid, features_KD))
+        if (truth.scan.id, truth.grid) not in self._targets:
             share_KV = torch.from_numpy(truth.shares_NV)[index_K]
             if self.config.resolution == "patch":
                 share_KV = F.one_hot(share_KV.argmax(1), share_KV.shape[1]).float()
-            self._targets[truth.scan.id] = (
+            self._targets[truth.scan.id, truth.grid] = (
                 share_KV * weight_K[:, None],
                 truth.values,
                 truth.names(),
@@ -152,19 +156,18 @@ class Segmentation(Task[PatchTruth, Prediction]):
             UserError: no organ occurs in them.
         """
         self.classes, self.organs = self._find_classes()
-        targets = []
-        for target_KV, values, names in self._targets.values():
+        targets: dict[tuple[str, PatchGrid], Tensor] = {}
+        for of_scan, (target_KV, values, names) in self._targets.items():
             # a label of the scan that lies in none of the patches kept has no mass and no class
             class_names = [self._class_of(value, names) for value in values]
             column_V = torch.tensor(
                 [self.classes.index(c if c in self.classes else _BODY) for c in class_names]
             )
             empty_KC = target_KV.new_zeros(len(target_KV), len(self.classes))
-            targets.append(empty_KC.index_add_(1, column_V, target_KV))
-        target_KC = torch.cat(targets)
+            targets[of_scan] = empty_KC.index_add_(1, column_V, target_KV)
         for model, features in self._features.items():
-            x_KD = torch.cat(features)
-            target = target_KC.to(x_KD.device)
+            x_KD = torch.cat([features_KD for _, _, features_KD in features])
+            target = torch.cat([targets[scan, grid] for scan, grid, _ in features]).to(x_KD.device)
             self._decoders[model] = fit_decoder(
                 x_KD, target, l2=self.config.l2, steps=self.config.steps
             )
