@@ -13,10 +13,17 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # for this process and those that
 import numpy as np
 import pytest
 import torch
+from forked import SHARED, start_nest
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 torch.set_num_threads(1)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Processes of pytest-xdist share one nest, which loads torch while they do."""
+    if getattr(config.option, "numprocesses", None) and not hasattr(config, "workerinput"):
+        os.environ[SHARED] = start_nest()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

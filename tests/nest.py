@@ -235,7 +235,7 @@ def main() -> None:
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(sys.argv[1])
     listener.listen(64)
-    print("ready", flush=True)
+    Path(sys.argv[1]).with_name("ready").touch()
     request = Nest(listener).serve()
     if request is not None:
         become(request)
