@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 from many_ranks import PLAIN, ended, good, start, train
-from tiny_run import assert_equal_runs, make_store
+from tiny_run import assert_equal_runs
 
 from tapct.engine.checkpoint import Checkpoints, damage
 
@@ -112,9 +112,9 @@ def strike(
 
 @pytest.mark.parametrize("kills", [4, pytest.param(30, marks=pytest.mark.slow)])
 def test_two_ranks_killed_at_random_moments_end_as_if_nothing_had_been(
-    tmp_path_factory: pytest.TempPathFactory, kills: int
+    tmp_path: Path, store: Path, kills: int
 ) -> None:
-    folder, store = tmp_path_factory.mktemp("chaos"), make_store(tmp_path_factory.mktemp("data"))
+    folder = tmp_path / "chaos"
     steps = STEPS_PER_KILL * kills + STEPS_LEFT
     words = (*PLAIN, f"train.steps={steps}", "data.loader.workers=2", "parallel.timeout_s=20")
     often = (*words, "checkpoint.every=2")

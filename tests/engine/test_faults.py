@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from many_ranks import PLAIN, all_ended, begin, ended, good, launch, start, train
 from small_disk import small_disk
-from tiny_run import assert_equal_runs, differences, make_store, numbers_of, state_of
+from tiny_run import assert_equal_runs, differences, numbers_of, state_of
 
 from tapct.engine.checkpoint import Checkpoints
 
@@ -22,11 +22,6 @@ pytestmark = pytest.mark.dist
 STEPS = 12
 # on a busy machine a kill may else come before what it must leave alone
 IN_TURN = "checkpoint.asynchronous=false"
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_store(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")

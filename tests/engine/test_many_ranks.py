@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from many_ranks import PLAIN, good, largest_difference, largest_state_difference, train
-from tiny_run import make_store, numbers_of
+from tiny_run import numbers_of
 
 pytestmark = pytest.mark.dist
 
@@ -44,11 +44,6 @@ RECIPES = {
     ),
 }
 COMPARED = ("loss/", "ce/", "grad_norm/")
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_store(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")
