@@ -169,6 +169,16 @@ class Task(ABC, Generic[TruthT, PredictionT]):
         """
         return {}
 
+    def blocks(self, num_blocks: int) -> tuple[int, ...]:
+        """Return the blocks of the backbone whose features the task reads, counted from 0. The last
+        block, the default, is always computed.
+
+        Args:
+            num_blocks: number of blocks of the backbone; a model without blocks, such as raw HU,
+                counts as one.
+        """
+        return (num_blocks - 1,)
+
     def begin(self, num_train: int) -> None:
         """Prepare for the training scans; called once, before the first scan.
 

@@ -2,7 +2,7 @@
 to voxels.
 
 Axes: Z Y X depth height width (voxels, or patches of the grid where stated), D channels,
-C maps (classes), B windows.
+C maps (classes), B windows of one call, W windows of a scan, R registers.
 Padding: the scan stands at the origin and air follows at the far end of each axis, as in training.
 """
 
@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -169,23 +169,68 @@ class PatchGrid:
 
 
 @dataclass(frozen=True)
+class WindowVectors:
+    """One vector of each kind for every window of a scan, of one block.
+
+    Args:
+        cls_WD: float32, class tokens.
+        mean_WD: float32, mean of the window's patch tokens.
+        std_WD: float32, their standard deviation, channel by channel (divided by N, not N - 1).
+        max_WD: float32, their largest value, channel by channel.
+        registers_WRD: float32, register tokens; R is 0 where the backbone has none.
+        start_W3: int64, first voxel (z, y, x) of each window in the resized scan.
+    """
+
+    cls_WD: Tensor
+    mean_WD: Tensor
+    std_WD: Tensor
+    max_WD: Tensor
+    registers_WRD: Tensor
+    start_W3: Tensor
+
+
+@dataclass(frozen=True)
+class BlockFeatures:
+    """The features of a scan after one block of the backbone, through the final norm.
+
+    Args:
+        features_DZYX: float32 on the patch grid, averaged over overlapping windows.
+        windows: vectors of each window.
+    """
+
+    features_DZYX: Tensor
+    windows: WindowVectors
+
+
+@dataclass(frozen=True)
 class DenseFeatures:
     """The features of a scan from a frozen backbone.
 
     Args:
         features_DZYX: float32 on the patch grid of the resized scan, averaged over overlapping
-            windows.
-        cls_D: float32, mean class token over the windows.
+            windows; of the last block.
+        cls_D: float32, mean class token over the windows; of the last block.
         grid: maps features, or logits made of them, to voxels.
+        blocks: number of a block, counted from 0 -> its features, for the blocks that a task asked
+            for (`Task.blocks`). The last block is always there. Empty where features were not
+            computed by `features_of`.
     """
 
     features_DZYX: Tensor
     cls_D: Tensor
     grid: PatchGrid
+    blocks: Mapping[int, BlockFeatures] = field(default_factory=dict)
 
-    def tokens_ND(self) -> Tensor:
-        """The features as rows, patches in (z, y, x) raster order."""
-        return self.features_DZYX.permute(1, 2, 3, 0).flatten(0, 2)
+    def tokens_ND(self, block: int | None = None) -> Tensor:
+        """The features as rows, patches in (z, y, x) raster order.
+
+        Args:
+            block: number of the block; None, the default, for the last one.
+        """
+        features_DZYX = self.features_DZYX
+        if block is not None:
+            features_DZYX = self.blocks[block].features_DZYX
+        return features_DZYX.permute(1, 2, 3, 0).flatten(0, 2)
 
 
 @dataclass(frozen=True)

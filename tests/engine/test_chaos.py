@@ -21,6 +21,7 @@ from tapct.engine.checkpoint import Checkpoints, damage
 
 pytestmark = pytest.mark.dist
 PATIENCE_S = 60.0
+# the loader has threads and no processes, so the ranks and their launcher are all there is
 VICTIMS = ("rank 0", "rank 1", "both ranks", "launcher and ranks")
 STEPS_PER_KILL = 6  # at most 4 until the moment to strike is chosen, and those until it has come
 STEPS_LEFT = 8  # after the last kill, of the run that nobody kills
