@@ -17,7 +17,9 @@
           files.json                    size and sha256 of the other files
       eval/DATASET/step_00000500/       one folder per data set and checkpoint
         results.json                    after tapct eval, or with eval.during.every
+        results.csv                     the same numbers as a table
         pictures/*                      of some test scans
+        predictions/TASK/MODEL/*        predicted label maps, if a task is set to write them
         meta.json                       of the checkpoint, with eval.during.every
         teacher.safetensors             until the step has been evaluated
         log.txt                         output of the evaluation
@@ -165,6 +167,16 @@ class EvaluationFolder:
     def results(self) -> Path:
         """All numbers, and how they were made."""
         return self.path / "results.json"
+
+    @property
+    def table(self) -> Path:
+        """The same numbers as a table, one row per number."""
+        return self.path / "results.csv"
+
+    @property
+    def predictions(self) -> Path:
+        """Folder of the predicted label maps, with eval.tasks.segmentation.predictions."""
+        return self.path / "predictions"
 
     @property
     def pictures(self) -> Path:

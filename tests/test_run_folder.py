@@ -119,6 +119,7 @@ def test_a_run_leaves_what_is_drawn(run: Path, name: str) -> None:
     elsewhere = ("jobs/", "code/", "wandb/")
     beside = {f"eval/*/step_*/{file}" for file in ("meta.json", "teacher.safetensors", "log.txt")}
     beside.add("lease.json")  # only while the run trains
+    beside.add("eval/*/step_*/predictions/TASK/MODEL/*")  # with a setting of the task
     missing = {
         entry
         for entry in TREES[name] - beside
@@ -134,7 +135,8 @@ def test_the_paths_of_a_run_exist(run: Path) -> None:
         assert place.path.is_dir()
         for name, path in paths_of(place).items():
             absent = {"wandb", "wandb_run_id", "jobs", "code", "lease"}
-            absent |= {"meta", "teacher", "log"} if isinstance(place, EvaluationFolder) else set()
+            if isinstance(place, EvaluationFolder):
+                absent |= {"meta", "teacher", "log", "predictions"}
             assert path.exists() == (name not in absent), path
     assert folder.checkpoints.latest.read_text().strip() == folder.checkpoints.finished()[-1].name
     assert {path.name for path in run.iterdir() if path.is_dir()} <= folder.own_folders()

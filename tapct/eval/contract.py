@@ -19,6 +19,7 @@ if TYPE_CHECKING:  # the report reads headlines without loading torch
     import numpy as np
 
     from tapct.eval.features import DenseFeatures, PatchGrid
+    from tapct.eval.metric_statistics import PredictedScans
     from tapct.eval.scans import LabelledScan
 
 TruthT = TypeVar("TruthT")
@@ -133,6 +134,25 @@ class Breakdown:
 
 
 @dataclass(frozen=True)
+class FurtherMetric:
+    """A metric beside the headline, with a value for each test scan, such as NSD beside Dice.
+
+    Args:
+        metric: name as it is printed.
+        direction: `higher` or `lower`, whichever is better.
+        meaning: one sentence on what it measures and how.
+        scans: one row per test scan and model.
+        range: lowest and highest possible value; None where it is unbounded.
+    """
+
+    metric: str
+    direction: str
+    meaning: str
+    scans: tuple[ScanScore, ...]
+    range: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True)
 class TaskResults:
     """All numbers of a task.
 
@@ -140,11 +160,17 @@ class TaskResults:
         models: model name -> aggregates over the test scans, written to results.json as they are.
         scans: one row per test scan and model.
         breakdown: the headline metric by class; None where the task has no classes.
+        mean_over_parts: whether the headline is the mean over parts of the mean over scans, as mean
+            Dice over organs is; else it is the mean over scans of `ScanScore.value`. Intervals and
+            p-values are computed accordingly.
+        further: metrics beside the headline, averaged in the same way.
     """
 
     models: Mapping[str, Mapping[str, Any]]
     scans: tuple[ScanScore, ...] = ()
     breakdown: Breakdown | None = None
+    mean_over_parts: bool = False
+    further: tuple[FurtherMetric, ...] = ()
 
 
 class Task(ABC, Generic[TruthT, PredictionT]):
@@ -225,6 +251,14 @@ class Task(ABC, Generic[TruthT, PredictionT]):
     @abstractmethod
     def headline(self) -> Headline:
         """Return the number per model that people read, after the last test scan."""
+
+    def predictions(self) -> PredictedScans | None:
+        """Return the predictions behind a headline that is no mean over scans, such as AUROC, so
+        that its interval can be computed; None, the default, where the headline is a mean.
+
+        The patients in it may be left empty: the runner knows them.
+        """
+        return None
 
     def draw(self, path: Path, truth: TruthT, predictions: Mapping[str, PredictionT]) -> str:
         """Write a picture of one test scan.

@@ -12,6 +12,7 @@ Sources: Efron and Tibshirani 1993, An Introduction to the Bootstrap, chapters 1
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -56,6 +57,21 @@ def patient_counts(
     Yields:
         float64 [R, P]: how often each patient was drawn; each row sums to P.
     """
+    if num_resamples * num_patients <= BLOCK_VALUES:
+        yield _all_counts(num_patients, seed, num_resamples)
+    else:
+        yield from _drawn_counts(num_patients, seed, num_resamples)
+
+
+@functools.lru_cache(maxsize=2)
+def _all_counts(num_patients: int, seed: int, num_resamples: int) -> np.ndarray:
+    """All resamples at once; all models and organs of an evaluation use the same ones."""
+    (counts_RP,) = _drawn_counts(num_patients, seed, num_resamples)
+    counts_RP.flags.writeable = False
+    return counts_RP
+
+
+def _drawn_counts(num_patients: int, seed: int, num_resamples: int) -> Iterator[np.ndarray]:
     rng = generator(seed, "bootstrap of patients", num_patients)
     per_block = max(1, BLOCK_VALUES // num_patients)
     for start in range(0, num_resamples, per_block):

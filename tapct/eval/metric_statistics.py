@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -76,6 +76,21 @@ class ScanPredictions:
     def are_classes(self) -> bool:
         """Whether the truth is a class."""
         return bool(np.issubdtype(self.truth.dtype, np.integer) or self.truth.dtype == np.bool_)
+
+
+@dataclass(frozen=True)
+class PredictedScans:
+    """What a task hands over for the statistics of a headline that is no mean over scans.
+
+    Args:
+        predictions: true values and scores of the test scans.
+        metric: function of (truth, scores) that gives the headline value.
+        parts: the same for parts of the task, such as single classes or targets; may be empty.
+    """
+
+    predictions: ScanPredictions
+    metric: Metric
+    parts: Mapping[str, tuple[ScanPredictions, Metric]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -4,19 +4,29 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from tapct.base import files
 from tapct.base.counted import counted
-from tapct.eval import old_formats
-from tapct.eval.contract import Breakdown, Headline, ScanScore, TaskResults
+from tapct.eval import old_formats, terminal
 from tapct.eval.held_out import BY_EARLIER_VERSION, HeldOut
+from tapct.eval.task_section import Picture as Picture
+from tapct.eval.task_section import TaskSection as TaskSection
+from tapct.eval.task_section import (
+    number,
+    pictures_from_json,
+    section_from_json,
+    section_to_json,
+)
+from tapct.eval.terminal import shown as shown
+from tapct.eval.terminal import title_of as title_of
 from tapct.run_folder import EvaluationFolder
 
-SCHEMA = 3
+SCHEMA = 4
+PATIENTS_CHECKED = 3  # first schema whose evaluation compared patients with those of pretraining
 PATIENTS = "patients"  # split mode: no patient on both sides
 BLOCKS = "blocks"  # split mode: slabs of the same scans
 
@@ -46,6 +56,9 @@ class SplitRecord:
         train: IDs of the scans that tasks learned from.
         test: IDs of the scans that models were evaluated on.
         unread: scans that could not be read; they are in neither list.
+        test_patients: for each test scan, the first test scan of the same patient in the order of
+            their IDs; empty text where the patient is unknown. Empty in results of earlier
+            versions.
     """
 
     mode: str
@@ -53,6 +66,7 @@ class SplitRecord:
     train: tuple[str, ...]
     test: tuple[str, ...]
     unread: tuple[UnreadScan, ...] = ()
+    test_patients: tuple[str, ...] = ()
 
     @property
     def caveat(self) -> str:
@@ -122,6 +136,7 @@ class Origin:
         command: command line, without absolute paths; empty where it was called from Python.
         git_revision: revision of tapct; empty where unknown.
         versions: package -> version.
+        machine: processor, and the GPU where features were computed on one.
     """
 
     data: EvaluatedData | None = None
@@ -129,46 +144,7 @@ class Origin:
     command: str = ""
     git_revision: str = ""
     versions: Mapping[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Picture:
-    """One picture of a test scan.
-
-    Args:
-        scan: scan ID.
-        file: path below the folder of results.json.
-        caption: what it shows.
-    """
-
-    scan: str
-    file: str
-    caption: str
-
-
-@dataclass(frozen=True)
-class TaskSection:
-    """The results of one task.
-
-    Args:
-        config: settings of the task.
-        labels: labels that it needs: `voxels`, `scan`, `pairs` or `none`.
-        num_train: scans that it learned from.
-        num_test: scans that it evaluated.
-        skipped: scans without the labels that it needs.
-        headline: the number per model that people read.
-        results: all its numbers.
-        pictures: its pictures of test scans.
-    """
-
-    config: Mapping[str, Any]
-    labels: str
-    num_train: int
-    num_test: int
-    skipped: int
-    headline: Headline
-    results: TaskResults
-    pictures: tuple[Picture, ...] = ()
+    machine: str = ""
 
 
 @dataclass(frozen=True)
@@ -254,7 +230,7 @@ class Evaluation:
 
     def to_json(self) -> dict[str, Any]:
         """The object that is written; NaN becomes null."""
-        tasks = {name: _section_to_json(section) for name, section in self.tasks.items()}
+        tasks = {name: section_to_json(section) for name, section in self.tasks.items()}
         content = {
             "schema": SCHEMA,
             "data": None if self.origin.data is None else asdict(self.origin.data),
@@ -266,6 +242,7 @@ class Evaluation:
             "seed": self.seed,
             "pca": [asdict(picture) for picture in self.pca],
             "versions": self.origin.versions,
+            "machine": self.origin.machine,
             "git_revision": self.origin.git_revision,
             "command": self.origin.command,
             "seconds": self.seconds,
@@ -279,13 +256,9 @@ class Evaluation:
         """Headlines as lines for a terminal, what they are means of, and the caveat."""
         lines = []
         for name, section in self.tasks.items():
-            headline = section.headline
             if len(self.tasks) > 1:
-                lines.append(f"{name} ({headline.direction} is better)")
-            for model, value in headline.values.items():
-                lines.append(f"{model:<24} {headline.metric} {shown(value)}")
-            if headline.mean_of:
-                lines.append(headline.mean_of)
+                lines.append(f"{name} ({section.headline.direction} is better)")
+            lines.extend(terminal.task_lines(section))
         if self.split.caveat:
             lines.append(f"caveat: {self.split.caveat}")
         for name, backbone in self.backbones.items():
@@ -302,18 +275,6 @@ class Evaluation:
         files.write_atomically(EvaluationFolder(folder).results, text)
 
 
-def title_of(task: str) -> str:
-    """Heading of a task: `mylab.tasks.lung_depth` becomes `Lung depth`."""
-    return task.rpartition(".")[2].replace("_", " ").capitalize()
-
-
-def shown(value: float) -> str:
-    """A headline value with three decimals, or three digits where that would hide it."""
-    if not math.isfinite(value):
-        return "–"
-    return f"{value:.3f}" if value == 0 or 1e-3 <= abs(value) < 1e3 else f"{value:.3g}"
-
-
 def from_json(content: Mapping[str, Any]) -> Evaluation:
     """Rebuild an evaluation from what `Evaluation.to_json` wrote, of this or an earlier schema.
 
@@ -323,7 +284,7 @@ def from_json(content: Mapping[str, Any]) -> Evaluation:
     schema = content.get("schema", 1)
     if schema == 1:
         content = old_formats.results_from_schema_1(content)
-    elif schema not in (2, SCHEMA):
+    elif schema not in range(2, SCHEMA + 1):
         raise ValueError(f"it has schema {schema}, this version of tapct reads up to {SCHEMA}")
     try:
         data, weights = content.get("data"), content.get("weights")
@@ -333,16 +294,17 @@ def from_json(content: Mapping[str, Any]) -> Evaluation:
             str(content.get("command", "")),
             str(content.get("git_revision", "")),
             content.get("versions", {}),
+            str(content.get("machine", "")),
         )
         return Evaluation(
-            {name: _section_from_json(section) for name, section in content["tasks"].items()},
-            _split_from_json(content.get("split", {}), was_checked=schema == SCHEMA),
+            {name: section_from_json(section) for name, section in content["tasks"].items()},
+            _split_from_json(content.get("split", {}), was_checked=schema >= PATIENTS_CHECKED),
             content.get("preprocess", {}),
             tuple(content.get("patch", ())),
             int(content.get("seed", 0)),
-            _pictures(content.get("pca", ())),
+            pictures_from_json(content.get("pca", ())),
             origin,
-            _number(content.get("seconds")),
+            number(content.get("seconds")),
             {name: _backbone(model) for name, model in content.get("backbones", {}).items()},
             None if content.get("cost") is None else Cost(**content["cost"]),
         )
@@ -395,6 +357,7 @@ def _split_to_json(split: SplitRecord) -> dict[str, Any]:
         "unknown": split.held_out.unknown,
         "train": split.train,
         "test": split.test,
+        "test_patients": split.test_patients,
         "unread": [asdict(scan) for scan in split.unread],
         "note": split.caveat,
     }
@@ -410,72 +373,8 @@ def _split_from_json(content: Mapping[str, Any], *, was_checked: bool) -> SplitR
     )
     unread = tuple(UnreadScan(**one) for one in content.get("unread", ()))
     mode = str(content.get("mode", ""))
-    return SplitRecord(mode, held_out, tuple(content.get("train", ())), test, unread)
-
-
-def _section_to_json(section: TaskSection) -> dict[str, Any]:
-    breakdown = section.results.breakdown
-    return {
-        "config": section.config,
-        "labels": section.labels,
-        "num_train": section.num_train,
-        "num_test": section.num_test,
-        "skipped": section.skipped,
-        "headline": asdict(section.headline),
-        "models": section.results.models,
-        "breakdown": None if breakdown is None else asdict(breakdown),
-        "scans": [asdict(score) for score in section.results.scans],
-        "pictures": [asdict(picture) for picture in section.pictures],
-    }
-
-
-def _section_from_json(content: Mapping[str, Any]) -> TaskSection:
-    headline = content["headline"]
-    limits = headline.get("range")
-    scores = (
-        ScanScore(
-            str(one["scan"]), str(one["model"]), _number(one["value"]), _numbers(one["parts"])
-        )
-        for one in content["scans"]
-    )
-    table = content.get("breakdown")
-    breakdown = None
-    if table is not None:
-        values = {str(row): _numbers(models) for row, models in table["values"].items()}
-        breakdown = Breakdown(str(table["title"]), str(table["row"]), values)
-    return TaskSection(
-        content.get("config", {}),
-        str(content.get("labels", "")),
-        int(content["num_train"]),
-        int(content["num_test"]),
-        int(content.get("skipped", 0)),
-        Headline(
-            str(headline["metric"]),
-            _numbers(headline["values"]),
-            str(headline["direction"]),
-            str(headline["meaning"]),
-            None if limits is None else (float(limits[0]), float(limits[1])),
-            str(headline.get("mean_of", "")),
-        ),
-        TaskResults(content["models"], tuple(scores), breakdown),
-        _pictures(content.get("pictures", ())),
-    )
-
-
-def _pictures(content: Sequence[Mapping[str, Any]]) -> tuple[Picture, ...]:
-    return tuple(
-        Picture(str(one.get("scan", "")), str(one.get("file", "")), str(one.get("caption", "")))
-        for one in content
-    )
-
-
-def _number(value: object) -> float:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return float(value) if is_number else math.nan  # type: ignore[arg-type]
-
-
-def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
-    return {str(name): _number(value) for name, value in values.items()}
+    patients = tuple(map(str, content.get("test_patients", ())))
+    return SplitRecord(mode, held_out, tuple(content.get("train", ())), test, unread, patients)
 
 
 def _plain(value: Any) -> Any:

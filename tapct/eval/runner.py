@@ -28,7 +28,7 @@ from tapct.base.paths import without_absolute_paths
 from tapct.config import plugins, setting, to_dict
 from tapct.config.plugins import Plugin
 from tapct.data.store import Store
-from tapct.eval import baselines, cache, scans
+from tapct.eval import baselines, cache, scans, tables, task_statistics
 from tapct.eval.album import Album, Outputs
 from tapct.eval.cache import FeatureCache
 from tapct.eval.contract import DEFAULT_TASKS
@@ -48,7 +48,7 @@ from tapct.eval.results import (
 from tapct.eval.scans import ScanLabels, ScanRow, Split
 from tapct.eval.stopwatch import PARTS
 from tapct.eval.task_runs import TaskRun, begin, build_tasks, check_label_settings, usable_rows
-from tapct.run_folder import features_beside
+from tapct.run_folder import EvaluationFolder, features_beside
 from tapct.types import HUContract
 
 
@@ -165,7 +165,7 @@ def evaluate(
         store: packed scans and labels, which are all that is read.
         config: tasks, split and preprocessing.
         contract: HU to network input, of models without their own.
-        out: folder for `results.json` and `pictures/`; made if missing, `results.json` is
+        out: folder for `results.json`, `results.csv` and `pictures/`; made if missing, files are
             replaced atomically.
         preprocess: preprocessing instead of the config's, e.g. the one stored in an export; of
             models without their own.
@@ -224,12 +224,15 @@ def evaluate(
         patch=settled[0].patch,
         seed=config.seed,
         pca=tuple(album.pca),
-        origin=dataclasses.replace(origin or Origin(), versions=_versions()),
+        origin=dataclasses.replace(
+            origin or Origin(), versions=_versions(), machine=tables.machine(torch.device(device))
+        ),
         seconds=round(time.perf_counter() - began, 2),
         backbones=_backbones(reader, check_others or {}),
         cost=cost,
     )
     evaluation.write(out)
+    tables.write_csv(EvaluationFolder(out).table, tables.rows_of(evaluation))
     return evaluation
 
 
@@ -361,9 +364,11 @@ def _sections(
     """
     settings = {plugin.name: to_dict(plugin.config) for plugin in config.tasks}
     names = [model.name for model in reader.features.models]
+    patient_of = {row.id: row.patient for row in reader.read_rows("test")}
     sections: dict[str, TaskSection] = {}
     for task_run in reader.task_runs:
         results, headline = task_run.checked_results(names)
+        predicted = task_run.task.predictions()
         sections[task_run.name] = TaskSection(
             config=without_absolute_paths(settings[task_run.name]),
             labels=task_run.task.labels.value,
@@ -373,6 +378,9 @@ def _sections(
             headline=headline,
             results=results,
             pictures=tuple(album.of_task.get(task_run.name, ())),
+            statistics=task_statistics.of_task(
+                results, headline, predicted, patient_of, config.seed
+            ),
         )
     return sections
 
@@ -387,7 +395,18 @@ def _record(
         train=tuple(row.id for row in train),
         test=tuple(row.id for row in test),
         unread=tuple(reader.unread),
+        test_patients=_first_scans(test),
     )
+
+
+def _first_scans(rows: Sequence[ScanRow]) -> tuple[str, ...]:
+    """For each scan, the first scan ID of the same patient; empty where the patient is unknown. The
+    results show in this way which scans are of one patient, and hold no hash of a patient.
+    """
+    first: dict[str, str] = {}
+    for row in sorted(rows, key=lambda row: row.id):
+        first.setdefault(row.patient, row.id)
+    return tuple(first[row.patient] if row.patient else "" for row in rows)
 
 
 def _versions() -> dict[str, str]:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from tapct.base.counted import counted
 from tapct.base.exits import UserError
 from tapct.eval import intervals
 from tapct.eval.contract import OWN_MODEL, ScanScore
@@ -240,6 +241,7 @@ def means(
     reference: str = OWN_MODEL,
     limits: tuple[float, float] | None = None,
     num_resamples: int = NUM_RESAMPLES,
+    with_p: bool = True,
 ) -> Statistics:
     """Mean of each model over scans, and paired differences to the reference.
 
@@ -249,6 +251,7 @@ def means(
         reference: model that all others are compared with.
         limits: lowest and highest value that the metric can take, such as (0, 1) for Dice.
         num_resamples: number of resamples of patients.
+        with_p: whether p-values are computed.
     """
     table = _in_order(table)
     averaged = {model: _over_seeds(values) for model, values in table.values.items()}
@@ -263,7 +266,7 @@ def means(
         difference_SK = averaged[reference] - averaged[other]
         between = None if limits is None else (-width, width)
         estimate = _mean_estimate(table, difference_SK, seed, between, num_resamples)
-        p, exact = _p_of_mean(table, difference_SK, seed)
+        p, exact = _p_of_mean(table, difference_SK, seed) if with_p else (math.nan, False)
         differences.append(Difference(reference, other, estimate, p, exact=exact))
     num_unknown = sum(not patient for patient in table.patients)
     return Statistics(tuple(models), with_holm(differences), num_resamples, seed, num_unknown)
@@ -370,7 +373,7 @@ def patient_numbers(patients: Sequence[str]) -> tuple[np.ndarray, int]:
 
 def too_few(num_patients: int) -> str:
     """Reason against an interval."""
-    return f"{num_patients} patients, fewer than {MIN_PATIENTS}"
+    return f"{counted(num_patients, 'patient')}, fewer than {MIN_PATIENTS}"
 
 
 def _in_order(table: ScanTable) -> ScanTable:

@@ -111,7 +111,7 @@ def test_schema_1_reads_as_schema_2() -> None:
         ("{}", "it holds no models"),
         ('{"models": {}}', "no model was evaluated"),
         ('{"models": {"pretrained": 3}}', "it holds no models"),
-        ('{"schema": 4}', "schema 4, this version of tapct reads up to 3"),
+        ('{"schema": 5}', "schema 5, this version of tapct reads up to 4"),
         ('{"schema": 2}', "it is no evaluation"),
         ('{"schema": 2, "tasks": {"a": {}}}', "it is no evaluation"),
         (

@@ -100,7 +100,7 @@ def test_results_hold_what_the_report_reads_and_pictures_exist(rows, tmp_path):
     assert json.loads((tmp_path / "results.json").read_text()) == results.to_json()
     assert from_json(results.to_json()) == results
     assert list(tmp_path.glob(".*")) == []
-    assert results.to_json()["schema"] == 3
+    assert results.to_json()["schema"] == 4
     section = results.tasks["segmentation"]
     assert (section.num_train, section.num_test, section.skipped) == (4, 2, 0)
     assert list(section.results.breakdown.values) == ["liver", "lungs"]

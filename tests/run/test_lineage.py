@@ -104,7 +104,7 @@ def test_held_out_scans_are_held_out_and_the_results_know_their_data(
         Store(store),
         json.loads((run / "checkpoints" / "step_00000004" / "meta.json").read_text()),
     )
-    assert content["schema"] == 3
+    assert content["schema"] == 4
     assert content["split"]["held_out_from_pretraining"] is True
     assert content["split"]["note"] == ""
     assert content["data"] == {

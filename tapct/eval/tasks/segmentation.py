@@ -292,7 +292,8 @@ class Segmentation(Task[PatchTruth, Prediction]):
                     value = float(np.mean(list(parts.values()))) if parts else float("nan")
                     scans.append(ScanScore(scan, model, value, parts))
         dice_of = {model: entry["dice"] for model, entry in models.items()}
-        return TaskResults(models, tuple(scans), _by_organ(self.organs, dice_of))
+        table = _by_organ(self.organs, dice_of)
+        return TaskResults(models, tuple(scans), table, mean_over_parts=True)
 
     def _label_fractions(self, model: str) -> dict[str, list[float]]:
         """Number of training scans -> mean Dice of each draw; empty without a curve."""

@@ -1,0 +1,268 @@
+"""The statistics of one task: from its rows or predictions to intervals and paired differences.
+
+`statistics` and `metric_statistics` have the methods; here it is decided which numbers of a task
+they are applied to, and how the result stands in results.json.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from tapct.base.exits import UserError
+from tapct.eval import metric_statistics, statistics
+from tapct.eval.contract import Headline, ScanScore, TaskResults
+from tapct.eval.intervals import Interval
+from tapct.eval.metric_statistics import PredictedScans, ScanPredictions
+from tapct.eval.statistics import Difference, ModelValue, PatientEstimate, Statistics
+
+NO_MEAN = "the headline is no mean over the test scans and the task hands over no predictions"
+SAME = 1e-6  # relative difference of two numbers that are computed in another order
+
+
+@dataclass(frozen=True)
+class MetricStatistics:
+    """The statistics of one metric of a task.
+
+    Args:
+        metric: its name.
+        direction: `higher` or `lower`, whichever is better.
+        whole: statistics of the value that is shown for each model.
+        parts: the same for each part, e.g. each organ; may be empty. There are no p-values of parts
+            of a mean: so many comparisons are only a description.
+    """
+
+    metric: str
+    direction: str
+    whole: Statistics
+    parts: Mapping[str, Statistics] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class TaskStatistics:
+    """The statistics of a task.
+
+    Args:
+        metrics: the headline first, then the further metrics of the task.
+        why_none: reason why there are none of the headline; empty where there are.
+    """
+
+    metrics: tuple[MetricStatistics, ...] = ()
+    why_none: str = ""
+
+    def of(self, metric: str) -> MetricStatistics | None:
+        """The statistics of one metric; None where there are none."""
+        return next((one for one in self.metrics if one.metric == metric), None)
+
+
+def of_task(
+    results: TaskResults,
+    headline: Headline,
+    predicted: PredictedScans | None,
+    patient_of: Mapping[str, str],
+    seed: int,
+) -> TaskStatistics:
+    """Compute the statistics of all metrics of a task.
+
+    Args:
+        results: its numbers.
+        headline: its headline.
+        predicted: predictions, where the headline is no mean over scans.
+        patient_of: test scan -> patient; empty where unknown.
+        seed: random seed of the evaluation.
+    """
+    found: list[MetricStatistics] = []
+    why_none = ""
+    try:
+        found.append(_of_headline(results, headline, predicted, patient_of, seed))
+    except UserError as error:  # the numbers themselves are kept
+        why_none = str(error)
+    for one in results.further:
+        found.append(
+            _of_rows(
+                one.metric,
+                one.direction,
+                one.scans,
+                one.range,
+                by_part=results.mean_over_parts,
+                patient_of=patient_of,
+                seed=seed,
+            )  # fmt: skip
+        )
+    return TaskStatistics(tuple(found), why_none)
+
+
+def _of_headline(
+    results: TaskResults,
+    headline: Headline,
+    predicted: PredictedScans | None,
+    patient_of: Mapping[str, str],
+    seed: int,
+) -> MetricStatistics:
+    if predicted is not None:
+        return _of_predictions(predicted, headline, patient_of, seed)
+    if not results.scans:
+        raise UserError("the task has no values of single scans")
+    own = _of_rows(
+        headline.metric, headline.direction, results.scans, headline.range,
+        by_part=results.mean_over_parts, patient_of=patient_of, seed=seed,
+    )  # fmt: skip
+    if not _is_of(headline, own.whole):
+        raise UserError(NO_MEAN)
+    return own
+
+
+def _of_rows(
+    metric: str,
+    direction: str,
+    scans: tuple[ScanScore, ...],
+    limits: tuple[float, float] | None,
+    *,
+    by_part: bool,
+    patient_of: Mapping[str, str],
+    seed: int,
+) -> MetricStatistics:
+    """Statistics of a mean over scans, and of each part."""
+    whole = statistics.means(
+        statistics.table_of([scans], patient_of, by_part=by_part), seed, limits=limits
+    )
+    parts: dict[str, Statistics] = {}
+    if any(score.parts for score in scans):
+        table = statistics.table_of([scans], patient_of, by_part=True)
+        for part in table.parts:
+            own = table.of_part(part)
+            parts[part] = _short(statistics.means(own, seed, limits=limits, with_p=False))
+    return MetricStatistics(metric, direction, _short(whole), parts)
+
+
+def _of_predictions(
+    predicted: PredictedScans, headline: Headline, patient_of: Mapping[str, str], seed: int
+) -> MetricStatistics:
+    """Statistics of a metric of predictions, and of each part."""
+
+    def computed(predictions: ScanPredictions, metric: metric_statistics.Metric) -> Statistics:
+        patients = tuple(patient_of.get(scan, "") for scan in predictions.scans)
+        known = replace(predictions, patients=patients)
+        return _short(metric_statistics.metrics(known, metric, seed, limits=headline.range))
+
+    whole = computed(predicted.predictions, predicted.metric)
+    if not _is_of(headline, whole):
+        raise UserError(
+            f"the predictions behind {headline.metric} give other values than the headline; "
+            "`predictions` and `headline` of the task must use the same scans and the same metric"
+        )
+    parts = {name: computed(*one) for name, one in predicted.parts.items()}
+    return MetricStatistics(headline.metric, headline.direction, whole, parts)
+
+
+def _is_of(headline: Headline, found: Statistics) -> bool:
+    """Whether the values are those of the headline."""
+    values = {one.model: one.estimate.value for one in found.models}
+    for model, value in headline.values.items():
+        own = values.get(model, math.nan)
+        if math.isfinite(value) != math.isfinite(own):
+            return False
+        if math.isfinite(value) and not math.isclose(value, own, rel_tol=SAME, abs_tol=SAME**2):
+            return False
+    return True
+
+
+def _short(found: Statistics) -> Statistics:
+    """The same without the lists of scans, which stand beside the statistics in the results."""
+    return replace(
+        found,
+        models=tuple(
+            replace(one, estimate=replace(one.estimate, listed=())) for one in found.models
+        ),
+        differences=tuple(
+            replace(one, estimate=replace(one.estimate, listed=())) for one in found.differences
+        ),
+    )
+
+
+def to_json(found: TaskStatistics | None) -> dict[str, Any] | None:
+    """The object in results.json."""
+    if found is None:
+        return None
+    metrics = []
+    for one in found.metrics:
+        parts = {part: asdict(of_part) for part, of_part in one.parts.items()}
+        metrics.append(
+            {
+                "metric": one.metric,
+                "direction": one.direction,
+                "whole": asdict(one.whole),
+                "parts": parts,
+            }
+        )
+    return {"metrics": metrics, "why_none": found.why_none}
+
+
+def from_json(content: Mapping[str, Any] | None) -> TaskStatistics | None:
+    """Rebuild what `to_json` wrote; None where an earlier version wrote none."""
+    if content is None:
+        return None
+    metrics = tuple(
+        MetricStatistics(
+            str(one["metric"]),
+            str(one["direction"]),
+            _statistics(one["whole"]),
+            {str(part): _statistics(of_part) for part, of_part in one["parts"].items()},
+        )
+        for one in content["metrics"]
+    )
+    return TaskStatistics(metrics, str(content["why_none"]))
+
+
+def _statistics(content: Mapping[str, Any]) -> Statistics:
+    models = tuple(
+        ModelValue(
+            str(one["model"]),
+            _estimate(one["estimate"]),
+            tuple(_number(value) for value in one["by_seed"]),
+        )
+        for one in content["models"]
+    )
+    differences = tuple(
+        Difference(
+            str(one["reference"]),
+            str(one["other"]),
+            _estimate(one["estimate"]),
+            _number(one["p"]),
+            _number(one["p_holm"]),
+            bool(one["exact"]),
+            int(one["num_comparisons"]),
+        )
+        for one in content["differences"]
+    )
+    return Statistics(
+        models,
+        differences,
+        int(content["num_resamples"]),
+        int(content["seed"]),
+        int(content["num_unknown"]),
+    )
+
+
+def _estimate(content: Mapping[str, Any]) -> PatientEstimate:
+    between = content["interval"]
+    interval = None
+    if between is not None:
+        low = -math.inf if between["low"] is None else float(between["low"])
+        high = math.inf if between["high"] is None else float(between["high"])
+        interval = Interval(low, high)
+    return PatientEstimate(
+        _number(content["value"]),
+        interval,
+        int(content["num_scans"]),
+        int(content["num_patients"]),
+        str(content["why_none"]),
+        (),
+        int(content["num_skipped"]),
+    )
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else float(value)

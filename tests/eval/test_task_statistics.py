@@ -1,0 +1,264 @@
+"""Statistics in the results of an evaluation: values, intervals and differences equal those of the
+methods, survive results.json, and stand on the terminal and in the table.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tapct.eval import results, statistics, tables, task_statistics, terminal
+from tapct.eval.contract import FurtherMetric, Headline, ScanScore, TaskResults
+from tapct.eval.held_out import HeldOut
+from tapct.eval.metric_statistics import PredictedScans, ScanPredictions
+from tapct.eval.rank_metrics import auroc
+from tapct.eval.results import (
+    EvaluatedData,
+    EvaluatedWeights,
+    Evaluation,
+    Origin,
+    SplitRecord,
+    TaskSection,
+)
+
+MODELS = (
+    "pretrained", "untrained", "untrained_layerscale1", "raw_hu", "position", "random_2x",
+    "random_4x", "theirs",
+)  # fmt: skip
+ORGANS = ("liver", "spleen")
+
+
+def scores(num_scans: int, models: tuple[str, ...] = MODELS) -> tuple[ScanScore, ...]:
+    """Dice of two organs; the spleen is not in every third scan."""
+    rng = np.random.default_rng(0)
+    found = []
+    for number in range(num_scans):
+        easy = rng.uniform(0.2, 0.6)
+        for place, model in enumerate(models):
+            dice = np.clip(easy + 0.1 * (place == 0) + rng.normal(0, 0.05, 2), 0, 1)
+            parts = dict(zip(ORGANS, dice.tolist()))
+            if number % 3 == 2:
+                del parts["spleen"]
+            found.append(
+                ScanScore(f"s{number:02}", model, float(np.mean([*parts.values()])), parts)
+            )
+    return tuple(found)
+
+
+def mean_of_organs(rows: tuple[ScanScore, ...], model: str) -> float:
+    of_model = [row.parts for row in rows if row.model == model]
+    return float(np.mean([np.mean([p[organ] for p in of_model if organ in p]) for organ in ORGANS]))
+
+
+def section(num_scans: int, models: tuple[str, ...] = MODELS) -> TaskSection:
+    rows = scores(num_scans, models)
+    values = {model: mean_of_organs(rows, model) for model in models}
+    headline = Headline("mean Dice", values, "higher", "Dice.", (0, 1), "mean of 2 organs")
+    distance = tuple(
+        replace(row, value=10 * row.value, parts={k: 10 * v for k, v in row.parts.items()})
+        for row in rows
+    )
+    further = FurtherMetric("mean HD95", "lower", "HD95 in mm.", distance)
+    found = TaskResults({model: {} for model in models}, rows, None, True, (further,))
+    patients = {f"s{number:02}": f"p{number // 2}" for number in range(num_scans)}
+    own = task_statistics.of_task(found, headline, None, patients, 7)
+    return TaskSection({}, "voxels", 3, num_scans, 0, headline, found, (), own)
+
+
+def evaluation(num_scans: int = 24) -> Evaluation:
+    ids = tuple(f"s{number:02}" for number in range(num_scans))
+    first = tuple(f"s{number // 2 * 2:02}" for number in range(num_scans))
+    split = SplitRecord("patients", HeldOut(num_scans), ("a",), ids, test_patients=first)
+    origin = Origin(
+        EvaluatedData("hn-0123abcd", "m", "0123abcd", "l", 30),
+        EvaluatedWeights("mine", 500, 4000, "f00", "0123abcd"),
+        "tapct eval runs/mine", "abc123", {"tapct": "1"}, "Processor of 1 GHz",
+    )  # fmt: skip
+    return Evaluation(
+        {"segmentation": section(num_scans)}, split, {}, (2, 4, 4), 7, origin=origin, seconds=3.5
+    )
+
+
+@pytest.fixture(scope="module")
+def whole() -> Evaluation:
+    return evaluation()
+
+
+def test_values_are_the_headline_and_differences_are_paired_by_patient(whole: Evaluation) -> None:
+    task = whole.tasks["segmentation"]
+    assert task.statistics is not None and task.statistics.why_none == ""
+    found = task.statistics.of("mean Dice")
+    assert found is not None
+    for one in found.whole.models:
+        assert one.estimate.value == pytest.approx(task.headline.values[one.model])
+        assert (one.estimate.num_scans, one.estimate.num_patients) == (24, 12)
+        assert one.estimate.interval is not None
+        assert one.estimate.interval.low < one.estimate.value < one.estimate.interval.high
+    assert [pair.other for pair in found.whole.differences] == list(MODELS[1:])
+    for pair in found.whole.differences:
+        gap = task.headline.values["pretrained"] - task.headline.values[pair.other]
+        assert pair.estimate.value == pytest.approx(gap)
+        assert pair.p <= pair.p_holm <= 1 and pair.num_comparisons == 7
+    # scans of one patient count as one: with 24 patients the interval is another one
+    alone = task_statistics.of_task(task.results, task.headline, None, {}, 7).of("mean Dice")
+    assert alone is not None and alone.whole.models[0].estimate.num_patients == 24
+    assert alone.whole.models[0].estimate.interval != found.whole.models[0].estimate.interval
+
+
+def test_each_organ_has_its_own_numbers_of_scans(whole: Evaluation) -> None:
+    task = whole.tasks["segmentation"]
+    assert task.statistics is not None
+    for metric, factor in (("mean Dice", 1), ("mean HD95", 10)):
+        found = task.statistics.of(metric)
+        assert found is not None and tuple(found.parts) == ORGANS
+        for organ, num_scans in zip(ORGANS, (24, 16)):
+            own = found.parts[organ].models[0].estimate
+            values = [
+                row.parts[organ]
+                for row in task.results.scans
+                if row.model == "pretrained" and organ in row.parts
+            ]
+            assert own.value == pytest.approx(factor * np.mean(values))
+            assert own.num_scans == num_scans == len(values)
+
+
+def test_results_json_keeps_all_of_it(whole: Evaluation, tmp_path: Path) -> None:
+    whole.write(tmp_path)
+    back, why_not = results.read(tmp_path)
+    assert back == whole and why_not == ""
+    content = json.loads((tmp_path / "results.json").read_text())
+    assert content["schema"] == 4 and content["machine"] == "Processor of 1 GHz"
+    assert content["split"]["test_patients"][:3] == ["s00", "s00", "s02"]
+    # a file of schema 3 has none of it, and is read
+    content["schema"] = 3
+    for key in ("statistics", "further", "mean_over_parts"):
+        del content["tasks"]["segmentation"][key]
+    del content["split"]["test_patients"], content["machine"]
+    old = results.from_json(content)
+    assert old.tasks["segmentation"].statistics is None
+    assert old.tasks["segmentation"].headline == whole.tasks["segmentation"].headline
+    assert old.split.held_out == whole.split.held_out
+    assert old.lines()[0].startswith("pretrained               mean Dice 0.")
+
+
+def test_eight_models_fit_a_terminal_of_80_columns(whole: Evaluation) -> None:
+    lines = whole.lines()
+    assert max(map(len, lines)) <= 80
+    text = "\n".join(lines)
+    own = whole.tasks["segmentation"].headline.values["pretrained"]
+    assert f"pretrained             mean Dice {own:.3f} [0." in text
+    assert "n = 24 scans of 12 patients" in text
+    assert any(line.startswith("pretrained - random_4x") and " p = " in line for line in lines)
+    assert "adjusted for 7 comparisons (Holm)" in text
+
+
+def test_few_models_have_their_numbers_of_scans_beside_the_value() -> None:
+    lines = terminal.task_lines(section(24, ("pretrained", "raw_hu")))
+    assert lines[0].endswith("n = 24 scans of 12 patients")
+    assert lines[1].startswith("raw_hu      mean Dice 0.")
+    assert lines[2].startswith("pretrained - raw_hu +0.") and lines[2].count("(") == 0
+
+
+def test_below_ten_patients_the_scans_are_listed_without_an_interval() -> None:
+    few = section(6)
+    lines = terminal.task_lines(few)
+    text = "\n".join(lines)
+    assert "[" not in text and " p = " not in text
+    assert "no interval: 3 patients, fewer than 10" in lines
+    assert "scans: s00, s01, s02, s03, s04, s05" in lines
+    values = [f"{row.value:.3f}" for row in few.results.scans if row.model == "raw_hu"]
+    assert f"  raw_hu                 {' '.join(values)}" in lines
+    assert max(map(len, lines)) <= 80
+
+
+def test_a_headline_that_is_another_number_has_no_interval(whole: Evaluation) -> None:
+    task = whole.tasks["segmentation"]
+    median = replace(task.headline, values=dict.fromkeys(MODELS, 0.123))
+    found = task_statistics.of_task(task.results, median, None, {}, 7)
+    assert found.of("mean Dice") is None and found.of("mean HD95") is not None
+    lines = terminal.task_lines(replace(task, headline=median, statistics=found))
+    assert f"no interval: {task_statistics.NO_MEAN}" in lines
+    # rows that contradict each other do not end an evaluation either
+    double = replace(task.results, scans=task.results.scans * 2)
+    assert "two rows" in task_statistics.of_task(double, task.headline, None, {}, 7).why_none
+
+
+def test_predictions_give_the_interval_of_a_metric_that_is_no_mean() -> None:
+    rng = np.random.default_rng(1)
+    truth = np.repeat([0, 1], 15)
+    ids = tuple(f"s{number:02}" for number in range(30))
+    good, bad = truth + rng.normal(0, 0.7, 30), rng.normal(0, 1, 30)
+    given = ScanPredictions(ids, ("",) * 30, truth, {"pretrained": good[None], "raw_hu": bad[None]})
+    values = {"pretrained": auroc(truth, good), "raw_hu": auroc(truth, bad)}
+    headline = Headline("AUROC", values, "higher", "A.", (0, 1))
+    patients = {scan: f"p{number}" for number, scan in enumerate(ids)}
+    predicted = PredictedScans(given, auroc, {"lesion": (given, auroc)})
+    found = task_statistics.of_task(TaskResults({}), headline, predicted, patients, 3)
+    own = found.of("AUROC")
+    assert own is not None and own.whole.num_unknown == 0
+    assert own.whole == own.parts["lesion"]
+    direct = statistics.intervals.Interval
+    assert isinstance(own.whole.models[0].estimate.interval, direct)
+    assert own.whole.differences[0].estimate.value == pytest.approx(
+        values["pretrained"] - values["raw_hu"]
+    )
+    other = replace(headline, values={"pretrained": 0.5, "raw_hu": 0.5})
+    wrong = task_statistics.of_task(TaskResults({}), other, predicted, patients, 3)
+    assert "give other values than the headline" in wrong.why_none
+
+
+def test_the_table_has_one_row_per_number(whole: Evaluation, tmp_path: Path) -> None:
+    tables.write_csv(tmp_path / "results.csv", tables.rows_of(whole), {"benchmark": "hn"})
+    with (tmp_path / "results.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert tuple(rows[0]) == ("benchmark", *tables.COLUMNS)
+    task = whole.tasks["segmentation"]
+
+    def only(**wanted: str) -> dict[str, str]:
+        (row,) = (row for row in rows if all(row[key] == text for key, text in wanted.items()))
+        return row
+
+    every = {"metric": "mean Dice", "part": "all", "scan": "all", "minus": ""}
+    own = only(model="pretrained", **every)
+    assert task.statistics is not None
+    found = task.statistics.of("mean Dice")
+    assert found is not None
+    estimate = found.whole.models[0].estimate
+    assert estimate.interval is not None
+    for key, number in (
+        ("value", task.headline.values["pretrained"]),
+        ("low", estimate.interval.low), ("high", estimate.interval.high),
+    ):  # fmt: skip
+        assert float(own[key]) == pytest.approx(number, rel=1e-6)
+    assert own["p"] == "" and (own["n_scans"], own["n_patients"]) == ("24", "12")
+    assert (own["run"], own["step"], own["dataset"], own["seed"], own["commit"]) == (
+        "mine", "500", "hn-0123abcd", "7", "abc123",
+    )  # fmt: skip
+    assert own["machine"] == "Processor of 1 GHz" and own["seconds"] == "3.5"
+    pair = only(**{**every, "minus": "raw_hu"})
+    assert pair["model"] == "pretrained" and math.isfinite(float(pair["p_holm"]))
+    one = only(model="raw_hu", metric="mean HD95", part="spleen", scan="s03", minus="")
+    expected = next(
+        s for s in task.results.further[0].scans if (s.scan, s.model) == ("s03", "raw_hu")
+    )
+    assert float(one["value"]) == pytest.approx(expected.parts["spleen"], rel=1e-6)
+    # two metrics: 8 values and 7 differences of all and of 2 organs, then the single values
+    singles = 8 * (24 + 24 + 16)
+    assert len(rows) == 2 * (3 * 15 + singles)
+    again = tables.rows_of(whole, run="other", seed=3)
+    assert {(row.origin.run, row.origin.seed) for row in again} == {("other", 3)}
+
+
+def test_earlier_results_still_make_a_table() -> None:
+    old = Path(__file__).parents[1] / "report" / "results_schema_1.json"
+    content = json.loads(old.read_text())
+    rows = tables.rows_of(results.from_json(content))
+    whole = {row.model: row.value for row in rows if (row.part, row.scan) == ("all", "all")}
+    assert whole == {name: model["mean_dice"] for name, model in content["models"].items()}
+    assert all(math.isnan(row.low) and row.origin.machine == "" for row in rows)
