@@ -20,6 +20,8 @@
 | `gather_with_gradient` | the tensors of all ranks, differentiable |
 | `Attention`, `Mlp`, `SwiGLU`, `LayerScale`, `LayerNorm`, `DropKey` | layers of a transformer |
 | `ScanScore`, `Breakdown` | a task's result on one scan; its headline metric by class |
+| `FurtherMetric` | a metric beside the headline, with a value for each scan |
+| `PredictedScans`, `ScanPredictions` | predictions behind a headline that is no mean over scans |
 | `patch_truth`, `PatchTruth` | share of each label in each patch of a scan |
 | `fit_decoder`, `Decoder` | a linear decoder from the features of a patch to classes |
 | `Masks`, `Volume`, `LabelMap`, `ScanFacts`, `HUContract`, `AIR_HU` | nouns that cross borders |
@@ -32,9 +34,18 @@ from tapct.base.exits import UserError
 from tapct.base.geometry import Grid, Size3, patch_grid
 from tapct.config import setting
 from tapct.distributed.collectives import gather_with_gradient
-from tapct.eval.contract import Breakdown, Headline, Labels, ScanScore, Task, TaskResults
+from tapct.eval.contract import (
+    Breakdown,
+    FurtherMetric,
+    Headline,
+    Labels,
+    ScanScore,
+    Task,
+    TaskResults,
+)
 from tapct.eval.decoder import Decoder, fit_decoder
 from tapct.eval.features import DenseFeatures, PatchGrid
+from tapct.eval.metric_statistics import PredictedScans, ScanPredictions
 from tapct.eval.scans import LabelledScan
 from tapct.eval.truth import PatchTruth, patch_truth
 from tapct.nn import init
@@ -79,6 +90,7 @@ __all__ = [
     "Decoder",
     "DenseFeatures",
     "DropKey",
+    "FurtherMetric",
     "Grid",
     "HUContract",
     "Headline",
@@ -98,10 +110,12 @@ __all__ = [
     "Op",
     "PatchGrid",
     "PatchTruth",
+    "PredictedScans",
     "PrototypeHead",
     "PrototypeLoss",
     "ScanFacts",
     "Size3",
+    "ScanPredictions",
     "ScanScore",
     "SnapshotTimes",
     "SwiGLU",
