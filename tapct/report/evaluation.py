@@ -17,6 +17,7 @@ from tapct.base.counted import counted
 from tapct.eval.contract import OWN_MODEL, Breakdown, Headline
 from tapct.eval.results import Evaluation, Picture, TaskSection, shown, title_of
 from tapct.eval.saved import SavedEvaluation
+from tapct.report import statistics
 from tapct.report.plots import number, text
 
 PICTURE_BYTES = 1_700_000  # all pictures together, so that the page stays below 3 MB
@@ -66,6 +67,8 @@ def headline_table(section: TaskSection) -> str:
     """Headline value of every model as a bar, with one tick per test scan."""
     headline = section.headline
     low, high = _bar_range(section)
+    found = statistics.headline_statistics(section)
+    estimates = {one.model: one.estimate for one in found.models} if found is not None else {}
 
     def percent(value: float) -> float:
         return 100 * min(max((value - low) / (high - low), 0.0), 1.0)
@@ -78,14 +81,21 @@ def headline_table(section: TaskSection) -> str:
                 ticks += f'<i style="left:{percent(score.value):.1f}%"></i>'
         width = percent(value) if math.isfinite(value) else 0.0
         first = ' class="first"' if model == OWN_MODEL else ""
+        certainty = ""
+        if found is not None:
+            estimate = estimates.get(model)
+            certainty = statistics.interval_cell(estimate) + statistics.numbers_cell(estimate)
         rows.append(
             f"<tr{first}><th>{text(name_of(model))}</th>"
             f'<td class="track"><div><span style="width:{width:.1f}%"></span>{ticks}</div></td>'
-            f'<td class="n">{shown(value)}</td></tr>'
+            f'<td class="n">{shown(value)}</td>{certainty}</tr>'
         )
     tick = "; a tick is one test scan" if section.results.scans else ""
     what = f"{text(headline.metric)}, {low:.4g} to {high:.4g}, {headline.direction} is better"
-    head = f'<tr><th>model</th><th>{what}{tick}</th><th class="n">value</th></tr>'
+    more = ""
+    if found is not None:
+        more = '<th class="n">95 % interval</th><th class="n">n</th>'
+    head = f'<tr><th>model</th><th>{what}{tick}</th><th class="n">value</th>{more}</tr>'
     return (
         f'<div class="scroll"><table class="models"><thead>{head}</thead>'
         f"<tbody>{''.join(rows)}</tbody></table></div>"
@@ -231,13 +241,16 @@ def evaluation_part(
     parts = [f'<p class="muted">Evaluated on {text(shown_one.title)}.</p>']
     for name, section in evaluation.tasks.items():
         table, headline = section.results.breakdown, section.headline
+        names = {model: name_of(model) for model in headline.values}
         by_class = breakdown_table(table, headline) if table and table.values else ""
         mean_of = f" {text(headline.mean_of[:1].upper() + headline.mean_of[1:])}."
         parts.append(
             f"<h3>{text(title_of(name))}</h3>"
             f"<p>{text(headline.meaning)}{mean_of if headline.mean_of else ''} "
             f"{scans_sentence(section, evaluation)}</p>"
-            f'<div class="two">{headline_table(section)}{by_class}</div>'
+            f'<div class="two"><div>{headline_table(section)}{statistics.sentence(section)}</div>'
+            f"<div>{statistics.differences_table(section, names)}{by_class}</div></div>"
+            f"{statistics.further_table(section, names)}"
         )
         if section.pictures:
             parts.append(pictures(folder, section.pictures, 1 / num_sets))

@@ -5,6 +5,7 @@ import io
 import json
 import math
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 from PIL import Image
 
 from tapct.base.exits import UserError
+from tapct.eval import task_statistics
 from tapct.eval.contract import Headline, ScanScore, TaskResults
 from tapct.eval.held_out import HeldOut
 from tapct.eval.results import Evaluation, SplitRecord, TaskSection
@@ -455,3 +457,48 @@ def test_one_step_and_constant_curves_have_charts() -> None:
         )
         assert "nan" not in html and "inf" not in html
         Page(html)
+
+
+def with_statistics(num_patients: int) -> Evaluation:
+    """Two models on one scan of each patient."""
+    scans = tuple(
+        ScanScore(f"s{number:02}", model, base + 0.01 * (number % 5) * factor)
+        for model, base, factor in (("pretrained", 0.7, 1), ("raw_hu", 0.5, 2))
+        for number in range(num_patients)
+    )
+    values = {
+        model: float(np.mean([row.value for row in scans if row.model == model]))
+        for model in ("pretrained", "raw_hu")
+    }
+    plain = lower_is_better(values, scans)
+    ((name, section),) = plain.tasks.items()
+    patients = {row.scan: f"p{row.scan}" for row in scans}
+    found = task_statistics.of_task(section.results, section.headline, None, patients, 0)
+    return replace(plain, tasks={name: replace(section, statistics=found)})
+
+
+def test_intervals_and_paired_differences_are_on_the_page(tmp_path: Path) -> None:
+    run = run_folder(tmp_path / "run")
+    whole = with_statistics(12)
+    whole.write(run / "eval")
+    words = Page(page.write(run).read_text()).words
+    ((_, section),) = whole.tasks.items()
+    assert section.statistics is not None
+    metric = section.statistics.of("mean error")
+    assert metric is not None
+    estimate = metric.whole.models[0].estimate
+    assert estimate.interval is not None
+    cell = f"[{estimate.interval.low:.3f}, {estimate.interval.high:.3f}]"
+    assert f"{section.headline.values['pretrained']:.3f}{cell}12 / 12" in words
+    assert "2000 resamples of patients" in words
+    (pair,) = metric.whole.differences
+    assert f"raw HU patches+{pair.estimate.value:.3f}[" in words
+    assert f"{pair.p:.2g}{pair.p_holm:.2g}12 / 12" in words
+
+
+def test_few_patients_have_a_reason_instead_of_an_interval(tmp_path: Path) -> None:
+    run = run_folder(tmp_path / "run")
+    with_statistics(5).write(run / "eval")
+    words = Page(page.write(run).read_text()).words
+    assert "No interval, because there are only 5 patients (at least 10 are needed)" in words
+    assert "Holm" not in words and "[0." not in words
