@@ -317,7 +317,8 @@ class RunFolder:
         """Folders of evaluations that exist, each with the name of its data set; the name is empty
         for folders of earlier versions, which did not record it.
         """
-        for path in sorted(filter(has_step_name, self.evaluations.glob("*/step_*"))):
+        # [!.]: a hidden folder is of a process that makes the link, and may vanish meanwhile
+        for path in sorted(filter(has_step_name, self.evaluations.glob("[!.]*/step_*"))):
             of_earlier = path.parent.name == _EARLIER_STEPS
             yield "" if of_earlier else path.parent.name, EvaluationFolder(path)
 

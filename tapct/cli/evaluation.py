@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from tapct.base import console, exits
+from tapct.base import console, exits, files
 from tapct.cli.app import RunFolder, app, examples
 from tapct.data import formats
 
@@ -143,8 +143,13 @@ def embed(
     custom_code: CustomCode = False,
 ) -> None:
     """Compute the dense features of one scan."""
+    if out.is_dir():
+        raise exits.UserError(
+            f"--out {out} is a folder; give the file to write, such as {out / 'features.npz'}"
+        )
     if out.suffix != ".npz":
         raise exits.UserError(f"--out {out}: features are written as .npz; use {out}.npz")
+    files.check_new_path(out)
     from tapct.data import ingest
     from tapct.weights import pretrained as weights
 

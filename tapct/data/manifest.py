@@ -27,6 +27,7 @@ from tapct.base import files
 from tapct.base.exits import UserError, single_line
 from tapct.data.digest import table_digest
 from tapct.data.labels.report import LabelReport
+from tapct.data.patient_memory import PatientChanges, PatientMemory
 from tapct.data.readers.raw import MAX_TEXT
 
 SCHEMA = "2"
@@ -47,7 +48,8 @@ class Row:
     Args:
         id: 16 hex digits, keyed hash of the path below the root; unchanged when the archive moves.
         path: path of the file or DICOM folder below the root; for a series that shares its folder
-            with others, path of its first file.
+            with others, path of its first file; for one of several scans in a file, path of the
+            file and the numbers of its frames (`scan.dcm#1-40`).
         kind: nifti, nrrd, meta or dicom; unreadable for a folder that cannot be listed.
         status: accepted or refused.
         reason: code of the rule by which it was refused, else empty.
@@ -60,7 +62,8 @@ class Row:
             unknown.
         patient: keyed hash of the patient's identifier.
         patient_from: rule that identified the patient: column, folder, header, regex, bids,
-            side_car, study or guess; empty where unknown.
+            side_car, study or guess; kept where the hash is that of an older manifest and these
+            rules give another one; empty where unknown.
         study_date: year of the study, or YYYYMMDD with `index --study-dates`; empty where unknown.
         manufacturer: short name of a known maker, `other`, or empty.
         kernel: reconstruction kernel where its text looks like one, `other`, or empty.
@@ -80,6 +83,8 @@ class Row:
         digest: hash of shape and voxels after reading; equal for one scan in two formats.
         file_paths: paths below the root of all files of a scan of several files, in the order of
             its slices; empty where `path` is the only file.
+        merged_labels: paths of the DICOM objects that are merged with the one in `label_path`;
+            empty for most.
     """
 
     id: str
@@ -113,6 +118,7 @@ class Row:
     bytes: int = 0
     digest: str = ""
     file_paths: tuple[str, ...] = ()
+    merged_labels: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -129,6 +135,9 @@ class Manifest:
             --ignore-label` was given them; `tapct pack` reads the labels by the same rule.
         label_report: what `tapct index` found about the labels; None for a manifest that was read.
         file: file that holds the manifest; None where there is none.
+        memory: what the next index must know of patients beyond the rows.
+        patient_changes: what became of the patients of an older manifest; only after the index, and
+            None where there was no older manifest.
     """
 
     rows: tuple[Row, ...]
@@ -138,6 +147,8 @@ class Manifest:
     ignore_labels: tuple[int, ...] = ()
     label_report: LabelReport | None = field(default=None, compare=False, repr=False)
     file: Path | None = field(default=None, repr=False, compare=False)
+    memory: PatientMemory = field(default_factory=PatientMemory, repr=False)
+    patient_changes: PatientChanges | None = field(default=None, compare=False, repr=False)
 
     @property
     def accepted(self) -> tuple[Row, ...]:
@@ -210,8 +221,8 @@ class Manifest:
         if not is_whole:
             raise damaged
         rows = tuple(
-            Row(**{**row, "file_paths": tuple(row["file_paths"])})
-            for row in (dict(zip(names, values)) for values in zip(*columns))
+            Row(**{name: _frozen(value) for name, value in zip(names, values)})
+            for values in zip(*columns)
         )
         if root is None:
             root = (path.parent.resolve() / metadata["tapct.root_relative"]).resolve()
@@ -221,27 +232,42 @@ class Manifest:
             metadata.get("tapct.patient_key", ""),
             ignore_labels=tuple(json.loads(metadata.get("tapct.ignore_labels", "[]"))),
             file=path,
+            memory=PatientMemory.from_json(metadata.get("tapct.patient_memory", "")),
         )
         return manifest
 
 
+def _frozen(value: Any) -> Any:
+    """A value of a column as a row holds it: lists become tuples."""
+    return tuple(value) if isinstance(value, list) else value
+
+
 def read_paths(file: Path, digest: str) -> dict[str, str]:
-    """The paths of an archive's scans by id, for a store, which has ids alone.
+    """The paths of an archive's scans by id, for a store, which has ids alone; arguments as in
+    `read_column`.
+    """
+    return read_column(file, digest, "path")
+
+
+def read_column(file: Path, digest: str, column: str) -> dict[str, Any]:
+    """One column of a manifest by id.
 
     Args:
         file: file of the manifest.
         digest: digest of the manifest that was packed.
+        column: name of the column.
     Returns:
-        Path below the archive by id; empty where the file is gone or is another manifest.
+        Value of each scan by id; empty where the file is gone, is another manifest or has no such
+        column.
     """
     try:
         stored = pyarrow.parquet.read_schema(file).metadata or {}
         if stored.get(b"tapct.digest", b"").decode() != digest:
             return {}
-        table = pyarrow.parquet.read_table(file, columns=["id", "path"], partitioning=None)
-    except (pyarrow.ArrowException, OSError):
+        table = pyarrow.parquet.read_table(file, columns=["id", column], partitioning=None)
+        return dict(zip(table.column("id").to_pylist(), table.column(column).to_pylist()))
+    except (pyarrow.ArrowException, OSError, KeyError):
         return {}
-    return dict(zip(table.column("id").to_pylist(), table.column("path").to_pylist()))
 
 
 def write_table(manifest: Manifest, out: Path) -> None:
@@ -265,6 +291,9 @@ def write_table(manifest: Manifest, out: Path) -> None:
         "tapct.ignore_labels": json.dumps(list(manifest.ignore_labels)),
         "tapct.patient_key": manifest.patient_key,
     }
+    memory = manifest.memory.to_json()
+    if memory:
+        metadata["tapct.patient_memory"] = memory
     metadata["tapct.rows"] = table_digest(columns.values(), metadata)
     schema = pyarrow.schema([(f.name, _ARROW[str(f.type)]) for f in fields], metadata=metadata)
     try:

@@ -173,6 +173,7 @@ def held_out_check(
         digests={scan.id: scan.checksum for scan in store.scans},
         patient_key=store.patient_key,
         trained_on=scans,
+        patient_rules={scan.id: scan.patient_from for scan in store.scans},
     )
 
 

@@ -27,7 +27,7 @@ from tiny_run import evaluation_of, make_archive, numbers_of, write_config
 
 import tapct
 from tapct.data import ingest
-from tapct.data.patients import KEY_VARIABLE
+from tapct.data.patient_key import KEY_VARIABLE
 from tapct.engine import loop
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
@@ -439,7 +439,7 @@ def test_the_command_line_does_not_wait_for_torch() -> None:
 
 def test_help_answers_in_under_a_second() -> None:
     seconds = []
-    for _ in range(3):
+    for _ in range(10):  # other processes may have both cores for a while
         began = time.perf_counter()
         done = subprocess.run(
             program("--help"), env=environment(), capture_output=True, text=True, check=True

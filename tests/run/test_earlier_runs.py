@@ -115,6 +115,8 @@ def test_an_earlier_run_keeps_its_held_out_patients(
     assert "keeps rule 1" in capsys.readouterr().out
     assert kept.value.data.held_out_patients(patients, 0) == expected
     assert kept.to_yaml().count("split_version: 1") == 1
+    shown = pretrain.check(now)
+    assert shown.resolved.value == kept.value and "keeps rule 1" in shown.warnings[0]
     assert pretrain.train(now) == loop.Stop(2)
 
 

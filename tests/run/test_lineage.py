@@ -16,7 +16,7 @@ from tiny_run import config_of, make_archive, make_store
 import tapct
 from tapct.base.exits import UserError
 from tapct.config import Resolved
-from tapct.data import index, pack, patients, trained_on
+from tapct.data import index, pack, patient_key, trained_on
 from tapct.data.store import Store, labels_digest
 from tapct.eval import saved
 from tapct.report import compare, page
@@ -29,7 +29,7 @@ QUICK = ("eval.tasks.segmentation.steps=5", "eval.num_pictures=0", "train.steps=
 
 def give_key(folder: Path, letter: str) -> None:
     """A patient key that is the same in every test session, so that the splits are."""
-    (folder / patients.KEY_FILE).write_bytes(letter.encode() * patients.KEY_BYTES)
+    (folder / patient_key.KEY_FILE).write_bytes(letter.encode() * patient_key.KEY_BYTES)
 
 
 def store_of(archive: Path, folder: Path) -> Path:
