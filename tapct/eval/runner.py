@@ -288,6 +288,7 @@ def _learn(reader: ScanReader, steps: _Steps) -> None:
             tasks[name].learn(one.model.name, one.dense, truth)
         if one.is_last:
             steps.add()
+        del one  # its features, before the next ones are read
     for task in tasks.values():
         task.fit()
 
@@ -309,6 +310,7 @@ def _test(reader: ScanReader, config: Config, out: Path, steps: _Steps) -> Album
                 album.add(one.scan.labelled, one.scan.truths, tasks, outputs)
             outputs, number = Outputs(), number + 1
             steps.add()
+        del one
     return album
 
 
