@@ -37,6 +37,7 @@ _ARROW = {
     "int": pyarrow.int64(),
     "float": pyarrow.float64(),
     "tuple[str, ...]": pyarrow.list_(pyarrow.string()),
+    "tuple[float, ...]": pyarrow.list_(pyarrow.float64()),
 }
 
 
@@ -80,6 +81,10 @@ class Row:
         digest: hash of shape and voxels after reading; equal for one scan in two formats.
         file_paths: paths below the root of all files of a scan of several files, in the order of
             its slices; empty where `path` is the only file.
+        origin_mm: LPS position (x, y, z) of voxel (0, 0, 0) of the scan as it is packed; empty
+            where the scan could not be read.
+        directions: unit vectors in LPS along which the indices x, y and z grow, one after the
+            other: 9 numbers; empty where the scan could not be read.
     """
 
     id: str
@@ -113,6 +118,8 @@ class Row:
     bytes: int = 0
     digest: str = ""
     file_paths: tuple[str, ...] = ()
+    origin_mm: tuple[float, ...] = ()
+    directions: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -210,8 +217,8 @@ class Manifest:
         if not is_whole:
             raise damaged
         rows = tuple(
-            Row(**{**row, "file_paths": tuple(row["file_paths"])})
-            for row in (dict(zip(names, values)) for values in zip(*columns))
+            Row(**{name: _frozen(value) for name, value in zip(names, values)})
+            for values in zip(*columns)
         )
         if root is None:
             root = (path.parent.resolve() / metadata["tapct.root_relative"]).resolve()
@@ -225,23 +232,37 @@ class Manifest:
         return manifest
 
 
+def _frozen(value: Any) -> Any:
+    """A value of a column as a row holds it: lists become tuples."""
+    return tuple(value) if isinstance(value, list) else value
+
+
 def read_paths(file: Path, digest: str) -> dict[str, str]:
-    """The paths of an archive's scans by id, for a store, which has ids alone.
+    """The paths of an archive's scans by id, for a store, which has ids alone; arguments as in
+    `read_column`.
+    """
+    return read_column(file, digest, "path")
+
+
+def read_column(file: Path, digest: str, column: str) -> dict[str, Any]:
+    """One column of a manifest by id.
 
     Args:
         file: file of the manifest.
         digest: digest of the manifest that was packed.
+        column: name of the column.
     Returns:
-        Path below the archive by id; empty where the file is gone or is another manifest.
+        Value of each scan by id; empty where the file is gone, is another manifest or has no such
+        column.
     """
     try:
         stored = pyarrow.parquet.read_schema(file).metadata or {}
         if stored.get(b"tapct.digest", b"").decode() != digest:
             return {}
-        table = pyarrow.parquet.read_table(file, columns=["id", "path"], partitioning=None)
-    except (pyarrow.ArrowException, OSError):
+        table = pyarrow.parquet.read_table(file, columns=["id", column], partitioning=None)
+        return dict(zip(table.column("id").to_pylist(), table.column(column).to_pylist()))
+    except (pyarrow.ArrowException, OSError, KeyError):
         return {}
-    return dict(zip(table.column("id").to_pylist(), table.column("path").to_pylist()))
 
 
 def write_table(manifest: Manifest, out: Path) -> None:

@@ -14,7 +14,7 @@ import json
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ import pyarrow.parquet as pq
 from tapct.base.exits import UserError, single_line
 from tapct.base.files import expand_path
 from tapct.data.digest import table_digest, voxel_digest
-from tapct.data.manifest import read_paths
+from tapct.data.manifest import read_column, read_paths
 from tapct.data.packed import Damaged, PackedScan
 from tapct.data.packed_labels import labels_file, read_packed_labels
 from tapct.types import LabelMap
@@ -79,6 +79,34 @@ class StoredScan:
         return bool(self.label_digest)
 
 
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a scan lies in the frame of its patient.
+
+    Args:
+        origin_mm: LPS position (x, y, z) of voxel (0, 0, 0).
+        directions: unit vectors in LPS along which the indices x, y and z grow, one after the
+            other: 9 numbers.
+    """
+
+    origin_mm: tuple[float, ...]
+    directions: tuple[float, ...]
+
+    def in_scan(self, point_xyz_mm: Sequence[float]) -> tuple[float, float, float]:
+        """A point of the patient's frame in the frame of the scan.
+
+        Args:
+            point_xyz_mm: LPS position (x, y, z).
+        Returns:
+            Distances in mm from the centre of voxel (0, 0, 0) along the scan's axes z, y, x.
+        """
+        axes_33 = np.asarray(self.directions).reshape(3, 3)
+        offset = np.asarray(point_xyz_mm, np.float64) - np.asarray(self.origin_mm)
+        # the axes of a file are orthogonal within its rounding only, so that the system is solved
+        x, y, z = np.linalg.solve(axes_33.T, offset)
+        return float(z), float(y), float(x)
+
+
 class Store:
     """Packed scans, readable from any number of threads and, by pickling or forking, processes.
 
@@ -104,6 +132,7 @@ class Store:
         self.manifest_digest: str = info["manifest_digest"]
         self.patient_key: str = info.get("patient_key") or f"manifest {self.manifest_digest}"
         self.summary: dict[str, int] = info.get("summary", {})
+        self._manifest_file: str = info.get("manifest_file", "")
         self._number_of = {scan.id: i for i, scan in enumerate(self.scans)}
         self._start_process()
 
@@ -134,6 +163,21 @@ class Store:
     def index_of(self, scan_id: str) -> int:
         """Number of the scan with this name; KeyError where there is none."""
         return self._number_of[scan_id]
+
+    def places(self) -> dict[str, Place]:
+        """Where the scans lie in their patients' frames, by scan ID; empty where the manifest that
+        was packed is gone, has changed or is of an earlier version.
+        """
+        if not self._manifest_file:
+            return {}
+        file = self.path / self._manifest_file
+        origins = read_column(file, self.manifest_digest, "origin_mm")
+        directions = read_column(file, self.manifest_digest, "directions")
+        return {
+            scan_id: Place(tuple(origin), tuple(directions[scan_id]))
+            for scan_id, origin in origins.items()
+            if origin and directions.get(scan_id)
+        }
 
     def read_labels(self, i: int) -> LabelMap:
         """The labels of scan i, on its grid.

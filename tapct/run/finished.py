@@ -22,6 +22,7 @@ from tapct.engine import checkpoint
 from tapct.engine.checkpoint import Checkpoints, Meta
 from tapct.eval import held_out, runner
 from tapct.eval.baselines import with_baselines
+from tapct.eval.label_tables import read_tables
 from tapct.eval.results import EvaluatedData, EvaluatedWeights, Evaluation, Origin
 from tapct.eval.saved import dataset_name, link_newest
 from tapct.nn.contracts import Backbone
@@ -153,6 +154,9 @@ def evaluate(
     name = dataset_name(folder, store.path, store.digest)
     out = RunFolder(folder).evaluation(name, trained.meta.step)
     reading = config.data.loader
+    tables = read_tables(
+        store, config.eval.scan_labels, config.eval.landmarks, config.eval.split_column
+    )
     with console.progress_bar("eval") as progress:
         evaluation = runner.evaluate(
             with_baselines(trained.backbone, config.model, config.seed),
@@ -169,6 +173,7 @@ def evaluate(
                 patient_key=store.patient_key,
                 trained_on=lineage.scans_of_run(folder, trained.meta.step),
             ),
+            tables=tables,
             origin=Origin(
                 EvaluatedData(
                     name,
@@ -176,6 +181,7 @@ def evaluate(
                     store.digest,
                     labels_digest(store.scans),
                     len(store),
+                    tables.digest,
                 ),
                 trained.weights(folder),
                 command_line(shlex.split(command) if command else sys.argv),
