@@ -80,7 +80,11 @@ def phantom(
         ),
     ] = 0.0,
 ) -> None:
-    """Create a synthetic CT archive with organ labels, scan-level labels and landmarks."""
+    """Create a synthetic CT archive with organ labels.
+
+    The tables scan_labels.csv and landmarks.csv hold what is true of each scan; `tapct eval` reads
+    them.
+    """
     from tapct.data.phantom import archive as maker
 
     with signals.leaving_at_sigterm(), console.progress_bar("phantom") as progress:

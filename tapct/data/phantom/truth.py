@@ -175,7 +175,8 @@ def _inside(
     """The points inside the scan, of points of the standard body."""
     frame = [to_frame(point, patient, painted.pose) for point in named.values()]
     index_N3 = to_voxels(frame, painted.pose, study, painted.warp)
-    inside_N = ((index_N3 >= -0.5) & (index_N3 <= np.array(study.shape) - 0.5)).all(1)
+    is_between = (index_N3 >= -0.5) & (index_N3 <= np.array(study.shape) - 0.5)
+    inside_N: np.ndarray = is_between.all(axis=1)
     for name, is_inside, lps in zip(named, inside_N, to_lps_mm(index_N3, study)):
         if is_inside:
             z, y, x = map(float, lps)
