@@ -23,7 +23,7 @@ from tapct.base.exits import UserError
 from tapct.base.files import write_atomically
 from tapct.base.recent import LAST_STEPS
 from tapct.data import manifest as manifests
-from tapct.data import pack, patients, split
+from tapct.data import pack, pack_report, patient_key, split
 from tapct.data.index import build_manifest
 from tapct.data.phantom import archive as phantom
 from tapct.eval import saved
@@ -86,9 +86,9 @@ def main(words: list[str]) -> None:
     archive = work / "phantom" if options.data is None else options.data
     if options.data is None:
         work.mkdir(parents=True, exist_ok=True)
-        if not (work / patients.KEY_FILE).exists():
+        if not (work / patient_key.KEY_FILE).exists():
             # the patients are synthetic: a public key makes every machine hold out the same ones
-            (work / patients.KEY_FILE).write_bytes(
+            (work / patient_key.KEY_FILE).write_bytes(
                 hashlib.blake2b(b"phantom", digest_size=32).digest()
             )
         timed("phantom", lambda: make_phantom(archive))
@@ -111,11 +111,13 @@ def main(words: list[str]) -> None:
     for row in refused:
         console.say(f"  refused {row.path}: {row.reason}: {row.detail}")
 
-    def packing() -> pack.PackReport:
+    def packing() -> pack_report.PackReport:
         with console.progress_bar("pack") as progress:
             return pack.pack(found, work / "store", workers=cores, level=1, progress=progress)
 
-    timed("pack", packing)
+    packed = timed("pack", packing)
+    for scan in (*packed.refused, *packed.labels_refused):
+        console.say(f"  not packed {scan.path}: {scan.reason}: {scan.detail}")
     precision = (
         overrides_without_bf16(Path("/proc/cpuinfo").read_text()) if options.config == SMOKE else []
     )

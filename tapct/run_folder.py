@@ -26,6 +26,7 @@
         config.json                     after tapct export: what the features depend on
         model.safetensors               the teacher's backbone
         trained_on.parquet              scans and patients that it has been trained on
+      export-eval/DATASET/*             after tapct eval RUN/export: results and pictures
       report.html                       after tapct report
       jobs/20260131-120000/             after tapct submit, one folder per submission
         config.yaml                     config of the job
@@ -67,6 +68,14 @@ def step_of(path: Path) -> int:
 def has_step_name(path: Path) -> bool:
     """Whether a path has the name of a checkpoint; whether it exists is not checked."""
     return _STEP_NAME.fullmatch(path.name) is not None
+
+
+def evaluations_beside(folder: Path) -> Path:
+    """Parent of the evaluations of weights that are not read through a run folder: NAME-eval beside
+    the folder NAME of the weights.
+    """
+    folder = folder.absolute()
+    return folder.with_name(f"{folder.name}-eval")
 
 
 @dataclass(frozen=True)
@@ -298,7 +307,8 @@ class RunFolder:
         """Folders of evaluations that exist, each with the name of its data set; the name is empty
         for folders of earlier versions, which did not record it.
         """
-        for path in sorted(filter(has_step_name, self.evaluations.glob("*/step_*"))):
+        # [!.]: a hidden folder is of a process that makes the link, and may vanish meanwhile
+        for path in sorted(filter(has_step_name, self.evaluations.glob("[!.]*/step_*"))):
             of_earlier = path.parent.name == _EARLIER_STEPS
             yield "" if of_earlier else path.parent.name, EvaluationFolder(path)
 
@@ -316,6 +326,11 @@ class RunFolder:
     def export(self) -> ExportFolder:
         """The exported teacher."""
         return ExportFolder(self.path / "export")
+
+    @property
+    def export_evaluations(self) -> Path:
+        """Parent of the evaluations of the exported teacher."""
+        return self.path / evaluations_beside(self.export.path).name
 
     @property
     def jobs(self) -> Path:
@@ -340,6 +355,7 @@ class RunFolder:
                 self.checkpoints.path,
                 self.evaluations,
                 self.export.path,
+                self.export_evaluations,
                 self.jobs,
                 self.code,
                 self.tensorboard,

@@ -53,7 +53,7 @@ class FakeSlurm:
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_store(tmp_path_factory.mktemp("archive"), num=2)
+    return make_store(tmp_path_factory.mktemp("archive"))
 
 
 @pytest.fixture

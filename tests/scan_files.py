@@ -153,10 +153,8 @@ def compress_by_gdcm(path: Path, compressor: str) -> None:
 
 
 def noise_ct(seed: int, depth: int = 6) -> np.ndarray:
-    """Noise around air, fat and tissue, (Z, Y, X)."""
-    rng = np.random.default_rng(seed)
-    means = rng.choice([-1000, -90, 40], size=(depth, 12, 13))
-    return np.rint(means + rng.normal(0, 10, means.shape)).astype(np.int16)
+    """A small body with the noise of this seed, (Z, Y, X)."""
+    return make_ct((depth, 24, 26), seed)
 
 
 def save_scan(
@@ -170,6 +168,6 @@ def save_scan(
 
 
 def save_labels(path: Path, depth: int = 6, spacing: tuple[float, ...] = (0.8, 0.7, 2.0)) -> Path:
-    labels = np.zeros((depth, 12, 13), dtype=np.uint16)
+    labels = np.zeros((depth, 24, 26), dtype=np.uint16)
     labels[1:4, 2:9, 2:9], labels[2:5, 9:11, 3:12] = 1, 300
     return save_scan(path, labels, spacing)

@@ -26,8 +26,8 @@ from shell import shell as shell  # a fixture
 from tiny_run import write_config
 
 from tapct.config.plugins import Plugin
-from tapct.data.patients import KEY_FILE, KEY_VARIABLE
-from tapct.data.split import held_out_patients
+from tapct.data.patient_key import KEY_FILE, KEY_VARIABLE
+from tapct.data.split import patients_below
 from tapct.data.store import Store
 from tapct.eval.features import Preprocess
 from tapct.models import vit
@@ -191,7 +191,8 @@ def test_planted_names_are_nowhere_but_in_the_columns_of_paths(
     manifest, store, run = tmp_path / "m.parquet", tmp_path / "store", tmp_path / "run"
     printed = [
         shell.good("index", archive, "--out", manifest, "--workers", 0, "--min-depth", 3),
-        shell.good("pack", manifest, "--out", store, "--workers", 0, "--verify"),
+        shell.good("pack", manifest, "--out", store, "--workers", 0),
+        shell.good("pack", manifest, "--out", store, "--verify"),
     ]
     table = pyarrow.parquet.read_table(manifest).to_pylist()
     accepted = [row for row in table if row["status"] == "accepted"]
@@ -201,7 +202,7 @@ def test_planted_names_are_nowhere_but_in_the_columns_of_paths(
     assert all(IN_PATHS in row["path"] for row in table)
 
     labelled = {scan.patient for scan in Store(store).scans if scan.has_labels}
-    seed = next(s for s in range(50) if 0 < len(held_out_patients(labelled, 0.5, s)) < 5)
+    seed = next(s for s in range(50) if 0 < len(patients_below(labelled, 0.5, s)) < 5)
     config = write_config(tmp_path, store)
     overrides = ["data.held_out=0.5", f"data.split_seed={seed}", "train.steps=2"]
     silent = [

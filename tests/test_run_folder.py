@@ -102,6 +102,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     finished.evaluate(out)
     finished.evaluate(out, step=8)
     finished.export(out)
+    store = f"data.store={resolved.value.data.store}"
+    finished.evaluate(out / "export", [store, "device=cpu", "eval.tasks.segmentation.steps=5"])
     page.write(out)
     return out
 

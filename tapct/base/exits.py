@@ -6,6 +6,7 @@
 | 1 | a bug in tapct or in a plug-in, with a traceback; or `tapct doctor` has found a problem |
 | 2 | wrong input, or a file or disk that cannot be used; one line says what to change |
 | 3 | the run ended because another rank was lost |
+| 4 | `tapct pack` has packed what it can; accepted scans or their labels are missing or changed |
 | 130 | interrupted by Ctrl-C |
 | 143 | `tapct index`, `pack` or `phantom` was ended by SIGTERM |
 """
@@ -24,6 +25,7 @@ from tapct.base.console import printable as printable
 BUG = 1
 WRONG_INPUT = 2
 LOST_RANK = 3
+INCOMPLETE = 4
 INTERRUPTED = 130
 TERMINATED = 143
 
@@ -32,6 +34,12 @@ class UserError(ValueError):
     """Wrong input: the command line prints one line and exits with 2, without a traceback."""
 
     exit_code = WRONG_INPUT
+
+
+class Incomplete(UserError):
+    """The work is done and saved, except for a part that is missing from the input."""
+
+    exit_code = INCOMPLETE
 
 
 class SharedError(UserError):

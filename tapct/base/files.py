@@ -92,6 +92,25 @@ def unexpanded(path: Path | str) -> str:
     return f"./{text}" if text.startswith("~") else text
 
 
+def check_new_path(path: Path, option: str = "--out") -> None:
+    """Refuse a path below something that is no folder, before any work is done for it.
+
+    Args:
+        path: file or folder that is written later; its folders are made then.
+        option: name of the option that gave the path.
+    Raises:
+        UserError: one of the folders on the path is a file.
+    """
+    for folder in path.parents:
+        if folder.is_dir():
+            return
+        if os.path.lexists(folder):
+            raise UserError(
+                f"{option} {path}: {folder} is not a folder, so nothing can be written in it; "
+                "choose another place"
+            )
+
+
 def write_atomically(path: Path, content: bytes | str, *, mode: int | None = None) -> None:
     """Write a file whole or not at all, and replace the one of that name.
 

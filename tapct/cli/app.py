@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -12,6 +13,7 @@ from typer.core import TyperCommand, TyperGroup
 
 import tapct
 from tapct.base import exits, files
+from tapct.cli.usage import usage_line
 
 # what some versions of Typer add to a help text: a type after the name of an argument, as in
 # `KEY=VALUE <list[str]>`, and the range of a number, as in `[default: 1; x>=1]`
@@ -191,21 +193,9 @@ def answer() -> NoReturn:
             raise SystemExit(exits.WRONG_INPUT) from error
         if "ClickException" not in kinds:
             raise
-        message = error.format_message().rstrip(".")  # type: ignore[attr-defined]
-        context = getattr(error, "ctx", None)
-        command = "tapct" if context is None else " ".join(["tapct", *named_commands(context)])
-        end = message if message.endswith("?") else f"{message};"
-        raise exits.UserError(f"{end} see {command} -h") from error
+        line = usage_line(error, sys.argv[1:], typer.main.get_command(app))
+        raise exits.UserError(line) from error
     raise SystemExit(code if isinstance(code, int) else 0)
-
-
-def named_commands(context: Any) -> list[str]:
-    """Names of the commands below `tapct` that a command line has reached."""
-    names = []
-    while context.parent is not None:
-        names.append(context.info_name)
-        context = context.parent
-    return names[::-1]
 
 
 def main() -> None:

@@ -4,13 +4,37 @@ from __future__ import annotations
 
 import os
 import shlex
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from tapct.base import console
 from tapct.cli.app import ConfigFile, Overrides, app, examples
+from tapct.cli.submit_options import (
+    Account,
+    AllowChange,
+    Constraint,
+    CpusPerTask,
+    DryRun,
+    GpusPerNode,
+    Grace,
+    MaxIdleRestarts,
+    MaxRestarts,
+    Memory,
+    Nodes,
+    Partition,
+    Qos,
+    SweepAxes,
+    TasksPerNode,
+    TimeLimit,
+)
+
+if TYPE_CHECKING:  # --help is instant
+    from tapct.cluster.jobs import Submission
+    from tapct.cluster.resources import Resources
+    from tapct.cluster.submit import PlannedRuns
 
 
 @app.command(
@@ -22,116 +46,22 @@ from tapct.cli.app import ConfigFile, Overrides, app, examples
 def submit(
     config: ConfigFile,
     overrides: Overrides = None,
-    limit: Annotated[
-        str,
-        typer.Option(
-            "--time",
-            metavar="TIME",
-            help="wall-time limit of one job start, e.g. 90 (minutes), 12:00:00 (hours) or 2-00:00 "
-            "(two days)",
-        ),
-    ] = "1-00:00",
-    nodes: Annotated[int, typer.Option(metavar="N", help="number of nodes", min=1)] = 1,
-    gpus_per_node: Annotated[
-        int, typer.Option(metavar="N", help="GPUs of each node; 0 trains on CPUs", min=0)
-    ] = 0,
-    tasks_per_node: Annotated[
-        int,
-        typer.Option(
-            metavar="N",
-            help="processes on each node; 0 starts one per GPU, or one without GPUs",
-            min=0,
-        ),
-    ] = 0,
-    cpus_per_task: Annotated[
-        int,
-        typer.Option(
-            metavar="N", help="CPU cores of each process; 0 takes the cluster's default", min=0
-        ),
-    ] = 0,
-    mem: Annotated[
-        str,
-        typer.Option(
-            metavar="SIZE",
-            help="memory of each node, e.g. 64G",
-            show_default="the cluster's default",
-        ),
-    ] = "",
-    partition: Annotated[
-        str,
-        typer.Option(
-            metavar="NAME",
-            help="partition of the job, passed to sbatch as --partition",
-            show_default="the cluster's default",
-        ),
-    ] = "",
-    account: Annotated[
-        str,
-        typer.Option(
-            metavar="NAME",
-            help="account of the job, passed to sbatch as --account",
-            show_default="the cluster's default",
-        ),
-    ] = "",
-    qos: Annotated[
-        str,
-        typer.Option(
-            metavar="NAME",
-            help="quality of service, passed to sbatch as --qos",
-            show_default="the cluster's default",
-        ),
-    ] = "",
-    constraint: Annotated[
-        str,
-        typer.Option(
-            metavar="NAME",
-            help="required node features, passed to sbatch as --constraint",
-            show_default="the cluster's default",
-        ),
-    ] = "",
-    grace: Annotated[
-        int,
-        typer.Option(
-            metavar="SECONDS",
-            help="seconds before the time limit at which the job receives the signal to save and "
-            "to requeue itself",
-            min=1,
-        ),
-    ] = 120,
-    max_restarts: Annotated[
-        int,
-        typer.Option(
-            metavar="N",
-            help="maximum number of requeues in total, even if the run makes progress",
-            min=0,
-        ),
-    ] = 1000,
-    max_idle_restarts: Annotated[
-        int,
-        typer.Option(
-            metavar="N",
-            help="maximum number of starts in a row that write no new checkpoint",
-            min=0,
-        ),
-    ] = 5,
-    sweep: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="KEY=VALUE,VALUE",
-            help="several values of one setting; one run per value. Repeated options give all "
-            "combinations",
-        ),
-    ] = None,
-    allow_change: Annotated[
-        bool,
-        typer.Option(
-            "--allow-change",
-            help="resume even though settings that affect training have changed",
-        ),
-    ] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="print the batch script and submit nothing")
-    ] = False,
+    limit: TimeLimit = "1-00:00",
+    nodes: Nodes = 1,
+    gpus_per_node: GpusPerNode = 0,
+    tasks_per_node: TasksPerNode = 0,
+    cpus_per_task: CpusPerTask = 0,
+    mem: Memory = "",
+    partition: Partition = "",
+    account: Account = "",
+    qos: Qos = "",
+    constraint: Constraint = "",
+    grace: Grace = 120,
+    max_restarts: MaxRestarts = 1000,
+    max_idle_restarts: MaxIdleRestarts = 5,
+    sweep: SweepAxes = None,
+    allow_change: AllowChange = False,
+    dry_run: DryRun = False,
 ) -> None:
     """Train on a SLURM cluster.
 
@@ -158,25 +88,32 @@ def submit(
         max_idle_restarts=max_idle_restarts,
     )
     planned = submission.plan_runs(config, overrides or [], sweep or [])
+    warnings: list[str] = []
     for run in planned.runs:
-        submission.check_run(run, resources, allow_change)
-    warnings = [line for run in planned.runs for line in submission.run_warnings(run, resources)]
+        warnings += submission.check_run(run, resources, allow_change)
+        warnings += submission.run_warnings(run, resources)
     for line in dict.fromkeys(warnings):  # each once
         console.warn(line)
     if dry_run:
         print(submission.preview_batch_script(planned, resources))
         return
     submitted = submission.submit_runs(planned, resources, allow_change, warn=console.warn)
-    console.say(
-        f"{nodes} x {resources.tasks} tasks, each start at most "
-        f"{console.duration(resources.minutes * 60)}"
-    )
+    for line in lines_about(planned, submitted, resources):
+        console.say(line)
+
+
+def lines_about(
+    planned: PlannedRuns, submitted: Sequence[Submission], resources: Resources
+) -> Iterator[str]:
+    """What was submitted, and how to follow it."""
+    duration = console.duration(resources.minutes * 60)
+    yield f"{resources.nodes} x {resources.tasks} tasks, each start at most {duration}"
     for run, each in zip(planned.runs, submitted, strict=True):
-        console.say(f"job {each.job}: {run.value.out}")
+        yield f"job {each.job}: {run.value.out}"
     root = planned.root
-    console.say(f"logs in {submitted[0].logs}; watch: tapct jobs {root}; end: tapct cancel {root}")
-    if sweep:
-        console.say(f"when they are done: tapct compare {shlex.quote(str(root))}/*=*")
+    yield f"logs in {submitted[0].logs}; watch: tapct jobs {root}; end: tapct cancel {root}"
+    if planned.folders != [root]:
+        yield f"when they are done: tapct compare {shlex.quote(str(root))}/*=*"
 
 
 @app.command(epilog=examples("tapct jobs", "tapct jobs runs/mine runs/sweep"))

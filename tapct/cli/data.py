@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,7 +15,8 @@ from tapct.data import formats
 from tapct.data.read_rules import MAX_LOSSY_RATIO, MIN_DEPTH, ReadRules
 
 if TYPE_CHECKING:
-    from tapct.data.pack import PackReport
+    from tapct.data.manifest import Manifest
+    from tapct.data.pack_report import PackReport
     from tapct.data.process_pool import ScanLimits
 
 Timeout = Annotated[
@@ -157,6 +158,29 @@ def index(
             "PatientID counts also where all studies have the same one",
         ),
     ] = None,
+    older: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="older manifest of the archive: its scans keep their patients, so that no patient "
+            "changes sides of a split",
+            show_default="the manifest at --out",
+        ),
+    ] = None,
+    fresh: Annotated[
+        bool,
+        typer.Option("--fresh", help="forget the patients of the older manifest"),
+    ] = False,
+    split_seed: Annotated[
+        int,
+        typer.Option(
+            metavar="N",
+            help="data.split_seed of your runs: if two known patients turn out to be one, no scan "
+            "moves to the test side of this split",
+            min=0,
+            max=2**63 - 1,
+        ),
+    ] = 0,
     study_dates: Annotated[
         bool,
         typer.Option("--study-dates", help="store the whole date of a study, not its year alone"),
@@ -213,9 +237,11 @@ def index(
     """
     from tapct.data.check_rules import read_rules
     from tapct.data.index import build_manifest, check_usable
-    from tapct.data.passed_over import summary
-    from tapct.data.patient_report import lines_about_patients
+    from tapct.data.index_report import lines_about
+    from tapct.data.kept_patients import KeepRules
 
+    if fresh and older is not None:
+        raise exits.UserError("--fresh forgets the patients that --older names; give one of them")
     checks = read_rules(rules, rule or ())
     with signals.leaving_at_sigterm(), console.progress_bar("index") as progress:
         manifest = build_manifest(
@@ -232,30 +258,10 @@ def index(
             workers=max(1, workers),
             limits=limits_of(timeout, memory_gb),
             progress=progress,
+            keep=KeepRules(older, fresh, split_seed),
         )
-    console.say_line(
-        ", ".join(f"{count} {reason}" for reason, count in manifest.summary().items()) + f": {out}"
-    )
-    for line in lines_about_patients(manifest.rows):
+    for line in lines_about(manifest, out, min_depth):
         console.say_line(line)
-    if manifest.label_report is not None:
-        for line in manifest.label_report.lines():
-            console.say_line(line)
-    for row in manifest.rows:
-        if row.marks and row.status == "accepted":
-            console.say_line(f"  accepted {row.path}, marked {row.marks}")
-        if row.detail:
-            reason = (
-                f"refused {row.path}: {row.reason}" if row.status == "refused" else f"{row.path}"
-            )
-            console.say_line(f"  {reason}: {row.detail}")
-    others = summary(manifest.passed_over)
-    if others:
-        console.say_line(f"passed over: {others}")
-    num_short = manifest.summary().get("too_few_slices", 0)
-    if num_short:
-        short = counted(num_short, "scan has", "scans have")
-        console.say_line(f"{short} fewer than {min_depth} slices; --min-depth 1 accepts them")
     check_usable(manifest, labels)
 
 
@@ -294,28 +300,50 @@ def pack(
         bool,
         typer.Option(
             "--verify",
-            help="read the packed scans again and compare their digests; the exit code is 2 if one "
-            "is damaged",
+            help="pack nothing; read the packed scans again and compare their digests; the exit "
+            "code is 2 if one is damaged",
         ),
     ] = False,
     repair: Annotated[
         bool,
         typer.Option("--repair", help="with --verify: pack damaged scans again from the archive"),
     ] = False,
+    allow_missing: Annotated[
+        int,
+        typer.Option(
+            metavar="N",
+            help="end with exit code 0, not 4, if at most N accepted scans are missing or changed",
+            min=0,
+        ),
+    ] = 0,
+    drop_missing: Annotated[
+        bool,
+        typer.Option(
+            "--drop-missing",
+            help="take scans that cannot be packed out of the store; else it keeps what it had "
+            "before of them",
+        ),
+    ] = False,
+    replace_store: Annotated[
+        bool,
+        typer.Option(
+            "--replace-store", help="let the manifest of another archive replace an existing store"
+        ),
+    ] = False,
 ) -> None:
     """Compress the accepted scans into a store for fast reading.
 
     A second call with the same store packs only the scans that are missing, and those whose packed
-    file cannot be opened, for example because it was cut short.
+    file cannot be opened, for example because it was cut short. If accepted scans cannot be packed,
+    because their files are gone or changed, the others are packed and the exit code is 4.
     """
     from tapct.data import manifest
     from tapct.data import pack as packer
-    from tapct.data.store import Store
 
     if repair and not verify:
         raise exits.UserError("--repair packs again what --verify finds; give both")
 
-    def pack_and_report(again: Collection[str] = ()) -> None:
+    def pack_and_report(again: Collection[str] = ()) -> PackReport:
         with console.progress_bar("pack") as progress:
             report = packer.pack(
                 found,
@@ -323,52 +351,73 @@ def pack(
                 workers=max(1, workers),
                 level=level,
                 again=again,
+                drop_missing=drop_missing,
+                replace_store=replace_store,
                 limits=limits_of(timeout, memory_gb),
                 progress=progress,
             )
-        report_packed(report, out)
+        for line in report.lines():
+            console.say_line(line)
+        return report
 
     with signals.leaving_at_sigterm():
         found = manifest.Manifest.read(manifest_file, root)
-        pack_and_report()
-        if not verify:
+        if verify and not repair:
+            verify_only(found, out, workers, allow_missing)
             return
-        damaged = verify_store(out, workers)
-        if damaged and repair:
-            again = [Store(out).scans[i] for i in damaged]
-            pack_and_report([scan.id for scan in again])
-            lost = {scan.path for scan in again}
-            lost -= {scan.path for scan in Store(out).scans}
-            damaged = verify_store(out, workers)
-            if lost:
-                console.say_line(
-                    f"  not repaired, since they cannot be packed: {', '.join(sorted(lost))}"
-                )
-                raise typer.Exit(exits.UserError.exit_code)
+        report = pack_and_report()
+        if repair:
+            repair_store(out, workers, pack_and_report)
+    missing = report.missing_line(allow_missing)
+    if missing:
+        raise exits.Incomplete(missing)
+
+
+def verify_only(manifest: Manifest, folder: Path, workers: int, allow_missing: int) -> None:
+    """Verify a store without writing anything.
+
+    Args:
+        manifest: manifest that should have been packed.
+        folder: folder of the store.
+        workers: number of threads.
+        allow_missing: number of accepted scans that may be missing.
+    Raises:
+        UserError: the store is of another manifest, or lacks accepted scans.
+        Exit: a scan is damaged; its line has been printed.
+    """
+    from tapct.data.store import Store
+    from tapct.data.verify import check_complete
+
+    damaged = verify_store(folder, workers)
     if damaged:
-        raise typer.Exit(exits.UserError.exit_code)
+        raise typer.Exit(exits.WRONG_INPUT)
+    check_complete(Store(folder), manifest, allow_missing)
 
 
-def report_packed(report: PackReport, out: Path) -> None:
-    """Print what `pack` did: counts, then a line for everything that is not as it should be."""
-    share = report.stored_bytes / max(report.voxel_bytes, 1)
-    console.say_line(
-        f"{len(report.packed)} packed, {report.kept} kept from before, {len(report.refused)} "
-        "refused; "
-        f"{report.stored_bytes / 1e6:.0f} MB, {share:.0%} of the uncompressed size: {out}"
-    )
-    for scan in report.refused:
-        console.say_line(f"  refused {scan.path}: {scan.reason}: {scan.detail}")
-    if report.num_labelled or report.labels_refused:
-        console.say_line(f"labels of {counted(report.num_labelled, 'scan')} packed")
-    for scan in report.labels_refused:
-        console.say_line(f"  labels {scan.path} not packed: {scan.reason}: {scan.detail}")
-    if report.damaged:
-        console.say_line(f"  damaged files packed again: {', '.join(report.damaged)}")
-    if report.unlisted:
-        one, several = f"file of {out} belongs", f"files of {out} belong"
-        unlisted = counted(len(report.unlisted), one, several)
-        console.say_line(f"  {unlisted} to no scan of this manifest")
+def repair_store(folder: Path, workers: int, pack_again: Callable[[list[str]], object]) -> None:
+    """Pack damaged scans again.
+
+    Args:
+        folder: folder of the store.
+        workers: number of threads.
+        pack_again: function that packs the scans with these ids from the archive.
+    Raises:
+        Exit: scans are damaged still; their lines have been printed.
+    """
+    from tapct.data.store import Store
+
+    damaged = verify_store(folder, workers)
+    if not damaged:
+        return
+    scans = [Store(folder).scans[i] for i in damaged]
+    pack_again([scan.id for scan in scans])
+    still_damaged = verify_store(folder, workers)
+    by_id = {scan.id for scan in Store(folder).scans}
+    lost = [scan.path for scan in scans if scan.id not in by_id]
+    lost += [Store(folder).scans[i].path for i in still_damaged]
+    if lost:
+        console.say_line(f"  not repaired, since they cannot be packed: {', '.join(sorted(lost))}")
+        raise typer.Exit(exits.WRONG_INPUT)
 
 
 def verify_store(folder: Path, workers: int) -> list[int]:

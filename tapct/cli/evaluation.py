@@ -7,8 +7,7 @@ from typing import Annotated
 
 import typer
 
-from tapct import run_folder as run_paths
-from tapct.base import console, exits
+from tapct.base import console, exits, files
 from tapct.cli.app import RunFolder, app, examples
 from tapct.data import formats
 
@@ -22,6 +21,14 @@ DataSet = Annotated[
         show_default="the data set of the run",
     ),
 ]
+CustomCode = Annotated[
+    bool,
+    typer.Option(
+        "--custom-code",
+        help="allow an export with a backbone of your own: the module that its config.json "
+        "names is imported, which runs its code",
+    ),
+]
 
 
 @app.command(
@@ -29,42 +36,56 @@ DataSet = Annotated[
     epilog=examples(
         "tapct eval runs/quickstart",
         "tapct eval runs/mine eval.max_scans=20 device=cpu",
-        "tapct eval runs/mine 'eval.preprocess.window=[12,224,224]'",
+        "tapct eval models/theirs data.store=data/mine/store",
     ),
 )
 def evaluate(
-    run_folder: RunFolder,
+    model: Annotated[
+        Path,
+        typer.Argument(
+            metavar="MODEL",
+            help="run folder, checkpoint, or folder written by tapct export",
+        ),
+    ],
     overrides: Annotated[
         list[str] | None,
         typer.Argument(
             metavar="KEY=VALUE",
             help="settings that replace those of the run: eval.*, device, model.attention or "
-            "data.store, e.g. eval.max_scans=20 device=cpu",
+            "data.store, e.g. eval.max_scans=20 device=cpu (for weights outside of a run folder "
+            "also the others of data, and seed)",
         ),
     ] = None,
     step: Annotated[
         int | None,
         typer.Option(
             metavar="STEP",
-            help="step of the checkpoint to evaluate",
+            help="step of the checkpoint of a run",
             min=1,
             show_default="the newest",
         ),
     ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="folder to write the results to",
+            show_default="RUN/eval/DATASET/STEP, or MODEL-eval/DATASET/WEIGHTS",
+        ),
+    ] = None,
+    custom_code: CustomCode = False,
 ) -> None:
-    """Evaluate the frozen features of a run.
+    """Evaluate the frozen features of a run or of exported weights.
 
     Baselines: an untrained model and raw HU values. They solve the same tasks.
     """
-    from tapct.run import finished
+    from tapct.run import finished, model_source
 
-    evaluation = finished.evaluate(run_folder, overrides or [], step)
-    for line in evaluation.lines():
+    opened = model_source.open_model(model, overrides or [], step, custom_code)
+    found = finished.evaluate_model(opened, out=out)
+    for line in found.evaluation.lines():
         console.say(line)
-    data, weights = evaluation.origin.data, evaluation.origin.weights
-    assert data is not None and weights is not None, "an evaluation of a run knows both"
-    folder = run_paths.RunFolder(run_folder).evaluation(data.name, weights.step)
-    console.say(f"results and pictures in {folder.path}")
+    console.say(f"results and pictures in {found.folder}")
 
 
 @app.command(epilog=examples("tapct export runs/quickstart --out models/quickstart"))
@@ -107,18 +128,16 @@ def embed(
     out: Annotated[
         Path, typer.Option(metavar="FILE", help="file to write the features to, .npz")
     ] = Path("features.npz"),
-    custom_code: Annotated[
-        bool,
-        typer.Option(
-            "--custom-code",
-            help="allow an export with a backbone of your own: the module that its config.json "
-            "names is imported, which runs its code",
-        ),
-    ] = False,
+    custom_code: CustomCode = False,
 ) -> None:
     """Compute the dense features of one scan."""
+    if out.is_dir():
+        raise exits.UserError(
+            f"--out {out} is a folder; give the file to write, such as {out / 'features.npz'}"
+        )
     if out.suffix != ".npz":
         raise exits.UserError(f"--out {out}: features are written as .npz; use {out}.npz")
+    files.check_new_path(out)
     from tapct.data import ingest
     from tapct.weights import pretrained as weights
 

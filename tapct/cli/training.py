@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from tapct.base import console, ranks
+from tapct.base import console, exits, ranks
 from tapct.cli.app import ConfigFile, Overrides, app, examples
 
 
@@ -170,8 +170,13 @@ def train(
 
         resolved = pretrain.read_config(config, overrides or [])
         if print_config:
-            print(resolved.pretty(), flush=True)
-            for line in pretrain.check(resolved, allow_change):
+            try:
+                start = pretrain.check(resolved, allow_change)
+            except exits.UserError:
+                print(resolved.pretty(), flush=True)
+                raise
+            print(start.resolved.pretty(), flush=True)
+            for line in start.warnings:
                 console.warn(line)
             return
         stop = pretrain.train(resolved, allow_change)

@@ -27,8 +27,9 @@ from tapct.config import Resolved
 from tapct.data.store import Store
 from tapct.engine.checkpoint import Checkpoints
 from tapct.run.config import RunConfig
-from tapct.run.resume import check_resume
+from tapct.run.resume import check_resume, with_split_of
 from tapct.run.rules import load_run_config, warnings
+from tapct.run.start import data_warnings, training_rows
 from tapct.run_folder import JobFolder, RunFolder, step_of
 
 
@@ -76,13 +77,15 @@ def plan_runs(config: Path, overrides: Sequence[str], axes: Sequence[str]) -> Pl
     return PlannedRuns(tuple(runs), root)
 
 
-def check_run(resolved: Resolved, resources: Resources, allow_change: bool = False) -> None:
+def check_run(resolved: Resolved, resources: Resources, allow_change: bool = False) -> list[str]:
     """Refuse a run that would fail at its start, now instead of after the wait in the queue.
 
     Args:
         resolved: config of the run.
         resources: nodes, GPUs, CPU cores and time that the job requests.
         allow_change: whether to resume even though settings that affect training have changed.
+    Returns:
+        Warnings about the data, one line each.
     Raises:
         UserError: batch, time limit, device, data or run folder do not allow the run.
     """
@@ -102,8 +105,11 @@ def check_run(resolved: Resolved, resources: Resources, allow_change: bool = Fal
             f"out={config.out}: SLURM would replace the % in the names of its log files; choose "
             "a folder without %"
         )
-    Store(config.data.store)  # opened only to check it: raises UserError where it is missing or bad
-    check_resume(resolved, allow_change)
+    store = Store(config.data.store)
+    saved = check_resume(resolved, allow_change, console.say)
+    if saved is not None:
+        config = with_split_of(resolved, saved).value
+    return list(data_warnings(config, store, training_rows(config, store, saved), saved))
 
 
 def run_warnings(resolved: Resolved, resources: Resources) -> list[str]:

@@ -33,6 +33,11 @@ class CheckRules:
     min_tissue: float = setting(
         5e-3, "smallest share of soft tissue; a head phantom of plastic has 0.055", ge=0, le=1
     )
+    min_voxels: int = setting(
+        1000,
+        "fewest voxels of a scan; the checks need a histogram, and no real scan has fewer",
+        ge=1,
+    )
     max_clamped: float = setting(
         0.95, "largest share of voxels at or below -1024 HU; padded real scans reach 0.76", gt=0
     )
@@ -126,6 +131,12 @@ class CheckRules:
         "largest difference of neighbouring slices, relative to slices a third of the scan apart; "
         "for 16 slices and more; real scans reach 0.61",
         gt=0,
+    )
+    min_axis_order: float = setting(
+        0.6,
+        "smallest difference of neighbours with two sizes of the header exchanged, relative to the "
+        "order of the header; real scans have 1 or more",
+        ge=0,
     )
 
 

@@ -21,7 +21,6 @@ BODY_ABOVE = -500.0  # HU; voxels above it count as body in the manifest's stati
 _UNIT_SPAN = 64.0  # fractional values that span less are shares, z-scores or logarithms
 _SAMPLE = 1 << 18  # voxels of a histogram
 _LINE_SAMPLE = 1 << 17  # voxels of the rows whose neighbours are compared
-_MIN_VOXELS = 1000  # fewer give no histogram
 _MIN_PAIRS = 100
 _MIN_NOISE_HU = 120.0  # noise of a scanner inside of a body stays below it
 _METAL_HU = 1500
@@ -118,8 +117,8 @@ def check_hu(
     Returns:
         Marks of what is unusual about an accepted scan, see docs/ingest.md.
     Raises:
-        Refused: constant, clamped, empty_slices, repeated_slices, slice_order, label_map, noise,
-            filled, windowed, no_rescale, not_hu, not_ct.
+        Refused: constant, clamped, too_small, empty_slices, repeated_slices, slice_order,
+            label_map, noise, filled, windowed, no_rescale, not_hu, not_ct.
     """
     histogram = HuHistogram(subsample(hu_ZYX, _SAMPLE))
     if histogram.low == histogram.high and (hu_ZYX == hu_ZYX.flat[0]).all():
@@ -130,8 +129,12 @@ def check_hu(
             f"{histogram.clamped:.1%} of the voxels are {AIR_HU} HU or below; rule: at most "
             f"{rules.max_clamped:.0%} (max_clamped); check slope and intercept",
         )
-    if hu_ZYX.size < _MIN_VOXELS:
-        return ()
+    if hu_ZYX.size < rules.min_voxels:
+        raise Refused(
+            "too_small",
+            f"{hu_ZYX.size} voxels are too few for a histogram, so nothing shows that they are CT; "
+            f"rule: at least {rules.min_voxels} (min_voxels)",
+        )
     _check_texture(hu_ZYX, histogram, rules)
     marks = [*check_slices(hu_ZYX, rules)]
     marks += _check_fills(histogram, rules)

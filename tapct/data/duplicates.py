@@ -93,9 +93,10 @@ def mirror_digest(hu_ZYX: np.ndarray) -> str:
     """
     sums_Z, sums_Y, sums_X = (np.zeros(size, np.int64) for size in hu_ZYX.shape)
     for z, plane_YX in enumerate(hu_ZYX):  # slice by slice: twice as fast as the whole scan
-        rows_Y = plane_YX.sum(axis=1, dtype=np.int64)
-        sums_Z[z] = rows_Y.sum()
+        # int32: a row of 65535 voxels at 32767 HU fits
+        rows_Y = plane_YX.sum(axis=1, dtype=np.int32)
+        sums_Z[z] = rows_Y.sum(dtype=np.int64)
         sums_Y += rows_Y
-        sums_X += plane_YX.sum(axis=0, dtype=np.int64)
+        sums_X += plane_YX.sum(axis=0, dtype=np.int32)
     profiles = [min(sums.tolist(), sums[::-1].tolist()) for sums in (sums_Z, sums_Y, sums_X)]
     return hashlib.blake2b(repr(sorted(profiles)).encode(), digest_size=16).hexdigest()

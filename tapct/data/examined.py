@@ -9,7 +9,14 @@ from dataclasses import dataclass, fields
 
 from tapct.data.discover import Source
 from tapct.data.manifest import Row
-from tapct.data.patients import SEVERAL_IDS, STAND_IN, Known, PatientRules, patients_of
+from tapct.data.patients import (
+    NEAR_COPY,
+    SEVERAL_IDS,
+    STAND_IN,
+    Known,
+    PatientRules,
+    patients_of,
+)
 from tapct.data.readers import DICOM
 from tapct.types import ScanFacts
 
@@ -21,10 +28,15 @@ class Examined(Row):
     Args:
         facts: facts of its header and side-car; None where it could not be read.
         mirror_digest: see `duplicates.mirror_digest`; empty where it could not be read.
+        sketch: see `near_copies.sketch`; empty where it could not be read.
+        contradiction: how the label files of this scan contradict each other, with their names;
+            empty for most.
     """
 
     facts: ScanFacts | None = None
     mirror_digest: str = ""
+    sketch: bytes = b""
+    contradiction: str = ""
 
 
 def with_patients(
@@ -32,8 +44,8 @@ def with_patients(
     examined: Sequence[Examined],
     scans: Sequence[Source],
     rules: PatientRules,
-) -> tuple[Row, ...]:
-    """The rows of an archive with their patients.
+) -> tuple[tuple[Row, ...], list[str]]:
+    """The rows of an archive with their patients, and the hash that each scan's own rule gave.
 
     Args:
         rows: rows as they will be written, but for the patient.
@@ -42,15 +54,17 @@ def with_patients(
         rules: how patients are identified.
     """
     known = [
-        Known(scan.path, scan.kind == DICOM.name, row.facts, row.mirror_digest)
+        Known(scan.path, scan.kind == DICOM.name, row.facts, row.mirror_digest, row.sketch)
         for row, scan in zip(examined, scans)
     ]
+    patients = patients_of(known, rules)
     result = []
-    for row, patient in zip(rows, patients_of(known, rules)):
+    for row, patient in zip(rows, patients):
         columns = {field.name: getattr(row, field.name) for field in fields(Row)}
         columns |= {"patient": patient.hash, "patient_from": patient.source}
         marks = [row.marks] if row.marks else []
         marks += [STAND_IN] * patient.has_stand_in + [SEVERAL_IDS] * patient.has_several_ids
+        marks += [NEAR_COPY] * patient.has_near_copy
         columns["marks"] = ",".join(marks)
         result.append(Row(**columns))
-    return tuple(result)
+    return tuple(result), [patient.given for patient in patients]

@@ -11,7 +11,8 @@ from typing import Any
 from tapct.base.exits import single_line
 from tapct.base.marks import file_name
 from tapct.data.discover import stem_of
-from tapct.data.patients import hash_of_patient_id, keyed_hash
+from tapct.data.patient_key import keyed_hash
+from tapct.data.patients import hash_of_patient_id
 from tapct.data.readers.raw import MAX_TEXT, Header
 from tapct.data.stand_ins import numbered_stand_in
 from tapct.types import PatientClues, Refused, ScanFacts
@@ -44,8 +45,13 @@ def read_sidecar(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(sidecar.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:  # the last: thousands of brackets
+        place = "it cannot be read" if isinstance(error, OSError) else "it is no text in UTF-8"
+        if isinstance(error, json.JSONDecodeError):
+            place = f"see line {error.lineno}, column {error.colno}"
+        elif isinstance(error, RecursionError):
+            place = "its brackets are nested too deeply"
         raise Refused(
-            "bad_sidecar", f"{file_name(sidecar)} is not JSON: {single_line(error, MAX_TEXT)}"
+            "bad_sidecar", f"{file_name(sidecar)} is not JSON: {place}; correct the file"
         ) from error
     if not isinstance(content, dict):
         raise Refused(

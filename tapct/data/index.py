@@ -14,37 +14,35 @@ import numpy as np
 
 from tapct.base import console
 from tapct.base.exits import UserError
-from tapct.base.files import first_cause
+from tapct.base.files import check_new_path, first_cause
 from tapct.base.lease import Lease, hold
-from tapct.data import formats
+from tapct.data import formats, near_copies
 from tapct.data import passed_over as passed
 from tapct.data.ct_check import BODY_ABOVE, subsample
 from tapct.data.digest import label_digest, voxel_digest
-from tapct.data.discover import DICOM_OBJECT, Listing, Source, search
+from tapct.data.discover import DICOM_OBJECT, LATE, Listing, Source, search
 from tapct.data.duplicates import mirror_digest, refuse_duplicates
 from tapct.data.examined import Examined, with_patients
 from tapct.data.ingest import OUT_OF_MEMORY, read_source
-from tapct.data.labels.counting import label_report, not_used
+from tapct.data.kept_patients import KEEP_ALL, KeepRules, read_older, with_kept_patients
+from tapct.data.labels.counting import label_report, not_used, path_from
+from tapct.data.labels.merging import CONTRADICTORY
 from tapct.data.labels.pairing import LabelPairs, pair_labels
 from tapct.data.labels.reading import read_labels_of
 from tapct.data.manifest import ACCEPTED, REFUSED, UNKNOWN, Manifest, write_table
+from tapct.data.patient_key import key_name, keyed_hash, patient_key
 from tapct.data.patient_table import patients_from_table
-from tapct.data.patients import (
-    PatientRules,
-    check_regex,
-    key_name,
-    keyed_hash,
-    parse_patient_from,
-    patient_key,
-)
+from tapct.data.patients import PatientRules, check_regex, parse_patient_from
 from tapct.data.plain_facts import failure as failure_line
 from tapct.data.plain_facts import kernel, maker, without_names
-from tapct.data.process_pool import DEFAULT_LIMITS, Failure, ScanLimits, map_unordered
+from tapct.data.process_pool import DEFAULT_LIMITS, LOST, Failure, ScanLimits, map_unordered
 from tapct.data.read_rules import MIN_DEPTH, PLAIN, ReadRules
 from tapct.data.readers import LIBRARIES, load_libraries
 from tapct.data.readers.dicom_kind import object_title
+from tapct.data.time_limit import NoAnswer, TimeLimit
 from tapct.types import Refused, Volume
 
+_PAIRING_SECONDS = 1.0  # per scan or label map, beside the limit of one file
 _MODULES = (__name__, *LIBRARIES)  # what a worker needs
 
 
@@ -56,12 +54,15 @@ class ExamineTask:
         source: files of the scan.
         root: folder of the archive.
         labels: path of its label file or folder of masks, or None.
+        more_labels: paths of the DICOM objects that are merged with `labels`.
         key: secret of the keyed hashes of scans and patients.
         min_depth: fewest slices of an accepted scan.
         accept: what is accepted beyond plain scans.
         study_dates: whether the row has the whole date of the study, and not its year alone.
         ignore_labels: label values of voxels that nobody has labelled.
         num_other_labels: number of further label maps that fit the scan and are not used.
+        label_problem: reason for which the labels cannot be used although nobody has read them;
+            empty for most.
     """
 
     source: Source
@@ -72,7 +73,9 @@ class ExamineTask:
     accept: ReadRules = PLAIN
     study_dates: bool = False
     ignore_labels: tuple[int, ...] = ()
+    more_labels: tuple[Path, ...] = ()
     num_other_labels: int = 0
+    label_problem: str = ""
 
 
 def build_manifest(
@@ -90,12 +93,14 @@ def build_manifest(
     workers: int = 0,
     limits: ScanLimits = DEFAULT_LIMITS,
     progress: Callable[[int, int], None] | None = None,
+    keep: KeepRules = KEEP_ALL,
 ) -> Manifest:
     """Index an archive and write the manifest.
 
     Every scan is read completely, and once. A scan that fails becomes a refused row. Of scans with
     the same voxels one is accepted, see `tapct.data.duplicates`. How a patient is identified: see
-    `tapct.data.patients`.
+    `tapct.data.patients`. Scans that an older manifest at `out` lists keep their patients, see
+    `tapct.data.kept_patients`.
 
     Args:
         root: folder of the archive.
@@ -116,6 +121,7 @@ def build_manifest(
             ends, blocks or fills it.
         limits: time and memory that one scan may take in a worker process.
         progress: function that is called with (scans done, scans in all).
+        keep: which patients of an older manifest are kept.
     Returns:
         The manifest as written, with the number of files of each kind that were passed over, and
         the counts of its labels.
@@ -127,7 +133,7 @@ def build_manifest(
     check_regex(patient_regex)
     folder, trusts_header = parse_patient_from(patient_from)
     _check_out(out)
-    listing, pairs = _search(root, labels, workers, accept.derived)
+    listing, pairs = _search(root, labels, workers, accept.derived, limits.seconds)
     scans, passed_over = _scans_of(listing, pairs)
     if not scans:
         raise _no_scans(root, passed_over)
@@ -148,22 +154,26 @@ def build_manifest(
             accept=accept,
             study_dates=study_dates,
             ignore_labels=tuple(ignore_labels),
+            more_labels=pairs.more_of.get(scan.path, ()),
             num_other_labels=len(pairs.others_of.get(scan.path, ())),
         )
         for scan in scans
     ]
     with _only_writer(out) as lease:
+        older = read_older(out, keep, key_name(key))
         examined = _examine_all(tasks, workers, limits, progress)
         rows = refuse_duplicates(examined, {row.id: row.mirror_digest for row in examined})
+        identified, given = with_patients(rows, examined, scans, patients)
         manifest = Manifest(
-            with_patients(rows, examined, scans, patients),
+            identified,
             root.resolve(),
             key_name(key),
             passed_over=dict(passed_over),
             ignore_labels=tuple(ignore_labels),
-            label_report=label_report(pairs, rows, root),
+            label_report=label_report(pairs, rows, root, [row.contradiction for row in examined]),
             file=out,
         )
+        manifest = with_kept_patients(manifest, given, older, keep)
         lease.check()
         write_table(manifest, out)
     return manifest
@@ -172,7 +182,7 @@ def build_manifest(
 def _scans_of(listing: Listing, pairs: LabelPairs) -> tuple[list[Source], Counter[str]]:
     """The sources to examine as scans, and the files that are passed over, counted by kind."""
     scans: list[Source] = []
-    passed_over = Counter(listing.passed_over)
+    passed_over = Counter(listing.passed_over) + Counter(pairs.passed_over)
     for source in listing.sources:
         if source.path in pairs.label_files:
             continue
@@ -189,35 +199,51 @@ def _examine_all(
     limits: ScanLimits,
     progress: Callable[[int, int], None] | None,
 ) -> list[Examined]:
-    """The rows of all scans, in their order; arguments as in `build_manifest`."""
+    """The rows of all scans, in their order; arguments as in `build_manifest`.
+
+    Where a worker process was lost, the labels may be the cause, and they must not refuse their
+    scan: it is read again without them.
+    """
     rows: dict[int, Examined] = {}
+    for index, row in _examined(tasks, workers, limits):
+        rows[index] = row
+        if progress is not None:
+            progress(len(rows), len(tasks))
+    again = [i for i, row in rows.items() if row.reason in LOST and tasks[i].labels is not None]
+    problems = [f"{rows[i].reason}: with its labels, {rows[i].detail}" for i in again]
+    alone = [replace(tasks[i], label_problem=text) for i, text in zip(again, problems)]
+    for index, row in _examined(alone, workers, limits):
+        rows[again[index]] = row
+    return [rows[index] for index in range(len(tasks))]
+
+
+def _examined(
+    tasks: Sequence[ExamineTask], workers: int, limits: ScanLimits
+) -> Iterator[tuple[int, Examined]]:
+    """Yield index and row of each task, in the order in which they become ready."""
     results = map_unordered(
         examine,
         tasks,
         workers,
         failed_row,
-        num_bytes=bytes_of,
+        num_bytes=_bytes_to_read,
         limits=limits,
         modules=_MODULES,
     )
     with contextlib.closing(results):  # ends the workers at an error or Ctrl-C
-        for index, row in results:
-            rows[index] = row
-            if progress is not None:
-                progress(len(rows), len(tasks))
-    return [rows[index] for index in range(len(tasks))]
+        yield from results
 
 
 def _search(
-    root: Path, labels: Path | None, workers: int, derived: bool
+    root: Path, labels: Path | None, workers: int, derived: bool, seconds: float
 ) -> tuple[Listing, LabelPairs]:
     """Find the scans of an archive and their label maps in a worker process, since this reads
-    headers.
+    headers; each file may take `seconds`.
 
     It also loads the reader libraries, since a broken one would refuse every scan. The process of
     the command does not need them; loading them costs it 0.7 s.
     """
-    request = (root, labels, derived)
+    request = (root, labels, derived, seconds)
     if workers == 0:
         return _found(request)
     ((_, found),) = map_unordered(
@@ -233,18 +259,28 @@ def _search(
     return found
 
 
-def _found(request: tuple[Path, Path | None, bool]) -> tuple[Listing, LabelPairs]:
+def _found(request: tuple[Path, Path | None, bool, float]) -> tuple[Listing, LabelPairs]:
     """What lies below a folder, and which label map belongs to which scan."""
-    root, labels, derived = request
+    root, labels, derived, seconds = request
     load_libraries()
-    listing = search(root, derived=derived)
+    listing = search(root, derived=derived, seconds=seconds)
     if labels is not None and not labels.is_dir():
         raise UserError(f"labels folder {labels} does not exist or is not a folder; check the path")
-    return listing, pair_labels(listing.sources, root, labels)
+    # side-cars, tables of labels and the headers of DICOM objects are read again
+    limit = TimeLimit(seconds + _PAIRING_SECONDS * len(listing.sources))
+    try:
+        return listing, limit.call(pair_labels, listing.sources, root, labels, seconds)
+    except NoAnswer as error:
+        raise UserError(
+            f"the files of {root} were listed, but reading side-cars and tables of labels had "
+            f"{error}; check the disk"
+        ) from error
+    finally:
+        limit.close()
 
 
 def _found_or_error(
-    request: tuple[Path, Path | None, bool],
+    request: tuple[Path, Path | None, bool, float],
 ) -> tuple[Listing, LabelPairs] | UserError:
     """`_found`, or the error that a person can mend."""
     try:
@@ -266,6 +302,7 @@ def _check_out(out: Path) -> None:
             f"the manifest is a Parquet file, and {out} does not end in .parquet; give a name such "
             f"as {out.with_suffix('.parquet')}"
         )
+    check_new_path(out)
 
 
 @contextlib.contextmanager
@@ -342,16 +379,31 @@ def examine(task: ExamineTask) -> Examined:
 
 def nameless(detail: str, task: ExamineTask) -> str:
     """A line about a scan without the names of its files: the columns of paths have them."""
-    labels = () if task.labels is None else (task.labels,)
+    labels = () if task.labels is None else (task.labels, *task.more_labels)
     return without_names(detail, task.root, (task.source.path, *task.source.files, *labels))
 
 
 def bytes_of(task: ExamineTask) -> int:
     """Bytes of the files of a scan; a file that is gone counts as empty."""
     num_bytes = 0
+    if (
+        task.source.reason == LATE
+    ):  # asking for its size may never return, and this process would wait
+        return num_bytes
     for path in task.source.files:
         with contextlib.suppress(OSError):
             num_bytes += path.stat().st_size
+    return num_bytes
+
+
+def _bytes_to_read(task: ExamineTask) -> int:
+    """Bytes of the files of a scan and of its labels, for the time that reading them may take."""
+    num_bytes = bytes_of(task)
+    if task.labels is not None and not task.label_problem:
+        with contextlib.suppress(OSError):
+            files = (*task.labels.iterdir(),) if task.labels.is_dir() else (task.labels,)
+            files += task.more_labels
+            num_bytes += sum(file.stat().st_size for file in files)
     return num_bytes
 
 
@@ -401,25 +453,29 @@ def with_labels(row: Examined, task: ExamineTask, volume: Volume) -> Examined:
     """
     if task.labels is None:
         return row
-    path = os.path.relpath(task.labels.resolve(), task.root.resolve())
-    if task.labels.is_relative_to(task.root):
-        path = task.labels.relative_to(task.root).as_posix()
+    paths = [path_from(task.root, labels) for labels in (task.labels, *task.more_labels)]
     num_found = task.num_other_labels + 1
     choice = f"its labels: the first of {num_found} label maps is used" if num_found > 1 else ""
+    if task.label_problem:
+        line = not_used(task.label_problem)
+        return replace(row, detail="; ".join(filter(None, (line, choice))))
     try:
-        if not is_utf8(path):
+        if not all(map(is_utf8, paths)):
             raise Refused("bad_name", "their path holds bytes that are not UTF-8; rename it")
-        found = read_labels_of(volume, task.labels, task.ignore_labels)
+        found = read_labels_of(volume, task.labels, task.ignore_labels, task.more_labels)
     except Refused as error:
         if error.reason == OUT_OF_MEMORY:
             raise
         line = not_used(f"{error.reason}: {error.marked}")
+        contradiction = error.detail if error.reason == CONTRADICTORY else ""
         # the reason comes first, where `label_report` counts it
-        return replace(row, detail="; ".join(filter(None, (line, choice))))
+        detail = "; ".join(filter(None, (line, choice)))
+        return replace(row, detail=detail, contradiction=contradiction)
     notes = "".join(f"its labels: {note}" for note in found.notes[:1])
     return replace(
         row,
-        label_path=Path(path).as_posix(),
+        label_path=paths[0],
+        merged_labels=tuple(paths[1:]),
         label_digest=label_digest(found.label_map),
         detail="; ".join(filter(None, (notes, *found.notes[1:], choice))),
     )
@@ -457,4 +513,5 @@ def with_facts(row: Examined, volume: Volume, task: ExamineTask) -> Examined:
         lossy_ratio=volume.facts.lossy_ratio,
         facts=volume.facts,
         mirror_digest=mirror_digest(volume.hu_ZYX),
+        sketch=near_copies.sketch(volume.hu_ZYX),
     )

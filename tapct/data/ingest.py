@@ -10,7 +10,6 @@ becomes `unreadable` with its message.
 from __future__ import annotations
 
 import importlib
-import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,19 +21,19 @@ import numpy as np
 from tapct.base.files import expand_path
 from tapct.base.marks import file_name, quoted
 from tapct.data import tilt
+from tapct.data.axis_check import check_axes
 from tapct.data.ct_check import check_hu, check_is_ct
 from tapct.data.discover import UNREADABLE, Source, find_source
 from tapct.data.geometry import check_extent, to_lps
 from tapct.data.headers import facts_of, merge_sidecar, read_sidecar
 from tapct.data.plain_facts import failure
 from tapct.data.read_rules import PLAIN, ReadRules
-from tapct.data.readers import DICOM, FORMATS, format_named
-from tapct.data.readers.raw import Image
+from tapct.data.readers import DICOM, FORMATS, dicom, format_named
+from tapct.data.readers.raw import Image, is_out_of_memory
+from tapct.data.wrap_check import check_wrap
 from tapct.types import AIR_HU, Refused, Volume
 
 OUT_OF_MEMORY = "out_of_memory"
-# what reader libraries write where an allocation failed; ITK raises RuntimeError
-_NO_MEMORY = re.compile("bad_alloc|bad allocation|failed to allocate|not enough memory", re.I)
 MAX_HU = 32767  # largest int16
 
 
@@ -64,7 +63,7 @@ def read_source(source: Source, key: bytes | None = None, accept: ReadRules = PL
 
 
 def _read_source(source: Source, key: bytes | None, accept: ReadRules) -> Volume:
-    image = read_image(source)
+    image = stored = read_image(source)
     marks = _marks(source, image, accept)
     header, patient_from = image.header, "header"
     if source.kind != DICOM.name:
@@ -82,6 +81,8 @@ def _read_source(source: Source, key: bytes | None, accept: ReadRules) -> Volume
     declared_ct = header.modality.upper() == "CT"
     if accept.checks is not None:
         check_is_ct(image.voxels_IJK, image.slope, image.intercept, declared_ct, accept.checks)
+        check_wrap(stored.voxels_IJK, stored.slope, stored.intercept)
+        check_axes(stored.voxels_IJK, stored.affine, stored.slope, stored.intercept, accept.checks)
     hu_ZYX = _to_hu(view_ZYX, image.slope, image.intercept)
     if accept.checks is not None:
         marks += check_hu(hu_ZYX, declared_ct, accept.checks)
@@ -122,6 +123,8 @@ def read_image(source: Source) -> Image:
     for path in source.files:
         if path.stat().st_size == 0:
             raise Refused("empty_file", f"{file_name(path)} has no content")
+    if source.frames:
+        return dicom.read(source.files, source.frames)
     return format_named(source.kind).read(source.files)
 
 
@@ -146,8 +149,7 @@ def refusing() -> Iterator[None]:
     except Refused:
         raise
     except Exception as error:
-        no_memory = isinstance(error, MemoryError) or _NO_MEMORY.search(str(error))
-        reason = OUT_OF_MEMORY if no_memory else "unreadable"
+        reason = OUT_OF_MEMORY if is_out_of_memory(error) else "unreadable"
         raise Refused(reason, failure(error)) from error
     except SystemExit as error:
         raise Refused("unreadable", failure(error)) from error

@@ -27,6 +27,7 @@ from tapct.base import files
 from tapct.base.exits import UserError, single_line
 from tapct.data.digest import table_digest
 from tapct.data.labels.report import LabelReport
+from tapct.data.patient_memory import PatientChanges, PatientMemory
 from tapct.data.readers.raw import MAX_TEXT
 
 SCHEMA = "2"
@@ -48,7 +49,8 @@ class Row:
     Args:
         id: 16 hex digits, keyed hash of the path below the root; unchanged when the archive moves.
         path: path of the file or DICOM folder below the root; for a series that shares its folder
-            with others, path of its first file.
+            with others, path of its first file; for one of several scans in a file, path of the
+            file and the numbers of its frames (`scan.dcm#1-40`).
         kind: nifti, nrrd, meta or dicom; unreadable for a folder that cannot be listed.
         status: accepted or refused.
         reason: code of the rule by which it was refused, else empty.
@@ -61,7 +63,8 @@ class Row:
             unknown.
         patient: keyed hash of the patient's identifier.
         patient_from: rule that identified the patient: column, folder, header, regex, bids,
-            side_car, study or guess; empty where unknown.
+            side_car, study or guess; kept where the hash is that of an older manifest and these
+            rules give another one; empty where unknown.
         study_date: year of the study, or YYYYMMDD with `index --study-dates`; empty where unknown.
         manufacturer: short name of a known maker, `other`, or empty.
         kernel: reconstruction kernel where its text looks like one, `other`, or empty.
@@ -81,6 +84,8 @@ class Row:
         digest: hash of shape and voxels after reading; equal for one scan in two formats.
         file_paths: paths below the root of all files of a scan of several files, in the order of
             its slices; empty where `path` is the only file.
+        merged_labels: paths of the DICOM objects that are merged with the one in `label_path`;
+            empty for most.
         origin_mm: LPS position (x, y, z) of voxel (0, 0, 0) of the scan as it is packed; empty
             where the scan could not be read.
         directions: unit vectors in LPS along which the indices x, y and z grow, one after the
@@ -118,6 +123,7 @@ class Row:
     bytes: int = 0
     digest: str = ""
     file_paths: tuple[str, ...] = ()
+    merged_labels: tuple[str, ...] = ()
     origin_mm: tuple[float, ...] = ()
     directions: tuple[float, ...] = ()
 
@@ -136,6 +142,9 @@ class Manifest:
             --ignore-label` was given them; `tapct pack` reads the labels by the same rule.
         label_report: what `tapct index` found about the labels; None for a manifest that was read.
         file: file that holds the manifest; None where there is none.
+        memory: what the next index must know of patients beyond the rows.
+        patient_changes: what became of the patients of an older manifest; only after the index, and
+            None where there was no older manifest.
     """
 
     rows: tuple[Row, ...]
@@ -145,6 +154,8 @@ class Manifest:
     ignore_labels: tuple[int, ...] = ()
     label_report: LabelReport | None = field(default=None, compare=False, repr=False)
     file: Path | None = field(default=None, repr=False, compare=False)
+    memory: PatientMemory = field(default_factory=PatientMemory, repr=False)
+    patient_changes: PatientChanges | None = field(default=None, compare=False, repr=False)
 
     @property
     def accepted(self) -> tuple[Row, ...]:
@@ -228,6 +239,7 @@ class Manifest:
             metadata.get("tapct.patient_key", ""),
             ignore_labels=tuple(json.loads(metadata.get("tapct.ignore_labels", "[]"))),
             file=path,
+            memory=PatientMemory.from_json(metadata.get("tapct.patient_memory", "")),
         )
         return manifest
 
@@ -286,6 +298,9 @@ def write_table(manifest: Manifest, out: Path) -> None:
         "tapct.ignore_labels": json.dumps(list(manifest.ignore_labels)),
         "tapct.patient_key": manifest.patient_key,
     }
+    memory = manifest.memory.to_json()
+    if memory:
+        metadata["tapct.patient_memory"] = memory
     metadata["tapct.rows"] = table_digest(columns.values(), metadata)
     schema = pyarrow.schema([(f.name, _ARROW[str(f.type)]) for f in fields], metadata=metadata)
     try:

@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,71 +23,31 @@ import numpy as np
 
 from tapct.base import console
 from tapct.base.exits import UserError
-from tapct.base.files import NO_SPACE, PRIVATE, TEMPORARY_SUFFIX, write_atomically
+from tapct.base.files import (
+    NO_SPACE,
+    PRIVATE,
+    TEMPORARY_SUFFIX,
+    check_new_path,
+    write_atomically,
+)
 from tapct.base.lease import hold
 from tapct.data.digest import label_digest
 from tapct.data.discover import source_of
 from tapct.data.ingest import OUT_OF_MEMORY, read_source
 from tapct.data.labels.reading import read_labels_of
 from tapct.data.manifest import Manifest, Row
+from tapct.data.pack_report import PackReport, RefusedScan
 from tapct.data.packed import Damaged, PackedMeta, encode, open_packed
 from tapct.data.packed_labels import encode_labels, labels_file, packed_digest, read_names
-from tapct.data.process_pool import DEFAULT_LIMITS, Failure, ScanLimits, map_unordered
+from tapct.data.process_pool import DEFAULT_LIMITS, LOST, Failure, ScanLimits, map_unordered
 from tapct.data.read_rules import AS_INDEXED
 from tapct.data.readers import LIBRARIES
-from tapct.data.store import INDEX_NAME, StoredScan, index_bytes
+from tapct.data.store import INDEX_NAME, StoredScan, index_bytes, packed_file
+from tapct.data.store_before import StoreBefore
 from tapct.types import Refused, Volume
 
 LEASE_NAME = ".lease"
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-
-
-@dataclass(frozen=True)
-class RefusedScan:
-    """An accepted scan that could not be packed.
-
-    Args:
-        id: name of the scan in the manifest.
-        path: path of the scan in the archive.
-        reason: reason code, e.g. `vanished`, `changed`.
-        detail: one line that names the value and the rule.
-    """
-
-    id: str
-    path: str
-    reason: str
-    detail: str
-
-
-@dataclass(frozen=True)
-class PackReport:
-    """The result of one `pack`.
-
-    Args:
-        store: folder of the store.
-        packed: ids of the scans that were written.
-        kept: number of scans that were packed before.
-        damaged: ids among `packed` whose file was there but not readable.
-        refused: scans of the manifest that are not in the store.
-        unlisted: names of packed files that belong to no scan of this manifest; they are kept.
-        voxel_bytes: bytes of all scans of the store as int16 in memory.
-        stored_bytes: bytes of their files on disk.
-        seconds: wall time.
-        num_labelled: number of scans of the store with labels.
-        labels_refused: scans of the store whose labels could not be packed.
-    """
-
-    store: Path
-    packed: tuple[str, ...]
-    kept: int
-    damaged: tuple[str, ...]
-    refused: tuple[RefusedScan, ...]
-    unlisted: tuple[str, ...]
-    voxel_bytes: int
-    stored_bytes: int
-    seconds: float
-    num_labelled: int = 0
-    labels_refused: tuple[RefusedScan, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -122,10 +82,14 @@ def pack(
     workers: int = 0,
     level: int = 1,
     again: Collection[str] = (),
+    drop_missing: bool = False,
+    replace_store: bool = False,
     limits: ScanLimits = DEFAULT_LIMITS,
     progress: Callable[[int, int], None] | None = None,
 ) -> PackReport:
     """Pack every accepted scan of a manifest that is not packed yet.
+
+    A scan that cannot be packed keeps its row and its file in a store that has them from before.
 
     Args:
         manifest: manifest that `tapct index` wrote.
@@ -133,55 +97,114 @@ def pack(
         workers: number of processes; 0 packs in this one, without protection from a file that
             ends, blocks or fills it.
         level: level of zstd, 1 to 9; higher is smaller and slower to write.
-        again: ids of packed scans that are damaged, so that they are packed again. The damaged file
-            of one that cannot be packed stays, but the store does not list it.
+        again: ids of packed scans that are damaged, so that they are packed again.
+        drop_missing: whether the store no longer lists scans that cannot be packed; their files
+            stay.
+        replace_store: whether a store of another archive, or with another patient key, is replaced
+            by this manifest; files that belong to no scan of it stay.
         limits: time and memory that one scan may take in a worker process.
         progress: function that is called with (finished scans, scans in all).
     Raises:
-        UserError: there is nothing to pack, nothing could be packed, the disk is full, or another
-            `tapct pack` is writing to the folder.
+        UserError: there is nothing to pack, nothing could be packed, the disk is full, another
+            `tapct pack` is writing to the folder, or the store is one of another archive.
     """
     rows = _checked_rows(manifest, level)
+    check_new_path(out)
     started = time.monotonic()
-    root = manifest.root.resolve()
     outcomes: list[_Outcome | None] = [None] * len(rows)
     try:
         out.mkdir(parents=True, exist_ok=True)
         # a second pack would delete the unfinished files of the first one
         lease_file = out / LEASE_NAME
-        with hold(lease_file, f"the store {out}", console.say) as lease, _without_leftovers(out):
-            ignore = manifest.ignore_labels
-            tasks = [_Task(row, root, out, level, ignore, row.id in again) for row in rows]
-            results = map_unordered(
-                pack_task,
-                tasks,
-                workers,
-                _failed,
-                num_bytes=lambda task: max(task.row.bytes, _voxel_bytes(task.row)),
-                limits=limits,
-                modules=(__name__, *LIBRARIES),
-            )
-            with closing(results):  # ends the workers at an error or Ctrl-C
-                for done, (i, outcome) in enumerate(results, 1):
-                    if outcome.write_error is not None:
-                        raise outcome.write_error
-                    outcomes[i] = outcome
-                    if progress is not None:
-                        progress(done, len(rows))
-            finished = [outcome for outcome in outcomes if outcome is not None]
-            scans = [outcome.scan for outcome in finished if outcome.scan is not None]
-            report = _report(out, finished, scans, time.monotonic() - started)
-            if not scans:
-                raise _nothing_packed(report, root)
-            lease.check()
-            content = index_bytes(
-                *(scans, manifest.digest, manifest.summary(), manifest.patient_key),
-                manifest_file="" if manifest.file is None else _below(out, manifest.file),
-            )
-            write_atomically(out / INDEX_NAME, content, mode=PRIVATE)
-            return report
+        with hold(lease_file, f"the store {out}", console.say) as lease:
+            before = StoreBefore.read(out)
+            if not replace_store:
+                before.check_replaceable_by(manifest)
+            with _without_leftovers(out):
+                root, ignore = manifest.root.resolve(), manifest.ignore_labels
+                tasks = [_Task(row, root, out, level, ignore, row.id in again) for row in rows]
+                _pack_all(tasks, workers, limits, outcomes, progress)
+                kept = {} if drop_missing else before.of_same_patients(manifest)
+                scans, report = _summed_up(out, rows, outcomes, kept, time.monotonic() - started)
+                if len(report.refused) == len(rows):
+                    raise _nothing_packed(report, root)
+                lease.check()
+                _write_index(out, manifest, scans)
+        return report
     except OSError as error:
         raise _write_error(error, out, rows, outcomes) from error
+
+
+def _pack_all(
+    tasks: Sequence[_Task],
+    workers: int,
+    limits: ScanLimits,
+    outcomes: list[_Outcome | None],
+    progress: Callable[[int, int], None] | None,
+) -> None:
+    """Keep, pack or refuse all scans; arguments as in `pack`.
+
+    Args:
+        outcomes: list that receives the result of each task.
+    Raises:
+        OSError: the store cannot be written; `outcomes` has what was done before.
+    """
+    with closing(_outcomes(tasks, workers, limits)) as results:  # ends the workers at an error
+        for done, (i, outcome) in enumerate(results, 1):
+            if outcome.write_error is not None:
+                raise outcome.write_error
+            outcomes[i] = outcome
+            if progress is not None:
+                progress(done, len(tasks))
+
+
+def _outcomes(
+    tasks: Sequence[_Task], workers: int, limits: ScanLimits
+) -> Generator[tuple[int, _Outcome], None, None]:
+    """Yield index and outcome of each task, in the order in which they become ready.
+
+    Where a worker process was lost, the labels may be the cause, and they must not refuse their
+    scan: it is packed again without them.
+    """
+
+    def run(some: Sequence[_Task]) -> Generator[tuple[int, _Outcome], None, None]:
+        results = map_unordered(
+            pack_task,
+            some,
+            workers,
+            _failed,
+            num_bytes=lambda task: max(task.row.bytes, _voxel_bytes(task.row)),
+            limits=limits,
+            modules=(__name__, *LIBRARIES),
+        )
+        with closing(results):  # ends the workers at an error or Ctrl-C
+            yield from results
+
+    lost: dict[int, RefusedScan] = {}
+    for index, outcome in run(tasks):
+        refused = outcome.refused
+        if refused is not None and refused.reason in LOST and tasks[index].row.label_path:
+            lost[index] = refused
+        else:
+            yield index, outcome
+    again = list(lost)
+    alone = [replace(tasks[i], row=replace(tasks[i].row, label_path="")) for i in again]
+    for k, outcome in run(alone):
+        if outcome.scan is not None:
+            row, problem = tasks[again[k]].row, lost[again[k]]
+            detail = f"with its labels, {problem.detail}"
+            labels_refused = RefusedScan(row.id, row.label_path, problem.reason, detail)
+            outcome = replace(outcome, labels_refused=labels_refused)
+        yield again[k], outcome
+
+
+def _write_index(out: Path, manifest: Manifest, scans: Sequence[StoredScan]) -> None:
+    """Write the list of a store's scans, which makes them visible."""
+    content = index_bytes(
+        *(scans, manifest.digest, manifest.summary(), manifest.patient_key),
+        manifest_file="" if manifest.file is None else _below(out, manifest.file),
+    )
+    write_atomically(out / INDEX_NAME, content, mode=PRIVATE)
 
 
 def _below(out: Path, path: Path) -> str:
@@ -256,7 +279,7 @@ def pack_task(task: _Task) -> _Outcome:
 
 def pack_scan(task: _Task) -> _Outcome:
     """Keep, pack or refuse one scan. Raises: OSError where the store cannot be written."""
-    row, file = task.row, task.out / f"{task.row.id}.b2nd"
+    row, file = task.row, packed_file(task.out, task.row.id)
     was_damaged = task.again
     if file.exists() and not task.again:
         try:
@@ -310,7 +333,12 @@ def _with_labels(task: _Task, outcome: _Outcome, volume: Volume | None = None) -
         else:
             if volume is None:
                 volume = _read_as_indexed(row, task.root)
-            found = read_labels_of(volume, task.root / row.label_path, task.ignore_labels)
+            found = read_labels_of(
+                volume,
+                task.root / row.label_path,
+                task.ignore_labels,
+                [task.root / path for path in row.merged_labels],
+            )
             if label_digest(found.label_map) != row.label_digest:
                 raise Refused("changed", "they differ from `tapct index`; run it again.")
             names = found.label_map.names
@@ -334,6 +362,7 @@ def _stored(row: Row, meta: PackedMeta) -> StoredScan:
         path=row.path,
         label_digest="",  # set once its labels are packed
         checksum=meta.checksum,
+        patient_from=row.patient_from,
     )
 
 
@@ -345,8 +374,8 @@ def _read_as_indexed(row: Row, root: Path) -> Volume:
     """
     source = source_of(root, row.path, row.kind, row.file_paths)
     path = source.path
-    for file in (path, *source.files):
-        if not file.exists():
+    for file in source.files:
+        if not file.is_file():  # opening what is now a FIFO would never return
             raise Refused(
                 "vanished", f"{file} is gone since the manifest was made; run `tapct index` again."
             )
@@ -379,6 +408,8 @@ def _write_error(
 ) -> UserError:
     """The error of a write that failed; for a full disk with the space that is missing."""
     done = [(row, outcome) for row, outcome in zip(rows, outcomes) if outcome is not None]
+    if os.path.lexists(out) and not out.is_dir():
+        return UserError(f"cannot write the store {out}: it is no folder; choose another --out")
     if error.errno not in NO_SPACE:
         return UserError(
             f"cannot write the store {out}: {error.strerror or error}. Choose a folder that is "
@@ -401,30 +432,56 @@ def _voxel_bytes(row: Row) -> int:
     return 2 * row.depth * row.height * row.width
 
 
-def _report(
-    out: Path, outcomes: Sequence[_Outcome], scans: Sequence[StoredScan], seconds: float
-) -> PackReport:
-    """Sum up the outcomes of all scans."""
-    packed, damaged = [], []
-    for outcome in outcomes:
-        if outcome.scan is not None and not outcome.kept:
-            packed.append(outcome.scan.id)
-            if outcome.was_damaged:
-                damaged.append(outcome.scan.id)
-    listed = {f"{scan.id}.b2nd" for scan in scans}
+def _summed_up(
+    out: Path,
+    rows: Sequence[Row],
+    outcomes: Sequence[_Outcome | None],
+    before: Mapping[str, StoredScan],
+    seconds: float,
+) -> tuple[list[StoredScan], PackReport]:
+    """The scans that the store lists from now on, and the report of all outcomes.
+
+    Args:
+        out: folder of the store.
+        rows, outcomes: scans in the order of the manifest, and what was done with each.
+        before: scans by id that the store has from before and keeps where they cannot be packed.
+        seconds: wall time.
+    """
+    scans: list[StoredScan] = []
+    packed, damaged, held = [], [], []
+    stored_bytes = 0
+    for row, outcome in zip(rows, outcomes):
+        assert outcome is not None, "a scan has no result"
+        stored_bytes += outcome.stored_bytes
+        file = packed_file(out, row.id)
+        if outcome.scan is not None:
+            scans.append(outcome.scan)
+            if not outcome.kept:
+                packed.append(row.id)
+            if not outcome.kept and outcome.was_damaged:
+                damaged.append(row.id)
+        elif row.id in before and file.is_file():
+            # the patient may have been identified by another rule since
+            scans.append(replace(before[row.id], path=row.path, patient=row.patient))
+            held.append(row.id)
+            stored_bytes += file.stat().st_size
+    finished = [outcome for outcome in outcomes if outcome is not None]
+    listed = {packed_file(out, scan.id).name for scan in scans}
     listed |= {labels_file(out, scan.id).name for scan in scans if scan.has_labels}
-    return PackReport(
+    report = PackReport(
         store=out,
         packed=tuple(packed),
-        kept=sum(outcome.kept for outcome in outcomes),
+        kept=sum(outcome.kept for outcome in finished),
         damaged=tuple(damaged),
-        refused=tuple(outcome.refused for outcome in outcomes if outcome.refused is not None),
+        refused=tuple(outcome.refused for outcome in finished if outcome.refused is not None),
+        held=tuple(held),
         unlisted=tuple(sorted(file.name for file in out.glob("*.b2nd") if file.name not in listed)),
         voxel_bytes=sum(2 * int(np.prod(scan.shape_ZYX)) for scan in scans),
-        stored_bytes=sum(outcome.stored_bytes for outcome in outcomes),
+        stored_bytes=stored_bytes,
         seconds=seconds,
         num_labelled=sum(scan.has_labels for scan in scans),
         labels_refused=tuple(
-            outcome.labels_refused for outcome in outcomes if outcome.labels_refused is not None
+            outcome.labels_refused for outcome in finished if outcome.labels_refused is not None
         ),
     )
+    return scans, report

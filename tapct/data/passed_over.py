@@ -11,12 +11,13 @@ from pathlib import Path
 from tapct.base.counted import counted
 
 HIDDEN_FILE, HIDDEN_FOLDER = "hidden", "hidden folders"
-NO_FILE = "broken link or no regular file"
+BROKEN_LINK, FIFO, SOCKET, DEVICE = "broken link", "FIFO", "socket", "device"
+NO_ANSWER = "without an answer"  # of a disk that does not answer
 WITHOUT_SUFFIX = "without suffix"
 # suffixes of a file that belongs to another one with the same stem: side-cars, and voxels that a
 # header names
 _COMPANIONS = (".json", ".raw", ".zraw", ".raw.gz", ".img", ".img.gz")
-_SUFFIX = re.compile(r"\.[a-z][a-z0-9]{0,7}")
+_SUFFIX = re.compile(r"\.(?:[a-z][a-z0-9]{0,7}|7z)")
 _COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zip")
 
 
@@ -30,7 +31,31 @@ def kind_of(name: str) -> str:
     return suffixes[-1]
 
 
-_INSIDE = (".nii", ".dcm", ".nrrd", ".mha", ".mhd", ".img", ".hdr", ".mgh", ".tar", ".ima")
+_INSIDE = (
+    *(".nii", ".dcm", ".dicom", ".ima", ".nrrd", ".nhdr", ".mha", ".mhd", ".img", ".hdr", ".mgh"),
+    *(".mgz", ".raw", ".npy", ".mnc", ".tar"),
+)
+_ARCHIVES = (".zip", ".tar", ".tgz", ".tbz2", ".txz", ".7z", ".rar", ".gz", ".bz2", ".xz", ".zst")
+_ARRAYS = (".npy", ".npz", ".mat", ".h5", ".hdf5", ".zarr", ".b2nd", ".pt", ".pkl")
+_OTHER_SCANS = (".mnc", ".par", ".nrrd.gz", ".vti", ".vtk", ".gipl", ".analyze")
+
+
+def advice(counts: Mapping[str, int]) -> str:
+    """One line on what to do with files that may hold scans; empty where there are none.
+
+    Args:
+        counts: number of files of each kind.
+    """
+    parts = []
+    for suffixes, what in (
+        (_ARCHIVES, "unpack {}"),
+        (_ARRAYS, "write {} as NIfTI, with spacing and directions"),
+        (_OTHER_SCANS, "convert {} to NIfTI"),
+    ):
+        kinds = sorted(kind for kind, count in counts.items() if count and kind.endswith(suffixes))
+        if kinds:
+            parts.append(what.format(", ".join(kinds)))
+    return f"if these files hold scans or labels: {'; '.join(parts)}" if parts else ""
 
 
 def is_companion(name: str, stems: Iterable[str]) -> bool:

@@ -10,7 +10,7 @@ look like a visit, a phase or a reconstruction, do not make another person.
 | `imagesTr/case1_0000` | `case1` | `imagesTr` belongs to a layout, `_0000` is a channel |
 | `train_1_a_2`, `case1_v2`, `Meyer_lung` | `train_1`, `case1`, `meyer` | endings are cut |
 | `sub-01/ses-2/ct/sub-01_ses-2_ct` | `sub-01` | BIDS |
-| `p7a`, `Meyer2019`, `P7Arterial` | `p7`, `meyer`, `p7` | so are endings without a separator |
+| `p7a`, `Meyer2019`, `P7Base` | `p7`, `meyer`, `p7` | so are endings without a separator |
 | `CT1/p02`, `CT2/p02` | `p02` | `CT1` counts scans, since a name with a number follows |
 | `batch1/ser2`, `batch2/ser2` | `batch1`, `batch2` | a generic name joins no two folders |
 """
@@ -49,7 +49,8 @@ _COUNTED_TEXT = """
 _COUNTED = frozenset(_COUNTED_TEXT.split())
 # words of a visit, a phase, a reconstruction or a region of the body
 _ENDINGS_TEXT = """
-    baseline bl follow up fup pre post preop postop prior previous current before after initial
+    base baseline bl follow up fup first second third last screening staging restaging
+    pre post preop postop prior previous current before after initial
     retest pretreatment posttreatment treatment planning simulation sim arterial art venous ven
     portal portalvenous portovenous pv pvp delayed delay late early native nativ nc ncct
     noncontrast nocontrast contrast cm ce cect plain unenhanced enhanced nephrographic excretory
@@ -106,9 +107,17 @@ _PERSON = frozenset(_PERSON_TEXT.split())
 # public data sets whose own name ends in a number
 _NUMBERED_NAMES = re.compile(r"(?:flare|amos|kits|lits|luna|verse|btcv|covid|sarscov)\d{1,4}")
 # endings that no separator sets off: P01Arterial, p77a, Meyer2019
-_CAMEL = re.compile(r"(?<=[^\W_A-Z])(?=[A-Z][a-z\d])")
+_CAMEL = re.compile(
+    r"(?<=[^\W_A-Z])(?=[A-Z][a-z\d])"  # P01Arterial, MeyerV1
+    r"|(?<=[A-Z])(?=[A-Z][a-z])"  # patAPre
+    r"|(?<=[a-z][A-Z])(?=V\d)"  # patAV1
+    r"|(?<=[a-z])(?=[A-Z]{2,}\d*$)"  # MeyerFU, MeyerCT
+)
 _HEX_HASH = re.compile(r"[0-9a-f]{8,}")
 _ATTACHED = re.compile(r"(.*?\d)([^\W\d_]+\d*)")
+# a visit after the number of a person: P01S2, case12M06; site01s05 may be a subject of a site
+_NUMBERED_VISIT = re.compile(r"[smwyd]\d{1,2}")
+_NUMBERED_PERSON = re.compile(r"(?:p|case|patient|pat|pt|subject|subj|sub|participant|id)\d+")
 _NAME_AND_DATE = re.compile(rf"([^\W\d_]{{3,}})({_DATE.pattern})")
 
 
@@ -256,7 +265,9 @@ def _folded(name: str) -> str:
     folded = chunks[0]
     for chunk in chunks[1:]:
         first = (_words(chunk.casefold()) or [""])[0]
-        folded += f"_{chunk}" if _is_ending(first) else chunk
+        # a number stays attached: LiverCT2 and LiverCT_2 may be of other people than LiverCT3
+        is_end = _is_ending(first) or chunk.casefold() in _WEAK
+        folded += f"_{chunk}" if is_end else chunk
     return unicodedata.normalize("NFC", folded.casefold())
 
 
@@ -271,9 +282,12 @@ def _without_ending(word: str) -> str:
         return dated[1]
     attached = _ATTACHED.fullmatch(word)
     if attached:
-        ending = attached[2]
-        if len(ending) == 1 or ending in _WEAK or _is_ending(ending):
-            return attached[1]
+        person, ending = attached[1], attached[2]
+        word_alone = ending.rstrip("0123456789")
+        if len(ending) == 1 or word_alone in _WEAK or word_alone in _ENDINGS or _is_ending(ending):
+            return person
+        if _NUMBERED_VISIT.fullmatch(ending) and _NUMBERED_PERSON.fullmatch(person):
+            return person
     return word
 
 

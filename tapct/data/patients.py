@@ -19,27 +19,23 @@ is among the hashes.
 
 from __future__ import annotations
 
-import hashlib
-import os
 import re
-import secrets
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from tapct.base.exits import UserError
+from tapct.data import near_copies
+from tapct.data.patient_key import keyed_hash
 from tapct.data.patient_names import bids_subject, guessed_identifier, person_and_visit
 from tapct.data.stand_ins import canonical_id, is_stand_in
 from tapct.types import ScanFacts
 
-KEY_FILE = ".patient_key"
-KEY_VARIABLE = "TAPCT_PATIENT_KEY"
-KEY_BYTES = 16
-
 SOURCES = ("column", "folder", "header", "regex", "bids", "side_car", "study", "guess")
 STAND_IN = "patient_stand_in"  # mark of a scan whose PatientID identifies nobody
 SEVERAL_IDS = "several_patient_ids"  # mark of the scans of one study with several PatientIDs
+NEAR_COPY = "near_copy"  # mark of a scan that has slices of another one
 _BY_USER = ("column", "folder")  # rules by which the user names the patient of each scan
 
 
@@ -76,12 +72,14 @@ class Known:
         is_series: whether it is a DICOM series.
         facts: facts of its header and side-car; None where it could not be read.
         digest: digest of its voxels, or empty.
+        sketch: `near_copies.sketch` of its voxels, or empty.
     """
 
     path: Path
     is_series: bool
     facts: ScanFacts | None
     digest: str = ""
+    sketch: bytes = b""
 
 
 @dataclass(frozen=True)
@@ -93,12 +91,16 @@ class Identified:
         source: rule that identified it, one of SOURCES; empty where the scan could not be read.
         has_stand_in: whether the scan has a PatientID that identifies nobody.
         has_several_ids: whether scans of its study have other identifiers, which were joined.
+        has_near_copy: whether another scan has slices of it.
+        given: keyed hash by its rule alone, before scans of one person were joined.
     """
 
     hash: str = ""
     source: str = ""
     has_stand_in: bool = False
     has_several_ids: bool = False
+    has_near_copy: bool = False
+    given: str = ""
 
 
 def patients_of(scans: Sequence[Known], rules: PatientRules) -> list[Identified]:
@@ -116,14 +118,24 @@ def patients_of(scans: Sequence[Known], rules: PatientRules) -> list[Identified]
     _join_scans(scans, found, rules, joined.join)
     several = _join_studies(scans, found, rules, joined.join)
     _join_series(scans, found, rules, joined.join)
+    near = _join_near_copies(scans, found, rules, joined.join)
     patients = []
-    for scan, patient in zip(scans, found):
+    for number, (scan, patient) in enumerate(zip(scans, found)):
         is_stand_in = scan.facts is not None and (
             scan.facts.clues.has_stand_in or scan.facts.patient in same_for_all
         )
         has_several_ids = scan.facts is not None and scan.facts.clues.study in several
         name = joined.name_of(patient.hash)
-        patients.append(Identified(name, patient.source, is_stand_in, has_several_ids))
+        patients.append(
+            Identified(
+                name,
+                patient.source,
+                is_stand_in,
+                has_several_ids,
+                has_near_copy=number in near,
+                given=patient.hash,
+            )
+        )
     return patients
 
 
@@ -287,6 +299,31 @@ def _join_series(
                 join(series[0][1], other)
 
 
+def _join_near_copies(
+    scans: Sequence[Known],
+    found: Sequence[Identified],
+    rules: PatientRules,
+    join: Callable[[str, str], None],
+) -> set[int]:
+    """Join the patients of scans that share slices, unless the user named both of them.
+
+    Args:
+        scans, found, rules, join: as in `_join_scans`.
+    Returns:
+        Numbers of the scans that share slices with a scan that is no whole copy of them.
+    """
+    sure = (*_BY_USER, "header", "side_car") if rules.trusts_header else _BY_USER
+    near = set()
+    for one, other in near_copies.pairs([scan.sketch for scan in scans]):
+        if not (found[one].hash and found[other].hash):
+            continue
+        if scans[one].digest != scans[other].digest:
+            near |= {one, other}
+        if found[one].source not in sure or found[other].source not in sure:
+            join(found[one].hash, found[other].hash)
+    return near
+
+
 class _Joined:
     """Sets of patients that are one; each is named after the member that the best rule gave.
 
@@ -331,57 +368,6 @@ def hash_of_patient_id(patient_id: str, key: bytes | None) -> str:
     if not key or is_stand_in(patient_id):
         return ""
     return keyed_hash(key, canonical_id(patient_id))
-
-
-def keyed_hash(key: bytes, text: str) -> str:
-    """Hash an identifier to 16 hex digits, which cannot be reversed, nor found by trying all
-    identifiers, without the key.
-    """
-    content = text.encode("utf-8", "surrogateescape")
-    return hashlib.blake2b(content, key=key[:64], digest_size=8).hexdigest()
-
-
-def patient_key(folder: Path) -> bytes:
-    """The secret of an archive's hashes: from the environment variable TAPCT_PATIENT_KEY, else from
-    the file `.patient_key`, which is made at random when it is missing.
-
-    Args:
-        folder: folder of the manifest, where the key file lies.
-    Raises:
-        UserError: the key cannot be read or written.
-    """
-    from_environment = os.environ.get(KEY_VARIABLE, "")
-    if from_environment:
-        return hashlib.blake2b(from_environment.encode(), digest_size=32).digest()
-    path = folder / KEY_FILE
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        try:
-            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        except FileExistsError:
-            key = path.read_bytes()
-        else:
-            key = secrets.token_bytes(KEY_BYTES)
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(key)
-    except OSError as error:
-        raise UserError(
-            f"cannot read or write the patient key {path}: {error.strerror}; give --out in a "
-            "folder that you can write"
-        ) from error
-    if len(key) < KEY_BYTES:
-        raise UserError(
-            f"patient key {path} holds {len(key)} bytes, fewer than {KEY_BYTES}; remove the file "
-            "and index again (all patient hashes change)"
-        )
-    return key
-
-
-def key_name(key: bytes) -> str:
-    """A name for a key, from which the key cannot be found: hashes are comparable where it is
-    equal.
-    """
-    return hashlib.blake2b(b"tapct patient key", key=key[:64], digest_size=8).hexdigest()
 
 
 def check_regex(regex: str | None) -> None:

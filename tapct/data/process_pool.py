@@ -40,6 +40,7 @@ _LOG_BYTES = 1 << 26  # printed for one input: a library that writes more does n
 _TAIL_BYTES = 1 << 12
 _MAX_TEXT = 200
 _REAP_SECONDS = 2.0  # a process that waits for a broken disk cannot be killed at once
+LOST = frozenset(("timed_out", "crashed", worker_process.NO_MEMORY))  # no result, see `Failure`
 _LOST_WORKERS = 3  # in a row, before they had an input: the fault is not one of an input
 _PROGRAM = (
     "import json, sys; given = json.loads(sys.argv[1]); sys.path[:] = given.pop('path'); "

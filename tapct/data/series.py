@@ -17,7 +17,6 @@ from pathlib import Path
 import numpy as np
 
 from tapct.base.counted import counted
-from tapct.base.marks import file_name
 from tapct.data.readers import dicom_geometry as geometry
 from tapct.data.readers.dicom_head import TRAITS, Head
 from tapct.data.stand_ins import canonical_id
@@ -189,9 +188,25 @@ def _stacks_of_series(heads: list[Head], derived: bool) -> list[Stack]:
             assert members[0].refusal is not None
             detail = members[0].refusal[1]
         stacks.append(Stack(tuple(members), reason, detail))
-    stacks += [Stack(tuple(members)) for members in frames.values()]
+    for members in frames.values():
+        stacks += _stacks_of_frames(members, derived)
     for members in slices.values():
         stacks += [_of_one_patient(stack) for stack in _stacks_of_slices(members)]
+    return stacks
+
+
+def _stacks_of_frames(heads: list[Head], derived: bool) -> list[Stack]:
+    """The stacks of one multi-frame image, whose frames may be those of several.
+
+    Args:
+        heads: its files, of which a concatenation has several.
+        derived: as in `stacks_of`.
+    """
+    if not all(head.frames for head in heads):
+        return [Stack(tuple(heads))]  # its reader gives the reason
+    stacks = _stacks_of_series([frame for head in heads for frame in head.frames], derived)
+    if len(stacks) == 1:
+        return [replace(stacks[0], heads=tuple(heads))]
     return stacks
 
 
@@ -277,9 +292,9 @@ def _odd_image(stack: Stack, beside: Stack) -> Stack:
     head = stack.heads[0]
     rest = f"beside {len(beside.heads)} slices of its series"
     if not _is_parallel(stack, beside):
-        detail = f"{file_name(head.path)} is a single image of another orientation {rest}"
+        detail = f"{head.name} is a single image of another orientation {rest}"
         return replace(stack, reason="localizer", detail=detail)
-    detail = f"{file_name(head.path)} is a single image {rest}"
+    detail = f"{head.name} is a single image {rest}"
     return replace(stack, reason="bolus_tracking", detail=detail)
 
 
@@ -452,6 +467,8 @@ def _without_copies(heads: Sequence[Head]) -> list[Stack]:
     """The stack without files that are byte by byte another file of it; empty where that does not
     make it whole.
     """
+    if any(head.frame for head in heads):
+        return []  # frames of one file are no copies of each other
     first_of: dict[tuple[str, tuple[float, ...]], Head] = {}
     copies = []
     for head in heads:

@@ -16,13 +16,15 @@ from tapct.base.hashing import MASK_64, hash_int
 VERSION = 2
 
 
-def held_out_patients(patients: Iterable[str], share: float, seed: int) -> frozenset[str]:
+def patients_below(patients: Iterable[str], share: float, seed: int) -> frozenset[str]:
     """Choose the patients whose keyed hash is below the share.
+
+    Training holds them out from pretraining; an evaluation without such patients tests on them.
 
     Args:
         patients: keyed hashes, one per scan; repeated for several scans of one patient.
         share: expected share of the patients, in [0, 1).
-        seed: seed of the split, `data.split_seed`.
+        seed: seed of the split, `data.split_seed` or `eval.seed`.
     Returns:
         The chosen patients; empty for share 0.
     """
@@ -40,7 +42,7 @@ def held_out_patients_v1(patients: Iterable[str], share: float, seed: int) -> fr
     Under this rule a patient can change sides when the archive grows.
 
     Args:
-        patients, share: as in `held_out_patients`; at least one patient is chosen where share > 0
+        patients, share: as in `patients_below`; at least one patient is chosen where share > 0
             and there are two patients.
         seed: random seed of the run.
     """
@@ -57,17 +59,17 @@ def split_of_version(
 
     Args:
         version: `data.split_version` of the run's config, 1 or 2.
-        patients, share: as in `held_out_patients`.
+        patients, share: as in `patients_below`.
         split_seed: seed of the split, which version 2 uses.
         run_seed: random seed of the run, which version 1 used.
     """
     if version == 1:
         return held_out_patients_v1(patients, share, run_seed)
-    return held_out_patients(patients, share, split_seed)
+    return patients_below(patients, share, split_seed)
 
 
 def two_sides(patients: Collection[str], share: float, seed: int) -> tuple[frozenset[str], bool]:
-    """`held_out_patients`, with at least one patient on either side.
+    """`patients_below`, with at least one patient on either side.
 
     Where the share draws nobody, the patient nearest to it is chosen; where it draws everybody, the
     patient nearest to it is left out. That one patient can change sides when the archive grows; no
@@ -82,7 +84,7 @@ def two_sides(patients: Collection[str], share: float, seed: int) -> tuple[froze
     """
     names = sorted(set(patients), key=lambda name: (position(name, seed), name))
     assert len(names) > 1, "one patient cannot be on two sides"
-    chosen = held_out_patients(names, share, seed)
+    chosen = patients_below(names, share, seed)
     if not chosen:
         return frozenset(names[:1]), True
     if len(chosen) == len(names):
@@ -96,12 +98,12 @@ def imbalance(patients: Collection[str], share: float, seed: int) -> str:
     The line names a seed of the split that holds out some of the patients.
 
     Args:
-        patients, share, seed: as in `held_out_patients`.
+        patients, share, seed: as in `patients_below`.
     """
     names = set(patients)
     if share <= 0 or not names:
         return ""
-    num = len(held_out_patients(names, share, seed))
+    num = len(patients_below(names, share, seed))
     if 0 < num < len(names):
         return ""
     line = (
@@ -111,7 +113,7 @@ def imbalance(patients: Collection[str], share: float, seed: int) -> str:
     other = seed_with_both_sides(names, share)
     if other is None:
         return f"{line}; set data.held_out=0"
-    count = len(held_out_patients(names, share, other))
+    count = len(patients_below(names, share, other))
     return f"{line}; set data.split_seed={other}, which holds out {count}, or data.held_out=0"
 
 
@@ -120,13 +122,13 @@ def seed_with_both_sides(patients: Collection[str], share: float) -> int | None:
     one of them does; None where none does, as for one patient.
 
     Args:
-        patients, share: as in `held_out_patients`.
+        patients, share: as in `patients_below`.
     """
     names = set(patients)
     wanted = min(max(share * len(names), 1), len(names) - 1)
     best, distance = None, float("inf")
     for seed in range(100):
-        count = len(held_out_patients(names, share, seed))
+        count = len(patients_below(names, share, seed))
         if 0 < count < len(names) and abs(count - wanted) < distance:
             best, distance = seed, abs(count - wanted)
         if distance <= 0.5:  # no other seed is nearer

@@ -45,6 +45,8 @@ _COLUMNS = pa.schema(
         *((name, pa.string()) for name in ("patient", "label_digest", "label_names", "checksum")),
     ]
 )
+# the last column, which stores of earlier versions lack
+_PATIENT_FROM = pa.field("patient_from", pa.string())
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +64,7 @@ class StoredScan:
             none.
         checksum: digest of the decoded voxels, the manifest's `digest`.
         label_names: label value and name; empty where it has no labels or they have no names.
+        patient_from: rule that identified the patient, as in the manifest; empty where unknown.
     """
 
     id: str
@@ -72,6 +75,7 @@ class StoredScan:
     label_digest: str
     checksum: str
     label_names: tuple[tuple[int, str], ...] = ()
+    patient_from: str = ""
 
     @property
     def has_labels(self) -> bool:
@@ -158,7 +162,7 @@ class Store:
 
     def file(self, i: int) -> Path:
         """Path of the file of scan i."""
-        return self.path / f"{self.scans[i].id}.b2nd"
+        return packed_file(self.path, self.scans[i].id)
 
     def index_of(self, scan_id: str) -> int:
         """Number of the scan with this name; KeyError where there is none."""
@@ -178,6 +182,15 @@ class Store:
             for scan_id, origin in origins.items()
             if origin and directions.get(scan_id)
         }
+
+    def num_guessed_patients(self) -> int:
+        """Number of scans whose patient `tapct index` guessed from file names; 0 where the manifest
+        that was packed is gone, so that it is not known.
+        """
+        if not self._manifest_file:
+            return 0
+        sources = read_column(self.path / self._manifest_file, self.manifest_digest, "patient_from")
+        return sum(sources.get(scan.id) == "guess" for scan in self.scans)
 
     def read_labels(self, i: int) -> LabelMap:
         """The labels of scan i, on its grid.
@@ -270,6 +283,16 @@ class Store:
         return opened
 
 
+def packed_file(folder: Path, scan_id: str) -> Path:
+    """Path of the packed voxels of a scan.
+
+    Args:
+        folder: folder of the store.
+        scan_id: name of the scan.
+    """
+    return folder / f"{scan_id}.b2nd"
+
+
 def store_digest(scans: Iterable[StoredScan]) -> str:
     """Hash voxels, grids and order of all scans, whatever their compression: 32 hex digits."""
     digest = hashlib.blake2b(digest_size=16)
@@ -306,11 +329,12 @@ def index_bytes(
     rows = [
         (
             *(s.id, *s.shape_ZYX, *s.spacing_mm, s.patient),
-            *(s.label_digest, json.dumps(s.label_names), s.checksum),
+            *(s.label_digest, json.dumps(s.label_names), s.checksum, s.patient_from),
         )
         for s in scans
     ]
-    arrays = [pa.array([row[k] for row in rows], column.type) for k, column in enumerate(_COLUMNS)]
+    columns = _COLUMNS.append(_PATIENT_FROM)
+    arrays = [pa.array([row[k] for row in rows], column.type) for k, column in enumerate(columns)]
     info: dict[str, Any] = {
         "schema": SCHEMA,
         "manifest_digest": manifest_digest,
@@ -320,7 +344,7 @@ def index_bytes(
         "patient_key": patient_key,
     }
     info["content"] = table_digest([array.to_pylist() for array in arrays], info)
-    schema = _COLUMNS.with_metadata({_INDEX_KEY: json.dumps(info).encode()})
+    schema = columns.with_metadata({_INDEX_KEY: json.dumps(info).encode()})
     sink = pa.BufferOutputStream()
     pq.write_table(pa.Table.from_arrays(arrays, schema=schema), sink)
     return sink.getvalue().to_pybytes()
@@ -349,7 +373,9 @@ def read_index(folder: Path) -> tuple[tuple[StoredScan, ...], dict[str, Any]]:
             age = "an older" if info["schema"] < SCHEMA else "a newer"
             raise ValueError(f"it was packed by {age} version of tapct")
         # column by column: a dictionary per row takes four times as long
-        columns = [table.column(column.name).cast(column.type).to_pylist() for column in _COLUMNS]
+        has_rule = _PATIENT_FROM.name in table.column_names
+        fields = [*_COLUMNS, _PATIENT_FROM] if has_rule else list(_COLUMNS)
+        columns = [table.column(field.name).cast(field.type).to_pylist() for field in fields]
         facts = {key: value for key, value in info.items() if key != "content"}
         if info["content"] != table_digest(columns, facts):
             raise ValueError("its content differs from its digest, so it is damaged")
@@ -360,15 +386,18 @@ def read_index(folder: Path) -> tuple[tuple[StoredScan, ...], dict[str, Any]]:
         ) from error
     manifest_file = info.get("manifest_file", "")
     paths = read_paths(folder / manifest_file, info["manifest_digest"]) if manifest_file else {}
+    if not has_rule:
+        columns.append([""] * table.num_rows)
     scans = []
     for row in zip(*columns, strict=True):
-        scan_id, z, y, x, dz, dy, dx, patient, label_digest, names, checksum = row
+        scan_id, z, y, x, dz, dy, dx, patient, label_digest, names, checksum, rule = row
         path = paths.get(scan_id, "")
         label_names = tuple((int(value), str(name)) for value, name in json.loads(names))
         scans.append(
             StoredScan(
                 *(scan_id, (z, y, x), (dz, dy, dx), patient, path, label_digest, checksum),
                 label_names,
+                rule,
             )
         )
     return tuple(scans), info

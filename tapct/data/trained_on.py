@@ -28,6 +28,7 @@ _COLUMNS = pa.schema(
         ("patient", pa.string()),
         ("patient_key", pa.string()),
         ("from_step", pa.int64()),
+        ("patient_from", pa.string()),  # lists of earlier versions lack it
     ]
 )
 
@@ -40,11 +41,13 @@ class SeenScan:
         digest: digest of its voxels.
         patient: keyed hash of the patient's identifier; empty where unknown.
         patient_key: name of the key of that hash, see `Store.patient_key`.
+        patient_from: rule that identified the patient, as in the manifest; empty where unknown.
     """
 
     digest: str
     patient: str
     patient_key: str
+    patient_from: str = ""
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,7 @@ class TrainedOn:
         from_step = dict(self.from_step)
         for row in rows:
             scan = store.scans[row]
-            seen = SeenScan(scan.checksum, scan.patient, store.patient_key)
+            seen = SeenScan(scan.checksum, scan.patient, store.patient_key, scan.patient_from)
             from_step[seen] = min(step, from_step.get(seen, step))
         return replace(self, from_step=from_step)
 
@@ -90,7 +93,7 @@ class TrainedOn:
             UserError: the disk is full or the folder is not writable.
         """
         rows = [
-            (scan.digest, scan.patient, scan.patient_key, first)
+            (scan.digest, scan.patient, scan.patient_key, first, scan.patient_from)
             for scan, first in self.from_step.items()
         ]
         arrays = [
@@ -119,12 +122,15 @@ def read(path: Path) -> TrainedOn:
         info = json.loads((table.schema.metadata or {})[_KEY])
         if info["schema"] != SCHEMA:
             raise ValueError(f"schema {info['schema']}, this version of tapct reads {SCHEMA}")
+        if "patient_from" not in table.column_names:
+            unknown_rule = pa.array([""] * table.num_rows, pa.string())
+            table = table.append_column("patient_from", unknown_rule)
         columns = [table.column(column.name).to_pylist() for column in _COLUMNS]
         unknown = tuple(str(reason) for reason in info["unknown"])
     except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
         problem = f"the list of the scans of pretraining cannot be read ({single_line(error)})"
         return TrainedOn(unknown=(problem,))
     from_step: dict[SeenScan, int] = {}
-    for digest, patient, patient_key, first in zip(*columns, strict=True):
-        from_step[SeenScan(digest, patient, patient_key)] = first
+    for digest, patient, patient_key, first, rule in zip(*columns, strict=True):
+        from_step[SeenScan(digest, patient, patient_key, rule)] = first
     return TrainedOn(from_step, unknown)

@@ -8,8 +8,38 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
+from tapct.base.counted import counted
+from tapct.base.exits import Incomplete
+from tapct.data.manifest import Manifest
 from tapct.data.packed import Damaged
 from tapct.data.store import Store
+from tapct.data.store_before import StoreBefore
+
+
+def check_complete(store: Store, manifest: Manifest, allow_missing: int = 0) -> None:
+    """Compare the list of a store with the manifest that should have been packed.
+
+    Args:
+        store: packed scans.
+        manifest: manifest.
+        allow_missing: number of accepted scans that may be missing.
+    Raises:
+        UserError: the store is one of another archive.
+        Incomplete: the store lacks more accepted scans of the manifest, or has other voxels of
+            them.
+    """
+    StoreBefore.read(store.path).check_replaceable_by(manifest)
+    stored = {scan.id: scan.checksum for scan in store.scans}
+    lacking = [row.path for row in manifest.accepted if row.id not in stored]
+    lacking += [
+        row.path for row in manifest.accepted if stored.get(row.id) not in (None, row.digest)
+    ]
+    if len(lacking) > allow_missing:
+        raise Incomplete(
+            f"the store {store.path} lacks {counted(len(lacking), 'accepted scan')} of the "
+            f"manifest, or has other voxels of them, e.g. {lacking[0]}; run `tapct pack` without "
+            "--verify"
+        )
 
 
 def damaged_scans(

@@ -76,7 +76,7 @@ def join_ranks(
     place: Ranks,
     device: torch.device,
     config: Config,
-    facts: Mapping[str, str] | None = None,
+    facts: Callable[[], Mapping[str, str]] = dict,
     first: Callable[[], object] = _nothing,
 ) -> Iterator[World]:
     """Join the other ranks; leave them at the end.
@@ -85,7 +85,8 @@ def join_ranks(
         place: place of this process, from the launcher's variables.
         device: device of this rank; on CUDA already the one of its local rank.
         config: shard size and time-outs.
-        facts: name -> value; ranks whose facts differ refuse to start together.
+        facts: function that returns name -> value; ranks whose facts differ refuse to start
+            together, and its error ends all ranks.
         first: function that the first rank calls once all ranks have met and agree; its error ends
             all ranks.
     Raises:
@@ -99,7 +100,7 @@ def join_ranks(
         return
     # FSDP2 warns of views that a loss could write into; no loss does.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
-    store = _meet(place, device, config, facts or {}, first)
+    store = _meet(place, device, config, facts, first)
     shard = collectives.from_first(lambda: shard_size(place, config.shard))
     mesh = init_device_mesh(
         device.type, (place.world // shard, shard), mesh_dim_names=("replicate", "shard")
@@ -126,7 +127,7 @@ def _meet(
     place: Ranks,
     device: torch.device,
     config: Config,
-    facts: Mapping[str, str],
+    facts: Callable[[], Mapping[str, str]],
     first: Callable[[], object],
 ) -> dist.Store:
     """Meet the other ranks, compare the facts and start the process group; returns the store at

@@ -9,6 +9,7 @@ import math
 import os
 from collections.abc import Sequence
 
+from tapct.base.files import NO_SPACE
 from tapct.doctor.facts import (
     INSTALL,
     AllReduce,
@@ -29,7 +30,8 @@ from tapct.doctor.facts import (
 )
 
 GB, MB = 1e9, 1e6
-# What the system answers where not space is missing but the right to write.
+# What the system answers where space is missing, and where the right to write is missing.
+NO_ROOM = tuple(map(os.strerror, NO_SPACE))
 NO_PERMISSION = tuple(map(os.strerror, (errno.EACCES, errno.EPERM, errno.EROFS)))
 # Bytes per second below which a sum over processes is slow; a laptop's loopback and PCIe 3 are
 # faster.
@@ -326,6 +328,8 @@ def room(name: str, facts: Space | Broken, least: float, good: float, remedy: st
     if facts.refusal:
         if facts.refusal in NO_PERMISSION:
             remedy = "you have no permission to write there; choose another folder, or ask for it"
+        elif facts.refusal not in NO_ROOM:
+            remedy = "it cannot be used as a folder to write to; check the path, or choose another"
         return Finding(name, "fail", f"{facts.path}: {facts.refusal}", remedy)
     text = f"{facts.path}: {size(facts.free)} free of {size(facts.total)}"
     if facts.free < least:

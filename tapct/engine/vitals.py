@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 
 from tapct.base import metric_names
 from tapct.engine.metrics import Record
-from tapct.ssl.health import STATES, TermReading, verdict
+from tapct.ssl.health import STATES, TOO_EARLY, TermReading, verdict_at
 from tapct.ssl.step import StepOutput
 
 # Steps that one verdict covers: this share of the run, within these bounds. More than the report's
@@ -34,8 +34,9 @@ def ln_prototypes(output: StepOutput) -> dict[str, float]:
 class Vitals:
     """Watches the records of a run as they are fetched, on the first rank.
 
-    There is no verdict before the learning rate has warmed up, nor before a whole window of steps
-    has passed since then or since the run was resumed; after a line, a window passes without one.
+    There is no verdict in the first `health.MIN_STEPS` steps, before the learning rate has warmed
+    up, nor before a whole window of steps has passed since then or since the run was resumed; after
+    a line, a window passes without one.
 
     Args:
         warmup_steps: warm-up steps of the learning rate.
@@ -59,7 +60,10 @@ class Vitals:
         if len(self.rows) < (self.rows.maxlen or 0) or self.rows[-1]["step"] < self.silent_until:
             return ""
         readings = [self.reading(name, ln_k[name]) for name in ln_k]
-        now = verdict([reading for reading in readings if reading is not None])
+        known = [reading for reading in readings if reading is not None]
+        now = verdict_at(known, int(self.rows[-1]["step"]), self.warmup_steps)
+        if now.state == TOO_EARLY:
+            return ""
         state = now.state if STATES.index(now.state) >= STATES.index(FIRST_BAD) else ""
         if state == self.logged:
             return ""

@@ -221,9 +221,16 @@ class DenseFeatures:
     grid: PatchGrid
     blocks: Mapping[int, BlockFeatures] = field(default_factory=dict)
 
-    def tokens_ND(self) -> Tensor:
-        """The features as rows, patches in (z, y, x) raster order."""
-        return self.features_DZYX.permute(1, 2, 3, 0).flatten(0, 2)
+    def tokens_ND(self, block: int | None = None) -> Tensor:
+        """The features as rows, patches in (z, y, x) raster order.
+
+        Args:
+            block: number of the block; None, the default, for the last one.
+        """
+        features_DZYX = self.features_DZYX
+        if block is not None:
+            features_DZYX = self.blocks[block].features_DZYX
+        return features_DZYX.permute(1, 2, 3, 0).flatten(0, 2)
 
 
 @dataclass(frozen=True)

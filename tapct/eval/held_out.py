@@ -4,21 +4,27 @@ A test scan was trained on if its voxels were (equal digests), whatever its name
 patient was trained on if any scan of theirs was: the hashes are equal and have the same key, or the
 evaluated store holds a scan of this patient whose voxels were trained on. The latter finds patients
 that were identified by another rule or hashed with another key when the network was trained.
+
+A scan of pretraining that is not in the evaluated store is compared by the hash of its patient
+alone. Hashes by different rules differ for one person, so then the claim is `unknown`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from tapct.base.counted import counted
 
 if TYPE_CHECKING:  # the report reads results without loading pyarrow and blosc2
-    from tapct.data.trained_on import TrainedOn
+    from tapct.data.trained_on import SeenScan, TrainedOn
     from tapct.eval.scans import ScanRow
 
 UNKNOWN = "unknown"
+# the PatientID of a header and that of a JSON file have one hash
+_KIND_OF_RULE = {"side_car": "header"}
+NOT_COMPARABLE = ("", "kept")  # values of `patient_from` that do not name the rule of a hash
 BY_EARLIER_VERSION = "the results were written by an earlier version of tapct, which did not check"
 
 
@@ -76,6 +82,7 @@ def check(
     digests: Mapping[str, str],
     patient_key: str,
     trained_on: TrainedOn,
+    patient_rules: Mapping[str, str] | None = None,
 ) -> HeldOut:
     """Compare the test scans with the scans that a network has been trained on.
 
@@ -85,6 +92,8 @@ def check(
         digests: scan ID -> digest of its voxels.
         patient_key: name of the key of their patient hashes.
         trained_on: scans of pretraining.
+        patient_rules: scan ID -> rule that identified its patient, as in the manifest; None where
+            all scans have one rule.
     """
     seen_digests = {scan.digest for scan in trained_on.from_step}
     seen_patients, keys, nameless = set(), set(), 0
@@ -112,6 +121,49 @@ def check(
             if not (num_scans or num_patients)
             else "the patients of some scans of pretraining are hashed with another key"
         )
+    if patient_rules is not None:
+        others = [row for row in test if row.patient and row.patient not in seen_patients]
+        present = {digests[row.id] for row in rows}
+        reasons += _other_rules(
+            [scan for scan in trained_on.from_step if scan.digest not in present],
+            patient_key,
+            {patient_rules[row.id] for row in others},
+        )
     if nameless or num_nameless:
         reasons.append("the patients of some scans are not known")
     return HeldOut(len(test), num_scans, num_patients, "; ".join(reasons))
+
+
+def _other_rules(
+    absent: Sequence[SeenScan], patient_key: str, test_rules: Collection[str]
+) -> list[str]:
+    """Why the patients of test scans cannot be compared with those of scans that the evaluated
+    store lacks; empty where they can.
+
+    Args:
+        absent: scans of pretraining that the evaluated store does not hold.
+        patient_key: name of the key of the test patients' hashes.
+        test_rules: rules that identified the patients of the test scans that may be held out.
+    """
+    rules = {_KIND_OF_RULE.get(rule, rule) for rule in test_rules}
+    # a kept hash is of a rule of an earlier day, which is not known
+    different = [
+        scan
+        for scan in absent
+        if scan.patient
+        and scan.patient_key == patient_key
+        and (
+            scan.patient_from in NOT_COMPARABLE
+            or rules - {_KIND_OF_RULE.get(scan.patient_from, scan.patient_from)}
+        )
+    ]
+    if not rules or not different:
+        return []
+    seen = sorted({scan.patient_from or "unknown" for scan in different})
+    tested = sorted({rule or "unknown" for rule in test_rules})
+    are = "is" if len(different) == 1 else "are"
+    return [
+        f"{counted(len(different), 'scan')} of pretraining {are} not in this store, and the "
+        f"patients were identified by other rules (patient_from: {', '.join(seen)}; of the test "
+        f"scans: {', '.join(tested)}), so they cannot be compared"
+    ]

@@ -98,18 +98,20 @@ class EvaluatedWeights:
     """The weights of the pretrained model.
 
     Args:
-        run: name of the run folder.
-        step: finished steps.
-        samples: samples seen.
+        run: name of the run folder; of an export without one, its own name.
+        step: finished steps; None where unknown.
+        samples: samples seen; None where unknown.
         sha256: hash of the file with the weights.
-        store: digest of the store that the run was trained on at that step.
+        store: digest of the store that the run was trained on at that step; empty where unknown.
+        source: where they were read: `run`, `checkpoint` (without its run folder) or `export`.
     """
 
     run: str
-    step: int
-    samples: int
+    step: int | None
+    samples: int | None
     sha256: str
     store: str
+    source: str = "run"
 
 
 @dataclass(frozen=True)

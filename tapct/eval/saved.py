@@ -10,6 +10,10 @@ import contextlib
 import json
 import os
 import re
+import shutil
+import tempfile
+import time
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +29,7 @@ GENERIC = (
     "data",
 )  # names that identify no store; the name of its parent is used
 MAX_NAME = 32
+LEFTOVER_S = 3600.0  # age of a folder for a new link from which no process can be using it
 EARLIER = "unknown data set (of an earlier version of tapct)"
 
 
@@ -55,18 +60,19 @@ class SavedEvaluation:
         return f"{self.dataset or EARLIER}{step}"
 
 
-def dataset_name(run: Path, store: Path, digest: str) -> str:
-    """The name of a data set in a run folder.
+def dataset_name(evaluations: Path, store: Path, digest: str) -> str:
+    """The name of a data set among the evaluations of a model.
 
     Args:
-        run: run folder; an evaluation of the same data set gives the name that it already has.
+        evaluations: parent of the evaluations, such as RUN/eval; one of the same data set gives the
+            name that it already has.
         store: folder of the store.
         digest: digest of the store.
     """
     ending = f"-{digest[:DIGITS]}"
-    for known, _ in RunFolder(run).evaluations_of_steps():
-        if known.endswith(ending):
-            return known
+    for known in sorted(evaluations.glob(f"*{ending}")):
+        if known.is_dir():
+            return known.name
     parts = [part for part in store.absolute().parts if part.lower() not in GENERIC]
     slug = re.sub(r"[^a-z0-9]+", "-", parts[-1].lower())[:MAX_NAME].strip("-")
     return f"{slug or 'store'}{ending}"
@@ -103,10 +109,27 @@ def link_newest(run: Path) -> None:
     own = next((one for one in find(run) if one.is_own), None)
     if own is None or (link.exists() and not link.is_symlink()):
         return
-    aside = link.with_name(f".{link.name}.{os.getpid()}")
+    target = own.folder.results.relative_to(link.parent)
+    with contextlib.suppress(OSError):
+        if os.readlink(link) == str(target):
+            return
+    # a folder of its own for the new link: no other process, on no other machine, uses its name
     with contextlib.suppress(OSError):  # a file system without links
-        aside.symlink_to(own.folder.results.relative_to(link.parent))
-        os.replace(aside, link)
+        _remove_leftovers(link)
+        with tempfile.TemporaryDirectory(prefix=f".{link.name}.", dir=link.parent) as aside:
+            new = Path(aside) / link.name
+            new.symlink_to(target)
+            os.replace(new, link)
+
+
+def _remove_leftovers(link: Path) -> None:
+    """Remove what processes left that were killed while they made the link."""
+    for left in link.parent.glob(f".{link.name}.*"):
+        with contextlib.suppress(OSError):  # another process has removed it
+            if left.is_symlink():  # of an earlier version
+                left.unlink()
+            elif time.time() - left.stat().st_mtime > LEFTOVER_S:
+                shutil.rmtree(left)
 
 
 def pick(found: list[SavedEvaluation], wanted: str = "") -> SavedEvaluation | None:
@@ -118,20 +141,42 @@ def pick(found: list[SavedEvaluation], wanted: str = "") -> SavedEvaluation | No
             its own, an evaluation of an earlier version is shown, never one on another data set.
     Returns:
         None where there is none.
+    Raises:
+        UserError: several data sets have names that begin in this way.
     """
-    for one in found:
-        if one.dataset.startswith(wanted) if wanted else one.is_own or not one.dataset:
-            return one
-    return None
+    if not wanted:
+        return next((one for one in found if one.is_own or not one.dataset), None)
+    name = dataset_of(wanted, [one.dataset for one in found])
+    return next((one for one in found if name and one.dataset == name), None)
+
+
+def dataset_of(wanted: str, names: Collection[str]) -> str:
+    """The name of the data set that the user means; empty where there is none.
+
+    Args:
+        wanted: name of a data set, or the beginning of one.
+        names: names of all data sets.
+    Raises:
+        UserError: several names begin in this way, and none is equal.
+    """
+    if wanted in names:
+        return wanted
+    candidates = sorted({name for name in names if name.startswith(wanted)})
+    if len(candidates) > 1:
+        raise UserError(
+            f"--data {wanted}: the names of several data sets begin in this way: "
+            f"{', '.join(candidates)}; give more of the name"
+        )
+    return candidates[0] if candidates else ""
 
 
 def check_wanted(found: list[SavedEvaluation], wanted: str) -> None:
-    """Raise UserError where no evaluation is of the wanted data set."""
-    if wanted and pick(found, wanted) is None:
-        known = ", ".join(sorted({one.dataset for one in found if one.dataset})) or "none"
+    """Raise UserError where no evaluation is of the wanted data set, or several may be meant."""
+    names = sorted({one.dataset for one in found if one.dataset})
+    if wanted and not dataset_of(wanted, names):
         raise UserError(
             f"--data {wanted}: there is no evaluation on a data set of that name; there are: "
-            f"{known}"
+            f"{', '.join(names) or 'none'}"
         )
 
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from tapct.base import console, rng
 from tapct.base.exits import UserError
-from tapct.data.split import held_out_patients, two_sides
+from tapct.data.split import patients_below, two_sides
 from tapct.data.store import Store
 from tapct.eval.contract import Labels
 from tapct.eval.results import BLOCKS, PATIENTS
@@ -119,13 +119,13 @@ class Split:
             same scans and `block_slices` separates them.
         train: scans that tasks learn from.
         test: scans that models are evaluated on.
-        held_out: True if the test patients are those that `data.held_out` names.
+        tests_held_out: True if the test patients are those that `data.held_out` names.
     """
 
     mode: str
     train: tuple[ScanRow, ...]
     test: tuple[ScanRow, ...]
-    held_out: bool = False
+    tests_held_out: bool = False
 
 
 def matching(rows: Sequence[ScanRow], patterns: Sequence[str]) -> list[ScanRow]:
@@ -251,13 +251,13 @@ def split_for_tasks(
         return Split(BLOCKS, scans, scans)
     tested, trained = ({_patient(row) for row in side} for side in (first.test, first.train))
     new = {_patient(row) for row in rest} - tested - trained
-    if first.held_out:
+    if first.tests_held_out:
         tested |= new.intersection(held_out)
     else:
-        tested |= held_out_patients(new, test_share, seed)
+        tested |= patients_below(new, test_share, seed)
     train = [row for row in rest if _patient(row) not in tested]
     test = [row for row in rest if _patient(row) in tested]
-    return Split(PATIENTS, (*first.train, *train), (*first.test, *test), first.held_out)
+    return Split(PATIENTS, (*first.train, *train), (*first.test, *test), first.tests_held_out)
 
 
 def split_by_patient(

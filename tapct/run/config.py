@@ -68,6 +68,21 @@ class DataConfig:
             run_seed=run_seed,
         )
 
+    def one_sided(self, patients: Iterable[str], run_seed: int) -> str:
+        """One line about a share above 0 that holds out nobody or everybody; empty where it does
+        not. Arguments as in `held_out_patients`.
+        """
+        names = set(patients)
+        num = len(self.held_out_patients(names, run_seed))
+        if self.held_out <= 0 or not names or 0 < num < len(names):
+            return ""
+        if self.split_version == 1:  # it holds out nobody where there is one patient, only
+            return (
+                f"data.held_out {self.held_out:g} holds out none of the store's patients "
+                f"({len(names)}) by rule 1 (data.split_version); set data.held_out=0"
+            )
+        return split.imbalance(names, self.held_out, self.split_seed)
+
 
 @dataclass(frozen=True)
 class RunConfig:

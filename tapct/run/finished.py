@@ -1,200 +1,155 @@
-"""Use a run that has trained: read its teacher, evaluate its features, export its weights."""
+"""Use a trained model: evaluate its features; export the weights of a run."""
 
 from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from safetensors.torch import load_file
-
-from tapct import config as tapct_config
-from tapct.base import console, files
+from tapct.base import console
 from tapct.base.exits import UserError
 from tapct.base.paths import command_line
-from tapct.config import Resolved
 from tapct.data.store import Store, labels_digest
-from tapct.distributed.device import flush_denormals, pick_device
-from tapct.engine import checkpoint
-from tapct.engine.checkpoint import Checkpoints, Meta
-from tapct.eval import held_out, runner
+from tapct.data.trained_on import TrainedOn
+from tapct.distributed.device import pick_device
+from tapct.eval import held_out, results, runner
 from tapct.eval.baselines import with_baselines
 from tapct.eval.label_tables import read_tables
 from tapct.eval.results import EvaluatedData, EvaluatedWeights, Evaluation, Origin
-from tapct.eval.saved import dataset_name, link_newest
-from tapct.nn.contracts import Backbone
+from tapct.eval.saved import link_newest
+from tapct.eval.scans import ScanRow
 from tapct.run import lineage
 from tapct.run.config import RunConfig
-from tapct.run.old_configs import upgraded
+from tapct.run.model_source import Model, open_model, open_run
 from tapct.run.provenance import git_revision
-from tapct.run.resume import changed_keys
-from tapct.run_folder import CheckpointFolder, RunFolder, step_of
-from tapct.ssl.student_teacher import build_backbone
+from tapct.run_folder import EvaluationFolder, RunFolder
 from tapct.weights.card import FeatureSettings
 from tapct.weights.export import save_export
 
 
 @dataclass(frozen=True)
-class Trained:
-    """A finished or stopped run, read back.
+class Evaluated:
+    """What an evaluation found, and where it is.
 
     Args:
-        resolved: its config with overrides.
-        backbone: backbone of the teacher, in eval mode, on the run's device.
-        meta: facts about the checkpoint that it comes from.
-        sha256: hash of the file with its weights.
+        evaluation: content of results.json.
+        folder: folder of results.json and the pictures.
     """
 
-    resolved: Resolved
-    backbone: Backbone
-    meta: Meta
-    sha256: str
-
-    def weights(self, folder: Path) -> EvaluatedWeights:
-        """The weights of the run in a folder, as results.json describes them."""
-        meta = self.meta
-        name = folder.resolve().name
-        return EvaluatedWeights(name, meta.step, meta.samples, self.sha256, meta.data_digest)
-
-
-def open_run(folder: Path, overrides: Sequence[str] = (), step: int | None = None) -> Trained:
-    """Read the teacher of a run.
-
-    Args:
-        folder: run folder.
-        overrides: key=value, only keys that do not affect the weights.
-        step: step of the checkpoint; None takes the newest whole one.
-    Raises:
-        UserError: not a run folder, no such checkpoint, or an override that would need another
-            training.
-    """
-    if not RunFolder(folder).config.is_file():
-        hint = f"`tapct train CONFIG out={folder}` makes one"
-        problem = "is not a run folder: it has no config.yaml"
-        if not folder.exists():
-            problem = "does not exist; give the folder of a run, e.g. runs/smoke"
-        raise UserError(f"{folder} {problem}; {hint}")
-    trained_with = _config_of(folder, [])
-    resolved = _config_of(folder, overrides)
-    for key, old, new in changed_keys(trained_with.to_dict(), resolved.to_dict()):
-        free = "only eval.*, device, model.attention and data.store can change here"
-        raise UserError(f"{key}={new}: the run was trained with {old}; {free}")
-    saved = newest_teacher(folder) if step is None else teacher_of_step(folder, step)
-    config: RunConfig = resolved.value
-    backbone = build_backbone(config.model, config.seed)
-    teacher = CheckpointFolder(saved).teacher
-    backbone.load_state_dict(load_file(teacher))
-    backbone = backbone.to(pick_device(config.device)).requires_grad_(False).eval()
-    return Trained(resolved, backbone, checkpoint.read_meta(saved), files.sha256(teacher))
-
-
-def _config_of(folder: Path, overrides: Sequence[str]) -> Resolved:
-    return tapct_config.load_config(
-        RunConfig, RunFolder(folder).config, overrides, upgrade=upgraded
-    )
-
-
-def newest_teacher(folder: Path) -> Path:
-    """Return the folder of the newest whole checkpoint of a run.
-
-    Raises:
-        UserError: there is none.
-    """
-    newest, complaints = Checkpoints(RunFolder(folder).checkpoints.path, keep=1).newest_whole()
-    for complaint in complaints:
-        console.say(complaint)
-    if newest is None:
-        raise UserError(f"{folder} holds no whole checkpoint yet; train first")
-    return newest
-
-
-def teacher_of_step(folder: Path, step: int) -> Path:
-    """Return the folder with the teacher of a step: kept for its evaluation during training, or a
-    whole checkpoint.
-
-    Raises:
-        UserError: there is none.
-    """
-    for _, kept in RunFolder(folder).evaluations_of_steps():
-        if step_of(kept.path) == step and kept.teacher.is_file():
-            return kept.path
-    wanted = RunFolder(folder).checkpoints.step(step).path
-    complaint = checkpoint.damage(wanted) if wanted.is_dir() else "it is not there"
-    if complaint is not None:
-        finished = Checkpoints(RunFolder(folder).checkpoints.path, keep=1).finished()
-        there = ", ".join(str(step_of(path)) for path in finished) or "none"
-        raise UserError(
-            f"{folder} has no whole checkpoint of step {step} ({complaint}); there are: {there}"
-        )
-    return wanted
+    evaluation: Evaluation
+    folder: Path
 
 
 def evaluate(
-    folder: Path, overrides: Sequence[str] = (), step: int | None = None, command: str = ""
+    path: Path, overrides: Sequence[str] = (), step: int | None = None, command: str = ""
 ) -> Evaluation:
-    """Evaluate a run's frozen features beside its baselines.
+    """Evaluate the frozen features of a model beside its baselines; arguments as in
+    `evaluate_model`, and the results where it writes them.
+    """
+    model = open_model(path, overrides, step)
+    return evaluate_model(model, command=command).evaluation
 
-    Writes RUN/eval/DATASET/step_..., see `eval/saved.py`. Patients that `data.held_out` kept out of
-    pretraining are the test side; without any, `eval.test_share` splits.
+
+def evaluate_model(model: Model, *, out: Path | None = None, command: str = "") -> Evaluated:
+    """Evaluate the frozen features of a model beside its baselines.
+
+    Writes one folder per data set and model, see `model_source.py`, or `out`. Patients that
+    `data.held_out` kept out of pretraining are the test side; without any, `eval.test_share`
+    splits.
 
     Args:
-        folder: run folder.
-        overrides: key=value, as in `open_run`.
-        step: step of the checkpoint; None takes the newest whole one.
+        model: model, from `open_model`.
+        out: folder of the results; None chooses it.
         command: command line for results.json; empty takes this process's own.
+    Raises:
+        UserError: there is no store, no scan can be used, or `out` holds other results.
     """
-    flush_denormals()  # before the first tensor
-    trained = open_run(folder, overrides, step)
-    config: RunConfig = trained.resolved.value
+    config = model.config
     store = Store(config.data.store)
-    hidden = config.data.held_out_patients([scan.patient for scan in store.scans], config.seed)
-    name = dataset_name(folder, store.path, store.digest)
-    out = RunFolder(folder).evaluation(name, trained.meta.step)
+    data = evaluated_data(model.dataset_name(store.path, store.digest), store)
+    folder = model.folder_of(data.name) if out is None else EvaluationFolder(out)
+    if out is not None:
+        check_out(out, data, model.weights)
+    arguments = shlex.split(command) if command else sys.argv
+    patients = [scan.patient for scan in store.scans]
     reading = config.data.loader
     tables = read_tables(
         store, config.eval.scan_labels, config.eval.landmarks, config.eval.split_column
     )
     with console.progress_bar("eval") as progress:
         evaluation = runner.evaluate(
-            with_baselines(trained.backbone, config.model, config.seed),
+            with_baselines(model.backbone, config.model, config.seed),
             store.scans,
             store,
             config.eval,
             contract=config.contract,
-            out=out.path,
-            held_out=hidden,
-            check_held_out=partial(
-                held_out.check,
-                rows=store.scans,
-                digests={scan.id: scan.checksum for scan in store.scans},
-                patient_key=store.patient_key,
-                trained_on=lineage.scans_of_run(folder, trained.meta.step),
-            ),
+            out=folder.path,
+            held_out=config.data.held_out_patients(patients, config.seed),
+            check_held_out=held_out_check(store, model.trained_on),
             tables=tables,
             origin=Origin(
-                EvaluatedData(
-                    name,
-                    store.manifest_digest,
-                    store.digest,
-                    labels_digest(store.scans),
-                    len(store),
-                    tables.digest,
-                ),
-                trained.weights(folder),
-                command_line(shlex.split(command) if command else sys.argv),
+                replace(data, tables=tables.digest),
+                model.weights,
+                command_line(arguments),
                 git_revision(),
             ),
             max_skips=reading.max_skips if reading.on_error == "skip" else 0,
             device=pick_device(config.device),
             progress=progress,
         )
-    # it was kept from rotation for this evaluation
-    out.teacher.unlink(missing_ok=True)
-    link_newest(folder)
-    return evaluation
+    if model.run is not None and out is None:
+        # it was kept from rotation for this evaluation
+        folder.teacher.unlink(missing_ok=True)
+        link_newest(model.run)
+    return Evaluated(evaluation, folder.path)
+
+
+def evaluated_data(name: str, store: Store) -> EvaluatedData:
+    """The data set of an evaluation, as results.json describes it."""
+    return EvaluatedData(
+        name, store.manifest_digest, store.digest, labels_digest(store.scans), len(store)
+    )
+
+
+def held_out_check(
+    store: Store, scans: TrainedOn
+) -> Callable[[Sequence[ScanRow]], held_out.HeldOut]:
+    """The function that compares test scans of a store with the scans of pretraining."""
+    return partial(
+        held_out.check,
+        rows=store.scans,
+        digests={scan.id: scan.checksum for scan in store.scans},
+        patient_key=store.patient_key,
+        trained_on=scans,
+        patient_rules={scan.id: scan.patient_from for scan in store.scans},
+    )
+
+
+def check_out(out: Path, data: EvaluatedData, weights: EvaluatedWeights) -> None:
+    """Refuse a folder of the user's choice that is none, or that holds other results.
+
+    Raises:
+        UserError: it is a file, or its results are of other data or weights, or are not readable.
+    """
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out} is a file; give a folder")
+    if not EvaluationFolder(out).results.exists():
+        return
+    known, why_not = results.read(out)
+    if known is None:
+        raise UserError(f"--out {out}: {why_not}; give another folder, or remove the file")
+    other = known.origin
+    same_data = other.data is not None and (other.data.store, other.data.labels) == (
+        data.store,
+        data.labels,
+    )
+    same_weights = other.weights is not None and other.weights.sha256 == weights.sha256
+    if not (same_data and same_weights):
+        what = "weights" if same_data else "data"
+        raise UserError(f"--out {out} holds the results of other {what}; give another folder")
 
 
 def export(folder: Path, out: Path | None = None) -> Path:

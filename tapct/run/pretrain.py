@@ -10,7 +10,9 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
@@ -18,10 +20,10 @@ import torch
 
 from tapct.base import console, ranks
 from tapct.base.exits import SharedError, UserError
-from tapct.base.lease import Lease
+from tapct.base.lease import Lease, LostLease
 from tapct.base.ranks import Ranks
 from tapct.config import Resolved
-from tapct.data import loader, split
+from tapct.data import loader
 from tapct.data.store import Store
 from tapct.distributed import collectives
 from tapct.distributed.device import flush_denormals, pick_device
@@ -37,7 +39,7 @@ from tapct.run.provenance import facts_of_rank, write_run_files
 from tapct.run.resume import find_start, with_split_of
 from tapct.run.rules import load_run_config, warnings
 from tapct.run.stages import ResolvedStage
-from tapct.run.start import check_machine, check_start, data_warnings
+from tapct.run.start import check_machine, check_start, data_warnings, training_rows
 from tapct.run_folder import RunFolder
 from tapct.ssl.inputs import Inputs
 from tapct.ssl.schedules import Schedules
@@ -60,25 +62,43 @@ def read_config(path: Path, overrides: Sequence[str]) -> Resolved:
         raise SharedError(str(error)) from error
 
 
-def check(resolved: Resolved, allow_change: bool = False) -> list[str]:
-    """What `train` checks before its first step, in a single process; nothing is written.
+@dataclass(frozen=True)
+class Start:
+    """How a run would start, without starting it.
+
+    Args:
+        resolved: config that it would train with.
+        warnings: lines about what works but is probably not intended.
+    """
+
+    resolved: Resolved
+    warnings: tuple[str, ...]
+
+
+def check(resolved: Resolved, allow_change: bool = False) -> Start:
+    """Check what `train` checks before its first step, in a single process; nothing is written.
 
     Args:
         resolved: config of the run.
         allow_change: as in `train`.
-    Returns:
-        Warnings, one line each.
     Raises:
         UserError: `train` would refuse to start.
     """
+    notes: list[str] = []
+    saved = check_start(resolved, allow_change, notes.append)
+    if saved is not None:
+        resolved = with_split_of(resolved, saved, notes.append)
     config: RunConfig = resolved.value
-    check_start(resolved, allow_change)
-    lines = warnings(resolved)
-    if not config.data.store.exists():
-        store = config.data.store
-        return [*lines, f"data.store {store} does not exist yet, so the data was not checked"]
-    pretraining = Pretraining(resolved, World(Ranks(), torch.device("cpu")), allow_change)
-    return [*lines, *data_warnings(config, pretraining.store, pretraining.rows())]
+    notes += warnings(resolved)
+    if config.data.store.exists():
+        store = Store(config.data.store)
+        rows = training_rows(config, store, saved)
+        notes += data_warnings(config, store, rows, saved)
+    else:
+        notes.append(
+            f"data.store {config.data.store} does not exist yet, so the data was not checked"
+        )
+    return Start(resolved, tuple(notes))
 
 
 def train(resolved: Resolved, allow_change: bool = False, command: str = "") -> loop.Stop:
@@ -98,25 +118,49 @@ def train(resolved: Resolved, allow_change: bool = False, command: str = "") -> 
     config: RunConfig = resolved.value
     place = ranks.from_environment(os.environ)
     flush_denormals()
-    device = pick_device(config.device, place.local_rank)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
+    device, no_device = device_of_rank(config.device, place)
     lease = lease_of(config.out)
+
+    def facts() -> Mapping[str, str]:
+        if no_device is not None:
+            raise no_device
+        return facts_of_rank(resolved, device)
 
     def prepare_run_folder() -> None:
         check_machine(config, device)
         lease.acquire()
 
-    facts = facts_of_rank(resolved, device) if place.world > 1 else None
     try:
         with join_ranks(place, device, config.parallel, facts, prepare_run_folder) as world:
             pretraining = Pretraining(resolved, world, allow_change, command, lease)
             stop = pretraining.run()
         if place.is_first:
+            lease.check()  # an evaluation writes into the run folder
             pretraining.evaluations.finish(pretraining.checkpoints, stopped=bool(stop.signal))
     finally:
         lease.release()
     return stop
+
+
+def device_of_rank(name: str, place: Ranks) -> tuple[torch.device, UserError | None]:
+    """The device of this rank, and why it has none: the other ranks wait for one that has failed,
+    so it meets them first.
+
+    Args:
+        name: setting `device`.
+        place: place of this process.
+    Raises:
+        UserError: there is no such device, in a single process.
+    """
+    try:
+        device = pick_device(name, place.local_rank)
+    except UserError as error:
+        if place.world == 1:
+            raise
+        return torch.device("cpu"), error
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device, None
 
 
 def lease_of(out: Path) -> Lease:
@@ -160,7 +204,9 @@ class Pretraining:
         self.evaluations = background_eval.Evaluations(
             self.config.out,
             self.config.eval.during,
-            dataset_name(self.config.out, self.store.path, self.store.digest),
+            dataset_name(
+                RunFolder(self.config.out).evaluations, self.store.path, self.store.digest
+            ),
         )
 
     def run(self) -> loop.Stop:
@@ -175,9 +221,11 @@ class Pretraining:
         if saved is not None:
             self.resolved = with_split_of(self.resolved, saved)
             self.config = self.resolved.value
-        config, rows = self.config, self.rows()
+        config = self.config
+        rows = training_rows(config, self.store, saved)
         if self.world.ranks.is_first:
-            for line in (*warnings(self.resolved), *data_warnings(config, self.store, rows)):
+            found = data_warnings(config, self.store, rows, saved)
+            for line in (*warnings(self.resolved), *found):
                 console.warn(line)
         pair = self.build_pair()
         updater = optim.Updater(pair, config.optim, self.world.num_copies)
@@ -234,16 +282,6 @@ class Pretraining:
             except UserError as error:
                 raise SharedError(stage.with_name(str(error))) from error
 
-    def rows(self) -> list[int]:
-        """Rows of the store that are trained on."""
-        data = self.config.data
-        patients = [scan.patient for scan in self.store.scans]
-        held_out = data.held_out_patients(patients, self.config.seed)
-        rows = [i for i, patient in enumerate(patients) if patient not in held_out]
-        if not rows:
-            raise SharedError(split.imbalance(patients, data.held_out, data.split_seed))
-        return rows
-
     def build_pair(self) -> StudentTeacher:
         """Student and teacher with their first weights, the same at any number of ranks; sharded
         over several.
@@ -288,24 +326,9 @@ class Pretraining:
         return 0
 
     def restore(self, saved: Path, pair: StudentTeacher, updater: optim.Updater) -> int:
-        """Load a checkpoint; returns its step.
-
-        Raises:
-            SharedError: it was trained on another archive.
-        """
+        """Load a checkpoint; returns its step."""
         began = time.perf_counter()
         meta = checkpoint.read_meta(saved)
-        if meta.data_digest != self.store.digest:
-            line = (
-                f"{saved} was trained on another archive (digest {meta.data_digest[:12]}, now "
-                f"{self.store.digest[:12]})"
-            )
-            if self.config.data.on_change == "refuse":
-                raise SharedError(
-                    f"{line}; point data.store at the old one, set data.on_change=rebase, or "
-                    "start a new run with another out="
-                )
-            console.say(f"{line}; continuing with the new one")
         checkpoint.load(saved, pair, updater.optimizer)
         if self.world.ranks.is_first and saved.parent == self.checkpoints.folder:
             self.checkpoints.announce(saved)
@@ -361,20 +384,12 @@ class Pretraining:
                 data_digest=self.store.digest,
                 world=self.world.ranks.world,
             )
-            try:  # in its own block: if the previous save has failed, this one is still made
+            with self.continuing_without():  # if the previous save has failed, this one is made
                 self.checkpoints.finish()
-            except UserError as error:
-                if settings.on_error == "stop":
-                    raise
-                console.say(f"continuing without it: {error}")
-            try:
+            with self.continuing_without(last):
                 self.checkpoints.begin(meta, pair, updater.optimizer)
                 if last or not settings.asynchronous:
                     self.checkpoints.finish()
-            except UserError as error:
-                if last or settings.on_error == "stop":
-                    raise
-                console.say(f"continuing without it: {error}")
             self.evaluations.expect(step, last=step == self.config.train.steps)
 
         def look_after() -> bool:
@@ -385,6 +400,26 @@ class Pretraining:
             return settings.on_error == "stop" and self.checkpoints.failed()
 
         return loop.Hooks(log, save, look_after, console.say)
+
+    @contextmanager
+    def continuing_without(self, last: bool = False) -> Iterator[None]:
+        """Print why a checkpoint could not be written and continue, if `checkpoint.on_error` asks
+        for it.
+
+        A process that has lost its lease stops whatever the setting is: the folder belongs to
+        another one.
+
+        Args:
+            last: whether it is the last checkpoint; its error ends the run.
+        """
+        try:
+            yield
+        except LostLease:
+            raise
+        except UserError as error:
+            if last or self.config.checkpoint.on_error == "stop":
+                raise
+            console.say(f"continuing without it: {error}")
 
     def trainer(
         self, pair: StudentTeacher, updater: optim.Updater, hooks: loop.Hooks

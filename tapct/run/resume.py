@@ -10,6 +10,7 @@ checkpoint it is.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from tapct.config.flat import flatten
 from tapct.engine import checkpoint
 from tapct.engine.checkpoint import Checkpoints
 from tapct.run.old_configs import upgraded
-from tapct.run_folder import RunFolder, has_step_name, step_of
+from tapct.run_folder import RunFolder, has_step_name
 
 # Where and how a run works, not what it computes.
 HARMLESS = (
@@ -49,7 +50,11 @@ WORDS = ("auto", "must", "never")
 
 
 def find_start(
-    checkpoints: Checkpoints, wanted: str, config: Any, allow_change: bool
+    checkpoints: Checkpoints,
+    wanted: str,
+    config: Any,
+    allow_change: bool,
+    say: Callable[[str], object] = console.say,
 ) -> Path | None:
     """The checkpoint to resume from, or None for a new run; damaged ones are named and skipped.
 
@@ -59,6 +64,7 @@ def find_start(
         config: of now, a RunConfig.
         allow_change: whether to resume even though settings that affect training have changed;
             they are logged.
+        say: function that prints a line.
     Raises:
         UserError: `must` finds none, `never` finds one, the path is no whole checkpoint, or the
             config does not fit.
@@ -66,14 +72,14 @@ def find_start(
     check_wanted(wanted, checkpoints.folder, bool(checkpoints.finished()))
     saved, complaints = checkpoints.newest_whole()
     for complaint in complaints:
-        console.say(complaint)
+        say(complaint)
     if saved is None and complaints:
         raise UserError(
             f"every checkpoint of {checkpoints.folder.parent} is damaged; choose another out= to "
             "start anew"
         )
     if saved is None and wanted not in WORDS:
-        saved = named_checkpoint(Path(wanted))
+        saved = named_checkpoint(Path(wanted), say)
     if saved is None:
         if wanted == "must":
             raise UserError(
@@ -84,11 +90,13 @@ def find_start(
     if changed and not allow_change:
         raise UserError(what_changed(changed, saved))
     for key, old, new in changed:
-        console.say(f"--allow-change: {key} was {old} and is {new} from here on")
+        say(f"--allow-change: {key} was {old} and is {new} from here on")
     return saved
 
 
-def with_split_of(resolved: Resolved, saved: Path) -> Resolved:
+def with_split_of(
+    resolved: Resolved, saved: Path, say: Callable[[str], object] = console.say
+) -> Resolved:
     """The config of a resumed run, with the rule by which the run began to choose its held-out
     patients.
 
@@ -98,13 +106,14 @@ def with_split_of(resolved: Resolved, saved: Path) -> Resolved:
     Args:
         resolved: config of now, a RunConfig.
         saved: checkpoint to resume from.
+        say: function that prints a line.
     """
     config = resolved.value
     version = upgraded(checkpoint.read_meta(saved).config)["data"]["split_version"]
     if version == config.data.split_version:
         return resolved
     if config.data.held_out > 0:
-        console.say(
+        say(
             f"the run keeps rule {version} for its held-out patients (data.split_version), with "
             "which it began"
         )
@@ -114,35 +123,46 @@ def with_split_of(resolved: Resolved, saved: Path) -> Resolved:
     )
 
 
-def check_resume(resolved: Resolved, allow_change: bool) -> None:
-    """Refuse what `find_start` would refuse, without reading the weights of a checkpoint.
+def check_resume(
+    resolved: Resolved, allow_change: bool, say: Callable[[str], object]
+) -> Path | None:
+    """The checkpoint that a run which is started now resumes from, before it starts; nothing is
+    written.
 
     Args:
         resolved: config of the run.
         allow_change: whether to resume even though settings that affect training have changed.
+        say: function that prints a line, e.g. on a damaged checkpoint that is skipped.
     Raises:
-        UserError: train.resume does not fit what the run folder holds, or the config has changed
-            since the newest checkpoint.
+        UserError: as `find_start`.
     """
     config = resolved.value
-    wanted: str = config.train.resume
-    folder = RunFolder(config.out).checkpoints
-    saved = folder.finished()
-    check_wanted(wanted, folder.path, bool(saved))
-    if not saved and wanted not in WORDS:
-        path = Path(wanted)
-        saved = [path] if has_step_name(path) else RunFolder(path).checkpoints.finished()
-        if not saved:
-            raise UserError(
-                f"train.resume={path}: neither a checkpoint nor a run folder with a whole one"
-            )
-    if not saved and wanted == "must":
-        raise UserError(f"train.resume=must, but {folder.path} holds no whole checkpoint")
-    if saved and not allow_change:
-        newest = max(saved, key=step_of)
-        changed = changed_since(newest, config)
-        if changed:
-            raise UserError(what_changed(changed, newest))
+    checkpoints = Checkpoints(RunFolder(config.out).checkpoints.path, config.checkpoint.keep)
+    return find_start(checkpoints, config.train.resume, config, allow_change, say)
+
+
+def check_archive(saved: Path, digest: str, on_change: str) -> str:
+    """Compare the archive that a checkpoint was trained on with the one of now.
+
+    Args:
+        saved: checkpoint to resume from.
+        digest: digest of the store of now.
+        on_change: `data.on_change`.
+    Returns:
+        A line about another archive that the run continues with; empty for the same one.
+    Raises:
+        UserError: it is another one, and `data.on_change` refuses it.
+    """
+    before = checkpoint.read_meta(saved).data_digest
+    if before == digest:
+        return ""
+    line = f"{saved} was trained on another archive (digest {before[:12]}, now {digest[:12]})"
+    if on_change == "refuse":
+        raise UserError(
+            f"{line}; point data.store at the old one, set data.on_change=rebase, or start a new "
+            "run with another out="
+        )
+    return f"{line}; continuing with the new one"
 
 
 def check_wanted(wanted: str, checkpoints: Path, has_some: bool) -> None:
@@ -164,9 +184,12 @@ def check_wanted(wanted: str, checkpoints: Path, has_some: bool) -> None:
         )
 
 
-def named_checkpoint(path: Path) -> Path:
+def named_checkpoint(path: Path, say: Callable[[str], object]) -> Path:
     """A checkpoint by its own path, or the newest whole one of a run folder.
 
+    Args:
+        path: checkpoint or run folder.
+        say: function that prints a line.
     Raises:
         UserError: there is none, or it is damaged.
     """
@@ -177,7 +200,7 @@ def named_checkpoint(path: Path) -> Path:
         return path
     saved, complaints = Checkpoints(RunFolder(path).checkpoints.path, keep=1).newest_whole()
     for complaint in complaints:
-        console.say(complaint)
+        say(complaint)
     if saved is None:
         raise UserError(
             f"train.resume={path}: neither a checkpoint nor a run folder with a whole one"

@@ -25,7 +25,7 @@ from tapct.run.config import RunConfig
 from tapct.run.stages import ResolvedStage
 from tapct.ssl import needs
 from tapct.ssl.schedules import Schedules, peak_lr
-from tapct.ssl.student_teacher import check_heads, snapshot_times
+from tapct.ssl.student_teacher import check_heads, check_same_state, snapshot_times
 from tapct.types import AIR_HU, HUContract
 from tapct.views import masks
 
@@ -41,9 +41,16 @@ def load_run_config(path: Path, overrides: Sequence[str]) -> Resolved:
     """
     resolved = load_config(RunConfig, path, overrides)
     config: RunConfig = resolved.value
-    for stage in config.resolved_stages():
+    first, *later = config.resolved_stages()
+    for stage in (first, *later):
         for line in problems(stage.config):
             raise ConfigError(with_source(stage.with_name(line), resolved))
+    losses = needs.build_losses(first.config.losses)
+    for stage in later:
+        for name, loss in needs.build_losses(stage.config.losses).items():
+            check = functools.partial(check_same_state, name, losses[name], loss)
+            for line in caught(check):
+                raise ConfigError(with_source(stage.with_name(line), resolved))
     return resolved
 
 

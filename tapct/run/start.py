@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
 
 from tapct.base import files
 from tapct.base.counted import counted
-from tapct.base.exits import UserError
+from tapct.base.exits import SharedError, UserError
 from tapct.config import Resolved, plugins
-from tapct.data import split
 from tapct.data.store import Store
 from tapct.distributed.device import pick_device
 from tapct.engine import initial, trackers
@@ -26,24 +25,30 @@ from tapct.nn.backends import GPU_ONLY
 from tapct.nn.contracts import Backbone
 from tapct.run import background_eval
 from tapct.run.config import RunConfig
-from tapct.run.resume import check_resume
+from tapct.run.resume import check_archive, check_resume
 
 MOST_LABEL_MAPS = 20  # read to find a label that a setting names; a right one is in the first
 
 
-def check_start(resolved: Resolved, allow_change: bool) -> None:
+def check_start(
+    resolved: Resolved, allow_change: bool, say: Callable[[str], object]
+) -> Path | None:
     """Refuse a run that cannot start on this machine; nothing is written.
 
     Args:
         resolved: config of the run.
         allow_change: whether to resume even though settings that affect training have changed.
+        say: function that prints a line, e.g. on a damaged checkpoint that is skipped.
+    Returns:
+        The checkpoint that it would resume from; None for a new run.
     Raises:
         UserError: device, run folder, checkpoint, initial weights or a package do not allow it.
     """
     config: RunConfig = resolved.value
     check_machine(config, pick_device(config.device))
-    check_resume(resolved, allow_change)
+    saved = check_resume(resolved, allow_change, say)
     check_networks(config)
+    return saved
 
 
 def check_machine(config: RunConfig, device: torch.device) -> None:
@@ -111,41 +116,114 @@ def check_networks(config: RunConfig) -> None:
         initial.compare(weights, backbone, config.train.init_allow)
 
 
-def data_warnings(config: RunConfig, store: Store, rows: Sequence[int]) -> Iterator[str]:
-    """Settings that this store makes pointless, one line each.
+def training_rows(config: RunConfig, store: Store, saved: Path | None) -> list[int]:
+    """The rows of a store that a run is trained on.
 
     Args:
-        config: config of the run.
+        config: config of the run, with the split version that it began with.
         store: packed archive.
-        rows: rows of the store that are trained on.
+        saved: checkpoint that the run resumes from; None for a new run.
+    Raises:
+        SharedError: there is none, or the checkpoint was trained on another archive.
     """
+    data = config.data
+    if not len(store):
+        raise SharedError(f"data.store {store.path} holds no scan; index and pack some")
+    patients = [scan.patient for scan in store.scans]
+    held_out = data.held_out_patients(patients, config.seed)
+    rows = [i for i, patient in enumerate(patients) if patient not in held_out]
+    if not rows:
+        raise SharedError(data.one_sided(patients, config.seed))
+    if saved is not None:
+        try:
+            check_archive(saved, store.digest, data.on_change)
+        except UserError as error:
+            raise SharedError(str(error)) from error
+    return rows
+
+
+def data_warnings(
+    config: RunConfig, store: Store, rows: Sequence[int], saved: Path | None = None
+) -> Iterator[str]:
+    """What this store makes pointless or doubtful, one line each.
+
+    Args:
+        config: config of the run, with the split version that it began with.
+        store: packed archive.
+        rows: rows of the store that are trained on, from `training_rows`.
+        saved: checkpoint that the run resumes from; None for a new run.
+    """
+    if saved is not None:
+        changed = check_archive(saved, store.digest, config.data.on_change)
+        if changed:
+            yield changed
+    yield from doubts_about_batch(config, store, rows)
+    yield from doubts_about_patients(config, store, rows)
+    for stage in config.resolved_stages():
+        for line in doubts_about_scans(stage.config, store, rows):
+            yield stage.with_name(line)
+    yield from doubts_about_evaluation(config, store)
+
+
+def doubts_about_batch(config: RunConfig, store: Store, rows: Sequence[int]) -> Iterator[str]:
+    """A batch that holds a scan more than once."""
     batch, num = config.train.global_batch, len(rows)
-    named = counted(num, "scan")
     if batch > num:
-        times = -(-batch // num)
         yield (
-            f"train.global_batch {batch} is more than the {named} that {store.path} has for "
-            f"training: a step holds a scan up to {times} times, so losses that compare samples "
-            "compare a scan with itself"
+            f"train.global_batch {batch} is more than the {counted(num, 'scan')} that {store.path} "
+            f"has for training: a step holds a scan up to {-(-batch // num)} times, so losses that "
+            "compare samples compare a scan with itself"
         )
-    if config.data.held_out > 0 and num == len(store):
-        people = [scan.patient for scan in store.scans]
-        problem = split.imbalance(people, config.data.held_out, config.data.split_seed)
-        if problem:
-            yield problem
-    loader = config.data.loader
+
+
+def doubts_about_patients(config: RunConfig, store: Store, rows: Sequence[int]) -> Iterator[str]:
+    """Patients for whom the split cannot mean what it says."""
+    data = config.data
+    problem = data.one_sided([scan.patient for scan in store.scans], config.seed)
+    if problem:
+        yield problem
+    num = len({store.scans[row].patient for row in rows})
+    if num == 1 and len(rows) > 1:
+        yield (
+            f"all {len(rows)} scans for training are of one patient; if they are not, index again "
+            "with another --patient-regex or --patient-column"
+        )
+    guessed = store.num_guessed_patients()
+    if data.held_out > 0 and guessed:
+        yield (
+            f"data.held_out {data.held_out:g} divides patients, and the patients of "
+            f"{guessed} of {counted(len(store), 'scan')} were guessed from file names: check them "
+            "in the output of `tapct index`, or give it --patient-regex or --patient-column"
+        )
+
+
+def doubts_about_scans(config: RunConfig, store: Store, rows: Sequence[int]) -> Iterator[str]:
+    """Scans that are too few or too short for the settings of one stage."""
+    loader, num = config.data.loader, len(rows)
     if loader.on_error == "skip" and loader.max_skips >= num:
         yield (
-            f"data.loader.max_skips {loader.max_skips} is not less than the {named} for training: "
-            "the run would not stop if every scan were damaged"
+            f"data.loader.max_skips {loader.max_skips} is not less than the "
+            f"{counted(num, 'scan')} for training: the run would not stop if every scan were "
+            "damaged"
         )
-    deepest = max(store.scans[row].shape_ZYX[0] for row in rows)
+    depths = [store.scans[row].shape_ZYX[0] for row in rows]
     needed = config.views.slices_needed()
-    if needed > deepest:
+    windows = f"views.global_window or views.local_window needs {needed:g} slices"
+    num_short = sum(depth < needed for depth in depths)
+    if num_short == num:
         yield (
-            f"views.global_window or views.local_window needs {needed:g} slices, and the deepest "
-            f"scan of {store.path} has {deepest}: views of that depth are always filled up with air"
+            f"{windows}, and the deepest scan of {store.path} has {max(depths)}: views of that "
+            "depth are always filled up with air"
         )
+    elif 2 * num_short > num:
+        yield (
+            f"{windows}, and {num_short} of the {num} scans for training have fewer: their views "
+            "of that depth are filled up with air"
+        )
+
+
+def doubts_about_evaluation(config: RunConfig, store: Store) -> Iterator[str]:
+    """Evaluations that will fail, or whose test patients will not be the held-out ones."""
     during, tasks = config.eval.during, {}
     if config.eval.tasks:
         tasks = task_runs.build_tasks(config.eval.tasks, config.eval.seed)
@@ -156,6 +234,17 @@ def data_warnings(config: RunConfig, store: Store, rows: Sequence[int]) -> Itera
             "eval.tasks needs, so every evaluation will fail; set eval.during.every=0"
         )
     yield from background_eval.doubts(during)
+    patients = [scan.patient for scan in store.scans]
+    held_out = config.data.held_out_patients(patients, config.seed)
+    for name, rows in can_use.items():
+        people = {row.patient for row in rows}
+        num = len(people & held_out)
+        if held_out and people and num in (0, len(people)):
+            yield (
+                f"data.held_out {config.data.held_out:g} holds out {'none' if num == 0 else 'all'} "
+                f"of the {counted(len(people), 'patient')} that the task {name} can use, so `tapct "
+                "eval` will test on patients of pretraining; set another data.split_seed"
+            )
     for name, task in tasks.items():
         try:
             task_runs.check_label_settings(name, task, can_use[name][:MOST_LABEL_MAPS], store)

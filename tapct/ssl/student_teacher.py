@@ -137,8 +137,7 @@ class StudentTeacher(nn.Module):
         Args:
             losses: plug-in sections of the losses of this pair.
         Raises:
-            UserError: with these settings a loss would use another head, hold something of another
-                shape, or want the snapshot at other steps.
+            UserError: `check_same_state` refuses it.
         """
         assert [each.name for each in losses] == list(self.losses_by_name)
         terms: dict[str, Loss] = {}
@@ -148,18 +147,7 @@ class StudentTeacher(nn.Module):
                 continue
             with torch.random.fork_rng(devices=[]):  # a draw here must not move those of training
                 new: Loss = plugins.load("losses", each.name).build(each.config)
-            held, holds = (
-                {key: x.shape for key, x in loss.state_dict().items()} for loss in (old, new)
-            )
-            if old.head_of != new.head_of or held != holds:
-                raise UserError(
-                    f"losses.{each.name}: these settings need another head or state, so they "
-                    "cannot change"
-                )
-            if old.snapshot != new.snapshot:
-                raise UserError(
-                    f"losses.{each.name}: the teacher's copy has one timetable, which cannot change"
-                )
+            check_same_state(each.name, old, new)
             like = next(self.parameters())
             terms[each.name] = new.to(like.device, like.dtype).train(old.training)
             terms[each.name].load_state_dict(old.state_dict())
@@ -228,6 +216,22 @@ class StudentTeacher(nn.Module):
             local_part(kept).copy_(
                 now if apply is None else torch.where(apply, now, local_part(kept))
             )
+
+
+def check_same_state(name: str, old: Loss, new: Loss) -> None:
+    """Raise UserError where a loss with other settings cannot hold what the old one holds.
+
+    Args:
+        name: name of the loss.
+        old, new: loss with the old and with the new settings.
+    """
+    held, holds = ({key: x.shape for key, x in loss.state_dict().items()} for loss in (old, new))
+    if old.head_of != new.head_of or held != holds:
+        raise UserError(
+            f"losses.{name}: these settings need another head or state, so they cannot change"
+        )
+    if old.snapshot != new.snapshot:
+        raise UserError(f"losses.{name}: the teacher's copy has one timetable, which cannot change")
 
 
 def check_heads(terms: Mapping[str, Loss]) -> None:

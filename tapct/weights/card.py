@@ -156,7 +156,7 @@ def _read_settings(card: dict[str, Any], path: Path, custom_code: bool) -> Featu
     if isinstance(backbone, str) and "." in backbone and not custom_code:
         raise UserError(
             f"{path} names the backbone {backbone!r}, which is not one of tapct. "
-            "If you trust that code, load with custom_code=True, or tapct embed --custom-code."
+            "If you trust that code, load with custom_code=True, or the option --custom-code."
         )
     settings: FeatureSettings = from_dict(FeatureSettings, given, str(path))
     if missing := _first_missing(to_dict(settings), given):

@@ -65,7 +65,8 @@ def test_an_error_becomes_one_line_and_the_code_of_the_table(
 def test_every_exit_code_stands_in_the_table() -> None:
     codes = {int(code) for code in re.findall(r"^\| (\d+) \|", exits.__doc__ or "", re.MULTILINE)}
     assert codes == {
-        *(0, exits.BUG, exits.WRONG_INPUT, exits.LOST_RANK, exits.INTERRUPTED, exits.TERMINATED)
+        *(0, exits.BUG, exits.WRONG_INPUT, exits.LOST_RANK, exits.INCOMPLETE),
+        *(exits.INTERRUPTED, exits.TERMINATED),
     }
     assert (UserError.exit_code, LostRank.exit_code) == (exits.WRONG_INPUT, exits.LOST_RANK)
 

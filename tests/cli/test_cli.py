@@ -27,7 +27,7 @@ from tiny_run import evaluation_of, make_archive, numbers_of, write_config
 
 import tapct
 from tapct.data import ingest
-from tapct.data.patients import KEY_VARIABLE
+from tapct.data.patient_key import KEY_VARIABLE
 from tapct.engine import loop
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent

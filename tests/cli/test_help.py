@@ -77,7 +77,7 @@ def test_a_help_text_shows_neither_types_nor_ranges(shell: Shell, name: str) -> 
 def test_the_example_settings_of_a_help_text_can_be_given_to_the_command(name: str) -> None:
     (item,) = (item for item in COMMANDS[name].params if item.name == "overrides")
     settings = re.findall(r"\S+=\S+", item.help)
-    free = ("eval.", "device=", "model.attention", "data.store")  # as in run/finished.py
+    free = ("eval.", "device=", "model.attention", "data.store")  # as in run/model_source.py
     assert settings and all(word.startswith(free) for word in settings)
     load_config(RunConfig, Path("smoke"), settings)
 

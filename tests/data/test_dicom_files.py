@@ -195,7 +195,7 @@ def test_frames_that_make_no_stack_are_refused(tmp_path: Path) -> None:
 
     for edit, reason in (
         (repeat, "duplicate_slices"),
-        (localizer, "localizer"),
+        (localizer, "missing_slices"),  # the other frames; the localizer has a row of its own
         (too_few, "multiframe"),
         (projection, "derived_image"),
     ):
@@ -258,6 +258,20 @@ def test_jpeg_of_12_bits_is_decoded_and_its_ratio_is_known(tmp_path: Path) -> No
     assert refusal(tmp_path / "t") == "lossy"
     write_jpeg_series(tmp_path / "u", cut=40)
     assert refusal(tmp_path / "u") == "truncated"
+
+
+def test_what_no_library_decodes_is_refused_without_the_text_of_the_library(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(reader: object) -> None:
+        raise RuntimeError(f"ITK ERROR: {tmp_path} of Muster^Erika has no codec")
+
+    monkeypatch.setattr("SimpleITK.ImageFileReader.Execute", fail)
+    write_jpeg_series(tmp_path / "s", LossyImageCompressionRatio=4.5)
+    with pytest.raises(Refused, match="neither pydicom nor GDCM decodes") as caught:
+        read_volume(tmp_path / "s")
+    assert caught.value.reason == "unsupported"
+    assert "Muster" not in caught.value.marked and str(tmp_path) not in caught.value.marked
 
 
 def test_lossy_compression_is_marked_or_refused_beyond_a_ratio(tmp_path: Path) -> None:

@@ -60,13 +60,14 @@ def test_localizer_is_refused(tmp_path: Path) -> None:
 
 
 def test_single_slice_is_read_with_depth_1(tmp_path: Path) -> None:
-    volume = read_volume(write_series(tmp_path / "s", make_ct()[4:5]))
-    assert volume.hu_ZYX.shape == (1, 14, 17)
+    plane_ZYX = make_ct((9, 36, 34))[4:5]
+    volume = read_volume(write_series(tmp_path / "s", plane_ZYX))
+    assert volume.hu_ZYX.shape == (1, 36, 34)
     assert volume.spacing_mm[0] == 5.0
-    unknown = write_series(tmp_path / "t", make_ct()[4:5], edit=lambda i: {"SliceThickness": None})
+    unknown = write_series(tmp_path / "t", plane_ZYX, edit=lambda i: {"SliceThickness": None})
     assert refusal(unknown) == "bad_spacing"
-    write_nifti(tmp_path / "a.nii", make_ct()[4:5])
-    np.testing.assert_array_equal(read_volume(tmp_path / "a.nii").hu_ZYX, make_ct()[4:5])
+    write_nifti(tmp_path / "a.nii", plane_ZYX)
+    np.testing.assert_array_equal(read_volume(tmp_path / "a.nii").hu_ZYX, plane_ZYX)
 
 
 def test_slices_of_different_geometry_are_refused(tmp_path: Path) -> None:

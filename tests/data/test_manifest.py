@@ -24,7 +24,7 @@ from tapct.base.exits import UserError
 from tapct.data import discover, ingest, passed_over
 from tapct.data.index import build_manifest
 from tapct.data.manifest import Manifest, Row
-from tapct.data.patients import KEY_VARIABLE
+from tapct.data.patient_key import KEY_VARIABLE
 from tapct.data.process_pool import Failure, map_unordered
 from tapct.data.readers import nifti
 from tapct.types import AIR_HU
@@ -120,7 +120,7 @@ def test_facts_of_a_row_come_from_the_scan(tmp_path: Path) -> None:
     sidecar |= {"Manufacturer": "SIEMENS AG", "ConvolutionKernel": "B30f"}
     (tmp_path / "a" / "x.json").write_text(json.dumps(sidecar))
     (row,) = build_manifest(tmp_path / "a", tmp_path / "m.parquet").rows
-    assert (row.depth, row.height, row.width) == (6, 12, 13)
+    assert (row.depth, row.height, row.width) == (6, 24, 26)
     np.testing.assert_allclose(
         (row.spacing_z_mm, row.spacing_y_mm, row.spacing_x_mm), (2.0, 0.7, 0.8), rtol=1e-6
     )
@@ -136,7 +136,7 @@ def test_facts_of_a_row_come_from_the_scan(tmp_path: Path) -> None:
         low, high = body[int(np.floor(place))], body[int(np.ceil(place))]
         assert value == pytest.approx(low + (high - low) * (place % 1))
     held = np.maximum(hu_ZYX, AIR_HU).astype("<i2").tobytes()
-    assert row.digest == hashlib.blake2b(b"(6, 12, 13)" + held, digest_size=16).hexdigest()
+    assert row.digest == hashlib.blake2b(b"(6, 24, 26)" + held, digest_size=16).hexdigest()
 
 
 def test_reading_gives_back_what_was_written(tmp_path: Path) -> None:
@@ -237,7 +237,7 @@ def test_a_dicom_folder_can_be_the_whole_archive(tmp_path: Path) -> None:
     for name in ("case7", "case8"):
         write_series(tmp_path / name, make_ct(), edit=lambda index: nobody)
     first, second = (
-        build_manifest(tmp_path / name, tmp_path / "m.parquet") for name in ("case7", "case8")
+        build_manifest(tmp_path / name, tmp_path / f"{name}.parquet") for name in ("case7", "case8")
     )
     assert [(row.path, row.status) for row in first.rows] == [(".", "accepted")]
     assert first.digest == second.digest
@@ -331,7 +331,7 @@ def test_a_link_to_itself_is_passed_over(tmp_path: Path) -> None:
     (root / "loop").symlink_to("loop")
     built = build_manifest(root, tmp_path / "m.parquet")
     assert len(built.accepted) == 1
-    assert dict(built.passed_over) == {passed_over.NO_FILE: 1}
+    assert dict(built.passed_over) == {passed_over.BROKEN_LINK: 1}
 
 
 def test_json_without_an_end_of_brackets_costs_only_itself(tmp_path: Path) -> None:

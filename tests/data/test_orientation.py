@@ -75,7 +75,7 @@ def test_nrrd_in_ras_space_is_turned(tmp_path: Path) -> None:
 
 
 def test_sagittal_dicom_becomes_axial_slices_first(tmp_path: Path) -> None:
-    sagittal = make_ct((8, 12, 10))  # slices along x, rows run down (-z), columns along y
+    sagittal = make_ct((8, 12, 14))  # slices along x, rows run down (-z), columns along y
 
     def edit(index: int) -> dict[str, object]:
         axes = [0, 1, 0, 0, 0, -1]

@@ -89,13 +89,46 @@ def test_what_no_reader_takes_is_counted_by_kind(tmp_path: Path) -> None:
     assert listing.passed_over == {
         **{".zip": 2, ".nii.bz2": 1, ".npy": 1, ".dcm.gz": 1, ".txt": 1, ".json": 1},
         **{"without suffix": 2, "hidden": 1, "hidden folders": 1},
-        "broken link or no regular file": 1,
+        "broken link": 1,
     }
     assert passed_over.summary(listing.passed_over) == (
         "11 files (2 .zip, 2 without suffix, 1 .dcm.gz, 1 .json, 1 .nii.bz2, 1 .npy, 1 .txt, "
-        "1 broken link or no regular file, 1 hidden) and 1 hidden folder"
+        "1 broken link, 1 hidden) and 1 hidden folder"
     )
     assert passed_over.summary({}) == ""
+    assert passed_over.advice(listing.passed_over) == (
+        "if these files hold scans or labels: unpack .dcm.gz, .nii.bz2, .zip; write .npy as NIfTI, "
+        "with spacing and directions"
+    )
+    assert passed_over.advice({".txt": 3, ".json": 1, "hidden": 2, ".zip": 0}) == ""
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *(".dcm.gz", ".dicom.gz", ".ima.gz", ".nii.bz2", ".nii.xz", ".nii.zst", ".nii.zip"),
+        *(
+            ".mha.gz",
+            ".nrrd.gz",
+            ".mgz.gz",
+            ".zip",
+            ".tar",
+            ".tar.gz",
+            ".tgz",
+            ".7z",
+            ".rar",
+            ".gz",
+        ),
+        *(".npy", ".npy.gz", ".npz", ".mat", ".h5", ".mnc", ".vtk"),
+    ],
+)
+def test_every_kind_that_may_hold_scans_is_named_with_what_to_do(tmp_path: Path, kind: str) -> None:
+    (tmp_path / f"scan{kind}").write_bytes(b"some bytes")
+    assert search(tmp_path).passed_over == {kind: 1}
+    assert kind in passed_over.summary({kind: 1})
+    assert kind in passed_over.advice({kind: 1})
+    page = Path(__file__).parents[2] / "docs" / "ingest.md"
+    assert f"`{kind}`" in page.read_text(encoding="utf-8")
 
 
 def test_an_index_from_which_nothing_can_be_used_is_an_error(tmp_path: Path) -> None:
@@ -116,7 +149,7 @@ def test_an_index_from_which_nothing_can_be_used_is_an_error(tmp_path: Path) -> 
 
 
 def test_single_slices_are_refused_by_default(tmp_path: Path) -> None:
-    write_nifti(tmp_path / "a1.nii.gz", make_ct((1, 14, 17)))
-    write_nifti(tmp_path / "b2.nii.gz", make_ct((2, 14, 17)))
+    write_nifti(tmp_path / "a1.nii.gz", make_ct((1, 34, 37)))
+    write_nifti(tmp_path / "b2.nii.gz", make_ct((2, 34, 37)))
     rows = index.build_manifest(tmp_path, tmp_path / "m.parquet").rows
     assert [row.reason for row in rows] == ["too_few_slices", ""]

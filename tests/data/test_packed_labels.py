@@ -12,6 +12,7 @@ from scan_files import noise_ct, save_labels, save_scan
 
 from tapct.base.exits import UserError
 from tapct.data import index, store
+from tapct.data import pack as pack_module
 from tapct.data.digest import label_digest
 from tapct.data.manifest import Manifest
 from tapct.data.pack import pack
@@ -98,7 +99,7 @@ def test_labels_are_packed_beside_their_scan_and_packed_again_when_they_change(
 def test_labels_that_changed_after_the_index_are_not_packed(
     archive: Manifest, tmp_path: Path
 ) -> None:
-    save_scan(archive.root / "c1_seg.nii.gz", np.ones((6, 12, 13), np.uint8))
+    save_scan(archive.root / "c1_seg.nii.gz", np.ones((6, 24, 26), np.uint8))
     report = pack(archive, tmp_path / "store")
     (refused,) = report.labels_refused
     assert (refused.path, refused.reason, len(report.packed)) == ("c1_seg.nii.gz", "changed", 2)
@@ -121,7 +122,7 @@ def test_damaged_labels_are_named_found_and_packed_again(archive: Manifest, tmp_
 
 def test_ignored_values_are_packed_by_the_rule_of_the_index(tmp_path: Path) -> None:
     save_scan(tmp_path / "a" / "c1.nii.gz", noise_ct(1))
-    labels = np.zeros((6, 12, 13), np.int16)
+    labels = np.zeros((6, 24, 26), np.int16)
     labels[2:4], labels[5] = 1, -1
     save_scan(tmp_path / "a" / "c1_seg.nii.gz", labels)
     built = index.build_manifest(tmp_path / "a", tmp_path / "m.parquet", ignore_labels=[-1])
@@ -152,3 +153,18 @@ def test_the_digest_covers_values_shape_and_names() -> None:
         dataclasses.replace(labels, labels_ZYX=labels.labels_ZYX[::-1]),
     ]
     assert len({label_digest(item) for item in (labels, *others)}) == 4
+
+
+def test_labels_that_end_their_worker_do_not_refuse_their_scan(
+    archive: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(pack_module, "read_labels_of", fail)
+    report = pack(archive, tmp_path / "store")
+    (refused,) = report.labels_refused
+    assert (refused.path, refused.reason, report.refused) == ("c1_seg.nii.gz", "out_of_memory", ())
+    assert "with its labels" in refused.detail
+    held = Store(tmp_path / "store")
+    assert [scan.has_labels for scan in held.scans] == [False, False]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 from pathlib import Path
 
 import pytest
 
 from tapct.base.marks import file_name, quoted
+from tapct.data import plain_facts
 from tapct.data.plain_facts import without_names
 
 ROOT = Path("/data/archive")
@@ -77,3 +79,33 @@ def test_a_quoted_list_is_replaced() -> None:
 def test_words_of_headers_and_apostrophes_in_sentences_stay() -> None:
     line = "the body's axis of 'space' is 3 degrees off the scanner's 'LPS'"
     assert without_names(line, ROOT, []) == line
+
+
+def test_no_text_of_an_exception_becomes_part_of_a_message() -> None:
+    """Libraries quote files in their errors, so only facts about an error may be used."""
+    package = Path(plain_facts.__file__).parent
+    files = [*(package / "readers").glob("*.py"), *(package / "labels").rglob("*.py")]
+    files += [package / f"{name}.py" for name in ("ingest", "headers", "discover", "series")]
+    found = []
+    for file in files:
+        for handler in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(handler, ast.ExceptHandler) and handler.name:
+                found += [f"{file.name}:{line}" for line in _quoted_errors(handler)]
+    assert found == []
+
+
+def _quoted_errors(handler: ast.ExceptHandler) -> list[int]:
+    """Lines in which the text of the exception of a handler is used."""
+    lines = []
+    for node in ast.walk(handler):
+        used: list[ast.expr] = []
+        if isinstance(node, ast.FormattedValue):
+            used = [node.value]
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            used = node.args if node.func.id in ("str", "repr", "single_line") else []
+        elif isinstance(node, ast.Attribute) and node.attr in ("args", "msg", "message"):
+            used = [node.value]
+        for value in used:
+            if isinstance(value, ast.Name) and value.id == handler.name:
+                lines.append(value.lineno)
+    return lines

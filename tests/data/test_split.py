@@ -8,9 +8,9 @@ import random
 import pytest
 
 from tapct.data.split import (
-    held_out_patients,
     held_out_patients_v1,
     imbalance,
+    patients_below,
     position,
     split_of_version,
     two_sides,
@@ -28,8 +28,8 @@ def test_nobody_changes_sides_in_a_thousand_growing_archives() -> None:
     for archive in range(1000):
         names = people(draw.randrange(1, 60), archive)
         num, share, seed = draw.randrange(len(names) + 1), draw.random(), draw.randrange(5)
-        before = held_out_patients(names[:num], share, seed)
-        after = held_out_patients(draw.sample(names, len(names)), share, seed)
+        before = patients_below(names[:num], share, seed)
+        after = patients_below(draw.sample(names, len(names)), share, seed)
         changed += len(before ^ (after & set(names[:num])))
     assert changed == 0
 
@@ -49,17 +49,17 @@ def test_the_earlier_rule_moved_patients_when_an_archive_grew() -> None:
 def test_the_share_holds_on_average_and_a_larger_one_holds_out_more() -> None:
     names = people(4000)
     for share in (0.0, 0.05, 0.4, 0.9):
-        assert abs(len(held_out_patients(names, share, 3)) - share * 4000) < 4 * 32
-    assert held_out_patients(names, 0.05, 3) < held_out_patients(names, 0.4, 3)
-    assert held_out_patients(names, 0.4, 3) != held_out_patients(names, 0.4, 4)
-    assert held_out_patients(names[:10] * 3, 0.4, 3) == held_out_patients(names[:10], 0.4, 3)
+        assert abs(len(patients_below(names, share, 3)) - share * 4000) < 4 * 32
+    assert patients_below(names, 0.05, 3) < patients_below(names, 0.4, 3)
+    assert patients_below(names, 0.4, 3) != patients_below(names, 0.4, 4)
+    assert patients_below(names[:10] * 3, 0.4, 3) == patients_below(names[:10], 0.4, 3)
 
 
 def test_a_version_chooses_rule_and_seed() -> None:
     names = people(30)
     for version, expected in (
         (1, held_out_patients_v1(names, 0.3, 7)),
-        (2, held_out_patients(names, 0.3, 5)),
+        (2, patients_below(names, 0.3, 5)),
     ):
         assert split_of_version(version, names, 0.3, split_seed=5, run_seed=7) == expected
 
@@ -72,7 +72,7 @@ def test_an_evaluation_always_has_two_sides_and_moves_the_nearest_patient_only(n
         for share in (0.01, 0.5, 0.99):
             tested, was_moved = two_sides(names, share, seed)
             assert 0 < len(tested) < num
-            drawn = held_out_patients(names, share, seed)
+            drawn = patients_below(names, share, seed)
             assert was_moved == (len(drawn) in (0, num))
             assert len(tested ^ drawn) == was_moved
             if was_moved:
@@ -84,12 +84,12 @@ def test_a_share_that_holds_out_nobody_or_everybody_names_a_seed_that_does_not()
     names = people(5)
     lines = {seed: imbalance(names, 0.2, seed) for seed in range(30)}
     for seed, line in lines.items():
-        num = len(held_out_patients(names, 0.2, seed))
+        num = len(patients_below(names, 0.2, seed))
         assert bool(line) == (num in (0, 5))
         if line:
             assert "patients (5)" in line and "\n" not in line
             other = int(line.split("data.split_seed=")[1].split(",")[0])
-            assert len(held_out_patients(names, 0.2, other)) == 1
+            assert len(patients_below(names, 0.2, other)) == 1
     assert any(lines.values())
     assert "data.held_out=0" in imbalance(["p"], 0.4, 0)
     assert imbalance(names, 0.0, 0) == imbalance([], 0.4, 0) == ""

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import gc
+import json
 import os
 import pickle
 import random
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import blosc2
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tapct.base.exits import UserError
 from tapct.base.files import write_atomically
-from tapct.data.digest import label_digest, voxel_digest
+from tapct.data.digest import label_digest, table_digest, voxel_digest
 from tapct.data.packed import Damaged, encode, layout, open_packed
 from tapct.data.packed_labels import encode_labels, labels_file
 from tapct.data.store import INDEX_NAME, Store, StoredScan, index_bytes
@@ -347,3 +350,19 @@ def test_a_forked_child_reads_even_while_the_parent_holds_the_lock(tmp_path: Pat
             watchdog.start()
             os._exit(0 if np.array_equal(store.read(0), scans[0]) else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_a_store_of_an_earlier_version_does_not_know_the_rules_of_patients(tmp_path: Path) -> None:
+    store = make_store(tmp_path / "s", [ct_like((3, 8, 9))])
+    known = [replace(scan, patient_from="header") for scan in store.scans]
+    file = tmp_path / "s" / INDEX_NAME
+    file.write_bytes(index_bytes(known, "manifest"))
+    assert [scan.patient_from for scan in Store(file.parent).scans] == ["header"]
+    table = pq.read_table(file).drop_columns(["patient_from"])
+    info = json.loads(table.schema.metadata[b"tapct.store"])
+    facts = {key: value for key, value in info.items() if key != "content"}
+    info["content"] = table_digest([column.to_pylist() for column in table.columns], facts)
+    pq.write_table(table.replace_schema_metadata({b"tapct.store": json.dumps(info)}), file)
+    earlier = Store(file.parent)
+    assert earlier.scans == tuple(replace(scan, patient_from="") for scan in known)
+    assert earlier.digest == store.digest

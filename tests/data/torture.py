@@ -11,6 +11,8 @@ from pathlib import Path
 import nibabel
 import numpy as np
 import SimpleITK
+from pydicom.dataset import Dataset
+from pydicom.sequence import Sequence
 from scan_files import LPS, make_ct, patch_bytes, write_nifti, write_series
 
 SHAPE_ZYX = (20, 24, 26)
@@ -151,6 +153,18 @@ def dicom(
     return build
 
 
+def pair(cut_slices: int = 0) -> Callable[[Path, str, np.ndarray], object]:
+    """A NIfTI header (.hdr) with its voxels (.img), without the last slices of them."""
+
+    def build(folder: Path, name: str, hu: np.ndarray) -> None:
+        image = nibabel.Nifti1Pair(hu.transpose(2, 1, 0), np.diag([-0.8, -0.7, 2.5, 1.0]))
+        nibabel.save(image, folder / f"{name}.hdr")
+        voxels = folder / f"{name}.img"
+        voxels.write_bytes(voxels.read_bytes()[: hu.nbytes - cut_slices * hu[0].nbytes])
+
+    return build
+
+
 def raw_file(suffix: str, data: bytes) -> Callable[[Path, str, np.ndarray], object]:
     """A file with these bytes."""
     return lambda folder, name, hu: (folder / f"{name}{suffix}").write_bytes(data)
@@ -244,6 +258,19 @@ def random(kind: str) -> Edit:
 def tall(hu: np.ndarray) -> np.ndarray:
     """A scan with anatomy that changes along z, 40 slices deep."""
     return make_ct((40, 24, 26), seed=int(hu.ravel()[0]) % 97).astype(np.int32)
+
+
+def wrapped(hu: np.ndarray) -> np.ndarray:
+    """HU in signed words of 12 bits, which 2048 HU does not fit into."""
+    return (hu + 2048) % 4096 - 2048
+
+
+def table_of_values() -> dict[str, object]:
+    """A table that leads from stored values to HU, in place of slope and intercept."""
+    table = Dataset()
+    table.LUTDescriptor, table.LUTData = [4096, 0, 16], b"\0\0" * 4096
+    table.ModalityLUTType = "HU"
+    return {"ModalityLUTSequence": Sequence([table])}
 
 
 def like_mr(hu: np.ndarray) -> np.ndarray:

@@ -12,7 +12,7 @@ import struct
 
 import nibabel
 import numpy as np
-from scan_files import make_ct, patch_bytes, write_nifti
+from scan_files import make_ct, make_slice, patch_bytes, write_nifti
 from torture import (
     SPACING,
     Case,
@@ -26,6 +26,7 @@ from torture import (
     like_mr,
     mirrored,
     nifti,
+    pair,
     part,
     patched,
     random,
@@ -35,10 +36,12 @@ from torture import (
     sheared,
     shifted,
     shuffled,
+    table_of_values,
     tall,
     text,
     turned,
     values,
+    wrapped,
 )
 
 FORMATS = (
@@ -78,6 +81,8 @@ DAMAGE = (
     ),
     Case("truncated-mhd", "truncated", content(".mhd", lambda b: b[:-30], data=".raw")),
     Case("truncated-dicom", "truncated", dicom(cut=40)),
+    Case("truncated-pair", "truncated", pair(cut_slices=1)),
+    Case("whole-pair", "accepted", pair()),
     *(
         Case(f"empty-{suffix[1:].replace('.', '-')}", "empty_file", raw_file(suffix, b""))
         for suffix in (".nii", ".nii.gz", ".nrrd", ".mha", ".dcm")
@@ -139,6 +144,29 @@ HEADERS = (
         "fewer-slices-mhd",
         "header_mismatch",
         text(".mhd", "DimSize = 26 24 20", "DimSize = 26 24 19"),
+    ),
+    # two sizes exchanged: as many voxels, cut into rows at wrong places
+    Case("columns-rows-swapped-nii", "header_mismatch", patched((42, struct.pack("<hh", 24, 26)))),
+    Case("rows-slices-swapped-nii", "header_mismatch", patched((44, struct.pack("<hh", 20, 24)))),
+    Case(
+        "columns-slices-swapped-nii",
+        "header_mismatch",
+        patched((42, struct.pack("<hhh", 20, 24, 26))),
+    ),
+    Case(
+        "columns-rows-swapped-nrrd",
+        "header_mismatch",
+        text(".nrrd", "sizes: 26 24 20", "sizes: 24 26 20"),
+    ),
+    Case(
+        "columns-rows-swapped-mha",
+        "header_mismatch",
+        text(".mha", "DimSize = 26 24 20", "DimSize = 24 26 20"),
+    ),
+    Case(
+        "columns-rows-swapped-dicom",
+        "header_mismatch",
+        dicom(lambda i: {"Rows": 26, "Columns": 24}),
     ),
     Case("more-slices-nii", "truncated", patched((46, struct.pack("<h", 21)))),
     Case("more-slices-nrrd", "truncated", text(".nrrd", "sizes: 26 24 20", "sizes: 26 24 21")),
@@ -294,6 +322,42 @@ VALUES = (
         "label_map",
         values(lambda hu: np.rint((np.clip(hu, -1000, 1000) + 1000) / 16).astype(int) * 16 - 1000),
     ),
+    # metal above 2047 HU, wrapped around to -2048 HU; padding and clipped metal are no such thing
+    *(
+        Case(
+            f"signed-12-bits-{metal}",
+            "not_hu",
+            values(
+                lambda hu, by=metal: wrapped(
+                    fill(by, slice(8, 12), slice(10, 14), slice(10, 13))(hu.astype(np.int32))
+                )
+            ),
+        )
+        for metal in (2100, 2600)
+    ),
+    Case(
+        "signed-12-bits-padded",
+        "not_hu",
+        values(
+            lambda hu: fill(-2000, slice(None), slice(0, 4))(
+                wrapped(fill(2300, slice(8, 12), slice(10, 14), slice(10, 13))(hu))
+            )
+        ),
+    ),
+    Case(
+        "clipped-at-12-bits-with-streaks",
+        "accepted",
+        values(
+            lambda hu: fill(-2048, slice(8, 12), slice(10, 14), slice(13, 14))(
+                fill(2047, slice(8, 12), slice(10, 14), slice(10, 13))(hu)
+            )
+        ),
+    ),
+    Case(
+        "body-beside-padding",
+        "accepted",
+        values(lambda hu: fill(-2000, slice(None), slice(9, 15), slice(23, 26))(hu)),
+    ),
     # windows
     Case("soft-window", "not_ct", values(lambda hu: np.clip(hu, -160, 240))),
     Case("soft-window-declared", "windowed", declared(lambda hu: np.clip(hu, -160, 240))),
@@ -314,6 +378,16 @@ VALUES = (
     Case("normal-noise", "noise", values(random("normal"))),
     Case("even-noise", "noise", values(random("even"))),
     Case("voxels-shuffled", "noise", values(shuffled(None))),
+    # too few voxels to be checked, whatever they are
+    Case("tiny-scan", "too_small", values(lambda hu: hu[:9, 4:14, 6:17])),
+    Case("tiny-scan-declared", "too_small", declared(lambda hu: hu[:9, 4:14, 6:17])),
+    Case("tiny-mr", "too_small", values(lambda hu: like_mr(hu)[8:16, 8:18, 8:18])),
+    Case(
+        "tiny-label-map",
+        "too_small",
+        declared(lambda hu: blocks(hu)[:9, :10, :10] * 60 - 1000),
+    ),
+    Case("small-scan", "accepted", values(lambda hu: hu[:8, ::2, ::2])),
     Case("constant", "constant", values(lambda hu: np.full_like(hu, -1000))),
     Case("all-clamped", "constant", declared(lambda hu: hu - 9999)),
     Case(
@@ -368,6 +442,16 @@ VALUES = (
 )
 
 SERIES = (
+    Case(
+        "dicom-table-of-values",
+        "no_rescale",
+        dicom(lambda i: {"RescaleSlope": None, "RescaleIntercept": None} | table_of_values()),
+    ),
+    Case(
+        "dicom-named-nii",
+        "corrupt",
+        lambda f, n, hu: make_slice(hu[0], 0.0).save_as(f / f"{n}.nii"),
+    ),
     Case("dicom-mr", "not_ct", dicom(lambda i: {"Modality": "MR"})),
     Case("dicom-no-rescale", "no_rescale", dicom(lambda i: {"RescaleIntercept": None})),
     Case(

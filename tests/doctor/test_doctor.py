@@ -169,8 +169,11 @@ def test_a_missing_permission_is_not_called_a_lack_of_space() -> None:
         finding = verdicts.room("disk", Space("/a", 0, 0, refusal), 1, 2, "free some space")
         assert finding.state == "fail" and "permission" in finding.remedy
         assert "space" not in finding.remedy
-    full = verdicts.room("disk", Space("/a", 9, 0), 1, 2, "free some space")
-    assert full.remedy == "free some space"
+    for refusal in ("Not a directory", "Stale file handle"):
+        finding = verdicts.room("disk", Space("/a", 0, 0, refusal), 1, 2, "free some space")
+        assert finding.state == "fail" and "check the path" in finding.remedy
+    for facts in (Space("/a", 9, 0), Space("/a", 9, 0, "No space left on device")):
+        assert verdicts.room("disk", facts, 1, 2, "free some space").remedy == "free some space"
 
 
 def test_a_key_for_wandb_is_found_without_being_told(tmp_path: Path) -> None:

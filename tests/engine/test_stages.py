@@ -19,7 +19,7 @@ from tiny_run import assert_equal_runs, config_of, numbers_of, own_plugin, state
 
 from tapct.base.exits import UserError
 from tapct.engine import loop
-from tapct.run import finished, pretrain
+from tapct.run import finished, model_source, pretrain
 from tapct.ssl import step as ssl_step
 
 LARGE = (
@@ -209,7 +209,7 @@ def test_a_finished_run_of_stages_is_exported_and_its_stages_cannot_change(
     folder = undisturbed(STAGED)
     assert (finished.export(folder, tmp_path / "export") / "model.safetensors").is_file()
     with pytest.raises(UserError, match=r"stages=\[\]: the run was trained with"):
-        finished.open_run(folder, ["stages=[]"])
+        model_source.open_run(folder, ["stages=[]"])
 
 
 GROWING = '''

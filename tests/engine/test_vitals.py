@@ -13,7 +13,8 @@ from tiny_run import config_of, make_store, numbers_of
 from tapct.engine.metrics import Record
 from tapct.engine.vitals import Vitals, window_of
 from tapct.run import pretrain
-from tapct.ssl.health import NEXT_MOVE
+from tapct.ssl import health
+from tapct.ssl.health import NEXT_MOVE, TOO_EARLY, TermReading, verdict_at
 
 LN_K = {"dino": math.log(256), "ibot": math.log(256)}
 ALIVE, STUCK, COLLAPSED, FAINT = (
@@ -56,13 +57,27 @@ def test_a_bad_run_is_told_once_after_warmup_and_a_window_with_the_next_move(
     state: str, numbers: tuple[float, float, float]
 ) -> None:
     (line,) = said(Vitals(20, 20), [record(step, numbers) for step in range(1, 401)])
-    assert line.startswith(f"health, steps 21 to 40: {state}. dino: ")
+    assert line.startswith(f"health, steps 181 to 200: {state}. dino: ")
     assert line.endswith(NEXT_MOVE[state]) and "\n" not in line
+
+
+@pytest.mark.parametrize("warmup", [0, 20, 300])
+def test_no_line_comes_before_it_can_be_known(warmup: int) -> None:
+    vitals, lives = Vitals(warmup, 20), [STUCK] * 50 + [ALIVE] * 50 + [COLLAPSED] * 400
+    spoken = {}
+    for step, life in enumerate(lives, 1):
+        line = vitals.update([record(step, life)], LN_K)
+        if line:
+            spoken[step] = line
+    assert list(spoken) == [max(200, warmup + 20)]
+    for step in (max(200, warmup) - 1, max(200, warmup)):  # in the report
+        now = verdict_at([TermReading("dino", *COLLAPSED, LN_K["dino"])], step, warmup)
+        assert now.state == ("collapsed" if step >= max(200, warmup) else TOO_EARLY)
 
 
 def test_recovery_and_a_change_from_bad_to_worse_are_told() -> None:
     lives = [STUCK] * 60 + [COLLAPSED] * 60 + [ALIVE] * 100
-    lines = said(Vitals(0, 20), [record(step + 1, life) for step, life in enumerate(lives)])
+    lines = said(Vitals(0, 20), [record(step + 201, life) for step, life in enumerate(lives)])
     assert [line.partition(": ")[2].partition(".")[0] for line in lines] == [
         "stuck",
         "collapsed",
@@ -116,8 +131,13 @@ PROVOKED = {
 
 @pytest.mark.parametrize("state", PROVOKED)
 def test_a_run_that_is_made_to_fail_says_so_while_it_trains(
-    tmp_path: Path, store: Path, capsys: pytest.CaptureFixture[str], state: str
+    tmp_path: Path,
+    store: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    state: str,
 ) -> None:
+    monkeypatch.setattr(health, "MIN_STEPS", 20)  # 200 steps would take long
     pretrain.train(
         config_of(
             tmp_path,

@@ -7,6 +7,7 @@ import random
 from dataclasses import dataclass
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
 from tapct.data import trained_on
@@ -112,6 +113,67 @@ def test_a_patient_with_another_hash_is_found_by_a_scan_that_was_trained_on() ->
         assert (found.num_scans, found.num_patients, found.value) == (0, 1, False)
     found = check(rows[2:], rows=rows, digests=digests, patient_key="k", trained_on=trained)
     assert found.value is True
+
+
+@pytest.mark.parametrize(
+    ("seen_rule", "test_rule", "is_in_store", "value"),
+    [
+        ("header", "header", False, True),
+        ("side_car", "header", False, True),
+        ("guess", "guess", False, True),
+        ("guess", "header", False, "unknown"),
+        ("header", "study", False, "unknown"),
+        ("kept", "kept", False, "unknown"),
+        ("header", "kept", False, "unknown"),
+        ("", "header", False, "unknown"),
+        ("header", "", False, "unknown"),
+        ("guess", "header", True, True),
+        ("", "kept", True, True),
+    ],
+)
+def test_patients_by_different_rules_are_compared_within_one_store_alone(
+    seen_rule: str, test_rule: str, is_in_store: bool, value: bool | str
+) -> None:
+    seen = TrainedOn({SeenScan("d1", "p", "k", seen_rule): 0})
+    rows = [Row("test", "q"), Row("other", "r")]
+    digests = {"test": "d2", "other": "d1" if is_in_store else "d3"}
+    rules = {"test": test_rule, "other": test_rule}
+    found = check(
+        rows[:1],
+        rows=rows,
+        digests=digests,
+        patient_key="k",
+        trained_on=seen,
+        patient_rules=rules,
+    )
+    assert found.value == value
+    assert ("patients were identified by other rules" in found.caveat()) == (value == "unknown")
+
+
+def test_an_overlap_outranks_rules_that_differ() -> None:
+    seen = TrainedOn({SeenScan("d1", "p", "k", "guess"): 0, SeenScan("d5", "p5", "k", "guess"): 0})
+    rows = [Row("test", "q"), Row("follow-up", "q"), Row("else", "r")]
+    digests = {"test": "d1", "follow-up": "d2", "else": "d3"}
+    rules = dict.fromkeys(digests, "header")
+
+    def checked(test: list[Row]) -> HeldOut:
+        return check(
+            test, rows=rows, digests=digests, patient_key="k", trained_on=seen, patient_rules=rules
+        )
+
+    found = checked(rows[:2])
+    assert (found.num_scans, found.num_patients, found.unknown) == (1, 1, "")
+    found = checked(rows)
+    assert found.value is False and found.caveat().startswith("at least 1 of 3 test scans was")
+
+
+def test_a_list_of_an_earlier_version_does_not_know_the_rules(tmp_path: Path) -> None:
+    path = tmp_path / "list.parquet"
+    TrainedOn({SeenScan("a", "p", "k", "header"): 3}).write(path)
+    assert trained_on.read(path) == TrainedOn({SeenScan("a", "p", "k", "header"): 3})
+    table = pq.read_table(path)
+    pq.write_table(table.drop_columns(["patient_from"]), path)
+    assert trained_on.read(path) == TrainedOn({SeenScan("a", "p", "k", ""): 3})
 
 
 def test_the_list_comes_back_and_a_damaged_one_is_incomplete(tmp_path: Path) -> None:

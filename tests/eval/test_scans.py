@@ -81,11 +81,11 @@ def test_patients_kept_out_of_pretraining_are_the_test_side():
     split = split_by_patient(
         rows, test_share=0.5, max_scans=0, seed=0, held_out={"p1", "p4", "not here"}
     )
-    assert split.held_out
+    assert split.tests_held_out
     assert patients(split.test) == {"p1", "p4"}
     for nobody_or_all in ({"not here"}, patients(rows)):
         split = split_by_patient(rows, test_share=0.5, max_scans=0, seed=0, held_out=nobody_or_all)
-        assert not split.held_out
+        assert not split.tests_held_out
         assert patients(split.test) == {f"p{n}" for n in range(6) if position(f"p{n}", 0) < 0.5}
 
 
@@ -131,7 +131,7 @@ def test_a_second_task_leaves_the_split_of_the_first_one_alone():
                     *getattr(alone, side)
                 ]
             assert not patients(both.train) & patients(both.test)
-            assert both.held_out == alone.held_out == bool(held_out)
+            assert both.tests_held_out == alone.tests_held_out == bool(held_out)
             if held_out:
                 assert not patients(both.train) & held_out and patients(both.test) <= held_out
             total = len(both.train) + len(both.test)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,8 +11,9 @@ import torch
 from scipy import ndimage, optimize, special
 
 from tapct.base.exits import UserError
-from tapct.eval.decoder import fit_decoder
-from tapct.eval.features import DenseFeatures, PatchGrid
+from tapct.eval.decoder import SoftDice, fit_decoder
+from tapct.eval.features import BlockFeatures, DenseFeatures, PatchGrid
+from tapct.eval.organ_decoders import scans_of_draw
 from tapct.eval.scans import LabelledScan
 from tapct.eval.tasks.segmentation import Config, build, dice_from_confusion
 from tapct.eval.truth import OUTSIDE, patch_truth
@@ -290,7 +292,8 @@ def test_dice_of_a_judged_scan_equals_a_slow_count(resolution):
     truth = task.truth(scan, grid, in_play)
     prediction = task.judge("m", dense, truth).classes_ZYX
     results = task.results()
-    logits = task._decoders["m"].logits_CZYX(dense)
+    logits_NC = task._decoders["m"].decoder.logits_NC(dense.tokens_ND())
+    logits = logits_NC.T.unflatten(1, grid.shape)
     np.testing.assert_array_equal(prediction, grid.to_voxels(logits).argmax(0).numpy())
     labels = scan.labels.labels_ZYX
     voxels = [
@@ -402,7 +405,7 @@ def test_every_model_is_trained_on_the_same_patches():
     truth = task.truth(scan, grid, everywhere(grid))
     task.learn("one", dense, truth)
     task.learn("two", DenseFeatures(dense.features_DZYX * 2, dense.cls_D, grid), truth)
-    one, two = (torch.cat(task._features[name]) for name in ("one", "two"))
+    one, two = (task._kept[name][0].features_KD for name in ("one", "two"))
     assert len(one) <= 60
     torch.testing.assert_close(one * 2, two)
 
@@ -474,3 +477,93 @@ def test_organs_that_one_side_lacks_are_listed_as_left_out():
 def test_settings_that_must_name_a_label_are_those_that_are_not_defaults():
     named = build(Config(body=("body", "torso"), organs=("1",)), seed=0).named_labels()
     assert named == {"organs": ("1",), "outside": (), "body": ("torso",)}
+
+
+def test_the_dice_term_and_its_derivative_equal_autograd():
+    torch.manual_seed(0)
+    target_KC = torch.rand(50, 4) * torch.tensor([10.0, 1.0, 1.0, 0.0])
+    logits_CK = torch.randn(4, 50, requires_grad=True)
+    p_CK = logits_CK.softmax(0)
+    dice = [
+        2
+        * (target_KC[:, c] * p_CK[c]).sum()
+        / ((target_KC.sum(1) * p_CK[c]).sum() + target_KC[:, c].sum())
+        for c in (1, 2)
+    ]
+    expected = 3 * (1 - sum(dice) / 2)
+    expected.backward()
+    error_CK = torch.zeros(4, 50)
+    value = SoftDice(target_KC, [1, 2], 3.0).add(p_CK.detach(), error_CK)
+    torch.testing.assert_close(value, expected.detach())
+    torch.testing.assert_close(error_CK, logits_CK.grad, atol=1e-7, rtol=1e-4)
+
+
+def test_the_soft_dice_finds_a_small_organ_that_equal_weights_drown():
+    rng = np.random.default_rng(0)
+    organ = torch.from_numpy(rng.random(20000) < 0.01)
+    x = torch.from_numpy(rng.normal(size=(20000, 3))).float()
+    x[:, 0] += 2.5 * organ
+    target = torch.stack([~organ, organ], 1).float()
+
+    def dice(**settings) -> float:
+        decoder = fit_decoder(x, target, l2=1e-6, steps=100, **settings)
+        found = decoder.logits_NC(x).argmax(1) == 1
+        return 2 * float((found & organ).sum()) / float(found.sum() + organ.sum())
+
+    # the best threshold on the one channel that separates the organ
+    thresholds = np.linspace(0, 5, 200)
+    best = max(
+        2 * float(((x[:, 0] > t) & organ).sum()) / float((x[:, 0] > t).sum() + organ.sum())
+        for t in thresholds
+    )
+    balanced = dice(class_power=1.0)
+    ours = dice(class_power=0.5, dice_weight=1.0, dice_classes=[1])
+    assert balanced < 0.5 * best
+    assert ours > 0.9 * best
+
+
+@pytest.mark.parametrize("head", ["bn_linear", "mlp"])
+def test_a_head_finds_organs_and_takes_the_better_learning_rate(head):
+    task = build(Config(head=head, lr=(1e-12, 1e-2), steps=20, hidden=16), seed=0)
+    for number in range(1, 6):
+        scan, grid, dense = scene(number, f"train{number}")
+        task.learn("m", dense, task.truth(scan, grid, everywhere(grid)))
+    task.fit()
+    scan, grid, dense = scene(9, "test")
+    task.judge("m", dense, task.truth(scan, grid, everywhere(grid)))
+    found = task.results().models["m"]
+    assert found["lr"] == 1e-2
+    assert found["mean_dice_patch"] > 0.8
+
+
+def test_a_label_fraction_fits_the_decoder_to_the_drawn_scans_alone():
+    scenes = [scene(number, f"train{number}") for number in range(1, 5)]
+    whole = build(Config(fractions=(1, 3), draws=2, steps=20), seed=0)
+    for scan, grid, dense in scenes:
+        whole.learn("m", dense, whole.truth(scan, grid, everywhere(grid)))
+    whole.fit()
+    scan, grid, dense = scene(9, "test")
+    whole.judge("m", dense, whole.truth(scan, grid, everywhere(grid)))
+    curve = whole.results().models["m"]["dice_by_num_scans"]
+    assert {num: len(draws) for num, draws in curve.items()} == {"1": 2, "3": 2}
+    drawn = scans_of_draw([one[0].id for one in scenes], 1, 0, 0)
+    assert drawn <= scans_of_draw([one[0].id for one in scenes], 3, 0, 0)
+    alone = build(Config(steps=20), seed=0)
+    for one_scan, one_grid, one_dense in scenes:
+        if one_scan.id in drawn:
+            alone.learn("m", one_dense, alone.truth(one_scan, one_grid, everywhere(one_grid)))
+    alone.fit()
+    alone.judge("m", dense, alone.truth(scan, grid, everywhere(grid)))
+    assert alone.results().models["m"]["mean_dice"] == pytest.approx(curve["1"][0])
+
+
+def test_last4_reads_the_channels_of_several_blocks():
+    scan, grid, dense = scene(1, "train")
+    task = build(Config(blocks="last4"), seed=0)
+    assert task.blocks(12) == (8, 9, 10, 11)
+    assert task.blocks(2) == (0, 1)
+    block = BlockFeatures(dense.features_DZYX * 2, None)
+    both = replace(dense, blocks={0: block, 1: BlockFeatures(dense.features_DZYX, None)})
+    task.learn("m", both, task.truth(scan, grid, everywhere(grid)))
+    kept = task._kept["m"][0].features_KD
+    torch.testing.assert_close(kept[:, :5], 2 * kept[:, 5:])

@@ -23,7 +23,13 @@ from tapct.config.plugins import Plugin
 from tapct.eval import runner
 from tapct.eval.baselines import NamedModel, RawPatches
 from tapct.eval.contract import Headline, Labels, Task, TaskResults
-from tapct.eval.features import DenseFeatures, PatchGrid, Preprocess
+from tapct.eval.features import (
+    BlockFeatures,
+    DenseFeatures,
+    PatchGrid,
+    Preprocess,
+    WindowVectors,
+)
 from tapct.eval.results import Evaluation, from_json
 from tapct.eval.scans import LabelledScan, TableLabels
 from tapct.types import HUContract, LabelMap, Volume
@@ -119,7 +125,23 @@ def features_of(scan: LabelledScan, model: str) -> DenseFeatures:
     channels = channels + noise * torch.from_numpy(rng.normal(size=channels.shape)).float()
     sex, age = (float(ord(scan.scan_labels[name][0]) % 5) for name in ("sex", "age"))
     cls_D = torch.tensor([sex, age, 0.0]) + 0.3 * noise * torch.from_numpy(rng.normal(size=3))
-    return DenseFeatures(channels, cls_D.float(), GRID)
+    last = block_of(channels, cls_D.float())
+    first = block_of(channels.flip(0) * 0.5 + 1, cls_D.float() / 2)
+    return DenseFeatures(channels, cls_D.float(), GRID, {0: first, 1: last})
+
+
+def block_of(channels_DZYX: torch.Tensor, cls_D: torch.Tensor) -> BlockFeatures:
+    """Features of a block with one window, whose registers are two copies of the class token."""
+    flat_DN = channels_DZYX.flatten(1)
+    windows = WindowVectors(
+        cls_D[None],
+        flat_DN.mean(1)[None],
+        flat_DN.std(1, correction=0)[None],
+        flat_DN.amax(1)[None],
+        cls_D.expand(1, 2, -1),
+        torch.zeros(1, 3, dtype=torch.int64),
+    )
+    return BlockFeatures(channels_DZYX, windows)
 
 
 def run(name: str, seed: int = 0, **settings: Any) -> tuple[Task[Any, Any], TaskResults]:
@@ -202,7 +224,13 @@ def other_values(field: dataclasses.Field[Any]) -> list[Any]:
     if isinstance(default, int):
         return [max(1, default // 400), default * 10]
     if isinstance(default, float):
-        return [default * 1000, default / 1000]
+        limits = (field.metadata.get(key) for key in ("ge", "le"))
+        at_limits = [value for value in limits if value not in (None, default)]
+        return [*at_limits, default * 1000, default / 1000]
+    if isinstance(default, tuple) and "float" in str(field.type):
+        return [tuple(value * 100 for value in default)]
+    if isinstance(default, tuple) and "int" in str(field.type):
+        return [(1, 2)]
     words = [name for _, name in NAMES] + ["age"]
     return [(word,) for word in words] if isinstance(default, tuple) else words
 
@@ -223,16 +251,25 @@ def setting_names() -> list[tuple[str, str]]:
 
 
 SETTINGS = setting_names()
+# task -> setting -> other settings without which it has no effect
+NEEDED: dict[str, dict[str, dict[str, Any]]] = {
+    "segmentation": {
+        "lr": {"head": "mlp"},
+        "hidden": {"head": "mlp"},
+        "draws": {"fractions": (1,)},
+    }
+}
 
 
 @pytest.mark.parametrize(("name", "setting"), SETTINGS)
 def test_every_setting_changes_something(name: str, setting: str) -> None:
     config = plugins.load("eval.tasks", name).Config
     field = next(field for field in dataclasses.fields(config) if field.name == setting)
-    _, base = run(name)
+    needed = NEEDED.get(name, {}).get(setting, {})
+    _, base = run(name, **needed)
     for value in other_values(field):
         try:
-            _, changed = run(name, **{setting: value})
+            _, changed = run(name, **needed, **{setting: value})
         except (KeyError, UserError):  # a label that no scan has
             continue
         if changed != base:

@@ -19,7 +19,7 @@ from tapct.data.split import held_out_patients_v1
 from tapct.data.store import Store
 from tapct.engine import loop
 from tapct.eval.runner import Config
-from tapct.run import finished, pretrain
+from tapct.run import model_source, pretrain
 from tapct.run.config import RunConfig
 from tapct.run.resume import with_split_of
 
@@ -71,9 +71,9 @@ def rewrite_config(saved: Path, change: Callable[[dict], dict]) -> None:
 
 
 def test_an_earlier_run_is_evaluated_with_its_own_task(old_run: Path, shell: Shell) -> None:
-    (task,) = finished.open_run(old_run).resolved.value.eval.tasks
+    (task,) = model_source.open_run(old_run).resolved.value.eval.tasks
     assert (task.name, task.config.resolution, task.config.steps) == ("segmentation", "patch", 5)
-    changed = finished.open_run(old_run, ["eval.tasks.segmentation.steps=3"]).resolved.value
+    changed = model_source.open_run(old_run, ["eval.tasks.segmentation.steps=3"]).resolved.value
     assert changed.eval.tasks[0].config.steps == 3
     shell.good("eval", old_run, "eval.num_pictures=0")
     shell.good("report", old_run)
@@ -106,7 +106,7 @@ def test_an_earlier_run_keeps_its_held_out_patients(
 
     patients = [scan.patient for scan in Store(store).scans]
     expected = held_out_patients_v1(patients, 0.5, 0)
-    old = finished.open_run(tmp_path / "run").resolved.value
+    old = model_source.open_run(tmp_path / "run").resolved.value
     assert old.data.held_out_patients(patients, old.seed) == expected
 
     now = config_of(tmp_path, store, *held_out, "train.steps=2")
@@ -115,6 +115,8 @@ def test_an_earlier_run_keeps_its_held_out_patients(
     assert "keeps rule 1" in capsys.readouterr().out
     assert kept.value.data.held_out_patients(patients, 0) == expected
     assert kept.to_yaml().count("split_version: 1") == 1
+    shown = pretrain.check(now)
+    assert shown.resolved.value == kept.value and "keeps rule 1" in shown.warnings[0]
     assert pretrain.train(now) == loop.Stop(2)
 
 

@@ -18,7 +18,7 @@ from tiny_run import config_of, make_archive, make_store, own_plugin
 import tapct
 from tapct.base.exits import UserError
 from tapct.config import Resolved
-from tapct.data import index, pack, patients, trained_on
+from tapct.data import index, pack, patient_key, trained_on
 from tapct.data.store import Store, labels_digest
 from tapct.eval import saved
 from tapct.report import compare, page
@@ -31,7 +31,7 @@ QUICK = ("eval.tasks.segmentation.steps=5", "eval.num_pictures=0", "train.steps=
 
 def give_key(folder: Path, letter: str) -> None:
     """A patient key that is the same in every test session, so that the splits are."""
-    (folder / patients.KEY_FILE).write_bytes(letter.encode() * patients.KEY_BYTES)
+    (folder / patient_key.KEY_FILE).write_bytes(letter.encode() * patient_key.KEY_BYTES)
 
 
 def store_of(archive: Path, folder: Path) -> Path:
@@ -116,7 +116,7 @@ def test_held_out_scans_are_held_out_and_the_results_know_their_data(
     files = json.loads((run / "checkpoints" / "step_00000004" / "files.json").read_text())
     assert content["weights"] == {
         "run": "run", "step": 4, "samples": 16, "sha256": files["teacher.safetensors"][1],
-        "store": meta["data_digest"],
+        "store": meta["data_digest"], "source": "run",
     }  # fmt: skip
     assert {"tapct", "torch", "python"} <= set(content["versions"])
     assert content["versions"]["tapct"] == tapct.__version__
@@ -242,11 +242,17 @@ def test_a_run_of_an_earlier_version_is_unknown(run: Path, store: Path, tmp_path
 def test_the_same_data_keeps_its_folder_when_the_store_moves(run: Path, store: Path) -> None:
     own = saved.find(run)[0]
     digest = Store(store).digest
-    assert saved.dataset_name(run, Path("/elsewhere/Store"), digest) == own.dataset
-    assert saved.dataset_name(run, Path("/x/Mine & Yours/store"), "ab" * 16) == (
-        "mine-yours-abababab"
+    assert (
+        saved.dataset_name(RunFolder(run).evaluations, Path("/elsewhere/Store"), digest)
+        == own.dataset
     )
-    assert saved.dataset_name(run, Path("/store"), "ab" * 16) == "store-abababab"
+    assert saved.dataset_name(
+        RunFolder(run).evaluations, Path("/x/Mine & Yours/store"), "ab" * 16
+    ) == ("mine-yours-abababab")
+    assert (
+        saved.dataset_name(RunFolder(run).evaluations, Path("/store"), "ab" * 16)
+        == "store-abababab"
+    )
 
 
 def test_results_of_an_earlier_version_are_not_replaced_by_the_link(

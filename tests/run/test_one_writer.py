@@ -53,8 +53,9 @@ def test_a_second_process_is_refused_and_changes_nothing(tmp_path: Path, store: 
 
 
 @pytest.mark.parametrize("log_every", [1, 100])
+@pytest.mark.parametrize("on_error", ["stop", "continue"])
 def test_a_run_that_has_lost_its_folder_stops_and_writes_nothing_more(
-    tmp_path: Path, store: Path, monkeypatch: pytest.MonkeyPatch, log_every: int
+    tmp_path: Path, store: Path, monkeypatch: pytest.MonkeyPatch, log_every: int, on_error: str
 ) -> None:
     run = tmp_path / "run"
     original = loop.Trainer.optimizer_step
@@ -70,6 +71,7 @@ def test_a_run_that_has_lost_its_folder_stops_and_writes_nothing_more(
 
     monkeypatch.setattr(loop.Trainer, "optimizer_step", with_thief)
     words = (f"log.every={log_every}", "checkpoint.asynchronous=false", "checkpoint.every=4")
+    words += (f"checkpoint.on_error={on_error}",)
     with pytest.raises(LostLease, match=r"no longer this process's to write: it belongs to host"):
         pretrain.train(config_of(tmp_path, store, *words))
     assert content_of(run) == before and "checkpoints/step_00000004/meta.json" in before
@@ -77,8 +79,9 @@ def test_a_run_that_has_lost_its_folder_stops_and_writes_nothing_more(
     others[0].release()
 
 
+@pytest.mark.parametrize("on_error", ["stop", "continue"])
 def test_a_folder_that_was_lost_in_a_save_keeps_what_the_other_process_writes(
-    tmp_path: Path, store: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, store: Path, monkeypatch: pytest.MonkeyPatch, on_error: str
 ) -> None:
     run = tmp_path / "run"
     theirs = run / "checkpoints" / ".writing_step_00000004"
@@ -86,6 +89,9 @@ def test_a_folder_that_was_lost_in_a_save_keeps_what_the_other_process_writes(
     original = pretrain.Checkpoints._write
 
     def with_thief(self: Any, *args: Any) -> Path:
+        if others:
+            others.append(others[0])
+            return original(self, *args)
         (run / "lease.json").unlink()
         others.append(other_holder(run))
         theirs.mkdir(parents=True)
@@ -93,8 +99,10 @@ def test_a_folder_that_was_lost_in_a_save_keeps_what_the_other_process_writes(
         return original(self, *args)
 
     monkeypatch.setattr(pretrain.Checkpoints, "_write", with_thief)
+    words = ("checkpoint.every=4", f"checkpoint.on_error={on_error}", "train.steps=40")
     with pytest.raises(LostLease):
-        pretrain.train(config_of(tmp_path, store, "checkpoint.every=4"))
+        pretrain.train(config_of(tmp_path, store, *words))
+    assert len(others) == 1, "no second checkpoint was begun"
     assert [path.name for path in (run / "checkpoints").iterdir()] == [theirs.name]
     assert (theirs / "part.distcp").read_bytes() == b"theirs"
     others[0].release()

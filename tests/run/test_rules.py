@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from shell import Shell
@@ -12,8 +13,9 @@ from shell import shell as shell  # a fixture
 from tiny_run import make_store, write_config
 
 from tapct.base.exits import UserError
+from tapct.data.store import StoredScan
 from tapct.nn.contracts import LossInputs
-from tapct.run import pretrain, rules
+from tapct.run import pretrain, rules, start
 
 # settings, separated by blanks -> a part of the error line
 REFUSED = {
@@ -95,6 +97,8 @@ REFUSED = {
     "stages=[{start:3,set:[views.num_globals=1,views.num_locals=0]}]": "stages[0]: losses.dino",
     "stages=[{start:3,set:[optim.lr=1e-9]}]": "stages[0]: peak learning rate",
     "stages=[{start:12,set:[optim.lr=1e-3]}]": "is not less than train.steps 12",
+    "losses.gram.start=4"
+    " stages=[{start:3,set:[losses.gram.start=8]}]": "stages[0]: losses.gram: the teacher's copy",
 }
 # settings -> a part of the warning
 DOUBTED = {
@@ -243,6 +247,106 @@ def test_print_config_refuses_a_run_folder_of_another_config(
     assert "optim.lr was 0.01" in shell.bad(*words, "optim.lr=0.02", "--print-config")
     shell.good(*words, "optim.lr=0.02", "--print-config", "--allow-change")
     shell.good(*words, "--print-config")
+
+
+def test_print_config_refuses_another_archive_as_train_does(
+    tmp_path: Path, config: Path, shell: Shell
+) -> None:
+    words = ("train", config, f"out={tmp_path}/run", "train.steps=1", "checkpoint.every=1")
+    shell.good(*words)
+    other = f"data.store={make_store(tmp_path / 'other', num=3, seed=8)}"
+    line = shell.bad(*words, other, "--print-config")
+    assert "was trained on another archive" in line and line == shell.bad(*words, other)
+    code, _, error = shell(*words, other, "data.on_change=rebase", "--print-config")
+    assert code == 0 and "continuing with the new one" in error
+
+
+def test_print_config_names_damaged_checkpoints_as_train_does(
+    tmp_path: Path, config: Path, shell: Shell
+) -> None:
+    words = ("train", config, f"out={tmp_path}/run", "train.steps=2", "checkpoint.every=1")
+    shell.good(*words)
+    steps = sorted((tmp_path / "run" / "checkpoints").glob("step_*"))
+    (steps[-1] / "teacher.safetensors").write_bytes(b"half")
+    code, _, error = shell(*words, "--print-config")
+    assert code == 0 and f"checkpoint {steps[-1].name} is damaged and was skipped" in error
+    (steps[0] / "teacher.safetensors").write_bytes(b"half")
+    line = shell.bad(*words, "--print-config")
+    assert "every checkpoint of" in line and line == shell.bad(*words)
+
+
+class Rows:
+    """A store of scans without voxels, as far as warnings read it."""
+
+    def __init__(self, patients: str, labels: str = "", depth: int = 20, guessed: int = 0) -> None:
+        self.path, self.digest, self.guessed = Path("store"), "d" * 32, guessed
+        self.scans = [
+            StoredScan(str(i), (depth, 64, 64), (1.0, 1.0, 1.0), patient, "",
+                       "digest" if patient in labels else "", "")
+            for i, patient in enumerate(patients)
+        ]  # fmt: skip
+
+    def __len__(self) -> int:
+        return len(self.scans)
+
+    def num_guessed_patients(self) -> int:
+        return self.guessed
+
+
+# settings, store -> a part of the warning; empty for none
+DATA = (
+    ("", Rows("abcdefgh", "abcdefgh"), ""),
+    ("train.global_batch=12", Rows("abcdefgh"), "holds a scan up to 2 times"),
+    ("", Rows("aaaa"), "all 4 scans for training are of one patient"),
+    ("data.held_out=0.4", Rows("eeee"), "holds out none of the store's patients (1)"),
+    ("data.held_out=0.4 data.split_version=1", Rows("aaaa"), "(1) by rule 1 (data.split_version)"),
+    ("data.held_out=0.4", Rows("abcdefgh", "abcdefgh", guessed=3), "3 of 8 scans were guessed"),
+    ("data.held_out=0", Rows("abcdefgh", guessed=3), ""),
+    ("", Rows("abcdefgh", depth=3), "views of that depth are always filled up with air"),
+    ("data.held_out=0.4", Rows("abcdefgh", "abcdefgh"), ""),
+    (
+        "stages=[{start:3,set:[data.loader.on_error=skip,data.loader.max_skips=9]}]",
+        Rows("abcdefgh"),
+        "stages[0]: data.loader.max_skips 9 is not less than the 8 scans",
+    ),
+)
+
+
+@pytest.mark.parametrize(("text", "store", "expected"), DATA)
+def test_data_that_does_not_fit_the_settings_is_warned_of(
+    config: Path, text: str, store: Rows, expected: str
+) -> None:
+    run = pretrain.read_config(config, words_of(text)).value
+    any_store: Any = store
+    rows = start.training_rows(run, any_store, None)
+    lines = list(start.data_warnings(run, any_store, rows))
+    one_patient = [line for line in lines if "are of one patient" in line]
+    assert bool(one_patient) == (len({scan.patient for scan in store.scans}) == 1)
+    others = [line for line in lines if line not in one_patient]
+    assert len(others or one_patient) == bool(expected), lines
+    assert expected in (others or one_patient or [""])[0]
+
+
+def test_labels_on_one_side_of_the_split_are_warned_of(config: Path) -> None:
+    run = pretrain.read_config(config, ["data.held_out=0.4"]).value
+    held_out = run.data.held_out_patients("abcdefgh", 0)
+    for labelled, word in ((held_out, "all"), (set("abcdefgh") - held_out, "none")):
+        store: Any = Rows("abcdefgh", "".join(labelled))
+        (line,) = start.data_warnings(run, store, start.training_rows(run, store, None))
+        assert (
+            f"holds out {word} of the {len(labelled)} patients that the task segmentation" in line
+        )
+
+
+def test_a_store_without_training_scans_is_refused(config: Path) -> None:
+    run = pretrain.read_config(config, ["data.held_out=0.4"]).value
+    (held_out, *_) = run.data.held_out_patients("abcdefgh", 0)
+    every: Any = Rows(held_out)
+    with pytest.raises(UserError, match="holds out all of the store's patients"):
+        start.training_rows(run, every, None)
+    none: Any = Rows("")
+    with pytest.raises(UserError, match="holds no scan"):
+        start.training_rows(run, none, None)
 
 
 def test_settings_that_the_data_makes_pointless_are_warned_of_by_both(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -24,13 +25,23 @@ def not_used(reason: str) -> str:
     return f"its labels are not used: {reason}"
 
 
-def label_report(pairs: LabelPairs, rows: Sequence[Row], root: Path) -> LabelReport:
+def path_from(root: Path, labels: Path) -> str:
+    """Path of labels relative to the archive; it begins with .. where they lie elsewhere."""
+    if labels.is_relative_to(root):
+        return labels.relative_to(root).as_posix()
+    return Path(os.path.relpath(labels.resolve(), root.resolve())).as_posix()
+
+
+def label_report(
+    pairs: LabelPairs, rows: Sequence[Row], root: Path, contradictions: Sequence[str] = ()
+) -> LabelReport:
     """Count the labels of an archive.
 
     Args:
         pairs: which labels belong to which scan.
         rows: rows of all scans after they were examined.
         root: folder of the archive.
+        contradictions: for each scan how its label files contradict each other; empty for most.
     """
     accepted = [row for row in rows if row.status == ACCEPTED]
     unusable: Counter[str] = Counter()
@@ -61,6 +72,7 @@ def label_report(pairs: LabelPairs, rows: Sequence[Row], root: Path) -> LabelRep
         num_given_used=pairs.num_given_used,
         notes=tuple(notes),
         num_several=len(several),
+        contradiction=next(filter(None, contradictions), ""),
         example=(example[0], example[1]) if example else ("", ""),
     )
 

@@ -6,7 +6,7 @@ Axes: X Y Z and Z Y X voxels of the scan; P points of a contour.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,7 +36,29 @@ class _Piece:
     place: tuple[slice, ...]
 
 
-def read_dicom_labels(path: Path, volume: Volume) -> tuple[LabelMap, tuple[str, ...]]:
+@dataclass(frozen=True)
+class DicomLabels:
+    """A SEG or RTSTRUCT on the grid of its scan.
+
+    Args:
+        path: path of the file.
+        label_map: its labels.
+        notes: one line for each thing that was left out.
+        overlaps: one line about structures that overlap; empty where none do.
+        is_contours: whether it is an RTSTRUCT.
+        voxels_of: label value -> places of all its voxels in the flat label map, ascending, those
+            that a smaller structure has in `label_map` too; empty where nobody asked for them.
+    """
+
+    path: Path
+    label_map: LabelMap
+    notes: tuple[str, ...]
+    overlaps: str
+    is_contours: bool
+    voxels_of: Mapping[int, np.ndarray]
+
+
+def read_dicom_labels(path: Path, volume: Volume, *, keep_voxels: bool = False) -> DicomLabels:
     """Read a SEG or RTSTRUCT as a label map on the grid of its scan.
 
     Where structures overlap, the smaller one is kept (see `Overlay`). The label value of a
@@ -45,8 +67,7 @@ def read_dicom_labels(path: Path, volume: Volume) -> tuple[LabelMap, tuple[str, 
     Args:
         path: path of the file.
         volume: scan that it refers to.
-    Returns:
-        The label map, and one line for each thing that was left out.
+        keep_voxels: True to fill `voxels_of`.
     Raises:
         Refused: `grid_mismatch`, `not_labels`, or the file cannot be read.
     """
@@ -58,14 +79,14 @@ def read_dicom_labels(path: Path, volume: Volume) -> tuple[LabelMap, tuple[str, 
             f"{file_name(path)} numbers its structures {numbers[:8]}; rule: different, 1 to "
             f"{MAX_LABEL}",
         )
-    overlay = Overlay(volume.hu_ZYX.shape)
+    overlay = Overlay(volume.hu_ZYX.shape, keep_claims=keep_voxels)
     if found.dataset is not None:
         _paint_frames(found, volume, overlay)
     else:
         _paint_contours(found.contours, volume, overlay)
     named = [(structure.number, structure.name) for structure in found.structures]
     names = clean_names(named, found.identity)
-    notes = [overlay.note()]
+    notes = []
     if found.num_open:
         open_ones = counted(
             found.num_open,
@@ -79,7 +100,16 @@ def read_dicom_labels(path: Path, volume: Volume) -> tuple[LabelMap, tuple[str, 
     labels = LabelMap(
         overlay.labels_ZYX, volume.spacing_mm, volume.origin_mm, names, volume.directions
     )
-    return labels, tuple(note for note in notes if note)
+    return DicomLabels(
+        path,
+        labels,
+        tuple(notes),
+        overlay.note(),
+        is_contours=found.dataset is None,
+        voxels_of={
+            value: np.unique(np.concatenate(claims)) for value, claims in overlay.claims.items()
+        },
+    )
 
 
 def _paint_frames(found: LabelObject, volume: Volume, overlay: Overlay) -> None:

@@ -18,9 +18,13 @@ class Overlay:
     Attributes:
         labels_ZYX: uint16, the map so far.
         num_overlapping: number of voxels that two structures claimed, counted once per claim.
+        claims: label value -> places, in the flat label map, of the voxels of each of its parts,
+            whoever has them in the end; filled where `keep_claims` asks for it.
     """
 
-    def __init__(self, shape_ZYX: Sequence[int]) -> None:
+    def __init__(self, shape_ZYX: Sequence[int], *, keep_claims: bool = False) -> None:
+        self.claims: dict[int, list[np.ndarray]] = {}
+        self._keep_claims = keep_claims
         self.labels_ZYX = np.zeros(tuple(shape_ZYX), dtype=np.uint16)
         self.num_overlapping = 0
         self._size_of = np.zeros(1 << 16, dtype=np.int64)  # label value -> voxels of its structure
@@ -52,6 +56,11 @@ class Overlay:
         self.num_overlapping += int(np.count_nonzero(claimed_ZYX))
         wins_ZYX = mask_ZYX & ((present_ZYX == 0) | (self._size_of[present_ZYX] > num_voxels))
         present_ZYX[wins_ZYX] = value
+        if self._keep_claims:
+            starts = [side.start or 0 for side in place]
+            indices = [index + start for index, start in zip(np.nonzero(mask_ZYX), starts)]
+            claimed = np.ravel_multi_index(indices, self.labels_ZYX.shape)
+            self.claims.setdefault(value, []).append(claimed)
 
     def note(self) -> str:
         """One line about overlaps; empty where there are none."""

@@ -6,11 +6,12 @@ read and lie on the scan's grid is checked when the scan is examined.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tapct.data.discover import Source, find_sources
+from tapct.data.discover import Source, search
 from tapct.data.labels.archive import FolderAndStem, LabelArchive, Layout, by_folder_and_stem
 from tapct.data.labels.layouts import (
     beside,
@@ -51,6 +52,9 @@ class LabelPairs:
         num_given: number of files in the folder of `--labels`.
         num_given_used: number of scans whose labels lie in that folder.
         others_of: path of a scan to paths of further labels that fit it and are not used.
+        passed_over: number of files of each kind that are no label files, in a folder of `--labels`
+            outside of the archive.
+        more_of: path of a scan to paths of the DICOM objects that are merged with the first one.
     """
 
     label_of: Mapping[Path, Path]
@@ -60,64 +64,88 @@ class LabelPairs:
     num_given: int = 0
     num_given_used: int = 0
     others_of: Mapping[Path, tuple[Path, ...]] = field(default_factory=dict)
+    more_of: Mapping[Path, tuple[Path, ...]] = field(default_factory=dict)
+    passed_over: Mapping[str, int] = field(default_factory=dict)
 
 
-def pair_labels(sources: Sequence[Source], root: Path, labels: Path | None) -> LabelPairs:
+def pair_labels(
+    sources: Sequence[Source], root: Path, labels: Path | None, seconds: float = math.inf
+) -> LabelPairs:
     """Find the labels of every scan.
 
     Args:
-        sources: what `find_sources(root)` found: scans, and label maps that lie among them.
+        sources: what `search(root)` found: scans, and label maps that lie among them.
         root: folder of the archive.
         labels: folder of `--labels`, which may lie inside the archive, or None.
+        seconds: longest time to wait for a file of that folder.
     """
     by_name: dict[FolderAndStem, Path] = {}
+    twins: dict[Path, list[Path]] = {}
+    passed_over: Mapping[str, int] = {}
     if labels is not None:
-        by_name = by_folder_and_stem(find_sources(labels), labels)
-    given_files = {path.resolve() for path in by_name.values()}
+        listing = search(labels, seconds=seconds)
+        by_name, twins = by_folder_and_stem(listing.sources, labels)
+        if not labels.resolve().is_relative_to(root.resolve()):
+            passed_over = listing.passed_over
+    given = [*by_name.values(), *(path for paths in twins.values() for path in paths)]
+    given_files = {path.resolve() for path in given}
     others = [source for source in sources if source.path.resolve() not in given_files]
     label_files = {source.path for source in sources if source.path.resolve() in given_files}
-    archive = LabelArchive(root, tuple(others), by_folder_and_stem(others, root), by_name)
+    files, more_twins = by_folder_and_stem(others, root)
+    archive = LabelArchive(root, tuple(others), files, by_name, {**more_twins, **twins})
     layouts = [build(archive) for build in LAYOUTS]
-    owned = frozenset(path for layout in layouts for path in layout.owned)
-    likely = frozenset(path for layout in layouts for path in layout.likely)
+    owned = frozenset(archive.with_twins(path for layout in layouts for path in layout.owned))
+    likely = frozenset(archive.with_twins(path for layout in layouts for path in layout.likely))
     label_of: dict[Path, Path] = {}
     others_of: dict[Path, tuple[Path, ...]] = {}
+    more_of: dict[Path, tuple[Path, ...]] = {}
     for source in others:
         if source.path in owned:
             continue
-        found = _all_found(source, layouts)
+        found = _all_found(source, layouts, archive)
         if found:
             label_of[source.path], *others_found = found
             others_of[source.path] = tuple(others_found)
-    used = set(label_of.values())
+            more_of[source.path] = _merged_with(source, layouts, found[0])
+    used = {*label_of.values(), *(path for paths in more_of.values() for path in paths)}
     label_files |= {source.path for source in others if _is_among(source, used)}
     label_files |= owned & {source.path for source in others}
     scans = {scan: path for scan, path in label_of.items() if scan not in label_files}
-    used = set(scans.values())
+    used = {*scans.values(), *(path for scan in scans for path in more_of[scan])}
     return LabelPairs(
         label_of=scans,
         label_files=frozenset(label_files),
         unmatched=tuple(sorted(path for path in owned if path not in used)),
         likely=likely - label_files - used,
-        num_given=len(by_name),
+        num_given=len(given),
         num_given_used=sum(path.resolve() in given_files for path in scans.values()),
         others_of={scan: others_of[scan] for scan in scans if others_of[scan]},
+        more_of={scan: more_of[scan] for scan in scans if more_of[scan]},
+        passed_over=passed_over,
     )
 
 
-def _all_found(source: Source, layouts: Sequence[Layout]) -> list[Path]:
+def _all_found(source: Source, layouts: Sequence[Layout], archive: LabelArchive) -> list[Path]:
     """All labels that fit a scan, in the order of the layouts: the first is used."""
     found: dict[Path, None] = {}
     for layout in layouts:
         path = layout.find(source)
         if path is None:
             continue
-        for each in (path, *layout.others.get(path, ())):
+        for each in archive.with_twins((path, *layout.others.get(path, ()))):
             # a folder of labels is no other label map beside the file in it
             is_same = any(each in known.parents or known in each.parents for known in found)
             if each != source.path and not is_same:
                 found.setdefault(each)
     return list(found)
+
+
+def _merged_with(source: Source, layouts: Sequence[Layout], path: Path) -> tuple[Path, ...]:
+    """The files that are merged with the labels of a scan."""
+    for layout in layouts:
+        if layout.find(source) == path:
+            return tuple(layout.more(source))
+    return ()
 
 
 def _is_among(source: Source, used: set[Path]) -> bool:

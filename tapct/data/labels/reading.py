@@ -17,12 +17,13 @@ from tapct.data.headers import read_sidecar
 from tapct.data.ingest import load_library, read_image, refusing
 from tapct.data.labels.dicom_masks import read_dicom_labels
 from tapct.data.labels.grid import fit_to_scan
+from tapct.data.labels.merging import merge
 from tapct.data.labels.names import clean_names, table_of_dataset, table_of_sidecar
 from tapct.data.labels.overlay import Overlay
 from tapct.data.labels.values import MAX_LABEL, to_label_values
 from tapct.data.readers import DICOM, FORMATS, format_of
 from tapct.data.readers.dicom_elements import quiet
-from tapct.data.readers.itk import read_slicer, segments_of
+from tapct.data.readers.nrrd import read_slicer, segments_of
 from tapct.data.readers.raw import Image
 from tapct.types import IGNORE_LABEL, LabelMap, Refused, Volume
 
@@ -73,12 +74,16 @@ def read_labels(path: Path | str, ignore: Collection[int] = ()) -> LabelMap:
             whole numbers from 0 to 65534.
     """
     path = expand_path(path)
-    _load_libraries_of(path)
+    with refusing():
+        files = _files_of(path)
+    _load_libraries_of(files)
     with refusing():
         return _read_file(path, ignore).label_map
 
 
-def read_labels_of(volume: Volume, path: Path, ignore: Collection[int] = ()) -> ReadLabels:
+def read_labels_of(
+    volume: Volume, path: Path, ignore: Collection[int] = (), more: Sequence[Path] = ()
+) -> ReadLabels:
     """Read the labels of a scan and bring them onto its grid.
 
     Args:
@@ -86,25 +91,42 @@ def read_labels_of(volume: Volume, path: Path, ignore: Collection[int] = ()) -> 
         path: path of a label file, of a folder with one mask per organ, or of a DICOM SEG or
             RTSTRUCT.
         ignore: label values of voxels that nobody has labelled.
+        more: paths of further DICOM objects, which are merged with the first one.
     Raises:
         Refused: the labels break a rule; nothing else is raised, whatever the files contain.
     """
-    _load_libraries_of(path)
+    with refusing():
+        files = _files_of(path)
+    _load_libraries_of(files)
     with refusing():
         if path.is_dir():
             return _read_masks(path, volume, ignore)
         if format_of(path) is None:
-            with quiet():
-                label_map, notes = read_dicom_labels(path, volume)
-            return ReadLabels(label_map, notes)
+            return _read_objects((path, *more), volume)
         found = _read_file(path, ignore)
         on_scan = fit_to_scan(found.label_map, volume, found.first_voxel_mm)
         return ReadLabels(on_scan, found.notes)
 
 
-def _load_libraries_of(path: Path) -> None:
+def _read_objects(paths: Sequence[Path], volume: Volume) -> ReadLabels:
+    """Read the DICOM objects of a scan and merge them where there are several."""
+    several = len(paths) > 1
+    with quiet():
+        objects = [read_dicom_labels(path, volume, keep_voxels=several) for path in paths]
+    if not several:
+        notes = (objects[0].overlaps, *objects[0].notes)
+        return ReadLabels(objects[0].label_map, tuple(filter(None, notes)))
+    return ReadLabels(*merge(objects))
+
+
+def _files_of(path: Path) -> Sequence[Path]:
+    """The files that hold the labels."""
+    return mask_files(path) if path.is_dir() else (path,)
+
+
+def _load_libraries_of(files: Sequence[Path]) -> None:
     """Load what decodes the labels; a library that cannot be loaded is not a fault of a file."""
-    for file in mask_files(path) if path.is_dir() else (path,):
+    for file in files:
         file_format = format_of(file)
         name = DICOM.name if file_format is None else file_format.name
         load_library(Source(file, name, (file,)))
@@ -190,6 +212,14 @@ def _read_masks(folder: Path, volume: Volume, ignore: Collection[int]) -> ReadLa
     files = mask_files(folder)
     if not files:
         raise Refused("not_labels", f"folder {file_name(folder)} holds no mask")
+    stems: dict[str, Path] = {}
+    for file in files:
+        first = stems.setdefault(stem_of(file), file)
+        if first != file:
+            raise Refused(
+                "contradictory_labels",
+                f"{file_name(first)} and {file_name(file)} are two masks of one name; remove one",
+            )
     if len(files) > MAX_LABEL:
         raise Refused("not_labels", f"folder {file_name(folder)} holds {len(files)} files")
     if len(files) == 1:

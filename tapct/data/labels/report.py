@@ -19,6 +19,7 @@ class LabelReport:
         num_given_used: number of scans whose labels lie in that folder.
         num_several: number of accepted scans for which several label maps were found.
         example: a label map that was used and one of the same scan that was not.
+        contradiction: how the label files of one scan contradict each other, with their names.
         notes: one line for each thing in a `dataset.json` that is not used.
     """
 
@@ -31,6 +32,7 @@ class LabelReport:
     notes: tuple[str, ...] = ()
     num_several: int = 0
     example: tuple[str, str] = ("", "")
+    contradiction: str = ""
 
     def lines(self) -> list[str]:
         """Lines for the terminal; empty for an archive without any labels."""
@@ -44,6 +46,8 @@ class LabelReport:
         if self.unmatched:
             parts.append(f"unmatched label files: {len(self.unmatched)}, e.g. {self.unmatched[0]}")
         lines = ["; ".join(parts)]
+        if self.contradiction:
+            lines.append(f"labels that are not used, e.g. {self.contradiction}")
         if self.num_several:
             used, other = self.example
             scans = f"{self.num_several} scan{'s have' if self.num_several > 1 else ' has'}"

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from tapct.base.exits import UserError
+from tapct.base.files import check_new_path
 from tapct.config import setting
 from tapct.data.phantom.files import CaseFacts, write_case
 from tapct.data.phantom.patient import draw_patient, draw_study, keyed
@@ -190,7 +191,7 @@ def write(
         config: settings of the archive.
         progress: function that is called with (scans done, scans in all).
     Raises:
-        UserError: the folder is not empty.
+        UserError: the folder is not empty, or cannot be made.
     """
     images, labels = out / "images", out / "labels"
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -198,6 +199,7 @@ def write(
             f"phantom --out {out}: it exists and is not an empty folder; choose another folder or "
             "remove it"
         )
+    check_new_path(out)
     workers = min(config.workers or os.cpu_count() or 1, config.num)
 
     def make_and_write(index: int) -> tuple[CaseFacts, Truth, int]:
@@ -207,9 +209,9 @@ def write(
 
     done: dict[int, tuple[CaseFacts, Truth, int]] = {}
     existed = out.exists()
-    images.mkdir(parents=True)
-    labels.mkdir()
     try:
+        images.mkdir(parents=True)
+        labels.mkdir()
         with ThreadPoolExecutor(workers) as pool:
             jobs = {pool.submit(make_and_write, index): index for index in range(config.num)}
             try:

@@ -25,7 +25,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tapct.data.readers import dicom, itk, mgh, nifti
+from tapct.data.readers import dicom, meta, mgh, nifti, nrrd
 from tapct.data.readers.raw import Image
 
 
@@ -55,8 +55,8 @@ DICOM = Format(
 )
 FORMATS = (
     Format("nifti", (".nii.gz", ".nii", ".hdr"), nifti.read, ("nibabel",)),
-    Format("nrrd", (".nrrd", ".nhdr"), itk.read_nrrd, ("numpy",)),
-    Format("meta", (".mha", ".mhd"), itk.read_meta, ("numpy",)),
+    Format("nrrd", (".nrrd", ".nhdr"), nrrd.read, ("numpy",)),
+    Format("meta", (".mha", ".mhd"), meta.read, ("numpy",)),
     Format("mgh", (".mgz", ".mgh"), mgh.read, ("nibabel",)),
     DICOM,
 )

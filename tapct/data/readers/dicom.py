@@ -7,7 +7,7 @@ alone; SliceThickness, SpacingBetweenSlices and InstanceNumber are often wrong.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 _PLAIN = (1.0, 0.0)  # slope and intercept of values that are HU already
 
 
-def read(files: Sequence[Path]) -> Image:
+def read(files: Sequence[Path], frames: Collection[int] | None = None) -> Image:
     """Read the slices of one scan.
 
     Rules: CT Image Storage or multi-frame CT, and no localizer. All slices have one size, pixel
@@ -41,6 +41,8 @@ def read(files: Sequence[Path]) -> Image:
 
     Args:
         files: all files of the scan, in any order.
+        frames: numbers of the slices of a multi-frame image that make this scan, counted from 1
+            over the frames of all files; None for all.
     Returns:
         Voxels in HU (int16 or int32, or float32 for fractional rescaling), K ascending along the
         slice normal.
@@ -55,14 +57,21 @@ def read(files: Sequence[Path]) -> Image:
     rescalings: list[tuple[float, float]] = []
     ratios: list[float] = []
     header, depth_mm = Header(), 0.0
+    num_before = 0  # frames of the files before
     for path in files:
         dataset, file_head = _open(path)
-        for head, plane, rescaling in _slices(path, dataset, file_head):
+        num_frames = max(1, elements.whole(dataset, "NumberOfFrames"))
+        wanted = None
+        if frames is not None:
+            wanted = {number - num_before for number in frames} & {*range(1, num_frames + 1)}
+        num_before += num_frames
+        for head, plane, rescaling in _slices(path, dataset, file_head, wanted):
             heads.append(head)
             planes.append(plane)
             rescalings.append(rescaling)
         if path == files[0]:
-            header, depth_mm = _header_of(dataset), _single_depth_mm(dataset)
+            header = _header_of(dataset)
+            depth_mm = _single_depth_mm(dataset, min(wanted or {1}))
         ratio = dicom_pixels.lossy_ratio(dataset)
         if ratio is not None:
             ratios.append(ratio)
@@ -99,13 +108,22 @@ def _open(path: Path) -> tuple[Dataset, Head]:
 
 
 def _slices(
-    path: Path, dataset: Dataset, head: Head
+    path: Path, dataset: Dataset, head: Head, wanted: Collection[int] | None
 ) -> Iterator[tuple[Head, np.ndarray, tuple[float, float]]]:
-    """Heads, HU (rows, columns), and slope and intercept of all slices of one file."""
+    """Heads, HU (rows, columns), and slope and intercept of the slices of one file.
+
+    Args:
+        path: path of the file.
+        dataset: its content.
+        head: its head.
+        wanted: numbers of the frames to return, from 1; None for all.
+    """
     if head.is_multiframe:
-        frames = dicom_frames.frames_of(path, dataset, head)
+        frames = dicom_frames.frames_of(path, dataset, head, wanted)
         values, is_rescaled = dicom_pixels.stored_values(path, dataset, len(frames))
         for frame, plane in zip(frames, values):
+            if wanted is not None and frame.head.frame not in wanted:
+                continue
             rescaling = (frame.slope, frame.intercept)
             yield frame.head, _rescaled(plane, *_PLAIN if is_rescaled else rescaling), rescaling
         return
@@ -157,13 +175,15 @@ def _affine(heads: Sequence[Head], depth_mm: float) -> np.ndarray:
     return affine
 
 
-def _single_depth_mm(dataset: Dataset) -> float:
-    """Depth of a single slice in mm; 0 where its header gives none."""
+def _single_depth_mm(dataset: Dataset, frame: int) -> float:
+    """Depth of a single slice, or of the frame with this number, in mm; 0 where its header gives
+    none.
+    """
     for tag in ("SpacingBetweenSlices", "SliceThickness"):
         value = elements.number(dataset, tag)
         if value is not None and math.isfinite(value) and value != 0:
             return abs(value)
-    return dicom_frames.depth_mm(dataset)
+    return dicom_frames.depth_mm(dataset, frame)
 
 
 def _header_of(dataset: Dataset) -> Header:

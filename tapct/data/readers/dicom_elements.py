@@ -79,8 +79,8 @@ def read_dataset(path: Path, tags: Sequence[str | int] | None) -> Dataset | None
                 raise Refused(
                     "truncated", f"{file_name(path)} ends early; copy it again"
                 ) from error
-            except Exception:
-                if has_preamble:
+            except Exception as error:
+                if has_preamble or isinstance(error, MemoryError):
                     raise
                 return None
             if not has_preamble and not _is_plausible(dataset):

@@ -4,19 +4,37 @@ file, whose geometry and rescaling are given in functional groups, shared or fra
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tapct.base.marks import file_name
 from tapct.data.readers import dicom_elements as elements
+from tapct.data.readers import dicom_groups as functional
 from tapct.data.readers import dicom_kind as kind
-from tapct.data.readers.dicom_head import Head, place_from
+from tapct.data.readers.dicom_head import HEAD_TAGS, TRAITS, Head, head_of
 from tapct.types import Refused
 
 if TYPE_CHECKING:
     from pydicom.dataset import Dataset
+
+# sequence and element that have the value of a trait for one frame
+_TRAIT_OF_FRAME = {
+    "ImageType": ("CTImageFrameTypeSequence", "FrameType"),
+    "StackID": ("FrameContentSequence", "StackID"),
+    "ConvolutionKernel": ("CTReconstructionSequence", "ConvolutionKernel"),
+    "KVP": ("CTXRayDetailsSequence", "KVP"),
+    "SliceThickness": ("PixelMeasuresSequence", "SliceThickness"),
+    "AcquisitionNumber": ("FrameContentSequence", "FrameAcquisitionNumber"),
+    "TemporalPositionIdentifier": ("FrameContentSequence", "TemporalPositionIndex"),
+    "NominalPercentageOfCardiacPhase": (
+        "CardiacSynchronizationSequence",
+        "NominalPercentageOfCardiacPhase",
+    ),
+    "TriggerTime": ("CardiacSynchronizationSequence", "NominalCardiacTriggerDelayTime"),
+    "AcquisitionDateTime": ("FrameContentSequence", "FrameAcquisitionDateTime"),
+}
 
 
 @dataclass(frozen=True)
@@ -24,7 +42,7 @@ class FrameSlice:
     """One slice of a multi-frame file.
 
     Args:
-        head: head of the file, completed by the geometry of the frame.
+        head: head of the file, completed by what the frame gives.
         slope: factor from stored values to HU.
         intercept: offset in HU.
     """
@@ -34,99 +52,108 @@ class FrameSlice:
     intercept: float
 
 
-def frames_of(path: Path, dataset: Dataset, head: Head) -> list[FrameSlice]:
+def read_head(path: Path) -> Head | None:
+    """Read the header of a file, opening it once; None where the file is not DICOM.
+
+    Raises:
+        Exception: whatever the library raises for a damaged file.
+    """
+    dataset = elements.read_dataset(path, (*HEAD_TAGS, *functional.SEQUENCES))
+    if dataset is None:
+        return None
+    head = head_of(path, dataset)
+    if head.is_multiframe and head.refusal is None:
+        try:
+            frames = tuple(frame.head for frame in _frames(path, dataset, head))
+        except MemoryError:
+            raise
+        except Exception:  # the file is refused with the reason when it is examined
+            frames = ()
+        return replace(head, frames=frames)
+    return head
+
+
+def frames_of(
+    path: Path, dataset: Dataset, head: Head, wanted: Collection[int] | None = None
+) -> list[FrameSlice]:
     """The frames of a file in the order in which they are stored.
 
     Args:
         path: path of the file.
         dataset: its content.
         head: head of the file.
+        wanted: numbers of the frames that must be slices, from 1; None for all.
     Raises:
         Refused: multiframe, localizer, no_rescale, not_hu, no_orientation, bad_affine, sheared,
             bad_spacing.
     """
+    frames = _frames(path, dataset, head)
+    for frame in frames:
+        problem = frame.head.refusal or frame.head.misplaced
+        if problem is not None and (wanted is None or frame.head.frame in wanted):
+            raise Refused(*problem)
+    return frames
+
+
+def _frames(path: Path, dataset: Dataset, head: Head) -> list[FrameSlice]:
+    """All frames; the head of one that is no slice has the reason."""
     with elements.quiet():
-        shared = _items(dataset, "SharedFunctionalGroupsSequence")
-        per_frame = _items(dataset, "PerFrameFunctionalGroupsSequence")
-        num_frames = max(1, elements.whole(dataset, "NumberOfFrames"))
-        if len(per_frame) != num_frames:
-            raise Refused(
-                "multiframe",
-                f"{file_name(path)} claims {num_frames} frames and gives the places of "
-                f"{len(per_frame)}",
-            )
-        return [
-            _frame(f"frame {number} of {file_name(path)}", head, [item, *shared[:1], dataset])
-            for number, item in enumerate(per_frame, 1)
-        ]
+        groups = functional.groups_of(file_name(path), dataset)
+        head = replace(head, num_frames=len(groups))
+        return [_frame(number, head, some) for number, some in enumerate(groups, 1)]
 
 
-def depth_mm(dataset: Dataset) -> float:
+def depth_mm(dataset: Dataset, number: int = 1) -> float:
     """Thickness of a single frame in mm; 0 where its file gives none."""
     with elements.quiet():
-        groups = [
-            *_items(dataset, "PerFrameFunctionalGroupsSequence")[:1],
-            *_items(dataset, "SharedFunctionalGroupsSequence")[:1],
-        ]
-        thickness = _numbers(groups, "PixelMeasuresSequence", "SliceThickness")
+        shared, per_frame = (functional.items(dataset, name) for name in functional.SEQUENCES)
+        groups = [*per_frame[number - 1 : number], *shared[:1]]
+        thickness = functional.numbers(groups, "PixelMeasuresSequence", "SliceThickness")
     return thickness[0] if thickness else 0.0
 
 
 def kernel_of(dataset: Dataset) -> str:
-    """Convolution kernel from the functional groups; empty where they give none."""
+    """Kernel of the first frame; empty where its file gives none."""
     with elements.quiet():
-        groups = [
-            *_items(dataset, "PerFrameFunctionalGroupsSequence")[:1],
-            *_items(dataset, "SharedFunctionalGroupsSequence")[:1],
-        ]
-        return _text(groups, "CTReconstructionSequence", "ConvolutionKernel").replace("\\", "/")
+        shared, per_frame = (functional.items(dataset, name) for name in functional.SEQUENCES)
+        groups = [*shared[:1], *per_frame[:1]]
+        kernel = functional.text(groups, "CTReconstructionSequence", "ConvolutionKernel")
+        return kernel.replace("\\", "/")
 
 
-def _frame(name: str, head: Head, groups: Sequence[Dataset]) -> FrameSlice:
+def _frame(number: int, head: Head, groups: Sequence[Dataset]) -> FrameSlice:
     """One frame from its own functional groups, then the shared ones, then the data set."""
-    frame_type = _text(groups, "CTImageFrameTypeSequence", "FrameType")
-    if kind.is_localizer(frame_type):
-        raise Refused("localizer", f"{name} is a projection and not a slice; split the file")
-    place = place_from(
-        name,
-        _numbers(groups, "PlanePositionSequence", "ImagePositionPatient"),
-        _numbers(groups, "PlaneOrientationSequence", "ImageOrientationPatient"),
-        _numbers(groups, "PixelMeasuresSequence", "PixelSpacing"),
-    )
+    frame = replace(head, frame=number, number=number)
+    name = frame.name
+    frame_type = functional.text(groups, "CTImageFrameTypeSequence", "FrameType")
     rescaling = "PixelValueTransformationSequence"
-    slope = (_numbers(groups, rescaling, "RescaleSlope") or (None,))[0]
-    intercept = (_numbers(groups, rescaling, "RescaleIntercept") or (None,))[0]
-    refusal = kind.rescale_refusal(name, slope, intercept, _text(groups, rescaling, "RescaleType"))
-    if refusal is not None:
-        raise Refused(*refusal)
-    assert slope is not None and intercept is not None
-    derived = head.derived or kind.derivation_from(frame_type, "", place.axes)
-    head = replace(
-        head,
-        position=place.position,
-        axes=place.axes,
-        spacing=place.spacing,
-        derived=derived if frame_type or head.derived else "",
-    )
-    return FrameSlice(head, slope, intercept)
+    slope = (functional.numbers(groups, rescaling, "RescaleSlope") or (None,))[0]
+    intercept = (functional.numbers(groups, rescaling, "RescaleIntercept") or (None,))[0]
+    unit = functional.text(groups, rescaling, "RescaleType")
+    refusal = kind.rescale_refusal(name, slope, intercept, unit)
+    if kind.is_localizer(frame_type):
+        refusal = "localizer", f"{name} is a projection and not a slice"
+    try:
+        place = functional.place(name, groups)
+    except Refused as error:
+        frame = replace(frame, misplaced=(error.reason, error.marked))
+    else:
+        derived = head.derived or kind.derivation_from(frame_type, "", place.axes)
+        frame = replace(
+            frame,
+            position=place.position,
+            axes=place.axes,
+            spacing=place.spacing,
+            derived=derived if frame_type or head.derived else "",
+        )
+    frame = replace(frame, refusal=refusal, traits=_traits(head, groups))
+    return FrameSlice(frame, slope or 1.0, intercept or 0.0)
 
 
-def _items(dataset: Dataset, name: str) -> list[Dataset]:
-    """Items of a sequence; empty where there is none."""
-    return list(dataset.get(name) or [])
-
-
-def _text(groups: Sequence[Dataset], sequence: str, name: str) -> str:
-    """Text of an element in the first group that has it, or of the data set itself."""
-    for group in groups:
-        for item in (*_items(group, sequence)[:1], group):
-            value = elements.text(item, name)
-            if value:
-                return value
-    return ""
-
-
-def _numbers(groups: Sequence[Dataset], sequence: str, name: str) -> tuple[float, ...]:
-    """Numbers of an element in the first group that has it, or of the data set itself."""
-    content = _text(groups, sequence, name)
-    return elements.split_numbers(content)
+def _traits(head: Head, groups: Sequence[Dataset]) -> tuple[str, ...]:
+    """The values of `TRAITS` of one frame; those of the file where the frame has none."""
+    values = list(head.traits)
+    for place, name in enumerate(TRAITS):
+        if name in _TRAIT_OF_FRAME:
+            values[place] = functional.text(groups, *_TRAIT_OF_FRAME[name]) or values[place]
+    return tuple(values)

@@ -9,18 +9,19 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from tapct.base.marks import file_name
 from tapct.data.readers.dicom_head import Head
 from tapct.data.readers.raw import check_shape
 from tapct.types import Refused
 
 SAME_POSITION_MM = 0.01  # slices that are nearer to each other lie at one position
-_SAME_DIRECTION = 1e-3  # direction cosines of two slices of one series
+# largest difference of direction cosines of two slices of one stack; narrower than SAME_DIRECTION
+# of labels, whose corners are compared too
+_SLICE_DIRECTION = 1e-3
 
 
 def same_grid_problem(head: Head, first: Head) -> str:
     """In which property of the pixel grid two slices differ; empty where they do not."""
-    if np.abs(np.subtract(head.axes, first.axes)).max() > _SAME_DIRECTION:
+    if np.abs(np.subtract(head.axes, first.axes)).max() > _SLICE_DIRECTION:
         return "have different orientations"
     for index, name in enumerate(("Rows", "Columns")):
         if head.size[index] != first.size[index]:
@@ -42,8 +43,7 @@ def check_same_grid(heads: Sequence[Head]) -> None:
             continue
         problem = same_grid_problem(head, first)
         if problem:
-            names = f"{file_name(head.path)} and {file_name(first.path)}"
-            raise Refused("mixed_geometry", f"{names} {problem}")
+            raise Refused("mixed_geometry", f"{head.name} and {first.name} {problem}")
     rows, columns = first.size
     check_shape((columns, rows, len(heads)))
 
@@ -85,7 +85,7 @@ def check_steps(heads: Sequence[Head]) -> float:
     steps = np.diff(heights_mm(heads))
     same = np.flatnonzero(steps < SAME_POSITION_MM)
     if same.size:
-        pair = f"{file_name(heads[same[0]].path)} and {file_name(heads[same[0] + 1].path)}"
+        pair = f"{heads[same[0]].name} and {heads[same[0] + 1].name}"
         raise Refused(
             "duplicate_slices",
             f"{same.size} of {len(heads)} slices repeat a position, e.g. {pair}; keep one of each",

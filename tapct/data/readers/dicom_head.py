@@ -24,6 +24,7 @@ TRAITS = (
     *(
         "StudyInstanceUID",
         "ImageType",
+        "StackID",
         "ConvolutionKernel",
         "KVP",
         "SliceThickness",
@@ -37,7 +38,7 @@ HEAD_TAGS = (
     *("Modality", "SeriesDescription", "InstanceNumber", "NumberOfFrames", "ConcatenationUID"),
     *("Rows", "Columns", "SamplesPerPixel", "PhotometricInterpretation", "PixelSpacing"),
     *("ImagePositionPatient", "ImageOrientationPatient"),
-    *("RescaleIntercept", "RescaleSlope", "RescaleType"),
+    *("RescaleIntercept", "RescaleSlope", "RescaleType", "ModalityLUTSequence"),
     *TRAITS,
 )
 _RIGHT_ANGLE = 0.01  # |cosine| of rows and columns, and how far a direction's length may be from 1
@@ -62,6 +63,9 @@ class Head:
         refusal: reason and detail for which the file cannot be a slice of a CT; None for a slice.
         misplaced: reason and detail for which it is a slice of unknown geometry.
         derived: in a few words how the image was computed from others, such as a projection.
+        frame: number of a frame in a file of several, from 1; 0 for a whole file.
+        num_frames: number of frames in the file of a frame; 0 for a whole file.
+        frames: heads of all frames of a multi-frame file; empty where they cannot be known.
     """
 
     path: Path
@@ -81,26 +85,25 @@ class Head:
     refusal: tuple[str, str] | None = None
     misplaced: tuple[str, str] | None = None
     derived: str = ""
+    frame: int = 0
+    num_frames: int = 0
+    frames: tuple[Head, ...] = ()
 
     @property
     def is_multiframe(self) -> bool:
-        """Whether the file holds its slices as frames, whose geometry is not in this head."""
-        return self.sop_class in kind.MULTIFRAME
+        """Whether this is a file that holds its slices as frames."""
+        return self.sop_class in kind.MULTIFRAME and not self.frame
+
+    @property
+    def name(self) -> str:
+        """What an error line calls this slice."""
+        file = file_name(self.path)
+        return f"frame {self.frame} of {file}" if self.frame else file
 
     @property
     def normal(self) -> np.ndarray:
         """Direction in which the slices of the stack follow each other, LPS unit vector."""
         return np.cross(self.axes[:3], self.axes[3:])
-
-
-def read_head(path: Path) -> Head | None:
-    """Read the header of a file, opening it once; None where the file is not DICOM.
-
-    Raises:
-        Exception: whatever the library raises for a damaged file.
-    """
-    dataset = elements.read_dataset(path, HEAD_TAGS)
-    return None if dataset is None else head_of(path, dataset)
 
 
 def head_of(path: Path, dataset: Dataset) -> Head:
@@ -110,7 +113,7 @@ def head_of(path: Path, dataset: Dataset) -> Head:
     )
     refusal = kind.refusal_of(file_name(path), sop_class, dataset)
     is_slice = refusal is None and sop_class not in kind.MULTIFRAME
-    place, misplaced = _Place(), None
+    place, misplaced = Place(), None
     if is_slice:
         try:
             place = _place_of(file_name(path), dataset)
@@ -138,7 +141,7 @@ def head_of(path: Path, dataset: Dataset) -> Head:
 
 
 @dataclass(frozen=True)
-class _Place:
+class Place:
     """Position, directions and pixel spacing of one slice, as in `Head`."""
 
     position: tuple[float, float, float] = (0.0, 0.0, 0.0)
@@ -146,7 +149,7 @@ class _Place:
     spacing: tuple[float, float] = (0.0, 0.0)
 
 
-def _place_of(name: str, dataset: Dataset) -> _Place:
+def _place_of(name: str, dataset: Dataset) -> Place:
     """Where a slice lies.
 
     Raises:
@@ -165,7 +168,7 @@ def place_from(
     position: tuple[float, ...],
     orientation: tuple[float, ...],
     spacing: tuple[float, ...],
-) -> _Place:
+) -> Place:
     """Check the geometry of one slice.
 
     Args:
@@ -198,4 +201,4 @@ def place_from(
     x, y, z = position
     row_mm, column_mm = spacing
     axes = (*(a / lengths[0] for a in column), *(b / lengths[1] for b in row))
-    return _Place((x, y, z), axes, (row_mm, column_mm))
+    return Place((x, y, z), axes, (row_mm, column_mm))

@@ -153,11 +153,12 @@ def _values_refusal(name: str, dataset: Dataset) -> tuple[str, str] | None:
         elements.number(dataset, "RescaleSlope"),
         elements.number(dataset, "RescaleIntercept"),
         elements.text(dataset, "RescaleType"),
+        has_table="ModalityLUTSequence" in dataset,
     )
 
 
 def rescale_refusal(
-    name: str, slope: float | None, intercept: float | None, unit: str
+    name: str, slope: float | None, intercept: float | None, unit: str, *, has_table: bool = False
 ) -> tuple[str, str] | None:
     """Reason and detail for which a rescaling does not lead to HU.
 
@@ -166,7 +167,14 @@ def rescale_refusal(
         slope: RescaleSlope; None where it is missing.
         intercept: RescaleIntercept; None where it is missing.
         unit: RescaleType; HU where it is empty.
+        has_table: whether the header has a table of values, ModalityLUTSequence, instead.
     """
+    if has_table and (slope is None or intercept is None):
+        return (
+            "no_rescale",
+            f"{name} gives its HU by a table (ModalityLUTSequence), which tapct does not read; "
+            "export it with RescaleSlope and RescaleIntercept",
+        )
     if slope is None or intercept is None:
         return "no_rescale", f"{name} has no rescale slope and intercept, so its values are not HU"
     if slope == 0 or not (math.isfinite(slope) and math.isfinite(intercept)):

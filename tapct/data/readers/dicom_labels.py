@@ -10,12 +10,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from tapct.base.marks import file_name, quoted
 from tapct.data.readers import dicom_elements as elements
+from tapct.data.readers import dicom_groups as functional
 from tapct.data.readers.dicom_kind import SEGMENTATIONS, STRUCTURE_SET
 from tapct.types import Refused
 
@@ -121,11 +122,13 @@ def _reference(head: Dataset) -> Reference:
     """The UIDs in a header."""
     sop_class = str(head.get("SOPClassUID", ""))
     frame = str(head.get("FrameOfReferenceUID", ""))
-    referenced = [str(item.get("SeriesInstanceUID", "")) for item in _items(head, _SERIES)]
-    for place in _items(head, "ReferencedFrameOfReferenceSequence"):
+    referenced = [
+        str(item.get("SeriesInstanceUID", "")) for item in functional.items(head, _SERIES)
+    ]
+    for place in functional.items(head, "ReferencedFrameOfReferenceSequence"):
         frame = frame or str(place.get("FrameOfReferenceUID", ""))
-        for study in _items(place, "RTReferencedStudySequence"):
-            for series in _items(study, "RTReferencedSeriesSequence"):
+        for study in functional.items(place, "RTReferencedStudySequence"):
+            for series in functional.items(study, "RTReferencedSeriesSequence"):
                 referenced.append(str(series.get("SeriesInstanceUID", "")))
     return Reference(
         series=str(head.get("SeriesInstanceUID", "")),
@@ -165,7 +168,7 @@ def read_object(path: Path) -> LabelObject:
         raise Refused("truncated", f"{file_name(path)} ends before its pixels; copy it again")
     structures = tuple(
         Structure(int(item.SegmentNumber), str(item.get("SegmentLabel", "")))
-        for item in _items(dataset, "SegmentSequence")
+        for item in functional.items(dataset, "SegmentSequence")
     )
     return LabelObject(structures, identity, dataset=dataset)
 
@@ -174,23 +177,22 @@ def frames(dataset: Dataset) -> Iterator[SegFrame]:
     """Decode the frames of a SEG, one at a time: all of them together may not fit in memory.
 
     Raises:
-        Refused: no_orientation (a frame without position), truncated, corrupt.
+        Refused: multiframe, no_orientation (a frame without position), bad_affine, sheared,
+            bad_spacing, truncated, corrupt.
     """
-    shared = _items(dataset, "SharedFunctionalGroupsSequence")
-    per_frame = _items(dataset, "PerFrameFunctionalGroupsSequence")
-    num_frames = int(dataset.get("NumberOfFrames") or 1)
-    if len(per_frame) != num_frames:
-        raise Refused("corrupt", f"{num_frames} frames have {len(per_frame)} positions")
+    frame_groups = functional.groups_of("the segmentation", dataset)
     is_binary = str(dataset.SegmentationType) == "BINARY"
-    for number, (own, pixels) in enumerate(zip(per_frame, _pixels(dataset, num_frames))):
-        groups = [own, *shared]
-        to_mm = _plane(groups, number)
+    pixels_of = _pixels(dataset, len(frame_groups))
+    for number, (groups, pixels) in enumerate(zip(frame_groups, pixels_of), 1):
+        to_mm = _plane(groups, f"frame {number} of the segmentation")
         values = pixels.astype(np.int64)
         if is_binary:
-            segment = _first_item(groups, "SegmentIdentificationSequence")
-            if segment is None:
+            segment = functional.unsigned(
+                groups, "SegmentIdentificationSequence", "ReferencedSegmentNumber"
+            )
+            if not segment:
                 raise Refused("corrupt", f"frame {number} names no segment")
-            values = (values != 0) * int(segment.ReferencedSegmentNumber)
+            values = (values != 0) * segment
         yield SegFrame(values, to_mm)
 
 
@@ -217,27 +219,20 @@ def _pixels(dataset: Dataset, num_frames: int) -> Iterator[np.ndarray]:
         yield bits[first % 8 : first % 8 + num_pixels].reshape(rows, columns)
 
 
-def _plane(groups: list[Dataset], number: int) -> np.ndarray:
+def _plane(groups: list[Dataset], name: str) -> np.ndarray:
     """The matrix from (column, row, 0, 1) of a frame to LPS mm.
 
     Args:
-        groups: functional groups of the frame, then the shared ones.
-        number: number of the frame, for the error line.
+        groups: functional groups of the frame.
+        name: name of the frame, for the error line.
     """
-    position = _first_item(groups, "PlanePositionSequence")
-    orientation = _first_item(groups, "PlaneOrientationSequence")
-    measures = _first_item(groups, "PixelMeasuresSequence")
-    if position is None or orientation is None or measures is None:
-        raise Refused("no_orientation", f"frame {number} lacks position, orientation or spacing")
-    first_pixel = [float(value) for value in position.ImagePositionPatient]
-    axes = np.asarray([float(value) for value in orientation.ImageOrientationPatient])
-    row_mm, column_mm = (float(value) for value in measures.PixelSpacing)
+    place = functional.place(name, groups)
+    row_mm, column_mm = place.spacing
+    column, row = np.asarray(place.axes[:3]), np.asarray(place.axes[3:])
     matrix = np.eye(4)
-    matrix[:3, 0], matrix[:3, 1] = axes[:3] * column_mm, axes[3:] * row_mm
-    matrix[:3, 2] = np.cross(axes[:3], axes[3:])
-    matrix[:3, 3] = first_pixel
-    if not np.isfinite(matrix).all() or abs(np.linalg.det(matrix)) < 1e-9:
-        raise Refused("bad_affine", f"frame {number} has no usable position and directions")
+    matrix[:3, 0], matrix[:3, 1] = column * column_mm, row * row_mm
+    matrix[:3, 2] = np.cross(column, row)
+    matrix[:3, 3] = place.position
     return matrix
 
 
@@ -245,15 +240,15 @@ def _regions(dataset: Dataset) -> tuple[Structure, ...]:
     """Number and name of the regions of an RTSTRUCT."""
     return tuple(
         Structure(int(item.ROINumber), str(item.get("ROIName", "")))
-        for item in _items(dataset, "StructureSetROISequence")
+        for item in functional.items(dataset, "StructureSetROISequence")
     )
 
 
 def _contours(dataset: Dataset) -> tuple[tuple[Contour, ...], int]:
     """The closed polygons of an RTSTRUCT, and how many other contours it holds."""
     closed, num_open = [], 0
-    for region in _items(dataset, "ROIContourSequence"):
-        for item in _items(region, "ContourSequence"):
+    for region in functional.items(dataset, "ROIContourSequence"):
+        for item in functional.items(region, "ContourSequence"):
             data = [float(value) for value in item.get("ContourData") or []]
             kind = str(item.get("ContourGeometricType", ""))
             if kind not in _CLOSED or len(data) < 9 or len(data) % 3:
@@ -275,17 +270,3 @@ def _identity(dataset: Dataset) -> tuple[str, ...]:
             text = text.replace(separator, " ")
         words += [word for word in text.split() if len(word) >= 3]
     return tuple(dict.fromkeys(words))
-
-
-def _items(dataset: Dataset, keyword: str) -> list[Any]:
-    """The items of a sequence; empty where the file has none."""
-    return list(dataset.get(keyword) or [])
-
-
-def _first_item(groups: list[Dataset], keyword: str) -> Any | None:
-    """The first item of a sequence in the first group that has it."""
-    for group in groups:
-        items = _items(group, keyword)
-        if items:
-            return items[0]
-    return None

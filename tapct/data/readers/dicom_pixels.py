@@ -12,10 +12,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tapct.base.exits import single_line
 from tapct.base.marks import file_name
 from tapct.data.readers import dicom_elements as elements
-from tapct.data.readers.raw import MAX_TEXT
+from tapct.data.readers.raw import is_out_of_memory
 from tapct.types import Refused
 
 if TYPE_CHECKING:
@@ -145,11 +144,14 @@ def _by_gdcm(path: Path, dataset: Dataset) -> np.ndarray:
     try:
         return SimpleITK.GetArrayFromImage(reader.Execute())
     except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
+        # not the text of the error: GDCM quotes paths and texts of the file
         syntax = dataset.file_meta.TransferSyntaxUID.name
         raise Refused(
             "unsupported",
-            f"{file_name(path)} is compressed as {syntax}, which neither pydicom nor GDCM decodes: "
-            + single_line(str(error).rpartition("ERROR:")[2] or error, MAX_TEXT),
+            f"{file_name(path)} is compressed as {syntax}, which neither pydicom nor GDCM decodes; "
+            "decompress it with gdcmconv --raw",
         ) from error
 
 
@@ -159,6 +161,8 @@ def _check_ends(path: Path, dataset: Dataset) -> None:
 
     try:
         (frame,) = generate_frames(dataset.PixelData, number_of_frames=1)
+    except MemoryError:
+        raise
     except Exception as error:
         raise Refused(
             "truncated", f"the compressed pixels of {file_name(path)} are cut off; copy it again"

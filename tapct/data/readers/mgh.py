@@ -9,7 +9,15 @@ from pathlib import Path
 import numpy as np
 
 from tapct.base.marks import file_name
-from tapct.data.readers.raw import Image, check_shape, check_size, inflate, is_gzip, read_head
+from tapct.data.readers.raw import (
+    Image,
+    check_shape,
+    check_size,
+    inflate,
+    is_gzip,
+    other_format,
+    read_head,
+)
 from tapct.types import Refused
 
 _MAX_FOOTER = 1 << 16  # bytes; acquisition parameters and tags follow the voxels
@@ -41,7 +49,7 @@ def read(files: Sequence[Path]) -> Image:
         )
     version, *sizes, code, _ = np.frombuffer(head, ">i4", 7).tolist()
     if version != 1:
-        raise Refused("corrupt", f"{file_name(path)} has version {version}; an MGH file has 1")
+        raise other_format(path, head, "MGH")
     if sizes[3] > 1:
         raise Refused("not_3d", f"the file holds {sizes[3]} volumes; split it, one file per scan")
     if code not in _DTYPES:

@@ -20,6 +20,7 @@ from tapct.data.readers.raw import (
     check_size,
     inflate,
     is_gzip,
+    other_format,
     read_head,
     slack_of,
 )
@@ -117,7 +118,7 @@ def _parse(path: Path, head: bytes) -> nibabel.Nifti1Header:
                 f"datatype is {int(header['datatype'])}; rule: integers, float32 or float64",
             )
         return header
-    raise Refused("corrupt", f"{file_name(path)} does not start with a NIfTI header")
+    raise other_format(path, head, "NIfTI")
 
 
 def _data_file(path: Path, header: nibabel.Nifti1Header) -> Path:

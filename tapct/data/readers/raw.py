@@ -6,6 +6,7 @@ Axes: I J K are the file's own axes, fastest first; positions are LPS millimetre
 from __future__ import annotations
 
 import math
+import re
 import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +23,8 @@ _CHUNK = 1 << 20
 _MAX_SLACK = 4096  # bytes; some tools pad files to whole blocks
 _INFLATED = 1 << 24  # bytes that are inflated at once
 _SURPLUS = 1 << 26  # bytes that may follow the voxels, whatever their number
+# what reader libraries write where an allocation failed; ITK raises RuntimeError
+_NO_MEMORY = re.compile("bad_alloc|bad allocation|failed to allocate|not enough memory", re.I)
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,36 @@ class Segment:
     name: str
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception of a reader library means that an allocation failed."""
+    return isinstance(error, MemoryError) or _NO_MEMORY.search(str(error)) is not None
+
+
+def other_format(path: Path, head: bytes, expected: str) -> Refused:
+    """The refusal of a file that does not begin like the format of its name.
+
+    Args:
+        path: path of the file.
+        head: its first 132 bytes or more, after decompression.
+        expected: format that its name means.
+    """
+    found = ""
+    if head[128:132] == b"DICM":
+        found, suffix = "DICOM", ".dcm"
+    elif head.startswith(b"NRRD000"):
+        found, suffix = "NRRD", ".nrrd"
+    elif head[344:347] in (b"n+1", b"ni1") or head[4:7] in (b"n+2", b"ni2"):
+        found, suffix = "NIfTI", ".nii"
+    elif head.startswith((b"ObjectType", b"NDims")):
+        found, suffix = "MetaImage", ".mha"
+    if found and found != expected:
+        return Refused(
+            "corrupt",
+            f"{file_name(path)} holds {found} in spite of its name; give it the suffix {suffix}",
+        )
+    return Refused("corrupt", f"{file_name(path)} does not start with {expected}")
+
+
 def is_gzip(path: Path) -> bool:
     """Whether the content, not the name, is a gzip stream."""
     with path.open("rb") as file:
@@ -111,7 +144,7 @@ def read_head(path: Path, num_bytes: int) -> bytes:
         return zlib.decompressobj(31).decompress(start, num_bytes)
     except zlib.error as error:
         raise Refused(
-            "corrupt", f"{file_name(path)} is not a readable gzip stream ({error})"
+            "corrupt", f"{file_name(path)} is not a readable gzip stream; copy it again"
         ) from error
 
 
@@ -147,7 +180,9 @@ def inflate(path: Path, offset: int, expected: int, slack: int = 0) -> bytes:
                 if whole and len(kept) >= expected:
                     break  # padding after the last stream
                 raise Refused(
-                    "corrupt", f"{file_name(path)} is damaged: {error}; copy it again"
+                    "corrupt",
+                    f"{file_name(path)} is damaged: its compressed content or the checksum of it "
+                    "is wrong; copy it again",
                 ) from error
             kept += data[: max(0, expected - len(kept))]
             num_bytes += len(data)

@@ -24,22 +24,27 @@ from tapct.base.exits import UserError
 from tapct.config import setting
 from tapct.eval import pictures
 from tapct.eval.contract import Breakdown, Headline, Labels, ScanScore, Task, TaskResults
-from tapct.eval.decoder import Decoder, fit_decoder
 from tapct.eval.features import DenseFeatures, PatchGrid
+from tapct.eval.organ_classes import BODY, BODY_NAMES, OUTSIDE, OUTSIDE_NAMES, ClassWords
+from tapct.eval.organ_decoders import (
+    DecoderConfig,
+    FittedDecoder,
+    KeptPatches,
+    fit,
+    scans_of_draw,
+)
 from tapct.eval.scans import LabelledScan
-from tapct.eval.truth import OUTSIDE, PatchTruth, patch_truth
+from tapct.eval.truth import PatchTruth, patch_truth
 from tapct.types import IGNORE_LABEL
 
 RESOLUTIONS = ("patch", "voxel")
-_OUTSIDE, _BODY = "outside", "body"
-OUTSIDE_NAMES = ("table", "couch", "background")
-BODY_NAMES = ("body", "body_trunc", "body_extremities", "skin", "external")
+BLOCKS = ("last", "last4")
 MOST_NAMES = 12  # in the line about the organs of the mean
 
 
 @dataclass(frozen=True)
-class Config:
-    """Settings of the linear decoder and of its classes."""
+class Config(DecoderConfig):
+    """Settings of the decoder and of its classes."""
 
     resolution: str = setting(
         "voxel",
@@ -60,15 +65,22 @@ class Config:
         "label names or values for `inside the body, no organ`; if one of these exists, label 0 "
         "means air",
     )
+    blocks: str = setting(
+        "last",
+        "`last`: features of the last block; `last4`: those of the last four blocks, one after "
+        "the other",
+        choices=BLOCKS,
+    )
     max_tokens: int = setting(
-        24576, "maximum number of training patches of all scans together, stratified by label", ge=1
+        49152, "maximum number of training patches of all scans together, stratified by label", ge=1
     )
-    l2: float = setting(
-        3e-4,
-        "L2 penalty on the decoder weights w for standardised features: l2 / 2 x sum of w^2",
-        ge=0,
+    fractions: tuple[int, ...] = setting(
+        (),
+        "numbers of labelled training scans for a label-fraction curve, e.g. [1, 5, 10]: for each "
+        "number, the decoder is also fitted to so many scans",
+        ge=1,
     )
-    steps: int = setting(60, "number of L-BFGS iterations, the same for every model", ge=1)
+    draws: int = setting(5, "draws of the training scans for each number in `fractions`", ge=1)
 
 
 @dataclass(frozen=True)
@@ -96,13 +108,16 @@ class Segmentation(Task[PatchTruth, Prediction]):
 
     def __init__(self, config: Config, seed: int) -> None:
         self.config = config
+        self.words = ClassWords(config.organs, config.outside, config.body)
         self.seed = seed
         self.tokens_per_scan = config.max_tokens
         self.classes: tuple[str, ...] = ()
         self.organs: tuple[str, ...] = ()
-        self._decoders: dict[str, Decoder] = {}
-        self._features: dict[str, list[Tensor]] = defaultdict(list)
-        self._targets: dict[str, tuple[Tensor, tuple[int, ...], dict[int, str]]] = {}
+        self._decoders: dict[str, FittedDecoder] = {}
+        # (model, number of training scans, draw) -> decoder of the label-fraction curve
+        self._few_labels: dict[tuple[str, int, int], FittedDecoder] = {}
+        self._few_labels_dice: dict[tuple[str, int, int], dict[str, dict[str, float]]] = {}
+        self._kept: dict[str, list[KeptPatches]] = defaultdict(list)
         self._dice: dict[tuple[str, str], dict[str, dict[str, float]]] = {}
         self._left_out: dict[tuple[int, str], str] = {}  # label value, its name -> class
         self._not_learned: set[str] = set()  # organs of test scans that no training scan has
@@ -116,6 +131,11 @@ class Segmentation(Task[PatchTruth, Prediction]):
             found[key] = tuple(word for word in words if word not in defaults)
         return found
 
+    def blocks(self, num_blocks: int) -> tuple[int, ...]:
+        """The last block, or the last four."""
+        num = 4 if self.config.blocks == "last4" else 1
+        return tuple(range(max(0, num_blocks - num), num_blocks))
+
     def begin(self, num_train: int) -> None:
         """Divide the training patches equally among the training scans."""
         self.tokens_per_scan = max(1, self.config.max_tokens // num_train)
@@ -123,79 +143,93 @@ class Segmentation(Task[PatchTruth, Prediction]):
     def truth(self, scan: LabelledScan, grid: PatchGrid, in_play_Z: np.ndarray) -> PatchTruth:
         """Count the labels on the patch grid; the same for every model."""
         names = dict(scan.label_map.names)
-        body_labelled = self._body_labelled(names)
+        body_labelled = self.words.body_labelled(names)
         truth = patch_truth(scan, grid, body_labelled=body_labelled, in_play_Z=in_play_Z)
         for value in truth.values:
-            name = self._class_of(value, names)
-            if value > 0 and name in (_OUTSIDE, _BODY):
+            name = self.words.class_of(value, names)
+            if value > 0 and name in (OUTSIDE, BODY):
                 self._left_out[value, names.get(value, "")] = name
         return truth
 
     def learn(self, model: str, dense: DenseFeatures, truth: PatchTruth) -> None:
         """Keep the training patches of one scan for one model."""
         index_K, weight_K = truth.sample(self.tokens_per_scan, self.seed)
-        self._features[model].append(dense.tokens_ND()[index_K.to(dense.features_DZYX.device)])
-        if truth.scan.id not in self._targets:
-            share_KV = torch.from_numpy(truth.shares_NV)[index_K]
-            if self.config.resolution == "patch":
-                share_KV = F.one_hot(share_KV.argmax(1), share_KV.shape[1]).float()
-            self._targets[truth.scan.id] = (
+        share_KV = torch.from_numpy(truth.shares_NV)[index_K]
+        if self.config.resolution == "patch":
+            share_KV = F.one_hot(share_KV.argmax(1), share_KV.shape[1]).float()
+        features_ND = self._features(dense)
+        self._kept[model].append(
+            KeptPatches(
+                truth.scan.id,
+                truth.scan.patient or truth.scan.id,
+                features_ND[index_K.to(features_ND.device)],
                 share_KV * weight_K[:, None],
                 truth.values,
                 truth.names(),
             )
+        )
+
+    def _features(self, dense: DenseFeatures) -> Tensor:
+        """The features that the decoder reads: float32 (N, D) in raster order."""
+        if self.config.blocks == "last" or not dense.blocks:
+            return dense.tokens_ND()
+        wanted = self.blocks(1 + max(dense.blocks))
+        return torch.cat([dense.tokens_ND(block) for block in wanted], dim=1)
 
     def fit(self) -> None:
-        """Fit one decoder per model; classes are those that occur in the training scans.
+        """Fit the decoders of each model; classes are those that occur in the training scans.
 
         Raises:
             UserError: no organ occurs in them.
         """
         self.classes, self.organs = self._find_classes()
-        targets = []
-        for target_KV, values, names in self._targets.values():
-            # a label of the scan that lies in none of the patches kept has no mass and no class
-            class_names = [self._class_of(value, names) for value in values]
-            column_V = torch.tensor(
-                [self.classes.index(c if c in self.classes else _BODY) for c in class_names]
-            )
-            empty_KC = target_KV.new_zeros(len(target_KV), len(self.classes))
-            targets.append(empty_KC.index_add_(1, column_V, target_KV))
-        target_KC = torch.cat(targets)
-        for model, features in self._features.items():
-            x_KD = torch.cat(features)
-            target = target_KC.to(x_KD.device)
-            self._decoders[model] = fit_decoder(
-                x_KD, target, l2=self.config.l2, steps=self.config.steps
-            )
-        self._features.clear()
-        self._targets.clear()
+        for model in list(self._kept):
+            kept = self._kept.pop(model)
+            self._decoders[model] = self._fitted(kept)
+            scans = [one.scan for one in kept]
+            for num in self.config.fractions:
+                for draw in range(self.config.draws if num < len(scans) else 0):
+                    drawn = scans_of_draw(scans, num, draw, self.seed)
+                    few = [one for one in kept if one.scan in drawn]
+                    self._few_labels[model, num, draw] = self._fitted(few)
+
+    def _fitted(self, kept: Sequence[KeptPatches]) -> FittedDecoder:
+        return fit(kept, self.classes, self.organs, self.words, self.config, self.seed)
 
     def judge(self, model: str, dense: DenseFeatures, truth: PatchTruth) -> Prediction:
         """Predict a test scan and keep its Dice at patches and voxels, over the slices in play."""
-        logits_CZYX = self._decoders[model].logits_CZYX(dense)
-        prediction_ZYX = truth.grid.argmax_voxels(logits_CZYX)
-        in_play = truth.in_play_Z[truth.grid.patch_of_voxel(0, truth.grid.original[0])]
-        counted_ZYX = truth.scan.label_map.labels_ZYX[in_play] != IGNORE_LABEL
-        voxel = self._confusion(
-            self.class_labels(truth)[in_play][counted_ZYX], prediction_ZYX[in_play][counted_ZYX]
-        )
+        features_ND = self._features(dense)
+        logits_NC = self._decoders[model].decoder.logits_NC(features_ND)
+        counted = _Counted(truth, self.class_labels(truth))
+        prediction_ZYX = counted.predicted(logits_NC)
+        voxel = self._confusion(*counted.pairs(prediction_ZYX))
+        for key, few in self._few_labels.items():
+            if key[0] == model:
+                predicted_ZYX = counted.predicted(few.decoder.logits_NC(features_ND))
+                confusion = self._confusion(*counted.pairs(predicted_ZYX))
+                self._few_labels_dice.setdefault(key, {})[truth.scan.id] = self._organ_dice(
+                    confusion
+                )
         open_N = truth.open_N()
         names = truth.names()
-        of_scan = {self._class_of(value, names) for value in truth.values}
-        self._not_learned |= of_scan - set(self.classes) - {_OUTSIDE, _BODY}
+        of_scan = {self.words.class_of(value, names) for value in truth.values}
+        self._not_learned |= of_scan - set(self.classes) - {OUTSIDE, BODY}
         class_V = self._class_index(truth)[[max(v, 0) for v in truth.values]]
         patch_truth_N = class_V[truth.shares_NV.argmax(1)]
-        patch = self._confusion(
-            patch_truth_N[open_N], logits_CZYX.flatten(1).argmax(0).cpu().numpy()[open_N]
-        )
+        patch = self._confusion(patch_truth_N[open_N], logits_NC.argmax(1).cpu().numpy()[open_N])
         for resolution, confusion in (("voxel", voxel), ("patch", patch)):
-            self._dice.setdefault((resolution, model), {})[truth.scan.id] = {
-                organ: dice_from_confusion(confusion, self.classes.index(organ))
-                for organ in self.organs
-                if confusion[self.classes.index(organ)].sum() > 0
-            }
+            self._dice.setdefault((resolution, model), {})[truth.scan.id] = self._organ_dice(
+                confusion
+            )
         return Prediction(prediction_ZYX)
+
+    def _organ_dice(self, confusion_CC: np.ndarray) -> dict[str, float]:
+        """Dice of the organs that the scan has."""
+        return {
+            organ: dice_from_confusion(confusion_CC, self.classes.index(organ))
+            for organ in self.organs
+            if confusion_CC[self.classes.index(organ)].sum() > 0
+        }
 
     def class_labels(self, truth: PatchTruth) -> np.ndarray:
         """True class index (uint16) of every voxel; labels that no training scan has count as
@@ -252,11 +286,22 @@ class Segmentation(Task[PatchTruth, Prediction]):
                         "occurs in the test scans. Give labels to more scans, or change eval.seed."
                     )
                 entry.update(mean_dice=mean, dice=dice)
+                entry["dice_by_num_scans"] = self._label_fractions(model)
+                entry["lr"] = self._decoders[model].lr
                 for scan, parts in per_scan.items():
                     value = float(np.mean(list(parts.values()))) if parts else float("nan")
                     scans.append(ScanScore(scan, model, value, parts))
         dice_of = {model: entry["dice"] for model, entry in models.items()}
         return TaskResults(models, tuple(scans), _by_organ(self.organs, dice_of))
+
+    def _label_fractions(self, model: str) -> dict[str, list[float]]:
+        """Number of training scans -> mean Dice of each draw; empty without a curve."""
+        curve: dict[str, list[float]] = {}
+        for (name, num, _), per_scan in sorted(self._few_labels_dice.items()):
+            if name == model:
+                means = self._mean_by_organ(per_scan)
+                curve.setdefault(str(num), []).append(float(np.mean(list(means.values()))))
+        return curve
 
     def headline(self) -> Headline:
         """Return the mean Dice over organs, at the resolution of the config."""
@@ -302,58 +347,53 @@ class Segmentation(Task[PatchTruth, Prediction]):
 
     def _find_classes(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
         present: dict[str, int] = {}  # class -> lowest label value, for the order
-        for target_KV, values, names in self._targets.values():
-            for value, mass in zip(values, target_KV.sum(0).tolist(), strict=True):
+        for kept in next(iter(self._kept.values())):
+            for value, mass in zip(kept.values, kept.target_KV.sum(0).tolist(), strict=True):
                 if mass > 0:
-                    name = self._class_of(value, names)
+                    name = self.words.class_of(value, kept.names)
                     present[name] = min(value, present.get(name, value))
         ordered = sorted(present, key=lambda name: (present[name], name))
-        organs = tuple(name for name in ordered if name not in (_OUTSIDE, _BODY))
+        organs = tuple(name for name in ordered if name not in (OUTSIDE, BODY))
         if not organs:
             raise UserError(
                 f"no organ label occurs in the training scans (they have: {', '.join(ordered)}). "
                 "Check the label maps, or "
                 f"eval.tasks.segmentation.organs, which is [{', '.join(self.config.organs)}]."
             )
-        return (_OUTSIDE, _BODY, *organs), organs
-
-    def _class_of(self, value: int, names: dict[int, str]) -> str:
-        """The class that a label value of one scan belongs to."""
-        if value == OUTSIDE:
-            return _OUTSIDE
-        if value == 0:
-            return _OUTSIDE if self._body_labelled(names) else _BODY
-        name = names.get(value, f"label {value}")
-        if _is_called(value, name, self.config.outside):
-            return _OUTSIDE
-        if _is_called(value, name, self.config.body):
-            return _BODY
-        wanted = not self.config.organs or _is_called(value, name, self.config.organs)
-        return name if wanted else _BODY
-
-    def _body_labelled(self, names: dict[int, str]) -> bool:
-        """True where the body has a label of its own, by name or by number, so that 0 is the air
-        outside.
-        """
-        by_number = any(word.isdigit() for word in self.config.body)
-        return by_number or any(
-            _is_called(value, name, self.config.body) for value, name in names.items()
-        )
+        return (OUTSIDE, BODY, *organs), organs
 
     def _class_index(self, truth: PatchTruth) -> np.ndarray:
         """Table from label value to class index, uint16."""
         names = truth.names()
-        table = np.full(max(*truth.values, 0) + 1, self.classes.index(_BODY), dtype=np.uint16)
+        table = np.full(max(*truth.values, 0) + 1, self.classes.index(BODY), dtype=np.uint16)
         for value in truth.values:
-            name = self._class_of(value, names)
+            name = self.words.class_of(value, names)
             if value >= 0 and name in self.classes:
                 table[value] = self.classes.index(name)
         return table
 
 
-def _is_called(value: int, name: str, words: Sequence[str]) -> bool:
-    """Whether one of the words is the name of a label, in any case, or its value."""
-    return any(word.lower() in (name.lower(), str(value)) for word in words)
+class _Counted:
+    """The voxels of a test scan that count, and predictions at them.
+
+    Args:
+        truth: truth of the scan.
+        classes_ZYX: true class of every voxel.
+    """
+
+    def __init__(self, truth: PatchTruth, classes_ZYX: np.ndarray) -> None:
+        self.grid = truth.grid
+        self.in_play_Z = truth.in_play_Z[self.grid.patch_of_voxel(0, self.grid.original[0])]
+        self.counts_ZYX = truth.scan.label_map.labels_ZYX[self.in_play_Z] != IGNORE_LABEL
+        self.true = classes_ZYX[self.in_play_Z][self.counts_ZYX]
+
+    def predicted(self, logits_NC: Tensor) -> np.ndarray:
+        """Class of every voxel of the scan, uint16, from logits on the patch grid."""
+        return self.grid.argmax_voxels(logits_NC.T.unflatten(1, self.grid.shape))
+
+    def pairs(self, predicted_ZYX: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """True and predicted class of each voxel that counts."""
+        return self.true, predicted_ZYX[self.in_play_Z][self.counts_ZYX]
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -14,7 +14,10 @@ from scan_files import make_ct, write_series
 from tapct.data import index
 from tapct.data.ingest import read_volume
 from tapct.data.labels.polygons import fill_even_odd
-from tapct.data.labels.reading import read_labels_of
+from tapct.data.labels.reading import ReadLabels, read_labels_of
+from tapct.data.manifest import Manifest
+from tapct.data.pack import pack
+from tapct.data.store import Store
 from tapct.types import Refused, Volume
 
 SEG, RTSTRUCT = "1.2.840.10008.5.1.4.1.1.66.4", "1.2.840.10008.5.1.4.1.1.481.3"
@@ -185,7 +188,7 @@ def test_a_seg_with_turned_planes_lies_on_the_same_voxels(volume: Volume, tmp_pa
     [
         ({"SegmentationType": "FRACTIONAL"}, "not_labels: .*FRACTIONAL"),
         ({"SOPClassUID": "1.2.840.10008.5.1.4.1.1.2"}, "not_labels: .*SOP class"),
-        ({"NumberOfFrames": 9}, "corrupt: 9 frames have 4 positions"),
+        ({"NumberOfFrames": 9}, "multiframe: .*claims 9 frames and gives the places of 4"),
         ({"PixelData": b"\1\2"}, "truncated"),
         ({"SegmentSequence": [item(SegmentNumber=1)]}, "not_labels: pixels name segment 2"),
         ({"shift": (0.5, 0.0, 0.0)}, "grid_mismatch"),
@@ -315,3 +318,113 @@ def test_objects_are_matched_by_the_series_that_they_refer_to(tmp_path: Path) ->
     assert built.label_report is not None
     (line,) = built.label_report.lines()
     assert line == "labels: 2 of 3 scans; unmatched label files: 1, e.g. objects/z/3.dcm"
+
+
+def box(*bounds: int) -> np.ndarray:
+    """A mask of one box: first and end along z, y and x."""
+    mask_ZYX = np.zeros(SHAPE, bool)
+    z0, z1, y0, y1, x0, x1 = bounds
+    mask_ZYX[z0:z1, y0:y1, x0:x1] = True
+    return mask_ZYX
+
+
+LIVER, SPLEEN = box(1, 6, 2, 8, 2, 7), box(3, 7, 3, 9, 9, 14)
+TUMOUR, HALF_IN_THE_LIVER = box(2, 4, 3, 6, 3, 6), box(1, 6, 2, 8, 5, 10)
+
+
+def read_both(
+    volume: Volume, folder: Path, one: dict[str, np.ndarray], other: dict[str, np.ndarray]
+) -> ReadLabels:
+    paths = [write_seg(folder / name, masks) for name, masks in (("a.dcm", one), ("b.dcm", other))]
+    return read_labels_of(volume, paths[0], more=paths[1:])
+
+
+def test_objects_with_different_structures_are_merged(volume: Volume, tmp_path: Path) -> None:
+    found = read_both(
+        volume, tmp_path, {"Liver": LIVER}, {"Spleen": SPLEEN, "Tumour": TUMOUR, "liver": LIVER}
+    )
+    # the first object keeps 1; 1 is then taken, and so 2 is free for the spleen's next one
+    names = dict(found.label_map.names)
+    assert sorted(names.values()) == ["Liver", "Spleen", "Tumour"]
+    assert names[1] == "Liver"
+    by_name = {name: found.label_map.labels_ZYX == value for value, name in names.items()}
+    np.testing.assert_array_equal(by_name["Liver"], LIVER & ~TUMOUR)
+    np.testing.assert_array_equal(by_name["Spleen"], SPLEEN)
+    np.testing.assert_array_equal(by_name["Tumour"], TUMOUR)
+    assert found.notes == (
+        "2 DICOM objects are merged",
+        "1 structure is in several objects and used once",
+        f"structures overlap in {TUMOUR.sum()} voxels; the smaller one is kept",
+    )
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "why"),
+    [
+        ({"Liver": LIVER}, {"liver ": SPLEEN}, "'liver' has 120 and 150 voxels, 0 of them common"),
+        ({"Liver": LIVER}, {"Spleen": HALF_IN_THE_LIVER}, "overlap in 60 voxels, and neither"),
+        ({"Liver": LIVER}, {"Spleen": LIVER}, "have the same voxels"),
+        ({"": LIVER}, {"": SPLEEN}, "'number 1' has 120 and 150 voxels"),
+        ({"Liver": LIVER}, {"Tumour": TUMOUR, "Liver": SPLEEN}, "'liver' has 120 and 150"),
+    ],
+)
+def test_objects_that_contradict_each_other_are_refused(
+    volume: Volume,
+    tmp_path: Path,
+    one: dict[str, np.ndarray],
+    other: dict[str, np.ndarray],
+    why: str,
+) -> None:
+    with pytest.raises(Refused, match=r"a\.dcm and b\.dcm contradict each other: ") as caught:
+        read_both(volume, tmp_path, one, other)
+    assert caught.value.reason == "contradictory_labels"
+    assert why in caught.value.detail
+
+
+def test_a_mask_and_the_contour_that_it_was_made_of_are_one_structure(
+    volume: Volume, tmp_path: Path
+) -> None:
+    square = np.asarray([[2, 2], [6.4, 2], [6.4, 7], [2, 7]])  # its upper row is not in the mask
+    seg = write_seg(tmp_path / "a.dcm", {"Liver": LIVER, "Spleen": SPLEEN})
+    drawn = {"GTV-1": [(z, square) for z in range(1, 6)]}
+    contours = write_rtstruct(tmp_path / "b.dcm", drawn)
+    found = read_labels_of(volume, seg, more=[contours])
+    np.testing.assert_array_equal(found.label_map.labels_ZYX, 1 * LIVER + 2 * SPLEEN)
+    assert found.label_map.names == ((1, "Liver"), (2, "Spleen"))
+    far = {"Liver": [(z, square + [8, 6]) for z in range(1, 6)]}
+    with pytest.raises(Refused, match="contradict"):
+        read_labels_of(volume, seg, more=[write_rtstruct(tmp_path / "b.dcm", far)])
+
+
+def test_several_objects_of_one_scan_are_indexed_and_packed_as_one_label_map(
+    tmp_path: Path,
+) -> None:
+    root = tmp_path / "a"
+    for number in range(2):
+        uids = {"SeriesInstanceUID": f"1.2.{number}"}
+        write_series(
+            root / f"p{number}" / "ct", make_ct(seed=number), edit=lambda _, uids=uids: uids
+        )
+        write_seg(root / "objects" / f"{number}a.dcm", {"Liver": LIVER}, series=f"1.2.{number}")
+        other = {"Liver": SPLEEN} if number else {"Spleen": SPLEEN}
+        write_seg(root / "objects" / f"{number}b.dcm", other, series=f"1.2.{number}")
+    built = index.build_manifest(root, tmp_path / "m.parquet")
+    merged, contradictory = built.accepted
+    assert merged.label_path == "objects/0a.dcm"
+    assert merged.merged_labels == ("objects/0b.dcm",)
+    assert "its labels: 2 DICOM objects are merged" in merged.detail
+    assert (contradictory.label_path, contradictory.merged_labels) == ("", ())
+    assert "its labels are not used: contradictory_labels: <file> and <file>" in (
+        contradictory.detail
+    )
+    assert built.label_report is not None
+    assert built.label_report.lines() == [
+        "labels: 1 of 2 scans; 1 found but not used (1 contradictory_labels)",
+        "labels that are not used, e.g. 1a.dcm and 1b.dcm contradict each other: 'liver' has 120 "
+        "and 150 voxels, 0 of them common; move one of them out of the archive",
+    ]
+    read_again = Manifest.read(tmp_path / "m.parquet")
+    assert [row.merged_labels for row in read_again.rows] == [merged.merged_labels, ()]
+    pack(read_again, tmp_path / "store")
+    labels = Store(tmp_path / "store").read_labels(0)
+    np.testing.assert_array_equal(labels.labels_ZYX, 1 * LIVER + 2 * SPLEEN)

@@ -152,7 +152,7 @@ def test_an_archive_without_labels_prints_nothing_about_them(tmp_path: Path) -> 
 
 def test_the_index_prints_the_counts_and_keeps_the_values_to_ignore(tmp_path: Path) -> None:
     save_scan(tmp_path / "a" / "c1.nii.gz", noise_ct(1))
-    labels = np.zeros((6, 12, 13), np.int16)
+    labels = np.zeros((6, 24, 26), np.int16)
     labels[2:4], labels[5] = 1, -1
     save_scan(tmp_path / "a" / "c1_seg.nii.gz", labels)
     arguments = ["index", str(tmp_path / "a"), "--out", str(tmp_path / "m.parquet"), "--workers=0"]

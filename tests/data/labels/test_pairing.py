@@ -64,7 +64,9 @@ def test_labels_folder_given_by_the_user(tmp_path: Path) -> None:
         save_scan(tmp_path / "a" / "sub" / f"{stem}.nii.gz", noise_ct(int(stem[1])))
     save_labels(tmp_path / "given" / "c1.nii.gz")
     save_labels(tmp_path / "given" / "sub" / "c2.nii.gz")
+    (tmp_path / "given" / "c3.nii.bz2").write_bytes(b"some bytes")
     built = index.build_manifest(tmp_path / "a", tmp_path / "m.parquet", labels=tmp_path / "given")
+    assert built.passed_over == {".nii.bz2": 1}
     assert [row.label_path for row in built.rows] == [
         "../given/c1.nii.gz",  # relative, so that no path of this machine is stored
         "../given/sub/c2.nii.gz",
@@ -152,6 +154,12 @@ def test_a_layout_that_is_added_to_the_list_finds_labels(
         ("images/c1.nii.gz", "labels/c1.nii.gz", ("labels/c1_seg.nii.gz",)),
         ("c1.nii.gz", "c1_seg.nii.gz", ("masks/c1.nii.gz",)),
         ("s1/ct.nii.gz", "s1/segmentations", ("s1/mask.nii.gz",)),
+        # one stem and two suffixes
+        ("c1.nii.gz", "c1_seg.nii", ("c1_seg.nii.gz",)),
+        ("c1.nii.gz", "masks/c1.nii", ("masks/c1.nii.gz",)),
+        ("images/c1.nii.gz", "labels/c1.nii", ("labels/c1.nii.gz", "labels/c1_seg.nii.gz")),
+        ("c1.nii.gz", "c1_mask.nii", ("c1_mask.nii.gz", "c1_seg.nii", "c1_seg.nii.gz")),
+        ("volume-3.nii.gz", "segmentation-3.nii", ("segmentation-3.nii.gz",)),
     ],
 )
 def test_a_choice_among_several_label_maps_is_reported(
@@ -168,6 +176,39 @@ def test_a_choice_among_several_label_maps_is_reported(
     assert built.label_report is not None
     assert built.label_report.num_several == 1
     assert f"e.g. {used} and not {others[0]}" in "\n".join(built.label_report.lines())
+    assert [row.path for row in built.accepted] == [scan]
+
+
+def test_one_name_with_two_suffixes_in_the_folder_of_the_user(tmp_path: Path) -> None:
+    root = tmp_path / "a"
+    save_scan(root / "c1.nii.gz", noise_ct(1))
+    for suffix in (".nii.gz", ".nii"):
+        save_labels(root / "given" / f"c1{suffix}")
+    built = index.build_manifest(root, tmp_path / "m.parquet", labels=root / "given")
+    (row,) = built.rows  # none of the two is taken for a scan
+    assert row.label_path == "given/c1.nii"
+    assert row.detail == "its labels: the first of 2 label maps is used"
+    assert built.label_report is not None
+    assert built.label_report.num_given == 2
+    assert built.label_report.example == ("given/c1.nii", "given/c1.nii.gz")
+
+
+def test_two_masks_of_one_name_are_not_used(tmp_path: Path) -> None:
+    save_scan(tmp_path / "a" / "s1" / "ct.nii.gz", noise_ct(1))
+    for suffix in (".nii.gz", ".nii"):
+        save_labels(tmp_path / "a" / "s1" / "segmentations" / f"liver{suffix}")
+    row = index.build_manifest(tmp_path / "a", tmp_path / "m.parquet").accepted[0]
+    assert row.label_path == ""
+    assert "contradictory_labels: <file> and <file> are two masks of one name" in row.detail
+
+
+def test_a_file_is_found_beside_a_folder_of_its_name(tmp_path: Path) -> None:
+    root = tmp_path / "a"
+    save_scan(root / "imagesTr" / "c1.nii.gz", noise_ct(1))
+    _write_dicom(root / "labelsTr" / "c1", noise_ct(3))
+    save_labels(root / "labelsTr" / "c1.nii.gz")
+    row = index.build_manifest(root, tmp_path / "m.parquet").rows[0]
+    assert (row.path, row.label_path) == ("imagesTr/c1.nii.gz", "labelsTr/c1.nii.gz")
 
 
 def test_one_label_map_is_no_choice(tmp_path: Path) -> None:

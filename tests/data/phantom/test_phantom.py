@@ -330,6 +330,24 @@ def test_bad_settings_and_used_folders_are_refused(tmp_path: Path) -> None:
     assert (tmp_path / "file").read_text() == "mine"
 
 
+@pytest.mark.parametrize("existed", [False, True])
+def test_an_interrupt_leaves_nothing_that_looks_like_an_archive(
+    tmp_path: Path, existed: bool
+) -> None:
+    out = tmp_path / "archive"
+    if existed:
+        out.mkdir()
+
+    def interrupt(done: int, total: int) -> None:
+        assert list((out / "images").iterdir())
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        phantom.write(out, SMALL, interrupt)
+    assert out.exists() == existed and not list(tmp_path.rglob("*.nii.gz"))
+    assert not existed or list(out.iterdir()) == []
+
+
 def test_progress_counts_to_the_end(tmp_path: Path) -> None:
     seen: list[tuple[int, int]] = []
     report = phantom.write(

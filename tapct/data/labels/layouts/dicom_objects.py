@@ -1,9 +1,9 @@
 """Layout of DICOM SEG and RTSTRUCT: the object names the series that it was drawn on.
 
 It is matched by the SeriesInstanceUID that it refers to, else by its FrameOfReferenceUID where one
-scan of the archive has it. A NIfTI scan matches by the SeriesInstanceUID in its JSON side-car. Of
-several objects of one scan the first in the order of paths is used, DICOM SEG before RTSTRUCT; the
-others are reported as unmatched.
+scan of the archive has it. A NIfTI scan matches by the SeriesInstanceUID in its JSON side-car.
+Several objects of one scan are merged (see `merging`), in the order of their paths, DICOM SEG
+before RTSTRUCT.
 """
 
 from __future__ import annotations
@@ -45,28 +45,32 @@ def build(archive: LabelArchive) -> Layout:
         if reference is not None:
             scan_references[source.path] = reference
     objects.sort(key=lambda item: (item.reference.is_contours, str(item.path)))
-    by_series: dict[str, Path] = {}
-    by_frame: dict[str, Path] = {}
+    by_series: dict[str, list[Path]] = defaultdict(list)
+    by_frame: dict[str, list[Path]] = defaultdict(list)
     for item in objects:
         for uid in item.reference.referenced_series:
-            by_series.setdefault(uid, item.path)
+            by_series[uid].append(item.path)
         if item.reference.frame and not item.reference.referenced_series:
-            by_frame.setdefault(item.reference.frame, item.path)
+            by_frame[item.reference.frame].append(item.path)
     num_with: dict[str, int] = defaultdict(int)
     for reference in scan_references.values():
         num_with[reference.frame] += 1
 
-    def find(scan: Source) -> Path | None:
+    def objects_of(scan: Source) -> list[Path]:
         if scan.kind != DICOM.name:
-            return by_series.get(_series_in_sidecar(scan.path))
+            return by_series.get(_series_in_sidecar(scan.path), [])
         own = scan_references.get(scan.path)
         if own is None:
-            return None
+            return []
         if own.series in by_series:
             return by_series[own.series]
-        return by_frame.get(own.frame) if num_with[own.frame] == 1 else None
+        return by_frame.get(own.frame, []) if num_with[own.frame] == 1 else []
 
-    return Layout(find, owned=frozenset(item.path for item in objects))
+    return Layout(
+        find=lambda scan: next(iter(objects_of(scan)), None),
+        owned=frozenset(item.path for item in objects),
+        more=lambda scan: objects_of(scan)[1:],
+    )
 
 
 def _series_in_sidecar(scan: Path) -> str:

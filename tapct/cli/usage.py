@@ -1,0 +1,111 @@
+"""Errors of the command line itself, such as an unknown option, in the form of our other errors:
+one line that names the thing, the value, the rule and the next step.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+_RULES = {  # type of an error of pydantic, by which some versions of Typer check values
+    "int_parsing": "an integer",
+    "int_from_float": "an integer",
+    "float_parsing": "a number",
+    "greater_than_equal": "at least {ge}",
+    "less_than_equal": "at most {le}",
+    "bool_parsing": "true or false",
+}
+
+
+def usage_line(error: Any, words: Sequence[str], commands: Any) -> str:
+    """One line for an error that click or Typer has found on the command line.
+
+    Args:
+        error: ClickException; Typer brings its own copy of click in some versions, so its class is
+            known by its name alone.
+        words: words of the command line after `tapct`.
+        commands: the group of all commands, of click.
+    """
+    context = getattr(error, "ctx", None)
+    names = _names_of(context, words, commands)
+    command = " ".join(["tapct", *names])
+    kinds = {cls.__name__ for cls in type(error).__mro__}
+    help_line = f"see {command} -h"
+    message = str(error.format_message()).rstrip(".")
+    if "NoSuchOption" in kinds:
+        known = _options_of(commands.commands[names[0]] if names else commands)
+        near = _nearest(error.option_name, known)
+        question = f"did you mean {near}? " if near else ""
+        return f"{command} has no option {error.option_name}; {question}{help_line}"
+    if "MissingParameter" in kinds and getattr(error, "param", None) is not None:
+        return f"{command} needs {_shown(error.param)}; {help_line}"
+    if "BadOptionUsage" in kinds:
+        needs = "takes no value" if "not take" in message else "needs a value"
+        return f"the option {error.option_name} {needs}; {help_line}"
+    if "BadParameter" in kinds and getattr(error, "param", None) is not None:
+        return f"{_bad_value(error)}; {help_line}"
+    unknown = re.match(r"No such command '(.*?)'", message)
+    if unknown:
+        near = _nearest(unknown[1], commands.commands)
+        question = f"did you mean '{near}'? " if near else ""
+        return f"tapct has no command '{unknown[1]}'; {question}see tapct -h"
+    extra = re.match(r"Got unexpected extra arguments?(?:\(s\))? \((.*)\)", message)
+    if extra:
+        return f"{command} takes no further argument, but got: {extra[1]}; {help_line}"
+    return f"{message}; {help_line}"
+
+
+def _names_of(context: Any, words: Sequence[str], commands: Any) -> list[str]:
+    """Names of the commands below `tapct` that a command line has reached.
+
+    Args:
+        context: context of click; None where the error has none.
+        words: words of the command line, of which the first command is taken without a context.
+        commands: the group of all commands.
+    """
+    if context is None:
+        return [word for word in words if word in commands.commands][:1]
+    names = []
+    while context.parent is not None:
+        names.append(context.info_name)
+        context = context.parent
+    return names[::-1]
+
+
+def _options_of(command: Any) -> list[str]:
+    """All options of a command as they are written, such as `--out` and `-h`."""
+    found = ["--help"]
+    for parameter in command.params:
+        if parameter.param_type_name == "option":
+            found += parameter.opts
+    return found
+
+
+def _nearest(given: str, known: Iterable[str]) -> str:
+    """The most similar name; empty where none is similar."""
+    # without their dashes, by which all options are alike
+    bare = {name.lstrip("-"): name for name in sorted(known)}
+    close = difflib.get_close_matches(given.lstrip("-"), bare, n=1)
+    return bare[close[0]] if close else ""
+
+
+def _shown(parameter: Any) -> str:
+    """An argument or option with its value, such as `--out FILE` or `CONFIG`."""
+    metavar = re.sub(r"[{}\[\]]", "", parameter.metavar or "")
+    if parameter.param_type_name == "argument":
+        return metavar or str(parameter.name).upper()
+    return f"{parameter.opts[0]} {metavar}".strip()
+
+
+def _bad_value(error: Any) -> str:
+    """What is wrong with the value of an argument or option."""
+    parameter = error.param
+    name = parameter.opts[0] if parameter.param_type_name == "option" else _shown(parameter)
+    found = getattr(error.__cause__, "errors", None)
+    if found is None:  # versions of click that check values themselves name the value
+        return f"{name}: {str(error.message).rstrip('.')}"
+    problem = found()[0]
+    rule = _RULES.get(problem["type"], problem["msg"]).format(**problem.get("ctx", {}))
+    return f"{name} is {problem['input']}; rule: {rule}"

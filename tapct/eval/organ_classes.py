@@ -1,0 +1,58 @@
+"""From the label values of a scan to the classes of a segmentation: outside, body, then organs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from tapct.eval.truth import OUTSIDE as OUTSIDE_VALUE
+
+OUTSIDE, BODY = "outside", "body"  # class 0: the air outside; class 1: the rest of the body
+OUTSIDE_NAMES = ("table", "couch", "background")
+BODY_NAMES = ("body", "body_trunc", "body_extremities", "skin", "external")
+
+
+@dataclass(frozen=True)
+class ClassWords:
+    """Label names or values that decide which class a label belongs to.
+
+    Args:
+        organs: labels that count as organs; empty: all others.
+        outside: labels that count as the air outside.
+        body: labels for `inside the body, no organ`.
+    """
+
+    organs: Sequence[str]
+    outside: Sequence[str]
+    body: Sequence[str]
+
+    def class_of(self, value: int, names: Mapping[int, str]) -> str:
+        """The class that a label value of one scan belongs to.
+
+        Args:
+            value: label value, or `truth.OUTSIDE`.
+            names: label value -> name, of that scan.
+        """
+        if value == OUTSIDE_VALUE:
+            return OUTSIDE
+        if value == 0:
+            return OUTSIDE if self.body_labelled(names) else BODY
+        name = names.get(value, f"label {value}")
+        if is_called(value, name, self.outside):
+            return OUTSIDE
+        if is_called(value, name, self.body):
+            return BODY
+        wanted = not self.organs or is_called(value, name, self.organs)
+        return name if wanted else BODY
+
+    def body_labelled(self, names: Mapping[int, str]) -> bool:
+        """True where the body has a label of its own, by name or by number, so that 0 is the air
+        outside.
+        """
+        by_number = any(word.isdigit() for word in self.body)
+        return by_number or any(is_called(value, name, self.body) for value, name in names.items())
+
+
+def is_called(value: int, name: str, words: Sequence[str]) -> bool:
+    """Whether one of the words is the name of a label, in any case, or its value."""
+    return any(word.lower() in (name.lower(), str(value)) for word in words)
