@@ -84,7 +84,7 @@ class StoredScan:
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class ScanPlace:
     """Where a scan lies in the frame of its patient.
 
     Args:
@@ -168,7 +168,7 @@ class Store:
         """Number of the scan with this name; KeyError where there is none."""
         return self._number_of[scan_id]
 
-    def places(self) -> dict[str, Place]:
+    def places(self) -> dict[str, ScanPlace]:
         """Where the scans lie in their patients' frames, by scan ID; empty where the manifest that
         was packed is gone, has changed or is of an earlier version.
         """
@@ -178,7 +178,7 @@ class Store:
         origins = read_column(file, self.manifest_digest, "origin_mm")
         directions = read_column(file, self.manifest_digest, "directions")
         return {
-            scan_id: Place(tuple(origin), tuple(directions[scan_id]))
+            scan_id: ScanPlace(tuple(origin), tuple(directions[scan_id]))
             for scan_id, origin in origins.items()
             if origin and directions.get(scan_id)
         }
