@@ -297,22 +297,8 @@ def write_csv(file: Path, tables: Sequence[TaskTable], runs: Sequence[Trained]) 
     """One row per number: task, model, part, seed (or `all`), value, interval, n, origin."""
     file.parent.mkdir(parents=True, exist_ok=True)
     columns = [
-        "task",
-        "metric",
-        "part",
-        "model",
-        "seed",
-        "value",
-        "low",
-        "high",
-        "p",
-        "p_holm",
-        "n_scans",
-        "n_people",
-        "commit",
-        "machine",
-        "command",
-        "cpu_seconds",
+        *("task", "metric", "part", "model", "seed", "value", "low", "high", "p", "p_holm"),
+        *("n_scans", "n_people", "commit", "machine", "command", "cpu_seconds"),
     ]
     revision, machine = git_revision(), processor()
     command = "scripts/benchmark_hn.sh"
