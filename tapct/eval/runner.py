@@ -137,9 +137,10 @@ class Config:
         "else `fold0`, where there is one; none: the scans are divided by patient",
     )
     baselines: tuple[str, ...] = setting(
-        baselines.NAMES,
-        "models that the pretrained one is compared with; random_2x and random_4x have 2 and 4 "
-        "times the channels, so their features take about 4 and 16 times as long, once",
+        baselines.DEFAULTS,
+        f"models that the pretrained one is compared with: {', '.join(baselines.NAMES)}; random_2x "
+        "and random_4x have 2 and 4 times the channels, so their features take about 4 and 16 "
+        "times as long, once",
     )
     cache: cache.Config = dataclasses.field(
         default_factory=cache.Config, metadata={"doc": "where features are kept"}
