@@ -96,6 +96,8 @@ class EvaluatedData:
         store: digest of the store, which depends on the voxels and not on their compression.
         labels: digest of the labels of all scans.
         num_scans: number of scans in the store.
+        tables: digest of the values and points of `eval.scan_labels` and `eval.landmarks`; empty
+            without them.
     """
 
     name: str
@@ -103,6 +105,7 @@ class EvaluatedData:
     store: str
     labels: str
     num_scans: int
+    tables: str = ""
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from tapct.base.paths import without_absolute_paths
 from tapct.config import plugins, setting, to_dict
 from tapct.config.plugins import Plugin
 from tapct.data.store import Store
-from tapct.eval import baselines, cache, scans, tables, task_statistics
+from tapct.eval import baselines, cache, scans, task_statistics
 from tapct.eval.album import Album, Outputs
 from tapct.eval.cache import FeatureCache
 from tapct.eval.contract import DEFAULT_TASKS
@@ -45,8 +45,9 @@ from tapct.eval.results import (
     SplitRecord,
     TaskSection,
 )
-from tapct.eval.scans import ScanLabels, ScanRow, Split
+from tapct.eval.scans import ScanRow, Split, TableLabels
 from tapct.eval.stopwatch import PARTS
+from tapct.eval.tables import machine, rows_of, write_csv
 from tapct.eval.task_runs import TaskRun, begin, build_tasks, check_label_settings, usable_rows
 from tapct.run_folder import EvaluationFolder, features_beside
 from tapct.types import HUContract
@@ -121,10 +122,26 @@ class Config:
         2, "number of test scans with pictures of each task and of the patch features", ge=0
     )
     batch: int = setting(8, "windows per forward call", ge=1)
+    scan_labels: str = setting(
+        "",
+        "CSV file with values for scans as a whole: a column `path`, `case_id` or `id`, and one "
+        "column per target; empty: none",
+    )
+    landmarks: str = setting(
+        "",
+        "CSV file with named points: a column `path`, `case_id` or `id`, a column `name`, and "
+        "z_mm, y_mm, x_mm (LPS) or z_voxel, y_voxel, x_voxel; empty: none",
+    )
+    split_column: str = setting(
+        "auto",
+        "column of `scan_labels` with the official split (train, val or test); auto: `split`, or "
+        "else `fold0`, where there is one; none: the scans are divided by patient",
+    )
     baselines: tuple[str, ...] = setting(
-        baselines.NAMES,
-        "models that the pretrained one is compared with; random_2x and random_4x have 2 and 4 "
-        "times the channels, so their features take about 4 and 16 times as long, once",
+        baselines.DEFAULTS,
+        f"models that the pretrained one is compared with: {', '.join(baselines.NAMES)}; random_2x "
+        "and random_4x have 2 and 4 times the channels, so their features take about 4 and 16 "
+        "times as long, once",
     )
     cache: cache.Config = dataclasses.field(
         default_factory=cache.Config, metadata={"doc": "where features are kept"}
@@ -150,7 +167,7 @@ def evaluate(
     held_out: Collection[str] = (),
     check_held_out: Callable[[Sequence[ScanRow]], HeldOut] = no_list,
     check_others: Mapping[str, Callable[[Sequence[ScanRow]], HeldOut]] | None = None,
-    scan_labels: ScanLabels | None = None,
+    tables: TableLabels | None = None,
     origin: Origin | None = None,
     max_skips: int = 0,
     device: torch.device | str = "cpu",
@@ -175,7 +192,8 @@ def evaluate(
             are not, these patients are the test set; else patients are drawn by `test_share`.
         check_held_out: function that finds the test scans that were trained on.
         check_others: the same for further models, by name.
-        scan_labels: values for scans as a whole, for tasks that need `Labels.SCAN`.
+        tables: labels that come from tables, for tasks that need `Labels.SCAN` or
+            `Labels.LANDMARKS`, and the official split if there is one.
         origin: data, weights and command, kept in the results.
         max_skips: largest number of scans that are skipped because they cannot be read.
         device: device that features are computed on.
@@ -190,7 +208,8 @@ def evaluate(
     began = time.perf_counter()
     preprocess = preprocess or config.preprocess
     rows = scans.matching(rows, config.only)
-    task_runs, split = _plan(config, rows, store, held_out, scan_labels)
+    tables = tables or TableLabels()
+    task_runs, split = _plan(config, rows, store, held_out, tables)
     settled = settle(
         models,
         [(each.name, each.task) for each in task_runs],
@@ -208,7 +227,7 @@ def evaluate(
             split,
             store,
             task_runs,
-            scan_labels or {},
+            tables,
             features=found,
             blocks=Blocks(config.num_blocks, config.block_gap),
             max_skips=max_skips,
@@ -225,14 +244,14 @@ def evaluate(
         seed=config.seed,
         pca=tuple(album.pca),
         origin=dataclasses.replace(
-            origin or Origin(), versions=_versions(), machine=tables.machine(torch.device(device))
+            origin or Origin(), versions=_versions(), machine=machine(torch.device(device))
         ),
         seconds=round(time.perf_counter() - began, 2),
         backbones=_backbones(reader, check_others or {}),
         cost=cost,
     )
     evaluation.write(out)
-    tables.write_csv(EvaluationFolder(out).table, tables.rows_of(evaluation))
+    write_csv(EvaluationFolder(out).table, rows_of(evaluation))
     return evaluation
 
 
@@ -254,11 +273,11 @@ def _plan(
     rows: Sequence[ScanRow],
     store: Store,
     held_out: Collection[str],
-    scan_labels: ScanLabels | None,
+    tables: TableLabels,
 ) -> tuple[list[TaskRun], Split]:
     """The tasks that have scans, begun, and the split of the scans; arguments as of `evaluate`."""
     tasks = build_tasks(config.tasks, config.seed)
-    rows_of_task = usable_rows(tasks, rows, scan_labels)
+    rows_of_task = usable_rows(tasks, rows, tables)
     for name, chosen in rows_of_task.items():
         check_label_settings(name, tasks[name], chosen, store)
     split = scans.split_for_tasks(
@@ -267,6 +286,7 @@ def _plan(
         max_scans=config.max_scans,
         seed=config.seed,
         held_out=held_out,
+        sides=tables.sides,
     )
     return [begin(name, tasks[name], rows_of_task[name], split) for name in rows_of_task], split
 
@@ -291,6 +311,7 @@ def _learn(reader: ScanReader, steps: _Steps) -> None:
             tasks[name].learn(one.model.name, one.dense, truth)
         if one.is_last:
             steps.add()
+        del one  # its features, before the next ones are read
     for task in tasks.values():
         task.fit()
 
@@ -312,6 +333,7 @@ def _test(reader: ScanReader, config: Config, out: Path, steps: _Steps) -> Album
                 album.add(one.scan.labelled, one.scan.truths, tasks, outputs)
             outputs, number = Outputs(), number + 1
             steps.add()
+        del one
     return album
 
 

@@ -33,7 +33,7 @@ class TaskSection:
 
     Args:
         config: settings of the task.
-        labels: labels that it needs: `voxels`, `scan`, `pairs` or `none`.
+        labels: labels that it needs: `voxels`, `scan`, `landmarks`, `pairs` or `none`.
         num_train: scans that it learned from.
         num_test: scans that it evaluated.
         skipped: scans without the labels that it needs.
