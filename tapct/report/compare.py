@@ -24,10 +24,13 @@ from rich.text import Text
 from tapct.base.exits import UserError
 from tapct.base.recent import LAST_STEPS
 from tapct.eval import results, saved
+from tapct.eval.contract import OWN_MODEL
 from tapct.eval.results import Evaluation
 from tapct.eval.saved import SavedEvaluation
-from tapct.report import evaluation, page
+from tapct.eval.terminal import between, p_text
+from tapct.report import evaluation, page, statistics
 from tapct.report.history import History, read_history
+from tapct.report.paired_runs import paired
 from tapct.report.plots import NUM_COLOURS, Curve, ReferenceLine, dash_of, line_chart, number, text
 from tapct.run_folder import RunFolder
 
@@ -122,6 +125,7 @@ def read(folders: Sequence[Path], wanted: Sequence[str] = (), data: str = "") ->
         config = _config(place, name, notes)
         chosen = _evaluation(evaluations[place], name, data, notes)
         runs.append(Run(place, name, histories[place], config, chosen))
+    notes += _pairing_notes(runs)
     keys = differing_keys([run.config for run in runs])
     return Comparison(tuple(runs), _metrics(runs, wanted), keys, tuple(notes))
 
@@ -294,7 +298,55 @@ def _evaluation_rows(runs: Sequence[Run]) -> list[Row]:
             gains.append(evaluation.signed(lead.gain) if lead and known else BLANK)
         rows.append((row_name, values))
         rows.append((f"{results.title_of(name)}: lead over the best baseline", gains))
+        rows += _interval_rows(runs, name)
     return rows
+
+
+def _interval_rows(runs: Sequence[Run], task: str) -> list[Row]:
+    """Interval of each run in one task, and the paired difference to the first run that has it."""
+    title_of_task = results.title_of(task)
+    intervals: list[str] = []
+    for run in runs:
+        section = run.evaluated.tasks.get(task) if run.evaluated else None
+        found = statistics.headline_statistics(section) if section else None
+        own = [one for one in found.models if one.model == OWN_MODEL] if found else []
+        intervals.append(between(own[0].estimate.interval) if own else "")
+    rows: list[Row] = []
+    if any(intervals):
+        cells = [interval or BLANK for interval in intervals]
+        rows.append((f"{title_of_task}: 95 % interval", cells))
+    pairs = paired([(run.name, run.evaluated) for run in runs], task)
+    if pairs is None or not pairs.differences:
+        return rows
+    gaps, ends, chances, adjusted = [], [], [], []
+    for run in runs:
+        pair = pairs.differences.get(run.name)
+        value = pair.estimate.value if pair else math.nan
+        gaps.append(evaluation.signed(value))
+        ends.append((between(pair.estimate.interval, sign=True) if pair else "") or BLANK)
+        chances.append(p_text(pair.p) if pair else BLANK)
+        adjusted.append(p_text(pair.p_holm) if pair else BLANK)
+    rows.append((f"{title_of_task}: minus {pairs.first}", gaps))
+    if any(end != BLANK for end in ends):
+        rows.append((f"{title_of_task}: 95 % interval of the difference", ends))
+        rows.append((f"{title_of_task}: p of the difference", chances))
+        if len(pairs.differences) > 1:
+            num = len(pairs.differences)
+            rows.append((f"{title_of_task}: p, adjusted for {num} (Holm)", adjusted))
+    return rows
+
+
+def _pairing_notes(runs: Sequence[Run]) -> list[str]:
+    """Why runs that were evaluated with the same task have no paired difference."""
+    notes = []
+    tasks = dict.fromkeys(
+        name for run in runs for name in (run.evaluated.tasks if run.evaluated else {})
+    )
+    for task in tasks:
+        pairs = paired([(run.name, run.evaluated) for run in runs], task)
+        for name, reason in (pairs.why_not if pairs else {}).items():
+            notes.append(f"{name}: no paired difference to {pairs.first} in {task}: {reason}")
+    return notes
 
 
 def _typical_seconds(history: History) -> str:
@@ -415,7 +467,8 @@ def render(comparison: Comparison) -> str:
         "run, or the newest value where one is written more rarely. A falling loss alone does not "
         "show learning, and losses of runs with different settings cannot be compared. The "
         "evaluations of the frozen features can be compared; a positive lead is better than the "
-        'best baseline.</p></section><section><h2>Curves</h2><div class="charts overlaid">'
+        "best baseline. Differences between runs are paired by patient; intervals are 95 %."
+        '</p></section><section><h2>Curves</h2><div class="charts overlaid">'
         f"{charts}</div></section><footer>Thin lines are raw values, thick lines rolling means; "
         "the number beside a name is the one in the table.</footer>",
     )

@@ -33,7 +33,7 @@ def numbers_cell(estimate: PatientEstimate | None) -> str:
     """A cell with the numbers of scans and patients of a value."""
     if estimate is None:
         return '<td class="n">\u2013</td>'
-    return f'<td class="n">{estimate.num_scans} / {estimate.num_patients}</td>'
+    return f'<td class="n interval">{estimate.num_scans} / {estimate.num_patients}</td>'
 
 
 def sentence(section: TaskSection) -> str:

@@ -104,11 +104,12 @@ def test_results_hold_what_the_report_reads_and_pictures_exist(rows, tmp_path):
     section = results.tasks["segmentation"]
     assert (section.num_train, section.num_test, section.skipped) == (4, 2, 0)
     assert list(section.results.breakdown.values) == ["liver", "lungs"]
-    names = ["pretrained", "untrained", "untrained_layerscale1", "raw_hu", "position"]
+    names = ["pretrained", "untrained", "untrained_layerscale1", "raw_hu", "position", "random_2x",
+             "random_4x"]  # fmt: skip
     assert list(section.results.models) == list(section.headline.values) == names
     assert list(results.backbones) == names
-    # features of six scans and five models, then six scans through the task
-    assert steps == [(n, 36) for n in range(1, 37)]
+    # features of six scans and seven models, then six scans through the task
+    assert steps == [(n, 48) for n in range(1, 49)]
     split = results.split
     assert split.mode == "patients"
     assert not set(split.train) & set(split.test)

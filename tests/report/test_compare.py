@@ -15,6 +15,10 @@ import yaml
 from test_report import Page, lower_is_better
 
 from tapct.base.exits import UserError
+from tapct.eval import task_statistics
+from tapct.eval.contract import Headline, ScanScore, TaskResults
+from tapct.eval.held_out import HeldOut
+from tapct.eval.results import Evaluation, SplitRecord, TaskSection
 from tapct.report import compare, page
 
 DICE, NOTHING = "Segmentation: mean Dice, higher is better", "Evaluation of frozen features"
@@ -335,3 +339,51 @@ def test_a_page_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     comparison = compare.read([make_run(tmp_path / "a", 5, 1)])
     with pytest.raises(UserError, match="could not be written"):
         compare.write(comparison, tmp_path / "no" / "page.html")
+
+
+def evaluated_run(folder: Path, shift: float, num_scans: int = 24, step: float = 0.01) -> Path:
+    """A run whose pretrained model has a Dice on each of some scans, two per patient."""
+    run = make_run(folder, 5, 1)
+    ids = tuple(f"s{number:02}" for number in range(num_scans))
+    scores = []
+    for number, scan in enumerate(ids):
+        dice = 0.4 + 0.02 * (number // 2) + shift + step * (number % 3)
+        scores.append(ScanScore(scan, "pretrained", dice, {"liver": dice}))
+    mean = sum(score.value for score in scores) / num_scans
+    headline = Headline("mean Dice", {"pretrained": mean}, "higher", "Dice.", (0, 1))
+    found = TaskResults({"pretrained": {}}, tuple(scores), None, True)
+    first = tuple(ids[number // 2 * 2] for number in range(num_scans))
+    patients = dict(zip(ids, first))
+    own = task_statistics.of_task(found, headline, None, patients, 0)
+    section = TaskSection({}, "voxels", 1, num_scans, 0, headline, found, (), own)
+    split = SplitRecord("patients", HeldOut(num_scans), ("t",), ids, test_patients=first)
+    Evaluation({"segmentation": section}, split, {}, (2, 4, 4), 0).write(run / "eval")
+    return run
+
+
+def test_runs_on_the_same_test_scans_are_compared_by_patient(tmp_path: Path) -> None:
+    one = evaluated_run(tmp_path / "one", 0.0)
+    two = evaluated_run(tmp_path / "two", 0.1, step=0.02)
+    table = table_of(compare.read([one, two]))
+    gaps = [0.1 + 0.01 * (number % 3) for number in range(24)]
+    mean = sum(gaps) / 24
+    assert table["Segmentation: minus one"] == [compare.BLANK, f"+{mean:.3f}"]
+    interval = table["Segmentation: 95 % interval of the difference"][1]
+    low, high = (float(end) for end in interval.strip("[]").split(", "))
+    # the patients differ by far more than the runs: an unpaired interval would be wider
+    assert 0 < low < mean < high and high - low < 0.01
+    assert table["Segmentation: p of the difference"][1] == "0.00049"  # 2 of 2^12 flips
+    own = table["Segmentation: 95 % interval"][0]
+    assert own.startswith("[0.") and "Segmentation: p, adjusted" not in " ".join(table)
+    three = table_of(compare.read([one, two, evaluated_run(tmp_path / "three", 0.05)]))
+    assert len(three["Segmentation: p, adjusted for 2 (Holm)"]) == 3
+
+
+def test_runs_on_other_test_scans_have_a_reason_instead_of_a_difference(tmp_path: Path) -> None:
+    one, two = evaluated_run(tmp_path / "one", 0.0), evaluated_run(tmp_path / "two", 0.1, 22)
+    comparison = compare.read([one, two])
+    assert "Segmentation: minus one" not in table_of(comparison)
+    assert any(
+        "two: no paired difference to one in segmentation: the test scans differ" in note
+        for note in comparison.notes
+    )
