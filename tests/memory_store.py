@@ -52,6 +52,13 @@ class MemoryStore:
             () if labels is None else labels.names,
         )
 
+    def manifest(self) -> None:
+        """There is no manifest, and no original file."""
+
+    def places(self) -> dict[str, Any]:
+        """The places of the scans are unknown."""
+        return {}
+
     def index_of(self, scan_id: str) -> int:
         """Number of a scan."""
         return [row.id for row in self.scans].index(scan_id)

@@ -27,7 +27,7 @@ import pyarrow.parquet as pq
 from tapct.base.exits import UserError, single_line
 from tapct.base.files import expand_path
 from tapct.data.digest import table_digest, voxel_digest
-from tapct.data.manifest import read_column, read_paths
+from tapct.data.manifest import Manifest, read_column, read_paths
 from tapct.data.packed import Damaged, PackedScan
 from tapct.data.packed_labels import labels_file, read_packed_labels
 from tapct.types import LabelMap
@@ -182,6 +182,16 @@ class Store:
             for scan_id, origin in origins.items()
             if origin and directions.get(scan_id)
         }
+
+    def manifest(self) -> Manifest | None:
+        """The manifest that was packed; None where it is gone, has changed or cannot be read."""
+        if not self._manifest_file:
+            return None
+        try:
+            found = Manifest.read(self.path / self._manifest_file)
+        except UserError:
+            return None
+        return found if found.digest == self.manifest_digest else None
 
     def num_guessed_patients(self) -> int:
         """Number of scans whose patient `tapct index` guessed from file names; 0 where the manifest

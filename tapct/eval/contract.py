@@ -21,6 +21,7 @@ if TYPE_CHECKING:  # the report reads headlines without loading torch
     from tapct.eval.features import DenseFeatures, PatchGrid
     from tapct.eval.metric_statistics import PredictedScans
     from tapct.eval.scans import LabelledScan
+    from tapct.types import LabelMap
 
 TruthT = TypeVar("TruthT")
 PredictionT = TypeVar("PredictionT")
@@ -260,6 +261,16 @@ class Task(ABC, Generic[TruthT, PredictionT]):
         that its interval can be computed; None, the default, where the headline is a mean.
 
         The patients in it may be left empty: the runner knows them.
+        """
+        return None
+
+    def label_map(self, truth: TruthT, prediction: PredictionT) -> LabelMap | None:
+        """Return the prediction of one model on one test scan as a label map on the scan's grid. It
+        is written in the geometry of the original file. None, the default, writes nothing.
+
+        Args:
+            truth: what `truth` returned for the scan.
+            prediction: what `judge` returned.
         """
         return None
 

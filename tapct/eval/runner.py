@@ -36,6 +36,7 @@ from tapct.eval.features import Preprocess
 from tapct.eval.fill import Features
 from tapct.eval.held_out import HeldOut, no_list
 from tapct.eval.models import NamedModel, settle
+from tapct.eval.prediction_files import PredictionFiles
 from tapct.eval.reader import Blocks, ScanReader
 from tapct.eval.results import (
     Cost,
@@ -319,11 +320,15 @@ def _learn(reader: ScanReader, steps: _Steps) -> None:
 def _test(reader: ScanReader, config: Config, out: Path, steps: _Steps) -> Album:
     """Hand the test scans to the tasks; returns the pictures of the first few."""
     album, tasks = Album(out), {each.name: each.task for each in reader.task_runs}
+    label_maps = PredictionFiles(EvaluationFolder(out).predictions, reader.store)
     outputs, number = Outputs(), 0
     for one in reader.on_side("test"):
         gets_pictures = number < config.num_pictures
         for name, truth in one.truths.items():
             prediction = tasks[name].judge(one.model.name, one.dense, truth)
+            labels = tasks[name].label_map(truth, prediction)
+            if labels is not None:
+                label_maps.write(name, one.model.name, one.scan.labelled.id, labels)
             if gets_pictures:
                 outputs.add(name, one, prediction)
         if gets_pictures:

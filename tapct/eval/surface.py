@@ -103,6 +103,14 @@ class SurfaceDistances:
         return max(_weighted_percentile(*side, percentile) for side in sides)
 
 
+def check_installed() -> None:
+    """Raise UserError where the package for the default definition is missing."""
+    try:
+        import surface_distance  # noqa: F401
+    except ImportError as error:
+        raise UserError(_missing("surface-distance", error)) from error
+
+
 def surface_score(
     truth_ZYX: np.ndarray,
     prediction_ZYX: np.ndarray,

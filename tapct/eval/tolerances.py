@@ -90,8 +90,8 @@ def tolerance_of(organ: str, own_mm: Mapping[str, float] | None = None) -> Toler
     """Find the tolerance of an organ.
 
     Args:
-        organ: its name in the label map; case, `_`, `-` and the side (left, right, l, r) are
-            ignored, e.g. `Parotid_L`.
+        organ: its name in the label map; case, `_`, `-`, the side (left, right, l, r) and a plural
+            s are ignored, e.g. `Parotid_L`, `lungs`.
         own_mm: tolerances that the user has set, by organ as it is written in the label map.
     """
     if own_mm is not None and organ in own_mm:
@@ -99,6 +99,8 @@ def tolerance_of(organ: str, own_mm: Mapping[str, float] | None = None) -> Toler
     words = [word for word in re.split(r"[\s_\-.,()]+", organ.lower()) if word]
     name = " ".join(word for word in words if word not in _SIDES)
     name = _SYNONYMS.get(name, name)
+    if name.removesuffix("s") in _HEAD_AND_NECK_MM | _ABDOMEN_MM:
+        name = name.removesuffix("s")  # lungs, kidneys
     for table, source in ((_HEAD_AND_NECK_MM, _NIKOLOV), (_ABDOMEN_MM, _FLARE)):
         if name in table:
             return Tolerance(table[name], source)

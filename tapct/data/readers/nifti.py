@@ -54,9 +54,9 @@ def read(files: Sequence[Path]) -> Image:
     """
     (path,) = files
     head = read_head(path, 540)
-    header = _parse(path, head)
-    shape = _shape(header)
-    affine = _affine(header, shape)
+    header = read_header(path, head)
+    shape = shape_of(header)
+    affine = affine_of(header, shape)
     offset = _offset(header)
     itemsize = header.get_data_dtype().itemsize
     expected = offset + itemsize * math.prod(shape)
@@ -80,7 +80,7 @@ def read(files: Sequence[Path]) -> Image:
     )
 
 
-def _parse(path: Path, head: bytes) -> nibabel.Nifti1Header:
+def read_header(path: Path, head: bytes) -> nibabel.Nifti1Header:
     """Header of either version and byte order, from the first 540 bytes."""
     import nibabel
 
@@ -136,7 +136,7 @@ def _data_file(path: Path, header: nibabel.Nifti1Header) -> Path:
     )
 
 
-def _shape(header: nibabel.Nifti1Header) -> tuple[int, int, int]:
+def shape_of(header: nibabel.Nifti1Header) -> tuple[int, int, int]:
     """The three spatial sizes; axes after the third must have length 1."""
     num_dims = int(header["dim"][0])
     if not 1 <= num_dims <= 7:
@@ -164,7 +164,7 @@ def _offset(header: nibabel.Nifti1Header) -> int:
     return int(offset)
 
 
-def _affine(header: nibabel.Nifti1Header, shape: tuple[int, int, int]) -> np.ndarray:
+def affine_of(header: nibabel.Nifti1Header, shape: tuple[int, int, int]) -> np.ndarray:
     """The affine in LPS millimetres, checked against pixdim and the second affine."""
     pixdim = np.asarray(header["pixdim"][1:4], dtype=np.float64)
     if not np.isfinite(pixdim).all() or (pixdim <= 0).any():

@@ -33,9 +33,11 @@ from tapct.eval.organ_decoders import (
     fit,
     scans_of_draw,
 )
+from tapct.eval.organ_surfaces import Surfaces
 from tapct.eval.scans import LabelledScan
+from tapct.eval.surface import check_installed
 from tapct.eval.truth import PatchTruth, patch_truth
-from tapct.types import IGNORE_LABEL
+from tapct.types import IGNORE_LABEL, LabelMap
 
 RESOLUTIONS = ("patch", "voxel")
 BLOCKS = ("last", "last4")
@@ -81,6 +83,16 @@ class Config(DecoderConfig):
         ge=1,
     )
     draws: int = setting(5, "draws of the training scans for each number in `fractions`", ge=1)
+    surface: bool = setting(
+        False,
+        "whether NSD and HD95 of each organ and scan are computed beside Dice; they take some "
+        "seconds per organ on a large scan and need the extra `eval`",
+    )
+    predictions: bool = setting(
+        False,
+        "whether the predicted label map of each test scan and model is written as NIfTI in the "
+        "geometry of the original file, to `predictions/` beside `results.json`",
+    )
 
 
 @dataclass(frozen=True)
@@ -120,6 +132,8 @@ class Segmentation(Task[PatchTruth, Prediction]):
         self._kept: dict[str, list[KeptPatches]] = defaultdict(list)
         self._dice: dict[tuple[str, str], dict[str, dict[str, float]]] = {}
         self._left_out: dict[tuple[int, str], str] = {}  # label value, its name -> class
+        self._surfaces = Surfaces()
+        self._value_of: dict[str, int] = {}  # class -> label value in the training scans
         self._not_learned: set[str] = set()  # organs of test scans that no training scan has
 
     def named_labels(self) -> Mapping[str, tuple[str, ...]]:
@@ -137,7 +151,13 @@ class Segmentation(Task[PatchTruth, Prediction]):
         return tuple(range(max(0, num_blocks - num), num_blocks))
 
     def begin(self, num_train: int) -> None:
-        """Divide the training patches equally among the training scans."""
+        """Divide the training patches equally among the training scans.
+
+        Raises:
+            UserError: surface distances are wanted and their package is missing.
+        """
+        if self.config.surface:
+            check_installed()
         self.tokens_per_scan = max(1, self.config.max_tokens // num_train)
 
     def truth(self, scan: LabelledScan, grid: PatchGrid, in_play_Z: np.ndarray) -> PatchTruth:
@@ -221,7 +241,26 @@ class Segmentation(Task[PatchTruth, Prediction]):
             self._dice.setdefault((resolution, model), {})[truth.scan.id] = self._organ_dice(
                 confusion
             )
+        if self.config.surface:
+            self._surfaces.add(
+                model,
+                truth.scan.id,
+                counted.with_ignored(truth),
+                prediction_ZYX,
+                {organ: self.classes.index(organ) for organ in self.organs},
+                truth.scan.spacing_mm,
+            )
         return Prediction(prediction_ZYX)
+
+    def label_map(self, truth: PatchTruth, prediction: Prediction) -> LabelMap | None:
+        """The predicted classes with the label values of the training scans; 0 is outside, or the
+        body where the label maps have no label for it.
+        """
+        if not self.config.predictions:
+            return None
+        value_C = np.array([self._value_of[name] for name in self.classes], dtype=np.uint16)
+        names = tuple((self._value_of[organ], organ) for organ in self.organs)
+        return LabelMap(value_C[prediction.classes_ZYX], truth.scan.spacing_mm, names=names)
 
     def _organ_dice(self, confusion_CC: np.ndarray) -> dict[str, float]:
         """Dice of the organs that the scan has."""
@@ -293,7 +332,10 @@ class Segmentation(Task[PatchTruth, Prediction]):
                     scans.append(ScanScore(scan, model, value, parts))
         dice_of = {model: entry["dice"] for model, entry in models.items()}
         table = _by_organ(self.organs, dice_of)
-        return TaskResults(models, tuple(scans), table, mean_over_parts=True)
+        for model, invented in self._surfaces.invented.items():
+            models[model]["num_invented"] = dict(invented)
+        further = self._surfaces.metrics() if self.config.surface else ()
+        return TaskResults(models, tuple(scans), table, mean_over_parts=True, further=further)
 
     def _label_fractions(self, model: str) -> dict[str, list[float]]:
         """Number of training scans -> mean Dice of each draw; empty without a curve."""
@@ -353,6 +395,7 @@ class Segmentation(Task[PatchTruth, Prediction]):
                 if mass > 0:
                     name = self.words.class_of(value, kept.names)
                     present[name] = min(value, present.get(name, value))
+        self._value_of = {name: max(0, present.get(name, 0)) for name in (OUTSIDE, BODY, *present)}
         ordered = sorted(present, key=lambda name: (present[name], name))
         organs = tuple(name for name in ordered if name not in (OUTSIDE, BODY))
         if not organs:
@@ -391,6 +434,14 @@ class _Counted:
     def predicted(self, logits_NC: Tensor) -> np.ndarray:
         """Class of every voxel of the scan, uint16, from logits on the patch grid."""
         return self.grid.argmax_voxels(logits_NC.T.unflatten(1, self.grid.shape))
+
+    def with_ignored(self, truth: PatchTruth) -> np.ndarray:
+        """True class of every voxel, uint16; IGNORE_LABEL at voxels that do not count."""
+        classes_ZYX = np.full(truth.scan.label_map.labels_ZYX.shape, IGNORE_LABEL, dtype=np.uint16)
+        in_play = classes_ZYX[self.in_play_Z]
+        in_play[self.counts_ZYX] = self.true
+        classes_ZYX[self.in_play_Z] = in_play
+        return classes_ZYX
 
     def pairs(self, predicted_ZYX: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """True and predicted class of each voxel that counts."""
