@@ -147,6 +147,14 @@ def block_of(channels_DZYX: torch.Tensor, cls_D: torch.Tensor) -> BlockFeatures:
 
 def run(name: str, seed: int = 0, **settings: Any) -> tuple[Task[Any, Any], TaskResults]:
     """Six training scans and four test scans through a task."""
+    task, results, _ = run_and_write(name, seed, **settings)
+    return task, results
+
+
+def run_and_write(
+    name: str, seed: int = 0, **settings: Any
+) -> tuple[Task[Any, Any], TaskResults, int]:
+    """The same with the number of label maps that the task hands over to be written."""
     module = plugins.load("eval.tasks", name)
     task = module.build(module.Config(**settings), seed=seed)
     in_play_Z = np.ones(GRID.shape[0], dtype=bool)
@@ -157,12 +165,16 @@ def run(name: str, seed: int = 0, **settings: Any) -> tuple[Task[Any, Any], Task
         for model in MODELS:
             task.learn(model, features_of(scan, model), truth)
     task.fit()
+    num_written = 0
     for number in range(6, 10):
         scan = scan_of(number)
         truth = task.truth(scan, GRID, in_play_Z)
         for model in MODELS:
-            task.judge(model, features_of(scan, model), truth)
-    return task, task.results()
+            labels = task.label_map(truth, task.judge(model, features_of(scan, model), truth))
+            if labels is not None:
+                assert labels.labels_ZYX.shape == scan.shape_ZYX
+                num_written += 1
+    return task, task.results(), num_written
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -187,6 +199,8 @@ def test_a_task_has_a_headline_and_numbers_for_every_model_and_scan(name: str) -
     pairs = [(score.scan, score.model) for score in results.scans]
     assert len(pairs) == len(set(pairs)) == 8
     assert set(pairs) == {(f"s{n}", model) for n in range(6, 10) for model in MODELS}
+    for one in results.further:
+        assert {(score.scan, score.model) for score in one.scans} == set(pairs)
     if results.breakdown is not None:
         assert results.breakdown.title and results.breakdown.row
         assert all(set(row) <= set(MODELS) for row in results.breakdown.values.values())
@@ -267,10 +281,10 @@ def test_every_setting_changes_something(name: str, setting: str) -> None:
     config = plugins.load("eval.tasks", name).Config
     field = next(field for field in dataclasses.fields(config) if field.name == setting)
     needed = NEEDED.get(name, {}).get(setting, {})
-    _, base = run(name, **needed)
+    _, *base = run_and_write(name, **needed)
     for value in other_values(field):
         try:
-            _, changed = run(name, **needed, **{setting: value})
+            _, *changed = run_and_write(name, **needed, **{setting: value})
         except (KeyError, UserError):  # a label that no scan has
             continue
         if changed != base:
