@@ -256,13 +256,14 @@ class Task(ABC, Generic[TruthT, PredictionT]):
     def headline(self) -> Headline:
         """Return the number per model that people read, after the last test scan."""
 
-    def predictions(self) -> PredictedScans | None:
-        """Return the predictions behind a headline that is no mean over scans, such as AUROC, so
-        that its interval can be computed; None, the default, where the headline is a mean.
+    def predicted_scans(self) -> Mapping[str, PredictedScans]:
+        """Return target -> the predictions behind a headline that is no mean over scans, such as
+        AUROC, so that its interval can be computed; nothing, the default, where it is a mean.
 
-        The patients in it may be left empty: the runner knows them.
+        The headline is the mean over targets of their metrics. The patients may be left empty: the
+        runner knows them.
         """
-        return None
+        return {}
 
     def label_map(self, truth: TruthT, prediction: PredictionT) -> LabelMap | None:
         """Return the prediction of one model on one test scan as a label map on the scan's grid. It

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -85,12 +85,10 @@ class PredictedScans:
     Args:
         predictions: true values and scores of the test scans.
         metric: function of (truth, scores) that gives the headline value.
-        parts: the same for parts of the task, such as single classes or targets; may be empty.
     """
 
     predictions: ScanPredictions
     metric: Metric
-    parts: Mapping[str, tuple[ScanPredictions, Metric]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -126,6 +124,7 @@ def metrics(
     limits: tuple[float, float] | None = None,
     num_resamples: int = NUM_RESAMPLES,
     num_flips: int = NUM_FLIPS,
+    with_p: bool = True,
 ) -> Statistics:
     """Metric of each model, computed again on every resample, and differences to the reference.
 
@@ -142,6 +141,7 @@ def metrics(
         limits: lowest and highest value of the metric; -inf or inf where unbounded.
         num_resamples: number of resamples of patients.
         num_flips: number of exchanges of patients, where not all are enumerated.
+        with_p: whether p-values are computed.
     """
     predictions = _in_order(predictions)
     truth_S = predictions.truth
@@ -166,7 +166,7 @@ def metrics(
         gap_R = values[reference].mean(0) - values[other].mean(0)
         estimate = _metric_estimate(gap_R, len(truth_S), num_patients, between, refusal)
         p = math.nan
-        if not refusal and math.isfinite(estimate.value):
+        if with_p and not refusal and math.isfinite(estimate.value):
             p = _p_of_metric(predictions, metric, drawn.people, (reference, other), seed, num_flips)
         exact = math.isfinite(p) and num_patients <= intervals.MAX_EXACT
         differences.append(Difference(reference, other, estimate, p, exact=exact))
@@ -261,3 +261,49 @@ def _in_order(predictions: ScanPredictions) -> ScanPredictions:
         predictions.truth[order],
         {model: scores[:, order] for model, scores in predictions.scores.items()},
     )
+
+
+def joined(targets: Sequence[PredictedScans]) -> PredictedScans:
+    """Several targets as one: its metric is the mean of theirs, on the same resamples.
+
+    Args:
+        targets: targets with the same models; their scans may differ.
+    """
+    scans = sorted({scan for one in targets for scan in one.predictions.scans})
+    number = {scan: index for index, scan in enumerate(scans)}
+    patients = [""] * len(scans)
+    place_TS = np.full((len(targets), len(scans)), -1)  # position of each scan in each target
+    for place_S, one in zip(place_TS, targets, strict=True):
+        for position, scan in enumerate(one.predictions.scans):
+            place_S[number[scan]] = position
+            patients[number[scan]] = one.predictions.patients[position]
+    scores = {}
+    for model in targets[0].predictions.scores:
+        columns = [_columns(one.predictions.scores[model]) for one in targets]
+        filled = [np.zeros((len(each), len(scans), each.shape[2])) for each in columns]
+        for place_S, whole_ESC, each_ESC in zip(place_TS, filled, columns, strict=True):
+            whole_ESC[:, place_S >= 0] = each_ESC[:, place_S[place_S >= 0]]
+        scores[model] = np.concatenate(filled, axis=2)
+    widths = [_columns(next(iter(one.predictions.scores.values()))).shape[2] for one in targets]
+    ends = np.cumsum([0, *widths])
+
+    def mean_metric(scan_N: np.ndarray, score_NC: np.ndarray) -> float:
+        values = []
+        for target, one in enumerate(targets):
+            position_N = place_TS[target, scan_N.astype(np.int64)]
+            known_N = position_N >= 0
+            own_NC = score_NC[known_N, ends[target] : ends[target + 1]]
+            flat = next(iter(one.predictions.scores.values())).ndim == 2
+            truth_N = one.predictions.truth[position_N[known_N]]
+            values.append(one.metric(truth_N, own_NC[:, 0] if flat else own_NC))
+        return float(np.mean(values))
+
+    # the truth is the number of the scan, as a measurement: the metric looks up the true values
+    truth_S = np.arange(len(scans), dtype=np.float64)
+    joint = ScanPredictions(tuple(scans), tuple(patients), truth_S, scores)
+    return PredictedScans(joint, mean_metric)
+
+
+def _columns(scores: np.ndarray) -> np.ndarray:
+    """Scores [E, S, C], of one column where they are [E, S]."""
+    return scores[:, :, None] if scores.ndim == 2 else scores

@@ -395,7 +395,7 @@ def _sections(
     sections: dict[str, TaskSection] = {}
     for task_run in reader.task_runs:
         results, headline = task_run.checked_results(names)
-        predicted = task_run.task.predictions()
+        predicted = task_run.task.predicted_scans()
         sections[task_run.name] = TaskSection(
             config=without_absolute_paths(settings[task_run.name]),
             labels=task_run.task.labels.value,

@@ -15,10 +15,11 @@ from tapct.base.exits import UserError
 from tapct.eval import metric_statistics, statistics
 from tapct.eval.contract import Headline, ScanScore, TaskResults
 from tapct.eval.intervals import Interval
-from tapct.eval.metric_statistics import PredictedScans, ScanPredictions
+from tapct.eval.metric_statistics import PredictedScans
 from tapct.eval.statistics import Difference, ModelValue, PatientEstimate, Statistics
 
 NO_MEAN = "the headline is no mean over the test scans and the task hands over no predictions"
+NUM_EXCHANGES = 2000  # for p-values of metrics that are computed again for each; p >= 1/2001
 SAME = 1e-6  # relative difference of two numbers that are computed in another order
 
 
@@ -60,7 +61,7 @@ class TaskStatistics:
 def of_task(
     results: TaskResults,
     headline: Headline,
-    predicted: PredictedScans | None,
+    predicted: Mapping[str, PredictedScans],
     patient_of: Mapping[str, str],
     seed: int,
 ) -> TaskStatistics:
@@ -69,7 +70,7 @@ def of_task(
     Args:
         results: its numbers.
         headline: its headline.
-        predicted: predictions, where the headline is no mean over scans.
+        predicted: target -> predictions, where the headline is no mean over scans; else empty.
         patient_of: test scan -> patient; empty where unknown.
         seed: random seed of the evaluation.
     """
@@ -97,11 +98,11 @@ def of_task(
 def _of_headline(
     results: TaskResults,
     headline: Headline,
-    predicted: PredictedScans | None,
+    predicted: Mapping[str, PredictedScans],
     patient_of: Mapping[str, str],
     seed: int,
 ) -> MetricStatistics:
-    if predicted is not None:
+    if predicted:
         return _of_predictions(predicted, headline, patient_of, seed)
     if not results.scans:
         raise UserError("the task has no values of single scans")
@@ -138,23 +139,82 @@ def _of_rows(
 
 
 def _of_predictions(
-    predicted: PredictedScans, headline: Headline, patient_of: Mapping[str, str], seed: int
+    predicted: Mapping[str, PredictedScans],
+    headline: Headline,
+    patient_of: Mapping[str, str],
+    seed: int,
 ) -> MetricStatistics:
-    """Statistics of a metric of predictions, and of each part."""
+    """Statistics of a metric of predictions, the mean over targets, and of each target."""
 
-    def computed(predictions: ScanPredictions, metric: metric_statistics.Metric) -> Statistics:
-        patients = tuple(patient_of.get(scan, "") for scan in predictions.scans)
-        known = replace(predictions, patients=patients)
-        return _short(metric_statistics.metrics(known, metric, seed, limits=headline.range))
+    def computed(one: PredictedScans, *, with_p: bool) -> Statistics:
+        patients = tuple(patient_of.get(scan, "") for scan in one.predictions.scans)
+        known = replace(one.predictions, patients=patients)
+        return _short(
+            metric_statistics.metrics(
+                known,
+                one.metric,
+                seed,
+                limits=headline.range,
+                num_flips=NUM_EXCHANGES,
+                with_p=with_p,
+            )  # fmt: skip
+        )
 
-    whole = computed(predicted.predictions, predicted.metric)
+    if len(predicted) == 1:
+        ((target, one),) = predicted.items()
+        whole = computed(one, with_p=True)
+        parts = {target: replace(whole, differences=_without_p(whole.differences))}
+    else:
+        parts = {target: computed(one, with_p=False) for target, one in predicted.items()}
+        refused = _refused(parts)
+        joint = metric_statistics.joined(list(predicted.values()))
+        if refused:
+            whole = _without_interval(joint, parts, refused)
+        else:
+            whole = computed(joint, with_p=True)
     if not _is_of(headline, whole):
         raise UserError(
             f"the predictions behind {headline.metric} give other values than the headline; "
-            "`predictions` and `headline` of the task must use the same scans and the same metric"
+            "`predicted_scans` and `headline` of the task must use the same scans and metric"
         )
-    parts = {name: computed(*one) for name, one in predicted.parts.items()}
     return MetricStatistics(headline.metric, headline.direction, whole, parts)
+
+
+def _refused(parts: Mapping[str, Statistics]) -> str:
+    """The first target that has no interval in any model, and why; empty where there is none."""
+    for target, found in parts.items():
+        if all(one.estimate.interval is None for one in found.models):
+            return f"{target}: {found.models[0].estimate.why_none}"
+    return ""
+
+
+def _without_interval(
+    joint: PredictedScans, parts: Mapping[str, Statistics], why: str
+) -> Statistics:
+    """The mean over targets without an interval, because a target has none."""
+    predictions = joint.predictions
+    first = next(iter(parts.values()))
+    fewest = min((found.models[0].estimate for found in parts.values()), key=_num_patients)
+    models = []
+    for model, scores in predictions.scores.items():
+        by_seed = tuple(joint.metric(predictions.truth, one) for one in scores)
+        value = math.fsum(by_seed) / len(by_seed)
+        estimate = PatientEstimate(
+            value, None, fewest.num_scans, fewest.num_patients, why, num_skipped=0
+        )
+        models.append(ModelValue(model, estimate, by_seed))
+    return Statistics(tuple(models), (), first.num_resamples, first.seed, first.num_unknown)
+
+
+def _num_patients(estimate: PatientEstimate) -> int:
+    return estimate.num_patients
+
+
+def _without_p(differences: tuple[Difference, ...]) -> tuple[Difference, ...]:
+    return tuple(
+        replace(one, p=math.nan, p_holm=math.nan, exact=False, num_comparisons=0)
+        for one in differences
+    )
 
 
 def _is_of(headline: Headline, found: Statistics) -> bool:

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tapct.eval import results, statistics, tables, task_statistics, terminal
+from tapct.eval import results, tables, task_statistics, terminal
 from tapct.eval.contract import FurtherMetric, Headline, ScanScore, TaskResults
 from tapct.eval.held_out import HeldOut
 from tapct.eval.metric_statistics import PredictedScans, ScanPredictions
@@ -67,7 +67,7 @@ def section(num_scans: int, models: tuple[str, ...] = MODELS) -> TaskSection:
     further = FurtherMetric("mean HD95", "lower", "HD95 in mm.", distance)
     found = TaskResults({model: {} for model in models}, rows, None, True, (further,))
     patients = {f"s{number:02}": f"p{number // 2}" for number in range(num_scans)}
-    own = task_statistics.of_task(found, headline, None, patients, 7)
+    own = task_statistics.of_task(found, headline, {}, patients, 7)
     return TaskSection({}, "voxels", 3, num_scans, 0, headline, found, (), own)
 
 
@@ -106,7 +106,7 @@ def test_values_are_the_headline_and_differences_are_paired_by_patient(whole: Ev
         assert pair.estimate.value == pytest.approx(gap)
         assert pair.p <= pair.p_holm <= 1 and pair.num_comparisons == 7
     # scans of one patient count as one: with 24 patients the interval is another one
-    alone = task_statistics.of_task(task.results, task.headline, None, {}, 7).of("mean Dice")
+    alone = task_statistics.of_task(task.results, task.headline, {}, {}, 7).of("mean Dice")
     assert alone is not None and alone.whole.models[0].estimate.num_patients == 24
     assert alone.whole.models[0].estimate.interval != found.whole.models[0].estimate.interval
 
@@ -180,13 +180,13 @@ def test_below_ten_patients_the_scans_are_listed_without_an_interval() -> None:
 def test_a_headline_that_is_another_number_has_no_interval(whole: Evaluation) -> None:
     task = whole.tasks["segmentation"]
     median = replace(task.headline, values=dict.fromkeys(MODELS, 0.123))
-    found = task_statistics.of_task(task.results, median, None, {}, 7)
+    found = task_statistics.of_task(task.results, median, {}, {}, 7)
     assert found.of("mean Dice") is None and found.of("mean HD95") is not None
     lines = terminal.task_lines(replace(task, headline=median, statistics=found))
     assert f"no interval: {task_statistics.NO_MEAN}" in lines
     # rows that contradict each other do not end an evaluation either
     double = replace(task.results, scans=task.results.scans * 2)
-    assert "two rows" in task_statistics.of_task(double, task.headline, None, {}, 7).why_none
+    assert "two rows" in task_statistics.of_task(double, task.headline, {}, {}, 7).why_none
 
 
 def test_predictions_give_the_interval_of_a_metric_that_is_no_mean() -> None:
@@ -198,19 +198,70 @@ def test_predictions_give_the_interval_of_a_metric_that_is_no_mean() -> None:
     values = {"pretrained": auroc(truth, good), "raw_hu": auroc(truth, bad)}
     headline = Headline("AUROC", values, "higher", "A.", (0, 1))
     patients = {scan: f"p{number}" for number, scan in enumerate(ids)}
-    predicted = PredictedScans(given, auroc, {"lesion": (given, auroc)})
+    predicted = {"lesion": PredictedScans(given, auroc)}
     found = task_statistics.of_task(TaskResults({}), headline, predicted, patients, 3)
     own = found.of("AUROC")
     assert own is not None and own.whole.num_unknown == 0
-    assert own.whole == own.parts["lesion"]
-    direct = statistics.intervals.Interval
-    assert isinstance(own.whole.models[0].estimate.interval, direct)
+    assert own.whole.models == own.parts["lesion"].models
+    assert own.whole.models[0].estimate.interval is not None and own.whole.differences[0].p < 0.05
     assert own.whole.differences[0].estimate.value == pytest.approx(
         values["pretrained"] - values["raw_hu"]
     )
     other = replace(headline, values={"pretrained": 0.5, "raw_hu": 0.5})
     wrong = task_statistics.of_task(TaskResults({}), other, predicted, patients, 3)
     assert "give other values than the headline" in wrong.why_none
+
+
+def test_the_mean_over_targets_has_an_interval_of_its_own() -> None:
+    """The targets have different scans; one of them has three classes."""
+    rng = np.random.default_rng(2)
+    side, phase = np.repeat([0, 1], 12), np.repeat([0, 1, 2], 10)
+    ids = [f"s{number:02}" for number in range(30)]
+    scores_of_side = rng.normal(0, 1, (1, 24)) + 2 * side
+    scores_of_phase = rng.normal(0, 1, (1, 30, 3)) + np.eye(3)[phase]
+    targets = {
+        "side": PredictedScans(
+            ScanPredictions(tuple(ids[:24]), ("",) * 24, side, {"pretrained": scores_of_side}),
+            auroc,
+        ),
+        "phase": PredictedScans(
+            ScanPredictions(tuple(ids), ("",) * 30, phase, {"pretrained": scores_of_phase}), auroc
+        ),
+    }
+    each = [auroc(side, scores_of_side[0]), auroc(phase, scores_of_phase[0])]
+    headline = Headline("mean AUROC", {"pretrained": float(np.mean(each))}, "higher", "A.", (0, 1))
+    found = task_statistics.of_task(TaskResults({}), headline, targets, {}, 3).of("mean AUROC")
+    assert found is not None
+    of_target = [found.parts[name].models[0].estimate for name in ("side", "phase")]
+    assert [one.value for one in of_target] == pytest.approx(each)
+    assert [one.num_scans for one in of_target] == [24, 30]
+    whole = found.whole.models[0].estimate
+    assert whole.interval is not None and whole.num_patients == 30
+    widths = [one.interval.high - one.interval.low for one in of_target if one.interval]
+    # the targets are independent, so the mean is more certain than the less certain one of them
+    assert whole.interval.low < whole.value < whole.interval.high
+    assert whole.interval.high - whole.interval.low < max(widths)
+
+
+def test_a_target_without_an_interval_leaves_the_mean_without_one() -> None:
+    truth = np.repeat([0, 1], [25, 5])  # five positive scans are too few
+    ids = tuple(f"s{number:02}" for number in range(30))
+    scores_ES = np.random.default_rng(0).normal(0, 1, (1, 30)) + truth
+    many = np.repeat([0, 1], 15)
+    targets = {
+        name: PredictedScans(
+            ScanPredictions(ids, ("",) * 30, values, {"pretrained": scores_ES}), auroc
+        )
+        for name, values in (("rare", truth), ("common", many))
+    }
+    mean = float(np.mean([auroc(values, scores_ES[0]) for values in (truth, many)]))
+    headline = Headline("mean AUROC", {"pretrained": mean}, "higher", "A.", (0, 1))
+    found = task_statistics.of_task(TaskResults({}), headline, targets, {}, 3).of("mean AUROC")
+    assert found is not None
+    (whole,) = found.whole.models
+    assert whole.estimate.interval is None and whole.estimate.why_none.startswith("rare: ")
+    assert whole.estimate.value == pytest.approx(mean)
+    assert found.parts["common"].models[0].estimate.interval is not None
 
 
 def test_the_table_has_one_row_per_number(whole: Evaluation, tmp_path: Path) -> None:

@@ -354,7 +354,7 @@ def evaluated_run(folder: Path, shift: float, num_scans: int = 24, step: float =
     found = TaskResults({"pretrained": {}}, tuple(scores), None, True)
     first = tuple(ids[number // 2 * 2] for number in range(num_scans))
     patients = dict(zip(ids, first))
-    own = task_statistics.of_task(found, headline, None, patients, 0)
+    own = task_statistics.of_task(found, headline, {}, patients, 0)
     section = TaskSection({}, "voxels", 1, num_scans, 0, headline, found, (), own)
     split = SplitRecord("patients", HeldOut(num_scans), ("t",), ids, test_patients=first)
     Evaluation({"segmentation": section}, split, {}, (2, 4, 4), 0).write(run / "eval")

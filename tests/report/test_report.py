@@ -473,7 +473,7 @@ def with_statistics(num_patients: int) -> Evaluation:
     plain = lower_is_better(values, scans)
     ((name, section),) = plain.tasks.items()
     patients = {row.scan: f"p{row.scan}" for row in scans}
-    found = task_statistics.of_task(section.results, section.headline, None, patients, 0)
+    found = task_statistics.of_task(section.results, section.headline, {}, patients, 0)
     return replace(plain, tasks={name: replace(section, statistics=found)})
 
 
