@@ -344,7 +344,9 @@ def _pairing_notes(runs: Sequence[Run]) -> list[str]:
     )
     for task in tasks:
         pairs = paired([(run.name, run.evaluated) for run in runs], task)
-        for name, reason in (pairs.why_not if pairs else {}).items():
+        if pairs is None:
+            continue
+        for name, reason in pairs.why_not.items():
             notes.append(f"{name}: no paired difference to {pairs.first} in {task}: {reason}")
     return notes
 

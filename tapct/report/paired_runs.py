@@ -98,8 +98,7 @@ def _difference(
     split, section = reference.split, reference.tasks[task]
     patient_of = dict(zip(split.test, split.test_patients, strict=True))
     table = statistics.table_of([rows], patient_of, by_part=section.results.mean_over_parts)
-    found = statistics.means(
+    (difference,) = statistics.means(
         table, reference.seed, reference="other", limits=section.headline.range
-    )
-    (difference,) = found.differences
+    ).differences
     return replace(difference, reference=name, other=first)
