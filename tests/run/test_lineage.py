@@ -278,7 +278,7 @@ def test_a_damaged_scan_is_skipped_named_and_counted(
     real = scans.read_scan
 
     def broken(row: Any, root: Path, **options: Any) -> Any:
-        if row.id == test[0]:
+        if row.id == test[0] and options["with_labels"]:  # without them nothing is read
             raise Refused("truncated", "the file ends early")
         return real(row, root, **options)
 
