@@ -1,0 +1,104 @@
+"""Tolerances of the surface Dice (NSD) by organ, where published ones are known.
+
+A tolerance is meant to be the disagreement between two experts. A table of results names the
+tolerance of each organ, since NSD at another tolerance is another metric.
+
+Sources:
+    Nikolov et al. 2021 (doi:10.2196/26151), head and neck: 95th percentile of the distance between
+        two observers.
+    FLARE22, abdomen: the evaluation program of the challenge, github.com/JunMa11/FLARE.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+DEFAULT_MM = 2.0  # about two voxels in the slices of a CT scan
+_NIKOLOV = "Nikolov et al. 2021"
+_FLARE = "FLARE22"
+
+_HEAD_AND_NECK_MM = {
+    "brain": 1.01,
+    "brainstem": 2.5,
+    "cochlea": 1.25,
+    "lacrimal gland": 2.5,
+    "lens": 0.98,
+    "lung": 2.42,
+    "mandible": 1.01,
+    "optic nerve": 2.5,
+    "orbit": 1.65,
+    "parotid": 2.85,
+    "spinal canal": 1.17,
+    "spinal cord": 2.93,
+    "submandibular": 2.02,
+}
+_ABDOMEN_MM = {
+    "liver": 5.0,
+    "kidney": 3.0,
+    "spleen": 3.0,
+    "pancreas": 5.0,
+    "aorta": 2.0,
+    "inferior vena cava": 2.0,
+    "adrenal gland": 2.0,
+    "gallbladder": 2.0,
+    "esophagus": 3.0,
+    "stomach": 5.0,
+    "duodenum": 7.0,
+}
+# other names of the same organs, after sides and word order are removed
+_SYNONYMS = MappingProxyType(
+    {
+        "brain stem": "brainstem",
+        "cord": "spinal cord",
+        "gall bladder": "gallbladder",
+        "ivc": "inferior vena cava",
+        "postcava": "inferior vena cava",
+        "lacrimal": "lacrimal gland",
+        "oesophagus": "esophagus",
+        "opticnerve": "optic nerve",
+        "parotid gland": "parotid",
+        "spinalcord": "spinal cord",
+        "spinalcanal": "spinal canal",
+        "submandibular gland": "submandibular",
+        "adrenal": "adrenal gland",
+    }
+)
+_SIDES = frozenset({"left", "right", "l", "r", "lt", "rt"})
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """Tolerance of one organ.
+
+    Args:
+        mm: the tolerance.
+        source: publication that it is from; `default` where none is known.
+    """
+
+    mm: float
+    source: str
+
+    def __str__(self) -> str:
+        return f"{self.mm:g} mm ({self.source})"
+
+
+def tolerance_of(organ: str, own_mm: Mapping[str, float] | None = None) -> Tolerance:
+    """Find the tolerance of an organ.
+
+    Args:
+        organ: its name in the label map; case, `_`, `-` and the side (left, right, l, r) are
+            ignored, e.g. `Parotid_L`.
+        own_mm: tolerances that the user has set, by organ as it is written in the label map.
+    """
+    if own_mm is not None and organ in own_mm:
+        return Tolerance(own_mm[organ], "set")
+    words = [word for word in re.split(r"[\s_\-.,()]+", organ.lower()) if word]
+    name = " ".join(word for word in words if word not in _SIDES)
+    name = _SYNONYMS.get(name, name)
+    for table, source in ((_HEAD_AND_NECK_MM, _NIKOLOV), (_ABDOMEN_MM, _FLARE)):
+        if name in table:
+            return Tolerance(table[name], source)
+    return Tolerance(DEFAULT_MM, "default")
