@@ -18,7 +18,7 @@ from tapct.eval import scans
 from tapct.eval.contract import Labels
 from tapct.eval.features import PatchGrid, Prepared, Preprocess, prepare
 from tapct.eval.results import PATIENTS, UnreadScan
-from tapct.eval.scans import LabelledScan, ScanLabels, ScanRow, Split
+from tapct.eval.scans import LabelledScan, ScanRow, Split, TableLabels
 from tapct.eval.task_runs import TaskRun
 from tapct.types import HUContract, Refused
 
@@ -58,7 +58,7 @@ class ScanReader:
         split: training and test scans.
         store: packed scans and labels.
         task_runs: tasks, with the scans that each can use.
-        scan_labels: values for scans as a whole.
+        tables: labels that come from tables.
         contract: HU to network input.
         preprocess: how scans are prepared.
         patch: voxels (z, y, x) of a patch.
@@ -75,7 +75,7 @@ class ScanReader:
         split: Split,
         store: Store,
         task_runs: Sequence[TaskRun],
-        scan_labels: ScanLabels,
+        tables: TableLabels,
         *,
         contract: HUContract,
         preprocess: Preprocess,
@@ -86,7 +86,7 @@ class ScanReader:
         progress: Callable[[int, int], None] | None,
     ) -> None:
         self.split, self.store, self.task_runs = split, store, task_runs
-        self.scan_labels, self.contract, self.preprocess = scan_labels, contract, preprocess
+        self.tables, self.contract, self.preprocess = tables, contract, preprocess
         self.patch, self.device, self.blocks = patch, device, blocks
         self.max_skips, self.progress = max_skips, progress
         self.unread: list[UnreadScan] = []
@@ -127,9 +127,9 @@ class ScanReader:
         tasks = [each.task for each in self.task_runs if row.id in each.scan_ids]
         need_map = any(task.labels in (Labels.VOXELS, Labels.PAIRS) for task in tasks)
         try:
-            return scans.read_scan(
-                row, self.store, with_labels=need_map, scan_labels=self.scan_labels.get(row.id)
-            )
+            values = self.tables.scan_labels.get(row.id)
+            scan = scans.read_scan(row, self.store, with_labels=need_map, scan_labels=values)
+            return self.tables.added_to(scan)
         except (Refused, Damaged, OSError) as error:
             reason = single_line(error)
             in_store = reason.replace(f"{self.store.path}{os.sep}", "")  # results hold no path

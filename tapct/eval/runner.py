@@ -33,7 +33,7 @@ from tapct.eval.features import Preprocess, features_of
 from tapct.eval.held_out import HeldOut, no_list
 from tapct.eval.reader import Blocks, ScanReader
 from tapct.eval.results import Evaluation, Origin, SplitRecord, TaskSection
-from tapct.eval.scans import ScanLabels, ScanRow, Split
+from tapct.eval.scans import ScanRow, Split, TableLabels
 from tapct.eval.task_runs import TaskRun, begin, build_tasks, check_label_settings, usable_rows
 from tapct.types import HUContract
 
@@ -107,6 +107,21 @@ class Config:
         2, "number of test scans with pictures of each task and of the patch features", ge=0
     )
     batch: int = setting(8, "windows per forward call", ge=1)
+    scan_labels: str = setting(
+        "",
+        "CSV file with values for scans as a whole: a column `path`, `case_id` or `id`, and one "
+        "column per target; empty: none",
+    )
+    landmarks: str = setting(
+        "",
+        "CSV file with named points: a column `path`, `case_id` or `id`, a column `name`, and "
+        "z_mm, y_mm, x_mm (LPS) or z_voxel, y_voxel, x_voxel; empty: none",
+    )
+    split_column: str = setting(
+        "auto",
+        "column of `scan_labels` with the official split (train, val or test); auto: `split`, or "
+        "else `fold0`, where there is one; none: the scans are divided by patient",
+    )
     during: During = dataclasses.field(
         default_factory=During, metadata={"doc": "evaluation while training runs"}
     )
@@ -123,7 +138,7 @@ def evaluate(
     preprocess: Preprocess | None = None,
     held_out: Collection[str] = (),
     check_held_out: Callable[[Sequence[ScanRow]], HeldOut] = no_list,
-    scan_labels: ScanLabels | None = None,
+    tables: TableLabels | None = None,
     origin: Origin | None = None,
     max_skips: int = 0,
     device: torch.device | str = "cpu",
@@ -144,7 +159,8 @@ def evaluate(
         held_out: patients kept out of pretraining. If some of the usable scans are theirs and some
             are not, these patients are the test set; else patients are drawn by `test_share`.
         check_held_out: function that finds the test scans that were trained on.
-        scan_labels: values for scans as a whole, for tasks that need `Labels.SCAN`.
+        tables: labels that come from tables, for tasks that need `Labels.SCAN` or
+            `Labels.LANDMARKS`, and the official split if there is one.
         origin: data, weights and command, kept in the results.
         max_skips: largest number of scans that are skipped because they cannot be read.
         device: device that scans are prepared on.
@@ -160,12 +176,13 @@ def evaluate(
     patch = _common_patch(models)
     preprocess.check_patch(patch)
     rows = scans.matching(rows, config.only)
-    task_runs, split = _plan(config, rows, store, held_out, scan_labels)
+    tables = tables or TableLabels()
+    task_runs, split = _plan(config, rows, store, held_out, tables)
     reader = ScanReader(
         split,
         store,
         task_runs,
-        scan_labels or {},
+        tables,
         contract=contract,
         preprocess=preprocess,
         patch=patch,
@@ -195,11 +212,11 @@ def _plan(
     rows: Sequence[ScanRow],
     store: Store,
     held_out: Collection[str],
-    scan_labels: ScanLabels | None,
+    tables: TableLabels,
 ) -> tuple[list[TaskRun], Split]:
     """The tasks that have scans, begun, and the split of the scans; arguments as of `evaluate`."""
     tasks = build_tasks(config.tasks, config.seed)
-    rows_of_task = usable_rows(tasks, rows, scan_labels)
+    rows_of_task = usable_rows(tasks, rows, tables)
     for name, chosen in rows_of_task.items():
         check_label_settings(name, tasks[name], chosen, store)
     split = scans.split_for_tasks(
@@ -208,6 +225,7 @@ def _plan(
         max_scans=config.max_scans,
         seed=config.seed,
         held_out=held_out,
+        sides=tables.sides,
     )
     return [begin(name, tasks[name], rows_of_task[name], split) for name in rows_of_task], split
 

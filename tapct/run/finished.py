@@ -17,6 +17,7 @@ from tapct.data.trained_on import TrainedOn
 from tapct.distributed.device import pick_device
 from tapct.eval import held_out, results, runner
 from tapct.eval.baselines import with_baselines
+from tapct.eval.label_tables import read_tables
 from tapct.eval.results import EvaluatedData, EvaluatedWeights, Evaluation, Origin
 from tapct.eval.saved import link_newest
 from tapct.eval.scans import ScanRow
@@ -68,7 +69,11 @@ def evaluate_model(model: Model, *, out: Path | None = None, command: str = "") 
     """
     config = model.config
     store = Store(config.data.store)
-    data = evaluated_data(model.dataset_name(store.path, store.digest), store)
+    tables = read_tables(
+        store, config.eval.scan_labels, config.eval.landmarks, config.eval.split_column
+    )
+    name = model.dataset_name(store.path, store.digest)
+    data = replace(evaluated_data(name, store), tables=tables.digest)
     folder = model.folder_of(data.name) if out is None else EvaluationFolder(out)
     if out is not None:
         check_out(out, data, model.weights)
@@ -85,6 +90,7 @@ def evaluate_model(model: Model, *, out: Path | None = None, command: str = "") 
             out=folder.path,
             held_out=config.data.held_out_patients(patients, config.seed),
             check_held_out=held_out_check(store, model.trained_on),
+            tables=tables,
             origin=Origin(data, model.weights, command_line(arguments), git_revision()),
             max_skips=reading.max_skips if reading.on_error == "skip" else 0,
             device=pick_device(config.device),
