@@ -2,11 +2,14 @@
 
     python scripts/bench_whole_scan.py       # 300x512x512 at its own size, configs/tap_b_3d.yaml
     python scripts/bench_whole_scan.py --size 224 224 --batch 16 --device cuda --json scan.json
+    python scripts/bench_whole_scan.py --shape 600 512 512 --cache /tmp/features
 
 The script does what `tapct embed` does, at full size: the scan as int16, the network's input,
-accumulators over the whole patch grid, windows in batches, and the copy that is written. On a CPU
-all windows would take an hour, so the backbone computes only the first and the last `--real` calls;
-constant tokens of the same size replace the others.
+windows in batches, features over the whole patch grid, and the copy that is written. With `--cache
+FOLDER` it does what `tapct eval` does with two such scans: their features are written to a feature
+cache, row by row, while the next scan is prepared. On a CPU all windows would take an hour, so the
+backbone computes only the first and the last `--real` calls; constant tokens of the same size
+replace the others.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import json
 import math
 import resource
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +32,13 @@ from torch import Tensor, nn
 from tapct import config as configs
 from tapct.base import exits
 from tapct.config import plugins
-from tapct.eval.features import window_starts
+from tapct.data.store import StoredScan
+from tapct.eval.cache import FeatureCache
+from tapct.eval.features import Preprocess, window_starts
+from tapct.eval.fill import Features
+from tapct.eval.models import NamedModel, settle
 from tapct.run.config import RunConfig
-from tapct.types import Tokens, Volume
+from tapct.types import HUContract, Tokens, Volume
 from tapct.weights.card import FeatureSettings
 from tapct.weights.pretrained import Pretrained
 
@@ -91,22 +99,24 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     windows = math.prod(
         len(window_starts(*axis)) for axis in zip(padded, preprocess.window, preprocess.stride)
     )
-    calls = math.ceil(windows / options.batch)
+    num_scans = 1 if options.cache is None else 2
+    calls = math.ceil(num_scans * windows / options.batch)
     model = SomeCalls(backbone, calls, options.real)
-    pretrained = Pretrained(model, FeatureSettings(model=config.model, preprocess=preprocess), {})
-    hu_ZYX = np.random.default_rng(0).integers(-1000, 400, options.shape, dtype=np.int16)
     before = peak_bytes()
-    embedding = pretrained.embed(Volume(hu_ZYX, (1.0, 0.7, 0.7)), batch=options.batch)
+    if options.cache is None:
+        shape = embed(model, FeatureSettings(model=config.model, preprocess=preprocess), options)
+    else:
+        shape = fill_cache(model, preprocess, options)
     assert model.calls == calls, (model.calls, calls)
-    assert np.isfinite(embedding.features_DZYX).all()
+    num_bytes = 4 * math.prod(shape)
     per_window = min(model.seconds)
     on_gpu = torch.cuda.max_memory_allocated() if options.device == "cuda" else 0
     return {
         "config": str(options.config),
         "scan": list(options.shape),
         "input": padded,
-        "features": list(embedding.features_DZYX.shape),
-        "features_GB": round(embedding.features_DZYX.nbytes / 1e9, 2),
+        "features": list(shape),
+        "features_GB": round(num_bytes / 1e9, 2),
         "windows": windows,
         "windows_per_call": options.batch,
         "windows_computed": len(model.seconds) * options.batch,
@@ -114,9 +124,61 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "minutes_for_all_windows": round(per_window * windows / 60, 1),
         "memory_before_GB": round(before / 1e9, 2),
         "peak_memory_GB": round(peak_bytes() / 1e9, 2),
-        "peak_over_features": round(peak_bytes() / embedding.features_DZYX.nbytes, 2),
+        "peak_over_features": round(peak_bytes() / num_bytes, 2),
         "peak_device_memory_GB": round(on_gpu / 1e9, 2),
     }
+
+
+def random_scan(seed: int, shape: Sequence[int]) -> Volume:
+    """A scan of random HU."""
+    hu_ZYX = np.random.default_rng(seed).integers(-1000, 400, tuple(shape), dtype=np.int16)
+    return Volume(hu_ZYX, (1.0, 0.7, 0.7))
+
+
+def embed(
+    model: nn.Module, settings: FeatureSettings, options: argparse.Namespace
+) -> tuple[int, ...]:
+    """Embed one scan; returns the shape of its features."""
+    pretrained = Pretrained(model, settings, {})
+    embedding = pretrained.embed(random_scan(0, options.shape), batch=options.batch)
+    assert np.isfinite(embedding.features_DZYX).all()
+    return embedding.features_DZYX.shape
+
+
+class RandomScans:
+    """A store of random scans, which are made when they are read."""
+
+    def __init__(self, num: int, shape: Sequence[int]) -> None:
+        z, y, x = shape
+        self.scans = tuple(
+            StoredScan(f"scan{seed}", (z, y, x), (1.0, 0.7, 0.7), "", "", "", f"{seed:032x}")
+            for seed in range(num)
+        )
+
+    def index_of(self, scan_id: str) -> int:
+        """Number of a scan."""
+        return int(scan_id.removeprefix("scan"))
+
+    def read(self, i: int) -> np.ndarray:
+        """Voxels of a scan."""
+        return random_scan(i, self.scans[i].shape_ZYX).hu_ZYX
+
+
+def fill_cache(
+    model: nn.Module, preprocess: Preprocess, options: argparse.Namespace
+) -> tuple[int, ...]:
+    """Write the features of two scans to a cache; returns the shape of one scan's features."""
+    device = torch.device(options.device)
+    named = NamedModel("bench", model)
+    (settled,) = settle([named], [], contract=HUContract(), preprocess=preprocess, device=device)
+    cache = FeatureCache(options.cache, quota_gb=1000.0)
+    store: Any = RandomScans(2, options.shape)
+    features = Features([settled], store, cache, batch=options.batch, device=device)
+    with cache.in_use([settled.key]):
+        wanted = features.missing(store.scans)
+        assert len(wanted) == 2, "the cache must be empty"
+        features.fill(wanted)
+    return (int(model.dim), *settled.grid(options.shape).shape)  # type: ignore[arg-type]
 
 
 def main() -> None:
@@ -148,6 +210,7 @@ def main() -> None:
         help="calls to compute at the beginning and at the end",
     )
     parser.add_argument("--device", type=arguments.device, default="cpu", help="cpu or cuda")
+    parser.add_argument("--cache", type=Path, help="empty folder of a feature cache to write to")
     parser.add_argument("--json", type=Path, help="JSON file to write the figures to")
     options = parser.parse_args()
     found = measure(options)

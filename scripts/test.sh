@@ -17,9 +17,11 @@ for option in "$@"; do
         options+=("$option")
     fi
 done
-# One process per core and one thread per process: small tensors gain nothing from threads.
+# Three processes for two cores, since many tests wait for processes that they start, and one
+# thread per process: small tensors gain nothing from threads.
 # nproc would print OMP_NUM_THREADS instead of the number of cores.
-jobs="${TAPCT_TEST_JOBS:-$(env -u OMP_NUM_THREADS nproc 2>/dev/null || echo 2)}"
+cores="$(env -u OMP_NUM_THREADS nproc 2>/dev/null || echo 2)"
+jobs="${TAPCT_TEST_JOBS:-$(((cores * 3 + 1) / 2))}"
 export OMP_NUM_THREADS=1
 exec .venv/bin/python -m pytest -q -n "$((jobs < 8 ? jobs : 8))" --dist worksteal \
     "${options[@]+"${options[@]}"}"

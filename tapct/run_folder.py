@@ -21,6 +21,7 @@
         meta.json                       of the checkpoint, with eval.during.every
         teacher.safetensors             until the step has been evaluated
         log.txt                         output of the evaluation
+      eval/features/*                   cache of frozen features, see eval/cache.py
       eval/results.json                 link to the newest results on the run's own data set
       export/
         config.json                     after tapct export: what the features depend on
@@ -76,6 +77,15 @@ def evaluations_beside(folder: Path) -> Path:
     """
     folder = folder.absolute()
     return folder.with_name(f"{folder.name}-eval")
+
+
+def features_beside(evaluations: Path) -> Path:
+    """The feature cache of a model.
+
+    Args:
+        evaluations: parent of its evaluations, such as RUN/eval.
+    """
+    return evaluations / "features"
 
 
 @dataclass(frozen=True)
@@ -311,6 +321,11 @@ class RunFolder:
         for path in sorted(filter(has_step_name, self.evaluations.glob("[!.]*/step_*"))):
             of_earlier = path.parent.name == _EARLIER_STEPS
             yield "" if of_earlier else path.parent.name, EvaluationFolder(path)
+
+    @property
+    def features(self) -> Path:
+        """Cache of the features that evaluations computed."""
+        return features_beside(self.evaluations)
 
     @property
     def newest_results(self) -> Path:

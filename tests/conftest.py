@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import signal
 from collections.abc import Iterator
 from pathlib import Path
 
+gc.disable()  # nothing that is imported or collected below is garbage
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for this process and those that tests start
 
-import numpy as np
-import pytest
-import torch
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from forked import SHARED, start_nest  # noqa: E402
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 torch.set_num_threads(1)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Processes of pytest-xdist share one nest, which loads torch while they do."""
+    if getattr(config.option, "numprocesses", None) and not hasattr(config, "workerinput"):
+        os.environ[SHARED] = start_nest()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -26,6 +35,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     ranks at the same time would disturb each other.
     """
     items.sort(key=lambda item: item.get_closest_marker("dist") is None)
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Collect garbage from now on, but never search what is loaded, which lives to the end."""
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(autouse=True)

@@ -27,21 +27,29 @@ import pytest
 
 HERE = Path(__file__).resolve().parent
 NEST = "TAPCT_TEST_NEST"  # environment variable: the socket of the nest
+SHARED = "TAPCT_TEST_NEST_FOLDER"  # environment variable: folder of the nest of all processes
 
 
 @functools.cache
 def nest() -> Path:
-    """Start the nest of this process, which ends with it; returns its folder."""
-    folder = Path(tempfile.mkdtemp(prefix="tapct-nest-"))
+    """Folder of the nest, which listens: that of the session of tests, or one of this process."""
+    folder = Path(os.environ.get(SHARED) or start_nest())
+    end = time.monotonic() + 300.0
+    while not (folder / "ready").exists():
+        assert time.monotonic() < end, "no nest"
+        time.sleep(0.01)
+    return folder
+
+
+def start_nest() -> str:
+    """Start a nest that ends with this process; returns its folder before the nest listens."""
+    folder = tempfile.mkdtemp(prefix="tapct-nest-")
     started = subprocess.Popen(
-        [sys.executable, str(HERE / "nest.py"), str(folder / "socket")],
+        [sys.executable, str(HERE / "nest.py"), f"{folder}/socket"],
         # passive: threads that spin while they wait take ten times as long on a busy machine
         env={**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"},
         stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
     )
-    assert started.stdout is not None and started.stdout.readline() == "ready\n", "no nest"
 
     def end() -> None:
         started.communicate()
@@ -59,8 +67,10 @@ def python() -> str:
     program = nest() / "python"
     if not program.is_file():
         line = f'exec {sys.executable} -I -S {HERE / "nest_python.py"} "$@"'
-        program.write_text(f"#!/bin/sh\n{line}\n")
-        program.chmod(0o755)
+        own = program.with_name(f"python-{os.getpid()}")  # others may write the same program now
+        own.write_text(f"#!/bin/sh\n{line}\n")
+        own.chmod(0o755)
+        own.rename(program)
     return str(program)
 
 

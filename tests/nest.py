@@ -33,9 +33,12 @@ from typing import Any, NoReturn
 # some of these are imported late, and then by every process for itself
 import fsspec  # noqa: F401
 import numpy as np
+import numpy.ctypeslib
 import pyarrow.dataset  # noqa: F401
+import pydantic.types  # noqa: F401
 import torch
 import torch._dynamo
+import torch.distributed.checkpoint._fsspec_filesystem
 import torch.distributed.fsdp
 import torch.distributed.run
 import torch.distributed.tensor
@@ -43,7 +46,9 @@ from pydantic import TypeAdapter  # noqa: F401
 
 import tapct
 from tapct import cli  # noqa: F401
+from tapct.config import load_config
 from tapct.run import pretrain  # noqa: F401
+from tapct.run.config import RunConfig
 
 HOME = Path(tapct.__file__).resolve().parent.parent
 OWN_PATHS = {str(Path(__file__).parent), *os.environ.get("PYTHONPATH", "").split(os.pathsep)}
@@ -223,13 +228,14 @@ def run_and_leave(request: Request) -> NoReturn:
 def main() -> None:
     """Serve at the socket that the command line names, until standard input is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever started this has it too
+    load_config(RunConfig, None, [])  # plug-ins are loaded when a config names them
     # what is loaded is never collected: forked processes neither search it nor copy its memory
     gc.collect()
     gc.freeze()
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(sys.argv[1])
     listener.listen(64)
-    print("ready", flush=True)
+    Path(sys.argv[1]).with_name("ready").touch()
     request = Nest(listener).serve()
     if request is not None:
         become(request)

@@ -24,6 +24,7 @@ import torch
 import typer
 import yaml
 from forked import python_from_nest as python_from_nest  # a fixture
+from memory_store import MemoryStore
 from plain_words import findings, prose
 from scan_files import make_ct, write_nifti
 from shell import Shell
@@ -36,8 +37,9 @@ from tapct.config.plugins import Plugin
 from tapct.data.ingest import read_volume
 from tapct.engine import loop, optim
 from tapct.eval import results, runner
-from tapct.eval.baselines import NamedModel, RawPatches, with_baselines
-from tapct.eval.features import Preprocess, dense_features
+from tapct.eval.baselines import NAMES, NamedModel, RawPatches, with_baselines
+from tapct.eval.extraction import dense_features
+from tapct.eval.features import Preprocess
 from tapct.eval.scans import LabelledScan
 from tapct.models import vit
 from tapct.nn import heads
@@ -462,17 +464,12 @@ class Row:
         self.has_labels = True
 
 
-def evaluate(
-    task: Plugin, models: Any, out: Path, monkeypatch: pytest.MonkeyPatch
-) -> results.Evaluation:
-    monkeypatch.setattr(
-        "tapct.eval.scans.read_scan", lambda row, root, **labels: rising_scan(int(row.path))
-    )
+def evaluate(task: Plugin, models: Any, out: Path) -> results.Evaluation:
     config = runner.Config(tasks=(task,), num_pictures=1)
     preprocess = Preprocess((16, 16), (4, 16, 16), (4, 16, 16))
-    rows = [Row(number) for number in range(4)]
+    store: Any = MemoryStore(map(Row, range(4)), lambda row: rising_scan(int(row.path)))
     return runner.evaluate(
-        models, rows, Path("."), config, contract=HUContract(), out=out, preprocess=preprocess
+        models, store.scans, store, config, contract=HUContract(), out=out, preprocess=preprocess
     )
 
 
@@ -488,7 +485,7 @@ def test_the_example_task_finds_the_height_where_it_can_be_seen(
         lambda crops: RawPatches(PATCH)([torch.zeros_like(crop) for crop in crops]),
     )
     models = (NamedModel("raw_hu", RawPatches(PATCH)), NamedModel("blind", blind))
-    found = evaluate(task, models, tmp_path, monkeypatch)
+    found = evaluate(task, models, tmp_path)
     section = found.tasks["mylab.tasks.depth"]
     # 8 slices of patches: a model that sees nothing predicts the middle, 3.5, and is off by 2
     assert section.headline.values["blind"] == pytest.approx(2.0, abs=0.02)
@@ -524,7 +521,7 @@ def test_the_example_task_runs_through_every_command(
     assert list(by_hand.tasks) == ["mylab.tasks.depth"]
     assert " eval " in by_hand.origin.command and str(run) not in by_hand.origin.command
     values = by_hand.tasks["mylab.tasks.depth"].headline.values
-    assert list(values) == ["pretrained", "untrained", "untrained_layerscale1", "raw_hu"]
+    assert list(values) == ["pretrained", "untrained", "untrained_layerscale1", *NAMES[1:]]
     for model, value in values.items():
         assert f"{model:<24} mean error {results.shown(value)}" in said
 
@@ -602,7 +599,7 @@ def test_the_tables_of_results_have_every_key_of_an_evaluation(
     section = Plugin("vit", config)
     models = with_baselines(vit.build(config), section, 0)
     task = Plugin("segmentation", plugins.load("eval.tasks", "segmentation").Config(steps=3))
-    evaluate(task, models, tmp_path, monkeypatch)
+    evaluate(task, models, tmp_path)
     written = json.loads((tmp_path / "results.json").read_text())
     page = ROOT / "docs" / "evaluation.md"
     found = written["tasks"]["segmentation"]

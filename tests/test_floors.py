@@ -26,6 +26,7 @@ def module_name(file: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
+@functools.cache
 def is_module(name: str) -> bool:
     path = PACKAGE.parent.joinpath(*name.split("."))
     return path.is_dir() or path.with_suffix(".py").is_file()
@@ -64,6 +65,7 @@ def parsed(file: Path) -> ast.Module:
     return ast.parse(file.read_text(encoding="utf-8"), str(file))
 
 
+@functools.cache
 def imports(file: Path) -> list[tuple[str, int]]:
     return list(tapct_imports(parsed(file), module_name(file), file.name == "__init__.py"))
 
@@ -200,6 +202,7 @@ def test_a_rank_loads_no_reader_and_draws_no_picture() -> None:
     assert "torch" in loaded and not loaded & {"nibabel", "SimpleITK", "pydicom", "matplotlib"}
 
 
+@functools.cache
 def import_graph() -> dict[str, set[str]]:
     """Module -> modules of tapct that it imports, inside functions too (TYPE_CHECKING blocks are
     left out).

@@ -37,6 +37,7 @@ CustomCode = Annotated[
         "tapct eval runs/quickstart",
         "tapct eval runs/mine eval.max_scans=20 device=cpu",
         "tapct eval models/theirs data.store=data/mine/store",
+        "tapct eval runs/mine --models theirs=models/theirs --models first=runs/first",
     ),
 )
 def evaluate(
@@ -73,16 +74,27 @@ def evaluate(
             show_default="RUN/eval/DATASET/STEP, or MODEL-eval/DATASET/WEIGHTS",
         ),
     ] = None,
+    models: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--models",
+            metavar="NAME=PATH",
+            help="further model in the same table: a run folder, a checkpoint or an export, with "
+            "its own HU window and preprocessing; repeat the option for more",
+        ),
+    ] = None,
     custom_code: CustomCode = False,
 ) -> None:
     """Evaluate the frozen features of a run or of exported weights.
 
-    Baselines: an untrained model and raw HU values. They solve the same tasks.
+    Baselines solve the same tasks: untrained models, raw HU values and the position in the body
+    (eval.baselines). Features are computed once and kept (eval.cache).
     """
     from tapct.run import finished, model_source
 
     opened = model_source.open_model(model, overrides or [], step, custom_code)
-    found = finished.evaluate_model(opened, out=out)
+    others = finished.open_others(models or [], opened.config.device, custom_code)
+    found = finished.evaluate_model(opened, out=out, others=others)
     for line in found.evaluation.lines():
         console.say(line)
     console.say(f"results and pictures in {found.folder}")

@@ -12,6 +12,7 @@ A field is one of
 from __future__ import annotations
 
 import dataclasses
+import functools
 import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -86,10 +87,11 @@ class ConfigField:
         return names[0] if names else "mylab.foo"
 
 
-def fields_of(cls: type) -> list[ConfigField]:
+@functools.cache  # reading the annotations of a class takes long
+def fields_of(cls: type) -> tuple[ConfigField, ...]:
     """The fields of a config dataclass that a config can set."""
     hints = typing.get_type_hints(cls)
-    return [ConfigField(one, hints[one.name]) for one in dataclasses.fields(cls) if one.init]
+    return tuple(ConfigField(one, hints[one.name]) for one in dataclasses.fields(cls) if one.init)
 
 
 def _dataclass_in(hint: Any) -> type | None:

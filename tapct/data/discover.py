@@ -228,8 +228,8 @@ def _folders_below(root: Path, found: _Found) -> Iterator[tuple[Path, Entries]]:
         folder = todo.pop()
         try:
             entries = found.limit.call(folder_entries.read, folder)
-        except NoAnswer as error:
-            detail = f"{file_name(str(folder))}: its list of files has {error}"
+        except NoAnswer as late:
+            detail = f"{file_name(str(folder))}: its list of files has {late.problem}"
             found.sources.append(Source(folder, UNREADABLE, (folder,), LATE, detail))
             continue
         except OSError:
@@ -272,9 +272,9 @@ def _search_folder(
             continue
         try:
             head, refusal = found.limit.call(_head_or_problem, path)
-        except NoAnswer as error:
+        except NoAnswer as late:
             num_late += 1
-            _add_late(path, f"has {error}", found)
+            _add_late(path, f"has {late.problem}", found)
             continue
         num_late = 0
         if refusal is not None:

@@ -16,8 +16,11 @@ from tapct.base.hashing import MASK_64, hash_int
 VERSION = 2
 
 
-def patients_below(patients: Iterable[str], share: float, seed: int) -> frozenset[str]:
-    """Choose the patients whose keyed hash is below the share.
+def patients_below(
+    patients: Iterable[str], share: float, seed: int, start: float = 0.0
+) -> frozenset[str]:
+    """Choose the patients whose keyed hash is below the share, or between `start` and
+    `start + share`.
 
     Training holds them out from pretraining; an evaluation without such patients tests on them.
 
@@ -25,10 +28,14 @@ def patients_below(patients: Iterable[str], share: float, seed: int) -> frozense
         patients: keyed hashes, one per scan; repeated for several scans of one patient.
         share: expected share of the patients, in [0, 1).
         seed: seed of the split, `data.split_seed` or `eval.seed`.
+        start: `data.held_out_start`; equal shares from 0, share, 2 share ... are the folds of a
+            cross-validation.
     Returns:
         The chosen patients; empty for share 0.
     """
-    return frozenset(name for name in set(patients) if position(name, seed) < share)
+    # a fold ends exactly where the next one begins: 0.6 + 0.2 is a little less than 0.8
+    end = round(start + share, 12)
+    return frozenset(name for name in set(patients) if start <= position(name, seed) < end)
 
 
 def position(patient: str, seed: int) -> float:
@@ -53,7 +60,13 @@ def held_out_patients_v1(patients: Iterable[str], share: float, seed: int) -> fr
 
 
 def split_of_version(
-    version: int, patients: Iterable[str], share: float, *, split_seed: int, run_seed: int
+    version: int,
+    patients: Iterable[str],
+    share: float,
+    *,
+    split_seed: int,
+    run_seed: int,
+    start: float = 0.0,
 ) -> frozenset[str]:
     """The held-out patients of a run by the rule with which it began.
 
@@ -62,10 +75,11 @@ def split_of_version(
         patients, share: as in `patients_below`.
         split_seed: seed of the split, which version 2 uses.
         run_seed: random seed of the run, which version 1 used.
+        start: as in `patients_below`; version 1 had none.
     """
     if version == 1:
         return held_out_patients_v1(patients, share, run_seed)
-    return patients_below(patients, share, split_seed)
+    return patients_below(patients, share, split_seed, start)
 
 
 def two_sides(patients: Collection[str], share: float, seed: int) -> tuple[frozenset[str], bool]:
@@ -92,43 +106,43 @@ def two_sides(patients: Collection[str], share: float, seed: int) -> tuple[froze
     return chosen, False
 
 
-def imbalance(patients: Collection[str], share: float, seed: int) -> str:
+def imbalance(patients: Collection[str], share: float, seed: int, start: float = 0.0) -> str:
     """One line about a share above 0 that holds out nobody or everybody; empty where it does not.
 
     The line names a seed of the split that holds out some of the patients.
 
     Args:
-        patients, share, seed: as in `patients_below`.
+        patients, share, seed, start: as in `patients_below`.
     """
     names = set(patients)
     if share <= 0 or not names:
         return ""
-    num = len(patients_below(names, share, seed))
+    num = len(patients_below(names, share, seed, start))
     if 0 < num < len(names):
         return ""
     line = (
         f"data.held_out {share:g} holds out {'none' if num == 0 else 'all'} of the store's "
         f"patients ({len(names)}) with data.split_seed {seed}"
     )
-    other = seed_with_both_sides(names, share)
+    other = seed_with_both_sides(names, share, start)
     if other is None:
         return f"{line}; set data.held_out=0"
-    count = len(patients_below(names, share, other))
+    count = len(patients_below(names, share, other, start))
     return f"{line}; set data.split_seed={other}, which holds out {count}, or data.held_out=0"
 
 
-def seed_with_both_sides(patients: Collection[str], share: float) -> int | None:
+def seed_with_both_sides(patients: Collection[str], share: float, start: float = 0.0) -> int | None:
     """The seed among the first hundred that holds out some of the patients, as near to the share as
     one of them does; None where none does, as for one patient.
 
     Args:
-        patients, share: as in `patients_below`.
+        patients, share, start: as in `patients_below`.
     """
     names = set(patients)
     wanted = min(max(share * len(names), 1), len(names) - 1)
     best, distance = None, float("inf")
     for seed in range(100):
-        count = len(patients_below(names, share, seed))
+        count = len(patients_below(names, share, seed, start))
         if 0 < count < len(names) and abs(count - wanted) < distance:
             best, distance = seed, abs(count - wanted)
         if distance <= 0.5:  # no other seed is nearer

@@ -84,7 +84,7 @@ class StoredScan:
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class ScanPlace:
     """Where a scan lies in the frame of its patient.
 
     Args:
@@ -168,16 +168,7 @@ class Store:
         """Number of the scan with this name; KeyError where there is none."""
         return self._number_of[scan_id]
 
-    def num_guessed_patients(self) -> int:
-        """Number of scans whose patient `tapct index` guessed from file names; 0 where the manifest
-        that was packed is gone, so that it is not known.
-        """
-        if not self._manifest_file:
-            return 0
-        sources = read_column(self.path / self._manifest_file, self.manifest_digest, "patient_from")
-        return sum(sources.get(scan.id) == "guess" for scan in self.scans)
-
-    def places(self) -> dict[str, Place]:
+    def places(self) -> dict[str, ScanPlace]:
         """Where the scans lie in their patients' frames, by scan ID; empty where the manifest that
         was packed is gone, has changed or is of an earlier version.
         """
@@ -187,10 +178,19 @@ class Store:
         origins = read_column(file, self.manifest_digest, "origin_mm")
         directions = read_column(file, self.manifest_digest, "directions")
         return {
-            scan_id: Place(tuple(origin), tuple(directions[scan_id]))
+            scan_id: ScanPlace(tuple(origin), tuple(directions[scan_id]))
             for scan_id, origin in origins.items()
             if origin and directions.get(scan_id)
         }
+
+    def num_guessed_patients(self) -> int:
+        """Number of scans whose patient `tapct index` guessed from file names; 0 where the manifest
+        that was packed is gone, so that it is not known.
+        """
+        if not self._manifest_file:
+            return 0
+        sources = read_column(self.path / self._manifest_file, self.manifest_digest, "patient_from")
+        return sum(sources.get(scan.id) == "guess" for scan in self.scans)
 
     def read_labels(self, i: int) -> LabelMap:
         """The labels of scan i, on its grid.

@@ -14,7 +14,17 @@ _LEAST_SECONDS = 10.0  # to which the limit falls where many calls are late
 
 
 class NoAnswer(Exception):
-    """A call that took longer than its limit."""
+    """A call that took longer than its limit.
+
+    Args:
+        seconds: the limit.
+    Attributes:
+        problem: the limit in words, as the object of "has".
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self.problem = f"no answer within {seconds:.3g} s (--timeout)"
+        super().__init__(self.problem)
 
 
 class TimeLimit:
@@ -55,7 +65,7 @@ class TimeLimit:
             self.close()
             waited = self.seconds
             self.seconds = max(self.seconds / 2, min(self.seconds, _LEAST_SECONDS))
-            raise NoAnswer(f"no answer within {waited:.3g} s (--timeout)") from None
+            raise NoAnswer(waited) from None
         if error is not None:
             raise error
         answer: T = result

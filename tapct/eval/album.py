@@ -9,7 +9,8 @@ from typing import Any
 
 from tapct.eval import pictures
 from tapct.eval.contract import Task
-from tapct.eval.features import DenseFeatures
+from tapct.eval.features import DenseFeatures, PatchGrid
+from tapct.eval.reader import ModelOnScan
 from tapct.eval.results import Picture
 from tapct.eval.scans import LabelledScan
 from tapct.run_folder import EvaluationFolder
@@ -21,11 +22,16 @@ class Outputs:
 
     Args:
         dense: model name -> features.
-        predictions: task name -> model name -> prediction.
+        predictions: task name -> patch grid -> model name -> prediction.
     """
 
     dense: dict[str, DenseFeatures] = field(default_factory=dict)
-    predictions: dict[str, dict[str, Any]] = field(default_factory=dict)
+    predictions: dict[str, dict[PatchGrid, dict[str, Any]]] = field(default_factory=dict)
+
+    def add(self, task: str, one: ModelOnScan, prediction: Any) -> None:
+        """Keep what a task predicted of one model."""
+        of_grid = self.predictions.setdefault(task, {}).setdefault(one.dense.grid, {})
+        of_grid[one.model.name] = prediction
 
 
 class Album:
@@ -43,27 +49,30 @@ class Album:
     def add(
         self,
         scan: LabelledScan,
-        truths: Mapping[str, Any],
+        truths: Mapping[PatchGrid, Mapping[str, Any]],
         tasks: Mapping[str, Task[Any, Any]],
         outputs: Outputs,
     ) -> None:
-        """Draw one picture per task and one of the features of all models.
+        """Draw one picture per task, or several where models differ in their patch grid, and one of
+        the features of all models.
 
         Args:
             scan: test scan.
-            truths: task name -> what its `truth` returned for the scan.
+            truths: patch grid -> task name -> what its `truth` returned for the scan.
             tasks: task name -> task.
             outputs: what the models gave.
         """
         slices: tuple[int, int] | None = None  # axial and coronal slice of the feature picture
-        for name, truth in truths.items():
-            task, file = tasks[name], self.folder / name / f"{scan.id}.png"
-            caption = task.draw(file, truth, outputs.predictions[name])
-            if caption:
-                picture = Picture(scan.id, self.below_out(file), caption)
-                self.of_task.setdefault(name, []).append(picture)
-            # the first task that names slices decides
-            slices = slices or task.slices_of_interest(truth)
+        for number, (grid, truth_of) in enumerate(truths.items(), start=1):
+            for name, truth in truth_of.items():
+                ending = "" if number == 1 else f"_{number}"
+                file = self.folder / name / f"{scan.id}{ending}.png"
+                caption = tasks[name].draw(file, truth, outputs.predictions[name][grid])
+                if caption:
+                    picture = Picture(scan.id, self.below_out(file), caption)
+                    self.of_task.setdefault(name, []).append(picture)
+                # the first task that names slices decides
+                slices = slices or tasks[name].slices_of_interest(truth)
         hu_ZYX, spacing_mm = scan.volume.hu_ZYX, scan.volume.spacing_mm
         if slices is None:
             slices = (hu_ZYX.shape[0] // 2, hu_ZYX.shape[1] // 2)

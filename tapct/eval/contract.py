@@ -151,13 +151,17 @@ class TaskResults:
 class Task(ABC, Generic[TruthT, PredictionT]):
     """One benchmark of frozen features.
 
-    The runner reads each training scan once and each test scan once, and computes each model's
-    features once for all tasks. After `begin`, with the number of training scans, it calls
+    The features of all models are computed once, for all tasks, and kept in the feature cache.
+    After `begin`, with the number of training scans, the runner calls
 
-    1. `truth` once per scan, for all models together;
+    1. `truth` once per scan for all models of one patch grid; as a rule, all models have the same
+       one;
     2. `learn` for every training scan and model, then `fit` once;
     3. `judge` for every test scan and model, and `draw` for the first few test scans;
     4. `results` and `headline` once at the end.
+
+    The voxels of a scan are read when `scan.volume` is first used. Do without them where you can:
+    `scan.spacing_mm` and `scan.shape_ZYX` need no reading.
 
     A scan-level task reads `dense.cls_D` and leaves `draw` and `slices_of_interest` as they are.
     """
@@ -193,10 +197,10 @@ class Task(ABC, Generic[TruthT, PredictionT]):
     def truth(self, scan: LabelledScan, grid: PatchGrid, in_play_Z: np.ndarray) -> TruthT:
         """Compute from one scan what `learn`, `judge` and `draw` need, e.g. labels of patches.
 
-        The result is the same for all models.
+        The result is the same for all models with this patch grid.
 
         Args:
-            scan: voxels and the labels that the task declared.
+            scan: the labels that the task declared, and the voxels.
             grid: patch grid of the features.
             in_play_Z: bool, True for the slices of patches that the task may use. Only where the
                 same scan is in the training and in the test set are some False: those of the other

@@ -1,26 +1,24 @@
-"""Frozen dense features of a whole scan: sliding windows, averaged on one patch grid, mapped back
-to voxels.
+"""Frozen dense features of a whole scan: its patch grid, the way back to voxels, and how the scan
+is prepared for sliding windows. `extraction.py` computes the features.
 
 Axes: Z Y X depth height width (voxels, or patches of the grid where stated), D channels,
-C maps (classes), B windows of one call, W windows of a scan, R registers.
+C maps (classes), W windows of a scan, R registers.
 Padding: the scan stands at the origin and air follows at the far end of each axis, as in training.
 """
 
 from __future__ import annotations
 
-import itertools
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tapct.base.exits import UserError
 from tapct.base.geometry import Grid, Size3, patch_grid
 from tapct.config import setting
-from tapct.types import AIR_HU, HUContract, Tokens
+from tapct.types import AIR_HU, HUContract
 from tapct.views.resample import resize_volume
 
 _SLAB_BYTES = 16 << 20  # of the largest temporary while a map is brought to voxels
@@ -86,10 +84,39 @@ class PatchGrid:
     resized: Size3
     original: Size3
 
+    @classmethod
+    def of_scan(cls, shape_ZYX: Sequence[int], preprocess: Preprocess, patch: Size3) -> PatchGrid:
+        """The grid of a scan of this shape in voxels; the voxels need not be read."""
+        depth, height, width = shape_ZYX
+        size_y, size_x = preprocess.size_yx
+        return cls(patch, (depth, size_y or height, size_x or width), (depth, height, width))
+
     @property
     def shape(self) -> Grid:
         """Patches along (z, y, x): enough to cover the resized scan."""
         z, y, x = (-(-size // side) for size, side in zip(self.resized, self.patch, strict=True))
+        return z, y, x
+
+    def centre_mm(
+        self, patch_index: Sequence[float], spacing_mm: Sequence[float]
+    ) -> tuple[float, float, float]:
+        """Position of a patch's centre along (z, y, x) in mm, from the centre of the scan's first
+        voxel.
+
+        The centre of patch i lies at (i + 0.5) * patch in edges of resized voxels, thus at
+        ((i + 0.5) * patch * original / resized - 0.5) * spacing. Padding lies behind the scan, so
+        it moves nothing.
+
+        Args:
+            patch_index: number of the patch along (z, y, x); fractions lie between two centres.
+            spacing_mm: mm of the scan's own voxels along (z, y, x).
+        """
+        z, y, x = (
+            ((i + 0.5) * p * o / r - 0.5) * mm
+            for i, p, o, r, mm in zip(
+                patch_index, self.patch, self.original, self.resized, spacing_mm, strict=True
+            )
+        )
         return z, y, x
 
     def spacing_mm(self, spacing_mm: Sequence[float]) -> tuple[float, float, float]:
@@ -271,8 +298,8 @@ def prepare(
     """
     preprocess.check_patch(patch)
     depth, height, width = hu_ZYX.shape
-    resized = (depth, preprocess.size_yx[0] or height, preprocess.size_yx[1] or width)
-    grid = PatchGrid(patch, resized, (depth, height, width))
+    grid = PatchGrid.of_scan(hu_ZYX.shape, preprocess, patch)
+    resized = grid.resized
     padded = [max(n * p, w) for n, p, w in zip(grid.shape, patch, preprocess.window, strict=True)]
     air = float(contract.normalise(torch.tensor(float(AIR_HU))))
     input_ZYX = torch.full(padded, air, device=device)
@@ -310,108 +337,3 @@ def axis_weight(num_patches: int, border_weight: float) -> Tensor:
     position = torch.arange(num_patches, dtype=torch.float32)
     from_centre = (2 * position - (num_patches - 1)).abs() / max(num_patches - 1, 1)
     return 1 - (1 - border_weight) * from_centre
-
-
-def features_of(
-    model: nn.Module, prepared: Prepared, preprocess: Preprocess, *, batch: int = 8
-) -> DenseFeatures:
-    """Slide the window over a prepared scan and average the tokens of overlapping windows.
-
-    The windows form a full grid of positions, so the sum of weights is a product of three vectors
-    and never a volume.
-
-    Args:
-        model: called as `model([crops_BZYX])`, returns one `Tokens`; has `patch` and `dim`. One
-            that `needs_spacing` is given `spacing_mm=[spacing_B3]` too.
-        batch: windows per call.
-    Returns:
-        `DenseFeatures` on the model's device.
-    """
-    patch, input_ZYX = prepared.grid.patch, prepared.input_ZYX
-    starts = [
-        window_starts(*axis)
-        for axis in zip(input_ZYX.shape, preprocess.window, preprocess.stride, strict=True)
-    ]
-    corners = [(z, y, x) for z, y, x in itertools.product(*starts)]
-    per_window = list(patch_grid(preprocess.window, patch, "preprocess.window"))
-    weights = [axis_weight(n, preprocess.border_weight).to(input_ZYX.device) for n in per_window]
-    taper_ZYX1 = (weights[0][:, None, None] * weights[1][:, None] * weights[2])[..., None]
-    dim = int(model.dim)  # type: ignore[arg-type]
-    total_ZYXD = input_ZYX.new_zeros(*patch_grid(input_ZYX.shape, patch, "the padded scan"), dim)
-    cls_D = input_ZYX.new_zeros(dim)
-    training = model.training
-    model.eval()
-    try:
-        with torch.inference_mode():
-            for first in range(0, len(corners), batch):
-                chunk = corners[first : first + batch]
-                tokens = _run(model, prepared, chunk, preprocess.window, per_window)
-                patches = tokens.patches_BND.float().unflatten(1, per_window) * taper_ZYX1
-                for corner, part in zip(chunk, patches, strict=True):
-                    total_ZYXD[_box(corner, per_window, patch)] += part
-                cls_D += tokens.cls_BD.float().sum(0)
-    finally:
-        model.train(training)
-    sums = [_axis_sum(total_ZYXD.shape[a], starts[a], weights[a], patch[a]) for a in range(3)]
-    total_ZYXD /= (sums[0][:, None, None] * sums[1][:, None] * sums[2])[..., None]
-    z, y, x = prepared.grid.shape
-    features_DZYX = total_ZYXD[:z, :y, :x].contiguous().permute(3, 0, 1, 2)
-    return DenseFeatures(features_DZYX, cls_D / len(corners), prepared.grid)
-
-
-def dense_features(
-    model: nn.Module,
-    hu_ZYX: np.ndarray,
-    contract: HUContract,
-    preprocess: Preprocess,
-    *,
-    batch: int = 8,
-    device: torch.device | str = "cpu",
-    spacing_mm: Sequence[float] | None = None,
-) -> DenseFeatures:
-    """Dense features of a whole scan: `prepare`, then `features_of`.
-
-    Args:
-        model: backbone on `device` with `patch` and `dim`.
-        hu_ZYX: int16 HU, LPS, axial slices first.
-        batch: windows per forward call.
-        spacing_mm: see `prepare`.
-    Raises:
-        UserError: window or stride off the model's patch grid, or no spacing for a model in mm.
-    Source: sliding-window use of the released model, arXiv:2512.00872.
-    """
-    z, y, x = model.patch  # type: ignore[misc]
-    prepared = prepare(hu_ZYX, contract, preprocess, (int(z), int(y), int(x)), device, spacing_mm)
-    return features_of(model, prepared, preprocess, batch=batch)
-
-
-def _run(
-    model: nn.Module,
-    prepared: Prepared,
-    corners: list[Size3],
-    window: Size3,
-    per_window: list[int],
-) -> Tokens:
-    crops_BZYX = torch.stack(
-        [prepared.input_ZYX[_box(corner, window, (1, 1, 1))] for corner in corners]
-    )
-    if getattr(model, "needs_spacing", False) and prepared.spacing_mm is not None:
-        spacing_B3 = crops_BZYX.new_tensor(prepared.spacing_mm).expand(len(corners), 3)
-        tokens = model([crops_BZYX], spacing_mm=[spacing_B3])[0]
-    else:
-        tokens = model([crops_BZYX])[0]
-    assert list(tokens.grid) == per_window, (tokens.grid, per_window)
-    assert tokens.patches_BND.shape[1] == math.prod(per_window)
-    return tokens
-
-
-def _box(corner: Sequence[int], size: Sequence[int], patch: Sequence[int]) -> tuple[slice, ...]:
-    """Slices of `size` cells from a corner in voxels, in cells of `patch` voxels."""
-    return tuple(slice(c // p, c // p + s) for c, s, p in zip(corner, size, patch, strict=True))
-
-
-def _axis_sum(num_patches: int, starts: list[int], weight: Tensor, patch: int) -> Tensor:
-    total = torch.zeros(num_patches, device=weight.device)
-    for start in starts:
-        total[start // patch : start // patch + len(weight)] += weight
-    return total

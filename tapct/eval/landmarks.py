@@ -17,7 +17,7 @@ from pathlib import Path
 
 from tapct.base.exits import UserError
 from tapct.base.files import expand_path
-from tapct.data.store import Place, StoredScan
+from tapct.data.store import ScanPlace, StoredScan
 from tapct.data.tables import Table, read_table
 from tapct.eval.scans import Landmarks, Point
 from tapct.eval.table_rows import match_rows
@@ -44,7 +44,7 @@ class LandmarkTable:
 
 
 def read_landmarks(
-    file: Path | str, scans: Sequence[StoredScan], places: Mapping[str, Place]
+    file: Path | str, scans: Sequence[StoredScan], places: Mapping[str, ScanPlace]
 ) -> LandmarkTable:
     """Read named points.
 
@@ -132,7 +132,7 @@ def _position(row: Mapping[str, str], axes: Sequence[str], table: Table) -> Poin
     return z, y, x
 
 
-def _in_scan(given: Point, scan: StoredScan, place: Place | None) -> Point:
+def _in_scan(given: Point, scan: StoredScan, place: ScanPlace | None) -> Point:
     """A point in mm along the axes of its scan; `place` is None for one in voxels."""
     if place is not None:
         return place.in_scan(given[::-1])

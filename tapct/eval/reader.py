@@ -1,26 +1,32 @@
-"""Reads the scans of an evaluation one at a time, prepared once for all models and tasks."""
+"""Goes through the scans of an evaluation one at a time: labels, truths and features from the
+cache, the same for all models and tasks.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 
 from tapct.base import console
 from tapct.base.exits import UserError, single_line
 from tapct.data.packed import Damaged
 from tapct.data.store import Store
 from tapct.eval import scans
+from tapct.eval.ahead import one_ahead
 from tapct.eval.contract import Labels
-from tapct.eval.features import PatchGrid, Prepared, Preprocess, prepare
+from tapct.eval.features import DenseFeatures, PatchGrid
+from tapct.eval.fill import Features
+from tapct.eval.models import EvaluatedModel
 from tapct.eval.results import PATIENTS, UnreadScan
 from tapct.eval.scans import LabelledScan, ScanRow, Split, TableLabels
 from tapct.eval.task_runs import TaskRun
-from tapct.types import HUContract, Refused
+from tapct.types import Refused
+
+PREFETCH_BYTES = 512 << 20  # larger features are read when they are due: two may not fit in memory
 
 
 @dataclass(frozen=True)
@@ -37,35 +43,51 @@ class Blocks:
 
 
 @dataclass(frozen=True)
-class PreparedScan:
-    """One scan, with everything that is the same for all models.
+class ScanAndTruths:
+    """One scan, with everything that is the same for all models of one patch grid.
 
     Args:
-        labelled: voxels and labels.
-        prepared: input of the backbones.
-        truths: task name -> what its `truth` returned.
+        labelled: scan with its labels.
+        truths: patch grid -> task name -> what the task's `truth` returned.
     """
 
     labelled: LabelledScan
-    prepared: Prepared
-    truths: Mapping[str, Any]
+    truths: Mapping[PatchGrid, Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class ModelOnScan:
+    """The features of one model on one scan.
+
+    Args:
+        scan: scan and truths.
+        model: model.
+        dense: features.
+        is_last: whether it is the last model of this scan.
+    """
+
+    scan: ScanAndTruths
+    model: EvaluatedModel
+    dense: DenseFeatures
+    is_last: bool
+
+    @property
+    def truths(self) -> Mapping[str, Any]:
+        """Task name -> truth on the patch grid of this model."""
+        return self.scan.truths[self.dense.grid]
 
 
 class ScanReader:
-    """The scans of a split, read and prepared.
+    """The scans of a split, with truths and features.
 
     Args:
         split: training and test scans.
         store: packed scans and labels.
         task_runs: tasks, with the scans that each can use.
         tables: labels that come from tables.
-        contract: HU to network input.
-        preprocess: how scans are prepared.
-        patch: voxels (z, y, x) of a patch.
-        device: device that scans are prepared on.
+        features: features of the models.
         blocks: division of scans of one patient.
         max_skips: largest number of scans that may be skipped because they cannot be read.
-        progress: function that is called with (scans done, scans in all).
     Attributes:
         unread: scans that were skipped.
     """
@@ -77,87 +99,106 @@ class ScanReader:
         task_runs: Sequence[TaskRun],
         tables: TableLabels,
         *,
-        contract: HUContract,
-        preprocess: Preprocess,
-        patch: tuple[int, int, int],
-        device: torch.device,
+        features: Features,
         blocks: Blocks,
         max_skips: int,
-        progress: Callable[[int, int], None] | None,
     ) -> None:
         self.split, self.store, self.task_runs = split, store, task_runs
-        self.tables, self.contract, self.preprocess = tables, contract, preprocess
-        self.patch, self.device, self.blocks = patch, device, blocks
-        self.max_skips, self.progress = max_skips, progress
+        self.tables, self.features, self.blocks = tables, features, blocks
+        self.max_skips = max_skips
         self.unread: list[UnreadScan] = []
 
-    def train(self) -> Iterator[PreparedScan]:
-        """The training scans."""
-        return self._scans(self.split.train, "train", num_before=0)
+    def rows(self) -> list[ScanRow]:
+        """The scans of both sides, each once."""
+        return list({row.id: row for row in (*self.split.train, *self.split.test)}.values())
 
-    def test(self) -> Iterator[PreparedScan]:
-        """The test scans."""
-        return self._scans(self.split.test, "test", num_before=len(self.split.train))
-
-    def read_rows(self, side: str) -> tuple[ScanRow, ...]:
-        """Rows of a side, `train` or `test`, without those that could not be read."""
-        unread = {scan.scan for scan in self.unread if scan.side == side}
-        return tuple(row for row in getattr(self.split, side) if row.id not in unread)
-
-    def _scans(self, rows: Sequence[ScanRow], side: str, num_before: int) -> Iterator[PreparedScan]:
-        total = len(self.split.train) + len(self.split.test)
-        for number, row in enumerate(rows, start=num_before + 1):
-            labelled = self._read(row, side)
-            if labelled is not None:
-                yield self._prepared(labelled, side)
-            if self.progress:
-                self.progress(number, total)
+    def on_side(self, side: str) -> Iterator[ModelOnScan]:
+        """Every model on every scan of a side, `train` or `test`: all models of one scan, then the
+        next scan.
+        """
+        rows: tuple[ScanRow, ...] = getattr(self.split, side)
+        for row in rows:
+            if row.id in self.features.unreadable:
+                self._skip(row, side, self.features.unreadable[row.id])
+        pairs = (
+            (row, scans.read_scan(row, self.store, with_labels=False), model)
+            for row in self.read_rows(side)
+            for model in self.features.models
+        )
+        first, last = self.features.models[0], self.features.models[-1]
+        scan: ScanAndTruths | None = None
+        # the thread reads features alone; tasks see the scans in order, one after another
+        for (row, _, model), dense in one_ahead(pairs, self._load, self._is_large):
+            if model is first:
+                scan = self._with_truths(row, side)
+            if scan is not None:
+                yield ModelOnScan(scan, model, dense, model is last)
         if rows and not self.read_rows(side):
             raise UserError(
                 f"none of the {len(rows)} {side} scans could be read; the last: "
                 f"{self.unread[-1].scan}: {self.unread[-1].reason}"
             )
 
-    def _read(self, row: ScanRow, side: str) -> LabelledScan | None:
+    def read_rows(self, side: str) -> tuple[ScanRow, ...]:
+        """Rows of a side, `train` or `test`, without those that could not be read."""
+        unread = {scan.scan for scan in self.unread if scan.side == side}
+        return tuple(row for row in getattr(self.split, side) if row.id not in unread)
+
+    def check_skips(self) -> None:
+        """Raise UserError where more scans cannot be read than may be skipped."""
+        bad = {**{scan.scan: scan.reason for scan in self.unread}, **self.features.unreadable}
+        if len(bad) > self.max_skips:
+            scan_id, reason = list(bad.items())[-1]
+            raise UserError(
+                f"scan {scan_id} cannot be read: {reason}. Restore it, or skip up to N damaged "
+                "scans with data.loader.on_error=skip data.loader.max_skips=N"
+            )
+
+    def _load(self, item: tuple[ScanRow, LabelledScan, EvaluatedModel]) -> DenseFeatures:
+        _, scan, model = item
+        return self.features.load(scan, model)
+
+    def _is_large(self, item: tuple[ScanRow, LabelledScan, EvaluatedModel]) -> bool:
+        _, scan, model = item
+        return self.features.num_bytes(scan, model) > PREFETCH_BYTES
+
+    def _with_truths(self, row: ScanRow, side: str) -> ScanAndTruths | None:
         """One scan; None where it cannot be read, which is printed and counted.
 
         Raises:
             UserError: more scans cannot be read than may be skipped.
         """
-        tasks = [each.task for each in self.task_runs if row.id in each.scan_ids]
-        need_map = any(task.labels in (Labels.VOXELS, Labels.PAIRS) for task in tasks)
+        runs = [each for each in self.task_runs if row.id in each.scan_ids]
+        needs_map = any(each.task.labels in (Labels.VOXELS, Labels.PAIRS) for each in runs)
         try:
             values = self.tables.scan_labels.get(row.id)
-            scan = scans.read_scan(row, self.store, with_labels=need_map, scan_labels=values)
-            return self.tables.added_to(scan)
-        except (Refused, Damaged, OSError) as error:
-            reason = single_line(error)
-            in_store = reason.replace(f"{self.store.path}{os.sep}", "")  # results hold no path
-            self.unread.append(UnreadScan(row.id, side, in_store))
-            if len({scan.scan for scan in self.unread}) > self.max_skips:
-                raise UserError(
-                    f"scan {row.id} cannot be read: {reason}. Restore it, or skip up to N damaged "
-                    "scans with data.loader.on_error=skip data.loader.max_skips=N"
-                ) from error
-            console.say(f"skipped: {side} scan {row.id} cannot be read: {reason}")
+            labelled = self.tables.added_to(
+                scans.read_scan(row, self.store, with_labels=needs_map, scan_labels=values)
+            )
+            return ScanAndTruths(labelled, self._truths(labelled, runs, side))
+        except (Refused, Damaged) as error:
+            self._skip(row, side, single_line(error))
             return None
 
-    def _prepared(self, labelled: LabelledScan, side: str) -> PreparedScan:
-        volume = labelled.volume
-        prepared = prepare(
-            volume.hu_ZYX,
-            self.contract,
-            self.preprocess,
-            self.patch,
-            self.device,
-            volume.spacing_mm,
-        )
-        in_play_Z = self._in_play(prepared.grid, labelled.id, side)
-        truths = {}
-        for each in self.task_runs:
-            if labelled.id in each.scan_ids:
-                truths[each.name] = each.task.truth(labelled, prepared.grid, in_play_Z)
-        return PreparedScan(labelled, prepared, truths)
+    def _truths(
+        self, labelled: LabelledScan, runs: Sequence[TaskRun], side: str
+    ) -> dict[PatchGrid, dict[str, Any]]:
+        """What the tasks need of a scan, once for each patch grid."""
+        truths: dict[PatchGrid, dict[str, Any]] = {}
+        for model in self.features.models:
+            grid = model.grid(labelled.shape_ZYX)
+            if grid not in truths:
+                in_play_Z = self._in_play(grid, labelled.id, side)
+                truths[grid] = {
+                    each.name: each.task.truth(labelled, grid, in_play_Z) for each in runs
+                }
+        return truths
+
+    def _skip(self, row: ScanRow, side: str, reason: str) -> None:
+        in_store = reason.replace(f"{self.store.path}{os.sep}", "")  # results hold no path
+        self.unread.append(UnreadScan(row.id, side, in_store))
+        self.check_skips()
+        console.say(f"skipped: {side} scan {row.id} cannot be read: {reason}")
 
     def _in_play(self, grid: PatchGrid, scan_id: str, side: str) -> np.ndarray:
         """Slices of patches that this side of the split may use: bool (Z,)."""

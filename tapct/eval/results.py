@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tapct.base import files
+from tapct.base.counted import counted
 from tapct.eval import old_formats
 from tapct.eval.contract import Breakdown, Headline, ScanScore, TaskResults
 from tapct.eval.held_out import BY_EARLIER_VERSION, HeldOut
@@ -175,6 +176,59 @@ class TaskSection:
 
 
 @dataclass(frozen=True)
+class EvaluatedBackbone:
+    """How one model of an evaluation was run.
+
+    Args:
+        patch: voxels (z, y, x) of its patch.
+        blocks: blocks whose features were read, counted from 0.
+        preprocess: its preprocessing.
+        contract: its HU contract.
+        features: its key in the feature cache, which stands for its weights too.
+        held_out: whether its pretraining has seen the test scans, as `SplitRecord.held_out` of the
+            pretrained model; None for baselines, which were trained on nothing.
+    """
+
+    patch: tuple[int, ...]
+    blocks: tuple[int, ...]
+    preprocess: Mapping[str, Any]
+    contract: Mapping[str, Any]
+    features: str
+    held_out: bool | str | None = None
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What the features of an evaluation cost.
+
+    Args:
+        seconds: seconds by part: read, prepare, forward, write, load. Parts run side by side, so
+            their sum can exceed the wall time.
+        num_scans: scans of the evaluation.
+        num_computed: pairs of scan and model whose features were computed.
+        num_cached: pairs whose features were in the cache.
+        features_bytes: bytes of the features of this evaluation in the cache.
+        cache_bytes: bytes of the whole cache.
+    """
+
+    seconds: Mapping[str, float]
+    num_scans: int
+    num_computed: int
+    num_cached: int
+    features_bytes: int
+    cache_bytes: int
+
+    def line(self) -> str:
+        """The cost in one line for a terminal."""
+        parts = ", ".join(f"{part} {value:.3g} s" for part, value in self.seconds.items())
+        return (
+            f"features of {counted(self.num_scans, 'scan')}: {self.num_computed} computed, "
+            f"{self.num_cached} in the cache ({self.features_bytes / 1e9:.3g} GB, the whole cache "
+            f"{self.cache_bytes / 1e9:.3g} GB); {parts}"
+        )
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """The content of results.json.
 
@@ -187,6 +241,8 @@ class Evaluation:
         pca: pictures of patch features.
         origin: data, weights, command and versions.
         seconds: wall time.
+        backbones: model name -> how it was run; empty in results of earlier versions.
+        cost: what the features cost; None in results of earlier versions.
     """
 
     tasks: Mapping[str, TaskSection]
@@ -197,6 +253,8 @@ class Evaluation:
     pca: tuple[Picture, ...] = ()
     origin: Origin = field(default_factory=Origin)
     seconds: float = math.nan
+    backbones: Mapping[str, EvaluatedBackbone] = field(default_factory=dict)
+    cost: Cost | None = field(default=None, compare=False)  # differs between equal evaluations
 
     def to_json(self) -> dict[str, Any]:
         """The object that is written; NaN becomes null."""
@@ -215,6 +273,8 @@ class Evaluation:
             "git_revision": self.origin.git_revision,
             "command": self.origin.command,
             "seconds": self.seconds,
+            "backbones": {name: asdict(one) for name, one in self.backbones.items()},
+            "cost": None if self.cost is None else asdict(self.cost),
         }
         plain: dict[str, Any] = _plain(content)
         return plain
@@ -232,6 +292,11 @@ class Evaluation:
                 lines.append(headline.mean_of)
         if self.split.caveat:
             lines.append(f"caveat: {self.split.caveat}")
+        for name, backbone in self.backbones.items():
+            if backbone.held_out not in (None, True):
+                lines.append(f"caveat: {_held_out_line(name, backbone.held_out)}")
+        if self.cost is not None:
+            lines.append(self.cost.line())
         return lines
 
     def write(self, folder: Path) -> None:
@@ -282,6 +347,8 @@ def from_json(content: Mapping[str, Any]) -> Evaluation:
             _pictures(content.get("pca", ())),
             origin,
             _number(content.get("seconds")),
+            {name: _backbone(model) for name, model in content.get("backbones", {}).items()},
+            None if content.get("cost") is None else Cost(**content["cost"]),
         )
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"it is no evaluation ({type(error).__name__}: {error})") from error
@@ -308,6 +375,19 @@ def read(folder: Path) -> tuple[Evaluation | None, str]:
         return from_json(content), ""
     except ValueError as error:
         return None, f"{path.name} cannot be used: {error}"
+
+
+def _held_out_line(name: str, held_out: bool | str | None) -> str:
+    if held_out is False:
+        return (
+            f"{name} was pretrained on some of the test scans, or on other scans of a test patient"
+        )
+    return f"whether {name} was pretrained on the test scans is unknown"
+
+
+def _backbone(content: Mapping[str, Any]) -> EvaluatedBackbone:
+    tuples = {key: tuple(content[key]) for key in ("patch", "blocks")}
+    return EvaluatedBackbone(**{**content, **tuples})
 
 
 def _split_to_json(split: SplitRecord) -> dict[str, Any]:

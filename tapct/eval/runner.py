@@ -1,9 +1,12 @@
 """Evaluation of frozen backbones: scans in, `results.json` and pictures out.
 
-Scans are read one at a time, and every model and task works on a scan before the next one is read.
-So memory holds one scan and the features of one model at a time; for a test scan that gets
-pictures, the features of all models. The training scans are read once, then the tasks are fitted,
-then the test scans are read once.
+    1. features   scans with missing features are read, once for all models, into the feature cache
+    2. learn      features of the training scans come from the cache, then the tasks are fitted
+    3. evaluate   features of the test scans come from the cache
+
+So a second evaluation with other tasks reads no scan, except where a task needs the HU themselves.
+Memory holds the features of one model on one scan at a time, and small ones of the next; for a test
+scan that gets pictures, the features of all models.
 """
 
 from __future__ import annotations
@@ -20,21 +23,32 @@ import numpy as np
 import torch
 
 import tapct
-from tapct.base.exits import UserError
+from tapct.base import console
 from tapct.base.paths import without_absolute_paths
 from tapct.config import plugins, setting, to_dict
 from tapct.config.plugins import Plugin
 from tapct.data.store import Store
-from tapct.eval import scans
+from tapct.eval import baselines, cache, scans
 from tapct.eval.album import Album, Outputs
-from tapct.eval.baselines import NamedModel
+from tapct.eval.cache import FeatureCache
 from tapct.eval.contract import DEFAULT_TASKS
-from tapct.eval.features import Preprocess, features_of
+from tapct.eval.features import Preprocess
+from tapct.eval.fill import Features
 from tapct.eval.held_out import HeldOut, no_list
+from tapct.eval.models import NamedModel, settle
 from tapct.eval.reader import Blocks, ScanReader
-from tapct.eval.results import Evaluation, Origin, SplitRecord, TaskSection
+from tapct.eval.results import (
+    Cost,
+    EvaluatedBackbone,
+    Evaluation,
+    Origin,
+    SplitRecord,
+    TaskSection,
+)
 from tapct.eval.scans import ScanRow, Split, TableLabels
+from tapct.eval.stopwatch import PARTS
 from tapct.eval.task_runs import TaskRun, begin, build_tasks, check_label_settings, usable_rows
+from tapct.run_folder import features_beside
 from tapct.types import HUContract
 
 
@@ -122,9 +136,20 @@ class Config:
         "column of `scan_labels` with the official split (train, val or test); auto: `split`, or "
         "else `fold0`, where there is one; none: the scans are divided by patient",
     )
+    baselines: tuple[str, ...] = setting(
+        baselines.NAMES,
+        "models that the pretrained one is compared with; random_2x and random_4x have 2 and 4 "
+        "times the channels, so their features take about 4 and 16 times as long, once",
+    )
+    cache: cache.Config = dataclasses.field(
+        default_factory=cache.Config, metadata={"doc": "where features are kept"}
+    )
     during: During = dataclasses.field(
         default_factory=During, metadata={"doc": "evaluation while training runs"}
     )
+
+    def __post_init__(self) -> None:
+        baselines.check_names(self.baselines)
 
 
 def evaluate(
@@ -136,75 +161,106 @@ def evaluate(
     contract: HUContract,
     out: Path,
     preprocess: Preprocess | None = None,
+    features: Path | None = None,
     held_out: Collection[str] = (),
     check_held_out: Callable[[Sequence[ScanRow]], HeldOut] = no_list,
+    check_others: Mapping[str, Callable[[Sequence[ScanRow]], HeldOut]] | None = None,
     tables: TableLabels | None = None,
     origin: Origin | None = None,
     max_skips: int = 0,
     device: torch.device | str = "cpu",
     progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
-    """Evaluate frozen backbones on the same scans, windows, grid and labels.
+    """Evaluate frozen backbones on the same scans and labels.
 
     Args:
-        models: at least one, on `device`, all with the same patch; the first one comes first in
-            the pictures.
+        models: at least one, on `device`; the first one comes first in the pictures. They may
+            differ in patch, HU contract and preprocessing.
         rows: accepted scans; each task uses those that have the labels it needs.
         store: packed scans and labels, which are all that is read.
         config: tasks, split and preprocessing.
-        contract: HU to network input.
+        contract: HU to network input, of models without their own.
         out: folder for `results.json` and `pictures/`; made if missing, `results.json` is
             replaced atomically.
-        preprocess: preprocessing instead of the config's, e.g. the one stored in an export.
+        preprocess: preprocessing instead of the config's, e.g. the one stored in an export; of
+            models without their own.
+        features: folder of the feature cache where `config.cache` names none; None for
+            OUT/features.
         held_out: patients kept out of pretraining. If some of the usable scans are theirs and some
             are not, these patients are the test set; else patients are drawn by `test_share`.
         check_held_out: function that finds the test scans that were trained on.
+        check_others: the same for further models, by name.
         tables: labels that come from tables, for tasks that need `Labels.SCAN` or
             `Labels.LANDMARKS`, and the official split if there is one.
         origin: data, weights and command, kept in the results.
         max_skips: largest number of scans that are skipped because they cannot be read.
-        device: device that scans are prepared on.
-        progress: called with (scans done, scans in all).
+        device: device that features are computed on.
+        progress: called with (steps done, steps in all): a step is a pair of scan and model whose
+            features are computed, or a scan that the tasks have seen.
     Returns:
         What `results.json` holds.
     Raises:
-        UserError: no task, no usable scan, a setting that names an unknown label, models that
-            differ in patch, windows off the patch grid, or too many scans that cannot be read.
+        UserError: no task, no usable scan, a setting that names an unknown label, windows off the
+            patch grid, features that are not finite, or too many scans that cannot be read.
     """
     began = time.perf_counter()
     preprocess = preprocess or config.preprocess
-    patch = _common_patch(models)
-    preprocess.check_patch(patch)
     rows = scans.matching(rows, config.only)
     tables = tables or TableLabels()
     task_runs, split = _plan(config, rows, store, held_out, tables)
-    reader = ScanReader(
-        split,
-        store,
-        task_runs,
-        tables,
+    settled = settle(
+        models,
+        [(each.name, each.task) for each in task_runs],
         contract=contract,
         preprocess=preprocess,
-        patch=patch,
         device=torch.device(device),
-        blocks=Blocks(config.num_blocks, config.block_gap),
-        max_skips=max_skips,
-        progress=progress,
     )
-    _learn(reader, models, config)
-    album = _test(reader, models, config, out)
+    folder = config.cache.path or features or features_beside(out)
+    feature_cache = FeatureCache(folder, config.cache.quota_gb)
+    with feature_cache.in_use([model.key for model in settled]):
+        found = Features(
+            settled, store, feature_cache, batch=config.batch, device=torch.device(device)
+        )
+        reader = ScanReader(
+            split,
+            store,
+            task_runs,
+            tables,
+            features=found,
+            blocks=Blocks(config.num_blocks, config.block_gap),
+            max_skips=max_skips,
+        )
+        steps = _fill(reader, progress)
+        _learn(reader, steps)
+        album = _test(reader, config, out, steps)
+        cost = _cost(reader)
     evaluation = Evaluation(
-        tasks=_sections(config, reader, models, num_rows=len(rows), album=album),
+        tasks=_sections(config, reader, num_rows=len(rows), album=album),
         split=_record(reader, check_held_out),
-        preprocess=to_dict(preprocess),
-        patch=patch,
+        preprocess=to_dict(settled[0].preprocess),
+        patch=settled[0].patch,
         seed=config.seed,
         pca=tuple(album.pca),
         origin=dataclasses.replace(origin or Origin(), versions=_versions()),
         seconds=round(time.perf_counter() - began, 2),
+        backbones=_backbones(reader, check_others or {}),
+        cost=cost,
     )
     evaluation.write(out)
     return evaluation
+
+
+class _Steps:
+    """Counts the steps of an evaluation for the progress bar."""
+
+    def __init__(self, total: int, progress: Callable[[int, int], None] | None) -> None:
+        self.done, self.total, self.progress = 0, total, progress
+
+    def add(self, num: int = 1) -> None:
+        """Count finished steps."""
+        self.done += num
+        if self.progress:
+            self.progress(self.done, self.total)
 
 
 def _plan(
@@ -230,59 +286,102 @@ def _plan(
     return [begin(name, tasks[name], rows_of_task[name], split) for name in rows_of_task], split
 
 
-def _learn(reader: ScanReader, models: Sequence[NamedModel], config: Config) -> None:
-    """Read the training scans once, for all models and tasks, and fit the tasks."""
+def _fill(reader: ScanReader, progress: Callable[[int, int], None] | None) -> _Steps:
+    """Compute the features that are missing in the cache."""
+    features = reader.features
+    wanted = features.missing(reader.rows())
+    num_missing = sum(len(one.blocks) for one in wanted)
+    num_scans = len(reader.split.train) + len(reader.split.test)
+    steps = _Steps(num_missing + num_scans, progress)
+    features.fill(wanted, check=reader.check_skips, done=steps.add)
+    features.release()
+    return steps
+
+
+def _learn(reader: ScanReader, steps: _Steps) -> None:
+    """Hand the training scans to the tasks, and fit them."""
     tasks = {each.name: each.task for each in reader.task_runs}
-    for scan in reader.train():
-        for model in models:
-            dense = features_of(model.model, scan.prepared, reader.preprocess, batch=config.batch)
-            for name, truth in scan.truths.items():
-                tasks[name].learn(model.name, dense, truth)
+    for one in reader.on_side("train"):
+        for name, truth in one.truths.items():
+            tasks[name].learn(one.model.name, one.dense, truth)
+        if one.is_last:
+            steps.add()
     for task in tasks.values():
         task.fit()
 
 
-def _test(reader: ScanReader, models: Sequence[NamedModel], config: Config, out: Path) -> Album:
-    """Read the test scans once; returns the pictures of the first few."""
+def _test(reader: ScanReader, config: Config, out: Path, steps: _Steps) -> Album:
+    """Hand the test scans to the tasks; returns the pictures of the first few."""
     album, tasks = Album(out), {each.name: each.task for each in reader.task_runs}
-    for number, scan in enumerate(reader.test()):
+    outputs, number = Outputs(), 0
+    for one in reader.on_side("test"):
         gets_pictures = number < config.num_pictures
-        outputs = Outputs()
-        for model in models:
-            dense = features_of(model.model, scan.prepared, reader.preprocess, batch=config.batch)
-            for name, truth in scan.truths.items():
-                prediction = tasks[name].judge(model.name, dense, truth)
-                if gets_pictures:
-                    outputs.predictions.setdefault(name, {})[model.name] = prediction
+        for name, truth in one.truths.items():
+            prediction = tasks[name].judge(one.model.name, one.dense, truth)
             if gets_pictures:
-                outputs.dense[model.name] = dense
+                outputs.add(name, one, prediction)
         if gets_pictures:
-            album.add(scan.labelled, scan.truths, tasks, outputs)
+            outputs.dense[one.model.name] = one.dense
+        if one.is_last:
+            if gets_pictures:
+                album.add(one.scan.labelled, one.scan.truths, tasks, outputs)
+            outputs, number = Outputs(), number + 1
+            steps.add()
     return album
 
 
+def _cost(reader: ScanReader) -> Cost:
+    features = reader.features
+    num_scans, num_models = len(reader.rows()), len(features.models)
+    caveat = features.cache.caveat()
+    if caveat:
+        console.say(caveat)
+    return Cost(
+        {part: round(features.stopwatch.seconds[part], 3) for part in PARTS},
+        num_scans,
+        features.num_extracted,
+        max(0, num_scans * num_models - features.num_extracted),
+        features.cache.used_bytes(),
+        features.cache.size(),
+    )
+
+
+def _backbones(
+    reader: ScanReader, check_others: Mapping[str, Callable[[Sequence[ScanRow]], HeldOut]]
+) -> dict[str, EvaluatedBackbone]:
+    """Model name -> how it was run."""
+    test, found = reader.read_rows("test"), {}
+    for model in reader.features.models:
+        check = check_others.get(model.name)
+        found[model.name] = EvaluatedBackbone(
+            model.patch,
+            model.blocks,
+            to_dict(model.preprocess),
+            dataclasses.asdict(model.contract),
+            model.key.text,
+            None if check is None else check(test).value,
+        )
+    return found
+
+
 def _sections(
-    config: Config,
-    reader: ScanReader,
-    models: Sequence[NamedModel],
-    num_rows: int,
-    album: Album,
+    config: Config, reader: ScanReader, num_rows: int, album: Album
 ) -> dict[str, TaskSection]:
     """Task name -> its results, checked against its contract.
 
     Args:
         config: settings of the evaluation.
         reader: reader whose test scans have been read.
-        models: models that were evaluated.
         num_rows: number of accepted scans, usable or not.
         album: pictures of the test scans.
     Raises:
         UserError: a headline has values for a model that was not evaluated.
     """
     settings = {plugin.name: to_dict(plugin.config) for plugin in config.tasks}
+    names = [model.name for model in reader.features.models]
     sections: dict[str, TaskSection] = {}
     for task_run in reader.task_runs:
-        results, headline = task_run.checked_results([model.name for model in models])
+        results, headline = task_run.checked_results(names)
         sections[task_run.name] = TaskSection(
             config=without_absolute_paths(settings[task_run.name]),
             labels=task_run.task.labels.value,
@@ -316,18 +415,3 @@ def _versions() -> dict[str, str]:
         "torch": str(torch.__version__),
         "numpy": np.__version__,
     }
-
-
-def _common_patch(models: Sequence[NamedModel]) -> tuple[int, int, int]:
-    patches: dict[tuple[int, ...], str] = {}
-    for model in models:
-        sides: Sequence[int] = model.model.patch  # type: ignore[assignment]
-        patches[tuple(int(side) for side in sides)] = model.name
-    if len(patches) != 1:
-        named = [f"{name} {'x'.join(map(str, patch))}" for patch, name in patches.items()]
-        raise UserError(
-            f"models of one evaluation must share one patch, got {', '.join(named) or 'none'}. "
-            "Evaluate them in separate runs."
-        )
-    z, y, x = next(iter(patches))
-    return z, y, x

@@ -57,7 +57,7 @@ class Kind(Enum):
 
 
 @dataclass(frozen=True)
-class ScanTable:
+class TargetTable:
     """The labels of an archive's scans as a whole.
 
     Args:
@@ -79,7 +79,7 @@ class ScanTable:
 
 def read_scan_labels(
     file: Path | str, rows: Sequence[ScanRow], split_column: str = "auto"
-) -> ScanTable:
+) -> TargetTable:
     """Read the labels of scans as a whole.
 
     Args:
@@ -118,7 +118,7 @@ def read_scan_labels(
         }
         if split and split in row:
             sides[scan_id] = _side(row[split], table, split)
-    return ScanTable(
+    return TargetTable(
         values, kinds, sides, split, _digest(values, sides), _summary(matched, texts, kinds, rows)
     )
 

@@ -6,6 +6,7 @@ Axes: Z Y X depth height width in voxels of the scan as it was read.
 from __future__ import annotations
 
 import fnmatch
+import functools
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,6 +16,7 @@ import numpy as np
 
 from tapct.base import console, rng
 from tapct.base.exits import UserError
+from tapct.data.digest import voxel_digest
 from tapct.data.split import patients_below, two_sides
 from tapct.data.store import Store
 from tapct.eval.contract import Labels
@@ -28,12 +30,44 @@ TRAIN, VAL, TEST = "train", "val", "test"
 
 
 @dataclass(frozen=True)
+class StoredVolume:
+    """The voxels of a scan in a store, which are read when they are needed.
+
+    Args:
+        store: packed scans.
+        number: number of the scan in the store.
+    """
+
+    store: Store
+    number: int
+
+    @property
+    def shape_ZYX(self) -> tuple[int, int, int]:
+        """Number of voxels."""
+        return self.store.scans[self.number].shape_ZYX
+
+    @property
+    def spacing_mm(self) -> tuple[float, float, float]:
+        """Distance of voxel centres along (z, y, x)."""
+        return self.store.scans[self.number].spacing_mm
+
+    @property
+    def digest(self) -> str:
+        """Digest of the voxels."""
+        return self.store.scans[self.number].checksum
+
+    def read(self) -> Volume:
+        """The voxels. Raises: Damaged."""
+        return Volume(self.store.read(self.number), self.spacing_mm)
+
+
+@dataclass(frozen=True)
 class LabelledScan:
-    """One scan in memory with its labels.
+    """One scan with its labels. Its voxels are read at the first use of `volume`.
 
     Args:
         id: scan ID.
-        volume: voxels in HU.
+        source: voxels in HU, in memory or in a store.
         labels: label map on the scan's grid; None where the scan has none or no task needs it.
         patient: keyed hash of the patient ID; empty where unknown.
         scan_labels: target -> value for the scan as a whole, without unknown values; may be empty.
@@ -46,12 +80,42 @@ class LabelledScan:
     """
 
     id: str
-    volume: Volume
+    source: Volume | StoredVolume
     labels: LabelMap | None = None
     patient: str = ""
     scan_labels: Mapping[str, ScanValue] = field(default_factory=dict)
     landmarks_mm: Mapping[str, Point] = field(default_factory=dict)
     official_side: str = ""
+
+    @functools.cached_property
+    def volume(self) -> Volume:
+        """Voxels in HU. A task that does without them spares an evaluation the reading, where the
+        features are in the cache.
+
+        Raises:
+            Damaged: the packed scan is damaged.
+        """
+        return self.source.read() if isinstance(self.source, StoredVolume) else self.source
+
+    @property
+    def shape_ZYX(self) -> tuple[int, int, int]:
+        """Number of voxels; they are not read."""
+        if isinstance(self.source, StoredVolume):
+            return self.source.shape_ZYX
+        z, y, x = self.source.hu_ZYX.shape
+        return z, y, x
+
+    @property
+    def spacing_mm(self) -> tuple[float, float, float]:
+        """Distance of voxel centres along (z, y, x); the voxels are not read."""
+        return self.source.spacing_mm
+
+    @property
+    def digest(self) -> str:
+        """Digest of the voxels; voxels in a store are not read."""
+        if isinstance(self.source, StoredVolume):
+            return self.source.digest
+        return voxel_digest(self.source.hu_ZYX)
 
     @property
     def label_map(self) -> LabelMap:
@@ -402,7 +466,7 @@ def read_scan(
     with_labels: bool,
     scan_labels: Mapping[str, ScanValue] | None = None,
 ) -> LabelledScan:
-    """Read the voxels of a scan and, where a task needs them, its labels, from the store.
+    """A scan of the store, whose voxels are read later, and, where a task needs them, its labels.
 
     Args:
         row: scan to read.
@@ -410,9 +474,8 @@ def read_scan(
         with_labels: True to read the labels too.
         scan_labels: values for the scan as a whole.
     Raises:
-        Damaged: the packed scan or its labels are damaged.
+        Damaged: its labels are damaged.
     """
     i = store.index_of(row.id)
-    volume = Volume(store.read(i), store.scans[i].spacing_mm)
     labels = store.read_labels(i) if with_labels else None
-    return LabelledScan(row.id, volume, labels, row.patient, scan_labels or {})
+    return LabelledScan(row.id, StoredVolume(store, i), labels, row.patient, scan_labels or {})

@@ -5,7 +5,8 @@ tolerance of each organ, since NSD at another tolerance is another metric.
 
 Sources:
     Nikolov et al. 2021 (doi:10.2196/26151), head and neck: 95th percentile of the distance between
-        two observers.
+        two observers. These values could not be compared with the printed table when they were
+        entered; check them before you publish an NSD.
     FLARE22, abdomen: the evaluation program of the challenge, github.com/JunMa11/FLARE.
 """
 

@@ -335,6 +335,34 @@ class VisionTransformer(Backbone):
         Raises:
             UserError: a crop is no multiple of the patch, or coordinates in mm lack the spacing.
         """
+        last = self.num_blocks - 1
+        return self._tokens_after((last,), crops, masks, key, spacing_mm)[last]
+
+    def tokens_of_blocks(
+        self,
+        crops: Sequence[Tensor],
+        blocks: Sequence[int],
+        spacing_mm: Sequence[Tensor] | None = None,
+    ) -> dict[int, list[Tokens]]:
+        """Tokens after several blocks in one pass, each through the final norm; blocks behind the
+        last one that is asked for are not computed. See `Backbone.tokens_of_blocks`.
+        """
+        self.check_blocks(blocks)
+        return self._tokens_after(blocks, crops, None, None, spacing_mm)
+
+    def _tokens_after(
+        self,
+        wanted: Sequence[int],
+        crops: Sequence[Tensor],
+        masks: Sequence[Tensor | None] | None,
+        key: DropKey | None,
+        spacing_mm: Sequence[Tensor] | None,
+    ) -> dict[int, list[Tokens]]:
+        """Block -> tokens of every group after the final norm; arguments as in `forward`.
+
+        Args:
+            wanted: numbers of the blocks.
+        """
         grids = [self.patch_embed.grid_of(group) for group in crops]
         x_TD, spans = self._embed(crops, masks or [None] * len(crops), grids)
         rotation = None
@@ -351,13 +379,18 @@ class VisionTransformer(Backbone):
                 key=key,
                 device=x_TD.device,
             )
+        found: dict[int, list[Tokens]] = {}
         for index, block in enumerate(self.blocks):
             x_TD = block(x_TD, spans, (subsets[2 * index], subsets[2 * index + 1]), rotation)
-        parts = self.norm(x_TD).split([span.rows for span in spans])
-        return [
-            self._unpack(part, span, grid)
-            for part, span, grid in zip(parts, spans, grids, strict=True)
-        ]
+            if index in wanted:
+                parts = self.norm(x_TD).split([span.rows for span in spans])
+                found[index] = [
+                    self._unpack(part, span, grid)
+                    for part, span, grid in zip(parts, spans, grids, strict=True)
+                ]
+            if index >= max(wanted):
+                break
+        return found
 
     def _embed(
         self, crops: Sequence[Tensor], masks: Sequence[Tensor | None], grids: Sequence[Grid]
@@ -485,6 +518,19 @@ class VisionTransformer(Backbone):
         if self.config.layer_scale in (None, 0, 1):
             return {}
         return {"layerscale1": replace(self.config, layer_scale=1.0)}
+
+    def wider(self, factor: int) -> Config:
+        """`factor` times the channels and heads, so that a head keeps its width.
+
+        LayerScale, where there is one, starts at 1: with smaller gains an untrained network hardly
+        mixes its tokens, and would be a weak baseline.
+        """
+        return replace(
+            self.config,
+            dim=factor * self.config.dim,
+            heads=factor * self.config.heads,
+            layer_scale=1.0 if self.config.layer_scale else self.config.layer_scale,
+        )
 
     def param_group_id(self, name: str) -> int:
         """Number of a parameter's layer, for layer-wise learning rates.

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from tapct.base.exits import UserError
 from tapct.base.geometry import Grid, Size3
 from tapct.nn.layers import DropKey
 from tapct.types import LossResult, Tokens, TokenSets
@@ -89,6 +90,48 @@ class Backbone(nn.Module):
             key: key of draws in training, such as stochastic depth; None, or eval mode, for none.
         """
 
+    def tokens_of_blocks(
+        self,
+        crops: Sequence[Tensor],
+        blocks: Sequence[int],
+        spacing_mm: Sequence[Tensor] | None = None,
+    ) -> dict[int, list[Tokens]]:
+        """Encode groups of crops once and return the tokens after several blocks.
+
+        By default only the last block is known. A backbone that overrides this method must not run
+        its blocks more than once.
+
+        Args:
+            crops: groups, as in `forward`.
+            blocks: numbers of the blocks, counted from 0.
+            spacing_mm: spacing of the groups, for a backbone that `needs_spacing`.
+        Returns:
+            Block -> one `Tokens` per group, each after the final norm.
+        Raises:
+            UserError: the backbone cannot return the tokens of one of these blocks.
+        """
+        last = self.num_blocks - 1
+        self.check_blocks(blocks)
+        others = sorted(set(blocks) - {last})
+        if others:
+            raise UserError(
+                f"{type(self).__name__} returns the tokens of its last block ({last}) alone, and "
+                f"block {others[0]} was asked for; implement tokens_of_blocks in the backbone, or "
+                "choose the last block"
+            )
+        if self.needs_spacing and spacing_mm is not None:
+            return {last: self(crops, spacing_mm=spacing_mm)}
+        return {last: self(crops)}
+
+    def check_blocks(self, blocks: Sequence[int]) -> None:
+        """Raise UserError where a number is that of no block."""
+        for block in blocks:
+            if not 0 <= block < self.num_blocks:
+                raise UserError(
+                    f"block {block} does not exist: {type(self).__name__} has the blocks 0 to "
+                    f"{self.num_blocks - 1}"
+                )
+
     @abstractmethod
     def param_group_id(self, name: str) -> int:
         """Layer of a parameter: embeddings and tokens 0, block i i + 1, final norm num_blocks +
@@ -129,6 +172,35 @@ class Backbone(nn.Module):
     def untrained_variants(self) -> dict[str, Any]:
         """Further `Config`s that evaluation shows untrained beside the run's own, by name."""
         return {}
+
+    def wider(self, factor: int) -> Any:
+        """A `Config` of the same depth with `factor` times the channels, which evaluation shows
+        untrained (`random_2x`, `random_4x`); None, the default, where there is none.
+        """
+        return None
+
+
+def num_blocks_of(backbone: nn.Module) -> int:
+    """Number of blocks of a backbone; a module without blocks, such as raw HU, counts as one."""
+    return int(getattr(backbone, "num_blocks", 1))
+
+
+def encode_blocks(
+    backbone: nn.Module,
+    crops: Sequence[Tensor],
+    blocks: Sequence[int],
+    spacing_mm: Sequence[Tensor] | None = None,
+) -> dict[int, list[Tokens]]:
+    """Call `Backbone.tokens_of_blocks`, or `forward` of a module that is no `Backbone` and whose
+    only block is its last one; arguments as there.
+    """
+    if isinstance(backbone, Backbone):
+        return backbone.tokens_of_blocks(crops, blocks, spacing_mm)
+    last = num_blocks_of(backbone) - 1
+    assert set(blocks) <= {last}, (blocks, last)
+    if getattr(backbone, "needs_spacing", False) and spacing_mm is not None:
+        return {last: backbone(crops, spacing_mm=spacing_mm)}
+    return {last: backbone(crops)}
 
 
 def encode(

@@ -33,6 +33,13 @@ class DataConfig:
         ge=0.0,
         lt=1.0,
     )
+    held_out_start: float = setting(
+        0.0,
+        "place between 0 and 1 at which the held-out share begins: with data.held_out=0.2, the "
+        "values 0, 0.2, 0.4, 0.6 and 0.8 are the five folds of a cross-validation",
+        ge=0.0,
+        lt=1.0,
+    )
     split_seed: int = setting(
         0,
         "random seed of the choice of held-out patients; it does not follow `seed`, so runs with "
@@ -53,6 +60,13 @@ class DataConfig:
     )
     loader: loader.Config = field(default_factory=loader.Config)
 
+    def __post_init__(self) -> None:
+        if self.held_out_start + self.held_out > 1 + 1e-9:
+            raise UserError(
+                f"data.held_out_start {self.held_out_start:g} and data.held_out {self.held_out:g} "
+                "end beyond 1; their sum must be 1 or less"
+            )
+
     def held_out_patients(self, patients: Iterable[str], run_seed: int) -> frozenset[str]:
         """The patients of a store that pretraining does not see.
 
@@ -66,6 +80,7 @@ class DataConfig:
             self.held_out,
             split_seed=self.split_seed,
             run_seed=run_seed,
+            start=self.held_out_start,
         )
 
     def one_sided(self, patients: Iterable[str], run_seed: int) -> str:
@@ -81,7 +96,7 @@ class DataConfig:
                 f"data.held_out {self.held_out:g} holds out none of the store's patients "
                 f"({len(names)}) by rule 1 (data.split_version); set data.held_out=0"
             )
-        return split.imbalance(names, self.held_out, self.split_seed)
+        return split.imbalance(names, self.held_out, self.split_seed, self.held_out_start)
 
 
 @dataclass(frozen=True)

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from tapct.base import console
+from tapct.base import console, files
 from tapct.base.exits import UserError
 from tapct.base.paths import command_line
 from tapct.data.store import Store, labels_digest
 from tapct.data.trained_on import TrainedOn
 from tapct.distributed.device import pick_device
 from tapct.eval import held_out, results, runner
-from tapct.eval.baselines import with_baselines
+from tapct.eval.baselines import NAMES, with_baselines
+from tapct.eval.contract import OWN_MODEL
 from tapct.eval.label_tables import read_tables
+from tapct.eval.models import NamedModel
 from tapct.eval.results import EvaluatedData, EvaluatedWeights, Evaluation, Origin
 from tapct.eval.saved import link_newest
 from tapct.eval.scans import ScanRow
@@ -25,9 +28,12 @@ from tapct.run import lineage
 from tapct.run.config import RunConfig
 from tapct.run.model_source import Model, open_model, open_run
 from tapct.run.provenance import git_revision
-from tapct.run_folder import EvaluationFolder, RunFolder
+from tapct.run_folder import EvaluationFolder, RunFolder, features_beside
 from tapct.weights.card import FeatureSettings
 from tapct.weights.export import save_export
+
+RESERVED = NAMES  # beginnings of the names of baselines, e.g. untrained_layerscale1
+_NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
 
 
 @dataclass(frozen=True)
@@ -53,7 +59,13 @@ def evaluate(
     return evaluate_model(model, command=command).evaluation
 
 
-def evaluate_model(model: Model, *, out: Path | None = None, command: str = "") -> Evaluated:
+def evaluate_model(
+    model: Model,
+    *,
+    out: Path | None = None,
+    command: str = "",
+    others: Mapping[str, Model] | None = None,
+) -> Evaluated:
     """Evaluate the frozen features of a model beside its baselines.
 
     Writes one folder per data set and model, see `model_source.py`, or `out`. Patients that
@@ -64,6 +76,8 @@ def evaluate_model(model: Model, *, out: Path | None = None, command: str = "") 
         model: model, from `open_model`.
         out: folder of the results; None chooses it.
         command: command line for results.json; empty takes this process's own.
+        others: further models in the same table, by name, each with its own HU contract and
+            preprocessing.
     Raises:
         UserError: there is no store, no scan can be used, or `out` holds other results.
     """
@@ -80,18 +94,35 @@ def evaluate_model(model: Model, *, out: Path | None = None, command: str = "") 
     arguments = shlex.split(command) if command else sys.argv
     patients = [scan.patient for scan in store.scans]
     reading = config.data.loader
+    tables = read_tables(
+        store, config.eval.scan_labels, config.eval.landmarks, config.eval.split_column
+    )
+    others = others or {}
+    own, *baselines = with_baselines(
+        model.backbone, config.model, config.seed, config.eval.baselines, config.contract
+    )
+    models = [own, *(_named(name, other) for name, other in others.items()), *baselines]
     with console.progress_bar("eval") as progress:
         evaluation = runner.evaluate(
-            with_baselines(model.backbone, config.model, config.seed),
+            models,
             store.scans,
             store,
             config.eval,
             contract=config.contract,
             out=folder.path,
+            features=features_beside(model.evaluations),
             held_out=config.data.held_out_patients(patients, config.seed),
             check_held_out=held_out_check(store, model.trained_on),
+            check_others={
+                name: held_out_check(store, other.trained_on) for name, other in others.items()
+            },
             tables=tables,
-            origin=Origin(data, model.weights, command_line(arguments), git_revision()),
+            origin=Origin(
+                replace(data, tables=tables.digest),
+                model.weights,
+                command_line(arguments),
+                git_revision(),
+            ),
             max_skips=reading.max_skips if reading.on_error == "skip" else 0,
             device=pick_device(config.device),
             progress=progress,
@@ -101,6 +132,42 @@ def evaluate_model(model: Model, *, out: Path | None = None, command: str = "") 
         folder.teacher.unlink(missing_ok=True)
         link_newest(model.run)
     return Evaluated(evaluation, folder.path)
+
+
+def open_others(texts: Sequence[str], device: str, custom_code: bool = False) -> dict[str, Model]:
+    """Read the models of `--models NAME=PATH`.
+
+    Args:
+        texts: NAME=PATH each.
+        device: setting `device`.
+        custom_code: whether an export may name a backbone from a module outside tapct.
+    Returns:
+        Name -> model.
+    Raises:
+        UserError: a text has another form, a name is taken, or a path is no model.
+    """
+    models: dict[str, Model] = {}
+    for text in texts:
+        name, equals, path = text.partition("=")
+        if not equals or not path or not _NAME.fullmatch(name):
+            raise UserError(
+                f"--models {text}: write NAME=PATH, e.g. tap_b=models/tap_b; NAME has letters, "
+                "digits, dots, _ and - only"
+            )
+        if name in models or name == OWN_MODEL or name.startswith(RESERVED):
+            raise UserError(
+                f"--models {text}: the name {name} is taken by another row of the table; choose "
+                "another one"
+            )
+        models[name] = open_model(
+            files.expand_path(path), [f"device={device}"], custom_code=custom_code
+        )
+    return models
+
+
+def _named(name: str, model: Model) -> NamedModel:
+    config = model.config
+    return NamedModel(name, model.backbone, config.contract, config.eval.preprocess)
 
 
 def evaluated_data(name: str, store: Store) -> EvaluatedData:

@@ -25,7 +25,8 @@ from tapct.base import files
 from tapct.base.exits import UserError
 from tapct.config import plugins
 from tapct.config.plugins import Plugin
-from tapct.eval.features import DenseFeatures, Preprocess, dense_features
+from tapct.eval.extraction import dense_features
+from tapct.eval.features import DenseFeatures, Preprocess
 from tapct.run_folder import ExportFolder, RunFolder
 from tapct.types import HUContract, Tokens, Volume
 from tapct.weights.card import CARD_FILE, FeatureSettings, read_card

@@ -439,7 +439,7 @@ def test_the_command_line_does_not_wait_for_torch() -> None:
 
 def test_help_answers_in_under_a_second() -> None:
     seconds = []
-    for _ in range(3):
+    for _ in range(10):  # other processes may have both cores for a while
         began = time.perf_counter()
         done = subprocess.run(
             program("--help"), env=environment(), capture_output=True, text=True, check=True

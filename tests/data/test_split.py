@@ -93,3 +93,14 @@ def test_a_share_that_holds_out_nobody_or_everybody_names_a_seed_that_does_not()
     assert any(lines.values())
     assert "data.held_out=0" in imbalance(["p"], 0.4, 0)
     assert imbalance(names, 0.0, 0) == imbalance([], 0.4, 0) == ""
+
+
+def test_folds_hold_out_every_patient_once():
+    names = [f"p{n}" for n in range(500)]
+    folds = [patients_below(names, 0.2, 4, start) for start in (0.0, 0.2, 0.4, 0.6, 0.8)]
+    assert sum(map(len, folds)) == 500
+    assert frozenset().union(*folds) == set(names)
+    assert folds[0] == patients_below(names, 0.2, 4)
+    assert all(60 < len(fold) < 140 for fold in folds)
+    grown = patients_below([*names, *(f"q{n}" for n in range(500))], 0.2, 4, 0.6)
+    assert folds[3] == {name for name in grown if name.startswith("p")}

@@ -1,4 +1,7 @@
-"""A store, runs to which nothing happened, and a run that was stopped half-way."""
+"""A store, runs to which nothing happened, and a run that was stopped half-way.
+
+Every test of this folder reads the same ones, which no test may change.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +17,12 @@ from tapct.engine import loop
 from tapct.run import pretrain
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_store(tmp_path_factory.mktemp("data"))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory, store: Path) -> Callable[..., Path]:
     """Run folder of an undisturbed run of a config; made once."""
     made: dict[tuple[str, ...], Path] = {}
@@ -35,7 +38,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, store: Path) -> Callab
     return of
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def half_done(tmp_path_factory: pytest.TempPathFactory, store: Path) -> Path:
     """A folder with a run that was stopped at step 5; copied, never changed."""
     folder = tmp_path_factory.mktemp("half")

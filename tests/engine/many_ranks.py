@@ -14,13 +14,14 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from forked import Forked, end_together, with_nest
+from forked import Forked, end_together, python, with_nest
 from tiny_run import numbers_of, state_of, write_config
 
 FAULTS = Path(__file__).resolve().parent
@@ -58,18 +59,33 @@ def start(
     fault: str = "",
     torchrun: tuple[str, ...] = (),
     more: dict[str, str] | None = None,
-    fresh: bool = False,
+    fresh: Path | None = None,
 ) -> Forked:
     """A run in FOLDER/run that continues by itself.
 
     Args:
         torchrun: options of torchrun.
         more: environment variables of all ranks.
-        fresh: torchrun starts each rank in a Python of its own, which hashes strings differently.
+        fresh: folder for a program with which torchrun restarts each rank in a Python of its own,
+            which hashes strings differently; None restarts all from the nest, as they began.
     """
     line = arguments(world, write_config(folder, store), *words, torchrun=torchrun)
     known = {**environment(fault), **(more or {})}
-    return Forked(line, env=known if fresh else with_nest(known))
+    known = with_nest(known)
+    if fresh is not None:
+        known["PYTHON_EXEC"] = fresh_when_restarted(fresh)
+    return Forked(line, env=known)
+
+
+def fresh_when_restarted(folder: Path) -> str:
+    """A program that is a Python from the nest at first, and one of its own after a restart."""
+    program = folder / "python"
+    program.write_text(
+        '#!/bin/sh\nif [ "$TORCHELASTIC_RESTART_COUNT" = 0 ]; then\n'
+        f'exec {python()} "$@"\nelse\nexec {sys.executable} "$@"\nfi\n'
+    )
+    program.chmod(0o755)
+    return str(program)
 
 
 def launch(
@@ -95,6 +111,21 @@ def train(
         more: environment variables of all ranks.
         each: further environment variables of each rank.
     """
+    return all_ended(
+        begin(world, folder, store, *words, fault=fault, more=more, each=each), timeout
+    )
+
+
+def begin(
+    world: int,
+    folder: Path,
+    store: Path,
+    *words: str,
+    fault: str = "",
+    more: dict[str, str] | None = None,
+    each: Sequence[dict[str, str]] = (),
+) -> list[Forked]:
+    """Start the ranks of a run; arguments as those of `train`."""
     asked = ["-m", "tapct", "train", str(write_config(folder, store)), *words]
     common = {
         **environment(fault),
@@ -108,11 +139,17 @@ def train(
         place = {"RANK": str(rank), "LOCAL_RANK": str(rank), **meeting} if world > 1 else {}
         own = each[rank] if rank < len(each) else {}
         ranks.append(Forked(asked, env={**common, **place, **own}))
+    return ranks
+
+
+def all_ended(ranks: Sequence[Forked], timeout: float = 120.0) -> subprocess.CompletedProcess[str]:
+    """How the ranks of a run ended, as one process."""
     codes = end_together(ranks, timeout, GRACE_S)
     out, err = ("".join(said) for said in zip(*(rank.said() for rank in ranks), strict=True))
     if None in codes and not any(codes):
-        raise subprocess.TimeoutExpired(asked, timeout, out, err)
-    return subprocess.CompletedProcess(asked, next((code for code in codes if code), 0), out, err)
+        raise subprocess.TimeoutExpired(ranks[0].args, timeout, out, err)
+    code = next((code for code in codes if code), 0)
+    return subprocess.CompletedProcess(ranks[0].args, code, out, err)
 
 
 @functools.cache

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 from many_ranks import PLAIN, ended, good, start, train
-from tiny_run import assert_equal_runs, make_store
+from tiny_run import assert_equal_runs
 
 from tapct.engine.checkpoint import Checkpoints, damage
 
@@ -23,6 +23,8 @@ pytestmark = pytest.mark.dist
 PATIENCE_S = 60.0
 # the loader has threads and no processes, so the ranks and their launcher are all there is
 VICTIMS = ("rank 0", "rank 1", "both ranks", "launcher and ranks")
+STEPS_PER_KILL = 6  # at most 4 until the moment to strike is chosen, and those until it has come
+STEPS_LEFT = 8  # after the last kill, of the run that nobody kills
 
 
 def children(parent: int) -> list[int]:
@@ -83,7 +85,7 @@ def told_by(launcher: subprocess.Popen[str]) -> str:
 def strike(
     folder: Path, store: Path, words: tuple[str, ...], victim: str, draw: random.Random
 ) -> bool:
-    """Start the run, let it write 1 to 4 checkpoints, kill the victim within about the time of one
+    """Start the run, let it write 1 or 2 checkpoints, kill the victim within about the time of one
     more.
 
     Returns:
@@ -91,7 +93,7 @@ def strike(
     """
     before, began = announced(folder / "run"), time.monotonic()
     launcher = start(2, folder, store, *words)
-    goal = before + draw.randrange(1, 5) * 2
+    goal = before + draw.randrange(1, 3) * 2
     while announced(folder / "run") < goal and launcher.poll() is None:
         assert time.monotonic() - began < PATIENCE_S, told_by(launcher)
         time.sleep(0.005)
@@ -111,27 +113,23 @@ def strike(
 
 @pytest.mark.parametrize("kills", [4, pytest.param(30, marks=pytest.mark.slow)])
 def test_two_ranks_killed_at_random_moments_end_as_if_nothing_had_been(
-    tmp_path_factory: pytest.TempPathFactory, kills: int
+    tmp_path: Path, store: Path, kills: int
 ) -> None:
-    folder, store = tmp_path_factory.mktemp("chaos"), make_store(tmp_path_factory.mktemp("data"))
-    words = (
-        *PLAIN,
-        f"train.steps={8 * kills + 12}",
-        "checkpoint.every=2",
-        "data.loader.workers=2",
-        "parallel.timeout_s=20",
-    )
+    folder = tmp_path / "chaos"
+    steps = STEPS_PER_KILL * kills + STEPS_LEFT
+    words = (*PLAIN, f"train.steps={steps}", "data.loader.workers=2", "parallel.timeout_s=20")
+    often = (*words, "checkpoint.every=2")
     draw, outcomes = random.Random(kills), []
     for number in range(kills):
         victim = VICTIMS[number % len(VICTIMS)]
         outcomes.append(
-            (victim, strike(folder, store, words, victim, draw), announced(folder / "run"))
+            (victim, strike(folder, store, often, victim, draw), announced(folder / "run"))
         )
     assert sum(struck for _, struck, _ in outcomes) == kills, outcomes
-    patience = PATIENCE_S + 2.0 * (
-        8 * kills + 12
-    )  # of a run to which nothing happens, on a busy machine
-    good(train(2, folder, store, *words, timeout=patience))
-    good(train(2, folder / "undisturbed", store, *words, timeout=patience))
+    patience = PATIENCE_S + 2.0 * steps  # of a run to which nothing happens, on a busy machine
+    good(train(2, folder, store, *often, timeout=patience))
+    # a run that writes only its last checkpoint: neither kills nor checkpoints change a number
+    seldom = (*words, f"checkpoint.every={steps}")
+    good(train(2, folder / "undisturbed", store, *seldom, timeout=patience))
     print(json.dumps(outcomes))
     assert_equal_runs(folder / "run", folder / "undisturbed" / "run", folder)

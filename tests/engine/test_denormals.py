@@ -9,7 +9,7 @@ from pathlib import Path
 import forked
 import pytest
 import torch
-from tiny_run import config_of, make_store
+from tiny_run import config_of
 
 from tapct.run import pretrain
 
@@ -44,11 +44,6 @@ weight.register_hook(lambda gradient: found.update(backward=kept()))
 (weight * 1).sum().backward()
 print(json.dumps(found))
 """
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_store(tmp_path_factory.mktemp("archive"))
 
 
 def kept_after(*words: str | Path) -> dict[str, float]:

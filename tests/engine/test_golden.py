@@ -93,11 +93,6 @@ def moved(found: Numbers, stored: Numbers, tolerance: float = TOLERANCE) -> list
     return sorted(lines)
 
 
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_store(tmp_path_factory.mktemp("archive"))
-
-
 @pytest.mark.parametrize("case", CASES)
 def test_thirty_steps_give_the_stored_numbers(case: str, store: Path, tmp_path: Path) -> None:
     stored = json.loads((FOLDER / f"{case}.json").read_text())

@@ -7,18 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_run import config_of, make_store
+from tiny_run import config_of
 
 from tapct.base.exits import UserError
 from tapct.engine import initial
 from tapct.nn.posembed import resize_positions
 from tapct.run import finished as trained_runs
 from tapct.run import pretrain
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_store(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")

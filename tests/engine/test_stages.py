@@ -189,7 +189,8 @@ def test_two_ranks_follow_the_stages_of_one(tmp_path: Path, store: Path) -> None
         *PLAIN,
         "train.precision=fp64",
         "optim.lr=3e-4",
-        stages((5, large), (9, ("views.num_locals=0",))),
+        "train.steps=7",
+        stages((3, large), (5, ("views.num_locals=0",))),
     )
     for world in (1, 2):
         good(train(world, tmp_path / str(world), store, *words))
@@ -197,7 +198,7 @@ def test_two_ranks_follow_the_stages_of_one(tmp_path: Path, store: Path) -> None
     assert largest_difference(two, one, ("loss/", "ce/", "grad_norm/")) < 1e-9
     assert largest_state_difference(two, one, tmp_path) < 1e-9
     good(
-        train(2, tmp_path / "stopped", store, *words, fault="1 5 SIGTERM")
+        train(2, tmp_path / "stopped", store, *words, fault="1 3 SIGTERM")
     )  # at the boundary, told to one rank
     good(train(2, tmp_path / "stopped", store, *words))
     assert_equal_runs(tmp_path / "stopped" / "run", two, tmp_path)

@@ -8,7 +8,7 @@ import math
 from pathlib import Path
 
 import pytest
-from tiny_run import config_of, make_store, numbers_of
+from tiny_run import config_of, numbers_of
 
 from tapct.engine.metrics import Record
 from tapct.engine.vitals import Vitals, window_of
@@ -104,11 +104,6 @@ def test_a_loss_without_targets_is_not_judged() -> None:
 
 def test_a_window_is_a_tenth_of_the_run_within_limits() -> None:
     assert [window_of(steps) for steps in (12, 600, 125_000)] == [20, 60, 200]
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_store(tmp_path_factory.mktemp("data"))
 
 
 PROVOKED = {

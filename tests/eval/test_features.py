@@ -14,13 +14,12 @@ from torch import nn
 
 from tapct.base.exits import UserError
 from tapct.eval.baselines import RawPatches
+from tapct.eval.extraction import dense_features, features_of
 from tapct.eval.features import (
     DenseFeatures,
     PatchGrid,
     Preprocess,
     axis_weight,
-    dense_features,
-    features_of,
     prepare,
     window_starts,
 )

@@ -13,13 +13,14 @@ import matplotlib.image
 import numpy as np
 import pytest
 import torch
+from memory_store import MemoryStore
 
 from tapct.base.exits import UserError
 from tapct.config.plugins import Plugin, load
 from tapct.data import index
 from tapct.data.pack import pack
 from tapct.data.store import Store
-from tapct.eval import pictures, runner
+from tapct.eval import cache, pictures, runner
 from tapct.eval.baselines import NamedModel, RawPatches, with_baselines
 from tapct.eval.features import DenseFeatures, PatchGrid, Preprocess
 from tapct.eval.results import from_json
@@ -65,21 +66,12 @@ def torso(seed: int) -> LabelledScan:
     )
 
 
-def read_torso(row, root, *, with_labels, scan_labels) -> LabelledScan:
-    scan = torso(int(row.path))
-    return replace(
-        scan,
-        labels=scan.labels if with_labels else None,
-        patient=row.patient,
-        scan_labels=scan_labels or {},
-    )
+def torso_of(row: Row) -> LabelledScan:
+    return torso(int(row.path))
 
 
 @pytest.fixture
-def rows(monkeypatch: pytest.MonkeyPatch) -> list[Row]:
-    monkeypatch.setattr("tapct.eval.scans.read_scan", read_torso)
-    names = {1: "body", 2: "liver", 3: "lungs"}
-    monkeypatch.setattr("tapct.eval.scans.labels_of", lambda row, root: names)
+def rows() -> list[Row]:
     return [Row(f"s{n}", f"p{n}", str(n)) for n in range(6)]
 
 
@@ -87,20 +79,23 @@ def segmentation(**settings) -> tuple[Plugin, ...]:
     return (Plugin("segmentation", SegmentationConfig(**settings)),)
 
 
-def evaluate(rows, out: Path, **settings):
-    models = with_baselines(load("models", "vit").build(VIT), Plugin("vit", VIT), 0)
-    config = runner.Config(num_pictures=0, **settings)
+def evaluate(rows, out: Path, *, models=None, store=None, **settings):
+    models = models or with_baselines(load("models", "vit").build(VIT), Plugin("vit", VIT), 0)
+    config = runner.Config(**{"num_pictures": 0} | settings)
+    store = store or MemoryStore(rows, torso_of)
     return runner.evaluate(
-        models, rows, Path("."), config, contract=HUContract(), out=out, preprocess=PREPROCESS
+        models, store.scans, store, config, contract=HUContract(), out=out, preprocess=PREPROCESS
     )
 
 
 def test_results_hold_what_the_report_reads_and_pictures_exist(rows, tmp_path):
     steps = []
     models = with_baselines(load("models", "vit").build(VIT), Plugin("vit", VIT), 0)
+    store = MemoryStore(rows, torso_of)
     results = runner.evaluate(
-        models, rows, Path("."), runner.Config(num_pictures=1), contract=HUContract(), out=tmp_path,
-        preprocess=PREPROCESS, progress=lambda done, total: steps.append((done, total)),
+        models, store.scans, store, runner.Config(num_pictures=1), contract=HUContract(),
+        out=tmp_path, preprocess=PREPROCESS,
+        progress=lambda done, total: steps.append((done, total)),
     )  # fmt: skip
     assert json.loads((tmp_path / "results.json").read_text()) == results.to_json()
     assert from_json(results.to_json()) == results
@@ -109,9 +104,12 @@ def test_results_hold_what_the_report_reads_and_pictures_exist(rows, tmp_path):
     section = results.tasks["segmentation"]
     assert (section.num_train, section.num_test, section.skipped) == (4, 2, 0)
     assert list(section.results.breakdown.values) == ["liver", "lungs"]
-    names = ["pretrained", "untrained", "untrained_layerscale1", "raw_hu"]
+    names = ["pretrained", "untrained", "untrained_layerscale1", "raw_hu", "position", "random_2x",
+             "random_4x"]  # fmt: skip
     assert list(section.results.models) == list(section.headline.values) == names
-    assert steps == [(n, 6) for n in range(1, 7)]
+    assert list(results.backbones) == names
+    # features of six scans and seven models, then six scans through the task
+    assert steps == [(n, 48) for n in range(1, 49)]
     split = results.split
     assert split.mode == "patients"
     assert not set(split.train) & set(split.test)
@@ -137,8 +135,9 @@ def test_results_hold_what_the_report_reads_and_pictures_exist(rows, tmp_path):
 
 
 def test_the_same_evaluation_twice_gives_the_same_numbers(rows, tmp_path):
-    one, two = (evaluate(rows, tmp_path / name, seed=3) for name in ("one", "two"))
-    other = evaluate(rows, tmp_path / "other", seed=4)
+    cheap = {"baselines": ("raw_hu",)}
+    one, two = (evaluate(rows, tmp_path / name, seed=3, **cheap) for name in ("one", "two"))
+    other = evaluate(rows, tmp_path / "other", seed=4, **cheap)
     assert replace(one, seconds=0) == replace(two, seconds=0)
     assert one.tasks != other.tasks
 
@@ -146,17 +145,16 @@ def test_the_same_evaluation_twice_gives_the_same_numbers(rows, tmp_path):
 def test_test_labels_never_reach_the_decoder(rows, tmp_path, monkeypatch):
     one = evaluate(rows, tmp_path / "one")
     test_ids = set(one.split.test)
-    real = torso
 
-    def spoiled(row, root, **options):
-        scan = real(int(row.path))
+    def spoiled(row):
+        scan = torso_of(row)
         if row.id in test_ids:
             labels = np.where(scan.labels.labels_ZYX == 2, 3, scan.labels.labels_ZYX).astype(
                 np.uint16
             )
             scan = LabelledScan(
                 scan.id,
-                scan.volume,
+                scan.source,
                 LabelMap(labels, scan.labels.spacing_mm, names=scan.labels.names),
             )
         return scan
@@ -171,8 +169,7 @@ def test_test_labels_never_reach_the_decoder(rows, tmp_path, monkeypatch):
     )
     evaluate(rows, tmp_path / "clean")
     clean, predictions[:] = list(predictions), []
-    monkeypatch.setattr("tapct.eval.scans.read_scan", spoiled)
-    evaluate(rows, tmp_path / "spoiled")
+    evaluate(rows, tmp_path / "spoiled", store=MemoryStore(rows, spoiled))
     for before, after in zip(clean, predictions, strict=True):
         np.testing.assert_array_equal(before, after)
 
@@ -184,7 +181,8 @@ def test_one_patient_is_called_a_fit(rows, tmp_path):
 
 
 def test_every_setting_changes_the_results(rows, tmp_path):
-    base = evaluate(rows, tmp_path / "base")
+    shared = cache.Config(str(tmp_path / "features"))  # the features are the same
+    base = evaluate(rows, tmp_path / "base", cache=shared, baselines=())
     for number, change in enumerate(
         [
             {"test_share": 0.75}, {"max_scans": 3}, {"seed": 4},
@@ -197,7 +195,8 @@ def test_every_setting_changes_the_results(rows, tmp_path):
             {"tasks": segmentation(steps=1)},
         ]
     ):  # fmt: skip
-        changed = evaluate(rows, tmp_path / str(number), **change).tasks["segmentation"]
+        found = evaluate(rows, tmp_path / str(number), cache=shared, baselines=(), **change)
+        changed = found.tasks["segmentation"]
         assert changed.results != base.tasks["segmentation"].results, change
 
 
@@ -205,7 +204,7 @@ def test_every_setting_changes_the_results(rows, tmp_path):
 def test_a_setting_that_names_no_label_is_one_line_before_any_feature(
     rows, tmp_path, monkeypatch, key
 ):
-    monkeypatch.setattr("tapct.eval.runner.features_of", None)
+    monkeypatch.setattr("tapct.eval.runner.Features", None)
     with pytest.raises(
         UserError,
         match=rf"eval.tasks.segmentation.{key} names '7', which is no label of the 6 label maps; "
@@ -214,19 +213,11 @@ def test_a_setting_that_names_no_label_is_one_line_before_any_feature(
         evaluate(rows, tmp_path, tasks=segmentation(**{key: ("liver", "7")}))
 
 
-def test_models_of_different_patch_are_one_line(rows, tmp_path):
-    models = [NamedModel("a", RawPatches((2, 4, 4))), NamedModel("b", RawPatches((4, 4, 4)))]
-    with pytest.raises(UserError, match=r"must share one patch, got a 2x4x4, b 4x4x4"):
-        runner.evaluate(
-            models, rows, Path("."), runner.Config(), contract=HUContract(), out=tmp_path
-        )
-    assert not (tmp_path / "results.json").exists()
-
-
 def test_baselines_share_the_initial_weights_of_training():
     pretrained = load("models", "vit").build(VIT)
     pretrained.init_weights(7)
-    named = {model.name: model.model for model in with_baselines(pretrained, Plugin("vit", VIT), 7)}
+    models = with_baselines(pretrained, Plugin("vit", VIT), 7)
+    named = {model.name: model.loaded() for model in models}
     first, again, scaled = (
         named[n].state_dict() for n in ("pretrained", "untrained", "untrained_layerscale1")
     )

@@ -190,7 +190,7 @@ def test_an_official_split_is_found_and_followed(tmp_path: Path, capsys) -> None
     assert by_number(table.sides) == {"1": "train", "2": "val", "3": "test", "4": "test"}
     choose = {"test_share": 0.5, "max_scans": 0, "seed": 0, "sides": table.sides}
     split = split_for_tasks([ROWS[2:], ROWS], held_out={"p1"}, **choose)
-    assert split.mode == PATIENTS and not split.held_out
+    assert split.mode == PATIENTS and not split.tests_held_out
     assert [row.id[0] for row in split.train] == ["1", "2"]
     assert [row.id[0] for row in split.test] == ["3", "4"]
     assert "1 of 5 scans have no side in the official split" in capsys.readouterr().out

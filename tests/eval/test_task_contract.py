@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from memory_store import MemoryStore
 from plugin_cases import cases, examples, user_modules
 from tiny_run import own_plugin
 
@@ -330,16 +331,8 @@ class Archive:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, out: Path) -> None:
         self.monkeypatch, self.out = monkeypatch, out
-        self.reads: list[tuple[str, bool]] = []
         self.logs: dict[str, list[tuple[str, str]]] = {}
-        monkeypatch.setattr("tapct.eval.scans.read_scan", self.read)
-
-    def read(
-        self, row: Row, root: Path, *, with_labels: bool, scan_labels: Mapping[str, str] | None
-    ) -> LabelledScan:
-        self.reads.append((row.id, with_labels))
-        scan = scan_of(int(row.path), with_labels=with_labels)
-        return dataclasses.replace(scan, scan_labels=scan_labels or {})
+        self.store = MemoryStore(self.rows, lambda row: scan_of(int(row.path)))
 
     def evaluate(self, *labels: Labels, **settings: Any) -> Evaluation:
         """One recorder per kind of labels, in one pass."""
@@ -363,7 +356,7 @@ class Archive:
         self.monkeypatch.setattr(plugins, "load", load)
         config = runner.Config(tasks=tuple(tasks), num_pictures=1, **settings)
         return runner.evaluate(
-            [NamedModel("raw_hu", RawPatches((2, 4, 4)))], self.rows, Path("."), config,
+            [NamedModel("raw_hu", RawPatches((2, 4, 4)))], self.rows, self.store, config,
             contract=HUContract(), out=self.out, tables=TableLabels(self.scan_labels),
             preprocess=Preprocess((32, 32), (4, 16, 16), (4, 16, 16)),
         )  # fmt: skip
@@ -389,8 +382,10 @@ def test_several_tasks_share_one_pass_and_get_the_scans_that_have_their_labels(
     assert seen["voxels"] == {"s0", "s1", "s4", "s7"}
     assert seen["scan"] == {"s2", "s3", "s9"}
     assert seen["none"] == {f"s{n}" for n in range(12)}
-    assert len(archive.reads) == len({scan for scan, _ in archive.reads}) == 12  # each scan once
-    assert {scan for scan, with_map in archive.reads if with_map} == seen["voxels"]
+    # each scan once for its features, and one for its picture
+    picture = evaluation.pca[0].scan
+    assert sorted(archive.store.reads) == sorted([*(f"s{n}" for n in range(12)), picture])
+    assert sorted(archive.store.label_reads) == sorted(seen["voxels"])
     for kind in kinds:
         log, section = archive.logs[kind.value], evaluation.tasks[f"mylab_{kind.value}"]
         calls = [call for call, _ in log]

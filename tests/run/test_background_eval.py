@@ -41,7 +41,7 @@ def wait_for(path: Path, seconds: float = 90.0) -> None:
 
 
 def test_checkpoints_that_are_due_are_evaluated_beside_training(
-    tmp_path: Path, store: Path
+    tmp_path: Path, store: Path, python_from_nest: None
 ) -> None:
     # saved at once: a run as short as this is over before a save in the background is
     words = ("eval.during.every=8", "checkpoint.keep=1", "checkpoint.asynchronous=false", *QUICK)
@@ -130,13 +130,13 @@ def test_a_job_waits_for_the_last_evaluation(
 def test_in_a_job_the_last_evaluation_is_done_though_the_one_before_takes_long(
     tmp_path: Path, store: Path, fake_python: Callable[[str], Path]
 ) -> None:
-    calls = fake_python("exec sleep 3")
+    calls = fake_python("exec sleep 1.5")
     began = time.monotonic()
     assert pretrain.train(
         config_of(tmp_path, store, "eval.during.every=4", *SAVED_AT_ONCE)
     ) == loop.Stop(12)
     assert steps_started(calls)[0] == 4 and steps_started(calls)[-1] == 12
-    assert time.monotonic() - began > 6 and not is_alive(last_process(calls))
+    assert time.monotonic() - began > 3 and not is_alive(last_process(calls))
 
 
 @pytest.mark.parametrize("how", ["its bound", "a signal", "the end of the job's time"])
@@ -159,12 +159,12 @@ def test_a_job_does_not_wait_longer_than(
                 < job_deadline(environment, margin_s) - time.time() + background_eval.LEAVE_S
                 < 3600
             )
-            return time.time() + 4
+            return time.time() + 2
 
         monkeypatch.setattr(background_eval, "job_deadline", is_near)
     words = (
         "eval.during.every=12",
-        f"eval.during.wait_s={4 if how == 'its bound' else 3600}",
+        f"eval.during.wait_s={2 if how == 'its bound' else 3600}",
         *SAVED_AT_ONCE,
     )
     assert pretrain.train(config_of(tmp_path, store, *words)) == loop.Stop(12)

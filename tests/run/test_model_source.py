@@ -163,3 +163,33 @@ def test_an_export_can_change_its_attention_but_not_its_features(run: Path) -> N
         other.backbone([crop_BZYX])[0].patches_BND,
         atol=1e-5,
     )
+
+
+def test_further_models_stand_in_the_same_table(
+    run: Path, own: Evaluation, store: Path, tmp_path: Path, shell: Shell
+) -> None:
+    export, bare = tmp_path / "theirs", tmp_path / "bare"
+    for folder in (export, bare):
+        shutil.copytree(RunFolder(run).export.path, folder)
+    (bare / "trained_on.parquet").unlink()
+    said = shell.good(
+        "eval", run, "--models", f"theirs={export}", "--models", f"bare={bare}",
+        "--out", tmp_path / "out",
+    )  # fmt: skip
+    written = json.loads((tmp_path / "out" / "results.json").read_text())
+    values = written["tasks"]["segmentation"]["headline"]["values"]
+    assert list(values)[:3] == ["pretrained", "theirs", "bare"]
+    assert values["theirs"] == values["bare"] == values["pretrained"] == headline(own)["pretrained"]
+    about = written["backbones"]
+    assert about["theirs"]["held_out"] == written["split"]["held_out_from_pretraining"]
+    assert about["bare"]["held_out"] == "unknown" and about["raw_hu"]["held_out"] is None
+    assert "caveat: whether bare was pretrained on the test scans is unknown" in said
+    # the weights are those of the run, whose features are in its cache
+    assert written["cost"]["num_computed"] == 0 and "0 computed" in said
+    for text, problem in (
+        ("theirs", "write NAME=PATH"),
+        ("pretrained=x", "the name pretrained is taken"),
+        ("raw_hu=x", "the name raw_hu is taken"),
+        (f"x={tmp_path / 'none'}", "does not exist"),
+    ):
+        assert problem in shell.bad("eval", run, "--models", text)

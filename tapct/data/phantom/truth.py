@@ -176,7 +176,7 @@ def _inside(
     frame = [to_frame(point, patient, painted.pose) for point in named.values()]
     index_N3 = to_voxels(frame, painted.pose, study, painted.warp)
     is_between = (index_N3 >= -0.5) & (index_N3 <= np.array(study.shape) - 0.5)
-    inside_N: np.ndarray = is_between.all(axis=1)
+    inside_N = np.logical_and.reduce(is_between, axis=1)
     for name, is_inside, lps in zip(named, inside_N, to_lps_mm(index_N3, study)):
         if is_inside:
             z, y, x = map(float, lps)

@@ -271,9 +271,11 @@ def test_the_windpipe_divides_at_the_carina() -> None:
         )
         at = (np.array(carina.zyx_mm) - np.array(study.origin_mm)[::-1]) / study.spacing_mm
 
-        def hu(z_mm: float, x_mm: float) -> float:
-            z, y, x = np.rint(at + np.array([z_mm, 0, x_mm]) / study.spacing_mm).astype(int)  # noqa: B023
-            return float(painted.canvas.whole.hu_ZYX[z, y, x])  # noqa: B023
+        hu_ZYX = painted.canvas.whole.hu_ZYX
+
+        def hu(z_mm: float, x_mm: float, at=at, hu_ZYX=hu_ZYX, study=study) -> float:
+            index = np.rint(at + np.array([z_mm, 0, x_mm]) / study.spacing_mm).astype(int)
+            return float(hu_ZYX[tuple(index)])
 
         assert hu(14, 0) < -900, "one airway above"
         assert hu(-12, 0) > -200, "none in the middle below"
