@@ -83,11 +83,7 @@ def evaluate_model(
     """
     config = model.config
     store = Store(config.data.store)
-    tables = read_tables(
-        store, config.eval.scan_labels, config.eval.landmarks, config.eval.split_column
-    )
-    name = model.dataset_name(store.path, store.digest)
-    data = replace(evaluated_data(name, store), tables=tables.digest)
+    data = evaluated_data(model.dataset_name(store.path, store.digest), store)
     folder = model.folder_of(data.name) if out is None else EvaluationFolder(out)
     if out is not None:
         check_out(out, data, model.weights)
