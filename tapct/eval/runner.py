@@ -327,6 +327,8 @@ def _test(reader: ScanReader, config: Config, out: Path, steps: _Steps) -> Album
                 album.add(one.scan.labelled, one.scan.truths, tasks, outputs)
             outputs, number = Outputs(), number + 1
             steps.add()
+    if config.num_pictures:
+        album.add_results(tasks)
     return album
 
 
