@@ -158,9 +158,9 @@ class Knn(ClassTask):
         found: dict[str, list[np.ndarray]] = {target: [] for target in targets}
         self._ranked = {}
         for space in self._spaces[model]:
-            (one,) = space.candidate.inputs([vectors]) or [None]
-            assert one is not None, "registers are a property of the backbone, not of a scan"
-            query_1D = neighbours.unit(torch.from_numpy(space.scaler(one)).float()[None])
+            inputs = space.candidate.inputs([vectors])
+            assert inputs is not None, "registers are a property of the backbone, not of a scan"
+            query_1D = neighbours.unit(torch.from_numpy(space.scaler(inputs[0])).float()[None])
             similarity_1N = query_1D @ space.unit_ND.T
             for target in targets:
                 own_1N = similarity_1N[:, self._rows[model][target]]

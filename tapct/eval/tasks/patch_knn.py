@@ -21,6 +21,7 @@ from tapct.eval import neighbours
 from tapct.eval.contract import Breakdown, Headline, Labels, ScanScore, Task, TaskResults
 from tapct.eval.features import DenseFeatures, PatchGrid
 from tapct.eval.organ_classes import BODY, BODY_NAMES, OUTSIDE, OUTSIDE_NAMES, ClassWords
+from tapct.eval.scan_task import or_none
 from tapct.eval.scans import LabelledScan
 from tapct.eval.truth import PatchTruth, patch_truth
 from tapct.eval.vectors import block_numbers
@@ -245,14 +246,16 @@ class PatchKnn(Task[PatchTruth, None]):
         by_class: dict[str, dict[str, float]] = {}
         for model, per_scan in self._confusion.items():
             memory = self._memory[model]
-            total = {k: sum(one[k] for one in per_scan.values()) for k in self.config.k}
+            total: dict[int, np.ndarray] = {
+                k: np.sum([one[k] for one in per_scan.values()], axis=0) for k in self.config.k
+            }
             recalls = self._recalls(total[memory.k])
             for name, recall in recalls.items():
                 by_class.setdefault(name, {})[model] = recall
             models[model] = {
-                "balanced_accuracy": balanced(total[memory.k]),
+                "balanced_accuracy": or_none(balanced(total[memory.k])),
                 "k": memory.k,
-                "by_k": {str(k): balanced(matrix) for k, matrix in total.items()},
+                "by_k": {str(k): or_none(balanced(matrix)) for k, matrix in total.items()},
                 "validation_by_k": {str(k): value for k, value in memory.validation.items()},
                 "recall": recalls,
                 "num_queries": int(total[memory.k].sum()),
@@ -274,9 +277,20 @@ class PatchKnn(Task[PatchTruth, None]):
         }
 
     def headline(self) -> Headline:
-        """Balanced accuracy over the queries of all test scans."""
+        """Balanced accuracy over the queries of all test scans.
+
+        Raises:
+            UserError: there is none.
+        """
         results = self.results()
-        values = {model: entry["balanced_accuracy"] for model, entry in results.models.items()}
+        values: dict[str, float] = {}
+        for model, entry in results.models.items():
+            if entry["balanced_accuracy"] is None:
+                raise UserError(
+                    "task patch_knn: no patch of a test scan has a class that a training scan has "
+                    f"({', '.join(self.classes)}). Give labels to more scans, or change eval.seed"
+                )
+            values[model] = entry["balanced_accuracy"]
         meaning = (
             "Balanced accuracy of the weighted vote of the nearest training patches by cosine "
             "similarity, over patches of the test scans. k is chosen on patients of the training "
