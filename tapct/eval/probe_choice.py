@@ -92,7 +92,7 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class Choice:
+class ProbeChoice:
     """All candidates of one target and one model.
 
     Args:
@@ -131,7 +131,7 @@ def choose(
     config: HeadSettings,
     num_folds: int,
     seed: int,
-) -> Choice:
+) -> ProbeChoice:
     """Choose the candidate and its settings with the best AUROC or R^2 on validation scans.
 
     Equal values are common with few scans: then the lower cross-entropy or absolute error decides,
@@ -181,11 +181,11 @@ def readable(
     return found, list(dict.fromkeys(left_out))
 
 
-def best_of(outcomes: Sequence[Outcome], how: str, left_out: Sequence[str]) -> Choice:
+def best_of(outcomes: Sequence[Outcome], how: str, left_out: Sequence[str]) -> ProbeChoice:
     """The choice among candidates by their values on the validation scans; the first of equals."""
     ranks = [_rank(one.validation, one.tie_break) for one in outcomes]
     best = ranks.index(max(ranks)) if ranks else -1
-    return Choice(tuple(outcomes), best, how, tuple(left_out))
+    return ProbeChoice(tuple(outcomes), best, how, tuple(left_out))
 
 
 def _outcome(

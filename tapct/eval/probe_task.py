@@ -9,7 +9,7 @@ import numpy as np
 
 from tapct.config import setting
 from tapct.eval import probe_choice
-from tapct.eval.probe_choice import Choice, Outcome
+from tapct.eval.probe_choice import Outcome, ProbeChoice
 from tapct.eval.probes import SET_HEADS, HeadSettings
 from tapct.eval.scan_task import ScanConfig, ScanTask
 from tapct.eval.vectors import ScanVectors
@@ -47,7 +47,7 @@ class ProbeTask(ScanTask):
 
     def choose(
         self, model: str, targets: Sequence[str], vectors: Mapping[str, ScanVectors]
-    ) -> dict[str, Choice]:
+    ) -> dict[str, ProbeChoice]:
         """Choose the probe of each target by cross-validation or on official validation scans."""
         config = self.head_config
         candidates = probe_choice.candidates(

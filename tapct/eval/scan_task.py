@@ -22,7 +22,7 @@ from tapct.config import setting
 from tapct.eval.contract import Breakdown, Labels, ScanScore, Task, TaskResults
 from tapct.eval.features import DenseFeatures, PatchGrid
 from tapct.eval.metric_statistics import ScanPredictions
-from tapct.eval.probe_choice import Choice, Labelled, Outcome
+from tapct.eval.probe_choice import Labelled, Outcome, ProbeChoice
 from tapct.eval.probes import SCALINGS, Target
 from tapct.eval.scans import LabelledScan, ScanValue
 from tapct.eval.vectors import (
@@ -120,7 +120,7 @@ class ScanTask(Task[ScanTruth, dict[str, np.ndarray]]):
         self.max_windows = max_windows
         self.classes: dict[str, tuple[str, ...]] = {}  # target -> names; none for numbers
         self.left_out: dict[str, str] = {}  # target -> why it is not predicted
-        self.choices: dict[str, dict[str, Choice]] = {}  # model -> target -> choice
+        self.choices: dict[str, dict[str, ProbeChoice]] = {}  # model -> target -> choice
         self.known: dict[str, ScanTruth] = {}  # training scans
         self._train: dict[str, dict[str, ScanVectors]] = defaultdict(dict)
         self._found_masks: set[str] = set()
@@ -213,7 +213,7 @@ class ScanTask(Task[ScanTruth, dict[str, np.ndarray]]):
             for target, choice in self.choices[model].items():
                 self._check_outcomes(model, target, choice)
 
-    def _check_outcomes(self, model: str, target: str, choice: Choice) -> None:
+    def _check_outcomes(self, model: str, target: str, choice: ProbeChoice) -> None:
         if not choice.outcomes:
             raise UserError(
                 f"eval.tasks.{self.name}.vectors: model {model} has none of "
@@ -233,7 +233,7 @@ class ScanTask(Task[ScanTruth, dict[str, np.ndarray]]):
     @abstractmethod
     def choose(
         self, model: str, targets: Sequence[str], vectors: Mapping[str, ScanVectors]
-    ) -> dict[str, Choice]:
+    ) -> dict[str, ProbeChoice]:
         """Choose for each target of one model; the validation scans are among the training scans.
 
         Args:
@@ -247,7 +247,7 @@ class ScanTask(Task[ScanTruth, dict[str, np.ndarray]]):
         self, model: str, targets: Sequence[str], vectors: ScanVectors
     ) -> dict[str, list[np.ndarray]]:
         """Target -> prediction of one scan by each of the candidates, in the order of
-        `Choice.outcomes`: probabilities (C,), or a number ().
+        `ProbeChoice.outcomes`: probabilities (C,), or a number ().
         """
 
     def _suitable_targets(self) -> list[str]:

@@ -20,7 +20,7 @@ from tapct.eval import neighbours, probe_choice
 from tapct.eval.class_task import ClassTask
 from tapct.eval.contract import Headline
 from tapct.eval.features import DenseFeatures
-from tapct.eval.probe_choice import Candidate, Choice, Labelled, Outcome
+from tapct.eval.probe_choice import Candidate, Labelled, Outcome, ProbeChoice
 from tapct.eval.probes import Scaler
 from tapct.eval.scan_task import ScanConfig, ScanTruth, TestScans
 from tapct.eval.scans import VAL
@@ -45,7 +45,7 @@ class Config(ScanConfig):
 
 
 @dataclass(frozen=True)
-class Space:
+class VectorSpace:
     """The training scans of one model in one vector.
 
     Args:
@@ -86,7 +86,7 @@ class Knn(ClassTask):
         super().__init__("knn", config, seed)
         self.check_some("k", config.k)
         self.own = config
-        self._spaces: dict[str, list[Space]] = {}  # model -> spaces
+        self._spaces: dict[str, list[VectorSpace]] = {}  # model -> spaces
         self._rows: dict[str, dict[str, np.ndarray]] = {}  # model -> target -> training scans
         self._labels: dict[str, dict[str, Tensor]] = {}  # model -> target -> their classes
         self._ranked: dict[str, np.ndarray] = {}  # target -> classes, most similar scan first
@@ -95,7 +95,7 @@ class Knn(ClassTask):
 
     def choose(
         self, model: str, targets: Sequence[str], vectors: Mapping[str, ScanVectors]
-    ) -> dict[str, Choice]:
+    ) -> dict[str, ProbeChoice]:
         """Choose vector, block, scaling and k for each target. Neighbours of a scan are never of
         its own patient.
         """
@@ -117,7 +117,7 @@ class Knn(ClassTask):
 
     def _choice(
         self, model: str, target: str, labelled: Labelled, left_out: Sequence[str]
-    ) -> Choice:
+    ) -> ProbeChoice:
         """All pairs of a space and a k, with their value on the validation scans."""
         is_val_N = np.array([side == VAL for side in labelled.sides])
         patient_N = np.unique(labelled.patients, return_inverse=True)[1]
@@ -216,12 +216,12 @@ class Knn(ClassTask):
         )
 
 
-def _space(candidate: Candidate, inputs: Sequence[np.ndarray]) -> Space:
+def _space(candidate: Candidate, inputs: Sequence[np.ndarray]) -> VectorSpace:
     """The training scans in one vector."""
     scaler = Scaler.of(inputs, candidate.scaling)
     scaled_ND = np.stack([scaler(one).astype(np.float32) for one in inputs])
     num_filled = sum(bool(np.isnan(one).any()) for one in inputs)
-    return Space(candidate, scaler, neighbours.unit(torch.from_numpy(scaled_ND)), num_filled)
+    return VectorSpace(candidate, scaler, neighbours.unit(torch.from_numpy(scaled_ND)), num_filled)
 
 
 def build(config: Config, *, seed: int) -> Knn:

@@ -79,7 +79,7 @@ class KnownPatches:
 
 
 @dataclass(frozen=True)
-class Memory:
+class PatchMemory:
     """The training patches of one model.
 
     Args:
@@ -110,7 +110,7 @@ class PatchKnn(Task[PatchTruth, None]):
         self.tokens_per_scan = config.max_tokens
         self.classes: tuple[str, ...] = ()
         self._kept: dict[str, list[KnownPatches]] = defaultdict(list)
-        self._memory: dict[str, Memory] = {}
+        self._memory: dict[str, PatchMemory] = {}
         # model -> scan -> k -> confusion matrix; rows are truth
         self._confusion: dict[str, dict[str, dict[int, np.ndarray]]] = defaultdict(dict)
 
@@ -182,7 +182,7 @@ class PatchKnn(Task[PatchTruth, None]):
             patients = [one.patient for one in kept for _ in one.classes]
             validation = self._validation(unit_KD, label_K, patients)
             k = max(validation, key=lambda number: validation[number], default=self.config.k[0])
-            self._memory[model] = Memory(unit_KD, label_K, k, validation)
+            self._memory[model] = PatchMemory(unit_KD, label_K, k, validation)
 
     def _validation(
         self, unit_KD: Tensor, label_K: Tensor, patients: Sequence[str]
