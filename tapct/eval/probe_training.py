@@ -220,12 +220,14 @@ def padded(sets: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
 
 
 class _Batches:
-    """Batches of sets; where all sets have one size, they are one tensor, and a batch is cheap."""
+    """Batches of sets. Vectors, which are sets of one, are kept as one tensor, so that a batch is
+    cheap; windows are not copied, because they may be large.
+    """
 
     def __init__(self, x_NWD: Sequence[np.ndarray]) -> None:
         self.sets = x_NWD
-        is_even = len({len(one) for one in x_NWD}) == 1
-        self.whole_NWD = torch.from_numpy(np.stack(x_NWD)) if is_even else None
+        are_vectors = all(len(one) == 1 for one in x_NWD)
+        self.whole_NWD = torch.from_numpy(np.stack(x_NWD)) if are_vectors else None
 
     def of(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Windows of some scans, and which rows are windows."""

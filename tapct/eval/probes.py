@@ -39,7 +39,7 @@ SCALINGS = ("zscore", "raw")
 C_GRID = tuple(float(10.0**power) for power in range(-6, 6))
 MAX_ITERATIONS = 1000
 
-Inputs = Sequence[np.ndarray]  # of each scan: float64 (D,), or (W, D) for heads on windows
+Inputs = Sequence[np.ndarray]  # of each scan: float64 (D,), or float32 (W, D) for windows
 Settings = Mapping[str, float]
 Predict = Callable[[Inputs], np.ndarray]  # probabilities (N, C), or numbers (N,)
 ATTENTION_DECAY = 1e-2  # weight decay of `abmil` and `efficient`, the default of torch.optim.AdamW
@@ -129,20 +129,27 @@ class Scaler:
             inputs: vectors or sets of windows.
             scaling: `zscore` or `raw`.
         """
-        rows_ND = np.concatenate([np.atleast_2d(one) for one in inputs]).astype(np.float64)
-        rows_ND = rows_ND[~np.isnan(rows_ND).any(1)]
-        mean_D = rows_ND.mean(0) if len(rows_ND) else np.zeros(np.shape(inputs[0])[-1])
-        if scaling == "raw" or not len(rows_ND):
-            return cls(np.zeros_like(mean_D), np.ones_like(mean_D), mean_D)
-        deviation_D = rows_ND.std(0)
+        dim = np.shape(inputs[0])[-1]
+        known = [one for one in inputs if not np.isnan(one).any()]
+        num_rows = sum(len(np.atleast_2d(one)) for one in known)
+        # scan by scan, because the windows of all scans together may be large
+        mean_D = np.zeros(dim)
+        for one in known:
+            mean_D += np.atleast_2d(one).sum(0, dtype=np.float64) / num_rows
+        if scaling == "raw" or not num_rows:
+            return cls(np.zeros(dim), np.ones(dim), mean_D)
+        variance_D = np.zeros(dim)
+        for one in known:
+            variance_D += ((np.atleast_2d(one) - mean_D) ** 2).sum(0) / num_rows
+        deviation_D = np.sqrt(variance_D)
         # a channel that is constant up to rounding carries nothing
         constant_D = deviation_D <= 1e-12 * np.abs(mean_D)
         return cls(mean_D, np.where(constant_D, np.inf, deviation_D), mean_D)
 
     def __call__(self, one: np.ndarray) -> np.ndarray:
-        """Scale one vector or one set of windows."""
+        """Scale one vector or one set of windows; the result has the precision of the input."""
         filled: np.ndarray = np.where(np.isnan(one), self.fill_D, one)
-        scaled: np.ndarray = (filled - self.shift_D) / self.scale_D
+        scaled: np.ndarray = ((filled - self.shift_D) / self.scale_D).astype(one.dtype)
         return scaled
 
 
@@ -410,4 +417,4 @@ class _TrainedHead:
 
 def _float32(one: np.ndarray) -> np.ndarray:
     """Windows of one scan; a vector counts as one window."""
-    return np.atleast_2d(one).astype(np.float32)
+    return np.atleast_2d(np.asarray(one, dtype=np.float32))
