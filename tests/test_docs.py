@@ -37,7 +37,7 @@ from tapct.config.plugins import Plugin
 from tapct.data.ingest import read_volume
 from tapct.engine import loop, optim
 from tapct.eval import results, runner
-from tapct.eval.baselines import NAMES, NamedModel, RawPatches, with_baselines
+from tapct.eval.baselines import DEFAULTS, NamedModel, RawPatches, with_baselines
 from tapct.eval.extraction import dense_features
 from tapct.eval.features import Preprocess
 from tapct.eval.scans import LabelledScan
@@ -521,7 +521,7 @@ def test_the_example_task_runs_through_every_command(
     assert list(by_hand.tasks) == ["mylab.tasks.depth"]
     assert " eval " in by_hand.origin.command and str(run) not in by_hand.origin.command
     values = by_hand.tasks["mylab.tasks.depth"].headline.values
-    assert list(values) == ["pretrained", "untrained", "untrained_layerscale1", *NAMES[1:]]
+    assert list(values) == ["pretrained", "untrained", "untrained_layerscale1", *DEFAULTS[1:]]
     for model, value in values.items():
         assert f"{model:<24} mean error {results.shown(value)}" in said
 
