@@ -265,6 +265,7 @@ def _plan(
         seed=config.seed,
         held_out=held_out,
     )
+    split = scans.patients_together(split)
     return [begin(name, tasks[name], rows_of_task[name], split) for name in rows_of_task], split
 
 

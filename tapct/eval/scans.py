@@ -9,7 +9,7 @@ import fnmatch
 import functools
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import numpy as np
@@ -311,6 +311,23 @@ def split_by_patient(
         num_test = min(max(1, round(max_scans * len(test) / len(ordered))), max(1, max_scans - 1))
         test, train = _some(test, num_test, seed), _some(train, max(1, max_scans - num_test), seed)
     return Split(PATIENTS, tuple(train), tuple(test), as_pretrained)
+
+
+def patients_together(split: Split) -> Split:
+    """Order the test scans so that those of one patient follow one another, first the patients with
+    several scans: tasks that compare two scans of a patient then keep little, and the first test
+    scans, of which pictures are drawn, are a pair.
+    """
+    if split.mode == BLOCKS:
+        return split
+    num_scans = Counter(_patient(row) for row in split.test)
+    place: dict[str, int] = {}
+    for row in split.test:
+        place.setdefault(_patient(row), len(place))
+    test = sorted(
+        split.test, key=lambda row: (num_scans[_patient(row)] == 1, place[_patient(row)])
+    )
+    return replace(split, test=tuple(test))
 
 
 def _patient(row: ScanRow) -> str:

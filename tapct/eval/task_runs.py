@@ -46,10 +46,18 @@ class TaskRun:
         Args:
             models: names of the models that were evaluated.
         Raises:
-            UserError: the headline has values for a model that was not evaluated.
+            UserError: the headline has values for a model that was not evaluated, or a model has
+                the name of a baseline of the task.
         """
+        own = self.task.own_baselines
+        taken = set(own) & set(models)
+        if taken:
+            raise UserError(
+                f"task {self.name}: {', '.join(sorted(taken))} is a baseline of its own, so no "
+                "model can have this name; rename the model"
+            )
         results, headline = self.task.results(), self.task.headline()
-        unknown = set(headline.values) - set(models)
+        unknown = set(headline.values) - {*models, *own}
         if unknown:
             raise UserError(
                 f"task {self.name}: its headline has values for {', '.join(sorted(unknown))}; "
@@ -176,4 +184,9 @@ def begin(name: str, task: Task[Any, Any], rows: Sequence[ScanRow], split: Split
             f"with eval.tasks[{name}]=null"
         )
     task.begin(num_train)
+    usable = task_run.scan_ids
+    task.expect_scans(
+        [row for row in split.train if row.id in usable],
+        [row for row in split.test if row.id in usable],
+    )
     return task_run
