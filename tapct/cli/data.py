@@ -56,12 +56,47 @@ def phantom(
         int,
         typer.Option(metavar="N", help="random seed; the same seed gives the same archive", min=0),
     ] = 0,
+    followup_share: Annotated[
+        float,
+        typer.Option(metavar="SHARE", help="share of patients with a second scan", min=0, max=1),
+    ] = 0.25,
+    arterial_share: Annotated[
+        float,
+        typer.Option(
+            metavar="SHARE",
+            help="share of the arterial phase among scans with contrast agent, the others are "
+            "venous",
+            min=0,
+            max=1,
+        ),
+    ] = 0.0,
+    warp_mm: Annotated[
+        float,
+        typer.Option(
+            metavar="MM",
+            help="largest bump of a known smooth deformation between the two scans of a patient; "
+            "0 paints the second scan in a pose of its own",
+            min=0,
+            max=12,
+        ),
+    ] = 0.0,
 ) -> None:
-    """Create a synthetic CT archive with organ labels."""
+    """Create a synthetic CT archive with organ labels.
+
+    The tables scan_labels.csv and landmarks.csv hold what is true of each scan; `tapct eval` reads
+    them.
+    """
     from tapct.data.phantom import archive as maker
 
     with signals.leaving_at_sigterm(), console.progress_bar("phantom") as progress:
-        report = maker.write(out, maker.Config(num=num, seed=seed), progress)
+        config = maker.Config(
+            num=num,
+            seed=seed,
+            followup_share=followup_share,
+            arterial_share=arterial_share,
+            warp_mm=warp_mm,
+        )
+        report = maker.write(out, config, progress)
     console.say_line(
         f"{report.scans} scans in {out}; next: tapct index {out} --out {out}/manifest.parquet"
     )

@@ -48,7 +48,7 @@ def table_digest(columns: Iterable[Sequence[Any]], facts: Mapping[str, Any]) -> 
     """Hash all values of a table, and facts about it.
 
     Args:
-        columns: values of each column: text, numbers, or lists of text.
+        columns: values of each column: text, numbers, or lists of text or numbers.
         facts: facts about the whole table that JSON can hold.
     Returns:
         32 hex digits.
@@ -56,7 +56,7 @@ def table_digest(columns: Iterable[Sequence[Any]], facts: Mapping[str, Any]) -> 
     digest = hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=16)
     for values in columns:
         if any(isinstance(value, (list, tuple)) for value in values[:1]):
-            values = ["\1".join(value) for value in values]
+            values = ["\1".join(map(str, value)) for value in values]
         if any(isinstance(value, str) for value in values[:1]):
             content = "\0".join(values).encode()
         else:

@@ -497,6 +497,8 @@ def with_facts(row: Examined, volume: Volume, task: ExamineTask) -> Examined:
         spacing_z_mm=volume.spacing_mm[0],
         spacing_y_mm=volume.spacing_mm[1],
         spacing_x_mm=volume.spacing_mm[2],
+        origin_mm=tuple(map(float, volume.origin_mm)),
+        directions=tuple(float(part) for axis in volume.directions for part in axis),
         study_date=volume.facts.study_date[: None if task.study_dates else 4],
         manufacturer=maker(volume.facts.manufacturer),
         kernel=kernel(volume.facts.kernel),

@@ -38,6 +38,7 @@ _ARROW = {
     "int": pyarrow.int64(),
     "float": pyarrow.float64(),
     "tuple[str, ...]": pyarrow.list_(pyarrow.string()),
+    "tuple[float, ...]": pyarrow.list_(pyarrow.float64()),
 }
 
 
@@ -85,6 +86,10 @@ class Row:
             its slices; empty where `path` is the only file.
         merged_labels: paths of the DICOM objects that are merged with the one in `label_path`;
             empty for most.
+        origin_mm: LPS position (x, y, z) of voxel (0, 0, 0) of the scan as it is packed; empty
+            where the scan could not be read.
+        directions: unit vectors in LPS along which the indices x, y and z grow, one after the
+            other: 9 numbers; empty where the scan could not be read.
     """
 
     id: str
@@ -119,6 +124,8 @@ class Row:
     digest: str = ""
     file_paths: tuple[str, ...] = ()
     merged_labels: tuple[str, ...] = ()
+    origin_mm: tuple[float, ...] = ()
+    directions: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)

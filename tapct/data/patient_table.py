@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import difflib
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -11,6 +10,7 @@ from pathlib import Path
 from tapct.base.exits import UserError
 from tapct.base.files import expand_path
 from tapct.data.discover import stem_of
+from tapct.data.tables import read_table, scan_name
 
 # columns that name the scan, in lower case; without one of them the first column does
 _SCAN_COLUMNS = ("path", "file", "filename", "file_name", "scan", "image", "name", "id")
@@ -48,34 +48,25 @@ def patients_from_table(option: str, scans: Iterable[Path]) -> dict[str, str]:
 
 def _read(file: Path, column: str) -> dict[str, str]:
     """Patient by name of the scan, as the table has it."""
-    try:
-        with file.open(newline="", encoding="utf-8-sig") as stream:
-            head = stream.readline()
-            stream.seek(0)
-            delimiter = max(",;\t", key=head.count)
-            rows = list(csv.DictReader(stream, delimiter=delimiter))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        problem = error.strerror if isinstance(error, OSError) else "it is not a table in UTF-8"
-        raise UserError(f"--patient-column: cannot read {file}: {problem}") from error
-    columns = [name for name in (rows[0] if rows else {}) if name is not None]
+    table = read_table(file, "--patient-column")
+    columns = table.columns
     if column not in columns:
         near = difflib.get_close_matches(column, columns, 1)
         hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(columns) or 'no rows'}"
         raise UserError(f"--patient-column: {file} has no column '{column}'; {hint}")
-    by_lower = {name.strip().lower(): name for name in columns if name != column}
+    by_lower = {name.lower(): name for name in columns if name != column}
     if not by_lower:
         raise UserError(
             f"--patient-column: {file} has no column that names the scans beside '{column}'"
         )
     known = [by_lower[name] for name in _SCAN_COLUMNS if name in by_lower]
     scan_column = known[0] if known else next(iter(by_lower.values()))
-    table: dict[str, str] = {}
-    for row in rows:
-        scan, patient = (row[scan_column] or "").strip(), (row[column] or "").strip()
-        scan = scan.replace("\\", "/").removeprefix("./").rstrip("/")
-        if scan and patient and table.setdefault(scan, patient) != patient:
+    patients: dict[str, str] = {}
+    for row in table.rows:
+        scan, patient = scan_name(row[scan_column]), row[column]
+        if scan and patient and patients.setdefault(scan, patient) != patient:
             raise UserError(f"--patient-column: {file} gives {scan} to two patients; keep one row")
-    return table
+    return patients
 
 
 def _patient_of(path: Path, given: Mapping[str, str], names: Counter[str]) -> str:

@@ -14,7 +14,7 @@ import json
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,6 +83,34 @@ class StoredScan:
         return bool(self.label_digest)
 
 
+@dataclass(frozen=True, slots=True)
+class ScanPlace:
+    """Where a scan lies in the frame of its patient.
+
+    Args:
+        origin_mm: LPS position (x, y, z) of voxel (0, 0, 0).
+        directions: unit vectors in LPS along which the indices x, y and z grow, one after the
+            other: 9 numbers.
+    """
+
+    origin_mm: tuple[float, ...]
+    directions: tuple[float, ...]
+
+    def in_scan(self, point_xyz_mm: Sequence[float]) -> tuple[float, float, float]:
+        """A point of the patient's frame in the frame of the scan.
+
+        Args:
+            point_xyz_mm: LPS position (x, y, z).
+        Returns:
+            Distances in mm from the centre of voxel (0, 0, 0) along the scan's axes z, y, x.
+        """
+        axes_33 = np.asarray(self.directions).reshape(3, 3)
+        offset = np.asarray(point_xyz_mm, np.float64) - np.asarray(self.origin_mm)
+        # the axes of a file are orthogonal within its rounding only, so that the system is solved
+        x, y, z = np.linalg.solve(axes_33.T, offset)
+        return float(z), float(y), float(x)
+
+
 class Store:
     """Packed scans, readable from any number of threads and, by pickling or forking, processes.
 
@@ -139,6 +167,21 @@ class Store:
     def index_of(self, scan_id: str) -> int:
         """Number of the scan with this name; KeyError where there is none."""
         return self._number_of[scan_id]
+
+    def places(self) -> dict[str, ScanPlace]:
+        """Where the scans lie in their patients' frames, by scan ID; empty where the manifest that
+        was packed is gone, has changed or is of an earlier version.
+        """
+        if not self._manifest_file:
+            return {}
+        file = self.path / self._manifest_file
+        origins = read_column(file, self.manifest_digest, "origin_mm")
+        directions = read_column(file, self.manifest_digest, "directions")
+        return {
+            scan_id: ScanPlace(tuple(origin), tuple(directions[scan_id]))
+            for scan_id, origin in origins.items()
+            if origin and directions.get(scan_id)
+        }
 
     def num_guessed_patients(self) -> int:
         """Number of scans whose patient `tapct index` guessed from file names; 0 where the manifest

@@ -34,6 +34,7 @@ class Labels(Enum):
 
     VOXELS = "voxels"  # a label map on the scan's own grid: LabelledScan.labels
     SCAN = "scan"  # values for the scan as a whole: LabelledScan.scan_labels
+    LANDMARKS = "landmarks"  # named points: LabelledScan.landmarks_mm
     PAIRS = "pairs"  # label maps of at least two scans of one patient: LabelledScan.patient
     NONE = "none"
 
@@ -170,8 +171,10 @@ class Task(ABC, Generic[TruthT, PredictionT]):
     own_baselines: ClassVar[tuple[str, ...]] = ()
 
     def named_labels(self) -> Mapping[str, tuple[str, ...]]:
-        """Return setting -> label names or values in it. The runner checks that each occurs in a
-        label map before features are computed. Words that need not occur are left out.
+        """Return setting -> label names or values in it. The runner checks before features are
+        computed that each occurs in a label map, for `Labels.SCAN` among the targets of the table,
+        and for `Labels.LANDMARKS` among the names of points. Words that need not occur are left
+        out. A task with labels from a table gets the scans that have at least one of them.
         """
         return {}
 

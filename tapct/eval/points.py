@@ -114,9 +114,7 @@ def label_points(scan: LabelledScan, names: Collection[str]) -> dict[str, NamedP
     }
 
 
-def common_points(
-    first: Mapping[str, NamedPoints], second: Mapping[str, NamedPoints]
-) -> list[str]:
+def common_points(first: Mapping[str, NamedPoints], second: Mapping[str, NamedPoints]) -> list[str]:
     """Names of points that both scans have, in the order of the first."""
     return [name for name in first if name in second]
 

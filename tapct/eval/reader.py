@@ -22,7 +22,7 @@ from tapct.eval.features import DenseFeatures, PatchGrid
 from tapct.eval.fill import Features
 from tapct.eval.models import EvaluatedModel
 from tapct.eval.results import PATIENTS, UnreadScan
-from tapct.eval.scans import LabelledScan, ScanLabels, ScanRow, Split
+from tapct.eval.scans import LabelledScan, ScanRow, Split, TableLabels
 from tapct.eval.task_runs import TaskRun
 from tapct.types import Refused
 
@@ -84,7 +84,7 @@ class ScanReader:
         split: training and test scans.
         store: packed scans and labels.
         task_runs: tasks, with the scans that each can use.
-        scan_labels: values for scans as a whole.
+        tables: labels that come from tables.
         features: features of the models.
         blocks: division of scans of one patient.
         max_skips: largest number of scans that may be skipped because they cannot be read.
@@ -97,14 +97,14 @@ class ScanReader:
         split: Split,
         store: Store,
         task_runs: Sequence[TaskRun],
-        scan_labels: ScanLabels,
+        tables: TableLabels,
         *,
         features: Features,
         blocks: Blocks,
         max_skips: int,
     ) -> None:
         self.split, self.store, self.task_runs = split, store, task_runs
-        self.scan_labels, self.features, self.blocks = scan_labels, features, blocks
+        self.tables, self.features, self.blocks = tables, features, blocks
         self.max_skips = max_skips
         self.unread: list[UnreadScan] = []
 
@@ -171,8 +171,9 @@ class ScanReader:
         runs = [each for each in self.task_runs if row.id in each.scan_ids]
         needs_map = any(each.task.labels in (Labels.VOXELS, Labels.PAIRS) for each in runs)
         try:
-            labelled = scans.read_scan(
-                row, self.store, with_labels=needs_map, scan_labels=self.scan_labels.get(row.id)
+            values = self.tables.scan_labels.get(row.id)
+            labelled = self.tables.added_to(
+                scans.read_scan(row, self.store, with_labels=needs_map, scan_labels=values)
             )
             return ScanAndTruths(labelled, self._truths(labelled, runs, side))
         except (Refused, Damaged) as error:

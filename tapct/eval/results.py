@@ -82,6 +82,8 @@ class EvaluatedData:
         store: digest of the store, which depends on the voxels and not on their compression.
         labels: digest of the labels of all scans.
         num_scans: number of scans in the store.
+        tables: digest of the values and points of `eval.scan_labels` and `eval.landmarks`; empty
+            without them.
     """
 
     name: str
@@ -89,6 +91,7 @@ class EvaluatedData:
     store: str
     labels: str
     num_scans: int
+    tables: str = ""
 
 
 @dataclass(frozen=True)
@@ -152,7 +155,8 @@ class TaskSection:
 
     Args:
         config: settings of the task.
-        labels: labels that it needs: `voxels`, `scan`, `pairs` or `none`.
+        labels: labels that it needs: `voxels`, `scan`, `landmarks`, `pairs` or
+            `none`.
         num_train: scans that it learned from.
         num_test: scans that it evaluated.
         skipped: scans without the labels that it needs.

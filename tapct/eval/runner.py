@@ -45,7 +45,7 @@ from tapct.eval.results import (
     SplitRecord,
     TaskSection,
 )
-from tapct.eval.scans import ScanLabels, ScanRow, Split
+from tapct.eval.scans import ScanRow, Split, TableLabels
 from tapct.eval.stopwatch import PARTS
 from tapct.eval.task_runs import TaskRun, begin, build_tasks, check_label_settings, usable_rows
 from tapct.run_folder import features_beside
@@ -121,6 +121,21 @@ class Config:
         2, "number of test scans with pictures of each task and of the patch features", ge=0
     )
     batch: int = setting(8, "windows per forward call", ge=1)
+    scan_labels: str = setting(
+        "",
+        "CSV file with values for scans as a whole: a column `path`, `case_id` or `id`, and one "
+        "column per target; empty: none",
+    )
+    landmarks: str = setting(
+        "",
+        "CSV file with named points: a column `path`, `case_id` or `id`, a column `name`, and "
+        "z_mm, y_mm, x_mm (LPS) or z_voxel, y_voxel, x_voxel; empty: none",
+    )
+    split_column: str = setting(
+        "auto",
+        "column of `scan_labels` with the official split (train, val or test); auto: `split`, or "
+        "else `fold0`, where there is one; none: the scans are divided by patient",
+    )
     baselines: tuple[str, ...] = setting(
         baselines.NAMES,
         "models that the pretrained one is compared with; random_2x and random_4x have 2 and 4 "
@@ -150,7 +165,7 @@ def evaluate(
     held_out: Collection[str] = (),
     check_held_out: Callable[[Sequence[ScanRow]], HeldOut] = no_list,
     check_others: Mapping[str, Callable[[Sequence[ScanRow]], HeldOut]] | None = None,
-    scan_labels: ScanLabels | None = None,
+    tables: TableLabels | None = None,
     origin: Origin | None = None,
     max_skips: int = 0,
     device: torch.device | str = "cpu",
@@ -175,7 +190,8 @@ def evaluate(
             are not, these patients are the test set; else patients are drawn by `test_share`.
         check_held_out: function that finds the test scans that were trained on.
         check_others: the same for further models, by name.
-        scan_labels: values for scans as a whole, for tasks that need `Labels.SCAN`.
+        tables: labels that come from tables, for tasks that need `Labels.SCAN` or
+            `Labels.LANDMARKS`, and the official split if there is one.
         origin: data, weights and command, kept in the results.
         max_skips: largest number of scans that are skipped because they cannot be read.
         device: device that features are computed on.
@@ -190,7 +206,8 @@ def evaluate(
     began = time.perf_counter()
     preprocess = preprocess or config.preprocess
     rows = scans.matching(rows, config.only)
-    task_runs, split = _plan(config, rows, store, held_out, scan_labels)
+    tables = tables or TableLabels()
+    task_runs, split = _plan(config, rows, store, held_out, tables)
     settled = settle(
         models,
         [(each.name, each.task) for each in task_runs],
@@ -208,7 +225,7 @@ def evaluate(
             split,
             store,
             task_runs,
-            scan_labels or {},
+            tables,
             features=found,
             blocks=Blocks(config.num_blocks, config.block_gap),
             max_skips=max_skips,
@@ -251,11 +268,11 @@ def _plan(
     rows: Sequence[ScanRow],
     store: Store,
     held_out: Collection[str],
-    scan_labels: ScanLabels | None,
+    tables: TableLabels,
 ) -> tuple[list[TaskRun], Split]:
     """The tasks that have scans, begun, and the split of the scans; arguments as of `evaluate`."""
     tasks = build_tasks(config.tasks, config.seed)
-    rows_of_task = usable_rows(tasks, rows, scan_labels)
+    rows_of_task = usable_rows(tasks, rows, tables)
     for name, chosen in rows_of_task.items():
         check_label_settings(name, tasks[name], chosen, store)
     split = scans.split_for_tasks(
@@ -264,6 +281,7 @@ def _plan(
         max_scans=config.max_scans,
         seed=config.seed,
         held_out=held_out,
+        sides=tables.sides,
     )
     split = scans.patients_together(split)
     return [begin(name, tasks[name], rows_of_task[name], split) for name in rows_of_task], split

@@ -10,7 +10,7 @@ import functools
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import numpy as np
 
@@ -22,6 +22,11 @@ from tapct.data.store import Store
 from tapct.eval.contract import Labels
 from tapct.eval.results import BLOCKS, PATIENTS
 from tapct.types import IGNORE_LABEL, LabelMap, Volume
+
+# truth of a statement, a number, or a category
+ScanValue: TypeAlias = bool | float | str
+Point: TypeAlias = tuple[float, float, float]  # mm (z, y, x)
+TRAIN, VAL, TEST = "train", "val", "test"
 
 
 @dataclass(frozen=True)
@@ -65,14 +70,22 @@ class LabelledScan:
         source: voxels in HU, in memory or in a store.
         labels: label map on the scan's grid; None where the scan has none or no task needs it.
         patient: keyed hash of the patient ID; empty where unknown.
-        scan_labels: label name -> value for the scan as a whole; may be empty.
+        scan_labels: target -> value for the scan as a whole, without unknown values; may be empty.
+            All values of a target have one type, see `scan_labels.py`.
+        landmarks_mm: name -> position (z, y, x) in mm from the centre of voxel (0, 0, 0), along the
+            axes of the scan: the index of a voxel times the spacing. May be empty. The scans of one
+            patient share the names of the points that they have in common.
+        official_side: `train`, `val` or `test` where the table of `eval.scan_labels` gives an
+            official split; empty where it gives none.
     """
 
     id: str
     source: Volume | StoredVolume
     labels: LabelMap | None = None
     patient: str = ""
-    scan_labels: Mapping[str, str] = field(default_factory=dict)
+    scan_labels: Mapping[str, ScanValue] = field(default_factory=dict)
+    landmarks_mm: Mapping[str, Point] = field(default_factory=dict)
+    official_side: str = ""
 
     @functools.cached_property
     def volume(self) -> Volume:
@@ -111,7 +124,34 @@ class LabelledScan:
         return self.labels
 
 
-ScanLabels = Mapping[str, Mapping[str, str]]  # scan ID -> label name -> value
+ScanLabels: TypeAlias = Mapping[str, Mapping[str, ScanValue]]  # scan ID -> target -> value
+Landmarks: TypeAlias = Mapping[str, Mapping[str, Point]]  # scan ID -> name -> position
+
+
+@dataclass(frozen=True)
+class TableLabels:
+    """Labels that come from tables and not from the store, by scan ID.
+
+    Args:
+        scan_labels: values for scans as a whole.
+        landmarks: positions of named points, as in `LabelledScan.landmarks_mm`.
+        sides: official split: `train`, `val` or `test`; scans without a side are missing. Empty
+            where there is no official split.
+        digest: hash of all of this; empty without a table.
+    """
+
+    scan_labels: ScanLabels = field(default_factory=dict)
+    landmarks: Landmarks = field(default_factory=dict)
+    sides: Mapping[str, str] = field(default_factory=dict)
+    digest: str = ""
+
+    def added_to(self, scan: LabelledScan) -> LabelledScan:
+        """A scan as it was read, with its landmarks and its side of the official split."""
+        return replace(
+            scan,
+            landmarks_mm=self.landmarks.get(scan.id, {}),
+            official_side=self.sides.get(scan.id, ""),
+        )
 
 
 class ScanRow(Protocol):
@@ -179,7 +219,10 @@ def matching(rows: Sequence[ScanRow], patterns: Sequence[str]) -> list[ScanRow]:
 
 
 def usable(
-    rows: Sequence[ScanRow], labels: Labels, scan_labels: ScanLabels | None = None
+    rows: Sequence[ScanRow],
+    labels: Labels,
+    scan_labels: ScanLabels | None = None,
+    landmarks: Landmarks | None = None,
 ) -> list[ScanRow]:
     """Select the scans that have the labels a task needs.
 
@@ -187,11 +230,14 @@ def usable(
         rows: accepted scans.
         labels: labels that the task needs.
         scan_labels: values for scans as a whole, by scan ID.
+        landmarks: positions of named points, by scan ID.
     """
     if labels is Labels.NONE:
         return list(rows)
     if labels is Labels.SCAN:
         return [row for row in rows if (scan_labels or {}).get(row.id)]
+    if labels is Labels.LANDMARKS:
+        return [row for row in rows if (landmarks or {}).get(row.id)]
     with_map = [row for row in rows if row.has_labels]
     if labels is Labels.VOXELS:
         return with_map
@@ -206,6 +252,7 @@ def what_is_missing(labels: Labels) -> str:
     return {
         Labels.VOXELS: "label map",
         Labels.SCAN: "scan-level label",
+        Labels.LANDMARKS: "landmark",
         Labels.PAIRS: "second scan of the same patient with a label map",
         Labels.NONE: "CT volume",
     }[labels]
@@ -216,8 +263,10 @@ def how_to_label(labels: Labels) -> str:
     return {
         Labels.VOXELS: "name it NAME_seg.nii.gz beside NAME.nii.gz, put it in labels*/ beside "
         "images*/ (docs/data.md lists all layouts), or use --labels DIR; then index and pack again",
-        Labels.SCAN: "`tapct eval` cannot read scan-level labels yet; set labels = Labels.NONE "
-        "in the task and read the values from a file that its Config names (see docs/extending.md)",
+        Labels.SCAN: "give a CSV file with eval.scan_labels=FILE.csv; docs/evaluation.md describes "
+        "its columns",
+        Labels.LANDMARKS: "give a CSV file with eval.landmarks=FILE.csv; docs/evaluation.md "
+        "describes its columns",
         Labels.PAIRS: "index again with --labels DIR and a --patient-regex that finds the patient, "
         "and pack again",
         Labels.NONE: "index and pack an archive with accepted scans",
@@ -231,6 +280,7 @@ def split_for_tasks(
     max_scans: int,
     seed: int,
     held_out: Collection[str] = (),
+    sides: Mapping[str, str] | None = None,
 ) -> Split:
     """Divide the scans of several tasks by patient, so that each scan is read for all of them.
 
@@ -243,7 +293,12 @@ def split_for_tasks(
         max_scans: most scans of all tasks together; 0 means all.
         seed: random seed of the split.
         held_out: patients that pretraining did not see.
+        sides: official split, by scan ID, see `by_official_split`; empty or None where there is
+            none.
     """
+    if sides:
+        everything = {row.id: row for group in groups for row in group}
+        return by_official_split(list(everything.values()), sides, max_scans=max_scans, seed=seed)
     first = split_by_patient(
         groups[0], test_share=test_share, max_scans=max_scans, seed=seed, held_out=held_out
     )
@@ -324,10 +379,46 @@ def patients_together(split: Split) -> Split:
     place: dict[str, int] = {}
     for row in split.test:
         place.setdefault(_patient(row), len(place))
-    test = sorted(
-        split.test, key=lambda row: (num_scans[_patient(row)] == 1, place[_patient(row)])
-    )
+    test = sorted(split.test, key=lambda row: (num_scans[_patient(row)] == 1, place[_patient(row)]))
     return replace(split, test=tuple(test))
+
+
+def by_official_split(
+    rows: Sequence[ScanRow], sides: Mapping[str, str], *, max_scans: int, seed: int
+) -> Split:
+    """Divide scans as an official split says. Its validation scans are among the training scans:
+    tasks find them by `LabelledScan.official_side`. Scans without a side are left out.
+
+    Args:
+        rows: scans that the tasks can use.
+        sides: `train`, `val` or `test` by scan ID.
+        max_scans, seed: as in `split_by_patient`.
+    Raises:
+        UserError: a side has no scan, or a patient has test scans and others.
+    """
+    ordered = sorted((row for row in rows if row.id in sides), key=lambda row: row.id)
+    test = [row for row in ordered if sides[row.id] == TEST]
+    train = [row for row in ordered if sides[row.id] != TEST]
+    if not test or not train:
+        raise UserError(
+            f"the official split of eval.scan_labels has {len(train)} training and validation "
+            f"scans and {len(test)} test scans among the {len(rows)} scans that the tasks can use; "
+            "it needs one of each. Set eval.split_column=none to divide the scans by patient"
+        )
+    mixed = {_patient(row) for row in test} & {_patient(row) for row in train}
+    if mixed:
+        raise UserError(
+            f"the official split of eval.scan_labels has {len(mixed)} patients with test scans and "
+            "other scans, so the results would not hold for new patients. Correct the column, or "
+            "set eval.split_column=none to divide the scans by patient"
+        )
+    if len(ordered) < len(rows):
+        num = len(rows) - len(ordered)
+        console.say(f"{num} of {len(rows)} scans have no side in the official split and are unused")
+    if max_scans and max_scans < len(ordered):
+        num_test = min(max(1, round(max_scans * len(test) / len(ordered))), max(1, max_scans - 1))
+        test, train = _some(test, num_test, seed), _some(train, max(1, max_scans - num_test), seed)
+    return Split(PATIENTS, tuple(train), tuple(test))
 
 
 def _patient(row: ScanRow) -> str:
@@ -384,7 +475,11 @@ def labels_of(row: ScanRow, store: Store) -> dict[int, str]:
 
 
 def read_scan(
-    row: ScanRow, store: Store, *, with_labels: bool, scan_labels: Mapping[str, str] | None = None
+    row: ScanRow,
+    store: Store,
+    *,
+    with_labels: bool,
+    scan_labels: Mapping[str, ScanValue] | None = None,
 ) -> LabelledScan:
     """A scan of the store, whose voxels are read later, and, where a task needs them, its labels.
 

@@ -17,7 +17,7 @@ from tapct.data.store import Store
 from tapct.eval import scans
 from tapct.eval.contract import DEFAULT_TASKS, Headline, Labels, Task, TaskResults
 from tapct.eval.results import BLOCKS
-from tapct.eval.scans import ScanLabels, ScanRow, Split
+from tapct.eval.scans import ScanRow, Split, TableLabels
 
 MOST_LABELS_IN_LINE = 40
 
@@ -90,7 +90,7 @@ def build_tasks(sections: Sequence[Plugin], seed: int) -> dict[str, Task[Any, An
 
 
 def usable_rows(
-    tasks: Mapping[str, Task[Any, Any]], rows: Sequence[ScanRow], scan_labels: ScanLabels | None
+    tasks: Mapping[str, Task[Any, Any]], rows: Sequence[ScanRow], tables: TableLabels
 ) -> dict[str, list[ScanRow]]:
     """Task name -> the scans that it can use. A task without any is left out, and a line about it
     is printed.
@@ -101,7 +101,8 @@ def usable_rows(
     rows_of_task: dict[str, list[ScanRow]] = {}
     missing: list[str] = []
     for name, task in tasks.items():
-        chosen = scans.usable(rows, task.labels, scan_labels)
+        chosen = scans.usable(rows, task.labels, tables.scan_labels, tables.landmarks)
+        chosen = _with_named(name, task, chosen, tables)
         what = scans.what_is_missing(task.labels)
         if not chosen:
             how = scans.how_to_label(task.labels)
@@ -116,6 +117,31 @@ def usable_rows(
     for line in missing:
         console.say(f"{line}. The task is skipped")
     return rows_of_task
+
+
+def _with_named(
+    name: str, task: Task[Any, Any], rows: list[ScanRow], tables: TableLabels
+) -> list[ScanRow]:
+    """The scans of a task with labels from a table that have at least one of those which its
+    settings name.
+
+    Raises:
+        UserError: a setting names a label that no scan has.
+    """
+    of_scan = {Labels.SCAN: tables.scan_labels, Labels.LANDMARKS: tables.landmarks}.get(task.labels)
+    settings = {key: words for key, words in task.named_labels().items() if words}
+    if of_scan is None or not rows or not settings:
+        return rows
+    known = {label for row in rows for label in of_scan[row.id]}
+    for key, words in settings.items():
+        for word in words:
+            if word not in known:
+                raise UserError(
+                    f"eval.tasks.{name}.{key} names {word!r}, which none of the {len(rows)} "
+                    f"scans has; they have {', '.join(sorted(known)[:MOST_LABELS_IN_LINE])}"
+                )
+    wanted = {word for words in settings.values() for word in words}
+    return [row for row in rows if wanted & set(of_scan[row.id])]
 
 
 def check_label_settings(
@@ -133,6 +159,8 @@ def check_label_settings(
     Raises:
         UserError: a setting names a label that no label map has.
     """
+    if task.labels in (Labels.SCAN, Labels.LANDMARKS):  # checked when its scans were chosen
+        return
     missing = {key: list(words) for key, words in task.named_labels().items() if words}
     known: dict[int, str] = {}
     num_read = 0
@@ -177,7 +205,7 @@ def begin(name: str, task: Task[Any, Any], rows: Sequence[ScanRow], split: Split
             "each. Raise eval.max_scans, change eval.test_share or eval.seed, or switch the task "
             f"off with eval.tasks[{name}]=null"
         )
-    if split.mode == BLOCKS and task.labels in (Labels.SCAN, Labels.PAIRS):
+    if split.mode == BLOCKS and task.labels in (Labels.SCAN, Labels.LANDMARKS, Labels.PAIRS):
         raise UserError(
             f"task {name} needs labelled scans of several patients, but all of its scans are of "
             "one patient. Index scans of a second patient, or switch the task off "

@@ -216,9 +216,7 @@ def _least_squares(
 def _is_plausible(matrices_H33: np.ndarray) -> np.ndarray:
     """Matrices that neither mirror nor stretch or shrink a direction too much: bool (H,)."""
     stretch = np.linalg.svd(matrices_H33, compute_uv=False)
-    within: np.ndarray = (stretch[:, 0] <= LARGEST_STRETCH) & (
-        stretch[:, 2] >= 1 / LARGEST_STRETCH
-    )
+    within: np.ndarray = (stretch[:, 0] <= LARGEST_STRETCH) & (stretch[:, 2] >= 1 / LARGEST_STRETCH)
     return within & (np.linalg.det(matrices_H33) > 0)
 
 

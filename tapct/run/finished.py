@@ -19,6 +19,7 @@ from tapct.distributed.device import pick_device
 from tapct.eval import held_out, results, runner
 from tapct.eval.baselines import NAMES, with_baselines
 from tapct.eval.contract import OWN_MODEL
+from tapct.eval.label_tables import read_tables
 from tapct.eval.models import NamedModel
 from tapct.eval.results import EvaluatedData, EvaluatedWeights, Evaluation, Origin
 from tapct.eval.saved import link_newest
@@ -89,6 +90,9 @@ def evaluate_model(
     arguments = shlex.split(command) if command else sys.argv
     patients = [scan.patient for scan in store.scans]
     reading = config.data.loader
+    tables = read_tables(
+        store, config.eval.scan_labels, config.eval.landmarks, config.eval.split_column
+    )
     others = others or {}
     own, *baselines = with_baselines(
         model.backbone, config.model, config.seed, config.eval.baselines, config.contract
@@ -108,7 +112,13 @@ def evaluate_model(
             check_others={
                 name: held_out_check(store, other.trained_on) for name, other in others.items()
             },
-            origin=Origin(data, model.weights, command_line(arguments), git_revision()),
+            tables=tables,
+            origin=Origin(
+                replace(data, tables=tables.digest),
+                model.weights,
+                command_line(arguments),
+                git_revision(),
+            ),
             max_skips=reading.max_skips if reading.on_error == "skip" else 0,
             device=pick_device(config.device),
             progress=progress,

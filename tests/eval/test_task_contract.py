@@ -32,7 +32,7 @@ from tapct.eval.features import (
     WindowVectors,
 )
 from tapct.eval.results import Evaluation, from_json
-from tapct.eval.scans import LabelledScan
+from tapct.eval.scans import LabelledScan, TableLabels
 from tapct.types import HUContract, LabelMap, Volume
 
 MODELS = ("pretrained", "untrained")
@@ -357,7 +357,7 @@ class Archive:
         config = runner.Config(tasks=tuple(tasks), num_pictures=1, **settings)
         return runner.evaluate(
             [NamedModel("raw_hu", RawPatches((2, 4, 4)))], self.rows, self.store, config,
-            contract=HUContract(), out=self.out, scan_labels=self.scan_labels,
+            contract=HUContract(), out=self.out, tables=TableLabels(self.scan_labels),
             preprocess=Preprocess((32, 32), (4, 16, 16), (4, 16, 16)),
         )  # fmt: skip
 
@@ -417,8 +417,8 @@ def test_a_task_without_any_scan_is_reported_and_is_an_error_alone(
     assert "mylab_scan: none of the 12 accepted scans has" in capsys.readouterr().out
     with pytest.raises(
         UserError,
-        match=r"mylab_scan: none of the 12 accepted scans has a scan-level label: `tapct eval` "
-        r"cannot read scan-level labels yet; set labels = Labels.NONE",
+        match=r"mylab_scan: none of the 12 accepted scans has a scan-level label: give a CSV file "
+        r"with eval.scan_labels=FILE.csv",
     ):
         archive.evaluate(Labels.SCAN)
     archive.monkeypatch.setattr(archive, "rows", archive.rows[8:])

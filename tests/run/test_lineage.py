@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import numpy as np
 import pytest
 from shell import Shell
 from shell import shell as shell  # a fixture
-from tiny_run import config_of, make_archive, make_store
+from tiny_run import config_of, make_archive, make_store, own_plugin
 
 import tapct
 from tapct.base.exits import UserError
@@ -109,7 +111,7 @@ def test_held_out_scans_are_held_out_and_the_results_know_their_data(
     assert content["split"]["note"] == ""
     assert content["data"] == {
         "name": own.dataset, "manifest": packed.manifest_digest, "store": packed.digest,
-        "labels": labels_digest(packed.scans), "num_scans": len(packed),
+        "labels": labels_digest(packed.scans), "num_scans": len(packed), "tables": "",
     }  # fmt: skip
     files = json.loads((run / "checkpoints" / "step_00000004" / "files.json").read_text())
     assert content["weights"] == {
@@ -290,3 +292,87 @@ def test_a_damaged_scan_is_skipped_named_and_counted(
     assert f"1 of {len(test)} test scans could not be read" in found.split.caveat
     assert found.tasks["segmentation"].num_test == len(test) - 1
     assert np.isfinite(found.tasks["segmentation"].headline.values["pretrained"])
+
+
+# A task on whole scans and named points: counts what it was given.
+COUNTS = """
+from dataclasses import dataclass
+from tapct.extend import Headline, Labels, Task, TaskResults
+
+@dataclass(frozen=True)
+class Config:
+    pass
+
+class Counts(Task):
+    labels = Labels.SCAN
+
+    def __init__(self):
+        self.given = {}
+
+    def truth(self, scan, grid, in_play_Z):
+        self.given[scan.id] = (dict(scan.scan_labels), dict(scan.landmarks_mm), scan.official_side)
+
+    def learn(self, model, dense, truth):
+        pass
+
+    def fit(self):
+        pass
+
+    def judge(self, model, dense, truth):
+        pass
+
+    def results(self):
+        given = {scan: list(values) for scan, values in self.given.items()}
+        return TaskResults({"pretrained": {"given": given}})
+
+    def headline(self):
+        return Headline("scans", {"pretrained": float(len(self.given))}, "higher", "Scans.")
+
+def build(config, *, seed):
+    return Counts()
+"""
+
+
+def test_tables_reach_the_tasks_and_the_results_name_no_scan_of_them(
+    run: Path,
+    store: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    own_plugin(monkeypatch, tmp_path, "values", COUNTS)
+    copy = Path(shutil.copytree(run, tmp_path / "run", symlinks=True))
+    archive = store.parent / "archive"
+    given = (archive / "scan_labels.csv").read_text().splitlines()
+    people = sorted({line.split(",")[1] for line in given[1:]})
+    assert len(people) == 4
+    side_of = {"patient": "split", **dict(zip(people, ("train", "test", "val", "")))}
+    table = [f"{line},{side_of[line.split(',')[1]]}" for line in given]
+    (tmp_path / "labels.csv").write_text("\n".join([*table, "gone,,,", ""]))
+    num_of = Counter(side_of[line.split(",")[1]] for line in given)
+    monkeypatch.setenv("TABLES", str(tmp_path))
+    words = ["eval.tasks.segmentation=null", "eval.tasks[mylab.values]={}"]
+    words += ["eval.scan_labels=$TABLES/labels.csv", f"eval.landmarks={archive}/landmarks.csv"]
+    found = finished.evaluate(copy, words)
+    section = found.tasks["mylab.values"]
+    assert section.num_test == num_of["test"]
+    assert section.num_train == num_of["train"] + num_of["val"]
+    of_scan = section.results.models["pretrained"]["given"]
+    rows = {row.id: row for row in Store(store).scans}
+    for line in csv.DictReader(given):
+        (scan_id,) = (row.id for row in rows.values() if row.path == line["path"])
+        side = side_of[line["patient"]]
+        assert (scan_id in of_scan) == bool(side)
+        if not side:
+            continue
+        values, points, found_side = of_scan[scan_id]
+        assert values["phase"] == line["phase"] and values["age_years"] == float(line["age_years"])
+        assert points and found_side == side
+    said = capsys.readouterr().out
+    assert "scan labels: 6 of 6 scans; unmatched rows: 1 (gone)" in said
+    assert "landmarks: " in said
+    content = saved.find(copy)[0].folder.results.read_text()
+    assert len(json.loads(content)["data"]["tables"]) == 32
+    assert "gone" not in content and "P0000" not in content and "PHANTOM" not in content
+    with pytest.raises(UserError, match="eval.scan_labels: cannot read"):
+        finished.evaluate(copy, ["eval.scan_labels=nowhere.csv"])

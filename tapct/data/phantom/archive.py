@@ -15,12 +15,17 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from tapct.base.exits import UserError
 from tapct.base.files import check_new_path
 from tapct.config import setting
 from tapct.data.phantom.files import CaseFacts, write_case
 from tapct.data.phantom.patient import draw_patient, draw_study, keyed
-from tapct.data.phantom.scan import scan
+from tapct.data.phantom.scan import measure, paint
+from tapct.data.phantom.truth import Truth, truth_of
+from tapct.data.phantom.truth_files import LANDMARKS, SCAN_LABELS, write_truth
+from tapct.data.phantom.warp import MAX_MM
 from tapct.types import LabelMap, ScanFacts, Volume
 
 LABELS = (
@@ -54,6 +59,19 @@ class Config:
         0.2, "share of scans written as DICOM series, the others as NIfTI", ge=0, le=1
     )
     followup_share: float = setting(0.25, "share of patients with a second time point", ge=0, le=1)
+    arterial_share: float = setting(
+        0.0,
+        "share of the arterial phase among scans with contrast agent, the others are venous",
+        ge=0,
+        le=1,
+    )
+    warp_mm: float = setting(
+        0.0,
+        "largest bump in mm of a known smooth deformation between the two scans of a patient; 0: "
+        "the second scan is painted in a pose of its own",
+        ge=0,
+        le=MAX_MM,
+    )
     workers: int = setting(0, "threads that make scans; 0: one per core", ge=0)
 
     def __post_init__(self) -> None:
@@ -94,20 +112,42 @@ def patient_of(seed: int, index: int, followup_share: float) -> tuple[int, int]:
         patient += 1
 
 
+@dataclass(frozen=True)
+class Case:
+    """One scan of the archive, in memory.
+
+    Args:
+        volume: scan.
+        labels: its labels; LABELS holds values and names.
+        facts: its header facts in plain text.
+        truth: what is true of it.
+    """
+
+    volume: Volume
+    labels: LabelMap
+    facts: CaseFacts
+    truth: Truth
+
+
 def make_case(seed: int, index: int, config: Config) -> tuple[Volume, LabelMap, CaseFacts]:
+    """Scan, labels and header facts of `draw_case`."""
+    case = draw_case(seed, index, config)
+    return case.volume, case.labels, case.facts
+
+
+def draw_case(seed: int, index: int, config: Config) -> Case:
     """One scan of the archive, in memory.
 
     Args:
         seed: random seed of the archive.
         index: number of the case, from 0.
         config: ranges and shares; `num` and `seed` are not read.
-    Returns:
-        The scan, its labels (values and names: LABELS) and its header facts in plain text.
     """
     number, visit = patient_of(seed, index, config.followup_share)
     patient = draw_patient(seed, number)
     study = draw_study(patient, visit, config)
-    hu_ZYX, labels_ZYX = scan(patient, study)
+    first = draw_study(patient, 0, config) if visit else None
+    painted = paint(patient, study, first, config.warp_mm)
     name = f"P{number:04d}_T{visit}"
     facts = CaseFacts(
         name=name,
@@ -130,15 +170,21 @@ def make_case(seed: int, index: int, config: Config) -> tuple[Volume, LabelMap, 
         sex=facts.sex,
         age_years=float(facts.age_years),
     )
-    volume = Volume(hu_ZYX, study.spacing_mm, study.origin_mm, header)
-    return volume, LabelMap(labels_ZYX, study.spacing_mm, study.origin_mm, LABELS), facts
+    grid = (study.spacing_mm, study.origin_mm)
+    labels_ZYX = painted.canvas.whole.label_ZYX.astype(np.uint16)
+    return Case(
+        Volume(measure(painted.canvas), *grid, header),
+        LabelMap(labels_ZYX, *grid, LABELS),
+        facts,
+        truth_of(patient, study, painted, body_points=config.warp_mm > 0),
+    )
 
 
 def write(
     out: Path, config: Config, progress: Callable[[int, int], None] | None = None
 ) -> PhantomReport:
-    """Write an archive: OUT/images (NIfTI with JSON, DICOM folders) and OUT/labels (NIfTI with
-    JSON).
+    """Write an archive: OUT/images (NIfTI with JSON, DICOM folders), OUT/labels (NIfTI with JSON),
+    and what is true of the scans: OUT/scan_labels.csv and OUT/landmarks.csv.
 
     Args:
         out: folder to make; must be empty or absent.
@@ -156,32 +202,37 @@ def write(
     check_new_path(out)
     workers = min(config.workers or os.cpu_count() or 1, config.num)
 
-    def make_and_write(index: int) -> tuple[CaseFacts, int]:
-        volume, label_map, facts = make_case(config.seed, index, config)
-        return facts, write_case(volume, label_map, facts, images, labels)
+    def make_and_write(index: int) -> tuple[CaseFacts, Truth, int]:
+        case = draw_case(config.seed, index, config)
+        num_bytes = write_case(case.volume, case.labels, case.facts, images, labels)
+        return case.facts, case.truth, num_bytes
 
-    done: list[tuple[CaseFacts, int]] = []
+    done: dict[int, tuple[CaseFacts, Truth, int]] = {}
     existed = out.exists()
     try:
         images.mkdir(parents=True)
         labels.mkdir()
         with ThreadPoolExecutor(workers) as pool:
-            jobs = [pool.submit(make_and_write, index) for index in range(config.num)]
+            jobs = {pool.submit(make_and_write, index): index for index in range(config.num)}
             try:
                 for job in as_completed(jobs):
-                    done.append(job.result())
+                    done[jobs[job]] = job.result()
                     if progress is not None:
                         progress(len(done), config.num)
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
+        cases = [done[index] for index in range(config.num)]
+        num_bytes = write_truth(out, [(facts, truth) for facts, truth, _ in cases])
     except BaseException:  # Ctrl-C too: half an archive would look like a whole one
         for folder in (images, labels) if existed else (out,):
             shutil.rmtree(folder, ignore_errors=True)
+        for name in (SCAN_LABELS, LANDMARKS):
+            (out / name).unlink(missing_ok=True)
         raise
     return PhantomReport(
-        scans=len(done),
-        patients=len({facts.patient_id for facts, _ in done}),
-        dicom=sum(facts.dicom for facts, _ in done),
-        num_bytes=sum(num_bytes for _, num_bytes in done),
+        scans=len(cases),
+        patients=len({facts.patient_id for facts, _, _ in cases}),
+        dicom=sum(facts.dicom for facts, _, _ in cases),
+        num_bytes=num_bytes + sum(num for _, _, num in cases),
     )

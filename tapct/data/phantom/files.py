@@ -51,6 +51,11 @@ class CaseFacts:
     orientation: str
     dicom: bool
 
+    @property
+    def path(self) -> str:
+        """Path of the scan below the archive: a file or a DICOM folder."""
+        return f"images/{self.name}" if self.dicom else f"images/{self.name}.nii.gz"
+
     def sidecar(self) -> dict[str, str]:
         """The facts with the keys of BIDS and dcm2niix."""
         return {

@@ -2,14 +2,18 @@
 along the spine, lesions.
 
 Axes: Z Y X voxels of a box. Positions in standard-body mm: x Left, y Posterior, z Superior, z = 0
-at T10. Each function paints over what was painted before; `scan.LAYERS` holds the order.
+at T10. Each function paints over what was painted before; `scan.BODY_LAYERS` holds the order.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
 import numpy as np
 
 from tapct.data.phantom.canvas import Box, Canvas, Point3
+from tapct.data.phantom.patient import Lesion, Patient, Study
 from tapct.data.phantom.torso import (
     AORTA,
     BODY,
@@ -23,7 +27,7 @@ from tapct.data.phantom.torso import (
     spine_at,
 )
 
-_LABEL_OF = {
+LABEL_OF = {
     "liver": LIVER,
     "lungs": LUNGS,
     "kidney_left": KIDNEY_LEFT,
@@ -31,14 +35,45 @@ _LABEL_OF = {
 }
 
 
-def _moved(
-    canvas: Canvas, organ: str, centre: Point3, radii: Point3, breath: float
-) -> tuple[Point3, Point3]:
-    """An organ's centre and radii in this patient; `breath` is the share of the diaphragm's motion
-    that moves it down.
+@dataclass(frozen=True)
+class Ellipsoid:
+    """An organ, or a part of one, in the standard body.
+
+    Args:
+        organ: key of `Patient.shift` and `Patient.size`.
+        centre: position in standard mm (x, y, z).
+        radii: half-axes in mm (x, y, z).
+        breath: share of the diaphragm's motion that moves it down.
+        lean: shear of x and y along z, mm per mm.
     """
-    shift, size = canvas.patient.shift[organ], canvas.patient.size[organ]
-    down = breath * canvas.study.breath_mm
+
+    organ: str
+    centre: Point3
+    radii: Point3
+    breath: float
+    lean: tuple[float, float] = (0.0, 0.0)
+
+
+ORGANS = {
+    "liver": Ellipsoid("liver", (-74.0, 0.0, -36.0), (76.0, 88.0, 86.0), 0.9),
+    "liver_left_lobe": Ellipsoid("liver", (2.0, -46.0, -14.0), (72.0, 40.0, 40.0), 0.9),
+    "stomach": Ellipsoid("stomach", (52.0, -28.0, -20.0), (40.0, 42.0, 48.0), 0.8, (0.3, 0.1)),
+    "spleen": Ellipsoid("spleen", (98.0, 38.0, -26.0), (38.0, 52.0, 54.0), 0.8, (-0.15, 0.1)),
+    "kidney_left": Ellipsoid(
+        "kidney_left", (62.0, 46.0, -96.0), (30.0, 27.0, 54.0), 0.6, (-0.18, -0.12)
+    ),
+    "kidney_right": Ellipsoid(
+        "kidney_right", (-62.0, 46.0, -110.0), (30.0, 27.0, 54.0), 0.6, (0.18, -0.12)
+    ),
+    "heart": Ellipsoid("heart", (20.0, -38.0, 58.0), (57.0, 44.0, 48.0), 0.6, (-0.25, 0.0)),
+}
+
+
+def placed(name: str, patient: Patient, study: Study) -> tuple[Point3, Point3]:
+    """Centre and radii of one of ORGANS in a patient at a visit, standard mm."""
+    part = ORGANS[name]
+    shift, size = patient.shift[part.organ], patient.size[part.organ]
+    centre, radii, down = part.centre, part.radii, part.breath * study.breath_mm
     return (
         (centre[0] + shift[0], centre[1] + shift[1], centre[2] + shift[2] - down),
         (radii[0] * size[0], radii[1] * size[1], radii[2] * size[2]),
@@ -117,13 +152,13 @@ def _fill_colon(
 def paint_stomach(canvas: Canvas) -> None:
     """The stomach left of the liver, filled with fluid under gas."""
     p = canvas.patient
-    centre, radii = _moved(canvas, "stomach", (52.0, -28.0, -20.0), (40.0, 42.0, 48.0), 0.8)
+    centre, radii = placed("stomach", p, canvas.study)
     low, high = _around(centre, radii, 1.35)
     box = canvas.box(low, high)
     if box is None:
         return
     bump = box.sample(canvas.field("stomach", low, high, 30.0))
-    q = box.ellipsoid(centre, radii, (0.3, 0.1)) + 0.18 * bump
+    q = box.ellipsoid(centre, radii, ORGANS["stomach"].lean) + 0.18 * bump
     mask = (q < 1) & _below_diaphragm(box, canvas)
     fine = box.sample(canvas.field("chyme", low, high, 9.0))
     hu = p.hu["fluid"] + 10 + 14 * fine
@@ -145,8 +180,8 @@ def paint_liver(canvas: Canvas) -> None:
     gall bladder.
     """
     p = canvas.patient
-    right, r_right = _moved(canvas, "liver", (-74.0, 0.0, -36.0), (76.0, 88.0, 86.0), 0.9)
-    left, r_left = _moved(canvas, "liver", (2.0, -46.0, -14.0), (72.0, 40.0, 40.0), 0.9)
+    right, r_right = placed("liver", p, canvas.study)
+    left, r_left = placed("liver_left_lobe", p, canvas.study)
     low, high = (-145.0, -105.0, -150.0), (95.0, 100.0, 60.0)
     box = canvas.box(low, high)
     if box is None:
@@ -175,14 +210,14 @@ def paint_liver(canvas: Canvas) -> None:
 def paint_spleen(canvas: Canvas) -> None:
     """A crescent along the left back wall, with the fine texture of its pulp."""
     p = canvas.patient
-    centre, radii = _moved(canvas, "spleen", (98.0, 38.0, -26.0), (38.0, 52.0, 54.0), 0.8)
+    centre, radii = placed("spleen", p, canvas.study)
     low, high = _around(centre, radii, 1.25)
     box = canvas.box(low, high)
     if box is None:
         return
     bump = 0.15 * box.sample(canvas.field("spleen shape", low, high, 30.0))
     hollow = box.ellipsoid((centre[0] - 40, centre[1] - 28, centre[2] - 4), (40, 44, 60))
-    mask = (box.ellipsoid(centre, radii, (-0.15, 0.1)) + bump < 1) & (hollow > 1)
+    mask = (box.ellipsoid(centre, radii, ORGANS["spleen"].lean) + bump < 1) & (hollow > 1)
     mask &= _below_diaphragm(box, canvas)
     pulp = box.sample(canvas.field("pulp", low, high, 4.5))
     box.paint(mask, p.hu["spleen"] + 17 * p.gain["spleen"] * pulp, SPLEEN)
@@ -193,16 +228,16 @@ def paint_kidneys(canvas: Canvas) -> None:
     the sinus.
     """
     p = canvas.patient
-    for side, z, name, label in (
-        (1.0, -96.0, "kidney_left", KIDNEY_LEFT),
-        (-1.0, -110.0, "kidney_right", KIDNEY_RIGHT),
+    for side, name, label in (
+        (1.0, "kidney_left", KIDNEY_LEFT),
+        (-1.0, "kidney_right", KIDNEY_RIGHT),
     ):
-        centre, radii = _moved(canvas, name, (side * 62.0, 46.0, z), (30.0, 27.0, 54.0), 0.6)
+        centre, radii = placed(name, p, canvas.study)
         low, high = _around(centre, radii, 1.5)
         box = canvas.box(low, high)
         if box is None:
             continue
-        lean = (-side * 0.18, -0.12)
+        lean = ORGANS[name].lean
         q = box.ellipsoid(centre, radii, lean) + 0.1 * box.sample(
             canvas.field(name, low, high, 22.0)
         )
@@ -219,6 +254,13 @@ def paint_kidneys(canvas: Canvas) -> None:
         box.paint((sinus < 1) & (q < 1.2), soft, label)
 
 
+def muscle_fat_above(patient: Patient) -> float:
+    """The value of a field of unit variance above which muscles along the spine are fat: the older
+    the patient, the lower.
+    """
+    return 1.5 - 0.008 * (patient.age_years - 50)
+
+
 def paint_back_muscles(canvas: Canvas) -> None:
     """Psoas beside the lumbar spine, erector muscles behind the arches, quadratus lumborum,
     crura.
@@ -233,7 +275,7 @@ def paint_back_muscles(canvas: Canvas) -> None:
     t = np.clip((-40 - box.z_Z11) / 170, 0, 1)
     strands = box.sample(canvas.field("back muscles", low, high, (5.0, 5.0, 18.0)))
     hu = p.hu["muscle"] + 15 * p.gain["muscle"] * strands
-    np.copyto(hu, np.float32(p.hu["fat"] + 45), where=strands > 1.5 - 0.008 * (p.age_years - 50))
+    np.copyto(hu, np.float32(p.hu["fat"] + 45), where=strands > muscle_fat_above(p))
     thick = np.float32(1 + 0.03 * p.muscle_mm)
     for side in (-1.0, 1.0):
         psoas = box.tube(
@@ -287,11 +329,11 @@ def paint_vessels(canvas: Canvas) -> None:
 def paint_heart(canvas: Canvas) -> None:
     """Heart with chambers and fat strands, windpipe with its two branches, gullet."""
     p = canvas.patient
-    centre, radii = _moved(canvas, "heart", (20.0, -38.0, 58.0), (57.0, 44.0, 48.0), 0.6)
+    centre, radii = placed("heart", p, canvas.study)
     low, high = _around(centre, radii, 1.4)
     box = canvas.box(low, high)
     if box is not None:
-        q = box.ellipsoid(centre, radii, (-0.25, 0.0))
+        q = box.ellipsoid(centre, radii, ORGANS["heart"].lean)
         rooms = box.sample(canvas.field("chambers", low, high, 26.0))
         hu = (
             p.hu["muscle"]
@@ -318,16 +360,38 @@ def paint_heart(canvas: Canvas) -> None:
 
 def paint_lesions(canvas: Canvas) -> None:
     """Balls with an irregular edge inside their organ, larger or smaller at the second visit."""
+    for number, box, ball, ragged in _lesion_balls(canvas):
+        box.paint(ball, np.float32(canvas.patient.lesions[number].hu) + 6 * ragged)
+
+
+def mark_lesions(canvas: Canvas) -> np.ndarray:
+    """The lesions of a painted canvas: uint8 ZYX, the number of the lesion in `Patient.lesions`
+    from 1, and 0 elsewhere. Where two overlap, the later one is seen.
+    """
+    marks_ZYX = np.zeros(canvas.study.shape, np.float32)
+    marked = replace(canvas, whole=replace(canvas.whole, hu_ZYX=marks_ZYX))
+    for number, box, ball, _ in _lesion_balls(marked):
+        box.paint(ball, float(number + 1))
+    return marks_ZYX.astype(np.uint8)
+
+
+def lesion_centre(lesion: Lesion, study: Study) -> Point3:
+    """The centre of a lesion at a visit, standard mm: the diaphragm takes it along."""
+    down = study.breath_mm * (0.5 if lesion.organ == "lungs" else 0.8)
+    return (lesion.centre[0], lesion.centre[1], lesion.centre[2] - down)
+
+
+def _lesion_balls(canvas: Canvas) -> Iterator[tuple[int, Box, np.ndarray, np.ndarray]]:
+    """Each lesion in the field of view: its number, its box, where it is in the box, and the field
+    of its ragged edge.
+    """
     for number, lesion in enumerate(canvas.patient.lesions):
         r = lesion.radius_mm * (lesion.growth if canvas.study.visit else 1.0)
-        down = canvas.study.breath_mm * (0.5 if lesion.organ == "lungs" else 0.8)
-        centre = (lesion.centre[0], lesion.centre[1], lesion.centre[2] - down)
+        centre = lesion_centre(lesion, canvas.study)
         low, high = _around(centre, (r, r, r), 1.4)
         box = canvas.box(low, high)
         if box is None:
             continue
         ragged = box.sample(canvas.field(f"lesion {number}", low, high, 5.0))
         ball = box.ellipsoid(centre, (r, r, r)) + 0.2 * ragged < 1
-        box.paint(
-            ball & (box.label_ZYX == _LABEL_OF[lesion.organ]), np.float32(lesion.hu) + 6 * ragged
-        )
+        yield number, box, ball & (box.label_ZYX == LABEL_OF[lesion.organ]), ragged

@@ -8,7 +8,7 @@ them to real millimetres.
 from __future__ import annotations
 
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -26,6 +26,7 @@ SCANNERS = (
     ("Philips", "B", "L", 0.85),
     ("TOSHIBA", "FC08", "FC52", 1.1),
 )
+NATIVE, ARTERIAL, VENOUS = "native", "arterial", "venous"
 ORIENTATIONS = ("LPS", "RAS", "LAS", "RPI", "PSR")
 
 
@@ -47,6 +48,10 @@ class Sizes(Protocol):
     @property
     def dicom_share(self) -> float:
         """Share of DICOM series."""
+
+    @property
+    def arterial_share(self) -> float:
+        """Share of the arterial phase among scans with contrast agent."""
 
 
 @dataclass(frozen=True)
@@ -135,6 +140,7 @@ class Study:
         body_part: scanned region, DICOM's BodyPartExamined.
         orientation: axis codes of the stored array where it is a NIfTI.
         dicom: whether the scan is written as DICOM.
+        phase: `native`, `arterial` or `venous`.
     """
 
     visit: int
@@ -156,6 +162,7 @@ class Study:
     body_part: str
     orientation: str
     dicom: bool
+    phase: str
 
 
 def keyed(*key: int | str) -> np.random.Generator:
@@ -323,4 +330,28 @@ def draw_study(patient: Patient, visit: int, sizes: Sizes) -> Study:
         body_part=region,
         orientation=ORIENTATIONS[int(rng.choice(5, p=(0.4, 0.25, 0.15, 0.1, 0.1)))],
         dicom=bool(rng.random() < sizes.dicom_share),
+        phase=_draw_phase(patient, visit, sizes.arterial_share),
     )
+
+
+def _draw_phase(patient: Patient, visit: int, arterial_share: float) -> str:
+    """The phase of the contrast agent, by a random key of its own."""
+    if patient.contrast == 0:
+        return NATIVE
+    is_arterial = patient.rng(f"phase {visit}").random() < arterial_share
+    return ARTERIAL if is_arterial else VENOUS
+
+
+def in_phase(patient: Patient, phase: str) -> Patient:
+    """A patient as scanned in a phase. `draw_patient` draws native and venous ones; in the arterial
+    phase the agent is in the arteries, the cortex of the kidneys and the spleen, and has hardly
+    reached the liver, the veins and the muscles.
+    """
+    if phase != ARTERIAL:
+        return patient
+    c, hu = patient.contrast, dict(patient.hu)
+    for name, uptake in (("blood", 120), ("kidney", 35), ("spleen", 15), ("liver", -18)):
+        hu[name] += uptake * c
+    for name in ("muscle", "bowel"):
+        hu[name] -= 12 * c
+    return replace(patient, contrast=0.2 * c, hu=hu)

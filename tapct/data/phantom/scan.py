@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from tapct.data.phantom import organs, torso
 from tapct.data.phantom.canvas import Canvas, blank_canvas
-from tapct.data.phantom.patient import Patient, Study
+from tapct.data.phantom.patient import Patient, Study, in_phase
+from tapct.data.phantom.warp import Warp, draw_warp, in_first_pose, warped
 from tapct.types import AIR_HU
 
 # each is painted over the ones before it
-LAYERS = (
+BODY_LAYERS = (
     torso.paint_wall,
     torso.paint_breasts,
     organs.paint_bowel,
@@ -26,8 +29,50 @@ LAYERS = (
     torso.paint_spine,
     organs.paint_vessels,
     organs.paint_lesions,
-    torso.paint_table,
 )
+
+
+@dataclass(frozen=True)
+class Painted:
+    """A body as it lies on the table of a scanner.
+
+    Args:
+        canvas: HU without blur and noise, and labels.
+        lesions_ZYX: uint8, see `organs.mark_lesions`.
+        pose: study in whose pose and grid the body was painted.
+        warp: deformation from `canvas` to that pose; None where both are the same.
+    """
+
+    canvas: Canvas
+    lesions_ZYX: np.ndarray
+    pose: Study
+    warp: Warp | None = None
+
+
+def paint(
+    patient: Patient, study: Study, first: Study | None = None, warp_mm: float = 0.0
+) -> Painted:
+    """Paint a patient and the table.
+
+    Args:
+        patient: body to paint.
+        study: field of view and pose.
+        first: first visit of the patient, for a follow-up that is a deformation of it.
+        warp_mm: size of the deformation; 0 paints the follow-up in its own pose.
+    """
+    warp, pose = None, study
+    if first is not None and warp_mm > 0:
+        warp = draw_warp(patient, first, study, warp_mm)
+        pose = in_first_pose(warp, first, study)
+    patient = in_phase(patient, study.phase)
+    canvas = blank_canvas(patient, pose)
+    for paint_layer in BODY_LAYERS:
+        paint_layer(canvas)
+    lesions_ZYX = organs.mark_lesions(canvas)
+    if warp is not None:
+        canvas, lesions_ZYX = warped(canvas, lesions_ZYX, warp, study)
+    torso.paint_table(canvas)
+    return Painted(canvas, lesions_ZYX, pose, warp)
 
 
 def scan(patient: Patient, study: Study) -> tuple[np.ndarray, np.ndarray]:
@@ -39,13 +84,11 @@ def scan(patient: Patient, study: Study) -> tuple[np.ndarray, np.ndarray]:
     Returns:
         hu_ZYX int16 and labels_ZYX uint16, LPS, axial slices first.
     """
-    canvas = blank_canvas(patient, study)
-    for paint in LAYERS:
-        paint(canvas)
-    return _measure(canvas), canvas.whole.label_ZYX.astype(np.uint16)
+    canvas = paint(patient, study).canvas
+    return measure(canvas), canvas.whole.label_ZYX.astype(np.uint16)
 
 
-def _measure(canvas: Canvas) -> np.ndarray:
+def measure(canvas: Canvas) -> np.ndarray:
     """Blur with the kernel's spread, add its correlated noise, round."""
     study, patient = canvas.study, canvas.patient
     rng = patient.rng(f"noise {study.visit}")

@@ -73,7 +73,9 @@ class Config:
         10.0, "distance from the true point, in mm, up to which a place is a hit", gt=0
     )
     top: int = setting(
-        5, "number of places per point of which at least one must be a hit; 1 is always counted", ge=1
+        5,
+        "number of places per point of which at least one must be a hit; 1 is always counted",
+        ge=1,
     )
     blocks: str = setting(
         "last4",
@@ -270,7 +272,8 @@ class Matching(Task[ScanPoints, Found | None]):
             matches = self._match(first, second)
             self._found.setdefault(model, {})[pair] = [
                 # the map of similarities is for pictures alone
-                dataclasses.replace(match, similarity_N=match.similarity_N[:0]) for match in matches
+                dataclasses.replace(match, similarity_N=match.similarity_N[:0])
+                for match in matches
             ]
             if pair.second == truth.scan:
                 last = Found(first[0], second[0], tuple(matches))
@@ -347,9 +350,7 @@ class Matching(Task[ScanPoints, Found | None]):
             return z, y
         return None
 
-    def draw(
-        self, path: Path, truth: ScanPoints, predictions: Mapping[str, Found | None]
-    ) -> str:
+    def draw(self, path: Path, truth: ScanPoints, predictions: Mapping[str, Found | None]) -> str:
         """Write a picture of one point: in the first scan, and for each model the similarity map,
         the place found and the true one in this scan; returns its caption.
         """
@@ -408,9 +409,7 @@ def _numbers(matches: Sequence[PointMatch]) -> dict[str, Any]:
     }
 
 
-def _scan_scores(
-    model: str, of_pair: Mapping[ScanPair, Sequence[PointMatch]]
-) -> list[ScanScore]:
+def _scan_scores(model: str, of_pair: Mapping[ScanPair, Sequence[PointMatch]]) -> list[ScanScore]:
     """One row per second scan: hit rate by name, over all first scans."""
     of_scan: dict[str, dict[str, list[float]]] = {}
     for pair, matches in of_pair.items():

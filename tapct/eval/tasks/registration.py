@@ -71,7 +71,9 @@ class Config:
     )
     max_pairs: int = setting(100, "maximum number of pairs of test scans; 0: all", ge=0)
     max_train_pairs: int = setting(
-        10, "maximum number of pairs of training scans, on which block and transform are chosen", ge=1
+        10,
+        "maximum number of pairs of training scans, on which block and transform are chosen",
+        ge=1,
     )
     max_patches: int = setting(
         1500, "maximum number of patches of the fixed scan for which a partner is looked for", ge=1
@@ -278,9 +280,7 @@ class Registration(Task[RegistrationScan, Registered | None]):
             how = SAME_PATIENT if pairs_of(rows, SAME_PATIENT, most) else ACROSS_PATIENTS
         return how, pairs_of(rows, how, most)
 
-    def truth(
-        self, scan: LabelledScan, grid: PatchGrid, in_play_Z: np.ndarray
-    ) -> RegistrationScan:
+    def truth(self, scan: LabelledScan, grid: PatchGrid, in_play_Z: np.ndarray) -> RegistrationScan:
         """A small copy of the scan and the patches of its body; the same for all models."""
         needs_labels = self.config.metric == DICE
         thumbnail = Thumbnail.of(scan, self.config.label_mm, with_labels=needs_labels)
@@ -328,9 +328,7 @@ class Registration(Task[RegistrationScan, Registered | None]):
         self._choice.fit()
         self._train = PairedScans()
 
-    def judge(
-        self, model: str, dense: DenseFeatures, truth: RegistrationScan
-    ) -> Registered | None:
+    def judge(self, model: str, dense: DenseFeatures, truth: RegistrationScan) -> Registered | None:
         """Register the pairs of which this scan is the last one that is read."""
         if not self._test.has_partner(truth.scan):
             return None
@@ -493,9 +491,7 @@ class Registration(Task[RegistrationScan, Registered | None]):
             "its body aligned, and as each model warps it; outlines: labels of the scan shown"
         )
 
-    def _column(
-        self, name: str, warped: Warped, score: PairScore
-    ) -> pair_pictures.LabelledPicture:
+    def _column(self, name: str, warped: Warped, score: PairScore) -> pair_pictures.LabelledPicture:
         value = score.mean(self.config.metric)
         number = f"Dice {value:.2f}" if self.config.metric == DICE else f"{value:.0f} mm"
         labels = warped.labels_ZYX

@@ -63,7 +63,10 @@ def test_same_seed_gives_the_same_bytes_and_a_larger_archive_begins_with_the_sma
     phantom.write(tmp_path / "larger", dataclasses.replace(SMALL, num=9, workers=1))
     first, larger = files_under(archive), files_under(tmp_path / "larger")
     assert len(larger) > len(first)
+    tables = {name: first.pop(name) for name in ("scan_labels.csv", "landmarks.csv")}
     assert first == {name: larger[name] for name in first}
+    for name, content in tables.items():
+        assert larger[name].startswith(content) and len(larger[name]) > len(content)
     phantom.write(tmp_path / "other", dataclasses.replace(SMALL, num=1, seed=1))
     other = files_under(tmp_path / "other")
     assert other["labels/P0000_T0.nii.gz"] != first["labels/P0000_T0.nii.gz"]
