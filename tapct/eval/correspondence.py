@@ -20,7 +20,8 @@ from torch import Tensor
 from tapct.eval.features import PatchGrid
 
 _CHUNK_BYTES = 64 << 20  # of the largest temporary
-_FINEST_STEPS = 24  # halvings of the step between patch centres: below 1e-6 patches
+_FINE_STEPS = 14  # halvings of the step between patch centres: 3e-5 patches
+_COARSE_STEPS = 8  # 0.002 patches are enough where a map is fitted to many places
 _EPS = 1e-12
 
 
@@ -175,23 +176,25 @@ def find_places(
     similarity = similarity_PN(query_PD, target)
     left_PN = similarity.clone()
     centre_N3 = torch.from_numpy(target.frame.centre_N3).to(left_PN)
-    shape = (len(query_PD), num)
-    mm_PK3, value_PK = np.full((*shape, 3), np.nan), np.full(shape, np.nan)
+    slot_PK = np.full((len(query_PD), num), -1)
     for k in range(num):
         best_P = left_PN.max(dim=1)
         found_P = torch.isfinite(best_P.values).cpu().numpy()
         if not found_P.any():
             break
-        slot_P = best_P.indices.cpu().numpy()
-        at_P3, value_P = refined(query_PD[found_P], target, slot_P[found_P])
-        mm_PK3[found_P, k], value_PK[found_P, k] = target.frame.to_mm(at_P3), value_P
+        slot_PK[found_P, k] = best_P.indices.cpu().numpy()[found_P]
         distance_PN = torch.cdist(centre_N3[best_P.indices], centre_N3)
         left_PN[distance_PN <= apart_mm] = -torch.inf
+    found_PK = slot_PK >= 0
+    mm_PK3, value_PK = np.full((*slot_PK.shape, 3), np.nan), np.full(slot_PK.shape, np.nan)
+    point = torch.from_numpy(np.nonzero(found_PK)[0])
+    at_P3, value_PK[found_PK] = refined(query_PD[point], target, slot_PK[found_PK])
+    mm_PK3[found_PK] = target.frame.to_mm(at_P3)
     return Places(mm_PK3, value_PK), similarity
 
 
 def refined(
-    query_PD: Tensor, target: ScanFeatures, slot_P: np.ndarray, steps: int = _FINEST_STEPS
+    query_PD: Tensor, target: ScanFeatures, slot_P: np.ndarray, steps: int = _FINE_STEPS
 ) -> tuple[np.ndarray, np.ndarray]:
     """Move each place from a patch centre to the position, at most one patch away, where the
     interpolated feature is most similar to the query.
@@ -247,10 +250,11 @@ def _refined(
 
 def _hat_weights(at_PC3: Tensor) -> Tensor:
     """Weights of linear interpolation between 27 patches: (P, C, 27) for positions in -1..1."""
-    centres_3 = torch.tensor([-1.0, 0.0, 1.0], dtype=at_PC3.dtype)
-    hat_PC33 = (1 - (at_PC3[..., None] - centres_3).abs()).clamp_min(0)
-    z, y, x = hat_PC33.unbind(2)
-    return (z[..., :, None, None] * y[..., None, :, None] * x[..., None, None, :]).flatten(2)
+    # 1 - |position - centre| for the centres -1, 0 and 1, not below 0
+    below, above = at_PC3.clamp(max=0), at_PC3.clamp(min=0)
+    z, y, x = torch.stack([-below, 1 + below - above, above], dim=-1).unbind(2)
+    plane = (y[..., :, None] * x[..., None, :]).flatten(2)
+    return (z[..., :, None] * plane[..., None, :]).flatten(2)
 
 
 @dataclass(frozen=True)
@@ -292,8 +296,7 @@ def mutual_correspondences(
         kept.append(start[moved <= cycle_patches])
         partner.append(there.cpu().numpy()[moved <= cycle_patches])
     kept_P, partner_P = np.concatenate(kept), np.concatenate(partner)
-    # a thousandth of a patch is enough, since a map is fitted to many of them
-    at_P3, _ = refined(fixed.rows_ND[kept_P], moving, partner_P, steps=10)
+    at_P3, _ = refined(fixed.rows_ND[kept_P], moving, partner_P, _COARSE_STEPS)
     inner_P = ~_is_held_by_border(at_P3, moving.frame, partner_P)
     if inner_P.sum() < len(inner_P) / 4:  # a scan of few slices is all border
         inner_P[:] = True

@@ -1,5 +1,5 @@
-"""Pictures of two scans side by side: a point and where it was found, and a scan that was moved onto
-another one with the outlines of labels.
+"""Pictures of two scans side by side: a point and where it was found, and a scan that was moved
+onto another one with the outlines of labels.
 
 Axes: Z Y X voxels of a small copy of a scan; N patches; K places; a last axis of 3 is (z, y, x) in
 mm from the centre of the scan's first voxel. Slices are shown as in `pictures.py`.

@@ -273,14 +273,17 @@ def patch_share(mask_ZYX: np.ndarray, dense: DenseFeatures) -> Tensor:
 
 
 def axial(array_ZYX: np.ndarray, z: int) -> np.ndarray:
+    """An axial slice as it is shown."""
     return array_ZYX[z]
 
 
 def coronal(array_ZYX: np.ndarray, y: int) -> np.ndarray:
+    """A coronal slice as it is shown: the head on top."""
     return array_ZYX[::-1, y]
 
 
 def windowed(hu: np.ndarray) -> np.ndarray:
+    """HU of a slice -> grey values 0..1 of three equal colours, by the soft-tissue window."""
     grey = np.clip((hu.astype(np.float32) - (LEVEL_HU - WIDTH_HU / 2)) / WIDTH_HU, 0, 1)
     return np.repeat(grey[..., None], 3, axis=-1)
 
@@ -350,6 +353,7 @@ def figure_grid(
 def show(
     axis: Any, picture: np.ndarray, spacing_mm: Sequence[float], title: str, side: str
 ) -> None:
+    """Draw one slice, with a title above it and the name of the view at its side."""
     axis.imshow(picture, aspect=spacing_mm[0] / spacing_mm[1], interpolation="nearest")
     axis.set_xticks([])
     axis.set_yticks([])
@@ -363,6 +367,7 @@ def show(
 
 
 def save(figure: Figure, path: Path) -> None:
+    """Write a figure as PNG; the folder is made if it is missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     colour = figure.get_facecolor()
     with files.replacing(path) as file:

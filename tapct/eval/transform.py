@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-NUM_HYPOTHESES = 1000
+NUM_HYPOTHESES = 500  # of either kind
 SAMPLE = 4  # correspondences that determine an affine map
 LARGEST_STRETCH = 2.0  # a body is not mirrored, and no direction is more than doubled or halved
 DAMPING = 1.0  # far from all correspondences the field is 0; near one, it has half of its weight
@@ -101,17 +101,19 @@ class Transform:
             Slice number, and the points of the slice in the moving scan (Y, X, 3).
         """
         axes = [np.arange(size) * mm for size, mm in zip(shape, spacing_mm, strict=True)]
-        z_mm, y_mm, x_mm = axes
         nodes = [_nodes(axis[-1], self.width_mm / 2) for axis in axes]
         grid = np.stack(np.meshgrid(*nodes, indexing="ij"), -1)
-        field = self.field(grid.reshape(-1, 3)).reshape(grid.shape)
-        matrices = [_interpolation(axis, node) for axis, node in zip(axes, nodes, strict=True)]
-        plane = np.stack(np.meshgrid(y_mm, x_mm, indexing="ij"), -1)
-        for number, z in enumerate(z_mm):
+        field_3ZYX = np.moveaxis(self.field(grid.reshape(-1, 3)).reshape(grid.shape), -1, 0)
+        along_z, along_y, along_x = (
+            _interpolation(axis, node) for axis, node in zip(axes, nodes, strict=True)
+        )
+        plane = np.stack(np.meshgrid(axes[1], axes[2], indexing="ij"), -1)
+        for number, z in enumerate(axes[0]):
             points = np.concatenate([np.full((*plane.shape[:2], 1), z), plane], axis=-1)
             moved = self.affine(points.reshape(-1, 3)).reshape(points.shape)
-            between = np.tensordot(matrices[0][number], field, axes=1)
-            moved += np.einsum("ya,abc,xb->yxc", matrices[1], between, matrices[2], optimize=True)
+            if self.width_mm:
+                between_3YX = np.tensordot(field_3ZYX, along_z[number], axes=(1, 0))
+                moved += np.moveaxis(along_y @ between_3YX @ along_x.T, 0, -1)
             yield number, moved
 
 
@@ -183,9 +185,9 @@ def _best_hypothesis(
     chunk = max(1, _CHUNK_VALUES // (3 * len(fixed_K3)))
     costs = []
     for first in range(0, len(matrices), chunk):
-        mapped = np.einsum("hij,kj->hki", matrices[first : first + chunk], fixed_K3)
-        mapped += offsets[first : first + chunk, None]
-        squared = np.square(mapped - moving_K3).sum(2)
+        part = slice(first, first + chunk)
+        mapped_H3K = matrices[part] @ fixed_K3.T + offsets[part, :, None]
+        squared = np.square(mapped_H3K - moving_K3.T).sum(1)
         costs.append(np.minimum(squared, inlier_mm**2).sum(1))
     best = int(np.concatenate(costs).argmin())
     return matrices[best], offsets[best]

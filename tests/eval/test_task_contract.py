@@ -37,6 +37,11 @@ from tapct.types import HUContract, LabelMap, Volume
 
 MODELS = ("pretrained", "untrained")
 NAMES = ((1, "body"), (2, "liver"), (3, "lungs"))
+# landmarks in voxels (z, y, x) of the first scan of a patient
+POINTS = {
+    "liver": (4.5, 11.5, 13.5), "lungs": (6.5, 21.5, 14.0), "a": (3.0, 8.0, 8.0),
+    "b": (8.0, 24.0, 20.0), "c": (5.0, 15.0, 21.0), "d": (9.0, 10.0, 18.0),
+}  # fmt: skip
 GRID = PatchGrid((2, 4, 4), (12, 32, 32), (12, 32, 32))
 
 # A task on whole scans, as a user writes it: nearest neighbour in the mean class token.
@@ -100,8 +105,10 @@ def scan_of(number: int, *, with_labels: bool = True) -> LabelledScan:
     rng = np.random.default_rng(number)
     labels = np.zeros(GRID.original, np.uint16)
     labels[:, 4:28, 4:28] = 1
-    labels[2:8, 8:16, 8:20] = 2
-    labels[4:10, 18:26, 6 + number % 3 : 22] = 3
+    # in the second scan of a patient, the organs lie one patch further to the left
+    shift = 4 * (number % 2)
+    labels[2:8, 8:16, 8 + shift : 20 + shift] = 2
+    labels[4:10, 18:26, 6 + shift + number % 3 : 22 + shift] = 3
     hu = np.choose(labels, [-1000, 0, 150, -700]) + rng.normal(0, 20, labels.shape)
     spacing_mm = (3.0, 1.0, 1.0)
     label_map = LabelMap(labels, spacing_mm, names=NAMES) if with_labels else None
@@ -111,7 +118,16 @@ def scan_of(number: int, *, with_labels: bool = True) -> LabelledScan:
         label_map,
         f"p{number // 2}",
         {"sex": "FM"[number % 2], "age": str(number // 2 % 2)},
+        {name: (3.0 * z, y, x + shift) for name, (z, y, x) in POINTS.items()},
     )
+
+
+def anatomy_of(number: int) -> torch.Tensor:
+    """Where each patch lies in the body, as six smooth channels."""
+    shape = GRID.shape
+    place = torch.stack(torch.meshgrid(*(torch.arange(n) for n in shape), indexing="ij")).float()
+    place[2] -= number % 2
+    return 3 * torch.cat([(place * math.pi / 8).sin(), (place * math.pi / 8).cos()])
 
 
 def features_of(scan: LabelledScan, model: str) -> DenseFeatures:
@@ -122,7 +138,8 @@ def features_of(scan: LabelledScan, model: str) -> DenseFeatures:
     rng = np.random.default_rng([int(scan.id[1:]), MODELS.index(model)])
     hu = torch.from_numpy(scan.volume.hu_ZYX.astype(np.float32)) / 300
     cells = hu.unflatten(2, (-1, 4)).unflatten(1, (-1, 4)).unflatten(0, (-1, 2)).mean((1, 3, 5))
-    channels = torch.stack([cells, cells.square(), cells.abs().sqrt()])
+    hu_channels = torch.stack([cells, cells.square(), cells.abs().sqrt()])
+    channels = torch.cat([hu_channels, anatomy_of(int(scan.id[1:]))])
     channels = channels + noise * torch.from_numpy(rng.normal(size=channels.shape)).float()
     sex, age = (float(ord(scan.scan_labels[name][0]) % 5) for name in ("sex", "age"))
     cls_D = torch.tensor([sex, age, 0.0]) + 0.3 * noise * torch.from_numpy(rng.normal(size=3))
@@ -151,6 +168,8 @@ def run(name: str, seed: int = 0, **settings: Any) -> tuple[Task[Any, Any], Task
     task = module.build(module.Config(**settings), seed=seed)
     in_play_Z = np.ones(GRID.shape[0], dtype=bool)
     task.begin(6)
+    rows = [Row(f"s{number}", f"p{number // 2}", "", True) for number in range(10)]
+    task.expect_scans(rows[:6], rows[6:])
     for number in range(6):
         scan = scan_of(number)
         truth = task.truth(scan, GRID, in_play_Z)
@@ -178,21 +197,22 @@ def test_a_task_has_a_headline_and_numbers_for_every_model_and_scan(name: str) -
     task, results = run(name)
     headline = task.headline()
     assert isinstance(headline, Headline) and headline.metric and headline.meaning.endswith(".")
-    assert tuple(headline.values) == tuple(results.models) == MODELS
+    models = (*MODELS, *task.own_baselines)
+    assert tuple(headline.values) == tuple(results.models) == models
     assert all(math.isfinite(value) for value in headline.values.values())
     if headline.range is not None:
         low, high = headline.range
         values = [*headline.values.values(), *(score.value for score in results.scans)]
         assert all(low <= value <= high for value in values)
     pairs = [(score.scan, score.model) for score in results.scans]
-    assert len(pairs) == len(set(pairs)) == 8
-    assert set(pairs) == {(f"s{n}", model) for n in range(6, 10) for model in MODELS}
+    assert len(pairs) == len(set(pairs)) == 4 * len(models)
+    assert set(pairs) == {(f"s{n}", model) for n in range(6, 10) for model in models}
     if results.breakdown is not None:
         assert results.breakdown.title and results.breakdown.row
-        assert all(set(row) <= set(MODELS) for row in results.breakdown.values.values())
+        assert all(set(row) <= set(models) for row in results.breakdown.values.values())
     json.dumps(results.models, allow_nan=False)
     lead = headline.lead()
-    assert lead.baseline == "untrained" and lead.gain > 0  # features of the other one are noisier
+    assert lead.baseline in models[1:] and lead.gain > 0  # features of the other one are noisier
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -258,7 +278,8 @@ NEEDED: dict[str, dict[str, dict[str, Any]]] = {
         "lr": {"head": "mlp"},
         "hidden": {"head": "mlp"},
         "draws": {"fractions": (1,)},
-    }
+    },
+    "matching": {"pairs": {"names": ("liver",)}},
 }
 
 
@@ -293,7 +314,7 @@ class Recorder(Task[str, None]):
     """Notes what a task is given."""
 
     def __init__(self, labels: Labels, log: list[tuple[str, str]]) -> None:
-        self.labels = labels  # type: ignore[misc]
+        self.labels = labels
         self.log = log
 
     def begin(self, num_train: int) -> None:
