@@ -22,6 +22,7 @@ from tapct.eval.features import PatchGrid
 _CHUNK_BYTES = 64 << 20  # of the largest temporary
 _FINE_STEPS = 14  # halvings of the step between patch centres: 3e-5 patches
 _COARSE_STEPS = 8  # 0.002 patches are enough where a map is fitted to many places
+_LEAST_INNER = 12  # correspondences; three times as many as an affine map needs
 _EPS = 1e-12
 
 
@@ -298,7 +299,7 @@ def mutual_correspondences(
     kept_P, partner_P = np.concatenate(kept), np.concatenate(partner)
     at_P3, _ = refined(fixed.rows_ND[kept_P], moving, partner_P, _COARSE_STEPS)
     inner_P = ~_is_held_by_border(at_P3, moving.frame, partner_P)
-    if inner_P.sum() < len(inner_P) / 4:  # a scan of few slices is all border
+    if inner_P.sum() < _LEAST_INNER:  # a scan of one or two patch slices is all border
         inner_P[:] = True
     return Correspondences(
         fixed.frame.centre_N3[kept_P[inner_P]], moving.frame.to_mm(at_P3[inner_P])
