@@ -12,11 +12,12 @@ import torch
 from tiny_pairs import GRID, SPACING_MM, Row, dense_of, position_features, position_map
 
 from tapct.base.exits import UserError
+from tapct.data.phantom import archive as phantom
 from tapct.eval.contract import Labels
 from tapct.eval.correspondence import PatchFrame, mutual_correspondences
 from tapct.eval.features import DenseFeatures, PatchGrid
 from tapct.eval.scans import LabelledScan
-from tapct.eval.tasks import registration
+from tapct.eval.tasks import matching, registration
 from tapct.eval.thumbnail import Thumbnail
 from tapct.eval.transform import Affine, Transform, fit_transform, translation
 from tapct.types import AIR_HU, IGNORE_LABEL, LabelMap, Volume
@@ -233,9 +234,70 @@ def test_scans_of_different_patients_are_paired_where_no_patient_has_two() -> No
         )
 
 
+def test_landmarks_of_different_patients_must_be_named() -> None:
+    rows = [Row("a", "p"), Row("b", "q")]
+    config = registration.Config(metric="landmarks")
+    with pytest.raises(UserError, match=r"needs eval.tasks.registration.names"):
+        registration.build(config, seed=0).expect_scans([Row("t", "t")], rows)
+    for names, expected in (((), set()), (("carina",), {"carina"})):
+        task = registration.build(registration.Config(names=names), seed=0)
+        task.expect_scans([Row("t", "t")], rows)
+        scan = scan_of("a", "p", anatomy(0)[0], carina=(9.0, 9, 9), lesion=(5.0, 5, 5))
+        assert set(task.truth(scan, GRID, PLAY).landmarks) == expected
+
+
 @pytest.mark.parametrize(
     ("settings", "labels"),
     [({}, Labels.VOXELS), ({"pairs": "same_patient"}, Labels.PAIRS)],
 )
 def test_a_task_reads_the_labels_that_it_compares(settings: dict[str, Any], labels: Labels) -> None:
     assert registration.build(registration.Config(**settings), seed=0).labels is labels
+
+
+# --- a known deformation ---
+
+
+def test_the_followup_of_a_phantom_is_matched_and_registered(tmp_path: Path) -> None:
+    """The features are the mean HU of the patches around each patch: they know the anatomy."""
+    config = phantom.Config(
+        slices=(28, 28), in_plane=(64, 64), slice_mm=(7.0, 7.0), followup_share=1.0, warp_mm=6.0
+    )
+    cases = [phantom.draw_case(3, number, config) for number in range(2)]
+    tasks: list[Any] = [
+        matching.build(matching.Config(radius_mm=15.0), seed=0),
+        registration.build(registration.Config(), seed=0),
+    ]
+    for task in tasks:
+        task.begin(1)
+        task.expect_scans([Row("t", "t")], [Row(case.facts.name, "p") for case in cases])
+        scan, dense = phantom_scan(cases[0])
+        task.learn("pretrained", dense, task.truth(scan, dense.grid, np.ones(dense.grid.shape[0], bool)))
+        task.fit()
+        for case in cases:
+            scan, dense = phantom_scan(case)
+            truth = task.truth(scan, dense.grid, np.ones(dense.grid.shape[0], bool))
+            last = task.judge("pretrained", dense, truth)
+        assert task.draw(tmp_path / "picture.png", truth, {"pretrained": last})
+    matched = tasks[0].results().models["pretrained"]
+    assert matched["hit_rate_of_points"] > 0.7 and matched["median_error_mm"] < 8
+    registered = tasks[1].results().models
+    assert registered["pretrained"]["mean_landmark_error_mm"] < 5
+    assert registered["identity"]["mean_landmark_error_mm"] > 20
+    assert tasks[1].headline().lead().gain > 0.3
+
+
+def phantom_scan(case: phantom.Case) -> tuple[LabelledScan, DenseFeatures]:
+    """A scan of the phantom with its landmarks, and features of it."""
+    hu = torch.from_numpy(case.volume.hu_ZYX.astype(np.float32)).clamp(-1000, 400) / 500
+    size = (hu.shape[0], hu.shape[1], hu.shape[2])
+    mean = torch.nn.functional.avg_pool3d(hu[None, None], (2, 4, 4))
+    padded = torch.nn.functional.pad(mean, [2] * 6, mode="replicate")[0, 0]
+    around = padded.unfold(0, 5, 1).unfold(1, 5, 1).unfold(2, 5, 1).flatten(3).permute(3, 0, 1, 2)
+    dense = DenseFeatures(around, around.flatten(1).mean(1), PatchGrid((2, 4, 4), size, size))
+    origin = np.array(case.volume.origin_mm)[::-1]
+    points = {}
+    for landmark in case.truth.landmarks:
+        z, y, x = (np.array(landmark.zyx_mm) - origin).tolist()
+        points[landmark.name] = (z, y, x)
+    name, patient = case.facts.name, case.facts.patient_id
+    return LabelledScan(name, case.volume, case.labels, patient, landmarks_mm=points), dense

@@ -63,6 +63,11 @@ class Config:
         (),
         "label names or values that are compared; empty: all but those of the body and the table",
     )
+    names: tuple[str, ...] = setting(
+        (),
+        "landmarks that are compared; empty: all for scans of the same patient, none for scans of "
+        "different patients, whose points of one name need not be the same",
+    )
     pairs: str = setting(
         AUTO,
         "`same_patient`: any two scans of a patient, in both directions; `across_patients`: scans "
@@ -248,8 +253,10 @@ class Registration(Task[RegistrationScan, Registered | None]):
         self._how = ""  # kind of the test pairs
 
     def named_labels(self) -> Mapping[str, tuple[str, ...]]:
-        """Names of organs, all of which must occur."""
-        return {"organs": self.config.organs} if self.config.metric == DICE else {}
+        """Names of what the headline compares, all of which must occur."""
+        if self.config.metric == DICE:
+            return {"organs": self.config.organs}
+        return {"names": self.config.names}
 
     def blocks(self, num_blocks: int) -> tuple[int, ...]:
         """The blocks to choose from."""
@@ -259,11 +266,22 @@ class Registration(Task[RegistrationScan, Registered | None]):
         """Find the pairs of either side.
 
         Raises:
-            UserError: the test scans have no pair.
+            UserError: the test scans have no pair, or no landmark is named for scans of different
+                patients.
         """
         check_sides("registration", train, test)
-        self._train = PairedScans(self._pairs(train, self.config.max_train_pairs)[1])
+        train_how, train_pairs = self._pairs(train, self.config.max_train_pairs)
         self._how, pairs = self._pairs(test, self.config.max_pairs)
+        if self.config.metric == LANDMARKS and not self.config.names:
+            if self._how == ACROSS_PATIENTS:
+                raise UserError(
+                    "eval.tasks.registration.metric=landmarks compares scans of different patients "
+                    "here and needs eval.tasks.registration.names: list the points that are the "
+                    "same in all patients, e.g. [carina]"
+                )
+            if train_how == ACROSS_PATIENTS:  # nothing to compare on the training side
+                train_pairs = []
+        self._train = PairedScans(train_pairs)
         self._test = PairedScans(pairs)
         if not pairs:
             raise UserError(
@@ -287,7 +305,12 @@ class Registration(Task[RegistrationScan, Registered | None]):
         if thumbnail.labels_ZYX is not None:
             organs_ZYX = self._organ_numbers(thumbnail.labels_ZYX, dict(thumbnail.names))
             thumbnail = dataclasses.replace(thumbnail, labels_ZYX=organs_ZYX)
-        landmarks = {name: np.array(at) for name, at in sorted(scan.landmarks_mm.items())}
+        wanted, may_use_all = self.config.names, self._how == SAME_PATIENT
+        landmarks = {
+            name: np.array(at)
+            for name, at in sorted(scan.landmarks_mm.items())
+            if name in wanted or (may_use_all and not wanted)
+        }
         frame = body_frame(thumbnail, grid, scan.spacing_mm)
         return RegistrationScan(scan.id, frame, thumbnail, landmarks)
 
@@ -417,7 +440,12 @@ class Registration(Task[RegistrationScan, Registered | None]):
                     transform=self._transform_of(model),
                     **self._choice.record(model, _metric_name(self.config.metric)),
                 )
-            entry.update(num_pairs=len(of_pair), pairs=self._how)
+            found = entry["landmark_error_mm"]
+            entry.update(
+                num_pairs=len(of_pair),
+                pairs=self._how,
+                landmarks_not_found=[name for name in self.config.names if name not in found],
+            )
             models[model] = entry
             parts = entry["dice" if self.config.metric == DICE else "landmark_error_mm"]
             if not parts:
