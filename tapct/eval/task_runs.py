@@ -46,24 +46,26 @@ class TaskRun:
         Args:
             models: names of the models that were evaluated.
         Raises:
-            UserError: the headline has values for a model that was not evaluated, or a model has
-                the name of a baseline of the task.
+            UserError: the headline has values for a model that was not evaluated.
         """
-        own = self.task.own_baselines
-        taken = set(own) & set(models)
-        if taken:
-            raise UserError(
-                f"task {self.name}: {', '.join(sorted(taken))} is a baseline of its own, so no "
-                "model can have this name; rename the model"
-            )
         results, headline = self.task.results(), self.task.headline()
-        unknown = set(headline.values) - {*models, *own}
+        unknown = set(headline.values) - {*models, *self.task.own_baselines}
         if unknown:
             raise UserError(
                 f"task {self.name}: its headline has values for {', '.join(sorted(unknown))}; "
                 f"the models are {', '.join(models)}"
             )
         return results, headline
+
+
+def check_model_names(task_runs: Sequence[TaskRun], models: Sequence[str]) -> None:
+    """Raise UserError where a model has the name of a baseline that a task computes by itself."""
+    for each in task_runs:
+        for name in set(each.task.own_baselines) & set(models):
+            raise UserError(
+                f"task {each.name}: {name} is a baseline of its own, so no model can have this "
+                "name; give the model another name in --models NAME=PATH"
+            )
 
 
 def build_tasks(sections: Sequence[Plugin], seed: int) -> dict[str, Task[Any, Any]]:

@@ -271,7 +271,9 @@ def test_the_followup_of_a_phantom_is_matched_and_registered(tmp_path: Path) -> 
         task.begin(1)
         task.expect_scans([Row("t", "t")], [Row(case.facts.name, "p") for case in cases])
         scan, dense = phantom_scan(cases[0])
-        task.learn("pretrained", dense, task.truth(scan, dense.grid, np.ones(dense.grid.shape[0], bool)))
+        task.learn(
+            "pretrained", dense, task.truth(scan, dense.grid, np.ones(dense.grid.shape[0], bool))
+        )
         task.fit()
         for case in cases:
             scan, dense = phantom_scan(case)

@@ -483,3 +483,33 @@ def test_what_is_no_task_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyP
             models, Archive.rows, Path("."), dataclasses.replace(config, tasks=()),
             contract=HUContract(), out=tmp_path,
         )  # fmt: skip
+
+
+def test_tasks_on_pairs_of_scans_get_them_through_the_runner(tmp_path: Path) -> None:
+    """Scans of one patient follow one another, so that pictures of the first pair are drawn."""
+    rows = tuple(Row(f"s{n}", f"p{n // 2}", str(n), True) for n in range(10))
+    store = MemoryStore(rows, lambda row: scan_of(int(row.path)))
+    landmarks = {row.id: scan_of(int(row.path)).landmarks_mm for row in rows}
+    names = ("matching", "registration")
+    tasks = tuple(Plugin(name, plugins.load("eval.tasks", name).Config()) for name in names)
+    evaluation = runner.evaluate(
+        [NamedModel("raw_hu", RawPatches((2, 4, 4)))], rows, store,
+        runner.Config(tasks=tasks, num_pictures=2), contract=HUContract(), out=tmp_path,
+        tables=TableLabels(landmarks=landmarks),
+        preprocess=Preprocess((32, 32), (4, 16, 16), (4, 16, 16)),
+    )  # fmt: skip
+    test = evaluation.split.test
+    assert [int(scan[1:]) // 2 for scan in test[::2]] == [int(s[1:]) // 2 for s in test[1::2]]
+    for name, models in zip(names, (["raw_hu"], ["raw_hu", "identity"]), strict=True):
+        section = evaluation.tasks[name]
+        assert list(section.headline.values) == list(section.results.models) == models
+        assert {score.scan for score in section.results.scans} == set(test)
+        assert [picture.scan for picture in section.pictures] == [test[1]]
+        assert (tmp_path / section.pictures[0].file).is_file()
+    assert from_json(json.loads((tmp_path / "results.json").read_text())) == evaluation
+    with pytest.raises(UserError, match="identity is a baseline of its own"):
+        runner.evaluate(
+            [NamedModel("identity", RawPatches((2, 4, 4)))], rows, store,
+            runner.Config(tasks=tasks[1:]), contract=HUContract(), out=tmp_path,
+            preprocess=Preprocess((32, 32), (4, 16, 16), (4, 16, 16)),
+        )  # fmt: skip
