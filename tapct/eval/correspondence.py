@@ -20,8 +20,9 @@ from torch import Tensor
 from tapct.eval.features import PatchGrid
 
 _CHUNK_BYTES = 64 << 20  # of the largest temporary
-_FINE_STEPS = 14  # halvings of the step between patch centres: 3e-5 patches
-_COARSE_STEPS = 8  # 0.002 patches are enough where a map is fitted to many places
+_SHRINK = 0.6  # of the step between patch centres; what is left to go is 1.5 times the last step
+_FINE_STEPS = 20  # the last step is 3e-5 patches
+_COARSE_STEPS = 11  # 0.003 patches are enough where a map is fitted to many places
 _LEAST_INNER = 12  # correspondences; three times as many as an affine map needs
 _EPS = 1e-12
 
@@ -201,14 +202,14 @@ def refined(
     interpolated feature is most similar to the query.
 
     The similarity at a position needs only the products of the 27 features around the patch, so
-    that many positions are tried: the step is halved from 1/2 patch, and at each step the best of
-    27 neighbours is taken twice. Positions that need a patch which is not kept are not tried.
+    that many positions are tried: the best of 27 neighbours is taken again and again, with steps
+    that shrink from 1/2 patch. Positions that need a patch which is not kept are not tried.
 
     Args:
         query_PD: features to look for.
         target: scan to look in.
         slot_P: row of the patch, among the kept ones, to start from.
-        steps: number of halvings.
+        steps: number of steps.
     Returns:
         Positions in patches (P, 3) and their cosine similarities (P,), both float64.
     """
@@ -237,9 +238,9 @@ def _refined(
     order = sorted((tuple(row) for row in around_C3 - 1), key=lambda row: row != (0, 0, 0))
     moves_C3 = torch.tensor(order, dtype=torch.float64)
     value_P = torch.zeros(len(slot_P), dtype=torch.float64)
-    for level in range(2 * steps):
-        step = 0.5 ** (1 + level // 2)
-        tried_PC3 = (offset_P3[:, None] + step * moves_C3).clamp(-1, 1)
+    for number in range(steps):
+        step_C3 = 0.5 * _SHRINK**number * moves_C3
+        tried_PC3 = (offset_P3[:, None] + step_C3).clamp(-1, 1)
         weight_PCC = _hat_weights(tried_PC3)
         length_PC = ((weight_PCC @ gram_PCC) * weight_PCC).sum(2).clamp_min(0).sqrt()
         value_PC = (weight_PCC @ dot_PC[..., None])[..., 0] / length_PC.clamp_min(_EPS)

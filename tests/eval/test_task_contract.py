@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import re
@@ -162,8 +163,13 @@ def block_of(channels_DZYX: torch.Tensor, cls_D: torch.Tensor) -> BlockFeatures:
     return BlockFeatures(channels_DZYX, windows)
 
 
+# task -> settings that spare time in all of these tests
+QUICK: dict[str, dict[str, Any]] = {"registration": {"max_patches": 100, "max_train_pairs": 2}}
+
+
 def run(name: str, seed: int = 0, **settings: Any) -> tuple[Task[Any, Any], TaskResults]:
     """Six training scans and four test scans through a task."""
+    settings = QUICK.get(name, {}) | settings
     module = plugins.load("eval.tasks", name)
     task = module.build(module.Config(**settings), seed=seed)
     in_play_Z = np.ones(GRID.shape[0], dtype=bool)
@@ -283,12 +289,18 @@ NEEDED: dict[str, dict[str, dict[str, Any]]] = {
 }
 
 
+@functools.cache
+def results_with(name: str, settings: tuple[tuple[str, Any], ...]) -> TaskResults:
+    """Results that many tests compare with."""
+    return run(name, **dict(settings))[1]
+
+
 @pytest.mark.parametrize(("name", "setting"), SETTINGS)
 def test_every_setting_changes_something(name: str, setting: str) -> None:
     config = plugins.load("eval.tasks", name).Config
     field = next(field for field in dataclasses.fields(config) if field.name == setting)
     needed = NEEDED.get(name, {}).get(setting, {})
-    _, base = run(name, **needed)
+    base = results_with(name, tuple(needed.items()))
     for value in other_values(field):
         try:
             _, changed = run(name, **needed, **{setting: value})
