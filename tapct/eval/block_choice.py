@@ -62,7 +62,8 @@ class BlockChoice:
         """Choose; among equal means, the later block wins."""
         for model, last in self._last.items():
             scores = self._scores.get(model, {})
-            best, chosen = -float("inf"), (last, None)
+            best = -float("inf")
+            chosen: tuple[int, Hashable] = (last, None)
             for (block, option), values in sorted(scores.items(), key=lambda item: -item[0][0]):
                 mean = sum(values) / len(values)
                 if mean > best:

@@ -10,7 +10,6 @@ Z Y X patches of the grid; a last axis of 3 is (z, y, x).
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -273,7 +272,7 @@ class Correspondences:
 
 
 def mutual_correspondences(
-    fixed: ScanFeatures, moving: ScanFeatures, chosen_P: Sequence[int], *, cycle_patches: int
+    fixed: ScanFeatures, moving: ScanFeatures, chosen_P: np.ndarray, *, cycle_patches: int
 ) -> Correspondences:
     """Patches whose nearest feature in the other scan leads back to them.
 
@@ -285,7 +284,7 @@ def mutual_correspondences(
             that its nearest feature in the other scan leads back to.
     """
     unit_fixed, unit_moving = fixed.unit_ND(), moving.unit_ND()
-    chosen = np.asarray(chosen_P, dtype=np.int64)
+    chosen = chosen_P.astype(np.int64)
     kept: list[np.ndarray] = []
     partner: list[np.ndarray] = []
     num_most = max(len(unit_fixed), len(unit_moving))

@@ -192,8 +192,9 @@ def _mark(axis: Any, scan: Thumbnail, view: str, mm_3: np.ndarray, kind: str) ->
                 20 / steps[1],
                 20 / steps[0],
                 fill=False,
-                edgecolor="#7CFC98",
-                linewidth=1.2,
+                edgecolor="white",
+                linewidth=1.5,
+                zorder=3,
                 linestyle="-" if kind == "o" else "--",
             )
         )

@@ -61,7 +61,7 @@ def test_an_affine_map_is_recovered_from_features(size: tuple[int, int, int]) ->
     fixed = position_features(whole, lambda mm: mm)
     corner = np.array([3.0, 5.0, 4.0]) if size != GRID.original else np.zeros(3)
     moving = position_features(crop, lambda mm: known_back(mm + corner))
-    found = mutual_correspondences(fixed, moving, range(len(whole.kept_N)), cycle_patches=1)
+    found = mutual_correspondences(fixed, moving, np.arange(len(whole.kept_N)), cycle_patches=1)
     transform = fit_transform(found.fixed_P3, found.moving_P3, inlier_mm=10, width_mm=30, seed=0)
     assert transform is not None
     points = np.random.default_rng(1).uniform(6, 20, (50, 3))
@@ -76,7 +76,7 @@ def test_a_shift_by_whole_patches_is_recovered_to_a_millionth_of_a_mm() -> None:
     fixed, moving = (
         registration.ScanFeatures.of(torch.roll(features, shift, 3), frame) for shift in (0, 1)
     )
-    found = mutual_correspondences(fixed, moving, range(len(frame.kept_N)), cycle_patches=0)
+    found = mutual_correspondences(fixed, moving, np.arange(len(frame.kept_N)), cycle_patches=0)
     transform = fit_transform(found.fixed_P3, found.moving_P3, inlier_mm=5, width_mm=0, seed=0)
     assert transform is not None
     moved = transform(frame.centre_N3) - frame.centre_N3

@@ -525,3 +525,16 @@ def test_tasks_on_pairs_of_scans_get_them_through_the_runner(tmp_path: Path) -> 
             runner.Config(tasks=tasks[1:]), contract=HUContract(), out=tmp_path,
             preprocess=Preprocess((32, 32), (4, 16, 16), (4, 16, 16)),
         )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["matching", "registration"])
+def test_the_page_names_every_number_of_a_task_on_pairs(name: str) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    section = page.split(f"### Numbers of {name}\n")[1].split("\n## ")[0].split("\n### ")[0]
+    rows = [line.split("|")[1] for line in section.splitlines() if line.startswith("| `")]
+    named = {key for row in rows for key in re.findall(r"`(\w+)`", row)}
+    numbers = results_with(name, ()).models
+    assert named == set(numbers["pretrained"])
+    if name == "registration":
+        last_four = {"num_correspondences", "num_failed", "transform", "block", "choice"}
+        assert set(numbers["identity"]) == named - last_four

@@ -81,7 +81,7 @@ class Config:
         ge=1,
     )
     max_patches: int = setting(
-        1500, "maximum number of patches of the fixed scan for which a partner is looked for", ge=1
+        1000, "maximum number of patches of the fixed scan for which a partner is looked for", ge=1
     )
     cycle_patches: int = setting(
         1,
