@@ -5,7 +5,7 @@ first scan until the second one has been read.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence, Sized
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -76,6 +76,16 @@ def check_sides(task: str, train: Sequence[ScanRow], test: Sequence[ScanRow]) ->
         raise UserError(
             f"task {task} needs scans of several patients, but all of its scans are of one "
             "patient. Index scans of a second patient, or switch the task off with "
+            f"eval.tasks.{task}=null"
+        )
+
+
+def check_any_pair(task: str, results: Sized) -> None:
+    """Raise UserError where no pair was evaluated, because scans could not be read."""
+    if not results:
+        raise UserError(
+            f"task {task}: of each pair of test scans, at least one scan could not be read; "
+            "restore the scans, or switch the task off with "
             f"eval.tasks.{task}=null"
         )
 

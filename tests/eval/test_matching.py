@@ -293,6 +293,10 @@ def test_bad_settings_and_scans_are_one_line() -> None:
     task, _ = run({scan.id: random_features(0) for scan in scans}, scans)
     with pytest.raises(UserError, match="no two scans of a pair have a point of the same name"):
         task.results()
+    task = matching.build(matching.Config(), seed=0)
+    task.expect_scans([Row("t", "t")], [Row("a", "p"), Row("b", "p")])
+    with pytest.raises(UserError, match="at least one scan could not be read"):
+        task.results()
 
 
 def test_the_defaults_are_a_plugin() -> None:

@@ -14,8 +14,9 @@ from tiny_pairs import GRID, SPACING_MM, Row, dense_of, position_features, posit
 from tapct.base.exits import UserError
 from tapct.data.phantom import archive as phantom
 from tapct.eval.contract import Labels
-from tapct.eval.correspondence import PatchFrame, mutual_correspondences
+from tapct.eval.correspondence import PatchFrame, ScanFeatures, mutual_correspondences
 from tapct.eval.features import DenseFeatures, PatchGrid
+from tapct.eval.propagation import dice_of_labels, warp
 from tapct.eval.scans import LabelledScan
 from tapct.eval.tasks import matching, registration
 from tapct.eval.thumbnail import Thumbnail
@@ -73,9 +74,7 @@ def test_a_shift_by_whole_patches_is_recovered_to_a_millionth_of_a_mm() -> None:
     generator = torch.Generator().manual_seed(0)
     features = torch.randn((64, *GRID.shape), generator=generator)
     frame = everything()
-    fixed, moving = (
-        registration.ScanFeatures.of(torch.roll(features, shift, 3), frame) for shift in (0, 1)
-    )
+    fixed, moving = (ScanFeatures.of(torch.roll(features, shift, 3), frame) for shift in (0, 1))
     found = mutual_correspondences(fixed, moving, np.arange(len(frame.kept_N)), cycle_patches=0)
     transform = fit_transform(found.fixed_P3, found.moving_P3, inlier_mm=5, width_mm=0, seed=0)
     assert transform is not None
@@ -130,11 +129,11 @@ def test_labels_are_moved_by_whole_voxels_and_dice_is_that_of_the_sets() -> None
     hu = labels.astype(np.int16) * 100
     moving = Thumbnail(hu, (2.0, 1.0, 1.0), labels)
     fixed = Thumbnail(hu, (2.0, 1.0, 1.0), labels)
-    warped = registration.warp(translation(np.array([0, 0, 2.0])), moving, fixed)
+    warped = warp(translation(np.array([0, 0, 2.0])), moving, fixed)
     assert warped.labels_ZYX is not None
     assert np.array_equal(warped.labels_ZYX[:, :, :6], labels[:, :, 2:])
     assert (warped.labels_ZYX[:, :, 6:] == 0).all() and (warped.hu_ZYX[:, :, 6:] == AIR_HU).all()
-    found = registration.dice_of_labels(warped.labels_ZYX, labels, labels, 3)
+    found = dice_of_labels(warped.labels_ZYX, labels, labels, 3)
     assert set(found) == {1, 2}  # nobody has the third organ
     for organ, value in found.items():
         a, b = warped.labels_ZYX == organ, labels == organ
@@ -144,7 +143,7 @@ def test_labels_are_moved_by_whole_voxels_and_dice_is_that_of_the_sets() -> None
 def test_voxels_that_nobody_has_labelled_do_not_count() -> None:
     fixed = np.array([[[1, 1, IGNORE_LABEL, 0]]], np.uint16)
     warped = np.array([[[1, 0, 1, IGNORE_LABEL]]], np.uint16)
-    assert registration.dice_of_labels(warped, fixed, fixed, 1) == {1: pytest.approx(2 / 3)}
+    assert dice_of_labels(warped, fixed, fixed, 1) == {1: pytest.approx(2 / 3)}
 
 
 # --- the task ---

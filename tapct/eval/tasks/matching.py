@@ -28,6 +28,7 @@ from tapct.eval.pairs import (
     SAME_PATIENT,
     PairedScans,
     ScanPair,
+    check_any_pair,
     check_sides,
     pairs_of,
 )
@@ -295,8 +296,9 @@ class Matching(Task[ScanPoints, Found | None]):
         the same second scan, then over names, then over scans.
 
         Raises:
-            UserError: no pair has a point in common.
+            UserError: no pair has a point in common, or no pair could be read.
         """
+        check_any_pair("matching", self._found)
         models: dict[str, dict[str, Any]] = {}
         scores: list[ScanScore] = []
         by_name: dict[str, dict[str, float]] = {}

@@ -30,21 +30,23 @@ from tapct.eval.contract import Breakdown, Headline, Labels, ScanScore, Task, Ta
 from tapct.eval.correspondence import PatchFrame, ScanFeatures, mutual_correspondences
 from tapct.eval.features import DenseFeatures, PatchGrid
 from tapct.eval.organ_classes import BODY, BODY_NAMES, OUTSIDE, OUTSIDE_NAMES, ClassWords
+from tapct.eval.pair_scores import DICE, LANDMARKS, PairScore, means_of, score_rows
 from tapct.eval.pairs import (
     ACROSS_PATIENTS,
     SAME_PATIENT,
     PairedScans,
     ScanPair,
+    check_any_pair,
     check_sides,
     pairs_of,
 )
 from tapct.eval.points import mean_of
+from tapct.eval.propagation import Warped, centre_alignment, dice_of_labels, warp
 from tapct.eval.scans import LabelledScan, ScanRow
 from tapct.eval.thumbnail import Thumbnail, body_frame
-from tapct.eval.transform import Transform, fit_transform, translation
-from tapct.types import AIR_HU, IGNORE_LABEL
+from tapct.eval.transform import Transform, fit_transform
+from tapct.types import IGNORE_LABEL
 
-DICE, LANDMARKS = "dice", "landmarks"
 AUTO, BEST, AFFINE, FIELD = "auto", "best", "affine", "field"
 IDENTITY = "identity"
 
@@ -130,44 +132,6 @@ class RegistrationScan:
 
 
 @dataclass(frozen=True)
-class Warped:
-    """A moving scan on the grid of the small copy of the fixed scan.
-
-    Args:
-        hu_ZYX: HU; air outside the moving scan.
-        labels_ZYX: numbers of organs; 0 outside the moving scan. None without labels.
-    """
-
-    hu_ZYX: np.ndarray
-    labels_ZYX: np.ndarray | None
-
-
-@dataclass(frozen=True)
-class PairScore:
-    """How well one map brings a moving scan onto a fixed one.
-
-    Args:
-        dice: organ -> Dice, of organs that both scans have.
-        error_mm: landmark -> error, of landmarks that both scans have.
-        num_used: correspondences that the affine map agrees with.
-        failed: whether too few correspondences agreed, so that the identity was taken.
-    """
-
-    dice: Mapping[str, float]
-    error_mm: Mapping[str, float]
-    num_used: int = 0
-    failed: bool = False
-
-    def parts(self, metric: str) -> Mapping[str, float]:
-        """The values of the headline metric."""
-        return self.dice if metric == DICE else self.error_mm
-
-    def mean(self, metric: str) -> float:
-        """Their mean; NaN without a value."""
-        return mean_of(list(self.parts(metric).values()))
-
-
-@dataclass(frozen=True)
 class Registered:
     """A registered pair, for `draw`.
 
@@ -183,54 +147,6 @@ class Registered:
 
 
 Entry = tuple[RegistrationScan, ScanFeatures]
-
-
-def centre_alignment(moving: Thumbnail, fixed: Thumbnail) -> Transform:
-    """The map that moves the centre of the body of the fixed scan onto that of the moving scan."""
-    return translation(moving.body_centre_mm() - fixed.body_centre_mm())
-
-
-def warp(transform: Transform, moving: Thumbnail, fixed: Thumbnail) -> Warped:
-    """Move HU and labels to the grid of the fixed scan, by the nearest voxel."""
-    shape = fixed.hu_ZYX.shape
-    hu_ZYX = np.full(shape, AIR_HU, dtype=np.int16)
-    labels_ZYX = None if moving.labels_ZYX is None else np.zeros(shape, dtype=np.uint16)
-    limit = np.array(moving.hu_ZYX.shape)
-    for z, moved_YX3 in transform.on_lattice(shape, fixed.spacing_mm):
-        index = np.rint(moved_YX3 / moving.spacing_mm).astype(np.int64)
-        inside = ((index >= 0) & (index < limit)).all(axis=-1)
-        at = tuple(index[inside].T)
-        hu_ZYX[z][inside] = moving.hu_ZYX[at]
-        if labels_ZYX is not None and moving.labels_ZYX is not None:
-            labels_ZYX[z][inside] = moving.labels_ZYX[at]
-    return Warped(hu_ZYX, labels_ZYX)
-
-
-def dice_of_labels(
-    warped_ZYX: np.ndarray, moving_ZYX: np.ndarray, fixed_ZYX: np.ndarray, num_organs: int
-) -> dict[int, float]:
-    """Number of an organ -> Dice of the moved labels, for organs that both scans have.
-
-    Voxels that nobody has labelled in the fixed scan, or in the moving scan at their place, do not
-    count. A voxel of the fixed scan that lies outside the moving scan has no label there.
-
-    Args:
-        warped_ZYX: labels of the moving scan on the grid of the fixed scan.
-        moving_ZYX: labels of the moving scan.
-        fixed_ZYX: labels of the fixed scan.
-        num_organs: number of organs; they are numbered from 1.
-    """
-    counts = (warped_ZYX != IGNORE_LABEL) & (fixed_ZYX != IGNORE_LABEL)
-    size = num_organs + 1
-    moved, true = warped_ZYX[counts], fixed_ZYX[counts]
-    in_moved, in_true = np.bincount(moved, minlength=size), np.bincount(true, minlength=size)
-    in_both = np.bincount(moved[moved == true], minlength=size)
-    in_moving = np.bincount(moving_ZYX[moving_ZYX != IGNORE_LABEL], minlength=size)
-    return {
-        organ: float(2 * in_both[organ] / (in_moved[organ] + in_true[organ]))
-        for organ in range(1, size)
-        if in_true[organ] and in_moving[organ]
-    }
 
 
 class Registration(Task[RegistrationScan, Registered | None]):
@@ -425,14 +341,14 @@ class Registration(Task[RegistrationScan, Registered | None]):
         landmarks.
 
         Raises:
-            UserError: no pair has an organ or a landmark in common.
+            UserError: no pair has an organ or a landmark in common, or no pair could be read.
         """
+        check_any_pair("registration", self._scores)
         models: dict[str, dict[str, Any]] = {}
         rows: list[ScanScore] = []
         table: dict[str, dict[str, float]] = {}
-        scores = {**self._scores, IDENTITY: self._identity} if self._scores else {}
-        for model, of_pair in scores.items():
-            entry = _means(list(of_pair.values()))
+        for model, of_pair in {**self._scores, IDENTITY: self._identity}.items():
+            entry = means_of(list(of_pair.values()))
             if model != IDENTITY:
                 entry.update(
                     num_correspondences=mean_of([score.num_used for score in of_pair.values()]),
@@ -456,7 +372,7 @@ class Registration(Task[RegistrationScan, Registered | None]):
                 )
             for name, value in parts.items():
                 table.setdefault(name, {})[model] = value
-            rows += _rows(model, of_pair, self.config.metric)
+            rows += score_rows(model, of_pair, self.config.metric)
         what = "organ" if self.config.metric == DICE else "landmark"
         title = f"{'Dice' if self.config.metric == DICE else 'Error in mm'} of each {what}"
         return TaskResults(models, tuple(rows), Breakdown(title, what, table) if table else None)
@@ -548,37 +464,6 @@ def _outlined(labels_ZYX: np.ndarray | None, scan: Thumbnail) -> np.ndarray:
     if labels_ZYX is None:
         return np.zeros(scan.hu_ZYX.shape, np.uint16)
     return np.where(labels_ZYX == IGNORE_LABEL, 0, labels_ZYX)
-
-
-def _means(scores: Sequence[PairScore]) -> dict[str, Any]:
-    """Means over pairs by organ and landmark, and over organs and landmarks."""
-    entry: dict[str, Any] = {}
-    for key, mean_key, metric in (
-        ("dice", "mean_dice", DICE),
-        ("landmark_error_mm", "mean_landmark_error_mm", LANDMARKS),
-    ):
-        values: dict[str, list[float]] = {}
-        for score in scores:
-            for name, value in score.parts(metric).items():
-                values.setdefault(name, []).append(value)
-        means = {name: mean_of(of_name) for name, of_name in values.items()}
-        entry[key] = means
-        entry[mean_key] = mean_of(list(means.values())) if means else None
-    return entry
-
-
-def _rows(model: str, of_pair: Mapping[ScanPair, PairScore], metric: str) -> list[ScanScore]:
-    """One row per fixed scan: means over its moving scans."""
-    of_scan: dict[str, dict[str, list[float]]] = {}
-    for pair, score in of_pair.items():
-        by_name = of_scan.setdefault(pair.second, {})
-        for name, value in score.parts(metric).items():
-            by_name.setdefault(name, []).append(value)
-    rows = []
-    for scan, by_name in of_scan.items():
-        parts = {name: mean_of(values) for name, values in by_name.items()}
-        rows.append(ScanScore(scan, model, mean_of(list(parts.values())), parts))
-    return rows
 
 
 def build(config: Config, *, seed: int) -> Registration:
