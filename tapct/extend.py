@@ -20,6 +20,8 @@
 | `gather_with_gradient` | the tensors of all ranks, differentiable |
 | `Attention`, `Mlp`, `SwiGLU`, `LayerScale`, `LayerNorm`, `DropKey` | layers of a transformer |
 | `ScanScore`, `Breakdown` | a task's result on one scan; its headline metric by class |
+| `pairs_of`, `PairedScans`, `ScanPair` | pairs of scans, and what is kept until both were read |
+| `ScanRow` | what `Task.expect_scans` is given of a scan |
 | `patch_truth`, `PatchTruth` | share of each label in each patch of a scan |
 | `fit_decoder`, `Decoder` | a linear decoder from the features of a patch to classes |
 | `Masks`, `Volume`, `LabelMap`, `ScanFacts`, `HUContract`, `AIR_HU` | nouns that cross borders |
@@ -35,7 +37,8 @@ from tapct.distributed.collectives import gather_with_gradient
 from tapct.eval.contract import Breakdown, Headline, Labels, ScanScore, Task, TaskResults
 from tapct.eval.decoder import Decoder, fit_decoder
 from tapct.eval.features import DenseFeatures, PatchGrid
-from tapct.eval.scans import LabelledScan
+from tapct.eval.pairs import PairedScans, ScanPair, pairs_of
+from tapct.eval.scans import LabelledScan, ScanRow
 from tapct.eval.truth import PatchTruth, patch_truth
 from tapct.nn import init
 from tapct.nn.attention import Attention
@@ -96,12 +99,15 @@ __all__ = [
     "Masks",
     "Mlp",
     "Op",
+    "PairedScans",
     "PatchGrid",
     "PatchTruth",
     "PrototypeHead",
     "PrototypeLoss",
     "ScanFacts",
     "Size3",
+    "ScanPair",
+    "ScanRow",
     "ScanScore",
     "SnapshotTimes",
     "SwiGLU",
@@ -120,6 +126,7 @@ __all__ = [
     "fit_decoder",
     "gather_with_gradient",
     "init",
+    "pairs_of",
     "patch_grid",
     "patch_truth",
     "prototype_loss",

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -19,7 +19,7 @@ if TYPE_CHECKING:  # the report reads headlines without loading torch
     import numpy as np
 
     from tapct.eval.features import DenseFeatures, PatchGrid
-    from tapct.eval.scans import LabelledScan
+    from tapct.eval.scans import LabelledScan, ScanRow
 
 TruthT = TypeVar("TruthT")
 PredictionT = TypeVar("PredictionT")
@@ -152,7 +152,7 @@ class Task(ABC, Generic[TruthT, PredictionT]):
     """One benchmark of frozen features.
 
     The features of all models are computed once, for all tasks, and kept in the feature cache.
-    After `begin`, with the number of training scans, the runner calls
+    After `begin`, with the number of training scans, and `expect_scans`, the runner calls
 
     1. `truth` once per scan for all models of one patch grid; as a rule, all models have the same
        one;
@@ -166,7 +166,9 @@ class Task(ABC, Generic[TruthT, PredictionT]):
     A scan-level task reads `dense.cls_D` and leaves `draw` and `slices_of_interest` as they are.
     """
 
-    labels: ClassVar[Labels]
+    labels: Labels
+    # rows of the tables that need no model, such as the identity of a registration
+    own_baselines: ClassVar[tuple[str, ...]] = ()
 
     def named_labels(self) -> Mapping[str, tuple[str, ...]]:
         """Return setting -> label names or values in it. The runner checks before features are
@@ -198,6 +200,16 @@ class Task(ABC, Generic[TruthT, PredictionT]):
 
         Args:
             num_train: number of training scans, for tasks that keep a share of the patches of each.
+        """
+
+    def expect_scans(self, train: Sequence[ScanRow], test: Sequence[ScanRow]) -> None:
+        """Learn which scans follow, for tasks that compare two scans; called once, after `begin`.
+
+        A scan that cannot be read does not follow.
+
+        Args:
+            train: training scans of the task, in the order in which they are read.
+            test: test scans, likewise. The scans of one patient follow one another.
         """
 
     @abstractmethod
