@@ -88,6 +88,15 @@ def features_beside(evaluations: Path) -> Path:
     return evaluations / "features"
 
 
+def data_beside(evaluations: Path) -> Path:
+    """Parent of the data sets that an evaluation has indexed and packed.
+
+    Args:
+        evaluations: parent of the evaluations of a model, such as RUN/eval.
+    """
+    return evaluations / "data"
+
+
 @dataclass(frozen=True)
 class CheckpointFolder:
     """Paths in one checkpoint.
