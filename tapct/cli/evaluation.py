@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from tapct.base import console, exits, files
-from tapct.cli.app import RunFolder, app, examples
+from tapct.base import console, exits, files, signals
+from tapct.cli.app import CPUS, RunFolder, Workers, app, examples
 from tapct.data import formats
 
 DataSet = Annotated[
@@ -38,6 +38,7 @@ CustomCode = Annotated[
         "tapct eval runs/mine eval.max_scans=20 device=cpu",
         "tapct eval models/theirs data.store=data/mine/store",
         "tapct eval runs/mine --models theirs=models/theirs --models first=runs/first",
+        "tapct eval runs/mine --data amos22 --root data/amos22",
     ),
 )
 def evaluate(
@@ -83,6 +84,31 @@ def evaluate(
             "its own HU window and preprocessing; repeat the option for more",
         ),
     ] = None,
+    data: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="public data set to evaluate on, e.g. amos22, or a YAML file that describes one "
+            "(docs/datasets.md lists them); it is indexed and packed first",
+            show_default="the store of the run",
+        ),
+    ] = "",
+    root: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER", help="with --data: folder of its files, which are only read"
+        ),
+    ] = None,
+    work: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="with --data: folder for its manifest and store; give the same folder for several "
+            "models",
+            show_default="data, in the folder of the evaluations",
+        ),
+    ] = None,
+    workers: Workers = CPUS,
     custom_code: CustomCode = False,
 ) -> None:
     """Evaluate the frozen features of a run or of exported weights.
@@ -90,10 +116,14 @@ def evaluate(
     Baselines solve the same tasks: untrained models, raw HU values and the position in the body
     (eval.baselines). Features are computed once and kept (eval.cache).
     """
-    from tapct.run import finished, model_source
+    from tapct.run import dataset_model, finished, model_source
 
+    chosen = dataset_model.choose(data, root, work, overrides or [])
     opened = model_source.open_model(model, overrides or [], step, custom_code)
     others = finished.open_others(models or [], opened.config.device, custom_code)
+    if chosen is not None:
+        with signals.leaving_at_sigterm():
+            opened = dataset_model.on_data(opened, chosen, max(1, workers))
     found = finished.evaluate_model(opened, out=out, others=others)
     for line in found.evaluation.lines():
         console.say(line)
