@@ -1,6 +1,6 @@
-"""Public data sets: their files are well-formed, and each layout goes from files to store and split.
+"""Public data sets: their files are well-formed, and each layout becomes a store and a split.
 
-`dataset_layouts.py` holds the files and what they mean.
+The files and what they mean are in `dataset_layouts.py`.
 """
 
 from __future__ import annotations

@@ -9,31 +9,20 @@ import pytest
 from dataset_layouts import LAYOUTS, lay_out
 from shell import Shell
 from shell import shell as shell  # a fixture
+from tiny_export import tiny_export
 
-from tapct.config.plugins import Plugin
 from tapct.data.manifest import read_column
 from tapct.data.store import INDEX_NAME, Store
-from tapct.eval.features import Preprocess
-from tapct.models import vit
-from tapct.types import HUContract
-from tapct.weights.card import FeatureSettings
-from tapct.weights.export import save_export
 
 QUICK = (
     "eval.baselines=[untrained]", "eval.num_pictures=0", "device=cpu",
     "eval.tasks.segmentation.steps=3",
 )  # fmt: skip
-VIT = vit.Config(window=(2, 8, 8), patch=(2, 4, 4), dim=8, depth=1, heads=1, registers=1)
 
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    settings = FeatureSettings(
-        Plugin("vit", VIT), HUContract(), Preprocess((16, 16), (2, 8, 8), (2, 8, 8))
-    )
-    folder = tmp_path / "tiny"
-    save_export(folder, vit.build(VIT), settings, {"run": "tiny", "step": 1})
-    return folder
+    return tiny_export(tmp_path / "tiny")
 
 
 def results_in(folder: Path) -> tuple[Path, dict]:
