@@ -99,7 +99,9 @@ def evaluate(
     root: Annotated[
         Path | None,
         typer.Option(
-            metavar="FOLDER", help="with --data: folder of its files, which are only read"
+            metavar="FOLDER",
+            help="with --data: folder of its files, which are only read",
+            show_default="none",
         ),
     ] = None,
     work: Annotated[
@@ -213,6 +215,7 @@ def embed(
             metavar="FOLDER",
             help="with --format cvpr26: folder of label maps with the names of the scans; the "
             "vector is the mean of the patches in the mask",
+            show_default="none",
         ),
     ] = None,
     organ: Annotated[
@@ -243,7 +246,7 @@ def embed(
     ] = None,
     custom_code: CustomCode = False,
 ) -> None:
-    """Compute the dense features of one scan, or one vector for each of many scans.
+    """Compute dense features of a scan, or a vector for each of many.
 
     A second call with --format cvpr26 computes only what is missing. If some scans have no vector,
     because they cannot be read for example, they are named and the exit code is 4.
@@ -253,7 +256,7 @@ def embed(
         from tapct.run import embedding
         from tapct.weights.pretrained import load_pretrained
 
-        wanted = embedding.Wanted.of(vector, block, organ or (), masks is not None)
+        wanted = embedding.VectorChoice.of(vector, block, organ or (), masks is not None)
         embedding.load_h5py()
         flush_denormals()
         device = pick_device("auto")

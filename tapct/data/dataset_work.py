@@ -41,7 +41,7 @@ _MOST_FOLDERS_ABOVE = 3  # folders between --root and the data set, in which it 
 
 
 @dataclass(frozen=True)
-class Prepared:
+class PackedDataSet:
     """A data set that is ready to be evaluated.
 
     Args:
@@ -108,7 +108,7 @@ def prepare(
     workers: int = 0,
     limits: ScanLimits = DEFAULT_LIMITS,
     min_depth: int = MIN_DEPTH,
-) -> Prepared:
+) -> PackedDataSet:
     """Index and pack a data set, and write down its official split and targets.
 
     Args:
@@ -140,7 +140,7 @@ def prepare(
     _check_labelled(dataset, manifest)
     _pack(manifest, folder, workers, limits)
     facts = _facts_of(dataset, root, list(files), manifest, with_split=with_split)
-    return Prepared(folder.store, _write_scan_labels(folder, manifest, facts))
+    return PackedDataSet(folder.store, _write_scan_labels(folder, manifest, facts))
 
 
 def files_below(root: Path) -> dict[str, tuple[int, int]]:
@@ -397,7 +397,7 @@ def _rows_of(
             raise UserError(
                 f"{file} has no column {name}; its columns are {', '.join(table.columns) or 'none'}"
             )
-    found = []
+    found: list[tuple[str, dict[str, str]]] = []
     for line, row in zip(table.numbers, table.rows):
         paths = names.paths_of(row[key])
         if len(paths) > 1:

@@ -20,9 +20,9 @@ import torch
 from tapct.base import console, files
 from tapct.base.counted import counted
 from tapct.base.exits import Incomplete, UserError, single_line
-from tapct.data.cases import Case, find_cases
 from tapct.data.ingest import read_source
 from tapct.data.labels.reading import read_labels_of
+from tapct.data.named_scans import NamedScan, find_cases
 from tapct.eval.cache import Config as CacheConfig
 from tapct.eval.cache import FeatureCache, model_key
 from tapct.eval.one_scan import ScanEncoder
@@ -46,7 +46,7 @@ MOST_NAMES = 12
 
 
 @dataclass(frozen=True)
-class Wanted:
+class VectorChoice:
     """What is computed of each scan.
 
     Args:
@@ -60,7 +60,7 @@ class Wanted:
     organs: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, vector: str, block: str, organs: Sequence[str], has_masks: bool) -> Wanted:
+    def of(cls, vector: str, block: str, organs: Sequence[str], has_masks: bool) -> VectorChoice:
         """Check the options.
 
         Args:
@@ -112,7 +112,7 @@ def embed_cases(
     encoder: ScanEncoder,
     given: Path,
     out: Path,
-    wanted: Wanted,
+    wanted: VectorChoice,
     *,
     root: Path | None = None,
     masks: Path | None = None,
@@ -173,10 +173,10 @@ def load_h5py() -> ModuleType:
             "--format cvpr26 writes .h5 files with h5py, which cannot be loaded; install it with "
             "`pip install 'tapct[eval]'`"
         ) from error
-    return h5py  # type: ignore[no-any-return]
+    return h5py
 
 
-def vector_of(encoder: ScanEncoder, case: Case, wanted: Wanted) -> np.ndarray:
+def vector_of(encoder: ScanEncoder, case: NamedScan, wanted: VectorChoice) -> np.ndarray:
     """The vector of one scan: float32 (channels,).
 
     Args:
@@ -218,7 +218,7 @@ def _checked(vector_D: np.ndarray) -> np.ndarray:
     return vector
 
 
-def mask_of(case: Case, volume: Volume, organs: Sequence[str]) -> LabelMap:
+def mask_of(case: NamedScan, volume: Volume, organs: Sequence[str]) -> LabelMap:
     """The mask of a scan: its chosen labels, joined into one.
 
     Args:
@@ -245,7 +245,7 @@ def mask_of(case: Case, volume: Volume, organs: Sequence[str]) -> LabelMap:
     return replace(labels, labels_ZYX=joined_ZYX, names=((1, _ORGAN),))
 
 
-def _made_with(encoder: ScanEncoder, wanted: Wanted) -> dict[str, Any]:
+def _made_with(encoder: ScanEncoder, wanted: VectorChoice) -> dict[str, Any]:
     """What a vector depends on beside its scan."""
     return {
         "model": encoder.key.text,
@@ -256,7 +256,7 @@ def _made_with(encoder: ScanEncoder, wanted: Wanted) -> dict[str, Any]:
     }
 
 
-def _is_done(h5py: ModuleType, out: Path, case: Case, made_with: dict[str, Any]) -> bool:
+def _is_done(h5py: ModuleType, out: Path, case: NamedScan, made_with: dict[str, Any]) -> bool:
     """Whether a vector is there and up to date.
 
     Raises:

@@ -14,13 +14,13 @@ from dataset_layouts import LAYOUTS, lay_out
 from scan_files import noise_ct, save_scan
 
 from tapct.base.exits import UserError
-from tapct.data.dataset_work import Prepared, prepare
+from tapct.data.dataset_work import PackedDataSet, prepare
 from tapct.data.datasets import read_dataset, shipped_names
 from tapct.data.manifest import Manifest, read_column
 from tapct.data.store import Store
 
 
-def rows_of(prepared: Prepared) -> dict[str, dict[str, str]]:
+def rows_of(prepared: PackedDataSet) -> dict[str, dict[str, str]]:
     if prepared.scan_labels is None:
         return {}
     with prepared.scan_labels.open(newline="") as file:

@@ -18,7 +18,7 @@ _SUFFIXES = (".nii.gz", ".nii", ".h5")  # the challenge's tables name cases with
 
 
 @dataclass(frozen=True)
-class Case:
+class NamedScan:
     """One scan and its mask.
 
     Args:
@@ -46,7 +46,7 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Cases:
+class NamedScans:
     """The cases of a folder or table.
 
     Args:
@@ -54,11 +54,11 @@ class Cases:
         missing: case IDs of a table of which no scan has the name.
     """
 
-    found: tuple[Case, ...]
+    found: tuple[NamedScan, ...]
     missing: tuple[str, ...] = ()
 
 
-def find_cases(given: Path, root: Path | None, masks: Path | None) -> Cases:
+def find_cases(given: Path, root: Path | None, masks: Path | None) -> NamedScans:
     """Find the scans to embed.
 
     Args:
@@ -91,7 +91,7 @@ def find_cases(given: Path, root: Path | None, masks: Path | None) -> Cases:
     )
 
 
-def _scans_in(folder: Path, masks: Path | None) -> list[Case]:
+def _scans_in(folder: Path, masks: Path | None) -> list[NamedScan]:
     """All scans of a folder with their masks; their IDs are the file names."""
     load_libraries()
     sources = search(folder).sources
@@ -100,7 +100,7 @@ def _scans_in(folder: Path, masks: Path | None) -> list[Case]:
     for source in sources:
         if source.path not in pairs.label_files and source.kind != DICOM_OBJECT:
             name = stem_of(source.path) if source.path != folder else folder.resolve().name
-            scans.append(Case(name, source, _mask_of(source, pairs, masks)))
+            scans.append(NamedScan(name, source, _mask_of(source, pairs, masks)))
     if not scans:
         raise UserError(f"{folder} holds no scans; check the path")
     return scans
@@ -114,13 +114,13 @@ def _mask_of(source: Source, pairs: LabelPairs, masks: Path | None) -> Path | No
     return found
 
 
-def _named_by_files(scans: Sequence[Case]) -> Cases:
+def _named_by_files(scans: Sequence[NamedScan]) -> NamedScans:
     """The scans of a folder, each under its file name.
 
     Raises:
         UserError: two scans have one file name.
     """
-    first: dict[str, Case] = {}
+    first: dict[str, NamedScan] = {}
     for case in scans:
         other = first.setdefault(case.id, case)
         if other is not case:
@@ -128,10 +128,10 @@ def _named_by_files(scans: Sequence[Case]) -> Cases:
                 f"{other.source.path} and {case.source.path} have the same case ID {case.id}, and "
                 "its vector can be only one of them; rename one, or name the scans in a CSV file"
             )
-    return Cases(tuple(first.values()))
+    return NamedScans(tuple(first.values()))
 
 
-def _named_by(table: Table, folder: Path, scans: Sequence[Case]) -> Cases:
+def _named_by(table: Table, folder: Path, scans: Sequence[NamedScan]) -> NamedScans:
     """The scans that a table names, each under the ID in the table.
 
     Raises:
@@ -146,7 +146,7 @@ def _named_by(table: Table, folder: Path, scans: Sequence[Case]) -> Cases:
         )
     by_path = {case.source.path.relative_to(folder).as_posix(): case for case in scans}
     names = ScanNames(by_path)
-    found: dict[str, Case] = {}
+    found: dict[str, NamedScan] = {}
     missing: list[str] = []
     for line, row in zip(table.numbers, table.rows):
         text = row[keys[0]]
@@ -174,7 +174,7 @@ def _named_by(table: Table, folder: Path, scans: Sequence[Case]) -> Cases:
             f"none of the {len(table.rows)} rows of {table.file} names one of the "
             f"{len(scans)} scans in {folder}; give their folder with --root"
         )
-    return Cases(tuple(found.values()), tuple(missing))
+    return NamedScans(tuple(found.values()), tuple(missing))
 
 
 def _without_suffix(name: str) -> str:
