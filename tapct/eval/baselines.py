@@ -28,6 +28,7 @@ from tapct.types import HUContract, Tokens
 UNTRAINED, RAW_HU, POSITION = "untrained", "raw_hu", "position"
 WIDER = {"random_2x": 2, "random_4x": 4}  # name -> factor on the channels
 NAMES = (UNTRAINED, RAW_HU, POSITION, *WIDER)
+DEFAULTS = (UNTRAINED, RAW_HU, POSITION)  # without those that cost many times a forward pass
 TISSUE_ABOVE_HU = -300.0
 
 

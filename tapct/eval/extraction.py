@@ -16,7 +16,7 @@ import contextlib
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Protocol
 
 import numpy as np
@@ -163,17 +163,18 @@ class _BlockSums:
         self.sums = windows.sums()
         self.total_ZYXD: Tensor | None = None
         self.first = 0  # row of the padded grid that total_ZYXD begins with
-        self.cls: list[Tensor] = []
-        self.statistics: list[tuple[Tensor, Tensor, Tensor]] = []
-        self.registers: list[Tensor] = []
-        self.corners: list[Size3] = []
+        self.vectors: WindowVectors | None = None
+        self.num_windows = 0
 
-    def add(self, corner: Size3, weighted_ZYXD: Tensor) -> None:
-        """Add the tokens of a window, times their weights.
+    def add(self, corner: Size3, weighted_ZYXD: Tensor, vectors: WindowVectors) -> None:
+        """Add the tokens of a window, times their weights, and keep its vectors.
 
         Args:
             corner: first voxel of the window; z never descends.
+            weighted_ZYXD: patch tokens of the window times their weights.
+            vectors: vectors of this window alone, without the axis of windows.
         """
+        self._keep(vectors)
         patch, size = self.windows.grid.patch, self.windows.size
         row, y, x = (c // p for c, p in zip(corner, patch, strict=True))
         if self.total_ZYXD is None:
@@ -182,6 +183,21 @@ class _BlockSums:
         if row > self.first:
             self._finish_rows(row)
         self.total_ZYXD[:, y : y + size[1], x : x + size[2]] += weighted_ZYXD
+
+    def _keep(self, vectors: WindowVectors) -> None:
+        """Copy the vectors of a window to their place.
+
+        The place is made once for all windows: many small tensors that live until the end of the
+        scan, between large ones that do not, would fragment the memory and cost GBs.
+        """
+        values = {field.name: getattr(vectors, field.name) for field in fields(WindowVectors)}
+        if self.vectors is None:
+            num = math.prod(len(starts) for starts in self.windows.starts)
+            places = {name: value.new_empty(num, *value.shape) for name, value in values.items()}
+            self.vectors = WindowVectors(**places)
+        for name, value in values.items():
+            getattr(self.vectors, name)[self.num_windows] = value
+        self.num_windows += 1
 
     def _finish_rows(self, until: int) -> None:
         """Hand over all rows before `until`, which no later window covers."""
@@ -200,15 +216,10 @@ class _BlockSums:
 
     def finish(self) -> None:
         """Hand over the last rows and the vectors of all windows."""
-        assert self.total_ZYXD is not None
+        assert self.vectors is not None and self.num_windows == len(self.vectors.start_W3)
         self._finish_rows(self.first + self.windows.size[0])
-        mean_WD, std_WD, max_WD = (torch.stack(part) for part in zip(*self.statistics, strict=True))
-        start_W3 = torch.tensor(self.corners, dtype=torch.int64)
-        vectors = WindowVectors(
-            torch.stack(self.cls), mean_WD, std_WD, max_WD, torch.stack(self.registers), start_W3
-        )
         self.total_ZYXD = None
-        self.sink.finish(self.block, vectors)
+        self.sink.finish(self.block, self.vectors)
 
 
 class _Scan:
@@ -295,17 +306,21 @@ class Extractor:
         blocks = tuple(batch[0].scan.blocks)
         for block, tokens in self._tokens(batch, blocks).items():
             patches_BND = tokens.patches_BND.float()
-            mean_BD, max_BD = patches_BND.mean(1), patches_BND.amax(1)
-            std_BD = patches_BND.std(1, correction=0)
+            vectors_B = WindowVectors(
+                tokens.cls_BD.float(),
+                patches_BND.mean(1),
+                patches_BND.std(1, correction=0),
+                patches_BND.amax(1),
+                tokens.registers_BRD.float(),
+                torch.tensor([window.corner for window in batch]),
+            )
             taper = batch[0].scan.blocks[block].windows.taper_ZYX1()
             weighted = patches_BND.unflatten(1, tokens.grid) * taper
             for index, window in enumerate(batch):
-                sums = window.scan.blocks[block]
-                sums.add(window.corner, weighted[index])
-                sums.corners.append(window.corner)
-                sums.cls.append(tokens.cls_BD[index].float())
-                sums.statistics.append((mean_BD[index], std_BD[index], max_BD[index]))
-                sums.registers.append(tokens.registers_BRD[index].float())
+                vectors = WindowVectors(
+                    *(getattr(vectors_B, field.name)[index] for field in fields(WindowVectors))
+                )
+                window.scan.blocks[block].add(window.corner, weighted[index], vectors)
         for window in batch:
             window.scan.left -= 1
             if not window.scan.left:

@@ -133,6 +133,7 @@ class ScanReader:
                 scan = self._with_truths(row, side)
             if scan is not None:
                 yield ModelOnScan(scan, model, dense, model is last)
+            del dense  # before the next one is read: two large ones may not fit in memory
         if rows and not self.read_rows(side):
             raise UserError(
                 f"none of the {len(rows)} {side} scans could be read; the last: "

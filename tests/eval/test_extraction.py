@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tapct.base.exits import UserError
+from tapct.eval import extraction
 from tapct.eval.baselines import PositionFeatures, RawPatches
 from tapct.eval.extraction import Extractor, MemorySink, dense_features, features_of
 from tapct.eval.features import PatchGrid, Preprocess, WindowVectors, prepare
@@ -249,3 +250,24 @@ def test_a_failed_call_leaves_the_model_in_its_mode():
     with pytest.raises(RuntimeError, match="broken"):
         dense_features(model, scan((4, 16, 16)), CONTRACT, PREPROCESS)
     assert model.training
+
+
+def test_memory_does_not_grow_with_the_depth_of_a_scan(monkeypatch: pytest.MonkeyPatch):
+    """What waits for the end of a scan is as small as the vectors of its windows."""
+    held, real = [], extraction._BlockSums.finish
+
+    def measured(sums: extraction._BlockSums) -> None:
+        assert sums.vectors is not None and sums.total_ZYXD is not None
+        kept = [getattr(sums.vectors, name) for name in ("cls_WD", "mean_WD", "std_WD", "max_WD")]
+        kept.append(sums.vectors.registers_WRD)
+        num_bytes = sum(one.untyped_storage().nbytes() for one in kept)
+        held.append(num_bytes / sums.num_windows)
+        assert len(sums.total_ZYXD) == 2  # one window's depth
+        real(sums)
+
+    monkeypatch.setattr(extraction._BlockSums, "finish", measured)
+    for depth in (20, 80):
+        prepared = prepare(scan((depth, 16, 16)), CONTRACT, PREPROCESS, PATCH)
+        features_of(small_vit(), prepared, PREPROCESS, batch=4)
+    vectors = 4 * 16 * (1 + 2 + 3)  # bytes: class token, registers, mean, std and max
+    assert held == [vectors, vectors]

@@ -42,3 +42,23 @@ def test_the_script_counts_the_windows_of_a_scan(tmp_path: Path) -> None:
     assert (
         found["windows"] <= found["windows_computed"] < found["windows"] + found["windows_per_call"]
     )
+
+
+@pytest.mark.slow
+def test_two_scans_of_600_slices_are_written_to_a_cache_in_less_than_4_gb(tmp_path: Path) -> None:
+    line = [sys.executable, "scripts/bench_whole_scan.py", "--json", str(tmp_path / "scan.json")]
+    line += ["--shape", "600", "512", "512", "--cache", str(tmp_path / "cache")]
+    done = subprocess.run(line, cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "scan.json").read_text())
+    assert found["features"] == [768, 150, 64, 64] and found["windows_computed"] == 16
+    assert found["peak_memory_GB"] < 4
+    assert len(list((tmp_path / "cache").glob("*/*.features"))) == 2
+
+
+def test_the_script_writes_a_small_scan_to_a_cache(tmp_path: Path) -> None:
+    line = ["scripts/bench_whole_scan.py", "configs/smoke.yaml", "--real", "1000"]
+    line += ["--shape", "12", "64", "96", "--cache", str(tmp_path / "cache")]
+    done = forked.run([*line, "--json", str(tmp_path / "scan.json")], cwd=REPOSITORY)
+    assert done.returncode == 0, done.stderr
+    assert len(list((tmp_path / "cache").glob("*/*.features"))) == 2

@@ -1,0 +1,373 @@
+"""Pretrain on the scans of a folder and evaluate the frozen features, for several seeds.
+
+The folder is laid out as nnU-Net does: imagesTr, labelsTr, dataset.json. No label is seen in
+pretraining. People are divided by a fixed rule: a third of them is held out and tested, or with
+--folds 5 each of five groups in turn. The table compares the pretrained network with all baselines
+on the held-out people: mean over seeds, 95 % interval over people, paired differences.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import hashlib
+import json
+import os
+import platform
+import resource
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import arguments
+import numpy as np
+
+from tapct import config as configs
+from tapct.base import console
+from tapct.base.exits import UserError
+from tapct.base.files import write_atomically
+from tapct.data import manifest as manifests
+from tapct.data import pack, patient_key, split
+from tapct.data.index import build_manifest
+from tapct.data.phantom import archive as phantom
+from tapct.data.store import Store
+from tapct.eval import saved, statistics
+from tapct.eval.contract import OWN_MODEL
+from tapct.eval.results import Evaluation
+from tapct.run import finished, pretrain
+from tapct.run.config import RunConfig
+from tapct.run.provenance import git_revision
+
+CONFIG = Path("configs/hn.yaml")
+PHANTOM_CONFIG = Path("configs/smoke.yaml")
+SHORT_SHARE = 1 / 3  # of the people is tested in the short form
+PHANTOM_SCANS = 40
+
+
+@dataclass(frozen=True)
+class Fold:
+    """One group of test people.
+
+    Args:
+        number: number of the group.
+        start: `data.held_out_start`.
+        share: `data.held_out`.
+    """
+
+    number: int
+    start: float
+    share: float
+
+
+@dataclass(frozen=True)
+class Trained:
+    """One run of the benchmark and what it cost.
+
+    Args:
+        seed: random seed of the run.
+        fold: group of test people.
+        evaluation: its results.
+        cpu_s: processor time of pretraining, of all threads.
+        wall_s: wall time of pretraining.
+    """
+
+    seed: int
+    fold: Fold
+    evaluation: Evaluation
+    cpu_s: float
+    wall_s: float
+
+
+def options_of(words: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="scripts/benchmark_hn.sh", description=__doc__)
+    parser.add_argument("--data", type=Path, help="folder with imagesTr, labelsTr, dataset.json")
+    parser.add_argument("--phantom", action="store_true", help="a synthetic archive instead")
+    parser.add_argument("--config", type=Path, help=f"config, default {CONFIG}")
+    parser.add_argument("--out", type=Path, help="folder of all runs, default runs/hn")
+    parser.add_argument(
+        "--folds", type=int, default=1, help="1: the short form; 5: every person is tested once"
+    )
+    parser.add_argument(
+        "--seeds", type=arguments.whole, nargs="+", default=[0, 1, 2], help="default 0 1 2"
+    )
+    parser.add_argument("--csv", type=Path, help="file with one row per number")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes of the config")
+    options = parser.parse_args(words)
+    if (options.data is None) == (not options.phantom):
+        parser.error("give --data DIR or --phantom")
+    if options.folds < 1:
+        parser.error("--folds must be 1 or more")
+    options.config = options.config or (PHANTOM_CONFIG if options.phantom else CONFIG)
+    options.out = options.out or Path("runs/phantom" if options.phantom else "runs/hn")
+    return options
+
+
+def main(words: list[str]) -> None:
+    options = options_of(words)
+    work: Path = options.out / "data"
+    found, store = prepare(options.data, work)
+    people = sorted({row.patient for row in found.accepted})
+    share = SHORT_SHARE if options.folds == 1 else 1 / options.folds
+    split_seed = split.seed_with_both_sides(people, share)
+    if split_seed is None:
+        raise UserError(f"{len(people)} people cannot be divided; the benchmark needs several")
+    folds = [Fold(number, number * share, share) for number in range(options.folds)]
+    runs = []
+    for fold in folds:
+        for seed in options.seeds:
+            out = options.out / f"fold_{fold.number}_seed_{seed}"
+            words = [
+                *(f"out={out}", f"seed={seed}", f"data.store={store}"),
+                *(f"data.held_out={fold.share!r}", f"data.held_out_start={fold.start!r}"),
+                *(f"data.split_seed={split_seed}", f"eval.cache.path={options.out / 'features'}"),
+                *options.overrides,
+            ]
+            runs.append(trained_and_evaluated(options.config, words, seed, fold))
+    patient_of = {scan.id: scan.patient for scan in Store(store).scans}
+    table = table_of(runs, options.seeds, patient_of)
+    text = rendered(table, runs)
+    console.say_line(text)
+    write_atomically(options.out / "table.txt", text + "\n")
+    file = options.csv or options.out / "results.csv"
+    write_csv(file, table, runs)
+    console.say(f"one row per number: {file}")
+
+
+def prepare(data: Path | None, work: Path) -> tuple[manifests.Manifest, Path]:
+    """Index and pack the folder, or a synthetic archive; what is packed already is kept.
+
+    Args:
+        data: nnU-Net folder; None for the phantom.
+        work: folder of the manifest and the store.
+    Raises:
+        UserError: the folder has no images or no labels.
+    """
+    work.mkdir(parents=True, exist_ok=True)
+    if not (work / patient_key.KEY_FILE).exists():
+        # a public key makes every machine divide the people of a public data set alike
+        key = hashlib.blake2b(b"tapct benchmark", digest_size=32).digest()
+        (work / patient_key.KEY_FILE).write_bytes(key)
+    cores = os.cpu_count() or 1
+    if data is None:
+        images, labels, regex = work / "phantom", None, r"(P\d+)_T\d"
+        if not images.is_dir():
+            with console.progress_bar("phantom") as progress:
+                phantom.write(images, phantom.Config(num=PHANTOM_SCANS), progress)
+    else:
+        images, labels, regex = data / "imagesTr", data / "labelsTr", None
+        for folder in (images, labels):
+            if not folder.is_dir():
+                raise UserError(f"{folder} is missing; an nnU-Net folder has imagesTr and labelsTr")
+    with console.progress_bar("index") as progress:
+        found = build_manifest(
+            images,
+            work / "manifest.parquet",
+            labels=labels,
+            patient_regex=regex,
+            workers=cores,
+            progress=progress,
+        )
+    for row in found.rows:
+        if row.status != "accepted":
+            console.say_line(f"refused {row.path}: {row.reason}: {row.detail}")
+    with console.progress_bar("pack") as progress:
+        pack.pack(found, work / "store", workers=cores, level=1, progress=progress)
+    return found, work / "store"
+
+
+def trained_and_evaluated(config: Path, words: list[str], seed: int, fold: Fold) -> Trained:
+    """Pretrain one run and evaluate it; a finished part is not repeated."""
+    resolved = configs.load_config(RunConfig, config, words)
+    out: Path = resolved.value.out
+    cost_file = out / "cost.json"
+    if not cost_file.is_file():
+        began, cpu_before = time.monotonic(), cpu_seconds()
+        stop = pretrain.train(resolved)
+        if stop.signal:
+            raise UserError(f"stopped by {stop.signal} and saved; repeat the command to go on")
+        cost = {"cpu_s": cpu_seconds() - cpu_before, "wall_s": time.monotonic() - began}
+        write_atomically(cost_file, json.dumps(cost) + "\n")
+    cost = json.loads(cost_file.read_text())
+    own = saved.pick(saved.find(out))
+    evaluation = own.evaluation if own is not None and own.is_own else None
+    if evaluation is None:
+        evaluation = finished.evaluate(out)
+    return Trained(seed, fold, evaluation, cost["cpu_s"], cost["wall_s"])
+
+
+def cpu_seconds() -> float:
+    """Processor time of this process and its finished children, all threads, in seconds."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(one.ru_utime + one.ru_stime for one in used)
+
+
+@dataclass(frozen=True)
+class TaskTable:
+    """The numbers of one task over all seeds and folds.
+
+    Args:
+        task: name of the task.
+        metric: name of its headline metric.
+        whole: statistics of the headline.
+        parts: statistics by organ or class.
+    """
+
+    task: str
+    metric: str
+    whole: statistics.Statistics
+    parts: Mapping[str, statistics.Statistics]
+
+
+def table_of(
+    runs: Sequence[Trained], seeds: Sequence[int], patient_of: Mapping[str, str]
+) -> list[TaskTable]:
+    """The statistics of all tasks whose headline is a mean over scans.
+
+    Args:
+        runs: runs of all seeds and folds.
+        seeds: seeds in order.
+        patient_of: scan ID -> patient.
+    """
+    tables = []
+    for task, section in runs[0].evaluation.tasks.items():
+        by_seed = []
+        for seed in seeds:
+            of_seed = [run.evaluation.tasks[task] for run in runs if run.seed == seed]
+            by_seed.append([score for one in of_seed for score in one.results.scans])
+        if not any(by_seed):
+            continue
+        by_part = section.results.breakdown is not None
+        rows = statistics.table_of(by_seed, patient_of, by_part=by_part)
+        limits = section.headline.range
+        whole = statistics.means(rows, 0, limits=limits)
+        parts = {}
+        if by_part:
+            parts = {
+                part: statistics.means(rows.of_part(part), 0, limits=limits) for part in rows.parts
+            }
+        tables.append(TaskTable(task, section.headline.metric, whole, parts))
+    return tables
+
+
+def rendered(tables: Sequence[TaskTable], runs: Sequence[Trained]) -> str:
+    """The tables as text: values, then what the pretrained network is better by."""
+    lines = []
+    for table in tables:
+        names = list(table.parts)
+        lines.append(f"{table.task}: {table.metric}")
+        header = f"{'model':<24}{'mean':>7}  {'95 % interval':<16}{'sd of seeds':>12}"
+        lines.append(header + "".join(f"{name[:13]:>14}" for name in names))
+        of_part = {
+            name: {one.model: one.estimate.value for one in part.models}
+            for name, part in table.parts.items()
+        }
+        for one in table.whole.models:
+            parts = "".join(f"{of_part[name].get(one.model, np.nan):>14.3f}" for name in names)
+            lines.append(
+                f"{one.model:<24}{one.estimate.value:>7.3f}  {interval_of(one.estimate):<16}"
+                f"{one.seed_sd:>12.3f}{parts}"
+            )
+        for pair in table.whole.differences:
+            lines.append(
+                f"{OWN_MODEL} - {pair.other:<20} {pair.estimate.value:+.3f} "
+                f"{interval_of(pair.estimate)}  p = {pair.p:.2g}, Holm {pair.p_holm:.2g}"
+            )
+        first = table.whole.models[0].estimate
+        lines.append(f"n = {first.num_scans} scans of {first.num_patients} people")
+        lines.append("")
+    cpu = [run.cpu_s / 60 for run in runs]
+    wall = [run.wall_s / 60 for run in runs]
+    lines.append(
+        f"pretraining: {len(runs)} runs, {np.mean(cpu):.1f} CPU minutes each (most "
+        f"{max(cpu):.1f}), {np.mean(wall):.1f} minutes of wall time; {processor()}"
+    )
+    return "\n".join(lines)
+
+
+def interval_of(estimate: statistics.PatientEstimate) -> str:
+    """An interval as text, or why there is none."""
+    if estimate.interval is None:
+        return "no interval"
+    return f"[{estimate.interval.low:.3f}, {estimate.interval.high:.3f}]"
+
+
+def write_csv(file: Path, tables: Sequence[TaskTable], runs: Sequence[Trained]) -> None:
+    """One row per number: task, model, part, seed (or `all`), value, interval, n, origin."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    columns = [
+        *("task", "metric", "part", "model", "seed", "value", "low", "high", "p", "p_holm"),
+        *("n_scans", "n_people", "commit", "machine", "command", "cpu_seconds"),
+    ]
+    revision, machine = git_revision(), processor()
+    command = "scripts/benchmark_hn.sh"
+    cpu = round(float(np.mean([run.cpu_s for run in runs])), 1)
+    seeds = list(dict.fromkeys(run.seed for run in runs))
+    with file.open("w", newline="", encoding="utf-8") as out:
+        writer = csv.DictWriter(out, columns)
+        writer.writeheader()
+        for table in tables:
+            for part, found in {"all": table.whole, **table.parts}.items():
+                for row in csv_rows(found, seeds):
+                    writer.writerow(
+                        {
+                            "task": table.task,
+                            "metric": table.metric,
+                            "part": part,
+                            **row,
+                            "commit": revision,
+                            "machine": machine,
+                            "command": command,
+                            "cpu_seconds": cpu,
+                        }
+                    )
+
+
+def csv_rows(found: statistics.Statistics, seeds: Sequence[int]) -> list[dict[str, object]]:
+    """Rows of one metric: each model over all seeds and by seed, and the paired differences."""
+    rows: list[dict[str, object]] = []
+    for one in found.models:
+        rows.append(csv_row(one.model, "all", one.estimate))
+        for seed, value in zip(seeds, one.by_seed):
+            rows.append({"model": one.model, "seed": seed, "value": f"{value:.6g}"})
+    for pair in found.differences:
+        row = csv_row(f"{pair.reference} - {pair.other}", "all", pair.estimate)
+        rows.append({**row, "p": f"{pair.p:.4g}", "p_holm": f"{pair.p_holm:.4g}"})
+    return rows
+
+
+def csv_row(model: str, seed: str, estimate: statistics.PatientEstimate) -> dict[str, object]:
+    interval = estimate.interval
+    return {
+        "model": model,
+        "seed": seed,
+        "value": f"{estimate.value:.6g}",
+        "low": "" if interval is None else f"{interval.low:.6g}",
+        "high": "" if interval is None else f"{interval.high:.6g}",
+        "n_scans": estimate.num_scans,
+        "n_people": estimate.num_patients,
+    }
+
+
+def processor() -> str:
+    """Name of the processor and number of cores."""
+    cpuinfo = Path("/proc/cpuinfo")
+    name = platform.machine()
+    if cpuinfo.is_file():
+        facts = [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines()]
+        keys = [line.partition(":")[0].strip() for line in cpuinfo.read_text().splitlines()]
+        found = dict(zip(reversed(keys), reversed(facts)))
+        name = f"{found.get('model name', name)} model {found.get('model', '?')}"
+    return f"{name}, {os.cpu_count()} cores"
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        console.error(str(error))
+        sys.exit(2)
+    except KeyboardInterrupt:
+        console.error("interrupted; repeat the command to go on")
+        sys.exit(130)
