@@ -14,6 +14,7 @@ from scan_files import noise_ct, save_scan
 from shell import Shell
 from shell import shell as shell  # a fixture
 from tiny_export import tiny_export
+from tiny_run import make_archive
 
 import tapct
 from tapct.base import exits
@@ -189,3 +190,16 @@ def test_two_scans_of_one_name_are_an_error(place: Path, tmp_path: Path, shell: 
         save_scan(tmp_path / "scans" / folder / "case1.nii.gz", noise_ct(seed))
     words = ("embed", place / "model", tmp_path / "scans", "--out", tmp_path / "v")
     assert "the same case ID case1" in shell.bad(*words, "--format", "cvpr26")
+
+
+def test_a_phantom_archive_becomes_a_folder_of_vectors(
+    place: Path, tmp_path: Path, shell: Shell
+) -> None:
+    archive = make_archive(tmp_path / "archive", num=3, dicom_share=0.5)
+    words = ("embed", place / "model", "--format", "cvpr26", "--vector", "cls", "--out")
+    shell.good(*words, tmp_path / "a", archive)  # the label maps are no scans
+    shell.good(*words, tmp_path / "b", archive / "scan_labels.csv")
+    found, named = read(tmp_path / "a"), read(tmp_path / "b")
+    cases = {path.name.split(".")[0] for path in (archive / "labels").glob("*.nii.gz")}
+    assert set(found) == {f"{case}.h5" for case in cases} and len(cases) == 3
+    assert all(np.array_equal(found[name], named[name]) for name in named) and len(named) == 3
