@@ -22,6 +22,7 @@
         teacher.safetensors             until the step has been evaluated
         log.txt                         output of the evaluation
       eval/features/*                   cache of frozen features, see eval/cache.py
+      eval/data/DATASET/*               public data set of `tapct eval --data`, indexed and packed
       eval/results.json                 link to the newest results on the run's own data set
       export/
         config.json                     after tapct export: what the features depend on

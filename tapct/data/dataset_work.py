@@ -29,6 +29,7 @@ from tapct.base.files import PRIVATE, write_atomically
 from tapct.data.datasets import TEST, TRAIN, DataSet
 from tapct.data.index import build_manifest, check_usable, matches_any
 from tapct.data.index_report import lines_about
+from tapct.data.labels.reading import UNNAMED
 from tapct.data.manifest import Manifest
 from tapct.data.pack import pack
 from tapct.data.process_pool import DEFAULT_LIMITS, ScanLimits
@@ -268,6 +269,13 @@ def _check_labelled(dataset: DataSet, manifest: Manifest) -> None:
             f"no label map of {dataset.name} belongs to an accepted scan; expected "
             f"{_listed(dataset.facts.masks)}, with the names of the scans and on their grid; "
             f"{dataset.where_to_ask()}"
+        )
+    unnamed = [row for row in manifest.accepted if UNNAMED in row.detail]
+    if unnamed:
+        console.say(
+            f"label maps with values that are no label of {dataset.name}: {len(unnamed)}; these "
+            "values are called by their number; check that the files are of this data set; the first one: "
+            f"{unnamed[0].label_path}: {unnamed[0].detail}"
         )
 
 

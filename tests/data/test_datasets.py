@@ -6,6 +6,7 @@ The files and what they mean are in `dataset_layouts.py`.
 from __future__ import annotations
 
 import csv
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -83,6 +84,18 @@ def test_a_second_call_reads_nothing_again_unless_a_file_has_changed(
     assert len(Manifest.read(manifest).accepted) == 4
 
 
+def test_a_store_that_was_removed_is_packed_again_with_the_same_labels(
+    word: Path, tmp_path: Path
+) -> None:
+    dataset, work = read_dataset("word"), tmp_path / "work"
+    first = Store(prepare(dataset, word, work).store)
+    digest, names = first.digest, first.read_labels(0).names
+    shutil.rmtree(work / "word" / "store")
+    again = Store(prepare(dataset, word, work).store)
+    assert (again.digest, again.read_labels(0).names) == (digest, names)
+    assert [scan.label_digest for scan in again.scans] == [s.label_digest for s in first.scans]
+
+
 @pytest.mark.parametrize(
     "missing, words",
     [
@@ -103,6 +116,20 @@ def test_missing_files_are_named_in_one_line_before_anything_is_read(
         prepare(read_dataset("word"), word, tmp_path / "work")
     assert all(word in str(caught.value) for word in words)
     assert "\n" not in str(caught.value) and not (tmp_path / "work").exists()
+
+
+def test_values_that_are_no_labels_of_the_data_set_are_named(
+    word: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    labels = np.zeros((6, 24, 26), np.uint8)
+    labels[2:4, 3:9, 3:9], labels[2:4, 12:15, 3:9] = 1, 17
+    save_scan(word / "labelsTr" / "word_0002.nii.gz", labels)
+    prepare(read_dataset("word"), word, tmp_path / "work")
+    said = " ".join(capsys.readouterr().out.split())
+    assert "label maps with values that are no label of word: 1;" in said
+    assert (
+        "labelsTr/word_0002.nii.gz: its labels: values without a name in the data set: 17" in said
+    )
 
 
 def test_without_its_split_a_data_set_needs_no_test_side(word: Path, tmp_path: Path) -> None:

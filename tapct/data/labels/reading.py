@@ -34,6 +34,9 @@ from tapct.data.readers.nrrd import read_slicer, segments_of
 from tapct.data.readers.raw import Image
 from tapct.types import IGNORE_LABEL, LabelMap, Refused, Volume
 
+UNNAMED = "values without a name in the data set"
+MOST_VALUES = 8  # in a note
+
 
 @dataclass(frozen=True)
 class ReadLabels:
@@ -118,9 +121,19 @@ def read_labels_of(
             return _read_objects((path, *more), volume)
         found = _read_file(path, ignore)
         on_scan = fit_to_scan(found.label_map, volume, found.first_voxel_mm)
-        if names:
-            on_scan = replace(on_scan, names=with_given(on_scan.names, names))
-        return ReadLabels(on_scan, found.notes)
+        if not names:
+            return ReadLabels(on_scan, found.notes)
+        named = replace(on_scan, names=with_given(on_scan.names, names))
+        return ReadLabels(named, (*_about_unnamed(named, names), *found.notes))
+
+
+def _about_unnamed(labels: LabelMap, names: Names) -> tuple[str, ...]:
+    """A note on the values of a label map that a data set has no names for; empty for none."""
+    present = np.flatnonzero(np.bincount(labels.labels_ZYX.reshape(-1)))
+    unnamed = sorted({*present.tolist()} - {0, IGNORE_LABEL, *dict(names)})
+    if not unnamed:
+        return ()
+    return (f"{UNNAMED}: {', '.join(map(str, unnamed[:MOST_VALUES]))}",)
 
 
 def _read_objects(paths: Sequence[Path], volume: Volume) -> ReadLabels:
