@@ -274,8 +274,8 @@ def _check_labelled(dataset: DataSet, manifest: Manifest) -> None:
     if unnamed:
         console.say(
             f"label maps with values that are no label of {dataset.name}: {len(unnamed)}; these "
-            "values are called by their number; check that the files are of this data set; the first one: "
-            f"{unnamed[0].label_path}: {unnamed[0].detail}"
+            "values are called by their number; check that the files are of this data set; the "
+            f"first one: {unnamed[0].label_path}: {unnamed[0].detail}"
         )
 
 
