@@ -176,6 +176,13 @@ class Task(ABC, Generic[TruthT, PredictionT]):
         """
         return {}
 
+    @property
+    def needs_label_map(self) -> bool:
+        """Whether `truth` reads the label map of a scan. A task with `Labels.SCAN` may read it too,
+        and then gets `scan.labels`, which is None for a scan without a label map.
+        """
+        return self.labels in (Labels.VOXELS, Labels.PAIRS)
+
     def blocks(self, num_blocks: int) -> tuple[int, ...]:
         """Return the blocks of the backbone whose features the task reads, counted from 0. The last
         block, the default, is always computed.
@@ -236,6 +243,16 @@ class Task(ABC, Generic[TruthT, PredictionT]):
             path: PNG file to write; its folder may be missing.
             truth: what `truth` returned for the scan.
             predictions: model name -> what `judge` returned.
+        Returns:
+            The caption; empty if no picture was written.
+        """
+        return ""
+
+    def draw_results(self, path: Path) -> str:
+        """Write one picture of all test scans, after the last one, e.g. a curve.
+
+        Args:
+            path: PNG file to write; its folder may be missing.
         Returns:
             The caption; empty if no picture was written.
         """

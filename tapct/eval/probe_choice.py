@@ -79,7 +79,7 @@ class Outcome:
         settings: chosen member of the head's grid.
         validation: AUROC or R^2 on the validation scans; NaN where nothing could be chosen.
         tie_break: second number, lower is better, for equal values.
-        probe: head, fitted to all training scans.
+        probe: head, fitted to all training scans; None where there is nothing to fit, as in kNN.
         num_filled: training scans without this vector, which got the mean of the others.
     """
 
@@ -87,12 +87,12 @@ class Outcome:
     settings: Settings
     validation: float
     tie_break: float
-    probe: FittedProbe = field(repr=False)
+    probe: FittedProbe | None = field(default=None, repr=False)
     num_filled: int = 0
 
 
 @dataclass(frozen=True)
-class Choice:
+class ProbeChoice:
     """All candidates of one target and one model.
 
     Args:
@@ -131,7 +131,7 @@ def choose(
     config: HeadSettings,
     num_folds: int,
     seed: int,
-) -> Choice:
+) -> ProbeChoice:
     """Choose the candidate and its settings with the best AUROC or R^2 on validation scans.
 
     Equal values are common with few scans: then the lower cross-entropy or absolute error decides,
@@ -145,24 +145,47 @@ def choose(
         seed: random seed of the folds and of heads that are trained by AdamW.
     """
     folds, how = make_folds(labelled, num_folds, seed)
-    outcomes: list[Outcome] = []
+    found, left_out = readable(wanted, labelled.scans)
+    outcomes = [
+        _outcome(candidate, inputs, labelled.target, folds, config, seed)
+        for candidate, inputs in found
+    ]
+    return best_of(outcomes, how, left_out)
+
+
+def readable(
+    wanted: Sequence[Candidate], scans: Sequence[ScanVectors]
+) -> tuple[list[tuple[Candidate, list[np.ndarray]]], list[str]]:
+    """The candidates that a model has, each once, with what they read of each training scan.
+
+    Args:
+        wanted: candidates.
+        scans: training scans.
+    Returns:
+        Pairs of a candidate and its inputs; and the vectors that the model does not have.
+    """
+    found: list[tuple[Candidate, list[np.ndarray]]] = []
     left_out: list[str] = []
     seen = set()
     for candidate in wanted:
-        numbers = block_numbers(candidate.block, labelled.scans[0].num_blocks)
+        numbers = block_numbers(candidate.block, scans[0].num_blocks)
         key = (candidate.head, candidate.vector, numbers, candidate.scaling)
         if key in seen:  # `middle` of a model with one block is its last block
             continue
         seen.add(key)
-        inputs = candidate.inputs(labelled.scans)
+        inputs = candidate.inputs(scans)
         if inputs is None or all(np.isnan(one).any() for one in inputs):
             left_out.append(f"{candidate.vector} of {candidate.block}")
-            continue
-        outcomes.append(_outcome(candidate, inputs, labelled.target, folds, config, seed))
-    if not outcomes:
-        return Choice((), -1, how, tuple(dict.fromkeys(left_out)))
+        else:
+            found.append((candidate, inputs))
+    return found, list(dict.fromkeys(left_out))
+
+
+def best_of(outcomes: Sequence[Outcome], how: str, left_out: Sequence[str]) -> ProbeChoice:
+    """The choice among candidates by their values on the validation scans; the first of equals."""
     ranks = [_rank(one.validation, one.tie_break) for one in outcomes]
-    return Choice(tuple(outcomes), ranks.index(max(ranks)), how, tuple(dict.fromkeys(left_out)))
+    best = ranks.index(max(ranks)) if ranks else -1
+    return ProbeChoice(tuple(outcomes), best, how, tuple(left_out))
 
 
 def _outcome(

@@ -64,8 +64,9 @@ class Linear:
         return _linear_start(num_members, dim, num_outputs)
 
     def outputs(self, parameters: Parameters, x_BWD: Tensor, is_window_BW: Tensor) -> Tensor:
-        """Outputs of the single vector of each scan."""
-        return _linear(parameters, x_BWD[:, 0][None])
+        """Outputs of the single vector of each scan, as one product for all members."""
+        logits_GBC = torch.einsum("bd,gdc->gbc", x_BWD[:, 0], parameters["weight"])
+        return logits_GBC + parameters["bias"][:, None]
 
 
 @dataclass(frozen=True)
@@ -184,13 +185,13 @@ def train(
     for parameter in parameters.values():
         parameter.requires_grad_(True)
     steps_per_epoch = math.ceil(len(x_NWD) / recipe.batch_size)
+    batches = _Batches(x_NWD)
     optimizer = _AdamW(parameters, torch.tensor(lr_G), torch.tensor(weight_decay_G))
     step = 0
     for _ in range(recipe.epochs):
         order_N = _order(target_N, recipe.balanced, draw)
         for rows in order_N.split(recipe.batch_size):
-            x_BWD, is_window_BW = padded([x_NWD[i] for i in rows.tolist()])
-            outputs_GBC = architecture.outputs(parameters, x_BWD, is_window_BW)
+            outputs_GBC = architecture.outputs(parameters, *batches.of(rows))
             loss = _loss(outputs_GBC, target_N[rows])
             gradients = torch.autograd.grad(loss, list(parameters.values()))
             optimizer.step(gradients, factor(step, steps_per_epoch, recipe))
@@ -216,6 +217,22 @@ def padded(sets: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
         x_BWD[i, : len(one)] = torch.from_numpy(one)
         is_window_BW[i, : len(one)] = True
     return x_BWD, is_window_BW
+
+
+class _Batches:
+    """Batches of sets; where all sets have one size, they are one tensor, and a batch is cheap."""
+
+    def __init__(self, x_NWD: Sequence[np.ndarray]) -> None:
+        self.sets = x_NWD
+        is_even = len({len(one) for one in x_NWD}) == 1
+        self.whole_NWD = torch.from_numpy(np.stack(x_NWD)) if is_even else None
+
+    def of(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Windows of some scans, and which rows are windows."""
+        if self.whole_NWD is None:
+            return padded([self.sets[i] for i in rows.tolist()])
+        x_BWD = self.whole_NWD[rows]
+        return x_BWD, torch.ones(x_BWD.shape[:2], dtype=torch.bool)
 
 
 def _order(target_N: Tensor, balanced: bool, draw: torch.Generator) -> Tensor:

@@ -56,6 +56,22 @@ class HeadSettings:
         "regression, alpha = 1 / C",
         gt=0,
     )
+    attention_lr: tuple[float, ...] = setting(
+        (1e-4, 1e-3, 1e-2), "`abmil`, `efficient`: learning rates", gt=0
+    )
+    epochs: int = setting(150, "heads trained by AdamW: epochs; same challenge", ge=1)
+    warmup_epochs: int = setting(
+        5, "heads trained by AdamW: epochs of warm-up, before a cosine; same challenge", ge=0
+    )
+    batch_size: int = setting(128, "heads trained by AdamW: scans per step; same challenge", ge=1)
+    hidden: int = setting(128, "`abmil`: channels of the attention", ge=1)
+    queries: int = setting(8, "`efficient`: number of queries", ge=1)
+
+
+@dataclass(frozen=True)
+class ClassHeadSettings:
+    """Settings of heads that are for classes only."""
+
     class_weight: str = setting(
         "none",
         "`logistic`: `none`, or `balanced` for weights in inverse proportion to the frequency of "
@@ -72,16 +88,6 @@ class HeadSettings:
         "`adamw_grid`: weight decays, each with each learning rate; same challenge",
         ge=0,
     )
-    attention_lr: tuple[float, ...] = setting(
-        (1e-4, 1e-3, 1e-2), "`abmil`, `efficient`: learning rates", gt=0
-    )
-    epochs: int = setting(150, "heads trained by AdamW: epochs; same challenge", ge=1)
-    warmup_epochs: int = setting(
-        5, "heads trained by AdamW: epochs of warm-up, before a cosine; same challenge", ge=0
-    )
-    batch_size: int = setting(128, "heads trained by AdamW: scans per step; same challenge", ge=1)
-    hidden: int = setting(128, "`abmil`: channels of the attention", ge=1)
-    queries: int = setting(8, "`efficient`: number of queries", ge=1)
 
 
 @dataclass(frozen=True)
@@ -172,8 +178,13 @@ def grid(head: str, config: HeadSettings) -> tuple[Settings, ...]:
         return tuple({"C": value} for value in sorted(config.C))
     if head in SET_HEADS:
         return tuple({"lr": lr} for lr in config.attention_lr)
-    pairs = [(lr, decay) for lr in config.lr for decay in config.weight_decay]
+    own = _of_classes(config)
+    pairs = [(lr, decay) for lr in own.lr for decay in own.weight_decay]
     return tuple({"lr": lr, "weight_decay": decay} for lr, decay in pairs)
+
+
+def _of_classes(config: HeadSettings) -> ClassHeadSettings:
+    return config if isinstance(config, ClassHeadSettings) else ClassHeadSettings()
 
 
 def fit(
@@ -202,7 +213,7 @@ def fit(
             for settings in members
         ]
     if head == LOGISTIC:
-        return _logistic(np.stack(inputs), target, members, config.class_weight)
+        return _logistic(np.stack(inputs), target, members, _of_classes(config).class_weight)
     if head == RIDGE:
         return _ridge(np.stack(inputs), target, members)
     return _trained(head, inputs, target, members, config, seed)

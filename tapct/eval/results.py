@@ -136,10 +136,10 @@ class Origin:
 
 @dataclass(frozen=True)
 class Picture:
-    """One picture of a test scan.
+    """One picture of a test scan, or of all of them.
 
     Args:
-        scan: scan ID.
+        scan: scan ID; empty for a picture of all test scans.
         file: path below the folder of results.json.
         caption: what it shows.
     """

@@ -330,6 +330,8 @@ def _test(reader: ScanReader, config: Config, out: Path, steps: _Steps) -> Album
             outputs, number = Outputs(), number + 1
             steps.add()
         del one
+    if config.num_pictures:
+        album.add_results(tasks)
     return album
 
 

@@ -13,10 +13,16 @@ from torch import nn
 from tapct.eval import probe_choice, probe_training, probes
 from tapct.eval.probe_choice import Candidate, Labelled
 from tapct.eval.probe_training import EfficientProbe, GatedAttention, Linear, Recipe
-from tapct.eval.probes import HeadSettings, Scaler, Target
+from tapct.eval.probes import ClassHeadSettings, HeadSettings, Scaler, Target
 from tapct.eval.vectors import ScanVectors
 
-QUICK = HeadSettings(C=(0.01, 1.0), epochs=30, warmup_epochs=2, batch_size=8, hidden=4, queries=3)
+
+@dataclasses.dataclass(frozen=True)
+class Settings(ClassHeadSettings, HeadSettings):
+    """Settings of all heads."""
+
+
+QUICK = Settings(C=(0.01, 1.0), epochs=30, warmup_epochs=2, batch_size=8, hidden=4, queries=3)
 
 
 def classes_of(rng: np.random.Generator, num: int, dim: int, num_classes: int):

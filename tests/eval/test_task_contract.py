@@ -110,12 +110,17 @@ def scan_of(number: int, *, with_labels: bool = True) -> LabelledScan:
         Volume(hu.astype(np.int16), spacing_mm),
         label_map,
         f"p{number // 2}",
-        {"sex": "FM"[number % 2], "age": str(number // 2 % 2)},
+        {
+            "sex": "FM"[number % 2],
+            "age": str(number // 2 % 2),
+            "volume": float(7 * number % 5),
+            "mass": float(7 * number % 5) + 2.0 * (number % 2),
+        },
     )
 
 
 def features_of(scan: LabelledScan, model: str) -> DenseFeatures:
-    """Features that know the anatomy, the second model's less well; class tokens that know both
+    """Features that know the anatomy, the second model's less well; class tokens that know the
     labels of a scan.
     """
     noise = 0.3 if model == "pretrained" else 1.0
@@ -125,22 +130,24 @@ def features_of(scan: LabelledScan, model: str) -> DenseFeatures:
     channels = torch.stack([cells, cells.square(), cells.abs().sqrt()])
     channels = channels + noise * torch.from_numpy(rng.normal(size=channels.shape)).float()
     sex, age = (float(ord(scan.scan_labels[name][0]) % 5) for name in ("sex", "age"))
-    cls_D = torch.tensor([sex, age, 0.0]) + 0.3 * noise * torch.from_numpy(rng.normal(size=3))
+    known = torch.tensor([sex, age, scan.scan_labels["volume"] / 2])
+    cls_noise = 0.05 if model == "pretrained" else 2.0
+    cls_D = known + cls_noise * torch.from_numpy(rng.normal(size=3))
     last = block_of(channels, cls_D.float())
     first = block_of(channels.flip(0) * 0.5 + 1, cls_D.float() / 2)
     return DenseFeatures(channels, cls_D.float(), GRID, {0: first, 1: last})
 
 
 def block_of(channels_DZYX: torch.Tensor, cls_D: torch.Tensor) -> BlockFeatures:
-    """Features of a block with one window, whose registers are two copies of the class token."""
+    """Features of a block with two windows, whose registers are two copies of the class token."""
     flat_DN = channels_DZYX.flatten(1)
     windows = WindowVectors(
-        cls_D[None],
-        flat_DN.mean(1)[None],
-        flat_DN.std(1, correction=0)[None],
-        flat_DN.amax(1)[None],
-        cls_D.expand(1, 2, -1),
-        torch.zeros(1, 3, dtype=torch.int64),
+        torch.stack([0.8 * cls_D, 1.2 * cls_D]),
+        flat_DN.mean(1).expand(2, -1),
+        flat_DN.std(1, correction=0).expand(2, -1),
+        flat_DN.amax(1).expand(2, -1),
+        cls_D.expand(2, 2, -1),
+        torch.zeros(2, 3, dtype=torch.int64),
     )
     return BlockFeatures(channels_DZYX, windows)
 
@@ -218,6 +225,10 @@ def test_a_task_draws_a_picture_or_says_that_it_does_not(name: str, tmp_path: Pa
 def other_values(field: dataclasses.Field[Any]) -> list[Any]:
     """Values of a setting that are not its default, the likeliest to matter first."""
     default, choices = field.default, field.metadata.get("choices")
+    if field.name == "vectors":
+        return [("registers",), ("mask:liver",)]
+    if choices and isinstance(default, tuple):
+        return [(choice,) for choice in choices if (choice,) != default]
     if choices:
         return [choice for choice in choices if choice != default]
     if isinstance(default, bool):
@@ -232,7 +243,7 @@ def other_values(field: dataclasses.Field[Any]) -> list[Any]:
         return [tuple(value * 100 for value in default)]
     if isinstance(default, tuple) and "int" in str(field.type):
         return [(1, 2)]
-    words = [name for _, name in NAMES] + ["age"]
+    words = [name for _, name in NAMES] + ["age", "volume"]
     return [(word,) for word in words] if isinstance(default, tuple) else words
 
 
@@ -252,13 +263,35 @@ def setting_names() -> list[tuple[str, str]]:
 
 
 SETTINGS = setting_names()
+# task -> other settings that make it quick, for all of its settings
+QUICK: dict[str, dict[str, Any]] = {
+    "classification": {"C": (0.1,), "vectors": ("cls",), "epochs": 6},
+    "regression": {"C": (0.1,), "vectors": ("cls",), "epochs": 6},
+}
+ONE_MEMBER = {"heads": ("adamw_grid",), "lr": (0.1,), "weight_decay": (0.01,)}
+ABMIL = {"heads": ("abmil",), "attention_lr": (0.1,)}
 # task -> setting -> other settings without which it has no effect
 NEEDED: dict[str, dict[str, dict[str, Any]]] = {
     "segmentation": {
         "lr": {"head": "mlp"},
         "hidden": {"head": "mlp"},
         "draws": {"fractions": (1,)},
-    }
+    },
+    "classification": {
+        **dict.fromkeys(
+            ("lr", "weight_decay", "batch_size", "warmup_epochs", "epochs"), ONE_MEMBER
+        ),
+        "heads": ONE_MEMBER,
+        **dict.fromkeys(("attention_lr", "hidden", "max_windows"), ABMIL),
+        "queries": {"heads": ("efficient",)},
+    },
+    "regression": {
+        **dict.fromkeys(
+            ("attention_lr", "hidden", "max_windows", "batch_size", "warmup_epochs", "epochs"),
+            ABMIL,
+        ),
+        "queries": {"heads": ("efficient",)},
+    },
 }
 
 
@@ -266,7 +299,8 @@ NEEDED: dict[str, dict[str, dict[str, Any]]] = {
 def test_every_setting_changes_something(name: str, setting: str) -> None:
     config = plugins.load("eval.tasks", name).Config
     field = next(field for field in dataclasses.fields(config) if field.name == setting)
-    needed = NEEDED.get(name, {}).get(setting, {})
+    needed = {**QUICK.get(name, {}), **NEEDED.get(name, {}).get(setting, {})}
+    needed.pop(setting, None)
     _, base = run(name, **needed)
     for value in other_values(field):
         try:
