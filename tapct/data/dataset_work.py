@@ -23,7 +23,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tapct.base import console
-from tapct.base.counted import counted
 from tapct.base.exits import UserError
 from tapct.base.files import PRIVATE, write_atomically
 from tapct.data.datasets import TEST, TRAIN, DataSet
@@ -320,7 +319,7 @@ def _facts_of(
         for scan in scans:
             facts.targets[scan].setdefault(targets.presence, "0")
     if facts.unused:
-        console.say(f"{counted(facts.unused, 'table row')} of {dataset.name} name no accepted scan")
+        console.say(f"rows of tables of {dataset.name} without an accepted scan: {facts.unused}")
     return facts
 
 

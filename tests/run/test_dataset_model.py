@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,25 @@ def test_a_data_set_is_evaluated_from_its_files(model: Path, tmp_path: Path, she
     assert "no file has changed" in shell.good(*words, "--out", tmp_path / "again")
     assert index.read_bytes() == before
     assert (tmp_path / "again" / "results.json").is_file()
+
+
+def test_findings_of_scans_are_classified(model: Path, tmp_path: Path, shell: Shell) -> None:
+    layout = LAYOUTS["ct-rate"]
+    second = "valid_fixed/valid_2/valid_2_a/valid_2_a_1.nii.gz"
+    (valid,) = (name for name in layout.tables if "valid" in name)
+    rows = {valid: layout.tables[valid] + "valid_2_a_1.nii.gz,1,1\n"}
+    layout = replace(
+        layout, scans={**layout.scans, second: ""}, tables={**layout.tables, **rows}, others=()
+    )
+    root = lay_out(layout, tmp_path / "files")
+    shell.good(
+        "eval", model, *QUICK[:3], "--data", "ct-rate", "--root", root, "--workers", 1,
+        "--work", tmp_path / "work", "eval.tasks.segmentation=null",
+        "eval.tasks.classification={heads: [logistic], vectors: [mean], blocks: [last]}",
+    )  # fmt: skip
+    _, content = results_in(tmp_path / "tiny-eval")
+    assert len(content["split"]["test"]) == 2 and len(content["split"]["train"]) == 3
+    assert "Emphysema" in json.dumps(content["tasks"]["classification"])
 
 
 @pytest.mark.parametrize(
