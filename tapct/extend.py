@@ -22,6 +22,8 @@
 | `ScanScore`, `Breakdown` | a task's result on one scan; its headline metric by class |
 | `FurtherMetric` | a metric beside the headline, with a value for each scan |
 | `PredictedScans`, `ScanPredictions` | predictions behind a headline that is no mean over scans |
+| `pairs_of`, `PairedScans`, `ScanPair` | pairs of scans, and what is kept until both were read |
+| `ScanRow` | what `Task.expect_scans` is given of a scan |
 | `patch_truth`, `PatchTruth` | share of each label in each patch of a scan |
 | `fit_decoder`, `Decoder` | a linear decoder from the features of a patch to classes |
 | `Masks`, `Volume`, `LabelMap`, `ScanFacts`, `HUContract`, `AIR_HU` | nouns that cross borders |
@@ -46,7 +48,8 @@ from tapct.eval.contract import (
 from tapct.eval.decoder import Decoder, fit_decoder
 from tapct.eval.features import DenseFeatures, PatchGrid
 from tapct.eval.metric_statistics import PredictedScans, ScanPredictions
-from tapct.eval.scans import LabelledScan
+from tapct.eval.pairs import PairedScans, ScanPair, pairs_of
+from tapct.eval.scans import LabelledScan, ScanRow
 from tapct.eval.truth import PatchTruth, patch_truth
 from tapct.nn import init
 from tapct.nn.attention import Attention
@@ -108,6 +111,7 @@ __all__ = [
     "Masks",
     "Mlp",
     "Op",
+    "PairedScans",
     "PatchGrid",
     "PatchTruth",
     "PredictedScans",
@@ -115,7 +119,9 @@ __all__ = [
     "PrototypeLoss",
     "ScanFacts",
     "Size3",
+    "ScanPair",
     "ScanPredictions",
+    "ScanRow",
     "ScanScore",
     "SnapshotTimes",
     "SwiGLU",
@@ -134,6 +140,7 @@ __all__ = [
     "fit_decoder",
     "gather_with_gradient",
     "init",
+    "pairs_of",
     "patch_grid",
     "patch_truth",
     "prototype_loss",

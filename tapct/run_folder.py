@@ -24,6 +24,7 @@
         teacher.safetensors             until the step has been evaluated
         log.txt                         output of the evaluation
       eval/features/*                   cache of frozen features, see eval/cache.py
+      eval/data/DATASET/*               public data set of `tapct eval --data`, indexed and packed
       eval/results.json                 link to the newest results on the run's own data set
       export/
         config.json                     after tapct export: what the features depend on
@@ -88,6 +89,15 @@ def features_beside(evaluations: Path) -> Path:
         evaluations: parent of its evaluations, such as RUN/eval.
     """
     return evaluations / "features"
+
+
+def data_beside(evaluations: Path) -> Path:
+    """Parent of the data sets that an evaluation has indexed and packed.
+
+    Args:
+        evaluations: parent of the evaluations of a model, such as RUN/eval.
+    """
+    return evaluations / "data"
 
 
 @dataclass(frozen=True)

@@ -115,8 +115,9 @@ def test_a_run_leaves_what_is_drawn(run: Path, name: str) -> None:
         path for path in left if not any(fnmatch.fnmatch(path, entry) for entry in TREES[name])
     }
     assert unknown == set()
-    # of an evaluation beside training, of a SLURM job, and of wandb: other tests make those
-    elsewhere = ("jobs/", "code/", "wandb/")
+    # of an evaluation beside training or on a public data set, of a SLURM job, and of wandb: other
+    # tests make those
+    elsewhere = ("jobs/", "code/", "wandb/", "eval/data/")
     beside = {f"eval/*/step_*/{file}" for file in ("meta.json", "teacher.safetensors", "log.txt")}
     beside.add("lease.json")  # only while the run trains
     beside.add("eval/*/step_*/predictions/TASK/MODEL/*")  # with a setting of the task

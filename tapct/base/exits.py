@@ -6,7 +6,8 @@
 | 1 | a bug in tapct or in a plug-in, with a traceback; or `tapct doctor` has found a problem |
 | 2 | wrong input, or a file or disk that cannot be used; one line says what to change |
 | 3 | the run ended because another rank was lost |
-| 4 | `tapct pack` has packed what it can; accepted scans or their labels are missing or changed |
+| 4 | `tapct pack` has packed what it can; accepted scans or their labels are missing or changed; or
+      `tapct embed` has no vector of some scans |
 | 130 | interrupted by Ctrl-C |
 | 143 | `tapct index`, `pack` or `phantom` was ended by SIGTERM |
 """

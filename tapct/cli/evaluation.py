@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from tapct.base import console, exits, files
-from tapct.cli.app import RunFolder, app, examples
+from tapct.base import console, exits, files, signals
+from tapct.base.counted import counted
+from tapct.cli.app import CPUS, RunFolder, Workers, app, examples
 from tapct.data import formats
 
+NPZ, CVPR26 = "npz", "cvpr26"  # formats of `embed`
 DataSet = Annotated[
     str,
     typer.Option(
@@ -38,6 +41,7 @@ CustomCode = Annotated[
         "tapct eval runs/mine eval.max_scans=20 device=cpu",
         "tapct eval models/theirs data.store=data/mine/store",
         "tapct eval runs/mine --models theirs=models/theirs --models first=runs/first",
+        "tapct eval runs/mine --data amos22 --root data/amos22",
     ),
 )
 def evaluate(
@@ -83,6 +87,33 @@ def evaluate(
             "its own HU window and preprocessing; repeat the option for more",
         ),
     ] = None,
+    data: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="public data set to evaluate on, e.g. amos22, or a YAML file that describes one "
+            "(docs/datasets.md lists them); it is indexed and packed first",
+            show_default="the store of the run",
+        ),
+    ] = "",
+    root: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="with --data: folder of its files, which are only read",
+            show_default="none",
+        ),
+    ] = None,
+    work: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="with --data: folder for its manifest and store; give the same folder for several "
+            "models",
+            show_default="data, in the folder of the evaluations",
+        ),
+    ] = None,
+    workers: Workers = CPUS,
     custom_code: CustomCode = False,
 ) -> None:
     """Evaluate the frozen features of a run or of exported weights.
@@ -90,10 +121,14 @@ def evaluate(
     Baselines solve the same tasks: untrained models, raw HU values and the position in the body
     (eval.baselines). Features are computed once and kept (eval.cache).
     """
-    from tapct.run import finished, model_source
+    from tapct.run import dataset_model, finished, model_source
 
+    chosen = dataset_model.choose(data, root, work, overrides or [])
     opened = model_source.open_model(model, overrides or [], step, custom_code)
     others = finished.open_others(models or [], opened.config.device, custom_code)
+    if chosen is not None:
+        with signals.leaving_at_sigterm():
+            opened = dataset_model.on_data(opened, chosen, max(1, workers))
     found = finished.evaluate_model(opened, out=out, others=others)
     for line in found.evaluation.lines():
         console.say(line)
@@ -121,6 +156,8 @@ def export(
     epilog=examples(
         "tapct embed models/quickstart scan.nii.gz --out scan.npz",
         "tapct embed models/mine scan.nii.gz --custom-code",
+        "tapct embed models/mine scans --out vectors --format cvpr26",
+        "tapct embed models/mine cases.csv --root scans --out vectors --format cvpr26",
     )
 )
 def embed(
@@ -134,15 +171,104 @@ def embed(
         Path,
         typer.Argument(
             metavar="SCAN",
-            help=f"{formats.listed('or', without='dicom')} file, or folder of a DICOM series",
+            help=f"{formats.listed('or', without='dicom')} file, or folder of a DICOM series; with "
+            "--format cvpr26 a folder of scans, or a CSV file with a column case_id, id or path",
         ),
     ],
     out: Annotated[
-        Path, typer.Option(metavar="FILE", help="file to write the features to, .npz")
+        Path,
+        typer.Option(
+            metavar="PATH",
+            help="file to write the features to, .npz; with --format cvpr26 the folder of the "
+            "vectors",
+        ),
     ] = Path("features.npz"),
+    form: Annotated[
+        str,
+        typer.Option(
+            "--format",
+            metavar="FORMAT",
+            help="npz, dense features of one scan; or cvpr26, one vector per scan in CASE_ID.h5, "
+            "as the CVPR 2026 challenge on CT diagnosis reads them",
+        ),
+    ] = NPZ,
+    vector: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="with --format cvpr26: cls, mean, cls_mean, mean_std_max, registers, or mask "
+            "(with --masks)",
+            show_default="cls_mean, or mask with --masks",
+        ),
+    ] = "",
+    block: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="with --format cvpr26: block of the vector: last, middle or last4 (four vectors, "
+            "one after the other)",
+        ),
+    ] = "last",
+    masks: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="with --format cvpr26: folder of label maps with the names of the scans; the "
+            "vector is the mean of the patches in the mask",
+            show_default="none",
+        ),
+    ] = None,
+    organ: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="LABEL",
+            help="with --masks: name or value of a label that belongs to the mask; repeat the "
+            "option for more",
+            show_default="all labels",
+        ),
+    ] = None,
+    root: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="with a CSV file: folder of the scans",
+            show_default="the folder of the file",
+        ),
+    ] = None,
+    cache: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="with --format cvpr26: feature cache (eval.cache.path) to read and to write; its "
+            "features are rounded to 16 bits",
+            show_default="none",
+        ),
+    ] = None,
     custom_code: CustomCode = False,
 ) -> None:
-    """Compute the dense features of one scan."""
+    """Compute dense features of a scan, or a vector for each of many.
+
+    A second call with --format cvpr26 computes only what is missing. If some scans have no vector,
+    because they cannot be read for example, they are named and the exit code is 4.
+    """
+    if form == CVPR26:
+        from tapct.distributed.device import flush_denormals, pick_device
+        from tapct.run import embedding
+        from tapct.weights.pretrained import load_pretrained
+
+        wanted = embedding.VectorChoice.of(vector, block, organ or (), masks is not None)
+        embedding.load_h5py()
+        flush_denormals()
+        device = pick_device("auto")
+        loaded = load_pretrained(model, custom_code=custom_code, device=device)
+        encoder = embedding.encoder_of(loaded, device, cache)
+        num = embedding.embed_cases(encoder, scan, out, wanted, root=root, masks=masks)
+        console.say(f"{counted(num, 'vector')} in {out}")
+        return
+    only_for_cvpr26(
+        form, {"--vector": vector, "--masks": masks, "--organ": organ, "--root": root,
+               "--cache": cache, "--block": "" if block == "last" else block}
+    )  # fmt: skip
     if out.is_dir():
         raise exits.UserError(
             f"--out {out} is a folder; give the file to write, such as {out / 'features.npz'}"
@@ -156,6 +282,20 @@ def embed(
     pretrained = weights.load_pretrained(model, custom_code=custom_code)
     pretrained.embed(ingest.read_volume(scan)).write_npz(out)
     console.say(f"features in {out}")
+
+
+def only_for_cvpr26(form: str, options: Mapping[str, object]) -> None:
+    """Refuse an unknown format, and options that npz does not have.
+
+    Args:
+        form: option --format.
+        options: options of cvpr26 alone, by name.
+    """
+    if form != NPZ:
+        raise exits.UserError(f"--format {form}: must be {NPZ} or {CVPR26}")
+    for option, value in options.items():
+        if value:
+            raise exits.UserError(f"{option} needs --format {CVPR26}")
 
 
 @app.command(epilog=examples("tapct report runs/quickstart"))

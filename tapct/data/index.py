@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fnmatch
 import math
 import os
 from collections import Counter
@@ -63,6 +64,7 @@ class ExamineTask:
         num_other_labels: number of further label maps that fit the scan and are not used.
         label_problem: reason for which the labels cannot be used although nobody has read them;
             empty for most.
+        label_names: label names of a data set, which replace those of the files.
     """
 
     source: Source
@@ -76,6 +78,7 @@ class ExamineTask:
     more_labels: tuple[Path, ...] = ()
     num_other_labels: int = 0
     label_problem: str = ""
+    label_names: tuple[tuple[int, str], ...] = ()
 
 
 def build_manifest(
@@ -83,7 +86,9 @@ def build_manifest(
     out: Path,
     *,
     labels: Path | None = None,
+    only: Sequence[str] = (),
     ignore_labels: Sequence[int] = (),
+    label_names: Sequence[tuple[int, str]] = (),
     patient_regex: str | None = None,
     patient_column: str | None = None,
     patient_from: str | None = None,
@@ -107,8 +112,11 @@ def build_manifest(
         out: .parquet file to write; replaced in one step, so that there is never half a manifest.
         labels: folder with label maps; label maps in other places are found by name, see
             `tapct.data.labels.pairing`.
+        only: patterns of the paths below the root, one of which a scan must match as a whole;
+            others are passed over; empty for all.
         ignore_labels: label values of voxels that nobody has labelled, e.g. -1; losses and metrics
             leave these voxels out.
+        label_names: label values and names of a data set, which replace those of the files.
         patient_regex: regular expression; group 1, searched in the path below the root, is the
             patient's identifier where the header holds none.
         patient_column: `FILE.csv:COLUMN`, a table with the patients; see `patient_table`.
@@ -134,7 +142,7 @@ def build_manifest(
     folder, trusts_header = parse_patient_from(patient_from)
     _check_out(out)
     listing, pairs = _search(root, labels, workers, accept.derived, limits.seconds)
-    scans, passed_over = _scans_of(listing, pairs)
+    scans, passed_over = _scans_of(listing, pairs, root, only)
     if not scans:
         raise _no_scans(root, passed_over)
     column = {}
@@ -156,6 +164,7 @@ def build_manifest(
             ignore_labels=tuple(ignore_labels),
             more_labels=pairs.more_of.get(scan.path, ()),
             num_other_labels=len(pairs.others_of.get(scan.path, ())),
+            label_names=tuple(label_names),
         )
         for scan in scans
     ]
@@ -170,6 +179,7 @@ def build_manifest(
             key_name(key),
             passed_over=dict(passed_over),
             ignore_labels=tuple(ignore_labels),
+            label_names=tuple(label_names),
             label_report=label_report(pairs, rows, root, [row.contradiction for row in examined]),
             file=out,
         )
@@ -179,7 +189,9 @@ def build_manifest(
     return manifest
 
 
-def _scans_of(listing: Listing, pairs: LabelPairs) -> tuple[list[Source], Counter[str]]:
+def _scans_of(
+    listing: Listing, pairs: LabelPairs, root: Path, only: Sequence[str]
+) -> tuple[list[Source], Counter[str]]:
     """The sources to examine as scans, and the files that are passed over, counted by kind."""
     scans: list[Source] = []
     passed_over = Counter(listing.passed_over) + Counter(pairs.passed_over)
@@ -188,9 +200,16 @@ def _scans_of(listing: Listing, pairs: LabelPairs) -> tuple[list[Source], Counte
             continue
         if source.kind == DICOM_OBJECT:
             passed_over[f"DICOM {object_title(source.sop_class)}"] += 1
+        elif only and not matches_any(source.path.relative_to(root).as_posix(), only):
+            passed_over["not part of the data set"] += 1
         else:
             scans.append(source)
     return scans, passed_over
+
+
+def matches_any(path: str, patterns: Sequence[str]) -> bool:
+    """Whether a path matches one of some patterns as a whole; `*` matches folders too."""
+    return any(fnmatch.fnmatchcase(path, pattern) for pattern in patterns)
 
 
 def _examine_all(
@@ -462,7 +481,9 @@ def with_labels(row: Examined, task: ExamineTask, volume: Volume) -> Examined:
     try:
         if not all(map(is_utf8, paths)):
             raise Refused("bad_name", "their path holds bytes that are not UTF-8; rename it")
-        found = read_labels_of(volume, task.labels, task.ignore_labels, task.more_labels)
+        found = read_labels_of(
+            volume, task.labels, task.ignore_labels, task.more_labels, task.label_names
+        )
     except Refused as error:
         if error.reason == OUT_OF_MEMORY:
             raise

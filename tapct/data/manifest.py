@@ -140,6 +140,7 @@ class Manifest:
             file does not hold it.
         ignore_labels: label values of voxels that nobody has labelled, as `tapct index
             --ignore-label` was given them; `tapct pack` reads the labels by the same rule.
+        label_names: label values and names of a data set, which replace those of the files.
         label_report: what `tapct index` found about the labels; None for a manifest that was read.
         file: file that holds the manifest; None where there is none.
         memory: what the next index must know of patients beyond the rows.
@@ -152,6 +153,7 @@ class Manifest:
     patient_key: str = ""
     passed_over: Mapping[str, int] = field(default_factory=dict, compare=False, repr=False)
     ignore_labels: tuple[int, ...] = ()
+    label_names: tuple[tuple[int, str], ...] = ()
     label_report: LabelReport | None = field(default=None, compare=False, repr=False)
     file: Path | None = field(default=None, repr=False, compare=False)
     memory: PatientMemory = field(default_factory=PatientMemory, repr=False)
@@ -238,10 +240,16 @@ class Manifest:
             root,
             metadata.get("tapct.patient_key", ""),
             ignore_labels=tuple(json.loads(metadata.get("tapct.ignore_labels", "[]"))),
+            label_names=_names(metadata.get("tapct.label_names", "[]")),
             file=path,
             memory=PatientMemory.from_json(metadata.get("tapct.patient_memory", "")),
         )
         return manifest
+
+
+def _names(text: str) -> tuple[tuple[int, str], ...]:
+    """Label names as a manifest stores them."""
+    return tuple((int(value), str(name)) for value, name in json.loads(text))
 
 
 def _frozen(value: Any) -> Any:
@@ -298,6 +306,8 @@ def write_table(manifest: Manifest, out: Path) -> None:
         "tapct.ignore_labels": json.dumps(list(manifest.ignore_labels)),
         "tapct.patient_key": manifest.patient_key,
     }
+    if manifest.label_names:
+        metadata["tapct.label_names"] = json.dumps(list(manifest.label_names))
     memory = manifest.memory.to_json()
     if memory:
         metadata["tapct.patient_memory"] = memory

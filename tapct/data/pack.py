@@ -60,6 +60,7 @@ class _Task:
     level: int
     ignore_labels: tuple[int, ...] = ()
     again: bool = False
+    label_names: tuple[tuple[int, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,10 @@ def pack(
                 before.check_replaceable_by(manifest)
             with _without_leftovers(out):
                 root, ignore = manifest.root.resolve(), manifest.ignore_labels
-                tasks = [_Task(row, root, out, level, ignore, row.id in again) for row in rows]
+                names = manifest.label_names
+                tasks = [
+                    _Task(row, root, out, level, ignore, row.id in again, names) for row in rows
+                ]
                 _pack_all(tasks, workers, limits, outcomes, progress)
                 kept = {} if drop_missing else before.of_same_patients(manifest)
                 scans, report = _summed_up(out, rows, outcomes, kept, time.monotonic() - started)
@@ -338,6 +342,7 @@ def _with_labels(task: _Task, outcome: _Outcome, volume: Volume | None = None) -
                 task.root / row.label_path,
                 task.ignore_labels,
                 [task.root / path for path in row.merged_labels],
+                task.label_names,
             )
             if label_digest(found.label_map) != row.label_digest:
                 raise Refused("changed", "they differ from `tapct index`; run it again.")

@@ -1,4 +1,6 @@
-"""The pictures of some test scans: one per task and one of the patch features."""
+"""The pictures of an evaluation: of some test scans, one per task and one of the patch features,
+and of all test scans together.
+"""
 
 from __future__ import annotations
 
@@ -81,6 +83,15 @@ class Album:
         pictures.draw_pca(file, hu_ZYX, spacing_mm, columns, slices)
         caption = f"first three principal components of the patch features of {scan.id}"
         self.pca.append(Picture(scan.id, self.below_out(file), caption))
+
+    def add_results(self, tasks: Mapping[str, Task[Any, Any]]) -> None:
+        """Draw the pictures of tasks that have one of all test scans."""
+        for name, task in tasks.items():
+            file = self.folder / name / "all_scans.png"
+            caption = task.draw_results(file)
+            if caption:
+                picture = Picture("", self.below_out(file), caption)
+                self.of_task.setdefault(name, []).append(picture)
 
     def below_out(self, file: Path) -> str:
         """Path of a picture as results.json holds it."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -20,7 +20,7 @@ if TYPE_CHECKING:  # the report reads headlines without loading torch
 
     from tapct.eval.features import DenseFeatures, PatchGrid
     from tapct.eval.metric_statistics import PredictedScans
-    from tapct.eval.scans import LabelledScan
+    from tapct.eval.scans import LabelledScan, ScanRow
     from tapct.types import LabelMap
 
 TruthT = TypeVar("TruthT")
@@ -179,7 +179,7 @@ class Task(ABC, Generic[TruthT, PredictionT]):
     """One benchmark of frozen features.
 
     The features of all models are computed once, for all tasks, and kept in the feature cache.
-    After `begin`, with the number of training scans, the runner calls
+    After `begin`, with the number of training scans, and `expect_scans`, the runner calls
 
     1. `truth` once per scan for all models of one patch grid; as a rule, all models have the same
        one;
@@ -193,7 +193,9 @@ class Task(ABC, Generic[TruthT, PredictionT]):
     A scan-level task reads `dense.cls_D` and leaves `draw` and `slices_of_interest` as they are.
     """
 
-    labels: ClassVar[Labels]
+    labels: Labels
+    # rows of the tables that need no model, such as the identity of a registration
+    own_baselines: ClassVar[tuple[str, ...]] = ()
 
     def named_labels(self) -> Mapping[str, tuple[str, ...]]:
         """Return setting -> label names or values in it. The runner checks before features are
@@ -202,6 +204,13 @@ class Task(ABC, Generic[TruthT, PredictionT]):
         out. A task with labels from a table gets the scans that have at least one of them.
         """
         return {}
+
+    @property
+    def needs_label_map(self) -> bool:
+        """Whether `truth` reads the label map of a scan. A task with `Labels.SCAN` may read it too,
+        and then gets `scan.labels`, which is None for a scan without a label map.
+        """
+        return self.labels in (Labels.VOXELS, Labels.PAIRS)
 
     def blocks(self, num_blocks: int) -> tuple[int, ...]:
         """Return the blocks of the backbone whose features the task reads, counted from 0. The last
@@ -218,6 +227,16 @@ class Task(ABC, Generic[TruthT, PredictionT]):
 
         Args:
             num_train: number of training scans, for tasks that keep a share of the patches of each.
+        """
+
+    def expect_scans(self, train: Sequence[ScanRow], test: Sequence[ScanRow]) -> None:
+        """Learn which scans follow, for tasks that compare two scans; called once, after `begin`.
+
+        A scan that cannot be read does not follow.
+
+        Args:
+            train: training scans of the task, in the order in which they are read.
+            test: test scans, likewise. The scans of one patient follow one another.
         """
 
     @abstractmethod
@@ -282,6 +301,16 @@ class Task(ABC, Generic[TruthT, PredictionT]):
             path: PNG file to write; its folder may be missing.
             truth: what `truth` returned for the scan.
             predictions: model name -> what `judge` returned.
+        Returns:
+            The caption; empty if no picture was written.
+        """
+        return ""
+
+    def draw_results(self, path: Path) -> str:
+        """Write one picture of all test scans, after the last one, e.g. a curve.
+
+        Args:
+            path: PNG file to write; its folder may be missing.
         Returns:
             The caption; empty if no picture was written.
         """

@@ -124,21 +124,21 @@ def draw_overlay(
     visible = [o for o in organs if any(_shows(p, classes.index(o), at) for p in panels)]
     shown = visible[:_MOST_IN_LEGEND]
     views = [
-        ("axial", _axial(hu_ZYX, at[0]), spacing_mm[1:]),
-        ("coronal", _coronal(hu_ZYX, at[1]), spacing_mm[::2]),
+        ("axial", axial(hu_ZYX, at[0]), spacing_mm[1:]),
+        ("coronal", coronal(hu_ZYX, at[1]), spacing_mm[::2]),
     ]
     legend_columns = _legend_columns(shown, len(panels))
-    figure, axes = _grid(views, len(panels), legend_rows=-(-len(shown) // legend_columns))
+    figure, axes = figure_grid(views, len(panels), legend_rows=-(-len(shown) // legend_columns))
     for column, panel in enumerate(panels):
         for row, (name, hu_slice, spacing) in enumerate(views):
-            picture = _windowed(hu_slice)
+            picture = windowed(hu_slice)
             if panel.classes_ZYX is not None:
                 if name == "axial":
-                    cut = _axial(panel.classes_ZYX, at[0])
+                    cut = axial(panel.classes_ZYX, at[0])
                 else:
-                    cut = _coronal(panel.classes_ZYX, at[1])
+                    cut = coronal(panel.classes_ZYX, at[1])
                 picture = _painted(picture, cut, classes, colour_of)
-            _show(
+            show(
                 axes[row][column],
                 picture,
                 spacing,
@@ -160,7 +160,7 @@ def draw_overlay(
             handleheight=1,
             columnspacing=1.2,
         )
-    _save(figure, path)
+    save(figure, path)
 
 
 def draw_pca(
@@ -174,12 +174,12 @@ def draw_pca(
     components as colours.
     """
     views = [
-        ("axial", _axial(hu_ZYX, at[0]), spacing_mm[1:]),
-        ("coronal", _coronal(hu_ZYX, at[1]), spacing_mm[::2]),
+        ("axial", axial(hu_ZYX, at[0]), spacing_mm[1:]),
+        ("coronal", coronal(hu_ZYX, at[1]), spacing_mm[::2]),
     ]
-    figure, axes = _grid(views, 1 + len(columns), legend_rows=0)
+    figure, axes = figure_grid(views, 1 + len(columns), legend_rows=0)
     for row, (name, hu_slice, spacing) in enumerate(views):
-        _show(axes[row][0], _windowed(hu_slice), spacing, "CT" if row == 0 else "", name)
+        show(axes[row][0], windowed(hu_slice), spacing, "CT" if row == 0 else "", name)
     body_ZYX = body_mask(hu_ZYX)
     for column, (title, dense) in enumerate(columns, start=1):
         body_patches = patch_share(body_ZYX, dense) > 0.5
@@ -187,17 +187,17 @@ def draw_pca(
             pca_colours(dense.features_DZYX.cpu(), body_patches)
         ).numpy()
         for row, (name, _, spacing) in enumerate(views):
-            cut = _axial if name == "axial" else _coronal
+            cut = axial if name == "axial" else coronal
             rgb = np.stack([cut(channel, at[row]) for channel in rgb_CZYX], axis=-1)
             mask = cut(body_ZYX, at[row])[..., None]
-            _show(
+            show(
                 axes[row][column],
                 np.where(mask, rgb.clip(0, 1), 0.0),
                 spacing,
                 title if row == 0 else "",
                 "",
             )
-    _save(figure, path)
+    save(figure, path)
 
 
 def pca_colours(features_DZYX: Tensor, foreground_ZYX: Tensor) -> Tensor:
@@ -272,15 +272,18 @@ def patch_share(mask_ZYX: np.ndarray, dense: DenseFeatures) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(share))
 
 
-def _axial(array_ZYX: np.ndarray, z: int) -> np.ndarray:
+def axial(array_ZYX: np.ndarray, z: int) -> np.ndarray:
+    """An axial slice as it is shown."""
     return array_ZYX[z]
 
 
-def _coronal(array_ZYX: np.ndarray, y: int) -> np.ndarray:
+def coronal(array_ZYX: np.ndarray, y: int) -> np.ndarray:
+    """A coronal slice as it is shown: the head on top."""
     return array_ZYX[::-1, y]
 
 
-def _windowed(hu: np.ndarray) -> np.ndarray:
+def windowed(hu: np.ndarray) -> np.ndarray:
+    """HU of a slice -> grey values 0..1 of three equal colours, by the soft-tissue window."""
     grey = np.clip((hu.astype(np.float32) - (LEVEL_HU - WIDTH_HU / 2)) / WIDTH_HU, 0, 1)
     return np.repeat(grey[..., None], 3, axis=-1)
 
@@ -322,7 +325,7 @@ def _legend_columns(names: Sequence[str], num_panels: int) -> int:
     return max(1, min(len(names), int(num_panels * _PANEL_INCHES / inches)))
 
 
-def _grid(
+def figure_grid(
     views: Sequence[tuple[str, np.ndarray, Sequence[float]]], columns: int, legend_rows: int
 ) -> tuple[Figure, Any]:
     """A dark figure whose rows have the true proportions of the slices."""
@@ -347,9 +350,10 @@ def _grid(
     return figure, axes
 
 
-def _show(
+def show(
     axis: Any, picture: np.ndarray, spacing_mm: Sequence[float], title: str, side: str
 ) -> None:
+    """Draw one slice, with a title above it and the name of the view at its side."""
     axis.imshow(picture, aspect=spacing_mm[0] / spacing_mm[1], interpolation="nearest")
     axis.set_xticks([])
     axis.set_yticks([])
@@ -362,7 +366,8 @@ def _show(
         axis.set_ylabel(side, color=_MUTED, fontsize=8, labelpad=4)
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure as PNG; the folder is made if it is missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     colour = figure.get_facecolor()
     with files.replacing(path) as file:

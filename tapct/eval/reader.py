@@ -17,7 +17,6 @@ from tapct.data.packed import Damaged
 from tapct.data.store import Store
 from tapct.eval import scans
 from tapct.eval.ahead import one_ahead
-from tapct.eval.contract import Labels
 from tapct.eval.features import DenseFeatures, PatchGrid
 from tapct.eval.fill import Features
 from tapct.eval.models import EvaluatedModel
@@ -170,7 +169,7 @@ class ScanReader:
             UserError: more scans cannot be read than may be skipped.
         """
         runs = [each for each in self.task_runs if row.id in each.scan_ids]
-        needs_map = any(each.task.labels in (Labels.VOXELS, Labels.PAIRS) for each in runs)
+        needs_map = row.has_labels and any(each.task.needs_label_map for each in runs)
         try:
             values = self.tables.scan_labels.get(row.id)
             labelled = self.tables.added_to(

@@ -49,7 +49,14 @@ from tapct.eval.results import (
 from tapct.eval.scans import ScanRow, Split, TableLabels
 from tapct.eval.stopwatch import PARTS
 from tapct.eval.tables import machine, rows_of, write_csv
-from tapct.eval.task_runs import TaskRun, begin, build_tasks, check_label_settings, usable_rows
+from tapct.eval.task_runs import (
+    TaskRun,
+    begin,
+    build_tasks,
+    check_label_settings,
+    check_model_names,
+    usable_rows,
+)
 from tapct.run_folder import EvaluationFolder, features_beside
 from tapct.types import HUContract
 
@@ -211,6 +218,7 @@ def evaluate(
     rows = scans.matching(rows, config.only)
     tables = tables or TableLabels()
     task_runs, split = _plan(config, rows, store, held_out, tables)
+    check_model_names(task_runs, [model.name for model in models])
     settled = settle(
         models,
         [(each.name, each.task) for each in task_runs],
@@ -289,6 +297,7 @@ def _plan(
         held_out=held_out,
         sides=tables.sides,
     )
+    split = scans.patients_together(split)
     return [begin(name, tasks[name], rows_of_task[name], split) for name in rows_of_task], split
 
 
@@ -339,6 +348,8 @@ def _test(reader: ScanReader, config: Config, out: Path, steps: _Steps) -> Album
             outputs, number = Outputs(), number + 1
             steps.add()
         del one
+    if config.num_pictures:
+        album.add_results(tasks)
     return album
 
 

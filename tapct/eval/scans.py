@@ -368,6 +368,21 @@ def split_by_patient(
     return Split(PATIENTS, tuple(train), tuple(test), as_pretrained)
 
 
+def patients_together(split: Split) -> Split:
+    """Order the test scans so that those of one patient follow one another, first the patients with
+    several scans: tasks that compare two scans of a patient then keep little, and the first test
+    scans, of which pictures are drawn, are a pair.
+    """
+    if split.mode == BLOCKS:
+        return split
+    num_scans = Counter(_patient(row) for row in split.test)
+    place: dict[str, int] = {}
+    for row in split.test:
+        place.setdefault(_patient(row), len(place))
+    test = sorted(split.test, key=lambda row: (num_scans[_patient(row)] == 1, place[_patient(row)]))
+    return replace(split, test=tuple(test))
+
+
 def by_official_split(
     rows: Sequence[ScanRow], sides: Mapping[str, str], *, max_scans: int, seed: int
 ) -> Split:

@@ -49,13 +49,23 @@ class TaskRun:
             UserError: the headline has values for a model that was not evaluated.
         """
         results, headline = self.task.results(), self.task.headline()
-        unknown = set(headline.values) - set(models)
+        unknown = set(headline.values) - {*models, *self.task.own_baselines}
         if unknown:
             raise UserError(
                 f"task {self.name}: its headline has values for {', '.join(sorted(unknown))}; "
                 f"the models are {', '.join(models)}"
             )
         return results, headline
+
+
+def check_model_names(task_runs: Sequence[TaskRun], models: Sequence[str]) -> None:
+    """Raise UserError where a model has the name of a baseline that a task computes by itself."""
+    for each in task_runs:
+        for name in set(each.task.own_baselines) & set(models):
+            raise UserError(
+                f"task {each.name}: {name} is a baseline of its own, so no model can have this "
+                "name; give the model another name in --models NAME=PATH"
+            )
 
 
 def build_tasks(sections: Sequence[Plugin], seed: int) -> dict[str, Task[Any, Any]]:
@@ -204,4 +214,9 @@ def begin(name: str, task: Task[Any, Any], rows: Sequence[ScanRow], split: Split
             f"with eval.tasks[{name}]=null"
         )
     task.begin(num_train)
+    usable = task_run.scan_ids
+    task.expect_scans(
+        [row for row in split.train if row.id in usable],
+        [row for row in split.test if row.id in usable],
+    )
     return task_run

@@ -14,10 +14,10 @@ from tapct.eval.task_statistics import TaskStatistics
 
 @dataclass(frozen=True)
 class Picture:
-    """One picture of a test scan.
+    """One picture of a test scan, or of all of them.
 
     Args:
-        scan: scan ID.
+        scan: scan ID; empty for a picture of all test scans.
         file: path below the folder of results.json.
         caption: what it shows.
     """

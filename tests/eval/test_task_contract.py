@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import re
@@ -37,6 +38,11 @@ from tapct.types import HUContract, LabelMap, Volume
 
 MODELS = ("pretrained", "untrained")
 NAMES = ((1, "body"), (2, "liver"), (3, "lungs"))
+# landmarks in voxels (z, y, x) of the first scan of a patient
+POINTS = {
+    "liver": (4.5, 11.5, 13.5), "lungs": (6.5, 21.5, 14.0), "a": (3.0, 8.0, 8.0),
+    "b": (8.0, 24.0, 20.0), "c": (5.0, 15.0, 21.0), "d": (9.0, 10.0, 18.0),
+}  # fmt: skip
 GRID = PatchGrid((2, 4, 4), (12, 32, 32), (12, 32, 32))
 
 # A task on whole scans, as a user writes it: nearest neighbour in the mean class token.
@@ -100,8 +106,10 @@ def scan_of(number: int, *, with_labels: bool = True) -> LabelledScan:
     rng = np.random.default_rng(number)
     labels = np.zeros(GRID.original, np.uint16)
     labels[:, 4:28, 4:28] = 1
-    labels[2:8, 8:16, 8:20] = 2
-    labels[4:10, 18:26, 6 + number % 3 : 22] = 3
+    # in the second scan of a patient, the organs lie one patch further to the left
+    shift = 4 * (number % 2)
+    labels[2:8, 8:16, 8 + shift : 20 + shift] = 2
+    labels[4:10, 18:26, 6 + shift + number % 3 : 22 + shift] = 3
     hu = np.choose(labels, [-1000, 0, 150, -700]) + rng.normal(0, 20, labels.shape)
     spacing_mm = (3.0, 1.0, 1.0)
     label_map = LabelMap(labels, spacing_mm, names=NAMES) if with_labels else None
@@ -110,39 +118,60 @@ def scan_of(number: int, *, with_labels: bool = True) -> LabelledScan:
         Volume(hu.astype(np.int16), spacing_mm),
         label_map,
         f"p{number // 2}",
-        {"sex": "FM"[number % 2], "age": str(number // 2 % 2)},
+        {
+            "sex": "FM"[number % 2],
+            "age": str(number // 2 % 2),
+            "volume": float(7 * number % 5),
+            "mass": float(7 * number % 5) + 2.0 * (number % 2),
+        },
+        {name: (3.0 * z, y, x + shift) for name, (z, y, x) in POINTS.items()},
     )
 
 
+def anatomy_of(number: int) -> torch.Tensor:
+    """Where each patch lies in the body, as six smooth channels."""
+    shape = GRID.shape
+    place = torch.stack(torch.meshgrid(*(torch.arange(n) for n in shape), indexing="ij")).float()
+    place[2] -= number % 2
+    return 3 * torch.cat([(place * math.pi / 8).sin(), (place * math.pi / 8).cos()])
+
+
 def features_of(scan: LabelledScan, model: str) -> DenseFeatures:
-    """Features that know the anatomy, the second model's less well; class tokens that know both
+    """Features that know the anatomy, the second model's less well; class tokens that know the
     labels of a scan.
     """
     noise = 0.3 if model == "pretrained" else 1.0
     rng = np.random.default_rng([int(scan.id[1:]), MODELS.index(model)])
     hu = torch.from_numpy(scan.volume.hu_ZYX.astype(np.float32)) / 300
     cells = hu.unflatten(2, (-1, 4)).unflatten(1, (-1, 4)).unflatten(0, (-1, 2)).mean((1, 3, 5))
-    channels = torch.stack([cells, cells.square(), cells.abs().sqrt()])
+    hu_channels = torch.stack([cells, cells.square(), cells.abs().sqrt()])
+    channels = torch.cat([hu_channels, anatomy_of(int(scan.id[1:]))])
     channels = channels + noise * torch.from_numpy(rng.normal(size=channels.shape)).float()
     sex, age = (float(ord(scan.scan_labels[name][0]) % 5) for name in ("sex", "age"))
-    cls_D = torch.tensor([sex, age, 0.0]) + 0.3 * noise * torch.from_numpy(rng.normal(size=3))
+    known = torch.tensor([sex, age, scan.scan_labels["volume"] / 2])
+    cls_noise = 0.05 if model == "pretrained" else 2.0
+    cls_D = known + cls_noise * torch.from_numpy(rng.normal(size=3))
     last = block_of(channels, cls_D.float())
     first = block_of(channels.flip(0) * 0.5 + 1, cls_D.float() / 2)
     return DenseFeatures(channels, cls_D.float(), GRID, {0: first, 1: last})
 
 
 def block_of(channels_DZYX: torch.Tensor, cls_D: torch.Tensor) -> BlockFeatures:
-    """Features of a block with one window, whose registers are two copies of the class token."""
+    """Features of a block with two windows, whose registers are two copies of the class token."""
     flat_DN = channels_DZYX.flatten(1)
     windows = WindowVectors(
-        cls_D[None],
-        flat_DN.mean(1)[None],
-        flat_DN.std(1, correction=0)[None],
-        flat_DN.amax(1)[None],
-        cls_D.expand(1, 2, -1),
-        torch.zeros(1, 3, dtype=torch.int64),
+        torch.stack([0.8 * cls_D, 1.2 * cls_D]),
+        flat_DN.mean(1).expand(2, -1),
+        flat_DN.std(1, correction=0).expand(2, -1),
+        flat_DN.amax(1).expand(2, -1),
+        cls_D.expand(2, 2, -1),
+        torch.zeros(2, 3, dtype=torch.int64),
     )
     return BlockFeatures(channels_DZYX, windows)
+
+
+# task -> settings that spare time in all of these tests
+QUICK: dict[str, dict[str, Any]] = {"registration": {"max_patches": 100, "max_train_pairs": 2}}
 
 
 def run(name: str, seed: int = 0, **settings: Any) -> tuple[Task[Any, Any], TaskResults]:
@@ -155,10 +184,13 @@ def run_and_write(
     name: str, seed: int = 0, **settings: Any
 ) -> tuple[Task[Any, Any], TaskResults, int]:
     """The same with the number of label maps that the task hands over to be written."""
+    settings = QUICK.get(name, {}) | settings
     module = plugins.load("eval.tasks", name)
     task = module.build(module.Config(**settings), seed=seed)
     in_play_Z = np.ones(GRID.shape[0], dtype=bool)
     task.begin(6)
+    rows = [Row(f"s{number}", f"p{number // 2}", "", True) for number in range(10)]
+    task.expect_scans(rows[:6], rows[6:])
     for number in range(6):
         scan = scan_of(number)
         truth = task.truth(scan, GRID, in_play_Z)
@@ -190,23 +222,24 @@ def test_a_task_has_a_headline_and_numbers_for_every_model_and_scan(name: str) -
     task, results = run(name)
     headline = task.headline()
     assert isinstance(headline, Headline) and headline.metric and headline.meaning.endswith(".")
-    assert tuple(headline.values) == tuple(results.models) == MODELS
+    models = (*MODELS, *task.own_baselines)
+    assert tuple(headline.values) == tuple(results.models) == models
     assert all(math.isfinite(value) for value in headline.values.values())
     if headline.range is not None:
         low, high = headline.range
         values = [*headline.values.values(), *(score.value for score in results.scans)]
         assert all(low <= value <= high for value in values)
     pairs = [(score.scan, score.model) for score in results.scans]
-    assert len(pairs) == len(set(pairs)) == 8
-    assert set(pairs) == {(f"s{n}", model) for n in range(6, 10) for model in MODELS}
+    assert len(pairs) == len(set(pairs)) == 4 * len(models)
+    assert set(pairs) == {(f"s{n}", model) for n in range(6, 10) for model in models}
     for one in results.further:
         assert {(score.scan, score.model) for score in one.scans} == set(pairs)
     if results.breakdown is not None:
         assert results.breakdown.title and results.breakdown.row
-        assert all(set(row) <= set(MODELS) for row in results.breakdown.values.values())
+        assert all(set(row) <= set(models) for row in results.breakdown.values.values())
     json.dumps(results.models, allow_nan=False)
     lead = headline.lead()
-    assert lead.baseline == "untrained" and lead.gain > 0  # features of the other one are noisier
+    assert lead.baseline in models[1:] and lead.gain > 0  # features of the other one are noisier
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -232,6 +265,10 @@ def test_a_task_draws_a_picture_or_says_that_it_does_not(name: str, tmp_path: Pa
 def other_values(field: dataclasses.Field[Any]) -> list[Any]:
     """Values of a setting that are not its default, the likeliest to matter first."""
     default, choices = field.default, field.metadata.get("choices")
+    if field.name == "vectors":
+        return [("registers",), ("mask:liver",)]
+    if choices and isinstance(default, tuple):
+        return [(choice,) for choice in choices if (choice,) != default]
     if choices:
         return [choice for choice in choices if choice != default]
     if isinstance(default, bool):
@@ -246,7 +283,7 @@ def other_values(field: dataclasses.Field[Any]) -> list[Any]:
         return [tuple(value * 100 for value in default)]
     if isinstance(default, tuple) and "int" in str(field.type):
         return [(1, 2)]
-    words = [name for _, name in NAMES] + ["age"]
+    words = [name for _, name in NAMES] + ["age", "volume"]
     return [(word,) for word in words] if isinstance(default, tuple) else words
 
 
@@ -266,25 +303,55 @@ def setting_names() -> list[tuple[str, str]]:
 
 
 SETTINGS = setting_names()
+# task -> other settings that make it quick, for all of its settings
+QUICK_FITS: dict[str, dict[str, Any]] = {
+    "classification": {"C": (0.1,), "vectors": ("cls",), "epochs": 6},
+    "regression": {"C": (0.1,), "vectors": ("cls",), "epochs": 6},
+}
+ONE_MEMBER = {"heads": ("adamw_grid",), "lr": (0.1,), "weight_decay": (0.01,)}
+ABMIL = {"heads": ("abmil",), "attention_lr": (0.1,)}
 # task -> setting -> other settings without which it has no effect
 NEEDED: dict[str, dict[str, dict[str, Any]]] = {
     "segmentation": {
         "lr": {"head": "mlp"},
         "hidden": {"head": "mlp"},
         "draws": {"fractions": (1,)},
-    }
+    },
+    "classification": {
+        **dict.fromkeys(
+            ("lr", "weight_decay", "batch_size", "warmup_epochs", "epochs"), ONE_MEMBER
+        ),
+        "heads": ONE_MEMBER,
+        **dict.fromkeys(("attention_lr", "hidden", "max_windows"), ABMIL),
+        "queries": {"heads": ("efficient",)},
+    },
+    "regression": {
+        **dict.fromkeys(
+            ("attention_lr", "hidden", "max_windows", "batch_size", "warmup_epochs", "epochs"),
+            ABMIL,
+        ),
+        "queries": {"heads": ("efficient",)},
+    },
+    "matching": {"pairs": {"names": ("liver",)}},
 }
+
+
+@functools.cache
+def results_with(name: str, settings: tuple[tuple[str, Any], ...]) -> tuple[TaskResults, int]:
+    """Results and number of label maps that many tests compare with."""
+    return run_and_write(name, **dict(settings))[1:]
 
 
 @pytest.mark.parametrize(("name", "setting"), SETTINGS)
 def test_every_setting_changes_something(name: str, setting: str) -> None:
     config = plugins.load("eval.tasks", name).Config
     field = next(field for field in dataclasses.fields(config) if field.name == setting)
-    needed = NEEDED.get(name, {}).get(setting, {})
-    _, *base = run_and_write(name, **needed)
+    needed = {**QUICK_FITS.get(name, {}), **NEEDED.get(name, {}).get(setting, {})}
+    needed.pop(setting, None)
+    base = results_with(name, tuple(needed.items()))
     for value in other_values(field):
         try:
-            _, *changed = run_and_write(name, **needed, **{setting: value})
+            changed = run_and_write(name, **needed, **{setting: value})[1:]
         except (KeyError, UserError):  # a label that no scan has
             continue
         if changed != base:
@@ -307,7 +374,7 @@ class Recorder(Task[str, None]):
     """Notes what a task is given."""
 
     def __init__(self, labels: Labels, log: list[tuple[str, str]]) -> None:
-        self.labels = labels  # type: ignore[misc]
+        self.labels = labels
         self.log = log
 
     def begin(self, num_train: int) -> None:
@@ -476,3 +543,46 @@ def test_what_is_no_task_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyP
             models, Archive.rows, Path("."), dataclasses.replace(config, tasks=()),
             contract=HUContract(), out=tmp_path,
         )  # fmt: skip
+
+
+def test_tasks_on_pairs_of_scans_get_them_through_the_runner(tmp_path: Path) -> None:
+    """Scans of one patient follow one another, so that pictures of the first pair are drawn."""
+    rows = tuple(Row(f"s{n}", f"p{n // 2}", str(n), True) for n in range(10))
+    store = MemoryStore(rows, lambda row: scan_of(int(row.path)))
+    landmarks = {row.id: scan_of(int(row.path)).landmarks_mm for row in rows}
+    names = ("matching", "registration")
+    tasks = tuple(Plugin(name, plugins.load("eval.tasks", name).Config()) for name in names)
+    evaluation = runner.evaluate(
+        [NamedModel("raw_hu", RawPatches((2, 4, 4)))], rows, store,
+        runner.Config(tasks=tasks, num_pictures=2), contract=HUContract(), out=tmp_path,
+        tables=TableLabels(landmarks=landmarks),
+        preprocess=Preprocess((32, 32), (4, 16, 16), (4, 16, 16)),
+    )  # fmt: skip
+    test = evaluation.split.test
+    assert [int(scan[1:]) // 2 for scan in test[::2]] == [int(s[1:]) // 2 for s in test[1::2]]
+    for name, models in zip(names, (["raw_hu"], ["raw_hu", "identity"]), strict=True):
+        section = evaluation.tasks[name]
+        assert list(section.headline.values) == list(section.results.models) == models
+        assert {score.scan for score in section.results.scans} == set(test)
+        assert [picture.scan for picture in section.pictures] == [test[1]]
+        assert (tmp_path / section.pictures[0].file).is_file()
+    assert from_json(json.loads((tmp_path / "results.json").read_text())) == evaluation
+    with pytest.raises(UserError, match="identity is a baseline of its own"):
+        runner.evaluate(
+            [NamedModel("identity", RawPatches((2, 4, 4)))], rows, store,
+            runner.Config(tasks=tasks[1:]), contract=HUContract(), out=tmp_path,
+            preprocess=Preprocess((32, 32), (4, 16, 16), (4, 16, 16)),
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["matching", "registration"])
+def test_the_page_names_every_number_of_a_task_on_pairs(name: str) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    section = page.split(f"### Numbers of {name}\n")[1].split("\n## ")[0].split("\n### ")[0]
+    rows = [line.split("|")[1] for line in section.splitlines() if line.startswith("| `")]
+    named = {key for row in rows for key in re.findall(r"`(\w+)`", row)}
+    numbers = results_with(name, ())[0].models
+    assert named == set(numbers["pretrained"])
+    if name == "registration":
+        last_four = {"num_correspondences", "num_failed", "transform", "block", "choice"}
+        assert set(numbers["identity"]) == named - last_four

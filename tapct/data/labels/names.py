@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -52,6 +52,31 @@ def clean_names(names: Iterable[tuple[int, str]], identity: Collection[str] = ()
         if _ALLOWED.fullmatch(name) and not set(words) & set(identity):
             kept.append((value, name))
     return tuple(sorted(kept))
+
+
+def with_given(names: Names, given: Names) -> Names:
+    """Names of a label map, replaced by those of a data set where it has one for the value.
+
+    Args:
+        names: names that the files have.
+        given: names of the data set.
+    """
+    return tuple(sorted({**dict(names), **dict(given)}.items()))
+
+
+def values_of(stems: Sequence[str], given: Names) -> list[int]:
+    """The label values of masks that hold one organ each.
+
+    Args:
+        stems: names of the masks, each once.
+        given: names of a data set; a mask of this name gets the value, the others the values after
+            the largest one.
+    """
+    known = {name: value for value, name in given}
+    unknown = [stem for stem in stems if stem not in known]
+    start = max(known.values(), default=0) + 1
+    known.update(zip(unknown, range(start, start + len(unknown))))
+    return [known[stem] for stem in stems]
 
 
 def names_in(table: Mapping[str, Any], file: str) -> NameTable:

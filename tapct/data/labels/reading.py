@@ -18,7 +18,14 @@ from tapct.data.ingest import load_library, read_image, refusing
 from tapct.data.labels.dicom_masks import read_dicom_labels
 from tapct.data.labels.grid import fit_to_scan
 from tapct.data.labels.merging import merge
-from tapct.data.labels.names import clean_names, table_of_dataset, table_of_sidecar
+from tapct.data.labels.names import (
+    Names,
+    clean_names,
+    table_of_dataset,
+    table_of_sidecar,
+    values_of,
+    with_given,
+)
 from tapct.data.labels.overlay import Overlay
 from tapct.data.labels.values import MAX_LABEL, to_label_values
 from tapct.data.readers import DICOM, FORMATS, format_of
@@ -26,6 +33,9 @@ from tapct.data.readers.dicom_elements import quiet
 from tapct.data.readers.nrrd import read_slicer, segments_of
 from tapct.data.readers.raw import Image
 from tapct.types import IGNORE_LABEL, LabelMap, Refused, Volume
+
+UNNAMED = "values without a name in the data set"
+MOST_VALUES = 8  # in a note
 
 
 @dataclass(frozen=True)
@@ -82,7 +92,11 @@ def read_labels(path: Path | str, ignore: Collection[int] = ()) -> LabelMap:
 
 
 def read_labels_of(
-    volume: Volume, path: Path, ignore: Collection[int] = (), more: Sequence[Path] = ()
+    volume: Volume,
+    path: Path,
+    ignore: Collection[int] = (),
+    more: Sequence[Path] = (),
+    names: Names = (),
 ) -> ReadLabels:
     """Read the labels of a scan and bring them onto its grid.
 
@@ -92,6 +106,8 @@ def read_labels_of(
             RTSTRUCT.
         ignore: label values of voxels that nobody has labelled.
         more: paths of further DICOM objects, which are merged with the first one.
+        names: label names that replace those of the files; a mask of one organ with such a name
+            gets the value of it.
     Raises:
         Refused: the labels break a rule; nothing else is raised, whatever the files contain.
     """
@@ -100,12 +116,24 @@ def read_labels_of(
     _load_libraries_of(files)
     with refusing():
         if path.is_dir():
-            return _read_masks(path, volume, ignore)
+            return _read_masks(path, volume, ignore, names)
         if format_of(path) is None:
             return _read_objects((path, *more), volume)
         found = _read_file(path, ignore)
         on_scan = fit_to_scan(found.label_map, volume, found.first_voxel_mm)
-        return ReadLabels(on_scan, found.notes)
+        if not names:
+            return ReadLabels(on_scan, found.notes)
+        named = replace(on_scan, names=with_given(on_scan.names, names))
+        return ReadLabels(named, (*_about_unnamed(named, names), *found.notes))
+
+
+def _about_unnamed(labels: LabelMap, names: Names) -> tuple[str, ...]:
+    """A note on the values of a label map that a data set has no names for; empty for none."""
+    present = np.flatnonzero(np.bincount(labels.labels_ZYX.reshape(-1)))
+    unnamed = sorted({*present.tolist()} - {0, IGNORE_LABEL, *dict(names)})
+    if not unnamed:
+        return ()
+    return (f"{UNNAMED}: {', '.join(map(str, unnamed[:MOST_VALUES]))}",)
 
 
 def _read_objects(paths: Sequence[Path], volume: Volume) -> ReadLabels:
@@ -205,9 +233,12 @@ def _read_slicer(
     return _OnOwnGrid(label_map, None, notes)
 
 
-def _read_masks(folder: Path, volume: Volume, ignore: Collection[int]) -> ReadLabels:
+def _read_masks(
+    folder: Path, volume: Volume, ignore: Collection[int], names: Names = ()
+) -> ReadLabels:
     """Read a folder with one mask per organ; the organs get the values 1, 2, ... in the order of
-    their file names.
+    their file names. With `names`, they get the values of their names; the values of masks without
+    one follow.
     """
     files = mask_files(folder)
     if not files:
@@ -228,10 +259,11 @@ def _read_masks(folder: Path, volume: Volume, ignore: Collection[int]) -> ReadLa
             on_scan = fit_to_scan(found.label_map, volume, found.first_voxel_mm)
             return ReadLabels(on_scan, found.notes)
     overlay = Overlay(volume.hu_ZYX.shape)
-    for number, file in enumerate(files, 1):
+    values = values_of([stem_of(file) for file in files], names)
+    for number, file in zip(values, files):
         mask_ZYX = _read_mask(file, volume, ignore)
         overlay.add(number, mask_ZYX)
-    named = [(number, stem_of(file)) for number, file in enumerate(files, 1)]
+    named = [(number, stem_of(file)) for number, file in zip(values, files)]
     label_map = LabelMap(
         overlay.labels_ZYX,
         volume.spacing_mm,

@@ -1,0 +1,116 @@
+"""Numbers of whole scans by regression on frozen features: one probe per target and model.
+
+Axes: N scans.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from tapct.config import setting
+from tapct.eval import rank_metrics
+from tapct.eval.contract import Headline
+from tapct.eval.probe_task import ProbeConfig, ProbeTask
+from tapct.eval.probes import ABMIL, EFFICIENT, RIDGE, Target
+from tapct.eval.scan_task import TestScans
+from tapct.eval.scans import ScanValue
+
+HEADS = (RIDGE, ABMIL, EFFICIENT)
+MIN_VALUES = 3  # different ones of a target that the settings do not name
+
+
+@dataclass(frozen=True)
+class Config(ProbeConfig):
+    """Settings of the regression."""
+
+    heads: tuple[str, ...] = setting(
+        (RIDGE,),
+        "heads to choose from: `ridge`, `abmil` and `efficient` (attention over windows)",
+        choices=HEADS,
+    )
+
+
+class Regression(ProbeTask):
+    """Find numbers, such as age or organ volume, in the frozen features of a scan."""
+
+    metric_names = ("r2", "mae")
+    headline_word = "R^2"
+
+    def __init__(self, config: Config, seed: int) -> None:
+        super().__init__("regression", config, config.heads, seed)
+
+    def why_unsuitable(self, target: str, values: Sequence[ScanValue]) -> str:
+        """Targets are numbers; truths too where the settings name them."""
+        if any(isinstance(value, str) for value in values):
+            return "is a category, for the task classification"
+        is_named = target in self.config.targets
+        if not is_named and any(isinstance(value, bool) for value in values):
+            return "is true or false, for the task classification"
+        least = 2 if is_named else MIN_VALUES
+        if len(set(values)) < least:
+            return f"has fewer than {least} different values in the training scans"
+        return ""
+
+    def encoded(self, target: str, values: Sequence[ScanValue]) -> Target:
+        """Values as numbers."""
+        return Target(np.array([float(value) for value in values], dtype=np.float64))
+
+    def is_learned(self, target: str, value: ScanValue) -> bool:
+        """Every number can be predicted."""
+        return True
+
+    def numbers(self, target: Target, predicted: np.ndarray) -> dict[str, float]:
+        """R^2 and mean absolute error."""
+        return {
+            "r2": rank_metrics.r_squared(target.values_N, predicted),
+            "mae": rank_metrics.mean_absolute_error(target.values_N, predicted),
+        }
+
+    def scan_value(self, target: Target, predicted: np.ndarray) -> np.ndarray:
+        """Absolute error."""
+        error_N: np.ndarray = np.abs(predicted - target.values_N)
+        return error_N
+
+    def _row_value(self, parts: Mapping[str, float]) -> float:
+        return math.nan  # R^2 of one scan does not exist
+
+    def details(self, model: str, target: str, tested: TestScans) -> dict[str, Any]:
+        """Predictions of the test scans."""
+        if not tested.scans:
+            return {}
+        rows = zip(
+            tested.scans,
+            tested.target.values_N.tolist(),
+            tested.predicted[self.choices[model][target].best].tolist(),
+            strict=True,
+        )
+        return {
+            "predictions": {
+                scan: {"truth": truth, "predicted": float(f"{predicted:.6g}")}
+                for scan, truth, predicted in rows
+            }
+        }
+
+    def headline(self) -> Headline:
+        """Mean R^2 over targets."""
+        meaning = (
+            "Share of the variance over test scans that a probe on a vector of each scan from "
+            "frozen features explains, mean over targets. Vector, block, scaling, head and its "
+            "settings are chosen on validation patients."
+        )
+        return Headline("mean R^2", self.headline_values(), "higher", meaning, None, self.mean_of())
+
+
+def build(config: Config, *, seed: int) -> Regression:
+    """Make the task of one evaluation.
+
+    Args:
+        config: settings.
+        seed: random seed of folds and of heads that are trained by AdamW.
+    """
+    return Regression(config, seed)
