@@ -28,6 +28,8 @@ from tapct import config as configs
 from tapct.base import console
 from tapct.base.exits import UserError
 from tapct.base.files import write_atomically
+from tapct.base.paths import command_line
+from tapct.config.flat import flatten
 from tapct.data import manifest as manifests
 from tapct.data import pack, patient_key, split
 from tapct.data.index import build_manifest
@@ -35,10 +37,10 @@ from tapct.data.phantom import archive as phantom
 from tapct.data.store import Store
 from tapct.eval import saved, statistics
 from tapct.eval.contract import OWN_MODEL
-from tapct.eval.results import Evaluation
+from tapct.eval.results import Evaluation, TaskSection
 from tapct.run import finished, pretrain
 from tapct.run.config import RunConfig
-from tapct.run.provenance import git_revision
+from tapct.run_folder import RunFolder
 
 CONFIG = Path("configs/hn.yaml")
 PHANTOM_CONFIG = Path("configs/smoke.yaml")
@@ -110,7 +112,7 @@ def main(words: list[str]) -> None:
     found, store = prepare(options.data, work)
     people = sorted({row.patient for row in found.accepted})
     share = SHORT_SHARE if options.folds == 1 else 1 / options.folds
-    split_seed = split.seed_with_both_sides(people, share)
+    split_seed = seed_of_folds(people, share, options.folds)
     if split_seed is None:
         raise UserError(f"{len(people)} people cannot be divided; the benchmark needs several")
     folds = [Fold(number, number * share, share) for number in range(options.folds)]
@@ -133,6 +135,30 @@ def main(words: list[str]) -> None:
     file = options.csv or options.out / "results.csv"
     write_csv(file, table, runs)
     console.say(f"one row per number: {file}")
+
+
+def seed_of_folds(people: Sequence[str], share: float, num: int) -> int | None:
+    """A seed of the split with which every fold has test people and training people.
+
+    An evaluation without held-out people would test on people of pretraining.
+
+    Args:
+        people: patients.
+        share: share of the people in one fold.
+        num: number of folds.
+    Returns:
+        None where none of the first hundred seeds has.
+    """
+
+    def has_both_sides(seed: int) -> bool:
+        counts = [
+            len(split.patients_below(people, share, seed, number * share)) for number in range(num)
+        ]
+        return all(0 < count < len(people) for count in counts)
+
+    nearest = split.seed_with_both_sides(people, share)
+    seeds = [] if nearest is None else [nearest, *range(100)]
+    return next((seed for seed in seeds if has_both_sides(seed)), None)
 
 
 def prepare(data: Path | None, work: Path) -> tuple[manifests.Manifest, Path]:
@@ -181,20 +207,59 @@ def trained_and_evaluated(config: Path, words: list[str], seed: int, fold: Fold)
     """Pretrain one run and evaluate it; a finished part is not repeated."""
     resolved = configs.load_config(RunConfig, config, words)
     out: Path = resolved.value.out
-    cost_file = out / "cost.json"
-    if not cost_file.is_file():
+    cost_file, cost_so_far = out / "cost.json", out / "cost_so_far.json"
+    if cost_file.is_file():
+        check_same_settings(out, resolved)
+    else:
+        before = {"cpu_s": 0.0, "wall_s": 0.0}
+        if cost_so_far.is_file():  # of the part before a signal
+            before = json.loads(cost_so_far.read_text())
         began, cpu_before = time.monotonic(), cpu_seconds()
         stop = pretrain.train(resolved)
+        cost = {
+            "cpu_s": before["cpu_s"] + cpu_seconds() - cpu_before,
+            "wall_s": before["wall_s"] + time.monotonic() - began,
+        }
+        write_atomically(cost_so_far if stop.signal else cost_file, json.dumps(cost) + "\n")
         if stop.signal:
-            raise UserError(f"stopped by {stop.signal} and saved; repeat the command to go on")
-        cost = {"cpu_s": cpu_seconds() - cpu_before, "wall_s": time.monotonic() - began}
-        write_atomically(cost_file, json.dumps(cost) + "\n")
+            raise UserError(f"stopped by {stop.signal} and saved; repeat the command to resume")
     cost = json.loads(cost_file.read_text())
     own = saved.pick(saved.find(out))
     evaluation = own.evaluation if own is not None and own.is_own else None
     if evaluation is None:
         evaluation = finished.evaluate(out)
+    check_held_out(out, evaluation)
     return Trained(seed, fold, evaluation, cost["cpu_s"], cost["wall_s"])
+
+
+def check_same_settings(out: Path, resolved: configs.Resolved) -> None:
+    """Raise UserError where a finished run had other settings, so that its results are not shown
+    as those of this command.
+
+    Args:
+        out: run folder.
+        resolved: config of this command.
+    """
+    saved = flatten(configs.load_config(RunConfig, RunFolder(out).config, []).to_dict())
+    wanted = flatten(resolved.to_dict())
+    for key in {**saved, **wanted}:
+        if saved.get(key) != wanted.get(key):
+            raise UserError(
+                f"{out} was made with {key}={saved.get(key)}, and this command has "
+                f"{wanted.get(key)}; give another --out, or remove this folder"
+            )
+
+
+def check_held_out(out: Path, evaluation: Evaluation) -> None:
+    """Raise UserError where test people were pretrained on.
+
+    Args:
+        out: run folder.
+        evaluation: its results.
+    """
+    held_out = evaluation.split.held_out
+    if held_out.value is False:
+        raise UserError(f"{out}: {held_out.caveat()}; the table would not hold for new people")
 
 
 def cpu_seconds() -> float:
@@ -238,7 +303,11 @@ def table_of(
             by_seed.append([score for one in of_seed for score in one.results.scans])
         if not any(by_seed):
             continue
-        by_part = section.results.breakdown is not None
+        by_part = mean_over_parts(section)
+        if by_part is None:
+            # AUROC or R^2 are no means over scans, so rows of scans say nothing about them
+            console.say(f"{task}: {section.headline.metric} is no mean over scans; left out")
+            continue
         rows = statistics.table_of(by_seed, patient_of, by_part=by_part)
         limits = section.headline.range
         whole = statistics.means(rows, 0, limits=limits)
@@ -249,6 +318,26 @@ def table_of(
             }
         tables.append(TaskTable(task, section.headline.metric, whole, parts))
     return tables
+
+
+def mean_over_parts(section: TaskSection) -> bool | None:
+    """Whether the headline of a task is the mean over parts of the mean over scans (True) or the
+    mean over scans (False); None where it is neither.
+
+    Args:
+        section: results of one evaluation.
+    """
+    scans, values = section.results.scans, section.headline.values
+    for by_part in (True, False):
+        if by_part and not any(score.parts for score in scans):
+            continue
+        found = statistics.means(
+            statistics.table_of([scans], {}, by_part=by_part), 0, num_resamples=1
+        )
+        own = {one.model: one.estimate.value for one in found.models}
+        if all(np.isclose(own.get(model, np.nan), values[model], rtol=1e-6) for model in values):
+            return by_part
+    return None
 
 
 def rendered(tables: Sequence[TaskTable], runs: Sequence[Trained]) -> str:
@@ -300,8 +389,9 @@ def write_csv(file: Path, tables: Sequence[TaskTable], runs: Sequence[Trained]) 
         *("task", "metric", "part", "model", "seed", "value", "low", "high", "p", "p_holm"),
         *("n_scans", "n_people", "commit", "machine", "command", "cpu_seconds"),
     ]
-    revision, machine = git_revision(), processor()
-    command = "scripts/benchmark_hn.sh"
+    # the revisions that evaluated: a finished run may be of an earlier one
+    revision = " ".join(sorted({run.evaluation.origin.git_revision for run in runs}))
+    machine, command = processor(), command_line(["scripts/benchmark_hn.sh", *sys.argv[1:]])
     cpu = round(float(np.mean([run.cpu_s for run in runs])), 1)
     seeds = list(dict.fromkeys(run.seed for run in runs))
     with file.open("w", newline="", encoding="utf-8") as out:
@@ -369,5 +459,5 @@ if __name__ == "__main__":
         console.error(str(error))
         sys.exit(2)
     except KeyboardInterrupt:
-        console.error("interrupted; repeat the command to go on")
+        console.error("interrupted; repeat the command to resume")
         sys.exit(130)

@@ -274,9 +274,12 @@ def make_folds(labelled: Labelled, num_folds: int, seed: int) -> tuple[list[Fold
     """
     everything = np.arange(len(labelled.scans))
     is_val_N = np.array([side == VAL for side in labelled.sides])
-    if is_val_N.any() and not is_val_N.all():
+    # an official split may have validation scans of patients that have training scans too
+    patients_of_val = {labelled.patients[i] for i in np.flatnonzero(is_val_N).tolist()}
+    is_other_N = np.array([patient not in patients_of_val for patient in labelled.patients])
+    if is_val_N.any() and is_other_N.any():
         how = f"{int(is_val_N.sum())} validation scans of the official split"
-        return [(everything[~is_val_N], everything[is_val_N])], how
+        return [(everything[is_other_N], everything[is_val_N])], how
     fold_of = deal_patients(labelled, num_folds, seed)
     if not fold_of:
         few = f"fewer than {MIN_PATIENTS_TO_CHOOSE} training patients"

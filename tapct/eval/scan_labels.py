@@ -1,8 +1,9 @@
 """Labels of scans as a whole, from the CSV file of `eval.scan_labels`.
 
 One column names the scans (`path`, `case_id` or `id`), a column `split` or columns `fold0`, `fold1`
-... may hold an official split, a column `patient` or `patient_id` is not read, and every other
-column is a target. An empty cell, or NaN or NA, is an unknown value. The type of a target follows
+... may hold an official split, columns that identify a person or a file, such as `PatientID`, are
+not read, since the values of targets stand in the results, and every other column is a target. An
+empty cell, or NaN or NA, is an unknown value. The type of a target follows
 from all of its values, whether or not the archive holds their scans:
 
 - binary, if each value is one of a pair of words such as 0 and 1, or no and yes;
@@ -28,7 +29,18 @@ from tapct.eval.scans import TEST, TRAIN, VAL, ScanLabels, ScanRow, ScanValue
 from tapct.eval.table_rows import KEY_COLUMNS, MatchedRows, match_rows
 
 OPTION = "eval.scan_labels"
-PATIENT_COLUMNS = ("patient", "patient_id")
+# columns that identify a person, an examination or a file, in lower case without other characters
+IDENTIFYING = frozenset(
+    (
+        *("patient", "patientid", "patientname", "patientuid", "pid", "subject", "subjectid"),
+        *("name", "firstname", "lastname", "surname", "mrn", "medicalrecordnumber", "ssn"),
+        *("birthdate", "dateofbirth", "dob", "patientbirthdate", "patientsbirthdate"),
+        *("patientsname", "otherpatientids", "accession", "accessionnumber", "studyid"),
+        *("studydate", "scandate", "seriesdate", "acquisitiondate", "examdate"),
+        *("studyuid", "studyinstanceuid", "seriesuid", "seriesinstanceuid", "sopinstanceuid"),
+        *("scan", "scanid", "scanname", "file", "filename", "filepath", "image", "volumename"),
+    )
+)
 SPLIT_COLUMN = "split"
 _FOLD = re.compile(r"fold_?\d+")
 UNKNOWN = ("", "nan", "na", "n/a")
@@ -128,8 +140,13 @@ def _is_other(name: str) -> bool:
     split.
     """
     lower = name.lower()
-    known = (*KEY_COLUMNS, *PATIENT_COLUMNS, SPLIT_COLUMN, "")
-    return lower in known or _FOLD.fullmatch(lower) is not None
+    known = (*KEY_COLUMNS, SPLIT_COLUMN, "")
+    return lower in known or _FOLD.fullmatch(lower) is not None or _identifies(name)
+
+
+def _identifies(name: str) -> bool:
+    """Whether a column identifies a person, an examination or a file."""
+    return re.sub(r"[^a-z0-9]", "", name.lower()) in IDENTIFYING
 
 
 def _split_column(table: Table, wanted: str) -> str:
@@ -246,4 +263,7 @@ def _summary(
     """One line on what was read; the names in it are for the terminal, not for results."""
     targets = ", ".join(f"{name} ({kind.value})" for name, kind in kinds.items())
     parts = [f"scan labels: {len(texts)} of {len(rows)} scans", *matched.lines()]
+    private = [name for name in matched.table.columns if _identifies(name)]
+    if private:
+        parts.append(f"columns that identify and are not read: {', '.join(private)}")
     return "; ".join([*parts, f"targets: {targets}"] if targets else parts)

@@ -379,7 +379,8 @@ class ScanTask(Task[ScanTruth, dict[str, np.ndarray]]):
                 }
             )
         chosen = table[choice.best]
-        metrics = {name: chosen[name] for name in self.metric_names}
+        # a target whose value no test scan has is without metrics
+        metrics = {name: chosen.get(name) for name in self.metric_names}
         is_known = [target in one.values for one in self.known.values()]
         with_value = [s for s, parts in self._test[model].items() if target in parts]
         return {
@@ -438,7 +439,7 @@ class ScanTask(Task[ScanTruth, dict[str, np.ndarray]]):
         breakdown = self.results().breakdown
         inside = list(breakdown.values) if breakdown else []
         outside = sorted({t for own in self.choices.values() for t in own} - set(inside))
-        outside = [f"{target} (one value in the test scans)" for target in outside]
+        outside = [f"{target} (fewer than two values in the test scans)" for target in outside]
         outside += [f"{target} ({reason})" for target, reason in sorted(self.left_out.items())]
         line = f"mean of {counted(len(inside), 'target')}: {', '.join(inside)}"
         return line + (f"; left out: {', '.join(outside)}" if outside else "")

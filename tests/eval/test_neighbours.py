@@ -130,6 +130,24 @@ def test_organs_of_patches_equal_brute_force() -> None:
     assert (entry["num_queries"], entry["num_known"]) == (64, 96)
 
 
+def test_a_model_with_smaller_patches_may_see_organs_that_others_do_not() -> None:
+    labels = np.ones(GRID.original, np.uint16)
+    labels[:, :4, :4] = 2
+    labels[1, 7, 7] = 3  # one voxel: most of a patch of 1x1, a part of one of 2x2
+    names = ((1, "body"), (2, "liver"), (3, "spleen"))
+    hu_ZYX, spacing_mm = np.zeros(GRID.original, np.int16), (1.0, 1.0, 1.0)
+    scan = LabelledScan(
+        "s0", Volume(hu_ZYX, spacing_mm), LabelMap(labels, spacing_mm, names=names), "p0"
+    )
+    task = patch_knn.build(patch_knn.Config(), seed=0)
+    for model, grid in (("coarse", GRID), ("fine", PatchGrid((1, 1, 1), (2, 8, 8), (2, 8, 8)))):
+        features_DZYX = torch.randn(4, *grid.shape, generator=torch.Generator().manual_seed(0))
+        dense = DenseFeatures(features_DZYX, torch.zeros(4), grid)
+        task.learn(model, dense, task.truth(scan, grid, IN_PLAY_Z))
+    task.fit()
+    assert task.classes == ("body", "liver", "spleen")
+
+
 def test_organs_that_no_training_scan_has_are_not_counted() -> None:
     task = patch_knn.build(patch_knn.Config(), seed=0)
     task.learn("m", features_of(scan_of(0)), task.truth(scan_of(0), GRID, IN_PLAY_Z))

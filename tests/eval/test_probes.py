@@ -236,6 +236,15 @@ def test_the_same_choice_by_a_plain_loop_over_folds() -> None:
     assert values[choice.chosen.settings["C"]] == pytest.approx(choice.chosen.validation)
 
 
+def test_patients_of_validation_scans_are_not_fitted_to() -> None:
+    sides, people = ["train", "train", "val", "train"], ["a", "b", "b", "c"]
+    given = Labelled([], people, sides, Target(np.array([0, 1, 1, 0]), 2))
+    ((fitted_to, aside),), _ = probe_choice.make_folds(
+        dataclasses.replace(given, scans=[None] * 4), 3, 0
+    )
+    assert (fitted_to.tolist(), aside.tolist()) == ([0, 3], [2])
+
+
 def test_folds_keep_patients_together_and_classes_apart() -> None:
     target_N = np.array([1, 0, 0, 0, 1, 0, 0, 0, 1, 0, 0, 0] * 3)  # 9 positive patients of 18
     given = labelled({"cls": np.zeros((36, 1))}, Target(target_N, 2))

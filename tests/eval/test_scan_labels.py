@@ -89,6 +89,15 @@ def test_the_type_of_a_target_follows_from_all_of_its_values(texts, kind) -> Non
     assert kind_of(texts) is kind
 
 
+def test_columns_that_identify_people_are_no_targets(tmp_path: Path) -> None:
+    names = "PatientID,Patient Name,subject-id,MRN,AccessionNumber,Study_Date,VolumeName"
+    rows = "".join(f"{n * 16},{n},7{n},Doe,{n}9,{n}8,{n}7,2020010{n},v{n}\n" for n in NUMBERS)
+    table = read(tmp_path, f"id,patients_in_room,{names}\n{rows}")
+    assert list(table.kinds) == ["patients_in_room"]
+    assert by_number(table.values) == {n: {"patients_in_room": float(n)} for n in NUMBERS}
+    assert f"columns that identify and are not read: {', '.join(names.split(','))}" in table.summary
+
+
 def test_values_have_the_type_of_their_target_and_empty_cells_are_unknown(tmp_path: Path) -> None:
     table = read(
         tmp_path,

@@ -167,6 +167,16 @@ def test_unknown_values_and_unseen_classes_are_left_out_and_counted() -> None:
     assert np.isnan(rows["s29"].value) and rows["s29"].parts == {}
 
 
+def test_a_target_without_a_test_scan_has_no_metric() -> None:
+    train = [Case(n, {"a": "xy"[n % 2], "b": "xy"[n % 2]}, cls=3.0 * (n % 2)) for n in range(16)]
+    test = [Case(n, {"a": "xy"[n % 2]}, cls=3.0 * (n % 2)) for n in range(16, 24)]
+    task = classification.build(classification.Config(vectors=("cls",), **FEW_C), seed=0)
+    sections = run(task, train, test)["targets"]
+    assert (sections["b"]["auroc"], sections["b"]["num_test"]) == (None, 0)
+    assert task.headline().values == {"pretrained": sections["a"]["auroc"]}
+    assert "left out: b (fewer than two values in the test scans)" in task.headline().mean_of
+
+
 def test_several_classes_have_probabilities_that_add_up() -> None:
     cases = [Case(n, {"phase": "abc"[n % 3]}, cls=4.0 * (n % 3)) for n in range(36)]
     task = classification.build(classification.Config(vectors=("cls",), **FEW_C), seed=0)

@@ -164,8 +164,8 @@ class PatchKnn(Task[PatchTruth, None]):
         Raises:
             UserError: no organ occurs in the training scans.
         """
-        first = next(iter(self._kept.values()))
-        present = {name for one in first for name in one.classes}
+        # of all models: one with smaller patches may have patches of organs that others lack
+        present = {name for kept in self._kept.values() for one in kept for name in one.classes}
         organs = sorted(present - {OUTSIDE, BODY})
         if not organs:
             raise UserError(
