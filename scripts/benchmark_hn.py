@@ -116,6 +116,7 @@ def main(words: list[str]) -> None:
     if split_seed is None:
         raise UserError(f"{len(people)} people cannot be divided; the benchmark needs several")
     folds = [Fold(number, number * share, share) for number in range(options.folds)]
+    tables = truth_tables(options.data, work, found, store)
     runs = []
     for fold in folds:
         for seed in options.seeds:
@@ -124,7 +125,7 @@ def main(words: list[str]) -> None:
                 *(f"out={out}", f"seed={seed}", f"data.store={store}"),
                 *(f"data.held_out={fold.share!r}", f"data.held_out_start={fold.start!r}"),
                 *(f"data.split_seed={split_seed}", f"eval.cache.path={options.out / 'features'}"),
-                *options.overrides,
+                *(*tables, *options.overrides),
             ]
             runs.append(trained_and_evaluated(options.config, words, seed, fold))
     patient_of = {scan.id: scan.patient for scan in Store(store).scans}
@@ -201,6 +202,50 @@ def prepare(data: Path | None, work: Path) -> tuple[manifests.Manifest, Path]:
     with console.progress_bar("pack") as progress:
         pack.pack(found, work / "store", workers=cores, level=1, progress=progress)
     return found, work / "store"
+
+
+def truth_tables(
+    data: Path | None, work: Path, found: manifests.Manifest, store: Path
+) -> list[str]:
+    """Overrides that name the truth of whole scans and landmarks.
+
+    The phantom writes both. For other folders, the volume of each organ in the label map is the
+    truth of the scan, which a decoder of the whole scan should find without seeing the labels.
+
+    Args:
+        data: nnU-Net folder; None for the phantom.
+        work: folder of the store.
+        found: manifest of the scans.
+        store: packed scans and labels.
+    """
+    if data is None:
+        return [
+            f"eval.scan_labels={work / 'phantom' / 'scan_labels.csv'}",
+            f"eval.landmarks={work / 'phantom' / 'landmarks.csv'}",
+        ]
+    packed = Store(store)
+    volumes: dict[str, dict[str, float]] = {}
+    for row in found.accepted:
+        index = packed.index_of(row.id)
+        scan = packed.scans[index]
+        if not scan.has_labels:
+            continue
+        labels = packed.read_labels(index)
+        counts = np.bincount(labels.labels_ZYX.reshape(-1))
+        millilitres = float(np.prod(scan.spacing_mm)) / 1000
+        volumes[row.path] = {
+            f"{name} ml": round(float(counts[value]) * millilitres, 3)
+            for value, name in labels.names
+            if 0 < value < len(counts) and counts[value]
+        }
+    columns = sorted({name for row in volumes.values() for name in row})
+    file = work / "scan_labels.csv"
+    with file.open("w", newline="", encoding="utf-8") as out:
+        writer = csv.DictWriter(out, ["path", *columns])
+        writer.writeheader()
+        for path, values in volumes.items():
+            writer.writerow({"path": path, **values})
+    return [f"eval.scan_labels={file}"]
 
 
 def trained_and_evaluated(config: Path, words: list[str], seed: int, fold: Fold) -> Trained:
