@@ -20,6 +20,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import importlib
 import inspect
 import json
 import os
@@ -48,6 +49,10 @@ from tapct.nn.contracts import num_blocks_of
 from tapct.types import HUContract
 
 VERSION = 1  # raise it whenever equal weights and scans give other features
+_FEATURE_CODE = tuple(
+    f"tapct.{name}"
+    for name in ("eval.extraction", "eval.features", "nn.init", "nn.attention", "views.resample")
+)
 GB = 10**9
 STALE_S = 6 * 3600.0  # without a sign of life, an evaluation counts as ended
 LEFTOVER_S = 24 * 3600.0  # age of a half-written file whose process must have ended
@@ -120,7 +125,7 @@ def model_key(
     config = getattr(model, "config", None)
     facts = {
         "backbone": f"{type(model).__module__}.{type(model).__qualname__}",
-        "code": _code_digest(type(model)),
+        "code": _code_digest(model),
         "modules": structure_digest(model),
         "config": repr(config) if dataclasses.is_dataclass(config) else "",
         "patch": patch_of(model),
@@ -168,17 +173,18 @@ def structure_digest(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _code_digest(kind: type) -> str:
-    """Hash of the file that defines a class, so that a changed backbone has other features; empty
-    where it has no file.
+def _code_digest(model: nn.Module) -> str:
+    """Hash of the files that decide about features: those of the classes of all modules, but for
+    torch's own, and those that prepare scans, slide windows and set initial weights.
     """
-    try:
-        source = inspect.getsourcefile(kind)
-    except TypeError:
-        source = None
-    if source is None or not Path(source).is_file():
-        return ""
-    return hashlib.blake2b(Path(source).read_bytes(), digest_size=8).hexdigest()
+    kinds = {type(module) for module in model.modules()}
+    defined_in = {kind.__module__ for kind in kinds if kind.__module__.split(".")[0] != "torch"}
+    digest = hashlib.blake2b(digest_size=8)
+    for name in sorted({*defined_in, *_FEATURE_CODE}):
+        file = getattr(importlib.import_module(name), "__file__", None)
+        content = Path(file).read_bytes() if file and Path(file).is_file() else b""
+        digest.update(name.encode() + b"\0" + content)
+    return digest.hexdigest()
 
 
 class FeatureCache:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import os
 import stat
@@ -163,6 +164,20 @@ def test_modules_that_compute_something_else_have_another_key() -> None:
     patched.forward = lambda crops: []  # type: ignore[method-assign]
     hooked.register_forward_hook(lambda *_: None)
     assert len({key(Scaled(1.0)), key(patched), key(hooked)}) == 3
+
+
+def test_a_changed_source_file_of_any_layer_has_another_key(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "layers_of_a_user.py"
+    file.write_text("import torch\n\nclass Layer(torch.nn.Identity):\n    pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    model = RawPatches((2, 4, 4))
+    model.add_module("layer", importlib.import_module("layers_of_a_user").Layer())
+    before = model_key(model, HUContract(), PREPROCESS, CPU).text
+    assert model_key(model, HUContract(), PREPROCESS, CPU).text == before
+    file.write_text(file.read_text() + "    scale = 2\n")
+    assert model_key(model, HUContract(), PREPROCESS, CPU).text != before
 
 
 def test_the_spacing_counts_only_for_a_model_in_mm() -> None:
