@@ -133,6 +133,16 @@ class DataSet:
         """Where to get the data, as the end of an error line."""
         return f"ask for the data at {self.facts.ask} (licence: {self.facts.licence})"
 
+    def lines_about(self) -> list[str]:
+        """What the data set is, and which facts about it were not checked, as lines for people."""
+        facts = self.facts
+        where = f", {facts.home}" if facts.home else ""
+        lines = [f"{self.name}: {facts.title}{where}; licence: {facts.licence}"]
+        if facts.unverified:
+            checked = f"; the others come from {', '.join(facts.sources)}" if facts.sources else ""
+            lines.append(f"{self.name}: not verified: {'; '.join(facts.unverified)}{checked}")
+        return lines
+
 
 def shipped_folder_of_data() -> Path:
     """The folder of the data sets that come with tapct."""

@@ -231,7 +231,7 @@ def _refined(
     is_missing_PC = torch.from_numpy(near_PC < 0)
     rows_PCD = target.rows_ND[np.maximum(near_PC, 0)].double()
     dot_PC = torch.einsum("pcd,pd->pc", rows_PCD, query_PD)
-    gram_PCC = rows_PCD @ rows_PCD.transpose(1, 2)
+    products_PCC = rows_PCD @ rows_PCD.transpose(1, 2)
     offset_P3 = torch.zeros(len(slot_P), 3, dtype=torch.float64)
     # the position itself comes first, so that it stays where nothing around it is better
     order = sorted((tuple(row) for row in around_C3 - 1), key=lambda row: row != (0, 0, 0))
@@ -241,7 +241,7 @@ def _refined(
         step_C3 = 0.5 * _SHRINK**number * moves_C3
         tried_PC3 = (offset_P3[:, None] + step_C3).clamp(-1, 1)
         weight_PCC = _hat_weights(tried_PC3)
-        length_PC = ((weight_PCC @ gram_PCC) * weight_PCC).sum(2).clamp_min(0).sqrt()
+        length_PC = ((weight_PCC @ products_PCC) * weight_PCC).sum(2).clamp_min(0).sqrt()
         value_PC = (weight_PCC @ dot_PC[..., None])[..., 0] / length_PC.clamp_min(_EPS)
         needs_missing_PC = (weight_PCC * is_missing_PC[:, None]).sum(2) > 0
         value_P, best_P = value_PC.masked_fill(needs_missing_PC, -torch.inf).max(1)

@@ -320,8 +320,8 @@ def _ridge(x_ND: np.ndarray, target: Target, members: Sequence[Settings]) -> lis
     mean_D, mean = x_ND.mean(0), float(target.values_N.mean())
     centred_ND, y_N = x_ND - mean_D, target.values_N - mean
     is_wide = x_ND.shape[1] > x_ND.shape[0]
-    gram_KK = centred_ND @ centred_ND.T if is_wide else centred_ND.T @ centred_ND
-    level_K, basis_KK = np.linalg.eigh(gram_KK)
+    inner_KK = centred_ND @ centred_ND.T if is_wide else centred_ND.T @ centred_ND
+    level_K, basis_KK = np.linalg.eigh(inner_KK)
     level_K = level_K.clip(min=0)
     along_K = basis_KK.T @ (y_N if is_wide else centred_ND.T @ y_N)
     fitted = []

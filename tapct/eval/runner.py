@@ -215,7 +215,7 @@ def evaluate(
     """
     began = time.perf_counter()
     preprocess = preprocess or config.preprocess
-    rows = scans.matching(rows, config.only)
+    rows = scans.of_paths(rows, config.only)
     tables = tables or TableLabels()
     task_runs, split = _plan(config, rows, store, held_out, tables)
     check_model_names(task_runs, [model.name for model in models])

@@ -192,7 +192,7 @@ class Split:
     tests_held_out: bool = False
 
 
-def matching(rows: Sequence[ScanRow], patterns: Sequence[str]) -> list[ScanRow]:
+def of_paths(rows: Sequence[ScanRow], patterns: Sequence[str]) -> list[ScanRow]:
     """Select the scans whose path matches one of the shell patterns; all of them without a pattern.
 
     Raises:

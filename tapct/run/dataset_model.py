@@ -73,6 +73,8 @@ def on_data(model: Model, chosen: Chosen, workers: int) -> Model:
         chosen: data set.
         workers: number of processes that read the files.
     """
+    for line in chosen.dataset.lines_about():
+        console.say(line)
     config = model.config
     own_table = config.eval.scan_labels
     with_split = not own_table and config.eval.split_column != "none"

@@ -90,7 +90,7 @@ def test_a_wheel_holds_every_module_and_every_config(tmp_path: Path) -> None:
         names = set(archive.namelist())
         archive.extractall(tmp_path / "site")
     modules = {str(path.relative_to(source)) for path in (source / "tapct").rglob("*.py")}
-    configs = {f"tapct/configs/{name}.yaml" for name in NAMES}
+    configs = {f"tapct/{path.relative_to(ROOT)}" for path in (ROOT / "configs").rglob("*.yaml")}
     assert {name for name in names if name.endswith((".py", ".yaml"))} == modules | configs
     assert "tapct/py.typed" in names
 

@@ -103,7 +103,7 @@ def test_another_archive_is_taken_by_choice(
 ) -> None:
     other = make_store(tmp_path / "other", seed=1)
     assert pretrain.train(config_of(copied, other, "data.on_change=rebase")) == loop.Stop(STEPS)
-    assert "another archive" in capsys.readouterr().out
+    assert "another archive" in capsys.readouterr().err
     assert pretrain.train(config_of(copied, other)) == loop.Stop(STEPS), (
         "from now on it is the run's own"
     )

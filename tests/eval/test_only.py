@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import pytest
 
 from tapct.base.exits import UserError
-from tapct.eval.scans import matching
+from tapct.eval.scans import of_paths
 
 
 @dataclass(frozen=True)
@@ -22,11 +22,11 @@ ROWS = [Row("ts_body/a.nii.gz"), Row("ts_body/b.nii.gz"), Row("lung/a.nrrd")]
 
 
 def test_patterns_choose_by_whole_path_and_none_takes_all() -> None:
-    assert matching(ROWS, ()) == ROWS
-    assert matching(ROWS, ("ts_body/*",)) == ROWS[:2]
-    assert matching(ROWS, ("*/a.*",)) == [ROWS[0], ROWS[2]]
+    assert of_paths(ROWS, ()) == ROWS
+    assert of_paths(ROWS, ("ts_body/*",)) == ROWS[:2]
+    assert of_paths(ROWS, ("*/a.*",)) == [ROWS[0], ROWS[2]]
 
 
 def test_a_pattern_that_matches_nothing_is_an_error_with_an_example() -> None:
     with pytest.raises(UserError, match="matches none of the 3 scans, e.g. ts_body/a.nii.gz"):
-        matching(ROWS, ("a.nii.gz",))
+        of_paths(ROWS, ("a.nii.gz",))
