@@ -378,7 +378,9 @@ def test_the_tables_are_what_eval_reads_for_every_scan(archive: Path, tmp_path: 
     assert tuple(labels[0]) == ("path", "patient", *TARGETS)
 
     table = read_scan_labels(archive / "scan_labels.csv", store.scans)
-    assert table.summary.startswith("scan labels: 5 of 5 scans; targets: ")
+    assert table.summary.startswith(
+        "scan labels: 5 of 5 scans; columns that identify and are not read: patient; targets: sex"
+    )
     assert table.kinds["phase"] is Kind.CATEGORY and table.kinds["age_years"] is Kind.NUMBER
     assert table.kinds["lung_lesion"] is Kind.BINARY
     by_path = {row.path: row for row in manifest.accepted}
