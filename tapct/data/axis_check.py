@@ -14,7 +14,7 @@ from tapct.types import AIR_HU, Refused
 
 _NUM_RUNS, _RUN = 256, 512  # runs of neighbouring voxels that are compared
 _METAL_HU = 1500
-# an exchanged size that is less than so many steps of the axis long compares neighbours too
+# an exchanged size below this number of steps of the axis compares neighbours too
 _FAR = 4.0
 _NAMES = ("first", "second", "third")
 

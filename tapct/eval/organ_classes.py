@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from tapct.config import setting
 from tapct.eval.truth import OUTSIDE as OUTSIDE_VALUE
 
 OUTSIDE, BODY = "outside", "body"  # class 0: the air outside; class 1: the rest of the body
@@ -51,6 +52,36 @@ class ClassWords:
         """
         by_number = any(word.isdigit() for word in self.body)
         return by_number or any(is_called(value, name, self.body) for value, name in names.items())
+
+
+@dataclass(frozen=True)
+class ClassSettings:
+    """Settings of a task on organs that decide which class a label belongs to."""
+
+    organs: tuple[str, ...] = setting(
+        (), "label names or values that count as organs; empty: all; other labels count as body"
+    )
+    outside: tuple[str, ...] = setting(
+        OUTSIDE_NAMES, "label names or values that count as outside (air around the patient)"
+    )
+    body: tuple[str, ...] = setting(
+        BODY_NAMES,
+        "label names or values for `inside the body, no organ`; if one of these exists, label 0 "
+        "means air",
+    )
+
+    def words(self) -> ClassWords:
+        """The rule that gives the class of a label."""
+        return ClassWords(self.organs, self.outside, self.body)
+
+    def named_labels(self) -> dict[str, tuple[str, ...]]:
+        """Setting -> words in it that must name a label; the defaults need not."""
+        defaults = {*OUTSIDE_NAMES, *BODY_NAMES}
+        found = {}
+        for key in ("organs", "outside", "body"):
+            words: tuple[str, ...] = getattr(self, key)
+            found[key] = tuple(word for word in words if word not in defaults)
+        return found
 
 
 def is_called(value: int, name: str, words: Sequence[str]) -> bool:

@@ -32,7 +32,7 @@ class MetricStatistics:
         direction: `higher` or `lower`, whichever is better.
         whole: statistics of the value that is shown for each model.
         parts: the same for each part, e.g. each organ; may be empty. There are no p-values of parts
-            of a mean: so many comparisons are only a description.
+            of a mean: they would be too many comparisons for a test.
     """
 
     metric: str

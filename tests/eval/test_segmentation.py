@@ -567,3 +567,20 @@ def test_last4_reads_the_channels_of_several_blocks():
     task.learn("m", both, task.truth(scan, grid, everywhere(grid)))
     kept = task._kept["m"][0].features_KD
     torch.testing.assert_close(kept[:, :5], 2 * kept[:, 5:])
+
+
+def test_an_organ_that_only_one_model_has_kept_is_a_class():
+    task = build(Config(max_tokens=2000), seed=0)
+    scan, grid, dense = scene(1, "train", values=(0, 1))
+    task.learn("coarse", dense, task.truth(scan, grid, everywhere(grid)))
+    scan, grid, dense = scene(2, "train", values=(0, 1, 2))
+    task.learn("fine", dense, task.truth(scan, grid, everywhere(grid)))
+    task.fit()
+    assert task.organs == ("label 1", "label 2")
+
+
+def test_a_draw_without_a_tested_organ_is_left_out_of_the_curve():
+    task = build(Config(), seed=0)
+    task.organs = ("liver",)
+    task._few_labels_dice = {("m", 1, 0): {"s": {}}, ("m", 1, 1): {"s": {"liver": 0.5}}}
+    assert task._label_fractions("m") == {"1": [0.5]}

@@ -20,7 +20,7 @@ from tapct.config import setting
 from tapct.eval import neighbours
 from tapct.eval.contract import Breakdown, Headline, Labels, ScanScore, Task, TaskResults
 from tapct.eval.features import DenseFeatures, PatchGrid
-from tapct.eval.organ_classes import BODY, BODY_NAMES, OUTSIDE, OUTSIDE_NAMES, ClassWords
+from tapct.eval.organ_classes import BODY, OUTSIDE, ClassSettings
 from tapct.eval.scan_task import or_none
 from tapct.eval.scans import LabelledScan
 from tapct.eval.truth import PatchTruth, patch_truth
@@ -31,20 +31,9 @@ BLOCKS = ("last", "middle")
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(ClassSettings):
     """Settings of the vote and of the patches."""
 
-    organs: tuple[str, ...] = setting(
-        (), "label names or values that count as organs; empty: all; other labels count as body"
-    )
-    outside: tuple[str, ...] = setting(
-        OUTSIDE_NAMES, "label names or values that count as outside (air around the patient)"
-    )
-    body: tuple[str, ...] = setting(
-        BODY_NAMES,
-        "label names or values for `inside the body, no organ`; if one of these exists, label 0 "
-        "means air",
-    )
     block: str = setting("last", "block whose features are compared", choices=BLOCKS)
     k: tuple[int, ...] = setting(
         (10, 20, 100, 200),
@@ -106,7 +95,7 @@ class PatchKnn(Task[PatchTruth, None]):
         if not config.k:
             raise UserError("eval.tasks.patch_knn.k is empty; give at least one number")
         self.config, self.seed = config, seed
-        self.words = ClassWords(config.organs, config.outside, config.body)
+        self.words = config.words()
         self.tokens_per_scan = config.max_tokens
         self.classes: tuple[str, ...] = ()
         self._kept: dict[str, list[KnownPatches]] = defaultdict(list)
@@ -116,12 +105,7 @@ class PatchKnn(Task[PatchTruth, None]):
 
     def named_labels(self) -> Mapping[str, tuple[str, ...]]:
         """Words of the settings that must name a label; the defaults need not."""
-        defaults = {*OUTSIDE_NAMES, *BODY_NAMES}
-        found = {}
-        for key in ("organs", "outside", "body"):
-            words: tuple[str, ...] = getattr(self.config, key)
-            found[key] = tuple(word for word in words if word not in defaults)
-        return found
+        return self.config.named_labels()
 
     def blocks(self, num_blocks: int) -> tuple[int, ...]:
         """The block of the config."""

@@ -7,6 +7,7 @@ the organs.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -25,7 +26,7 @@ from tapct.config import setting
 from tapct.eval import pictures
 from tapct.eval.contract import Breakdown, Headline, Labels, ScanScore, Task, TaskResults
 from tapct.eval.features import DenseFeatures, PatchGrid
-from tapct.eval.organ_classes import BODY, BODY_NAMES, OUTSIDE, OUTSIDE_NAMES, ClassWords
+from tapct.eval.organ_classes import BODY, OUTSIDE, ClassSettings
 from tapct.eval.organ_decoders import (
     DecoderConfig,
     FittedDecoder,
@@ -45,7 +46,7 @@ MOST_NAMES = 12  # in the line about the organs of the mean
 
 
 @dataclass(frozen=True)
-class Config(DecoderConfig):
+class Config(ClassSettings, DecoderConfig):
     """Settings of the decoder and of its classes."""
 
     resolution: str = setting(
@@ -55,17 +56,6 @@ class Config(DecoderConfig):
         "the decoder learns the majority label of each patch, and the headline Dice is "
         "computed on patches",
         choices=RESOLUTIONS,
-    )
-    organs: tuple[str, ...] = setting(
-        (), "label names or values that count as organs; empty: all; other labels count as body"
-    )
-    outside: tuple[str, ...] = setting(
-        OUTSIDE_NAMES, "label names or values that count as outside (air around the patient)"
-    )
-    body: tuple[str, ...] = setting(
-        BODY_NAMES,
-        "label names or values for `inside the body, no organ`; if one of these exists, label 0 "
-        "means air",
     )
     blocks: str = setting(
         "last",
@@ -79,7 +69,7 @@ class Config(DecoderConfig):
     fractions: tuple[int, ...] = setting(
         (),
         "numbers of labelled training scans for a label-fraction curve, e.g. [1, 5, 10]: for each "
-        "number, the decoder is also fitted to so many scans",
+        "number, the decoder is also fitted to that number of scans",
         ge=1,
     )
     draws: int = setting(5, "draws of the training scans for each number in `fractions`", ge=1)
@@ -120,7 +110,7 @@ class Segmentation(Task[PatchTruth, Prediction]):
 
     def __init__(self, config: Config, seed: int) -> None:
         self.config = config
-        self.words = ClassWords(config.organs, config.outside, config.body)
+        self.words = config.words()
         self.seed = seed
         self.tokens_per_scan = config.max_tokens
         self.classes: tuple[str, ...] = ()
@@ -138,12 +128,7 @@ class Segmentation(Task[PatchTruth, Prediction]):
 
     def named_labels(self) -> Mapping[str, tuple[str, ...]]:
         """Words of the settings that must name a label; the defaults need not."""
-        defaults = {*OUTSIDE_NAMES, *BODY_NAMES}
-        found = {}
-        for key in ("organs", "outside", "body"):
-            words: tuple[str, ...] = getattr(self.config, key)
-            found[key] = tuple(word for word in words if word not in defaults)
-        return found
+        return self.config.named_labels()
 
     def blocks(self, num_blocks: int) -> tuple[int, ...]:
         """The last block, or the last four."""
@@ -343,7 +328,8 @@ class Segmentation(Task[PatchTruth, Prediction]):
         for (name, num, _), per_scan in sorted(self._few_labels_dice.items()):
             if name == model:
                 means = self._mean_by_organ(per_scan)
-                curve.setdefault(str(num), []).append(float(np.mean(list(means.values()))))
+                if means:
+                    curve.setdefault(str(num), []).append(float(np.mean(list(means.values()))))
         return curve
 
     def headline(self) -> Headline:
@@ -390,7 +376,8 @@ class Segmentation(Task[PatchTruth, Prediction]):
 
     def _find_classes(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
         present: dict[str, int] = {}  # class -> lowest label value, for the order
-        for kept in next(iter(self._kept.values())):
+        # models may differ in their patches, so one may have kept an organ that another lost
+        for kept in itertools.chain(*self._kept.values()):
             for value, mass in zip(kept.values, kept.target_KV.sum(0).tolist(), strict=True):
                 if mass > 0:
                     name = self.words.class_of(value, kept.names)
