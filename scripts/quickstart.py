@@ -232,6 +232,7 @@ def summarise(
         "dice_pretrained": dice.get("pretrained"),
         "dice_untrained": max(untrained, default=None),
         "dice_raw_hu": dice.get("raw_hu"),
+        "dice_position": dice.get("position"),
         "seconds": {**seconds, "total": round(sum(seconds.values()), 1)},
         "report": str(report),
         "by_loss": {"ln_k_minus_ce": gains, "prototype_information_nats": information},
@@ -258,6 +259,7 @@ def show(summary: dict[str, Any]) -> None:
     table.add_row("seconds per step", f"{summary['seconds_per_step']:.3f}")
     table.add_row("Dice pretrained", number(summary["dice_pretrained"]))
     table.add_row("Dice untrained (better of two)", number(summary["dice_untrained"]))
+    table.add_row("Dice position alone", number(summary["dice_position"]))
     table.add_row("Dice raw HU", number(summary["dice_raw_hu"]))
     table.add_row(
         "wall time",
