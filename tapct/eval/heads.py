@@ -82,9 +82,11 @@ def fit_head(
     optimizer = torch.optim.AdamW(head.parameters(), lr=lr, weight_decay=weight_decay)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     head.train()
+    # batch normalisation needs two rows, so a single patch is drawn twice
+    num_drawn = max(2, min(_BATCH, num_patches))
     for _ in range(steps):
         drawn_B = torch.multinomial(
-            chance_K.cpu(), min(_BATCH, num_patches), replacement=True, generator=generator
+            chance_K.cpu(), num_drawn, replacement=True, generator=generator
         ).to(features_KD.device)
         log_p_BC = head(features_KD[drawn_B]).log_softmax(1)
         loss = -(share_KC[drawn_B] * log_p_BC).sum(1).mean()

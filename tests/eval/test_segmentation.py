@@ -13,6 +13,7 @@ from scipy import ndimage, optimize, special
 from tapct.base.exits import UserError
 from tapct.eval.decoder import SoftDice, fit_decoder
 from tapct.eval.features import BlockFeatures, DenseFeatures, PatchGrid
+from tapct.eval.heads import fit_head
 from tapct.eval.organ_decoders import scans_of_draw
 from tapct.eval.scans import LabelledScan
 from tapct.eval.tasks.segmentation import Config, build, dice_from_confusion
@@ -584,3 +585,10 @@ def test_a_draw_without_a_tested_organ_is_left_out_of_the_curve():
     task.organs = ("liver",)
     task._few_labels_dice = {("m", 1, 0): {"s": {}}, ("m", 1, 1): {"s": {"liver": 0.5}}}
     assert task._label_fractions("m") == {"1": [0.5]}
+
+
+def test_a_head_is_fitted_to_a_single_patch():
+    settings = {"weight_decay": 0.0, "class_power": 0.5, "dice_weight": 1.0, "dice_classes": [1]}
+    features, target = torch.randn(1, 3), torch.tensor([[0.0, 1.0]])
+    head = fit_head("bn_linear", features, target, lr=1e-2, steps=20, hidden=4, seed=0, **settings)
+    assert head.logits_NC(features).argmax(1).tolist() == [1]
