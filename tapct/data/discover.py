@@ -14,7 +14,7 @@ from tapct.data import folder_entries, formats, series
 from tapct.data import passed_over as passed
 from tapct.data.folder_entries import Entries
 from tapct.data.frame_numbers import with_frames, without_frames
-from tapct.data.readers import DICOM, FORMATS, dicom_kind, format_of
+from tapct.data.readers import DICOM, dicom_kind, format_of, stem_of
 from tapct.data.readers.dicom_frames import read_head
 from tapct.data.readers.dicom_head import Head
 from tapct.data.time_limit import NoAnswer, TimeLimit
@@ -202,17 +202,6 @@ def source_of(root: Path, path: str, kind: str, file_paths: Sequence[str]) -> So
     # a folder or file may have such a name without holding several scans
     has_frames = kind == DICOM.name and path not in file_paths and file in file_paths
     return Source(root / path, kind, files, frames=frames if has_frames else ())
-
-
-def stem_of(path: Path) -> str:
-    """File name without the suffix of its format (`.nii.gz` is one suffix); a folder's whole
-    name.
-    """
-    for known in FORMATS:
-        for suffix in known.suffixes:
-            if path.name.lower().endswith(suffix):
-                return path.name[: -len(suffix)]
-    return path.name
 
 
 def _folders_below(root: Path, found: _Found) -> Iterator[tuple[Path, Entries]]:

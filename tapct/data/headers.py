@@ -10,9 +10,9 @@ from typing import Any
 
 from tapct.base.exits import single_line
 from tapct.base.marks import file_name
-from tapct.data.discover import stem_of
 from tapct.data.patient_key import keyed_hash
 from tapct.data.patients import hash_of_patient_id
+from tapct.data.readers import stem_of
 from tapct.data.readers.raw import MAX_TEXT, Header
 from tapct.data.stand_ins import numbered_stand_in
 from tapct.types import PatientClues, Refused, ScanFacts

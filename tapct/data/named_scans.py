@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tapct.base.exits import UserError
-from tapct.data.discover import DICOM_OBJECT, Source, search, stem_of
+from tapct.data.discover import DICOM_OBJECT, Source, search
 from tapct.data.labels.pairing import LabelPairs, pair_labels
-from tapct.data.readers import load_libraries
+from tapct.data.readers import load_libraries, stem_of
 from tapct.data.tables import ScanNames, Table, read_table
 
 KEY_COLUMNS = ("case_id", "id", "path")

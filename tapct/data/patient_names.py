@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
-from tapct.data.discover import stem_of
+from tapct.data.readers import stem_of
 
 _BIDS = re.compile(r"(?:^|[/_])(sub-[a-z0-9]+)", re.IGNORECASE)
 # a UID, a UUID or a date stays one word; all other words end at anything but a letter or a digit

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tapct.base.exits import UserError
 from tapct.base.files import expand_path
-from tapct.data.discover import stem_of
+from tapct.data.readers import stem_of
 from tapct.data.tables import read_table, scan_name
 
 # columns that name the scan, in lower case; without one of them the first column does

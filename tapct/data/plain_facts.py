@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tapct.base.exits import single_line
 from tapct.base.marks import HIDDEN, without_marked
-from tapct.data.discover import stem_of
+from tapct.data.readers import stem_of
 from tapct.types import MAX_DETAIL
 
 _NUMBERS = re.compile(r"[\d\s.,+\-eExX()\[\]]+")

@@ -10,7 +10,8 @@ import pytest
 from scan_files import make_ct, save_scan
 
 from tapct.data import formats, index, readers
-from tapct.data.discover import find_source, stem_of
+from tapct.data.discover import find_source
+from tapct.data.readers import stem_of
 from tapct.data.readers.raw import Image
 
 FOLDER = Path(readers.__file__).parent
@@ -68,8 +69,7 @@ def test_a_format_that_is_added_to_the_list_is_found_read_and_indexed(
 
     minc = readers.Format("minc", (".mnc",), read, ("json",))
     changed = (*readers.FORMATS, minc)
-    for module in ("tapct.data.readers", "tapct.data.discover"):
-        monkeypatch.setattr(sys.modules[module], "FORMATS", changed)
+    monkeypatch.setattr(readers, "FORMATS", changed)
     (row,) = index.build_manifest(tmp_path / "a", tmp_path / "m.parquet").rows
     assert (row.path, row.kind, row.status) == ("x1.mnc", "minc", "accepted")
     assert find_source(tmp_path / "a" / "x1.mnc").kind == "minc"

@@ -12,10 +12,11 @@ import SimpleITK
 from scan_files import LPS, make_ct, make_labels, make_slice, refusal, write_nifti, write_series
 
 from tapct.base.exits import UserError
-from tapct.data.discover import find_sources, stem_of
+from tapct.data.discover import find_sources
 from tapct.data.geometry import check_same_grid
 from tapct.data.ingest import read_volume
 from tapct.data.labels.reading import read_labels
+from tapct.data.readers import stem_of
 from tapct.types import LabelMap, Refused, Volume
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from tapct.base.files import expand_path
 from tapct.base.marks import file_name
 from tapct.data import formats
-from tapct.data.discover import Source, find_source, stem_of
+from tapct.data.discover import Source, find_source
 from tapct.data.geometry import to_lps
 from tapct.data.headers import read_sidecar
 from tapct.data.ingest import load_library, read_image, refusing
@@ -28,7 +28,7 @@ from tapct.data.labels.names import (
 )
 from tapct.data.labels.overlay import Overlay
 from tapct.data.labels.values import MAX_LABEL, to_label_values
-from tapct.data.readers import DICOM, FORMATS, format_of
+from tapct.data.readers import DICOM, FORMATS, format_of, stem_of
 from tapct.data.readers.dicom_elements import quiet
 from tapct.data.readers.nrrd import read_slicer, segments_of
 from tapct.data.readers.raw import Image

@@ -78,6 +78,17 @@ def format_of(path: Path) -> Format | None:
     return None
 
 
+def stem_of(path: Path) -> str:
+    """File name without the suffix of its format (`.nii.gz` is one suffix); a folder's whole
+    name.
+    """
+    for known in FORMATS:
+        for suffix in known.suffixes:
+            if path.name.lower().endswith(suffix):
+                return path.name[: -len(suffix)]
+    return path.name
+
+
 def load_libraries() -> None:
     """Load all libraries that decode scans, so that a broken one ends the command at once and does
     not refuse every scan.
