@@ -31,10 +31,12 @@ from tapct.base.files import write_atomically
 from tapct.base.paths import command_line
 from tapct.config.flat import flatten
 from tapct.data import manifest as manifests
-from tapct.data import pack, patient_key, split
-from tapct.data.index import build_manifest
+from tapct.data.index.build import build_manifest
+from tapct.data.packed import pack
+from tapct.data.packed.store import Store
+from tapct.data.patients import split
+from tapct.data.patients.key import KEY_FILE
 from tapct.data.phantom import archive as phantom
-from tapct.data.store import Store
 from tapct.eval import saved, statistics
 from tapct.eval.contract import OWN_MODEL
 from tapct.eval.results import Evaluation, TaskSection
@@ -172,10 +174,10 @@ def prepare(data: Path | None, work: Path) -> tuple[manifests.Manifest, Path]:
         UserError: the folder has no images or no labels.
     """
     work.mkdir(parents=True, exist_ok=True)
-    if not (work / patient_key.KEY_FILE).exists():
+    if not (work / KEY_FILE).exists():
         # a public key makes every machine divide the people of a public data set alike
         key = hashlib.blake2b(b"tapct benchmark", digest_size=32).digest()
-        (work / patient_key.KEY_FILE).write_bytes(key)
+        (work / KEY_FILE).write_bytes(key)
     cores = os.cpu_count() or 1
     if data is None:
         images, labels, regex = work / "phantom", None, r"(P\d+)_T\d"

@@ -10,7 +10,7 @@ import pytest
 
 from tapct import config as configs
 from tapct.base.exits import UserError
-from tapct.data import split
+from tapct.data.patients import split
 from tapct.eval.contract import Headline, ScanScore, TaskResults
 from tapct.eval.held_out import HeldOut
 from tapct.run.config import RunConfig

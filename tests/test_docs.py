@@ -34,8 +34,8 @@ from tiny_run import evaluation_of, make_store, write_config
 from tapct.cli.app import app
 from tapct.config import load_config, plugins
 from tapct.config.plugins import Plugin
-from tapct.data.datasets import read_dataset
-from tapct.data.ingest import read_volume
+from tapct.data.datasets.dataset import read_dataset
+from tapct.data.scans.ingest import read_volume
 from tapct.engine import loop, optim
 from tapct.eval import results, runner
 from tapct.eval.baselines import DEFAULTS, NamedModel, RawPatches, with_baselines

@@ -237,9 +237,9 @@ def test_the_reader_of_imports_sees_every_form() -> None:
     text = (
         "import tapct.eval.runner\nfrom tapct.base import rng, console as p\nfrom tapct.types "
         "import Batch\n"
-        "from . import readers\nfrom ..views import ops\nfrom .store import Store\nimport torch\n"
+        "from . import readers\nfrom ..views import ops\nfrom .tables import Table\nimport torch\n"
     )
-    found = [name for name, _ in tapct_imports(ast.parse(text), "tapct.data.sampler", False)]
+    found = [name for name, _ in tapct_imports(ast.parse(text), "tapct.data.manifest", False)]
     expected = [
         "eval.runner",
         "base.rng",
@@ -247,7 +247,7 @@ def test_the_reader_of_imports_sees_every_form() -> None:
         "types",
         "data.readers",
         "views.ops",
-        "data.store",
+        "data.tables",
     ]
     assert found == [f"tapct.{name}" for name in expected]
     assert [

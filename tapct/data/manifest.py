@@ -1,7 +1,7 @@
 """The manifest: a table with one row per scan of an archive, accepted with its facts or refused
 with the reason (Parquet).
 
-The manifest holds no patient identifier, only keyed hashes (see `tapct.data.patients`), and no free
+The manifest holds no patient identifier, only keyed hashes (see `patients.identity`), and no free
 text of a header. Paths below the archive are kept as they are in the columns of paths, and nowhere
 else: the manifest of an archive whose files are named after patients is not anonymous. Only its
 owner can read it.
@@ -27,7 +27,7 @@ from tapct.base import files
 from tapct.base.exits import UserError, single_line
 from tapct.data.digest import table_digest
 from tapct.data.labels.report import LabelReport
-from tapct.data.patient_memory import PatientChanges, PatientMemory
+from tapct.data.patients.memory import PatientChanges, PatientMemory
 from tapct.data.readers.raw import MAX_TEXT
 
 SCHEMA = "2"

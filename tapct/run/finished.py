@@ -13,8 +13,8 @@ from pathlib import Path
 from tapct.base import console, files
 from tapct.base.exits import UserError
 from tapct.base.paths import command_line
-from tapct.data.store import Store, labels_digest
-from tapct.data.trained_on import TrainedOn
+from tapct.data.packed.store import Store, labels_digest
+from tapct.data.packed.trained_on import TrainedOn
 from tapct.distributed.device import pick_device
 from tapct.eval import held_out, results, runner
 from tapct.eval.baselines import NAMES, with_baselines

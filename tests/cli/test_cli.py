@@ -26,8 +26,8 @@ from shell import shell as shell  # a fixture
 from tiny_run import evaluation_of, make_archive, numbers_of, write_config
 
 import tapct
-from tapct.data import ingest
-from tapct.data.patient_key import KEY_VARIABLE
+from tapct.data.patients.key import KEY_VARIABLE
+from tapct.data.scans import ingest
 from tapct.engine import loop
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
@@ -349,7 +349,7 @@ def test_an_interrupt_of_any_other_command_is_one_line(
             signal.SIGINT
         )  # to this thread: one sent to the process may be taken by another, and late
 
-    monkeypatch.setattr("tapct.data.process_pool.wait", interrupted)  # for the first result
+    monkeypatch.setattr("tapct.data.workers.process_pool.wait", interrupted)  # for the first result
     before = signal.signal(
         signal.SIGINT, signal.default_int_handler
     )  # what a shell starts with & ignores Ctrl-C

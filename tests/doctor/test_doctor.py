@@ -24,7 +24,7 @@ from forked import python_from_nest as python_from_nest  # a fixture
 from tiny_run import make_store, write_config
 
 from tapct import cli
-from tapct.data import read_rate
+from tapct.data.loading import read_rate
 from tapct.doctor import checkup, device, folders, machine, site, verdicts
 from tapct.doctor.facts import (
     INSTALL,

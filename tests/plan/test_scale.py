@@ -29,7 +29,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from tapct.base.exits import UserError
 from tapct.config import load_config, plugins
-from tapct.data.store import Store
+from tapct.data.packed.store import Store
 from tapct.engine import fsdp, loop, optim, recompute
 from tapct.losses import koleo
 from tapct.nn.layers import DropKey

@@ -18,7 +18,7 @@ from tiny_run import make_archive
 
 import tapct
 from tapct.base import exits
-from tapct.data.ingest import read_volume
+from tapct.data.scans.ingest import read_volume
 
 NAMES = ("amos_0001", "amos_0004", "amos_0038")
 

@@ -18,8 +18,10 @@ from tiny_run import config_of, make_archive, make_store, own_plugin
 import tapct
 from tapct.base.exits import UserError
 from tapct.config import Resolved
-from tapct.data import index, pack, patient_key, trained_on
-from tapct.data.store import Store, labels_digest
+from tapct.data.index.build import build_manifest
+from tapct.data.packed import pack, trained_on
+from tapct.data.packed.store import Store, labels_digest
+from tapct.data.patients.key import KEY_BYTES, KEY_FILE
 from tapct.eval import saved
 from tapct.report import compare, page
 from tapct.run import finished, lineage, pretrain
@@ -31,13 +33,13 @@ QUICK = ("eval.tasks.segmentation.steps=5", "eval.num_pictures=0", "train.steps=
 
 def give_key(folder: Path, letter: str) -> None:
     """A patient key that is the same in every test session, so that the splits are."""
-    (folder / patient_key.KEY_FILE).write_bytes(letter.encode() * patient_key.KEY_BYTES)
+    (folder / KEY_FILE).write_bytes(letter.encode() * KEY_BYTES)
 
 
 def store_of(archive: Path, folder: Path) -> Path:
     """An archive, indexed in another folder and with another patient key."""
     give_key(folder, "d")
-    found = index.build_manifest(
+    found = build_manifest(
         archive, folder / "m.parquet", labels=None, patient_regex=None, min_depth=1, workers=0,
         progress=None,
     )  # fmt: skip

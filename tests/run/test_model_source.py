@@ -13,7 +13,7 @@ from shell import shell as shell  # a fixture
 from tiny_run import config_of, make_store
 
 from tapct.base.exits import UserError
-from tapct.data.store import Store
+from tapct.data.packed.store import Store
 from tapct.eval.results import Evaluation
 from tapct.run import finished, pretrain
 from tapct.run.model_source import open_model

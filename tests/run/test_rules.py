@@ -13,7 +13,7 @@ from shell import shell as shell  # a fixture
 from tiny_run import make_store, write_config
 
 from tapct.base.exits import UserError
-from tapct.data.store import StoredScan
+from tapct.data.packed.store import StoredScan
 from tapct.nn.contracts import LossInputs
 from tapct.run import pretrain, rules, start
 

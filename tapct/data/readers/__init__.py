@@ -14,8 +14,8 @@ To add a format such as MINC:
 4. Add the name to `TITLES` in `data/formats.py`, from where help texts and messages take it.
 
 All other checks are not the reader's job and hold for every format: orientation and spacing
-(`geometry`), whether the values are HU (`ct_check`), side-car files and facts (`headers`), patient
-identifiers (`patients`).
+(`scans.geometry`), whether the values are HU (`checks.ct_check`), side-car files and facts
+(`scans.headers`), patient identifiers (`patients.identity`).
 """
 
 from __future__ import annotations

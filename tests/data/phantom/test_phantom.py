@@ -17,12 +17,12 @@ import SimpleITK as sitk
 import torch
 
 from tapct.base.exits import UserError
-from tapct.data import ingest
 from tapct.data.labels import reading
 from tapct.data.phantom import archive as phantom
 from tapct.data.phantom.files import write_case
 from tapct.data.phantom.patient import ORIENTATIONS, draw_patient, draw_study
 from tapct.data.phantom.scan import scan
+from tapct.data.scans import ingest
 from tapct.types import AIR_HU, HUContract, LabelMap, Volume
 
 NAMES = {name: value for value, name in phantom.LABELS}

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
-from tapct.data.index import build_manifest
-from tapct.data.pack import pack
+from tapct.data.index.build import build_manifest
+from tapct.data.packed.pack import pack
+from tapct.data.packed.store import Store
 from tapct.data.phantom import archive as phantom
 from tapct.data.phantom.patient import (
     ARTERIAL,
@@ -25,7 +26,6 @@ from tapct.data.phantom.patient import (
 from tapct.data.phantom.scan import paint
 from tapct.data.phantom.truth import TARGETS, truth_of
 from tapct.data.phantom.warp import draw_warp
-from tapct.data.store import Store
 from tapct.eval.landmarks import read_landmarks
 from tapct.eval.scan_labels import Kind, read_scan_labels
 

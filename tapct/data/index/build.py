@@ -1,0 +1,539 @@
+"""Index an archive: examine every scan of a folder in worker processes and write the manifest."""
+
+from __future__ import annotations
+
+import contextlib
+import fnmatch
+import math
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from tapct.base import console
+from tapct.base.exits import UserError
+from tapct.base.files import check_new_path, first_cause
+from tapct.base.lease import Lease, hold
+from tapct.data import formats
+from tapct.data.checks.ct_check import BODY_ABOVE, subsample
+from tapct.data.digest import label_digest, voxel_digest
+from tapct.data.index.duplicates import mirror_digest, refuse_duplicates
+from tapct.data.index.examined import Examined, with_patients
+from tapct.data.index.kept_patients import KEEP_ALL, KeepRules, read_older, with_kept_patients
+from tapct.data.index.label_counts import label_report, not_used, path_from
+from tapct.data.labels.merging import CONTRADICTORY
+from tapct.data.labels.pairing import LabelPairs, pair_labels
+from tapct.data.labels.reading import read_labels_of
+from tapct.data.manifest import ACCEPTED, REFUSED, UNKNOWN, Manifest, write_table
+from tapct.data.patients import near_copies
+from tapct.data.patients.identity import PatientRules, check_regex, parse_patient_from
+from tapct.data.patients.key import key_name, keyed_hash, patient_key
+from tapct.data.patients.table import patients_from_table
+from tapct.data.readers import LIBRARIES, load_libraries
+from tapct.data.readers.dicom_kind import object_title
+from tapct.data.scans.ingest import OUT_OF_MEMORY, read_source
+from tapct.data.scans.plain_facts import failure as failure_line
+from tapct.data.scans.plain_facts import kernel, maker, without_names
+from tapct.data.scans.read_rules import MIN_DEPTH, PLAIN, ReadRules
+from tapct.data.search import passed_over as passed
+from tapct.data.search.discover import DICOM_OBJECT, LATE, Listing, Source, search
+from tapct.data.workers.process_pool import DEFAULT_LIMITS, LOST, Failure, ScanLimits, map_unordered
+from tapct.data.workers.time_limit import NoAnswer, TimeLimit
+from tapct.types import Refused, Volume
+
+_PAIRING_SECONDS = 1.0  # per scan or label map, beside the limit of one file
+_MODULES = (__name__, *LIBRARIES)  # what a worker needs
+
+
+@dataclass(frozen=True)
+class ExamineTask:
+    """One scan for a worker process.
+
+    Args:
+        source: files of the scan.
+        root: folder of the archive.
+        labels: path of its label file or folder of masks, or None.
+        more_labels: paths of the DICOM objects that are merged with `labels`.
+        key: secret of the keyed hashes of scans and patients.
+        min_depth: fewest slices of an accepted scan.
+        accept: what is accepted beyond plain scans.
+        study_dates: whether the row has the whole date of the study, and not its year alone.
+        ignore_labels: label values of voxels that nobody has labelled.
+        num_other_labels: number of further label maps that fit the scan and are not used.
+        label_problem: reason for which the labels cannot be used although nobody has read them;
+            empty for most.
+        label_names: label names of a data set, which replace those of the files.
+    """
+
+    source: Source
+    root: Path
+    labels: Path | None
+    key: bytes
+    min_depth: int
+    accept: ReadRules = PLAIN
+    study_dates: bool = False
+    ignore_labels: tuple[int, ...] = ()
+    more_labels: tuple[Path, ...] = ()
+    num_other_labels: int = 0
+    label_problem: str = ""
+    label_names: tuple[tuple[int, str], ...] = ()
+
+
+def build_manifest(
+    root: Path,
+    out: Path,
+    *,
+    labels: Path | None = None,
+    only: Sequence[str] = (),
+    ignore_labels: Sequence[int] = (),
+    label_names: Sequence[tuple[int, str]] = (),
+    patient_regex: str | None = None,
+    patient_column: str | None = None,
+    patient_from: str | None = None,
+    study_dates: bool = False,
+    min_depth: int = MIN_DEPTH,
+    accept: ReadRules = PLAIN,
+    workers: int = 0,
+    limits: ScanLimits = DEFAULT_LIMITS,
+    progress: Callable[[int, int], None] | None = None,
+    keep: KeepRules = KEEP_ALL,
+) -> Manifest:
+    """Index an archive and write the manifest.
+
+    Every scan is read completely, and once. A scan that fails becomes a refused row. Of scans with
+    the same voxels one is accepted, see `duplicates`. How a patient is identified: see
+    `patients.identity`. Scans that an older manifest at `out` lists keep their patients, see
+    `kept_patients`.
+
+    Args:
+        root: folder of the archive.
+        out: .parquet file to write; replaced in one step, so that there is never half a manifest.
+        labels: folder with label maps; label maps in other places are found by name, see
+            `tapct.data.labels.pairing`.
+        only: patterns of the paths below the root, one of which a scan must match as a whole;
+            others are passed over; empty for all.
+        ignore_labels: label values of voxels that nobody has labelled, e.g. -1; losses and metrics
+            leave these voxels out.
+        label_names: label values and names of a data set, which replace those of the files.
+        patient_regex: regular expression; group 1, searched in the path below the root, is the
+            patient's identifier where the header holds none.
+        patient_column: `FILE.csv:COLUMN`, a table with the patients; see `patients.table`.
+        patient_from: `folder:N`, the N-th folder below the root is the patient; or `header`, a
+            PatientID counts also where all studies have the same one.
+        study_dates: whether the manifest has the whole date of a study, and not its year alone.
+        min_depth: fewest slices of an accepted scan; others are refused as `too_few_slices`.
+        accept: what is accepted beyond plain scans.
+        workers: number of processes; 0 reads in this process, without protection from a file that
+            ends, blocks or fills it.
+        limits: time and memory that one scan may take in a worker process.
+        progress: function that is called with (scans done, scans in all).
+        keep: which patients of an older manifest are kept.
+    Returns:
+        The manifest as written, with the number of files of each kind that were passed over, and
+        the counts of its labels.
+    Raises:
+        UserError: the folder is missing or holds no scan, an option about patients is wrong, or
+            `out` cannot be written.
+    """
+    root, out = Path(root), Path(out)
+    check_regex(patient_regex)
+    folder, trusts_header = parse_patient_from(patient_from)
+    _check_out(out)
+    listing, pairs = _search(root, labels, workers, accept.derived, limits.seconds)
+    scans, passed_over = _scans_of(listing, pairs, root, only)
+    if not scans:
+        raise _no_scans(root, passed_over)
+    column = {}
+    if patient_column is not None:
+        column = patients_from_table(
+            patient_column, [scan.path.relative_to(root) for scan in scans]
+        )
+    key = patient_key(out.parent)
+    patients = PatientRules(root, key, patient_regex, folder, trusts_header, column)
+    tasks = [
+        ExamineTask(
+            source=scan,
+            root=root,
+            labels=pairs.label_of.get(scan.path),
+            key=key,
+            min_depth=min_depth,
+            accept=accept,
+            study_dates=study_dates,
+            ignore_labels=tuple(ignore_labels),
+            more_labels=pairs.more_of.get(scan.path, ()),
+            num_other_labels=len(pairs.others_of.get(scan.path, ())),
+            label_names=tuple(label_names),
+        )
+        for scan in scans
+    ]
+    with _only_writer(out) as lease:
+        older = read_older(out, keep, key_name(key))
+        examined = _examine_all(tasks, workers, limits, progress)
+        rows = refuse_duplicates(examined, {row.id: row.mirror_digest for row in examined})
+        identified, given = with_patients(rows, examined, scans, patients)
+        manifest = Manifest(
+            identified,
+            root.resolve(),
+            key_name(key),
+            passed_over=dict(passed_over),
+            ignore_labels=tuple(ignore_labels),
+            label_names=tuple(label_names),
+            label_report=label_report(pairs, rows, root, [row.contradiction for row in examined]),
+            file=out,
+        )
+        manifest = with_kept_patients(manifest, given, older, keep)
+        lease.check()
+        write_table(manifest, out)
+    return manifest
+
+
+def _scans_of(
+    listing: Listing, pairs: LabelPairs, root: Path, only: Sequence[str]
+) -> tuple[list[Source], Counter[str]]:
+    """The sources to examine as scans, and the files that are passed over, counted by kind."""
+    scans: list[Source] = []
+    passed_over = Counter(listing.passed_over) + Counter(pairs.passed_over)
+    for source in listing.sources:
+        if source.path in pairs.label_files:
+            continue
+        if source.kind == DICOM_OBJECT:
+            passed_over[f"DICOM {object_title(source.sop_class)}"] += 1
+        elif only and not matches_any(source.path.relative_to(root).as_posix(), only):
+            passed_over["not part of the data set"] += 1
+        else:
+            scans.append(source)
+    return scans, passed_over
+
+
+def matches_any(path: str, patterns: Sequence[str]) -> bool:
+    """Whether a path matches one of some patterns as a whole; `*` matches folders too."""
+    return any(fnmatch.fnmatchcase(path, pattern) for pattern in patterns)
+
+
+def _examine_all(
+    tasks: Sequence[ExamineTask],
+    workers: int,
+    limits: ScanLimits,
+    progress: Callable[[int, int], None] | None,
+) -> list[Examined]:
+    """The rows of all scans, in their order; arguments as in `build_manifest`.
+
+    Where a worker process was lost, the labels may be the cause, and they must not refuse their
+    scan: it is read again without them.
+    """
+    rows: dict[int, Examined] = {}
+    for index, row in _examined(tasks, workers, limits):
+        rows[index] = row
+        if progress is not None:
+            progress(len(rows), len(tasks))
+    again = [i for i, row in rows.items() if row.reason in LOST and tasks[i].labels is not None]
+    problems = [f"{rows[i].reason}: with its labels, {rows[i].detail}" for i in again]
+    alone = [replace(tasks[i], label_problem=text) for i, text in zip(again, problems)]
+    for index, row in _examined(alone, workers, limits):
+        rows[again[index]] = row
+    return [rows[index] for index in range(len(tasks))]
+
+
+def _examined(
+    tasks: Sequence[ExamineTask], workers: int, limits: ScanLimits
+) -> Iterator[tuple[int, Examined]]:
+    """Yield index and row of each task, in the order in which they become ready."""
+    results = map_unordered(
+        examine,
+        tasks,
+        workers,
+        failed_row,
+        num_bytes=_bytes_to_read,
+        limits=limits,
+        modules=_MODULES,
+    )
+    with contextlib.closing(results):  # ends the workers at an error or Ctrl-C
+        yield from results
+
+
+def _search(
+    root: Path, labels: Path | None, workers: int, derived: bool, seconds: float
+) -> tuple[Listing, LabelPairs]:
+    """Find the scans of an archive and their label maps in a worker process, since this reads
+    headers; each file may take `seconds`.
+
+    It also loads the reader libraries, since a broken one would refuse every scan. The process of
+    the command does not need them; loading them costs it 0.7 s.
+    """
+    request = (root, labels, derived, seconds)
+    if workers == 0:
+        return _found(request)
+    ((_, found),) = map_unordered(
+        _found_or_error,
+        [request],
+        1,
+        lambda _, failure: UserError(f"{root} cannot be searched: {failure.detail}"),
+        limits=ScanLimits(seconds=math.inf),  # it takes as long as the archive is large
+        modules=_MODULES,
+    )
+    if isinstance(found, UserError):
+        raise found
+    return found
+
+
+def _found(request: tuple[Path, Path | None, bool, float]) -> tuple[Listing, LabelPairs]:
+    """What lies below a folder, and which label map belongs to which scan."""
+    root, labels, derived, seconds = request
+    load_libraries()
+    listing = search(root, derived=derived, seconds=seconds)
+    if labels is not None and not labels.is_dir():
+        raise UserError(f"labels folder {labels} does not exist or is not a folder; check the path")
+    # side-cars, tables of labels and the headers of DICOM objects are read again
+    limit = TimeLimit(seconds + _PAIRING_SECONDS * len(listing.sources))
+    try:
+        return listing, limit.call(pair_labels, listing.sources, root, labels, seconds)
+    except NoAnswer as error:
+        raise UserError(
+            f"the files of {root} were listed, but reading side-cars and tables of labels had "
+            f"{error}; check the disk"
+        ) from error
+    finally:
+        limit.close()
+
+
+def _found_or_error(
+    request: tuple[Path, Path | None, bool, float],
+) -> tuple[Listing, LabelPairs] | UserError:
+    """`_found`, or the error that a person can mend."""
+    try:
+        return _found(request)
+    except ImportError as error:
+        return UserError(f"a library that reads scans cannot be loaded ({error}); install it again")
+    except UserError as error:
+        return error
+
+
+def _check_out(out: Path) -> None:
+    """Refuse a place that is no file of a manifest, before anything is read."""
+    if out.is_dir():
+        raise UserError(
+            f"{out} is a folder; give the file to write, such as {out / 'manifest.parquet'}"
+        )
+    if out.suffix != ".parquet":
+        raise UserError(
+            f"the manifest is a Parquet file, and {out} does not end in .parquet; give a name such "
+            f"as {out.with_suffix('.parquet')}"
+        )
+    check_new_path(out)
+
+
+@contextlib.contextmanager
+def _only_writer(out: Path) -> Iterator[Lease]:
+    """Hold the lease of a manifest; a place that cannot be written to is refused here, before the
+    archive is read.
+    """
+    lease_file = out.with_name(f".{out.name}.lease")
+    with contextlib.ExitStack() as stack:
+        try:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            lease = stack.enter_context(hold(lease_file, f"manifest {out}", console.say))
+        except OSError as error:
+            raise UserError(
+                f"cannot write manifest {out}: {first_cause(error)}; nothing was changed"
+            ) from error
+        yield lease
+
+
+def _no_scans(root: Path, counts: Counter[str]) -> UserError:
+    """The error of a folder without anything to examine."""
+    others = passed.summary(counts)
+    beside = f", but {others}" if others else ""
+    return UserError(f"{root} holds no {formats.listed('or')} scans{beside}; check the path")
+
+
+def check_usable(manifest: Manifest, labels: Path | None) -> None:
+    """Refuse a manifest from which nothing can be packed, or in which no label map was used.
+
+    Args:
+        manifest: manifest as written.
+        labels: folder that was given for label maps, or None.
+    Raises:
+        UserError: no scan is accepted, or labels were given and none belongs to an accepted scan.
+    """
+    if not manifest.accepted:
+        (_, (reason, count), *_) = [*manifest.summary().items(), ("", 0)]
+        raise UserError(
+            f"no scan in {manifest.root} is accepted: {count} of {len(manifest.rows)} refused as "
+            f"{reason}; the manifest lists the reasons, docs/ingest.md explains them"
+        )
+    if labels is not None and not any(row.label_path for row in manifest.accepted):
+        raise UserError(
+            f"no label map in {labels} belongs to an accepted scan; label maps must have the names "
+            "of the scans, see docs/data.md, and lie on their grid"
+        )
+
+
+def examine(task: ExamineTask) -> Examined:
+    """Read one scan and its labels; any failure becomes the reason in its row."""
+    row = bare_row(task)  # refused, until all checks have passed
+    try:
+        row = replace(row, bytes=bytes_of(task))
+        if not all(map(is_utf8, _paths_below(task))):
+            raise Refused("bad_name", "the path holds bytes that are not UTF-8; rename it")
+        volume = read_source(task.source, task.key, task.accept)
+        row = with_facts(row, volume, task)
+        if row.depth < task.min_depth:
+            raise Refused(
+                "too_few_slices",
+                f"{row.depth} slices; rule: at least {task.min_depth} (--min-depth)",
+            )
+        row = with_labels(replace(row, status=ACCEPTED), task, volume)
+        return replace(row, detail=nameless(row.detail, task))
+    except Refused as error:
+        if error.reason == OUT_OF_MEMORY:
+            raise MemoryError(error.detail) from error  # the pool tries it again with more
+        return replace(row, reason=error.reason, detail=nameless(error.marked, task))
+    except MemoryError:
+        raise
+    except Exception as error:  # one scan must not end the index of a whole archive
+        return replace(row, reason="unreadable", detail=failure_line(error))
+
+
+def nameless(detail: str, task: ExamineTask) -> str:
+    """A line about a scan without the names of its files: the columns of paths have them."""
+    labels = () if task.labels is None else (task.labels, *task.more_labels)
+    return without_names(detail, task.root, (task.source.path, *task.source.files, *labels))
+
+
+def bytes_of(task: ExamineTask) -> int:
+    """Bytes of the files of a scan; a file that is gone counts as empty."""
+    num_bytes = 0
+    if (
+        task.source.reason == LATE
+    ):  # asking for its size may never return, and this process would wait
+        return num_bytes
+    for path in task.source.files:
+        with contextlib.suppress(OSError):
+            num_bytes += path.stat().st_size
+    return num_bytes
+
+
+def _bytes_to_read(task: ExamineTask) -> int:
+    """Bytes of the files of a scan and of its labels, for the time that reading them may take."""
+    num_bytes = bytes_of(task)
+    if task.labels is not None and not task.label_problem:
+        with contextlib.suppress(OSError):
+            files = (*task.labels.iterdir(),) if task.labels.is_dir() else (task.labels,)
+            files += task.more_labels
+            num_bytes += sum(file.stat().st_size for file in files)
+    return num_bytes
+
+
+def failed_row(task: ExamineTask, failure: Failure) -> Examined:
+    """The row of a scan whose worker process has no result."""
+    detail = nameless(failure.detail, task)
+    return replace(bare_row(task), bytes=bytes_of(task), reason=failure.reason, detail=detail)
+
+
+def bare_row(task: ExamineTask) -> Examined:
+    """The row of a scan that has not been read: its path and kind; its status is refused."""
+    # Parquet holds text, so bytes of a path that are not UTF-8 are written as escapes
+    path = _escaped(task, task.source.path)
+    # keyed: nobody without the key can test whether a known path is in a manifest or a store
+    scan_id = keyed_hash(task.key, f"scan {path}")
+    files = task.source.files
+    file_paths = () if files == (task.source.path,) else tuple(_escaped(task, f) for f in files)
+    return Examined(
+        id=scan_id, path=path, kind=task.source.kind, status=REFUSED, file_paths=file_paths
+    )
+
+
+def _escaped(task: ExamineTask, file: Path) -> str:
+    """Path of a file below the root, as text that Parquet can hold."""
+    relative = file.relative_to(task.root).as_posix()
+    return os.fsencode(relative).decode("utf-8", "backslashreplace")
+
+
+def _paths_below(task: ExamineTask) -> list[Path]:
+    """The paths of a scan below the root: its own, and those of its files."""
+    return [path.relative_to(task.root) for path in (task.source.path, *task.source.files)]
+
+
+def is_utf8(path: Path | str) -> bool:
+    """Whether a path is UTF-8, so that the manifest can hold it as it is."""
+    try:
+        os.fsencode(path).decode("utf-8")
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def with_labels(row: Examined, task: ExamineTask, volume: Volume) -> Examined:
+    """A row with path and digest of the scan's labels.
+
+    Labels that cannot be used do not refuse the scan: its row gives the reason in `detail`.
+    """
+    if task.labels is None:
+        return row
+    paths = [path_from(task.root, labels) for labels in (task.labels, *task.more_labels)]
+    num_found = task.num_other_labels + 1
+    choice = f"its labels: the first of {num_found} label maps is used" if num_found > 1 else ""
+    if task.label_problem:
+        line = not_used(task.label_problem)
+        return replace(row, detail="; ".join(filter(None, (line, choice))))
+    try:
+        if not all(map(is_utf8, paths)):
+            raise Refused("bad_name", "their path holds bytes that are not UTF-8; rename it")
+        found = read_labels_of(
+            volume, task.labels, task.ignore_labels, task.more_labels, task.label_names
+        )
+    except Refused as error:
+        if error.reason == OUT_OF_MEMORY:
+            raise
+        line = not_used(f"{error.reason}: {error.marked}")
+        contradiction = error.detail if error.reason == CONTRADICTORY else ""
+        # the reason comes first, where `label_report` counts it
+        detail = "; ".join(filter(None, (line, choice)))
+        return replace(row, detail=detail, contradiction=contradiction)
+    notes = "".join(f"its labels: {note}" for note in found.notes[:1])
+    return replace(
+        row,
+        label_path=paths[0],
+        merged_labels=tuple(paths[1:]),
+        label_digest=label_digest(found.label_map),
+        detail="; ".join(filter(None, (notes, *found.notes[1:], choice))),
+    )
+
+
+def with_facts(row: Examined, volume: Volume, task: ExamineTask) -> Examined:
+    """A row with the grid, HU statistics, digest and header facts of its scan."""
+    depth, height, width = volume.hu_ZYX.shape
+    values = subsample(volume.hu_ZYX)
+    body = values[values > BODY_ABOVE]
+    p005 = p50 = p995 = UNKNOWN
+    if body.size:
+        p005, p50, p995 = np.percentile(body, (0.5, 50, 99.5))
+    return replace(
+        row,
+        depth=depth,
+        height=height,
+        width=width,
+        spacing_z_mm=volume.spacing_mm[0],
+        spacing_y_mm=volume.spacing_mm[1],
+        spacing_x_mm=volume.spacing_mm[2],
+        origin_mm=tuple(map(float, volume.origin_mm)),
+        directions=tuple(float(part) for axis in volume.directions for part in axis),
+        study_date=volume.facts.study_date[: None if task.study_dates else 4],
+        manufacturer=maker(volume.facts.manufacturer),
+        kernel=kernel(volume.facts.kernel),
+        sex=volume.facts.sex,
+        age_years=volume.facts.age_years,
+        hu_p005=float(p005),
+        hu_p50=float(p50),
+        hu_p995=float(p995),
+        body_share=body.size / values.size,
+        digest=voxel_digest(volume.hu_ZYX),
+        marks=",".join(volume.marks),
+        lossy_ratio=volume.facts.lossy_ratio,
+        facts=volume.facts,
+        mirror_digest=mirror_digest(volume.hu_ZYX),
+        sketch=near_copies.sketch(volume.hu_ZYX),
+    )
