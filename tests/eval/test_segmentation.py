@@ -14,7 +14,7 @@ from tapct.base.exits import UserError
 from tapct.eval.decoder import SoftDice, fit_decoder
 from tapct.eval.features import BlockFeatures, DenseFeatures, PatchGrid
 from tapct.eval.heads import fit_head
-from tapct.eval.organ_decoders import scans_of_draw
+from tapct.eval.label_fractions import Draw, LabelFractions, curve_of, patients_of_draw
 from tapct.eval.scans import LabelledScan
 from tapct.eval.tasks.segmentation import Config, build, dice_from_confusion
 from tapct.eval.truth import OUTSIDE, patch_truth
@@ -537,25 +537,51 @@ def test_a_head_finds_organs_and_takes_the_better_learning_rate(head):
     assert found["mean_dice_patch"] > 0.8
 
 
-def test_a_label_fraction_fits_the_decoder_to_the_drawn_scans_alone():
-    scenes = [scene(number, f"train{number}") for number in range(1, 5)]
-    whole = build(Config(fractions=(1, 3), draws=2, steps=20), seed=0)
+def test_a_label_fraction_fits_the_decoder_to_all_scans_of_the_drawn_patients():
+    """Four patients, of whom the first two have two scans."""
+    scenes = []
+    for number, patient in enumerate(("p1", "p1", "p2", "p2", "p3", "p4"), 1):
+        scan, grid, dense = scene(number, f"train{number}")
+        scenes.append((replace(scan, patient=patient), grid, dense))
+    whole = build(Config(fractions=(1, 3), draws=3, steps=20), seed=0)
     for scan, grid, dense in scenes:
         whole.learn("m", dense, whole.truth(scan, grid, everywhere(grid)))
     whole.fit()
     scan, grid, dense = scene(9, "test")
     whole.judge("m", dense, whole.truth(scan, grid, everywhere(grid)))
-    curve = whole.results().models["m"]["dice_by_num_scans"]
-    assert {num: len(draws) for num, draws in curve.items()} == {"1": 2, "3": 2}
-    drawn = scans_of_draw([one[0].id for one in scenes], 1, 0, 0)
-    assert drawn <= scans_of_draw([one[0].id for one in scenes], 3, 0, 0)
-    alone = build(Config(steps=20), seed=0)
-    for one_scan, one_grid, one_dense in scenes:
-        if one_scan.id in drawn:
-            alone.learn("m", one_dense, alone.truth(one_scan, one_grid, everywhere(one_grid)))
-    alone.fit()
-    alone.judge("m", dense, alone.truth(scan, grid, everywhere(grid)))
-    assert alone.results().models["m"]["mean_dice"] == pytest.approx(curve["1"][0])
+    results = whole.results().models["m"]
+    unit, curve = curve_of(results)
+    assert unit == "patient" and curve is results["dice_by_num_patients"]
+    assert {num: len(draws) for num, draws in curve.items()} == {"1": 3, "3": 3}
+    patients = ["p1", "p2", "p3", "p4"]
+    for draw in range(3):
+        drawn = patients_of_draw(patients, 1, draw, 0)
+        assert len(drawn) == 1 and drawn <= patients_of_draw(patients[::-1], 3, draw, 0)
+        alone = build(Config(steps=20, max_tokens=whole.config.max_tokens), seed=0)
+        for one_scan, one_grid, one_dense in scenes:
+            if one_scan.patient in drawn:
+                truth = alone.truth(one_scan, one_grid, everywhere(one_grid))
+                alone.learn("m", one_dense, truth)
+        assert len(alone._kept["m"]) == (2 if drawn & {"p1", "p2"} else 1)
+        alone.fit()
+        alone.judge("m", dense, alone.truth(scan, grid, everywhere(grid)))
+        assert alone.results().models["m"]["mean_dice"] == pytest.approx(curve["1"][draw])
+
+
+def test_label_fractions_above_the_number_of_patients_are_left_out_with_a_line(capsys):
+    task = build(Config(fractions=(1, 2, 5), draws=1, steps=5), seed=0)
+    for number in (1, 2):
+        scan, grid, dense = scene(number, f"train{number}")
+        task.learn("m", dense, task.truth(scan, grid, everywhere(grid)))
+    task.fit()
+    printed = " ".join("".join(capsys.readouterr()).split())
+    assert "label fractions: 2, 5 left out, because there are 2 training patients" in printed
+    assert [draw for draw, _ in task._few_labels.decoders("m")] == [Draw(1, 0)]
+
+
+def test_the_curve_of_earlier_results_counts_scans():
+    assert curve_of({"dice_by_num_scans": {"5": [0.5]}}) == ("scan", {"5": [0.5]})
+    assert curve_of({"mean_dice": 0.5}) == ("scan", {})
 
 
 def test_last4_reads_the_channels_of_several_blocks():
@@ -583,8 +609,10 @@ def test_an_organ_that_only_one_model_has_kept_is_a_class():
 def test_a_draw_without_a_tested_organ_is_left_out_of_the_curve():
     task = build(Config(), seed=0)
     task.organs = ("liver",)
-    task._few_labels_dice = {("m", 1, 0): {"s": {}}, ("m", 1, 1): {"s": {"liver": 0.5}}}
-    assert task._label_fractions("m") == {"1": [0.5]}
+    few = LabelFractions((1,), 2, seed=0)
+    few.add("m", Draw(1, 0), "s", {})
+    few.add("m", Draw(1, 1), "s", {"liver": 0.5})
+    assert few.curve("m", task._mean_by_organ) == {"1": [0.5]}
 
 
 def test_a_head_is_fitted_to_a_single_patch():

@@ -1,0 +1,139 @@
+"""The label-fraction curve of the segmentation task: Dice by the number of labelled patients.
+
+A number counts patients, and a drawn patient brings all of its training scans. The draws are fixed
+by the seed of the evaluation and equal for all models. They are nested: in one draw, the patients
+of a smaller number are among those of a larger one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from tapct.base import console, rng
+from tapct.base.counted import counted
+from tapct.eval.organ_decoders import FittedDecoder, KeptPatches
+
+BY_PATIENTS = "dice_by_num_patients"  # key of the curve in the results of a model
+BY_SCANS = "dice_by_num_scans"  # the key of earlier versions, whose numbers count scans
+
+
+@dataclass(frozen=True)
+class Draw:
+    """One draw of some patients.
+
+    Args:
+        num: number of patients.
+        number: number of the draw, from 0.
+    """
+
+    num: int
+    number: int
+
+
+class LabelFractions:
+    """Fits the decoders of the curve and collects their Dice.
+
+    Args:
+        nums: numbers of patients.
+        num_draws: draws for each number.
+        seed: random seed of the evaluation.
+    """
+
+    def __init__(self, nums: Sequence[int], num_draws: int, seed: int) -> None:
+        self.nums = tuple(sorted(set(nums)))
+        self.num_draws, self.seed = num_draws, seed
+        self._decoders: dict[str, dict[Draw, FittedDecoder]] = {}
+        # model -> draw -> scan -> organ -> Dice
+        self._dice: dict[str, dict[Draw, dict[str, Mapping[str, float]]]] = {}
+
+    def fit(
+        self,
+        model: str,
+        kept: Sequence[KeptPatches],
+        fitted: Callable[[Sequence[KeptPatches]], FittedDecoder],
+    ) -> None:
+        """Fit the decoders of one model.
+
+        Args:
+            model: model name.
+            kept: training patches by scan.
+            fitted: function that fits a decoder to the patches of some scans.
+        """
+        patients = sorted({one.patient for one in kept})
+        decoders = self._decoders.setdefault(model, {})
+        for num in self.nums:
+            for number in range(self.num_draws if num < len(patients) else 0):
+                drawn = patients_of_draw(patients, num, number, self.seed)
+                few = [one for one in kept if one.patient in drawn]
+                decoders[Draw(num, number)] = fitted(few)
+
+    def report(self, num_patients: int) -> None:
+        """Print which numbers are left out, since that many patients are not there to be drawn.
+
+        Args:
+            num_patients: number of training patients.
+        """
+        too_large = [str(num) for num in self.nums if num >= num_patients]
+        if too_large:
+            console.say(
+                f"label fractions: {', '.join(too_large)} left out, because there are "
+                f"{counted(num_patients, 'training patient')}; the headline is the value with all"
+            )
+
+    def decoders(self, model: str) -> Iterator[tuple[Draw, FittedDecoder]]:
+        """The decoders of one model."""
+        yield from self._decoders.get(model, {}).items()
+
+    def add(self, model: str, draw: Draw, scan: str, dice: Mapping[str, float]) -> None:
+        """Keep the Dice of the organs of one test scan."""
+        self._dice.setdefault(model, {}).setdefault(draw, {})[scan] = dice
+
+    def curve(
+        self,
+        model: str,
+        mean_by_organ: Callable[[Mapping[str, Mapping[str, float]]], Mapping[str, float]],
+    ) -> dict[str, list[float]]:
+        """Number of patients -> mean Dice of each draw; empty without a curve.
+
+        Args:
+            model: model name.
+            mean_by_organ: function from the Dice of all test scans to that of each organ.
+        """
+        curve: dict[str, list[float]] = {}
+        by_draw = self._dice.get(model, {})
+        for draw in sorted(by_draw, key=lambda draw: (draw.num, draw.number)):
+            means = mean_by_organ(by_draw[draw])
+            if means:
+                curve.setdefault(str(draw.num), []).append(float(np.mean(list(means.values()))))
+        return curve
+
+
+def patients_of_draw(patients: Sequence[str], num: int, draw: int, seed: int) -> frozenset[str]:
+    """The patients of one draw. Those of a smaller number are part of those of a larger one.
+
+    Args:
+        patients: all training patients; scan IDs where they are unknown.
+        num: number of patients to draw.
+        draw: number of the draw.
+        seed: random seed of the evaluation.
+    """
+
+    def place(patient: str) -> tuple[int, str]:
+        return rng.hash_int(seed, "label fraction", draw, rng.purpose_id(patient)), patient
+
+    return frozenset(sorted(set(patients), key=place)[:num])
+
+
+def curve_of(numbers: Mapping[str, Any]) -> tuple[str, Mapping[str, Sequence[float]]]:
+    """What a label-fraction curve counts, `patient` or `scan`, and the curve.
+
+    Args:
+        numbers: results of one model, of this version or an earlier one.
+    """
+    if BY_PATIENTS in numbers:
+        return "patient", numbers[BY_PATIENTS]
+    return "scan", numbers.get(BY_SCANS) or {}
