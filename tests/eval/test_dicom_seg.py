@@ -12,7 +12,7 @@ import highdicom
 import numpy as np
 import pydicom
 import pytest
-from scan_files import make_ct, write_nifti, write_series
+from scan_files import CT_STORAGE, make_ct, make_slice, write_nifti, write_series
 
 from tapct.base.exits import UserError
 from tapct.data.index.build import build_manifest
@@ -183,6 +183,69 @@ def check_images_of_frames(seg: pydicom.Dataset, images: list[pydicom.Dataset]) 
             [float(mm) for mm in position[source.ReferencedSOPInstanceUID]],
             atol=1e-6,
         )
+
+
+def write_two_stacks(path: Path, hu_SKJI: np.ndarray) -> None:
+    """One multi-frame file with two stacks, whose frames alternate, the first one downwards."""
+    num = len(hu_SKJI[0])
+    dataset = make_slice(
+        hu_SKJI[0, 0],
+        0.0,
+        SOPClassUID=f"{CT_STORAGE}.1",
+        NumberOfFrames=2 * num,
+        FrameOfReferenceUID="1.2.7",
+        **dict.fromkeys(("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing")),
+    )
+    dataset.file_meta.MediaStorageSOPClassUID = f"{CT_STORAGE}.1"
+
+    def item(**values: object) -> pydicom.Dataset:
+        one = pydicom.Dataset()
+        for tag, value in values.items():
+            setattr(one, tag, value)
+        return one
+
+    frames, pixels = [], []
+    for k, stack in np.ndindex(num, 2):
+        at = num - 1 - k if stack == 0 else k
+        position = [-10.0, -20.0, 100.0 + STEP_MM * at + 100 * stack]
+        frames.append(
+            item(
+                PlanePositionSequence=[item(ImagePositionPatient=position)],
+                FrameContentSequence=[
+                    item(StackID=str(stack + 1), DimensionIndexValues=[stack + 1, at + 1])
+                ],
+            )
+        )
+        pixels.append(hu_SKJI[stack, at] + 1024)
+    dataset.SharedFunctionalGroupsSequence = [
+        item(
+            PlaneOrientationSequence=[item(ImageOrientationPatient=list(UPRIGHT))],
+            PixelMeasuresSequence=[item(PixelSpacing=[ROW_MM, COLUMN_MM], SliceThickness=5.0)],
+        )
+    ]
+    dataset.PerFrameFunctionalGroupsSequence = frames
+    dataset.PixelData = np.stack(pixels).astype(np.uint16).tobytes()
+    path.parent.mkdir(parents=True)
+    dataset.save_as(path, enforce_file_format=True)
+
+
+def test_a_stack_of_a_multi_frame_file_has_its_own_seg(tmp_path: Path) -> None:
+    write_two_stacks(tmp_path / "a" / "e.dcm", make_ct((16, 24, 26), 4).reshape(2, 8, 24, 26))
+    manifest = build_manifest(tmp_path / "a", tmp_path / "m.parquet", min_depth=2)
+    assert len(manifest.accepted) == 2, [row.detail for row in manifest.rows]
+    pack(manifest, tmp_path / "store")
+    store = Store(tmp_path / "store")
+    for scan in store.scans:
+        _, labels = prediction(store, scan.path)
+        PredictionFiles(tmp_path, store).write("segmentation", "m", scan.id, labels, DICOM_SEG)
+        path = tmp_path / "segmentation" / "m" / f"{scan.id}.dcm"
+        volume = read_volume(tmp_path / "a" / scan.path)
+        found = read_labels_of(volume, path).label_map
+        expected = by_name(labels.labels_ZYX, NAMES)
+        own = by_name(found.labels_ZYX, found.names)
+        for organ in expected:
+            np.testing.assert_array_equal(own[organ], expected[organ])
+        check_by_highdicom(path, volume, expected)
 
 
 def test_a_seg_holds_no_more_about_the_patient_than_its_series(
