@@ -19,7 +19,7 @@ from tapct.data.index.duplicates import refuse_duplicates
 from tapct.data.index.examined import Examined, with_patients
 from tapct.data.index.kept_patients import KEEP_ALL, KeepRules, read_older, with_kept_patients
 from tapct.data.index.label_counts import label_report
-from tapct.data.index.scan_row import ScanRules, ScanTask, bytes_to_read, examine, failed_row
+from tapct.data.index.scan_row import ExamineTask, ScanRules, bytes_to_read, examine, failed_row
 from tapct.data.labels.pairing import LabelPairs, pair_labels
 from tapct.data.manifest import Manifest, write_table
 from tapct.data.patients.identity import PatientRules, check_regex, parse_patient_from
@@ -143,10 +143,10 @@ def _patient_column(
     return patients_from_table(patient_column, [scan.path.relative_to(root) for scan in scans])
 
 
-def _tasks(scans: Sequence[Source], pairs: LabelPairs, rules: ScanRules) -> list[ScanTask]:
+def _tasks(scans: Sequence[Source], pairs: LabelPairs, rules: ScanRules) -> list[ExamineTask]:
     """The work of the worker processes: each scan with its label maps."""
     return [
-        ScanTask(
+        ExamineTask(
             scan,
             rules,
             labels=pairs.label_of.get(scan.path),
@@ -181,7 +181,7 @@ def matches_any(path: str, patterns: Sequence[str]) -> bool:
 
 
 def _examine_all(
-    tasks: Sequence[ScanTask],
+    tasks: Sequence[ExamineTask],
     workers: int,
     limits: ScanLimits,
     progress: Callable[[int, int], None] | None,
@@ -205,7 +205,7 @@ def _examine_all(
 
 
 def _examined(
-    tasks: Sequence[ScanTask], workers: int, limits: ScanLimits
+    tasks: Sequence[ExamineTask], workers: int, limits: ScanLimits
 ) -> Iterator[tuple[int, Examined]]:
     """Yield index and row of each task, in the order in which they become ready."""
     results = map_unordered(

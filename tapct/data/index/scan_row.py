@@ -52,7 +52,7 @@ class ScanRules:
 
 
 @dataclass(frozen=True)
-class ScanTask:
+class ExamineTask:
     """One scan for a worker process.
 
     Args:
@@ -73,7 +73,7 @@ class ScanTask:
     label_problem: str = ""
 
 
-def examine(task: ScanTask) -> Examined:
+def examine(task: ExamineTask) -> Examined:
     """Read one scan and its labels; any failure becomes the reason in its row."""
     row = bare_row(task)  # refused, until all checks have passed
     try:
@@ -99,13 +99,13 @@ def examine(task: ScanTask) -> Examined:
         return replace(row, reason="unreadable", detail=failure_line(error))
 
 
-def nameless(detail: str, task: ScanTask) -> str:
+def nameless(detail: str, task: ExamineTask) -> str:
     """A line about a scan without the names of its files: the columns of paths have them."""
     labels = () if task.labels is None else (task.labels, *task.more_labels)
     return without_names(detail, task.rules.root, (task.source.path, *task.source.files, *labels))
 
 
-def bytes_of(task: ScanTask) -> int:
+def bytes_of(task: ExamineTask) -> int:
     """Bytes of the files of a scan; a file that is gone counts as empty."""
     num_bytes = 0
     if task.source.reason == LATE:
@@ -116,7 +116,7 @@ def bytes_of(task: ScanTask) -> int:
     return num_bytes
 
 
-def bytes_to_read(task: ScanTask) -> int:
+def bytes_to_read(task: ExamineTask) -> int:
     """Bytes of the files of a scan and of its labels, for the time that reading them may take."""
     num_bytes = bytes_of(task)
     if task.labels is not None and not task.label_problem:
@@ -127,13 +127,13 @@ def bytes_to_read(task: ScanTask) -> int:
     return num_bytes
 
 
-def failed_row(task: ScanTask, failure: Failure) -> Examined:
+def failed_row(task: ExamineTask, failure: Failure) -> Examined:
     """The row of a scan whose worker process has no result."""
     detail = nameless(failure.detail, task)
     return replace(bare_row(task), bytes=bytes_of(task), reason=failure.reason, detail=detail)
 
 
-def bare_row(task: ScanTask) -> Examined:
+def bare_row(task: ExamineTask) -> Examined:
     """The row of a scan that has not been read: its path and kind; its status is refused."""
     # Parquet holds text, so bytes of a path that are not UTF-8 are written as escapes
     path = _escaped(task, task.source.path)
@@ -146,13 +146,13 @@ def bare_row(task: ScanTask) -> Examined:
     )
 
 
-def _escaped(task: ScanTask, file: Path) -> str:
+def _escaped(task: ExamineTask, file: Path) -> str:
     """Path of a file below the root, as text that Parquet can hold."""
     relative = file.relative_to(task.rules.root).as_posix()
     return os.fsencode(relative).decode("utf-8", "backslashreplace")
 
 
-def _paths_below(task: ScanTask) -> list[Path]:
+def _paths_below(task: ExamineTask) -> list[Path]:
     """The paths of a scan below the root: its own, and those of its files."""
     return [path.relative_to(task.rules.root) for path in (task.source.path, *task.source.files)]
 
@@ -166,7 +166,7 @@ def is_utf8(path: Path | str) -> bool:
     return True
 
 
-def with_labels(row: Examined, task: ScanTask, volume: Volume) -> Examined:
+def with_labels(row: Examined, task: ExamineTask, volume: Volume) -> Examined:
     """A row with path and digest of the scan's labels.
 
     Labels that cannot be used do not refuse the scan: its row gives the reason in `detail`.
@@ -203,7 +203,7 @@ def with_labels(row: Examined, task: ScanTask, volume: Volume) -> Examined:
     )
 
 
-def with_facts(row: Examined, volume: Volume, task: ScanTask) -> Examined:
+def with_facts(row: Examined, volume: Volume, task: ExamineTask) -> Examined:
     """A row with the grid, HU statistics, digest and header facts of its scan."""
     depth, height, width = volume.hu_ZYX.shape
     values = subsample(volume.hu_ZYX)
