@@ -1,4 +1,4 @@
-"""Types of command-line arguments that the scripts share; a wrong value is refused in one line."""
+"""Types of command-line arguments that the scripts share; a wrong value gives a one-line error."""
 
 from __future__ import annotations
 

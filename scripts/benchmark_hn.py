@@ -352,7 +352,7 @@ def table_of(
             continue
         by_part = mean_over_parts(section)
         if by_part is None:
-            # AUROC or R^2 are no means over scans, so rows of scans say nothing about them
+            # AUROC or R^2 are no means over scans, so rows of scans show nothing about them
             console.say(f"{task}: {section.headline.metric} is no mean over scans; left out")
             continue
         rows = statistics.table_of(by_seed, patient_of, by_part=by_part)

@@ -45,7 +45,7 @@ def test_words_of_a_sentence_are_kept_whatever_files_are_called(path: str, line:
         (f"text {quoted(chr(39) + 'Meyer' + chr(39))}", "text '<7 characters>'"),
     ],
 )
-def test_only_the_words_of_the_standard_are_quoted(text: str, shown: str) -> None:
+def test_only_terms_of_the_standard_are_quoted(text: str, shown: str) -> None:
     assert without_names(text, ROOT, ()) == shown
 
 
