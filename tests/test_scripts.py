@@ -11,7 +11,10 @@ import forked
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-LIBRARIES = ("arguments.py", "mask_statistics.py")  # imported by other scripts
+LIBRARIES = (  # imported by other scripts
+    *("arguments.py", "mask_statistics.py"),
+    *("benchmark_data.py", "benchmark_table.py"),
+)
 SCRIPTS = sorted(path for path in (ROOT / "scripts").glob("*.py") if path.name not in LIBRARIES)
 HELP = """
 import contextlib, io, json, runpy, sys
