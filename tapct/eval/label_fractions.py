@@ -7,18 +7,14 @@ of a smaller number are among those of a larger one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from tapct.base import console, rng
 from tapct.base.counted import counted
 from tapct.eval.organ_decoders import FittedDecoder, KeptPatches
-
-BY_PATIENTS = "dice_by_num_patients"  # key of the curve in the results of a model
-BY_SCANS = "dice_by_num_scans"  # the key of earlier versions, whose numbers count scans
 
 
 @dataclass(frozen=True)
@@ -63,7 +59,7 @@ class LabelFractions:
             kept: training patches by scan.
             fitted: function that fits a decoder to the patches of some scans.
         """
-        patients = sorted({one.patient for one in kept})
+        patients = labelled_patients(kept)
         decoders = self._decoders.setdefault(model, {})
         for num in self.nums:
             for number in range(self.num_draws if num < len(patients) else 0):
@@ -112,6 +108,11 @@ class LabelFractions:
         return curve
 
 
+def labelled_patients(kept: Iterable[KeptPatches]) -> list[str]:
+    """The patients with training patches. A patient whose voxels all are to be ignored has none."""
+    return sorted({one.patient for one in kept if len(one.features_KD)})
+
+
 def patients_of_draw(patients: Sequence[str], num: int, draw: int, seed: int) -> frozenset[str]:
     """The patients of one draw. Those of a smaller number are part of those of a larger one.
 
@@ -126,14 +127,3 @@ def patients_of_draw(patients: Sequence[str], num: int, draw: int, seed: int) ->
         return rng.hash_int(seed, "label fraction", draw, rng.purpose_id(patient)), patient
 
     return frozenset(sorted(set(patients), key=place)[:num])
-
-
-def curve_of(numbers: Mapping[str, Any]) -> tuple[str, Mapping[str, Sequence[float]]]:
-    """What a label-fraction curve counts, `patient` or `scan`, and the curve.
-
-    Args:
-        numbers: results of one model, of this version or an earlier one.
-    """
-    if BY_PATIENTS in numbers:
-        return "patient", numbers[BY_PATIENTS]
-    return "scan", numbers.get(BY_SCANS) or {}

@@ -14,7 +14,8 @@ from tapct.base.exits import UserError
 from tapct.eval.decoder import SoftDice, fit_decoder
 from tapct.eval.features import BlockFeatures, DenseFeatures, PatchGrid
 from tapct.eval.heads import fit_head
-from tapct.eval.label_fractions import Draw, LabelFractions, curve_of, patients_of_draw
+from tapct.eval.label_fractions import Draw, LabelFractions, patients_of_draw
+from tapct.eval.old_formats import curve_of
 from tapct.eval.scans import LabelledScan
 from tapct.eval.tasks.segmentation import Config, build, dice_from_confusion
 from tapct.eval.truth import OUTSIDE, patch_truth
@@ -620,3 +621,91 @@ def test_a_head_is_fitted_to_a_single_patch():
     features, target = torch.randn(1, 3), torch.tensor([[0.0, 1.0]])
     head = fit_head("bn_linear", features, target, lr=1e-2, steps=20, hidden=4, seed=0, **settings)
     assert head.logits_NC(features).argmax(1).tolist() == [1]
+
+
+def task_after(trains, tests, **settings):
+    """The task after the training and test scans."""
+    task = build(Config(steps=10, **settings), seed=0)
+    task.begin(len(trains))
+    for scan, grid, dense in trains:
+        task.learn("m", dense, task.truth(scan, grid, everywhere(grid)))
+    task.fit()
+    for scan, grid, dense in tests:
+        truth = task.truth(scan, grid, everywhere(grid))
+        prediction = task.judge("m", dense, truth)
+        if settings.get("predictions"):
+            task.label_map(truth, prediction)
+    return task
+
+
+def with_labels(one, edit, scan_id):
+    """A scene with changed labels."""
+    scan, grid, dense = one
+    labels = edit(scan.label_map.labels_ZYX.copy())
+    return labelled(labels, scan.volume.hu_ZYX, scan.label_map.names, scan_id), grid, dense
+
+
+def ignored(labels_ZYX):
+    return np.full_like(labels_ZYX, IGNORE_LABEL)
+
+
+@pytest.mark.parametrize("resolution", ["patch", "voxel"])
+def test_a_scan_that_nobody_has_labelled_changes_no_number(resolution):
+    train, test = scene(1, "a"), scene(3, "t")
+    plain = task_after([train], [test], resolution=resolution, max_tokens=400)
+    # as many patches of the labelled scan as without the other one
+    more = task_after(
+        [train, with_labels(scene(2, "b"), ignored, "b")],
+        [test, with_labels(test, ignored, "t2")],
+        resolution=resolution,
+        max_tokens=800,
+    )
+    assert more.headline().values == plain.headline().values
+    of_scan = {score.scan: score for score in more.results().scans}
+    assert np.isnan(of_scan["t2"].value) and not of_scan["t2"].parts
+
+
+def test_training_scans_without_any_labelled_voxel_are_an_error_of_one_line():
+    with pytest.raises(
+        UserError, match=r"no organ label occurs .* \(they have: no labelled voxel\)"
+    ):
+        task_after([with_labels(scene(1, "a"), ignored, "a")], [])
+
+
+def test_patients_without_labelled_voxels_are_not_drawn():
+    trains = [scene(1, "a"), with_labels(scene(2, "b"), ignored, "b"), scene(5, "c")]
+    curve = task_after(trains, [scene(3, "t")], fractions=(1, 2), draws=6)
+    assert set(curve.results().models["m"]["dice_by_num_patients"]) == {"1"}  # of two patients
+    assert min(curve.results().models["m"]["dice_by_num_patients"]["1"]) > 0.5
+
+
+def test_organs_that_scans_number_differently_have_values_of_their_own_in_predictions():
+    first = scene(1, "a", names=[(1, "liver"), (2, "spleen")])
+    other = with_labels(scene(2, "b"), lambda labels: labels, "b")
+    other = (
+        labelled(other[0].label_map.labels_ZYX, names=[(1, "spleen"), (2, "aorta")], scan_id="b"),
+        *other[1:],
+    )
+    task = task_after([first, other], [], predictions=True)
+    scan, grid, dense = scene(3, "t", names=[(1, "liver"), (2, "spleen")])
+    truth = task.truth(scan, grid, everywhere(grid))
+    prediction = task.judge("m", dense, truth)
+    written = task.label_map(truth, prediction)
+    assert sorted(name for _, name in written.names) == ["aorta", "liver", "spleen"]
+    assert len({value for value, _ in written.names}) == 3
+    for value, name in written.names:
+        np.testing.assert_array_equal(
+            written.labels_ZYX == value, prediction.classes_ZYX == task.classes.index(name)
+        )
+
+
+def test_the_body_of_a_prediction_has_the_value_of_its_own_label():
+    """Label 1 is an organ that is not among `organs` and so counts as body; label 2 is the body."""
+    names = [(1, "spleen"), (2, "body"), (3, "liver")]
+    train = scene(1, "a", values=(0, 1, 2, 3), names=names)
+    task = task_after([train], [], organs=("liver",), predictions=True)
+    scan, grid, dense = scene(3, "t", values=(0, 1, 2, 3), names=names)
+    truth = task.truth(scan, grid, everywhere(grid))
+    written = task.label_map(truth, task.judge("m", dense, truth))
+    assert written.names == ((2, "body"), (3, "liver"))
+    assert set(np.unique(written.labels_ZYX)) == {0, 2, 3}

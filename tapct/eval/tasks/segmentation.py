@@ -27,7 +27,8 @@ from tapct.data.readers import dicom_seg
 from tapct.eval import pictures, surface
 from tapct.eval.contract import Breakdown, Headline, Labels, ScanScore, Task, TaskResults
 from tapct.eval.features import DenseFeatures, PatchGrid
-from tapct.eval.label_fractions import BY_PATIENTS, LabelFractions
+from tapct.eval.label_fractions import LabelFractions, labelled_patients
+from tapct.eval.old_formats import BY_PATIENTS
 from tapct.eval.organ_classes import BODY, OUTSIDE, ClassSettings, is_called, own_values
 from tapct.eval.organ_decoders import (
     DecoderConfig,
@@ -208,7 +209,7 @@ class Segmentation(Task[PatchTruth, Prediction]):
             UserError: no organ occurs in them.
         """
         self.classes, self.organs = self._find_classes()
-        num_patients = len({one.patient for kept in self._kept.values() for one in kept})
+        num_patients = len(labelled_patients(itertools.chain(*self._kept.values())))
         for model in list(self._kept):
             kept = self._kept.pop(model)
             self._decoders[model] = self._fitted(kept)
@@ -395,7 +396,8 @@ class Segmentation(Task[PatchTruth, Prediction]):
         organs = tuple(name for name in ordered if name not in (OUTSIDE, BODY))
         if not organs:
             raise UserError(
-                f"no organ label occurs in the training scans (they have: {', '.join(ordered)}). "
+                f"no organ label occurs in the training scans (they have: "
+                f"{', '.join(ordered) or 'no labelled voxel'}). "
                 "Check the label maps, or "
                 f"eval.tasks.segmentation.organs, which is [{', '.join(self.config.organs)}]."
             )
