@@ -14,6 +14,8 @@ import numpy as np
 
 from tapct.base import console, rng
 from tapct.base.counted import counted
+from tapct.eval.contract import FurtherMetric, ScanScore
+from tapct.eval.old_formats import metric_name
 from tapct.eval.organ_decoders import FittedDecoder, KeptPatches
 
 
@@ -106,6 +108,35 @@ class LabelFractions:
             if means:
                 curve.setdefault(str(draw.num), []).append(float(np.mean(list(means.values()))))
         return curve
+
+    def metrics(self) -> tuple[FurtherMetric, ...]:
+        """One metric for each number of patients; the Dice of a scan is the mean over the draws."""
+        found = []
+        for num in self.nums:
+            scans: list[ScanScore] = []
+            for model, by_draw in self._dice.items():
+                of_num = [per_scan for draw, per_scan in by_draw.items() if draw.num == num]
+                scans += [_mean_of_draws(scan, model, of_num) for scan in (of_num or [{}])[0]]
+            if scans:
+                meaning = (
+                    f"mean Dice of decoders fitted to {counted(num, 'labelled patient')}, "
+                    f"mean over {counted(self.num_draws, 'draw')}"
+                )
+                found.append(
+                    FurtherMetric(metric_name(num), "higher", meaning, tuple(scans), (0.0, 1.0))
+                )
+        return tuple(found)
+
+
+def _mean_of_draws(
+    scan: str, model: str, by_draw: Sequence[Mapping[str, Mapping[str, float]]]
+) -> ScanScore:
+    """Dice of each organ of one scan, which the same organs have in every draw."""
+    parts = {
+        organ: float(np.mean([per_scan[scan][organ] for per_scan in by_draw]))
+        for organ in by_draw[0][scan]
+    }
+    return ScanScore(scan, model, float(np.mean(list(parts.values()))) if parts else np.nan, parts)
 
 
 def labelled_patients(kept: Iterable[KeptPatches]) -> list[str]:

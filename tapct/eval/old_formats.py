@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from tapct.base.counted import counted
 from tapct.config import plugins
 from tapct.eval.contract import DEFAULT_TASKS
 
@@ -66,3 +67,8 @@ def curve_of(numbers: Mapping[str, Any]) -> tuple[str, Mapping[str, Sequence[flo
     if BY_PATIENTS in numbers:
         return "patient", numbers[BY_PATIENTS]
     return "scan", numbers.get(BY_SCANS) or {}
+
+
+def metric_name(num: int, unit: str = "patient") -> str:
+    """Name of one point of a label-fraction curve, e.g. `mean Dice with 5 labelled patients`."""
+    return f"mean Dice with {counted(num, f'labelled {unit}')}"

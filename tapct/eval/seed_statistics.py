@@ -14,11 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from tapct.base.counted import counted
 from tapct.eval import rank_metrics, task_statistics
 from tapct.eval.contract import OWN_MODEL, FurtherMetric, ScanScore
 from tapct.eval.metric_statistics import Metric, PredictedScans, ScanPredictions
-from tapct.eval.old_formats import curve_of
+from tapct.eval.old_formats import curve_of, metric_name
 from tapct.eval.statistics import Difference, ModelValue, PatientEstimate, Statistics
 from tapct.eval.task_section import TaskSection
 from tapct.eval.task_statistics import MetricStatistics
@@ -186,9 +185,10 @@ def _score(one: Mapping[str, Any], entry: Mapping[str, Any], classes: Sequence[s
 
 
 def _label_fractions(runs: Sequence[RunSection]) -> list[MetricStatistics]:
-    """One metric for each number of labelled patients, or of labelled scans in results of earlier
-    versions; a value is the mean over draws.
+    """One metric for each number of labelled scans, or patients, in results of earlier versions,
+    which have no Dice of single scans; a value is the mean over draws.
     """
+    known = {one.metric for run in runs for one in run.section.results.further}
     by_num: dict[tuple[str, int], list[tuple[int, dict[str, float]]]] = {}
     for run in runs:
         of_run: dict[tuple[str, int], dict[str, float]] = {}
@@ -201,11 +201,10 @@ def _label_fractions(runs: Sequence[RunSection]) -> list[MetricStatistics]:
     num_test = runs[0].section.num_test
     return [
         MetricStatistics(
-            f"mean Dice with {counted(num, f'labelled {unit}')}",
-            "higher",
-            without_intervals(values, num_test, NO_ROWS),
+            metric_name(num, unit), "higher", without_intervals(values, num_test, NO_ROWS)
         )
         for (unit, num), values in sorted(by_num.items())
+        if metric_name(num, unit) not in known
     ]
 
 

@@ -569,6 +569,33 @@ def test_a_label_fraction_fits_the_decoder_to_all_scans_of_the_drawn_patients():
         assert alone.results().models["m"]["mean_dice"] == pytest.approx(curve["1"][draw])
 
 
+def test_the_curve_has_the_dice_of_single_scans():
+    trains = [scene(number, f"train{number}") for number in (1, 2, 5)]
+    tests = [scene(3, "t"), scene(4, "u")]
+    results = task_after(trains, tests, fractions=(1, 2), draws=3).results()
+    one, two = results.further
+    assert (one.metric, two.metric) == (
+        "mean Dice with 1 labelled patient",
+        "mean Dice with 2 labelled patients",
+    )
+    for metric, num in ((one, "1"), (two, "2")):
+        assert [(row.scan, row.model) for row in metric.scans] == [("t", "m"), ("u", "m")]
+        by_organ = [
+            np.mean([row.parts[organ] for row in metric.scans]) for organ in ("label 1", "label 2")
+        ]
+        curve = results.models["m"]["dice_by_num_patients"][num]
+        assert len(curve) == 3 and np.mean(by_organ) == pytest.approx(np.mean(curve))
+
+
+def test_an_organ_smaller_than_a_patch_is_not_said_to_be_in_no_training_scan():
+    scan, grid, dense = scene(1, "a")
+    labels = scan.label_map.labels_ZYX.copy()
+    labels[0, 0, 0] = 7
+    trains, tests = ([(labelled(labels, scan_id=name), grid, dense)] for name in ("a", "t"))
+    task = task_after(trains, tests, resolution="patch")
+    assert "label 7 (in no training patch that was kept)" in task.headline().mean_of
+
+
 def test_label_fractions_above_the_number_of_patients_are_left_out_with_a_line(capsys):
     task = build(Config(fractions=(1, 2, 5), draws=1, steps=5), seed=0)
     for number in (1, 2):

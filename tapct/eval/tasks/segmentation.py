@@ -137,7 +137,8 @@ class Segmentation(Task[PatchTruth, Prediction]):
         self._left_out: dict[tuple[int, str], str] = {}  # label value, its name -> class
         self._surfaces = Surfaces()
         self._value_of: dict[str, int] = {}  # class -> label value in the training scans
-        self._not_learned: set[str] = set()  # organs of test scans that no training scan has
+        self._in_training: set[str] = set()  # organs of the training scans
+        self._not_learned: set[str] = set()  # organs of test scans that the decoder does not know
 
     def named_labels(self) -> Mapping[str, tuple[str, ...]]:
         """Words of the settings that must name a label; the defaults need not."""
@@ -179,6 +180,7 @@ class Segmentation(Task[PatchTruth, Prediction]):
 
     def learn(self, model: str, dense: DenseFeatures, truth: PatchTruth) -> None:
         """Keep the training patches of one scan for one model."""
+        self._in_training |= self._organs_of(truth)
         index_K, weight_K = truth.sample(self.tokens_per_scan, self.seed)
         share_KV = torch.from_numpy(truth.shares_NV)[index_K]
         if self.config.resolution == "patch":
@@ -231,9 +233,7 @@ class Segmentation(Task[PatchTruth, Prediction]):
             confusion = self._confusion(*counted.pairs(predicted_ZYX))
             self._few_labels.add(model, draw, truth.scan.id, self._organ_dice(confusion))
         open_N = truth.open_N()
-        names = truth.names()
-        of_scan = {self.words.class_of(value, names) for value in truth.values}
-        self._not_learned |= of_scan - set(self.classes) - {OUTSIDE, BODY}
+        self._not_learned |= self._organs_of(truth) - set(self.classes)
         class_V = self._class_index(truth)[[max(v, 0) for v in truth.values]]
         patch_truth_N = class_V[truth.shares_NV.argmax(1)]
         patch = self._confusion(patch_truth_N[open_N], logits_NC.argmax(1).cpu().numpy()[open_N])
@@ -263,6 +263,11 @@ class Segmentation(Task[PatchTruth, Prediction]):
         named = (*self.organs, BODY) if self._value_of[BODY] else self.organs
         names = tuple(sorted((self._value_of[name], name) for name in named))
         return LabelMap(value_C[prediction.classes_ZYX], truth.scan.spacing_mm, names=names)
+
+    def _organs_of(self, truth: PatchTruth) -> set[str]:
+        """The organs in the label map of a scan."""
+        names = truth.names()
+        return {self.words.class_of(value, names) for value in truth.values} - {OUTSIDE, BODY}
 
     def _organ_dice(self, confusion_CC: np.ndarray) -> dict[str, float]:
         """Dice of the organs that the scan has."""
@@ -337,6 +342,7 @@ class Segmentation(Task[PatchTruth, Prediction]):
         for model, invented in self._surfaces.invented.items():
             models[model]["num_invented"] = dict(invented)
         further = self._surfaces.metrics() if self.config.surface else ()
+        further += self._few_labels.metrics()
         return TaskResults(models, tuple(scans), table, mean_over_parts=True, further=further)
 
     def headline(self) -> Headline:
@@ -357,7 +363,10 @@ class Segmentation(Task[PatchTruth, Prediction]):
             by_number = f"label {value} (set as {counts_as} by its number; it has no name)"
             left_out.append(name or by_number)
         left_out += [f"{organ} (in no test scan)" for organ in self.organs if organ not in organs]
-        left_out += [f"{organ} (in no training scan)" for organ in sorted(self._not_learned)]
+        for organ in sorted(self._not_learned):
+            # an organ that is much smaller than a patch may be in a scan and in no kept patch
+            where = "patch that was kept" if organ in self._in_training else "scan"
+            left_out.append(f"{organ} (in no training {where})")
         line = f"mean of {counted(len(organs), 'organ')}: {_listed(organs)}"
         if left_out:
             line += f"; left out: {_listed(left_out)}"
