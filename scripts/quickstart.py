@@ -24,8 +24,8 @@ from tapct.base.files import write_atomically
 from tapct.base.recent import LAST_STEPS
 from tapct.data import manifest as manifests
 from tapct.data.index.build import build_manifest
-from tapct.data.packed.packed_scan import pack, pack_report
-from tapct.data.patients.identity import split
+from tapct.data.packed import pack, pack_report
+from tapct.data.patients import split
 from tapct.data.patients.key import KEY_FILE
 from tapct.data.phantom import archive as phantom
 from tapct.eval import saved
