@@ -9,12 +9,12 @@ import hashlib
 import json
 import math
 import os
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+import arguments
 from rich.table import Table
 
 from tapct import config as configs
@@ -53,7 +53,7 @@ class Stopwatch:
         return result
 
 
-def arguments(words: list[str]) -> argparse.Namespace:
+def options_of(words: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="scripts/quickstart.sh", description=__doc__)
     parser.add_argument(
         "--data", type=Path, help="folder with your scans; default: a synthetic archive"
@@ -79,7 +79,7 @@ def arguments(words: list[str]) -> argparse.Namespace:
 
 
 def main(words: list[str]) -> None:
-    options, timed = arguments(words), Stopwatch()
+    options, timed = options_of(words), Stopwatch()
     work: Path = (
         options.work
         if options.data is None
@@ -273,11 +273,4 @@ def show(summary: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except UserError as error:
-        console.error(str(error))
-        sys.exit(2)
-    except KeyboardInterrupt:
-        console.error("interrupted; repeat the command to resume")
-        sys.exit(130)
+    arguments.run(main)

@@ -183,7 +183,7 @@ def test_what_is_probably_not_intended_is_warned_of(config: Path, text: str) -> 
 
 
 @pytest.mark.parametrize("text", MEANT)
-def test_what_is_meant_is_accepted_without_a_word(config: Path, text: str) -> None:
+def test_what_is_meant_is_accepted_without_a_message(config: Path, text: str) -> None:
     assert rules.warnings(pretrain.read_config(config, words_of(text))) == []
 
 

@@ -122,21 +122,36 @@ def pack(
             if not replace_store:
                 before.check_replaceable_by(manifest)
             with _without_leftovers(out):
-                root, ignore = manifest.root.resolve(), manifest.ignore_labels
-                names = manifest.label_names
-                tasks = [
-                    _Task(row, root, out, level, ignore, row.id in again, names) for row in rows
-                ]
+                tasks = _tasks(manifest, rows, out, level, again)
                 _pack_all(tasks, workers, limits, outcomes, progress)
                 kept = {} if drop_missing else before.of_same_patients(manifest)
                 scans, report = _summed_up(out, rows, outcomes, kept, time.monotonic() - started)
                 if len(report.refused) == len(rows):
-                    raise _nothing_packed(report, root)
+                    raise _nothing_packed(report, manifest.root.resolve())
                 lease.check()
                 _write_index(out, manifest, scans)
         return report
     except OSError as error:
         raise _write_error(error, out, rows, outcomes) from error
+
+
+def _tasks(
+    manifest: Manifest, rows: Sequence[Row], out: Path, level: int, again: Collection[str]
+) -> list[_Task]:
+    """The work of the worker processes, one scan each; arguments as in `pack`."""
+    root = manifest.root.resolve()
+    return [
+        _Task(
+            row,
+            root,
+            out,
+            level,
+            ignore_labels=manifest.ignore_labels,
+            again=row.id in again,
+            label_names=manifest.label_names,
+        )
+        for row in rows
+    ]
 
 
 def _pack_all(

@@ -164,7 +164,7 @@ def test_mr_is_refused_by_its_values_and_by_its_side_car(tmp_path: Path) -> None
     )
 
 
-def test_ct_cropped_inside_the_body_needs_its_modality_told(tmp_path: Path) -> None:
+def test_ct_cropped_inside_the_body_needs_its_modality_declared(tmp_path: Path) -> None:
     inside = np.clip(np.random.default_rng(2).normal(20, 60, SHAPE_ZYX), -140, 250).astype(np.int16)
     path = write_nifti(tmp_path / "a.nii", inside)
     assert refusal(path) == "not_ct"

@@ -107,7 +107,7 @@ def test_a_store_that_was_removed_is_packed_again_with_the_same_labels(
         ("images*", ["no scans of word", "imagesTr/word_*.nii.gz"]),
     ],
 )
-def test_missing_files_are_named_in_one_line_before_anything_is_read(
+def test_a_one_line_error_names_missing_files_before_anything_is_read(
     word: Path, tmp_path: Path, missing: str, words: list[str]
 ) -> None:
     for folder in word.glob(missing):
@@ -125,10 +125,11 @@ def test_values_that_are_no_labels_of_the_data_set_are_named(
     labels[2:4, 3:9, 3:9], labels[2:4, 12:15, 3:9] = 1, 17
     save_scan(word / "labelsTr" / "word_0002.nii.gz", labels)
     prepare(read_dataset("word"), word, tmp_path / "work")
-    said = " ".join(capsys.readouterr().out.split())
-    assert "label maps with values that are no label of word: 1;" in said
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "label maps with values that are no label of word: 1;" in printed
     assert (
-        "labelsTr/word_0002.nii.gz: its labels: values without a name in the data set: 17" in said
+        "labelsTr/word_0002.nii.gz: its labels: values without a name in the data set: 17"
+        in printed
     )
 
 

@@ -345,7 +345,7 @@ def test_a_manifest_keeps_its_memory_and_notices_damage_to_it(tmp_path: Path) ->
 
 @pytest.fixture
 def archive(tmp_path: Path) -> Path:
-    """Two flat names that are one person, which a side-car tells later; and another person."""
+    """Two flat names that are one person, which a side-car shows later; and another person."""
     for number, name in enumerate(("Meyer", "k7", "other")):
         save_scan(tmp_path / "a" / f"{name}.nii.gz", noise_ct(number))
     return tmp_path
@@ -369,9 +369,9 @@ def test_the_index_prints_whose_patient_changed_and_fresh_forgets(
     first = patients(Manifest.read(out))
     assert "older manifest" not in shell.good(*command)
     identify(archive)
-    said = shell.good(*command, "--split-seed", 4)
-    assert "1 scan of 1 patient changed patient since the older manifest: " in said
-    assert "3 scans have the patient of the older manifest (patient_from: kept)" in said
+    printed = shell.good(*command, "--split-seed", 4)
+    assert "1 scan of 1 patient changed patient since the older manifest: " in printed
+    assert "3 scans have the patient of the older manifest (patient_from: kept)" in printed
     second = patients(Manifest.read(out))
     assert second["other"] == first["other"]
     last = max(first["Meyer"], first["k7"], key=lambda patient: position(patient, 4))
@@ -379,8 +379,8 @@ def test_the_index_prints_whose_patient_changed_and_fresh_forgets(
     assert {each.patient_from for each in Manifest.read(out).rows} == {KEPT}
     shell.good(*command)
     assert patients(Manifest.read(out)) == second
-    said = shell.good(*command, "--fresh")
-    assert "3 scans of 2 patients changed patient since the older manifest: --fresh" in said
+    printed = shell.good(*command, "--fresh")
+    assert "3 scans of 2 patients changed patient since the older manifest: --fresh" in printed
     assert {each.patient_from for each in Manifest.read(out).rows} == {"side_car"}
     assert not set(patients(Manifest.read(out)).values()) & set(first.values())
     assert "give one of them" in shell.bad(*command, "--fresh", "--older", out)

@@ -326,7 +326,7 @@ def test_labels_whose_path_is_no_utf8_are_not_used(tmp_path: Path) -> None:
     assert Manifest.read(tmp_path / "m.parquet").digest == built.digest
 
 
-def test_a_link_to_itself_is_passed_over(tmp_path: Path) -> None:
+def test_a_link_to_itself_is_skipped(tmp_path: Path) -> None:
     root = tmp_path / "scans"
     save_scan(root / "a.nii.gz", make_ct((6, 32, 32), 1))
     (root / "loop").symlink_to("loop")

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from scan_files import noise_ct, save_labels, save_scan
 
-from tapct.data.index import build
+from tapct.data.index import build, scan_row
 from tapct.data.index.build import build_manifest
 from tapct.data.manifest import Row
 from tapct.data.scans.ingest import OUT_OF_MEMORY
@@ -67,8 +67,8 @@ def test_a_scan_that_is_lost_without_its_labels_too_stays_refused(
             raise Refused(OUT_OF_MEMORY, "no memory")
         return read_source(source)
 
-    read_source = build.read_source
-    monkeypatch.setattr(build, "read_source", read)
+    read_source = scan_row.read_source
+    monkeypatch.setattr(scan_row, "read_source", read)
     built = build_manifest(archive, archive.parent / "m.parquet")
     assert [row.reason for row in built.rows] == ["out_of_memory", ""]
 

@@ -90,7 +90,7 @@ def test_one_label_file_is_not_given_to_two_scans_of_one_name(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("wrong", ["depth", "spacing", "values"])
-def test_labels_that_do_not_fit_are_not_used_and_the_row_says_why(
+def test_labels_that_do_not_fit_are_not_used_and_the_row_gives_the_reason(
     tmp_path: Path, wrong: str
 ) -> None:
     save_scan(tmp_path / "a" / "c1.nii.gz", noise_ct(1))

@@ -1,4 +1,6 @@
-"""Batches are what the sampler and the keys say, whoever reads them and wherever the run starts."""
+"""Batches are what the sampler and the keys give, whoever reads them and wherever the run
+starts.
+"""
 
 from __future__ import annotations
 
@@ -185,7 +187,7 @@ def damage(folder: Path, scan: int) -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_damaged_scan_stops_the_run_in_one_line(
+def test_a_damaged_scan_stops_the_run_with_a_one_line_error(
     packed: tuple[Path, list[np.ndarray]], workers: int
 ) -> None:
     folder, _ = packed
@@ -326,7 +328,7 @@ class CountingStore(Store):
 
 
 @pytest.mark.parametrize(("prefetch", "accumulation"), [(1, 1), (3, 1), (2, 2)])
-def test_threads_read_so_many_steps_ahead_and_no_more(
+def test_threads_read_the_set_number_of_steps_ahead_and_no_more(
     packed: tuple[Path, list[np.ndarray]], prefetch: int, accumulation: int
 ) -> None:
     store = CountingStore(packed[0])

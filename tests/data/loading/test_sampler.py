@@ -98,7 +98,7 @@ def test_every_split_of_a_step_shows_the_same_samples_once(step: int) -> None:
 @pytest.mark.parametrize(
     ("world", "accumulation", "global_batch"), [(3, 1, 8), (2, 3, 8), (8, 1, 4), (1, 1, 0)]
 )
-def test_an_unequal_share_is_refused_in_one_line(
+def test_an_unequal_share_is_refused_with_a_one_line_error(
     world: int, accumulation: int, global_batch: int
 ) -> None:
     with pytest.raises(

@@ -168,7 +168,7 @@ def test_damaged_and_outdated_files_are_written_again_and_leftovers_removed(
         np.testing.assert_array_equal(Store(out).read(i), hu_ZYX)
 
 
-def test_a_scan_with_new_voxels_on_the_old_grid_is_packed_anew(
+def test_a_scan_with_new_voxels_on_the_old_grid_is_packed_again(
     archive: tuple[Manifest, list[np.ndarray]], tmp_path: Path
 ) -> None:
     manifest, scans = archive
@@ -305,7 +305,7 @@ class FullDisk(io.FileIO):
 
 
 @pytest.mark.parametrize("full_from", ["s0.b2nd", "s2.b2nd", INDEX_NAME])
-def test_a_full_disk_says_what_is_needed_and_leaves_whole_files_only(
+def test_a_full_disk_reports_what_is_needed_and_leaves_whole_files_only(
     archive: tuple[Manifest, list[np.ndarray]],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

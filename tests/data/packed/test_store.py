@@ -242,7 +242,7 @@ def test_a_packed_scan_of_an_earlier_version_is_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("keep", [0.0, 0.3, 0.9, 0.999])
-def test_a_cut_file_is_named_in_one_line(tmp_path: Path, keep: float) -> None:
+def test_a_one_line_error_names_a_cut_file(tmp_path: Path, keep: float) -> None:
     store = make_store(tmp_path, [ct_like((8, 40, 40))])
     whole = store.file(0).read_bytes()
     store.file(0).write_bytes(whole[: int(len(whole) * keep)])
@@ -260,7 +260,7 @@ def test_a_missing_file_and_a_foreign_file_are_named(tmp_path: Path) -> None:
         store.read(1)
 
 
-def test_the_index_says_all_of_a_scan(tmp_path: Path) -> None:
+def test_the_index_holds_all_facts_of_a_scan(tmp_path: Path) -> None:
     store = make_store(tmp_path, [ct_like((4, 9, 8)), ct_like((3, 5, 6))])
     assert len(store) == 2 and store.manifest_digest == "manifest"
     first, second = store.scans
@@ -283,7 +283,7 @@ def test_the_digest_names_the_voxels_not_the_compression(tmp_path: Path) -> None
     assert len(set(digests)) == 1 and make_store(tmp_path / "other", scans).digest != digests[0]
 
 
-def test_what_is_no_store_is_refused_with_the_next_move(tmp_path: Path) -> None:
+def test_what_is_no_store_is_refused_with_the_next_step(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="tapct pack"):
         Store(tmp_path / "nowhere")
     (tmp_path / INDEX_NAME).write_bytes(b"PAR1 but not really PAR1")

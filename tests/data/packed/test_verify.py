@@ -183,7 +183,7 @@ def test_verify_alone_writes_nothing(
     assert shell(*command)[:2] == (code, out)
 
 
-def test_verify_without_a_store_says_what_to_do_and_makes_none(
+def test_verify_without_a_store_names_the_next_step_and_makes_none(
     packed: tuple[Path, Path], shell: Shell, tmp_path: Path
 ) -> None:
     line = shell.bad("pack", packed[0], "--out", tmp_path / "none", "--verify")

@@ -1,4 +1,4 @@
-"""What a path says about whose scan it is: a doubtful name joins scans, a generic one joins no two
+"""What a path shows about whose scan it is: a doubtful name joins scans, a generic one joins no two
 folders.
 """
 

@@ -1,4 +1,4 @@
-"""Two scans of one person are never two patients where a file or a name can tell; a stand-in for an
+"""Two scans of one person are never two patients where a file or a name shows it; a stand-in for an
 identifier is none.
 """
 
@@ -225,7 +225,7 @@ def test_one_series_is_one_patient_unless_its_uid_was_copied() -> None:
     one = [known("x", patient_id="A", series_uid="1"), known("y", patient_id="B", series_uid="1")]
     other = known("z", patient_id="C", series_uid="2")
     assert identified(*one, other)[0] == "aab"
-    assert identified(*one)[0] == "ab", "one UID for all says nothing"
+    assert identified(*one)[0] == "ab", "one UID for all shows nothing"
     studies = [known(name, patient_id=name, series_uid="1", study_uid=f"1.{name}") for name in "xy"]
     assert identified(*studies, other)[0] == "abc"
 
@@ -296,19 +296,19 @@ def test_the_index_prints_what_was_guessed_and_what_is_no_identifier(
             path = tmp_path / "a" / f"p{number}" / f"visit{visit}.nii.gz"
             save_scan(path, noise_ct(10 * number + visit))
     path.with_name("visit2.json").write_text(json.dumps({"PatientID": "ANON"}))
-    said = shell.good("index", tmp_path / "a", "--out", tmp_path / "m.parquet", "--workers", 0)
+    printed = shell.good("index", tmp_path / "a", "--out", tmp_path / "m.parquet", "--workers", 0)
     assert (
         "patients guessed from file names: 6 scans as 3 patients, e.g. p0/visit1.nii.gz and "
-        "p0/visit2.nii.gz as one; check, or give --patient-regex / --patient-column\n" in said
+        "p0/visit2.nii.gz as one; check, or give --patient-regex / --patient-column\n" in printed
     )
-    assert "1 of 6 scans has a PatientID that identifies nobody" in said
+    assert "1 of 6 scans has a PatientID that identifies nobody" in printed
     table = tmp_path / "who.csv"
     table.write_text("path;person\np0;X\np1/visit1;X\np1/visit2.nii.gz;X\np2;Y\n")
-    said = shell.good(
+    printed = shell.good(
         *("index", tmp_path / "a", "--out", tmp_path / "m.parquet", "--workers", 0),
         *("--patient-column", f"{table}:person"),
     )
-    assert "guessed" not in said
+    assert "guessed" not in printed
     by_folder = shell.good(
         *("index", tmp_path / "a", "--out", tmp_path / "m.parquet", "--workers", 0),
         *("--patient-from", "folder:1"),

@@ -335,7 +335,7 @@ def test_points_of_one_name_lie_in_the_same_tissue_of_both_scans(
     assert np.linalg.norm(rest, axis=1).mean() > 1.0, "the deformation is more than an affine map"
 
 
-def test_organs_move_as_the_deformation_says(pair: tuple[phantom.Case, phantom.Case]) -> None:
+def test_organs_move_with_the_deformation(pair: tuple[phantom.Case, phantom.Case]) -> None:
     patient, first_study, second_study = studies_of_pair()
     warp = draw_warp(patient, first_study, second_study, 8.0)
     for organ in ("spleen", "kidney_left", "kidney_right"):

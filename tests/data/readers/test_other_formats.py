@@ -67,7 +67,7 @@ def test_a_nifti_pair_is_read_from_its_header(tmp_path: Path) -> None:
     assert refusal(tmp_path / "pair.hdr") == "truncated"
 
 
-def test_analyze_says_nothing_of_left_and_right(tmp_path: Path) -> None:
+def test_analyze_has_no_field_for_left_and_right(tmp_path: Path) -> None:
     pair = nibabel.AnalyzeImage(make_ct().transpose(2, 1, 0), np.diag([0.8, 0.7, 2.5, 1]))
     nibabel.save(pair, tmp_path / "a.hdr")
     assert refusal(tmp_path / "a.hdr") == "no_orientation"

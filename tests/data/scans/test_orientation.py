@@ -18,7 +18,7 @@ from tapct.data.scans.ingest import read_volume
 
 
 @pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
-def test_every_axis_order_and_flip_becomes_lps_as_simpleitk_says(
+def test_every_axis_order_and_flip_becomes_lps_as_in_simpleitk(
     tmp_path: Path, order: tuple[int, ...]
 ) -> None:
     hu_ZYX = make_ct()

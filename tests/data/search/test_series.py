@@ -201,7 +201,7 @@ def test_acquisitions_one_behind_the_other_stay_one_scan() -> None:
     assert shape(stacks_of(slices)) == [(19, "missing_slices")]
 
 
-def test_two_blocks_with_a_gap_are_two_scans_only_where_a_trait_says_so() -> None:
+def test_two_blocks_with_a_gap_are_two_scans_only_where_a_trait_differs() -> None:
     chest, head = np.arange(10.0), 40 + np.arange(12.0)
     blocks = heads(chest, AcquisitionNumber="1") + heads(head, first=50, AcquisitionNumber="2")
     assert shape(stacks_of(blocks)) == [(10, ""), (12, "")]
@@ -295,7 +295,7 @@ def test_plain_slices_are_not_taken_for_computed_images(image_type: str, descrip
     assert derivation_from(image_type, description, AXES) == ""
 
 
-def test_computed_images_without_a_word_in_image_type_are_recognised() -> None:
+def test_computed_images_are_recognised_without_a_value_in_image_type() -> None:
     assert derivation_from("", "Thorax MIP", AXES) == "a projection over slices"
     assert derivation_from(r"DERIVED\SECONDARY", "Cor MPR", AXES) == "a reformat"
     assert derivation_from(r"DERIVED\SECONDARY", "", CORONAL) == "a reformat"

@@ -36,7 +36,7 @@ def _endless_noise() -> None:
 
 
 def _segmentation_fault() -> None:
-    os.write(2, b"first line\nthe library says why\n")
+    os.write(2, b"first line\nthe library prints why\n")
     ctypes.string_at(0)
 
 
@@ -66,7 +66,7 @@ KINDS: dict[str, Callable[[], object]] = {
 
 
 def work(name: str) -> object:
-    """Do what the name says, or return it."""
+    """Do what the name asks for, or return it."""
     return KINDS[name]() if name in KINDS else name
 
 
@@ -100,7 +100,7 @@ def test_whatever_an_input_does_costs_only_itself(
     details = [result.detail for result in found.values() if isinstance(result, Failure)]
     assert all(detail and "\n" not in detail for detail in details)
     crash = found["segmentation fault"]
-    assert "SIGSEGV" in crash.detail and crash.printed == "the library says why"
+    assert "SIGSEGV" in crash.detail and crash.printed == "the library prints why"
     assert [found[name] for name in ("noise", "noise on stderr", "warning")] == [
         *("noise", "noise", "warned")
     ]
