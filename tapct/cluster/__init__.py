@@ -26,7 +26,7 @@ PBS for example, needs two files with the same functions and types:
 `script.py` uses submitit's SlurmExecutor, which knows no other scheduler.
 
 The batch script must start `task.run_task` once per rank, export TAPCT_MARK, and requeue the job
-when that file says `stopped`. docs/extending.md describes both.
+when that file holds `stopped`. docs/extending.md describes both.
 
 These other places depend on SLURM as well, and have to be changed:
 

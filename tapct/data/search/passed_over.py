@@ -1,5 +1,5 @@
-"""What an archive holds beside scans and label maps, counted by kind, so that nothing is passed
-over in silence.
+"""What an archive holds beside scans and label maps, counted by kind, so that nothing is
+skipped in silence.
 """
 
 from __future__ import annotations
@@ -73,8 +73,8 @@ def is_companion(name: str, stems: Iterable[str]) -> bool:
 
 
 def summary(counts: Mapping[str, int]) -> str:
-    """One line, e.g. `7 files (3 .hdr, 2 .zip, 2 without suffix)`; empty where nothing was passed
-    over.
+    """One line, e.g. `7 files (3 .hdr, 2 .zip, 2 without suffix)`; empty where nothing was
+    skipped.
     """
     files = {kind: count for kind, count in counts.items() if kind != HIDDEN_FOLDER and count}
     folders = counts.get(HIDDEN_FOLDER, 0)
