@@ -337,7 +337,13 @@ def _test(reader: ScanReader, config: Config, out: Path, steps: _Steps) -> Album
             prediction = tasks[name].judge(one.model.name, one.dense, truth)
             labels = tasks[name].label_map(truth, prediction)
             if labels is not None:
-                label_maps.write(name, one.model.name, one.scan.labelled.id, labels)
+                label_maps.write(
+                    name,
+                    one.model.name,
+                    one.scan.labelled.id,
+                    labels,
+                    tasks[name].prediction_format,
+                )
             if gets_pictures:
                 outputs.add(name, one, prediction)
         if gets_pictures:
@@ -348,6 +354,7 @@ def _test(reader: ScanReader, config: Config, out: Path, steps: _Steps) -> Album
             outputs, number = Outputs(), number + 1
             steps.add()
         del one
+    label_maps.report()
     if config.num_pictures:
         album.add_results(tasks)
     return album
