@@ -122,10 +122,10 @@ class Config:
     )
     num_blocks: int = setting(
         8,
-        "number of slabs along z that a scan is divided into if all scans are of one patient",
+        "number of parts along z that a scan is divided into if all scans are of one patient",
         ge=2,
     )
-    block_gap: int = setting(2, "number of patch slices that are left out between two slabs", ge=0)
+    block_gap: int = setting(2, "number of patch slices that are left out between two parts", ge=0)
     num_pictures: int = setting(
         2, "number of test scans with pictures of each task and of the patch features", ge=0
     )

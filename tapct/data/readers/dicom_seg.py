@@ -28,6 +28,7 @@ from tapct.data.readers import dicom_groups as functional
 from tapct.types import Refused
 
 if TYPE_CHECKING:
+    from highdicom.seg import SegmentDescription
     from pydicom.dataset import Dataset
     from pydicom.sr.coding import Code
 
@@ -196,7 +197,7 @@ def _segment_numbers(labels_IJK: np.ndarray, values: Sequence[int]) -> np.ndarra
     return numbers_KJI
 
 
-def _description(number: int, value: int, name: str) -> Dataset:
+def _description(number: int, value: int, name: str) -> SegmentDescription:
     import highdicom
     from pydicom.sr.codedict import codes
 
@@ -240,9 +241,9 @@ def _structures() -> Mapping[str, Code]:
     from pydicom.sr.codedict import codes
 
     group = codes.CID7192
-    found = {}
+    found: dict[str, Code] = {}
     for keyword in dir(group):
-        code = getattr(group, keyword, None)
-        if getattr(code, "scheme_designator", "") == "SCT":
+        code: Code | None = getattr(group, keyword, None)
+        if code is not None and getattr(code, "scheme_designator", "") == "SCT":
             found[keyword.lower()] = code
     return found
