@@ -587,7 +587,7 @@ def test_the_curve_has_the_dice_of_single_scans():
         assert len(curve) == 3 and np.mean(by_organ) == pytest.approx(np.mean(curve))
 
 
-def test_an_organ_smaller_than_a_patch_is_not_reported_as_missing_in_training():
+def test_an_organ_smaller_than_a_patch_is_not_reported_as_absent_from_training():
     scan, grid, dense = scene(1, "a")
     labels = scan.label_map.labels_ZYX.copy()
     labels[0, 0, 0] = 7
