@@ -429,9 +429,10 @@ def test_bf16_parameters_leave_the_residual_stream_in_float32() -> None:
 CHANGES: dict[str, Any] = {
     "window": (4, 24, 16), "patch": (2, 8, 4), "in_chans": 2, "dim": 32, "depth": 3, "heads": 4,
     "mlp_ratio": 2.0,
-    "ffn": "swiglu", "qkv_bias": False, "registers": 1, "layer_scale": 0.5, "drop_path": 0.5,
-    "drop_path_rounding": "dinov2", "pos_resize": "linear", "qk_norm": True, "positions": "both",
-    "rope": rope.Config(base=50.0),
+    "ffn": "swiglu", "qkv_bias": False, "registers": 1, "layer_scale": 0.5, "norm_eps": 0.1,
+    "drop_path": 0.5,
+    "drop_path_rounding": "dinov2", "pos_resize": "linear", "pos_offset": 0.1, "qk_norm": True,
+    "positions": "both", "rope": rope.Config(base=50.0),
 }  # fmt: skip
 
 

@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 from tiny_run import config_of
 
 from tapct.base.exits import UserError
-from tapct.engine import initial
 from tapct.nn.posembed import resize_positions
 from tapct.run import finished as trained_runs
 from tapct.run import pretrain
+from tapct.weights import sources
 
 
 @pytest.fixture(scope="module")
@@ -88,12 +88,12 @@ def test_weights_without_one_parameter_of_the_model_are_an_error_that_names_both
 ) -> None:
     tensors = load_file(trained / "export" / "model.safetensors")
     odd = tmp_path / "odd.safetensors"
-    save_file({f"model.{name}": value for name, value in tensors.items()}, odd)
+    save_file({f"other_{name}": value for name, value in tensors.items()}, odd)
     allowed = "train.init_allow=[missing,resized,unexpected]"
     with pytest.raises(
         UserError,
         match=rf"none of the {len(tensors)} tensors of .* has the name of a parameter of this model"
-        r"; the file has model\.blocks.*; the model has blocks",
+        r"; the file has other_blocks.*; the model has blocks",
     ):
         first_teacher(tmp_path, store, f"train.init={odd}", allowed)
 
@@ -104,13 +104,14 @@ def test_what_cannot_fit_or_is_not_there_is_one_line(
     with pytest.raises(UserError, match="does not fit this model: .* is .* there and .* here"):
         first_teacher(tmp_path, store, f"train.init={trained}", "model.dim=32")
     with pytest.raises(
-        UserError, match="give a run folder, a checkpoint, an export or a .safetensors file"
+        UserError, match="nothing: give a run folder, a checkpoint, an export, a Hugging Face"
     ):
         first_teacher(tmp_path, store, f"train.init={tmp_path / 'nothing'}")
     with pytest.raises(
-        UserError, match="train.init_allow: mising is none of missing, resized, unexpected"
+        UserError,
+        match="train.init_allow: mising is none of missing, resized, inflated, unexpected",
     ):
         first_teacher(tmp_path, store, "train.init_allow=[mising]")
     (tmp_path / "broken.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0broken")
     with pytest.raises(UserError, match="cannot be read as safetensors"):
-        initial.read(tmp_path / "broken.safetensors")
+        sources.read(tmp_path / "broken.safetensors")
