@@ -68,7 +68,8 @@ def resize_positions(
         native: points of the native grid along (z, y, x), product N.
         grid: points of the result along (z, y, x).
         mode: "cubic" or "linear".
-        offset: see `axis_matrix`; with one, an axis that keeps its number of points moves too.
+        offset: see `axis_matrix`; with one, both axes of a plane move where one of them changes,
+            as in DINOv2.
     Returns:
         (product of `grid`, D), float32 or wider.
     """
@@ -76,8 +77,9 @@ def resize_positions(
     if grid == native:
         return pos
     pos = pos.view(*native, -1)  # (z, y, x, D)
+    plane_moves = bool(offset) and native[1:] != grid[1:]
     for axis, (n_in, n_out) in enumerate(zip(native, grid, strict=True)):
-        if n_in != n_out or offset:
+        if n_in != n_out or (axis > 0 and plane_moves):
             matrix_OI = axis_matrix(n_in, n_out, mode, pos.device, pos.dtype, offset)
             pos = torch.tensordot(matrix_OI, pos, dims=([1], [axis])).movedim(0, axis)
     return pos.reshape(-1, pos.shape[-1])

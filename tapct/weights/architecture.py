@@ -35,7 +35,7 @@ EPS = ("layer_norm_eps", "norm_eps")
 
 
 @dataclass(frozen=True)
-class Layout:
+class TokenLayout:
     """How tokens and patches of a backbone are laid out.
 
     Args:
@@ -54,7 +54,7 @@ class Layout:
 
 def layout_of(
     tensors: Mapping[str, Tensor], facts: Mapping[str, Any], window: Size3 | None, source: str
-) -> Layout | None:
+) -> TokenLayout | None:
     """The layout of a backbone; None without a patch embedding that is known.
 
     Args:
@@ -85,7 +85,7 @@ def layout_of(
                 )
         else:
             grid = _stated_grid(facts, patch, is_2d, counts) or position_grid(counts, patch, is_2d)
-    return Layout(patch, int(kernel.shape[1]), is_2d, grid)
+    return TokenLayout(patch, int(kernel.shape[1]), is_2d, grid)
 
 
 def position_grid(counts: Sequence[int], patch: Size3, is_2d: bool) -> Grid | None:
@@ -134,7 +134,7 @@ def with_cls_row(tensors: Mapping[str, Tensor], grid: Grid) -> dict[str, Tensor]
 
 
 def vit_sizes(
-    tensors: Mapping[str, Tensor], layout: Layout, facts: Mapping[str, Any], dialect: str
+    tensors: Mapping[str, Tensor], layout: TokenLayout, facts: Mapping[str, Any], dialect: str
 ) -> dict[str, Any]:
     """Keys of the model section `vit` for a backbone of another project, with one channel.
 
@@ -172,7 +172,7 @@ def vit_sizes(
     grid = layout.grid
     if is_v3:
         grid = grid or _grid_of_224(layout.patch)
-        sizes |= {"positions": "rope", "rope": {"axes": "yx"}}
+        sizes |= {"positions": "rope", "rope": {"axes": "yx", **_periods(tensors)}}
     if grid is None:
         raise UserError(
             "the window that the positions of these weights were learned for is not known; give "
@@ -186,6 +186,22 @@ def vit_sizes(
     else:
         sizes["pos_resize"] = "linear"
     return sizes
+
+
+def _periods(tensors: Mapping[str, Tensor]) -> dict[str, float]:
+    """Keys of `model.rope` for the periods that a DINOv3 file states; empty where they are the
+    defaults, but for rounding.
+    """
+    period_P = tensors.get("rope_embed.periods")
+    if period_P is None or period_P.numel() < 2:
+        return {}
+    period_P = period_P.double()
+    num = len(period_P)
+    default_P = 100.0 ** (torch.arange(num, dtype=torch.float64) / num)
+    if torch.allclose(period_P, default_P, rtol=0.01):  # they may be stored in bfloat16
+        return {}
+    base = float(period_P[-1] / period_P[0]) ** (num / (num - 1))
+    return {"base": base, "shortest": float(period_P[0])}
 
 
 def _feed_forward(tensors: Mapping[str, Tensor], dim: int, is_gated: bool) -> dict[str, Any]:

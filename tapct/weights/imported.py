@@ -14,7 +14,7 @@ Overrides change them; what then does not fit must be allowed by name.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -171,11 +171,28 @@ def _foreign(weights: SourceWeights, options: ImportOptions) -> dict[str, Any]:
         given["model"] |= stated_model(weights.facts)
         return given | stated_preprocess(weights.facts, weights.source.parent)
     of_model = [word for word in options.settings if word.partition("=")[0].startswith("model.")]
+    given["model"] |= _window_of_patch(layout, of_model)
     settings: FeatureSettings = from_dict(FeatureSettings, given, str(weights.source), of_model)
     given["preprocess"] = native_preprocess(
         settings.model.config.window, settings.model.config.patch
     )
     return given
+
+
+def _window_of_patch(layout: architecture.TokenLayout, words: Sequence[str]) -> dict[str, Any]:
+    """The window with as many patches as there are positions, where the user gives a patch size
+    and no window; empty where not.
+    """
+    values = {word.partition("=")[0]: word.partition("=")[2] for word in words}
+    if layout.grid is None or "model.patch" not in values or "model.window" in values:
+        return {}
+    try:
+        patch = [int(side) for side in values["model.patch"].strip("[] ").split(",")]
+    except ValueError:
+        return {}  # the check of the override names the mistake
+    if len(patch) != 3:
+        return {}
+    return {"window": [n * side for n, side in zip(layout.grid, patch, strict=True)]}
 
 
 def native_preprocess(window: Size3, patch: Size3) -> dict[str, Any]:

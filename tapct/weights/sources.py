@@ -31,7 +31,7 @@ from tapct.base.exits import UserError, single_line
 from tapct.base.geometry import Grid, Size3, patch_grid
 from tapct.engine.checkpoint import Checkpoints, read_meta
 from tapct.run_folder import CheckpointFolder, ExportFolder, RunFolder, has_step_name
-from tapct.weights.architecture import Layout, layout_of, with_cls_row
+from tapct.weights.architecture import TokenLayout, layout_of, with_cls_row
 from tapct.weights.card import FORMAT
 from tapct.weights.names import backbone_of, flatten
 
@@ -68,7 +68,7 @@ class SourceWeights:
     tensors: Mapping[str, Tensor]
     source: Path
     grid: Grid | None = None
-    layout: Layout | None = None
+    layout: TokenLayout | None = None
     dialect: str = "DINOv2"
     set_aside: Mapping[str, int] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)

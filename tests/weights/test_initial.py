@@ -6,16 +6,22 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import foreign_weights as foreign
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_run import config_of
+from weights_parity import prefixed
 
+import tapct
 from tapct.base.exits import UserError
 from tapct.nn.posembed import resize_positions
 from tapct.run import finished as trained_runs
-from tapct.run import pretrain
+from tapct.run import importing, pretrain
+from tapct.run.lineage import scans_of_run
 from tapct.weights import sources
+from tapct.weights.export import scans_of_export
+from tapct.weights.inflate import resize_kernel
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +68,59 @@ def test_positions_of_another_window_are_resized_when_that_is_meant(
         found["pos_embed"][0, 1:], resize_positions(old[0, 1:], (2, 2, 2), (2, 3, 3))
     )
     assert "resized    1: pos_embed" in capsys.readouterr().out
+
+
+def test_load_pretrained_reads_a_run_and_a_checkpoint_with_the_settings_of_training(
+    tmp_path: Path, store: Path
+) -> None:
+    pretrain.train(config_of(tmp_path, store, "train.steps=1", "contract.mean=-50.0"))
+    run = tmp_path / "run"
+    teacher = load_file(run / "checkpoints" / "step_00000001" / "teacher.safetensors")
+    for source in (run, run / "checkpoints" / "step_00000001"):
+        loaded = tapct.load_pretrained(source)
+        state = loaded.model.state_dict()
+        assert all(torch.equal(state[name], value) for name, value in teacher.items())
+        assert loaded.contract.mean == -50.0
+        assert loaded.preprocess.window == (4, 16, 16)
+        assert (loaded.provenance["run"], loaded.provenance["step"]) == ("run", 1)
+        loaded.half()  # own weights may
+    importing.import_weights(run, tmp_path / "out")
+    assert (
+        scans_of_export(tmp_path / "out").from_step.keys() == scans_of_run(run, 1).from_step.keys()
+    )
+    with pytest.raises(UserError, match="allow='resized'"):
+        tapct.load_pretrained(run, ["model.window=[4,24,24]"])
+    wider = tapct.load_pretrained(run, ["model.window=[4,24,24]"], allow="resized")
+    assert wider.model.pos_embed.shape == (1, 1 + 2 * 3 * 3, 16)
+
+
+def test_a_run_starts_from_a_2d_backbone_of_another_project(
+    tmp_path: Path, store: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tensors = foreign.dinov2((3, 16, 16), 14 * 14, dim=16, registers=1)
+    torch.save({"teacher": prefixed(tensors, "backbone.")}, tmp_path / "dino.pth")
+    words = (f"train.init={tmp_path / 'dino.pth'}", "train.init_inflate=centre")
+    with pytest.raises(UserError, match=r"2 parameters .* are inflated.*init_allow=\[inflated\]"):
+        first_teacher(tmp_path, store, *words)
+    found = first_teacher(tmp_path, store, *words, "train.init_allow=[inflated]")
+    for name in ("blocks.1.attn.qkv.weight", "cls_token", "norm.bias"):
+        assert torch.equal(found[name], tensors[name]), name
+    kernel = found["patch_embed.proj.weight"]
+    assert kernel.shape == (16, 1, 2, 8, 8) and not kernel[:, :, 0].any()
+    grey = tensors["patch_embed.proj.weight"].sum(1, keepdim=True)[:, :, None]
+    torch.testing.assert_close(kernel[:, :, 1:], resize_kernel(grey, (1, 8, 8)))
+    printed = capsys.readouterr().out
+    assert "2D, patch 1x16x16, 3 channels, positions for 1x14x14 patches" in printed
+    assert "blocks.*.attn.qkv" in printed
+
+
+def test_layer_scale_that_the_weights_lack_is_set_to_1(tmp_path: Path, store: Path) -> None:
+    tensors = foreign.dinov2((1, 2, 8, 8), 2 * 2 * 2, dim=16, registers=1)
+    plain = {name: value for name, value in tensors.items() if not name.endswith("gamma")}
+    save_file(plain, tmp_path / "plain.safetensors")
+    words = (f"train.init={tmp_path / 'plain.safetensors'}", "train.init_window=[4,16,16]")
+    found = first_teacher(tmp_path, store, *words, "train.init_allow=[missing]")
+    assert (found["blocks.0.ls1.gamma"] == 1).all() and (found["blocks.1.ls2.gamma"] == 1).all()
 
 
 def test_missing_and_unexpected_parameters_are_named_and_must_be_meant(

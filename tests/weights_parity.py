@@ -1,6 +1,6 @@
 """Every way by which weights come in, against a vision transformer that shares no code with tapct.
 
-python tests/weights/parity.py        prints the table of largest differences
+python tests/weights_parity.py        prints the table of largest differences
 """
 
 from __future__ import annotations
