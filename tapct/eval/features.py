@@ -345,7 +345,7 @@ def prepare(
 def resized_slab(
     hu_ZYX: Tensor, size_yx: tuple[int, int], preprocess: Preprocess, contract: HUContract
 ) -> Tensor:
-    """Slices resized in their plane, as `Preprocess.resize` says.
+    """Slices resized in their plane, by `Preprocess.resize`.
 
     Args:
         hu_ZYX: float32 HU of some slices.

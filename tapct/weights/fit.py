@@ -22,6 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tapct.base.counted import counted
 from tapct.base.exits import SharedError
 from tapct.base.geometry import Grid, Size3, times
 from tapct.nn.contracts import Backbone
@@ -42,7 +43,7 @@ class Terms:
         allow: kinds that may occur beside `loaded`.
         rule: how a 2D kernel is spread over depth, `mean` or `centre`.
         what: beginning of error lines, e.g. `train.init`.
-        remedy: text with {kinds} that says how kinds are allowed.
+        remedy: text about how kinds are allowed; {kinds} stands for their list.
     """
 
     allow: tuple[str, ...] = ()
@@ -262,9 +263,11 @@ def _check_allowed(report: Report, terms: Terms) -> None:
         if not names or kind in terms.allow:
             continue
         how = report.fates[names[0]].how
-        of_file = "" if parts else f" parameters of {report.weights.source}"
+        num = str(len(names))
+        if not parts:
+            num = f"{counted(len(names), 'parameter')} of {report.weights.source}"
         example = f"{names[0]} ({how})" if how else names[0]
-        parts.append(f"{len(names)}{of_file} are {kind}, e.g. {example}")
+        parts.append(f"{num} {'is' if len(names) == 1 else 'are'} {kind}, e.g. {example}")
         kinds.append(kind)
     if parts:
         remedy = terms.remedy.format(kinds=",".join(kinds))

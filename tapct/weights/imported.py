@@ -49,7 +49,7 @@ class ImportOptions:
         window: voxels (z, y, x) that the positions of the source were learned for; None reads it.
         custom_code: whether the source may name a backbone from a module outside tapct.
         what: name of the option or argument for the source, for error lines.
-        remedy: text with {kinds} that says how kinds are allowed.
+        remedy: text about how kinds are allowed; {kinds} stands for their list.
     """
 
     settings: tuple[str, ...] = ()

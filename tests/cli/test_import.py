@@ -38,6 +38,13 @@ def test_published_weights_become_an_export_that_embeds_a_scan(
         assert np.isfinite(features["features_DZYX"]).all()
 
 
+def test_weights_of_another_project_must_be_imported_before_they_are_evaluated(
+    shell: Shell, tmp_path: Path
+) -> None:
+    source = file_of(TAP, model_type="tapct")(tmp_path / "theirs")
+    assert f"`tapct import {source} --out FOLDER`" in shell.bad("eval", source)
+
+
 def test_a_2d_file_becomes_3d_only_where_that_is_allowed(shell: Shell, tmp_path: Path) -> None:
     source = file_of(foreign.dinov2(), "dino.pth")(tmp_path / "2d")
     words = ("import", source, "model.patch=[4,14,14]", "--out", tmp_path / "3d")

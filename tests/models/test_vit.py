@@ -458,3 +458,14 @@ def test_every_field_changes_the_result(name: str) -> None:
 
     one, two = result(before, group), result(after, other)
     assert one.shape != two.shape or not torch.allclose(one, two)
+
+
+@pytest.mark.parametrize("shape", [(3, 1, 4, 16, 16), (3, 4, 16, 16), (4, 16, 16)])
+def test_one_tensor_in_place_of_a_list_of_groups_is_refused(shape: tuple[int, ...]) -> None:
+    """Its first axis would be taken as groups: a batch of three gave three results of one crop."""
+    model = fresh(TINY)
+    for call in (model, lambda crops: model.tokens_of_blocks(crops, [0])):
+        with pytest.raises(UserError, match=r"one tensor of shape .*call it with \[crops\]"):
+            call(torch.zeros(shape))
+    with pytest.raises(UserError, match=r"takes \(B, Z, Y, X\); reshape them"):
+        model([torch.zeros(3, 1, 4, 16, 16)])

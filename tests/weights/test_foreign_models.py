@@ -5,7 +5,9 @@ what is not a fit is refused by name.
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import foreign_weights as foreign
 import numpy as np
@@ -73,8 +75,8 @@ def test_what_is_not_a_fit_must_be_allowed_and_all_of_it_is_named(tmp_path: Path
     with pytest.raises(UserError) as error:
         tapct.load_pretrained(source)
     line = str(error.value)
-    for part in ("1 parameters of", "are missing, e.g. mask_token", "1 are inflated",
-                 "sum of 3 channels", "unexpected, e.g. head.weight",
+    for part in ("1 parameter of", "is missing, e.g. mask_token", "1 is inflated",
+                 "sum of 3 channels", "1 is unexpected, e.g. head.weight",
                  "allow='missing,inflated,unexpected'"):  # fmt: skip
         assert part in line, part
     assert "\n" not in line
@@ -183,8 +185,39 @@ def test_a_hub_id_is_read_from_the_local_cache(
         tapct.load_pretrained("fomofo/tap-ct-x-9d")
 
 
+def test_what_the_hub_cache_returns_is_read_with_its_revision(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a stand-in for huggingface_hub, which need not be installed for the tests."""
+    calls = []
+
+    class NotThere(Exception):
+        pass
+
+    def snapshot_download(name: str, *, revision: str | None, local_files_only: bool) -> str:
+        calls.append((name, revision, local_files_only))
+        if name == "some/other":
+            raise NotThere
+        return str(tmp_path)
+
+    errors = ModuleType("huggingface_hub.errors")
+    errors.LocalEntryNotFoundError = errors.HfHubHTTPError = NotThere  # type: ignore[attr-defined]
+    package = ModuleType("huggingface_hub")
+    package.snapshot_download = snapshot_download  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "huggingface_hub", package)
+    monkeypatch.setitem(sys.modules, "huggingface_hub.errors", errors)
+    with pytest.raises(UserError, match="no weights of this model, only other files"):
+        tapct.load_pretrained("fomofo/tap-ct-b-3d@v1")
+    file_of(TAP)(tmp_path)
+    loaded = tapct.load_pretrained("fomofo/tap-ct-b-3d@v1")
+    assert torch.equal(loaded.model.pos_embed, TAP["pos_embed"])
+    assert calls[-1] == ("fomofo/tap-ct-b-3d", "v1", True)
+    with pytest.raises(UserError, match="`hf download some/other --revision v2`"):
+        tapct.load_pretrained("some/other@v2")
+
+
 def test_a_hub_id_without_the_package_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "huggingface_hub", None)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(UserError, match="huggingface_hub is not installed; pip install"):
         tapct.load_pretrained("fomofo/tap-ct-b-3d")
 

@@ -15,11 +15,13 @@ from weights_parity import prefixed
 
 import tapct
 from tapct.base.exits import UserError
+from tapct.config import load_config, plugins
 from tapct.nn.posembed import resize_positions
 from tapct.run import finished as trained_runs
 from tapct.run import importing, pretrain
+from tapct.run.config import RunConfig
 from tapct.run.lineage import scans_of_run
-from tapct.weights import sources
+from tapct.weights import initial, sources
 from tapct.weights.export import scans_of_export
 from tapct.weights.inflate import resize_kernel
 
@@ -58,7 +60,7 @@ def test_positions_of_another_window_are_resized_when_that_is_meant(
     wider = (f"train.init={trained}", "model.window=[4,24,24]", "views.global_window=[4,24,24]")
     with pytest.raises(
         UserError,
-        match=r"1 parameters .* are resized, e.g. pos_embed.* train.init_allow=\[resized\]",
+        match=r"1 parameter .* is resized, e.g. pos_embed.* train.init_allow=\[resized\]",
     ):
         first_teacher(tmp_path, store, *wider)
     found = first_teacher(tmp_path, store, *wider, "train.init_allow=[resized]")
@@ -130,10 +132,10 @@ def test_missing_and_unexpected_parameters_are_named_and_must_be_meant(
     tensors["extra.weight"] = tensors.pop("norm.weight")
     save_file(tensors, tmp_path / "odd.safetensors")
     source = f"train.init={tmp_path / 'odd.safetensors'}"
-    with pytest.raises(UserError, match="are missing, e.g. norm.weight"):
+    with pytest.raises(UserError, match="is missing, e.g. norm.weight"):
         first_teacher(tmp_path, store, source)
     with pytest.raises(
-        UserError, match=r"are unexpected, e.g. extra.weight; .*\[missing,unexpected\]"
+        UserError, match=r"is unexpected, e.g. extra.weight; .*\[missing,unexpected\]"
     ):
         first_teacher(tmp_path, store, source, "train.init_allow=[missing]")
     found = first_teacher(tmp_path, store, source, "train.init_allow=[missing,unexpected]")
@@ -174,3 +176,22 @@ def test_what_cannot_fit_or_is_not_there_is_one_line(
     (tmp_path / "broken.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0broken")
     with pytest.raises(UserError, match="cannot be read as safetensors"):
         sources.read(tmp_path / "broken.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("registers", "allowed"), [(4, ""), (0, "train.init_allow=[inflated,missing]")]
+)
+def test_the_config_that_continues_from_2d_takes_dinov2s_shapes(
+    tmp_path: Path, registers: int, allowed: str
+) -> None:
+    """Patch 14x14, 37x37 positions, with and without registers; only the width is smaller."""
+    tensors = foreign.dinov2((3, 14, 14), 37 * 37, dim=64, depth=2, registers=registers)
+    torch.save(tensors, tmp_path / "dinov2_vitb14.pth")
+    small = ["model.dim=64", "model.heads=1", "model.depth=2"]
+    words = [*small, f"train.init={tmp_path / 'dinov2_vitb14.pth'}", *filter(None, [allowed])]
+    path = Path(__file__).resolve().parents[2] / "configs" / "tap_b_3d_from_2d.yaml"
+    config = load_config(RunConfig, path, words).value
+    with torch.device("meta"):
+        backbone = plugins.load("models", "vit").build(config.model.config)
+    initial.check(config.train, backbone)
+    assert config.model.config.patch == (4, 8, 8)
