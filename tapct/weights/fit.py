@@ -143,13 +143,17 @@ def fit(
         UserError: no parameter is there, a kind occurs that is not allowed, or a shape cannot be
             brought to fit.
     """
-    wanted = {name: tuple(value.shape) for name, value in backbone.named_parameters()}
+    wanted = {name: tuple(value.shape) for name, value in backbone.state_dict().items()}
     full: dict[str, Tensor] = {}
     fates: dict[str, Fate] = {}
     unfit = []
     for name, shape in wanted.items():
         if name not in weights.tensors:
             fates[name] = Fate("missing")
+            continue
+        value = weights.tensors[name]
+        if not is_weight(value):
+            unfit.append(f"{name} is {value.dtype} there, as in quantised files")
             continue
         value, fate = _fitted(name, weights, backbone, shape, terms.rule)
         if tuple(value.shape) != shape:
@@ -168,6 +172,12 @@ def fit(
     report = Report(fates, weights)
     _check_allowed(report, terms)
     return report, full
+
+
+def is_weight(value: Tensor) -> bool:
+    """Whether a tensor holds plain numbers; those of quantised files need a scale beside them."""
+    is_quantised = value.is_quantized or value.element_size() < 2
+    return value.dtype == torch.bool or not is_quantised
 
 
 def _fitted(
@@ -257,7 +267,8 @@ def _check_allowed(report: Report, terms: Terms) -> None:
     """Raise SharedError where kinds occur that the terms do not allow; the line names all of
     them.
     """
-    parts, kinds = [], list(terms.allow)
+    parts: list[str] = []
+    kinds = list(terms.allow)
     for kind in FIT_KINDS:
         names = report.names(kind)
         if not names or kind in terms.allow:

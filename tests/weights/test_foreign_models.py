@@ -106,6 +106,13 @@ def test_a_pickle_with_code_is_refused_and_not_run(tmp_path: Path) -> None:
         tapct.load_pretrained(tmp_path / "cut.pth")
 
 
+def test_quantised_weights_are_refused(tmp_path: Path) -> None:
+    name = "blocks.0.mlp.fc1.weight"
+    quantised = TAP | {name: (100 * TAP[name]).to(torch.int8)}
+    with pytest.raises(UserError, match=r"mlp\.fc1\.weight is torch\.int8 there, as in quantised"):
+        tapct.load_pretrained(file_of(quantised)(tmp_path))
+
+
 def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     broken = dict(TAP)
     broken["norm.bias"] = broken["norm.bias"].clone()
