@@ -160,7 +160,7 @@ def vit_sizes(
         "patch": list(layout.patch),
         "dim": dim,
         "depth": 1 + max(blocks, default=0),
-        "heads": _number_of(facts, NUM_HEADS) or max(1, dim // HEAD_DIM),
+        "heads": stated_heads(facts) or max(1, dim // HEAD_DIM),
         "registers": _registers(tensors),
         "qk_norm": "blocks.0.attn.q_norm.weight" in tensors,
         "qkv_bias": "blocks.0.attn.qkv.bias" in tensors,
@@ -186,6 +186,12 @@ def vit_sizes(
     else:
         sizes["pos_resize"] = "linear"
     return sizes
+
+
+def stated_heads(facts: Mapping[str, Any]) -> int | None:
+    """Attention heads in a config.json; None where it names none."""
+    heads = _number_of(facts, NUM_HEADS)
+    return heads if isinstance(heads, int) else None
 
 
 def _periods(tensors: Mapping[str, Tensor]) -> dict[str, float]:

@@ -143,6 +143,7 @@ def fit(
         UserError: no parameter is there, a kind occurs that is not allowed, or a shape cannot be
             brought to fit.
     """
+    _check_heads(weights, backbone, terms)
     wanted = {name: tuple(value.shape) for name, value in backbone.state_dict().items()}
     full: dict[str, Tensor] = {}
     fates: dict[str, Fate] = {}
@@ -172,6 +173,18 @@ def fit(
     report = Report(fates, weights)
     _check_allowed(report, terms)
     return report, full
+
+
+def _check_heads(weights: SourceWeights, backbone: Backbone, terms: Terms) -> None:
+    """Raise SharedError where the source has another number of heads: all shapes would fit, and
+    attention would compute something else.
+    """
+    heads = getattr(getattr(backbone, "config", None), "heads", None)
+    if isinstance(heads, int) and weights.heads not in (None, heads):
+        raise SharedError(
+            f"{terms.what}: {weights.source} was trained with {counted(weights.heads or 0, 'head')}"
+            f" and this model has {heads}; set model.heads={weights.heads}"
+        )
 
 
 def is_weight(value: Tensor) -> bool:
