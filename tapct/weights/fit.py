@@ -96,6 +96,11 @@ class Report:
                 some = [self._described(name) for name in names[:MOST_NAMES]]
                 more = ", ..." if len(names) > MOST_NAMES else ""
                 lines.append(f"  {kind:<10} {len(names)}: {', '.join(some)}{more}")
+        if weights.grid is None and POSITIONS in self.names("loaded"):
+            lines.append(
+                "  note       no file states the window that the positions were learned for"
+            )
+            lines.append("             it is taken to be that of this model")
         return lines + self.table()
 
     def table(self) -> list[str]:
