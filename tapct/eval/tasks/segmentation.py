@@ -39,6 +39,7 @@ from tapct.eval.organ_decoders import (
 from tapct.eval.organ_surfaces import Surfaces
 from tapct.eval.prediction_files import DICOM_SEG, NIFTI
 from tapct.eval.scans import LabelledScan
+from tapct.eval.tolerances import check_named, parse
 from tapct.eval.truth import PatchTruth, patch_truth
 from tapct.types import IGNORE_LABEL, LabelMap
 
@@ -84,6 +85,11 @@ class Config(ClassSettings, DecoderConfig):
         False,
         "whether NSD and HD95 of each organ and scan are computed beside Dice; they take some "
         "seconds per organ on a large scan and need the extra `eval`",
+    )
+    tolerances: tuple[str, ...] = setting(
+        (),
+        "tolerances of NSD in mm in place of the defaults, by the name of the organ in the label "
+        "maps, e.g. [liver=2,Parotid_L=2.85]",
     )
     predictions: bool = setting(
         False,
@@ -135,14 +141,15 @@ class Segmentation(Task[PatchTruth, Prediction]):
         self._kept: dict[str, list[KeptPatches]] = defaultdict(list)
         self._dice: dict[tuple[str, str], dict[str, dict[str, float]]] = {}
         self._left_out: dict[tuple[int, str], str] = {}  # label value, its name -> class
-        self._surfaces = Surfaces()
+        self._surfaces = Surfaces(parse(config.tolerances))
         self._value_of: dict[str, int] = {}  # class -> label value in the training scans
         self._in_training: set[str] = set()  # organs of the training scans
         self._not_learned: set[str] = set()  # organs of test scans that the decoder does not know
 
     def named_labels(self) -> Mapping[str, tuple[str, ...]]:
         """Words of the settings that must name a label; the defaults need not."""
-        return self.config.named_labels()
+        organs = tuple(parse(self.config.tolerances))
+        return {**self.config.named_labels(), "tolerances": organs}
 
     def blocks(self, num_blocks: int) -> tuple[int, ...]:
         """The last block, or the last four."""
@@ -208,9 +215,10 @@ class Segmentation(Task[PatchTruth, Prediction]):
         """Fit the decoders of each model; classes are those that occur in the training scans.
 
         Raises:
-            UserError: no organ occurs in them.
+            UserError: no organ occurs in them, or a tolerance is set for something else.
         """
         self.classes, self.organs = self._find_classes()
+        check_named(parse(self.config.tolerances), self.organs)
         num_patients = len(labelled_patients(itertools.chain(*self._kept.values())))
         for model in list(self._kept):
             kept = self._kept.pop(model)
