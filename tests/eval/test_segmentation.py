@@ -477,8 +477,14 @@ def test_organs_that_one_side_lacks_are_listed_as_left_out():
 
 
 def test_settings_that_must_name_a_label_are_those_that_are_not_defaults():
-    named = build(Config(body=("body", "torso"), organs=("1",)), seed=0).named_labels()
-    assert named == {"organs": ("1",), "outside": (), "body": ("torso",)}
+    config = Config(body=("body", "torso"), organs=("1",), tolerances=("liver=2",))
+    named = build(config, seed=0).named_labels()
+    assert named == {
+        "organs": ("1",),
+        "outside": (),
+        "body": ("torso",),
+        "tolerances": ("liver",),
+    }
 
 
 def test_the_dice_term_and_its_derivative_equal_autograd():
