@@ -32,7 +32,7 @@ from tapct.engine.checkpoint import Checkpoints
 from tapct.engine.stop import StopFlag, job_deadline
 from tapct.eval import best_record
 from tapct.eval.runner import During
-from tapct.run.best_step import link_weights
+from tapct.run.best_step import link_weights, waits
 from tapct.run_folder import CheckpointFolder, RunFolder, step_of
 
 # seconds before the end of the job's time in which the process and the first rank can end cleanly
@@ -171,11 +171,11 @@ class Evaluations:
             return set()
         record = best_record.read(self.run)
         best = set() if record is None or record.best is None else {record.best}
-        waiting = []
-        for dataset, folder in RunFolder(self.run).evaluations_of_steps():
-            results = folder.validation.results if self.on_validation else folder.results
-            if dataset == self.dataset and folder.teacher.is_file() and not results.is_file():
-                waiting.append(step_of(folder.path))
+        waiting = [
+            step_of(folder.path)
+            for dataset, folder in RunFolder(self.run).evaluations_of_steps()
+            if dataset == self.dataset and waits(folder, self.on_validation)
+        ]
         return best | set(self.due) | set(sorted(waiting)[-MOST_WAITING:])
 
     def log_of(self, step: int) -> Path:

@@ -126,24 +126,42 @@ def settle(run: Path, folder: EvaluationFolder) -> None:
 
     Args:
         run: run folder.
-        folder: evaluation that has ended, in the folder of its step.
+        folder: folder of the step that has been evaluated.
     """
-    before = best_record.read(run)
     curve = best_record.update(run)
-    during = over_steps.evaluates_during_training(over_steps.settings_of(run))
-    # the folder of the evaluation that ended, whatever its data set
-    done = {folder.path: folder}
+    settings = over_steps.settings_of(run)
     best = None
-    if curve is not None:
-        if before is not None and before.best is not None:
-            loser = RunFolder(run).evaluation(curve.dataset, before.best)
-            done[loser.path] = loser
-        if curve.best is not None and during:
-            best = RunFolder(run).evaluation(curve.dataset, curve.best.step)
-            keep_weights(run, best)
+    during = over_steps.evaluates_during_training(settings)
+    if during and curve is not None and curve.best is not None:
+        best = RunFolder(run).evaluation(curve.dataset, curve.best.step)
+        keep_weights(run, best)
+    done = {folder.path: folder}
+    for dataset, place in RunFolder(run).evaluations_of_steps():
+        is_own = curve is not None and dataset == curve.dataset
+        if is_own and not waits(place, over_steps.uses_validation(settings)):
+            done[place.path] = place
     for path, place in done.items():
         if best is None or path != best.path:
             place.teacher.unlink(missing_ok=True)
+
+
+def waits(folder: EvaluationFolder, on_validation: bool) -> bool:
+    """Whether the weights in the folder of a step are still to be evaluated: there are no results,
+    or they are older than the weights, because the step has been trained again.
+
+    Args:
+        folder: folder of the step.
+        on_validation: whether steps are evaluated on validation patients.
+    """
+    results = folder.validation.results if on_validation else folder.results
+    try:
+        written = folder.teacher.stat().st_mtime
+    except OSError:
+        return False
+    try:
+        return results.stat().st_mtime < written
+    except OSError:
+        return True
 
 
 def keep_weights(run: Path, folder: EvaluationFolder) -> None:
