@@ -104,15 +104,7 @@ class StepCurve:
 
     def lines_left_out(self) -> list[str]:
         """One line per reason why steps are not compared."""
-        steps_of: dict[str, list[int]] = {}
-        for step, reason in sorted(self.left_out.items()):
-            steps_of.setdefault(reason, []).append(step)
-        lines = []
-        for reason, steps in steps_of.items():
-            names = ", ".join(map(str, steps))
-            what = f"steps {names} are" if len(steps) > 1 else f"step {names} is"
-            lines.append(f"{self.task}: {what} not compared with the others: {reason}")
-        return lines
+        return _lines(self.task, self.left_out, "not compared with the others")
 
 
 @dataclass(frozen=True)
@@ -149,13 +141,12 @@ class StepEvaluations:
             None where no evaluation can be used.
         """
         task = task or ranking_task(self.settings)
-        left_out, usable = dict(self.unreadable), dict[int, TaskSection]()
-        for step, evaluation in self.evaluations.items():
-            reason = self.why_not(evaluation, task)
-            if reason:
-                left_out[step] = reason
-            else:
-                usable[step] = evaluation.tasks[task]
+        left_out = self._unusable(task)
+        usable = {
+            step: evaluation.tasks[task]
+            for step, evaluation in self.evaluations.items()
+            if step not in left_out
+        }
         if not usable:
             return None
         bases = {step: _basis(self.evaluations[step], section) for step, section in usable.items()}
@@ -179,7 +170,21 @@ class StepEvaluations:
             self.dataset,
         )
 
-    def why_not(self, evaluation: Evaluation, task: str) -> str:
+    def lines_without_curve(self, task: str = "") -> list[str]:
+        """One line per reason why the steps have no curve of a task, where `curve` is None."""
+        task = task or ranking_task(self.settings)
+        return _lines(task, self._unusable(task), "not used")
+
+    def _unusable(self, task: str) -> dict[int, str]:
+        """Step -> reason why its evaluation was not made with the settings of the run."""
+        left_out = dict(self.unreadable)
+        for step, evaluation in self.evaluations.items():
+            reason = self._why_not(evaluation, task)
+            if reason:
+                left_out[step] = reason
+        return left_out
+
+    def _why_not(self, evaluation: Evaluation, task: str) -> str:
         """Reason why an evaluation was not made with the settings of the run; empty where it was
         made with them.
         """
@@ -257,6 +262,19 @@ def ranking_task(settings: Mapping[str, Any]) -> str:
         return str(wanted)
     names = [name for name, section in tasks.items() if section is not None] if tasks else []
     return str(names[0]) if names else DEFAULT_TASKS[0]
+
+
+def _lines(task: str, left_out: Mapping[int, str], what: str) -> list[str]:
+    """One line per reason, with all steps that it holds for."""
+    steps_of: dict[str, list[int]] = {}
+    for step, reason in sorted(left_out.items()):
+        steps_of.setdefault(reason, []).append(step)
+    lines = []
+    for reason, steps in steps_of.items():
+        names = ", ".join(map(str, steps))
+        which = f"steps {names} are" if len(steps) > 1 else f"step {names} is"
+        lines.append(f"{task}: {which} {what}: {reason}")
+    return lines
 
 
 Basis = tuple[Hashable, ...]

@@ -128,9 +128,9 @@ def read(folders: Sequence[Path], wanted: Sequence[str] = (), data: str = "") ->
     for place, name in zip(histories, short_names(list(histories)), strict=True):
         config = _config(place, name, notes)
         chosen = _evaluation(evaluations[place], name, data, notes)
-        curves = {} if data else step_values.curves_of(place)
-        notes += step_values.notes(name, curves)
-        runs.append(Run(place, name, histories[place], config, chosen, curves))
+        steps = step_values.EvaluatedSteps() if data else step_values.read(place)
+        notes += step_values.notes(name, steps)
+        runs.append(Run(place, name, histories[place], config, chosen, steps.curves))
     notes += _pairing_notes(runs)
     keys = differing_keys([run.config for run in runs])
     return Comparison(tuple(runs), _metrics(runs, wanted), keys, tuple(notes))

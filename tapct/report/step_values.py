@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -20,17 +21,36 @@ from tapct.report.plots import Curve, line_chart, text
 BLANK = "\u2013"
 
 
-def curves_of(run: Path) -> dict[str, StepCurve]:
-    """Task -> its headline over the steps of a run, for tasks with something to show: two steps, or
-    one on validation patients, which no other table shows.
+@dataclass(frozen=True)
+class EvaluatedSteps:
+    """The headlines of a run over its evaluated steps.
+
+    Args:
+        curves: task -> headline, for tasks with something to show: two steps, or one on validation
+            patients, which no other table shows.
+        left_out: one line per reason why steps are not shown.
     """
+
+    curves: Mapping[str, StepCurve] = field(default_factory=dict)
+    left_out: tuple[str, ...] = ()
+
+
+def read(run: Path) -> EvaluatedSteps:
+    """Read the evaluated steps of a run."""
     found = over_steps.read(run)
-    curves = {}
+    if len(found.evaluations) + len(found.unreadable) < 2 and not found.on_validation:
+        return EvaluatedSteps()
+    curves: dict[str, StepCurve] = {}
+    lines: list[str] = []
     for task in found.tasks():
         curve = found.curve(task)
-        if curve is not None and (len(curve.values) > 1 or curve.on_validation):
+        if curve is None:
+            lines += found.lines_without_curve(task)
+            continue
+        lines += curve.lines_left_out()
+        if len(curve.values) > 1 or curve.on_validation:
             curves[task] = curve
-    return curves
+    return EvaluatedSteps(curves, tuple(lines))
 
 
 def chart(task: str, curves: Sequence[tuple[str, int, StepCurve]]) -> str:
@@ -70,7 +90,7 @@ def charts(runs: Sequence[tuple[str, Mapping[str, StepCurve]]]) -> str:
     """One chart per task, with the curves of several runs.
 
     Args:
-        runs: for each run its label, and what `curves_of` returns.
+        runs: for each run its label, and task -> headline over the steps.
     """
     html = ""
     for task in dict.fromkeys(task for _, curves in runs for task in curves):
@@ -89,12 +109,13 @@ def part(run: Path, command: str) -> str:
         run: run folder.
         command: command that evaluates the best step.
     """
-    curves = curves_of(run)
+    found = read(run)
+    curves, lines_left_out = found.curves, list(found.left_out)
     if not curves:
-        return ""
+        items = "".join(f"<li>{text(line)}</li>" for line in lines_left_out)
+        return f"<h3>Evaluated steps</h3><ul>{items}</ul>" if items else ""
     sentences = [best_line(curve) for curve in curves.values()]
-    for curve in curves.values():
-        sentences += curve.lines_left_out()
+    sentences += lines_left_out
     first = next(iter(curves.values()))
     note = f"<b>Caveat: {text(OPTIMISTIC)}.</b>"
     if first.on_validation:
@@ -124,7 +145,7 @@ def rows(runs: Sequence[Mapping[str, StepCurve]]) -> list[tuple[str, list[str]]]
     """Rows of the table of several runs: the best step of each task, its value and its interval.
 
     Args:
-        runs: for each run, what `curves_of` returns.
+        runs: for each run, task -> headline over the steps.
     """
     found: list[tuple[str, list[str]]] = []
     for task in dict.fromkeys(task for curves in runs for task in curves):
@@ -146,14 +167,14 @@ def rows(runs: Sequence[Mapping[str, StepCurve]]) -> list[tuple[str, list[str]]]
     return found
 
 
-def notes(name: str, curves: Mapping[str, StepCurve]) -> list[str]:
+def notes(name: str, found: EvaluatedSteps) -> list[str]:
     """What a reader of several runs must know about the best step of one of them.
 
     Args:
         name: name of the run.
-        curves: what `curves_of` returns for it.
+        found: its evaluated steps.
     """
-    lines = [line for curve in curves.values() for line in curve.lines_left_out()]
+    lines, curves = list(found.left_out), found.curves
     if any(not curve.on_validation for curve in curves.values()):
         lines.append(OPTIMISTIC)
     elif curves:

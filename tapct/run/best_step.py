@@ -100,7 +100,7 @@ def find(run: Path, task: str = "") -> BestStep:
                 f"--step {BEST}: no evaluation of {run} has the task {wanted}; there are: {there}. "
                 f"Set eval.during.best"
             )
-        reason = next(iter(found_reasons(found, wanted)), "")
+        reason = "; ".join(found.lines_without_curve(task))
         raise UserError(
             f"--step {BEST}: no evaluation of {run} was made with the settings of its config "
             f"({reason}); run `tapct eval {run} --step N{flag}` again for some steps"
@@ -111,12 +111,6 @@ def find(run: Path, task: str = "") -> BestStep:
             f"of {run}; set eval.during.best to another task"
         )
     return BestStep(run, curve, curve.best)
-
-
-def found_reasons(found: over_steps.StepEvaluations, task: str) -> list[str]:
-    """Why no evaluation of a run can be used, each reason once."""
-    reasons = [found.why_not(one, task) for one in found.evaluations.values()]
-    return list(dict.fromkeys([*reasons, *found.unreadable.values()]))
 
 
 def settle(run: Path, folder: EvaluationFolder) -> None:

@@ -166,7 +166,7 @@ def test_the_errors_of_step_best_name_the_next_step(tmp_path: Path) -> None:
     ):
         best_step.find(run)
     write_step(run, 10, 0.5, settings={"max_scans": 2})
-    with pytest.raises(UserError, match=r"made with the settings of its config \(eval.max_scans"):
+    with pytest.raises(UserError, match=r"config \(segmentation: step 10 is not used: eval"):
         best_step.find(run)
     with pytest.raises(UserError, match=r"has the task knn; there are: segmentation"):
         best_step.find(run, "knn")

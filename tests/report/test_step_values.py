@@ -81,9 +81,21 @@ def test_steps_with_other_settings_are_named_on_the_page_and_in_the_notes(tmp_pa
     line = "segmentation: step 30 is not compared with the others: eval.max_scans was 2"
     assert line in " ".join(Page(page.render(run)).words.split())
     assert any(line in note for note in compare.read([run]).notes)
-    assert dict(step_values.rows([step_values.curves_of(run)]))["Segmentation: best step"] == ["20"]
+    assert dict(step_values.rows([step_values.read(run).curves]))["Segmentation: best step"] == [
+        "20"
+    ]
 
 
 def test_one_evaluation_on_the_test_patients_adds_nothing(tmp_path: Path) -> None:
     run = trained_run(tmp_path / "run", {10: 0.2})
-    assert step_values.curves_of(run) == {} and step_values.part(run, "command") == ""
+    assert step_values.read(run) == step_values.EvaluatedSteps()
+    assert step_values.part(run, "command") == ""
+
+
+def test_evaluations_of_an_earlier_version_are_named(tmp_path: Path) -> None:
+    run = trained_run(tmp_path / "run", {})
+    for step in (10, 20):
+        write_step(run, step, 0.5, settings={}, test=SCANS)
+    line = f"segmentation: steps 10, 20 are not used: {over_steps.UNKNOWN_SETTINGS}"
+    assert line in " ".join(Page(page.render(run)).words.split())
+    assert f"run: {line}" in compare.read([run]).notes

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 from evaluated_steps import DATASET, make_run, write_step
+from safetensors.torch import load_file
 from shell import Shell
 from shell import shell as shell  # a fixture
-from safetensors.torch import load_file
 from tiny_run import config_of, differences, evaluation_of, make_store
 
 from tapct.base.exits import UserError
