@@ -103,7 +103,13 @@ def read(run: Path) -> BestRecord | None:
         best = content["best"]
         if not values or (best is not None and best not in values):
             return None
-        words = [str(content[key]) for key in ("task", "metric", "direction", "people")]
-        return BestRecord(*words, best, values)
+        return BestRecord(
+            str(content["task"]),
+            str(content["metric"]),
+            str(content["direction"]),
+            str(content["people"]),
+            best,
+            values,
+        )
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -13,6 +13,7 @@ import numpy as np
 
 from tapct.base.counted import counted
 from tapct.eval import over_steps
+from tapct.eval.intervals import Interval
 from tapct.eval.over_steps import OPTIMISTIC, StepCurve
 from tapct.eval.results import shown, title_of
 from tapct.eval.terminal import between
@@ -66,8 +67,8 @@ def chart(task: str, curves: Sequence[tuple[str, int, StepCurve]]) -> str:
         best = curve.best
         ends = []
         for one in curve.values:
-            known = one.interval is not None
-            ends.append((one.interval.low, one.interval.high) if known else (math.nan, math.nan))
+            interval = one.interval or Interval(math.nan, math.nan)
+            ends.append((interval.low, interval.high))
         lines.append(
             Curve(
                 label,
