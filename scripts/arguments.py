@@ -1,10 +1,17 @@
-"""Types of command-line arguments that the scripts share; a wrong value is refused in one line."""
+"""Types of command-line arguments that the scripts share; a wrong value is refused in one line. And
+how a script that can be resumed ends.
+"""
 
 from __future__ import annotations
 
 import argparse
+import sys
+from collections.abc import Callable
 
 import torch
+
+from tapct.base import console
+from tapct.base.exits import UserError
 
 
 def whole(text: str) -> int:
@@ -28,3 +35,19 @@ def device(text: str) -> str:
     if text == "cuda" and not torch.cuda.is_available():
         raise argparse.ArgumentTypeError("torch sees no CUDA GPU; run tapct doctor for the reason")
     return text
+
+
+def run(main: Callable[[list[str]], None]) -> None:
+    """Run a script that can be resumed; an error for people is one line and exit status 2.
+
+    Args:
+        main: function that is called with the words of the command line.
+    """
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        console.error(str(error))
+        sys.exit(2)
+    except KeyboardInterrupt:
+        console.error("interrupted; repeat the command to resume")
+        sys.exit(130)

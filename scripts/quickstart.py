@@ -9,12 +9,12 @@ import hashlib
 import json
 import math
 import os
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+import arguments
 from rich.table import Table
 
 from tapct import config as configs
@@ -23,8 +23,10 @@ from tapct.base.exits import UserError
 from tapct.base.files import write_atomically
 from tapct.base.recent import LAST_STEPS
 from tapct.data import manifest as manifests
-from tapct.data import pack, pack_report, patient_key, split
-from tapct.data.index import build_manifest
+from tapct.data.index.build import build_manifest
+from tapct.data.packed import pack, pack_report
+from tapct.data.patients import split
+from tapct.data.patients.key import KEY_FILE
 from tapct.data.phantom import archive as phantom
 from tapct.eval import saved
 from tapct.report import page
@@ -51,7 +53,7 @@ class Stopwatch:
         return result
 
 
-def arguments(words: list[str]) -> argparse.Namespace:
+def options_of(words: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="scripts/quickstart.sh", description=__doc__)
     parser.add_argument(
         "--data", type=Path, help="folder with your scans; default: a synthetic archive"
@@ -77,7 +79,7 @@ def arguments(words: list[str]) -> argparse.Namespace:
 
 
 def main(words: list[str]) -> None:
-    options, timed = arguments(words), Stopwatch()
+    options, timed = options_of(words), Stopwatch()
     work: Path = (
         options.work
         if options.data is None
@@ -86,11 +88,9 @@ def main(words: list[str]) -> None:
     archive = work / "phantom" if options.data is None else options.data
     if options.data is None:
         work.mkdir(parents=True, exist_ok=True)
-        if not (work / patient_key.KEY_FILE).exists():
+        if not (work / KEY_FILE).exists():
             # the patients are synthetic: a public key makes every machine hold out the same ones
-            (work / patient_key.KEY_FILE).write_bytes(
-                hashlib.blake2b(b"phantom", digest_size=32).digest()
-            )
+            (work / KEY_FILE).write_bytes(hashlib.blake2b(b"phantom", digest_size=32).digest())
         timed("phantom", lambda: make_phantom(archive))
     cores = os.cpu_count() or 1
 
@@ -273,11 +273,4 @@ def show(summary: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except UserError as error:
-        console.error(str(error))
-        sys.exit(2)
-    except KeyboardInterrupt:
-        console.error("interrupted; repeat the command to resume")
-        sys.exit(130)
+    arguments.run(main)

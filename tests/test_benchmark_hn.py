@@ -1,17 +1,25 @@
-"""The benchmark on a folder of people refuses what would make its table wrong."""
+"""The benchmark on a folder of people: it refuses what would make its table wrong, and shows every
+number of every task.
+"""
 
 from __future__ import annotations
 
+import csv
+import json
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
+import numpy as np
 import pytest
+from tiny_run import make_archive, write_config
 
 from tapct import config as configs
 from tapct.base.exits import UserError
-from tapct.data import split
-from tapct.eval.contract import Headline, ScanScore, TaskResults
+from tapct.data.manifest import Manifest, Row
+from tapct.data.patients import split
+from tapct.data.phantom import archive as phantom
+from tapct.eval import saved
 from tapct.eval.held_out import HeldOut
 from tapct.run.config import RunConfig
 
@@ -26,13 +34,59 @@ def benchmark(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return benchmark_hn
 
 
-def test_every_fold_has_test_people(benchmark: ModuleType) -> None:
+@pytest.fixture
+def data(benchmark: ModuleType) -> ModuleType:
+    import benchmark_data
+
+    return benchmark_data
+
+
+def test_every_fold_has_test_people(data: ModuleType) -> None:
     people = [f"p{number}" for number in range(10)]
-    seed = benchmark.seed_of_folds(people, 0.2, 5)
+    seed = data.seed_of_folds(people, 0.2, 5)
     folds = [split.patients_below(people, 0.2, seed, number * 0.2) for number in range(5)]
     assert all(folds) and sorted(one for fold in folds for one in fold) == sorted(people)
-    assert benchmark.seed_of_folds(people, 1 / 3, 1) == split.seed_with_both_sides(people, 1 / 3)
-    assert benchmark.seed_of_folds(people[:3], 0.2, 5) is None
+    assert data.seed_of_folds(people, 1 / 3, 1) == split.seed_with_both_sides(people, 1 / 3)
+    assert data.seed_of_folds(people[:3], 0.2, 5) is None
+
+
+def test_a_recipe_is_chosen_without_the_test_people(data: ModuleType, tmp_path: Path) -> None:
+    rows = [
+        *(Row(f"s{number}", f"{number}.nii.gz", "nifti", "accepted", patient=f"p{number}")
+          for number in range(12)),
+        Row("s12", "12.nii.gz", "nifti", "refused", "empty", patient="p0"),
+    ]  # fmt: skip
+    everyone = Manifest(tuple(rows), tmp_path)
+    people = [row.patient for row in rows[:12]]
+    ((fold,), seed) = data.divided(people, 1)
+    tested = split.patients_below(people, fold.share, seed, fold.start)
+    data.without_test_people(everyone, tmp_path / "others.parquet")
+    others = Manifest.read(tmp_path / "others.parquet")
+    assert {row.patient for row in others.rows} == set(people) - tested
+    assert 0 < len(tested) < 12
+    ((fold,), seed) = data.divided([row.patient for row in others.accepted], 1)
+    validated = split.patients_below(people, fold.share, seed, fold.start) - tested
+    assert 0 < len(validated) < len(others.accepted)
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["--phantom", "--validation", "--folds", "5"], "--validation needs --folds 1"),
+        (["--data", "folder", "--phantom"], "give --data DIR or --phantom"),
+    ],
+)
+def test_options_that_contradict_each_other(
+    benchmark: ModuleType, words: list[str], line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        benchmark.options_of(words)
+    assert line in capsys.readouterr().err
+
+
+def test_validation_has_a_folder_of_its_own(benchmark: ModuleType) -> None:
+    options = benchmark.options_of(["--phantom", "--validation", "--out", "runs/mine"])
+    assert options.out == Path("runs/mine/validation")
 
 
 def test_results_of_other_settings_are_refused(benchmark: ModuleType, tmp_path: Path) -> None:
@@ -53,12 +107,70 @@ def test_test_people_of_pretraining_are_refused(benchmark: ModuleType, tmp_path:
         benchmark.check_held_out(tmp_path, evaluation(HeldOut(4, num_scans=1)))
 
 
-def test_rows_of_scans_are_averaged_as_the_headline_is(benchmark: ModuleType) -> None:
-    scans = (
-        ScanScore("a", "pretrained", 0.5, {"liver": 0.4, "spleen": 0.6}),
-        ScanScore("b", "pretrained", 0.8, {"liver": 0.8}),
-    )
-    for value, by_part in ((0.6, True), (0.65, False), (0.9, None)):
-        headline = Headline("a metric", {"pretrained": value}, "higher", "how")
-        section = SimpleNamespace(headline=headline, results=TaskResults({}, scans))
-        assert benchmark.mean_over_parts(section) is by_part
+CONFIG = """
+base: tiny.yaml
+eval:
+  baselines: [untrained, position]
+  num_pictures: 0
+  tasks:
+    segmentation: {fractions: [1], draws: 2, surface: true, steps: 5}
+    patch_knn: {k: [3, 5], max_queries: 40}
+    registration: {max_pairs: 6, max_train_pairs: 2, max_patches: 50, label_mm: 10, blocks: last}
+    regression: {vectors: [mean]}
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Tiny scans in the layout of nnU-Net."""
+    root = tmp_path_factory.mktemp("nnunet")
+    archive = make_archive(root / "archive", num=9)
+    for name, ending in (("images", "_0000"), ("labels", "")):
+        (root / f"{name}Tr").mkdir()
+        for file in sorted((archive / name).glob("*.nii.gz")):
+            stem = file.name.removesuffix(".nii.gz")
+            file.rename(root / f"{name}Tr" / f"{stem}{ending}.nii.gz")
+    labels = {"background": 0, **{name: value for value, name in phantom.LABELS}}
+    facts = {"labels": labels, "channel_names": {"0": "CT"}, "file_ending": ".nii.gz"}
+    (root / "dataset.json").write_text(json.dumps({**facts, "numTraining": 9}))
+    return root
+
+
+def test_every_number_of_every_task_is_in_the_table(
+    benchmark: ModuleType, folder: Path, tmp_path: Path
+) -> None:
+    write_config(tmp_path, tmp_path / "store")
+    config = tmp_path / "benchmark.yaml"
+    config.write_text(CONFIG)
+    words = ["train.steps=2", "--data", str(folder), "--config", str(config)]
+    benchmark.main([*words, "--out", str(tmp_path / "out"), "--seeds", "0", "1"])
+    with (tmp_path / "out" / "results.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    own = [row for row in rows if row["model"] == "pretrained" and row["part"] == "all"]
+    metrics = {
+        ("segmentation", "mean Dice"),
+        ("segmentation", "mean NSD"),
+        ("segmentation", "mean HD95"),
+        ("segmentation", "mean Dice with 1 labelled scan"),
+        ("patch_knn", "balanced accuracy"),
+        ("registration", "mean Dice"),
+        ("regression", "mean R^2"),
+    }
+    for seed in ("all", "0", "1"):
+        assert {(row["task"], row["metric"]) for row in own if row["seed"] == seed} == metrics
+    results = [
+        saved.pick(saved.find(tmp_path / "out" / f"fold_0_seed_{seed}")).evaluation
+        for seed in (0, 1)
+    ]
+    for row in own:
+        headline = [one.tasks[row["task"]].headline for one in results]
+        if row["metric"] != headline[0].metric:
+            continue
+        by_seed = [one.values["pretrained"] for one in headline]
+        expected = np.mean(by_seed) if row["seed"] == "all" else by_seed[int(row["seed"])]
+        assert float(row["value"]) == pytest.approx(expected, rel=1e-4)
+    parts = {row["part"] for row in rows if row["task"] == "regression"}
+    assert {"all", "liver ml", "lungs ml"} <= parts
+    assert any(row["model"] == "pretrained - position" for row in rows)
+    text = (tmp_path / "out" / "table.txt").read_text()
+    assert "registration: mean Dice (higher is better)" in text

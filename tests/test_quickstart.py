@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,15 @@ from tiny_run import make_archive
 
 from tapct import config
 from tapct.data import manifest
-from tapct.data.patient_key import KEY_VARIABLE
+from tapct.data.patients.key import KEY_VARIABLE
 from tapct.run.config import RunConfig
 
 ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def scripts_import_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", [str(ROOT / "scripts"), *sys.path])
 
 
 def load_quickstart() -> Any:

@@ -71,7 +71,7 @@ class ClassTask(ScanTask):
     def details(self, model: str, target: str, tested: TestScans) -> dict[str, Any]:
         """Classes, calibration and the predictions of the test scans."""
         classes = self.classes[target]
-        entry: dict[str, Any] = {"classes": list(classes)}
+        entry: dict[str, Any] = {"classes": list(classes), **super().details(model, target, tested)}
         if not tested.scans:
             return entry
         predicted = tested.predicted[self.choices[model][target].best]
@@ -83,13 +83,16 @@ class ClassTask(ScanTask):
             "count": curve.count_B.tolist(),
             "error": or_none(curve.error),
         }
-        entry["predictions"] = {
-            scan: {"truth": classes[label], "probabilities": np.round(row, DIGITS).tolist()}
-            for scan, label, row in zip(
-                tested.scans, tested.target.values_N.tolist(), predicted, strict=True
-            )
-        }
         return entry
+
+    def predictions_json(self, target: str, tested: TestScans, number: int) -> dict[str, Any]:
+        """True class and probabilities of each test scan."""
+        classes, label_N = self.classes[target], tested.target.values_N.tolist()
+        rows = zip(tested.scans, label_N, tested.predicted[number], strict=True)
+        return {
+            scan: {"truth": classes[label], "probabilities": np.round(row, DIGITS).tolist()}
+            for scan, label, row in rows
+        }
 
     def draw_results(self, path: Path) -> str:
         """Write the calibration of each target and model."""

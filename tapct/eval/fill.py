@@ -16,8 +16,8 @@ from torch import nn
 
 from tapct.base.exits import UserError, single_line
 from tapct.base.geometry import Size3
-from tapct.data.packed import Damaged
-from tapct.data.store import Store
+from tapct.data.packed.packed_scan import Damaged
+from tapct.data.packed.store import Store
 from tapct.eval import scans
 from tapct.eval.ahead import one_ahead
 from tapct.eval.cache import CacheSink, FeatureCache

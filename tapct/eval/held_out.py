@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from tapct.base.counted import counted
 
 if TYPE_CHECKING:  # the report reads results without loading pyarrow and blosc2
-    from tapct.data.trained_on import SeenScan, TrainedOn
+    from tapct.data.packed.trained_on import SeenScan, TrainedOn
     from tapct.eval.scans import ScanRow
 
 UNKNOWN = "unknown"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,16 +38,18 @@ class PairScore:
         return mean_of(list(self.parts(metric).values()))
 
 
-def means_of(scores: Sequence[PairScore]) -> dict[str, Any]:
-    """Means over pairs by organ and landmark, and over organs and landmarks."""
+def means_of(of_pair: Mapping[ScanPair, PairScore]) -> dict[str, Any]:
+    """Means by organ and landmark over the fixed scans, of each over its moving scans, and means
+    over organs and landmarks.
+    """
     entry: dict[str, Any] = {}
     for key, mean_key, metric in (
         ("dice", "mean_dice", DICE),
         ("landmark_error_mm", "mean_landmark_error_mm", LANDMARKS),
     ):
         values: dict[str, list[float]] = {}
-        for score in scores:
-            for name, value in score.parts(metric).items():
+        for row in score_rows("", of_pair, metric):
+            for name, value in row.parts.items():
                 values.setdefault(name, []).append(value)
         means = {name: mean_of(of_name) for name, of_name in values.items()}
         entry[key] = means

@@ -13,10 +13,10 @@ from pathlib import Path
 
 from tapct.base import console, files
 from tapct.base.counted import counted
-from tapct.data import label_files
-from tapct.data.label_files import FileGrid
 from tapct.data.manifest import Manifest, Row
-from tapct.data.store import ScanPlace, Store
+from tapct.data.packed import label_files
+from tapct.data.packed.label_files import FileGrid
+from tapct.data.packed.store import ScanPlace, Store
 from tapct.types import LabelMap, Refused
 
 NO_MANIFEST = "the manifest that was packed is gone, has changed or is of an earlier version"

@@ -27,7 +27,7 @@ from tapct.base import console
 from tapct.base.paths import without_absolute_paths
 from tapct.config import plugins, setting, to_dict
 from tapct.config.plugins import Plugin
-from tapct.data.store import Store
+from tapct.data.packed.store import Store
 from tapct.eval import baselines, cache, scans, task_statistics, validation
 from tapct.eval.album import Album, Outputs
 from tapct.eval.cache import FeatureCache

@@ -69,6 +69,11 @@ class ScanConfig:
         "scalings to choose from: `zscore` standardises each channel, `raw` leaves it unchanged",
         choices=SCALINGS,
     )
+    all_predictions: bool = setting(
+        False,
+        "whether results.json holds the predictions of all combinations that are chosen from, and "
+        "not of the chosen one alone",
+    )
 
 
 @dataclass(frozen=True)
@@ -378,6 +383,8 @@ class ScanTask(Task[ScanTruth, dict[str, np.ndarray]]):
                     "chosen": number == choice.best,
                 }
             )
+            if self.config.all_predictions and tested.scans:
+                table[-1]["predictions"] = self.predictions_json(target, tested, number)
         chosen = table[choice.best]
         # a target whose value no test scan has is without metrics
         metrics = {name: chosen.get(name) for name in self.metric_names}
@@ -395,9 +402,22 @@ class ScanTask(Task[ScanTruth, dict[str, np.ndarray]]):
             **self.details(model, target, tested),
         }
 
+    @abstractmethod
+    def predictions_json(self, target: str, tested: TestScans, number: int) -> dict[str, Any]:
+        """Test scan -> true value and prediction, as results.json holds them.
+
+        Args:
+            target: name of the target.
+            tested: its test scans.
+            number: number of the candidate.
+        """
+
     def details(self, model: str, target: str, tested: TestScans) -> dict[str, Any]:
         """Further entries of a section, e.g. predictions."""
-        return {}
+        if not tested.scans:
+            return {}
+        best = self.choices[model][target].best
+        return {"predictions": self.predictions_json(target, tested, best)}
 
     def _means(self, sections: Mapping[str, Mapping[str, Any]]) -> dict[str, float | None]:
         """Mean of each metric over the targets that have it."""

@@ -17,8 +17,8 @@ import numpy as np
 from tapct.base import console, rng
 from tapct.base.exits import UserError
 from tapct.data.digest import voxel_digest
-from tapct.data.split import patients_below, two_sides
-from tapct.data.store import Store
+from tapct.data.packed.store import Store
+from tapct.data.patients.split import patients_below, two_sides
 from tapct.eval.contract import Labels
 from tapct.eval.results import BLOCKS, PATIENTS
 from tapct.types import IGNORE_LABEL, LabelMap, Volume

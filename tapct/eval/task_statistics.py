@@ -7,7 +7,7 @@ they are applied to, and how the result stands in results.json.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -82,10 +82,10 @@ def of_task(
         why_none = str(error)
     for one in results.further:
         found.append(
-            _of_rows(
+            of_rows(
                 one.metric,
                 one.direction,
-                one.scans,
+                [one.scans],
                 one.range,
                 by_part=results.mean_over_parts,
                 patient_of=patient_of,
@@ -103,11 +103,17 @@ def _of_headline(
     seed: int,
 ) -> MetricStatistics:
     if predicted:
-        return _of_predictions(predicted, headline, patient_of, seed)
+        own = of_predictions(predicted, headline, patient_of, seed)
+        if not _is_of(headline, own.whole):
+            raise UserError(
+                f"the predictions behind {headline.metric} give other values than the headline; "
+                "`predicted_scans` and `headline` of the task must use the same scans and metric"
+            )
+        return own
     if not results.scans:
         raise UserError("the task has no values of single scans")
-    own = _of_rows(
-        headline.metric, headline.direction, results.scans, headline.range,
+    own = of_rows(
+        headline.metric, headline.direction, [results.scans], headline.range,
         by_part=results.mean_over_parts, patient_of=patient_of, seed=seed,
     )  # fmt: skip
     if not _is_of(headline, own.whole):
@@ -115,36 +121,53 @@ def _of_headline(
     return own
 
 
-def _of_rows(
+def of_rows(
     metric: str,
     direction: str,
-    scans: tuple[ScanScore, ...],
+    scans_by_seed: Sequence[Sequence[ScanScore]],
     limits: tuple[float, float] | None,
     *,
     by_part: bool,
     patient_of: Mapping[str, str],
     seed: int,
 ) -> MetricStatistics:
-    """Statistics of a mean over scans, and of each part."""
+    """Statistics of a mean over scans, and of each part.
+
+    Args:
+        metric: name of the metric.
+        direction: `higher` or `lower`.
+        scans_by_seed: rows of each seed.
+        limits: lowest and highest possible value; None where it is unbounded.
+        by_part: whether the value is the mean over parts of the mean over scans.
+        patient_of: test scan -> patient; empty where unknown.
+        seed: random seed of the resamples.
+    """
     whole = statistics.means(
-        statistics.table_of([scans], patient_of, by_part=by_part), seed, limits=limits
+        statistics.table_of(scans_by_seed, patient_of, by_part=by_part), seed, limits=limits
     )
     parts: dict[str, Statistics] = {}
-    if any(score.parts for score in scans):
-        table = statistics.table_of([scans], patient_of, by_part=True)
+    if any(score.parts for scans in scans_by_seed for score in scans):
+        table = statistics.table_of(scans_by_seed, patient_of, by_part=True)
         for part in table.parts:
             own = table.of_part(part)
             parts[part] = _short(statistics.means(own, seed, limits=limits, with_p=False))
     return MetricStatistics(metric, direction, _short(whole), parts)
 
 
-def _of_predictions(
+def of_predictions(
     predicted: Mapping[str, PredictedScans],
     headline: Headline,
     patient_of: Mapping[str, str],
     seed: int,
 ) -> MetricStatistics:
-    """Statistics of a metric of predictions, the mean over targets, and of each target."""
+    """Statistics of a metric of predictions, the mean over targets, and of each target.
+
+    Args:
+        predicted: target -> predictions, of one seed or several.
+        headline: name, direction and range of the metric.
+        patient_of: test scan -> patient; empty where unknown.
+        seed: random seed of the resamples.
+    """
 
     def computed(one: PredictedScans, *, with_p: bool) -> Statistics:
         patients = tuple(patient_of.get(scan, "") for scan in one.predictions.scans)
@@ -172,11 +195,6 @@ def _of_predictions(
             whole = _without_interval(joint, parts, refused)
         else:
             whole = computed(joint, with_p=True)
-    if not _is_of(headline, whole):
-        raise UserError(
-            f"the predictions behind {headline.metric} give other values than the headline; "
-            "`predicted_scans` and `headline` of the task must use the same scans and metric"
-        )
     return MetricStatistics(headline.metric, headline.direction, whole, parts)
 
 

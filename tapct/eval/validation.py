@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from tapct.base.exits import UserError
 from tapct.base.hashing import MASK_64, hash_int
-from tapct.data.split import two_sides
+from tapct.data.patients.split import two_sides
 from tapct.eval.results import BLOCKS
 from tapct.eval.scans import VAL, ScanRow, Split
 

@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from tapct.base.exits import UserError
-from tapct.data.batch_share import BatchShare
+from tapct.data.loading.batch_share import BatchShare
 from tapct.nn.contracts import Loss
 from tapct.plan.memory import Footprint, ParameterCounts, fullest
 from tapct.ssl import needs

@@ -23,8 +23,8 @@ from tapct.base.exits import SharedError, UserError
 from tapct.base.lease import Lease, LostLease
 from tapct.base.ranks import Ranks
 from tapct.config import Resolved
-from tapct.data import loader
-from tapct.data.store import Store
+from tapct.data.loading import loader
+from tapct.data.packed.store import Store
 from tapct.distributed import collectives
 from tapct.distributed.device import flush_denormals, pick_device
 from tapct.distributed.world import LostRank, World, join_ranks

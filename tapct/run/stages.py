@@ -37,7 +37,7 @@ KEPT = (
     (r"optim\.(layer_decay|patch_embed_lr_factor)$", "the optimizer's groups are formed once"),
     (
         r"(seed|train\.steps|train\.global_batch|data\.store|data\.held_out|data\.split_.*)$",
-        "it says which scan comes at which step",
+        "it decides which scan comes at which step",
     ),
     (r"model\.", "the weights are built by it once"),
     (r"contract\.", "the exported weights have one"),

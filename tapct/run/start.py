@@ -17,7 +17,7 @@ from tapct.base import files
 from tapct.base.counted import counted
 from tapct.base.exits import SharedError, UserError
 from tapct.config import Resolved, plugins
-from tapct.data.store import Store
+from tapct.data.packed.store import Store
 from tapct.distributed.device import pick_device
 from tapct.engine import initial, trackers
 from tapct.eval import scans, task_runs

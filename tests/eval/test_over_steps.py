@@ -48,7 +48,7 @@ def test_the_best_step_is_the_first_of_the_highest_numbers_in_any_order(tmp_path
             assert found == (known[0][1] if known else None)
 
 
-def test_lower_is_better_where_the_task_says_so(tmp_path: Path) -> None:
+def test_the_task_decides_whether_lower_is_better(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     for step, value in ((10, 3.0), (20, 2.0), (30, 2.5)):
         write_step(run, step, value, direction="lower")

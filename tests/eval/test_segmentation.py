@@ -266,7 +266,7 @@ def test_dice_equals_scipys_dissimilarity():
 def scene(
     seed: int, scan_id: str, values=(0, 1, 2), names=()
 ) -> tuple[LabelledScan, PatchGrid, DenseFeatures]:
-    """A scan of blocks of organs, and features that tell them nearly apart."""
+    """A scan of blocks of organs, and features that nearly distinguish them."""
     rng = np.random.default_rng(seed)
     coarse = rng.choice(values, size=(6, 8, 8), p=None)
     labels = coarse.repeat(2, 0).repeat(4, 1).repeat(4, 2)
@@ -281,7 +281,7 @@ def scene(
 
 
 @pytest.mark.parametrize("resolution", ["patch", "voxel"])
-def test_dice_of_a_judged_scan_equals_a_slow_count(resolution):
+def test_dice_of_a_test_scan_equals_a_slow_count(resolution):
     task = build(Config(resolution=resolution), seed=0)
     for number in (1, 2):
         scan, grid, dense = scene(number, f"train{number}")
@@ -411,7 +411,7 @@ def test_every_model_is_trained_on_the_same_patches():
     torch.testing.assert_close(one * 2, two)
 
 
-def judged(config: Config, names, values=(0, 1, 2, 3), tested=None):
+def evaluated(config: Config, names, values=(0, 1, 2, 3), tested=None):
     """A task after one training and one test scan with the same labels."""
     task = build(config, seed=0)
     scan, grid, dense = scene(1, "train", values, names)
@@ -454,7 +454,7 @@ def judged(config: Config, names, values=(0, 1, 2, 3), tested=None):
     ],
 )
 def test_the_mean_leaves_out_body_and_table_and_lists_its_organs(config, names, organs, words):
-    task = judged(config, names)
+    task = evaluated(config, names)
     dice = task.results().models["m"]["dice"]
     assert list(dice) == organs
     assert task.headline().mean_of == words
@@ -469,7 +469,7 @@ def test_a_body_by_number_makes_label_0_the_air_outside():
 
 def test_organs_that_one_side_lacks_are_listed_as_left_out():
     names = [(1, "liver"), (2, "spleen"), (3, "aorta")]
-    line = judged(Config(), names, (0, 1, 2), (0, 1, 3)).headline().mean_of
+    line = evaluated(Config(), names, (0, 1, 2), (0, 1, 3)).headline().mean_of
     assert line == (
         "mean of 1 organ: liver; left out: spleen (in no test scan), aorta (in no training scan)"
     )

@@ -250,7 +250,7 @@ def test_the_same_seed_gives_the_same_results(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_a_task_draws_a_picture_or_says_that_it_does_not(name: str, tmp_path: Path) -> None:
+def test_a_task_draws_a_picture_or_declares_that_it_does_not(name: str, tmp_path: Path) -> None:
     task, _ = run(name)
     scan = scan_of(6)
     truth = task.truth(scan, GRID, np.ones(GRID.shape[0], dtype=bool))
@@ -483,10 +483,10 @@ def test_several_tasks_share_one_pass_and_get_the_scans_that_have_their_labels(
             sides[archive.rows[int(scan[1:])].patient].add(side)
     assert all(len(one) == 1 for one in sides.values())
     assert from_json(json.loads((archive.out / "results.json").read_text())) == evaluation
-    said = capsys.readouterr().out
-    assert "mylab_voxels: 8 of 12 scans have no label map and are skipped" in said
-    assert "mylab_scan: 9 of 12 scans have no scan-level label and are skipped" in said
-    assert "mylab_none" not in said
+    printed = capsys.readouterr().out
+    assert "mylab_voxels: 8 of 12 scans have no label map and are skipped" in printed
+    assert "mylab_scan: 9 of 12 scans have no scan-level label and are skipped" in printed
+    assert "mylab_none" not in printed
     assert len(evaluation.pca) == 1 and (archive.out / evaluation.pca[0].file).is_file()
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import pytest
 
 from tapct.base.exits import UserError
-from tapct.data.split import patients_below
+from tapct.data.patients.split import patients_below
 from tapct.eval.scans import Split, split_by_patient
 from tapct.eval.validation import divided
 

@@ -19,8 +19,8 @@ from tiny_run import config_of, differences, evaluation_of, make_store
 
 from tapct.base.exits import UserError
 from tapct.config import ConfigError
-from tapct.data.split import two_sides
-from tapct.data.store import Store
+from tapct.data.packed.store import Store
+from tapct.data.patients.split import two_sides
 from tapct.eval import best_record, results
 from tapct.eval.runner import During
 from tapct.run import background_eval, best_step, finished, pretrain

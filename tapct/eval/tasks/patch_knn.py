@@ -21,7 +21,6 @@ from tapct.eval import neighbours
 from tapct.eval.contract import Breakdown, Headline, Labels, ScanScore, Task, TaskResults
 from tapct.eval.features import DenseFeatures, PatchGrid
 from tapct.eval.organ_classes import BODY, OUTSIDE, ClassSettings
-from tapct.eval.scan_task import or_none
 from tapct.eval.scans import LabelledScan
 from tapct.eval.truth import PatchTruth, patch_truth
 from tapct.eval.vectors import block_numbers
@@ -230,27 +229,34 @@ class PatchKnn(Task[PatchTruth, None]):
         by_class: dict[str, dict[str, float]] = {}
         for model, per_scan in self._confusion.items():
             memory = self._memory[model]
-            total: dict[int, np.ndarray] = {
-                k: np.sum([one[k] for one in per_scan.values()], axis=0) for k in self.config.k
+            by_k = {
+                k: self._mean_recalls([one[k] for one in per_scan.values()]) for k in self.config.k
             }
-            recalls = self._recalls(total[memory.k])
+            recalls = by_k[memory.k]
             for name, recall in recalls.items():
                 by_class.setdefault(name, {})[model] = recall
             models[model] = {
-                "balanced_accuracy": or_none(balanced(total[memory.k])),
+                "balanced_accuracy": _mean_or_none(recalls),
                 "k": memory.k,
-                "by_k": {str(k): or_none(balanced(matrix)) for k, matrix in total.items()},
+                "by_k": {str(k): _mean_or_none(of_class) for k, of_class in by_k.items()},
                 "validation_by_k": {str(k): value for k, value in memory.validation.items()},
                 "recall": recalls,
-                "num_queries": int(total[memory.k].sum()),
+                "num_queries": int(sum(one[memory.k].sum() for one in per_scan.values())),
                 "num_known": len(memory.label_K),
             }
             for scan, matrices in per_scan.items():
                 matrix = matrices[memory.k]
                 scans.append(ScanScore(scan, model, balanced(matrix), self._recalls(matrix)))
-        return TaskResults(
-            models, tuple(scans), Breakdown("Recall of each class", "class", by_class)
-        )
+        table = Breakdown("Recall of each class", "class", by_class)
+        return TaskResults(models, tuple(scans), table, mean_over_parts=True)
+
+    def _mean_recalls(self, confusions: Sequence[np.ndarray]) -> dict[str, float]:
+        """Recall of each class, mean over the scans in which it occurs."""
+        by_class: dict[str, list[float]] = {}
+        for confusion_CC in confusions:
+            for name, recall in self._recalls(confusion_CC).items():
+                by_class.setdefault(name, []).append(recall)
+        return {name: float(np.mean(by_class[name])) for name in self.classes if name in by_class}
 
     def _recalls(self, confusion_CC: np.ndarray) -> dict[str, float]:
         """Recall of the classes that occur."""
@@ -261,7 +267,7 @@ class PatchKnn(Task[PatchTruth, None]):
         }
 
     def headline(self) -> Headline:
-        """Balanced accuracy over the queries of all test scans.
+        """Balanced accuracy: mean over classes of the mean over scans of the recall.
 
         Raises:
             UserError: there is none.
@@ -277,8 +283,8 @@ class PatchKnn(Task[PatchTruth, None]):
             values[model] = entry["balanced_accuracy"]
         meaning = (
             "Balanced accuracy of the weighted vote of the nearest training patches by cosine "
-            "similarity, over patches of the test scans. k is chosen on patients of the training "
-            "side."
+            "similarity: mean over classes of the mean over test scans of the recall. k is chosen "
+            "on patients of the training side."
         )
         classes = list(results.breakdown.values) if results.breakdown else []
         mean_of = f"mean of the recall of {len(classes)} classes: {', '.join(classes)}"
@@ -292,6 +298,10 @@ def balanced(confusion_CC: np.ndarray) -> float:
     if not occurs_C.any():
         return float("nan")
     return float((confusion_CC.diagonal()[occurs_C] / total_C[occurs_C]).mean())
+
+
+def _mean_or_none(by_class: Mapping[str, float]) -> float | None:
+    return float(np.mean(list(by_class.values()))) if by_class else None
 
 
 def build(config: Config, *, seed: int) -> PatchKnn:

@@ -337,8 +337,8 @@ class Registration(Task[RegistrationScan, Registered | None]):
         return PairScore(dice, errors, num_used, failed=found is None), warped
 
     def results(self) -> TaskResults:
-        """Dice and landmark errors; means go over the pairs that have a value, then over organs or
-        landmarks.
+        """Dice and landmark errors; means go over the moving scans of a fixed scan, over the fixed
+        scans, then over organs or landmarks.
 
         Raises:
             UserError: no pair has an organ or a landmark in common, or no pair could be read.
@@ -348,7 +348,7 @@ class Registration(Task[RegistrationScan, Registered | None]):
         rows: list[ScanScore] = []
         table: dict[str, dict[str, float]] = {}
         for model, of_pair in {**self._scores, IDENTITY: self._identity}.items():
-            entry = means_of(list(of_pair.values()))
+            entry = means_of(of_pair)
             if model != IDENTITY:
                 entry.update(
                     num_correspondences=mean_of([score.num_used for score in of_pair.values()]),
@@ -375,7 +375,8 @@ class Registration(Task[RegistrationScan, Registered | None]):
             rows += score_rows(model, of_pair, self.config.metric)
         what = "organ" if self.config.metric == DICE else "landmark"
         title = f"{'Dice' if self.config.metric == DICE else 'Error in mm'} of each {what}"
-        return TaskResults(models, tuple(rows), Breakdown(title, what, table) if table else None)
+        breakdown = Breakdown(title, what, table) if table else None
+        return TaskResults(models, tuple(rows), breakdown, mean_over_parts=True)
 
     def headline(self) -> Headline:
         """Return the mean Dice or the mean landmark error."""

@@ -79,21 +79,12 @@ class Regression(ProbeTask):
     def _row_value(self, parts: Mapping[str, float]) -> float:
         return math.nan  # R^2 of one scan does not exist
 
-    def details(self, model: str, target: str, tested: TestScans) -> dict[str, Any]:
-        """Predictions of the test scans."""
-        if not tested.scans:
-            return {}
-        rows = zip(
-            tested.scans,
-            tested.target.values_N.tolist(),
-            tested.predicted[self.choices[model][target].best].tolist(),
-            strict=True,
-        )
+    def predictions_json(self, target: str, tested: TestScans, number: int) -> dict[str, Any]:
+        """True and predicted number of each test scan."""
+        truth, predicted = tested.target.values_N.tolist(), tested.predicted[number].tolist()
         return {
-            "predictions": {
-                scan: {"truth": truth, "predicted": float(f"{predicted:.6g}")}
-                for scan, truth, predicted in rows
-            }
+            scan: {"truth": true, "predicted": float(f"{value:.6g}")}
+            for scan, true, value in zip(tested.scans, truth, predicted, strict=True)
         }
 
     def headline(self) -> Headline:
