@@ -160,9 +160,11 @@ def rows(runs: Sequence[Mapping[str, StepCurve]]) -> list[tuple[str, list[str]]]
             intervals.append((between(best.interval) if best is not None else "") or BLANK)
         title = title_of(task)
         metric = next(curves[task].metric for curves in runs if task in curves)
+        people = {curves[task].people for curves in runs if task in curves}
+        where = f" on {people.pop()}" if len(people) == 1 else ""
         found.append((f"{title}: evaluated steps", counts))
         found.append((f"{title}: best step", steps))
-        found.append((f"{title}: {metric} of the best step", values))
+        found.append((f"{title}: {metric} of the best step{where}", values))
         if any(interval != BLANK for interval in intervals):
             found.append((f"{title}: 95 % interval of the best step", intervals))
     return found

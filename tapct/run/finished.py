@@ -255,6 +255,7 @@ def export(folder: Path, out: Path | None = None, step: int | str | None = None)
     if trained.best is not None:
         curve = trained.best.curve
         provenance["chosen_by"] = f"best {curve.metric} of {curve.task} on the {curve.people}"
+        provenance["chosen_on"] = sorted(curve.scans)
     portable = trained.backbone.export_config()  # weights do not depend on the attention back-end
     section = config.model if portable is None else replace(config.model, config=portable)
     settings = FeatureSettings(section, config.contract, config.eval.preprocess)

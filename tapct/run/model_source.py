@@ -11,7 +11,7 @@ The folder NAME-eval lies beside the folder NAME of the weights.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
@@ -269,7 +269,16 @@ def model_of_export(folder: Path, overrides: Sequence[str], custom_code: bool) -
         weights,
         scans_of_export(folder),
         evaluations_beside(folder),
+        chosen_on=scans_chosen_on(about),
     )
+
+
+def scans_chosen_on(provenance: Mapping[str, Any]) -> frozenset[str]:
+    """IDs of the scans by which the step of an export was chosen, from its card; empty where the
+    user named the step.
+    """
+    scans = provenance.get("chosen_on")
+    return frozenset(map(str, scans)) if isinstance(scans, list) else frozenset()
 
 
 def whole_number(value: Any) -> int | None:

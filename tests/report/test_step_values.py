@@ -36,7 +36,11 @@ def test_compare_shows_the_best_step_of_each_run_with_its_interval(tmp_path: Pat
     table = dict(compare.numbers(comparison))
     assert table["Segmentation: evaluated steps"] == ["3", "2", "\u2013"]
     assert table["Segmentation: best step"] == ["20", "20", "\u2013"]
-    assert table["Segmentation: mean Dice of the best step"] == ["0.400", "0.350", "\u2013"]
+    assert table["Segmentation: mean Dice of the best step on test patients"] == [
+        "0.400",
+        "0.350",
+        "\u2013",
+    ]
     interval = table["Segmentation: 95 % interval of the best step"][0]
     low, high = (float(end) for end in interval.strip("[]").split(", "))
     assert 0.37 < low < 0.4 < high < 0.43

@@ -20,12 +20,14 @@ from tiny_run import config_of, differences, evaluation_of, make_store
 from tapct.base.exits import UserError
 from tapct.config import ConfigError
 from tapct.data.packed.store import Store
-from tapct.data.patients.split import two_sides
+from tapct.data.patients.split import patients_below, two_sides
 from tapct.eval import best_record, results
 from tapct.eval.runner import During
 from tapct.run import background_eval, best_step, finished, pretrain
 from tapct.run.background_eval import Evaluations
+from tapct.run.model_source import open_model
 from tapct.run.rules import load_run_config, warnings
+from tapct.run.start import doubts_about_evaluation
 from tapct.run_folder import EvaluationFolder, RunFolder, step_of
 
 QUICK = ("eval.tasks.segmentation.steps=3", "eval.num_pictures=0", "eval.baselines=[untrained]")
@@ -185,6 +187,7 @@ def test_a_run_keeps_its_best_checkpoint_on_validation_patients(
     on_test, _ = results.read(first.path)
     on_validation, _ = results.read(first.validation.path)
     assert on_test is not None and on_validation is not None
+    assert on_validation.origin.weights is not None
     assert not set(on_test.split.test) & set(on_validation.split.test)
     assert set(on_test.split.train) == set(on_validation.split.train)
     assert on_test.split.test and on_validation.split.test
@@ -199,6 +202,22 @@ def test_a_run_keeps_its_best_checkpoint_on_validation_patients(
     assert "best mean Dice of segmentation on the validation" in card["provenance"]["chosen_by"]
     exported = load_file(tmp_path / "export" / "model.safetensors")
     assert differences(exported, load_file(first.teacher)) == []
+    assert open_model(first.path).weights.sha256 == on_validation.origin.weights.sha256
+
+
+def test_one_test_patient_cannot_be_divided_which_is_printed_before_training(
+    tmp_path: Path, tiny_store: Path
+) -> None:
+    store = Store(tiny_store)
+    people = {scan.patient for scan in store.scans}
+    seed = next(seed for seed in range(500) if len(patients_below(people, 0.3, seed)) == 1)
+    words = ("eval.during.every=4", "data.held_out=0.3", f"data.split_seed={seed}")
+    for share, has_warning in ((0.5, True), (0.0, False)):
+        config = config_of(tmp_path, tiny_store, *words, f"eval.validation_share={share}").value
+        lines = [line for line in doubts_about_evaluation(config, store) if "validation" in line]
+        assert [("has 1 test patient, who cannot" in line) for line in lines] == [
+            True
+        ] * has_warning
 
 
 def test_choosing_on_the_test_patients_is_a_caveat(
@@ -212,6 +231,10 @@ def test_choosing_on_the_test_patients_is_a_caveat(
     assert f"best step 4 of {run}: segmentation, mean Dice 0.900 on the test patients" in lines
     found = re.search(r"the best one on (\d) of (\d) test scans?, so the result is optimis", lines)
     assert found is not None and found[1] == found[2]
+    finished.export(run, step="best")
+    words = [f"data.store={tiny_store}", "device=cpu", *QUICK]
+    exported = finished.evaluate(RunFolder(run).export.path, words)
+    assert "so the result is optimistic" in exported.split.caveat
     plain = " ".join(shell.good("eval", run, "--step", "4").split())
     assert "optimistic" not in plain, "the user named the step"
     assert "needs validation patients" in shell.bad("eval", run, "--validation")
