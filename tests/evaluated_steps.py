@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from tapct.eval import task_statistics
+from tapct.eval import over_steps, task_statistics
 from tapct.eval.contract import Headline, ScanScore, TaskResults
 from tapct.eval.held_out import HeldOut
 from tapct.eval.results import (
@@ -74,7 +74,9 @@ def evaluation(
     Args:
         spread: difference between neighbouring test scans; above 0, the scans have values.
     """
-    changed = {} if settings is not None and not settings else {**SETTINGS, **(settings or {})}
+    changed = {}
+    if settings is None or settings:
+        changed = over_steps.split_settings({**SETTINGS, **(settings or {})})
     headline = Headline(metric, {"pretrained": value, "untrained": 0.05}, direction, "Overlap.")
     found, own = TaskResults({"pretrained": {}, "untrained": {}}), None
     if spread:

@@ -10,6 +10,8 @@ evaluations end, nor on which of them were ended before they had results.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections import Counter
 from collections.abc import Hashable, Mapping
@@ -195,7 +197,7 @@ class StepEvaluations:
         tables = self.settings.get("tasks")
         own_task = tables.get(task) if isinstance(tables, Mapping) else None
         pairs = (
-            ("eval", self.settings, evaluation.settings),
+            ("eval", split_settings(self.settings), evaluation.settings),
             ("eval.preprocess", self.settings.get("preprocess"), evaluation.preprocess),
             (f"eval.tasks.{task}", own_task, evaluation.tasks[task].config),
         )
@@ -226,6 +228,21 @@ def read(run: Path) -> StepEvaluations:
         else:
             evaluations[step_of(of_step.path)] = evaluation
     return StepEvaluations(dataset, settings, evaluations, unreadable)
+
+
+def split_settings(section: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that decide which scans are used, as they stand in results.json: the patterns of
+    `eval.only` by their hash, because they are parts of paths, which can name people.
+
+    Args:
+        section: section `eval` of a config; settings that it lacks are left out.
+    """
+    found = {key: section[key] for key in SPLIT_SETTINGS if key in section}
+    if "only" in found:
+        patterns = json.dumps(list(found["only"]))
+        digest = hashlib.blake2b(patterns.encode(), digest_size=4).hexdigest()
+        found["only"] = f"patterns-{digest}" if found["only"] else ""
+    return found
 
 
 def settings_of(run: Path) -> Mapping[str, Any]:

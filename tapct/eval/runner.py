@@ -36,7 +36,7 @@ from tapct.eval.features import Preprocess
 from tapct.eval.fill import Features
 from tapct.eval.held_out import HeldOut, no_list
 from tapct.eval.models import NamedModel, settle
-from tapct.eval.over_steps import SPLIT_SETTINGS
+from tapct.eval.over_steps import split_settings
 from tapct.eval.prediction_files import PredictionFiles
 from tapct.eval.reader import Blocks, ScanReader
 from tapct.eval.results import (
@@ -280,7 +280,7 @@ def evaluate(
         seconds=round(time.perf_counter() - began, 2),
         backbones=_backbones(reader, check_others or {}),
         cost=cost,
-        settings={key: getattr(config, key) for key in SPLIT_SETTINGS},
+        settings=split_settings(to_dict(config)),
     )
     evaluation.write(out)
     write_csv(EvaluationFolder(out).table, rows_of(evaluation))

@@ -72,6 +72,7 @@ def test_steps_without_a_number_have_no_best(tmp_path: Path) -> None:
             {"settings": {"max_scans": 2}},
             "eval.max_scans was 2 and is 0 in the config of the run",
         ),
+        ({"settings": {"only": ["Doe_John/*"]}}, "eval.only was patterns-"),
         ({"preprocess": {"stride": [2, 8, 8]}}, "eval.preprocess.stride was [2, 8, 8] and is"),
         ({"settings": {}}, over_steps.UNKNOWN_SETTINGS),
         ({"task_config": {"steps": 5}}, "eval.tasks.segmentation.steps was 5 and is 100 in"),
@@ -94,6 +95,7 @@ def test_evaluations_that_cannot_be_compared_are_left_out_with_the_reason(
     assert reason in curve.left_out[30]
     (line,) = curve.lines_left_out()
     assert line.startswith("segmentation: step 30 is not compared with the others: ")
+    assert "Doe" not in RunFolder(run).evaluation(DATASET, 30).results.read_text()
 
 
 def test_of_equally_many_the_newest_evaluations_are_compared(tmp_path: Path) -> None:
