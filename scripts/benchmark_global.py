@@ -106,7 +106,7 @@ def main(words: list[str]) -> None:
     patient_of = {scan.id: scan.patient for scan in Store(options.out / "data" / "store").scans}
     rows = rows_of(runs, patient_of)
     text = markdown(rows, runs)
-    console.say_line(text)
+    console.say(text)
     write_atomically(options.out / "table.md", text + "\n")
     file = options.csv or options.out / "results.csv"
     tables = [MetricTable(row.label, _metric_of(row), {}) for row in rows]

@@ -99,7 +99,7 @@ def main(words: list[str]) -> None:
     text = benchmark_table.rendered(tables, runs)
     if options.validation:
         text = f"{VALIDATION_NOTE}\n\n{text}"
-    console.say_line(text)
+    console.say(text)
     write_atomically(options.out / "table.txt", text + "\n")
     file = options.csv or options.out / "results.csv"
     benchmark_table.write_csv(file, "scripts/benchmark_hn.sh", tables, runs)

@@ -28,6 +28,7 @@ from tapct.data.packed import pack, pack_report
 from tapct.data.patients import split
 from tapct.data.patients.key import KEY_FILE
 from tapct.data.phantom import archive as phantom
+from tapct.data.phantom.truth_files import LANDMARKS, SCAN_LABELS
 from tapct.eval import saved
 from tapct.report import page
 from tapct.report.history import read_history
@@ -38,6 +39,13 @@ from tapct.run_folder import RunFolder
 T = TypeVar("T")
 SMOKE = Path("configs/smoke.yaml")
 NUM_SCANS = 40
+# tasks that the phantom has labels for, beside segmentation; each takes a few seconds. Its sex is
+# the label whose classes are about equally frequent among the held-out patients.
+PHANTOM_TASKS = (
+    "eval.tasks.classification={targets: [sex], vectors: [cls_mean]}",
+    "eval.tasks.matching={blocks: last, radius_mm: 20}",
+    "eval.num_pictures=1",
+)
 
 
 class Stopwatch:
@@ -121,7 +129,9 @@ def main(words: list[str]) -> None:
     precision = (
         overrides_without_bf16(Path("/proc/cpuinfo").read_text()) if options.config == SMOKE else []
     )
-    words = [f"out={options.out}", f"data.store={work / 'store'}", *precision, *options.overrides]
+    tasks = phantom_tasks(archive) if options.data is None else []
+    words = [f"out={options.out}", f"data.store={work / 'store'}", *precision, *tasks]
+    words += options.overrides
     resolved = with_both_sides(options.config, words, [row.patient for row in found.accepted])
     stop = timed("train", lambda: pretrain.train(resolved))
     if stop.signal:
@@ -161,6 +171,19 @@ def with_both_sides(config: Path, words: list[str], people: list[str]) -> config
     seed = split.seed_with_both_sides(people, data.held_out)
     word = "data.held_out=0" if seed is None else f"data.split_seed={seed}"
     return configs.load_config(RunConfig, config, [*words, word])
+
+
+def phantom_tasks(archive: Path) -> list[str]:
+    """Overrides for the tasks whose labels come from tables; none for an archive that an earlier
+    version wrote without them.
+
+    Args:
+        archive: folder of the phantom.
+    """
+    tables = {"scan_labels": archive / SCAN_LABELS, "landmarks": archive / LANDMARKS}
+    if not all(file.is_file() for file in tables.values()):
+        return []
+    return [*(f"eval.{name}={file}" for name, file in tables.items()), *PHANTOM_TASKS]
 
 
 def overrides_without_bf16(cpuinfo: str) -> list[str]:
@@ -233,6 +256,7 @@ def summarise(
         "dice_untrained": max(untrained, default=None),
         "dice_raw_hu": dice.get("raw_hu"),
         "dice_position": dice.get("position"),
+        "headlines": headlines(results),
         "seconds": {**seconds, "total": round(sum(seconds.values()), 1)},
         "report": str(report),
         "by_loss": {"ln_k_minus_ce": gains, "prototype_information_nats": information},
@@ -240,6 +264,17 @@ def summarise(
         "dice_mean_of": section["headline"]["mean_of"] if results else "",
         "dice_caveat": results["split"]["note"] if results else "",
         "steps": history.last_step,
+    }
+
+
+def headlines(results: dict[str, Any] | None) -> dict[str, dict[str, Any]]:
+    """Task -> name of its metric and value by model."""
+    if results is None:
+        return {}
+    sections: dict[str, Any] = results["tasks"]
+    return {
+        task: {"metric": section["headline"]["metric"], **section["headline"]["values"]}
+        for task, section in sections.items()
     }
 
 
@@ -261,6 +296,10 @@ def show(summary: dict[str, Any]) -> None:
     table.add_row("Dice untrained (better of two)", number(summary["dice_untrained"]))
     table.add_row("Dice position alone", number(summary["dice_position"]))
     table.add_row("Dice raw HU", number(summary["dice_raw_hu"]))
+    for task, values in summary["headlines"].items():
+        if task != "segmentation":
+            both = f"{number(values.get('pretrained'))} / {number(values.get('untrained'))}"
+            table.add_row(f"{task}: {values['metric']}, pretrained / untrained", both)
     table.add_row(
         "wall time",
         "  ".join(f"{name} {value:.0f} s" for name, value in summary["seconds"].items()),

@@ -1,6 +1,6 @@
 """Words and phrases that our prose does not use, each with what to write instead.
 
-Pages, help texts and the tests themselves are checked with the same list. `findings` takes plain
+Pages, help texts and all Python files are checked with the same list. `findings` takes plain
 text; `prose` cuts a Markdown page down to what is prose: code is left out, comments in command
 examples are kept; `prose_of_code` does the same for a Python file.
 """
@@ -8,9 +8,7 @@ examples are kept; `prose_of_code` does the same for a Python file.
 from __future__ import annotations
 
 import ast
-import io
 import re
-import tokenize
 
 # (regular expression, what to write instead); matched without regard to case
 FORBIDDEN: tuple[tuple[str, str], ...] = (
@@ -92,10 +90,8 @@ def prose_of_code(source: str) -> str:
     """What people read of a Python file: comments, docstrings, and names of classes and tests as
     words (a method such as `judge` may have to have its name); the numbers of lines stay.
     """
-    lines = [""] * (source.count("\n") + 1)
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        if token.type == tokenize.COMMENT:
-            lines[token.start[0] - 1] += f" {token.string.lstrip('# ')}"
+    comments = [_COMMENT.search(line) for line in source.split("\n")]
+    lines = ["" if comment is None else f" {comment[1]}" for comment in comments]
     for node in ast.walk(ast.parse(source)):
         if not isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             continue

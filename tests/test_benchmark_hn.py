@@ -151,7 +151,7 @@ def test_every_number_of_every_task_is_in_the_table(
         ("segmentation", "mean Dice"),
         ("segmentation", "mean NSD"),
         ("segmentation", "mean HD95"),
-        ("segmentation", "mean Dice with 1 labelled scan"),
+        ("segmentation", "mean Dice with 1 labelled patient"),
         ("patch_knn", "balanced accuracy"),
         ("registration", "mean Dice"),
         ("regression", "mean R^2"),

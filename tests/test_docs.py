@@ -12,6 +12,7 @@ import math
 import os
 import re
 import shlex
+import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -345,6 +346,16 @@ def test_every_piece_of_yaml_is_a_config(page: str, block: str, mylab: Path) -> 
     assert any(
         origin.endswith(".yaml:1") or "piece.yaml" in origin for origin in resolved.sources.values()
     )
+
+
+def test_the_examples_can_become_part_of_tapct_without_findings_of_ruff(mylab: Path) -> None:
+    """Only the order of imports may differ: files of tapct do not import `tapct.extend`."""
+    settings = ROOT / "pyproject.toml"
+    command = [sys.executable, "-m", "ruff", "check", "--no-cache", "--ignore=I001"]
+    found = subprocess.run(
+        [*command, f"--config={settings}", str(mylab / "mylab")], capture_output=True, text=True
+    )
+    assert found.returncode == 0, found.stdout + found.stderr
 
 
 def token_sets(num_globals: int, batch: int, dim: int) -> TokenSets:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from plain_words import FORBIDDEN, findings, prose, prose_of_code
 
-TESTS = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parent.parent
 # these hold the words as examples
 THE_LIST = ("plain_words.py", "test_plain_words.py")
 
@@ -62,11 +62,13 @@ def test_of_a_python_file_comments_docstrings_and_names_are_left() -> None:
     ]
 
 
-def test_the_tests_use_plain_words() -> None:
-    wrong = {
-        file.relative_to(TESTS).as_posix(): found
-        for file in sorted(TESTS.rglob("*.py"))
-        if file.name not in THE_LIST
-        and (found := findings(prose_of_code(file.read_text(encoding="utf-8"))))
-    }
+@pytest.mark.parametrize("folder", ["tapct", "tests", "scripts"])
+def test_python_files_use_plain_words(folder: str) -> None:
+    files = [file for file in (ROOT / folder).rglob("*.py") if file.name not in THE_LIST]
+    assert files
+    wrong = {}
+    for file in files:
+        found = findings(prose_of_code(file.read_text(encoding="utf-8")))
+        if found:
+            wrong[file.relative_to(ROOT).as_posix()] = found
     assert wrong == {}

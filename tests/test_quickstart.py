@@ -49,6 +49,17 @@ def test_a_cpu_without_bf16_trains_in_fp32(cpuinfo: str, precision: str) -> None
     assert (train.steps < whole.steps) == (precision == "fp32")
 
 
+def test_the_phantom_is_also_classified_and_matched(tmp_path: Path) -> None:
+    quickstart = load_quickstart()
+    assert quickstart.phantom_tasks(tmp_path) == []  # an archive of an earlier version
+    for name in ("scan_labels.csv", "landmarks.csv"):
+        (tmp_path / name).touch()
+    words = quickstart.phantom_tasks(tmp_path)
+    found = config.load_config(RunConfig, ROOT / quickstart.SMOKE, words).value.eval
+    assert [task.name for task in found.tasks] == ["segmentation", "classification", "matching"]
+    assert found.scan_labels == str(tmp_path / "scan_labels.csv")
+
+
 class EnoughError(Exception):
     """Ends a quickstart when the archive is indexed."""
 

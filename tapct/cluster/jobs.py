@@ -258,7 +258,7 @@ def newest_headline(record: BestRecord | None) -> str:
 
 
 def line_about_best(record: BestRecord) -> str:
-    """The newest and the best evaluated step in one line."""
+    """The newest and the best evaluated step, as a single line."""
     newest = f"{shown(record.values[record.newest])} at step {record.newest}"
     best = "no best step"
     if record.best is not None:

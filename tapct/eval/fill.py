@@ -155,7 +155,7 @@ class Features:
         self._loaded.clear()
 
     def load(self, scan: LabelledScan, model: EvaluatedModel) -> DenseFeatures:
-        """The features of a scan from the cache. What is missing or damaged there is computed anew.
+        """The features of a scan from the cache. What is missing or damaged is computed again.
 
         Args:
             scan: scan.

@@ -52,7 +52,7 @@ class HeldOut:
         return UNKNOWN if self.unknown else True
 
     def caveat(self) -> str:
-        """What a reader must know, in one line; empty where all test scans were held out."""
+        """What a reader must know, as one line; empty where all test scans were held out."""
         if self.value is True:
             return ""
         if self.value == UNKNOWN:

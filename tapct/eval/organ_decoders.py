@@ -226,23 +226,6 @@ def patch_dice(
     return sum(scores) / len(scores) if scores else 0.0
 
 
-def scans_of_draw(scans: Sequence[str], num: int, draw: int, seed: int) -> frozenset[str]:
-    """The training scans of one draw of a label-fraction curve. The draws of a smaller number are
-    part of those of a larger one.
-
-    Args:
-        scans: IDs of all training scans.
-        num: number of scans to draw.
-        draw: number of the draw.
-        seed: random seed of the evaluation.
-    """
-
-    def place(scan: str) -> tuple[int, str]:
-        return rng.hash_int(seed, "label fraction", draw, rng.purpose_id(scan)), scan
-
-    return frozenset(sorted(scans, key=place)[:num])
-
-
 def _validation_patients(patients: Sequence[str], seed: int) -> frozenset[str]:
     """A quarter of the patients; none where there are fewer than 4."""
     people = set(patients)

@@ -231,8 +231,8 @@ def read(run: Path) -> StepEvaluations:
 
 
 def split_settings(section: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that decide which scans are used, as they stand in results.json: the patterns of
-    `eval.only` by their hash, because they are parts of paths, which can name people.
+    """The settings that decide which scans are used, in the form of results.json: the patterns of
+    `eval.only` are replaced by their hash, because they are parts of paths, which can name people.
 
     Args:
         section: section `eval` of a config; settings that it lacks are left out.

@@ -386,7 +386,7 @@ def patients_together(split: Split) -> Split:
 def by_official_split(
     rows: Sequence[ScanRow], sides: Mapping[str, str], *, max_scans: int, seed: int
 ) -> Split:
-    """Divide scans as an official split says. Its validation scans are among the training scans:
+    """Divide scans by an official split. Its validation scans are among the training scans:
     tasks find them by `LabelledScan.official_side`. Scans without a side are left out.
 
     Args:

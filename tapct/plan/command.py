@@ -28,7 +28,7 @@ from tapct.run.stages import ResolvedStage
 from tapct.ssl import needs
 from tapct.views import masks
 
-# share of the rate of plain matrix products that a training step reaches; an assumption of ours
+# share of the rate of plain matrix products that a training step reaches; our assumption
 UTILISATION = 0.4
 
 

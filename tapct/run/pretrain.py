@@ -102,9 +102,9 @@ def check(resolved: Resolved, allow_change: bool = False) -> Start:
 
 
 def train(resolved: Resolved, allow_change: bool = False, command: str = "") -> loop.Stop:
-    """Pretrain as the config says; resume from the newest whole checkpoint of the run folder.
+    """Pretrain with a config; resume from the newest whole checkpoint of the run folder.
 
-    Every rank of a run calls it; the launcher's environment says which one this is.
+    Every rank of a run calls it; the launcher's environment shows which one this is.
 
     Args:
         resolved: config of the run.

@@ -177,7 +177,7 @@ def doubts_about_batch(config: RunConfig, store: Store, rows: Sequence[int]) -> 
 
 
 def doubts_about_patients(config: RunConfig, store: Store, rows: Sequence[int]) -> Iterator[str]:
-    """Patients for whom the split cannot mean what it says."""
+    """Patients for whom the split cannot hold."""
     data = config.data
     problem = data.one_sided([scan.patient for scan in store.scans], config.seed)
     if problem:

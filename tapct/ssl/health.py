@@ -6,10 +6,9 @@ Legend: N rows (teacher targets or tokens), K prototypes, B samples, D channels,
     Entropies in nats.
 
 A stuck run sits at CE = ln K; a collapsed one (every target one-hot on the same prototype) has the
-best CE of all. What
-tells both from life is the information of the targets: entropy of their mean minus mean of their
-entropies, the mutual information of sample and prototype. It is 0 when all targets are equal,
-whatever they look like, and at most ln K.
+best CE of all. What distinguishes both from life is the information of the targets: entropy of
+their mean minus mean of their entropies, the mutual information of sample and prototype. It is 0
+when all targets are equal, whatever they look like, and at most ln K.
 """
 
 from __future__ import annotations
@@ -246,7 +245,7 @@ def judge_term(term: TermReading) -> Verdict:
 
 
 def verdict(terms: Sequence[TermReading]) -> Verdict:
-    """Verdict on a run: the state of its worst term, in the words of all terms."""
+    """Verdict on a run: the state of its worst term, and a sentence about each term."""
     judged = [judge_term(term) for term in terms]
     if not judged:
         return Verdict("unknown", "no prototype loss reported its health", NEXT_STEP["unknown"])

@@ -182,8 +182,8 @@ def run(name: str, seed: int = 0, **settings: Any) -> tuple[Task[Any, Any], Task
 
 def run_and_write(
     name: str, seed: int = 0, **settings: Any
-) -> tuple[Task[Any, Any], TaskResults, int]:
-    """The same with the number of label maps that the task hands over to be written."""
+) -> tuple[Task[Any, Any], TaskResults, list[str]]:
+    """The same with the formats of the label maps that the task hands over to be written."""
     settings = QUICK.get(name, {}) | settings
     module = plugins.load("eval.tasks", name)
     task = module.build(module.Config(**settings), seed=seed)
@@ -197,7 +197,7 @@ def run_and_write(
         for model in MODELS:
             task.learn(model, features_of(scan, model), truth)
     task.fit()
-    num_written = 0
+    written = []
     for number in range(6, 10):
         scan = scan_of(number)
         truth = task.truth(scan, GRID, in_play_Z)
@@ -205,8 +205,8 @@ def run_and_write(
             labels = task.label_map(truth, task.judge(model, features_of(scan, model), truth))
             if labels is not None:
                 assert labels.labels_ZYX.shape == scan.shape_ZYX
-                num_written += 1
-    return task, task.results(), num_written
+                written.append(task.prediction_format)
+    return task, task.results(), written
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -316,6 +316,7 @@ NEEDED: dict[str, dict[str, dict[str, Any]]] = {
         "lr": {"head": "mlp"},
         "hidden": {"head": "mlp"},
         "draws": {"fractions": (1,)},
+        "prediction_format": {"predictions": True},
     },
     "classification": {
         **dict.fromkeys(
@@ -337,8 +338,8 @@ NEEDED: dict[str, dict[str, dict[str, Any]]] = {
 
 
 @functools.cache
-def results_with(name: str, settings: tuple[tuple[str, Any], ...]) -> tuple[TaskResults, int]:
-    """Results and number of label maps that many tests compare with."""
+def results_with(name: str, settings: tuple[tuple[str, Any], ...]) -> tuple[TaskResults, list[str]]:
+    """Results and formats of label maps that many tests compare with."""
     return run_and_write(name, **dict(settings))[1:]
 
 

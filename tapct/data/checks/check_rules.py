@@ -31,7 +31,7 @@ class CheckRules:
         5e-4, "smallest share of air and lung, where nothing declares the file as CT", ge=0, le=1
     )
     min_tissue: float = setting(
-        5e-3, "smallest share of soft tissue; a head phantom of plastic has 0.055", ge=0, le=1
+        5e-3, "smallest share of soft tissue; a plastic test object has 0.055", ge=0, le=1
     )
     min_voxels: int = setting(
         1000,

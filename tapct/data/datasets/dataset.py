@@ -76,7 +76,7 @@ class TargetRule:
 
 @dataclass(frozen=True)
 class Facts:
-    """What the file of a data set says, except for the names of its labels."""
+    """What the file of a data set holds, except for the names of its labels."""
 
     title: str = setting("", "full name")
     home: str = setting("", "web page")

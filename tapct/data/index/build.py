@@ -69,7 +69,7 @@ def build_manifest(
         labels: folder with label maps; label maps in other places are found by name, see
             `labels.pairing`.
         only: patterns of the paths below the root, one of which a scan must match as a whole;
-            others are passed over; empty for all.
+            others are left out; empty for all.
         ignore_labels: label values of voxels that nobody has labelled, e.g. -1; losses and metrics
             leave these voxels out.
         label_names: label values and names of a data set, which replace those of the files.
@@ -87,7 +87,7 @@ def build_manifest(
         progress: function that is called with (scans done, scans in all).
         keep: which patients of an older manifest are kept.
     Returns:
-        The manifest as written, with the number of files of each kind that were passed over, and
+        The manifest as written, with the numbers of files of each kind that are no scans, and
         the counts of its labels.
     Raises:
         UserError: the folder is missing or holds no scan, an option about patients is wrong, or
@@ -160,7 +160,7 @@ def _tasks(scans: Sequence[Source], pairs: LabelPairs, rules: ScanRules) -> list
 def _scans_of(
     listing: Listing, pairs: LabelPairs, root: Path, only: Sequence[str]
 ) -> tuple[list[Source], Counter[str]]:
-    """The sources to examine as scans, and the files that are passed over, counted by kind."""
+    """The sources to examine as scans, and the other files, counted by kind."""
     scans: list[Source] = []
     passed_over = Counter(listing.passed_over) + Counter(pairs.passed_over)
     for source in listing.sources:

@@ -109,7 +109,7 @@ def _line_of_changed(changes: PatientChanges) -> str:
             "test side now; `tapct eval` counts the ones with the same voxels"
         )
     return (
-        f"{line}they are of one person with another patient of it; trained runs: no scan that they "
-        f"were trained on is on the test side now if data.split_seed is {changes.split_seed} "
-        "(--split-seed); scans that they held out can be on the training side"
+        f"{line}they turned out to be of the same person as another patient. For runs with "
+        f"data.split_seed={changes.split_seed} (--split-seed), no training scan became a test "
+        "scan; a held-out scan may be a training scan now"
     )

@@ -12,7 +12,7 @@ from tapct.data.search.passed_over import advice, summary
 
 
 def lines_about(manifest: Manifest, out: Path, min_depth: int) -> Iterator[str]:
-    """What was accepted, refused and passed over, and what was found about patients and labels.
+    """What was accepted, refused and skipped, and what was found about patients and labels.
 
     Args:
         manifest: manifest as written.

@@ -14,6 +14,7 @@ import numpy as np
 
 from tapct.data.manifest import Manifest, Row
 from tapct.data.readers import nifti_labels
+from tapct.data.scans import tilt
 from tapct.data.scans.geometry import SAME_DIRECTION, to_lps
 from tapct.data.scans.ingest import load_library, read_image, refusing
 from tapct.data.search.discover import source_of
@@ -38,12 +39,14 @@ class FileGrid:
     nifti: Path | None = None
 
 
-def original_grid(manifest: Manifest, row: Row) -> FileGrid:
+def original_grid(manifest: Manifest, row: Row, *, upright: bool = False) -> FileGrid:
     """The grid of the file that a scan was read from.
 
     Args:
         manifest: manifest that was packed.
         row: row of the scan.
+        upright: whether the grid of a scan with gantry tilt is the one with right angles onto which
+            its slices were shifted, with the axes of the file.
     Raises:
         Refused: the file is gone, cannot be read, or lies on another grid than the packed scan.
     """
@@ -57,6 +60,8 @@ def original_grid(manifest: Manifest, row: Row) -> FileGrid:
             grid = FileGrid(shape_IJK, affine, source.files[0])
         else:
             image = read_image(source)
+            if upright and tilt.is_tilted(image.affine):
+                image = tilt.upright(image)
             i, j, k = image.voxels_IJK.shape
             grid = FileGrid((i, j, k), image.affine)
         _check_same(grid, row)
@@ -93,11 +98,16 @@ def write(path: Path, labels_ZYX: np.ndarray, grid: FileGrid) -> None:
         labels_ZYX: labels on the grid of the packed scan.
         grid: grid of the file.
     """
+    nifti_labels.write(path, along_file(labels_ZYX, grid), grid.affine, grid.nifti)
+
+
+def along_file(labels_ZYX: np.ndarray, grid: FileGrid) -> np.ndarray:
+    """Labels of a packed scan along the axes of the file."""
     labels_IJK = np.empty(grid.shape_IJK, dtype=labels_ZYX.dtype)
     # the packed scan is a view of the file's axes, so writing into that view is the way back
     view_ZYX, *_ = to_lps(labels_IJK, grid.affine)
     view_ZYX[...] = labels_ZYX
-    nifti_labels.write(path, labels_IJK, grid.affine, grid.nifti)
+    return labels_IJK
 
 
 def _check_same(grid: FileGrid, row: Row) -> None:

@@ -151,7 +151,7 @@ def guessed_identifier(relative: Path, *, is_series: bool) -> str:
         is_series: whether it is a DICOM series: its folders alone count, since names of slices are
             counted by the scanner.
     Returns:
-        The identifier; empty where not even a folder can tell scans apart.
+        The identifier; empty where not even a folder separates scans.
     """
     folders, stem = _parts(relative, is_series)
     start, sets = _start(folders), [name for name in folders if _SETS.fullmatch(name)]

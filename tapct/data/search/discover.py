@@ -91,7 +91,7 @@ def search(root: Path | str, *, derived: bool = False, seconds: float = math.inf
     """List everything below a folder that may be a scan, in a fixed order; label maps are listed
     too, and what is neither is counted.
 
-    Hidden files and folders are passed over. Links are followed, and each folder is visited once.
+    Hidden files and folders are skipped. Links are followed, and each folder is visited once.
     DICOM is recognised by its content and not by its name; each file is opened once, and series are
     put together over all folders (`series.py`). A file that is named like a scan but cannot be one
     is listed, so that it is refused with a reason.

@@ -1,5 +1,5 @@
-"""What an archive holds beside scans and label maps, counted by kind, so that nothing is passed
-over in silence.
+"""What an archive holds beside scans and label maps, counted by kind, so that nothing is
+skipped in silence.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ _INSIDE = (
 )
 _ARCHIVES = (".zip", ".tar", ".tgz", ".tbz2", ".txz", ".7z", ".rar", ".gz", ".bz2", ".xz", ".zst")
 _ARRAYS = (".npy", ".npz", ".mat", ".h5", ".hdf5", ".zarr", ".b2nd", ".pt", ".pkl")
-_OTHER_SCANS = (".mnc", ".par", ".nrrd.gz", ".vti", ".vtk", ".gipl", ".analyze")
+# scans of formats that no reader takes
+NOT_READ = (".mnc", ".par", ".nrrd.gz", ".vti", ".vtk", ".gipl", ".analyze")
 
 
 def advice(counts: Mapping[str, int]) -> str:
@@ -50,7 +51,7 @@ def advice(counts: Mapping[str, int]) -> str:
     for suffixes, what in (
         (_ARCHIVES, "unpack {}"),
         (_ARRAYS, "write {} as NIfTI, with spacing and directions"),
-        (_OTHER_SCANS, "convert {} to NIfTI"),
+        (NOT_READ, "convert {} to NIfTI"),
     ):
         kinds = sorted(kind for kind, count in counts.items() if count and kind.endswith(suffixes))
         if kinds:
@@ -72,8 +73,8 @@ def is_companion(name: str, stems: Iterable[str]) -> bool:
 
 
 def summary(counts: Mapping[str, int]) -> str:
-    """One line, e.g. `7 files (3 .hdr, 2 .zip, 2 without suffix)`; empty where nothing was passed
-    over.
+    """One line, e.g. `7 files (3 .hdr, 2 .zip, 2 without suffix)`; empty where nothing was
+    skipped.
     """
     files = {kind: count for kind, count in counts.items() if kind != HIDDEN_FOLDER and count}
     folders = counts.get(HIDDEN_FOLDER, 0)

@@ -424,7 +424,7 @@ def _new_log() -> int:
 
 
 def _crash_text(code: int | None) -> str:
-    """Why a process ended, in one line."""
+    """Why a process ended, as one line."""
     how = "it ended unexpectedly" if code is None else f"exit code {code}"
     if code is not None and code < 0:
         with contextlib.suppress(ValueError):

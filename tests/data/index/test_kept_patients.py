@@ -281,7 +281,7 @@ def test_the_hash_of_joined_patients_is_held_out_last_whatever_the_order() -> No
         assert changes.num_undivided == 0
         (line, kept_line) = lines_about_changes(changes)
         assert line.startswith("2 scans of 2 patients changed patient since the older manifest: ")
-        assert f"data.split_seed is {seed}" in line and "trained runs: " in line
+        assert f"data.split_seed={seed} " in line and "no training scan became a test scan" in line
         assert kept_line.startswith("3 scans have the patient of the older manifest")
 
 

@@ -290,7 +290,7 @@ def test_a_store_that_cannot_be_written_is_refused_before_a_scan_is_read(
     def open_file(path: object, flags: int, mode: int = 0o777, **_: object) -> int:
         raise OSError(errno.EROFS, os.strerror(errno.EROFS), path)
 
-    monkeypatch.setattr("tapct.data.packed.pack.read_source", read)
+    monkeypatch.setattr("tapct.data.packed.pack_scan.read_source", read)
     monkeypatch.setattr(os, "open", open_file)  # by which the lease is created
     with pytest.raises(UserError, match=r"cannot write the store .*: Read-only file system"):
         pack(archive[0], tmp_path / "out")

@@ -14,8 +14,7 @@ from tapct.base.exits import UserError
 from tapct.data.digest import label_digest
 from tapct.data.index.build import build_manifest
 from tapct.data.manifest import Manifest
-from tapct.data.packed import pack as pack_module
-from tapct.data.packed import store
+from tapct.data.packed import pack_scan, store
 from tapct.data.packed.pack import pack
 from tapct.data.packed.packed_labels import (
     encode_labels,
@@ -167,7 +166,7 @@ def test_labels_that_end_their_worker_do_not_refuse_their_scan(
     def fail(*_: object) -> None:
         raise MemoryError
 
-    monkeypatch.setattr(pack_module, "read_labels_of", fail)
+    monkeypatch.setattr(pack_scan, "read_labels_of", fail)
     report = pack(archive, tmp_path / "store")
     (refused,) = report.labels_refused
     assert (refused.path, refused.reason, report.refused) == ("c1_seg.nii.gz", "out_of_memory", ())

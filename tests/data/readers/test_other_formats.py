@@ -13,6 +13,7 @@ from scan_files import LPS, make_ct, patch_bytes, refusal, write_nifti, write_se
 from tapct.base.exits import UserError
 from tapct.data.index import build
 from tapct.data.index.build import build_manifest
+from tapct.data.readers import format_of
 from tapct.data.scans.ingest import read_volume
 from tapct.data.search import passed_over
 from tapct.data.search.discover import search
@@ -105,25 +106,16 @@ def test_what_no_reader_takes_is_counted_by_kind(tmp_path: Path) -> None:
     assert passed_over.advice({".txt": 3, ".json": 1, "hidden": 2, ".zip": 0}) == ""
 
 
-@pytest.mark.parametrize(
-    "kind",
-    [
-        *(".dcm.gz", ".dicom.gz", ".ima.gz", ".nii.bz2", ".nii.xz", ".nii.zst", ".nii.zip"),
-        *(
-            ".mha.gz",
-            ".nrrd.gz",
-            ".mgz.gz",
-            ".zip",
-            ".tar",
-            ".tar.gz",
-            ".tgz",
-            ".7z",
-            ".rar",
-            ".gz",
-        ),
-        *(".npy", ".npy.gz", ".npz", ".mat", ".h5", ".mnc", ".vtk"),
-    ],
+MAY_HOLD_SCANS = (
+    *(".dcm.gz", ".dicom.gz", ".ima.gz", ".nii.bz2", ".nii.xz", ".nii.zst", ".nii.zip"),
+    *(".mha.gz", ".nrrd.gz", ".mgz.gz", ".zip", ".tar", ".tar.gz", ".tgz", ".7z", ".rar", ".gz"),
+    *(".npy", ".npy.gz", ".npz", ".mat", ".h5", ".mnc", ".vtk"),
 )
+# a format that gets a reader leaves this list by itself
+NOT_READ = [kind for kind in MAY_HOLD_SCANS if format_of(Path(f"scan{kind}")) is None]
+
+
+@pytest.mark.parametrize("kind", NOT_READ)
 def test_every_kind_that_may_hold_scans_is_named_with_what_to_do(tmp_path: Path, kind: str) -> None:
     (tmp_path / f"scan{kind}").write_bytes(b"some bytes")
     assert search(tmp_path).passed_over == {kind: 1}
