@@ -19,7 +19,6 @@ from tapct.base.exits import UserError
 from tapct.data import split
 from tapct.data.manifest import Manifest, Row
 from tapct.data.phantom import archive as phantom
-from tapct.eval import saved
 from tapct.eval.held_out import HeldOut
 from tapct.run.config import RunConfig
 
@@ -158,10 +157,11 @@ def test_every_number_of_every_task_is_in_the_table(
     }
     for seed in ("all", "0", "1"):
         assert {(row["task"], row["metric"]) for row in own if row["seed"] == seed} == metrics
-    results = [
-        saved.pick(saved.find(tmp_path / "out" / f"fold_0_seed_{seed}")).evaluation
-        for seed in (0, 1)
-    ]
+    results = []
+    for seed in (0, 1):
+        evaluation = benchmark.own_evaluation(tmp_path / "out" / f"fold_0_seed_{seed}")
+        assert evaluation is not None
+        results.append(evaluation)
     for row in own:
         headline = [one.tasks[row["task"]].headline for one in results]
         if row["metric"] != headline[0].metric:
