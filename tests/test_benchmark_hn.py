@@ -123,7 +123,7 @@ eval:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Tiny scans in the layout of nnU-Net."""
     root = tmp_path_factory.mktemp("nnunet")
-    archive = make_archive(root / "archive", num=9)
+    archive = make_archive(root / "archive", num=7)
     for name, ending in (("images", "_0000"), ("labels", "")):
         (root / f"{name}Tr").mkdir()
         for file in sorted((archive / name).glob("*.nii.gz")):
@@ -131,7 +131,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             file.rename(root / f"{name}Tr" / f"{stem}{ending}.nii.gz")
     labels = {"background": 0, **{name: value for value, name in phantom.LABELS}}
     facts = {"labels": labels, "channel_names": {"0": "CT"}, "file_ending": ".nii.gz"}
-    (root / "dataset.json").write_text(json.dumps({**facts, "numTraining": 9}))
+    (root / "dataset.json").write_text(json.dumps({**facts, "numTraining": 7}))
     return root
 
 
