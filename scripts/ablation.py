@@ -4,9 +4,9 @@
     python scripts/ablation.py STORE full "no iBOT" --seeds 0 1 --set optim.lr=5e-4
 
 Every run is `tapct train` and `tapct eval` on configs/smoke.yaml, with STEPS steps in one thread.
-Finished runs are not repeated. The table gives mean and sample standard deviation over seeds. The
-lead is the difference to the best baseline, which on the phantom is the untrained network of the
-same seed.
+Finished runs are not repeated. The table gives mean and sample standard deviation over seeds.
+"minus untrained" is the Dice minus that of the untrained network of the same seed. It is not the
+lead of `tapct compare`, which is the difference to the best of all baselines.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
 }
 MEASURES = {
     "Dice": "dice",
-    "lead": "lead",
+    "minus untrained": "minus_untrained",
     "Dice on patches": "dice_patch",
     "RankMe": "rankme",
     "information DINO": "dino_information",
@@ -85,7 +85,7 @@ def outcome(out: Path) -> dict[str, float]:
 
     return {
         "dice": models["pretrained"]["mean_dice_voxel"],
-        "lead": models["pretrained"]["mean_dice_voxel"] - untrained,
+        "minus_untrained": models["pretrained"]["mean_dice_voxel"] - untrained,
         "dice_patch": models["pretrained"]["mean_dice_patch"],
         "seconds": sum(row["seconds/step"] for row in rows),
         **{key: late(key) for key in ("rankme", "dino_information", "ibot_information")},
@@ -125,7 +125,9 @@ def run(variant: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
         asked.write_text(shlex.join(words))
     found = {"variant": variant, "seed": seed, **outcome(out)}
     print(
-        f"{variant}, seed {seed}: Dice {found['dice']:.3f}, lead {found['lead']:+.3f}", flush=True
+        f"{variant}, seed {seed}: Dice {found['dice']:.3f}, minus untrained "
+        f"{found['minus_untrained']:+.3f}",
+        flush=True,
     )
     return found
 

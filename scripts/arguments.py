@@ -1,4 +1,4 @@
-"""Types of command-line arguments that the scripts share; a wrong value is refused in one line. And
+"""Types of command-line arguments that the scripts share; a wrong value gives a one-line error. And
 how a script that can be resumed ends.
 """
 
@@ -41,7 +41,7 @@ def run(main: Callable[[list[str]], None]) -> None:
     """Run a script that can be resumed; an error for people is one line and exit status 2.
 
     Args:
-        main: function that is called with the words of the command line.
+        main: function that is called with the arguments of the command line.
     """
     try:
         main(sys.argv[1:])

@@ -30,10 +30,10 @@ from scipy.ndimage import gaussian_filter
 
 from tapct.base import exits
 from tapct.base.files import write_atomically
-from tapct.data import loader
-from tapct.data.packed import encode
-from tapct.data.slabs import draw_slab
-from tapct.data.store import INDEX_NAME, Store, StoredScan, index_bytes
+from tapct.data.loading import loader
+from tapct.data.loading.slabs import draw_slab
+from tapct.data.packed.packed_scan import encode
+from tapct.data.packed.store import INDEX_NAME, Store, StoredScan, index_bytes
 from tapct.types import Volume
 
 CASES = {"24x512x512": ((96, 512, 512), 24), "16x256x256": ((96, 256, 256), 16)}

@@ -29,7 +29,7 @@ import torch
 from tapct.base import exits
 from tapct.base.exits import UserError
 from tapct.config import load_config
-from tapct.data.store import Store
+from tapct.data.packed.store import Store
 from tapct.run.config import RunConfig
 
 WARM_UP = 3

@@ -88,7 +88,7 @@ def dense_blur(view_B1ZYX: Tensor, sigma: float) -> Tensor:
 
 def gather(batch: Batch, config: recipe.Config, blur: bool) -> list[Tensor]:
     """The same crops by `grid_sample`, from a float copy of the slabs; blurred as often as the
-    config says.
+    config asks for.
     """
     slab_B1ZYX = CONTRACT.normalise(batch.hu_BZYX)[:, None]
     cells = boxes.body_cells(batch.hu_BZYX, CONTRACT)

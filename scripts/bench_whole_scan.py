@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from tapct import config as configs
 from tapct.base import exits
 from tapct.config import plugins
-from tapct.data.store import StoredScan
+from tapct.data.packed.store import StoredScan
 from tapct.eval.cache import FeatureCache
 from tapct.eval.features import Preprocess, window_starts
 from tapct.eval.fill import Features

@@ -18,10 +18,12 @@ from tapct.base import console
 from tapct.base.exits import UserError
 from tapct.base.files import write_atomically
 from tapct.data import manifest as manifests
-from tapct.data import pack, patient_key, split
-from tapct.data.index import build_manifest
+from tapct.data.index.build import build_manifest
+from tapct.data.packed import pack
+from tapct.data.packed.store import Store
+from tapct.data.patients import key as patient_key
+from tapct.data.patients import split
 from tapct.data.phantom import archive as phantom
-from tapct.data.store import Store
 
 SHORT_SHARE = 1 / 3  # of the people is tested in the short form
 # pairs of scans for matching and registration, all phases; coarse, so that it takes seconds

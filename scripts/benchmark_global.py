@@ -24,8 +24,8 @@ from benchmark_table import MetricTable, Run
 
 from tapct.base import console
 from tapct.base.files import write_atomically
+from tapct.data.packed.store import Store
 from tapct.data.phantom import archive as phantom
-from tapct.data.store import Store
 from tapct.eval import metric_statistics, rank_metrics, seed_statistics
 from tapct.eval.contract import OWN_MODEL
 from tapct.eval.metric_statistics import PredictedScans

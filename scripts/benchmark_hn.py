@@ -29,8 +29,8 @@ from tapct.base import console
 from tapct.base.exits import UserError
 from tapct.base.files import write_atomically
 from tapct.config.flat import flatten
+from tapct.data.packed.store import Store
 from tapct.data.phantom import archive as phantom
-from tapct.data.store import Store
 from tapct.eval import saved
 from tapct.eval.results import Evaluation
 from tapct.run import finished, pretrain

@@ -23,8 +23,10 @@ from tapct.base.exits import UserError
 from tapct.base.files import write_atomically
 from tapct.base.recent import LAST_STEPS
 from tapct.data import manifest as manifests
-from tapct.data import pack, pack_report, patient_key, split
-from tapct.data.index import build_manifest
+from tapct.data.index.build import build_manifest
+from tapct.data.packed import pack, pack_report
+from tapct.data.patients import split
+from tapct.data.patients.key import KEY_FILE
 from tapct.data.phantom import archive as phantom
 from tapct.data.phantom.truth_files import LANDMARKS, SCAN_LABELS
 from tapct.eval import saved
@@ -94,11 +96,9 @@ def main(words: list[str]) -> None:
     archive = work / "phantom" if options.data is None else options.data
     if options.data is None:
         work.mkdir(parents=True, exist_ok=True)
-        if not (work / patient_key.KEY_FILE).exists():
+        if not (work / KEY_FILE).exists():
             # the patients are synthetic: a public key makes every machine hold out the same ones
-            (work / patient_key.KEY_FILE).write_bytes(
-                hashlib.blake2b(b"phantom", digest_size=32).digest()
-            )
+            (work / KEY_FILE).write_bytes(hashlib.blake2b(b"phantom", digest_size=32).digest())
         timed("phantom", lambda: make_phantom(archive))
     cores = os.cpu_count() or 1
 

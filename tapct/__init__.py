@@ -6,7 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tapct.data.ingest import read_volume as read_volume
+    from tapct.data.scans.ingest import read_volume as read_volume
     from tapct.weights.pretrained import load_pretrained as load_pretrained
 
 __version__ = "0.1.0"
@@ -14,7 +14,7 @@ __all__ = ["__version__", "load_pretrained", "read_volume"]
 
 _HOMES = {
     "load_pretrained": "tapct.weights.pretrained",
-    "read_volume": "tapct.data.ingest",
+    "read_volume": "tapct.data.scans.ingest",
 }  # torch is loaded on first use
 
 

@@ -1,6 +1,6 @@
 """The one module that a plug-in imports; what stands here keeps its name when tapct's rooms change.
 
-    every plug-in   `setting` describes a key of its `Config`; `UserError` is an error in one line
+    every plug-in   `setting` describes a key of its `Config`; `UserError` is a one-line error
     a loss          inherits from `Loss`; gets `TokenSets`, returns a `LossResult` of `Term`s
     a backbone      inherits from `Backbone`; returns `Tokens`; `init` sets its first weights
     an op on views  is an `Op`: a function of a view and its `ViewKey`

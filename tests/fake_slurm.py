@@ -1,4 +1,4 @@
-"""SLURM's commands as small scripts on PATH: they say what a test wrote for them, and note their
+"""SLURM's commands as small scripts on PATH: they print what a test wrote for them, and note their
 calls.
 """
 

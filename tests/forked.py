@@ -134,17 +134,17 @@ class Forked:
         """Wait for its end; returns the exit code."""
         code = self.poll(timeout)
         if code is None:
-            raise subprocess.TimeoutExpired(self.args, timeout or 0.0, *self.said())
+            raise subprocess.TimeoutExpired(self.args, timeout or 0.0, *self.output())
         return code
 
-    def said(self) -> tuple[str, str]:
+    def output(self) -> tuple[str, str]:
         """Standard output and standard error so far."""
         return read(self.out), "" if self.merged else read(self.err)
 
     def communicate(self, timeout: float | None = None) -> tuple[str, str]:
         """Wait for its end; returns standard output and standard error."""
         self.wait(timeout)
-        return self.said()
+        return self.output()
 
     def send_signal(self, number: int) -> None:
         if self.poll() is None:

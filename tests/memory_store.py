@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from tapct.data.digest import label_digest, voxel_digest
-from tapct.data.store import StoredScan
+from tapct.data.packed.store import StoredScan
 from tapct.eval.scans import LabelledScan
 from tapct.types import LabelMap
 

@@ -1,10 +1,10 @@
 """A Python in which torch and tapct are loaded, and which forks the processes that tests start.
 
 A Python of its own needs 4 seconds of processor time before `tapct train` begins and to end; a
-forked one needs less than one. `forked.py` starts this program and speaks to it: one connection to
-its socket is one process. It gets the arguments of Python, the environment and the folder as a line
-of JSON, with standard output and standard error, and answers with the process ID and, at the end,
-with the exit code. A connection that is closed before ends the process.
+forked one needs less than one. `forked.py` starts this program and connects to it: one connection
+to its socket is one process. It gets the arguments of Python, the environment and the folder as a
+line of JSON, with standard output and standard error, and answers with the process ID and, at the
+end, with the exit code. A connection that is closed before ends the process.
 
 A program of its own, since it forks: nothing but imports has happened in it. Threads that libraries
 start when they are loaded (of jemalloc, in pyarrow) are lost in a forked process, and not missed.

@@ -1,4 +1,4 @@
-"""Stands for `python` where a test has no say in how a process is started: the nest runs it.
+"""Stands for `python` where a test cannot choose how a process is started: the nest runs it.
 
 `python -I -S nest_python.py ARGUMENTS`. It passes signals on and ends as the process ends; when it
 is killed, the nest kills the process. It imports little, since it is started often.

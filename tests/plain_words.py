@@ -1,11 +1,13 @@
 """Words and phrases that our prose does not use, each with what to write instead.
 
-Pages and help texts are checked with the same list. `findings` takes plain text; `prose` cuts a
-Markdown page down to what is prose: code is left out, comments in command examples are kept.
+Pages, help texts and all Python files are checked with the same list. `findings` takes plain
+text; `prose` cuts a Markdown page down to what is prose: code is left out, comments in command
+examples are kept; `prose_of_code` does the same for a Python file.
 """
 
 from __future__ import annotations
 
+import ast
 import re
 
 # (regular expression, what to write instead); matched without regard to case
@@ -82,3 +84,22 @@ def prose(page: str) -> str:
         else:
             lines.append(line)
     return re.sub(r"\]\([^)\s]*\)", "]", "\n".join(lines))
+
+
+def prose_of_code(source: str) -> str:
+    """What people read of a Python file: comments, docstrings, and names of classes and tests as
+    words (a method such as `judge` may have to have its name); the numbers of lines stay.
+    """
+    comments = [_COMMENT.search(line) for line in source.split("\n")]
+    lines = ["" if comment is None else f" {comment[1]}" for comment in comments]
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            continue
+        name = getattr(node, "name", "")
+        if isinstance(node, ast.ClassDef) or name.startswith("test_"):
+            lines[node.lineno - 1] += f" {name.replace('_', ' ').strip()}"
+        if ast.get_docstring(node) is not None:
+            text = node.body[0]
+            for number, line in enumerate(ast.get_docstring(node, clean=False).splitlines()):
+                lines[text.lineno - 1 + number] += f" {line.strip()}"
+    return "\n".join(line.strip() for line in lines)

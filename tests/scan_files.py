@@ -13,7 +13,7 @@ import SimpleITK
 from pydicom.dataset import FileDataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian
 
-from tapct.data.ingest import read_volume
+from tapct.data.scans.ingest import read_volume
 from tapct.types import Refused
 
 SHAPE_ZYX = (9, 14, 17)

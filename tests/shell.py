@@ -45,7 +45,7 @@ class Shell:
         return out
 
     def bad(self, *words: str | Path) -> str:
-        """The one line that a failing command says."""
+        """The one line that a failing command prints."""
         code, out, err = self(*words)
         assert code != 0
         assert "Traceback" not in out + err

@@ -19,7 +19,7 @@ def small_disk(folder: Path, size: str) -> Iterator[Path]:
     """Mount a disk of that size, e.g. `400k`, on a new folder; skips the test where nobody may
     mount.
 
-    Whoever still has a file on it after the test is told by name: a handle that was not closed is a
+    Whoever still has a file on it after the test is named: a handle that was not closed is a
     fault.
     """
     folder.mkdir()

@@ -16,8 +16,8 @@ from tiny_run import make_archive, write_config
 
 from tapct import config as configs
 from tapct.base.exits import UserError
-from tapct.data import split
 from tapct.data.manifest import Manifest, Row
+from tapct.data.patients import split
 from tapct.data.phantom import archive as phantom
 from tapct.eval.held_out import HeldOut
 from tapct.run.config import RunConfig
@@ -150,7 +150,7 @@ def test_every_number_of_every_task_is_in_the_table(
         ("segmentation", "mean Dice"),
         ("segmentation", "mean NSD"),
         ("segmentation", "mean HD95"),
-        ("segmentation", "mean Dice with 1 labelled scan"),
+        ("segmentation", "mean Dice with 1 labelled patient"),
         ("patch_knn", "balanced accuracy"),
         ("registration", "mean Dice"),
         ("regression", "mean R^2"),

@@ -1,4 +1,4 @@
-"""What the pages say is true: tables are current, examples run, commands parse, links lead
+"""What the pages state is true: tables are current, examples run, commands parse, links lead
 somewhere.
 """
 
@@ -12,6 +12,7 @@ import math
 import os
 import re
 import shlex
+import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -34,8 +35,8 @@ from tiny_run import evaluation_of, make_store, write_config
 from tapct.cli.app import app
 from tapct.config import load_config, plugins
 from tapct.config.plugins import Plugin
-from tapct.data.datasets import read_dataset
-from tapct.data.ingest import read_volume
+from tapct.data.datasets.dataset import read_dataset
+from tapct.data.scans.ingest import read_volume
 from tapct.engine import loop, optim
 from tapct.eval import results, runner
 from tapct.eval.baselines import DEFAULTS, NamedModel, RawPatches, with_baselines
@@ -184,32 +185,32 @@ def test_every_command_of_a_page_parses_and_every_override_is_a_key(page: Path) 
         "tap_s_3d_small_batch",
     ],
 )
-def test_the_header_of_a_published_config_tells_the_flops_of_its_plan(name: str) -> None:
+def test_the_header_of_a_published_config_states_the_flops_of_its_plan(name: str) -> None:
     path = ROOT / "configs" / f"{name}.yaml"
     config = load_config(RunConfig, path, []).value
-    told = re.search(
+    stated = re.search(
         r"([\d.]+) PFLOP a step, ([\d.]+) EFLOP.*?about ([\d.]+) GPU-days",
         path.read_text(),
         re.DOTALL,
     )
-    assert told is not None
+    assert stated is not None
     step = command.costs_of(config).flops_per_step
     facts = (
         step / 1e15,
         step * config.train.steps / 1e18,
         step * config.train.steps / 200e12 / 86400,
     )
-    assert [float(number) for number in told.groups()] == pytest.approx(facts, rel=0.03)
+    assert [float(number) for number in stated.groups()] == pytest.approx(facts, rel=0.03)
 
 
-def test_the_header_for_small_batches_tells_the_memory_of_its_plan() -> None:
+def test_the_header_for_small_batches_states_the_memory_of_its_plan() -> None:
     path = ROOT / "configs" / "tap_s_3d_small_batch.yaml"
     config = load_config(RunConfig, path, []).value
     (memory,) = command.estimate_of(
         config, command.costs_of(config), scale.Request(gpus=(1,))
     ).as_set
-    told = re.search(r"\((\d+) GB as counted by tapct plan", path.read_text())
-    assert told and abs(float(told[1]) - memory.total / 1e9) < 0.6
+    stated = re.search(r"\((\d+) GB as counted by tapct plan", path.read_text())
+    assert stated and abs(float(stated[1]) - memory.total / 1e9) < 0.6
 
 
 def test_the_verdicts_of_the_training_page_are_those_of_the_report() -> None:
@@ -345,6 +346,16 @@ def test_every_piece_of_yaml_is_a_config(page: str, block: str, mylab: Path) -> 
     assert any(
         origin.endswith(".yaml:1") or "piece.yaml" in origin for origin in resolved.sources.values()
     )
+
+
+def test_the_examples_can_become_part_of_tapct_without_findings_of_ruff(mylab: Path) -> None:
+    """Only the order of imports may differ: files of tapct do not import `tapct.extend`."""
+    settings = ROOT / "pyproject.toml"
+    command = [sys.executable, "-m", "ruff", "check", "--no-cache", "--ignore=I001"]
+    found = subprocess.run(
+        [*command, f"--config={settings}", str(mylab / "mylab")], capture_output=True, text=True
+    )
+    assert found.returncode == 0, found.stdout + found.stderr
 
 
 def token_sets(num_globals: int, batch: int, dim: int) -> TokenSets:
@@ -520,7 +531,7 @@ def test_the_example_task_runs_through_every_command(
     run = tmp_path / "run"
     beside, why_not = results.read(evaluation_of(run, 12).path)
     assert beside is not None, why_not
-    said = shell.good("eval", run)
+    printed = shell.good("eval", run)
     by_hand, _ = results.read(evaluation_of(run, 12).path)
     assert by_hand is not None and by_hand.tasks == beside.tasks
     assert list(by_hand.tasks) == ["mylab.tasks.depth"]
@@ -528,30 +539,30 @@ def test_the_example_task_runs_through_every_command(
     values = by_hand.tasks["mylab.tasks.depth"].headline.values
     assert list(values) == ["pretrained", "untrained", "untrained_layerscale1", *DEFAULTS[1:]]
     for model, value in values.items():
-        assert re.search(rf"^{model} +mean error {re.escape(results.shown(value))} ", said, re.M)
+        assert re.search(rf"^{model} +mean error {re.escape(results.shown(value))} ", printed, re.M)
 
     shell.good("report", run)
     html = (run / "report.html").read_text()
     assert "Depth: mean error" in html and "Error of the height in the scan" in html
     assert "estimated height over true height" in html
     assert not [word for word in ("Dice", "organ", "linear decoder") if word in html]
-    said = shell.good("compare", run, "--out", tmp_path / "compare.html")
+    printed = shell.good("compare", run, "--out", tmp_path / "compare.html")
     lead = by_hand.tasks["mylab.tasks.depth"].headline.lead()
     for text in ("Depth: mean error,", results.shown(lead.own), results.shown(abs(lead.gain))):
-        assert text in said and text in (tmp_path / "compare.html").read_text()
-    assert "Dice" not in said
+        assert text in printed and text in (tmp_path / "compare.html").read_text()
+    assert "Dice" not in printed
 
     # both tasks in one pass; the second one does not change the first
     both = ("eval.tasks.segmentation.steps=5", "eval.num_pictures=1")
-    said = shell.good("eval", run, *both)
+    printed = shell.good("eval", run, *both)
     together, _ = results.read(evaluation_of(run, 12).path)
     assert together is not None
     assert list(together.tasks) == ["mylab.tasks.depth", "segmentation"]  # as in the YAML
     assert (
         together.tasks["mylab.tasks.depth"].headline == by_hand.tasks["mylab.tasks.depth"].headline
     )
-    assert "segmentation (higher is better)" in said
-    assert "mylab.tasks.depth (lower is better)" in said
+    assert "segmentation (higher is better)" in printed
+    assert "mylab.tasks.depth (lower is better)" in printed
     shell.good("report", run)
     html = (run / "report.html").read_text()
     assert "Depth: mean error" in html and "Segmentation: mean Dice" in html
@@ -591,10 +602,10 @@ def test_the_table_of_metrics_has_every_key_that_a_step_writes_and_no_other() ->
     number = torch.arange(2)
     batch = Batch(hu, torch.tensor([[4, 16, 16]] * 2), torch.ones(2, 3), number, number, number)
     assert trainer.run(iter([(batch,)] * 2), 0).step == 2
-    told = table_keys(ROOT / "docs" / "training.md", "metrics.jsonl")
-    several_ranks = {name for name in told if name.startswith("ranks/")}
-    assert several_ranks and set(written[0]) == told - several_ranks - {"health/rankme"}
-    assert set(written[1]) == told - several_ranks
+    stated = table_keys(ROOT / "docs" / "training.md", "metrics.jsonl")
+    several_ranks = {name for name in stated if name.startswith("ranks/")}
+    assert several_ranks and set(written[0]) == stated - several_ranks - {"health/rankme"}
+    assert set(written[1]) == stated - several_ranks
 
 
 def test_the_tables_of_results_have_every_key_of_an_evaluation(

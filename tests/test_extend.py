@@ -31,7 +31,7 @@ def test_an_example_imports_no_other_module_of_tapct(example: str) -> None:
     assert names and names <= set(extend.__all__)
 
 
-def test_every_name_is_there_and_the_docstring_says_what_it_is_for() -> None:
+def test_every_name_is_there_and_the_docstring_explains_it() -> None:
     assert sorted(set(extend.__all__)) == sorted(extend.__all__)
     public = {name for name in vars(extend) if not name.startswith("_")}
     assert public - {"annotations"} == set(extend.__all__)

@@ -16,6 +16,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "tapct"
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -55,9 +57,14 @@ def tapct_imports(tree: ast.AST, module: str, is_package: bool) -> Iterator[tupl
                     yield (inner if is_module(inner) else start), node.lineno
 
 
-def part(module: str) -> str:
-    """The file or folder of tapct that a module is or lies in; empty for the package itself."""
-    return (module.split(".") + [""])[1]
+def part(module: str, folder: str = "") -> str:
+    """The file or folder that a module is or lies in, of tapct or of one of its folders; empty for
+    a module outside the folder, and for the package itself.
+    """
+    names = module.split(".")[1:]
+    if folder:
+        names = names[1:] if names[:1] == [folder] else []
+    return names[0] if names else ""
 
 
 @functools.cache
@@ -70,13 +77,18 @@ def imports(file: Path) -> list[tuple[str, int]]:
     return list(tapct_imports(parsed(file), module_name(file), file.name == "__init__.py"))
 
 
-def floors_of(readme: str) -> list[list[str]]:
-    """The files and folders of tapct in the tree of README, a list per line, from the top line
-    down.
+def floors_of(readme: str, folder: str = "") -> list[list[str]]:
+    """The files and folders of tapct, or of one of its folders, in the tree of README: a list per
+    line, from the top line down.
     """
-    block = readme[readme.index("    tapct/\n") :].splitlines()[1:]
+    block = below(readme.splitlines(), "    tapct/")
+    if folder:
+        block = below(block, f"      {folder}/")
+    deeper = " " * (9 if folder else 7)  # the inside of a folder, or more description
     floors = []
-    for line in itertools.takewhile(lambda line: line.startswith(" " * 6), block):
+    for line in block:
+        if line.startswith(deeper):
+            continue
         words = re.split(r"\s{2,}", line.strip())
         floors.append(
             [word.rstrip("*").rstrip("/").removesuffix(".py") for word in words if is_part(word)]
@@ -84,32 +96,43 @@ def floors_of(readme: str) -> list[list[str]]:
     return floors
 
 
+def below(lines: list[str], head: str) -> list[str]:
+    """The lines of a tree that are indented below the line with this beginning."""
+    start = next(number for number, line in enumerate(lines) if line.startswith(head)) + 1
+    inner = " " * (len(head) - len(head.lstrip()) + 2)
+    return list(itertools.takewhile(lambda line: line.startswith(inner), lines[start:]))
+
+
 def is_part(word: str) -> bool:
     return re.fullmatch(r"\w+(/\*?|\.py)", word) is not None
 
 
-FLOORS = floors_of((ROOT / "README.md").read_text(encoding="utf-8"))
-FLOOR = {part: -number for number, parts in enumerate(FLOORS) for part in parts}
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+ORDERED = ["", "data"]  # tapct itself, and the folders whose inside the tree shows
 
 
-def test_the_tree_in_readme_names_every_file_and_folder_once() -> None:
+@pytest.mark.parametrize("folder", ORDERED)
+def test_the_tree_in_readme_names_every_file_and_folder_once(folder: str) -> None:
     names = [
         path.stem
-        for path in PACKAGE.iterdir()
+        for path in (PACKAGE / folder).iterdir()
         if path.suffix == ".py" or (path / "__init__.py").is_file()
     ]
-    assert sorted(part for parts in FLOORS for part in parts) == sorted(
+    assert sorted(itertools.chain(*floors_of(README, folder))) == sorted(
         set(names) - {"__init__", "__main__"}
     )
 
 
-def test_imports_point_strictly_down() -> None:
+@pytest.mark.parametrize("folder", ORDERED)
+def test_imports_point_strictly_down(folder: str) -> None:
+    floors = floors_of(README, folder)
+    floor = {name: -number for number, names in enumerate(floors) for name in names}
     wrong = []
     for file in FILES:
-        mine = part(module_name(file))
+        mine = part(module_name(file), folder)
         for target, line in imports(file):
-            theirs = part(target)
-            if theirs and theirs != mine and mine in FLOOR and FLOOR[theirs] >= FLOOR[mine]:
+            theirs = part(target, folder)
+            if theirs and theirs != mine and mine in floor and floor[theirs] >= floor[mine]:
                 wrong.append(f"{module_name(file)}:{line} imports {target}")
     assert wrong == []
 
@@ -135,12 +158,15 @@ def test_a_wrong_import_and_a_missing_folder_would_be_found() -> None:
     lines = [
         "    tapct/",
         "      cli/   commands",
+        "             and more of them",
         "      nn/*  models/*   layers",
+        "        rope/  heads.py   parts of nn",
         "      types.py   nouns",
         "    docs/   pages",
     ]
     tree = "\n".join(lines)
     assert floors_of(tree) == [["cli"], ["nn", "models"], ["types"]]
+    assert floors_of(tree, "nn") == [["rope", "heads"]]
 
 
 def test_nothing_that_the_loop_imports_leads_to_eval() -> None:
@@ -237,9 +263,9 @@ def test_the_reader_of_imports_sees_every_form() -> None:
     text = (
         "import tapct.eval.runner\nfrom tapct.base import rng, console as p\nfrom tapct.types "
         "import Batch\n"
-        "from . import readers\nfrom ..views import ops\nfrom .store import Store\nimport torch\n"
+        "from . import readers\nfrom ..views import ops\nfrom .tables import Table\nimport torch\n"
     )
-    found = [name for name, _ in tapct_imports(ast.parse(text), "tapct.data.sampler", False)]
+    found = [name for name, _ in tapct_imports(ast.parse(text), "tapct.data.manifest", False)]
     expected = [
         "eval.runner",
         "base.rng",
@@ -247,7 +273,7 @@ def test_the_reader_of_imports_sees_every_form() -> None:
         "types",
         "data.readers",
         "views.ops",
-        "data.store",
+        "data.tables",
     ]
     assert found == [f"tapct.{name}" for name in expected]
     assert [

@@ -38,7 +38,7 @@ def test_a_process_gets_its_arguments_folder_and_variables(tmp_path: Path, kind:
 
 
 @pytest.mark.parametrize(
-    ("code", "returned", "said"),
+    ("code", "returned", "output"),
     [
         ("import sys; sys.exit(7)", 7, ""),
         ("import sys; sys.exit('a text')", 1, "a text"),
@@ -48,9 +48,9 @@ def test_a_process_gets_its_arguments_folder_and_variables(tmp_path: Path, kind:
         ("import threading; threading.Timer(0.1, print, ['late']).start()", 0, "late"),
     ],
 )
-def test_a_process_ends_as_in_python(code: str, returned: int, said: str) -> None:
+def test_a_process_ends_as_in_python(code: str, returned: int, output: str) -> None:
     done = forked.run(["-c", code])
-    assert done.returncode == returned and said in done.stdout + done.stderr
+    assert done.returncode == returned and output in done.stdout + done.stderr
 
 
 def gone_within(seconds: float, process: int) -> bool:

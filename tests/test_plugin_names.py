@@ -17,6 +17,9 @@ PACKAGE = Path(__file__).resolve().parent.parent / "tapct"
 FOLDERS = ("losses", "models", "views/ops", "eval/tasks")
 # Names of ops are ordinary words too (noise, gain): of these only imports and keys are counted.
 WORDS = ("views/ops",)
+# What holds settings, or plug-ins by their names: an attribute of one of these may name a plug-in.
+# Other identifiers may hold any word: a loss called `variance` forbids no variable `variance`.
+HOLDERS = ("config", "settings", "losses", "models", "tasks")
 
 
 def docstrings(tree: ast.AST) -> set[int]:
@@ -52,7 +55,7 @@ def mentions(text: str, folder: str, name: str) -> Iterator[int]:
     ignored = docstrings(tree) | defaults(tree)
     module = f"tapct.{folder.replace('/', '.')}"
     key = re.compile(rf"\b(losses|model|models|ops|task|tasks)[.\[]{name}\b")
-    part_of_identifier = re.compile(rf"(^|_){name}(_|$)")
+    part_of_field = re.compile(rf"(^|_){name}(_|$)")
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom):
             imported = [f"{node.module}.{alias.name}" for alias in node.names]
@@ -67,10 +70,9 @@ def mentions(text: str, folder: str, name: str) -> Iterator[int]:
             is_name = node.value == name and folder not in WORDS
             if is_name or key.search(node.value):
                 yield node.lineno
-        elif folder not in WORDS:
-            identifier = getattr(node, "attr", None) or getattr(node, "id", None)
-            identifier = identifier or getattr(node, "arg", None)
-            if isinstance(identifier, str) and part_of_identifier.search(identifier):
+        elif isinstance(node, ast.Attribute) and folder not in WORDS:
+            holder = ast.unparse(node.value).rpartition(".")[2]
+            if holder in HOLDERS and part_of_field.search(node.attr):
                 yield node.lineno
 
 
@@ -99,10 +101,13 @@ def test_no_other_module_knows_a_plugin_by_name(folder: str) -> None:
         ("import tapct.losses.koleo", [1]),
         ("x = loss.name == 'koleo'", [1]),
         ("x = config.share_koleo_head", [1]),
+        ("x = self.config.koleo_weight", [1]),
+        ("x = resolved.value.losses.koleo", [1]),
         ("x = 'set losses.koleo=null'", [1]),
         ("x = plugins.table('losses', ('koleo',), 'terms')", []),
         ("'''KoLeo, losses.koleo'''", []),
         ("x = 'KoLeo spreads features'", []),
+        ("koleo_D = koleo = noise.koleo(koleo=1)", []),
     ],
 )
 def test_every_way_to_know_a_plugin_is_found(code: str, lines: list[int]) -> None:

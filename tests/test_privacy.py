@@ -26,9 +26,9 @@ from shell import shell as shell  # a fixture
 from tiny_run import write_config
 
 from tapct.config.plugins import Plugin
-from tapct.data.patient_key import KEY_FILE, KEY_VARIABLE
-from tapct.data.split import patients_below
-from tapct.data.store import Store
+from tapct.data.packed.store import Store
+from tapct.data.patients.key import KEY_FILE, KEY_VARIABLE
+from tapct.data.patients.split import patients_below
 from tapct.eval.features import Preprocess
 from tapct.models import vit
 from tapct.types import HUContract

@@ -12,7 +12,7 @@ from tiny_run import make_archive
 
 from tapct import config
 from tapct.data import manifest
-from tapct.data.patient_key import KEY_VARIABLE
+from tapct.data.patients.key import KEY_VARIABLE
 from tapct.run.config import RunConfig
 
 ROOT = Path(__file__).parents[1]

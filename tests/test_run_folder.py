@@ -143,7 +143,7 @@ def test_the_paths_of_a_run_exist(run: Path) -> None:
     assert {path.name for path in run.iterdir() if path.is_dir()} <= folder.own_folders()
 
 
-def test_steps_are_ordered_as_numbers_and_strangers_are_passed_over(tmp_path: Path) -> None:
+def test_steps_are_ordered_as_numbers_and_strangers_are_skipped(tmp_path: Path) -> None:
     names = ["step_100000000", "step_00000020", "step_00000003", "step_x", ".writing_step_00000004"]
     for name in names:
         (tmp_path / name).mkdir()
@@ -189,7 +189,7 @@ def words_in_paths(tree: ast.Module) -> Iterator[tuple[str, int]]:
         text = node.value
         if id(node) in in_paths or re.fullmatch(r"\w+\.\w+", text):
             yield from ((part, node.lineno) for part in text.split("/"))
-        else:  # a path within a longer text, e.g. in a line of shell
+        else:  # a path within a longer text, e.g. in a shell command
             for match in re.finditer(r"[\w.]+(?:/[\w.]+)+|(?<=/)(?<!</)[\w.]+|[\w.]+(?=/$)", text):
                 yield from ((part, node.lineno) for part in match.group().split("/"))
 

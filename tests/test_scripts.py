@@ -1,4 +1,4 @@
-"""Scripts refuse what they cannot do in one line, as tapct does."""
+"""Scripts refuse what they cannot do with a one-line error, as tapct does."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_help_fits_100_columns_and_explains_every_option(
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         (
             "bench_step.py configs/smok.yaml",
@@ -69,8 +69,8 @@ def test_help_fits_100_columns_and_explains_every_option(
         ),
     ],
 )
-def test_bad_input_is_one_line(tmp_path: Path, words: str, told: str) -> None:
+def test_bad_input_is_one_line(tmp_path: Path, words: str, message: str) -> None:
     line = words.format(empty=tmp_path).split()
     done = forked.run([ROOT / "scripts" / line[0], *line[1:]], cwd=ROOT)
     assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert f"error: {told.format(empty=tmp_path)}" in done.stderr.splitlines()[-1]
+    assert f"error: {message.format(empty=tmp_path)}" in done.stderr.splitlines()[-1]

@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from tapct.config import Resolved, load_config
-from tapct.data import index, pack
+from tapct.data.index.build import build_manifest
+from tapct.data.packed import pack
 from tapct.data.phantom import archive as phantom
 from tapct.run.config import RunConfig
 from tapct.run_folder import EvaluationFolder, RunFolder, step_of
@@ -55,7 +56,7 @@ def make_archive(folder: Path, num: int = 4, seed: int = 0, dicom_share: float =
 def make_store(folder: Path, num: int = 4, seed: int = 0) -> Path:
     """The archive, indexed and packed; returns the store."""
     archive = make_archive(folder / "archive", num, seed)
-    found = index.build_manifest(
+    found = build_manifest(
         archive,
         folder / "manifest.parquet",
         labels=None,

@@ -218,7 +218,7 @@ def sync(path: Path) -> None:
     try:
         os.fsync(handle)
     except OSError as error:
-        # some network file systems cannot sync a folder; its files have been synced all the same
+        # some network file systems cannot sync a folder; its files have been synced anyway
         if error.errno != errno.EINVAL or not path.is_dir():
             raise
     finally:

@@ -25,7 +25,7 @@ def patch_grid(
         window: voxels (z, y, x).
         patch: voxels (z, y, x) of one patch.
         name: setting or thing that the window is, for the error line, e.g. views.global_window.
-        remedy: next move, for the error line.
+        remedy: next step, for the error line.
     Raises:
         UserError: the window is no multiple of the patch, or empty, along an axis.
     """

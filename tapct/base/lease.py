@@ -94,7 +94,7 @@ class Lease:
 
     Args:
         path: file of the lease; its folder is made.
-        what: the folder in the words of an error line, e.g. `the run folder runs/mine`.
+        what: the folder as an error line names it, e.g. `the run folder runs/mine`.
         environment: environment variables, which name the job.
         beat_s: seconds between two heartbeats.
         stale_s: seconds without a heartbeat after which a holder on another machine counts as dead.
@@ -308,7 +308,7 @@ def hold(
 
     Args:
         path: file of the lease.
-        what: what is written in the words of an error line, e.g. `the store data/store`.
+        what: what is written, as an error line names it, e.g. `the store data/store`.
         say: function that prints a line.
     Raises:
         UserError: a process that is alive holds it.

@@ -12,12 +12,12 @@ from tapct.base import console, exits, signals
 from tapct.base.counted import counted
 from tapct.cli.app import CPUS, Workers, app, examples
 from tapct.data import formats
-from tapct.data.read_rules import MAX_LOSSY_RATIO, MIN_DEPTH, ReadRules
+from tapct.data.scans.read_rules import MAX_LOSSY_RATIO, MIN_DEPTH, ReadRules
 
 if TYPE_CHECKING:
     from tapct.data.manifest import Manifest
-    from tapct.data.pack_report import PackReport
-    from tapct.data.process_pool import ScanLimits
+    from tapct.data.packed.pack_report import PackReport
+    from tapct.data.workers.process_pool import ScanLimits
 
 Timeout = Annotated[
     float,
@@ -41,7 +41,7 @@ Memory = Annotated[
 
 def limits_of(timeout: float, memory_gb: float | None) -> ScanLimits:
     """The limits of one scan as `process_pool` takes them."""
-    from tapct.data.process_pool import ScanLimits
+    from tapct.data.workers.process_pool import ScanLimits
 
     return ScanLimits(
         seconds=timeout, memory_bytes=None if memory_gb is None else int(memory_gb * 1e9)
@@ -235,10 +235,10 @@ def index(
     with the reason. If no scan is accepted, or no label map of --labels is used, the exit code
     is 2.
     """
-    from tapct.data.check_rules import read_rules
-    from tapct.data.index import build_manifest, check_usable
-    from tapct.data.index_report import lines_about
-    from tapct.data.kept_patients import KeepRules
+    from tapct.data.checks.check_rules import read_rules
+    from tapct.data.index.build import build_manifest, check_usable
+    from tapct.data.index.kept_patients import KeepRules
+    from tapct.data.index.report import lines_about
 
     if fresh and older is not None:
         raise exits.UserError("--fresh forgets the patients that --older names; give one of them")
@@ -338,7 +338,7 @@ def pack(
     because their files are gone or changed, the others are packed and the exit code is 4.
     """
     from tapct.data import manifest
-    from tapct.data import pack as packer
+    from tapct.data.packed import pack as packer
 
     if repair and not verify:
         raise exits.UserError("--repair packs again what --verify finds; give both")
@@ -385,8 +385,8 @@ def verify_only(manifest: Manifest, folder: Path, workers: int, allow_missing: i
         UserError: the store is of another manifest, or lacks accepted scans.
         Exit: a scan is damaged; its line has been printed.
     """
-    from tapct.data.store import Store
-    from tapct.data.verify import check_complete
+    from tapct.data.packed.store import Store
+    from tapct.data.packed.verify import check_complete
 
     damaged = verify_store(folder, workers)
     if damaged:
@@ -404,7 +404,7 @@ def repair_store(folder: Path, workers: int, pack_again: Callable[[list[str]], o
     Raises:
         Exit: scans are damaged still; their lines have been printed.
     """
-    from tapct.data.store import Store
+    from tapct.data.packed.store import Store
 
     damaged = verify_store(folder, workers)
     if not damaged:
@@ -422,8 +422,8 @@ def repair_store(folder: Path, workers: int, pack_again: Callable[[list[str]], o
 
 def verify_store(folder: Path, workers: int) -> list[int]:
     """Read every scan of a store and print a line per damaged one; their numbers."""
-    from tapct.data.store import Store
-    from tapct.data.verify import damaged_scans
+    from tapct.data.packed.store import Store
+    from tapct.data.packed.verify import damaged_scans
 
     store = Store(folder)
     with console.progress_bar("verify") as progress:

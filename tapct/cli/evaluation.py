@@ -276,7 +276,7 @@ def embed(
     if out.suffix != ".npz":
         raise exits.UserError(f"--out {out}: features are written as .npz; use {out}.npz")
     files.check_new_path(out)
-    from tapct.data import ingest
+    from tapct.data.scans import ingest
     from tapct.weights import pretrained as weights
 
     pretrained = weights.load_pretrained(model, custom_code=custom_code)

@@ -26,7 +26,7 @@ PBS for example, needs two files with the same functions and types:
 `script.py` uses submitit's SlurmExecutor, which knows no other scheduler.
 
 The batch script must start `task.run_task` once per rank, export TAPCT_MARK, and requeue the job
-when that file says `stopped`.
+when that file holds `stopped`. docs/extending.md describes both.
 
 These other places depend on SLURM as well, and have to be changed:
 
@@ -42,6 +42,8 @@ These other places depend on SLURM as well, and have to be changed:
 - `engine/stop.py` reads SLURM_JOB_END_TIME, the time at which the job ends.
 - `run/background_eval.py` reads SLURM_JOB_ID, and calls sbatch from inside a job to evaluate during
   training. It lies below this folder in the order of imports, so it uses none of these functions.
+- `eval/runner.py` has the settings eval.during.how and eval.during.sbatch, `run/rules.py` the rules
+  about them, and `cli/submit_options.py` the help texts of the options of sbatch.
 - `doctor/machine.py` asks sinfo and squeue whether the cluster responds, and `doctor/verdicts.py`
   names SLURM in its lines.
 """

@@ -24,7 +24,7 @@ from tapct.cluster.resources import Resources
 from tapct.cluster.script import JobFolders
 from tapct.cluster.snapshot import copy_package, snapshot_name
 from tapct.config import Resolved
-from tapct.data.store import Store
+from tapct.data.packed.store import Store
 from tapct.engine.checkpoint import Checkpoints
 from tapct.run.config import RunConfig
 from tapct.run.resume import check_resume, with_split_of

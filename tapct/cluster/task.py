@@ -65,7 +65,7 @@ def run_task(config: str, start_in: str, snapshot: str, allow_change: bool = Fal
 
 
 def train_job(config: str, snapshot: str, restarted: bool, allow_change: bool) -> None:
-    """Train as the job's config says.
+    """Train with the job's config.
 
     Args:
         config: as in `run_task`.

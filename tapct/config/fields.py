@@ -137,7 +137,7 @@ def _last(key: str) -> str:
 
 
 def _initials(name: str) -> str:
-    """The first letters of the words of a name; empty for a single word."""
+    """The first letter of each word in a name; empty for a single word."""
     words = name.split("_")
     return "".join(word[:1] for word in words) if len(words) > 1 else ""
 

@@ -13,7 +13,7 @@ from tapct.config.yamlfile import Layer, one_line
 
 
 class ConfigError(UserError):
-    """A config that cannot be used, in one line: source, key, value, rule, and the nearest right
+    """A config that cannot be used, as one line: source, key, value, rule, and the nearest right
     key.
     """
 

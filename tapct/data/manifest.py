@@ -1,7 +1,7 @@
 """The manifest: a table with one row per scan of an archive, accepted with its facts or refused
 with the reason (Parquet).
 
-The manifest holds no patient identifier, only keyed hashes (see `tapct.data.patients`), and no free
+The manifest holds no patient identifier, only keyed hashes (see `patients.identity`), and no free
 text of a header. Paths below the archive are kept as they are in the columns of paths, and nowhere
 else: the manifest of an archive whose files are named after patients is not anonymous. Only its
 owner can read it.
@@ -27,7 +27,7 @@ from tapct.base import files
 from tapct.base.exits import UserError, single_line
 from tapct.data.digest import table_digest
 from tapct.data.labels.report import LabelReport
-from tapct.data.patient_memory import PatientChanges, PatientMemory
+from tapct.data.patients.memory import PatientChanges, PatientMemory
 from tapct.data.readers.raw import MAX_TEXT
 
 SCHEMA = "2"
@@ -191,44 +191,8 @@ class Manifest:
                 written.
         """
         path = files.expand_path(path)
-        if not path.is_file():
-            problem = "is a folder" if path.is_dir() else "does not exist"
-            raise UserError(f"manifest {path} {problem}; make one with `tapct index`")
-        damaged = UserError(
-            f"{path} is damaged, or was changed after `tapct index` wrote it; make it again with "
-            "`tapct index`"
-        )
-        try:
-            table = pyarrow.parquet.read_table(path)
-        except (pyarrow.ArrowException, OSError) as error:
-            raise UserError(
-                f"{path} is not a readable Parquet file: {single_line(error, MAX_TEXT)}; make it "
-                "again with `tapct index`"
-            ) from error
-        stored = table.schema.metadata or {}
-        try:
-            metadata = {key.decode(): value.decode() for key, value in stored.items()}
-            columns = [table.column(name).to_pylist() for name in table.column_names]
-        except UnicodeDecodeError as error:
-            raise damaged from error
+        metadata, columns = _checked(path, _read_parquet(path))
         names = [field.name for field in dataclasses.fields(Row)]
-        written = metadata.get("tapct.rows", "")
-        if not written or metadata.get("tapct.schema") != SCHEMA or table.column_names != names:
-            raise UserError(
-                f"{path} is not a tapct manifest of version {SCHEMA}; make it again with `tapct "
-                "index`"
-            )
-        facts = {
-            key: value
-            for key, value in metadata.items()
-            if key.startswith("tapct.") and key != "tapct.rows"
-        }
-        try:
-            is_whole = written == table_digest(columns, facts)
-        except (TypeError, ValueError):  # damage may change the type of a column
-            is_whole = False
-        if not is_whole:
-            raise damaged
         rows = tuple(
             Row(**{name: _frozen(value) for name, value in zip(names, values)})
             for values in zip(*columns)
@@ -245,6 +209,56 @@ class Manifest:
             memory=PatientMemory.from_json(metadata.get("tapct.patient_memory", "")),
         )
         return manifest
+
+
+def _read_parquet(path: Path) -> pyarrow.Table:
+    """The table of a file that should be a manifest."""
+    if not path.is_file():
+        problem = "is a folder" if path.is_dir() else "does not exist"
+        raise UserError(f"manifest {path} {problem}; make one with `tapct index`")
+    try:
+        return pyarrow.parquet.read_table(path)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UserError(
+            f"{path} is not a readable Parquet file: {single_line(error, MAX_TEXT)}; make it "
+            "again with `tapct index`"
+        ) from error
+
+
+def _checked(path: Path, table: pyarrow.Table) -> tuple[dict[str, str], list[list[Any]]]:
+    """Metadata and columns of a manifest, of the present version and as `tapct index` wrote them.
+
+    Raises:
+        UserError: the table is no manifest of this version, or its digest shows a change.
+    """
+    damaged = UserError(
+        f"{path} is damaged, or was changed after `tapct index` wrote it; make it again with "
+        "`tapct index`"
+    )
+    stored = table.schema.metadata or {}
+    try:
+        metadata = {key.decode(): value.decode() for key, value in stored.items()}
+        columns = [table.column(name).to_pylist() for name in table.column_names]
+    except UnicodeDecodeError as error:
+        raise damaged from error
+    names = [field.name for field in dataclasses.fields(Row)]
+    written = metadata.get("tapct.rows", "")
+    if not written or metadata.get("tapct.schema") != SCHEMA or table.column_names != names:
+        raise UserError(
+            f"{path} is not a tapct manifest of version {SCHEMA}; make it again with `tapct index`"
+        )
+    facts = {
+        key: value
+        for key, value in metadata.items()
+        if key.startswith("tapct.") and key != "tapct.rows"
+    }
+    try:
+        is_whole = written == table_digest(columns, facts)
+    except (TypeError, ValueError):  # damage may change the type of a column
+        is_whole = False
+    if not is_whole:
+        raise damaged
+    return metadata, columns
 
 
 def _names(text: str) -> tuple[tuple[int, str], ...]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tapct.base.exits import UserError
-from tapct.data.discover import stem_of
+from tapct.data.readers import stem_of
 
 _DELIMITERS = ",;\t"
 # nnU-Net writes the number of the channel behind the name of a case

@@ -33,7 +33,7 @@ class Statement:
     Args:
         host: name of its machine.
         facts: name -> value.
-        failure: why it cannot start, in one line; empty where it can.
+        failure: why it cannot start, as one line; empty where it can.
     """
 
     host: str
@@ -128,7 +128,7 @@ def first_verdict(
 
 
 def in_words(error: BaseException) -> str:
-    """An error in one line; one that is not meant for users with its type."""
+    """An error as one line; one that is not meant for users with its type."""
     name, text = type(error).__name__, single_line(error)
     if isinstance(error, UserError | OSError) and text:
         return text

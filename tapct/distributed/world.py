@@ -210,7 +210,7 @@ OWN_FAULT = re.compile(r"\b(CUDA|CUDNN|cuBLAS|HIP) (driver )?error", re.IGNORECA
 
 
 def lost_rank(error: RuntimeError) -> bool:
-    """Whether a back-end says that another rank is gone or late, and not that this rank is at
+    """Whether a back-end reports that another rank is gone or late, and not that this rank is at
     fault.
     """
     if isinstance(error, dist.DistNetworkError):
@@ -220,7 +220,7 @@ def lost_rank(error: RuntimeError) -> bool:
 
 
 def cause_of(error: RuntimeError) -> str:
-    """What a back-end says about a lost rank, in one line."""
+    """What a back-end reports about a lost rank, as one line."""
     lines = str(error).splitlines()
     if "Last error:" in lines[:-1]:  # NCCL names its cause on the line after this one
         return lines[lines.index("Last error:") + 1]

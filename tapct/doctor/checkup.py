@@ -114,7 +114,7 @@ def check_folder(name: str, path: Path, seconds: float = FOLDER_SECONDS) -> Find
 def site_findings(
     site: Reports, config: Path | None, store: Path | None
 ) -> tuple[Settings, list[Finding]]:
-    """What the config says about its machine, and the findings about config, folder and store.
+    """What the config sets for its machine, and the findings about config, folder and store.
 
     Args:
         site: reports of the probe of config and store.

@@ -31,7 +31,7 @@ class Broken:
     """A probe without facts: it failed, or was ended after its time.
 
     Args:
-        why: reason, in one line.
+        why: reason, as one line.
         remedy: what to do, if the cause lies outside of what was measured; empty: the check's own
             remedy applies.
     """

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tapct.data import read_rate
+from tapct.data.loading import read_rate
 from tapct.doctor.facts import Reads, Settings
 from tapct.doctor.probes import report
 from tapct.run.config import RunConfig

@@ -119,9 +119,9 @@ def gpus(facts: Gpus | Broken, settings: Settings, has_nvidia: bool) -> Finding:
             return Finding("gpu", "fail", "this machine has a GPU, but torch sees none", remedy)
         if settings.device == "cuda":
             remedy = "set device=cpu, or request a GPU: srun --gres=gpu:1 tapct doctor"
-            return Finding("gpu", "fail", "no GPU, but the config says device=cuda", remedy)
+            return Finding("gpu", "fail", "no GPU, but the config sets device=cuda", remedy)
         if settings.device == "cpu":
-            return Finding("gpu", "ok", "no GPU, and the config says device=cpu")
+            return Finding("gpu", "ok", "no GPU, and the config sets device=cpu")
         return Finding(
             "gpu",
             "warn",

@@ -105,7 +105,7 @@ class Checkpoints:
     Args:
         folder: folder of the checkpoints; made when the first one is written.
         keep: number of the newest checkpoints that are kept.
-        keep_every: checkpoints whose step is a multiple of this are kept for ever; 0: none.
+        keep_every: checkpoints whose step is a multiple of this are never removed; 0: none.
         side: process group on the CPU in which ranks agree; None for one process.
         device: device of training.
         guard: function that the first rank calls before it changes the folder; it raises where

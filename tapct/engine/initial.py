@@ -27,7 +27,7 @@ from tapct.run_folder import CheckpointFolder, ExportFolder, RunFolder, has_step
 from tapct.ssl.student_teacher import StudentTeacher
 
 KINDS = ("missing", "resized", "unexpected")
-MOST_NAMES = 4  # of parameters in a line
+MOST_NAMES = 4  # of parameters that one line lists
 
 
 @dataclass(frozen=True)

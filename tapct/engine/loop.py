@@ -17,7 +17,7 @@ from tapct.base.exits import SharedError, UserError
 from tapct.base.ranks import Ranks
 from tapct.config import setting
 from tapct.config.plugins import Plugin
-from tapct.data.batch_share import BatchShare
+from tapct.data.loading.batch_share import BatchShare
 from tapct.distributed.collectives import Packet, own_slot
 from tapct.distributed.config import Config as ParallelConfig
 from tapct.distributed.watch import Watch, watch_ranks

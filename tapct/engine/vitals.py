@@ -73,7 +73,7 @@ class Vitals:
         steps = f"health, steps {first:.0f} to {last:.0f}"
         if not state:
             return f"{steps}: no longer {before} but {now.state}. {now.words}"
-        return f"{steps}: {state}. {now.words}. {now.next_move}"
+        return f"{steps}: {state}. {now.words}. {now.next_step}"
 
     def reading(self, name: str, ln_k: float) -> TermReading | None:
         """Means of one prototype loss over the window; None where it had no target in any step of

@@ -54,7 +54,7 @@ _FEATURE_CODE = tuple(
     for name in ("eval.extraction", "eval.features", "nn.init", "nn.attention", "views.resample")
 )
 GB = 10**9
-STALE_S = 6 * 3600.0  # without a sign of life, an evaluation counts as ended
+STALE_S = 6 * 3600.0  # an evaluation without a heartbeat for this time counts as ended
 LEFTOVER_S = 24 * 3600.0  # age of a half-written file whose process must have ended
 _SUFFIX = ".features"
 _PLAIN = (bool, int, float, str, tuple, list, dict, type(None))

@@ -194,6 +194,7 @@ class Task(ABC, Generic[TruthT, PredictionT]):
     """
 
     labels: Labels
+    prediction_format = "nifti"  # of the files with what `label_map` returns; or "dicom_seg"
     # rows of the tables that need no model, such as the identity of a registration
     own_baselines: ClassVar[tuple[str, ...]] = ()
 

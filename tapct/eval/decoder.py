@@ -74,10 +74,7 @@ def fit_decoder(
     wanted_KC = target_KC * class_weights(target_KC, class_power)
     wanted_KC = wanted_KC / wanted_KC.sum()  # sums to 1: the cross-entropy is a weighted mean
     share_K1 = wanted_KC.sum(1, keepdim=True)
-    mean_D = (features_KD * share_K1).sum(0)
-    std_D = ((features_KD - mean_D).square() * share_K1).sum(0).sqrt()
-    # a constant channel carries no information: keep it near 0
-    std_D = std_D.clamp_min(1e-6 * max(float(std_D.max()), 1e-30))
+    mean_D, std_D = _mean_and_std(features_KD, share_K1)
     x_KD = (features_KD - mean_D) / std_D
     whiten_DD = _whitening((x_KD * share_K1).T @ x_KD, 10 * l2)
     white_KD = x_KD @ whiten_DD
@@ -86,15 +83,7 @@ def fit_decoder(
     dice = SoftDice(target_KC, [c for c in dice_classes if mass_C[c] > 0], dice_weight)
     code_CD = torch.zeros(target_KC.shape[1], x_KD.shape[1], device=x_KD.device)
     bias_C1 = torch.zeros(target_KC.shape[1], 1, device=x_KD.device)
-    solver = torch.optim.LBFGS(
-        [code_CD, bias_C1],
-        max_iter=steps,
-        max_eval=2 * steps,
-        history_size=20,
-        tolerance_grad=1e-9,
-        tolerance_change=1e-12,
-        line_search_fn="strong_wolfe",
-    )
+    solver = _solver([code_CD, bias_C1], steps)
 
     def objective() -> Tensor:
         weight_CD = code_CD @ whiten_DD.T
@@ -113,6 +102,27 @@ def fit_decoder(
         solver.step(objective)
         weight_DC = (whiten_DD @ code_CD.T) / std_D[:, None]
         return LinearDecoder(weight_DC, bias_C1[:, 0] - mean_D @ weight_DC)
+
+
+def _mean_and_std(features_KD: Tensor, share_K1: Tensor) -> tuple[Tensor, Tensor]:
+    """Weighted mean and standard deviation of each channel."""
+    mean_D = (features_KD * share_K1).sum(0)
+    std_D = ((features_KD - mean_D).square() * share_K1).sum(0).sqrt()
+    # a constant channel carries no information: keep it near 0
+    return mean_D, std_D.clamp_min(1e-6 * max(float(std_D.max()), 1e-30))
+
+
+def _solver(parameters: list[Tensor], steps: int) -> torch.optim.LBFGS:
+    """L-BFGS with a line search, so that it needs no learning rate."""
+    return torch.optim.LBFGS(
+        parameters,
+        max_iter=steps,
+        max_eval=2 * steps,
+        history_size=20,
+        tolerance_grad=1e-9,
+        tolerance_change=1e-12,
+        line_search_fn="strong_wolfe",
+    )
 
 
 def class_weights(target_KC: Tensor, power: float) -> Tensor:

@@ -16,8 +16,8 @@ from torch import nn
 
 from tapct.base.exits import UserError, single_line
 from tapct.base.geometry import Size3
-from tapct.data.packed import Damaged
-from tapct.data.store import Store
+from tapct.data.packed.packed_scan import Damaged
+from tapct.data.packed.store import Store
 from tapct.eval import scans
 from tapct.eval.ahead import one_ahead
 from tapct.eval.cache import CacheSink, FeatureCache
@@ -155,7 +155,7 @@ class Features:
         self._loaded.clear()
 
     def load(self, scan: LabelledScan, model: EvaluatedModel) -> DenseFeatures:
-        """The features of a scan from the cache. What is missing or damaged there is computed anew.
+        """The features of a scan from the cache. What is missing or damaged is computed again.
 
         Args:
             scan: scan.

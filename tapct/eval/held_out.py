@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from tapct.base.counted import counted
 
 if TYPE_CHECKING:  # the report reads results without loading pyarrow and blosc2
-    from tapct.data.trained_on import SeenScan, TrainedOn
+    from tapct.data.packed.trained_on import SeenScan, TrainedOn
     from tapct.eval.scans import ScanRow
 
 UNKNOWN = "unknown"
@@ -52,7 +52,7 @@ class HeldOut:
         return UNKNOWN if self.unknown else True
 
     def caveat(self) -> str:
-        """What a reader must know, in one line; empty where all test scans were held out."""
+        """What a reader must know, as one line; empty where all test scans were held out."""
         if self.value is True:
             return ""
         if self.value == UNKNOWN:

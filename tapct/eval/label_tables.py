@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Mapping
 
 from tapct.base import console
-from tapct.data.store import Store
+from tapct.data.packed.store import Store
 from tapct.eval.landmarks import read_landmarks
 from tapct.eval.scan_labels import read_scan_labels
 from tapct.eval.scans import Landmarks, ScanLabels, TableLabels

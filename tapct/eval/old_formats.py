@@ -1,12 +1,18 @@
-"""Reads what earlier versions wrote: results.json of schema 1, and configs with `eval.task`."""
+"""Reads what earlier versions wrote: results.json of schema 1, configs with `eval.task`, and
+label-fraction curves that count scans.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from tapct.base.counted import counted
 from tapct.config import plugins
 from tapct.eval.contract import DEFAULT_TASKS
+
+BY_PATIENTS = "dice_by_num_patients"  # label-fraction curve in the results of a model
+BY_SCANS = "dice_by_num_scans"  # the same of earlier versions, whose numbers count scans
 
 
 def config_with_task_table(tree: Mapping[str, Any]) -> dict[str, Any]:
@@ -50,3 +56,19 @@ def results_from_schema_1(content: Mapping[str, Any]) -> dict[str, Any]:
             f"it was written by an earlier version for the task {task!r}; run eval again"
         )
     return {**content, "schema": 2, "tasks": {task: section_of(content)}}
+
+
+def curve_of(numbers: Mapping[str, Any]) -> tuple[str, Mapping[str, Sequence[float]]]:
+    """What a label-fraction curve counts, `patient` or `scan`, and the curve.
+
+    Args:
+        numbers: results of one model, of this version or an earlier one.
+    """
+    if BY_PATIENTS in numbers:
+        return "patient", numbers[BY_PATIENTS]
+    return "scan", numbers.get(BY_SCANS) or {}
+
+
+def metric_name(num: int, unit: str = "patient") -> str:
+    """Name of one point of a label-fraction curve, e.g. `mean Dice with 5 labelled patients`."""
+    return f"mean Dice with {counted(num, f'labelled {unit}')}"

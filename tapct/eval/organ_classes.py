@@ -87,3 +87,22 @@ class ClassSettings:
 def is_called(value: int, name: str, words: Sequence[str]) -> bool:
     """Whether one of the words is the name of a label, in any case, or its value."""
     return any(word.lower() in (name.lower(), str(value)) for word in words)
+
+
+def own_values(organs: Sequence[str], first: Mapping[str, int], body_value: int) -> dict[str, int]:
+    """A label value for each organ, different from all others: the lowest that it has in the
+    training scans, or a free one where scans number their organs differently.
+
+    Args:
+        organs: organs in order.
+        first: organ -> its lowest label value.
+        body_value: label value of the body; 0 where it has none.
+    """
+    found: dict[str, int] = {}
+    free = max(body_value, *(first[organ] for organ in organs)) + 1
+    for organ in organs:
+        value = first[organ]
+        if value == body_value or value in found.values():
+            value, free = free, free + 1
+        found[organ] = value
+    return found

@@ -6,7 +6,7 @@ Axes: K training patches, D channels, V label values of one scan, C classes.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -131,50 +131,76 @@ def fit(
         config: settings.
         seed: random seed of the choice of validation patients and of minibatches.
     """
-    columns = [classes.index(organ) for organ in organs]
     features_KD = torch.cat([one.features_KD for one in kept])
-    target_KC = torch.cat([one.target_KC(classes, words) for one in kept])
-    target_KC = target_KC.to(features_KD.device)
+    target_KC = torch.cat([one.target_KC(classes, words) for one in kept]).to(features_KD.device)
+    organ_columns = tuple(classes.index(organ) for organ in organs)
+    patches = _Patches(features_KD, target_KC, organ_columns)
     if config.head == "linear":
-        linear = fit_decoder(
-            features_KD,
-            target_KC,
-            l2=config.l2,
-            steps=config.steps,
-            class_power=config.class_power,
-            dice_weight=config.dice_weight,
-            dice_classes=columns,
-        )
-        return FittedDecoder(linear)
-
-    def trained(rows_K: Tensor, lr: float) -> Decoder:
-        return fit_head(
-            config.head,
-            features_KD[rows_K],
-            target_KC[rows_K],
-            lr=lr,
-            steps=10 * config.steps,
-            weight_decay=config.l2,
-            class_power=config.class_power,
-            dice_weight=config.dice_weight,
-            dice_classes=columns,
-            hidden=config.hidden,
-            seed=seed,
-        )
-
+        return FittedDecoder(_linear(patches, config))
+    lr = config.lr[0]
     aside = _validation_patients([one.patient for one in kept], seed)
-    is_aside_K = torch.cat(
-        [torch.full((len(one.features_KD),), one.patient in aside) for one in kept]
-    ).to(features_KD.device)
-    chosen = config.lr[0]
     if aside and len(config.lr) > 1:
-        scores = {}
-        for lr in config.lr:
-            decoder = trained(~is_aside_K, lr)
-            held_out = features_KD[is_aside_K], target_KC[is_aside_K]
-            scores[lr] = patch_dice(decoder, *held_out, columns)
-        chosen = max(scores, key=lambda lr: scores[lr])
-    return FittedDecoder(trained(torch.ones_like(is_aside_K), chosen), chosen)
+        is_aside = [torch.full((len(one.features_KD),), one.patient in aside) for one in kept]
+        is_aside_K = torch.cat(is_aside).to(features_KD.device)
+        lr = _best_lr(patches, is_aside_K, config, seed)
+    return FittedDecoder(_trained(patches, config, lr, seed), lr)
+
+
+@dataclass(frozen=True)
+class _Patches:
+    """Training patches of several scans.
+
+    Args:
+        features_KD: float32.
+        target_KC: mass of each class in each patch.
+        organ_columns: classes whose Dice counts.
+    """
+
+    features_KD: Tensor
+    target_KC: Tensor
+    organ_columns: tuple[int, ...]
+
+    def where(self, rows_K: Tensor) -> _Patches:
+        """Some of the patches."""
+        return replace(self, features_KD=self.features_KD[rows_K], target_KC=self.target_KC[rows_K])
+
+
+def _linear(patches: _Patches, config: DecoderConfig) -> Decoder:
+    return fit_decoder(
+        patches.features_KD,
+        patches.target_KC,
+        l2=config.l2,
+        steps=config.steps,
+        class_power=config.class_power,
+        dice_weight=config.dice_weight,
+        dice_classes=patches.organ_columns,
+    )
+
+
+def _trained(patches: _Patches, config: DecoderConfig, lr: float, seed: int) -> Decoder:
+    return fit_head(
+        config.head,
+        patches.features_KD,
+        patches.target_KC,
+        lr=lr,
+        steps=10 * config.steps,
+        weight_decay=config.l2,
+        class_power=config.class_power,
+        dice_weight=config.dice_weight,
+        dice_classes=patches.organ_columns,
+        hidden=config.hidden,
+        seed=seed,
+    )
+
+
+def _best_lr(patches: _Patches, is_aside_K: Tensor, config: DecoderConfig, seed: int) -> float:
+    """The learning rate with the best Dice on the patches that are set aside."""
+    rest, aside = patches.where(~is_aside_K), patches.where(is_aside_K)
+    scores = {}
+    for lr in config.lr:
+        decoder = _trained(rest, config, lr, seed)
+        scores[lr] = patch_dice(decoder, aside.features_KD, aside.target_KC, patches.organ_columns)
+    return max(scores, key=lambda lr: scores[lr])
 
 
 def patch_dice(
@@ -198,23 +224,6 @@ def patch_dice(
         if float(target_KC[:, column].sum()) > 0:
             scores.append(2 * float(target_KC[is_predicted_K, column].sum()) / both)
     return sum(scores) / len(scores) if scores else 0.0
-
-
-def scans_of_draw(scans: Sequence[str], num: int, draw: int, seed: int) -> frozenset[str]:
-    """The training scans of one draw of a label-fraction curve. The draws of a smaller number are
-    part of those of a larger one.
-
-    Args:
-        scans: IDs of all training scans.
-        num: number of scans to draw.
-        draw: number of the draw.
-        seed: random seed of the evaluation.
-    """
-
-    def place(scan: str) -> tuple[int, str]:
-        return rng.hash_int(seed, "label fraction", draw, rng.purpose_id(scan)), scan
-
-    return frozenset(sorted(scans, key=place)[:num])
 
 
 def _validation_patients(patients: Sequence[str], seed: int) -> frozenset[str]:

@@ -13,8 +13,8 @@ import numpy as np
 
 from tapct.base import console
 from tapct.base.exits import UserError, single_line
-from tapct.data.packed import Damaged
-from tapct.data.store import Store
+from tapct.data.packed.packed_scan import Damaged
+from tapct.data.packed.store import Store
 from tapct.eval import scans
 from tapct.eval.ahead import one_ahead
 from tapct.eval.features import DenseFeatures, PatchGrid

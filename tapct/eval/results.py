@@ -70,7 +70,7 @@ class SplitRecord:
 
     @property
     def caveat(self) -> str:
-        """What a reader must know about the numbers, in one line; empty where there is nothing. The
+        """What a reader must know about the numbers, as one line; empty where there is nothing. The
         terminal, the report and `tapct compare` print this line.
         """
         parts = [self.held_out.caveat()]
@@ -194,7 +194,7 @@ class Cost:
     cache_bytes: int
 
     def line(self) -> str:
-        """The cost in one line for a terminal."""
+        """The cost as one line for a terminal."""
         parts = ", ".join(f"{part} {value:.3g} s" for part, value in self.seconds.items())
         return (
             f"features of {counted(self.num_scans, 'scan')}: {self.num_computed} computed, "

@@ -27,7 +27,7 @@ from tapct.base import console
 from tapct.base.paths import without_absolute_paths
 from tapct.config import plugins, setting, to_dict
 from tapct.config.plugins import Plugin
-from tapct.data.store import Store
+from tapct.data.packed.store import Store
 from tapct.eval import baselines, cache, scans, task_statistics
 from tapct.eval.album import Album, Outputs
 from tapct.eval.cache import FeatureCache
@@ -122,10 +122,10 @@ class Config:
     )
     num_blocks: int = setting(
         8,
-        "number of slabs along z that a scan is divided into if all scans are of one patient",
+        "number of parts along z that a scan is divided into if all scans are of one patient",
         ge=2,
     )
-    block_gap: int = setting(2, "number of patch slices that are left out between two slabs", ge=0)
+    block_gap: int = setting(2, "number of patch slices that are left out between two parts", ge=0)
     num_pictures: int = setting(
         2, "number of test scans with pictures of each task and of the patch features", ge=0
     )
@@ -337,7 +337,13 @@ def _test(reader: ScanReader, config: Config, out: Path, steps: _Steps) -> Album
             prediction = tasks[name].judge(one.model.name, one.dense, truth)
             labels = tasks[name].label_map(truth, prediction)
             if labels is not None:
-                label_maps.write(name, one.model.name, one.scan.labelled.id, labels)
+                label_maps.write(
+                    name,
+                    one.model.name,
+                    one.scan.labelled.id,
+                    labels,
+                    tasks[name].prediction_format,
+                )
             if gets_pictures:
                 outputs.add(name, one, prediction)
         if gets_pictures:
@@ -348,6 +354,7 @@ def _test(reader: ScanReader, config: Config, out: Path, steps: _Steps) -> Album
             outputs, number = Outputs(), number + 1
             steps.add()
         del one
+    label_maps.report()
     if config.num_pictures:
         album.add_results(tasks)
     return album

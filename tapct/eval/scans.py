@@ -17,8 +17,8 @@ import numpy as np
 from tapct.base import console, rng
 from tapct.base.exits import UserError
 from tapct.data.digest import voxel_digest
-from tapct.data.split import patients_below, two_sides
-from tapct.data.store import Store
+from tapct.data.packed.store import Store
+from tapct.data.patients.split import patients_below, two_sides
 from tapct.eval.contract import Labels
 from tapct.eval.results import BLOCKS, PATIENTS
 from tapct.types import IGNORE_LABEL, LabelMap, Volume
@@ -386,7 +386,7 @@ def patients_together(split: Split) -> Split:
 def by_official_split(
     rows: Sequence[ScanRow], sides: Mapping[str, str], *, max_scans: int, seed: int
 ) -> Split:
-    """Divide scans as an official split says. Its validation scans are among the training scans:
+    """Divide scans by an official split. Its validation scans are among the training scans:
     tasks find them by `LabelledScan.official_side`. Scans without a side are left out.
 
     Args:

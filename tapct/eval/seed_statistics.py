@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from tapct.base.counted import counted
 from tapct.eval import rank_metrics, task_statistics
 from tapct.eval.contract import OWN_MODEL, FurtherMetric, ScanScore
 from tapct.eval.metric_statistics import Metric, PredictedScans, ScanPredictions
+from tapct.eval.old_formats import curve_of, metric_name
 from tapct.eval.statistics import Difference, ModelValue, PatientEstimate, Statistics
 from tapct.eval.task_section import TaskSection
 from tapct.eval.task_statistics import MetricStatistics
@@ -28,7 +28,6 @@ PREDICTED: Mapping[str, Metric] = {
     "mean balanced accuracy": rank_metrics.balanced_accuracy,
     "mean R^2": rank_metrics.r_squared,
 }
-FRACTIONS = "dice_by_num_scans"  # key of the label-fraction curve of a model
 NO_ROWS = "results.json has no value of single scans for it"
 
 
@@ -186,23 +185,26 @@ def _score(one: Mapping[str, Any], entry: Mapping[str, Any], classes: Sequence[s
 
 
 def _label_fractions(runs: Sequence[RunSection]) -> list[MetricStatistics]:
-    """One metric for each number of labelled scans; a value is the mean over draws."""
-    by_num: dict[int, list[tuple[int, dict[str, float]]]] = {}
+    """One metric for each number of labelled scans, or patients, in results of earlier versions,
+    which have no Dice of single scans; a value is the mean over draws.
+    """
+    known = {one.metric for run in runs for one in run.section.results.further}
+    by_num: dict[tuple[str, int], list[tuple[int, dict[str, float]]]] = {}
     for run in runs:
-        of_run: dict[int, dict[str, float]] = {}
+        of_run: dict[tuple[str, int], dict[str, float]] = {}
         for model, numbers in run.section.results.models.items():
-            for num, draws in numbers.get(FRACTIONS, {}).items():
-                of_run.setdefault(int(num), {})[model] = float(np.mean(draws))
-        for num, values in of_run.items():
-            by_num.setdefault(num, []).append((run.seed, values))
+            unit, curve = curve_of(numbers)
+            for num, draws in curve.items():
+                of_run.setdefault((unit, int(num)), {})[model] = float(np.mean(draws))
+        for key, values in of_run.items():
+            by_num.setdefault(key, []).append((run.seed, values))
     num_test = runs[0].section.num_test
     return [
         MetricStatistics(
-            f"mean Dice with {counted(num, 'labelled scan')}",
-            "higher",
-            without_intervals(values, num_test, NO_ROWS),
+            metric_name(num, unit), "higher", without_intervals(values, num_test, NO_ROWS)
         )
-        for num, values in sorted(by_num.items())
+        for (unit, num), values in sorted(by_num.items())
+        if metric_name(num, unit) not in known
     ]
 
 

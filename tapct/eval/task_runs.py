@@ -12,8 +12,8 @@ from tapct.base import console
 from tapct.base.exits import UserError
 from tapct.config import plugins
 from tapct.config.plugins import Plugin
-from tapct.data.packed import Damaged
-from tapct.data.store import Store
+from tapct.data.packed.packed_scan import Damaged
+from tapct.data.packed.store import Store
 from tapct.eval import scans
 from tapct.eval.contract import DEFAULT_TASKS, Headline, Labels, Task, TaskResults
 from tapct.eval.results import BLOCKS

@@ -4,10 +4,12 @@ A tolerance is meant to be the disagreement between two experts. A table of resu
 tolerance of each organ, since NSD at another tolerance is another metric.
 
 Sources:
+    FLARE22, abdomen: the evaluation program of the challenge, FLARE22/Evaluation/
+        FLARE22_DSC_NSD_Eval.py of github.com/JunMa11/FLARE. All values were compared with it.
     Nikolov et al. 2021 (doi:10.2196/26151), head and neck: 95th percentile of the distance between
-        two observers. These values could not be compared with the printed table when they were
-        entered; check them before you publish an NSD.
-    FLARE22, abdomen: the evaluation program of the challenge, github.com/JunMa11/FLARE.
+        two observers. The table of the paper could not be read. Brainstem, mandible, optic nerve
+        and parotid are the same in a public evaluation program for head and neck; the others have
+        not been compared with anything (`_UNVERIFIED`).
 """
 
 from __future__ import annotations
@@ -20,6 +22,13 @@ from types import MappingProxyType
 DEFAULT_MM = 2.0  # about two voxels in the slices of a CT scan
 _NIKOLOV = "Nikolov et al. 2021"
 _FLARE = "FLARE22"
+# entered from memory; compare them with the paper before you publish an NSD
+_UNVERIFIED = frozenset(
+    {
+        *("brain", "cochlea", "lacrimal gland", "lens", "lung", "orbit", "spinal canal"),
+        *("spinal cord", "submandibular"),
+    }
+)
 
 _HEAD_AND_NECK_MM = {
     "brain": 1.01,
@@ -76,7 +85,8 @@ class Tolerance:
 
     Args:
         mm: the tolerance.
-        source: publication that it is from; `default` where none is known.
+        source: publication that it is from, with `unverified` where the value was not compared with
+            it; `default` where none is known.
     """
 
     mm: float
@@ -103,5 +113,6 @@ def tolerance_of(organ: str, own_mm: Mapping[str, float] | None = None) -> Toler
         name = name.removesuffix("s")  # lungs, kidneys
     for table, source in ((_HEAD_AND_NECK_MM, _NIKOLOV), (_ABDOMEN_MM, _FLARE)):
         if name in table:
-            return Tolerance(table[name], source)
+            doubt = ", unverified" if name in _UNVERIFIED else ""
+            return Tolerance(table[name], source + doubt)
     return Tolerance(DEFAULT_MM, "default")

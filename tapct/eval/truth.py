@@ -32,7 +32,7 @@ class PatchTruth:
         scan: the scan and its labels.
         grid: of the patches.
         values: label values that occur, ascending; `OUTSIDE` where it was derived from HU. Voxels
-            with IGNORE_LABEL do not count.
+            with IGNORE_LABEL do not count; a scan with no other voxels has the value 0.
         shares_NV: float32, share of each value among a patch's voxels that are labelled; rows sum
             to 1, or to 0 where no voxel is.
         in_play_Z: bool, True for the slices of the grid that the task may use; see `Task.truth`.
@@ -99,6 +99,8 @@ def patch_truth(
     labels_ZYX = scan.label_map.labels_ZYX
     values = np.flatnonzero(np.bincount(labels_ZYX.reshape(-1), minlength=1))
     values = values[values != IGNORE_LABEL]
+    if not len(values):  # nobody has labelled any voxel, so no patch is labelled either
+        values = np.zeros(1, dtype=np.int64)
     # voxels to ignore are counted in a column behind those of the values, which is then dropped
     column = np.full(IGNORE_LABEL + 1, len(values), dtype=np.uint16)
     column[values] = np.arange(len(values))

@@ -210,7 +210,7 @@ def encode(
     key: DropKey | None,
     spacing_mm: Sequence[Tensor],
 ) -> list[Tokens]:
-    """Call a backbone, with the spacing where it says that it needs it; arguments as in
+    """Call a backbone, with the spacing where it needs it; arguments as in
     `Backbone.forward`.
     """
     given = (
@@ -263,7 +263,7 @@ class HeadRows:
 
 @dataclass(frozen=True)
 class LossInputs:
-    """What a loss will be given in training, as the config says before there is a batch.
+    """What a loss will be given in training, as the config gives it before there is a batch.
 
     Args:
         num_globals: global crops of a sample.

@@ -18,8 +18,8 @@ from rich.text import Text
 from tapct.base.exits import UserError
 from tapct.base.geometry import patch_grid
 from tapct.config import plugins
-from tapct.data import read_rate
-from tapct.data.store import INDEX_NAME
+from tapct.data.loading import read_rate
+from tapct.data.packed.store import INDEX_NAME
 from tapct.distributed.device import pick_device
 from tapct.nn.contracts import Backbone
 from tapct.plan import flops, measure, memory, scale, tables
@@ -28,7 +28,7 @@ from tapct.run.stages import ResolvedStage
 from tapct.ssl import needs
 from tapct.views import masks
 
-# share of the rate of plain matrix products that a training step reaches; an assumption of ours
+# share of the rate of plain matrix products that a training step reaches; our assumption
 UTILISATION = 0.4
 
 

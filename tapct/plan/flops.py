@@ -93,7 +93,7 @@ class Costs:
         backbone: parts of the backbone, from the input on.
         heads: parts of the heads, a MLP and prototypes for each loss with a head.
         global_batch: samples per optimizer step.
-        warnings: settings under which a loss cannot learn, each with the next move.
+        warnings: settings under which a loss cannot learn, each with the next step.
     """
 
     views: tuple[ViewCost, ...]
@@ -175,7 +175,7 @@ def count_costs(
 
 
 def cost_of(model: Backbone, window: Size3) -> CropCost:
-    """What the backbone says that a crop costs.
+    """What a crop costs, as the backbone reports it.
 
     Raises:
         UserError: it does not say.

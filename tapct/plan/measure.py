@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from tapct.data.store import INDEX_NAME, Store
+from tapct.data.packed.store import INDEX_NAME, Store
 from tapct.plan.scale import StoreFacts
 
 STORE_SAMPLE = 256  # a store may hold a million scans; about this number of files is read

@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from tapct.base.exits import UserError
-from tapct.data.batch_share import BatchShare
+from tapct.data.loading.batch_share import BatchShare
 from tapct.nn.contracts import Loss
 from tapct.plan.memory import Footprint, ParameterCounts, fullest
 from tapct.ssl import needs
@@ -165,7 +165,7 @@ class Estimate:
         slab_bytes: bytes of one sample as int16.
         store: facts of the store; None where there is none.
         left_out: reason, and the GPU counts that it excludes.
-        warnings: doubtful settings, each with the next move.
+        warnings: doubtful settings, each with the next step.
     """
 
     settings: RunSettings
@@ -391,7 +391,7 @@ def warnings_of(
     paces: Sequence[Pace],
     store: StoreFacts | None,
 ) -> tuple[str, ...]:
-    """Doubtful settings, each with the next move."""
+    """Doubtful settings, each with the next step."""
     warnings = []
     if request.memory is not None:
         limit = (1 - RESERVE) * request.memory

@@ -35,7 +35,7 @@ from tapct.report.plots import NUM_COLOURS, Curve, ReferenceLine, dash_of, line_
 from tapct.run_folder import RunFolder
 
 BLANK = "\u2013"
-NAMES_A_RUN = ("out",)  # differs between any two runs and says nothing
+NAMES_A_RUN = ("out",)  # differs between any two runs and shows nothing
 # settings that do not affect training; they come last in the table
 BOOKKEEPING = (
     "device",

@@ -157,7 +157,7 @@ def verdict_of(history: History, config: Mapping[str, str]) -> Verdict:
 def verdict_box(current: Verdict, evaluated: bool) -> str:
     """The verdict and the next step; a healthy run that has been evaluated needs none."""
     is_fine = evaluated and current.state == "alive"
-    step = "" if is_fine else f"<p>Next: {text(current.next_move)}</p>"
+    step = "" if is_fine else f"<p>Next: {text(current.next_step)}</p>"
     state = f"<p><strong>{text(current.state.capitalize())}</strong></p>"
     return (
         f'<section class="verdict {STYLE_OF.get(current.state, "")}">{state}'

@@ -10,8 +10,9 @@ from tapct.base.exits import UserError
 from tapct.base.geometry import patch_grid
 from tapct.config import plugins, setting
 from tapct.config.plugins import Plugin
-from tapct.data import loader, split
-from tapct.data.batch_share import BatchShare
+from tapct.data.loading import loader
+from tapct.data.loading.batch_share import BatchShare
+from tapct.data.patients import split
 from tapct.distributed.config import Config
 from tapct.engine import checkpoint, loop, optim, trackers
 from tapct.eval import runner

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from tapct.base import console
 from tapct.base.exits import UserError
-from tapct.data.dataset_work import prepare
-from tapct.data.datasets import DataSet, read_dataset, shipped_names
+from tapct.data.datasets.dataset import DataSet, read_dataset, shipped_names
+from tapct.data.datasets.work import prepare
 from tapct.run.model_source import Model
 from tapct.run_folder import data_beside
 

@@ -20,9 +20,8 @@ import torch
 from tapct.base import console, files
 from tapct.base.counted import counted
 from tapct.base.exits import Incomplete, UserError, single_line
-from tapct.data.ingest import read_source
 from tapct.data.labels.reading import read_labels_of
-from tapct.data.named_scans import NamedScan, find_cases
+from tapct.data.scans.ingest import read_source
 from tapct.eval.cache import Config as CacheConfig
 from tapct.eval.cache import FeatureCache, model_key
 from tapct.eval.one_scan import ScanEncoder
@@ -35,6 +34,7 @@ from tapct.eval.vectors import (
     organ_shares,
     scan_vectors,
 )
+from tapct.run.named_scans import NamedScan, find_cases
 from tapct.types import IGNORE_LABEL, LabelMap, Refused, Volume
 from tapct.weights.pretrained import Pretrained
 

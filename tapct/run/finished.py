@@ -13,8 +13,8 @@ from pathlib import Path
 from tapct.base import console, files
 from tapct.base.exits import UserError
 from tapct.base.paths import command_line
-from tapct.data.store import Store, labels_digest
-from tapct.data.trained_on import TrainedOn
+from tapct.data.packed.store import Store, labels_digest
+from tapct.data.packed.trained_on import TrainedOn
 from tapct.distributed.device import pick_device
 from tapct.eval import held_out, results, runner
 from tapct.eval.baselines import NAMES, with_baselines
@@ -94,10 +94,7 @@ def evaluate_model(
         store, config.eval.scan_labels, config.eval.landmarks, config.eval.split_column
     )
     others = others or {}
-    own, *baselines = with_baselines(
-        model.backbone, config.model, config.seed, config.eval.baselines, config.contract
-    )
-    models = [own, *(_named(name, other) for name, other in others.items()), *baselines]
+    models = _models_of_table(model, others)
     with console.progress_bar("eval") as progress:
         evaluation = runner.evaluate(
             models,
@@ -128,6 +125,15 @@ def evaluate_model(
         folder.teacher.unlink(missing_ok=True)
         link_newest(model.run)
     return Evaluated(evaluation, folder.path)
+
+
+def _models_of_table(model: Model, others: Mapping[str, Model]) -> list[NamedModel]:
+    """The evaluated model, the others and the baselines, in the order of the table."""
+    config = model.config
+    own, *baselines = with_baselines(
+        model.backbone, config.model, config.seed, config.eval.baselines, config.contract
+    )
+    return [own, *(_named(name, other) for name, other in others.items()), *baselines]
 
 
 def open_others(texts: Sequence[str], device: str, custom_code: bool = False) -> dict[str, Model]:

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from tapct.data import trained_on
-from tapct.data.store import Store
-from tapct.data.trained_on import TrainedOn
+from tapct.data.packed import trained_on
+from tapct.data.packed.store import Store
+from tapct.data.packed.trained_on import TrainedOn
 from tapct.run_folder import RunFolder, has_step_name, step_of
 from tapct.weights.export import scans_of_export
 

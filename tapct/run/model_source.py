@@ -23,7 +23,7 @@ from tapct.base import console, files
 from tapct.base.exits import UserError
 from tapct.config import Resolved, from_dict, load_config, plugins, setting, to_dict
 from tapct.config.plugins import Plugin
-from tapct.data.trained_on import TrainedOn
+from tapct.data.packed.trained_on import TrainedOn
 from tapct.distributed.device import flush_denormals, pick_device
 from tapct.engine import checkpoint
 from tapct.engine.checkpoint import Checkpoints, Meta

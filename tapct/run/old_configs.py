@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from tapct.data.loader import without_backend
+from tapct.data.loading.loader import without_backend
 from tapct.eval.old_formats import config_with_task_table
 
 

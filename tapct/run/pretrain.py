@@ -23,8 +23,8 @@ from tapct.base.exits import SharedError, UserError
 from tapct.base.lease import Lease, LostLease
 from tapct.base.ranks import Ranks
 from tapct.config import Resolved
-from tapct.data import loader
-from tapct.data.store import Store
+from tapct.data.loading import loader
+from tapct.data.packed.store import Store
 from tapct.distributed import collectives
 from tapct.distributed.device import flush_denormals, pick_device
 from tapct.distributed.world import LostRank, World, join_ranks
@@ -102,9 +102,9 @@ def check(resolved: Resolved, allow_change: bool = False) -> Start:
 
 
 def train(resolved: Resolved, allow_change: bool = False, command: str = "") -> loop.Stop:
-    """Pretrain as the config says; resume from the newest whole checkpoint of the run folder.
+    """Pretrain with a config; resume from the newest whole checkpoint of the run folder.
 
-    Every rank of a run calls it; the launcher's environment says which one this is.
+    Every rank of a run calls it; the launcher's environment shows which one this is.
 
     Args:
         resolved: config of the run.

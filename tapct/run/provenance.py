@@ -22,7 +22,7 @@ from tapct.base.exits import UserError, single_line
 from tapct.config import Resolved
 from tapct.config.flat import flatten
 from tapct.config.plugins import Plugin
-from tapct.data.store import Store
+from tapct.data.packed.store import Store
 from tapct.run_folder import RunFolder
 
 

@@ -214,7 +214,7 @@ def with_new_keys(old: dict[str, Any], cls: type) -> dict[str, Any]:
     """
     try:
         return to_dict(from_dict(cls, upgraded(old), "checkpoint"))
-    except UserError:  # a key is gone, or a value is refused now: it is reported as it stands
+    except UserError:  # a key is gone, or a value is refused now: it is reported unchanged
         return old
 
 
@@ -228,7 +228,7 @@ def changed_since(saved: Path, config: Any) -> list[tuple[str, Any, Any]]:
 
 
 def changed_keys(old: dict[str, Any], new: dict[str, Any]) -> list[tuple[str, Any, Any]]:
-    """Leaves that differ between two resolved configs and shape the curve: (dotted key, old,
+    """Leaves that differ between two resolved configs and affect training: (dotted key, old,
     new).
     """
     before, after = flatten(old), flatten(new)

@@ -1,7 +1,7 @@
 """Stages: parts of one run with other settings, each from a step on until the next one begins or
 the run ends.
 
-A `StageConfig` is what a config says about a stage: where it starts, and `key=value` overrides. A
+A `StageConfig` is what a config holds about a stage: where it starts, and `key=value` overrides. A
 `ResolvedStage` is what follows from it: first and last step, and the whole config of these steps.
 Before the first `StageConfig` the config itself applies, as a `ResolvedStage` without a name.
 
@@ -37,7 +37,7 @@ KEPT = (
     (r"optim\.(layer_decay|patch_embed_lr_factor)$", "the optimizer's groups are formed once"),
     (
         r"(seed|train\.steps|train\.global_batch|data\.store|data\.held_out|data\.split_.*)$",
-        "it says which scan comes at which step",
+        "it decides which scan comes at which step",
     ),
     (r"model\.", "the weights are built by it once"),
     (r"contract\.", "the exported weights have one"),

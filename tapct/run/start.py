@@ -17,7 +17,7 @@ from tapct.base import files
 from tapct.base.counted import counted
 from tapct.base.exits import SharedError, UserError
 from tapct.config import Resolved, plugins
-from tapct.data.store import Store
+from tapct.data.packed.store import Store
 from tapct.distributed.device import pick_device
 from tapct.engine import initial, trackers
 from tapct.eval import scans, task_runs
@@ -177,7 +177,7 @@ def doubts_about_batch(config: RunConfig, store: Store, rows: Sequence[int]) -> 
 
 
 def doubts_about_patients(config: RunConfig, store: Store, rows: Sequence[int]) -> Iterator[str]:
-    """Patients for whom the split cannot mean what it says."""
+    """Patients for whom the split cannot hold."""
     data = config.data
     problem = data.one_sided([scan.patient for scan in store.scans], config.seed)
     if problem:

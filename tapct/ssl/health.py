@@ -6,10 +6,9 @@ Legend: N rows (teacher targets or tokens), K prototypes, B samples, D channels,
     Entropies in nats.
 
 A stuck run sits at CE = ln K; a collapsed one (every target one-hot on the same prototype) has the
-best CE of all. What
-tells both from life is the information of the targets: entropy of their mean minus mean of their
-entropies, the mutual information of sample and prototype. It is 0 when all targets are equal,
-whatever they look like, and at most ln K.
+best CE of all. What distinguishes both from life is the information of the targets: entropy of
+their mean minus mean of their entropies, the mutual information of sample and prototype. It is 0
+when all targets are equal, whatever they look like, and at most ln K.
 """
 
 from __future__ import annotations
@@ -171,12 +170,12 @@ class Verdict:
         state: `alive`, `faint`, `not following`, `stuck`, `collapsed`, `not finite` (from good to
             bad), `unknown`, or `too early to say`.
         words: one sentence with the numbers.
-        next_move: what to do about it.
+        next_step: what to do about it.
     """
 
     state: str
     words: str
-    next_move: str
+    next_step: str
 
 
 TOO_EARLY = "too early to say"
@@ -190,7 +189,7 @@ STATES = (
     "not finite",
 )  # the last one found wins
 
-NEXT_MOVE = {
+NEXT_STEP = {
     "unknown": "Log the health numbers: without them a falling loss proves nothing.",
     "alive": "Judge the features: tapct eval.",
     "faint": "Train on and look again; if it stays, lower lr or slow the teacher (momentum nearer "
@@ -215,7 +214,7 @@ def judge_term(term: TermReading) -> Verdict:
     facts = f"ln K - CE {term.ln_k_minus_ce:.2f}, information {information:.2f} nats"
     if not all(math.isfinite(number) for number in numbers):
         return Verdict(
-            "not finite", f"{term.name}: a health number is not finite", NEXT_MOVE["not finite"]
+            "not finite", f"{term.name}: a health number is not finite", NEXT_STEP["not finite"]
         )
     if information < NO_INFORMATION:
         if term.ln_k_minus_ce < NO_PROGRESS:
@@ -242,16 +241,16 @@ def judge_term(term: TermReading) -> Verdict:
         state, words = "faint", "the targets begin to tell samples apart"
     else:
         state, words = "alive", "the targets tell samples apart and the student predicts them"
-    return Verdict(state, f"{term.name}: {words} ({facts})", NEXT_MOVE[state])
+    return Verdict(state, f"{term.name}: {words} ({facts})", NEXT_STEP[state])
 
 
 def verdict(terms: Sequence[TermReading]) -> Verdict:
-    """Verdict on a run: the state of its worst term, in the words of all terms."""
+    """Verdict on a run: the state of its worst term, and a sentence about each term."""
     judged = [judge_term(term) for term in terms]
     if not judged:
-        return Verdict("unknown", "no prototype loss reported its health", NEXT_MOVE["unknown"])
+        return Verdict("unknown", "no prototype loss reported its health", NEXT_STEP["unknown"])
     worst = max(judged, key=lambda one: STATES.index(one.state))
-    return Verdict(worst.state, "; ".join(one.words for one in judged), worst.next_move)
+    return Verdict(worst.state, "; ".join(one.words for one in judged), worst.next_step)
 
 
 def verdict_at(terms: Sequence[TermReading], step: int, warmup_steps: int) -> Verdict:

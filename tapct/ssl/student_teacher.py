@@ -131,7 +131,7 @@ class StudentTeacher(nn.Module):
         return self
 
     def with_settings(self, losses: Sequence[Plugin]) -> dict[str, Loss]:
-        """The same losses with other settings: those that differ are made anew and hold what the
+        """The same losses with other settings: those that differ are made again and hold what the
         old ones hold.
 
         Args:
@@ -154,7 +154,7 @@ class StudentTeacher(nn.Module):
         return terms
 
     def change_losses(self, losses: Sequence[Plugin]) -> None:
-        """Go on with other settings of the same losses; see `with_settings`."""
+        """Continue with other settings of the same losses; see `with_settings`."""
         self.losses_by_name = self.with_settings(losses)
         self.losses = nn.ModuleDict(
             {module_key(name): loss for name, loss in self.losses_by_name.items()}

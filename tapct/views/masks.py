@@ -21,7 +21,7 @@ placed, and every token has a word of bits:
     bit ROUNDS          the token is scan
     bit ROUNDS + 1      always set
 
-So `word & (2^k - 1)` says whether one of the first k rounds covers a token, where the last two
+So `word & (2^k - 1)` shows whether one of the first k rounds covers a token, where the last two
 rounds are the whole scan and then everything. Bisection finds the most rounds that fit into the
 count (four steps for 15 rounds), and of the next round as many tokens are masked as are still left.
 
@@ -218,7 +218,7 @@ def choose(
     outside_PN = _outside(sides_3RP, place_3RP, (count_P < config.min_tokens)[:, None], grid)
     in_scan_PN = in_scan_VBN.flatten(0, 1)[crop_P].to(outside_PN.dtype)
     # turn "outside of block r" into "covered by block r" and set the bit of the scan; clear the
-    # words of padding; set the last bit of all
+    # words that are padding; set the last bit of all
     word_PN = outside_PN.bitwise_xor_(2 * BLOCKS + 1).mul_(in_scan_PN).bitwise_or_(2 * BLOCKS + 2)
     count_P1 = count_P.to(word_PN.dtype)[:, None]
     first_P1 = _rounds_that_fit(word_PN, count_P1)
@@ -294,8 +294,8 @@ def _sides(count_P: Tensor, draw_3RP: Tensor, grid: tuple[int, int, int], config
 def _outside(
     sides_3RP: Tensor, place_3RP: Tensor, none_P1: Tensor, grid: tuple[int, int, int]
 ) -> Tensor:
-    """Words (P, N) whose bit r says that block r does not cover the token: its z, its y or its x is
-    outside.
+    """Words (P, N) whose bit r shows that block r does not cover the token: its z, its y or its x
+    is outside.
 
     Args:
         sides_3RP: sides of the blocks along (z, y, x).

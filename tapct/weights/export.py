@@ -12,8 +12,8 @@ from torch import nn
 
 from tapct.base import files
 from tapct.base.exits import UserError
-from tapct.data import trained_on
-from tapct.data.trained_on import TrainedOn
+from tapct.data.packed import trained_on
+from tapct.data.packed.trained_on import TrainedOn
 from tapct.run_folder import ExportFolder
 from tapct.weights.card import WEIGHTS_FILE, ExportCard, FeatureSettings, provenance_of
 

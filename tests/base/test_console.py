@@ -73,7 +73,7 @@ def on_a_terminal(code: str, columns: int = 80) -> str:
         if select.select([ours], [], [], 0.1)[0]:
             try:
                 part = os.read(ours, 65536)
-            except OSError as error:  # Linux tells the end of a terminal so
+            except OSError as error:  # so Linux reports the end of a terminal
                 if error.errno != errno.EIO:
                     raise
                 break
@@ -136,7 +136,7 @@ def test_say_neither_wraps_nor_reads_markup(capsys: pytest.CaptureFixture[str]) 
     assert capsys.readouterr().out == "[red]" + "x" * 300 + " 12\n"
 
 
-def test_only_the_first_rank_speaks_but_errors_of_all_are_told(
+def test_only_the_first_rank_prints_but_errors_of_all_are_printed(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name, value in (("RANK", "3"), ("WORLD_SIZE", "4"), ("LOCAL_RANK", "1")):
@@ -149,7 +149,7 @@ def test_only_the_first_rank_speaks_but_errors_of_all_are_told(
     assert capsys.readouterr() == ("", "error: [rank 3] no such file\n")
 
 
-def test_plain_progress_tells_the_end_and_not_every_item(
+def test_plain_progress_prints_the_end_and_not_every_item(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     with console.progress_bar("pack") as progress:
@@ -160,7 +160,7 @@ def test_plain_progress_tells_the_end_and_not_every_item(
     assert len(lines) <= 3
 
 
-def test_plain_progress_of_training_tells_chosen_steps(
+def test_plain_progress_of_training_prints_chosen_steps(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     clock = iter(range(0, 10**6, 2))  # every look at the clock is two seconds after the one before
@@ -197,8 +197,8 @@ def test_a_terminal_gets_a_bar_with_step_loss_pace_and_time_left() -> None:
 
 def test_durations_read_well() -> None:
     given = (0.4, 59.6, 754, 3599.7, 18367, 183870, math.inf, math.nan, -3.0)
-    told = ["0:00", "1:00", "12:34", "1:00:00", "5:06:07", "2d 03:04", "?", "?", "0:00"]
-    assert [console.duration(seconds) for seconds in given] == told
+    shown = ["0:00", "1:00", "12:34", "1:00:00", "5:06:07", "2d 03:04", "?", "?", "0:00"]
+    assert [console.duration(seconds) for seconds in given] == shown
 
 
 def test_control_characters_of_a_file_name_do_not_reach_the_terminal(

@@ -197,7 +197,7 @@ def test_sha256_is_that_of_the_whole_file(tmp_path: Path) -> None:
     assert files.sha256(tmp_path / "a") == done.stdout.split()[0]
 
 
-def test_the_first_cause_is_the_innermost_one_in_one_line() -> None:
+def test_the_first_cause_is_the_innermost_one_without_line_breaks() -> None:
     inner, middle, outer = ValueError("the reason\nand more"), RuntimeError("b"), RuntimeError("c")
     outer.__cause__, middle.__cause__ = middle, inner
     assert files.first_cause(outer) == "ValueError: the reason"

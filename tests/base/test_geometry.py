@@ -17,7 +17,7 @@ def test_the_grid_times_the_patch_is_the_window() -> None:
     ("window", "axis"),
     [((5, 16, 16), "z"), ((4, 17, 16), "y"), ((4, 16, 0), "x"), ((4, 16, 4), "x")],
 )
-def test_a_window_that_is_no_multiple_is_one_line_with_setting_sizes_axis_and_next_move(
+def test_a_window_that_is_no_multiple_is_one_line_with_setting_sizes_axis_and_next_step(
     window: tuple[int, int, int], axis: str
 ) -> None:
     with pytest.raises(UserError) as caught:

@@ -13,7 +13,7 @@ BROKEN = [b'{"step": 2, "loss/to', b"[1]", b"3", b"", b"   ", b'{"other": 1}', b
 
 
 @pytest.mark.parametrize("line", BROKEN)
-def test_a_line_that_is_no_row_is_passed_over(tmp_path: Path, line: bytes) -> None:
+def test_a_line_that_is_no_row_is_skipped(tmp_path: Path, line: bytes) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"step": 1}\n' + line + b'\n{"step": 3}\n')
     found = jsonl.read(path, "step")

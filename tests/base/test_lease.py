@@ -28,8 +28,8 @@ def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Make]:
     """Makes leases of one folder, as processes of several machines would."""
     made: list[Lease] = []
 
-    def one(machine: str = "", said: list[str] | None = None, **environment: str) -> Lease:
-        lines = [] if said is None else said
+    def one(machine: str = "", printed: list[str] | None = None, **environment: str) -> Lease:
+        lines = [] if printed is None else printed
         if machine:
             monkeypatch.setattr(leases, "machine", lambda: machine)
         lease = Lease(
@@ -94,12 +94,12 @@ def test_a_holder_that_was_killed_on_this_machine_is_replaced_at_once(
         "os.kill(os.getpid(), signal.SIGKILL)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -9
-    said: list[str] = []
-    began, lease = time.monotonic(), make(said=said)
+    printed: list[str] = []
+    began, lease = time.monotonic(), make(printed=printed)
     lease.acquire()
     lease.check()
     assert time.monotonic() - began < STALE_S / 2
-    assert left(lease) == ["lease.json"] and "that process has ended" in said[0]
+    assert left(lease) == ["lease.json"] and "that process has ended" in printed[0]
 
 
 def test_another_process_with_the_id_of_the_holder_is_not_the_holder(make: Make) -> None:
@@ -126,14 +126,14 @@ def test_a_holder_on_another_machine_is_alive_while_its_heart_beats(make: Make) 
 def test_a_holder_on_another_machine_without_a_heartbeat_is_replaced_and_notices_it(
     make: Make,
 ) -> None:
-    first, said = make("a"), list[str]()
+    first, printed = make("a"), list[str]()
     first.acquire()
     stop_heart(first)
-    second = make("b", said)
+    second = make("b", printed)
     began = time.monotonic()
     second.acquire()
     assert time.monotonic() - began >= STALE_S
-    assert "waiting up to" in said[0] and "no heartbeat for" in said[1]
+    assert "waiting up to" in printed[0] and "no heartbeat for" in printed[1]
     with pytest.raises(LostLease, match="it belongs to host"):
         first.check()
     first.release()  # must not remove the lease of the other

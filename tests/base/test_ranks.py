@@ -1,5 +1,5 @@
-"""Where the ranks of a run meet, how many share a node, and what a child of one must not be
-told.
+"""Where the ranks of a run meet, how many share a node, and what a child of one must not
+receive.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ def test_the_first_host_of_a_slurm_node_list(nodes: str, host: str) -> None:
     assert ranks.first_host(nodes) == host
 
 
-def test_ranks_meet_where_the_launcher_says_or_on_the_first_node() -> None:
-    told = {
+def test_ranks_meet_at_the_launchers_address_or_on_the_first_node() -> None:
+    variables = {
         "MASTER_ADDR": "here",
         "MASTER_PORT": "77",
         "SLURM_JOB_NODELIST": "n[1-2]",
         "SLURM_JOB_ID": "5",
     }
-    assert ranks.rendezvous(told) == ("here", 77)
+    assert ranks.rendezvous(variables) == ("here", 77)
     job = {
         "SLURM_JOB_NODELIST": "n[1-2]",
         "SLURM_STEP_NODELIST": "n2",

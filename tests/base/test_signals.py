@@ -18,10 +18,10 @@ BLOCKED = "import signal; print(sorted(map(int, signal.pthread_sigmask(signal.SI
 
 
 def blocked_by_children() -> list[int]:
-    said = subprocess.run(
+    output = subprocess.run(
         [sys.executable, "-c", BLOCKED], capture_output=True, text=True, check=True
     ).stdout
-    return [int(word) for word in said.strip("[]\n").split(",") if word]
+    return [int(word) for word in output.strip("[]\n").split(",") if word]
 
 
 def test_children_are_deaf_and_this_process_is_not(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""The command line from end to end, and what it says when something is wrong: one line, an exit
+"""The command line from end to end, and what it prints when something is wrong: one line, an exit
 code, no debris.
 """
 
@@ -26,8 +26,8 @@ from shell import shell as shell  # a fixture
 from tiny_run import evaluation_of, make_archive, numbers_of, write_config
 
 import tapct
-from tapct.data import ingest
-from tapct.data.patient_key import KEY_VARIABLE
+from tapct.data.patients.key import KEY_VARIABLE
+from tapct.data.scans import ingest
 from tapct.engine import loop
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
@@ -67,12 +67,14 @@ def test_from_an_archive_to_a_report(place: Path, shell: Shell, tmp_path: Path) 
     run = place / "run"
     assert [row["step"] for row in numbers_of(run)] == [1, 2, 3, 4]
 
-    said = shell.good("eval", run)
+    printed = shell.good("eval", run)
     results = json.loads(evaluation_of(run, 4).results.read_text())
     values = results["tasks"]["segmentation"]["headline"]["values"]
     assert set(values) >= {"pretrained", "untrained", "raw_hu"}
     for name, value in values.items():
-        assert re.search(rf"^{name} +mean Dice {value:.3f}  n = 1 scan of 1 patient$", said, re.M)
+        assert re.search(
+            rf"^{name} +mean Dice {value:.3f}  n = 1 scan of 1 patient$", printed, re.M
+        )
     assert results["split"]["held_out_from_pretraining"] is True
 
     assert str(run / "export") in shell.good("export", run)
@@ -85,8 +87,8 @@ def test_from_an_archive_to_a_report(place: Path, shell: Shell, tmp_path: Path) 
     assert np.array_equal(embedded["features_DZYX"], pretrained.embed(volume).features_DZYX)
     assert np.isfinite(embedded["features_DZYX"]).all() and embedded["features_DZYX"].std() > 0
 
-    said = shell.good("report", run)
-    assert str(run / "report.html") in said
+    printed = shell.good("report", run)
+    assert str(run / "report.html") in printed
     page = (run / "report.html").read_text()
     assert "loss" in page.lower() and "data:image/png" in page
 
@@ -127,12 +129,12 @@ def test_an_export_of_a_run_with_a_back_end_for_a_gpu_runs_on_a_cpu(
 def test_the_phantom_command_makes_an_archive_that_index_accepts(
     shell: Shell, tmp_path: Path
 ) -> None:
-    said = shell.good("phantom", "--out", tmp_path / "made", "--num", "1", "--seed", "3")
-    assert "1 scans" in said
-    said = shell.good(
+    printed = shell.good("phantom", "--out", tmp_path / "made", "--num", "1", "--seed", "3")
+    assert "1 scans" in printed
+    printed = shell.good(
         "index", tmp_path / "made", "--out", tmp_path / "manifest.parquet", "--workers", "0"
     )
-    assert "1 accepted" in said
+    assert "1 accepted" in printed
 
 
 def test_index_names_each_refused_scan_with_its_reason(
@@ -143,12 +145,12 @@ def test_index_names_each_refused_scan_with_its_reason(
     folder.mkdir()
     (folder / "good.nii.gz").write_bytes(scan.read_bytes())
     (folder / "torn.nii.gz").write_bytes(scan.read_bytes()[:5000])
-    said = shell.good("index", folder, "--out", tmp_path / "m.parquet", "--workers", "0")
-    assert "1 accepted" in said
-    assert [line for line in said.splitlines() if "torn.nii.gz" in line and "refused" in line]
+    printed = shell.good("index", folder, "--out", tmp_path / "m.parquet", "--workers", "0")
+    assert "1 accepted" in printed
+    assert [line for line in printed.splitlines() if "torn.nii.gz" in line and "refused" in line]
 
 
-def test_pack_goes_on_where_it_stopped(place: Path, shell: Shell, tmp_path: Path) -> None:
+def test_pack_resumes_where_it_stopped(place: Path, shell: Shell, tmp_path: Path) -> None:
     words = ("pack", place / "manifest.parquet", "--out", tmp_path / "store", "--workers", "0")
     assert "4 packed, 0 kept" in shell.good(*words)
     assert "0 packed, 4 kept" in shell.good(*words)
@@ -158,8 +160,8 @@ def test_train_prints_its_config_with_origins_and_does_not_train(
     place: Path, shell: Shell, tmp_path: Path
 ) -> None:
     config = place / "tiny.yaml"
-    said = shell.good("train", config, f"out={tmp_path}/run", "optim.lr=3e-3", "--print-config")
-    lines = {line.split(":")[0]: line for line in said.splitlines()}
+    printed = shell.good("train", config, f"out={tmp_path}/run", "optim.lr=3e-3", "--print-config")
+    lines = {line.split(":")[0]: line for line in printed.splitlines()}
     assert lines["optim.lr"].split() == ["optim.lr:", "0.003", "#", "override"]
     assert lines["train.steps"].split()[:2] == ["train.steps:", "12"]
     assert (
@@ -170,10 +172,14 @@ def test_train_prints_its_config_with_origins_and_does_not_train(
 
 
 def test_plan_prints_parameters(place: Path, shell: Shell) -> None:
-    said = shell.good(
+    printed = shell.good(
         "plan", place / "tiny.yaml", "--memory", "8", "--tflops", "1", "--gpus", "1,2"
     )
-    assert "parameters" in said.lower() and "GPU-days" in said and "train.accumulation" in said
+    assert (
+        "parameters" in printed.lower()
+        and "GPU-days" in printed
+        and "train.accumulation" in printed
+    )
 
 
 # --- bad input ---
@@ -281,7 +287,7 @@ def broken_place(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Calla
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_input_is_told_in_one_line_and_leaves_nothing_behind(
+def test_bad_input_gives_a_one_line_error_and_leaves_nothing_behind(
     shell: Shell,
     broken_place: Callable[[str], str],
     tmp_path: Path,
@@ -349,7 +355,7 @@ def test_an_interrupt_of_any_other_command_is_one_line(
             signal.SIGINT
         )  # to this thread: one sent to the process may be taken by another, and late
 
-    monkeypatch.setattr("tapct.data.process_pool.wait", interrupted)  # for the first result
+    monkeypatch.setattr("tapct.data.workers.process_pool.wait", interrupted)  # for the first result
     before = signal.signal(
         signal.SIGINT, signal.default_int_handler
     )  # what a shell starts with & ignores Ctrl-C
@@ -457,14 +463,14 @@ def test_compare_prints_a_table_and_writes_a_page(
     place: Path, shell: Shell, tmp_path: Path
 ) -> None:
     page = tmp_path / "both.html"
-    said = shell.good(
+    printed = shell.good(
         "compare", place / "run", tmp_path / "nix", "--out", page, "--metric", "loss/*"
     )
-    assert f"left out: {tmp_path}/nix is not there" in said and f"curves: {page}" in said
+    assert f"left out: {tmp_path}/nix is not there" in printed and f"curves: {page}" in printed
     last = numbers_of(place / "run")
     mean = sum(row["loss/total"] for row in last) / len(last)
-    told = re.search(r"^Total loss +([\d.]+)$", said, re.MULTILINE)
-    assert told is not None and float(told[1]) == pytest.approx(mean, rel=1e-3)
+    total_loss = re.search(r"^Total loss +([\d.]+)$", printed, re.MULTILINE)
+    assert total_loss is not None and float(total_loss[1]) == pytest.approx(mean, rel=1e-3)
     assert "default-src 'none'" in page.read_text()
     assert "is not there" in shell.bad("compare", tmp_path / "nix")
     assert "there is loss/total" in shell.bad("compare", place / "run", "--metric", "loss/totle")

@@ -120,7 +120,7 @@ def test_every_default_is_in_the_help(shell: Shell, name: str) -> None:
         elif item.default not in (None, ()):
             assert re.sub(r"\s", "", f"[default: {item.default}") in text
         else:
-            # nothing is the default of these: their help says what they add
+            # nothing is the default of these: their help shows what they add
             assert item.name in without | {"config", "folders"}, (name, item.name)
 
 

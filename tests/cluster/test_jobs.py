@@ -25,10 +25,10 @@ def make_run(run: Path, job: str, steps: int = 100, done: int = 0, *events: str)
     Submission(job, 1e9 + float(job.replace("_", ".")), steps, 20, str(place)).write(place)
     rows = [{"step": n + 1, "loss/total": 5.0 - n / 100, "seconds/step": 2.0} for n in range(done)]
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    told = [
+    written = [
         json.dumps({"event": event, "restarts": number // 2}) for number, event in enumerate(events)
     ]
-    (place / "events.jsonl").write_text("\n".join(told))
+    (place / "events.jsonl").write_text("\n".join(written))
 
 
 @pytest.fixture
@@ -43,13 +43,13 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "runs"
 
 
-def told_of(said: str) -> dict[str, list[str]]:
+def rows_of(printed: str) -> dict[str, list[str]]:
     """Words of each row by job id; a folded row counts as its first line."""
-    rows = [line.split() for line in said.splitlines()[1:]]
+    rows = [line.split() for line in printed.splitlines()[1:]]
     return {word: row for row in rows for word in row[:2] if word[:2] in ("10", "11", "12")}
 
 
-def test_jobs_tells_state_progress_and_time_left(
+def test_jobs_prints_state_progress_and_time_left(
     runs: Path, shell: Shell, cluster: FakeSlurm
 ) -> None:
     cluster.queue(
@@ -57,15 +57,15 @@ def test_jobs_tells_state_progress_and_time_left(
         ("11", "RUNNING", 3, "None"),
         ("12_1", "FAILED", 0, "NonZeroExitCode"),
     )
-    said = shell.good("jobs")
-    assert max(map(len, said.splitlines())) <= 80
-    rows = told_of(said)
+    printed = shell.good("jobs")
+    assert max(map(len, printed.splitlines())) <= 80
+    rows = rows_of(printed)
     assert rows["10"][1:] == ["10", "pending", "0/100", "0"]
     assert rows["11"][1:] == ["11", "running", "40/125000", "4.705", "2", "2d", "21:25", "3"]
     assert "done" in rows["12_0"] and "100/100" in rows["12_0"]
     assert "failed" in rows["12_1"] and "50/100" in rows["12_1"] and "1:40" in rows["12_1"]
-    assert set(told_of(shell.good("jobs", "runs/group"))) == {"12_0", "12_1"}
-    assert set(told_of(shell.good("jobs", "runs/trains", "runs/waits"))) == {"10", "11"}
+    assert set(rows_of(shell.good("jobs", "runs/group"))) == {"12_0", "12_1"}
+    assert set(rows_of(shell.good("jobs", "runs/trains", "runs/waits"))) == {"10", "11"}
 
 
 def test_jobs_works_without_slurm(runs: Path, shell: Shell, cluster: FakeSlurm) -> None:
@@ -75,22 +75,22 @@ def test_jobs_works_without_slurm(runs: Path, shell: Shell, cluster: FakeSlurm) 
         else:
             (cluster.here / "squeue").unlink()
             os.environ["PATH"] = str(cluster.here)  # undone by the fixture's monkeypatch
-        said = shell.good("jobs")
-        rows = told_of(said)
+        printed = shell.good("jobs")
+        rows = rows_of(printed)
         assert [rows[job][2] for job in ("10", "11")] == ["waiting?", "running?"]
         assert rows["11"][-1] == "1", "restarts, from the files"
         assert "done" in rows["12_0"] and "failed" in rows["12_1"]
-        assert "SLURM does not respond" in said
+        assert "SLURM does not respond" in printed
 
 
-def test_jobs_that_slurm_forgot_are_told_apart(
+def test_jobs_that_slurm_forgot_are_distinguished(
     runs: Path, shell: Shell, cluster: FakeSlurm
 ) -> None:
-    rows = told_of(shell.good("jobs"))
+    rows = rows_of(shell.good("jobs"))
     assert rows["10"][2:4] == ["never", "ran"] and rows["11"][2] == "gone"
 
 
-def test_jobs_tells_why_a_job_gave_up(runs: Path, shell: Shell, cluster: FakeSlurm) -> None:
+def test_jobs_prints_why_a_job_gave_up(runs: Path, shell: Shell, cluster: FakeSlurm) -> None:
     (events,) = (runs / "trains").glob("jobs/*/events.jsonl")
     why = (
         "6 starts in a row saved nothing new (--max-idle-restarts 5); see the logs, then submit "
@@ -101,17 +101,20 @@ def test_jobs_tells_why_a_job_gave_up(runs: Path, shell: Shell, cluster: FakeSlu
     )
     for queue in ([("11", "FAILED", 5, "NonZeroExitCode")], []):
         cluster.queue(*queue)
-        said = shell.good("jobs")
-        assert told_of(said)["11"][2:4] == ["gave", "up"]
+        printed = shell.good("jobs")
+        assert rows_of(printed)["11"][2:4] == ["gave", "up"]
         assert (
-            f"runs/trains, job 11: {why}" in " ".join(said.split()) and said.count("job 11:") == 1
+            f"runs/trains, job 11: {why}" in " ".join(printed.split())
+            and printed.count("job 11:") == 1
         )
     cluster.queue(("11", "PENDING", 6, "BeginTime"))  # somebody has requeued it by hand
-    said = shell.good("jobs")
-    assert told_of(said)["11"][2] == "pending" and why[:20] not in said
+    printed = shell.good("jobs")
+    assert rows_of(printed)["11"][2] == "pending" and why[:20] not in printed
 
 
-def test_jobs_of_nothing_is_told(shell: Shell, cluster: FakeSlurm, tmp_path: Path) -> None:
+def test_jobs_without_any_job_print_a_message(
+    shell: Shell, cluster: FakeSlurm, tmp_path: Path
+) -> None:
     assert "tapct submit" in shell.good("jobs", tmp_path)
     assert "none" in shell.bad("jobs", tmp_path / "none")
 
@@ -157,7 +160,7 @@ def test_cancel_takes_runs_folders_of_runs_and_ids(
         ("10 runs/none", ["runs/none"]),
     ],
 )
-def test_cancel_tells_what_it_cannot_do(
+def test_cancel_prints_what_it_cannot_do(
     runs: Path, shell: Shell, cluster: FakeSlurm, words: str, named: list[str]
 ) -> None:
     cluster.queue(("10", "RUNNING", 0, "None"), ("12_0", "COMPLETED", 0, "None"))
@@ -166,7 +169,7 @@ def test_cancel_tells_what_it_cannot_do(
     assert cluster.calls("scancel") == []
 
 
-def test_cancel_without_slurm_or_against_its_will_is_told(
+def test_a_cancel_that_slurm_refuses_or_cannot_receive_is_reported(
     runs: Path, shell: Shell, cluster: FakeSlurm
 ) -> None:
     cluster.queue(("10", "RUNNING", 0, "None"))

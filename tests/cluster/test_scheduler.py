@@ -1,4 +1,4 @@
-"""Another scheduler needs two files: nothing else runs commands of SLURM, and the page says what
+"""Another scheduler needs two files: nothing else runs commands of SLURM, and the page shows what
 these two offer.
 """
 

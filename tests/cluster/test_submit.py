@@ -90,7 +90,7 @@ def test_a_dry_run_prints_the_script_and_writes_nothing(
     assert subprocess.run(["bash", "-n"], input=script, text=True, check=False).returncode == 0
 
 
-def test_what_is_hardly_meant_is_told_beside_the_script(config: Path, shell: Shell) -> None:
+def test_a_doubtful_setting_gives_a_warning_beside_the_script(config: Path, shell: Shell) -> None:
     def warned(*words: str) -> list[str]:
         code, _, err = shell("submit", config, "losses.koleo=null", "--dry-run", *words)
         assert code == 0
@@ -131,7 +131,7 @@ def run_script(
 
 @pytest.fixture
 def script(config: Path, cluster: FakeSlurm) -> str:
-    """A batch script with at most 9 restarts, and 2 in vain; its folder exists."""
+    """A batch script with at most 9 restarts, and 2 without progress; its folder exists."""
     resources = Resources(minutes=10, max_restarts=9, max_idle_restarts=2)
     made = submit.preview_batch_script(submit.plan_runs(config, [], []), resources)
     place = config.parent / "run" / "jobs" / "TIME"
@@ -152,21 +152,27 @@ def requeues(cluster: FakeSlurm) -> list[str]:
     return cluster.calls("scontrol requeue")
 
 
-def test_the_script_tells_where_the_ranks_meet_and_which_code_they_run(
+def test_the_script_sets_where_the_ranks_meet_and_which_code_they_run(
     script: str, cluster: FakeSlurm
 ) -> None:
-    tell = 'env > "{here}/told"\n'
+    write_environment = 'env > "{here}/variables"\n'
     run_script(
-        cluster, script, tell, SLURM_JOB_ID="123456", RANK="3", WORLD_SIZE="8", PYTHONPATH="/other"
+        cluster,
+        script,
+        write_environment,
+        SLURM_JOB_ID="123456",
+        RANK="3",
+        WORLD_SIZE="8",
+        PYTHONPATH="/other",
     )
-    told = dict(
+    variables = dict(
         line.split("=", 1)
-        for line in (cluster.here / "told").read_text().splitlines()
+        for line in (cluster.here / "variables").read_text().splitlines()
         if "=" in line
     )
-    assert told["MASTER_ADDR"] == "n0" and told["MASTER_PORT"] == "23456"
-    assert "RANK" not in told and "WORLD_SIZE" not in told
-    first, *rest = told["PYTHONPATH"].split(":")
+    assert variables["MASTER_ADDR"] == "n0" and variables["MASTER_PORT"] == "23456"
+    assert "RANK" not in variables and "WORLD_SIZE" not in variables
+    first, *rest = variables["PYTHONPATH"].split(":")
     assert Path(first).parent.name == "code" and rest == ["/other"]
 
 
@@ -206,7 +212,7 @@ def last_event() -> dict[str, object]:
     return found
 
 
-def test_a_job_is_not_requeued_for_ever(script: str, cluster: FakeSlurm) -> None:
+def test_a_job_is_not_requeued_without_end(script: str, cluster: FakeSlurm) -> None:
     for count, calls in (("8", 1), ("9", 1), ("10", 1)):
         done = run_script(
             cluster, script, saves(int(count)) + STOPPED + "exit 0\n", SLURM_RESTART_COUNT=count
@@ -224,7 +230,7 @@ def test_a_job_is_not_requeued_for_ever(script: str, cluster: FakeSlurm) -> None
 
 
 # what each start saved: a step, or 0 for nothing; and the starts that are allowed when 2 in a row
-# may come back in vain
+# may make no progress
 @pytest.mark.parametrize(
     ("saved", "starts"),
     [
@@ -236,7 +242,7 @@ def test_a_job_is_not_requeued_for_ever(script: str, cluster: FakeSlurm) -> None
     ],
 )
 @pytest.mark.parametrize("how", ["signalled", "requeued by SLURM"])
-def test_a_job_that_saves_nothing_new_gives_up_and_one_that_does_goes_on(
+def test_a_job_that_saves_nothing_new_gives_up_and_one_that_does_continues(
     script: str, cluster: FakeSlurm, saved: list[int], starts: int, how: str
 ) -> None:
     end = STOPPED + "exit 0\n" if how == "signalled" else "kill -KILL $PPID\n"
@@ -256,7 +262,7 @@ def test_a_job_that_saves_nothing_new_gives_up_and_one_that_does_goes_on(
         )
 
 
-def test_a_job_that_cannot_be_requeued_tells_so(script: str, cluster: FakeSlurm) -> None:
+def test_a_job_that_cannot_be_requeued_reports_it(script: str, cluster: FakeSlurm) -> None:
     cluster.command("scontrol", 'if [ "$1" = requeue ]; then exit 1; fi\n')
     cluster.command("sleep", "")
     assert run_script(cluster, script, STOPPED + "exit 0\n").returncode == 1
@@ -321,9 +327,9 @@ def test_a_signal_to_the_batch_shell_does_not_end_it(script: str, cluster: FakeS
 def test_submit_keeps_code_config_and_id_in_the_run_folder(
     config: Path, shell: Shell, cluster: FakeSlurm
 ) -> None:
-    said = shell.good("submit", config, "--time", "10", "train.steps=5")
+    printed = shell.good("submit", config, "--time", "10", "train.steps=5")
     (place,) = Path("run/jobs").iterdir()
-    assert "job 77: run" in said and str(place) in said
+    assert "job 77: run" in printed and str(place) in printed
     known = json.loads((place / "submission.json").read_text())
     assert known["job"] == "77" and known["steps"] == 5
     stored = load_config(RunConfig, place / "config.yaml", [])
@@ -349,10 +355,10 @@ def test_submit_keeps_code_config_and_id_in_the_run_folder(
 def test_a_sweep_is_submitted_as_one_array_with_a_folder_per_run(
     config: Path, shell: Shell, cluster: FakeSlurm
 ) -> None:
-    said = shell.good("submit", config, "--time", "10", "--sweep", "optim.lr=1e-3,2e-3")
+    printed = shell.good("submit", config, "--time", "10", "--sweep", "optim.lr=1e-3,2e-3")
     assert len(cluster.calls("sbatch")) == 1
     for number, name in enumerate(("lr=1e-3", "lr=2e-3")):
-        assert f"job 77_{number}: run/{name}" in said
+        assert f"job 77_{number}: run/{name}" in printed
         (path,) = Path("run", name).glob("jobs/*/submission.json")
         (places,) = Path("run").glob("jobs/*/places")
         assert places.read_text().splitlines()[number] == str(path.parent.absolute())
@@ -360,7 +366,7 @@ def test_a_sweep_is_submitted_as_one_array_with_a_folder_per_run(
         assert load_config(RunConfig, path.with_name("config.yaml"), []).value.out == Path(
             "run", name
         )
-    assert "tapct compare run/*=*" in said
+    assert "tapct compare run/*=*" in printed
     dry = shell.good(
         "submit", config, "--time", "10", "--sweep", "optim.lr=1e-3,2e-3", "--dry-run", "out=other"
     )
@@ -408,7 +414,7 @@ def test_when_sbatch_refuses_nothing_is_left_behind(
         assert files_of(tmp_path) == before and not Path("run").exists()
 
 
-def test_without_slurm_submit_says_where_to_go(
+def test_without_slurm_submit_names_the_alternative(
     config: Path, shell: Shell, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("shutil.which", lambda name: None)

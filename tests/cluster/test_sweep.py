@@ -47,7 +47,7 @@ def test_a_time_limit_is_read_as_sbatch_reads_it(text: str, minutes: int) -> Non
         "2 weeks",
     ],
 )
-def test_what_is_no_time_limit_is_told_with_the_forms(text: str) -> None:
+def test_what_is_no_time_limit_is_reported_with_the_forms(text: str) -> None:
     with pytest.raises(UserError, match=r"--time .*2-00:00.*12:00:00.*90"):
         slurm.time_limit_minutes(text)
 
@@ -109,6 +109,6 @@ def test_equal_short_names_grow_until_they_differ() -> None:
         (["a=[1,2"], "not closed"),
     ],
 )
-def test_a_wrong_sweep_is_told(words: list[str], named: str) -> None:
+def test_a_wrong_sweep_is_reported(words: list[str], named: str) -> None:
     with pytest.raises(UserError, match=named):
         sweep.product(words)

@@ -82,12 +82,12 @@ def wait_until(path: Path, lines: int, process: Forked | subprocess.Popen[str]) 
     raise AssertionError(f"{path} did not grow")
 
 
-def test_a_task_saves_on_a_signal_marks_it_and_goes_on_from_there(job: list[str]) -> None:
+def test_a_task_saves_on_a_signal_marks_it_and_resumes_from_there(job: list[str]) -> None:
     process = start(job)
     wait_until(Path("run/metrics.jsonl"), 2, process)
     process.send_signal(signal.SIGUSR2)
-    said, _ = process.communicate(timeout=60)
-    assert process.returncode == 0 and "saved at step" in said, said
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 0 and "saved at step" in printed, printed
     assert Path("run/mark").read_text() == "stopped"
     assert [event["event"] for event in events()] == ["start", "stopped"]
     step = len(numbers_of(Path("run")))
@@ -97,12 +97,12 @@ def test_a_task_saves_on_a_signal_marks_it_and_goes_on_from_there(job: list[str]
     process = start(job, restarts=1)
     wait_until(Path("run/metrics.jsonl"), step + 1, process)
     process.terminate()
-    said, _ = process.communicate(timeout=60)
-    assert f"at step {step} of 400" in said and Path("run/mark").read_text() == "stopped"
+    printed, _ = process.communicate(timeout=60)
+    assert f"at step {step} of 400" in printed and Path("run/mark").read_text() == "stopped"
     assert [event.get("restarts") for event in events()] == [0, None, 1, None]
 
 
-def test_a_job_goes_on_with_a_change_that_was_allowed(
+def test_a_job_resumes_with_a_change_that_was_allowed(
     config: Path, cluster: FakeSlurm, shell: Shell
 ) -> None:
     shell.good("train", config, "train.steps=2", "losses.koleo=null")
@@ -112,8 +112,8 @@ def test_a_job_goes_on_with_a_change_that_was_allowed(
         (True, 0, "--allow-change: train.steps was 2"),
     ):
         process = start(job_command(allowed))
-        said, _ = process.communicate(timeout=60)
-        assert process.returncode == exit_code and line in said, said
+        printed, _ = process.communicate(timeout=60)
+        assert process.returncode == exit_code and line in printed, printed
     assert [row["step"] for row in numbers_of(Path("run"))] == [1, 2, 3]
     # how a person would do the same by hand
     (place,) = Path("run/jobs").iterdir()
@@ -143,21 +143,23 @@ def test_a_plugin_that_exits_does_not_look_like_success(
     monkeypatch.syspath_prepend(Path.cwd())
     shell.good("submit", config, "--time", "10", "views.ops[mylab.leaves]={}")
     process = start(job_command())
-    said, _ = process.communicate(timeout=60)
-    assert process.returncode == 1, said
-    assert f"SystemExit({code}) was raised before training ended" in said and "Traceback" in said
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 1, printed
+    assert (
+        f"SystemExit({code}) was raised before training ended" in printed and "Traceback" in printed
+    )
     assert Path("run/mark").read_text() == "failed"
     assert [event["event"] for event in events()] == ["start", "failed"]
 
 
-def test_a_job_whose_config_is_wrong_says_one_line(job: list[str]) -> None:
+def test_a_job_whose_config_is_wrong_prints_one_line(job: list[str]) -> None:
     (place,) = Path("run/jobs").iterdir()
     text = (place / "config.yaml").read_text()
     (place / "config.yaml").write_text(text.replace("steps: 400", "steps: 0"))
     process = start(job)
-    said, _ = process.communicate(timeout=60)
-    assert process.returncode == 2, said
-    assert said.startswith("error: ") and said.count("\n") == 1 and "train.steps" in said
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 2, printed
+    assert printed.startswith("error: ") and printed.count("\n") == 1 and "train.steps" in printed
     assert Path("run/mark").read_text() == "failed"
     assert [(event["event"], event.get("code")) for event in events()][1:] == [("failed", 2)]
 
@@ -170,22 +172,22 @@ def test_a_signal_before_training_begins_is_not_lost(
     (place,) = Path("run/jobs").iterdir()
     wait_until(place / "events.jsonl", 1, process)  # torch is being imported now
     process.send_signal(number)
-    said, _ = process.communicate(timeout=60)
-    assert process.returncode == 0 and f"{number.name} before training began" in said
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 0 and f"{number.name} before training began" in printed
     assert Path("run/mark").read_text() == "stopped" and not Path("run/metrics.jsonl").exists()
 
 
-def test_a_task_that_fails_says_one_line_and_marks_it(job: list[str], store: Path) -> None:
+def test_a_task_that_fails_prints_one_line_and_marks_it(job: list[str], store: Path) -> None:
     (place,) = Path("run/jobs").iterdir()
     config = place / "config.yaml"
     config.write_text(config.read_text().replace(str(store), "gone"))
     process = start(job)
-    said, _ = process.communicate(timeout=60)
+    printed, _ = process.communicate(timeout=60)
     assert (
         process.returncode == 2
-        and said.count("\n") == 1
-        and said.startswith("error: ")
-        and "gone" in said
+        and printed.count("\n") == 1
+        and printed.startswith("error: ")
+        and "gone" in printed
     )
     assert Path("run/mark").read_text() == "failed"
     assert events()[-1]["event"] == "failed"
@@ -195,9 +197,9 @@ def test_a_task_refuses_another_tapct_than_its_snapshot(job: list[str]) -> None:
     (code,) = Path("run/code").iterdir()
     job[1] = job[1].replace(str(code.absolute()), "/elsewhere")
     process = start(job)
-    said, _ = process.communicate(timeout=60)
-    assert process.returncode == 2 and "error: this job must run the tapct in /elsewhere" in said
-    assert "Traceback" not in said
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 2 and "error: this job must run the tapct in /elsewhere" in printed
+    assert "Traceback" not in printed
     assert Path("run/mark").read_text() == "failed"
 
 

@@ -1,9 +1,9 @@
 """Which fields of config dataclasses a package reads: a small type inference over its source.
 
 It follows annotations (parameters, variables, fields, returns), assignments, `self`, loops and
-calls of constructors, and so tells `config.weight` of one Config from that of another. A container
-counts as what it holds. A field that is
-only looked at by its own `__post_init__` counts as unread: to be checked is not to be used.
+calls of constructors, and so distinguishes `config.weight` of one Config from that of another. A
+container counts as what it holds. A field that is only looked at by its own `__post_init__` counts
+as unread: to be checked is not to be used.
 """
 
 from __future__ import annotations

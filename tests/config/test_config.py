@@ -270,7 +270,7 @@ def test_interpolation_reaches_defaults_and_the_environment(
         ("teacher: 3", "must be a section with num_globals"),
     ],
 )
-def test_a_wrong_value_is_told_with_line_key_value_and_rule(
+def test_a_wrong_value_is_reported_with_line_key_value_and_rule(
     write: Callable[..., Path], text: str, rule: str
 ) -> None:
     number = len(text.splitlines())
@@ -281,7 +281,7 @@ def test_a_wrong_value_is_told_with_line_key_value_and_rule(
     assert rule in line
 
 
-def test_a_wrong_override_is_told_as_such(write: Callable[..., Path]) -> None:
+def test_a_wrong_override_is_reported_as_such(write: Callable[..., Path]) -> None:
     line = message(Root, write("optim: {lr: 1}"), "optim.lr=-1")
     assert line == "override: optim.lr = -1: must be > 0"
 
@@ -305,7 +305,7 @@ def test_an_unknown_key_names_the_nearest_right_one(word: str, near: str) -> Non
     assert f"unknown key; did you mean {near}?" in line
 
 
-def test_an_unknown_section_with_several_keys_is_told_as_a_whole() -> None:
+def test_an_unknown_section_with_several_keys_is_reported_as_a_whole() -> None:
     line = message(Root, None, "optin={lr: 1, clip: 2}")
     assert line == "override: optin = {lr: 1, clip: 2}: unknown key; did you mean optim?"
 
@@ -317,7 +317,9 @@ def test_an_unknown_key_like_nothing_lists_what_there_is(write: Callable[..., Pa
     )
 
 
-def test_a_rule_between_fields_is_told_with_section_and_source(write: Callable[..., Path]) -> None:
+def test_a_rule_between_fields_is_reported_with_section_and_source(
+    write: Callable[..., Path],
+) -> None:
     path = write("optim:\n  lr: 1\n  betas: [0.9, 0.1]\n")
     assert message(Root, path) == "run.yaml:3: optim: betas (0.9, 0.1) must rise"
 
@@ -345,7 +347,7 @@ def test_a_rule_between_fields_is_told_with_section_and_source(write: Callable[.
         ("base: run.yaml\n", "run.yaml:1: base = run.yaml: the base chain is a circle"),
     ],
 )
-def test_a_broken_file_is_told_in_one_line(
+def test_a_broken_file_gives_a_one_line_error(
     write: Callable[..., Path], text: str, expected: str
 ) -> None:
     path = write("")
@@ -383,7 +385,7 @@ def test_an_empty_file_and_an_empty_section_change_nothing(write: Callable[..., 
 
 
 @pytest.mark.parametrize("word", ["name", "=3", "name=[1", "name=x: y: z"])
-def test_a_broken_override_is_told_in_one_line(word: str) -> None:
+def test_a_broken_override_gives_a_one_line_error(word: str) -> None:
     assert message(Root, None, word).startswith("override: ")
 
 
@@ -466,7 +468,7 @@ def test_a_table_switches_plug_ins_on_and_off_in_order(
     ]
 
 
-def test_mistakes_inside_plug_ins_are_told_like_others(
+def test_mistakes_inside_plug_ins_are_reported_like_others(
     shapes: type, write: Callable[..., Path]
 ) -> None:
     path = write("shapes:\n  cfgshapes.square:\n    sides: 3\n")

@@ -93,7 +93,7 @@ def test_a_users_module_is_found_in_the_working_directory(user_module: str) -> N
     assert module.build(module.Config(weight=2.0)) == 2.0
 
 
-def test_a_users_module_that_is_not_there_says_where_it_was_looked_for(user_module: str) -> None:
+def test_the_error_of_a_missing_user_module_names_where_it_was_looked_for(user_module: str) -> None:
     assert "PYTHONPATH" in refusal("losses", f"{user_module}.absent")
     assert "no module 'nolab'" in refusal("losses", "nolab.absent")
 

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from tiny_run import make_archive
 
-from tapct.data import index, pack
 from tapct.data.digest import voxel_digest
-from tapct.data.store import Store
+from tapct.data.index.build import build_manifest
+from tapct.data.packed import pack
+from tapct.data.packed.store import Store
 
 HU_ZYX = np.array([[[-1024, 0, 1], [40, 300, 3071]]], np.int16)
 
@@ -53,7 +54,7 @@ def test_shape_and_every_voxel_count() -> None:
 
 def test_manifest_and_store_hold_the_digest_of_the_voxels(tmp_path: Path) -> None:
     archive = make_archive(tmp_path / "archive", num=2, dicom_share=0.5)
-    manifest = index.build_manifest(
+    manifest = build_manifest(
         archive,
         tmp_path / "m.parquet",
         labels=None,

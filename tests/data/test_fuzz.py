@@ -17,9 +17,9 @@ from mutants import nibabel_zyx, write_mutants
 
 from tapct.base.exits import single_line
 from tapct.data.digest import voxel_digest
-from tapct.data.index import build_manifest
+from tapct.data.index.build import build_manifest
 from tapct.data.manifest import Manifest, Row
-from tapct.data.process_pool import ScanLimits
+from tapct.data.workers.process_pool import ScanLimits
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "ingest.md"
 LIMITS = ScanLimits(seconds=60, memory_bytes=3 << 30)

@@ -11,7 +11,7 @@ import pytest
 from reasons import PACKAGE, reasons_in_code
 from torture_cases import CASES
 
-from tapct.data.check_rules import CheckRules
+from tapct.data.checks.check_rules import CheckRules
 
 TESTS = Path(__file__).resolve().parent
 PAGE = TESTS.parent.parent / "docs" / "ingest.md"
@@ -62,7 +62,7 @@ def test_the_thresholds_are_listed_with_their_defaults() -> None:
 def test_every_threshold_is_read_by_a_check() -> None:
     read = {
         node.attr
-        for file in (PACKAGE / "data").glob("*_check.py")
+        for file in (PACKAGE / "data" / "checks").glob("*_check.py")
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
         if isinstance(node, ast.Attribute)
     }

@@ -16,10 +16,10 @@ from pathlib import Path
 import pytest
 from scan_files import make_ct, save_scan
 
-from tapct.data.index import build_manifest
+from tapct.data.index.build import build_manifest
 from tapct.data.manifest import Manifest
-from tapct.data.pack import pack
-from tapct.data.store import Store
+from tapct.data.packed.pack import pack
+from tapct.data.packed.store import Store
 
 MARK = "TAPCT_TEST_KILLED"  # a variable by which all processes of a command are found
 PATIENCE_S = 20.0
@@ -103,7 +103,7 @@ def ended_pack(archive: Path, folder: Path, name: str, number: int, after_s: flo
 def test_a_worker_does_not_outlive_a_command_that_is_ended(number: int) -> None:
     """Without the start of a command: a process with a pool of workers that all are busy."""
     script = (
-        "import time\nfrom tapct.data.process_pool import map_unordered\n"
+        "import time\nfrom tapct.data.workers.process_pool import map_unordered\n"
         "list(map_unordered(time.sleep, [100] * 8, 2, None))\n"
     )
     name = f"pool {number} {os.getpid()}"

@@ -21,20 +21,22 @@ def loaded_by(module: str) -> set[str]:
 
 
 def test_index_loads_neither_torch_nor_rich_nor_the_readers_libraries() -> None:
-    loaded = loaded_by("tapct.data.index")
+    loaded = loaded_by("tapct.data.index.build")
     assert "pyarrow" in loaded and not loaded & {*HEAVY, *READERS, "rich", "blosc2"}
 
 
 def test_pack_loads_no_torch() -> None:
-    loaded = loaded_by("tapct.data.pack")
+    loaded = loaded_by("tapct.data.packed.pack")
     assert "blosc2" in loaded and not loaded & {*HEAVY, *READERS}
 
 
-@pytest.mark.parametrize("part", ["manifest", "patients", "discover", "ingest", "store"])
+@pytest.mark.parametrize(
+    "part", ["manifest", "patients.identity", "search.discover", "scans.ingest", "packed.store"]
+)
 def test_the_parts_that_read_a_manifest_or_store_load_no_torch(part: str) -> None:
     assert not loaded_by(f"tapct.data.{part}") & {*HEAVY, *READERS}
 
 
 def test_rich_comes_into_pack_with_blosc2_alone() -> None:
     """blosc2 imports httpx, which imports rich; tapct's own files add neither."""
-    assert loaded_by("tapct.data.pack") & {"rich"} == loaded_by("blosc2") & {"rich"}
+    assert loaded_by("tapct.data.packed.pack") & {"rich"} == loaded_by("blosc2") & {"rich"}

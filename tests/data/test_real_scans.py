@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 import SimpleITK
 
-from tapct.data import index
-from tapct.data.discover import find_sources
-from tapct.data.geometry import check_same_grid
-from tapct.data.ingest import read_volume
+from tapct.data.index.build import build_manifest
 from tapct.data.labels.reading import read_labels
+from tapct.data.scans.geometry import check_same_grid
+from tapct.data.scans.ingest import read_volume
+from tapct.data.search.discover import find_sources
 from tapct.types import AIR_HU, LabelMap, Refused, Volume
 
 ROOT = Path(
@@ -157,7 +157,7 @@ def test_what_is_not_ct_is_refused(path: str, reason: str) -> None:
 
 def test_the_archive_has_seven_scans(tmp_path: Path) -> None:
     assert len(find_sources(ROOT)) == 16
-    built = index.build_manifest(ROOT, tmp_path / "m.parquet", min_depth=1)
+    built = build_manifest(ROOT, tmp_path / "m.parquet", min_depth=1)
     assert {row.path: row.label_path for row in built.accepted} == {
         "cip_chest/ct-64.nrrd": "",
         "dcm_liver3": "dcm_liver3_seg.nrrd",

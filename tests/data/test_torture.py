@@ -8,7 +8,7 @@ import pytest
 import torture
 from torture_cases import CASES
 
-from tapct.data.index import build_manifest
+from tapct.data.index.build import build_manifest
 from tapct.data.manifest import ACCEPTED, Row
 
 

@@ -89,7 +89,9 @@ def of_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
         Forked([__file__, str(rank), str(folder)], env={**os.environ, "PYTHONPATH": path})
         for rank in range(WORLD)
     ]
-    assert end_together(ranks, timeout=120, grace_s=5) == [0] * WORLD, [one.said() for one in ranks]
+    assert end_together(ranks, timeout=120, grace_s=5) == [0] * WORLD, [
+        one.output() for one in ranks
+    ]
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(WORLD)]
 
 

@@ -50,7 +50,7 @@ def test_a_fault_of_this_rank_is_no_lost_rank(case: str) -> None:
     assert not lost_rank(RuntimeError(OWN_FAULT[case]))
 
 
-def test_an_error_of_the_network_is_a_lost_rank_whatever_it_says() -> None:
+def test_an_error_of_the_network_is_a_lost_rank_whatever_its_text() -> None:
     assert lost_rank(dist.DistNetworkError("no route to host"))
 
 

@@ -1,4 +1,4 @@
-"""How ranks meet, how many of them share a copy, and what the error of a lost rank says."""
+"""How ranks meet, how many of them share a copy, and what the error of a lost rank shows."""
 
 from __future__ import annotations
 

@@ -77,7 +77,7 @@ CASES: list[tuple[str, Finding, str, str]] = [
         "2 x NVIDIA H100, 80 GB each",
         "",
     ),
-    ("ok", verdicts.gpus(Gpus(), Settings(device="cpu"), False), "says device=cpu", ""),
+    ("ok", verdicts.gpus(Gpus(), Settings(device="cpu"), False), "sets device=cpu", ""),
     ("warn", verdicts.gpus(Gpus(), Settings(), False), "on the CPU", "srun"),
     (
         "warn",

@@ -24,7 +24,7 @@ from forked import python_from_nest as python_from_nest  # a fixture
 from tiny_run import make_store, write_config
 
 from tapct import cli
-from tapct.data import read_rate
+from tapct.data.loading import read_rate
 from tapct.doctor import checkup, device, folders, machine, site, verdicts
 from tapct.doctor.facts import (
     INSTALL,
@@ -109,8 +109,8 @@ def test_requirements_are_held_against_what_is_installed(
     monkeypatch.syspath_prepend(tmp_path)
     found = machine.packages("madeup")
     assert not isinstance(found, Broken)
-    told = {one.name: (one.wanted, one.fits) for one in found}
-    assert told == {
+    reported = {one.name: (one.wanted, one.fits) for one in found}
+    assert reported == {
         "python": (">=3.8", True), "numpy": (">=1", True), "pytest": (">=999", False),
         "no-such-package": (">=2", False)
     }  # fmt: skip
@@ -176,7 +176,7 @@ def test_a_missing_permission_is_not_called_a_lack_of_space() -> None:
         assert verdicts.room("disk", facts, 1, 2, "free some space").remedy == "free some space"
 
 
-def test_a_key_for_wandb_is_found_without_being_told(tmp_path: Path) -> None:
+def test_a_key_for_wandb_is_found_without_a_setting(tmp_path: Path) -> None:
     assert not machine.has_wandb_key({}, tmp_path) and not machine.has_wandb_key({}, None)
     assert machine.has_wandb_key({"WANDB_API_KEY": "x"}, tmp_path)
     (tmp_path / ".netrc").write_text("machine api.wandb.ai login user password x\n")
@@ -208,7 +208,7 @@ def test_slabs_are_counted_and_their_bytes(store: Path, monkeypatch: pytest.Monk
     assert set(sizes) <= {6 * plane for plane in planes}
 
 
-def test_what_the_config_says_of_its_machine_is_read(store: Path, tmp_path: Path) -> None:
+def test_what_the_config_sets_for_its_machine_is_read(store: Path, tmp_path: Path) -> None:
     path = write_config(tmp_path, store)
     overrides = ["log.wandb.mode=online", "train.precision=bf16", "data.loader.workers=3"]
     assert site.settings(str(path), overrides) == Settings(
@@ -234,7 +234,7 @@ time.sleep(60)
 
 @pytest.fixture
 def hanging(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A module that tells one thing and hangs with a child of its own."""
+    """A module that reports one thing and hangs with a child of its own."""
     (tmp_path / "hanging.py").write_text(HANGING)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     return tmp_path
@@ -257,16 +257,18 @@ def ends_within(seconds: float, process: int) -> bool:
     return not alive
 
 
-def test_a_hung_child_is_ended_within_its_time_and_what_it_told_counts(hanging: Path) -> None:
+def test_a_hung_child_is_ended_within_its_time_and_what_it_reported_counts(hanging: Path) -> None:
     begin = time.monotonic()
-    told = Probe("hanging", "torch", {}, 3.0).reports()  # long enough to start on a busy machine
+    reported = Probe(
+        "hanging", "torch", {}, 3.0
+    ).reports()  # long enough to start on a busy machine
     assert 2.9 < time.monotonic() - begin < 40  # of the 60 s that it hangs
-    assert told.of("torch", Torch) == Torch("9", "", "")
-    assert told.of("gpus", Gpus) == Broken("no response within 3 s; it was ended")
+    assert reported.of("torch", Torch) == Torch("9", "", "")
+    assert reported.of("gpus", Gpus) == Broken("no response within 3 s; it was ended")
     assert ends_within(10.0, int((hanging / "hanging.py.grandchild").read_text()))
 
 
-def test_a_child_that_dies_is_told_with_its_last_words(
+def test_a_child_that_dies_is_reported_with_its_last_lines(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "dying.py").write_text("raise ImportError('libcudart.so.13: cannot open')")
@@ -311,26 +313,26 @@ def test_two_gpus_are_read_and_sum_over_nccl(
     monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: 13010, raising=False)
     seen, build = device.gpus(), device.torch_build()
     assert seen == Gpus((H100, H100), "2.27.7") and (build.cuda, build.driver) == ("12.8", "13.1")
-    told = {
+    reported = {
         "torch": build, "gpus": seen, "copy": Copy(2e12, 5e10), "all_reduce": AllReduce(2, True,
         3e11),
         "attention": AttentionKernels("cuda", ("math",), "", True),
     }  # fmt: skip
     asked: list[tuple[str, dict[str, object]]] = []
 
-    class Told(Probe):
+    class Fixed(Probe):
         def __init__(
             self, module: str, kind: str, arguments: dict[str, object], seconds: float = 1.0
         ) -> None:
             asked.append((kind, arguments))
 
         def reports(self) -> Reports:
-            facts = {topic: json.loads(json.dumps(asdict(one))) for topic, one in told.items()}
+            facts = {topic: json.loads(json.dumps(asdict(one))) for topic, one in reported.items()}
             return Reports([{"topic": topic, "facts": one} for topic, one in facts.items()], HUNG)
 
         def stop(self) -> None: ...
 
-    monkeypatch.setattr(checkup, "Probe", Told)
+    monkeypatch.setattr(checkup, "Probe", Fixed)
     monkeypatch.setattr(machine, "has_nvidia", lambda: True)
     monkeypatch.setattr(checkup, "check_folder", lambda name, path: Finding(name, "ok", ""))
     found = {one.name: one for one in checkup.findings(None, [], None)}
@@ -360,13 +362,13 @@ def test_the_doctor_runs_whole_with_a_real_sum_over_gloo(
     heads = [line.split()[0] for line in out.splitlines()[:-1] if not line.startswith(" ")]
     assert set(heads) <= {"ok", "warn", "fail"} and code == ("fail" in heads)
     assert [line for line in out.splitlines() if len(line) > 80 and str(tmp_path) not in line] == []
-    told = re.search(
+    reported = re.search(
         r"^(\w+) +gloo sum +all-reduce over 2 processes, ([\d.]+) GB/s(: slow)?$", out, re.MULTILINE
     )
-    assert told is not None and 0 < float(told[2]) < 200, out
-    assert told[1] == ("ok" if float(told[2]) * verdicts.GB >= verdicts.LEAST_GLOO else "warn"), (
-        out
-    )  # it may well be busy
+    assert reported is not None and 0 < float(reported[2]) < 200, out
+    assert reported[1] == (
+        "ok" if float(reported[2]) * verdicts.GB >= verdicts.LEAST_GLOO else "warn"
+    ), out  # it may well be busy
     for line in (
         "ok   config",
         "ok   store",
@@ -380,7 +382,7 @@ def test_the_doctor_runs_whole_with_a_real_sum_over_gloo(
     assert list(own.glob("tapct-doctor-*")) == []
 
 
-def test_a_mistyped_key_is_one_clear_line_and_nothing_is_said_about_other_folders(
+def test_a_mistyped_key_is_one_clear_line_and_nothing_is_printed_about_other_folders(
     store: Path, tmp_path: Path, python_from_nest: None
 ) -> None:
     config, overrides = write_config(tmp_path, store), ["optim.lrr=1"]

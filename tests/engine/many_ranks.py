@@ -25,13 +25,13 @@ from forked import Forked, end_together, python, with_nest
 from tiny_run import numbers_of, state_of, write_config
 
 FAULTS = Path(__file__).resolve().parent
-GRACE_S = 20.0  # of ranks whose fellow has failed: to end by themselves, and say why
+GRACE_S = 20.0  # of ranks whose fellow has failed: to end by themselves, and print why
 # what makes the samples of W ranks x b the same problem as those of one rank x W b
 PLAIN = ("model.drop_path=0.0", "losses.koleo=null", "losses[faults.saboteur]={}")
 
 
 def arguments(world: int, config: Path, *words: str, torchrun: tuple[str, ...] = ()) -> list[str]:
-    """What follows `python` for `tapct train` on so many ranks."""
+    """What follows `python` for `tapct train` on `world` ranks."""
     train = ["-m", "tapct", "train", str(config), *words]
     if world == 1 and not torchrun:
         return train
@@ -91,7 +91,7 @@ def fresh_when_restarted(folder: Path) -> str:
 def launch(
     world: int, folder: Path, store: Path, *words: str, fault: str = "", timeout: float = 120.0
 ) -> subprocess.CompletedProcess[str]:
-    """A run in FOLDER/run from start to end; how it ends is for the caller to judge."""
+    """A run in FOLDER/run from start to end; the caller tests how it ends."""
     return ended(start(world, folder, store, *words, fault=fault), timeout)
 
 
@@ -145,7 +145,7 @@ def begin(
 def all_ended(ranks: Sequence[Forked], timeout: float = 120.0) -> subprocess.CompletedProcess[str]:
     """How the ranks of a run ended, as one process."""
     codes = end_together(ranks, timeout, GRACE_S)
-    out, err = ("".join(said) for said in zip(*(rank.said() for rank in ranks), strict=True))
+    out, err = ("".join(output) for output in zip(*(rank.output() for rank in ranks), strict=True))
     if None in codes and not any(codes):
         raise subprocess.TimeoutExpired(ranks[0].args, timeout, out, err)
     code = next((code for code in codes if code), 0)
@@ -167,7 +167,7 @@ def free_ports() -> Iterator[int]:
 
 
 def ended(launcher: Forked, timeout: float = 120.0) -> subprocess.CompletedProcess[str]:
-    """What a started run said by its end; a run that does not end is ended with all its ranks."""
+    """What a started run printed by its end; one that does not end is ended with all its ranks."""
     try:
         out, err = launcher.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
@@ -182,7 +182,7 @@ def ended(launcher: Forked, timeout: float = 120.0) -> subprocess.CompletedProce
 
 
 def good(ended: subprocess.CompletedProcess[str]) -> str:
-    """What a run said, which must have gone well."""
+    """What a run printed, which must have gone well."""
     assert ended.returncode == 0, ended.stdout + ended.stderr
     return ended.stdout
 

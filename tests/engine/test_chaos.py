@@ -76,8 +76,8 @@ def kill(victim: str, launcher: subprocess.Popen[str]) -> int:
     return killed
 
 
-def told_by(launcher: subprocess.Popen[str]) -> str:
-    """All that a run said, which must end soon now."""
+def output_of(launcher: subprocess.Popen[str]) -> str:
+    """All that a run printed, which must end soon now."""
     done = ended(launcher, PATIENCE_S)
     return done.stdout + done.stderr
 
@@ -95,12 +95,12 @@ def strike(
     launcher = start(2, folder, store, *words)
     goal = before + draw.randrange(1, 3) * 2
     while announced(folder / "run") < goal and launcher.poll() is None:
-        assert time.monotonic() - began < PATIENCE_S, told_by(launcher)
+        assert time.monotonic() - began < PATIENCE_S, output_of(launcher)
         time.sleep(0.005)
     time.sleep(draw.uniform(0, 0.25))
     struck = launcher.poll() is None and kill(victim, launcher) > 0
-    told = told_by(launcher)
-    assert struck or launcher.returncode == 0, told
+    output = output_of(launcher)
+    assert struck or launcher.returncode == 0, output
     latest = announced(folder / "run")
     assert latest >= before, "what was announced was lost"
     assert latest == 0 or damage(folder / "run" / "checkpoints" / f"step_{latest:08d}") is None

@@ -137,7 +137,7 @@ def test_a_save_that_was_cut_off_is_never_taken_and_cleaned_up_by_the_next(tmp_p
     assert not torn.exists()
 
 
-def test_a_full_disk_says_so_in_one_line_and_leaves_the_older_checkpoint_whole(
+def test_a_full_disk_gives_a_one_line_error_and_leaves_the_older_checkpoint_whole(
     tmp_path: Path,
 ) -> None:
     with small_disk(tmp_path / "small", "1500k") as small:

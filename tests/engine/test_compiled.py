@@ -144,7 +144,7 @@ def test_compiled_blocks_under_autocast_round_as_eager_ones_do() -> None:
 
 
 @pytest.mark.slow
-def test_a_compiled_run_is_an_eager_one_and_an_eager_one_goes_on_from_it(
+def test_a_compiled_run_is_an_eager_one_and_an_eager_one_resumes_from_it(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, store: Path
 ) -> None:
     assert pretrain.train(config_of(tmp_path / "eager", store, *WORDS)) == loop.Stop(STEPS)

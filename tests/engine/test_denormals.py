@@ -64,7 +64,7 @@ def test_training_and_evaluation_flush_on_all_threads(store: Path, tmp_path: Pat
     assert kept_after("eval", resolved.value.out) == none
 
 
-def test_the_process_is_told_before_anything_is_computed(store: Path, tmp_path: Path) -> None:
+def test_the_setting_is_made_before_anything_is_computed(store: Path, tmp_path: Path) -> None:
     """OpenMP's threads never change what they inherited when they started."""
     with pytest.MonkeyPatch.context() as patch:
         order: list[str] = []

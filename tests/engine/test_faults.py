@@ -1,5 +1,5 @@
-"""What goes wrong on one rank ends the run of all in bounded time, with its cause in one line, and
-loses nothing.
+"""What goes wrong on one rank ends the run of all in bounded time, with a one-line error that
+names its cause, and loses nothing.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def newest(folder: Path) -> str:
     return found.name if found else ""
 
 
-def test_a_rank_that_is_killed_ends_the_others_and_the_run_goes_on_to_the_same_bits(
+def test_a_rank_that_is_killed_ends_the_others_and_the_run_resumes_to_the_same_bits(
     tmp_path: Path, store: Path, undisturbed: Path
 ) -> None:
     done = launch(2, tmp_path, store, *PLAIN, IN_TURN, fault="1 7 SIGKILL")
@@ -89,8 +89,8 @@ def test_a_number_that_is_not_finite_on_one_rank_reaches_no_weights(
         and "weights were not updated" in lines[0]
     )
     assert newest(tmp_path) == "step_00000004"
-    said = good(train(1, tmp_path, store, *PLAIN, "log.every=12"))
-    assert "at step 4 of 12" in said and len(numbers_of(tmp_path / "run")) == STEPS
+    printed = good(train(1, tmp_path, store, *PLAIN, "log.every=12"))
+    assert "at step 4 of 12" in printed and len(numbers_of(tmp_path / "run")) == STEPS
 
 
 def test_a_rank_that_hangs_is_named_with_its_step(tmp_path: Path, store: Path) -> None:
@@ -157,9 +157,9 @@ def test_a_rank_may_start_later_than_a_collective_may_take(tmp_path: Path, store
 
 def test_the_first_cause_stands_on_top(tmp_path: Path, store: Path) -> None:
     done = launch(2, tmp_path, store, *PLAIN, fault="1 6 raise")
-    told = done.stderr
-    assert told.index("the saboteur's own fault") < told.index("lost another rank")
-    assert "[rank1]: Traceback" in told and "[rank0]: Traceback" not in told
+    printed = done.stderr
+    assert printed.index("the saboteur's own fault") < printed.index("lost another rank")
+    assert "[rank1]: Traceback" in printed and "[rank0]: Traceback" not in printed
 
 
 def slow_ranks(run: Path, log_every: int, factor: float = 2.0) -> list[int]:
@@ -188,12 +188,12 @@ def slow_ranks(run: Path, log_every: int, factor: float = 2.0) -> list[int]:
 def test_a_slow_rank_is_named(tmp_path: Path, store: Path) -> None:
     for late in ("1 0.3", "-1 0"):
         words = (*PLAIN, "views.ops[faults.late]={}", "train.steps=6", f"out={tmp_path}/{late[0]}")
-        said = good(train(2, tmp_path, store, *words, more={"TAPCT_LATE": late}))
+        printed = good(train(2, tmp_path, store, *words, more={"TAPCT_LATE": late}))
         by_rule = slow_ranks(tmp_path / late[0], log_every=3)
         if late[0] == "1":
-            assert "rank 1 is slow: it comes " in said and by_rule[-1] == 1
+            assert "rank 1 is slow: it comes " in printed and by_rule[-1] == 1
         for rank in range(2):  # on a busy machine one may be slow by itself
-            assert (f"rank {rank} is slow" in said) == (
+            assert (f"rank {rank} is slow" in printed) == (
                 next((one for one in by_rule if one >= 0), -1) == rank
             )
 
@@ -226,8 +226,8 @@ def test_a_full_disk_leaves_older_checkpoints_and_stops_or_not(
             for name in os.listdir(small / "run" / "checkpoints")
             if name.startswith(".writing")
         ]
-        told = done.stdout + done.stderr
-        assert "could not be written" in told and "no space left" in told
+        printed = done.stdout + done.stderr
+        assert "could not be written" in printed and "no space left" in printed
         steps = len(numbers_of(small / "run"))
         assert steps < STEPS if policy == "stop" else steps == STEPS
         assert (done.returncode == 0) is False  # the last one could not be written either
@@ -239,12 +239,12 @@ def test_a_signal_to_any_rank_saves_on_all_and_is_no_failure(
     saved = {}
     for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM):
         folder, way = tmp_path / number.name, launch if number == signal.SIGTERM else train
-        said = good(way(2, folder, store, *PLAIN, fault=f"{number % 2} 5 {number.name}"))
-        assert f"stopped by {number.name} and saved at step 5" in said
+        printed = good(way(2, folder, store, *PLAIN, fault=f"{number % 2} 5 {number.name}"))
+        assert f"stopped by {number.name} and saved at step 5" in printed
         checkpoint = folder / "run" / "checkpoints" / newest(folder)
         saved[number] = state_of(checkpoint, tmp_path / f"{number.name}.pt")
     assert len(saved[signal.SIGTERM]) > 100
-    for state in saved.values():  # equal checkpoints go on equally, so one that does is enough
+    for state in saved.values():  # equal checkpoints resume equally, so one that does is enough
         assert differences(state, saved[signal.SIGTERM]) == []
     good(train(2, folder, store, *PLAIN))
     assert_equal_runs(folder / "run", undisturbed, tmp_path)

@@ -1,4 +1,4 @@
-"""What may differ when a run goes on, what is refused by name, and what damage and bad numbers
+"""What may differ when a run is resumed, what is refused by name, and what damage and bad numbers
 leave behind.
 """
 
@@ -68,7 +68,7 @@ def test_a_change_that_would_bend_the_curve_is_refused_by_name(
     assert files_of(copied / "run") == before
 
 
-def test_what_does_not_shape_the_curve_may_change(
+def test_what_does_not_affect_training_may_change(
     tmp_path: Path, copied: Path, store: Path, undisturbed: Callable[..., Path]
 ) -> None:
     shutil.copytree(store, tmp_path / "moved")
@@ -109,14 +109,14 @@ def test_another_archive_is_taken_by_choice(
     )
 
 
-def test_a_change_that_bends_the_curve_is_told_when_it_is_allowed(
+def test_a_change_that_bends_the_curve_is_reported_when_it_is_allowed(
     copied: Path, store: Path, undisturbed: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     changed = config_of(copied, store, "optim.lr=2e-2", "losses.dino.weight=2.0")
     assert pretrain.train(changed, allow_change=True) == loop.Stop(STEPS)
-    told = capsys.readouterr().out
-    assert "--allow-change: optim.lr was 0.01 and is 0.02 from here on" in told
-    assert "--allow-change: losses.dino.weight was 1.0 and is 2.0" in told
+    printed = capsys.readouterr().out
+    assert "--allow-change: optim.lr was 0.01 and is 0.02 from here on" in printed
+    assert "--allow-change: losses.dino.weight was 1.0 and is 2.0" in printed
     rows, wanted = numbers_of(copied / "run"), numbers_of(undisturbed())
     assert rows[:5] == wanted[:5] and rows[5]["lr"] == pytest.approx(2 * wanted[5]["lr"], rel=1e-3)
 
@@ -187,7 +187,7 @@ def test_resume_takes_the_path_of_a_checkpoint_or_of_a_run(
         pretrain.train(config_of(tmp_path / "2", store, f"train.resume={shard.parent}"))
 
 
-def test_checkpoints_of_chosen_steps_stay_for_ever(tmp_path: Path, store: Path) -> None:
+def test_checkpoints_of_chosen_steps_are_never_removed(tmp_path: Path, store: Path) -> None:
     words = ("checkpoint.every=2", "checkpoint.keep=1", "checkpoint.keep_every=6")
     assert pretrain.train(config_of(tmp_path, store, *words)) == loop.Stop(STEPS)
     found = Checkpoints(tmp_path / "run" / "checkpoints", keep=1).finished()
@@ -246,7 +246,7 @@ def test_a_checkpoint_without_the_random_state_of_this_device_is_read(
 
 
 @pytest.mark.parametrize("asynchronous", ["true", "false"])
-def test_a_checkpoint_holds_its_own_step_though_training_goes_on(
+def test_a_checkpoint_holds_its_own_step_while_training_continues(
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
     store: Path,
@@ -286,7 +286,7 @@ def test_resume_must_and_never_mean_what_they_say(
     ) == loop.Stop(1)
 
 
-def test_a_finished_run_says_that_there_is_nothing_to_train(
+def test_a_finished_run_reports_that_there_is_nothing_to_train(
     tmp_path: Path,
     store: Path,
     undisturbed: Callable[..., Path],
@@ -311,7 +311,7 @@ def spoil(checkpoint: Path) -> None:
 
 
 @pytest.mark.parametrize("keep", [1, 2])
-def test_a_damaged_newest_checkpoint_is_named_and_the_run_goes_on_from_the_one_before(
+def test_a_damaged_newest_checkpoint_is_named_and_the_run_resumes_from_the_one_before(
     tmp_path: Path,
     copied: Path,
     store: Path,
@@ -323,8 +323,8 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_run_goes_on_from_the_one_b
     assert [path.name for path in checkpoints.finished()] == ["step_00000004", "step_00000005"]
     spoil(copied / "run" / "checkpoints" / "step_00000005")
     assert pretrain.train(config_of(copied, store, f"checkpoint.keep={keep}")) == loop.Stop(STEPS)
-    said = capsys.readouterr().out
-    assert "step_00000005 is damaged" in said and "step_00000004 at step 4" in said
+    printed = capsys.readouterr().out
+    assert "step_00000005 is damaged" in printed and "step_00000004 at step 4" in printed
     assert_equal_runs(copied / "run", undisturbed(), tmp_path)
 
 
@@ -340,7 +340,7 @@ def test_a_damaged_later_checkpoint_never_costs_a_whole_earlier_one(
     assert found == folder / "step_00000004" and complaints == []
 
 
-def test_a_run_without_a_whole_checkpoint_does_not_start_anew_in_silence(
+def test_a_run_without_a_whole_checkpoint_does_not_start_again_in_silence(
     copied: Path, store: Path
 ) -> None:
     for checkpoint in (copied / "run" / "checkpoints").glob("step_*"):
@@ -413,7 +413,7 @@ def build(config):
     ("step", "value", "log_every", "safe"),
     [(5, "nan", 3, 4), (7, "inf", 12, 4), (8, "nan", 1, 4), (2, "-inf", 1, 0)],
 )
-def test_a_loss_that_is_not_finite_stops_the_run_in_one_line_and_spoils_nothing(
+def test_a_loss_that_is_not_finite_stops_the_run_with_a_one_line_error_and_spoils_nothing(
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
     store: Path,

@@ -2,11 +2,11 @@
 this one does.
 
 Stored numbers are no truth. When a change is meant to move them, look at what moved and how far,
-write them anew with
+write them again with
 
     python tests/engine/test_golden.py --update
 
-and say in the commit why they moved, beside the curve of a real run before and after.
+and write in the commit why they moved, beside the curve of a real run before and after.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def test_thirty_steps_give_the_stored_numbers(case: str, store: Path, tmp_path: 
         f"the golden trajectory `{case}` moved:\n  "
         + "\n  ".join(lines)
         + "\nIf the change should not move numbers, "
-        "it has a fault. If it should: python tests/engine/test_golden.py --update, and say in "
+        "it has a fault. If it should: python tests/engine/test_golden.py --update, and write in "
         "the commit why"
     )
 
@@ -118,7 +118,7 @@ def test_a_series_that_moves_is_named_with_the_place_where_it_began_to() -> None
 
 
 def update() -> None:
-    """Write the stored numbers anew, and print what moved."""
+    """Write the stored numbers again, and print what moved."""
     FOLDER.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
         store = make_store(Path(scratch) / "archive")

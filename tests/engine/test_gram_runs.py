@@ -1,5 +1,5 @@
-"""Runs with Gram anchoring: what the snapshot holds at each step, stops across a refresh, going on
-with and without.
+"""Runs with Gram anchoring: what the snapshot holds at each step, stops across a refresh,
+resuming with and without it.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ def test_a_checkpoint_holds_the_teacher_of_the_last_refresh(tmp_path: Path, stor
     teachers = {step: load_file(folder / "teacher.safetensors") for step, folder in folders.items()}
     assert not torch.equal(teachers[2]["norm.weight"], teachers[6]["norm.weight"])
     for step, taken in ((2, -1), (3, 2), (6, 2), (7, 6), (10, 6), (11, 10), (12, 10)):
-        (told,) = part_of(folders[step], tmp_path, ".pair.snapshot_taken").values()
-        assert int(told) == taken
+        (message,) = part_of(folders[step], tmp_path, ".pair.snapshot_taken").values()
+        assert int(message) == taken
         held = part_of(folders[step], tmp_path, ".pair.snapshot.backbone.")
         assert held.keys() == teachers[step].keys()
         if taken >= 0:
@@ -102,7 +102,7 @@ def test_until_its_start_a_run_is_the_one_without_it_and_the_snapshot_is_not_run
     assert rows[5]["loss/total"] > plain[5]["loss/total"]
 
 
-def test_a_start_beyond_the_last_step_is_told_and_changes_nothing(
+def test_a_start_beyond_the_last_step_is_reported_and_changes_nothing(
     tmp_path: Path,
     store: Path,
     undisturbed: Callable[..., Path],
@@ -139,7 +139,7 @@ def test_every_field_changes_the_weights(
     assert not torch.equal(changed["blocks.1.attn.qkv.weight"], plain["blocks.1.attn.qkv.weight"])
 
 
-def test_a_run_without_a_snapshot_goes_on_with_one_taken_at_once(
+def test_a_run_without_a_snapshot_resumes_with_one_taken_at_once(
     copied: Path, store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ("losses.gram.start=2", "losses.gram.refresh_every=0")
@@ -156,7 +156,7 @@ def test_a_run_without_a_snapshot_goes_on_with_one_taken_at_once(
     assert all(row["loss/gram"] > 0 for row in numbers_of(copied / "run")[5:])
 
 
-def test_a_run_with_a_snapshot_goes_on_without(
+def test_a_run_with_a_snapshot_resumes_without(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, store: Path
 ) -> None:
     stopped_run(monkeypatch, tmp_path, store, 5, *GRAM)
@@ -169,14 +169,14 @@ def test_a_run_with_a_snapshot_goes_on_without(
 
 
 @pytest.mark.parametrize(
-    ("word", "told"),
+    ("word", "message"),
     [
         ("losses.gram.refresh_every=-1", "losses.gram.refresh_every"),
         ("losses.gram.start=-1", "losses.gram.start"),
         ("losses.gram.tokens=some", "unmasked"),
     ],
 )
-def test_a_wrong_setting_is_one_line(tmp_path: Path, store: Path, word: str, told: str) -> None:
-    with pytest.raises(UserError, match=told) as raised:
+def test_a_wrong_setting_is_one_line(tmp_path: Path, store: Path, word: str, message: str) -> None:
+    with pytest.raises(UserError, match=message) as raised:
         config_of(tmp_path, store, word)
     one_line(raised)

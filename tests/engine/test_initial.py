@@ -1,4 +1,6 @@
-"""A new run may start from weights that exist; what does not fit is told, and must be meant."""
+"""A new run may start from weights that exist; what does not fit is reported and
+must be allowed.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""W ranks x b are 1 rank x W b: every loss, gradient, moment and weight; a run goes on at another
+"""W ranks x b are 1 rank x W b: every loss, gradient, moment and weight; a run resumes at another
 number of ranks.
 """
 
@@ -89,7 +89,7 @@ def test_ranks_share_a_batch_and_change_nothing(
     assert largest_state_difference(tmp_path / "run", reference, tmp_path) < 1e-9
 
 
-def test_a_run_goes_on_at_other_numbers_of_ranks(
+def test_a_run_resumes_at_other_rank_counts(
     tmp_path: Path, store: Path, references: dict[str, Path]
 ) -> None:
     words = RECIPES["centring"]
@@ -97,13 +97,15 @@ def test_a_run_goes_on_at_other_numbers_of_ranks(
     good(train(1, alone, store, *words))
     moved = tmp_path / "moved"
     for world, stop in ((1, 3), (2, 6), (4, 9)):
-        said = good(train(world, moved, store, *words, fault=f"{world - 1} {stop} SIGTERM"))
-        assert f"stopped by SIGTERM and saved at step {stop}" in said  # whichever rank was told
+        printed = good(train(world, moved, store, *words, fault=f"{world - 1} {stop} SIGTERM"))
+        assert (
+            f"stopped by SIGTERM and saved at step {stop}" in printed
+        )  # whichever rank received it
     assert "resuming from" in good(train(1, moved, store, *words))
     assert largest_difference(moved / "run", alone / "run", ("loss/", "ce/")) < 1e-4
 
 
-def test_a_snapshot_goes_along_to_other_numbers_of_ranks(
+def test_a_snapshot_goes_along_to_other_rank_counts(
     tmp_path: Path, store: Path, references: dict[str, Path]
 ) -> None:
     words = ("train.precision=fp64", *RECIPES["gram"])  # taken before steps 4 and 10

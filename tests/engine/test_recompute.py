@@ -130,7 +130,7 @@ def test_a_backbone_without_blocks_is_one_line() -> None:
     recompute.recompute_blocks(Backbone(), 0)
 
 
-def test_a_run_may_go_on_with_blocks_computed_again(
+def test_a_run_may_resume_with_blocks_computed_again(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, store: Path
 ) -> None:
     assert pretrain.train(config_of(tmp_path / "kept", store, *WORDS)) == loop.Stop(STEPS)

@@ -1,4 +1,4 @@
-"""A run that was stopped or killed goes on as if nothing had happened: the same bits, metrics and
+"""A run that was stopped or killed resumes as if nothing had happened: the same bits, metrics and
 weights.
 """
 
@@ -160,7 +160,7 @@ def test_a_run_killed_at_random_moments_equals_one_that_was_not(
 
 
 @pytest.mark.slow
-def test_a_run_killed_before_any_change_of_a_file_goes_on(tmp_path: Path, store: Path) -> None:
+def test_a_run_killed_before_any_change_of_a_file_resumes(tmp_path: Path, store: Path) -> None:
     few = ["train.steps=3", "checkpoint.every=1", "checkpoint.keep=1", "log.every=1"]
     count = tmp_path / "count"
     (first,) = killed(tmp_path, store, overrides=few, events=[0], count_to=str(count))

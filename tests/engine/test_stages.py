@@ -118,10 +118,10 @@ def test_each_step_sees_the_crops_of_its_stage_and_the_next_samples(
     )
     assert seen == [small] * 5 + [large] * 8 + [((2, 4, 4, 16, 16), (), 8)] * 3
     assert [number for part in samples for number in part] == list(range(4 * STEPS))
-    said = capsys.readouterr().out
+    printed = capsys.readouterr().out
     assert (
-        f"stages[0]: {' '.join(LARGE)} from step 5 on" in said
-        and "stages[1]: views.num_locals=0" in said
+        f"stages[0]: {' '.join(LARGE)} from step 5 on" in printed
+        and "stages[1]: views.num_locals=0" in printed
     )
     rows = numbers_of(tmp_path / "run")
     assert [row["samples"] for row in rows] == [4 * step for step in range(1, STEPS + 1)]
@@ -199,7 +199,7 @@ def test_two_ranks_follow_the_stages_of_one(tmp_path: Path, store: Path) -> None
     assert largest_state_difference(two, one, tmp_path) < 1e-9
     good(
         train(2, tmp_path / "stopped", store, *words, fault="1 3 SIGTERM")
-    )  # at the boundary, told to one rank
+    )  # at the boundary, sent to one rank
     good(train(2, tmp_path / "stopped", store, *words))
     assert_equal_runs(tmp_path / "stopped" / "run", two, tmp_path)
 
@@ -224,7 +224,7 @@ class Config:
     size: int = 1
 
 class Growing(Loss):
-    """What it holds has the size that its config says."""
+    """What it holds has the size that its config gives."""
 
     head_of = ""
 

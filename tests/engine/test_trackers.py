@@ -63,7 +63,7 @@ def test_metrics_are_one_strict_json_object_per_step(tmp_path: Path) -> None:
     assert (second["loss/total"], second["other"]) == (None, None)
 
 
-def test_going_on_drops_the_rows_after_the_checkpoint_and_cut_off_ones(
+def test_resuming_drops_the_rows_after_the_checkpoint_and_cut_off_ones(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with trackers.MetricsWriter(tmp_path, QUIET) as writer:
@@ -90,7 +90,7 @@ def test_a_row_without_its_end_is_dropped_even_if_it_parses(tmp_path: Path) -> N
     assert [one["step"] for one in rows(tmp_path)] == [1, 3]
 
 
-def test_missing_steps_before_the_start_are_told(
+def test_missing_steps_before_the_start_are_reported(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
@@ -142,7 +142,7 @@ def scalars(folder: Path) -> Mapping[str, list[tuple[int, float]]]:
     }
 
 
-def test_tensorboard_shows_each_step_once_after_going_on(tmp_path: Path) -> None:
+def test_tensorboard_shows_each_step_once_after_resuming(tmp_path: Path) -> None:
     with trackers.MetricsWriter(tmp_path, trackers.Config()) as writer:
         for step in range(1, 5):
             writer.write(row(step, time=1e9 + step))
@@ -156,7 +156,7 @@ def test_tensorboard_shows_each_step_once_after_going_on(tmp_path: Path) -> None
 
 
 @pytest.mark.slow
-def test_wandb_works_offline_and_goes_on_under_the_same_identity(
+def test_wandb_works_offline_and_resumes_under_the_same_identity(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WANDB_CACHE_DIR", str(tmp_path / "cache"))

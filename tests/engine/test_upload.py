@@ -37,7 +37,7 @@ def test_on_a_cpu_a_batch_stays_where_it_is() -> None:
 class Log:
     """What happened, and on which stream."""
 
-    told: list[str] = field(default_factory=list)
+    lines: list[str] = field(default_factory=list)
     stream: str = "computing"
 
 
@@ -48,26 +48,26 @@ class Stream:
         self.log, self.name = log, name
 
     def record_event(self) -> str:
-        self.log.told.append(f"event on {self.name}")
+        self.log.lines.append(f"event on {self.name}")
         return f"event of {self.name}"
 
     def wait_event(self, event: str) -> None:
-        self.log.told.append(f"{self.name} waits for {event}")
+        self.log.lines.append(f"{self.name} waits for {event}")
 
 
-class Told:
-    """A tensor that tells where it is copied and who uses it."""
+class Noting:
+    """A tensor that notes where it is copied and who uses it."""
 
     def __init__(self, log: Log) -> None:
         self.log = log
 
-    def to(self, device: torch.device, non_blocking: bool) -> Told:
+    def to(self, device: torch.device, non_blocking: bool) -> Noting:
         assert non_blocking and device.type == "cuda"
-        self.log.told.append(f"copy on {self.log.stream}")
+        self.log.lines.append(f"copy on {self.log.stream}")
         return self
 
     def record_stream(self, stream: Stream) -> None:
-        self.log.told.append(f"used by {stream.name}")
+        self.log.lines.append(f"used by {stream.name}")
 
 
 def test_on_a_gpu_it_is_copied_on_one_stream_and_handed_over_by_one_event(
@@ -85,8 +85,8 @@ def test_on_a_gpu_it_is_copied_on_one_stream_and_handed_over_by_one_event(
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream(log, "computing"))
     monkeypatch.setattr(torch.cuda, "stream", within)
     upload = Upload(torch.device("cuda"))
-    upload(Batch(*(Told(log) for _ in range(6))))  # type: ignore[arg-type]
-    assert log.told == [
+    upload(Batch(*(Noting(log) for _ in range(6))))  # type: ignore[arg-type]
+    assert log.lines == [
         *["copy on copying"] * 6,
         "event on copying",
         "computing waits for event of copying",

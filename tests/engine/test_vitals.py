@@ -1,4 +1,4 @@
-"""A run that goes bad is told while it trains, once, with the next move; a healthy one says
+"""A run that goes bad is reported while it trains, once, with the next step; a healthy one prints
 nothing.
 """
 
@@ -14,7 +14,7 @@ from tapct.engine.metrics import Record
 from tapct.engine.vitals import Vitals, window_of
 from tapct.run import pretrain
 from tapct.ssl import health
-from tapct.ssl.health import NEXT_MOVE, TOO_EARLY, TermReading, verdict_at
+from tapct.ssl.health import NEXT_STEP, TOO_EARLY, TermReading, verdict_at
 
 LN_K = {"dino": math.log(256), "ibot": math.log(256)}
 ALIVE, STUCK, COLLAPSED, FAINT = (
@@ -38,27 +38,27 @@ def record(
     return row
 
 
-def said(vitals: Vitals, records: list[Record], every: int = 5) -> list[str]:
-    """All that is said when records are fetched every few steps."""
+def warnings_of(vitals: Vitals, records: list[Record], every: int = 5) -> list[str]:
+    """All that is printed when records are fetched every few steps."""
     lines = [vitals.update(records[i : i + every], LN_K) for i in range(0, len(records), every)]
     return [line for line in lines if line]
 
 
 def test_a_healthy_and_a_faint_run_say_nothing() -> None:
     for life in (ALIVE, FAINT):
-        assert said(Vitals(20, 20), [record(step, life) for step in range(1, 201)]) == []
+        assert warnings_of(Vitals(20, 20), [record(step, life) for step in range(1, 201)]) == []
 
 
 @pytest.mark.parametrize(
     ("state", "numbers"),
     [("stuck", STUCK), ("collapsed", COLLAPSED), ("not following", NOT_FOLLOWING)],
 )
-def test_a_bad_run_is_told_once_after_warmup_and_a_window_with_the_next_move(
+def test_a_bad_run_is_reported_once_after_warmup_and_a_window_with_the_next_step(
     state: str, numbers: tuple[float, float, float]
 ) -> None:
-    (line,) = said(Vitals(20, 20), [record(step, numbers) for step in range(1, 401)])
+    (line,) = warnings_of(Vitals(20, 20), [record(step, numbers) for step in range(1, 401)])
     assert line.startswith(f"health, steps 181 to 200: {state}. dino: ")
-    assert line.endswith(NEXT_MOVE[state]) and "\n" not in line
+    assert line.endswith(NEXT_STEP[state]) and "\n" not in line
 
 
 @pytest.mark.parametrize("warmup", [0, 20, 300])
@@ -75,9 +75,11 @@ def test_no_line_comes_before_it_can_be_known(warmup: int) -> None:
         assert now.state == ("collapsed" if step >= max(200, warmup) else TOO_EARLY)
 
 
-def test_recovery_and_a_change_from_bad_to_worse_are_told() -> None:
+def test_recovery_and_a_change_from_bad_to_worse_are_reported() -> None:
     lives = [STUCK] * 60 + [COLLAPSED] * 60 + [ALIVE] * 100
-    lines = said(Vitals(0, 20), [record(step + 201, life) for step, life in enumerate(lives)])
+    lines = warnings_of(
+        Vitals(0, 20), [record(step + 201, life) for step, life in enumerate(lives)]
+    )
     assert [line.partition(": ")[2].partition(".")[0] for line in lines] == [
         "stuck",
         "collapsed",
@@ -85,11 +87,11 @@ def test_recovery_and_a_change_from_bad_to_worse_are_told() -> None:
     ]
 
 
-def test_a_run_between_two_states_speaks_at_most_once_per_window() -> None:
+def test_a_run_between_two_states_is_reported_at_most_once_per_window() -> None:
     lives = [(STUCK, ALIVE)[step // 20 % 2] for step in range(400)]
     assert (
         len(
-            said(
+            warnings_of(
                 Vitals(0, 20), [record(step + 1, life) for step, life in enumerate(lives)], every=1
             )
         )
@@ -97,9 +99,11 @@ def test_a_run_between_two_states_speaks_at_most_once_per_window() -> None:
     )
 
 
-def test_a_loss_without_targets_is_not_judged() -> None:
-    assert said(Vitals(0, 20), [record(step, ALIVE, NO_TARGET) for step in range(1, 101)]) == []
-    assert said(Vitals(0, 20), [{"step": step} for step in range(1, 101)]) == []
+def test_a_loss_without_targets_has_no_verdict() -> None:
+    assert (
+        warnings_of(Vitals(0, 20), [record(step, ALIVE, NO_TARGET) for step in range(1, 101)]) == []
+    )
+    assert warnings_of(Vitals(0, 20), [{"step": step} for step in range(1, 101)]) == []
 
 
 def test_a_window_is_a_tenth_of_the_run_within_limits() -> None:
@@ -125,7 +129,7 @@ PROVOKED = {
 
 
 @pytest.mark.parametrize("state", PROVOKED)
-def test_a_run_that_is_made_to_fail_says_so_while_it_trains(
+def test_a_run_that_is_made_to_fail_reports_it_while_it_trains(
     tmp_path: Path,
     store: Path,
     capsys: pytest.CaptureFixture[str],
@@ -143,6 +147,8 @@ def test_a_run_that_is_made_to_fail_says_so_while_it_trains(
             *PROVOKED[state],
         )
     )
-    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("health, ")]
-    assert len(told) == 1 and f": {state}. dino: " in told[0] and NEXT_MOVE[state] in told[0]
+    printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("health, ")]
+    assert (
+        len(printed) == 1 and f": {state}. dino: " in printed[0] and NEXT_STEP[state] in printed[0]
+    )
     assert len(numbers_of(tmp_path / "run")) == 50

@@ -17,7 +17,7 @@ from plugin_cases import user_modules
 from tapct.base.exits import UserError
 from tapct.config import plugins
 from tapct.config.plugins import Plugin
-from tapct.data.packed import Damaged
+from tapct.data.packed.packed_scan import Damaged
 from tapct.eval import cache, runner
 from tapct.eval.baselines import (
     NAMES,

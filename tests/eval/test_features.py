@@ -132,7 +132,7 @@ def test_model_is_left_in_the_mode_it_was_in_and_runs_in_eval_mode():
         assert not dense.features_DZYX.is_inference()  # a decoder is trained on it
 
 
-def test_a_model_in_mm_is_told_the_spacing_of_the_resized_voxels():
+def test_a_model_in_mm_receives_the_spacing_of_the_resized_voxels():
     config = vit.Config(
         window=(4, 16, 16), patch=PATCH, dim=16, depth=2, heads=2, positions="rope", layer_scale=1.0
     )

@@ -10,8 +10,8 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from tapct.data import trained_on
-from tapct.data.trained_on import SeenScan, TrainedOn
+from tapct.data.packed import trained_on
+from tapct.data.packed.trained_on import SeenScan, TrainedOn
 from tapct.eval.held_out import HeldOut, check
 from tapct.eval.results import BLOCKS, PATIENTS, SplitRecord, UnreadScan
 

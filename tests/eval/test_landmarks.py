@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from tapct.base.exits import UserError
-from tapct.data.index import build_manifest
-from tapct.data.pack import pack
-from tapct.data.store import Store
+from tapct.data.index.build import build_manifest
+from tapct.data.packed.pack import pack
+from tapct.data.packed.store import Store
 from tapct.eval.contract import Labels
 from tapct.eval.landmarks import read_landmarks
 from tapct.eval.scans import TableLabels, read_scan, usable

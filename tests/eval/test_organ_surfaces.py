@@ -59,7 +59,7 @@ def test_the_written_predictions_have_the_scores_of_the_results(
         truth_ZYX = truth.label_map.labels_ZYX
         assert np.allclose(np.abs(image.affine).sum(0)[:3], truth.spacing_mm[::-1])
         names = json.loads((place / "labels.json").read_text())
-        assert names == {"2": "liver", "3": "lungs"}
+        assert names == {"1": "body", "2": "liver", "3": "lungs"}
         for organ, label in LABELS.items():
             mask, true = predicted_ZYX == label, truth_ZYX == label
             assert dice_row.parts[organ] == pytest.approx(

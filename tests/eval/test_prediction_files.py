@@ -15,10 +15,10 @@ import pytest
 import SimpleITK
 from scan_files import LPS, make_ct
 
-from tapct.data import index
-from tapct.data.pack import pack
+from tapct.data.index.build import build_manifest
+from tapct.data.packed.pack import pack
+from tapct.data.packed.store import Store
 from tapct.data.readers.nifti import read as read_nifti
-from tapct.data.store import Store
 from tapct.eval.prediction_files import PredictionFiles
 
 TURN = np.radians(6)
@@ -72,7 +72,7 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
         nrrd.SetSpacing([0.8, 0.7, 2.0])
         nrrd.SetDirection([-1, 0, 0, 0, -1, 0, 0, 0, 1])
         SimpleITK.WriteImage(nrrd, root / f"nrrd{ending}.nrrd")
-    manifest = index.build_manifest(root, folder / "manifest.parquet", min_depth=2)
+    manifest = build_manifest(root, folder / "manifest.parquet", min_depth=2)
     assert len(manifest.accepted) == 5 and all(row.label_path for row in manifest.accepted)
     pack(manifest, folder / "store")
     return folder

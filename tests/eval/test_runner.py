@@ -17,9 +17,9 @@ from memory_store import MemoryStore
 
 from tapct.base.exits import UserError
 from tapct.config.plugins import Plugin, load
-from tapct.data import index
-from tapct.data.pack import pack
-from tapct.data.store import Store
+from tapct.data.index.build import build_manifest
+from tapct.data.packed.pack import pack
+from tapct.data.packed.store import Store
 from tapct.eval import cache, pictures, runner
 from tapct.eval.baselines import NamedModel, RawPatches, with_baselines
 from tapct.eval.features import DenseFeatures, PatchGrid, Preprocess
@@ -286,7 +286,7 @@ def test_61_organs_of_a_real_scan(tmp_path):
     for folder, name in (("images", "example_ct"), ("labels", "example_ct_seg62")):
         (tmp_path / folder).mkdir()
         shutil.copy(CT / "ts_body" / f"{name}.nii.gz", tmp_path / folder / "example_ct.nii.gz")
-    built = index.build_manifest(
+    built = build_manifest(
         tmp_path / "images", tmp_path / "m.parquet", labels=tmp_path / "labels",
         patient_regex=None, min_depth=1,
         workers=1, progress=None,

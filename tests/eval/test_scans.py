@@ -11,10 +11,10 @@ import pytest
 from scan_files import noise_ct, save_labels, save_scan
 
 from tapct.base.exits import UserError
-from tapct.data.index import build_manifest
-from tapct.data.pack import pack
-from tapct.data.split import position
-from tapct.data.store import Store
+from tapct.data.index.build import build_manifest
+from tapct.data.packed.pack import pack
+from tapct.data.packed.store import Store
+from tapct.data.patients.split import position
 from tapct.eval.contract import Labels
 from tapct.eval.scans import (
     BLOCKS,

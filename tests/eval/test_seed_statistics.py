@@ -69,7 +69,9 @@ def test_metrics_of_predictions_are_means_over_seeds(is_number: bool) -> None:
     assert list(found.parts) == ["lesion"]
 
 
-def dice(seed: int, fold: int = 0, num_folds: int = 1) -> TaskSection:
+def dice(
+    seed: int, fold: int = 0, num_folds: int = 1, curve_key: str = "dice_by_num_patients"
+) -> TaskSection:
     rng = np.random.default_rng(seed)
     scans = SCANS[fold::num_folds]
     rows = tuple(
@@ -78,23 +80,30 @@ def dice(seed: int, fold: int = 0, num_folds: int = 1) -> TaskSection:
         for scan, value in zip(scans, rng.uniform(0, 1, len(scans)).tolist())
     )
     values = {m: float(np.mean([row.value for row in rows if row.model == m])) for m in MODELS}
-    curve = {model: {"dice_by_num_scans": {"1": [0.1, 0.3], "5": [seed / 10]}} for model in MODELS}
+    curve = {model: {curve_key: {"1": [0.1, 0.3], "5": [seed / 10]}} for model in MODELS}
     results = TaskResults(curve, rows, None, mean_over_parts=True)
     return section_of(Headline("mean Dice", values, "higher", "how", (0.0, 1.0)), results)
 
 
 def test_folds_of_a_seed_are_put_together() -> None:
     runs = [RunSection(seed, dice(seed + 9 * fold, fold, 2)) for seed in (1, 2) for fold in (0, 1)]
-    whole, one_scan, five_scans = over_runs(runs, PATIENT_OF, 0)
+    whole, one_patient, five_patients = over_runs(runs, PATIENT_OF, 0)
     rows = [row for run in runs for row in run.section.results.scans if row.model == "untrained"]
     (untrained,) = (one for one in whole.whole.models if one.model == "untrained")
     assert untrained.estimate.value == pytest.approx(np.mean([row.value for row in rows]))
     assert untrained.estimate.num_scans == 24
-    assert one_scan.metric == "mean Dice with 1 labelled scan"
-    assert one_scan.whole.models[0].by_seed == pytest.approx((0.2, 0.2))
+    assert one_patient.metric == "mean Dice with 1 labelled patient"
+    assert one_patient.whole.models[0].by_seed == pytest.approx((0.2, 0.2))
     # the mean over the two folds of each seed
-    assert five_scans.whole.models[0].by_seed == pytest.approx((0.55, 0.65))
-    assert five_scans.whole.models[0].estimate.interval is None
+    assert five_patients.whole.models[0].by_seed == pytest.approx((0.55, 0.65))
+    assert five_patients.whole.models[0].estimate.interval is None
+
+
+def test_curves_of_earlier_results_count_scans() -> None:
+    runs = [RunSection(1, dice(1, curve_key="dice_by_num_scans"))]
+    _, *curve = over_runs(runs, PATIENT_OF, 0)
+    names = [f"mean Dice with {num}" for num in ("1 labelled scan", "5 labelled scans")]
+    assert [one.metric for one in curve] == names
 
 
 def test_a_headline_without_rows_is_shown_without_an_interval() -> None:

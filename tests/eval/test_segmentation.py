@@ -14,7 +14,8 @@ from tapct.base.exits import UserError
 from tapct.eval.decoder import SoftDice, fit_decoder
 from tapct.eval.features import BlockFeatures, DenseFeatures, PatchGrid
 from tapct.eval.heads import fit_head
-from tapct.eval.organ_decoders import scans_of_draw
+from tapct.eval.label_fractions import Draw, LabelFractions, patients_of_draw
+from tapct.eval.old_formats import curve_of
 from tapct.eval.scans import LabelledScan
 from tapct.eval.tasks.segmentation import Config, build, dice_from_confusion
 from tapct.eval.truth import OUTSIDE, patch_truth
@@ -266,7 +267,7 @@ def test_dice_equals_scipys_dissimilarity():
 def scene(
     seed: int, scan_id: str, values=(0, 1, 2), names=()
 ) -> tuple[LabelledScan, PatchGrid, DenseFeatures]:
-    """A scan of blocks of organs, and features that tell them nearly apart."""
+    """A scan of blocks of organs, and features that nearly distinguish them."""
     rng = np.random.default_rng(seed)
     coarse = rng.choice(values, size=(6, 8, 8), p=None)
     labels = coarse.repeat(2, 0).repeat(4, 1).repeat(4, 2)
@@ -281,7 +282,7 @@ def scene(
 
 
 @pytest.mark.parametrize("resolution", ["patch", "voxel"])
-def test_dice_of_a_judged_scan_equals_a_slow_count(resolution):
+def test_dice_of_a_test_scan_equals_a_slow_count(resolution):
     task = build(Config(resolution=resolution), seed=0)
     for number in (1, 2):
         scan, grid, dense = scene(number, f"train{number}")
@@ -411,7 +412,7 @@ def test_every_model_is_trained_on_the_same_patches():
     torch.testing.assert_close(one * 2, two)
 
 
-def judged(config: Config, names, values=(0, 1, 2, 3), tested=None):
+def evaluated(config: Config, names, values=(0, 1, 2, 3), tested=None):
     """A task after one training and one test scan with the same labels."""
     task = build(config, seed=0)
     scan, grid, dense = scene(1, "train", values, names)
@@ -454,7 +455,7 @@ def judged(config: Config, names, values=(0, 1, 2, 3), tested=None):
     ],
 )
 def test_the_mean_leaves_out_body_and_table_and_lists_its_organs(config, names, organs, words):
-    task = judged(config, names)
+    task = evaluated(config, names)
     dice = task.results().models["m"]["dice"]
     assert list(dice) == organs
     assert task.headline().mean_of == words
@@ -469,7 +470,7 @@ def test_a_body_by_number_makes_label_0_the_air_outside():
 
 def test_organs_that_one_side_lacks_are_listed_as_left_out():
     names = [(1, "liver"), (2, "spleen"), (3, "aorta")]
-    line = judged(Config(), names, (0, 1, 2), (0, 1, 3)).headline().mean_of
+    line = evaluated(Config(), names, (0, 1, 2), (0, 1, 3)).headline().mean_of
     assert line == (
         "mean of 1 organ: liver; left out: spleen (in no test scan), aorta (in no training scan)"
     )
@@ -537,25 +538,78 @@ def test_a_head_finds_organs_and_takes_the_better_learning_rate(head):
     assert found["mean_dice_patch"] > 0.8
 
 
-def test_a_label_fraction_fits_the_decoder_to_the_drawn_scans_alone():
-    scenes = [scene(number, f"train{number}") for number in range(1, 5)]
-    whole = build(Config(fractions=(1, 3), draws=2, steps=20), seed=0)
+def test_a_label_fraction_fits_the_decoder_to_all_scans_of_the_drawn_patients():
+    """Four patients, of whom the first two have two scans."""
+    scenes = []
+    for number, patient in enumerate(("p1", "p1", "p2", "p2", "p3", "p4"), 1):
+        scan, grid, dense = scene(number, f"train{number}")
+        scenes.append((replace(scan, patient=patient), grid, dense))
+    whole = build(Config(fractions=(1, 3), draws=3, steps=20), seed=0)
     for scan, grid, dense in scenes:
         whole.learn("m", dense, whole.truth(scan, grid, everywhere(grid)))
     whole.fit()
     scan, grid, dense = scene(9, "test")
     whole.judge("m", dense, whole.truth(scan, grid, everywhere(grid)))
-    curve = whole.results().models["m"]["dice_by_num_scans"]
-    assert {num: len(draws) for num, draws in curve.items()} == {"1": 2, "3": 2}
-    drawn = scans_of_draw([one[0].id for one in scenes], 1, 0, 0)
-    assert drawn <= scans_of_draw([one[0].id for one in scenes], 3, 0, 0)
-    alone = build(Config(steps=20), seed=0)
-    for one_scan, one_grid, one_dense in scenes:
-        if one_scan.id in drawn:
-            alone.learn("m", one_dense, alone.truth(one_scan, one_grid, everywhere(one_grid)))
-    alone.fit()
-    alone.judge("m", dense, alone.truth(scan, grid, everywhere(grid)))
-    assert alone.results().models["m"]["mean_dice"] == pytest.approx(curve["1"][0])
+    results = whole.results().models["m"]
+    unit, curve = curve_of(results)
+    assert unit == "patient" and curve is results["dice_by_num_patients"]
+    assert {num: len(draws) for num, draws in curve.items()} == {"1": 3, "3": 3}
+    patients = ["p1", "p2", "p3", "p4"]
+    for draw in range(3):
+        drawn = patients_of_draw(patients, 1, draw, 0)
+        assert len(drawn) == 1 and drawn <= patients_of_draw(patients[::-1], 3, draw, 0)
+        alone = build(Config(steps=20, max_tokens=whole.config.max_tokens), seed=0)
+        for one_scan, one_grid, one_dense in scenes:
+            if one_scan.patient in drawn:
+                truth = alone.truth(one_scan, one_grid, everywhere(one_grid))
+                alone.learn("m", one_dense, truth)
+        assert len(alone._kept["m"]) == (2 if drawn & {"p1", "p2"} else 1)
+        alone.fit()
+        alone.judge("m", dense, alone.truth(scan, grid, everywhere(grid)))
+        assert alone.results().models["m"]["mean_dice"] == pytest.approx(curve["1"][draw])
+
+
+def test_the_curve_has_the_dice_of_single_scans():
+    trains = [scene(number, f"train{number}") for number in (1, 2, 5)]
+    tests = [scene(3, "t"), scene(4, "u")]
+    results = task_after(trains, tests, fractions=(1, 2), draws=3).results()
+    one, two = results.further
+    assert (one.metric, two.metric) == (
+        "mean Dice with 1 labelled patient",
+        "mean Dice with 2 labelled patients",
+    )
+    for metric, num in ((one, "1"), (two, "2")):
+        assert [(row.scan, row.model) for row in metric.scans] == [("t", "m"), ("u", "m")]
+        by_organ = [
+            np.mean([row.parts[organ] for row in metric.scans]) for organ in ("label 1", "label 2")
+        ]
+        curve = results.models["m"]["dice_by_num_patients"][num]
+        assert len(curve) == 3 and np.mean(by_organ) == pytest.approx(np.mean(curve))
+
+
+def test_an_organ_smaller_than_a_patch_is_not_reported_as_absent_from_training():
+    scan, grid, dense = scene(1, "a")
+    labels = scan.label_map.labels_ZYX.copy()
+    labels[0, 0, 0] = 7
+    trains, tests = ([(labelled(labels, scan_id=name), grid, dense)] for name in ("a", "t"))
+    task = task_after(trains, tests, resolution="patch")
+    assert "label 7 (in no training patch that was kept)" in task.headline().mean_of
+
+
+def test_label_fractions_above_the_number_of_patients_are_left_out_with_a_line(capsys):
+    task = build(Config(fractions=(1, 2, 5), draws=1, steps=5), seed=0)
+    for number in (1, 2):
+        scan, grid, dense = scene(number, f"train{number}")
+        task.learn("m", dense, task.truth(scan, grid, everywhere(grid)))
+    task.fit()
+    printed = " ".join("".join(capsys.readouterr()).split())
+    assert "label fractions: 2, 5 left out, because there are 2 training patients" in printed
+    assert [draw for draw, _ in task._few_labels.decoders("m")] == [Draw(1, 0)]
+
+
+def test_the_curve_of_earlier_results_counts_scans():
+    assert curve_of({"dice_by_num_scans": {"5": [0.5]}}) == ("scan", {"5": [0.5]})
+    assert curve_of({"mean_dice": 0.5}) == ("scan", {})
 
 
 def test_last4_reads_the_channels_of_several_blocks():
@@ -583,8 +637,10 @@ def test_an_organ_that_only_one_model_has_kept_is_a_class():
 def test_a_draw_without_a_tested_organ_is_left_out_of_the_curve():
     task = build(Config(), seed=0)
     task.organs = ("liver",)
-    task._few_labels_dice = {("m", 1, 0): {"s": {}}, ("m", 1, 1): {"s": {"liver": 0.5}}}
-    assert task._label_fractions("m") == {"1": [0.5]}
+    few = LabelFractions((1,), 2, seed=0)
+    few.add("m", Draw(1, 0), "s", {})
+    few.add("m", Draw(1, 1), "s", {"liver": 0.5})
+    assert few.curve("m", task._mean_by_organ) == {"1": [0.5]}
 
 
 def test_a_head_is_fitted_to_a_single_patch():
@@ -592,3 +648,91 @@ def test_a_head_is_fitted_to_a_single_patch():
     features, target = torch.randn(1, 3), torch.tensor([[0.0, 1.0]])
     head = fit_head("bn_linear", features, target, lr=1e-2, steps=20, hidden=4, seed=0, **settings)
     assert head.logits_NC(features).argmax(1).tolist() == [1]
+
+
+def task_after(trains, tests, **settings):
+    """The task after the training and test scans."""
+    task = build(Config(steps=10, **settings), seed=0)
+    task.begin(len(trains))
+    for scan, grid, dense in trains:
+        task.learn("m", dense, task.truth(scan, grid, everywhere(grid)))
+    task.fit()
+    for scan, grid, dense in tests:
+        truth = task.truth(scan, grid, everywhere(grid))
+        prediction = task.judge("m", dense, truth)
+        if settings.get("predictions"):
+            task.label_map(truth, prediction)
+    return task
+
+
+def with_labels(one, edit, scan_id):
+    """A scene with changed labels."""
+    scan, grid, dense = one
+    labels = edit(scan.label_map.labels_ZYX.copy())
+    return labelled(labels, scan.volume.hu_ZYX, scan.label_map.names, scan_id), grid, dense
+
+
+def ignored(labels_ZYX):
+    return np.full_like(labels_ZYX, IGNORE_LABEL)
+
+
+@pytest.mark.parametrize("resolution", ["patch", "voxel"])
+def test_a_scan_that_nobody_has_labelled_changes_no_number(resolution):
+    train, test = scene(1, "a"), scene(3, "t")
+    plain = task_after([train], [test], resolution=resolution, max_tokens=400)
+    # as many patches of the labelled scan as without the other one
+    more = task_after(
+        [train, with_labels(scene(2, "b"), ignored, "b")],
+        [test, with_labels(test, ignored, "t2")],
+        resolution=resolution,
+        max_tokens=800,
+    )
+    assert more.headline().values == plain.headline().values
+    of_scan = {score.scan: score for score in more.results().scans}
+    assert np.isnan(of_scan["t2"].value) and not of_scan["t2"].parts
+
+
+def test_training_scans_without_any_labelled_voxel_are_an_error_of_one_line():
+    with pytest.raises(
+        UserError, match=r"no organ label occurs .* \(they have: no labelled voxel\)"
+    ):
+        task_after([with_labels(scene(1, "a"), ignored, "a")], [])
+
+
+def test_patients_without_labelled_voxels_are_not_drawn():
+    trains = [scene(1, "a"), with_labels(scene(2, "b"), ignored, "b"), scene(5, "c")]
+    curve = task_after(trains, [scene(3, "t")], fractions=(1, 2), draws=6)
+    assert set(curve.results().models["m"]["dice_by_num_patients"]) == {"1"}  # of two patients
+    assert min(curve.results().models["m"]["dice_by_num_patients"]["1"]) > 0.5
+
+
+def test_organs_that_scans_number_differently_have_values_of_their_own_in_predictions():
+    first = scene(1, "a", names=[(1, "liver"), (2, "spleen")])
+    other = with_labels(scene(2, "b"), lambda labels: labels, "b")
+    other = (
+        labelled(other[0].label_map.labels_ZYX, names=[(1, "spleen"), (2, "aorta")], scan_id="b"),
+        *other[1:],
+    )
+    task = task_after([first, other], [], predictions=True)
+    scan, grid, dense = scene(3, "t", names=[(1, "liver"), (2, "spleen")])
+    truth = task.truth(scan, grid, everywhere(grid))
+    prediction = task.judge("m", dense, truth)
+    written = task.label_map(truth, prediction)
+    assert sorted(name for _, name in written.names) == ["aorta", "liver", "spleen"]
+    assert len({value for value, _ in written.names}) == 3
+    for value, name in written.names:
+        np.testing.assert_array_equal(
+            written.labels_ZYX == value, prediction.classes_ZYX == task.classes.index(name)
+        )
+
+
+def test_the_body_of_a_prediction_has_the_value_of_its_own_label():
+    """Label 1 is an organ that is not among `organs` and so counts as body; label 2 is the body."""
+    names = [(1, "spleen"), (2, "body"), (3, "liver")]
+    train = scene(1, "a", values=(0, 1, 2, 3), names=names)
+    task = task_after([train], [], organs=("liver",), predictions=True)
+    scan, grid, dense = scene(3, "t", values=(0, 1, 2, 3), names=names)
+    truth = task.truth(scan, grid, everywhere(grid))
+    written = task.label_map(truth, task.judge("m", dense, truth))
+    assert written.names == ((2, "body"), (3, "liver"))
+    assert set(np.unique(written.labels_ZYX)) == {0, 2, 3}

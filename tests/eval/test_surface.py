@@ -160,7 +160,7 @@ def test_a_missing_package_is_one_line_with_the_remedy(monkeypatch: pytest.Monke
         ("Parotid_L", 2.85, "Nikolov et al. 2021"),
         ("parotid gland right", 2.85, "Nikolov et al. 2021"),
         ("BrainStem", 2.5, "Nikolov et al. 2021"),
-        ("SpinalCord", 2.93, "Nikolov et al. 2021"),
+        ("SpinalCord", 2.93, "Nikolov et al. 2021, unverified"),
         ("kidney_left", 3.0, "FLARE22"),
         ("inferior_vena_cava", 2.0, "FLARE22"),
         ("nodule", DEFAULT_MM, "default"),

@@ -182,8 +182,8 @@ def run(name: str, seed: int = 0, **settings: Any) -> tuple[Task[Any, Any], Task
 
 def run_and_write(
     name: str, seed: int = 0, **settings: Any
-) -> tuple[Task[Any, Any], TaskResults, int]:
-    """The same with the number of label maps that the task hands over to be written."""
+) -> tuple[Task[Any, Any], TaskResults, list[str]]:
+    """The same with the formats of the label maps that the task hands over to be written."""
     settings = QUICK.get(name, {}) | settings
     module = plugins.load("eval.tasks", name)
     task = module.build(module.Config(**settings), seed=seed)
@@ -197,7 +197,7 @@ def run_and_write(
         for model in MODELS:
             task.learn(model, features_of(scan, model), truth)
     task.fit()
-    num_written = 0
+    written = []
     for number in range(6, 10):
         scan = scan_of(number)
         truth = task.truth(scan, GRID, in_play_Z)
@@ -205,8 +205,8 @@ def run_and_write(
             labels = task.label_map(truth, task.judge(model, features_of(scan, model), truth))
             if labels is not None:
                 assert labels.labels_ZYX.shape == scan.shape_ZYX
-                num_written += 1
-    return task, task.results(), num_written
+                written.append(task.prediction_format)
+    return task, task.results(), written
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -250,7 +250,7 @@ def test_the_same_seed_gives_the_same_results(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_a_task_draws_a_picture_or_says_that_it_does_not(name: str, tmp_path: Path) -> None:
+def test_a_task_draws_a_picture_or_declares_that_it_does_not(name: str, tmp_path: Path) -> None:
     task, _ = run(name)
     scan = scan_of(6)
     truth = task.truth(scan, GRID, np.ones(GRID.shape[0], dtype=bool))
@@ -316,6 +316,7 @@ NEEDED: dict[str, dict[str, dict[str, Any]]] = {
         "lr": {"head": "mlp"},
         "hidden": {"head": "mlp"},
         "draws": {"fractions": (1,)},
+        "prediction_format": {"predictions": True},
     },
     "classification": {
         **dict.fromkeys(
@@ -337,8 +338,8 @@ NEEDED: dict[str, dict[str, dict[str, Any]]] = {
 
 
 @functools.cache
-def results_with(name: str, settings: tuple[tuple[str, Any], ...]) -> tuple[TaskResults, int]:
-    """Results and number of label maps that many tests compare with."""
+def results_with(name: str, settings: tuple[tuple[str, Any], ...]) -> tuple[TaskResults, list[str]]:
+    """Results and formats of label maps that many tests compare with."""
     return run_and_write(name, **dict(settings))[1:]
 
 
@@ -483,10 +484,10 @@ def test_several_tasks_share_one_pass_and_get_the_scans_that_have_their_labels(
             sides[archive.rows[int(scan[1:])].patient].add(side)
     assert all(len(one) == 1 for one in sides.values())
     assert from_json(json.loads((archive.out / "results.json").read_text())) == evaluation
-    said = capsys.readouterr().out
-    assert "mylab_voxels: 8 of 12 scans have no label map and are skipped" in said
-    assert "mylab_scan: 9 of 12 scans have no scan-level label and are skipped" in said
-    assert "mylab_none" not in said
+    printed = capsys.readouterr().out
+    assert "mylab_voxels: 8 of 12 scans have no label map and are skipped" in printed
+    assert "mylab_scan: 9 of 12 scans have no scan-level label and are skipped" in printed
+    assert "mylab_none" not in printed
     assert len(evaluation.pca) == 1 and (archive.out / evaluation.pca[0].file).is_file()
 
 

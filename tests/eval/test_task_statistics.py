@@ -212,6 +212,42 @@ def test_predictions_give_the_interval_of_a_metric_that_is_no_mean() -> None:
     assert "give other values than the headline" in wrong.why_none
 
 
+def test_several_candidates_of_a_scan_give_an_interval_as_docs_extending_describes() -> None:
+    """FROC: the true value of a scan is its number, and the metric looks up the rest."""
+    rng = np.random.default_rng(4)
+    ids = tuple(f"s{number:02}" for number in range(30))
+    num_nodules = np.arange(30) % 3
+
+    def candidates(skill: float) -> np.ndarray:
+        """[1, S, 2C]: a probability of each candidate, -1 for none; then 1 for a hit, else 0."""
+        hit_SC = np.arange(4) < num_nodules[:, None]
+        p_SC = np.clip(rng.uniform(0, 1, (30, 4)) + skill * hit_SC, 0, 2)
+        p_SC[:, 3] = np.where(np.arange(30) % 2, -1, p_SC[:, 3])  # scans have 3 or 4 candidates
+        return np.concatenate([p_SC, hit_SC], axis=1)[None]
+
+    def sensitivity(scan_N: np.ndarray, scores_NK: np.ndarray) -> float:
+        """Share of nodules that are found with at most one false positive per scan."""
+        p_NC, hit_NC = scores_NK[:, :4], scores_NK[:, 4:] > 0
+        wrong = np.sort(p_NC[~hit_NC & (p_NC >= 0)])[::-1]
+        limit = wrong[len(scan_N)] if len(wrong) > len(scan_N) else -0.5
+        num = num_nodules[scan_N.astype(int)].sum()
+        return float((hit_NC & (p_NC > limit)).sum() / num) if num else math.nan
+
+    scores = {"pretrained": candidates(0.4), "untrained": candidates(0.0)}
+    number_S = np.arange(30.0)  # floating-point numbers: no classes, of which each needs patients
+    values = {model: sensitivity(number_S, each[0]) for model, each in scores.items()}
+    given = ScanPredictions(ids, ("",) * 30, number_S, scores)
+    headline = Headline("sensitivity at 1 per scan", values, "higher", "S.", (0, 1))
+    predicted = {"nodule": PredictedScans(given, sensitivity)}
+    found = task_statistics.of_task(TaskResults({}), headline, predicted, {}, 3)
+    own = found.of("sensitivity at 1 per scan")
+    assert own is not None
+    for model in own.whole.models:
+        interval = model.estimate.interval
+        assert interval is not None and interval.low < values[model.model] < interval.high
+    assert own.whole.differences[0].p < 0.05
+
+
 def test_the_mean_over_targets_has_an_interval_of_its_own() -> None:
     """The targets have different scans; one of them has three classes."""
     rng = np.random.default_rng(2)

@@ -21,7 +21,7 @@ COUNTS = (2, 0, 6, 1, 3, 0, 5, 4, 6, 2)
 def token_sets(
     dim: int, counts: tuple[int, ...] = COUNTS, dtype: torch.dtype = torch.float64
 ) -> TokenSets:
-    """Student, teacher and snapshot of their own, with so many masked tokens in each crop."""
+    """Student, teacher and snapshot of their own; `counts` are the masked tokens in each crop."""
     draw = torch.Generator().manual_seed(dim)
 
     def tokens() -> Tokens:

@@ -149,7 +149,7 @@ def test_rotary_positions_alone_have_no_position_parameters_and_a_cls_token_that
 
 
 @pytest.mark.parametrize("positions", ["rope", "both"])
-def test_shuffled_patches_are_told_apart(positions: str) -> None:
+def test_shuffled_patches_are_distinguished(positions: str) -> None:
     """Without places, attention would not care for the order of the patches."""
     model = fresh(dataclasses.replace(LEARNED, positions=positions))
     (crop, _) = groups()
@@ -199,13 +199,15 @@ def test_only_places_in_mm_need_the_spacing() -> None:
     )
     with pytest.raises(UserError, match="coordinates=mm: the spacing of these crops was not given"):
         vit.build(MM)(groups())
-    told = [torch.full((len(group), 3), 2.0) for group in groups()]
+    given_mm = [torch.full((len(group), 3), 2.0) for group in groups()]
     model = fresh(ROPE)
-    assert torch.equal(flat(model(groups(), spacing_mm=told)), flat(model(groups())))
+    assert torch.equal(flat(model(groups(), spacing_mm=given_mm)), flat(model(groups())))
     in_mm = fresh(MM)
-    half = [mm / 2 for mm in told]
+    half = [mm / 2 for mm in given_mm]
     assert not torch.allclose(
-        flat(in_mm(groups(), spacing_mm=told)), flat(in_mm(groups(), spacing_mm=half)), atol=1e-3
+        flat(in_mm(groups(), spacing_mm=given_mm)),
+        flat(in_mm(groups(), spacing_mm=half)),
+        atol=1e-3,
     )
 
 

@@ -215,7 +215,7 @@ def test_the_mask_of_xformers_is_block_diagonal() -> None:
 
 
 @pytest.mark.parametrize("name", GPU_ONLY)
-def test_a_backend_for_a_gpu_says_so_on_a_cpu(name: str) -> None:
+def test_a_backend_for_a_gpu_gives_an_error_on_a_cpu(name: str) -> None:
     with pytest.raises(
         UserError,
         match=f"model.attention={name} needs a GPU.*not this CPU; set model.attention=auto",

@@ -44,9 +44,7 @@ def rotation(
 
 
 def place(kind: str, index: int, n: int, side: int, mm: float) -> float:
-    """From the words of the config: where the centre of a patch lies, the centre of the crop being
-    0.
-    """
+    """Where the centre of a patch lies, as the config defines it; the centre of the crop is 0."""
     if kind == "normalised":
         return 2 * (index + 0.5) / n - 1
     voxel = (index + 0.5) * side - n * side / 2

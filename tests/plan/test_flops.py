@@ -38,7 +38,7 @@ MASKED = 0.25 * 2 * 48  # a quarter of the patches of both global crops
 
 
 def use_of(name: str, head: heads.Config = HEAD, kind: str = "centring") -> flops.HeadUse:
-    """What a loss says of its own head, for the crops above."""
+    """What a loss reports of its own head, for the crops above."""
     module = plugins.load("losses", name)
     loss = module.build(module.Config(head=head, targets=TargetConfig(kind=kind)))
     return flops.HeadUse(name, head, loss.prototype_rows(2, 3, MASKED))

@@ -29,7 +29,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from tapct.base.exits import UserError
 from tapct.config import load_config, plugins
-from tapct.data.store import Store
+from tapct.data.packed.store import Store
 from tapct.engine import fsdp, loop, optim, recompute
 from tapct.losses import koleo
 from tapct.nn.layers import DropKey
@@ -206,10 +206,11 @@ def test_a_plug_in_that_asks_for_values_leaves_the_flops(monkeypatch: pytest.Mon
     monkeypatch.setattr(ssl_step, "forward", impatient)
     out = io.StringIO()
     Console(file=out, width=80).print(command.report(smoke(), command.Options()))
-    said = " ".join(out.getvalue().split())
+    printed = " ".join(out.getvalue().split())
     assert (
-        "feed-forward" in said
-        and "memory and time are not estimated: one of vit, dino, ibot, koleo needs values" in said
+        "feed-forward" in printed
+        and "memory and time are not estimated: one of vit, dino, ibot, koleo needs values"
+        in printed
     )
 
 
@@ -257,7 +258,7 @@ def test_the_fullest_rank_holds_what_fsdp_gives_it(four_ranks: None, shard: int)
     assert weights().on_fullest_rank(shard) == local > weights().total / shard
 
 
-def test_parameters_are_told_apart_by_how_ranks_gather_them() -> None:
+def test_parameters_are_distinguished_by_how_ranks_gather_them() -> None:
     config = smoke()
     network = StudentTeacher(config.model, config.losses, 0).student
     all_blocks: Any = network.backbone.blocks
@@ -319,8 +320,8 @@ def test_the_largest_micro_batch_is_the_last_that_fits() -> None:
     assert found[1] is not None and (found[1].samples, found[1].accumulation) == (8, 2)
     (found,) = table(scale.Request(gpus=(4,), memory=0.999 * limit)).largest
     assert found[1] is not None and (found[1].samples, found[1].accumulation) == (4, 4)
-    told = table(scale.Request(gpus=(1, 4), memory=0.999 * limit, per_node=4))
-    assert any("accumulation=1 does not fit on 1, 4 GPUs" in warning for warning in told.warnings)
+    plan = table(scale.Request(gpus=(1, 4), memory=0.999 * limit, per_node=4))
+    assert any("accumulation=1 does not fit on 1, 4 GPUs" in warning for warning in plan.warnings)
 
 
 def test_time_is_flops_over_rate() -> None:
@@ -337,9 +338,9 @@ def test_time_is_flops_over_rate() -> None:
 
 
 def test_only_numbers_that_share_the_batch_are_rows() -> None:
-    told = table(scale.Request(gpus=(1, 3, 12, 16, 64)))
-    assert [row.gpus for row in told.as_set] == [1, 16]
-    reasons = {counts: reason for reason, counts in told.left_out}
+    plan = table(scale.Request(gpus=(1, 3, 12, 16, 64)))
+    assert [row.gpus for row in plan.as_set] == [1, 16]
+    reasons = {counts: reason for reason, counts in plan.left_out}
     assert (
         "train.global_batch 64" in reasons[(3,)]
         and "do not divide" in reasons[(12,)]
@@ -419,7 +420,7 @@ def test_the_measured_rate_is_that_of_a_matrix_product(monkeypatch: pytest.Monke
     assert measure.gemm_rate(torch.device("cpu"), torch.float32) == 2 * 2048**3 / 0.5
 
 
-def test_a_store_tells_its_share_of_int16_and_its_slices(tmp_path: Path) -> None:
+def test_a_store_gives_its_share_of_int16_and_its_slices(tmp_path: Path) -> None:
     assert measure.store_facts(tmp_path) is None
     found = make_store(tmp_path)
     facts, scans = measure.store_facts(found), Store(found).scans
@@ -432,9 +433,9 @@ def test_a_store_tells_its_share_of_int16_and_its_slices(tmp_path: Path) -> None
     )
     config = config_of(tmp_path / "here", found, "train.global_batch=8").value
     asked = command.request_of(config, command.Options(measure=True))
-    told = command.estimate_of(config, command.costs_of(config), asked)
-    assert any("4 scans for a batch of 8" in warning for warning in told.warnings)
-    assert asked.slabs_per_thread is not None and told.paces[0].threads is not None
+    plan = command.estimate_of(config, command.costs_of(config), asked)
+    assert any("4 scans for a batch of 8" in warning for warning in plan.warnings)
+    assert asked.slabs_per_thread is not None and plan.paces[0].threads is not None
 
 
 @pytest.mark.parametrize("batch", [1, 2, 5, 64])
@@ -475,15 +476,15 @@ def planned(*overrides: str) -> str:
     return out.getvalue()
 
 
-def test_a_stage_is_named_with_the_words_to_plan_it_by() -> None:
-    told = planned(
+def test_a_stage_is_named_with_the_arguments_that_plan_it() -> None:
+    plan = planned(
         "train.steps=9", 'stages=[{start: 2, set: [seed=0, "losses[koleo].weight=1"]}, {start: 4}]'
     )
     assert (
         "Warning: stages[0] is not counted; for it give 'stages=[]' seed=0 losses[koleo].weight=1"
-        in told
+        in plan
     )
-    assert "stages[1]" not in told
+    assert "stages[1]" not in plan
     assert "is not counted" not in planned()
 
 
@@ -507,14 +508,14 @@ def test_a_large_vit_is_planned_without_values() -> None:
     # token, last norm
     single = 1024 * ((4 * 8 * 8 + 1) + (3 * 28 * 28 + 1) + 1 + 4 + 1 + 2)
     assert backbone == 24 * (12 * 1024**2 + 13 * 1024 + 2 * 1024) + single
-    told = command.estimate_of(config, costs, scale.Request(memory=80e9))
-    fits = dict(told.largest)
-    said = re.findall(
+    plan = command.estimate_of(config, costs, scale.Request(memory=80e9))
+    fits = dict(plan.largest)
+    printed = re.findall(
         r"train.accumulation=(\d+) on (\d+) of them",
         (ROOT / "configs" / "tap_l_3d.yaml").read_text(),
     )
-    assert said
-    for accumulation, gpus in said:
+    assert printed
+    for accumulation, gpus in printed:
         fitting = fits[int(gpus)]
         assert fitting is not None and fitting.accumulation <= int(accumulation)
 
@@ -562,17 +563,17 @@ def test_everything_that_is_printed_fits_the_terminal(name: str, width: int) -> 
 def test_tables_fit_80_columns_and_say_how_to_get_times() -> None:
     store = scale.StoreFacts(scans=10, in_plane=512.0**2, share=0.4)
     asked = scale.Request(memory=80e9, rate=2e14, rate_from="--tflops 200", slabs_per_thread=30.0)
-    for told in (
+    for plan in (
         table(asked, store, LARGE_STEP, global_batch=1024),
         table(asked, store),
         table(scale.Request(gpus=(1, 3))),
     ):
         out = io.StringIO()
-        Console(file=out, width=80).print(tables.estimate_tables(told))
+        Console(file=out, width=80).print(tables.estimate_tables(plan))
         text = out.getvalue()
         assert max(map(len, text.splitlines())) <= 80 and "…" not in text
-        assert (tables.HOW_TO_TIME[:20] in text) == (not told.paces)
-        assert all(warning[:20] in text for warning in told.warnings)
+        assert (tables.HOW_TO_TIME[:20] in text) == (not plan.paces)
+        assert all(warning[:20] in text for warning in plan.warnings)
 
 
 def test_tokens_of_a_micro_batch_are_let_go_when_the_next_is_done(

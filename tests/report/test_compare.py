@@ -81,28 +81,28 @@ def test_numbers_are_means_of_the_last_twenty_steps(tmp_path: Path) -> None:
         make_run(tmp_path / "b", 8, 2),
         make_run(tmp_path / "c", 95, 3),
     ]
-    told = table_of(compare.read(runs))
-    assert told["Steps"] == ["57", "8", "95"]
+    shown = table_of(compare.read(runs))
+    assert shown["Steps"] == ["57", "8", "95"]
     names = {
         "Total loss": "loss/total", "iBOT loss, weighted": "loss/ibot", "iBOT ln K \u2212 CE":
         "health/ibot_ln_k_minus_ce", "iBOT information": "health/ibot_information",
     }  # fmt: skip
     for name, metric in names.items():
         slow = [statistics.fmean([row[metric] for row in rows_of(run)][-20:]) for run in runs]
-        assert [value(cell) for cell in told[name]] == pytest.approx(slow, abs=1e-3), name
+        assert [value(cell) for cell in shown[name]] == pytest.approx(slow, abs=1e-3), name
     slow_seconds = [statistics.median(row["seconds/step"] for row in rows_of(run)) for run in runs]
-    assert [value(cell) for cell in told["Seconds per step, median"]] == pytest.approx(
+    assert [value(cell) for cell in shown["Seconds per step, median"]] == pytest.approx(
         slow_seconds, abs=1e-2
     )
     ranks = [
         [row["health/rankme"] for row in rows_of(run) if "health/rankme" in row] for run in runs
     ]
-    assert told["RankMe"][1] == compare.BLANK  # 8 steps: never written
-    assert value(told["RankMe"][0]) == pytest.approx(
+    assert shown["RankMe"][1] == compare.BLANK  # 8 steps: never written
+    assert value(shown["RankMe"][0]) == pytest.approx(
         statistics.fmean(ranks[0][-2:]), abs=1e-3
     )  # steps 40 and 50
-    assert told[DICE] == ["0.500", compare.BLANK, compare.BLANK]
-    assert told["Segmentation: lead over the best baseline"] == [
+    assert shown[DICE] == ["0.500", compare.BLANK, compare.BLANK]
+    assert shown["Segmentation: lead over the best baseline"] == [
         "+0.300",
         compare.BLANK,
         compare.BLANK,
@@ -115,12 +115,12 @@ def test_a_metric_that_is_written_rarely_shows_its_newest_value(tmp_path: Path) 
         file.writelines(
             json.dumps({"step": step, "loss/total": 1.0}) + "\n" for step in range(31, 100)
         )
-    told = table_of(compare.read([run]))
-    assert value(told["RankMe"][0]) == pytest.approx(rows_of(run)[29]["health/rankme"], abs=1e-3)
-    assert value(told["Total loss"][0]) == 1
+    shown = table_of(compare.read([run]))
+    assert value(shown["RankMe"][0]) == pytest.approx(rows_of(run)[29]["health/rankme"], abs=1e-3)
+    assert value(shown["Total loss"][0]) == 1
 
 
-def test_only_settings_that_differ_are_told(tmp_path: Path) -> None:
+def test_only_settings_that_differ_are_shown(tmp_path: Path) -> None:
     other = {
         **BASE,
         "device": "cuda",
@@ -192,7 +192,7 @@ def test_the_table_fits_the_terminal_however_many_runs(tmp_path: Path, width: in
         assert cell in squeezed
 
 
-def test_what_is_no_run_is_told_in_one_line_each(tmp_path: Path) -> None:
+def test_what_is_no_run_is_reported_with_one_line_each(tmp_path: Path) -> None:
     good = make_run(tmp_path / "good", 5, 1)
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("")
@@ -236,9 +236,9 @@ def test_broken_files_leave_blanks(tmp_path: Path) -> None:
     (ill / "config.yaml").write_text("a: [1,\n b")
     (ill / "eval" / "results.json").write_text('{"models": ')
     comparison = compare.read([good, ill])
-    told = table_of(comparison)
-    assert told["Total loss"][1] == "not finite" and told["Steps"] == ["30", "31"]
-    assert told[DICE][1] == compare.BLANK and told["iBOT information"][1] != compare.BLANK
+    shown = table_of(comparison)
+    assert shown["Total loss"][1] == "not finite" and shown["Steps"] == ["30", "31"]
+    assert shown[DICE][1] == compare.BLANK and shown["iBOT information"][1] != compare.BLANK
     (unchecked,) = (note for note in comparison.notes if "is unknown" in note)
     assert [note.split(": ", 1)[1] for note in comparison.notes if note != unchecked] == [
         "3 unreadable lines of metrics.jsonl were skipped",
@@ -267,9 +267,9 @@ def test_strange_results_are_a_blank(tmp_path: Path, results: Any) -> None:
 def test_a_value_without_baselines_has_no_lead(tmp_path: Path) -> None:
     run = make_run(tmp_path / "a", 5, 1)
     lower_is_better({"pretrained": 0.5}).write(run / "eval")
-    told = table_of(compare.read([run]))
-    assert told["Lung depth: mean error, lower is better"] == ["0.500"]
-    assert told["Lung depth: lead over the best baseline"] == [compare.BLANK]
+    shown = table_of(compare.read([run]))
+    assert shown["Lung depth: mean error, lower is better"] == ["0.500"]
+    assert shown["Lung depth: lead over the best baseline"] == [compare.BLANK]
 
 
 def test_runs_with_different_tasks_share_a_table(tmp_path: Path) -> None:
@@ -279,16 +279,16 @@ def test_runs_with_different_tasks_share_a_table(tmp_path: Path) -> None:
         make_run(tmp_path / "c", 5, 3),
     ]
     lower_is_better({"pretrained": 2.0, "raw_hu": 1.0, "untrained": 3.0}).write(runs[1] / "eval")
-    told = table_of(compare.read(runs))
-    assert told[DICE] == ["0.500", compare.BLANK, compare.BLANK]
-    assert told["Lung depth: mean error, lower is better"] == [
+    shown = table_of(compare.read(runs))
+    assert shown[DICE] == ["0.500", compare.BLANK, compare.BLANK]
+    assert shown["Lung depth: mean error, lower is better"] == [
         compare.BLANK,
         "2.000",
         compare.BLANK,
     ]
-    leads = told["Lung depth: lead over the best baseline"]
+    leads = shown["Lung depth: lead over the best baseline"]
     assert leads == [compare.BLANK, "\u22121.000", compare.BLANK]
-    assert NOTHING not in told
+    assert NOTHING not in shown
 
 
 def test_the_results_of_an_earlier_version_are_compared_and_reported(tmp_path: Path) -> None:
@@ -319,7 +319,7 @@ def test_an_earlier_config_has_the_keys_of_today(tmp_path: Path) -> None:
     assert compare.read(runs).keys == ("eval.batch",)
 
 
-def test_runs_of_one_name_are_told_apart_by_their_folders(tmp_path: Path) -> None:
+def test_runs_of_one_name_are_distinguished_by_their_folders(tmp_path: Path) -> None:
     first = make_run(tmp_path / "x" / "run", 5, 1)
     shutil.copytree(first, tmp_path / "y" / "run")
     names = [run.name for run in compare.read([first, tmp_path / "y" / "run"]).runs]

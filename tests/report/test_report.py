@@ -65,7 +65,7 @@ class Page(HTMLParser):
 
 
 def record(step: int, alive: float = 1.0) -> dict[str, Any]:
-    """One step's metrics; `alive` scales what the targets say about their sample."""
+    """One step's metrics; `alive` scales what the targets show about their sample."""
     wave = 0.1 * math.sin(step * 1.7)
     ce_global, ce_local, ce_ibot = (
         LN_K - alive + wave,
@@ -157,7 +157,7 @@ def test_the_page_is_whole_and_asks_nobody_for_anything(tmp_path: Path) -> None:
         assert words in found.words, words
 
 
-def test_the_dice_table_says_what_the_results_say(tmp_path: Path) -> None:
+def test_the_dice_table_shows_the_numbers_of_the_results(tmp_path: Path) -> None:
     run = run_folder(tmp_path / "run")
     add_evaluation(run)
     words = Page(page.write(run).read_text()).words
@@ -428,7 +428,7 @@ def test_decimation_keeps_spikes_means_and_medians() -> None:
     ("low", "high"),
     [(0, 1), (1, 718), (-3.2, 0.4), (0.992, 1.0), (0, 1e-3), (5.5448, 5.5452), (0, 3e6)],
 )
-def test_ticks_are_round_in_range_and_told_apart(low: float, high: float) -> None:
+def test_ticks_are_round_in_range_and_distinguished(low: float, high: float) -> None:
     found = plots.ticks(low, high)
     step = found[1] - found[0]
     mantissa = step / 10 ** math.floor(math.log10(step) + 1e-9)

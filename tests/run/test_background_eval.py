@@ -168,14 +168,14 @@ def test_a_job_does_not_wait_longer_than(
         *SAVED_AT_ONCE,
     )
     assert pretrain.train(config_of(tmp_path, store, *words)) == loop.Stop(12)
-    said = " ".join(capsys.readouterr().out.split())
-    assert f"step 12 was ended with the job; run: tapct eval {tmp_path}/run --step=12" in said
-    assert "failed" not in said, "it was ended"
+    printed = " ".join(capsys.readouterr().out.split())
+    assert f"step 12 was ended with the job; run: tapct eval {tmp_path}/run --step=12" in printed
+    assert "failed" not in printed, "it was ended"
     assert steps_started(calls) == [12] and not is_alive(last_process(calls))
     assert (evaluation_of(tmp_path / "run", 12).teacher).is_file(), "for by hand"
 
 
-def test_a_job_that_is_stopped_waits_for_nothing_and_says_what_is_left(
+def test_a_job_that_is_stopped_waits_for_nothing_and_prints_what_is_left(
     tmp_path: Path,
     store: Path,
     fake_python: Callable[[str], Path],
@@ -207,7 +207,7 @@ def test_the_checkpoint_of_a_stop_is_not_the_last_one(
     assert steps_started(calls) == [8, 12]
 
 
-def test_an_evaluation_that_fails_is_told(
+def test_an_evaluation_that_fails_is_reported(
     tmp_path: Path,
     store: Path,
     fake_python: Callable[[str], Path],

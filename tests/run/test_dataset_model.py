@@ -13,7 +13,7 @@ from shell import shell as shell  # a fixture
 from tiny_export import tiny_export
 
 from tapct.data.manifest import read_column
-from tapct.data.store import INDEX_NAME, Store
+from tapct.data.packed.store import INDEX_NAME, Store
 
 QUICK = (
     "eval.baselines=[untrained]", "eval.num_pictures=0", "device=cpu",

@@ -15,8 +15,8 @@ from shell import shell as shell  # a fixture
 from tiny_run import config_of, make_store, write_config
 
 from tapct.config import ConfigError, load_config
-from tapct.data.split import held_out_patients_v1
-from tapct.data.store import Store
+from tapct.data.packed.store import Store
+from tapct.data.patients.split import held_out_patients_v1
 from tapct.engine import loop
 from tapct.eval.runner import Config
 from tapct.run import model_source, pretrain

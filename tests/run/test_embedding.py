@@ -18,7 +18,7 @@ from tiny_run import make_archive
 
 import tapct
 from tapct.base import exits
-from tapct.data.ingest import read_volume
+from tapct.data.scans.ingest import read_volume
 
 NAMES = ("amos_0001", "amos_0004", "amos_0038")
 
@@ -103,9 +103,9 @@ def test_a_broken_scan_is_named_and_a_second_call_computes_the_rest(
     whole = broken.read_bytes()
     broken.write_bytes(whole[: len(whole) // 2])
     words = ("embed", place / "model", scans, "--out", out, "--format", "cvpr26")
-    code, said, err = shell(*words)
-    assert code == exits.INCOMPLETE and "no vector of amos_0004: " in said
-    assert len(read(out)) == 2 and "Traceback" not in said + err
+    code, printed, err = shell(*words)
+    assert code == exits.INCOMPLETE and "no vector of amos_0004: " in printed
+    assert len(read(out)) == 2 and "Traceback" not in printed + err
     kept = (out / "amos_0001.h5").stat().st_mtime_ns
     broken.write_bytes(whole)
     assert "2 vectors" in shell.good(*words) and len(read(out)) == 3
@@ -150,7 +150,7 @@ def test_the_cache_gives_the_same_vectors_and_reads_no_weights_again(
         assert np.array_equal(first[name], second[name])
 
 
-def test_without_h5py_one_line_says_how_to_install_it(
+def test_without_h5py_one_line_shows_how_to_install_it(
     place: Path, tmp_path: Path, shell: Shell, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = builtins.__import__

@@ -18,8 +18,10 @@ from tiny_run import config_of, make_archive, make_store, own_plugin
 import tapct
 from tapct.base.exits import UserError
 from tapct.config import Resolved
-from tapct.data import index, pack, patient_key, trained_on
-from tapct.data.store import Store, labels_digest
+from tapct.data.index.build import build_manifest
+from tapct.data.packed import pack, trained_on
+from tapct.data.packed.store import Store, labels_digest
+from tapct.data.patients.key import KEY_BYTES, KEY_FILE
 from tapct.eval import saved
 from tapct.report import compare, page
 from tapct.run import finished, lineage, pretrain
@@ -31,13 +33,13 @@ QUICK = ("eval.tasks.segmentation.steps=5", "eval.num_pictures=0", "train.steps=
 
 def give_key(folder: Path, letter: str) -> None:
     """A patient key that is the same in every test session, so that the splits are."""
-    (folder / patient_key.KEY_FILE).write_bytes(letter.encode() * patient_key.KEY_BYTES)
+    (folder / KEY_FILE).write_bytes(letter.encode() * KEY_BYTES)
 
 
 def store_of(archive: Path, folder: Path) -> Path:
     """An archive, indexed in another folder and with another patient key."""
     give_key(folder, "d")
-    found = index.build_manifest(
+    found = build_manifest(
         archive, folder / "m.parquet", labels=None, patient_regex=None, min_depth=1, workers=0,
         progress=None,
     )  # fmt: skip
@@ -128,7 +130,7 @@ def test_another_store_is_compared_by_voxels_and_never_replaces_the_own_result(
     run: Path, store: Path, renamed: Path, shell: Shell, tmp_path: Path
 ) -> None:
     before = saved.find(run)[0].folder.results.read_bytes()
-    said = shell.good("eval", run, f"data.store={renamed}")
+    printed = shell.good("eval", run, f"data.store={renamed}")
     found = saved.find(run)
     own, other = found
     link = RunFolder(run).newest_results
@@ -145,7 +147,7 @@ def test_another_store_is_compared_by_voxels_and_never_replaces_the_own_result(
     assert split["held_out_from_pretraining"] is False
     were = "was" if expected == 1 else "were"
     line = f"at least {expected} of {len(split['test'])} test scans {were} pretrained on"
-    assert line in " ".join(said.split()) and line in split["note"]
+    assert line in " ".join(printed.split()) and line in split["note"]
 
     # report and compare show the run's own result, and the other one only when it is asked for
     dice = {one.dataset: one.evaluation.tasks["segmentation"].headline for one in found}
@@ -219,7 +221,7 @@ def test_a_run_from_another_one_inherits_its_list(run: Path, store: Path, tmp_pa
     assert "come without a list" in found.split.caveat
 
 
-def test_a_list_that_is_not_the_one_of_the_card_proves_nothing(run: Path, tmp_path: Path) -> None:
+def test_a_list_that_is_not_the_one_of_the_card_is_no_evidence(run: Path, tmp_path: Path) -> None:
     finished.export(run, tmp_path / "export")
     trained_on.TrainedOn().write(tmp_path / "export" / RunFolder(run).trained_on.name)
     assert "is not that of its card" in scans_of_export(tmp_path / "export").unknown[0]
@@ -369,9 +371,9 @@ def test_tables_reach_the_tasks_and_the_results_name_no_scan_of_them(
         values, points, found_side = of_scan[scan_id]
         assert values["phase"] == line["phase"] and values["age_years"] == float(line["age_years"])
         assert points and found_side == side
-    said = capsys.readouterr().out
-    assert "scan labels: 6 of 6 scans; unmatched rows: 1 (gone)" in said
-    assert "landmarks: " in said
+    printed = capsys.readouterr().out
+    assert "scan labels: 6 of 6 scans; unmatched rows: 1 (gone)" in printed
+    assert "landmarks: " in printed
     content = saved.find(copy)[0].folder.results.read_text()
     assert len(json.loads(content)["data"]["tables"]) == 32
     assert "gone" not in content and "P0000" not in content and "PHANTOM" not in content

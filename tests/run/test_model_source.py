@@ -13,7 +13,7 @@ from shell import shell as shell  # a fixture
 from tiny_run import config_of, make_store
 
 from tapct.base.exits import UserError
-from tapct.data.store import Store
+from tapct.data.packed.store import Store
 from tapct.eval.results import Evaluation
 from tapct.run import finished, pretrain
 from tapct.run.model_source import open_model
@@ -172,7 +172,7 @@ def test_further_models_stand_in_the_same_table(
     for folder in (export, bare):
         shutil.copytree(RunFolder(run).export.path, folder)
     (bare / "trained_on.parquet").unlink()
-    said = shell.good(
+    printed = shell.good(
         "eval", run, "--models", f"theirs={export}", "--models", f"bare={bare}",
         "--out", tmp_path / "out",
     )  # fmt: skip
@@ -183,9 +183,9 @@ def test_further_models_stand_in_the_same_table(
     about = written["backbones"]
     assert about["theirs"]["held_out"] == written["split"]["held_out_from_pretraining"]
     assert about["bare"]["held_out"] == "unknown" and about["raw_hu"]["held_out"] is None
-    assert "caveat: whether bare was pretrained on the test scans is unknown" in said
+    assert "caveat: whether bare was pretrained on the test scans is unknown" in printed
     # the weights are those of the run, whose features are in its cache
-    assert written["cost"]["num_computed"] == 0 and "0 computed" in said
+    assert written["cost"]["num_computed"] == 0 and "0 computed" in printed
     for text, problem in (
         ("theirs", "write NAME=PATH"),
         ("pretrained=x", "the name pretrained is taken"),

@@ -13,7 +13,7 @@ from shell import shell as shell  # a fixture
 from tiny_run import make_store, write_config
 
 from tapct.base.exits import UserError
-from tapct.data.store import StoredScan
+from tapct.data.packed.store import StoredScan
 from tapct.nn.contracts import LossInputs
 from tapct.run import pretrain, rules, start
 
@@ -183,7 +183,7 @@ def test_what_is_probably_not_intended_is_warned_of(config: Path, text: str) -> 
 
 
 @pytest.mark.parametrize("text", MEANT)
-def test_what_is_meant_is_accepted_without_a_word(config: Path, text: str) -> None:
+def test_what_is_meant_is_accepted_without_a_message(config: Path, text: str) -> None:
     assert rules.warnings(pretrain.read_config(config, words_of(text))) == []
 
 

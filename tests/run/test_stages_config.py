@@ -1,4 +1,4 @@
-"""What a config may say about stages, and the one line for what it may not."""
+"""What a config may hold about stages, and the one line for what it may not."""
 
 from __future__ import annotations
 
@@ -115,14 +115,17 @@ def test_a_mistake_in_a_stage_is_one_line_that_names_it(changes: str, line: str)
     ("change", "line"),
     [
         ("model.depth=3", "model.depth cannot change in a stage: the weights are built by it once"),
-        ("seed=1", "seed cannot change in a stage: it says which scan comes at which step"),
-        ("train.steps=11", "train.steps cannot change in a stage: it says which scan"),
-        ("train.global_batch=8", "train.global_batch cannot change in a stage: it says which scan"),
+        ("seed=1", "seed cannot change in a stage: it decides which scan comes at which step"),
+        ("train.steps=11", "train.steps cannot change in a stage: it decides which scan"),
+        (
+            "train.global_batch=8",
+            "train.global_batch cannot change in a stage: it decides which scan",
+        ),
         (
             "train.precision=bf16",
             "train.precision cannot change in a stage: it is of the whole run",
         ),
-        ("data.store=elsewhere", "data.store cannot change in a stage: it says which scan"),
+        ("data.store=elsewhere", "data.store cannot change in a stage: it decides which scan"),
         ("out=elsewhere", "out cannot change in a stage: it is of the whole run"),
         (
             "contract.mean=0",

@@ -39,7 +39,7 @@ def here(slurm: Path, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def tapct(*words: str | Path) -> str:
-    """What a tapct command says; it must succeed."""
+    """What a tapct command prints; it must succeed."""
     known = {**os.environ, "PYTHONPATH": str(REPOSITORY), "COLUMNS": "80"}
     command = [sys.executable, "-m", "tapct", *map(str, words)]
     done = subprocess.run(
@@ -53,11 +53,11 @@ def tapct(*words: str | Path) -> str:
 def submit(here: Path, run: str, *words: str, nodes: int = 1, tasks: int = 1) -> str:
     """Submit the tiny config; returns the id of the job."""
     layout = ["--nodes", str(nodes), "--tasks-per-node", str(tasks)]
-    said = tapct(
+    printed = tapct(
         "submit", here / "tiny.yaml", f"out={run}", "--time", "10", "--grace", "20", *layout, *words
     )
-    found = re.search(r"job (\S+):", said)
-    assert found is not None, said
+    found = re.search(r"job (\S+):", printed)
+    assert found is not None, printed
     return found[1]
 
 
@@ -127,10 +127,10 @@ def test_a_preempted_run_ends_with_the_numbers_of_an_undisturbed_one(
     wait_for_end("run", job)
 
     assert events_of("run") == ["start", "stopped", "start", "done"]
-    said = log_of("run", job)
-    stopped = re.search(r"stopped by SIGUSR2 and saved at step (\d+)", said)
+    printed = log_of("run", job)
+    stopped = re.search(r"stopped by SIGUSR2 and saved at step (\d+)", printed)
     assert stopped is not None and 30 <= int(stopped[1]) < 200
-    assert f"at step {stopped[1]} of 200" in said and said.count("tapct: requeued") == 1
+    assert f"at step {stopped[1]} of 200" in printed and printed.count("tapct: requeued") == 1
     assert_equal_runs(Path("run"), Path("calm"), here)
     row = next(line.split() for line in tapct("jobs", "run").splitlines() if job in line.split())
     assert "200/200" in row and row[-1] == "1"
@@ -141,7 +141,7 @@ def test_a_preempted_run_ends_with_the_numbers_of_an_undisturbed_one(
     assert "nothing to train" in log_of("run", job)
 
 
-def test_a_run_goes_on_at_another_number_of_nodes(here: Path) -> None:
+def test_a_run_resumes_at_another_number_of_nodes(here: Path) -> None:
     # KoLeo of untrained class tokens, which are all but equal, is a matter of rounding
     words = ("train.steps=60", "log.every=1", "losses.koleo=null", "model.drop_path=0.0")
     first = submit(here, "run", *words, nodes=2, tasks=2)
@@ -176,8 +176,8 @@ def test_a_run_that_reads_ahead_does_not_die_of_the_signal(here: Path) -> None:
     wait_for(lambda: steps_of("run") > saved, "run", job)
     tapct("cancel", job)
     wait_for_end("run", job, "CANCELLED")
-    said = log_of("run", job)
-    assert "stopped by SIGUSR2 and saved at step" in said and "Traceback" not in said
+    printed = log_of("run", job)
+    assert "stopped by SIGUSR2 and saved at step" in printed and "Traceback" not in printed
 
 
 @pytest.mark.slow
@@ -219,9 +219,10 @@ def test_a_job_that_never_comes_to_train_gives_up(here: Path) -> None:
         ask("scancel", "--signal=USR2", job)
     wait_for(lambda: state_of(job) == "FAILED", "run", job)
     assert events_of("run") == ["start", "start", "gave up"] and steps_of("run") == 0
-    said = " ".join(tapct("jobs", "run").split())
+    printed = " ".join(tapct("jobs", "run").split())
     assert (
-        f"{job} gave up" in said and f"run, job {job}: 2 starts in a row saved nothing new" in said
+        f"{job} gave up" in printed
+        and f"run, job {job}: 2 starts in a row saved nothing new" in printed
     )
 
 
@@ -307,8 +308,8 @@ def test_a_sweep_is_an_array_whose_runs_go_their_own_ways(here: Path) -> None:
         wait_for_end(run, first.replace("_0", f"_{number}"))
         rows = numbers_of(run)
         assert len(rows) == 12 and max(row["lr"] for row in rows) == pytest.approx(float(lr))
-    said = tapct("jobs", "sweep")
-    assert said.count("12/12") == 2 and first in said
+    printed = tapct("jobs", "sweep")
+    assert printed.count("12/12") == 2 and first in printed
 
 
 @pytest.mark.slow

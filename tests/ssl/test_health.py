@@ -157,10 +157,10 @@ def reading(
         (reading(1.0, float("inf"), 4.0), "not finite"),
     ],
 )
-def test_verdict_tells_life_from_stuck_and_collapsed(term: TermReading, state: str) -> None:
+def test_verdict_distinguishes_life_from_stuck_and_collapsed(term: TermReading, state: str) -> None:
     found = verdict([term])
     assert found.state == state
-    assert found.next_move
+    assert found.next_step
     assert found.words.startswith("dino: ")
 
 
@@ -172,7 +172,7 @@ def test_the_worst_term_gives_the_state_and_all_terms_are_heard() -> None:
 
 
 def test_constructed_targets_get_the_verdict_they_were_made_for() -> None:
-    def judge(targets: torch.Tensor, student_log: torch.Tensor) -> str:
+    def verdict_of(targets: torch.Tensor, student_log: torch.Tensor) -> str:
         found = numbers(targets)
         ce = float(-(targets * student_log).sum(1).mean())
         term = TermReading(
@@ -186,7 +186,7 @@ def test_constructed_targets_get_the_verdict_they_were_made_for() -> None:
 
     uniform = torch.full((24, K), 1 / K)
     balanced, same = one_hot(list(range(K)) * 3), one_hot([3] * 24)
-    assert judge(uniform, uniform.log()) == "stuck"
-    assert judge(same, (same * 0.9 + 0.1 / K).log()) == "collapsed"
-    assert judge(balanced, (balanced * 0.9 + 0.1 / K).log()) == "alive"
-    assert judge(balanced, uniform.log()) == "not following"
+    assert verdict_of(uniform, uniform.log()) == "stuck"
+    assert verdict_of(same, (same * 0.9 + 0.1 / K).log()) == "collapsed"
+    assert verdict_of(balanced, (balanced * 0.9 + 0.1 / K).log()) == "alive"
+    assert verdict_of(balanced, uniform.log()) == "not following"

@@ -163,7 +163,7 @@ def test_losses_are_asked_without_memory_and_without_moving_torchs_draws() -> No
     assert [loss.head_of for loss in losses.values()] == ["dino", "ibot"]
 
 
-def test_a_backbone_without_a_patch_in_its_config_is_refused_in_one_line() -> None:
+def test_a_backbone_without_a_patch_in_its_config_is_refused_with_a_one_line_error() -> None:
     with pytest.raises(UserError, match=r"model.name lab.net: its Config has no patch; add it"):
         needs.patch_of(Plugin("lab.net", object()))
 

@@ -50,7 +50,7 @@ def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
         (3, 0, 0, -1, [3]),
         (0, 0, 0, -1, [0]),
         (50, 1, 0, -1, []),
-        (3, 4, 5, 3, [7, 11]),  # going on
+        (3, 4, 5, 3, [7, 11]),  # resumed
         (3, 0, 5, -1, [5]),  # from a checkpoint without one
         (3, 4, 5, -1, [5, 7, 11]),
         (8, 0, 5, 3, [8]),  # from a checkpoint of an earlier start

@@ -142,7 +142,7 @@ def test_the_teacher_sees_no_mask_and_no_drop_path() -> None:
     assert not torch.equal(output.tokens.student_global.cls_BD, other.tokens.student_global.cls_BD)
 
 
-def test_teacher_and_student_are_told_the_mm_of_their_own_crops() -> None:
+def test_teacher_and_student_receive_the_mm_of_their_own_crops() -> None:
     model = vit.Config(
         window=(4, 16, 16), patch=(2, 8, 8), dim=16, depth=2, heads=2, layer_scale=1.0,
         drop_path=0.0,
@@ -157,8 +157,8 @@ def test_teacher_and_student_are_told_the_mm_of_their_own_crops() -> None:
     mm_global, mm_local = (
         torch.rand(2, 2, 3, generator=torch.Generator().manual_seed(i)) + 0.5 for i in range(2)
     )
-    told = replace(views, global_mm_VB3=mm_global, local_mm_VB3=mm_local)
-    tokens = ssl_step.forward(pair, told, masks, 0.05, None).tokens
+    moved = replace(views, global_mm_VB3=mm_global, local_mm_VB3=mm_local)
+    tokens = ssl_step.forward(pair, moved, masks, 0.05, None).tokens
     assert tokens.student_local is not None
     for view in range(2):
         for sample in range(2):

@@ -53,7 +53,7 @@ def run(name: str, config: Any, key: ViewKey) -> Tensor:
 
 
 def moved(one: Tensor, two: Tensor, hu: float) -> Tensor:
-    """Samples of which a voxel differs by more than so many HU."""
+    """Samples of which a voxel differs by more than `hu`."""
     return (one - two).abs().amax((1, 2, 3)) > hu
 
 

@@ -177,7 +177,7 @@ def test_blur_happens_as_often_as_declared_and_with_the_declared_width(
     assert torch.equal(plain.local_VBZYX, blurred.local_VBZYX)
 
 
-def test_tokens_wholly_in_padding_are_told_and_hold_air(make_batch: Callable[..., Batch]) -> None:
+def test_tokens_wholly_in_padding_are_marked_and_hold_air(make_batch: Callable[..., Batch]) -> None:
     config = replace(SMALL, blur_p=(0.0, 0.0, 0.0), ops=NO_OPS, flip_p=(0.5, 0.0, 0.0))
     batch = make_batch(list(range(12)), [(4, 48, 56)] * 6 + [(5, 48, 56)] * 6)
     views = make(batch, config)
@@ -302,7 +302,7 @@ def test_views_on_a_gpu_equal_those_on_the_host_and_never_wait(
     assert torch.equal(host.global_in_scan_VBN, device.global_in_scan_VBN.cpu())
 
 
-def test_ops_are_told_the_mm_of_their_view(make_batch: Callable[..., Batch]) -> None:
+def test_ops_receive_the_mm_of_their_view(make_batch: Callable[..., Batch]) -> None:
     rotation = plugins.load("views.ops", "rotation")
     turn = rotation.Config(p=(1.0, 1.0, 1.0), degrees=(30.0, 30.0))
     batch = replace(

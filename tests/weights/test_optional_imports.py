@@ -10,7 +10,7 @@ import numpy as np
 from scan_files import noise_ct, save_scan
 
 from tapct.config.plugins import Plugin
-from tapct.data.ingest import read_volume
+from tapct.data.scans.ingest import read_volume
 from tapct.eval.features import Preprocess
 from tapct.models import vit
 from tapct.types import HUContract

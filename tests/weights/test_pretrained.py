@@ -1,5 +1,5 @@
-"""Exports: what goes out comes back bit for bit, and what is damaged or foreign is refused in one
-line.
+"""Exports: what goes out comes back bit for bit, and what is damaged or foreign is refused
+with a one-line error.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ def test_crops_of_a_wrong_shape_are_one_line(folder):
 
 
 @pytest.mark.parametrize(
-    ("change", "says"),
+    ("change", "message"),
     [
         (lambda c: c.update(format="other"), "not a tapct export"),
         (lambda c: c.update(format_version=99), "format version 99, this tapct reads 1"),
@@ -148,9 +148,9 @@ def test_crops_of_a_wrong_shape_are_one_line(folder):
         (lambda c: c["preprocess"].update(stride=[8, 8, 8]), "stride"),
     ],
 )
-def test_a_config_that_does_not_fit_is_one_line(folder, change, says):
+def test_a_config_that_does_not_fit_is_one_line(folder, change, message):
     edit(folder, change)
-    with pytest.raises(UserError, match=says) as error:
+    with pytest.raises(UserError, match=message) as error:
         load_pretrained(folder)
     assert "\n" not in str(error.value)
 

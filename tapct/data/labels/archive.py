@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeAlias
 
-from tapct.data.discover import Source, stem_of
+from tapct.data.readers import stem_of
+from tapct.data.search.discover import Source
 
 # folder below the root, and file name without the suffix of its format
 FolderAndStem: TypeAlias = tuple[Path, str]

@@ -14,12 +14,12 @@ import numpy as np
 
 from tapct.base.counted import counted
 from tapct.base.marks import file_name
-from tapct.data.geometry import GRID_TOLERANCE, SAME_DIRECTION, voxel_to_mm
 from tapct.data.labels.names import clean_names
 from tapct.data.labels.overlay import Overlay
 from tapct.data.labels.polygons import fill_even_odd
 from tapct.data.labels.values import MAX_LABEL
 from tapct.data.readers.dicom_labels import Contour, LabelObject, SegFrame, frames, read_object
+from tapct.data.scans.geometry import GRID_TOLERANCE, SAME_DIRECTION, voxel_to_mm
 from tapct.types import LabelMap, Refused, Volume
 
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from tapct.data.geometry import (
+from tapct.data.scans.geometry import (
     box_corners,
     check_same_directions,
     check_same_grid,

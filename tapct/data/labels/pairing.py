@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tapct.data.discover import Source, search
 from tapct.data.labels.archive import FolderAndStem, LabelArchive, Layout, by_folder_and_stem
 from tapct.data.labels.layouts import (
     beside,
@@ -24,6 +23,7 @@ from tapct.data.labels.layouts import (
     numbered,
     sibling,
 )
+from tapct.data.search.discover import Source, search
 
 # the first that finds labels wins
 LAYOUTS = (

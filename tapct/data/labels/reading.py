@@ -11,10 +11,6 @@ import numpy as np
 from tapct.base.files import expand_path
 from tapct.base.marks import file_name
 from tapct.data import formats
-from tapct.data.discover import Source, find_source, stem_of
-from tapct.data.geometry import to_lps
-from tapct.data.headers import read_sidecar
-from tapct.data.ingest import load_library, read_image, refusing
 from tapct.data.labels.dicom_masks import read_dicom_labels
 from tapct.data.labels.grid import fit_to_scan
 from tapct.data.labels.merging import merge
@@ -28,10 +24,14 @@ from tapct.data.labels.names import (
 )
 from tapct.data.labels.overlay import Overlay
 from tapct.data.labels.values import MAX_LABEL, to_label_values
-from tapct.data.readers import DICOM, FORMATS, format_of
+from tapct.data.readers import DICOM, FORMATS, format_of, stem_of
 from tapct.data.readers.dicom_elements import quiet
 from tapct.data.readers.nrrd import read_slicer, segments_of
 from tapct.data.readers.raw import Image
+from tapct.data.scans.geometry import to_lps
+from tapct.data.scans.headers import read_sidecar
+from tapct.data.scans.ingest import load_library, read_image, refusing
+from tapct.data.search.discover import Source, find_source
 from tapct.types import IGNORE_LABEL, LabelMap, Refused, Volume
 
 UNNAMED = "values without a name in the data set"

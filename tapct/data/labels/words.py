@@ -39,7 +39,7 @@ def scan_keys(stem: str) -> tuple[str, ...]:
 
 
 def label_keys(stem: str) -> tuple[str, ...]:
-    """Keys of a label file: its stem, the stem without a word for labels (case_seg, case-label),
+    """Keys of a label file: its stem, the stem less a word for labels (case_seg, case-label),
     the number after such a word (segmentation-3).
     """
     return (stem, *keys_by_word(stem))

@@ -206,7 +206,7 @@ def _points(patient: Patient, pose: Study) -> Iterator[tuple[str, Point3]]:
 
 
 def _body_points(patient: Patient) -> dict[str, Point3]:
-    """Points all over the body, where a known deformation says where each of them is."""
+    """Points all over the body, whose places follow from a known deformation."""
     rng = patient.rng("body points")
     low, high = (-105.0, -70.0, -190.0), (105.0, 75.0, 160.0)
     points = {}

@@ -14,8 +14,8 @@ To add a format such as MINC:
 4. Add the name to `TITLES` in `data/formats.py`, from where help texts and messages take it.
 
 All other checks are not the reader's job and hold for every format: orientation and spacing
-(`geometry`), whether the values are HU (`ct_check`), side-car files and facts (`headers`), patient
-identifiers (`patients`).
+(`scans.geometry`), whether the values are HU (`checks.ct_check`), side-car files and facts
+(`scans.headers`), patient identifiers (`patients.identity`).
 """
 
 from __future__ import annotations
@@ -76,6 +76,17 @@ def format_of(path: Path) -> Format | None:
         if not known.is_series and path.name.lower().endswith(known.suffixes):
             return known
     return None
+
+
+def stem_of(path: Path) -> str:
+    """File name without the suffix of its format (`.nii.gz` is one suffix); a folder's whole
+    name.
+    """
+    for known in FORMATS:
+        for suffix in known.suffixes:
+            if path.name.lower().endswith(suffix):
+                return path.name[: -len(suffix)]
+    return path.name
 
 
 def load_libraries() -> None:

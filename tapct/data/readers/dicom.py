@@ -1,7 +1,7 @@
 """DICOM series: every file is opened once, headers by pydicom, voxels by pydicom or GDCM.
 
-`data/series.py` decides which files make one scan. Its geometry comes from the slice positions
-alone; SliceThickness, SpacingBetweenSlices and InstanceNumber are often wrong.
+`data/search/series.py` decides which files make one scan. Its geometry comes from the slice
+positions alone; SliceThickness, SpacingBetweenSlices and InstanceNumber are often wrong.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ import numpy as np
 
 from tapct.base.exits import single_line
 from tapct.base.marks import file_name
+from tapct.data.checks.slice_levels import check_rescaling
 from tapct.data.readers import dicom_elements as elements
 from tapct.data.readers import dicom_frames, dicom_geometry, dicom_pixels
 from tapct.data.readers.dicom_head import Head, head_of
 from tapct.data.readers.raw import MAX_TEXT, Header, Image
-from tapct.data.slice_levels import check_rescaling
 from tapct.types import Refused
 
 if TYPE_CHECKING:

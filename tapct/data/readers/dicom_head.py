@@ -18,8 +18,8 @@ from tapct.types import Refused
 if TYPE_CHECKING:
     from pydicom.dataset import Dataset
 
-# Elements whose values tell stacks of one series from each other, in the order in which they are
-# tried; the folder of the file comes after them.
+# Elements whose values separate the stacks of one series, in the order in which they are tried;
+# the folder of the file comes after them.
 TRAITS = (
     *(
         "StudyInstanceUID",

@@ -43,7 +43,7 @@ RT_IMAGES = (_STORAGE + "481.1", _STORAGE + "481.2")  # RT Image and RT Dose hol
 # Words of ImageType that mark a projection for the planning of a scan.
 _LOCALIZER = frozenset(("LOCALIZER", "SCOUT", "TOPOGRAM", "SURVIEW", "SCANOGRAM"))
 # Words of ImageType that mark values or a grid that no slice of a scanner has, whatever else the
-# element says.
+# element shows.
 _COMPUTED = {
     **dict.fromkeys(("MIP", "MINIP", "MAXIP", "MNIP", "PROJECTION"), "a projection over slices"),
     **dict.fromkeys(("MPR", "CPR", "REFORMAT", "REFORMATTED", "CURVED"), "a reformat"),
@@ -62,7 +62,7 @@ _COMPUTED = {
     **dict.fromkeys(("FUSION", "FUSED"), "an image of two modalities"),
     **dict.fromkeys(("DIVISION", "QUANTITY"), "a calculation with images"),
 }
-# Phrases of several words, and words that mean this only where ImageType says DERIVED or SECONDARY.
+# Phrases of several words, and words that mean this only where ImageType is DERIVED or SECONDARY.
 _PHRASES = {
     "MIN_IP": "a projection over slices",
     "MAX_IP": "a projection over slices",
@@ -214,7 +214,7 @@ def derivation_from(image_type: str, description: str, axes: Sequence[float]) ->
     for word in words:
         if word in _COMPUTED_IF_DERIVED:
             return _COMPUTED_IF_DERIVED[word]
-    # where ImageType was blanked or is silent, the name of the series often says it
+    # where ImageType was blanked or is silent, the name of the series often shows it
     for word in _words(description.upper()):
         if word in _IN_DESCRIPTIONS:
             return _COMPUTED[word]

@@ -87,7 +87,7 @@ def lossy_ratio(dataset: Dataset) -> float | None:
 
 
 def check_has_pixels(path: Path, dataset: Dataset) -> None:
-    """Refuse a file without pixels that are stored as the standard says."""
+    """Refuse a file without pixels that are stored as the standard requires."""
     private = elements.text(dataset, _ELSCINT_COMPRESSION)
     if _ELSCINT_PIXELS in dataset or private.startswith("PMSCT"):
         raise Refused(

@@ -23,20 +23,22 @@ from torch.nn import functional as F
 from tapct.base.counted import counted
 from tapct.base.exits import UserError
 from tapct.config import setting
-from tapct.eval import pictures
+from tapct.data.readers import dicom_seg
+from tapct.eval import pictures, surface
 from tapct.eval.contract import Breakdown, Headline, Labels, ScanScore, Task, TaskResults
 from tapct.eval.features import DenseFeatures, PatchGrid
-from tapct.eval.organ_classes import BODY, OUTSIDE, ClassSettings
+from tapct.eval.label_fractions import LabelFractions, labelled_patients
+from tapct.eval.old_formats import BY_PATIENTS
+from tapct.eval.organ_classes import BODY, OUTSIDE, ClassSettings, is_called, own_values
 from tapct.eval.organ_decoders import (
     DecoderConfig,
     FittedDecoder,
     KeptPatches,
     fit,
-    scans_of_draw,
 )
 from tapct.eval.organ_surfaces import Surfaces
+from tapct.eval.prediction_files import DICOM_SEG, NIFTI
 from tapct.eval.scans import LabelledScan
-from tapct.eval.surface import check_installed
 from tapct.eval.truth import PatchTruth, patch_truth
 from tapct.types import IGNORE_LABEL, LabelMap
 
@@ -68,11 +70,16 @@ class Config(ClassSettings, DecoderConfig):
     )
     fractions: tuple[int, ...] = setting(
         (),
-        "numbers of labelled training scans for a label-fraction curve, e.g. [1, 5, 10]: for each "
-        "number, the decoder is also fitted to that number of scans",
+        "numbers of labelled patients for a label-fraction curve, e.g. [1, 5, 10]: for each "
+        "number, the decoder is also fitted to the training scans of that number of patients",
         ge=1,
     )
-    draws: int = setting(5, "draws of the training scans for each number in `fractions`", ge=1)
+    draws: int = setting(
+        5,
+        "draws of patients for each number in `fractions`; they are fixed by `eval.seed`, and the "
+        "patients of a smaller number are among those of a larger one",
+        ge=1,
+    )
     surface: bool = setting(
         False,
         "whether NSD and HD95 of each organ and scan are computed beside Dice; they take some "
@@ -80,8 +87,15 @@ class Config(ClassSettings, DecoderConfig):
     )
     predictions: bool = setting(
         False,
-        "whether the predicted label map of each test scan and model is written as NIfTI in the "
-        "geometry of the original file, to `predictions/` beside `results.json`",
+        "whether the predicted label map of each test scan and model is written in the geometry of "
+        "the original file, to `predictions/` beside `results.json`",
+    )
+    prediction_format: str = setting(
+        NIFTI,
+        "format of these files: `nifti`; or `dicom_seg`, a DICOM SEG that refers to the original "
+        "series, for scans that are DICOM, and NIfTI for other scans. `dicom_seg` needs the extra "
+        "`dicom`; the files contain the patient data of the series",
+        choices=(NIFTI, DICOM_SEG),
     )
 
 
@@ -110,21 +124,21 @@ class Segmentation(Task[PatchTruth, Prediction]):
 
     def __init__(self, config: Config, seed: int) -> None:
         self.config = config
+        self.prediction_format = config.prediction_format
         self.words = config.words()
         self.seed = seed
         self.tokens_per_scan = config.max_tokens
         self.classes: tuple[str, ...] = ()
         self.organs: tuple[str, ...] = ()
         self._decoders: dict[str, FittedDecoder] = {}
-        # (model, number of training scans, draw) -> decoder of the label-fraction curve
-        self._few_labels: dict[tuple[str, int, int], FittedDecoder] = {}
-        self._few_labels_dice: dict[tuple[str, int, int], dict[str, dict[str, float]]] = {}
+        self._few_labels = LabelFractions(config.fractions, config.draws, seed)
         self._kept: dict[str, list[KeptPatches]] = defaultdict(list)
         self._dice: dict[tuple[str, str], dict[str, dict[str, float]]] = {}
         self._left_out: dict[tuple[int, str], str] = {}  # label value, its name -> class
         self._surfaces = Surfaces()
         self._value_of: dict[str, int] = {}  # class -> label value in the training scans
-        self._not_learned: set[str] = set()  # organs of test scans that no training scan has
+        self._in_training: set[str] = set()  # organs of the training scans
+        self._not_learned: set[str] = set()  # organs of test scans that the decoder does not know
 
     def named_labels(self) -> Mapping[str, tuple[str, ...]]:
         """Words of the settings that must name a label; the defaults need not."""
@@ -139,10 +153,18 @@ class Segmentation(Task[PatchTruth, Prediction]):
         """Divide the training patches equally among the training scans.
 
         Raises:
-            UserError: surface distances are wanted and their package is missing.
+            UserError: surface distances or DICOM SEG are wanted and their package is missing, or a
+                format of predictions is given and none are wanted.
         """
         if self.config.surface:
-            check_installed()
+            surface.check_installed()
+        if self.config.prediction_format == DICOM_SEG:
+            if not self.config.predictions:
+                raise UserError(
+                    "eval.tasks.segmentation.prediction_format is dicom_seg, but no predictions "
+                    "are written; set eval.tasks.segmentation.predictions=true too"
+                )
+            dicom_seg.check_installed()
         self.tokens_per_scan = max(1, self.config.max_tokens // num_train)
 
     def truth(self, scan: LabelledScan, grid: PatchGrid, in_play_Z: np.ndarray) -> PatchTruth:
@@ -158,6 +180,7 @@ class Segmentation(Task[PatchTruth, Prediction]):
 
     def learn(self, model: str, dense: DenseFeatures, truth: PatchTruth) -> None:
         """Keep the training patches of one scan for one model."""
+        self._in_training |= self._organs_of(truth)
         index_K, weight_K = truth.sample(self.tokens_per_scan, self.seed)
         share_KV = torch.from_numpy(truth.shares_NV)[index_K]
         if self.config.resolution == "patch":
@@ -188,15 +211,12 @@ class Segmentation(Task[PatchTruth, Prediction]):
             UserError: no organ occurs in them.
         """
         self.classes, self.organs = self._find_classes()
+        num_patients = len(labelled_patients(itertools.chain(*self._kept.values())))
         for model in list(self._kept):
             kept = self._kept.pop(model)
             self._decoders[model] = self._fitted(kept)
-            scans = [one.scan for one in kept]
-            for num in self.config.fractions:
-                for draw in range(self.config.draws if num < len(scans) else 0):
-                    drawn = scans_of_draw(scans, num, draw, self.seed)
-                    few = [one for one in kept if one.scan in drawn]
-                    self._few_labels[model, num, draw] = self._fitted(few)
+            self._few_labels.fit(model, kept, self._fitted)
+        self._few_labels.report(num_patients)
 
     def _fitted(self, kept: Sequence[KeptPatches]) -> FittedDecoder:
         return fit(kept, self.classes, self.organs, self.words, self.config, self.seed)
@@ -208,17 +228,12 @@ class Segmentation(Task[PatchTruth, Prediction]):
         counted = _Counted(truth, self.class_labels(truth))
         prediction_ZYX = counted.predicted(logits_NC)
         voxel = self._confusion(*counted.pairs(prediction_ZYX))
-        for key, few in self._few_labels.items():
-            if key[0] == model:
-                predicted_ZYX = counted.predicted(few.decoder.logits_NC(features_ND))
-                confusion = self._confusion(*counted.pairs(predicted_ZYX))
-                self._few_labels_dice.setdefault(key, {})[truth.scan.id] = self._organ_dice(
-                    confusion
-                )
+        for draw, few in self._few_labels.decoders(model):
+            predicted_ZYX = counted.predicted(few.decoder.logits_NC(features_ND))
+            confusion = self._confusion(*counted.pairs(predicted_ZYX))
+            self._few_labels.add(model, draw, truth.scan.id, self._organ_dice(confusion))
         open_N = truth.open_N()
-        names = truth.names()
-        of_scan = {self.words.class_of(value, names) for value in truth.values}
-        self._not_learned |= of_scan - set(self.classes) - {OUTSIDE, BODY}
+        self._not_learned |= self._organs_of(truth) - set(self.classes)
         class_V = self._class_index(truth)[[max(v, 0) for v in truth.values]]
         patch_truth_N = class_V[truth.shares_NV.argmax(1)]
         patch = self._confusion(patch_truth_N[open_N], logits_NC.argmax(1).cpu().numpy()[open_N])
@@ -238,14 +253,21 @@ class Segmentation(Task[PatchTruth, Prediction]):
         return Prediction(prediction_ZYX)
 
     def label_map(self, truth: PatchTruth, prediction: Prediction) -> LabelMap | None:
-        """The predicted classes with the label values of the training scans; 0 is outside, or the
-        body where the label maps have no label for it.
+        """The predicted classes with the label values of the training scans; 0 is outside, and the
+        body where the label maps have no label for it. An organ whose value another organ has too
+        gets a free one.
         """
         if not self.config.predictions:
             return None
         value_C = np.array([self._value_of[name] for name in self.classes], dtype=np.uint16)
-        names = tuple((self._value_of[organ], organ) for organ in self.organs)
+        named = (*self.organs, BODY) if self._value_of[BODY] else self.organs
+        names = tuple(sorted((self._value_of[name], name) for name in named))
         return LabelMap(value_C[prediction.classes_ZYX], truth.scan.spacing_mm, names=names)
+
+    def _organs_of(self, truth: PatchTruth) -> set[str]:
+        """The organs in the label map of a scan."""
+        names = truth.names()
+        return {self.words.class_of(value, names) for value in truth.values} - {OUTSIDE, BODY}
 
     def _organ_dice(self, confusion_CC: np.ndarray) -> dict[str, float]:
         """Dice of the organs that the scan has."""
@@ -310,7 +332,7 @@ class Segmentation(Task[PatchTruth, Prediction]):
                         "occurs in the test scans. Give labels to more scans, or change eval.seed."
                     )
                 entry.update(mean_dice=mean, dice=dice)
-                entry["dice_by_num_scans"] = self._label_fractions(model)
+                entry[BY_PATIENTS] = self._few_labels.curve(model, self._mean_by_organ)
                 entry["lr"] = self._decoders[model].lr
                 for scan, parts in per_scan.items():
                     value = float(np.mean(list(parts.values()))) if parts else float("nan")
@@ -320,17 +342,8 @@ class Segmentation(Task[PatchTruth, Prediction]):
         for model, invented in self._surfaces.invented.items():
             models[model]["num_invented"] = dict(invented)
         further = self._surfaces.metrics() if self.config.surface else ()
+        further += self._few_labels.metrics()
         return TaskResults(models, tuple(scans), table, mean_over_parts=True, further=further)
-
-    def _label_fractions(self, model: str) -> dict[str, list[float]]:
-        """Number of training scans -> mean Dice of each draw; empty without a curve."""
-        curve: dict[str, list[float]] = {}
-        for (name, num, _), per_scan in sorted(self._few_labels_dice.items()):
-            if name == model:
-                means = self._mean_by_organ(per_scan)
-                if means:
-                    curve.setdefault(str(num), []).append(float(np.mean(list(means.values()))))
-        return curve
 
     def headline(self) -> Headline:
         """Return the mean Dice over organs, at the resolution of the config."""
@@ -350,7 +363,10 @@ class Segmentation(Task[PatchTruth, Prediction]):
             by_number = f"label {value} (set as {counts_as} by its number; it has no name)"
             left_out.append(name or by_number)
         left_out += [f"{organ} (in no test scan)" for organ in self.organs if organ not in organs]
-        left_out += [f"{organ} (in no training scan)" for organ in sorted(self._not_learned)]
+        for organ in sorted(self._not_learned):
+            # an organ that is much smaller than a patch may be in a scan and in no kept patch
+            where = "patch that was kept" if organ in self._in_training else "scan"
+            left_out.append(f"{organ} (in no training {where})")
         line = f"mean of {counted(len(organs), 'organ')}: {_listed(organs)}"
         if left_out:
             line += f"; left out: {_listed(left_out)}"
@@ -376,21 +392,25 @@ class Segmentation(Task[PatchTruth, Prediction]):
 
     def _find_classes(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
         present: dict[str, int] = {}  # class -> lowest label value, for the order
+        body_value = 0  # a label that counts as body may be an organ that is not among `organs`
         # models may differ in their patches, so one may have kept an organ that another lost
         for kept in itertools.chain(*self._kept.values()):
             for value, mass in zip(kept.values, kept.target_KV.sum(0).tolist(), strict=True):
                 if mass > 0:
                     name = self.words.class_of(value, kept.names)
                     present[name] = min(value, present.get(name, value))
-        self._value_of = {name: max(0, present.get(name, 0)) for name in (OUTSIDE, BODY, *present)}
+                    if is_called(value, kept.names.get(value, ""), self.words.body):
+                        body_value = value
         ordered = sorted(present, key=lambda name: (present[name], name))
         organs = tuple(name for name in ordered if name not in (OUTSIDE, BODY))
         if not organs:
             raise UserError(
-                f"no organ label occurs in the training scans (they have: {', '.join(ordered)}). "
+                f"no organ label occurs in the training scans (they have: "
+                f"{', '.join(ordered) or 'no labelled voxel'}). "
                 "Check the label maps, or "
                 f"eval.tasks.segmentation.organs, which is [{', '.join(self.config.organs)}]."
             )
+        self._value_of = {OUTSIDE: 0, BODY: body_value, **own_values(organs, present, body_value)}
         return (OUTSIDE, BODY, *organs), organs
 
     def _class_index(self, truth: PatchTruth) -> np.ndarray:

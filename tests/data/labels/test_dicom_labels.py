@@ -11,13 +11,13 @@ from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian
 from scan_files import make_ct, write_series
 
-from tapct.data import index
-from tapct.data.ingest import read_volume
+from tapct.data.index.build import build_manifest
 from tapct.data.labels.polygons import fill_even_odd
 from tapct.data.labels.reading import ReadLabels, read_labels_of
 from tapct.data.manifest import Manifest
-from tapct.data.pack import pack
-from tapct.data.store import Store
+from tapct.data.packed.pack import pack
+from tapct.data.packed.store import Store
+from tapct.data.scans.ingest import read_volume
 from tapct.types import Refused, Volume
 
 SEG, RTSTRUCT = "1.2.840.10008.5.1.4.1.1.66.4", "1.2.840.10008.5.1.4.1.1.481.3"
@@ -309,7 +309,7 @@ def test_objects_are_matched_by_the_series_that_they_refer_to(tmp_path: Path) ->
     square = np.asarray([[2, 2], [9, 2], [9, 9], [2, 9]])
     write_rtstruct(root / "objects" / "y" / "2.dcm", {"Cord": [(3, square)]}, series="1.2.2")
     write_rtstruct(root / "objects" / "z" / "3.dcm", {"Cord": [(3, square)]}, series="1.2.9")
-    built = index.build_manifest(root, tmp_path / "m.parquet")
+    built = build_manifest(root, tmp_path / "m.parquet")
     assert {row.path: row.label_path for row in built.accepted} == {
         "p0/ct": "",
         "p1/ct": "objects/x/1.dcm",
@@ -408,7 +408,7 @@ def test_several_objects_of_one_scan_are_indexed_and_packed_as_one_label_map(
         write_seg(root / "objects" / f"{number}a.dcm", {"Liver": LIVER}, series=f"1.2.{number}")
         other = {"Liver": SPLEEN} if number else {"Spleen": SPLEEN}
         write_seg(root / "objects" / f"{number}b.dcm", other, series=f"1.2.{number}")
-    built = index.build_manifest(root, tmp_path / "m.parquet")
+    built = build_manifest(root, tmp_path / "m.parquet")
     merged, contradictory = built.accepted
     assert merged.label_path == "objects/0a.dcm"
     assert merged.merged_labels == ("objects/0b.dcm",)

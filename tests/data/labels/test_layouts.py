@@ -12,10 +12,10 @@ from scan_files import noise_ct, save_labels, save_scan
 from typer.testing import CliRunner
 
 from tapct.cli import app
-from tapct.data import index
-from tapct.data.discover import find_sources
+from tapct.data.index.build import build_manifest
 from tapct.data.labels.pairing import LabelPairs, pair_labels
 from tapct.data.manifest import Manifest
+from tapct.data.search.discover import find_sources
 
 HN = Path(
     os.environ.get(
@@ -119,7 +119,7 @@ def test_unmatched_label_files_are_counted_and_named(tmp_path: Path) -> None:
     save_labels(root / "labelsTr" / "c2.nii.gz", 6, (0.8, 0.7, 3.0))  # another spacing
     save_labels(root / "labelsTr" / "x.nii.gz")
     save_labels(root / "old" / "c9_seg.nii.gz")
-    built = index.build_manifest(root, tmp_path / "m.parquet")
+    built = build_manifest(root, tmp_path / "m.parquet")
     assert built.label_report is not None
     (line,) = built.label_report.lines()
     assert line == (
@@ -137,7 +137,7 @@ def test_unmatched_label_files_are_counted_and_named(tmp_path: Path) -> None:
 def test_a_folder_of_labels_that_match_nothing_is_counted(tmp_path: Path) -> None:
     save_scan(tmp_path / "a" / "c1.nii.gz", noise_ct(1))
     save_labels(tmp_path / "given" / "other.nii.gz")
-    built = index.build_manifest(tmp_path / "a", tmp_path / "m.parquet", labels=tmp_path / "given")
+    built = build_manifest(tmp_path / "a", tmp_path / "m.parquet", labels=tmp_path / "given")
     report = built.label_report
     assert report is not None
     assert (report.num_given, report.num_given_used) == (1, 0)
@@ -146,7 +146,7 @@ def test_a_folder_of_labels_that_match_nothing_is_counted(tmp_path: Path) -> Non
 
 def test_an_archive_without_labels_prints_nothing_about_them(tmp_path: Path) -> None:
     save_scan(tmp_path / "a" / "c1.nii.gz", noise_ct(1))
-    report = index.build_manifest(tmp_path / "a", tmp_path / "m.parquet").label_report
+    report = build_manifest(tmp_path / "a", tmp_path / "m.parquet").label_report
     assert report is not None and report.lines() == []
 
 
@@ -176,8 +176,8 @@ def test_names_come_from_dataset_json(tmp_path: Path, table: dict[str, object]) 
     save_scan(root / "imagesTr" / "c1_0000.nii.gz", noise_ct(1))
     save_labels(root / "labelsTr" / "c1.nii.gz")
     (root / "dataset.json").write_text(json.dumps({"labels": table}))
-    built = index.build_manifest(root, tmp_path / "m.parquet")
-    unnamed = index.build_manifest(root / "imagesTr", tmp_path / "m2.parquet").rows[0]
+    built = build_manifest(root, tmp_path / "m.parquet")
+    unnamed = build_manifest(root / "imagesTr", tmp_path / "m2.parquet").rows[0]
     assert built.rows[0].label_digest and not unnamed.label_digest
     assert built.label_report is not None
     regions = ["dataset.json: 1 regions of several labels are not used"]
@@ -186,10 +186,10 @@ def test_names_come_from_dataset_json(tmp_path: Path, table: dict[str, object]) 
 
 @pytest.mark.skipif(not HN.is_dir(), reason=f"no real scans at {HN} (set TAPCT_TEST_HN)")
 def test_72_people_have_their_five_organs_by_name(tmp_path: Path) -> None:
-    from tapct.data.ingest import read_volume
     from tapct.data.labels.reading import read_labels_of
+    from tapct.data.scans.ingest import read_volume
 
-    built = index.build_manifest(HN, tmp_path / "m.parquet")
+    built = build_manifest(HN, tmp_path / "m.parquet")
     assert len(built.rows) == len(built.accepted) == 72
     assert built.label_report is not None
     assert built.label_report.lines() == ["labels: 72 of 72 scans"]

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 from scan_files import noise_ct, save_labels, save_scan
 
-from tapct.data import index
-from tapct.data.ingest import OUT_OF_MEMORY
+from tapct.data.index import build, scan_row
+from tapct.data.index.build import build_manifest
 from tapct.data.manifest import Row
-from tapct.data.process_pool import Failure, ScanLimits
+from tapct.data.scans.ingest import OUT_OF_MEMORY
+from tapct.data.workers.process_pool import Failure, ScanLimits
 from tapct.types import Refused
 
 
@@ -28,7 +29,7 @@ def archive(tmp_path: Path) -> Path:
 
 
 def rows_of(archive: Path, **options: Any) -> tuple[Row, Row]:
-    built = index.build_manifest(archive, archive.parent / "m.parquet", **options)
+    built = build_manifest(archive, archive.parent / "m.parquet", **options)
     first, second = built.rows
     assert (second.status, second.detail) == ("accepted", "")
     assert built.label_report is not None
@@ -52,7 +53,7 @@ def test_a_worker_that_is_lost_with_the_labels(
             is_lost = task.labels is not None and not task.label_problem
             yield i, on_failure(task, Failure(reason, "no answer")) if is_lost else function(task)
 
-    monkeypatch.setattr(index, "map_unordered", pool)
+    monkeypatch.setattr(build, "map_unordered", pool)
     row, _ = rows_of(archive)
     assert (row.status, row.label_path, row.label_digest) == ("accepted", "", "")
     assert row.detail == f"its labels are not used: {reason}: with its labels, no answer"
@@ -66,9 +67,9 @@ def test_a_scan_that_is_lost_without_its_labels_too_stays_refused(
             raise Refused(OUT_OF_MEMORY, "no memory")
         return read_source(source)
 
-    read_source = index.read_source
-    monkeypatch.setattr(index, "read_source", read)
-    built = index.build_manifest(archive, archive.parent / "m.parquet")
+    read_source = scan_row.read_source
+    monkeypatch.setattr(scan_row, "read_source", read)
+    built = build_manifest(archive, archive.parent / "m.parquet")
     assert [row.reason for row in built.rows] == ["out_of_memory", ""]
 
 

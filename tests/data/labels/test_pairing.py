@@ -10,10 +10,10 @@ import pytest
 import SimpleITK
 from scan_files import noise_ct, save_labels, save_scan
 
-from tapct.data import index
-from tapct.data.discover import find_sources
+from tapct.data.index.build import build_manifest
 from tapct.data.labels import layouts, pairing
 from tapct.data.labels.archive import LabelArchive, Layout
+from tapct.data.search.discover import find_sources
 
 
 @pytest.mark.parametrize(
@@ -32,14 +32,14 @@ from tapct.data.labels.archive import LabelArchive, Layout
 def test_labels_are_found_by_rule(tmp_path: Path, scan: str, labels: str) -> None:
     save_scan(tmp_path / "a" / scan, noise_ct(1))
     save_labels(tmp_path / "a" / labels)
-    (row,) = index.build_manifest(tmp_path / "a", tmp_path / "m.parquet").rows
+    (row,) = build_manifest(tmp_path / "a", tmp_path / "m.parquet").rows
     assert (row.path, row.label_path, row.status) == (scan, labels, "accepted")
 
 
 def test_labels_of_a_dicom_folder_carry_its_name(tmp_path: Path) -> None:
     _write_dicom(tmp_path / "a" / "liver3", noise_ct(1))
     save_labels(tmp_path / "a" / "liver3_seg.nii.gz")
-    built = index.build_manifest(tmp_path / "a", tmp_path / "m.parquet")
+    built = build_manifest(tmp_path / "a", tmp_path / "m.parquet")
     # the labels lie at another place than the slices: found, compared, not used
     assert [(row.path, row.label_path) for row in built.rows] == [("liver3", "")]
     assert "grid_mismatch" in built.rows[0].detail
@@ -65,7 +65,7 @@ def test_labels_folder_given_by_the_user(tmp_path: Path) -> None:
     save_labels(tmp_path / "given" / "c1.nii.gz")
     save_labels(tmp_path / "given" / "sub" / "c2.nii.gz")
     (tmp_path / "given" / "c3.nii.bz2").write_bytes(b"some bytes")
-    built = index.build_manifest(tmp_path / "a", tmp_path / "m.parquet", labels=tmp_path / "given")
+    built = build_manifest(tmp_path / "a", tmp_path / "m.parquet", labels=tmp_path / "given")
     assert built.passed_over == {".nii.bz2": 1}
     assert [row.label_path for row in built.rows] == [
         "../given/c1.nii.gz",  # relative, so that no path of this machine is stored
@@ -77,9 +77,7 @@ def test_labels_folder_given_by_the_user(tmp_path: Path) -> None:
 def test_labels_folder_inside_the_archive_holds_no_scans(tmp_path: Path) -> None:
     save_scan(tmp_path / "a" / "c1.nii.gz", noise_ct(1))
     save_labels(tmp_path / "a" / "masks" / "c1.nii.gz")
-    built = index.build_manifest(
-        tmp_path / "a", tmp_path / "m.parquet", labels=tmp_path / "a" / "masks"
-    )
+    built = build_manifest(tmp_path / "a", tmp_path / "m.parquet", labels=tmp_path / "a" / "masks")
     assert [(row.path, row.label_path) for row in built.rows] == [("c1.nii.gz", "masks/c1.nii.gz")]
 
 
@@ -87,12 +85,12 @@ def test_one_label_file_is_not_given_to_two_scans_of_one_name(tmp_path: Path) ->
     for seed, folder in enumerate(("s1", "s2")):
         save_scan(tmp_path / "a" / folder / "ct.nii.gz", noise_ct(seed))
     save_labels(tmp_path / "given" / "ct.nii.gz")
-    built = index.build_manifest(tmp_path / "a", tmp_path / "m.parquet", labels=tmp_path / "given")
+    built = build_manifest(tmp_path / "a", tmp_path / "m.parquet", labels=tmp_path / "given")
     assert [row.label_path for row in built.rows] == ["", ""]
 
 
 @pytest.mark.parametrize("wrong", ["depth", "spacing", "values"])
-def test_labels_that_do_not_fit_are_not_used_and_the_row_says_why(
+def test_labels_that_do_not_fit_are_not_used_and_the_row_gives_the_reason(
     tmp_path: Path, wrong: str
 ) -> None:
     save_scan(tmp_path / "a" / "c1.nii.gz", noise_ct(1))
@@ -101,7 +99,7 @@ def test_labels_that_do_not_fit_are_not_used_and_the_row_says_why(
     else:
         spacing = (0.8, 0.7, 3.0) if wrong == "spacing" else (0.8, 0.7, 2.0)
         save_labels(tmp_path / "a" / "c1_seg.nii.gz", 5 if wrong == "depth" else 6, spacing)
-    (row,) = index.build_manifest(tmp_path / "a", tmp_path / "m.parquet").rows
+    (row,) = build_manifest(tmp_path / "a", tmp_path / "m.parquet").rows
     assert (row.status, row.label_path) == ("accepted", "")
     assert "its labels are not used" in row.detail
 
@@ -142,7 +140,7 @@ def test_a_layout_that_is_added_to_the_list_finds_labels(
         return Layout(lambda scan: archive.files.get((archive.folder_of(scan), "organs")))
 
     monkeypatch.setattr(pairing, "LAYOUTS", (*pairing.LAYOUTS, build))
-    (row,) = index.build_manifest(root, tmp_path / "m.parquet").rows
+    (row,) = build_manifest(root, tmp_path / "m.parquet").rows
     assert (row.path, row.label_path) == ("c1/ct.nii.gz", "c1/organs.nii.gz")
 
 
@@ -169,7 +167,7 @@ def test_a_choice_among_several_label_maps_is_reported(
     first = f"{used}/liver.nii.gz" if used.endswith("segmentations") else used
     for path in (first, *others):
         save_labels(tmp_path / "a" / path)
-    built = index.build_manifest(tmp_path / "a", tmp_path / "m.parquet")
+    built = build_manifest(tmp_path / "a", tmp_path / "m.parquet")
     (row,) = (row for row in built.rows if row.path == scan)
     assert row.label_path == used or "not used" in row.detail
     assert f"the first of {len(others) + 1} label maps is used" in row.detail
@@ -184,7 +182,7 @@ def test_one_name_with_two_suffixes_in_the_folder_of_the_user(tmp_path: Path) ->
     save_scan(root / "c1.nii.gz", noise_ct(1))
     for suffix in (".nii.gz", ".nii"):
         save_labels(root / "given" / f"c1{suffix}")
-    built = index.build_manifest(root, tmp_path / "m.parquet", labels=root / "given")
+    built = build_manifest(root, tmp_path / "m.parquet", labels=root / "given")
     (row,) = built.rows  # none of the two is taken for a scan
     assert row.label_path == "given/c1.nii"
     assert row.detail == "its labels: the first of 2 label maps is used"
@@ -197,7 +195,7 @@ def test_two_masks_of_one_name_are_not_used(tmp_path: Path) -> None:
     save_scan(tmp_path / "a" / "s1" / "ct.nii.gz", noise_ct(1))
     for suffix in (".nii.gz", ".nii"):
         save_labels(tmp_path / "a" / "s1" / "segmentations" / f"liver{suffix}")
-    row = index.build_manifest(tmp_path / "a", tmp_path / "m.parquet").accepted[0]
+    row = build_manifest(tmp_path / "a", tmp_path / "m.parquet").accepted[0]
     assert row.label_path == ""
     assert "contradictory_labels: <file> and <file> are two masks of one name" in row.detail
 
@@ -207,13 +205,13 @@ def test_a_file_is_found_beside_a_folder_of_its_name(tmp_path: Path) -> None:
     save_scan(root / "imagesTr" / "c1.nii.gz", noise_ct(1))
     _write_dicom(root / "labelsTr" / "c1", noise_ct(3))
     save_labels(root / "labelsTr" / "c1.nii.gz")
-    row = index.build_manifest(root, tmp_path / "m.parquet").rows[0]
+    row = build_manifest(root, tmp_path / "m.parquet").rows[0]
     assert (row.path, row.label_path) == ("imagesTr/c1.nii.gz", "labelsTr/c1.nii.gz")
 
 
 def test_one_label_map_is_no_choice(tmp_path: Path) -> None:
     save_scan(tmp_path / "a" / "c1.nii.gz", noise_ct(1))
     save_labels(tmp_path / "a" / "labels" / "c1.nii.gz")
-    built = index.build_manifest(tmp_path / "a", tmp_path / "m.parquet")
+    built = build_manifest(tmp_path / "a", tmp_path / "m.parquet")
     assert [row.detail for row in built.rows] == [""]
     assert built.label_report is not None and built.label_report.num_several == 0

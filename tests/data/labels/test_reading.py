@@ -11,10 +11,10 @@ import pytest
 import SimpleITK
 from scan_files import LPS, make_ct, make_labels
 
-from tapct.data.geometry import check_same_grid
-from tapct.data.ingest import read_volume
 from tapct.data.labels.overlay import Overlay
 from tapct.data.labels.reading import read_labels, read_labels_of
+from tapct.data.scans.geometry import check_same_grid
+from tapct.data.scans.ingest import read_volume
 from tapct.types import IGNORE_LABEL, LabelMap, Refused, Volume
 
 # a scan whose file axes are turned by 10 degrees, with its first voxel to the right and the front

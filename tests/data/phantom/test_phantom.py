@@ -17,12 +17,12 @@ import SimpleITK as sitk
 import torch
 
 from tapct.base.exits import UserError
-from tapct.data import ingest
 from tapct.data.labels import reading
 from tapct.data.phantom import archive as phantom
 from tapct.data.phantom.files import write_case
 from tapct.data.phantom.patient import ORIENTATIONS, draw_patient, draw_study
 from tapct.data.phantom.scan import scan
+from tapct.data.scans import ingest
 from tapct.types import AIR_HU, HUContract, LabelMap, Volume
 
 NAMES = {name: value for value, name in phantom.LABELS}
@@ -243,7 +243,7 @@ def test_all_labels_occur_in_a_whole_torso_and_tissue_has_its_hounsfield_units(
         assert -1000 < median["table"] < -100
 
 
-def test_soft_organs_overlap_so_that_a_threshold_cannot_tell_them_apart() -> None:
+def test_soft_organs_overlap_so_that_a_threshold_cannot_separate_them() -> None:
     rng = np.random.default_rng(0)
     samples: dict[str, list[np.ndarray]] = {}
     for index in range(12):

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
-from tapct.data.index import build_manifest
-from tapct.data.pack import pack
+from tapct.data.index.build import build_manifest
+from tapct.data.packed.pack import pack
+from tapct.data.packed.store import Store
 from tapct.data.phantom import archive as phantom
 from tapct.data.phantom.patient import (
     ARTERIAL,
@@ -25,7 +26,6 @@ from tapct.data.phantom.patient import (
 from tapct.data.phantom.scan import paint
 from tapct.data.phantom.truth import TARGETS, truth_of
 from tapct.data.phantom.warp import draw_warp
-from tapct.data.store import Store
 from tapct.eval.landmarks import read_landmarks
 from tapct.eval.scan_labels import Kind, read_scan_labels
 
@@ -335,7 +335,7 @@ def test_points_of_one_name_lie_in_the_same_tissue_of_both_scans(
     assert np.linalg.norm(rest, axis=1).mean() > 1.0, "the deformation is more than an affine map"
 
 
-def test_organs_move_as_the_deformation_says(pair: tuple[phantom.Case, phantom.Case]) -> None:
+def test_organs_move_with_the_deformation(pair: tuple[phantom.Case, phantom.Case]) -> None:
     patient, first_study, second_study = studies_of_pair()
     warp = draw_warp(patient, first_study, second_study, 8.0)
     for organ in ("spleen", "kidney_left", "kidney_right"):

@@ -1,4 +1,4 @@
-"""A loss of value 0 that does to one rank what the environment says: TAPCT_FAULT="RANK STEP
+"""A loss of value 0 that does to one rank what the environment asks for: TAPCT_FAULT="RANK STEP
 ACTION", steps from 1.
 
 It stands in every run of a comparison, so that the configs are equal; without the variable it does
@@ -74,7 +74,7 @@ class Saboteur(Loss):
 def act(action: str, cls_BD: Tensor) -> Tensor | float:
     """What goes wrong; returns what is added to the loss."""
     if action.startswith("SIG"):
-        tell(signal.Signals[action])
+        send(signal.Signals[action])
     elif action == "hang":
         time.sleep(3600)
     elif action == "raise":
@@ -87,7 +87,7 @@ def act(action: str, cls_BD: Tensor) -> Tensor | float:
     return 0.0
 
 
-def tell(number: signal.Signals) -> None:
+def send(number: signal.Signals) -> None:
     """Send this process a signal and wait until its handler has run; in `tapct train` another
     thread takes it.
     """

@@ -10,8 +10,9 @@ import re
 from collections import defaultdict
 from pathlib import Path
 
-from tapct.data.discover import Source, stem_of
 from tapct.data.labels.archive import LabelArchive, Layout
+from tapct.data.readers import stem_of
+from tapct.data.search.discover import Source
 
 _SUFFIXES = ("dseg", "mask", "msk", "seg")
 _ENTITY = re.compile(r"[A-Za-z]+-[A-Za-z0-9]+")

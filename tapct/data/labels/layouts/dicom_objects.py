@@ -12,12 +12,12 @@ from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
-from tapct.data.discover import DICOM_OBJECT, Source
-from tapct.data.headers import read_sidecar
 from tapct.data.labels.archive import LabelArchive, Layout
 from tapct.data.readers import DICOM
 from tapct.data.readers.dicom_kind import SEGMENTATIONS, STRUCTURE_SET
 from tapct.data.readers.dicom_labels import Reference, reference_of
+from tapct.data.scans.headers import read_sidecar
+from tapct.data.search.discover import DICOM_OBJECT, Source
 from tapct.types import Refused
 
 

@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections import defaultdict
 from pathlib import Path
 
-from tapct.data.discover import Source, stem_of
 from tapct.data.labels import words
 from tapct.data.labels.archive import LabelArchive, Layout
+from tapct.data.readers import stem_of
+from tapct.data.search.discover import Source
 
 
 def build(archive: LabelArchive) -> Layout:

@@ -1,0 +1,1 @@
+"""Public data sets: their descriptions, and their way to a store."""

@@ -1,0 +1,1 @@
+"""The index of an archive: every scan examined, accepted or refused, and reported."""

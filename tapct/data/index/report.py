@@ -1,0 +1,48 @@
+"""What `tapct index` found, as lines for people."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from tapct.base.counted import counted
+from tapct.data.index.patient_report import lines_about_changes, lines_about_patients
+from tapct.data.manifest import ACCEPTED, REFUSED, Manifest
+from tapct.data.search.passed_over import advice, summary
+
+
+def lines_about(manifest: Manifest, out: Path, min_depth: int) -> Iterator[str]:
+    """What was accepted, refused and skipped, and what was found about patients and labels.
+
+    Args:
+        manifest: manifest as written.
+        out: its file.
+        min_depth: fewest slices of an accepted scan.
+    """
+    counts = ", ".join(f"{count} {reason}" for reason, count in manifest.summary().items())
+    yield f"{counts}: {out}"
+    yield from lines_about_patients(manifest.rows)
+    yield from lines_about_changes(manifest.patient_changes)
+    if manifest.label_report is not None:
+        yield from manifest.label_report.lines()
+    yield from _lines_about_rows(manifest)
+    others = summary(manifest.passed_over)
+    if others:
+        yield f"passed over: {others}"
+        if advice(manifest.passed_over):
+            yield advice(manifest.passed_over)
+    num_short = manifest.summary().get("too_few_slices", 0)
+    if num_short:
+        short = counted(num_short, "scan has", "scans have")
+        yield f"{short} fewer than {min_depth} slices; --min-depth 1 accepts them"
+
+
+def _lines_about_rows(manifest: Manifest) -> Iterator[str]:
+    """A line for each scan that is refused or marked, or whose labels are not used."""
+    for row in manifest.rows:
+        if row.marks and row.status == ACCEPTED:
+            yield f"  accepted {row.path}, marked {row.marks}"
+        if row.detail:
+            is_refused = row.status == REFUSED
+            name = f"refused {row.path}: {row.reason}" if is_refused else row.path
+            yield f"  {name}: {row.detail}"

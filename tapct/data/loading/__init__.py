@@ -1,0 +1,1 @@
+"""Batches for training: which slabs of which scans, read ahead by threads."""

@@ -1,0 +1,1 @@
+"""The store: scans and label maps, packed one by one, and the commands that write and verify it."""

@@ -1,0 +1,91 @@
+"""What a store lists before `tapct pack` writes to it, and which manifests may replace that."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tapct.base.counted import counted
+from tapct.base.exits import UserError
+from tapct.data.manifest import Manifest
+from tapct.data.packed.store import INDEX_NAME, StoredScan, read_index
+
+_NEXT_STEP = (
+    "choose another --out, or let this manifest replace the list of the store with --replace-store"
+)
+
+
+@dataclass(frozen=True)
+class StoreBefore:
+    """The list of a store before it is written again.
+
+    Args:
+        folder: folder of the store.
+        scans: scans by id; empty where there is no store, or its list cannot be read.
+        patient_key: name of the key of the patient hashes; empty where unknown.
+        manifest_file: file of the manifest that was packed; None where unknown.
+    """
+
+    folder: Path
+    scans: Mapping[str, StoredScan] = field(default_factory=dict)
+    patient_key: str = ""
+    manifest_file: Path | None = None
+
+    @classmethod
+    def read(cls, folder: Path) -> StoreBefore:
+        """Read the list of a store; one that is damaged counts as empty, since `tapct pack` is
+        what restores it.
+        """
+        if not (folder / INDEX_NAME).is_file():
+            return cls(folder)
+        try:
+            scans, info = read_index(folder)
+        except UserError:
+            return cls(folder)
+        manifest = info.get("manifest_file", "")
+        return cls(
+            folder,
+            {scan.id: scan for scan in scans},
+            info.get("patient_key", ""),
+            folder / manifest if manifest else None,
+        )
+
+    def has_key_of(self, manifest: Manifest) -> bool:
+        """Whether the ids and patients of both come from one key, as far as that is known."""
+        keys = {self.patient_key, manifest.patient_key} - {""}
+        return len(keys) < 2
+
+    def of_same_patients(self, manifest: Manifest) -> Mapping[str, StoredScan]:
+        """The scans of the store whose ids and patients can stand beside those of a manifest."""
+        return self.scans if self.has_key_of(manifest) else {}
+
+    def check_replaceable_by(self, manifest: Manifest) -> None:
+        """Refuse a manifest of another archive.
+
+        Raises:
+            UserError: the manifest has another patient key, or knows no scan of the store.
+        """
+        if not self.scans:
+            return
+        if not self.has_key_of(manifest):
+            raise UserError(
+                f"the store {self.folder} was packed with patient key {self.patient_key}, and the "
+                f"manifest has key {manifest.patient_key}, so it is another archive, or was "
+                f"indexed beside another key file; {_NEXT_STEP}"
+            )
+        digests = {row.digest for row in manifest.rows if row.digest}
+        # An id stands for a path below the archive, and two archives may have the same paths. So an
+        # id alone is trusted where `tapct index` refused the scan before it had read the voxels, or
+        # where the manifest is the file that was packed before.
+        is_same_file = False
+        if self.manifest_file is not None and manifest.file is not None:
+            is_same_file = self.manifest_file.resolve() == manifest.file.resolve()
+        ids = {row.id for row in manifest.rows if is_same_file or not row.digest}
+        if any(s.checksum in digests or s.id in ids for s in self.scans.values()):
+            return
+        num_scans = counted(len(self.scans), "scan")
+        raise UserError(
+            f"the manifest of {manifest.root} has no scan of the store {self.folder} "
+            f"({num_scans}), so it is another archive; {_NEXT_STEP}"
+        )

@@ -1,0 +1,1 @@
+"""Patients: which scans are of one person, under which keyed hash, on which side of a split."""

@@ -1,0 +1,1 @@
+"""One scan from its files to HU in memory: orientation, spacing, facts of its header."""

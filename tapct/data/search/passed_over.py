@@ -1,0 +1,89 @@
+"""What an archive holds beside scans and label maps, counted by kind, so that nothing is
+skipped in silence.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from tapct.base.counted import counted
+
+HIDDEN_FILE, HIDDEN_FOLDER = "hidden", "hidden folders"
+BROKEN_LINK, FIFO, SOCKET, DEVICE = "broken link", "FIFO", "socket", "device"
+NO_ANSWER = "without an answer"  # of a disk that does not answer
+WITHOUT_SUFFIX = "without suffix"
+# suffixes of a file that belongs to another one with the same stem: side-cars, and voxels that a
+# header names
+_COMPANIONS = (".json", ".raw", ".zraw", ".raw.gz", ".img", ".img.gz")
+_SUFFIX = re.compile(r"\.(?:[a-z][a-z0-9]{0,7}|7z)")
+_COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zip")
+
+
+def kind_of(name: str) -> str:
+    """Kind of a file by its name: its suffix, with the one before it where it is compressed."""
+    suffixes = [suffix for suffix in Path(name.lower()).suffixes if _SUFFIX.fullmatch(suffix)]
+    if not suffixes or not name.lower().endswith(suffixes[-1]):
+        return WITHOUT_SUFFIX
+    if suffixes[-1] in _COMPRESSED and len(suffixes) > 1 and suffixes[-2] in _INSIDE:
+        return suffixes[-2] + suffixes[-1]
+    return suffixes[-1]
+
+
+_INSIDE = (
+    *(".nii", ".dcm", ".dicom", ".ima", ".nrrd", ".nhdr", ".mha", ".mhd", ".img", ".hdr", ".mgh"),
+    *(".mgz", ".raw", ".npy", ".mnc", ".tar"),
+)
+_ARCHIVES = (".zip", ".tar", ".tgz", ".tbz2", ".txz", ".7z", ".rar", ".gz", ".bz2", ".xz", ".zst")
+_ARRAYS = (".npy", ".npz", ".mat", ".h5", ".hdf5", ".zarr", ".b2nd", ".pt", ".pkl")
+# scans of formats that no reader takes
+NOT_READ = (".mnc", ".par", ".nrrd.gz", ".vti", ".vtk", ".gipl", ".analyze")
+
+
+def advice(counts: Mapping[str, int]) -> str:
+    """One line on what to do with files that may hold scans; empty where there are none.
+
+    Args:
+        counts: number of files of each kind.
+    """
+    parts = []
+    for suffixes, what in (
+        (_ARCHIVES, "unpack {}"),
+        (_ARRAYS, "write {} as NIfTI, with spacing and directions"),
+        (NOT_READ, "convert {} to NIfTI"),
+    ):
+        kinds = sorted(kind for kind, count in counts.items() if count and kind.endswith(suffixes))
+        if kinds:
+            parts.append(what.format(", ".join(kinds)))
+    return f"if these files hold scans or labels: {'; '.join(parts)}" if parts else ""
+
+
+def is_companion(name: str, stems: Iterable[str]) -> bool:
+    """Whether a file is the side-car or the voxels of another file.
+
+    Args:
+        name: name of the file.
+        stems: stems of the scans and label maps in its folder.
+    """
+    for suffix in _COMPANIONS:
+        if name.lower().endswith(suffix) and name[: -len(suffix)] in stems:
+            return True
+    return False
+
+
+def summary(counts: Mapping[str, int]) -> str:
+    """One line, e.g. `7 files (3 .hdr, 2 .zip, 2 without suffix)`; empty where nothing was
+    skipped.
+    """
+    files = {kind: count for kind, count in counts.items() if kind != HIDDEN_FOLDER and count}
+    folders = counts.get(HIDDEN_FOLDER, 0)
+    parts = []
+    if files:
+        by_count = sorted(files.items(), key=lambda item: (-item[1], item[0]))
+        kinds = ", ".join(f"{count} {kind}" for kind, count in by_count)
+        total = sum(files.values())
+        parts.append(f"{counted(total, 'file')} ({kinds})")
+    if folders:
+        parts.append(counted(folders, "hidden folder"))
+    return " and ".join(parts)
