@@ -35,10 +35,12 @@ from tapct.eval import saved
 from tapct.eval.results import Evaluation
 from tapct.run import finished, pretrain
 from tapct.run.config import RunConfig
+from tapct.run.model_source import open_model
 from tapct.run_folder import RunFolder
 
 CONFIG = Path("configs/hn.yaml")
 PHANTOM_CONFIG = Path("configs/phantom_benchmark.yaml")
+EVAL = "eval."
 VALIDATION_NOTE = "on validation people, for choosing a recipe; the test people were left out"
 
 
@@ -161,10 +163,7 @@ def trained_and_evaluated(config: Path, out: Path, shared: list[str], seed: int,
     ]
     resolved = configs.load_config(RunConfig, config, words)
     cost = trained(out, resolved)
-    if own_evaluation(out) is None:
-        finished.evaluate(out)
-    evaluation = own_evaluation(out)
-    assert evaluation is not None, "it was just written"
+    evaluation = evaluated(out, resolved)
     check_held_out(out, evaluation)
     return Run(seed, evaluation, cost["cpu_s"], cost["wall_s"])
 
@@ -199,6 +198,40 @@ def trained(out: Path, resolved: configs.Resolved) -> dict[str, float]:
     return cost
 
 
+def evaluated(out: Path, resolved: configs.Resolved) -> Evaluation:
+    """Evaluate a finished run, unless it was evaluated with the same settings.
+
+    Args:
+        out: run folder.
+        resolved: config of this command, whose section `eval` may differ from that of the run.
+    """
+    wanted, settings_file = json.dumps(settings_of(resolved, EVAL)), out / "evaluated.json"
+    known = ""
+    if settings_file.is_file():
+        known = settings_file.read_text().strip()
+    elif own_evaluation(out) is not None:  # evaluated by `tapct eval` with the settings of the run
+        known = json.dumps(settings_of(config_of(out), EVAL))
+    if known != wanted or own_evaluation(out) is None:
+        model = open_model(out)
+        config = replace(model.config, eval=resolved.value.eval)
+        finished.evaluate_model(replace(model, config=config))
+        write_atomically(settings_file, wanted + "\n")
+    evaluation = own_evaluation(out)
+    assert evaluation is not None, "it was just written"
+    return evaluation
+
+
+def config_of(out: Path) -> configs.Resolved:
+    """The config with which a run was pretrained."""
+    return configs.load_config(RunConfig, RunFolder(out).config, [])
+
+
+def settings_of(resolved: configs.Resolved, section: str) -> dict[str, object]:
+    """Flat settings whose keys begin in one way, in the order of their keys."""
+    found = flatten(resolved.to_dict())
+    return {key: found[key] for key in sorted(found) if key.startswith(section)}
+
+
 def own_evaluation(out: Path) -> Evaluation | None:
     """The newest evaluation of a run on its own data; None where there is none."""
     own = saved.pick(saved.find(out))
@@ -206,17 +239,16 @@ def own_evaluation(out: Path) -> Evaluation | None:
 
 
 def check_same_settings(out: Path, resolved: configs.Resolved) -> None:
-    """Raise UserError where a finished run had other settings, so that its results are not shown
-    as those of this command.
+    """Raise UserError where a finished run was pretrained with other settings, so that its results
+    are not shown as those of this command. Settings of the evaluation may differ.
 
     Args:
         out: run folder.
         resolved: config of this command.
     """
-    saved = flatten(configs.load_config(RunConfig, RunFolder(out).config, []).to_dict())
-    wanted = flatten(resolved.to_dict())
+    saved, wanted = flatten(config_of(out).to_dict()), flatten(resolved.to_dict())
     for key in {**saved, **wanted}:
-        if saved.get(key) != wanted.get(key):
+        if not key.startswith(EVAL) and saved.get(key) != wanted.get(key):
             raise UserError(
                 f"{out} was made with {key}={saved.get(key)}, and this command has "
                 f"{wanted.get(key)}; give another --out, or remove this folder"

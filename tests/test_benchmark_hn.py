@@ -92,8 +92,10 @@ def test_results_of_other_settings_are_refused(benchmark: ModuleType, tmp_path: 
     saved = configs.load_config(RunConfig, None, [f"out={tmp_path}", "seed=3"])
     (tmp_path / "config.yaml").write_text(saved.to_yaml())
     benchmark.check_same_settings(tmp_path, saved)
-    other = configs.load_config(RunConfig, None, [f"out={tmp_path}", "seed=3", "eval.seed=1"])
-    with pytest.raises(UserError, match="was made with eval.seed=0, and this command has 1"):
+    same = configs.load_config(RunConfig, None, [f"out={tmp_path}", "seed=3", "eval.seed=1"])
+    benchmark.check_same_settings(tmp_path, same)  # the run is evaluated again
+    other = configs.load_config(RunConfig, None, [f"out={tmp_path}", "seed=3", "train.steps=7"])
+    with pytest.raises(UserError, match="was made with train.steps=.*, and this command has 7"):
         benchmark.check_same_settings(tmp_path, other)
 
 
@@ -174,3 +176,11 @@ def test_every_number_of_every_task_is_in_the_table(
     assert any(row["model"] == "pretrained - position" for row in rows)
     text = (tmp_path / "out" / "table.txt").read_text()
     assert "registration: mean Dice (higher is better)" in text
+
+    # other tasks: the run is evaluated again, not pretrained again
+    began = (tmp_path / "out" / "fold_0_seed_0" / "cost.json").stat().st_mtime_ns
+    off = [f"eval.tasks.{name}=null" for name in ("segmentation", "registration", "regression")]
+    benchmark.main([*off, *words, "--out", str(tmp_path / "out"), "--seeds", "0"])
+    assert (tmp_path / "out" / "fold_0_seed_0" / "cost.json").stat().st_mtime_ns == began
+    with (tmp_path / "out" / "results.csv").open(newline="") as file:
+        assert {row["task"] for row in csv.DictReader(file)} == {"patch_knn"}
