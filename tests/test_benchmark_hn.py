@@ -160,8 +160,8 @@ def test_every_number_of_every_task_is_in_the_table(
     for seed in ("all", "0", "1"):
         assert {(row["task"], row["metric"]) for row in own if row["seed"] == seed} == metrics
     results = []
-    for seed in (0, 1):
-        evaluation = benchmark.own_evaluation(tmp_path / "out" / f"fold_0_seed_{seed}")
+    for number in (0, 1):
+        evaluation = benchmark.own_evaluation(tmp_path / "out" / f"fold_0_seed_{number}")
         assert evaluation is not None
         results.append(evaluation)
     for row in own:
