@@ -245,6 +245,13 @@ def doubts_about_evaluation(config: RunConfig, store: Store) -> Iterator[str]:
                 f"of the {counted(len(people), 'patient')} that the task {name} can use, so `tapct "
                 "eval` will test on patients of pretraining; set another data.split_seed"
             )
+        num_tested = num if held_out and 0 < num < len(people) else len(people)
+        if during.every and config.eval.validation_share and num_tested == 1:
+            yield (
+                f"eval.validation_share {config.eval.validation_share:g}: the task {name} has 1 "
+                "test patient, who cannot be divided into validation and test patients, so every "
+                "evaluation will fail; set eval.validation_share=0"
+            )
     for name, task in tasks.items():
         try:
             task_runs.check_label_settings(name, task, can_use[name][:MOST_LABEL_MAPS], store)
