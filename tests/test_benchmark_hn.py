@@ -83,6 +83,13 @@ def test_options_that_contradict_each_other(
     assert line in capsys.readouterr().err
 
 
+def test_overrides_may_stand_behind_the_seeds(benchmark: ModuleType) -> None:
+    words = ["--phantom", "a=1", "--out", "runs/x=y", "--seeds", "3", "4", "train.steps=2"]
+    options = benchmark.options_of(words)
+    assert options.seeds == [3, 4] and options.overrides == ["a=1", "train.steps=2"]
+    assert options.out == Path("runs/x=y")
+
+
 def test_validation_has_a_folder_of_its_own(benchmark: ModuleType) -> None:
     options = benchmark.options_of(["--phantom", "--validation", "--out", "runs/mine"])
     assert options.out == Path("runs/mine/validation")
