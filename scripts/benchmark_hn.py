@@ -74,11 +74,11 @@ def options_of(words: list[str]) -> argparse.Namespace:
         type=arguments.whole,
         nargs="+",
         default=[0, 1, 2],
-        help="default 0 1 2; key=value arguments come before it",
+        help="default 0 1 2",
     )
     parser.add_argument("--csv", type=Path, help="file with one row per number")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes of the config")
-    options = parser.parse_args(words)
+    options = parser.parse_args(arguments.overrides_first(words))
     if (options.data is None) == (not options.phantom):
         parser.error("give --data DIR or --phantom")
     if options.folds < 1:

@@ -83,6 +83,13 @@ def test_options_that_contradict_each_other(
     assert line in capsys.readouterr().err
 
 
+def test_overrides_may_stand_behind_the_seeds(benchmark: ModuleType) -> None:
+    words = ["--phantom", "a=1", "--out", "runs/x=y", "--seeds", "3", "4", "train.steps=2"]
+    options = benchmark.options_of(words)
+    assert options.seeds == [3, 4] and options.overrides == ["a=1", "train.steps=2"]
+    assert options.out == Path("runs/x=y")
+
+
 def test_validation_has_a_folder_of_its_own(benchmark: ModuleType) -> None:
     options = benchmark.options_of(["--phantom", "--validation", "--out", "runs/mine"])
     assert options.out == Path("runs/mine/validation")
@@ -160,8 +167,8 @@ def test_every_number_of_every_task_is_in_the_table(
     for seed in ("all", "0", "1"):
         assert {(row["task"], row["metric"]) for row in own if row["seed"] == seed} == metrics
     results = []
-    for seed in (0, 1):
-        evaluation = benchmark.own_evaluation(tmp_path / "out" / f"fold_0_seed_{seed}")
+    for number in (0, 1):
+        evaluation = benchmark.own_evaluation(tmp_path / "out" / f"fold_0_seed_{number}")
         assert evaluation is not None
         results.append(evaluation)
     for row in own:
