@@ -19,7 +19,7 @@ from tapct.base.exits import SharedError, UserError
 from tapct.config import Resolved, plugins
 from tapct.data.packed.store import Store
 from tapct.distributed.device import pick_device
-from tapct.engine import initial, trackers
+from tapct.engine import trackers
 from tapct.eval import scans, task_runs
 from tapct.eval.contract import Labels
 from tapct.nn.backends import GPU_ONLY
@@ -27,6 +27,7 @@ from tapct.nn.contracts import Backbone
 from tapct.run import background_eval
 from tapct.run.config import RunConfig
 from tapct.run.resume import check_archive, check_resume
+from tapct.weights import initial
 
 MOST_LABEL_MAPS = 20  # read to find a label that a setting names; a right one is in the first
 
@@ -113,8 +114,7 @@ def check_networks(config: RunConfig) -> None:
             "compute again; set it to 0"
         )
     if config.train.init:
-        weights = initial.read(initial.locate(Path(config.train.init)))
-        initial.compare(weights, backbone, config.train.init_allow)
+        initial.check(config.train, backbone)
 
 
 def training_rows(config: RunConfig, store: Store, saved: Path | None) -> list[int]:
