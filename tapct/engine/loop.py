@@ -47,8 +47,8 @@ class Config:
     )
     accumulation: int = setting(
         1,
-        "number of micro-batches per optimizer step; Sinkhorn and KoLeo use the samples of one "
-        "micro-batch only",
+        "number of micro-batches per optimizer step; KoLeo uses the samples of one micro-batch, "
+        "Sinkhorn those of the micro-batches that all ranks compute at the same time",
         ge=1,
     )
     precision: str = setting(

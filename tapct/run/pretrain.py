@@ -193,14 +193,6 @@ class Pretraining:
         self.config: RunConfig = resolved.value
         self.lease = lease
         self.store = Store(self.config.data.store)
-        self.checkpoints = Checkpoints(
-            RunFolder(self.config.out).checkpoints.path,
-            self.config.checkpoint.keep,
-            self.config.checkpoint.keep_every,
-            world.side,
-            world.device,
-            self.check_lease,
-        )
         self.init_weights = ""  # file that train.init was found to mean
         self.evaluations = background_eval.Evaluations(
             self.config.out,
@@ -208,6 +200,16 @@ class Pretraining:
             dataset_name(
                 RunFolder(self.config.out).evaluations, self.store.path, self.store.digest
             ),
+            self.config.eval.validation_share > 0,
+        )
+        self.checkpoints = Checkpoints(
+            RunFolder(self.config.out).checkpoints.path,
+            self.config.checkpoint.keep,
+            self.config.checkpoint.keep_every,
+            world.side,
+            world.device,
+            self.check_lease,
+            self.evaluations.steps_to_keep,
         )
 
     def run(self) -> loop.Stop:
