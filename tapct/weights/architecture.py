@@ -95,8 +95,9 @@ def position_grid(counts: Sequence[int], patch: Size3, is_2d: bool, is_tap_ct: b
     """The grid of learned positions without a window; None where it cannot be known.
 
     The grid of a 2D backbone is a square, as in DINOv2's code. A 3D backbone is taken for one of
-    TAP-CT, whose windows have 224 x 224 voxels in their plane, if config.json names its class, if it has one layer
-    of patches, or if it has the patch and the number of positions of the published 3D models.
+    TAP-CT, whose windows have 224 x 224 voxels in their plane, if config.json names its class, if
+    it has one layer of patches, or if it has the patch and the number of positions of the published
+    3D models.
 
     Args:
         counts: numbers of patches that the rows may stand for, beside rows for CLS and registers.
