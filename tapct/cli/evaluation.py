@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
@@ -135,21 +136,55 @@ def evaluate(
     console.say(f"results and pictures in {found.folder}")
 
 
-@app.command(epilog=examples("tapct export runs/quickstart --out models/quickstart"))
+@app.command(
+    epilog=examples(
+        "tapct export runs/quickstart --out models/quickstart",
+        "tapct export runs/quickstart --hf models/for-transformers --licence apache-2.0",
+    )
+)
 def export(
     run_folder: RunFolder,
     out: Annotated[
         Path | None,
         typer.Option(metavar="FOLDER", help="folder to write", show_default="RUN/export"),
     ] = None,
+    hf: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="write a folder for Hugging Face transformers instead, with a model card",
+            show_default="none",
+        ),
+    ] = None,
+    licence: Annotated[
+        str,
+        typer.Option(
+            metavar="SPDX",
+            help="with --hf: licence of the weights for the model card, e.g. cc-by-nc-4.0",
+            show_default="not stated",
+        ),
+    ] = "",
 ) -> None:
     """Export the weights of the teacher network.
 
     The folder contains model.safetensors and config.json. tapct.load_pretrained reads it.
+    With --hf, AutoModel of transformers loads the folder, without tapct.
     """
     from tapct.run import finished
 
-    console.say(f"exported to {finished.export(run_folder, out)}")
+    if hf is None:
+        if licence:
+            raise exits.UserError("--licence needs --hf")
+        console.say(f"exported to {finished.export(run_folder, out)}")
+        return
+    if out is not None:
+        raise exits.UserError("give --out or --hf, not both")
+    if licence and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.+-]*", licence):
+        raise exits.UserError(
+            f"--licence {licence}: give an SPDX identifier, e.g. apache-2.0 or cc-by-nc-4.0"
+        )
+    written = finished.export_for_transformers(run_folder, files.expand_path(hf), licence)
+    console.say(f"exported to {written}, for transformers")
 
 
 @app.command(

@@ -53,6 +53,9 @@ def _keys_kernel(distance: Tensor, a: float = -0.75) -> Tensor:
 def resize_positions(pos_ND: Tensor, native: Grid, grid: Grid, mode: str = "cubic") -> Tensor:
     """Learned positions resized to another grid, axis by axis; unchanged where the grid is native.
 
+    torch.export may leave the grid free, and a comparison with the native grid would fix it. An
+    exported graph therefore always resizes; at the native grid its matrices are the identity.
+
     Args:
         pos_ND: one vector per point of the native grid, in (z, y, x) raster order.
         native: points of the native grid along (z, y, x), product N.
@@ -62,11 +65,12 @@ def resize_positions(pos_ND: Tensor, native: Grid, grid: Grid, mode: str = "cubi
         (product of `grid`, D), float32 or wider.
     """
     pos = pos_ND.to(torch.promote_types(pos_ND.dtype, torch.float32))
-    if grid == native:
+    is_exported = torch.compiler.is_exporting()
+    if not is_exported and grid == native:
         return pos
     pos = pos.view(*native, -1)  # (z, y, x, D)
     for axis, (n_in, n_out) in enumerate(zip(native, grid, strict=True)):
-        if n_in != n_out:
+        if is_exported or n_in != n_out:
             matrix_OI = axis_matrix(n_in, n_out, mode, pos.device, pos.dtype)
             pos = torch.tensordot(matrix_OI, pos, dims=([1], [axis])).movedim(0, axis)
     return pos.reshape(-1, pos.shape[-1])

@@ -24,13 +24,14 @@ from tapct.eval.models import NamedModel
 from tapct.eval.results import EvaluatedData, EvaluatedWeights, Evaluation, Origin
 from tapct.eval.saved import link_newest
 from tapct.eval.scans import ScanRow
-from tapct.run import lineage
+from tapct.run import exported_run, lineage
 from tapct.run.config import RunConfig
-from tapct.run.model_source import Model, open_model, open_run
+from tapct.run.model_source import Model, Trained, open_model, open_run
 from tapct.run.provenance import git_revision
 from tapct.run_folder import EvaluationFolder, RunFolder, features_beside
 from tapct.weights.card import FeatureSettings
 from tapct.weights.export import save_export
+from tapct.weights.huggingface.folder import save_folder
 
 RESERVED = NAMES  # beginnings of the names of baselines, e.g. untrained_layerscale1
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
@@ -220,7 +221,6 @@ def check_out(out: Path, data: EvaluatedData, weights: EvaluatedWeights) -> None
 def export(folder: Path, out: Path | None = None) -> Path:
     """Write a run's teacher for `tapct.load_pretrained`; RUN/export by default."""
     trained = open_run(folder)
-    config: RunConfig = trained.resolved.value
     target = out or RunFolder(folder).export.path
     meta = trained.meta
     provenance = {
@@ -229,9 +229,28 @@ def export(folder: Path, out: Path | None = None) -> Path:
         "samples": meta.samples,
         "data": meta.data_digest,
     }
+    scans = lineage.scans_of_run(folder, meta.step)
+    save_export(target, trained.backbone, _settings_of(trained), provenance, scans)
+    return target
+
+
+def export_for_transformers(folder: Path, out: Path, licence: str = "") -> Path:
+    """Write a run's teacher as a folder that Hugging Face transformers loads without tapct.
+
+    Args:
+        folder: run folder.
+        out: folder to write.
+        licence: SPDX identifier of the licence of the weights; empty where it is not stated.
+    """
+    trained = open_run(folder)
+    facts = exported_run.facts_of(folder, trained, licence)
+    save_folder(out, trained.backbone, _settings_of(trained), facts)
+    return out
+
+
+def _settings_of(trained: Trained) -> FeatureSettings:
+    """All that the features of a run's teacher depend on, for any machine."""
+    config: RunConfig = trained.resolved.value
     portable = trained.backbone.export_config()  # weights do not depend on the attention back-end
     section = config.model if portable is None else replace(config.model, config=portable)
-    settings = FeatureSettings(section, config.contract, config.eval.preprocess)
-    scans = lineage.scans_of_run(folder, meta.step)
-    save_export(target, trained.backbone, settings, provenance, scans)
-    return target
+    return FeatureSettings(section, config.contract, config.eval.preprocess)
