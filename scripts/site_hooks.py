@@ -163,9 +163,9 @@ def four_spaces(text: str) -> str:
 
 
 def shown(cell: str) -> str:
-    """A cell of a table; numbers with three significant digits."""
+    """A cell of a table; numbers with three decimals, small ones with one digit."""
     if re.fullmatch(r"-?\d+\.\d+(e[-+]\d+)?", cell):
-        return f"{float(cell):.3g}"
+        return f"{float(cell):.3f}" if abs(float(cell)) >= 0.001 else f"{float(cell):.1g}"
     return cell.replace("|", "\\|")
 
 
@@ -175,18 +175,19 @@ def table_of(text: str, options: str) -> str:
     Args:
         text: content of the file.
         options: columns to show, and values that a row must have, e.g.
-            `model value 'metric=mean Dice'`; empty for the whole file.
+            `model value 'metric=mean Dice' part!=all`; empty for the whole file.
     """
     rows = list(csv.DictReader(text.splitlines()))
     words = shlex.split(options)
-    wanted = dict(word.split("=", 1) for word in words if "=" in word)
+    rules = [re.match(r"(.+?)(!?=)(.*)", word) for word in words if "=" in word]
+    wanted = {rule[1]: (rule[2] == "=", rule[3]) for rule in rules if rule}
     columns = [word for word in words if "=" not in word] or list(rows[0])
     unknown = [name for name in [*columns, *wanted] if name not in rows[0]]
     if unknown:
         raise ValueError(f"the table has no column {unknown[0]!r}; it has {', '.join(rows[0])}")
     lines = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
     for row in rows:
-        if all(row[name] == value for name, value in wanted.items()):
+        if all((row[name] == value) == equal for name, (equal, value) in wanted.items()):
             cells = [shown(row[name]) for name in columns]
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -70,6 +70,7 @@ WITHOUT_COMMANDS = (
     "faq.md",
     "ingest.md",
     "log.md",
+    "result_changes.md",
     "results.md",
 )
 GRID, PATCH = (2, 2, 2), (2, 4, 4)
