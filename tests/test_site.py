@@ -339,7 +339,7 @@ def test_the_tutorial_runs_word_for_word(
     tmp_path: Path, shell: Shell, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    # Without it, the key is random, and with it which of the ten patients are held out.
+    # Without it, the key is random, and with it which of the nine patients are held out.
     monkeypatch.setenv("TAPCT_PATIENT_KEY", "tutorial")
     printed = ""
     for kind, text in steps_of(DOCS / "tutorial.md"):
@@ -360,7 +360,7 @@ def test_the_tutorial_runs_word_for_word(
             assert done.returncode == 0, done.stderr
             assert re.fullmatch(r"\(64, \d+, 16, 16\) \(.+\)\n\(64,\)\n", done.stdout)
     patients = {row.patient for row in Manifest.read(Path("manifest.parquet")).rows}
-    assert len(patients) == 10
+    assert len(patients) == 9
     for name in ("runs/first/report.html", "runs/first/export/config.json", "features.npz"):
         assert Path(name).is_file(), name
 
