@@ -3,8 +3,8 @@
 One table per label: a diffuse one is visible in every part of the scan (subcutaneous fat, phase of
 the contrast agent), a focal one in a small part (a lesion in a kidney, the side of the largest
 lesion in the lungs). Each row is a vector and a head; its block, scaling and settings are chosen on
-validation patients. Columns: pretrained, untrained, and their paired difference, with 95 %
-intervals over patients; mean over seeds.
+validation patients, and the rows are sorted by the value there. Columns: validation, pretrained,
+untrained, and their paired difference, with 95 % intervals over patients; mean over seeds.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any
 import arguments
 import benchmark_hn
 import benchmark_table
+import numpy as np
 from benchmark_table import MetricTable, Run
 
 from tapct.base import console
@@ -61,13 +62,15 @@ class Row:
         vector: name of the vector.
         head: name of the head.
         metric: `AUROC` or `R^2`.
-        found: statistics over seeds; the reference is the pretrained model.
+        validation: value of the pretrained model on the validation scans, mean over seeds.
+        found: statistics over seeds on the test scans; the reference is the pretrained model.
     """
 
     label: str
     vector: str
     head: str
     metric: str
+    validation: float
     found: Statistics
 
 
@@ -92,11 +95,11 @@ def options_of(words: list[str]) -> argparse.Namespace:
         type=arguments.whole,
         nargs="+",
         default=[0, 1, 2],
-        help="default 0 1 2; key=value arguments come before it",
+        help="default 0 1 2",
     )
     parser.add_argument("--csv", type=Path, help="file with one row per number")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes of the config")
-    return parser.parse_args(words)
+    return parser.parse_args(arguments.overrides_first(words))
 
 
 def main(words: list[str]) -> None:
@@ -119,7 +122,7 @@ def _metric_of(row: Row) -> MetricStatistics:
 
 
 def rows_of(runs: Sequence[Run], patient_of: Mapping[str, str]) -> list[Row]:
-    """The rows of all labels, the best one by the pretrained model first.
+    """The rows of all labels, the best one on the validation scans first.
 
     Args:
         runs: one run per seed.
@@ -132,7 +135,7 @@ def rows_of(runs: Sequence[Run], patient_of: Mapping[str, str]) -> list[Row]:
             row = _row(label, vector, head, sections, patient_of)
             if row is not None:
                 found.append(row)
-        rows += sorted(found, key=lambda row: -_value(row, OWN_MODEL).estimate.value)
+        rows += sorted(found, key=lambda row: -row.validation)
     return rows
 
 
@@ -182,11 +185,9 @@ def _row(
     found = metric_statistics.metrics(
         known, metric, 0, limits=None if is_number else (0.0, 1.0), num_flips=2000
     )
-    return Row(label, vector, head, "R^2" if is_number else "AUROC", found)
-
-
-def _value(row: Row, model: str) -> ModelValue:
-    return next(one for one in row.found.models if one.model == model)
+    own = [one.section.results.models[OWN_MODEL]["targets"][label] for one in sections]
+    validation = float(np.mean([_validation(one) for one in own]))
+    return Row(label, vector, head, "R^2" if is_number else "AUROC", validation, found)
 
 
 def markdown(rows: Sequence[Row], runs: Sequence[Run]) -> str:
@@ -195,17 +196,18 @@ def markdown(rows: Sequence[Row], runs: Sequence[Run]) -> str:
     for label, kind in LABELS.items():
         of_label = [row for row in rows if row.label == label]
         if not of_label:
+            lines += [f"**{label}** ({kind}): the test scans do not have two different values", ""]
             continue
         first = of_label[0].found.models[0].estimate
         lines += [f"**{label}** ({kind}), {of_label[0].metric}, n = {first.num_scans} test scans"]
         lines[-1] += f" of {first.num_patients} patients, {len(runs)} seeds"
-        lines += ["", "| vector | head | pretrained | untrained | difference | p |"]
-        lines += ["|---|---|---|---|---|---|", *map(_markdown_row, of_label), ""]
+        lines += ["", "| vector | head | validation | pretrained | untrained | difference | p |"]
+        lines += ["|---|---|---|---|---|---|---|", *map(_markdown_row, of_label), ""]
     return "\n".join(lines)
 
 
 def _markdown_row(row: Row) -> str:
-    cells = [row.vector, row.head]
+    cells = [row.vector, row.head, f"{row.validation:.3f}"]
     for model in (OWN_MODEL, UNTRAINED):
         one = next((one for one in row.found.models if one.model == model), None)
         cells.append("" if one is None else "".join(_shown(one)))

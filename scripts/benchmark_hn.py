@@ -31,14 +31,20 @@ from tapct.base.files import write_atomically
 from tapct.config.flat import flatten
 from tapct.data.packed.store import Store
 from tapct.data.phantom import archive as phantom
+from tapct.engine.vitals import FIRST_BAD
 from tapct.eval import saved
 from tapct.eval.results import Evaluation
+from tapct.report import page
+from tapct.report.history import read_history
 from tapct.run import finished, pretrain
 from tapct.run.config import RunConfig
+from tapct.run.model_source import open_model
 from tapct.run_folder import RunFolder
+from tapct.ssl.health import STATES
 
 CONFIG = Path("configs/hn.yaml")
 PHANTOM_CONFIG = Path("configs/phantom_benchmark.yaml")
+EVAL = "eval."
 VALIDATION_NOTE = "on validation people, for choosing a recipe; the test people were left out"
 
 
@@ -72,11 +78,11 @@ def options_of(words: list[str]) -> argparse.Namespace:
         type=arguments.whole,
         nargs="+",
         default=[0, 1, 2],
-        help="default 0 1 2; key=value arguments come before it",
+        help="default 0 1 2",
     )
     parser.add_argument("--csv", type=Path, help="file with one row per number")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes of the config")
-    options = parser.parse_args(words)
+    options = parser.parse_args(arguments.overrides_first(words))
     if (options.data is None) == (not options.phantom):
         parser.error("give --data DIR or --phantom")
     if options.folds < 1:
@@ -161,12 +167,9 @@ def trained_and_evaluated(config: Path, out: Path, shared: list[str], seed: int,
     ]
     resolved = configs.load_config(RunConfig, config, words)
     cost = trained(out, resolved)
-    if own_evaluation(out) is None:
-        finished.evaluate(out)
-    evaluation = own_evaluation(out)
-    assert evaluation is not None, "it was just written"
+    evaluation = evaluated(out, resolved)
     check_held_out(out, evaluation)
-    return Run(seed, evaluation, cost["cpu_s"], cost["wall_s"])
+    return Run(seed, evaluation, cost["cpu_s"], cost["wall_s"], trouble_of(out))
 
 
 def trained(out: Path, resolved: configs.Resolved) -> dict[str, float]:
@@ -199,6 +202,40 @@ def trained(out: Path, resolved: configs.Resolved) -> dict[str, float]:
     return cost
 
 
+def evaluated(out: Path, resolved: configs.Resolved) -> Evaluation:
+    """Evaluate a finished run, unless it was evaluated with the same settings.
+
+    Args:
+        out: run folder.
+        resolved: config of this command, whose section `eval` may differ from that of the run.
+    """
+    wanted, settings_file = json.dumps(settings_of(resolved, EVAL)), out / "evaluated.json"
+    known = ""
+    if settings_file.is_file():
+        known = settings_file.read_text().strip()
+    elif own_evaluation(out) is not None:  # evaluated by `tapct eval` with the settings of the run
+        known = json.dumps(settings_of(config_of(out), EVAL))
+    if known != wanted or own_evaluation(out) is None:
+        model = open_model(out)
+        config = replace(model.config, eval=resolved.value.eval)
+        finished.evaluate_model(replace(model, config=config))
+        write_atomically(settings_file, wanted + "\n")
+    evaluation = own_evaluation(out)
+    assert evaluation is not None, "it was just written"
+    return evaluation
+
+
+def config_of(out: Path) -> configs.Resolved:
+    """The config with which a run was pretrained."""
+    return configs.load_config(RunConfig, RunFolder(out).config, [])
+
+
+def settings_of(resolved: configs.Resolved, section: str) -> dict[str, object]:
+    """Flat settings whose keys begin in one way, in the order of their keys."""
+    found = flatten(resolved.to_dict())
+    return {key: found[key] for key in sorted(found) if key.startswith(section)}
+
+
 def own_evaluation(out: Path) -> Evaluation | None:
     """The newest evaluation of a run on its own data; None where there is none."""
     own = saved.pick(saved.find(out))
@@ -206,21 +243,32 @@ def own_evaluation(out: Path) -> Evaluation | None:
 
 
 def check_same_settings(out: Path, resolved: configs.Resolved) -> None:
-    """Raise UserError where a finished run had other settings, so that its results are not shown
-    as those of this command.
+    """Raise UserError where a finished run was pretrained with other settings, so that its results
+    are not shown as those of this command. Settings of the evaluation may differ.
 
     Args:
         out: run folder.
         resolved: config of this command.
     """
-    saved = flatten(configs.load_config(RunConfig, RunFolder(out).config, []).to_dict())
-    wanted = flatten(resolved.to_dict())
+    saved, wanted = flatten(config_of(out).to_dict()), flatten(resolved.to_dict())
     for key in {**saved, **wanted}:
-        if saved.get(key) != wanted.get(key):
+        if not key.startswith(EVAL) and saved.get(key) != wanted.get(key):
             raise UserError(
                 f"{out} was made with {key}={saved.get(key)}, and this command has "
                 f"{wanted.get(key)}; give another --out, or remove this folder"
             )
+
+
+def trouble_of(out: Path) -> str:
+    """The verdict of the report on pretraining, in words; empty where it is a good one.
+
+    Args:
+        out: run folder.
+    """
+    folder = RunFolder(out)
+    verdict = page.verdict_of(read_history(folder.metrics), page.read_config(folder.config) or {})
+    bad = STATES[STATES.index(FIRST_BAD) :]
+    return f"{verdict.state}. {verdict.words}" if verdict.state in bad else ""
 
 
 def check_held_out(out: Path, evaluation: Evaluation) -> None:

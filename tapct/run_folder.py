@@ -21,8 +21,10 @@
         pictures/*                      of some test scans
         predictions/TASK/MODEL/*        predicted label maps, if a task is set to write them
         meta.json                       of the checkpoint, with eval.during.every
-        teacher.safetensors             until the step has been evaluated
+        teacher.safetensors             until the step has been evaluated; kept of the best step
         log.txt                         output of the evaluation
+        validation/*                    the same on validation patients, with eval.validation_share
+      eval/best.json                    best step by one headline, and the value of every step
       eval/features/*                   cache of frozen features, see eval/cache.py
       eval/data/DATASET/*               public data set of `tapct eval --data`, indexed and packed
       eval/results.json                 link to the newest results on the run's own data set
@@ -184,6 +186,11 @@ class EvaluationFolder:
         return self.path / "results.csv"
 
     @property
+    def validation(self) -> EvaluationFolder:
+        """The evaluation on validation patients, with eval.validation_share."""
+        return EvaluationFolder(self.path / "validation")
+
+    @property
     def predictions(self) -> Path:
         """Folder of the predicted label maps, with eval.tasks.segmentation.predictions."""
         return self.path / "predictions"
@@ -200,7 +207,7 @@ class EvaluationFolder:
 
     @property
     def teacher(self) -> Path:
-        """The teacher's backbone, kept until the step has been evaluated."""
+        """The teacher's backbone, kept until the step has been evaluated, and of the best step."""
         return self.path / "teacher.safetensors"
 
     @property
@@ -348,6 +355,11 @@ class RunFolder:
     def features(self) -> Path:
         """Cache of the features that evaluations computed."""
         return features_beside(self.evaluations)
+
+    @property
+    def best(self) -> Path:
+        """The best step by one headline, and the value of every step."""
+        return self.evaluations / "best.json"
 
     @property
     def newest_results(self) -> Path:

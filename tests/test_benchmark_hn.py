@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -19,7 +20,6 @@ from tapct.base.exits import UserError
 from tapct.data.manifest import Manifest, Row
 from tapct.data.patients import split
 from tapct.data.phantom import archive as phantom
-from tapct.eval import saved
 from tapct.eval.held_out import HeldOut
 from tapct.run.config import RunConfig
 
@@ -84,6 +84,13 @@ def test_options_that_contradict_each_other(
     assert line in capsys.readouterr().err
 
 
+def test_overrides_may_stand_behind_the_seeds(benchmark: ModuleType) -> None:
+    words = ["--phantom", "a=1", "--out", "runs/x=y", "--seeds", "3", "4", "train.steps=2"]
+    options = benchmark.options_of(words)
+    assert options.seeds == [3, 4] and options.overrides == ["a=1", "train.steps=2"]
+    assert options.out == Path("runs/x=y")
+
+
 def test_validation_has_a_folder_of_its_own(benchmark: ModuleType) -> None:
     options = benchmark.options_of(["--phantom", "--validation", "--out", "runs/mine"])
     assert options.out == Path("runs/mine/validation")
@@ -93,8 +100,10 @@ def test_results_of_other_settings_are_refused(benchmark: ModuleType, tmp_path: 
     saved = configs.load_config(RunConfig, None, [f"out={tmp_path}", "seed=3"])
     (tmp_path / "config.yaml").write_text(saved.to_yaml())
     benchmark.check_same_settings(tmp_path, saved)
-    other = configs.load_config(RunConfig, None, [f"out={tmp_path}", "seed=3", "eval.seed=1"])
-    with pytest.raises(UserError, match="was made with eval.seed=0, and this command has 1"):
+    same = configs.load_config(RunConfig, None, [f"out={tmp_path}", "seed=3", "eval.seed=1"])
+    benchmark.check_same_settings(tmp_path, same)  # the run is evaluated again
+    other = configs.load_config(RunConfig, None, [f"out={tmp_path}", "seed=3", "train.steps=7"])
+    with pytest.raises(UserError, match="was made with train.steps=.*, and this command has 7"):
         benchmark.check_same_settings(tmp_path, other)
 
 
@@ -105,6 +114,36 @@ def test_test_people_of_pretraining_are_refused(benchmark: ModuleType, tmp_path:
     benchmark.check_held_out(tmp_path, evaluation(HeldOut(4)))
     with pytest.raises(UserError, match="1 of 4 test scans was pretrained on"):
         benchmark.check_held_out(tmp_path, evaluation(HeldOut(4, num_scans=1)))
+
+
+def test_a_run_that_was_stuck_is_named_under_the_table(
+    benchmark: ModuleType, tmp_path: Path
+) -> None:
+    def run_of(name: str, information: float) -> Path:
+        out = tmp_path / name
+        out.mkdir()
+        target = math.log(256) - information
+        row = {
+            "loss/dino_global": 2.0,
+            "health/dino_ln_k_minus_ce": information,
+            "health/dino_information": information,
+            "health/dino_marginal_entropy": math.log(256),
+            "health/dino_target_entropy": target,
+        }
+        lines = [json.dumps({"step": step, **row}) for step in range(1, 301)]
+        (out / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+        return out
+
+    import benchmark_table as table
+
+    trouble = benchmark.trouble_of(run_of("stuck", 0.0))
+    assert trouble.startswith("stuck. DINO: ") and "nothing is learned" in trouble
+    assert benchmark.trouble_of(run_of("alive", 1.0)) == ""
+    evaluation = SimpleNamespace(tasks={})
+    runs = [table.Run(seed, evaluation, 60.0, 60.0, trouble * seed) for seed in (0, 1)]
+    assert table.rendered([], runs).splitlines()[1:] == [
+        f"warning: pretraining of seed 1: {trouble}"
+    ]
 
 
 CONFIG = """
@@ -124,7 +163,7 @@ eval:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Tiny scans in the layout of nnU-Net."""
     root = tmp_path_factory.mktemp("nnunet")
-    archive = make_archive(root / "archive", num=9)
+    archive = make_archive(root / "archive", num=7)
     for name, ending in (("images", "_0000"), ("labels", "")):
         (root / f"{name}Tr").mkdir()
         for file in sorted((archive / name).glob("*.nii.gz")):
@@ -132,7 +171,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             file.rename(root / f"{name}Tr" / f"{stem}{ending}.nii.gz")
     labels = {"background": 0, **{name: value for value, name in phantom.LABELS}}
     facts = {"labels": labels, "channel_names": {"0": "CT"}, "file_ending": ".nii.gz"}
-    (root / "dataset.json").write_text(json.dumps({**facts, "numTraining": 9}))
+    (root / "dataset.json").write_text(json.dumps({**facts, "numTraining": 7}))
     return root
 
 
@@ -158,10 +197,11 @@ def test_every_number_of_every_task_is_in_the_table(
     }
     for seed in ("all", "0", "1"):
         assert {(row["task"], row["metric"]) for row in own if row["seed"] == seed} == metrics
-    results = [
-        saved.pick(saved.find(tmp_path / "out" / f"fold_0_seed_{seed}")).evaluation
-        for seed in (0, 1)
-    ]
+    results = []
+    for number in (0, 1):
+        evaluation = benchmark.own_evaluation(tmp_path / "out" / f"fold_0_seed_{number}")
+        assert evaluation is not None
+        results.append(evaluation)
     for row in own:
         headline = [one.tasks[row["task"]].headline for one in results]
         if row["metric"] != headline[0].metric:
@@ -174,3 +214,11 @@ def test_every_number_of_every_task_is_in_the_table(
     assert any(row["model"] == "pretrained - position" for row in rows)
     text = (tmp_path / "out" / "table.txt").read_text()
     assert "registration: mean Dice (higher is better)" in text
+
+    # other tasks: the run is evaluated again, not pretrained again
+    began = (tmp_path / "out" / "fold_0_seed_0" / "cost.json").stat().st_mtime_ns
+    off = [f"eval.tasks.{name}=null" for name in ("segmentation", "registration", "regression")]
+    benchmark.main([*off, *words, "--out", str(tmp_path / "out"), "--seeds", "0"])
+    assert (tmp_path / "out" / "fold_0_seed_0" / "cost.json").stat().st_mtime_ns == began
+    with (tmp_path / "out" / "results.csv").open(newline="") as file:
+        assert {row["task"] for row in csv.DictReader(file)} == {"patch_knn"}

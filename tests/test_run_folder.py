@@ -119,6 +119,7 @@ def test_a_run_leaves_what_is_drawn(run: Path, name: str) -> None:
     # tests make those
     elsewhere = ("jobs/", "code/", "wandb/", "eval/data/")
     beside = {f"eval/*/step_*/{file}" for file in ("meta.json", "teacher.safetensors", "log.txt")}
+    beside.add("eval/*/step_*/validation/*")
     beside.add("lease.json")  # only while the run trains
     beside.add("eval/*/step_*/predictions/TASK/MODEL/*")  # with a setting of the task
     missing = {

@@ -140,6 +140,9 @@ def jobs(
     for row in rows:
         if row.why:
             console.say(f"{os.path.relpath(row.run)}, job {row.job}: {row.why}")
+        if row.evaluated is not None:
+            line = submitted_jobs.line_about_best(row.evaluated)
+            console.say(f"{os.path.relpath(row.run)}: {line}")
     if queued is None:
         console.say("SLURM does not respond; states are read from the run folders")
 

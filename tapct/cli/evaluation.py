@@ -40,6 +40,7 @@ CustomCode = Annotated[
     epilog=examples(
         "tapct eval runs/quickstart",
         "tapct eval runs/mine eval.max_scans=20 device=cpu",
+        "tapct eval runs/mine --step best",
         "tapct eval models/theirs data.store=data/mine/store",
         "tapct eval runs/mine --models theirs=models/theirs --models first=runs/first",
         "tapct eval runs/mine --data amos22 --root data/amos22",
@@ -63,14 +64,22 @@ def evaluate(
         ),
     ] = None,
     step: Annotated[
-        int | None,
+        str,
         typer.Option(
             metavar="STEP",
-            help="step of the checkpoint of a run",
-            min=1,
+            help="step of the checkpoint of a run; or best, the step with the best result among "
+            "the evaluations so far (eval.during.best)",
             show_default="the newest",
         ),
-    ] = None,
+    ] = "",
+    validation: Annotated[
+        bool,
+        typer.Option(
+            "--validation",
+            help="test on the validation patients (eval.validation_share), as evaluations during "
+            "training do",
+        ),
+    ] = False,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -122,15 +131,16 @@ def evaluate(
     Baselines solve the same tasks: untrained models, raw HU values and the position in the body
     (eval.baselines). Features are computed once and kept (eval.cache).
     """
-    from tapct.run import dataset_model, finished, model_source
+    from tapct.run import best_step, dataset_model, finished, model_source
 
+    wanted_step = best_step.parse_step(step)
     chosen = dataset_model.choose(data, root, work, overrides or [])
-    opened = model_source.open_model(model, overrides or [], step, custom_code)
+    opened = model_source.open_model(model, overrides or [], wanted_step, custom_code)
     others = finished.open_others(models or [], opened.config.device, custom_code)
     if chosen is not None:
         with signals.leaving_at_sigterm():
             opened = dataset_model.on_data(opened, chosen, max(1, workers))
-    found = finished.evaluate_model(opened, out=out, others=others)
+    found = finished.evaluate_model(opened, out=out, others=others, on_validation=validation)
     for line in found.evaluation.lines():
         console.say(line)
     console.say(f"results and pictures in {found.folder}")
@@ -140,6 +150,7 @@ def evaluate(
     epilog=examples(
         "tapct export runs/quickstart --out models/quickstart",
         "tapct export runs/quickstart --hf models/for-transformers --licence apache-2.0",
+        "tapct export runs/mine --step best --out models/mine",
     )
 )
 def export(
@@ -148,6 +159,15 @@ def export(
         Path | None,
         typer.Option(metavar="FOLDER", help="folder to write", show_default="RUN/export"),
     ] = None,
+    step: Annotated[
+        str,
+        typer.Option(
+            metavar="STEP",
+            help="step of the checkpoint; or best, the step with the best result among the "
+            "evaluations so far (eval.during.best)",
+            show_default="the newest",
+        ),
+    ] = "",
     hf: Annotated[
         Path | None,
         typer.Option(
@@ -170,12 +190,13 @@ def export(
     The folder contains model.safetensors and config.json. tapct.load_pretrained reads it.
     With --hf, AutoModel of transformers loads the folder, without tapct.
     """
-    from tapct.run import finished
+    from tapct.run import best_step, finished
 
+    chosen = best_step.parse_step(step)
     if hf is None:
         if licence:
             raise exits.UserError("--licence needs --hf")
-        console.say(f"exported to {finished.export(run_folder, out)}")
+        console.say(f"exported to {finished.export(run_folder, out, chosen)}")
         return
     if out is not None:
         raise exits.UserError("give --out or --hf, not both")
@@ -183,7 +204,7 @@ def export(
         raise exits.UserError(
             f"--licence {licence}: give an SPDX identifier, e.g. apache-2.0 or cc-by-nc-4.0"
         )
-    written = finished.export_for_transformers(run_folder, files.expand_path(hf), licence)
+    written = finished.export_for_transformers(run_folder, files.expand_path(hf), licence, chosen)
     console.say(f"exported to {written}, for transformers")
 
 

@@ -22,6 +22,9 @@ from tapct.base.files import expand_path
 from tapct.base.recent import LAST_STEPS, last_mean
 from tapct.cluster import slurm
 from tapct.cluster.slurm import QueuedJob
+from tapct.eval import best_record
+from tapct.eval.best_record import BestRecord
+from tapct.eval.terminal import shown
 from tapct.run_folder import JobFolder, RunFolder
 
 if TYPE_CHECKING:
@@ -68,6 +71,7 @@ class Progress:
         seconds: seconds per step, median of the last steps; NaN when there is none.
         restarts: number of requeues so far.
         why: reason for which the job gave up; empty when it did not.
+        evaluated: headline of the evaluated steps; None when there is none.
     """
 
     run: Path
@@ -79,6 +83,7 @@ class Progress:
     seconds: float
     restarts: int
     why: str = ""
+    evaluated: BestRecord | None = None
 
 
 def find_submissions(folders: Sequence[Path]) -> dict[Path, Submission]:
@@ -167,6 +172,7 @@ def read_progress(
         seconds=statistics.median(paces) if paces else math.nan,
         restarts=restarts,
         why=why,
+        evaluated=best_record.read(run),
     )
 
 
@@ -214,7 +220,9 @@ def _job_id(path: Path) -> str:
 
 
 def progress_table(rows: Sequence[Progress]) -> Table:
-    """The table of `tapct jobs`; fits 80 columns."""
+    """The table of `tapct jobs`; fits 80 columns. With evaluations during training, it has the
+    headline of the newest evaluated step.
+    """
     from rich.table import Table
 
     table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)
@@ -223,6 +231,9 @@ def progress_table(rows: Sequence[Progress]) -> Table:
     table.add_column("state", no_wrap=True)
     for name in ("step", "loss", "s/step", "left", "re"):  # re: restarts
         table.add_column(name, justify="right", no_wrap=True)
+    has_evaluations = any(row.evaluated is not None for row in rows)
+    if has_evaluations:
+        table.add_column("eval", justify="right", no_wrap=True)
     for row in rows:
         left = ""
         if row.step < row.steps and not math.isnan(row.seconds):
@@ -236,8 +247,23 @@ def progress_table(rows: Sequence[Progress]) -> Table:
             "" if math.isnan(row.seconds) else f"{row.seconds:.3g}",
             left,
             str(row.restarts),
+            *([newest_headline(row.evaluated)] if has_evaluations else []),
         )
     return table
+
+
+def newest_headline(record: BestRecord | None) -> str:
+    """The headline of the newest evaluated step; empty where there is none."""
+    return "" if record is None else shown(record.values[record.newest])
+
+
+def line_about_best(record: BestRecord) -> str:
+    """The newest and the best evaluated step, as a single line."""
+    newest = f"{shown(record.values[record.newest])} at step {record.newest}"
+    best = "no best step"
+    if record.best is not None:
+        best = f"best {shown(record.values[record.best])} at step {record.best}"
+    return f"{record.task}: {record.metric} {newest}, {best}, on the {record.people}"
 
 
 def cancel_jobs(targets: Sequence[str]) -> list[str]:

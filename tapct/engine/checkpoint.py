@@ -26,7 +26,7 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
@@ -63,7 +63,12 @@ class Config:
     every: int = setting(
         500, "optimizer steps between checkpoints; one is always written at the end", ge=1
     )
-    keep: int = setting(2, "number of newest checkpoints that are kept", ge=1)
+    keep: int = setting(
+        2,
+        "number of newest checkpoints that are kept; with eval.during.every, the best one is kept "
+        "too",
+        ge=1,
+    )
     keep_every: int = setting(
         0, "checkpoints whose step is a multiple of this number are never deleted; 0: none", ge=0
     )
@@ -110,6 +115,8 @@ class Checkpoints:
         device: device of training.
         guard: function that the first rank calls before it changes the folder; it raises where
             another process writes the run folder now.
+        also_kept: function that returns further steps whose checkpoints are kept, such as the best
+            one; the first rank calls it after each save.
     """
 
     def __init__(
@@ -120,8 +127,9 @@ class Checkpoints:
         side: dist.ProcessGroup | None = None,
         device: torch.device | None = None,
         guard: Callable[[], object] | None = None,
+        also_kept: Callable[[], Collection[int]] = frozenset,
     ) -> None:
-        self.guard = guard
+        self.guard, self.also_kept = guard, also_kept
         self.folder, self.keep, self.keep_every, self.side = folder, keep, keep_every, side
         self.paths = CheckpointsFolder(folder)
         self.is_first = side is None or dist.get_rank() == 0
@@ -212,13 +220,12 @@ class Checkpoints:
         # Checkpoints of later steps exist where the run resumed from an older one, because they are
         # damaged. They must not push whole ones out.
         kept = [path for path in self.finished() if step_of(path) <= meta.step][-self.keep :]
+        also_kept = self.also_kept()
         for path in self.finished():
-            for_ever = (
-                self.keep_every
-                and step_of(path) <= meta.step
-                and step_of(path) % self.keep_every == 0
-            )
-            if path not in kept and not for_ever:
+            step = step_of(path)
+            for_ever = bool(self.keep_every) and step % self.keep_every == 0
+            is_asked_for = step <= meta.step and (for_ever or step in also_kept)
+            if path not in kept and not is_asked_for:
                 self._drop(path)
 
     def _drop(self, path: Path) -> None:

@@ -21,11 +21,14 @@ from tapct.eval.tolerances import Tolerance, tolerance_of
 class Surfaces:
     """Collects the surface distances of all models.
 
+    Args:
+        own_mm: tolerances that the user has set, by organ.
     Attributes:
         invented: model -> organ -> number of test scans without the organ where it is predicted.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, own_mm: Mapping[str, float] | None = None) -> None:
+        self._own_mm = own_mm
         self.invented: dict[str, dict[str, int]] = {}
         self._nsd: list[ScanScore] = []
         self._hd95: list[ScanScore] = []
@@ -54,7 +57,7 @@ class Surfaces:
         nsd: dict[str, float] = {}
         hd95: dict[str, float] = {}
         for organ, label in class_of.items():
-            tolerance = self._tolerances.setdefault(organ, tolerance_of(organ))
+            tolerance = self._tolerances.setdefault(organ, tolerance_of(organ, self._own_mm))
             score = surface_score(truth_ZYX, prediction_ZYX, label, spacing_mm, tolerance.mm)
             if score.presence is Presence.INVENTED:
                 invented[organ] += 1

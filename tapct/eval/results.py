@@ -59,6 +59,8 @@ class SplitRecord:
         test_patients: for each test scan, the first test scan of the same patient in the order of
             their IDs; empty text where the patient is unknown. Empty in results of earlier
             versions.
+        on_validation: whether the test scans are those of validation patients.
+        num_chosen_on: number of test scans by which the checkpoint was chosen as the best one.
     """
 
     mode: str
@@ -67,6 +69,8 @@ class SplitRecord:
     test: tuple[str, ...]
     unread: tuple[UnreadScan, ...] = ()
     test_patients: tuple[str, ...] = ()
+    on_validation: bool = False
+    num_chosen_on: int = 0
 
     @property
     def caveat(self) -> str:
@@ -77,6 +81,11 @@ class SplitRecord:
         if self.mode == BLOCKS:
             fit = "trained and tested on scans of one patient: a fit, not generalisation"
             parts.insert(0, fit)
+        if self.num_chosen_on:
+            parts.append(
+                f"the checkpoint was chosen as the best one on {self.num_chosen_on} of "
+                f"{counted(len(self.test), 'test scan')}, so the result is optimistic"
+            )
         for side in ("train", "test"):
             num = sum(scan.side == side for scan in self.unread)
             if num:
@@ -218,6 +227,8 @@ class Evaluation:
         seconds: wall time.
         backbones: model name -> how it was run; empty in results of earlier versions.
         cost: what the features cost; None in results of earlier versions.
+        settings: settings of `eval` that decide which scans are used, see `over_steps.py`; empty
+            in results of earlier versions.
     """
 
     tasks: Mapping[str, TaskSection]
@@ -230,6 +241,7 @@ class Evaluation:
     seconds: float = math.nan
     backbones: Mapping[str, EvaluatedBackbone] = field(default_factory=dict)
     cost: Cost | None = field(default=None, compare=False)  # differs between equal evaluations
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """The object that is written; NaN becomes null."""
@@ -240,6 +252,7 @@ class Evaluation:
             "weights": None if self.origin.weights is None else asdict(self.origin.weights),
             "tasks": tasks,
             "split": _split_to_json(self.split),
+            "settings": self.settings,
             "preprocess": self.preprocess,
             "patch": self.patch,
             "seed": self.seed,
@@ -257,7 +270,7 @@ class Evaluation:
 
     def lines(self) -> list[str]:
         """Headlines as lines for a terminal, what they are means of, and the caveat."""
-        lines = []
+        lines = ["on the validation patients:"] if self.split.on_validation else []
         for name, section in self.tasks.items():
             if len(self.tasks) > 1:
                 lines.append(f"{name} ({section.headline.direction} is better)")
@@ -310,6 +323,7 @@ def from_json(content: Mapping[str, Any]) -> Evaluation:
             number(content.get("seconds")),
             {name: _backbone(model) for name, model in content.get("backbones", {}).items()},
             None if content.get("cost") is None else Cost(**content["cost"]),
+            content.get("settings", {}),
         )
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"it is no evaluation ({type(error).__name__}: {error})") from error
@@ -355,6 +369,8 @@ def _split_to_json(split: SplitRecord) -> dict[str, Any]:
     return {
         "mode": split.mode,
         "held_out_from_pretraining": split.held_out.value,
+        "on_validation_patients": split.on_validation,
+        "test_scans_chosen_on": split.num_chosen_on,
         "test_scans_pretrained_on": split.held_out.num_scans,
         "test_scans_of_pretrained_patients": split.held_out.num_patients,
         "unknown": split.held_out.unknown,
@@ -377,7 +393,16 @@ def _split_from_json(content: Mapping[str, Any], *, was_checked: bool) -> SplitR
     unread = tuple(UnreadScan(**one) for one in content.get("unread", ()))
     mode = str(content.get("mode", ""))
     patients = tuple(map(str, content.get("test_patients", ())))
-    return SplitRecord(mode, held_out, tuple(content.get("train", ())), test, unread, patients)
+    return SplitRecord(
+        mode,
+        held_out,
+        tuple(content.get("train", ())),
+        test,
+        unread,
+        patients,
+        bool(content.get("on_validation_patients", False)),
+        int(content.get("test_scans_chosen_on", 0)),
+    )
 
 
 def _plain(value: Any) -> Any:

@@ -28,7 +28,7 @@ from tapct.base.paths import without_absolute_paths
 from tapct.config import plugins, setting, to_dict
 from tapct.config.plugins import Plugin
 from tapct.data.packed.store import Store
-from tapct.eval import baselines, cache, scans, task_statistics
+from tapct.eval import baselines, cache, scans, task_statistics, validation
 from tapct.eval.album import Album, Outputs
 from tapct.eval.cache import FeatureCache
 from tapct.eval.contract import DEFAULT_TASKS
@@ -36,6 +36,7 @@ from tapct.eval.features import Preprocess
 from tapct.eval.fill import Features
 from tapct.eval.held_out import HeldOut, no_list
 from tapct.eval.models import NamedModel, settle
+from tapct.eval.over_steps import split_settings
 from tapct.eval.prediction_files import PredictionFiles
 from tapct.eval.reader import Blocks, ScanReader
 from tapct.eval.results import (
@@ -76,6 +77,11 @@ class During:
         "`process` starts a process beside the first rank, `job` submits a SLURM job",
         choices=("process", "job"),
     )
+    best: str = setting(
+        "",
+        "task whose headline chooses the best checkpoint, which is kept; empty: the first task of "
+        "eval.tasks",
+    )
     device: str = setting(
         "cpu",
         "device of a `process`; cpu leaves the GPUs to training; empty: the run's `device`",
@@ -115,6 +121,14 @@ class Config:
     )
     test_share: float = setting(
         0.5, "share of the patients that are test patients; at least one patient", gt=0, lt=1
+    )
+    validation_share: float = setting(
+        0.0,
+        "share of the test patients that become validation patients: evaluations during training "
+        "test on them, so that the best checkpoint is chosen on them, and all other evaluations "
+        "test on the rest; 0: all evaluations test on the same patients",
+        ge=0,
+        lt=1,
     )
     max_scans: int = setting(0, "maximum number of scans, train and test together; 0: all", ge=0)
     seed: int = setting(
@@ -176,6 +190,9 @@ def evaluate(
     check_held_out: Callable[[Sequence[ScanRow]], HeldOut] = no_list,
     check_others: Mapping[str, Callable[[Sequence[ScanRow]], HeldOut]] | None = None,
     tables: TableLabels | None = None,
+    on_validation: bool = False,
+    split_seed: int = 0,
+    chosen_on: Collection[str] = (),
     origin: Origin | None = None,
     max_skips: int = 0,
     device: torch.device | str = "cpu",
@@ -202,6 +219,9 @@ def evaluate(
         check_others: the same for further models, by name.
         tables: labels that come from tables, for tasks that need `Labels.SCAN` or
             `Labels.LANDMARKS`, and the official split if there is one.
+        on_validation: whether to test on the validation patients of `config.validation_share`.
+        split_seed: seed by which validation patients are chosen, `data.split_seed`.
+        chosen_on: IDs of the scans on which the weights were chosen among those of other steps.
         origin: data, weights and command, kept in the results.
         max_skips: largest number of scans that are skipped because they cannot be read.
         device: device that features are computed on.
@@ -217,7 +237,9 @@ def evaluate(
     preprocess = preprocess or config.preprocess
     rows = scans.of_paths(rows, config.only)
     tables = tables or TableLabels()
-    task_runs, split = _plan(config, rows, store, held_out, tables)
+    task_runs, split = _plan(
+        config, rows, store, held_out, tables, on_validation=on_validation, split_seed=split_seed
+    )
     check_model_names(task_runs, [model.name for model in models])
     settled = settle(
         models,
@@ -247,7 +269,7 @@ def evaluate(
         cost = _cost(reader)
     evaluation = Evaluation(
         tasks=_sections(config, reader, num_rows=len(rows), album=album),
-        split=_record(reader, check_held_out),
+        split=_record(reader, check_held_out, on_validation, chosen_on),
         preprocess=to_dict(settled[0].preprocess),
         patch=settled[0].patch,
         seed=config.seed,
@@ -258,6 +280,7 @@ def evaluate(
         seconds=round(time.perf_counter() - began, 2),
         backbones=_backbones(reader, check_others or {}),
         cost=cost,
+        settings=split_settings(to_dict(config)),
     )
     evaluation.write(out)
     write_csv(EvaluationFolder(out).table, rows_of(evaluation))
@@ -283,6 +306,9 @@ def _plan(
     store: Store,
     held_out: Collection[str],
     tables: TableLabels,
+    *,
+    on_validation: bool,
+    split_seed: int,
 ) -> tuple[list[TaskRun], Split]:
     """The tasks that have scans, begun, and the split of the scans; arguments as of `evaluate`."""
     tasks = build_tasks(config.tasks, config.seed)
@@ -297,8 +323,17 @@ def _plan(
         held_out=held_out,
         sides=tables.sides,
     )
+    if config.validation_share:
+        split = validation.divided(
+            split,
+            config.validation_share,
+            split_seed,
+            on_validation=on_validation,
+            sides=tables.sides,
+        )
     split = scans.patients_together(split)
-    return [begin(name, tasks[name], rows_of_task[name], split) for name in rows_of_task], split
+    begun = [begin(name, tasks[name], rows, split, tables) for name, rows in rows_of_task.items()]
+    return begun, split
 
 
 def _fill(reader: ScanReader, progress: Callable[[int, int], None] | None) -> _Steps:
@@ -431,7 +466,10 @@ def _sections(
 
 
 def _record(
-    reader: ScanReader, check_held_out: Callable[[Sequence[ScanRow]], HeldOut]
+    reader: ScanReader,
+    check_held_out: Callable[[Sequence[ScanRow]], HeldOut],
+    on_validation: bool,
+    chosen_on: Collection[str],
 ) -> SplitRecord:
     train, test = reader.read_rows("train"), reader.read_rows("test")
     return SplitRecord(
@@ -441,6 +479,8 @@ def _record(
         test=tuple(row.id for row in test),
         unread=tuple(reader.unread),
         test_patients=_first_scans(test),
+        on_validation=on_validation,
+        num_chosen_on=len({row.id for row in test}.intersection(chosen_on)),
     )
 
 

@@ -91,13 +91,14 @@ def find(run: Path) -> list[SavedEvaluation]:
     earlier = RunFolder(run).earlier_evaluation
     if earlier.results.is_file() and not earlier.results.is_symlink():
         newest[""] = earlier
-    own = _own_digest(run)[:DIGITS]
+    own = own_digest(run)
     found = []
     for dataset, folder in newest.items():
         evaluation, why_not = results.read(folder.path)
         step = None if folder == earlier else step_of(folder.path)
-        is_own = bool(own) and dataset.endswith(f"-{own}")
-        found.append(SavedEvaluation(folder, dataset, step, is_own, evaluation, why_not))
+        found.append(
+            SavedEvaluation(folder, dataset, step, is_own(dataset, own), evaluation, why_not)
+        )
     return sorted(found, key=lambda one: (not one.is_own, not one.dataset, one.dataset))
 
 
@@ -180,7 +181,12 @@ def check_wanted(found: list[SavedEvaluation], wanted: str) -> None:
         )
 
 
-def _own_digest(run: Path) -> str:
+def is_own(dataset: str, digest: str) -> bool:
+    """Whether the name of a data set is that of the store with a digest; False if it is empty."""
+    return bool(digest) and dataset.endswith(f"-{digest[:DIGITS]}")
+
+
+def own_digest(run: Path) -> str:
     """Digest of the store that a run was trained on last; empty where unknown."""
     try:
         content = json.loads(RunFolder(run).provenance.read_text(encoding="utf-8"))

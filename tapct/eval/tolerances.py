@@ -14,10 +14,13 @@ Sources:
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
+
+from tapct.base.exits import UserError
 
 DEFAULT_MM = 2.0  # about two voxels in the slices of a CT scan
 _NIKOLOV = "Nikolov et al. 2021"
@@ -102,10 +105,12 @@ def tolerance_of(organ: str, own_mm: Mapping[str, float] | None = None) -> Toler
     Args:
         organ: its name in the label map; case, `_`, `-`, the side (left, right, l, r) and a plural
             s are ignored, e.g. `Parotid_L`, `lungs`.
-        own_mm: tolerances that the user has set, by organ as it is written in the label map.
+        own_mm: tolerances that the user has set, by organ as it is written in the label map, in any
+            case.
     """
-    if own_mm is not None and organ in own_mm:
-        return Tolerance(own_mm[organ], "set")
+    for name, mm in (own_mm or {}).items():
+        if name.lower() == organ.lower():
+            return Tolerance(mm, "set")
     words = [word for word in re.split(r"[\s_\-.,()]+", organ.lower()) if word]
     name = " ".join(word for word in words if word not in _SIDES)
     name = _SYNONYMS.get(name, name)
@@ -116,3 +121,38 @@ def tolerance_of(organ: str, own_mm: Mapping[str, float] | None = None) -> Toler
             doubt = ", unverified" if name in _UNVERIFIED else ""
             return Tolerance(table[name], source + doubt)
     return Tolerance(DEFAULT_MM, "default")
+
+
+def parse(words: Sequence[str]) -> dict[str, float]:
+    """Tolerances in mm by organ, from settings such as `liver=2`.
+
+    Raises:
+        UserError: an entry has another form, or its number is no tolerance.
+    """
+    found = {}
+    for word in words:
+        organ, _, number = word.rpartition("=")
+        try:
+            mm = float(number)
+        except ValueError:
+            mm = math.nan
+        if not organ or not (math.isfinite(mm) and mm >= 0):
+            raise UserError(
+                f"the setting tolerances has {word!r}; write ORGAN=MM with a number of "
+                "mm from 0 on, e.g. [liver=2,Parotid_L=2.85]"
+            )
+        found[organ.strip()] = mm
+    return found
+
+
+def check_named(own_mm: Mapping[str, float], organs: Sequence[str]) -> None:
+    """Raise UserError where a tolerance is set for something that is no organ of the training
+    scans, since it would have no effect.
+    """
+    known = {organ.lower() for organ in organs}
+    for name in own_mm:
+        if name.lower() not in known:
+            raise UserError(
+                f"the setting tolerances names {name!r}, which is no organ of the "
+                f"training scans; they have {', '.join(organs)}"
+            )

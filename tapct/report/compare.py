@@ -14,7 +14,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich.console import Console
@@ -25,10 +25,11 @@ from tapct.base.exits import UserError
 from tapct.base.recent import LAST_STEPS
 from tapct.eval import results, saved
 from tapct.eval.contract import OWN_MODEL
+from tapct.eval.over_steps import StepCurve
 from tapct.eval.results import Evaluation
 from tapct.eval.saved import SavedEvaluation
 from tapct.eval.terminal import between, p_text
-from tapct.report import evaluation, page, statistics
+from tapct.report import evaluation, page, statistics, step_values
 from tapct.report.history import History, read_history
 from tapct.report.paired_runs import paired
 from tapct.report.plots import NUM_COLOURS, Curve, ReferenceLine, dash_of, line_chart, number, text
@@ -62,6 +63,8 @@ class Run:
         history: its metrics.
         config: dotted key -> value as text; empty where config.yaml cannot be read.
         saved: its evaluation; None if there is none on the data set that is shown.
+        curves: task -> headline over the evaluated steps, on the run's own data set; empty where
+            another data set is shown.
     """
 
     folder: Path
@@ -69,6 +72,7 @@ class Run:
     history: History
     config: Mapping[str, str]
     saved: SavedEvaluation | None
+    curves: Mapping[str, StepCurve] = field(default_factory=dict)
 
     @property
     def evaluated(self) -> Evaluation | None:
@@ -124,7 +128,9 @@ def read(folders: Sequence[Path], wanted: Sequence[str] = (), data: str = "") ->
     for place, name in zip(histories, short_names(list(histories)), strict=True):
         config = _config(place, name, notes)
         chosen = _evaluation(evaluations[place], name, data, notes)
-        runs.append(Run(place, name, histories[place], config, chosen))
+        steps = step_values.EvaluatedSteps() if data else step_values.read(place)
+        notes += step_values.notes(name, steps)
+        runs.append(Run(place, name, histories[place], config, chosen, steps.curves))
     notes += _pairing_notes(runs)
     keys = differing_keys([run.config for run in runs])
     return Comparison(tuple(runs), _metrics(runs, wanted), keys, tuple(notes))
@@ -274,7 +280,7 @@ def numbers(comparison: Comparison) -> list[Row]:
             cells.append(number(run.history.recent(metric) * factor) if has_it else BLANK)
         rows.append((name, cells))
     rows.append(("Seconds per step, median", [_typical_seconds(run.history) for run in runs]))
-    return rows + _evaluation_rows(runs)
+    return rows + _evaluation_rows(runs) + step_values.rows([run.curves for run in runs])
 
 
 def _evaluation_rows(runs: Sequence[Run]) -> list[Row]:
@@ -458,7 +464,9 @@ def _chart(comparison: Comparison, metric: str) -> str:
 def render(comparison: Comparison) -> str:
     """The page's HTML."""
     notes = "".join(f"<li>{text(note)}</li>" for note in comparison.notes)
-    charts = "".join(_chart(comparison, metric) for metric in comparison.metrics)
+    named = zip(labels(comparison), comparison.runs, strict=True)
+    charts = step_values.charts([(label, run.curves) for label, run in named])
+    charts += "".join(_chart(comparison, metric) for metric in comparison.metrics)
     left_out = f"<ul class=missing>{notes}</ul>" if notes else ""
     num = "1 run" if len(comparison.runs) == 1 else f"{len(comparison.runs)} runs"
     return page.document(
@@ -469,7 +477,8 @@ def render(comparison: Comparison) -> str:
         "run, or the newest value where one is written more rarely. A falling loss alone does not "
         "show learning, and losses of runs with different settings cannot be compared. The "
         "evaluations of the frozen features can be compared; a positive lead is better than the "
-        "best baseline. Differences between runs are paired by patient; intervals are 95 %."
+        "best baseline. Differences between runs are paired by patient; intervals are 95 %. In the "
+        "charts of evaluated steps, a ring marks the best step."
         '</p></section><section><h2>Curves</h2><div class="charts overlaid">'
         f"{charts}</div></section><footer>Thin lines are raw values, thick lines rolling means; "
         "the number beside a name is the one in the table.</footer>",

@@ -23,7 +23,7 @@ from tapct.config.flat import flatten_to_text
 from tapct.eval import saved
 from tapct.eval.old_formats import config_with_task_table
 from tapct.eval.results import Evaluation
-from tapct.report import evaluation, theme
+from tapct.report import evaluation, step_values, theme
 from tapct.report.history import History, prototypes_ln, read_history, read_json
 from tapct.report.plots import (
     Curve,
@@ -433,7 +433,8 @@ def render(run_dir: Path, data: str = "") -> str:
         f"manifest.{key}": manifest[key] for key in ("digest", "path", "root") if key in manifest
     }
     sections = {
-        "Frozen features": evaluation.evaluation_part(found, shown, f"tapct eval {run_dir}"),
+        "Frozen features": evaluation.evaluation_part(found, shown, f"tapct eval {run_dir}")
+        + step_values.part(run_dir, f"tapct eval {run_dir} --step best"),
         "Losses": losses(history),
         "Health": health(history),
         "Schedules": schedules(history),

@@ -34,6 +34,9 @@ class Curve:
         smooth: draw a rolling mean, with the raw curve behind it.
         style: which colour and dashes; None: by its place in the chart.
         end: value shown beside its name; None: the last one that is drawn.
+        intervals: float64 (n, 2), ends of a vertical line through each point, NaN without one;
+            each point is then drawn as a dot. None draws neither.
+        ring: x of a point that gets a ring, such as the best one; None for none.
     """
 
     label: str
@@ -42,6 +45,8 @@ class Curve:
     smooth: bool = True
     style: int | None = None
     end: float | None = None
+    intervals: np.ndarray | None = None
+    ring: float | None = None
 
 
 @dataclass(frozen=True)
@@ -224,6 +229,9 @@ def _range(
     raws = [curve.y[np.isfinite(curve.y)] for curve in curves]
     for raw, front in zip(raws, fronts, strict=True):
         values += [front[np.isfinite(front)], np.percentile(raw, [0.5, 99.5]) if len(raw) else raw]
+    for curve in curves:
+        if curve.intervals is not None:
+            values.append(curve.intervals[np.isfinite(curve.intervals)])
     flat, raw = np.concatenate(values), np.concatenate(raws)
     low, high = (float(flat.min()), float(flat.max())) if len(flat) else (0.0, 1.0)
     if len(raw):
@@ -319,6 +327,31 @@ def _marks(frame: Frame, curve: Curve, colour: int) -> str:
         )
         d = f"M{x - 4:.1f} {TOP + 2}l8 8m0 -8l-8 8"
         parts.append(f'<path class="broken" d="{d}"><title>{text(title)}</title></path>')
+    return "".join(parts)
+
+
+def _points(frame: Frame, curve: Curve, colour: int) -> str:
+    """A dot and an interval at each point of a curve that has intervals, and its ring."""
+    if curve.intervals is None:
+        return ""
+    parts, stroke = [], f"stroke:var(--c{colour})"
+    x, y, ends = frame.px(curve.x), frame.py(curve.y), frame.py(curve.intervals)
+    for i in range(len(x)):
+        if not math.isfinite(y[i]):
+            continue
+        if np.isfinite(ends[i]).all():
+            line = f"M{x[i]:.1f} {ends[i, 0]:.1f}V{ends[i, 1]:.1f}"
+            parts.append(f'<path class="interval" style="{stroke};opacity:.45" d="{line}"/>')
+        at = f'cx="{x[i]:.1f}" cy="{y[i]:.1f}"'
+        parts.append(f'<circle r="2.5" style="fill:var(--c{colour})" {at}/>')
+        if curve.x[i] == curve.ring:
+            title = (
+                f"{curve.label}: best, {number(float(curve.y[i]))} at {number(float(curve.x[i]))}"
+            )
+            parts.append(
+                f'<circle class="ring" r="6" style="fill:none;{stroke};stroke-width:2" {at}>'
+                f"<title>{text(title)}</title></circle>"
+            )
     return "".join(parts)
 
 
@@ -421,6 +454,9 @@ def line_chart(
         if len(x) == 1 and np.isfinite(y[0]):
             at = f'cx="{float(frame.px(x)[0]):.1f}" cy="{float(frame.py(y)[0]):.1f}"'
             parts.append(f'<circle r="3.5" style="fill:var(--c{i % NUM_COLOURS})" {at}/>')
+    parts += [
+        _points(frame, curve, i % NUM_COLOURS) for i, curve in zip(styles, curves, strict=True)
+    ]
     parts.append("</svg>" + _references(frame, references))
     parts += [
         _marks(frame, curve, i % NUM_COLOURS) for i, curve in zip(styles, curves, strict=True)

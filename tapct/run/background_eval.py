@@ -5,7 +5,8 @@ processes with the ranks. There the first rank waits at its end, after the other
 the last evaluation is the one that matters most.
 
     RUN/eval/DATASET/step_00005000/
-        teacher.safetensors   the weights, until they have been evaluated
+        teacher.safetensors   the weights, until they have been evaluated; those of the best step
+                              stay
         meta.json             facts about the checkpoint
         log.txt               output of the evaluation
         results.json          its results
@@ -29,11 +30,14 @@ import torch
 from tapct.base import console, ranks, signals
 from tapct.engine.checkpoint import Checkpoints
 from tapct.engine.stop import StopFlag, job_deadline
+from tapct.eval import best_record
 from tapct.eval.runner import During
+from tapct.run.best_step import link_weights, waits
 from tapct.run_folder import CheckpointFolder, RunFolder, step_of
 
 # seconds before the end of the job's time in which the process and the first rank can end cleanly
 LEAVE_S = 15.0
+MOST_WAITING = 2  # steps that wait for their evaluation and keep their whole checkpoints
 
 
 def doubts(config: During) -> Iterator[str]:
@@ -49,10 +53,14 @@ class Evaluations:
         run: run folder.
         config: interval, and whether to start a process or a job.
         dataset: name of the data set of the run.
+        on_validation: whether to test on validation patients, on whom the best step is chosen.
     """
 
-    def __init__(self, run: Path, config: During, dataset: str) -> None:
+    def __init__(
+        self, run: Path, config: During, dataset: str, on_validation: bool = False
+    ) -> None:
         self.run, self.config, self.dataset = run, config, dataset
+        self.on_validation = on_validation
         self.due: list[int] = []
         self.child: subprocess.Popen[bytes] | None = None
         self.child_step = 0  # step that the child evaluates
@@ -146,7 +154,29 @@ class Evaluations:
 
     def command_for(self, step: int) -> str:
         """The command line that evaluates a step."""
-        return shlex.join(["tapct", "eval", str(self.run), f"--step={step}"])
+        return shlex.join(["tapct", "eval", str(self.run), *self.options_for(step)])
+
+    def options_for(self, step: int) -> list[str]:
+        """Options of `tapct eval` for a step."""
+        return [f"--step={step}", *(["--validation"] if self.on_validation else [])]
+
+    def steps_to_keep(self) -> set[int]:
+        """Steps whose checkpoints `checkpoint.keep` does not remove: the best one so far, and those
+        whose evaluation may make them the best one.
+
+        The weights of every step that is still to be evaluated are kept beside its results, so only
+        the newest of these steps keep their whole checkpoints.
+        """
+        if not self.config.every:
+            return set()
+        record = best_record.read(self.run)
+        best = set() if record is None or record.best is None else {record.best}
+        waiting = [
+            step_of(folder.path)
+            for dataset, folder in RunFolder(self.run).evaluations_of_steps()
+            if dataset == self.dataset and waits(folder, self.on_validation)
+        ]
+        return best | set(self.due) | set(sorted(waiting)[-MOST_WAITING:])
 
     def log_of(self, step: int) -> Path:
         """Log file of the evaluation of a step."""
@@ -160,14 +190,7 @@ class Evaluations:
         """
         folder = RunFolder(self.run).evaluation(self.dataset, step_of(saved))
         folder.path.mkdir(parents=True, exist_ok=True)
-        source = CheckpointFolder(saved)
-        for old, new in ((source.teacher, folder.teacher), (source.meta, folder.meta)):
-            new.unlink(missing_ok=True)
-            try:
-                # a link takes no space until the checkpoint is rotated away
-                os.link(old, new)
-            except OSError:
-                shutil.copyfile(old, new)
+        link_weights(CheckpointFolder(saved), folder)
         step = step_of(saved)
         command = [
             sys.executable,
@@ -175,7 +198,7 @@ class Evaluations:
             "tapct",
             "eval",
             str(self.run.absolute()),
-            f"--step={step}",
+            *self.options_for(step),
         ]
         if self.config.device:
             command.append(f"device={self.config.device}")

@@ -24,7 +24,7 @@ from tapct.eval.models import NamedModel
 from tapct.eval.results import EvaluatedData, EvaluatedWeights, Evaluation, Origin
 from tapct.eval.saved import link_newest
 from tapct.eval.scans import ScanRow
-from tapct.run import exported_run, lineage
+from tapct.run import best_step, exported_run, lineage
 from tapct.run.config import RunConfig
 from tapct.run.model_source import Model, Trained, open_model, open_run
 from tapct.run.provenance import git_revision
@@ -51,13 +51,17 @@ class Evaluated:
 
 
 def evaluate(
-    path: Path, overrides: Sequence[str] = (), step: int | None = None, command: str = ""
+    path: Path,
+    overrides: Sequence[str] = (),
+    step: int | str | None = None,
+    command: str = "",
+    on_validation: bool = False,
 ) -> Evaluation:
     """Evaluate the frozen features of a model beside its baselines; arguments as in
     `evaluate_model`, and the results where it writes them.
     """
     model = open_model(path, overrides, step)
-    return evaluate_model(model, command=command).evaluation
+    return evaluate_model(model, command=command, on_validation=on_validation).evaluation
 
 
 def evaluate_model(
@@ -66,6 +70,7 @@ def evaluate_model(
     out: Path | None = None,
     command: str = "",
     others: Mapping[str, Model] | None = None,
+    on_validation: bool = False,
 ) -> Evaluated:
     """Evaluate the frozen features of a model beside its baselines.
 
@@ -79,13 +84,23 @@ def evaluate_model(
         command: command line for results.json; empty takes this process's own.
         others: further models in the same table, by name, each with its own HU contract and
             preprocessing.
+        on_validation: whether to test on the validation patients of `eval.validation_share`.
     Raises:
-        UserError: there is no store, no scan can be used, or `out` holds other results.
+        UserError: there is no store, no scan can be used, there are no validation patients, or
+            `out` holds other results.
     """
     config = model.config
+    if on_validation and not config.eval.validation_share:
+        raise UserError(
+            "--validation needs validation patients; set their share of the test patients with "
+            "eval.validation_share, for example 0.5"
+        )
     store = Store(config.data.store)
     data = evaluated_data(model.dataset_name(store.path, store.digest), store)
-    folder = model.folder_of(data.name) if out is None else EvaluationFolder(out)
+    of_step = model.folder_of(data.name)
+    folder = of_step.validation if on_validation else of_step
+    if out is not None:
+        folder = EvaluationFolder(out)
     if out is not None:
         check_out(out, data, model.weights)
     arguments = shlex.split(command) if command else sys.argv
@@ -111,6 +126,9 @@ def evaluate_model(
                 name: held_out_check(store, other.trained_on) for name, other in others.items()
             },
             tables=tables,
+            on_validation=on_validation,
+            split_seed=config.data.split_seed,
+            chosen_on=model.chosen_on,
             origin=Origin(
                 replace(data, tables=tables.digest),
                 model.weights,
@@ -122,8 +140,7 @@ def evaluate_model(
             progress=progress,
         )
     if model.run is not None and out is None:
-        # it was kept from rotation for this evaluation
-        folder.teacher.unlink(missing_ok=True)
+        best_step.settle(model.run, of_step)
         link_newest(model.run)
     return Evaluated(evaluation, folder.path)
 
@@ -218,9 +235,15 @@ def check_out(out: Path, data: EvaluatedData, weights: EvaluatedWeights) -> None
         raise UserError(f"--out {out} holds the results of other {what}; give another folder")
 
 
-def export(folder: Path, out: Path | None = None) -> Path:
-    """Write a run's teacher for `tapct.load_pretrained`; RUN/export by default."""
-    trained = open_run(folder)
+def export(folder: Path, out: Path | None = None, step: int | str | None = None) -> Path:
+    """Write a run's teacher for `tapct.load_pretrained`; RUN/export by default.
+
+    Args:
+        folder: run folder.
+        out: folder to write.
+        step: step of the checkpoint, or `best`; None takes the newest whole one.
+    """
+    trained = open_run(folder, step=step)
     target = out or RunFolder(folder).export.path
     meta = trained.meta
     provenance = {
@@ -229,20 +252,27 @@ def export(folder: Path, out: Path | None = None) -> Path:
         "samples": meta.samples,
         "data": meta.data_digest,
     }
+    if trained.best is not None:
+        curve = trained.best.curve
+        provenance["chosen_by"] = f"best {curve.metric} of {curve.task} on the {curve.people}"
+        provenance["chosen_on"] = sorted(curve.scans)
     scans = lineage.scans_of_run(folder, meta.step)
     save_export(target, trained.backbone, _settings_of(trained), provenance, scans)
     return target
 
 
-def export_for_transformers(folder: Path, out: Path, licence: str = "") -> Path:
+def export_for_transformers(
+    folder: Path, out: Path, licence: str = "", step: int | str | None = None
+) -> Path:
     """Write a run's teacher as a folder that Hugging Face transformers loads without tapct.
 
     Args:
         folder: run folder.
         out: folder to write.
         licence: SPDX identifier of the licence of the weights; empty where it is not stated.
+        step: as in `export`.
     """
-    trained = open_run(folder)
+    trained = open_run(folder, step=step)
     facts = exported_run.facts_of(folder, trained, licence)
     save_folder(out, trained.backbone, _settings_of(trained), facts)
     return out

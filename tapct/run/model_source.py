@@ -11,8 +11,8 @@ The folder NAME-eval lies beside the folder NAME of the weights.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -31,7 +31,8 @@ from tapct.eval import runner
 from tapct.eval.results import EvaluatedWeights
 from tapct.eval.saved import dataset_name
 from tapct.nn.contracts import Backbone
-from tapct.run import lineage
+from tapct.run import best_step, lineage
+from tapct.run.best_step import BEST, BestStep
 from tapct.run.config import DataConfig, RunConfig
 from tapct.run.old_configs import upgraded
 from tapct.run.resume import changed_keys
@@ -46,6 +47,7 @@ from tapct.run_folder import (
 )
 from tapct.ssl.student_teacher import build_backbone
 from tapct.types import HUContract
+from tapct.weights.card import is_own_card
 from tapct.weights.export import scans_of_export
 from tapct.weights.pretrained import load_pretrained
 
@@ -86,6 +88,8 @@ class Model:
         trained_on: scans that the weights have been trained on; incomplete where they are unknown.
         evaluations: parent of the results, one folder per data set.
         run: run folder that the weights lie in; None for weights without one.
+        chosen_on: IDs of the scans by which its step was chosen as the best one; empty where the
+            user named the step.
     """
 
     backbone: Backbone
@@ -94,6 +98,7 @@ class Model:
     trained_on: TrainedOn
     evaluations: Path
     run: Path | None = None
+    chosen_on: frozenset[str] = frozenset()
 
     def folder_of(self, dataset: str) -> EvaluationFolder:
         """The folder of the results on a data set, unless the user names another one."""
@@ -117,18 +122,20 @@ class Trained:
         backbone: backbone of the teacher, in eval mode, on the run's device.
         meta: facts about the checkpoint that it comes from.
         sha256: hash of the file with its weights.
+        best: best step of the run, where its weights were asked for; else None.
     """
 
     resolved: Resolved
     backbone: Backbone
     meta: Meta
     sha256: str
+    best: BestStep | None = None
 
 
 def open_model(
     path: Path,
     overrides: Sequence[str] = (),
-    step: int | None = None,
+    step: int | str | None = None,
     custom_code: bool = False,
 ) -> Model:
     """Read the model that a path means.
@@ -136,7 +143,8 @@ def open_model(
     Args:
         path: run folder, checkpoint folder or export folder.
         overrides: key=value, only keys that do not affect the weights.
-        step: step of the checkpoint of a run; None takes the newest whole one.
+        step: step of the checkpoint of a run, or `best`, see `best_step.py`; None takes the newest
+            whole one.
         custom_code: whether an export may name a backbone from a module outside tapct, which is
             then imported.
     Raises:
@@ -158,12 +166,28 @@ def open_model(
         return model_of_export(path, overrides, custom_code)
     if not is_run:
         raise UserError(no_model(path))
+    if step == BEST:
+        return best_model_of_run(path, overrides)
     return model_of_run(path, overrides, teacher_folder(path, step))
+
+
+def best_model_of_run(run: Path, overrides: Sequence[str]) -> Model:
+    """The teacher of the best step of a run; arguments as in `model_of_run`."""
+    # a task that the user names here is taken instead of the one in the run's config
+    best = best_step.find(run, _config_of(run, overrides).value.eval.during.best)
+    saved = teacher_of_step(run, best.value.step)
+    model = model_of_run(run, overrides, saved)
+    best.check_weights(model.weights.sha256, saved)
+    console.say(best.line)
+    return replace(model, chosen_on=best.curve.scans)
 
 
 def no_model(path: Path) -> str:
     """The error line for a path that is no model."""
-    kinds = "give a run folder, e.g. runs/smoke, a checkpoint in it, or a folder of `tapct export`"
+    kinds = (
+        "give a run folder, e.g. runs/smoke, a checkpoint in it, or a folder of `tapct export` or "
+        "`tapct import`"
+    )
     if not path.exists():
         return f"{path} does not exist; {kinds}"
     if path.is_file():
@@ -223,6 +247,11 @@ def model_of_checkpoint(saved: Path, overrides: Sequence[str]) -> Model:
 
 def model_of_export(folder: Path, overrides: Sequence[str], custom_code: bool) -> Model:
     """The backbone of an export."""
+    if not is_own_card(folder):
+        raise UserError(
+            f"{ExportFolder(folder).card} is not a tapct export; make one of these weights with "
+            f"`tapct import {folder} --out FOLDER`"
+        )
     pretrained = load_pretrained(folder, custom_code=custom_code)
     settings, about = pretrained.settings, pretrained.provenance
     card = {
@@ -249,7 +278,16 @@ def model_of_export(folder: Path, overrides: Sequence[str], custom_code: bool) -
         weights,
         scans_of_export(folder),
         evaluations_beside(folder),
+        chosen_on=scans_chosen_on(about),
     )
+
+
+def scans_chosen_on(provenance: Mapping[str, Any]) -> frozenset[str]:
+    """IDs of the scans by which the step of an export was chosen, from its card; empty where the
+    user named the step.
+    """
+    scans = provenance.get("chosen_on")
+    return frozenset(map(str, scans)) if isinstance(scans, list) else frozenset()
 
 
 def whole_number(value: Any) -> int | None:
@@ -279,13 +317,13 @@ def config_of_weights(
     return config
 
 
-def open_run(folder: Path, overrides: Sequence[str] = (), step: int | None = None) -> Trained:
+def open_run(folder: Path, overrides: Sequence[str] = (), step: int | str | None = None) -> Trained:
     """Read the teacher of a run.
 
     Args:
         folder: run folder.
         overrides: key=value, only keys that do not affect the weights.
-        step: step of the checkpoint; None takes the newest whole one.
+        step: step of the checkpoint, or `best`; None takes the newest whole one.
     Raises:
         UserError: not a run folder, no such checkpoint, or an override that would need another
             training.
@@ -296,7 +334,14 @@ def open_run(folder: Path, overrides: Sequence[str] = (), step: int | None = Non
         if not folder.exists():
             problem = "does not exist; give the folder of a run, e.g. runs/smoke"
         raise UserError(f"{folder} {problem}; {hint}")
-    return read_run(folder, overrides, teacher_folder(folder, step))
+    if step != BEST:
+        return read_run(folder, overrides, teacher_folder(folder, step))
+    best = best_step.find(folder, _config_of(folder, overrides).value.eval.during.best)
+    saved = teacher_of_step(folder, best.value.step)
+    trained = read_run(folder, overrides, saved)
+    best.check_weights(trained.sha256, saved)
+    console.say(best.line)
+    return replace(trained, best=best)
 
 
 def read_run(folder: Path, overrides: Sequence[str], saved: Path) -> Trained:
@@ -335,9 +380,12 @@ def _config_of(folder: Path, overrides: Sequence[str]) -> Resolved:
     return load_config(RunConfig, RunFolder(folder).config, overrides, upgrade=upgraded)
 
 
-def teacher_folder(run: Path, step: int | None) -> Path:
+def teacher_folder(run: Path, step: int | str | None) -> Path:
     """The folder with the teacher of a step, or of the newest whole checkpoint without a step."""
-    return newest_teacher(run) if step is None else teacher_of_step(run, step)
+    if step is None:
+        return newest_teacher(run)
+    assert isinstance(step, int), "the best step is looked up before"
+    return teacher_of_step(run, step)
 
 
 def newest_teacher(folder: Path) -> Path:

@@ -11,6 +11,7 @@ are warnings. Both hold for every stage of a run. Rules about machine and data a
 
 from __future__ import annotations
 
+import difflib
 import functools
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -113,6 +114,19 @@ def problems(config: RunConfig) -> Iterator[str]:
         yield (
             "eval.during.every asks for evaluations, and eval.tasks has no task; add one, or set "
             "eval.during.every=0"
+        )
+    yield from problem_of_best(config)
+
+
+def problem_of_best(config: RunConfig) -> Iterator[str]:
+    """A task that shall choose the best checkpoint and is not evaluated."""
+    best, names = config.eval.during.best, [task.name for task in config.eval.tasks]
+    if best and names and best not in names:
+        near = difflib.get_close_matches(best, names, n=1, cutoff=0.4)
+        meant = f"; did you mean {near[0]}?" if near else ""
+        yield (
+            f"eval.during.best {best!r} is no task of eval.tasks, which has "
+            f"{', '.join(names)}{meant}"
         )
 
 
@@ -288,8 +302,14 @@ def beyond_the_run(config: RunConfig, losses: dict[str, Loss]) -> Iterator[str]:
 def unused(config: RunConfig) -> Iterator[str]:
     """Settings that differ from their default and that no part of this run reads."""
     train, during, loader = config.train, config.eval.during, config.data.loader
-    if train.init_allow and not train.init:
-        yield "train.init_allow has no effect without train.init"
+    others = {
+        "init_allow": train.init_allow,
+        "init_window": train.init_window,
+        "init_inflate": train.init_inflate != "mean",
+    }
+    for name, is_set in others.items():
+        if is_set and not train.init:
+            yield f"train.{name} has no effect without train.init"
     if train.init and train.resume not in ("auto", "must", "never"):
         yield "train.init has no effect: the run starts from the checkpoint of train.resume"
     if train.init and train.resume == "must":
@@ -300,6 +320,8 @@ def unused(config: RunConfig) -> Iterator[str]:
         yield "eval.during.sbatch has no effect with eval.during.how=process"
     if not during.every and (during.sbatch or during.how != "process"):
         yield "eval.during.how and eval.during.sbatch have no effect with eval.during.every=0"
+    if not during.every and during.best:
+        yield "eval.during.best has no effect with eval.during.every=0: no checkpoint is kept"
 
 
 def without_change(before: ResolvedStage, stage: ResolvedStage) -> Iterator[str]:

@@ -40,6 +40,8 @@ class Rule:
         body_share_min: smallest share of body that a crop should hold.
         candidates: number of places that are tried for it.
         flip_p: chance of a flip along (z, y, x).
+        region_area: range of the share of the scan's in-plane area in which all crops of a sample
+            lie; (1, 1) is the whole slice.
     """
 
     window: tuple[int, int, int]
@@ -49,6 +51,7 @@ class Rule:
     body_share_min: float
     candidates: int
     flip_p: tuple[float, float, float]
+    region_area: tuple[float, float] = (1.0, 1.0)
 
 
 @dataclass(frozen=True)
@@ -116,8 +119,10 @@ def max_length(rule: Rule, slab_ZYX: tuple[int, int, int]) -> tuple[float, float
     """
     _, height, width = slab_ZYX
     area = rule.area[1] * height * width
-    longest_y = max(math.sqrt(area * rule.aspect[1]), rule.area[1] * height)
-    longest_x = max(math.sqrt(area / rule.aspect[0]), rule.area[1] * width)
+    # a crop that is as wide as its region has this share of the slice's height
+    share = rule.area[1] / math.sqrt(rule.region_area[0])
+    longest_y = max(math.sqrt(area * rule.aspect[1]), share * height)
+    longest_x = max(math.sqrt(area / rule.aspect[0]), share * width)
     return (
         rule.window[0] * rule.z_zoom[1],
         min(longest_y, float(height)),
@@ -153,14 +158,11 @@ def draw(
     """
     view_V1 = torch.arange(num_views, device=sample_B.device)[:, None]
     extent_B3 = extent_B3.to(torch.float32)
-    length_VB3 = _lengths(rule, kind, view_V1, extent_B3, sample_B, seed)
-    start_VBC3 = _starts(rule, kind, view_V1, extent_B3, length_VB3, sample_B, seed)
+    region = _region(rule, cells_Bzyx, extent_B3, sample_B, seed)
+    length_VB3 = _lengths(rule, kind, view_V1, extent_B3, region, sample_B, seed)
+    start_VBC3 = _starts(rule, kind, view_V1, region, length_VB3, sample_B, seed)
     share_VBC = body_share(cells_Bzyx, start_VBC3, length_VB3[:, :, None].expand_as(start_VBC3))
-    # A place with enough body scores more than 1, the earlier the more; any other its share, at
-    # most 1. So one argmax does both, without asking the device whether a place was found.
-    order_C = torch.arange(rule.candidates, 0, -1, device=sample_B.device)
-    score_VBC = torch.where(share_VBC >= rule.body_share_min, 1.0 + order_C, share_VBC)
-    best_VB = score_VBC.argmax(dim=2)
+    best_VB = _best_place(share_VBC, rule)
     start_VB3 = start_VBC3.gather(2, best_VB[:, :, None, None].expand(-1, -1, 1, 3)).squeeze(2)
     flips = [
         rng.uniform(seed, f"{kind} flip", sample_B, view_V1, axis) < chance
@@ -169,15 +171,81 @@ def draw(
     return Boxes(start_VB3, length_VB3, torch.stack(flips, dim=2))
 
 
+def _best_place(share_C: Tensor, rule: Rule) -> Tensor:
+    """The first candidate with enough body, else the one with the most.
+
+    Args:
+        share_C: share of body of each candidate, last axis.
+        rule: the least share, and the number of candidates.
+    """
+    # A place with enough body scores more than 1, the earlier the more; any other its share, at
+    # most 1. So one argmax does both, without asking the device whether a place was found.
+    order_C = torch.arange(rule.candidates, 0, -1, device=share_C.device)
+    return torch.where(share_C >= rule.body_share_min, 1.0 + order_C, share_C).argmax(dim=-1)
+
+
+@dataclass(frozen=True)
+class _Region:
+    """The part of each slab in which all crops of its sample lie, in voxels of the slab.
+
+    Args:
+        start_B3: first edges.
+        length_B3: edge lengths.
+    """
+
+    start_B3: Tensor
+    length_B3: Tensor
+
+
+def _region(
+    rule: Rule, cells_Bzyx: Tensor, extent_B3: Tensor, sample_B: Tensor, seed: int
+) -> _Region:
+    """Draw the region of each sample: as deep as the slab, of the shape of the slice.
+
+    Its place is chosen like that of a crop. The key has no kind of view, so global and local views
+    of a sample share the region.
+    """
+    if rule.region_area == (1.0, 1.0):
+        return _Region(torch.zeros_like(extent_B3), extent_B3)
+    edge_B = _between(rule.region_area, rng.uniform(seed, "region area", sample_B)).sqrt()
+    depth_B = extent_B3[:, 0]
+    length_B3 = torch.stack([depth_B, extent_B3[:, 1] * edge_B, extent_B3[:, 2] * edge_B], dim=1)
+    candidate_C = torch.arange(rule.candidates, device=sample_B.device)
+    place_BC2 = torch.stack(
+        [
+            rng.uniform(seed, f"region place {name}", sample_B[:, None], candidate_C)
+            for name in "yx"
+        ],
+        dim=2,
+    )
+    free_B12 = (extent_B3 - length_B3)[:, None, 1:].clamp(min=0)
+    start_BC3 = F.pad(place_BC2 * free_B12, (1, 0))
+    share_BC = body_share(
+        cells_Bzyx, start_BC3[None], length_B3[None, :, None].expand_as(start_BC3[None])
+    )[0]
+    best_B = _best_place(share_BC, rule)
+    start_B3 = start_BC3.gather(1, best_B[:, None, None].expand(-1, 1, 3)).squeeze(1)
+    return _Region(start_B3, length_B3)
+
+
 def _lengths(
-    rule: Rule, kind: Kind, view_V1: Tensor, extent_B3: Tensor, sample_B: Tensor, seed: int
+    rule: Rule,
+    kind: Kind,
+    view_V1: Tensor,
+    extent_B3: Tensor,
+    region: _Region,
+    sample_B: Tensor,
+    seed: int,
 ) -> Tensor:
     """Edge lengths (V, B, 3) in voxels: area uniform, aspect log-uniform over the part of its range
-    that fits into the scan at that area.
+    that fits into the region at that area.
     """
-    height_B, width_B = extent_B3[:, 1], extent_B3[:, 2]
-    area_VB = _between(rule.area, rng.uniform(seed, f"{kind} area", sample_B, view_V1))
-    # log of the aspects at which the box is as wide as the scan, and as high as the scan
+    height_B, width_B = region.length_B3[:, 1], region.length_B3[:, 2]
+    of_scan_VB = _between(rule.area, rng.uniform(seed, f"{kind} area", sample_B, view_V1))
+    # the same area as a share of the region, exact where the region is the whole slice
+    slices_B = (extent_B3[:, 1] * extent_B3[:, 2]) / (height_B * width_B)
+    area_VB = (of_scan_VB * slices_B).clamp(max=1)
+    # log of the aspects at which the box is as wide as the region, and as high as the region
     lowest_VB = torch.log(area_VB * height_B / width_B)
     highest_VB = torch.log(height_B / (area_VB * width_B))
     low, high = (lowest_VB.new_full((), math.log(edge)) for edge in rule.aspect)
@@ -197,15 +265,16 @@ def _starts(
     rule: Rule,
     kind: Kind,
     view_V1: Tensor,
-    extent_B3: Tensor,
+    region: _Region,
     length_VB3: Tensor,
     sample_B: Tensor,
     seed: int,
 ) -> Tensor:
-    """Candidate places (V, B, C, 3), uniform over all that keep the box inside the scan."""
+    """Candidate places (V, B, C, 3), uniform over all that keep the box inside the region."""
     view_V11 = view_V1[..., None]
     candidate_C = torch.arange(rule.candidates, device=sample_B.device)
-    free_VB13 = (extent_B3 - length_VB3).clamp(min=0)[:, :, None]
+    free_VB13 = (region.length_B3 - length_VB3).clamp(min=0)[:, :, None]
+    first_B31 = region.start_B3[..., None]
     starts = []
     for axis, name in enumerate("zyx"):
         u_VBC = rng.uniform(seed, f"{kind} place {name}", sample_B[:, None], view_V11, candidate_C)
@@ -214,7 +283,7 @@ def _starts(
             # whole slices, so that nothing is interpolated along z; `minimum`: u * n may round to n
             starts.append((u_VBC * (free_VB1 + 1)).floor().minimum(free_VB1))
         else:
-            starts.append(u_VBC * free_VB1)
+            starts.append(first_B31[:, axis] + u_VBC * free_VB1)
     return torch.stack(starts, dim=3)
 
 

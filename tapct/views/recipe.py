@@ -54,6 +54,15 @@ class Config:
         gt=0,
         le=1,
     )
+    region_area: tuple[float, float] = setting(
+        (1.0, 1.0),
+        "share of the scan's in-plane area in which all views of a scan lie, drawn uniformly "
+        "between the two values, at a place that is drawn too; [1, 1]: the whole slice. Small "
+        "views of a whole slice hardly overlap, and then the views of a scan have little in "
+        "common; our own choice, not TAP-CT's",
+        gt=0,
+        le=1,
+    )
     aspect: tuple[float, float] = setting(
         (3 / 4, 4 / 3),
         "height / width of a crop in voxels, drawn log-uniformly from the part of this range "
@@ -107,7 +116,8 @@ class Config:
     )
 
     def __post_init__(self) -> None:
-        for name in ("global_area", "local_area", "aspect", "z_zoom", "blur_sigma"):
+        ranges = ("global_area", "local_area", "region_area", "aspect", "z_zoom", "blur_sigma")
+        for name in ranges:
             low, high = getattr(self, name)
             if low > high:
                 raise UserError(f"views.{name} is [{low}, {high}]: the lower end comes first")
@@ -123,6 +133,7 @@ class Config:
             self.body_share_min,
             self.candidates,
             self.flip_p,
+            self.region_area,
         )
 
     def slices_needed(self) -> float:

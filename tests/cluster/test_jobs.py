@@ -8,6 +8,8 @@ import os
 from pathlib import Path
 
 import pytest
+from evaluated_steps import make_run as make_evaluated_run
+from evaluated_steps import write_step
 from fake_slurm import FakeSlurm
 from fake_slurm import cluster as cluster  # a fixture
 from shell import Shell
@@ -16,6 +18,7 @@ from shell import shell as shell
 from tapct.base import jsonl
 from tapct.cluster import jobs
 from tapct.cluster.jobs import Submission
+from tapct.eval import best_record
 
 
 def make_run(run: Path, job: str, steps: int = 100, done: int = 0, *events: str) -> None:
@@ -110,6 +113,33 @@ def test_jobs_prints_why_a_job_gave_up(runs: Path, shell: Shell, cluster: FakeSl
     cluster.queue(("11", "PENDING", 6, "BeginTime"))  # somebody has requeued it by hand
     printed = shell.good("jobs")
     assert rows_of(printed)["11"][2] == "pending" and why[:20] not in printed
+
+
+def test_jobs_shows_the_newest_headline_and_the_best_one(
+    runs: Path, shell: Shell, cluster: FakeSlurm
+) -> None:
+    cluster.queue(("11", "RUNNING", 3, "None"))
+    before = shell.good("jobs")
+    assert "eval" not in before.splitlines()[0].split()
+    run = make_evaluated_run(runs / "scored")
+    make_run(run, "13", 125_000, 40, "start")
+    for step, value in ((10, 0.2), (20, 0.4), (30, 0.3)):
+        write_step(run, step, value)
+        best_record.update(run)
+    printed = shell.good("jobs")
+    table = [line for line in printed.splitlines() if ":" not in line or "2d" in line]
+    assert max(map(len, table)) <= 80
+    assert printed.splitlines()[0].split()[-1] == "eval"
+    (row,) = (line.split() for line in printed.splitlines() if line.startswith("runs/scored "))
+    assert row[-1] == "0.300" and row[1] == "13"
+    assert rows_of(printed)["11"][-1] == "3", "a run without evaluations has none"
+    line = "runs/scored: segmentation: mean Dice 0.300 at step 30, best 0.400 at step 20, on the "
+    assert f"{line}test patients" in " ".join(printed.split())
+    write_step(run, 20, math.nan)
+    write_step(run, 10, math.nan)
+    write_step(run, 30, math.nan)
+    best_record.update(run)
+    assert "no best step" in " ".join(shell.good("jobs").split())
 
 
 def test_jobs_without_any_job_print_a_message(

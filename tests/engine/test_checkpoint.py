@@ -101,6 +101,21 @@ def test_only_the_newest_are_kept_and_latest_points_to_the_last(tmp_path: Path) 
     assert checkpoints.newest_whole() == (tmp_path / "step_00000100", [])
 
 
+def test_steps_that_are_asked_for_are_kept_beside_the_newest(tmp_path: Path) -> None:
+    pair, updater = trained(1, 1)
+    wanted = {2, 9}
+    checkpoints = Checkpoints(tmp_path, keep=1, also_kept=lambda: wanted)
+    for step in (1, 2, 3, 4):
+        save(checkpoints, Meta(step, step), pair, updater.optimizer)
+    assert [path.name for path in checkpoints.finished()] == ["step_00000002", "step_00000004"]
+    wanted = {4}  # another step has become the best one
+    save(checkpoints, Meta(5, 5), pair, updater.optimizer)
+    assert [path.name for path in checkpoints.finished()] == ["step_00000004", "step_00000005"]
+    wanted = {5}  # the run resumed from an older step: this one is damaged or of another course
+    save(checkpoints, Meta(3, 3), pair, updater.optimizer)
+    assert [path.name for path in checkpoints.finished()] == ["step_00000003"]
+
+
 @pytest.mark.parametrize("harm", ["truncated", "flipped bit", "deleted", "no fingerprints"])
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(
     tmp_path: Path, harm: str

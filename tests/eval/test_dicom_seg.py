@@ -19,6 +19,7 @@ from tapct.data.index.build import build_manifest
 from tapct.data.labels.reading import read_labels_of
 from tapct.data.packed.pack import pack
 from tapct.data.packed.store import Store
+from tapct.data.readers import dicom_elements as elements
 from tapct.data.readers import dicom_seg
 from tapct.data.scans.ingest import read_volume
 from tapct.data.scans.read_rules import ReadRules
@@ -263,6 +264,49 @@ def test_a_seg_holds_no_more_about_the_patient_than_its_series(
     assert kinds == ["Liver", "Kidney", "Lesion"]
     assert third.SegmentDescription == "label value 782" and first.SegmentLabel == "liver"
     assert second.SegmentAlgorithmType == "AUTOMATIC"
+
+
+@pytest.mark.parametrize(
+    ("change", "kept"),
+    [
+        ({"SpecificCharacterSet": ""}, {"PatientName": "Muster^Erika"}),
+        (
+            {"SpecificCharacterSet": "ISO_IR 100", "PatientName": "Müller^Zoë"},
+            {"PatientName": "Müller^Zoë"},
+        ),
+        (
+            {"SpecificCharacterSet": ["", "ISO 2022 IR 87"], "PatientID": "P 1"},
+            {"PatientID": "P 1"},
+        ),
+        ({"PatientSex": "W", "StudyTime": "noon"}, {"PatientSex": "", "StudyTime": None}),
+        ({"StudyDate": "unknown", "PatientBirthDate": "19503"}, {"StudyDate": ""}),
+        ({"PatientID": None, "StudyDate": None}, {"PatientID": ""}),
+    ],
+    ids=lambda value: "-".join(value),
+)
+def test_headers_that_real_archives_have_are_accepted(
+    packed: Path, tmp_path: Path, change: dict[str, object], kept: dict[str, object]
+) -> None:
+    files = sorted((packed / "archive" / "upright").iterdir())
+    for path in files:
+        image = pydicom.dcmread(path)
+        with elements.quiet():
+            for tag, value in change.items():
+                setattr(image, tag, value)
+                if value is None:
+                    delattr(image, tag)
+            image.save_as(tmp_path / path.name)
+    volume = read_volume(tmp_path)
+    source = dicom_seg.read_source(sorted(tmp_path.glob("*.dcm")))
+    labels_ZYX = np.random.default_rng(3).choice([0, 2], volume.hu_ZYX.shape).astype(np.uint16)
+    path = tmp_path / "seg" / "seg.dcm"
+    path.parent.mkdir()
+    dicom_seg.write(path, labels_ZYX.transpose(2, 1, 0), source, [(2, "liver")], "test")
+    seg = pydicom.dcmread(path)
+    for tag, value in kept.items():
+        assert (seg.get(tag) or "") == (value or "")
+    found = read_labels_of(volume, path).label_map
+    np.testing.assert_array_equal(found.labels_ZYX == 1, labels_ZYX == 2)
 
 
 def test_the_same_prediction_has_the_same_uids_and_another_one_has_not(

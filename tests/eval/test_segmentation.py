@@ -16,8 +16,9 @@ from tapct.eval.features import BlockFeatures, DenseFeatures, PatchGrid
 from tapct.eval.heads import fit_head
 from tapct.eval.label_fractions import Draw, LabelFractions, patients_of_draw
 from tapct.eval.old_formats import curve_of
+from tapct.eval.organ_counts import dice_from_confusion
 from tapct.eval.scans import LabelledScan
-from tapct.eval.tasks.segmentation import Config, build, dice_from_confusion
+from tapct.eval.tasks.segmentation import Config, build
 from tapct.eval.truth import OUTSIDE, patch_truth
 from tapct.types import IGNORE_LABEL, LabelMap, Volume
 
@@ -477,8 +478,14 @@ def test_organs_that_one_side_lacks_are_listed_as_left_out():
 
 
 def test_settings_that_must_name_a_label_are_those_that_are_not_defaults():
-    named = build(Config(body=("body", "torso"), organs=("1",)), seed=0).named_labels()
-    assert named == {"organs": ("1",), "outside": (), "body": ("torso",)}
+    config = Config(body=("body", "torso"), organs=("1",), tolerances=("liver=2",))
+    named = build(config, seed=0).named_labels()
+    assert named == {
+        "organs": ("1",),
+        "outside": (),
+        "body": ("torso",),
+        "tolerances": ("liver",),
+    }
 
 
 def test_the_dice_term_and_its_derivative_equal_autograd():

@@ -9,7 +9,7 @@ import pytest
 
 from tapct.base.exits import UserError
 from tapct.eval.surface import Definition, Presence, SurfaceScore, surface_distances, surface_score
-from tapct.eval.tolerances import DEFAULT_MM, Tolerance, tolerance_of
+from tapct.eval.tolerances import DEFAULT_MM, Tolerance, check_named, parse, tolerance_of
 from tapct.types import IGNORE_LABEL
 
 SPACING = (2.5, 0.8, 0.9)
@@ -173,3 +173,20 @@ def test_tolerances_are_found_by_the_name_of_the_organ(organ: str, mm: float, so
 def test_the_users_own_tolerance_is_taken_first() -> None:
     found = tolerance_of("liver", {"liver": 1.5})
     assert found == Tolerance(1.5, "set") and str(found) == "1.5 mm (set)"
+
+
+def test_tolerances_are_read_from_settings() -> None:
+    assert parse(["liver=2", "left=right=0.5"]) == {"liver": 2.0, "left=right": 0.5}
+
+
+def test_a_tolerance_is_set_in_any_case_and_for_an_organ_alone() -> None:
+    assert tolerance_of("liver", {"Liver": 1.5}) == Tolerance(1.5, "set")
+    check_named({"Liver": 1.5}, ["liver", "spleen"])
+    with pytest.raises(UserError, match="names '5', which is no organ .* liver, spleen"):
+        check_named({"5": 1.5}, ["liver", "spleen"])
+
+
+@pytest.mark.parametrize("word", ["liver", "=2", "liver=", "liver=-1", "liver=nan", "liver=2mm"])
+def test_a_tolerance_of_another_form_is_an_error(word: str) -> None:
+    with pytest.raises(UserError, match="write ORGAN=MM"):
+        parse([word])

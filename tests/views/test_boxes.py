@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -111,7 +112,8 @@ def test_max_length_bounds_every_box() -> None:
         ((0.3, 0.9), (2.0, 3.0)),
     ):
         rule = replace(RULE, area=area, aspect=aspect, z_zoom=(0.7, 1.5))
-        for extent in ((16, 64, 64), (16, 40, 200), (16, 200, 40)):
+        rules = [rule, replace(rule, region_area=(0.2, 0.5))]
+        for rule, extent in itertools.product(rules, ((16, 64, 64), (16, 40, 200), (16, 200, 40))):
             length = draw(rule, 2000, extent).length_VB3.amax((0, 1))
             bound = torch.tensor(boxes.max_length(rule, extent))
             assert (length <= bound * (1 + 1e-5)).all()
@@ -165,9 +167,8 @@ def test_the_first_place_with_enough_body_is_taken_else_the_best() -> None:
         for c in range(6)
     ]
     view_V1, extent_B3 = torch.arange(2)[:, None], torch.tensor([extent]).float().expand(num, 3)
-    places = boxes._starts(
-        rule, "local", view_V1, extent_B3, tries[0].length_VB3, torch.arange(num), 0
-    )
+    whole = boxes._Region(torch.zeros_like(extent_B3), extent_B3)
+    places = boxes._starts(rule, "local", view_V1, whole, tries[0].length_VB3, torch.arange(num), 0)
     shares = boxes.body_share(
         cells.expand(num, -1, -1, -1), places, tries[0].length_VB3[:, :, None].expand_as(places)
     )
@@ -191,3 +192,52 @@ def test_the_first_place_with_enough_body_is_taken_else_the_best() -> None:
     assert torch.equal(
         chosen.length_VB3, without.length_VB3
     )  # the search moves a box, its size stays as declared
+
+
+def test_all_views_of_a_sample_lie_in_one_region() -> None:
+    num, extent = 3000, (16, 64, 96)
+    extent_B3, cells = torch.tensor([extent]).expand(num, 3), torch.ones(num, 4, 8, 12)
+    rule = replace(RULE, area=(0.05, 0.1), region_area=(0.2, 0.3))
+    drawn = [
+        boxes.draw(rule, kind, views, cells, extent_B3, torch.arange(num), 0)
+        for kind, views in (("global", 2), ("local", 8))
+    ]
+    start = torch.cat([one.start_VB3 for one in drawn])
+    end = start + torch.cat([one.length_VB3 for one in drawn])
+    assert (start >= 0).all() and (end <= torch.tensor(extent) + 1e-3).all()
+    # ten crops of a sample together take at most the largest region, and mostly more than one crop
+    spread = (end.amax(0) - start.amin(0)) / torch.tensor(extent)
+    assert (spread[:, 1:] <= 0.3**0.5 + 1e-5).all()
+    assert (spread[:, 1] * spread[:, 2]).mean() > 0.15
+    # regions reach every part of the slice, and a crop has the area of the rule, not of the region
+    middle = ((start + end) / 2).mean(0) / torch.tensor(extent)
+    for axis in (1, 2):
+        assert middle[:, axis].min() < 0.3 and middle[:, axis].max() > 0.7
+    area = drawn[1].length_VB3[..., 1] * drawn[1].length_VB3[..., 2] / (64 * 96)
+    uniform = stats.uniform(0.05, 0.05)
+    assert stats.kstest(area.flatten().double().numpy(), uniform.cdf).pvalue > 1e-4
+    without = boxes.draw(
+        replace(rule, region_area=(1.0, 1.0)), "local", 8, cells, extent_B3, torch.arange(num), 0
+    )
+    other = without.start_VB3.amax(0) - without.start_VB3.amin(0)
+    assert (other[:, 1:].mean(0) > 1.5 * 0.3**0.5 * torch.tensor([64.0, 96.0]) * 0.6).all()
+
+
+def test_a_crop_that_is_larger_than_its_region_takes_the_whole_region() -> None:
+    rule = replace(RULE, area=(0.5, 0.6), region_area=(0.25, 0.25), aspect=(1.0, 1.0))
+    drawn = draw(rule, 200, (16, 64, 96))
+    expected = torch.tensor([8.0, 32.0, 48.0]).expand(2, 200, 3)
+    torch.testing.assert_close(drawn.length_VB3, expected)
+    assert torch.equal(drawn.start_VB3[0, :, 1:], drawn.start_VB3[1, :, 1:])
+
+
+def test_a_region_is_drawn_where_the_body_is() -> None:
+    cells = torch.zeros(1, 4, 8, 8)
+    cells[:, :, :, :3] = 1  # body on one side only
+    rule = replace(
+        RULE, area=(0.05, 0.05), region_area=(0.1, 0.1), body_share_min=0.5, candidates=1
+    )
+    single = share_of(draw(rule, 2000, (16, 64, 64), cells), cells)
+    tried = share_of(draw(replace(rule, candidates=8), 2000, (16, 64, 64), cells), cells)
+    # without candidates, crops hold as much body as the slice does; with them, the region moves
+    assert 0.3 < single.mean() < 0.45 and (tried >= 0.5).float().mean() > 0.9

@@ -218,6 +218,7 @@ CHANGES: dict[str, Any] = {
     "num_locals": 2,
     "local_window": (8, 8, 8),
     "local_area": (0.9, 0.95),
+    "region_area": (0.3, 0.3),
     "aspect": (2.0, 2.0),
     "z_zoom": (1.5, 1.5),
     "body_share_min": 0.9,
@@ -244,7 +245,7 @@ def test_every_field_changes_the_views(make_batch: Callable[..., Batch], field: 
 
 def test_bad_values_are_refused_with_their_name(make_batch: Callable[..., Batch]) -> None:
     wrong: Any = (0.9, 0.5)
-    for field in ("global_area", "local_area", "aspect", "z_zoom", "blur_sigma"):
+    for field in ("global_area", "local_area", "region_area", "aspect", "z_zoom", "blur_sigma"):
         with pytest.raises(UserError, match=f"views.{field}"):
             replace(SMALL, **{field: wrong})
     with pytest.raises(UserError, match="views.global_window .* is no multiple of the patch"):

@@ -107,6 +107,19 @@ def test_a_scan_is_prepared_and_embedded_as_by_tapct(both: Both) -> None:
     np.testing.assert_allclose(embedded.pooler_output[0].numpy(), want.cls_D, atol=1e-5)
 
 
+@pytest.mark.parametrize("resize", ["linear", "cubic", "area", "nearest"])
+def test_other_ways_to_prepare_a_scan_are_those_of_tapct(
+    resize: str, hub: Any, tmp_path: Path
+) -> None:
+    preprocess = dataclasses.replace(PREPROCESS, resize=resize, clip="after_resize", pad="raw")
+    settings = dataclasses.replace(settings_of(LEARNED), preprocess=preprocess)
+    save_folder(tmp_path / "x", network(LEARNED), settings, ModelFacts("x"))
+    processor = hub.AutoProcessor.from_pretrained(tmp_path / "x", trust_remote_code=True)
+    found = processor(volume().hu_ZYX)["pixel_values"][0, 0]
+    prepared = prepare(volume().hu_ZYX, CONTRACT, preprocess, LEARNED.patch)
+    torch.testing.assert_close(found, prepared.input_ZYX[: len(found)], rtol=0, atol=1e-5)
+
+
 def test_two_scans_of_a_batch_are_embedded_as_one_by_one(both: Both) -> None:
     hu = np.stack([volume(seed).hu_ZYX[:2] for seed in (1, 2)])[:, None]
     inputs = both.processor(hu, spacing_mm=[SPACING_MM, (1.0, 1.0, 2.0)])
@@ -228,7 +241,7 @@ def test_the_code_of_the_folder_needs_torch_and_transformers_only(learned: Path)
 OTHER = {
     "window": (8, 16, 24), "patch": (4, 4, 4), "in_chans": 2, "dim": 48, "depth": 3, "heads": 4,
     "ffn": "swiglu", "qkv_bias": False, "qk_norm": True, "registers": 1, "layer_scale": None,
-    "positions": "both", "pos_resize": "linear",
+    "norm_eps": 1e-5, "pos_offset": 0.1, "positions": "both", "pos_resize": "linear",
 }  # fmt: skip
 
 
@@ -242,7 +255,7 @@ def test_every_setting_that_changes_features_is_in_config_json() -> None:
 
 
 def test_every_setting_of_rotary_positions_is_in_config_json() -> None:
-    other = {"coordinates": "voxel", "base": 7.0, "shortest": 3.0}
+    other = {"coordinates": "voxel", "axes": "yx", "base": 7.0, "shortest": 3.0}
     names = {field.name for field in dataclasses.fields(rope.Config)}
     assert names == {"jitter", "rescale", *other}, "a new field: add it to transformers_config"
     config = dataclasses.replace(LEARNED, positions="rope")

@@ -27,6 +27,8 @@ CONFIGS = {
     "rope": replace(
         LEARNED, positions="rope", ffn="swiglu", qk_norm=True, layer_scale=None, mlp_ratio=3.0
     ),
+    "offset": replace(LEARNED, pos_offset=0.1, norm_eps=1e-5),
+    "plane": replace(LEARNED, positions="rope", rope=rope.Config(axes="yx", coordinates="voxel")),
     "both": replace(
         LEARNED,
         positions="both",

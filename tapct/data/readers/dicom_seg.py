@@ -160,6 +160,7 @@ def write(
             software_versions=tapct.__version__,
             device_serial_number="none",
             content_label="PREDICTION",
+            specific_character_set="ISO_IR 192",
             series_description=series[:MAX_NAME],
         )
         file = io.BytesIO()
@@ -181,10 +182,28 @@ def _header(path: Path) -> Dataset:
         raise Refused(
             "unsupported", f"{file_name(path)} has no FrameOfReferenceUID, which a DICOM SEG needs"
         )
-    for name in _PATIENT_AND_STUDY:
-        if name not in dataset:
-            setattr(dataset, name, "")
+    with elements.quiet():
+        dataset.decode()  # texts become Unicode: the SEG is written as UTF-8
+        for name in _PATIENT_AND_STUDY:
+            if name not in dataset or not _is_valid(name, dataset.get(name)):
+                setattr(dataset, name, "")
     return dataset
+
+
+def _is_valid(name: str, value: object) -> bool:
+    """Whether a SEG may hold the value of an element of the patient or the study; some archives
+    hold a date or a sex that the standard does not have.
+    """
+    from pydicom.valuerep import DA, TM
+
+    try:
+        if name.endswith("Date"):
+            DA(str(value or ""))
+        elif name.endswith("Time"):
+            TM(str(value or ""))
+    except ValueError:
+        return False
+    return name != "PatientSex" or str(value or "") in ("", "F", "M", "O")
 
 
 def _segment_numbers(labels_IJK: np.ndarray, values: Sequence[int]) -> np.ndarray:

@@ -30,6 +30,7 @@ from tapct.eval.features import DenseFeatures, PatchGrid
 from tapct.eval.label_fractions import LabelFractions, labelled_patients
 from tapct.eval.old_formats import BY_PATIENTS
 from tapct.eval.organ_classes import BODY, OUTSIDE, ClassSettings, is_called, own_values
+from tapct.eval.organ_counts import CountedVoxels, dice_from_confusion
 from tapct.eval.organ_decoders import (
     DecoderConfig,
     FittedDecoder,
@@ -39,6 +40,7 @@ from tapct.eval.organ_decoders import (
 from tapct.eval.organ_surfaces import Surfaces
 from tapct.eval.prediction_files import DICOM_SEG, NIFTI
 from tapct.eval.scans import LabelledScan
+from tapct.eval.tolerances import check_named, parse
 from tapct.eval.truth import PatchTruth, patch_truth
 from tapct.types import IGNORE_LABEL, LabelMap
 
@@ -85,6 +87,11 @@ class Config(ClassSettings, DecoderConfig):
         "whether NSD and HD95 of each organ and scan are computed beside Dice; they take some "
         "seconds per organ on a large scan and need the extra `eval`",
     )
+    tolerances: tuple[str, ...] = setting(
+        (),
+        "tolerances of NSD in mm in place of the defaults, by the name of the organ in the label "
+        "maps, e.g. [liver=2,Parotid_L=2.85]",
+    )
     predictions: bool = setting(
         False,
         "whether the predicted label map of each test scan and model is written in the geometry of "
@@ -104,15 +111,6 @@ class Prediction:
     """A decoder's prediction: class index (uint16) of every voxel of the scan as read."""
 
     classes_ZYX: np.ndarray
-
-
-def dice_from_confusion(confusion_CC: np.ndarray, class_index: int) -> float:
-    """2 |A and B| / (|A| + |B|) of one class; rows of the confusion matrix are truth, columns
-    prediction.
-    """
-    hit = float(confusion_CC[class_index, class_index])
-    total = float(confusion_CC[class_index].sum() + confusion_CC[:, class_index].sum())
-    return 2 * hit / total if total else float("nan")
 
 
 class Segmentation(Task[PatchTruth, Prediction]):
@@ -135,14 +133,15 @@ class Segmentation(Task[PatchTruth, Prediction]):
         self._kept: dict[str, list[KeptPatches]] = defaultdict(list)
         self._dice: dict[tuple[str, str], dict[str, dict[str, float]]] = {}
         self._left_out: dict[tuple[int, str], str] = {}  # label value, its name -> class
-        self._surfaces = Surfaces()
+        self._surfaces = Surfaces(parse(config.tolerances))
         self._value_of: dict[str, int] = {}  # class -> label value in the training scans
         self._in_training: set[str] = set()  # organs of the training scans
         self._not_learned: set[str] = set()  # organs of test scans that the decoder does not know
 
     def named_labels(self) -> Mapping[str, tuple[str, ...]]:
         """Words of the settings that must name a label; the defaults need not."""
-        return self.config.named_labels()
+        organs = tuple(parse(self.config.tolerances))
+        return {**self.config.named_labels(), "tolerances": organs}
 
     def blocks(self, num_blocks: int) -> tuple[int, ...]:
         """The last block, or the last four."""
@@ -208,9 +207,10 @@ class Segmentation(Task[PatchTruth, Prediction]):
         """Fit the decoders of each model; classes are those that occur in the training scans.
 
         Raises:
-            UserError: no organ occurs in them.
+            UserError: no organ occurs in them, or a tolerance is set for something else.
         """
         self.classes, self.organs = self._find_classes()
+        check_named(parse(self.config.tolerances), self.organs)
         num_patients = len(labelled_patients(itertools.chain(*self._kept.values())))
         for model in list(self._kept):
             kept = self._kept.pop(model)
@@ -225,7 +225,7 @@ class Segmentation(Task[PatchTruth, Prediction]):
         """Predict a test scan and keep its Dice at patches and voxels, over the slices in play."""
         features_ND = self._features(dense)
         logits_NC = self._decoders[model].decoder.logits_NC(features_ND)
-        counted = _Counted(truth, self.class_labels(truth))
+        counted = CountedVoxels(truth, self.class_labels(truth))
         prediction_ZYX = counted.predicted(logits_NC)
         voxel = self._confusion(*counted.pairs(prediction_ZYX))
         for draw, few in self._few_labels.decoders(model):
@@ -422,37 +422,6 @@ class Segmentation(Task[PatchTruth, Prediction]):
             if value >= 0 and name in self.classes:
                 table[value] = self.classes.index(name)
         return table
-
-
-class _Counted:
-    """The voxels of a test scan that count, and predictions at them.
-
-    Args:
-        truth: truth of the scan.
-        classes_ZYX: true class of every voxel.
-    """
-
-    def __init__(self, truth: PatchTruth, classes_ZYX: np.ndarray) -> None:
-        self.grid = truth.grid
-        self.in_play_Z = truth.in_play_Z[self.grid.patch_of_voxel(0, self.grid.original[0])]
-        self.counts_ZYX = truth.scan.label_map.labels_ZYX[self.in_play_Z] != IGNORE_LABEL
-        self.true = classes_ZYX[self.in_play_Z][self.counts_ZYX]
-
-    def predicted(self, logits_NC: Tensor) -> np.ndarray:
-        """Class of every voxel of the scan, uint16, from logits on the patch grid."""
-        return self.grid.argmax_voxels(logits_NC.T.unflatten(1, self.grid.shape))
-
-    def with_ignored(self, truth: PatchTruth) -> np.ndarray:
-        """True class of every voxel, uint16; IGNORE_LABEL at voxels that do not count."""
-        classes_ZYX = np.full(truth.scan.label_map.labels_ZYX.shape, IGNORE_LABEL, dtype=np.uint16)
-        in_play = classes_ZYX[self.in_play_Z]
-        in_play[self.counts_ZYX] = self.true
-        classes_ZYX[self.in_play_Z] = in_play
-        return classes_ZYX
-
-    def pairs(self, predicted_ZYX: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """True and predicted class of each voxel that counts."""
-        return self.true, predicted_ZYX[self.in_play_Z][self.counts_ZYX]
 
 
 def _listed(names: Sequence[str]) -> str:

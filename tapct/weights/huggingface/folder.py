@@ -29,6 +29,7 @@ from tapct import __version__
 from tapct.base import files
 from tapct.base.exits import UserError
 from tapct.eval.extraction import patch_of
+from tapct.eval.features import RESIZES
 from tapct.nn.contracts import Backbone
 from tapct.types import AIR_HU
 from tapct.weights.card import WEIGHTS_FILE, FeatureSettings
@@ -114,7 +115,7 @@ def config_json(model: nn.Module, settings: FeatureSettings) -> dict[str, Any]:
         "window_size": list(preprocess.window),
         "window_stride": list(preprocess.stride),
         "window_border_weight": preprocess.border_weight,
-        "pad_value": float(contract.normalise(torch.tensor(float(AIR_HU)))),
+        "pad_value": (pad_hu(settings) - contract.mean) / contract.std,
         "torch_dtype": "float32",
         "tapct_version": __version__,
     }
@@ -122,7 +123,7 @@ def config_json(model: nn.Module, settings: FeatureSettings) -> dict[str, Any]:
 
 def processor_json(model: nn.Module, settings: FeatureSettings) -> dict[str, Any]:
     """The content of preprocessor_config.json: arguments of `TAPCTImageProcessor`."""
-    contract = settings.hu_contract
+    contract, preprocess = settings.hu_contract, settings.preprocess
     return {
         "image_processor_type": "TAPCTImageProcessor",
         # AutoImageProcessor of newer versions of transformers needs Pillow, AutoProcessor does not
@@ -130,9 +131,20 @@ def processor_json(model: nn.Module, settings: FeatureSettings) -> dict[str, Any
         "clip_hu": [contract.clip_low, contract.clip_high],
         "mean_hu": contract.mean,
         "std_hu": contract.std,
-        "size": list(settings.preprocess.size_yx),
+        "size": list(preprocess.size_yx),
         "patch_size": list(patch_of(model)),
+        "resample": RESIZES.get(preprocess.resize, preprocess.resize),
+        "clip_first": preprocess.clip == "before_resize",
+        "pad_hu": pad_hu(settings),
     }
+
+
+def pad_hu(settings: FeatureSettings) -> float:
+    """HU behind the end of a scan."""
+    contract = settings.hu_contract
+    if settings.preprocess.pad == "raw":
+        return float(AIR_HU)
+    return min(max(float(AIR_HU), contract.clip_low), contract.clip_high)
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -1,7 +1,7 @@
 """From a CT scan in Hounsfield units (HU) to the input of the model in `modeling_tapct.py`.
 
-    clip to a window of HU, resize in-plane, subtract a mean, divide by a standard deviation, pad
-    depth, height and width with air to multiples of the patch
+    clip to a window of HU (or after the resize), resize in-plane, subtract a mean, divide by a
+    standard deviation, pad depth, height and width with air to multiples of the patch
 
 The processor does not reorient and does not change the depth: a scan is an array (depth, height,
 width) of axial slices in LPS order. The first slice is the one nearest the feet, the first row the
@@ -33,6 +33,9 @@ class TAPCTImageProcessor(ImageProcessingMixin):
         std_hu: standard deviation that divides.
         size: height and width that every slice is resized to; 0 keeps the size of the scan.
         patch_size: voxels (depth, height, width) of a patch of the model.
+        resample: "antialias" (see `resize_matrix`), or a mode of torch.nn.functional.interpolate.
+        clip_first: whether HU are clipped before the resize; else after it.
+        pad_hu: HU that depth, height and width are padded with.
     """
 
     model_input_names = ["pixel_values"]
@@ -44,6 +47,9 @@ class TAPCTImageProcessor(ImageProcessingMixin):
         std_hu: float = 322.63470458984375,
         size: Sequence[int] = (224, 224),
         patch_size: Sequence[int] = (4, 8, 8),
+        resample: str = "antialias",
+        clip_first: bool = True,
+        pad_hu: float = -1008.0,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -52,6 +58,9 @@ class TAPCTImageProcessor(ImageProcessingMixin):
         self.std_hu = std_hu
         self.size = list(size)
         self.patch_size = list(patch_size)
+        self.resample = resample
+        self.clip_first = clip_first
+        self.pad_hu = pad_hu
 
     @classmethod
     def from_dict(cls, image_processor_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -79,19 +88,16 @@ class TAPCTImageProcessor(ImageProcessingMixin):
         Raises:
             ValueError: another shape, or values that cannot be HU.
         """
-        hu = self._checked(images)
-        low, high = self.clip_hu
-        hu = hu.to(torch.float32).clamp(low, high)
+        hu = self._checked(images).to(torch.float32)
         height, width = hu.shape[-2:]
         new_height, new_width = self.size[0] or height, self.size[1] or width
-        # air is 0 during the resize, because everything outside the scan counts as air
-        above_air = hu - low
-        if new_height != height:
-            above_air = resize_matrix(height, new_height).to(hu.device) @ above_air
-        if new_width != width:
-            above_air = above_air @ resize_matrix(width, new_width).to(hu.device).T
-        values = (above_air + low - self.mean_hu) / self.std_hu
-        air = (min(max(AIR_HU, low), high) - self.mean_hu) / self.std_hu
+        low, high = self.clip_hu
+        if self.clip_first:
+            hu = hu.clamp(low, high)
+        if (new_height, new_width) != (height, width):
+            hu = self._resized(hu, new_height, new_width)
+        values = (hu.clamp(low, high) - self.mean_hu) / self.std_hu
+        air = (self.pad_hu - self.mean_hu) / self.std_hu
         far_ends = []
         for length, side in zip(values.shape[:1:-1], self.patch_size[::-1]):
             far_ends += [0, -length % side]
@@ -106,6 +112,24 @@ class TAPCTImageProcessor(ImageProcessingMixin):
         if return_tensors not in ("pt", None):
             raise ValueError(f'return_tensors={return_tensors!r}: must be "pt" or "np"')
         return BatchFeature(data)
+
+    def _resized(self, hu: Tensor, new_height: int, new_width: int) -> Tensor:
+        """The slices of scans (B, 1, D, H, W) in another size."""
+        height, width = hu.shape[-2:]
+        if self.resample != "antialias":
+            slices = hu.flatten(0, 2)[:, None]
+            slices = torch.nn.functional.interpolate(
+                slices, size=(new_height, new_width), mode=self.resample
+            )
+            return slices.unflatten(0, hu.shape[:3])[:, :, :, 0]
+        # everything outside the scan is air, which is 0 during the resize
+        air = self.clip_hu[0] if self.clip_first else AIR_HU
+        above_air = hu - air
+        if new_height != height:
+            above_air = resize_matrix(height, new_height).to(hu.device) @ above_air
+        if new_width != width:
+            above_air = above_air @ resize_matrix(width, new_width).to(hu.device).T
+        return above_air + air
 
     def _checked(self, images: Any) -> Tensor:
         """The scans as a tensor (B, 1, D, H, W), after a check of shape and values."""

@@ -246,9 +246,11 @@ def _input_lines(config: Mapping[str, Any], settings: FeatureSettings) -> list[s
         "- One scan in Hounsfield units, as an array (depth, height, width): axial slices in LPS "
         "order. The first slice is the one nearest the feet, the first row the front of the "
         "patient, the first column the patient's right.",
-        f"- The processor clips to [{contract.clip_low:g}, {contract.clip_high:g}] HU, resizes "
-        f"every slice ({size}), subtracts {contract.mean:g} HU, divides by {contract.std:g} HU and "
-        f"pads with air to multiples of the patch. The depth is not resampled.",
+        f"- The processor clips to [{contract.clip_low:g}, {contract.clip_high:g}] HU "
+        f"({settings.preprocess.clip.replace('_', ' ')}), resizes every slice ({size}, "
+        f"{settings.preprocess.resize}), subtracts {contract.mean:g} HU, divides by "
+        f"{contract.std:g} HU and pads with air to multiples of the patch. The depth is not "
+        "resampled.",
     ]
     if config["positions"] != "learned" and config["rope_coordinates"] == "mm":
         lines.append(

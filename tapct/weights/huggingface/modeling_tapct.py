@@ -193,7 +193,11 @@ def resize_positions(
         raise ValueError("a model with position_offset cannot be exported by torch.export")
     table = positions_NC.float().unflatten(0, tuple(native))  # (d, h, w, C)
     for axis in range(3):
-        matrix = resize_matrix(native[axis], grid[axis], mode, offset, table)
+        # an axis that keeps its size does not move, except for height and width together
+        moved = (1, 2) if axis > 0 else (0,)
+        moves = bool(offset) and any(native[other] != grid[other] for other in moved)
+        shift = offset if moves else 0.0
+        matrix = resize_matrix(native[axis], grid[axis], mode, shift, table)
         table = torch.tensordot(matrix, table, dims=([1], [axis])).movedim(0, axis)
     return table.flatten(0, 2).to(positions_NC.dtype)
 
