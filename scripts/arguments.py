@@ -1,10 +1,11 @@
-"""Types of command-line arguments that the scripts share; a wrong value gives a one-line error. And
-how a script that can be resumed ends.
+"""What the command lines of the scripts share: types of arguments, whose errors are one line; the
+order of words; and how a script that can be resumed ends.
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Callable
 
@@ -12,6 +13,8 @@ import torch
 
 from tapct.base import console
 from tapct.base.exits import UserError
+
+OVERRIDE = re.compile(r"[A-Za-z_][\w.]*=")  # a path with a slash is none
 
 
 def whole(text: str) -> int:
@@ -35,6 +38,18 @@ def device(text: str) -> str:
     if text == "cuda" and not torch.cuda.is_available():
         raise argparse.ArgumentTypeError("torch sees no CUDA GPU; run tapct doctor for the reason")
     return text
+
+
+def overrides_first(words: list[str]) -> list[str]:
+    """The words with key=value arguments in front.
+
+    argparse would take an override behind an option with several values for one of these values.
+
+    Args:
+        words: arguments of the command line.
+    """
+    overrides = [word for word in words if OVERRIDE.match(word)]
+    return [*overrides, *(word for word in words if not OVERRIDE.match(word))]
 
 
 def run(main: Callable[[list[str]], None]) -> None:

@@ -95,11 +95,11 @@ def options_of(words: list[str]) -> argparse.Namespace:
         type=arguments.whole,
         nargs="+",
         default=[0, 1, 2],
-        help="default 0 1 2; key=value arguments come before it",
+        help="default 0 1 2",
     )
     parser.add_argument("--csv", type=Path, help="file with one row per number")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes of the config")
-    return parser.parse_args(words)
+    return parser.parse_args(arguments.overrides_first(words))
 
 
 def main(words: list[str]) -> None:

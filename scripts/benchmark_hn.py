@@ -31,12 +31,16 @@ from tapct.base.files import write_atomically
 from tapct.config.flat import flatten
 from tapct.data.packed.store import Store
 from tapct.data.phantom import archive as phantom
+from tapct.engine.vitals import FIRST_BAD
 from tapct.eval import saved
 from tapct.eval.results import Evaluation
+from tapct.report import page
+from tapct.report.history import read_history
 from tapct.run import finished, pretrain
 from tapct.run.config import RunConfig
 from tapct.run.model_source import open_model
 from tapct.run_folder import RunFolder
+from tapct.ssl.health import STATES
 
 CONFIG = Path("configs/hn.yaml")
 PHANTOM_CONFIG = Path("configs/phantom_benchmark.yaml")
@@ -74,11 +78,11 @@ def options_of(words: list[str]) -> argparse.Namespace:
         type=arguments.whole,
         nargs="+",
         default=[0, 1, 2],
-        help="default 0 1 2; key=value arguments come before it",
+        help="default 0 1 2",
     )
     parser.add_argument("--csv", type=Path, help="file with one row per number")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes of the config")
-    options = parser.parse_args(words)
+    options = parser.parse_args(arguments.overrides_first(words))
     if (options.data is None) == (not options.phantom):
         parser.error("give --data DIR or --phantom")
     if options.folds < 1:
@@ -165,7 +169,7 @@ def trained_and_evaluated(config: Path, out: Path, shared: list[str], seed: int,
     cost = trained(out, resolved)
     evaluation = evaluated(out, resolved)
     check_held_out(out, evaluation)
-    return Run(seed, evaluation, cost["cpu_s"], cost["wall_s"])
+    return Run(seed, evaluation, cost["cpu_s"], cost["wall_s"], trouble_of(out))
 
 
 def trained(out: Path, resolved: configs.Resolved) -> dict[str, float]:
@@ -253,6 +257,18 @@ def check_same_settings(out: Path, resolved: configs.Resolved) -> None:
                 f"{out} was made with {key}={saved.get(key)}, and this command has "
                 f"{wanted.get(key)}; give another --out, or remove this folder"
             )
+
+
+def trouble_of(out: Path) -> str:
+    """The verdict of the report on pretraining, in words; empty where it is a good one.
+
+    Args:
+        out: run folder.
+    """
+    folder = RunFolder(out)
+    verdict = page.verdict_of(read_history(folder.metrics), page.read_config(folder.config) or {})
+    bad = STATES[STATES.index(FIRST_BAD) :]
+    return f"{verdict.state}. {verdict.words}" if verdict.state in bad else ""
 
 
 def check_held_out(out: Path, evaluation: Evaluation) -> None:

@@ -38,12 +38,14 @@ class Run:
         evaluation: its results.
         cpu_s: processor time of pretraining, of all threads.
         wall_s: wall time of pretraining.
+        trouble: verdict of the report on pretraining, in words; empty where it is a good one.
     """
 
     seed: int
     evaluation: Evaluation
     cpu_s: float
     wall_s: float
+    trouble: str = ""
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,10 @@ def rendered(tables: Sequence[MetricTable], runs: Sequence[Run]) -> str:
         f"pretraining: {len(runs)} runs, {np.mean(cpu):.1f} CPU minutes each (most "
         f"{max(cpu):.1f}), {np.mean(wall):.1f} minutes of wall time; {processor()}"
     )
+    # a table of a run that was stuck in one loss looks like any other
+    lines += [
+        f"warning: pretraining of seed {run.seed}: {run.trouble}" for run in runs if run.trouble
+    ]
     return "\n".join(lines)
 
 

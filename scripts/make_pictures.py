@@ -2,12 +2,11 @@
 
 Crops, blur and masks come from the code of training with the settings of configs/tap_s_3d.yaml;
 four local views instead of eight are shown.
-
-    python scripts/make_pictures.py
 """
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
 import matplotlib
@@ -34,7 +33,7 @@ PATCH = (4, 8, 8)
 VIEWS = recipe.Config(num_locals=4)
 INPUTS = Inputs(VIEWS, masks.Config(probability=1.0), CONTRACT, PATCH, seed=13)
 SLAB_START, SLAB_DEPTH = 24, 12
-# colours that colour-blind readers can tell apart (Okabe and Ito)
+# colours that colour-blind readers can distinguish (Okabe and Ito)
 BLUE, ORANGE, GREEN, GREY = "#0072b2", "#e69f00", "#009e73", "#8a8a8a"
 SOFT_TISSUE = {"cmap": "gray", "vmin": -160.0, "vmax": 240.0}
 MAX_COLOURS = 128  # of a picture: grey levels and a few colours, so that files stay small
@@ -230,6 +229,9 @@ def draw_states() -> None:
 
 def main() -> None:
     """Draw all pictures."""
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
     OUT.mkdir(exist_ok=True)
     torch.set_num_threads(1)
     batch, views, drawn = example()

@@ -42,7 +42,7 @@ NUM_SCANS = 40
 # tasks that the phantom has labels for, beside segmentation; each takes a few seconds. Its sex is
 # the label whose classes are about equally frequent among the held-out patients.
 PHANTOM_TASKS = (
-    "eval.tasks.classification={targets: [sex], vectors: [cls_mean]}",
+    "eval.tasks.classification={targets: [sex], vectors: [cls_mean], C: [1e-3, 1e-1, 10]}",
     "eval.tasks.matching={blocks: last, radius_mm: 20}",
     "eval.num_pictures=1",
 )

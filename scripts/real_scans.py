@@ -1,19 +1,18 @@
-"""Lays out the labelled public scans of a folder CT (docs/benchmarks.md, "Real scans") so that one
-evaluation reads them: three people whose lungs are labelled, one of them with a crop of her scan.
+"""Lay out the labelled public scans of a folder so that one evaluation reads them: three people
+whose lungs are labelled, one of them with a crop of the scan (docs/benchmarks.md, "Real scans").
 
-    python scripts/real_scans.py CT OUT
-
-OUT/imagesTr, OUT/labelsTr, OUT/dataset.json   scans and labels in the layout of nnU-Net
-OUT/split.csv                                  official split: the person with two scans is tested
+OUT/imagesTr, OUT/labelsTr and OUT/dataset.json hold scans and labels in the layout of nnU-Net;
+OUT/split.csv is the official split: the person with two scans is tested.
 """
 
 from __future__ import annotations
 
+import argparse
 import csv
 import json
-import sys
 from pathlib import Path
 
+import arguments
 import numpy as np
 import SimpleITK
 
@@ -82,17 +81,13 @@ def lay_out(ct: Path, out: Path) -> None:
             rows.writerow([path, side, name.removesuffix("_crop")])
 
 
-def main(words: list[str]) -> int:
-    if len(words) != 2:
-        print(__doc__, file=sys.stderr)
-        return 2
-    try:
-        lay_out(Path(words[0]), Path(words[1]))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+def main(words: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="scripts/real_scans.py", description=__doc__)
+    parser.add_argument("ct", type=Path, help="folder of the public scans")
+    parser.add_argument("out", type=Path, help="folder to write")
+    options = parser.parse_args(words)
+    lay_out(options.ct, options.out)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    arguments.run(main)

@@ -24,6 +24,9 @@ AIR_HU = -1024
 # Label value of voxels that nobody has labelled; losses and metrics leave them out.
 IGNORE_LABEL = 65535
 
+# how weights may differ from the model that gets them; see weights/fit.py
+FIT_KINDS = ("missing", "resized", "inflated", "unexpected")
+
 # unit vectors in LPS (x, y, z) along which the index x, the index y and the index z grow
 Directions: TypeAlias = tuple[
     tuple[float, float, float], tuple[float, float, float], tuple[float, float, float]

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -83,6 +84,13 @@ def test_options_that_contradict_each_other(
     assert line in capsys.readouterr().err
 
 
+def test_overrides_may_stand_behind_the_seeds(benchmark: ModuleType) -> None:
+    words = ["--phantom", "a=1", "--out", "runs/x=y", "--seeds", "3", "4", "train.steps=2"]
+    options = benchmark.options_of(words)
+    assert options.seeds == [3, 4] and options.overrides == ["a=1", "train.steps=2"]
+    assert options.out == Path("runs/x=y")
+
+
 def test_validation_has_a_folder_of_its_own(benchmark: ModuleType) -> None:
     options = benchmark.options_of(["--phantom", "--validation", "--out", "runs/mine"])
     assert options.out == Path("runs/mine/validation")
@@ -106,6 +114,36 @@ def test_test_people_of_pretraining_are_refused(benchmark: ModuleType, tmp_path:
     benchmark.check_held_out(tmp_path, evaluation(HeldOut(4)))
     with pytest.raises(UserError, match="1 of 4 test scans was pretrained on"):
         benchmark.check_held_out(tmp_path, evaluation(HeldOut(4, num_scans=1)))
+
+
+def test_a_run_that_was_stuck_is_named_under_the_table(
+    benchmark: ModuleType, tmp_path: Path
+) -> None:
+    def run_of(name: str, information: float) -> Path:
+        out = tmp_path / name
+        out.mkdir()
+        target = math.log(256) - information
+        row = {
+            "loss/dino_global": 2.0,
+            "health/dino_ln_k_minus_ce": information,
+            "health/dino_information": information,
+            "health/dino_marginal_entropy": math.log(256),
+            "health/dino_target_entropy": target,
+        }
+        lines = [json.dumps({"step": step, **row}) for step in range(1, 301)]
+        (out / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+        return out
+
+    import benchmark_table as table
+
+    trouble = benchmark.trouble_of(run_of("stuck", 0.0))
+    assert trouble.startswith("stuck. DINO: ") and "nothing is learned" in trouble
+    assert benchmark.trouble_of(run_of("alive", 1.0)) == ""
+    evaluation = SimpleNamespace(tasks={})
+    runs = [table.Run(seed, evaluation, 60.0, 60.0, trouble * seed) for seed in (0, 1)]
+    assert table.rendered([], runs).splitlines()[1:] == [
+        f"warning: pretraining of seed 1: {trouble}"
+    ]
 
 
 CONFIG = """

@@ -236,7 +236,7 @@ def test_the_verdicts_of_the_training_page_are_those_of_the_report() -> None:
         ce_gain = health.NO_PROGRESS * (1.5 if gain.startswith("≥") else 0.5)
         for found in (low - 0.001, low + 0.001, low + 0.04):
             reading = health.TermReading("dino", ce_gain, found + 1.0, 1.0, 4.0)
-            assert (health.judge_term(reading).state == state) == (found > low or low == 0), (
+            assert (health.verdict_of_term(reading).state == state) == (found > low or low == 0), (
                 state,
                 found,
             )

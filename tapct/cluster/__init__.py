@@ -25,13 +25,14 @@ PBS for example, needs two files with the same functions and types:
 `script.JobFolders` (the folders of a job). `cli/cluster.py` calls read_queue too, for `tapct jobs`.
 `script.py` uses submitit's SlurmExecutor, which knows no other scheduler.
 
-The batch script must start `task.run_task` once per rank, export TAPCT_MARK, and requeue the job
-when that file holds `stopped`. docs/extending.md describes both.
+The batch script must start `task.run_task` once per rank, export TAPCT_MARK, and decide by that
+file and the exit code of the ranks whether the job is requeued. docs/extending.md lists everything
+that it does.
 
 These other places depend on SLURM as well, and have to be changed:
 
-- Nothing selects a scheduler. `submit.py`, `jobs.py` and `cli/cluster.py` import `slurm` and
-  `script` by name.
+- Nothing selects a scheduler. `submit.py` imports `slurm` and `script` by name, `jobs.py` and
+  `cli/cluster.py` import `slurm`.
 - `jobs.py` recognises only job IDs such as `12` and `12_3`; PBS has IDs such as `123.server`.
 - `task.py` reads SLURM_RESTART_COUNT and SLURM_JOB_NODELIST.
 - `resources.py` holds the options of sbatch.

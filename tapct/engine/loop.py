@@ -22,7 +22,7 @@ from tapct.distributed.collectives import Packet, own_slot
 from tapct.distributed.config import Config as ParallelConfig
 from tapct.distributed.watch import Watch, watch_ranks
 from tapct.distributed.world import World
-from tapct.engine import compiled, desync, fsdp, initial, metrics, optim, vitals
+from tapct.engine import compiled, desync, fsdp, metrics, optim, vitals
 from tapct.engine.optim import Updater
 from tapct.engine.stop import FAILED_SAVE, StopFlag, job_deadline
 from tapct.engine.upload import Upload
@@ -31,7 +31,7 @@ from tapct.ssl import step as ssl_step
 from tapct.ssl.inputs import Inputs
 from tapct.ssl.schedules import Schedules
 from tapct.ssl.student_teacher import StudentTeacher
-from tapct.types import Batch, Masks, Views
+from tapct.types import FIT_KINDS, Batch, Masks, Views
 
 # entries of the packet that ranks add up once per step, beside those of `metrics.collect`
 ARRIVAL, STOP = "arrival", "stop"
@@ -47,8 +47,8 @@ class Config:
     )
     accumulation: int = setting(
         1,
-        "number of micro-batches per optimizer step; Sinkhorn and KoLeo use the samples of one "
-        "micro-batch only",
+        "number of micro-batches per optimizer step; KoLeo uses the samples of one micro-batch, "
+        "Sinkhorn those of the micro-batches that all ranks compute at the same time",
         ge=1,
     )
     precision: str = setting(
@@ -78,14 +78,26 @@ class Config:
     )
     init: str = setting(
         "",
-        "weights that a new run starts from: a run, checkpoint, export or .safetensors file; "
-        "empty: random weights",
+        "weights that a new run starts from: a run, checkpoint, export, Hugging Face folder or "
+        "id, .safetensors, .pth, .pt or .bin file; empty: random weights",
         is_path=True,
     )
     init_allow: tuple[str, ...] = setting(
         (),
         "which mismatches between these weights and the model are allowed: missing, resized, "
-        "unexpected",
+        "inflated, unexpected",
+    )
+    init_window: tuple[int, int, int] | None = setting(
+        None,
+        "voxels (z, y, x) that the positions of these weights were learned for; null: as their "
+        "config.json states, or as their number suggests",
+        ge=1,
+    )
+    init_inflate: str = setting(
+        "mean",
+        "how the patch kernel of a 2D model is spread over the slices of a patch: mean (equally) "
+        "or centre (the middle slice gets all of it)",
+        choices=("mean", "centre"),
     )
     save_before_end_s: float = setting(
         60.0,
@@ -102,8 +114,8 @@ class Config:
 
     def __post_init__(self) -> None:
         for kind in self.init_allow:
-            if kind not in initial.KINDS:
-                raise UserError(f"train.init_allow: {kind} is none of {', '.join(initial.KINDS)}")
+            if kind not in FIT_KINDS:
+                raise UserError(f"train.init_allow: {kind} is none of {', '.join(FIT_KINDS)}")
         BatchShare.check(self.global_batch, self.accumulation)
 
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:  # the report reads headlines without loading torch
 
     from tapct.eval.features import DenseFeatures, PatchGrid
     from tapct.eval.metric_statistics import PredictedScans
-    from tapct.eval.scans import LabelledScan, ScanRow
+    from tapct.eval.scans import LabelledScan, ScanRow, ScanValue
     from tapct.types import LabelMap
 
 TruthT = TypeVar("TruthT")
@@ -238,6 +238,20 @@ class Task(ABC, Generic[TruthT, PredictionT]):
         Args:
             train: training scans of the task, in the order in which they are read.
             test: test scans, likewise. The scans of one patient follow one another.
+        """
+
+    def expect_values(
+        self, train: Sequence[Mapping[str, ScanValue]], test: Sequence[Mapping[str, ScanValue]]
+    ) -> None:
+        """Check the values of the scans that follow, for tasks that need `Labels.SCAN`.
+
+        Called once, after `expect_scans` and before any features are computed.
+
+        Args:
+            train: target -> value of each training scan, in the order in which they are read.
+            test: the same of the test scans.
+        Raises:
+            UserError: no result could come of them.
         """
 
     @abstractmethod

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tapct.base.exits import UserError
@@ -21,6 +22,8 @@ from tapct.config import setting
 from tapct.types import AIR_HU, HUContract
 from tapct.views.resample import resize_volume
 
+# modes of torch's interpolate that `Preprocess.resize` may name
+RESIZES = {"linear": "bilinear", "cubic": "bicubic", "area": "area", "nearest": "nearest-exact"}
 _SLAB_BYTES = 16 << 20  # of the largest temporary while a map is brought to voxels
 
 
@@ -51,6 +54,24 @@ class Preprocess:
         "its centre have weight 1",
         gt=0,
         le=1,
+    )
+
+    resize: str = setting(
+        "antialias",
+        "in-plane resize: antialias (the matrices of training), or linear, cubic, area or nearest "
+        "of torch's interpolate, for weights of other projects",
+        choices=("antialias", *RESIZES),
+    )
+    clip: str = setting(
+        "before_resize",
+        "whether HU are clipped before the in-plane resize, as in training, or after it",
+        choices=("before_resize", "after_resize"),
+    )
+    pad: str = setting(
+        "clipped",
+        "value behind the end of the scan: clipped (air at the lower end of the HU window, as in "
+        "training) or raw (-1024 HU, which is not clipped)",
+        choices=("clipped", "raw"),
     )
 
     def __post_init__(self) -> None:
@@ -286,8 +307,8 @@ def prepare(
 ) -> Prepared:
     """Resize in-plane, clip, normalise and pad a scan.
 
-    The clip comes before the resize, as in training: metal and padding values must not ring into
-    tissue.
+    By default the clip comes before the resize, as in training: metal and padding values must not
+    ring into tissue.
 
     Args:
         hu_ZYX: int16 HU of the whole scan.
@@ -302,20 +323,41 @@ def prepare(
     resized = grid.resized
     padded = [max(n * p, w) for n, p, w in zip(grid.shape, patch, preprocess.window, strict=True)]
     air = float(contract.normalise(torch.tensor(float(AIR_HU))))
+    if preprocess.pad == "raw":
+        air = (AIR_HU - contract.mean) / contract.std
     input_ZYX = torch.full(padded, air, device=device)
     step = max(1, _SLAB_BYTES // (4 * height * width))
     for start in range(0, depth, step):  # z is not resized, so slabs of slices are independent
         slab = torch.from_numpy(np.ascontiguousarray(hu_ZYX[start : start + step])).to(
             device, torch.float32
         )
-        slab = slab.clamp(contract.clip_low, contract.clip_high)
+        if preprocess.clip == "before_resize":
+            slab = slab.clamp(contract.clip_low, contract.clip_high)
         if resized[1:] != (height, width):
-            slab = resize_volume(slab, (len(slab), *resized[1:]), contract.clip_low)
+            slab = resized_slab(slab, resized[1:], preprocess, contract)
         input_ZYX[start : start + len(slab), : resized[1], : resized[2]] = contract.normalise(slab)
     if spacing_mm is None:
         return Prepared(input_ZYX, grid)
     z, y, x = (mm / side for mm, side in zip(grid.spacing_mm(spacing_mm), patch, strict=True))
     return Prepared(input_ZYX, grid, (z, y, x))
+
+
+def resized_slab(
+    hu_ZYX: Tensor, size_yx: tuple[int, int], preprocess: Preprocess, contract: HUContract
+) -> Tensor:
+    """Slices resized in their plane, by `Preprocess.resize`.
+
+    Args:
+        hu_ZYX: float32 HU of some slices.
+        size_yx: voxels of a slice afterwards.
+        preprocess: mode, and whether the slices are clipped already.
+        contract: HU window.
+    """
+    if preprocess.resize == "antialias":
+        is_clipped = preprocess.clip == "before_resize"
+        air = contract.clip_low if is_clipped else float(AIR_HU)
+        return resize_volume(hu_ZYX, (len(hu_ZYX), *size_yx), air)
+    return F.interpolate(hu_ZYX[:, None], size=size_yx, mode=RESIZES[preprocess.resize])[:, 0]
 
 
 def window_starts(size: int, window: int, stride: int) -> list[int]:

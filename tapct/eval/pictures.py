@@ -247,9 +247,11 @@ def body_mask(hu_ZYX: np.ndarray) -> np.ndarray:
     side = 2 * (hu_ZYX.shape[2] // 64) + 1
     tissue = np.empty(hu_ZYX.shape, dtype=bool)
     for z, slice_YX in enumerate(hu_ZYX):
-        share = F.avg_pool2d(
-            torch.from_numpy(slice_YX > -300).float()[None], side, stride=1, padding=side // 2
-        )
+        share = torch.from_numpy(slice_YX > -300).float()[None]
+        # along y, then along x: 2 sums of `side` values in place of one of its square. The number
+        # of voxels is odd, so that no share is 0.5 and rounding decides nothing.
+        share = F.avg_pool2d(share, (side, 1), stride=1, padding=(side // 2, 0))
+        share = F.avg_pool2d(share, (1, side), stride=1, padding=(0, side // 2))
         tissue[z] = (share[0] > 0.5).numpy()
     enclosed = np.ones_like(tissue)
     for axis in (1, 2):

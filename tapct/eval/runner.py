@@ -332,7 +332,8 @@ def _plan(
             sides=tables.sides,
         )
     split = scans.patients_together(split)
-    return [begin(name, tasks[name], rows_of_task[name], split) for name in rows_of_task], split
+    begun = [begin(name, tasks[name], rows, split, tables) for name, rows in rows_of_task.items()]
+    return begun, split
 
 
 def _fill(reader: ScanReader, progress: Callable[[int, int], None] | None) -> _Steps:

@@ -148,6 +148,32 @@ class ScanTask(Task[ScanTruth, dict[str, np.ndarray]]):
         if not values:
             raise UserError(f"eval.tasks.{self.name}.{key} is empty; give at least one value")
 
+    def expect_values(
+        self, train: Sequence[Mapping[str, ScanValue]], test: Sequence[Mapping[str, ScanValue]]
+    ) -> None:
+        """Refuse test scans of which no target has two different values, before features are
+        computed: the headline would not exist.
+        """
+        without: list[str] = []
+        for target in self.config.targets or sorted({name for values in train for name in values}):
+            known = [values[target] for values in train if target in values]
+            if self.why_unsuitable(target, known):
+                continue  # `fit` names it
+            found = [values[target] for values in test if target in values]
+            if len({str(value) for value in found if self.is_learned(target, value)}) > 1:
+                return
+            without.append(target)
+        if without:
+            raise self.no_headline(", ".join(without))
+
+    def no_headline(self, targets: str) -> UserError:
+        """The error where no target has two different values in the test scans."""
+        return UserError(
+            f"task {self.name}: {self.headline_word} exists for no target, because each has fewer "
+            f"than two different values in the test scans ({targets}). Give labels to more scans, "
+            f"change eval.seed, or switch the task off with eval.tasks.{self.name}=null"
+        )
+
     @property
     def needs_label_map(self) -> bool:
         """Whether a vector is pooled inside an organ."""
@@ -446,11 +472,7 @@ class ScanTask(Task[ScanTruth, dict[str, np.ndarray]]):
         for model, entry in self.results().models.items():
             value = entry[self.metric_names[0]]
             if value is None:
-                raise UserError(
-                    f"task {self.name}: {self.headline_word} exists for no target, because each "
-                    "has fewer than two different values in the test scans. Give labels to more "
-                    "scans, or change eval.seed"
-                )
+                raise self.no_headline(", ".join(sorted(self.choices[model])))
             values[model] = value
         return values
 

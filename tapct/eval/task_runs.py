@@ -187,7 +187,9 @@ def check_label_settings(
             )
 
 
-def begin(name: str, task: Task[Any, Any], rows: Sequence[ScanRow], split: Split) -> TaskRun:
+def begin(
+    name: str, task: Task[Any, Any], rows: Sequence[ScanRow], split: Split, tables: TableLabels
+) -> TaskRun:
     """Start a task on the scans of the split that it can use.
 
     Args:
@@ -195,9 +197,10 @@ def begin(name: str, task: Task[Any, Any], rows: Sequence[ScanRow], split: Split
         task: the task.
         rows: scans that it can use.
         split: training and test scans of all tasks.
+        tables: labels from tables.
     Raises:
-        UserError: it can use no training scan or no test scan, or it cannot work within one
-            patient.
+        UserError: it can use no training scan or no test scan, it cannot work within one patient,
+            or no result can come of the values of the scans.
     """
     task_run = TaskRun(name, task, frozenset(row.id for row in rows))
     num_train, num_test = task_run.count(split.train), task_run.count(split.test)
@@ -214,9 +217,11 @@ def begin(name: str, task: Task[Any, Any], rows: Sequence[ScanRow], split: Split
             f"with eval.tasks[{name}]=null"
         )
     task.begin(num_train)
-    usable = task_run.scan_ids
-    task.expect_scans(
-        [row for row in split.train if row.id in usable],
-        [row for row in split.test if row.id in usable],
+    train, test = (
+        [row for row in side if row.id in task_run.scan_ids] for side in (split.train, split.test)
     )
+    task.expect_scans(train, test)
+    if task.labels is Labels.SCAN:
+        values = tables.scan_labels
+        task.expect_values([values[row.id] for row in train], [values[row.id] for row in test])
     return task_run

@@ -138,7 +138,7 @@ def parse(words: Sequence[str]) -> dict[str, float]:
             mm = math.nan
         if not organ or not (math.isfinite(mm) and mm >= 0):
             raise UserError(
-                f"eval.tasks.segmentation.tolerances has {word!r}; write ORGAN=MM with a number of "
+                f"the setting tolerances has {word!r}; write ORGAN=MM with a number of "
                 "mm from 0 on, e.g. [liver=2,Parotid_L=2.85]"
             )
         found[organ.strip()] = mm
@@ -153,6 +153,6 @@ def check_named(own_mm: Mapping[str, float], organs: Sequence[str]) -> None:
     for name in own_mm:
         if name.lower() not in known:
             raise UserError(
-                f"eval.tasks.segmentation.tolerances names {name!r}, which is no organ of the "
+                f"the setting tolerances names {name!r}, which is no organ of the "
                 f"training scans; they have {', '.join(organs)}"
             )

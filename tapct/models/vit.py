@@ -38,7 +38,7 @@ from tapct.config import setting
 from tapct.nn import init, rope
 from tapct.nn.attention import Attention
 from tapct.nn.backends import BACKENDS, GPU_ONLY, Span, Spans
-from tapct.nn.contracts import Backbone, CropCost, LayerCost
+from tapct.nn.contracts import Backbone, CropCost, LayerCost, check_groups
 from tapct.nn.layers import (
     DropKey,
     LayerScale,
@@ -102,6 +102,9 @@ class Config:
         "LayerScale: initial gain of every residual branch; null or 0: no LayerScale; DINOv2",
         ge=0.0,
     )
+    norm_eps: float = setting(
+        1e-6, "epsilon of the layer norms of the tokens; DINOv2: 1e-6, DINOv3: 1e-5", gt=0.0
+    )
     drop_path: float = setting(
         0.1,
         "stochastic depth: share of crops that skip a residual branch in training; the TAP configs",
@@ -122,8 +125,16 @@ class Config:
     )
     pos_resize: str = setting(
         "cubic",
-        "interpolation by which learned positions are resized to other crop sizes; DINOv2: cubic",
+        "interpolation by which learned positions are resized to other crop sizes; DINOv2: cubic; "
+        "published TAP-CT weights: linear",
         choices=("cubic", "linear"),
+    )
+    pos_offset: float = setting(
+        0.0,
+        "number that is added to the patches along an axis when learned positions are resized; "
+        "DINOv2 without registers: 0.1",
+        ge=0.0,
+        lt=1.0,
     )
     rope: rope.Config = field(default_factory=rope.Config)
     attention: str = setting(
@@ -151,9 +162,10 @@ class Config:
                 "model.rope is set, but model.positions=learned reads none of it; choose rope or "
                 "both"
             )
-        if self.uses_rope and not rope.pairs_per_axis(self.dim // self.heads):
+        if self.uses_rope and not rope.pairs_per_axis(self.rope, self.dim // self.heads):
+            least = self.rope.channels_per_period
             raise UserError(
-                f"model.positions={self.positions} needs heads of at least {rope.PAIRS_PER_AXIS} "
+                f"model.positions={self.positions} needs heads of at least {least} "
                 f"channels, and model.dim {self.dim} over model.heads {self.heads} gives "
                 f"{self.dim // self.heads}; use fewer heads"
             )
@@ -233,10 +245,10 @@ class Block(nn.Module):
         super().__init__()
         dim, hidden = config.dim, int(config.dim * config.mlp_ratio)
         scale = config.layer_scale
-        self.norm1 = LayerNorm(dim, eps=1e-6)
+        self.norm1 = LayerNorm(dim, eps=config.norm_eps)
         self.attn = Attention(dim, config.heads, config.qkv_bias, config.attention, config.qk_norm)
         self.ls1 = LayerScale(dim) if scale else NoScale()
-        self.norm2 = LayerNorm(dim, eps=1e-6)
+        self.norm2 = LayerNorm(dim, eps=config.norm_eps)
         self.mlp = SwiGLU(dim, hidden) if config.ffn == "swiglu" else Mlp(dim, hidden)
         self.ls2 = LayerScale(dim) if scale else NoScale()
 
@@ -307,7 +319,7 @@ class VisionTransformer(Backbone):
             self.register_parameter("pos_embed", pos_embed)
             self.mask_token = nn.Parameter(torch.empty(1, config.dim))
             self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
-            self.norm = LayerNorm(config.dim, eps=1e-6)
+            self.norm = LayerNorm(config.dim, eps=config.norm_eps)
         self.to_empty(device=device)
         if device.type != "meta":
             self.init_weights(0)
@@ -333,7 +345,8 @@ class VisionTransformer(Backbone):
         Returns:
             One `Tokens` per group, after the final norm.
         Raises:
-            UserError: a crop is no multiple of the patch, or coordinates in mm lack the spacing.
+            UserError: `crops` is no list of groups, a crop has other axes or is no multiple of the
+                patch, or coordinates in mm lack the spacing.
         """
         last = self.num_blocks - 1
         return self._tokens_after((last,), crops, masks, key, spacing_mm)[last]
@@ -363,6 +376,7 @@ class VisionTransformer(Backbone):
         Args:
             wanted: numbers of the blocks.
         """
+        check_groups(crops)
         grids = [self.patch_embed.grid_of(group) for group in crops]
         x_TD, spans = self._embed(crops, masks or [None] * len(crops), grids)
         rotation = None
@@ -424,9 +438,12 @@ class VisionTransformer(Backbone):
         """Patches with their learned positions, where there are any; float32 or wider."""
         if self.pos_embed is None:
             return patches_BND.to(torch.promote_types(patches_BND.dtype, torch.float32))
-        return patches_BND + resize_positions(
-            self.pos_embed[0, 1:], self.config.grid, grid, self.config.pos_resize
-        )
+        return patches_BND + self.resized_positions(self.pos_embed[0, 1:], self.config.grid, grid)
+
+    def resized_positions(self, pos_ND: Tensor, native: Grid, grid: Grid) -> Tensor:
+        """Learned positions for another grid; see `Backbone.resized_positions`."""
+        config = self.config
+        return resize_positions(pos_ND, native, grid, config.pos_resize, config.pos_offset)
 
     def _rotation(
         self,

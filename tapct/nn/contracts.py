@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tapct.base.exits import UserError
 from tapct.base.geometry import Grid, Size3
 from tapct.nn.layers import DropKey
+from tapct.nn.posembed import resize_positions
 from tapct.types import LossResult, Tokens, TokenSets
 
 
@@ -155,6 +156,16 @@ class Backbone(nn.Module):
         blocks = self._modules.get("blocks")
         return list(blocks) if isinstance(blocks, nn.ModuleList) else []
 
+    def resized_positions(self, pos_ND: Tensor, native: Grid, grid: Grid) -> Tensor:
+        """Learned positions for another grid, as `forward` resizes them for a crop of that size.
+
+        Args:
+            pos_ND: one vector per patch of the native grid, in (z, y, x) raster order.
+            native: patches of the native grid along (z, y, x).
+            grid: patches of the result along (z, y, x).
+        """
+        return resize_positions(pos_ND, native, grid)
+
     def crop_cost(self, window: Size3) -> CropCost | None:
         """FLOPs and parameters for `tapct plan`; None, the default, where they are not known.
 
@@ -178,6 +189,19 @@ class Backbone(nn.Module):
         untrained (`random_2x`, `random_4x`); None, the default, where there is none.
         """
         return None
+
+
+def check_groups(crops: Sequence[Tensor]) -> None:
+    """Raise UserError where one tensor stands for the list of groups.
+
+    Python would take its first axis as groups: a batch (B, 1, Z, Y, X) would be B groups of one
+    crop.
+    """
+    if isinstance(crops, Tensor):
+        raise UserError(
+            f"crops are one tensor of shape {tuple(crops.shape)}: a backbone takes a list of "
+            "groups, each (B, Z, Y, X); call it with [crops], without an axis for one channel"
+        )
 
 
 def num_blocks_of(backbone: nn.Module) -> int:

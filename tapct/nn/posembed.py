@@ -12,13 +12,19 @@ from tapct.base.geometry import Grid
 
 
 def axis_matrix(
-    n_in: int, n_out: int, mode: str, device: torch.device, dtype: torch.dtype
+    n_in: int,
+    n_out: int,
+    mode: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    offset: float = 0.0,
 ) -> Tensor:
     """Weights that resample one axis from `n_in` to `n_out` points.
 
     Points sit at (i + 0.5) / n of the axis, the border value continues outside, nothing is low-pass
     filtered. `F.interpolate(size=..., align_corners=False)` does the same, but has no cubic mode in
-    3D; DINOv2's positions too, except for its offset of +0.1.
+    3D. With an offset, n_out + offset takes the place of n_out in the position of the points, as
+    `F.interpolate(scale_factor=(n_out + offset) / n_in)` does in DINOv2 (0.1).
 
     Args:
         n_in: points before.
@@ -26,10 +32,12 @@ def axis_matrix(
         mode: "cubic" (Keys' kernel with a = -0.75) or "linear".
         device: device of the matrix.
         dtype: dtype of the matrix.
+        offset: number added to n_out in the position of the points.
     Returns:
         (n_out, n_in), rows sum to 1.
     """
-    centre_O = (torch.arange(n_out, device=device, dtype=dtype) + 0.5) * (n_in / n_out) - 0.5
+    index_O = torch.arange(n_out, device=device, dtype=dtype)
+    centre_O = (index_O + 0.5) * (n_in / (n_out + offset)) - 0.5
     reach = 2 if mode == "cubic" else 1
     tap_R = torch.arange(1 - reach, reach + 1, device=device)
     index_OR = centre_O.floor().long()[:, None] + tap_R
@@ -50,7 +58,9 @@ def _keys_kernel(distance: Tensor, a: float = -0.75) -> Tensor:
     return torch.where(distance <= 1, near, far)
 
 
-def resize_positions(pos_ND: Tensor, native: Grid, grid: Grid, mode: str = "cubic") -> Tensor:
+def resize_positions(
+    pos_ND: Tensor, native: Grid, grid: Grid, mode: str = "cubic", offset: float = 0.0
+) -> Tensor:
     """Learned positions resized to another grid, axis by axis; unchanged where the grid is native.
 
     Args:
@@ -58,6 +68,8 @@ def resize_positions(pos_ND: Tensor, native: Grid, grid: Grid, mode: str = "cubi
         native: points of the native grid along (z, y, x), product N.
         grid: points of the result along (z, y, x).
         mode: "cubic" or "linear".
+        offset: see `axis_matrix`; with one, both axes of a plane move where one of them changes,
+            as in DINOv2.
     Returns:
         (product of `grid`, D), float32 or wider.
     """
@@ -65,8 +77,9 @@ def resize_positions(pos_ND: Tensor, native: Grid, grid: Grid, mode: str = "cubi
     if grid == native:
         return pos
     pos = pos.view(*native, -1)  # (z, y, x, D)
+    plane_moves = bool(offset) and native[1:] != grid[1:]
     for axis, (n_in, n_out) in enumerate(zip(native, grid, strict=True)):
-        if n_in != n_out:
-            matrix_OI = axis_matrix(n_in, n_out, mode, pos.device, pos.dtype)
+        if n_in != n_out or (axis > 0 and plane_moves):
+            matrix_OI = axis_matrix(n_in, n_out, mode, pos.device, pos.dtype, offset)
             pos = torch.tensordot(matrix_OI, pos, dims=([1], [axis])).movedim(0, axis)
     return pos.reshape(-1, pos.shape[-1])

@@ -7,11 +7,12 @@ that attention scores depend on differences of positions.
 
 A head of C channels has P = C // 6 pairs per axis. The last C - 6P channels are not rotated
 (C = 64: P = 10, 4 channels remain), nor are the prefix tokens, CLS and registers. Queries and keys
-are rotated alike, so q.k depends on the difference of two positions only.
+are rotated alike, so q.k depends on the difference of two positions only. With `axes: yx` there
+are two axes, P = C // 4, as in DINOv3: patches that differ in z alone have the same position.
 
 Axes: T packed tokens (see `attention`), H heads, C channels per head, P pairs per axis, R = 3P
-pairs of all axes; B crops of one group, N patches of one crop, n patches along one axis, S prefix
-tokens or kept rows.
+pairs of all axes (2P with `axes: yx`); B crops of one group, N patches of one crop, n patches
+along one axis, S prefix tokens or kept rows.
 Source: Su et al. 2021, arXiv:2104.09864; 2D in DINOv3, arXiv:2508.10104, from which periods, jitter
     and rescale are taken.
 """
@@ -29,7 +30,7 @@ from tapct.base import rng
 from tapct.config import setting
 from tapct.nn.posembed import Grid
 
-PAIRS_PER_AXIS = 6  # channels of a head per pair and axis: two channels in a pair, three axes
+AXES = {"zyx": (0, 1, 2), "yx": (1, 2)}
 
 # Shortest period in the unit of the coordinates: that of DINOv3, else not below two patches (ours).
 _SHORTEST = {"normalised": 1.0, "voxel": 16.0, "mm": 32.0}
@@ -45,10 +46,16 @@ class Config:
         "(voxels of the view) or mm (of the body)",
         choices=tuple(_SHORTEST),
     )
+    axes: str = setting(
+        "zyx",
+        "axes whose positions rotate queries and keys; yx: those of DINOv3, whose weights need "
+        "it, and patches that differ in z alone have the same position",
+        choices=tuple(AXES),
+    )
     base: float = setting(
         100.0,
-        "a head of C channels has P = C // 6 periods per axis: shortest * base^(p / P) for p = 0 "
-        "to P - 1; DINOv3: 100",
+        "a head of C channels has P = C // 6 periods per axis (C // 4 with axes yx): shortest * "
+        "base^(p / P) for p = 0 to P - 1; DINOv3: 100",
         gt=1.0,
     )
     shortest: float | None = setting(
@@ -69,6 +76,11 @@ class Config:
         "from 1 / rescale to rescale; 1: off; 2 in DINOv3's configs",
         ge=1.0,
     )
+
+    @property
+    def channels_per_period(self) -> int:
+        """Channels of a head that one period per axis takes: two in a pair, for every axis."""
+        return 2 * len(AXES[self.axes])
 
     @property
     def varies(self) -> bool:
@@ -107,14 +119,14 @@ class Rotation:
         )
 
 
-def pairs_per_axis(head_dim: int) -> int:
+def pairs_per_axis(config: Config, head_dim: int) -> int:
     """P of a head of `head_dim` channels."""
-    return head_dim // PAIRS_PER_AXIS
+    return head_dim // config.channels_per_period
 
 
 def periods(config: Config, head_dim: int, device: torch.device) -> Tensor:
     """The periods of one axis in the unit of the coordinates, (P,) float32."""
-    num_pairs = pairs_per_axis(head_dim)
+    num_pairs = pairs_per_axis(config, head_dim)
     shortest = _SHORTEST[config.coordinates] if config.shortest is None else config.shortest
     exponent_P = torch.arange(num_pairs, device=device, dtype=torch.float32) / num_pairs
     return shortest * config.base**exponent_P
@@ -201,14 +213,15 @@ def group_rotation(
     """
     period_P = periods(config, head_dim, device)
     places = coordinates(config, grid, patch, spacing_mm_B3, device)
-    tables = []
-    for axis, place_Bn in enumerate(places):
+    tables, axes = [], AXES[config.axes]
+    for axis in axes:
+        place_Bn = places[axis]
         if scale_B3 is not None:
             place_Bn = place_Bn * scale_B3[:, axis, None]
         tables.append(2 * math.pi * place_Bn[..., None] / period_P)
     # cos and sin of n angles per axis, then repeated over the grid: N would be many times as many
-    cos_BNR = _on_grid([table_BnP.cos() for table_BnP in tables], grid)
-    sin_BNR = _on_grid([table_BnP.sin() for table_BnP in tables], grid)
+    cos_BNR = _on_grid([table_BnP.cos() for table_BnP in tables], axes, grid)
+    sin_BNR = _on_grid([table_BnP.sin() for table_BnP in tables], axes, grid)
     # an angle of 0 leaves the prefix tokens as they are
     ones_BSR = cos_BNR.new_ones(cos_BNR.shape[0], num_prefix, cos_BNR.shape[2])
     cos_BTR = torch.cat([ones_BSR, cos_BNR], dim=1)
@@ -219,12 +232,12 @@ def group_rotation(
     return Rotation(cos_BTR, sin_BTR)
 
 
-def _on_grid(axes: Sequence[Tensor], grid: Grid) -> Tensor:
-    """Values per axis (B, n, P) -> values of every patch (B, N, 3P) in raster order, pairs of z
-    first.
+def _on_grid(tables: Sequence[Tensor], axes: Sequence[int], grid: Grid) -> Tensor:
+    """Values per axis (B, n, P) -> values of every patch (B, N, R) in raster order, pairs of the
+    first axis first.
     """
     parts = []
-    for axis, values_BnP in enumerate(axes):
+    for axis, values_BnP in zip(axes, tables, strict=True):
         shape = [values_BnP.shape[0], 1, 1, 1, values_BnP.shape[2]]
         shape[1 + axis] = grid[axis]
         parts.append(values_BnP.view(shape).expand(-1, *grid, -1))

@@ -21,7 +21,7 @@ from tapct.nn import heads
 from tapct.nn.contracts import Backbone, CropCost, HeadRows
 from tapct.ssl.needs import losses_key
 
-ROWS_PER_PROTOTYPE_LIMIT = 64  # Sinkhorn spreads each row over at least K/n prototypes
+PROTOTYPES_PER_ROW_LIMIT = 64  # Sinkhorn spreads each row over at least K/n prototypes
 STUDENT_PASSES = 3  # forward and twice that for backward
 
 
@@ -202,7 +202,7 @@ def capacity_warning(loss: str, num_prototypes: int, rows: int) -> str | None:
         rows: n, rows of one micro-batch over all ranks (class tokens: 2 x global batch /
             accumulation).
     """
-    limit = ROWS_PER_PROTOTYPE_LIMIT * rows
+    limit = PROTOTYPES_PER_ROW_LIMIT * rows
     if num_prototypes <= limit:
         return None
     key = losses_key(loss)
@@ -214,8 +214,8 @@ def capacity_warning(loss: str, num_prototypes: int, rows: int) -> str | None:
         )
     floor = math.log(num_prototypes / max(rows, 1))
     return (
-        f"{key}: {num_prototypes} prototypes for {rows} rows at once: Sinkhorn targets "
-        "keep at least about "
+        f"{key}: {num_prototypes} prototypes for {rows} rows at once, more than "
+        f"{PROTOTYPES_PER_ROW_LIMIT} per row: Sinkhorn targets keep at least about "
         f"{floor:.1f} of ln K = {math.log(num_prototypes):.1f} nats, so hardly anything is "
         f"learned; {way_out}"
     )

@@ -47,6 +47,7 @@ from tapct.run_folder import (
 )
 from tapct.ssl.student_teacher import build_backbone
 from tapct.types import HUContract
+from tapct.weights.card import is_own_card
 from tapct.weights.export import scans_of_export
 from tapct.weights.pretrained import load_pretrained
 
@@ -183,7 +184,10 @@ def best_model_of_run(run: Path, overrides: Sequence[str]) -> Model:
 
 def no_model(path: Path) -> str:
     """The error line for a path that is no model."""
-    kinds = "give a run folder, e.g. runs/smoke, a checkpoint in it, or a folder of `tapct export`"
+    kinds = (
+        "give a run folder, e.g. runs/smoke, a checkpoint in it, or a folder of `tapct export` or "
+        "`tapct import`"
+    )
     if not path.exists():
         return f"{path} does not exist; {kinds}"
     if path.is_file():
@@ -243,6 +247,11 @@ def model_of_checkpoint(saved: Path, overrides: Sequence[str]) -> Model:
 
 def model_of_export(folder: Path, overrides: Sequence[str], custom_code: bool) -> Model:
     """The backbone of an export."""
+    if not is_own_card(folder):
+        raise UserError(
+            f"{ExportFolder(folder).card} is not a tapct export; make one of these weights with "
+            f"`tapct import {folder} --out FOLDER`"
+        )
     pretrained = load_pretrained(folder, custom_code=custom_code)
     settings, about = pretrained.settings, pretrained.provenance
     card = {

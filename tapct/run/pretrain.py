@@ -28,7 +28,7 @@ from tapct.data.packed.store import Store
 from tapct.distributed import collectives
 from tapct.distributed.device import flush_denormals, pick_device
 from tapct.distributed.world import LostRank, World, join_ranks
-from tapct.engine import checkpoint, compiled, fsdp, initial, loop, optim, recompute, trackers
+from tapct.engine import checkpoint, compiled, fsdp, loop, optim, recompute, trackers
 from tapct.engine.checkpoint import Checkpoints, Meta
 from tapct.engine.metrics import Record
 from tapct.eval.saved import dataset_name
@@ -45,6 +45,7 @@ from tapct.ssl.inputs import Inputs
 from tapct.ssl.schedules import Schedules
 from tapct.ssl.student_teacher import Network, StudentTeacher
 from tapct.types import Batch
+from tapct.weights import initial, sources
 
 
 def read_config(path: Path, overrides: Sequence[str]) -> Resolved:
@@ -319,10 +320,9 @@ class Pretraining:
     def first_weights(self, pair: StudentTeacher) -> int:
         """Replace random weights by those of `train.init`, if it is set; returns step 0."""
         if self.config.train.init:
-            source = collectives.from_first(lambda: initial.locate(Path(self.config.train.init)))
+            source = collectives.from_first(lambda: sources.locate(Path(self.config.train.init)))
             self.init_weights = str(source)
-            weights = initial.read(source)
-            report = initial.apply(weights, pair, self.config.train.init_allow)
+            report = initial.apply(source, pair, self.config.train)
             for line in report.lines():
                 console.say(line)
         return 0

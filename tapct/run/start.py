@@ -19,13 +19,15 @@ from tapct.base.exits import SharedError, UserError
 from tapct.config import Resolved, plugins
 from tapct.data.packed.store import Store
 from tapct.distributed.device import pick_device
-from tapct.engine import initial, trackers
+from tapct.engine import trackers
 from tapct.eval import scans, task_runs
+from tapct.eval.contract import Labels
 from tapct.nn.backends import GPU_ONLY
 from tapct.nn.contracts import Backbone
 from tapct.run import background_eval
 from tapct.run.config import RunConfig
 from tapct.run.resume import check_archive, check_resume
+from tapct.weights import initial
 
 MOST_LABEL_MAPS = 20  # read to find a label that a setting names; a right one is in the first
 
@@ -112,8 +114,7 @@ def check_networks(config: RunConfig) -> None:
             "compute again; set it to 0"
         )
     if config.train.init:
-        weights = initial.read(initial.locate(Path(config.train.init)))
-        initial.compare(weights, backbone, config.train.init_allow)
+        initial.check(config.train, backbone)
 
 
 def training_rows(config: RunConfig, store: Store, saved: Path | None) -> list[int]:
@@ -159,6 +160,8 @@ def data_warnings(
             yield changed
     yield from doubts_about_batch(config, store, rows)
     yield from doubts_about_patients(config, store, rows)
+    if saved is None:  # it cannot be changed when a run is resumed
+        yield from doubts_about_test_patients(config, store)
     for stage in config.resolved_stages():
         for line in doubts_about_scans(stage.config, store, rows):
             yield stage.with_name(line)
@@ -194,6 +197,18 @@ def doubts_about_patients(config: RunConfig, store: Store, rows: Sequence[int]) 
             f"data.held_out {data.held_out:g} divides patients, and the patients of "
             f"{guessed} of {counted(len(store), 'scan')} were guessed from file names: check them "
             "in the output of `tapct index`, or give it --patient-regex or --patient-column"
+        )
+
+
+def doubts_about_test_patients(config: RunConfig, store: Store) -> Iterator[str]:
+    """Labels of a store of which no patient is held out for evaluation."""
+    labelled = {scan.patient for scan in scans.usable(store.scans, Labels.VOXELS)}
+    if config.data.held_out == 0 and len(labelled) > 1:
+        yield (
+            f"data.held_out is 0, so pretraining sees all patients of {store.path}, also the "
+            f"{len(labelled)} that have label maps: `tapct eval` will test on patients of "
+            "pretraining. data.held_out=0.2 keeps about a fifth of the patients as test patients; "
+            "it can only be set before training"
         )
 
 

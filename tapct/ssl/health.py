@@ -191,7 +191,7 @@ STATES = (
 
 NEXT_STEP = {
     "unknown": "Log the health numbers: without them a falling loss proves nothing.",
-    "alive": "Judge the features: tapct eval.",
+    "alive": "Evaluate the features: tapct eval.",
     "faint": "Train on and look again; if it stays, lower lr or slow the teacher (momentum nearer "
     "1).",
     "not following": "The targets move faster than the student learns: slow the teacher (momentum "
@@ -207,7 +207,7 @@ NEXT_STEP = {
 }
 
 
-def judge_term(term: TermReading) -> Verdict:
+def verdict_of_term(term: TermReading) -> Verdict:
     """Verdict on one prototype loss."""
     numbers = (term.ln_k_minus_ce, term.marginal_entropy, term.target_entropy, term.ln_k)
     information = term.information
@@ -246,11 +246,11 @@ def judge_term(term: TermReading) -> Verdict:
 
 def verdict(terms: Sequence[TermReading]) -> Verdict:
     """Verdict on a run: the state of its worst term, and a sentence about each term."""
-    judged = [judge_term(term) for term in terms]
-    if not judged:
+    verdicts = [verdict_of_term(term) for term in terms]
+    if not verdicts:
         return Verdict("unknown", "no prototype loss reported its health", NEXT_STEP["unknown"])
-    worst = max(judged, key=lambda one: STATES.index(one.state))
-    return Verdict(worst.state, "; ".join(one.words for one in judged), worst.next_step)
+    worst = max(verdicts, key=lambda one: STATES.index(one.state))
+    return Verdict(worst.state, "; ".join(one.words for one in verdicts), worst.next_step)
 
 
 def verdict_at(terms: Sequence[TermReading], step: int, warmup_steps: int) -> Verdict:

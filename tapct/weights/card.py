@@ -9,6 +9,7 @@ weights                         name and sha256 of the file with the weights
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 from collections.abc import Mapping
@@ -30,6 +31,12 @@ from tapct.types import HUContract
 FORMAT, FORMAT_VERSION = "tapct", 1
 CARD_FILE = ExportFolder(Path()).card.name
 WEIGHTS_FILE = ExportFolder(Path()).weights.name
+# Settings that came after the first exports, with the values that cards without them imply.
+LATER = {
+    "model": {"pos_offset": 0.0, "norm_eps": 1e-6},
+    "model.rope": {"axes": "zyx"},
+    "preprocess": {"resize": "antialias", "clip": "before_resize", "pad": "clipped"},
+}
 ORIENTATION = (
     "array axes (z, y, x), LPS: z towards the head, y towards the back, x towards the patient's "
     "left; int16 HU; input is (B, Z, Y, X) after clip and z-score, padding is air at the far end "
@@ -105,6 +112,17 @@ def read_card(folder: Path, *, custom_code: bool = False) -> ExportCard:
     return ExportCard(settings, card["provenance"], weights["sha256"])
 
 
+def is_own_card(folder: Path) -> bool:
+    """Whether the config.json of a folder is a card of tapct, or none that can be read; False for
+    that of another project.
+    """
+    try:
+        card = json.loads((folder / CARD_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return True
+    return not isinstance(card, dict) or "format" in card or "hu_contract" in card
+
+
 def provenance_of(folder: Path) -> dict[str, Any]:
     """The provenance in the card of a folder, without a check of the rest; empty where there is no
     card.
@@ -151,13 +169,8 @@ def _read_settings(card: dict[str, Any], path: Path, custom_code: bool) -> Featu
         raise UserError(
             f"{path} has the unknown key {unknown[0]!r}. Export again, or remove the key."
         )
-    given = {key: value for key, value in card.items() if key in names}
-    backbone = given["model"].get("name") if isinstance(given.get("model"), dict) else None
-    if isinstance(backbone, str) and "." in backbone and not custom_code:
-        raise UserError(
-            f"{path} names the backbone {backbone!r}, which is not one of tapct. "
-            "If you trust that code, load with custom_code=True, or the option --custom-code."
-        )
+    given = with_later_settings({key: value for key, value in card.items() if key in names})
+    check_backbone_name(given.get("model"), str(path), custom_code)
     settings: FeatureSettings = from_dict(FeatureSettings, given, str(path))
     if missing := _first_missing(to_dict(settings), given):
         raise UserError(
@@ -165,6 +178,38 @@ def _read_settings(card: dict[str, Any], path: Path, custom_code: bool) -> Featu
             "again."
         )
     return settings
+
+
+def check_backbone_name(model: Any, where: str, custom_code: bool) -> None:
+    """Raise UserError where a model section names a module outside of tapct that is not trusted.
+
+    Args:
+        model: model section as JSON.
+        where: file that it stands in.
+        custom_code: whether such modules are trusted.
+    """
+    backbone = model.get("name") if isinstance(model, dict) else None
+    if isinstance(backbone, str) and "." in backbone and not custom_code:
+        raise UserError(
+            f"{where} names the backbone {backbone!r}, which is not one of tapct. "
+            "If you trust that code, load with custom_code=True, or the option --custom-code."
+        )
+
+
+def with_later_settings(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Sections of a card with the settings that earlier versions did not write; a newer card is
+    returned unchanged, and so is a backbone that is not `vit`.
+    """
+    full = copy.deepcopy(dict(given))
+    for path, values in LATER.items():
+        section: Any = full
+        for key in path.split("."):
+            section = section.get(key) if isinstance(section, dict) else None
+        is_other = path.startswith("model") and full.get("model", {}).get("name") != "vit"
+        if isinstance(section, dict) and not is_other:
+            for key, value in values.items():
+                section.setdefault(key, value)
+    return full
 
 
 def _first_missing(full: Mapping[str, Any], given: Mapping[str, Any], prefix: str = "") -> str:

@@ -1,4 +1,4 @@
-"""Load an export folder and get the teacher's features of a scan.
+"""Load an export folder, or weights of another origin, and get the features of a scan.
 
     model.safetensors   the backbone, float32, parameter names of DINOv2
     config.json         its card: all that the features depend on, see `weights/card.py`
@@ -23,13 +23,16 @@ from torch import Tensor, nn
 
 from tapct.base import files
 from tapct.base.exits import UserError
+from tapct.base.geometry import Size3
 from tapct.config import plugins
 from tapct.config.plugins import Plugin
 from tapct.eval.extraction import dense_features
 from tapct.eval.features import DenseFeatures, Preprocess
 from tapct.run_folder import ExportFolder, RunFolder
 from tapct.types import HUContract, Tokens, Volume
-from tapct.weights.card import CARD_FILE, FeatureSettings, read_card
+from tapct.weights.card import CARD_FILE, FeatureSettings, is_own_card, read_card
+from tapct.weights.imported import PUBLISHED, ImportOptions, open_source
+from tapct.weights.sources import holds_weights, is_hub_id
 
 
 @dataclass(frozen=True)
@@ -112,6 +115,27 @@ class Pretrained(nn.Module):
         del mode
         return super().train(False)
 
+    def half(self) -> Pretrained:
+        """Weights in float16; refused for weights of other projects, see `check_dtype`."""
+        self.check_dtype(torch.float16)
+        return super().half()
+
+    def to(self, *args: Any, **kwargs: Any) -> Pretrained:
+        """Move the backbone, or change its dtype, as in torch."""
+        for value in (*args, *kwargs.values()):
+            if isinstance(value, torch.dtype):
+                self.check_dtype(value)
+        moved: Pretrained = super().to(*args, **kwargs)
+        return moved
+
+    def check_dtype(self, dtype: torch.dtype) -> None:
+        """Raise UserError for float16 and weights of another project."""
+        if dtype == torch.float16 and PUBLISHED in self.provenance:
+            raise UserError(
+                "float16 is refused for published weights: a user of TAP-CT-B has reported NaN "
+                "on some windows in float16; use bfloat16 or float32"
+            )
+
     def forward(self, crops: Tensor, spacing_mm: Sequence[float] | None = None) -> Tokens:
         """Tokens of crops that are already normalised (`contract.normalise`).
 
@@ -122,6 +146,9 @@ class Pretrained(nn.Module):
         Raises:
             UserError: wrong number of axes or channels, or no spacing for a backbone in mm.
         """
+        self.check_dtype(crops.dtype)
+        if torch.is_autocast_enabled(crops.device.type):
+            self.check_dtype(torch.get_autocast_dtype(crops.device.type))
         if crops.ndim == 5 and crops.shape[1] == 1:
             crops = crops[:, 0]
         if crops.ndim != 4:
@@ -173,23 +200,41 @@ class Pretrained(nn.Module):
 
 
 def load_pretrained(
-    path: str | Path, *, custom_code: bool = False, device: torch.device | str = "cpu"
+    source: str | Path,
+    settings: Sequence[str] = (),
+    *,
+    allow: str | Sequence[str] = (),
+    inflate: str = "mean",
+    window: Size3 | None = None,
+    custom_code: bool = False,
+    device: torch.device | str = "cpu",
 ) -> Pretrained:
-    """Load an export folder, or the `export` folder of a run.
+    """Load weights from anywhere: an export, a run, a checkpoint, or those of another project.
 
     Args:
-        path: folder with `config.json` and `model.safetensors`, or a run folder.
-        custom_code: whether the export may name a backbone from a module outside tapct, which is
+        source: export folder, run folder (its export, else its newest checkpoint), checkpoint,
+            folder in Hugging Face's layout, id OWNER/NAME in the local cache of huggingface_hub, or
+            .safetensors, .pth, .pt or .bin file; docs/weights.md has a table.
+        settings: key=value of `model`, `hu_contract` and `preprocess` that replace those of the
+            weights, e.g. `preprocess.window=[12,224,224]`.
+        allow: mismatches that are accepted: missing, resized, inflated, unexpected.
+        inflate: how a 2D kernel is spread over depth: mean or centre.
+        window: voxels (z, y, x) that the positions were learned for, where no file states it.
+        custom_code: whether the weights may name a backbone from a module outside tapct, which is
             then imported.
         device: device of the backbone.
     Raises:
         UserError: missing folder or file, damaged weights, an unknown or missing setting, weights
             that do not fit.
     """
-    path = files.expand_path(path)
-    export, of_run = ExportFolder(path), RunFolder(path).export
-    if not export.card.is_file() and of_run.card.is_file():
-        export = of_run
+    path = files.expand_path(source)
+    export = _export_of(path)
+    if isinstance(allow, str):
+        allow = [kind.strip() for kind in allow.split(",") if kind.strip()]
+    options = ImportOptions(tuple(settings), tuple(allow), inflate, window, custom_code)
+    if export is None or settings:
+        found = open_source(path, options)
+        return Pretrained(found.model.to(device), found.settings, found.provenance)
     card = read_card(export.path, custom_code=custom_code)
     weights = export.weights
     if files.sha256(weights) != card.weights_sha256:
@@ -201,6 +246,22 @@ def load_pretrained(
     _check_fit(model, weights)
     model.load_state_dict(load_file(weights))
     return Pretrained(model.to(device), card.settings, card.provenance)
+
+
+def _export_of(path: Path) -> ExportFolder | None:
+    """The export that a path means; None for weights of another kind.
+
+    A folder without weights of any kind counts as an export, whose error names what is missing.
+    """
+    own = ExportFolder(path)
+    of_run = RunFolder(path).export
+    if own.card.is_file():
+        return own if is_own_card(own.path) else None
+    if of_run.card.is_file():
+        return of_run
+    if path.is_file() or is_hub_id(path) or RunFolder(path).checkpoints.path.is_dir():
+        return None
+    return own if not holds_weights(path) else None
 
 
 def _check_fit(model: nn.Module, weights: Path) -> None:

@@ -110,7 +110,17 @@ def test_every_option_is_described_and_names_its_value(shell: Shell, name: str) 
 def test_every_default_is_in_the_help(shell: Shell, name: str) -> None:
     text = re.sub(r"\s", "", help_of(shell, name))
     without = {"labels", "patient_regex", "patient_column", "patient_from", "ignore_label"}
-    without |= {"rule", "rules", "memory", "tflops", "sweep", "metric", "overrides", "models"}
+    without |= {
+        "rule",
+        "rules",
+        "memory",
+        "tflops",
+        "sweep",
+        "metric",
+        "overrides",
+        "models",
+        "settings",
+    }
     for item in documented(COMMANDS[name]):
         if item.name == "help" or item.required or getattr(item, "is_flag", False):
             continue

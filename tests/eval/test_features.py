@@ -178,6 +178,47 @@ def test_padding_is_air_and_the_clip_comes_before_the_resize():
     assert float(hu[0, 4, 3:5].mean()) == pytest.approx((822 - 1008) / 2, abs=2)
 
 
+@pytest.mark.parametrize(
+    ("name", "mode"), [("linear", "bilinear"), ("cubic", "bicubic"), ("area", "area")]
+)
+@pytest.mark.parametrize("clip", ["before_resize", "after_resize"])
+def test_the_resize_and_the_clip_of_another_project_are_those_of_torch_in_its_order(
+    name: str, mode: str, clip: str
+) -> None:
+    hu_ZYX = scan((4, 32, 48))
+    preprocess = Preprocess((16, 24), (4, 16, 24), (4, 16, 24), resize=name, clip=clip)
+    hu = torch.from_numpy(hu_ZYX).float()
+    if clip == "before_resize":
+        hu = hu.clamp(-1008, 822)
+    resized = torch.nn.functional.interpolate(hu[:, None], size=(16, 24), mode=mode)[:, 0]
+    want = (resized.clamp(-1008, 822) - CONTRACT.mean) / CONTRACT.std
+    got = prepare(hu_ZYX, CONTRACT, preprocess, PATCH).input_ZYX
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=0)
+
+
+def test_the_order_of_clip_and_resize_matters_at_metal() -> None:
+    hu_ZYX = np.full((2, 16, 16), 0, dtype=np.int16)
+    hu_ZYX[:, :, :8] = 3000
+    sizes = ((8, 8), (2, 8, 8), (2, 8, 8))
+    first, second = (
+        prepare(hu_ZYX, CONTRACT, Preprocess(*sizes, clip=clip), PATCH).input_ZYX
+        for clip in ("before_resize", "after_resize")
+    )
+    assert float(second[0, 4, 4]) > float(first[0, 4, 4]) + 0.1
+
+
+def test_padding_may_be_air_that_is_not_clipped() -> None:
+    hu_ZYX = scan((3, 16, 16))
+    sizes = ((0, 0), (4, 16, 16), (4, 16, 16))
+    clipped, raw = (
+        prepare(hu_ZYX, CONTRACT, Preprocess(*sizes, pad=pad), PATCH).input_ZYX
+        for pad in ("clipped", "raw")
+    )
+    assert torch.equal(clipped[:3], raw[:3])
+    assert float(clipped[3, 0, 0]) == pytest.approx((-1008 - CONTRACT.mean) / CONTRACT.std)
+    assert float(raw[3, 0, 0]) == pytest.approx((-1024 - CONTRACT.mean) / CONTRACT.std)
+
+
 def test_a_scan_at_its_own_size_is_not_resampled():
     hu_ZYX = scan((5, 12, 20))
     prepared = prepare(hu_ZYX, CONTRACT, Preprocess((12, 20), (4, 8, 8), (4, 8, 8)), PATCH)

@@ -257,6 +257,31 @@ def test_what_cannot_be_predicted_is_one_line(module, settings, message) -> None
         run(module.build(module.Config(**settings), seed=0), cases, [])
 
 
+@pytest.mark.parametrize(
+    ("module", "settings", "train", "test", "message"),
+    [
+        (classification, {}, ["a", "b", "a"], ["a", "a"], "(finding)"),
+        # an unseen class is not learned, so one class is left
+        (classification, {}, ["a", "b", "a"], ["a", "c"], "(finding)"),
+        (knn, {}, ["a", "b", "a"], ["b"], "(finding)"),
+        (regression, {"targets": ("finding",)}, [1.0, 2.0, 3.0], [2.0, 2.0], "(finding)"),
+        (classification, {}, ["a", "b", "a"], ["a", "b"], ""),
+        (regression, {"targets": ("finding",)}, [1.0, 2.0, 3.0], [2.0, 2.5], ""),
+    ],
+)
+def test_test_scans_of_one_value_are_refused_before_features_are_computed(
+    module: Any, settings: dict[str, Any], train: list[Any], test: list[Any], message: str
+) -> None:
+    task = module.build(module.Config(**settings), seed=0)
+    values = [[{"finding": value} for value in side] for side in (train, test)]
+    if not message:
+        task.expect_values(*values)
+        return
+    with pytest.raises(UserError, match="fewer than two different values in the test scans") as it:
+        task.expect_values(*values)
+    assert message in str(it.value) and f"eval.tasks.{task.name}=null" in str(it.value)
+
+
 def test_knn_votes_and_retrieves_as_a_loop_does() -> None:
     cases = [Case(n, {"x": bool(n % 2)}, cls=2.5 * (n % 2)) for n in range(30)]
     config = knn.Config(vectors=("cls",), scaling=("raw",), k=(3, 200))

@@ -429,9 +429,10 @@ def test_bf16_parameters_leave_the_residual_stream_in_float32() -> None:
 CHANGES: dict[str, Any] = {
     "window": (4, 24, 16), "patch": (2, 8, 4), "in_chans": 2, "dim": 32, "depth": 3, "heads": 4,
     "mlp_ratio": 2.0,
-    "ffn": "swiglu", "qkv_bias": False, "registers": 1, "layer_scale": 0.5, "drop_path": 0.5,
-    "drop_path_rounding": "dinov2", "pos_resize": "linear", "qk_norm": True, "positions": "both",
-    "rope": rope.Config(base=50.0),
+    "ffn": "swiglu", "qkv_bias": False, "registers": 1, "layer_scale": 0.5, "norm_eps": 0.1,
+    "drop_path": 0.5,
+    "drop_path_rounding": "dinov2", "pos_resize": "linear", "pos_offset": 0.1, "qk_norm": True,
+    "positions": "both", "rope": rope.Config(base=50.0),
 }  # fmt: skip
 
 
@@ -457,3 +458,14 @@ def test_every_field_changes_the_result(name: str) -> None:
 
     one, two = result(before, group), result(after, other)
     assert one.shape != two.shape or not torch.allclose(one, two)
+
+
+@pytest.mark.parametrize("shape", [(3, 1, 4, 16, 16), (3, 4, 16, 16), (4, 16, 16)])
+def test_one_tensor_in_place_of_a_list_of_groups_is_refused(shape: tuple[int, ...]) -> None:
+    """Its first axis would be taken as groups: a batch of three gave three results of one crop."""
+    model = fresh(TINY)
+    for call in (model, lambda crops: model.tokens_of_blocks(crops, [0])):
+        with pytest.raises(UserError, match=r"one tensor of shape .*call it with \[crops\]"):
+            call(torch.zeros(shape))
+    with pytest.raises(UserError, match=r"takes \(B, Z, Y, X\); reshape them"):
+        model([torch.zeros(3, 1, 4, 16, 16)])

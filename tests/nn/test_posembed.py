@@ -58,6 +58,41 @@ def test_linear_positions_are_torchs_trilinear(
     )
 
 
+@pytest.mark.parametrize("grid", [(3, 28, 28), (5, 28, 28), (3, 12, 12), (6, 32, 20), (1, 7, 40)])
+def test_linear_positions_of_published_weights_equal_trilinear_to_a_millionth(
+    grid: tuple[int, int, int],
+) -> None:
+    native = (3, 28, 28)
+    pos = 0.02 * positions(native, 64)
+    volume = pos.view(*native, -1).permute(3, 0, 1, 2)[None]
+    want = F.interpolate(volume, size=grid, mode="trilinear", align_corners=False)[0]
+    got = resize_positions(pos, native, grid, "linear")
+    assert float((got - want.permute(1, 2, 3, 0).reshape(-1, 64)).abs().max()) < 1e-6
+
+
+@pytest.mark.parametrize("grid", [(1, 16, 16), (1, 16, 37), (1, 12, 50), (1, 37, 37)])
+def test_with_an_offset_they_are_dinov2s_bicubic_by_scale_factor(
+    grid: tuple[int, int, int],
+) -> None:
+    """DINOv2 leaves a square of the native size alone, and resizes all else by a factor."""
+    native = (1, 37, 37)
+    pos = positions(native)
+    maps = pos.double().T.reshape(1, -1, 37, 37)
+    if grid != native:
+        scale = ((grid[1] + 0.1) / 37, (grid[2] + 0.1) / 37)
+        maps = F.interpolate(maps, scale_factor=scale, mode="bicubic")
+    got = resize_positions(pos.double(), native, grid, "cubic", 0.1)
+    torch.testing.assert_close(got, maps.flatten(2)[0].T)
+    assert tuple(maps.shape[2:]) == grid[1:]
+
+
+def test_with_an_offset_a_plane_of_the_native_size_keeps_its_values_at_any_depth() -> None:
+    pos = positions((1, 4, 5)).repeat(3, 1)
+    assert torch.allclose(
+        resize_positions(pos, (3, 4, 5), (2, 4, 5), "cubic", 0.1), pos[:40], atol=1e-6
+    )
+
+
 def test_height_and_width_are_not_swapped() -> None:
     """A field that only depends on y must still only depend on y in a crop with other
     proportions.

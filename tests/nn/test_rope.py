@@ -188,7 +188,10 @@ def test_a_drawn_scale_stretches_its_own_crop_and_axis() -> None:
     )
 
 
-CHANGES = {"coordinates": "voxel", "base": 50.0, "shortest": 2.0, "jitter": 1.5, "rescale": 1.5}
+CHANGES = {
+    "coordinates": "voxel", "axes": "yx", "base": 50.0, "shortest": 2.0, "jitter": 1.5,
+    "rescale": 1.5,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(Config)])
@@ -197,9 +200,18 @@ def test_every_field_changes_the_rotation(name: str) -> None:
         scale_B3 = rope.draw_scales(config, 2, seed=0, counters=(0,), device=CPU)
         return rotation(config, scale_B3=scale_B3).sin_TR
 
-    assert not torch.allclose(
-        table(Config()), table(dataclasses.replace(Config(), **{name: CHANGES[name]}))
-    )  # type: ignore[arg-type]
+    changed = dataclasses.replace(Config(), **{name: CHANGES[name]})  # type: ignore[arg-type]
+    before, after = table(Config()), table(changed)
+    assert before.shape != after.shape or not torch.allclose(before, after)
+
+
+def test_with_axes_yx_layers_have_equal_positions_and_a_head_has_more_periods() -> None:
+    turned = rotation(dataclasses.replace(PLAIN, axes="yx"), num_prefix=0)
+    assert turned.cos_TR.shape == (2 * 30, 32)  # 64 channels: 16 pairs for each of y and x
+    lower, upper = turned.sin_TR[:30].split(15)
+    assert torch.equal(lower, upper)
+    y_equal = turned.sin_TR[:5, :16]
+    assert torch.equal(y_equal, y_equal[:1].expand(5, -1))
 
 
 def test_bf16_queries_are_turned_in_float32() -> None:

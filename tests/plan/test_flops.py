@@ -202,7 +202,7 @@ def test_sinkhorn_with_too_many_prototypes_is_warned_of_and_centring_is_not() ->
     big = heads.Config(num_prototypes=65_536)
     sinkhorn = small_plan(head_uses=(use_of("dino", big, "sinkhorn"),), global_batch=8)
     (warning,) = sinkhorn.warnings
-    assert "65536 prototypes for 16 rows" in warning
+    assert "65536 prototypes for 16 rows at once, more than 64 per row" in warning
     assert "losses.dino.head.num_prototypes=1024" in warning and "centring" in warning
     assert f"{math.log(65536 / 16):.1f} of ln K = {math.log(65536):.1f}" in warning
     assert small_plan(head_uses=(use_of("dino", big),), global_batch=8).warnings == ()

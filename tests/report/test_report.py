@@ -219,7 +219,7 @@ def test_a_task_supplies_all_words_about_its_numbers(tmp_path: Path) -> None:
 def test_the_verdict_is_in_words(tmp_path: Path) -> None:
     alive = Page(page.write(run_folder(tmp_path / "alive", 200)).read_text()).words
     stuck = Page(page.write(run_folder(tmp_path / "stuck", 200, alive=0.0)).read_text()).words
-    assert "Alive" in alive and "Next: Judge the features: tapct eval." in alive
+    assert "Alive" in alive and "Next: Evaluate the features: tapct eval." in alive
     assert "Stuck" in stuck and "nothing is learned" in stuck and "Next: Lower lr" in stuck
 
 

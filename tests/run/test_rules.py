@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from shell import Shell
@@ -295,7 +295,8 @@ class Rows:
 
 # settings, store -> a part of the warning; empty for none
 DATA = (
-    ("", Rows("abcdefgh", "abcdefgh"), ""),
+    ("", Rows("abcdefgh"), ""),
+    ("", Rows("abcdefgh", "abc"), "data.held_out is 0, so pretraining sees all patients"),
     ("train.global_batch=12", Rows("abcdefgh"), "holds a scan up to 2 times"),
     ("", Rows("aaaa"), "all 4 scans for training are of one patient"),
     ("data.held_out=0.4", Rows("eeee"), "holds out none of the store's patients (1)"),
@@ -325,6 +326,19 @@ def test_data_that_does_not_fit_the_settings_is_warned_of(
     others = [line for line in lines if line not in one_patient]
     assert len(others or one_patient) == bool(expected), lines
     assert expected in (others or one_patient or [""])[0]
+
+
+def test_patients_with_labels_that_are_not_held_out_are_counted(config: Path) -> None:
+    run = pretrain.read_config(config, []).value
+    (line,) = start.doubts_about_test_patients(run, cast(Any, Rows("aabbcdef", "abc")))
+    assert "also the 3 that have label maps" in line and "data.held_out=0.2" in line
+    for text, store in (
+        ("data.held_out=0", Rows("aabb", "a")),  # one labelled patient cannot be held out and kept
+        ("data.held_out=0", Rows("abcdefgh")),
+        ("data.held_out=0.4", Rows("abcdefgh", "abcdefgh")),
+    ):
+        run = pretrain.read_config(config, words_of(text)).value
+        assert not list(start.doubts_about_test_patients(run, cast(Any, store)))
 
 
 def test_labels_on_one_side_of_the_split_are_warned_of(config: Path) -> None:

@@ -155,6 +155,23 @@ def test_a_config_that_does_not_fit_is_one_line(folder, change, message):
     assert "\n" not in str(error.value)
 
 
+def test_an_export_of_a_version_without_the_later_settings_gives_the_same_features(folder):
+    crops = torch.randn(2, 4, 16, 24)
+    before = load_pretrained(folder)(crops).patches_BND
+
+    def remove(card) -> None:
+        for section, keys in (("model", ("pos_offset", "norm_eps")),
+                              ("preprocess", ("resize", "clip", "pad"))):  # fmt: skip
+            for key in keys:
+                del card[section][key]
+        del card["model"]["rope"]["axes"]
+
+    edit(folder, remove)
+    loaded = load_pretrained(folder)
+    assert torch.equal(loaded(crops).patches_BND, before)
+    assert loaded.settings == SETTINGS
+
+
 def test_missing_parts_are_one_line(folder, tmp_path):
     with pytest.raises(UserError, match="no folder"):
         load_pretrained(tmp_path / "nowhere")
