@@ -90,8 +90,8 @@ def ways() -> list[Way]:
         | prefixed(foreign.dinov2(seed=9), "student.backbone.")
     }
     v3_teacher = {"teacher": prefixed(foreign.as_dinov3(v3), "backbone.")}
-    tap_ct = {"architectures": ["TAPCTModel"], "model_type": "tapct"}
-    hf = {"model_type": "dinov2", "image_size": 56, "num_attention_heads": 2}
+    tap_ct: dict[str, Any] = {"architectures": ["TAPCTModel"], "model_type": "tapct"}
+    hf: dict[str, Any] = {"model_type": "dinov2", "image_size": 56, "num_attention_heads": 2}
     square, wide, small = image(56, 56), image(28, 70), image(12, 48, 64)
     resize = {"native": (4, 4), "scale_offset": 0.1}
     by_size = {"native": (4, 4)}

@@ -302,8 +302,14 @@ def beyond_the_run(config: RunConfig, losses: dict[str, Loss]) -> Iterator[str]:
 def unused(config: RunConfig) -> Iterator[str]:
     """Settings that differ from their default and that no part of this run reads."""
     train, during, loader = config.train, config.eval.during, config.data.loader
-    if train.init_allow and not train.init:
-        yield "train.init_allow has no effect without train.init"
+    others = {
+        "init_allow": train.init_allow,
+        "init_window": train.init_window,
+        "init_inflate": train.init_inflate != "mean",
+    }
+    for name, is_set in others.items():
+        if is_set and not train.init:
+            yield f"train.{name} has no effect without train.init"
     if train.init and train.resume not in ("auto", "must", "never"):
         yield "train.init has no effect: the run starts from the checkpoint of train.resume"
     if train.init and train.resume == "must":

@@ -28,6 +28,7 @@ from tapct.nn.layers import swiglu_hidden
 
 HEAD_DIM = 64  # channels of a head in ViT-S, -B, -L and -g
 TAP_CT_WINDOW: Size3 = (12, 224, 224)  # of the published 3D models
+TAP_CT_PATCH: Size3 = (4, 8, 8)
 GELU = ("gelu", "gelu_python")
 NUM_HEADS = ("num_attention_heads", "num_heads", "heads")
 WINDOWS = ("image_size", "img_size", "window_size", "window")
@@ -84,31 +85,41 @@ def layout_of(
                     "window that its positions were learned for"
                 )
         else:
-            grid = _stated_grid(facts, patch, is_2d, counts) or position_grid(counts, patch, is_2d)
+            is_tap_ct = "TAPCTModel" in facts.get("architectures", ())
+            grid = _stated_grid(facts, patch, is_2d, counts)
+            grid = grid or position_grid(counts, patch, is_2d, is_tap_ct)
     return TokenLayout(patch, int(kernel.shape[1]), is_2d, grid)
 
 
-def position_grid(counts: Sequence[int], patch: Size3, is_2d: bool) -> Grid | None:
+def position_grid(counts: Sequence[int], patch: Size3, is_2d: bool, is_tap_ct: bool) -> Grid | None:
     """The grid of learned positions without a window; None where it cannot be known.
 
-    The grid of a 2D backbone is a square, and that of a 3D backbone covers 224 x 224 voxels in its
-    plane, as TAP-CT's does.
+    The grid of a 2D backbone is a square, as in DINOv2's code. A 3D backbone is taken for one of
+    TAP-CT, whose windows have 224 x 224 voxels in their plane, if config.json names its class, if
+    it has one layer of patches, or if it has the patch and the number of positions of the published
+    3D models.
 
     Args:
         counts: numbers of patches that the rows may stand for, beside rows for CLS and registers.
         patch: voxels (z, y, x) of a patch.
         is_2d: whether the patch embedding is a 2D convolution.
+        is_tap_ct: whether a config.json names the class of the published models.
     """
+    _, height, width = TAP_CT_WINDOW
+    rows, columns = height // patch[1], width // patch[2]
+    in_plane = rows * columns
     for count in counts:
         if is_2d:
             side = math.isqrt(max(count, 0))
             if side and side * side == count:
                 return (1, side, side)
             continue
-        _, height, width = TAP_CT_WINDOW
-        in_plane = (height // patch[1]) * (width // patch[2])
-        if in_plane and count > 0 and count % in_plane == 0:
-            return (count // in_plane, height // patch[1], width // patch[2])
+        fits = height % patch[1] == 0 and width % patch[2] == 0 and in_plane > 0
+        if not fits or count < in_plane or count % in_plane:
+            continue
+        published = patch == TAP_CT_PATCH and count == 3 * in_plane
+        if is_tap_ct or published or count == in_plane:
+            return (count // in_plane, rows, columns)
     return None
 
 
@@ -152,6 +163,11 @@ def vit_sizes(
         raise UserError(
             f"config.json names the activation {activation!r}; tapct's vit has GELU alone"
         )
+    if "cls_norm.weight" in tensors:
+        raise UserError(
+            "these weights have a layer norm for CLS alone (cls_norm), as DINOv3's 7B model; "
+            "tapct's vit has one norm for all tokens, so its features would differ"
+        )
     dim = int(tensors["patch_embed.proj.weight"].shape[0])
     blocks = [int(m[1]) for m in (re.match(r"blocks\.(\d+)\.", name) for name in tensors) if m]
     is_v3 = "rope_embed.periods" in tensors or dialect.endswith("DINOv3")
@@ -160,7 +176,7 @@ def vit_sizes(
         "patch": list(layout.patch),
         "dim": dim,
         "depth": 1 + max(blocks, default=0),
-        "heads": _number_of(facts, NUM_HEADS) or max(1, dim // HEAD_DIM),
+        "heads": stated_heads(facts) or max(1, dim // HEAD_DIM),
         "registers": _registers(tensors),
         "qk_norm": "blocks.0.attn.q_norm.weight" in tensors,
         "qkv_bias": "blocks.0.attn.qkv.bias" in tensors,
@@ -186,6 +202,12 @@ def vit_sizes(
     else:
         sizes["pos_resize"] = "linear"
     return sizes
+
+
+def stated_heads(facts: Mapping[str, Any]) -> int | None:
+    """Attention heads in a config.json; None where it names none."""
+    heads = _number_of(facts, NUM_HEADS)
+    return heads if isinstance(heads, int) else None
 
 
 def _periods(tensors: Mapping[str, Tensor]) -> dict[str, float]:

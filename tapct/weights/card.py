@@ -32,7 +32,7 @@ FORMAT, FORMAT_VERSION = "tapct", 1
 CARD_FILE = ExportFolder(Path()).card.name
 WEIGHTS_FILE = ExportFolder(Path()).weights.name
 # Settings that came after the first exports, with the values that cards without them imply.
-LATER = {
+LATER: dict[str, dict[str, Any]] = {
     "model": {"pos_offset": 0.0, "norm_eps": 1e-6},
     "model.rope": {"axes": "zyx"},
     "preprocess": {"resize": "antialias", "clip": "before_resize", "pad": "clipped"},

@@ -96,6 +96,11 @@ class Report:
                 some = [self._described(name) for name in names[:MOST_NAMES]]
                 more = ", ..." if len(names) > MOST_NAMES else ""
                 lines.append(f"  {kind:<10} {len(names)}: {', '.join(some)}{more}")
+        if weights.grid is None and POSITIONS in self.names("loaded"):
+            lines.append(
+                "  note       no file states the window that the positions were learned for"
+            )
+            lines.append("             it is taken to be that of this model")
         return lines + self.table()
 
     def table(self) -> list[str]:
@@ -143,13 +148,18 @@ def fit(
         UserError: no parameter is there, a kind occurs that is not allowed, or a shape cannot be
             brought to fit.
     """
-    wanted = {name: tuple(value.shape) for name, value in backbone.named_parameters()}
+    _check_heads(weights, backbone, terms)
+    wanted = {name: tuple(value.shape) for name, value in backbone.state_dict().items()}
     full: dict[str, Tensor] = {}
     fates: dict[str, Fate] = {}
     unfit = []
     for name, shape in wanted.items():
         if name not in weights.tensors:
             fates[name] = Fate("missing")
+            continue
+        value = weights.tensors[name]
+        if not is_weight(value):
+            unfit.append(f"{name} is {value.dtype} there, as in quantised files")
             continue
         value, fate = _fitted(name, weights, backbone, shape, terms.rule)
         if tuple(value.shape) != shape:
@@ -168,6 +178,24 @@ def fit(
     report = Report(fates, weights)
     _check_allowed(report, terms)
     return report, full
+
+
+def _check_heads(weights: SourceWeights, backbone: Backbone, terms: Terms) -> None:
+    """Raise SharedError where the source has another number of heads: all shapes would fit, and
+    attention would compute something else.
+    """
+    heads = getattr(getattr(backbone, "config", None), "heads", None)
+    if isinstance(heads, int) and weights.heads not in (None, heads):
+        raise SharedError(
+            f"{terms.what}: {weights.source} was trained with {counted(weights.heads or 0, 'head')}"
+            f" and this model has {heads}; set model.heads={weights.heads}"
+        )
+
+
+def is_weight(value: Tensor) -> bool:
+    """Whether a tensor holds plain numbers; those of quantised files need a scale beside them."""
+    is_quantised = value.is_quantized or value.element_size() < 2
+    return value.dtype == torch.bool or not is_quantised
 
 
 def _fitted(
@@ -257,7 +285,8 @@ def _check_allowed(report: Report, terms: Terms) -> None:
     """Raise SharedError where kinds occur that the terms do not allow; the line names all of
     them.
     """
-    parts, kinds = [], list(terms.allow)
+    parts: list[str] = []
+    kinds = list(terms.allow)
     for kind in FIT_KINDS:
         names = report.names(kind)
         if not names or kind in terms.allow:

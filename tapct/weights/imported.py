@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tapct.base import files
 from tapct.base.exits import UserError
@@ -114,17 +114,16 @@ def open_source(source: Path, options: ImportOptions) -> Imported:
     model.init_weights(0)
     terms = fit.Terms(options.allow, options.inflate, options.what, options.remedy)
     report, tensors = fit.fit(weights, model, terms)
-    wanted = dict(model.named_parameters())
-    with torch.no_grad():
-        for name, value in tensors.items():
-            wanted[name].copy_(value.to(wanted[name].dtype))
-    _check_finite(model, file)
+    _fill(model, tensors, file)
     portable = model.export_config()  # weights do not depend on the attention back-end
     if portable is not None:
         section = dataclasses.replace(settings.model, config=portable)
         settings = dataclasses.replace(settings, model=section)
-    changes = {"imported_from": _name_of(source), "weights_sha256": files.sha256(file)}
-    changes |= {"fit": report.summary()}
+    changes = {
+        "imported_from": _name_of(source),
+        "weights_sha256": files.sha256(file),
+        "fit": report.summary(),
+    }
     return Imported(model, settings, {**provenance, **changes}, report, file)
 
 
@@ -206,8 +205,14 @@ def native_preprocess(window: Size3, patch: Size3) -> dict[str, Any]:
     return {"size_yx": list(window[1:]), "window": list(window), "stride": stride}
 
 
-def _check_finite(model: nn.Module, file: Path) -> None:
-    """Raise UserError where a weight is not finite."""
-    for name, parameter in model.named_parameters():
-        if not bool(torch.isfinite(parameter).all()):
+def _fill(model: nn.Module, tensors: Mapping[str, Tensor], file: Path) -> None:
+    """Put tensors into a model.
+
+    Raises:
+        UserError: a number in them is not finite.
+    """
+    wanted = model.state_dict()  # its tensors share memory with the model's
+    for name, value in tensors.items():
+        if not bool(torch.isfinite(value).all()):
             raise UserError(f"{file}: {name} has numbers that are not finite; get the file again")
+        wanted[name].copy_(value.to(wanted[name].dtype))

@@ -44,9 +44,9 @@ def apply(file: Path, pair: StudentTeacher, config: loop.Config) -> Report:
         UserError: the weights do not fit; nothing was changed.
     """
     weights = sources.read(file, config.init_window)
-    wanted = dict(pair.student.backbone.named_parameters())
+    wanted = pair.student.backbone.state_dict()  # shares memory with the parameters
     report, full = fit(weights, pair.student.backbone, terms_of(config))
-    teacher = dict(pair.teacher.backbone.named_parameters())
+    teacher = pair.teacher.backbone.state_dict()
     for name, value in full.items():
         for parameter in (wanted[name], teacher[name]):
             local_part(parameter).copy_(part_of_full(value.to(parameter.dtype), parameter))

@@ -31,7 +31,7 @@ from tapct.base.exits import UserError, single_line
 from tapct.base.geometry import Grid, Size3, patch_grid
 from tapct.engine.checkpoint import Checkpoints, read_meta
 from tapct.run_folder import CheckpointFolder, ExportFolder, RunFolder, has_step_name
-from tapct.weights.architecture import TokenLayout, layout_of, with_cls_row
+from tapct.weights.architecture import TokenLayout, layout_of, stated_heads, with_cls_row
 from tapct.weights.card import FORMAT
 from tapct.weights.names import backbone_of, flatten
 
@@ -62,6 +62,7 @@ class SourceWeights:
         dialect: title of the names that the file has.
         set_aside: number of tensors outside of the backbone, by the beginning of their names.
         facts: config.json beside the file; empty for tapct's own weights, and without one.
+        heads: attention heads, where a file beside it states them; None where not.
         is_own: whether tapct wrote the file, with a card or a config beside it.
     """
 
@@ -72,6 +73,7 @@ class SourceWeights:
     dialect: str = "DINOv2"
     set_aside: Mapping[str, int] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)
+    heads: int | None = None
     is_own: bool = False
 
 
@@ -163,18 +165,33 @@ def read(file: Path, window: Size3 | None = None) -> SourceWeights:
         UserError: it is damaged, holds no backbone, or does not have positions for this window.
     """
     if CheckpointFolder(file.parent).meta.is_file():
-        grid = _grid(read_meta(file.parent).config.get("model", {}))
-        return SourceWeights(_tensors(file), file, grid, is_own=True)
+        return _own(file, read_meta(file.parent).config.get("model", {}))
     facts = _facts(file.parent)
     if facts.get("format") == FORMAT:
-        return SourceWeights(_tensors(file), file, _grid(facts.get("model", {})), is_own=True)
+        return _own(file, facts.get("model", {}))
     named = backbone_of(_tensors(file), str(file))
     layout = layout_of(named.tensors, facts, window, str(file))
     tensors = named.tensors
     grid = None if layout is None else layout.grid
     if grid is not None:
         tensors = with_cls_row(tensors, grid)
-    return SourceWeights(tensors, file, grid, layout, named.dialect, named.set_aside, facts)
+    return SourceWeights(
+        tensors, file, grid, layout, named.dialect, named.set_aside, facts, stated_heads(facts)
+    )
+
+
+def _own(file: Path, model: Mapping[str, object]) -> SourceWeights:
+    """Weights of tapct, with the grid and the heads of their model section."""
+    section = model.get("config", model)
+    if not isinstance(section, Mapping):
+        section = {}
+    grid = None
+    if "window" in section and "patch" in section:
+        grid = patch_grid(section["window"], section["patch"], "model.window")
+    heads = section.get("heads")
+    return SourceWeights(
+        _tensors(file), file, grid, heads=heads if isinstance(heads, int) else None, is_own=True
+    )
 
 
 def _facts(folder: Path) -> dict[str, Any]:
@@ -191,14 +208,6 @@ def _facts(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read as JSON: {single_line(error)}") from error
     return facts if isinstance(facts, dict) else {}
-
-
-def _grid(model: Mapping[str, object]) -> Grid | None:
-    """Patches of a backbone's window, from its section of a config."""
-    section = model.get("config", model)
-    if not isinstance(section, Mapping) or "window" not in section or "patch" not in section:
-        return None
-    return patch_grid(section["window"], section["patch"], "model.window")
 
 
 def _tensors(file: Path) -> dict[str, Tensor]:

@@ -6,7 +6,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import foreign_weights as foreign
 import pytest
+import torch
 from many_ranks import PLAIN, good, largest_difference, largest_state_difference, train
 from tiny_run import numbers_of
 
@@ -124,6 +126,19 @@ def test_two_ranks_in_bf16_learn_as_one_does(tmp_path: Path, store: Path) -> Non
     assert (
         largest_difference(tmp_path / "2" / "run", tmp_path / "1" / "run", ("loss/total",)) < 0.05
     )
+
+
+def test_sharded_ranks_start_from_the_weights_of_another_project_as_one_does(
+    tmp_path: Path, store: Path
+) -> None:
+    tensors = foreign.dinov2((3, 16, 16), 14 * 14, dim=16, registers=1)
+    torch.save(tensors, tmp_path / "dino.pth")
+    words = (*RECIPES["centring"], "train.precision=fp64", f"train.init={tmp_path / 'dino.pth'}")
+    words += ("train.init_allow=[inflated]", "train.steps=2", "optim.freeze_last_layer_steps=0")
+    for world in (1, 2):
+        good(train(world, tmp_path / str(world), store, *words))
+    one, two = tmp_path / "1" / "run", tmp_path / "2" / "run"
+    assert largest_difference(two, one, ("loss/", "ce/", "grad_norm/")) < 1e-9
 
 
 def test_an_unequal_share_is_one_line_from_one_rank(tmp_path: Path, store: Path) -> None:

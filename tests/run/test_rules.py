@@ -129,6 +129,8 @@ DOUBTED = {
     "eval.during.every=13": "only the last step is evaluated",
     "parallel.desync_every=13": "the check never runs",
     "train.init_allow=[missing]": "train.init_allow has no effect without train.init",
+    "train.init_inflate=centre": "train.init_inflate has no effect without train.init",
+    "train.init_window=[4,8,8]": "train.init_window has no effect without train.init",
     "data.loader.max_skips=3": "data.loader.max_skips has no effect",
     "eval.during.every=4 eval.during.sbatch=[--time=1]": "eval.during.sbatch has no effect",
     "eval.during.how=job": "have no effect with eval.during.every=0",

@@ -69,6 +69,24 @@ def test_a_window_that_nobody_states_is_asked_for(tmp_path: Path) -> None:
         tapct.load_pretrained(source, window=(8, 24, 48))
 
 
+def test_the_window_is_not_guessed_from_a_number_that_other_windows_have(tmp_path: Path) -> None:
+    """96x112x112 voxels in patches of 8 are as many as 24x224x224: 2352."""
+    tensors = foreign.dinov2((1, 8, 8, 8), 2352)
+    with pytest.raises(UserError, match="window .* not known; give it"):
+        tapct.load_pretrained(file_of(tensors)(tmp_path / "a"))
+    source = file_of(tensors, architectures=["TAPCTModel"])(tmp_path / "b")
+    assert tapct.load_pretrained(source).section.config.window == (24, 224, 224)
+    slab = foreign.dinov2((1, 6, 16, 16), 14 * 14)
+    loaded = tapct.load_pretrained(file_of(slab)(tmp_path / "c"))
+    assert loaded.section.config.window == (6, 224, 224)
+
+
+def test_a_norm_of_cls_alone_is_refused(tmp_path: Path) -> None:
+    tensors = TAP | {"cls_norm.weight": torch.ones(128), "cls_norm.bias": torch.zeros(128)}
+    with pytest.raises(UserError, match="a layer norm for CLS alone"):
+        tapct.load_pretrained(file_of(tensors)(tmp_path), allow="unexpected")
+
+
 def test_what_is_not_a_fit_must_be_allowed_and_all_of_it_is_named(tmp_path: Path) -> None:
     tensors = foreign.as_timm(RGB) | {"head.weight": torch.zeros(5, foreign.DIM)}
     source = file_of(tensors)(tmp_path)
@@ -104,6 +122,13 @@ def test_a_pickle_with_code_is_refused_and_not_run(tmp_path: Path) -> None:
     (tmp_path / "cut.pth").write_bytes(b"PK\3\4 not a zip")
     with pytest.raises(UserError, match=r"cut\.pth"):
         tapct.load_pretrained(tmp_path / "cut.pth")
+
+
+def test_quantised_weights_are_refused(tmp_path: Path) -> None:
+    name = "blocks.0.mlp.fc1.weight"
+    quantised = TAP | {name: (100 * TAP[name]).to(torch.int8)}
+    with pytest.raises(UserError, match=r"mlp\.fc1\.weight is torch\.int8 there, as in quantised"):
+        tapct.load_pretrained(file_of(quantised)(tmp_path))
 
 
 def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:

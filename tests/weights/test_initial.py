@@ -164,6 +164,8 @@ def test_what_cannot_fit_or_is_not_there_is_one_line(
 ) -> None:
     with pytest.raises(UserError, match="does not fit this model: .* is .* there and .* here"):
         first_teacher(tmp_path, store, f"train.init={trained}", "model.dim=32")
+    with pytest.raises(UserError, match=r"trained with 2 heads and .* set model\.heads=2"):
+        first_teacher(tmp_path, store, f"train.init={trained}", "model.heads=4")
     with pytest.raises(
         UserError, match="nothing: give a run folder, a checkpoint, an export, a Hugging Face"
     ):
