@@ -1,4 +1,4 @@
-"""The one module that a plug-in imports; what stands here keeps its name when tapct's rooms change.
+"""The one module that a plug-in imports; its names stay when other files of tapct are moved.
 
     every plug-in   `setting` describes a key of its `Config`; `UserError` is a one-line error
     a loss          inherits from `Loss`; gets `TokenSets`, returns a `LossResult` of `Term`s

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
@@ -148,6 +149,7 @@ def evaluate(
 @app.command(
     epilog=examples(
         "tapct export runs/quickstart --out models/quickstart",
+        "tapct export runs/quickstart --hf models/for-transformers --licence apache-2.0",
         "tapct export runs/mine --step best --out models/mine",
     )
 )
@@ -166,15 +168,44 @@ def export(
             show_default="the newest",
         ),
     ] = "",
+    hf: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="write a folder for Hugging Face transformers instead, with a model card",
+            show_default="none",
+        ),
+    ] = None,
+    licence: Annotated[
+        str,
+        typer.Option(
+            metavar="SPDX",
+            help="with --hf: licence of the weights for the model card, e.g. cc-by-nc-4.0",
+            show_default="not stated",
+        ),
+    ] = "",
 ) -> None:
     """Export the weights of the teacher network.
 
     The folder contains model.safetensors and config.json. tapct.load_pretrained reads it.
+    With --hf, AutoModel of transformers loads the folder, without tapct.
     """
     from tapct.run import best_step, finished
 
-    folder = finished.export(run_folder, out, best_step.parse_step(step))
-    console.say(f"exported to {folder}")
+    chosen = best_step.parse_step(step)
+    if hf is None:
+        if licence:
+            raise exits.UserError("--licence needs --hf")
+        console.say(f"exported to {finished.export(run_folder, out, chosen)}")
+        return
+    if out is not None:
+        raise exits.UserError("give --out or --hf, not both")
+    if licence and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.+-]*", licence):
+        raise exits.UserError(
+            f"--licence {licence}: give an SPDX identifier, e.g. apache-2.0 or cc-by-nc-4.0"
+        )
+    written = finished.export_for_transformers(run_folder, files.expand_path(hf), licence, chosen)
+    console.say(f"exported to {written}, for transformers")
 
 
 @app.command(

@@ -51,7 +51,10 @@ def setting(
     Args:
         default: value where the config gives none.
         doc: meaning of the field, with its unit, and where the default comes from.
-        ge, gt, le, lt: bounds of the value, or of every element of a tuple: >=, >, <=, <.
+        ge: smallest allowed value, also of every element of a tuple.
+        gt: bound above which the value, or every element of a tuple, must lie.
+        le: largest allowed value, also of every element of a tuple.
+        lt: bound below which the value, or every element of a tuple, must lie.
         choices: allowed values; None allows all.
         is_path: whether a field of type text holds a path, in which `~` and `$NAME` are replaced;
             fields of type Path always do.

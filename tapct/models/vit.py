@@ -27,6 +27,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -229,7 +230,8 @@ class PatchEmbed(nn.Module):
         weight = self.proj.weight.flatten(1)
         packed = torch.cat(rows) if len(rows) > 1 else rows[0]
         embedded = F.linear(packed.to(weight.dtype), weight, self.proj.bias)
-        parts = embedded.split([len(part) for part in rows])
+        # shape[0] and not len(): torch.export keeps a free number of crops as a symbol
+        parts = embedded.split([part.shape[0] for part in rows])
         return [
             part.unflatten(0, (crops.shape[0], -1))
             for part, crops in zip(parts, groups, strict=True)
@@ -526,6 +528,33 @@ class VisionTransformer(Backbone):
         if self.config.attention in GPU_ONLY:
             return replace(self.config, attention="auto")
         return self.config
+
+    def transformers_config(self) -> dict[str, Any]:
+        """Sizes and switches for transformers; see `Backbone.transformers_config`."""
+        config = self.config
+        hidden = int(config.dim * config.mlp_ratio)
+        return {
+            "image_size": list(config.window),
+            "patch_size": list(config.patch),
+            "num_channels": config.in_chans,
+            "hidden_size": config.dim,
+            "num_hidden_layers": config.depth,
+            "num_attention_heads": config.heads,
+            "intermediate_size": swiglu_hidden(hidden) if config.ffn == "swiglu" else hidden,
+            "feed_forward": config.ffn,
+            "num_register_tokens": config.registers,
+            "qkv_bias": config.qkv_bias,
+            "qk_norm": config.qk_norm,
+            "layer_scale": bool(config.layer_scale),
+            "layer_norm_eps": config.norm_eps,
+            "positions": config.positions,
+            "position_resize": config.pos_resize,
+            "position_offset": config.pos_offset,
+            "rope_coordinates": config.rope.coordinates,
+            "rope_axes": list(rope.AXES[config.rope.axes]),
+            "rope_base": config.rope.base,
+            "rope_shortest": rope.shortest_period(config.rope),
+        }
 
     def untrained_variants(self) -> dict[str, Config]:
         """A variant with LayerScale gains of 1.

@@ -180,6 +180,13 @@ class Backbone(nn.Module):
         """
         return None
 
+    def transformers_config(self) -> dict[str, Any] | None:
+        """The sizes of the backbone as `TAPCTConfig` of weights/huggingface/modeling_tapct.py names
+        them, for an export that Hugging Face transformers loads; None, the default, where that file
+        cannot compute this backbone.
+        """
+        return None
+
     def untrained_variants(self) -> dict[str, Any]:
         """Further `Config`s that evaluation shows untrained beside the run's own, by name."""
         return {}

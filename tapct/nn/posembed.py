@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tapct.base.exits import UserError
 from tapct.base.geometry import Grid
 
 
@@ -63,6 +64,9 @@ def resize_positions(
 ) -> Tensor:
     """Learned positions resized to another grid, axis by axis; unchanged where the grid is native.
 
+    torch.export may leave the grid free, and a comparison with the native grid would fix it. An
+    exported graph therefore always resizes; at the native grid its matrices are the identity.
+
     Args:
         pos_ND: one vector per point of the native grid, in (z, y, x) raster order.
         native: points of the native grid along (z, y, x), product N.
@@ -72,14 +76,21 @@ def resize_positions(
             as in DINOv2.
     Returns:
         (product of `grid`, D), float32 or wider.
+    Raises:
+        UserError: torch.export of a model with an offset, which must not move the native grid.
     """
     pos = pos_ND.to(torch.promote_types(pos_ND.dtype, torch.float32))
-    if grid == native:
+    is_exported = torch.compiler.is_exporting()
+    if is_exported and offset:
+        raise UserError(
+            f"model.pos_offset={offset:g}: torch.export cannot leave the grid free; set it to 0"
+        )
+    if not is_exported and grid == native:
         return pos
     pos = pos.view(*native, -1)  # (z, y, x, D)
     plane_moves = bool(offset) and native[1:] != grid[1:]
     for axis, (n_in, n_out) in enumerate(zip(native, grid, strict=True)):
-        if n_in != n_out or (axis > 0 and plane_moves):
+        if is_exported or n_in != n_out or (axis > 0 and plane_moves):
             matrix_OI = axis_matrix(n_in, n_out, mode, pos.device, pos.dtype, offset)
             pos = torch.tensordot(matrix_OI, pos, dims=([1], [axis])).movedim(0, axis)
     return pos.reshape(-1, pos.shape[-1])

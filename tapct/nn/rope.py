@@ -124,12 +124,16 @@ def pairs_per_axis(config: Config, head_dim: int) -> int:
     return head_dim // config.channels_per_period
 
 
+def shortest_period(config: Config) -> float:
+    """The shortest period, in the unit of the coordinates."""
+    return _SHORTEST[config.coordinates] if config.shortest is None else config.shortest
+
+
 def periods(config: Config, head_dim: int, device: torch.device) -> Tensor:
     """The periods of one axis in the unit of the coordinates, (P,) float32."""
     num_pairs = pairs_per_axis(config, head_dim)
-    shortest = _SHORTEST[config.coordinates] if config.shortest is None else config.shortest
     exponent_P = torch.arange(num_pairs, device=device, dtype=torch.float32) / num_pairs
-    return shortest * config.base**exponent_P
+    return shortest_period(config) * config.base**exponent_P
 
 
 def coordinates(

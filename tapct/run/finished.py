@@ -24,13 +24,14 @@ from tapct.eval.models import NamedModel
 from tapct.eval.results import EvaluatedData, EvaluatedWeights, Evaluation, Origin
 from tapct.eval.saved import link_newest
 from tapct.eval.scans import ScanRow
-from tapct.run import best_step, lineage
+from tapct.run import best_step, exported_run, lineage
 from tapct.run.config import RunConfig
-from tapct.run.model_source import Model, open_model, open_run
+from tapct.run.model_source import Model, Trained, open_model, open_run
 from tapct.run.provenance import git_revision
 from tapct.run_folder import EvaluationFolder, RunFolder, features_beside
 from tapct.weights.card import FeatureSettings
 from tapct.weights.export import save_export
+from tapct.weights.huggingface.folder import save_folder
 
 RESERVED = NAMES  # beginnings of the names of baselines, e.g. untrained_layerscale1
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
@@ -243,7 +244,6 @@ def export(folder: Path, out: Path | None = None, step: int | str | None = None)
         step: step of the checkpoint, or `best`; None takes the newest whole one.
     """
     trained = open_run(folder, step=step)
-    config: RunConfig = trained.resolved.value
     target = out or RunFolder(folder).export.path
     meta = trained.meta
     provenance = {
@@ -256,9 +256,31 @@ def export(folder: Path, out: Path | None = None, step: int | str | None = None)
         curve = trained.best.curve
         provenance["chosen_by"] = f"best {curve.metric} of {curve.task} on the {curve.people}"
         provenance["chosen_on"] = sorted(curve.scans)
+    scans = lineage.scans_of_run(folder, meta.step)
+    save_export(target, trained.backbone, _settings_of(trained), provenance, scans)
+    return target
+
+
+def export_for_transformers(
+    folder: Path, out: Path, licence: str = "", step: int | str | None = None
+) -> Path:
+    """Write a run's teacher as a folder that Hugging Face transformers loads without tapct.
+
+    Args:
+        folder: run folder.
+        out: folder to write.
+        licence: SPDX identifier of the licence of the weights; empty where it is not stated.
+        step: as in `export`.
+    """
+    trained = open_run(folder, step=step)
+    facts = exported_run.facts_of(folder, trained, licence)
+    save_folder(out, trained.backbone, _settings_of(trained), facts)
+    return out
+
+
+def _settings_of(trained: Trained) -> FeatureSettings:
+    """All that the features of a run's teacher depend on, for any machine."""
+    config: RunConfig = trained.resolved.value
     portable = trained.backbone.export_config()  # weights do not depend on the attention back-end
     section = config.model if portable is None else replace(config.model, config=portable)
-    settings = FeatureSettings(section, config.contract, config.eval.preprocess)
-    scans = lineage.scans_of_run(folder, meta.step)
-    save_export(target, trained.backbone, settings, provenance, scans)
-    return target
+    return FeatureSettings(section, config.contract, config.eval.preprocess)
