@@ -30,7 +30,7 @@ ROPE_KEYS = {
     "rope_shortest": "shortest",
 }
 AXIS_NAMES = "zyx"
-RESIZE_NAMES = {theirs: ours for ours, theirs in RESIZES.items()}
+_RESIZE_OF = {"antialias": "antialias", **{mode: name for name, mode in RESIZES.items()}}
 
 
 def is_stated(facts: Mapping[str, Any]) -> bool:
@@ -69,8 +69,9 @@ def stated_preprocess(facts: Mapping[str, Any], folder: Path) -> dict[str, Any]:
             "window": facts["window_size"],
             "stride": facts["window_stride"],
             "border_weight": facts["window_border_weight"],
-            "resize": RESIZE_NAMES.get(processor["resample"], processor["resample"]),
+            "resize": _RESIZE_OF[processor["resample"]],
             "clip": "before_resize" if processor["clip_first"] else "after_resize",
+            # both are the same where the window of HU begins at -1024
             "pad": "raw" if processor["pad_hu"] < low else "clipped",
         }
     except (OSError, ValueError, KeyError, TypeError) as error:
