@@ -189,6 +189,9 @@ def vit_sizes(
     if is_v3:
         grid = grid or _grid_of_224(layout.patch)
         sizes |= {"positions": "rope", "rope": {"axes": "yx", **_periods(tensors)}}
+    if grid is None and "pos_embed" not in tensors:  # no table of positions that it must fit
+        window = _window_of(facts, layout.is_2d)
+        grid = None if window is None else patch_grid(window, layout.patch, "image_size")
     if grid is None:
         raise UserError(
             "the window that the positions of these weights were learned for is not known; give "

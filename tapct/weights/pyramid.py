@@ -17,6 +17,7 @@ Source: UNETR, Hatamizadeh et al. 2022, arXiv:2103.10504.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 from torch import Tensor, nn
 
@@ -78,7 +79,8 @@ class PyramidEncoder(nn.Module):
 
     def _level(self, level: int) -> nn.Sequential:
         """Layers from the grid of the patches to the grid of a level."""
-        width, layers = self.backbone.dim, []
+        width = cast(int, self.backbone.dim)
+        layers: list[nn.Module] = []
         for finer in reversed(range(level, len(self.channels) - 1)):
             factor, channels = self.factors[finer], self.channels[finer]
             layers.append(nn.ConvTranspose3d(width, channels, factor, stride=factor))

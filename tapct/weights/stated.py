@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tapct.base.exits import UserError, single_line
+from tapct.eval.features import RESIZES
 
 PROCESSOR_FILE = "preprocessor_config.json"
 # keys of config.json -> keys of the model section
@@ -29,6 +30,7 @@ ROPE_KEYS = {
     "rope_shortest": "shortest",
 }
 AXIS_NAMES = "zyx"
+_RESIZE_OF = {"antialias": "antialias", **{mode: name for name, mode in RESIZES.items()}}
 
 
 def is_stated(facts: Mapping[str, Any]) -> bool:
@@ -67,6 +69,10 @@ def stated_preprocess(facts: Mapping[str, Any], folder: Path) -> dict[str, Any]:
             "window": facts["window_size"],
             "stride": facts["window_stride"],
             "border_weight": facts["window_border_weight"],
+            "resize": _RESIZE_OF[processor["resample"]],
+            "clip": "before_resize" if processor["clip_first"] else "after_resize",
+            # both are the same where the window of HU begins at -1024
+            "pad": "raw" if processor["pad_hu"] < low else "clipped",
         }
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(

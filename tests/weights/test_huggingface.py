@@ -42,7 +42,7 @@ from tapct.weights.huggingface import folder as hf_folder
 from tapct.weights.huggingface import model_card
 from tapct.weights.huggingface.folder import CODE_FILES, config_json, save_folder
 from tapct.weights.huggingface.model_card import ModelFacts
-from tapct.weights.pretrained import Pretrained
+from tapct.weights.pretrained import Pretrained, load_pretrained
 
 # fields of the backbone's config that change no feature of a trained network
 OF_TRAINING = {"drop_path", "drop_path_rounding", "attention", "mlp_ratio", "rope"}
@@ -292,6 +292,29 @@ def test_the_lines_of_the_card_read_a_scan_as_tapct_does(
     np.testing.assert_array_equal(
         np.load("scan.npy").round(), read_volume(tmp_path / "scan.nii.gz").hu_ZYX
     )
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_folder_comes_back_in_tapct(name: str, tmp_path: Path) -> None:
+    own = write(tmp_path / name, name)
+    back = load_pretrained(tmp_path / name)
+    assert (back.contract, back.preprocess) == (CONTRACT, PREPROCESS)
+    want = expected(own.model, SHAPES["deeper"])
+    spacing_mm = [want.spacing_mm]
+    found = back.model.tokens_of_blocks([want.crops], range(LEARNED.depth), spacing_mm)
+    for block, patches in enumerate(want.patches):
+        assert torch.equal(found[block][0].patches_BND, patches)
+
+
+def test_other_ways_to_prepare_a_scan_come_back_in_tapct(tmp_path: Path) -> None:
+    for number, changes in enumerate(
+        ({"resize": "cubic"}, {"clip": "after_resize"}, {"pad": "raw"}, {"size_yx": (0, 0)})
+    ):
+        preprocess = dataclasses.replace(PREPROCESS, **changes)  # type: ignore[arg-type]
+        settings = dataclasses.replace(settings_of(LEARNED), preprocess=preprocess)
+        folder = tmp_path / str(number)
+        save_folder(folder, network(LEARNED), settings, ModelFacts("x"))
+        assert load_pretrained(folder).preprocess == preprocess
 
 
 def test_the_prefix_of_names_is_that_of_the_published_models(learned: Path) -> None:
