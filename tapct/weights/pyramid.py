@@ -58,6 +58,7 @@ class PyramidEncoder(nn.Module):
                 f"{type(backbone).__name__} is no backbone; give the result of "
                 "tapct.load_pretrained"
             )
+        self.dim = self.backbone.dim
         num, num_blocks = len(channels), self.backbone.num_blocks
         if blocks is None:
             blocks = [-(-(level + 1) * num_blocks // num) - 1 for level in range(num)]
@@ -78,7 +79,8 @@ class PyramidEncoder(nn.Module):
 
     def _level(self, level: int) -> nn.Sequential:
         """Layers from the grid of the patches to the grid of a level."""
-        width, layers = self.backbone.dim, []
+        width = self.dim
+        layers: list[nn.Module] = []
         for finer in reversed(range(level, len(self.channels) - 1)):
             factor, channels = self.factors[finer], self.channels[finer]
             layers.append(nn.ConvTranspose3d(width, channels, factor, stride=factor))

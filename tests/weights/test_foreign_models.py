@@ -258,7 +258,10 @@ def test_a_folder_that_tapct_wrote_for_transformers_states_all_its_settings(tmp_
     source = file_of(tensors, **facts)(tmp_path)
     with pytest.raises(UserError, match=r"preprocessor_config\.json .*export again"):
         tapct.load_pretrained(source)
-    processor = {"clip_hu": [-900, 700], "mean_hu": -50.0, "std_hu": 300.0, "size": [48, 56]}
+    processor = {
+        "clip_hu": [-900, 700], "mean_hu": -50.0, "std_hu": 300.0, "size": [48, 56],
+        "resample": "bicubic", "clip_first": True, "pad_hu": -900,
+    }  # fmt: skip
     (source / "preprocessor_config.json").write_text(json.dumps(processor))
     loaded = tapct.load_pretrained(source)
     config = loaded.section.config
@@ -266,5 +269,5 @@ def test_a_folder_that_tapct_wrote_for_transformers_states_all_its_settings(tmp_
     assert config.pos_resize == "cubic"
     assert (loaded.contract.clip_low, loaded.contract.std) == (-900.0, 300.0)
     assert (loaded.preprocess.size_yx, loaded.preprocess.window) == ((48, 56), (4, 24, 24))
-    assert loaded.preprocess.border_weight == 0.5
+    assert (loaded.preprocess.border_weight, loaded.preprocess.resize) == (0.5, "cubic")
     loaded.half()  # not weights of another project
