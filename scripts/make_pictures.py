@@ -1,13 +1,13 @@
 """Draws docs/pictures/*.png, the pictures of docs/concepts.md, on a phantom scan.
 
 Crops, blur and masks come from the code of training with the settings of configs/tap_s_3d.yaml;
-four local views instead of eight are shown.
-
-    python scripts/make_pictures.py
+four local views instead of eight are shown, and both global views are masked.
 """
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
 from pathlib import Path
 
 import matplotlib
@@ -21,20 +21,23 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, Rectangle
 
+from tapct.config import load_config
 from tapct.data.phantom.archive import Config as PhantomConfig
 from tapct.data.phantom.archive import make_case
+from tapct.run.config import RunConfig
 from tapct.ssl.inputs import Inputs
-from tapct.types import Batch, HUContract, Masks, Views
-from tapct.views import boxes, masks, recipe
+from tapct.types import Batch, Masks, Views
+from tapct.views import boxes
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "docs" / "pictures"
-CONTRACT = HUContract()
-PATCH = (4, 8, 8)
-VIEWS = recipe.Config(num_locals=4)
-INPUTS = Inputs(VIEWS, masks.Config(probability=1.0), CONTRACT, PATCH, seed=13)
+CONFIG = load_config(RunConfig, ROOT / "configs" / "tap_s_3d.yaml", []).value
+CONTRACT, PATCH = CONFIG.contract, CONFIG.model.config.patch
+VIEWS = dataclasses.replace(CONFIG.views, num_locals=4)
+MASKS = dataclasses.replace(CONFIG.masks, probability=1.0)
+INPUTS = Inputs(VIEWS, MASKS, CONTRACT, PATCH, seed=13)
 SLAB_START, SLAB_DEPTH = 24, 12
-# colours that colour-blind readers can tell apart (Okabe and Ito)
+# colours that colour-blind readers can distinguish (Okabe and Ito)
 BLUE, ORANGE, GREEN, GREY = "#0072b2", "#e69f00", "#009e73", "#8a8a8a"
 SOFT_TISSUE = {"cmap": "gray", "vmin": -160.0, "vmax": 240.0}
 MAX_COLOURS = 128  # of a picture: grey levels and a few colours, so that files stay small
@@ -230,6 +233,9 @@ def draw_states() -> None:
 
 def main() -> None:
     """Draw all pictures."""
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
     OUT.mkdir(exist_ok=True)
     torch.set_num_threads(1)
     batch, views, drawn = example()

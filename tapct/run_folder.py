@@ -6,7 +6,7 @@
       trained_on.parquet                scans and patients that the run has been trained on
       metrics.jsonl                     one line per optimizer step
       lease.json                        while a process trains: which one
-      tensorboard/*                     the same for TensorBoard, with log.tensorboard
+      tensorboard/*                     the metrics for TensorBoard, with log.tensorboard
       wandb/*                           with log.wandb.mode=offline or online
       checkpoints/
         latest                          name of the newest checkpoint

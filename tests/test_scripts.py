@@ -11,9 +11,10 @@ import forked
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-LIBRARIES = (  # imported by other scripts
+LIBRARIES = (  # imported by other scripts or by mkdocs
     *("arguments.py", "mask_statistics.py"),
     *("benchmark_data.py", "benchmark_table.py"),
+    *("site_docstrings.py", "site_hooks.py"),
 )
 SCRIPTS = sorted(path for path in (ROOT / "scripts").glob("*.py") if path.name not in LIBRARIES)
 HELP = """

@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import tapct
+from tapct.run import importing
 
 Write = Callable[[Path], Path]  # writes into a folder, returns the source
 
@@ -121,13 +122,40 @@ def ways() -> list[Way]:
             v3_way),
         Way("transformers DINOv3", file_of(foreign.as_transformers_v3(v3)), image(48, 80), v3, rgb,
             v3_way),
+        Way("export made by tapct import", imported(file_of(published, **tap_ct)), small,
+            published, {}, from_3d),
+        *inflated_ways(plain),
     ]  # fmt: skip
+
+
+def imported(write: Write) -> Write:
+    """Writes the export that `tapct import` makes of weights."""
+
+    def write_export(folder: Path) -> Path:
+        importing.import_weights(write(folder / "theirs"), folder / "ours")
+        return folder / "ours"
+
+    return write_export
+
+
+def inflated_ways(plain: dict[str, Tensor]) -> list[Way]:
+    """A 2D backbone as a 3D one, on crops of one layer of patches that are constant along z."""
+    ways = []
+    for rule in ("mean", "centre"):
+        settings = ["model.patch=[4,14,14]", "model.window=[12,56,56]"]
+        settings += ["preprocess.window=[4,56,56]", "preprocess.stride=[4,56,56]"]
+        arguments = {"settings": settings, "allow": "inflated", "inflate": rule}
+        name = f"2D to 3D, {rule}, constant along z"
+        ways.append(Way(name, file_of(plain), image(56, 56), plain, arguments, {}))
+    return ways
 
 
 def largest_difference(way: Way, folder: Path) -> tuple[float, tuple[int, ...]]:
     """Between the two networks, over class and patch tokens; and the shape of the patch tokens."""
     loaded = tapct.load_pretrained(way.write(folder), **way.arguments)
     crops = way.images[:, 0] if way.images.ndim == 5 else way.images
+    if way.images.ndim == 4:
+        crops = crops.expand(-1, loaded.section.config.patch[0], -1, -1)
     with torch.no_grad():
         tokens = loaded(crops)
     repeats = way.tensors["patch_embed.proj.weight"].shape[1]

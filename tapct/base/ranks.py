@@ -28,6 +28,18 @@ PLACE_VARIABLES = (
     "TAPCT_MARK",
 )
 
+# Variables in which schedulers name the job of a process: SLURM, PBS and Torque, LSF, Grid Engine
+# (JOB_ID alone is also set by other programs), HTCondor, OAR and Flux.
+JOB_VARIABLES = (
+    "SLURM_JOB_ID",
+    "PBS_JOBID",
+    "LSB_JOBID",
+    "SGE_TASK_ID",
+    "_CONDOR_SLOT",
+    "OAR_JOB_ID",
+    "FLUX_JOB_ID",
+)
+
 
 @dataclass(frozen=True)
 class Ranks:
@@ -92,6 +104,15 @@ def without_place(environment: Mapping[str, str]) -> dict[str, str]:
         for name, value in environment.items()
         if not name.startswith(PLACE_VARIABLES) or name == "SLURM_CONF"
     }
+
+
+def in_batch_job(environment: Mapping[str, str]) -> bool:
+    """Whether this process belongs to the job of a scheduler, which ends all processes of the job.
+
+    Args:
+        environment: environment variables, `os.environ`.
+    """
+    return any(name in environment for name in JOB_VARIABLES)
 
 
 def restarts(environment: Mapping[str, str]) -> int:

@@ -51,7 +51,7 @@ class Row:
         path: path of the file or DICOM folder below the root; for a series that shares its folder
             with others, path of its first file; for one of several scans in a file, path of the
             file and the numbers of its frames (`scan.dcm#1-40`).
-        kind: nifti, nrrd, meta or dicom; unreadable for a folder that cannot be listed.
+        kind: name of the format, e.g. nifti; unreadable for a folder that cannot be listed.
         status: accepted or refused.
         reason: code of the rule by which it was refused, else empty.
         detail: one line: why it was refused, why its labels are not used, or what was decided

@@ -65,8 +65,8 @@ class Config:
     )
     keep: int = setting(
         2,
-        "number of newest checkpoints that are kept; with eval.during.every, the best one is kept "
-        "too",
+        "number of newest checkpoints that are kept; with eval.during.every, the weights of the "
+        "best step are kept too",
         ge=1,
     )
     keep_every: int = setting(

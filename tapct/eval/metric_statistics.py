@@ -199,8 +199,13 @@ def _metric_estimate(
 
 
 def _listed(predictions: ScanPredictions, model: str) -> tuple[ListedScan, ...]:
-    """Score of each scan, mean over seeds; of several classes, the score of the true one."""
+    """Score of each scan, mean over seeds; of several classes, the score of the true one.
+
+    It is empty if a scan has several scores and its true value is not one of the classes.
+    """
     score_S = np.asarray(predictions.scores[model], dtype=np.float64).mean(0)
+    if score_S.ndim == 2 and not predictions.are_classes:
+        return ()
     if score_S.ndim == 2:
         score_S = score_S[np.arange(len(score_S)), predictions.truth.astype(np.int64)]
     rows = zip(predictions.scans, predictions.patients, score_S, predictions.truth)

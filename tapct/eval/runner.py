@@ -89,8 +89,8 @@ class During:
     )
     wait_s: float = setting(
         600.0,
-        "in a SLURM job: how long, in seconds, the first rank waits at the end of training for "
-        "a running `process`; the end of the job would otherwise end it",
+        "in a job of SLURM, PBS or another scheduler: how long, in seconds, the first rank waits "
+        "at the end of training for a running `process`; the end of the job would otherwise end it",
         ge=0.0,
     )
     sbatch: tuple[str, ...] = setting(

@@ -72,6 +72,11 @@ class Backbone(nn.Module):
     attention: str = ""
     position_grid: Grid | None = None
 
+    def __call__(self, crops: Sequence[Tensor], *args: Any, **kwargs: Any) -> Any:
+        """Call `forward`, after a check that `crops` is a list of groups; see `check_groups`."""
+        check_groups(crops)
+        return super().__call__(crops, *args, **kwargs)
+
     @abstractmethod
     def forward(
         self,

@@ -1,8 +1,8 @@
 """Evaluation during training: in a process beside it or in a SLURM job; training never waits.
 
-A process runs on after training has ended. In a SLURM job it cannot, because the job ends all its
-processes with the ranks. There the first rank waits at its end, after the other ranks have left:
-the last evaluation is the one that matters most.
+A process runs on after training has ended. In the job of a scheduler (SLURM, PBS, ...) it cannot,
+because the job ends all its processes with the ranks. There the first rank waits at its end, after
+the other ranks have left: the last evaluation is the one that matters most.
 
     RUN/eval/DATASET/step_00005000/
         teacher.safetensors   the weights, until they have been evaluated; those of the best step
@@ -64,7 +64,7 @@ class Evaluations:
         self.due: list[int] = []
         self.child: subprocess.Popen[bytes] | None = None
         self.child_step = 0  # step that the child evaluates
-        self.ends_with_job = config.how == "process" and "SLURM_JOB_ID" in os.environ
+        self.ends_with_job = config.how == "process" and ranks.in_batch_job(os.environ)
 
     def expect(self, step: int, last: bool) -> None:
         """Note that a checkpoint of this step is being saved."""

@@ -111,9 +111,10 @@ def open_source(source: Path, options: ImportOptions) -> Imported:
     settings: FeatureSettings = from_dict(FeatureSettings, given, str(file), options.settings)
     model: Backbone = plugins.load("models", settings.model.name).build(settings.model.config)
     settings.preprocess.check_patch(model.patch)
-    model.init_weights(0)
     terms = fit.Terms(options.allow, options.inflate, options.what, options.remedy)
     report, tensors = fit.fit(weights, model, terms)
+    if report.names("missing"):
+        model.init_weights(0)
     _fill(model, tensors, file)
     portable = model.export_config()  # weights do not depend on the attention back-end
     if portable is not None:

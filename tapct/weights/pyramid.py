@@ -17,6 +17,7 @@ Source: UNETR, Hatamizadeh et al. 2022, arXiv:2103.10504.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 from torch import Tensor, nn
 
@@ -58,7 +59,6 @@ class PyramidEncoder(nn.Module):
                 f"{type(backbone).__name__} is no backbone; give the result of "
                 "tapct.load_pretrained"
             )
-        self.dim = self.backbone.dim
         num, num_blocks = len(channels), self.backbone.num_blocks
         if blocks is None:
             blocks = [-(-(level + 1) * num_blocks // num) - 1 for level in range(num)]
@@ -79,7 +79,7 @@ class PyramidEncoder(nn.Module):
 
     def _level(self, level: int) -> nn.Sequential:
         """Layers from the grid of the patches to the grid of a level."""
-        width = self.dim
+        width = cast(int, self.backbone.dim)
         layers: list[nn.Module] = []
         for finer in reversed(range(level, len(self.channels) - 1)):
             factor, channels = self.factors[finer], self.channels[finer]

@@ -128,6 +128,15 @@ def test_the_place_of_a_process_is_torchruns_then_sruns_then_alone(
     assert ranks.from_environment(environment) == expected
 
 
+@pytest.mark.parametrize("name", ["SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID", "SGE_TASK_ID"])
+def test_the_jobs_of_several_schedulers_are_known(name: str) -> None:
+    assert ranks.in_batch_job({"PATH": "/bin", name: "123.server"})
+
+
+def test_a_shell_with_commands_of_a_scheduler_is_no_job() -> None:
+    assert not ranks.in_batch_job({"PBS_DEFAULT": "server", "SLURM_CONF": "/etc/slurm.conf"})
+
+
 @pytest.mark.parametrize(
     ("rank", "world", "local"),
     [("4", "4", "0"), ("-1", "2", "0"), ("x", "2", "0"), ("0", "2", "1")],

@@ -7,6 +7,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from tapct.eval.results import (
     SplitRecord,
     TaskSection,
 )
+from tapct.eval.task_statistics import MetricStatistics
 
 MODELS = (
     "pretrained", "untrained", "untrained_layerscale1", "raw_hu", "position", "random_2x",
@@ -212,17 +214,23 @@ def test_predictions_give_the_interval_of_a_metric_that_is_no_mean() -> None:
     assert "give other values than the headline" in wrong.why_none
 
 
-def test_several_candidates_of_a_scan_give_an_interval_as_docs_extending_describes() -> None:
-    """FROC: the true value of a scan is its number, and the metric looks up the rest."""
+def statistics_of_candidates(num_scans: int) -> tuple[MetricStatistics, Mapping[str, float]]:
+    """FROC, as docs/extending.md describes: the true value of a scan is its index, and the metric
+    looks up the rest. Each scan is of its own patient.
+
+    Returns:
+        The statistics of the headline, and its value by model.
+    """
     rng = np.random.default_rng(4)
-    ids = tuple(f"s{number:02}" for number in range(30))
-    num_nodules = np.arange(30) % 3
+    ids = tuple(f"s{number:02}" for number in range(num_scans))
+    index_S = np.arange(num_scans)
+    num_nodules = index_S % 3
 
     def candidates(skill: float) -> np.ndarray:
         """[1, S, 2C]: a probability of each candidate, -1 for none; then 1 for a hit, else 0."""
         hit_SC = np.arange(4) < num_nodules[:, None]
-        p_SC = np.clip(rng.uniform(0, 1, (30, 4)) + skill * hit_SC, 0, 2)
-        p_SC[:, 3] = np.where(np.arange(30) % 2, -1, p_SC[:, 3])  # scans have 3 or 4 candidates
+        p_SC = np.clip(rng.uniform(0, 1, (num_scans, 4)) + skill * hit_SC, 0, 2)
+        p_SC[:, 3] = np.where(index_S % 2, -1, p_SC[:, 3])  # scans have 3 or 4 candidates
         return np.concatenate([p_SC, hit_SC], axis=1)[None]
 
     def sensitivity(scan_N: np.ndarray, scores_NK: np.ndarray) -> float:
@@ -234,18 +242,33 @@ def test_several_candidates_of_a_scan_give_an_interval_as_docs_extending_describ
         return float((hit_NC & (p_NC > limit)).sum() / num) if num else math.nan
 
     scores = {"pretrained": candidates(0.4), "untrained": candidates(0.0)}
-    number_S = np.arange(30.0)  # floating-point numbers: no classes, of which each needs patients
-    values = {model: sensitivity(number_S, each[0]) for model, each in scores.items()}
-    given = ScanPredictions(ids, ("",) * 30, number_S, scores)
+    truth_S = index_S.astype(float)  # as int, each scan would be a class, which needs patients
+    values = {model: sensitivity(truth_S, each[0]) for model, each in scores.items()}
+    given = ScanPredictions(ids, ("",) * num_scans, truth_S, scores)
     headline = Headline("sensitivity at 1 per scan", values, "higher", "S.", (0, 1))
     predicted = {"nodule": PredictedScans(given, sensitivity)}
     found = task_statistics.of_task(TaskResults({}), headline, predicted, {}, 3)
     own = found.of("sensitivity at 1 per scan")
-    assert own is not None
+    assert own is not None, found.why_none
+    return own, values
+
+
+def test_several_candidates_of_a_scan_give_an_interval_as_docs_extending_describes() -> None:
+    own, values = statistics_of_candidates(30)
     for model in own.whole.models:
         interval = model.estimate.interval
         assert interval is not None and interval.low < values[model.model] < interval.high
     assert own.whole.differences[0].p < 0.05
+
+
+# with 9 scans, more scans than the 8 scores of a scan; with 6, fewer
+@pytest.mark.parametrize("num_scans", [6, 9])
+def test_several_candidates_of_few_scans_give_the_value_without_an_interval(num_scans: int) -> None:
+    own, values = statistics_of_candidates(num_scans)
+    for model in own.whole.models:
+        assert model.estimate.value == pytest.approx(values[model.model])
+        assert model.estimate.interval is None
+        assert f"{num_scans} patients" in model.estimate.why_none
 
 
 def test_the_mean_over_targets_has_an_interval_of_its_own() -> None:

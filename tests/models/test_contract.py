@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tapct.base.exits import UserError
 from tapct.config import plugins
 from tapct.nn.contracts import Backbone, encode
 from tapct.nn.layers import DropKey
@@ -69,6 +70,15 @@ def test_a_backbone_gives_tokens_and_finite_gradients_from_its_defaults(name: st
         for parameter in model.parameters()
     )
     assert isinstance(model, Backbone)
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_one_tensor_in_place_of_a_list_of_groups_is_an_error(name: str) -> None:
+    """A batch (B, 1, Z, Y, X) would be taken as B groups of one crop."""
+    model = make(name)
+    crops, _, _ = groups_for(model.patch)
+    with pytest.raises(UserError, match=r"one tensor of shape .*call it with \[crops\]"):
+        model(crops[0][:, None])
 
 
 @pytest.mark.parametrize("name", BACKBONES)

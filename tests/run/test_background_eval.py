@@ -121,6 +121,18 @@ def is_alive(process: int) -> bool:
 SAVED_AT_ONCE = ("checkpoint.asynchronous=false", *QUICK)
 
 
+@pytest.mark.parametrize(("how", "waits"), [("process", True), ("job", False)])
+def test_a_process_in_a_job_of_pbs_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str, waits: bool
+) -> None:
+    """The wait itself is that of a SLURM job, which the next tests show."""
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    during = During(every=4, how=how)
+    assert not background_eval.Evaluations(tmp_path, during, "own").ends_with_job
+    monkeypatch.setenv("PBS_JOBID", "12.server")
+    assert background_eval.Evaluations(tmp_path, during, "own").ends_with_job is waits
+
+
 def test_a_job_waits_for_the_last_evaluation(
     tmp_path: Path, store: Path, monkeypatch: pytest.MonkeyPatch, python_from_nest: None
 ) -> None:

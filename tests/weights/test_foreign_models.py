@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -18,8 +19,15 @@ from weights_parity import Way, file_of, largest_difference, prefixed, ways
 
 import tapct
 from tapct.base.exits import UserError
-from tapct.types import Volume
+from tapct.config.plugins import Plugin
+from tapct.eval.features import Preprocess
+from tapct.models import vit
+from tapct.nn import rope
+from tapct.types import HUContract, Volume
 from tapct.weights import sources
+from tapct.weights.card import FeatureSettings
+from tapct.weights.huggingface.folder import save_folder
+from tapct.weights.huggingface.model_card import ModelFacts
 
 WAYS = ways()
 RGB = foreign.dinov2()
@@ -247,27 +255,41 @@ def test_a_hub_id_without_the_package_names_it(monkeypatch: pytest.MonkeyPatch) 
         tapct.load_pretrained("fomofo/tap-ct-b-3d")
 
 
-def test_a_folder_that_tapct_wrote_for_transformers_states_all_its_settings(tmp_path: Path) -> None:
-    facts = {
-        "model_type": "tapct", "tapct_version": "0.1.0", "image_size": [8, 24, 40],
-        "num_attention_heads": 4, "layer_norm_eps": 1e-5, "positions": "learned",
-        "position_resize": "cubic", "position_offset": 0.0, "window_size": [4, 24, 24],
-        "window_stride": [4, 8, 8], "window_border_weight": 0.5,
-    }  # fmt: skip
-    tensors = prefixed(foreign.dinov2((1, 4, 8, 8), 2 * 3 * 5), "model.")
-    source = file_of(tensors, **facts)(tmp_path)
-    with pytest.raises(UserError, match=r"preprocessor_config\.json .*export again"):
-        tapct.load_pretrained(source)
-    processor = {
-        "clip_hu": [-900, 700], "mean_hu": -50.0, "std_hu": 300.0, "size": [48, 56],
-        "resample": "bicubic", "clip_first": True, "pad_hu": -900,
-    }  # fmt: skip
-    (source / "preprocessor_config.json").write_text(json.dumps(processor))
-    loaded = tapct.load_pretrained(source)
-    config = loaded.section.config
-    assert (config.window, config.heads, config.norm_eps) == ((8, 24, 40), 4, 1e-5)
-    assert config.pos_resize == "cubic"
-    assert (loaded.contract.clip_low, loaded.contract.std) == (-900.0, 300.0)
-    assert (loaded.preprocess.size_yx, loaded.preprocess.window) == ((48, 56), (4, 24, 24))
-    assert (loaded.preprocess.border_weight, loaded.preprocess.resize) == (0.5, "cubic")
+LEARNED = vit.Config(
+    window=(4, 24, 40), patch=(2, 4, 8), dim=64, depth=2, heads=4, registers=2, layer_scale=None
+)
+BOTH = replace(
+    LEARNED, positions="both", qk_norm=True, ffn="swiglu", pos_resize="linear", layer_scale=1.0,
+    rope=rope.Config(axes="yx", base=50.0),
+)  # fmt: skip
+OFFSET = replace(LEARNED, qkv_bias=False, pos_offset=0.1, norm_eps=1e-5, mlp_ratio=3.0)
+
+
+@pytest.mark.parametrize("config", [LEARNED, BOTH, OFFSET], ids=["learned", "both", "offset"])
+def test_a_folder_of_export_hf_comes_back_with_all_its_settings(
+    config: vit.Config, tmp_path: Path
+) -> None:
+    model = vit.build(config).eval()
+    draw = torch.Generator().manual_seed(1)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2, generator=draw)
+    preprocess = Preprocess(
+        (48, 80), (4, 24, 40), (2, 12, 24), 0.5, resize="cubic", clip="after_resize", pad="raw"
+    )
+    contract = HUContract(-900.0, 700.0, -50.0, 300.0)
+    settings = FeatureSettings(Plugin("vit", config), contract, preprocess)
+    save_folder(tmp_path / "hf", model, settings, ModelFacts("x"))
+    loaded = tapct.load_pretrained(tmp_path / "hf")
+    assert (loaded.preprocess, loaded.contract) == (preprocess, contract)
+    assert loaded.provenance["names"] == "DINOv2" and "published_as" not in loaded.provenance
+    loaded_config = loaded.section.config
+    assert (loaded_config.window, loaded_config.heads) == ((4, 24, 40), 4)
+    crops = torch.randn(2, 6, 20, 32, generator=draw)
+    with torch.no_grad():
+        want, got = model([crops])[0], loaded(crops)
+    torch.testing.assert_close(got.patches_BND, want.patches_BND, rtol=0, atol=1e-5)
+    torch.testing.assert_close(got.cls_BD, want.cls_BD, rtol=0, atol=1e-5)
     loaded.half()  # not weights of another project
+    (tmp_path / "hf" / "preprocessor_config.json").unlink()
+    with pytest.raises(UserError, match=r"preprocessor_config\.json .*export again"):
+        tapct.load_pretrained(tmp_path / "hf")

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -80,13 +80,14 @@ _MODALITY_TEXT = """
     ct cta ctpa cbct ldct hrct dicom dicoms dcm nii nifti niftis nrrd data raw input output
 """
 _MODALITY = frozenset(_MODALITY_TEXT.split())
-# words of folders that hold many people
+# words of folders that hold many people; a name of several words is written with _
 _LAYOUT_TEXT = """
     dataset datasets rawdata sourcedata derivatives archive archives export exports download
     downloads collection labels label labelstr labelsts masks mask segmentations imagestr
     imagests imagesva imagesval train training val valid validation test testing tr ts va
     patients patient subjects subject cases case cohort cohorts batch batches part parts fold
     folds split splits chunk chunks shard shards public private internal external dcms cts
+    ground_truth label_maps
 """
 _LAYOUT = frozenset(_LAYOUT_TEXT.split())
 # folders of one of several sets of people; another folder of this kind holds other people
@@ -119,6 +120,15 @@ _ATTACHED = re.compile(r"(.*?\d)([^\W\d_]+\d*)")
 _NUMBERED_VISIT = re.compile(r"[smwyd]\d{1,2}")
 _NUMBERED_PERSON = re.compile(r"(?:p|case|patient|pat|pt|subject|subj|sub|participant|id)\d+")
 _NAME_AND_DATE = re.compile(rf"([^\W\d_]{{3,}})({_DATE.pattern})")
+
+
+def _sequence_of(names: Iterable[str]) -> re.Pattern[str]:
+    """Pattern of one or more of these names, each word with a space after it."""
+    each = sorted("".join(f"{re.escape(word)} " for word in _WORD.findall(name)) for name in names)
+    return re.compile(f"(?:{'|'.join(each)})+")
+
+
+_LAYOUT_NAME = _sequence_of(_LAYOUT | _WEAK)
 
 
 class NameKind(Enum):
@@ -185,7 +195,7 @@ def is_layout(folder: str) -> bool:
     words = _words(name)
     if _NUMBERED_SET.fullmatch("".join(words)) or _NUMBERED_SET.fullmatch(name):
         return True
-    return bool(words) and all(word in _LAYOUT or word in _WEAK for word in words)
+    return _LAYOUT_NAME.fullmatch("".join(f"{word} " for word in words)) is not None
 
 
 def read_name(name: str) -> Reading:

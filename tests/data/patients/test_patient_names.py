@@ -56,6 +56,11 @@ ARCHIVES = {
         ["imagesTr/img0001_0000.nii.gz", "imagesTr/img0001_0001.nii.gz"],
         ["imagesTs/img0001_0000.nii.gz"],
         ["imagesTr/img0002_0000.nii.gz"],
+        ["label_maps/hn_007.nii.gz", "Label-Maps_Tr/hn_007.nii.gz", "ground truth/hn_007.nii.gz"],
+    ),
+    "folders with a part of a name of the layout": (
+        ["maps/hn_008.nii.gz"],
+        ["label_truth/hn_008.nii.gz"],
     ),
     "endings without a separator": (
         ["p77a.nii.gz", "p77b.nii.gz", "P77Arterial.nii.gz", "p77venous.nii.gz", "p77v2.nii.gz"],
