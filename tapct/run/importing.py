@@ -9,6 +9,7 @@ from tapct.base import files
 from tapct.base.exits import UserError
 from tapct.base.geometry import Size3
 from tapct.run import lineage
+from tapct.run_folder import ExportFolder
 from tapct.weights.export import save_export
 from tapct.weights.imported import ImportOptions, open_source
 
@@ -65,7 +66,8 @@ def check_target(source: Path, out: Path) -> None:
         return
     if source.exists() and source.resolve().is_relative_to(out.resolve()):
         raise UserError(f"--out {out} holds the source {source}; give another folder")
-    is_export = (out / "config.json").is_file() and (out / "model.safetensors").is_file()
+    export = ExportFolder(out)
+    is_export = export.card.is_file() and export.weights.is_file()
     if not out.is_dir() or (any(out.iterdir()) and not is_export):
         raise UserError(f"--out {out} exists and is no export; give a new folder")
 

@@ -25,6 +25,7 @@ from torch import Tensor
 from tapct.base.exits import UserError
 from tapct.base.geometry import Grid, Size3, patch_grid, times
 from tapct.nn.layers import swiglu_hidden
+from tapct.weights.card import DEFAULT_BACKBONE
 
 HEAD_DIM = 64  # channels of a head in ViT-S, -B, -L and -g
 TAP_CT_WINDOW: Size3 = (12, 224, 224)  # of the published 3D models
@@ -172,7 +173,7 @@ def vit_sizes(
     blocks = [int(m[1]) for m in (re.match(r"blocks\.(\d+)\.", name) for name in tensors) if m]
     is_v3 = "rope_embed.periods" in tensors or dialect.endswith("DINOv3")
     sizes: dict[str, Any] = {
-        "name": "vit",
+        "name": DEFAULT_BACKBONE,
         "patch": list(layout.patch),
         "dim": dim,
         "depth": 1 + max(blocks, default=0),

@@ -30,6 +30,7 @@ from tapct.types import HUContract
 
 FORMAT, FORMAT_VERSION = "tapct", 1
 CARD_FILE = ExportFolder(Path()).card.name
+DEFAULT_BACKBONE = "vit"  # DINOv2's architecture, with any number of dimensions
 WEIGHTS_FILE = ExportFolder(Path()).weights.name
 # Settings that came after the first exports, with the values that cards without them imply.
 LATER: dict[str, dict[str, Any]] = {
@@ -48,7 +49,7 @@ ORIENTATION = (
 class FeatureSettings:
     """The part of a card that decides the features of a scan."""
 
-    model: Plugin = plugins.section("models", "vit", "the backbone and its sizes")
+    model: Plugin = plugins.section("models", DEFAULT_BACKBONE, "the backbone and its sizes")
     hu_contract: HUContract = dataclasses.field(
         default_factory=HUContract, metadata={"doc": "HU to network input"}
     )
@@ -205,7 +206,8 @@ def with_later_settings(given: Mapping[str, Any]) -> dict[str, Any]:
         section: Any = full
         for key in path.split("."):
             section = section.get(key) if isinstance(section, dict) else None
-        is_other = path.startswith("model") and full.get("model", {}).get("name") != "vit"
+        backbone = full.get("model", {}).get("name")
+        is_other = path.startswith("model") and backbone != DEFAULT_BACKBONE
         if isinstance(section, dict) and not is_other:
             for key, value in values.items():
                 section.setdefault(key, value)

@@ -32,11 +32,11 @@ from tapct.eval.extraction import patch_of
 from tapct.eval.features import RESIZES
 from tapct.nn.contracts import Backbone
 from tapct.types import AIR_HU
-from tapct.weights.card import WEIGHTS_FILE, FeatureSettings
+from tapct.weights.card import CARD_FILE, WEIGHTS_FILE, FeatureSettings
 from tapct.weights.huggingface.model_card import ModelFacts, metadata_json, model_card
 
 PREFIX = "model."  # of the names of weights, as in the published TAP-CT models
-CONFIG_FILE = "config.json"
+CONFIG_FILE = CARD_FILE
 PROCESSOR_FILE = "preprocessor_config.json"
 CODE_FILES = ("modeling_tapct.py", "image_processing_tapct.py")
 _PROCESSOR_CLASS = "image_processing_tapct.TAPCTImageProcessor"
