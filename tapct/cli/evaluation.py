@@ -149,7 +149,7 @@ def evaluate(
 @app.command(
     epilog=examples(
         "tapct export runs/quickstart --out models/quickstart",
-        "tapct export runs/quickstart --hf models/for-transformers --licence apache-2.0",
+        "tapct export runs/quickstart --hf models/hf --licence apache-2.0",
         "tapct export runs/mine --step best --out models/mine",
     )
 )

@@ -41,7 +41,7 @@ These other places depend on SLURM as well, and have to be changed:
   `first_host`). PLACE_VARIABLES lists the variables that a child process must not inherit.
 - `base/lease.py` reads SLURM_JOB_ID, so that a requeued job takes over its run folder at once.
 - `engine/stop.py` reads SLURM_JOB_END_TIME, the time at which the job ends.
-- `run/background_eval.py` reads SLURM_JOB_ID, and calls sbatch from inside a job to evaluate during
+- `run/background_eval.py` calls sbatch from inside a job to evaluate during
   training. It lies below this folder in the order of imports, so it uses none of these functions.
 - `eval/runner.py` has the settings eval.during.how and eval.during.sbatch, `run/rules.py` the rules
   about them, and `cli/submit_options.py` the help texts of the options of sbatch.

@@ -63,8 +63,8 @@ def check_installed() -> None:
         import highdicom  # noqa: F401
     except ImportError as error:
         raise UserError(
-            f"DICOM SEG needs the package highdicom, which cannot be imported ({error}); install "
-            "it with pip install 'tapct[dicom]', or set prediction_format=nifti"
+            "DICOM SEG needs the package highdicom, which cannot be imported; install it with pip "
+            "install 'tapct[dicom]', or set prediction_format=nifti"
         ) from error
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
 import json
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -12,22 +12,23 @@ import numpy as np
 import pytest
 import SimpleITK
 
-SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "real_scans.py"
+from tapct.base.exits import UserError
+
+SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
 
 
-@pytest.fixture(scope="module")
-def real_scans() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("real_scans", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+@pytest.fixture
+def real_scans(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.setattr(sys, "path", [str(SCRIPTS), *sys.path])
+    import real_scans
+
+    return real_scans
 
 
 def test_real_scans_are_laid_out_with_their_lungs(
     real_scans: ModuleType, real_ct: Path, tmp_path: Path
 ) -> None:
-    assert real_scans.main([str(real_ct), str(tmp_path)]) == 0
+    real_scans.main([str(real_ct), str(tmp_path)])
     with (tmp_path / "split.csv").open(newline="") as file:
         rows = {row["path"]: row for row in csv.DictReader(file)}
     facts = json.loads((tmp_path / "dataset.json").read_text())
@@ -46,8 +47,6 @@ def test_real_scans_are_laid_out_with_their_lungs(
     assert tested == {"body"} and not tested & trained
 
 
-def test_a_missing_scan_is_an_error_of_one_line(
-    real_scans: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert real_scans.main([str(tmp_path), str(tmp_path / "out")]) == 2
-    assert "give the folder of the public scans" in capsys.readouterr().err
+def test_a_missing_scan_is_an_error_of_one_line(real_scans: ModuleType, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="give the folder of the public scans"):
+        real_scans.main([str(tmp_path), str(tmp_path / "out")])
