@@ -90,15 +90,7 @@ def options_of(words: list[str]) -> argparse.Namespace:
         help="scans, each of another patient, default %(default)s; below 100, most labels have no "
         "interval",
     )
-    parser.add_argument(
-        "--seeds",
-        type=arguments.whole,
-        nargs="+",
-        default=[0, 1, 2],
-        help="default 0 1 2",
-    )
-    parser.add_argument("--csv", type=Path, help="file with one row per number")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes of the config")
+    benchmark_hn.add_options_of_runs(parser)
     return parser.parse_args(arguments.overrides_first(words))
 
 

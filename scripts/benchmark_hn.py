@@ -73,15 +73,7 @@ def options_of(words: list[str]) -> argparse.Namespace:
         default=benchmark_data.PHANTOM.num,
         help="with --phantom: number of scans, default %(default)s",
     )
-    parser.add_argument(
-        "--seeds",
-        type=arguments.whole,
-        nargs="+",
-        default=[0, 1, 2],
-        help="default 0 1 2",
-    )
-    parser.add_argument("--csv", type=Path, help="file with one row per number")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes of the config")
+    add_options_of_runs(parser)
     options = parser.parse_args(arguments.overrides_first(words))
     if (options.data is None) == (not options.phantom):
         parser.error("give --data DIR or --phantom")
@@ -94,6 +86,19 @@ def options_of(words: list[str]) -> argparse.Namespace:
     if options.validation:  # with data, runs and features of its own
         options.out = options.out / "validation"
     return options
+
+
+def add_options_of_runs(parser: argparse.ArgumentParser) -> None:
+    """Options of every benchmark with several runs: seeds, CSV file and overrides."""
+    parser.add_argument(
+        "--seeds",
+        type=arguments.whole,
+        nargs="+",
+        default=[0, 1, 2],
+        help="default 0 1 2",
+    )
+    parser.add_argument("--csv", type=Path, help="file with one row per number")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes of the config")
 
 
 def main(words: list[str]) -> None:
