@@ -59,7 +59,7 @@ _LIMITS = """\
 - The numbers above belong to the data sets that they were measured on. A value without an interval
   comes from few patients.
 - The weights can reflect biases of the training data, which were not analysed.
-- The features were compared with those of tapct in float32; bfloat16 and float16 were not tested."""
+- The features were compared with those of tapct in float32. Other precisions were not tested."""
 
 
 @dataclass(frozen=True)
