@@ -51,6 +51,9 @@ def sentence(section: TaskSection) -> str:
             f'<p class="muted">No interval, because there are only {num} (at least {MIN_PATIENTS} '
             f"are needed){'; ' if ticks else ''}{ticks}.</p>"
         )
+    if all(one.estimate.interval is None for one in found.models):
+        reasons = dict.fromkeys(one.estimate.why_none for one in found.models)
+        return f'<p class="muted">No interval: {text("; ".join(reasons))}.</p>'
     unknown = ""
     if found.num_unknown:
         scans = counted(found.num_unknown, "scan")
