@@ -337,7 +337,7 @@ def _points(frame: Frame, curve: Curve, colour: int) -> str:
     parts, stroke = [], f"stroke:var(--c{colour})"
     x, y, ends = frame.px(curve.x), frame.py(curve.y), frame.py(curve.intervals)
     for i in range(len(x)):
-        if not math.isfinite(y[i]):
+        if not TOP <= y[i] <= HEIGHT - BOTTOM:  # not finite, or a spike, which is marked
             continue
         if np.isfinite(ends[i]).all():
             line = f"M{x[i]:.1f} {ends[i, 0]:.1f}V{ends[i, 1]:.1f}"
@@ -454,10 +454,11 @@ def line_chart(
         if len(x) == 1 and np.isfinite(y[0]):
             at = f'cx="{float(frame.px(x)[0]):.1f}" cy="{float(frame.py(y)[0]):.1f}"'
             parts.append(f'<circle r="3.5" style="fill:var(--c{i % NUM_COLOURS})" {at}/>')
+    parts.append("</svg>" + _references(frame, references))
+    # not clipped: the ring of the last step would lose its right half
     parts += [
         _points(frame, curve, i % NUM_COLOURS) for i, curve in zip(styles, curves, strict=True)
     ]
-    parts.append("</svg>" + _references(frame, references))
     parts += [
         _marks(frame, curve, i % NUM_COLOURS) for i, curve in zip(styles, curves, strict=True)
     ]

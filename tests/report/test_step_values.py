@@ -60,6 +60,10 @@ def test_the_charts_have_a_point_an_interval_and_a_ring(tmp_path: Path) -> None:
     chart = html[html.index("Segmentation: mean Dice on test") :]
     chart = chart[: chart.index("</figure>")]
     assert chart.count('r="2.5"') == 5, "a dot per number"
+    # the ring of the last step lies at the edge, so no ring may be in the clipped part
+    start = chart.index("<svg x=")
+    clipped = chart[start : chart.index("</svg>", start)]
+    assert 'class="line"' in clipped and "<circle" not in clipped
     assert chart.count('class="interval"') == 5 and chart.count('class="ring"') == 2
     assert re.findall(r"best, ([\d.]+) at (\d+)", chart) == [("0.4000", "20"), ("0.3500", "30")]
     shown = page.render(one)
