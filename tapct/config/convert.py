@@ -18,6 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from tapct.config import plugins
 from tapct.config.fields import KeyPath, checked, dotted, kind
+from tapct.config.merge import is_plain
 from tapct.config.schema import ConfigField, fields_of
 from tapct.config.sources import ConfigError, Sources
 
@@ -33,7 +34,7 @@ def interpolated(full: dict[str, Any], sources: Sources) -> dict[str, Any]:
     Raises:
         ConfigError: one of them points at nothing, or at itself.
     """
-    if not _points_elsewhere(full):
+    if is_plain(full):
         return full  # OmegaConf needs a quarter of the time of `load_config` for a tree
     full = _with_environment(full, (), full, sources)
     try:
@@ -43,15 +44,6 @@ def interpolated(full: dict[str, Any], sources: Sources) -> dict[str, Any]:
         path = tuple(re.findall(r"[^.\[\]]+", str(getattr(error, "full_key", "") or "")))
         rule = (str(getattr(error, "msg", "") or error).splitlines() or ["cannot be resolved"])[0]
         raise ConfigError(f"{sources.of(path)}: {dotted(path)}: {rule}") from error
-
-
-def _points_elsewhere(node: Any) -> bool:
-    """Whether a part of the tree has text that OmegaConf replaces or refuses."""
-    if isinstance(node, str):
-        return "${" in node or node == "???"  # ??? marks a value that must be given
-    if isinstance(node, Mapping):
-        return any(map(_points_elsewhere, node.values()))
-    return isinstance(node, list | tuple) and any(map(_points_elsewhere, node))
 
 
 def _with_environment(node: Any, path: KeyPath, full: Mapping[str, Any], sources: Sources) -> Any:

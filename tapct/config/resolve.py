@@ -1,4 +1,4 @@
-"""Configuration: OmegaConf reads and merges, frozen dataclasses hold the result.
+"""Configuration: OmegaConf reads, layers are merged, frozen dataclasses hold the result.
 
     dataclass defaults <- `base:` YAML chain <- YAML <- key=value overrides
 

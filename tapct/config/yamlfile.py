@@ -21,6 +21,7 @@ from tapct.base.files import expand_path
 from tapct.config.fields import KeyPath
 
 _PACKAGE = Path(__file__).resolve().parent.parent
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's, where PyYAML was built with it
 
 
 @dataclass(frozen=True)
@@ -145,7 +146,7 @@ def _read(path: Path, named_at: str) -> tuple[dict[str, Any], dict[KeyPath, str]
     try:
         content = path.read_text(encoding="utf-8")
         loaded = OmegaConf.load(path)
-        root = yaml.compose(content, Loader=yaml.SafeLoader)
+        root = yaml.compose(content, Loader=_LOADER)
     except OSError as error:
         _raise_unreadable(path, named_at, error)
     except UnicodeDecodeError as error:
@@ -241,6 +242,15 @@ def _shown(path: Path) -> str:
     """A path as a person would write it in the working directory."""
     relative = os.path.relpath(path)
     return relative if not relative.startswith(os.path.join("..", "..")) else str(path.absolute())
+
+
+def from_text(text: str) -> Any:
+    """The value of a YAML text that tapct wrote.
+
+    Raises:
+        yaml.YAMLError: the text is broken.
+    """
+    return yaml.load(text, Loader=_LOADER)
 
 
 def to_text(tree: Mapping[str, Any]) -> str:

@@ -44,6 +44,7 @@ _FOOTER = struct.Struct("<QQ8s")
 _ROWS = "rows"
 _VECTORS = ("cls_WD", "mean_WD", "std_WD", "max_WD", "registers_WRD")
 _THREADS = min(4, os.cpu_count() or 1)
+_ONE_THREAD_BYTES = 1 << 20  # below, to start threads takes longer than the work itself
 
 
 class DamagedFeatures(ValueError):
@@ -163,7 +164,7 @@ class FeatureWriter:
                 clevel=1,
                 filters=[blosc2.Filter.SHUFFLE],
                 typesize=array.itemsize,
-                nthreads=_THREADS,
+                nthreads=_threads_for(array),
             )
         part = Part(
             name,
@@ -253,11 +254,15 @@ def _read_part(file: Any, part: Part, device: torch.device | str) -> Tensor:
     if xxhash.xxh3_64_intdigest(packed) != part.checksum:
         raise ValueError(f"the checksum of {part.name} {part.first} differs")
     if array.size:
-        blosc2.decompress2(packed, dst=array, nthreads=_THREADS)
+        blosc2.decompress2(packed, dst=array, nthreads=_threads_for(array))
     half = torch.from_numpy(array).to(device)
     if not part.exponents:
         return half
     return torch.ldexp(half.float(), torch.tensor(part.exponents, device=half.device))
+
+
+def _threads_for(array: np.ndarray) -> int:
+    return _THREADS if array.nbytes > _ONE_THREAD_BYTES else 1
 
 
 def _bytes(file: Any, offset: int, length: int) -> bytes:

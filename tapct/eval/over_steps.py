@@ -22,6 +22,7 @@ from typing import Any
 import yaml
 
 from tapct.base.paths import without_absolute_paths
+from tapct.config.yamlfile import from_text
 from tapct.eval import results
 from tapct.eval.contract import DEFAULT_TASKS, OWN_MODEL
 from tapct.eval.intervals import Interval
@@ -248,7 +249,7 @@ def split_settings(section: Mapping[str, Any]) -> dict[str, Any]:
 def settings_of(run: Path) -> Mapping[str, Any]:
     """Section `eval` of a run's config; empty where it cannot be read."""
     try:
-        tree = yaml.safe_load(RunFolder(run).config.read_text(encoding="utf-8", errors="replace"))
+        tree = from_text(RunFolder(run).config.read_text(encoding="utf-8", errors="replace"))
     except (OSError, yaml.YAMLError):
         return {}
     section = tree.get("eval") if isinstance(tree, dict) else None

@@ -20,6 +20,7 @@ from tapct.base.exits import UserError
 from tapct.base.recent import window_in_words
 from tapct.config import plugins
 from tapct.config.flat import flatten_to_text
+from tapct.config.yamlfile import from_text
 from tapct.eval import saved
 from tapct.eval.old_formats import config_with_task_table
 from tapct.eval.results import Evaluation
@@ -452,7 +453,7 @@ def render(run_dir: Path, data: str = "") -> str:
 def read_config(path: Path) -> dict[str, str] | None:
     """The config of a run as dotted key -> text; None where it cannot be read."""
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8", errors="replace"))
+        tree = from_text(path.read_text(encoding="utf-8", errors="replace"))
     except (OSError, yaml.YAMLError):
         return None
     return flatten_to_text(config_with_task_table(tree)) if isinstance(tree, dict) else None
