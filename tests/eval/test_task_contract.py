@@ -171,7 +171,10 @@ def block_of(channels_DZYX: torch.Tensor, cls_D: torch.Tensor) -> BlockFeatures:
 
 
 # task -> settings that spare time in all of these tests
-QUICK: dict[str, dict[str, Any]] = {"registration": {"max_patches": 100, "max_train_pairs": 2}}
+QUICK: dict[str, dict[str, Any]] = {
+    "registration": {"max_patches": 100, "max_train_pairs": 2},
+    "classification": {"C": (0.01, 1.0)},
+}
 
 
 def run(name: str, seed: int = 0, **settings: Any) -> tuple[Task[Any, Any], TaskResults]:
@@ -265,6 +268,8 @@ def test_a_task_draws_a_picture_or_declares_that_it_does_not(name: str, tmp_path
 def other_values(field: dataclasses.Field[Any]) -> list[Any]:
     """Values of a setting that are not its default, the likeliest to matter first."""
     default, choices = field.default, field.metadata.get("choices")
+    if field.name == "C":
+        return [(10.0,)]
     if field.name == "tolerances":
         return [("liver=0",)]
     if field.name == "vectors":
@@ -312,12 +317,15 @@ QUICK_FITS: dict[str, dict[str, Any]] = {
 }
 ONE_MEMBER = {"heads": ("adamw_grid",), "lr": (0.1,), "weight_decay": (0.01,)}
 ABMIL = {"heads": ("abmil",), "attention_lr": (0.1,)}
+MLP = {"head": "mlp", "steps": 2}
 # task -> setting -> other settings without which it has no effect
 NEEDED: dict[str, dict[str, dict[str, Any]]] = {
     "segmentation": {
-        "lr": {"head": "mlp"},
-        "hidden": {"head": "mlp"},
-        "draws": {"fractions": (1,)},
+        "lr": MLP,
+        "hidden": MLP,
+        "head": {"steps": 2},
+        "fractions": {"steps": 5},
+        "draws": {"fractions": (1,), "steps": 5},
         "prediction_format": {"predictions": True},
         "tolerances": {"surface": True},
     },
@@ -351,11 +359,10 @@ def test_every_setting_changes_something(name: str, setting: str) -> None:
     config = plugins.load("eval.tasks", name).Config
     field = next(field for field in dataclasses.fields(config) if field.name == setting)
     needed = {**QUICK_FITS.get(name, {}), **NEEDED.get(name, {}).get(setting, {})}
-    needed.pop(setting, None)
     base = results_with(name, tuple(needed.items()))
     for value in other_values(field):
         try:
-            changed = run_and_write(name, **needed, **{setting: value})[1:]
+            changed = run_and_write(name, **needed | {setting: value})[1:]
         except (KeyError, UserError):  # a label that no scan has
             continue
         if changed != base:
