@@ -18,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from tapct.config import plugins
 from tapct.config.fields import KeyPath, checked, dotted, kind
-from tapct.config.merge import is_plain
+from tapct.config.plain import is_plain
 from tapct.config.schema import ConfigField, fields_of
 from tapct.config.sources import ConfigError, Sources
 

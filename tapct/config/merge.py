@@ -10,14 +10,14 @@ OmegaConf merges where a layer has its `${...}`. Two things are arranged before,
 
 from __future__ import annotations
 
-import copy
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from omegaconf import OmegaConf
 
 from tapct.config.fields import KeyPath
+from tapct.config.plain import is_plain, merge_plain
 from tapct.config.schema import ConfigField, fields_of
 from tapct.config.sources import Sources
 from tapct.config.yamlfile import Layer
@@ -39,38 +39,11 @@ def merge_layers(cls: type, layers: Sequence[Layer], sources: Sources) -> dict[s
         sources.add(layer)
         _prepare_section(cls, (), merged, layer, sources)
         if is_plain(merged) and is_plain(layer.tree):
-            _merge_plain(merged, layer.tree)
+            merge_plain(merged, layer.tree)
         else:
             both = OmegaConf.merge(OmegaConf.create(merged), OmegaConf.create(layer.tree))
             merged = typing.cast("dict[str, Any]", OmegaConf.to_container(both))
     return merged
-
-
-def is_plain(node: Any) -> bool:
-    """Whether a tree holds no text that OmegaConf replaces or refuses: `${...}`, or `???` for a
-    value that must be given.
-    """
-    if isinstance(node, str):
-        return "${" not in node and node != "???"
-    if isinstance(node, Mapping):
-        return all(map(is_plain, node.values()))
-    return not isinstance(node, list | tuple) or all(map(is_plain, node))
-
-
-def _merge_plain(below: dict[str, Any], above: Mapping[str, Any]) -> None:
-    """Merge a plain tree into another one in place, as OmegaConf would in 20 times the time:
-    sections are merged, everything else replaces what is there.
-    """
-    for key, value in above.items():
-        if isinstance(value, Mapping):
-            section = below.get(key)
-            if not isinstance(section, dict):
-                section = below[key] = {}
-            _merge_plain(section, value)
-        elif isinstance(value, list | tuple):
-            below[key] = copy.deepcopy(value)
-        else:
-            below[key] = value
 
 
 def _prepare_section(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
+import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from tapct.base.files import expand_path
 from tapct.config.fields import KeyPath
+from tapct.config.plain import is_plain, merge_plain
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's, where PyYAML was built with it
@@ -120,14 +122,19 @@ def read_overrides(overrides: Sequence[str]) -> list[Layer]:
     Raises:
         ValueError: an argument is not key=value, or its value is not YAML.
     """
-    merged = OmegaConf.create()
+    merged: dict[str, Any] = {}
     for override in overrides:
         key, equals, _ = override.partition("=")
         if not equals or not key.strip():
             raise ValueError(f"override: {override!r} is not key=value, e.g. optim.lr=2e-4")
         try:
             layer = OmegaConf.from_dotlist([override])
-            merged = OmegaConf.merge(merged, layer)  # type: ignore[assignment]
+            tree = typing.cast("dict[str, Any]", OmegaConf.to_container(layer))
+            if is_plain(merged) and is_plain(tree):
+                merge_plain(merged, tree)
+            else:
+                both = OmegaConf.merge(OmegaConf.create(merged), layer)
+                merged = typing.cast("dict[str, Any]", OmegaConf.to_container(both))
         except yaml.YAMLError as error:
             raise ValueError(
                 f"override: {key}: its value is not valid YAML: {_problem(error)}"
@@ -136,7 +143,7 @@ def read_overrides(overrides: Sequence[str]) -> list[Layer]:
             raise ValueError(f"override: {override}: {_first_line(error)}") from error
     if not overrides:
         return []
-    tree = _with_text_keys(OmegaConf.to_container(merged))
+    tree = _with_text_keys(merged)
     return [Layer(tree, dict.fromkeys(_paths(tree), "override"), ordered=False)]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -147,7 +148,11 @@ class RunConfig:
 
     def resolved_stages(self) -> list[ResolvedStage]:
         """All stages of the run, each with its whole config; the first one is this config."""
-        return resolve_stages(self, self.stages, self.train.steps)
+        return list(self._stages)
+
+    @functools.cached_property
+    def _stages(self) -> tuple[ResolvedStage, ...]:
+        return tuple(resolve_stages(self, self.stages, self.train.steps))
 
     def share(self, world: int) -> BatchShare:
         """How `world` ranks share the global batch. Raises: UserError: not equally."""

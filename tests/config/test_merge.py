@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from tapct.config import merge
+from tapct.config import merge, plain, yamlfile
 from tapct.config.sources import Sources
 from tapct.config.yamlfile import from_text, read_chain, read_overrides, to_text
 from tapct.run.config import RunConfig
@@ -24,16 +24,24 @@ OVERRIDES = (
 def test_plain_layers_merge_as_in_omegaconf(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     layers = [*read_chain(path), *read_overrides(OVERRIDES)]
     before = [to_text(layer.tree) for layer in layers]
-    plain = merge.merge_layers(RunConfig, layers, Sources())
+    found = merge.merge_layers(RunConfig, layers, Sources())
     monkeypatch.setattr(merge, "is_plain", lambda tree: False)
     by_omegaconf = merge.merge_layers(RunConfig, layers, Sources())
-    assert plain == by_omegaconf
-    assert to_text(plain) == to_text(by_omegaconf), "in the same order, too"
+    assert found == by_omegaconf
+    assert to_text(found) == to_text(by_omegaconf), "in the same order, too"
     assert [to_text(layer.tree) for layer in layers] == before
 
 
+def test_overrides_merge_as_in_omegaconf(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = (*OVERRIDES, "a={b: 1, c: [1, 2]}", "a={b: {d: 2}}", "a.c=[3]", "a=null", "e.f=1")
+    (found,) = read_overrides(words)
+    monkeypatch.setattr(yamlfile, "is_plain", lambda tree: False)
+    (by_omegaconf,) = read_overrides(words)
+    assert found == by_omegaconf and to_text(found.tree) == to_text(by_omegaconf.tree)
+
+
 @pytest.mark.parametrize(
-    ("tree", "plain"),
+    ("tree", "is_plain"),
     [
         ({"a": 1, "b": {"c": [1, "x", {"d": None}]}}, True),
         ({"a": "costs $5 {or} more"}, True),
@@ -42,8 +50,8 @@ def test_plain_layers_merge_as_in_omegaconf(path: Path, monkeypatch: pytest.Monk
         ({"a": ["???"]}, False),
     ],
 )
-def test_text_that_omegaconf_replaces_or_refuses_is_found(tree: Any, plain: bool) -> None:
-    assert merge.is_plain(tree) == plain
+def test_text_that_omegaconf_replaces_or_refuses_is_found(tree: Any, is_plain: bool) -> None:
+    assert plain.is_plain(tree) == is_plain
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
