@@ -4,9 +4,12 @@ common.
 
 from __future__ import annotations
 
+import atexit
 import functools
 import json
+import os
 import re
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -47,12 +50,25 @@ CLOCK = re.compile(
 
 
 def make_archive(folder: Path, num: int = 4, seed: int = 0, dicom_share: float = 0.0) -> Path:
-    """A phantom archive of small scans with labels."""
+    """A phantom archive of small scans with labels, written once for all tests of a process."""
+    written = _archive(num, seed, dicom_share)
+    return Path(shutil.copytree(written, folder, copy_function=shutil.copy))  # files of this moment
+
+
+@functools.cache
+def _archive(num: int, seed: int, dicom_share: float) -> Path:
+    folder, owner = Path(tempfile.mkdtemp(prefix="tapct-archive-")), os.getpid()
+
+    def remove() -> None:
+        if os.getpid() == owner:  # and not in a process forked from it
+            shutil.rmtree(folder, ignore_errors=True)
+
+    atexit.register(remove)
     sizes = phantom.Config(
         num=num, seed=seed, slices=(12, 16), in_plane=(48, 64), dicom_share=dicom_share, workers=1
     )
-    phantom.write(folder, sizes)
-    return folder
+    phantom.write(folder / "archive", sizes)
+    return folder / "archive"
 
 
 def make_store(folder: Path, num: int = 4, seed: int = 0) -> Path:

@@ -5,7 +5,10 @@ A layer is a plain tree of values, with the source of each key: the line where i
 
 from __future__ import annotations
 
+import copy
 import difflib
+import functools
+import io
 import os
 import re
 import typing
@@ -151,9 +154,7 @@ def _read(path: Path, named_at: str) -> tuple[dict[str, Any], dict[KeyPath, str]
     """The tree of one file, and where each of its keys is written."""
     shown = _shown(path)
     try:
-        content = path.read_text(encoding="utf-8")
-        loaded = OmegaConf.load(path)
-        root = yaml.compose(content, Loader=_LOADER)
+        tree, lines = _parsed(path.read_text(encoding="utf-8"))
     except OSError as error:
         _raise_unreadable(path, named_at, error)
     except UnicodeDecodeError as error:
@@ -165,15 +166,26 @@ def _read(path: Path, named_at: str) -> tuple[dict[str, Any], dict[KeyPath, str]
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", "") or ""
         raise ValueError(f"{shown}: {key}: {_first_line(error)}") from error
-    tree = OmegaConf.to_container(loaded)
     if not isinstance(tree, dict):
         raise ValueError(
             f"{shown}: must be a mapping of keys to values, not a {type(tree).__name__}"
         )
     tree = _with_text_keys(tree)
-    lines: dict[KeyPath, int] = {(): 1}
-    _collect_lines(root, (), lines)
     return tree, {path: f"{shown}:{_line(lines, path)}" for path in _paths(tree)}
+
+
+def _parsed(content: str) -> tuple[Any, Mapping[KeyPath, int]]:
+    """The tree of a YAML text, and the line of each key."""
+    tree, lines = _parsed_once(content)
+    return copy.deepcopy(tree), lines
+
+
+@functools.lru_cache(maxsize=8)  # a command reads the config of a run several times
+def _parsed_once(content: str) -> tuple[Any, Mapping[KeyPath, int]]:
+    tree = OmegaConf.to_container(OmegaConf.load(io.StringIO(content)))
+    lines: dict[KeyPath, int] = {(): 1}
+    _collect_lines(yaml.compose(content, Loader=_LOADER), (), lines)
+    return tree, lines
 
 
 def _raise_unreadable(path: Path, named_at: str, error: OSError) -> NoReturn:

@@ -295,12 +295,15 @@ class Extractor:
         if not waiting:
             return
         training = self.model.training
-        self.model.eval()
+        changes_mode = any(module.training for module in self.model.modules())
+        if changes_mode:
+            self.model.eval()
         try:
             with self.stopwatch.part(FORWARD):
                 self._run(waiting)
         finally:
-            self.model.train(training)
+            if changes_mode:
+                self.model.train(training)
 
     def _run(self, batch: list[_Window]) -> None:
         blocks = tuple(batch[0].scan.blocks)
