@@ -47,6 +47,10 @@ def body_mask(hu_ZYX: np.ndarray) -> np.ndarray:
     tissue = thick_tissue(hu_ZYX > TISSUE_ABOVE_HU)
     enclosed = np.ones_like(tissue)
     for axis in (1, 2):
-        enclosed &= np.maximum.accumulate(tissue, axis=axis)
-        enclosed &= np.flip(np.maximum.accumulate(np.flip(tissue, axis), axis=axis), axis)
+        length = tissue.shape[axis]
+        place = np.arange(length).reshape((length, 1) if axis == 1 else (1, length))
+        first = tissue.argmax(axis=axis, keepdims=True)
+        last = length - 1 - np.flip(tissue, axis).argmax(axis=axis, keepdims=True)
+        # without tissue on a line, `first` is 0 and `last` the end
+        enclosed &= (place >= first) & (place <= last) & tissue.any(axis=axis, keepdims=True)
     return enclosed

@@ -35,3 +35,14 @@ def test_body_mask_keeps_the_lungs_and_leaves_out_air_and_table():
     assert mask[60, 22:108].all()
     assert not mask[100:].any()
     assert not mask[:25].any()
+
+
+def test_the_body_is_what_lies_between_the_first_and_the_last_tissue_of_both_axes():
+    hu = np.where(np.random.default_rng(3).random((2, 9, 11)) > 0.8, 0, -1000).astype(np.int16)
+    hu[0, 4] = -1000  # a row without tissue
+    expected = np.zeros(hu.shape, dtype=bool)
+    for z, y, x in np.ndindex(hu.shape):
+        row, column = hu[z, y] > -300, hu[z, :, x] > -300
+        lines = ((row, x), (column, y))
+        expected[z, y, x] = all(line[: at + 1].any() and line[at:].any() for line, at in lines)
+    np.testing.assert_array_equal(body_mask(hu), expected)

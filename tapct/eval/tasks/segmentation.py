@@ -396,7 +396,8 @@ class Segmentation(Task[PatchTruth, Prediction]):
 
     def _confusion(self, truth: np.ndarray, prediction: np.ndarray) -> np.ndarray:
         num = len(self.classes)
-        pairs = truth.astype(np.int32) * num + prediction
+        dtype = np.uint16 if num * num <= 1 << 16 else np.uint32
+        pairs = truth.astype(dtype) * dtype(num) + prediction.astype(dtype)
         return np.bincount(pairs.reshape(-1), minlength=num * num).reshape(num, num)
 
     def _find_classes(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
