@@ -232,7 +232,7 @@ def _count(
     # the CPU stands for any device: a build of torch without CUDA has no fake GPU, and both save
     # the same
     with FakeTensorMode(), LiveBytes() as live:
-        _give_shapes(pair, dtype, bf16)
+        give_shapes(pair, dtype, bf16)
         begin = live.now
         views, masks = _inputs(sizes, samples)
         inputs = live.now - begin
@@ -251,8 +251,20 @@ def _count(
     return Bytes(inputs, activations, work, kept)
 
 
-def _give_shapes(pair: StudentTeacher, dtype: torch.dtype, bf16: bool) -> None:
-    """Replace meta parameters and buffers by fake ones, in the types that they are computed in."""
+def give_shapes(
+    pair: StudentTeacher,
+    dtype: torch.dtype,
+    bf16: bool,
+    device: torch.device | str = "cpu",
+) -> None:
+    """Replace meta parameters and buffers by fake ones, in the types that they are computed in.
+
+    Args:
+        pair: student, teacher and losses on the meta device.
+        dtype: type of weights and loss state.
+        bf16: whether blocks and heads are in bf16, as FSDP gathers them.
+        device: device that the fake tensors seem to be on.
+    """
     for network in (pair.student, *pair.frozen()):
         narrow = {
             module
@@ -261,20 +273,22 @@ def _give_shapes(pair: StudentTeacher, dtype: torch.dtype, bf16: bool) -> None:
         }
         for module in network.modules():
             kind = torch.bfloat16 if bf16 and module in narrow else dtype
-            _replace(module._parameters, kind)
-            _replace(module._buffers, None)
+            _replace(module._parameters, kind, device)
+            _replace(module._buffers, None, device)
     for module in pair.losses.modules():
-        _replace(module._parameters, dtype)
-        _replace(module._buffers, None)
+        _replace(module._parameters, dtype, device)
+        _replace(module._buffers, None, device)
 
 
-def _replace(tensors: dict[str, Any], dtype: torch.dtype | None) -> None:
+def _replace(
+    tensors: dict[str, Any], dtype: torch.dtype | None, device: torch.device | str
+) -> None:
     for name, tensor in tensors.items():
         if isinstance(tensor, nn.Parameter):
-            empty = torch.empty(tensor.shape, dtype=dtype)
+            empty = torch.empty(tensor.shape, dtype=dtype, device=device)
             tensors[name] = nn.Parameter(empty, requires_grad=tensor.requires_grad)
         elif tensor is not None:
-            tensors[name] = torch.empty(tensor.shape, dtype=tensor.dtype)
+            tensors[name] = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
 
 
 def _inputs(sizes: SampleShape, samples: int) -> tuple[Views, Masks]:
