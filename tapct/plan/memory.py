@@ -199,8 +199,8 @@ def count_bytes(
         model, losses: sections of the config.
         sizes: views of a sample.
         dtype: type of weights and loss state.
-        bf16: whether blocks and heads are computed in bf16, as FSDP gathers them, and the rest
-            under autocast.
+        bf16: whether the blocks are in bf16, as FSDP gathers them, and the rest is computed under
+            autocast.
         every: interval of the blocks that are computed again in the backward pass; 0: none.
     Raises:
         NeedsValues: a plug-in reads values.
@@ -262,14 +262,12 @@ def give_shapes(
     Args:
         pair: student, teacher and losses on the meta device.
         dtype: type of weights and loss state.
-        bf16: whether blocks and heads are in bf16, as FSDP gathers them.
+        bf16: whether the blocks are in bf16, as FSDP gathers them.
         device: device that the fake tensors seem to be on.
     """
     for network in (pair.student, *pair.frozen()):
         narrow = {
-            module
-            for part in (*network.backbone.repeated_blocks(), network.heads)
-            for module in part.modules()
+            module for block in network.backbone.repeated_blocks() for module in block.modules()
         }
         for module in network.modules():
             kind = torch.bfloat16 if bf16 and module in narrow else dtype

@@ -23,13 +23,13 @@ from rich.console import Console, Group
 from tiny_run import config_of, make_store
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
-from torch.distributed.device_mesh import init_device_mesh
 from torch.profiler import ProfilerActivity, profile
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from tapct.base.exits import UserError
 from tapct.config import load_config, plugins
 from tapct.data.packed.store import Store
+from tapct.distributed.world import mesh_of
 from tapct.engine import fsdp, loop, optim, recompute
 from tapct.losses import koleo
 from tapct.nn.layers import DropKey
@@ -178,7 +178,7 @@ def test_the_peak_of_a_rank_is_what_the_profiler_sees(four_ranks: None, accumula
     The plan is a little above: it takes all gradients to be there while the activations still are.
     """
     config = smoke()
-    mesh = init_device_mesh("cpu", (1, 4), mesh_dim_names=("replicate", "shard"))
+    mesh = mesh_of("cpu", 4, 4)
 
     def shard(network: Any, learns: bool) -> None:
         fsdp.shard(network, mesh, bf16=True, keeps_gradient=learns)
@@ -252,7 +252,7 @@ def test_state_is_what_adamw_really_holds(overrides: tuple[str, ...]) -> None:
 def test_the_fullest_rank_holds_what_fsdp_gives_it(four_ranks: None, shard: int) -> None:
     config = smoke()
     pair = memory.Valueless(config.model, config.losses)
-    mesh = init_device_mesh("cpu", (4 // shard, shard), mesh_dim_names=("replicate", "shard"))
+    mesh = mesh_of("cpu", 4, shard)
     fsdp.shard(pair.student, mesh, bf16=True, keeps_gradient=True)
     local = sum(p.to_local().numel() for p in pair.student.parameters())  # type: ignore[operator]
     assert weights().on_fullest_rank(shard) == local > weights().total / shard
