@@ -1,7 +1,7 @@
 """The process group of a run: how ranks meet, which mesh they form, and when one is lost.
 
-The mesh is `shard` or replicate x shard, and `engine/fsdp.py` shards over it. A single process runs the same
-code without a mesh.
+The mesh is `shard` or replicate x shard, and `engine/fsdp.py` shards over it. A single process runs
+the same code without a mesh.
 """
 
 from __future__ import annotations

@@ -58,9 +58,9 @@ class ParameterCounts:
         heads, rest: numbers in the heads, and in the backbone outside of its blocks.
         block: numbers of the largest block, the unit that ranks gather; 0 where the backbone has
             none.
-        linear: numbers in linear layers, which autocast copies to bf16 in a single process; those
-            of tapct's own blocks are left out, which are copied one by one and forgotten
-            (`nn.lean`).
+        linear: numbers in the linear layers of the blocks, which autocast copies to bf16 in a
+            single process and FSDP gathers in bf16; those of tapct's own blocks are left out, which
+            are copied one by one and forgotten (`nn.lean`).
         snapshot: as `shapes`, of the teacher's snapshot; empty where no loss wants one.
     """
 
@@ -155,12 +155,11 @@ def count_parameters(pair: StudentTeacher) -> ParameterCounts:
         if isinstance(layer, Attention | Mlp | SwiGLU)
         for linear in layer.modules()
     }
-    kept = [
-        module
-        for module in network.modules()
-        if isinstance(module, nn.Linear) and module not in lean
-    ]
-    linear = sum(map(_numbers, kept))
+    linear = 0
+    for block in network.backbone.repeated_blocks():
+        for module in block.modules():
+            if isinstance(module, nn.Linear) and module not in lean:
+                linear += _numbers(module)
     rest = _numbers(network.backbone) - sum(blocks)
     snapshot = () if pair.snapshot is None else shapes_of(pair.snapshot)
     return ParameterCounts(

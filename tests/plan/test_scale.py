@@ -304,9 +304,8 @@ def test_copies_are_gathered_blocks_heads_and_whole_gradients() -> None:
     w = weights()
     assert row(gpus=1).copies == 2 * w.linear
     assert row(gpus=1, bf16=False).copies == 0
-    # bf16: heads, two blocks with gradients in bf16 and float32; float32 what is outside of the
-    # blocks
-    gathered = 2 * w.heads + 4 * w.rest + 2 * w.block * (2 + 2 + 4)
+    # bf16: two blocks with gradients in bf16 and float32; float32: what is outside of the blocks
+    gathered = 4 * (w.heads + w.rest) + 2 * w.block * (2 + 2 + 4)
     assert row(gpus=4, samples=16).copies == gathered
     assert row(gpus=4, samples=4).copies == gathered + 4 * w.total, (
         "whole gradients wait for the last micro-batch"
