@@ -15,6 +15,6 @@
     host_waits.py      whether a step would make the host wait, on a fake GPU
     fake_cuda.py       a GPU that computes nothing: fake CUDA tensors on any machine
 
-Without `--selftest`, the process of the command itself never loads torch or numpy: a probe that hangs is ended, and all
-that it had reported before counts.
+Without `--selftest`, the process of the command itself never loads torch or numpy: a probe that
+hangs is ended, and all that it had reported before counts.
 """

@@ -1,5 +1,5 @@
-"""`tapct doctor CONFIG --selftest` finds what it shall find, and never counts a proof that could not
-run as passed.
+"""`tapct doctor CONFIG --selftest` finds what it shall find, and a proof that could not run never
+counts as passed.
 """
 
 from __future__ import annotations
