@@ -247,7 +247,7 @@ def memory_is_planned(subject: Subject) -> Iterator[Proof]:
             run.trainer.forward_backward(0, 0, views, masks, 0.05)
         peak, wanted = float(peak_of(seen)), planned.activations + planned.work + planned.copies
     ratio = peak / wanted
-    text = f"{peak / 1e9:.2f} GB measured, {wanted / 1e9:.2f} GB planned, {samples} samples"
+    text = f"{peak / 1e6:.1f} MB measured, {wanted / 1e6:.1f} MB planned, {samples} samples"
     state: State = "ok" if 0.9 <= ratio <= 1.1 else "fail"
     yield Proof("peak memory", state, text, {"measured": peak, "planned": wanted, "ratio": ratio})
 

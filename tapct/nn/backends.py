@@ -220,8 +220,8 @@ def check_xformers(q_THC: Tensor) -> None:
         raise UserError(f"model.attention=xformers needs a GPU, not this {_name(q_THC)}; {_REMEDY}")
     if xformers_ops() is None:
         raise UserError(
-            f"model.attention=xformers: {xformers_failure() or 'not installed'}; install a version "
-            f"that was built for torch {torch.__version__}, or {_REMEDY}"
+            f"model.attention=xformers: {xformers_failure() or 'not installed'}; in the folder of "
+            f"tapct, run pip install -c constraints.txt -e '.[gpu]', or {_REMEDY}"
         )
 
 
