@@ -23,7 +23,7 @@ from tapct.doctor import short_run
 from tapct.doctor.machine import last_line
 from tapct.run.rules import load_run_config
 
-SECONDS = 150.0  # after which the ranks are ended
+SECONDS = 400.0  # after which the ranks are ended
 MARK = "@losses "
 BLOCKS = 2  # of the config with which computations are compared
 SAMPLES = 4  # of a step; two ranks get two each

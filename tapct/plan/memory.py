@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tapct.base.exits import UserError
 from tapct.base.geometry import Size3
 from tapct.config.plugins import Plugin
-from tapct.engine import recompute
+from tapct.engine import compiled, recompute
 from tapct.nn.attention import Attention
 from tapct.nn.layers import DropKey, Mlp, SwiGLU
 from tapct.ssl import step as ssl_step
@@ -33,6 +33,9 @@ from tapct.types import Masks, Views
 # Multiples of 5: at any drop rate in tenths, stochastic depth then keeps a whole number of crops,
 # the same as it keeps on average.
 FEW, MANY = 5, 10
+# back-end of torch.compile that decides as `inductor` does which tensors a graph keeps for its
+# backward pass, and executes the graphs as they are
+PARTITIONED = "aot_eager_decomp_partition"
 
 
 class NeedsValues(UserError):
@@ -191,6 +194,7 @@ def count_bytes(
     dtype: torch.dtype,
     bf16: bool,
     every: int = 0,
+    compiles: bool = False,
 ) -> Footprint:
     """Count the bytes of a micro-batch.
 
@@ -201,12 +205,16 @@ def count_bytes(
         bf16: whether the blocks are in bf16, as FSDP gathers them, and the rest is computed under
             autocast.
         every: interval of the blocks that are computed again in the backward pass; 0: none.
+        compiles: whether torch.compile decides what the blocks keep; takes some seconds more.
     Raises:
         NeedsValues: a plug-in reads values.
     """
     try:
         return Footprint(
-            *(_count(model, losses, sizes, samples, dtype, bf16, every) for samples in (FEW, MANY))
+            *(
+                _count(model, losses, sizes, samples, dtype, bf16, every, compiles)
+                for samples in (FEW, MANY)
+            )
         )
     except RuntimeError as error:  # how fake tensors say that somebody wants a value
         names = ", ".join([model.name, *(loss.name for loss in losses)])
@@ -223,30 +231,42 @@ def _count(
     dtype: torch.dtype,
     bf16: bool,
     every: int,
+    compiles: bool,
 ) -> Bytes:
     """Run one micro-batch without values."""
     pair = Valueless(model, losses)
+    if compiles:
+        compiled.compile_blocks(pair, PARTITIONED)
     recompute.recompute_blocks(pair.student.backbone, every)
     pair.train()
     # the CPU stands for any device: a build of torch without CUDA has no fake GPU, and both save
     # the same
     with FakeTensorMode(), LiveBytes() as live:
         give_shapes(pair, dtype, bf16)
-        begin = live.now
-        views, masks = _inputs(sizes, samples)
-        inputs = live.now - begin
-        live.peak = live.now
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            output = ssl_step.forward(
-                pair, views, masks, 0.07, DropKey(0, 0), pair.snapshot is not None
-            )
-        activations = live.now - begin - inputs
-        output.total.backward()
-        work = live.peak - begin - inputs - activations
-        pair.zero_grad(set_to_none=True)
-        del views
-        kept = live.now - begin
-        del output, masks
+        if compiles:  # the first run makes the graphs, which takes memory of its own
+            _run(pair, live, sizes, samples, bf16)
+        return _run(pair, live, sizes, samples, bf16)
+
+
+def _run(
+    pair: StudentTeacher, live: LiveBytes, sizes: SampleShape, samples: int, bf16: bool
+) -> Bytes:
+    """Forward and backward of one micro-batch on fake tensors."""
+    begin = live.now
+    views, masks = _inputs(sizes, samples)
+    inputs = live.now - begin
+    live.peak = live.now
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        output = ssl_step.forward(
+            pair, views, masks, 0.07, DropKey(0, 0), pair.snapshot is not None
+        )
+    activations = live.now - begin - inputs
+    output.total.backward()
+    work = live.peak - begin - inputs - activations
+    pair.zero_grad(set_to_none=True)
+    del views
+    kept = live.now - begin
+    del output, masks
     return Bytes(inputs, activations, work, kept)
 
 
@@ -310,6 +330,11 @@ class LiveBytes(TorchDispatchMode):
         now: bytes of the storages that are alive.
         peak: largest value of `now` since it was last set.
     """
+
+    @classmethod
+    def is_infra_mode(cls) -> bool:
+        """Tell torch.compile not to pass over a function because of this mode."""
+        return True
 
     def __init__(self) -> None:
         super().__init__()
