@@ -262,7 +262,7 @@ def measured_config(subject: Subject) -> RunConfig:
 
 
 def planned_memory(config: RunConfig) -> scale.Memory:
-    """What `tapct plan` says about one rank with this config."""
+    """Memory of one rank with this config, as `tapct plan` counts it."""
     request = scale.Request(gpus=(1,))
     (planned,) = command.estimate_of(config, command.costs_of(config), request).as_set
     return planned

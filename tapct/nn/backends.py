@@ -261,8 +261,8 @@ def xformers_failure() -> str:
 def _find_xformers() -> tuple[Any, str]:
     try:
         ops = importlib.import_module("xformers.ops")
-        # without its kernels, which were built for one version of torch, it is imported all the
-        # same and fails when it is called
+        # without its kernels, which were built for one version of torch, it can be imported, but
+        # fails when it is called
         library = importlib.import_module("xformers._cpp_lib")
     except ModuleNotFoundError as error:
         installed = error.name is None or not error.name.startswith("xformers")

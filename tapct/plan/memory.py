@@ -333,7 +333,7 @@ class LiveBytes(TorchDispatchMode):
 
     @classmethod
     def is_infra_mode(cls) -> bool:
-        """Tell torch.compile not to pass over a function because of this mode."""
+        """Always True: else torch.compile would not compile anything while this mode is active."""
         return True
 
     def __init__(self) -> None:

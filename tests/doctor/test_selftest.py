@@ -70,7 +70,7 @@ def test_a_failed_proof_is_named_and_gives_exit_code_1(
     assert code == 1 and not found["passed"]
     (failed,) = [each for each in found["proofs"] if each["state"] == "fail"]
     assert f"{failed['name']}: {failed['text']}".startswith(named)
-    assert len(found["proofs"]) >= 5  # the proofs after it were run all the same
+    assert len(found["proofs"]) >= 5  # the proofs after it were run too
 
 
 def test_a_wrong_attention_kernel_is_found(

@@ -119,14 +119,20 @@ def test_a_snapshot_goes_along_to_other_rank_counts(
 
 
 def test_two_ranks_in_bf16_learn_as_one_does(tmp_path: Path, store: Path) -> None:
-    words = (*RECIPES["centring"], "train.precision=bf16", "train.steps=6", "checkpoint.every=6")
+    words = (*RECIPES["centring"], "train.precision=bf16")
     for world in (1, 2):
         good(train(world, tmp_path / str(world), store, *words))
-    # 8 bits of mantissa, which two ranks round elsewhere: norms and gains of blocks are gathered in
-    # bf16. Each step of training then enlarges the difference, from 1e-7 at first.
-    assert (
-        largest_difference(tmp_path / "2" / "run", tmp_path / "1" / "run", ("loss/total",)) < 1e-3
-    )
+    alone, shared = (numbers_of(tmp_path / name / "run") for name in "12")
+    differences = [
+        abs(one["loss/total"] - other["loss/total"]) / abs(other["loss/total"])
+        for one, other in zip(shared, alone, strict=True)
+    ]
+    # The same weights give the same loss. Gradients have 8 bits of mantissa, which two ranks round
+    # elsewhere, and AdamW makes steps of one size of large and of small gradients: from then on
+    # each step enlarges the difference.
+    assert max(differences[:2]) < 1e-5
+    assert max(differences[:4]) < 1e-3
+    assert max(differences) < 5e-3
 
 
 def test_sharded_ranks_start_from_the_weights_of_another_project_as_one_does(
