@@ -122,7 +122,8 @@ def _xformers(device: str) -> tuple[str, str]:
     try:
         qkv = torch.randn(3, 64, 2, 64, device=device, dtype=torch.bfloat16, requires_grad=True)
         spans = (backends.Span(1, 40), backends.Span(2, 12))
-        backends.attend_xformers(*qkv.unbind(0), spans).float().square().mean().backward()
+        q, k, v = qkv.unbind(0)
+        backends.attend_xformers(q, k, v, spans).float().square().mean().backward()
     except (RuntimeError, NotImplementedError, ValueError) as error:
         return version, str(error).splitlines()[0]
     return version, ""

@@ -164,7 +164,8 @@ def attention_agrees(subject: Subject) -> Iterator[Proof]:
 
     def results(name: str, dtype: torch.dtype) -> torch.Tensor:
         leaf = qkv.to(dtype).clone().requires_grad_()
-        out = BACKENDS[name](*leaf.unbind(1), SPANS)
+        q, k, v = leaf.unbind(1)
+        out = BACKENDS[name](q, k, v, SPANS)
         (gradient,) = torch.autograd.grad((out * weight.to(dtype)).sum(), leaf)
         return torch.cat([out.detach()[:, None], gradient], 1).double()
 
@@ -270,7 +271,7 @@ def planned_memory(config: RunConfig) -> scale.Memory:
 
 def peak_of(seen: profile) -> int:
     """Most bytes that were allocated and not yet freed, in a profile."""
-    events = seen.profiler.kineto_results.events()  # type: ignore[union-attr]
+    events: Any = seen.profiler.kineto_results.events()  # type: ignore[union-attr]
     moves = sorted((each.start_ns(), each.nbytes()) for each in events if each.name() == "[memory]")
     return max(accumulate(size for _, size in moves))
 
