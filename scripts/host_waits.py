@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from tapct.base import exits
 from tapct.config import load_config
 from tapct.doctor.host_waits import host_waits
 from tapct.run.config import RunConfig
@@ -36,4 +37,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    exits.leave(exits.exit_code_of(main))
