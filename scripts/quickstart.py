@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 import os
+import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,9 +19,10 @@ import arguments
 from rich.table import Table
 
 from tapct import config as configs
-from tapct.base import console
+from tapct.base import console, metric_names
 from tapct.base.exits import UserError
 from tapct.base.files import write_atomically
+from tapct.base.ranks import Ranks
 from tapct.base.recent import LAST_STEPS
 from tapct.data import manifest as manifests
 from tapct.data.index.build import build_manifest
@@ -29,6 +31,9 @@ from tapct.data.patients import split
 from tapct.data.patients.key import KEY_FILE
 from tapct.data.phantom import archive as phantom
 from tapct.data.phantom.truth_files import LANDMARKS, SCAN_LABELS
+from tapct.distributed.device import flush_denormals, pick_device
+from tapct.distributed.world import World
+from tapct.doctor import short_run
 from tapct.eval import saved
 from tapct.report import page
 from tapct.report.history import read_history
@@ -38,6 +43,14 @@ from tapct.run_folder import RunFolder
 
 T = TypeVar("T")
 SMOKE = Path("configs/smoke.yaml")
+# With the measured rate of this machine, the whole quickstart ends within six minutes. A part of
+# them is left for what follows training, in seconds and in training steps of the same duration: a
+# slow machine also evaluates slowly.
+LIMIT_S = 360.0
+AFTER_S, AFTER_STEPS = 15.0, 350
+SLOWER = 1.1  # a step beside a loader, saves and logging, over the step that is timed
+TIMED_STEPS, WARM_UP_STEPS = 24, 8
+FEWEST_STEPS, ROUND_STEPS = 200, 50
 NUM_SCANS = 40
 # tasks that the phantom has labels for, beside segmentation; each takes a few seconds. Its sex is
 # the label whose classes are about equally frequent among the held-out patients.
@@ -53,6 +66,11 @@ class Stopwatch:
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
+
+    @property
+    def total(self) -> float:
+        """Seconds of all steps so far."""
+        return sum(self.seconds.values())
 
     def __call__(self, name: str, work: Callable[[], T]) -> T:
         began = time.perf_counter()
@@ -76,6 +94,13 @@ def options_of(words: list[str]) -> argparse.Namespace:
     work = Path("data/quickstart")
     parser.add_argument(
         "--work", type=Path, default=work, help="folder for archive and store, default %(default)s"
+    )
+    parser.add_argument(
+        "--steps",
+        type=arguments.positive,
+        metavar="N",
+        help="number of training steps; default: those of the config, or as many as fit into six "
+        "minutes on this machine",
     )
     parser.add_argument(
         "overrides",
@@ -132,7 +157,13 @@ def main(words: list[str]) -> None:
     tasks = phantom_tasks(archive) if options.data is None else []
     words = [f"out={options.out}", f"data.store={work / 'store'}", *precision, *tasks]
     words += options.overrides
-    resolved = with_both_sides(options.config, words, [row.patient for row in found.accepted])
+    people = [row.patient for row in found.accepted]
+    if options.steps is not None:
+        words.append(f"train.steps={options.steps}")
+    elif options.config == SMOKE and not sets_steps(options.overrides):
+        planned, spent_s = with_both_sides(options.config, words, people), timed.total
+        words += timed("rate", lambda: steps_for_this_machine(planned, spent_s))
+    resolved = with_both_sides(options.config, words, people)
     stop = timed("train", lambda: pretrain.train(resolved))
     if stop.signal:
         raise UserError(
@@ -171,6 +202,58 @@ def with_both_sides(config: Path, words: list[str], people: list[str]) -> config
     seed = split.seed_with_both_sides(people, data.held_out)
     word = "data.held_out=0" if seed is None else f"data.split_seed={seed}"
     return configs.load_config(RunConfig, config, [*words, word])
+
+
+def sets_steps(overrides: list[str]) -> bool:
+    """Whether an override gives the number of training steps."""
+    return any(word.startswith("train.steps=") for word in overrides)
+
+
+def chosen_steps(step_s: float, spent_s: float, wanted: int) -> int:
+    """The number of training steps with which the quickstart ends in time: those of the config, or
+    fewer where they would take too long.
+
+    Args:
+        step_s: measured seconds of a step.
+        spent_s: seconds of the work before training.
+        wanted: number of steps of the config.
+    """
+    left_s = LIMIT_S - spent_s - AFTER_S - AFTER_STEPS * step_s
+    fitting = int(left_s / (SLOWER * step_s)) // ROUND_STEPS * ROUND_STEPS
+    return min(wanted, max(fitting, FEWEST_STEPS))
+
+
+def steps_for_this_machine(resolved: configs.Resolved, spent_s: float) -> list[str]:
+    """Override of train.steps for this machine; a run that was started keeps its number.
+
+    Args:
+        resolved: config of the run.
+        spent_s: seconds of the work before training.
+    """
+    config: RunConfig = resolved.value
+    wanted = config.train.steps
+    started = RunFolder(config.out).config
+    if started.is_file():
+        steps = configs.load_config(RunConfig, started, []).value.train.steps
+        console.say(f"{config.out} has been started with train.steps={steps}, which is kept")
+        return [f"train.steps={steps}"]
+    step_s = seconds_of_a_step(config)
+    steps = chosen_steps(step_s, spent_s, wanted)
+    reason = "as in the config" if steps == wanted else f"to end within {LIMIT_S / 60:.0f} minutes"
+    console.say(
+        f"{step_s:.3f} s a step on this machine: {steps} training steps, {reason}; "
+        f"--steps {steps} repeats this run on another machine"
+    )
+    return [f"train.steps={steps}"]
+
+
+def seconds_of_a_step(config: RunConfig) -> float:
+    """Typical seconds of a training step here, measured on synthetic scans in memory."""
+    flush_denormals()  # as `tapct train` does
+    device = pick_device(config.device)
+    rows = short_run.start(config, World(Ranks(), device)).steps(TIMED_STEPS)
+    name = metric_names.seconds("step")
+    return statistics.median(row[name] for row in rows[WARM_UP_STEPS:])
 
 
 def phantom_tasks(archive: Path) -> list[str]:

@@ -81,3 +81,57 @@ def test_the_patients_of_the_phantom_have_the_same_names_everywhere(
         rows = manifest.Manifest.read(tmp_path / place / "manifest.parquet").accepted
         patients.append([(row.path, row.patient) for row in rows])
     assert patients[0] == patients[1] and len(patients[0]) == 4
+
+
+@pytest.mark.parametrize(
+    ("step_s", "spent_s", "after_s", "steps"),
+    [
+        (0.069, 21, 21, 1700),  # measured on machine A of docs/benchmarks.md
+        (0.142, 41, 35, 1600),  # on machine B, with less and with more work beside it
+        (0.180, 41, 47, 1200),
+        (0.220, 60, 60, 850),
+    ],
+)
+def test_the_number_of_steps_lets_the_quickstart_end_in_six_minutes(
+    step_s: float, spent_s: float, after_s: float, steps: int
+) -> None:
+    quickstart = load_quickstart()
+    chosen = quickstart.chosen_steps(step_s, spent_s, wanted=1700)
+    assert chosen == steps
+    assert spent_s + chosen * step_s + after_s < 360
+    assert quickstart.chosen_steps(step_s, spent_s, wanted=100) == 100
+
+
+def test_even_the_slowest_machine_trains_for_some_steps() -> None:
+    assert load_quickstart().chosen_steps(3.0, 100, wanted=1700) == 200
+
+
+def test_a_run_that_has_been_started_keeps_its_number_of_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    quickstart = load_quickstart()
+    monkeypatch.setattr(quickstart, "seconds_of_a_step", lambda config: 0.2)
+    words = [f"out={tmp_path}"]
+    resolved = config.load_config(RunConfig, ROOT / quickstart.SMOKE, words)
+    assert quickstart.steps_for_this_machine(resolved, 40) == ["train.steps=1050"]
+    assert "0.200 s a step on this machine: 1050 training steps, to end within 6" in (
+        " ".join(capsys.readouterr().out.split())
+    )
+    (tmp_path / "config.yaml").write_text(
+        (ROOT / quickstart.SMOKE).read_text().replace("steps: 1700", "steps: 640")
+    )
+    assert quickstart.steps_for_this_machine(resolved, 40) == ["train.steps=640"]
+
+
+def test_steps_of_the_command_line_are_not_changed() -> None:
+    quickstart = load_quickstart()
+    assert quickstart.options_of(["--steps", "300"]).steps == 300
+    assert quickstart.sets_steps(["seed=1", "train.steps=5"])
+    assert not quickstart.sets_steps(["seed=1"])
+
+
+@pytest.mark.slow
+def test_the_rate_is_measured_without_a_store(tmp_path: Path) -> None:
+    quickstart = load_quickstart()
+    found = config.load_config(RunConfig, ROOT / quickstart.SMOKE, ["device=cpu"]).value
+    assert 0.005 < quickstart.seconds_of_a_step(found) < 30

@@ -14,7 +14,11 @@ from tapct.cli.app import ConfigFile, Overrides, app, examples
 
 
 @app.command(
-    epilog=examples("tapct doctor", "tapct doctor smoke data.store=data/store out=runs/mine")
+    epilog=examples(
+        "tapct doctor",
+        "tapct doctor smoke data.store=data/store out=runs/mine",
+        "tapct doctor tap_s_3d --selftest",
+    )
 )
 def doctor(
     config: Annotated[
@@ -39,11 +43,34 @@ def doctor(
             show_default="data.store of the config",
         ),
     ] = None,
+    selftest: Annotated[
+        bool,
+        typer.Option(
+            "--selftest",
+            help="instead of the checks, train for some steps in several ways (GPU and CPU, bf16, "
+            "compiled, each attention back-end, 2 ranks, resumed) and compare the losses; takes "
+            "about 3 minutes",
+        ),
+    ] = False,
+    json_path: Annotated[
+        Path,
+        typer.Option("--json", metavar="FILE", help="file that --selftest writes its results to"),
+    ] = Path("selftest.json"),
 ) -> None:
     """Check that this machine can train.
 
     Each check prints ok, warn or fail, with a remedy. The exit code is 1 if a check fails.
     """
+    if selftest:
+        if config is None:
+            raise exits.UserError(
+                "--selftest trains with a config: name one, e.g. tapct doctor smoke --selftest"
+            )
+        from tapct.doctor import selftest as proofs
+
+        if not proofs.report(config, overrides or [], json_path):
+            raise typer.Exit(1)
+        return
     from tapct.doctor import checkup, verdicts
 
     found = []

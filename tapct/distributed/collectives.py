@@ -124,7 +124,8 @@ def own_slot(value: float | Tensor, device: torch.device) -> Tensor:
         float32 tensor of shape (W,).
     """
     slots_W = torch.zeros(world_size(), device=device)
-    slots_W[rank()] = value  # assigned on the device, so that the host does not wait for it
+    # `slots_W[rank()] = value` would copy a number of the host to a GPU, and wait for the copy
+    slots_W[rank()].fill_(value)
     return slots_W
 
 

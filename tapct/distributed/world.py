@@ -1,7 +1,7 @@
 """The process group of a run: how ranks meet, which mesh they form, and when one is lost.
 
-The mesh is replicate x shard, and `engine/fsdp.py` shards over it. A single process runs the same
-code without a mesh.
+The mesh is `shard` or replicate x shard, and `engine/fsdp.py` shards over it. A single process runs
+the same code without a mesh.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class World:
     Args:
         ranks: place of this process among the ranks.
         device: device of this rank.
-        mesh: mesh replicate x shard; None for a single process.
+        mesh: mesh of `mesh_of`; None for a single process.
         side: process group on the CPU, in which ranks agree on checkpoints while training
             continues; None for a single process.
         store: key-value store at which the ranks met; None for a single process.
@@ -64,7 +64,7 @@ class World:
     @property
     def num_copies(self) -> int:
         """How often each parameter shard exists."""
-        return self.mesh.size(0) if self.mesh is not None else 1
+        return 1 if self.mesh is None or self.mesh.ndim == 1 else self.mesh.size(0)
 
 
 def _nothing() -> None:
@@ -102,9 +102,7 @@ def join_ranks(
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
     store = _meet(place, device, config, facts, first)
     shard = collectives.from_first(lambda: shard_size(place, config.shard))
-    mesh = init_device_mesh(
-        device.type, (place.world // shard, shard), mesh_dim_names=("replicate", "shard")
-    )
+    mesh = mesh_of(device.type, place.world, shard)
     # In this group a rank whose part of a checkpoint is written waits for the rank with the slowest
     # disk, and all ranks wait for the first one's checksums.
     save_timeout = datetime.timedelta(seconds=config.save_timeout_s)
@@ -121,6 +119,23 @@ def join_ranks(
     # Not after an error: NCCL would first finish collectives that other ranks may never join, and
     # the cause would not be printed.
     dist.destroy_process_group()
+
+
+def mesh_of(kind: str, num_ranks: int, shard: int) -> DeviceMesh:
+    """The mesh of a run: one axis `shard` where all ranks share one copy of the parameters, as on
+    one node, else replicate x shard.
+
+    With an axis of one rank, FSDP would sum every gradient over groups of one rank.
+
+    Args:
+        kind: cpu or cuda.
+        num_ranks: number of ranks.
+        shard: number of ranks that share one copy.
+    """
+    if shard == num_ranks:
+        return init_device_mesh(kind, (shard,), mesh_dim_names=("shard",))
+    sizes = (num_ranks // shard, shard)
+    return init_device_mesh(kind, sizes, mesh_dim_names=("replicate", "shard"))
 
 
 def _meet(

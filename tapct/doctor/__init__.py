@@ -9,6 +9,12 @@
     site.py       probe of a config and its store
     folders.py    probe of the room in a folder
 
-The process of the command itself never loads torch or numpy: a probe that hangs is ended, and all
-that it had reported before counts.
+    selftest.py        `--selftest`: short runs in several ways, compared; proofs, table and JSON
+    selftest_ranks.py  ranks of a self-test in processes of their own
+    short_run.py       some training steps on synthetic scans in memory
+    host_waits.py      whether a step would make the host wait, on a fake GPU
+    fake_cuda.py       a GPU that computes nothing: fake CUDA tensors on any machine
+
+Without `--selftest`, the process of the command itself never loads torch or numpy: a probe that
+hangs is ended, and all that it had reported before counts.
 """

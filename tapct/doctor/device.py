@@ -22,6 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tapct.doctor.facts import AllReduce, AttentionKernels, Copy, Gpu, Gpus, Torch
 from tapct.doctor.probes import report
+from tapct.nn import backends
 
 MEET_SECONDS = 20
 KERNELS = {
@@ -100,18 +101,32 @@ def attention(device: str) -> AttentionKernels:
                 usable.append(name)
         except RuntimeError:  # torch has no such kernel for this device
             continue
-    return AttentionKernels(
-        device, tuple(usable), _xformers(), util.find_spec("torch.nn.attention.varlen") is not None
-    )
+    version, failure = _xformers(device)
+    has_varlen = util.find_spec("torch.nn.attention.varlen") is not None
+    return AttentionKernels(device, tuple(usable), version, has_varlen, failure)
 
 
-def _xformers() -> str:
+def _xformers(device: str) -> tuple[str, str]:
+    """Installed version of xformers ("": none), and why its kernels cannot be used ("": they can).
+
+    On a GPU they are run once; on a CPU only whether they load is known.
+    """
     try:
-        import xformers.ops  # noqa: F401
-
-        return metadata.version("xformers")
-    except (ImportError, OSError, RuntimeError, metadata.PackageNotFoundError):
-        return ""  # OSError: it was built for another version of torch
+        version = metadata.version("xformers")
+    except metadata.PackageNotFoundError:
+        return "", "not installed"
+    if backends.xformers_ops() is None:
+        return version, backends.xformers_failure()
+    if device != "cuda":
+        return version, "" if device == "cpu" else f"no kernels for {device}"
+    try:
+        qkv = torch.randn(3, 64, 2, 64, device=device, dtype=torch.bfloat16, requires_grad=True)
+        spans = (backends.Span(1, 40), backends.Span(2, 12))
+        q, k, v = qkv.unbind(0)
+        backends.attend_xformers(q, k, v, spans).float().square().mean().backward()
+    except (RuntimeError, NotImplementedError, ValueError) as error:
+        return version, str(error).splitlines()[0]
+    return version, ""
 
 
 def all_reduce(backend: str, rank: int, world: int, meeting: str) -> AllReduce:

@@ -148,14 +148,15 @@ class Copy:
 
 @dataclass(frozen=True)
 class AttentionKernels:
-    """SDPA kernels that ran on the device, version of xformers ("": not installed), and whether
-    torch has `varlen_attn`.
+    """SDPA kernels that ran on the device, version of xformers ("": not installed), whether torch
+    has `varlen_attn`, and why the kernels of xformers cannot be used ("": they can).
     """
 
     device: str
     kernels: tuple[str, ...]
     xformers: str
     varlen: bool
+    xformers_failure: str = ""
 
 
 @dataclass(frozen=True)

@@ -211,10 +211,10 @@ def attention(facts: AttentionKernels | Broken) -> Finding:
     """Attention back-ends on this device."""
     if isinstance(facts, Broken):
         return _broken("attention", facts, INSTALL)
-    others = (
-        f"xformers {facts.xformers or 'not installed (optional)'}, varlen "
-        f"{'yes' if facts.varlen else 'no'}"
-    )
+    xformers = facts.xformers or "not installed (optional)"
+    if facts.xformers and facts.xformers_failure:
+        xformers += f" cannot be used ({facts.xformers_failure})"
+    others = f"xformers {xformers}, varlen {'yes' if facts.varlen else 'no'}"
     text = f"sdpa on {facts.device}: {', '.join(facts.kernels) or 'no kernel runs'}; {others}"
     if not facts.kernels:
         return Finding(

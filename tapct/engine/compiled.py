@@ -56,9 +56,13 @@ def compilers(device: torch.device) -> tuple[str, ...]:
     return (os.environ[variable],) if os.environ.get(variable) else usual
 
 
-def compile_blocks(pair: StudentTeacher) -> None:
+def compile_blocks(pair: StudentTeacher, backend: str = "inductor") -> None:
     """Compile the blocks of all networks, in place; the work is done when each is called first.
 
+    Args:
+        pair: student, teacher and its snapshot.
+        backend: what torch.compile makes of a graph; eager executes it as it is, without a
+            compiler.
     Raises:
         UserError: the backbone has no repeated blocks.
     """
@@ -71,12 +75,12 @@ def compile_blocks(pair: StudentTeacher) -> None:
                 "train.compile=never"
             )
         for block in blocks:
-            compile_forward(block)
+            compile_forward(block, backend)
 
 
-def compile_forward(block: nn.Module) -> None:
+def compile_forward(block: nn.Module, backend: str = "inductor") -> None:
     """Compile what a module does when it is called; its parameters and hooks stay as they are."""
-    block.forward = torch.compile(block.forward, dynamic=True)
+    block.forward = torch.compile(block.forward, dynamic=True, backend=backend)
 
 
 @contextmanager

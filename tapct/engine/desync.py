@@ -46,7 +46,7 @@ def check_sync(pair: StudentTeacher, world: World, step: int) -> None:
     buffers = fingerprint(iter(pair.losses.buffers())).to(device)
     mine = torch.stack([shards, buffers, torch.tensor(step, device=device)])
     all_W3 = collectives.gather(mine).cpu()
-    width = world.mesh.size(1)
+    width = world.ranks.world // world.num_copies
     for rank, row in enumerate(all_W3):
         twin = rank % width  # the rank of the first copy that holds the same shard
         for part, other, what in ((0, twin, "parameters"), (1, 0, "loss state"), (2, 0, "step")):

@@ -1,9 +1,11 @@
 """FSDP2 sharding of student and teacher.
 
 Student and teacher are sharded alike (`fully_shard` per block; heads and the rest of the backbone
-as units of their own) over a mesh replicate x shard. float32 master shards; with bf16 the blocks
-and heads are gathered and computed in bf16, gradients are reduced in float32; what lies outside of
-the blocks (positions, final norm) stays float32, so that the residual stream does.
+as units of their own) over a mesh: `shard`, or replicate x shard where there are several copies.
+float32 master shards; with bf16 the blocks are gathered and computed in bf16, gradients are reduced
+in float32. What lies outside of the blocks (positions, final norm) stays float32, so that the
+residual stream does. So do the heads, whose matrix products autocast computes in bf16: prototypes
+made of rounded gains and directions would change every score.
 """
 
 from __future__ import annotations
@@ -34,8 +36,8 @@ def shard(network: Network, mesh: DeviceMesh, *, bf16: bool, keeps_gradient: boo
 
     Args:
         network: student, teacher or the teacher's snapshot.
-        mesh: replicate x shard.
-        bf16: gather and compute in bf16.
+        mesh: one axis `shard`, or replicate x shard.
+        bf16: gather the blocks and compute with them in bf16.
         keeps_gradient: the student. The others have no backward pass after which FSDP would free
             the gathered copy, and would compute with a copy from before its last move.
     """
@@ -45,15 +47,13 @@ def shard(network: Network, mesh: DeviceMesh, *, bf16: bool, keeps_gradient: boo
         cast_forward_inputs=False,
     )  # fmt: skip
     whole = MixedPrecisionPolicy(cast_forward_inputs=False)
-    if mesh.size(0) == 1:  # no copies: else FSDP sums every gradient over groups of one rank
-        mesh = mesh["shard"]
     for block in network.backbone.repeated_blocks():
         fully_shard(block, mesh=mesh, mp_policy=compute, reshard_after_forward=True)
     fully_shard(
         network.backbone, mesh=mesh, mp_policy=whole, reshard_after_forward=not keeps_gradient
     )
     for head in network.heads.values():
-        fully_shard(head, mesh=mesh, mp_policy=compute, reshard_after_forward=not keeps_gradient)
+        fully_shard(head, mesh=mesh, mp_policy=whole, reshard_after_forward=not keeps_gradient)
 
 
 def forget_order(pair: StudentTeacher) -> None:

@@ -69,8 +69,8 @@ class StopFlag:
     def slots(self) -> Tensor:
         """Part of this rank in the collective: one number per reason, 0 or 1."""
         mine, slots = self.reason(), torch.zeros(len(REASONS), device=self.device)
-        if mine:  # filled where it lies: a copy from the host would wait for the device
-            slots[REASONS.index(mine)] = 1.0
+        if mine:  # filled where it lies: `slots[i] = 1.0` copies from the host and waits for it
+            slots[REASONS.index(mine)].fill_(1.0)
         return slots
 
     def hear(self, summed: Tensor) -> None:

@@ -220,8 +220,8 @@ def check_xformers(q_THC: Tensor) -> None:
         raise UserError(f"model.attention=xformers needs a GPU, not this {_name(q_THC)}; {_REMEDY}")
     if xformers_ops() is None:
         raise UserError(
-            "model.attention=xformers: it cannot be imported; in the folder of tapct, run pip "
-            f"install -c constraints.txt -e '.[gpu]', or {_REMEDY}"
+            f"model.attention=xformers: {xformers_failure() or 'not installed'}; in the folder of "
+            f"tapct, run pip install -c constraints.txt -e '.[gpu]', or {_REMEDY}"
         )
 
 
@@ -235,22 +235,44 @@ def _name(tensor: Tensor) -> str:
     return tensor.device.type.upper()
 
 
-@functools.cache
 def varlen_kernel() -> Any:
     """`varlen_attn` of torch, or None."""
+    # An import statement, and here: torch.compile traces through it, while `importlib` would break
+    # the graph, and the module takes seconds to load, which only a GPU needs.
     try:
-        return importlib.import_module("torch.nn.attention.varlen").varlen_attn
-    except (ImportError, AttributeError):
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
         return None
+    return varlen_attn
+
+
+@torch.compiler.assume_constant_result
+def xformers_ops() -> Any:
+    """The module `xformers.ops`, or None where it cannot be imported or its kernels do not load."""
+    return _find_xformers()[0]
+
+
+def xformers_failure() -> str:
+    """Why `xformers_ops` is None, in a few words; empty where it is not."""
+    return _find_xformers()[1]
 
 
 @functools.cache
-def xformers_ops() -> Any:
-    """The module `xformers.ops`, or None."""
+def _find_xformers() -> tuple[Any, str]:
     try:
-        return importlib.import_module("xformers.ops")
-    except (ImportError, OSError, RuntimeError):  # OSError: built for another torch
-        return None
+        ops = importlib.import_module("xformers.ops")
+        # without its kernels, which were built for one version of torch, it can be imported, but
+        # fails when it is called
+        library = importlib.import_module("xformers._cpp_lib")
+    except ModuleNotFoundError as error:
+        installed = error.name is None or not error.name.startswith("xformers")
+        return None, f"{type(error).__name__}: {error}" if installed else "not installed"
+    except (ImportError, OSError, RuntimeError) as error:  # OSError: built for another torch
+        return None, f"{type(error).__name__}: {str(error).splitlines()[0]}"
+    failure = getattr(library, "_cpp_library_load_exception", None)
+    if failure is not None:
+        return None, f"its kernels do not load with torch {torch.__version__}"
+    return ops, ""
 
 
 BACKENDS: Mapping[str, Backend] = MappingProxyType(

@@ -8,10 +8,12 @@ its own part, so every number of ranks starts from the same weights.
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tapct.base import rng
 from tapct.distributed import collectives
+
+CUT = 2.0  # largest absolute value of a truncated normal weight
 
 
 def _generator(seed: int, name: str) -> torch.Generator:
@@ -37,9 +39,18 @@ def normal(parameter: Tensor, std: float, seed: int, name: str) -> None:
 
 @torch.no_grad()
 def trunc_normal(parameter: Tensor, std: float, seed: int, name: str) -> None:
-    """Draw from N(0, std) cut at +-2, as DINOv2 and timm do; std 0.02 puts the cut at 100 sigma."""
+    """Draw from N(0, std) cut at +-2, as DINOv2 and timm do; std 0.02 puts the cut at 100 sigma.
+
+    What lies beyond the cut is drawn again. `torch.nn.init.trunc_normal_` is not used: versions of
+    torch draw different numbers for the same seed, and some of them put a few weights on the cut.
+    """
+    generator = _generator(seed, name)
     value = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
-    _copy(parameter, nn.init.trunc_normal_(value, std=std, generator=_generator(seed, name)))
+    value.normal_(0.0, std, generator=generator)
+    while bool((beyond := value.abs() > CUT).any()):
+        again = torch.empty_like(value).normal_(0.0, std, generator=generator)
+        value = torch.where(beyond, again, value)
+    _copy(parameter, value)
 
 
 @torch.no_grad()

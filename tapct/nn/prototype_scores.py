@@ -68,11 +68,14 @@ class TeacherScores:
         num_views, num_rows, _ = self.features_GBW.shape
         if self.valid_B is None:
             sum_W = self.features_GBW.sum((0, 1))
-            count = sum_W.new_tensor(float(num_views * num_rows))
+            # filled on the device: a copy from the host would wait for it
+            count = sum_W.new_full((), float(num_views * num_rows))
         else:
             sum_W = (self.features_GBW * self.valid_B[:, None]).sum((0, 1))
             count = num_views * self.valid_B.sum().to(sum_W.dtype)
-        return self.prototypes_KW @ sum_W, count
+        # float32 under autocast too: the centre is a mean over many steps
+        with torch.autocast(sum_W.device.type, enabled=False):
+            return self.prototypes_KW @ sum_W, count
 
 
 def product_dtype(like: Tensor) -> torch.dtype:

@@ -207,6 +207,15 @@ def gpu_counts(text: str) -> tuple[int, ...]:
     return tuple(sorted({int(entry) for entry in entries}))
 
 
+def counts_compiled(config: RunConfig, request: scale.Request) -> bool:
+    """Whether memory is counted for compiled blocks: with --memory, where the GPU of the run will
+    compile them. Making the graphs takes some seconds, which the other tables need not wait for.
+    """
+    if request.memory is None or config.train.compile == "never":
+        return False
+    return config.train.compile == "always" or config.device != "cpu"
+
+
 def estimate_of(config: RunConfig, costs: flops.Costs, request: scale.Request) -> scale.Estimate:
     """Memory and time of a config for each GPU count.
 
@@ -244,7 +253,13 @@ def estimate_of(config: RunConfig, costs: flops.Costs, request: scale.Request) -
         request,
         memory.count_parameters(memory.Valueless(config.model, config.losses)),
         memory.count_bytes(
-            config.model, config.losses, sample, dtype=train.dtype, bf16=bf16, every=train.recompute
+            config.model,
+            config.losses,
+            sample,
+            dtype=train.dtype,
+            bf16=bf16,
+            every=train.recompute,
+            compiles=counts_compiled(config, request),
         ),
         flops_per_step=costs.flops_per_step,
         store=measure.store_facts(config.data.store),

@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tapct.base.exits import UserError
 from tapct.base.geometry import Size3
 from tapct.config.plugins import Plugin
-from tapct.engine import recompute
+from tapct.engine import compiled, recompute
 from tapct.nn.attention import Attention
 from tapct.nn.layers import DropKey, Mlp, SwiGLU
 from tapct.ssl import step as ssl_step
@@ -33,6 +33,9 @@ from tapct.types import Masks, Views
 # Multiples of 5: at any drop rate in tenths, stochastic depth then keeps a whole number of crops,
 # the same as it keeps on average.
 FEW, MANY = 5, 10
+# back-end of torch.compile that decides as `inductor` does which tensors a graph keeps for its
+# backward pass, and executes the graphs as they are
+PARTITIONED = "aot_eager_decomp_partition"
 
 
 class NeedsValues(UserError):
@@ -58,9 +61,9 @@ class ParameterCounts:
         heads, rest: numbers in the heads, and in the backbone outside of its blocks.
         block: numbers of the largest block, the unit that ranks gather; 0 where the backbone has
             none.
-        linear: numbers in linear layers, which autocast copies to bf16 in a single process; those
-            of tapct's own blocks are left out, which are copied one by one and forgotten
-            (`nn.lean`).
+        linear: numbers in the linear layers of the blocks, which autocast copies to bf16 in a
+            single process and FSDP gathers in bf16; those of tapct's own blocks are left out, which
+            are copied one by one and forgotten (`nn.lean`).
         snapshot: as `shapes`, of the teacher's snapshot; empty where no loss wants one.
     """
 
@@ -155,12 +158,11 @@ def count_parameters(pair: StudentTeacher) -> ParameterCounts:
         if isinstance(layer, Attention | Mlp | SwiGLU)
         for linear in layer.modules()
     }
-    kept = [
-        module
-        for module in network.modules()
-        if isinstance(module, nn.Linear) and module not in lean
-    ]
-    linear = sum(map(_numbers, kept))
+    linear = 0
+    for block in network.backbone.repeated_blocks():
+        for module in block.modules():
+            if isinstance(module, nn.Linear) and module not in lean:
+                linear += _numbers(module)
     rest = _numbers(network.backbone) - sum(blocks)
     snapshot = () if pair.snapshot is None else shapes_of(pair.snapshot)
     return ParameterCounts(
@@ -192,6 +194,7 @@ def count_bytes(
     dtype: torch.dtype,
     bf16: bool,
     every: int = 0,
+    compiles: bool = False,
 ) -> Footprint:
     """Count the bytes of a micro-batch.
 
@@ -199,15 +202,19 @@ def count_bytes(
         model, losses: sections of the config.
         sizes: views of a sample.
         dtype: type of weights and loss state.
-        bf16: whether blocks and heads are computed in bf16, as FSDP gathers them, and the rest
-            under autocast.
+        bf16: whether the blocks are in bf16, as FSDP gathers them, and the rest is computed under
+            autocast.
         every: interval of the blocks that are computed again in the backward pass; 0: none.
+        compiles: whether torch.compile decides what the blocks keep; takes some seconds more.
     Raises:
         NeedsValues: a plug-in reads values.
     """
     try:
         return Footprint(
-            *(_count(model, losses, sizes, samples, dtype, bf16, every) for samples in (FEW, MANY))
+            *(
+                _count(model, losses, sizes, samples, dtype, bf16, every, compiles)
+                for samples in (FEW, MANY)
+            )
         )
     except RuntimeError as error:  # how fake tensors say that somebody wants a value
         names = ", ".join([model.name, *(loss.name for loss in losses)])
@@ -224,57 +231,81 @@ def _count(
     dtype: torch.dtype,
     bf16: bool,
     every: int,
+    compiles: bool,
 ) -> Bytes:
     """Run one micro-batch without values."""
     pair = Valueless(model, losses)
+    if compiles:
+        compiled.compile_blocks(pair, PARTITIONED)
     recompute.recompute_blocks(pair.student.backbone, every)
     pair.train()
     # the CPU stands for any device: a build of torch without CUDA has no fake GPU, and both save
     # the same
     with FakeTensorMode(), LiveBytes() as live:
-        _give_shapes(pair, dtype, bf16)
-        begin = live.now
-        views, masks = _inputs(sizes, samples)
-        inputs = live.now - begin
-        live.peak = live.now
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            output = ssl_step.forward(
-                pair, views, masks, 0.07, DropKey(0, 0), pair.snapshot is not None
-            )
-        activations = live.now - begin - inputs
-        output.total.backward()
-        work = live.peak - begin - inputs - activations
-        pair.zero_grad(set_to_none=True)
-        del views
-        kept = live.now - begin
-        del output, masks
+        give_shapes(pair, dtype, bf16)
+        if compiles:  # the first run makes the graphs, which takes memory of its own
+            _run(pair, live, sizes, samples, bf16)
+        return _run(pair, live, sizes, samples, bf16)
+
+
+def _run(
+    pair: StudentTeacher, live: LiveBytes, sizes: SampleShape, samples: int, bf16: bool
+) -> Bytes:
+    """Forward and backward of one micro-batch on fake tensors."""
+    begin = live.now
+    views, masks = _inputs(sizes, samples)
+    inputs = live.now - begin
+    live.peak = live.now
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        output = ssl_step.forward(
+            pair, views, masks, 0.07, DropKey(0, 0), pair.snapshot is not None
+        )
+    activations = live.now - begin - inputs
+    output.total.backward()
+    work = live.peak - begin - inputs - activations
+    pair.zero_grad(set_to_none=True)
+    del views
+    kept = live.now - begin
+    del output, masks
     return Bytes(inputs, activations, work, kept)
 
 
-def _give_shapes(pair: StudentTeacher, dtype: torch.dtype, bf16: bool) -> None:
-    """Replace meta parameters and buffers by fake ones, in the types that they are computed in."""
+def give_shapes(
+    pair: StudentTeacher,
+    dtype: torch.dtype,
+    bf16: bool,
+    device: torch.device | str = "cpu",
+) -> None:
+    """Replace meta parameters and buffers by fake ones, in the types that they are computed in.
+
+    Args:
+        pair: student, teacher and losses on the meta device.
+        dtype: type of weights and loss state.
+        bf16: whether the blocks are in bf16, as FSDP gathers them.
+        device: device that the fake tensors seem to be on.
+    """
     for network in (pair.student, *pair.frozen()):
         narrow = {
-            module
-            for part in (*network.backbone.repeated_blocks(), network.heads)
-            for module in part.modules()
+            module for block in network.backbone.repeated_blocks() for module in block.modules()
         }
         for module in network.modules():
             kind = torch.bfloat16 if bf16 and module in narrow else dtype
-            _replace(module._parameters, kind)
-            _replace(module._buffers, None)
+            _replace(module._parameters, kind, device)
+            _replace(module._buffers, None, device)
     for module in pair.losses.modules():
-        _replace(module._parameters, dtype)
-        _replace(module._buffers, None)
+        _replace(module._parameters, dtype, device)
+        _replace(module._buffers, None, device)
 
 
-def _replace(tensors: dict[str, Any], dtype: torch.dtype | None) -> None:
+def _replace(
+    tensors: dict[str, Any], dtype: torch.dtype | None, device: torch.device | str
+) -> None:
     for name, tensor in tensors.items():
         if isinstance(tensor, nn.Parameter):
-            empty = torch.empty(tensor.shape, dtype=dtype)
+            empty = torch.empty(tensor.shape, dtype=dtype, device=device)
             tensors[name] = nn.Parameter(empty, requires_grad=tensor.requires_grad)
         elif tensor is not None:
-            tensors[name] = torch.empty(tensor.shape, dtype=tensor.dtype)
+            tensors[name] = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
 
 
 def _inputs(sizes: SampleShape, samples: int) -> tuple[Views, Masks]:
@@ -299,6 +330,11 @@ class LiveBytes(TorchDispatchMode):
         now: bytes of the storages that are alive.
         peak: largest value of `now` since it was last set.
     """
+
+    @classmethod
+    def is_infra_mode(cls) -> bool:
+        """Always True: else torch.compile would not compile anything while this mode is active."""
+        return True
 
     def __init__(self) -> None:
         super().__init__()

@@ -41,7 +41,7 @@ class RunSettings:
         global_batch, accumulation, steps: settings `train.*`.
         shard: setting `parallel.shard`.
         number_bytes: bytes of a weight.
-        bf16: whether blocks and heads are computed in bf16.
+        bf16: whether the blocks are gathered in bf16, and the rest computed under autocast.
         losses: losses of the run by name, which say how few samples they accept.
         slab_depth: number of slices read for a sample.
         workers: number of threads or processes of a rank that read ahead.
@@ -304,7 +304,7 @@ def memory_of(
         # two blocks at a time, one in use and one being fetched, each with its gradient and the
         # one that is on its way to the other ranks
         blocks = 2 * counts.block * (2 * narrow + wide)
-        copies = narrow * counts.heads + wide * counts.rest + blocks
+        copies = wide * (counts.heads + counts.rest) + blocks
         if accumulation > 1:  # ranks add up whole gradients until the last micro-batch
             copies += wide * counts.total
     each = footprint.of(samples)

@@ -6,6 +6,7 @@ import socket
 
 import pytest
 import torch
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from tapct.base.exits import UserError
 from tapct.base.ranks import Ranks
@@ -36,6 +37,22 @@ def test_a_copy_is_sharded_over_the_ranks_of_a_node_by_default(
 def test_a_shard_size_that_does_not_divide_the_ranks_is_refused() -> None:
     with pytest.raises(UserError, match=r"parallel.shard 3 does not divide the 8 ranks"):
         shard_size(Ranks(0, 8), 3)
+
+
+@pytest.mark.parametrize(
+    ("shard", "axes", "copies"), [(4, ("shard",), 1), (2, ("replicate", "shard"), 2)]
+)
+def test_the_ranks_of_one_node_form_a_mesh_of_one_axis(
+    shard: int, axes: tuple[str, ...], copies: int
+) -> None:
+    torch.distributed.init_process_group("fake", rank=0, world_size=4, store=FakeStore())
+    try:
+        mesh = worlds.mesh_of("cpu", 4, shard)
+        assert mesh.mesh_dim_names == axes
+        world = worlds.World(Ranks(0, 4), torch.device("cpu"), mesh)
+        assert world.num_copies == copies and mesh["shard"].size() == shard
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize(

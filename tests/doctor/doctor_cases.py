@@ -121,6 +121,14 @@ CASES: list[tuple[str, Finding, str, str]] = [
         "",
     ),
     (
+        "ok",
+        verdicts.attention(
+            AttentionKernels("cuda", ("flash",), "0.0.35", True, "its kernels do not load")
+        ),
+        "xformers 0.0.35 cannot be used (its kernels do not load), varlen yes",
+        "",
+    ),
+    (
         "warn",
         verdicts.attention(AttentionKernels("cuda", ("math",), "", False)),
         "not installed (optional)",

@@ -122,10 +122,17 @@ def test_two_ranks_in_bf16_learn_as_one_does(tmp_path: Path, store: Path) -> Non
     words = (*RECIPES["centring"], "train.precision=bf16")
     for world in (1, 2):
         good(train(world, tmp_path / str(world), store, *words))
-    # 8 bits of mantissa, which two ranks round elsewhere: norms and gains are gathered in bf16
-    assert (
-        largest_difference(tmp_path / "2" / "run", tmp_path / "1" / "run", ("loss/total",)) < 0.05
-    )
+    alone, shared = (numbers_of(tmp_path / name / "run") for name in "12")
+    differences = [
+        abs(one["loss/total"] - other["loss/total"]) / abs(other["loss/total"])
+        for one, other in zip(shared, alone, strict=True)
+    ]
+    # The same weights give the same loss. Gradients have 8 bits of mantissa, which two ranks round
+    # elsewhere, and AdamW makes steps of one size of large and of small gradients: from then on
+    # each step enlarges the difference.
+    assert max(differences[:2]) < 1e-5
+    assert max(differences[:4]) < 1e-3
+    assert max(differences) < 5e-3
 
 
 def test_sharded_ranks_start_from_the_weights_of_another_project_as_one_does(

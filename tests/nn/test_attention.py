@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,6 +15,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tapct.base.exits import UserError
+from tapct.models import vit
 from tapct.nn import backends
 from tapct.nn.attention import Attention
 from tapct.nn.backends import BACKENDS, GPU_ONLY, Backend, Span, Spans
@@ -256,6 +259,67 @@ def test_auto_takes_the_first_that_device_and_precision_allow(
     assert backends.choose(cuda, torch.float16) == "xformers"
     monkeypatch.setattr(backends, "xformers_ops", lambda: None)
     assert backends.choose(cuda, torch.float16) == "sdpa"
+
+
+@pytest.mark.parametrize(
+    ("files", "why"),
+    [
+        ({}, "not installed"),
+        ({"ops": "", "_cpp_lib": "_cpp_library_load_exception = None"}, ""),
+        (
+            {"ops": "", "_cpp_lib": "_cpp_library_load_exception = OSError('undefined symbol')"},
+            "its kernels do not load with torch",
+        ),
+        ({"ops": "raise OSError('undefined symbol: x')", "_cpp_lib": ""}, "OSError: undefined"),
+        ({"ops": "import no_such_triton", "_cpp_lib": ""}, "No module named 'no_such_triton'"),
+    ],
+)
+def test_xformers_is_used_only_if_its_kernels_load(
+    files: dict[str, str], why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "xformers"
+    package.mkdir()
+    for name, text in files.items():
+        (package / f"{name}.py").write_text(text)
+    if files:
+        (package / "__init__.py").touch()
+        monkeypatch.syspath_prepend(tmp_path)
+    hidden = [None] if not files else []  # an entry of None: the import fails
+    for name in ("xformers", "xformers.ops", "xformers._cpp_lib"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+        for module in hidden:
+            monkeypatch.setitem(sys.modules, name, module)
+    found, failure = backends._find_xformers.__wrapped__()
+    assert (found is None) == bool(why)
+    assert why in failure and bool(why) == bool(failure)
+
+
+@pytest.mark.parametrize("name", ["sdpa", "varlen", "auto"])
+def test_the_look_up_of_a_kernel_does_not_break_the_graph_of_a_block(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    varlen = pytest.importorskip("torch.nn.attention.varlen")
+    # an operation that is opaque for the compiler, as the kernel is
+    monkeypatch.setattr(varlen, "varlen_attn", lambda q, k, v, *rest: opaque(q))
+    monkeypatch.setattr(backends, "check_varlen", lambda q: backends.varlen_kernel())
+    backbone = vit.build(
+        vit.Config((4, 16, 16), (2, 8, 8), dim=16, depth=1, heads=2, attention=name)
+    )
+    x_TD = torch.randn(SPANS[0].rows + SPANS[1].rows, 16, requires_grad=True)
+    torch._dynamo.reset()
+    with torch.autocast("cpu", torch.bfloat16):
+        explained = torch._dynamo.explain(backbone.blocks[0].forward)(x_TD, SPANS[:2])
+    assert (explained.graph_count, explained.graph_break_count) == (1, 0)
+
+
+@torch.library.custom_op("tapct_tests::opaque", mutates_args=())
+def opaque(q: Tensor) -> Tensor:
+    return q.clone()
+
+
+@opaque.register_fake
+def _(q: Tensor) -> Tensor:
+    return torch.empty_like(q)
 
 
 @pytest.mark.gpu

@@ -23,14 +23,14 @@ from rich.console import Console, Group
 from tiny_run import config_of, make_store
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
-from torch.distributed.device_mesh import init_device_mesh
 from torch.profiler import ProfilerActivity, profile
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from tapct.base.exits import UserError
 from tapct.config import load_config, plugins
 from tapct.data.packed.store import Store
-from tapct.engine import fsdp, loop, optim, recompute
+from tapct.distributed.world import mesh_of
+from tapct.engine import compiled, fsdp, loop, optim, recompute
 from tapct.losses import koleo
 from tapct.nn.layers import DropKey
 from tapct.plan import command, measure, memory, scale, tables
@@ -132,7 +132,35 @@ def test_activations_are_what_autograd_saves(overrides: tuple[str, ...]) -> None
     """torch's hooks see every tensor that a real forward pass saves."""
     config = smoke(*overrides)
     pair = StudentTeacher(config.model, config.losses, 0).train()
-    inputs = real_inputs(config)
+    linear = memory.count_parameters(pair).linear
+    copies = 2 * linear if config.train.precision == "bf16" else 0
+    assert counted(*overrides).of(SAMPLES).activations + copies == pytest.approx(
+        bytes_saved(config, pair), rel=0.05
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_what_compiled_blocks_save_is_counted(precision: str) -> None:
+    """torch's hooks see what the graphs of a real forward pass save; it is more than without."""
+    words = ("model.depth=1", f"train.precision={precision}")
+    config = smoke(*words)
+    bf16 = precision == "bf16"
+    how = {"dtype": torch.float32, "bf16": bf16, "compiles": True}
+    planned = memory.count_bytes(config.model, config.losses, sizes_of(config), **how)
+    torch._dynamo.reset()
+    pair = StudentTeacher(config.model, config.losses, 0).train()
+    if bf16:  # as FSDP gathers them
+        for network in (pair.student, pair.teacher):
+            network.backbone.blocks.bfloat16()
+    compiled.compile_blocks(pair, memory.PARTITIONED)
+    found = bytes_saved(config, pair)
+    assert planned.of(SAMPLES).activations == pytest.approx(found, rel=0.05)
+    assert found > 1.1 * counted(*words).of(SAMPLES).activations
+
+
+def bytes_saved(config: RunConfig, pair: StudentTeacher) -> int:
+    """Bytes of what a real forward pass saves for its backward pass, weights aside."""
     known = {p.untyped_storage().data_ptr() for p in (*pair.parameters(), *pair.buffers())}
     saved: dict[int, int] = {}
     alive: list[Tensor] = []  # an address must not be given out twice
@@ -144,13 +172,20 @@ def test_activations_are_what_autograd_saves(overrides: tuple[str, ...]) -> None
             alive.append(tensor)
         return tensor
 
+    inputs = real_inputs(config)
     with saved_tensors_hooks(pack, lambda tensor: tensor):
         real_step(config, pair, inputs)
-    linear = memory.count_parameters(pair).linear
-    copies = 2 * linear if config.train.precision == "bf16" else 0
-    assert counted(*overrides).of(SAMPLES).activations + copies == pytest.approx(
-        sum(saved.values()), rel=0.05
-    )
+    return sum(saved.values())
+
+
+def test_compiled_blocks_are_counted_where_the_run_will_compile_them() -> None:
+    asked, not_asked = scale.Request(memory=8e10), scale.Request()
+    large = smoke(name="tap_s_3d")
+    assert command.counts_compiled(large, asked)
+    assert not command.counts_compiled(large, not_asked)
+    assert not command.counts_compiled(smoke("train.compile=never", name="tap_s_3d"), asked)
+    assert not command.counts_compiled(smoke(), asked)  # device: cpu
+    assert command.counts_compiled(smoke("train.compile=always"), asked)
 
 
 @pytest.mark.parametrize("overrides", [*CASES, AGAIN], ids=" ".join)
@@ -178,7 +213,7 @@ def test_the_peak_of_a_rank_is_what_the_profiler_sees(four_ranks: None, accumula
     The plan is a little above: it takes all gradients to be there while the activations still are.
     """
     config = smoke()
-    mesh = init_device_mesh("cpu", (1, 4), mesh_dim_names=("replicate", "shard"))
+    mesh = mesh_of("cpu", 4, 4)
 
     def shard(network: Any, learns: bool) -> None:
         fsdp.shard(network, mesh, bf16=True, keeps_gradient=learns)
@@ -252,7 +287,7 @@ def test_state_is_what_adamw_really_holds(overrides: tuple[str, ...]) -> None:
 def test_the_fullest_rank_holds_what_fsdp_gives_it(four_ranks: None, shard: int) -> None:
     config = smoke()
     pair = memory.Valueless(config.model, config.losses)
-    mesh = init_device_mesh("cpu", (4 // shard, shard), mesh_dim_names=("replicate", "shard"))
+    mesh = mesh_of("cpu", 4, shard)
     fsdp.shard(pair.student, mesh, bf16=True, keeps_gradient=True)
     local = sum(p.to_local().numel() for p in pair.student.parameters())  # type: ignore[operator]
     assert weights().on_fullest_rank(shard) == local > weights().total / shard
@@ -304,9 +339,8 @@ def test_copies_are_gathered_blocks_heads_and_whole_gradients() -> None:
     w = weights()
     assert row(gpus=1).copies == 2 * w.linear
     assert row(gpus=1, bf16=False).copies == 0
-    # bf16: heads, two blocks with gradients in bf16 and float32; float32 what is outside of the
-    # blocks
-    gathered = 2 * w.heads + 4 * w.rest + 2 * w.block * (2 + 2 + 4)
+    # bf16: two blocks with gradients in bf16 and float32; float32: what is outside of the blocks
+    gathered = 4 * (w.heads + w.rest) + 2 * w.block * (2 + 2 + 4)
     assert row(gpus=4, samples=16).copies == gathered
     assert row(gpus=4, samples=4).copies == gathered + 4 * w.total, (
         "whole gradients wait for the last micro-batch"
