@@ -20,6 +20,7 @@ from tapct.cli.submit_options import (
     DryRun,
     GpusPerNode,
     Grace,
+    MaxFailures,
     MaxIdleRestarts,
     MaxRestarts,
     Memory,
@@ -59,6 +60,7 @@ def submit(
     grace: Grace = 120,
     max_restarts: MaxRestarts = 1000,
     max_idle_restarts: MaxIdleRestarts = 5,
+    max_failures: MaxFailures = 10,
     sweep: SweepAxes = None,
     allow_change: AllowChange = False,
     dry_run: DryRun = False,
@@ -86,6 +88,7 @@ def submit(
         grace_seconds=grace,
         max_restarts=max_restarts,
         max_idle_restarts=max_idle_restarts,
+        max_failures=max_failures,
     )
     planned = submission.plan_runs(config, overrides or [], sweep or [])
     warnings: list[str] = []
@@ -140,6 +143,9 @@ def jobs(
     for row in rows:
         if row.why:
             console.say(f"{os.path.relpath(row.run)}, job {row.job}: {row.why}")
+        elif row.losses:
+            line = submitted_jobs.line_about_losses(row.losses)
+            console.say(f"{os.path.relpath(row.run)}, job {row.job}: {line}")
         if row.evaluated is not None:
             line = submitted_jobs.line_about_best(row.evaluated)
             console.say(f"{os.path.relpath(row.run)}: {line}")

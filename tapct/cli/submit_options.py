@@ -111,6 +111,16 @@ MaxIdleRestarts = Annotated[
     ),
 ]
 
+MaxFailures = Annotated[
+    int,
+    typer.Option(
+        metavar="N",
+        help="maximum number of starts in a row that are lost to a killed rank, a failed node or "
+        "GPU, without a new checkpoint",
+        min=0,
+    ),
+]
+
 SweepAxes = Annotated[
     list[str] | None,
     typer.Option(

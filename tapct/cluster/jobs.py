@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tapct.base import console, jsonl
+from tapct.base.counted import counted
 from tapct.base.exits import UserError
 from tapct.base.files import expand_path
 from tapct.base.recent import LAST_STEPS, last_mean
@@ -71,6 +72,7 @@ class Progress:
         seconds: seconds per step, median of the last steps; NaN when there is none.
         restarts: number of requeues so far.
         why: reason for which the job gave up; empty when it did not.
+        losses: causes of the starts that were lost, the newest last.
         evaluated: headline of the evaluated steps; None when there is none.
     """
 
@@ -83,6 +85,7 @@ class Progress:
     seconds: float
     restarts: int
     why: str = ""
+    losses: tuple[str, ...] = ()
     evaluated: BestRecord | None = None
 
 
@@ -172,6 +175,7 @@ def read_progress(
         seconds=statistics.median(paces) if paces else math.nan,
         restarts=restarts,
         why=why,
+        losses=tuple(str(event.get("why", "")) for event in events if event["event"] == "lost"),
         evaluated=best_record.read(run),
     )
 
@@ -195,7 +199,7 @@ def _state(
     last = events[-1]["event"] if events else ""
     if has_all_steps or last == "done":
         return "done"
-    if last in ("failed", "stopped"):
+    if last in ("failed", "stopped", "lost"):
         return str(last)
     if has_queue:
         return "gone" if last else "never ran"
@@ -203,7 +207,9 @@ def _state(
 
 
 def _read_events(run: Path, job: str) -> list[dict[str, Any]]:
-    """Events of a job, beside its submission.json: start, stopped, done, failed, gave up."""
+    """Events of a job, beside its submission.json: start, stopped, done, failed, lost, cut off,
+    gave up.
+    """
     for folder in RunFolder(run).submissions():
         if _job_id(folder.submission) == job:
             return jsonl.read(folder.events, "event").rows
@@ -250,6 +256,12 @@ def progress_table(rows: Sequence[Progress]) -> Table:
             *([newest_headline(row.evaluated)] if has_evaluations else []),
         )
     return table
+
+
+def line_about_losses(losses: Sequence[str]) -> str:
+    """How many starts of a job were lost and why the last one was, as a single line."""
+    verb = "was" if len(losses) == 1 else "were"
+    return f"{counted(len(losses), 'start')} {verb} lost, the last one by: {losses[-1]}"
 
 
 def newest_headline(record: BestRecord | None) -> str:

@@ -27,6 +27,7 @@ class Resources:
         grace_seconds: time before the limit at which SLURM signals the job to save.
         max_restarts: total requeues after which the job gives up.
         max_idle_restarts: requeues in a row without a new checkpoint after which it gives up.
+        max_failures: as `max_idle_restarts`, for starts that were lost to a fault of a machine.
     Raises:
         UserError: the grace leaves no time to train, or there are more tasks than GPUs.
     """
@@ -44,6 +45,7 @@ class Resources:
     grace_seconds: int = 120
     max_restarts: int = 1000
     max_idle_restarts: int = 5
+    max_failures: int = 10
 
     def __post_init__(self) -> None:
         if self.grace_seconds >= self.minutes * 60:

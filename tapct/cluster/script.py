@@ -1,8 +1,7 @@
 """The batch script of a SLURM job, and handing it to sbatch through submitit.
 
 submitit writes the script; the shell lines here stand before and after its srun. They give the
-ranks what they need and decide whether the job is requeued. The batch script decides this and not a
-task, since it outlives all tasks: it sees every way in which they can end, and no rank is cut off.
+ranks what they need and decide whether the job is requeued (`restarts.py`).
 """
 
 from __future__ import annotations
@@ -18,63 +17,11 @@ from typing import Any
 from submitit import SlurmExecutor
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 
+from tapct.base import ending
 from tapct.base.exits import UserError
-from tapct.cluster import task
+from tapct.cluster import restarts
 from tapct.cluster.resources import Resources
-from tapct.run_folder import JobFolder, RunFolder
-
-# The bounds are checked before srun too, because SLURM may requeue a job by itself, for example
-# after a node has failed, without asking this script. `latest` names the newest checkpoint; a start
-# was idle if it left that file as it was.
-BOUNDS = """\
-newest() { cat "$TAPCT_PLACE/LATEST" 2>/dev/null || echo none; }
-idle_starts() {
-    awk -v now="$(newest)" '{ n = $0 == now ? n + 1 : 0 } END { print n + 0 }' "$TAPCT_STARTS"
-}
-give_up() {
-    echo "tapct: $1"
-    printf '{"event": "gave up", "time": %s, "why": "%s"}\\n' "$(date +%s)" "$1" \\
-        >> "$TAPCT_PLACE/EVENTS"
-    exit 1
-}
-check_bounds() { # number of restarts, including the one in question
-    if [ "$1" -gt MAX_RESTARTS ]; then
-        give_up "restarted MAX_RESTARTS times (--max-restarts); submit again to resume"
-    fi
-    set -- "$(idle_starts)"
-    if [ "$1" -gt MAX_IDLE ]; then
-        give_up "$1 starts in a row saved nothing new (--max-idle-restarts MAX_IDLE); \\
-see the logs, then submit again"
-    fi
-}
-: >> "$TAPCT_STARTS"
-check_bounds "${SLURM_RESTART_COUNT:-0}"
-newest >> "$TAPCT_STARTS"
-"""
-
-# These lines follow srun. An exit code of 128 + a signal number means that the signal ended a rank
-# while its Python was still starting, before it could leave a mark. A rank that crashes leaves no
-# mark either, and srun then stops the other ranks: that is no reason to requeue.
-REQUEUE = """\
-code=$?
-case "$(cat "$TAPCT_MARK" 2>/dev/null):$code" in
-    stopped:13[245679]) exit "$code" ;;
-    stopped:* | :138 | :140 | :143) ;;
-    *) exit "$code" ;;
-esac
-state="$(scontrol show job -o "$TAPCT_JOB" | grep -o 'JobState=[A-Z_]*')"
-# another state: the job was cancelled, or SLURM itself has requeued it
-if [ "${state:-JobState=RUNNING}" != JobState=RUNNING ]; then
-    echo "tapct: $state, so not requeued from here"
-    exit 0
-fi
-check_bounds "$((${SLURM_RESTART_COUNT:-0} + 1))"
-for attempt in 1 2 3; do
-    scontrol requeue "$TAPCT_JOB" && echo "tapct: requeued" && exit 0
-    sleep 2
-done
-give_up "could not requeue; submit again to resume"
-"""
+from tapct.run_folder import JobFolder
 
 
 @dataclass(frozen=True)
@@ -175,7 +122,7 @@ def _make_executor(
         srun_args=srun,
         additional_parameters={"requeue": True},
         setup=setup_lines(job, resources),
-        teardown=REQUEUE.splitlines(),
+        teardown=restarts.lines_after(),
         **{key: value for key, value in options.items() if value},
     )
     return executor
@@ -194,23 +141,23 @@ def setup_lines(job: JobFolders, resources: Resources) -> list[str]:
     """
     own = f'{shlex.quote(str(job.folder))}/"$TAPCT_JOB"'
     places = shlex.quote(str(JobFolder(job.folder).places))
-    bounds = BOUNDS.replace("MAX_RESTARTS", str(resources.max_restarts))
-    bounds = bounds.replace("MAX_IDLE", str(resources.max_idle_restarts))
-    # both are relative to RUN/jobs/<time> of the run that a task of the array works on
-    bounds = bounds.replace("LATEST", str(RunFolder(Path("..", "..")).checkpoints.latest))
-    bounds = bounds.replace("EVENTS", str(JobFolder(Path()).events))
     return [
         'export TAPCT_JOB="${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}"',
         'export TAPCT_JOB="${TAPCT_JOB:-$SLURM_JOB_ID}"',
-        f"export {task.MARK}={own}.end",
-        f'rm -f "${task.MARK}"',
+        f"export {ending.MARK}={own}.end",
+        f'rm -f "${ending.MARK}"',
         f'TAPCT_PLACE="$(sed -n "$((${{SLURM_ARRAY_TASK_ID:-0}} + 1))p" {places})"',
-        f"TAPCT_STARTS={own}.starts",
-        *bounds.splitlines(),
+        f"TAPCT_FILES={own}",
+        *restarts.lines_before(resources),
         f'export PYTHONPATH={shlex.quote(str(job.code))}"${{PYTHONPATH:+:$PYTHONPATH}}"',
         "unset RANK WORLD_SIZE LOCAL_RANK",
         'MASTER_ADDR="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"',
-        'export MASTER_ADDR MASTER_PORT="$((20000 + SLURM_JOB_ID % 10000))"',
+        "MASTER_PORT=$((20000 + (SLURM_JOB_ID + 17 * ${SLURM_RESTART_COUNT:-0}) % 10000))",
+        "# this shell runs on that node; another program may listen at the port",
+        'while (exec 3<>"/dev/tcp/127.0.0.1/$MASTER_PORT") 2>/dev/null; do',
+        "    MASTER_PORT=$((MASTER_PORT + 1))",
+        "done",
+        "export MASTER_ADDR MASTER_PORT",
         "# this shell is signalled too, and the lines after srun must still run",
         "trap : TERM USR1 USR2",
     ]

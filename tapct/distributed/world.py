@@ -11,7 +11,7 @@ import os
 import re
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -37,9 +37,18 @@ NCCL_LATER_S = 60.0
 
 
 class LostRank(UserError):
-    """Another rank ended or hangs; the cause is in that rank's log."""
+    """Another rank ended or hangs; the cause is in that rank's log.
+
+    Args:
+        line: error line.
+        nodes: names of the nodes of that rank, where they are known.
+    """
 
     exit_code = LOST_RANK
+
+    def __init__(self, line: str, nodes: Sequence[str] = ()) -> None:
+        super().__init__(line)
+        self.nodes = tuple(nodes)
 
 
 @dataclass(frozen=True)
@@ -90,9 +99,8 @@ def join_ranks(
         first: function that the first rank calls once all ranks have met and agree; its error ends
             all ranks.
     Raises:
-        UserError: the other ranks did not come within the time-out, the ranks differ, or
-            `parallel.shard` does not divide the number of ranks.
-        LostRank: another rank ended or hangs.
+        UserError: the ranks differ, or `parallel.shard` does not divide the number of ranks.
+        LostRank: another rank did not come within the time-out, has ended, or hangs.
     """
     if place.world == 1:
         first()
@@ -134,7 +142,8 @@ def _meet(
     which they met. Arguments as in `join_ranks`.
 
     Raises:
-        UserError: the other ranks did not come within the time-out, or they differ.
+        UserError: the variables of the launcher are wrong, or the ranks differ.
+        LostRank: the other ranks did not come within the time-out, or the port is taken.
     """
     on_gpu = device.type == "cuda"
     meet_s = max(config.timeout_s, MEET_S)
@@ -165,7 +174,9 @@ def _meet(
         raise
     except (dist.DistError, RuntimeError, ValueError) as error:
         where = f" at {address} within {meet_s:.0f} s" if address else ""
-        raise UserError(
+        # a wrong variable comes again; another rank or a port of this node may be in order later
+        kind = UserError if isinstance(error, ValueError) else LostRank
+        raise kind(
             f"rank {place.rank} of {place.world} could not meet the others{where}: "
             f"{str(error).splitlines()[0]}"
         ) from error

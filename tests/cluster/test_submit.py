@@ -4,8 +4,10 @@ requeued.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +20,7 @@ from fake_slurm import store as store
 from shell import Shell, files_of
 from shell import shell as shell
 
+from tapct.base import ending
 from tapct.cluster import jobs, submit, task
 from tapct.cluster.resources import Resources
 from tapct.config import load_config
@@ -137,7 +140,7 @@ def run_script(
 @pytest.fixture
 def script(config: Path, cluster: FakeSlurm) -> str:
     """A batch script with at most 9 restarts, and 2 without progress; its folder exists."""
-    resources = Resources(minutes=10, max_restarts=9, max_idle_restarts=2)
+    resources = Resources(minutes=10, max_restarts=9, max_idle_restarts=2, max_failures=3)
     made = submit.preview_batch_script(submit.plan_runs(config, [], []), resources)
     place = config.parent / "run" / "jobs" / "TIME"
     place.mkdir(parents=True)
@@ -181,7 +184,11 @@ def test_the_script_sets_where_the_ranks_meet_and_which_code_they_run(
     assert Path(first).parent.name == "code" and rest == ["/other"]
 
 
-STOPPED, FAILED = f'printf stopped > "${task.MARK}"; ', f'printf failed > "${task.MARK}"; '
+STOPPED, FAILED = f'printf stopped > "${ending.MARK}"; ', f'printf failed > "${ending.MARK}"; '
+LOST = f"printf 'lost\\nn1\\nstep 5, collective: lost rank 1' > \"${ending.MARK}\"; "
+KILLED = "echo 'srun: error: n1: task 1: Killed' >&2; "
+EXITED = "echo 'srun: error: n0: task 0: Exited with exit code 2' >&2; "
+LAUNCH = "echo 'srun: error: Task launch for StepId=7.0 failed on node n1: Job credential' >&2; "
 
 
 @pytest.mark.parametrize(
@@ -194,11 +201,18 @@ STOPPED, FAILED = f'printf stopped > "${task.MARK}"; ', f'printf failed > "${tas
         ("exit 143", True, "SIGTERM while Python was starting"),
         (STOPPED + "exit 1", True, "a rank left early, the others failed for want of it"),
         (FAILED + "exit 143", False, "a rank failed, and srun ended the others"),
-        (STOPPED + "exit 139", False, "a rank crashed, and srun ended the others early"),
-        ("exit 137", False, "out of memory"),
+        (FAILED + "exit 1", False, "a bug"),
+        (STOPPED + "exit 139", True, "a rank crashed, and srun ended the others early"),
+        ("exit 137", True, "out of memory"),
+        ("exit 3", True, "a rank that hangs"),
+        (LOST + "exit 3", True, "another rank is gone"),
+        (FAILED + KILLED + "exit 137", True, "killed, which was an error for the others"),
+        ("exit 1", False, "Python does not start"),
+        (LAUNCH + "exit 1", True, "a node does not start its ranks"),
+        (FAILED + EXITED + KILLED + "exit 137", False, "srun killed the others after the first"),
     ],
 )
-def test_a_job_is_requeued_after_a_signal_and_only_then(
+def test_a_job_is_requeued_after_a_signal_or_a_fault_of_a_machine_and_only_then(
     script: str, cluster: FakeSlurm, srun: str, again: bool, why: str
 ) -> None:
     done = run_script(cluster, script, srun + "\n")
@@ -265,6 +279,78 @@ def test_a_job_that_saves_nothing_new_gives_up_and_one_that_does_continues(
             done.stdout.splitlines()[-1] == f"tapct: {last_event()['why']}"
             and last_event()["event"] == "gave up"
         )
+
+
+@pytest.mark.parametrize(
+    ("srun", "nodes", "why"),
+    [
+        (KILLED + "exit 137", "n1", "n1: task 1: Killed"),
+        (LOST + "exit 3", "n1", "step 5, collective: lost rank 1"),
+        (LOST + KILLED + "exit 137", "n1", "n1: task 1: Killed; step 5, collective: lost rank 1"),
+        (LAUNCH + "exit 1", "n1", "Task launch for StepId=7.0 failed on node n1: Job credential"),
+        (KILLED.replace("n1", "n[0-1]") + "exit 137", "-", "n[0-1]: task 1: Killed"),
+        ("exit 137", "-", "a rank was ended by signal 9"),
+    ],
+)
+def test_the_cause_of_a_lost_start_is_kept(
+    script: str, cluster: FakeSlurm, srun: str, nodes: str, why: str
+) -> None:
+    done = run_script(cluster, script, srun + "\n")
+    assert (last_event()["event"], last_event()["nodes"]) == ("lost", nodes)
+    assert last_event()["why"] == why and f"tapct: lost: {why}" in done.stdout
+
+
+def test_starts_that_are_lost_without_progress_end(script: str, cluster: FakeSlurm) -> None:
+    ends = [saves(1) + LOST, LOST, LOST, saves(2) + LOST, LOST, LOST, LOST, LOST]
+    codes = [run_script(cluster, script, end + "exit 3\n").returncode for end in ends]
+    assert codes == [0, 0, 0, 0, 0, 0, 0, 1], "three after each checkpoint, and not the fourth"
+    assert str(last_event()["why"]) == (
+        "4 starts in a row were lost without a new checkpoint (--max-failures 3), the last one by: "
+        "step 5, collective: lost rank 1"
+    )
+
+
+@pytest.mark.parametrize(
+    ("excluded_before", "nodes", "excluded"),
+    [
+        ("(null)", "n0 n1 n2 n3", "ExcNodeList=n1"),
+        ("n3", "n0 n1 n2 n3", "ExcNodeList=n1,n3"),
+        ("(null)", "n0 n1", ""),  # the job needs two
+    ],
+)
+def test_a_node_that_lost_two_starts_is_excluded(
+    script: str, cluster: FakeSlurm, excluded_before: str, nodes: str, excluded: str
+) -> None:
+    cluster.command("sinfo", f"printf '%s\\n' {nodes} {nodes}\n")
+    cluster.command(
+        "scontrol",
+        'if [ "$1 $2" = "show hostnames" ]; then echo "$3" | tr , "\\n"; fi\n'
+        'if [ "$1 $2" = "show job" ]; then echo "JobId=77 JobState=RUNNING '
+        f'ExcNodeList={excluded_before} Reason=None"; fi\n',
+    )
+    known = {"SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_PARTITION": "gpu"}
+    for step in (1, 2):
+        assert cluster.calls("scontrol update") == []
+        run_script(cluster, script, saves(step) + KILLED + "exit 137\n", **known)
+    wanted = [f"scontrol update JobId=77 {excluded}"] if excluded else []
+    assert cluster.calls("scontrol update") == wanted
+
+
+def test_a_taken_port_is_avoided(script: str, cluster: FakeSlurm) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        job = 10000 + port % 10000  # the port of this job is 20000 + job % 10000
+        with contextlib.ExitStack() as stack:
+            if port != 20000 + job % 10000:
+                port, other = 20000 + job % 10000, stack.enter_context(socket.socket())
+                other.bind(("127.0.0.1", port))
+                other.listen()
+            run_script(
+                cluster, script, 'echo "$MASTER_PORT" > "{here}/port"\n', SLURM_JOB_ID=str(job)
+            )
+    assert int((cluster.here / "port").read_text()) == port + 1
 
 
 def test_a_job_that_cannot_be_requeued_reports_it(script: str, cluster: FakeSlurm) -> None:
