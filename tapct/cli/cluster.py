@@ -2,35 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from tapct.base import console
+from tapct.cli import submit_options as option
 from tapct.cli.app import ConfigFile, Overrides, app, examples
-from tapct.cli.submit_options import (
-    Account,
-    AllowChange,
-    Constraint,
-    CpusPerTask,
-    DryRun,
-    GpusPerNode,
-    Grace,
-    MaxFailures,
-    MaxIdleRestarts,
-    MaxRestarts,
-    Memory,
-    Nodes,
-    Partition,
-    Qos,
-    SweepAxes,
-    TasksPerNode,
-    TimeLimit,
-)
 
 if TYPE_CHECKING:  # --help is instant
     from tapct.cluster.jobs import Submission
@@ -45,51 +28,52 @@ if TYPE_CHECKING:  # --help is instant
     )
 )
 def submit(
+    context: typer.Context,
     config: ConfigFile,
     overrides: Overrides = None,
-    limit: TimeLimit = "1-00:00",
-    nodes: Nodes = 1,
-    gpus_per_node: GpusPerNode = 0,
-    tasks_per_node: TasksPerNode = 0,
-    cpus_per_task: CpusPerTask = 0,
-    mem: Memory = "",
-    partition: Partition = "",
-    account: Account = "",
-    qos: Qos = "",
-    constraint: Constraint = "",
-    grace: Grace = 120,
-    max_restarts: MaxRestarts = 1000,
-    max_idle_restarts: MaxIdleRestarts = 5,
-    max_failures: MaxFailures = 10,
-    sweep: SweepAxes = None,
-    allow_change: AllowChange = False,
-    dry_run: DryRun = False,
+    time: option.TimeLimit = "1-00:00",
+    nodes: option.Nodes = 1,
+    gpus_per_node: option.GpusPerNode = 0,
+    tasks_per_node: option.TasksPerNode = 0,
+    cpus_per_task: option.CpusPerTask = 0,
+    mem: option.Memory = "",
+    mem_per_cpu: option.MemPerCpu = "",
+    mem_per_gpu: option.MemPerGpu = "",
+    partition: option.Partition = "",
+    account: option.Account = "",
+    qos: option.Qos = "",
+    constraint: option.Constraint = "",
+    gres: option.Gres = "",
+    exclude: option.Exclude = "",
+    nodelist: option.NodeList = "",
+    exclusive: option.Exclusive = False,
+    dependency: option.Dependency = "",
+    reservation: option.Reservation = "",
+    comment: option.Comment = "",
+    mail: option.Mail = "",
+    job_name: option.JobName = "",
+    sbatch: option.Sbatch = None,
+    setup: option.Setup = None,
+    srun_args: option.SrunArgs = None,
+    container: option.Container = "",
+    container_with: option.ContainerWith = "apptainer",
+    grace: option.Grace = 120,
+    max_restarts: option.MaxRestarts = 1000,
+    max_idle_restarts: option.MaxIdleRestarts = 5,
+    max_failures: option.MaxFailures = 10,
+    sweep: option.SweepAxes = None,
+    array_limit: option.ArrayLimit = 0,
+    allow_change: option.AllowChange = False,
+    dry_run: option.DryRun = False,
 ) -> None:
     """Train on a SLURM cluster.
 
-    A job that is preempted or reaches its time limit saves a checkpoint, requeues itself and
-    resumes.
+    A job that is preempted, reaches its time limit or loses a node requeues itself and resumes. A
+    file with defaults of the cluster is described in docs/cluster.md.
     """
-    from tapct.cluster import slurm
     from tapct.cluster import submit as submission
-    from tapct.cluster.resources import Resources
 
-    resources = Resources(
-        minutes=slurm.time_limit_minutes(limit),
-        nodes=nodes,
-        gpus_per_node=gpus_per_node,
-        tasks_per_node=tasks_per_node,
-        cpus_per_task=cpus_per_task,
-        mem=slurm.memory_size(mem) if mem else "",
-        partition=partition,
-        account=account,
-        qos=qos,
-        constraint=constraint,
-        grace_seconds=grace,
-        max_restarts=max_restarts,
-        max_idle_restarts=max_idle_restarts,
-        max_failures=max_failures,
-    )
+    resources = resources_of(context)
     planned = submission.plan_runs(config, overrides or [], sweep or [])
     warnings: list[str] = []
     for run in planned.runs:
@@ -103,6 +87,40 @@ def submit(
     submitted = submission.submit_runs(planned, resources, allow_change, warn=console.warn)
     for line in lines_about(planned, submitted, resources):
         console.say(line)
+
+
+def resources_of(context: typer.Context) -> Resources:
+    """What a job requests: the options of the command line, and below them those of the site.
+
+    Args:
+        context: context of a command whose parameters have the names of `Resources`, with `time`
+            and `grace`.
+    """
+    from tapct.cluster import site, slurm
+    from tapct.cluster.resources import Resources
+
+    names = [field.name for field in dataclasses.fields(Resources)]
+    names = [*names, "time", "grace"]
+    parameters = {name: context.params[name] for name in names if name in context.params}
+    explicit = [
+        name.replace("_", "-")
+        for name in parameters
+        if str(context.get_parameter_source(name)).endswith("COMMANDLINE")
+    ]
+    given = {name.replace("_", "-"): value for name, value in parameters.items()}
+    options: dict[str, Any] = {}
+    for name, value in site.with_site(given, explicit).items():
+        options[name.replace("-", "_")] = tuple(value) if isinstance(value, list) else value
+    for name in ("sbatch", "setup", "srun_args"):
+        options[name] = options[name] or ()
+    for name in ("mem", "mem_per_cpu", "mem_per_gpu"):
+        if options[name]:
+            options[name] = slurm.memory_size(options[name], name.replace("_", "-"))
+    return Resources(
+        minutes=slurm.time_limit_minutes(options.pop("time")),
+        grace_seconds=options.pop("grace"),
+        **options,
+    )
 
 
 def lines_about(

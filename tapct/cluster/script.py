@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,14 @@ from typing import Any
 from submitit import SlurmExecutor
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 
-from tapct.base import ending
+from tapct.base import ending, ranks
 from tapct.base.exits import UserError
 from tapct.cluster import restarts
-from tapct.cluster.resources import Resources
+from tapct.cluster.resources import CONTAINERS, Resources
 from tapct.run_folder import JobFolder
+
+# variables of SLURM that name the cluster or this user's rights there, and no job
+OF_THE_CLUSTER = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT")
 
 
 @dataclass(frozen=True)
@@ -32,11 +36,18 @@ class JobFolders:
         name: name of the job in the queue.
         folder: RUN/jobs/<time>, absolute, with the file `places`.
         code: folder with the copy of tapct that the job runs, absolute.
+        data: other folders that the runs read, absolute; a container mounts them.
     """
 
     name: str
     folder: Path
     code: Path
+    data: tuple[str, ...] = ()
+
+    @property
+    def mount(self) -> Path:
+        """Folder that holds the job's files, its code and all its run folders."""
+        return self.code.parent.parent
 
 
 def make_batch_script(job: JobFolders, resources: Resources, num_runs: int) -> str:
@@ -73,7 +84,8 @@ def submit_tasks(
     """
     executor = _make_executor(job, resources, SlurmExecutor)
     try:
-        with contextlib.redirect_stderr(io.StringIO()):  # submitit prints what it raises
+        # submitit prints what it raises
+        with contextlib.redirect_stderr(io.StringIO()), outside_of_jobs():
             submitted = executor.map_array(work, *zip(*arguments, strict=True))
     except (FailedJobError, FailedSubmissionError) as error:
         raise UserError(
@@ -81,6 +93,23 @@ def submit_tasks(
             "sacctmgr show associations user=$USER lists accounts and qos"
         ) from error
     return [each.job_id for each in submitted]
+
+
+@contextlib.contextmanager
+def outside_of_jobs() -> Iterator[None]:
+    """Within this context, the environment has no variables of a job or launcher around this
+    process: sbatch and srun would take memory, cores and nodes of that job for those of the new
+    one.
+    """
+    before = dict(os.environ)
+    kept = ranks.without_place(before)
+    for name in set(before) - set(kept):
+        if name not in OF_THE_CLUSTER:
+            del os.environ[name]
+    try:
+        yield
+    finally:
+        os.environ.update(before)
 
 
 class _ExecutorWithoutSlurm(SlurmExecutor):
@@ -95,24 +124,24 @@ def _make_executor(
     job: JobFolders, resources: Resources, kind: type[SlurmExecutor]
 ) -> SlurmExecutor:
     """submitit's executor with all parameters of a job."""
-    executor = kind(job.folder)
-    options = {
-        "gpus_per_node": resources.gpus_per_node,
-        "cpus_per_task": resources.cpus_per_task,
-        "mem": resources.mem,
-        "partition": resources.partition,
-        "account": resources.account,
-        "qos": resources.qos,
-        "constraint": resources.constraint,
-    }
+    executor = kind(job.folder, python=python_command(job, resources) or None)
     # --chdir, because python -m searches its working directory before PYTHONPATH. --wait=0, because
-    # the first rank may stay for the last evaluation after the others have ended.
-    srun = ["--kill-on-bad-exit=1", "--wait=0", f"--chdir={job.code}"]
-    if resources.cpus_per_task:
+    # the first rank may stay for the last evaluation after the others have ended. --export, because
+    # at sites with --export=NONE the ranks would not get what is exported here.
+    srun = ["--kill-on-bad-exit=1", "--wait=0", "--export=ALL", f"--chdir={job.code}"]
+    options = resources.options
+    cpus = options.get("cpus-per-task")
+    if cpus:
         # since SLURM 22.05, srun does not inherit this option from sbatch
-        srun.append(f"--cpus-per-task={resources.cpus_per_task}")
+        srun.append(f"--cpus-per-task={cpus}")
+    if resources.container and resources.container_with == "pyxis":
+        mounts = ",".join(f"{folder}:{folder}" for folder in mounted_folders(job))
+        srun += [f"--container-image={resources.container}", f"--container-mounts={mounts}"]
+        srun.append(f"--container-workdir={job.code}")
+    for text in resources.srun_args:
+        srun += shlex.split(text)
     executor.update_parameters(
-        job_name=job.name,
+        job_name=resources.job_name or job.name,
         time=resources.minutes,
         nodes=resources.nodes,
         ntasks_per_node=resources.tasks,
@@ -120,12 +149,39 @@ def _make_executor(
         stderr_to_stdout=True,
         wckey=None,
         srun_args=srun,
-        additional_parameters={"requeue": True},
+        additional_parameters={"requeue": True, **options},
         setup=setup_lines(job, resources),
         teardown=restarts.lines_after(),
-        **{key: value for key, value in options.items() if value},
+        **({"array_parallelism": resources.array_limit} if resources.array_limit else {}),
     )
     return executor
+
+
+def python_command(job: JobFolders, resources: Resources) -> str:
+    """Shell words that start the Python of a container; empty for the Python of this process.
+
+    Args:
+        job: folders of the job.
+        resources: image, and the program that runs it.
+    """
+    if not resources.container:
+        return ""
+    template = CONTAINERS.get(resources.container_with, resources.container_with)
+    if not template:  # srun starts the container
+        return "python3"
+    if not resources.has_gpus:
+        template = template.replace(" --nv ", " ")
+    mounts = ",".join(mounted_folders(job))
+    words = template.replace("{mounts}", shlex.quote(mounts))
+    return words.replace("{image}", shlex.quote(resources.container))
+
+
+def mounted_folders(job: JobFolders) -> list[str]:
+    """Folders of the host that a job needs in a container: its files, and the working directory
+    from which relative paths start.
+    """
+    folders = {str(job.mount), os.getcwd(), *job.data}
+    return sorted(folders)
 
 
 def setup_lines(job: JobFolders, resources: Resources) -> list[str]:
@@ -142,6 +198,7 @@ def setup_lines(job: JobFolders, resources: Resources) -> list[str]:
     own = f'{shlex.quote(str(job.folder))}/"$TAPCT_JOB"'
     places = shlex.quote(str(JobFolder(job.folder).places))
     return [
+        *resources.setup,
         'export TAPCT_JOB="${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}"',
         'export TAPCT_JOB="${TAPCT_JOB:-$SLURM_JOB_ID}"',
         f"export {ending.MARK}={own}.end",

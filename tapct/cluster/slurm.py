@@ -102,18 +102,19 @@ def _parse_minutes(text: str) -> float | None:
     return (days or 0) * 1440 + hours * 60 + minutes + seconds / 60
 
 
-def memory_size(text: str) -> str:
+def memory_size(text: str, option: str = "mem") -> str:
     """Check a memory size; returns it in sbatch's format.
 
     Args:
         text: number with K, M, G or T, e.g. 64G.
+        option: name of the option in an error line.
     Raises:
         UserError: the text has another format.
     """
     size = text.strip().upper()
     if not re.fullmatch(r"\d+([KMGT]B?)?", size):
         raise UserError(
-            f"--mem {text!r} is not a memory size; write a number with K, M, G or T, e.g. 64G"
+            f"--{option} {text!r} is not a memory size; write a number with K, M, G or T, e.g. 64G"
         )
     return size
 

@@ -52,6 +52,11 @@ class PlannedRuns:
         return [run.value.out for run in self.runs]
 
     @property
+    def data(self) -> tuple[str, ...]:
+        """Stores of the runs."""
+        return tuple(sorted({str(run.value.data.store.absolute()) for run in self.runs}))
+
+    @property
     def job_name(self) -> str:
         """Name of the job in the queue."""
         return f"tapct-{self.root.absolute().name}"
@@ -98,7 +103,7 @@ def check_run(resolved: Resolved, resources: Resources, allow_change: bool = Fal
             f"--time, {resources.minutes} min: the job would stop as soon as it starts; request "
             "more time, or lower train.save_before_end_s"
         )
-    if config.device == "cuda" and not resources.gpus_per_node:
+    if config.device == "cuda" and not resources.has_gpus:
         raise UserError("device=cuda, but the job requests no GPU; add --gpus-per-node")
     if "%" in str(config.out.absolute()):
         raise UserError(
@@ -116,14 +121,21 @@ def run_warnings(resolved: Resolved, resources: Resources) -> list[str]:
     """Combinations that work but are probably not intended, one line each."""
     config: RunConfig = resolved.value
     lines, workers = warnings(resolved), config.data.loader.workers
-    if config.device == "auto" and not resources.gpus_per_node:
+    if config.device == "auto" and not resources.has_gpus:
         lines.append("the job requests no GPU and will train on the CPU; add --gpus-per-node")
-    if config.device == "cpu" and resources.gpus_per_node:
+    if config.device == "cpu" and resources.has_gpus:
         lines.append("device=cpu leaves the GPUs of --gpus-per-node idle; set device=auto")
-    if 0 < resources.cpus_per_task <= workers:
+    cpus = str(resources.options.get("cpus-per-task", ""))
+    if cpus.isdigit() and int(cpus) <= workers:
         lines.append(
-            f"--cpus-per-task {resources.cpus_per_task} leaves no core for training beside "
-            f"data.loader.workers {workers}; request {workers + 1}"
+            f"--cpus-per-task {cpus} leaves no core for training beside data.loader.workers "
+            f"{workers}; request {workers + 1}"
+        )
+    others = ("exclusive", "cpus-per-gpu", "cores-per-socket")
+    if not cpus and workers and not any(name in resources.options for name in others):
+        lines.append(
+            "without --cpus-per-task, most clusters give each process one core, which training "
+            f"would share with data.loader.workers {workers}; add --cpus-per-task {workers + 1}"
         )
     saved = _finished_checkpoints(config)
     if saved and max(map(step_of, saved)) >= config.train.steps:
@@ -208,7 +220,7 @@ def submit_runs(
             arguments.append((str(config), os.getcwd(), str(code), allow_change))
         lines = "".join(f"{folder}\n" for folder in job_folders)
         JobFolder(log_folder).places.write_text(lines, encoding="utf-8")
-        job = JobFolders(planned.job_name, log_folder, code)
+        job = JobFolders(planned.job_name, log_folder, code, planned.data)
         ids = script.submit_tasks(job, resources, task.run_task, arguments)
         undo.pop_all()  # SLURM has accepted the job: keep all new folders
     submissions = []
@@ -231,7 +243,9 @@ def preview_batch_script(planned: PlannedRuns, resources: Resources) -> str:
     The preview needs no SLURM and writes nothing.
     """
     root = RunFolder(planned.root.absolute())
-    job = JobFolders(planned.job_name, root.jobs / "TIME", root.code / snapshot_name())
+    job = JobFolders(
+        planned.job_name, root.jobs / "TIME", root.code / snapshot_name(), planned.data
+    )
     lines = [script.make_batch_script(job, resources, len(planned.runs))]
     for number, out in enumerate(planned.folders):
         if out != planned.root:

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from fake_slurm import FakeSlurm
+from fake_slurm import SBATCH, FakeSlurm
 from fake_slurm import cluster as cluster  # fixtures
 from fake_slurm import config as config
 from fake_slurm import store as store
@@ -104,14 +104,135 @@ def test_a_doubtful_setting_gives_a_warning_beside_the_script(config: Path, shel
         assert code == 0
         return other_warnings(err)
 
-    assert warned() == []
-    (line,) = warned("device=auto")
+    assert warned("--cpus-per-task", "2") == []
+    assert warned("--exclusive") == [] and warned("data.loader.workers=0") == []
+    (line,) = warned("data.loader.workers=3")
+    assert "without --cpus-per-task" in line and "add --cpus-per-task 4" in line
+    (line,) = warned("--cpus-per-task", "2", "device=auto")
     assert line.startswith("warning: the job requests no GPU") and "--gpus-per-node" in line
-    (line,) = warned("--gpus-per-node", "2")
+    (line,) = warned("--cpus-per-task", "2", "--gpus-per-node", "2")
     assert line.startswith("warning: device=cpu leaves the GPUs")
     (line,) = warned("--cpus-per-task", "2", "data.loader.workers=2")
     assert "no core for training beside data.loader.workers 2; request 3" in line
     assert warned("--cpus-per-task", "3", "data.loader.workers=2") == []
+
+
+def test_sbatch_gets_every_option_that_it_knows(config: Path, shell: Shell) -> None:
+    words = "--gres gpu:h100:4 --exclude n1 --nodelist n2,n3 --exclusive --mem-per-gpu 32G "
+    words += "--dependency afterok:7 --reservation r --mail me@lab.org --job-name j "
+    words += "--sbatch --licenses=a --sbatch --nice --comment c"
+    found = options_of(
+        shell.good(
+            "submit", config, "losses.koleo=null", "device=auto", "--dry-run", *words.split()
+        )
+    )
+    assert found["gres"] == "gpu:h100:4" and found["ntasks-per-node"] == "4"
+    assert (found["exclude"], found["nodelist"], found["exclusive"]) == ("n1", "n2,n3", "")
+    assert (found["mem-per-gpu"], found["dependency"]) == ("32G", "afterok:7")
+    assert (found["mail-user"], found["mail-type"]) == ("me@lab.org", "END,FAIL")
+    assert (found["reservation"], found["job-name"], found["comment"]) == ("r", "j", "c")
+    assert (found["licenses"], found["nice"]) == ("a", "")
+
+
+@pytest.mark.parametrize(
+    ("given", "tasks"),
+    [
+        ("--gres=gpu:h100:4", "4"),
+        ("--gres=gpu:2,lustre", "2"),
+        ("--gpus-per-node=a100:3", "3"),
+        ("--gres=lustre", "1"),
+        ("--gpus-per-task=1", "1"),
+    ],
+)
+def test_gpus_of_sbatch_make_one_task_each(
+    config: Path, shell: Shell, given: str, tasks: str
+) -> None:
+    words = ("losses.koleo=null", "device=auto", "train.global_batch=12", "--dry-run")
+    code, out, err = shell("submit", config, "--exclusive", "--sbatch", given, *words)
+    assert code == 0 and options_of(out)["ntasks-per-node"] == tasks
+    name, _, value = given.removeprefix("--").partition("=")
+    assert options_of(out)[name] == value
+    assert ("requests no GPU" in err) == (given == "--gres=lustre")
+
+
+def test_lines_of_setup_come_first_and_words_of_srun_before_python(
+    config: Path, shell: Shell
+) -> None:
+    words = ("--setup", "module load cuda", "--setup", "ulimit -n 9999")
+    script = shell.good(
+        "submit", config, "--dry-run", *words, "--srun-args", "--cpu-bind=cores --mpi=none"
+    )
+    lines = script.splitlines()
+    assert lines[lines.index("# setup") + 1 :][:2] == ["module load cuda", "ulimit -n 9999"]
+    (srun,) = (line for line in lines if line.startswith("srun "))
+    assert f"--cpu-bind=cores --mpi=none {sys.executable}" in srun and "--export=ALL" in srun
+
+
+@pytest.mark.parametrize(
+    ("program", "parts"),
+    [
+        ((), ["apptainer exec --bind ", "{here},{here}/run a.sif python3 -u -m submitit"]),
+        (
+            ("pyxis",),
+            ["--container-image=a.sif", "--container-mounts=", "{here}:{here}", " python3 -u"],
+        ),
+        (("enter {image} -- python",), [" enter a.sif -- python -u -m submitit"]),
+    ],
+)
+def test_python_runs_in_a_container(
+    config: Path, shell: Shell, tmp_path: Path, program: tuple[str, ...], parts: list[str]
+) -> None:
+    words = [word for each in program for word in ("--container-with", each)]
+    script = shell.good("submit", config, "--dry-run", "--container", "a.sif", *words)
+    (srun,) = (line for line in script.splitlines() if line.startswith("srun "))
+    for part in parts:
+        assert part.format(here=tmp_path, image="{image}") in srun, srun
+    assert subprocess.run(["bash", "-n"], input=script, text=True, check=False).returncode == 0
+
+
+def test_a_file_of_the_site_has_the_defaults_of_a_cluster(
+    config: Path, shell: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = tmp_path / "site.yaml"
+    site.write_text(
+        "partition: gpu\naccount: lab\ncpus_per_task: 8\ntime: 12:00:00\nexclusive: true\n"
+        "setup: module load cuda\nsbatch: [--licenses=a]\n"
+    )
+    monkeypatch.setenv("TAPCT_SITE", str(site))
+    words = ("--partition", "big", "--setup", "module load nccl", "--dry-run")
+    script = shell.good("submit", config, *words)
+    found = options_of(script)
+    assert (found["partition"], found["account"], found["cpus-per-task"]) == ("big", "lab", "8")
+    assert (found["time"], found["exclusive"], found["licenses"]) == ("720", "", "a")
+    assert script.index("module load cuda") < script.index("module load nccl")
+
+    for text, parts in (
+        ("partitoin: gpu\n", ["partitoin", "partition"]),
+        ("nodes: many\n", ["nodes", "'many'", "whole number"]),
+        ("sweep: a=1\n", ["sweep", "no option that a site can set"]),
+        ("[a, b]\n", ["must map options"]),
+        ("a: [\n", ["no YAML file"]),
+    ):
+        site.write_text(text)
+        line = shell.bad("submit", config, "--dry-run")
+        assert str(site) in line and all(part in line for part in parts), line
+    monkeypatch.setenv("TAPCT_SITE", "nowhere.yaml")
+    assert "TAPCT_SITE=nowhere.yaml is no file" in shell.bad("submit", config)
+
+
+def test_a_job_that_is_submitted_from_a_job_inherits_nothing_of_it(
+    config: Path, shell: Shell, cluster: FakeSlurm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster.command("sbatch", 'env > "{here}/variables"\n' + SBATCH)
+    monkeypatch.setenv("SLURM_MEM_PER_NODE", "100")
+    monkeypatch.setenv("SLURM_JOB_ID", "5")
+    monkeypatch.setenv("SLURM_CONF", "/etc/slurm.conf")
+    monkeypatch.setenv("SBATCH_ACCOUNT", "lab")
+    shell.good("submit", config)
+    lines = (cluster.here / "variables").read_text().splitlines()
+    names = {line.partition("=")[0] for line in lines}
+    assert {name for name in names if name.startswith("SLURM_")} == {"SLURM_CONF"}
+    assert "SBATCH_ACCOUNT" in names and os.environ["SLURM_JOB_ID"] == "5"
 
 
 def test_the_dry_run_of_a_sweep_is_an_array(config: Path, shell: Shell) -> None:
@@ -459,8 +580,10 @@ def test_a_sweep_is_submitted_as_one_array_with_a_folder_per_run(
         )
     assert "tapct compare run/*=*" in printed
     dry = shell.good(
-        "submit", config, "--time", "10", "--sweep", "optim.lr=1e-3,2e-3", "--dry-run", "out=other"
+        *("submit", config, "--time", "10", "--sweep", "optim.lr=1e-3,2e-3", "--dry-run"),
+        *("out=other", "--array-limit", "1"),
     )
+    assert options_of(dry)["array"] == "0-1%1"
     assert dry.splitlines()[-2:] == ["# run 0: other/lr=1e-3", "# run 1: other/lr=2e-3"]
     assert sorted(Path().glob("run/*=*")) == [Path("run/lr=1e-3"), Path("run/lr=2e-3")]
     assert list(jobs.find_submissions([Path("run")])) == [Path("run/lr=1e-3"), Path("run/lr=2e-3")]
@@ -481,6 +604,13 @@ def test_a_sweep_is_submitted_as_one_array_with_a_folder_per_run(
         ("device=cuda", ["device=cuda", "--gpus-per-node"]),
         ("data.store=nowhere", ["nowhere"]),
         ("out=a%jb", ["%"]),
+        ("--sbatch -pgpu", ["long form"]),
+        ("--sbatch --array=0-3", ["--sweep"]),
+        ("--sbatch --time=5", ["use --time"]),
+        ("--mem 2G --mem-per-cpu 1G", ["--mem", "--mem-per-cpu", "exclude"]),
+        ("--partition a --sbatch --partition=b", ["--partition", "twice"]),
+        ("--sbatch --nice=1 --sbatch --nice=2", ["--nice", "twice"]),
+        ("--container a --container-with docker", ["docker", "apptainer"]),
     ],
 )
 def test_what_cannot_run_is_not_submitted(
@@ -527,9 +657,10 @@ def test_when_slurm_does_not_respond_one_warning_names_the_run_that_was_not_chec
     config: Path, shell: Shell, cluster: FakeSlurm
 ) -> None:
     cluster.command("squeue", "exit 1\n")
-    code, _, err = shell("submit", config)
+    words = ("submit", config, "--cpus-per-task", "2")
+    code, _, err = shell(*words)
     assert code == 0 and other_warnings(err) == []  # no earlier submission: nothing to check
-    code, _, err = shell("submit", config)
+    code, _, err = shell(*words)
     (line,) = other_warnings(err)
     assert code == 0 and line.startswith("warning: SLURM does not respond (squeue)")
     assert "on run;" in line and "squeue --me" in line
