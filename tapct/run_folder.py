@@ -299,6 +299,11 @@ class RunFolder:
         return self.path / "lease.json"
 
     @property
+    def submitting(self) -> Path:
+        """While a job is submitted: which process does it."""
+        return self.jobs / ".submitting"
+
+    @property
     def trained_on(self) -> Path:
         """Scans and patients that the run has been trained on."""
         return self.path / _TRAINED_ON

@@ -155,7 +155,7 @@ def jobs(
     if not submissions:
         console.say("no run here was submitted; `tapct submit CONFIG` submits one")
         return
-    queued = slurm.read_queue()
+    queued = slurm.read_queue([one.job for one in submissions.values()])
     rows = [submitted_jobs.read_progress(run, one, queued) for run, one in submissions.items()]
     console.console().print(submitted_jobs.progress_table(rows))
     for row in rows:

@@ -11,12 +11,13 @@ import math
 import os
 import re
 import statistics
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tapct.base import console, jsonl
+from tapct.base import console, jsonl, lease
 from tapct.base.counted import counted
 from tapct.base.exits import UserError
 from tapct.base.files import expand_path
@@ -157,8 +158,11 @@ def read_progress(
     events = _read_events(run, submission.job)
     job = None if queue is None else queue.get(submission.job)
     why = _why_given_up(job, events)
+    writer = None if job is not None else _writer(run, submission.job)
     if why:
         state = "gave up"
+    elif writer:
+        state = writer
     else:
         state = _state(job, events, step >= submission.steps, has_queue=queue is not None)
     if job is not None:
@@ -178,6 +182,22 @@ def read_progress(
         losses=tuple(str(event.get("why", "")) for event in events if event["event"] == "lost"),
         evaluated=best_record.read(run),
     )
+
+
+def _writer(run: Path, job: str) -> str:
+    """`running` where the lease of a run shows that a job works on it which the queue does not
+    show, as on a cluster that hides the jobs of other users; else empty.
+    """
+    path = RunFolder(run).lease
+    try:
+        is_recent = time.time() - path.stat().st_mtime < lease.STALE_S
+        holder = lease.holder_of(path)
+    except OSError:
+        return ""
+    # the job of an element of an array has a number of its own in the lease
+    is_own = holder is not None and (holder.job == job or "_" in job)
+    is_dead = holder is not None and lease.has_ended(holder)
+    return "running" if is_own and is_recent and not is_dead else ""
 
 
 def _why_given_up(job: QueuedJob | None, events: Sequence[dict[str, Any]]) -> str:
@@ -288,7 +308,8 @@ def cancel_jobs(targets: Sequence[str]) -> list[str]:
     Raises:
         UserError: SLURM does not respond, or a target has no job that waits or runs.
     """
-    queue = slurm.read_queue()
+    wanted = [job for target in targets for job in _known_jobs(target)]
+    queue = slurm.read_queue(wanted)
     if queue is None:
         raise UserError(
             "SLURM does not respond (squeue), so nothing was cancelled; is this a login node? Try "
@@ -307,6 +328,14 @@ def cancel_jobs(targets: Sequence[str]) -> list[str]:
             lines[job] = f"cancelled job {job}, was {queue[job].state.lower()}{place}"
     slurm.cancel_ids(list(lines))
     return list(lines.values())
+
+
+def _known_jobs(target: str) -> list[str]:
+    """Ids of jobs that a target names, or whose runs lie in it."""
+    folder = expand_path(target)
+    if not folder.is_dir():
+        return [target] if re.fullmatch(r"\d+(_\d+)?", target) else []
+    return [submission.job for submission in find_submissions([folder]).values()]
 
 
 def _active_jobs_of(target: str, queue: dict[str, QueuedJob]) -> dict[str, Path | None]:

@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from tapct.base import console, ending
 from tapct.base.exits import LOST_RANK
+from tapct.base.launcher import Torchrun
 from tapct.distributed.config import Config
 from tapct.distributed.world import CAUSE_FIRST_S, LostRank, World, cause_of, lost_rank
 
@@ -64,6 +65,7 @@ class Watch:
         self.place, self.since, self.until = "starting", time.monotonic(), math.inf
         self.step, self.count = -1, 0  # of the last report, and reports in this step
         self.over = threading.Event()
+        self.torchrun = Torchrun(os.environ)
 
     def at(self, step: int, phase: Phase) -> None:
         """Report what this rank begins to do: a few bytes to the store at which the ranks met. It
@@ -79,15 +81,17 @@ class Watch:
         self.place, self.since = f"step {step + 1}, {phase}", time.monotonic()
         # one number, assigned at once, so that the thread never reads half of a change
         self.until = self.since + timeout_s + EXTRA_S
-        if self.world.store is not None:
-            report = f"{step + 1} {self.count} {phase}"
-            self.world.store.set(f"where/{self.world.ranks.rank}", report)
+        self.report(f"where/{self.world.ranks.rank}", f"{step + 1} {self.count} {phase}")
+
+    def report(self, key: str, value: str) -> None:
+        """Write a value to the store at which the ranks met, if there are several."""
+        # the store of torchrun ends with it: then all ranks stop after this step, and save
+        if self.world.store is not None and not self.torchrun.has_ended():
+            self.world.store.set(key, value)
 
     def name_node(self) -> None:
         """Write the name of this rank's node to the store."""
-        if self.world.store is not None:
-            node = ending.node_name(os.environ)
-            self.world.store.set(f"node/{self.world.ranks.rank}", node)
+        self.report(f"node/{self.world.ranks.rank}", ending.node_name(os.environ))
 
     def who_is_behind(self) -> Behind:
         """The ranks that have reported the earliest place: the lowest step, in it the fewest
@@ -169,10 +173,8 @@ class Watch:
         """
         shortest_s = min(self.config.timeout_s, self.config.save_timeout_s)
         while not self.over.wait(min(shortest_s / 4, LONGEST_SLEEP_S)):
-            if self.world.store is not None:
-                with suppress(dist.DistError, RuntimeError):  # `who_is_behind` reports its loss
-                    joined = str(num_collectives())
-                    self.world.store.set(f"joined/{self.world.ranks.rank}", joined)
+            with suppress(dist.DistError, RuntimeError):  # `who_is_behind` reports a lost store
+                self.report(f"joined/{self.world.ranks.rank}", str(num_collectives()))
             if time.monotonic() > self.until:
                 waited_s = time.monotonic() - self.since
                 behind = self.who_is_behind()

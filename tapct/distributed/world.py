@@ -9,6 +9,7 @@ from __future__ import annotations
 import datetime
 import os
 import re
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,7 +20,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from tapct.base import ranks
+from tapct.base import console, ranks
+from tapct.base.counted import counted
 from tapct.base.exits import LOST_RANK, UserError
 from tapct.base.ranks import Ranks
 from tapct.distributed import agreement, collectives
@@ -34,6 +36,7 @@ MEET_S = 300.0
 # NCCL ends the process by itself after a time-out. It must do so later than `Watch`, which knows
 # which rank is missing.
 NCCL_LATER_S = 60.0
+HINT_S = 20.0  # the first rank prints for whom it waits after this time
 
 
 class LostRank(UserError):
@@ -153,6 +156,9 @@ def _meet(
     try:
         host, port = ranks.rendezvous(os.environ)
         address = f"{host}:{port}"
+        waiting = threading.Timer(HINT_S, hint_at_others, (place, address))
+        waiting.daemon = True
+        waiting.start()
         meeting = dist.rendezvous(f"tcp://{address}", place.rank, place.world, timeout=patience)
         store, _, _ = next(meeting)
         # torchrun's store outlives a restart: what the ranks before it wrote must not be read
@@ -160,6 +166,7 @@ def _meet(
         store = dist.PrefixStore(f"attempt_{attempt}", store)
         store.set(f"here/{place.rank}", "yes")
         store.wait([f"here/{rank}" for rank in range(place.world)], patience)
+        waiting.cancel()
         # before the process group, whose back-end depends on the device of each rank
         agreement.agree(dist.PrefixStore("start", store), place, facts, first, patience)
         dist.init_process_group(
@@ -181,6 +188,17 @@ def _meet(
             f"{str(error).splitlines()[0]}"
         ) from error
     return store
+
+
+def hint_at_others(place: Ranks, address: str) -> None:
+    """Print for whom the first rank waits: variables that are left from another launcher look like
+    a run of several ranks.
+    """
+    if place.is_first:
+        console.say(
+            f"waiting for {counted(place.world - 1, 'other rank')} at {address}; if a single "
+            "process is meant, unset RANK, WORLD_SIZE and LOCAL_RANK"
+        )
 
 
 def shard_size(place: Ranks, wanted: int) -> int:

@@ -21,6 +21,7 @@ from shell import Shell, files_of
 from shell import shell as shell
 
 from tapct.base import ending
+from tapct.base.lease import Lease
 from tapct.cluster import jobs, submit, task
 from tapct.cluster.resources import Resources
 from tapct.config import load_config
@@ -651,6 +652,42 @@ def test_a_run_with_a_living_job_is_not_submitted_again(
     assert "tapct cancel run" in shell.bad("submit", config)
     cluster.queue(("77", "COMPLETED", 0, "None"))
     shell.good("submit", config)
+
+
+def test_the_living_job_of_another_user_is_seen(
+    config: Path, shell: Shell, cluster: FakeSlurm
+) -> None:
+    shell.good("submit", config)
+    cluster.queue(("77", "RUNNING", 0, "None"))
+    cluster.command("squeue", 'case "$*" in *--user=*) ;; *) cat "{here}/queue" ;; esac\n')
+    assert "run has the job 77, running" in shell.bad("submit", config)
+    assert "running" in shell.good("jobs", "run")
+    assert "cancelled job 77" in shell.good("cancel", "run")
+    # and on a cluster that hides the jobs of other users
+    cluster.command("squeue", "")
+    lease = Lease(Path("run/lease.json"), "the run folder run", {"SLURM_JOB_ID": "77"})
+    lease.acquire()
+    line = shell.bad("submit", config)
+    assert "run is being written by another process" in line and "job 77" in line
+    assert "running" in shell.good("jobs", "run")
+    lease.release()
+    assert "never ran" in shell.good("jobs", "run")
+    shell.good("submit", config)
+
+
+def test_of_two_submissions_at_once_one_is_refused(
+    config: Path, shell: Shell, cluster: FakeSlurm, tmp_path: Path
+) -> None:
+    other = Lease(Path("run/jobs/.submitting"), "the list of jobs of run", {})
+    other.acquire()
+    before = files_of(tmp_path)
+    assert "the list of jobs of run is being written by another process" in shell.bad(
+        "submit", config
+    )
+    assert files_of(tmp_path) == before and cluster.calls("sbatch") == []
+    other.release()
+    shell.good("submit", config)
+    assert not Path("run/jobs/.submitting").exists()
 
 
 def test_when_slurm_does_not_respond_one_warning_names_the_run_that_was_not_checked(
