@@ -34,11 +34,12 @@
         trained_on.parquet              scans and patients that it has been trained on
       export-eval/DATASET/*             after tapct eval RUN/export: results and pictures
       report.html                       after tapct report
-      jobs/20260131-120000/             after tapct submit, one folder per submission
+      jobs/20260131-120000/             after tapct submit or sweep, one folder per submission
         config.yaml                     config of the job
         submission.json                 job id, time, number of steps
         events.jsonl                    starts and ends of the job
         places                          job folder of each run of a sweep
+        log.txt                         output of a run of tapct sweep
         *                               batch script, logs and state of the job
       code/REVISION/tapct/*             copy of tapct that the job runs
 
@@ -266,6 +267,11 @@ class JobFolder:
     def events(self) -> Path:
         """Starts and ends of the job, one JSON object per line."""
         return self.path / "events.jsonl"
+
+    @property
+    def log(self) -> Path:
+        """Output of a run of `tapct sweep`; jobs of SLURM have one log per rank."""
+        return self.path / "log.txt"
 
     @property
     def places(self) -> Path:

@@ -1,4 +1,4 @@
-"""Commands for a SLURM cluster: `submit`, `jobs` and `cancel`."""
+"""Commands for a SLURM cluster: `submit`, `jobs` and `cancel`; and `sweep` on this machine."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tapct.base import console
+from tapct.base.exits import UserError
 from tapct.cli import submit_options as option
 from tapct.cli.app import ConfigFile, Overrides, app, examples
 
@@ -135,6 +136,59 @@ def lines_about(
     yield f"logs in {submitted[0].logs}; watch: tapct jobs {root}; end: tapct cancel {root}"
     if planned.folders != [root]:
         yield f"when they are done: tapct compare {shlex.quote(str(root))}/*=*"
+
+
+@app.command(
+    epilog=examples(
+        "tapct sweep smoke optim.lr=1e-3,3e-3 --parallel 2 out=runs/sweep",
+        "tapct sweep smoke optim.lr=1e-3,3e-3 views.num_locals=2,4 train.steps=500",
+    )
+)
+def sweep(
+    config: ConfigFile,
+    settings: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="KEY=VALUE,VALUE",
+            help="settings of all runs, and those with several values; one run per combination",
+        ),
+    ],
+    parallel: Annotated[
+        int,
+        typer.Option(metavar="N", help="number of runs that train at the same time", min=1),
+    ] = 1,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="print the runs and start nothing")
+    ] = False,
+) -> None:
+    """Train every combination of some settings on this machine.
+
+    The folders are those of `tapct submit --sweep`. The runs are ranked by the best value of their
+    evaluated headline, if eval.during.every is set. The same command resumes runs that were
+    stopped.
+    """
+    from tapct.cluster import local_sweep
+    from tapct.cluster import submit as submission
+
+    common, axes = local_sweep.divided(settings)
+    if not axes:
+        raise UserError(
+            "no setting has several values; write for example optim.lr=1e-3,3e-3, or use tapct "
+            "train for a single run"
+        )
+    planned = submission.plan_runs(config, common, axes)
+    for line in local_sweep.check_runs(planned):
+        console.warn(line)
+    if dry_run:
+        for folder in planned.folders:
+            console.say(str(folder))
+        return
+    outcomes = local_sweep.train_all(planned, parallel)
+    console.console().print(local_sweep.result_table(local_sweep.ranked(planned.folders)))
+    for line in local_sweep.lines_about(planned, outcomes):
+        console.say(line)
+    if any(outcome.code for outcome in outcomes):
+        raise typer.Exit(1)
 
 
 @app.command(epilog=examples("tapct jobs", "tapct jobs runs/mine runs/sweep"))

@@ -247,7 +247,9 @@ class Pretraining:
         batches = self.batches(rows, start)
         try:
             with (
-                trackers.MetricsWriter(config.out, config.log, start_step=start) as writer,
+                trackers.MetricsWriter(
+                    config.out, config.log, start_step=start, num_steps=config.train.steps
+                ) as writer,
                 console.TrainProgress(config.train.steps, start, config.log.every) as progress,
             ):
                 hooks = self.hooks(pair, updater, writer, progress)
