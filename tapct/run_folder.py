@@ -2,7 +2,7 @@
 
     RUN/
       config.yaml                       resolved config
-      run.json                          command, versions, git revision, machine, data
+      run.json                          command, versions, git revision, machine, data, all starts
       trained_on.parquet                scans and patients that the run has been trained on
       metrics.jsonl                     one line per optimizer step
       lease.json                        while a process trains: which one

@@ -99,7 +99,10 @@ def processes_of(run: Path | str, node: str) -> list[int]:
             continue
         try:
             command = (folder / "cmdline").read_bytes()
-            if b"submitit.core._submit" not in command or wanted not in command:
+            # srun has the same words in its command line
+            if b"\0-m\0submitit.core._submit" not in command or wanted not in command:
+                continue
+            if command.startswith(b"srun"):
                 continue
             environment = (folder / "environ").read_bytes().split(b"\0")
         except OSError:  # it has ended meanwhile

@@ -6,7 +6,6 @@ import socket
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from pytest import MonkeyPatch
 
 from tapct.base.exits import UserError
 from tapct.doctor import nodes
@@ -51,7 +50,7 @@ def test_ranks_of_two_nodes_meet_and_get_one_exit_code() -> None:
     assert reports[1].findings == (OK, BAD)
 
 
-def test_a_rank_that_does_not_come_is_named(monkeypatch: MonkeyPatch) -> None:
+def test_a_rank_that_does_not_come_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nodes, "MEET_SECONDS", 0.3)
     port = free_port()
     table = Table(3, port)
