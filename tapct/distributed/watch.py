@@ -133,8 +133,14 @@ class Watch:
         step, count, phase = self.world.store.get(key).decode().split()
         return int(step), int(count), phase
 
+    def node_of(self, rank: int) -> str:
+        """Name of a rank's node; empty where it has not written it, or the store is lost."""
+        try:
+            return "" if self.world.store is None else self._node(rank)
+        except (dist.DistError, RuntimeError):
+            return ""
+
     def _node(self, rank: int) -> str:
-        """Name of a rank's node; empty where it has not written it."""
         assert self.world.store is not None
         key = f"node/{rank}"
         return self.world.store.get(key).decode() if self.world.store.check([key]) else ""

@@ -34,7 +34,7 @@ from tapct.ssl.student_teacher import StudentTeacher
 from tapct.types import FIT_KINDS, Batch, Masks, Views
 
 # entries of the packet that ranks add up once per step, beside those of `metrics.collect`
-ARRIVAL, STOP = "arrival", "stop"
+ARRIVAL, DATA, STOP = "arrival", "data", "stop"
 
 
 @dataclass(frozen=True)
@@ -335,6 +335,7 @@ class Trainer:
             self.watch.at(step, "data")
             with timer.phase("data"):
                 micro_batches = next(batches)
+            data_s = time.perf_counter() - began
 
             # gradients of all micro-batches, added up
             outputs: list[ssl_step.StepOutput] = []
@@ -345,6 +346,7 @@ class Trainer:
                 if micro == 0:
                     # before the first collective of the step: after it, all wait for the slowest
                     packet.sum(ARRIVAL, own_slot(time.perf_counter() - began, self.device))
+                    packet.sum(DATA, own_slot(data_s, self.device))
                 self.watch.at(step, "forward")
                 with timer.phase("forward_backward"):
                     output = self.forward_backward(step, micro, views, masks, values.teacher_temp)
@@ -368,7 +370,7 @@ class Trainer:
             # save fetches
             with_rankme = (step + 1) % self.cadence.log_every == 0
             numbers = metrics.readings(outputs, packet, report, with_rankme=with_rankme)
-            numbers += metrics.arrivals(packet[ARRIVAL])
+            numbers += metrics.arrivals(packet[ARRIVAL], packet[DATA])
         samples = (step + 1) * config.global_batch
         self.pending.add(step + 1, samples, values, numbers, timer, self.save_seconds)
         self.save_seconds = 0.0  # counted once, in the step after the save
@@ -399,7 +401,8 @@ class Trainer:
         """Fetch the numbers of all steps since the last flush, check them, and log them."""
         records = self.pending.fetch()
         broken = metrics.first_not_finite(records)
-        slow = metrics.straggler(records, self.cadence.parallel.straggler_factor)
+        factor = self.cadence.parallel.straggler_factor
+        slow = metrics.straggler(records, factor, self.watch.node_of)
         if slow and time.monotonic() > self.silent_until:
             self.hooks.say(slow)
             self.silent_until = time.monotonic() + 60.0
