@@ -275,19 +275,19 @@ def result_table(rows: Sequence[Ranked]) -> Table:
     table.add_column("rank", justify="right", no_wrap=True)
     table.add_column("run", overflow="fold", min_width=12)
     records = [row.record for row in rows if row.record is not None]
-    title = f"{records[0].task} {records[0].metric}" if records else "not evaluated"
-    for name in (title, "at step", "steps", "loss"):
+    columns = ["steps", "loss"]
+    if records:
+        columns = [f"{records[0].task} {records[0].metric}", "at step", *columns]
+    for name in columns:
         table.add_column(name, justify="right")
     for number, row in enumerate(rows, start=1):
-        has_value = row.record is not None and row.record.best is not None
-        table.add_row(
-            str(number),
-            os.path.relpath(row.run),
-            shown(row.best) if has_value else "",
-            str(row.record.best) if has_value and row.record is not None else "",
-            str(row.step),
-            "" if math.isnan(row.loss) else f"{row.loss:.3f}",
-        )
+        evaluated = []
+        if records:
+            evaluated = ["", ""]
+        if row.record is not None and row.record.best is not None:
+            evaluated = [shown(row.best), str(row.record.best)]
+        loss = "" if math.isnan(row.loss) else f"{row.loss:.3f}"
+        table.add_row(str(number), os.path.relpath(row.run), *evaluated, str(row.step), loss)
     return table
 
 

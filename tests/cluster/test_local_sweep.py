@@ -43,7 +43,7 @@ def test_a_sweep_trains_every_combination_in_its_folder(
     words = ("optim.lr=1e-3,2e-3", "seed=1,2", "losses.koleo=null", "--parallel", "2")
     code, out, _ = shell("sweep", config, *words)
     assert code == 1 and "failed: run/lr=1e-3,seed=2: no more room" in out
-    assert "compare: tapct compare run/*=*" in out and "not evaluated" in out
+    assert "compare: tapct compare run/*=*" in out and "the runs were not evaluated" in out
     for lr in ("1e-3", "2e-3"):
         run = Path(f"run/lr={lr},seed=1")
         (place,) = (run / "jobs").iterdir()
