@@ -13,7 +13,7 @@ from typing import Literal
 
 import torch.distributed as dist
 
-from tapct.base import console, ending
+from tapct.base import console, ending, ranks
 from tapct.base.exits import LOST_RANK
 from tapct.base.launcher import Torchrun
 from tapct.distributed.config import Config
@@ -23,6 +23,7 @@ from tapct.distributed.world import CAUSE_FIRST_S, LostRank, World, cause_of, lo
 EXTRA_S = 5.0
 LONGEST_SLEEP_S = 10.0  # of the thread, between two checks
 MOST_NAMES = 4  # ranks that a message names
+ANSWER_S = 10.0  # within which the store must answer
 
 # What a rank does within a step. `forward` includes the backward pass, in which FSDP gathers
 # weights and reduces gradients; `collective` is the one sum of all that ranks agree on.
@@ -94,6 +95,22 @@ class Watch:
         self.report(f"node/{self.world.ranks.rank}", ending.node_name(os.environ))
 
     def who_is_behind(self) -> Behind:
+        """The ranks that are furthest behind, asked of the store with a time-out: the process that
+        keeps the store can be the one that hangs.
+        """
+        answers: list[Behind] = []
+        asking = threading.Thread(target=lambda: answers.append(self._who_is_behind()), daemon=True)
+        asking.start()
+        asking.join(ANSWER_S)
+        if answers:
+            return answers[0]
+        keeper = "torchrun" if self.torchrun.process else "rank 0"
+        with suppress(ValueError):
+            host, _ = ranks.rendezvous(os.environ)
+            return Behind(f"{keeper} on {host}, which keeps the reports, does not answer", (host,))
+        return Behind(f"{keeper}, which keeps the reports, does not answer")
+
+    def _who_is_behind(self) -> Behind:
         """The ranks that have reported the earliest place: the lowest step, in it the fewest
         phases, and of those in the same phase the ones that have joined the fewest collectives.
         """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 
 import forked
@@ -74,6 +75,17 @@ def test_in_one_phase_the_rank_that_has_joined_fewer_collectives_is_behind(
     monkeypatch.setattr(watching, "num_collectives", lambda: 40)
     clause = "rank 2 (last reported: step 7, forward) is furthest behind"
     assert watches[0].who_is_behind() == Behind(clause)
+
+
+def test_a_store_that_does_not_answer_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watching, "ANSWER_S", 0.1)
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    monkeypatch.setenv("MASTER_ADDR", "gpu01")
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    watch = watch_of(1, 2, dist.HashStore())
+    monkeypatch.setattr(watch, "_last_report", lambda rank: time.sleep(1.0))
+    clause = "rank 0 on gpu01, which keeps the reports, does not answer"
+    assert watch.who_is_behind() == Behind(clause, ("gpu01",))
 
 
 def test_at_most_four_ranks_are_named() -> None:
