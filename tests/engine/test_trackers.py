@@ -17,7 +17,7 @@ from typing import Any
 import forked
 import pytest
 
-from tapct.base import console
+from tapct.base import console, jsonl
 from tapct.engine import trackers
 
 LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS")
@@ -128,9 +128,14 @@ def test_a_start_reads_only_the_end_of_a_long_file(
         assert path.read_text() == "".join(lines[:start])
     path.write_text("".join(lines))
     monkeypatch.setattr(trackers, "BLOCK_BYTES", 1000)
-    reads: list[int] = []
-    parse = trackers.jsonl.parse
-    monkeypatch.setattr(trackers.jsonl, "parse", lambda line: reads.append(1) or parse(line))
+    reads: list[bytes] = []
+    parse = jsonl.parse
+
+    def counted(line: bytes) -> dict[str, Any] | None:
+        reads.append(line)
+        return parse(line)
+
+    monkeypatch.setattr(jsonl, "parse", counted)
     trackers.MetricsWriter(tmp_path, QUIET, start_step=2990).close()
     assert len(reads) == 10
 
