@@ -24,6 +24,8 @@ EXTRA_S = 5.0
 LONGEST_SLEEP_S = 10.0  # of the thread, between two checks
 MOST_NAMES = 4  # ranks that a message names
 ANSWER_S = 10.0  # within which the store must answer
+# The thread may wait for a store that never answers: the first rank keeps it, and can hang itself.
+JOIN_S = 2.0
 
 # What a rank does within a step. `forward` includes the backward pass, in which FSDP gathers
 # weights and reduces gradients; `collective` is the one sum of all that ranks agree on.
@@ -196,8 +198,6 @@ class Watch:
         """
         shortest_s = min(self.config.timeout_s, self.config.save_timeout_s)
         while not self.over.wait(min(shortest_s / 4, LONGEST_SLEEP_S)):
-            with suppress(dist.DistError, RuntimeError):  # `who_is_behind` reports a lost store
-                self.report(f"joined/{self.world.ranks.rank}", str(num_collectives()))
             if time.monotonic() > self.until:
                 waited_s = time.monotonic() - self.since
                 behind = self.who_is_behind()
@@ -205,6 +205,9 @@ class Watch:
                 ending.leave("lost", line, behind.nodes)
                 console.error(line + (NCCL_HINT if self.world.device.type == "cuda" else ""))
                 os._exit(LOST_RANK)
+            # last, because it waits where the store is cut off
+            with suppress(dist.DistError, RuntimeError):  # `who_is_behind` reports a lost store
+                self.report(f"joined/{self.world.ranks.rank}", str(num_collectives()))
 
 
 def num_collectives() -> int:
@@ -236,4 +239,4 @@ def watch_ranks(watch: Watch) -> Iterator[Watch]:
         yield watch
     finally:
         watch.over.set()
-        thread.join()
+        thread.join(JOIN_S)

@@ -88,6 +88,18 @@ def test_a_store_that_does_not_answer_is_named(monkeypatch: pytest.MonkeyPatch) 
     assert watch.who_is_behind() == Behind(clause, ("gpu01",))
 
 
+def test_a_thread_that_waits_for_the_store_does_not_keep_the_process(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(watching, "JOIN_S", 0.1)
+    watch = watch_of(1, 2, dist.HashStore())
+    monkeypatch.setattr(watch, "run", lambda: time.sleep(5.0))
+    began = time.monotonic()
+    with pytest.raises(LostRank), watching.watch_ranks(watch):
+        raise LostRank("rank 0 is gone")
+    assert time.monotonic() - began < 3.0
+
+
 def test_at_most_four_ranks_are_named() -> None:
     store = dist.HashStore()
     watches = [watch_of(rank, 9, store) for rank in range(9)]
