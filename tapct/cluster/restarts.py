@@ -17,7 +17,7 @@ Files beside the batch script, for a job with the id JOB:
     JOB.starts   one line per start: the newest checkpoint when it began
     JOB.lost     one line per start that was lost: that checkpoint, the nodes, the cause
     JOB.srun     messages of srun
-    JOB.running  exists while the batch script runs
+    JOB.running  exists while the batch script runs; the name of its node
 """
 
 from __future__ import annotations
@@ -67,9 +67,9 @@ see the logs, then submit again"
 : >> "$TAPCT_FILES.lost"
 if [ -e "$TAPCT_FILES.running" ]; then # SLURM has ended the batch script itself
     record "cut off" "SLURM has started the job again: its first node failed, or it was preempted \\
-and had no time to save"
+and had no time to save" "$(cat "$TAPCT_FILES.running")"
 fi
-touch "$TAPCT_FILES.running"
+echo "${SLURMD_NODENAME:-}" > "$TAPCT_FILES.running"
 check_bounds "${SLURM_RESTART_COUNT:-0}"
 newest >> "$TAPCT_FILES.starts"
 srun() { # its messages name the node of a rank that was killed

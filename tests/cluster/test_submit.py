@@ -422,6 +422,14 @@ def test_the_cause_of_a_lost_start_is_kept(
     assert last_event()["why"] == why and f"tapct: lost: {why}" in done.stdout
 
 
+def test_a_start_that_slurm_has_cut_off_is_recorded(script: str, cluster: FakeSlurm) -> None:
+    run_script(cluster, script, saves(1) + "kill -KILL $PPID\n", SLURMD_NODENAME="n0")
+    assert run_script(cluster, script, "exit 0\n", SLURMD_NODENAME="n1").returncode == 0
+    assert (last_event()["event"], last_event()["nodes"]) == ("cut off", "n0")
+    run_script(cluster, script, saves(2) + "exit 0\n")
+    assert last_event()["nodes"] == "n0", "a start that ended by itself is not cut off"
+
+
 def test_starts_that_are_lost_without_progress_end(script: str, cluster: FakeSlurm) -> None:
     ends = [saves(1) + LOST, LOST, LOST, saves(2) + LOST, LOST, LOST, LOST, LOST]
     codes = [run_script(cluster, script, end + "exit 3\n").returncode for end in ends]
