@@ -272,7 +272,7 @@ def merged(reports: Sequence[NodeReport], missing: Sequence[int]) -> list[Findin
             Finding(
                 "ranks",
                 "fail",
-                f"no word from {counted(len(missing), 'rank')}: {named}",
+                f"no report from {counted(len(missing), 'rank')}: {named}",
                 "see the output of srun, and run tapct doctor on their node",
             )
         )

@@ -59,11 +59,11 @@ class Config:
 
 
 def steps_between(most: int, num_steps: int) -> int:
-    """The smallest of 1, 2, 5, 10, 20, 50 ... steps between two rows with which a run has at most
-    so many rows.
+    """The smallest of 1, 2, 5, 10, 20, 50 ... steps between two rows with which a run has no more
+    rows than `most`.
 
     Args:
-        most: number of rows.
+        most: largest number of rows.
         num_steps: steps of the run.
     """
     wanted, every = num_steps / most, 1
