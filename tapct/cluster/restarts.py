@@ -91,7 +91,8 @@ why="$(sed -n 3p "$TAPCT_MARK" 2>/dev/null)"
 srun_line() { grep -m 1 -E "$1" "$TAPCT_FILES.srun" | sed 's/^srun: error: //'; }
 killed="Killed|Out Of Memory|Bus error|Segmentation fault|Aborted|Illegal instruction"
 first="$(srun_line 'srun: error: .*: tasks? [0-9,-]+: ' | grep -E ": ($killed)")"
-gone="$(srun_line 'Node failure on|[Ll]aunch .* failed|Unable to create step|Communication connection')"
+failures='Node failure on|[Ll]aunch .* failed|Unable to create step|Communication connection'
+gone="$(srun_line "$failures")"
 if [ -n "$first" ]; then # the others ended because of this rank
     end=lost why="${first}${why:+; $why}" nodes="${first%%:*}"
 elif [ -n "$gone" ] && [ "$end" != stopped ]; then
