@@ -125,7 +125,10 @@ class Table:
     def collect(self) -> list[NodeReport]:
         """Wait for the reports of all nodes; returns those that came."""
         with self.changed:
-            self.changed.wait_for(lambda: len(self.reports) == len(self.leaders), REPORT_SECONDS)
+            self.changed.wait_for(
+                lambda: bool(self.leaders) and len(self.reports) == len(self.leaders),
+                REPORT_SECONDS,
+            )
             return [self.reports[rank] for rank in sorted(self.reports)]
 
     def close(self, code: int) -> None:
@@ -133,6 +136,8 @@ class Table:
         self.code = code
         self.decided.set()
         time.sleep(0.5)  # the threads answer
+        with contextlib.suppress(OSError):
+            self.socket.shutdown(socket.SHUT_RDWR)  # ends the thread that accepts
         self.socket.close()
 
 
@@ -237,9 +242,7 @@ def between_nodes(found: AllReduce | Broken, backend: str) -> Finding:
     if not found.right:
         return Finding(name, "fail", f"{backend}: the sum is wrong", "check the network card")
     rate = f"{found.rate / 1e9:.2g} GB/s" if found.rate >= 1e9 else f"{found.rate / 1e6:.3g} MB/s"
-    return Finding(
-        name, "ok", f"{backend} all-reduce over {found.world} nodes, {rate} bus bandwidth"
-    )
+    return Finding(name, "ok", f"{backend} all-reduce over {found.world} nodes, bus {rate}")
 
 
 def clock(reports: Sequence[NodeReport]) -> Finding:
