@@ -2,7 +2,7 @@
 
     RUN/
       config.yaml                       resolved config
-      run.json                          command, versions, git revision, machine, data
+      run.json                          command, versions, git revision, machine, data, all starts
       trained_on.parquet                scans and patients that the run has been trained on
       metrics.jsonl                     one line per optimizer step
       lease.json                        while a process trains: which one
@@ -34,11 +34,12 @@
         trained_on.parquet              scans and patients that it has been trained on
       export-eval/DATASET/*             after tapct eval RUN/export: results and pictures
       report.html                       after tapct report
-      jobs/20260131-120000/             after tapct submit, one folder per submission
+      jobs/20260131-120000/             after tapct submit or sweep, one folder per submission
         config.yaml                     config of the job
         submission.json                 job id, time, number of steps
         events.jsonl                    starts and ends of the job
         places                          job folder of each run of a sweep
+        log.txt                         output of a run of tapct sweep
         *                               batch script, logs and state of the job
       code/REVISION/tapct/*             copy of tapct that the job runs
 
@@ -268,6 +269,11 @@ class JobFolder:
         return self.path / "events.jsonl"
 
     @property
+    def log(self) -> Path:
+        """Output of a run of `tapct sweep`; jobs of SLURM have one log per rank."""
+        return self.path / "log.txt"
+
+    @property
     def places(self) -> Path:
         """Job folder of each run of a sweep, one per line."""
         return self.path / "places"
@@ -297,6 +303,11 @@ class RunFolder:
     def lease(self) -> Path:
         """Process that writes the folder; see `base/lease.py`."""
         return self.path / "lease.json"
+
+    @property
+    def submitting(self) -> Path:
+        """While a job is submitted: which process does it."""
+        return self.jobs / ".submitting"
 
     @property
     def trained_on(self) -> Path:

@@ -322,6 +322,45 @@ def hold(
         lease.release()
 
 
+def holder_of(path: Path) -> Holder | None:
+    """Who holds or held a lease last, alive or not; None where its file is missing or damaged."""
+    seen = _read(path)
+    return None if seen is None else seen.holder
+
+
+def has_ended(holder: Holder) -> bool:
+    """Whether a holder on this machine is no longer alive; False for one on another machine."""
+    return holder.machine == machine() and birth_of(holder.pid) != holder.born
+
+
+def living_holder(path: Path, patience_s: float = 2 * BEAT_S + 2.0) -> Holder | None:
+    """Who writes a folder now, without asking for the lease; None where nobody does.
+
+    Args:
+        path: file of the lease.
+        patience_s: seconds within which a holder on another machine must show a heartbeat. One that
+            is suspended or cut off from the disk for so long is not seen: this is a first look and
+            replaces no lease.
+    Raises:
+        OSError: the folder cannot be read.
+    """
+    seen = _read(path)
+    if seen is None or seen.holder is None:
+        return None
+    holder = seen.holder
+    if holder.machine == machine():
+        return None if has_ended(holder) else holder
+    until = time.monotonic() + patience_s
+    while time.monotonic() < until:
+        time.sleep(min(0.5, patience_s / 10))
+        now = _read(path)
+        if now is None:
+            return None
+        if now.content != seen.content:
+            return now.holder
+    return None
+
+
 def this_process(environment: Mapping[str, str]) -> Holder:
     """Describe this process as the holder of a new lease."""
     job = environment.get("SLURM_JOB_ID") or environment.get("TORCHELASTIC_RUN_ID", "none")

@@ -32,7 +32,8 @@ NORM_OUTLIERS = "patch_norm_outliers"
 RANKME = "rankme"
 FEATURE_READINGS = (COSINE, CLS_STD, NORM_OUTLIERS, RANKME)
 SLOWEST, SLOWEST_S, MEDIAN_S = "slowest", "slowest_s", "median_s"
-RANK_READINGS = (SLOWEST, SLOWEST_S, MEDIAN_S)
+SLOWEST_DATA_S = "slowest_data_s"  # the part of SLOWEST_S in which that rank waited for data
+RANK_READINGS = (SLOWEST, SLOWEST_S, SLOWEST_DATA_S, MEDIAN_S)
 
 
 def loss(term: str) -> str:

@@ -168,7 +168,9 @@ def rendezvous(environment: Mapping[str, str]) -> tuple[str, int]:
     if environment.get("MASTER_PORT"):
         return host, int(environment["MASTER_PORT"])
     job, step = (environment.get(name, "0") for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
-    return host, 15000 + (int(job) * 7 + int(step)) % 15000
+    # another one after a restart: a port that another program uses was perhaps the reason for it
+    number = int(job) * 7 + int(step) + 1009 * restarts(environment)
+    return host, 15000 + number % 15000
 
 
 def first_host(nodes: str) -> str:

@@ -1,35 +1,20 @@
-"""Commands for a SLURM cluster: `submit`, `jobs` and `cancel`."""
+"""Commands for a SLURM cluster: `submit`, `jobs` and `cancel`; and `sweep` on this machine."""
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from tapct.base import console
+from tapct.base.exits import UserError
+from tapct.cli import submit_options as option
 from tapct.cli.app import ConfigFile, Overrides, app, examples
-from tapct.cli.submit_options import (
-    Account,
-    AllowChange,
-    Constraint,
-    CpusPerTask,
-    DryRun,
-    GpusPerNode,
-    Grace,
-    MaxIdleRestarts,
-    MaxRestarts,
-    Memory,
-    Nodes,
-    Partition,
-    Qos,
-    SweepAxes,
-    TasksPerNode,
-    TimeLimit,
-)
 
 if TYPE_CHECKING:  # --help is instant
     from tapct.cluster.jobs import Submission
@@ -44,49 +29,52 @@ if TYPE_CHECKING:  # --help is instant
     )
 )
 def submit(
+    context: typer.Context,
     config: ConfigFile,
     overrides: Overrides = None,
-    limit: TimeLimit = "1-00:00",
-    nodes: Nodes = 1,
-    gpus_per_node: GpusPerNode = 0,
-    tasks_per_node: TasksPerNode = 0,
-    cpus_per_task: CpusPerTask = 0,
-    mem: Memory = "",
-    partition: Partition = "",
-    account: Account = "",
-    qos: Qos = "",
-    constraint: Constraint = "",
-    grace: Grace = 120,
-    max_restarts: MaxRestarts = 1000,
-    max_idle_restarts: MaxIdleRestarts = 5,
-    sweep: SweepAxes = None,
-    allow_change: AllowChange = False,
-    dry_run: DryRun = False,
+    time: option.TimeLimit = "1-00:00",
+    nodes: option.Nodes = 1,
+    gpus_per_node: option.GpusPerNode = 0,
+    tasks_per_node: option.TasksPerNode = 0,
+    cpus_per_task: option.CpusPerTask = 0,
+    mem: option.Memory = "",
+    mem_per_cpu: option.MemPerCpu = "",
+    mem_per_gpu: option.MemPerGpu = "",
+    partition: option.Partition = "",
+    account: option.Account = "",
+    qos: option.Qos = "",
+    constraint: option.Constraint = "",
+    gres: option.Gres = "",
+    exclude: option.Exclude = "",
+    nodelist: option.NodeList = "",
+    exclusive: option.Exclusive = False,
+    dependency: option.Dependency = "",
+    reservation: option.Reservation = "",
+    comment: option.Comment = "",
+    mail: option.Mail = "",
+    job_name: option.JobName = "",
+    sbatch: option.Sbatch = None,
+    setup: option.Setup = None,
+    srun_args: option.SrunArgs = None,
+    container: option.Container = "",
+    container_with: option.ContainerWith = "apptainer",
+    grace: option.Grace = 120,
+    max_restarts: option.MaxRestarts = 1000,
+    max_idle_restarts: option.MaxIdleRestarts = 5,
+    max_failures: option.MaxFailures = 10,
+    sweep: option.SweepAxes = None,
+    array_limit: option.ArrayLimit = 0,
+    allow_change: option.AllowChange = False,
+    dry_run: option.DryRun = False,
 ) -> None:
     """Train on a SLURM cluster.
 
-    A job that is preempted or reaches its time limit saves a checkpoint, requeues itself and
-    resumes.
+    A job that is preempted, reaches its time limit or loses a node requeues itself and resumes. A
+    file with defaults of the cluster is described in docs/cluster.md.
     """
-    from tapct.cluster import slurm
     from tapct.cluster import submit as submission
-    from tapct.cluster.resources import Resources
 
-    resources = Resources(
-        minutes=slurm.time_limit_minutes(limit),
-        nodes=nodes,
-        gpus_per_node=gpus_per_node,
-        tasks_per_node=tasks_per_node,
-        cpus_per_task=cpus_per_task,
-        mem=slurm.memory_size(mem) if mem else "",
-        partition=partition,
-        account=account,
-        qos=qos,
-        constraint=constraint,
-        grace_seconds=grace,
-        max_restarts=max_restarts,
-        max_idle_restarts=max_idle_restarts,
-    )
+    resources = resources_of(context)
     planned = submission.plan_runs(config, overrides or [], sweep or [])
     warnings: list[str] = []
     for run in planned.runs:
@@ -102,6 +90,40 @@ def submit(
         console.say(line)
 
 
+def resources_of(context: typer.Context) -> Resources:
+    """What a job requests: the options of the command line, and below them those of the site.
+
+    Args:
+        context: context of a command whose parameters have the names of `Resources`, with `time`
+            and `grace`.
+    """
+    from tapct.cluster import site, slurm
+    from tapct.cluster.resources import Resources
+
+    names = [field.name for field in dataclasses.fields(Resources)]
+    names = [*names, "time", "grace"]
+    parameters = {name: context.params[name] for name in names if name in context.params}
+    explicit = [
+        name.replace("_", "-")
+        for name in parameters
+        if str(context.get_parameter_source(name)).endswith("COMMANDLINE")
+    ]
+    given = {name.replace("_", "-"): value for name, value in parameters.items()}
+    options: dict[str, Any] = {}
+    for name, value in site.with_site(given, explicit).items():
+        options[name.replace("-", "_")] = tuple(value) if isinstance(value, list) else value
+    for name in ("sbatch", "setup", "srun_args"):
+        options[name] = options[name] or ()
+    for name in ("mem", "mem_per_cpu", "mem_per_gpu"):
+        if options[name]:
+            options[name] = slurm.memory_size(options[name], name.replace("_", "-"))
+    return Resources(
+        minutes=slurm.time_limit_minutes(options.pop("time")),
+        grace_seconds=options.pop("grace"),
+        **options,
+    )
+
+
 def lines_about(
     planned: PlannedRuns, submitted: Sequence[Submission], resources: Resources
 ) -> Iterator[str]:
@@ -114,6 +136,59 @@ def lines_about(
     yield f"logs in {submitted[0].logs}; watch: tapct jobs {root}; end: tapct cancel {root}"
     if planned.folders != [root]:
         yield f"when they are done: tapct compare {shlex.quote(str(root))}/*=*"
+
+
+@app.command(
+    epilog=examples(
+        "tapct sweep smoke optim.lr=1e-3,3e-3 --parallel 2 out=runs/sweep",
+        "tapct sweep smoke optim.lr=1e-3,3e-3 views.num_locals=2,4 train.steps=500",
+    )
+)
+def sweep(
+    config: ConfigFile,
+    settings: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="KEY=VALUE,VALUE",
+            help="settings of all runs, and those with several values; one run per combination",
+        ),
+    ],
+    parallel: Annotated[
+        int,
+        typer.Option(metavar="N", help="number of runs that train at the same time", min=1),
+    ] = 1,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="print the runs and start nothing")
+    ] = False,
+) -> None:
+    """Train every combination of some settings on this machine.
+
+    The folders are those of `tapct submit --sweep`. The runs are ranked by the best value of their
+    evaluated headline, if eval.during.every is set. The same command resumes runs that were
+    stopped.
+    """
+    from tapct.cluster import local_sweep
+    from tapct.cluster import submit as submission
+
+    common, axes = local_sweep.divided(settings)
+    if not axes:
+        raise UserError(
+            "no setting has several values; write for example optim.lr=1e-3,3e-3, or use tapct "
+            "train for a single run"
+        )
+    planned = submission.plan_runs(config, common, axes)
+    for line in local_sweep.check_runs(planned):
+        console.warn(line)
+    if dry_run:
+        for folder in planned.folders:
+            console.say(str(folder))
+        return
+    outcomes = local_sweep.train_all(planned, parallel)
+    console.console().print(local_sweep.result_table(local_sweep.ranked(planned.folders)))
+    for line in local_sweep.lines_about(planned, outcomes):
+        console.say(line)
+    if any(outcome.code for outcome in outcomes):
+        raise typer.Exit(1)
 
 
 @app.command(epilog=examples("tapct jobs", "tapct jobs runs/mine runs/sweep"))
@@ -134,12 +209,15 @@ def jobs(
     if not submissions:
         console.say("no run here was submitted; `tapct submit CONFIG` submits one")
         return
-    queued = slurm.read_queue()
+    queued = slurm.read_queue([one.job for one in submissions.values()])
     rows = [submitted_jobs.read_progress(run, one, queued) for run, one in submissions.items()]
     console.console().print(submitted_jobs.progress_table(rows))
     for row in rows:
         if row.why:
             console.say(f"{os.path.relpath(row.run)}, job {row.job}: {row.why}")
+        elif row.losses:
+            line = submitted_jobs.line_about_losses(row.losses)
+            console.say(f"{os.path.relpath(row.run)}, job {row.job}: {line}")
         if row.evaluated is not None:
             line = submitted_jobs.line_about_best(row.evaluated)
             console.say(f"{os.path.relpath(row.run)}: {line}")

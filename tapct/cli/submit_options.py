@@ -47,6 +47,26 @@ Memory = Annotated[
     ),
 ]
 
+MemPerCpu = Annotated[
+    str,
+    typer.Option(
+        "--mem-per-cpu",
+        metavar="SIZE",
+        help="memory of each CPU core, passed to sbatch as --mem-per-cpu",
+        show_default="the cluster's default",
+    ),
+]
+
+MemPerGpu = Annotated[
+    str,
+    typer.Option(
+        "--mem-per-gpu",
+        metavar="SIZE",
+        help="memory of each GPU, passed to sbatch as --mem-per-gpu",
+        show_default="the cluster's default",
+    ),
+]
+
 Partition = Annotated[
     str,
     typer.Option(
@@ -83,6 +103,149 @@ Constraint = Annotated[
     ),
 ]
 
+Gres = Annotated[
+    str,
+    typer.Option(
+        "--gres",
+        metavar="LIST",
+        help="generic resources of each node, e.g. gpu:h100:4",
+        show_default="none",
+    ),
+]
+
+Exclude = Annotated[
+    str,
+    typer.Option(
+        "--exclude",
+        metavar="NODES",
+        help="nodes that the job must not use",
+        show_default="none",
+    ),
+]
+
+NodeList = Annotated[
+    str,
+    typer.Option(
+        "--nodelist",
+        metavar="NODES",
+        help="nodes that the job must use",
+        show_default="none",
+    ),
+]
+
+Exclusive = Annotated[bool, typer.Option("--exclusive", help="share the nodes with no other job")]
+
+Dependency = Annotated[
+    str,
+    typer.Option(
+        "--dependency",
+        metavar="LIST",
+        help="condition on other jobs, e.g. afterok:4711",
+        show_default="none",
+    ),
+]
+
+Reservation = Annotated[
+    str,
+    typer.Option(
+        "--reservation",
+        metavar="NAME",
+        help="reservation of the job",
+        show_default="none",
+    ),
+]
+
+Comment = Annotated[
+    str,
+    typer.Option(
+        "--comment",
+        metavar="TEXT",
+        help="comment on the job",
+        show_default="none",
+    ),
+]
+
+Mail = Annotated[
+    str,
+    typer.Option(
+        "--mail",
+        metavar="ADDRESS",
+        help="address to which SLURM writes when the job ends or fails",
+        show_default="none",
+    ),
+]
+
+JobName = Annotated[
+    str,
+    typer.Option(
+        "--job-name",
+        metavar="NAME",
+        help="name of the job in the queue",
+        show_default="tapct- and the name of the run folder",
+    ),
+]
+
+ArrayLimit = Annotated[
+    int,
+    typer.Option(
+        "--array-limit",
+        metavar="N",
+        help="runs of a sweep that may work at the same time; 0: all",
+        min=0,
+    ),
+]
+
+Sbatch = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--sbatch",
+        metavar="OPTION",
+        help="any other option of sbatch, e.g. '--licenses=a'; may be repeated",
+        show_default="none",
+    ),
+]
+
+Setup = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--setup",
+        metavar="LINE",
+        help="shell line at the beginning of the batch script, e.g. 'module load cuda'; may be "
+        "repeated",
+        show_default="none",
+    ),
+]
+
+SrunArgs = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--srun-args",
+        metavar="OPTIONS",
+        help="further options of srun, e.g. '--cpu-bind=cores'; may be repeated",
+        show_default="none",
+    ),
+]
+
+Container = Annotated[
+    str,
+    typer.Option(
+        "--container",
+        metavar="IMAGE",
+        help="image in which Python runs; it needs the packages that tapct requires",
+        show_default="none",
+    ),
+]
+
+ContainerWith = Annotated[
+    str,
+    typer.Option(
+        "--container-with",
+        metavar="PROGRAM",
+        help="program that runs the image: apptainer, singularity, pyxis, or a command line of "
+        "your own (docs/cluster.md)",
+    ),
+]
+
 Grace = Annotated[
     int,
     typer.Option(
@@ -107,6 +270,16 @@ MaxIdleRestarts = Annotated[
     typer.Option(
         metavar="N",
         help="maximum number of starts in a row that write no new checkpoint",
+        min=0,
+    ),
+]
+
+MaxFailures = Annotated[
+    int,
+    typer.Option(
+        metavar="N",
+        help="maximum number of starts in a row that are lost to a killed rank, a failed node or "
+        "GPU, without a new checkpoint",
         min=0,
     ),
 ]

@@ -59,7 +59,8 @@ def doctor(
 ) -> None:
     """Check that this machine can train.
 
-    Each check prints ok, warn or fail, with a remedy. The exit code is 1 if a check fails.
+    Each check prints ok, warn or fail, with a remedy. The exit code is 1 if a check fails. Under
+    srun or torchrun, all nodes are checked, and the first rank prints one table.
     """
     if selftest:
         if config is None:
@@ -71,9 +72,19 @@ def doctor(
         if not proofs.report(config, overrides or [], json_path):
             raise typer.Exit(1)
         return
-    from tapct.doctor import checkup, verdicts
+    from tapct.doctor import checkup, nodes, verdicts
 
     found = []
+    place = nodes.place_among(os.environ)
+    if place is not None:
+        found, code = checkup.of_all_nodes(place, config, overrides or [], store)
+        for finding in found:
+            checkup.show(finding)
+        if place.is_first:
+            console.say(verdicts.summary(found))
+        if code:
+            raise typer.Exit(code)
+        return
     for finding in checkup.findings(config, overrides or [], store):
         checkup.show(finding)
         found.append(finding)

@@ -1,16 +1,20 @@
 """Submit runs to SLURM, requeue them after a preemption, list and cancel their jobs.
 
-    submit.py     checks runs, writes their folders and hands them to the scheduler
-    sweep.py      the product of the values of --sweep, one run folder per combination
-    snapshot.py   copies tapct into the run folder, so that a job runs the code that was submitted
-    resources.py  what a job requests: time limit, nodes, GPUs, memory
-    task.py       what each task of a job does: it trains and leaves a mark for the batch script
-    jobs.py       finds submitted runs, reads their progress, cancels their jobs
-    slurm.py      SLURM's time and memory formats, its queue, cancelling
-    script.py     the SLURM batch script, and handing it to sbatch (through submitit)
+    submit.py          checks runs, writes their folders and hands them to the scheduler
+    sweep.py           the product of the values of --sweep, one run folder per combination
+    local_sweep.py     trains a sweep on this machine, for `tapct sweep`
+    snapshot.py        copies tapct into the run folder: a job runs the code that was submitted
+    resources.py       what a job requests: time limit, nodes, GPUs, memory
+    sbatch_options.py  options of sbatch that are passed on
+    site.py            defaults of a cluster, from a file
+    task.py            what each task of a job does: it trains, and leaves how it ended
+    jobs.py            finds submitted runs, reads their progress, cancels their jobs
+    slurm.py           SLURM's time and memory formats, its queue, cancelling
+    script.py          the SLURM batch script, and handing it to sbatch (through submitit)
+    restarts.py        when a job is started again: lines of the batch script
 
-Two files contain the commands and formats of SLURM: `slurm.py` and `script.py`. Another scheduler,
-PBS for example, needs two files with the same functions and types:
+Three files contain the commands and formats of SLURM: `slurm.py`, `script.py` and its shell lines
+in `restarts.py`. Another scheduler, PBS for example, needs files with the same functions and types:
 
     function                     called by           what it does
     slurm.time_limit_minutes     tapct submit        reads --time

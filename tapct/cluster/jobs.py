@@ -11,12 +11,14 @@ import math
 import os
 import re
 import statistics
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tapct.base import console, jsonl
+from tapct.base import console, jsonl, lease
+from tapct.base.counted import counted
 from tapct.base.exits import UserError
 from tapct.base.files import expand_path
 from tapct.base.recent import LAST_STEPS, last_mean
@@ -71,6 +73,7 @@ class Progress:
         seconds: seconds per step, median of the last steps; NaN when there is none.
         restarts: number of requeues so far.
         why: reason for which the job gave up; empty when it did not.
+        losses: causes of the starts that were lost, the newest last.
         evaluated: headline of the evaluated steps; None when there is none.
     """
 
@@ -83,6 +86,7 @@ class Progress:
     seconds: float
     restarts: int
     why: str = ""
+    losses: tuple[str, ...] = ()
     evaluated: BestRecord | None = None
 
 
@@ -154,8 +158,11 @@ def read_progress(
     events = _read_events(run, submission.job)
     job = None if queue is None else queue.get(submission.job)
     why = _why_given_up(job, events)
+    writer = None if job is not None else _writer(run, submission.job)
     if why:
         state = "gave up"
+    elif writer:
+        state = writer
     else:
         state = _state(job, events, step >= submission.steps, has_queue=queue is not None)
     if job is not None:
@@ -172,8 +179,25 @@ def read_progress(
         seconds=statistics.median(paces) if paces else math.nan,
         restarts=restarts,
         why=why,
+        losses=tuple(str(event.get("why", "")) for event in events if event["event"] == "lost"),
         evaluated=best_record.read(run),
     )
+
+
+def _writer(run: Path, job: str) -> str:
+    """`running` where the lease of a run shows that a job works on it which the queue does not
+    show, as on a cluster that hides the jobs of other users; else empty.
+    """
+    path = RunFolder(run).lease
+    try:
+        is_recent = time.time() - path.stat().st_mtime < lease.STALE_S
+        holder = lease.holder_of(path)
+    except OSError:
+        return ""
+    # the job of an element of an array has a number of its own in the lease
+    is_own = holder is not None and (holder.job == job or "_" in job)
+    is_dead = holder is not None and lease.has_ended(holder)
+    return "running" if is_own and is_recent and not is_dead else ""
 
 
 def _why_given_up(job: QueuedJob | None, events: Sequence[dict[str, Any]]) -> str:
@@ -195,7 +219,7 @@ def _state(
     last = events[-1]["event"] if events else ""
     if has_all_steps or last == "done":
         return "done"
-    if last in ("failed", "stopped"):
+    if last in ("failed", "stopped", "lost"):
         return str(last)
     if has_queue:
         return "gone" if last else "never ran"
@@ -203,7 +227,9 @@ def _state(
 
 
 def _read_events(run: Path, job: str) -> list[dict[str, Any]]:
-    """Events of a job, beside its submission.json: start, stopped, done, failed, gave up."""
+    """Events of a job, beside its submission.json: start, stopped, done, failed, lost, cut off,
+    gave up.
+    """
     for folder in RunFolder(run).submissions():
         if _job_id(folder.submission) == job:
             return jsonl.read(folder.events, "event").rows
@@ -252,6 +278,12 @@ def progress_table(rows: Sequence[Progress]) -> Table:
     return table
 
 
+def line_about_losses(losses: Sequence[str]) -> str:
+    """How many starts of a job were lost and why the last one was, as a single line."""
+    verb = "was" if len(losses) == 1 else "were"
+    return f"{counted(len(losses), 'start')} {verb} lost, the last one by: {losses[-1]}"
+
+
 def newest_headline(record: BestRecord | None) -> str:
     """The headline of the newest evaluated step; empty where there is none."""
     return "" if record is None else shown(record.values[record.newest])
@@ -276,7 +308,8 @@ def cancel_jobs(targets: Sequence[str]) -> list[str]:
     Raises:
         UserError: SLURM does not respond, or a target has no job that waits or runs.
     """
-    queue = slurm.read_queue()
+    wanted = [job for target in targets for job in _known_jobs(target)]
+    queue = slurm.read_queue(wanted)
     if queue is None:
         raise UserError(
             "SLURM does not respond (squeue), so nothing was cancelled; is this a login node? Try "
@@ -295,6 +328,14 @@ def cancel_jobs(targets: Sequence[str]) -> list[str]:
             lines[job] = f"cancelled job {job}, was {queue[job].state.lower()}{place}"
     slurm.cancel_ids(list(lines))
     return list(lines.values())
+
+
+def _known_jobs(target: str) -> list[str]:
+    """Ids of jobs that a target names, or whose runs lie in it."""
+    folder = expand_path(target)
+    if not folder.is_dir():
+        return [target] if re.fullmatch(r"\d+(_\d+)?", target) else []
+    return [submission.job for submission in find_submissions([folder]).values()]
 
 
 def _active_jobs_of(target: str, queue: dict[str, QueuedJob]) -> dict[str, Path | None]:

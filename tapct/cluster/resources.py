@@ -5,6 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tapct.base.exits import UserError
+from tapct.cluster import sbatch_options
+from tapct.cluster.sbatch_options import Value
+
+# Programs that start Python in a container image, as command lines; {mounts} is a list of folders
+# with commas.
+CONTAINERS = {
+    "apptainer": "apptainer exec --nv --bind {mounts} {image} python3",
+    "singularity": "singularity exec --nv --bind {mounts} {image} python3",
+    "pyxis": "",  # options of srun
+}
 
 
 @dataclass(frozen=True)
@@ -16,19 +26,40 @@ class Resources:
     Args:
         minutes: time limit of one start of the job; a run may need many starts.
         nodes: number of nodes.
-        gpus_per_node: number of GPUs on each node; 0 trains on CPUs.
+        gpus_per_node: number of GPUs on each node; 0 trains on CPUs, unless `gres` or `sbatch`
+            request some.
         tasks_per_node: processes per node, one per GPU; 0: as many as GPUs, at least one.
         cpus_per_task: CPU cores of each process.
         mem: memory per node, e.g. 64G.
-        partition: partition, passed to sbatch.
-        account: account that is charged, passed to sbatch.
-        qos: quality of service, passed to sbatch.
-        constraint: required node features, passed to sbatch.
+        mem_per_cpu: memory per CPU core.
+        mem_per_gpu: memory per GPU.
+        partition: partition, passed to sbatch, as are the next ones.
+        account: account that is charged.
+        qos: quality of service.
+        constraint: required node features.
+        gres: generic resources, e.g. gpu:h100:4.
+        exclude: nodes that the job must not use.
+        nodelist: nodes that the job must use.
+        exclusive: whether the job shares its nodes with no other job.
+        dependency: jobs that must have ended, e.g. afterok:4711.
+        reservation: reservation.
+        comment: comment on the job.
+        mail: address to which SLURM writes when the job ends or fails.
+        job_name: name of the job in the queue; empty: the name of the run folder.
+        array_limit: runs of a sweep that may work at the same time; 0: all.
+        sbatch: further options of sbatch, e.g. `--licenses=a`.
+        setup: shell lines at the beginning of the batch script.
+        srun_args: further options of srun.
+        container: image of a container in which Python runs; empty: none.
+        container_with: program that runs the image, a key of `CONTAINERS`, or a command line with
+            {image}.
         grace_seconds: time before the limit at which SLURM signals the job to save.
         max_restarts: total requeues after which the job gives up.
         max_idle_restarts: requeues in a row without a new checkpoint after which it gives up.
+        max_failures: as `max_idle_restarts`, for starts that were lost to a fault of a machine.
     Raises:
-        UserError: the grace leaves no time to train, or there are more tasks than GPUs.
+        UserError: the grace leaves no time to train, there are more tasks than GPUs, or an option
+            is given twice or is not one of sbatch.
     """
 
     minutes: int
@@ -37,13 +68,31 @@ class Resources:
     tasks_per_node: int = 0
     cpus_per_task: int = 0
     mem: str = ""
+    mem_per_cpu: str = ""
+    mem_per_gpu: str = ""
     partition: str = ""
     account: str = ""
     qos: str = ""
     constraint: str = ""
+    gres: str = ""
+    exclude: str = ""
+    nodelist: str = ""
+    exclusive: bool = False
+    dependency: str = ""
+    reservation: str = ""
+    comment: str = ""
+    mail: str = ""
+    job_name: str = ""
+    array_limit: int = 0
+    sbatch: tuple[str, ...] = ()
+    setup: tuple[str, ...] = ()
+    srun_args: tuple[str, ...] = ()
+    container: str = ""
+    container_with: str = "apptainer"
     grace_seconds: int = 120
     max_restarts: int = 1000
     max_idle_restarts: int = 5
+    max_failures: int = 10
 
     def __post_init__(self) -> None:
         if self.grace_seconds >= self.minutes * 60:
@@ -51,16 +100,43 @@ class Resources:
                 f"--grace {self.grace_seconds} s is not less than --time, {self.minutes} min: no "
                 "time would be left to train; request more time, or less grace"
             )
-        if self.gpus_per_node and self.tasks > self.gpus_per_node:
+        if self.gpus and self.tasks > self.gpus:
             raise UserError(
-                f"--tasks-per-node {self.tasks} with --gpus-per-node {self.gpus_per_node}: each "
-                "task needs a GPU of its own; leave --tasks-per-node out"
+                f"--tasks-per-node {self.tasks} with {self.gpus} GPUs per node: each task needs a "
+                "GPU of its own; leave --tasks-per-node out"
             )
+        if self.container_with not in CONTAINERS and "{image}" not in self.container_with:
+            raise UserError(
+                f"--container-with {self.container_with!r} is none of {', '.join(CONTAINERS)}, "
+                "and no command line with {image}"
+            )
+
+    @property
+    def options(self) -> dict[str, Value]:
+        """Options of sbatch by the name that sbatch has for them, without those of tapct."""
+        named: dict[str, Value] = {}
+        for name in sbatch_options.NAMED:
+            value = getattr(self, name.replace("-", "_"))
+            if value:
+                named[name] = True if value is True else str(value)
+        if self.mail:
+            named |= {"mail-user": self.mail, "mail-type": "END,FAIL"}
+        return sbatch_options.combined(named, sbatch_options.parse(self.sbatch))
+
+    @property
+    def gpus(self) -> int:
+        """GPUs of each node; 0: none, or the number is not known."""
+        return sbatch_options.gpus_of_node(self.options)
+
+    @property
+    def has_gpus(self) -> bool:
+        """Whether the job requests a GPU, in whatever way."""
+        return sbatch_options.requests_gpus(self.options)
 
     @property
     def tasks(self) -> int:
         """Processes per node."""
-        return self.tasks_per_node or self.gpus_per_node or 1
+        return self.tasks_per_node or self.gpus or 1
 
     @property
     def world(self) -> int:

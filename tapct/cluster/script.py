@@ -1,16 +1,16 @@
 """The batch script of a SLURM job, and handing it to sbatch through submitit.
 
 submitit writes the script; the shell lines here stand before and after its srun. They give the
-ranks what they need and decide whether the job is requeued. The batch script decides this and not a
-task, since it outlives all tasks: it sees every way in which they can end, and no rank is cut off.
+ranks what they need and decide whether the job is requeued (`restarts.py`).
 """
 
 from __future__ import annotations
 
 import contextlib
 import io
+import os
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,63 +18,14 @@ from typing import Any
 from submitit import SlurmExecutor
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 
+from tapct.base import ending, ranks
 from tapct.base.exits import UserError
-from tapct.cluster import task
-from tapct.cluster.resources import Resources
-from tapct.run_folder import JobFolder, RunFolder
+from tapct.cluster import restarts
+from tapct.cluster.resources import CONTAINERS, Resources
+from tapct.run_folder import JobFolder
 
-# The bounds are checked before srun too, because SLURM may requeue a job by itself, for example
-# after a node has failed, without asking this script. `latest` names the newest checkpoint; a start
-# was idle if it left that file as it was.
-BOUNDS = """\
-newest() { cat "$TAPCT_PLACE/LATEST" 2>/dev/null || echo none; }
-idle_starts() {
-    awk -v now="$(newest)" '{ n = $0 == now ? n + 1 : 0 } END { print n + 0 }' "$TAPCT_STARTS"
-}
-give_up() {
-    echo "tapct: $1"
-    printf '{"event": "gave up", "time": %s, "why": "%s"}\\n' "$(date +%s)" "$1" \\
-        >> "$TAPCT_PLACE/EVENTS"
-    exit 1
-}
-check_bounds() { # number of restarts, including the one in question
-    if [ "$1" -gt MAX_RESTARTS ]; then
-        give_up "restarted MAX_RESTARTS times (--max-restarts); submit again to resume"
-    fi
-    set -- "$(idle_starts)"
-    if [ "$1" -gt MAX_IDLE ]; then
-        give_up "$1 starts in a row saved nothing new (--max-idle-restarts MAX_IDLE); \\
-see the logs, then submit again"
-    fi
-}
-: >> "$TAPCT_STARTS"
-check_bounds "${SLURM_RESTART_COUNT:-0}"
-newest >> "$TAPCT_STARTS"
-"""
-
-# These lines follow srun. An exit code of 128 + a signal number means that the signal ended a rank
-# while its Python was still starting, before it could leave a mark. A rank that crashes leaves no
-# mark either, and srun then stops the other ranks: that is no reason to requeue.
-REQUEUE = """\
-code=$?
-case "$(cat "$TAPCT_MARK" 2>/dev/null):$code" in
-    stopped:13[245679]) exit "$code" ;;
-    stopped:* | :138 | :140 | :143) ;;
-    *) exit "$code" ;;
-esac
-state="$(scontrol show job -o "$TAPCT_JOB" | grep -o 'JobState=[A-Z_]*')"
-# another state: the job was cancelled, or SLURM itself has requeued it
-if [ "${state:-JobState=RUNNING}" != JobState=RUNNING ]; then
-    echo "tapct: $state, so not requeued from here"
-    exit 0
-fi
-check_bounds "$((${SLURM_RESTART_COUNT:-0} + 1))"
-for attempt in 1 2 3; do
-    scontrol requeue "$TAPCT_JOB" && echo "tapct: requeued" && exit 0
-    sleep 2
-done
-give_up "could not requeue; submit again to resume"
-"""
+# variables of SLURM that name the cluster or this user's rights there, and no job
+OF_THE_CLUSTER = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT")
 
 
 @dataclass(frozen=True)
@@ -85,11 +36,18 @@ class JobFolders:
         name: name of the job in the queue.
         folder: RUN/jobs/<time>, absolute, with the file `places`.
         code: folder with the copy of tapct that the job runs, absolute.
+        data: other folders that the runs read, absolute; a container mounts them.
     """
 
     name: str
     folder: Path
     code: Path
+    data: tuple[str, ...] = ()
+
+    @property
+    def mount(self) -> Path:
+        """Folder that holds the job's files, its code and all its run folders."""
+        return self.code.parent.parent
 
 
 def make_batch_script(job: JobFolders, resources: Resources, num_runs: int) -> str:
@@ -126,7 +84,8 @@ def submit_tasks(
     """
     executor = _make_executor(job, resources, SlurmExecutor)
     try:
-        with contextlib.redirect_stderr(io.StringIO()):  # submitit prints what it raises
+        # submitit prints what it raises
+        with contextlib.redirect_stderr(io.StringIO()), outside_of_jobs():
             submitted = executor.map_array(work, *zip(*arguments, strict=True))
     except (FailedJobError, FailedSubmissionError) as error:
         raise UserError(
@@ -134,6 +93,23 @@ def submit_tasks(
             "sacctmgr show associations user=$USER lists accounts and qos"
         ) from error
     return [each.job_id for each in submitted]
+
+
+@contextlib.contextmanager
+def outside_of_jobs() -> Iterator[None]:
+    """Within this context, the environment has no variables of a job or launcher around this
+    process: sbatch and srun would take memory, cores and nodes of that job for those of the new
+    one.
+    """
+    before = dict(os.environ)
+    kept = ranks.without_place(before)
+    for name in set(before) - set(kept):
+        if name not in OF_THE_CLUSTER:
+            del os.environ[name]
+    try:
+        yield
+    finally:
+        os.environ.update(before)
 
 
 class _ExecutorWithoutSlurm(SlurmExecutor):
@@ -148,24 +124,24 @@ def _make_executor(
     job: JobFolders, resources: Resources, kind: type[SlurmExecutor]
 ) -> SlurmExecutor:
     """submitit's executor with all parameters of a job."""
-    executor = kind(job.folder)
-    options = {
-        "gpus_per_node": resources.gpus_per_node,
-        "cpus_per_task": resources.cpus_per_task,
-        "mem": resources.mem,
-        "partition": resources.partition,
-        "account": resources.account,
-        "qos": resources.qos,
-        "constraint": resources.constraint,
-    }
+    executor = kind(job.folder, python=python_command(job, resources) or None)
     # --chdir, because python -m searches its working directory before PYTHONPATH. --wait=0, because
-    # the first rank may stay for the last evaluation after the others have ended.
-    srun = ["--kill-on-bad-exit=1", "--wait=0", f"--chdir={job.code}"]
-    if resources.cpus_per_task:
+    # the first rank may stay for the last evaluation after the others have ended. --export, because
+    # at sites with --export=NONE the ranks would not get what is exported here.
+    srun = ["--kill-on-bad-exit=1", "--wait=0", "--export=ALL", f"--chdir={job.code}"]
+    options = resources.options
+    cpus = options.get("cpus-per-task")
+    if cpus:
         # since SLURM 22.05, srun does not inherit this option from sbatch
-        srun.append(f"--cpus-per-task={resources.cpus_per_task}")
+        srun.append(f"--cpus-per-task={cpus}")
+    if resources.container and resources.container_with == "pyxis":
+        mounts = ",".join(f"{folder}:{folder}" for folder in mounted_folders(job))
+        srun += [f"--container-image={resources.container}", f"--container-mounts={mounts}"]
+        srun.append(f"--container-workdir={job.code}")
+    for text in resources.srun_args:
+        srun += shlex.split(text)
     executor.update_parameters(
-        job_name=job.name,
+        job_name=resources.job_name or job.name,
         time=resources.minutes,
         nodes=resources.nodes,
         ntasks_per_node=resources.tasks,
@@ -173,12 +149,39 @@ def _make_executor(
         stderr_to_stdout=True,
         wckey=None,
         srun_args=srun,
-        additional_parameters={"requeue": True},
+        additional_parameters={"requeue": True, **options},
         setup=setup_lines(job, resources),
-        teardown=REQUEUE.splitlines(),
-        **{key: value for key, value in options.items() if value},
+        teardown=restarts.lines_after(),
+        **({"array_parallelism": resources.array_limit} if resources.array_limit else {}),
     )
     return executor
+
+
+def python_command(job: JobFolders, resources: Resources) -> str:
+    """Shell words that start the Python of a container; empty for the Python of this process.
+
+    Args:
+        job: folders of the job.
+        resources: image, and the program that runs it.
+    """
+    if not resources.container:
+        return ""
+    template = CONTAINERS.get(resources.container_with, resources.container_with)
+    if not template:  # srun starts the container
+        return "python3"
+    if not resources.has_gpus:
+        template = template.replace(" --nv ", " ")
+    mounts = ",".join(mounted_folders(job))
+    words = template.replace("{mounts}", shlex.quote(mounts))
+    return words.replace("{image}", shlex.quote(resources.container))
+
+
+def mounted_folders(job: JobFolders) -> list[str]:
+    """Folders of the host that a job needs in a container: its files, and the working directory
+    from which relative paths start.
+    """
+    folders = {str(job.mount), os.getcwd(), *job.data}
+    return sorted(folders)
 
 
 def setup_lines(job: JobFolders, resources: Resources) -> list[str]:
@@ -194,23 +197,24 @@ def setup_lines(job: JobFolders, resources: Resources) -> list[str]:
     """
     own = f'{shlex.quote(str(job.folder))}/"$TAPCT_JOB"'
     places = shlex.quote(str(JobFolder(job.folder).places))
-    bounds = BOUNDS.replace("MAX_RESTARTS", str(resources.max_restarts))
-    bounds = bounds.replace("MAX_IDLE", str(resources.max_idle_restarts))
-    # both are relative to RUN/jobs/<time> of the run that a task of the array works on
-    bounds = bounds.replace("LATEST", str(RunFolder(Path("..", "..")).checkpoints.latest))
-    bounds = bounds.replace("EVENTS", str(JobFolder(Path()).events))
     return [
+        *resources.setup,
         'export TAPCT_JOB="${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}"',
         'export TAPCT_JOB="${TAPCT_JOB:-$SLURM_JOB_ID}"',
-        f"export {task.MARK}={own}.end",
-        f'rm -f "${task.MARK}"',
+        f"export {ending.MARK}={own}.end",
+        f'rm -f "${ending.MARK}"',
         f'TAPCT_PLACE="$(sed -n "$((${{SLURM_ARRAY_TASK_ID:-0}} + 1))p" {places})"',
-        f"TAPCT_STARTS={own}.starts",
-        *bounds.splitlines(),
+        f"TAPCT_FILES={own}",
+        *restarts.lines_before(resources),
         f'export PYTHONPATH={shlex.quote(str(job.code))}"${{PYTHONPATH:+:$PYTHONPATH}}"',
         "unset RANK WORLD_SIZE LOCAL_RANK",
         'MASTER_ADDR="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"',
-        'export MASTER_ADDR MASTER_PORT="$((20000 + SLURM_JOB_ID % 10000))"',
+        "MASTER_PORT=$((20000 + (SLURM_JOB_ID + 17 * ${SLURM_RESTART_COUNT:-0}) % 10000))",
+        "# this shell runs on that node; another program may listen at the port",
+        'while (exec 3<>"/dev/tcp/127.0.0.1/$MASTER_PORT") 2>/dev/null; do',
+        "    MASTER_PORT=$((MASTER_PORT + 1))",
+        "done",
+        "export MASTER_ADDR MASTER_PORT",
         "# this shell is signalled too, and the lines after srun must still run",
         "trap : TERM USR1 USR2",
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import re
@@ -102,35 +103,48 @@ def _parse_minutes(text: str) -> float | None:
     return (days or 0) * 1440 + hours * 60 + minutes + seconds / 60
 
 
-def memory_size(text: str) -> str:
+def memory_size(text: str, option: str = "mem") -> str:
     """Check a memory size; returns it in sbatch's format.
 
     Args:
         text: number with K, M, G or T, e.g. 64G.
+        option: name of the option in an error line.
     Raises:
         UserError: the text has another format.
     """
     size = text.strip().upper()
     if not re.fullmatch(r"\d+([KMGT]B?)?", size):
         raise UserError(
-            f"--mem {text!r} is not a memory size; write a number with K, M, G or T, e.g. 64G"
+            f"--{option} {text!r} is not a memory size; write a number with K, M, G or T, e.g. 64G"
         )
     return size
 
 
-def read_queue() -> dict[str, QueuedJob] | None:
+def read_queue(ids: Sequence[str] = ()) -> dict[str, QueuedJob] | None:
     """Jobs of this user by id, including those that ended recently.
 
+    Args:
+        ids: jobs that are looked up too, whoever has submitted them; 12_3 for an element of an
+            array. A cluster may hide the jobs of other users.
     Returns:
         None when SLURM does not respond.
     """
     columns = ",".join(f"{name}:{width}" for name, width in QUEUE_FIELDS)
-    command = ["squeue", "--noheader", "--array", "--states=all"]
-    command += [f"--user={os.getuid()}", f"--Format={columns}"]
+    command = ["squeue", "--noheader", "--array", "--states=all", f"--Format={columns}"]
     try:
-        output = _run(command)
+        jobs = _parse_queue(_run([*command, f"--user={os.getuid()}"]))
     except (OSError, subprocess.SubprocessError):
         return None
+    others = sorted({id.partition("_")[0] for id in ids if id not in jobs})
+    if others:
+        # squeue fails where it knows none of them any more
+        with contextlib.suppress(OSError, subprocess.SubprocessError):
+            found = _parse_queue(_run([*command, f"--jobs={','.join(others)}"]))
+            jobs = {**found, **jobs}
+    return jobs
+
+
+def _parse_queue(output: str) -> dict[str, QueuedJob]:
     jobs = {}
     for line in output.splitlines():
         cells, start = [], 0

@@ -12,14 +12,15 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tapct.base import console, files
+from tapct.base import console, files, lease
 from tapct.base.exits import UserError
+from tapct.base.lease import Lease
 from tapct.cluster import jobs, script, slurm, sweep, task
-from tapct.cluster.folders import make_new_folder
+from tapct.cluster.folders import make_new_folder, make_parents
 from tapct.cluster.resources import Resources
 from tapct.cluster.script import JobFolders
 from tapct.cluster.snapshot import copy_package, snapshot_name
@@ -50,6 +51,11 @@ class PlannedRuns:
     def folders(self) -> list[Path]:
         """Run folders."""
         return [run.value.out for run in self.runs]
+
+    @property
+    def data(self) -> tuple[str, ...]:
+        """Stores of the runs."""
+        return tuple(sorted({str(run.value.data.store.absolute()) for run in self.runs}))
 
     @property
     def job_name(self) -> str:
@@ -98,7 +104,7 @@ def check_run(resolved: Resolved, resources: Resources, allow_change: bool = Fal
             f"--time, {resources.minutes} min: the job would stop as soon as it starts; request "
             "more time, or lower train.save_before_end_s"
         )
-    if config.device == "cuda" and not resources.gpus_per_node:
+    if config.device == "cuda" and not resources.has_gpus:
         raise UserError("device=cuda, but the job requests no GPU; add --gpus-per-node")
     if "%" in str(config.out.absolute()):
         raise UserError(
@@ -116,14 +122,21 @@ def run_warnings(resolved: Resolved, resources: Resources) -> list[str]:
     """Combinations that work but are probably not intended, one line each."""
     config: RunConfig = resolved.value
     lines, workers = warnings(resolved), config.data.loader.workers
-    if config.device == "auto" and not resources.gpus_per_node:
+    if config.device == "auto" and not resources.has_gpus:
         lines.append("the job requests no GPU and will train on the CPU; add --gpus-per-node")
-    if config.device == "cpu" and resources.gpus_per_node:
+    if config.device == "cpu" and resources.has_gpus:
         lines.append("device=cpu leaves the GPUs of --gpus-per-node idle; set device=auto")
-    if 0 < resources.cpus_per_task <= workers:
+    cpus = str(resources.options.get("cpus-per-task", ""))
+    if cpus.isdigit() and int(cpus) <= workers:
         lines.append(
-            f"--cpus-per-task {resources.cpus_per_task} leaves no core for training beside "
-            f"data.loader.workers {workers}; request {workers + 1}"
+            f"--cpus-per-task {cpus} leaves no core for training beside data.loader.workers "
+            f"{workers}; request {workers + 1}"
+        )
+    others = ("exclusive", "cpus-per-gpu", "cores-per-socket")
+    if not cpus and workers and not any(name in resources.options for name in others):
+        lines.append(
+            "without --cpus-per-task, most clusters give each process one core, which training "
+            f"would share with data.loader.workers {workers}; add --cpus-per-task {workers + 1}"
         )
     saved = _finished_checkpoints(config)
     if saved and max(map(step_of, saved)) >= config.train.steps:
@@ -139,13 +152,14 @@ def _finished_checkpoints(config: RunConfig) -> list[Path]:
 
 
 def check_no_active_job(folders: Sequence[Path], warn: Callable[[str], object]) -> None:
-    """Refuse run folders that a job is writing or will write: two jobs must not share one.
+    """Refuse run folders that a job or another process is writing or will write: two must not share
+    one.
 
     Args:
         folders: run folders; they need not exist.
         warn: function that is called with one line if SLURM does not respond.
     Raises:
-        UserError: a run folder has a job that waits or runs.
+        UserError: a run folder has a job that waits or runs, or a process that trains.
     """
     submitted: dict[Path, str] = {}
     for folder in folders:
@@ -153,22 +167,51 @@ def check_no_active_job(folders: Sequence[Path], warn: Callable[[str], object]) 
             submissions = jobs.find_submissions([folder])
             if folder in submissions:  # and not only a run below it
                 submitted[folder] = submissions[folder].job
-    if not submitted:
-        return
-    queue = slurm.read_queue()
+    queue = slurm.read_queue(list(submitted.values())) if submitted else {}
     if queue is None:
         names = ", ".join(map(str, submitted))
         warn(
             f"SLURM does not respond (squeue), so it is unknown whether a job is already working "
             f"on {names}; check with `squeue --me` that no job of this run waits or runs"
         )
-        return
     for folder, job in submitted.items():
-        if job in queue and queue[job].is_active:
+        if queue and job in queue and queue[job].is_active:
             raise UserError(
                 f"{folder} has the job {job}, {queue[job].state.lower()}; cancel it with: tapct "
                 f"cancel {folder}"
             )
+    # a run of tapct train, or a job of another user on a cluster that hides it
+    for folder in folders:
+        holder = lease.living_holder(RunFolder(folder).lease)
+        if holder is not None:
+            raise UserError(
+                f"{folder} is being written by another process ({holder.described()}); wait for "
+                "it, end it, or choose another out="
+            )
+
+
+@contextlib.contextmanager
+def only_submission(
+    folders: Sequence[Path], undo: contextlib.ExitStack, say: Callable[[str], object]
+) -> Iterator[None]:
+    """Within this context, no other `tapct submit` submits a job for one of some run folders.
+
+    Args:
+        folders: run folders.
+        undo: stack that removes folders which are made for it.
+        say: function that prints a line.
+    Raises:
+        UserError: another one does.
+    """
+    with contextlib.ExitStack() as held:
+        for folder in dict.fromkeys(folders):
+            path = RunFolder(folder.absolute()).submitting
+            make_parents(path.parent, undo)
+            what = f"the list of jobs of {folder}"
+            own = Lease(path, what, os.environ, say=say)
+            own.acquire()
+            held.callback(own.release)
+        yield
 
 
 def submit_runs(
@@ -190,9 +233,12 @@ def submit_runs(
         UserError: SLURM refused; nothing is left behind.
     """
     slurm.require_commands()
-    check_no_active_job(planned.folders, warn)
     name = time.strftime("%Y%m%d-%H%M%S")
-    with contextlib.ExitStack() as undo:
+    with (
+        contextlib.ExitStack() as undo,
+        only_submission([planned.root, *planned.folders], undo, warn),
+    ):
+        check_no_active_job(planned.folders, warn)
         code = copy_package(planned.root, undo)
         log_folder = make_new_folder(RunFolder(planned.root).jobs, name, undo)
         job_folders: list[Path] = []  # RUN/jobs/<time> of each run
@@ -208,20 +254,20 @@ def submit_runs(
             arguments.append((str(config), os.getcwd(), str(code), allow_change))
         lines = "".join(f"{folder}\n" for folder in job_folders)
         JobFolder(log_folder).places.write_text(lines, encoding="utf-8")
-        job = JobFolders(planned.job_name, log_folder, code)
+        job = JobFolders(planned.job_name, log_folder, code, planned.data)
         ids = script.submit_tasks(job, resources, task.run_task, arguments)
         undo.pop_all()  # SLURM has accepted the job: keep all new folders
-    submissions = []
-    for folder, run, id in zip(job_folders, planned.runs, ids, strict=True):
-        submission = jobs.Submission(
-            job=id,
-            submitted=time.time(),
-            steps=run.value.train.steps,
-            max_restarts=resources.max_restarts,
-            logs=str(log_folder),
-        )
-        submission.write(folder)
-        submissions.append(submission)
+        submissions = []
+        for folder, run, id in zip(job_folders, planned.runs, ids, strict=True):
+            submission = jobs.Submission(
+                job=id,
+                submitted=time.time(),
+                steps=run.value.train.steps,
+                max_restarts=resources.max_restarts,
+                logs=str(log_folder),
+            )
+            submission.write(folder)
+            submissions.append(submission)
     return submissions
 
 
@@ -231,7 +277,9 @@ def preview_batch_script(planned: PlannedRuns, resources: Resources) -> str:
     The preview needs no SLURM and writes nothing.
     """
     root = RunFolder(planned.root.absolute())
-    job = JobFolders(planned.job_name, root.jobs / "TIME", root.code / snapshot_name())
+    job = JobFolders(
+        planned.job_name, root.jobs / "TIME", root.code / snapshot_name(), planned.data
+    )
     lines = [script.make_batch_script(job, resources, len(planned.runs))]
     for number, out in enumerate(planned.folders):
         if out != planned.root:

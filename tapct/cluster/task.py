@@ -3,12 +3,11 @@
 SLURM signals a job some time before its time limit (SIGUSR2) or its preemption (SIGTERM or
 SIGUSR2). The training loop responds by saving a checkpoint; before the loop begins there is nothing
 to save. In both cases the task leaves a mark for the batch script, which requeues the job
-(`script.REQUEUE`). This file imports torch inside a function, so that signals are handled early.
+(`restarts.REQUEUE`). This file imports torch inside a function, so that signals are handled early.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shlex
@@ -19,12 +18,11 @@ from pathlib import Path
 from types import FrameType
 
 import tapct
-from tapct.base import console, exits, ranks, signals
+from tapct.base import console, ending, exits, ranks, signals
 from tapct.base.exits import UserError
 from tapct.run_folder import JobFolder
 
 STOPPED = 143  # exit code of training that a signal or the time limit stopped, after it has saved
-MARK = "TAPCT_MARK"  # environment variable: path of the file to leave for the batch script
 
 
 def run_task(config: str, start_in: str, snapshot: str, allow_change: bool = False) -> None:
@@ -45,22 +43,29 @@ def run_task(config: str, start_in: str, snapshot: str, allow_change: bool = Fal
     restarts = os.environ.get("SLURM_RESTART_COUNT", "0")
     nodes = os.environ.get("SLURM_JOB_NODELIST", "")
     record_event(config, "start", restarts=int(restarts), nodes=nodes)
-    code = 1
+    code, error_end = 1, "failed"
+
+    def work() -> None:
+        nonlocal error_end
+        try:
+            train_job(config, snapshot, restarts != "0", allow_change)
+        except Exception as error:
+            error_end = ending.leave_error(error)
+            raise
+
     try:
-        code = exits.exit_code_of(
-            lambda: train_job(config, snapshot, restarts != "0", allow_change)
-        )
+        code = exits.exit_code_of(work)
     finally:
         if code == 0:
-            end = "done"
+            record_event(config, "done", code=code)
         elif code in (STOPPED, exits.INTERRUPTED):
-            end = "stopped"
+            record_event(config, "stopped", code=code)
+            ending.leave("stopped")
         else:
-            end = "failed"
-        record_event(config, end, code=code)
-        if end != "done":
-            leave_mark(end)
-    if end == "failed":
+            ending.leave("failed")
+            if error_end == "failed":  # a loss is recorded by the batch script, with its cause
+                record_event(config, "failed", code=code)
+    if code not in (0, STOPPED, exits.INTERRUPTED):
         exits.leave(code)
 
 
@@ -109,26 +114,9 @@ def end_before_training(number: int, frame: FrameType | None) -> None:
 
     There is nothing to save yet.
     """
-    leave_mark("stopped")
+    ending.leave("stopped")
     os.write(1, f"stopped by {signal.Signals(number).name} before training began\n".encode())
     os._exit(0)  # an exception could be swallowed by the import that it interrupts
-
-
-def leave_mark(end: str) -> None:
-    """Leave the reason why this task ended for the batch script; the first mark of any rank stays.
-
-    When a rank fails, srun ends the others with SIGTERM, and they look as if they were preempted;
-    when a signal ends one rank early, the others may fail because it is missing. Whatever came
-    first is the cause.
-
-    Args:
-        end: `stopped` or `failed`.
-    """
-    path = os.environ.get(MARK)
-    if not path:
-        return
-    with contextlib.suppress(FileExistsError), open(path, "x", encoding="utf-8") as file:
-        file.write(end)
 
 
 def record_event(config: str, event: str, **details: object) -> None:

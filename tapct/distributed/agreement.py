@@ -11,13 +11,14 @@ from __future__ import annotations
 import datetime
 import hashlib
 import json
-import socket
+import os
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 
 import torch.distributed as dist
 
+from tapct.base import ending
 from tapct.base.exits import SharedError, UserError, single_line
 from tapct.base.ranks import Ranks
 
@@ -68,7 +69,9 @@ def agree(
         own = dict(facts())
     except BaseException as error:  # an interrupt too: the others must not wait for this rank
         failure = error
-    statement = Statement(socket.gethostname(), own, "" if failure is None else in_words(failure))
+    statement = Statement(
+        ending.node_name(os.environ), own, "" if failure is None else in_words(failure)
+    )
     text = json.dumps(asdict(statement), sort_keys=True)
     store.set(f"facts/{place.rank}", text)
     content = json.dumps([own, statement.failure], sort_keys=True)

@@ -9,9 +9,10 @@ from __future__ import annotations
 import datetime
 import os
 import re
+import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -19,7 +20,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from tapct.base import ranks
+from tapct.base import console, ranks
+from tapct.base.counted import counted
 from tapct.base.exits import LOST_RANK, UserError
 from tapct.base.ranks import Ranks
 from tapct.distributed import agreement, collectives
@@ -34,12 +36,22 @@ MEET_S = 300.0
 # NCCL ends the process by itself after a time-out. It must do so later than `Watch`, which knows
 # which rank is missing.
 NCCL_LATER_S = 60.0
+HINT_S = 20.0  # the first rank prints for whom it waits after this time
 
 
 class LostRank(UserError):
-    """Another rank ended or hangs; the cause is in that rank's log."""
+    """Another rank ended or hangs; the cause is in that rank's log.
+
+    Args:
+        line: error line.
+        nodes: names of the nodes of that rank, where they are known.
+    """
 
     exit_code = LOST_RANK
+
+    def __init__(self, line: str, nodes: Sequence[str] = ()) -> None:
+        super().__init__(line)
+        self.nodes = tuple(nodes)
 
 
 @dataclass(frozen=True)
@@ -90,9 +102,8 @@ def join_ranks(
         first: function that the first rank calls once all ranks have met and agree; its error ends
             all ranks.
     Raises:
-        UserError: the other ranks did not come within the time-out, the ranks differ, or
-            `parallel.shard` does not divide the number of ranks.
-        LostRank: another rank ended or hangs.
+        UserError: the ranks differ, or `parallel.shard` does not divide the number of ranks.
+        LostRank: another rank did not come within the time-out, has ended, or hangs.
     """
     if place.world == 1:
         first()
@@ -149,7 +160,8 @@ def _meet(
     which they met. Arguments as in `join_ranks`.
 
     Raises:
-        UserError: the other ranks did not come within the time-out, or they differ.
+        UserError: the variables of the launcher are wrong, or the ranks differ.
+        LostRank: the other ranks did not come within the time-out, or the port is taken.
     """
     on_gpu = device.type == "cuda"
     meet_s = max(config.timeout_s, MEET_S)
@@ -159,6 +171,9 @@ def _meet(
     try:
         host, port = ranks.rendezvous(os.environ)
         address = f"{host}:{port}"
+        waiting = threading.Timer(HINT_S, hint_at_others, (place, address))
+        waiting.daemon = True
+        waiting.start()
         meeting = dist.rendezvous(f"tcp://{address}", place.rank, place.world, timeout=patience)
         store, _, _ = next(meeting)
         # torchrun's store outlives a restart: what the ranks before it wrote must not be read
@@ -166,6 +181,7 @@ def _meet(
         store = dist.PrefixStore(f"attempt_{attempt}", store)
         store.set(f"here/{place.rank}", "yes")
         store.wait([f"here/{rank}" for rank in range(place.world)], patience)
+        waiting.cancel()
         # before the process group, whose back-end depends on the device of each rank
         agreement.agree(dist.PrefixStore("start", store), place, facts, first, patience)
         dist.init_process_group(
@@ -180,11 +196,24 @@ def _meet(
         raise
     except (dist.DistError, RuntimeError, ValueError) as error:
         where = f" at {address} within {meet_s:.0f} s" if address else ""
-        raise UserError(
+        # a wrong variable comes again; another rank or a port of this node may be in order later
+        kind = UserError if isinstance(error, ValueError) else LostRank
+        raise kind(
             f"rank {place.rank} of {place.world} could not meet the others{where}: "
             f"{str(error).splitlines()[0]}"
         ) from error
     return store
+
+
+def hint_at_others(place: Ranks, address: str) -> None:
+    """Print for whom the first rank waits: variables that are left from another launcher look like
+    a run of several ranks.
+    """
+    if place.is_first:
+        console.say(
+            f"waiting for {counted(place.world - 1, 'other rank')} at {address}; if a single "
+            "process is meant, unset RANK, WORLD_SIZE and LOCAL_RANK"
+        )
 
 
 def shard_size(place: Ranks, wanted: int) -> int:

@@ -9,8 +9,10 @@ import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from tapct.base import console, files
-from tapct.doctor import machine, verdicts
+from tapct.base import console, ending, files, ranks
+from tapct.base.exits import UserError
+from tapct.base.ranks import Ranks
+from tapct.doctor import machine, nodes, verdicts
 from tapct.doctor.facts import (
     AllReduce,
     AttentionKernels,
@@ -85,6 +87,67 @@ def findings(
             probe.stop()
         if meeting:
             shutil.rmtree(meeting, ignore_errors=True)
+
+
+def of_all_nodes(
+    place: Ranks,
+    config: Path | None,
+    overrides: Sequence[str],
+    store: Path | None,
+    seconds: float = PROBE_SECONDS,
+) -> tuple[list[Finding], int]:
+    """The checks of all nodes, started once per rank.
+
+    Args:
+        place: place of this process.
+        config: as in `findings`.
+        overrides: as in `findings`.
+        store: as in `findings`.
+        seconds: as in `findings`.
+    Returns:
+        The table, on the first rank, and nothing on the others; and the exit code of all.
+    Raises:
+        UserError: the ranks cannot meet.
+    """
+    host, first_port = ranks.rendezvous(os.environ)
+    port = first_port + nodes.PORTS_LATER
+    try:
+        table = nodes.Table(place.world, port) if place.is_first else None
+    except OSError as error:
+        raise UserError(
+            f"{host}: port {port} cannot be used ({error.strerror}); set another MASTER_PORT"
+        ) from error
+    rank = nodes.Rank(place.rank, ("127.0.0.1" if place.is_first else host, port))
+    name, leads = ending.node_name(os.environ), place.local_rank == 0
+    met = rank.ask("hello", node=name, leads=leads)
+    if leads:
+        found: list[Finding] = []
+        if not met["missing"] and len(met["leaders"]) > 1:
+            backend = "nccl" if machine.has_nvidia() else "gloo"
+            found.append(
+                nodes.all_reduce_between(
+                    met["leaders"], place.rank, host, port + 1, backend, seconds
+                )
+            )
+        found += findings(config, overrides, store, seconds)
+    skew_s = rank.skew_s()
+    if table is None:
+        if not leads:
+            return [], 0  # its node's first rank reports
+        return [], rank.ask("report", node=name, findings=nodes.as_json(found), skew_s=skew_s)[
+            "code"
+        ]
+    own = nodes.NodeReport(name, tuple(found), skew_s)
+    with table.changed:
+        table.reports[place.rank] = own
+    merged = nodes.merged(table.collect(), table.missing())
+    silent = [rank for rank in table.leaders if rank not in table.reports]
+    for rank_of_node in silent:
+        text = f"{table.nodes[rank_of_node]}: no report within {nodes.REPORT_SECONDS:.0f} s"
+        merged.append(Finding("report", "fail", text, "run tapct doctor on this node"))
+    code = int(any(finding.state == "fail" for finding in merged))
+    table.close(code)
+    return merged, code
 
 
 def quick_findings() -> Iterator[Finding]:

@@ -139,15 +139,16 @@ def all_reduce(backend: str, rank: int, world: int, meeting: str) -> AllReduce:
         backend: gloo or nccl.
         rank: number of this process.
         world: number of processes.
-        meeting: path of the file at which the processes meet.
+        meeting: file at which the processes meet, or tcp://HOST:PORT.
     """
-    device = torch.device("cuda", rank) if backend == "nccl" else torch.device("cpu")
+    is_on_one_node = not meeting.startswith("tcp://")
+    card = rank if is_on_one_node else 0
+    device = torch.device("cuda", card) if backend == "nccl" else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     wait = timedelta(seconds=MEET_SECONDS)
-    dist.init_process_group(
-        backend, init_method=f"file://{meeting}", rank=rank, world_size=world, timeout=wait
-    )
+    url = meeting if meeting.startswith("tcp://") else f"file://{meeting}"
+    dist.init_process_group(backend, init_method=url, rank=rank, world_size=world, timeout=wait)
     values = torch.full((1 << (26 if backend == "nccl" else 22),), float(rank + 1), device=device)
     dist.all_reduce(values)
     right = bool((values == world * (world + 1) / 2).all())

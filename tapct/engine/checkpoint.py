@@ -22,9 +22,11 @@ temporary name: every rank its own shards, and the first rank the rest. One save
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
+import time
 import warnings
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -54,6 +56,8 @@ from tapct.config import setting
 from tapct.distributed import collectives
 from tapct.run_folder import CheckpointFolder, CheckpointsFolder, step_of
 from tapct.ssl.student_teacher import StudentTeacher
+
+APPEARS_S = 60.0  # longest time until a network disk shows a file of another node
 
 
 @dataclass(frozen=True)
@@ -398,10 +402,38 @@ def damage(path: Path) -> str | None:
 
 
 def fingerprints(folder: Path) -> dict[str, tuple[int, str]]:
-    """Size in bytes and sha256 of each file of a folder."""
-    return {
-        path.name: (path.stat().st_size, files.sha256(path)) for path in sorted(folder.iterdir())
-    }
+    """Size in bytes and sha256 of each file of a folder, and of each file that the plan of the save
+    names: a network disk may list a folder without what another node has just written to it.
+
+    Raises:
+        OSError: a file that the plan names is missing.
+    """
+    plan = FileSystemReader(folder).read_metadata().storage_data or {}
+    planned = {place.relative_path for place in plan.values()}
+    found = {}
+    for name in sorted(planned | {path.name for path in folder.iterdir()}):
+        path = folder / name
+        wait_for_file(path)
+        found[name] = (path.stat().st_size, files.sha256(path))
+    return found
+
+
+def wait_for_file(path: Path, patience_s: float = APPEARS_S) -> None:
+    """Wait until a file that another node has written is seen here too.
+
+    Args:
+        path: the file.
+        patience_s: seconds after which it counts as missing.
+    Raises:
+        FileNotFoundError: it is missing.
+    """
+    until = time.monotonic() + patience_s
+    while not path.is_file():
+        if time.monotonic() > until:
+            raise FileNotFoundError(
+                errno.ENOENT, "no such file, although a rank has written it", str(path)
+            )
+        time.sleep(0.1)
 
 
 def first_cause(error: BaseException) -> str:

@@ -34,7 +34,7 @@ from tapct.ssl.student_teacher import StudentTeacher
 from tapct.types import FIT_KINDS, Batch, Masks, Views
 
 # entries of the packet that ranks add up once per step, beside those of `metrics.collect`
-ARRIVAL, STOP = "arrival", "stop"
+ARRIVAL, DATA, STOP = "arrival", "data", "stop"
 
 
 @dataclass(frozen=True)
@@ -217,6 +217,7 @@ class Trainer:
         self.stage = stages[0]  # the stage of the current step
         self.device = next(pair.parameters()).device
         self.world = world or World(Ranks(), self.device)
+        self.watch = Watch(self.world, cadence.parallel)
         self.upload = Upload(self.device)
         config = self.stage.config
         self.num_ranks = self.world.ranks.world
@@ -255,13 +256,12 @@ class Trainer:
         """
         steps, parallel = self.stage.config.steps, self.cadence.parallel
         self.pair.train()
-        with self.flag, watch_ranks(self.world, parallel) as watch:
+        with self.flag, watch_ranks(self.watch) as watch:
             for step in range(start, steps):
                 self.enter_stage(step)
 
                 # one optimizer step
                 with watch.naming_lost_ranks():
-                    watch.at(step, "training")
                     self.optimizer_step(step, batches)
                 done = step + 1
 
@@ -305,7 +305,7 @@ class Trainer:
         """Begin a checkpoint of `done` finished steps, and measure how long training waits."""
         began = time.perf_counter()
         with watch.naming_lost_ranks():
-            watch.at(done - 1, "saving")
+            watch.at(done - 1, "save")
             self.hooks.save(done, last)
         self.save_seconds = time.perf_counter() - began
 
@@ -332,17 +332,22 @@ class Trainer:
         packet = Packet()
         began = time.perf_counter()
         with timer.phase("step"):
+            self.watch.at(step, "data")
             with timer.phase("data"):
                 micro_batches = next(batches)
+            data_s = time.perf_counter() - began
 
             # gradients of all micro-batches, added up
             outputs: list[ssl_step.StepOutput] = []
             for micro, batch in enumerate(micro_batches):
+                self.watch.at(step, "views")
                 with timer.phase("views"):
                     views, masks = self.make_inputs(step, micro, batch, counts)
                 if micro == 0:
                     # before the first collective of the step: after it, all wait for the slowest
                     packet.sum(ARRIVAL, own_slot(time.perf_counter() - began, self.device))
+                    packet.sum(DATA, own_slot(data_s, self.device))
+                self.watch.at(step, "forward")
                 with timer.phase("forward_backward"):
                     output = self.forward_backward(step, micro, views, masks, values.teacher_temp)
                 metrics.append_output(outputs, output)
@@ -353,7 +358,10 @@ class Trainer:
                 metrics.collect(outputs, packet)
                 packet.sum(STOP, self.flag.slots())
                 total = metrics.mean([output.total for output in outputs])
-                report = self.updater.step(values, total, packet)
+                self.watch.at(step, "collective")
+                report = self.updater.step(
+                    values, total, packet, lambda: self.watch.at(step, "optimizer")
+                )
                 self.flag.hear(packet[STOP])
                 self.not_finite.append((step, report.not_finite_W))
 
@@ -362,7 +370,7 @@ class Trainer:
             # save fetches
             with_rankme = (step + 1) % self.cadence.log_every == 0
             numbers = metrics.readings(outputs, packet, report, with_rankme=with_rankme)
-            numbers += metrics.arrivals(packet[ARRIVAL])
+            numbers += metrics.arrivals(packet[ARRIVAL], packet[DATA])
         samples = (step + 1) * config.global_batch
         self.pending.add(step + 1, samples, values, numbers, timer, self.save_seconds)
         self.save_seconds = 0.0  # counted once, in the step after the save
@@ -393,7 +401,8 @@ class Trainer:
         """Fetch the numbers of all steps since the last flush, check them, and log them."""
         records = self.pending.fetch()
         broken = metrics.first_not_finite(records)
-        slow = metrics.straggler(records, self.cadence.parallel.straggler_factor)
+        factor = self.cadence.parallel.straggler_factor
+        slow = metrics.straggler(records, factor, self.watch.node_of)
         if slow and time.monotonic() > self.silent_until:
             self.hooks.say(slow)
             self.silent_until = time.monotonic() + 60.0

@@ -10,7 +10,7 @@ import math
 import statistics
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
@@ -166,12 +166,13 @@ def readings(
     return numbers
 
 
-def arrivals(seconds_W: Tensor) -> list[tuple[str, Tensor]]:
+def arrivals(seconds_W: Tensor, data_seconds_W: Tensor) -> list[tuple[str, Tensor]]:
     """Which rank came last to the step's first collective, how late, and the median rank; nothing
     for one rank.
 
     Args:
         seconds_W: seconds from the beginning of the step, of every rank.
+        data_seconds_W: seconds of these in which the rank waited for data.
     """
     if len(seconds_W) == 1:
         return []
@@ -179,15 +180,23 @@ def arrivals(seconds_W: Tensor) -> list[tuple[str, Tensor]]:
     return [
         (names.ranks(names.SLOWEST), rank),
         (names.ranks(names.SLOWEST_S), slowest),
+        (names.ranks(names.SLOWEST_DATA_S), data_seconds_W.gather(0, rank[None])[0]),
         (names.ranks(names.MEDIAN_S), seconds_W.quantile(0.5, interpolation="lower")),
     ]
 
 
-def straggler(records: Sequence[Record], factor: float) -> str:
+def straggler(
+    records: Sequence[Record], factor: float, node_of: Callable[[int], str] = lambda rank: ""
+) -> str:
     """A line that names a rank which keeps the others waiting; empty if there is none.
 
     A rank is named when it came last in most of these steps, `factor` times later than the median
     rank, and when that cost more than a twentieth of the steps' time and a tenth of a second.
+
+    Args:
+        records: numbers of steps.
+        factor: how many times later than the median rank it comes.
+        node_of: function that returns the name of a rank's node, empty where it is unknown.
     """
     timed = [record for record in records if names.ranks(names.SLOWEST) in record]
     if not timed:
@@ -201,10 +210,17 @@ def straggler(records: Sequence[Record], factor: float) -> str:
     is_late = late >= factor * median and late - median >= max(0.05 * step_s, 0.1)
     if not (is_usual and is_late):
         return ""
+    first, last = (int(record["step"]) for record in (timed[0], timed[-1]))
+    data = statistics.fmean(record[names.ranks(names.SLOWEST_DATA_S)] for record in timed)
+    if 2 * data > late:
+        phase, remedy = "data", "check its node's disk and its data.loader.workers"
+    else:
+        phase, remedy = "views", "check the clock of its GPU and what else runs there"
+    node = node_of(rank)
     return (
-        f"rank {rank} is slow: it comes {late:.2f} s into a step to what the ranks do together, "
-        f"the median rank {median:.2f} s; check its node's disk, its data.loader.workers and what "
-        "else runs there"
+        f"rank {rank}{f' on {node}' if node else ''} is slow in the phase {phase} of steps {first} "
+        f"to {last}: it comes {late:.2f} s into a step to what the ranks do together, the median "
+        f"rank {median:.2f} s; {remedy}"
     )
 
 

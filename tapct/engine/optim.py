@@ -7,7 +7,7 @@ Axis: W ranks.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -139,7 +139,13 @@ class Updater:
         """Bool scalar on the device: whether all losses and gradients so far were finite."""
         return self.bad == 0
 
-    def step(self, values: StepValues, total: Tensor, packet: Packet | None = None) -> UpdateReport:
+    def step(
+        self,
+        values: StepValues,
+        total: Tensor,
+        packet: Packet | None = None,
+        agreed: Callable[[], object] = lambda: None,
+    ) -> UpdateReport:
         """Clip, check, AdamW, teacher, centres; then forget the gradients.
 
         Args:
@@ -147,6 +153,7 @@ class Updater:
             total: scalar loss of this rank, the mean over its micro-batches.
             packet: other numbers that ranks add up in the same collective; reduced when this
                 returns.
+            agreed: function that is called after that collective.
         """
         packet = Packet() if packet is None else packet
         packet.sum(
@@ -162,6 +169,7 @@ class Updater:
         for name, buffer in pending.items():
             packet.sum(name, buffer)
         packet.reduce()
+        agreed()
         for name, buffer in pending.items():
             buffer.copy_(packet[name])
 

@@ -9,6 +9,7 @@ waits for the device.
 from __future__ import annotations
 
 import math
+import os
 import signal
 import threading
 import time
@@ -19,11 +20,14 @@ from types import FrameType
 import torch
 from torch import Tensor
 
+from tapct.base.launcher import Torchrun
+
 TIME_LIMIT = "time limit"
+NO_LAUNCHER = "the end of torchrun"  # by a signal that it does not pass on, such as SIGUSR1
 FAILED_SAVE = "failed save"
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 # the first one that holds is reported
-REASONS = (FAILED_SAVE, *(one.name for one in SIGNALS), TIME_LIMIT)
+REASONS = (FAILED_SAVE, *(one.name for one in SIGNALS), TIME_LIMIT, NO_LAUNCHER)
 
 
 class StopFlag:
@@ -39,6 +43,7 @@ class StopFlag:
         self, device: torch.device, alone: bool = True, deadline: float = math.inf
     ) -> None:
         self.device, self.alone, self.deadline = device, alone, deadline
+        self.torchrun = Torchrun(os.environ)
         self.signal = ""
         self.failed_save = False
         self.previous: dict[int, object] = {}
@@ -64,7 +69,11 @@ class StopFlag:
         """Why this rank would stop; empty to continue."""
         if self.failed_save:
             return FAILED_SAVE
-        return self.signal or (TIME_LIMIT if time.time() > self.deadline else "")
+        if self.signal:
+            return self.signal
+        if time.time() > self.deadline:
+            return TIME_LIMIT
+        return NO_LAUNCHER if self.torchrun.has_ended() else ""
 
     def slots(self) -> Tensor:
         """Part of this rank in the collective: one number per reason, 0 or 1."""

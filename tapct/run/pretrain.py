@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from tapct.base import console, ranks
+from tapct.base import console, launcher, ranks
 from tapct.base.exits import SharedError, UserError
 from tapct.base.lease import Lease, LostLease
 from tapct.base.ranks import Ranks
@@ -118,6 +118,7 @@ def train(resolved: Resolved, allow_change: bool = False, command: str = "") -> 
     """
     config: RunConfig = resolved.value
     place = ranks.from_environment(os.environ)
+    launcher.check_launcher(os.environ)
     flush_denormals()
     device, no_device = device_of_rank(config.device, place)
     lease = lease_of(config.out)
@@ -246,7 +247,9 @@ class Pretraining:
         batches = self.batches(rows, start)
         try:
             with (
-                trackers.MetricsWriter(config.out, config.log, start_step=start) as writer,
+                trackers.MetricsWriter(
+                    config.out, config.log, start_step=start, num_steps=config.train.steps
+                ) as writer,
                 console.TrainProgress(config.train.steps, start, config.log.every) as progress,
             ):
                 hooks = self.hooks(pair, updater, writer, progress)
@@ -269,7 +272,14 @@ class Pretraining:
 
     def write_records(self, rows: list[int], start: int, saved: Path | None) -> None:
         """Write what the run is and which scans it is trained on; only the first rank does."""
-        write_run_files(self.config.out, self.resolved, self.store, self.command)
+        write_run_files(
+            self.config.out,
+            self.resolved,
+            self.store,
+            self.command,
+            step=start,
+            world=self.world.ranks.world,
+        )
         lineage.update(
             self.config.out, self.store, rows, start=start, saved=saved, init=self.init_weights
         )

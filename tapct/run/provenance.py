@@ -9,7 +9,8 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 
 import tapct
-from tapct.base import files
+from tapct.base import ending, files, ranks
 from tapct.base.exits import UserError, single_line
 from tapct.config import Resolved
 from tapct.config.flat import flatten
@@ -25,21 +26,47 @@ from tapct.config.plugins import Plugin
 from tapct.data.packed.store import Store
 from tapct.run_folder import RunFolder
 
+MOST_STARTS = 1000  # kept in run.json
 
-def write_run_files(out: Path, resolved: Resolved, store: Store, command: str) -> None:
-    """config.yaml and run.json: what was run, on what, with which versions."""
+
+def write_run_files(
+    out: Path, resolved: Resolved, store: Store, command: str, step: int = 0, world: int = 1
+) -> None:
+    """config.yaml and run.json: what was run, on what, with which versions, and all starts of it.
+
+    Args:
+        out: run folder.
+        resolved: config of the run.
+        store: packed archive.
+        command: command that started the run.
+        step: finished steps at this start.
+        world: number of ranks.
+    """
     out.mkdir(parents=True, exist_ok=True)
     files.write_atomically(RunFolder(out).config, resolved.to_yaml())
     packages = ("torch", "numpy", "nibabel", "SimpleITK", "pydicom", "blosc2")
+    versions = {
+        "tapct": tapct.__version__,
+        "python": platform.python_version(),
+        **{name: metadata.version(name) for name in packages},
+    }
+    revision, gpu = git_revision(), gpu_name()
+    start = {
+        "time": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()),
+        "step": step,
+        "command": command,
+        **launch(os.environ),
+        "ranks": world,
+        "gpu": gpu,
+        "git_revision": revision,
+        "versions": versions,
+        "manifest": store.digest,
+    }
     about = {
         "command": command,
-        "versions": {
-            "tapct": tapct.__version__,
-            "python": platform.python_version(),
-            **{name: metadata.version(name) for name in packages},
-        },
-        "git_revision": git_revision(),
-        "machine": {"system": platform.platform(), "cores": os.cpu_count(), "gpu": gpu_name()},
+        "versions": versions,
+        "git_revision": revision,
+        "machine": {"system": platform.platform(), "cores": os.cpu_count(), "gpu": gpu},
         "manifest": {
             "digest": store.digest,
             "scans": len(store),
@@ -48,8 +75,36 @@ def write_run_files(out: Path, resolved: Resolved, store: Store, command: str) -
                 reason: count for reason, count in store.summary.items() if reason != "accepted"
             },
         },
+        "starts": [*earlier_starts(RunFolder(out).provenance), start][-MOST_STARTS:],
     }
     files.write_atomically(RunFolder(out).provenance, json.dumps(about, indent=1))
+
+
+def launch(environment: Mapping[str, str]) -> dict[str, Any]:
+    """The job and the nodes of a start.
+
+    Args:
+        environment: environment variables, `os.environ`.
+    """
+    job = environment.get("SLURM_JOB_ID") or environment.get("TORCHELASTIC_RUN_ID", "none")
+    nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST", "")
+    return {
+        "job": "" if job == "none" else job,
+        "restarts": ranks.restarts(environment),
+        "nodes": nodes or ending.node_name(environment),
+    }
+
+
+def earlier_starts(path: Path) -> list[dict[str, Any]]:
+    """The starts that run.json holds; none where it is missing, damaged or of an earlier version of
+    tapct.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return []
+    starts = content.get("starts", []) if isinstance(content, dict) else []
+    return starts if isinstance(starts, list) else []
 
 
 def facts_of_rank(resolved: Resolved, device: torch.device) -> dict[str, str]:

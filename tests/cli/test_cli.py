@@ -454,7 +454,7 @@ def test_help_answers_in_under_a_second() -> None:
         seconds.append(time.perf_counter() - began)
         if seconds[-1] < 1:
             break
-    commands = "phantom index pack train plan eval export embed report submit jobs cancel"
+    commands = "phantom index pack train plan eval export embed report submit jobs cancel sweep"
     for command in commands.split():
         assert f"  {command} " in done.stdout
     assert min(seconds) < 1.0, seconds

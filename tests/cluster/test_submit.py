@@ -4,20 +4,24 @@ requeued.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from fake_slurm import FakeSlurm
+from fake_slurm import SBATCH, FakeSlurm
 from fake_slurm import cluster as cluster  # fixtures
 from fake_slurm import config as config
 from fake_slurm import store as store
 from shell import Shell, files_of
 from shell import shell as shell
 
+from tapct.base import ending
+from tapct.base.lease import Lease
 from tapct.cluster import jobs, submit, task
 from tapct.cluster.resources import Resources
 from tapct.config import load_config
@@ -101,14 +105,135 @@ def test_a_doubtful_setting_gives_a_warning_beside_the_script(config: Path, shel
         assert code == 0
         return other_warnings(err)
 
-    assert warned() == []
-    (line,) = warned("device=auto")
+    assert warned("--cpus-per-task", "2") == []
+    assert warned("--exclusive") == [] and warned("data.loader.workers=0") == []
+    (line,) = warned("data.loader.workers=3")
+    assert "without --cpus-per-task" in line and "add --cpus-per-task 4" in line
+    (line,) = warned("--cpus-per-task", "2", "device=auto")
     assert line.startswith("warning: the job requests no GPU") and "--gpus-per-node" in line
-    (line,) = warned("--gpus-per-node", "2")
+    (line,) = warned("--cpus-per-task", "2", "--gpus-per-node", "2")
     assert line.startswith("warning: device=cpu leaves the GPUs")
     (line,) = warned("--cpus-per-task", "2", "data.loader.workers=2")
     assert "no core for training beside data.loader.workers 2; request 3" in line
     assert warned("--cpus-per-task", "3", "data.loader.workers=2") == []
+
+
+def test_sbatch_gets_every_option_that_it_knows(config: Path, shell: Shell) -> None:
+    words = "--gres gpu:h100:4 --exclude n1 --nodelist n2,n3 --exclusive --mem-per-gpu 32G "
+    words += "--dependency afterok:7 --reservation r --mail me@lab.org --job-name j "
+    words += "--sbatch --licenses=a --sbatch --nice --comment c"
+    found = options_of(
+        shell.good(
+            "submit", config, "losses.koleo=null", "device=auto", "--dry-run", *words.split()
+        )
+    )
+    assert found["gres"] == "gpu:h100:4" and found["ntasks-per-node"] == "4"
+    assert (found["exclude"], found["nodelist"], found["exclusive"]) == ("n1", "n2,n3", "")
+    assert (found["mem-per-gpu"], found["dependency"]) == ("32G", "afterok:7")
+    assert (found["mail-user"], found["mail-type"]) == ("me@lab.org", "END,FAIL")
+    assert (found["reservation"], found["job-name"], found["comment"]) == ("r", "j", "c")
+    assert (found["licenses"], found["nice"]) == ("a", "")
+
+
+@pytest.mark.parametrize(
+    ("given", "tasks"),
+    [
+        ("--gres=gpu:h100:4", "4"),
+        ("--gres=gpu:2,lustre", "2"),
+        ("--gpus-per-node=a100:3", "3"),
+        ("--gres=lustre", "1"),
+        ("--gpus-per-task=1", "1"),
+    ],
+)
+def test_gpus_of_sbatch_make_one_task_each(
+    config: Path, shell: Shell, given: str, tasks: str
+) -> None:
+    words = ("losses.koleo=null", "device=auto", "train.global_batch=12", "--dry-run")
+    code, out, err = shell("submit", config, "--exclusive", "--sbatch", given, *words)
+    assert code == 0 and options_of(out)["ntasks-per-node"] == tasks
+    name, _, value = given.removeprefix("--").partition("=")
+    assert options_of(out)[name] == value
+    assert ("requests no GPU" in err) == (given == "--gres=lustre")
+
+
+def test_lines_of_setup_come_first_and_words_of_srun_before_python(
+    config: Path, shell: Shell
+) -> None:
+    words = ("--setup", "module load cuda", "--setup", "ulimit -n 9999")
+    script = shell.good(
+        "submit", config, "--dry-run", *words, "--srun-args", "--cpu-bind=cores --mpi=none"
+    )
+    lines = script.splitlines()
+    assert lines[lines.index("# setup") + 1 :][:2] == ["module load cuda", "ulimit -n 9999"]
+    (srun,) = (line for line in lines if line.startswith("srun "))
+    assert f"--cpu-bind=cores --mpi=none {sys.executable}" in srun and "--export=ALL" in srun
+
+
+@pytest.mark.parametrize(
+    ("program", "parts"),
+    [
+        ((), ["apptainer exec --bind ", "{here},{here}/run a.sif python3 -u -m submitit"]),
+        (
+            ("pyxis",),
+            ["--container-image=a.sif", "--container-mounts=", "{here}:{here}", " python3 -u"],
+        ),
+        (("enter {image} -- python",), [" enter a.sif -- python -u -m submitit"]),
+    ],
+)
+def test_python_runs_in_a_container(
+    config: Path, shell: Shell, tmp_path: Path, program: tuple[str, ...], parts: list[str]
+) -> None:
+    words = [word for each in program for word in ("--container-with", each)]
+    script = shell.good("submit", config, "--dry-run", "--container", "a.sif", *words)
+    (srun,) = (line for line in script.splitlines() if line.startswith("srun "))
+    for part in parts:
+        assert part.format(here=tmp_path, image="{image}") in srun, srun
+    assert subprocess.run(["bash", "-n"], input=script, text=True, check=False).returncode == 0
+
+
+def test_a_file_of_the_site_has_the_defaults_of_a_cluster(
+    config: Path, shell: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = tmp_path / "site.yaml"
+    site.write_text(
+        "partition: gpu\naccount: lab\ncpus_per_task: 8\ntime: 12:00:00\nexclusive: true\n"
+        "setup: module load cuda\nsbatch: [--licenses=a]\n"
+    )
+    monkeypatch.setenv("TAPCT_SITE", str(site))
+    words = ("--partition", "big", "--setup", "module load nccl", "--dry-run")
+    script = shell.good("submit", config, *words)
+    found = options_of(script)
+    assert (found["partition"], found["account"], found["cpus-per-task"]) == ("big", "lab", "8")
+    assert (found["time"], found["exclusive"], found["licenses"]) == ("720", "", "a")
+    assert script.index("module load cuda") < script.index("module load nccl")
+
+    for text, parts in (
+        ("partitoin: gpu\n", ["partitoin", "partition"]),
+        ("nodes: many\n", ["nodes", "'many'", "whole number"]),
+        ("sweep: a=1\n", ["sweep", "no option that a site can set"]),
+        ("[a, b]\n", ["must map options"]),
+        ("a: [\n", ["no YAML file"]),
+    ):
+        site.write_text(text)
+        line = shell.bad("submit", config, "--dry-run")
+        assert str(site) in line and all(part in line for part in parts), line
+    monkeypatch.setenv("TAPCT_SITE", "nowhere.yaml")
+    assert "TAPCT_SITE=nowhere.yaml is no file" in shell.bad("submit", config)
+
+
+def test_a_job_that_is_submitted_from_a_job_inherits_nothing_of_it(
+    config: Path, shell: Shell, cluster: FakeSlurm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster.command("sbatch", 'env > "{here}/variables"\n' + SBATCH)
+    monkeypatch.setenv("SLURM_MEM_PER_NODE", "100")
+    monkeypatch.setenv("SLURM_JOB_ID", "5")
+    monkeypatch.setenv("SLURM_CONF", "/etc/slurm.conf")
+    monkeypatch.setenv("SBATCH_ACCOUNT", "lab")
+    shell.good("submit", config)
+    lines = (cluster.here / "variables").read_text().splitlines()
+    names = {line.partition("=")[0] for line in lines}
+    assert {name for name in names if name.startswith("SLURM_")} == {"SLURM_CONF"}
+    assert "SBATCH_ACCOUNT" in names and os.environ["SLURM_JOB_ID"] == "5"
 
 
 def test_the_dry_run_of_a_sweep_is_an_array(config: Path, shell: Shell) -> None:
@@ -137,7 +262,7 @@ def run_script(
 @pytest.fixture
 def script(config: Path, cluster: FakeSlurm) -> str:
     """A batch script with at most 9 restarts, and 2 without progress; its folder exists."""
-    resources = Resources(minutes=10, max_restarts=9, max_idle_restarts=2)
+    resources = Resources(minutes=10, max_restarts=9, max_idle_restarts=2, max_failures=3)
     made = submit.preview_batch_script(submit.plan_runs(config, [], []), resources)
     place = config.parent / "run" / "jobs" / "TIME"
     place.mkdir(parents=True)
@@ -181,7 +306,11 @@ def test_the_script_sets_where_the_ranks_meet_and_which_code_they_run(
     assert Path(first).parent.name == "code" and rest == ["/other"]
 
 
-STOPPED, FAILED = f'printf stopped > "${task.MARK}"; ', f'printf failed > "${task.MARK}"; '
+STOPPED, FAILED = f'printf stopped > "${ending.MARK}"; ', f'printf failed > "${ending.MARK}"; '
+LOST = f"printf 'lost\\nn1\\nstep 5, collective: lost rank 1' > \"${ending.MARK}\"; "
+KILLED = "echo 'srun: error: n1: task 1: Killed' >&2; "
+EXITED = "echo 'srun: error: n0: task 0: Exited with exit code 2' >&2; "
+LAUNCH = "echo 'srun: error: Task launch for StepId=7.0 failed on node n1: Job credential' >&2; "
 
 
 @pytest.mark.parametrize(
@@ -194,11 +323,18 @@ STOPPED, FAILED = f'printf stopped > "${task.MARK}"; ', f'printf failed > "${tas
         ("exit 143", True, "SIGTERM while Python was starting"),
         (STOPPED + "exit 1", True, "a rank left early, the others failed for want of it"),
         (FAILED + "exit 143", False, "a rank failed, and srun ended the others"),
-        (STOPPED + "exit 139", False, "a rank crashed, and srun ended the others early"),
-        ("exit 137", False, "out of memory"),
+        (FAILED + "exit 1", False, "a bug"),
+        (STOPPED + "exit 139", True, "a rank crashed, and srun ended the others early"),
+        ("exit 137", True, "out of memory"),
+        ("exit 3", True, "a rank that hangs"),
+        (LOST + "exit 3", True, "another rank is gone"),
+        (FAILED + KILLED + "exit 137", True, "killed, which was an error for the others"),
+        ("exit 1", False, "Python does not start"),
+        (LAUNCH + "exit 1", True, "a node does not start its ranks"),
+        (FAILED + EXITED + KILLED + "exit 137", False, "srun killed the others after the first"),
     ],
 )
-def test_a_job_is_requeued_after_a_signal_and_only_then(
+def test_a_job_is_requeued_after_a_signal_or_a_fault_of_a_machine_and_only_then(
     script: str, cluster: FakeSlurm, srun: str, again: bool, why: str
 ) -> None:
     done = run_script(cluster, script, srun + "\n")
@@ -265,6 +401,86 @@ def test_a_job_that_saves_nothing_new_gives_up_and_one_that_does_continues(
             done.stdout.splitlines()[-1] == f"tapct: {last_event()['why']}"
             and last_event()["event"] == "gave up"
         )
+
+
+@pytest.mark.parametrize(
+    ("srun", "nodes", "why"),
+    [
+        (KILLED + "exit 137", "n1", "n1: task 1: Killed"),
+        (LOST + "exit 3", "n1", "step 5, collective: lost rank 1"),
+        (LOST + KILLED + "exit 137", "n1", "n1: task 1: Killed; step 5, collective: lost rank 1"),
+        (LAUNCH + "exit 1", "n1", "Task launch for StepId=7.0 failed on node n1: Job credential"),
+        (KILLED.replace("n1", "n[0-1]") + "exit 137", "-", "n[0-1]: task 1: Killed"),
+        ("exit 137", "-", "a rank was ended by signal 9"),
+    ],
+)
+def test_the_cause_of_a_lost_start_is_kept(
+    script: str, cluster: FakeSlurm, srun: str, nodes: str, why: str
+) -> None:
+    done = run_script(cluster, script, srun + "\n")
+    assert (last_event()["event"], last_event()["nodes"]) == ("lost", nodes)
+    assert last_event()["why"] == why and f"tapct: lost: {why}" in done.stdout
+
+
+def test_a_start_that_slurm_has_cut_off_is_recorded(script: str, cluster: FakeSlurm) -> None:
+    run_script(cluster, script, saves(1) + "kill -KILL $PPID\n", SLURMD_NODENAME="n0")
+    assert run_script(cluster, script, "exit 0\n", SLURMD_NODENAME="n1").returncode == 0
+    assert (last_event()["event"], last_event()["nodes"]) == ("cut off", "n0")
+    run_script(cluster, script, saves(2) + "exit 0\n")
+    assert last_event()["nodes"] == "n0", "a start that ended by itself is not cut off"
+
+
+def test_starts_that_are_lost_without_progress_end(script: str, cluster: FakeSlurm) -> None:
+    ends = [saves(1) + LOST, LOST, LOST, saves(2) + LOST, LOST, LOST, LOST, LOST]
+    codes = [run_script(cluster, script, end + "exit 3\n").returncode for end in ends]
+    assert codes == [0, 0, 0, 0, 0, 0, 0, 1], "three after each checkpoint, and not the fourth"
+    assert str(last_event()["why"]) == (
+        "4 starts in a row were lost without a new checkpoint (--max-failures 3), the last one by: "
+        "step 5, collective: lost rank 1"
+    )
+
+
+@pytest.mark.parametrize(
+    ("excluded_before", "nodes", "excluded"),
+    [
+        ("(null)", "n0 n1 n2 n3", "ExcNodeList=n1"),
+        ("n3", "n0 n1 n2 n3", "ExcNodeList=n1,n3"),
+        ("(null)", "n0 n1", ""),  # the job needs two
+    ],
+)
+def test_a_node_that_lost_two_starts_is_excluded(
+    script: str, cluster: FakeSlurm, excluded_before: str, nodes: str, excluded: str
+) -> None:
+    cluster.command("sinfo", f"printf '%s\\n' {nodes} {nodes}\n")
+    cluster.command(
+        "scontrol",
+        'if [ "$1 $2" = "show hostnames" ]; then echo "$3" | tr , "\\n"; fi\n'
+        'if [ "$1 $2" = "show job" ]; then echo "JobId=77 JobState=RUNNING '
+        f'ExcNodeList={excluded_before} Reason=None"; fi\n',
+    )
+    known = {"SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_PARTITION": "gpu"}
+    for step in (1, 2):
+        assert cluster.calls("scontrol update") == []
+        run_script(cluster, script, saves(step) + KILLED + "exit 137\n", **known)
+    wanted = [f"scontrol update JobId=77 {excluded}"] if excluded else []
+    assert cluster.calls("scontrol update") == wanted
+
+
+def test_a_taken_port_is_avoided(script: str, cluster: FakeSlurm) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        job = 10000 + port % 10000  # the port of this job is 20000 + job % 10000
+        with contextlib.ExitStack() as stack:
+            if port != 20000 + job % 10000:
+                port, other = 20000 + job % 10000, stack.enter_context(socket.socket())
+                other.bind(("127.0.0.1", port))
+                other.listen()
+            run_script(
+                cluster, script, 'echo "$MASTER_PORT" > "{here}/port"\n', SLURM_JOB_ID=str(job)
+            )
+    assert int((cluster.here / "port").read_text()) == port + 1
 
 
 def test_a_job_that_cannot_be_requeued_reports_it(script: str, cluster: FakeSlurm) -> None:
@@ -373,8 +589,10 @@ def test_a_sweep_is_submitted_as_one_array_with_a_folder_per_run(
         )
     assert "tapct compare run/*=*" in printed
     dry = shell.good(
-        "submit", config, "--time", "10", "--sweep", "optim.lr=1e-3,2e-3", "--dry-run", "out=other"
+        *("submit", config, "--time", "10", "--sweep", "optim.lr=1e-3,2e-3", "--dry-run"),
+        *("out=other", "--array-limit", "1"),
     )
+    assert options_of(dry)["array"] == "0-1%1"
     assert dry.splitlines()[-2:] == ["# run 0: other/lr=1e-3", "# run 1: other/lr=2e-3"]
     assert sorted(Path().glob("run/*=*")) == [Path("run/lr=1e-3"), Path("run/lr=2e-3")]
     assert list(jobs.find_submissions([Path("run")])) == [Path("run/lr=1e-3"), Path("run/lr=2e-3")]
@@ -395,6 +613,13 @@ def test_a_sweep_is_submitted_as_one_array_with_a_folder_per_run(
         ("device=cuda", ["device=cuda", "--gpus-per-node"]),
         ("data.store=nowhere", ["nowhere"]),
         ("out=a%jb", ["%"]),
+        ("--sbatch -pgpu", ["long form"]),
+        ("--sbatch --array=0-3", ["--sweep"]),
+        ("--sbatch --time=5", ["use --time"]),
+        ("--mem 2G --mem-per-cpu 1G", ["--mem", "--mem-per-cpu", "exclude"]),
+        ("--partition a --sbatch --partition=b", ["--partition", "twice"]),
+        ("--sbatch --nice=1 --sbatch --nice=2", ["--nice", "twice"]),
+        ("--container a --container-with docker", ["docker", "apptainer"]),
     ],
 )
 def test_what_cannot_run_is_not_submitted(
@@ -437,13 +662,50 @@ def test_a_run_with_a_living_job_is_not_submitted_again(
     shell.good("submit", config)
 
 
+def test_the_living_job_of_another_user_is_seen(
+    config: Path, shell: Shell, cluster: FakeSlurm
+) -> None:
+    shell.good("submit", config)
+    cluster.queue(("77", "RUNNING", 0, "None"))
+    cluster.command("squeue", 'case "$*" in *--user=*) ;; *) cat "{here}/queue" ;; esac\n')
+    assert "run has the job 77, running" in shell.bad("submit", config)
+    assert "running" in shell.good("jobs", "run")
+    assert "cancelled job 77" in shell.good("cancel", "run")
+    # and on a cluster that hides the jobs of other users
+    cluster.command("squeue", "")
+    lease = Lease(Path("run/lease.json"), "the run folder run", {"SLURM_JOB_ID": "77"})
+    lease.acquire()
+    line = shell.bad("submit", config)
+    assert "run is being written by another process" in line and "job 77" in line
+    assert "running" in shell.good("jobs", "run")
+    lease.release()
+    assert "never ran" in shell.good("jobs", "run")
+    shell.good("submit", config)
+
+
+def test_of_two_submissions_at_once_one_is_refused(
+    config: Path, shell: Shell, cluster: FakeSlurm, tmp_path: Path
+) -> None:
+    other = Lease(Path("run/jobs/.submitting"), "the list of jobs of run", {})
+    other.acquire()
+    before = files_of(tmp_path)
+    assert "the list of jobs of run is being written by another process" in shell.bad(
+        "submit", config
+    )
+    assert files_of(tmp_path) == before and cluster.calls("sbatch") == []
+    other.release()
+    shell.good("submit", config)
+    assert not Path("run/jobs/.submitting").exists()
+
+
 def test_when_slurm_does_not_respond_one_warning_names_the_run_that_was_not_checked(
     config: Path, shell: Shell, cluster: FakeSlurm
 ) -> None:
     cluster.command("squeue", "exit 1\n")
-    code, _, err = shell("submit", config)
+    words = ("submit", config, "--cpus-per-task", "2")
+    code, _, err = shell(*words)
     assert code == 0 and other_warnings(err) == []  # no earlier submission: nothing to check
-    code, _, err = shell("submit", config)
+    code, _, err = shell(*words)
     (line,) = other_warnings(err)
     assert code == 0 and line.startswith("warning: SLURM does not respond (squeue)")
     assert "on run;" in line and "squeue --me" in line

@@ -21,6 +21,7 @@ from shell import Shell
 from shell import shell as shell
 from tiny_run import numbers_of
 
+from tapct.base import ending
 from tapct.cluster import task
 
 
@@ -45,7 +46,7 @@ def environment(restarts: int) -> dict[str, str]:
     (code,) = Path("run/code").iterdir()
     return {
         **os.environ,
-        task.MARK: str(Path("run/mark").absolute()),
+        ending.MARK: str(Path("run/mark").absolute()),
         "PYTHONPATH": str(code.absolute()),
         "SLURM_RESTART_COUNT": str(restarts),
         "OMP_NUM_THREADS": "1",
@@ -204,9 +205,9 @@ def test_a_task_refuses_another_tapct_than_its_snapshot(job: list[str]) -> None:
 
 
 def test_the_first_mark_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(task.MARK, str(tmp_path / "mark"))
-    task.leave_mark("failed")
-    task.leave_mark("stopped")
+    monkeypatch.setenv(ending.MARK, str(tmp_path / "mark"))
+    ending.leave("failed")
+    ending.leave("stopped")
     assert (tmp_path / "mark").read_text() == "failed"
 
 

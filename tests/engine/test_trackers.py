@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import math
@@ -16,7 +17,7 @@ from typing import Any
 import forked
 import pytest
 
-from tapct.base import console
+from tapct.base import console, jsonl
 from tapct.engine import trackers
 
 LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS")
@@ -88,6 +89,66 @@ def test_a_row_without_its_end_is_dropped_even_if_it_parses(tmp_path: Path) -> N
     with trackers.MetricsWriter(tmp_path, QUIET, start_step=2) as writer:
         writer.write(row(3))
     assert [one["step"] for one in rows(tmp_path)] == [1, 3]
+
+
+@pytest.mark.parametrize(
+    ("most", "steps", "every"),
+    [(100, 0, 1), (100, 100, 1), (100, 101, 2), (100, 450, 5), (100, 501, 10), (100, 10_000, 100)],
+)
+def test_rows_are_written_as_rarely_as_needed(most: int, steps: int, every: int) -> None:
+    assert trackers.steps_between(most, steps) == every
+
+
+def test_a_long_run_writes_some_steps_and_all_that_matter(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = dataclasses.replace(QUIET, metrics_every=5)
+    with trackers.MetricsWriter(tmp_path, config, num_steps=23) as writer:
+        for step in range(1, 14):
+            loss = math.nan if step == 7 else 1.5
+            writer.write(row(step, loss=loss) | {"seconds/save": 2.0 if step in (6, 8) else 0.0})
+    found = [(one["step"], one["seconds/save"]) for one in rows(tmp_path)]
+    assert found == [(5, 0.0), (7, 2.0), (10, 2.0)]
+    with trackers.MetricsWriter(tmp_path, config, start_step=13, num_steps=23) as writer:
+        for step in range(14, 24):
+            writer.write(row(step))
+    assert [one["step"] for one in rows(tmp_path)] == [5, 7, 10, 15, 20, 23]
+    assert capsys.readouterr().out == ""
+
+
+def test_a_start_reads_only_the_end_of_a_long_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    lines = [json.dumps({"step": step, "pad": "x" * (step % 50)}) + "\n" for step in range(1, 3000)]
+    path.write_text("".join(lines))
+    monkeypatch.setattr(trackers, "BLOCK_BYTES", 100)  # lines lie in two blocks
+    for start in (2998, 2400, 2399, 1, 0):
+        trackers.MetricsWriter(tmp_path, QUIET, start_step=start).close()
+        assert path.read_text() == "".join(lines[:start])
+    path.write_text("".join(lines))
+    monkeypatch.setattr(trackers, "BLOCK_BYTES", 1000)
+    reads: list[bytes] = []
+    parse = jsonl.parse
+
+    def counted(line: bytes) -> dict[str, Any] | None:
+        reads.append(line)
+        return parse(line)
+
+    monkeypatch.setattr(jsonl, "parse", counted)
+    trackers.MetricsWriter(tmp_path, QUIET, start_step=2990).close()
+    assert len(reads) == 10
+
+
+def test_a_run_of_a_million_steps_stays_small(tmp_path: Path) -> None:
+    """By the size of a row of a run with all losses, as tap_s_3d writes it."""
+    numbers = {f"group/metric_{i}": 0.1234567890123456 * (i + 1) for i in range(45)}
+    config = trackers.Config()
+    with trackers.MetricsWriter(tmp_path, config, num_steps=1_000_000) as writer:
+        for step in range(1, 2001):
+            writer.write(row(step, time=1e9 + step / 7) | numbers)
+    size = sum(file.stat().st_size for file in tmp_path.rglob("*") if file.is_file())
+    assert size * 1_000_000 / 2000 < 300e6
 
 
 def test_missing_steps_before_the_start_are_reported(

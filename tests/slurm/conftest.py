@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from tiny_run import make_store, write_config
 
 SCRIPTS = Path(__file__).resolve().parent.parent.parent / "scripts"
 
@@ -28,3 +29,16 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
             yield folder
         finally:
             subprocess.run([SCRIPTS / "slurm_down.sh"], env=known, check=True, timeout=120)
+
+
+@pytest.fixture(scope="session")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_store(tmp_path_factory.mktemp("archive"))
+
+
+@pytest.fixture
+def here(slurm: Path, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with tiny.yaml."""
+    monkeypatch.chdir(tmp_path)
+    write_config(tmp_path, store)
+    return tmp_path

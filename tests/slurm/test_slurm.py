@@ -6,105 +6,27 @@ TAPCT_SLURM=1 pytest -m slurm tests/slurm
 
 from __future__ import annotations
 
-import json
-import os
 import re
-import subprocess
-import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tiny_run import assert_equal_runs, make_store, numbers_of, write_config
+from slurm_jobs import (
+    ask,
+    events_of,
+    log_of,
+    state_of,
+    steps_of,
+    submit,
+    tapct,
+    wait_for,
+    wait_for_end,
+)
+from tiny_run import assert_equal_runs, numbers_of
 
 pytestmark = pytest.mark.slurm
 
-REPOSITORY = Path(__file__).resolve().parent.parent.parent
 LAYOUTS = [(2, 2), pytest.param(1, 1, marks=pytest.mark.slow)]  # (nodes, tasks per node)
-PATIENCE_SECONDS = 300
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_store(tmp_path_factory.mktemp("archive"))
-
-
-@pytest.fixture
-def here(slurm: Path, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working directory with tiny.yaml."""
-    monkeypatch.chdir(tmp_path)
-    write_config(tmp_path, store)
-    return tmp_path
-
-
-def tapct(*words: str | Path) -> str:
-    """What a tapct command prints; it must succeed."""
-    known = {**os.environ, "PYTHONPATH": str(REPOSITORY), "COLUMNS": "80"}
-    command = [sys.executable, "-m", "tapct", *map(str, words)]
-    done = subprocess.run(
-        command, env=known, capture_output=True, text=True, timeout=120, check=False
-    )
-    errors = [line for line in done.stderr.splitlines() if not line.startswith("warning: ")]
-    assert done.returncode == 0 and errors == [], done.stdout + done.stderr
-    return done.stdout
-
-
-def submit(here: Path, run: str, *words: str, nodes: int = 1, tasks: int = 1) -> str:
-    """Submit the tiny config; returns the id of the job."""
-    layout = ["--nodes", str(nodes), "--tasks-per-node", str(tasks)]
-    printed = tapct(
-        "submit", here / "tiny.yaml", f"out={run}", "--time", "10", "--grace", "20", *layout, *words
-    )
-    found = re.search(r"job (\S+):", printed)
-    assert found is not None, printed
-    return found[1]
-
-
-def ask(*words: str) -> str:
-    return subprocess.run(
-        words, capture_output=True, text=True, check=True, timeout=30
-    ).stdout.strip()
-
-
-def state_of(job: str) -> str:
-    found = re.search(r"JobState=(\w+)", ask("scontrol", "show", "job", "-o", job))
-    return found[1] if found else ""
-
-
-def log_of(run: Path | str, job: str) -> str:
-    """All logs of a job, one after the other."""
-    paths = sorted(
-        [
-            *Path(run).glob(f"jobs/*/{job}_*_log.out"),
-            *Path(run).parent.glob(f"jobs/*/{job}_*_log.out"),
-        ]
-    )
-    return "".join(path.read_text() for path in paths)
-
-
-def wait_for(what: Callable[[], object], run: Path | str, job: str) -> None:
-    """Wait until something holds; a job that fails meanwhile ends the wait with its log."""
-    began = time.monotonic()
-    while not what():
-        known = log_of(run, job)
-        assert time.monotonic() - began < PATIENCE_SECONDS, f"{job} is {state_of(job)}:\n{known}"
-        assert state_of(job) not in ("FAILED", "TIMEOUT", "NODE_FAIL") or what(), known
-        time.sleep(0.3)
-
-
-def wait_for_end(run: Path | str, job: str, state: str = "COMPLETED") -> None:
-    wait_for(lambda: state_of(job) == state, run, job)
-
-
-def steps_of(run: Path | str) -> int:
-    path = Path(run) / "metrics.jsonl"
-    return len(path.read_text().splitlines()) if path.exists() else 0
-
-
-def events_of(run: Path | str) -> list[str]:
-    paths = sorted(Path(run).glob("jobs/*/events.jsonl"))
-    return [json.loads(line)["event"] for path in paths for line in path.read_text().splitlines()]
 
 
 @pytest.mark.parametrize(("nodes", "tasks"), LAYOUTS)
@@ -269,7 +191,7 @@ def test_a_run_that_fails_is_not_started_again(here: Path, store: Path) -> None:
 
 
 BREAKS = """
-import os, signal
+import os
 from dataclasses import dataclass
 from tapct.types import UserError
 
@@ -279,19 +201,16 @@ class Config:
 
 def build(config):
     if os.environ.get("SLURM_PROCID") == "1":
-        {how}
+        raise UserError('rank 1 gives up')
     return lambda view, key: view
 """
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "how", ["raise UserError('rank 1 gives up')", "os.kill(os.getpid(), signal.SIGSEGV)"]
-)
-def test_a_rank_that_fails_ends_the_job_for_good(here: Path, how: str) -> None:
+def test_a_rank_that_fails_ends_the_job_for_good(here: Path) -> None:
     """srun then stops the others with SIGTERM, as a preemption would."""
     (here / "mylab").mkdir()
-    (here / "mylab" / "breaks.py").write_text(BREAKS.format(how=how))
+    (here / "mylab" / "breaks.py").write_text(BREAKS)
     job = submit(here, "run", "views.ops[mylab.breaks]={}", "train.steps=100000", tasks=2)
     wait_for(lambda: state_of(job) == "FAILED", "run", job)
     time.sleep(8)  # longer than a requeued job waits

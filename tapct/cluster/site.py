@@ -1,0 +1,121 @@
+"""Defaults of a cluster for `tapct submit`, from a YAML file.
+
+TAPCT_SITE names the file; without this variable it is ~/.config/tapct/site.yaml. Its keys are the
+long options of `tapct submit`:
+
+    partition: gpu
+    account: lab
+    cpus-per-task: 8
+    setup: [module load cuda]
+    sbatch: ["--gres=gpu:h100:4"]
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tapct.base import files
+from tapct.base.exits import UserError
+
+VARIABLE = "TAPCT_SITE"
+LISTS = ("sbatch", "setup", "srun-args")  # the values of the file come before those of the command
+NOT_OF_A_SITE = ("sweep", "allow-change", "dry-run", "job-name", "dependency")
+
+
+def site_file(environment: Mapping[str, str]) -> Path | None:
+    """The file with the defaults of this cluster; None where there is none.
+
+    Args:
+        environment: environment variables, `os.environ`.
+    Raises:
+        UserError: TAPCT_SITE names no file.
+    """
+    named = environment.get(VARIABLE, "")
+    if named:
+        path = files.expand_path(named)
+        if not path.is_file():
+            raise UserError(f"{VARIABLE}={named} is no file; correct or unset the variable")
+        return path
+    home = files.home_folder()
+    path = Path() if home is None else home / ".config" / "tapct" / "site.yaml"
+    return path if path.is_file() else None
+
+
+def with_site(
+    given: Mapping[str, Any], explicit: Collection[str], environment: Mapping[str, str] = os.environ
+) -> dict[str, Any]:
+    """Options of a command with the defaults of the site where the command line has none.
+
+    Args:
+        given: option -> value, with dashes in the names; a default where none was given.
+        explicit: options that the command line has given.
+        environment: environment variables.
+    Raises:
+        UserError: the file of the site is no YAML mapping, or names no option.
+    """
+    path = site_file(environment)
+    if path is None:
+        return dict(given)
+    options = dict(given)
+    for key, value in read(path).items():
+        name = key.replace("_", "-")
+        if name not in given or name in NOT_OF_A_SITE:
+            known = ", ".join(sorted(set(given) - set(NOT_OF_A_SITE)))
+            raise UserError(f"{path}: {key} is no option that a site can set; it can set {known}")
+        if name in LISTS:
+            lines = [value] if isinstance(value, str) else value
+            if not isinstance(lines, list) or not all(isinstance(line, str) for line in lines):
+                raise UserError(f"{path}: {key} must be a text or a list of texts")
+            options[name] = [*lines, *(given[name] or [])]
+        elif name not in explicit:
+            options[name] = checked(path, key, value, given[name])
+    return options
+
+
+def checked(path: Path, key: str, value: Any, default: Any) -> Any:
+    """A value of the file in the type of the option.
+
+    Args:
+        path: file of the site.
+        key: key in the file.
+        value: value in the file, a text.
+        default: default of the option.
+    Raises:
+        UserError: it has another type.
+    """
+    if isinstance(default, bool):
+        kind, read_as = "true or false", {"true": True, "false": False}
+        if isinstance(value, str) and value.lower() in read_as:
+            return read_as[value.lower()]
+    elif isinstance(default, int):
+        kind = "a whole number that is not negative"
+        if isinstance(value, str) and value.isdigit():
+            return int(value)
+    else:
+        kind = "a text"
+        if isinstance(value, str):
+            return value
+    raise UserError(f"{path}: {key} is {value!r}, but must be {kind}")
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The mapping in a file.
+
+    Raises:
+        UserError: it holds something else.
+    """
+    try:
+        # every value stays a text: YAML would read the time limit 12:00:00 as 43200
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is no YAML file: {' '.join(str(error).split())}") from error
+    if content is None or content == "":
+        return {}
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        raise UserError(f"{path} must map options of tapct submit to values, e.g. partition: gpu")
+    return content
