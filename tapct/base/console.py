@@ -113,6 +113,54 @@ def progress_bar(description: str) -> Iterator[Callable[[int, int], None]]:
         yield lambda done, total: meter.show(done, total, meter.remaining(done, total))
 
 
+class ListingProgress:
+    """Shows progress of a job that first lists files and then works on what it found: files per
+    second, then items per second and time left. The first line comes at once.
+
+    Args:
+        description: name of the job in one word, e.g. `index`.
+        unit: what the job works on, in the plural, e.g. `scans`.
+    """
+
+    def __init__(self, description: str, unit: str) -> None:
+        self._unit = unit
+        self._meter = _Meter(description)
+        self._began = self._first_at = math.nan
+        self._first_done = 0
+
+    def __enter__(self) -> ListingProgress:
+        self._meter.__enter__()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._meter.__exit__(kind, error, trace)
+
+    def listed(self, num_files: int) -> None:
+        """Show the number of files that have been listed."""
+        now = time.monotonic()
+        if math.isnan(self._began):
+            self._began = now
+        rate = num_files / (now - self._began) if now > self._began else 0.0
+        self._meter.show_count(f"{num_files} files listed", f"{rate:.0f} files/s")
+
+    def update(self, done: int, total: int) -> None:
+        """Show the number of finished items; those of the first call took no time."""
+        now = time.monotonic()
+        is_first = math.isnan(self._first_at)
+        if is_first:
+            self._first_at, self._first_done = now, done
+        new, seconds = done - self._first_done, now - self._first_at
+        rate = new / seconds if seconds > 0 else 0.0
+        left = (total - done) / rate if rate > 0 else math.nan
+        facts = f"{rate:.3g} {self._unit}/s"
+        self._meter.show(done, total, left, facts, at_once=is_first)
+
+
 class TrainProgress:
     """Shows progress of training: step, loss, samples per second and time left.
 
@@ -200,6 +248,17 @@ class _Meter:
         if self._bar is not None:
             self._bar.refresh()
             self._bar.stop()
+
+    def show_count(self, *facts: str) -> None:
+        """Show facts about a job whose length is not known yet, when a line is due."""
+        now = time.monotonic()
+        if now - self._shown < (BAR_SECONDS if self._bar is not None else LINE_SECONDS):
+            return
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, completed=0, facts="  ".join(facts), refresh=True)
+        else:
+            say("  ".join([self._description, *facts]))
+        self._shown = now
 
     def remaining(self, done: int, total: int) -> float:
         """Estimate the seconds that are left, from the mean pace so far."""

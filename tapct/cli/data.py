@@ -39,6 +39,18 @@ Memory = Annotated[
 ]
 
 
+Part = Annotated[
+    str | None,
+    typer.Option(
+        "--part",
+        metavar="I/N",
+        help="do the I-th of N parts of the work, for several processes or machines at once; a "
+        "last call without --part does what is left, and finishes",
+        show_default="the whole",
+    ),
+]
+
+
 def limits_of(timeout: float, memory_gb: float | None) -> ScanLimits:
     """The limits of one scan as `process_pool` takes them."""
     from tapct.data.workers.process_pool import ScanLimits
@@ -106,17 +118,27 @@ def phantom(
     epilog=examples(
         "tapct index data/archive --out data/manifest.parquet",
         "tapct index scans --out scans.parquet --patient-regex '(sub-\\d+)'",
+        "tapct index disk1 disk2/ct scans.csv --out data/archive",
     )
 )
 def index(
-    folder: Annotated[
-        Path,
+    sources: Annotated[
+        list[Path],
         typer.Argument(
-            metavar="FOLDER",
-            help=f"folder that is searched, with all folders in it, for {formats.listed('and')}",
+            metavar="SRC...",
+            help=f"folders that are searched, with all folders in them, for "
+            f"{formats.listed('and')}; files; patterns such as 'scans/*/ct.nii.gz'; or lists (.csv "
+            "or .json) with the columns path, label, patient and split",
         ),
     ],
-    out: Annotated[Path, typer.Option(metavar="FILE", help="manifest to write, a .parquet file")],
+    out: Annotated[
+        Path,
+        typer.Option(
+            metavar="PLACE",
+            help="manifest to write, a .parquet file; or a folder for the manifest of an archive "
+            "that grows: there a later call reads only new and changed files",
+        ),
+    ],
     labels: Annotated[
         Path | None,
         typer.Option(
@@ -139,14 +161,14 @@ def index(
         typer.Option(
             metavar="REGEX",
             help="regular expression for scans without a PatientID: group 1, searched in the path "
-            "below FOLDER, is used instead",
+            "below SRC, is used instead",
         ),
     ] = None,
     patient_column: Annotated[
         str | None,
         typer.Option(
             metavar="FILE.csv:COLUMN",
-            help="table with the patients: a column names the scan by its path below FOLDER, "
+            help="table with the patients: a column names the scan by its path below SRC, "
             "COLUMN its patient; it outranks the PatientID",
         ),
     ] = None,
@@ -154,7 +176,7 @@ def index(
         str | None,
         typer.Option(
             metavar="SOURCE",
-            help="folder:N, the N-th folder below FOLDER is the patient; or header, a "
+            help="folder:N, the N-th folder below SRC is the patient; or header, a "
             "PatientID counts also where all studies have the same one",
         ),
     ] = None,
@@ -225,6 +247,7 @@ def index(
         list[str] | None,
         typer.Option(metavar="NAME=VALUE", help="one such threshold; may be given several times"),
     ] = None,
+    part: Part = None,
     workers: Workers = CPUS,
     timeout: Timeout = 120.0,
     memory_gb: Memory = None,
@@ -233,19 +256,20 @@ def index(
 
     The manifest has a row for each scan: accepted with its geometry and statistics, or refused
     with the reason. If no scan is accepted, or no label map of --labels is used, the exit code
-    is 2.
+    is 2. A call that was killed resumes when it is repeated.
     """
     from tapct.data.checks.check_rules import read_rules
     from tapct.data.index.build import build_manifest, check_usable
     from tapct.data.index.kept_patients import KeepRules
     from tapct.data.index.report import lines_about
+    from tapct.data.index.share import parse_share
 
     if fresh and older is not None:
         raise exits.UserError("--fresh forgets the patients that --older names; give one of them")
     checks = read_rules(rules, rule or ())
-    with signals.leaving_at_sigterm(), console.progress_bar("index") as progress:
+    with signals.leaving_at_sigterm(), console.ListingProgress("index", "scans") as progress:
         manifest = build_manifest(
-            folder,
+            sources,
             out,
             labels=labels,
             ignore_labels=ignore_label or (),
@@ -257,9 +281,17 @@ def index(
             accept=ReadRules(derived, max_lossy_ratio, resample_tilt, checks),
             workers=max(1, workers),
             limits=limits_of(timeout, memory_gb),
-            progress=progress,
+            progress=progress.update,
+            listed=progress.listed,
             keep=KeepRules(older, fresh, split_seed),
+            share=parse_share(part),
         )
+    if manifest is None:
+        console.say_line(
+            f"part {part} is read; when all parts are, `tapct index` without --part writes the "
+            "manifest"
+        )
+        return
     for line in lines_about(manifest, out, min_depth):
         console.say_line(line)
     check_usable(manifest, labels)

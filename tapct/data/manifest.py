@@ -32,6 +32,7 @@ from tapct.data.readers.raw import MAX_TEXT
 
 SCHEMA = "2"
 ACCEPTED, REFUSED = "accepted", "refused"
+ARCHIVE_FILE = "manifest.parquet"  # in the folder of an archive, see `index.place`
 UNKNOWN = float("nan")  # a number that no file gives
 _ARROW = {
     "str": pyarrow.string(),
@@ -128,6 +129,11 @@ class Row:
     directions: tuple[float, ...] = ()
 
 
+def arrow_type(field: dataclasses.Field[Any]) -> pyarrow.DataType:
+    """The type of a column of `Row` in a table."""
+    return _ARROW[str(field.type)]
+
+
 @dataclass(frozen=True)
 class Manifest:
     """All rows of an archive, in the order of their paths.
@@ -183,7 +189,7 @@ class Manifest:
         """Read a manifest.
 
         Args:
-            path: path of the .parquet file.
+            path: path of the .parquet file, or of the folder of an archive.
             root: folder of the archive now; without it, the folder at the same place relative to
                 the manifest as when the archive was indexed.
         Raises:
@@ -191,6 +197,8 @@ class Manifest:
                 written.
         """
         path = files.expand_path(path)
+        if (path / ARCHIVE_FILE).is_file():
+            path = path / ARCHIVE_FILE
         metadata, columns = _checked(path, _read_parquet(path))
         names = [field.name for field in dataclasses.fields(Row)]
         rows = tuple(

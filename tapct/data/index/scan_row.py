@@ -63,6 +63,8 @@ class ExamineTask:
         num_other_labels: number of further label maps that fit the scan and are not used.
         label_problem: reason for which the labels cannot be used although nobody has read them;
             empty for most.
+        known: row of the scan without its labels, from the journal, so that only the labels are
+            read; None to read the scan.
     """
 
     source: Source
@@ -71,12 +73,17 @@ class ExamineTask:
     more_labels: tuple[Path, ...] = ()
     num_other_labels: int = 0
     label_problem: str = ""
+    known: Examined | None = None
 
 
 def examine(task: ExamineTask) -> Examined:
     """Read one scan and its labels; any failure becomes the reason in its row."""
     row = bare_row(task)  # refused, until all checks have passed
     try:
+        if task.known is not None:
+            row = with_path(task.known, task)
+            row = with_labels(row, task, grid_of(row))
+            return replace(row, detail=nameless(row.detail, task))
         row = replace(row, bytes=bytes_of(task))
         if not all(map(is_utf8, _paths_below(task))):
             raise Refused("bad_name", "the path holds bytes that are not UTF-8; rename it")
@@ -99,6 +106,30 @@ def examine(task: ExamineTask) -> Examined:
         return replace(row, reason="unreadable", detail=failure_line(error))
 
 
+def with_path(known: Examined, task: ExamineTask) -> Examined:
+    """A row of the journal with what the task gives: its id, path, kind and files."""
+    bare = bare_row(task)
+    return replace(known, id=bare.id, path=bare.path, kind=bare.kind, file_paths=bare.file_paths)
+
+
+def grid_of(row: Examined) -> Volume:
+    """The grid of a scan as a volume of air without memory: reading labels needs no more."""
+    x, y, z = (row.directions[start : start + 3] for start in (0, 3, 6))
+    return Volume(
+        np.broadcast_to(np.int16(0), (row.depth, row.height, row.width)),
+        (row.spacing_z_mm, row.spacing_y_mm, row.spacing_x_mm),
+        origin_mm=(row.origin_mm[0], row.origin_mm[1], row.origin_mm[2]),
+        directions=((x[0], x[1], x[2]), (y[0], y[1], y[2]), (z[0], z[1], z[2])),
+    )
+
+
+def label_paths(task: ExamineTask) -> list[str]:
+    """Paths of the labels of a scan relative to the archive; empty without labels."""
+    if task.labels is None:
+        return []
+    return [path_from(task.rules.root, labels) for labels in (task.labels, *task.more_labels)]
+
+
 def nameless(detail: str, task: ExamineTask) -> str:
     """A line about a scan without the names of its files: the columns of paths have them."""
     labels = () if task.labels is None else (task.labels, *task.more_labels)
@@ -118,7 +149,7 @@ def bytes_of(task: ExamineTask) -> int:
 
 def bytes_to_read(task: ExamineTask) -> int:
     """Bytes of the files of a scan and of its labels, for the time that reading them may take."""
-    num_bytes = bytes_of(task)
+    num_bytes = bytes_of(task) if task.known is None else 0
     if task.labels is not None and not task.label_problem:
         with contextlib.suppress(OSError):
             files = (*task.labels.iterdir(),) if task.labels.is_dir() else (task.labels,)
@@ -173,7 +204,7 @@ def with_labels(row: Examined, task: ExamineTask, volume: Volume) -> Examined:
     """
     if task.labels is None:
         return row
-    paths = [path_from(task.rules.root, labels) for labels in (task.labels, *task.more_labels)]
+    paths = label_paths(task)
     num_found = task.num_other_labels + 1
     choice = f"its labels: the first of {num_found} label maps is used" if num_found > 1 else ""
     if task.label_problem:

@@ -6,7 +6,10 @@ JPEG-LS, and JPEG with 12 bits per pixel.
 
 from __future__ import annotations
 
+import contextlib
 import math
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,13 +29,16 @@ _LOSSY = (_JPEG_8_BIT, _JPEG_12_BIT)  # JPEG-LS near-lossless and JPEG 2000 may 
 _ELSCINT_COMPRESSION, _ELSCINT_PIXELS = 0x07A11011, 0x07A1100A
 
 
-def stored_values(path: Path, dataset: Dataset, num_frames: int) -> tuple[np.ndarray, bool]:
+def stored_values(
+    path: Path, dataset: Dataset, num_frames: int, content: bytes | None = None
+) -> tuple[np.ndarray, bool]:
     """Decode the pixels of a file.
 
     Args:
         path: path of the file, which GDCM opens again.
         dataset: whole content of the file.
         num_frames: number of images in the file.
+        content: bytes of the file where they have been read before, which GDCM is given instead.
     Returns:
         Values (frames, rows, columns), and whether slope and intercept are applied already.
     Raises:
@@ -46,7 +52,7 @@ def stored_values(path: Path, dataset: Dataset, num_frames: int) -> tuple[np.nda
                 "unsupported",
                 f"{file_name(path)} holds {num_frames} frames in {syntax.name}; decompress it",
             )
-        pixels, is_rescaled = _by_gdcm(path, dataset), True
+        pixels, is_rescaled = _by_gdcm(path, dataset, content), True
     else:
         if not syntax.is_encapsulated:
             bits = rows * columns * num_frames * elements.unsigned(dataset, "BitsAllocated")
@@ -132,15 +138,42 @@ def _pydicom_decodes(dataset: Dataset) -> bool:
         return False
 
 
-def _by_gdcm(path: Path, dataset: Dataset) -> np.ndarray:
+def _by_gdcm(path: Path, dataset: Dataset, content: bytes | None) -> np.ndarray:
     """HU of one file, decoded by GDCM, which applies slope and intercept."""
+    with _readable(path, content) as place:
+        return _decoded(place, path, dataset)
+
+
+@contextlib.contextmanager
+def _readable(path: Path, content: bytes | None) -> Iterator[str]:
+    """A path under which GDCM can read a file whose bytes may be in memory."""
+    if content is None or not hasattr(os, "memfd_create"):
+        yield str(path)
+        return
+    handle = os.memfd_create("tapct slice", os.MFD_CLOEXEC)
+    try:
+        with os.fdopen(handle, "wb", closefd=False) as file:
+            file.write(content)
+        yield f"/proc/self/fd/{handle}"
+    finally:
+        os.close(handle)
+
+
+def _decoded(place: str, path: Path, dataset: Dataset) -> np.ndarray:
+    """HU of one file by GDCM.
+
+    Args:
+        place: path to read.
+        path: path of the file.
+        dataset: content of the file.
+    """
     import SimpleITK
 
     _check_ends(path, dataset)
     SimpleITK.ProcessObject.SetGlobalWarningDisplay(False)
     reader = SimpleITK.ImageFileReader()
     reader.SetImageIO("GDCMImageIO")
-    reader.SetFileName(str(path))
+    reader.SetFileName(place)
     try:
         return SimpleITK.GetArrayFromImage(reader.Execute())
     except RuntimeError as error:

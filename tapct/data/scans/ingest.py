@@ -121,10 +121,10 @@ def read_image(source: Source) -> Image:
             "unreadable", f"folder {file_name(source.path)} cannot be listed; check its permissions"
         )
     for path in source.files:
-        if path.stat().st_size == 0:
+        if path not in source.contents and path.stat().st_size == 0:
             raise Refused("empty_file", f"{file_name(path)} has no content")
-    if source.frames:
-        return dicom.read(source.files, source.frames)
+    if source.frames or source.contents:
+        return dicom.read(source.files, source.frames or None, source.contents)
     return format_named(source.kind).read(source.files)
 
 
