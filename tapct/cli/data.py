@@ -259,7 +259,7 @@ def index(
     is 2. A call that was killed resumes when it is repeated.
     """
     from tapct.data.checks.check_rules import read_rules
-    from tapct.data.index.build import build_manifest, check_usable
+    from tapct.data.index.build import build_manifest, check_usable, examine_share
     from tapct.data.index.kept_patients import KeepRules
     from tapct.data.index.report import lines_about
     from tapct.data.index.share import parse_share
@@ -267,7 +267,22 @@ def index(
     if fresh and older is not None:
         raise exits.UserError("--fresh forgets the patients that --older names; give one of them")
     checks = read_rules(rules, rule or ())
+    share = parse_share(part)
     with signals.leaving_at_sigterm(), console.ListingProgress("index", "scans") as progress:
+        if share is not None:
+            examine_share(
+                *(sources, out, share),
+                labels=labels,
+                ignore_labels=ignore_label or (),
+                study_dates=study_dates,
+                min_depth=min_depth,
+                accept=ReadRules(derived, max_lossy_ratio, resample_tilt, checks),
+                workers=max(1, workers),
+                limits=limits_of(timeout, memory_gb),
+                progress=progress.update,
+                listed=progress.listed,
+            )
+            return
         manifest = build_manifest(
             sources,
             out,
@@ -284,14 +299,7 @@ def index(
             progress=progress.update,
             listed=progress.listed,
             keep=KeepRules(older, fresh, split_seed),
-            share=parse_share(part),
         )
-    if manifest is None:
-        console.say_line(
-            f"part {part} is read; when all parts are, `tapct index` without --part writes the "
-            "manifest"
-        )
-        return
     for line in lines_about(manifest, out, min_depth):
         console.say_line(line)
     check_usable(manifest, labels)

@@ -18,11 +18,13 @@ from tapct.data.index.inputs import inputs_of
 from tapct.data.index.kept_patients import KEEP_ALL, KeepRules, read_older, with_kept_patients
 from tapct.data.index.label_counts import label_report
 from tapct.data.index.place import Place, open_journal
-from tapct.data.index.scan_row import ScanRules
+from tapct.data.index.scan_row import ExamineTask, ScanRules
+from tapct.data.index.share import Share
 from tapct.data.manifest import Manifest, write_table
 from tapct.data.patients.identity import PatientRules, check_regex, parse_patient_from
 from tapct.data.patients.key import key_name, patient_key
 from tapct.data.patients.table import patients_from_table
+from tapct.data.readers import DICOM
 from tapct.data.scans.read_rules import MIN_DEPTH, PLAIN, ReadRules
 from tapct.data.workers.process_pool import DEFAULT_LIMITS, ScanLimits
 
@@ -106,15 +108,13 @@ def build_manifest(
             label_names=tuple(label_names),
         )
         journal = open_journal(place, key)
-        machine = Machine(workers, limits, listed)
-        found = find(inputs, labels, rules, journal, machine, only)
+        found = find(inputs, labels, rules, journal, Machine(workers, limits, listed), only)
         column = _patient_column(patient_column, found)
-        older = read_older(place.file, keep, key_name(key))
         patients = PatientRules(inputs.root, key, patient_regex, folder, trusts_header, column)
+        older = read_older(place.file, keep, key_name(key))
         examination = Examination(found.tasks(rules), journal, workers, limits, progress)
-        examined = examination.rows()
-        manifest = _whole(found, examined, rules, patients, place)
-        manifest = with_kept_patients(*manifest, older, keep)
+        manifest, given = _whole(found, examination.rows(), rules, patients, place)
+        manifest = with_kept_patients(manifest, given, older, keep)
         lease.check()
         write_table(manifest, place.file)
         if place.is_archive:
@@ -122,6 +122,64 @@ def build_manifest(
         else:
             journal.remove()
     return manifest
+
+
+def examine_share(
+    root: Path | Sequence[Path],
+    out: Path,
+    share: Share,
+    *,
+    labels: Path | None = None,
+    ignore_labels: Sequence[int] = (),
+    label_names: Sequence[tuple[int, str]] = (),
+    study_dates: bool = False,
+    min_depth: int = MIN_DEPTH,
+    accept: ReadRules = PLAIN,
+    workers: int = 0,
+    limits: ScanLimits = DEFAULT_LIMITS,
+    progress: Callable[[int, int], None] | None = None,
+    listed: Callable[[int], None] = lambda num_files: None,
+) -> None:
+    """Do one share of an index, for several processes at once; `build_manifest` does what is left
+    and writes the manifest.
+
+    A share may be done twice, or not at all, or at the same time as others. DICOM series whose
+    files lie in several folders are examined once the heads of all shares are there: by a share
+    that starts then, or by `build_manifest`.
+
+    Args:
+        share: the share.
+        root, out, labels, ignore_labels, label_names, study_dates, min_depth, accept, workers,
+            limits, progress, listed: as in `build_manifest`, which must be given the same.
+    Raises:
+        UserError: as in `build_manifest`, or a process does this share now.
+    """
+    place = Place.of(Path(out))
+    inputs = inputs_of(root)
+    _check_labels(labels)
+    with _only_writer(place.file, share.name):
+        key = patient_key(place.file.parent)
+        rules = ScanRules(
+            inputs.root,
+            key,
+            min_depth,
+            accept,
+            study_dates=study_dates,
+            ignore_labels=tuple(ignore_labels),
+            label_names=tuple(label_names),
+        )
+        journal = open_journal(place, key, share.name)
+        machine = Machine(workers, limits, listed, share)
+        found = find(inputs, labels, rules, journal, machine)
+        tasks = [task for task in found.tasks(rules) if _is_in_share(task, found, share)]
+        Examination(tasks, journal, workers, limits, progress).rows()
+
+
+def _is_in_share(task: ExamineTask, found: Found, share: Share) -> bool:
+    """Whether a share examines a scan. While heads are missing, a DICOM series may lack slices."""
+    if task.source.kind == DICOM.name and not found.listed.is_whole:
+        return False
+    return share.has(task.source.path.relative_to(found.inputs.root).as_posix())
 
 
 def _whole(
@@ -171,11 +229,12 @@ def _check_labels(labels: Path | None) -> None:
 
 
 @contextlib.contextmanager
-def _only_writer(out: Path) -> Iterator[Lease]:
-    """Hold the lease of a manifest; a place that cannot be written to is refused here, before the
-    archive is read.
+def _only_writer(out: Path, share: str = "") -> Iterator[Lease]:
+    """Hold the lease of a manifest, or of one share of it; a place that cannot be written to is
+    refused here, before the archive is read.
     """
-    lease_file = out.with_name(f".{out.name}.lease")
+    name = ".".join(filter(None, (out.name, share)))
+    lease_file = out.with_name(f".{name}.lease")
     with contextlib.ExitStack() as stack:
         try:
             out.parent.mkdir(parents=True, exist_ok=True)

@@ -147,9 +147,10 @@ def find(
     request = _Request(inputs, labels, rules.accept.derived, seconds, journal, listed)
     found: _Pairs = _call(_found, request, machine, inputs)
     scans, passed_over = _scans_of(found, inputs, only)
-    if not scans:
+    is_part = machine.share.total > 1  # other processes may have what is missing here
+    if not scans and not is_part:
         raise _no_scans(inputs, passed_over)
-    entries = inputs.entry_of(scans)
+    entries = inputs.entry_of(scans, strict=not is_part)
     pairs = _with_labels_of_list(found.pairs, entries)
     return Found(inputs, listed, scans, pairs, passed_over, entries)
 

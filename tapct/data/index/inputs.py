@@ -75,9 +75,12 @@ class Inputs:
     def _folders(self) -> frozenset[Path]:
         return frozenset(self.folders)
 
-    def entry_of(self, sources: Sequence[Source]) -> dict[Path, Entry]:
+    def entry_of(self, sources: Sequence[Source], *, strict: bool = True) -> dict[Path, Entry]:
         """The entry of each source that a list names, by the path of the source.
 
+        Args:
+            sources: scans that were found.
+            strict: whether each entry must name one of them.
         Raises:
             UserError: an entry names no scan, or one with a label map names several.
         """
@@ -90,7 +93,7 @@ class Inputs:
             if name is not None:
                 found[source.path] = by_path[name]
                 scans[name] = scans.get(name, 0) + 1
-        for path, entry in by_path.items():
+        for path, entry in by_path.items() if strict else ():
             if path not in scans:
                 raise UserError(f"the list names {path}, which is no scan; correct its path")
             if entry.label is not None and scans[path] > 1:
