@@ -10,7 +10,7 @@ import typer
 
 from tapct.base import console, exits, signals
 from tapct.base.counted import counted
-from tapct.cli.app import CPUS, Workers, app, examples
+from tapct.cli.app import CPUS, Part, Workers, app, examples
 from tapct.data import formats
 from tapct.data.scans.read_rules import MAX_LOSSY_RATIO, MIN_DEPTH, ReadRules
 
@@ -35,18 +35,6 @@ Memory = Annotated[
         help="memory of all worker processes together; refuse a scan that needs more",
         min=0.1,
         show_default="80% of the machine's or the job's",
-    ),
-]
-
-
-Part = Annotated[
-    str | None,
-    typer.Option(
-        "--part",
-        metavar="I/N",
-        help="do the I-th of N parts of the work, for several processes or machines at once; a "
-        "last call without --part does what is left, and finishes",
-        show_default="the whole",
     ),
 ]
 
@@ -370,6 +358,7 @@ def pack(
             "--replace-store", help="let the manifest of another archive replace an existing store"
         ),
     ] = False,
+    part: Part = None,
 ) -> None:
     """Compress the accepted scans into a store for fast reading.
 
@@ -378,10 +367,14 @@ def pack(
     because their files are gone or changed, the others are packed and the exit code is 4.
     """
     from tapct.data import manifest
+    from tapct.data.index.share import WHOLE, parse_share
     from tapct.data.packed import pack as packer
 
     if repair and not verify:
         raise exits.UserError("--repair packs again what --verify finds; give both")
+    share = parse_share(part)
+    if share is not None and verify:
+        raise exits.UserError("--part packs a part of the scans; leave out --verify")
 
     def pack_and_report(again: Collection[str] = ()) -> PackReport:
         with console.progress_bar("pack") as progress:
@@ -395,6 +388,7 @@ def pack(
                 replace_store=replace_store,
                 limits=limits_of(timeout, memory_gb),
                 progress=progress,
+                share=share or WHOLE,
             )
         for line in report.lines():
             console.say_line(line)
