@@ -95,7 +95,7 @@ def check_words(words: Sequence[str]) -> None:
 
 
 def _out_of(words: Sequence[str]) -> str | None:
-    """The value of --out among the words of a command; None where it is missing."""
+    """The value of --out in a command; None where it is missing."""
     for word, following in zip(words, [*words[1:], ""]):
         if word == "--out" and following:
             return following
@@ -116,7 +116,7 @@ class Element:
     """Runs a command of tapct, as one element of an array or as the last job.
 
     Where SLURM takes the node away or the time is over, submitit submits the element again, and it
-    goes on where it was.
+    resumes.
     """
 
     def __call__(self, words: Sequence[str], start_in: str, part: str = "") -> None:

@@ -13,11 +13,11 @@ from tapct.base.lease import Lease, hold
 from tapct.data.index.duplicates import refuse_duplicates
 from tapct.data.index.examined import Examined, with_patients
 from tapct.data.index.examining import Examination
-from tapct.data.index.finding import Found, Machine, find
+from tapct.data.index.finding import Machine, ScansFound, find
 from tapct.data.index.inputs import inputs_of
 from tapct.data.index.kept_patients import KEEP_ALL, KeepRules, read_older, with_kept_patients
 from tapct.data.index.label_counts import label_report
-from tapct.data.index.place import Place, open_journal
+from tapct.data.index.place import IndexPlace, open_journal
 from tapct.data.index.scan_row import ExamineTask, ScanRules
 from tapct.data.index.share import Share
 from tapct.data.manifest import Manifest, write_table
@@ -93,7 +93,7 @@ def build_manifest(
     """
     check_regex(patient_regex)
     folder, trusts_header = parse_patient_from(patient_from)
-    place = Place.of(Path(out))
+    place = IndexPlace.of(Path(out))
     inputs = inputs_of(root)
     _check_labels(labels)
     with _only_writer(place.file) as lease:
@@ -154,7 +154,7 @@ def examine_share(
     Raises:
         UserError: as in `build_manifest`, or a process does this share now.
     """
-    place = Place.of(Path(out))
+    place = IndexPlace.of(Path(out))
     inputs = inputs_of(root)
     _check_labels(labels)
     with _only_writer(place.file, share.name):
@@ -175,7 +175,7 @@ def examine_share(
         Examination(tasks, journal, workers, limits, progress).rows()
 
 
-def _is_in_share(task: ExamineTask, found: Found, share: Share) -> bool:
+def _is_in_share(task: ExamineTask, found: ScansFound, share: Share) -> bool:
     """Whether a share examines a scan. While heads are missing, a DICOM series may lack slices."""
     if task.source.kind == DICOM.name and not found.listed.is_whole:
         return False
@@ -183,11 +183,11 @@ def _is_in_share(task: ExamineTask, found: Found, share: Share) -> bool:
 
 
 def _whole(
-    found: Found,
+    found: ScansFound,
     examined: list[Examined],
     rules: ScanRules,
     patients: PatientRules,
-    place: Place,
+    place: IndexPlace,
 ) -> tuple[Manifest, list[str]]:
     """The manifest of an archive whose scans were examined, and the hash that each scan's own rule
     gave; arguments as in `build_manifest`.
@@ -208,7 +208,7 @@ def _whole(
     return manifest, given
 
 
-def _patient_column(patient_column: str | None, found: Found) -> dict[str, str]:
+def _patient_column(patient_column: str | None, found: ScansFound) -> dict[str, str]:
     """The patients of the table that `build_manifest` was given, and of a list of scans."""
     root = found.inputs.root
     paths = {scan.path: scan.path.relative_to(root) for scan in found.scans}

@@ -16,7 +16,7 @@ from tapct.data.index.scan_row import ExamineTask, bytes_to_read, examine, faile
 from tapct.data.index.scan_table import (
     LABELS,
     SCANS,
-    Known,
+    JournalRows,
     label_key,
     may_change,
     row_of_labels,
@@ -53,7 +53,7 @@ class Examination:
         self.tasks, self.journal, self.workers, self.limits = tasks, journal, workers, limits
         self.progress = progress or (lambda done, total: None)
         self.keys = {SCANS: bytearray(), LABELS: bytearray()}
-        self._known = {kind: Known(journal, kind) for kind in self.keys}
+        self._known = {kind: JournalRows(journal, kind) for kind in self.keys}
         self._stamps = LabelStamps()
         self._rows: dict[int, Examined] = {}
 

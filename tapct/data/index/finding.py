@@ -15,7 +15,7 @@ from typing import TypeVar
 from tapct.base.exits import UserError
 from tapct.data import formats
 from tapct.data.index.grouping import grouped
-from tapct.data.index.inputs import Entry, Inputs
+from tapct.data.index.inputs import Entry, IndexInputs
 from tapct.data.index.journal import Journal
 from tapct.data.index.listing import Listed, list_files
 from tapct.data.index.scan_row import ExamineTask, ScanRules
@@ -46,7 +46,7 @@ class Machine:
 
 
 @dataclass(frozen=True)
-class Found:
+class ScansFound:
     """The scans of an archive.
 
     Args:
@@ -58,7 +58,7 @@ class Found:
         entries: entry of a list, by the path of the scan that it names.
     """
 
-    inputs: Inputs
+    inputs: IndexInputs
     listed: Listed
     scans: Sequence[Source]
     pairs: LabelPairs
@@ -93,7 +93,7 @@ class _Request:
         listed: files that were listed.
     """
 
-    inputs: Inputs
+    inputs: IndexInputs
     labels: Path | None
     derived: bool
     seconds: float
@@ -111,13 +111,13 @@ class _Pairs:
 
 
 def find(
-    inputs: Inputs,
+    inputs: IndexInputs,
     labels: Path | None,
     rules: ScanRules,
     journal: Journal,
     machine: Machine,
     only: Sequence[str] = (),
-) -> Found:
+) -> ScansFound:
     """Find all scans of an archive.
 
     Headers are read in worker processes, and a broken reader library is noticed first, since it
@@ -152,7 +152,7 @@ def find(
         raise _no_scans(inputs, passed_over)
     entries = inputs.entry_of(scans, strict=not is_part)
     pairs = _with_labels_of_list(found.pairs, entries)
-    return Found(inputs, listed, scans, pairs, passed_over, entries)
+    return ScansFound(inputs, listed, scans, pairs, passed_over, entries)
 
 
 def _with_labels_of_list(pairs: LabelPairs, entries: Mapping[Path, Entry]) -> LabelPairs:
@@ -167,7 +167,7 @@ def _with_labels_of_list(pairs: LabelPairs, entries: Mapping[Path, Entry]) -> La
 
 
 def _scans_of(
-    found: _Pairs, inputs: Inputs, only: Sequence[str]
+    found: _Pairs, inputs: IndexInputs, only: Sequence[str]
 ) -> tuple[list[Source], Counter[str]]:
     """The sources to examine as scans, and the other files, counted by kind."""
     given = {entry.label for entry in inputs.entries}
@@ -190,14 +190,14 @@ def matches_any(path: str, patterns: Sequence[str]) -> bool:
     return any(fnmatch.fnmatchcase(path, pattern) for pattern in patterns)
 
 
-def _no_scans(inputs: Inputs, counts: Counter[str]) -> UserError:
+def _no_scans(inputs: IndexInputs, counts: Counter[str]) -> UserError:
     """The error of a folder without anything to examine."""
     others = passed.summary(counts)
     beside = f", but {others}" if others else ""
     return UserError(f"{inputs.root} holds no {formats.listed('or')} scans{beside}; check the path")
 
 
-def _call(function: Callable[[In], Out], request: In, machine: Machine, inputs: Inputs) -> Out:
+def _call(function: Callable[[In], Out], request: In, machine: Machine, inputs: IndexInputs) -> Out:
     """The result of a function in a worker process, or in this one without workers.
 
     Raises:

@@ -39,7 +39,7 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Inputs:
+class IndexInputs:
     """What is indexed.
 
     Args:
@@ -104,7 +104,7 @@ class Inputs:
         return found
 
 
-def inputs_of(given: Path | Sequence[Path]) -> Inputs:
+def inputs_of(given: Path | Sequence[Path]) -> IndexInputs:
     """What the arguments of `tapct index` name.
 
     Args:
@@ -116,7 +116,7 @@ def inputs_of(given: Path | Sequence[Path]) -> Inputs:
     paths = [given] if isinstance(given, (str, Path)) else list(given)
     expanded = [path for word in paths for path in _matches(Path(word))]
     if len(expanded) == 1 and expanded[0].is_dir():
-        return Inputs(expanded[0], (expanded[0],))
+        return IndexInputs(expanded[0], (expanded[0],))
     entries: list[Entry] = []
     for path in expanded:
         is_list = path.is_file() and path.name.lower().endswith(_LISTS)
@@ -130,8 +130,8 @@ def inputs_of(given: Path | Sequence[Path]) -> Inputs:
     return _in_common_folder(list(unique.values()))
 
 
-def _in_common_folder(entries: Sequence[Entry]) -> Inputs:
-    """Inputs below the nearest folder that holds all of them."""
+def _in_common_folder(entries: Sequence[Entry]) -> IndexInputs:
+    """IndexInputs below the nearest folder that holds all of them."""
     folders, homes = [], []
     files: dict[Path, set[str]] = {}
     for entry in entries:
@@ -152,7 +152,7 @@ def _in_common_folder(entries: Sequence[Entry]) -> Inputs:
     root = Path(os.path.commonpath(homes))
     listed = {folder: frozenset(names) for folder, names in files.items()}
     named = [entry for entry in entries if entry.label or entry.patient or entry.split]
-    return Inputs(root, tuple(sorted(set(outer))), listed, tuple(named))
+    return IndexInputs(root, tuple(sorted(set(outer))), listed, tuple(named))
 
 
 def _matches(path: Path) -> Iterator[Path]:

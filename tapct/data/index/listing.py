@@ -26,7 +26,7 @@ from tapct.data.index.head_units import (
     lost_unit,
     read_unit,
 )
-from tapct.data.index.inputs import Inputs
+from tapct.data.index.inputs import IndexInputs
 from tapct.data.index.journal import Journal, Keys, key_of, keys_in
 from tapct.data.index.scan_row import ScanRules
 from tapct.data.index.scan_table import SCANS
@@ -37,7 +37,7 @@ from tapct.data.search import passed_over as passed
 from tapct.data.search.discover import (
     LATE,
     UNREADABLE,
-    Found,
+    SearchState,
     Source,
     by_format,
     folders_below,
@@ -76,7 +76,7 @@ class Listed:
 
 
 def list_files(
-    inputs: Inputs,
+    inputs: IndexInputs,
     journal: Journal,
     rules: ScanRules,
     *,
@@ -130,7 +130,7 @@ class _Walk:
 
     def __init__(
         self,
-        inputs: Inputs,
+        inputs: IndexInputs,
         journal: Journal,
         rules: ScanRules,
         seconds: float,
@@ -140,7 +140,7 @@ class _Walk:
         self.inputs, self.journal, self.rules, self.share = inputs, journal, rules, share
         self.seconds = seconds
         self.listed = listed
-        self.found = Found(limit=TimeLimit(seconds))
+        self.found = SearchState(limit=TimeLimit(seconds))
         self.lost: list[HeadUnit] = []
         self.num_files = 0
         self.is_whole = True

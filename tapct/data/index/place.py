@@ -19,7 +19,7 @@ _VERSION = "1"  # of the rows of a journal
 
 
 @dataclass(frozen=True)
-class Place:
+class IndexPlace:
     """Where the manifest and the journal of an index lie.
 
     Args:
@@ -33,7 +33,7 @@ class Place:
     is_archive: bool
 
     @classmethod
-    def of(cls, out: Path) -> Place:
+    def of(cls, out: Path) -> IndexPlace:
         """The place that `--out` names.
 
         Raises:
@@ -59,7 +59,7 @@ class Place:
         return cls(out / ARCHIVE_FILE, out / _PARTS, True)
 
 
-def open_journal(place: Place, key: bytes, name: str = "") -> Journal:
+def open_journal(place: IndexPlace, key: bytes, name: str = "") -> Journal:
     """The journal of an index; one of another version of tapct, or with another key, is removed.
 
     Args:

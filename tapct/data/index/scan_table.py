@@ -106,7 +106,7 @@ def may_change(reason: str, detail: str) -> bool:
     return reason in LOST or CANNOT_BE_READ in detail
 
 
-class Known:
+class JournalRows:
     """Rows of one kind that the journal has, found by their keys.
 
     Args:

@@ -79,7 +79,7 @@ class Listing:
 
 
 @dataclass
-class Found:
+class SearchState:
     """What the folders hold, while they are searched."""
 
     sources: list[Source] = field(default_factory=list)
@@ -119,7 +119,7 @@ def search(root: Path | str, *, derived: bool = False, seconds: float = math.inf
             "is a file; give its folder" if root.exists() else "does not exist; check the path"
         )
         raise UserError(f"folder {root} {problem}")
-    found = Found(limit=TimeLimit(seconds))
+    found = SearchState(limit=TimeLimit(seconds))
     for folder, entries in folders_below(root, found):
         _search_folder(folder, entries, found)
     found.limit.close()
@@ -153,7 +153,7 @@ def find_source(path: Path, *, derived: bool = False) -> Source:
     if file_format is not None:
         return Source(path, file_format.name, (path,))
     if path.is_dir():
-        found = Found()
+        found = SearchState()
         for folder, entries in folders_below(path, found):
             _search_folder(folder, entries, found, only_dicom=True)
         found.sources = [source for source in found.sources if source.kind != UNREADABLE]
@@ -168,7 +168,7 @@ def find_source(path: Path, *, derived: bool = False) -> Source:
 
 def _sources_beside(path: Path, derived: bool) -> Sequence[Source]:
     """The DICOM series in the folder of a file."""
-    found = Found()
+    found = SearchState()
     _search_folder(path.parent, folder_entries.read(path.parent), found, only_dicom=True)
     return _listing(path.parent, found, derived).sources
 
@@ -212,7 +212,7 @@ def source_of(root: Path, path: str, kind: str, file_paths: Sequence[str]) -> So
 
 
 def folders_below(
-    root: Path, found: Found, seen: set[tuple[int, int]] | None = None
+    root: Path, found: SearchState, seen: set[tuple[int, int]] | None = None
 ) -> Iterator[tuple[Path, Entries]]:
     """`root` and all folders below it that are not hidden, each once, with what they hold.
 
@@ -243,7 +243,7 @@ def folders_below(
 
 
 def _search_folder(
-    folder: Path, entries: Entries, found: Found, *, only_dicom: bool = False
+    folder: Path, entries: Entries, found: SearchState, *, only_dicom: bool = False
 ) -> None:
     """Add what one folder holds, without its subfolders.
 
@@ -337,7 +337,7 @@ def look_into(
         yield Looked(name, head, refusal, may_pass=may_pass)
 
 
-def _add_late(path: Path, problem: str, found: Found) -> None:
+def _add_late(path: Path, problem: str, found: SearchState) -> None:
     """Refuse a file that gives no answer where its name allows a DICOM file; else count it."""
     source = late_source(path, problem)
     if source is None:
@@ -383,7 +383,7 @@ def head_or_problem(
     return head, None, False
 
 
-def _listing(root: Path, found: Found, derived: bool) -> Listing:
+def _listing(root: Path, found: SearchState, derived: bool) -> Listing:
     """Put the DICOM files together and sort all sources by their paths."""
     sources = list(found.sources)
     slices: list[Head] = []
