@@ -15,8 +15,8 @@ from tapct.data.readers.dicom_head import Head
 from tapct.data.readers.dicom_kind import DICOMDIR as DIRECTORY_CLASS
 from tapct.data.search.discover import (
     DICOMDIR,
-    Part,
     Source,
+    StackFiles,
     object_source,
     sources_of_parts,
 )
@@ -38,7 +38,7 @@ def grouped(
         derived: as in `search`.
     """
     keys = Keys(current)
-    parts: list[Part] = []
+    parts: list[StackFiles] = []
     sources: list[Source] = []
     passed_over: Counter[str] = Counter()
     num_groups = 1
@@ -61,7 +61,7 @@ def grouped(
             else:
                 slices.append(head)
         for stack in stacks_of(slices, derived=derived):
-            part = Part.of(stack)
+            part = StackFiles.of(stack)
             stamp = key_of(*(key_of_path[file] for file in part.files))
             parts.append(replace(part, files=compact(part.files), stamp=stamp))
     return sources + sources_of_parts(parts), passed_over

@@ -18,7 +18,7 @@ from tapct.data.index.scan_row import ExamineTask, ScanRules, examine
 from tapct.data.index.scan_table import may_change, row_of_scan, scan_key
 from tapct.data.readers import DICOM
 from tapct.data.readers.dicom_head import Head
-from tapct.data.search.discover import Looked, Part, Source, look_into
+from tapct.data.search.discover import Looked, Source, StackFiles, look_into
 from tapct.data.search.series import stacks_of
 from tapct.data.workers.process_pool import Failure
 from tapct.data.workers.time_limit import TimeLimit
@@ -126,7 +126,7 @@ def _examined(
     heads = [looked.head for looked in found if looked.head is not None]
     rows = []
     for stack in stacks_of([h for h in heads if h.path in contents], derived=rules.accept.derived):
-        part = Part.of(stack)
+        part = StackFiles.of(stack)
         if part.reason:
             continue
         source = Source(

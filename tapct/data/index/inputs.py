@@ -131,7 +131,7 @@ def inputs_of(given: Path | Sequence[Path]) -> IndexInputs:
 
 
 def _in_common_folder(entries: Sequence[Entry]) -> IndexInputs:
-    """IndexInputs below the nearest folder that holds all of them."""
+    """Inputs below the nearest folder that holds all of them."""
     folders, homes = [], []
     files: dict[Path, set[str]] = {}
     for entry in entries:

@@ -393,7 +393,7 @@ def _listing(root: Path, found: SearchState, derived: bool) -> Listing:
             slices.append(head)
         else:
             sources.append(source)
-    parts = [Part.of(stack) for stack in series.stacks_of(slices, derived=derived)]
+    parts = [StackFiles.of(stack) for stack in series.stacks_of(slices, derived=derived)]
     sources += sources_of_parts(parts)
     return Listing(in_order(root, sources), dict(+found.passed_over))
 
@@ -420,7 +420,7 @@ def object_source(head: Head) -> Source | None:
 
 
 @dataclass(frozen=True)
-class Part:
+class StackFiles:
     """A stack of slices without the heads of its slices, for an archive of many.
 
     Args:
@@ -440,7 +440,7 @@ class Part:
     stamp: bytes = b""
 
     @classmethod
-    def of(cls, stack: series.Stack) -> Part:
+    def of(cls, stack: series.Stack) -> StackFiles:
         """The part of a stack."""
         files = tuple(dict.fromkeys(head.path for head in stack.heads))
         frames = _frames_of(stack)
@@ -450,7 +450,7 @@ class Part:
         return cls(files, folders, frames, stack.reason, stack.detail, stack.mark)
 
 
-def sources_of_parts(parts: Sequence[Part]) -> list[Source]:
+def sources_of_parts(parts: Sequence[StackFiles]) -> list[Source]:
     """Sources of the stacks of slices.
 
     A stack is called by its folder where that holds this whole stack alone, or nothing but this
