@@ -91,6 +91,7 @@ class Row:
             where the scan could not be read.
         directions: unit vectors in LPS along which the indices x, y and z grow, one after the
             other: 9 numbers; empty where the scan could not be read.
+        split: part of the data set as the list of scans gives it, such as `train`; empty without.
     """
 
     id: str
@@ -127,6 +128,10 @@ class Row:
     merged_labels: tuple[str, ...] = ()
     origin_mm: tuple[float, ...] = ()
     directions: tuple[float, ...] = ()
+    split: str = ""
+
+
+_FIRST_COLUMNS = 34  # of a manifest of this version; later columns have their defaults where absent
 
 
 def arrow_type(field: dataclasses.Field[Any]) -> pyarrow.DataType:
@@ -251,7 +256,8 @@ def _checked(path: Path, table: pyarrow.Table) -> tuple[dict[str, str], list[lis
         raise damaged from error
     names = [field.name for field in dataclasses.fields(Row)]
     written = metadata.get("tapct.rows", "")
-    if not written or metadata.get("tapct.schema") != SCHEMA or table.column_names != names:
+    is_known = len(columns) >= _FIRST_COLUMNS and table.column_names == names[: len(columns)]
+    if not written or metadata.get("tapct.schema") != SCHEMA or not is_known:
         raise UserError(
             f"{path} is not a tapct manifest of version {SCHEMA}; make it again with `tapct index`"
         )
@@ -266,6 +272,8 @@ def _checked(path: Path, table: pyarrow.Table) -> tuple[dict[str, str], list[lis
         is_whole = False
     if not is_whole:
         raise damaged
+    for later in dataclasses.fields(Row)[len(columns) :]:
+        columns.append([later.default] * table.num_rows)
     return metadata, columns
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from tapct.base import console
@@ -20,6 +21,7 @@ from tapct.data.index.label_counts import label_report
 from tapct.data.index.place import IndexPlace, open_journal
 from tapct.data.index.scan_row import ExamineTask, ScanRules
 from tapct.data.index.share import Share
+from tapct.data.index.vanished import with_vanished
 from tapct.data.manifest import Manifest, write_table
 from tapct.data.patients.identity import PatientRules, check_regex, parse_patient_from
 from tapct.data.patients.key import key_name, patient_key
@@ -115,6 +117,8 @@ def build_manifest(
         examination = Examination(found.tasks(rules), journal, workers, limits, progress)
         manifest, given = _whole(found, examination.rows(), rules, patients, place)
         manifest = with_kept_patients(manifest, given, older, keep)
+        if place.is_archive and not keep.fresh:
+            manifest = with_vanished(manifest, older.manifest)
         lease.check()
         write_table(manifest, place.file)
         if place.is_archive:
@@ -195,6 +199,13 @@ def _whole(
     root = found.inputs.root
     rows = refuse_duplicates(examined, {row.id: row.mirror_digest for row in examined})
     identified, given = with_patients(rows, examined, found.scans, patients)
+    if found.entries:
+        identified = tuple(
+            replace(row, split=found.entries[scan.path].split)
+            if scan.path in found.entries
+            else row
+            for row, scan in zip(identified, found.scans)
+        )
     manifest = Manifest(
         identified,
         root.resolve(),

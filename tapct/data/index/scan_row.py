@@ -132,6 +132,8 @@ def label_paths(task: ExamineTask) -> list[str]:
 
 def nameless(detail: str, task: ExamineTask) -> str:
     """A line about a scan without the names of its files: the columns of paths have them."""
+    if not detail:
+        return detail  # a series may have thousands of names
     labels = () if task.labels is None else (task.labels, *task.more_labels)
     return without_names(detail, task.rules.root, (task.source.path, *task.source.files, *labels))
 

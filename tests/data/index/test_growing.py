@@ -160,6 +160,71 @@ def test_what_a_row_depends_on_beside_its_own_file_is_noticed(archive: Path, cha
     assert rows_of(after) == rows_of(fresh(archive, out))
 
 
+def test_a_scan_that_is_gone_stays_as_a_refused_row_until_it_is_back(archive: Path) -> None:
+    out = archive.parent / "out"
+    before = build_manifest(archive, out)
+    aside = archive.parent / "c2.nii.gz"
+    shutil.move(archive / "nifti" / "c2.nii.gz", aside)
+    for _ in range(2):
+        after = build_manifest(archive, out)
+        (gone,) = [row for row in after.rows if row.reason == "vanished"]
+        assert (gone.path, gone.status) == ("nifti/c2.nii.gz", "refused")
+        assert len(after.rows) == len(before.rows)
+        rest = dataclasses.replace(after, rows=tuple(r for r in after.rows if r is not gone))
+        assert rows_of(rest) == rows_of(fresh(archive, out))
+    shutil.move(aside, archive / "nifti" / "c2.nii.gz")
+    assert rows_of(build_manifest(archive, out)) == rows_of(before)
+
+
+def test_lists_patterns_and_files_name_scans_labels_patients_and_splits(archive: Path) -> None:
+    shutil.copy(archive / "nifti" / "c0_seg.nii.gz", archive.parent / "organs.nii.gz")
+    table = archive.parent / "list.csv"
+    table.write_text(
+        "Path;label;patient;split\n"
+        "scans/nifti/c0.nii.gz;organs.nii.gz;Ann;train\n"
+        "scans/dicom/a;;Ann;test\n"
+        "scans/half/one/000_13.dcm;;Bob;\n"
+    )
+    found = build_manifest(table, archive.parent / "m.parquet")
+    assert found.root == archive
+    rows = {row.path: row for row in found.rows}
+    assert set(rows) == {"nifti/c0.nii.gz", "dicom/a", "half/one"}
+    assert [rows[name].split for name in sorted(rows)] == ["test", "", "train"]
+    assert rows["nifti/c0.nii.gz"].patient == rows["dicom/a"].patient != rows["half/one"].patient
+    assert rows["nifti/c0.nii.gz"].label_path == "../organs.nii.gz"
+    assert {row.patient_from for row in found.rows} == {"column"}
+    pattern = build_manifest(archive / "nifti" / "c[12].nii.gz", archive.parent / "p.parquet")
+    assert [row.path for row in pattern.rows] == ["c1.nii.gz", "c2.nii.gz"]
+    several = build_manifest([archive / "dicom", archive / "flat"], archive.parent / "s.parquet")
+    assert [row.path for row in several.rows if not row.reason] == [
+        *("dicom/a", "flat/000_11.dcm", "flat/000_12.dcm"),
+    ]
+    paths = archive.parent / "list.json"
+    paths.write_text('["scans/nifti/c1.nii.gz", {"path": "scans/dicom/a", "split": "val"}]')
+    listed = build_manifest(paths, archive.parent / "j.parquet")
+    assert [(row.path, row.split) for row in listed.rows] == [
+        *(("dicom/a", "val"), ("nifti/c1.nii.gz", "")),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        ("name,split\nc1,train\n", "no column path"),
+        ("path,split\nscans/none.nii.gz,train\n", "does not exist"),
+        ("path,label\nscans/nifti/c1.nii.gz,none.nii.gz\n", "which is missing"),
+        ("path,split\n,train\n", "row 1 .* has no path|has no rows"),
+        ("path,split\nscans/flat/notes.txt,train\n", "holds no|is no scan"),
+        ("path,split\nscans/dicom/a,x\nscans/dicom/a,y\n", "given twice"),
+    ],
+)
+def test_a_wrong_list_is_refused_with_one_line(archive: Path, content: str, problem: str) -> None:
+    table = archive.parent / "list.csv"
+    table.write_text(content)
+    with pytest.raises(UserError, match=problem):
+        build_manifest(table, archive.parent / "m.parquet")
+
+
 class Killed(BaseException):
     """Stands for the end of the process: nothing may run after it but what Python itself runs."""
 
