@@ -92,6 +92,11 @@ class Row:
         directions: unit vectors in LPS along which the indices x, y and z grow, one after the
             other: 9 numbers; empty where the scan could not be read.
         split: part of the data set as the list of scans gives it, such as `train`; empty without.
+        uid: keyed hash of the SeriesInstanceUID; empty where unknown.
+        hu_min, hu_max: smallest and largest value in HU, of all voxels.
+        air_share: share of voxels below -900 HU, from the subsample of `body_share`.
+        model, kvp, thickness_mm, contrast, body_part, stored_type, slope, intercept, orientation,
+            step_min_mm, step_max_mm, tilt_deg: as in `types.Technique`.
     """
 
     id: str
@@ -129,6 +134,22 @@ class Row:
     origin_mm: tuple[float, ...] = ()
     directions: tuple[float, ...] = ()
     split: str = ""
+    uid: str = ""
+    hu_min: float = UNKNOWN
+    hu_max: float = UNKNOWN
+    air_share: float = UNKNOWN
+    model: str = ""
+    kvp: float = UNKNOWN
+    thickness_mm: float = UNKNOWN
+    contrast: str = ""
+    body_part: str = ""
+    stored_type: str = ""
+    slope: float = UNKNOWN
+    intercept: float = UNKNOWN
+    orientation: str = ""
+    step_min_mm: float = UNKNOWN
+    step_max_mm: float = UNKNOWN
+    tilt_deg: float = UNKNOWN
 
 
 _FIRST_COLUMNS = 34  # of a manifest of this version; later columns have their defaults where absent

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,6 +27,8 @@ from tapct.data.scans.read_rules import PLAIN, ReadRules
 from tapct.data.search.discover import LATE, Source
 from tapct.data.workers.process_pool import Failure
 from tapct.types import Refused, Volume
+
+AIR_BELOW = -900  # HU: air, and no lung
 
 
 @dataclass(frozen=True)
@@ -266,6 +269,11 @@ def with_facts(row: Examined, volume: Volume, task: ExamineTask) -> Examined:
         digest=voxel_digest(volume.hu_ZYX),
         marks=",".join(volume.marks),
         lossy_ratio=volume.facts.lossy_ratio,
+        uid=volume.facts.clues.series,
+        hu_min=float(volume.hu_ZYX.min()),
+        hu_max=float(volume.hu_ZYX.max()),
+        air_share=float(np.mean(values < AIR_BELOW)),
+        **dataclasses.asdict(volume.facts.technique),
         facts=volume.facts,
         mirror_digest=mirror_digest(volume.hu_ZYX),
         sketch=near_copies.sketch(volume.hu_ZYX),

@@ -61,7 +61,7 @@ def read(
     planes: list[np.ndarray] = []
     rescalings: list[tuple[float, float]] = []
     ratios: list[float] = []
-    header, depth_mm = Header(), 0.0
+    header, depth_mm, stored_type = Header(), 0.0, ""
     num_before = 0  # frames of the files before
     for path in files:
         content = (contents or {}).get(path)
@@ -77,6 +77,7 @@ def read(
             rescalings.append(rescaling)
         if path == files[0]:
             header = _header_of(dataset)
+            stored_type = dicom_pixels.stored_type(dataset)
             depth_mm = _single_depth_mm(dataset, min(wanted or {1}))
         ratio = dicom_pixels.lossy_ratio(dataset)
         if ratio is not None:
@@ -93,7 +94,16 @@ def read(
         is_lossy=bool(ratios),
         lossy_ratio=max(known_ratios, default=math.nan),
         derived=next((head.derived for head in heads if head.derived), ""),
+        stored_type=stored_type,
+        rescaling=rescalings[order[0]],
+        steps_mm=_steps_mm(heads),
     )
+
+
+def _steps_mm(heads: Sequence[Head]) -> tuple[float, float] | None:
+    """Smallest and largest distance of neighbouring slices; None for a single slice."""
+    steps = np.abs(np.diff(dicom_geometry.heights_mm(heads)))
+    return (float(steps.min()), float(steps.max())) if len(steps) else None
 
 
 def _open(path: Path, content: bytes | None) -> tuple[Dataset, Head]:
@@ -213,4 +223,9 @@ def _header_of(dataset: Dataset) -> Header:
         kernel=text("ConvolutionKernel") or dicom_frames.kernel_of(dataset),
         sex=text("PatientSex"),
         age=text("PatientAge"),
+        model=text("ManufacturerModelName"),
+        kvp=text("KVP"),
+        thickness=text("SliceThickness"),
+        contrast=text("ContrastBolusAgent"),
+        body_part=text("BodyPartExamined"),
     )

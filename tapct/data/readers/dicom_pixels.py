@@ -68,6 +68,15 @@ def stored_values(
     return pixels.reshape(num_frames, rows, columns), is_rescaled
 
 
+def stored_type(dataset: Dataset) -> str:
+    """Type of the stored values, e.g. uint16; empty where the header does not give it."""
+    bits = elements.unsigned(dataset, "BitsAllocated")
+    if not bits:
+        return ""
+    sign = "int" if elements.unsigned(dataset, "PixelRepresentation") else "uint"
+    return f"{sign}{bits}"
+
+
 def lossy_ratio(dataset: Dataset) -> float | None:
     """Ratio of a lossy compression of the pixels, now or at any time before.
 

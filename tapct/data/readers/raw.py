@@ -41,6 +41,8 @@ class Header:
         study_uid: StudyInstanceUID.
         series_uid: SeriesInstanceUID.
         study_date, modality, manufacturer, kernel, sex, age: text of the elements of these names.
+        model, kvp, thickness, contrast, body_part: text of ManufacturerModelName, KVP,
+            SliceThickness, ContrastBolusAgent and BodyPartExamined.
     """
 
     patient_id: str = ""
@@ -52,6 +54,11 @@ class Header:
     kernel: str = ""
     sex: str = ""
     age: str = ""
+    model: str = ""
+    kvp: str = ""
+    thickness: str = ""
+    contrast: str = ""
+    body_part: str = ""
 
 
 @dataclass(frozen=True)
@@ -69,6 +76,10 @@ class Image:
         lossy_ratio: ratio of that compression; NaN where it is unknown or there was none.
         derived: in a few words how the image was computed from others, such as a projection; empty
             for plain slices.
+        stored_type: type of the values in the file, where `voxels_IJK` has another one.
+        rescaling: slope and intercept of the first slice, where they have been applied.
+        steps_mm: smallest and largest distance of neighbouring slices, where each has its own
+            place.
     """
 
     voxels_IJK: np.ndarray
@@ -80,6 +91,9 @@ class Image:
     is_lossy: bool = False
     lossy_ratio: float = math.nan
     derived: str = ""
+    stored_type: str = ""
+    rescaling: tuple[float, float] | None = None
+    steps_mm: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ from tapct.data.scans.geometry import check_extent, to_lps
 from tapct.data.scans.headers import facts_of, merge_sidecar, read_sidecar
 from tapct.data.scans.plain_facts import failure
 from tapct.data.scans.read_rules import PLAIN, ReadRules
+from tapct.data.scans.technique import technique_of
 from tapct.data.search.discover import UNREADABLE, Source, find_source
 from tapct.types import AIR_HU, Refused, Volume
 
@@ -86,7 +87,11 @@ def _read_source(source: Source, key: bytes | None, accept: ReadRules) -> Volume
     hu_ZYX = _to_hu(view_ZYX, image.slope, image.intercept)
     if accept.checks is not None:
         marks += check_hu(hu_ZYX, declared_ct, accept.checks)
-    facts = replace(facts_of(header, key, patient_from), lossy_ratio=image.lossy_ratio)
+    facts = replace(
+        facts_of(header, key, patient_from),
+        lossy_ratio=image.lossy_ratio,
+        technique=technique_of(header, stored),
+    )
     return Volume(hu_ZYX, spacing_mm, origin_mm, facts, marks, directions)
 
 

@@ -330,3 +330,21 @@ def test_a_folder_with_other_files_is_no_place_for_an_archive(archive: Path) -> 
         build_manifest(archive, archive)
     with pytest.raises(UserError, match="does not end in .parquet"):
         build_manifest(archive, archive.parent / "m.csv")
+
+
+def test_a_manifest_without_the_later_columns_is_read_and_keeps_its_patients(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file is of a version with 34 columns, and of these two scans."""
+    monkeypatch.setenv("TAPCT_PATIENT_KEY", "a key for this test")
+    for seed in range(2):
+        save_scan(tmp_path / "scans" / f"p{seed}" / "ct.nii.gz", make_ct((12, 32, 32), seed))
+    out = tmp_path / "m.parquet"
+    shutil.copy(Path(__file__).parent / "manifest_of_34_columns.parquet", out)
+    before = Manifest.read(out)
+    assert [(row.split, row.model) for row in before.rows] == [("", "")] * 2
+    after = build_manifest(tmp_path / "scans", out)
+    assert after.patient_changes is not None and not after.patient_changes.problem
+    assert [row.patient for row in after.rows] == [row.patient for row in before.rows]
+    assert after.digest == before.digest
+    assert after.rows[0].stored_type == "int16"
