@@ -310,6 +310,7 @@ def embed(
             show_default="none",
         ),
     ] = None,
+    part: Part = None,
     custom_code: CustomCode = False,
 ) -> None:
     """Compute dense features of a scan, or a vector for each of many.
@@ -318,6 +319,7 @@ def embed(
     because they cannot be read for example, they are named and the exit code is 4.
     """
     if form == CVPR26:
+        from tapct.data.index.share import WHOLE, parse_share
         from tapct.distributed.device import flush_denormals, pick_device
         from tapct.run import embedding
         from tapct.weights.pretrained import load_pretrained
@@ -328,12 +330,15 @@ def embed(
         device = pick_device("auto")
         loaded = load_pretrained(model, custom_code=custom_code, device=device)
         encoder = embedding.encoder_of(loaded, device, cache)
-        num = embedding.embed_cases(encoder, scan, out, wanted, root=root, masks=masks)
+        share = parse_share(part) or WHOLE
+        num = embedding.embed_cases(
+            encoder, scan, out, wanted, root=root, masks=masks, share=share
+        )
         console.say(f"{counted(num, 'vector')} in {out}")
         return
     only_for_cvpr26(
         form, {"--vector": vector, "--masks": masks, "--organ": organ, "--root": root,
-               "--cache": cache, "--block": "" if block == "last" else block}
+               "--cache": cache, "--part": part, "--block": "" if block == "last" else block}
     )  # fmt: skip
     if out.is_dir():
         raise exits.UserError(
