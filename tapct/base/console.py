@@ -11,6 +11,7 @@ import os
 import sys
 import textwrap
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import TracebackType
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 LINE_SECONDS = 5.0  # plain progress lines are at least this far apart
 BAR_SECONDS = 0.1
+PACE_SECONDS = 60.0  # over which the pace of a job is measured
 
 
 @functools.cache
@@ -125,8 +127,8 @@ class ListingProgress:
     def __init__(self, description: str, unit: str) -> None:
         self._unit = unit
         self._meter = _Meter(description)
-        self._began = self._first_at = math.nan
-        self._first_done = 0
+        self._began = math.nan
+        self._paces: deque[tuple[float, int]] = deque()  # times and numbers of finished items
 
     def __enter__(self) -> ListingProgress:
         self._meter.__enter__()
@@ -149,16 +151,17 @@ class ListingProgress:
         self._meter.show_count(f"{num_files} files listed", f"{rate:.0f} files/s")
 
     def update(self, done: int, total: int) -> None:
-        """Show the number of finished items; those of the first call took no time."""
+        """Show the number of finished items, and the pace of the last minute."""
         now = time.monotonic()
-        is_first = math.isnan(self._first_at)
-        if is_first:
-            self._first_at, self._first_done = now, done
-        new, seconds = done - self._first_done, now - self._first_at
-        rate = new / seconds if seconds > 0 else 0.0
+        if not self._paces or now - self._paces[-1][0] > PACE_SECONDS / 60:
+            self._paces.append((now, done))
+        while len(self._paces) > 1 and now - self._paces[0][0] > PACE_SECONDS:
+            self._paces.popleft()
+        since, before = self._paces[0]
+        rate = (done - before) / (now - since) if now > since else 0.0
         left = (total - done) / rate if rate > 0 else math.nan
         facts = f"{rate:.3g} {self._unit}/s"
-        self._meter.show(done, total, left, facts, at_once=is_first)
+        self._meter.show(done, total, left, facts, at_once=len(self._paces) < 2)
 
 
 class TrainProgress:

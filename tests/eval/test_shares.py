@@ -5,9 +5,8 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any, cast
 
-from tapct.eval.reader import ScanReader
-
 from tapct.data.index.share import WHOLE, Share
+from tapct.eval.reader import ScanReader
 from tapct.eval.runner import _fill
 from tapct.run.named_scans import NamedScan, NamedScans
 

@@ -36,8 +36,7 @@ class Examination:
         tasks: all scans with their labels.
         journal: journal of the index, which gets what is read.
         workers, limits: as in `build_manifest`.
-        progress: function that is called with (scans done, scans in all), first with the scans that
-            the journal has.
+        progress: function that is called with (scans done, scans in all).
     Attributes:
         keys: keys of the rows of the journal that this archive uses, by kind.
     """
@@ -105,11 +104,11 @@ class Examination:
                 self.keys[LABELS] += key
                 known = with_known_labels(known, task, labels)
             self._rows[index] = known
+            self.progress(len(self._rows), len(self.tasks))
         return unread
 
     def _examine(self, numbered: Sequence[tuple[int, ExamineTask]]) -> None:
         """Examine some scans, and add their rows to the journal."""
-        self.progress(len(self._rows), len(self.tasks))
         for place, row in self._results([task for _, task in numbered]):
             index, task = numbered[place]
             self._rows[index] = row

@@ -12,7 +12,6 @@ import contextlib
 import hashlib
 import json
 import secrets
-import shutil
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -143,10 +142,13 @@ class Journal:
                 if self._read_about() != self._about:
                     files.write_atomically(self.folder / _ABOUT, self._about, mode=files.PRIVATE)
             with files.replacing(part, mode=files.PRIVATE) as file:
-                pyarrow.parquet.write_table(table, file, compression="zstd")
+                pyarrow.parquet.write_table(table, file)
         except OSError as error:
+            if not any(self.folder.glob("*.parquet")):
+                self.remove()
             raise UserError(
-                f"cannot write {part}: {files.first_cause(error)}; what was read before is kept"
+                f"cannot write the journal {part}: {files.first_cause(error)}; nothing was "
+                "changed, and what was read before is kept"
             ) from error
         return part
 
@@ -195,7 +197,10 @@ class Journal:
 
     def remove(self) -> None:
         """Remove the whole journal."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            for file in self.folder.iterdir():
+                file.unlink(missing_ok=True)
+            self.folder.rmdir()
         self._count = 0
 
 

@@ -20,16 +20,25 @@ def with_vanished(manifest: Manifest, older: Manifest | None) -> Manifest:
     if older is None or older.root != manifest.root:
         return manifest
     here = {row.id for row in manifest.rows}
+    missing = [row for row in older.rows if row.id not in here]
+    # a series whose slices lie in other folders too has another path, and is not gone
+    files = {file for row in missing for file in files_of(row)}
+    found = {file for row in manifest.rows for file in files_of(row) if file in files}
     patients = {scan.id: scan.patient for scan in manifest.memory.gone}
     gone = [
         _vanished(row, patients.get(row.id, row.patient))
-        for row in older.rows
-        if row.id not in here
+        for row in missing
+        if not found.intersection(files_of(row))
     ]
     if not gone:
         return manifest
     rows = sorted([*manifest.rows, *gone], key=lambda row: row.path)
     return replace(manifest, rows=tuple(rows))
+
+
+def files_of(row: Row) -> tuple[str, ...]:
+    """Paths of the files of a scan below the root."""
+    return row.file_paths or (row.path,)
 
 
 def _vanished(row: Row, patient: str) -> Row:

@@ -377,7 +377,7 @@ def test_bad_folders_files_and_regexes_are_one_line_for_the_user(tmp_path: Path)
         (root, tmp_path / "m.parquet", {"labels": tmp_path / "none"}, "none"),
         (root, tmp_path / "m.parquet", {"patient_regex": "("}, "regex"),
         (root, tmp_path / "m.parquet", {"patient_regex": "P1"}, "group"),
-        (root, tmp_path / "empty", {}, "empty"),
+        (root, tmp_path / "archive", {}, "archive"),
         (root, tmp_path / "file" / "m.parquet", {}, "file"),
     ]
     for folder, out, options, part in calls:
