@@ -127,7 +127,7 @@ class ListingProgress:
     def __init__(self, description: str, unit: str) -> None:
         self._unit = unit
         self._meter = _Meter(description)
-        self._began = math.nan
+        self._began = time.monotonic()
         self._paces: deque[tuple[float, int]] = deque()  # times and numbers of finished items
 
     def __enter__(self) -> ListingProgress:
@@ -144,16 +144,16 @@ class ListingProgress:
 
     def listed(self, num_files: int) -> None:
         """Show the number of files that have been listed."""
-        now = time.monotonic()
-        if math.isnan(self._began):
-            self._began = now
-        rate = num_files / (now - self._began) if now > self._began else 0.0
+        if not num_files:
+            return
+        rate = num_files / max(time.monotonic() - self._began, 1e-9)
         self._meter.show_count(f"{num_files} files listed", f"{rate:.0f} files/s")
 
     def update(self, done: int, total: int) -> None:
         """Show the number of finished items, and the pace of the last minute."""
         now = time.monotonic()
-        if not self._paces or now - self._paces[-1][0] > PACE_SECONDS / 60:
+        is_first = not self._paces
+        if is_first or now - self._paces[-1][0] > PACE_SECONDS / 60:
             self._paces.append((now, done))
         while len(self._paces) > 1 and now - self._paces[0][0] > PACE_SECONDS:
             self._paces.popleft()
@@ -161,7 +161,7 @@ class ListingProgress:
         rate = (done - before) / (now - since) if now > since else 0.0
         left = (total - done) / rate if rate > 0 else math.nan
         facts = f"{rate:.3g} {self._unit}/s"
-        self._meter.show(done, total, left, facts, at_once=len(self._paces) < 2)
+        self._meter.show(done, total, left, facts, at_once=is_first)
 
 
 class TrainProgress:

@@ -246,17 +246,17 @@ def index(
     with the reason. If no scan is accepted, or no label map of --labels is used, the exit code
     is 2. A call that was killed resumes when it is repeated.
     """
-    from tapct.data.checks.check_rules import read_rules
-    from tapct.data.index.build import build_manifest, check_usable, examine_share
-    from tapct.data.index.kept_patients import KeepRules
-    from tapct.data.index.report import lines_about
-    from tapct.data.index.share import parse_share
-
     if fresh and older is not None:
         raise exits.UserError("--fresh forgets the patients that --older names; give one of them")
-    checks = read_rules(rules, rule or ())
-    share = parse_share(part)
     with signals.leaving_at_sigterm(), console.ListingProgress("index", "scans") as progress:
+        from tapct.data.checks.check_rules import read_rules
+        from tapct.data.index.build import build_manifest, check_usable, examine_share
+        from tapct.data.index.kept_patients import KeepRules
+        from tapct.data.index.report import lines_about
+        from tapct.data.index.share import parse_share
+
+        checks = read_rules(rules, rule or ())
+        share = parse_share(part)
         if share is not None:
             examine_share(
                 *(sources, out, share),

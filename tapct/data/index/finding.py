@@ -133,10 +133,9 @@ def find(
     Raises:
         UserError: there is no scan, a library cannot be loaded, or the disk does not answer.
     """
-    machine.listed(0)
-    _call(_load, None, machine, inputs)
     listed = list_files(
         *(inputs, journal, rules),
+        check=lambda: _call(_load, None, machine, inputs),
         workers=machine.workers,
         limits=machine.limits,
         modules=MODULES,

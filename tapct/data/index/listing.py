@@ -80,6 +80,7 @@ def list_files(
     journal: Journal,
     rules: ScanRules,
     *,
+    check: Callable[[], None],
     workers: int,
     limits: ScanLimits,
     modules: Sequence[str],
@@ -92,6 +93,7 @@ def list_files(
         inputs: what is indexed.
         journal: journal of the index, which gets the heads.
         rules: what holds for all scans; scans are examined where their files are in memory.
+        check: function that is called before the first file is read; it may raise.
         workers: number of processes; 0 reads in this one.
         limits: time and memory of a file in a worker process.
         modules: modules that a worker process needs.
@@ -114,7 +116,11 @@ def list_files(
                 walk.take(result)
 
     try:
-        read(walk.units())
+        units = walk.units()
+        first = next(units, None)  # lists the first folders, so that something can be reported
+        check()
+        if first is not None:
+            read(itertools.chain([first], units))
         lost, walk.lost = walk.lost, []
         if lost:
             alone = itertools.chain.from_iterable(unit.single_files() for unit in lost)
@@ -160,7 +166,6 @@ class _Walk:
 
     def units(self) -> Iterator[HeadUnit]:
         """List the folders; the files whose heads must be read."""
-        self.listed(0)
         for folder, entries in self._folders():
             yield from self._units_of(folder, entries)
             self.listed(self.num_files)
