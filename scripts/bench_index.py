@@ -158,7 +158,9 @@ def rows_of(file: Path) -> list[str]:
     return [repr(dataclasses.astuple(row)) for row in Manifest.read(file).rows]
 
 
-def resumed_is_equal(archive: Path, whole: Path, folder: Path, kills: int) -> dict[str, Any]:
+def resumed_is_equal(
+    archive: Path, whole: Path, folder: Path, kills: int, longest_s: float
+) -> dict[str, Any]:
     """Kill an index at random moments of its life, each time after it has resumed, and compare.
 
     Args:
@@ -166,6 +168,7 @@ def resumed_is_equal(archive: Path, whole: Path, folder: Path, kills: int) -> di
         whole: archive folder of an index that nobody killed.
         folder: folder for the killed one.
         kills: number of kills.
+        longest_s: longest time before a kill.
     """
     folder.mkdir()
     shutil.copy(whole / KEY_FILE, folder)
@@ -177,7 +180,7 @@ def resumed_is_equal(archive: Path, whole: Path, folder: Path, kills: int) -> di
             command(words), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
         try:
-            process.wait(draw.uniform(0.3, 8.0))
+            process.wait(draw.uniform(0.3, longest_s))
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGKILL)
             process.wait()
@@ -259,7 +262,9 @@ def main() -> None:
         killed: dict[str, Any] = {}
         if given.kills:
             whole = folder / f"archive{counts[-1]}"
-            killed = resumed_is_equal(archive, whole, folder / "killed", given.kills)
+            killed = resumed_is_equal(
+                archive, whole, folder / "killed", given.kills, rows[-3]["seconds"]
+            )
     print()
     print(table_of(rows))
     if killed:
