@@ -80,6 +80,7 @@ class Examination:
         self.journal.keep_only(HEADS, Keys(listed.current + listed.others))
         for kind, keys in self.keys.items():
             self.journal.keep_only(kind, Keys(keys))
+        self.journal.remove_leftovers()
 
     def _is_lost_with_labels(self, index: int, row: Examined) -> bool:
         return row.reason in LOST and self.tasks[index].labels is not None

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import pyarrow.compute
+import numpy as np
+import pyarrow
+import pyarrow.parquet
 
 from tapct.data.index import head_table
 from tapct.data.index.journal import Journal, Keys, first_of_each, key_of
@@ -23,7 +27,7 @@ from tapct.data.search.discover import (
 from tapct.data.search.file_list import compact
 from tapct.data.search.series import stacks_of
 
-_HEADS_AT_ONCE = 250_000
+_HEADS_AT_ONCE = 50_000  # about 70 MB
 
 
 def grouped(
@@ -44,10 +48,10 @@ def grouped(
     num_groups = 1
     while num_groups * _HEADS_AT_ONCE < len(keys):
         num_groups *= 2
-    for group in range(num_groups):
+    for table in _tables_of_groups(journal, keys, num_groups):
         slices: list[Head] = []
         key_of_path: dict[Path, bytes] = {}
-        for key, state, head in _heads_of(root, journal, keys, group, num_groups):
+        for key, state, head in head_table.heads_in(table, root):
             key_of_path[head.path] = key
             special = object_source(head)
             if state == head_table.REFUSAL:
@@ -67,15 +71,50 @@ def grouped(
     return sources + sources_of_parts(parts), passed_over
 
 
-def _heads_of(
-    root: Path, journal: Journal, keys: Keys, group: int, num_groups: int
-) -> list[tuple[bytes, int, Head]]:
-    """The heads of one group of series, those with some keys."""
-    wanted = None
-    if num_groups > 1:
-        series = pyarrow.compute.field("series")
-        last_bits = pyarrow.compute.bit_wise_and(series, pyarrow.scalar(num_groups - 1, "uint64"))
-        wanted = last_bits == pyarrow.scalar(group, "uint64")
-    table = journal.read(head_table.HEADS, wanted=wanted)
-    table = table.take(first_of_each(table, keys))
-    return list(head_table.heads_in(table, root))
+def _tables_of_groups(journal: Journal, keys: Keys, num_groups: int) -> Iterator[pyarrow.Table]:
+    """The heads with some keys, each once, in groups of whole series.
+
+    Several groups are written to a temporary folder first, in one pass over the journal, so that
+    memory holds one group at a time.
+    """
+    if num_groups == 1:
+        table = journal.read(head_table.HEADS)
+        yield table.take(first_of_each(table, keys))
+        return
+    with tempfile.TemporaryDirectory(prefix="groups", dir=journal.folder) as place:
+        folder = Path(place)
+        waiting: list[pyarrow.Table] = []
+        for part in journal.parts(head_table.HEADS):
+            table = journal.read_part(part, head_table.HEADS)
+            waiting.append(table.take(first_of_each(table, keys)))
+            if sum(map(len, waiting)) > _HEADS_AT_ONCE:
+                _write_groups(waiting, num_groups, folder)
+                waiting = []
+        _write_groups(waiting, num_groups, folder)
+        for group in range(num_groups):
+            files = sorted(folder.glob(f"{group}-*.parquet"))
+            if files:
+                table = pyarrow.concat_tables(map(pyarrow.parquet.read_table, files))
+                yield table.take(first_of_each(table, keys))
+
+
+def _write_groups(tables: Sequence[pyarrow.Table], num_groups: int, folder: Path) -> None:
+    """Write heads by groups of series.
+
+    Args:
+        tables: heads.
+        num_groups: number of groups, a power of two.
+        folder: folder of the files GROUP-NUMBER.parquet.
+    """
+    if not tables:
+        return
+    table = pyarrow.concat_tables(tables)
+    groups = table.column("series").to_numpy() & np.uint64(num_groups - 1)
+    order = np.argsort(groups, kind="stable")
+    starts = np.searchsorted(groups[order], np.arange(num_groups + 1, dtype=np.uint64))
+    table = table.take(order)
+    number = len(list(folder.iterdir()))
+    for group, (start, stop) in enumerate(zip(starts[:-1].tolist(), starts[1:].tolist())):
+        if stop > start:
+            rows = table.slice(start, stop - start)
+            pyarrow.parquet.write_table(rows, folder / f"{group}-{number:08d}.parquet")

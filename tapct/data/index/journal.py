@@ -29,6 +29,7 @@ KEY = "key"  # column with the key of a row
 _ABOUT = "about.json"
 _FLUSH_SECONDS = 5.0  # work that a kill may lose
 _FLUSH_ROWS = 20_000
+_STALE_SECONDS = 3600.0  # after which an unfinished file belongs to no process
 
 
 def key_of(*parts: bytes | str) -> bytes:
@@ -156,31 +157,38 @@ class Journal:
         """The files with rows of one kind."""
         return sorted(self.folder.glob(f"{kind}-*.parquet"))
 
-    def read(
-        self, kind: str, columns: Sequence[str] | None = None, wanted: Any = None
-    ) -> pyarrow.Table:
-        """The rows of one kind that are on disk. A part that cannot be read is removed, so that its
-        files are read again.
+    def read(self, kind: str, columns: Sequence[str] | None = None) -> pyarrow.Table:
+        """The rows of one kind that are on disk.
 
         Args:
             kind: kind of row.
             columns: names of the columns; None for all.
-            wanted: filter of Arrow on the rows; None for all.
         """
+        return pyarrow.concat_tables(
+            [self._empty(kind, columns)]
+            + [self.read_part(part, kind, columns) for part in self.parts(kind)]
+        )
+
+    def read_part(
+        self, part: Path, kind: str, columns: Sequence[str] | None = None
+    ) -> pyarrow.Table:
+        """The rows of one part; arguments as in `read`. A part that cannot be read is removed, so
+        that its files are read again.
+        """
+        empty = self._empty(kind, columns)
+        try:
+            table = pyarrow.parquet.read_table(part, columns=columns, partitioning=None)
+            return table.cast(empty.schema)
+        except (pyarrow.ArrowException, OSError, ValueError):
+            with contextlib.suppress(OSError):
+                part.unlink()
+        return empty
+
+    def _empty(self, kind: str, columns: Sequence[str] | None) -> pyarrow.Table:
         schema = self.schema(kind)
         if columns is not None:
             schema = pyarrow.schema([schema.field(name) for name in columns])
-        tables = []
-        for part in self.parts(kind):
-            try:
-                table = pyarrow.parquet.read_table(
-                    part, columns=columns, filters=wanted, partitioning=None
-                )
-                tables.append(table.cast(schema))
-            except (pyarrow.ArrowException, OSError, ValueError):
-                with contextlib.suppress(OSError):
-                    part.unlink()
-        return pyarrow.concat_tables(tables) if tables else schema.empty_table()
+        return schema.empty_table()
 
     def keep_only(self, kind: str, keys: Keys) -> None:
         """Leave the rows with some keys, each once, in one part."""
@@ -198,10 +206,29 @@ class Journal:
     def remove(self) -> None:
         """Remove the whole journal."""
         with contextlib.suppress(OSError):
-            for file in self.folder.iterdir():
-                file.unlink(missing_ok=True)
+            for path in self.folder.iterdir():
+                _remove(path)
             self.folder.rmdir()
         self._count = 0
+
+    def remove_leftovers(self) -> None:
+        """Remove the unfinished files of processes that were killed, which are old by now."""
+        before = time.time() - _STALE_SECONDS
+        with contextlib.suppress(OSError):
+            for path in self.folder.iterdir():
+                is_part = path.suffix == ".parquet" and not path.name.startswith(".")
+                if not is_part and path.name != _ABOUT and path.stat().st_mtime < before:
+                    _remove(path)
+
+
+def _remove(path: Path) -> None:
+    """Remove a file, or a folder with files."""
+    if path.is_dir():
+        for inner in path.iterdir():
+            inner.unlink(missing_ok=True)
+        path.rmdir()
+    else:
+        path.unlink(missing_ok=True)
 
 
 def keys_in(table: pyarrow.Table) -> bytes:

@@ -307,6 +307,30 @@ def test_a_share_is_a_number_of_a_number() -> None:
     assert all(len(part) > 20 for part in parts)
 
 
+def test_series_in_many_groups_are_put_together_as_in_one(
+    archive: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = archive.parent / "out"
+    whole = build_manifest(archive, out)
+    monkeypatch.setattr("tapct.data.index.grouping._HEADS_AT_ONCE", 4)
+    assert rows_of(build_manifest(archive, out)) == rows_of(whole)
+    assert not list((out / "parts").glob("groups*"))
+
+
+def test_unfinished_files_of_killed_processes_are_removed(archive: Path) -> None:
+    out = archive.parent / "out"
+    build_manifest(archive, out)
+    old, new = out / "parts" / ".heads-1.parquet.x.tmp", out / "parts" / ".heads-2.parquet.y.tmp"
+    groups = out / "parts" / "groupsabc"
+    groups.mkdir()
+    for path in (old, new, groups / "1-00000000.parquet"):
+        path.write_bytes(b"half")
+    for path in (old, groups):
+        os.utime(path, (0, 0))
+    build_manifest(archive, out)
+    assert new.exists() and not old.exists() and not groups.exists()
+
+
 def test_damaged_parts_of_a_journal_are_read_again(archive: Path) -> None:
     out = archive.parent / "out"
     build_manifest(archive, out)
