@@ -6,6 +6,7 @@ import functools
 import json
 import math
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -54,6 +55,7 @@ _EMPTY: dict[str, Any] = {
     **dict.fromkeys(("series", "number", "rows", "columns"), 0),
     **{name: [] for name in ("traits", "spacing", "position", "axes")},
 }
+_STANDARD_CLASS = re.compile(r"1\.2\.840\.10008\.[\d.]+")
 # what a frame does not have in common with its file
 _OF_FRAME = ("frame", "number", "position", "axes", "spacing", "derived", *_PROBLEMS, "traits")
 
@@ -76,8 +78,10 @@ def without_identifiers(head: Head, root: Path, key: bytes) -> Head:
     def plain(problem: tuple[str, str] | None) -> tuple[str, str] | None:
         return problem and (problem[0], without_names(problem[1], root, (head.path,)))
 
+    is_standard = _STANDARD_CLASS.fullmatch(head.sop_class) is not None
     return replace(
         head,
+        sop_class=head.sop_class if is_standard else _hidden(key, head.sop_class),
         modality="",
         patient_id=_hidden(key, canonical_id(head.patient_id)),
         study_uid=_hidden(key, head.study_uid),
