@@ -31,6 +31,7 @@ from tapct.data.index.journal import Journal, Keys, key_of, keys_in
 from tapct.data.index.scan_row import ScanRules
 from tapct.data.index.scan_table import SCANS
 from tapct.data.index.share import WHOLE, Share
+from tapct.data.patients.key import KEY_FILE
 from tapct.data.readers import DICOM, stem_of
 from tapct.data.search import folder_entries
 from tapct.data.search import passed_over as passed
@@ -151,6 +152,8 @@ class _Walk:
         self.num_files = 0
         self.is_whole = True
         self._current, self._others = bytearray(), bytearray()
+        status = os.stat(journal.folder.parent)
+        self._own_folder = (status.st_dev, status.st_ino)
         known = journal.read(head_table.HEADS, ["key", "state"])
         self._known = Keys(keys_in(known))
         self._states = known.column("state").to_numpy()
@@ -191,6 +194,8 @@ class _Walk:
     def _units_of(self, folder: Path, entries: Entries) -> Iterator[HeadUnit]:
         """Take in one folder; what must be read of it."""
         self.num_files += len(entries.files)
+        if entries.identity == self._own_folder:
+            self._forget_own_files(folder)
         sources, others = by_format(folder, entries.files)
         place = os.fsencode(folder.relative_to(self.inputs.root).as_posix())
         stamps = dict(zip(entries.files, entries.stamps))
@@ -213,6 +218,16 @@ class _Walk:
                 rules=None if folder in self.inputs.files else self.rules,
                 stems=stems,
             )
+
+    def _forget_own_files(self, folder: Path) -> None:
+        """Do not count the hidden files that the index itself has in the archive."""
+        own: Counter[str] = Counter()
+        for name in os.listdir(folder):
+            if name == self.journal.folder.name and name.startswith("."):
+                own[passed.HIDDEN_FOLDER] += 1
+            elif name == KEY_FILE or (name.startswith(".") and ".lease" in name):
+                own[passed.HIDDEN_FILE] += 1
+        self.found.passed_over.subtract(own)
 
     def _unknown(
         self, names: Sequence[str], keys: dict[str, bytes], stems: frozenset[str]
