@@ -81,6 +81,39 @@ class PatientClues:
 
 
 @dataclass(frozen=True)
+class Technique:
+    """How a scan was made and stored, in words and numbers that identify nobody; empty or NaN where
+    the file does not show it.
+
+    Args:
+        model: short name of a known scanner, or `other`.
+        kvp: tube voltage in kV.
+        thickness_mm: SliceThickness, which need not be the distance of the slices.
+        contrast: `yes` or `no`, whether a contrast agent is declared.
+        body_part: BodyPartExamined where it is a word of the standard, or `other`.
+        stored_type: type of the stored values, e.g. `uint16`.
+        slope, intercept: rescaling of the stored values of the first slice to HU.
+        orientation: nearest directions of the axes of the file, e.g. LPS: towards the left,
+            posterior, superior.
+        step_min_mm, step_max_mm: smallest and largest distance of two neighbouring slices.
+        tilt_deg: angle between the stack of slices and their normal, in degrees.
+    """
+
+    model: str = ""
+    kvp: float = float("nan")
+    thickness_mm: float = float("nan")
+    contrast: str = ""
+    body_part: str = ""
+    stored_type: str = ""
+    slope: float = float("nan")
+    intercept: float = float("nan")
+    orientation: str = ""
+    step_min_mm: float = float("nan")
+    step_max_mm: float = float("nan")
+    tilt_deg: float = float("nan")
+
+
+@dataclass(frozen=True)
 class ScanFacts:
     """Facts from a scan's header or its JSON side-car; empty or NaN where it gives none.
 
@@ -95,6 +128,7 @@ class ScanFacts:
     age_years: float = float("nan")
     lossy_ratio: float = float("nan")  # of a lossy compression; NaN where none is declared
     clues: PatientClues = field(default_factory=PatientClues, compare=False, repr=False)
+    technique: Technique = field(default_factory=Technique, compare=False, repr=False)
 
 
 @dataclass(frozen=True)

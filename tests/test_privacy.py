@@ -26,6 +26,7 @@ from shell import shell as shell  # a fixture
 from tiny_run import write_config
 
 from tapct.config.plugins import Plugin
+from tapct.data.index.build import build_manifest
 from tapct.data.packed.store import Store
 from tapct.data.patients.key import KEY_FILE, KEY_VARIABLE
 from tapct.data.patients.split import patients_below
@@ -38,7 +39,7 @@ from tapct.weights.export import save_export
 IN_HEADERS = "Zebedee"  # the beginning of every name that is planted in a header or side-car
 IN_PATHS = "Quillfeather"  # the same for files and folders
 SHAPE_ZYX = (12, 48, 48)
-PATH_COLUMNS = ("path", "label_path", "file_paths")
+PATH_COLUMNS = ("path", "label_path", "file_paths", "folder", "name")  # the last: of a journal
 TEXT_VRS = ("LO", "SH", "LT", "ST", "UT", "PN", "CS", "AE", "UC")
 TEXT_ELEMENTS = """
     PatientName PatientComments ReferringPhysicianName PerformingPhysicianName OperatorsName
@@ -182,6 +183,23 @@ def texts_of(file: Path) -> Iterator[str]:
     elif file.suffix == ".npz":
         with np.load(file) as arrays:
             yield repr({name: arrays[name].dtype for name in arrays})
+
+
+def test_the_journal_of_an_archive_has_names_of_files_in_its_columns_of_paths_alone(
+    tmp_path: Path, archive: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(KEY_VARIABLE, "tests")
+    out = tmp_path / "grown"
+    build_manifest(archive, out)
+    parts = sorted((out / "parts").iterdir())
+    assert {part.name.partition("-")[0] for part in parts} == {
+        *("about.json", "heads", "labels", "scans"),
+    }
+    for part in parts:
+        assert part.stat().st_mode & 0o77 == 0, part
+        for number, text in enumerate(texts_of(part)):
+            assert IN_HEADERS.lower() not in text.lower(), part
+            assert number == 0 or IN_PATHS.lower() not in text.lower(), part
 
 
 def test_planted_names_are_nowhere_but_in_the_columns_of_paths(

@@ -11,6 +11,7 @@ import os
 import sys
 import textwrap
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import TracebackType
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 LINE_SECONDS = 5.0  # plain progress lines are at least this far apart
 BAR_SECONDS = 0.1
+PACE_SECONDS = 60.0  # over which the pace of a job is measured
 
 
 @functools.cache
@@ -111,6 +113,55 @@ def progress_bar(description: str) -> Iterator[Callable[[int, int], None]]:
     """
     with _Meter(description) as meter:
         yield lambda done, total: meter.show(done, total, meter.remaining(done, total))
+
+
+class ListingProgress:
+    """Shows progress of a job that first lists files and then works on what it found: files per
+    second, then items per second and time left. The first line comes at once.
+
+    Args:
+        description: name of the job in one word, e.g. `index`.
+        unit: what the job works on, in the plural, e.g. `scans`.
+    """
+
+    def __init__(self, description: str, unit: str) -> None:
+        self._unit = unit
+        self._meter = _Meter(description)
+        self._began = time.monotonic()
+        self._paces: deque[tuple[float, int]] = deque()  # times and numbers of finished items
+
+    def __enter__(self) -> ListingProgress:
+        self._meter.__enter__()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._meter.__exit__(kind, error, trace)
+
+    def listed(self, num_files: int) -> None:
+        """Show the number of files that have been listed."""
+        if not num_files:
+            return
+        rate = num_files / max(time.monotonic() - self._began, 1e-9)
+        self._meter.show_count(f"{num_files} files listed", f"{rate:.0f} files/s")
+
+    def update(self, done: int, total: int) -> None:
+        """Show the number of finished items, and the pace of the last minute."""
+        now = time.monotonic()
+        is_first = not self._paces
+        if is_first or now - self._paces[-1][0] > PACE_SECONDS / 60:
+            self._paces.append((now, done))
+        while len(self._paces) > 1 and now - self._paces[0][0] > PACE_SECONDS:
+            self._paces.popleft()
+        since, before = self._paces[0]
+        rate = (done - before) / (now - since) if now > since else 0.0
+        left = (total - done) / rate if rate > 0 else math.nan
+        facts = f"{rate:.3g} {self._unit}/s"
+        self._meter.show(done, total, left, facts, at_once=is_first)
 
 
 class TrainProgress:
@@ -200,6 +251,17 @@ class _Meter:
         if self._bar is not None:
             self._bar.refresh()
             self._bar.stop()
+
+    def show_count(self, *facts: str) -> None:
+        """Show facts about a job whose length is not known yet, when a line is due."""
+        now = time.monotonic()
+        if now - self._shown < (BAR_SECONDS if self._bar is not None else LINE_SECONDS):
+            return
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, completed=0, facts="  ".join(facts), refresh=True)
+        else:
+            say("  ".join([self._description, *facts]))
+        self._shown = now
 
     def remaining(self, done: int, total: int) -> float:
         """Estimate the seconds that are left, from the mean pace so far."""

@@ -21,6 +21,9 @@ TYPE_HINT = re.compile(r" <[^>]*>$")
 NUMBER_RANGE = re.compile(r"(; )?([\d.]+<=?)?x[<>]=?[\d.]+")
 
 
+DIVIDED = ("index", "pack", "embed", "eval")  # commands whose work `submit` divides
+
+
 def plain_record(name: str, text: str) -> tuple[str, str]:
     """One row of a help text without type hints and ranges.
 
@@ -86,6 +89,12 @@ class Commands(TyperGroup):
         """The option --help."""
         return describe_help_option(super().get_help_option(ctx))
 
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """The command that was given; `submit index` and the like divide it over a cluster."""
+        if args[0] == "submit" and len(args) > 1 and args[1] in DIVIDED:
+            args = ["submit-array", *args[1:]]
+        return super().resolve_command(ctx, args)
+
     def invoke(self, ctx: Any) -> Any:
         """Run the command that was given on the command line."""
         try:
@@ -147,6 +156,18 @@ Workers = Annotated[
         help="number of worker processes, at least one",
         min=0,
         show_default="number of CPUs",
+    ),
+]
+
+
+Part = Annotated[
+    str | None,
+    typer.Option(
+        "--part",
+        metavar="I/N",
+        help="do the I-th of N parts of the work, for several processes or machines at once; a "
+        "last call without --part does what is left, and finishes",
+        show_default="the whole",
     ),
 ]
 

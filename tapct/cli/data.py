@@ -10,7 +10,7 @@ import typer
 
 from tapct.base import console, exits, signals
 from tapct.base.counted import counted
-from tapct.cli.app import CPUS, Workers, app, examples
+from tapct.cli.app import CPUS, Part, Workers, app, examples
 from tapct.data import formats
 from tapct.data.scans.read_rules import MAX_LOSSY_RATIO, MIN_DEPTH, ReadRules
 
@@ -106,17 +106,27 @@ def phantom(
     epilog=examples(
         "tapct index data/archive --out data/manifest.parquet",
         "tapct index scans --out scans.parquet --patient-regex '(sub-\\d+)'",
+        "tapct index disk1 disk2/ct scans.csv --out data/archive",
     )
 )
 def index(
-    folder: Annotated[
-        Path,
+    sources: Annotated[
+        list[Path],
         typer.Argument(
-            metavar="FOLDER",
-            help=f"folder that is searched, with all folders in it, for {formats.listed('and')}",
+            metavar="SRC...",
+            help=f"folders that are searched, with all folders in them, for "
+            f"{formats.listed('and')}; files; patterns such as 'scans/*/ct.nii.gz'; or lists (.csv "
+            "or .json) with the columns path, label, patient and split",
         ),
     ],
-    out: Annotated[Path, typer.Option(metavar="FILE", help="manifest to write, a .parquet file")],
+    out: Annotated[
+        Path,
+        typer.Option(
+            metavar="PLACE",
+            help="manifest to write, a .parquet file; or a folder for the manifest of an archive "
+            "that grows: there a later call reads only new and changed files",
+        ),
+    ],
     labels: Annotated[
         Path | None,
         typer.Option(
@@ -139,14 +149,14 @@ def index(
         typer.Option(
             metavar="REGEX",
             help="regular expression for scans without a PatientID: group 1, searched in the path "
-            "below FOLDER, is used instead",
+            "below SRC, is used instead",
         ),
     ] = None,
     patient_column: Annotated[
         str | None,
         typer.Option(
             metavar="FILE.csv:COLUMN",
-            help="table with the patients: a column names the scan by its path below FOLDER, "
+            help="table with the patients: a column names the scan by its path below SRC, "
             "COLUMN its patient; it outranks the PatientID",
         ),
     ] = None,
@@ -154,7 +164,7 @@ def index(
         str | None,
         typer.Option(
             metavar="SOURCE",
-            help="folder:N, the N-th folder below FOLDER is the patient; or header, a "
+            help="folder:N, the N-th folder below SRC is the patient; or header, a "
             "PatientID counts also where all studies have the same one",
         ),
     ] = None,
@@ -225,6 +235,7 @@ def index(
         list[str] | None,
         typer.Option(metavar="NAME=VALUE", help="one such threshold; may be given several times"),
     ] = None,
+    part: Part = None,
     workers: Workers = CPUS,
     timeout: Timeout = 120.0,
     memory_gb: Memory = None,
@@ -233,19 +244,35 @@ def index(
 
     The manifest has a row for each scan: accepted with its geometry and statistics, or refused
     with the reason. If no scan is accepted, or no label map of --labels is used, the exit code
-    is 2.
+    is 2. A call that was killed resumes when it is repeated.
     """
-    from tapct.data.checks.check_rules import read_rules
-    from tapct.data.index.build import build_manifest, check_usable
-    from tapct.data.index.kept_patients import KeepRules
-    from tapct.data.index.report import lines_about
-
     if fresh and older is not None:
         raise exits.UserError("--fresh forgets the patients that --older names; give one of them")
-    checks = read_rules(rules, rule or ())
-    with signals.leaving_at_sigterm(), console.progress_bar("index") as progress:
+    with signals.leaving_at_sigterm(), console.ListingProgress("index", "scans") as progress:
+        from tapct.data.checks.check_rules import read_rules
+        from tapct.data.index.build import build_manifest, check_usable, examine_share
+        from tapct.data.index.kept_patients import KeepRules
+        from tapct.data.index.report import lines_about
+        from tapct.data.index.share import parse_share
+
+        checks = read_rules(rules, rule or ())
+        share = parse_share(part)
+        if share is not None:
+            examine_share(
+                *(sources, out, share),
+                labels=labels,
+                ignore_labels=ignore_label or (),
+                study_dates=study_dates,
+                min_depth=min_depth,
+                accept=ReadRules(derived, max_lossy_ratio, resample_tilt, checks),
+                workers=max(1, workers),
+                limits=limits_of(timeout, memory_gb),
+                progress=progress.update,
+                listed=progress.listed,
+            )
+            return
         manifest = build_manifest(
-            folder,
+            sources,
             out,
             labels=labels,
             ignore_labels=ignore_label or (),
@@ -257,7 +284,8 @@ def index(
             accept=ReadRules(derived, max_lossy_ratio, resample_tilt, checks),
             workers=max(1, workers),
             limits=limits_of(timeout, memory_gb),
-            progress=progress,
+            progress=progress.update,
+            listed=progress.listed,
             keep=KeepRules(older, fresh, split_seed),
         )
     for line in lines_about(manifest, out, min_depth):
@@ -330,6 +358,7 @@ def pack(
             "--replace-store", help="let the manifest of another archive replace an existing store"
         ),
     ] = False,
+    part: Part = None,
 ) -> None:
     """Compress the accepted scans into a store for fast reading.
 
@@ -338,10 +367,14 @@ def pack(
     because their files are gone or changed, the others are packed and the exit code is 4.
     """
     from tapct.data import manifest
+    from tapct.data.index.share import WHOLE, parse_share
     from tapct.data.packed import pack as packer
 
     if repair and not verify:
         raise exits.UserError("--repair packs again what --verify finds; give both")
+    share = parse_share(part)
+    if share is not None and verify:
+        raise exits.UserError("--part packs a part of the scans; leave out --verify")
 
     def pack_and_report(again: Collection[str] = ()) -> PackReport:
         with console.progress_bar("pack") as progress:
@@ -355,6 +388,7 @@ def pack(
                 replace_store=replace_store,
                 limits=limits_of(timeout, memory_gb),
                 progress=progress,
+                share=share or WHOLE,
             )
         for line in report.lines():
             console.say_line(line)

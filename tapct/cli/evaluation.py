@@ -11,7 +11,7 @@ import typer
 
 from tapct.base import console, exits, files, signals
 from tapct.base.counted import counted
-from tapct.cli.app import CPUS, RunFolder, Workers, app, examples
+from tapct.cli.app import CPUS, Part, RunFolder, Workers, app, examples
 from tapct.data import formats
 
 NPZ, CVPR26 = "npz", "cvpr26"  # formats of `embed`
@@ -123,6 +123,7 @@ def evaluate(
             show_default="data, in the folder of the evaluations",
         ),
     ] = None,
+    part: Part = None,
     workers: Workers = CPUS,
     custom_code: CustomCode = False,
 ) -> None:
@@ -131,8 +132,11 @@ def evaluate(
     Baselines solve the same tasks: untrained models, raw HU values and the position in the body
     (eval.baselines). Features are computed once and kept (eval.cache).
     """
+    from tapct.data.index.share import WHOLE, parse_share
+    from tapct.eval.runner import ShareComputed
     from tapct.run import best_step, dataset_model, finished, model_source
 
+    share = parse_share(part)
     wanted_step = best_step.parse_step(step)
     chosen = dataset_model.choose(data, root, work, overrides or [])
     opened = model_source.open_model(model, overrides or [], wanted_step, custom_code)
@@ -140,7 +144,13 @@ def evaluate(
     if chosen is not None:
         with signals.leaving_at_sigterm():
             opened = dataset_model.on_data(opened, chosen, max(1, workers))
-    found = finished.evaluate_model(opened, out=out, others=others, on_validation=validation)
+    try:
+        found = finished.evaluate_model(
+            opened, out=out, others=others, on_validation=validation, share=share or WHOLE
+        )
+    except ShareComputed:
+        console.say(f"features of part {part} computed; `tapct eval` without --part evaluates them")
+        return
     for line in found.evaluation.lines():
         console.say(line)
     console.say(f"results and pictures in {found.folder}")
@@ -300,6 +310,7 @@ def embed(
             show_default="none",
         ),
     ] = None,
+    part: Part = None,
     custom_code: CustomCode = False,
 ) -> None:
     """Compute dense features of a scan, or a vector for each of many.
@@ -308,6 +319,7 @@ def embed(
     because they cannot be read for example, they are named and the exit code is 4.
     """
     if form == CVPR26:
+        from tapct.data.index.share import WHOLE, parse_share
         from tapct.distributed.device import flush_denormals, pick_device
         from tapct.run import embedding
         from tapct.weights.pretrained import load_pretrained
@@ -318,12 +330,15 @@ def embed(
         device = pick_device("auto")
         loaded = load_pretrained(model, custom_code=custom_code, device=device)
         encoder = embedding.encoder_of(loaded, device, cache)
-        num = embedding.embed_cases(encoder, scan, out, wanted, root=root, masks=masks)
+        share = parse_share(part) or WHOLE
+        num = embedding.embed_cases(
+            encoder, scan, out, wanted, root=root, masks=masks, share=share
+        )
         console.say(f"{counted(num, 'vector')} in {out}")
         return
     only_for_cvpr26(
         form, {"--vector": vector, "--masks": masks, "--organ": organ, "--root": root,
-               "--cache": cache, "--block": "" if block == "last" else block}
+               "--cache": cache, "--part": part, "--block": "" if block == "last" else block}
     )  # fmt: skip
     if out.is_dir():
         raise exits.UserError(

@@ -32,6 +32,7 @@ from tapct.data.readers.raw import MAX_TEXT
 
 SCHEMA = "2"
 ACCEPTED, REFUSED = "accepted", "refused"
+ARCHIVE_FILE = "manifest.parquet"  # in the folder of an archive, see `index.place`
 UNKNOWN = float("nan")  # a number that no file gives
 _ARROW = {
     "str": pyarrow.string(),
@@ -90,6 +91,12 @@ class Row:
             where the scan could not be read.
         directions: unit vectors in LPS along which the indices x, y and z grow, one after the
             other: 9 numbers; empty where the scan could not be read.
+        split: part of the data set as the list of scans gives it, such as `train`; empty without.
+        uid: keyed hash of the SeriesInstanceUID; empty where unknown.
+        hu_min, hu_max: smallest and largest value in HU, of all voxels.
+        air_share: share of voxels below -900 HU, from the subsample of `body_share`.
+        model, kvp, thickness_mm, contrast, body_part, stored_type, slope, intercept, orientation,
+            step_min_mm, step_max_mm, tilt_deg: as in `types.Technique`.
     """
 
     id: str
@@ -126,6 +133,31 @@ class Row:
     merged_labels: tuple[str, ...] = ()
     origin_mm: tuple[float, ...] = ()
     directions: tuple[float, ...] = ()
+    split: str = ""
+    uid: str = ""
+    hu_min: float = UNKNOWN
+    hu_max: float = UNKNOWN
+    air_share: float = UNKNOWN
+    model: str = ""
+    kvp: float = UNKNOWN
+    thickness_mm: float = UNKNOWN
+    contrast: str = ""
+    body_part: str = ""
+    stored_type: str = ""
+    slope: float = UNKNOWN
+    intercept: float = UNKNOWN
+    orientation: str = ""
+    step_min_mm: float = UNKNOWN
+    step_max_mm: float = UNKNOWN
+    tilt_deg: float = UNKNOWN
+
+
+_FIRST_COLUMNS = 34  # of a manifest of this version; later columns have their defaults where absent
+
+
+def arrow_type(field: dataclasses.Field[Any]) -> pyarrow.DataType:
+    """The type of a column of `Row` in a table."""
+    return _ARROW[str(field.type)]
 
 
 @dataclass(frozen=True)
@@ -183,7 +215,7 @@ class Manifest:
         """Read a manifest.
 
         Args:
-            path: path of the .parquet file.
+            path: path of the .parquet file, or of the folder of an archive.
             root: folder of the archive now; without it, the folder at the same place relative to
                 the manifest as when the archive was indexed.
         Raises:
@@ -191,6 +223,8 @@ class Manifest:
                 written.
         """
         path = files.expand_path(path)
+        if (path / ARCHIVE_FILE).is_file():
+            path = path / ARCHIVE_FILE
         metadata, columns = _checked(path, _read_parquet(path))
         names = [field.name for field in dataclasses.fields(Row)]
         rows = tuple(
@@ -243,7 +277,8 @@ def _checked(path: Path, table: pyarrow.Table) -> tuple[dict[str, str], list[lis
         raise damaged from error
     names = [field.name for field in dataclasses.fields(Row)]
     written = metadata.get("tapct.rows", "")
-    if not written or metadata.get("tapct.schema") != SCHEMA or table.column_names != names:
+    is_known = len(columns) >= _FIRST_COLUMNS and table.column_names == names[: len(columns)]
+    if not written or metadata.get("tapct.schema") != SCHEMA or not is_known:
         raise UserError(
             f"{path} is not a tapct manifest of version {SCHEMA}; make it again with `tapct index`"
         )
@@ -258,6 +293,8 @@ def _checked(path: Path, table: pyarrow.Table) -> tuple[dict[str, str], list[lis
         is_whole = False
     if not is_whole:
         raise damaged
+    for later in dataclasses.fields(Row)[len(columns) :]:
+        columns.append([later.default] * table.num_rows)
     return metadata, columns
 
 

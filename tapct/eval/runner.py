@@ -27,6 +27,7 @@ from tapct.base import console
 from tapct.base.paths import without_absolute_paths
 from tapct.config import plugins, setting, to_dict
 from tapct.config.plugins import Plugin
+from tapct.data.index.share import WHOLE, Share
 from tapct.data.packed.store import Store
 from tapct.eval import baselines, cache, scans, task_statistics, validation
 from tapct.eval.album import Album, Outputs
@@ -197,6 +198,7 @@ def evaluate(
     max_skips: int = 0,
     device: torch.device | str = "cpu",
     progress: Callable[[int, int], None] | None = None,
+    share: Share = WHOLE,
 ) -> Evaluation:
     """Evaluate frozen backbones on the same scans and labels.
 
@@ -227,11 +229,14 @@ def evaluate(
         device: device that features are computed on.
         progress: called with (steps done, steps in all): a step is a pair of scan and model whose
             features are computed, or a scan that the tasks have seen.
+        share: scans whose features this process computes, for several that compute at once; a last
+            call for the whole computes what is left and evaluates.
     Returns:
         What `results.json` holds.
     Raises:
         UserError: no task, no usable scan, a setting that names an unknown label, windows off the
             patch grid, features that are not finite, or too many scans that cannot be read.
+        ShareComputed: the features of a share are in the cache.
     """
     began = time.perf_counter()
     preprocess = preprocess or config.preprocess
@@ -263,7 +268,9 @@ def evaluate(
             blocks=Blocks(config.num_blocks, config.block_gap),
             max_skips=max_skips,
         )
-        steps = _fill(reader, progress)
+        steps = _fill(reader, progress, share)
+        if share != WHOLE:
+            raise ShareComputed
         _learn(reader, steps)
         album = _test(reader, config, out, steps)
         cost = _cost(reader)
@@ -336,10 +343,14 @@ def _plan(
     return begun, split
 
 
-def _fill(reader: ScanReader, progress: Callable[[int, int], None] | None) -> _Steps:
-    """Compute the features that are missing in the cache."""
+class ShareComputed(Exception):
+    """A share of the features has been computed, and nothing was evaluated."""
+
+
+def _fill(reader: ScanReader, progress: Callable[[int, int], None] | None, share: Share) -> _Steps:
+    """Compute the features of a share of the scans that are missing in the cache."""
     features = reader.features
-    wanted = features.missing(reader.rows())
+    wanted = [one for one in features.missing(reader.rows()) if share.has(one.scan.id)]
     num_missing = sum(len(one.blocks) for one in wanted)
     num_scans = len(reader.split.train) + len(reader.split.test)
     steps = _Steps(num_missing + num_scans, progress)

@@ -20,6 +20,7 @@ import torch
 from tapct.base import console, files
 from tapct.base.counted import counted
 from tapct.base.exits import Incomplete, UserError, single_line
+from tapct.data.index.share import WHOLE, Share
 from tapct.data.labels.reading import read_labels_of
 from tapct.data.scans.ingest import read_source
 from tapct.eval.cache import Config as CacheConfig
@@ -116,6 +117,7 @@ def embed_cases(
     *,
     root: Path | None = None,
     masks: Path | None = None,
+    share: Share = WHOLE,
 ) -> int:
     """Write one vector per scan; a scan that cannot be used is named, and the others are written.
 
@@ -126,6 +128,7 @@ def embed_cases(
         wanted: vector.
         root: folder of the scans that a CSV file names.
         masks: folder of the label maps.
+        share: scans whose vectors this process computes, for several that compute at once.
     Returns:
         Number of vectors in `out` of these scans.
     Raises:
@@ -136,7 +139,7 @@ def embed_cases(
     files.check_new_path(out)
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file; give the folder for the {SUFFIX} files")
-    cases = find_cases(given, root, masks)
+    cases = find_cases(given, root, masks).of_share(share)
     made_with = _made_with(encoder, wanted)
     done = {case.id for case in cases.found if _is_done(h5py, out, case, made_with)}
     problems = dict.fromkeys(cases.missing, "no scan has this name")

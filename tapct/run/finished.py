@@ -13,6 +13,7 @@ from pathlib import Path
 from tapct.base import console, files
 from tapct.base.exits import UserError
 from tapct.base.paths import command_line
+from tapct.data.index.share import WHOLE, Share
 from tapct.data.packed.store import Store, labels_digest
 from tapct.data.packed.trained_on import TrainedOn
 from tapct.distributed.device import pick_device
@@ -71,6 +72,7 @@ def evaluate_model(
     command: str = "",
     others: Mapping[str, Model] | None = None,
     on_validation: bool = False,
+    share: Share = WHOLE,
 ) -> Evaluated:
     """Evaluate the frozen features of a model beside its baselines.
 
@@ -85,6 +87,7 @@ def evaluate_model(
         others: further models in the same table, by name, each with its own HU contract and
             preprocessing.
         on_validation: whether to test on the validation patients of `eval.validation_share`.
+        share: as in `runner.evaluate`.
     Raises:
         UserError: there is no store, no scan can be used, there are no validation patients, or
             `out` holds other results.
@@ -138,6 +141,7 @@ def evaluate_model(
             max_skips=reading.max_skips if reading.on_error == "skip" else 0,
             device=pick_device(config.device),
             progress=progress,
+            share=share,
         )
     if model.run is not None and out is None:
         best_step.settle(model.run, of_step)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tapct.base.exits import UserError
+from tapct.data.index.share import WHOLE, Share
 from tapct.data.labels.pairing import LabelPairs, pair_labels
 from tapct.data.readers import load_libraries, stem_of
 from tapct.data.search.discover import DICOM_OBJECT, Source, search
@@ -56,6 +57,12 @@ class NamedScans:
 
     found: tuple[NamedScan, ...]
     missing: tuple[str, ...] = ()
+
+    def of_share(self, share: Share) -> NamedScans:
+        """The scans of one share of the work; only the whole has those that are missing."""
+        if share == WHOLE:
+            return self
+        return NamedScans(tuple(case for case in self.found if share.has(case.id)), ())
 
 
 def find_cases(given: Path, root: Path | None, masks: Path | None) -> NamedScans:

@@ -195,6 +195,30 @@ def test_a_terminal_gets_a_bar_with_step_loss_pace_and_time_left() -> None:
     assert "saved [step] 5" in seen
 
 
+def test_listing_shows_files_first_and_then_items_with_their_pace(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [100.0]
+    monkeypatch.setattr(console.time, "monotonic", lambda: clock[0])
+    with console.ListingProgress("index", "scans") as progress:
+        progress.listed(0)  # nothing to show yet
+        clock[0] += 2
+        progress.listed(500)
+        progress.listed(600)  # too soon for another line
+        for done in range(1, 5):  # what was known takes no time
+            progress.update(done, 104)
+        clock[0] += 10
+        progress.update(24, 104)
+        clock[0] += 0.1
+        progress.update(104, 104)
+    assert capsys.readouterr().out.splitlines() == [
+        "index  500 files listed  250 files/s",
+        "index 1/104  0 scans/s  left ?",
+        "index 24/104  2.3 scans/s  left 0:35",
+        "index 104/104  10.2 scans/s  took 0:12",
+    ]
+
+
 def test_durations_read_well() -> None:
     given = (0.4, 59.6, 754, 3599.7, 18367, 183870, math.inf, math.nan, -3.0)
     shown = ["0:00", "1:00", "12:34", "1:00:00", "5:06:07", "2d 03:04", "?", "?", "0:00"]

@@ -26,7 +26,8 @@ from tapct.base import console
 from tapct.base.exits import UserError
 from tapct.base.files import PRIVATE, write_atomically
 from tapct.data.datasets.dataset import TEST, TRAIN, DataSet
-from tapct.data.index.build import build_manifest, check_usable, matches_any
+from tapct.data.index.build import build_manifest, check_usable
+from tapct.data.index.finding import matches_any
 from tapct.data.index.report import lines_about
 from tapct.data.labels.reading import UNNAMED
 from tapct.data.manifest import Manifest

@@ -3,42 +3,36 @@
 from __future__ import annotations
 
 import contextlib
-import fnmatch
-import math
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from tapct.base import console
 from tapct.base.exits import UserError
-from tapct.base.files import check_new_path, first_cause
+from tapct.base.files import first_cause
 from tapct.base.lease import Lease, hold
-from tapct.data import formats
 from tapct.data.index.duplicates import refuse_duplicates
 from tapct.data.index.examined import Examined, with_patients
+from tapct.data.index.examining import Examination
+from tapct.data.index.finding import Machine, ScansFound, find
+from tapct.data.index.inputs import inputs_of
 from tapct.data.index.kept_patients import KEEP_ALL, KeepRules, read_older, with_kept_patients
 from tapct.data.index.label_counts import label_report
-from tapct.data.index.scan_row import ExamineTask, ScanRules, bytes_to_read, examine, failed_row
-from tapct.data.labels.pairing import LabelPairs, pair_labels
+from tapct.data.index.place import IndexPlace, open_journal
+from tapct.data.index.scan_row import ExamineTask, ScanRules
+from tapct.data.index.share import Share
+from tapct.data.index.vanished import with_vanished
 from tapct.data.manifest import Manifest, write_table
 from tapct.data.patients.identity import PatientRules, check_regex, parse_patient_from
 from tapct.data.patients.key import key_name, patient_key
 from tapct.data.patients.table import patients_from_table
-from tapct.data.readers import LIBRARIES, load_libraries
-from tapct.data.readers.dicom_kind import object_title
+from tapct.data.readers import DICOM
 from tapct.data.scans.read_rules import MIN_DEPTH, PLAIN, ReadRules
-from tapct.data.search import passed_over as passed
-from tapct.data.search.discover import DICOM_OBJECT, Listing, Source, search
-from tapct.data.workers.process_pool import DEFAULT_LIMITS, LOST, ScanLimits, map_unordered
-from tapct.data.workers.time_limit import NoAnswer, TimeLimit
-
-_PAIRING_SECONDS = 1.0  # per scan or label map, beside the limit of one file
-_MODULES = (__name__, *LIBRARIES)  # what a worker needs
+from tapct.data.workers.process_pool import DEFAULT_LIMITS, ScanLimits
 
 
 def build_manifest(
-    root: Path,
+    root: Path | Sequence[Path],
     out: Path,
     *,
     labels: Path | None = None,
@@ -54,6 +48,7 @@ def build_manifest(
     workers: int = 0,
     limits: ScanLimits = DEFAULT_LIMITS,
     progress: Callable[[int, int], None] | None = None,
+    listed: Callable[[int], None] = lambda num_files: None,
     keep: KeepRules = KEEP_ALL,
 ) -> Manifest:
     """Index an archive and write the manifest.
@@ -63,9 +58,13 @@ def build_manifest(
     `patients.identity`. Scans that an older manifest at `out` lists keep their patients, see
     `kept_patients`.
 
+    What was read is kept in a journal, see `journal`: a killed index resumes. In an archive folder
+    the journal stays, so that a later index reads only the files that are new or changed.
+
     Args:
-        root: folder of the archive.
+        root: folder of the archive, or several folders, files, patterns and lists, see `inputs`.
         out: .parquet file to write; replaced in one step, so that there is never half a manifest.
+            Or a folder, in which the manifest and its journal are kept.
         labels: folder with label maps; label maps in other places are found by name, see
             `labels.pairing`.
         only: patterns of the paths below the root, one of which a scan must match as a whole;
@@ -85,6 +84,7 @@ def build_manifest(
             ends, blocks or fills it.
         limits: time and memory that one scan may take in a worker process.
         progress: function that is called with (scans done, scans in all).
+        listed: function that is called with the number of files that have been listed.
         keep: which patients of an older manifest are kept.
     Returns:
         The manifest as written, with the numbers of files of each kind that are no scans, and
@@ -93,211 +93,159 @@ def build_manifest(
         UserError: the folder is missing or holds no scan, an option about patients is wrong, or
             `out` cannot be written.
     """
-    root, out = Path(root), Path(out)
     check_regex(patient_regex)
     folder, trusts_header = parse_patient_from(patient_from)
-    _check_out(out)
-    listing, pairs = _search(root, labels, workers, accept.derived, limits.seconds)
-    scans, passed_over = _scans_of(listing, pairs, root, only)
-    if not scans:
-        raise _no_scans(root, passed_over)
-    column = _patient_column(patient_column, scans, root)
-    key = patient_key(out.parent)
-    patients = PatientRules(root, key, patient_regex, folder, trusts_header, column)
-    rules = ScanRules(
-        root,
-        key,
-        min_depth,
-        accept,
-        study_dates=study_dates,
-        ignore_labels=tuple(ignore_labels),
-        label_names=tuple(label_names),
-    )
-    with _only_writer(out) as lease:
-        older = read_older(out, keep, key_name(key))
-        examined = _examine_all(_tasks(scans, pairs, rules), workers, limits, progress)
-        rows = refuse_duplicates(examined, {row.id: row.mirror_digest for row in examined})
-        identified, given = with_patients(rows, examined, scans, patients)
-        manifest = Manifest(
-            identified,
-            root.resolve(),
-            key_name(key),
-            passed_over=dict(passed_over),
-            ignore_labels=rules.ignore_labels,
-            label_names=rules.label_names,
-            label_report=label_report(pairs, rows, root, [row.contradiction for row in examined]),
-            file=out,
+    place = IndexPlace.of(Path(out))
+    inputs = inputs_of(root)
+    _check_labels(labels)
+    with _only_writer(place.file) as lease:
+        key = patient_key(place.file.parent)
+        rules = ScanRules(
+            inputs.root,
+            key,
+            min_depth,
+            accept,
+            study_dates=study_dates,
+            ignore_labels=tuple(ignore_labels),
+            label_names=tuple(label_names),
         )
+        journal = open_journal(place, key)
+        found = find(inputs, labels, rules, journal, Machine(workers, limits, listed), only)
+        column = _patient_column(patient_column, found)
+        patients = PatientRules(inputs.root, key, patient_regex, folder, trusts_header, column)
+        older = read_older(place.file, keep, key_name(key))
+        examination = Examination(found.tasks(rules), journal, workers, limits, progress)
+        manifest, given = _whole(found, examination.rows(), rules, patients, place)
         manifest = with_kept_patients(manifest, given, older, keep)
+        if place.is_archive and not keep.fresh:
+            manifest = with_vanished(manifest, older.manifest)
         lease.check()
-        write_table(manifest, out)
+        write_table(manifest, place.file)
+        if place.is_archive:
+            examination.keep_used(found.listed)
+        else:
+            journal.remove()
     return manifest
 
 
-def _patient_column(
-    patient_column: str | None, scans: Sequence[Source], root: Path
-) -> Mapping[str, str]:
-    """The patients of the table that `build_manifest` was given; empty without one."""
-    if patient_column is None:
-        return {}
-    return patients_from_table(patient_column, [scan.path.relative_to(root) for scan in scans])
+def examine_share(
+    root: Path | Sequence[Path],
+    out: Path,
+    share: Share,
+    *,
+    labels: Path | None = None,
+    ignore_labels: Sequence[int] = (),
+    label_names: Sequence[tuple[int, str]] = (),
+    study_dates: bool = False,
+    min_depth: int = MIN_DEPTH,
+    accept: ReadRules = PLAIN,
+    workers: int = 0,
+    limits: ScanLimits = DEFAULT_LIMITS,
+    progress: Callable[[int, int], None] | None = None,
+    listed: Callable[[int], None] = lambda num_files: None,
+) -> None:
+    """Do one share of an index, for several processes at once; `build_manifest` does what is left
+    and writes the manifest.
 
+    A share may be done twice, or not at all, or at the same time as others. DICOM series whose
+    files lie in several folders are examined once the heads of all shares are there: by a share
+    that starts then, or by `build_manifest`.
 
-def _tasks(scans: Sequence[Source], pairs: LabelPairs, rules: ScanRules) -> list[ExamineTask]:
-    """The work of the worker processes: each scan with its label maps."""
-    return [
-        ExamineTask(
-            scan,
-            rules,
-            labels=pairs.label_of.get(scan.path),
-            more_labels=pairs.more_of.get(scan.path, ()),
-            num_other_labels=len(pairs.others_of.get(scan.path, ())),
+    Args:
+        share: the share.
+        root, out, labels, ignore_labels, label_names, study_dates, min_depth, accept, workers,
+            limits, progress, listed: as in `build_manifest`, which must be given the same.
+    Raises:
+        UserError: as in `build_manifest`, or a process does this share now.
+    """
+    place = IndexPlace.of(Path(out))
+    inputs = inputs_of(root)
+    _check_labels(labels)
+    with _only_writer(place.file, share.name):
+        key = patient_key(place.file.parent)
+        rules = ScanRules(
+            inputs.root,
+            key,
+            min_depth,
+            accept,
+            study_dates=study_dates,
+            ignore_labels=tuple(ignore_labels),
+            label_names=tuple(label_names),
         )
-        for scan in scans
-    ]
+        journal = open_journal(place, key, share.name)
+        machine = Machine(workers, limits, listed, share)
+        found = find(inputs, labels, rules, journal, machine)
+        tasks = [task for task in found.tasks(rules) if _is_in_share(task, found, share)]
+        Examination(tasks, journal, workers, limits, progress).rows()
 
 
-def _scans_of(
-    listing: Listing, pairs: LabelPairs, root: Path, only: Sequence[str]
-) -> tuple[list[Source], Counter[str]]:
-    """The sources to examine as scans, and the other files, counted by kind."""
-    scans: list[Source] = []
-    passed_over = Counter(listing.passed_over) + Counter(pairs.passed_over)
-    for source in listing.sources:
-        if source.path in pairs.label_files:
-            continue
-        if source.kind == DICOM_OBJECT:
-            passed_over[f"DICOM {object_title(source.sop_class)}"] += 1
-        elif only and not matches_any(source.path.relative_to(root).as_posix(), only):
-            passed_over["not part of the data set"] += 1
-        else:
-            scans.append(source)
-    return scans, passed_over
+def _is_in_share(task: ExamineTask, found: ScansFound, share: Share) -> bool:
+    """Whether a share examines a scan. While heads are missing, a DICOM series may lack slices."""
+    if task.source.kind == DICOM.name and not found.listed.is_whole:
+        return False
+    return share.has(task.source.path.relative_to(found.inputs.root).as_posix())
 
 
-def matches_any(path: str, patterns: Sequence[str]) -> bool:
-    """Whether a path matches one of some patterns as a whole; `*` matches folders too."""
-    return any(fnmatch.fnmatchcase(path, pattern) for pattern in patterns)
-
-
-def _examine_all(
-    tasks: Sequence[ExamineTask],
-    workers: int,
-    limits: ScanLimits,
-    progress: Callable[[int, int], None] | None,
-) -> list[Examined]:
-    """The rows of all scans, in their order; arguments as in `build_manifest`.
-
-    Where a worker process was lost, the labels may be the cause, and they must not refuse their
-    scan: it is read again without them.
+def _whole(
+    found: ScansFound,
+    examined: list[Examined],
+    rules: ScanRules,
+    patients: PatientRules,
+    place: IndexPlace,
+) -> tuple[Manifest, list[str]]:
+    """The manifest of an archive whose scans were examined, and the hash that each scan's own rule
+    gave; arguments as in `build_manifest`.
     """
-    rows: dict[int, Examined] = {}
-    for index, row in _examined(tasks, workers, limits):
-        rows[index] = row
-        if progress is not None:
-            progress(len(rows), len(tasks))
-    again = [i for i, row in rows.items() if row.reason in LOST and tasks[i].labels is not None]
-    problems = [f"{rows[i].reason}: with its labels, {rows[i].detail}" for i in again]
-    alone = [replace(tasks[i], label_problem=text) for i, text in zip(again, problems)]
-    for index, row in _examined(alone, workers, limits):
-        rows[again[index]] = row
-    return [rows[index] for index in range(len(tasks))]
-
-
-def _examined(
-    tasks: Sequence[ExamineTask], workers: int, limits: ScanLimits
-) -> Iterator[tuple[int, Examined]]:
-    """Yield index and row of each task, in the order in which they become ready."""
-    results = map_unordered(
-        examine,
-        tasks,
-        workers,
-        failed_row,
-        num_bytes=bytes_to_read,
-        limits=limits,
-        modules=_MODULES,
+    root = found.inputs.root
+    rows = refuse_duplicates(examined, {row.id: row.mirror_digest for row in examined})
+    identified, given = with_patients(rows, examined, found.scans, patients)
+    if found.entries:
+        identified = tuple(
+            replace(row, split=found.entries[scan.path].split)
+            if scan.path in found.entries
+            else row
+            for row, scan in zip(identified, found.scans)
+        )
+    manifest = Manifest(
+        identified,
+        root.resolve(),
+        key_name(rules.key),
+        passed_over=dict(found.passed_over),
+        ignore_labels=rules.ignore_labels,
+        label_names=rules.label_names,
+        label_report=label_report(found.pairs, rows, root, [row.contradiction for row in examined]),
+        file=place.file,
     )
-    with contextlib.closing(results):  # ends the workers at an error or Ctrl-C
-        yield from results
+    return manifest, given
 
 
-def _search(
-    root: Path, labels: Path | None, workers: int, derived: bool, seconds: float
-) -> tuple[Listing, LabelPairs]:
-    """Find the scans of an archive and their label maps in a worker process, since this reads
-    headers; each file may take `seconds`.
-
-    It also loads the reader libraries, since a broken one would refuse every scan. The process of
-    the command does not need them; loading them costs it 0.7 s.
-    """
-    request = (root, labels, derived, seconds)
-    if workers == 0:
-        return _found(request)
-    ((_, found),) = map_unordered(
-        _found_or_error,
-        [request],
-        1,
-        lambda _, failure: UserError(f"{root} cannot be searched: {failure.detail}"),
-        limits=ScanLimits(seconds=math.inf),  # it takes as long as the archive is large
-        modules=_MODULES,
-    )
-    if isinstance(found, UserError):
-        raise found
-    return found
+def _patient_column(patient_column: str | None, found: ScansFound) -> dict[str, str]:
+    """The patients of the table that `build_manifest` was given, and of a list of scans."""
+    root = found.inputs.root
+    paths = {scan.path: scan.path.relative_to(root) for scan in found.scans}
+    column = {
+        paths[path].as_posix(): entry.patient
+        for path, entry in found.entries.items()
+        if entry.patient
+    }
+    if patient_column is not None:
+        column |= patients_from_table(patient_column, list(paths.values()))
+    return column
 
 
-def _found(request: tuple[Path, Path | None, bool, float]) -> tuple[Listing, LabelPairs]:
-    """What lies below a folder, and which label map belongs to which scan."""
-    root, labels, derived, seconds = request
-    load_libraries()
-    listing = search(root, derived=derived, seconds=seconds)
+def _check_labels(labels: Path | None) -> None:
+    """Refuse a folder of label maps that is none."""
     if labels is not None and not labels.is_dir():
         raise UserError(f"labels folder {labels} does not exist or is not a folder; check the path")
-    # side-cars, tables of labels and the headers of DICOM objects are read again
-    limit = TimeLimit(seconds + _PAIRING_SECONDS * len(listing.sources))
-    try:
-        return listing, limit.call(pair_labels, listing.sources, root, labels, seconds)
-    except NoAnswer as error:
-        raise UserError(
-            f"the files of {root} were listed, but reading side-cars and tables of labels had "
-            f"{error}; check the disk"
-        ) from error
-    finally:
-        limit.close()
-
-
-def _found_or_error(
-    request: tuple[Path, Path | None, bool, float],
-) -> tuple[Listing, LabelPairs] | UserError:
-    """`_found`, or the error that a person can mend."""
-    try:
-        return _found(request)
-    except ImportError as error:
-        return UserError(f"a library that reads scans cannot be loaded ({error}); install it again")
-    except UserError as error:
-        return error
-
-
-def _check_out(out: Path) -> None:
-    """Refuse a place that is no file of a manifest, before anything is read."""
-    if out.is_dir():
-        raise UserError(
-            f"{out} is a folder; give the file to write, such as {out / 'manifest.parquet'}"
-        )
-    if out.suffix != ".parquet":
-        raise UserError(
-            f"the manifest is a Parquet file, and {out} does not end in .parquet; give a name such "
-            f"as {out.with_suffix('.parquet')}"
-        )
-    check_new_path(out)
 
 
 @contextlib.contextmanager
-def _only_writer(out: Path) -> Iterator[Lease]:
-    """Hold the lease of a manifest; a place that cannot be written to is refused here, before the
-    archive is read.
+def _only_writer(out: Path, share: str = "") -> Iterator[Lease]:
+    """Hold the lease of a manifest, or of one share of it; a place that cannot be written to is
+    refused here, before the archive is read.
     """
-    lease_file = out.with_name(f".{out.name}.lease")
+    name = ".".join(filter(None, (out.name, share)))
+    lease_file = out.with_name(f".{name}.lease")
     with contextlib.ExitStack() as stack:
         try:
             out.parent.mkdir(parents=True, exist_ok=True)
@@ -307,13 +255,6 @@ def _only_writer(out: Path) -> Iterator[Lease]:
                 f"cannot write manifest {out}: {first_cause(error)}; nothing was changed"
             ) from error
         yield lease
-
-
-def _no_scans(root: Path, counts: Counter[str]) -> UserError:
-    """The error of a folder without anything to examine."""
-    others = passed.summary(counts)
-    beside = f", but {others}" if others else ""
-    return UserError(f"{root} holds no {formats.listed('or')} scans{beside}; check the path")
 
 
 def check_usable(manifest: Manifest, labels: Path | None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,6 +27,8 @@ from tapct.data.scans.read_rules import PLAIN, ReadRules
 from tapct.data.search.discover import LATE, Source
 from tapct.data.workers.process_pool import Failure
 from tapct.types import Refused, Volume
+
+AIR_BELOW = -900  # HU: air, and no lung
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,8 @@ class ExamineTask:
         num_other_labels: number of further label maps that fit the scan and are not used.
         label_problem: reason for which the labels cannot be used although nobody has read them;
             empty for most.
+        known: row of the scan without its labels, from the journal, so that only the labels are
+            read; None to read the scan.
     """
 
     source: Source
@@ -71,12 +76,17 @@ class ExamineTask:
     more_labels: tuple[Path, ...] = ()
     num_other_labels: int = 0
     label_problem: str = ""
+    known: Examined | None = None
 
 
 def examine(task: ExamineTask) -> Examined:
     """Read one scan and its labels; any failure becomes the reason in its row."""
     row = bare_row(task)  # refused, until all checks have passed
     try:
+        if task.known is not None:
+            row = with_path(task.known, task)
+            row = with_labels(row, task, grid_of(row))
+            return replace(row, detail=nameless(row.detail, task))
         row = replace(row, bytes=bytes_of(task))
         if not all(map(is_utf8, _paths_below(task))):
             raise Refused("bad_name", "the path holds bytes that are not UTF-8; rename it")
@@ -99,8 +109,34 @@ def examine(task: ExamineTask) -> Examined:
         return replace(row, reason="unreadable", detail=failure_line(error))
 
 
+def with_path(known: Examined, task: ExamineTask) -> Examined:
+    """A row of the journal with what the task gives: its id, path, kind and files."""
+    bare = bare_row(task)
+    return replace(known, id=bare.id, path=bare.path, kind=bare.kind, file_paths=bare.file_paths)
+
+
+def grid_of(row: Examined) -> Volume:
+    """The grid of a scan as a volume of air without memory: reading labels needs no more."""
+    x, y, z = (row.directions[start : start + 3] for start in (0, 3, 6))
+    return Volume(
+        np.broadcast_to(np.int16(0), (row.depth, row.height, row.width)),
+        (row.spacing_z_mm, row.spacing_y_mm, row.spacing_x_mm),
+        origin_mm=(row.origin_mm[0], row.origin_mm[1], row.origin_mm[2]),
+        directions=((x[0], x[1], x[2]), (y[0], y[1], y[2]), (z[0], z[1], z[2])),
+    )
+
+
+def label_paths(task: ExamineTask) -> list[str]:
+    """Paths of the labels of a scan relative to the archive; empty without labels."""
+    if task.labels is None:
+        return []
+    return [path_from(task.rules.root, labels) for labels in (task.labels, *task.more_labels)]
+
+
 def nameless(detail: str, task: ExamineTask) -> str:
     """A line about a scan without the names of its files: the columns of paths have them."""
+    if not detail:
+        return detail  # a series may have thousands of names
     labels = () if task.labels is None else (task.labels, *task.more_labels)
     return without_names(detail, task.rules.root, (task.source.path, *task.source.files, *labels))
 
@@ -118,7 +154,7 @@ def bytes_of(task: ExamineTask) -> int:
 
 def bytes_to_read(task: ExamineTask) -> int:
     """Bytes of the files of a scan and of its labels, for the time that reading them may take."""
-    num_bytes = bytes_of(task)
+    num_bytes = bytes_of(task) if task.known is None else 0
     if task.labels is not None and not task.label_problem:
         with contextlib.suppress(OSError):
             files = (*task.labels.iterdir(),) if task.labels.is_dir() else (task.labels,)
@@ -173,7 +209,7 @@ def with_labels(row: Examined, task: ExamineTask, volume: Volume) -> Examined:
     """
     if task.labels is None:
         return row
-    paths = [path_from(task.rules.root, labels) for labels in (task.labels, *task.more_labels)]
+    paths = label_paths(task)
     num_found = task.num_other_labels + 1
     choice = f"its labels: the first of {num_found} label maps is used" if num_found > 1 else ""
     if task.label_problem:
@@ -233,6 +269,11 @@ def with_facts(row: Examined, volume: Volume, task: ExamineTask) -> Examined:
         digest=voxel_digest(volume.hu_ZYX),
         marks=",".join(volume.marks),
         lossy_ratio=volume.facts.lossy_ratio,
+        uid=volume.facts.clues.series,
+        hu_min=float(volume.hu_ZYX.min()),
+        hu_max=float(volume.hu_ZYX.max()),
+        air_share=float(np.mean(values < AIR_BELOW)),
+        **dataclasses.asdict(volume.facts.technique),
         facts=volume.facts,
         mirror_digest=mirror_digest(volume.hu_ZYX),
         sketch=near_copies.sketch(volume.hu_ZYX),

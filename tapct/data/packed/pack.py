@@ -15,7 +15,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,6 +31,7 @@ from tapct.base.files import (
     write_atomically,
 )
 from tapct.base.lease import hold
+from tapct.data.index.share import WHOLE, Share
 from tapct.data.manifest import Manifest, Row
 from tapct.data.packed.pack_report import PackReport, RefusedScan
 from tapct.data.packed.pack_scan import PackOutcome, PackTask, failed_outcome, pack_task
@@ -55,6 +56,7 @@ def pack(
     replace_store: bool = False,
     limits: ScanLimits = DEFAULT_LIMITS,
     progress: Callable[[int, int], None] | None = None,
+    share: Share = WHOLE,
 ) -> PackReport:
     """Pack every accepted scan of a manifest that is not packed yet.
 
@@ -73,27 +75,33 @@ def pack(
             by this manifest; files that belong to no scan of it stay.
         limits: time and memory that one scan may take in a worker process.
         progress: function that is called with (finished scans, scans in all).
+        share: scans that this process packs, for several that pack at once; their store is listed
+            by a last call for the whole, which packs what is left.
     Raises:
         UserError: there is nothing to pack, nothing could be packed, the disk is full, another
             `tapct pack` is writing to the folder, or the store is one of another archive.
     """
-    rows = _checked_rows(manifest, level)
+    rows = [row for row in _checked_rows(manifest, level) if share.has(row.id)]
     check_new_path(out)
     started = time.monotonic()
     outcomes: list[PackOutcome | None] = [None] * len(rows)
     try:
         out.mkdir(parents=True, exist_ok=True)
         # a second pack would delete the unfinished files of the first one
-        lease_file = out / LEASE_NAME
+        lease_file = out / f"{LEASE_NAME}{share.name}"
         with hold(lease_file, f"the store {out}", console.say) as lease:
+            if share == WHOLE:
+                _check_no_share_is_packed(out)
             before = StoreBefore.read(out)
             if not replace_store:
                 before.check_replaceable_by(manifest)
-            with _without_leftovers(out):
+            with _without_leftovers(out) if share == WHOLE else nullcontext():
                 tasks = _tasks(manifest, rows, out, level, again)
                 _pack_all(tasks, workers, limits, outcomes, progress)
                 kept = {} if drop_missing else before.of_same_patients(manifest)
                 scans, report = _summed_up(out, rows, outcomes, kept, time.monotonic() - started)
+                if share != WHOLE:
+                    return report  # the last call lists what all shares have packed
                 if len(report.refused) == len(rows):
                     raise _nothing_packed(report, manifest.root.resolve())
                 lease.check()
@@ -101,6 +109,15 @@ def pack(
         return report
     except OSError as error:
         raise _write_error(error, out, rows, outcomes) from error
+
+
+def _check_no_share_is_packed(out: Path) -> None:
+    """Refuse to finish a store while another process packs a share of it, whose unfinished files
+    would be removed.
+    """
+    for lease_file in out.glob(f"{LEASE_NAME}*of*"):
+        with hold(lease_file, f"the store {out}", console.say):
+            pass  # its process has ended
 
 
 def _tasks(

@@ -7,7 +7,7 @@ positions alone; SliceThickness, SpacingBetweenSlices and InstanceNumber are oft
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,7 +28,11 @@ if TYPE_CHECKING:
 _PLAIN = (1.0, 0.0)  # slope and intercept of values that are HU already
 
 
-def read(files: Sequence[Path], frames: Collection[int] | None = None) -> Image:
+def read(
+    files: Sequence[Path],
+    frames: Collection[int] | None = None,
+    contents: Mapping[Path, bytes] | None = None,
+) -> Image:
     """Read the slices of one scan.
 
     Rules: CT Image Storage or multi-frame CT, and no localizer. All slices have one size, pixel
@@ -43,6 +47,7 @@ def read(files: Sequence[Path], frames: Collection[int] | None = None) -> Image:
         files: all files of the scan, in any order.
         frames: numbers of the slices of a multi-frame image that make this scan, counted from 1
             over the frames of all files; None for all.
+        contents: bytes of the files that have been read before, which are not opened again.
     Returns:
         Voxels in HU (int16 or int32, or float32 for fractional rescaling), K ascending along the
         slice normal.
@@ -56,21 +61,23 @@ def read(files: Sequence[Path], frames: Collection[int] | None = None) -> Image:
     planes: list[np.ndarray] = []
     rescalings: list[tuple[float, float]] = []
     ratios: list[float] = []
-    header, depth_mm = Header(), 0.0
+    header, depth_mm, stored_type = Header(), 0.0, ""
     num_before = 0  # frames of the files before
     for path in files:
-        dataset, file_head = _open(path)
+        content = (contents or {}).get(path)
+        dataset, file_head = _open(path, content)
         num_frames = max(1, elements.whole(dataset, "NumberOfFrames"))
         wanted = None
         if frames is not None:
             wanted = {number - num_before for number in frames} & {*range(1, num_frames + 1)}
         num_before += num_frames
-        for head, plane, rescaling in _slices(path, dataset, file_head, wanted):
+        for head, plane, rescaling in _slices(path, dataset, file_head, wanted, content):
             heads.append(head)
             planes.append(plane)
             rescalings.append(rescaling)
         if path == files[0]:
             header = _header_of(dataset)
+            stored_type = dicom_pixels.stored_type(dataset)
             depth_mm = _single_depth_mm(dataset, min(wanted or {1}))
         ratio = dicom_pixels.lossy_ratio(dataset)
         if ratio is not None:
@@ -87,14 +94,23 @@ def read(files: Sequence[Path], frames: Collection[int] | None = None) -> Image:
         is_lossy=bool(ratios),
         lossy_ratio=max(known_ratios, default=math.nan),
         derived=next((head.derived for head in heads if head.derived), ""),
+        stored_type=stored_type,
+        rescaling=rescalings[order[0]],
+        steps_mm=_steps_mm(heads),
     )
 
 
-def _open(path: Path) -> tuple[Dataset, Head]:
+def _steps_mm(heads: Sequence[Head]) -> tuple[float, float] | None:
+    """Smallest and largest distance of neighbouring slices; None for a single slice."""
+    steps = np.abs(np.diff(dicom_geometry.heights_mm(heads)))
+    return (float(steps.min()), float(steps.max())) if len(steps) else None
+
+
+def _open(path: Path, content: bytes | None) -> tuple[Dataset, Head]:
     """The content of one file and its head, which must be that of a slice with a place."""
-    if path.stat().st_size == 0:
+    if content is None and path.stat().st_size == 0:
         raise Refused("empty_file", f"{file_name(path)} has no content")
-    dataset = elements.read_dataset(path, None)
+    dataset = elements.read_dataset(path, None, content)
     if dataset is None:
         raise Refused("unreadable", f"{file_name(path)} is not DICOM")
     head = head_of(path, dataset)
@@ -108,7 +124,11 @@ def _open(path: Path) -> tuple[Dataset, Head]:
 
 
 def _slices(
-    path: Path, dataset: Dataset, head: Head, wanted: Collection[int] | None
+    path: Path,
+    dataset: Dataset,
+    head: Head,
+    wanted: Collection[int] | None,
+    content: bytes | None,
 ) -> Iterator[tuple[Head, np.ndarray, tuple[float, float]]]:
     """Heads, HU (rows, columns), and slope and intercept of the slices of one file.
 
@@ -117,17 +137,18 @@ def _slices(
         dataset: its content.
         head: its head.
         wanted: numbers of the frames to return, from 1; None for all.
+        content: its bytes, where they have been read before.
     """
     if head.is_multiframe:
         frames = dicom_frames.frames_of(path, dataset, head, wanted)
-        values, is_rescaled = dicom_pixels.stored_values(path, dataset, len(frames))
+        values, is_rescaled = dicom_pixels.stored_values(path, dataset, len(frames), content)
         for frame, plane in zip(frames, values):
             if wanted is not None and frame.head.frame not in wanted:
                 continue
             rescaling = (frame.slope, frame.intercept)
             yield frame.head, _rescaled(plane, *_PLAIN if is_rescaled else rescaling), rescaling
         return
-    values, is_rescaled = dicom_pixels.stored_values(path, dataset, 1)
+    values, is_rescaled = dicom_pixels.stored_values(path, dataset, 1, content)
     slope = elements.number(dataset, "RescaleSlope")
     intercept = elements.number(dataset, "RescaleIntercept")
     assert slope is not None and intercept is not None  # the head has been checked
@@ -202,4 +223,9 @@ def _header_of(dataset: Dataset) -> Header:
         kernel=text("ConvolutionKernel") or dicom_frames.kernel_of(dataset),
         sex=text("PatientSex"),
         age=text("PatientAge"),
+        model=text("ManufacturerModelName"),
+        kvp=text("KVP"),
+        thickness=text("SliceThickness"),
+        contrast=text("ContrastBolusAgent"),
+        body_part=text("BodyPartExamined"),
     )

@@ -9,13 +9,14 @@ decode is decoded in silence.
 from __future__ import annotations
 
 import functools
+import io
 import logging
 import math
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from tapct.base.marks import file_name
 from tapct.types import Refused
@@ -44,7 +45,9 @@ def quiet() -> Iterator[None]:
         log.disabled = was_disabled
 
 
-def read_dataset(path: Path, tags: Sequence[str | int] | None) -> Dataset | None:
+def read_dataset(
+    path: Path, tags: Sequence[str | int] | None, content: bytes | None = None
+) -> Dataset | None:
     """Read a file with pydicom, opening it once.
 
     A file without preamble is read where its first element looks like one of DICOM and its content
@@ -53,39 +56,43 @@ def read_dataset(path: Path, tags: Sequence[str | int] | None) -> Dataset | None
     Args:
         path: path of the file.
         tags: keywords or numbers of the elements to keep, without pixels; None for all.
+        content: bytes of the file where they have been read before, so that it is not opened.
     Returns:
         The data set; None where the file is not DICOM.
     Raises:
         Refused: `truncated`, a file with preamble that pydicom cannot read to its end.
         Exception: whatever pydicom raises for other damage of a file with preamble.
     """
+    with path.open("rb") if content is None else io.BytesIO(content) as file:
+        return read_from(file, path, tags)
+
+
+def read_from(file: BinaryIO, path: Path, tags: Sequence[str | int] | None) -> Dataset | None:
+    """`read_dataset` from a file that is open."""
     import pydicom
 
-    with path.open("rb") as file:
-        start = file.read(_PREAMBLE + 4)
-        has_preamble = start[_PREAMBLE:] == b"DICM"
-        if not has_preamble and not _starts_like_dicom(start):
+    start = file.read(_PREAMBLE + 4)
+    has_preamble = start[_PREAMBLE:] == b"DICM"
+    if not has_preamble and not _starts_like_dicom(start):
+        return None
+    file.seek(0)
+    with quiet():
+        try:
+            dataset = pydicom.dcmread(
+                file,
+                force=not has_preamble,
+                stop_before_pixels=tags is not None,
+                specific_tags=None if tags is None else [_tag(name) for name in tags],
+            )
+        except EOFError as error:
+            raise Refused("truncated", f"{file_name(path)} ends early; copy it again") from error
+        except Exception as error:
+            if has_preamble or isinstance(error, MemoryError):
+                raise
             return None
-        file.seek(0)
-        with quiet():
-            try:
-                dataset = pydicom.dcmread(
-                    file,
-                    force=not has_preamble,
-                    stop_before_pixels=tags is not None,
-                    specific_tags=None if tags is None else [_tag(name) for name in tags],
-                )
-            except EOFError as error:
-                raise Refused(
-                    "truncated", f"{file_name(path)} ends early; copy it again"
-                ) from error
-            except Exception as error:
-                if has_preamble or isinstance(error, MemoryError):
-                    raise
-                return None
-            if not has_preamble and not _is_plausible(dataset):
-                return None
-            _complete_meta(dataset)
+        if not has_preamble and not _is_plausible(dataset):
+            return None
+        _complete_meta(dataset)
     return dataset
 
 

@@ -4,10 +4,10 @@ file, whose geometry and rescaling are given in functional groups, shared or fra
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 from tapct.base.marks import file_name
 from tapct.data.readers import dicom_elements as elements
@@ -52,15 +52,27 @@ class FrameSlice:
     intercept: float
 
 
-def read_head(path: Path) -> Head | None:
+def read_head(path: Path, use: Callable[[Head, BinaryIO], None] | None = None) -> Head | None:
     """Read the header of a file, opening it once; None where the file is not DICOM.
 
+    Args:
+        path: path of the file.
+        use: function that is called with the head and the open file.
     Raises:
         Exception: whatever the library raises for a damaged file.
     """
-    dataset = elements.read_dataset(path, (*HEAD_TAGS, *functional.SEQUENCES))
-    if dataset is None:
-        return None
+    with path.open("rb") as file:
+        dataset = elements.read_from(file, path, (*HEAD_TAGS, *functional.SEQUENCES))
+        if dataset is None:
+            return None
+        head = _with_frames(path, dataset)
+        if use is not None:
+            use(head, file)
+    return head
+
+
+def _with_frames(path: Path, dataset: Dataset) -> Head:
+    """The head of a file, with the heads of its frames where it has several."""
     head = head_of(path, dataset)
     if head.is_multiframe and head.refusal is None:
         try:

@@ -6,7 +6,10 @@ JPEG-LS, and JPEG with 12 bits per pixel.
 
 from __future__ import annotations
 
+import contextlib
 import math
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,16 +26,24 @@ if TYPE_CHECKING:
 _JPEG_8_BIT = "1.2.840.10008.1.2.4.50"
 _JPEG_12_BIT = "1.2.840.10008.1.2.4.51"
 _LOSSY = (_JPEG_8_BIT, _JPEG_12_BIT)  # JPEG-LS near-lossless and JPEG 2000 may be lossless
+# what must be given for the pixels to be read
+_DESCRIBED = (
+    *("BitsAllocated", "BitsStored", "HighBit", "SamplesPerPixel", "PixelRepresentation"),
+    *("PhotometricInterpretation", "Rows", "Columns"),
+)
 _ELSCINT_COMPRESSION, _ELSCINT_PIXELS = 0x07A11011, 0x07A1100A
 
 
-def stored_values(path: Path, dataset: Dataset, num_frames: int) -> tuple[np.ndarray, bool]:
+def stored_values(
+    path: Path, dataset: Dataset, num_frames: int, content: bytes | None = None
+) -> tuple[np.ndarray, bool]:
     """Decode the pixels of a file.
 
     Args:
         path: path of the file, which GDCM opens again.
         dataset: whole content of the file.
         num_frames: number of images in the file.
+        content: bytes of the file where they have been read before, which GDCM is given instead.
     Returns:
         Values (frames, rows, columns), and whether slope and intercept are applied already.
     Raises:
@@ -46,13 +57,14 @@ def stored_values(path: Path, dataset: Dataset, num_frames: int) -> tuple[np.nda
                 "unsupported",
                 f"{file_name(path)} holds {num_frames} frames in {syntax.name}; decompress it",
             )
-        pixels, is_rescaled = _by_gdcm(path, dataset), True
+        pixels, is_rescaled = _by_gdcm(path, dataset, content), True
     else:
         if not syntax.is_encapsulated:
             bits = rows * columns * num_frames * elements.unsigned(dataset, "BitsAllocated")
             _check_length(path, len(dataset.PixelData), math.ceil(bits / 8))
+        plain = _plain_words(dataset, num_frames * rows * columns)
         with elements.quiet():
-            pixels, is_rescaled = dataset.pixel_array, False
+            pixels, is_rescaled = dataset.pixel_array if plain is None else plain, False
     if pixels.size != num_frames * rows * columns:
         raise Refused(
             "corrupt",
@@ -60,6 +72,44 @@ def stored_values(path: Path, dataset: Dataset, num_frames: int) -> tuple[np.nda
             f"{columns} columns",
         )
     return pixels.reshape(num_frames, rows, columns), is_rescaled
+
+
+def _plain_words(dataset: Dataset, count: int) -> np.ndarray | None:
+    """The values of a file that holds them as little-endian words of 16 bits, as most CT do; None
+    where they need more than that. This is what pydicom returns, without its checks of everything
+    else, which take longer than reading a small slice.
+
+    Args:
+        dataset: whole content of the file.
+        count: number of values.
+    """
+    from pydicom import uid
+
+    if dataset.file_meta.TransferSyntaxUID not in (
+        uid.ImplicitVRLittleEndian,
+        uid.ExplicitVRLittleEndian,
+    ):
+        return None
+    if any(name not in dataset for name in _DESCRIBED) or dataset.get("NumberOfFrames"):
+        return None
+    allocated, stored, high, samples, is_signed = (
+        elements.unsigned(dataset, name) for name in _DESCRIBED[:5]
+    )
+    if (allocated, high, samples) != (16, stored - 1, 1) or is_signed not in (0, 1):
+        return None
+    values = np.frombuffer(dataset.PixelData, "<i2" if is_signed else "<u2", count)
+    least, most = (-(1 << high), (1 << high) - 1) if is_signed else (0, (1 << stored) - 1)
+    # pydicom corrects the bits above those that are stored
+    return values if values.size and least <= values.min() and values.max() <= most else None
+
+
+def stored_type(dataset: Dataset) -> str:
+    """Type of the stored values, e.g. uint16; empty where the header does not give it."""
+    bits = elements.unsigned(dataset, "BitsAllocated")
+    if not bits:
+        return ""
+    sign = "int" if elements.unsigned(dataset, "PixelRepresentation") else "uint"
+    return f"{sign}{bits}"
 
 
 def lossy_ratio(dataset: Dataset) -> float | None:
@@ -132,15 +182,42 @@ def _pydicom_decodes(dataset: Dataset) -> bool:
         return False
 
 
-def _by_gdcm(path: Path, dataset: Dataset) -> np.ndarray:
+def _by_gdcm(path: Path, dataset: Dataset, content: bytes | None) -> np.ndarray:
     """HU of one file, decoded by GDCM, which applies slope and intercept."""
+    with _readable(path, content) as place:
+        return _decoded(place, path, dataset)
+
+
+@contextlib.contextmanager
+def _readable(path: Path, content: bytes | None) -> Iterator[str]:
+    """A path under which GDCM can read a file whose bytes may be in memory."""
+    if content is None or not hasattr(os, "memfd_create"):
+        yield str(path)
+        return
+    handle = os.memfd_create("tapct slice", os.MFD_CLOEXEC)
+    try:
+        with os.fdopen(handle, "wb", closefd=False) as file:
+            file.write(content)
+        yield f"/proc/self/fd/{handle}"
+    finally:
+        os.close(handle)
+
+
+def _decoded(place: str, path: Path, dataset: Dataset) -> np.ndarray:
+    """HU of one file by GDCM.
+
+    Args:
+        place: path to read.
+        path: path of the file.
+        dataset: content of the file.
+    """
     import SimpleITK
 
     _check_ends(path, dataset)
     SimpleITK.ProcessObject.SetGlobalWarningDisplay(False)
     reader = SimpleITK.ImageFileReader()
     reader.SetImageIO("GDCMImageIO")
-    reader.SetFileName(str(path))
+    reader.SetFileName(place)
     try:
         return SimpleITK.GetArrayFromImage(reader.Execute())
     except RuntimeError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -38,10 +39,16 @@ def read(files: Sequence[Path]) -> Image:
         Refused: truncated, corrupt, unsupported, not_3d, not_scalar, bad_affine, bad_spacing,
             no_orientation, bad_shape.
     """
+    (path,) = files
+    with path.open("rb") as file:
+        return _read(path, file)
+
+
+def _read(path: Path, file: BinaryIO) -> Image:
+    """Read one file that is open, see `read`."""
     from nibabel.freesurfer.mghformat import MGHHeader
 
-    (path,) = files
-    head = read_head(path, _HEADER_BYTES)
+    head = read_head(path, _HEADER_BYTES, file)
     if len(head) < _HEADER_BYTES:
         raise Refused(
             "truncated",
@@ -59,11 +66,12 @@ def read(files: Sequence[Path]) -> Image:
     affine = _affine(head, MGHHeader(head, check=False))
     dtype = np.dtype(_DTYPES[code])
     expected = _HEADER_BYTES + dtype.itemsize * math.prod(shape)
-    if is_gzip(path):
-        data = inflate(path, 0, expected, _MAX_FOOTER)
+    if is_gzip(path, file):
+        data = inflate(path, 0, expected, _MAX_FOOTER, file)
     else:
         check_size(path, path.stat().st_size, expected, _MAX_FOOTER)
-        data = path.read_bytes()
+        file.seek(0)
+        data = file.read()
     values = np.frombuffer(data, dtype, math.prod(shape), _HEADER_BYTES)
     return Image(values.reshape(shape, order="F"), affine)
 

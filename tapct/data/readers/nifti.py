@@ -9,7 +9,7 @@ import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 
@@ -20,6 +20,7 @@ from tapct.data.readers.raw import (
     check_size,
     inflate,
     is_gzip,
+    opened,
     other_format,
     read_head,
     slack_of,
@@ -53,8 +54,13 @@ def read(files: Sequence[Path]) -> Image:
             bad_shape, header_mismatch.
     """
     (path,) = files
-    head = read_head(path, 540)
-    header = read_header(path, head)
+    with path.open("rb") as file:
+        return _read(path, file)
+
+
+def _read(path: Path, file: BinaryIO) -> Image:
+    """Read one file that is open, see `read`."""
+    header = read_header(path, read_head(path, 540, file))
     shape = shape_of(header)
     affine = affine_of(header, shape)
     offset = _offset(header)
@@ -62,11 +68,13 @@ def read(files: Sequence[Path]) -> Image:
     expected = offset + itemsize * math.prod(shape)
     slack = slack_of(shape, itemsize)
     data_file = _data_file(path, header)
-    if is_gzip(data_file):
-        data = inflate(data_file, 0, expected, slack)
-    else:
-        check_size(data_file, data_file.stat().st_size, expected, slack)
-        data = data_file.read_bytes()
+    with opened(data_file, file if data_file == path else None) as voxel_file:
+        if is_gzip(data_file, voxel_file):
+            data = inflate(data_file, 0, expected, slack, voxel_file)
+        else:
+            check_size(data_file, data_file.stat().st_size, expected, slack)
+            voxel_file.seek(0)
+            data = voxel_file.read()
     header.set_data_shape(shape)
     voxels = header.raw_data_from_fileobj(io.BytesIO(data))
     slope, intercept = header.get_slope_inter()

@@ -5,11 +5,14 @@ Axes: I J K are the file's own axes, fastest first; positions are LPS millimetre
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -38,6 +41,8 @@ class Header:
         study_uid: StudyInstanceUID.
         series_uid: SeriesInstanceUID.
         study_date, modality, manufacturer, kernel, sex, age: text of the elements of these names.
+        model, kvp, thickness, contrast, body_part: text of ManufacturerModelName, KVP,
+            SliceThickness, ContrastBolusAgent and BodyPartExamined.
     """
 
     patient_id: str = ""
@@ -49,6 +54,11 @@ class Header:
     kernel: str = ""
     sex: str = ""
     age: str = ""
+    model: str = ""
+    kvp: str = ""
+    thickness: str = ""
+    contrast: str = ""
+    body_part: str = ""
 
 
 @dataclass(frozen=True)
@@ -66,6 +76,10 @@ class Image:
         lossy_ratio: ratio of that compression; NaN where it is unknown or there was none.
         derived: in a few words how the image was computed from others, such as a projection; empty
             for plain slices.
+        stored_type: type of the values in the file, where `voxels_IJK` has another one.
+        rescaling: slope and intercept of the first slice, where they have been applied.
+        steps_mm: smallest and largest distance of neighbouring slices, where each has its own
+            place.
     """
 
     voxels_IJK: np.ndarray
@@ -77,6 +91,9 @@ class Image:
     is_lossy: bool = False
     lossy_ratio: float = math.nan
     derived: str = ""
+    stored_type: str = ""
+    rescaling: tuple[float, float] | None = None
+    steps_mm: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -124,20 +141,39 @@ def other_format(path: Path, head: bytes, expected: str) -> Refused:
     return Refused("corrupt", f"{file_name(path)} does not start with {expected}")
 
 
-def is_gzip(path: Path) -> bool:
-    """Whether the content, not the name, is a gzip stream."""
-    with path.open("rb") as file:
-        return file.read(2) == b"\x1f\x8b"
+@contextlib.contextmanager
+def opened(path: Path, file: BinaryIO | None = None, offset: int = 0) -> Iterator[BinaryIO]:
+    """A file at one of its bytes.
+
+    Args:
+        path: path of the file.
+        file: the file where it is open, so that it is opened once; it stays open.
+        offset: number of the byte.
+    """
+    with contextlib.ExitStack() as stack:
+        if file is None:
+            file = stack.enter_context(path.open("rb"))
+        file.seek(offset)
+        yield file
 
 
-def read_head(path: Path, num_bytes: int) -> bytes:
+def is_gzip(path: Path, file: BinaryIO | None = None) -> bool:
+    """Whether the content, not the name, is a gzip stream; arguments as in `opened`."""
+    with opened(path, file) as content:
+        return content.read(2) == b"\x1f\x8b"
+
+
+def read_head(path: Path, num_bytes: int, file: BinaryIO | None = None) -> bytes:
     """The first bytes of a file after decompression; fewer where the file is shorter.
 
+    Args:
+        path, file: as in `opened`.
+        num_bytes: number of bytes.
     Raises:
         Refused: the gzip stream is damaged in its first bytes.
     """
-    with path.open("rb") as file:
-        start = file.read(64 * 1024)
+    with opened(path, file) as content:
+        start = content.read(64 * 1024)
     if start[:2] != b"\x1f\x8b":
         return start[:num_bytes]
     try:
@@ -148,12 +184,14 @@ def read_head(path: Path, num_bytes: int) -> bytes:
         ) from error
 
 
-def inflate(path: Path, offset: int, expected: int, slack: int = 0) -> bytes:
+def inflate(
+    path: Path, offset: int, expected: int, slack: int = 0, file: BinaryIO | None = None
+) -> bytes:
     """Decompress the gzip or zlib streams at `offset` to their end, so that checksum and length are
     verified.
 
     Args:
-        path: path of the file.
+        path, file: as in `opened`.
         offset: byte at which the compressed data starts.
         expected: number of bytes that the header promises; what follows them is checked but not
             kept.
@@ -169,9 +207,8 @@ def inflate(path: Path, offset: int, expected: int, slack: int = 0) -> bytes:
     whole = False
     # 47: zlib recognises a gzip or zlib header by itself and verifies the trailer
     stream = zlib.decompressobj(47)
-    with path.open("rb") as file:
-        file.seek(offset)
-        chunk = file.read(_CHUNK)
+    with opened(path, file, offset) as content:
+        chunk = content.read(_CHUNK)
         while chunk:
             try:
                 # a limit, because 1 MB can inflate to 1 GB
@@ -196,7 +233,7 @@ def inflate(path: Path, offset: int, expected: int, slack: int = 0) -> bytes:
             chunk = stream.unused_data if stream.eof else stream.unconsumed_tail
             if stream.eof:
                 stream = zlib.decompressobj(47)  # gzip files may hold several members (bgzip)
-            chunk = chunk or file.read(_CHUNK)
+            chunk = chunk or content.read(_CHUNK)
     if not whole or len(kept) < expected:
         raise Refused(
             "truncated",

@@ -28,6 +28,11 @@ SIDECAR_KEYS = {
     "kernel": "ConvolutionKernel",
     "sex": "PatientSex",
     "age": "PatientAge",
+    "model": "ManufacturersModelName",
+    "kvp": "KVP",
+    "thickness": "SliceThickness",
+    "contrast": "ContrastBolusIngredient",
+    "body_part": "BodyPartExamined",
 }
 _IDENTIFIERS = frozenset(("patient_id", "study_uid", "series_uid"))
 YEARS_PER_UNIT = {"": 1.0, "Y": 1.0, "M": 1 / 12, "W": 7 / 365.25, "D": 1 / 365.25}

@@ -30,6 +30,7 @@ from tapct.data.scans.geometry import check_extent, to_lps
 from tapct.data.scans.headers import facts_of, merge_sidecar, read_sidecar
 from tapct.data.scans.plain_facts import failure
 from tapct.data.scans.read_rules import PLAIN, ReadRules
+from tapct.data.scans.technique import technique_of
 from tapct.data.search.discover import UNREADABLE, Source, find_source
 from tapct.types import AIR_HU, Refused, Volume
 
@@ -86,7 +87,11 @@ def _read_source(source: Source, key: bytes | None, accept: ReadRules) -> Volume
     hu_ZYX = _to_hu(view_ZYX, image.slope, image.intercept)
     if accept.checks is not None:
         marks += check_hu(hu_ZYX, declared_ct, accept.checks)
-    facts = replace(facts_of(header, key, patient_from), lossy_ratio=image.lossy_ratio)
+    facts = replace(
+        facts_of(header, key, patient_from),
+        lossy_ratio=image.lossy_ratio,
+        technique=technique_of(header, stored),
+    )
     return Volume(hu_ZYX, spacing_mm, origin_mm, facts, marks, directions)
 
 
@@ -121,10 +126,10 @@ def read_image(source: Source) -> Image:
             "unreadable", f"folder {file_name(source.path)} cannot be listed; check its permissions"
         )
     for path in source.files:
-        if path.stat().st_size == 0:
+        if path not in source.contents and path.stat().st_size == 0:
             raise Refused("empty_file", f"{file_name(path)} has no content")
-    if source.frames:
-        return dicom.read(source.files, source.frames)
+    if source.frames or source.contents:
+        return dicom.read(source.files, source.frames or None, source.contents)
     return format_named(source.kind).read(source.files)
 
 

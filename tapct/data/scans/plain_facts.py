@@ -88,6 +88,8 @@ _KERNEL_WORDS_TEXT = """
 """
 _KERNEL_WORDS = frozenset(_KERNEL_WORDS_TEXT.split())
 _STRENGTH = re.compile(r"\d{1,2}")
+_LENGTH = re.compile(r"<\d+ characters>")  # in place of a text that may be a name
+CANNOT_BE_READ = "the file cannot be read: "  # of the disk's faults, which may pass
 
 
 def maker(text: str) -> str:
@@ -114,7 +116,7 @@ def kernel(text: str) -> str:
 def failure(error: BaseException) -> str:
     """One line about an exception of a reader library, whose own text may quote the file."""
     if isinstance(error, OSError) and error.strerror:
-        return f"the file cannot be read: {error.strerror}"
+        return f"{CANNOT_BE_READ}{error.strerror}"
     return (
         f"its reader failed ({type(error).__name__}); copy the file again, or convert it with "
         "another program"
@@ -127,7 +129,7 @@ def without_names(line: str, root: Path, paths: Iterable[Path]) -> str:
 
     Names are hidden where `marks.file_name` has marked them. Whole paths, and file names with a
     suffix, are hidden everywhere, since a library may have put them into the line; no sentence
-    contains them by chance.
+    contains them by chance. A line that has been through here is not changed again.
 
     Args:
         line: text of a refusal, with its marks.
@@ -160,7 +162,7 @@ def _plain(text: str, field: str) -> str:
         text: what stands between the quotes.
         field: what stands before them, if it is a field with a closed vocabulary.
     """
-    if not text or _NUMBERS.fullmatch(text):
+    if not text or _NUMBERS.fullmatch(text) or _LENGTH.fullmatch(text):
         return text
     if field and all(word in _CODES for word in re.split(r"[/\\]", text)):
         return text

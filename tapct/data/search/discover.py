@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import BinaryIO
 
 from tapct.base.exits import UserError
 from tapct.base.marks import file_name
@@ -46,17 +47,22 @@ class Source:
         modality: Modality of a DICOM object.
         frames: numbers of the frames that make the scan, counted from 1 over all of its files;
             empty for all frames.
+        stamp: hash of names, sizes, times of the last change and inodes of its files and of the
+            files that belong to them, see `index.listing`; empty where they were not asked for.
+        contents: bytes of its files that were read before, by path; empty for most.
     """
 
     path: Path
     kind: str
-    files: tuple[Path, ...]
+    files: Sequence[Path]
     reason: str = ""
     detail: str = ""
     mark: str = ""
     sop_class: str = ""
     modality: str = ""
     frames: tuple[int, ...] = ()
+    stamp: bytes = field(default=b"", compare=False, repr=False)
+    contents: Mapping[Path, bytes] = field(default_factory=dict, compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -73,7 +79,7 @@ class Listing:
 
 
 @dataclass
-class _Found:
+class SearchState:
     """What the folders hold, while they are searched."""
 
     sources: list[Source] = field(default_factory=list)
@@ -113,8 +119,8 @@ def search(root: Path | str, *, derived: bool = False, seconds: float = math.inf
             "is a file; give its folder" if root.exists() else "does not exist; check the path"
         )
         raise UserError(f"folder {root} {problem}")
-    found = _Found(limit=TimeLimit(seconds))
-    for folder, entries in _folders_below(root, found):
+    found = SearchState(limit=TimeLimit(seconds))
+    for folder, entries in folders_below(root, found):
         _search_folder(folder, entries, found)
     found.limit.close()
     return _listing(root, found, derived)
@@ -147,8 +153,8 @@ def find_source(path: Path, *, derived: bool = False) -> Source:
     if file_format is not None:
         return Source(path, file_format.name, (path,))
     if path.is_dir():
-        found = _Found()
-        for folder, entries in _folders_below(path, found):
+        found = SearchState()
+        for folder, entries in folders_below(path, found):
             _search_folder(folder, entries, found, only_dicom=True)
         found.sources = [source for source in found.sources if source.kind != UNREADABLE]
         sources = _listing(path, found, derived).sources
@@ -162,7 +168,7 @@ def find_source(path: Path, *, derived: bool = False) -> Source:
 
 def _sources_beside(path: Path, derived: bool) -> Sequence[Source]:
     """The DICOM series in the folder of a file."""
-    found = _Found()
+    found = SearchState()
     _search_folder(path.parent, folder_entries.read(path.parent), found, only_dicom=True)
     return _listing(path.parent, found, derived).sources
 
@@ -205,14 +211,17 @@ def source_of(root: Path, path: str, kind: str, file_paths: Sequence[str]) -> So
     return Source(root / path, kind, files, frames=frames if has_frames else ())
 
 
-def _folders_below(root: Path, found: _Found) -> Iterator[tuple[Path, Entries]]:
+def folders_below(
+    root: Path, found: SearchState, seen: set[tuple[int, int]] | None = None
+) -> Iterator[tuple[Path, Entries]]:
     """`root` and all folders below it that are not hidden, each once, with what they hold.
 
     Args:
         root: folder to start from.
         found: everything that was found so far; folders that cannot be listed are added.
+        seen: identities of folders that were visited before, to which these are added.
     """
-    seen: set[tuple[int, int]] = set()
+    seen = set() if seen is None else seen
     todo = [root]
     while todo:
         folder = todo.pop()
@@ -234,7 +243,7 @@ def _folders_below(root: Path, found: _Found) -> Iterator[tuple[Path, Entries]]:
 
 
 def _search_folder(
-    folder: Path, entries: Entries, found: _Found, *, only_dicom: bool = False
+    folder: Path, entries: Entries, found: SearchState, *, only_dicom: bool = False
 ) -> None:
     """Add what one folder holds, without its subfolders.
 
@@ -244,124 +253,230 @@ def _search_folder(
         found: everything that was found so far.
         only_dicom: True to leave out the files of other formats.
     """
-    sources: list[Source] = []
-    others: list[Path] = []
-    for path in (folder / name for name in entries.files):
-        file_format = format_of(path)
-        if file_format is None:
-            others.append(path)
-        elif not only_dicom:
-            sources.append(Source(path, file_format.name, (path,)))
-    stems = {stem_of(source.path) for source in sources}
-    found.sources += sources
-    num_late = 0  # in a row
-    for path in others:
-        if num_late >= _MOST_LATE:
-            problem = f"was not opened, since {num_late} files before it gave no answer"
-            _add_late(path, problem, found)
-            continue
-        try:
-            head, refusal = found.limit.call(_head_or_problem, path)
-        except NoAnswer as late:
-            num_late += 1
-            _add_late(path, f"has {late.problem}", found)
-            continue
-        num_late = 0
-        if refusal is not None:
-            found.sources.append(Source(path, DICOM.name, (path,), *refusal))
-        elif head is not None and head.sop_class == dicom_kind.DICOMDIR:
+    sources, others = by_format(folder, entries.files)
+    if not only_dicom:
+        found.sources += sources
+    stems = {stem_of(source.path) for source in ([] if only_dicom else sources)}
+    for looked in look_into(folder, others, found.limit):
+        path = folder / looked.name
+        if looked.late:
+            _add_late(path, looked.late, found)
+        elif looked.refusal is not None:
+            found.sources.append(Source(path, DICOM.name, (path,), *looked.refusal))
+        elif looked.head is not None and looked.head.sop_class == dicom_kind.DICOMDIR:
             found.passed_over[DICOMDIR] += 1
-        elif head is not None:
-            found.heads.append(head)
+        elif looked.head is not None:
+            found.heads.append(looked.head)
         elif not passed.is_companion(path.name, stems):
             found.passed_over[passed.kind_of(path.name)] += 1
 
 
-def _add_late(path: Path, problem: str, found: _Found) -> None:
+def by_format(folder: Path, names: Sequence[str]) -> tuple[list[Source], list[str]]:
+    """The files of a folder whose names show their format, and the names of the others, any of
+    which may be DICOM.
+    """
+    sources: list[Source] = []
+    others: list[str] = []
+    for name in names:
+        path = folder / name
+        file_format = format_of(path)
+        if file_format is None:
+            others.append(name)
+        else:
+            sources.append(Source(path, file_format.name, (path,)))
+    return sources, others
+
+
+@dataclass(frozen=True)
+class Looked:
+    """What a file is that may be DICOM. Nothing is set for a file of another kind.
+
+    Args:
+        name: name of the file.
+        head: its head.
+        refusal: reason and detail where it is named like DICOM, or begins like it, and cannot be
+            read.
+        late: why there is no answer from the disk, in words.
+        may_pass: whether it is the disk that refuses, which may change without the file.
+    """
+
+    name: str
+    head: Head | None = None
+    refusal: tuple[str, str] | None = None
+    late: str = ""
+    may_pass: bool = False
+
+
+def look_into(
+    folder: Path,
+    names: Sequence[str],
+    limit: TimeLimit,
+    use: Callable[[Head, BinaryIO], None] | None = None,
+) -> Iterator[Looked]:
+    """Read the heads of files, in their order.
+
+    Args:
+        folder: folder of the files.
+        names: their names.
+        limit: time limit of each file.
+        use: as in `head_or_problem`.
+    """
+    num_late = 0  # in a row
+    for name in names:
+        if num_late >= _MOST_LATE:
+            problem = f"was not opened, since {num_late} files before it gave no answer"
+            yield Looked(name, late=problem, may_pass=True)
+            continue
+        try:
+            head, refusal, may_pass = limit.call(head_or_problem, folder / name, use)
+        except NoAnswer as late:
+            num_late += 1
+            yield Looked(name, late=f"has {late.problem}", may_pass=True)
+            continue
+        num_late = 0
+        yield Looked(name, head, refusal, may_pass=may_pass)
+
+
+def _add_late(path: Path, problem: str, found: SearchState) -> None:
     """Refuse a file that gives no answer where its name allows a DICOM file; else count it."""
-    is_named_dicom = path.suffix.lower() in DICOM.suffixes
-    if is_named_dicom or passed.kind_of(path.name) == passed.WITHOUT_SUFFIX:
-        detail = f"{file_name(path)} {problem}"
-        found.sources.append(Source(path, DICOM.name, (path,), LATE, detail))
-    else:
+    source = late_source(path, problem)
+    if source is None:
         found.passed_over[passed.NO_ANSWER] += 1
+    else:
+        found.sources.append(source)
 
 
-def _head_or_problem(path: Path) -> tuple[Head | None, tuple[str, str] | None]:
+def late_source(path: Path, problem: str) -> Source | None:
+    """The source of a file that gives no answer; None where its name is not one of DICOM."""
+    is_named_dicom = path.suffix.lower() in DICOM.suffixes
+    if not is_named_dicom and passed.kind_of(path.name) != passed.WITHOUT_SUFFIX:
+        return None
+    return Source(path, DICOM.name, (path,), LATE, f"{file_name(path)} {problem}")
+
+
+def head_or_problem(
+    path: Path, use: Callable[[Head, BinaryIO], None] | None = None
+) -> tuple[Head | None, tuple[str, str] | None, bool]:
     """The head of a DICOM file, or reason and detail of a file that is named like one or begins
-    like one and cannot be read; both are None for other files.
+    like one and cannot be read, and whether that may pass; the first two are None for other files.
+
+    Args:
+        path: path of the file.
+        use: function that is called with the head and the open file.
     """
     is_named_dicom = path.suffix.lower() in DICOM.suffixes
     try:
-        head = read_head(path)
+        head = read_head(path) if use is None else read_head(path, use)
     except Refused as error:
-        return None, (error.reason, error.marked)
+        return None, (error.reason, error.marked), False
     except Exception as error:
         # not the text of the error, which may quote the header
         problem = f"the header of {file_name(path)} cannot be read ({type(error).__name__})"
-        return None, ("unreadable", problem)
+        return None, ("unreadable", problem), isinstance(error, OSError)
     if head is None and is_named_dicom:
         if path.stat().st_size == 0:
-            return None, ("empty_file", f"{file_name(path)} has no content")
-        return None, ("unreadable", f"{file_name(path)} is not DICOM, in spite of its name")
+            return None, ("empty_file", f"{file_name(path)} has no content"), False
+        problem = f"{file_name(path)} is not DICOM, in spite of its name"
+        return None, ("unreadable", problem), False
     if head is not None and head.refusal is not None and head.refusal[0] == "corrupt":
-        return None, head.refusal
-    return head, None
+        return None, head.refusal, False
+    return head, None, False
 
 
-def _listing(root: Path, found: _Found, derived: bool) -> Listing:
+def _listing(root: Path, found: SearchState, derived: bool) -> Listing:
     """Put the DICOM files together and sort all sources by their paths."""
     sources = list(found.sources)
     slices: list[Head] = []
     for head in found.heads:
-        title = dicom_kind.object_title(head.sop_class)
-        if title:
-            detail = f"{file_name(head.path)} is a DICOM {title}, not a CT image"
-            sources.append(
-                Source(
-                    head.path,
-                    DICOM_OBJECT,
-                    (head.path,),
-                    reason="not_ct",
-                    detail=detail,
-                    sop_class=head.sop_class,
-                    modality=head.modality,
-                )
-            )
-        else:
+        source = object_source(head)
+        if source is None:
             slices.append(head)
-    sources += _series_sources(series.stacks_of(slices, derived=derived))
-    in_order = sorted(sources, key=lambda source: source.path.relative_to(root).as_posix())
-    return Listing(tuple(in_order), dict(+found.passed_over))
+        else:
+            sources.append(source)
+    parts = [StackFiles.of(stack) for stack in series.stacks_of(slices, derived=derived)]
+    sources += sources_of_parts(parts)
+    return Listing(in_order(root, sources), dict(+found.passed_over))
 
 
-def _series_sources(stacks: Sequence[series.Stack]) -> list[Source]:
+def in_order(root: Path, sources: Iterable[Source]) -> tuple[Source, ...]:
+    """Sources by their paths below the root."""
+    return tuple(sorted(sources, key=lambda source: source.path.relative_to(root).as_posix()))
+
+
+def object_source(head: Head) -> Source | None:
+    """The source of a DICOM object without an image; None for an image."""
+    title = dicom_kind.object_title(head.sop_class)
+    if not title:
+        return None
+    return Source(
+        head.path,
+        DICOM_OBJECT,
+        (head.path,),
+        reason="not_ct",
+        detail=f"{file_name(head.path)} is a DICOM {title}, not a CT image",
+        sop_class=head.sop_class,
+        modality=head.modality,
+    )
+
+
+@dataclass(frozen=True)
+class StackFiles:
+    """A stack of slices without the heads of its slices, for an archive of many.
+
+    Args:
+        files: its files, in the order of the slices; those of frames in the order of their paths.
+        folders: folders of its files.
+        frames: numbers of its frames, counted over its files; empty for a stack of whole files.
+        reason, detail, mark: as in `Source`.
+        stamp: as in `Source`.
+    """
+
+    files: Sequence[Path]
+    folders: frozenset[Path]
+    frames: tuple[int, ...]
+    reason: str
+    detail: str
+    mark: str
+    stamp: bytes = b""
+
+    @classmethod
+    def of(cls, stack: series.Stack) -> StackFiles:
+        """The part of a stack."""
+        files = tuple(dict.fromkeys(head.path for head in stack.heads))
+        frames = _frames_of(stack)
+        if frames:
+            files = tuple(sorted(files))
+        folders = frozenset(file.parent for file in files)
+        return cls(files, folders, frames, stack.reason, stack.detail, stack.mark)
+
+
+def sources_of_parts(parts: Sequence[StackFiles]) -> list[Source]:
     """Sources of the stacks of slices.
 
     A stack is called by its folder where that holds this whole stack alone, or nothing but this
     one; else by its first file.
     """
-    folders = [{head.path.parent for head in stack.heads} for stack in stacks]
-    num_stacks = Counter(folder for parents in folders for folder in parents)
+    num_stacks: Counter[Path] = Counter()
     num_whole: Counter[Path] = Counter()
-    for stack, parents in zip(stacks, folders):
-        if not stack.reason:
-            num_whole.update(parents)
+    for part in parts:
+        num_stacks.update(part.folders)
+        if not part.reason:
+            num_whole.update(part.folders)
     sources = []
-    for stack, parents in zip(stacks, folders):
-        files = tuple(dict.fromkeys(head.path for head in stack.heads))
-        frames = _frames_of(stack)
-        path = min(files)
-        (home, *more) = parents
-        if frames:
-            files = tuple(sorted(files))
-            path = with_frames(files[0], frames)
-        elif not more:
-            is_alone = num_stacks[home] == 1
-            if is_alone or (not stack.reason and num_whole[home] == 1):
-                path = home
+    for part in parts:
+        (home, *more) = part.folders
+        if part.frames:
+            path = with_frames(part.files[0], part.frames)
+        elif not more and (num_stacks[home] == 1 or (not part.reason and num_whole[home] == 1)):
+            path = home
+        else:
+            path = min(part.files)
         sources.append(
-            Source(path, DICOM.name, files, stack.reason, stack.detail, stack.mark, frames=frames)
+            Source(
+                *(path, DICOM.name, part.files, part.reason, part.detail, part.mark),
+                frames=part.frames,
+                stamp=part.stamp,
+            )
         )
     return sources
 

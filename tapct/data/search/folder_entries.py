@@ -7,6 +7,7 @@ import stat
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 from tapct.data.search import passed_over as passed
 
@@ -18,6 +19,10 @@ _SPECIAL = {  # opening a FIFO waits for a writer, and a device may never end
 }
 
 
+Stamp: TypeAlias = tuple[int, int, int]
+_NO_STAMP = (-1, 0, 0)  # of a file that has gone since its folder was listed
+
+
 @dataclass(frozen=True)
 class Entries:
     """The content of one folder.
@@ -26,12 +31,15 @@ class Entries:
         identity: device and inode, by which a folder is recognised behind a link.
         folders: names of the subfolders that are searched, sorted.
         files: names of the regular files that are searched, sorted.
+        stamps: size in bytes, time of the last change in ns, and inode of each of `files`; they
+            differ where a file was changed or replaced.
         passed_over: number of the others by kind.
     """
 
     identity: tuple[int, int]
     folders: tuple[str, ...]
     files: tuple[str, ...]
+    stamps: tuple[Stamp, ...]
     passed_over: Counter[str]
 
 
@@ -42,7 +50,8 @@ def read(folder: Path) -> Entries:
         OSError: the folder is gone or may not be listed.
     """
     status = os.stat(folder)
-    folders, files = [], []
+    folders: list[str] = []
+    files: dict[str, Stamp] = {}
     others: Counter[str] = Counter()
     with os.scandir(folder) as entries:
         for entry in entries:
@@ -55,12 +64,26 @@ def read(folder: Path) -> Entries:
             elif is_hidden:
                 others[passed.HIDDEN_FILE] += 1
             elif kind == stat.S_IFREG:
-                files.append(entry.name)
+                files[entry.name] = _stamp(entry)
             else:
                 others[_SPECIAL.get(kind, passed.BROKEN_LINK)] += 1
+    names = tuple(sorted(files))
     return Entries(
-        (status.st_dev, status.st_ino), tuple(sorted(folders)), tuple(sorted(files)), others
+        (status.st_dev, status.st_ino),
+        tuple(sorted(folders)),
+        names,
+        tuple(files[name] for name in names),
+        others,
     )
+
+
+def _stamp(entry: os.DirEntry[str]) -> Stamp:
+    """Size, time of the last change and inode of a file; links are followed."""
+    try:
+        status = entry.stat()
+    except OSError:
+        return _NO_STAMP
+    return status.st_size, status.st_mtime_ns, status.st_ino
 
 
 def _kind_of(entry: os.DirEntry[str]) -> int:

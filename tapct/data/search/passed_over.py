@@ -16,7 +16,7 @@ NO_ANSWER = "without an answer"  # of a disk that does not answer
 WITHOUT_SUFFIX = "without suffix"
 # suffixes of a file that belongs to another one with the same stem: side-cars, and voxels that a
 # header names
-_COMPANIONS = (".json", ".raw", ".zraw", ".raw.gz", ".img", ".img.gz")
+COMPANIONS = (".json", ".raw", ".zraw", ".raw.gz", ".img", ".img.gz")
 _SUFFIX = re.compile(r"\.(?:[a-z][a-z0-9]{0,7}|7z)")
 _COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zip")
 
@@ -66,7 +66,7 @@ def is_companion(name: str, stems: Iterable[str]) -> bool:
         name: name of the file.
         stems: stems of the scans and label maps in its folder.
     """
-    for suffix in _COMPANIONS:
+    for suffix in COMPANIONS:
         if name.lower().endswith(suffix) and name[: -len(suffix)] in stems:
             return True
     return False

@@ -80,7 +80,7 @@ def series_key(head: Head) -> tuple[str, ...]:
     if head.series_uid:
         return "", "", head.series_uid, ""
     folder = "" if head.study_uid else str(head.path.parent)
-    return head.patient_id, head.study_uid, "", folder
+    return canonical_id(head.patient_id), head.study_uid, "", folder
 
 
 def _by_patient(heads: list[Head]) -> list[list[Head]]:

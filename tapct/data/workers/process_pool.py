@@ -20,7 +20,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -96,7 +96,7 @@ class Failure:
 
 def map_unordered(
     function: Callable[[In], Out],
-    inputs: Sequence[In],
+    inputs: Iterable[In],
     workers: int,
     on_failure: Callable[[In, Failure], Out],
     *,
@@ -111,7 +111,8 @@ def map_unordered(
 
     Args:
         function: function that can be pickled.
-        inputs: values that can be pickled.
+        inputs: values that can be pickled. Each is taken when a worker is free for it, so that an
+            iterator may make them as they are needed; only those in work are kept.
         workers: number of processes; 0 works in this process, without protection and limits.
         on_failure: function that makes the result of an input that failed.
         num_bytes: size of an input, for its time limit.
@@ -124,20 +125,53 @@ def map_unordered(
             yield index, _result(worker_process.outcome_of(function, item), item, on_failure)
         return
     modules = tuple(modules)
-    todo = deque(range(len(inputs)))
+    waiting: dict[int, In] = {}
+    todo = _Waiting(iter(inputs), waiting)
     failed_once: list[int] = []
-    pool = _Pool(function, min(workers, len(inputs)), modules, limits, num_bytes)
-    with contextlib.closing(pool.run(inputs, todo)) as outcomes:
+    most = len(inputs) if isinstance(inputs, Sequence) else workers
+    pool = _Pool(function, min(workers, most), modules, limits, num_bytes)
+    with contextlib.closing(pool.run(waiting, todo)) as outcomes:
         for index, outcome in outcomes:
             if outcome[0] in ("crashed", worker_process.NO_MEMORY):
                 failed_once.append(index)
             else:
-                yield index, _result(outcome, inputs[index], on_failure)
+                yield index, _result(outcome, waiting.pop(index), on_failure)
     if failed_once:
         pool = _Pool(function, 1, modules, limits, num_bytes)
-        with contextlib.closing(pool.run(inputs, deque(failed_once))) as outcomes:
+        with contextlib.closing(pool.run(waiting, deque(failed_once))) as outcomes:
             for index, outcome in outcomes:
-                yield index, _result(outcome, inputs[index], on_failure)
+                yield index, _result(outcome, waiting.pop(index), on_failure)
+
+
+class _Waiting(Generic[In]):
+    """Numbers of the inputs that no worker has yet, in their order.
+
+    Args:
+        source: inputs, which are taken one at a time.
+        taken: dict that receives the inputs by their numbers.
+    """
+
+    def __init__(self, source: Iterator[In], taken: MutableMapping[int, In]) -> None:
+        self._source, self._taken = source, taken
+        self._count = 0
+        self._next: int | None = None
+
+    def __bool__(self) -> bool:
+        if self._next is None:
+            for item in self._source:
+                self._next = self._count
+                self._taken[self._next] = item
+                self._count += 1
+                break
+        return self._next is not None
+
+    def popleft(self) -> int:
+        """The number of the next input; as of a deque."""
+        if not self:
+            raise IndexError("no input is left")
+        assert self._next is not None
+        number, self._next = self._next, None
+        return number
 
 
 def _result(outcome: tuple[str, Any], item: In, on_failure: Callable[[In, Failure], Out]) -> Out:
@@ -288,7 +322,7 @@ class _Pool(Generic[In]):
     num_lost: int = 0
 
     def run(
-        self, inputs: Sequence[In], todo: deque[int]
+        self, inputs: MutableMapping[int, In], todo: deque[int] | _Waiting[In]
     ) -> Generator[tuple[int, tuple[str, Any]], None, None]:
         """Yield (index, kind of outcome and value) for each index of `todo`."""
         try:
@@ -319,7 +353,7 @@ class _Pool(Generic[In]):
         left = min(ends, default=math.inf) - time.monotonic()
         return min(max(left, 0.01), _POLL_SECONDS)
 
-    def _hand_out(self, inputs: Sequence[In], todo: deque[int]) -> None:
+    def _hand_out(self, inputs: MutableMapping[int, In], todo: deque[int] | _Waiting[In]) -> None:
         """Give an input to every worker that has none; start workers that are missing."""
         while todo and len(self.workers) < self.size:
             self.workers.append(self._start())

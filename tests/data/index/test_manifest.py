@@ -13,6 +13,7 @@ import random
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet
@@ -262,10 +263,10 @@ def test_unexpected_reader_exceptions_become_rows(
     root = make_archive(tmp_path / "archive")
     read_head = nifti.read_head
 
-    def stumble(path: Path, num_bytes: int) -> bytes:
+    def stumble(path: Path, num_bytes: int, *more: Any) -> bytes:
         if path.name == "scan2.nii.gz":
             raise RuntimeError("the library\nfell over")
-        return read_head(path, num_bytes)
+        return read_head(path, num_bytes, *more)
 
     monkeypatch.setattr(nifti, "read_head", stumble)
     built = build_manifest(root, tmp_path / "m.parquet")
@@ -376,7 +377,7 @@ def test_bad_folders_files_and_regexes_are_one_line_for_the_user(tmp_path: Path)
         (root, tmp_path / "m.parquet", {"labels": tmp_path / "none"}, "none"),
         (root, tmp_path / "m.parquet", {"patient_regex": "("}, "regex"),
         (root, tmp_path / "m.parquet", {"patient_regex": "P1"}, "group"),
-        (root, tmp_path / "empty", {}, "empty"),
+        (root, tmp_path / "archive", {}, "archive"),
         (root, tmp_path / "file" / "m.parquet", {}, "file"),
     ]
     for folder, out, options, part in calls:

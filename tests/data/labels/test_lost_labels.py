@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from scan_files import noise_ct, save_labels, save_scan
 
-from tapct.data.index import build, scan_row
+from tapct.data.index import examining, scan_row
 from tapct.data.index.build import build_manifest
 from tapct.data.manifest import Row
 from tapct.data.scans.ingest import OUT_OF_MEMORY
@@ -53,7 +53,7 @@ def test_a_worker_that_is_lost_with_the_labels(
             is_lost = task.labels is not None and not task.label_problem
             yield i, on_failure(task, Failure(reason, "no answer")) if is_lost else function(task)
 
-    monkeypatch.setattr(build, "map_unordered", pool)
+    monkeypatch.setattr(examining, "map_unordered", pool)
     row, _ = rows_of(archive)
     assert (row.status, row.label_path, row.label_digest) == ("accepted", "", "")
     assert row.detail == f"its labels are not used: {reason}: with its labels, no answer"

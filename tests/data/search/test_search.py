@@ -16,7 +16,7 @@ import pytest
 from scan_files import make_ct, write_nifti
 
 from tapct.base.exits import UserError
-from tapct.data.index import build
+from tapct.data.index import finding
 from tapct.data.index.build import build_manifest
 from tapct.data.packed.pack import pack
 from tapct.data.search import discover, folder_entries, passed_over
@@ -42,11 +42,11 @@ def blocking() -> Iterator[Callable[..., Any]]:
     """
     end = threading.Event()
 
-    def blocked(function: Callable[[Path], Any], names: set[str]) -> Callable[[Path], Any]:
-        def call(path: Path) -> Any:
+    def blocked(function: Callable[..., Any], names: set[str]) -> Callable[..., Any]:
+        def call(path: Path, *more: Any) -> Any:
             if path.name in names:
                 end.wait(30)
-            return function(path)
+            return function(path, *more)
 
         return call
 
@@ -171,8 +171,8 @@ def test_label_tables_without_an_answer_end_the_index_with_one_line(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     end = threading.Event()
-    monkeypatch.setattr(build, "pair_labels", lambda *_: end.wait(30))
-    monkeypatch.setattr(build, "_PAIRING_SECONDS", 0.0)
+    monkeypatch.setattr(finding, "pair_labels", lambda *_: end.wait(30))
+    monkeypatch.setattr(finding, "_PAIRING_SECONDS", 0.0)
     with pytest.raises(UserError, match=r"no answer within 0\.1 s \(--timeout\); check the disk"):
         build_manifest(root, root.parent / "m.parquet", workers=0, limits=ScanLimits(seconds=0.1))
     end.set()

@@ -1,0 +1,281 @@
+"""Measure index and pack: files and megabytes per second, memory against the number of files, a
+second index of an archive in which nothing changed, and an index that is killed again and again.
+
+    python scripts/bench_index.py --json bench_index.json
+    python scripts/bench_index.py --files 200000 --kills 0
+    python scripts/bench_index.py --archive /data/ct --workers 1,8 --kills 0     # your scans
+
+The archive is made of tiny DICOM files: time per file is measured, not the decoding of voxels. All
+files are in the page cache. Memory is that of the largest process of the command.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import platform
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.uid import ExplicitVRLittleEndian
+
+from tapct.base import exits
+from tapct.base.files import write_atomically
+from tapct.data.manifest import Manifest
+from tapct.data.patients.key import KEY_FILE
+
+CT_STORAGE = "1.2.840.10008.5.1.4.1.1.2"
+# as wide as every number that replaces it, so that no length in the file changes
+SERIES, SLICE, PLACE = "99999999", "77777777", "55555.50"
+MB = 1e6
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One command.
+
+    Args:
+        seconds: wall time.
+        memory_mb: largest memory of its processes, in MB.
+        first_line_s: seconds until it printed its first line.
+    """
+
+    seconds: float
+    memory_mb: float
+    first_line_s: float
+
+
+def template(size: int) -> bytes:
+    """A slice of CT with placeholders in its header, up to its pixels."""
+    meta = FileMetaDataset()
+    meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    meta.MediaStorageSOPClassUID = CT_STORAGE
+    meta.MediaStorageSOPInstanceUID = f"1.2.3.{SERIES}.{SLICE}"
+    data = Dataset()
+    data.file_meta = meta
+    data.SOPClassUID, data.SOPInstanceUID = CT_STORAGE, meta.MediaStorageSOPInstanceUID
+    data.StudyInstanceUID, data.SeriesInstanceUID = f"1.2.4.{SERIES}", f"1.2.5.{SERIES}"
+    data.Modality, data.PatientID, data.ImageType = "CT", f"P{SERIES}", ["ORIGINAL", "PRIMARY"]
+    data.Manufacturer, data.ConvolutionKernel, data.StudyDate = "SIEMENS", "B30f", "20200101"
+    data.InstanceNumber, data.SliceThickness, data.KVP = SLICE, "2.0", "120"
+    data.ImagePositionPatient = ["0", "0", PLACE]
+    data.ImageOrientationPatient = [1, 0, 0, 0, 1, 0]
+    data.PixelSpacing = [10.0, 10.0]
+    data.Rows = data.Columns = size
+    data.SamplesPerPixel, data.PhotometricInterpretation = 1, "MONOCHROME2"
+    data.BitsAllocated = data.BitsStored = 16
+    data.HighBit, data.PixelRepresentation = 15, 1
+    data.RescaleSlope, data.RescaleIntercept = 1, 0
+    data.PixelData = bytes(2 * size * size)
+    file = BytesIO()
+    data.save_as(file, enforce_file_format=True)
+    return file.getvalue()[: -2 * size * size]
+
+
+def make_archive(folder: Path, num_files: int, slices: int, size: int) -> int:
+    """Write series of CT, one folder each; the bytes of all files."""
+    head = template(size)
+    rng = np.random.default_rng(0)
+    grid_y, grid_x = np.mgrid[-1 : 1 : size * 1j, -1 : 1 : size * 1j]
+    body_YX = np.where(grid_y**2 + (grid_x / 0.9) ** 2 < 0.7, 40, -1000)
+    body_YX[(grid_y**2 + (grid_x - 0.4) ** 2) < 0.05] = -800
+    num_bytes = 0
+    for series in range(num_files // slices):
+        home = folder / f"{series // 1000:03d}" / f"{series:06d}"
+        home.mkdir(parents=True)
+        noise_ZYX = rng.normal(0, 12, (slices, size, size))
+        of_series = head.replace(SERIES.encode(), b"%08d" % (series + 10_000_000))
+        for z in range(slices):
+            content = of_series.replace(SLICE.encode(), b"%08d" % (z + 1))
+            content = content.replace(PLACE.encode(), b"%8.2f" % (2.0 * z))
+            pixels_YX = np.rint(body_YX + noise_ZYX[z]).clip(-1024, 3000).astype("<i2")
+            num_bytes += (home / f"{z:04d}.dcm").write_bytes(content + pixels_YX.tobytes())
+    return num_bytes
+
+
+def command(words: Sequence[object]) -> list[str]:
+    """A command line of tapct."""
+    return [sys.executable, "-m", "tapct", *map(str, words)]
+
+
+def measure(words: Sequence[object]) -> Measured:
+    """Run a command of tapct."""
+    began = time.perf_counter()
+    process = subprocess.Popen(command(words), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert process.stdout is not None
+    first, largest = 0.0, 0
+    os.set_blocking(process.stdout.fileno(), False)
+    printed = b""
+    while process.poll() is None:
+        printed += process.stdout.read() or b""
+        first = first or (time.perf_counter() - began if printed else 0.0)
+        largest = max([largest, *map(memory_of, family_of(process.pid))])
+        time.sleep(0.02 if not first else 0.2)
+    printed += process.stdout.read() or b""
+    if process.returncode:
+        raise exits.UserError(f"tapct {' '.join(map(str, words))}: {printed.decode()[-500:]}")
+    return Measured(time.perf_counter() - began, largest / MB, first)
+
+
+def family_of(pid: int) -> list[int]:
+    """A process and all that it has started."""
+    found, todo = [], [pid]
+    while todo:
+        each = todo.pop()
+        found.append(each)
+        try:
+            todo += map(int, Path(f"/proc/{each}/task/{each}/children").read_text().split())
+        except OSError:
+            continue
+    return found
+
+
+def memory_of(pid: int) -> int:
+    """Bytes of memory of a process."""
+    try:
+        pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+    except (OSError, IndexError):
+        return 0
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def rows_of(file: Path) -> list[str]:
+    """All rows of a manifest as text, in which NaN equals NaN."""
+    return [repr(dataclasses.astuple(row)) for row in Manifest.read(file).rows]
+
+
+def resumed_is_equal(
+    archive: Path, whole: Path, folder: Path, kills: int, longest_s: float
+) -> dict[str, Any]:
+    """Kill an index at random moments of its life, each time after it has resumed, and compare.
+
+    Args:
+        archive: folder of the scans.
+        whole: archive folder of an index that nobody killed.
+        folder: folder for the killed one.
+        kills: number of kills.
+        longest_s: longest time before a kill.
+    """
+    folder.mkdir()
+    shutil.copy(whole / KEY_FILE, folder)
+    words = ["index", archive, "--out", folder, "--workers", 2]
+    draw = random.Random(0)
+    num_killed, parts = 0, []
+    for _ in range(kills):
+        process = subprocess.Popen(
+            command(words), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        try:
+            process.wait(draw.uniform(0.3, longest_s))
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            num_killed += 1
+        parts.append(len(list((folder / "parts").glob("*.parquet"))))
+    measure(words)
+    return {"killed": num_killed, "equal": rows_of(folder) == rows_of(whole), "parts": parts}
+
+
+def table_of(rows: Sequence[dict[str, Any]]) -> str:
+    """Rows as a table of Markdown."""
+    names = list(rows[0])
+    lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
+    for row in rows:
+        shown = [
+            f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()
+        ]
+        lines.append("| " + " | ".join(shown) + " |")
+    return "\n".join(lines)
+
+
+def bench(
+    archive: Path, num_files: int, num_bytes: int, workers: int, folder: Path
+) -> list[dict[str, Any]]:
+    """Index, index again and pack one archive."""
+    out, store = folder / f"archive{workers}", folder / f"store{workers}"
+    more = ["--workers", workers]
+    rows = []
+    for name, words in (
+        ("index", ["index", archive, "--out", out, *more]),
+        ("index again", ["index", archive, "--out", out, *more]),
+        ("pack", ["pack", out, "--out", store, *more]),
+    ):
+        found = measure(words)
+        rows.append(
+            {
+                "command": name,
+                "files": num_files,
+                "workers": workers,
+                "seconds": round(found.seconds, 2),
+                "files/s": round(num_files / found.seconds),
+                "MB/s": round(num_bytes / MB / found.seconds, 2),
+                "largest process MB": round(found.memory_mb),
+                "first line s": round(found.first_line_s, 2),
+            }
+        )
+        print(table_of(rows[-1:]).splitlines()[-1], flush=True)
+    return rows
+
+
+def main() -> None:
+    """Run the measurements and print a table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--files", type=int, default=20_000, help="tiny DICOM files to make")
+    parser.add_argument("--slices", type=int, default=100, help="files of a series")
+    parser.add_argument("--size", type=int, default=24, help="rows and columns of a slice")
+    parser.add_argument("--workers", default="1,2", help="numbers of worker processes")
+    parser.add_argument("--kills", type=int, default=10, help="kills of an index that must resume")
+    parser.add_argument("--flat", default="4,2", help="archives of 1/N of the files, for memory")
+    parser.add_argument("--archive", type=Path, help="folder of scans instead of made ones")
+    parser.add_argument("--json", type=Path, help="file for the results")
+    given = parser.parse_args()
+    counts = [int(text) for text in given.workers.split(",")]
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory(prefix="bench_index") as place:
+        folder = Path(place)
+        for share in [int(text) for text in given.flat.split(",") if text and not given.archive]:
+            small = folder / f"scans{share}"
+            num_bytes = make_archive(small, given.files // share, given.slices, given.size)
+            made = given.files // share // given.slices * given.slices
+            (folder / str(share)).mkdir()
+            rows += bench(small, made, num_bytes, counts[-1], folder / str(share))
+        archive = given.archive or folder / "scans"
+        if given.archive is None:
+            make_archive(archive, given.files, given.slices, given.size)
+        sizes = [path.stat().st_size for path in archive.rglob("*") if path.is_file()]
+        for workers in counts:
+            rows += bench(archive, len(sizes), sum(sizes), workers, folder)
+        killed: dict[str, Any] = {}
+        if given.kills:
+            whole = folder / f"archive{counts[-1]}"
+            killed = resumed_is_equal(
+                archive, whole, folder / "killed", given.kills, rows[-3]["seconds"]
+            )
+    print()
+    print(table_of(rows))
+    if killed:
+        print(f"killed {killed['killed']} times: the resumed index is equal: {killed['equal']}")
+    if given.json:
+        machine = {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count()}
+        content = {"machine": machine, "rows": rows, "killed": killed}
+        write_atomically(given.json, json.dumps(content, indent=1) + "\n")
+    if killed and not killed["equal"]:
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    exits.leave(exits.exit_code_of(main))

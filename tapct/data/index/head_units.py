@@ -1,0 +1,150 @@
+"""Read the heads of DICOM files in worker processes: some files of one folder at a time.
+
+A file is opened once: the slices of a CT stay in memory, and the stacks that lie in the unit as a
+whole are examined from there. Where a stack turns out to have slices elsewhere, its row is of no
+use, since its key is another one, and the stack is examined again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from tapct.data.index.head_table import without_identifiers
+from tapct.data.index.journal import key_of
+from tapct.data.index.scan_row import ExamineTask, ScanRules, examine
+from tapct.data.index.scan_table import may_change, row_of_scan, scan_key
+from tapct.data.readers import DICOM
+from tapct.data.readers.dicom_head import Head
+from tapct.data.search.discover import Looked, Source, StackFiles, look_into
+from tapct.data.search.series import stacks_of
+from tapct.data.workers.process_pool import Failure
+from tapct.data.workers.time_limit import TimeLimit
+
+MOST_FILES = 2048  # of one unit
+MOST_BYTES = 1 << 30
+
+
+@dataclass(frozen=True)
+class HeadUnit:
+    """Files of one folder, any of which may be DICOM.
+
+    Args:
+        root: folder of the archive.
+        folder: folder of the files.
+        names: their names.
+        keys: their keys in the journal.
+        num_bytes: size of all files.
+        seconds: longest time to wait for one file.
+        key: secret of the hashes that replace identifiers.
+        rules: rules of the archive, to examine the stacks in this unit; None to read heads alone.
+        stems: names, without suffix, of the scans of other formats in the folder.
+    """
+
+    root: Path
+    folder: Path
+    names: tuple[str, ...]
+    keys: tuple[bytes, ...]
+    num_bytes: int
+    seconds: float
+    key: bytes
+    rules: ScanRules | None = None
+    stems: frozenset[str] = frozenset()
+
+    def single_files(self) -> list[HeadUnit]:
+        """A unit for each of its files, whose head alone is read."""
+        return [
+            replace(self, names=(name,), keys=(key,), rules=None)
+            for name, key in zip(self.names, self.keys)
+        ]
+
+
+@dataclass(frozen=True)
+class ReadUnit:
+    """What a unit holds.
+
+    Args:
+        unit: the unit.
+        looked: what each file is, without identifiers; empty where the process was lost.
+        scans: key and row of each stack that was examined.
+        failure: why the process was lost; None where it was not.
+    """
+
+    unit: HeadUnit
+    looked: Sequence[Looked]
+    scans: Sequence[tuple[bytes, dict[str, Any]]] = ()
+    failure: Failure | None = None
+
+
+def read_unit(unit: HeadUnit) -> ReadUnit:
+    """Read the heads of the files of a unit, and examine the stacks that lie in it."""
+    limit = TimeLimit(unit.seconds)
+    contents: dict[Path, bytes] = {}
+    rules = unit.rules
+
+    def keep(head: Head, file: BinaryIO) -> None:
+        assert rules is not None
+        if is_slice(head, derived=rules.accept.derived):
+            file.seek(0)
+            contents[head.path] = file.read()
+
+    use = None if rules is None else keep
+    found = list(look_into(unit.folder, unit.names, limit, use))
+    limit.close()
+    scans: list[tuple[bytes, dict[str, Any]]] = []
+    if rules is not None and contents:
+        scans = _examined(unit, rules, found, contents)
+    plain = [_without_identifiers(looked, unit) for looked in found]
+    return ReadUnit(unit, plain, scans)
+
+
+def is_slice(head: Head, *, derived: bool) -> bool:
+    """Whether a file can be a slice of a scan that is accepted."""
+    return head.refusal is None and head.misplaced is None and (derived or not head.derived)
+
+
+def _without_identifiers(looked: Looked, unit: HeadUnit) -> Looked:
+    if looked.head is None:
+        return looked
+    return replace(looked, head=without_identifiers(looked.head, unit.root, unit.key))
+
+
+def _examined(
+    unit: HeadUnit, rules: ScanRules, found: Sequence[Looked], contents: Mapping[Path, bytes]
+) -> list[tuple[bytes, dict[str, Any]]]:
+    """Key and row of every whole stack of a unit.
+
+    Args:
+        unit: the unit.
+        rules: what holds for all scans.
+        found: what its files are.
+        contents: bytes of its slices.
+    """
+    key_of_path = {unit.folder / name: key for name, key in zip(unit.names, unit.keys)}
+    heads = [looked.head for looked in found if looked.head is not None]
+    rows = []
+    for stack in stacks_of([h for h in heads if h.path in contents], derived=rules.accept.derived):
+        part = StackFiles.of(stack)
+        if part.reason:
+            continue
+        source = Source(
+            *(part.files[0], DICOM.name, part.files, "", part.detail, part.mark),
+            frames=part.frames,
+            stamp=key_of(*(key_of_path[file] for file in part.files)),
+            contents={file: contents[file] for file in part.files},
+        )
+        task = ExamineTask(source, rules, None)
+        try:
+            row = examine(task)
+        except MemoryError:
+            continue  # it is examined alone later, with more memory
+        if not may_change(row.reason, row.detail):
+            rows.append((scan_key(task), row_of_scan(row)))
+    return rows
+
+
+def lost_unit(unit: HeadUnit, failure: Failure) -> ReadUnit:
+    """The result of a unit whose process was lost."""
+    return ReadUnit(unit, (), failure=failure)

@@ -1,0 +1,232 @@
+"""What `tapct index` is given: folders, files, patterns of files, and lists of scans."""
+
+from __future__ import annotations
+
+import functools
+import glob
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from tapct.base.exits import UserError
+from tapct.base.files import expand_path
+from tapct.data.search.discover import Source
+from tapct.data.search.frame_numbers import without_frames
+from tapct.data.tables import read_table
+
+_LISTS = (".csv", ".tsv", ".json")
+COLUMNS = ("path", "label", "patient", "split")  # of a list
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One scan of a list.
+
+    Args:
+        path: path of the file, of the folder of a DICOM series, or of one of its files.
+        label: path of its label map; None where the list has none.
+        patient: identifier of its patient; empty where the list has none.
+        split: name of its part of the data set, such as `train`; empty where the list has none.
+    """
+
+    path: Path
+    label: Path | None = None
+    patient: str = ""
+    split: str = ""
+
+
+@dataclass(frozen=True)
+class IndexInputs:
+    """What is indexed.
+
+    Args:
+        root: folder below which everything lies; paths of the manifest are relative to it.
+        folders: folders that are searched, with all folders in them.
+        files: single files that were named, by their folder.
+        entries: scans of a list.
+    """
+
+    root: Path
+    folders: tuple[Path, ...]
+    files: Mapping[Path, frozenset[str]] = field(default_factory=dict)
+    entries: tuple[Entry, ...] = ()
+
+    @property
+    def is_one_folder(self) -> bool:
+        """Whether one folder was given, and nothing else."""
+        return self.folders == (self.root,) and not self.files
+
+    def has_named(self, source: Source) -> bool:
+        """Whether a source lies in a folder that was given, or is a file that was named, or a
+        series with such a file.
+        """
+        if self.is_one_folder or self._is_in_folder(source.path):
+            return True
+        return any(file.name in self.files.get(file.parent, ()) for file in source.files)
+
+    def _is_in_folder(self, path: Path) -> bool:
+        """Whether a path is, or lies in, a folder that was given."""
+        return any(each in self._folders for each in (path, *path.parents))
+
+    @functools.cached_property
+    def _folders(self) -> frozenset[Path]:
+        return frozenset(self.folders)
+
+    def entry_of(self, sources: Sequence[Source], *, strict: bool = True) -> dict[Path, Entry]:
+        """The entry of each source that a list names, by the path of the source.
+
+        Args:
+            sources: scans that were found.
+            strict: whether each entry must name one of them.
+        Raises:
+            UserError: an entry names no scan, or one with a label map names several.
+        """
+        by_path = {entry.path: entry for entry in self.entries}
+        found: dict[Path, Entry] = {}
+        scans: dict[Path, int] = {}
+        for source in sources if by_path else ():
+            names = [source.path, *source.files, *source.path.parents]
+            name = next((name for name in names if name in by_path), None)
+            if name is not None:
+                found[source.path] = by_path[name]
+                scans[name] = scans.get(name, 0) + 1
+        for path, entry in by_path.items() if strict else ():
+            if path not in scans:
+                raise UserError(f"the list names {path}, which is no scan; correct its path")
+            if entry.label is not None and scans[path] > 1:
+                raise UserError(
+                    f"the list gives the label map {entry.label} to {path}, which holds "
+                    f"{scans[path]} scans; name one of them"
+                )
+        return found
+
+
+def inputs_of(given: Path | Sequence[Path]) -> IndexInputs:
+    """What the arguments of `tapct index` name.
+
+    Args:
+        given: folders, files of scans, patterns such as `scans/*/ct.nii.gz`, or lists (.csv, .tsv,
+            .json) with the columns path, label, patient and split, of which only path is needed.
+    Raises:
+        UserError: something is missing, or a list cannot be read.
+    """
+    paths = [given] if isinstance(given, (str, Path)) else list(given)
+    expanded = [path for word in paths for path in _matches(Path(word))]
+    if len(expanded) == 1 and expanded[0].is_dir():
+        return IndexInputs(expanded[0], (expanded[0],))
+    entries: list[Entry] = []
+    for path in expanded:
+        is_list = path.is_file() and path.name.lower().endswith(_LISTS)
+        entries += _entries_of(path) if is_list else [Entry(path)]
+    unique: dict[Path, Entry] = {}
+    for entry in entries:
+        path = Path(os.path.abspath(entry.path))
+        entry = replace(entry, path=path)
+        if unique.setdefault(path, entry) != entry:
+            raise UserError(f"{path} is given twice, with different values; keep one of them")
+    return _in_common_folder(list(unique.values()))
+
+
+def _in_common_folder(entries: Sequence[Entry]) -> IndexInputs:
+    """Inputs below the nearest folder that holds all of them."""
+    folders, homes = [], []
+    files: dict[Path, set[str]] = {}
+    for entry in entries:
+        path = entry.path
+        if path.is_dir():
+            folders.append(path)
+            homes.append(path)
+            continue
+        if not path.exists() and without_frames(str(path))[1]:
+            path = Path(without_frames(str(path))[0])
+        if not path.is_file():
+            raise UserError(f"{path} does not exist; check the path")
+        files.setdefault(path.parent, set()).add(path.name)
+        homes.append(path.parent)
+    # a folder within another one is searched with it
+    known = set(folders)
+    outer = [folder for folder in folders if not known & {*folder.parents}]
+    root = Path(os.path.commonpath(homes))
+    listed = {folder: frozenset(names) for folder, names in files.items()}
+    named = [entry for entry in entries if entry.label or entry.patient or entry.split]
+    return IndexInputs(root, tuple(sorted(set(outer))), listed, tuple(named))
+
+
+def _matches(path: Path) -> Iterator[Path]:
+    """The paths that a word of the command line names: itself, or what a pattern matches."""
+    if path.exists():
+        yield path
+        return
+    if any(sign in str(path) for sign in "*?["):
+        found = sorted(glob.glob(str(path), recursive=True))
+        if not found:
+            raise UserError(f"no file or folder matches {path}; check the pattern")
+        yield from map(Path, found)
+        return
+    if without_frames(str(path))[1]:
+        yield path
+        return
+    raise UserError(f"folder {path} does not exist; check the path")
+
+
+def _entries_of(file: Path) -> list[Entry]:
+    """The scans of a list; relative paths start at its folder."""
+    rows = _rows_of_json(file) if file.suffix.lower() == ".json" else _rows_of_table(file)
+    if not rows:
+        raise UserError(f"the list {file} has no rows")
+    unknown = sorted({name for row in rows for name in row} - set(COLUMNS))
+    if unknown and not any("path" in row for row in rows):
+        raise UserError(
+            f"the list {file} has no column path; it has {', '.join(unknown)}. Rule: path, and "
+            "where they are known label, patient and split"
+        )
+    entries = []
+    for number, row in enumerate(rows, 1):
+        if not row.get("path"):
+            raise UserError(f"row {number} of the list {file} has no path; fill it or remove it")
+        label = row.get("label")
+        entries.append(
+            Entry(
+                _beside(file, row["path"]),
+                _beside(file, label) if label else None,
+                row.get("patient", ""),
+                row.get("split", ""),
+            )
+        )
+    for entry in entries:
+        if entry.label is not None and not entry.label.exists():
+            raise UserError(f"the list {file} names the label map {entry.label}, which is missing")
+    return entries
+
+
+def _beside(file: Path, text: str) -> Path:
+    """A path in a list: relative ones start at the folder of the list."""
+    return Path(os.path.abspath(file.absolute().parent / expand_path(text)))
+
+
+def _rows_of_table(file: Path) -> list[dict[str, str]]:
+    table = read_table(file, "the list of scans")
+    names = {column: column.lower() for column in table.columns}
+    return [{names[column]: value for column, value in row.items()} for row in table.rows]
+
+
+def _rows_of_json(file: Path) -> list[dict[str, str]]:
+    """The rows of a JSON list: objects, or paths alone."""
+    problem = f"the list {file} is no JSON list of objects with the key path"
+    try:
+        content: Any = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{problem}; correct it") from error
+    if not isinstance(content, list):
+        raise UserError(f"{problem}; correct it")
+    rows = []
+    for item in content:
+        if isinstance(item, str):
+            item = {"path": item}
+        if not isinstance(item, dict) or not all(isinstance(key, str) for key in item):
+            raise UserError(f"{problem}; correct it")
+        rows.append({k.lower(): "" if v is None else str(v) for k, v in item.items()})
+    return rows

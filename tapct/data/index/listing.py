@@ -1,0 +1,353 @@
+"""List the files of an archive, and read the heads of those that may be DICOM: once, in worker
+processes, while the folders are being listed.
+
+A file whose size, time of change and inode are those of the journal is not opened. What remains in
+memory of a file is its key of 16 bytes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import struct
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from tapct.base.marks import file_name
+from tapct.data.index import head_table
+from tapct.data.index.head_units import (
+    MOST_BYTES,
+    MOST_FILES,
+    HeadUnit,
+    ReadUnit,
+    lost_unit,
+    read_unit,
+)
+from tapct.data.index.inputs import IndexInputs
+from tapct.data.index.journal import Journal, Keys, key_of, keys_in
+from tapct.data.index.scan_row import ScanRules
+from tapct.data.index.scan_table import SCANS
+from tapct.data.index.share import WHOLE, Share
+from tapct.data.patients.key import KEY_FILE
+from tapct.data.readers import DICOM, stem_of
+from tapct.data.search import folder_entries
+from tapct.data.search import passed_over as passed
+from tapct.data.search.discover import (
+    LATE,
+    UNREADABLE,
+    SearchState,
+    Source,
+    by_format,
+    folders_below,
+    late_source,
+)
+from tapct.data.search.folder_entries import Entries, Stamp
+from tapct.data.workers.process_pool import ScanLimits, map_unordered
+from tapct.data.workers.time_limit import NoAnswer, TimeLimit
+
+# formats whose voxels may lie in any other file of the folder
+_DETACHED = (".nhdr", ".mhd", ".hdr")
+_LATE_CALLS = 4.0  # the limits of late files of one unit, which fall, sum up to less
+
+
+@dataclass
+class Listed:
+    """What lies in an archive.
+
+    Args:
+        sources: scans and label maps of single files, folders that cannot be listed, and files that
+            cannot be read.
+        passed_over: number of other files by kind.
+        current: keys of the DICOM files, one after the other; the journal has their heads.
+        others: keys of the other files that were opened.
+        num_files: number of files.
+        is_whole: whether the heads of all DICOM files are in the journal; False where other
+            processes have not read their shares yet.
+    """
+
+    sources: list[Source] = field(default_factory=list)
+    passed_over: Counter[str] = field(default_factory=Counter)
+    current: bytes = b""
+    others: bytes = b""
+    num_files: int = 0
+    is_whole: bool = True
+
+
+def list_files(
+    inputs: IndexInputs,
+    journal: Journal,
+    rules: ScanRules,
+    *,
+    check: Callable[[], None],
+    workers: int,
+    limits: ScanLimits,
+    modules: Sequence[str],
+    share: Share = WHOLE,
+    listed: Callable[[int], None] = lambda num_files: None,
+) -> Listed:
+    """List all files, and read the heads that the journal does not have.
+
+    Args:
+        inputs: what is indexed.
+        journal: journal of the index, which gets the heads.
+        rules: what holds for all scans; scans are examined where their files are in memory.
+        check: function that is called before the first file is read; it may raise.
+        workers: number of processes; 0 reads in this one.
+        limits: time and memory of a file in a worker process.
+        modules: modules that a worker process needs.
+        share: files whose heads this process reads.
+        listed: function that is called with the number of files so far.
+    """
+    walk = _Walk(inputs, journal, rules, limits.seconds, share, listed)
+    # a file that does not answer is waited for in the worker; its process may take longer
+    of_unit = replace(limits, seconds=_LATE_CALLS * limits.seconds)
+
+    def read(units: Iterator[HeadUnit]) -> None:
+        results = map_unordered(
+            *(read_unit, units, workers, lost_unit),
+            num_bytes=lambda unit: unit.num_bytes,
+            limits=of_unit,
+            modules=modules,
+        )
+        with contextlib.closing(results):  # ends the workers at an error or Ctrl-C
+            for _, result in results:
+                walk.take(result)
+
+    try:
+        units = walk.units()
+        first = next(units, None)  # lists the first folders, so that something can be reported
+        check()
+        if first is not None:
+            read(itertools.chain([first], units))
+        lost, walk.lost = walk.lost, []
+        if lost:
+            alone = itertools.chain.from_iterable(unit.single_files() for unit in lost)
+            read(iter(alone))
+    finally:
+        journal.flush()
+        walk.found.limit.close()
+    return walk.result()
+
+
+class _Walk:
+    """The listing while it runs; arguments as in `list_files`."""
+
+    def __init__(
+        self,
+        inputs: IndexInputs,
+        journal: Journal,
+        rules: ScanRules,
+        seconds: float,
+        share: Share,
+        listed: Callable[[int], None],
+    ) -> None:
+        self.inputs, self.journal, self.rules, self.share = inputs, journal, rules, share
+        self.seconds = seconds
+        self.listed = listed
+        self.found = SearchState(limit=TimeLimit(seconds))
+        self.lost: list[HeadUnit] = []
+        self.num_files = 0
+        self.is_whole = True
+        self._current, self._others = bytearray(), bytearray()
+        status = os.stat(journal.folder.parent)
+        self._own_folder = (status.st_dev, status.st_ino)
+        known = journal.read(head_table.HEADS, ["key", "state"])
+        self._known = Keys(keys_in(known))
+        self._states = known.column("state").to_numpy()
+
+    def result(self) -> Listed:
+        """What was found."""
+        counts = Counter(+self.found.passed_over)
+        return Listed(
+            *(self.found.sources, counts, bytes(self._current), bytes(self._others)),
+            num_files=self.num_files,
+            is_whole=self.is_whole,
+        )
+
+    def units(self) -> Iterator[HeadUnit]:
+        """List the folders; the files whose heads must be read."""
+        for folder, entries in self._folders():
+            yield from self._units_of(folder, entries)
+            self.listed(self.num_files)
+
+    def _folders(self) -> Iterator[tuple[Path, Entries]]:
+        seen: set[tuple[int, int]] = set()
+        with contextlib.suppress(OSError):
+            status = os.stat(self.journal.folder)
+            seen.add((status.st_dev, status.st_ino))
+        for folder in self.inputs.folders:
+            yield from folders_below(folder, self.found, seen)
+        for folder, names in self.inputs.files.items():
+            try:
+                entries = self.found.limit.call(folder_entries.read, folder)
+            except (NoAnswer, OSError) as error:
+                reason = LATE if isinstance(error, NoAnswer) else ""
+                line = f"{file_name(str(folder))} cannot be listed" if reason else ""
+                self.found.sources.append(Source(folder, UNREADABLE, (folder,), reason, line))
+                continue
+            if entries.identity not in seen:
+                yield folder, _named(entries, folder, names)
+
+    def _units_of(self, folder: Path, entries: Entries) -> Iterator[HeadUnit]:
+        """Take in one folder; what must be read of it."""
+        self.num_files += len(entries.files)
+        if entries.identity == self._own_folder:
+            self._forget_own_files(folder)
+        sources, others = by_format(folder, entries.files)
+        place = os.fsencode(folder.relative_to(self.inputs.root).as_posix())
+        stamps = dict(zip(entries.files, entries.stamps))
+        keys = {name: _file_key(place, name, stamps[name]) for name in others}
+        self.found.sources += _with_stamps(sources, place, stamps, others)
+        stems = frozenset(stem_of(source.path) for source in sources)
+        for number, names in enumerate(_chunks(others, stamps)):
+            new = self._unknown(names, keys, stems)
+            if not new:
+                continue
+            if not self.share.has(place + b"\0%d" % number):
+                self.is_whole = False
+                continue
+            yield HeadUnit(
+                *(self.inputs.root, folder, tuple(new), tuple(keys[name] for name in new)),
+                num_bytes=sum(max(0, stamps[name][0]) for name in new),
+                seconds=self.seconds,
+                key=self.rules.key,
+                # of a folder of which only some files were named, nothing is examined here
+                rules=None if folder in self.inputs.files else self.rules,
+                stems=stems,
+            )
+
+    def _forget_own_files(self, folder: Path) -> None:
+        """Do not count the hidden files that the index itself has in the archive."""
+        own: Counter[str] = Counter()
+        for name in os.listdir(folder):
+            if name == self.journal.folder.name and name.startswith("."):
+                own[passed.HIDDEN_FOLDER] += 1
+            elif name == KEY_FILE or (name.startswith(".") and ".lease" in name):
+                own[passed.HIDDEN_FILE] += 1
+        self.found.passed_over.subtract(own)
+
+    def _unknown(
+        self, names: Sequence[str], keys: dict[str, bytes], stems: frozenset[str]
+    ) -> list[str]:
+        """The files that the journal does not have; the others are taken in."""
+        places = self._known.find(b"".join(keys[name] for name in names))
+        new = []
+        for name, place in zip(names, places.tolist()):
+            if place < 0:
+                new.append(name)
+            elif self._states[place] == head_table.NO_DICOM:
+                self._pass_over(name, stems)
+                self._others += keys[name]
+            else:
+                self._current += keys[name]
+        return new
+
+    def _pass_over(self, name: str, stems: frozenset[str]) -> None:
+        """Count a file that is not DICOM."""
+        if not passed.is_companion(name, stems):
+            self.found.passed_over[passed.kind_of(name)] += 1
+
+    def take(self, result: ReadUnit) -> None:
+        """Take in what a worker has read."""
+        unit = result.unit
+        if result.failure is not None:
+            if len(unit.names) > 1:
+                self.lost.append(unit)
+            else:
+                self._add_lost(unit, result)
+            return
+        for key, row in result.scans:
+            self.journal.append(SCANS, key, row)
+        place = os.fsencode(unit.folder.relative_to(unit.root).as_posix())
+        for looked, key in zip(result.looked, unit.keys):
+            path = unit.folder / looked.name
+            if looked.late:
+                source = late_source(path, looked.late)
+                if source is None:
+                    self.found.passed_over[passed.NO_ANSWER] += 1
+                else:
+                    self.found.sources.append(source)
+            elif looked.may_pass and looked.refusal is not None:
+                source = Source(path, DICOM.name, (path,), *looked.refusal)
+                self.found.sources.append(source)
+            else:
+                self.journal.append(head_table.HEADS, key, head_table.row_of(looked, place))
+                if looked.head is None and looked.refusal is None:
+                    self._pass_over(looked.name, unit.stems)
+                    self._others += key
+                else:
+                    self._current += key
+        self.listed(self.num_files)
+
+    def _add_lost(self, unit: HeadUnit, result: ReadUnit) -> None:
+        """Refuse the file that ended the process that read it."""
+        assert result.failure is not None
+        path = unit.folder / unit.names[0]
+        source = late_source(path, "")
+        if source is None:
+            self.found.passed_over[passed.NO_ANSWER] += 1
+            return
+        reason, line = result.failure.reason, result.failure.detail
+        self.found.sources.append(replace(source, reason=reason, detail=line))
+
+
+def _named(entries: Entries, folder: Path, names: frozenset[str]) -> Entries:
+    """The files of a folder that were named. Where one of them may be DICOM, the others that may be
+    stay too, since they may be of its series.
+    """
+    _, others = by_format(folder, entries.files)
+    chosen = set(names)
+    if chosen & set(others):
+        chosen |= set(others)
+    kept = [(n, s) for n, s in zip(entries.files, entries.stamps) if n in chosen]
+    files, stamps = ([item[k] for item in kept] for k in (0, 1))
+    return replace(entries, files=tuple(files), stamps=tuple(stamps), passed_over=Counter())
+
+
+def _file_key(place: bytes, name: str, stamp: Stamp) -> bytes:
+    """The key of one file: where it lies, and whether it was changed."""
+    return key_of(place, name, struct.pack("<qqQ", stamp[0], stamp[1], stamp[2]))
+
+
+def _chunks(names: Sequence[str], stamps: dict[str, Stamp]) -> Iterator[list[str]]:
+    """Names of a folder in groups of limited number and size, equal for every process."""
+    chunk: list[str] = []
+    num_bytes = 0
+    for name in names:
+        if chunk and (len(chunk) >= MOST_FILES or num_bytes > MOST_BYTES):
+            yield chunk
+            chunk, num_bytes = [], 0
+        chunk.append(name)
+        num_bytes += max(0, stamps[name][0])
+    if chunk:
+        yield chunk
+
+
+def _with_stamps(
+    sources: Sequence[Source], place: bytes, stamps: dict[str, Stamp], others: Sequence[str]
+) -> list[Source]:
+    """Sources of single files with their stamps, which hold the files that belong to them too.
+
+    Args:
+        sources: sources of one folder.
+        place: the folder below the root.
+        stamps: stamp of every file in it.
+        others: names of the other files in it.
+    """
+    companions: dict[str, list[str]] = defaultdict(list)
+    for name in others if sources else ():
+        for suffix in passed.COMPANIONS:
+            if name.lower().endswith(suffix):
+                companions[name[: -len(suffix)]].append(name)
+    result = []
+    for source in sources:
+        name = source.path.name
+        names = [name, *companions[stem_of(source.path)]]
+        if name.lower().endswith(_DETACHED):
+            names = [name, *stamps]
+        keys = [_file_key(place, each, stamps[each]) for each in names]
+        result.append(replace(source, stamp=key_of(*keys)))
+    return result

@@ -1,0 +1,76 @@
+"""Where an index writes: one Parquet file, or the folder of an archive with its journal."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import tapct
+from tapct.base.exits import UserError
+from tapct.base.files import check_new_path
+from tapct.data.index import head_table, scan_table
+from tapct.data.index.journal import Journal
+from tapct.data.manifest import ARCHIVE_FILE
+from tapct.data.patients.key import key_name
+
+_PARTS = "parts"  # folder of the journal in an archive folder
+_VERSION = "1"  # of the rows of a journal
+
+
+@dataclass(frozen=True)
+class IndexPlace:
+    """Where the manifest and the journal of an index lie.
+
+    Args:
+        file: file of the manifest.
+        journal: folder of the journal.
+        is_archive: whether the journal stays, for a later index.
+    """
+
+    file: Path
+    journal: Path
+    is_archive: bool
+
+    @classmethod
+    def of(cls, out: Path) -> IndexPlace:
+        """The place that `--out` names.
+
+        Raises:
+            UserError: it is neither a .parquet file nor a folder for an archive.
+        """
+        if out.is_dir():
+            others = {path.name for path in out.iterdir() if not path.name.startswith(".")}
+            if others and not others & {ARCHIVE_FILE, _PARTS}:
+                raise UserError(
+                    f"{out} is a folder with other files; give a new folder, or a file such as "
+                    f"{out / ARCHIVE_FILE}"
+                )
+            return cls(out / ARCHIVE_FILE, out / _PARTS, True)
+        if out.suffix == ".parquet":
+            check_new_path(out)
+            return cls(out, out.with_name(f".{out.name}.parts"), False)
+        if out.suffix or os.path.lexists(out):
+            raise UserError(
+                f"the manifest is a Parquet file, and {out} does not end in .parquet; give a name "
+                f"such as {out.with_suffix('.parquet')}, or a folder"
+            )
+        check_new_path(out / ARCHIVE_FILE)
+        return cls(out / ARCHIVE_FILE, out / _PARTS, True)
+
+
+def open_journal(place: IndexPlace, key: bytes, name: str = "") -> Journal:
+    """The journal of an index; one of another version of tapct, or with another key, is removed.
+
+    Args:
+        place: where the index writes.
+        key: secret of the hashes.
+        name: name of the process, for several that write at once.
+    """
+    about = {"tapct": tapct.__version__, "version": _VERSION, "key": key_name(key)}
+    schemas = {
+        head_table.HEADS: head_table.SCHEMA,
+        scan_table.SCANS: scan_table.SCAN_SCHEMA,
+        scan_table.LABELS: scan_table.LABEL_SCHEMA,
+    }
+    return Journal(place.journal, about, schemas, name)
