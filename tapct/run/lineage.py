@@ -9,15 +9,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 from tapct.data.packed import trained_on
-from tapct.data.packed.store import Store
+from tapct.data.packed.store_group import AnyStore, archives_of
 from tapct.data.packed.trained_on import TrainedOn
 from tapct.run_folder import RunFolder, has_step_name, step_of
 from tapct.weights.export import scans_of_export
 
 
 def update(
-    run: Path, store: Store, rows: Sequence[int], *, start: int, saved: Path | None, init: str
+    run: Path,
+    store: AnyStore,
+    rows: Sequence[int] | np.ndarray,
+    *,
+    start: int,
+    saved: Path | None,
+    init: str,
 ) -> None:
     """Add the scans of this start to the list of the run. The first rank calls it, before the first
     step.
@@ -25,7 +33,7 @@ def update(
     Args:
         run: run folder.
         store: packed scans.
-        rows: rows of the store that are trained on.
+        rows: rows of the store that are trained on, ascending.
         start: finished steps.
         saved: checkpoint that the run resumes from; None for a new run.
         init: file that `train.init` was found to mean; empty without.
@@ -42,7 +50,11 @@ def update(
         known = scans_of_weights(Path(init)).at_start()
     else:
         known = TrainedOn()
-    known.with_store(store, rows, start).write(path)
+    rows = np.asarray(rows, np.int64)
+    for one, numbers in archives_of(store):
+        low, high = np.searchsorted(rows, (numbers.start, numbers.stop))
+        known = known.with_store(one, rows[low:high] - numbers.start, start)
+    known.write(path)
 
 
 def scans_of_run(run: Path, step: int) -> TrainedOn:

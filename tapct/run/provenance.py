@@ -22,11 +22,14 @@ from tapct.base.exits import UserError, single_line
 from tapct.config import Resolved
 from tapct.config.flat import flatten
 from tapct.config.plugins import Plugin
-from tapct.data.packed.store import Store
+from tapct.data.packed.store_group import AnyStore
+from tapct.run.training_data import TrainingData, open_store
 from tapct.run_folder import RunFolder
 
 
-def write_run_files(out: Path, resolved: Resolved, store: Store, command: str) -> None:
+def write_run_files(
+    out: Path, resolved: Resolved, store: AnyStore, command: str, data: TrainingData
+) -> None:
     """config.yaml and run.json: what was run, on what, with which versions."""
     out.mkdir(parents=True, exist_ok=True)
     files.write_atomically(RunFolder(out).config, resolved.to_yaml())
@@ -48,6 +51,11 @@ def write_run_files(out: Path, resolved: Resolved, store: Store, command: str) -
                 reason: count for reason, count in store.summary.items() if reason != "accepted"
             },
         },
+        "training": {
+            "digest": data.digest,
+            "scans": len(data.rows),
+            "about": list(data.lines),
+        },
     }
     files.write_atomically(RunFolder(out).provenance, json.dumps(about, indent=1))
 
@@ -63,8 +71,11 @@ def facts_of_rank(resolved: Resolved, device: torch.device) -> dict[str, str]:
     """
     facts = {key: str(value) for key, value in flatten(resolved.to_dict()).items()}
     store = Path(facts.pop("data.store"))
+    facts.pop("data.cache.dir")  # it may hold the name of a node or job
+    data = resolved.value.data
+    facts["data.stores"] = str([(one.name or one.path.name, one.weight) for one in data.stores])
     try:
-        facts["digest of data.store"] = Store(resolved.value.data.store).digest
+        facts["digest of data.store"] = open_store(data).digest
     except (UserError, OSError) as error:
         facts["digest of data.store"] = f"unknown ({store}: {single_line(error, 120)})"
     facts["kind of device"] = device.type

@@ -31,6 +31,7 @@ HARMLESS = (
     "model.attention",
     "data.store",
     "data.on_change",
+    "data.cache.",
     "data.loader.workers",
     "data.loader.prefetch",
     "data.loader.on_error",

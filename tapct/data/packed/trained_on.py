@@ -9,10 +9,11 @@ one row per scan and is written when a run starts, never during steps.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -71,7 +72,7 @@ class TrainedOn:
         """The same scans as those of a run that starts from these weights."""
         return replace(self, from_step=dict.fromkeys(self.from_step, 0))
 
-    def with_store(self, store: Store, rows: Iterable[int], step: int) -> TrainedOn:
+    def with_store(self, store: Store, rows: Sequence[int] | np.ndarray, step: int) -> TrainedOn:
         """Add the scans of a store that are drawn from a step on.
 
         Args:
@@ -80,9 +81,11 @@ class TrainedOn:
             step: finished steps.
         """
         from_step = dict(self.from_step)
-        for row in rows:
-            scan = store.scans[row]
-            seen = SeenScan(scan.checksum, scan.patient, store.patient_key, scan.patient_from)
+        at = pa.array(np.asarray(rows, np.int64))
+        names = ("checksum", "patient", "patient_from")
+        columns = [store.scans.column(name).take(at).to_pylist() for name in names]
+        for checksum, patient, rule in zip(*columns, strict=True):
+            seen = SeenScan(checksum, patient, store.patient_key, rule)
             from_step[seen] = min(step, from_step.get(seen, step))
         return replace(self, from_step=from_step)
 
