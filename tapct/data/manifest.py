@@ -385,6 +385,54 @@ def read_columns(file: Path, digest: str, names: Sequence[str]) -> pyarrow.Table
     return table.combine_chunks()
 
 
+def columns_in_order(
+    file: Path, digest: str, names: Sequence[str], ids: pyarrow.Array
+) -> pyarrow.Table | None:
+    """Columns of a manifest in the order of a store's scans; nulls for a scan that it lacks.
+
+    A store lists the accepted scans in the order of the manifest. Where it has all of them, nothing
+    has to be searched, and only the IDs of the first and the last rows are read and compared.
+
+    Args:
+        file, digest, names: as in `read_columns`.
+        ids: IDs of the store's scans.
+    """
+    status = read_columns(file, digest, ("status",))
+    if status is None:
+        return None
+    is_accepted = pc.equal(status.column("status"), ACCEPTED)
+    num_accepted = pc.sum(is_accepted).as_py() or 0
+    if num_accepted == len(ids) and _ends_are(file, is_accepted, ids):
+        table = read_columns(file, digest, names)
+        if table is None or num_accepted == len(status):
+            return table
+        return table.filter(is_accepted)
+    table = read_columns(file, digest, ("id", *names))
+    if table is None:
+        return None
+    known = table.column("id").combine_chunks()
+    return table.select(list(names)).take(pc.index_in(ids.cast(known.type), value_set=known))
+
+
+def _ends_are(file: Path, is_accepted: pyarrow.Array, ids: pyarrow.Array) -> bool:
+    """Whether the accepted rows in the first and the last group of rows of a manifest have the
+    first and the last of these IDs.
+    """
+    with pyarrow.parquet.ParquetFile(file) as parquet:
+        last = parquet.num_row_groups - 1
+        groups = [parquet.read_row_group(k, ["id"]).column("id") for k in {0, last} if k >= 0]
+    if not groups:
+        return True
+    first_ids = groups[0].filter(is_accepted.slice(0, len(groups[0]))).combine_chunks()
+    start = len(is_accepted) - len(groups[-1])
+    last_ids = groups[-1].filter(is_accepted.slice(start)).combine_chunks()
+    ids = ids.cast(first_ids.type)
+    return bool(
+        first_ids.equals(ids.slice(0, len(first_ids)))
+        and last_ids.equals(ids.slice(len(ids) - len(last_ids)))
+    )
+
+
 def read_column(file: Path, digest: str, column: str) -> dict[str, Any]:
     """One column of a manifest by ID; empty where it cannot be read; arguments as in
     `read_columns`.

@@ -87,21 +87,21 @@ class Selection:
         Args:
             table: table that has `columns`.
         """
-        whole = reduce(lambda left, right: left & right, [c.expression for c in self.conditions])
-        return _mask(table, whole)
+        return self.apply_and_count(table)[0]
 
-    def counts(self, table: pa.Table) -> list[tuple[str, int]]:
-        """Each condition and the number of rows for which it holds, whatever the others do."""
-        return [
-            (one.text, int(pc.sum(_mask(table, one.expression)).as_py() or 0))
-            for one in self.conditions
+    def apply_and_count(self, table: pa.Table) -> tuple[pa.Array, list[str]]:
+        """`apply`, and for several conditions the number of rows for which each of them holds,
+        whatever the others do, as lines for people.
+        """
+        masks = [_mask(table, one.expression) for one in self.conditions]
+        whole = reduce(pc.and_, masks)
+        if len(masks) == 1:
+            return whole, []
+        lines = [
+            f"  {num_true(mask)} of {len(table)} fulfil {one.text}"
+            for mask, one in zip(masks, self.conditions, strict=True)
         ]
-
-    def lines(self, table: pa.Table) -> list[str]:
-        """The counts of several conditions as lines for people; none for a single condition."""
-        if len(self.conditions) == 1:
-            return []
-        return [f"  {number} of {len(table)} fulfil {text}" for text, number in self.counts(table)]
+        return whole, lines
 
 
 def parse(text: str, option: str) -> Selection:
@@ -319,6 +319,11 @@ class _Parser:
         if kind == _TEXT:
             return pc.not_equal(column, pc.scalar("")), _TRUTH
         return ~pc.is_nan(column), _TRUTH
+
+
+def num_true(mask: pa.Array) -> int:
+    """Number of rows at which a mask is true."""
+    return int(pc.sum(mask).as_py() or 0)
 
 
 def _mask(table: pa.Table, expression: pc.Expression) -> pa.Array:

@@ -105,8 +105,10 @@ class DinoLoss(Loss):
         global_sum, local_sum = result.ce_VB[:num_globals].sum(), result.ce_VB[num_globals:].sum()
         num_samples = result.ce_VB.shape[1]
 
+        ce_VB = result.ce_VB
+
         def value_by_sample() -> Tensor:
-            return scale * result.ce_VB.sum(0)
+            return scale * ce_VB.sum(0)
 
         num_global_pairs = num_globals * (num_globals - 1)
         num_local_pairs = num_globals * num_locals

@@ -28,7 +28,7 @@ from tapct.data.packed.scan_list import patient_numbers
 from tapct.data.packed.store import INDEX_NAME, Store
 from tapct.data.patients.split import are_below
 from tapct.report import archive_pictures
-from tapct.report.archive_pictures import Picture
+from tapct.report.archive_pictures import ScanPicture
 from tapct.types import HUContract
 
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
@@ -114,7 +114,10 @@ def write(
 
 
 def page(
-    name: str, manifest: Manifest, pictures: Sequence[Picture] = (), own: Foreground | None = None
+    name: str,
+    manifest: Manifest,
+    pictures: Sequence[ScanPicture] = (),
+    own: Foreground | None = None,
 ) -> str:
     """The HTML of the page.
 
@@ -193,7 +196,7 @@ def chart(title: str, content: str, note: str = "") -> str:
     return f"<div class='chart'><h3>{text(title)}</h3>{content}{below}</div>"
 
 
-def section_of_reasons(manifest: Manifest, pictures: Sequence[Picture]) -> str:
+def section_of_reasons(manifest: Manifest, pictures: Sequence[ScanPicture]) -> str:
     """Counts by reason, and slices of accepted and refused scans."""
     summary = manifest.summary()
     num_accepted = summary.pop(ACCEPTED)
@@ -222,7 +225,7 @@ def section_of_reasons(manifest: Manifest, pictures: Sequence[Picture]) -> str:
     return "".join(parts)
 
 
-def size_of(picture: Picture) -> str:
+def size_of(picture: ScanPicture) -> str:
     """The caption of an accepted scan."""
     row = picture.row
     return (
@@ -231,7 +234,7 @@ def size_of(picture: Picture) -> str:
     )
 
 
-def gallery(pictures: Sequence[tuple[Picture, str]]) -> str:
+def gallery(pictures: Sequence[tuple[ScanPicture, str]]) -> str:
     """Slices with captions."""
     figures = []
     for picture, caption in pictures:

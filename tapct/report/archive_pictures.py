@@ -38,7 +38,7 @@ class PictureTask:
 
 
 @dataclass(frozen=True)
-class Picture:
+class ScanPicture:
     """A slice of a scan.
 
     Args:
@@ -70,7 +70,7 @@ def draw(
     workers: int = 0,
     limits: ScanLimits = DEFAULT_LIMITS,
     progress: Callable[[int, int], None] | None = None,
-) -> list[Picture]:
+) -> list[ScanPicture]:
     """Draw the middle slice of scans.
 
     Args:
@@ -82,7 +82,7 @@ def draw(
     """
     root = manifest.root.resolve()
     tasks = [PictureTask(row, root) for row in rows]
-    pictures: list[Picture | None] = [None] * len(tasks)
+    pictures: list[ScanPicture | None] = [None] * len(tasks)
     results = map_unordered(
         draw_one,
         tasks,
@@ -100,12 +100,12 @@ def draw(
     return [picture for picture in pictures if picture is not None]
 
 
-def failed_picture(task: PictureTask, failure: Failure) -> Picture:
+def failed_picture(task: PictureTask, failure: Failure) -> ScanPicture:
     """The picture of a scan whose worker process was lost: none."""
-    return Picture(task.row)
+    return ScanPicture(task.row)
 
 
-def draw_one(task: PictureTask) -> Picture:
+def draw_one(task: PictureTask) -> ScanPicture:
     """Read a scan and draw it; this runs in a worker process."""
     row = task.row
     try:
@@ -116,9 +116,9 @@ def draw_one(task: PictureTask) -> Picture:
             view_ZYX, (_, dy, dx), *_ = to_lps(image.voxels_IJK, image.affine)
             plane_YX = np.asarray(view_ZYX[len(view_ZYX) // 2], np.float64)
             plane_YX = plane_YX * image.slope + image.intercept
-            return Picture(row, png_of(plane_YX, (dy, dx), row.status == ACCEPTED))
+            return ScanPicture(row, png_of(plane_YX, (dy, dx), row.status == ACCEPTED))
     except (Refused, OSError):
-        return Picture(row)
+        return ScanPicture(row)
 
 
 def png_of(plane_YX: np.ndarray, spacing_mm: tuple[float, float], is_hu: bool) -> bytes:

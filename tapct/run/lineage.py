@@ -41,19 +41,23 @@ def update(
         UserError: the list cannot be written.
     """
     path = RunFolder(run).trained_on
+    rows = np.asarray(rows, np.int64)
+    parts = []
+    for one, numbers in archives_of(store):
+        low, high = np.searchsorted(rows, (numbers.start, numbers.stop))
+        parts.append((one, rows[low:high] - numbers.start))
+    if saved is None and not init:
+        trained_on.write_first(path, parts, start)
+        return
     if saved is not None and saved.parent.parent == run and path.is_file():
         # also the scans of steps after the checkpoint: weights of them may wait to be evaluated
         known = trained_on.read(path)
     elif saved is not None:
         known = scans_of_checkpoint(saved)
-    elif init:
-        known = scans_of_weights(Path(init)).at_start()
     else:
-        known = TrainedOn()
-    rows = np.asarray(rows, np.int64)
-    for one, numbers in archives_of(store):
-        low, high = np.searchsorted(rows, (numbers.start, numbers.stop))
-        known = known.with_store(one, rows[low:high] - numbers.start, start)
+        known = scans_of_weights(Path(init)).at_start()
+    for one, own_rows in parts:
+        known = known.with_store(one, own_rows, start)
     known.write(path)
 
 

@@ -135,11 +135,10 @@ def _selected(data: DataConfig, store: AnyStore, lines: list[str]) -> np.ndarray
                 "manifest that was packed, which is gone, has changed or is of an earlier version; "
                 "put it back, or index and pack again"
             )
-        mask_N = wanted.apply(table)
-        chosen = int(pc.sum(mask_N).as_py() or 0)
-        about = f"data.select: {chosen} of {counted(len(table), 'scan')} of {one.path} fulfil "
-        lines.append(about + wanted.text)
-        lines += wanted.lines(table)
+        mask_N, counts = wanted.apply_and_count(table)
+        scans = f"{selection.num_true(mask_N)} of {counted(len(table), 'scan')}"
+        lines.append(f"data.select: {scans} of {one.path} fulfil {wanted.text}")
+        lines += counts
         parts.append(mask_N.to_numpy(zero_copy_only=False))
     return np.concatenate(parts)
 

@@ -53,9 +53,10 @@ def test_a_mark_is_one_of_the_codes_and_not_a_part_of_one() -> None:
 
 def test_each_condition_is_counted_alone() -> None:
     selection = parse("spacing_z_mm <= 5 and kernel not in ['B70f']", "data.select")
-    assert selection.counts(TABLE) == [("spacing_z_mm <= 5", 2), ("kernel not in ['B70f']", 3)]
-    assert selection.lines(TABLE)[1] == "  3 of 4 fulfil kernel not in ['B70f']"
-    assert parse("depth > 10", "data.select").lines(TABLE) == []
+    mask, lines = selection.apply_and_count(TABLE)
+    assert mask.to_pylist() == [True, False, False, False]
+    assert lines == ["  2 of 4 fulfil spacing_z_mm <= 5", "  3 of 4 fulfil kernel not in ['B70f']"]
+    assert parse("depth > 10", "data.select").apply_and_count(TABLE)[1] == []
 
 
 @pytest.mark.parametrize(

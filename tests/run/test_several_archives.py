@@ -76,7 +76,7 @@ def test_other_shares_or_another_selection_are_another_archive(
         return training_data(config, open_store(config.data), None).digest
 
     plain = digest()
-    assert plain == Store(sites[0]).digest == digest("data.select=")
+    assert plain == Store(sites[0]).digest == digest("data.select=''")
     found = [
         plain,
         digest("data.select=depth > 0"),

@@ -42,9 +42,10 @@ def write_selected(file: Path, out: Path, text: str) -> Iterator[str]:
     manifest = Manifest.read(file)
     accepted = manifest.accepted
     assert isinstance(accepted, RowTable), "a manifest that was read has its rows in Arrow"
-    chosen = accepted.where(wanted.apply(accepted.table))
+    mask, counts = wanted.apply_and_count(accepted.table)
+    chosen = accepted.where(mask)
     yield f"{len(chosen)} of {len(accepted)} accepted scans of {file} fulfil {wanted.text}"
-    yield from wanted.lines(accepted.table)
+    yield from counts
     if not len(chosen):
         raise UserError(
             f"{OPTION} {wanted.text} leaves none of the {len(accepted)} accepted scans of {file}; "

@@ -320,10 +320,10 @@ def _write_error(
             f"cannot write the store {out}: {error.strerror or error}. Choose a folder that is "
             "writable."
         )
-    voxel_bytes = sum(voxel_bytes(row) for row, outcome in done if outcome.scan is not None)
+    packed = sum(voxel_bytes(row) for row, outcome in done if outcome.scan is not None)
     ratio = 0.5  # CT usually packs to half its size
-    if voxel_bytes:
-        ratio = sum(outcome.stored_bytes for _, outcome in done) / voxel_bytes
+    if packed:
+        ratio = sum(outcome.stored_bytes for _, outcome in done) / packed
     rest = ratio * sum(voxel_bytes(row) for row, outcome in zip(rows, outcomes) if outcome is None)
     return UserError(
         f"no space left for the store {out} after {len(done)} of {len(rows)} scans: the rest "

@@ -25,7 +25,7 @@ import pyarrow.compute as pc
 from tapct.base.exits import UserError, single_line
 from tapct.base.files import expand_path
 from tapct.data.digest import voxel_digest
-from tapct.data.manifest import ACCEPTED, Manifest, read_column, read_columns
+from tapct.data.manifest import Manifest, columns_in_order, read_column, read_columns
 from tapct.data.packed.local_cache import LocalCache
 from tapct.data.packed.packed_labels import labels_file, read_packed_labels
 from tapct.data.packed.packed_scan import Damaged, PackedScan
@@ -172,22 +172,20 @@ class Store:
             The columns; None where the store itself does not hold them and the manifest that was
             packed is gone, has changed or is of an earlier version.
         """
-        if set(names) <= self.scans.own_columns:
-            return pa.table({name: self.scans.column(name) for name in names})
+        own = [name for name in names if name in self.scans.own_columns]
+        table = pa.table({name: self.scans.column(name) for name in own})
+        others = [name for name in names if name not in own]
+        if not others:
+            return table
         if not self._manifest_file:
             return None
         file = self.path / self._manifest_file
-        wanted = list(dict.fromkeys(("id", "status", *names)))
-        table = read_columns(file, self.manifest_digest, wanted)
-        if table is None:
+        found = columns_in_order(file, self.manifest_digest, others, self.scans.column("id"))
+        if found is None:
             return None
-        packed = table.filter(pc.equal(table.column("status"), ACCEPTED))
-        own_ids = self.scans.column("id")
-        if packed.column("id").cast(own_ids.type).equals(pa.chunked_array([own_ids])):
-            return packed.select(list(names))  # the usual case: no ID has to be searched
-        known = table.column("id").combine_chunks()
-        places = pc.index_in(self.scans.column("id").cast(known.type), value_set=known)
-        return table.select(list(names)).take(places)
+        for name in others:
+            table = table.append_column(name, found.column(name))
+        return table.select(list(names))
 
     def num_guessed_patients(self) -> int:
         """Number of scans whose patient `tapct index` guessed from file names; 0 where the manifest

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from tapct.base import files
@@ -32,6 +33,7 @@ _COLUMNS = pa.schema(
         ("patient_from", pa.string()),  # lists of earlier versions lack it
     ]
 )
+_OF_STORE = ("checksum", "patient", "patient_from")  # columns of a store's list
 
 
 @dataclass(frozen=True)
@@ -82,8 +84,7 @@ class TrainedOn:
         """
         from_step = dict(self.from_step)
         at = pa.array(np.asarray(rows, np.int64))
-        names = ("checksum", "patient", "patient_from")
-        columns = [store.scans.column(name).take(at).to_pylist() for name in names]
+        columns = [store.scans.column(name).take(at).to_pylist() for name in _OF_STORE]
         for checksum, patient, rule in zip(*columns, strict=True):
             seen = SeenScan(checksum, patient, store.patient_key, rule)
             from_step[seen] = min(step, from_step.get(seen, step))
@@ -103,17 +104,51 @@ class TrainedOn:
             pa.array([row[number] for row in rows], column.type)
             for number, column in enumerate(_COLUMNS)
         ]
-        info = json.dumps({"schema": SCHEMA, "unknown": list(self.unknown)}).encode()
-        table = pa.Table.from_arrays(arrays, schema=_COLUMNS.with_metadata({_KEY: info}))
-        sink = pa.BufferOutputStream()
-        pq.write_table(table, sink)
-        try:
-            files.write_atomically(path, sink.getvalue().to_pybytes())
-        except OSError as error:
-            raise UserError(
-                f"cannot write {path}: {files.first_cause(error)}; free space or check the "
-                "folder's permissions"
-            ) from error
+        _write(path, pa.Table.from_arrays(arrays, schema=_COLUMNS), self.unknown)
+
+
+def write_first(path: Path, parts: Sequence[tuple[Store, np.ndarray]], step: int) -> None:
+    """Write the table of a run that begins with random weights: that of `TrainedOn().with_store` of
+    each part, without an object per scan.
+
+    Args:
+        path: file to write.
+        parts: stores, and the rows of each that are trained on.
+        step: finished steps.
+    Raises:
+        UserError: the disk is full or the folder is not writable.
+    """
+    tables = []
+    for store, rows in parts:
+        at = pa.array(np.asarray(rows, np.int64))
+        columns = {name: store.scans.column(name).take(at) for name in _OF_STORE}
+        columns["patient_key"] = pa.array([store.patient_key] * len(at), pa.string())
+        columns["from_step"] = pa.array(np.full(len(at), step))
+        names = {"checksum": "digest"}
+        table = pa.table({names.get(name, name): column for name, column in columns.items()})
+        tables.append(table.select(_COLUMNS.names).cast(_COLUMNS))
+    whole = pa.concat_tables(tables)
+    if pc.count_distinct(whole.column("digest")).as_py() == len(whole):
+        _write(path, whole, ())
+        return
+    known = TrainedOn()  # some scans are listed twice
+    for store, rows in parts:
+        known = known.with_store(store, rows, step)
+    known.write(path)
+
+
+def _write(path: Path, table: pa.Table, unknown: Sequence[str]) -> None:
+    """Write a table of scans, whole or not at all; arguments and errors as in `TrainedOn`."""
+    info = json.dumps({"schema": SCHEMA, "unknown": list(unknown)}).encode()
+    sink = pa.BufferOutputStream()
+    pq.write_table(table.replace_schema_metadata({_KEY: info}), sink)
+    try:
+        files.write_atomically(path, sink.getvalue().to_pybytes())
+    except OSError as error:
+        raise UserError(
+            f"cannot write {path}: {files.first_cause(error)}; free space or check the folder's "
+            "permissions"
+        ) from error
 
 
 def read(path: Path) -> TrainedOn:
