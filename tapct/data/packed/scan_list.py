@@ -24,8 +24,8 @@ from tapct.data.patients.split import patient_number_name
 
 SHAPE = ("depth", "height", "width")
 SPACING = ("spacing_z_mm", "spacing_y_mm", "spacing_x_mm")
-# rows that are decoded at once where all are wanted
-_ROWS_AT_ONCE = 4096
+_ROWS_AT_ONCE = 4096  # rows that are decoded at once where all are wanted
+_FEW = 5000  # rows of which all objects are kept, once one is asked for
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +79,7 @@ class ScanList(Sequence[StoredScan]):
     ) -> None:
         self._columns, self._find_paths, self._at = columns, paths, at
         self._paths: pa.Array | None = None
+        self._kept: tuple[StoredScan, ...] = ()
         self._shapes = [columns[name].to_numpy() for name in SHAPE]
         self._spacings = [columns[name].to_numpy() for name in SPACING]
 
@@ -96,7 +97,11 @@ class ScanList(Sequence[StoredScan]):
             return tuple(self[k] for k in range(*i.indices(len(self))))
         if not -len(self) <= i < len(self):
             raise IndexError(f"row {i} of {len(self)} scans")
-        return next(self._rows(np.asarray([int(i) % len(self)])))
+        if len(self) > _FEW:
+            return next(self._rows(np.asarray([int(i) % len(self)])))
+        if not self._kept:
+            self._kept = tuple(self._rows(np.arange(len(self))))
+        return self._kept[i]
 
     def __iter__(self) -> Iterator[StoredScan]:
         for start in range(0, len(self), _ROWS_AT_ONCE):
