@@ -31,7 +31,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         hu_ZYX = make_ct((6 + i, 24, 26), i)
         save_scan(folder / NAME / f"{NAME}{i}.nii.gz", hu_ZYX, (0.8, 0.7, 1.0 + i))
     save_scan(folder / NAME / "copy.nii.gz", make_ct((6, 24, 26), 0), (0.8, 0.7, 1.0))
-    save_scan(folder / NAME / "mr.nii.gz", np.full((6, 24, 26), 300, np.int16) + make_ct() * 0)
+    save_scan(folder / NAME / "mr.nii.gz", np.full((6, 24, 26), 300, np.int16))
     build_manifest(folder / NAME, folder / "m.parquet", workers=0, min_depth=1)
     return folder
 

@@ -17,6 +17,7 @@ import logging
 import os
 import shutil
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ _log = logging.getLogger(__name__)
 GB = 10**9
 _TOTAL = ".total"  # holds the sum of the sizes; it is also what processes lock
 _KEPT_SHARE = 0.9  # of the quota, after copies were deleted
+_COPYING_S = 600.0  # an unfinished copy that was not written to for this time belongs to nobody
 _LARGEST_SHARE = 0.5  # of the quota that one scan may have
 
 
@@ -98,6 +100,8 @@ class LocalCache:
                 shutil.copyfileobj(content, target, 1 << 20)
             self.copies += 1
             return copy
+        except FileNotFoundError:  # another process has deleted the unfinished copy
+            return source
         except OSError as error:
             return self._not_used(source, error)
 
@@ -145,8 +149,8 @@ class LocalCache:
     def _delete_down_to(self, most: int) -> int:
         """Delete the copies that were used least recently until the others fit.
 
-        Unfinished copies count too: those of living processes are new, those of killed ones get
-        old.
+        Unfinished copies count too: those of living processes are new and stay, those of killed
+        ones get old.
 
         Args:
             most: bytes that may stay.
@@ -159,9 +163,12 @@ class LocalCache:
                 facts = file.stat()
                 found.append((facts.st_mtime, facts.st_size, file))
         total = sum(size for _, size, _ in found)
-        for _, size, file in sorted(found):
+        now = time.time()
+        for when, size, file in sorted(found):
             if total <= most:
                 break
+            if file.name.startswith(".") and now - when < _COPYING_S:
+                continue
             with suppress(OSError):
                 file.unlink()
                 total -= size
