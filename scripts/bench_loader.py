@@ -225,9 +225,11 @@ def main() -> None:
     if options.store:
         store = Store(options.store)
         with ExitStack() as stack:
-            names = {f"{backend} {workers}": (backend, workers) for backend, workers in WORKERS}
             readers = {
-                n: stack.enter_context(from_loader(store, options.depth, *names[n])) for n in names
+                f"{workers} threads": stack.enter_context(
+                    from_loader(store, options.depth, workers)
+                )
+                for workers in WORKERS
             }
             found = measure(readers, options.steps)
         show(found)

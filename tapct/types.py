@@ -9,6 +9,7 @@ Orientation: LPS, axial slices first. Index z grows towards the head (Superior),
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -380,7 +381,11 @@ class LossResult:
     Args:
         terms: optimised terms.
         targets: statistics of the teacher's targets; None without prototypes.
+        value_by_sample: function that returns the part of each sample in the sum of the terms'
+            values, (B,), without gradient; None where a loss cannot be divided, because it compares
+            samples.
     """
 
     terms: tuple[Term, ...]
     targets: TargetStats | None = None
+    value_by_sample: Callable[[], Tensor] | None = field(default=None, repr=False)

@@ -229,6 +229,8 @@ def test_planted_names_are_nowhere_but_in_the_columns_of_paths(
         shell.good("report", run),
         shell.good("export", run),
         shell.good("compare", run, "--out", tmp_path / "compare.html"),
+        shell.good("report", store),
+        shell.good("contract", store),
     ]
     scan = archive / accepted[0]["path"]
     features = tmp_path / "features.npz"
@@ -255,7 +257,7 @@ def test_only_the_owner_can_read_what_is_about_patients(tmp_path: Path, shell: S
     write_nifti(scan, make_ct(SHAPE_ZYX, 1))
     shell.good("index", scan.parent, "--out", tmp_path / "m.parquet", "--workers", 0)
     shell.good("pack", tmp_path / "m.parquet", "--out", tmp_path / "store", "--workers", 0)
-    private = [tmp_path / "m.parquet", tmp_path / KEY_FILE, *(tmp_path / "store").glob("*.*")]
+    private = [tmp_path / "m.parquet", tmp_path / KEY_FILE, *(tmp_path / "store").rglob("*.*")]
     assert len([file for file in private if file.suffix == ".b2nd"]) == 1
     for file in private:
         if file.name != ".lock":

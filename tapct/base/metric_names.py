@@ -7,6 +7,7 @@
     health/READING       what the features look like: `FEATURE_READINGS`
     seconds/STAGE        time of a stage of the step; seconds/step is all of it
     ranks/READING        which rank came last to the step, and when: `RANK_READINGS`
+    archive/NAME/READING loss and number of samples of one of several archives
 
 Beside these: step, samples, time, samples_per_second and the values of the schedules.
 """
@@ -34,6 +35,7 @@ FEATURE_READINGS = (COSINE, CLS_STD, NORM_OUTLIERS, RANKME)
 SLOWEST, SLOWEST_S, MEDIAN_S = "slowest", "slowest_s", "median_s"
 SLOWEST_DATA_S = "slowest_data_s"  # the part of SLOWEST_S in which that rank waited for data
 RANK_READINGS = (SLOWEST, SLOWEST_S, SLOWEST_DATA_S, MEDIAN_S)
+ARCHIVE_LOSS, ARCHIVE_SAMPLES = "loss", "samples"
 
 
 def loss(term: str) -> str:
@@ -74,6 +76,16 @@ def seconds(stage: str) -> str:
 def ranks(reading: str) -> str:
     """Name of a reading of the ranks, one of `RANK_READINGS`."""
     return f"ranks/{reading}"
+
+
+def archive(name: str, reading: str) -> str:
+    """Name of a reading of one of several archives, `ARCHIVE_LOSS` or `ARCHIVE_SAMPLES`."""
+    return f"archive/{name}/{reading}"
+
+
+def is_archive_reading(name: str, reading: str) -> bool:
+    """Whether a number is this reading of an archive."""
+    return name.startswith("archive/") and name.endswith(f"/{reading}")
 
 
 def loss_with_targets(name: str) -> str:

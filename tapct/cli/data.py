@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -37,6 +38,13 @@ Memory = Annotated[
         show_default="80% of the machine's or the job's",
     ),
 ]
+
+
+class Codec(enum.Enum):
+    """How packed scans are compressed."""
+
+    zstd = "zstd"
+    lz4 = "lz4"
 
 
 def limits_of(timeout: float, memory_gb: float | None) -> ScanLimits:
@@ -236,6 +244,25 @@ def index(
         typer.Option(metavar="NAME=VALUE", help="one such threshold; may be given several times"),
     ] = None,
     part: Part = None,
+    report: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="HTML page to write about the archive, with pictures of scans; `tapct report "
+            "MANIFEST` writes it later",
+            show_default="none",
+        ),
+    ] = None,
+    select: Annotated[
+        str | None,
+        typer.Option(
+            metavar="EXPRESSION",
+            help="with a manifest in place of SRC: write the manifest of the accepted scans "
+            "that fulfil it, e.g. \"spacing_z_mm <= 5 and kernel not in ['B70f']\"; no scan is "
+            "read",
+            show_default="all scans",
+        ),
+    ] = None,
     workers: Workers = CPUS,
     timeout: Timeout = 120.0,
     memory_gb: Memory = None,
@@ -246,6 +273,14 @@ def index(
     with the reason. If no scan is accepted, or no label map of --labels is used, the exit code
     is 2. A call that was killed resumes when it is repeated.
     """
+    if select is not None:
+        from tapct.data.index.sub_manifest import write_selected
+
+        if len(sources) != 1:
+            raise exits.UserError("--select reads one manifest; give one path in place of SRC")
+        for line in write_selected(sources[0], out, select):
+            console.say_line(line)
+        return
     if fresh and older is not None:
         raise exits.UserError("--fresh forgets the patients that --older names; give one of them")
     with signals.leaving_at_sigterm(), console.ListingProgress("index", "scans") as progress:
@@ -290,6 +325,12 @@ def index(
         )
     for line in lines_about(manifest, out, min_depth):
         console.say_line(line)
+    if report is not None:
+        from tapct.report import archive
+
+        with signals.leaving_at_sigterm(), console.progress_bar("report") as progress:
+            written = archive.write(out, report, workers=max(1, workers), progress=progress)
+        console.say_line(f"report: {written}")
     check_usable(manifest, labels)
 
 
@@ -324,6 +365,12 @@ def pack(
             max=9,
         ),
     ] = 1,
+    codec: Annotated[
+        Codec,
+        typer.Option(
+            help="zstd, or lz4 for files that are about a fifth larger and faster to read",
+        ),
+    ] = Codec.zstd,
     verify: Annotated[
         bool,
         typer.Option(
@@ -383,6 +430,8 @@ def pack(
                 out,
                 workers=max(1, workers),
                 level=level,
+                codec=codec.value,
+                say=console.say_line,
                 again=again,
                 drop_missing=drop_missing,
                 replace_store=replace_store,

@@ -371,12 +371,18 @@ def only_for_cvpr26(form: str, options: Mapping[str, object]) -> None:
 
 @app.command(epilog=examples("tapct report runs/quickstart"))
 def report(run_folder: RunFolder, data: DataSet = "") -> None:
-    """Write an HTML report of a run.
+    """Write an HTML report of a run, or of an archive.
 
-    RUN/report.html shows curves, health, timing, pictures and the config on one page.
+    RUN/report.html shows curves, health, timing, pictures and the config on one page. With a
+    manifest or a store in place of RUN, the page shows what the archive holds.
     """
-    from tapct.report import page
+    from tapct.report import archive, page
 
+    if archive.is_archive(run_folder):
+        with signals.leaving_at_sigterm(), console.progress_bar("report") as progress:
+            written = archive.write(run_folder, workers=1, progress=progress)
+        console.say_line(f"report: {written}")
+        return
     console.say(f"report: {page.write(run_folder, data)}")
 
 

@@ -214,6 +214,8 @@ def train(
                 print(resolved.pretty(), flush=True)
                 raise
             print(start.resolved.pretty(), flush=True)
+            for line in start.about_data:
+                console.say_line(f"# {line}")
             for line in start.warnings:
                 console.warn(line)
             return

@@ -25,12 +25,12 @@ from tapct.cluster.resources import Resources
 from tapct.cluster.script import JobFolders
 from tapct.cluster.snapshot import copy_package, snapshot_name
 from tapct.config import Resolved
-from tapct.data.packed.store import Store
 from tapct.engine.checkpoint import Checkpoints
 from tapct.run.config import RunConfig
 from tapct.run.resume import check_resume, with_split_of
 from tapct.run.rules import load_run_config, warnings
-from tapct.run.start import data_warnings, training_rows
+from tapct.run.start import data_warnings, training_data
+from tapct.run.training_data import open_store
 from tapct.run_folder import JobFolder, RunFolder, step_of
 
 
@@ -111,11 +111,12 @@ def check_run(resolved: Resolved, resources: Resources, allow_change: bool = Fal
             f"out={config.out}: SLURM would replace the % in the names of its log files; choose "
             "a folder without %"
         )
-    store = Store(config.data.store)
+    store = open_store(config.data)
     saved = check_resume(resolved, allow_change, console.say)
     if saved is not None:
         config = with_split_of(resolved, saved).value
-    return list(data_warnings(config, store, training_rows(config, store, saved), saved))
+    data = training_data(config, store, saved)
+    return [*data.lines, *data_warnings(config, store, data.rows, saved, data.digest)]
 
 
 def run_warnings(resolved: Resolved, resources: Resources) -> list[str]:

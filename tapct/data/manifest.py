@@ -15,17 +15,18 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import pyarrow
+import pyarrow.compute as pc
 import pyarrow.parquet
 
 from tapct.base import files
 from tapct.base.exits import UserError, single_line
-from tapct.data.digest import table_digest
+from tapct.data.digest import arrow_digest
 from tapct.data.labels.report import LabelReport
 from tapct.data.patients.memory import PatientChanges, PatientMemory
 from tapct.data.readers.raw import MAX_TEXT
@@ -34,6 +35,7 @@ SCHEMA = "2"
 ACCEPTED, REFUSED = "accepted", "refused"
 ARCHIVE_FILE = "manifest.parquet"  # in the folder of an archive, see `index.place`
 UNKNOWN = float("nan")  # a number that no file gives
+_ROWS_AT_ONCE = 4096  # rows that are decoded at once where all are wanted
 _ARROW = {
     "str": pyarrow.string(),
     "int": pyarrow.int64(),
@@ -160,6 +162,58 @@ def arrow_type(field: dataclasses.Field[Any]) -> pyarrow.DataType:
     return _ARROW[str(field.type)]
 
 
+class RowTable(Sequence[Row]):
+    """Rows of a manifest as columns in Arrow, and a row as an object on demand.
+
+    Args:
+        table: columns of `Row`, in their order.
+    """
+
+    def __init__(self, table: pyarrow.Table) -> None:
+        self.table = table
+
+    def __len__(self) -> int:
+        return int(self.table.num_rows)
+
+    @overload
+    def __getitem__(self, i: int) -> Row: ...
+
+    @overload
+    def __getitem__(self, i: slice) -> tuple[Row, ...]: ...
+
+    def __getitem__(self, i: int | slice) -> Row | tuple[Row, ...]:
+        if isinstance(i, slice):
+            return tuple(self[k] for k in range(*i.indices(len(self))))
+        if not -len(self) <= i < len(self):
+            raise IndexError(f"row {i} of {len(self)}")
+        return next(_objects(self.table.slice(i % len(self), 1)))
+
+    def __iter__(self) -> Iterator[Row]:
+        for start in range(0, len(self), _ROWS_AT_ONCE):
+            yield from _objects(self.table.slice(start, _ROWS_AT_ONCE))
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, (RowTable, tuple, list)):
+            return NotImplemented
+        return len(self) == len(other) and all(a == b for a, b in zip(self, other))
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return repr(tuple(self))
+
+    def where(self, chosen: pyarrow.Array) -> RowTable:
+        """The rows at which a mask is true."""
+        return RowTable(self.table.filter(chosen))
+
+
+def _objects(table: pyarrow.Table) -> Iterator[Row]:
+    """The rows of a table as objects."""
+    columns = [column.to_pylist() for column in table.itercolumns()]
+    for values in zip(*columns):
+        yield Row(*map(_frozen, values))
+
+
 @dataclass(frozen=True)
 class Manifest:
     """All rows of an archive, in the order of their paths.
@@ -173,6 +227,9 @@ class Manifest:
         ignore_labels: label values of voxels that nobody has labelled, as `tapct index
             --ignore-label` was given them; `tapct pack` reads the labels by the same rule.
         label_names: label values and names of a data set, which replace those of the files.
+        selected_from: what the rows were selected from, oldest first: for each selection, the
+            digest of the manifest, its number of accepted scans and the expression; empty for a
+            manifest of a whole archive.
         label_report: what `tapct index` found about the labels; None for a manifest that was read.
         file: file that holds the manifest; None where there is none.
         memory: what the next index must know of patients beyond the rows.
@@ -180,33 +237,53 @@ class Manifest:
             None where there was no older manifest.
     """
 
-    rows: tuple[Row, ...]
+    rows: Sequence[Row]
     root: Path
     patient_key: str = ""
     passed_over: Mapping[str, int] = field(default_factory=dict, compare=False, repr=False)
     ignore_labels: tuple[int, ...] = ()
     label_names: tuple[tuple[int, str], ...] = ()
+    selected_from: tuple[Mapping[str, Any], ...] = ()
     label_report: LabelReport | None = field(default=None, compare=False, repr=False)
     file: Path | None = field(default=None, repr=False, compare=False)
     memory: PatientMemory = field(default_factory=PatientMemory, repr=False)
     patient_changes: PatientChanges | None = field(default=None, compare=False, repr=False)
 
-    @property
-    def accepted(self) -> tuple[Row, ...]:
+    @functools.cached_property
+    def accepted(self) -> Sequence[Row]:
         """Rows of the scans that `tapct pack` packs."""
+        if isinstance(self.rows, RowTable):
+            return self.rows.where(pc.equal(self.rows.table.column("status"), ACCEPTED))
         return tuple(row for row in self.rows if row.status == ACCEPTED)
+
+    def table(self) -> pyarrow.Table:
+        """All rows as columns."""
+        if isinstance(self.rows, RowTable):
+            return self.rows.table
+        return rows_as_table(self.rows)
 
     @functools.cached_property
     def digest(self) -> str:
         """Hash over ids and voxels of the accepted rows; it does not change when the archive
         moves.
         """
-        lines = sorted(f"{row.id} {row.digest}\n" for row in self.accepted)
+        if isinstance(self.accepted, RowTable):
+            ids, digests = (self.accepted.table.column(name) for name in ("id", "digest"))
+            lines = pc.binary_join_element_wise(ids, digests, " ").to_pylist()
+            lines = [f"{line}\n" for line in sorted(lines)]
+        else:
+            lines = sorted(f"{row.id} {row.digest}\n" for row in self.accepted)
         return hashlib.blake2b("".join(lines).encode(), digest_size=16).hexdigest()
 
     def summary(self) -> dict[str, int]:
         """Number of rows by reason, `accepted` first, then the commonest reason."""
-        reasons = Counter(row.reason for row in self.rows if row.status == REFUSED)
+        if isinstance(self.rows, RowTable):
+            table = self.rows.table
+            refused = table.filter(pc.equal(table.column("status"), REFUSED))
+            counted = pc.value_counts(refused.column("reason")).to_pylist()
+            reasons = Counter({one["values"]: one["counts"] for one in counted})
+        else:
+            reasons = Counter(row.reason for row in self.rows if row.status == REFUSED)
         by_count = sorted(reasons.items(), key=lambda item: (-item[1], item[0]))
         return {ACCEPTED: len(self.accepted), **dict(by_count)}
 
@@ -225,12 +302,9 @@ class Manifest:
         path = files.expand_path(path)
         if (path / ARCHIVE_FILE).is_file():
             path = path / ARCHIVE_FILE
-        metadata, columns = _checked(path, _read_parquet(path))
-        names = [field.name for field in dataclasses.fields(Row)]
-        rows = tuple(
-            Row(**{name: _frozen(value) for name, value in zip(names, values)})
-            for values in zip(*columns)
-        )
+        table = _read_parquet(path)
+        metadata = _checked(path, table)
+        rows = RowTable(_with_later_columns(table.replace_schema_metadata(None)))
         if root is None:
             root = (path.parent.resolve() / metadata["tapct.root_relative"]).resolve()
         manifest = cls(
@@ -239,6 +313,7 @@ class Manifest:
             metadata.get("tapct.patient_key", ""),
             ignore_labels=tuple(json.loads(metadata.get("tapct.ignore_labels", "[]"))),
             label_names=_names(metadata.get("tapct.label_names", "[]")),
+            selected_from=tuple(json.loads(metadata.get("tapct.selected_from", "[]"))),
             file=path,
             memory=PatientMemory.from_json(metadata.get("tapct.patient_memory", "")),
         )
@@ -259,8 +334,8 @@ def _read_parquet(path: Path) -> pyarrow.Table:
         ) from error
 
 
-def _checked(path: Path, table: pyarrow.Table) -> tuple[dict[str, str], list[list[Any]]]:
-    """Metadata and columns of a manifest, of the present version and as `tapct index` wrote them.
+def _checked(path: Path, table: pyarrow.Table) -> dict[str, str]:
+    """Metadata of a manifest of the present version, whose content is as `tapct index` wrote it.
 
     Raises:
         UserError: the table is no manifest of this version, or its digest shows a change.
@@ -272,12 +347,12 @@ def _checked(path: Path, table: pyarrow.Table) -> tuple[dict[str, str], list[lis
     stored = table.schema.metadata or {}
     try:
         metadata = {key.decode(): value.decode() for key, value in stored.items()}
-        columns = [table.column(name).to_pylist() for name in table.column_names]
     except UnicodeDecodeError as error:
         raise damaged from error
     names = [field.name for field in dataclasses.fields(Row)]
     written = metadata.get("tapct.rows", "")
-    is_known = len(columns) >= _FIRST_COLUMNS and table.column_names == names[: len(columns)]
+    num = table.num_columns
+    is_known = num >= _FIRST_COLUMNS and table.column_names == names[:num]
     if not written or metadata.get("tapct.schema") != SCHEMA or not is_known:
         raise UserError(
             f"{path} is not a tapct manifest of version {SCHEMA}; make it again with `tapct index`"
@@ -288,14 +363,38 @@ def _checked(path: Path, table: pyarrow.Table) -> tuple[dict[str, str], list[lis
         if key.startswith("tapct.") and key != "tapct.rows"
     }
     try:
-        is_whole = written == table_digest(columns, facts)
-    except (TypeError, ValueError):  # damage may change the type of a column
+        # damage may change the type of a column, which the digest of numbers would not show
+        is_whole = table.schema.types == list(_schema().types)[:num] and written == arrow_digest(
+            [column.combine_chunks() for column in table.itercolumns()], facts
+        )
+    except (TypeError, ValueError, pyarrow.ArrowException):
         is_whole = False
     if not is_whole:
         raise damaged
-    for later in dataclasses.fields(Row)[len(columns) :]:
-        columns.append([later.default] * table.num_rows)
-    return metadata, columns
+    return metadata
+
+
+def _with_later_columns(table: pyarrow.Table) -> pyarrow.Table:
+    """A table of an earlier version, with the defaults of columns that it does not have."""
+    schema = _schema()
+    for number in range(table.num_columns, len(schema)):
+        field, default = schema.field(number), dataclasses.fields(Row)[number].default
+        column = pyarrow.repeat(pyarrow.scalar(default, type=field.type), table.num_rows)
+        table = table.append_column(field, column)
+    return table
+
+
+def _schema(metadata: Mapping[str, str] | None = None) -> pyarrow.Schema:
+    """The columns of a manifest."""
+    columns = [(one.name, arrow_type(one)) for one in dataclasses.fields(Row)]
+    return pyarrow.schema(columns, metadata=None if metadata is None else dict(metadata))
+
+
+def rows_as_table(rows: Sequence[Row]) -> pyarrow.Table:
+    """Rows as columns."""
+    names = [one.name for one in dataclasses.fields(Row)]
+    columns = {name: [getattr(row, name) for row in rows] for name in names}
+    return pyarrow.table(columns, schema=_schema())
 
 
 def _names(text: str) -> tuple[tuple[int, str], ...]:
@@ -308,32 +407,86 @@ def _frozen(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-def read_paths(file: Path, digest: str) -> dict[str, str]:
-    """The paths of an archive's scans by id, for a store, which has ids alone; arguments as in
-    `read_column`.
-    """
-    return read_column(file, digest, "path")
-
-
-def read_column(file: Path, digest: str, column: str) -> dict[str, Any]:
-    """One column of a manifest by id.
+def read_columns(file: Path, digest: str, names: Sequence[str]) -> pyarrow.Table | None:
+    """Some columns of a manifest, for a store, which has IDs alone.
 
     Args:
         file: file of the manifest.
         digest: digest of the manifest that was packed.
-        column: name of the column.
+        names: names of the columns.
     Returns:
-        Value of each scan by id; empty where the file is gone, is another manifest or has no such
-        column.
+        The columns in the order of the manifest; None where the file is gone, is another manifest
+        or lacks one of the columns.
     """
     try:
-        stored = pyarrow.parquet.read_schema(file).metadata or {}
+        schema = pyarrow.parquet.read_schema(file)
+        stored = schema.metadata or {}
         if stored.get(b"tapct.digest", b"").decode() != digest:
-            return {}
-        table = pyarrow.parquet.read_table(file, columns=["id", column], partitioning=None)
-        return dict(zip(table.column("id").to_pylist(), table.column(column).to_pylist()))
-    except (pyarrow.ArrowException, OSError, KeyError):
+            return None
+        if not set(names) <= set(schema.names):
+            return None
+        table = pyarrow.parquet.read_table(file, columns=list(names), partitioning=None)
+    except (pyarrow.ArrowException, OSError, KeyError, UnicodeDecodeError):
+        return None
+    return table.combine_chunks()
+
+
+def columns_in_order(
+    file: Path, digest: str, names: Sequence[str], ids: pyarrow.Array
+) -> pyarrow.Table | None:
+    """Columns of a manifest in the order of a store's scans; nulls for a scan that it lacks.
+
+    A store lists the accepted scans in the order of the manifest. Where it has all of them, nothing
+    has to be searched, and only the IDs of the first and the last rows are read and compared.
+
+    Args:
+        file, digest, names: as in `read_columns`.
+        ids: IDs of the store's scans.
+    """
+    status = read_columns(file, digest, ("status",))
+    if status is None:
+        return None
+    is_accepted = pc.equal(status.column("status"), ACCEPTED)
+    num_accepted = pc.sum(is_accepted).as_py() or 0
+    if num_accepted == len(ids) and _ends_are(file, is_accepted, ids):
+        table = read_columns(file, digest, names)
+        if table is None or num_accepted == len(status):
+            return table
+        return table.filter(is_accepted)
+    table = read_columns(file, digest, ("id", *names))
+    if table is None:
+        return None
+    known = table.column("id").combine_chunks()
+    return table.select(list(names)).take(pc.index_in(ids.cast(known.type), value_set=known))
+
+
+def _ends_are(file: Path, is_accepted: pyarrow.Array, ids: pyarrow.Array) -> bool:
+    """Whether the accepted rows in the first and the last group of rows of a manifest have the
+    first and the last of these IDs.
+    """
+    with pyarrow.parquet.ParquetFile(file) as parquet:
+        last = parquet.num_row_groups - 1
+        groups = [parquet.read_row_group(k, ["id"]).column("id") for k in {0, last} if k >= 0]
+    if not groups:
+        return True
+    first_ids = groups[0].filter(is_accepted.slice(0, len(groups[0]))).combine_chunks()
+    start = len(is_accepted) - len(groups[-1])
+    last_ids = groups[-1].filter(is_accepted.slice(start)).combine_chunks()
+    ids = ids.cast(first_ids.type)
+    return bool(
+        first_ids.equals(ids.slice(0, len(first_ids)))
+        and last_ids.equals(ids.slice(len(ids) - len(last_ids)))
+    )
+
+
+def read_column(file: Path, digest: str, column: str) -> dict[str, Any]:
+    """One column of a manifest by ID; empty where it cannot be read; arguments as in
+    `read_columns`.
+    """
+    table = read_columns(file, digest, ("id", column))
+    if table is None:
         return {}
+    return dict(zip(table.column("id").to_pylist(), table.column(column).to_pylist()))
 
 
 def write_table(manifest: Manifest, out: Path) -> None:
@@ -345,10 +498,7 @@ def write_table(manifest: Manifest, out: Path) -> None:
     Raises:
         UserError: the disk is full or the folder is not writable; an old manifest is unchanged.
     """
-    fields = dataclasses.fields(Row)
-    columns: dict[str, list[Any]] = {
-        f.name: [getattr(row, f.name) for row in manifest.rows] for f in fields
-    }
+    table = manifest.table()
     metadata = {
         "tapct.schema": SCHEMA,
         # no absolute path: it may hold the name of a user or of a patient
@@ -359,15 +509,18 @@ def write_table(manifest: Manifest, out: Path) -> None:
     }
     if manifest.label_names:
         metadata["tapct.label_names"] = json.dumps(list(manifest.label_names))
+    if manifest.selected_from:
+        metadata["tapct.selected_from"] = json.dumps(list(manifest.selected_from))
     memory = manifest.memory.to_json()
     if memory:
         metadata["tapct.patient_memory"] = memory
-    metadata["tapct.rows"] = table_digest(columns.values(), metadata)
-    schema = pyarrow.schema([(f.name, _ARROW[str(f.type)]) for f in fields], metadata=metadata)
+    columns = [column.combine_chunks() for column in table.itercolumns()]
+    metadata["tapct.rows"] = arrow_digest(columns, metadata)
+    table = pyarrow.Table.from_arrays(columns, schema=_schema(metadata))
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with files.replacing(out, mode=files.PRIVATE) as file:
-            pyarrow.parquet.write_table(pyarrow.table(columns, schema=schema), file)
+            pyarrow.parquet.write_table(table, file)
     except OSError as error:
         raise UserError(
             f"cannot write manifest {out}: {files.first_cause(error)}; nothing was changed"

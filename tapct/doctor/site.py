@@ -23,7 +23,7 @@ def settings(path: str, overrides: list[str]) -> Settings:
     config: RunConfig = load_run_config(Path(path), overrides).value
     return Settings(
         str(config.out),
-        str(config.data.store),
+        str(config.data.folders[0]),
         config.data.loader.slab_depth,
         config.data.loader.workers,
         config.log.wandb.mode,

@@ -23,6 +23,7 @@ from tapct.distributed.config import Config as ParallelConfig
 from tapct.distributed.watch import Watch, watch_ranks
 from tapct.distributed.world import World
 from tapct.engine import compiled, desync, fsdp, metrics, optim, vitals
+from tapct.engine.archives import Archives, without_absent
 from tapct.engine.optim import Updater
 from tapct.engine.stop import FAILED_SAVE, StopFlag, job_deadline
 from tapct.engine.upload import Upload
@@ -200,6 +201,7 @@ class Trainer:
         hooks: logging and saving.
         cadence: how often metrics are fetched and checkpoints written.
         world: this rank's place among the others; None where it is alone.
+        archives: archives that the run is trained on; None for a single one.
     """
 
     def __init__(
@@ -210,8 +212,10 @@ class Trainer:
         hooks: Hooks,
         cadence: Cadence,
         world: World | None = None,
+        archives: Archives | None = None,
     ) -> None:
         assert stages[0].start == 0
+        self.archives = archives
         self.pair, self.updater, self.hooks, self.cadence = pair, updater, hooks, cadence
         self.stages = stages
         self.stage = stages[0]  # the stage of the current step
@@ -339,6 +343,7 @@ class Trainer:
 
             # gradients of all micro-batches, added up
             outputs: list[ssl_step.StepOutput] = []
+            by_archive: list[Tensor | None] = []
             for micro, batch in enumerate(micro_batches):
                 self.watch.at(step, "views")
                 with timer.phase("views"):
@@ -351,11 +356,15 @@ class Trainer:
                 with timer.phase("forward_backward"):
                     output = self.forward_backward(step, micro, views, masks, values.teacher_temp)
                 metrics.append_output(outputs, output)
+                if self.archives is not None:
+                    by_archive.append(self.archives.sums(output, batch))
             self.ln_k = vitals.ln_prototypes(outputs[0])
 
             # one update of student and teacher, and one collective for all that ranks agree on
             with timer.phase("optimizer"):
                 metrics.collect(outputs, packet)
+                if self.archives is not None:
+                    self.archives.collect(by_archive, packet)
                 packet.sum(STOP, self.flag.slots())
                 total = metrics.mean([output.total for output in outputs])
                 self.watch.at(step, "collective")
@@ -371,6 +380,8 @@ class Trainer:
             with_rankme = (step + 1) % self.cadence.log_every == 0
             numbers = metrics.readings(outputs, packet, report, with_rankme=with_rankme)
             numbers += metrics.arrivals(packet[ARRIVAL], packet[DATA])
+            if self.archives is not None:
+                numbers += self.archives.readings(packet)
         samples = (step + 1) * config.global_batch
         self.pending.add(step + 1, samples, values, numbers, timer, self.save_seconds)
         self.save_seconds = 0.0  # counted once, in the step after the save
@@ -399,7 +410,7 @@ class Trainer:
 
     def flush(self) -> None:
         """Fetch the numbers of all steps since the last flush, check them, and log them."""
-        records = self.pending.fetch()
+        records = [without_absent(record) for record in self.pending.fetch()]
         broken = metrics.first_not_finite(records)
         factor = self.cadence.parallel.straggler_factor
         slow = metrics.straggler(records, factor, self.watch.node_of)

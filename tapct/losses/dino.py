@@ -104,12 +104,18 @@ class DinoLoss(Loss):
         """
         global_sum, local_sum = result.ce_VB[:num_globals].sum(), result.ce_VB[num_globals:].sum()
         num_samples = result.ce_VB.shape[1]
+
+        ce_VB = result.ce_VB
+
+        def value_by_sample() -> Tensor:
+            return scale * ce_VB.sum(0)
+
         num_global_pairs = num_globals * (num_globals - 1)
         num_local_pairs = num_globals * num_locals
         if num_globals == 1:  # a global crop is never compared with itself
             local = Term("dino_local", result.value, local_sum / (num_samples * num_local_pairs))
             mean_ce = local_sum / (num_samples * num_local_pairs)
-            return LossResult((local,), TargetStats("dino", result.sums, mean_ce))
+            return LossResult((local,), TargetStats("dino", result.sums, mean_ce), value_by_sample)
         local_value = scale * local_sum
         terms = [
             Term(
@@ -123,7 +129,7 @@ class DinoLoss(Loss):
                 Term("dino_local", local_value, local_sum / (num_samples * num_local_pairs))
             )
         mean_ce = (global_sum + local_sum) / (num_samples * (num_global_pairs + num_local_pairs))
-        return LossResult(tuple(terms), TargetStats("dino", result.sums, mean_ce))
+        return LossResult(tuple(terms), TargetStats("dino", result.sums, mean_ce), value_by_sample)
 
     def problem(self, inputs: LossInputs) -> str:
         """It needs two crops of a scan, one of them global."""

@@ -96,8 +96,21 @@ class IBotLoss(Loss):
 
         result: PrototypeLoss = student_head(student_MD, compare)
         mean_ce = (result.ce_VB[0] * in_scan_M).sum() / in_scan_M.sum().clamp(min=1)
+        num_patches = sets.student_global.patches_BND.shape[1]
+        num_samples, index_M = num_crops // sets.num_globals, masks.index_M
+        ce_M = result.ce_VB[0]
+
+        # The function must not hold `sets`, whose tokens would stay in memory for the whole step.
+        def value_by_sample() -> Tensor:
+            # crop-major: crop v*B + b shows sample b
+            sample_M = index_M // num_patches % num_samples
+            value_B = weight_M.new_zeros(num_samples)
+            return value_B.index_add(0, sample_M, weight_M * ce_M.to(weight_M.dtype))
+
         return LossResult(
-            (Term("ibot", result.value, mean_ce),), TargetStats("ibot", result.sums, mean_ce)
+            (Term("ibot", result.value, mean_ce),),
+            TargetStats("ibot", result.sums, mean_ce),
+            value_by_sample,
         )
 
     def problem(self, inputs: LossInputs) -> str:

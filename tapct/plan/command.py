@@ -168,8 +168,8 @@ def request_of(config: RunConfig, options: Options) -> scale.Request:
         rate, source = _given_rate(options.tflops, options.utilisation)
     if options.measure:
         rate, source = _measured_rate(config, options.utilisation)
-        if (config.data.store / INDEX_NAME).is_file():
-            measured = read_rate.measure(config.data.store, config.data.loader.slab_depth, 1)
+        if (config.data.folders[0] / INDEX_NAME).is_file():
+            measured = read_rate.measure(config.data.folders[0], config.data.loader.slab_depth, 1)
             slabs_per_thread = measured.slabs_per_s
     return scale.Request(counts, options.per_node, memory_bytes, rate, source, slabs_per_thread)
 
@@ -262,5 +262,5 @@ def estimate_of(config: RunConfig, costs: flops.Costs, request: scale.Request) -
             compiles=counts_compiled(config, request),
         ),
         flops_per_step=costs.flops_per_step,
-        store=measure.store_facts(config.data.store),
+        store=measure.store_facts(config.data.folders[0]),
     )

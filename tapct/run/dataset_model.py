@@ -90,7 +90,7 @@ def on_data(model: Model, chosen: Chosen, workers: int) -> Model:
         model,
         config=replace(
             config,
-            data=replace(config.data, store=prepared.store),
+            data=replace(config.data, store=prepared.store, stores=()),
             eval=replace(config.eval, scan_labels=table),
         ),
     )

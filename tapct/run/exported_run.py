@@ -75,7 +75,7 @@ def data_rows(config: RunConfig, digest: str) -> tuple[tuple[str, str], ...]:
     """
     rows = [("digest of the voxels", digest)]
     try:
-        store = Store(config.data.store)
+        store = Store(config.data.evaluated)
     except (UserError, OSError):
         return tuple(rows)
     if store.digest != digest or not store.scans:

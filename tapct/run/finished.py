@@ -98,7 +98,7 @@ def evaluate_model(
             "--validation needs validation patients; set their share of the test patients with "
             "eval.validation_share, for example 0.5"
         )
-    store = Store(config.data.store)
+    store = Store(config.data.evaluated)
     data = evaluated_data(model.dataset_name(store.path, store.digest), store)
     of_step = model.folder_of(data.name)
     folder = of_step.validation if on_validation else of_step

@@ -9,15 +9,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 from tapct.data.packed import trained_on
-from tapct.data.packed.store import Store
+from tapct.data.packed.store_group import AnyStore, archives_of
 from tapct.data.packed.trained_on import TrainedOn
 from tapct.run_folder import RunFolder, has_step_name, step_of
 from tapct.weights.export import scans_of_export
 
 
 def update(
-    run: Path, store: Store, rows: Sequence[int], *, start: int, saved: Path | None, init: str
+    run: Path,
+    store: AnyStore,
+    rows: Sequence[int] | np.ndarray,
+    *,
+    start: int,
+    saved: Path | None,
+    init: str,
 ) -> None:
     """Add the scans of this start to the list of the run. The first rank calls it, before the first
     step.
@@ -25,7 +33,7 @@ def update(
     Args:
         run: run folder.
         store: packed scans.
-        rows: rows of the store that are trained on.
+        rows: rows of the store that are trained on, ascending.
         start: finished steps.
         saved: checkpoint that the run resumes from; None for a new run.
         init: file that `train.init` was found to mean; empty without.
@@ -33,16 +41,24 @@ def update(
         UserError: the list cannot be written.
     """
     path = RunFolder(run).trained_on
+    rows = np.asarray(rows, np.int64)
+    parts = []
+    for one, numbers in archives_of(store):
+        low, high = np.searchsorted(rows, (numbers.start, numbers.stop))
+        parts.append((one, rows[low:high] - numbers.start))
+    if saved is None and not init:
+        trained_on.write_first(path, parts, start)
+        return
     if saved is not None and saved.parent.parent == run and path.is_file():
         # also the scans of steps after the checkpoint: weights of them may wait to be evaluated
         known = trained_on.read(path)
     elif saved is not None:
         known = scans_of_checkpoint(saved)
-    elif init:
-        known = scans_of_weights(Path(init)).at_start()
     else:
-        known = TrainedOn()
-    known.with_store(store, rows, start).write(path)
+        known = scans_of_weights(Path(init)).at_start()
+    for one, own_rows in parts:
+        known = known.with_store(one, own_rows, start)
+    known.write(path)
 
 
 def scans_of_run(run: Path, step: int) -> TrainedOn:

@@ -308,6 +308,7 @@ def config_of_weights(
         UserError: an override changes what the weights depend on, or is wrong.
     """
     names = EvaluationConfig.__dataclass_fields__
+    overrides = naming_one_store(overrides)
     own = {name: section for name, section in known.items() if name in names}
     config: EvaluationConfig = from_dict(EvaluationConfig, own, source, overrides)
     before: EvaluationConfig = from_dict(EvaluationConfig, own, source)
@@ -377,7 +378,17 @@ def frozen(backbone: nn.Module, device: str) -> Backbone:
 
 
 def _config_of(folder: Path, overrides: Sequence[str]) -> Resolved:
-    return load_config(RunConfig, RunFolder(folder).config, overrides, upgrade=upgraded)
+    words = naming_one_store(overrides)
+    return load_config(RunConfig, RunFolder(folder).config, words, upgrade=upgraded)
+
+
+def naming_one_store(overrides: Sequence[str]) -> list[str]:
+    """The overrides of an evaluation, in which `data.store` also replaces the archives of a run
+    that was trained on several.
+    """
+    if any(word.startswith("data.store=") for word in overrides):
+        return [*overrides, "data.stores=[]"]
+    return list(overrides)
 
 
 def teacher_folder(run: Path, step: int | str | None) -> Path:

@@ -24,11 +24,12 @@ from tapct.base.lease import Lease, LostLease
 from tapct.base.ranks import Ranks
 from tapct.config import Resolved
 from tapct.data.loading import loader
-from tapct.data.packed.store import Store
+from tapct.data.packed.store_group import StoreGroup
 from tapct.distributed import collectives
 from tapct.distributed.device import flush_denormals, pick_device
 from tapct.distributed.world import LostRank, World, join_ranks
 from tapct.engine import checkpoint, compiled, fsdp, loop, optim, recompute, trackers
+from tapct.engine.archives import Archives
 from tapct.engine.checkpoint import Checkpoints, Meta
 from tapct.engine.metrics import Record
 from tapct.eval.saved import dataset_name
@@ -39,7 +40,8 @@ from tapct.run.provenance import facts_of_rank, write_run_files
 from tapct.run.resume import find_start, with_split_of
 from tapct.run.rules import load_run_config, warnings
 from tapct.run.stages import ResolvedStage
-from tapct.run.start import check_machine, check_start, data_warnings, training_rows
+from tapct.run.start import check_machine, check_start, data_warnings, training_data
+from tapct.run.training_data import TrainingData, evaluated_store, open_store
 from tapct.run_folder import RunFolder
 from tapct.ssl.inputs import Inputs
 from tapct.ssl.schedules import Schedules
@@ -70,10 +72,12 @@ class Start:
     Args:
         resolved: config that it would train with.
         warnings: lines about what works but is probably not intended.
+        about_data: lines about the scans that it would be trained on.
     """
 
     resolved: Resolved
     warnings: tuple[str, ...]
+    about_data: tuple[str, ...] = ()
 
 
 def check(resolved: Resolved, allow_change: bool = False) -> Start:
@@ -91,15 +95,15 @@ def check(resolved: Resolved, allow_change: bool = False) -> Start:
         resolved = with_split_of(resolved, saved, notes.append)
     config: RunConfig = resolved.value
     notes += warnings(resolved)
-    if config.data.store.exists():
-        store = Store(config.data.store)
-        rows = training_rows(config, store, saved)
-        notes += data_warnings(config, store, rows, saved)
-    else:
-        notes.append(
-            f"data.store {config.data.store} does not exist yet, so the data was not checked"
-        )
-    return Start(resolved, tuple(notes))
+    missing = [folder for folder in config.data.folders if not folder.exists()]
+    if missing:
+        name = "data.stores" if config.data.stores else "data.store"
+        notes.append(f"{name} {missing[0]} does not exist yet, so the data was not checked")
+        return Start(resolved, tuple(notes))
+    store = open_store(config.data)
+    data = training_data(config, store, saved)
+    notes += data_warnings(config, store, data.rows, saved, data.digest)
+    return Start(resolved, tuple(notes), (*data.lines, f"digest of the data: {data.digest}"))
 
 
 def train(resolved: Resolved, allow_change: bool = False, command: str = "") -> loop.Stop:
@@ -193,14 +197,14 @@ class Pretraining:
         self.command = command or shlex.join(sys.argv)
         self.config: RunConfig = resolved.value
         self.lease = lease
-        self.store = Store(self.config.data.store)
+        self.store = open_store(self.config.data)
+        self.data: TrainingData | None = None  # chosen when the run starts
+        evaluated = evaluated_store(self.store)
         self.init_weights = ""  # file that train.init was found to mean
         self.evaluations = background_eval.Evaluations(
             self.config.out,
             self.config.eval.during,
-            dataset_name(
-                RunFolder(self.config.out).evaluations, self.store.path, self.store.digest
-            ),
+            dataset_name(RunFolder(self.config.out).evaluations, evaluated.path, evaluated.digest),
             self.config.eval.validation_share > 0,
         )
         self.checkpoints = Checkpoints(
@@ -226,9 +230,11 @@ class Pretraining:
             self.resolved = with_split_of(self.resolved, saved)
             self.config = self.resolved.value
         config = self.config
-        rows = training_rows(config, self.store, saved)
+        data = self.data = training_data(config, self.store, saved)
         if self.world.ranks.is_first:
-            found = data_warnings(config, self.store, rows, saved)
+            for line in data.lines:
+                console.say(line)
+            found = data_warnings(config, self.store, data.rows, saved, data.digest)
             for line in (*warnings(self.resolved), *found):
                 console.warn(line)
         pair = self.build_pair()
@@ -240,11 +246,11 @@ class Pretraining:
         if start >= config.train.steps:
             console.say(f"{config.out} has all its {config.train.steps} steps; nothing to train")
             return loop.Stop(start)
-        collectives.from_first(lambda: self.write_records(rows, start, saved))
+        collectives.from_first(lambda: self.write_records(data, start, saved))
         if pair.student.backbone.attention == "auto":
             dtype = torch.bfloat16 if config.train.precision == "bf16" else config.train.dtype
             console.say(f"model.attention=auto: {choose(self.world.device, dtype)}")
-        batches = self.batches(rows, start)
+        batches = self.batches(data, start)
         try:
             with (
                 trackers.MetricsWriter(
@@ -270,18 +276,19 @@ class Pretraining:
         if self.lease is not None:
             self.lease.check()
 
-    def write_records(self, rows: list[int], start: int, saved: Path | None) -> None:
+    def write_records(self, data: TrainingData, start: int, saved: Path | None) -> None:
         """Write what the run is and which scans it is trained on; only the first rank does."""
         write_run_files(
             self.config.out,
             self.resolved,
             self.store,
             self.command,
+            data,
             step=start,
             world=self.world.ranks.world,
         )
         lineage.update(
-            self.config.out, self.store, rows, start=start, saved=saved, init=self.init_weights
+            self.config.out, self.store, data.rows, start=start, saved=saved, init=self.init_weights
         )
 
     def check_share(self) -> None:
@@ -351,7 +358,7 @@ class Pretraining:
         )
         return meta.step
 
-    def batches(self, rows: list[int], start: int) -> Generator[tuple[Batch, ...], None, None]:
+    def batches(self, data: TrainingData, start: int) -> Generator[tuple[Batch, ...], None, None]:
         """Slabs of this rank from step `start` on, from one loader per stage."""
         for stage in self.config.resolved_stages():
             if stage.stop <= start:
@@ -368,7 +375,7 @@ class Pretraining:
                 global_batch=config.train.global_batch,
                 start_step=first_step,
                 pin=self.world.device.type == "cuda",
-                rows=rows,
+                rows=data.drawn,
             ) as batches:
                 yield from islice(batches, stage.stop - first_step)
 
@@ -393,7 +400,7 @@ class Pretraining:
                 step=step,
                 samples=step * self.config.train.global_batch,
                 config=self.resolved.to_dict(),
-                data_digest=self.store.digest,
+                data_digest=self.store.digest if self.data is None else self.data.digest,
                 world=self.world.ranks.world,
             )
             with self.continuing_without():  # if the previous save has failed, this one is made
@@ -441,7 +448,10 @@ class Pretraining:
         cadence = loop.Cadence(
             self.config.log.every, self.config.checkpoint.every, self.config.parallel
         )
-        return loop.Trainer(pair, updater, stages, hooks, cadence, self.world)
+        archives = None
+        if isinstance(self.store, StoreGroup):
+            archives = Archives(self.store.names, tuple(self.store.scans.ends))
+        return loop.Trainer(pair, updater, stages, hooks, cadence, self.world, archives)
 
 
 def stage_settings(stage: ResolvedStage, pair: StudentTeacher) -> loop.StageSettings:

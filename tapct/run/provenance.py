@@ -23,14 +23,22 @@ from tapct.base.exits import UserError, single_line
 from tapct.config import Resolved
 from tapct.config.flat import flatten
 from tapct.config.plugins import Plugin
-from tapct.data.packed.store import Store
+from tapct.data.packed.store_group import AnyStore
+from tapct.run.training_data import TrainingData, open_store
 from tapct.run_folder import RunFolder
 
 MOST_STARTS = 1000  # kept in run.json
 
 
 def write_run_files(
-    out: Path, resolved: Resolved, store: Store, command: str, step: int = 0, world: int = 1
+    out: Path,
+    resolved: Resolved,
+    store: AnyStore,
+    command: str,
+    data: TrainingData,
+    *,
+    step: int = 0,
+    world: int = 1,
 ) -> None:
     """config.yaml and run.json: what was run, on what, with which versions, and all starts of it.
 
@@ -39,6 +47,7 @@ def write_run_files(
         resolved: config of the run.
         store: packed archive.
         command: command that started the run.
+        data: scans that the run is trained on.
         step: finished steps at this start.
         world: number of ranks.
     """
@@ -76,6 +85,11 @@ def write_run_files(
             },
         },
         "starts": [*earlier_starts(RunFolder(out).provenance), start][-MOST_STARTS:],
+        "training": {
+            "digest": data.digest,
+            "scans": len(data.rows),
+            "about": list(data.lines),
+        },
     }
     files.write_atomically(RunFolder(out).provenance, json.dumps(about, indent=1))
 
@@ -118,8 +132,11 @@ def facts_of_rank(resolved: Resolved, device: torch.device) -> dict[str, str]:
     """
     facts = {key: str(value) for key, value in flatten(resolved.to_dict()).items()}
     store = Path(facts.pop("data.store"))
+    facts.pop("data.cache.dir")  # it may hold the name of a node or job
+    data = resolved.value.data
+    facts["data.stores"] = str([(one.name or one.path.name, one.weight) for one in data.stores])
     try:
-        facts["digest of data.store"] = Store(resolved.value.data.store).digest
+        facts["digest of data.store"] = open_store(data).digest
     except (UserError, OSError) as error:
         facts["digest of data.store"] = f"unknown ({store}: {single_line(error, 120)})"
     facts["kind of device"] = device.type

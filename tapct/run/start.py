@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from tapct.base import files
@@ -18,15 +19,18 @@ from tapct.base.counted import counted
 from tapct.base.exits import SharedError, UserError
 from tapct.config import Resolved, plugins
 from tapct.data.packed.store import Store
+from tapct.data.packed.store_group import AnyStore, StoreGroup
 from tapct.distributed.device import pick_device
 from tapct.engine import trackers
 from tapct.eval import scans, task_runs
 from tapct.eval.contract import Labels
+from tapct.eval.scans import ScanRow
 from tapct.nn.backends import GPU_ONLY
 from tapct.nn.contracts import Backbone
 from tapct.run import background_eval
 from tapct.run.config import RunConfig
 from tapct.run.resume import check_archive, check_resume
+from tapct.run.training_data import TrainingData, choose, evaluated_store
 from tapct.weights import initial
 
 MOST_LABEL_MAPS = 20  # read to find a label that a setting names; a right one is in the first
@@ -117,34 +121,36 @@ def check_networks(config: RunConfig) -> None:
         initial.check(config.train, backbone)
 
 
-def training_rows(config: RunConfig, store: Store, saved: Path | None) -> list[int]:
-    """The rows of a store that a run is trained on.
+def training_data(config: RunConfig, store: AnyStore, saved: Path | None) -> TrainingData:
+    """The scans of a store that a run is trained on.
 
     Args:
         config: config of the run, with the split version that it began with.
-        store: packed archive.
+        store: packed archive, or several.
         saved: checkpoint that the run resumes from; None for a new run.
     Raises:
-        SharedError: there is none, or the checkpoint was trained on another archive.
+        SharedError: there is none, or the checkpoint was trained on another archive or selection.
     """
-    data = config.data
-    if not len(store):
-        raise SharedError(f"data.store {store.path} holds no scan; index and pack some")
-    patients = [scan.patient for scan in store.scans]
-    held_out = data.held_out_patients(patients, config.seed)
-    rows = [i for i, patient in enumerate(patients) if patient not in held_out]
-    if not rows:
-        raise SharedError(data.one_sided(patients, config.seed))
-    if saved is not None:
-        try:
-            check_archive(saved, store.digest, data.on_change)
-        except UserError as error:
-            raise SharedError(str(error)) from error
-    return rows
+    try:
+        data = choose(config.data, store, config.seed)
+        if saved is not None:
+            check_archive(saved, data.digest, config.data.on_change)
+    except UserError as error:
+        raise SharedError(str(error)) from error
+    return data
+
+
+def training_rows(config: RunConfig, store: AnyStore, saved: Path | None) -> np.ndarray:
+    """The rows of `training_data`."""
+    return training_data(config, store, saved).rows
 
 
 def data_warnings(
-    config: RunConfig, store: Store, rows: Sequence[int], saved: Path | None = None
+    config: RunConfig,
+    store: AnyStore,
+    rows: np.ndarray,
+    saved: Path | None = None,
+    digest: str | None = None,
 ) -> Iterator[str]:
     """What this store makes pointless or doubtful, one line each.
 
@@ -153,22 +159,24 @@ def data_warnings(
         store: packed archive.
         rows: rows of the store that are trained on, from `training_rows`.
         saved: checkpoint that the run resumes from; None for a new run.
+        digest: digest of the training data; None where it is that of the store.
     """
     if saved is not None:
-        changed = check_archive(saved, store.digest, config.data.on_change)
+        changed = check_archive(saved, digest or store.digest, config.data.on_change)
         if changed:
             yield changed
     yield from doubts_about_batch(config, store, rows)
     yield from doubts_about_patients(config, store, rows)
+    evaluated = evaluated_store(store)
     if saved is None:  # it cannot be changed when a run is resumed
-        yield from doubts_about_test_patients(config, store)
+        yield from doubts_about_test_patients(config, evaluated)
     for stage in config.resolved_stages():
         for line in doubts_about_scans(stage.config, store, rows):
             yield stage.with_name(line)
-    yield from doubts_about_evaluation(config, store)
+    yield from doubts_about_evaluation(config, evaluated)
 
 
-def doubts_about_batch(config: RunConfig, store: Store, rows: Sequence[int]) -> Iterator[str]:
+def doubts_about_batch(config: RunConfig, store: AnyStore, rows: np.ndarray) -> Iterator[str]:
     """A batch that holds a scan more than once."""
     batch, num = config.train.global_batch, len(rows)
     if batch > num:
@@ -179,14 +187,17 @@ def doubts_about_batch(config: RunConfig, store: Store, rows: Sequence[int]) -> 
         )
 
 
-def doubts_about_patients(config: RunConfig, store: Store, rows: Sequence[int]) -> Iterator[str]:
+def doubts_about_patients(config: RunConfig, store: AnyStore, rows: np.ndarray) -> Iterator[str]:
     """Patients for whom the split cannot hold."""
     data = config.data
-    problem = data.one_sided([scan.patient for scan in store.scans], config.seed)
-    if problem:
-        yield problem
-    num = len({store.scans[row].patient for row in rows})
-    if num == 1 and len(rows) > 1:
+    held_out = data.held_out_mask(store.scans, config.seed)
+    if data.held_out > 0 and (held_out.all() or not held_out.any()):
+        problem = data.one_sided(store.scans.column("patient").to_pylist(), config.seed)
+        if problem:
+            yield problem
+    numbers = store.scans.patient_numbers()[rows]
+    are_apart = isinstance(store, StoreGroup) and not data.join_patients
+    if len(rows) > 1 and not are_apart and (numbers == numbers[0]).all():
         yield (
             f"all {len(rows)} scans for training are of one patient; if they are not, index again "
             "with another --patient-regex or --patient-column"
@@ -202,7 +213,7 @@ def doubts_about_patients(config: RunConfig, store: Store, rows: Sequence[int]) 
 
 def doubts_about_test_patients(config: RunConfig, store: Store) -> Iterator[str]:
     """Labels of a store of which no patient is held out for evaluation."""
-    labelled = {scan.patient for scan in scans.usable(store.scans, Labels.VOXELS)}
+    labelled = np.unique(store.scans.labelled().patient_numbers())
     if config.data.held_out == 0 and len(labelled) > 1:
         yield (
             f"data.held_out is 0, so pretraining sees all patients of {store.path}, also the "
@@ -212,7 +223,7 @@ def doubts_about_test_patients(config: RunConfig, store: Store) -> Iterator[str]
         )
 
 
-def doubts_about_scans(config: RunConfig, store: Store, rows: Sequence[int]) -> Iterator[str]:
+def doubts_about_scans(config: RunConfig, store: AnyStore, rows: np.ndarray) -> Iterator[str]:
     """Scans that are too few or too short for the settings of one stage."""
     loader, num = config.data.loader, len(rows)
     if loader.on_error == "skip" and loader.max_skips >= num:
@@ -221,13 +232,13 @@ def doubts_about_scans(config: RunConfig, store: Store, rows: Sequence[int]) -> 
             f"{counted(num, 'scan')} for training: the run would not stop if every scan were "
             "damaged"
         )
-    depths = [store.scans[row].shape_ZYX[0] for row in rows]
+    depths = store.scans.depths()[rows]
     needed = config.views.slices_needed()
     windows = f"views.global_window or views.local_window needs {needed:g} slices"
-    num_short = sum(depth < needed for depth in depths)
+    num_short = int((depths < needed).sum())
     if num_short == num:
         yield (
-            f"{windows}, and the deepest scan of {store.path} has {max(depths)}: views of that "
+            f"{windows}, and the deepest scan of {store.path} has {depths.max()}: views of that "
             "depth are always filled up with air"
         )
     elif 2 * num_short > num:
@@ -242,25 +253,28 @@ def doubts_about_evaluation(config: RunConfig, store: Store) -> Iterator[str]:
     during, tasks = config.eval.during, {}
     if config.eval.tasks:
         tasks = task_runs.build_tasks(config.eval.tasks, config.eval.seed)
-    can_use = {name: scans.usable(store.scans, task.labels) for name, task in tasks.items()}
+    can_use = {name: _usable(store, task.labels) for name, task in tasks.items()}
     if during.every and not any(can_use.values()):
         yield (
             f"eval.during.every {during.every}: no scan of {store.path} has the labels that "
             "eval.tasks needs, so every evaluation will fail; set eval.during.every=0"
         )
     yield from background_eval.doubts(during)
-    patients = [scan.patient for scan in store.scans]
+    patients = {row.patient for rows in can_use.values() for row in rows}
+    if config.data.split_version == 1:  # the rule chooses among all patients
+        patients = set(store.scans.column("patient").to_pylist())
     held_out = config.data.held_out_patients(patients, config.seed)
+    holds_out_some = bool(config.data.held_out_mask(store.scans, config.seed).any())
     for name, rows in can_use.items():
         people = {row.patient for row in rows}
         num = len(people & held_out)
-        if held_out and people and num in (0, len(people)):
+        if holds_out_some and people and num in (0, len(people)):
             yield (
                 f"data.held_out {config.data.held_out:g} holds out {'none' if num == 0 else 'all'} "
                 f"of the {counted(len(people), 'patient')} that the task {name} can use, so `tapct "
                 "eval` will test on patients of pretraining; set another data.split_seed"
             )
-        num_tested = num if held_out and 0 < num < len(people) else len(people)
+        num_tested = num if holds_out_some and 0 < num < len(people) else len(people)
         if during.every and config.eval.validation_share and num_tested == 1:
             yield (
                 f"eval.validation_share {config.eval.validation_share:g}: the task {name} has 1 "
@@ -272,3 +286,13 @@ def doubts_about_evaluation(config: RunConfig, store: Store) -> Iterator[str]:
             task_runs.check_label_settings(name, task, can_use[name][:MOST_LABEL_MAPS], store)
         except UserError as error:
             yield f"{error}; `tapct eval` would refuse it"
+
+
+def _usable(store: Store, labels: Labels) -> list[ScanRow]:
+    """The scans that have the labels a task needs, as far as the store shows it."""
+    rows: Sequence[ScanRow] = store.scans
+    if labels in (Labels.VOXELS, Labels.PAIRS):
+        rows = store.scans.labelled()
+    elif labels is not Labels.NONE:  # tables are not read here
+        rows = ()
+    return scans.usable(rows, labels)

@@ -271,7 +271,7 @@ def broken_place(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Calla
     scan = next((place / "archive" / "images").glob("*.nii.gz"))
     (here / "torn.nii.gz").write_bytes(scan.read_bytes()[:5000])
     shutil.copytree(place / "store", here / "torn")
-    for packed in (here / "torn").glob("*.b2nd"):
+    for packed in (here / "torn").rglob("*.b2nd"):
         packed.write_bytes(packed.read_bytes()[:-2000])
     with pytest.MonkeyPatch.context() as patch:
         (here / "one").mkdir()

@@ -94,7 +94,7 @@ def ended_pack(archive: Path, folder: Path, name: str, number: int, after_s: flo
     store = Store(out)
     for i in range(len(store)):
         store.verify(i)
-    assert {path.name for path in out.iterdir()} == {
+    assert {path.name for path in out.rglob("*") if path.is_file()} == {
         *("store.parquet", *(f"{row.id}.b2nd" for row in manifest.accepted))
     }
 
@@ -136,7 +136,7 @@ def test_a_command_that_is_ended_at_any_moment(
 def test_sigterm_ends_a_command_as_an_error_does(archive: Path, tmp_path: Path) -> None:
     run = start("sigterm", "pack", archive / "m.parquet", "--out", tmp_path / "store")
     deadline = time.monotonic() + PATIENCE_S
-    while not list(tmp_path.glob("store/*.b2nd")) and time.monotonic() < deadline:
+    while not list(tmp_path.glob("store/*/*.b2nd")) and time.monotonic() < deadline:
         time.sleep(0.01)
     run.terminate()
     _, err = run.communicate(timeout=PATIENCE_S)

@@ -28,7 +28,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from tapct.base.exits import UserError
 from tapct.config import load_config, plugins
-from tapct.data.packed.store import Store
+from tapct.data.packed.store import Store, packed_file
 from tapct.distributed.world import mesh_of
 from tapct.engine import compiled, fsdp, loop, optim, recompute
 from tapct.losses import koleo
@@ -460,7 +460,7 @@ def test_a_store_gives_its_share_of_int16_and_its_slices(tmp_path: Path) -> None
     facts, scans = measure.store_facts(found), Store(found).scans
     voxels = sum(z * y * x for z, y, x in (scan.shape_ZYX for scan in scans))
     assert facts is not None and facts.scans == len(scans)
-    packed = sum((found / f"{scan.id}.b2nd").stat().st_size for scan in scans)  # without labels
+    packed = sum(packed_file(found, scan.id).stat().st_size for scan in scans)  # without labels
     assert facts.share == packed / (2 * voxels)
     assert facts.in_plane == sum(y * x for _, y, x in (scan.shape_ZYX for scan in scans)) / len(
         scans

@@ -7,13 +7,21 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, cast
 
+import pyarrow as pa
 import pytest
 from shell import Shell
 from shell import shell as shell  # a fixture
 from tiny_run import make_store, write_config
 
 from tapct.base.exits import UserError
-from tapct.data.packed.store import StoredScan
+from tapct.data.packed.scan_list import (
+    SHAPE,
+    SPACING,
+    ScanList,
+    StoredScan,
+    columns_of,
+    no_paths,
+)
 from tapct.nn.contracts import LossInputs
 from tapct.run import pretrain, rules, start
 
@@ -282,11 +290,19 @@ class Rows:
 
     def __init__(self, patients: str, labels: str = "", depth: int = 20, guessed: int = 0) -> None:
         self.path, self.digest, self.guessed = Path("store"), "d" * 32, guessed
-        self.scans = [
+        scans = [
             StoredScan(str(i), (depth, 64, 64), (1.0, 1.0, 1.0), patient, "",
                        "digest" if patient in labels else "", "")
             for i, patient in enumerate(patients)
         ]  # fmt: skip
+        numbers = dict.fromkeys((*SHAPE, *SPACING), pa.float64())
+        self.scans = ScanList(
+            {
+                name: pa.array(values, numbers.get(name, pa.string()))
+                for name, values in columns_of(scans).items()
+            },
+            no_paths,
+        )
 
     def __len__(self) -> int:
         return len(self.scans)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import count
@@ -23,8 +23,8 @@ from torch import Tensor
 from tapct.base.exits import UserError
 from tapct.config.fields import setting
 from tapct.data.loading.batch_share import BatchShare
-from tapct.data.loading.slabs import Failures, ReadSlab, SlabReader
-from tapct.data.packed.store import Store
+from tapct.data.loading.slabs import Failures, ReadSlab, Rows, SlabReader
+from tapct.data.packed.store_group import AnyStore
 from tapct.types import Batch
 
 _log = logging.getLogger(__name__)
@@ -51,6 +51,13 @@ class Config:
         2,
         "number of steps that are loaded in advance; a larger number needs more host memory",
         ge=1,
+    )
+    crops_per_slab: int = setting(
+        1,
+        "samples in a row that show the same slab, which is read once; each draws its own views. "
+        "More read less, but a batch then holds fewer different scans",
+        ge=1,
+        le=1024,
     )
     on_error: str = setting(
         "raise",
@@ -141,7 +148,7 @@ class Loader:
 
 def build(
     config: Config,
-    store: Store,
+    store: AnyStore,
     *,
     seed: int,
     rank: int = 0,
@@ -150,7 +157,7 @@ def build(
     global_batch: int,
     start_step: int = 0,
     pin: bool = False,
-    rows: Sequence[int] | None = None,
+    rows: Rows = None,
 ) -> Loader:
     """Start reading the batches of one rank.
 
@@ -164,7 +171,7 @@ def build(
         global_batch: samples per optimizer step over all ranks and micro-batches.
         start_step: number of finished optimizer steps; a late start costs nothing.
         pin: whether batches lie in page-locked memory (needs a GPU).
-        rows: rows of the store that are drawn from, at least one; None for all.
+        rows: rows that are drawn from, at least one, see `slabs.Rows`.
     Returns:
         An iterator over steps from `start_step` on; each item is a tuple of `accumulation` batches.
     Raises:
@@ -178,7 +185,9 @@ def build(
         for micro in range(accumulation)
     )
     max_damaged = config.max_skips if config.on_error == "skip" else 0
-    reader = SlabReader(store, seed, config.slab_depth, max_damaged, rows, pin)
+    reader = SlabReader(
+        store, seed, config.slab_depth, max_damaged, rows, pin, config.crops_per_slab
+    )
     backend: _Backend
     if config.workers == 0:
         backend = _Inline(reader, plan)
@@ -207,7 +216,9 @@ class _Inline:
         slabs = [self.reader.draw(sample) for sample in next(self.plan)]
         hu_BZYX = self.reader.empty(slabs, self.reader.pin)
         places_BZYX = hu_BZYX.numpy()
-        parts = [self.reader.read(slab, places_BZYX[b]) for b, slab in enumerate(slabs)]
+        parts: list[ReadSlab] = []
+        for group in self.reader.groups(slabs):
+            parts += self.reader.read_group(slabs[group], places_BZYX[group])
         return self.reader.collate(hu_BZYX, parts)
 
     def close(self) -> None:
@@ -215,14 +226,14 @@ class _Inline:
 
 
 class _Threads:
-    """Reads micro-batches ahead with threads; each job reads one sample straight into the batch."""
+    """Reads micro-batches ahead with threads; each job reads one slab straight into the batch."""
 
     def __init__(
         self, reader: SlabReader, plan: Iterator[range], workers: int, num_ahead: int
     ) -> None:
         self.reader, self.plan, self.num_ahead = reader, plan, num_ahead
         self.pool = ThreadPoolExecutor(workers, thread_name_prefix="tapct-loader")
-        self.pending: deque[tuple[Tensor, list[Future[ReadSlab]]]] = deque()
+        self.pending: deque[tuple[Tensor, list[Future[list[ReadSlab]]]]] = deque()
         self._submit()
 
     def _submit(self) -> None:
@@ -231,14 +242,14 @@ class _Threads:
             hu_BZYX = self.reader.empty(slabs, self.reader.pin)
             places_BZYX = hu_BZYX.numpy()
             jobs = [
-                self.pool.submit(self.reader.read, slab, places_BZYX[b])
-                for b, slab in enumerate(slabs)
+                self.pool.submit(self.reader.read_group, slabs[group], places_BZYX[group])
+                for group in self.reader.groups(slabs)
             ]
             self.pending.append((hu_BZYX, jobs))
 
     def take(self) -> tuple[Batch | None, Failures]:
         hu_BZYX, jobs = self.pending.popleft()
-        parts = [job.result() for job in jobs]
+        parts = [part for job in jobs for part in job.result()]
         self._submit()
         return self.reader.collate(hu_BZYX, parts)
 

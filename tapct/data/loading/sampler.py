@@ -13,7 +13,10 @@ Source: Luby and Rackoff 1988 (doi:10.1137/0217022); cycle walking: Black and Ro
 
 from __future__ import annotations
 
+import functools
+
 from tapct.base import rng
+from tapct.base.hashing import absorb, purpose_id
 
 _ROUNDS = 8  # 4 are a strong permutation of large domains; small ones need more to look uniform
 
@@ -24,14 +27,22 @@ def permute(position: int, num_scans: int, key: int) -> int:
     """
     assert 0 <= position < num_scans
     half_bits = max(1, ((num_scans - 1).bit_length() + 1) // 2)
-    mask = (1 << half_bits) - 1
+    mask, states = (1 << half_bits) - 1, _round_states(key)
     while True:
         left, right = position >> half_bits, position & mask
-        for i in range(_ROUNDS):
-            left, right = right, left ^ (rng.hash_int(key, "sampler round", i, right) & mask)
+        for state in states:
+            # = hash_int(key, "sampler round", number of the round, right)
+            left, right = right, left ^ (absorb(state, right) & mask)
         position = left << half_bits | right
         if position < num_scans:  # the domain is < 4 times larger: < 4 turns on average
             return position
+
+
+@functools.lru_cache(maxsize=64)
+def _round_states(key: int) -> tuple[int, ...]:
+    """What the hashes of each round begin with, which all positions share."""
+    state = absorb(absorb(0, key), purpose_id("sampler round"))
+    return tuple(absorb(state, i) for i in range(_ROUNDS))
 
 
 def scan_of(sample: int, num_scans: int, seed: int) -> int:

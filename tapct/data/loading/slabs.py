@@ -6,17 +6,22 @@ Axes: B batch, Z Y X depth height width in voxels.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from tapct.base import rng
+from tapct.data.loading.mixture import Mixture
 from tapct.data.loading.sampler import scan_of
 from tapct.data.packed.packed_scan import Damaged
-from tapct.data.packed.store import Store
+from tapct.data.packed.store_group import AnyStore
 from tapct.types import AIR_HU, Batch
+
+# rows of the store that are drawn from, of several archives with the share of each; None for all
+Rows: TypeAlias = Sequence[int] | Mixture | None
 
 
 @dataclass(frozen=True)
@@ -66,11 +71,12 @@ class ReadSlab:
 
 def draw_slab(
     sample: int,
-    store: Store,
+    store: AnyStore,
     seed: int,
     slab_depth: int,
     replacement: int = 0,
-    rows: Sequence[int] | None = None,
+    rows: Rows = None,
+    crops: int = 1,
 ) -> Slab:
     """Choose scan and slices of a sample: every scan once a pass, every valid start equally likely.
 
@@ -81,13 +87,18 @@ def draw_slab(
         slab_depth: number of slices.
         replacement: number of scans that were damaged before; the n-th replacement shows the scan
             of sample + n. The sample keeps its number, so all its other draws stay the same.
-        rows: rows of the store that are drawn from; None for all.
+        crops: number of samples in a row that show the same slab.
+        rows: rows that are drawn from, see `Rows`.
     """
-    rows = range(len(store)) if rows is None else rows
-    scan = rows[scan_of(sample + replacement, len(rows), seed)]
-    depth = store.scans[scan].shape_ZYX[0]
+    number = sample // crops
+    if isinstance(rows, Mixture):
+        scan = rows.scan_of(number, seed, replacement)
+    else:
+        rows = range(len(store)) if rows is None else rows
+        scan = int(rows[scan_of(number + replacement, len(rows), seed)])
+    depth = store.scans.shape_ZYX(scan)[0]
     num_starts = max(1, depth - slab_depth + 1)
-    start = (rng.hash_int(seed, "slab", sample) & ((1 << 63) - 1)) % num_starts
+    start = (rng.hash_int(seed, "slab", number) & ((1 << 63) - 1)) % num_starts
     return Slab(sample, scan, start, min(depth, slab_depth))
 
 
@@ -99,32 +110,64 @@ class SlabReader:
         seed: random seed of the run.
         slab_depth: number of slices per sample.
         max_damaged: number of different damaged scans that one sample may replace; 0 replaces none.
-        rows: rows of the store that are drawn from; None for all.
+        rows: rows that are drawn from, see `Rows`.
         pin: whether batches lie in page-locked memory (needs a GPU).
+        crops: samples in a row that show the same slab.
     """
 
     def __init__(
         self,
-        store: Store,
+        store: AnyStore,
         seed: int,
         slab_depth: int,
         max_damaged: int,
-        rows: Sequence[int] | None = None,
+        rows: Rows = None,
         pin: bool = False,
+        crops: int = 1,
     ) -> None:
+        self.crops = crops
         self.store, self.seed, self.slab_depth = store, seed, slab_depth
         self.max_damaged, self.rows, self.pin = max_damaged, rows, pin
 
     def draw(self, sample: int, replacement: int = 0) -> Slab:
         """The slab of a sample, see `draw_slab`."""
-        return draw_slab(sample, self.store, self.seed, self.slab_depth, replacement, self.rows)
+        return draw_slab(
+            sample, self.store, self.seed, self.slab_depth, replacement, self.rows, self.crops
+        )
 
     def empty(self, slabs: Sequence[Slab], pin: bool) -> Tensor:
         """Uninitialised int16 (B, Z, Y, X), as large as the largest of the scans in plane."""
-        shapes_ZYX = [self.store.scans[slab.scan].shape_ZYX for slab in slabs]
+        shapes_ZYX = [self.store.scans.shape_ZYX(slab.scan) for slab in slabs]
         height, width = max(s[1] for s in shapes_ZYX), max(s[2] for s in shapes_ZYX)
         shape = (len(slabs), self.slab_depth, height, width)
         return torch.empty(shape, dtype=torch.int16, pin_memory=pin)
+
+    def groups(self, slabs: Sequence[Slab]) -> list[slice]:
+        """The places of a micro-batch that show the same slab, side by side."""
+        starts = [
+            b
+            for b, slab in enumerate(slabs)
+            if b == 0 or slab.sample // self.crops != slabs[b - 1].sample // self.crops
+        ]
+        return [slice(*ends) for ends in zip(starts, [*starts[1:], len(slabs)], strict=True)]
+
+    def read_group(self, slabs: Sequence[Slab], places_BZYX: np.ndarray) -> list[ReadSlab]:
+        """Read the slab that some samples share once, and copy it to the places of the others.
+
+        Args:
+            slabs: slab of each sample; they differ in the number of the sample alone.
+            places_BZYX: int16 arrays to fill, one per sample.
+        """
+        first = self.read(slabs[0], places_BZYX[0])
+        parts = [first]
+        for slab, place_ZYX in zip(slabs[1:], places_BZYX[1:], strict=True):
+            shown = replace(first.slab, sample=slab.sample)
+            if first.failures.scans:  # a replacement, which may have another size
+                parts.append(ReadSlab(shown, first.padded_ZYX, Failures((), first.failures.fatal)))
+                continue
+            place_ZYX[...] = places_BZYX[0]
+            parts.append(ReadSlab(shown, place_ZYX, first.failures))
+        return parts
 
     def read(self, slab: Slab, padded_ZYX: np.ndarray) -> ReadSlab:
         """Read a slab, or the one that replaces it where its scan is damaged.
@@ -153,7 +196,7 @@ class SlabReader:
         Raises:
             Damaged: the scan cannot be read.
         """
-        _, y, x = self.store.scans[slab.scan].shape_ZYX
+        _, y, x = self.store.scans.shape_ZYX(slab.scan)
         inside_ZYX = padded_ZYX[: slab.depth, :y, :x]
         if inside_ZYX.flags.c_contiguous:
             self.store.read_into(slab.scan, slab.start, inside_ZYX)
@@ -179,16 +222,16 @@ class SlabReader:
         if failures.fatal:
             return None, failures
         slabs = [part.slab for part in parts]
-        scans = [self.store.scans[slab.scan] for slab in slabs]
+        shapes_ZYX = [self.store.scans.shape_ZYX(slab.scan) for slab in slabs]
         if failures.scans:
             # a replacement may have another size than what it replaces, so all are copied
             hu_BZYX = self.empty(slabs, self.pin).fill_(AIR_HU)
             for b, part in enumerate(parts):
-                _, y, x = scans[b].shape_ZYX
+                _, y, x = shapes_ZYX[b]
                 inside_ZYX = part.padded_ZYX[: part.slab.depth, :y, :x]
                 hu_BZYX[b, : part.slab.depth, :y, :x] = torch.from_numpy(inside_ZYX)
-        extents = [(slab.depth, *scan.shape_ZYX[1:]) for slab, scan in zip(slabs, scans)]
-        spacings_mm = [scan.spacing_mm for scan in scans]
+        extents = [(slab.depth, *shape[1:]) for slab, shape in zip(slabs, shapes_ZYX)]
+        spacings_mm = [self.store.scans.spacing_mm(slab.scan) for slab in slabs]
         batch = Batch(
             hu_BZYX=hu_BZYX,
             extent_B3=self._int64(extents),

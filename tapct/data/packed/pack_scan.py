@@ -13,7 +13,7 @@ from tapct.data.labels.reading import read_labels_of
 from tapct.data.manifest import Row
 from tapct.data.packed.pack_report import RefusedScan
 from tapct.data.packed.packed_labels import encode_labels, labels_file, packed_digest, read_names
-from tapct.data.packed.packed_scan import Damaged, PackedMeta, encode, open_packed
+from tapct.data.packed.packed_scan import ZSTD, Damaged, PackedMeta, encode, open_packed
 from tapct.data.packed.store import StoredScan, packed_file
 from tapct.data.scans.ingest import OUT_OF_MEMORY, read_source
 from tapct.data.scans.read_rules import AS_INDEXED
@@ -33,6 +33,7 @@ class PackTask:
     ignore_labels: tuple[int, ...] = ()
     again: bool = False
     label_names: tuple[tuple[int, str], ...] = ()
+    codec: str = ZSTD
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ def pack_scan(task: PackTask) -> PackOutcome:
                 )
     try:
         volume = _read_as_indexed(row, task.root)
-        frame, meta = encode(volume, row.id, task.level)
+        frame, meta = encode(volume, row.id, task.level, task.codec)
         if meta.checksum != row.digest:
             detail = f"{task.root / row.path} has other voxels than at `tapct index`; run it again."
             raise Refused("changed", detail)
@@ -95,6 +96,7 @@ def pack_scan(task: PackTask) -> PackOutcome:
             refused=RefusedScan(row.id, row.path, refusal.reason, refusal.detail),
             was_damaged=was_damaged,
         )
+    file.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(file, frame, mode=PRIVATE)
     outcome = PackOutcome(_stored(row, meta), was_damaged=was_damaged, stored_bytes=len(frame))
     return _with_labels(task, outcome, volume)
@@ -129,6 +131,7 @@ def _with_labels(task: PackTask, outcome: PackOutcome, volume: Volume | None = N
                 raise Refused("changed", "they differ from `tapct index`; run it again.")
             names = found.label_map.names
             frame = encode_labels(found.label_map, row.id, task.level, row.label_digest)
+            file.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(file, frame, mode=PRIVATE)
     except Refused as refusal:
         if refusal.reason == OUT_OF_MEMORY:

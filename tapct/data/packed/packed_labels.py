@@ -18,6 +18,7 @@ import numpy as np
 from tapct.base.exits import single_line
 from tapct.data.digest import label_digest
 from tapct.data.packed.packed_scan import Damaged, compress
+from tapct.data.packed.places import file_of
 from tapct.types import IGNORE_LABEL, LabelMap
 
 _META_KEY = "tapct_labels"
@@ -33,7 +34,7 @@ def labels_file(store: Path, scan_id: str) -> Path:
         store: folder of the store.
         scan_id: name of the scan.
     """
-    return store / f"{scan_id}.labels.b2nd"
+    return file_of(store, scan_id, ".labels.b2nd")
 
 
 def encode_labels(labels: LabelMap, scan_id: str, level: int, digest: str = "") -> bytes:

@@ -35,6 +35,8 @@ from tapct.types import Volume
 SCHEMA = 2  # version of the metadata in every .b2nd
 NO_CHECKSUMS = 1  # the version before; such files are read, without comparing checksums
 META_KEY = "tapct"
+ZSTD, LZ4 = "zstd", "lz4"
+CODECS = {ZSTD: blosc2.Codec.ZSTD, LZ4: blosc2.Codec.LZ4}
 CHUNK_BYTES = 1 << 20  # smaller chunks waste less at a slab's ends, larger ones cost fewer calls
 CHUNK_SLICES = 4
 BLOCK_BYTES = 1 << 18  # compressed and decoded, a block fits a 1 MiB L2 cache
@@ -111,12 +113,13 @@ class PackedMeta:
         )
 
 
-def compress(voxels_ZYX: np.ndarray, level: int) -> blosc2.NDArray:
+def compress(voxels_ZYX: np.ndarray, level: int, codec: str = ZSTD) -> blosc2.NDArray:
     """Compress a volume in the chunks of a store.
 
     Args:
         voxels_ZYX: C-contiguous HU or labels.
-        level: level of zstd, 1 to 9; higher is smaller and slower to write.
+        level: level of the codec, 1 to 9; higher is smaller and slower to write.
+        codec: one of `CODECS`.
     """
     z, y, x = voxels_ZYX.shape
     chunks, blocks = layout((z, y, x))
@@ -126,9 +129,9 @@ def compress(voxels_ZYX: np.ndarray, level: int) -> blosc2.NDArray:
         blocks=blocks,
         contiguous=True,
         cparams={
-            "codec": blosc2.Codec.ZSTD,
+            "codec": CODECS[codec],
             "clevel": level,
-            "filters": [blosc2.Filter.BITSHUFFLE],
+            "filters": [blosc2.Filter.SHUFFLE],
             "typesize": voxels_ZYX.itemsize,
             "nthreads": 1,
         },
@@ -136,18 +139,18 @@ def compress(voxels_ZYX: np.ndarray, level: int) -> blosc2.NDArray:
     )
 
 
-def encode(volume: Volume, scan_id: str, level: int) -> tuple[bytes, PackedMeta]:
+def encode(volume: Volume, scan_id: str, level: int, codec: str = ZSTD) -> tuple[bytes, PackedMeta]:
     """Compress one scan.
 
     Args:
         volume: scan.
         scan_id: name of the scan in the store.
-        level: level of zstd, 1 to 9; higher is smaller and slower to write.
+        level, codec: as in `compress`.
     Returns:
         The bytes of its `.b2nd` file, and the metadata in it.
     """
     z, y, x = volume.hu_ZYX.shape
-    array = compress(np.ascontiguousarray(volume.hu_ZYX, dtype=np.int16), level)
+    array = compress(np.ascontiguousarray(volume.hu_ZYX, dtype=np.int16), level, codec)
     chunk_depth = array.chunks[0]
     frame = array.schunk.to_cframe()
     ranges_C2 = _byte_ranges(array, frame)

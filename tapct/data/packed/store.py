@@ -1,20 +1,18 @@
 """The packed archive: a folder of packed scans and its index, read slab by slab.
 
-A store is a folder: `store.parquet` (one row per scan) beside one `<id>.b2nd` per scan (see
-`packed_scan`), and one `<id>.labels.b2nd` per scan with labels (see `packed_labels`). A z-slab is
-read without touching the rest of the scan.
+A store is a folder: `store.parquet` (one row per scan, see `store_index`) beside one `<id>.b2nd`
+per scan (see `packed_scan` and `places`), and one `<id>.labels.b2nd` per scan with labels (see
+`packed_labels`). A z-slab is read without touching the rest of the scan.
 
 Axes: Z Y X depth height width in voxels.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,65 +20,23 @@ from typing import Any
 import blosc2
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
+import pyarrow.compute as pc
 
 from tapct.base.exits import UserError, single_line
 from tapct.base.files import expand_path
-from tapct.data.digest import table_digest, voxel_digest
-from tapct.data.manifest import Manifest, read_column, read_paths
+from tapct.data.digest import voxel_digest
+from tapct.data.manifest import Manifest, columns_in_order, read_column, read_columns
+from tapct.data.packed.local_cache import LocalCache
 from tapct.data.packed.packed_labels import labels_file, read_packed_labels
 from tapct.data.packed.packed_scan import Damaged, PackedScan
+from tapct.data.packed.places import file_of
+from tapct.data.packed.scan_list import ScanList
+from tapct.data.packed.scan_list import StoredScan as StoredScan
+from tapct.data.packed.scan_list import labels_digest as labels_digest
+from tapct.data.packed.store_index import INDEX_NAME as INDEX_NAME
+from tapct.data.packed.store_index import index_bytes as index_bytes
+from tapct.data.packed.store_index import read_index as read_index
 from tapct.types import LabelMap
-
-INDEX_NAME = "store.parquet"
-# version of store.parquet; version 1 listed the label files of the archive and had no digest of its
-# own content
-SCHEMA = 2
-_INDEX_KEY = b"tapct.store"
-_COLUMNS = pa.schema(
-    [
-        ("id", pa.string()),
-        *((name, pa.int32()) for name in ("depth", "height", "width")),
-        *((name, pa.float64()) for name in ("spacing_z_mm", "spacing_y_mm", "spacing_x_mm")),
-        *((name, pa.string()) for name in ("patient", "label_digest", "label_names", "checksum")),
-    ]
-)
-# the last column, which stores of earlier versions lack
-_PATIENT_FROM = pa.field("patient_from", pa.string())
-
-
-@dataclass(frozen=True, slots=True)
-class StoredScan:
-    """One row of the store.
-
-    Args:
-        id: name of the scan, and of its file without `.b2nd`.
-        shape_ZYX: number of voxels.
-        spacing_mm: distance of voxel centres along (z, y, x).
-        patient: keyed hash; scans of one patient share it.
-        path: path of the source below the archive's root. The store does not hold it: it comes from
-            the manifest that was packed, and is empty where that is gone.
-        label_digest: digest of its packed labels, the manifest's `label_digest`; empty where it has
-            none.
-        checksum: digest of the decoded voxels, the manifest's `digest`.
-        label_names: label value and name; empty where it has no labels or they have no names.
-        patient_from: rule that identified the patient, as in the manifest; empty where unknown.
-    """
-
-    id: str
-    shape_ZYX: tuple[int, int, int]
-    spacing_mm: tuple[float, float, float]
-    patient: str
-    path: str
-    label_digest: str
-    checksum: str
-    label_names: tuple[tuple[int, str], ...] = ()
-    patient_from: str = ""
-
-    @property
-    def has_labels(self) -> bool:
-        """Whether the store holds labels of the scan."""
-        return bool(self.label_digest)
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,8 +73,9 @@ class Store:
     Args:
         path: folder that `tapct pack` wrote.
         max_open: number of files kept open; the least recently used one is closed first.
+        cache: copies of packed scans on a disk of the node; None reads from the store.
     Attributes:
-        scans: one per scan, in the order of the manifest.
+        scans: one row per scan, in the order of the manifest, as objects on demand.
         digest: hash of the voxels of the whole store, whatever the compression.
         manifest_digest: digest of the manifest that was packed.
         patient_key: name of the key of the patient hashes; of a store whose key is unknown, a name
@@ -128,16 +85,19 @@ class Store:
         UserError: there is no store, or its index is not readable.
     """
 
-    def __init__(self, path: Path | str, max_open: int = 16) -> None:
+    def __init__(
+        self, path: Path | str, max_open: int = 16, cache: LocalCache | None = None
+    ) -> None:
         self.path = expand_path(path)
-        self.max_open = max_open
+        self.max_open, self.cache = max_open, cache
+        self.scans: ScanList
         self.scans, info = read_index(self.path)
         self.digest: str = info["digest"]
         self.manifest_digest: str = info["manifest_digest"]
         self.patient_key: str = info.get("patient_key") or f"manifest {self.manifest_digest}"
         self.summary: dict[str, int] = info.get("summary", {})
         self._manifest_file: str = info.get("manifest_file", "")
-        self._number_of = {scan.id: i for i, scan in enumerate(self.scans)}
+        self._number_of: dict[str, int] | None = None  # made when it is first needed
         self._start_process()
 
     def _start_process(self) -> None:
@@ -145,16 +105,22 @@ class Store:
         self._pid = os.getpid()
         self._lock = threading.Lock()
         self._open: OrderedDict[int, PackedScan] = OrderedDict()
+        self._not_cached: set[int] = set()  # scans whose copy was damaged
         blosc2.set_releasegil(True)  # process-wide: decompress2 lets other threads run
 
     def __len__(self) -> int:
         return len(self.scans)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"path": self.path, "max_open": self.max_open, "digest": self.digest}
+        return {
+            "path": self.path,
+            "max_open": self.max_open,
+            "cache": self.cache,
+            "digest": self.digest,
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["path"], state["max_open"])  # type: ignore[misc]
+        self.__init__(state["path"], state["max_open"], state["cache"])  # type: ignore[misc]
         if self.digest != state["digest"]:
             raise UserError(
                 f"the store {self.path} was packed again while it was in use; start again"
@@ -162,10 +128,13 @@ class Store:
 
     def file(self, i: int) -> Path:
         """Path of the file of scan i."""
-        return packed_file(self.path, self.scans[i].id)
+        return packed_file(self.path, self.scans.id(i))
 
     def index_of(self, scan_id: str) -> int:
         """Number of the scan with this name; KeyError where there is none."""
+        if self._number_of is None:
+            names = self.scans.column("id").to_pylist()
+            self._number_of = {name: i for i, name in enumerate(names)}
         return self._number_of[scan_id]
 
     def places(self) -> dict[str, ScanPlace]:
@@ -193,14 +162,44 @@ class Store:
             return None
         return found if found.digest == self.manifest_digest else None
 
+    def facts(self, names: Sequence[str]) -> pa.Table | None:
+        """Columns of the manifest, one row per scan of the store; a scan that the manifest lacks
+        has nulls.
+
+        Args:
+            names: names of columns of the manifest.
+        Returns:
+            The columns; None where the store itself does not hold them and the manifest that was
+            packed is gone, has changed or is of an earlier version.
+        """
+        own = [name for name in names if name in self.scans.own_columns]
+        table = pa.table({name: self.scans.column(name) for name in own})
+        others = [name for name in names if name not in own]
+        if not others:
+            return table
+        if not self._manifest_file:
+            return None
+        file = self.path / self._manifest_file
+        found = columns_in_order(file, self.manifest_digest, others, self.scans.column("id"))
+        if found is None:
+            return None
+        for name in others:
+            table = table.append_column(name, found.column(name))
+        return table.select(list(names))
+
     def num_guessed_patients(self) -> int:
         """Number of scans whose patient `tapct index` guessed from file names; 0 where the manifest
         that was packed is gone, so that it is not known.
         """
         if not self._manifest_file:
             return 0
-        sources = read_column(self.path / self._manifest_file, self.manifest_digest, "patient_from")
-        return sum(sources.get(scan.id) == "guess" for scan in self.scans)
+        file = self.path / self._manifest_file
+        table = read_columns(file, self.manifest_digest, ("id", "patient_from"))
+        if table is None:
+            return 0
+        guessed = table.column("id").filter(pc.equal(table.column("patient_from"), "guess"))
+        ids = self.scans.column("id").cast(guessed.type)
+        return int(pc.sum(pc.is_in(ids, value_set=guessed)).as_py() or 0)
 
     def read_labels(self, i: int) -> LabelMap:
         """The labels of scan i, on its grid.
@@ -219,7 +218,7 @@ class Store:
 
     def read(self, i: int) -> np.ndarray:
         """The whole scan i: int16 HU, (Z, Y, X). Raises: Damaged."""
-        return self.read_slab(i, 0, self.scans[i].shape_ZYX[0])
+        return self.read_slab(i, 0, self.scans.shape_ZYX(i)[0])
 
     def read_slab(self, i: int, z0: int, z1: int) -> np.ndarray:
         """Slices z0..z1-1 of scan i.
@@ -230,21 +229,27 @@ class Store:
             IndexError: not 0 <= z0 < z1 <= Z.
             Damaged: the scan cannot be read; the error names it.
         """
-        _, y, x = self.scans[i].shape_ZYX
+        _, y, x = self.scans.shape_ZYX(i)
         slab_ZYX = np.empty((max(z1 - z0, 0), y, x), np.int16)
         self.read_into(i, z0, slab_ZYX)
         return slab_ZYX
 
     def read_into(self, i: int, z0: int, slab_ZYX: np.ndarray) -> None:
         """Like `read_slab`, into a C-contiguous int16 array of the slab's shape."""
-        scan = self.scans[i]
+        depth, *plane_YX = self.scans.shape_ZYX(i)
         z1 = z0 + len(slab_ZYX)
-        if not 0 <= z0 < z1 <= scan.shape_ZYX[0]:
+        if not 0 <= z0 < z1 <= depth:
             raise IndexError(
-                f"scan {scan.id} has slices 0..{scan.shape_ZYX[0] - 1}; asked for {z0}..{z1 - 1}"
+                f"scan {self.scans.id(i)} has slices 0..{depth - 1}; asked for {z0}..{z1 - 1}"
             )
-        assert slab_ZYX.shape[1:] == scan.shape_ZYX[1:] and slab_ZYX.dtype == np.int16
+        assert list(slab_ZYX.shape[1:]) == plane_YX and slab_ZYX.dtype == np.int16
         assert slab_ZYX.flags.c_contiguous
+        if self.cache is not None:
+            try:
+                self._opened(i).read_into(z0, slab_ZYX)
+                return
+            except (Damaged, OSError, ValueError, RuntimeError):
+                self._forget_copy(i)  # the copy may be damaged, or just deleted: read the store
         try:
             self._opened(i).read_into(z0, slab_ZYX)
         except (Damaged, OSError, ValueError, RuntimeError) as error:
@@ -259,17 +264,23 @@ class Store:
         """
         if self.scans[i].has_labels:
             self.read_labels(i)
-        digest = voxel_digest(self.read(i))
-        if digest != self.scans[i].checksum:
-            raise self._damaged(
-                i, f"its voxels have digest {digest}, packed were {self.scans[i].checksum}"
-            )
+        digest, packed = voxel_digest(self.read(i)), self.scans.checksum(i)
+        if digest != packed:
+            raise self._damaged(i, f"its voxels have digest {digest}, packed were {packed}")
 
     def _damaged(self, i: int, problem: str) -> Damaged:
         return Damaged(
-            f"scan {self.scans[i].id} is damaged: {self.file(i)}: {problem}. Run `tapct pack` with "
+            f"scan {self.scans.id(i)} is damaged: {self.file(i)}: {problem}. Run `tapct pack` with "
             "--verify --repair to pack it again."
         )
+
+    def _forget_copy(self, i: int) -> None:
+        """Read scan i from the store from now on, and delete its copy."""
+        assert self.cache is not None
+        self.cache.drop(self.scans.checksum(i))
+        with self._lock:
+            self._not_cached.add(i)
+            self._open.pop(i, None)
 
     def _opened(self, i: int) -> PackedScan:
         """Scan i, open; from the files kept open where it is among them."""
@@ -279,9 +290,13 @@ class Store:
             if i in self._open:
                 self._open.move_to_end(i)
                 return self._open[i]
-        opened = PackedScan(self.file(i))
-        scan, meta = self.scans[i], opened.meta
-        if (meta.id, meta.shape_ZYX, meta.checksum) != (scan.id, scan.shape_ZYX, scan.checksum):
+        file = self.file(i)
+        if self.cache is not None and i not in self._not_cached:
+            file = self.cache.local(file, self.scans.checksum(i))
+        opened = PackedScan(file)
+        meta, scans = opened.meta, self.scans
+        listed = (scans.id(i), scans.shape_ZYX(i), scans.checksum(i))
+        if (meta.id, meta.shape_ZYX, meta.checksum) != listed:
             raise Damaged(
                 f"it holds scan {meta.id} {meta.shape_ZYX} {meta.checksum}, which is not what "
                 f"{INDEX_NAME} lists"
@@ -300,114 +315,4 @@ def packed_file(folder: Path, scan_id: str) -> Path:
         folder: folder of the store.
         scan_id: name of the scan.
     """
-    return folder / f"{scan_id}.b2nd"
-
-
-def store_digest(scans: Iterable[StoredScan]) -> str:
-    """Hash voxels, grids and order of all scans, whatever their compression: 32 hex digits."""
-    digest = hashlib.blake2b(digest_size=16)
-    for scan in scans:
-        digest.update(repr((scan.id, scan.shape_ZYX, scan.spacing_mm, scan.checksum)).encode())
-    return digest.hexdigest()
-
-
-def labels_digest(scans: Iterable[StoredScan]) -> str:
-    """Hash the labels and label names of all scans: 32 hex digits."""
-    digest = hashlib.blake2b(digest_size=16)
-    for scan in scans:
-        digest.update(repr((scan.id, scan.label_digest, scan.label_names)).encode())
-    return digest.hexdigest()
-
-
-def index_bytes(
-    scans: Iterable[StoredScan],
-    manifest_digest: str,
-    summary: Mapping[str, int] | None = None,
-    patient_key: str = "",
-    manifest_file: str = "",
-) -> bytes:
-    """The content of `store.parquet`.
-
-    Args:
-        scans: all scans of the store, in the order of the manifest.
-        manifest_digest: digest of the manifest.
-        summary: number of rows of the manifest by reason, as `Manifest.summary` counts them.
-        patient_key: name of the key of the patient hashes; empty where unknown.
-        manifest_file: file of the manifest, relative to the store; empty where there is none.
-    """
-    scans = tuple(scans)
-    rows = [
-        (
-            *(s.id, *s.shape_ZYX, *s.spacing_mm, s.patient),
-            *(s.label_digest, json.dumps(s.label_names), s.checksum, s.patient_from),
-        )
-        for s in scans
-    ]
-    columns = _COLUMNS.append(_PATIENT_FROM)
-    arrays = [pa.array([row[k] for row in rows], column.type) for k, column in enumerate(columns)]
-    info: dict[str, Any] = {
-        "schema": SCHEMA,
-        "manifest_digest": manifest_digest,
-        "manifest_file": manifest_file,
-        "digest": store_digest(scans),
-        "summary": dict(summary or {}),
-        "patient_key": patient_key,
-    }
-    info["content"] = table_digest([array.to_pylist() for array in arrays], info)
-    schema = columns.with_metadata({_INDEX_KEY: json.dumps(info).encode()})
-    sink = pa.BufferOutputStream()
-    pq.write_table(pa.Table.from_arrays(arrays, schema=schema), sink)
-    return sink.getvalue().to_pybytes()
-
-
-def read_index(folder: Path) -> tuple[tuple[StoredScan, ...], dict[str, Any]]:
-    """Read `store.parquet`.
-
-    Args:
-        folder: folder of the store.
-    Returns:
-        The scans, and the index's `manifest_digest`, `digest` and `summary`.
-    Raises:
-        UserError: there is none, or it is damaged or of another version.
-    """
-    file = folder / INDEX_NAME
-    if not file.is_file():
-        raise UserError(
-            f"{folder} holds no {INDEX_NAME}, so it is not a packed archive; make one with `tapct "
-            "pack`."
-        )
-    try:
-        table = pq.read_table(file, partitioning=None)
-        info = json.loads((table.schema.metadata or {})[_INDEX_KEY])
-        if info["schema"] != SCHEMA:
-            age = "an older" if info["schema"] < SCHEMA else "a newer"
-            raise ValueError(f"it was packed by {age} version of tapct")
-        # column by column: a dictionary per row takes four times as long
-        has_rule = _PATIENT_FROM.name in table.column_names
-        fields = [*_COLUMNS, _PATIENT_FROM] if has_rule else list(_COLUMNS)
-        columns = [table.column(field.name).cast(field.type).to_pylist() for field in fields]
-        facts = {key: value for key, value in info.items() if key != "content"}
-        if info["content"] != table_digest(columns, facts):
-            raise ValueError("its content differs from its digest, so it is damaged")
-    except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
-        raise UserError(
-            f"{file} is not readable ({single_line(error)}); run `tapct pack` again, it keeps "
-            "the scans that it can."
-        ) from error
-    manifest_file = info.get("manifest_file", "")
-    paths = read_paths(folder / manifest_file, info["manifest_digest"]) if manifest_file else {}
-    if not has_rule:
-        columns.append([""] * table.num_rows)
-    scans = []
-    for row in zip(*columns, strict=True):
-        scan_id, z, y, x, dz, dy, dx, patient, label_digest, names, checksum, rule = row
-        path = paths.get(scan_id, "")
-        label_names = tuple((int(value), str(name)) for value, name in json.loads(names))
-        scans.append(
-            StoredScan(
-                *(scan_id, (z, y, x), (dz, dy, dx), patient, path, label_digest, checksum),
-                label_names,
-                rule,
-            )
-        )
-    return tuple(scans), info
+    return file_of(folder, scan_id, ".b2nd")

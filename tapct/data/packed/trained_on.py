@@ -9,11 +9,13 @@ one row per scan and is written when a run starts, never during steps.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from tapct.base import files
@@ -31,6 +33,7 @@ _COLUMNS = pa.schema(
         ("patient_from", pa.string()),  # lists of earlier versions lack it
     ]
 )
+_OF_STORE = ("checksum", "patient", "patient_from")  # columns of a store's list
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,7 @@ class TrainedOn:
         """The same scans as those of a run that starts from these weights."""
         return replace(self, from_step=dict.fromkeys(self.from_step, 0))
 
-    def with_store(self, store: Store, rows: Iterable[int], step: int) -> TrainedOn:
+    def with_store(self, store: Store, rows: Sequence[int] | np.ndarray, step: int) -> TrainedOn:
         """Add the scans of a store that are drawn from a step on.
 
         Args:
@@ -80,9 +83,10 @@ class TrainedOn:
             step: finished steps.
         """
         from_step = dict(self.from_step)
-        for row in rows:
-            scan = store.scans[row]
-            seen = SeenScan(scan.checksum, scan.patient, store.patient_key, scan.patient_from)
+        at = pa.array(np.asarray(rows, np.int64))
+        columns = [store.scans.column(name).take(at).to_pylist() for name in _OF_STORE]
+        for checksum, patient, rule in zip(*columns, strict=True):
+            seen = SeenScan(checksum, patient, store.patient_key, rule)
             from_step[seen] = min(step, from_step.get(seen, step))
         return replace(self, from_step=from_step)
 
@@ -100,17 +104,51 @@ class TrainedOn:
             pa.array([row[number] for row in rows], column.type)
             for number, column in enumerate(_COLUMNS)
         ]
-        info = json.dumps({"schema": SCHEMA, "unknown": list(self.unknown)}).encode()
-        table = pa.Table.from_arrays(arrays, schema=_COLUMNS.with_metadata({_KEY: info}))
-        sink = pa.BufferOutputStream()
-        pq.write_table(table, sink)
-        try:
-            files.write_atomically(path, sink.getvalue().to_pybytes())
-        except OSError as error:
-            raise UserError(
-                f"cannot write {path}: {files.first_cause(error)}; free space or check the "
-                "folder's permissions"
-            ) from error
+        _write(path, pa.Table.from_arrays(arrays, schema=_COLUMNS), self.unknown)
+
+
+def write_first(path: Path, parts: Sequence[tuple[Store, np.ndarray]], step: int) -> None:
+    """Write the table of a run that begins with random weights: that of `TrainedOn().with_store` of
+    each part, without an object per scan.
+
+    Args:
+        path: file to write.
+        parts: stores, and the rows of each that are trained on.
+        step: finished steps.
+    Raises:
+        UserError: the disk is full or the folder is not writable.
+    """
+    tables = []
+    for store, rows in parts:
+        at = pa.array(np.asarray(rows, np.int64))
+        columns = {name: store.scans.column(name).take(at) for name in _OF_STORE}
+        columns["patient_key"] = pa.array([store.patient_key] * len(at), pa.string())
+        columns["from_step"] = pa.array(np.full(len(at), step))
+        names = {"checksum": "digest"}
+        table = pa.table({names.get(name, name): column for name, column in columns.items()})
+        tables.append(table.select(_COLUMNS.names).cast(_COLUMNS))
+    whole = pa.concat_tables(tables)
+    if pc.count_distinct(whole.column("digest")).as_py() == len(whole):
+        _write(path, whole, ())
+        return
+    known = TrainedOn()  # some scans are listed twice
+    for store, rows in parts:
+        known = known.with_store(store, rows, step)
+    known.write(path)
+
+
+def _write(path: Path, table: pa.Table, unknown: Sequence[str]) -> None:
+    """Write a table of scans, whole or not at all; arguments and errors as in `TrainedOn`."""
+    info = json.dumps({"schema": SCHEMA, "unknown": list(unknown)}).encode()
+    sink = pa.BufferOutputStream()
+    pq.write_table(table.replace_schema_metadata({_KEY: info}), sink)
+    try:
+        files.write_atomically(path, sink.getvalue().to_pybytes())
+    except OSError as error:
+        raise UserError(
+            f"cannot write {path}: {files.first_cause(error)}; free space or check the folder's "
+            "permissions"
+        ) from error
 
 
 def read(path: Path) -> TrainedOn:

@@ -29,7 +29,8 @@ def check_complete(store: Store, manifest: Manifest, allow_missing: int = 0) -> 
             them.
     """
     StoreBefore.read(store.path).check_replaceable_by(manifest)
-    stored = {scan.id: scan.checksum for scan in store.scans}
+    ids, checksums = (store.scans.column(name).to_pylist() for name in ("id", "checksum"))
+    stored = dict(zip(ids, checksums, strict=True))
     lacking = [row.path for row in manifest.accepted if row.id not in stored]
     lacking += [
         row.path for row in manifest.accepted if stored.get(row.id) not in (None, row.digest)

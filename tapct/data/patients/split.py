@@ -10,7 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 
-from tapct.base.hashing import MASK_64, hash_int
+import numpy as np
+
+from tapct.base.hashing import GAMMA, MASK_64, MIX_1, MIX_2, absorb, hash_int
 
 # Version of the rule, kept in the config of a run: a run that began with rule 1 keeps it.
 VERSION = 2
@@ -40,7 +42,45 @@ def patients_below(
 
 def position(patient: str, seed: int) -> float:
     """Place of a patient between 0 and 1: a hash of the seed and the patient alone."""
-    return (hash_int(seed, f"held_out/{patient}") & MASK_64) / 2**64
+    return (hash_int(seed, patient_number_name(patient)) & MASK_64) / 2**64
+
+
+def patient_number_name(patient: str) -> str:
+    """The text whose number (`hashing.purpose_id`) stands for a patient in every split."""
+    return f"held_out/{patient}"
+
+
+def positions(numbers: np.ndarray, seed: int) -> np.ndarray:
+    """Places of many patients between 0 and 1, equal to `position` of each.
+
+    Args:
+        numbers: uint64, `hashing.purpose_id` of `patient_number_name` of each patient.
+        seed: seed of the split.
+    Returns:
+        float64 of the same length.
+    """
+    # hashing.absorb on an array: the products wrap at 64 bits, as its masks make them do
+    word = numbers.astype(np.uint64) + np.uint64(1)
+    word = word * np.uint64(GAMMA) + np.uint64(absorb(0, seed))
+    word = (word ^ (word >> np.uint64(30))) * np.uint64(MIX_1)
+    word = (word ^ (word >> np.uint64(27))) * np.uint64(MIX_2)
+    word = word ^ (word >> np.uint64(31))
+    return word.astype(np.float64) / 2.0**64
+
+
+def are_below(numbers: np.ndarray, share: float, seed: int, start: float = 0.0) -> np.ndarray:
+    """Whether each scan is of a patient that `patients_below` chooses.
+
+    Args:
+        numbers: as in `positions`, one per scan.
+        share, seed, start: as in `patients_below`.
+    Returns:
+        bool of the same length.
+    """
+    place = positions(numbers, seed)
+    chosen = (start <= place) & (place < round(start + share, 12))
+    assert isinstance(chosen, np.ndarray)
+    return chosen
 
 
 def held_out_patients_v1(patients: Iterable[str], share: float, seed: int) -> frozenset[str]:

@@ -394,3 +394,52 @@ def test_pinned_batches_hold_the_same(packed: tuple[Path, list[np.ndarray]], wor
         for (batch,), (whole,) in zip(itertools.islice(batches, 3), expected):
             assert all(getattr(batch, name).is_pinned() for name in Batch.__dataclass_fields__)
             assert_same(batch.to(torch.device("cuda")).to(torch.device("cpu")), whole)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_samples_that_share_a_slab_show_the_same_voxels_and_read_them_once(
+    packed: tuple[Path, list[np.ndarray]], workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone = [
+        batch
+        for (batch,) in take(6, packed[0], config_of(), global_batch=2)  # samples 0..11
+    ]
+    drawn = torch.cat([batch.scan_B for batch in alone])
+    starts = torch.cat([batch.slab_start_B for batch in alone])
+    reads: list[int] = []
+    plain = Store.read_into
+
+    def counted(self: Store, i: int, z0: int, slab_ZYX: np.ndarray) -> None:
+        reads.append(i)
+        plain(self, i, z0, slab_ZYX)
+
+    monkeypatch.setattr(Store, "read_into", counted)
+    config = config_of(crops_per_slab=3, workers=workers, prefetch=1)
+    steps = take(4, packed[0], config, global_batch=6)
+    for step, (batch,) in enumerate(steps):
+        assert batch.sample_B.tolist() == list(range(6 * step, 6 * step + 6))
+        slabs = [sample // 3 for sample in batch.sample_B.tolist()]
+        assert batch.scan_B.tolist() == [int(drawn[k]) for k in slabs]
+        assert batch.slab_start_B.tolist() == [int(starts[k]) for k in slabs]
+        for first in (0, 3):
+            for b in (first + 1, first + 2):
+                assert torch.equal(batch.hu_BZYX[b], batch.hu_BZYX[first])
+    if workers == 0:
+        assert len(reads) == 8
+    # two ranks that divide a group see what one rank sees
+    halves = [take(1, packed[0], config, global_batch=6, rank=r, world=2)[0][0] for r in (0, 1)]
+    assert torch.equal(torch.cat([half.scan_B for half in halves]), steps[0][0].scan_B)
+
+
+def test_a_damaged_scan_is_replaced_for_all_samples_that_share_its_slab(
+    packed: tuple[Path, list[np.ndarray]],
+) -> None:
+    folder, scans = packed
+    damaged = scan_of(0, len(scans), SEED)
+    file = folder / f"scan{damaged}.b2nd"
+    file.write_bytes(file.read_bytes()[:-30])
+    config = config_of(crops_per_slab=2, on_error="skip")
+    (batch,) = take(1, folder, config, global_batch=4)[0]
+    assert batch.scan_B[0] == batch.scan_B[1] != damaged
+    assert torch.equal(batch.hu_BZYX[0], batch.hu_BZYX[1])
+    assert batch.extent_B3[0].tolist() == batch.extent_B3[1].tolist()

@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from scipy.stats import chi2
 
 from tapct.base.exits import UserError
+from tapct.base.hashing import hash_int
 from tapct.data.loading.batch_share import BatchShare
-from tapct.data.loading.sampler import scan_of
+from tapct.data.loading.sampler import permute, scan_of
 
 
 def order(num_scans: int, pass_number: int, seed: int) -> list[int]:
@@ -106,3 +107,23 @@ def test_an_unequal_share_is_refused_with_a_one_line_error(
     ) as error:
         BatchShare(global_batch, accumulation, world)
     assert "\n" not in str(error.value)
+
+
+def test_the_hashes_of_the_rounds_are_those_of_their_keys() -> None:
+    """`permute` computes what all positions of a key share once; the plain form is here."""
+
+    def plain(position: int, num_scans: int, key: int) -> int:
+        half_bits = max(1, ((num_scans - 1).bit_length() + 1) // 2)
+        mask = (1 << half_bits) - 1
+        while True:
+            left, right = position >> half_bits, position & mask
+            for i in range(8):
+                drawn = hash_int(key, "sampler round", i, right)
+                left, right = right, left ^ (drawn & mask)
+            position = left << half_bits | right
+            if position < num_scans:
+                return position
+
+    for num_scans, key in itertools.product((1, 2, 7, 1000, 10**7), (0, -5, 2**63 - 1)):
+        for position in range(0, num_scans, max(1, num_scans // 5)):
+            assert permute(position, num_scans, key) == plain(position, num_scans, key)

@@ -8,13 +8,16 @@ import fcntl
 import io
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import blosc2
 import nibabel
 import numpy as np
 import pytest
@@ -25,6 +28,8 @@ from tapct.base.exits import UserError
 from tapct.data.digest import voxel_digest
 from tapct.data.index.build import build_manifest
 from tapct.data.manifest import Manifest, Row
+from tapct.data.packed import free_space
+from tapct.data.packed.free_space import SAMPLE
 from tapct.data.packed.pack import pack
 from tapct.data.packed.store import INDEX_NAME, Store
 from tapct.data.scans.ingest import read_volume
@@ -302,6 +307,74 @@ class FullDisk(io.FileIO):
     def write(self, content: bytes) -> int:  # type: ignore[override]
         super().write(content[:1000])
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_scans_that_do_not_fit_are_refused_by_an_estimate_before_most_are_packed(
+    archive: tuple[Manifest, list[np.ndarray]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest, scans = archive
+    shape_ZYX, more = (5, 40, 30), 36
+    extra = []
+    for i in range(more):
+        hu_ZYX = ct_like(shape_ZYX, 100 + i)
+        write_nifti(manifest.root / f"t{i:02d}.nii", hu_ZYX)
+        extra.append(row_of(f"t{i:02d}", hu_ZYX))
+    manifest = replace(manifest, rows=(*manifest.rows, *extra))
+    voxels = sum(hu_ZYX.nbytes for hu_ZYX in scans) + more * 2 * int(np.prod(shape_ZYX))
+    said: list[str] = []
+
+    def packed_with(free: int) -> int:
+        usage = shutil.disk_usage(tmp_path)._replace(free=free)
+        monkeypatch.setattr(free_space.shutil, "disk_usage", lambda _: usage)
+        return len(pack(manifest, tmp_path / f"out{free}", say=said.append).packed)
+
+    assert packed_with(voxels) == 40 and "40 scans to pack" in said[-1]
+    # the noise of these scans packs to about two thirds: enough here, though not uncompressed
+    assert packed_with(int(0.95 * voxels)) == 40 and "packed first" in said[-1]
+    free = int(0.3 * voxels)
+    with pytest.raises(UserError, match=r"no space .* about .* GB .*% of the voxels.*packed first"):
+        packed_with(free)
+    assert len(files_of(tmp_path / f"out{free}")) == SAMPLE  # nothing more was packed
+
+
+@pytest.mark.parametrize("codec", ["zstd", "lz4"])
+def test_every_codec_gives_back_the_voxels(
+    archive: tuple[Manifest, list[np.ndarray]], tmp_path: Path, codec: str
+) -> None:
+    manifest, scans = archive
+    pack(manifest, tmp_path / "out", codec=codec)
+    store = Store(tmp_path / "out")
+    for i, hu_ZYX in enumerate(scans):
+        np.testing.assert_array_equal(store.read(i), hu_ZYX)
+    used = blosc2.open(str(store.file(0)), mode="r").cparams.codec
+    assert used.name.lower() == codec
+    with pytest.raises(UserError, match="the codec is 'gzip'; rule: zstd or lz4"):
+        pack(manifest, tmp_path / "other", codec="gzip")
+
+
+def test_files_of_hashed_ids_fan_out_and_a_flat_store_stays_readable(
+    archive: tuple[Manifest, list[np.ndarray]], tmp_path: Path
+) -> None:
+    manifest, scans = archive
+    ids = {row.id: f"{k:03x}{row.id.encode().hex():0>13}" for k, row in enumerate(manifest.rows)}
+    manifest = replace(manifest, rows=tuple(replace(r, id=ids[r.id]) for r in manifest.rows))
+    out = tmp_path / "out"
+    names = [row.id for row in manifest.accepted]
+    pack(manifest, out)
+    assert sorted(files_of(out)) == sorted({INDEX_NAME, *(name[:3] for name in names)})
+    assert all((out / name[:3] / f"{name}.b2nd").is_file() for name in names)
+    # as earlier versions wrote it
+    for name in names[:2]:
+        (out / name[:3] / f"{name}.b2nd").rename(out / f"{name}.b2nd")
+        (out / name[:3]).rmdir()
+    store = Store(out)
+    for i, hu_ZYX in enumerate(scans):
+        np.testing.assert_array_equal(store.read(i), hu_ZYX)
+    assert store.file(0) == out / f"{names[0]}.b2nd"
+    (out / names[2][:3] / f".{names[2]}.b2nd.77.tmp").write_bytes(b"of a killed pack")
+    report = pack(manifest, out)
+    assert (report.kept, report.unlisted) == (4, ())
+    assert not list(out.rglob("*.tmp")) and (out / f"{names[0]}.b2nd").is_file()
 
 
 @pytest.mark.parametrize("full_from", ["s0.b2nd", "s2.b2nd", INDEX_NAME])

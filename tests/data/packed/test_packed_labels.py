@@ -14,7 +14,7 @@ from tapct.base.exits import UserError
 from tapct.data.digest import label_digest
 from tapct.data.index.build import build_manifest
 from tapct.data.manifest import Manifest
-from tapct.data.packed import pack_scan, store
+from tapct.data.packed import pack_scan, store_index
 from tapct.data.packed.pack import pack
 from tapct.data.packed.packed_labels import (
     encode_labels,
@@ -140,7 +140,7 @@ def test_ignored_values_are_packed_by_the_rule_of_the_index(tmp_path: Path) -> N
 def test_a_store_of_an_earlier_version_names_the_next_step(
     archive: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(store, "SCHEMA", 1)
+    monkeypatch.setattr(store_index, "SCHEMA", 1)
     pack(archive, tmp_path / "store")
     monkeypatch.undo()
     with pytest.raises(

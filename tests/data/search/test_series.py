@@ -14,6 +14,7 @@ from tapct.data.index.build import build_manifest
 from tapct.data.manifest import Manifest, Row
 from tapct.data.packed import pack
 from tapct.data.packed.packed_scan import open_packed
+from tapct.data.packed.store import packed_file
 from tapct.data.readers.dicom_head import TRAITS, Head
 from tapct.data.readers.dicom_kind import derivation_from
 from tapct.data.scans.ingest import read_volume
@@ -92,7 +93,7 @@ def test_a_series_in_hashed_folders_is_one_scan_and_every_file_is_opened_once(
         report = pack.pack(manifest, tmp_path / "store")
     files = [path for path in opened if path.is_relative_to(tmp_path / "a")]
     assert len(files) == len(set(files)) == 9
-    array, _ = open_packed(tmp_path / "store" / f"{report.packed[0]}.b2nd")
+    array, _ = open_packed(packed_file(tmp_path / "store", report.packed[0]))
     np.testing.assert_array_equal(array[:], make_ct())
 
 
