@@ -101,16 +101,19 @@ def duration(seconds: float) -> str:
 
 
 @contextmanager
-def progress_bar(description: str) -> Iterator[Callable[[int, int], None]]:
+def progress_bar(description: str, item: str = "") -> Iterator[Callable[[int, int], None]]:
     """Show progress of a job of known length: a bar on a terminal, a line now and then elsewhere.
 
     Args:
         description: name of the job in one word, e.g. `pack`.
+        item: what is counted, e.g. `scan`, to show the rate; empty to leave it out.
     Yields:
         Function to call with (done, total) whenever an item is done; a call is cheap.
     """
     with _Meter(description) as meter:
-        yield lambda done, total: meter.show(done, total, meter.remaining(done, total))
+        yield lambda done, total: meter.show(
+            done, total, meter.remaining(done, total), meter.rate(done, item) if item else ""
+        )
 
 
 class TrainProgress:
@@ -204,6 +207,15 @@ class _Meter:
     def remaining(self, done: int, total: int) -> float:
         """Estimate the seconds that are left, from the mean pace so far."""
         return (total - done) * (time.monotonic() - self._began) / done if done else math.nan
+
+    def rate(self, done: int, item: str) -> str:
+        """Items per second, or seconds per item, from the mean pace so far."""
+        seconds = time.monotonic() - self._began
+        if not done or seconds <= 0:
+            return ""
+        if done >= seconds:
+            return f"{done / seconds:.1f} {item}s/s"
+        return f"{seconds / done:.1f} s/{item}"
 
     def show(
         self,

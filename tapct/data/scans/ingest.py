@@ -83,7 +83,7 @@ def _read_source(source: Source, key: bytes | None, accept: ReadRules) -> Volume
         check_is_ct(image.voxels_IJK, image.slope, image.intercept, declared_ct, accept.checks)
         check_wrap(stored.voxels_IJK, stored.slope, stored.intercept)
         check_axes(stored.voxels_IJK, stored.affine, stored.slope, stored.intercept, accept.checks)
-    hu_ZYX = _to_hu(view_ZYX, image.slope, image.intercept)
+    hu_ZYX = to_hu(view_ZYX, image.slope, image.intercept)
     if accept.checks is not None:
         marks += check_hu(hu_ZYX, declared_ct, accept.checks)
     facts = replace(facts_of(header, key, patient_from), lossy_ratio=image.lossy_ratio)
@@ -155,8 +155,16 @@ def refusing() -> Iterator[None]:
         raise Refused("unreadable", failure(error)) from error
 
 
-def _to_hu(view_ZYX: np.ndarray, slope: float, intercept: float) -> np.ndarray:
-    """int16 HU, slice by slice: clamp to AIR_HU from below, refuse what int16 cannot hold."""
+def to_hu(view_ZYX: np.ndarray, slope: float, intercept: float) -> np.ndarray:
+    """int16 HU, slice by slice: clamp to AIR_HU from below, refuse what int16 cannot hold.
+
+    Args:
+        view_ZYX: values as stored, any real dtype.
+        slope: factor to HU.
+        intercept: offset in HU.
+    Raises:
+        Refused: not_finite, out_of_range.
+    """
     hu_ZYX = np.empty(view_ZYX.shape, dtype=np.int16)
     # int64 holds the sum of every smaller type; larger values are refused, rounded or not
     is_small = view_ZYX.dtype.kind in "iu" and view_ZYX.dtype.itemsize < 8
