@@ -342,6 +342,7 @@ def embed(
         wanted = scan_vector.VectorChoice.of(vector, block, organ or (), masks is not None)
     embedding.check_library(options.form)
     named_scans.check_given(scan, root, masks)
+    embedding.check_writable(options.folder)
     flush_denormals()
     device = pick_device("auto")
     loaded = load_pretrained(model, custom_code=custom_code, device=device)
@@ -357,7 +358,6 @@ def embed(
         embedded.write_npz(options.file)
         console.say(f"features in {options.file}")
         return
-    embedding.make_folder(options.folder)
     encoder = embedding.encoder_of(loaded, device, cache)
     keep_names = options.form == options.CVPR26
     cases = named_scans.find_cases(scan, root, masks, keep_names=keep_names)

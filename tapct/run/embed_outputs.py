@@ -12,6 +12,7 @@ its scan, by which a later call recognises what is done.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import time
 import zipfile
@@ -55,7 +56,7 @@ class Output(ABC):
     @property
     def what(self) -> str:
         """What there is one of for each scan."""
-        return "file of features" if self.wanted is None else "vector"
+        return "feature file" if self.wanted is None else "vector"
 
     @property
     def place_of_results(self) -> Path:
@@ -145,6 +146,19 @@ def check_facts(place: Path, facts: dict[str, Any], wanted: dict[str, Any]) -> s
             "model and kind: give another --out, or remove its files"
         )
     return str(facts.get("stamp", ""))
+
+
+def check_writable(out: Path) -> None:
+    """Refuse a folder that cannot be made or written, before scans are searched.
+
+    Raises:
+        UserError: the permissions do not allow it.
+    """
+    there = out.absolute()
+    while not there.exists():
+        there = there.parent
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"--out {out} cannot be written: no permission to write to {there}")
 
 
 def make_folder(out: Path) -> None:

@@ -29,7 +29,7 @@ from tapct.run.embed_outputs import (
     ZarrFolders,
     load_h5py,
 )
-from tapct.run.embed_outputs import make_folder as make_folder
+from tapct.run.embed_outputs import check_writable as check_writable
 from tapct.run.named_scans import NamedScan, NamedScans
 from tapct.run.scan_vector import VectorChoice
 from tapct.run.vector_table import VectorTable
@@ -152,7 +152,9 @@ def _missing_line(problems: dict[str, str], num: int, what: str, out: Path) -> s
     names = ", ".join(list(problems)[:MOST_NAMES])
     more = len(problems) - MOST_NAMES
     ending = f" and {more} more" if more > 0 else ""
+    verb = "has" if len(problems) == 1 else "have"
     return (
-        f"{len(problems)} of {counted(num, 'scan')} have no {what} in {out} ({names}{ending}); the "
-        "lines above give the reasons; mend them and repeat the command, which computes the rest"
+        f"{len(problems)} of {counted(num, 'scan')} {verb} no {what} in {out} ({names}{ending}); "
+        "the lines above give the reasons; mend them and repeat the command, which computes the "
+        "rest"
     )

@@ -6,6 +6,8 @@ import builtins
 import json
 import os
 import shutil
+import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from tiny_export import tiny_export
 
 import tapct
 from tapct.base import exits
+from tapct.data.scans import ingest
 from tapct.run import embedding, vector_table
 
 NAMES = ("a1", "b2", "c3")
@@ -111,6 +114,20 @@ def test_a_call_that_was_killed_is_finished_by_the_next_one_with_equal_results(
     assert len(reads) == 4 and files_of(tmp_path / "parts") == parts
 
 
+def test_sigterm_while_a_scan_is_read_is_no_fault_of_the_scan(
+    place: Path, tmp_path: Path, shell: Shell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def terminated(source: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(ingest, "read_image", terminated)
+    words = ("embed", place / "model", place / "images", "--scan", "--out", tmp_path)
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    code, printed, _ = shell(*words)
+    assert code == exits.TERMINATED and "no vector" not in printed
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_crash_between_the_table_and_its_part_costs_nothing(
     place: Path, tmp_path: Path, shell: Shell, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -139,7 +156,7 @@ def test_broken_changed_new_and_removed_scans_in_a_table(
     save_scan(images / "aa.nii.gz", noise_ct(9))
     code, printed, err = shell(*words)
     assert code == exits.INCOMPLETE and "no vector of a1: " in printed
-    assert "1 of 4 scans have no vector" in err and "(a1)" in err
+    assert "1 of 4 scans has no vector" in err and "(a1)" in err
     second = {row["id"]: row["vector"] for row in rows(out)}
     assert list(second) == ["aa", "b2", "c3"]
     assert second["c3"] == first["c3"] and second["b2"] != first["b2"]
@@ -210,7 +227,7 @@ def test_dense_features_in_npz_and_zarr_are_those_of_embed(
     want = model.embed(scan)
     for form in ("npz", "zarr"):
         words = ("embed", place / "model", scan, "--format", form, "--out", tmp_path / form)
-        assert "1 file of features in" in shell.good(*words)
+        assert "1 feature file in" in shell.good(*words)
     with np.load(tmp_path / "npz" / "a1.npz", allow_pickle=False) as found:
         for name, array in want.arrays().items():
             np.testing.assert_array_equal(found[name], array)

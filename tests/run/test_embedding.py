@@ -89,7 +89,7 @@ def test_a_mask_pools_the_patches_that_it_covers(place: Path, tmp_path: Path, sh
     code, out, err = shell(*embed(place, tmp_path / "five", "--masks", place / "totalseg",
                                   "--organ", "5"))  # fmt: skip
     assert code == exits.INCOMPLETE and "no vector of amos_0001: not_labels" in out
-    assert "1 of 3 scans have no vector" in err and list(read(tmp_path / "five")) == [
+    assert "1 of 3 scans has no vector" in err and list(read(tmp_path / "five")) == [
         "amos_0004.h5", "amos_0038.h5",
     ]  # fmt: skip
 

@@ -20,6 +20,7 @@ import numpy as np
 
 from tapct.base.files import expand_path
 from tapct.base.marks import file_name, quoted
+from tapct.base.signals import Terminated
 from tapct.data.checks.axis_check import check_axes
 from tapct.data.checks.ct_check import check_hu, check_is_ct
 from tapct.data.checks.wrap_check import check_wrap
@@ -146,7 +147,7 @@ def refusing() -> Iterator[None]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
-    except Refused:
+    except (Refused, Terminated):
         raise
     except Exception as error:
         reason = OUT_OF_MEMORY if is_out_of_memory(error) else "unreadable"
