@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 
 LINE_SECONDS = 5.0  # plain progress lines are at least this far apart
+NARROW = 60  # columns of a terminal below which there are numbers and no bar
 BAR_SECONDS = 0.1
 
 
@@ -181,14 +182,18 @@ class _Meter:
 
     def __enter__(self) -> _Meter:
         if console().is_terminal and not console().quiet:
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-
-            columns = (
-                TextColumn("{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[facts]}"),
+            from rich.progress import (
+                BarColumn,
+                MofNCompleteColumn,
+                Progress,
+                ProgressColumn,
+                TextColumn,
             )
+
+            columns: list[ProgressColumn] = [TextColumn("{task.description}")]
+            if console().width >= NARROW:  # else it would take the place of the numbers
+                columns.append(BarColumn())
+            columns += [MofNCompleteColumn(), TextColumn("{task.fields[facts]}")]
             self._bar = Progress(*columns, console=console(), auto_refresh=False)
             self._task = self._bar.add_task(self._description, total=None, facts="")
             self._bar.start()

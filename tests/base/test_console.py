@@ -195,6 +195,19 @@ def test_a_terminal_gets_a_bar_with_step_loss_pace_and_time_left() -> None:
     assert "saved [step] 5" in seen
 
 
+def test_a_narrow_terminal_gets_the_numbers_without_a_bar() -> None:
+    seen = on_a_terminal(
+        """
+        from tapct.base import console
+        with console.progress_bar("embed", "scan") as progress:
+            for number in range(1, 25):
+                progress(number, 24)
+        """,
+        columns=40,
+    )
+    assert "24/24" in seen and "scans/s" in seen and "took 0:00" in seen and "━" not in seen
+
+
 def test_durations_read_well() -> None:
     given = (0.4, 59.6, 754, 3599.7, 18367, 183870, math.inf, math.nan, -3.0)
     shown = ["0:00", "1:00", "12:34", "1:00:00", "5:06:07", "2d 03:04", "?", "?", "0:00"]
