@@ -153,8 +153,8 @@ class TAPCTImageProcessor(ImageProcessingMixin):
                 )
         if float(images.min()) >= 0 and float(images.max()) > 0:
             raise ValueError(
-                "the scan has no value below 0, so it is not in HU: air is about -1000 HU. Apply the"
-                " rescale slope and intercept of the file first"
+                "the scan has no value below 0, so it is not in HU: air is about -1000 HU. Apply "
+                "the rescale slope and intercept of the file first"
             )
         return images
 
