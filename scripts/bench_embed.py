@@ -19,9 +19,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+import arguments
 import numpy as np
 import torch
 
+from tapct.base import exits
 from tapct.config.plugins import Plugin
 from tapct.eval.features import Preprocess
 from tapct.models import vit
@@ -108,10 +110,22 @@ def measure(way: str, slices: int, args: argparse.Namespace) -> dict[str, Any]:
 def main() -> None:
     """Print a table, and write it as JSON."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--slices", type=int, nargs="+", default=[192])
-    parser.add_argument("--size", type=int, default=224, help="in-plane size after the resize")
-    parser.add_argument("--dim", type=int, default=64, help="channels of a token")
-    parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS))
+    number = arguments.positive
+    parser.add_argument(
+        "--slices", type=number, nargs="+", default=[192], help="slices of the scans, default 192"
+    )
+    parser.add_argument(
+        "--size", type=number, default=224, help="in-plane size after the resize, default 224"
+    )
+    parser.add_argument("--dim", type=number, default=64, help="channels of a token, default 64")
+    parser.add_argument(
+        "--ways",
+        nargs="+",
+        default=list(WAYS),
+        choices=list(WAYS),
+        metavar="WAY",
+        help=f"ways to measure: {', '.join(WAYS)}",
+    )
     parser.add_argument("--json", type=Path, help="file to write the rows to")
     args = parser.parse_args()
     rows = []
@@ -132,4 +146,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    exits.leave(exits.exit_code_of(main))
