@@ -69,7 +69,9 @@ def check_library(form: str) -> None:
         load_zarr()
 
 
-def output_for(form: str, out: Path, encoder: ScanEncoder, wanted: VectorChoice | None) -> Output:
+def output_for(
+    form: str, out: Path, encoder: ScanEncoder, wanted: VectorChoice | None, share: int = 0
+) -> Output:
     """The output of a format.
 
     Args:
@@ -77,9 +79,11 @@ def output_for(form: str, out: Path, encoder: ScanEncoder, wanted: VectorChoice 
         out: folder to write.
         encoder: model.
         wanted: vector; None for dense features.
+        share: number of this call, from 1, among several that share the scans and the folder; 0
+            where there is one call.
     """
     if form == PARQUET:
-        return VectorTable(out, encoder, wanted)
+        return VectorTable(out, encoder, wanted, share)
     if form == ZARR:
         return ZarrFolders(out, encoder, wanted)
     if form == CVPR26:

@@ -1,12 +1,14 @@
 """The vectors of many scans in one Parquet file, which a killed call leaves whole.
 
-    OUT/vectors.parquet        one row per scan, sorted by ID
-    OUT/vectors.parquet.part   rows of a call that has not finished: one JSON object per line
+    OUT/vectors.parquet          one row per scan, sorted by ID
+    OUT/vectors.parquet.part     rows of a call that has not finished: one JSON object per line
+    OUT/vectors.parquet.part.1   the same, of one of several calls that share the scans
 
-A finished scan is a line at the end of the second file. At the end of the call the two files are
-merged, row by row, into a new first one, and the second one is removed. Sorted rows make the result
-independent of where calls were interrupted. A torn last line is cut off; a row that stands in both
-files is taken from the second one, so a crash in between costs nothing.
+A finished scan is a line at the end of the second file. At the end of the call all files are
+merged, row by row, into a new first one, and the others are removed. Sorted rows make the result
+independent of where calls were interrupted. A torn last line is left out; a row that stands in
+several files is taken from a later one, so a crash in between costs nothing. Calls that share the
+scans do not merge: the first call for all scans does, once they have ended.
 """
 
 from __future__ import annotations
@@ -54,18 +56,28 @@ SCHEMA = pa.schema(
 
 
 class VectorTable(Output):
-    """See above; arguments as in `Output`."""
+    """See above.
 
-    def __init__(self, out: Path, encoder: ScanEncoder, wanted: VectorChoice | None) -> None:
+    Args:
+        out, encoder, wanted: as in `Output`.
+        share: number of this call among those that share the scans; 0 where there is one call.
+    """
+
+    def __init__(
+        self, out: Path, encoder: ScanEncoder, wanted: VectorChoice | None, share: int = 0
+    ) -> None:
         super().__init__(out, encoder, wanted)
-        self.table, self.part = out / TABLE, out / PART
+        self.share = share
+        self.table = out / TABLE
+        self.part = out / (f"{PART}.{share}" if share else PART)
         self.stamps: dict[str, str] = {}
-        self.places: dict[str, int] = {}  # ID -> first byte of its line; the last line counts
+        # ID -> file and first byte of its line; the last line counts
+        self.places: dict[str, tuple[Path, int]] = {}
 
     @property
     def place_of_results(self) -> Path:
-        """The table."""
-        return self.table
+        """The table, or the file of the rows of this share."""
+        return self.part if self.share else self.table
 
     def __enter__(self) -> VectorTable:
         """Take the folder and find out what is done.
@@ -74,10 +86,14 @@ class VectorTable(Output):
             UserError: another call writes to it, or it holds vectors of another model or kind.
         """
         super().__enter__()
-        self.stack.callback(os.close, _locked(self.out))
+        self.stack.callback(os.close, _locked(self.out, alone=not self.share))
         try:
+            if self.share:
+                self.part.touch()
+                self.stack.callback(os.close, _locked(self.part))
             self._read_table()
-            self._read_part()
+            for part in self._parts():
+                self._read_part(part)
         except BaseException:
             self.stack.close()
             raise
@@ -117,12 +133,14 @@ class VectorTable(Output):
         Raises:
             UserError: the disk is full or the folder cannot be written.
         """
-        if not self.part.exists() and self.table.exists():
+        parts = self._parts()
+        if self.share or (not parts and self.table.exists()):
             return
         try:
             with files.replacing(self.table) as target:
                 self._merge(target)
-            self.part.unlink(missing_ok=True)
+            for part in parts:
+                part.unlink(missing_ok=True)
         except OSError as error:
             raise UserError(f"cannot write {self.table}: {files.first_cause(error)}") from error
 
@@ -142,26 +160,30 @@ class VectorTable(Output):
         check_facts(self.table, facts, self.made_with)
         self.stamps = dict(zip(rows["id"], rows["stamp"], strict=True))
 
-    def _read_part(self) -> None:
-        """Stamps and places of unfinished rows; a torn end is cut off."""
-        if not self.part.exists():
-            return
+    def _parts(self) -> list[Path]:
+        """The files with unfinished rows, of this and of other calls."""
+        return sorted(self.out.glob(f"{PART}*"))
+
+    def _read_part(self, part: Path) -> None:
+        """Stamps and places of unfinished rows; a torn end is cut off, where no other call may be
+        writing it.
+        """
         whole = 0
-        with open(self.part, "rb") as file:
+        with open(part, "rb") as file:
             for line in file:
                 row = parse(line) if line.endswith(b"\n") else None
                 if row is None:
                     break
                 if whole == 0:
-                    check_facts(self.part, row, self.made_with)
+                    check_facts(part, row, self.made_with)
                 else:
-                    self._note(row, whole)
+                    self._note(row, part, whole)
                 whole += len(line)
-        if whole < self.part.stat().st_size:
-            os.truncate(self.part, whole)
+        if part == self.part and whole < part.stat().st_size:
+            os.truncate(part, whole)
 
-    def _note(self, row: dict[str, Any], place: int) -> None:
-        self.places[row["id"]] = place
+    def _note(self, row: dict[str, Any], part: Path, place: int) -> None:
+        self.places[row["id"]] = part, place
         self.stamps.pop(row["id"], None)
         if not row.get("removed"):
             self.stamps[row["id"]] = row["stamp"]
@@ -180,7 +202,7 @@ class VectorTable(Output):
                 file.write(json.dumps(row).encode() + b"\n")
         except OSError as error:
             raise UserError(f"cannot write {self.part}: {files.first_cause(error)}") from error
-        self._note(row, place)
+        self._note(row, self.part, place)
 
     def _merge(self, target: BinaryIO) -> None:
         """Write the rows of both files, sorted by ID."""
@@ -216,29 +238,33 @@ class VectorTable(Output):
 
     def _new_row(self, name: str) -> Iterator[dict[str, Any]]:
         """The row of an ID; nothing where it was removed."""
-        with open(self.part, "rb") as file:
-            file.seek(self.places[name])
+        part, place = self.places[name]
+        with open(part, "rb") as file:
+            file.seek(place)
             row = json.loads(file.readline())
         if not row.get("removed"):
             yield {**row, "vector": np.frombuffer(base64.b64decode(row["vector"]), "<f4")}
 
 
-def _locked(folder: Path) -> int:
-    """Lock a folder for this process.
+def _locked(path: Path, alone: bool = True) -> int:
+    """Lock a file or folder for this process.
 
+    Args:
+        path: file or folder.
+        alone: whether no other process may lock it; else only none that wants it alone.
     Returns:
         Descriptor that holds the lock until it is closed.
     Raises:
         UserError: another process holds the lock.
     """
-    handle = os.open(folder, os.O_RDONLY)
+    handle = os.open(path, os.O_RDONLY)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(handle, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
     except OSError as error:
         # some network file systems lock no folders
         if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
             os.close(handle)
             raise UserError(
-                f"another tapct embed writes to {folder}; wait until it ends, or give another --out"
+                f"another tapct embed writes to {path}; wait until it ends, or give another --out"
             ) from error
     return handle

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 import zarr
 from scan_files import noise_ct, save_scan
 from shell import Shell, files_of
@@ -22,8 +23,10 @@ from tiny_export import tiny_export
 
 import tapct
 from tapct.base import exits
+from tapct.base.exits import UserError
 from tapct.data.scans import ingest
-from tapct.run import embedding, vector_table
+from tapct.run import embedding, named_scans, vector_table
+from tapct.run.scan_vector import VectorChoice
 
 NAMES = ("a1", "b2", "c3")
 COLUMNS = [
@@ -179,6 +182,29 @@ def test_two_calls_do_not_write_one_table(place: Path, tmp_path: Path, shell: Sh
     assert "another tapct embed writes to" in shell.bad(*words)
     os.close(handle)
     shell.good(*words)
+
+
+def test_calls_that_share_the_scans_write_the_table_of_one_call(
+    place: Path, model: Any, tmp_path: Path, shell: Shell
+) -> None:
+    words = ("embed", place / "model", place / "images", "--scan", "--out")
+    shell.good(*words, tmp_path / "one")
+    encoder = embedding.encoder_of(model, torch.device("cpu"))
+    cases = named_scans.find_cases(place / "images", None, None)
+    out = tmp_path / "shared"
+    for share, some in ((1, cases.found[::2]), (2, cases.found[1:])):  # one scan is in both
+        output = embedding.output_for("parquet", out, encoder, VectorChoice(), share)
+        with output:
+            assert "another tapct embed" in shell.bad(*words, out)
+            with pytest.raises(UserError, match="another tapct embed"):
+                embedding.output_for("parquet", out, encoder, VectorChoice(), share).__enter__()
+            with embedding.output_for("parquet", out, encoder, VectorChoice(), 3):
+                pass  # other shares may write
+        embedding.embed_cases(encoder, named_scans.NamedScans(tuple(some)), output, out)
+    names = [f"{vector_table.PART}.{number}" for number in (1, 2, 3)]
+    assert sorted(path.name for path in out.iterdir()) == names
+    assert "3 vectors in" in shell.good(*words, out)
+    assert files_of(out) == files_of(tmp_path / "one")
 
 
 def test_a_table_of_scans_has_paths_ids_and_labels(
