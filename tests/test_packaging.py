@@ -19,14 +19,16 @@ BUILD = "import sys, setuptools.build_meta as b; print(getattr(b, sys.argv[1])(s
 ADDED = {"PKG-INFO", "setup.cfg"}  # setuptools writes these into every sdist
 
 
-def run(*words: str | Path, cwd: Path, **extra: str) -> str:
+def run(*words: str | Path, cwd: Path) -> str:
     """What a program prints that succeeds; it does not see this checkout of tapct."""
-    kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    done = subprocess.run(
-        list(map(str, words)), cwd=cwd, env={**kept, **extra}, capture_output=True, text=True
-    )
+    done = started(*words, cwd=cwd)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
+
+
+def started(*words: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
+    kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    return subprocess.run(list(map(str, words)), cwd=cwd, env=kept, capture_output=True, text=True)
 
 
 @pytest.fixture(scope="module")
@@ -103,8 +105,8 @@ def environment(folder: Path) -> Path:
     home = run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=folder)
     # a .pth file in a folder that such a line adds is not read, so an editable tapct is not seen
     Path(home.strip(), "borrowed.pth").write_text(sysconfig.get_path("purelib") + "\n")
-    missing = subprocess.run([python, "-c", "import tapct"], cwd=folder, capture_output=True)
-    assert missing.returncode, "tapct is there before it is installed"
+    missing = started(python, "-c", "import tapct", cwd=folder)
+    assert "No module named 'tapct'" in missing.stderr
     return python
 
 
