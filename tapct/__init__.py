@@ -7,14 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tapct.data.scans.ingest import read_volume as read_volume
+    from tapct.types import Volume as Volume
     from tapct.weights.pretrained import load_pretrained as load_pretrained
     from tapct.weights.pyramid import PyramidEncoder as PyramidEncoder
 
 __version__ = "0.1.0"
-__all__ = ["PyramidEncoder", "__version__", "load_pretrained", "read_volume"]
+__all__ = ["PyramidEncoder", "Volume", "__version__", "load_pretrained", "read_volume"]
 
 _HOMES = {
     "PyramidEncoder": "tapct.weights.pyramid",
+    "Volume": "tapct.types",
     "load_pretrained": "tapct.weights.pretrained",
     "read_volume": "tapct.data.scans.ingest",
 }  # torch is loaded on first use

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 
 LINE_SECONDS = 5.0  # plain progress lines are at least this far apart
+NARROW = 60  # columns of a terminal below which there are numbers and no bar
 BAR_SECONDS = 0.1
 PACE_SECONDS = 60.0  # over which the pace of a job is measured
 
@@ -103,16 +104,19 @@ def duration(seconds: float) -> str:
 
 
 @contextmanager
-def progress_bar(description: str) -> Iterator[Callable[[int, int], None]]:
+def progress_bar(description: str, item: str = "") -> Iterator[Callable[[int, int], None]]:
     """Show progress of a job of known length: a bar on a terminal, a line now and then elsewhere.
 
     Args:
         description: name of the job in one word, e.g. `pack`.
+        item: what is counted, e.g. `scan`, to show the rate; empty to leave it out.
     Yields:
         Function to call with (done, total) whenever an item is done; a call is cheap.
     """
     with _Meter(description) as meter:
-        yield lambda done, total: meter.show(done, total, meter.remaining(done, total))
+        yield lambda done, total: meter.show(
+            done, total, meter.remaining(done, total), meter.rate(done, item) if item else ""
+        )
 
 
 class ListingProgress:
@@ -229,14 +233,18 @@ class _Meter:
 
     def __enter__(self) -> _Meter:
         if console().is_terminal and not console().quiet:
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-
-            columns = (
-                TextColumn("{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[facts]}"),
+            from rich.progress import (
+                BarColumn,
+                MofNCompleteColumn,
+                Progress,
+                ProgressColumn,
+                TextColumn,
             )
+
+            columns: list[ProgressColumn] = [TextColumn("{task.description}")]
+            if console().width >= NARROW:  # else it would take the place of the numbers
+                columns.append(BarColumn())
+            columns += [MofNCompleteColumn(), TextColumn("{task.fields[facts]}")]
             self._bar = Progress(*columns, console=console(), auto_refresh=False)
             self._task = self._bar.add_task(self._description, total=None, facts="")
             self._bar.start()
@@ -266,6 +274,15 @@ class _Meter:
     def remaining(self, done: int, total: int) -> float:
         """Estimate the seconds that are left, from the mean pace so far."""
         return (total - done) * (time.monotonic() - self._began) / done if done else math.nan
+
+    def rate(self, done: int, item: str) -> str:
+        """Items per second, or seconds per item, from the mean pace so far."""
+        seconds = time.monotonic() - self._began
+        if not done or seconds <= 0:
+            return ""
+        if done >= seconds:
+            return f"{done / seconds:.1f} {item}s/s"
+        return f"{seconds / done:.1f} s/{item}"
 
     def show(
         self,

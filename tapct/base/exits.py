@@ -7,9 +7,9 @@
 | 2 | wrong input, or a file or disk that cannot be used; one line names the next step |
 | 3 | the run ended because another rank was lost |
 | 4 | `tapct pack` has packed what it can; accepted scans or their labels are missing or changed; or
-      `tapct embed` has no vector of some scans |
+      `tapct embed` has no result of some scans |
 | 130 | interrupted by Ctrl-C |
-| 143 | `tapct index`, `pack` or `phantom` was ended by SIGTERM |
+| 143 | `tapct index`, `pack`, `phantom` or `embed` was ended by SIGTERM |
 """
 
 from __future__ import annotations

@@ -58,6 +58,10 @@ def heard_by_children() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+class Terminated(SystemExit):
+    """SIGTERM has ended the program; no exception of a library."""
+
+
 @contextmanager
 def leaving_at_sigterm() -> Iterator[None]:
     """Within this context, SIGTERM ends the process as an error does: what was begun is cleaned up.
@@ -68,7 +72,7 @@ def leaving_at_sigterm() -> Iterator[None]:
 
     def leave(number: int, frame: object) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one must not end the cleaning up
-        raise SystemExit(128 + number)
+        raise Terminated(128 + number)
 
     is_main = threading.current_thread() is threading.main_thread()
     if not is_main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:

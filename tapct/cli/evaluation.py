@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -14,7 +13,6 @@ from tapct.base.counted import counted
 from tapct.cli.app import CPUS, Part, RunFolder, Workers, app, examples
 from tapct.data import formats
 
-NPZ, CVPR26 = "npz", "cvpr26"  # formats of `embed`
 DataSet = Annotated[
     str,
     typer.Option(
@@ -221,6 +219,8 @@ def export(
 @app.command(
     epilog=examples(
         "tapct embed models/quickstart scan.nii.gz --out scan.npz",
+        "tapct embed models/quickstart scans --out vectors --scan",
+        "tapct embed models/quickstart scans.csv --out features --format zarr",
         "tapct embed models/mine scan.nii.gz --custom-code",
         "tapct embed models/mine scans --out vectors --format cvpr26",
         "tapct embed models/mine cases.csv --root scans --out vectors --format cvpr26",
@@ -230,40 +230,51 @@ def embed(
     model: Annotated[
         Path,
         typer.Argument(
-            metavar="MODEL", help="folder written by tapct export, or a run folder that contains it"
+            metavar="MODEL",
+            help="folder written by tapct export, run folder, checkpoint, or weights of another "
+            "project",
         ),
     ],
     scan: Annotated[
         Path,
         typer.Argument(
-            metavar="SCAN",
-            help=f"{formats.listed('or', without='dicom')} file, or folder of a DICOM series; with "
-            "--format cvpr26 a folder of scans, or a CSV file with a column case_id, id or path",
+            metavar="SCAN|FOLDER|CSV",
+            help=f"{formats.listed('or', without='dicom')} file, folder of a DICOM series, folder "
+            "of scans, or CSV file with a column path (and id, label) or case_id",
         ),
     ],
     out: Annotated[
-        Path,
+        Path | None,
         typer.Option(
-            metavar="PATH",
-            help="file to write the features to, .npz; with --format cvpr26 the folder of the "
-            "vectors",
+            metavar="FOLDER",
+            help="folder of the results, one file per scan; for the dense features of one scan "
+            "also the file to write, .npz",
+            show_default="features.npz for one scan",
         ),
-    ] = Path("features.npz"),
+    ] = None,
     form: Annotated[
         str,
         typer.Option(
             "--format",
             metavar="FORMAT",
-            help="npz, dense features of one scan; or cvpr26, one vector per scan in CASE_ID.h5, "
-            "as the CVPR 2026 challenge on CT diagnosis reads them",
+            help="npz or zarr: dense features of each scan; parquet: one table with a vector of "
+            "each scan; cvpr26: one file per vector, as the CVPR 2026 challenge on CT diagnosis "
+            "reads them",
+            show_default="npz, or parquet with --scan",
         ),
-    ] = NPZ,
+    ] = "",
+    per_scan: Annotated[
+        bool,
+        typer.Option(
+            "--scan", help="one vector per scan in place of dense features; always so in parquet"
+        ),
+    ] = False,
     vector: Annotated[
         str,
         typer.Option(
             metavar="NAME",
-            help="with --format cvpr26: cls, mean, cls_mean, mean_std_max, registers, or mask "
-            "(with --masks)",
+            help="vector of a scan: cls, mean, cls_mean, mean_std_max, registers, or mask (with "
+            "--masks)",
             show_default="cls_mean, or mask with --masks",
         ),
     ] = "",
@@ -271,16 +282,15 @@ def embed(
         str,
         typer.Option(
             metavar="NAME",
-            help="with --format cvpr26: block of the vector: last, middle or last4 (four vectors, "
-            "one after the other)",
+            help="block of the vector: last, middle or last4 (four vectors, one after the other)",
         ),
     ] = "last",
     masks: Annotated[
         Path | None,
         typer.Option(
             metavar="FOLDER",
-            help="with --format cvpr26: folder of label maps with the names of the scans; the "
-            "vector is the mean of the patches in the mask",
+            help="folder of label maps with the names of the scans; the vector is the mean of the "
+            "patches in the mask",
             show_default="none",
         ),
     ] = None,
@@ -305,68 +315,73 @@ def embed(
         Path | None,
         typer.Option(
             metavar="FOLDER",
-            help="with --format cvpr26: feature cache (eval.cache.path) to read and to write; its "
-            "features are rounded to 16 bits",
+            help="feature cache (eval.cache.path) for vectors, to read and to write; its features "
+            "are rounded to 16 bits",
             show_default="none",
         ),
     ] = None,
     part: Part = None,
     custom_code: CustomCode = False,
 ) -> None:
-    """Compute dense features of a scan, or a vector for each of many.
+    """Compute dense features or one vector of a scan, or of each of many.
 
-    A second call with --format cvpr26 computes only what is missing. If some scans have no vector,
-    because they cannot be read for example, they are named and the exit code is 4.
+    Repeat an interrupted command to compute what is missing. If some scans have no result, because
+    they cannot be read for example, they are named, the others are written, and the exit code is 4.
     """
-    if form == CVPR26:
-        from tapct.data.index.share import WHOLE, parse_share
-        from tapct.distributed.device import flush_denormals, pick_device
-        from tapct.run import embedding
-        from tapct.weights.pretrained import load_pretrained
+    from tapct.cli.embed_options import EmbedOptions
+    from tapct.data.index.share import WHOLE, parse_share
 
-        wanted = embedding.VectorChoice.of(vector, block, organ or (), masks is not None)
-        embedding.load_h5py()
-        flush_denormals()
-        device = pick_device("auto")
-        loaded = load_pretrained(model, custom_code=custom_code, device=device)
-        encoder = embedding.encoder_of(loaded, device, cache)
-        share = parse_share(part) or WHOLE
-        num = embedding.embed_cases(
-            encoder, scan, out, wanted, root=root, masks=masks, share=share
-        )
-        console.say(f"{counted(num, 'vector')} in {out}")
+    share = parse_share(part) or WHOLE
+    options = EmbedOptions.of(
+        scan,
+        out,
+        form,
+        per_scan,
+        vector_words={
+            "--vector": vector,
+            "--masks": masks,
+            "--organ": organ,
+            "--cache": cache,
+            "--block": "" if block == "last" else block,
+        },
+    )
+    from tapct.distributed.device import flush_denormals, pick_device
+    from tapct.run import embedding, named_scans, scan_vector
+    from tapct.types import Refused
+    from tapct.weights.pretrained import load_pretrained
+
+    wanted = None
+    if options.is_vector:
+        wanted = scan_vector.VectorChoice.of(vector, block, organ or (), masks is not None)
+    embedding.check_library(options.form)
+    named_scans.check_given(scan, root, masks)
+    embedding.check_writable(options.folder)
+    flush_denormals()
+    device = pick_device("auto")
+    loaded = load_pretrained(model, custom_code=custom_code, device=device)
+    if options.file is not None:
+        if share != WHOLE:
+            raise exits.UserError("--part divides many scans; give a folder as --out")
+        try:
+            embedded = loaded.embed(scan)
+        except Refused as error:
+            if scan.is_dir():
+                raise exits.UserError(
+                    f"{error}; to embed all scans of a folder, give a folder as --out"
+                ) from error
+            raise
+        embedded.write_npz(options.file)
+        console.say(f"features in {options.file}")
         return
-    only_for_cvpr26(
-        form, {"--vector": vector, "--masks": masks, "--organ": organ, "--root": root,
-               "--cache": cache, "--part": part, "--block": "" if block == "last" else block}
-    )  # fmt: skip
-    if out.is_dir():
-        raise exits.UserError(
-            f"--out {out} is a folder; give the file to write, such as {out / 'features.npz'}"
-        )
-    if out.suffix != ".npz":
-        raise exits.UserError(f"--out {out}: features are written as .npz; use {out}.npz")
-    files.check_new_path(out)
-    from tapct.data.scans import ingest
-    from tapct.weights import pretrained as weights
-
-    pretrained = weights.load_pretrained(model, custom_code=custom_code)
-    pretrained.embed(ingest.read_volume(scan)).write_npz(out)
-    console.say(f"features in {out}")
-
-
-def only_for_cvpr26(form: str, options: Mapping[str, object]) -> None:
-    """Refuse an unknown format, and options that npz does not have.
-
-    Args:
-        form: option --format.
-        options: options of cvpr26 alone, by name.
-    """
-    if form != NPZ:
-        raise exits.UserError(f"--format {form}: must be {NPZ} or {CVPR26}")
-    for option, value in options.items():
-        if value:
-            raise exits.UserError(f"{option} needs --format {CVPR26}")
+    encoder = embedding.encoder_of(loaded, device, cache)
+    keep_names = options.form == options.CVPR26
+    cases = named_scans.find_cases(scan, root, masks, keep_names=keep_names)
+    cases = cases.of_share(share)
+    share_number = 0 if share == WHOLE else share.number
+    output = embedding.output_for(options.form, options.folder, encoder, wanted, share_number)
+    with signals.leaving_at_sigterm():
+        num = embedding.embed_cases(encoder, cases, output, options.folder)
+    console.say(f"{counted(num, output.what)} in {output.place_of_results}")
 
 
 @app.command(epilog=examples("tapct report runs/quickstart"))

@@ -112,11 +112,14 @@ def read_chain(path: Path) -> list[Layer]:
 
 
 def _base_file(file: Path, base: str) -> Path:
-    """The file that `base:` names: beside the file that contains it, or a shipped config."""
+    """The file that `base:` names: beside the file that contains it, or a shipped config, with or
+    without `.yaml`, so that a copy of a shipped config works in any folder.
+    """
     beside = file.parent / expand_path(base)
-    if beside.is_file() or base not in shipped_names():
+    shipped = base.removesuffix(".yaml")
+    if beside.is_file() or shipped not in shipped_names():
         return beside
-    return shipped_folder() / f"{base}.yaml"
+    return shipped_folder() / f"{shipped}.yaml"
 
 
 def read_overrides(overrides: Sequence[str]) -> list[Layer]:

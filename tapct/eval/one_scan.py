@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -12,11 +13,13 @@ from torch import nn
 from tapct.base.exits import UserError
 from tapct.data.digest import voxel_digest
 from tapct.eval.cache import CacheSink, FeatureCache, ModelKey
-from tapct.eval.extraction import Extractor, dense_features, dense_of, patch_of
+from tapct.eval.extraction import Extractor, Sink, dense_features, dense_of, patch_of
 from tapct.eval.features import DenseFeatures, PatchGrid, Preprocess, prepare
 from tapct.eval.stopwatch import Stopwatch
 from tapct.nn.contracts import num_blocks_of
 from tapct.types import HUContract, Volume
+
+S = TypeVar("S", bound=Sink)
 
 
 @dataclass(frozen=True)
@@ -76,12 +79,42 @@ class ScanEncoder:
             )
         return self._through(self.cache, volume, sorted({*blocks, self.num_blocks - 1}))
 
+    def extract(
+        self, volume: Volume, blocks: Sequence[int], sink_of: Callable[[PatchGrid], S]
+    ) -> S:
+        """Compute the features of a scan without the cache; finished rows of patches go to a sink,
+        so that the memory does not depend on the number of slices.
+
+        Args:
+            volume: scan.
+            blocks: blocks to compute.
+            sink_of: function that makes the sink for a patch grid.
+        Returns:
+            The sink, which has received everything.
+        """
+        prepared = prepare(
+            volume.hu_ZYX,
+            self.contract,
+            self.preprocess,
+            patch_of(self.model),
+            self.device,
+            volume.spacing_mm,
+        )
+        sink = sink_of(prepared.grid)
+        extractor = Extractor(self.model, self.preprocess, batch=self.batch)
+        extractor.add(prepared, blocks, sink)
+        extractor.flush()
+        return sink
+
+    def grid_of(self, volume: Volume) -> PatchGrid:
+        """The patch grid of a scan."""
+        z, y, x = volume.hu_ZYX.shape
+        return PatchGrid.of_scan((z, y, x), self.preprocess, patch_of(self.model))
+
     def _through(self, cache: FeatureCache, volume: Volume, blocks: Sequence[int]) -> DenseFeatures:
         """Features from the cache, into which the missing ones are written first."""
         scan = self.key.scan(voxel_digest(volume.hu_ZYX), volume.spacing_mm)
-        patch = patch_of(self.model)
-        z, y, x = volume.hu_ZYX.shape
-        grid = PatchGrid.of_scan((z, y, x), self.preprocess, patch)
+        patch, grid = patch_of(self.model), self.grid_of(volume)
         found = {block: cache.load(self.key, scan, block, self.device) for block in blocks}
         absent = [block for block, entry in found.items() if entry is None or entry[1] != grid]
         if absent:

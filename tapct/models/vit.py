@@ -365,6 +365,16 @@ class VisionTransformer(Backbone):
         self.check_blocks(blocks)
         return self._tokens_after(blocks, crops, None, None, spacing_mm)
 
+    def tokens_before_norm(
+        self,
+        crops: Sequence[Tensor],
+        blocks: Sequence[int],
+        spacing_mm: Sequence[Tensor] | None = None,
+    ) -> dict[int, list[Tokens]]:
+        """`tokens_of_blocks` without the final norm."""
+        self.check_blocks(blocks)
+        return self._tokens_after(blocks, crops, None, None, spacing_mm, norm=False)
+
     def _tokens_after(
         self,
         wanted: Sequence[int],
@@ -372,11 +382,13 @@ class VisionTransformer(Backbone):
         masks: Sequence[Tensor | None] | None,
         key: DropKey | None,
         spacing_mm: Sequence[Tensor] | None,
+        norm: bool = True,
     ) -> dict[int, list[Tokens]]:
         """Block -> tokens of every group after the final norm; arguments as in `forward`.
 
         Args:
             wanted: numbers of the blocks.
+            norm: whether the final norm is applied.
         """
         check_groups(crops)
         grids = [self.patch_embed.grid_of(group) for group in crops]
@@ -399,7 +411,8 @@ class VisionTransformer(Backbone):
         for index, block in enumerate(self.blocks):
             x_TD = block(x_TD, spans, (subsets[2 * index], subsets[2 * index + 1]), rotation)
             if index in wanted:
-                parts = self.norm(x_TD).split([span.rows for span in spans])
+                tokens_TD = self.norm(x_TD) if norm else x_TD
+                parts = tokens_TD.split([span.rows for span in spans])
                 found[index] = [
                     self._unpack(part, span, grid)
                     for part, span, grid in zip(parts, spans, grids, strict=True)
@@ -467,6 +480,11 @@ class VisionTransformer(Backbone):
             spacing_mm_B3 = scale_B3 = None
             if self.needs_spacing and spacing_mm is not None:
                 spacing_mm_B3 = spacing_mm[group]
+                if tuple(spacing_mm_B3.shape) != (span.crops, 3):
+                    raise UserError(
+                        f"spacing_mm of a group of {span.crops} crops is "
+                        f"{tuple(spacing_mm_B3.shape)}; rule: a list of one tensor (B, 3) per group"
+                    )
             if key is not None and self.training:
                 counters = (key.step, key.micro, key.rank, group)
                 scale_B3 = rope.draw_scales(

@@ -129,6 +129,21 @@ class Backbone(nn.Module):
             return {last: self(crops, spacing_mm=spacing_mm)}
         return {last: self(crops)}
 
+    def tokens_before_norm(
+        self,
+        crops: Sequence[Tensor],
+        blocks: Sequence[int],
+        spacing_mm: Sequence[Tensor] | None = None,
+    ) -> dict[int, list[Tokens]]:
+        """`tokens_of_blocks` without the final norm; by default no backbone knows them.
+
+        Raises:
+            UserError: the backbone cannot return them.
+        """
+        raise UserError(
+            f"{type(self).__name__} returns tokens after its final norm only; call with norm=True"
+        )
+
     def check_blocks(self, blocks: Sequence[int]) -> None:
         """Raise UserError where a number is that of no block."""
         for block in blocks:
@@ -204,16 +219,24 @@ class Backbone(nn.Module):
 
 
 def check_groups(crops: Sequence[Tensor]) -> None:
-    """Raise UserError where one tensor stands for the list of groups.
+    """Raise UserError where one tensor stands for the list of groups, or a group is no tensor of
+    floats.
 
-    Python would take its first axis as groups: a batch (B, 1, Z, Y, X) would be B groups of one
-    crop.
+    Python would take the first axis of a tensor as groups: a batch (B, 1, Z, Y, X) would be B
+    groups of one crop. Whole numbers are HU that nobody has normalised.
     """
     if isinstance(crops, Tensor):
         raise UserError(
             f"crops are one tensor of shape {tuple(crops.shape)}: a backbone takes a list of "
             "groups, each (B, Z, Y, X); call it with [crops], without an axis for one channel"
         )
+    for group in crops:
+        if not isinstance(group, Tensor) or not group.is_floating_point():
+            kind = group.dtype if isinstance(group, Tensor) else type(group).__name__
+            raise UserError(
+                f"a group of crops is {kind}; rule: a tensor of floats, HU after "
+                "contract.normalise(hu), which clips and scales them"
+            )
 
 
 def num_blocks_of(backbone: nn.Module) -> int:

@@ -9,13 +9,11 @@ Axes: B crops, Z Y X voxels or patches, D channels.
 
 from __future__ import annotations
 
-import dataclasses
+import operator
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
@@ -26,53 +24,17 @@ from tapct.base.exits import UserError
 from tapct.base.geometry import Size3
 from tapct.config import plugins
 from tapct.config.plugins import Plugin
-from tapct.eval.extraction import dense_features
-from tapct.eval.features import DenseFeatures, Preprocess
+from tapct.eval.extraction import Extractor, dense_features, patch_of
+from tapct.eval.features import DenseFeatures, Preprocess, prepare
+from tapct.nn.contracts import Backbone, encode_blocks, num_blocks_of
 from tapct.run_folder import ExportFolder, RunFolder
 from tapct.types import HUContract, Tokens, Volume
 from tapct.weights.card import CARD_FILE, FeatureSettings, is_own_card, read_card
+from tapct.weights.crop_input import checked_crops, spacing_of_crops
+from tapct.weights.embedding import ArraySink, Embedding
 from tapct.weights.imported import PUBLISHED, ImportOptions, open_source
+from tapct.weights.scan_input import Scan, volume_of
 from tapct.weights.sources import holds_weights, is_hub_id
-
-
-@dataclass(frozen=True)
-class Embedding:
-    """Frozen features of one scan as plain arrays.
-
-    Args:
-        features_DZYX: features on the patch grid, float32.
-        cls_D: class token, mean over windows, float32.
-        spacing_mm: distance of patch centres along (z, y, x).
-        patch: voxels (z, y, x) of a patch in the resized scan.
-        resized: shape of the scan after the in-plane resize.
-        original: shape of the scan before it.
-    """
-
-    features_DZYX: np.ndarray
-    cls_D: np.ndarray
-    spacing_mm: tuple[float, float, float]
-    patch: tuple[int, int, int]
-    resized: tuple[int, int, int]
-    original: tuple[int, int, int]
-
-    def write_npz(self, path: Path) -> None:
-        """Write all fields under their names as a compressed .npz, whole or not at all.
-
-        Args:
-            path: file to write; its folder is made.
-        Raises:
-            UserError: the disk is full or the folder cannot be written.
-        """
-        arrays = {
-            field.name: np.asarray(getattr(self, field.name)) for field in dataclasses.fields(self)
-        }
-        path = files.expand_path(path)
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with files.replacing(path) as file:
-                np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
-        except OSError as error:
-            raise UserError(f"cannot write {path}: {files.first_cause(error)}") from error
 
 
 class Pretrained(nn.Module):
@@ -141,27 +103,95 @@ class Pretrained(nn.Module):
 
         Args:
             crops: float32 (B, Z, Y, X) or (B, 1, Z, Y, X), each side a multiple of the patch.
-            spacing_mm: voxel spacing of the crops along (z, y, x); only a backbone that works in
-                mm needs it.
+            spacing_mm: voxel spacing of the crops along (z, y, x), or one per crop (B, 3); only a
+                backbone that works in mm needs it.
         Raises:
-            UserError: wrong number of axes or channels, or no spacing for a backbone in mm.
+            UserError: wrong number of axes or channels, values that are no normalised HU, or no
+                spacing for a backbone in mm.
         """
+        last = num_blocks_of(self.model) - 1
+        return self._encode(crops, [last], spacing_mm, norm=True)[last]
+
+    def get_intermediate_layers(
+        self,
+        x: Tensor,
+        n: int | Sequence[int] = 1,
+        reshape: bool = False,
+        return_class_token: bool = False,
+        norm: bool = True,
+        *,
+        spacing_mm: Sequence[float] | None = None,
+    ) -> tuple[Tensor, ...] | tuple[tuple[Tensor, Tensor], ...]:
+        """Patch tokens after several blocks, as `get_intermediate_layers` of DINOv2 returns them.
+
+        Args:
+            x: crops, as in `forward`.
+            n: number of last blocks, or numbers of blocks counted from 0; the result is in
+                ascending order of the blocks in any case, as in DINOv2.
+            reshape: whether patch tokens become maps (B, D, z, y, x); else they are (B, N, D).
+            return_class_token: whether each entry is a pair of patch tokens and class tokens
+                (B, D).
+            norm: whether the tokens pass through the final norm.
+            spacing_mm: as in `forward`.
+        Returns:
+            One entry per block; registers are left out.
+        Raises:
+            UserError: as in `forward`; or a block does not exist.
+        """
+        blocks = self.block_numbers(n)
+        found = self._encode(x, blocks, spacing_mm, norm)
+        patches, classes = [], []
+        for tokens in (found[block] for block in blocks):
+            patches_BND = tokens.patches_BND
+            if reshape:
+                patches_BND = patches_BND.transpose(1, 2).unflatten(2, tuple(tokens.grid))
+                patches_BND = patches_BND.contiguous()
+            patches.append(patches_BND)
+            classes.append(tokens.cls_BD)
+        return tuple(zip(patches, classes, strict=True)) if return_class_token else tuple(patches)
+
+    def block_numbers(self, blocks: int | Sequence[int]) -> list[int]:
+        """Numbers of blocks, ascending.
+
+        Args:
+            blocks: number of last blocks, or numbers of blocks counted from 0.
+        Raises:
+            UserError: a block does not exist, or stands twice.
+        """
+        num = num_blocks_of(self.model)
+        if isinstance(blocks, int) and not isinstance(blocks, bool):
+            if not 1 <= blocks <= num:
+                raise UserError(f"the last {blocks} blocks were asked for; the model has {num}")
+            return list(range(num - blocks, num))
+        try:
+            numbers = sorted(operator.index(block) for block in blocks)  # type: ignore[union-attr]
+        except TypeError:
+            raise UserError(f"blocks are {blocks!r}; give a number or a list of numbers") from None
+        if not numbers or len(set(numbers)) < len(numbers):
+            raise UserError(f"blocks are {numbers}; give each block once, and at least one")
+        for number in numbers:
+            if not 0 <= number < num:
+                raise UserError(f"block {number} does not exist: the model has 0 to {num - 1}")
+        return numbers
+
+    def _encode(
+        self, crops: Tensor, blocks: list[int], spacing_mm: Sequence[float] | None, norm: bool
+    ) -> dict[int, Tokens]:
+        """Block -> tokens of one batch of crops, after a check of shape and values."""
+        crops = checked_crops(crops, self.contract)
         self.check_dtype(crops.dtype)
         if torch.is_autocast_enabled(crops.device.type):
             self.check_dtype(torch.get_autocast_dtype(crops.device.type))
-        if crops.ndim == 5 and crops.shape[1] == 1:
-            crops = crops[:, 0]
-        if crops.ndim != 4:
-            raise UserError(
-                f"crops are {tuple(crops.shape)}; give normalised HU as (B, Z, Y, X) or (B, 1, Z, "
-                "Y, X)"
-            )
+        spacings = None
         if spacing_mm is not None and getattr(self.model, "needs_spacing", False):
-            spacing_B3 = crops.new_tensor(spacing_mm).expand(len(crops), 3)
-            outputs: list[Tokens] = self.model([crops], spacing_mm=[spacing_B3])
+            spacings = [spacing_of_crops(spacing_mm, crops)]
+        if norm:
+            found = encode_blocks(self.model, [crops], blocks, spacings)
+        elif isinstance(self.model, Backbone):
+            found = self.model.tokens_before_norm([crops], blocks, spacings)
         else:
-            outputs = self.model([crops])
-        return outputs[0]
+            raise UserError(f"{type(self.model).__name__} has no final norm; call with norm=True")
+        return {block: groups[0] for block, groups in found.items()}
 
     def dense(self, volume: Volume, *, batch: int = 8) -> DenseFeatures:
         """Dense features of a whole scan by sliding windows, on the model's device.
@@ -170,33 +200,61 @@ class Pretrained(nn.Module):
             volume: scan from `tapct.read_volume`.
             batch: windows per forward call.
         """
-        device = next(self.model.parameters()).device
         return dense_features(
             self.model,
             volume.hu_ZYX,
             self.contract,
             self.preprocess,
             batch=batch,
-            device=device,
+            device=self.device,
             spacing_mm=volume.spacing_mm,
         )
 
-    def embed(self, volume: Volume, *, batch: int = 8) -> Embedding:
-        """Dense features and the mean class token of a whole scan as arrays.
+    @property
+    def device(self) -> torch.device:
+        """Device of the weights."""
+        return next(self.model.parameters()).device
+
+    def embed(
+        self,
+        scan: Scan,
+        *,
+        spacing_mm: Sequence[float] | None = None,
+        blocks: int | Sequence[int] = 1,
+        batch: int = 8,
+    ) -> Embedding:
+        """Dense features and the mean class token of a whole scan, by sliding windows.
+
+        The memory is that of the scan in HU (2 bytes per voxel), of the resized scan (4 bytes per
+        voxel), of the features of all blocks that are returned, and of one batch of windows.
 
         Args:
-            volume: scan from `tapct.read_volume`.
+            scan: path of a scan, as for `tapct.read_volume`; a `Volume`; or an array or tensor in
+                HU with the axes (Z, Y, X) in LPS order.
+            spacing_mm: distance of the voxels of an array along (z, y, x).
+            blocks: number of last blocks, or numbers of blocks counted from 0, whose features are
+                returned in `block`.
             batch: windows per forward call.
+        Raises:
+            Refused: the scan breaks a rule of docs/ingest.md, or its features are not finite.
+            UserError: the array is no scan in HU, or a block does not exist.
         """
-        dense = self.dense(volume, batch=batch)
-        return Embedding(
-            np.ascontiguousarray(dense.features_DZYX.cpu().numpy()),
-            dense.cls_D.cpu().numpy(),
-            dense.grid.spacing_mm(volume.spacing_mm),
-            dense.grid.patch,
-            dense.grid.resized,
-            dense.grid.original,
+        wanted = self.block_numbers(blocks)
+        volume = volume_of(scan, spacing_mm)
+        patch, num_blocks = patch_of(self.model), num_blocks_of(self.model)
+        prepared = prepare(
+            volume.hu_ZYX,
+            self.contract,
+            self.preprocess,
+            patch,
+            self.device,
+            volume.spacing_mm,
         )
+        sink = ArraySink(prepared.grid)
+        extractor = Extractor(self.model, self.preprocess, batch=batch)
+        extractor.add(prepared, sorted({*wanted, num_blocks - 1}), sink)
+        extractor.flush()
+        return sink.embedding(volume, num_blocks, wanted)
 
 
 def load_pretrained(

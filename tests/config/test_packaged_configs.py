@@ -48,6 +48,11 @@ def test_base_may_name_a_shipped_config_and_a_file_beside_goes_before_it(tmp_pat
     mine = load_config(RunConfig, tmp_path / "mine.yaml", [])
     shipped = load_config(RunConfig, ROOT / "configs" / "tap_s_3d.yaml", ["seed=5"])
     assert mine.value == shipped.value
+    copied = shutil.copy(ROOT / "configs" / "tap_b_3d.yaml", tmp_path)  # its base is tap_s_3d.yaml
+    shipped = load_config(RunConfig, ROOT / "configs" / "tap_b_3d.yaml", [])
+    assert load_config(RunConfig, Path(copied), []).value == shipped.value
+    (tmp_path / "tap_s_3d.yaml").write_text("train: {steps: 4}\n")
+    assert load_config(RunConfig, Path(copied), []).value.train.steps == 4
     (tmp_path / "tap_s_3d").write_text("train: {steps: 3}\n")
     assert load_config(RunConfig, tmp_path / "mine.yaml", []).value.train.steps == 3
 

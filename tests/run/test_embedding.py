@@ -89,7 +89,7 @@ def test_a_mask_pools_the_patches_that_it_covers(place: Path, tmp_path: Path, sh
     code, out, err = shell(*embed(place, tmp_path / "five", "--masks", place / "totalseg",
                                   "--organ", "5"))  # fmt: skip
     assert code == exits.INCOMPLETE and "no vector of amos_0001: not_labels" in out
-    assert "1 of 3 scans have no vector" in err and list(read(tmp_path / "five")) == [
+    assert "1 of 3 scans has no vector" in err and list(read(tmp_path / "five")) == [
         "amos_0004.h5", "amos_0038.h5",
     ]  # fmt: skip
 
@@ -130,7 +130,8 @@ def test_a_table_names_the_cases(place: Path, tmp_path: Path, shell: Shell) -> N
     code, out, _ = shell(*words, "--root", place / "images", "--out", tmp_path / "b")
     assert code == exits.INCOMPLETE and "no vector of absent: no scan has this name" in out
     table.write_text("id\n../amos_0038\n")
-    assert "cannot be the name of a file" in shell.bad(*words, "--root", place / "images")
+    line = shell.bad(*words, "--root", place / "images", "--out", tmp_path / "c")
+    assert "cannot be the name of a file" in line
 
 
 def test_the_cache_gives_the_same_vectors_and_reads_no_weights_again(
@@ -167,8 +168,11 @@ def test_without_h5py_one_line_shows_how_to_install_it(
 @pytest.mark.parametrize(
     "words, expected",
     [
-        (["--format", "hdf5"], "must be npz or cvpr26"),
-        (["--masks", "x"], "--masks needs --format cvpr26"),
+        (["--format", "hdf5"], "must be one of npz, parquet, cvpr26, zarr"),
+        (["--format", "parkett"], "did you mean parquet?"),
+        (["--masks", "x"], "--masks needs --scan or --format parquet or cvpr26"),
+        (["--vector", "cls", "--format", "zarr"], "--vector needs --scan"),
+        (["--scan", "--format", "zarr"], "--format zarr holds dense ones"),
         (["--format", "cvpr26", "--vector", "clss"], "must be one of cls, mean"),
         (["--format", "cvpr26", "--block", "first"], "must be one of last, middle"),
         (["--format", "cvpr26", "--vector", "mask"], "do not fit"),
@@ -180,7 +184,7 @@ def test_without_h5py_one_line_shows_how_to_install_it(
 def test_wrong_options_are_one_line(
     place: Path, tmp_path: Path, shell: Shell, words: list[str], expected: str
 ) -> None:
-    out = tmp_path / "out.npz"
+    out = tmp_path / "out"
     assert expected in shell.bad("embed", place / "model", place / "images", "--out", out, *words)
     assert not out.exists()
 

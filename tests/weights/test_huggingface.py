@@ -190,6 +190,10 @@ def test_wrong_input_is_an_error_that_names_the_shape(learned: Path, hub: Any) -
     for shape in ((16, 24), (2, 4, 16, 24), (1, 3, 4, 16, 24), (0, 4, 4)):
         with pytest.raises(ValueError, match="the scan has the shape"):
             processor(np.zeros(shape, np.int16))
+    with pytest.raises(ValueError, match="pixel_values is torch.int16"):
+        model(torch.zeros((1, 1, 4, 16, 24), dtype=torch.int16))
+    with pytest.raises(ValueError, match="no value below 0"):
+        processor(np.arange(4 * 16 * 24).reshape(4, 16, 24))
     with pytest.raises(ValueError, match="NaN"):
         processor(np.full((4, 16, 24), np.nan))
     with pytest.raises(ValueError, match="before any normalisation"):

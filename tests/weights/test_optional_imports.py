@@ -18,7 +18,11 @@ from tapct.weights.card import FeatureSettings
 from tapct.weights.export import save_export
 from tapct.weights.pretrained import load_pretrained
 
-OPTIONAL = ("wandb", "fvcore", "submitit", "tensorboard", "typer", "rich", "matplotlib")
+OPTIONAL = (
+    "wandb", "fvcore", "submitit", "tensorboard", "typer", "rich", "matplotlib", "PIL", "sklearn",
+    "scipy", "surface_distance", "h5py", "zarr", "transformers", "tokenizers", "huggingface_hub",
+    "monai", "highdicom", "pyarrow", "blosc2", "pandas", "torchvision", "xformers", "yacs", "tqdm",
+)  # fmt: skip
 PROGRAM = """
 import sys
 from pathlib import Path
@@ -38,7 +42,18 @@ for name in OPTIONAL:  # the block is one
     raise SystemExit(f"{name} was not blocked")
 import tapct
 pretrained = tapct.load_pretrained(sys.argv[1])
-pretrained.embed(tapct.read_volume(Path(sys.argv[2]))).write_npz(Path(sys.argv[3]))
+volume = tapct.read_volume(Path(sys.argv[2]))
+features = pretrained.embed(volume)
+features.write_npz(Path(sys.argv[3]))
+import numpy, torch
+same = pretrained.embed(volume.hu_ZYX, spacing_mm=volume.spacing_mm, blocks=[0])
+assert numpy.array_equal(features.features_DZYX, same.block[0])
+assert features.to_voxels()[:, 0].shape == (16, *volume.hu_ZYX.shape[1:])
+assert features.centres_mm.shape[-1] == 3
+crops = torch.zeros(1, 1, 4, 16, 16)
+assert pretrained.get_intermediate_layers(crops, 1, reshape=True)[0].shape == (1, 16, 2, 4, 4)
+assert len(tapct.PyramidEncoder(pretrained, (4, 8))(crops)) == 2
+assert tapct.Volume is type(volume)
 """
 
 

@@ -20,6 +20,7 @@ import numpy as np
 
 from tapct.base.files import expand_path
 from tapct.base.marks import file_name, quoted
+from tapct.base.signals import Terminated
 from tapct.data.checks.axis_check import check_axes
 from tapct.data.checks.ct_check import check_hu, check_is_ct
 from tapct.data.checks.wrap_check import check_wrap
@@ -84,7 +85,7 @@ def _read_source(source: Source, key: bytes | None, accept: ReadRules) -> Volume
         check_is_ct(image.voxels_IJK, image.slope, image.intercept, declared_ct, accept.checks)
         check_wrap(stored.voxels_IJK, stored.slope, stored.intercept)
         check_axes(stored.voxels_IJK, stored.affine, stored.slope, stored.intercept, accept.checks)
-    hu_ZYX = _to_hu(view_ZYX, image.slope, image.intercept)
+    hu_ZYX = to_hu(view_ZYX, image.slope, image.intercept)
     if accept.checks is not None:
         marks += check_hu(hu_ZYX, declared_ct, accept.checks)
     facts = replace(
@@ -151,7 +152,7 @@ def refusing() -> Iterator[None]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
-    except Refused:
+    except (Refused, Terminated):
         raise
     except Exception as error:
         reason = OUT_OF_MEMORY if is_out_of_memory(error) else "unreadable"
@@ -160,8 +161,16 @@ def refusing() -> Iterator[None]:
         raise Refused("unreadable", failure(error)) from error
 
 
-def _to_hu(view_ZYX: np.ndarray, slope: float, intercept: float) -> np.ndarray:
-    """int16 HU, slice by slice: clamp to AIR_HU from below, refuse what int16 cannot hold."""
+def to_hu(view_ZYX: np.ndarray, slope: float, intercept: float) -> np.ndarray:
+    """int16 HU, slice by slice: clamp to AIR_HU from below, refuse what int16 cannot hold.
+
+    Args:
+        view_ZYX: values as stored, any real dtype.
+        slope: factor to HU.
+        intercept: offset in HU.
+    Raises:
+        Refused: not_finite, out_of_range.
+    """
     hu_ZYX = np.empty(view_ZYX.shape, dtype=np.int16)
     # int64 holds the sum of every smaller type; larger values are refused, rounded or not
     is_small = view_ZYX.dtype.kind in "iu" and view_ZYX.dtype.itemsize < 8

@@ -151,6 +151,11 @@ class TAPCTImageProcessor(ImageProcessingMixin):
                     f"the scan has values from {float(lowest):g} to {float(highest):g}, which are "
                     "no HU; give the scan before any normalisation"
                 )
+        if float(images.min()) >= 0 and float(images.max()) > 0:
+            raise ValueError(
+                "the scan has no value below 0, so it is not in HU: air is about -1000 HU. Apply "
+                "the rescale slope and intercept of the file first"
+            )
         return images
 
 

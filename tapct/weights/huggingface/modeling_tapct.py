@@ -388,6 +388,8 @@ class TAPCTVisionTransformer(nn.Module):
                 f"pixel_values is {tuple(x.shape)}: depth, height and width must be multiples of "
                 f"the patch {tuple(patch)}; the processor pads a scan with air"
             )
+        if not x.is_floating_point():
+            raise ValueError(f"pixel_values is {x.dtype}; give the output of the processor, not HU")
         return [size // side for size, side in zip(x.shape[2:], patch)]
 
     def forward(
