@@ -51,6 +51,7 @@ from tapct.eval.metric_statistics import PredictedScans, ScanPredictions
 from tapct.eval.pairs import PairedScans, ScanPair, pairs_of
 from tapct.eval.scans import LabelledScan, ScanRow
 from tapct.eval.truth import PatchTruth, patch_truth
+from tapct.eval.volumes import LabelLayer
 from tapct.nn import init
 from tapct.nn.attention import Attention
 from tapct.nn.contracts import (
@@ -99,6 +100,7 @@ __all__ = [
     "Headline",
     "HeadConfig",
     "HeadRows",
+    "LabelLayer",
     "LabelMap",
     "LabelledScan",
     "LayerCost",

@@ -354,15 +354,59 @@ def only_for_cvpr26(form: str, options: Mapping[str, object]) -> None:
             raise exits.UserError(f"{option} needs --format {CVPR26}")
 
 
-@app.command(epilog=examples("tapct report runs/quickstart"))
-def report(run_folder: RunFolder, data: DataSet = "") -> None:
-    """Write an HTML report of a run.
+@app.command(
+    epilog=examples(
+        "tapct report runs/quickstart",
+        "tapct report runs/mine --watch",
+        "tapct report runs/one runs/two --out both.html",
+    )
+)
+def report(
+    run_folders: Annotated[list[Path], typer.Argument(metavar="RUN", help="run folders")],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="HTML page to write",
+            show_default="RUN/report.html, or report.html for several runs",
+        ),
+    ] = None,
+    data: DataSet = "",
+    watch: Annotated[
+        bool,
+        typer.Option(
+            "--watch",
+            help="write the page again while the run trains, until it has finished or until "
+            "Ctrl-C; an open page loads itself again",
+        ),
+    ] = False,
+    every: Annotated[
+        float,
+        typer.Option(
+            metavar="SECONDS",
+            min=1,
+            help="time between two pages with --watch; longer if writing takes more than a tenth "
+            "of it",
+        ),
+    ] = 30.0,
+) -> None:
+    """Write an HTML report of one run or several.
 
-    RUN/report.html shows curves, health, timing, pictures and the config on one page.
+    The page shows a verdict, curves, the time budget, evaluations with slices of test scans, and
+    the config. Several runs are also compared. It is one file that loads nothing from elsewhere.
     """
-    from tapct.report import page
+    from tapct.report import page, several
+    from tapct.report.watch import watch as write_again
 
-    console.say(f"report: {page.write(run_folder, data)}")
+    def write(reload_s: float) -> Path:
+        if len(run_folders) == 1:
+            return page.write(run_folders[0], data, out, reload_s)
+        return several.write(run_folders, out, data, reload_s)
+
+    if watch:
+        write_again(run_folders, write, every, console.say)
+    else:
+        console.say(f"report: {write(0.0)}")
 
 
 @app.command(
@@ -393,9 +437,10 @@ def compare(
     their curves.
     """
     from tapct.report import compare as comparing
+    from tapct.report import compare_page
 
     comparison = comparing.read(runs, metric or [], data)
     for note in comparison.notes:
         console.say(note)
     console.say(comparing.render_text(comparison, console.console().width))
-    console.say(f"curves: {comparing.write(comparison, out)}")
+    console.say(f"curves: {compare_page.write(comparison, out)}")

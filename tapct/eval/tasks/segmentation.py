@@ -42,6 +42,7 @@ from tapct.eval.prediction_files import DICOM_SEG, NIFTI
 from tapct.eval.scans import LabelledScan
 from tapct.eval.tolerances import check_named, parse
 from tapct.eval.truth import PatchTruth, patch_truth
+from tapct.eval.volumes import LabelLayer
 from tapct.types import IGNORE_LABEL, LabelMap
 
 RESOLUTIONS = ("patch", "voxel")
@@ -309,6 +310,16 @@ class Segmentation(Task[PatchTruth, Prediction]):
         )
         where = f"axial slice {at[0]}, coronal slice {at[1]} of test scan {scan.id}"
         return f"CT, truth and each model's prediction: {where}"
+
+    def layers(
+        self, truth: PatchTruth, predictions: Mapping[str, Prediction]
+    ) -> Sequence[LabelLayer]:
+        """The truth and each model's prediction."""
+        names = {self.classes.index(organ): organ for organ in self.organs}
+        found = [LabelLayer("truth", self.class_labels(truth), names)]
+        for model, prediction in predictions.items():
+            found.append(LabelLayer(model.replace("_", " "), prediction.classes_ZYX, names))
+        return found
 
     def results(self) -> TaskResults:
         """Return Dice by organ and scan; means go over the scans that have the organ, then over
