@@ -2,8 +2,8 @@
 {
   /** Text of a cell as a program reads it: a plain minus, no thin spaces. */
   function plain(cell) {
-    return cell.textContent.trim().replace(/\s+/g, ' ').replace(/\u2212/g, '-')
-      .replace(/(\d)\u2009(?=\d)/g, '$1');
+    return cell.textContent.replace(/(\d)\u2009(?=\d)/g, '$1').replace(/\u2212/g, '-')
+      .replace(/\s+/g, ' ').trim();
   }
 
   /** Sort key of a cell: its number, or its text; null where there is none. */
