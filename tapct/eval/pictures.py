@@ -23,6 +23,7 @@ from torch.nn import functional as F
 
 from tapct.base import files
 from tapct.eval.features import DenseFeatures, PatchGrid
+from tapct.eval.volumes import side_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -155,7 +156,13 @@ def draw_overlay(
             )
     from matplotlib.patches import Patch
 
-    handles = [Patch(facecolor=colour_of[organ], label=organ.replace("_", " ")) for organ in shown]
+    handles = []
+    for organ in shown:
+        hatch = "/////" if side_of(organ) == "left" else ""
+        label = organ.replace("_", " ")
+        handles.append(
+            Patch(facecolor=colour_of[organ], hatch=hatch, edgecolor=_PAPER, lw=0, label=label)
+        )
     if handles:
         figure.legend(
             handles=handles,
@@ -318,8 +325,12 @@ def _painted(
     classes: Sequence[str],
     colour_of: dict[str, Colour],
 ) -> np.ndarray:
-    """Paint organs in transparent colour with an opaque rim: the anatomy stays visible."""
+    """Paint organs in transparent colour with an opaque rim: the anatomy stays visible. The left
+    organ of a pair gets stripes, so that the pair can be distinguished without colours.
+    """
     out = picture.copy()
+    rows, columns = np.indices(class_slice.shape)
+    is_stripe = (rows + columns) % 4 < 2
     for organ, colour in colour_of.items():
         mask = class_slice == classes.index(organ)
         if not mask.any():
@@ -330,7 +341,11 @@ def _painted(
         inner[:, 1:] &= mask[:, :-1]
         inner[:, :-1] &= mask[:, 1:]
         rim = mask & ~inner
-        out[inner] = 0.55 * out[inner] + 0.45 * np.asarray(colour)
+        share = np.full(class_slice.shape, 0.45)
+        if side_of(organ) == "left":
+            share = np.where(is_stripe, 0.7, 0.1)
+        of_colour = share[inner][:, None]
+        out[inner] = (1 - of_colour) * out[inner] + of_colour * np.asarray(colour)
         out[rim] = 0.1 * out[rim] + 0.9 * np.asarray(colour)
     return out
 

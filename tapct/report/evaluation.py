@@ -283,21 +283,23 @@ def picture_part(shown_one: SavedEvaluation, evaluation: Evaluation, share: floa
     """
     folder = shown_one.folder.path
     sets = {title_of(name): one.pictures for name, one in evaluation.tasks.items() if one.pictures}
+    part_of_each = share / (len(sets) + bool(evaluation.pca) or 1)
+    shown_sets, slices = "", ""
+    for title, entries in sets.items():
+        shown_sets += f"<h3>{text(title)}: pictures</h3>{pictures(folder, entries, part_of_each)}"
+    of_features = ""
     if evaluation.pca:
-        sets["Patch features"] = evaluation.pca
-    shown_sets = "".join(
-        f"<h3>{text(title)}: pictures</h3>{pictures(folder, entries, share / len(sets))}"
-        for title, entries in sets.items()
-    )
-    if not evaluation.volumes:
-        return shown_sets
-    slices = viewers(folder, evaluation.volumes, share)
-    of_labels = f" {LABELS}" if 'class="organ"' in slices else ""
-    return (
-        f'<h3>Test scans</h3><p class="muted">{VIEWER}{of_labels}</p>{slices}'
-        f"<details><summary>Pictures of the tasks and of the features</summary>{shown_sets}"
-        "</details>"
-    )
+        of_features = pictures(folder, evaluation.pca, part_of_each)
+    if evaluation.volumes:
+        slices = viewers(folder, evaluation.volumes, share)
+        of_labels = f" {LABELS}" if 'class="organ"' in slices else ""
+        slices = f'<h3>Test scans</h3><p class="muted">{VIEWER}{of_labels}</p>{slices}'
+        of_features = (
+            f"<details><summary>Pictures of the patch features</summary>{of_features}</details>"
+        )
+    elif of_features:
+        of_features = f"<h3>Patch features</h3>{of_features}"
+    return f"{slices}{of_features}{shown_sets}"
 
 
 def others(found: Sequence[SavedEvaluation]) -> str:
