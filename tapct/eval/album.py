@@ -13,6 +13,7 @@ import numpy as np
 from torch import Tensor
 
 from tapct.eval import pictures, volumes
+from tapct.eval.body import body_mask
 from tapct.eval.contract import Task
 from tapct.eval.features import DenseFeatures, PatchGrid
 from tapct.eval.reader import ModelOnScan
@@ -88,7 +89,7 @@ class Album:
         if slices is None:
             slices = (hu_ZYX.shape[0] // 2, hu_ZYX.shape[1] // 2)
         file = self.folder / f"{scan.id}_features.png"
-        body_ZYX, columns = pictures.body_mask(hu_ZYX), []
+        body_ZYX, columns = body_mask(hu_ZYX), []
         for name, dense in outputs.dense.items():
             colours_CZYX = pictures.feature_colours(dense, body_ZYX)
             columns.append((name.replace("_", " "), dense.grid, colours_CZYX))

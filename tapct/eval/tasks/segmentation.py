@@ -11,7 +11,7 @@ import itertools
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from tapct.base.exits import UserError
 from tapct.config import setting
 from tapct.data.readers import dicom_seg
 from tapct.eval import pictures, surface
-from tapct.eval.contract import Breakdown, Headline, Labels, ScanScore, Task, TaskResults
+from tapct.eval.contract import Headline, Labels, ScanScore, Task, TaskResults
 from tapct.eval.features import DenseFeatures, PatchGrid
 from tapct.eval.label_fractions import LabelFractions, labelled_patients
 from tapct.eval.old_formats import BY_PATIENTS
@@ -37,6 +37,9 @@ from tapct.eval.organ_decoders import (
     KeptPatches,
     fit,
 )
+from tapct.eval.organ_results import by_organ
+from tapct.eval.organ_results import headline as headline_of
+from tapct.eval.organ_results import section_from_schema_1 as section_from_schema_1
 from tapct.eval.organ_surfaces import Surfaces
 from tapct.eval.prediction_files import DICOM_SEG, NIFTI
 from tapct.eval.scans import LabelledScan
@@ -135,6 +138,7 @@ class Segmentation(Task[PatchTruth, Prediction]):
         self._dice: dict[tuple[str, str], dict[str, dict[str, float]]] = {}
         self._left_out: dict[tuple[int, str], str] = {}  # label value, its name -> class
         self._surfaces = Surfaces(parse(config.tolerances))
+        self._counted: tuple[PatchTruth, CountedVoxels] | None = None  # of the scan in work
         self._value_of: dict[str, int] = {}  # class -> label value in the training scans
         self._in_training: set[str] = set()  # organs of the training scans
         self._not_learned: set[str] = set()  # organs of test scans that the decoder does not know
@@ -226,7 +230,7 @@ class Segmentation(Task[PatchTruth, Prediction]):
         """Predict a test scan and keep its Dice at patches and voxels, over the slices in play."""
         features_ND = self._features(dense)
         logits_NC = self._decoders[model].decoder.logits_NC(features_ND)
-        counted = CountedVoxels(truth, self.class_labels(truth))
+        counted = self._counted_voxels(truth)
         prediction_ZYX = counted.predicted(logits_NC)
         voxel = self._confusion(*counted.pairs(prediction_ZYX))
         for draw, few in self._few_labels.decoders(model):
@@ -252,6 +256,14 @@ class Segmentation(Task[PatchTruth, Prediction]):
                 truth.scan.spacing_mm,
             )
         return Prediction(prediction_ZYX)
+
+    def _counted_voxels(self, truth: PatchTruth) -> CountedVoxels:
+        """The voxels of a test scan that count; they are found once for all models whose patches
+        are equal.
+        """
+        if self._counted is None or self._counted[0] is not truth:
+            self._counted = truth, CountedVoxels(truth, self.class_labels(truth))
+        return self._counted[1]
 
     def label_map(self, truth: PatchTruth, prediction: Prediction) -> LabelMap | None:
         """The predicted classes with the label values of the training scans; 0 is outside, and the
@@ -349,7 +361,7 @@ class Segmentation(Task[PatchTruth, Prediction]):
                     value = float(np.mean(list(parts.values()))) if parts else float("nan")
                     scans.append(ScanScore(scan, model, value, parts))
         dice_of = {model: entry["dice"] for model, entry in models.items()}
-        table = _by_organ(self.organs, dice_of)
+        table = by_organ(self.organs, dice_of)
         for model, invented in self._surfaces.invented.items():
             models[model]["num_invented"] = dict(invented)
         further = self._surfaces.metrics() if self.config.surface else ()
@@ -361,7 +373,7 @@ class Segmentation(Task[PatchTruth, Prediction]):
         models = self.results().models
         values = {model: float(entry["mean_dice"]) for model, entry in models.items()}
         organs = list(dict.fromkeys(organ for entry in models.values() for organ in entry["dice"]))
-        return _headline(values, self.config.resolution, self._mean_of(organs))
+        return headline_of(values, self.config.resolution, self._mean_of(organs))
 
     def _mean_of(self, organs: Sequence[str]) -> str:
         """What the mean Dice is a mean of, and which labels are not in it.
@@ -388,7 +400,7 @@ class Segmentation(Task[PatchTruth, Prediction]):
             )
         return line
 
-    def _mean_by_organ(self, per_scan: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    def _meanby_organ(self, per_scan: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
         dice: dict[str, float] = {}
         for organ in self.organs:
             values = [parts[organ] for parts in per_scan.values() if organ in parts]
@@ -398,7 +410,8 @@ class Segmentation(Task[PatchTruth, Prediction]):
 
     def _confusion(self, truth: np.ndarray, prediction: np.ndarray) -> np.ndarray:
         num = len(self.classes)
-        pairs = truth.astype(np.int32) * num + prediction
+        dtype = np.uint16 if num * num <= 1 << 16 else np.uint32
+        pairs = truth.astype(dtype) * dtype(num) + prediction.astype(dtype)
         return np.bincount(pairs.reshape(-1), minlength=num * num).reshape(num, num)
 
     def _find_classes(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -439,62 +452,6 @@ def _listed(names: Sequence[str]) -> str:
     """Names as one text, the last ones as a number where there are many."""
     more = len(names) - MOST_NAMES
     return ", ".join(names[:MOST_NAMES]) + (f" and {more} more" if more > 0 else "")
-
-
-def _headline(values: Mapping[str, float], resolution: str, mean_of: str = "") -> Headline:
-    meaning = (
-        "Dice of a linear decoder on frozen features, mean over organs, counted at "
-        f"{resolution} resolution. Everything but the backbone is equal."
-    )
-    return Headline("mean Dice", values, "higher", meaning, (0.0, 1.0), mean_of)
-
-
-def _by_organ(
-    organs: Sequence[str], dice_of: Mapping[str, Mapping[str, float]]
-) -> Breakdown | None:
-    """Rows of organs from the Dice of each model; None without any organ."""
-    if not organs:
-        return None
-    values: dict[str, dict[str, float]] = {}
-    for organ in organs:
-        values[organ] = {model: dice[organ] for model, dice in dice_of.items() if organ in dice}
-    return Breakdown("Dice of each organ", "organ", values)
-
-
-def section_from_schema_1(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Bring results.json of schema 1, which held this task alone, into the form of schema 2.
-
-    Args:
-        content: the whole file.
-    Returns:
-        The section of this task.
-    """
-    models: Mapping[str, Any] = content["models"]
-    organs = content.get("organs") or []
-    if not organs:
-        for numbers in models.values():
-            organs += [organ for organ in numbers.get("dice", {}) if organ not in organs]
-    scans = []
-    for model, numbers in models.items():
-        for scan, parts in numbers.get("per_scan", {}).items():
-            dice = [value for value in parts.values() if isinstance(value, float)]
-            mean = float(np.mean(dice)) if dice else float("nan")
-            scans.append(asdict(ScanScore(scan, model, mean, parts)))
-    means = {model: numbers.get("mean_dice") for model, numbers in models.items()}
-    dice_of = {model: numbers.get("dice", {}) for model, numbers in models.items()}
-    table = _by_organ(organs, dice_of)
-    split = content.get("split", {})
-    return {
-        "config": content.get("task_config", {}),
-        "labels": Labels.VOXELS.value,
-        "num_train": len(split.get("train", ())),
-        "num_test": len(split.get("test", ())),
-        "headline": asdict(_headline(means, content.get("resolution", "voxel"))),
-        "models": models,
-        "breakdown": None if table is None else asdict(table),
-        "scans": scans,
-        "pictures": content.get("overlays", []),
-    }
 
 
 def build(config: Config, *, seed: int) -> Segmentation:
