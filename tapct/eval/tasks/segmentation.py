@@ -400,7 +400,7 @@ class Segmentation(Task[PatchTruth, Prediction]):
             )
         return line
 
-    def _meanby_organ(self, per_scan: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    def _mean_by_organ(self, per_scan: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
         dice: dict[str, float] = {}
         for organ in self.organs:
             values = [parts[organ] for parts in per_scan.values() if organ in parts]
