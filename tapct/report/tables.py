@@ -56,4 +56,4 @@ def number_cell(shown: str, css: str = "") -> str:
 
 def with_minus(shown: str) -> str:
     """A number as text with a real minus; other texts are left alone."""
-    return re.sub(r"^-(?=[\d.])", "\u2212", shown)
+    return re.sub(r"(?<![\w.])-(?=[\d.])", "\u2212", shown)
