@@ -21,6 +21,7 @@
 | `Attention`, `Mlp`, `SwiGLU`, `LayerScale`, `LayerNorm`, `DropKey` | layers of a transformer |
 | `ScanScore`, `Breakdown` | a task's result on one scan; its headline metric by class |
 | `FurtherMetric` | a metric beside the headline, with a value for each scan |
+| `LabelLayer` | what `Task.layers` returns: a label map that the report shows slice by slice |
 | `PredictedScans`, `ScanPredictions` | predictions behind a headline that is no mean over scans |
 | `pairs_of`, `PairedScans`, `ScanPair` | pairs of scans, and what is kept until both were read |
 | `ScanRow` | what `Task.expect_scans` is given of a scan |
