@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from shell import Shell
+from shell import shell as shell  # a fixture
 from test_compare import make_run
 from test_report import Page
 
@@ -93,3 +95,23 @@ def test_ctrl_c_ends_the_watch_and_leaves_a_whole_page(tmp_path: Path) -> None:
 def test_a_folder_that_is_not_there_is_not_waited_for(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is not there"):
         watched(tmp_path / "none", lambda seconds: None)
+
+
+def test_the_command_writes_one_page_or_one_of_several_runs(
+    tmp_path: Path, shell: Shell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    runs = [make_run(tmp_path / name, 5, seed) for seed, name in enumerate("ab")]
+    assert "report: " in shell.good("report", runs[0])
+    assert (runs[0] / "report.html").is_file()
+    shell.good("report", *runs)
+    shell.good("report", *runs, "--out", tmp_path / "both.html")
+    assert "2 runs side by side" in (tmp_path / "both.html").read_text()
+    assert (tmp_path / "report.html").read_text() == (tmp_path / "both.html").read_text()
+    (runs[0] / "config.yaml").write_text("train: {steps: 5}\n")
+    printed = shell.good("report", runs[0], "--watch", "--every", 1, "--out", tmp_path / "one.html")
+    assert (
+        "training has finished" in printed
+        and "reload"
+        not in ((tmp_path / "one.html").read_text().split("<main>")[1].split("</main>")[0])
+    )
