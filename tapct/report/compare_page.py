@@ -84,7 +84,7 @@ def sections(comparison: Comparison) -> str:
     return (
         f"{left_out}<section>{tables(comparison)}"
         f'<p class="muted">{EXPLAINED}</p></section><section><h2 id="curves">Curves</h2>'
-        f'{CURVE_TOOLS}<div class="charts overlaid">{charts(comparison)}</div></section>'
+        f'{CURVE_TOOLS}<div class="charts">{charts(comparison)}</div></section>'
     )
 
 

@@ -147,7 +147,7 @@
     const fronts = series.filter(one => one.role === 'front').map(one => one.index);
     if (chart.content.band && fronts.length > 1)
       bands.push({series: [fronts[0], fronts[1]], fill: () => ink('--band')});
-    const isOverlaid = chart.figure.closest('.overlaid') !== null;
+    const isOverlaid = chart.content.curves.length > 1;  // raw values recede behind the means
     chart.plot = new uPlot({
       width, height: HEIGHT, bands, axes: axes(chart), legend: {show: false},
       padding: [8, 22, 0, 0],
