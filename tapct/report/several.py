@@ -10,6 +10,8 @@ from tapct.report.document import document, save
 from tapct.report.markup import slug, text
 from tapct.run_folder import RunFolder
 
+MOST_BYTES = 14_000_000  # of the runs on a page, so that it stays below 15 MB with its scripts
+
 
 def render(folders: Sequence[Path], data: str = "", reload_s: float = 0.0) -> str:
     """The page's HTML.
@@ -22,20 +24,26 @@ def render(folders: Sequence[Path], data: str = "", reload_s: float = 0.0) -> st
         UserError: no run is left, or none was evaluated on the data set.
     """
     comparison = compare.read(folders, data=data)
+    compared = compare_page.sections(comparison)
     verdicts, links, parts, histories = "", '<a href="#curves">Curves</a>', "", {}
-    for number, compared in enumerate(comparison.runs):
-        run = page.read_run(compared.folder, data if compared.saved is not None else "")
-        histories[compared.name] = run.history
-        anchor = f"run-{number}-{slug(compared.name)}"
+    left = MOST_BYTES - len(compared)
+    for number, one in enumerate(comparison.runs):
+        run = page.read_run(one.folder, data if one.saved is not None else "")
+        histories[one.name] = run.history
+        anchor, name = f"run-{number}-{slug(one.name)}", text(one.name)
         current = summary.verdict_of(run.history, run.config)
-        box = summary.verdict_box(current, evaluated=compared.evaluated is not None)
-        verdicts += f'<div><h3><a href="#{anchor}">{text(compared.name)}</a></h3>{box}</div>'
-        links += f'<a href="#{anchor}">{text(compared.name)}</a>'
-        contents, html = page.body(page.sections(run, share=1 / len(comparison.runs)), f"{anchor}-")
-        parts += (
-            f'<details class="run" id="{anchor}"><summary>{text(compared.name)}</summary>'
-            f"{page.top(run)}<nav>{contents}</nav>{html}</details>"
-        )
+        box = summary.verdict_box(current, evaluated=one.evaluated is not None)
+        verdicts += f'<div><h3><a href="#{anchor}">{name}</a></h3>{box}</div>'
+        links += f'<a href="#{anchor}">{name}</a>'
+        whole = _whole_run(run, anchor, 1 / len(comparison.runs))
+        if len(whole) > left:
+            whole = (
+                '<p class="missing">Left out, so that the page stays below '
+                f"15 MB: <code>tapct report {text(one.folder)}</code> shows "
+                "it.</p>"
+            )
+        left -= len(whole)
+        parts += f'<details class="run" id="{anchor}"><summary>{name}</summary>{whole}</details>'
     num = len(comparison.runs)
     title = "1 run" if num == 1 else f"{num} runs"
     return document(
@@ -43,8 +51,20 @@ def render(folders: Sequence[Path], data: str = "", reload_s: float = 0.0) -> st
         f'<header><h1>{title} side by side</h1><p class="muted">Pretraining runs of tapct: '
         f"volumetric DINOv2 on CT.</p>{page.reload_box(reload_s)}</header>"
         f'<div class="verdicts">{verdicts}</div><nav>{links}</nav>'
-        f"{compare_page.sections(comparison)}<h2>Each run</h2>{parts}{page.footer(histories)}",
+        f"{compared}<h2>Each run</h2>{parts}{page.footer(histories)}",
     )
+
+
+def _whole_run(run: page.RunPage, anchor: str, share: float) -> str:
+    """Everything about one run, with links to its parts.
+
+    Args:
+        run: run to show.
+        anchor: beginning of the names of its anchors.
+        share: part of the room for pictures that it may take.
+    """
+    contents, html = page.body(page.sections(run, share), f"{anchor}-")
+    return f"{page.top(run)}<nav>{contents}</nav>{html}"
 
 
 def write(

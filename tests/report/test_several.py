@@ -29,6 +29,17 @@ def test_several_runs_are_compared_and_then_shown_one_by_one(tmp_path: Path) -> 
     assert "2 runs side by side" in found.words
 
 
+def test_runs_that_would_make_the_page_too_large_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = [make_run(tmp_path / name, 2000, seed) for seed, name in enumerate("ab")]
+    whole = len(several.render(runs))
+    monkeypatch.setattr("tapct.report.several.MOST_BYTES", whole - 160_000)
+    html = several.render(runs)
+    assert len(html) < whole - 80_000 and html.count("Left out, so that") == 1
+    assert html.count('<details class="run"') == 2 and "b</code> shows it" in html
+
+
 def test_no_run_at_all_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is not there"):
         several.write([tmp_path / "a", tmp_path / "b"], tmp_path / "both.html")
