@@ -307,7 +307,7 @@ def _painted(
     """
     out = picture.copy()
     rows, columns = np.indices(class_slice.shape)
-    is_stripe = (rows + columns) % 4 < 2
+    is_stripe = (rows + columns) % 6 < 3
     for organ, colour in colour_of.items():
         mask = class_slice == classes.index(organ)
         if not mask.any():
