@@ -46,7 +46,7 @@ const chartInk = (() => {
     });
   }
 
-  /** A pattern of lines in a colour, for areas that must be told apart without it. */
+  /** A pattern of lines in a colour, for areas that differ without it. */
   function hatched(style) {
     const tile = document.createElement('canvas'), side = 8 * devicePixelRatio;
     tile.width = tile.height = side;
