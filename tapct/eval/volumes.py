@@ -253,16 +253,26 @@ def _at_centres(array_ZYX: np.ndarray, step: Sequence[int]) -> np.ndarray:
 
 
 def _block_means(array_ZYX: np.ndarray, step: Sequence[int]) -> np.ndarray:
-    """Mean of each block, float32; the last block of an axis may be smaller."""
-    means = array_ZYX.astype(np.float32)
-    for axis, k in enumerate(step):
-        if k == 1:
-            continue
-        size = means.shape[axis]
-        starts = np.arange(0, size, k)
-        counts = np.minimum(k, size - starts).astype(np.float32)
-        sums = np.add.reduceat(means, starts, axis=axis)
-        shape = [1, 1, 1]
-        shape[axis] = -1
-        means = sums / counts.reshape(shape)
+    """Mean of each block, float32, one layer of blocks at a time; the last block of an axis may be
+    smaller.
+    """
+    kz, ky, kx = step
+    layers = []
+    for start in range(0, array_ZYX.shape[0], kz):
+        mean_YX = array_ZYX[start : start + kz].mean(0, dtype=np.float32)
+        layers.append(_means_along(_means_along(mean_YX, ky, 0), kx, 1))
+    return np.stack(layers)
+
+
+def _means_along(plane: np.ndarray, k: int, axis: int) -> np.ndarray:
+    """Means of k neighbours along an axis of a plane."""
+    if k == 1:
+        return plane
+    size = plane.shape[axis]
+    starts = np.arange(0, size, k)
+    counts = np.minimum(k, size - starts).astype(np.float32)
+    sums: np.ndarray = np.add.reduceat(plane, starts, axis=axis)
+    shape = [1, 1]
+    shape[axis] = -1
+    means: np.ndarray = sums / counts.reshape(shape)
     return means

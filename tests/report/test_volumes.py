@@ -87,6 +87,11 @@ def test_reducing_keeps_every_place_where_it_is() -> None:
     for i in (0, 40, 96):  # the mean of the voxels of each block, also of the cut one
         block = ramp[0, 0, 2 * i : 2 * i + 2]
         assert found.levels_ZYX[5, 5, i] == volumes.to_levels(np.array([block.mean()]))[0]
+    steep = (10 * z - 900).clip(-1000, 1000).astype(np.int16)
+    levels = volumes.reduced("s", steep, inside, (1.0, 1.0, 1.0)).levels_ZYX
+    for i in (0, 50, 133):
+        mean = steep[3 * i : 3 * i + 3].mean()
+        assert (levels[i] == volumes.to_levels(np.array([mean]))[0]).all()
     classes = found.labels[0].classes_ZYX
     places = np.argwhere(classes)
     assert places[:, 0].min() in (99, 100) and places[:, 2].min() in (49, 50)
