@@ -34,7 +34,7 @@ from tapct.data.phantom import archive as phantom
 from tapct.engine.vitals import FIRST_BAD
 from tapct.eval import saved
 from tapct.eval.results import Evaluation
-from tapct.report import page
+from tapct.report import facts, summary
 from tapct.report.history import read_history
 from tapct.run import finished, pretrain
 from tapct.run.config import RunConfig
@@ -271,7 +271,9 @@ def trouble_of(out: Path) -> str:
         out: run folder.
     """
     folder = RunFolder(out)
-    verdict = page.verdict_of(read_history(folder.metrics), page.read_config(folder.config) or {})
+    verdict = summary.verdict_of(
+        read_history(folder.metrics), facts.read_config(folder.config) or {}
+    )
     bad = STATES[STATES.index(FIRST_BAD) :]
     return f"{verdict.state}. {verdict.words}" if verdict.state in bad else ""
 

@@ -21,6 +21,7 @@
 | `Attention`, `Mlp`, `SwiGLU`, `LayerScale`, `LayerNorm`, `DropKey` | layers of a transformer |
 | `ScanScore`, `Breakdown` | a task's result on one scan; its headline metric by class |
 | `FurtherMetric` | a metric beside the headline, with a value for each scan |
+| `LabelLayer` | what `Task.layers` returns: a label map that the report shows slice by slice |
 | `PredictedScans`, `ScanPredictions` | predictions behind a headline that is no mean over scans |
 | `pairs_of`, `PairedScans`, `ScanPair` | pairs of scans, and what is kept until both were read |
 | `ScanRow` | what `Task.expect_scans` is given of a scan |
@@ -51,6 +52,7 @@ from tapct.eval.metric_statistics import PredictedScans, ScanPredictions
 from tapct.eval.pairs import PairedScans, ScanPair, pairs_of
 from tapct.eval.scans import LabelledScan, ScanRow
 from tapct.eval.truth import PatchTruth, patch_truth
+from tapct.eval.volumes import LabelLayer
 from tapct.nn import init
 from tapct.nn.attention import Attention
 from tapct.nn.contracts import (
@@ -99,6 +101,7 @@ __all__ = [
     "Headline",
     "HeadConfig",
     "HeadRows",
+    "LabelLayer",
     "LabelMap",
     "LabelledScan",
     "LayerCost",

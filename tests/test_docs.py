@@ -552,6 +552,7 @@ def test_the_example_task_runs_through_every_command(
 
     shell.good("report", run)
     html = (run / "report.html").read_text()
+    html = html[html.index("<main>") : html.index("</main>")]
     assert "Depth: mean error" in html and "Error of the height in the scan" in html
     assert "estimated height over true height" in html
     assert not [word for word in ("Dice", "organ", "linear decoder") if word in html]
@@ -574,6 +575,7 @@ def test_the_example_task_runs_through_every_command(
     assert "mylab.tasks.depth (lower is better)" in printed
     shell.good("report", run)
     html = (run / "report.html").read_text()
+    html = html[html.index("<main>") : html.index("</main>")]
     assert "Depth: mean error" in html and "Segmentation: mean Dice" in html
 
 

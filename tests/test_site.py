@@ -256,7 +256,9 @@ def test_every_picture_is_shown_and_small() -> None:
         assert path.stat().st_size < 250_000
         with Image.open(path) as image:
             assert 600 < image.width < 1400
-    drawn = re.findall(r'save\(figure, "(.+?)"\)', (ROOT / "scripts/make_pictures.py").read_text())
+    scripts = [ROOT / "scripts" / f"make_{kind}pictures.py" for kind in ("", "report_")]
+    source = "".join(path.read_text() for path in scripts)
+    drawn = re.findall(r'(?:save\(figure|write\(.+), "(.+?)"\)', source)
     assert sorted(drawn) == sorted(path.name for path in (DOCS / "pictures").iterdir())
 
 

@@ -7,6 +7,7 @@ stops a reader.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,27 @@ def read(path: Path, key: str) -> Rows:
         OSError: the file cannot be read.
     """
     return _rows(path.read_bytes() if path.is_file() else b"", key)
+
+
+def each(path: Path, key: str) -> Iterator[dict[str, Any] | None]:
+    """Read a file row by row; one that does not exist has no rows.
+
+    Args:
+        path: file to read.
+        key: key that every row has.
+    Yields:
+        The rows in the order of the file, and None for each line that is no row; blank lines are
+        left out.
+    Raises:
+        OSError: the file cannot be read.
+    """
+    if not path.is_file():
+        return
+    with path.open("rb") as file:
+        for line in file:
+            if line.strip():
+                row = parse(line)
+                yield row if row is not None and key in row else None
 
 
 def read_tail(path: Path, key: str) -> list[dict[str, Any]]:

@@ -384,21 +384,74 @@ def embed(
     console.say(f"{counted(num, output.what)} in {output.place_of_results}")
 
 
-@app.command(epilog=examples("tapct report runs/quickstart"))
-def report(run_folder: RunFolder, data: DataSet = "") -> None:
-    """Write an HTML report of a run, or of an archive.
+@app.command(
+    epilog=examples(
+        "tapct report runs/quickstart",
+        "tapct report runs/mine --watch",
+        "tapct report runs/one runs/two --out both.html",
+        "tapct report data/manifest.parquet",
+    )
+)
+def report(
+    run_folders: Annotated[
+        list[Path],
+        typer.Argument(metavar="RUN", help="run folders, or one manifest or store of an archive"),
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="HTML page to write",
+            show_default="RUN/report.html, or report.html for several runs",
+        ),
+    ] = None,
+    data: DataSet = "",
+    watch: Annotated[
+        bool,
+        typer.Option(
+            "--watch",
+            help="write the page again while the run trains, until it has finished or until "
+            "Ctrl-C; an open page loads itself again",
+        ),
+    ] = False,
+    every: Annotated[
+        float,
+        typer.Option(
+            metavar="SECONDS",
+            min=1,
+            help="time between two pages with --watch; longer if writing takes more than a tenth "
+            "of it",
+        ),
+    ] = 30.0,
+) -> None:
+    """Write an HTML report of one run or several, or of an archive.
 
-    RUN/report.html shows curves, health, timing, pictures and the config on one page. With a
-    manifest or a store in place of RUN, the page shows what the archive holds.
+    The page of a run shows a verdict, curves, the time budget, evaluations with slices of test scans, and
+    the config. Several runs are also compared. With a manifest or a store in place of RUN, the page
+    shows what the archive holds. It is one file that loads nothing from elsewhere.
     """
-    from tapct.report import archive, page
+    from tapct.report import archive, page, several
+    from tapct.report.watch import watch as write_again
 
-    if archive.is_archive(run_folder):
-        with signals.leaving_at_sigterm(), console.progress_bar("report") as progress:
-            written = archive.write(run_folder, workers=1, progress=progress)
+    if any(archive.is_archive(path) for path in run_folders):
+        if len(run_folders) > 1 or watch:
+            raise exits.UserError(
+                "the report of an archive takes one manifest or store, without --watch"
+            )
+        with signals.leaving_at_sigterm(), console.progress_bar("report") as bar:
+            written = archive.write(run_folders[0], out, workers=1, progress=bar)
         console.say_line(f"report: {written}")
         return
-    console.say(f"report: {page.write(run_folder, data)}")
+
+    def write(reload_s: float) -> Path:
+        if len(run_folders) == 1:
+            return page.write(run_folders[0], data, out, reload_s)
+        return several.write(run_folders, out, data, reload_s)
+
+    if watch:
+        write_again(run_folders, write, every, console.say)
+    else:
+        console.say(f"report: {write(0.0)}")
 
 
 @app.command(
@@ -429,9 +482,10 @@ def compare(
     their curves.
     """
     from tapct.report import compare as comparing
+    from tapct.report import compare_page
 
     comparison = comparing.read(runs, metric or [], data)
     for note in comparison.notes:
         console.say(note)
     console.say(comparing.render_text(comparison, console.console().width))
-    console.say(f"curves: {comparing.write(comparison, out)}")
+    console.say(f"curves: {compare_page.write(comparison, out)}")

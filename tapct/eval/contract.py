@@ -21,6 +21,7 @@ if TYPE_CHECKING:  # the report reads headlines without loading torch
     from tapct.eval.features import DenseFeatures, PatchGrid
     from tapct.eval.metric_statistics import PredictedScans
     from tapct.eval.scans import LabelledScan, ScanRow, ScanValue
+    from tapct.eval.volumes import LabelLayer
     from tapct.types import LabelMap
 
 TruthT = TypeVar("TruthT")
@@ -335,6 +336,16 @@ class Task(ABC, Generic[TruthT, PredictionT]):
             The caption; empty if no picture was written.
         """
         return ""
+
+    def layers(self, truth: TruthT, predictions: Mapping[str, PredictionT]) -> Sequence[LabelLayer]:
+        """Return label maps of one test scan for the viewer of the report, on the voxels of the
+        scan; none, the default, shows the scan and the features alone.
+
+        Args:
+            truth: what `truth` returned for the scan.
+            predictions: model name -> what `judge` returned.
+        """
+        return ()
 
     def slices_of_interest(self, truth: TruthT) -> tuple[int, int] | None:
         """Axial and coronal slice (voxels) of the feature picture; None takes the middle ones."""

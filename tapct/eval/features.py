@@ -118,6 +118,14 @@ class PatchGrid:
         z, y, x = (-(-size // side) for size, side in zip(self.resized, self.patch, strict=True))
         return z, y, x
 
+    @property
+    def patches_per_voxel(self) -> tuple[float, float, float]:
+        """Patches along (z, y, x) in one voxel of the scan as it was read."""
+        z, y, x = (
+            r / o / p for r, o, p in zip(self.resized, self.original, self.patch, strict=True)
+        )
+        return z, y, x
+
     def centre_mm(
         self, patch_index: Sequence[float], spacing_mm: Sequence[float]
     ) -> tuple[float, float, float]:

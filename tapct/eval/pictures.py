@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from tapct.base import files
-from tapct.eval.body import body_mask
-from tapct.eval.features import DenseFeatures
+from tapct.eval.features import DenseFeatures, PatchGrid
+from tapct.eval.volumes import side_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -78,6 +78,14 @@ def colours(organs: Sequence[str]) -> dict[str, Colour]:
                 (0.09 + 0.618034 * position) % 1, (0.58, 0.7, 0.46)[position % 3], 0.7
             )
     return chosen
+
+
+def hex_colours(organs: Sequence[str]) -> dict[str, str]:
+    """The same colours as `#rrggbb`."""
+    found = {}
+    for organ, colour in colours(organs).items():
+        found[organ] = "#" + "".join(f"{round(255 * one):02x}" for one in colour)
+    return found
 
 
 def _rgb(code: str) -> Colour:
@@ -147,7 +155,13 @@ def draw_overlay(
             )
     from matplotlib.patches import Patch
 
-    handles = [Patch(facecolor=colour_of[organ], label=organ.replace("_", " ")) for organ in shown]
+    handles = []
+    for organ in shown:
+        hatch = "/////" if side_of(organ) == "left" else ""
+        label = organ.replace("_", " ")
+        handles.append(
+            Patch(facecolor=colour_of[organ], hatch=hatch, edgecolor=_PAPER, lw=0, label=label)
+        )
     if handles:
         figure.legend(
             handles=handles,
@@ -167,11 +181,17 @@ def draw_pca(
     path: Path,
     hu_ZYX: np.ndarray,
     spacing_mm: Sequence[float],
-    columns: Sequence[tuple[str, DenseFeatures]],
+    columns: Sequence[tuple[str, PatchGrid, Tensor]],
+    body_ZYX: np.ndarray,
     at: tuple[int, int],
 ) -> None:
     """Write one picture: the scan, then per model its patch features' first three principal
     components as colours.
+
+    Args:
+        columns: of each model its title, its patch grid and what `feature_colours` returned.
+        body_ZYX: bool, body of the patient.
+        at: axial and coronal slice.
     """
     views = [
         ("axial", axial(hu_ZYX, at[0]), spacing_mm[1:]),
@@ -180,12 +200,8 @@ def draw_pca(
     figure, axes = figure_grid(views, 1 + len(columns), legend_rows=0)
     for row, (name, hu_slice, spacing) in enumerate(views):
         show(axes[row][0], windowed(hu_slice), spacing, "CT" if row == 0 else "", name)
-    body_ZYX = body_mask(hu_ZYX)
-    for column, (title, dense) in enumerate(columns, start=1):
-        body_patches = patch_share(body_ZYX, dense) > 0.5
-        rgb_CZYX = dense.grid.to_voxels(
-            pca_colours(dense.features_DZYX.cpu(), body_patches)
-        ).numpy()
+    for column, (title, grid, colours_CZYX) in enumerate(columns, start=1):
+        rgb_CZYX = grid.to_voxels(colours_CZYX).numpy()
         for row, (name, _, spacing) in enumerate(views):
             cut = axial if name == "axial" else coronal
             rgb = np.stack([cut(channel, at[row]) for channel in rgb_CZYX], axis=-1)
@@ -198,6 +214,18 @@ def draw_pca(
                 "",
             )
     save(figure, path)
+
+
+def feature_colours(dense: DenseFeatures, body_ZYX: np.ndarray) -> Tensor:
+    """Colours of the patches of a scan, from the principal components of those in the body.
+
+    Args:
+        dense: features of one model.
+        body_ZYX: bool, body of the patient.
+    Returns:
+        float32 (3, z, y, x) on the patch grid, 0 to 1.
+    """
+    return pca_colours(dense.features_DZYX.cpu(), patch_share(body_ZYX, dense) > 0.5)
 
 
 def pca_colours(features_DZYX: Tensor, foreground_ZYX: Tensor) -> Tensor:
@@ -274,8 +302,12 @@ def _painted(
     classes: Sequence[str],
     colour_of: dict[str, Colour],
 ) -> np.ndarray:
-    """Paint organs in transparent colour with an opaque rim: the anatomy stays visible."""
+    """Paint organs in transparent colour with an opaque rim: the anatomy stays visible. The left
+    organ of a pair gets stripes, so that the pair can be distinguished without colours.
+    """
     out = picture.copy()
+    rows, columns = np.indices(class_slice.shape)
+    is_stripe = (rows + columns) % 6 < 3
     for organ, colour in colour_of.items():
         mask = class_slice == classes.index(organ)
         if not mask.any():
@@ -286,7 +318,11 @@ def _painted(
         inner[:, 1:] &= mask[:, :-1]
         inner[:, :-1] &= mask[:, 1:]
         rim = mask & ~inner
-        out[inner] = 0.55 * out[inner] + 0.45 * np.asarray(colour)
+        share = np.full(class_slice.shape, 0.45)
+        if side_of(organ) == "left":
+            share = np.where(is_stripe, 0.7, 0.1)
+        of_colour = share[inner][:, None]
+        out[inner] = (1 - of_colour) * out[inner] + of_colour * np.asarray(colour)
         out[rim] = 0.1 * out[rim] + 0.9 * np.asarray(colour)
     return out
 

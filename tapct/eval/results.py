@@ -223,6 +223,8 @@ class Evaluation:
         patch: voxels (z, y, x) of a patch.
         seed: random seed of the split and of the choice of training patches.
         pca: pictures of patch features.
+        volumes: test scans at reduced resolution with label maps and feature colours, for the
+            viewer of the report; see `volumes.py`.
         origin: data, weights, command and versions.
         seconds: wall time.
         backbones: model name -> how it was run; empty in results of earlier versions.
@@ -242,6 +244,7 @@ class Evaluation:
     backbones: Mapping[str, EvaluatedBackbone] = field(default_factory=dict)
     cost: Cost | None = field(default=None, compare=False)  # differs between equal evaluations
     settings: Mapping[str, Any] = field(default_factory=dict)
+    volumes: tuple[Picture, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """The object that is written; NaN becomes null."""
@@ -257,6 +260,7 @@ class Evaluation:
             "patch": self.patch,
             "seed": self.seed,
             "pca": [asdict(picture) for picture in self.pca],
+            "volumes": [asdict(picture) for picture in self.volumes],
             "versions": self.origin.versions,
             "machine": self.origin.machine,
             "git_revision": self.origin.git_revision,
@@ -324,6 +328,7 @@ def from_json(content: Mapping[str, Any]) -> Evaluation:
             {name: _backbone(model) for name, model in content.get("backbones", {}).items()},
             None if content.get("cost") is None else Cost(**content["cost"]),
             content.get("settings", {}),
+            pictures_from_json(content.get("volumes", ())),
         )
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"it is no evaluation ({type(error).__name__}: {error})") from error

@@ -281,6 +281,7 @@ def evaluate(
         patch=settled[0].patch,
         seed=config.seed,
         pca=tuple(album.pca),
+        volumes=tuple(album.volumes),
         origin=dataclasses.replace(
             origin or Origin(), versions=_versions(), machine=machine(torch.device(device))
         ),

@@ -11,7 +11,6 @@ import difflib
 import fnmatch
 import io
 import math
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,17 +21,17 @@ from rich.table import Table
 from rich.text import Text
 
 from tapct.base.exits import UserError
-from tapct.base.recent import LAST_STEPS
 from tapct.eval import results, saved
 from tapct.eval.contract import OWN_MODEL
 from tapct.eval.over_steps import StepCurve
 from tapct.eval.results import Evaluation
 from tapct.eval.saved import SavedEvaluation
 from tapct.eval.terminal import between, p_text
-from tapct.report import evaluation, page, statistics, step_values
+from tapct.report import evaluation, facts, statistics, step_values, summary
 from tapct.report.history import History, read_history
+from tapct.report.markup import number
 from tapct.report.paired_runs import paired
-from tapct.report.plots import NUM_COLOURS, Curve, ReferenceLine, dash_of, line_chart, number, text
+from tapct.report.training import label_of
 from tapct.run_folder import RunFolder
 
 BLANK = "\u2013"
@@ -158,7 +157,7 @@ def _history(folder: Path, notes: list[str]) -> History:
 
 def _config(place: Path, name: str, notes: list[str]) -> Mapping[str, str]:
     path = RunFolder(place).config
-    config = page.read_config(path)
+    config = facts.read_config(path)
     if config is None:
         notes.append(
             f"{name}: config.yaml is {'damaged' if path.is_file() else 'not there'}; its settings "
@@ -247,17 +246,17 @@ def title(metric: str) -> tuple[str, str, float]:
     if metric == "loss/total":
         return "Total loss", "nats", 1.0
     if kind == "loss":
-        return f"{page.label_of(rest)} loss, weighted", "nats", 1.0
+        return f"{label_of(rest)} loss, weighted", "nats", 1.0
     if kind == "ce":
-        return f"{page.label_of(rest)} cross-entropy", "nats", 1.0
+        return f"{label_of(rest)} cross-entropy", "nats", 1.0
     for end, name in (("_ln_k_minus_ce", "ln K \u2212 CE"), ("_information", "information")):
         if kind == "health" and rest.endswith(end):
-            return f"{page.label_of(rest.removesuffix(end))} {name}", "nats", 1.0
+            return f"{label_of(rest.removesuffix(end))} {name}", "nats", 1.0
     if metric == "health/rankme":
         return "RankMe", "", 1.0
     if metric in ("seconds/step", "step"):
         return {"seconds/step": ("Seconds per step", "s", 1.0), "step": ("Steps", "", 1.0)}[metric]
-    return (page.label_of(rest) or metric).capitalize(), "s" if kind == "seconds" else "", 1.0
+    return (label_of(rest) or metric).capitalize(), "s" if kind == "seconds" else "", 1.0
 
 
 Row = tuple[str, list[str]]
@@ -268,7 +267,7 @@ def numbers(comparison: Comparison) -> list[Row]:
     runs = comparison.runs
     rows: list[Row] = [
         ("Steps", [number(int(run.history.column("step")[1][-1])) for run in runs]),
-        ("Verdict", [page.verdict_of(run.history, run.config).state for run in runs]),
+        ("Verdict", [summary.verdict_of(run.history, run.config).state for run in runs]),
     ]
     for metric in comparison.metrics:
         if metric in ("step", "seconds/step"):
@@ -411,80 +410,3 @@ def render_text(comparison: Comparison, width: int) -> str:
 
 def _cell(content: str) -> Text:
     return Text(content.translate(TERMINAL), overflow="fold")
-
-
-def _swatch(i: int) -> str:
-    return (
-        '<svg class="key" viewBox="0 0 22 10" aria-hidden="true"><path d="M0 5H22" '
-        f'style="stroke:var(--c{i % NUM_COLOURS});stroke-width:2.4" '
-        f'stroke-dasharray="{dash_of(i)}"/></svg>'
-    )
-
-
-def _table(comparison: Comparison) -> str:
-    runs = comparison.runs
-    heads = ""
-    for i, run in enumerate(runs):
-        name = re.sub(r"([_/.,=-]+)", r"\1<wbr>", text(run.name))  # where a long name may break
-        heads += f'<th class="n">{_swatch(i)}{name}</th>'
-
-    def body(rows: Sequence[Row]) -> str:
-        lines = ""
-        for name, cells in rows:
-            columns = "".join(f'<td class="n">{text(cell)}</td>' for cell in cells)
-            lines += f"<tr><th>{text(name)}</th>{columns}</tr>"
-        return f"<tbody>{lines}</tbody>"
-
-    differing = settings(comparison)
-    heading = "Settings that differ" if differing else "No setting differs"
-    between = (
-        f'<tbody><tr><th class="between" colspan="{len(runs) + 1}">{heading}</th></tr></tbody>'
-    )
-    return (
-        f'<div class="scroll"><table class="compare"><thead><tr><th></th>{heads}</tr></thead>'
-        f"{body(numbers(comparison))}{between}{body(differing)}</table></div>"
-    )
-
-
-def _chart(comparison: Comparison, metric: str) -> str:
-    name, unit, factor = title(metric)
-    curves = []
-    for i, (label, run) in enumerate(zip(labels(comparison), comparison.runs, strict=True)):
-        x, y = run.history.column(metric)
-        if len(x):
-            is_seconds = metric == "seconds/step"
-            end = run.history.typical_seconds() if is_seconds else run.history.recent(metric)
-            curves.append(Curve(label, x, y * factor, style=i, end=end * factor))
-    lifeless = metric.endswith(("_ln_k_minus_ce", "_information"))
-    references = [ReferenceLine("nothing learned", 0.0)] if lifeless else []
-    from_zero = lifeless or metric.startswith("seconds/")
-    return line_chart(name, unit, curves, references=references, zero=from_zero)
-
-
-def render(comparison: Comparison) -> str:
-    """The page's HTML."""
-    notes = "".join(f"<li>{text(note)}</li>" for note in comparison.notes)
-    named = zip(labels(comparison), comparison.runs, strict=True)
-    charts = step_values.charts([(label, run.curves) for label, run in named])
-    charts += "".join(_chart(comparison, metric) for metric in comparison.metrics)
-    left_out = f"<ul class=missing>{notes}</ul>" if notes else ""
-    num = "1 run" if len(comparison.runs) == 1 else f"{len(comparison.runs)} runs"
-    return page.document(
-        f"{num} of tapct",
-        f'<header><h1>{num} side by side</h1><p class="muted">Pretraining runs of tapct: '
-        f"volumetric DINOv2 on CT.</p></header>{left_out}<section>{_table(comparison)}"
-        f'<p class="muted">Losses and health are means over the last {LAST_STEPS} steps of each '
-        "run, or the newest value where one is written more rarely. A falling loss alone does not "
-        "show learning, and losses of runs with different settings cannot be compared. The "
-        "evaluations of the frozen features can be compared; a positive lead is better than the "
-        "best baseline. Differences between runs are paired by patient; intervals are 95 %. In the "
-        "charts of evaluated steps, a ring marks the best step."
-        '</p></section><section><h2>Curves</h2><div class="charts overlaid">'
-        f"{charts}</div></section><footer>Thin lines are raw values, thick lines rolling means; "
-        "the number beside a name is the one in the table.</footer>",
-    )
-
-
-def write(comparison: Comparison, out: Path) -> Path:
-    """Write the page, whole or not at all, and return its path. Raises: UserError."""
-    return page.save(render(comparison), out)

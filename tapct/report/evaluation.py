@@ -5,31 +5,35 @@ All names and sentences about a metric come from the task's headline; nothing he
 
 from __future__ import annotations
 
-import base64
-import io
 import math
 from collections.abc import Sequence
-from pathlib import Path
-
-from PIL import Image
+from itertools import chain
 
 from tapct.base.counted import counted
 from tapct.eval.contract import OWN_MODEL, Breakdown, Headline
-from tapct.eval.results import Evaluation, Picture, TaskSection, shown, title_of
+from tapct.eval.results import Evaluation, TaskSection, shown, title_of
 from tapct.eval.saved import SavedEvaluation
-from tapct.report import statistics
-from tapct.report.plots import number, text
+from tapct.report import fractions, statistics
+from tapct.report.markup import number, slug, text
+from tapct.report.pictures import pictures
+from tapct.report.tables import head, number_cell, row, table, with_minus
+from tapct.report.volumes import viewers
 
-PICTURE_BYTES = 1_700_000  # all pictures together, so that the page stays below 3 MB
-MOST_PICTURES = 24
 OPEN_ROWS = 20  # a longer breakdown starts folded
+VIEWER = (
+    "The first test scans at reduced resolution, as radiologists view them: the patient's right "
+    "(R) is on the left of axial and coronal slices, A is the front, S the head. The slider moves "
+    "all panels; arrow keys move it by one slice. Feature colours are the first three principal "
+    "components of the patch features of one model on one scan: equal colours mean similar "
+    "features, but colours of two panels cannot be compared."
+)
+LABELS = "Left organs are hatched; a click on a name hides an organ."
 MODEL_NAMES = {
     "pretrained": "pretrained, frozen",
     "untrained": "untrained, frozen",
     "untrained_layerscale1": "untrained, LayerScale 1",
     "raw_hu": "raw HU patches",
 }
-MIME = {".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".webp": "image/webp"}
 
 
 def name_of(model: str) -> str:
@@ -59,12 +63,18 @@ def tiles(evaluation: Evaluation | None) -> list[tuple[str, str, str]]:
         if not math.isfinite(lead.own):
             continue
         note = f"{coloured(lead.gain)} over {text(name_of(lead.baseline))}" if lead.baseline else ""
-        cells.append((f"{title_of(name)}: {section.headline.metric}", shown(lead.own), note))
+        value = with_minus(shown(lead.own))
+        cells.append((f"{title_of(name)}: {section.headline.metric}", value, note))
     return cells
 
 
-def headline_table(section: TaskSection) -> str:
-    """Headline value of every model as a bar, with one tick per test scan."""
+def headline_table(section: TaskSection, name: str) -> str:
+    """Headline value of every model as a bar, with one tick per test scan.
+
+    Args:
+        section: results of a task.
+        name: short name of the task.
+    """
     headline = section.headline
     low, high = _bar_range(section)
     found = statistics.headline_statistics(section)
@@ -80,26 +90,20 @@ def headline_table(section: TaskSection) -> str:
             if score.model == model and math.isfinite(score.value):
                 ticks += f'<i style="left:{percent(score.value):.1f}%"></i>'
         width = percent(value) if math.isfinite(value) else 0.0
-        first = ' class="first"' if model == OWN_MODEL else ""
+        first = "first" if model == OWN_MODEL else ""
         certainty = ""
         if found is not None:
             estimate = estimates.get(model)
             certainty = statistics.interval_cell(estimate) + statistics.numbers_cell(estimate)
-        rows.append(
-            f"<tr{first}><th>{text(name_of(model))}</th>"
-            f'<td class="track"><div><span style="width:{width:.1f}%"></span>{ticks}</div></td>'
-            f'<td class="n">{shown(value)}</td>{certainty}</tr>'
-        )
+        bar = f'<td class="track"><div><span style="width:{width:.1f}%"></span>{ticks}</div></td>'
+        rows.append(row(name_of(model), [bar, number_cell(shown(value)), certainty], first))
     tick = "; a tick is one test scan" if section.results.scans else ""
     what = f"{text(headline.metric)}, {low:.4g} to {high:.4g}, {headline.direction} is better"
-    more = ""
+    heads = [head("model"), f'<th class="track-head">{what}{tick}</th>']
+    heads.append(head("value", is_number=True))
     if found is not None:
-        more = '<th class="n">95 % interval</th><th class="n">n</th>'
-    head = f'<tr><th>model</th><th>{what}{tick}</th><th class="n">value</th>{more}</tr>'
-    return (
-        f'<div class="scroll"><table class="models"><thead>{head}</thead>'
-        f"<tbody>{''.join(rows)}</tbody></table></div>"
-    )
+        heads += [head("95 % interval", is_number=True), head("n", is_number=True)]
+    return table(f"{name}-models", heads, rows, "models")
 
 
 def _bar_range(section: TaskSection) -> tuple[float, float]:
@@ -112,34 +116,85 @@ def _bar_range(section: TaskSection) -> tuple[float, float]:
     return (low, high) if low < high else (0.0, 1.0)
 
 
-def breakdown_table(table: Breakdown, headline: Headline) -> str:
-    """The headline metric by class: one row each, one column per model, and the lead."""
+def breakdown_table(section: TaskSection, name: str) -> str:
+    """The headline metric by class: one row each, the value and the interval of each model, and
+    the lead.
+
+    Args:
+        section: results of a task with a breakdown.
+        name: short name of the task.
+    """
+    headline, parts = section.headline, section.results.breakdown
+    assert parts is not None
     models = list(headline.values)
-    low, high = headline.range or (0.0, max(_known(table), default=1.0) or 1.0)
+    low, high = headline.range or (0.0, max(_known(parts), default=1.0) or 1.0)
+    estimates = statistics.estimates_of_parts(section)
     rows = []
-    for row, values in table.values.items():
+    for part, values in parts.values.items():
         of_row = {model: values.get(model, math.nan) for model in models}
-        part = Headline(headline.metric, of_row, headline.direction, headline.meaning)
+        lead = Headline(headline.metric, of_row, headline.direction, headline.meaning).lead()
         known = [value for value in of_row.values() if math.isfinite(value)]
         best = (max if headline.direction == "higher" else min)(known, default=math.nan)
         cells = []
-        for value in of_row.values():
-            if not math.isfinite(value):
-                cells.append('<td class="n">\u2013</td>')
-                continue
-            width = 100 * min(max((value - low) / (high - low), 0.0), 1.0)
-            mark = "n best" if value == best else "n"
-            cells.append(f'<td class="{mark}" style="--v:{width:.1f}%">{shown(value)}</td>')
-        lead = coloured(part.lead().gain)
-        name = text(str(row).replace("_", " "))
-        rows.append(f'<tr><th>{name}</th>{"".join(cells)}<td class="n">{lead}</td></tr>')
-    heads = "".join(f'<th class="n">{text(name_of(model))}</th>' for model in models)
+        for model, value in of_row.items():
+            cells.append(_part_cell(value, low, high, is_best=value == best))
+            if estimates:
+                cells.append(statistics.interval_cell(estimates.get(part, {}).get(model)))
+        cells.append(f'<td class="n">{coloured(lead.gain)}</td>')
+        rows.append(row(str(part).replace("_", " "), cells))
+    heads = [head(parts.row)]
+    for model in models:
+        heads.append(head(name_of(model), is_number=True))
+        heads += [head("95 % interval", is_number=True)] if estimates else []
+    heads.append(head("lead over best baseline", is_number=True))
     opened = " open" if len(rows) <= OPEN_ROWS else ""
     return (
-        f"<details{opened}><summary>{text(table.title)} ({len(rows)})</summary>"
-        f'<div class="scroll"><table class="breakdown"><thead><tr><th>{text(table.row)}</th>'
-        f'{heads}<th class="n">lead over best baseline</th></tr></thead>'
-        f"<tbody>{''.join(rows)}</tbody></table></div></details>"
+        f"<details{opened}><summary>{text(parts.title)} ({len(rows)})</summary>"
+        f"{table(f'{name}-{slug(parts.row)}', heads, rows, 'breakdown')}</details>"
+    )
+
+
+def _part_cell(value: float, low: float, high: float, *, is_best: bool) -> str:
+    """A value with a bar behind it."""
+    if not math.isfinite(value):
+        return number_cell("\u2013")
+    width = 100 * min(max((value - low) / (high - low), 0.0), 1.0)
+    css = "n best" if is_best else "n"
+    return f'<td class="{css}" style="--v:{width:.1f}%">{with_minus(shown(value))}</td>'
+
+
+def scans_table(section: TaskSection, name: str) -> str:
+    """The headline metric on each test scan: of each model, and of the pretrained one by part;
+    empty where the task has no values of single scans.
+
+    Args:
+        section: results of a task.
+        name: short name of the task.
+    """
+    scores = section.results.scans
+    if not scores:
+        return ""
+    models = [one for one in section.headline.values if any(s.model == one for s in scores)]
+    has_values = any(math.isfinite(score.value) for score in scores)
+    own = {score.scan: score.parts for score in scores if score.model == OWN_MODEL}
+    parts = list(dict.fromkeys(chain.from_iterable(own.values())))
+    value_of = {(score.scan, score.model): score.value for score in scores}
+    rows = []
+    for scan in dict.fromkeys(score.scan for score in scores):
+        cells = []
+        for model in models if has_values else []:
+            cells.append(number_cell(shown(value_of.get((scan, model), math.nan))))
+        for part in parts:
+            cells.append(number_cell(shown(own.get(scan, {}).get(part, math.nan))))
+        rows.append(row(scan, cells))
+    heads = [head("scan")]
+    if has_values:
+        heads += [head(name_of(model), is_number=True) for model in models]
+    heads += [head(f"{str(part).replace('_', ' ')}", is_number=True) for part in parts]
+    of_parts = f"; the last {len(parts)} columns are of the pretrained model" if parts else ""
+    return (
+        f"<details><summary>Each test scan ({len(rows)}){of_parts}</summary>"
+        f"{table(f'{name}-scans', heads, rows, 'per-scan')}</details>"
     )
 
 
@@ -159,64 +214,11 @@ def scans_sentence(section: TaskSection, evaluation: Evaluation) -> str:
     return f"Learned from {train}, evaluated on {test}{by}.{skipped}{note}"
 
 
-def encode(path: Path, budget: int) -> tuple[bytes, str]:
-    """Bytes and type of a picture; re-encoded, then made smaller, if it is above its budget.
-
-    Args:
-        path: picture file.
-        budget: most bytes.
-    """
-    data = path.read_bytes()
-    if len(data) <= budget:
-        return data, MIME[path.suffix.lower()]
-    with Image.open(io.BytesIO(data)) as opened:
-        picture = opened.convert("RGB")
-    for _ in range(6):
-        buffer = io.BytesIO()
-        picture.save(buffer, "WEBP", quality=88, method=4)
-        if buffer.tell() <= budget:
-            break
-        picture = picture.resize(
-            (max(1, picture.width * 3 // 4), max(1, picture.height * 3 // 4)),
-            Image.Resampling.LANCZOS,
-        )
-    return buffer.getvalue(), "image/webp"
-
-
-def pictures(folder: Path, entries: Sequence[Picture], share: float) -> str:
-    """Pictures inside the page, with captions.
-
-    Args:
-        folder: folder that `file` of each entry is relative to; a file outside it is not shown.
-        entries: pictures to show.
-        share: part of `PICTURE_BYTES` that these pictures may take.
-    """
-    first = entries[:MOST_PICTURES]
-    budget = int(share * PICTURE_BYTES * 0.73 / max(1, len(first)))  # base64 takes 4/3 of the bytes
-    parts = []
-    for entry in first:
-        path = (folder / entry.file).resolve()
-        inside = path.is_relative_to(folder.resolve()) and path.suffix.lower() in MIME
-        if not inside or not path.is_file():
-            missing = text(entry.file or "without a name")
-            parts.append(f'<p class="missing">picture {missing} is not there</p>')
-            continue
-        caption = text(entry.caption)
-        if entry.scan and entry.scan not in entry.caption:
-            caption = f"{caption.rstrip('.')}. Scan {text(entry.scan)}.".removeprefix(". ")
-        data, mime = encode(path, budget)
-        source = f"data:{mime};base64,{base64.b64encode(data).decode()}"
-        parts.append(
-            f'<figure><img alt="{caption}" src="{source}">'
-            f"<figcaption>{caption}</figcaption></figure>"
-        )
-    more = len(entries) - len(first)
-    rest = f'<p class="muted">{more} more in {text(folder.name)}/</p>' if more > 0 else ""
-    return f'<div class="pictures">{"".join(parts)}</div>{rest}'
-
-
 def evaluation_part(
-    found: Sequence[SavedEvaluation], shown_one: SavedEvaluation | None, command: str
+    found: Sequence[SavedEvaluation],
+    shown_one: SavedEvaluation | None,
+    command: str,
+    share: float = 1.0,
 ) -> str:
     """The whole part.
 
@@ -224,6 +226,7 @@ def evaluation_part(
         found: evaluations of the run.
         shown_one: the one of them that is shown; None where none is of the run's own data set.
         command: command that makes it.
+        share: part of the room for pictures that it may take.
     """
     rest = others([one for one in found if one is not shown_one])
     evaluation = shown_one.evaluation if shown_one else None
@@ -235,49 +238,86 @@ def evaluation_part(
             f'<p class="missing">No evaluation yet ({text(reason)}). <code>{text(command)}</code> '
             f"makes it.</p>{rest}"
         )
-    folder = shown_one.folder.path
-    sets = [section.pictures for section in evaluation.tasks.values() if section.pictures]
-    num_sets = len(sets) + bool(evaluation.pca)
     parts = [f'<p class="muted">Evaluated on {text(shown_one.title)}.</p>']
-    for name, section in evaluation.tasks.items():
-        table, headline = section.results.breakdown, section.headline
-        names = {model: name_of(model) for model in headline.values}
-        by_class = breakdown_table(table, headline) if table and table.values else ""
-        mean_of = f" {text(headline.mean_of[:1].upper() + headline.mean_of[1:])}."
-        parts.append(
-            f"<h3>{text(title_of(name))}</h3>"
-            f"<p>{text(headline.meaning)}{mean_of if headline.mean_of else ''} "
-            f"{scans_sentence(section, evaluation)}</p>"
-            f'<div class="two"><div>{headline_table(section)}{statistics.sentence(section)}</div>'
-            f"<div>{statistics.differences_table(section, names)}{by_class}</div></div>"
-            f"{statistics.further_table(section, names)}"
-        )
-        if section.pictures:
-            parts.append(pictures(folder, section.pictures, 1 / num_sets))
-    if evaluation.pca:
-        parts.append(f"<h3>Patch features</h3>{pictures(folder, evaluation.pca, 1 / num_sets)}")
+    parts += [task_part(name, one, evaluation) for name, one in evaluation.tasks.items()]
+    parts.append(picture_part(shown_one, evaluation, share))
     if evaluation.seconds > 0:
         seconds = number(evaluation.seconds, 3)
         parts.append(f'<p class="muted">The evaluation took {seconds} s.</p>')
     return "".join(parts) + rest
 
 
+def task_part(name: str, section: TaskSection, evaluation: Evaluation) -> str:
+    """The numbers of one task.
+
+    Args:
+        name: task name.
+        section: its results.
+        evaluation: evaluation that it is part of.
+    """
+    headline, short = section.headline, slug(title_of(name))
+    names = {model: name_of(model) for model in headline.values}
+    by_class = ""
+    if section.results.breakdown is not None and section.results.breakdown.values:
+        by_class = breakdown_table(section, short)
+    mean_of = f" {text(headline.mean_of[:1].upper() + headline.mean_of[1:])}."
+    differences = statistics.differences_table(section, names, short)
+    beside = differences + fractions.chart(section, names)
+    values = f"<div>{headline_table(section, short)}{statistics.sentence(section)}</div>"
+    return (
+        f"<h3>{text(title_of(name))}</h3>"
+        f"<p>{text(headline.meaning)}{mean_of if headline.mean_of else ''} "
+        f"{scans_sentence(section, evaluation)}</p>"
+        f'<div class="two">{values}<div>{beside}</div></div>'
+        f"{by_class}{statistics.further_table(section, names, short)}{scans_table(section, short)}"
+    )
+
+
+def picture_part(shown_one: SavedEvaluation, evaluation: Evaluation, share: float) -> str:
+    """Slices of test scans to move through, then the pictures of the tasks and of the features.
+
+    Args:
+        shown_one: evaluation that is shown.
+        evaluation: its content.
+        share: part of the room for pictures that it may take.
+    """
+    folder = shown_one.folder.path
+    sets = {title_of(name): one.pictures for name, one in evaluation.tasks.items() if one.pictures}
+    part_of_each = share / (len(sets) + bool(evaluation.pca) or 1)
+    shown_sets, slices = "", ""
+    for title, entries in sets.items():
+        shown_sets += f"<h3>{text(title)}: pictures</h3>{pictures(folder, entries, part_of_each)}"
+    of_features = ""
+    if evaluation.pca:
+        of_features = pictures(folder, evaluation.pca, part_of_each)
+    if evaluation.volumes:
+        slices = viewers(folder, evaluation.volumes, share)
+        of_labels = f" {LABELS}" if 'class="organ"' in slices else ""
+        slices = f'<h3>Test scans</h3><p class="muted">{VIEWER}{of_labels}</p>{slices}'
+        of_features = (
+            f"<details><summary>Pictures of the patch features</summary>{of_features}</details>"
+        )
+    elif of_features:
+        of_features = f"<h3>Patch features</h3>{of_features}"
+    return f"{slices}{of_features}{shown_sets}"
+
+
 def others(found: Sequence[SavedEvaluation]) -> str:
     """Table of the evaluations on other data sets: headline of each task and caveat."""
-    rows = ""
+    rows = []
     for one in found:
         if one.evaluation is None:
             values, caveat = "", one.why_not
         else:
             values, caveat = _headlines(one.evaluation), one.evaluation.split.caveat
-        rows += f"<tr><th>{text(one.title)}</th><td>{text(values)}</td><td>{text(caveat)}</td></tr>"
+        rows.append(row(one.title, [f"<td>{text(values)}</td>", f"<td>{text(caveat)}</td>"]))
     if not rows:
         return ""
+    heads = [head(title) for title in ("data set", "pretrained", "caveat")]
     return (
         "<h3>Evaluations on other data sets</h3>"
         '<p class="muted"><code>tapct report RUN --data NAME</code> shows one of them.</p>'
-        '<div class="scroll"><table class="facts"><thead><tr><th>data set</th><th>pretrained</th>'
-        f"<th>caveat</th></tr></thead><tbody>{rows}</tbody></table></div>"
+        f"{table('other-evaluations', heads, rows, 'facts')}"
     )
 
 

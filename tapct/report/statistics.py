@@ -8,8 +8,10 @@ from tapct.base.counted import counted
 from tapct.eval.statistics import MIN_PATIENTS, PatientEstimate, Statistics
 from tapct.eval.task_section import TaskSection
 from tapct.eval.terminal import between, p_text, shown, with_sign
-from tapct.report.plots import text
+from tapct.report.markup import text
+from tapct.report.tables import head, number_cell, row, table
 
+OPEN_ROWS = 12  # a longer table starts folded
 MINUS = str.maketrans({"-": "\u2212"})
 
 
@@ -65,63 +67,74 @@ def sentence(section: TaskSection) -> str:
     )
 
 
-def differences_table(section: TaskSection, names: dict[str, str]) -> str:
+def estimates_of_parts(section: TaskSection) -> dict[str, dict[str, PatientEstimate]]:
+    """Part -> model -> estimate of the headline; empty where no part has an interval."""
+    found = section.statistics.of(section.headline.metric) if section.statistics else None
+    estimates: dict[str, dict[str, PatientEstimate]] = {}
+    for part, of_part in (found.parts if found is not None else {}).items():
+        estimates[part] = {one.model: one.estimate for one in of_part.models}
+    all_of_them = [one for of_part in estimates.values() for one in of_part.values()]
+    return estimates if any(one.interval is not None for one in all_of_them) else {}
+
+
+def differences_table(section: TaskSection, names: dict[str, str], name: str) -> str:
     """The pretrained model minus each other model, paired by patient; empty without intervals.
 
     Args:
         section: results of a task.
         names: names of models for people.
+        name: short name of the task.
     """
     found = headline_statistics(section)
     pairs = found.differences if found is not None else ()
     if not any(pair.estimate.interval is not None for pair in pairs):
         return ""
-    rows = ""
+    rows = []
     for pair in pairs:
         difference = with_sign(pair.estimate.value).translate(MINUS)
-        rows += (
-            f"<tr><th>{text(names.get(pair.other, pair.other))}</th>"
-            f'<td class="n">{text(difference)}</td>{interval_cell(pair.estimate, sign=True)}'
-            f'<td class="n">{text(p_text(pair.p))}</td>'
-            f'<td class="n">{text(p_text(pair.p_holm))}</td>{numbers_cell(pair.estimate)}</tr>'
-        )
-    reference = text(names.get(pairs[0].reference, pairs[0].reference))
+        cells = [number_cell(difference), interval_cell(pair.estimate, sign=True)]
+        cells += [number_cell(p_text(pair.p)), number_cell(p_text(pair.p_holm))]
+        cells.append(numbers_cell(pair.estimate))
+        rows.append(row(names.get(pair.other, pair.other), cells))
+    reference = names.get(pairs[0].reference, pairs[0].reference)
     num = max(pair.num_comparisons for pair in pairs)
-    return (
-        f'<div class="scroll"><table class="differences"><thead><tr><th>{reference}, minus</th>'
-        '<th class="n">difference</th><th class="n">95 % interval</th><th class="n">p</th>'
-        f'<th class="n">p, adjusted for {num} (Holm)</th><th class="n">n</th></tr></thead>'
-        f"<tbody>{rows}</tbody></table></div>"
-    )
+    titles = ("difference", "95 % interval", "p", f"p, adjusted for {num} (Holm)", "n")
+    heads = [head(f"{reference}, minus"), *(head(title, is_number=True) for title in titles)]
+    return table(f"{name}-differences", heads, rows, "differences")
 
 
-def further_table(section: TaskSection, names: dict[str, str]) -> str:
-    """The metrics beside the headline: one row per model; empty where there are none."""
+def further_table(section: TaskSection, names: dict[str, str], name: str) -> str:
+    """The metrics beside the headline: one row per metric and model; empty where there are none.
+
+    Args:
+        section: results of a task.
+        names: names of models for people.
+        name: short name of the task.
+    """
     if section.statistics is None:
         return ""
-    columns = []
+    notes, rows = "", []
     for one in section.results.further:
         found = section.statistics.of(one.metric)
-        if found is not None:
-            columns.append((one, {own.model: own.estimate for own in found.whole.models}))
-    if not columns:
-        return ""
-    heads, notes = "", ""
-    for one, _ in columns:
-        heads += (
-            f'<th class="n">{text(one.metric)}, {text(one.direction)} is better</th>'
-            '<th class="n">95 % interval</th>'
+        if found is None:
+            continue
+        notes += (
+            f"<li>{text(one.metric)}, {text(one.direction)} is better: {text(one.meaning)}</li>"
         )
-        notes += f" {text(one.meaning)}"
-    rows = ""
-    for model in section.headline.values:
-        cells = ""
-        for _, estimates in columns:
+        estimates = {own.model: own.estimate for own in found.whole.models}
+        for model in section.headline.values:
             estimate = estimates.get(model)
             value = shown(estimate.value if estimate is not None else math.nan)
-            cells += f'<td class="n">{text(value)}</td>{interval_cell(estimate)}'
-        rows += f"<tr><th>{text(names.get(model, model))}</th>{cells}</tr>"
+            cells = [f"<td>{text(names.get(model, model))}</td>", number_cell(value)]
+            cells += [interval_cell(estimate), numbers_cell(estimate)]
+            rows.append(row(one.metric, cells))
+    if not rows:
+        return ""
+    heads = [head("metric"), head("model")]
+    heads += [head(title, is_number=True) for title in ("value", "95 % interval", "n")]
+    opened = " open" if len(rows) <= OPEN_ROWS else ""
     return (
-        f'<p class="muted">{notes.strip()}</p><div class="scroll"><table class="differences">'
-        f"<thead><tr><th>model</th>{heads}</tr></thead><tbody>{rows}</tbody></table></div>"
+        f"<details{opened}><summary>Further metrics ({len(rows)})</summary>"
+        f'{table(f"{name}-further-metrics", heads, rows, "differences")}<ul class="notes">{notes}'
+        "</ul></details>"
     )

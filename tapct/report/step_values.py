@@ -17,7 +17,8 @@ from tapct.eval.intervals import Interval
 from tapct.eval.over_steps import OPTIMISTIC, StepCurve
 from tapct.eval.results import shown, title_of
 from tapct.eval.terminal import between
-from tapct.report.plots import Curve, line_chart, text
+from tapct.report.charts import Curve, line_chart
+from tapct.report.markup import text
 
 BLANK = "\u2013"
 

@@ -20,7 +20,7 @@ from tapct.config.plugins import Plugin, load
 from tapct.data.index.build import build_manifest
 from tapct.data.packed.pack import pack
 from tapct.data.packed.store import Store
-from tapct.eval import cache, pictures, runner
+from tapct.eval import cache, pictures, runner, volumes
 from tapct.eval.baselines import NamedModel, RawPatches, with_baselines
 from tapct.eval.features import DenseFeatures, PatchGrid, Preprocess
 from tapct.eval.results import from_json
@@ -133,6 +133,35 @@ def test_results_hold_what_the_report_reads_and_pictures_exist(rows, tmp_path):
         assert entry.caption
         picture = matplotlib.image.imread(tmp_path / entry.file)
         assert picture[..., :3].std() > 0.05
+    (entry,) = results.volumes
+    check_volume(volumes.read(tmp_path / entry.file), torso(int(entry.scan[1:])), names)
+
+
+def check_volume(volume: volumes.ScanVolume, scan: LabelledScan, models: list[str]) -> None:
+    """The volume of the report is the scan: small enough to be kept whole."""
+    assert volume.step == (1, 1, 1) and volume.spacing_mm == scan.spacing_mm
+    labels_ZYX, hu_ZYX = scan.label_map.labels_ZYX, scan.volume.hu_ZYX
+    assert [layer.title for layer in volume.labels] == [
+        "truth",
+        *(m.replace("_", " ") for m in models),
+    ]
+    truth, *predicted = volume.labels
+    by_name = {organ.name: organ for organ in volume.organs[0]}
+    assert sorted(by_name) == ["liver", "lungs"]
+    for name, value in (("liver", 2), ("lungs", 3)):
+        found = truth.classes_ZYX == by_name[name].index
+        np.testing.assert_array_equal(found, labels_ZYX == value)
+    for hu in (-160, 0, 150):  # the order of grey values is that of HU
+        level = volumes.to_levels(np.array(hu))
+        assert volume.levels_ZYX[hu_ZYX < hu].max() <= level <= volume.levels_ZYX[hu_ZYX > hu].min()
+    assert all(layer.classes_ZYX.shape == labels_ZYX.shape for layer in predicted)
+    grid = PatchGrid.of_scan(labels_ZYX.shape, PREPROCESS, PATCH)
+    own = volume.features[0]
+    assert own.rgb_ZYXC.shape == (*grid.shape, 3)
+    for axis in range(3):  # the place of a voxel in patches, as the grid itself computes it
+        at = (np.arange(labels_ZYX.shape[axis]) + 0.5) * own.patches_per_voxel[axis] - 0.5
+        centres = [grid.centre_mm(np.full(3, i), (1, 1, 1))[axis] for i in range(grid.shape[axis])]
+        np.testing.assert_allclose(np.interp(centres, np.arange(len(at)), at), range(len(centres)))
 
 
 def test_the_same_evaluation_twice_gives_the_same_numbers(rows, tmp_path):

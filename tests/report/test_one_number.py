@@ -14,9 +14,9 @@ from test_report import Page, record
 
 from tapct.base.recent import last_mean, window_in_words
 from tapct.cluster.jobs import Submission, read_progress
-from tapct.report import compare, page
+from tapct.report import compare, compare_page, page
 from tapct.report.history import read_history
-from tapct.report.plots import number
+from tapct.report.markup import number
 
 
 @pytest.mark.parametrize("steps", [1, 7, 19, 20, 21, 400])
@@ -32,12 +32,12 @@ def test_the_loss_is_the_same_everywhere(tmp_path: Path, steps: int) -> None:
     words = Page(html).words
     shown = number(slow)
     assert f"Total loss{shown}first step" in words, "tile"
-    assert re.search(rf'Total loss</b>.*?<b class="val">{shown}</b>', html), "chart"
+    assert re.search(rf'Total loss <span.*?<b class="val">{shown}</b>', html), "chart"
     window = f"mean of the last {min(20, steps)} steps" if steps > 1 else "value of the only step"
     assert f"Losses and health: {window}" in words
     comparison = compare.read([tmp_path])
     assert dict(compare.numbers(comparison))["Total loss"] == [shown]
-    assert f'<b class="val">{shown}</b>' in compare.render(comparison)
+    assert f'<b class="val">{shown}</b>' in compare_page.render(comparison)
     submission = Submission("1", 1e9, 1000, 20, str(tmp_path))
     assert read_progress(tmp_path, submission, None).loss == pytest.approx(slow)
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from pathlib import Path
 
 from evaluated_steps import make_run, write_step
 from test_report import Page
 
 from tapct.eval import over_steps
-from tapct.report import compare, page, step_values
+from tapct.report import compare, compare_page, page, step_values
 
 SCANS = tuple(f"s{number:02}" for number in range(12))
 
@@ -54,22 +53,20 @@ def test_compare_shows_the_best_step_of_each_run_with_its_interval(tmp_path: Pat
 def test_the_charts_have_a_point_an_interval_and_a_ring(tmp_path: Path) -> None:
     one = trained_run(tmp_path / "one", {10: 0.2, 20: 0.4, 30: 0.3})
     two = trained_run(tmp_path / "two", {10: 0.25, 20: math.nan, 30: 0.35})
-    html = compare.render(compare.read([one, two]))
-    words = Page(html).words
-    assert "Segmentation: mean Dice on test patients" in words
-    chart = html[html.index("Segmentation: mean Dice on test") :]
-    chart = chart[: chart.index("</figure>")]
-    assert chart.count('r="2.5"') == 5, "a dot per number"
-    # the ring of the last step lies at the edge, so no ring may be in the clipped part
-    start = chart.index("<svg x=")
-    clipped = chart[start : chart.index("</svg>", start)]
-    assert 'class="line"' in clipped and "<circle" not in clipped
-    assert chart.count('class="interval"') == 5 and chart.count('class="ring"') == 2
-    assert re.findall(r"best, ([\d.]+) at (\d+)", chart) == [("0.4000", "20"), ("0.3500", "30")]
-    shown = page.render(one)
-    words = " ".join(Page(shown).words.split())
+    found = Page(compare_page.render(compare.read([one, two])))
+    (chart,) = (one for one in found.data if "ring" in one["curves"][0])
+    assert "Segmentation: mean Dice on test patients" in found.words
+    first, second = chart["curves"]
+    assert (first["x"], first["ring"]) == ([10, 20, 30], 20)
+    assert (second["x"], second["mean"], second["ring"]) == ([10, 20, 30], [0.25, None, 0.35], 30)
+    assert second["num_broken"] == 1 and second["intervals"][1] == [None, None]
+    for value, (low, high) in zip(first["mean"], first["intervals"], strict=True):
+        assert low < value < high
+    page_of_one = Page(page.render(one))
+    words = " ".join(page_of_one.words.split())
     assert "Segmentation: best of 3 evaluated steps is step 20, mean Dice 0.400 [" in words
-    assert over_steps.OPTIMISTIC in words and shown.count('class="ring"') == 1
+    assert over_steps.OPTIMISTIC in words
+    assert sum("ring" in curve for chart in page_of_one.data for curve in chart["curves"]) == 1
 
 
 def test_on_validation_patients_the_page_names_the_command_for_the_test_patients(

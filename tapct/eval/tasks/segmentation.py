@@ -11,7 +11,7 @@ import itertools
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from tapct.base.exits import UserError
 from tapct.config import setting
 from tapct.data.readers import dicom_seg
 from tapct.eval import pictures, surface
-from tapct.eval.contract import Breakdown, Headline, Labels, ScanScore, Task, TaskResults
+from tapct.eval.contract import Headline, Labels, ScanScore, Task, TaskResults
 from tapct.eval.features import DenseFeatures, PatchGrid
 from tapct.eval.label_fractions import LabelFractions, labelled_patients
 from tapct.eval.old_formats import BY_PATIENTS
@@ -37,11 +37,15 @@ from tapct.eval.organ_decoders import (
     KeptPatches,
     fit,
 )
+from tapct.eval.organ_results import by_organ
+from tapct.eval.organ_results import headline as headline_of
+from tapct.eval.organ_results import section_from_schema_1 as section_from_schema_1
 from tapct.eval.organ_surfaces import Surfaces
 from tapct.eval.prediction_files import DICOM_SEG, NIFTI
 from tapct.eval.scans import LabelledScan
 from tapct.eval.tolerances import check_named, parse
 from tapct.eval.truth import PatchTruth, patch_truth
+from tapct.eval.volumes import LabelLayer
 from tapct.types import IGNORE_LABEL, LabelMap
 
 RESOLUTIONS = ("patch", "voxel")
@@ -319,6 +323,16 @@ class Segmentation(Task[PatchTruth, Prediction]):
         where = f"axial slice {at[0]}, coronal slice {at[1]} of test scan {scan.id}"
         return f"CT, truth and each model's prediction: {where}"
 
+    def layers(
+        self, truth: PatchTruth, predictions: Mapping[str, Prediction]
+    ) -> Sequence[LabelLayer]:
+        """The truth and each model's prediction."""
+        names = {self.classes.index(organ): organ for organ in self.organs}
+        found = [LabelLayer("truth", self.class_labels(truth), names)]
+        for model, prediction in predictions.items():
+            found.append(LabelLayer(model.replace("_", " "), prediction.classes_ZYX, names))
+        return found
+
     def results(self) -> TaskResults:
         """Return Dice by organ and scan; means go over the scans that have the organ, then over
         organs.
@@ -347,7 +361,7 @@ class Segmentation(Task[PatchTruth, Prediction]):
                     value = float(np.mean(list(parts.values()))) if parts else float("nan")
                     scans.append(ScanScore(scan, model, value, parts))
         dice_of = {model: entry["dice"] for model, entry in models.items()}
-        table = _by_organ(self.organs, dice_of)
+        table = by_organ(self.organs, dice_of)
         for model, invented in self._surfaces.invented.items():
             models[model]["num_invented"] = dict(invented)
         further = self._surfaces.metrics() if self.config.surface else ()
@@ -359,7 +373,7 @@ class Segmentation(Task[PatchTruth, Prediction]):
         models = self.results().models
         values = {model: float(entry["mean_dice"]) for model, entry in models.items()}
         organs = list(dict.fromkeys(organ for entry in models.values() for organ in entry["dice"]))
-        return _headline(values, self.config.resolution, self._mean_of(organs))
+        return headline_of(values, self.config.resolution, self._mean_of(organs))
 
     def _mean_of(self, organs: Sequence[str]) -> str:
         """What the mean Dice is a mean of, and which labels are not in it.
@@ -438,62 +452,6 @@ def _listed(names: Sequence[str]) -> str:
     """Names as one text, the last ones as a number where there are many."""
     more = len(names) - MOST_NAMES
     return ", ".join(names[:MOST_NAMES]) + (f" and {more} more" if more > 0 else "")
-
-
-def _headline(values: Mapping[str, float], resolution: str, mean_of: str = "") -> Headline:
-    meaning = (
-        "Dice of a linear decoder on frozen features, mean over organs, counted at "
-        f"{resolution} resolution. Everything but the backbone is equal."
-    )
-    return Headline("mean Dice", values, "higher", meaning, (0.0, 1.0), mean_of)
-
-
-def _by_organ(
-    organs: Sequence[str], dice_of: Mapping[str, Mapping[str, float]]
-) -> Breakdown | None:
-    """Rows of organs from the Dice of each model; None without any organ."""
-    if not organs:
-        return None
-    values: dict[str, dict[str, float]] = {}
-    for organ in organs:
-        values[organ] = {model: dice[organ] for model, dice in dice_of.items() if organ in dice}
-    return Breakdown("Dice of each organ", "organ", values)
-
-
-def section_from_schema_1(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Bring results.json of schema 1, which held this task alone, into the form of schema 2.
-
-    Args:
-        content: the whole file.
-    Returns:
-        The section of this task.
-    """
-    models: Mapping[str, Any] = content["models"]
-    organs = content.get("organs") or []
-    if not organs:
-        for numbers in models.values():
-            organs += [organ for organ in numbers.get("dice", {}) if organ not in organs]
-    scans = []
-    for model, numbers in models.items():
-        for scan, parts in numbers.get("per_scan", {}).items():
-            dice = [value for value in parts.values() if isinstance(value, float)]
-            mean = float(np.mean(dice)) if dice else float("nan")
-            scans.append(asdict(ScanScore(scan, model, mean, parts)))
-    means = {model: numbers.get("mean_dice") for model, numbers in models.items()}
-    dice_of = {model: numbers.get("dice", {}) for model, numbers in models.items()}
-    table = _by_organ(organs, dice_of)
-    split = content.get("split", {})
-    return {
-        "config": content.get("task_config", {}),
-        "labels": Labels.VOXELS.value,
-        "num_train": len(split.get("train", ())),
-        "num_test": len(split.get("test", ())),
-        "headline": asdict(_headline(means, content.get("resolution", "voxel"))),
-        "models": models,
-        "breakdown": None if table is None else asdict(table),
-        "scans": scans,
-        "pictures": content.get("overlays", []),
-    }
 
 
 def build(config: Config, *, seed: int) -> Segmentation:
