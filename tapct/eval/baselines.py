@@ -10,14 +10,15 @@ import difflib
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from tapct.base import console
 from tapct.base.exits import UserError
 from tapct.config import plugins
 from tapct.config.plugins import Plugin
+from tapct.eval.body import TISSUE_ABOVE_HU, thick_tissue
 from tapct.eval.contract import OWN_MODEL
 from tapct.eval.features import Prepared
 from tapct.eval.models import NamedModel
@@ -29,7 +30,6 @@ UNTRAINED, RAW_HU, POSITION = "untrained", "raw_hu", "position"
 WIDER = {"random_2x": 2, "random_4x": 4}  # name -> factor on the channels
 NAMES = (UNTRAINED, RAW_HU, POSITION, *WIDER)
 DEFAULTS = (UNTRAINED, RAW_HU, POSITION)  # without those that cost many times a forward pass
-TISSUE_ABOVE_HU = -300.0
 
 
 class RawPatches(nn.Module):
@@ -80,26 +80,17 @@ class PositionFeatures(nn.Module):
         """Bounding box of the body in voxels of the prepared scan: float32 (2, 3), first voxel and
         end along (z, y, x); the whole scan where there is no tissue.
 
-        Tissue is smoothed first, since a table is thin and a patient is not.
+        Only thick tissue counts, since a table is thin and a patient is not.
         """
         depth, height, width = prepared.grid.resized
         scan_ZYX = prepared.input_ZYX[:depth, :height, :width]
         threshold = (TISSUE_ABOVE_HU - self.contract.mean) / self.contract.std
-        side = 2 * (width // 64) + 1
-        in_z = torch.zeros(depth, dtype=torch.bool)
-        in_y, in_x = torch.zeros(height, dtype=torch.bool), torch.zeros(width, dtype=torch.bool)
-        for z, slice_YX in enumerate(scan_ZYX):
-            tissue_1YX = (slice_YX > threshold).float()[None]
-            share_YX = F.avg_pool2d(tissue_1YX, side, stride=1, padding=side // 2)[0]
-            body_YX = (share_YX > 0.5).cpu()
-            in_z[z] = body_YX.any()
-            in_y |= body_YX.any(1)
-            in_x |= body_YX.any(0)
-        if not in_z.any():
+        body_ZYX = thick_tissue((scan_ZYX > threshold).cpu().numpy())
+        if not body_ZYX.any():
             return torch.tensor([[0.0, 0.0, 0.0], [depth, height, width]])
         low, high = [], []
-        for inside in (in_z, in_y, in_x):
-            voxels = inside.nonzero()[:, 0]
+        for others in ((1, 2), (0, 2), (0, 1)):
+            voxels = np.flatnonzero(body_ZYX.any(axis=others))
             low.append(float(voxels[0]))
             high.append(float(voxels[-1]) + 1)
         return torch.tensor([low, high])

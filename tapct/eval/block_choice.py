@@ -72,11 +72,14 @@ class BlockChoice:
 
     def option(self, model: str) -> Hashable:
         """The option chosen for a model; None without a score."""
-        return self._chosen[model][1]
+        return self._chosen[model][1] if model in self._chosen else None
 
     def features(self, model: str, dense: DenseFeatures) -> Tensor:
-        """Features (D, Z, Y, X) of the block chosen for a model."""
-        block = self._chosen[model][0]
+        """Features (D, Z, Y, X) of the block chosen for a model; of the last one where there were
+        no training scans.
+        """
+        last = max(dense.blocks, default=-1)
+        block, _ = self._chosen.setdefault(model, (last, None))
         return dense.blocks[block].features_DZYX if dense.blocks else dense.features_DZYX
 
     def record(self, model: str, metric: str) -> dict[str, Any]:

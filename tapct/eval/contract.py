@@ -213,6 +213,11 @@ class Task(ABC, Generic[TruthT, PredictionT]):
         """
         return self.labels in (Labels.VOXELS, Labels.PAIRS)
 
+    @property
+    def needs_training(self) -> bool:
+        """Whether the task needs training scans: False where nothing is fitted or chosen."""
+        return True
+
     def blocks(self, num_blocks: int) -> tuple[int, ...]:
         """Return the blocks of the backbone whose features the task reads, counted from 0. The last
         block, the default, is always computed.

@@ -149,12 +149,16 @@ class SoftDice:
     """
 
     def __init__(self, target_KC: Tensor, classes: Sequence[int], weight: float) -> None:
-        self.classes, self.weight = list(classes), weight
-        self.mass_OK = target_KC.T[self.classes].contiguous()  # O classes of the mean
-        self.all_1K = target_KC.sum(1)[None]
+        rows = list(classes)
+        self.num, self.weight = len(rows), weight
+        are_neighbours = bool(rows) and rows == list(range(rows[0], rows[-1] + 1))
+        # rows that are chosen by a list are copied at each use, those of a slice are not
+        self.rows = slice(rows[0], rows[-1] + 1) if are_neighbours else rows
+        self.mass_OK = target_KC.T[self.rows].contiguous()  # O classes of the mean
+        self.all_K = target_KC.sum(1)
 
     def __bool__(self) -> bool:
-        return bool(self.classes) and self.weight > 0
+        return self.num > 0 and self.weight > 0
 
     def add(self, p_CK: Tensor, error_CK: Tensor) -> Tensor:
         """The value of the term; adds its derivative by the logits to `error_CK`.
@@ -163,15 +167,17 @@ class SoftDice:
             p_CK: probabilities of all classes.
             error_CK: derivative of the other terms, changed in place.
         """
-        p_OK = p_CK[self.classes]
-        hit_O1 = (self.mass_OK * p_OK).sum(1, keepdim=True)
-        both_O1 = (self.all_1K * p_OK).sum(1, keepdim=True) + self.mass_OK.sum(1, keepdim=True)
-        factor = self.weight / len(self.classes)
+        p_OK = p_CK[self.rows]
+        hit_O1 = torch.linalg.vecdot(self.mass_OK, p_OK)[:, None]
+        both_O1 = (p_OK @ self.all_K + self.mass_OK.sum(1))[:, None]
+        factor = self.weight / self.num
         # derivative by the probabilities, then through the softmax: p_j (g_j - sum_i g_i p_i)
-        slope_OK = -factor * 2 * (self.mass_OK / both_O1 - self.all_1K * hit_O1 / both_O1.square())
+        #     g = -2 factor (m / both - M hit / both^2)
+        slope_OK = self.mass_OK * (-2 * factor / both_O1)
+        slope_OK.addcmul_(2 * factor * hit_O1 / both_O1.square(), self.all_K)
         slope_OK *= p_OK
-        error_CK[self.classes] += slope_OK
-        error_CK -= p_CK * slope_OK.sum(0)
+        error_CK[self.rows] += slope_OK
+        error_CK.addcmul_(p_CK, slope_OK.sum(0), value=-1)
         return self.weight - factor * 2 * (hit_O1 / both_O1).sum()
 
 

@@ -294,22 +294,30 @@ class Extractor:
         waiting, self.waiting = self.waiting, []
         if not waiting:
             return
+        # `eval` and `train` visit every module, which takes as long as a small network's forward
+        # pass; so they are called only where a module is in training mode
         training = self.model.training
-        self.model.eval()
+        changes = any(module.training for module in self.model.modules())
+        if changes:
+            self.model.eval()
         try:
             with self.stopwatch.part(FORWARD):
                 self._run(waiting)
         finally:
-            self.model.train(training)
+            if changes:
+                self.model.train(training)
 
     def _run(self, batch: list[_Window]) -> None:
         blocks = tuple(batch[0].scan.blocks)
         for block, tokens in self._tokens(batch, blocks).items():
             patches_BND = tokens.patches_BND.float()
+            mean_BD = patches_BND.mean(1)
+            # ten times as fast on a CPU as `patches_BND.std(1)`
+            std_BD = (patches_BND - mean_BD[:, None]).square_().mean(1).sqrt_()
             vectors_B = WindowVectors(
                 tokens.cls_BD.float(),
-                patches_BND.mean(1),
-                patches_BND.std(1, correction=0),
+                mean_BD,
+                std_BD,
                 patches_BND.amax(1),
                 tokens.registers_BRD.float(),
                 torch.tensor([window.corner for window in batch]),

@@ -200,8 +200,11 @@ class PatchGrid:
         """
         out = np.empty(self.original, dtype=np.uint16)
         for start, end, slab in self.voxel_slabs(maps_CZYX):
-            # four times as fast as argmax on a CPU
-            out[start:end] = slab.max(dim=0).indices.cpu().numpy()
+            if slab.is_cuda:
+                out[start:end] = slab.argmax(dim=0).cpu().numpy()
+            else:
+                for z in range(start, end):
+                    out[z] = _largest(slab[:, z - start].numpy())
         return out
 
     def patch_of_voxel(self, axis: int, num_samples: int) -> np.ndarray:
@@ -379,3 +382,19 @@ def axis_weight(num_patches: int, border_weight: float) -> Tensor:
     position = torch.arange(num_patches, dtype=torch.float32)
     from_centre = (2 * position - (num_patches - 1)).abs() / max(num_patches - 1, 1)
     return 1 - (1 - border_weight) * from_centre
+
+
+def _largest(maps_CYX: np.ndarray) -> np.ndarray:
+    """Index of the largest map at each pixel, the first of equals: an integer type, (Y, X).
+
+    Plain form: maps_CYX.argmax(0). Over the first axis, argmax and max of torch and numpy take 12
+    times as long as these comparisons of whole maps. A later map has a larger index, so the index
+    is the maximum of those maps that were larger than all before them.
+    """
+    dtype = np.uint8 if len(maps_CYX) <= 256 else np.uint16
+    largest, index = maps_CYX[0].copy(), np.zeros(maps_CYX.shape[1:], dtype=dtype)
+    for number in range(1, len(maps_CYX)):
+        is_larger = maps_CYX[number] > largest
+        np.maximum(largest, maps_CYX[number], out=largest)
+        np.maximum(index, np.multiply(is_larger, number, dtype=dtype), out=index)
+    return index

@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from tapct.base import files
+from tapct.eval.body import body_mask
 from tapct.eval.features import DenseFeatures
 
 if TYPE_CHECKING:
@@ -236,28 +236,6 @@ def pca_colours(features_DZYX: Tensor, foreground_ZYX: Tensor) -> Tensor:
     low, high = (torch.quantile(scores_N3[inside_N], q, dim=0) for q in (0.01, 0.99))
     scaled_N3 = ((scores_N3 - low) / (high - low).clamp_min(1e-12)).clamp(0, 1)
     return scaled_N3.T.float().unflatten(1, foreground_ZYX.shape)
-
-
-def body_mask(hu_ZYX: np.ndarray) -> np.ndarray:
-    """Rough body: per slice, what thick tissue (HU > -300) encloses from left to right and from
-    front to back.
-
-    Tissue is smoothed first, since a table is thin and a patient is not.
-    """
-    side = 2 * (hu_ZYX.shape[2] // 64) + 1
-    tissue = np.empty(hu_ZYX.shape, dtype=bool)
-    for z, slice_YX in enumerate(hu_ZYX):
-        share = torch.from_numpy(slice_YX > -300).float()[None]
-        # along y, then along x: 2 sums of `side` values in place of one of its square. The number
-        # of voxels is odd, so that no share is 0.5 and rounding decides nothing.
-        share = F.avg_pool2d(share, (side, 1), stride=1, padding=(side // 2, 0))
-        share = F.avg_pool2d(share, (1, side), stride=1, padding=(0, side // 2))
-        tissue[z] = (share[0] > 0.5).numpy()
-    enclosed = np.ones_like(tissue)
-    for axis in (1, 2):
-        enclosed &= np.maximum.accumulate(tissue, axis=axis)
-        enclosed &= np.flip(np.maximum.accumulate(np.flip(tissue, axis), axis=axis), axis)
-    return enclosed
 
 
 def patch_share(mask_ZYX: np.ndarray, dense: DenseFeatures) -> Tensor:

@@ -204,10 +204,11 @@ def begin(
     """
     task_run = TaskRun(name, task, frozenset(row.id for row in rows))
     num_train, num_test = task_run.count(split.train), task_run.count(split.test)
-    if not num_train or not num_test:
+    if not num_test or (task.needs_training and not num_train):
+        needed = "one of each" if task.needs_training else "a test scan"
         raise UserError(
-            f"task {name} has {num_train} training and {num_test} test scans; it needs one of "
-            "each. Raise eval.max_scans, change eval.test_share or eval.seed, or switch the task "
+            f"task {name} has {num_train} training and {num_test} test scans; it needs {needed}. "
+            "Raise eval.max_scans, change eval.test_share or eval.seed, or switch the task "
             f"off with eval.tasks[{name}]=null"
         )
     if split.mode == BLOCKS and task.labels in (Labels.SCAN, Labels.LANDMARKS, Labels.PAIRS):

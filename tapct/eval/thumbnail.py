@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from tapct.eval.body import body_mask
 from tapct.eval.correspondence import PatchFrame
 from tapct.eval.features import PatchGrid
-from tapct.eval.pictures import body_mask
 from tapct.eval.scans import LabelledScan
 
 

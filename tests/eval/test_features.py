@@ -303,6 +303,13 @@ def test_argmax_in_slabs_equals_argmax_at_once(monkeypatch):
     np.testing.assert_array_equal(got, expected)
 
 
+@pytest.mark.parametrize("num_classes", [1, 2, 300])
+def test_the_first_of_equal_maps_is_the_largest(num_classes):
+    grid = PatchGrid((1, 1, 1), (2, 3, 4), (2, 3, 4))  # a voxel is a patch, so equal maps stay so
+    maps = torch.from_numpy(np.random.default_rng(0).integers(0, 3, (num_classes, 2, 3, 4))).float()
+    np.testing.assert_array_equal(grid.argmax_voxels(maps), maps.numpy().argmax(0))
+
+
 def test_every_part_of_a_scan_lies_in_the_patch_that_holds_its_centre():
     grid = PatchGrid((4, 8, 8), (10, 30, 30), (10, 50, 47))
     for axis, num in ((0, 10), (1, 50), (2, 47), (2, 94)):

@@ -18,7 +18,8 @@ from tapct.eval.correspondence import PatchFrame, ScanFeatures, find_places, sim
 from tapct.eval.features import DenseFeatures
 from tapct.eval.pairs import PairedScans, ScanPair, pairs_of
 from tapct.eval.points import label_points
-from tapct.eval.scans import PATIENTS, Split, patients_together
+from tapct.eval.scans import PATIENTS, Split, TableLabels, patients_together
+from tapct.eval.task_runs import begin
 from tapct.eval.tasks import matching
 from tapct.types import LabelMap
 
@@ -264,6 +265,23 @@ def test_the_block_with_more_hits_on_the_training_patients_is_chosen() -> None:
     assert numbers["block"] == 0 and numbers["hit_rate"] == 1
     assert numbers["choice"]["num_scores"] == 4
     assert numbers["choice"]["means"]["block 0"] > numbers["choice"]["means"]["block 1"]
+
+
+def test_landmarks_in_test_scans_alone_suffice_where_no_block_is_chosen() -> None:
+    split = Split(PATIENTS, (), (Row("s1", "p"), Row("s2", "p")))
+    choosing = matching.build(matching.Config(), seed=0)
+    with pytest.raises(UserError, match="has 0 training and 2 test scans; it needs one of each"):
+        begin("matching", choosing, split.test, split, TableLabels())
+    task = matching.build(matching.Config(blocks="last"), seed=0)
+    begin("matching", task, split.test, split, TableLabels())
+    task.fit()
+    play = np.ones(GRID.shape[0], bool)
+    for scan in (scan_with(name, "p", {"a": (10.0, 12.0, 12.0)}) for name in ("s1", "s2")):
+        task.judge("m", dense_of(random_features(0)), task.truth(scan, GRID, play))
+    assert task.results().models["m"]["hit_rate"] == 1
+    none = Split(PATIENTS, split.test, ())
+    with pytest.raises(UserError, match="has 2 training and 0 test scans; it needs a test scan"):
+        begin("matching", task, none.train, none, TableLabels())
 
 
 @pytest.mark.parametrize(

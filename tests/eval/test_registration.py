@@ -302,3 +302,19 @@ def phantom_scan(case: phantom.Case) -> tuple[LabelledScan, DenseFeatures]:
         points[landmark.name] = (z, y, x)
     name, patient = case.facts.name, case.facts.patient_id
     return LabelledScan(name, case.volume, case.labels, patient, landmarks_mm=points), dense
+
+
+@pytest.mark.parametrize(
+    ("settings", "needed"),
+    [
+        ({}, True),
+        ({"blocks": "last"}, True),
+        ({"transform": "affine"}, True),
+        ({"blocks": "last", "transform": "affine"}, False),
+    ],
+)
+def test_training_scans_are_needed_where_something_is_chosen(
+    settings: dict[str, Any], needed: bool
+) -> None:
+    task = registration.build(registration.Config(**settings), seed=0)
+    assert task.needs_training is needed

@@ -214,6 +214,11 @@ class Matching(Task[ScanPoints, Found | None]):
         """Names of points or labels, all of which must occur."""
         return {"names": self.config.names}
 
+    @property
+    def needs_training(self) -> bool:
+        """Whether there may be several blocks, of which one is chosen on training pairs."""
+        return self.config.blocks != "last"
+
     def blocks(self, num_blocks: int) -> tuple[int, ...]:
         """The blocks to choose from."""
         return candidate_blocks(self.config.blocks, num_blocks)

@@ -174,6 +174,11 @@ class Registration(Task[RegistrationScan, Registered | None]):
             return {"organs": self.config.organs}
         return {"names": self.config.names}
 
+    @property
+    def needs_training(self) -> bool:
+        """Whether there may be several blocks or transforms, which are chosen on training pairs."""
+        return self.config.blocks != "last" or self.config.transform == BEST
+
     def blocks(self, num_blocks: int) -> tuple[int, ...]:
         """The blocks to choose from."""
         return candidate_blocks(self.config.blocks, num_blocks)

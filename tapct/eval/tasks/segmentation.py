@@ -134,6 +134,7 @@ class Segmentation(Task[PatchTruth, Prediction]):
         self._dice: dict[tuple[str, str], dict[str, dict[str, float]]] = {}
         self._left_out: dict[tuple[int, str], str] = {}  # label value, its name -> class
         self._surfaces = Surfaces(parse(config.tolerances))
+        self._counted: tuple[PatchTruth, CountedVoxels] | None = None  # of the scan in work
         self._value_of: dict[str, int] = {}  # class -> label value in the training scans
         self._in_training: set[str] = set()  # organs of the training scans
         self._not_learned: set[str] = set()  # organs of test scans that the decoder does not know
@@ -225,7 +226,7 @@ class Segmentation(Task[PatchTruth, Prediction]):
         """Predict a test scan and keep its Dice at patches and voxels, over the slices in play."""
         features_ND = self._features(dense)
         logits_NC = self._decoders[model].decoder.logits_NC(features_ND)
-        counted = CountedVoxels(truth, self.class_labels(truth))
+        counted = self._counted_voxels(truth)
         prediction_ZYX = counted.predicted(logits_NC)
         voxel = self._confusion(*counted.pairs(prediction_ZYX))
         for draw, few in self._few_labels.decoders(model):
@@ -251,6 +252,14 @@ class Segmentation(Task[PatchTruth, Prediction]):
                 truth.scan.spacing_mm,
             )
         return Prediction(prediction_ZYX)
+
+    def _counted_voxels(self, truth: PatchTruth) -> CountedVoxels:
+        """The voxels of a test scan that count; they are found once for all models whose patches
+        are equal.
+        """
+        if self._counted is None or self._counted[0] is not truth:
+            self._counted = truth, CountedVoxels(truth, self.class_labels(truth))
+        return self._counted[1]
 
     def label_map(self, truth: PatchTruth, prediction: Prediction) -> LabelMap | None:
         """The predicted classes with the label values of the training scans; 0 is outside, and the
@@ -387,7 +396,8 @@ class Segmentation(Task[PatchTruth, Prediction]):
 
     def _confusion(self, truth: np.ndarray, prediction: np.ndarray) -> np.ndarray:
         num = len(self.classes)
-        pairs = truth.astype(np.int32) * num + prediction
+        dtype = np.uint16 if num * num <= 1 << 16 else np.uint32
+        pairs = truth.astype(dtype) * dtype(num) + prediction.astype(dtype)
         return np.bincount(pairs.reshape(-1), minlength=num * num).reshape(num, num)
 
     def _find_classes(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
