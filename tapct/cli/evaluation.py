@@ -426,9 +426,9 @@ def report(
 ) -> None:
     """Write an HTML report of one run or several, or of an archive.
 
-    The page of a run shows a verdict, curves, the time budget, evaluations with slices of test scans, and
-    the config. Several runs are also compared. With a manifest or a store in place of RUN, the page
-    shows what the archive holds. It is one file that loads nothing from elsewhere.
+    The page of a run shows a verdict, curves, the time budget, evaluations with slices of test
+    scans, and the config. Several runs are also compared. With a manifest or a store in place of
+    RUN, the page shows what the archive holds. It is one file that loads nothing from elsewhere.
     """
     from tapct.report import archive, page, several
     from tapct.report.watch import watch as write_again

@@ -190,20 +190,17 @@ STATES = (
 )  # the last one found wins
 
 NEXT_STEP = {
-    "unknown": "Log the health numbers: without them a falling loss proves nothing.",
+    "unknown": "Log the health metrics: a falling loss alone does not show that a run learns.",
     "alive": "Evaluate the features: tapct eval.",
-    "faint": "Train on and look again; if it stays, lower lr or slow the teacher (momentum nearer "
-    "1).",
-    "not following": "The targets move faster than the student learns: slow the teacher (momentum "
-    "nearer 1), or warm "
-    "up longer.",
-    "stuck": "Lower lr (to 1e-3 or less), slow the teacher (momentum 0.992 or more), take fewer "
-    "prototypes (at most 64 "
-    "per target of a step) or LayerScale 1 in a short run.",
-    "collapsed": "See that centring or Sinkhorn is on, raise teacher_temp, lower lr, and keep "
+    "faint": "Continue; if this persists, lower lr or set the momentum closer to 1.",
+    "not following": "The teacher changes faster than the student learns: set the momentum closer "
+    "to 1, or use a longer warm-up.",
+    "stuck": "Lower lr (to 1e-3 or less), use a slower teacher (momentum 0.992 or more), fewer "
+    "prototypes (at most 64 per target of a step) or LayerScale 1 in a short run.",
+    "collapsed": "Check that centring or Sinkhorn is used, raise teacher_temp, lower lr, and keep "
     "KoLeo at 0.1.",
-    "not finite": "Stop; go back to the last checkpoint with a lower lr, and look at the grad "
-    "norms before the break.",
+    "not finite": "Stop; start again from an earlier checkpoint with a lower lr, and look at the "
+    "gradient norms before the failure.",
 }
 
 
@@ -220,17 +217,17 @@ def verdict_of_term(term: TermReading) -> Verdict:
         if term.ln_k_minus_ce < NO_PROGRESS:
             state, words = (
                 "stuck",
-                "all targets are alike and the cross-entropy is at ln K: nothing is learned",
+                "all targets are equal and the cross-entropy is ln K: nothing is learned",
             )
         elif term.target_entropy < ONE_PROTOTYPE * term.ln_k:
             state, words = (
                 "collapsed",
-                "every sample has the same sharp target: the best loss of all, and worthless",
+                "every sample has the same sharp target: a very low loss, but nothing is learned",
             )
         else:
             state, words = (
                 "collapsed",
-                "every sample has the same broad target, which the student has learned by heart",
+                "every sample has the same broad target, which the student predicts",
             )
     elif term.ln_k_minus_ce < NO_PROGRESS:
         state, words = (
@@ -238,9 +235,9 @@ def verdict_of_term(term: TermReading) -> Verdict:
             "the targets differ between samples but the student does not predict them",
         )
     elif information < FAINT_INFORMATION:
-        state, words = "faint", "the targets begin to tell samples apart"
+        state, words = "faint", "the targets begin to distinguish samples"
     else:
-        state, words = "alive", "the targets tell samples apart and the student predicts them"
+        state, words = "alive", "the targets distinguish samples and the student predicts them"
     return Verdict(state, f"{term.name}: {words} ({facts})", NEXT_STEP[state])
 
 

@@ -24,7 +24,8 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
-from tapct.data.readers import stem_of
+from tapct.data.formats import TITLES
+from tapct.data.readers import FORMATS, stem_of
 
 _BIDS = re.compile(r"(?:^|[/_])(sub-[a-z0-9]+)", re.IGNORECASE)
 # a UID, a UUID or a date stays one word; all other words end at anything but a letter or a digit
@@ -89,7 +90,11 @@ _LAYOUT_TEXT = """
     folds split splits chunk chunks shard shards public private internal external dcms cts
     ground_truth label_maps
 """
-_LAYOUT = frozenset(_LAYOUT_TEXT.split())
+# a folder that is named after a scan format (nii, mgz) holds scans of many people
+_FORMAT_FOLDERS = frozenset(title.lower() for title in TITLES.values()) | frozenset(
+    suffix.split(".")[1] for known in FORMATS if not known.is_series for suffix in known.suffixes
+)
+_LAYOUT = frozenset(_LAYOUT_TEXT.split()) | _FORMAT_FOLDERS
 # folders of one of several sets of people; another folder of this kind holds other people
 _SETS = re.compile(
     r"(?:images|labels)?(?:tr|ts|va|val|train|test)|train(?:ing)?|valid(?:ation)?|val|test(?:ing)?"

@@ -12,6 +12,8 @@ To add a format such as MINC:
 3. Import the module here and add one line to `FORMATS`: name, suffixes, function, libraries.
    `discover` then finds the files by their suffixes, and `ingest` reads them.
 4. Add the name to `TITLES` in `data/formats.py`, from where help texts and messages take it.
+5. docs/extending.md, "A scan format", lists the rest: dependencies, a test, and the pages that name
+   the formats.
 
 All other checks are not the reader's job and hold for every format: orientation and spacing
 (`scans.geometry`), whether the values are HU (`checks.ct_check`), side-car files and facts

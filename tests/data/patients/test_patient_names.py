@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tapct.data.patients.names import bids_subject, guessed_identifier, person_and_visit
+from tapct.data.readers import FORMATS
 
 # groups of paths of one person each; no two groups share an identifier
 ARCHIVES = {
@@ -137,6 +138,17 @@ def test_scans_of_one_person_share_an_identifier_and_others_do_not(layout: str) 
 def test_generic_names_beside_each_other_are_joined() -> None:
     for name in ("ser2", "phase_1", "IM0001", "scan", "ct", "t0", "2019", "20190101", "ses-01"):
         assert guessed_identifier(Path(f"{name}.nii.gz"), is_series=False) == ""
+
+
+@pytest.mark.parametrize(
+    "suffix", [each for known in FORMATS if not known.is_series for each in known.suffixes]
+)
+def test_a_folder_that_is_named_after_a_format_is_no_person(suffix: str) -> None:
+    folder = suffix.removeprefix(".").removesuffix(".gz")
+    paths = [Path(f"{folder}/{name}{suffix}") for name in ("case1", "case2")]
+    assert [guessed_identifier(path, is_series=False) for path in paths] == ["case1", "case2"]
+    inside = Path(f"Meyer/{folder}/ser2{suffix}")
+    assert guessed_identifier(inside, is_series=False) == "meyer"
 
 
 def test_a_uid_is_one_word() -> None:
