@@ -217,6 +217,8 @@ def test_listing_shows_files_first_and_then_items_with_their_pace(
         "index 24/104  2.3 scans/s  left 0:35",
         "index 104/104  10.2 scans/s  took 0:12",
     ]
+
+
 def test_a_narrow_terminal_gets_the_numbers_without_a_bar() -> None:
     seen = on_a_terminal(
         """
