@@ -331,9 +331,7 @@ def embed(
         loaded = load_pretrained(model, custom_code=custom_code, device=device)
         encoder = embedding.encoder_of(loaded, device, cache)
         share = parse_share(part) or WHOLE
-        num = embedding.embed_cases(
-            encoder, scan, out, wanted, root=root, masks=masks, share=share
-        )
+        num = embedding.embed_cases(encoder, scan, out, wanted, root=root, masks=masks, share=share)
         console.say(f"{counted(num, 'vector')} in {out}")
         return
     only_for_cvpr26(
