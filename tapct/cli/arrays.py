@@ -33,7 +33,7 @@ def submit_array(
     words: Annotated[
         list[str],
         typer.Argument(
-            metavar="COMMAND...",
+            metavar="COMMAND",
             help="index, pack, embed or eval, with its own arguments and options",
         ),
     ],

@@ -121,7 +121,7 @@ def index(
     sources: Annotated[
         list[Path],
         typer.Argument(
-            metavar="SRC...",
+            metavar="SRC",
             help=f"folders that are searched, with all folders in them, for "
             f"{formats.listed('and')}; files; patterns such as 'scans/*/ct.nii.gz'; or lists (.csv "
             "or .json) with the columns path, label, patient and split",

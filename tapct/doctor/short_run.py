@@ -22,6 +22,7 @@ from tapct.engine import compiled, fsdp, loop, optim, recompute
 from tapct.engine.metrics import Record
 from tapct.run.config import RunConfig
 from tapct.run.pretrain import stage_settings
+from tapct.ssl.needs import build_losses
 from tapct.ssl.student_teacher import Network, StudentTeacher
 from tapct.types import Batch
 
@@ -186,7 +187,8 @@ def comparable_over_ranks(config: RunConfig) -> RunConfig:
     """The same config without what depends on how ranks share a batch: stochastic depth, and losses
     that compare the samples of a rank.
     """
-    losses = tuple(loss for loss in config.losses if loss.name != "koleo")
+    built = build_losses(config.losses)
+    losses = tuple(loss for loss in config.losses if built[loss.name].min_samples(1) == 1)
     config = replace(config, losses=losses or config.losses)
     if getattr(config.model.config, "drop_path", 0.0) == 0.0:
         return config

@@ -149,7 +149,7 @@ def _leave_out_copies(
     """Take scans out of training whose voxels another archive holds out.
 
     The keys of two archives may differ, so the hashes of one patient may, too; equal voxels are of
-    one patient all the same.
+    one patient anyway.
     """
     if not held_out_N.any():
         return

@@ -20,7 +20,9 @@ from tapct.plan import command as plan_command
 from tapct.run.config import RunConfig
 
 PROGRAM: Any = typer.main.get_command(app)
-COMMANDS: dict[str, Any] = PROGRAM.commands
+COMMANDS: dict[str, Any] = {
+    name: command for name, command in PROGRAM.commands.items() if not command.hidden
+}
 ROOM = Path(tapct.__file__).resolve().parent / "cli"
 # words that a reader outside of this project has to decode
 FORBIDDEN = (

@@ -15,7 +15,7 @@ from tapct.data.index.duplicates import refuse_duplicates
 from tapct.data.index.examined import Examined, with_patients
 from tapct.data.index.examining import Examination
 from tapct.data.index.finding import Machine, ScansFound, find
-from tapct.data.index.inputs import inputs_of
+from tapct.data.index.inputs import IndexInputs, inputs_of
 from tapct.data.index.kept_patients import KEEP_ALL, KeepRules, read_older, with_kept_patients
 from tapct.data.index.label_counts import label_report
 from tapct.data.index.place import IndexPlace, open_journal
@@ -98,6 +98,7 @@ def build_manifest(
     place = IndexPlace.of(Path(out))
     inputs = inputs_of(root)
     _check_labels(labels)
+    _check_apart(place, inputs)
     with _only_writer(place.file) as lease:
         key = patient_key(place.file.parent)
         rules = ScanRules(
@@ -161,6 +162,7 @@ def examine_share(
     place = IndexPlace.of(Path(out))
     inputs = inputs_of(root)
     _check_labels(labels)
+    _check_apart(place, inputs)
     with _only_writer(place.file, share.name):
         key = patient_key(place.file.parent)
         rules = ScanRules(
@@ -237,6 +239,16 @@ def _check_labels(labels: Path | None) -> None:
     """Refuse a folder of label maps that is none."""
     if labels is not None and not labels.is_dir():
         raise UserError(f"labels folder {labels} does not exist or is not a folder; check the path")
+
+
+def _check_apart(place: IndexPlace, inputs: IndexInputs) -> None:
+    """Refuse an archive folder that is one of the folders of scans."""
+    folder = place.file.parent
+    if place.is_archive and folder.resolve() in {each.resolve() for each in inputs.folders}:
+        raise UserError(
+            f"{folder} is a folder; give the file to write, such as {place.file}, or a folder that "
+            "is not searched for scans"
+        )
 
 
 @contextlib.contextmanager

@@ -43,8 +43,8 @@ class IndexPlace:
             others = {path.name for path in out.iterdir() if not path.name.startswith(".")}
             if others and not others & {ARCHIVE_FILE, _PARTS}:
                 raise UserError(
-                    f"{out} is a folder with other files; give a new folder, or a file such as "
-                    f"{out / ARCHIVE_FILE}"
+                    f"{out} is a folder; give the file to write, such as {out / ARCHIVE_FILE}, or "
+                    "a new folder: this one has other files"
                 )
             return cls(out / ARCHIVE_FILE, out / _PARTS, True)
         if out.suffix == ".parquet":

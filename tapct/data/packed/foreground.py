@@ -33,7 +33,7 @@ class Foreground:
         low, high: percentiles 0.5 and 99.5 in HU.
         mean, std: mean and standard deviation in HU, of all drawn voxels.
         scans: number of scans that voxels were drawn from.
-        empty: number of scans without foreground, which were passed over.
+        empty: number of scans without foreground, which were skipped.
         by_labels: whether labels were the foreground; else it was the body.
     """
 
