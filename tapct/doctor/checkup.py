@@ -112,7 +112,7 @@ def of_all_nodes(
     host, first_port = ranks.rendezvous(os.environ)
     port = first_port + nodes.PORTS_LATER
     try:
-        table = nodes.Table(place.world, port) if place.is_first else None
+        table = nodes.NodeTable(place.world, port) if place.is_first else None
     except OSError as error:
         raise UserError(
             f"{host}: port {port} cannot be used ({error.strerror}); set another MASTER_PORT"

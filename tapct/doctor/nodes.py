@@ -60,7 +60,7 @@ def place_among(environment: Mapping[str, str]) -> Ranks | None:
     return place if place.world > 1 else None
 
 
-class Table:
+class NodeTable:
     """The first rank's side: collects what the ranks send.
 
     Args:

@@ -10,7 +10,7 @@ import pytest
 from tapct.base.exits import UserError
 from tapct.doctor import nodes
 from tapct.doctor.facts import AllReduce, Broken, Finding
-from tapct.doctor.nodes import NodeReport, Rank, Table, merged
+from tapct.doctor.nodes import NodeReport, NodeTable, Rank, merged
 
 OK = Finding("cpu", "ok", "8 cores")
 BAD = Finding("store", "fail", "data/store holds no store.parquet", "pack one")
@@ -25,7 +25,7 @@ def free_port() -> int:
 
 def test_ranks_of_two_nodes_meet_and_get_one_exit_code() -> None:
     port = free_port()
-    table = Table(3, port)
+    table = NodeTable(3, port)
 
     def one(rank: int, node: str, leads: bool) -> tuple[list[int], int]:
         own = Rank(rank, ("127.0.0.1", port))
@@ -53,7 +53,7 @@ def test_ranks_of_two_nodes_meet_and_get_one_exit_code() -> None:
 def test_a_rank_that_does_not_come_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nodes, "MEET_SECONDS", 0.3)
     port = free_port()
-    table = Table(3, port)
+    table = NodeTable(3, port)
     met = Rank(0, ("127.0.0.1", port)).ask("hello", node="n0", leads=True)
     assert met == {"leaders": [0], "missing": [1, 2]}
     table.close(1)
