@@ -81,7 +81,7 @@ def check_runs(planned: PlannedRuns) -> list[str]:
     """
     warnings: dict[str, None] = {}
     for run in planned.runs:
-        warnings |= dict.fromkeys(check(run).warnings)
+        warnings.update(dict.fromkeys(check(run).warnings, None))
         holder = lease.living_holder(RunFolder(run.value.out).lease)
         if holder is not None:
             raise UserError(
