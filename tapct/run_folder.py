@@ -34,6 +34,7 @@
         trained_on.parquet              scans and patients that it has been trained on
       export-eval/DATASET/*             after tapct eval RUN/export: results and pictures
       report.html                       after tapct report
+      jobs/.submitting                  while a job is submitted: which process does it
       jobs/20260131-120000/             after tapct submit or sweep, one folder per submission
         config.yaml                     config of the job
         submission.json                 job id, time, number of steps

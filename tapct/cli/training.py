@@ -77,11 +77,11 @@ def doctor(
     found = []
     place = nodes.place_among(os.environ)
     if place is not None:
-        found, code = checkup.of_all_nodes(place, config, overrides or [], store)
-        for finding in found:
+        table, code = checkup.of_all_nodes(place, config, overrides or [], store)
+        for finding in table:
             checkup.show(finding)
         if place.is_first:
-            console.say(verdicts.summary(found))
+            console.say(verdicts.summary(table))
         if code:
             raise typer.Exit(code)
         return

@@ -41,7 +41,7 @@ STOP_SECONDS = 120.0  # within which a run that is stopped must have saved
 
 
 @dataclass(frozen=True)
-class SweepOutcome:
+class RunEnd:
     """How a run of a sweep ended.
 
     Args:
@@ -81,7 +81,7 @@ def check_runs(planned: PlannedRuns) -> list[str]:
     """
     warnings: dict[str, None] = {}
     for run in planned.runs:
-        warnings |= dict.fromkeys(check(run).warnings)
+        warnings.update(dict.fromkeys(check(run).warnings, None))
         holder = lease.living_holder(RunFolder(run.value.out).lease)
         if holder is not None:
             raise UserError(
@@ -93,7 +93,7 @@ def check_runs(planned: PlannedRuns) -> list[str]:
 
 def train_all(
     planned: PlannedRuns, parallel: int, say: Callable[[str], object] = console.say
-) -> list[SweepOutcome]:
+) -> list[RunEnd]:
     """Train all runs, some at a time; a run that fails does not stop the others.
 
     At Ctrl-C or SIGTERM, the runs save and end, and no further one starts.
@@ -114,12 +114,12 @@ def train_all(
     over = threading.Event()
     running: set[subprocess.Popen[bytes]] = set()
 
-    def train_one(number: int) -> SweepOutcome:
+    def train_one(number: int) -> RunEnd:
         run = planned.runs[number]
         place = places.get()
         try:
             if over.is_set():
-                return SweepOutcome(run.value.out, -signal.SIGINT, "not started")
+                return RunEnd(run.value.out, -signal.SIGINT, "not started")
             with contextlib.ExitStack() as undo:
                 folder = make_new_folder(RunFolder(run.value.out).jobs, name, undo)
                 undo.pop_all()
@@ -143,7 +143,7 @@ def train_all(
             why = "" if code == 0 else last_error(log)
             if code:
                 say(f"{run.value.out} ended with exit code {code}: {why}")
-            return SweepOutcome(run.value.out, code, why)
+            return RunEnd(run.value.out, code, why)
         finally:
             places.put(place)
 
@@ -291,7 +291,7 @@ def result_table(rows: Sequence[Ranked]) -> Table:
     return table
 
 
-def lines_about(planned: PlannedRuns, outcomes: Sequence[SweepOutcome]) -> Iterator[str]:
+def lines_about(planned: PlannedRuns, outcomes: Sequence[RunEnd]) -> Iterator[str]:
     """What to do next, and which runs failed."""
     failed = [outcome for outcome in outcomes if outcome.code]
     for outcome in failed:

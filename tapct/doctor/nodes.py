@@ -281,7 +281,7 @@ def merged(reports: Sequence[NodeReport], missing: Sequence[int]) -> list[Findin
         )
     names: dict[str, None] = {}
     for report in reports:
-        names |= dict.fromkeys(finding.name for finding in report.findings)
+        names.update(dict.fromkeys((finding.name for finding in report.findings), None))
     for name in names:
         found = [
             (report.node, finding)
