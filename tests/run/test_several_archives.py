@@ -110,7 +110,7 @@ def test_a_selection_chooses_by_the_manifest_and_prints_its_counts(
     )
 
 
-def test_what_cannot_be_mixed_or_selected_is_refused_in_one_line(
+def test_what_cannot_be_mixed_or_selected_is_refused_with_one_line(
     sites: tuple[Path, Path], tmp_path: Path
 ) -> None:
     a, b = sites

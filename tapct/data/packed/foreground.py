@@ -33,7 +33,7 @@ class Foreground:
         low, high: percentiles 0.5 and 99.5 in HU.
         mean, std: mean and standard deviation in HU, of all drawn voxels.
         scans: number of scans that voxels were drawn from.
-        empty: number of scans without foreground, which were passed over.
+        empty: number of scans without foreground, which were skipped.
         by_labels: whether labels were the foreground; else it was the body.
     """
 
@@ -64,7 +64,7 @@ class Foreground:
             f"# {VOXELS_PER_SCAN} {kind} of each of {self.scans} scans",
         ]
         if self.empty:
-            lines.append(f"# {self.empty} scans without such voxels were passed over")
+            lines.append(f"# {self.empty} scans without such voxels were skipped")
         lines += [
             f"# published: {published.clip_low:g} to {published.clip_high:g}, mean "
             f"{published.mean:.2f}, std {published.std:.2f}; weights of another contract do not "
