@@ -26,7 +26,7 @@ from tapct.types import Refused
 
 SIZE = 132  # pixels
 ACCEPTED_PICTURES, PER_REASON, MOST_REASONS = 12, 3, 16
-_WINDOW_HU = (-200.0, 300.0)  # soft tissue, so that organs differ
+_WINDOW_HU = (-200.0, 300.0)  # soft tissue, in which organs can be distinguished
 
 
 @dataclass(frozen=True)

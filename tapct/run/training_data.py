@@ -148,8 +148,8 @@ def _leave_out_copies(
 ) -> None:
     """Take scans out of training whose voxels another archive holds out.
 
-    The keys of two archives may differ, so the hashes of one patient may, too; equal voxels are of
-    one patient anyway.
+    The keys of two archives may differ, so the hashes of one patient may, too; equal voxels are
+    of one patient anyway.
     """
     if not held_out_N.any():
         return

@@ -1,9 +1,9 @@
 """Which scan a sample shows where a run is trained on several archives, each with its share.
 
 The samples of the run are divided into blocks of `sum(counts)` samples. In every block, archive k
-gets exactly `counts[k]` of them, at places that a keyed permutation chooses, and walks on through
-its own scans in passes as a single archive does (see `sampler`). So a sample costs a few hashes
-wherever in the run it lies, nothing is remembered, and ranks and world sizes do not matter.
+gets exactly `counts[k]` of them, at places that a keyed permutation chooses, and shows its own
+scans in passes as a single archive does (see `sampler`). So a sample costs a few hashes wherever in
+the run it lies, nothing is remembered, and ranks and world sizes do not matter.
 """
 
 from __future__ import annotations

@@ -64,7 +64,7 @@ class Foreground:
             f"# {VOXELS_PER_SCAN} {kind} of each of {self.scans} scans",
         ]
         if self.empty:
-            lines.append(f"# {self.empty} scans without such voxels were passed over")
+            lines.append(f"# {self.empty} scans without such voxels were skipped")
         lines += [
             f"# published: {published.clip_low:g} to {published.clip_high:g}, mean "
             f"{published.mean:.2f}, std {published.std:.2f}; weights of another contract do not "

@@ -69,7 +69,7 @@ def test_with_labels_each_labelled_scan_counts_the_same(tmp_path: Path) -> None:
     assert found.mean == pytest.approx((few.mean() + many.mean()) / 2, abs=3)
     assert (found.scans, found.empty, found.by_labels) == (2, 1, True)
     lines = found.lines("store")
-    assert "# 1 scans without such voxels were passed over" in lines
+    assert "# 1 scans without such voxels were skipped" in lines
     contract = from_dict(HUContract, yaml.safe_load("\n".join(lines))["contract"], "printed")
     assert contract == found.contract()
 

@@ -321,16 +321,16 @@ def test_scans_that_do_not_fit_are_refused_by_an_estimate_before_most_are_packed
         extra.append(row_of(f"t{i:02d}", hu_ZYX))
     manifest = replace(manifest, rows=(*manifest.rows, *extra))
     voxels = sum(hu_ZYX.nbytes for hu_ZYX in scans) + more * 2 * int(np.prod(shape_ZYX))
-    said: list[str] = []
+    printed_lines: list[str] = []
 
     def packed_with(free: int) -> int:
         usage = shutil.disk_usage(tmp_path)._replace(free=free)
         monkeypatch.setattr(free_space.shutil, "disk_usage", lambda _: usage)
-        return len(pack(manifest, tmp_path / f"out{free}", say=said.append).packed)
+        return len(pack(manifest, tmp_path / f"out{free}", say=printed_lines.append).packed)
 
-    assert packed_with(voxels) == 40 and "40 scans to pack" in said[-1]
+    assert packed_with(voxels) == 40 and "40 scans to pack" in printed_lines[-1]
     # the noise of these scans packs to about two thirds: enough here, though not uncompressed
-    assert packed_with(int(0.95 * voxels)) == 40 and "packed first" in said[-1]
+    assert packed_with(int(0.95 * voxels)) == 40 and "packed first" in printed_lines[-1]
     free = int(0.3 * voxels)
     with pytest.raises(UserError, match=r"no space .* about .* GB .*% of the voxels.*packed first"):
         packed_with(free)
