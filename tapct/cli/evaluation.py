@@ -362,7 +362,9 @@ def only_for_cvpr26(form: str, options: Mapping[str, object]) -> None:
     )
 )
 def report(
-    run_folders: Annotated[list[Path], typer.Argument(metavar="RUN", help="run folders")],
+    run_folders: Annotated[
+        list[Path], typer.Argument(metavar="RUN", help="run folders, e.g. runs/mine")
+    ],
     out: Annotated[
         Path | None,
         typer.Option(
