@@ -395,7 +395,10 @@ def embed(
 def report(
     run_folders: Annotated[
         list[Path],
-        typer.Argument(metavar="RUN", help="run folders, or one manifest or store of an archive"),
+        typer.Argument(
+            metavar="RUN",
+            help="run folders, e.g. runs/mine; or one manifest or store of an archive",
+        ),
     ],
     out: Annotated[
         Path | None,
