@@ -63,7 +63,7 @@ def leave(
     path = os.environ.get(MARK)
     if not path:
         return
-    text = end
+    text: str = end
     if why:
         text += f"\n{','.join(sorted(set(nodes))) or UNKNOWN}\n{single_line(why, MOST_CHARACTERS)}"
     with contextlib.suppress(FileExistsError), open(path, "x", encoding="utf-8") as file:

@@ -64,7 +64,8 @@ def divided(words: Sequence[str]) -> tuple[list[str], list[str]]:
     Returns:
         Overrides, and arguments for `sweep.product`.
     """
-    common, axes = [], []
+    common: list[str] = []
+    axes: list[str] = []
     for word in words:
         _, _, listed = word.partition("=")
         (axes if len(sweep.split_outside(listed, ",")) > 1 else common).append(word)

@@ -123,7 +123,7 @@ def parse(text: str, option: str) -> Selection:
             warnings.simplefilter("ignore", SyntaxWarning)  # the parser below refuses it by name
             tree = ast.parse(text.strip(), mode="eval").body
         parser = _Parser(option, text.strip())
-        parts = tree.values if _is_and(tree) else [tree]
+        parts = tree.values if isinstance(tree, ast.BoolOp) and _is_and(tree) else [tree]
         conditions = []
         for part in parts:
             expression, kind = parser.value(part)

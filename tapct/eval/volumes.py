@@ -109,7 +109,7 @@ class ScanVolume:
 
     def write(self, path: Path) -> None:
         """Write the file, whole or not at all; its folder is made if it is missing."""
-        arrays = {"levels": self.levels_ZYX, "body": self.body_ZYX}
+        arrays: dict[str, Any] = {"levels": self.levels_ZYX, "body": self.body_ZYX}
         labels, features = [], []
         for number, (one, organs) in enumerate(zip(self.labels, self.organs, strict=True)):
             arrays[f"labels_{number}"] = one.classes_ZYX

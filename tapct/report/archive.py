@@ -258,7 +258,7 @@ def section_of_patients(accepted: pa.Table, refused: pa.Table) -> str:
             "number of patients by their number of scans",
         )
     ]
-    rules = Counter(accepted.column("patient_from").to_pylist())
+    rules = Counter(map(str, accepted.column("patient_from").to_pylist()))
     charts.append(
         chart(
             "How patients were identified",
@@ -311,8 +311,8 @@ def section_of_distributions(accepted: pa.Table) -> str:
         if unknown:
             rows.append(("unknown", unknown))
         charts.append(chart(title, bars(rows)))
-    for title, unit, values in measures(accepted):
-        charts.append(histogram(title, unit, values))
+    for title, unit, measured in measures(accepted):
+        charts.append(histogram(title, unit, measured))
     return f"<h2>Accepted scans</h2><div class='charts'>{''.join(charts)}</div>"
 
 

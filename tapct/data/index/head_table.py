@@ -162,7 +162,7 @@ def heads_in(table: pyarrow.Table, root: Path) -> Iterator[tuple[bytes, int, Hea
     shared: dict[Any, Any] = {}  # most slices have equal numbers and texts
     for i in order:
         row = {name: values[i] for name, values in columns.items()}
-        problems = {name: _problem(row, name) for name in _PROBLEMS}
+        problems: dict[str, Any] = {name: _problem(row, name) for name in _PROBLEMS}
         head = Head(
             path=root / os.fsdecode(paths[i]),
             **{name: shared.setdefault(row[name], row[name]) for name in (*_WORDS, "derived")},

@@ -303,8 +303,8 @@ def _named(entries: Entries, folder: Path, names: frozenset[str]) -> Entries:
     if chosen & set(others):
         chosen |= set(others)
     kept = [(n, s) for n, s in zip(entries.files, entries.stamps) if n in chosen]
-    files, stamps = ([item[k] for item in kept] for k in (0, 1))
-    return replace(entries, files=tuple(files), stamps=tuple(stamps), passed_over=Counter())
+    files, stamps = tuple(name for name, _ in kept), tuple(stamp for _, stamp in kept)
+    return replace(entries, files=files, stamps=stamps, passed_over=Counter())
 
 
 def _file_key(place: bytes, name: str, stamp: Stamp) -> bytes:

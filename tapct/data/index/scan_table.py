@@ -71,7 +71,7 @@ def row_of_scan(scan: Examined) -> dict[str, Any]:
 
 def scan_of_row(row: Mapping[str, Any]) -> Examined:
     """The scan of a row, which has neither path nor labels."""
-    fields = {
+    fields: dict[str, Any] = {
         field.name: tuple(row[field.name]) if "tuple" in str(field.type) else row[field.name]
         for field in _OF_SCAN
     }
