@@ -136,7 +136,7 @@ def test_the_paths_of_a_run_exist(run: Path) -> None:
     for place in (*whole, CheckpointFolder(folder.checkpoints.finished()[-1])):
         assert place.path.is_dir()
         for name, path in paths_of(place).items():
-            absent = {"wandb", "wandb_run_id", "jobs", "code", "lease"}
+            absent = {"wandb", "wandb_run_id", "jobs", "code", "lease", "submitting"}
             if isinstance(place, EvaluationFolder):
                 absent |= {"meta", "teacher", "log", "predictions"}
             assert path.exists() == (name not in absent), path

@@ -44,6 +44,8 @@ These other places depend on SLURM as well, and have to be changed:
   (`restarts`), ranks per node (`per_node`) and the address at which the ranks meet (`rendezvous`,
   `first_host`). PLACE_VARIABLES lists the variables that a child process must not inherit.
 - `base/lease.py` reads SLURM_JOB_ID, so that a requeued job takes over its run folder at once.
+- `base/launcher.py` reads the number of tasks of the job, to notice that srun was forgotten.
+- `run/provenance.py` reads job and nodes, for run.json.
 - `engine/stop.py` reads SLURM_JOB_END_TIME, the time at which the job ends.
 - `run/background_eval.py` calls sbatch from inside a job to evaluate during
   training. It lies below this folder in the order of imports, so it uses none of these functions.
