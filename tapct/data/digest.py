@@ -108,4 +108,4 @@ def _content(column: pa.Array) -> memoryview | bytes:
     if not (pa.types.is_integer(column.type) or pa.types.is_floating(column.type)):
         raise ValueError(f"a column holds {column.type}")
     numbers = column.to_numpy(zero_copy_only=False)
-    return memoryview(np.ascontiguousarray(numbers, np.float64)).cast("B")
+    return np.ascontiguousarray(numbers, np.float64).data.cast("B")

@@ -13,6 +13,8 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import accumulate
 
+import numpy as np
+
 from tapct.base import rng
 from tapct.base.exits import UserError
 from tapct.data.loading.sampler import permute, scan_of
@@ -35,7 +37,10 @@ class Mixture:
     """
 
     def __init__(
-        self, names: Sequence[str], rows: Sequence[Sequence[int]], weights: Sequence[float]
+        self,
+        names: Sequence[str],
+        rows: Sequence[Sequence[int] | np.ndarray],
+        weights: Sequence[float],
     ) -> None:
         assert len(names) == len(rows) == len(weights) and all(len(some) for some in rows)
         self.names, self.rows = tuple(names), tuple(rows)

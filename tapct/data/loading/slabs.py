@@ -21,7 +21,7 @@ from tapct.data.packed.store_group import AnyStore
 from tapct.types import AIR_HU, Batch
 
 # rows of the store that are drawn from, of several archives with the share of each; None for all
-Rows: TypeAlias = Sequence[int] | Mixture | None
+Rows: TypeAlias = Sequence[int] | np.ndarray | Mixture | None
 
 
 @dataclass(frozen=True)
