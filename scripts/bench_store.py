@@ -134,10 +134,10 @@ def measure(folder: Path, rounds: int) -> dict[str, Any]:
     slab_ZYX = np.empty((DEPTH, *SHAPE_ZYX[1:]), np.int16)
 
     def of_nibabel(z0: int) -> np.ndarray:
-        return np.asarray(nibabel.load(file).dataobj)[:, :, z0 : z0 + DEPTH]
+        return np.asarray(nibabel.Nifti1Image.from_filename(file).dataobj)[:, :, z0 : z0 + DEPTH]
 
     def slice_of_nibabel(z0: int) -> np.ndarray:
-        return np.asarray(nibabel.load(file).dataobj[:, :, z0 : z0 + DEPTH])
+        return np.asarray(nibabel.Nifti1Image.from_filename(file).dataobj[:, :, z0 : z0 + DEPTH])
 
     def of_simpleitk(z0: int) -> np.ndarray:
         whole = SimpleITK.GetArrayViewFromImage(SimpleITK.ReadImage(str(file)))

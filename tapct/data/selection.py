@@ -123,7 +123,9 @@ def parse(text: str, option: str) -> Selection:
             warnings.simplefilter("ignore", SyntaxWarning)  # the parser below refuses it by name
             tree = ast.parse(text.strip(), mode="eval").body
         parser = _Parser(option, text.strip())
-        parts = tree.values if isinstance(tree, ast.BoolOp) and _is_and(tree) else [tree]
+        parts = [tree]
+        if isinstance(tree, ast.BoolOp) and isinstance(tree.op, ast.And):
+            parts = tree.values
         conditions = []
         for part in parts:
             expression, kind = parser.value(part)
@@ -335,10 +337,6 @@ def _mask(table: pa.Table, expression: pc.Expression) -> pa.Array:
         ]
     ).to_table(use_threads=False)
     return pc.fill_null(projected.column("chosen"), False).combine_chunks()
-
-
-def _is_and(node: ast.expr) -> bool:
-    return isinstance(node, ast.BoolOp) and isinstance(node.op, ast.And)
 
 
 def _short(text: str) -> str:

@@ -262,7 +262,10 @@ def section_of_patients(accepted: pa.Table, refused: pa.Table) -> str:
     charts.append(
         chart(
             "How patients were identified",
-            bars((EXPLAINED.get(rule, rule), number) for rule, number in rules.most_common()),
+            bars(
+                (EXPLAINED.get(rule or "", str(rule)), number)
+                for rule, number in rules.most_common()
+            ),
             "guesses need a check: --patient-regex or --patient-column" if rules["guess"] else "",
         )
     )
@@ -298,10 +301,10 @@ def section_of_distributions(accepted: pa.Table) -> str:
     """Bars of categories and histograms of numbers of the accepted scans."""
     charts = []
     for column, title in CATEGORIES.items():
-        values = category(accepted, column)
-        if values is None:
+        found = category(accepted, column)
+        if found is None:
             continue
-        counts = Counter(values)
+        counts = Counter(found)
         unknown = counts.pop("", 0)
         shown = counts.most_common(MOST_BARS)
         if column == "year":
