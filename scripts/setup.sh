@@ -40,8 +40,8 @@ if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
     "$python" -m venv .venv
 fi
 echo "installing tapct into .venv (some minutes the first time) ..."
-# Two thirds of the processor time of pip are compiling of modules that nobody imports: Python
-# compiles a module at its first import, the import below most of those that tapct needs.
+# pip would compile all 17,000 modules of these packages, though few are ever imported. Python
+# compiles a module at its first import; the last line imports most of those that tapct needs.
 .venv/bin/python -m pip install -q --disable-pip-version-check --no-compile -c constraints.txt \
     -e ".${extra:+[$extra]}"
 .venv/bin/python -c 'import tapct.run.pretrain, tapct.run.finished'
