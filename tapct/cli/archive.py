@@ -13,7 +13,7 @@ from tapct.cli.app import app, examples
 
 @app.command(
     epilog=examples(
-        "tapct contract data/store > contract.yaml",
+        "tapct contract data/store",
         "tapct contract data/store --scans 100",
     )
 )
@@ -26,7 +26,7 @@ def contract(
         typer.Option(metavar="N", help="scans that are read, spread evenly over the store", min=1),
     ] = 500,
 ) -> None:
-    """Print an HU contract with the window and the statistics of an archive's own voxels.
+    """Print an HU contract made of an archive's own voxels.
 
     The rule is nnU-Net's: percentiles 0.5 and 99.5, mean and standard deviation of foreground
     voxels. The output is a part of a config; the published contract is the default.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import enum
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -38,13 +37,6 @@ Memory = Annotated[
         show_default="80% of the machine's or the job's",
     ),
 ]
-
-
-class Codec(enum.Enum):
-    """How packed scans are compressed."""
-
-    zstd = "zstd"
-    lz4 = "lz4"
 
 
 def limits_of(timeout: float, memory_gb: float | None) -> ScanLimits:
@@ -366,11 +358,12 @@ def pack(
         ),
     ] = 1,
     codec: Annotated[
-        Codec,
+        str,
         typer.Option(
+            metavar="NAME",
             help="zstd, or lz4 for files that are about a fifth larger and faster to read",
         ),
-    ] = Codec.zstd,
+    ] = "zstd",
     verify: Annotated[
         bool,
         typer.Option(
@@ -430,7 +423,7 @@ def pack(
                 out,
                 workers=max(1, workers),
                 level=level,
-                codec=codec.value,
+                codec=codec,
                 say=console.say_line,
                 again=again,
                 drop_missing=drop_missing,
