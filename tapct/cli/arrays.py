@@ -75,7 +75,8 @@ def submit_array(
         qos=qos,
         constraint=constraint,
     )
-    if words[0] in ("index", "pack") and cpus_per_task and "--workers" not in words:
+    has_workers = any(word.partition("=")[0] == "--workers" for word in words)
+    if words[0] in ("index", "pack") and cpus_per_task and not has_workers:
         words = [*words, "--workers", str(cpus_per_task)]
     if dry_run:
         print(arrays.preview(words, resources))
