@@ -55,7 +55,8 @@ class PlannedRuns:
     @property
     def data(self) -> tuple[str, ...]:
         """Stores of the runs."""
-        return tuple(sorted({str(run.value.data.store.absolute()) for run in self.runs}))
+        stores = {str(store.absolute()) for run in self.runs for store in run.value.data.folders}
+        return tuple(sorted(stores))
 
     @property
     def job_name(self) -> str:
