@@ -84,4 +84,4 @@ def submit_array(
     submitted = arrays.submit_arrays(words, resources)
     for array in submitted.arrays:
         console.say(f"array {array}: tapct {words[0]}, {parts} parts")
-    console.say(f"job {submitted.last}: the rest, and the end; logs in {submitted.logs}")
+    console.say(f"job {submitted.last}: does what is left and finishes; logs in {submitted.logs}")

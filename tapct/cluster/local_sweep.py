@@ -83,10 +83,11 @@ def check_runs(planned: PlannedRuns) -> list[str]:
     warnings: dict[str, None] = {}
     for run in planned.runs:
         warnings.update(dict.fromkeys(check(run).warnings, None))
-        holder = lease.living_holder(RunFolder(run.value.out).lease)
+    holders = lease.living_holders([RunFolder(folder).lease for folder in planned.folders])
+    for folder, holder in zip(planned.folders, holders, strict=True):
         if holder is not None:
             raise UserError(
-                f"{run.value.out} is being written by another process ({holder.described()}); wait "
+                f"{folder} is being written by another process ({holder.described()}); wait "
                 "for it, end it, or choose another out="
             )
     return list(warnings)

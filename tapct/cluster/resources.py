@@ -111,8 +111,8 @@ class Resources:
             )
         if self.container_with not in CONTAINERS and "{image}" not in self.container_with:
             raise UserError(
-                f"--container-with {self.container_with!r} is none of {', '.join(CONTAINERS)}, "
-                "and no command line with {image}"
+                f"--container-with {self.container_with!r} is neither one of "
+                f"{', '.join(CONTAINERS)} nor a command line that contains {{image}}"
             )
 
     @property

@@ -111,6 +111,10 @@ def test_a_doubtful_setting_gives_a_warning_beside_the_script(config: Path, shel
     assert "without --cpus-per-task" in line and "add --cpus-per-task 4" in line
     (line,) = warned("--cpus-per-task", "2", "device=auto")
     assert line.startswith("warning: the job requests no GPU") and "--gpus-per-node" in line
+    gpus = ("--cpus-per-task", "2", "device=auto", "--sbatch", "--gpus=4")
+    (line,) = warned(*gpus)
+    assert "each node gets one process" in line and "--tasks-per-node" in line
+    assert warned(*gpus, "--tasks-per-node", "4") == []
     (line,) = warned("--cpus-per-task", "2", "--gpus-per-node", "2")
     assert line.startswith("warning: device=cpu leaves the GPUs")
     (line,) = warned("--cpus-per-task", "2", "data.loader.workers=2")
