@@ -233,6 +233,20 @@ def test_a_table_of_scans_has_paths_ids_and_labels(
     assert "the same case ID x" in shell.bad(*words, tmp_path / "x")
 
 
+def test_a_corrected_label_needs_no_new_vector(
+    place: Path, tmp_path: Path, shell: Shell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table, out = tmp_path / "scans.csv", tmp_path / "v"
+    words = ("embed", place / "model", table, "--root", place / "images", "--scan", "--out", out)
+    table.write_text("path,id,label\na1.nii.gz,x,ill\nsub1/b2.nii.gz,y,well\n")
+    shell.good(*words)
+    before = rows(out)
+    table.write_text("path,id,label\na1.nii.gz,x,well\nsub1/b2.nii.gz,y,well\n")
+    monkeypatch.setattr(vector_table, "vector_of", None)  # nothing is computed
+    assert "2 vectors" in shell.good(*words)
+    assert rows(out) == [{**before[0], "label": "well"}, before[1]]
+
+
 def test_equal_file_names_get_the_names_of_their_folders(
     place: Path, tmp_path: Path, shell: Shell
 ) -> None:
