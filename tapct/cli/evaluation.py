@@ -323,7 +323,7 @@ def embed(
     part: Part = None,
     custom_code: CustomCode = False,
 ) -> None:
-    """Compute dense features or one vector of a scan, or of each of many.
+    """Compute dense features or one vector of each scan.
 
     Repeat an interrupted command to compute what is missing. If some scans have no result, because
     they cannot be read for example, they are named, the others are written, and the exit code is 4.
