@@ -445,7 +445,10 @@ def test_the_line_printed_at_a_stop_resumes(
     assert code == 0 and without_warnings(err) == []
     assert "stopped by SIGTERM and saved at step 3" in out
     again = shlex.split(out.splitlines()[-1].partition("resume with: ")[2])
-    assert "resuming from" in shell.good(*again[1:])
+    assert "shows whether it learns" not in out
+    finished = shell.good(*again[1:])
+    assert "resuming from" in finished
+    assert finished.splitlines()[-1].startswith(f"trained: {tmp_path}/run; `tapct report ")
     assert [row["step"] for row in numbers_of(tmp_path / "run")] == [1, 2, 3, 4, 5]
     assert "nothing to train" in shell.good(*again[1:])
 
