@@ -66,8 +66,16 @@ def leave(
     text: str = end
     if why:
         text += f"\n{','.join(sorted(set(nodes))) or UNKNOWN}\n{single_line(why, MOST_CHARACTERS)}"
-    with contextlib.suppress(FileExistsError), open(path, "x", encoding="utf-8") as file:
-        file.write(text)
+    try:
+        with open(path, "x", encoding="utf-8") as file:
+            file.write(text)
+    except FileExistsError:
+        pass
+    except OSError as error:
+        # the process must still end; the batch script then decides by the exit code
+        line = f"cannot write {path}: {error.strerror or error}\n".encode()
+        with contextlib.suppress(OSError):
+            os.write(2, line)  # no buffer: a signal handler calls this function as well
 
 
 def leave_error(error: BaseException) -> Literal["failed", "lost"]:

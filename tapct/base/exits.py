@@ -9,7 +9,7 @@
 | 4 | `tapct pack` has packed what it can; accepted scans or their labels are missing or changed; or
       `tapct embed` has no result of some scans |
 | 130 | interrupted by Ctrl-C |
-| 143 | `tapct index`, `pack`, `phantom` or `embed` was ended by SIGTERM |
+| 143 | `tapct index`, `pack`, `phantom`, `embed` or `sweep` was ended by SIGTERM |
 """
 
 from __future__ import annotations

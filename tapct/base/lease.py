@@ -30,7 +30,8 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -359,6 +360,20 @@ def living_holder(path: Path, patience_s: float = 2 * BEAT_S + 2.0) -> Holder | 
         if now.content != seen.content:
             return now.holder
     return None
+
+
+def living_holders(paths: Sequence[Path]) -> list[Holder | None]:
+    """`living_holder` of several folders, at the same time: each may take seconds.
+
+    Args:
+        paths: files of the leases.
+    Raises:
+        OSError: a folder cannot be read.
+    """
+    if not paths:
+        return []
+    with ThreadPoolExecutor(min(len(paths), 64)) as pool:
+        return list(pool.map(living_holder, paths))
 
 
 def this_process(environment: Mapping[str, str]) -> Holder:

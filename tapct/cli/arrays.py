@@ -75,7 +75,8 @@ def submit_array(
         qos=qos,
         constraint=constraint,
     )
-    if words[0] in ("index", "pack") and cpus_per_task and "--workers" not in words:
+    has_workers = any(word.partition("=")[0] == "--workers" for word in words)
+    if words[0] in ("index", "pack") and cpus_per_task and not has_workers:
         words = [*words, "--workers", str(cpus_per_task)]
     if dry_run:
         print(arrays.preview(words, resources))
@@ -83,4 +84,4 @@ def submit_array(
     submitted = arrays.submit_arrays(words, resources)
     for array in submitted.arrays:
         console.say(f"array {array}: tapct {words[0]}, {parts} parts")
-    console.say(f"job {submitted.last}: the rest, and the end; logs in {submitted.logs}")
+    console.say(f"job {submitted.last}: does what is left and finishes; logs in {submitted.logs}")

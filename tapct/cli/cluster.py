@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tapct.base import console
+from tapct.base import console, signals
 from tapct.base.exits import UserError
 from tapct.cli import submit_options as option
 from tapct.cli.app import ConfigFile, Overrides, app, examples
@@ -183,7 +183,8 @@ def sweep(
         for folder in planned.folders:
             console.say(str(folder))
         return
-    outcomes = local_sweep.train_all(planned, parallel)
+    with signals.leaving_at_sigterm():
+        outcomes = local_sweep.train_all(planned, parallel)
     console.console().print(local_sweep.result_table(local_sweep.ranked(planned.folders)))
     for line in local_sweep.lines_about(planned, outcomes):
         console.say(line)

@@ -110,6 +110,7 @@ def phantom(
     )
 )
 def index(
+    context: typer.Context,
     sources: Annotated[
         list[Path],
         typer.Argument(
@@ -270,8 +271,11 @@ def index(
 
         if len(sources) != 1:
             raise exits.UserError("--select reads one manifest; give one path in place of SRC")
+        _check_alone(context, "--select", {"sources", "out", "select", "report", "workers"})
         for line in write_selected(sources[0], out, select):
             console.say_line(line)
+        if report is not None:
+            _write_report(out, report, workers)
         return
     if fresh and older is not None:
         raise exits.UserError("--fresh forgets the patients that --older names; give one of them")
@@ -318,12 +322,34 @@ def index(
     for line in lines_about(manifest, out, min_depth):
         console.say_line(line)
     if report is not None:
-        from tapct.report import archive
-
-        with signals.leaving_at_sigterm(), console.progress_bar("report") as progress:
-            written = archive.write(out, report, workers=max(1, workers), progress=progress)
-        console.say_line(f"report: {written}")
+        _write_report(out, report, workers)
     check_usable(manifest, labels)
+
+
+def _check_alone(context: typer.Context, option: str, allowed: Collection[str]) -> None:
+    """Refuse options that have no effect beside another one.
+
+    Args:
+        context: context of the command.
+        option: option that excludes them.
+        allowed: names of the parameters that may be given with it.
+    Raises:
+        UserError: one of the others was given.
+    """
+    for parameter in context.command.params:
+        name = str(parameter.name)
+        source = str(context.get_parameter_source(name))
+        if name not in allowed and source.endswith("COMMANDLINE"):
+            raise exits.UserError(f"{parameter.opts[0]} has no effect with {option}; leave it out")
+
+
+def _write_report(manifest_file: Path, out: Path, workers: int) -> None:
+    """Write the page about an archive and print its place."""
+    from tapct.report import archive
+
+    with signals.leaving_at_sigterm(), console.progress_bar("report") as progress:
+        written = archive.write(manifest_file, out, workers=max(1, workers), progress=progress)
+    console.say_line(f"report: {written}")
 
 
 @app.command(

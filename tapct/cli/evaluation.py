@@ -437,9 +437,9 @@ def report(
     from tapct.report.watch import watch as write_again
 
     if any(archive.is_archive(path) for path in run_folders):
-        if len(run_folders) > 1 or watch:
+        if len(run_folders) > 1 or watch or data:
             raise exits.UserError(
-                "the report of an archive takes one manifest or store, without --watch"
+                "the report of an archive takes one manifest or store, without --watch and --data"
             )
         with signals.leaving_at_sigterm(), console.progress_bar("report") as bar:
             written = archive.write(run_folders[0], out, workers=1, progress=bar)

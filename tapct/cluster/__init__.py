@@ -7,6 +7,7 @@
     resources.py       what a job requests: time limit, nodes, GPUs, memory
     sbatch_options.py  options of sbatch that are passed on
     site.py            defaults of a cluster, from a file
+    arrays.py          index, pack, embed and eval as arrays of jobs, each of which does one part
     task.py            what each task of a job does: it trains, and leaves how it ended
     jobs.py            finds submitted runs, reads their progress, cancels their jobs
     slurm.py           SLURM's time and memory formats, its queue, cancelling
@@ -26,7 +27,9 @@ in `restarts.py`. Another scheduler, PBS for example, needs files with the same 
     script.submit_tasks          submit.submit_runs  submits one job or one array, returns ids
 
 `jobs.py` also imports the type `slurm.QueuedJob` (one job in the queue), and `submit.py` the type
-`script.JobFolders` (the folders of a job). `cli/cluster.py` calls read_queue too, for `tapct jobs`.
+`script.JobFolders` (the folders of a job). `arrays.py` writes its own jobs, and `cli/arrays.py`
+reads their time limit and memory with `slurm`. `cli/cluster.py` calls read_queue too, for `tapct
+jobs`.
 `script.py` uses submitit's SlurmExecutor, which knows no other scheduler.
 
 The batch script must start `task.run_task` once per rank, export TAPCT_MARK, and decide by that

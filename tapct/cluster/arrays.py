@@ -26,9 +26,11 @@ from typing import Any
 from submitit import SlurmExecutor
 from submitit.core.utils import DelayedSubmission, FailedJobError, FailedSubmissionError
 
+from tapct.base import console
 from tapct.base.exits import UserError
 from tapct.cluster import slurm
 from tapct.cluster.folders import make_new_folder
+from tapct.cluster.script import outside_of_jobs
 from tapct.cluster.snapshot import copy_package, snapshot_name
 from tapct.run_folder import RunFolder
 
@@ -92,6 +94,16 @@ def check_words(words: Sequence[str]) -> None:
         raise UserError("tapct submit gives --part to each element; leave it out")
     if words[0] != "eval" and _out_of(words) is None:
         raise UserError(f"tapct submit {words[0]} needs --out, where all elements write")
+    if _out_of(words) is None and (len(words) < 2 or words[1].startswith("-")):
+        raise UserError(
+            "tapct submit eval needs the model behind eval, before its options, e.g. tapct submit "
+            "eval runs/mine"
+        )
+    if "%" in str(job_folder(words)):
+        raise UserError(
+            f"{job_folder(words)}: SLURM would replace the % in the names of its log files; choose "
+            "a folder without %"
+        )
 
 
 def _out_of(words: Sequence[str]) -> str | None:
@@ -166,6 +178,8 @@ def submit_arrays(words: Sequence[str], resources: ArrayResources) -> SubmittedA
         start_in, command = str(Path.cwd()), list(words)
         parts = [f"{number}/{resources.parts}" for number in range(1, resources.parts + 1)]
         arrays: list[str] = []
+        # called before the code and pickles are removed, without which the arrays would fail
+        undo.callback(_cancel, arrays)
         for _ in range(ROUNDS[words[0]]):
             executor = _executor(SlurmExecutor, words, resources, logs, code, arrays)
             jobs = _submitted(executor, [(command, start_in, part) for part in parts])
@@ -174,6 +188,15 @@ def submit_arrays(words: Sequence[str], resources: ArrayResources) -> SubmittedA
         (last,) = _submitted(executor, [(command, start_in, "")])
         undo.pop_all()
     return SubmittedArrays(tuple(arrays), last, logs)
+
+
+def _cancel(jobs: Sequence[str]) -> None:
+    """Cancel arrays whose last job could not be submitted."""
+    if jobs:
+        try:
+            slurm.cancel_ids(jobs)
+        except UserError as error:
+            console.warn(f"{error}; cancel them by hand: scancel {' '.join(jobs)}")
 
 
 def preview(words: Sequence[str], resources: ArrayResources) -> str:
@@ -197,7 +220,8 @@ class _WithoutSlurm(SlurmExecutor):
 def _submitted(executor: SlurmExecutor, arguments: Sequence[tuple[Any, ...]]) -> list[str]:
     """Submit an element with each of these arguments; ids of the jobs."""
     try:
-        with contextlib.redirect_stderr(io.StringIO()):  # submitit prints what it raises
+        # submitit prints what it raises
+        with contextlib.redirect_stderr(io.StringIO()), outside_of_jobs():
             jobs = executor.map_array(Element(), *zip(*arguments, strict=True))
     except (FailedJobError, FailedSubmissionError) as error:
         raise UserError(
@@ -233,7 +257,8 @@ def _executor(
         **{"qos": resources.qos, "constraint": resources.constraint},
     }
     executor = kind(logs)
-    srun = [f"--chdir={code}"]
+    # at sites with --export=NONE the elements would not get the PYTHONPATH that is exported here
+    srun = ["--export=ALL", f"--chdir={code}"]
     if resources.cpus_per_task:
         srun.append(f"--cpus-per-task={resources.cpus_per_task}")
     executor.update_parameters(

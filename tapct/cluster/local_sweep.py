@@ -83,10 +83,11 @@ def check_runs(planned: PlannedRuns) -> list[str]:
     warnings: dict[str, None] = {}
     for run in planned.runs:
         warnings.update(dict.fromkeys(check(run).warnings, None))
-        holder = lease.living_holder(RunFolder(run.value.out).lease)
+    holders = lease.living_holders([RunFolder(folder).lease for folder in planned.folders])
+    for folder, holder in zip(planned.folders, holders, strict=True):
         if holder is not None:
             raise UserError(
-                f"{run.value.out} is being written by another process ({holder.described()}); wait "
+                f"{folder} is being written by another process ({holder.described()}); wait "
                 "for it, end it, or choose another out="
             )
     return list(warnings)
@@ -97,7 +98,8 @@ def train_all(
 ) -> list[RunEnd]:
     """Train all runs, some at a time; a run that fails does not stop the others.
 
-    At Ctrl-C or SIGTERM, the runs save and end, and no further one starts.
+    At Ctrl-C, or at SIGTERM within `signals.leaving_at_sigterm`, the runs save and end, and no
+    further one starts.
 
     Args:
         planned: runs, each of which `check_runs` has accepted.
@@ -113,6 +115,7 @@ def train_all(
     for place in range(parallel):
         places.put(place)
     over = threading.Event()
+    starting = threading.Lock()  # held while a run starts, so that none starts unseen at the end
     running: set[subprocess.Popen[bytes]] = set()
 
     def train_one(number: int) -> RunEnd:
@@ -129,16 +132,19 @@ def train_all(
             command = [sys.executable, "-m", "tapct", "train", str(JobFolder(folder).config)]
             say(f"run {number + 1} of {len(planned.runs)}: {run.value.out}, log in {log}")
             with log.open("wb") as out:
-                # of a session of its own: Ctrl-C reaches it through this process alone
-                process = subprocess.Popen(
-                    command,
-                    stdout=out,
-                    stderr=subprocess.STDOUT,
-                    stdin=subprocess.DEVNULL,
-                    env=environment_of(os.environ, place, parallel),
-                    start_new_session=True,
-                )
-                running.add(process)
+                with starting:
+                    if over.is_set():
+                        return RunEnd(run.value.out, -signal.SIGINT, "not started")
+                    # of a session of its own: Ctrl-C reaches it through this process alone
+                    process = subprocess.Popen(
+                        command,
+                        stdout=out,
+                        stderr=subprocess.STDOUT,
+                        stdin=subprocess.DEVNULL,
+                        env=environment_of(os.environ, place, parallel),
+                        start_new_session=True,
+                    )
+                    running.add(process)
                 code = process.wait()
                 running.discard(process)
             why = "" if code == 0 else last_error(log)
@@ -153,12 +159,14 @@ def train_all(
         try:
             return [task.result() for task in tasks]
         except BaseException:
-            over.set()
-            for process in list(running):
+            with starting:
+                over.set()
+                started = list(running)
+            for process in started:
                 with contextlib.suppress(ProcessLookupError):
                     process.send_signal(signal.SIGTERM)
             until = time.monotonic() + STOP_SECONDS
-            for process in list(running):
+            for process in started:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(max(0.0, until - time.monotonic()))
                 if process.poll() is None:

@@ -58,8 +58,8 @@ class Resources:
         max_idle_restarts: requeues in a row without a new checkpoint after which it gives up.
         max_failures: as `max_idle_restarts`, for starts that were lost to a fault of a machine.
     Raises:
-        UserError: the grace leaves no time to train, there are more tasks than GPUs, or an option
-            is given twice or is not one of sbatch.
+        UserError: there is no node or no grace, the grace leaves no time to train, there are more
+            tasks than GPUs, or an option is given twice or is not one of sbatch.
     """
 
     minutes: int
@@ -95,6 +95,10 @@ class Resources:
     max_failures: int = 10
 
     def __post_init__(self) -> None:
+        # the command line refuses these; a file of the site can hold them
+        for name, value in (("nodes", self.nodes), ("grace", self.grace_seconds)):
+            if value < 1:
+                raise UserError(f"--{name} {value}: must be 1 or more")
         if self.grace_seconds >= self.minutes * 60:
             raise UserError(
                 f"--grace {self.grace_seconds} s is not less than --time, {self.minutes} min: no "
@@ -107,8 +111,8 @@ class Resources:
             )
         if self.container_with not in CONTAINERS and "{image}" not in self.container_with:
             raise UserError(
-                f"--container-with {self.container_with!r} is none of {', '.join(CONTAINERS)}, "
-                "and no command line with {image}"
+                f"--container-with {self.container_with!r} is neither one of "
+                f"{', '.join(CONTAINERS)} nor a command line that contains {{image}}"
             )
 
     @property

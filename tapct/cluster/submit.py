@@ -55,7 +55,8 @@ class PlannedRuns:
     @property
     def data(self) -> tuple[str, ...]:
         """Stores of the runs."""
-        return tuple(sorted({str(run.value.data.store.absolute()) for run in self.runs}))
+        stores = {str(store.absolute()) for run in self.runs for store in run.value.data.folders}
+        return tuple(sorted(stores))
 
     @property
     def job_name(self) -> str:
@@ -125,6 +126,12 @@ def run_warnings(resolved: Resolved, resources: Resources) -> list[str]:
     lines, workers = warnings(resolved), config.data.loader.workers
     if config.device == "auto" and not resources.has_gpus:
         lines.append("the job requests no GPU and will train on the CPU; add --gpus-per-node")
+    of_job = [name for name in ("gpus", "gpus-per-socket") if name in resources.options]
+    if of_job and not resources.gpus and not resources.tasks_per_node:
+        lines.append(
+            f"--{of_job[0]} does not show how many GPUs a node has, so each node gets one process, "
+            "which uses one GPU; add --gpus-per-node or --tasks-per-node"
+        )
     if config.device == "cpu" and resources.has_gpus:
         lines.append("device=cpu leaves the GPUs of --gpus-per-node idle; set device=auto")
     cpus = str(resources.options.get("cpus-per-task", ""))
@@ -182,8 +189,8 @@ def check_no_active_job(folders: Sequence[Path], warn: Callable[[str], object]) 
                 f"cancel {folder}"
             )
     # a run of tapct train, or a job of another user on a cluster that hides it
-    for folder in folders:
-        holder = lease.living_holder(RunFolder(folder).lease)
+    holders = lease.living_holders([RunFolder(folder).lease for folder in folders])
+    for folder, holder in zip(folders, holders, strict=True):
         if holder is not None:
             raise UserError(
                 f"{folder} is being written by another process ({holder.described()}); wait for "

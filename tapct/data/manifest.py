@@ -348,12 +348,13 @@ def _checked(path: Path, table: pyarrow.Table) -> dict[str, str]:
     stored = table.schema.metadata or {}
     try:
         metadata = {key.decode(): value.decode() for key, value in stored.items()}
+        found = table.column_names
     except UnicodeDecodeError as error:
         raise damaged from error
     names = [field.name for field in dataclasses.fields(Row)]
     written = metadata.get("tapct.rows", "")
-    num = table.num_columns
-    is_known = num >= _FIRST_COLUMNS and table.column_names == names[:num]
+    num = len(found)
+    is_known = num >= _FIRST_COLUMNS and found == names[:num]
     if not written or metadata.get("tapct.schema") != SCHEMA or not is_known:
         raise UserError(
             f"{path} is not a tapct manifest of version {SCHEMA}; make it again with `tapct index`"

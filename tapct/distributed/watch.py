@@ -199,12 +199,14 @@ class Watch:
         shortest_s = min(self.config.timeout_s, self.config.save_timeout_s)
         while not self.over.wait(min(shortest_s / 4, LONGEST_SLEEP_S)):
             if time.monotonic() > self.until:
-                waited_s = time.monotonic() - self.since
-                behind = self.who_is_behind()
-                line = f"{self.place}: no progress for {waited_s:.0f} s; {behind.clause}"
-                ending.leave("lost", line, behind.nodes)
-                console.error(line + (NCCL_HINT if self.world.device.type == "cuda" else ""))
-                os._exit(LOST_RANK)
+                try:
+                    waited_s = time.monotonic() - self.since
+                    behind = self.who_is_behind()
+                    line = f"{self.place}: no progress for {waited_s:.0f} s; {behind.clause}"
+                    ending.leave("lost", line, behind.nodes)
+                    console.error(line + (NCCL_HINT if self.world.device.type == "cuda" else ""))
+                finally:  # whatever fails here, as a pipe that nobody reads any more
+                    os._exit(LOST_RANK)
             # last, because it waits where the store is cut off
             with suppress(dist.DistError, RuntimeError):  # `who_is_behind` reports a lost store
                 self.report(f"joined/{self.world.ranks.rank}", str(num_collectives()))

@@ -168,6 +168,7 @@ def _meet(
     patience = datetime.timedelta(seconds=meet_s)
     timeout_s = config.timeout_s + (NCCL_LATER_S if on_gpu else 0)
     address = ""
+    waiting: threading.Timer | None = None
     try:
         host, port = ranks.rendezvous(os.environ)
         address = f"{host}:{port}"
@@ -202,6 +203,9 @@ def _meet(
             f"rank {place.rank} of {place.world} could not meet the others{where}: "
             f"{str(error).splitlines()[0]}"
         ) from error
+    finally:
+        if waiting is not None:
+            waiting.cancel()
     return store
 
 

@@ -279,7 +279,7 @@ def peak_of(seen: profile) -> int:
 def speed(subject: Subject) -> Iterator[Proof]:
     """Seconds of a step, the share of the matrix-product rate, and the share of reading."""
     config = measured_config(subject)
-    store = config.data.store
+    store = config.data.folders[0]
     backend = "inductor" if compiled.decide(config.train.compile, subject.device) else ""
     has_store = (store / INDEX_NAME).is_file()
 
@@ -300,7 +300,7 @@ def speed(subject: Subject) -> Iterator[Proof]:
     )
     yield Proof("step time", "ok", text, {"seconds": step_s, "mfu": share, "gemm": rate})
     if not has_store:
-        yield Proof("share of reading", "not proven", f"data.store {store} does not exist")
+        yield Proof("share of reading", "not proven", f"the store {store} does not exist")
         return
     packed = Store(store)
     with loader.build(

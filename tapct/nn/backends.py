@@ -246,10 +246,14 @@ def varlen_kernel() -> Any:
     return varlen_attn
 
 
-@torch.compiler.assume_constant_result
 def xformers_ops() -> Any:
     """The module `xformers.ops`, or None where it cannot be imported or its kernels do not load."""
     return _find_xformers()[0]
+
+
+# This is what the decorator torch.compiler.assume_constant_result does. The decorator itself loads
+# the compiler, which would add seconds to the start of every process.
+xformers_ops._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def xformers_failure() -> str:

@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 
 from tapct.base import files
 from tapct.base.exits import UserError
-from tapct.data.manifest import ACCEPTED, REFUSED, Manifest
+from tapct.data.manifest import ACCEPTED, ARCHIVE_FILE, REFUSED, Manifest
 from tapct.data.packed import foreground
 from tapct.data.packed.foreground import Foreground
 from tapct.data.packed.scan_list import patient_numbers
@@ -59,8 +59,9 @@ EXPLAINED = {  # rule that identified the patient -> words
 
 
 def is_archive(path: Path) -> bool:
-    """Whether a path is a manifest or a store, and not a run."""
-    return path.suffix == ".parquet" or (path / INDEX_NAME).is_file()
+    """Whether a path is a manifest, the folder of one or a store, and not a run."""
+    names = (INDEX_NAME, ARCHIVE_FILE)
+    return path.suffix == ".parquet" or any((path / name).is_file() for name in names)
 
 
 def open_archive(path: Path) -> tuple[Manifest, Store | None]:
@@ -69,7 +70,8 @@ def open_archive(path: Path) -> tuple[Manifest, Store | None]:
     Raises:
         UserError: there is none, or the manifest of the store is gone.
     """
-    if path.suffix == ".parquet" and path.name != INDEX_NAME:
+    is_store = path.name == INDEX_NAME or (path / INDEX_NAME).is_file()
+    if not is_store:
         return Manifest.read(path), None
     store = Store(path if path.is_dir() else path.parent)
     manifest = store.manifest()
@@ -90,8 +92,9 @@ def write(
     """Write the page about an archive, whole or not at all.
 
     Args:
-        path: manifest or store.
-        out: HTML file to write; None writes `archive.html` beside the manifest or in the store.
+        path: manifest, folder of one (`tapct index --out FOLDER`), or store.
+        out: HTML file to write; None writes a file with the name of the manifest beside it, or
+            `archive.html` in the store.
         workers: number of processes that read scans for pictures; 0 reads in this one.
         progress: function that is called with (pictures drawn, pictures in all).
     Raises:
@@ -102,8 +105,13 @@ def write(
     rows = archive_pictures.chosen_rows(manifest)
     pictures = archive_pictures.draw(manifest, rows, workers, progress=progress)
     own = None if store is None else foreground.measure(store)
-    name = path.resolve().stem if store is None else store.path.resolve().name
-    out = out or (path.with_suffix(".html") if store is None else store.path / "archive.html")
+    assert manifest.file is not None, "a manifest that was read has a file"
+    if store is not None:
+        name, beside = store.path.resolve().name, store.path / "archive.html"
+    else:
+        name = path.resolve().name if path.is_dir() else path.resolve().stem
+        beside = manifest.file.with_suffix(".html")
+    out = out or beside
     content = page(name, manifest, pictures, own)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)

@@ -174,7 +174,7 @@ def make_folder(out: Path) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
         files.write_atomically(out / ".writable", b"")
-        (out / ".writable").unlink()
+        (out / ".writable").unlink(missing_ok=True)  # another call may have removed it
     except OSError as error:
         raise UserError(f"--out {out} cannot be written: {files.first_cause(error)}") from error
     for left in out.glob(f".*{files.TEMPORARY_SUFFIX}"):

@@ -98,7 +98,7 @@ def check_given(given: Path, root: Path | None, masks: Path | None) -> None:
     if is_table and given.is_dir():
         raise UserError(f"{given} is a folder with the name of a table; rename it")
     if root is not None and not is_table:
-        raise UserError(f"--root {root} is the folder of the scans of a CSV file; {given} is none")
+        raise UserError(f"--root {root} is only used with a CSV file, and {given} is not one")
     if masks is not None and not masks.is_dir():
         raise UserError(f"--masks {masks} is not a folder; give the folder of the label maps")
     if root is not None and not root.is_dir():

@@ -160,8 +160,8 @@ def check_archive(saved: Path, digest: str, on_change: str) -> str:
     line = f"{saved} was trained on another archive (digest {before[:12]}, now {digest[:12]})"
     if on_change == "refuse":
         raise UserError(
-            f"{line}; point data.store at the old one, or give data.stores its old weights, set "
-            "data.on_change=rebase, or start a new run with another out="
+            f"{line}; point data.store at the old one, or give data.stores its old names and "
+            "weights, set data.on_change=rebase, or start a new run with another out="
         )
     return f"{line}; continuing with the new one"
 

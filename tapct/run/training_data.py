@@ -35,8 +35,8 @@ class TrainingData:
     Args:
         rows: rows of the store that are trained on, ascending.
         drawn: what the loader draws from: `rows`, or those of each archive with its share.
-        digest: digest of the store, and of selection and shares where the run has them; a run is
-            only resumed with the same one.
+        digest: digest of the store, and of selection, names and shares where the run has them; a
+            run is only resumed with the same one.
         lines: lines about selection and shares, to be printed before the first step.
     """
 
@@ -214,6 +214,8 @@ def _digest(
         return store.digest
     digest = hashlib.blake2b(store.digest.encode(), digest_size=16)
     digest.update(repr((data.select.strip(), counts)).encode())
+    if isinstance(store, StoreGroup):  # the order of an archive's scans is drawn by its name
+        digest.update(repr(store.names).encode())
     digest.update(np.packbits(selected_N).tobytes())
     return digest.hexdigest()
 

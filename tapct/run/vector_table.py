@@ -6,9 +6,10 @@
 
 A finished scan is a line at the end of the second file. At the end of the call all files are
 merged, row by row, into a new first one, and the others are removed. Sorted rows make the result
-independent of where calls were interrupted. A torn last line is left out; a row that stands in
-several files is taken from a later one, so a crash in between costs nothing. Calls that share the
-scans do not merge: the first call for all scans does, once they have ended.
+independent of where calls were interrupted. Path and label of a scan that is done are those of the
+last call, so that a corrected label needs no new vector. A torn last line is left out; a row that
+stands in several files is taken from a later one, so a crash in between costs nothing. Calls that
+share the scans do not merge: the first call for all scans does, once they have ended.
 """
 
 from __future__ import annotations
@@ -71,6 +72,8 @@ class VectorTable(Output):
         self.table = out / TABLE
         self.part = out / (f"{PART}.{share}" if share else PART)
         self.stamps: dict[str, str] = {}
+        self.names: dict[str, tuple[str, str | None]] = {}  # ID -> path and label, as in the files
+        self.renamed: dict[str, dict[str, str | None]] = {}  # scans whose path or label differ now
         # ID -> file and first byte of its line; the last line counts
         self.places: dict[str, tuple[Path, int]] = {}
 
@@ -101,7 +104,11 @@ class VectorTable(Output):
 
     def is_done(self, case: NamedScan) -> bool:
         """See `Output.is_done`."""
-        return self.stamps.get(case.id) == case.stamp()
+        if self.stamps.get(case.id) != case.stamp():
+            return False
+        if self.names[case.id] != (case.path, case.label):
+            self.renamed[case.id] = {"path": case.path, "label": case.label}
+        return True
 
     def add(self, case: NamedScan, volume: Volume, stamp: str) -> None:
         """See `Output.add`."""
@@ -134,7 +141,7 @@ class VectorTable(Output):
             UserError: the disk is full or the folder cannot be written.
         """
         parts = self._parts()
-        if self.share or (not parts and self.table.exists()):
+        if self.share or not (parts or self.renamed or not self.table.exists()):
             return
         try:
             with files.replacing(self.table) as target:
@@ -151,7 +158,7 @@ class VectorTable(Output):
         try:
             opened = pq.ParquetFile(self.table)
             facts = json.loads(opened.schema_arrow.metadata[_FACTS])
-            rows = opened.read(columns=["id", "stamp"]).to_pydict()
+            rows = opened.read(columns=["id", "path", "label", "stamp"]).to_pydict()
         except (OSError, KeyError, ValueError, TypeError, pa.ArrowException):
             raise UserError(
                 f"{self.table} is damaged or was not written by tapct embed; remove it, or give "
@@ -159,6 +166,7 @@ class VectorTable(Output):
             ) from None
         check_facts(self.table, facts, self.made_with)
         self.stamps = dict(zip(rows["id"], rows["stamp"], strict=True))
+        self.names = dict(zip(rows["id"], zip(rows["path"], rows["label"]), strict=True))
 
     def _parts(self) -> list[Path]:
         """The files with unfinished rows, of this and of other calls."""
@@ -187,6 +195,7 @@ class VectorTable(Output):
         self.stamps.pop(row["id"], None)
         if not row.get("removed"):
             self.stamps[row["id"]] = row["stamp"]
+            self.names[row["id"]] = row["path"], row["label"]
 
     def _append(self, row: dict[str, Any]) -> None:
         """Write one line; it is on its way to the disk when this returns.
@@ -210,7 +219,7 @@ class VectorTable(Output):
         rows: list[dict[str, Any]] = []
         with pq.ParquetWriter(target, schema) as writer:
             for row in self._merged():
-                rows.append(row)
+                rows.append({**row, **self.renamed.get(row["id"], {})})
                 if len(rows) == _ROWS:
                     writer.write_table(pa.Table.from_pylist(rows, schema=schema))
                     rows = []

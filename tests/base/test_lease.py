@@ -257,3 +257,16 @@ def test_a_link_that_reports_a_failure_after_a_lost_answer_counts(
     lease = make()
     lease.acquire()
     lease.check()
+
+
+def test_leases_of_many_folders_are_looked_at_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = [Path(name) for name in "abcdefgh"]
+    arrived = threading.Barrier(len(paths))
+
+    def look(path: Path) -> str:
+        arrived.wait(timeout=20)
+        return path.name
+
+    monkeypatch.setattr(leases, "living_holder", look)
+    assert leases.living_holders(paths) == list("abcdefgh")
+    assert leases.living_holders([]) == []

@@ -353,7 +353,7 @@ def test_debug_shows_the_traceback(
         ("phantom", ["--out"]),
         ("phantom --out x --num none", ["--num", "integer"]),
         ("phantom --out x --num 0", ["--num", "1"]),
-        ("index", ["FOLDER"]),
+        ("index", ["SRC"]),
         ("embed", ["MODEL"]),
     ],
 )

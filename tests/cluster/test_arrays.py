@@ -7,11 +7,20 @@ import sys
 from pathlib import Path
 
 import pytest
+from fake_slurm import SBATCH, FakeSlurm
+from fake_slurm import cluster as cluster  # a fixture
 
 from tapct.base.exits import UserError
 from tapct.cli.app import DIVIDED
 from tapct.cluster import arrays
-from tapct.cluster.arrays import ArrayResources, Element, check_words, job_folder, preview
+from tapct.cluster.arrays import (
+    ArrayResources,
+    Element,
+    check_words,
+    job_folder,
+    preview,
+    submit_arrays,
+)
 
 
 def test_the_commands_of_the_command_line_are_those_that_can_be_divided() -> None:
@@ -29,6 +38,7 @@ def test_the_batch_script_asks_for_what_was_given(
         *("--requeue", f"--output={tmp_path}/archive.jobs/logs/TIME/%A_%a_0_log.out"),
     ):
         assert f"#SBATCH {line}\n" in text
+    assert " --export=ALL " in text  # for sites where sbatch exports nothing
     assert not list(tmp_path.iterdir())
 
 
@@ -40,6 +50,9 @@ def test_the_batch_script_asks_for_what_was_given(
         (["pack", "m.parquet", "--out"], "needs --out"),
         (["pack", "m.parquet", "--out", "s", "--part", "1/2"], "leave it out"),
         (["pack", "m.parquet", "--out=s", "--part=1/2"], "leave it out"),
+        (["eval"], "needs the model behind eval"),
+        (["eval", "--step", "4", "runs/mine"], "needs the model behind eval"),
+        (["pack", "m.parquet", "--out", "50%"], "a folder without %"),
     ],
 )
 def test_what_cannot_be_divided_is_refused_before_the_queue(words: list[str], problem: str) -> None:
@@ -51,6 +64,20 @@ def test_logs_lie_beside_what_is_written(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.chdir(tmp_path)
     assert job_folder(["index", "a", "--out=m.parquet"]) == tmp_path / "m.parquet.jobs"
     assert job_folder(["eval", "runs/mine"]) == tmp_path / "runs" / "mine.jobs"
+
+
+def test_when_a_later_array_is_refused_the_first_one_is_cancelled(
+    tmp_path: Path, cluster: FakeSlurm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SLURM_MEM_PER_NODE", "100")  # of a job around this process
+    refusing = 'env > "{here}/variables"\nif [ -e "{here}/submitted.sh" ]; then exit 1; fi\n'
+    cluster.command("sbatch", refusing + SBATCH)
+    with pytest.raises(UserError, match="sbatch refused"):
+        submit_arrays(["index", "scans", "--out", "archive"], ArrayResources(60, 2))
+    assert cluster.calls("scancel") == ["scancel 77"]
+    assert "SLURM_" not in (cluster.here / "variables").read_text()
+    assert not Path("archive.jobs").exists()
 
 
 @pytest.mark.parametrize(

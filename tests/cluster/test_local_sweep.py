@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -23,6 +25,16 @@ run="$(dirname "$(dirname "$(dirname "${@: -1}")")")"
 echo "$OMP_NUM_THREADS $CUDA_VISIBLE_DEVICES" > "$run/environment"
 echo "{\\"step\\": 4, \\"loss/total\\": 2.5}" > "$run/metrics.jsonl"
 case "$run" in *seed=2*) echo "error: no more room"; exit 2 ;; esac
+"""
+
+
+# it ends the sweep, and saves when it is stopped
+STOPS = """#!/bin/bash
+run="$(dirname "$(dirname "$(dirname "${@: -1}")")")"
+sleep 30 & sleeper=$!
+trap 'kill $sleeper; echo > "$run/saved"; exit 0' TERM
+kill -TERM $PPID
+wait
 """
 
 
@@ -51,6 +63,19 @@ def test_a_sweep_trains_every_combination_in_its_folder(
         assert (resolved.optim.lr, resolved.seed, resolved.out) == (float(lr), 1, run)
         threads, card = (run / "environment").read_text().split()
         assert int(threads) >= 1 and card in ("4", "5")
+
+
+def test_sigterm_lets_the_runs_save_and_starts_no_further_one(
+    config: Path, shell: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / "python"
+    program.write_text(STOPS)
+    program.chmod(0o755)
+    monkeypatch.setattr("sys.executable", str(program))
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    code, _, _ = shell("sweep", config, "seed=1,2", "losses.koleo=null")
+    assert code == 143
+    assert Path("run/seed=1/saved").exists() and not Path("run/seed=2").exists()
 
 
 def test_what_cannot_run_is_refused_before_anything_starts(config: Path, shell: Shell) -> None:

@@ -111,6 +111,10 @@ def test_a_doubtful_setting_gives_a_warning_beside_the_script(config: Path, shel
     assert "without --cpus-per-task" in line and "add --cpus-per-task 4" in line
     (line,) = warned("--cpus-per-task", "2", "device=auto")
     assert line.startswith("warning: the job requests no GPU") and "--gpus-per-node" in line
+    gpus = ("--cpus-per-task", "2", "device=auto", "--sbatch", "--gpus=4")
+    (line,) = warned(*gpus)
+    assert "each node gets one process" in line and "--tasks-per-node" in line
+    assert warned(*gpus, "--tasks-per-node", "4") == []
     (line,) = warned("--cpus-per-task", "2", "--gpus-per-node", "2")
     assert line.startswith("warning: device=cpu leaves the GPUs")
     (line,) = warned("--cpus-per-task", "2", "data.loader.workers=2")
@@ -191,6 +195,12 @@ def test_python_runs_in_a_container(
     assert subprocess.run(["bash", "-n"], input=script, text=True, check=False).returncode == 0
 
 
+def test_a_container_gets_all_stores_of_a_run(config: Path) -> None:
+    stores = "data.stores=[{path: one}, {path: /data/two}]"
+    planned = submit.plan_runs(config, [stores], [])
+    assert planned.data == ("/data/two", str(Path("one").absolute()))
+
+
 def test_a_file_of_the_site_has_the_defaults_of_a_cluster(
     config: Path, shell: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -217,6 +227,8 @@ def test_a_file_of_the_site_has_the_defaults_of_a_cluster(
         site.write_text(text)
         line = shell.bad("submit", config, "--dry-run")
         assert str(site) in line and all(part in line for part in parts), line
+    site.write_text("nodes: 0\n")
+    assert "--nodes 0: must be 1 or more" in shell.bad("submit", config, "--dry-run")
     monkeypatch.setenv("TAPCT_SITE", "nowhere.yaml")
     assert "TAPCT_SITE=nowhere.yaml is no file" in shell.bad("submit", config)
 

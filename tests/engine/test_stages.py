@@ -18,6 +18,7 @@ from stopped import STEPS, one_line, stop_at, stopped_run
 from tiny_run import assert_equal_runs, config_of, numbers_of, own_plugin, state_of
 
 from tapct.base.exits import UserError
+from tapct.data.packed.store import Store
 from tapct.engine import loop
 from tapct.run import finished, model_source, pretrain
 from tapct.ssl import step as ssl_step
@@ -150,7 +151,7 @@ def test_a_larger_window_on_the_same_area_has_finer_voxels_and_on_a_larger_area_
         )  # pixel's side as a share of the scan's
         return views, masks
 
-    scans = pretrain.Store(store).scans
+    scans = Store(store).scans
     monkeypatch.setattr(loop.Trainer, "make_inputs", inputs)
     narrow, same, wide = (f"views.global_area=[{area},{area}]" for area in (0.2, 0.2, 0.8))
     large = "views.global_window=[4,32,32]"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -383,3 +384,8 @@ def test_a_chosen_kernel_of_sdpa_is_taken_on_a_cpu_too(dtype: torch.dtype) -> No
             BACKENDS["sdpa"](q, k, v, SPANS)
         seen.append(any("flash" in event.key for event in profile.key_averages()))
     assert seen == [False, True]
+
+
+def test_importing_the_network_does_not_load_the_compiler() -> None:
+    code = "import sys, tapct.models.vit; assert 'torch._dynamo' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

@@ -64,6 +64,32 @@ def test_the_page_of_a_store_has_the_foreground(folder: Path) -> None:
     (folder / "moved" / "m.parquet").rename(folder / "m.parquet")
 
 
+def test_the_folder_of_an_archive_stands_for_its_manifest(folder: Path, shell: Shell) -> None:
+    grown, html = folder / "grown", folder / "page.html"
+    words = ["index", folder / NAME, "--out", grown, "--workers", "1", "--report", html]
+    assert f"report: {html}" in shell.good(*words)
+    assert html.read_text(encoding="utf-8").startswith("<!doctype html>")
+    assert str(grown / "manifest.html") in shell.good("report", grown)
+    sub, page_of_sub = folder / "chosen.parquet", folder / "chosen.html"
+    words = ["index", grown, "--select", "depth == 7", "--out", sub]
+    shell.good(*words, "--report", page_of_sub)
+    assert [row.depth for row in Manifest.read(sub).rows] == [7]
+    assert "<dt>accepted scans</dt><dd>1</dd>" in page_of_sub.read_text(encoding="utf-8")
+    assert "--data" in shell.bad("report", grown, "--data", "x")
+
+
+@pytest.mark.parametrize("words", [["--part", "1/2"], ["--min-depth", "3"], ["--fresh"]])
+def test_an_option_without_effect_on_a_selection_is_refused(
+    folder: Path, tmp_path: Path, shell: Shell, words: list[str]
+) -> None:
+    given = ["index", folder / "m.parquet", "--select", "depth > 6"]
+    line = shell.bad(*given, "--out", tmp_path / "sub.parquet", *words)
+    assert f"{words[0]} has no effect with --select" in line
+    for out in (tmp_path, tmp_path / "sub.txt"):
+        assert "is no .parquet file" in shell.bad(*given, "--out", out)
+    assert not list(tmp_path.iterdir())
+
+
 def test_an_archive_without_an_accepted_scan_has_a_page(tmp_path: Path) -> None:
     rows = (Row("1" * 16, "x<b>.nii", "nifti", reason="not_ct"),)
     html = page("a<b>", Manifest(rows, tmp_path))
@@ -72,7 +98,14 @@ def test_an_archive_without_an_accepted_scan_has_a_page(tmp_path: Path) -> None:
 
 def test_bars_and_ranges_hold_every_value() -> None:
     assert bars([("a<", 3), ("b", 0)]).count("<i ") == 1
-    for values in ([1.0, 1.0], [0.3, 7.2, 7.3], [-1000.0, 3000.0, 2.0], [5.0, float("nan")]):
+    for values in (
+        [1.0, 1.0],
+        [0.3, 7.2, 7.3],
+        [-1000.0, 3000.0, 2.0],
+        [5.0, float("nan")],
+        [0.7, 0.7000000000000001],
+        [0.7, float(np.float32(0.7))],
+    ):
         chart = histogram("T", "mm", np.array(values))
         shown = [int(text) for text in re.findall(r"<td class='n'>(\d+)</td>", chart)]
         assert sum(shown) == np.isfinite(values).sum()

@@ -22,10 +22,10 @@ from shell import shell as shell  # a fixture
 from tiny_export import tiny_export
 
 import tapct
-from tapct.base import exits
+from tapct.base import exits, files
 from tapct.base.exits import UserError
 from tapct.data.scans import ingest
-from tapct.run import embedding, named_scans, vector_table
+from tapct.run import embed_outputs, embedding, named_scans, vector_table
 from tapct.run.scan_vector import VectorChoice
 
 NAMES = ("a1", "b2", "c3")
@@ -233,6 +233,20 @@ def test_a_table_of_scans_has_paths_ids_and_labels(
     assert "the same case ID x" in shell.bad(*words, tmp_path / "x")
 
 
+def test_a_corrected_label_needs_no_new_vector(
+    place: Path, tmp_path: Path, shell: Shell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table, out = tmp_path / "scans.csv", tmp_path / "v"
+    words = ("embed", place / "model", table, "--root", place / "images", "--scan", "--out", out)
+    table.write_text("path,id,label\na1.nii.gz,x,ill\nsub1/b2.nii.gz,y,well\n")
+    shell.good(*words)
+    before = rows(out)
+    table.write_text("path,id,label\na1.nii.gz,x,well\nsub1/b2.nii.gz,y,well\n")
+    monkeypatch.setattr(vector_table, "vector_of", None)  # nothing is computed
+    assert "2 vectors" in shell.good(*words)
+    assert rows(out) == [{**before[0], "label": "well"}, before[1]]
+
+
 def test_equal_file_names_get_the_names_of_their_folders(
     place: Path, tmp_path: Path, shell: Shell
 ) -> None:
@@ -340,3 +354,17 @@ def test_memory_that_does_not_suffice_for_one_scan_leaves_the_others(
     code, printed, _ = shell(*words)
     assert code == exits.INCOMPLETE and "no vector of b2: out_of_memory: " in printed
     assert [row["id"] for row in rows(tmp_path)] == ["a1", "c3"]
+
+
+def test_calls_that_start_at_once_do_not_stop_each_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = files.write_atomically
+
+    def and_remove(path: Path, content: bytes) -> None:
+        write(path, content)
+        path.unlink()  # the other call has removed its own file, which has the same name
+
+    monkeypatch.setattr(files, "write_atomically", and_remove)
+    embed_outputs.make_folder(tmp_path / "out")
+    assert not list((tmp_path / "out").iterdir())

@@ -178,7 +178,7 @@ def test_without_h5py_one_line_shows_how_to_install_it(
         (["--format", "cvpr26", "--vector", "mask"], "do not fit"),
         (["--format", "cvpr26", "--organ", "liver"], "give --masks DIR"),
         (["--format", "cvpr26", "--masks", "nowhere"], "--masks nowhere is not a folder"),
-        (["--format", "cvpr26", "--root", "x"], "is the folder of the scans of a CSV file"),
+        (["--format", "cvpr26", "--root", "x"], "is only used with a CSV file"),
     ],
 )
 def test_wrong_options_are_one_line(

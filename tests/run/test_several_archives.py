@@ -83,6 +83,7 @@ def test_other_shares_or_another_selection_are_another_archive(
         digest("data.select=depth > 1"),
         digest(both(sites)),
         digest(both(sites, 2.0)),
+        digest(both(sites).replace("name: b", "name: c")),  # a name draws the order of scans
         digest(both(sites), "data.select=depth > 0"),
     ]
     assert len(set(found)) == len(found)

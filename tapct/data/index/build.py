@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +16,7 @@ from tapct.base.lease import Lease, hold
 from tapct.data.index.duplicates import refuse_duplicates
 from tapct.data.index.examined import Examined, with_patients
 from tapct.data.index.examining import Examination
-from tapct.data.index.finding import Machine, ScansFound, find
+from tapct.data.index.finding import Machine, NoScans, ScansFound, find
 from tapct.data.index.inputs import IndexInputs, inputs_of
 from tapct.data.index.kept_patients import KEEP_ALL, KeepRules, read_older, with_kept_patients
 from tapct.data.index.label_counts import label_report
@@ -24,7 +26,7 @@ from tapct.data.index.share import Share
 from tapct.data.index.vanished import with_vanished
 from tapct.data.manifest import Manifest, write_table
 from tapct.data.patients.identity import PatientRules, check_regex, parse_patient_from
-from tapct.data.patients.key import key_name, patient_key
+from tapct.data.patients.key import KEY_FILE, key_name, patient_key
 from tapct.data.patients.table import patients_from_table
 from tapct.data.readers import DICOM
 from tapct.data.scans.read_rules import MIN_DEPTH, PLAIN, ReadRules
@@ -99,7 +101,7 @@ def build_manifest(
     inputs = inputs_of(root)
     _check_labels(labels)
     _check_apart(place, inputs)
-    with _only_writer(place.file) as lease:
+    with _only_writer(place.file) as lease, _nothing_left_without_scans(place):
         key = patient_key(place.file.parent)
         rules = ScanRules(
             inputs.root,
@@ -267,6 +269,24 @@ def _only_writer(out: Path, share: str = "") -> Iterator[Lease]:
                 f"cannot write manifest {out}: {first_cause(error)}; nothing was changed"
             ) from error
         yield lease
+
+
+@contextlib.contextmanager
+def _nothing_left_without_scans(place: IndexPlace) -> Iterator[None]:
+    """Where the folders hold no scan, remove the journal and the patient key that this call made.
+
+    After any other error the journal stays, so that the next call need not begin again.
+    """
+    key_file = place.file.parent / KEY_FILE
+    had_key, had_journal = os.path.lexists(key_file), place.journal.is_dir()
+    try:
+        yield
+    except NoScans:
+        if not had_journal:
+            shutil.rmtree(place.journal, ignore_errors=True)
+            if not had_key:
+                key_file.unlink(missing_ok=True)
+        raise
 
 
 def check_usable(manifest: Manifest, labels: Path | None) -> None:

@@ -35,6 +35,10 @@ _PAIRING_SECONDS = 1.0  # per scan or label map, beside the limit of one file
 MODULES = ("tapct.data.index.build", *LIBRARIES)  # what a worker needs
 
 
+class NoScans(UserError):
+    """The folders hold no file that may be a scan."""
+
+
 @dataclass(frozen=True)
 class Machine:
     """What an index may use, and how it reports; arguments as in `build_manifest`."""
@@ -189,11 +193,11 @@ def matches_any(path: str, patterns: Sequence[str]) -> bool:
     return any(fnmatch.fnmatchcase(path, pattern) for pattern in patterns)
 
 
-def _no_scans(inputs: IndexInputs, counts: Counter[str]) -> UserError:
+def _no_scans(inputs: IndexInputs, counts: Counter[str]) -> NoScans:
     """The error of a folder without anything to examine."""
     others = passed.summary(counts)
     beside = f", but {others}" if others else ""
-    return UserError(f"{inputs.root} holds no {formats.listed('or')} scans{beside}; check the path")
+    return NoScans(f"{inputs.root} holds no {formats.listed('or')} scans{beside}; check the path")
 
 
 def _call(function: Callable[[In], Out], request: In, machine: Machine, inputs: IndexInputs) -> Out:

@@ -14,6 +14,7 @@ from typing import Any
 from tapct.base.exits import UserError
 from tapct.base.files import expand_path
 from tapct.base.paths import near_path
+from tapct.data.readers import stem_of
 from tapct.data.search.discover import Source
 from tapct.data.search.frame_numbers import without_frames
 from tapct.data.tables import read_table
@@ -119,8 +120,11 @@ def inputs_of(given: Path | Sequence[Path]) -> IndexInputs:
     if len(expanded) == 1 and expanded[0].is_dir():
         return IndexInputs(expanded[0], (expanded[0],))
     entries: list[Entry] = []
+    stems = {(path.parent, stem_of(path)) for path in expanded if not _is_list(path)}
     for path in expanded:
-        is_list = path.is_file() and path.name.lower().endswith(_LISTS)
+        is_list = _is_list(path)
+        if is_list and (path.parent, path.stem) in stems and _is_object(path):
+            continue  # the side-car of a scan that is given too, as by the pattern `scans/*`
         entries += _entries_of(path) if is_list else [Entry(path)]
     unique: dict[Path, Entry] = {}
     for entry in entries:
@@ -129,6 +133,21 @@ def inputs_of(given: Path | Sequence[Path]) -> IndexInputs:
         if unique.setdefault(path, entry) != entry:
             raise UserError(f"{path} is given twice, with different values; keep one of them")
     return _in_common_folder(list(unique.values()))
+
+
+def _is_list(path: Path) -> bool:
+    """Whether a path is named like a list of scans."""
+    return path.is_file() and path.name.lower().endswith(_LISTS)
+
+
+def _is_object(path: Path) -> bool:
+    """Whether a file is JSON with an object, as side-cars are, and no list."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            start = file.read(4096).lstrip("\ufeff \t\r\n")
+    except (OSError, UnicodeDecodeError):
+        return False
+    return path.suffix.lower() == ".json" and start.startswith("{")
 
 
 def _in_common_folder(entries: Sequence[Entry]) -> IndexInputs:

@@ -169,17 +169,19 @@ class _Walk:
 
     def units(self) -> Iterator[HeadUnit]:
         """List the folders; the files whose heads must be read."""
-        for folder, entries in self._folders():
-            yield from self._units_of(folder, entries)
+        for folder, entries, whole in self._folders():
+            yield from self._units_of(folder, entries, whole)
             self.listed(self.num_files)
 
-    def _folders(self) -> Iterator[tuple[Path, Entries]]:
+    def _folders(self) -> Iterator[tuple[Path, Entries, Entries]]:
+        """Each folder with its entries: those that are indexed, and all."""
         seen: set[tuple[int, int]] = set()
         with contextlib.suppress(OSError):
             status = os.stat(self.journal.folder)
             seen.add((status.st_dev, status.st_ino))
         for folder in self.inputs.folders:
-            yield from folders_below(folder, self.found, seen)
+            for below, entries in folders_below(folder, self.found, seen):
+                yield below, entries, entries
         for folder, names in self.inputs.files.items():
             try:
                 entries = self.found.limit.call(folder_entries.read, folder)
@@ -189,9 +191,9 @@ class _Walk:
                 self.found.sources.append(Source(folder, UNREADABLE, (folder,), reason, line))
                 continue
             if entries.identity not in seen:
-                yield folder, _named(entries, folder, names)
+                yield folder, _named(entries, folder, names), entries
 
-    def _units_of(self, folder: Path, entries: Entries) -> Iterator[HeadUnit]:
+    def _units_of(self, folder: Path, entries: Entries, whole: Entries) -> Iterator[HeadUnit]:
         """Take in one folder; what must be read of it."""
         self.num_files += len(entries.files)
         if entries.identity == self._own_folder:
@@ -200,7 +202,9 @@ class _Walk:
         place = os.fsencode(folder.relative_to(self.inputs.root).as_posix())
         stamps = dict(zip(entries.files, entries.stamps))
         keys = {name: _file_key(place, name, stamps[name]) for name in others}
-        self.found.sources += _with_stamps(sources, place, stamps, others)
+        # a scan that was named may have files that were not: its side-car, or its voxels
+        of_all = dict(zip(whole.files, whole.stamps))
+        self.found.sources += _with_stamps(sources, place, of_all)
         stems = frozenset(stem_of(source.path) for source in sources)
         for number, names in enumerate(_chunks(others, stamps)):
             new = self._unknown(names, keys, stems)
@@ -326,19 +330,16 @@ def _chunks(names: Sequence[str], stamps: dict[str, Stamp]) -> Iterator[list[str
         yield chunk
 
 
-def _with_stamps(
-    sources: Sequence[Source], place: bytes, stamps: dict[str, Stamp], others: Sequence[str]
-) -> list[Source]:
+def _with_stamps(sources: Sequence[Source], place: bytes, stamps: dict[str, Stamp]) -> list[Source]:
     """Sources of single files with their stamps, which hold the files that belong to them too.
 
     Args:
         sources: sources of one folder.
         place: the folder below the root.
         stamps: stamp of every file in it.
-        others: names of the other files in it.
     """
     companions: dict[str, list[str]] = defaultdict(list)
-    for name in others if sources else ():
+    for name in stamps if sources else ():
         for suffix in passed.COMPANIONS:
             if name.lower().endswith(suffix):
                 companions[name[: -len(suffix)]].append(name)

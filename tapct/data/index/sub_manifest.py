@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tapct.base.exits import UserError
 from tapct.data import selection
-from tapct.data.manifest import ACCEPTED, Manifest, RowTable, write_table
+from tapct.data.manifest import ACCEPTED, ARCHIVE_FILE, Manifest, RowTable, write_table
 
 OPTION = "--select"
 
@@ -20,19 +20,27 @@ def write_selected(file: Path, out: Path, text: str) -> Iterator[str]:
     selection. Patients, IDs and key stay the same.
 
     Args:
-        file: manifest that `tapct index` wrote.
+        file: manifest that `tapct index` wrote, or the folder of one.
         out: .parquet file to write.
         text: selection, see `data/selection.py`.
     Returns:
         Lines about the counts.
     Raises:
-        UserError: the selection is wrong or leaves no scan, or `out` is the manifest itself.
+        UserError: the selection is wrong or leaves no scan, or `out` is the manifest itself or no
+            .parquet file.
     """
     wanted = selection.parse(text, OPTION)
+    if (file / ARCHIVE_FILE).is_file():
+        file = file / ARCHIVE_FILE
     if not file.is_file():
         raise UserError(
             f"{OPTION} selects from a manifest, and {file} is none; index the folder first, then "
             f"run `tapct index MANIFEST.parquet {OPTION} ... --out OTHER.parquet`"
+        )
+    if out.suffix != ".parquet" or out.is_dir():
+        raise UserError(
+            f"{OPTION} writes a manifest, and --out {out} is no .parquet file; give a name such as "
+            f"{out / ARCHIVE_FILE if out.is_dir() else out.with_suffix('.parquet')}"
         )
     if out.exists() and out.resolve() == file.resolve():
         raise UserError(

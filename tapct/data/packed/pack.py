@@ -110,7 +110,8 @@ def pack(
                 kept = {} if drop_missing else before.of_same_patients(manifest)
                 scans, report = _summed_up(out, rows, outcomes, kept, time.monotonic() - started)
                 if share != WHOLE:
-                    return report  # the last call lists what all shares have packed
+                    # the last call lists what all shares have packed, and knows what is unlisted
+                    return replace(report, unlisted=())
                 if len(report.refused) == len(rows):
                     raise _nothing_packed(report, manifest.root.resolve())
                 lease.check()

@@ -176,6 +176,30 @@ def test_a_scan_that_is_gone_stays_as_a_refused_row_until_it_is_back(archive: Pa
     assert rows_of(build_manifest(archive, out)) == rows_of(before)
 
 
+def test_a_changed_side_car_of_a_named_scan_is_noticed(archive: Path) -> None:
+    side_car, out = archive / "nifti" / "c1.json", archive.parent / "out"
+    side_car.write_text('{"PatientSex": "M"}')
+    given = [archive / "nifti" / "c1.nii.gz", archive / "nifti" / "c2.nii.gz"]
+    for sex in "MFO":
+        side_car.write_text(f'{{"PatientSex": "{sex}", "Manufacturer": "GE{sex}"}}')
+        with counted(archive) as times:
+            assert build_manifest(given, out).rows[0].sex == sex
+        assert ("c2.nii.gz" in {Path(name).name for name in times}) == (sex == "M")
+
+
+def test_a_pattern_may_match_side_cars_and_lists_keep_their_meaning(archive: Path) -> None:
+    (archive / "nifti" / "c1.json").write_text('{"PatientSex": "F"}')
+    out = archive.parent / "m.parquet"
+    rows = build_manifest(archive / "nifti" / "c1*", out).rows
+    assert [(row.path, row.sex) for row in rows] == [("c1.nii.gz", "F")]
+    (archive.parent / "scans.json").write_text('["scans/nifti/c2.nii.gz"]')
+    rows = build_manifest([archive / "dicom", archive.parent / "scans.json"], out).rows
+    assert [row.path for row in rows] == ["dicom/a", "nifti/c2.nii.gz"]
+    (archive.parent / "scans.json").write_text('{"path": "scans/nifti/c2.nii.gz"}')
+    with pytest.raises(UserError, match="is no JSON list"):
+        build_manifest([archive / "dicom", archive.parent / "scans.json"], out)
+
+
 def test_lists_patterns_and_files_name_scans_labels_patients_and_splits(archive: Path) -> None:
     shutil.copy(archive / "nifti" / "c0_seg.nii.gz", archive.parent / "organs.nii.gz")
     table = archive.parent / "list.csv"

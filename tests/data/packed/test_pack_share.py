@@ -32,9 +32,11 @@ def contents(out: Path) -> dict[str, bytes]:
 def test_shares_pack_what_one_process_packs(manifest: Manifest, tmp_path: Path) -> None:
     alone, shared = tmp_path / "alone", tmp_path / "shared"
     pack(manifest, alone)
-    packed = []
+    packed: list[str] = []
     for number in (3, 1, 1):  # the second of three is lost, one is done twice
-        packed += pack(manifest, shared, share=Share(number, 3)).packed
+        part = pack(manifest, shared, share=Share(number, 3))
+        assert not part.unlisted  # the files of the other shares are no leftovers
+        packed += part.packed
     assert len(packed) == len(set(packed)) < len(manifest.accepted)
     assert not (shared / "store.parquet").exists()
     report = pack(manifest, shared)
