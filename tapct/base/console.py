@@ -151,7 +151,9 @@ class ListingProgress:
         if not num_files:
             return
         rate = num_files / max(time.monotonic() - self._began, 1e-9)
-        self._meter.show_count(f"{num_files} files listed", f"{rate:.0f} files/s")
+        files = "1 file" if num_files == 1 else f"{num_files} files"
+        pace = [f"{rate:.0f} files/s"] if rate >= 1 else []
+        self._meter.show_count(f"{files} listed", *pace)
 
     def update(self, done: int, total: int) -> None:
         """Show the number of finished items, and the pace of the last minute."""

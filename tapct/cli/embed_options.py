@@ -96,6 +96,11 @@ class EmbedOptions:
             files.check_new_path(out)
             return cls(form, is_vector, out.parent, out)
         if _LIKE_A_FILE.search(out.name) and not out.is_dir():
+            if dense_file and out.suffix.lower() == ".parquet":
+                raise exits.UserError(
+                    f"--out {out}: a Parquet table holds one vector per scan; give --scan and a "
+                    f"folder, such as {out.with_suffix('')}"
+                )
             if dense_file:
                 raise exits.UserError(
                     f"--out {out}: features are written as .npz; use {out}.npz, or a folder"

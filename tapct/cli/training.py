@@ -151,14 +151,16 @@ def plan(
 
     Nothing is trained. Memory and time are reported for each GPU count.
     """
-    from tapct.plan import command
+    from tapct.plan import command, tables
     from tapct.run import rules
 
     resolved = rules.load_run_config(config, overrides or [])
     for line in rules.warnings(resolved):
         console.warn(line)
     options = command.Options(gpus, gpus_per_node, memory, tflops, measure, utilisation)
-    console.console().print(command.report(resolved.value, options))
+    out = console.console()
+    out.width = max(out.width, tables.MIN_WIDTH)
+    out.print(command.report(resolved.value, options))
 
 
 @app.command(

@@ -26,6 +26,7 @@ import pyarrow.parquet
 
 from tapct.base import files
 from tapct.base.exits import UserError, single_line
+from tapct.base.paths import near_path
 from tapct.data.digest import arrow_digest
 from tapct.data.labels.report import LabelReport
 from tapct.data.patients.memory import PatientChanges, PatientMemory
@@ -323,7 +324,7 @@ class Manifest:
 def _read_parquet(path: Path) -> pyarrow.Table:
     """The table of a file that should be a manifest."""
     if not path.is_file():
-        problem = "is a folder" if path.is_dir() else "does not exist"
+        problem = "is a folder" if path.is_dir() else f"does not exist{near_path(path)}"
         raise UserError(f"manifest {path} {problem}; make one with `tapct index`")
     try:
         return pyarrow.parquet.read_table(path)

@@ -12,6 +12,7 @@ from tapct.plan.flops import Costs, PartCost
 from tapct.plan.scale import GB, MB, RESERVE, Estimate, Memory, listed
 
 GFLOP, TFLOP = 1e9, 1e12
+MIN_WIDTH = 80  # in fewer columns, rich would cut digits off the numbers
 HOW_TO_TIME = (
     "No times: give --tflops, the sustained TFLOP/s of one GPU (or its peak, with --utilisation), "
     "or give --measure on a machine like those of the run."
@@ -20,10 +21,9 @@ HOW_TO_TIME = (
 
 def cost_tables(costs: Costs) -> Group:
     """Tokens, parameters and FLOPs, and warnings about settings that cannot learn."""
-    step = (
-        f"One optimizer step of {costs.global_batch} samples: {costs.flops_per_step / TFLOP:,.3f} "
-        "TFLOP."
-    )
+    flops = costs.flops_per_step / TFLOP
+    shown = f"{flops:,.3f}" if flops >= 1 else f"{flops:.3g}"
+    step = f"One optimizer step of {costs.global_batch} samples: {shown} TFLOP."
     warnings = [f"Warning: {warning}" for warning in costs.warnings]
     return Group(_views(costs), _parts(costs), step, *warnings)
 

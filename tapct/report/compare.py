@@ -21,6 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tapct.base.exits import UserError
+from tapct.base.paths import near_path
 from tapct.eval import results, saved
 from tapct.eval.contract import OWN_MODEL
 from tapct.eval.over_steps import StepCurve
@@ -137,9 +138,9 @@ def read(folders: Sequence[Path], wanted: Sequence[str] = (), data: str = "") ->
 
 def _history(folder: Path, notes: list[str]) -> History:
     if not folder.is_dir():
-        raise UserError(
-            f"{folder} is not a run folder" if folder.exists() else f"{folder} is not there"
-        )
+        if folder.exists():
+            raise UserError(f"{folder} is not a run folder")
+        raise UserError(f"{folder} is not there{near_path(folder)}")
     if not RunFolder(folder).metrics.is_file():
         raise UserError(f"{folder} is not a run folder: it has no metrics.jsonl")
     try:

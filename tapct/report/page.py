@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tapct.base.exits import UserError
+from tapct.base.paths import near_path
 from tapct.base.recent import window_in_words
 from tapct.eval import saved
 from tapct.eval.saved import SavedEvaluation
@@ -76,9 +77,15 @@ def read_run(run_dir: Path, data: str = "") -> RunPage:
     """
     if not run_dir.is_dir():
         raise UserError(
-            f"run folder {run_dir} is not there. Give the folder of a run, e.g. runs/NAME."
+            f"run folder {run_dir} is not there{near_path(run_dir)}; give the folder of a run, "
+            "e.g. runs/NAME"
         )
     folder = RunFolder(run_dir)
+    if not folder.metrics.exists() and (runs := _runs_in(run_dir)):
+        raise UserError(
+            f"{run_dir} is not a run folder, but a folder of runs: give one or several of them, "
+            f"e.g. {runs[0]}"
+        )
     history = read_history(folder.metrics)
     about, no_facts = read_json(folder.provenance)
     found = saved.find(run_dir)
@@ -86,6 +93,11 @@ def read_run(run_dir: Path, data: str = "") -> RunPage:
     shown = saved.pick(found, data)
     config = facts.read_config(folder.config) or {}
     return RunPage(run_dir, history, config, about, no_facts, found, shown)
+
+
+def _runs_in(folder: Path) -> list[Path]:
+    """The run folders directly below a folder, by name."""
+    return sorted(path.parent for path in folder.glob(f"*/{RunFolder(folder).metrics.name}"))
 
 
 def top(run: RunPage) -> str:

@@ -21,6 +21,7 @@ from torch import nn
 
 from tapct.base import console, files
 from tapct.base.exits import UserError
+from tapct.base.paths import near_path
 from tapct.config import Resolved, from_dict, load_config, plugins, setting, to_dict
 from tapct.config.plugins import Plugin
 from tapct.data.packed.trained_on import TrainedOn
@@ -189,7 +190,7 @@ def no_model(path: Path) -> str:
         "`tapct import`"
     )
     if not path.exists():
-        return f"{path} does not exist; {kinds}"
+        return f"{path} does not exist{near_path(path)}; {kinds}"
     if path.is_file():
         return f"{path} is a file, which does not hold all that the features depend on; {kinds}"
     return (
@@ -333,7 +334,8 @@ def open_run(folder: Path, overrides: Sequence[str] = (), step: int | str | None
         hint = f"`tapct train CONFIG out={folder}` makes one"
         problem = "is not a run folder: it has no config.yaml"
         if not folder.exists():
-            problem = "does not exist; give the folder of a run, e.g. runs/smoke"
+            near = near_path(folder)
+            problem = f"does not exist{near}; give the folder of a run, e.g. runs/smoke"
         raise UserError(f"{folder} {problem}; {hint}")
     if step != BEST:
         return read_run(folder, overrides, teacher_folder(folder, step))

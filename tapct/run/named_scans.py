@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tapct.base.exits import UserError
+from tapct.base.paths import near_path
 from tapct.data.index.share import WHOLE, Share
 from tapct.data.labels.pairing import LabelPairs, pair_labels
 from tapct.data.readers import load_libraries, stem_of
@@ -91,8 +92,8 @@ def check_given(given: Path, root: Path | None, masks: Path | None) -> None:
     is_table = _is_table(given)
     if not given.exists():
         raise UserError(
-            f"{given} does not exist; give a scan, a folder of scans, or a CSV file with a column "
-            f"{PATH}"
+            f"{given} does not exist{near_path(given)}; give a scan, a folder of scans, or a CSV "
+            f"file with a column {PATH}"
         )
     if is_table and given.is_dir():
         raise UserError(f"{given} is a folder with the name of a table; rename it")

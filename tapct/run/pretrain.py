@@ -269,6 +269,9 @@ class Pretraining:
         finally:
             batches.close()
             self.checkpoints.close()
+        if not stop.signal:
+            report = f"`tapct report {config.out}`"
+            console.say(f"trained: {config.out}; {report} shows whether it learns")
         return stop
 
     def check_lease(self) -> None:

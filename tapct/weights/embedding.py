@@ -90,6 +90,14 @@ class Embedding:
     directions: Directions = UPRIGHT
     block: BlockArrays = field(default_factory=lambda: BlockArrays({}, 0))
 
+    def __repr__(self) -> str:
+        """Shapes in place of the features, which would fill a screen or a notebook."""
+        spacing = ", ".join(f"{distance:.4g}" for distance in self.spacing_mm)
+        return (
+            f"Embedding(features_DZYX={self.features_DZYX.shape}, cls_D={self.cls_D.shape}, "
+            f"spacing_mm=({spacing}), {self.block!r})"
+        )
+
     @property
     def grid(self) -> PatchGrid:
         """Where the patches lie in the voxels of the scan."""

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from tapct.base.exits import UserError, single_line
 from tapct.base.geometry import Grid, Size3, patch_grid
+from tapct.base.paths import near_path
 from tapct.engine.checkpoint import Checkpoints, read_meta
 from tapct.run_folder import CheckpointFolder, ExportFolder, RunFolder, has_step_name
 from tapct.weights.architecture import TokenLayout, layout_of, stated_heads, with_cls_row
@@ -142,8 +143,9 @@ def _in_hub_cache(source: Path, what: str) -> Path:
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
         at = f" --revision {revision}" if revision else ""
         raise UserError(
-            f"{what}{source} does not exist as a path, and the local cache of Hugging Face has no "
-            f"model of this name; fetch it with `hf download {name}{at}`, or give a path"
+            f"{what}{source} does not exist as a path{near_path(source)}, and the local cache of "
+            "Hugging Face has no model of this name; fetch it with "
+            f"`hf download {name}{at}`, or give a path"
         ) from error
     found = _file_in(Path(folder))
     if found is None:

@@ -219,6 +219,17 @@ def test_listing_shows_files_first_and_then_items_with_their_pace(
     ]
 
 
+def test_one_listed_file_is_no_pace(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [100.0]
+    monkeypatch.setattr(console.time, "monotonic", lambda: clock[0])
+    with console.ListingProgress("index", "scans") as progress:
+        clock[0] += 2
+        progress.listed(1)
+    assert capsys.readouterr().out.splitlines() == ["index  1 file listed"]
+
+
 def test_a_narrow_terminal_gets_the_numbers_without_a_bar() -> None:
     seen = on_a_terminal(
         """

@@ -171,6 +171,14 @@ def test_train_prints_its_config_with_origins_and_does_not_train(
     assert not (tmp_path / "run").exists()
 
 
+def test_plan_prints_all_digits_in_a_narrow_terminal(place: Path, shell: Shell) -> None:
+    shell.monkeypatch.setenv("COLUMNS", "60")
+    narrow = shell.good("plan", place / "tiny.yaml")
+    assert "…" not in narrow and "0.000 TFLOP" not in narrow
+    shell.monkeypatch.setenv("COLUMNS", "80")
+    assert narrow == shell.good("plan", place / "tiny.yaml")
+
+
 def test_plan_prints_parameters(place: Path, shell: Shell) -> None:
     printed = shell.good(
         "plan", place / "tiny.yaml", "--memory", "8", "--tflops", "1", "--gpus", "1,2"
@@ -237,6 +245,18 @@ BAD = {
     "embed to a file of another kind": (
         "embed {here}/run/export {scan} --out {here}/f.pt",
         ["--out {here}/f.pt: features are written as .npz"],
+    ),
+    "embed to a Parquet file": (
+        "embed {here}/run/export {scan} --out {here}/f.parquet",
+        ["--out {here}/f.parquet: a Parquet table holds one vector per scan; give --scan"],
+    ),
+    "report of a folder of runs": ("report {here}", ["{here} is not a run folder", "{here}/run"]),
+    "report of a mistyped run": ("report {here}/rnu", ["did you mean {here}/run?"]),
+    "export of a mistyped run": ("export {here}/rnu", ["did you mean {here}/run?"]),
+    "eval of a mistyped run": ("eval {here}/rnu", ["did you mean {here}/run?"]),
+    "eval with a mistyped store": (
+        "eval {here}/run data.store={here}/unlabeled",
+        ["store {here}/unlabeled does not exist (did you mean {here}/unlabelled?)", "tapct pack"],
     ),
     "embed a missing scan": (
         "embed {here}/run/export {here}/none.nii.gz --out {here}/f.npz",
@@ -425,7 +445,10 @@ def test_the_line_printed_at_a_stop_resumes(
     assert code == 0 and without_warnings(err) == []
     assert "stopped by SIGTERM and saved at step 3" in out
     again = shlex.split(out.splitlines()[-1].partition("resume with: ")[2])
-    assert "resuming from" in shell.good(*again[1:])
+    assert "shows whether it learns" not in out
+    finished = shell.good(*again[1:])
+    assert "resuming from" in finished
+    assert finished.splitlines()[-1].startswith(f"trained: {tmp_path}/run; `tapct report ")
     assert [row["step"] for row in numbers_of(tmp_path / "run")] == [1, 2, 3, 4, 5]
     assert "nothing to train" in shell.good(*again[1:])
 

@@ -65,6 +65,11 @@ def stored(path: Path, hu_ZYX: np.ndarray, axes: tuple[int, int, int], flips: st
     return path
 
 
+def test_an_embedding_is_shown_by_its_shapes(model: Pretrained) -> None:
+    shown = repr(model.embed(make_ct(SHAPE), spacing_mm=SPACING))
+    assert "features_DZYX=(" in shown and "array" not in shown and len(shown) < 200
+
+
 def test_two_orientations_of_a_file_give_equal_features_at_equal_positions(
     model: Pretrained, tmp_path: Path
 ) -> None:

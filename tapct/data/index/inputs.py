@@ -13,6 +13,7 @@ from typing import Any
 
 from tapct.base.exits import UserError
 from tapct.base.files import expand_path
+from tapct.base.paths import near_path
 from tapct.data.readers import stem_of
 from tapct.data.search.discover import Source
 from tapct.data.search.frame_numbers import without_frames
@@ -162,7 +163,7 @@ def _in_common_folder(entries: Sequence[Entry]) -> IndexInputs:
         if not path.exists() and without_frames(str(path))[1]:
             path = Path(without_frames(str(path))[0])
         if not path.is_file():
-            raise UserError(f"{path} does not exist; check the path")
+            raise UserError(f"{path} does not exist{near_path(path)}; check the path")
         files.setdefault(path.parent, set()).add(path.name)
         homes.append(path.parent)
     # a folder within another one is searched with it
@@ -188,7 +189,7 @@ def _matches(path: Path) -> Iterator[Path]:
     if without_frames(str(path))[1]:
         yield path
         return
-    raise UserError(f"folder {path} does not exist; check the path")
+    raise UserError(f"folder {path} does not exist{near_path(path)}; check the path")
 
 
 def _entries_of(file: Path) -> list[Entry]:

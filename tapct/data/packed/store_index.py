@@ -20,6 +20,7 @@ import xxhash
 
 from tapct.base.exits import UserError, single_line
 from tapct.base.files import PRIVATE, write_atomically
+from tapct.base.paths import near_path
 from tapct.data.digest import arrow_digest
 from tapct.data.manifest import read_columns
 from tapct.data.packed.scan_list import (
@@ -158,6 +159,10 @@ def read_index(folder: Path) -> tuple[ScanList, dict[str, Any]]:
         UserError: there is none, or it is damaged or of another version.
     """
     file = folder / INDEX_NAME
+    if not folder.exists():
+        raise UserError(
+            f"store {folder} does not exist{near_path(folder)}; make one with `tapct pack`"
+        )
     if not file.is_file():
         raise UserError(
             f"{folder} holds no {INDEX_NAME}, so it is not a packed archive; make one with `tapct "

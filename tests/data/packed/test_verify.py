@@ -187,7 +187,7 @@ def test_verify_without_a_store_names_the_next_step_and_makes_none(
     packed: tuple[Path, Path], shell: Shell, tmp_path: Path
 ) -> None:
     line = shell.bad("pack", packed[0], "--out", tmp_path / "none", "--verify")
-    assert "holds no store.parquet" in line and "tapct pack" in line
+    assert "none does not exist" in line and "tapct pack" in line
     assert not (tmp_path / "none").exists()
 
 
