@@ -72,6 +72,14 @@ class Request:
     outputs: list[int]
 
 
+def is_closed(connection: socket.socket) -> bool:
+    """Whether the other end of a connection that can be read was closed, or its process killed."""
+    try:
+        return not connection.recv(1)
+    except ConnectionResetError:  # it was killed before it had read all
+        return True
+
+
 @dataclass
 class Nest:
     """The socket, and the processes that are running.
@@ -120,7 +128,7 @@ class Nest:
                     self.running[process] = connection
                     connection.sendall(f"{process}\n".encode())
                     watched.register(connection, selectors.EVENT_READ, process)
-                elif not key.fileobj.recv(1):  # type: ignore[union-attr]  # it has been closed
+                elif is_closed(key.fileobj):  # type: ignore[arg-type]
                     watched.unregister(key.fileobj)
                     end_process(key.data)
 
