@@ -43,6 +43,7 @@ def wait_for(job: str) -> None:
     pytest.fail(f"job {job} has not ended")
 
 
+@pytest.mark.slow
 def test_arrays_with_a_lost_element_give_what_one_process_gives(
     slurm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
