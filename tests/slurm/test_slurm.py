@@ -63,6 +63,7 @@ def test_a_preempted_run_ends_with_the_numbers_of_an_undisturbed_one(
     assert "nothing to train" in log_of("run", job)
 
 
+@pytest.mark.slow  # tests/engine/test_many_ranks.py resumes at other rank counts, too
 def test_a_run_resumes_at_another_number_of_nodes(here: Path) -> None:
     # KoLeo of untrained class tokens, which are all but equal, is a matter of rounding
     words = ("train.steps=60", "log.every=1", "losses.koleo=null", "model.drop_path=0.0")
