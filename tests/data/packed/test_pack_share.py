@@ -15,6 +15,7 @@ from tapct.data.index.share import Share
 from tapct.data.manifest import Manifest
 from tapct.data.packed.pack import LEASE_NAME, pack
 from tapct.data.packed.store import Store
+from tapct.data.patients.key import KEY_VARIABLE
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +23,9 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
     folder = tmp_path_factory.mktemp("shares")
     for seed in range(6):
         save_scan(folder / "scans" / f"c{seed}.nii.gz", make_ct((12, 32, 32), seed))
-    return build_manifest(folder / "scans", folder / "m.parquet")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(KEY_VARIABLE, "shares")  # with a random key, a share may be empty
+        return build_manifest(folder / "scans", folder / "m.parquet")
 
 
 def contents(out: Path) -> dict[str, bytes]:
