@@ -29,6 +29,7 @@ KEY = "key"  # column with the key of a row
 _ABOUT = "about.json"
 _FLUSH_SECONDS = 5.0  # work that a kill may lose
 _FLUSH_ROWS = 20_000
+_PART_ROWS = 100_000  # of a part that is not written again; about 30 MB
 _STALE_SECONDS = 3600.0  # after which an unfinished file belongs to no process
 
 
@@ -191,16 +192,34 @@ class Journal:
         return schema.empty_table()
 
     def keep_only(self, kind: str, keys: Keys) -> None:
-        """Leave the rows with some keys, each once, in one part."""
+        """Leave the rows with some keys, each once, in parts of up to `_PART_ROWS` rows.
+
+        One part is in memory at a time. After a crash in between, rows are there twice, and the
+        first of each is used.
+        """
+        is_kept = np.zeros(len(keys), bool)
+        waiting: list[pyarrow.Table] = []
+        replaced: list[Path] = []
+        num_waiting = 0
         parts = self.parts(kind)
-        if not parts:
-            return
-        table = self.read(kind)
-        chosen = first_of_each(table, keys)
-        if len(parts) == 1 and len(chosen) == len(table):
-            return
-        self.write(kind, table.take(chosen))
         for part in parts:
+            table = self.read_part(part, kind)
+            chosen = first_of_each(table, keys)
+            places = keys.find(keys_in(table.take(chosen)))
+            chosen = chosen[~is_kept[places]]
+            is_kept[places] = True
+            is_large = len(parts) == 1 or len(table) > _PART_ROWS // 2
+            if is_large and len(chosen) == len(table):
+                continue
+            replaced.append(part)
+            waiting.append(table.take(chosen))
+            num_waiting += len(chosen)
+            if num_waiting > _PART_ROWS // 2:
+                self.write(kind, pyarrow.concat_tables(waiting))
+                waiting, num_waiting = [], 0
+        if num_waiting:
+            self.write(kind, pyarrow.concat_tables(waiting))
+        for part in replaced:
             part.unlink(missing_ok=True)
 
     def remove(self) -> None:
@@ -233,7 +252,11 @@ def _remove(path: Path) -> None:
 
 def keys_in(table: pyarrow.Table) -> bytes:
     """All keys of a table, one after the other."""
-    return b"".join(table.column(KEY).to_pylist())
+    column = []
+    for chunk in filter(len, table.column(KEY).chunks):
+        first, end = KEY_BYTES * chunk.offset, KEY_BYTES * (chunk.offset + len(chunk))
+        column.append(memoryview(chunk.buffers()[1])[first:end])
+    return b"".join(column)
 
 
 def first_of_each(table: pyarrow.Table, keys: Keys) -> np.ndarray:

@@ -13,13 +13,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import pyarrow
 import pytest
 from scan_files import make_ct, make_labels, make_slice, save_scan
 
 from tapct.base.exits import UserError
 from tapct.data.index import scan_row
 from tapct.data.index.build import build_manifest, examine_share
-from tapct.data.index.journal import Keys, key_of
+from tapct.data.index.journal import KEY, Journal, Keys, key_of, keys_in
 from tapct.data.index.share import Share, parse_share
 from tapct.data.manifest import Manifest
 from tapct.data.scans.plain_facts import failure
@@ -361,6 +362,37 @@ def test_damaged_parts_of_a_journal_are_read_again(archive: Path) -> None:
     for part in (out / "parts").glob("*.parquet"):
         part.write_bytes(part.read_bytes()[:-20])
     assert rows_of(build_manifest(archive, out)) == rows_of(fresh(archive, out))
+
+
+@pytest.mark.parametrize("part_rows", [4, 10, 1000])
+def test_the_rows_that_are_kept_do_not_depend_on_the_size_of_the_parts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part_rows: int
+) -> None:
+    monkeypatch.setattr("tapct.data.index.journal._PART_ROWS", part_rows)
+    schema = pyarrow.schema([("number", pyarrow.int64())])
+    journal = Journal(tmp_path / "parts", {}, {"rows": schema})
+    names = [key_of(str(number)) for number in range(60)]
+    expected: dict[bytes, int] = {}
+    wanted = {names[number] for number in range(0, 60, 2)}
+    for first in range(0, 60, 12):  # parts overlap, so half of the keys are there twice
+        for number in range(first, min(60, first + 24)):
+            journal.append("rows", names[number], {"number": number})
+            if names[number] in wanted:
+                expected.setdefault(names[number], number)
+        journal.flush()
+    for _ in range(2):
+        journal.keep_only("rows", Keys(b"".join(sorted(wanted))))
+        table = journal.read("rows")
+        rows = list(zip(table.column(KEY).to_pylist(), table.column("number").to_pylist()))
+        assert len(rows) == len(wanted) and dict(rows) == expected
+        assert keys_in(table) == b"".join(key for key, _ in rows)
+        assert keys_in(table[3:7]) == b"".join(key for key, _ in rows[3:7])
+    sizes = [len(journal.read_part(part, "rows")) for part in journal.parts("rows")]
+    assert max(sizes) <= max(part_rows // 2 + 24, part_rows) and len(sizes) <= 1 + 120 // part_rows
+    before = {part: part.stat().st_mtime_ns for part in journal.parts("rows")}
+    if part_rows == 1000:  # one part that is right is not written again
+        journal.keep_only("rows", Keys(b"".join(wanted)))
+        assert {part: part.stat().st_mtime_ns for part in journal.parts("rows")} == before
 
 
 def test_keys_are_found_in_any_order() -> None:
