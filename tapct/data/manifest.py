@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import pyarrow
 import pyarrow.compute as pc
@@ -29,6 +29,7 @@ from tapct.base.exits import UserError, single_line
 from tapct.base.paths import near_path
 from tapct.data.digest import arrow_digest
 from tapct.data.labels.report import LabelReport
+from tapct.data.lazy_rows import LazyRows
 from tapct.data.patients.memory import PatientChanges, PatientMemory
 from tapct.data.readers.raw import MAX_TEXT
 
@@ -163,7 +164,7 @@ def arrow_type(field: dataclasses.Field[Any]) -> pyarrow.DataType:
     return _ARROW[str(field.type)]
 
 
-class RowTable(Sequence[Row]):
+class RowTable(LazyRows[Row]):
     """Rows of a manifest as columns in Arrow, and a row as an object on demand.
 
     Args:
@@ -176,32 +177,13 @@ class RowTable(Sequence[Row]):
     def __len__(self) -> int:
         return int(self.table.num_rows)
 
-    @overload
-    def __getitem__(self, i: int) -> Row: ...
-
-    @overload
-    def __getitem__(self, i: slice) -> tuple[Row, ...]: ...
-
-    def __getitem__(self, i: int | slice) -> Row | tuple[Row, ...]:
-        if isinstance(i, slice):
-            return tuple(self[k] for k in range(*i.indices(len(self))))
-        if not -len(self) <= i < len(self):
-            raise IndexError(f"row {i} of {len(self)}")
-        return next(_objects(self.table.slice(i % len(self), 1)))
+    def row(self, i: int) -> Row:
+        """Row i as an object."""
+        return next(_objects(self.table.slice(i, 1)))
 
     def __iter__(self) -> Iterator[Row]:
         for start in range(0, len(self), _ROWS_AT_ONCE):
             yield from _objects(self.table.slice(start, _ROWS_AT_ONCE))
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, (RowTable, tuple, list)):
-            return NotImplemented
-        return len(self) == len(other) and all(a == b for a, b in zip(self, other))
-
-    __hash__ = None  # type: ignore[assignment]
-
-    def __repr__(self) -> str:
-        return repr(tuple(self))
 
     def where(self, chosen: pyarrow.Array) -> RowTable:
         """The rows at which a mask is true."""

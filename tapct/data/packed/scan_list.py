@@ -11,15 +11,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from tapct.base.hashing import purpose_id
+from tapct.data.lazy_rows import LazyRows
 from tapct.data.patients.split import patient_number_name
 
 SHAPE = ("depth", "height", "width")
@@ -62,7 +63,7 @@ class StoredScan:
         return bool(self.label_digest)
 
 
-class ScanList(Sequence[StoredScan]):
+class ScanList(LazyRows[StoredScan]):
     """The scans of a store in the order of its index.
 
     Args:
@@ -86,19 +87,10 @@ class ScanList(Sequence[StoredScan]):
     def __len__(self) -> int:
         return len(self._columns["id"]) if self._at is None else len(self._at)
 
-    @overload
-    def __getitem__(self, i: int) -> StoredScan: ...
-
-    @overload
-    def __getitem__(self, i: slice) -> tuple[StoredScan, ...]: ...
-
-    def __getitem__(self, i: int | slice) -> StoredScan | tuple[StoredScan, ...]:
-        if isinstance(i, slice):
-            return tuple(self[k] for k in range(*i.indices(len(self))))
-        if not -len(self) <= i < len(self):
-            raise IndexError(f"row {i} of {len(self)} scans")
+    def row(self, i: int) -> StoredScan:
+        """Scan i as an object; those of a short list are made once."""
         if len(self) > _FEW:
-            return next(self._rows(np.asarray([int(i) % len(self)])))
+            return next(self._rows(np.asarray([i])))
         if not self._kept:
             self._kept = tuple(self._rows(np.arange(len(self))))
         return self._kept[i]
@@ -106,16 +98,6 @@ class ScanList(Sequence[StoredScan]):
     def __iter__(self) -> Iterator[StoredScan]:
         for start in range(0, len(self), _ROWS_AT_ONCE):
             yield from self._rows(np.arange(start, min(start + _ROWS_AT_ONCE, len(self))))
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, (ScanList, tuple, list)):
-            return NotImplemented
-        return len(self) == len(other) and all(a == b for a, b in zip(self, other))
-
-    __hash__ = None  # type: ignore[assignment]
-
-    def __repr__(self) -> str:
-        return repr(tuple(self))
 
     def _place(self, i: int) -> int:
         """Row of the columns that holds scan i."""

@@ -15,16 +15,17 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
-from typing import TypeAlias, overload
+from typing import TypeAlias
 
 import numpy as np
 import pyarrow as pa
 
+from tapct.data.lazy_rows import LazyRows
 from tapct.data.packed.scan_list import ScanList, StoredScan
 from tapct.data.packed.store import Store
 
 
-class GroupScans(Sequence[StoredScan]):
+class GroupScans(LazyRows[StoredScan]):
     """The scans of several stores, numbered through; methods as in `ScanList`.
 
     Args:
@@ -45,15 +46,8 @@ class GroupScans(Sequence[StoredScan]):
     def __len__(self) -> int:
         return self.ends[-1]
 
-    @overload
-    def __getitem__(self, i: int) -> StoredScan: ...
-
-    @overload
-    def __getitem__(self, i: slice) -> tuple[StoredScan, ...]: ...
-
-    def __getitem__(self, i: int | slice) -> StoredScan | tuple[StoredScan, ...]:
-        if isinstance(i, slice):
-            return tuple(self[n] for n in range(*i.indices(len(self))))
+    def row(self, i: int) -> StoredScan:
+        """Scan i as an object."""
         k, row = self.find(i)
         return self.tables[k][row]
 
