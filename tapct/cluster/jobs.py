@@ -12,7 +12,7 @@ import os
 import re
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -147,12 +147,7 @@ def read_progress(
         queue: jobs by id, from `slurm.read_queue`; None when SLURM does not respond.
     """
     rows = jsonl.read_tail(RunFolder(run).metrics, "step")
-    step, loss = 0, math.nan
-    if rows:
-        step = int(rows[-1]["step"])
-        logged = [(row["step"], row["loss/total"]) for row in rows if "loss/total" in row]
-        values = [math.nan if value is None else float(value) for _, value in logged]
-        loss = last_mean([at for at, _ in logged], values, step)
+    step, loss = step_and_loss(rows)
     recent = rows[-LAST_STEPS:]
     paces = [row["seconds/step"] for row in recent if row.get("seconds/step") is not None]
     events = _read_events(run, submission.job)
@@ -182,6 +177,20 @@ def read_progress(
         losses=tuple(str(event.get("why", "")) for event in events if event["event"] == "lost"),
         evaluated=best_record.read(run),
     )
+
+
+def step_and_loss(rows: Sequence[Mapping[str, Any]]) -> tuple[int, float]:
+    """The newest step in rows of metrics.jsonl, and the mean loss up to it; 0 and NaN without rows.
+
+    Args:
+        rows: last rows of the file.
+    """
+    if not rows:
+        return 0, math.nan
+    step = int(rows[-1]["step"])
+    logged = [(row["step"], row["loss/total"]) for row in rows if "loss/total" in row]
+    values = [math.nan if value is None else float(value) for _, value in logged]
+    return step, last_mean([at for at, _ in logged], values, step)
 
 
 def _writer(run: Path, job: str) -> str:

@@ -24,9 +24,9 @@ from typing import TYPE_CHECKING
 
 from tapct.base import console, files, jsonl, lease, ranks
 from tapct.base.exits import UserError, single_line
-from tapct.base.recent import last_mean
 from tapct.cluster import sweep
 from tapct.cluster.folders import make_new_folder
+from tapct.cluster.jobs import step_and_loss
 from tapct.cluster.submit import PlannedRuns
 from tapct.eval import best_record
 from tapct.eval.best_record import BestRecord
@@ -110,68 +110,97 @@ def train_all(
     Raises:
         KeyboardInterrupt: Ctrl-C, after all runs have ended.
     """
-    name = time.strftime("%Y%m%d-%H%M%S")
-    places: SimpleQueue[int] = SimpleQueue()  # numbers of the runs that may train now
-    for place in range(parallel):
-        places.put(place)
-    over = threading.Event()
-    starting = threading.Lock()  # held while a run starts, so that none starts unseen at the end
-    running: set[subprocess.Popen[bytes]] = set()
-
-    def train_one(number: int) -> RunEnd:
-        run = planned.runs[number]
-        place = places.get()
-        try:
-            if over.is_set():
-                return RunEnd(run.value.out, -signal.SIGINT, "not started")
-            with contextlib.ExitStack() as undo:
-                folder = make_new_folder(RunFolder(run.value.out).jobs, name, undo)
-                undo.pop_all()
-            files.write_atomically(JobFolder(folder).config, run.to_yaml())
-            log = JobFolder(folder).log
-            command = [sys.executable, "-m", "tapct", "train", str(JobFolder(folder).config)]
-            say(f"run {number + 1} of {len(planned.runs)}: {run.value.out}, log in {log}")
-            with log.open("wb") as out:
-                with starting:
-                    if over.is_set():
-                        return RunEnd(run.value.out, -signal.SIGINT, "not started")
-                    # of a session of its own: Ctrl-C reaches it through this process alone
-                    process = subprocess.Popen(
-                        command,
-                        stdout=out,
-                        stderr=subprocess.STDOUT,
-                        stdin=subprocess.DEVNULL,
-                        env=environment_of(os.environ, place, parallel),
-                        start_new_session=True,
-                    )
-                    running.add(process)
-                code = process.wait()
-                running.discard(process)
-            why = "" if code == 0 else last_error(log)
-            if code:
-                say(f"{run.value.out} ended with exit code {code}: {why}")
-            return RunEnd(run.value.out, code, why)
-        finally:
-            places.put(place)
-
+    training = _Training(planned, parallel, say)
     with ThreadPoolExecutor(parallel, thread_name_prefix="tapct-sweep") as pool:
-        tasks = [pool.submit(train_one, number) for number in range(len(planned.runs))]
+        tasks = [pool.submit(training.train, number) for number in range(len(planned.runs))]
         try:
             return [task.result() for task in tasks]
         except BaseException:
-            with starting:
-                over.set()
-                started = list(running)
-            for process in started:
-                with contextlib.suppress(ProcessLookupError):
-                    process.send_signal(signal.SIGTERM)
-            until = time.monotonic() + STOP_SECONDS
-            for process in started:
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(max(0.0, until - time.monotonic()))
-                if process.poll() is None:
-                    process.kill()
+            training.stop()
             raise
+
+
+class _Training:
+    """The processes of a sweep; threads share it, one per run that trains.
+
+    Args:
+        planned, parallel, say: as in `train_all`.
+    """
+
+    def __init__(self, planned: PlannedRuns, parallel: int, say: Callable[[str], object]) -> None:
+        self.planned, self.parallel, self.say = planned, parallel, say
+        self.name = time.strftime("%Y%m%d-%H%M%S")
+        self.places: SimpleQueue[int] = SimpleQueue()  # numbers of the runs that may train now
+        for place in range(parallel):
+            self.places.put(place)
+        self.is_over = False
+        # held while a run starts, so that none starts unseen while the others are stopped
+        self.starting = threading.Lock()
+        self.running: set[subprocess.Popen[bytes]] = set()
+
+    def train(self, number: int) -> RunEnd:
+        """Train one run, once there is a place for it.
+
+        Args:
+            number: its number in the sweep, from 0.
+        """
+        run = self.planned.runs[number]
+        place = self.places.get()
+        try:
+            if self.is_over:
+                return self._not_started(number)
+            with contextlib.ExitStack() as undo:
+                folder = make_new_folder(RunFolder(run.value.out).jobs, self.name, undo)
+                undo.pop_all()
+            files.write_atomically(JobFolder(folder).config, run.to_yaml())
+            log = JobFolder(folder).log
+            self.say(f"run {number + 1} of {len(self.planned.runs)}: {run.value.out}, log in {log}")
+            process = self._start(JobFolder(folder).config, log, place)
+            if process is None:
+                return self._not_started(number)
+            code = process.wait()
+            self.running.discard(process)
+        finally:
+            self.places.put(place)
+        why = "" if code == 0 else last_error(log)
+        if code:
+            self.say(f"{run.value.out} ended with exit code {code}: {why}")
+        return RunEnd(run.value.out, code, why)
+
+    def _start(self, config: Path, log: Path, place: int) -> subprocess.Popen[bytes] | None:
+        """The process of a run; None if the sweep was stopped before it started."""
+        with log.open("wb") as out, self.starting:
+            if self.is_over:
+                return None
+            # of a session of its own: Ctrl-C reaches it through this process alone
+            process = subprocess.Popen(
+                [sys.executable, "-m", "tapct", "train", str(config)],
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                env=environment_of(os.environ, place, self.parallel),
+                start_new_session=True,
+            )
+            self.running.add(process)
+        return process
+
+    def _not_started(self, number: int) -> RunEnd:
+        return RunEnd(self.planned.runs[number].value.out, -signal.SIGINT, "not started")
+
+    def stop(self) -> None:
+        """Let all runs save and end, and start no further one; returns when they have ended."""
+        with self.starting:
+            self.is_over = True
+            started = list(self.running)
+        for process in started:
+            with contextlib.suppress(ProcessLookupError):
+                process.send_signal(signal.SIGTERM)
+        until = time.monotonic() + STOP_SECONDS
+        for process in started:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(max(0.0, until - time.monotonic()))
+            if process.poll() is None:
+                process.kill()
 
 
 def environment_of(environment: Mapping[str, str], place: int, parallel: int) -> dict[str, str]:
@@ -266,13 +295,7 @@ def ranked(folders: Sequence[Path]) -> list[Ranked]:
 
 def read_result(run: Path) -> Ranked:
     """The result of a run as far as it has come."""
-    rows = jsonl.read_tail(RunFolder(run).metrics, "step")
-    step, loss = 0, math.nan
-    if rows:
-        step = int(rows[-1]["step"])
-        logged = [(row["step"], row["loss/total"]) for row in rows if "loss/total" in row]
-        values = [math.nan if value is None else float(value) for _, value in logged]
-        loss = last_mean([at for at, _ in logged], values, step)
+    step, loss = step_and_loss(jsonl.read_tail(RunFolder(run).metrics, "step"))
     return Ranked(run, best_record.read(run), step, loss)
 
 

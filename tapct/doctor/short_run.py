@@ -8,7 +8,7 @@ of ranks, see the same scans.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -23,7 +23,7 @@ from tapct.engine.metrics import Record
 from tapct.run.config import RunConfig
 from tapct.run.pretrain import stage_settings
 from tapct.ssl.needs import build_losses
-from tapct.ssl.student_teacher import Network, StudentTeacher
+from tapct.ssl.student_teacher import StudentTeacher
 from tapct.types import Batch
 
 IN_PLANE = 320  # voxels of a slab along y and x
@@ -78,21 +78,13 @@ def start(
         backend: back-end of torch.compile; empty: the blocks are not compiled.
         feed: micro-batches of every step; None: synthetic ones.
     """
-    shard: Callable[[Network, bool], None] | None = None
-    mesh = world.mesh
-    if mesh is not None:
-        bf16 = config.train.precision == "bf16"
-
-        def shard(network: Network, is_student: bool) -> None:
-            fsdp.shard(network, mesh, bf16=bf16, keeps_gradient=is_student)
-
     pair = StudentTeacher(
         config.model,
         config.losses,
         config.seed,
         device=world.device,
         dtype=config.train.dtype,
-        shard=shard,
+        shard=fsdp.sharder(world.mesh, bf16=config.train.precision == "bf16"),
     )
     if backend:
         compiled.compile_blocks(pair, backend)

@@ -11,6 +11,7 @@ made of rounded gains and directions would change every score.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
@@ -54,6 +55,15 @@ def shard(network: Network, mesh: DeviceMesh, *, bf16: bool, keeps_gradient: boo
     )
     for head in network.heads.values():
         fully_shard(head, mesh=mesh, mp_policy=whole, reshard_after_forward=not keeps_gradient)
+
+
+def sharder(mesh: DeviceMesh | None, *, bf16: bool) -> Callable[[Network, bool], None] | None:
+    """What `StudentTeacher` calls for each network, with whether it is the student; None without a
+    mesh, so that nothing is sharded.
+    """
+    if mesh is None:
+        return None
+    return lambda network, is_student: shard(network, mesh, bf16=bf16, keeps_gradient=is_student)
 
 
 def forget_order(pair: StudentTeacher) -> None:

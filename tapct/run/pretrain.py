@@ -10,7 +10,7 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -45,7 +45,7 @@ from tapct.run.training_data import TrainingData, evaluated_store, open_store
 from tapct.run_folder import RunFolder
 from tapct.ssl.inputs import Inputs
 from tapct.ssl.schedules import Schedules
-from tapct.ssl.student_teacher import Network, StudentTeacher
+from tapct.ssl.student_teacher import StudentTeacher
 from tapct.types import Batch
 from tapct.weights import initial, sources
 
@@ -309,24 +309,17 @@ class Pretraining:
         """Student and teacher with their first weights, the same at any number of ranks; sharded
         over several.
         """
-        config, mesh = self.config, self.world.mesh
+        config = self.config
         # The global random state is only for plug-ins that draw from it; tapct draws by keys. It
         # differs between ranks, and a checkpoint restores it.
         torch.manual_seed(config.seed + self.world.ranks.rank)
-        shard: Callable[[Network, bool], None] | None = None
-        if mesh is not None:
-            bf16 = config.train.precision == "bf16"
-
-            def shard(network: Network, is_student: bool) -> None:
-                fsdp.shard(network, mesh, bf16=bf16, keeps_gradient=is_student)
-
         pair = StudentTeacher(
             config.model,
             config.losses,
             config.seed,
             device=self.world.device,
             dtype=config.train.dtype,
-            shard=shard,
+            shard=fsdp.sharder(self.world.mesh, bf16=config.train.precision == "bf16"),
         )
         if compiled.decide(config.train.compile, self.world.device):
             console.say(
