@@ -8,11 +8,9 @@ only its owner can read it.
 from __future__ import annotations
 
 import base64
-import html
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from importlib import resources
 from pathlib import Path
 
 import numpy as np
@@ -29,9 +27,10 @@ from tapct.data.packed.store import INDEX_NAME, Store
 from tapct.data.patients.split import are_below
 from tapct.report import archive_pictures
 from tapct.report.archive_pictures import ScanPicture
+from tapct.report.document import save, static_document
+from tapct.report.markup import text
 from tapct.types import HUContract
 
-POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 MOST_BARS = 12
 SPLIT_SHARES = (0.1, 0.2, 0.3)
 # columns of text that are shown as bars, and their titles
@@ -112,13 +111,9 @@ def write(
         name = path.resolve().name if path.is_dir() else path.resolve().stem
         beside = manifest.file.with_suffix(".html")
     out = out or beside
-    content = page(name, manifest, pictures, own)
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        files.write_atomically(out, content, mode=files.PRIVATE)
-    except OSError as error:
-        raise UserError(f"cannot write {out}: {files.first_cause(error)}") from error
-    return out
+    files.check_new_path(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    return save(page(name, manifest, pictures, own), out, files.PRIVATE)
 
 
 def page(
@@ -149,18 +144,7 @@ def page(
         f"<footer>digest of the manifest: {manifest.digest}; written by tapct. The slices can show "
         "a person, so protect this page as you protect the scans.</footer>",
     ]
-    style = resources.files("tapct.report").joinpath("archive.css").read_text(encoding="utf-8")
-    return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{text(name)}: archive'
-        '</title><meta name="viewport" content="width=device-width,initial-scale=1">'
-        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}"><style>{style}</style>'
-        f"</head><body><main>{''.join(parts)}</main></body></html>\n"
-    )
-
-
-def text(value: object) -> str:
-    """Any value as HTML text, escaped."""
-    return html.escape(str(value), quote=True)
+    return static_document(f"{name}: archive", "".join(parts))
 
 
 def count(number: int) -> str:

@@ -38,19 +38,24 @@ from tapct.run_folder import RunFolder
 BLANK = "\u2013"
 NAMES_A_RUN = ("out",)  # differs between any two runs and shows nothing
 # settings that do not affect training; they come last in the table
-BOOKKEEPING = (
-    "device",
-    "data.store",
+BOOKKEEPING_SECTIONS = (
     "data.loader.",
     "checkpoint.",
     "log.",
     "eval.",
-    "train.resume",
 )
+BOOKKEEPING = ("device", "data.store", "train.resume")
 LABEL_KEYS, LABEL_LENGTH = 4, 60  # a legend that would be longer shows the names of the runs
 # any terminal can show these
 TERMINAL = str.maketrans({"\u2013": "-", "\u2212": "-", "\u2009": " "})
 FOLD, COLUMN = 32, 15  # widest first column and widest column of a run in the terminal
+
+
+def is_bookkeeping(key: str) -> bool:
+    """Whether a setting does not affect training. `data.stores`, the archives and their shares,
+    does; `data.store` is the place of one.
+    """
+    return key in BOOKKEEPING or key.startswith(BOOKKEEPING_SECTIONS)
 
 
 @dataclass(frozen=True)
@@ -213,7 +218,7 @@ def differing_keys(configs: Sequence[Mapping[str, str]]) -> tuple[str, ...]:
         for key in keys
         if key not in NAMES_A_RUN and len({config.get(key) for config in known}) > 1
     ]
-    return tuple(sorted(differing, key=lambda key: key.startswith(BOOKKEEPING)))
+    return tuple(sorted(differing, key=is_bookkeeping))
 
 
 def _metrics(runs: Sequence[Run], wanted: Sequence[str]) -> tuple[str, ...]:
@@ -374,7 +379,7 @@ def labels(comparison: Comparison) -> list[str]:
     the names of their folders.
     """
     runs = comparison.runs
-    keys = [key for key in comparison.keys if not key.startswith(BOOKKEEPING)]
+    keys = [key for key in comparison.keys if not is_bookkeeping(key)]
     if not 0 < len(keys) <= LABEL_KEYS:
         return [run.name for run in runs]
     ends = Counter(key.rpartition(".")[2] for key in keys)

@@ -149,6 +149,12 @@ def test_only_settings_that_differ_are_shown(tmp_path: Path) -> None:
     assert compare.read(runs[::2]).keys == ()
 
 
+def test_the_shares_of_archives_affect_training_and_the_place_of_one_does_not() -> None:
+    bookkeeping = ("data.store", "device", "train.resume", "eval.max_scans", "data.loader.workers")
+    assert all(map(compare.is_bookkeeping, bookkeeping))
+    assert not any(map(compare.is_bookkeeping, ("data.stores", "data.select", "train.steps")))
+
+
 def test_a_page_asks_nobody_for_anything_and_holds_the_table(tmp_path: Path) -> None:
     evil = {**BASE, "name": "</script><script src='https://evil'>"}
     runs = [make_run(tmp_path / "<b>", 700, 1, evil, dice=0.4), make_run(tmp_path / "b", 40, 2)]
