@@ -250,6 +250,14 @@ BAD = {
         "embed {here}/run/export {scan} --out {here}/f.parquet",
         ["--out {here}/f.parquet: a Parquet table holds one vector per scan; give --scan"],
     ),
+    "report of a part of an index": (
+        "index {here}/empty --out {here}/x.parquet --part 1/2 --report {here}/x.html",
+        ["--report has no effect with --part"],
+    ),
+    "report of an index below a file": (
+        "index {here}/empty --out {here}/x.parquet --report {here}/words/note.txt/x.html",
+        ["--report {here}/words/note.txt/x.html", "not a folder"],
+    ),
     "report of a folder of runs": ("report {here}", ["{here} is not a run folder", "{here}/run"]),
     "report of a mistyped run": ("report {here}/rnu", ["did you mean {here}/run?"]),
     "export of a mistyped run": ("export {here}/rnu", ["did you mean {here}/run?"]),

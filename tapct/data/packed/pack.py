@@ -182,11 +182,12 @@ def _pack_with_room(
             _pack_all(tasks, first, workers, limits, outcomes, progress)
             done = [(tasks[i].row, outcomes[i]) for i in first]
             packed = [(row, one) for row, one in done if one is not None and one.scan is not None]
-            line = room.check_estimate(
-                len(packed),
-                sum(one.stored_bytes for _, one in packed),
-                sum(voxel_bytes(row) for row, _ in packed),
-            )
+            if packed:  # without one there is no estimate; a full disk is an error later
+                line = room.check_estimate(
+                    len(packed),
+                    sum(one.stored_bytes for _, one in packed),
+                    sum(voxel_bytes(row) for row, _ in packed),
+                )
     if say is not None and line:
         say(line)
     rest = [i for i in range(len(tasks)) if i not in begun]

@@ -337,6 +337,25 @@ def test_scans_that_do_not_fit_are_refused_by_an_estimate_before_most_are_packed
     assert len(files_of(tmp_path / f"out{free}")) == SAMPLE  # nothing more was packed
 
 
+def test_without_a_packed_sample_the_room_is_not_estimated(
+    archive: tuple[Manifest, list[np.ndarray]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    manifest, scans = archive
+    hu_ZYX = ct_like((5, 40, 30), 100)
+    write_nifti(manifest.root / "t.nii", hu_ZYX)
+    gone = [replace(row, path=f"gone{i}.nii") for i, row in enumerate(manifest.rows[:SAMPLE])]
+    manifest = replace(manifest, rows=(*gone, row_of("t", hu_ZYX)))
+    # the last of five scans is not among those that are packed first
+    usage = shutil.disk_usage(tmp_path)._replace(free=hu_ZYX.nbytes)
+    monkeypatch.setattr(free_space.shutil, "disk_usage", lambda _: usage)
+    lines: list[str] = []
+    report = pack(manifest, tmp_path / "out", say=lines.append)
+    assert len(report.packed) == 1 and len(lines) == 1
+    assert "uncompressed" in lines[0] and "about" not in lines[0]
+
+
 @pytest.mark.parametrize("codec", ["zstd", "lz4"])
 def test_every_codec_gives_back_the_voxels(
     archive: tuple[Manifest, list[np.ndarray]], tmp_path: Path, codec: str
