@@ -5,7 +5,8 @@
     python scripts/bench_embed.py --size 512           # features at full resolution
 
 Each way runs in a process of its own, with one thread. `memory` is the peak above the loaded model.
-The scan is made in memory, so that no reader counts.
+The scan is made in memory, so that no reader counts. Next to it, the same process runs the network
+alone on as many windows; the ratio is the time of the way over that of the network.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ import torch
 
 from tapct.base import exits
 from tapct.config.plugins import Plugin
-from tapct.eval.features import Preprocess
+from tapct.eval.extraction import Windows, patch_of
+from tapct.eval.features import Preprocess, prepare
 from tapct.models import vit
 from tapct.run.embedding import encoder_of
 from tapct.run.named_scans import NamedScan
@@ -37,6 +39,7 @@ from tapct.weights.embedding import Embedding
 from tapct.weights.pretrained import Pretrained
 
 MIB = 1 << 20
+BATCH = 8  # windows of a call, as `tapct embed` has it
 WAYS = {
     "embed": "`model.embed`",
     "slice": "`model.embed`, then `to_voxels()[:, 96]`",
@@ -84,6 +87,20 @@ def work(way: str, model: Pretrained, volume: Volume, folder: Path) -> None:
                 assert voxels[:4, start].shape[1:] == volume.hu_ZYX.shape[1:]
 
 
+def network_alone(model: Pretrained, volume: Volume) -> float:
+    """Seconds of the network on as many windows as the scan has, of random voxels."""
+    patch = patch_of(model.model)
+    prepared = prepare(volume.hu_ZYX, model.contract, model.preprocess, patch, "cpu")
+    left = sum(1 for _ in Windows.of(prepared, model.preprocess).corners())
+    crops = torch.randn(BATCH, *model.preprocess.window)
+    began = time.perf_counter()
+    with torch.no_grad():
+        while left > 0:
+            model.model([crops[:left]])
+            left -= BATCH
+    return time.perf_counter() - began
+
+
 def measure(way: str, slices: int, args: argparse.Namespace) -> dict[str, Any]:
     """Seconds and bytes of one way; runs in a process of its own."""
     torch.set_num_threads(1)
@@ -94,13 +111,15 @@ def measure(way: str, slices: int, args: argparse.Namespace) -> dict[str, Any]:
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         work(way, model, volume, Path(folder) / "x.zarr")
-    seconds = time.perf_counter() - began
+    seconds, memory = time.perf_counter() - began, peak() - before
+    alone = network_alone(model, volume)
     grid = -(-slices // 4), args.size // 8, args.size // 8
     return {
         "way": way,
         "slices": slices,
         "seconds": round(seconds, 1),
-        "memory_mib": round((peak() - before) / MIB),
+        "of_network": round(seconds / alone, 2),
+        "memory_mib": round(memory / MIB),
         "scan_mib": round(volume.hu_ZYX.nbytes / MIB),
         "input_mib": round(4 * slices * args.size**2 / MIB),
         "features_mib": round(4 * args.dim * int(np.prod(grid)) / MIB),
@@ -129,15 +148,16 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="file to write the rows to")
     args = parser.parse_args()
     rows = []
-    print("| way | slices | seconds | memory in MiB | scan | input | features |")
-    print("|---|---|---|---|---|---|---|")
+    print("| way | slices | seconds | of the network | memory in MiB | scan | input | features |")
+    print("|---|---|---|---|---|---|---|---|")
     for way in args.ways:
         for slices in args.slices:
             with multiprocessing.get_context("spawn").Pool(1) as pool:
                 row = pool.apply(measure, (way, slices, args))
             rows.append(row)
             print(
-                f"| {WAYS[way]} | {slices} | {row['seconds']} | {row['memory_mib']} | "
+                f"| {WAYS[way]} | {slices} | {row['seconds']} | {row['of_network']} | "
+                f"{row['memory_mib']} | "
                 f"{row['scan_mib']} | {row['input_mib']} | {row['features_mib']} |",
                 flush=True,
             )

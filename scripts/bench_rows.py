@@ -13,7 +13,8 @@ packed for real. Each measurement is a process of its own, as a rank is:
     sampler    which scan sample 10^12 shows, mean of 1000
 
 Memory is that of the process: its private bytes, and the pages of files that ranks of a machine
-share.
+share. Next to it, a process reads the manifest with pyarrow alone, and makes a dictionary of each
+row; the ratio is its time, for all rows, over that from `open` to the first batch.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from typing import Any
 import arguments
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet
 
 from tapct.base import exits
 from tapct.base.files import write_atomically
@@ -45,6 +47,7 @@ from tapct.types import Volume
 
 SHAPE_ZYX, SPACING_MM = (40, 64, 64), (2.0, 0.8, 0.8)
 SELECT, HELD_OUT, BATCH, DEPTH = "spacing_z_mm <= 4 and kernel not in ['B70f']", 0.1, 4, 24
+MOST_PLAIN = 100_000  # rows that are made dictionaries for the comparison
 _HEX = np.frombuffer(b"0123456789abcdef", np.uint8)
 
 
@@ -160,6 +163,18 @@ def start_run(folder: Path) -> dict[str, Any]:
     return stages
 
 
+def read_plainly(folder: Path, num: int) -> float:
+    """Seconds in which pyarrow alone reads the manifest and makes a dictionary of each row; the
+    dictionaries of at most `MOST_PLAIN` rows are made, and their time is scaled to all.
+    """
+    began = time.perf_counter()
+    table = pyarrow.parquet.read_table(folder / "m.parquet")
+    read = time.perf_counter() - began
+    began = time.perf_counter()
+    made = len(table.slice(0, MOST_PLAIN).to_pylist())
+    return read + (time.perf_counter() - began) * num / made
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -169,7 +184,11 @@ def main() -> None:
     )
     parser.add_argument("--json", type=Path, help="JSON file to write the figures to")
     parser.add_argument("--start", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--plain", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.plain:
+        print(read_plainly(options.plain, options.rows))
+        return
     if options.start:
         print(json.dumps(start_run(options.start)))
         return
@@ -180,6 +199,8 @@ def main() -> None:
         made = time.perf_counter() - began
         command = [sys.executable, __file__, "--start", text]
         runs = [json.loads(subprocess.check_output(command)) for _ in range(3)]
+        plain_command = [sys.executable, __file__, "--plain", text, "--rows", str(options.rows)]
+        plain = float(subprocess.check_output(plain_command))
     best = min(runs, key=lambda run: sum(run[name]["seconds"] for name in run if name in STAGES))
     print(f"{options.rows:,} rows, made in {made:.0f} s; {best['rows']:,} are trained on")
     for name, row in best.items():
@@ -191,6 +212,8 @@ def main() -> None:
     total = sum(best[name]["seconds"] for name in STAGES)
     cpu = sum(best[name]["cpu_s"] for name in STAGES)
     print(f"  {'open to first batch':36} {total:7.3f} s  {cpu:7.3f} s of a processor")
+    print(f"  {'pyarrow alone, all rows':36} {plain:7.3f} s: {plain / total:.1f} times as long")
+    best |= {"plain_s": plain, "plain_ratio": plain / total}
     if options.json:
         options.json.write_text(json.dumps(best, indent=1) + "\n")
 
