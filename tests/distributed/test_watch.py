@@ -83,7 +83,12 @@ def test_a_store_that_does_not_answer_is_named(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("MASTER_ADDR", "gpu01")
     monkeypatch.setenv("MASTER_PORT", "29500")
     watch = watch_of(1, 2, dist.HashStore())
-    monkeypatch.setattr(watch, "_last_report", lambda rank: time.sleep(1.0))
+
+    def answer_late(rank: int) -> tuple[int, int, str]:
+        time.sleep(1.0)
+        return 1, 0, "forward"
+
+    monkeypatch.setattr(watch, "_last_report", answer_late)
     clause = "rank 0 on gpu01, which keeps the reports, does not answer"
     assert watch.who_is_behind() == Behind(clause, ("gpu01",))
 
