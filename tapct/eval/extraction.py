@@ -194,8 +194,9 @@ class _BlockSums:
         (_, height, width), (in_z, in_y, in_x) = self.windows.size, self.windows.refine
         cells_ZYXD = self.total_ZYXD[:, y : y + height * in_y, x : x + width * in_x]
         # every cell of a patch gets its token: patches and the cells in them are axes of a view
-        patches = cells_ZYXD.unflatten(2, (-1, in_x)).unflatten(1, (-1, in_y)).unflatten(0, (-1, in_z))
-        patches += weighted_ZYXD[:, None, :, None, :, None]
+        by_patch = cells_ZYXD.unflatten(2, (-1, in_x)).unflatten(1, (-1, in_y))
+        by_patch = by_patch.unflatten(0, (-1, in_z))
+        by_patch += weighted_ZYXD[:, None, :, None, :, None]
 
     def _keep(self, vectors: WindowVectors) -> None:
         """Copy the vectors of a window to their place.

@@ -76,9 +76,9 @@ class Preprocess:
     )
     refine: tuple[int, int, int] = setting(
         (1, 1, 1),
-        "cells of the feature grid per patch (z, y, x); 2 needs a stride that is an odd multiple of "
-        "half a patch, so that windows lie between each other's patches and a cell is the mean of "
-        "all patches that cover it",
+        "cells of the feature grid per patch (z, y, x); with 2, the stride must be an odd multiple "
+        "of half a patch: windows then lie between each other's patches, and the features of a "
+        "cell are the mean over all patches that cover it",
         ge=1,
     )
 
@@ -139,7 +139,8 @@ class PatchGrid:
         """The grid of a scan of this shape in voxels; the voxels need not be read."""
         depth, height, width = shape_ZYX
         size_y, size_x = preprocess.size_yx
-        return cls(preprocess.cell(patch), (depth, size_y or height, size_x or width), (depth, height, width))
+        resized = (depth, size_y or height, size_x or width)
+        return cls(preprocess.cell(patch), resized, (depth, height, width))
 
     @property
     def shape(self) -> Grid:
