@@ -362,7 +362,8 @@ def prepare(
     grid = PatchGrid.of_scan(hu_ZYX.shape, preprocess, patch)
     resized = grid.resized
     padded = [
-        max(n * p, w) for n, p, w in zip(grid.shape, grid.patch, preprocess.window, strict=True)
+        max(-(-size // side) * side, window)
+        for size, side, window in zip(resized, patch, preprocess.window, strict=True)
     ]
     air = float(contract.normalise(torch.tensor(float(AIR_HU))))
     if preprocess.pad == "raw":

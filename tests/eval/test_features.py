@@ -49,7 +49,7 @@ def slow_features(model: nn.Module, hu_ZYX: np.ndarray, preprocess: Preprocess) 
     depth, height, width = hu_ZYX.shape
     window, stride = preprocess.window, preprocess.stride
     cell = [p // parts for p, parts in zip(PATCH, preprocess.refine, strict=True)]
-    size = [max(-(-n // c) * c, w) for n, c, w in zip(hu_ZYX.shape, cell, window, strict=True)]
+    size = [max(-(-n // p) * p, w) for n, p, w in zip(hu_ZYX.shape, PATCH, window, strict=True)]
     padded = np.full(size, AIR_HU, dtype=np.float64)
     padded[:depth, :height, :width] = hu_ZYX
     normal = ((np.clip(padded, -1008, 822) - CONTRACT.mean) / CONTRACT.std).astype(np.float32)
