@@ -34,18 +34,20 @@ def warp(
     Returns:
         (Z, Y, X) of the fixed scan, of the type of `values_ZYX`.
     """
-    depth, height, width = values_ZYX.shape
+    _, height, width = values_ZYX.shape
     spacing_311 = np.array(moving.spacing_mm)[:, None, None]
-    limit_311 = np.array(values_ZYX.shape, dtype=np.float64)[:, None, None]
+    limit_311 = np.array(values_ZYX.shape, dtype=np.uint32)[:, None, None]
     # a last value, to which all places outside the moving scan point
     values_N = np.append(values_ZYX.reshape(-1), values_ZYX.dtype.type(outside))
     warped_ZYX = np.empty(fixed.hu_ZYX.shape, dtype=values_ZYX.dtype)
     for z, moved_3YX in transform.on_lattice(fixed.hu_ZYX.shape, fixed.spacing_mm):
-        index_3YX = np.rint(moved_3YX / spacing_311)
-        is_inside_YX = ((index_3YX >= 0) & (index_3YX < limit_311)).all(0)
+        moved_3YX /= spacing_311
+        index_3YX = np.rint(moved_3YX, out=moved_3YX).astype(np.int32)
+        # as unsigned numbers, negative indices are larger than every limit
+        is_inside_YX = (index_3YX.view(np.uint32) < limit_311).all(0)
         at_YX = (index_3YX[0] * height + index_3YX[1]) * width + index_3YX[2]
-        at_YX = np.where(is_inside_YX, at_YX, depth * height * width).astype(np.int64)
-        warped_ZYX[z] = values_N[at_YX]
+        at_YX[~is_inside_YX] = len(values_N) - 1
+        warped_ZYX[z] = values_N.take(at_YX)
     return warped_ZYX
 
 

@@ -529,9 +529,7 @@ class TAPCTModel(PreTrainedModel):
         """
         window, refine = self.config.window_size, self.config.window_refine
         cell = [side // parts for side, parts in zip(self.config.patch_size, refine)]
-        d, h, w = (
-            side * parts for side, parts in zip(self.model.grid_of(pixel_values), refine)
-        )
+        d, h, w = (side * parts for side, parts in zip(self.model.grid_of(pixel_values), refine))
         device = next(self.parameters()).device
         missing = [max(n - size, 0) for size, n in zip(pixel_values.shape[2:], window)]
         far_ends = [side for amount in reversed(missing) for side in (0, amount)]
