@@ -91,29 +91,32 @@ class Preprocess:
                     f"skipped. Use {window} or less."
                 )
 
-    def cell(self, patch: Size3) -> Size3:
+    def cell(self, patch: Size3, name: str = "preprocess") -> Size3:
         """Voxels (z, y, x) of a cell of the feature grid: a patch, or a part of it.
 
+        Args:
+            patch: voxels (z, y, x) of a patch.
+            name: section of these settings, for the error line.
         Raises:
             UserError: a patch cannot be divided into `refine` cells, windows do not lie on the
                 grid, or no window lies between the patches of the others.
         """
         on_grid = "windows fall on the patch grid"
-        patch_grid(self.window, patch, "preprocess.window", on_grid)
+        patch_grid(self.window, patch, f"{name}.window", on_grid)
         for axis, side, parts in zip("zyx", patch, self.refine, strict=True):
             if side % parts:
                 raise UserError(
-                    f"preprocess.refine is {parts} along {axis}, which does not divide a patch of "
+                    f"{name}.refine is {parts} along {axis}, which does not divide a patch of "
                     f"{side} voxels; change it"
                 )
         z, y, x = (side // parts for side, parts in zip(patch, self.refine, strict=True))
-        steps = patch_grid(self.stride, (z, y, x), "preprocess.stride", on_grid)
+        steps = patch_grid(self.stride, (z, y, x), f"{name}.stride", on_grid)
         for axis, step, cell, parts in zip("zyx", steps, (z, y, x), self.refine, strict=True):
             if math.gcd(step, parts) > 1:
                 raise UserError(
-                    f"preprocess.refine is {parts} along {axis}, but with a stride of "
+                    f"{name}.refine is {parts} along {axis}, but with a stride of "
                     f"{step * cell} windows never lie between the patches of the others; use a "
-                    f"stride of {(step - 1) * cell}, or preprocess.refine 1"
+                    f"stride of {(step - 1) * cell}, or {name}.refine 1"
                 )
         return z, y, x
 
