@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tapct.base.exits import UserError
+from tapct.nn import attention_blocks
 
 HALF = (torch.bfloat16, torch.float16)
 AMPERE = (8, 0)  # compute capability
@@ -78,7 +79,9 @@ class CpuFlash(torch.autograd.Function):
     each run, concatenated. This would keep each result twice, for its own backward pass and for
     that of the next layer.
     Short crops in bf16 or fp16 are computed in float32: torch's kernel takes up to 8 times as long
-    backward in bf16, and is no more exact; for long crops it is faster (docs/log.md).
+    backward in bf16, and is no more exact; for long crops it is faster (docs/log.md). On a CPU with
+    AMX, the backward pass of long crops in bf16 is computed by `attention_blocks`, which is faster
+    still.
     """
 
     @staticmethod
@@ -104,6 +107,10 @@ class CpuFlash(torch.autograd.Function):
         dqkv = tuple(torch.empty_like(x_THC) for x_THC in (q_THC, k_THC, v_THC))
         crops = crops_of(ctx.spans, gradients[0], q_THC, k_THC, v_THC, out_THC, *dqkv)
         for (*inputs, dq, dk, dv), norms_BHN in zip(crops, norms, strict=True):
+            if _fits_blocks(dq):
+                dout, q, k, v, out = inputs
+                attention_blocks.differentiate(dout, q, k, v, out, norms_BHN, (dq, dk, dv))
+                continue
             # no dropout, not causal
             computed = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
                 *map(_wide, inputs), norms_BHN, 0.0, False
@@ -125,6 +132,12 @@ def crops_of(spans: Spans, *packed: Tensor) -> Iterator[tuple[Tensor, ...]]:
 def _wide(x_BHNC: Tensor) -> Tensor:
     """x in float32 where it is a half type and its crops are short, else x."""
     return x_BHNC.float() if x_BHNC.dtype in HALF and x_BHNC.shape[2] < LONG_CROP else x_BHNC
+
+
+def _fits_blocks(x_BHNC: Tensor) -> bool:
+    """Whether the backward pass is computed by `attention_blocks`: long crops in bf16 with AMX."""
+    is_long = x_BHNC.shape[2] >= LONG_CROP
+    return is_long and x_BHNC.dtype == torch.bfloat16 and attention_blocks.has_amx()
 
 
 def crop_starts(spans: Spans, device: torch.device) -> Tensor:

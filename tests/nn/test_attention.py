@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tapct.base.exits import UserError
 from tapct.models import vit
-from tapct.nn import backends
+from tapct.nn import attention_blocks, backends
 from tapct.nn.attention import Attention
 from tapct.nn.backends import BACKENDS, GPU_ONLY, Backend, Span, Spans
 
@@ -142,12 +142,16 @@ def test_every_backend_has_the_gradients_of_attention_written_out(
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize(("long_crop", "units"), [(300, 1.5), (1, 3.0)])
+@pytest.mark.parametrize(
+    ("long_crop", "amx", "units"), [(300, False, 1.5), (1, False, 3.0), (1, True, 3.0)]
+)
 @pytest.mark.parametrize("dtype", backends.HALF)
 def test_half_types_on_a_cpu_are_as_good_as_float32_and_kept_as_halves(
-    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, long_crop: int, units: float
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, long_crop: int, amx: bool, units: float
 ) -> None:
-    monkeypatch.setattr(backends, "LONG_CROP", long_crop)  # widened, and by torch's own kernel
+    # widened, by torch's own kernel, and backward in blocks
+    monkeypatch.setattr(backends, "LONG_CROP", long_crop)
+    monkeypatch.setattr(attention_blocks, "has_amx", lambda: amx)
     halves = [part.clone().requires_grad_() for part in packed_qkv(dtype)]
     floats = [part.detach().float().requires_grad_() for part in halves]
     weight = torch.randn(halves[0].shape, generator=torch.Generator().manual_seed(1)).to(dtype)
