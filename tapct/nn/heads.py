@@ -51,8 +51,12 @@ class WeightNormed(nn.Module):
         """g * v / |v|, (K, W), float32 or wider."""
         # float32: the rounding of a bf16 norm would change every logit
         wide = torch.promote_types(self.weight_v.dtype, torch.float32)
-        v_KW = self.weight_v.to(wide)
-        return v_KW * (self.weight_g.to(wide) / torch.linalg.vector_norm(v_KW, dim=1, keepdim=True))
+        # the plain form is v * (g / |v|); torch's function needs fewer passes over K x W numbers,
+        # most of all backward
+        prototypes_KW: Tensor = torch._weight_norm(
+            self.weight_v.to(wide), self.weight_g.to(wide), 0
+        )
+        return prototypes_KW
 
 
 class Plain(nn.Module):

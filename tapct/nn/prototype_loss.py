@@ -11,15 +11,15 @@ The gradient with respect to the scores, where p_v teacher views are compared wi
 
     dscores_VBK = weight_VB * (p_v * softmax(scores_VBK) - sum_g targets_gBK) / student_temp
 
-Here a chunk of rows is computed, used and overwritten. The gradients of features and prototypes are
-computed in the forward pass, while the scores exist, and only scaled in the backward pass: four
-matrix products per row (scores of teacher and student, two gradients), the fewest possible. Memory
-beside the inputs, for any number of rows: one gradient of the size of the prototypes and two chunks
-of scores; with `cross` two or three more for what the views are compared with. Under autocast the
-products are in its dtype, with half a chunk more.
+Here a chunk of rows is computed, used and overwritten, a few rows of it at a time (a piece). The
+gradients of features and prototypes are computed in the forward pass, while the scores exist, and
+only scaled in the backward pass: four matrix products per row (scores of teacher and student, two
+gradients), the fewest possible. Memory beside the inputs, for any number of rows: one gradient of
+the size of the prototypes, two chunks of products, and some pieces of scores. Under autocast the
+products are in its dtype; scores, softmax and sums are wider.
 
-Axes: V student views, G teacher views, B rows of a view, C rows of a chunk, N rows of all views of
-a chunk, W bottleneck width, K prototypes.
+Axes: V student views, G teacher views, B rows of a view, C rows of a chunk, P rows of a piece, N
+rows of all views of a chunk or piece, W bottleneck width, K prototypes.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tapct.nn.prototype_scores import Chunks, TeacherScores, softmax
+from tapct.nn.prototype_scores import Chunks, TeacherScores, copy_piece, softmax
 from tapct.types import TargetSums
 
 
@@ -107,7 +107,8 @@ class _Fused(torch.autograd.Function):
         like, views = student_VBW, max(num_views, num_targets)
         narrow_KW = prototypes_KW.to(teacher.prototypes_KW.dtype)
         chunks = Chunks(num_rows, views, narrow_KW, like.dtype)
-        scores_NK, targets_NK = chunks.memory(views), chunks.memory(num_targets)
+        teacher_NK, student_NK = chunks.memory(num_targets), chunks.memory(num_views)
+        scores_NK, targets_NK = chunks.cache(views), chunks.cache(num_targets)
         pairs_V = _pairs(like, num_targets, cross)
         gradients = None
         if needs_gradients:
@@ -116,28 +117,28 @@ class _Fused(torch.autograd.Function):
         mass_K, entropy = like.new_zeros(len(prototypes_KW)), like.new_zeros(())
         count = like.new_zeros(())
         for rows in chunks.ranges:
-            teacher_GCK = teacher.chunk(rows, chunks, scores_NK)
-            targets_GCK = softmax(teacher_GCK, targets_NK)
-            valid_C = None if teacher.valid_B is None else teacher.valid_B[rows].to(like.dtype)
-            mass, spread, number = _target_sums(teacher_GCK, targets_GCK, valid_C)
-            mass_K, entropy, count = mass_K + mass, entropy + spread, count + number
-            goal_VCK = _goals(targets_GCK, num_views, cross)
+            teacher_GCK = teacher.products(rows, chunks, teacher_NK)
             x_VCW = student_VBW[:, rows]
             x_NW = (x_VCW.flatten(0, 1) / student_temp).to(narrow_KW.dtype)
-            # the student's scores overwrite the teacher's, of which only the targets are kept
-            scores_VCK = chunks.product(x_NW, narrow_KW, scores_NK).unflatten(0, x_VCW.shape[:2])
-            top_VC = scores_VCK.amax(-1)
-            agreement_VC = _dot(goal_VCK.expand_as(scores_VCK), scores_VCK)
-            # in place: the scores are not needed any more
-            guess_VCK = softmax(scores_VCK, scores_NK)
-            # log-sum-exp of a row = its largest score - log of its largest probability, which is at
-            # least 1/K, so the log is safe
-            log_sum_VC = top_VC - guess_VCK.amax(-1).log()
-            ce_VB[:, rows] = pairs_V[:, None] * log_sum_VC - agreement_VC
+            student_VCK = chunks.product(x_NW, narrow_KW, student_NK).unflatten(0, x_VCW.shape[:2])
+            for piece in chunks.pieces(rows):
+                place = slice(rows.start + piece.start, rows.start + piece.stop)
+                scores_GPK = teacher.scores_of(teacher_GCK, piece, scores_NK)
+                targets_GPK = softmax(scores_GPK, targets_NK)
+                valid_P = None if teacher.valid_B is None else teacher.valid_B[place].to(like.dtype)
+                mass, spread, number = _target_sums(scores_GPK, targets_GPK, valid_P)
+                mass_K, entropy, count = mass_K + mass, entropy + spread, count + number
+                goal_VPK = _goals(targets_GPK, num_views, cross)
+                # the student's scores overwrite the teacher's, of which only the targets are kept
+                scores_VPK = copy_piece(student_VCK, piece, scores_NK)
+                ce_VB[:, place], guess_VPK = _cross_entropy(scores_VPK, goal_VPK, pairs_V)
+                if gradients is not None:
+                    if not _is_one_pair_each(num_views, num_targets, cross):
+                        guess_VPK.mul_(pairs_V[:, None, None])
+                    # the gradient overwrites the student's products
+                    student_VCK[:, piece] = guess_VPK.sub_(goal_VPK)
             if gradients is not None:
-                if not _is_one_pair_each(num_views, num_targets, cross):
-                    guess_VCK.mul_(pairs_V[:, None, None])
-                gradients.add(rows, guess_VCK.sub_(goal_VCK), weight_VB[:, rows])
+                gradients.add(rows, student_VCK, weight_VB[:, rows])
         if gradients is not None:
             ctx.save_for_backward(gradients.student_VBW, gradients.prototypes_KW)
         ctx.mark_non_differentiable(ce_VB, mass_K, entropy, count)
@@ -157,7 +158,7 @@ class _Gradients:
         student_VBW: student features.
         prototypes_KW: the student's effective last layer.
         narrow_KW: the same in the dtype of the products.
-        chunks: ranges of rows, and memory for narrow copies.
+        chunks: ranges of rows.
         student_temp: temperature of the student.
     """
 
@@ -170,15 +171,16 @@ class _Gradients:
         student_temp: float,
     ) -> None:
         self.features_VBW, self.narrow_KW = student_VBW, narrow_KW
-        self.chunks, self.student_temp = chunks, student_temp
+        self.student_temp = student_temp
         self.student_VBW = torch.empty_like(student_VBW)
         self.prototypes_KW = torch.zeros_like(prototypes_KW)
         self.product_KW = None if chunks.wide else torch.empty_like(narrow_KW)
 
     def add(self, rows: slice, error_VCK: Tensor, weight_VC: Tensor) -> None:
-        """Add the part of some rows, from pairs * softmax(scores) - targets and their weights."""
-        x_VCW = self.features_VBW[:, rows]
-        error_NK = self.chunks.narrowed(error_VCK.flatten(0, 1))
+        """Add the part of some rows, from pairs * softmax(scores) - targets, in the dtype of the
+        products, and their weights.
+        """
+        x_VCW, error_NK = self.features_VBW[:, rows], error_VCK.flatten(0, 1)
         # weight and temperature are factors of rows: on W columns they cost less than on K
         scale_N1 = (weight_VC / self.student_temp).flatten()[:, None]
         dfeatures_NW = torch.mm(error_NK, self.narrow_KW) * scale_N1
@@ -203,35 +205,54 @@ def _is_one_pair_each(num_views: int, num_targets: int, cross: bool) -> bool:
     return num_targets - cross == 1 and (num_views <= num_targets or not cross)
 
 
-def _goals(targets_GCK: Tensor, num_views: int, cross: bool) -> Tensor:
-    """Sum of the targets that each student view is compared with: (V or 1, C, K)."""
-    num_targets = targets_GCK.shape[0]
+def _goals(targets_GPK: Tensor, num_views: int, cross: bool) -> Tensor:
+    """Sum of the targets that each student view is compared with: (V or 1, P, K)."""
+    num_targets = targets_GPK.shape[0]
     if num_targets == 1 and not cross:
-        return targets_GCK
+        return targets_GPK
     if cross and num_views == num_targets == 2:
-        return targets_GCK.flip(0)  # each view is compared with the other
-    everyone_1CK = targets_GCK.sum(0, keepdim=True)
+        return targets_GPK.flip(0)  # each view is compared with the other
+    everyone_1PK = targets_GPK.sum(0, keepdim=True)
     if not cross:
-        return everyone_1CK
-    others_GCK = everyone_1CK - targets_GCK
-    return torch.cat([others_GCK, everyone_1CK.expand(num_views - num_targets, -1, -1)])
+        return everyone_1PK
+    others_GPK = everyone_1PK - targets_GPK
+    return torch.cat([others_GPK, everyone_1PK.expand(num_views - num_targets, -1, -1)])
 
 
-def _dot(a_VCK: Tensor, b_VCK: Tensor) -> Tensor:
-    """Inner products over the last axis, (V, C), without memory for elementwise products."""
-    return torch.matmul(a_VCK.unsqueeze(-2), b_VCK.unsqueeze(-1)).squeeze(-1).squeeze(-1)
+def _cross_entropy(scores_VPK: Tensor, goal_VPK: Tensor, pairs_V: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of each row, (V, P), and the softmax of the scores, in their memory.
+
+    Args:
+        scores_VPK: scores of the student, contiguous; they are overwritten.
+        goal_VPK: sum of the targets that each view is compared with, (V or 1, P, K).
+        pairs_V: number of these targets.
+    """
+    top_VP = scores_VPK.amax(-1)
+    agreement_VP = _dot(goal_VPK.expand_as(scores_VPK), scores_VPK)
+    guess_VPK = softmax(scores_VPK, scores_VPK.flatten(0, 1))
+    # log-sum-exp of a row = its largest score - log of its largest probability, which is at least
+    # 1/K, so the log is safe
+    log_sum_VP = top_VP - guess_VPK.amax(-1).log()
+    return pairs_V[:, None] * log_sum_VP - agreement_VP, guess_VPK
+
+
+def _dot(a_VPK: Tensor, b_VPK: Tensor) -> Tensor:
+    """Inner products over the last axis, (V, P)."""
+    # a product of matrices of one row and one column would be slower: the elementwise products of a
+    # piece stay in the cache
+    return (a_VPK * b_VPK).sum(-1)
 
 
 def _target_sums(
-    scores_GCK: Tensor, targets_GCK: Tensor, valid_C: Tensor | None
+    scores_GPK: Tensor, targets_GPK: Tensor, valid_P: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Sums over valid rows: of the targets, (K,), of their entropies, and of the rows.
 
     The entropy of a softmax is its log-sum-exp minus its mean score; the log-sum-exp follows from
     any one score and its probability.
     """
-    log_sum_GC = scores_GCK.amax(-1) - targets_GCK.amax(-1).log()
-    entropy_GC = log_sum_GC - _dot(targets_GCK, scores_GCK)
-    weight_GC = torch.ones_like(entropy_GC) if valid_C is None else valid_C.expand_as(entropy_GC)
-    mass_K = weight_GC.flatten() @ targets_GCK.flatten(0, 1)
-    return mass_K, (weight_GC * entropy_GC).sum(), weight_GC.sum()
+    log_sum_GP = scores_GPK.amax(-1) - targets_GPK.amax(-1).log()
+    entropy_GP = log_sum_GP - _dot(targets_GPK, scores_GPK)
+    weight_GP = torch.ones_like(entropy_GP) if valid_P is None else valid_P.expand_as(entropy_GP)
+    mass_K = weight_GP.flatten() @ targets_GPK.flatten(0, 1)
+    return mass_K, (weight_GP * entropy_GP).sum(), weight_GP.sum()

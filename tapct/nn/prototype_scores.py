@@ -5,20 +5,25 @@ Plain form:
     scores_GBK = features_GBW @ prototypes_KW.T / temperature + bias_K
 
 With 65,536 prototypes this matrix is the largest of a training step, so it never exists as a whole:
-a chunk of its rows is computed, used and overwritten by the next.
+a chunk of its rows is computed, used and overwritten by the next. A chunk is large, because a
+matrix product reads all prototypes once for each chunk. Softmax and sums pass over the scores a
+dozen times: they work on a few rows of the chunk at a time, a piece, which stays in the cache.
 
-Axes: G teacher views, B rows of a view (class tokens or masked patches), C rows of a chunk, N rows
-of all views of a chunk, W bottleneck width, K prototypes.
+Axes: G teacher views, B rows of a view (class tokens or masked patches), C rows of a chunk, P rows
+of a piece, N rows of all views of a chunk or piece, W bottleneck width, K prototypes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 CHUNK_BYTES = 1 << 26  # 64 MiB of float32 scores in a chunk
+PIECE_BYTES = 1 << 20  # 1 MiB of float32 scores in a piece: two pieces fit in the cache of a core
+GPU_PIECE_BYTES = 1 << 24  # a GPU has a larger cache, and each operation on a piece is a launch
 
 
 @dataclass(frozen=True)
@@ -39,17 +44,42 @@ class TeacherScores:
     bias_K: Tensor
     valid_B: Tensor | None = None
 
-    def chunk(self, rows: slice, chunks: Chunks, into_NK: Tensor) -> Tensor:
-        """Scores of some rows after temperature and bias: (G, C, K), in the memory of `into_NK`."""
+    def products(self, rows: slice, chunks: Chunks, into_NK: Tensor) -> Tensor:
+        """Products with the prototypes of some rows: (G, C, K), in the memory of `into_NK`.
+
+        `scores_of` makes scores of them.
+        """
         features_GCW = self.features_GBW[:, rows]
-        features_NW, scale = features_GCW.flatten(0, 1), 1.0 / self.temperature
-        scaled_NK = into_NK[: len(features_NW)]
+        features_NW = features_GCW.flatten(0, 1)
         if chunks.wide:
-            # one kernel: a chunk does not fit into the cache, so each pass over it costs
-            torch.addmm(self.bias_K, features_NW, self.prototypes_KW.T, alpha=scale, out=scaled_NK)
+            # the product adds temperature and bias by itself, without a pass of its own
+            torch.addmm(
+                self.bias_K,
+                features_NW,
+                self.prototypes_KW.T,
+                alpha=1.0 / self.temperature,
+                out=into_NK[: len(features_NW)],
+            )
         else:
-            chunks.product(features_NW, self.prototypes_KW, into_NK).mul_(scale).add_(self.bias_K)
-        return scaled_NK.unflatten(0, features_GCW.shape[:2])
+            chunks.product(features_NW, self.prototypes_KW, into_NK)
+        return into_NK[: len(features_NW)].unflatten(0, features_GCW.shape[:2])
+
+    def scores_of(self, products_GCK: Tensor, piece: slice, into_NK: Tensor) -> Tensor:
+        """Scores of the rows of a piece, from `products`: (G, P, K), in the memory of `into_NK`."""
+        scores_GPK = copy_piece(products_GCK, piece, into_NK)
+        if products_GCK.dtype == scores_GPK.dtype:
+            return scores_GPK
+        return scores_GPK.mul_(1.0 / self.temperature).add_(self.bias_K)
+
+    def pieces(self, chunks: Chunks) -> Iterator[tuple[slice, Tensor]]:
+        """All scores by pieces: rows, and their scores (G, P, K), which may be overwritten."""
+        num_views = len(self.features_GBW)
+        products_NK, scores_NK = chunks.memory(num_views), chunks.cache(num_views)
+        for rows in chunks.ranges:
+            products_GCK = self.products(rows, chunks, products_NK)
+            for piece in chunks.pieces(rows):
+                place = slice(rows.start + piece.start, rows.start + piece.stop)
+                yield place, self.scores_of(products_GCK, piece, scores_NK)
 
     def narrowed(self) -> TeacherScores:
         """The same scores with features and prototypes rounded to the dtype of the product."""
@@ -90,6 +120,15 @@ def softmax(scores_VCK: Tensor, into_NK: Tensor) -> Tensor:
     return torch.softmax(scores_VCK, dim=-1, out=into_VCK)
 
 
+def copy_piece(from_VCK: Tensor, piece: slice, into_NK: Tensor) -> Tensor:
+    """Copy the rows of a piece out of a chunk: (V, P, K), in the memory and the dtype of
+    `into_NK`.
+    """
+    part_VPK = from_VCK[:, piece]
+    into_VPK = into_NK[: part_VPK.shape[0] * part_VPK.shape[1]].view(part_VPK.shape)
+    return into_VPK.copy_(part_VPK)
+
+
 class Chunks:
     """Ranges of rows whose scores take about `CHUNK_BYTES`, and the memory of one chunk.
 
@@ -105,27 +144,32 @@ class Chunks:
 
     def __init__(self, num_rows: int, views: int, like_KW: Tensor, dtype: torch.dtype) -> None:
         num_prototypes = len(like_KW)
-        rows = min(max(1, CHUNK_BYTES // (dtype.itemsize * num_prototypes * views)), num_rows)
+        row_bytes = dtype.itemsize * num_prototypes * views
+        rows = min(max(1, CHUNK_BYTES // row_bytes), num_rows)
         self.ranges = [
             slice(start, min(start + rows, num_rows)) for start in range(0, num_rows, max(rows, 1))
         ]
+        piece_bytes = PIECE_BYTES if like_KW.device.type == "cpu" else GPU_PIECE_BYTES
+        self.piece_rows = min(max(1, piece_bytes // row_bytes), max(rows, 1))
         self.rows, self.dtype, self.like_KW = rows, dtype, like_KW
-        # under autocast the product is written in its narrow dtype first, then widened
+        # under autocast the products of a chunk are narrow, and the scores of a piece wide
         self.wide = dtype == like_KW.dtype
-        self.narrow_NK = like_KW.new_empty(0 if self.wide else rows * views, num_prototypes)
 
     def memory(self, views: int) -> Tensor:
-        """Memory (N, K) for the scores of one chunk of `views` views."""
-        return self.like_KW.new_empty(self.rows * views, len(self.like_KW), dtype=self.dtype)
+        """Memory (N, K) for the products of one chunk of `views` views, in their dtype."""
+        return self.like_KW.new_empty(self.rows * views, len(self.like_KW))
+
+    def cache(self, views: int) -> Tensor:
+        """Memory (N, K) for the scores of one piece of `views` views."""
+        rows = min(self.piece_rows, self.rows) * views
+        return self.like_KW.new_empty(rows, len(self.like_KW), dtype=self.dtype)
+
+    def pieces(self, rows: slice) -> Iterator[slice]:
+        """Ranges of rows within a chunk whose scores take about `PIECE_BYTES`."""
+        num_rows = rows.stop - rows.start
+        for start in range(0, num_rows, self.piece_rows):
+            yield slice(start, min(start + self.piece_rows, num_rows))
 
     def product(self, features_NW: Tensor, prototypes_KW: Tensor, into_NK: Tensor) -> Tensor:
         """features @ prototypes.T, (N, K), in the first N rows of `into_NK`."""
-        into_NK = into_NK[: len(features_NW)]
-        if self.wide:
-            return torch.mm(features_NW, prototypes_KW.T, out=into_NK)
-        narrow_NK = self.narrow_NK[: len(features_NW)]
-        return into_NK.copy_(torch.mm(features_NW, prototypes_KW.T, out=narrow_NK))
-
-    def narrowed(self, wide_NK: Tensor) -> Tensor:
-        """The same numbers rounded to the dtype of the products."""
-        return wide_NK if self.wide else self.narrow_NK[: len(wide_NK)].copy_(wide_NK)
+        return torch.mm(features_NW, prototypes_KW.T, out=into_NK[: len(features_NW)])

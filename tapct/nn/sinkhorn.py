@@ -14,8 +14,8 @@ Q is always exp(scores) times a factor per prototype times a factor per row. The
 after its step is that of a softmax, so the targets are softmax(scores + bias_K), and the bias is
 all that has to be kept.
 
-Axes: G teacher views, B rows of a view, C rows of a chunk, N rows of all views of a chunk, K
-prototypes.
+Axes: G teacher views, B rows of a view, P rows of a piece of a chunk, N rows of all views of a
+piece, K prototypes.
 """
 
 from __future__ import annotations
@@ -51,18 +51,17 @@ def sinkhorn_bias(teacher: TeacherScores, iterations: int) -> Tensor:
     teacher = teacher.narrowed()
     with torch.autocast(like.device.type, enabled=False):
         chunks = Chunks(num_rows, num_views, teacher.prototypes_KW, like.dtype)
-        scores_NK = chunks.memory(num_views)
-        top_K, sum_K = _prototype_sums(teacher, valid_B, chunks, scores_NK)
+        top_K, sum_K = _prototype_sums(teacher, valid_B, chunks)
         mass_K, count = _over_ranks(top_K, sum_K, (num_views * valid_B.sum()).double())
         bias_K = _even_out(mass_K)
         for _ in range(iterations - 1):
             # the step over rows is a softmax; the mass of a prototype is its sum over rows, from
             # which the bias has to be taken away again
             biased, sum_K = replace(teacher, bias_K=bias_K), torch.zeros_like(like)
-            for rows in chunks.ranges:
-                targets_GCK = softmax(biased.chunk(rows, chunks, scores_NK), scores_NK)
+            for rows, scores_GPK in biased.pieces(chunks):
+                targets_GPK = softmax(scores_GPK, scores_GPK.flatten(0, 1))
                 weight_N = valid_B[rows].to(like.dtype).repeat(num_views)
-                sum_K += weight_N @ targets_GCK.flatten(0, 1)
+                sum_K += weight_N @ targets_GPK.flatten(0, 1)
             # float64: a sum over all ranks
             mean_K = collectives.sum_(sum_K.double()) / count
             bias_K = _even_out(mean_K.log().to(like.dtype) - bias_K)
@@ -77,23 +76,23 @@ def _even_out(mass_K: Tensor) -> Tensor:
 
 
 def _prototype_sums(
-    teacher: TeacherScores, valid_B: Tensor, chunks: Chunks, scores_NK: Tensor
+    teacher: TeacherScores, valid_B: Tensor, chunks: Chunks
 ) -> tuple[Tensor, Tensor]:
     """Largest score of each prototype over valid rows, and its sum of exp(score - largest): (K,)
     each.
 
     Before the first normalisation scores have no bound, and at a temperature of 0.01 their exp
-    overflows. A chunk with a larger score rescales the sum so far.
+    overflows. A piece with a larger score rescales the sum so far.
     """
     like = teacher.bias_K
     outside_B = like.new_zeros(len(valid_B)).masked_fill(~valid_B, -math.inf)
     top_K, sum_K = torch.full_like(like, -math.inf), torch.zeros_like(like)
-    for rows in chunks.ranges:
-        scores_GCK = teacher.chunk(rows, chunks, scores_NK).add_(outside_B[rows, None])
-        largest_K = torch.maximum(top_K, scores_GCK.amax((0, 1)))
+    for rows, scores_GPK in teacher.pieces(chunks):
+        scores_GPK.add_(outside_B[rows, None])
+        largest_K = torch.maximum(top_K, scores_GPK.amax((0, 1)))
         # -inf - -inf would be NaN while no row is valid
         shift_K = torch.where(largest_K > -math.inf, largest_K, 0.0)
-        sum_K = sum_K * (top_K - shift_K).exp() + scores_GCK.sub_(shift_K).exp_().sum((0, 1))
+        sum_K = sum_K * (top_K - shift_K).exp() + scores_GPK.sub_(shift_K).exp_().sum((0, 1))
         top_K = largest_K
     return torch.where(top_K > -math.inf, top_K, 0.0), sum_K
 

@@ -64,15 +64,22 @@ def written_out(
     return (weight * ce).sum(), ce, targets
 
 
-@pytest.mark.parametrize("rows_at_once", [1, 3, 100])
+@pytest.mark.parametrize(("rows_at_once", "rows_of_a_piece"), [(1, 1), (3, 2), (100, 3)])
 @pytest.mark.parametrize(
     ("views", "targets", "cross"),
     [(4, 2, True), (2, 2, True), (1, 1, False), (3, 2, False), (5, 3, True)],
 )
 def test_the_fused_loss_equals_the_written_out_one(
-    monkeypatch: pytest.MonkeyPatch, views: int, targets: int, cross: bool, rows_at_once: int
+    monkeypatch: pytest.MonkeyPatch,
+    views: int,
+    targets: int,
+    cross: bool,
+    rows_at_once: int,
+    rows_of_a_piece: int,
 ) -> None:
-    monkeypatch.setattr(prototype_scores, "CHUNK_BYTES", rows_at_once * 8 * K * max(views, targets))
+    row_bytes = 8 * K * max(views, targets)
+    monkeypatch.setattr(prototype_scores, "CHUNK_BYTES", rows_at_once * row_bytes)
+    monkeypatch.setattr(prototype_scores, "PIECE_BYTES", rows_of_a_piece * row_bytes)
     student, prototypes, weight, teacher = problem(views, targets)
     result = prototype_loss(student, prototypes, weight, teacher, STUDENT, cross)
     (3.0 * result.value).backward()
@@ -118,12 +125,13 @@ def test_no_rows_are_no_loss_and_still_connected() -> None:
     )
 
 
-@pytest.mark.parametrize("rows_at_once", [1, 3, 100])
+@pytest.mark.parametrize(("rows_at_once", "rows_of_a_piece"), [(1, 1), (3, 2), (100, 3)])
 @pytest.mark.parametrize("iterations", [1, 2, 3, 7])
 def test_sinkhorn_by_chunks_equals_sinkhorn_on_the_whole_matrix(
-    monkeypatch: pytest.MonkeyPatch, iterations: int, rows_at_once: int
+    monkeypatch: pytest.MonkeyPatch, iterations: int, rows_at_once: int, rows_of_a_piece: int
 ) -> None:
     monkeypatch.setattr(prototype_scores, "CHUNK_BYTES", rows_at_once * 8 * K * G)
+    monkeypatch.setattr(prototype_scores, "PIECE_BYTES", rows_of_a_piece * 8 * K * G)
     *_, teacher = problem()
     plain = dataclasses.replace(teacher, bias_K=torch.zeros(K, dtype=torch.float64))
     scores = plain.features_GBW @ plain.prototypes_KW.T / plain.temperature
