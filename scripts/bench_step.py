@@ -33,7 +33,7 @@ import torch
 from tapct import config as configs
 from tapct.base import exits
 from tapct.base.exits import UserError
-from tapct.distributed.device import flush_denormals, pick_device
+from tapct.distributed.device import pick_device, prepare_cpu
 from tapct.engine import loop, metrics, optim, recompute
 from tapct.plan import command
 from tapct.plan.measure import gemm_rate
@@ -101,7 +101,7 @@ def trainer_of(config: RunConfig, device: torch.device, rows: list[metrics.Recor
 
 def measure(config: RunConfig, steps: int, in_plane: int, warm_up: int) -> dict[str, Any]:
     """Run some steps and put their seconds beside the GEMM rate of the same minute."""
-    flush_denormals()  # as `tapct train` does
+    prepare_cpu()  # as `tapct train` does
     device = pick_device(config.device)
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
     rows: list[metrics.Record] = []

@@ -31,7 +31,7 @@ from tapct.data.patients import split
 from tapct.data.patients.key import KEY_FILE
 from tapct.data.phantom import archive as phantom
 from tapct.data.phantom.truth_files import LANDMARKS, SCAN_LABELS
-from tapct.distributed.device import flush_denormals, pick_device
+from tapct.distributed.device import pick_device, prepare_cpu
 from tapct.distributed.world import World
 from tapct.doctor import short_run
 from tapct.eval import saved
@@ -249,7 +249,7 @@ def steps_for_this_machine(resolved: configs.Resolved, spent_s: float) -> list[s
 
 def seconds_of_a_step(config: RunConfig) -> float:
     """Typical seconds of a training step here, measured on synthetic scans in memory."""
-    flush_denormals()  # as `tapct train` does
+    prepare_cpu()  # as `tapct train` does
     device = pick_device(config.device)
     rows = short_run.start(config, World(Ranks(), device)).steps(TIMED_STEPS)
     name = metric_names.seconds("step")

@@ -344,7 +344,7 @@ def embed(
             "--block": "" if block == "last" else block,
         },
     )
-    from tapct.distributed.device import flush_denormals, pick_device
+    from tapct.distributed.device import pick_device, prepare_cpu
     from tapct.run import embedding, named_scans, scan_vector
     from tapct.types import Refused
     from tapct.weights.pretrained import load_pretrained
@@ -355,7 +355,7 @@ def embed(
     embedding.check_library(options.form)
     named_scans.check_given(scan, root, masks)
     embedding.check_writable(options.folder)
-    flush_denormals()
+    prepare_cpu()
     device = pick_device("auto")
     loaded = load_pretrained(model, custom_code=custom_code, device=device)
     if options.file is not None:

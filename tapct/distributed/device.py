@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 
 from tapct.base.exits import UserError
@@ -32,6 +34,24 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
             f"{visible} processes per node"
         )
     return torch.device("cuda", local_rank)
+
+
+def prepare_cpu() -> None:
+    """Set up the CPU for training or evaluation; call it before the first tensor."""
+    flush_denormals()
+    use_large_pages()
+
+
+def use_large_pages() -> None:
+    """Let torch ask Linux for pages of 2 MB instead of 4 kB for the memory of large tensors.
+
+    The C library returns the memory of a tensor above 32 MB to the system when it is freed, and the
+    next tensor gets new pages. On a virtual machine, the pages of such a tensor take longer than
+    one pass over it (docs/benchmarks.md). torch reads the variable when it allocates its first
+    tensor. A value that the user has set is kept. Where Linux does not offer large pages, nothing
+    changes; GPU memory is not affected.
+    """
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
 def flush_denormals() -> None:

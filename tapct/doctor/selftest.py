@@ -32,7 +32,7 @@ from tapct.base.files import check_new_path, write_atomically
 from tapct.base.ranks import Ranks
 from tapct.data.loading import loader
 from tapct.data.packed.store import INDEX_NAME, Store
-from tapct.distributed.device import flush_denormals, pick_device
+from tapct.distributed.device import pick_device, prepare_cpu
 from tapct.distributed.world import World
 from tapct.doctor import selftest_ranks, short_run
 from tapct.doctor.host_waits import host_waits
@@ -353,7 +353,7 @@ def proofs(subject: Subject) -> Iterator[Proof]:
 
     A proof that raises counts as failed, with the error as its text.
     """
-    flush_denormals()
+    prepare_cpu()
     for prove in PROOFS:
         began = time.perf_counter()
         try:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from tapct.base import ranks
-from tapct.distributed.device import flush_denormals, pick_device
+from tapct.distributed.device import pick_device, prepare_cpu
 from tapct.distributed.world import join_ranks
 from tapct.doctor import short_run
 from tapct.doctor.machine import last_line
@@ -92,7 +92,7 @@ def free_port() -> int:
 
 def main(asked: dict[str, Any]) -> None:
     """Take the steps of all runs as one rank; the first rank prints the losses."""
-    flush_denormals()
+    prepare_cpu()
     config = load_run_config(Path(asked["config"]), asked["overrides"]).value
     small = short_run.comparable_over_ranks(short_run.shrunk(config, SAMPLES, BLOCKS))
     place = ranks.from_environment(os.environ)

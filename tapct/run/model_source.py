@@ -25,7 +25,7 @@ from tapct.base.paths import near_path
 from tapct.config import Resolved, from_dict, load_config, plugins, setting, to_dict
 from tapct.config.plugins import Plugin
 from tapct.data.packed.trained_on import TrainedOn
-from tapct.distributed.device import flush_denormals, pick_device
+from tapct.distributed.device import pick_device, prepare_cpu
 from tapct.engine import checkpoint
 from tapct.engine.checkpoint import Checkpoints, Meta
 from tapct.eval import runner
@@ -151,7 +151,7 @@ def open_model(
     Raises:
         UserError: nothing of that kind is there, it is damaged, or an override does not fit.
     """
-    flush_denormals()  # before the first tensor
+    prepare_cpu()  # before the first tensor
     is_run = RunFolder(path).config.is_file()
     if step is not None and not is_run and path.exists():
         raise UserError(

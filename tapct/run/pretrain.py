@@ -26,7 +26,7 @@ from tapct.config import Resolved
 from tapct.data.loading import loader
 from tapct.data.packed.store_group import StoreGroup
 from tapct.distributed import collectives
-from tapct.distributed.device import flush_denormals, pick_device
+from tapct.distributed.device import pick_device, prepare_cpu
 from tapct.distributed.world import LostRank, World, join_ranks
 from tapct.engine import checkpoint, compiled, fsdp, loop, optim, recompute, trackers
 from tapct.engine.archives import Archives
@@ -123,7 +123,7 @@ def train(resolved: Resolved, allow_change: bool = False, command: str = "") -> 
     config: RunConfig = resolved.value
     place = ranks.from_environment(os.environ)
     launcher.check_launcher(os.environ)
-    flush_denormals()
+    prepare_cpu()
     device, no_device = device_of_rank(config.device, place)
     lease = lease_of(config.out)
 
