@@ -80,7 +80,7 @@ def differentiate(
     width = min(-(-channels // TILE) * TILE, q_SPE.shape[2])
     dq_SPE, dk_SPE, dv_SPE = (q_SPE.new_empty(*q_SPE.shape[:2], width) for _ in range(3))
     k_SEP = k_SPE[..., :width].mT.contiguous()
-    blocks = Blocks(len(q_SPE), padded, q_SPE.dtype)
+    blocks = RowBlocks(len(q_SPE), padded, q_SPE.dtype)
     shares, dscores = blocks.memory(q_SPE), blocks.memory(q_SPE)
     for s in blocks.sequences():
         # float32: a sum over blocks. Transposed: a product whose left matrix is dscores.T would
@@ -127,7 +127,7 @@ def _extended(x_BHNC: Tensor, last_BHN: Tensor | None) -> Tensor:
     return extended.flatten(0, 1)
 
 
-class Blocks:
+class RowBlocks:
     """How S matrices of N x N numbers are cut into blocks of rows of about equal size.
 
     Each thread works on a sequence of its own.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tapct.nn import attention_blocks, backends
-from tapct.nn.attention_blocks import Blocks
+from tapct.nn.attention_blocks import RowBlocks
 from tapct.nn.backends import BACKENDS, Span
 
 B, H, C = 2, 3, 5
@@ -70,7 +70,7 @@ def test_in_bf16_the_error_is_of_the_size_of_that_of_torchs_kernel(size: float) 
 
 def test_blocks_cover_every_row_once_and_their_size_is_bounded() -> None:
     for num_tokens in (1, 300, 1760, 2368, 9000):
-        blocks = Blocks(12, num_tokens, torch.bfloat16)
+        blocks = RowBlocks(12, num_tokens, torch.bfloat16)
         rows = [row for r in blocks.rows() for row in range(r.start, r.stop)]
         assert rows == list(range(num_tokens))
         assert 2 * blocks.num_rows * num_tokens <= attention_blocks.BLOCK_BYTES + 64 * num_tokens
