@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import arguments
@@ -28,9 +29,9 @@ from tapct.nn import attention_blocks
 SHAPES = [(2, 6, 1733, 72), (1, 6, 2357, 64), (4, 6, 785, 64), (8, 6, 400, 64)]
 
 
-def fastest(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+def fastest(runs: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, float]:
     """Processor seconds of the fastest call of each run; the runs take turns."""
-    best = dict.fromkeys(runs, float("inf"))
+    best = dict.fromkeys(runs, math.inf)
     for _ in range(repeats + 1):  # the first round warms up
         for name, run in runs.items():
             began = time.process_time()

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ class Times(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.seconds: Counter[tuple[str, ...]] = Counter()
+        self.seconds: defaultdict[tuple[str, ...], float] = defaultdict(float)
         self.calls: Counter[tuple[str, ...]] = Counter()
 
     def __torch_dispatch__(
@@ -93,10 +93,11 @@ def main() -> None:
         steps.append(time.process_time() - began)
     with Times() as times:
         trainer.optimizer_step(4, feed)
-    total = times.seconds.total() / 2  # every call counts once by name and once by shape
+    total = sum(times.seconds.values()) / 2  # every call counts once by name and once by shape
     print(f"a step {min(steps[2:]):.2f} s, operations {total:.2f} s")
     for length in (1, 2):
-        keys = [key for key, _ in times.seconds.most_common() if len(key) == length]
+        keys = [key for key in times.seconds if len(key) == length]
+        keys.sort(key=lambda key: -times.seconds[key])
         for key in keys[: options.rows]:
             seconds = times.seconds[key]
             print(

@@ -33,10 +33,10 @@ def written_out(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 def in_blocks(q: Tensor, k: Tensor, v: Tensor, dout: Tensor) -> list[Tensor]:
     """Gradients of queries, keys and values, from result and norms in float64."""
     out, norms = written_out(q.double(), k.double(), v.double())
-    into = tuple(torch.full_like(x, math.nan) for x in (q, k, v))
+    dq, dk, dv = (torch.full_like(x, math.nan) for x in (q, k, v))
     wide = torch.promote_types(q.dtype, torch.float32)
-    attention_blocks.differentiate(dout, q, k, v, out.to(q.dtype), norms.to(wide), into)
-    return list(into)
+    attention_blocks.differentiate(dout, q, k, v, out.to(q.dtype), norms.to(wide), (dq, dk, dv))
+    return [dq, dk, dv]
 
 
 def exact(q: Tensor, k: Tensor, v: Tensor, dout: Tensor) -> list[Tensor]:
