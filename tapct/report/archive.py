@@ -32,7 +32,7 @@ from tapct.report.markup import text
 from tapct.types import HUContract
 
 MOST_BARS = 12
-EQUAL_WITHIN = 1e-3  # of the value; smaller differences would give bars with equal labels
+EQUAL_WITHIN = 1e-4  # of the value; smaller differences would give bars with equal labels
 SPLIT_SHARES = (0.1, 0.2, 0.3)
 # columns of text that are shown as bars, and their titles
 CATEGORIES = {
@@ -348,8 +348,8 @@ def histogram(title: str, unit: str, values: np.ndarray, num: int = 10) -> str:
     if not len(known):
         return chart(heading, "", f"unknown for all {count(len(values))} scans")
     low, high = float(known.min()), float(known.max())
-    if high - low <= EQUAL_WITHIN * max(abs(low), abs(high)):  # files round 0.75 mm in many ways
-        return chart(heading, bars([(f"{np.median(known):.4g}", len(known))]), note)
+    if high - low <= EQUAL_WITHIN * max(abs(low), abs(high)):  # files round 0.7 mm in many ways
+        return chart(heading, bars([(f"{np.median(known):.6g}", len(known))]), note)
     step = round_step((high - low) / num)
     edges = np.arange(math.floor(low / step), math.floor(high / step) + 2) * step
     counts, _ = np.histogram(known, edges)

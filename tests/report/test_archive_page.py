@@ -105,10 +105,17 @@ def test_bars_and_ranges_hold_every_value() -> None:
         [5.0, float("nan")],
         [0.7, 0.7000000000000001],
         [0.7, float(np.float32(0.7))],
+        [-1000.0, -1000.02],
+        [1000.0, 1001.0, 1001.0],
+        [100.001, 100.012],
     ):
         chart = histogram("T", "mm", np.array(values))
         shown = [int(text) for text in re.findall(r"<td class='n'>(\d+)</td>", chart)]
         assert sum(shown) == np.isfinite(values).sum()
+        labels = re.findall(r"<th>(.*?)</th>", chart)
+        assert len(labels) == len(set(labels))
+    for equal, label in (([5.0, 5.0], "5"), ([0.7, float(np.float32(0.7))], "0.7")):
+        assert re.findall(r"<th>(.*?)</th>", histogram("T", "mm", np.array(equal))) == [label]
         assert ("1 unknown" in chart) == bool(np.isnan(values).any())
     assert [round_step(x) for x in (0.3, 1.0, 1.1, 30.0)] == [0.5, 1.0, 2.0, 50.0]
 

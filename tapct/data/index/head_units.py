@@ -23,10 +23,11 @@ from tapct.data.search.series import stacks_of
 from tapct.data.workers.process_pool import Failure
 from tapct.data.workers.time_limit import TimeLimit
 
-MOST_FILES = 2048  # of one unit
-FIRST_FILES = 256  # of the first unit with files of several folders; each next one may have twice
+MOST_FILES = 2048  # of one unit with files of one folder
+FIRST_FILES = 128  # of the first unit with files of several folders; each next one may have twice
 MOST_BYTES = 1 << 30  # of one unit with files of one folder
-MOST_GATHERED_BYTES = 1 << 29  # of one unit with files of several folders
+MOST_GATHERED_FILES = 1024  # of one unit with files of several folders
+MOST_GATHERED_BYTES = 1 << 29
 
 
 @dataclass(frozen=True)

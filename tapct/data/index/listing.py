@@ -23,6 +23,7 @@ from tapct.data.index.head_units import (
     MOST_BYTES,
     MOST_FILES,
     MOST_GATHERED_BYTES,
+    MOST_GATHERED_FILES,
     FolderFiles,
     HeadUnit,
     ReadUnit,
@@ -187,7 +188,7 @@ class _Gathered:
         """
         if not self.chunks:
             return False
-        files = self.num_files / min(MOST_FILES, FIRST_FILES << self.number)
+        files = self.num_files / min(MOST_GATHERED_FILES, FIRST_FILES << self.number)
         size = self.num_bytes / MOST_GATHERED_BYTES
         is_elsewhere = chunk.folder.parent != self.chunks[-1].folder.parent
         if is_elsewhere and max(files, size) >= 0.5:

@@ -31,7 +31,7 @@ from tapct.base.files import (
 )
 from tapct.base.lease import hold
 from tapct.data.index.share import WHOLE, Share
-from tapct.data.manifest import Manifest
+from tapct.data.manifest import Manifest, TextColumn
 from tapct.data.packed.free_space import SAMPLE, Room, voxel_bytes, voxel_bytes_of
 from tapct.data.packed.pack_report import PackReport, RefusedScan
 from tapct.data.packed.pack_scan import (
@@ -43,7 +43,6 @@ from tapct.data.packed.pack_scan import (
 )
 from tapct.data.packed.pack_table import (
     PackTable,
-    Texts,
     are_present,
     unlisted_files,
 )
@@ -373,7 +372,7 @@ def _report(
     listed = table.is_listed
     return PackReport(
         store=out,
-        packed=Texts(ids.filter(pa.array(is_packed))),
+        packed=TextColumn(ids.filter(pa.array(is_packed))),
         kept=int((table.is_stored & table.is_kept).sum()),
         damaged=tuple(ids.filter(pa.array(is_packed & table.was_damaged)).to_pylist()),
         refused=tuple(table.refused[i] for i in sorted(table.refused)),

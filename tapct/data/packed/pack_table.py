@@ -21,8 +21,7 @@ import pyarrow.compute as pc
 
 from tapct.base.exits import UserError
 from tapct.data.index.share import Share
-from tapct.data.lazy_rows import LazyRows
-from tapct.data.manifest import Manifest, Row, RowTable, rows_as_table
+from tapct.data.manifest import Manifest, Row, RowTable, TextColumn, rows_as_table
 from tapct.data.packed.pack_report import RefusedScan
 from tapct.data.packed.pack_scan import PackOutcome
 from tapct.data.packed.places import files_in
@@ -33,20 +32,6 @@ _FILE_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 _ROWS_AT_ONCE = 256  # rows that are objects at once; one of DICOM may name thousands of files
 _NAMES_AT_ONCE = 100_000
 _SUFFIX, _LABELS_SUFFIX = ".b2nd", ".labels.b2nd"
-
-
-class Texts(LazyRows[str]):
-    """A column of text whose values are made on demand."""
-
-    def __init__(self, column: pa.Array | pa.ChunkedArray) -> None:
-        self._column = column
-
-    def __len__(self) -> int:
-        return len(self._column)
-
-    def row(self, i: int) -> str:
-        """Value i."""
-        return str(self._column[i].as_py())
 
 
 class PackTable:
@@ -97,7 +82,7 @@ class PackTable:
             raise _wrong_id(rows)
         of_share = np.ones(len(ids), bool)
         if share.total > 1:
-            of_share = np.fromiter(map(share.has, _texts_in(ids)), bool, len(ids))
+            of_share = np.fromiter(map(share.has, TextColumn(ids)), bool, len(ids))
         return cls(rows, of_share)
 
     def some(self, numbers: Sequence[int] | np.ndarray) -> Iterator[Row]:
@@ -227,7 +212,7 @@ def unlisted_files(out: Path, columns: Mapping[str, pa.Array]) -> tuple[str, ...
 def _wrong_id(rows: RowTable) -> UserError:
     """The error of the first row whose id occurs twice or is no name of a file."""
     seen: set[str] = set()
-    for scan_id, path in zip(*(_texts_in(rows.table.column(name)) for name in ("id", "path"))):
+    for scan_id, path in zip(*(TextColumn(rows.table.column(name)) for name in ("id", "path"))):
         if scan_id in seen or not re.fullmatch(_FILE_NAME, scan_id):
             return UserError(
                 f"scan id {scan_id!r} of {path} occurs twice or is not a file name; run `tapct "
@@ -235,12 +220,6 @@ def _wrong_id(rows: RowTable) -> UserError:
             )
         seen.add(scan_id)
     raise AssertionError("all ids are right")
-
-
-def _texts_in(column: pa.ChunkedArray) -> Iterator[str]:
-    """The values of a column of text, one after the other."""
-    for start in range(0, len(column), _NAMES_AT_ONCE):
-        yield from column.slice(start, _NAMES_AT_ONCE).to_pylist()
 
 
 def _in_batches(names: Iterable[str]) -> Iterator[list[str]]:
