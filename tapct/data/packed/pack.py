@@ -37,7 +37,7 @@ from tapct.data.packed.pack_report import PackReport, RefusedScan
 from tapct.data.packed.pack_scan import (
     PackOutcome,
     PackTask,
-    Settings,
+    Compression,
     failed_outcome,
     pack_task,
 )
@@ -122,7 +122,7 @@ def pack(
                 before.check_replaceable_by(manifest)
             with _without_leftovers(out) if share == WHOLE else nullcontext():
                 work = _Work(
-                    table, manifest, out, Settings(level, codec, tile), again, limits, workers
+                    table, manifest, out, Compression(level, codec, tile), again, limits, workers
                 )
                 _pack_with_room(work, share, progress, say)
                 if not drop_missing:
@@ -160,7 +160,7 @@ class _Work:
         table: its scans.
         manifest: manifest that lists them.
         out: folder of the store.
-        settings: how they are compressed.
+        compression: how they are compressed.
         again: ids of packed scans that are packed again.
         limits, workers: as in `pack`.
     """
@@ -168,7 +168,7 @@ class _Work:
     table: PackTable
     manifest: Manifest
     out: Path
-    settings: Settings
+    compression: Compression
     again: Collection[str]
     limits: ScanLimits
     workers: int
@@ -181,7 +181,7 @@ class _Work:
                 row,
                 root,
                 self.out,
-                self.settings,
+                self.compression,
                 ignore_labels=self.manifest.ignore_labels,
                 again=row.id in self.again,
                 label_names=self.manifest.label_names,

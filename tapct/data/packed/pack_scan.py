@@ -23,7 +23,7 @@ from tapct.types import Refused, Volume
 
 
 @dataclass(frozen=True)
-class Settings:
+class Compression:
     """How scans are compressed.
 
     Args:
@@ -44,7 +44,7 @@ class PackTask:
     row: Row
     root: Path
     out: Path
-    settings: Settings = Settings()
+    compression: Compression = Compression()
     ignore_labels: tuple[int, ...] = ()
     again: bool = False
     label_names: tuple[tuple[int, str], ...] = ()
@@ -100,7 +100,7 @@ def pack_scan(task: PackTask) -> PackOutcome:
     try:
         volume = _read_as_indexed(row, task.root)
         frame, meta = encode(
-            volume, row.id, task.settings.level, task.settings.codec, task.settings.tile
+            volume, row.id, task.compression.level, task.compression.codec, task.compression.tile
         )
         if meta.checksum != row.digest:
             detail = f"{task.root / row.path} has other voxels than at `tapct index`; run it again."
@@ -146,7 +146,7 @@ def _with_labels(task: PackTask, outcome: PackOutcome, volume: Volume | None = N
             if label_digest(found.label_map) != row.label_digest:
                 raise Refused("changed", "they differ from `tapct index`; run it again.")
             names = found.label_map.names
-            frame = encode_labels(found.label_map, row.id, task.settings.level, row.label_digest)
+            frame = encode_labels(found.label_map, row.id, task.compression.level, row.label_digest)
             file.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(file, frame, mode=PRIVATE)
     except Refused as refusal:
