@@ -35,9 +35,9 @@ from tapct.data.manifest import Manifest, TextColumn
 from tapct.data.packed.free_space import SAMPLE, Room, voxel_bytes, voxel_bytes_of
 from tapct.data.packed.pack_report import PackReport, RefusedScan
 from tapct.data.packed.pack_scan import (
+    Compression,
     PackOutcome,
     PackTask,
-    Compression,
     failed_outcome,
     pack_task,
 )
