@@ -8,8 +8,8 @@
 | missing | the source lacks it; it keeps its initial values |
 | unexpected | the source has it and the backbone does not |
 
-All but `loaded` must be allowed by name; `resized` allows `inflated` too, since both bring values to
-another shape. Weights of which nothing is loaded are an error.
+All but `loaded` must be allowed by name; `resized` allows `inflated` too, since both bring values
+to another shape. Weights of which nothing is loaded are an error.
 
 Axes: N patches, D channels.
 """
