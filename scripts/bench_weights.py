@@ -372,7 +372,7 @@ def main() -> None:
         help="processes per way; the fastest counts",
     )
     parser.add_argument(
-        "--only", default="", metavar="TEXT", help="only ways with this in the name"
+        "--only", nargs="+", default=[""], metavar="TEXT", help="only ways with this in the name"
     )
     parser.add_argument("--json", type=Path, metavar="PATH", help="also write the numbers there")
     options = parser.parse_args()
