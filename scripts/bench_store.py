@@ -2,6 +2,7 @@
 
     python scripts/bench_store.py
     python scripts/bench_store.py --json bench_store.json
+    python scripts/bench_store.py --tiles 256,128,64     # chunks that are tiles of slices too
 
 The scan is synthetic CT, 192 x 512 x 512 (scripts/bench_loader.py makes it), the slab has 24 slices
 at random places. All files are in the page cache, so decompression and copying are measured, not
@@ -16,6 +17,10 @@ programs on the machine change them little; only the rate of two threads is by t
     blosc2_ratio       ours over blosc2's own decompression of the same chunks, which neither reads
                        the file nor compares checksums
     bytes_share        size of the packed scan over that of its int16 voxels
+
+With --tiles there is a second table: stores whose chunks are tiles (`tapct pack --tile`), a slab as
+above, and boxes of 24 slices with fewer rows and columns at random places. `bytes` is what is read
+of the file over the size of what a whole slab needs.
 """
 
 from __future__ import annotations
@@ -40,11 +45,12 @@ import SimpleITK
 
 from tapct.base import exits
 from tapct.base.files import write_atomically
-from tapct.data.packed.packed_scan import CODECS, LZ4, ZSTD, encode
+from tapct.data.packed.packed_scan import CODECS, LZ4, ZSTD, encode, open_packed
 from tapct.data.packed.store import INDEX_NAME, Store, StoredScan, index_bytes
 from tapct.types import Volume
 
 SHAPE_ZYX, DEPTH = (192, 512, 512), 24
+BOX_SIDES = (224, 96)  # rows and columns of a box
 SPACING_MM = (1.5, 0.75, 0.75)
 BARS = {
     "nibabel_ratio": (">=", 40.0),
@@ -56,11 +62,13 @@ BARS = {
 }
 
 
-def make_store(folder: Path, scan_ZYX: np.ndarray, codec: str, level: int) -> tuple[Store, float]:
+def make_store(
+    folder: Path, scan_ZYX: np.ndarray, codec: str, level: int, tile: int = 0
+) -> tuple[Store, float]:
     """A store of this scan, and the processor seconds of packing it."""
     folder.mkdir()
     started = time.process_time()
-    frame, meta = encode(Volume(scan_ZYX, SPACING_MM), "scan0", level, codec)
+    frame, meta = encode(Volume(scan_ZYX, SPACING_MM), "scan0", level, codec, tile)
     seconds = time.process_time() - started
     write_atomically(folder / "scan0.b2nd", frame)
     row = StoredScan(meta.id, meta.shape_ZYX, meta.spacing_mm, "", "", "", meta.checksum)
@@ -84,12 +92,16 @@ def blosc2_alone(store: Store) -> Callable[[int], Any]:
     array = blosc2.open(str(store.file(0)), mode="r")
     chunks = [array.schunk.get_chunk(c) for c in range(array.schunk.nchunks)]
     step = array.chunks[0]
-    slab_ZYX = np.empty((DEPTH + 2 * step, *SHAPE_ZYX[1:]), np.int16)
+    num_layers = -(-SHAPE_ZYX[0] // step)
+    in_layer = len(chunks) // num_layers  # 1 for chunks of whole slices
+    # as the slab has them: chunks of whole slices lie one after the other
+    shape = (in_layer * (DEPTH // step + 2), *array.chunks)
+    decoded = np.empty(shape, np.int16)
 
     def read(z0: int) -> None:
         first, last = z0 // step, -(-(z0 + DEPTH) // step)
-        for k, chunk in enumerate(chunks[first:last]):
-            blosc2.decompress2(chunk, dst=slab_ZYX[k * step : (k + 1) * step], nthreads=1)
+        for k, chunk in enumerate(chunks[first * in_layer : last * in_layer]):
+            blosc2.decompress2(chunk, dst=decoded[k], nthreads=1)
 
     return read
 
@@ -107,6 +119,58 @@ def beside_blosc2(
     return ours, alone
 
 
+def tiled(
+    folder: Path, scan_ZYX: np.ndarray, starts: list[int], rounds: int, tiles: list[int]
+) -> dict[str, Any]:
+    """Slabs and boxes of stores whose chunks are whole slices (0) or tiles, by codec and tile."""
+    slab_ZYX = np.empty((DEPTH, *SHAPE_ZYX[1:]), np.int16)
+    found = {}
+    for codec in CODECS:
+        for tile in (0, *tiles):
+            store, pack_s = make_store(folder / f"{codec}t{tile}", scan_ZYX, codec, 1, tile)
+            ours, alone = beside_blosc2(store, slab_ZYX, starts, rounds)
+            row: dict[str, Any] = {
+                "seconds": ours,
+                "blosc2_ratio": ours / alone,
+                "bytes_share": store.file(0).stat().st_size / scan_ZYX.nbytes,
+                "pack_MB_per_s": scan_ZYX.nbytes / pack_s / 1e6,
+            }
+            for side in BOX_SIDES:
+                seconds, share = boxes(store, scan_ZYX, starts, rounds, side)
+                row |= {f"box{side}_s": seconds, f"box{side}_bytes": share}
+            found[f"{codec} tile {tile or '-'}"] = row
+    return found
+
+
+def boxes(
+    store: Store, scan_ZYX: np.ndarray, starts: list[int], rounds: int, side: int
+) -> tuple[float, float]:
+    """Seconds of a box of 24 slices, and its bytes over those of its whole slab."""
+    rng = np.random.default_rng(side)
+    corners = {z0: (z0, *rng.integers(0, SHAPE_ZYX[1] - side + 1, 2).tolist()) for z0 in starts}
+    shape_ZYX = (DEPTH, side, side)
+    shares = []
+    for corner in corners.values():
+        place = tuple(slice(a, a + n) for a, n in zip(corner, shape_ZYX))
+        np.testing.assert_array_equal(store.read_box(0, corner, shape_ZYX), scan_ZYX[place])
+        whole = bytes_of(store, (corner[0], 0, 0), SHAPE_ZYX[1])
+        shares.append(bytes_of(store, corner, side) / whole)
+    seconds = least_seconds(lambda z0: store.read_box(0, corners[z0], shape_ZYX), starts, rounds)
+    return seconds, float(np.mean(shares))
+
+
+def bytes_of(store: Store, corner_ZYX: tuple[int, int, int], side: int) -> int:
+    """Bytes of the chunks that a box of 24 slices touches."""
+    _, meta = open_packed(store.file(0))
+    sizes = (DEPTH, side, side)
+    touched = [
+        range(a // n, -(-(a + size) // n))
+        for a, size, n in zip(corner_ZYX, sizes, meta.chunk_ZYX, strict=True)
+    ]
+    numbers = np.ravel_multi_index(np.meshgrid(*touched, indexing="ij"), meta.grid_ZYX)
+    return int(meta.byte_ranges_C2[numbers.reshape(-1), 1].sum())
+
+
 def two_threads(store: Store, starts: list[int], rounds: int) -> float:
     """Rate of two threads over that of one, by the clock; the best of the rounds."""
     best = 0.0
@@ -122,7 +186,7 @@ def two_threads(store: Store, starts: list[int], rounds: int) -> float:
     return best
 
 
-def measure(folder: Path, rounds: int) -> dict[str, Any]:
+def measure(folder: Path, rounds: int, tiles: list[int]) -> dict[str, Any]:
     """All figures."""
     scan_ZYX = bench_loader.make_scan(SHAPE_ZYX, 0)
     file = folder / "scan.nii.gz"
@@ -189,6 +253,7 @@ def measure(folder: Path, rounds: int) -> dict[str, Any]:
         "simpleitk_s": simpleitk_s,
         "simpleitk_slice_s": simpleitk_slice_s,
         "table": table,
+        "tiles": tiled(folder, scan_ZYX, starts, rounds, tiles) if tiles else {},
     }
 
 
@@ -205,6 +270,18 @@ def show(found: dict[str, Any]) -> None:
         print(f"{name:22} {found[name]:8.3f}  {sign} {bar:g}  {'yes' if holds else 'NO'}")
     for name in ("nibabel_slice_ratio", "simpleitk_slice_ratio"):
         print(f"{name:22} {found[name]:8.3f}")
+    if found["tiles"]:
+        sides = "".join(f"  box {side} ms  bytes" for side in BOX_SIDES)
+        print(f"codec, tile       slab ms  x blosc2  share  pack MB/s{sides}")
+    for name, row in found["tiles"].items():
+        boxes = "".join(
+            f"{1e3 * row[f'box{side}_s']:12.1f} {row[f'box{side}_bytes']:6.2f}"
+            for side in BOX_SIDES
+        )
+        print(
+            f"{name:16} {1e3 * row['seconds']:8.1f} {row['blosc2_ratio']:9.3f} "
+            f"{row['bytes_share']:6.3f} {row['pack_MB_per_s']:10.0f}{boxes}"
+        )
 
 
 def main() -> None:
@@ -215,9 +292,15 @@ def main() -> None:
     parser.add_argument(
         "--rounds", type=arguments.positive, default=5, help="rounds, default %(default)s"
     )
+    parser.add_argument(
+        "--tiles",
+        type=lambda text: [arguments.positive(word) for word in text.split(",")],
+        default=[],
+        help="rows and columns of chunks that are tiles, with commas between them",
+    )
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        found = measure(Path(folder), options.rounds)
+        found = measure(Path(folder), options.rounds, options.tiles)
     found["machine"] = {
         "cpus": os.cpu_count(),
         "processor": platform.processor() or platform.machine(),

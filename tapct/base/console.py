@@ -120,8 +120,8 @@ def progress_bar(description: str, item: str = "") -> Iterator[Callable[[int, in
 
 
 class ListingProgress:
-    """Shows progress of a job that first lists files and then works on what it found: files per
-    second, then items per second and time left. The first line comes at once.
+    """Shows progress of a job that first reads files while it lists them, and then works on what it
+    found: number, pace and time left, first of files, then of items. The first line comes at once.
 
     Args:
         description: name of the job in one word, e.g. `index`.
@@ -131,8 +131,8 @@ class ListingProgress:
     def __init__(self, description: str, unit: str) -> None:
         self._unit = unit
         self._meter = _Meter(description)
-        self._began = time.monotonic()
-        self._paces: deque[tuple[float, int]] = deque()  # times and numbers of finished items
+        self._files, self._items = _Pace(), _Pace()
+        self._files.rate(0)  # files are read from now on
 
     def __enter__(self) -> ListingProgress:
         self._meter.__enter__()
@@ -146,28 +146,57 @@ class ListingProgress:
     ) -> None:
         self._meter.__exit__(kind, error, trace)
 
-    def listed(self, num_files: int) -> None:
-        """Show the number of files that have been listed."""
-        if not num_files:
+    def listed(self, done: int, total: int, is_all: bool = False) -> None:
+        """Show the number of files that have been read, and the pace of the last minute.
+
+        Args:
+            done: files that have been read, or are known from before.
+            total: files that were found so far.
+            is_all: whether these are all files, so that the time left is known.
+        """
+        if not total:
             return
-        rate = num_files / max(time.monotonic() - self._began, 1e-9)
-        files = "1 file" if num_files == 1 else f"{num_files} files"
-        pace = [f"{rate:.0f} files/s"] if rate >= 1 else []
-        self._meter.show_count(f"{files} listed", *pace)
+        rate = self._files.rate(done)
+        parts = [f"{done} of {'' if is_all else 'at least '}{total} files"]
+        if rate > 0:
+            left = duration((total - done) / rate)
+            pace = f"{rate:.0f}" if rate >= 10 else f"{rate:.2g}"
+            parts += [f"{pace} files/s", f"left {'' if is_all else 'at least '}{left}"]
+        self._meter.show_count(*parts)
 
     def update(self, done: int, total: int) -> None:
         """Show the number of finished items, and the pace of the last minute."""
+        is_first = self._items.is_empty
+        rate = self._items.rate(done)
+        left = (total - done) / rate if rate > 0 else math.nan
+        facts = f"{rate:.3g} {self._unit}/s"
+        self._meter.show(done, total, left, facts, at_once=is_first)
+
+
+class _Pace:
+    """The pace of a job over the last minute."""
+
+    def __init__(self) -> None:
+        self._paces: deque[tuple[float, int]] = deque()  # times and numbers of finished items
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing has been counted yet."""
+        return not self._paces
+
+    def rate(self, done: int) -> float:
+        """Items per second; 0 at first.
+
+        Args:
+            done: number of items that are finished now.
+        """
         now = time.monotonic()
-        is_first = not self._paces
-        if is_first or now - self._paces[-1][0] > PACE_SECONDS / 60:
+        if not self._paces or now - self._paces[-1][0] > PACE_SECONDS / 60:
             self._paces.append((now, done))
         while len(self._paces) > 1 and now - self._paces[0][0] > PACE_SECONDS:
             self._paces.popleft()
         since, before = self._paces[0]
-        rate = (done - before) / (now - since) if now > since else 0.0
-        left = (total - done) / rate if rate > 0 else math.nan
-        facts = f"{rate:.3g} {self._unit}/s"
-        self._meter.show(done, total, left, facts, at_once=is_first)
+        return (done - before) / (now - since) if now > since else 0.0
 
 
 class TrainProgress:

@@ -57,6 +57,16 @@ def pack(
             help="zstd, or lz4 for files that are about a fifth larger and faster to read",
         ),
     ] = "zstd",
+    tile: Annotated[
+        int,
+        typer.Option(
+            metavar="N",
+            help="divide slices into tiles of N by N pixels, for code of your own that reads boxes "
+            "(Store.read_box); training reads whole slices, which tiles make slower",
+            min=0,
+            show_default="whole slices",
+        ),
+    ] = 0,
     verify: Annotated[
         bool,
         typer.Option(
@@ -117,6 +127,7 @@ def pack(
                 workers=max(1, workers),
                 level=level,
                 codec=codec,
+                tile=tile,
                 say=console.say_line,
                 again=again,
                 drop_missing=drop_missing,

@@ -190,6 +190,24 @@ class RowTable(LazyRows[Row]):
         return RowTable(self.table.filter(chosen))
 
 
+class TextColumn(LazyRows[str]):
+    """A column of text whose values are made on demand."""
+
+    def __init__(self, column: pyarrow.Array | pyarrow.ChunkedArray) -> None:
+        self._column = column
+
+    def __len__(self) -> int:
+        return len(self._column)
+
+    def row(self, i: int) -> str:
+        """Value i."""
+        return str(self._column[i].as_py())
+
+    def __iter__(self) -> Iterator[str]:
+        for start in range(0, len(self), _ROWS_AT_ONCE):
+            yield from self._column.slice(start, _ROWS_AT_ONCE).to_pylist()
+
+
 def _objects(table: pyarrow.Table) -> Iterator[Row]:
     """The rows of a table as objects."""
     columns = [column.to_pylist() for column in table.itercolumns()]
@@ -252,11 +270,14 @@ class Manifest:
         """
         if isinstance(self.accepted, RowTable):
             ids, digests = (self.accepted.table.column(name) for name in ("id", "digest"))
-            lines = pc.binary_join_element_wise(ids, digests, " ").to_pylist()
-            lines = [f"{line}\n" for line in sorted(lines)]
+            joined = pc.binary_join_element_wise(ids, digests, " ")
+            lines: Sequence[str] = TextColumn(joined.take(pc.sort_indices(joined)))
         else:
-            lines = sorted(f"{row.id} {row.digest}\n" for row in self.accepted)
-        return hashlib.blake2b("".join(lines).encode(), digest_size=16).hexdigest()
+            lines = sorted(f"{row.id} {row.digest}" for row in self.accepted)
+        digest = hashlib.blake2b(digest_size=16)
+        for line in lines:
+            digest.update(f"{line}\n".encode())
+        return digest.hexdigest()
 
     def summary(self) -> dict[str, int]:
         """Number of rows by reason, `accepted` first, then the commonest reason."""

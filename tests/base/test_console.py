@@ -201,10 +201,14 @@ def test_listing_shows_files_first_and_then_items_with_their_pace(
     clock = [100.0]
     monkeypatch.setattr(console.time, "monotonic", lambda: clock[0])
     with console.ListingProgress("index", "scans") as progress:
-        progress.listed(0)  # nothing to show yet
+        progress.listed(0, 0)  # nothing to show yet
+        progress.listed(0, 700)
         clock[0] += 2
-        progress.listed(500)
-        progress.listed(600)  # too soon for another line
+        progress.listed(500, 2000)  # too soon for another line
+        clock[0] += 8
+        progress.listed(600, 1800)
+        clock[0] += 10
+        progress.listed(1200, 1800, is_all=True)
         for done in range(1, 5):  # what was known takes no time
             progress.update(done, 104)
         clock[0] += 10
@@ -212,22 +216,13 @@ def test_listing_shows_files_first_and_then_items_with_their_pace(
         clock[0] += 0.1
         progress.update(104, 104)
     assert capsys.readouterr().out.splitlines() == [
-        "index  500 files listed  250 files/s",
+        "index  0 of at least 700 files",
+        "index  600 of at least 1800 files  60 files/s  left at least 0:20",
+        "index  1200 of 1800 files  60 files/s  left 0:10",
         "index 1/104  0 scans/s  left ?",
         "index 24/104  2.3 scans/s  left 0:35",
-        "index 104/104  10.2 scans/s  took 0:12",
+        "index 104/104  10.2 scans/s  took 0:30",
     ]
-
-
-def test_one_listed_file_is_no_pace(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    clock = [100.0]
-    monkeypatch.setattr(console.time, "monotonic", lambda: clock[0])
-    with console.ListingProgress("index", "scans") as progress:
-        clock[0] += 2
-        progress.listed(1)
-    assert capsys.readouterr().out.splitlines() == ["index  1 file listed"]
 
 
 def test_a_narrow_terminal_gets_the_numbers_without_a_bar() -> None:

@@ -50,7 +50,7 @@ def build_manifest(
     workers: int = 0,
     limits: ScanLimits = DEFAULT_LIMITS,
     progress: Callable[[int, int], None] | None = None,
-    listed: Callable[[int], None] = lambda num_files: None,
+    listed: Callable[[int, int, bool], None] = lambda done, total, is_all: None,
     keep: KeepRules = KEEP_ALL,
 ) -> Manifest:
     """Index an archive and write the manifest.
@@ -86,7 +86,8 @@ def build_manifest(
             ends, blocks or fills it.
         limits: time and memory that one scan may take in a worker process.
         progress: function that is called with (scans done, scans in all).
-        listed: function that is called with the number of files that have been listed.
+        listed: function that is called with the number of files that are done, the number of files
+            that were found so far, and whether these are all.
         keep: which patients of an older manifest are kept.
     Returns:
         The manifest as written, with the numbers of files of each kind that are no scans, and
@@ -145,7 +146,7 @@ def examine_share(
     workers: int = 0,
     limits: ScanLimits = DEFAULT_LIMITS,
     progress: Callable[[int, int], None] | None = None,
-    listed: Callable[[int], None] = lambda num_files: None,
+    listed: Callable[[int, int, bool], None] = lambda done, total, is_all: None,
 ) -> None:
     """Do one share of an index, for several processes at once; `build_manifest` does what is left
     and writes the manifest.

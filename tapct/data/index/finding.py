@@ -45,7 +45,7 @@ class Machine:
 
     workers: int = 0
     limits: ScanLimits = DEFAULT_LIMITS
-    listed: Callable[[int], None] = lambda num_files: None
+    listed: Callable[[int, int, bool], None] = lambda done, total, is_all: None
     share: Share = WHOLE
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow
-import pyarrow.parquet
+import pyarrow.ipc
 
 from tapct.data.index import head_table
 from tapct.data.index.journal import Journal, Keys, first_of_each, key_of
@@ -27,7 +27,8 @@ from tapct.data.search.discover import (
 from tapct.data.search.file_list import compact
 from tapct.data.search.series import stacks_of
 
-_HEADS_AT_ONCE = 50_000  # about 70 MB
+_HEADS_AT_ONCE = 16_384  # that are objects, of several kB each
+_ROWS_AT_ONCE = 50_000  # that are divided into groups
 
 
 def grouped(
@@ -87,14 +88,14 @@ def _tables_of_groups(journal: Journal, keys: Keys, num_groups: int) -> Iterator
         for part in journal.parts(head_table.HEADS):
             table = journal.read_part(part, head_table.HEADS)
             waiting.append(table.take(first_of_each(table, keys)))
-            if sum(map(len, waiting)) > _HEADS_AT_ONCE:
+            if sum(map(len, waiting)) > _ROWS_AT_ONCE:
                 _write_groups(waiting, num_groups, folder)
                 waiting = []
         _write_groups(waiting, num_groups, folder)
         for group in range(num_groups):
-            files = sorted(folder.glob(f"{group}-*.parquet"))
-            if files:
-                table = pyarrow.concat_tables(map(pyarrow.parquet.read_table, files))
+            file = folder / f"{group}.arrows"
+            if file.exists():
+                table = _read_group(file)
                 yield table.take(first_of_each(table, keys))
 
 
@@ -104,7 +105,7 @@ def _write_groups(tables: Sequence[pyarrow.Table], num_groups: int, folder: Path
     Args:
         tables: heads.
         num_groups: number of groups, a power of two.
-        folder: folder of the files GROUP-NUMBER.parquet.
+        folder: folder of the files GROUP.arrows, to which they are appended.
     """
     if not tables:
         return
@@ -113,8 +114,22 @@ def _write_groups(tables: Sequence[pyarrow.Table], num_groups: int, folder: Path
     order = np.argsort(groups, kind="stable")
     starts = np.searchsorted(groups[order], np.arange(num_groups + 1, dtype=np.uint64))
     table = table.take(order)
-    number = len(list(folder.iterdir()))
     for group, (start, stop) in enumerate(zip(starts[:-1].tolist(), starts[1:].tolist())):
         if stop > start:
             rows = table.slice(start, stop - start)
-            pyarrow.parquet.write_table(rows, folder / f"{group}-{number:08d}.parquet")
+            with (
+                (folder / f"{group}.arrows").open("ab") as file,
+                pyarrow.ipc.new_stream(file, rows.schema) as writer,
+            ):
+                writer.write_table(rows)
+
+
+def _read_group(file: Path) -> pyarrow.Table:
+    """The rows of one group: streams of Arrow, one after the other."""
+    tables = []
+    size = file.stat().st_size
+    with file.open("rb") as content:
+        while content.tell() < size:
+            with pyarrow.ipc.open_stream(content) as reader:
+                tables.append(reader.read_all())
+    return pyarrow.concat_tables(tables)

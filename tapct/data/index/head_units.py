@@ -1,4 +1,4 @@
-"""Read the heads of DICOM files in worker processes: some files of one folder at a time.
+"""Read the heads of DICOM files in worker processes: some files of neighbouring folders at a time.
 
 A file is opened once: the slices of a CT stay in memory, and the stacks that lie in the unit as a
 whole are examined from there. Where a stack turns out to have slices elsewhere, its row is of no
@@ -23,41 +23,68 @@ from tapct.data.search.series import stacks_of
 from tapct.data.workers.process_pool import Failure
 from tapct.data.workers.time_limit import TimeLimit
 
-MOST_FILES = 2048  # of one unit
-MOST_BYTES = 1 << 30
+MOST_FILES = 2048  # of one unit with files of one folder
+FIRST_FILES = 128  # of the first unit with files of several folders; each next one may have twice
+MOST_BYTES = 1 << 30  # of one unit with files of one folder
+MOST_GATHERED_FILES = 1024  # of one unit with files of several folders
+MOST_GATHERED_BYTES = 1 << 29
 
 
 @dataclass(frozen=True)
-class HeadUnit:
+class FolderFiles:
     """Files of one folder, any of which may be DICOM.
 
     Args:
-        root: folder of the archive.
         folder: folder of the files.
         names: their names.
         keys: their keys in the journal.
         num_bytes: size of all files.
-        seconds: longest time to wait for one file.
-        key: secret of the hashes that replace identifiers.
-        rules: rules of the archive, to examine the stacks in this unit; None to read heads alone.
         stems: names, without suffix, of the scans of other formats in the folder.
+        named: names of those whose series are indexed; None for all.
     """
 
-    root: Path
     folder: Path
     names: tuple[str, ...]
     keys: tuple[bytes, ...]
     num_bytes: int
+    stems: frozenset[str] = frozenset()
+    named: frozenset[str] | None = None
+
+
+@dataclass(frozen=True)
+class HeadUnit:
+    """Files that one worker reads at a time.
+
+    Args:
+        root: folder of the archive.
+        folders: files by their folder.
+        seconds: longest time to wait for one file.
+        key: secret of the hashes that replace identifiers.
+        rules: rules of the archive, to examine the stacks in this unit; None to read heads alone.
+    """
+
+    root: Path
+    folders: tuple[FolderFiles, ...]
     seconds: float
     key: bytes
     rules: ScanRules | None = None
-    stems: frozenset[str] = frozenset()
+
+    @property
+    def num_files(self) -> int:
+        """Number of its files."""
+        return sum(len(files.names) for files in self.folders)
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of its files."""
+        return sum(files.num_bytes for files in self.folders)
 
     def single_files(self) -> list[HeadUnit]:
         """A unit for each of its files, whose head alone is read."""
         return [
-            replace(self, names=(name,), keys=(key,), rules=None)
-            for name, key in zip(self.names, self.keys)
+            replace(self, folders=(replace(files, names=(name,), keys=(key,)),), rules=None)
+            for files in self.folders
+            for name, key in zip(files.names, files.keys)
         ]
 
 
@@ -67,13 +94,13 @@ class ReadUnit:
 
     Args:
         unit: the unit.
-        looked: what each file is, without identifiers; empty where the process was lost.
+        looked: what each file is, without identifiers, by folder; empty where the process was lost.
         scans: key and row of each stack that was examined.
         failure: why the process was lost; None where it was not.
     """
 
     unit: HeadUnit
-    looked: Sequence[Looked]
+    looked: Sequence[Sequence[Looked]]
     scans: Sequence[tuple[bytes, dict[str, Any]]] = ()
     failure: Failure | None = None
 
@@ -91,12 +118,12 @@ def read_unit(unit: HeadUnit) -> ReadUnit:
             contents[head.path] = file.read()
 
     use = None if rules is None else keep
-    found = list(look_into(unit.folder, unit.names, limit, use))
+    found = [list(look_into(each.folder, each.names, limit, use)) for each in unit.folders]
     limit.close()
     scans: list[tuple[bytes, dict[str, Any]]] = []
     if rules is not None and contents:
         scans = _examined(unit, rules, found, contents)
-    plain = [_without_identifiers(looked, unit) for looked in found]
+    plain = [[_without_identifiers(looked, unit) for looked in some] for some in found]
     return ReadUnit(unit, plain, scans)
 
 
@@ -112,22 +139,30 @@ def _without_identifiers(looked: Looked, unit: HeadUnit) -> Looked:
 
 
 def _examined(
-    unit: HeadUnit, rules: ScanRules, found: Sequence[Looked], contents: Mapping[Path, bytes]
+    unit: HeadUnit,
+    rules: ScanRules,
+    found: Sequence[Sequence[Looked]],
+    contents: Mapping[Path, bytes],
 ) -> list[tuple[bytes, dict[str, Any]]]:
     """Key and row of every whole stack of a unit.
 
     Args:
         unit: the unit.
         rules: what holds for all scans.
-        found: what its files are.
+        found: what its files are, by folder.
         contents: bytes of its slices.
     """
-    key_of_path = {unit.folder / name: key for name, key in zip(unit.names, unit.keys)}
-    heads = [looked.head for looked in found if looked.head is not None]
+    key_of_path: dict[Path, bytes] = {}
+    indexed: set[Path] = set()
+    for files in unit.folders:
+        key_of_path |= {files.folder / n: key for n, key in zip(files.names, files.keys)}
+        chosen = files.names if files.named is None else files.named
+        indexed |= {files.folder / name for name in chosen}
+    heads = [looked.head for some in found for looked in some if looked.head is not None]
     rows = []
     for stack in stacks_of([h for h in heads if h.path in contents], derived=rules.accept.derived):
         part = StackFiles.of(stack)
-        if part.reason:
+        if part.reason or indexed.isdisjoint(part.files):
             continue
         source = Source(
             *(part.files[0], DICOM.name, part.files, "", part.detail, part.mark),

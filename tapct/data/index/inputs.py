@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
 import glob
 import json
@@ -11,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from tapct.base import console
 from tapct.base.exits import UserError
 from tapct.base.files import expand_path
 from tapct.base.paths import near_path
@@ -32,12 +34,14 @@ class Entry:
         label: path of its label map; None where the list has none.
         patient: identifier of its patient; empty where the list has none.
         split: name of its part of the data set, such as `train`; empty where the list has none.
+        named_in: the row and list that name it, for error lines; empty for a word of the command.
     """
 
     path: Path
     label: Path | None = None
     patient: str = ""
     split: str = ""
+    named_in: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True)
@@ -163,7 +167,9 @@ def _in_common_folder(entries: Sequence[Entry]) -> IndexInputs:
         if not path.exists() and without_frames(str(path))[1]:
             path = Path(without_frames(str(path))[0])
         if not path.is_file():
-            raise UserError(f"{path} does not exist{near_path(path)}; check the path")
+            raise UserError(
+                f"{entry.named_in}{path} does not exist{near_path(path)}; check the path"
+            )
         files.setdefault(path.parent, set()).add(path.name)
         homes.append(path.parent)
     # a folder within another one is searched with it
@@ -197,12 +203,13 @@ def _entries_of(file: Path) -> list[Entry]:
     rows = _rows_of_json(file) if file.suffix.lower() == ".json" else _rows_of_table(file)
     if not rows:
         raise UserError(f"the list {file} has no rows")
-    unknown = sorted({name for row in rows for name in row} - set(COLUMNS))
+    unknown = sorted({name for row in rows for name in row if name} - set(COLUMNS))
     if unknown and not any("path" in row for row in rows):
         raise UserError(
             f"the list {file} has no column path; it has {', '.join(unknown)}. Rule: path, and "
             "where they are known label, patient and split"
         )
+    _check_columns(file, unknown)
     entries = []
     for number, row in enumerate(rows, 1):
         if not row.get("path"):
@@ -214,12 +221,28 @@ def _entries_of(file: Path) -> list[Entry]:
                 _beside(file, label) if label else None,
                 row.get("patient", ""),
                 row.get("split", ""),
+                f"row {number} of the list {file}: ",
             )
         )
     for entry in entries:
         if entry.label is not None and not entry.label.exists():
             raise UserError(f"the list {file} names the label map {entry.label}, which is missing")
     return entries
+
+
+def _check_columns(file: Path, unknown: Sequence[str]) -> None:
+    """Refuse a column whose name is nearly that of a column that is read, so that no labels or
+    patients are lost by a typing error; print a line about other columns.
+    """
+    for name in unknown:
+        near = difflib.get_close_matches(name, COLUMNS, n=1, cutoff=0.75)
+        if near:
+            raise UserError(
+                f"the list {file} has the column {name}, which is not read; rename it to {near[0]} "
+                "if it is that, or remove it"
+            )
+    if unknown:
+        console.warn(f"the list {file} has columns that are not read: {', '.join(unknown)}")
 
 
 def _beside(file: Path, text: str) -> Path:

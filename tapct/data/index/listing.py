@@ -19,8 +19,12 @@ from pathlib import Path
 from tapct.base.marks import file_name
 from tapct.data.index import head_table
 from tapct.data.index.head_units import (
+    FIRST_FILES,
     MOST_BYTES,
     MOST_FILES,
+    MOST_GATHERED_BYTES,
+    MOST_GATHERED_FILES,
+    FolderFiles,
     HeadUnit,
     ReadUnit,
     lost_unit,
@@ -38,19 +42,22 @@ from tapct.data.search import passed_over as passed
 from tapct.data.search.discover import (
     LATE,
     UNREADABLE,
+    Looked,
     SearchState,
     Source,
     by_format,
     folders_below,
     late_source,
 )
+from tapct.data.search.file_count import FileCount
 from tapct.data.search.folder_entries import Entries, Stamp
 from tapct.data.workers.process_pool import ScanLimits, map_unordered
-from tapct.data.workers.time_limit import NoAnswer, TimeLimit
+from tapct.data.workers.time_limit import LEAST_SECONDS, NoAnswer, TimeLimit
 
 # formats whose voxels may lie in any other file of the folder
 _DETACHED = (".nhdr", ".mhd", ".hdr")
-_LATE_CALLS = 4.0  # the limits of late files of one unit, which fall, sum up to less
+_LATE_CALLS = 4.0  # the limits of late files of one folder, which fall, sum up to less
+_LATE_FILES = 3  # of each further folder, after which its others are not opened
 
 
 @dataclass
@@ -86,7 +93,7 @@ def list_files(
     limits: ScanLimits,
     modules: Sequence[str],
     share: Share = WHOLE,
-    listed: Callable[[int], None] = lambda num_files: None,
+    listed: Callable[[int, int, bool], None] = lambda done, total, is_all: None,
 ) -> Listed:
     """List all files, and read the heads that the journal does not have.
 
@@ -99,16 +106,18 @@ def list_files(
         limits: time and memory of a file in a worker process.
         modules: modules that a worker process needs.
         share: files whose heads this process reads.
-        listed: function that is called with the number of files so far.
+        listed: function that is called with the number of files that are done, the number of files
+            that were found so far, and whether these are all.
     """
     walk = _Walk(inputs, journal, rules, limits.seconds, share, listed)
     # a file that does not answer is waited for in the worker; its process may take longer
     of_unit = replace(limits, seconds=_LATE_CALLS * limits.seconds)
+    of_folder = _LATE_FILES * min(limits.seconds, LEAST_SECONDS) * limits.mb_per_second * 1e6
 
     def read(units: Iterator[HeadUnit]) -> None:
         results = map_unordered(
             *(read_unit, units, workers, lost_unit),
-            num_bytes=lambda unit: unit.num_bytes,
+            num_bytes=lambda unit: unit.num_bytes + round(of_folder * (len(unit.folders) - 1)),
             limits=of_unit,
             modules=modules,
         )
@@ -129,7 +138,63 @@ def list_files(
     finally:
         journal.flush()
         walk.found.limit.close()
+        walk.count.close()
     return walk.result()
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """Files of one folder, any of which may be DICOM.
+
+    Args:
+        folder: path of the folder.
+        number: number of the chunk in its folder.
+        names, keys, sizes: names of the files, their keys in the journal, and their bytes.
+        stems, named: as in `FolderFiles`.
+    """
+
+    folder: Path
+    number: int
+    names: tuple[str, ...]
+    keys: tuple[bytes, ...]
+    sizes: tuple[int, ...]
+    stems: frozenset[str]
+    named: frozenset[str] | None
+
+
+@dataclass
+class _Gathered:
+    """Chunks that follow each other and become one unit, so that a series in several folders is
+    read at once. They do not depend on the journal, so that all processes divide an archive alike.
+
+    Args:
+        number: number of the unit. The first units are small, so that all workers have work.
+    """
+
+    number: int = 0
+    chunks: list[_Chunk] = field(default_factory=list)
+    num_files: int = 0
+    num_bytes: int = 0
+
+    def add(self, chunk: _Chunk) -> None:
+        """Add a chunk."""
+        self.chunks.append(chunk)
+        self.num_files += len(chunk.names)
+        self.num_bytes += sum(chunk.sizes)
+
+    def ends_before(self, chunk: _Chunk) -> bool:
+        """Whether a chunk belongs to the next unit: this one is full, or it is half full and the
+        folders of another parent begin.
+        """
+        if not self.chunks:
+            return False
+        files = self.num_files / min(MOST_GATHERED_FILES, FIRST_FILES << self.number)
+        size = self.num_bytes / MOST_GATHERED_BYTES
+        is_elsewhere = chunk.folder.parent != self.chunks[-1].folder.parent
+        if is_elsewhere and max(files, size) >= 0.5:
+            return True
+        grown = files * (1 + len(chunk.names) / max(self.num_files, 1))
+        return max(grown, size + sum(chunk.sizes) / MOST_GATHERED_BYTES) > 1
 
 
 class _Walk:
@@ -142,14 +207,15 @@ class _Walk:
         rules: ScanRules,
         seconds: float,
         share: Share,
-        listed: Callable[[int], None],
+        listed: Callable[[int, int, bool], None],
     ) -> None:
         self.inputs, self.journal, self.rules, self.share = inputs, journal, rules, share
         self.seconds = seconds
         self.listed = listed
+        self.count = FileCount(inputs.folders, sum(map(len, inputs.files.values())))
         self.found = SearchState(limit=TimeLimit(seconds))
         self.lost: list[HeadUnit] = []
-        self.num_files = 0
+        self.num_files = self.num_done = 0
         self.is_whole = True
         self._current, self._others = bytearray(), bytearray()
         status = os.stat(journal.folder.parent)
@@ -157,6 +223,11 @@ class _Walk:
         known = journal.read(head_table.HEADS, ["key", "state"])
         self._known = Keys(keys_in(known))
         self._states = known.column("state").to_numpy()
+
+    def show(self) -> None:
+        """Report how far the listing is."""
+        total = max(self.num_files, self.count.num_files)
+        self.listed(self.num_done, total, self.count.is_complete)
 
     def result(self) -> Listed:
         """What was found."""
@@ -169,9 +240,63 @@ class _Walk:
 
     def units(self) -> Iterator[HeadUnit]:
         """List the folders; the files whose heads must be read."""
+        gathered = _Gathered()
         for folder, entries, whole in self._folders():
-            yield from self._units_of(folder, entries, whole)
-            self.listed(self.num_files)
+            for chunk in self._chunks_of(folder, entries, whole):
+                if gathered.ends_before(chunk):
+                    yield from self._unit_of(gathered)
+                    gathered = _Gathered(gathered.number + 1)
+                gathered.add(chunk)
+            self.show()
+        yield from self._unit_of(gathered)
+
+    def _unit_of(self, gathered: _Gathered) -> Iterator[HeadUnit]:
+        """The unit of some chunks, without the files that the journal has; none where it has all,
+        or where another process reads them.
+        """
+        if not gathered.chunks:
+            return
+        folders = tuple(filter(None, map(self._unknown, gathered.chunks)))
+        if not folders:
+            return
+        first = gathered.chunks[0]
+        if not self.share.has(self._place(first.folder) + b"\0%d" % first.number):
+            self.is_whole = False
+            self.num_done += sum(len(files.names) for files in folders)
+            return
+        yield HeadUnit(self.inputs.root, folders, self.seconds, self.rules.key, self.rules)
+
+    def _place(self, folder: Path) -> bytes:
+        """Path of a folder below the root."""
+        return os.fsencode(folder.relative_to(self.inputs.root).as_posix())
+
+    def _chunks_of(self, folder: Path, entries: Entries, whole: Entries) -> Iterator[_Chunk]:
+        """Take in one folder; those of its files that may be DICOM.
+
+        Args:
+            folder: path of the folder.
+            entries: what is indexed of it.
+            whole: all that it holds.
+        """
+        self.num_files += len(entries.files)
+        if entries.identity == self._own_folder:
+            self._forget_own_files(folder)
+        sources, others = by_format(folder, entries.files)
+        place = self._place(folder)
+        # a scan that was named may have files that were not: its side-car, or its voxels
+        of_all = dict(zip(whole.files, whole.stamps))
+        self.found.sources += _with_stamps(sources, place, of_all)
+        stems = frozenset(stem_of(source.path) for source in sources)
+        may_be_dicom = passed.not_of_others(others, [source.path.name for source in sources])
+        for name in set(others).difference(may_be_dicom):
+            self._pass_over(name, stems)
+        self.num_done += len(entries.files) - len(may_be_dicom)
+        stamps = dict(zip(entries.files, entries.stamps))
+        named = None if entries is whole else self.inputs.files[folder]
+        for number, names in enumerate(_divided(may_be_dicom, stamps)):
+            keys = tuple(_file_key(place, name, stamps[name]) for name in names)
+            sizes = tuple(max(0, stamps[name][0]) for name in names)
+            yield _Chunk(folder, number, tuple(names), keys, sizes, stems, named)
 
     def _folders(self) -> Iterator[tuple[Path, Entries, Entries]]:
         """Each folder with its entries: those that are indexed, and all."""
@@ -193,36 +318,6 @@ class _Walk:
             if entries.identity not in seen:
                 yield folder, _named(entries, folder, names), entries
 
-    def _units_of(self, folder: Path, entries: Entries, whole: Entries) -> Iterator[HeadUnit]:
-        """Take in one folder; what must be read of it."""
-        self.num_files += len(entries.files)
-        if entries.identity == self._own_folder:
-            self._forget_own_files(folder)
-        sources, others = by_format(folder, entries.files)
-        place = os.fsencode(folder.relative_to(self.inputs.root).as_posix())
-        stamps = dict(zip(entries.files, entries.stamps))
-        keys = {name: _file_key(place, name, stamps[name]) for name in others}
-        # a scan that was named may have files that were not: its side-car, or its voxels
-        of_all = dict(zip(whole.files, whole.stamps))
-        self.found.sources += _with_stamps(sources, place, of_all)
-        stems = frozenset(stem_of(source.path) for source in sources)
-        for number, names in enumerate(_chunks(others, stamps)):
-            new = self._unknown(names, keys, stems)
-            if not new:
-                continue
-            if not self.share.has(place + b"\0%d" % number):
-                self.is_whole = False
-                continue
-            yield HeadUnit(
-                *(self.inputs.root, folder, tuple(new), tuple(keys[name] for name in new)),
-                num_bytes=sum(max(0, stamps[name][0]) for name in new),
-                seconds=self.seconds,
-                key=self.rules.key,
-                # of a folder of which only some files were named, nothing is examined here
-                rules=None if folder in self.inputs.files else self.rules,
-                stems=stems,
-            )
-
     def _forget_own_files(self, folder: Path) -> None:
         """Do not count the hidden files that the index itself has in the archive."""
         own: Counter[str] = Counter()
@@ -233,21 +328,26 @@ class _Walk:
                 own[passed.HIDDEN_FILE] += 1
         self.found.passed_over.subtract(own)
 
-    def _unknown(
-        self, names: Sequence[str], keys: dict[str, bytes], stems: frozenset[str]
-    ) -> list[str]:
-        """The files that the journal does not have; the others are taken in."""
-        places = self._known.find(b"".join(keys[name] for name in names))
-        new = []
-        for name, place in zip(names, places.tolist()):
+    def _unknown(self, chunk: _Chunk) -> FolderFiles | None:
+        """The files of a chunk that the journal does not have; the others are taken in."""
+        places = self._known.find(b"".join(chunk.keys)).tolist()
+        names, keys, num_bytes = [], [], 0
+        for name, key, size, place in zip(chunk.names, chunk.keys, chunk.sizes, places):
             if place < 0:
-                new.append(name)
+                names.append(name)
+                keys.append(key)
+                num_bytes += size
             elif self._states[place] == head_table.NO_DICOM:
-                self._pass_over(name, stems)
-                self._others += keys[name]
+                self._pass_over(name, chunk.stems)
+                self._others += key
             else:
-                self._current += keys[name]
-        return new
+                self._current += key
+        self.num_done += len(chunk.names) - len(names)
+        if not names:
+            return None
+        return FolderFiles(
+            *(chunk.folder, tuple(names), tuple(keys), num_bytes), chunk.stems, chunk.named
+        )
 
     def _pass_over(self, name: str, stems: frozenset[str]) -> None:
         """Count a file that is not DICOM."""
@@ -258,16 +358,23 @@ class _Walk:
         """Take in what a worker has read."""
         unit = result.unit
         if result.failure is not None:
-            if len(unit.names) > 1:
+            if unit.num_files > 1:
                 self.lost.append(unit)
             else:
                 self._add_lost(unit, result)
             return
         for key, row in result.scans:
             self.journal.append(SCANS, key, row)
-        place = os.fsencode(unit.folder.relative_to(unit.root).as_posix())
-        for looked, key in zip(result.looked, unit.keys):
-            path = unit.folder / looked.name
+        for files, looked in zip(unit.folders, result.looked, strict=True):
+            self._take_folder(files, looked)
+        self.num_done += unit.num_files
+        self.show()
+
+    def _take_folder(self, files: FolderFiles, found: Sequence[Looked]) -> None:
+        """Take in what the files of one folder are."""
+        place = self._place(files.folder)
+        for looked, key in zip(found, files.keys, strict=True):
+            path = files.folder / looked.name
             if looked.late:
                 source = late_source(path, looked.late)
                 if source is None:
@@ -280,16 +387,17 @@ class _Walk:
             else:
                 self.journal.append(head_table.HEADS, key, head_table.row_of(looked, place))
                 if looked.head is None and looked.refusal is None:
-                    self._pass_over(looked.name, unit.stems)
+                    self._pass_over(looked.name, files.stems)
                     self._others += key
                 else:
                     self._current += key
-        self.listed(self.num_files)
 
     def _add_lost(self, unit: HeadUnit, result: ReadUnit) -> None:
         """Refuse the file that ended the process that read it."""
         assert result.failure is not None
-        path = unit.folder / unit.names[0]
+        self.num_done += 1
+        (files,) = unit.folders
+        path = files.folder / files.names[0]
         source = late_source(path, "")
         if source is None:
             self.found.passed_over[passed.NO_ANSWER] += 1
@@ -316,7 +424,7 @@ def _file_key(place: bytes, name: str, stamp: Stamp) -> bytes:
     return key_of(place, name, struct.pack("<qqQ", stamp[0], stamp[1], stamp[2]))
 
 
-def _chunks(names: Sequence[str], stamps: dict[str, Stamp]) -> Iterator[list[str]]:
+def _divided(names: Sequence[str], stamps: dict[str, Stamp]) -> Iterator[list[str]]:
     """Names of a folder in groups of limited number and size, equal for every process."""
     chunk: list[str] = []
     num_bytes = 0

@@ -5,6 +5,7 @@ A name is free text in a file, so it is kept only where it can be the name of a 
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -145,15 +146,26 @@ def table_of_dataset(path: Path) -> NameTable:
     """
     for folder in list(path.absolute().parents)[:_MAX_PARENTS]:
         file = folder / DATASET_FILE
-        if not file.is_file():
-            continue
-        try:
-            content = json.loads(file.read_text(encoding="utf-8"))
-            table = content.get("labels", {}) if isinstance(content, dict) else None
-            if not isinstance(table, dict):
-                return NameTable(notes=(f"{DATASET_FILE} has no table 'labels'",))
-            return names_in(table, DATASET_FILE)
-        except (OSError, ValueError, RecursionError, Refused) as error:
-            problem = error.detail if isinstance(error, Refused) else "it is not JSON"
-            return NameTable(notes=(f"{DATASET_FILE} gives no label names: {problem}",))
+        if file.is_file():
+            status = file.stat()
+            return _table_in(file, (status.st_size, status.st_mtime_ns, status.st_ino))
     return NameTable()
+
+
+@functools.lru_cache(maxsize=64)
+def _table_in(file: Path, stamp: tuple[int, int, int]) -> NameTable:
+    """The table of one `dataset.json`, which is read once for all label files below it.
+
+    Args:
+        file: path of the file.
+        stamp: its size, time of change and inode, so that a changed file is read again.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        table = content.get("labels", {}) if isinstance(content, dict) else None
+        if not isinstance(table, dict):
+            return NameTable(notes=(f"{DATASET_FILE} has no table 'labels'",))
+        return names_in(table, DATASET_FILE)
+    except (OSError, ValueError, RecursionError, Refused) as error:
+        problem = error.detail if isinstance(error, Refused) else "it is not JSON"
+        return NameTable(notes=(f"{DATASET_FILE} gives no label names: {problem}",))

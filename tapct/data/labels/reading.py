@@ -24,9 +24,9 @@ from tapct.data.labels.names import (
 )
 from tapct.data.labels.overlay import Overlay
 from tapct.data.labels.values import MAX_LABEL, to_label_values
-from tapct.data.readers import DICOM, FORMATS, format_of, stem_of
+from tapct.data.readers import DICOM, FORMATS, NRRD, format_of, stem_of
 from tapct.data.readers.dicom_elements import quiet
-from tapct.data.readers.nrrd import read_slicer, segments_of
+from tapct.data.readers.nrrd import Slicer, read_slicer
 from tapct.data.readers.raw import Image
 from tapct.data.scans.geometry import to_lps
 from tapct.data.scans.headers import read_sidecar
@@ -170,9 +170,13 @@ def _read_file(path: Path, ignore: Collection[int]) -> _OnOwnGrid:
             f"{formats.listed('or', without=DICOM.name)} file",
         )
     sidecar = table_of_sidecar(path, read_sidecar(path))
-    if segments_of(path):
-        return _read_slicer(path, sidecar.names, (*ignore, *sidecar.ignore))
-    image = read_image(source)
+    if source.kind == NRRD.name and path.stat().st_size:
+        found = read_slicer(path)
+        if found.segments:
+            return _of_slicer(path, found, sidecar.names, (*ignore, *sidecar.ignore))
+        (image,) = found.layers
+    else:
+        image = read_image(source)
     names, more_ignored = sidecar.names or clean_names(image.names), sidecar.ignore
     notes = list(sidecar.notes)
     if not names:
@@ -191,21 +195,22 @@ def _on_own_grid(
     return LabelMap(labels_ZYX, spacing_mm, origin_mm, names, directions)
 
 
-def _read_slicer(
-    path: Path, names: tuple[tuple[int, str], ...], ignore: Collection[int]
+def _of_slicer(
+    path: Path, found: Slicer, names: tuple[tuple[int, str], ...], ignore: Collection[int]
 ) -> _OnOwnGrid:
-    """Read a segmentation of 3D Slicer.
+    """The labels of a segmentation of 3D Slicer.
 
     One layer keeps its label values. With several layers, each segment gets the value of its place
     in the list of segments, from 1, and overlaps are decided by size (see `Overlay`).
 
     Args:
         path: path of the file.
+        found: content of the file.
         names: names of a side-car, which replace those of the file.
         ignore: label values of voxels that nobody has labelled.
     """
-    layers, segments = read_slicer(path), segments_of(path)
-    maps = [_on_own_grid(file_name(path), layer, ignore) for layer in layers]
+    segments = found.segments
+    maps = [_on_own_grid(file_name(path), layer, ignore) for layer in found.layers]
     if len(maps) == 1:
         named = [(segment.value, segment.name) for segment in segments]
         return _OnOwnGrid(replace(maps[0], names=names or clean_names(named)), None)

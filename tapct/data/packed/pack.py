@@ -12,15 +12,15 @@ Axes: Z Y X depth height width in voxels.
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import time
-from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 
 from tapct.base import console
 from tapct.base.exits import UserError
@@ -31,21 +31,32 @@ from tapct.base.files import (
 )
 from tapct.base.lease import hold
 from tapct.data.index.share import WHOLE, Share
-from tapct.data.manifest import Manifest, Row
-from tapct.data.packed.free_space import SAMPLE, Room, voxel_bytes
+from tapct.data.manifest import Manifest, TextColumn
+from tapct.data.packed.free_space import SAMPLE, Room, voxel_bytes, voxel_bytes_of
 from tapct.data.packed.pack_report import PackReport, RefusedScan
-from tapct.data.packed.pack_scan import PackOutcome, PackTask, failed_outcome, pack_task
-from tapct.data.packed.packed_labels import labels_file
+from tapct.data.packed.pack_scan import (
+    Compression,
+    PackOutcome,
+    PackTask,
+    failed_outcome,
+    pack_task,
+)
+from tapct.data.packed.pack_table import (
+    PackTable,
+    are_present,
+    unlisted_files,
+)
 from tapct.data.packed.packed_scan import CODECS, ZSTD
 from tapct.data.packed.places import files_in
-from tapct.data.packed.store import StoredScan, index_bytes, packed_file
 from tapct.data.packed.store_before import StoreBefore
-from tapct.data.packed.store_index import write_index
+from tapct.data.packed.store_index import about_store, index_of_columns, write_index
 from tapct.data.readers import LIBRARIES
 from tapct.data.workers.process_pool import DEFAULT_LIMITS, LOST, ScanLimits, map_unordered
 
 LEASE_NAME = ".lease"
-_FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+LEAST_TILE = (
+    16  # rows and columns; smaller chunks cost more bytes of checksums and calls than voxels
+)
 
 
 def pack(
@@ -55,6 +66,7 @@ def pack(
     workers: int = 0,
     level: int = 1,
     codec: str = ZSTD,
+    tile: int = 0,
     again: Collection[str] = (),
     drop_missing: bool = False,
     replace_store: bool = False,
@@ -74,6 +86,7 @@ def pack(
             ends, blocks or fills it.
         level: level of the codec, 1 to 9; higher is smaller and slower to write.
         codec: zstd, or lz4, which is larger and faster to read.
+        tile: rows and columns of a chunk, at least 16; 0 for chunks of whole slices.
         again: ids of packed scans that are damaged, so that they are packed again.
         drop_missing: whether the store no longer lists scans that cannot be packed; their files
             stay.
@@ -90,10 +103,13 @@ def pack(
     """
     if codec not in CODECS:
         raise UserError(f"the codec is {codec!r}; rule: {' or '.join(CODECS)}")
-    rows = [row for row in _checked_rows(manifest, level) if share.has(row.id)]
+    if not 1 <= level <= 9:
+        raise UserError(f"the compression level is {level}; rule: 1 to 9")
+    if tile and tile < LEAST_TILE:
+        raise UserError(f"--tile is {tile}; rule: 0 for whole slices, or at least {LEAST_TILE}")
+    table = PackTable.of(manifest, share)
     check_new_path(out)
     started = time.monotonic()
-    outcomes: list[PackOutcome | None] = [None] * len(rows)
     try:
         out.mkdir(parents=True, exist_ok=True)
         # a second pack would delete the unfinished files of the first one
@@ -105,20 +121,26 @@ def pack(
             if not replace_store:
                 before.check_replaceable_by(manifest)
             with _without_leftovers(out) if share == WHOLE else nullcontext():
-                tasks = _tasks(manifest, rows, out, level, codec, again)
-                _pack_with_room(tasks, workers, limits, outcomes, progress, say)
-                kept = {} if drop_missing else before.of_same_patients(manifest)
-                scans, report = _summed_up(out, rows, outcomes, kept, time.monotonic() - started)
+                work = _Work(
+                    table, manifest, out, Compression(level, codec, tile), again, limits, workers
+                )
+                _pack_with_room(work, share, progress, say)
+                if not drop_missing:
+                    ids = [one.id for one in table.refused.values()]
+                    table.hold(before.of_same_patients(manifest, ids), out)
                 if share != WHOLE:
                     # the last call lists what all shares have packed, and knows what is unlisted
-                    return replace(report, unlisted=())
-                if len(report.refused) == len(rows):
-                    raise _nothing_packed(report, manifest.root.resolve())
+                    return _report(out, table, time.monotonic() - started)
+                if len(table.refused) == len(table):
+                    raise _nothing_packed(table, manifest.root.resolve())
+                columns = table.store_columns()
+                unlisted = unlisted_files(out, columns)
+                report = _report(out, table, time.monotonic() - started, unlisted)
                 lease.check()
-                _write_index(out, manifest, scans)
+                _write_index(out, manifest, columns)
         return report
     except OSError as error:
-        raise _write_error(error, out, rows, outcomes) from error
+        raise _write_error(error, out, table) from error
 
 
 def _check_no_share_is_packed(out: Path) -> None:
@@ -130,145 +152,150 @@ def _check_no_share_is_packed(out: Path) -> None:
             pass  # its process has ended
 
 
-def _tasks(
-    manifest: Manifest,
-    rows: Sequence[Row],
-    out: Path,
-    level: int,
-    codec: str,
-    again: Collection[str],
-) -> list[PackTask]:
-    """The work of the worker processes, one scan each; arguments as in `pack`."""
-    root = manifest.root.resolve()
-    return [
-        PackTask(
-            row,
-            root,
-            out,
-            level,
-            ignore_labels=manifest.ignore_labels,
-            again=row.id in again,
-            label_names=manifest.label_names,
-            codec=codec,
-        )
-        for row in rows
-    ]
+@dataclass(frozen=True)
+class _Work:
+    """What one call packs, and how.
+
+    Args:
+        table: its scans.
+        manifest: manifest that lists them.
+        out: folder of the store.
+        compression: how they are compressed.
+        again: ids of packed scans that are packed again.
+        limits, workers: as in `pack`.
+    """
+
+    table: PackTable
+    manifest: Manifest
+    out: Path
+    compression: Compression
+    again: Collection[str]
+    limits: ScanLimits
+    workers: int
+
+    def tasks(self, numbers: Sequence[int] | np.ndarray) -> Iterator[PackTask]:
+        """The work of the worker processes for some scans, made when it is needed."""
+        root = self.manifest.root.resolve()
+        for row in self.table.some(numbers):
+            yield PackTask(
+                row,
+                root,
+                self.out,
+                self.compression,
+                ignore_labels=self.manifest.ignore_labels,
+                again=row.id in self.again,
+                label_names=self.manifest.label_names,
+            )
 
 
 def _pack_with_room(
-    tasks: Sequence[PackTask],
-    workers: int,
-    limits: ScanLimits,
-    outcomes: list[PackOutcome | None],
+    work: _Work,
+    share: Share,
     progress: Callable[[int, int], None] | None,
     say: Callable[[str], object] | None,
 ) -> None:
-    """`_pack_all`, once the disk is known to have room; arguments as in `pack`.
+    """`_pack_some`, once the disk is known to have room; arguments as in `pack`.
 
     Where the uncompressed scans would not fit, a few scans are packed first, and the size of the
-    others is estimated from them.
+    others is estimated from them. The scans of other shares, which are packed on the same disk,
+    count too.
 
     Raises:
         UserError: the scans do not fit.
     """
-    new = [i for i, task in enumerate(tasks) if not packed_file(task.out, task.row.id).exists()]
-    line, begun = "", set[int]()
-    if new:
-        room = Room.measure(tasks[0].out, [tasks[i].row for i in new])
+    table = work.table
+    is_missing = ~are_present(work.out, table.whole)
+    new = np.flatnonzero(is_missing[table.of_share])
+    line, begun = "", np.zeros(0, np.int64)
+    if len(new):
+        room = Room.measure(work.out, table.whole.where(pa.array(is_missing)), share.total)
         line = room.bound_line()
         if not room.is_ample:
-            begun = {new[k * (len(new) - 1) // SAMPLE] for k in range(1, SAMPLE)} | {new[0]}
-            first = sorted(begun)
-            _pack_all(tasks, first, workers, limits, outcomes, progress)
-            done = [(tasks[i].row, outcomes[i]) for i in first]
-            packed = [(row, one) for row, one in done if one is not None and one.scan is not None]
-            if packed:  # without one there is no estimate; a full disk is an error later
+            begun = np.unique(new[np.arange(SAMPLE) * (len(new) - 1) // SAMPLE])
+            _pack_some(work, begun, progress)
+            packed = begun[table.is_stored[begun]]
+            if len(packed):  # without one there is no estimate; a full disk is an error later
                 line = room.check_estimate(
                     len(packed),
-                    sum(one.stored_bytes for _, one in packed),
-                    sum(voxel_bytes(row) for row, _ in packed),
+                    int(table.stored_bytes[packed].sum()),
+                    int(voxel_bytes_of(table.rows)[packed].sum()),
                 )
     if say is not None and line:
         say(line)
-    rest = [i for i in range(len(tasks)) if i not in begun]
-    _pack_all(tasks, rest, workers, limits, outcomes, progress)
+    _pack_some(work, np.setdiff1d(np.arange(len(table)), begun), progress)
 
 
-def _pack_all(
-    tasks: Sequence[PackTask],
-    numbers: Sequence[int],
-    workers: int,
-    limits: ScanLimits,
-    outcomes: list[PackOutcome | None],
-    progress: Callable[[int, int], None] | None,
+def _pack_some(
+    work: _Work, numbers: np.ndarray, progress: Callable[[int, int], None] | None
 ) -> None:
-    """Keep, pack or refuse scans; arguments as in `pack`.
+    """Keep, pack or refuse scans.
 
     Args:
-        tasks: work of all scans.
-        numbers: tasks that are done now.
-        outcomes: list that receives the result of each task.
+        work: what is packed; its table receives what becomes of each scan.
+        numbers: scans that are done now.
+        progress: as in `pack`.
     Raises:
-        OSError: the store cannot be written; `outcomes` has what was done before.
+        OSError: the store cannot be written; the table has what was done before.
     """
-    before = sum(outcome is not None for outcome in outcomes)
-    some = [tasks[i] for i in numbers]
-    with closing(_outcomes(some, workers, limits)) as results:  # ends the workers at an error
-        for done, (k, outcome) in enumerate(results, before + 1):
+    table = work.table
+    done = int(table.is_done.sum())
+    with closing(_outcomes(work, numbers)) as results:  # ends the workers at an error
+        for i, outcome in results:
             if outcome.write_error is not None:
                 raise outcome.write_error
-            outcomes[numbers[k]] = outcome
+            table.take(i, outcome)
+            done += 1
             if progress is not None:
-                progress(done, len(tasks))
+                progress(done, len(table))
 
 
-def _outcomes(
-    tasks: Sequence[PackTask], workers: int, limits: ScanLimits
-) -> Generator[tuple[int, PackOutcome], None, None]:
-    """Yield index and outcome of each task, in the order in which they become ready.
+def _outcomes(work: _Work, numbers: np.ndarray) -> Generator[tuple[int, PackOutcome], None, None]:
+    """Yield number and outcome of each scan, in the order in which they become ready.
 
     Where a worker process was lost, the labels may be the cause, and they must not refuse their
     scan: it is packed again without them.
     """
 
-    def run(some: Sequence[PackTask]) -> Generator[tuple[int, PackOutcome], None, None]:
+    def run(some: Iterable[PackTask], num: int) -> Generator[tuple[int, PackOutcome], None, None]:
         results = map_unordered(
             pack_task,
             some,
-            workers,
+            min(work.workers, num),
             failed_outcome,
             num_bytes=lambda task: max(task.row.bytes, voxel_bytes(task.row)),
-            limits=limits,
+            limits=work.limits,
             modules=(__name__, *LIBRARIES),
         )
         with closing(results):  # ends the workers at an error or Ctrl-C
             yield from results
 
     lost: dict[int, RefusedScan] = {}
-    for index, outcome in run(tasks):
-        refused = outcome.refused
-        if refused is not None and refused.reason in LOST and tasks[index].row.label_path:
-            lost[index] = refused
+    labels = work.table.column("label_path")
+    for k, outcome in run(work.tasks(numbers), len(numbers)):
+        refused, i = outcome.refused, int(numbers[k])
+        if refused is not None and refused.reason in LOST and labels[i].as_py():
+            lost[i] = refused
         else:
-            yield index, outcome
+            yield i, outcome
     again = list(lost)
-    alone = [replace(tasks[i], row=replace(tasks[i].row, label_path="")) for i in again]
-    for k, outcome in run(alone):
+    alone = [replace(one, row=replace(one.row, label_path="")) for one in work.tasks(again)]
+    for k, outcome in run(alone, len(alone)):
         if outcome.scan is not None:
-            row, problem = tasks[again[k]].row, lost[again[k]]
+            problem = lost[again[k]]
             detail = f"with its labels, {problem.detail}"
-            labels_refused = RefusedScan(row.id, row.label_path, problem.reason, detail)
+            label_path = str(labels[again[k]].as_py())
+            labels_refused = RefusedScan(outcome.scan.id, label_path, problem.reason, detail)
             outcome = replace(outcome, labels_refused=labels_refused)
         yield again[k], outcome
 
 
-def _write_index(out: Path, manifest: Manifest, scans: Sequence[StoredScan]) -> None:
+def _write_index(out: Path, manifest: Manifest, columns: dict[str, pa.Array]) -> None:
     """Write the list of a store's scans, which makes them visible."""
-    content = index_bytes(
-        *(scans, manifest.digest, manifest.summary(), manifest.patient_key),
+    about = about_store(
+        *(columns, manifest.digest, manifest.summary(), manifest.patient_key),
         manifest_file="" if manifest.file is None else _below(out, manifest.file),
     )
-    write_index(out, content)
+    write_index(out, index_of_columns(columns, about))
 
 
 def _below(out: Path, path: Path) -> str:
@@ -291,47 +318,23 @@ def _remove_leftovers(out: Path) -> None:
         leftover.unlink(missing_ok=True)
 
 
-def _nothing_packed(report: PackReport, root: Path) -> UserError:
+def _nothing_packed(table: PackTable, root: Path) -> UserError:
     """The error of a pack whose scans were all refused."""
     if not root.is_dir():
         return UserError(
             f"the archive {root} is gone, where the manifest expects it; give its folder with "
             "`tapct pack --root FOLDER`"
         )
-    first = report.refused[0]
+    first = table.refused[0]
     return UserError(
-        f"none of the {len(report.refused)} accepted scans could be packed; the first, "
+        f"none of the {len(table.refused)} accepted scans could be packed; the first, "
         f"{first.path}: {first.reason}: {first.detail} Check that {root} is still the archive. If "
         "it changed, run `tapct index` again."
     )
 
 
-def _checked_rows(manifest: Manifest, level: int) -> Sequence[Row]:
-    """The accepted rows, once the request is checked."""
-    if not 1 <= level <= 9:
-        raise UserError(f"the compression level is {level}; rule: 1 to 9")
-    rows = manifest.accepted
-    if not rows:
-        raise UserError(
-            f"the manifest of {manifest.root} has no accepted scan among {len(manifest.rows)}; "
-            "its rows give the reasons."
-        )
-    seen: set[str] = set()
-    for row in rows:
-        if row.id in seen or not _FILE_NAME.fullmatch(row.id):
-            raise UserError(
-                f"scan id {row.id!r} of {row.path} occurs twice or is not a file name; run `tapct "
-                "index` again."
-            )
-        seen.add(row.id)
-    return rows
-
-
-def _write_error(
-    error: OSError, out: Path, rows: Sequence[Row], outcomes: Sequence[PackOutcome | None]
-) -> UserError:
+def _write_error(error: OSError, out: Path, table: PackTable) -> UserError:
     """The error of a write that failed; for a full disk with the space that is missing."""
-    done = [(row, outcome) for row, outcome in zip(rows, outcomes) if outcome is not None]
     if os.path.lexists(out) and not out.is_dir():
         return UserError(f"cannot write the store {out}: it is no folder; choose another --out")
     if error.errno not in NO_SPACE:
@@ -339,69 +342,45 @@ def _write_error(
             f"cannot write the store {out}: {error.strerror or error}. Choose a folder that is "
             "writable."
         )
-    packed = sum(voxel_bytes(row) for row, outcome in done if outcome.scan is not None)
+    voxels = voxel_bytes_of(table.rows)
+    packed = int(voxels[table.is_stored].sum())
     ratio = 0.5  # CT usually packs to half its size
     if packed:
-        ratio = sum(outcome.stored_bytes for _, outcome in done) / packed
-    rest = ratio * sum(voxel_bytes(row) for row, outcome in zip(rows, outcomes) if outcome is None)
+        ratio = int(table.stored_bytes.sum()) / packed
+    rest = ratio * int(voxels[~table.is_done].sum())
     return UserError(
-        f"no space left for the store {out} after {len(done)} of {len(rows)} scans: the rest "
-        f"needs about {rest / 1e9:.3g} GB, {shutil.disk_usage(out).free / 1e9:.3g} GB are free. "
+        f"no space left for the store {out} after {int(table.is_done.sum())} of {len(table)} "
+        f"scans: the rest needs about {rest / 1e9:.3g} GB, "
+        f"{shutil.disk_usage(out).free / 1e9:.3g} GB are free. "
         "Free some space and run `tapct pack` again; packed scans are kept."
     )
 
 
-def _summed_up(
-    out: Path,
-    rows: Sequence[Row],
-    outcomes: Sequence[PackOutcome | None],
-    before: Mapping[str, StoredScan],
-    seconds: float,
-) -> tuple[list[StoredScan], PackReport]:
-    """The scans that the store lists from now on, and the report of all outcomes.
+def _report(
+    out: Path, table: PackTable, seconds: float, unlisted: tuple[str, ...] = ()
+) -> PackReport:
+    """The report of all outcomes.
 
     Args:
         out: folder of the store.
-        rows, outcomes: scans in the order of the manifest, and what was done with each.
-        before: scans by id that the store has from before and keeps where they cannot be packed.
+        table: scans, and what became of them.
         seconds: wall time.
+        unlisted: names of packed files that the store does not list.
     """
-    scans: list[StoredScan] = []
-    packed, damaged, held = [], [], []
-    stored_bytes = 0
-    for row, outcome in zip(rows, outcomes):
-        assert outcome is not None, "a scan has no result"
-        stored_bytes += outcome.stored_bytes
-        file = packed_file(out, row.id)
-        if outcome.scan is not None:
-            scans.append(outcome.scan)
-            if not outcome.kept:
-                packed.append(row.id)
-            if not outcome.kept and outcome.was_damaged:
-                damaged.append(row.id)
-        elif row.id in before and file.is_file():
-            # the patient may have been identified by another rule since
-            scans.append(replace(before[row.id], path=row.path, patient=row.patient))
-            held.append(row.id)
-            stored_bytes += file.stat().st_size
-    finished = [outcome for outcome in outcomes if outcome is not None]
-    listed = {packed_file(out, scan.id).name for scan in scans}
-    listed |= {labels_file(out, scan.id).name for scan in scans if scan.has_labels}
-    names = {file.name for file in files_in(out, "*.b2nd")}
-    report = PackReport(
+    ids = table.column("id")
+    is_packed = table.is_stored & ~table.is_kept
+    listed = table.is_listed
+    return PackReport(
         store=out,
-        packed=tuple(packed),
-        kept=sum(outcome.kept for outcome in finished),
-        damaged=tuple(damaged),
-        refused=tuple(outcome.refused for outcome in finished if outcome.refused is not None),
-        held=tuple(held),
-        unlisted=tuple(sorted(names - listed)),
-        voxel_bytes=sum(2 * int(np.prod(scan.shape_ZYX)) for scan in scans),
-        stored_bytes=stored_bytes,
+        packed=TextColumn(ids.filter(pa.array(is_packed))),
+        kept=int((table.is_stored & table.is_kept).sum()),
+        damaged=tuple(ids.filter(pa.array(is_packed & table.was_damaged)).to_pylist()),
+        refused=tuple(table.refused[i] for i in sorted(table.refused)),
+        held=tuple(table.held[i].id for i in sorted(table.held)),
+        unlisted=unlisted,
+        voxel_bytes=int(voxel_bytes_of(table.rows)[listed].sum()),
+        stored_bytes=int(table.stored_bytes.sum()),
         seconds=seconds,
-        num_labelled=sum(scan.has_labels for scan in scans),
-        labels_refused=tuple(
-            outcome.labels_refused for outcome in finished if outcome.labels_refused is not None
-        ),
+        num_labelled=int((table.is_labelled & listed).sum()),
+        labels_refused=tuple(table.labels_refused[i] for i in sorted(table.labels_refused)),
     )
-    return scans, report

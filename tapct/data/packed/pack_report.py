@@ -49,7 +49,7 @@ class PackReport:
     """
 
     store: Path
-    packed: tuple[str, ...]
+    packed: Sequence[str]
     kept: int
     damaged: tuple[str, ...]
     refused: tuple[RefusedScan, ...]

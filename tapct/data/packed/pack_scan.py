@@ -23,17 +23,31 @@ from tapct.types import Refused, Volume
 
 
 @dataclass(frozen=True)
+class Compression:
+    """How scans are compressed.
+
+    Args:
+        level: level of the codec, 1 to 9.
+        codec: zstd or lz4.
+        tile: rows and columns of a chunk; 0 for whole slices.
+    """
+
+    level: int = 1
+    codec: str = ZSTD
+    tile: int = 0
+
+
+@dataclass(frozen=True)
 class PackTask:
     """One scan for a worker process; `again` to pack it even though its file can be opened."""
 
     row: Row
     root: Path
     out: Path
-    level: int
+    compression: Compression = Compression()
     ignore_labels: tuple[int, ...] = ()
     again: bool = False
     label_names: tuple[tuple[int, str], ...] = ()
-    codec: str = ZSTD
 
 
 @dataclass(frozen=True)
@@ -85,7 +99,9 @@ def pack_scan(task: PackTask) -> PackOutcome:
                 )
     try:
         volume = _read_as_indexed(row, task.root)
-        frame, meta = encode(volume, row.id, task.level, task.codec)
+        frame, meta = encode(
+            volume, row.id, task.compression.level, task.compression.codec, task.compression.tile
+        )
         if meta.checksum != row.digest:
             detail = f"{task.root / row.path} has other voxels than at `tapct index`; run it again."
             raise Refused("changed", detail)
@@ -130,7 +146,7 @@ def _with_labels(task: PackTask, outcome: PackOutcome, volume: Volume | None = N
             if label_digest(found.label_map) != row.label_digest:
                 raise Refused("changed", "they differ from `tapct index`; run it again.")
             names = found.label_map.names
-            frame = encode_labels(found.label_map, row.id, task.level, row.label_digest)
+            frame = encode_labels(found.label_map, row.id, task.compression.level, row.label_digest)
             file.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(file, frame, mode=PRIVATE)
     except Refused as refusal:

@@ -1,10 +1,11 @@
 """One packed scan on disk, both ways: a chunked, compressed `.b2nd` array of int16 HU.
 
-Every chunk is a few whole slices and every block a run of whole rows, so a decoded chunk is a plain
-C-ordered piece of the scan. The file's metadata holds the byte range of every chunk. A slab is then
-read by one `pread` and a few decompressions straight into the caller's array, both without Python's
-global lock. Slicing a blosc2 NDArray gives the same numbers but holds that lock all the way, so
-two reading threads are no faster than one (blosc2 4.14).
+Every chunk is a few whole slices, or on request a few slices of a square tile. A block is a run of
+whole rows of it, so a decoded chunk is a plain C-ordered piece of the scan. The file's metadata
+holds the byte range of every chunk. A slab is then read by one `pread` and a few decompressions
+straight into the caller's array, both without Python's global lock. Slicing a blosc2 NDArray gives
+the same numbers but holds that lock all the way, so two reading threads are no faster than one
+(blosc2 4.14).
 
 blosc2 does not notice damaged bytes: most of them decode to other voxels. So every byte of the file
 is covered by a checksum (XXH3, 64 bits). The metadata holds one per chunk, which is compared at
@@ -17,9 +18,11 @@ Axes: Z Y X depth height width in voxels, C chunks.
 
 from __future__ import annotations
 
+import itertools
+import math
 import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,13 +35,14 @@ from tapct.base.exits import UserError, single_line
 from tapct.data.digest import voxel_digest
 from tapct.types import Volume
 
-SCHEMA = 2  # version of the metadata in every .b2nd
-NO_CHECKSUMS = 1  # the version before; such files are read, without comparing checksums
+# versions of the metadata in a .b2nd; a file of the first one is read without comparing checksums
+NO_CHECKSUMS, WHOLE_SLICES, TILED = 1, 2, 3
 META_KEY = "tapct"
 ZSTD, LZ4 = "zstd", "lz4"
 CODECS = {ZSTD: blosc2.Codec.ZSTD, LZ4: blosc2.Codec.LZ4}
 CHUNK_BYTES = 1 << 20  # smaller chunks waste less at a slab's ends, larger ones cost fewer calls
 CHUNK_SLICES = 4
+TILE_SLICES = 8
 BLOCK_BYTES = 1 << 18  # compressed and decoded, a block fits a 1 MiB L2 cache
 # magic, first byte of the chunks, byte behind the chunks, length of blosc2's frame; then a checksum
 _FOOTER = struct.Struct("<8sQQQ")
@@ -57,7 +61,7 @@ class PackedMeta:
 
     Args:
         id, shape_ZYX, spacing_mm, checksum: as in `StoredScan`.
-        chunk_slices: number of slices per chunk.
+        chunk_ZYX: voxels of a chunk. Height and width are those of the scan where it is not tiled.
         byte_ranges_C2: int64, offset and length of every chunk in the file; offset -1 where the
             file holds no bytes for it (blosc2 keeps a chunk of zeros as a flag).
         checksums_C: uint64, checksum of the bytes of every chunk, 0 where there are none; None in
@@ -68,20 +72,33 @@ class PackedMeta:
     shape_ZYX: tuple[int, int, int]
     spacing_mm: tuple[float, float, float]
     checksum: str
-    chunk_slices: int
+    chunk_ZYX: tuple[int, int, int]
     byte_ranges_C2: np.ndarray
     checksums_C: np.ndarray | None
+
+    @property
+    def is_tiled(self) -> bool:
+        """Whether a chunk holds a part of its slices."""
+        return self.chunk_ZYX[1:] != self.shape_ZYX[1:]
+
+    @property
+    def grid_ZYX(self) -> tuple[int, int, int]:
+        """Number of chunks along each axis; they are numbered with x fastest."""
+        return grid_of(self.shape_ZYX, self.chunk_ZYX)
 
     def to_dict(self) -> dict[str, Any]:
         """The content of the file's variable-length metadata."""
         assert self.checksums_C is not None, "files without checksums are only read"
+        # earlier versions of tapct read files with whole slices
+        of_tiles = {"tile": list(self.chunk_ZYX[1:])} if self.is_tiled else {}
         return {
-            "schema": SCHEMA,
+            "schema": TILED if self.is_tiled else WHOLE_SLICES,
             "id": self.id,
             "shape": list(self.shape_ZYX),
             "spacing_mm": list(self.spacing_mm),
             "checksum": self.checksum,
-            "chunk_slices": self.chunk_slices,
+            "chunk_slices": self.chunk_ZYX[0],
+            **of_tiles,
             "byte_ranges": self.byte_ranges_C2.astype("<i8").tobytes(),
             "checksums": self.checksums_C.astype("<u8").tobytes(),
         }
@@ -89,16 +106,18 @@ class PackedMeta:
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> PackedMeta:
         """Inverse of `to_dict`; KeyError, TypeError or ValueError where tapct did not write it."""
-        if content["schema"] not in (NO_CHECKSUMS, SCHEMA):
-            raise ValueError(f"schema is {content['schema']}, this tapct reads {SCHEMA}")
+        schema = content["schema"]
+        if schema not in (NO_CHECKSUMS, WHOLE_SLICES, TILED):
+            raise ValueError(f"schema is {schema}, this tapct reads up to {TILED}")
         z, y, x = content["shape"]
         dz, dy, dx = content["spacing_mm"]
-        chunk_slices = content["chunk_slices"]
+        height, width = content["tile"] if schema == TILED else (y, x)
+        chunk_ZYX = (content["chunk_slices"], height, width)
         ranges_C2 = np.frombuffer(content["byte_ranges"], "<i8").reshape(-1, 2).astype(np.int64)
-        if len(ranges_C2) != -(-z // chunk_slices):
-            raise ValueError(f"{len(ranges_C2)} chunks of {chunk_slices} slices for {z} slices")
+        if len(ranges_C2) != math.prod(grid_of((z, y, x), chunk_ZYX)):
+            raise ValueError(f"{len(ranges_C2)} chunks {chunk_ZYX} for a scan {(z, y, x)}")
         checksums_C = None
-        if content["schema"] != NO_CHECKSUMS:
+        if schema != NO_CHECKSUMS:
             checksums_C = np.frombuffer(content["checksums"], "<u8").astype(np.uint64)
             if len(checksums_C) != len(ranges_C2):
                 raise ValueError(f"{len(checksums_C)} checksums of {len(ranges_C2)} chunks")
@@ -107,22 +126,33 @@ class PackedMeta:
             (z, y, x),
             (dz, dy, dx),
             content["checksum"],
-            chunk_slices,
+            chunk_ZYX,
             ranges_C2,
             checksums_C,
         )
 
 
-def compress(voxels_ZYX: np.ndarray, level: int, codec: str = ZSTD) -> blosc2.NDArray:
+def grid_of(
+    shape_ZYX: tuple[int, int, int], chunk_ZYX: tuple[int, int, int]
+) -> tuple[int, int, int]:
+    """Number of chunks along each axis."""
+    z, y, x = (-(-size // step) for size, step in zip(shape_ZYX, chunk_ZYX))
+    return z, y, x
+
+
+def compress(
+    voxels_ZYX: np.ndarray, level: int, codec: str = ZSTD, tile: int = 0
+) -> blosc2.NDArray:
     """Compress a volume in the chunks of a store.
 
     Args:
         voxels_ZYX: C-contiguous HU or labels.
         level: level of the codec, 1 to 9; higher is smaller and slower to write.
         codec: one of `CODECS`.
+        tile: as in `layout`.
     """
     z, y, x = voxels_ZYX.shape
-    chunks, blocks = layout((z, y, x))
+    chunks, blocks = layout((z, y, x), tile)
     return blosc2.asarray(
         voxels_ZYX,
         chunks=chunks,
@@ -139,23 +169,27 @@ def compress(voxels_ZYX: np.ndarray, level: int, codec: str = ZSTD) -> blosc2.ND
     )
 
 
-def encode(volume: Volume, scan_id: str, level: int, codec: str = ZSTD) -> tuple[bytes, PackedMeta]:
+def encode(
+    volume: Volume, scan_id: str, level: int, codec: str = ZSTD, tile: int = 0
+) -> tuple[bytes, PackedMeta]:
     """Compress one scan.
 
     Args:
         volume: scan.
         scan_id: name of the scan in the store.
-        level, codec: as in `compress`.
+        level, codec, tile: as in `compress`.
     Returns:
         The bytes of its `.b2nd` file, and the metadata in it.
     """
     z, y, x = volume.hu_ZYX.shape
-    array = compress(np.ascontiguousarray(volume.hu_ZYX, dtype=np.int16), level, codec)
-    chunk_depth = array.chunks[0]
+    array = compress(np.ascontiguousarray(volume.hu_ZYX, dtype=np.int16), level, codec, tile)
+    chunk_ZYX = (array.chunks[0], array.chunks[1], array.chunks[2])
     frame = array.schunk.to_cframe()
     ranges_C2 = _byte_ranges(array, frame)
+    grid_ZYX = grid_of((z, y, x), chunk_ZYX)
     for c in np.flatnonzero(ranges_C2[:, 0] < 0):
-        if volume.hu_ZYX[c * chunk_depth : (c + 1) * chunk_depth].any():
+        corner = zip(np.unravel_index(c, grid_ZYX), chunk_ZYX)
+        if volume.hu_ZYX[tuple(slice(k * step, (k + 1) * step) for k, step in corner)].any():
             raise RuntimeError(f"blosc2 {blosc2.__version__} keeps a chunk with values as a flag")
     dz, dy, dx = (float(mm) for mm in volume.spacing_mm)
     meta = PackedMeta(
@@ -163,7 +197,7 @@ def encode(volume: Volume, scan_id: str, level: int, codec: str = ZSTD) -> tuple
         (z, y, x),
         (dz, dy, dx),
         voxel_digest(volume.hu_ZYX),
-        chunk_depth,
+        chunk_ZYX,
         ranges_C2,
         _checksums(frame, ranges_C2),
     )
@@ -227,16 +261,25 @@ def _check_outside(file: Path) -> bool:
         os.close(fd)
 
 
-def layout(shape_ZYX: tuple[int, int, int]) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+def layout(
+    shape_ZYX: tuple[int, int, int], tile: int = 0
+) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
     """Shapes of chunks and blocks: chunks of whole slices, up to 1 MiB and 4 slices, and blocks of
-    whole rows, up to 256 KiB.
+    whole rows, up to 256 KiB. With tiles, chunks have up to 1 MiB and 8 slices.
 
     A block never crosses a chunk's row or slice order, so a decoded chunk is C-ordered. A height
     without a fitting divisor gets whole slices as blocks.
+
+    Args:
+        shape_ZYX: voxels of the scan.
+        tile: rows and columns of a chunk; 0 for whole slices.
     """
     z, y, x = shape_ZYX
+    most_slices = CHUNK_SLICES
+    if 0 < tile < max(y, x):
+        y, x, most_slices = min(tile, y), min(tile, x), TILE_SLICES
     slice_bytes = 2 * y * x
-    chunk = min(z, CHUNK_SLICES, max(1, CHUNK_BYTES // slice_bytes))
+    chunk = min(z, most_slices, max(1, CHUNK_BYTES // slice_bytes))
     if slice_bytes <= BLOCK_BYTES:
         slices = max(n for n in _divisors(chunk) if n * slice_bytes <= BLOCK_BYTES)
         return (chunk, y, x), (slices, y, x)
@@ -284,11 +327,11 @@ def open_packed(file: Path) -> tuple[blosc2.NDArray, PackedMeta]:
         meta = PackedMeta.from_dict(array.schunk.vlmeta[META_KEY])
         if has_footer != (meta.checksums_C is not None):
             raise ValueError("its footer is missing or damaged")
-        expected = (np.int16, meta.shape_ZYX, (meta.chunk_slices, *meta.shape_ZYX[1:]))
+        expected = (np.int16, meta.shape_ZYX, meta.chunk_ZYX)
         if (array.dtype, tuple(array.shape), tuple(array.chunks)) != expected:
             raise ValueError(
                 f"it holds {array.dtype} {tuple(array.shape)} in chunks {tuple(array.chunks)}, "
-                f"its metadata lists {meta.shape_ZYX} in chunks of {meta.chunk_slices} slices"
+                f"its metadata lists {meta.shape_ZYX} in chunks {meta.chunk_ZYX}"
             )
     except (RuntimeError, KeyError, TypeError, ValueError, AttributeError, OSError) as error:
         raise Damaged(
@@ -298,7 +341,7 @@ def open_packed(file: Path) -> tuple[blosc2.NDArray, PackedMeta]:
 
 
 class PackedScan:
-    """An open `.b2nd` file, from which slabs are read; closed when nobody refers to it.
+    """An open `.b2nd` file, from which boxes are read; closed when nobody refers to it.
 
     Args:
         file: path of the file.
@@ -316,59 +359,77 @@ class PackedScan:
         if hasattr(self, "_fd"):
             os.close(self._fd)
 
-    def read_into(self, z0: int, slab_ZYX: np.ndarray) -> None:
-        """Read slices z0, z0 + 1, ... without touching other chunks.
+    def read_into(self, start_ZYX: tuple[int, int, int], box_ZYX: np.ndarray) -> None:
+        """Read a box of the scan without touching chunks beside it.
 
         Args:
-            z0: index of the first slice.
-            slab_ZYX: C-contiguous int16 array to fill; the scan must hold all its slices.
+            start_ZYX: indices of its first voxel.
+            box_ZYX: C-contiguous int16 array to fill; it lies inside the scan.
         Raises:
             ValueError, RuntimeError, OSError: the bytes of a chunk are damaged.
         """
-        z1, step = z0 + len(slab_ZYX), self.meta.chunk_slices
-        first, last = z0 // step, -(-z1 // step)
-        edge_ZYX: np.ndarray | None = None  # for the chunks that reach beyond the slab
-        for c, compressed in enumerate(self._compressed_chunks(first, last), first):
-            low, high = c * step, (c + 1) * step
-            begin, end = max(low, z0), min(high, z1)
+        size_ZYX, (_, num_y, num_x) = self.meta.chunk_ZYX, self.meta.grid_ZYX
+        stop_ZYX = [start + n for start, n in zip(start_ZYX, box_ZYX.shape)]
+        touched = [range(a // n, -(-b // n)) for a, b, n in zip(start_ZYX, stop_ZYX, size_ZYX)]
+        places = list(itertools.product(*touched))
+        numbers = [(cz * num_y + cy) * num_x + cx for cz, cy, cx in places]
+        edge_ZYX: np.ndarray | None = None  # for the chunks that reach beyond the box
+        for place, compressed in zip(places, self._compressed_chunks(numbers)):
+            in_box, in_chunk = [], []
+            for k, n, start, stop in zip(place, size_ZYX, start_ZYX, stop_ZYX):
+                begin, end = max(k * n, start), min((k + 1) * n, stop)
+                in_box.append(slice(begin - start, end - start))
+                in_chunk.append(slice(begin - k * n, end - k * n))
+            part_ZYX = box_ZYX[tuple(in_box)]
             if compressed is None:
-                slab_ZYX[begin - z0 : end - z0] = 0
-                continue
-            if z0 <= low and high <= z1:
-                _decode(compressed, slab_ZYX[low - z0 : high - z0])
-                continue
-            if edge_ZYX is None:
-                edge_ZYX = np.empty((step, *slab_ZYX.shape[1:]), np.int16)
-            _decode(compressed, edge_ZYX)
-            slab_ZYX[begin - z0 : end - z0] = edge_ZYX[begin - low : end - low]
+                part_ZYX[...] = 0
+            elif part_ZYX.shape == size_ZYX and part_ZYX.flags.c_contiguous:
+                _decode(compressed, part_ZYX)
+            else:
+                if edge_ZYX is None:
+                    edge_ZYX = np.empty(size_ZYX, np.int16)
+                _decode(compressed, edge_ZYX)
+                part_ZYX[...] = edge_ZYX[tuple(in_chunk)]
 
-    def _compressed_chunks(self, first: int, last: int) -> list[memoryview | None]:
-        """The bytes of chunks first..last-1, None for a chunk of zeros. They lie side by side, so
-        one read without the global lock gets them all.
+    def _compressed_chunks(self, numbers: Sequence[int]) -> list[memoryview | None]:
+        """The bytes of some chunks, None for a chunk of zeros. One read without the global lock
+        gets all chunks that lie side by side.
 
+        Args:
+            numbers: numbers of the chunks, ascending.
         Raises:
             ValueError: a checksum differs.
         """
-        ranges_C2 = self.meta.byte_ranges_C2[first:last]
-        stored_C2 = ranges_C2[ranges_C2[:, 0] >= 0]
-        if not len(stored_C2):
-            return [None] * (last - first)
-        start, stop = int(stored_C2[:, 0].min()), int(stored_C2.sum(axis=1).max())
-        content = memoryview(_read_exactly(self._fd, stop - start, start))
-        checksums = None
-        if self.meta.checksums_C is not None:
-            checksums = self.meta.checksums_C[first:last].tolist()
+        ranges = self.meta.byte_ranges_C2[numbers].tolist()
+        runs: list[list[int]] = []  # first byte and end of what is read at once
+        for offset, length in ranges:
+            if offset >= 0 and runs and runs[-1][1] == offset:
+                runs[-1][1] += length
+            elif offset >= 0:
+                runs.append([offset, offset + length])
+        contents = [memoryview(_read_exactly(self._fd, b - a, a)) for a, b in runs]
         chunks: list[memoryview | None] = []
-        for k, (offset, length) in enumerate(ranges_C2.tolist()):
+        run = 0
+        for number, (offset, length) in zip(numbers, ranges):
             if offset < 0:
                 chunks.append(None)
                 continue
-            chunk = content[offset - start : offset - start + length]
-            if checksums is not None and xxhash.xxh3_64_intdigest(chunk) != checksums[k]:
-                low = (first + k) * self.meta.chunk_slices
-                raise ValueError(f"the checksum of the chunk that begins at slice {low} differs")
+            while offset >= runs[run][1]:
+                run += 1
+            first = offset - runs[run][0]
+            chunk = contents[run][first : first + length]
+            self._check(number, chunk)
             chunks.append(chunk)
         return chunks
+
+    def _check(self, number: int, chunk: memoryview) -> None:
+        """Compare the checksum of a chunk; ValueError where it differs."""
+        if self.meta.checksums_C is None:
+            return
+        if xxhash.xxh3_64_intdigest(chunk) != int(self.meta.checksums_C[number]):
+            _, num_y, num_x = self.meta.grid_ZYX
+            low = number // (num_y * num_x) * self.meta.chunk_ZYX[0]
+            raise ValueError(f"the checksum of the chunk that begins at slice {low} differs")
 
 
 def _read_exactly(fd: int, num_bytes: int, offset: int) -> bytes:

@@ -25,6 +25,7 @@ from tapct.data.patients.split import patient_number_name
 
 SHAPE = ("depth", "height", "width")
 SPACING = ("spacing_z_mm", "spacing_y_mm", "spacing_x_mm")
+NO_NAMES = "[]"  # the label names of a scan without any, as the index stores them
 _ROWS_AT_ONCE = 4096  # rows that are decoded at once where all are wanted
 _FEW = 5000  # rows of which all objects are kept, once one is asked for
 
@@ -191,7 +192,7 @@ def patient_numbers(patients: pa.Array) -> pa.Array:
 
 def _label_names(text: str) -> tuple[tuple[int, str], ...]:
     """Label values and names as the index stores them."""
-    if text == "[]":
+    if text == NO_NAMES:
         return ()
     return tuple((int(value), str(name)) for value, name in json.loads(text))
 

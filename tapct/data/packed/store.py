@@ -244,14 +244,45 @@ class Store:
             )
         assert list(slab_ZYX.shape[1:]) == plane_YX and slab_ZYX.dtype == np.int16
         assert slab_ZYX.flags.c_contiguous
+        self._fill(i, (z0, 0, 0), slab_ZYX)
+
+    def read_box(
+        self, i: int, start_ZYX: tuple[int, int, int], shape_ZYX: tuple[int, int, int]
+    ) -> np.ndarray:
+        """A box of scan i. Only the chunks that it touches are read and decompressed: in a scan
+        that was packed with tiles, a part of its slices.
+
+        Args:
+            i: number of the scan.
+            start_ZYX: indices of the first voxel.
+            shape_ZYX: voxels of the box.
+        Returns:
+            int16 HU, without padding.
+        Raises:
+            IndexError: the box is empty, or reaches beyond the scan.
+            Damaged: the scan cannot be read; the error names it.
+        """
+        whole_ZYX = self.scans.shape_ZYX(i)
+        for start, size, whole in zip(start_ZYX, shape_ZYX, whole_ZYX, strict=True):
+            if not 0 <= start < start + size <= whole:
+                raise IndexError(
+                    f"scan {self.scans.id(i)} has {whole_ZYX} voxels (z, y, x); asked for a box of "
+                    f"{tuple(shape_ZYX)} from {tuple(start_ZYX)}"
+                )
+        box_ZYX = np.empty(shape_ZYX, np.int16)
+        self._fill(i, start_ZYX, box_ZYX)
+        return box_ZYX
+
+    def _fill(self, i: int, start_ZYX: tuple[int, int, int], box_ZYX: np.ndarray) -> None:
+        """Read a box of scan i into an array."""
         if self.cache is not None:
             try:
-                self._opened(i).read_into(z0, slab_ZYX)
+                self._opened(i).read_into(start_ZYX, box_ZYX)
                 return
             except (Damaged, OSError, ValueError, RuntimeError):
                 self._forget_copy(i)  # the copy may be damaged, or just deleted: read the store
         try:
-            self._opened(i).read_into(z0, slab_ZYX)
+            self._opened(i).read_into(start_ZYX, box_ZYX)
         except (Damaged, OSError, ValueError, RuntimeError) as error:
             raise self._damaged(i, single_line(error)) from error
 

@@ -132,6 +132,13 @@ class StoreGroup:
         k, row = self.scans.find(i)
         self.stores[k].read_into(row, z0, slab_ZYX)
 
+    def read_box(
+        self, i: int, start_ZYX: tuple[int, int, int], shape_ZYX: tuple[int, int, int]
+    ) -> np.ndarray:
+        """A box of scan i, as `Store.read_box`."""
+        k, row = self.scans.find(i)
+        return self.stores[k].read_box(row, start_ZYX, shape_ZYX)
+
 
 AnyStore: TypeAlias = Store | StoreGroup
 

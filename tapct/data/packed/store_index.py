@@ -69,15 +69,32 @@ def index_bytes(
         patient_key: name of the key of the patient hashes; empty where unknown.
         manifest_file: file of the manifest, relative to the store; empty where there is none.
     """
-    scans = tuple(scans)
-    about = {
+    schema = _COLUMNS.append(_PATIENT_FROM)
+    columns = {name: pa.array(v, schema.field(name).type) for name, v in columns_of(scans).items()}
+    about = about_store(columns, manifest_digest, summary, patient_key, manifest_file)
+    return index_of_columns(columns, about)
+
+
+def about_store(
+    columns: dict[str, pa.Array],
+    manifest_digest: str,
+    summary: Mapping[str, int] | None = None,
+    patient_key: str = "",
+    manifest_file: str = "",
+) -> dict[str, Any]:
+    """Facts about a store, as its index holds them.
+
+    Args:
+        columns: columns of its scans.
+        manifest_digest, summary, patient_key, manifest_file: as in `index_bytes`.
+    """
+    return {
         "manifest_digest": manifest_digest,
         "manifest_file": manifest_file,
-        "digest": store_digest(scans),
+        "digest": store_digest(ScanList(columns, no_paths)),
         "summary": dict(summary or {}),
         "patient_key": patient_key,
     }
-    return index_of_columns(columns_of(scans), about)
 
 
 def index_of_columns(values: Mapping[str, Any], about: Mapping[str, Any]) -> bytes:
@@ -85,7 +102,7 @@ def index_of_columns(values: Mapping[str, Any], about: Mapping[str, Any]) -> byt
 
     Args:
         values: values by column, as `columns_of` names them.
-        about: facts about the store; see `index_bytes`.
+        about: facts about the store, see `about_store`.
     """
     columns = _COLUMNS.append(_PATIENT_FROM)
     arrays = []

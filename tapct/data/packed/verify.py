@@ -8,9 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
+import pyarrow.compute as pc
+
 from tapct.base.counted import counted
 from tapct.base.exits import Incomplete
-from tapct.data.manifest import Manifest
+from tapct.data.manifest import Manifest, RowTable, rows_as_table
 from tapct.data.packed.packed_scan import Damaged
 from tapct.data.packed.store import Store
 from tapct.data.packed.store_before import StoreBefore
@@ -29,11 +31,16 @@ def check_complete(store: Store, manifest: Manifest, allow_missing: int = 0) -> 
             them.
     """
     StoreBefore.read(store.path).check_replaceable_by(manifest)
-    ids, checksums = (store.scans.column(name).to_pylist() for name in ("id", "checksum"))
-    stored = dict(zip(ids, checksums, strict=True))
-    lacking = [row.path for row in manifest.accepted if row.id not in stored]
-    lacking += [
-        row.path for row in manifest.accepted if stored.get(row.id) not in (None, row.digest)
+    accepted = manifest.accepted
+    rows = (accepted if isinstance(accepted, RowTable) else RowTable(rows_as_table(accepted))).table
+    ids = store.scans.column("id")
+    places = pc.index_in(rows.column("id").cast(ids.type), value_set=ids)
+    is_missing = pc.is_null(places)
+    stored = store.scans.column("checksum").take(places.combine_chunks())
+    is_other = pc.not_equal(stored, rows.column("digest").cast(stored.type).combine_chunks())
+    lacking = [
+        *rows.column("path").filter(is_missing).to_pylist(),
+        *rows.column("path").filter(pc.fill_null(is_other, False)).to_pylist(),
     ]
     if len(lacking) > allow_missing:
         raise Incomplete(

@@ -55,9 +55,10 @@ class Format:
 DICOM = Format(
     "dicom", (".dcm", ".dicom", ".ima"), dicom.read, ("pydicom", "SimpleITK"), is_series=True
 )
+NRRD = Format("nrrd", (".nrrd", ".nhdr"), nrrd.read, ("numpy",))
 FORMATS = (
     Format("nifti", (".nii.gz", ".nii", ".hdr"), nifti.read, ("nibabel",)),
-    Format("nrrd", (".nrrd", ".nhdr"), nrrd.read, ("numpy",)),
+    NRRD,
     Format("meta", (".mha", ".mhd"), meta.read, ("numpy",)),
     Format("mgh", (".mgz", ".mgh"), mgh.read, ("nibabel",)),
     DICOM,

@@ -6,10 +6,11 @@ positions alone; SliceThickness, SpacingBetweenSlices and InstanceNumber are oft
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 
@@ -64,17 +65,17 @@ def read(
     header, depth_mm, stored_type = Header(), 0.0, ""
     num_before = 0  # frames of the files before
     for path in files:
-        content = (contents or {}).get(path)
-        dataset, file_head = _open(path, content)
-        num_frames = max(1, elements.whole(dataset, "NumberOfFrames"))
-        wanted = None
-        if frames is not None:
-            wanted = {number - num_before for number in frames} & {*range(1, num_frames + 1)}
-        num_before += num_frames
-        for head, plane, rescaling in _slices(path, dataset, file_head, wanted, content):
-            heads.append(head)
-            planes.append(plane)
-            rescalings.append(rescaling)
+        with _opened(path, (contents or {}).get(path)) as file:
+            dataset, file_head = _content(path, file)
+            num_frames = max(1, elements.whole(dataset, "NumberOfFrames"))
+            wanted = None
+            if frames is not None:
+                wanted = {number - num_before for number in frames} & {*range(1, num_frames + 1)}
+            num_before += num_frames
+            for head, plane, rescaling in _slices(path, dataset, file_head, wanted, file):
+                heads.append(head)
+                planes.append(plane)
+                rescalings.append(rescaling)
         if path == files[0]:
             header = _header_of(dataset)
             stored_type = dicom_pixels.stored_type(dataset)
@@ -106,11 +107,22 @@ def _steps_mm(heads: Sequence[Head]) -> tuple[float, float] | None:
     return (float(steps.min()), float(steps.max())) if len(steps) else None
 
 
-def _open(path: Path, content: bytes | None) -> tuple[Dataset, Head]:
-    """The content of one file and its head, which must be that of a slice with a place."""
-    if content is None and path.stat().st_size == 0:
+def _opened(path: Path, content: bytes | None) -> BinaryIO:
+    """A file, or its content that has been read before."""
+    return path.open("rb") if content is None else io.BytesIO(content)
+
+
+def _content(path: Path, file: BinaryIO) -> tuple[Dataset, Head]:
+    """The content of one file and its head, which must be that of a slice with a place.
+
+    Args:
+        path: path of the file.
+        file: the file, which is open.
+    """
+    if not file.read(1):
         raise Refused("empty_file", f"{file_name(path)} has no content")
-    dataset = elements.read_dataset(path, None, content)
+    file.seek(0)
+    dataset = elements.read_from(file, path, None)
     if dataset is None:
         raise Refused("unreadable", f"{file_name(path)} is not DICOM")
     head = head_of(path, dataset)
@@ -128,7 +140,7 @@ def _slices(
     dataset: Dataset,
     head: Head,
     wanted: Collection[int] | None,
-    content: bytes | None,
+    file: BinaryIO,
 ) -> Iterator[tuple[Head, np.ndarray, tuple[float, float]]]:
     """Heads, HU (rows, columns), and slope and intercept of the slices of one file.
 
@@ -137,18 +149,18 @@ def _slices(
         dataset: its content.
         head: its head.
         wanted: numbers of the frames to return, from 1; None for all.
-        content: its bytes, where they have been read before.
+        file: the file, which is open.
     """
     if head.is_multiframe:
         frames = dicom_frames.frames_of(path, dataset, head, wanted)
-        values, is_rescaled = dicom_pixels.stored_values(path, dataset, len(frames), content)
+        values, is_rescaled = dicom_pixels.stored_values(path, dataset, len(frames), file)
         for frame, plane in zip(frames, values):
             if wanted is not None and frame.head.frame not in wanted:
                 continue
             rescaling = (frame.slope, frame.intercept)
             yield frame.head, _rescaled(plane, *_PLAIN if is_rescaled else rescaling), rescaling
         return
-    values, is_rescaled = dicom_pixels.stored_values(path, dataset, 1, content)
+    values, is_rescaled = dicom_pixels.stored_values(path, dataset, 1, file)
     slope = elements.number(dataset, "RescaleSlope")
     intercept = elements.number(dataset, "RescaleIntercept")
     assert slope is not None and intercept is not None  # the head has been checked

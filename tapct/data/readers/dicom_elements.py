@@ -9,7 +9,6 @@ decode is decoded in silence.
 from __future__ import annotations
 
 import functools
-import io
 import logging
 import math
 import warnings
@@ -45,9 +44,7 @@ def quiet() -> Iterator[None]:
         log.disabled = was_disabled
 
 
-def read_dataset(
-    path: Path, tags: Sequence[str | int] | None, content: bytes | None = None
-) -> Dataset | None:
+def read_dataset(path: Path, tags: Sequence[str | int] | None) -> Dataset | None:
     """Read a file with pydicom, opening it once.
 
     A file without preamble is read where its first element looks like one of DICOM and its content
@@ -56,14 +53,13 @@ def read_dataset(
     Args:
         path: path of the file.
         tags: keywords or numbers of the elements to keep, without pixels; None for all.
-        content: bytes of the file where they have been read before, so that it is not opened.
     Returns:
         The data set; None where the file is not DICOM.
     Raises:
         Refused: `truncated`, a file with preamble that pydicom cannot read to its end.
         Exception: whatever pydicom raises for other damage of a file with preamble.
     """
-    with path.open("rb") if content is None else io.BytesIO(content) as file:
+    with path.open("rb") as file:
         return read_from(file, path, tags)
 
 

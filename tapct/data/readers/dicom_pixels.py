@@ -9,9 +9,10 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 
@@ -35,15 +36,15 @@ _ELSCINT_COMPRESSION, _ELSCINT_PIXELS = 0x07A11011, 0x07A1100A
 
 
 def stored_values(
-    path: Path, dataset: Dataset, num_frames: int, content: bytes | None = None
+    path: Path, dataset: Dataset, num_frames: int, file: BinaryIO
 ) -> tuple[np.ndarray, bool]:
     """Decode the pixels of a file.
 
     Args:
-        path: path of the file, which GDCM opens again.
+        path: path of the file.
         dataset: whole content of the file.
         num_frames: number of images in the file.
-        content: bytes of the file where they have been read before, which GDCM is given instead.
+        file: the file, which is open. GDCM, which opens a path, is given a copy of it in memory.
     Returns:
         Values (frames, rows, columns), and whether slope and intercept are applied already.
     Raises:
@@ -57,7 +58,7 @@ def stored_values(
                 "unsupported",
                 f"{file_name(path)} holds {num_frames} frames in {syntax.name}; decompress it",
             )
-        pixels, is_rescaled = _by_gdcm(path, dataset, content), True
+        pixels, is_rescaled = _by_gdcm(path, dataset, file), True
     else:
         if not syntax.is_encapsulated:
             bits = rows * columns * num_frames * elements.unsigned(dataset, "BitsAllocated")
@@ -182,22 +183,23 @@ def _pydicom_decodes(dataset: Dataset) -> bool:
         return False
 
 
-def _by_gdcm(path: Path, dataset: Dataset, content: bytes | None) -> np.ndarray:
+def _by_gdcm(path: Path, dataset: Dataset, file: BinaryIO) -> np.ndarray:
     """HU of one file, decoded by GDCM, which applies slope and intercept."""
-    with _readable(path, content) as place:
+    with _readable(path, file) as place:
         return _decoded(place, path, dataset)
 
 
 @contextlib.contextmanager
-def _readable(path: Path, content: bytes | None) -> Iterator[str]:
-    """A path under which GDCM can read a file whose bytes may be in memory."""
-    if content is None or not hasattr(os, "memfd_create"):
+def _readable(path: Path, file: BinaryIO) -> Iterator[str]:
+    """A path under which GDCM can read a file that is open, without opening it again."""
+    if not hasattr(os, "memfd_create"):
         yield str(path)
         return
     handle = os.memfd_create("tapct slice", os.MFD_CLOEXEC)
     try:
-        with os.fdopen(handle, "wb", closefd=False) as file:
-            file.write(content)
+        file.seek(0)
+        with os.fdopen(handle, "wb", closefd=False) as copy:
+            shutil.copyfileobj(file, copy, 1 << 20)
         yield f"/proc/self/fd/{handle}"
     finally:
         os.close(handle)

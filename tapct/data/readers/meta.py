@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -48,31 +49,38 @@ def read(files: Sequence[Path]) -> Image:
             unsupported.
     """
     (path,) = files
-    return read_voxels(_head(path))
-
-
-def _fields(path: Path) -> tuple[dict[str, str], int]:
-    """Fields of a MetaImage header and the byte after the line of ElementDataFile."""
-    fields: dict[str, str] = {}
     with path.open("rb") as file:
-        for line in iter(lambda: file.readline(_MAX_LINE), b""):
-            if len(line) == _MAX_LINE:
-                raise Refused("corrupt", f"a line of the header has over {_MAX_LINE} characters")
-            key, equals, value = line.decode("utf-8", "replace").partition("=")
-            if not equals or file.tell() > HEADER_LIMIT:
-                break
-            if fields.setdefault(key.strip(), value.strip()) != value.strip():
-                raise Refused("corrupt", f"the header has two values of {quoted(key.strip())}")
-            if key.strip() == "ElementDataFile":
-                return fields, file.tell()
+        return read_voxels(_head(path, file), file)
+
+
+def _fields(path: Path, file: BinaryIO) -> tuple[dict[str, str], int]:
+    """Fields of a MetaImage header and the byte after the line of ElementDataFile; arguments as in
+    `_head`.
+    """
+    fields: dict[str, str] = {}
+    for line in iter(lambda: file.readline(_MAX_LINE), b""):
+        if len(line) == _MAX_LINE:
+            raise Refused("corrupt", f"a line of the header has over {_MAX_LINE} characters")
+        key, equals, value = line.decode("utf-8", "replace").partition("=")
+        if not equals or file.tell() > HEADER_LIMIT:
+            break
+        if fields.setdefault(key.strip(), value.strip()) != value.strip():
+            raise Refused("corrupt", f"the header has two values of {quoted(key.strip())}")
+        if key.strip() == "ElementDataFile":
+            return fields, file.tell()
     if not fields.keys() & {"ObjectType", "NDims", "DimSize"}:
-        raise other_format(path, read_head(path, _START), "MetaImage")
+        raise other_format(path, read_head(path, _START, file), "MetaImage")
     raise Refused("truncated", f"{file_name(path)} has no complete MetaImage header")
 
 
-def _head(path: Path) -> TextHead:
-    """Parse and check a MetaImage header."""
-    fields, end = _fields(path)
+def _head(path: Path, file: BinaryIO) -> TextHead:
+    """Parse and check a MetaImage header.
+
+    Args:
+        path: path of the file.
+        file: the file, which is open.
+    """
+    fields, end = _fields(path, file)
     missing = [key for key in ("NDims", "DimSize", "ElementType") if key not in fields]
     if missing:
         raise Refused("corrupt", f"the MetaImage header lacks {quoted(missing[0])}")
@@ -84,6 +92,7 @@ def _head(path: Path) -> TextHead:
     local = fields["ElementDataFile"].upper() == "LOCAL"
     modality = fields.get("Modality", "").removeprefix("MET_MOD_")
     return TextHead(
+        header_file=path,
         shape=shape,
         dtype=np.dtype((">" if is_big else "<") + _TYPES[element]),
         affine=_affine(fields),

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -57,6 +59,19 @@ _SPATIAL_KINDS = ("domain", "space", "none", "???")
 _SEGMENT = re.compile(r"Segment(\d{1,6})_(LabelValue|Name|Layer)$")
 
 
+@dataclass(frozen=True)
+class Slicer:
+    """A label file.
+
+    Args:
+        layers: one image per layer.
+        segments: the segments that it lists; empty where 3D Slicer did not write it.
+    """
+
+    layers: tuple[Image, ...]
+    segments: tuple[Segment, ...] = ()
+
+
 def read(files: Sequence[Path]) -> Image:
     """Read one NRRD file.
 
@@ -72,48 +87,54 @@ def read(files: Sequence[Path]) -> Image:
             header_mismatch, unsupported.
     """
     (path,) = files
-    return read_voxels(_head(path))
+    with path.open("rb") as file:
+        fields, end = _fields(path, file)
+        return read_voxels(_head(path, fields, end), file)
 
 
-def read_slicer(path: Path) -> tuple[Image, ...]:
-    """Read the layers of a segmentation of 3D Slicer, one image per layer.
+def read_slicer(path: Path) -> Slicer:
+    """Read a label file, which may be a segmentation of 3D Slicer.
 
-    Rules: as in `read`, but there may be a first axis of kind `list`, over layers.
+    Rules: as in `read`; in a segmentation there may be a first axis of kind `list`, over layers.
 
     Raises:
         Refused: as `read`.
     """
-    head = _head(path, with_layers=True)
-    if head.num_layers == 1:
-        return (read_voxels(head),)
-    voxels = read_array(head)  # (K, J, I, layer)
-    return tuple(
+    with path.open("rb") as file:
+        fields, end = _fields(path, file)
+        segments = _segments(fields)
+        head = _head(path, fields, end, with_layers=bool(segments))
+        if head.num_layers == 1:
+            return Slicer((read_voxels(head, file),), segments)
+        voxels = read_array(head, file)  # (K, J, I, layer)
+    layers = [
         Image(voxels[..., layer].transpose(), head.affine, names=head.names)
         for layer in range(head.num_layers)
-    )
+    ]
+    return Slicer(tuple(layers), segments)
 
 
-def segments_of(path: Path) -> tuple[Segment, ...]:
-    """The segments that a file lists, in their order; empty for a file that 3D Slicer did not write
-    as a segmentation.
+def _segments(fields: dict[str, str]) -> tuple[Segment, ...]:
+    """The segments that a header lists, in their order; empty for a file that 3D Slicer did not
+    write as a segmentation.
     """
-    if path.suffix.lower() not in (".nrrd", ".nhdr"):
-        return ()
-    table = _segment_table(_fields(path)[0])
     segments = []
-    for _, fields in sorted(table.items()):
-        value, layer = fields.get("LabelValue", ""), fields.get("Layer", "0")
+    for _, entry in sorted(_segment_table(fields).items()):
+        value, layer = entry.get("LabelValue", ""), entry.get("Layer", "0")
         if value.isdigit() and layer.isdigit():
-            segments.append(Segment(int(layer), int(value), fields.get("Name", "")))
+            segments.append(Segment(int(layer), int(value), entry.get("Name", "")))
     return tuple(segments)
 
 
-def _fields(path: Path) -> tuple[dict[str, str], int]:
+def _fields(path: Path, file: BinaryIO) -> tuple[dict[str, str], int]:
     """Fields of a NRRD header (key:=value pairs keep their ':='), and the byte after the blank
     line.
+
+    Args:
+        path: path of the file.
+        file: the file, which is open.
     """
-    with path.open("rb") as file:
-        text = file.read(HEADER_LIMIT)
+    text = file.read(HEADER_LIMIT)
     if not text.startswith(b"NRRD000"):
         raise other_format(path, text, "NRRD")
     blank = re.search(rb"\r?\n\r?\n", text)
@@ -150,9 +171,14 @@ def _fields(path: Path) -> tuple[dict[str, str], int]:
     return fields, end
 
 
-def _head(path: Path, *, with_layers: bool = False) -> TextHead:
-    """Parse and check a NRRD header; a first axis over layers is an error unless `with_layers`."""
-    fields, end = _fields(path)
+def _head(path: Path, fields: dict[str, str], end: int, *, with_layers: bool = False) -> TextHead:
+    """Check a NRRD header.
+
+    Args:
+        path: path of the file.
+        fields, end: fields of the header, and the byte after it, see `_fields`.
+        with_layers: whether there may be a first axis over layers.
+    """
     missing = [key for key in ("type", "dimension", "sizes", "encoding") if key not in fields]
     if missing:
         raise Refused("corrupt", f"the NRRD header lacks {quoted(missing[0])}")
@@ -164,6 +190,7 @@ def _head(path: Path, *, with_layers: bool = False) -> TextHead:
     detached = fields.get("data file", fields.get("datafile", ""))
     skip = int(fields.get("byte skip", "0"))
     return TextHead(
+        header_file=path,
         shape=shape,
         dtype=_dtype(fields),
         affine=_affine(fields),

@@ -5,14 +5,16 @@ beside it. The voxels are read by numpy.
 from __future__ import annotations
 
 import math
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
 from tapct.base.marks import quoted
-from tapct.data.readers.raw import Header, Image, check_size, inflate, slack_of
+from tapct.data.readers.raw import Header, Image, check_size, inflate, opened, slack_of
 from tapct.types import Refused
 
 HEADER_LIMIT = 4 << 20  # bytes; the header of a Slicer segmentation with many segments is smaller
@@ -23,6 +25,7 @@ class TextHead:
     """A checked header.
 
     Args:
+        header_file: path of the file that holds the header.
         shape: number of voxels along I, J, K.
         dtype: type of a voxel, in the byte order of the file.
         affine: 4x4 matrix to LPS mm.
@@ -36,6 +39,7 @@ class TextHead:
             in a segmentation of 3D Slicer with overlapping segments.
     """
 
+    header_file: Path
     shape: tuple[int, ...]
     dtype: np.dtype
     affine: np.ndarray
@@ -48,18 +52,23 @@ class TextHead:
     num_layers: int = 1
 
 
-def read_voxels(head: TextHead) -> Image:
-    """The voxels of a file whose header is checked."""
+def read_voxels(head: TextHead, file: BinaryIO) -> Image:
+    """The voxels of a file whose header is checked; arguments as in `read_array`."""
     return Image(
-        read_array(head).transpose(),
+        read_array(head, file).transpose(),
         head.affine,
         header=Header(modality=head.modality),
         names=head.names,
     )
 
 
-def read_array(head: TextHead) -> np.ndarray:
-    """The array of a file whose header is checked: (K, J, I), or (K, J, I, layer)."""
+def read_array(head: TextHead, file: BinaryIO) -> np.ndarray:
+    """The array of a file whose header is checked: (K, J, I), or (K, J, I, layer).
+
+    Args:
+        head: header.
+        file: the file of the header, which is open; most often it holds the voxels too.
+    """
     layers = (head.num_layers,) if head.num_layers > 1 else ()
     shape = (*head.shape[::-1], *layers)
     count = math.prod(shape)
@@ -67,15 +76,18 @@ def read_array(head: TextHead) -> np.ndarray:
     slack = slack_of(head.shape, head.dtype.itemsize * head.num_layers)
     # not by SimpleITK: where its parser differs from ours, or its zlib fails, it returns other
     # voxels without an error, and where it reports an error in a long line, it ends the process
-    if head.is_compressed:
-        content = inflate(head.data_file, head.offset, expected, slack)
-        return np.frombuffer(content, head.dtype).reshape(shape)
-    num_bytes = head.data_file.stat().st_size
-    offset = head.offset if head.offset >= 0 else num_bytes - expected
-    # where the voxels are the last bytes of a file with a header, nothing may lie between the two
-    first = head.header_end if head.header_end >= 0 else offset
-    check_size(head.data_file, num_bytes - max(first, 0), expected, slack)
-    return np.fromfile(head.data_file, head.dtype, count, offset=offset).reshape(shape)
+    is_same = head.data_file == head.header_file
+    with opened(head.data_file, file if is_same else None) as voxel_file:
+        if head.is_compressed:
+            content = inflate(head.data_file, head.offset, expected, slack, voxel_file)
+            return np.frombuffer(content, head.dtype).reshape(shape)
+        num_bytes = os.fstat(voxel_file.fileno()).st_size
+        offset = head.offset if head.offset >= 0 else num_bytes - expected
+        # where the voxels are the last bytes of a file with a header, nothing may lie between them
+        first = head.header_end if head.header_end >= 0 else offset
+        check_size(head.data_file, num_bytes - max(first, 0), expected, slack)
+        voxel_file.seek(offset)
+        return np.fromfile(voxel_file, head.dtype, count).reshape(shape)
 
 
 def numbers(text: str, count: int, what: str, reason: str) -> list[float]:

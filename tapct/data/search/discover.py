@@ -257,7 +257,11 @@ def _search_folder(
     if not only_dicom:
         found.sources += sources
     stems = {stem_of(source.path) for source in ([] if only_dicom else sources)}
-    for looked in look_into(folder, others, found.limit):
+    may_be_dicom = passed.not_of_others(others, [source.path.name for source in sources])
+    for name in set(others).difference(may_be_dicom):
+        if not passed.is_companion(name, stems):
+            found.passed_over[passed.kind_of(name)] += 1
+    for looked in look_into(folder, may_be_dicom, found.limit):
         path = folder / looked.name
         if looked.late:
             _add_late(path, looked.late, found)

@@ -5,7 +5,7 @@ skipped in silence.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from tapct.base.counted import counted
@@ -17,6 +17,7 @@ WITHOUT_SUFFIX = "without suffix"
 # suffixes of a file that belongs to another one with the same stem: side-cars, and voxels that a
 # header names
 COMPANIONS = (".json", ".raw", ".zraw", ".raw.gz", ".img", ".img.gz")
+_PAIR, _RAW = (".img", ".img.gz"), (".raw", ".zraw", ".raw.gz")  # voxels of a header
 _SUFFIX = re.compile(r"\.(?:[a-z][a-z0-9]{0,7}|7z)")
 _COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zip")
 
@@ -70,6 +71,30 @@ def is_companion(name: str, stems: Iterable[str]) -> bool:
         if name.lower().endswith(suffix) and name[: -len(suffix)] in stems:
             return True
     return False
+
+
+def not_of_others(names: Sequence[str], scans: Sequence[str]) -> list[str]:
+    """The files of a folder that may be DICOM, so that they are opened: all but the side-cars and
+    the voxels of other files, which their readers open.
+
+    Args:
+        names: names of the files without a suffix of a format.
+        scans: names of the other files, which have one.
+    """
+    lower = [scan.lower() for scan in scans]
+    # the header of a pair has the name of its voxels; other headers name any file of the folder
+    pairs = {scan[:-4] for scan in scans if scan.lower().endswith(".hdr")}
+    is_detached = any(scan.endswith((".nhdr", ".mhd")) for scan in lower)
+    stems = {scan.removesuffix(".gz").rpartition(".")[0] for scan in scans}
+    found = []
+    for name in names:
+        stem = name.removesuffix(".gz").rpartition(".")[0]
+        suffix = name[len(stem) :].lower()
+        is_sidecar = suffix == ".json" and stem in stems
+        is_voxels = suffix in _PAIR and stem in pairs
+        if not (is_sidecar or is_voxels or (is_detached and suffix in _RAW)):
+            found.append(name)
+    return found
 
 
 def summary(counts: Mapping[str, int]) -> str:

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
-_LEAST_SECONDS = 10.0  # to which the limit falls where many calls are late
+LEAST_SECONDS = 10.0  # to which the limit falls where many calls are late
 
 
 class NoAnswer(Exception):
@@ -64,7 +64,7 @@ class TimeLimit:
         except queue.Empty:
             self.close()
             waited = self.seconds
-            self.seconds = max(self.seconds / 2, min(self.seconds, _LEAST_SECONDS))
+            self.seconds = max(self.seconds / 2, min(self.seconds, LEAST_SECONDS))
             raise NoAnswer(waited) from None
         if error is not None:
             raise error

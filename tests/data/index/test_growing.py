@@ -18,7 +18,7 @@ import pytest
 from scan_files import make_ct, make_labels, make_slice, save_scan
 
 from tapct.base.exits import UserError
-from tapct.data.index import scan_row
+from tapct.data.index import finding, scan_row
 from tapct.data.index.build import build_manifest, examine_share
 from tapct.data.index.journal import KEY, Journal, Keys, key_of, keys_in
 from tapct.data.index.share import Share, parse_share
@@ -236,6 +236,8 @@ def test_lists_patterns_and_files_name_scans_labels_patients_and_splits(archive:
     ("content", "problem"),
     [
         ("name,split\nc1,train\n", "no column path"),
+        ("path,labels\nscans/dicom/a,x\n", "rename it to label if"),
+        ("path,label\nscans/dicom/a,\nscans/gone.nii.gz,\n", "row 2 of the list .*/gone.nii.gz"),
         ("path,split\nscans/none.nii.gz,train\n", "does not exist"),
         ("path,label\nscans/nifti/c1.nii.gz,none.nii.gz\n", "which is missing"),
         ("path,split\n,train\n", "row 1 .* has no path|has no rows"),
@@ -332,12 +334,30 @@ def test_a_share_is_a_number_of_a_number() -> None:
     assert all(len(part) > 20 for part in parts)
 
 
+def test_progress_comes_before_the_libraries_of_the_readers_and_ends_with_all_files(
+    archive: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[tuple[int, int] | str] = []
+    load = finding.load_libraries
+    monkeypatch.setattr(finding, "load_libraries", lambda: (events.append("loaded"), load()))
+    build_manifest(
+        *(archive, archive.parent / "out"),
+        listed=lambda done, total, is_all: events.append((done, total)),
+    )
+    assert "loaded" in events[1:]  # something was shown before
+    shown = [event for event in events if isinstance(event, tuple)]
+    assert all(0 <= done <= total for done, total in shown)
+    num_files = sum(path.is_file() for path in archive.rglob("*"))
+    assert shown[-1] == (num_files, num_files)
+
+
 def test_series_in_many_groups_are_put_together_as_in_one(
     archive: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = archive.parent / "out"
     whole = build_manifest(archive, out)
     monkeypatch.setattr("tapct.data.index.grouping._HEADS_AT_ONCE", 4)
+    monkeypatch.setattr("tapct.data.index.grouping._ROWS_AT_ONCE", 9)
     assert rows_of(build_manifest(archive, out)) == rows_of(whole)
     assert not list((out / "parts").glob("groups*"))
 

@@ -30,12 +30,12 @@ from tapct.types import LabelMap, Volume
 SPACING_MM = (2.5, 0.75, 0.8)
 
 
-def make_store(folder: Path, scans_ZYX: list[np.ndarray], level: int = 1) -> Store:
+def make_store(folder: Path, scans_ZYX: list[np.ndarray], level: int = 1, tile: int = 0) -> Store:
     """A store of these arrays, written past the manifest."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = []
     for i, hu_ZYX in enumerate(scans_ZYX):
-        frame, meta = encode(Volume(hu_ZYX, SPACING_MM), f"scan{i}", level)
+        frame, meta = encode(Volume(hu_ZYX, SPACING_MM), f"scan{i}", level, tile=tile)
         write_atomically(folder / f"scan{i}.b2nd", frame)
         label, names = "", ()
         if i == 0:
@@ -94,6 +94,73 @@ def test_a_slab_is_what_was_packed(
         blosc2.open(str(store.file(0)), mode="r")[z0:z1], hu_ZYX[z0:z1]
     )  # any blosc2 can
     store.verify(0)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    shape_ZYX=st.tuples(st.integers(1, 20), st.integers(1, 70), st.integers(1, 70)),
+    cut=st.lists(st.floats(0, 0.999), min_size=6, max_size=6),
+    tile=st.sampled_from([0, 16, 32, 64]),
+)
+@example(shape_ZYX=(19, 64, 33), cut=[0.1, 0, 0.5, 0.9, 0.999, 0.999], tile=16)
+def test_a_box_is_what_was_packed(
+    tmp_path_factory: pytest.TempPathFactory,
+    shape_ZYX: tuple[int, int, int],
+    cut: list[float],
+    tile: int,
+) -> None:
+    hu_ZYX = ct_like(shape_ZYX)
+    hu_ZYX[: shape_ZYX[0] // 2, : shape_ZYX[1] // 2] = 0  # chunks of zeros are flags
+    store = make_store(tmp_path_factory.mktemp("store"), [hu_ZYX], tile=tile)
+    ends = [sorted(int(c * n) for c in cut[k::3]) for k, n in enumerate(shape_ZYX)]
+    start_ZYX = (ends[0][0], ends[1][0], ends[2][0])
+    size_ZYX = tuple(b - a + 1 for a, b in ends)
+    box_ZYX = store.read_box(0, start_ZYX, size_ZYX)  # type: ignore[arg-type]
+    expected = hu_ZYX[tuple(slice(a, b + 1) for a, b in ends)]
+    np.testing.assert_array_equal(box_ZYX, expected)
+    np.testing.assert_array_equal(store.read(0), hu_ZYX)
+    np.testing.assert_array_equal(blosc2.open(str(store.file(0)), mode="r")[:], hu_ZYX)
+    store.verify(0)
+
+
+def test_a_box_reads_only_the_tiles_that_it_touches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hu_ZYX = ct_like((16, 128, 128))
+    store = make_store(tmp_path, [hu_ZYX], tile=32)
+    _, meta = open_packed(store.file(0))
+    assert (meta.chunk_ZYX, meta.grid_ZYX) == ((8, 32, 32), (2, 4, 4))
+    store._opened(0)
+    # rows 40..99 and columns 33..63 of slices 9..15: tiles (1, 1..3, 1) of the grid
+    touched = [16 + 4 * row + 1 for row in (1, 2, 3)]
+    for c in set(range(32)) - set(touched):
+        offset, length = (int(n) for n in meta.byte_ranges_C2[c])
+        overwrite(store.file(0), offset, bytes(length))
+    read: list[int] = []
+    pread = os.pread
+
+    def counted(fd: int, num_bytes: int, offset: int) -> bytes:
+        content = pread(fd, num_bytes, offset)
+        read.append(len(content))
+        return content
+
+    monkeypatch.setattr(os, "pread", counted)
+    box_ZYX = store.read_box(0, (9, 40, 33), (7, 60, 31))
+    np.testing.assert_array_equal(box_ZYX, hu_ZYX[9:16, 40:100, 33:64])
+    assert sum(read) == int(meta.byte_ranges_C2[touched, 1].sum())
+    with pytest.raises(Damaged, match="chunk that begins at slice 8 differs"):
+        store.read_box(0, (9, 40, 33), (7, 60, 32))
+    for start, size in (((0, 0, 0), (1, 1, 129)), ((0, -1, 0), (1, 1, 1)), ((3, 3, 3), (1, 0, 1))):
+        with pytest.raises(IndexError, match="asked for a box of"):
+            store.read_box(0, start, size)  # type: ignore[arg-type]
+
+
+def test_tiles_change_the_file_and_whole_slices_do_not() -> None:
+    """A store without tiles can be read by the version before them."""
+    volume = Volume(ct_like((12, 64, 64)), SPACING_MM)
+    whole, wide, tiled = (encode(volume, "s", 1, tile=tile)[1].to_dict() for tile in (0, 64, 16))
+    assert whole == wide and whole["schema"] == 2 and "tile" not in whole
+    assert tiled["schema"] == 3 and tiled["tile"] == [16, 16]
 
 
 def test_chunks_are_whole_slices_and_small_and_blocks_are_whole_rows() -> None:

@@ -191,7 +191,7 @@ def test_a_time_limit_gives_results_and_errors_of_the_function_itself() -> None:
 def test_a_late_call_halves_the_limit_and_its_answer_is_not_taken_for_another(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(time_limit, "_LEAST_SECONDS", 0.02)
+    monkeypatch.setattr(time_limit, "LEAST_SECONDS", 0.02)
     limit = TimeLimit(0.06)
     ends = [threading.Event() for _ in range(3)]
     seen = []
