@@ -185,6 +185,24 @@ JobName = Annotated[
     ),
 ]
 
+ElementsAtOnce = Annotated[
+    int,
+    typer.Option(
+        "--at-once",
+        "--array-limit",
+        metavar="N",
+        help="largest number of elements that run at the same time; 0: all",
+        min=0,
+    ),
+]
+
+GpusOfElement = Annotated[
+    int,
+    typer.Option(
+        "--gpus", "--gpus-per-node", metavar="N", help="GPUs of each element; 0: none", min=0
+    ),
+]
+
 ArrayLimit = Annotated[
     int,
     typer.Option(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
+from tapct.base import files
 from tapct.base.exits import UserError
 from tapct.cluster import sbatch_options
 from tapct.cluster.sbatch_options import Value
@@ -15,6 +17,33 @@ CONTAINERS = {
     "singularity": "singularity exec --nv --bind {mounts} {image} python3",
     "pyxis": "",  # options of srun
 }
+
+
+_ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://")  # docker://, library://, oras:// ...
+_LIKE_A_PATH = re.compile(r"[~/.]|.*\.(sif|sqsh|simg|img)$")
+
+
+def container_image(text: str, program: str) -> str:
+    """The image of a container: the absolute path of a file or folder, or its address as given.
+
+    Args:
+        text: option --container; empty for none.
+        program: option --container-with.
+    Raises:
+        UserError: the text is the path of a file that is missing.
+    """
+    if not text or _ADDRESS.match(text):
+        return text
+    path = files.expand_path(text)
+    if program in ("apptainer", "singularity"):
+        rule = "give the path of an image, or its address, e.g. docker://lab/tapct:1"
+    elif _LIKE_A_PATH.match(text):
+        rule = "give the path of an image, or its name in a registry"
+    else:
+        return text
+    if not path.exists():
+        raise UserError(f"--container {text}: there is no such file; {rule}")
+    return str(path.absolute())  # the tasks start in another folder
 
 
 @dataclass(frozen=True)
