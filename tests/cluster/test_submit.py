@@ -23,6 +23,7 @@ from shell import Shell, files_of
 from shell import shell as shell
 
 from tapct.base import ending
+from tapct.base.exits import UserError
 from tapct.base.lease import Lease
 from tapct.cluster import jobs, submit, task
 from tapct.cluster.resources import Resources
@@ -767,6 +768,9 @@ def test_a_sweep_is_submitted_as_one_array_with_a_folder_per_run(
         ("--container /a --container-with pyxis", ["--container /a", "no such file"]),
         ("--container $NOWHERE/a.sif", ["NOWHERE", "not set"]),
         ("--sbatch foo", ["--sbatch 'foo'", "long form"]),
+        ("--srun-args foo", ["--srun-args 'foo'", "not an option of srun"]),
+        ("--srun-args --a='b", ["--srun-args", "no closing quotation"]),
+        ("--container-with 'a{image}", ["--container-with", "no closing quotation"]),
     ],
 )
 def test_what_cannot_run_is_not_submitted(
@@ -777,6 +781,11 @@ def test_what_cannot_run_is_not_submitted(
     for part in named:
         assert part in line, line
     assert files_of(tmp_path) == before and cluster.calls() == []
+
+
+def test_an_option_with_several_lines_would_end_the_batch_script_early() -> None:
+    with pytest.raises(UserError, match="--comment .* has several lines"):
+        Resources(minutes=10, comment="a\nb")
 
 
 def test_when_sbatch_refuses_nothing_is_left_behind(
