@@ -41,7 +41,7 @@ def submit(here: Path, run: str, *words: str, nodes: int = 1, tasks: int = 1) ->
 
 def ask(*words: str) -> str:
     return subprocess.run(
-        words, capture_output=True, text=True, check=True, timeout=30
+        words, capture_output=True, text=True, check=True, timeout=120
     ).stdout.strip()
 
 

@@ -68,7 +68,7 @@ def test_a_taken_port_does_not_stop_a_job(here: Path) -> None:
 
 @pytest.mark.slow
 def test_a_rank_that_stands_still_is_named_and_the_job_comes_back(here: Path) -> None:
-    job = submit(here, "run", *WORDS, "parallel.timeout_s=5", nodes=2)
+    job = submit(here, "run", *WORDS, "parallel.timeout_s=20", nodes=2)
     wait_for(lambda: steps_of("run") >= 25, "run", job)
     (rank,) = processes_of("run", "node1")
     os.kill(rank, signal.SIGSTOP)
