@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tapct.base import console
+from tapct.base import console, files
+from tapct.base.exits import UserError
 from tapct.cli import submit_options as option
 from tapct.cli import submitted_resources
 from tapct.cli.app import app, examples
@@ -75,8 +77,8 @@ def submit_array(
     from tapct.cluster import arrays
 
     arrays.check_words(words)
-    check_as_command(context, words)
     resources = one_task(submitted_resources.of_context(context, words[0]))
+    check_as_command(context, words, comes_later="dependency" in resources.options)
     for line in warnings(words, resources):
         console.warn(line)
     cores = str(resources.options.get("cpus-per-task", ""))
@@ -91,18 +93,41 @@ def submit_array(
     console.say(f"job {submitted.last}: does what is left and finishes; logs in {submitted.logs}")
 
 
-def check_as_command(context: typer.Context, words: Sequence[str]) -> None:
+def check_as_command(context: typer.Context, words: Sequence[str], comes_later: bool) -> None:
     """Read the words as every element will do, so that a mistake is found before the queue.
 
     Args:
         context: context of this command.
         words: command with its arguments.
+        comes_later: whether the job waits for another one, which may make what it reads.
     Raises:
         ClickException: they are no command line of tapct.
+        UserError: what they name does not exist.
     """
     root = context.find_root()
     command = root.command.get_command(root, words[0])  # type: ignore[attr-defined]
-    command.make_context(words[0], list(words[1:]), parent=root).close()
+    parsed = command.make_context(words[0], list(words[1:]), parent=root)
+    arguments = {one.name for one in command.params if one.param_type_name == "argument"}
+    if words[0] == "embed":
+        arguments.discard("model")  # may be a name at Hugging Face
+    values = [parsed.params.get(name) for name in arguments]
+    parsed.close()
+    for path in paths_in(values):
+        is_pattern = any(letter in str(path) for letter in "*?[")
+        if not (comes_later or is_pattern or files.expand_path(path).exists()):
+            raise UserError(
+                f"{path} does not exist; correct the path, or add --dependency if another job "
+                "makes it"
+            )
+
+
+def paths_in(values: Sequence[object]) -> Iterator[Path]:
+    """The paths among some values, also those in lists."""
+    for value in values:
+        if isinstance(value, Path):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from paths_in(value)
 
 
 def one_task(resources: Resources) -> Resources:

@@ -232,6 +232,7 @@ def test_every_option_means_the_same_for_training_and_for_elements(
     place: str,
 ) -> None:
     Path("image.sif").touch()
+    Path("scans").mkdir()
     left_out = {name for name in MEMORY if name != memory}
     if place == "site":
         left_out |= set(ON_COMMAND_LINE_ALONE)
@@ -262,6 +263,7 @@ def test_a_section_of_the_site_holds_for_one_command(
     tmp_path: Path, shell: Shell, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    Path("scans").mkdir()
     site = tmp_path / "site.yaml"
     site.write_text(
         "partition: gpu\naccount: lab\nnodes: 4\ncpus-per-task: 4\nsbatch: ['--gres=gpu:h100:4']\n"
@@ -273,7 +275,8 @@ def test_a_section_of_the_site_holds_for_one_command(
         assert f"#SBATCH --{line}\n" in script
     assert "gres" not in script
     assert "--workers 4" in " ".join(shown_words(monkeypatch, shell))
-    code, script, err = shell("submit", "pack", "archive", "--out", "store", "--dry-run")
+    words = ("submit", "pack", "archive", "--out", "store", "--dry-run")
+    code, script, err = shell(*words, "--dependency", "afterok:1")  # which makes the archive
     assert code == 0 and "#SBATCH --gres=gpu:h100:4\n" in script
     assert "tapct pack uses no GPU, but each element requests one" in err
 
@@ -315,6 +318,9 @@ def shown_words(monkeypatch: pytest.MonkeyPatch, shell: Shell) -> list[str]:
         ("index scans --out a --sbatch --array=0-4", ["--parts"]),
         ("index scans --out a --container no.sif", ["--container no.sif", "no such file"]),
         ("index scans --out a --time 1", ["--grace 120 s", "--time"]),
+        ("index scans --out a --parts 0", ["--parts", "tapct submit index -h"]),
+        ("index nowhere --out a", ["nowhere does not exist", "--dependency"]),
+        ("eval runs/none", ["runs/none does not exist"]),
     ],
 )
 def test_a_mistake_is_found_before_the_queue(
@@ -326,6 +332,7 @@ def test_a_mistake_is_found_before_the_queue(
     parts: list[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    Path("scans").mkdir()
     line = shell.bad("submit", *words.split())
     assert all(part in line for part in parts), line
     assert cluster.calls() == [] and not list(tmp_path.glob("*.jobs"))
