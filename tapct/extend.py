@@ -10,9 +10,9 @@
 | name | what it is for |
 |---|---|
 | `HeadRows` | what `Loss.prototype_rows` returns: rows that go through a loss's head |
-| `LossInputs` | what `Loss.problem` and `Loss.warnings` are given: crops and masks of a config |
+| `LossInputs` | what `Loss.problem` and `Loss.warnings` get: crops and masks of a config |
 | `CropCost`, `LayerCost` | what `Backbone.crop_cost` returns: parameters and FLOPs |
-| `SnapshotTimes` | when a loss wants the teacher copied aside |
+| `SnapshotTimes` | at which steps a loss needs a copy of the teacher |
 | `TargetStats`, `TargetSums` | statistics of a loss's targets, from which health is logged |
 | `PrototypeHead`, `HeadConfig` | the projection head of DINO and iBOT, and its config section |
 | `Targets`, `TargetConfig` | a teacher's targets over prototypes: centring or Sinkhorn |
@@ -24,10 +24,10 @@
 | `LabelLayer` | what `Task.layers` returns: a label map that the report shows slice by slice |
 | `PredictedScans`, `ScanPredictions` | predictions behind a headline that is no mean over scans |
 | `pairs_of`, `PairedScans`, `ScanPair` | pairs of scans, and what is kept until both were read |
-| `ScanRow` | what `Task.expect_scans` is given of a scan |
+| `ScanRow` | what `Task.expect_scans` gets of each scan |
 | `patch_truth`, `PatchTruth` | share of each label in each patch of a scan |
 | `fit_decoder`, `Decoder` | a linear decoder from the features of a patch to classes |
-| `Masks`, `Volume`, `LabelMap`, `ScanFacts`, `HUContract`, `AIR_HU` | nouns that cross borders |
+| `Masks`, `Volume`, `LabelMap`, `ScanFacts`, `HUContract`, `AIR_HU` | shared data types |
 | `Size3`, `Grid`, `patch_grid` | sizes in voxels, in patches, and from one to the other |
 """
 

@@ -1,4 +1,4 @@
-"""What a run folder holds: every path in it, and nowhere else in tapct.
+"""What a run folder holds. Only this file of tapct names paths in it.
 
     RUN/
       config.yaml                       resolved config

@@ -48,6 +48,7 @@ from tapct.models import vit
 from tapct.nn import heads
 from tapct.nn.contracts import Backbone
 from tapct.plan import command, scale
+from tapct.run import resume
 from tapct.run.config import RunConfig
 from tapct.ssl import health
 from tapct.ssl.inputs import Inputs
@@ -243,6 +244,14 @@ def test_the_verdicts_of_the_training_page_are_those_of_the_report() -> None:
                 state,
                 found,
             )
+
+
+def test_the_page_of_the_configuration_lists_the_keys_with_which_a_run_resumes() -> None:
+    text = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
+    row = re.search(r"^\| number of ranks or one of these keys: (.*?) \|", text, re.MULTILINE)
+    keys = {f"{key}*" if key.endswith(".") else key for key in resume.HARMLESS}
+    # whether another store resumes depends on its scans, which other rows explain
+    assert row and set(re.findall(r"`(.*?)`", row[1])) == keys - {"data.store"}
 
 
 # --- how pages are written ---

@@ -3,7 +3,8 @@
 | code | meaning |
 |---|---|
 | 0 | success |
-| 1 | a bug in tapct or in a plug-in, with a traceback; or `tapct doctor` has found a problem |
+| 1 | a bug in tapct or in a plug-in, with a traceback; `tapct doctor` has found a problem, or a
+      run of `tapct sweep` has failed |
 | 2 | wrong input, or a file or disk that cannot be used; one line names the next step |
 | 3 | the run ended because another rank was lost |
 | 4 | `tapct pack` has packed what it can; accepted scans or their labels are missing or changed; or

@@ -23,13 +23,18 @@ def contract(
     ],
     scans: Annotated[
         int,
-        typer.Option(metavar="N", help="scans that are read, spread evenly over the store", min=1),
+        typer.Option(
+            metavar="N",
+            help="maximum number of scans that are read, spread evenly over the store",
+            min=1,
+        ),
     ] = 500,
 ) -> None:
-    """Print an HU contract made of an archive's own voxels.
+    """Print the HU window, mean and standard deviation of an archive.
 
     The rule is nnU-Net's: percentiles 0.5 and 99.5, mean and standard deviation of foreground
-    voxels. The output is a part of a config; the published contract is the default.
+    voxels. The output is the section `contract` of a config; without it, a run uses the published
+    numbers.
     """
     from tapct.data.packed import foreground
     from tapct.data.packed.store import Store

@@ -108,7 +108,7 @@ def index(
         typer.Option(
             metavar="VALUE",
             help="label value of voxels that nobody has labelled, e.g. -1; losses and metrics "
-            "leave them out; may be given several times",
+            "leave them out; may be repeated",
             show_default="none",
         ),
     ] = None,
@@ -125,7 +125,7 @@ def index(
         typer.Option(
             metavar="FILE.csv:COLUMN",
             help="table with the patients: a column names the scan by its path below SRC, "
-            "COLUMN its patient; it outranks the PatientID",
+            "COLUMN its patient; it takes precedence over the PatientID",
         ),
     ] = None,
     patient_from: Annotated[
@@ -201,7 +201,7 @@ def index(
     ] = None,
     rule: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME=VALUE", help="one such threshold; may be given several times"),
+        typer.Option(metavar="NAME=VALUE", help="one such threshold; may be repeated"),
     ] = None,
     part: Part = None,
     report: Annotated[

@@ -92,7 +92,7 @@ def evaluate(
             "--models",
             metavar="NAME=PATH",
             help="further model in the same table: a run folder, a checkpoint or an export, with "
-            "its own HU window and preprocessing; repeat the option for more",
+            "its own HU window and preprocessing; may be repeated",
         ),
     ] = None,
     data: Annotated[
@@ -298,8 +298,7 @@ def embed(
         list[str] | None,
         typer.Option(
             metavar="LABEL",
-            help="with --masks: name or value of a label that belongs to the mask; repeat the "
-            "option for more",
+            help="with --masks: name or value of a label that belongs to the mask; may be repeated",
             show_default="all labels",
         ),
     ] = None,
@@ -473,7 +472,7 @@ def compare(
         typer.Option(
             metavar="NAME",
             help="metric to draw, a name in metrics.jsonl or a pattern such as 'health/*'; "
-            "repeat the option for more",
+            "may be repeated",
             show_default="losses and health",
         ),
     ] = None,

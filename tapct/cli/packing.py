@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 )
 def pack(
     manifest_file: Annotated[
-        Path, typer.Argument(metavar="MANIFEST", help="manifest written by tapct index")
+        Path,
+        typer.Argument(metavar="MANIFEST", help="manifest written by tapct index, or its folder"),
     ],
     out: Annotated[Path, typer.Option(metavar="FOLDER", help="folder of the store to write")],
     root: Annotated[

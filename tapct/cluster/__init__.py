@@ -40,8 +40,8 @@ that it does.
 
 These other places depend on SLURM as well, and have to be changed:
 
-- Nothing selects a scheduler. `submit.py` imports `slurm` and `script` by name, `jobs.py` and
-  `cli/cluster.py` import `slurm`.
+- Nothing selects a scheduler. `submit.py` imports `slurm` and `script` by name, `jobs.py`,
+  `arrays.py`, `cli/cluster.py` and `cli/arrays.py` import `slurm`.
 - `jobs.py` recognises only job IDs such as `12` and `12_3`; PBS has IDs such as `123.server`.
 - `task.py` reads SLURM_RESTART_COUNT and SLURM_JOB_NODELIST.
 - `resources.py` holds the options of sbatch.

@@ -188,8 +188,8 @@ class Task(ABC, Generic[TruthT, PredictionT]):
     3. `judge` for every test scan and model, and `draw` for the first few test scans;
     4. `results` and `headline` once at the end.
 
-    The voxels of a scan are read when `scan.volume` is first used. Do without them where you can:
-    `scan.spacing_mm` and `scan.shape_ZYX` need no reading.
+    The voxels of a scan are read when `scan.volume` is first used. Use it only if the task needs
+    voxels: `scan.spacing_mm` and `scan.shape_ZYX` need no reading.
 
     A scan-level task reads `dense.cls_D` and leaves `draw` and `slices_of_interest` as they are.
     """

@@ -48,7 +48,7 @@ class CropCost:
 
 
 class Backbone(nn.Module):
-    """Crops in, tokens out.
+    """A network from crops to tokens.
 
     The plug-in's `Config` has `patch` too, as a field or a property: views are checked against it
     before there is a backbone.

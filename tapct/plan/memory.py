@@ -216,7 +216,7 @@ def count_bytes(
                 for samples in (FEW, MANY)
             )
         )
-    except RuntimeError as error:  # how fake tensors say that somebody wants a value
+    except RuntimeError as error:  # fake tensors raise it where code reads a value
         names = ", ".join([model.name, *(loss.name for loss in losses)])
         raise NeedsValues(
             f"one of {names} needs values to run ({str(error).splitlines()[0]})"

@@ -24,7 +24,7 @@ from tapct.engine.checkpoint import Checkpoints
 from tapct.run.old_configs import upgraded
 from tapct.run_folder import RunFolder, has_step_name
 
-# Where and how a run works, not what it computes.
+# Keys that do not affect training: where and how a run works, and not what it computes.
 HARMLESS = (
     "out",
     "device",

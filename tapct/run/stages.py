@@ -133,8 +133,8 @@ def config_of(config: Any, stage: StageConfig, name: str) -> Any:
     old, new = flatten(before), flatten(to_dict(result))
     if [loss.name for loss in result.losses] != [loss.name for loss in config.losses]:
         raise ConfigError(
-            f"{name}: a loss cannot come or go in a stage; set its weight to 0 where it shall not "
-            "count"
+            f"{name}: a stage cannot add or remove a loss; list the loss in the config, and set "
+            "its weight to 0 where it is off"
         )
     changed = [key for key in {**old, **new} if old.get(key) != new.get(key)]
     for key in changed:

@@ -1,4 +1,4 @@
-"""Is the run learning? Numbers that a falling loss cannot give, and a verdict in words.
+"""Is the run learning? Measures of what the loss does not show, and a verdict in words.
 
 Everything but `verdict` runs on the tensors' device without waiting for it (`rankme` excepted: an
 SVD waits on CUDA).
@@ -6,9 +6,9 @@ Legend: N rows (teacher targets or tokens), K prototypes, B samples, D channels,
     Entropies in nats.
 
 A stuck run sits at CE = ln K; a collapsed one (every target one-hot on the same prototype) has the
-best CE of all. What distinguishes both from life is the information of the targets: entropy of
-their mean minus mean of their entropies, the mutual information of sample and prototype. It is 0
-when all targets are equal, whatever they look like, and at most ln K.
+best CE of all. The information of the targets distinguishes both from a run that learns. It is the
+entropy of their mean minus the mean of their entropies (the mutual information of sample and
+prototype): 0 when all targets are equal, whatever they are, and at most ln K.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ OUTLIER_FLOOR = (
     0.05  # and at least this part of the median above it, so that equal norms have no outliers
 )
 
-NO_INFORMATION = 0.05  # nats; below it the targets say nothing about their sample
-FAINT_INFORMATION = 0.2  # nats; below it the run may yet fall back
+NO_INFORMATION = 0.05  # nats; below it the targets do not distinguish samples
+FAINT_INFORMATION = 0.2  # nats; below it the run may still become stuck
 NO_PROGRESS = 0.02  # nats of ln K - CE
 MIN_STEPS = 200  # steps before which a finite run has no verdict
 ONE_PROTOTYPE = 0.2  # as a share of ln K: below it the mean target sits on few prototypes
@@ -82,7 +82,7 @@ def rankme(features_ND: Tensor, eps: float = 1e-7) -> Tensor:
 
 
 def teacher_student_cosine(student_BD: Tensor, teacher_BD: Tensor) -> Tensor:
-    """Mean cosine of matching rows; 1 when student and teacher see alike."""
+    """Mean cosine of matching rows; 1 when student and teacher have equal directions."""
     return functional.cosine_similarity(
         student_BD.detach().float(), teacher_BD.detach().float(), dim=-1
     ).mean()
@@ -145,9 +145,9 @@ class TermReading:
     Args:
         name: `dino` or `ibot`.
         ln_k_minus_ce: ln K minus the plain mean cross-entropy.
-        marginal_entropy: of the mean target.
-        target_entropy: mean over targets.
-        ln_k: ln of the number of prototypes.
+        marginal_entropy: entropy of the mean target.
+        target_entropy: mean entropy of the targets.
+        ln_k: logarithm of the number of prototypes.
     """
 
     name: str
@@ -164,7 +164,7 @@ class TermReading:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the health numbers say.
+    """What the health numbers show.
 
     Args:
         state: `alive`, `faint`, `not following`, `stuck`, `collapsed`, `not finite` (from good to
@@ -187,7 +187,7 @@ STATES = (
     "stuck",
     "collapsed",
     "not finite",
-)  # the last one found wins
+)  # a run has the last of these that one of its terms has
 
 NEXT_STEP = {
     "unknown": "Log the health metrics: a falling loss alone does not show that a run learns.",

@@ -39,7 +39,7 @@ class ViewKey:
 
     @property
     def group(self) -> int:
-        """Index into a config field with three chances: 0 for the first global view, 1 for the
+        """Index into a field of three probabilities: 0 for the first global view, 1 for the
         other global views, 2 for local views.
         """
         return 2 if self.kind == "local" else min(self.view, 1)
@@ -50,7 +50,7 @@ class ViewKey:
         return (low + (high - low) * u_B)[:, None, None, None]
 
     def happens(self, purpose: str, p: float) -> Tensor:
-        """(B, 1, 1, 1) bool, True with chance p."""
+        """(B, 1, 1, 1) bool, True with probability p."""
         return self.uniform(f"{purpose} happens", 0.0, 1.0) < p
 
     def normal_like(self, purpose: str, view_BZYX: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ SLIVER = 1e-3  # voxels of scan below which a token counts as padding: float32 r
 
 @dataclass(frozen=True)
 class Config:
-    """Configure the number, crops, blur and ops of the views.
+    """Number, crops, blur and ops of the views.
 
     Source: defaults are TAP-CT's public training configs, except where another source is named.
     """

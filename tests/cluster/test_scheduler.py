@@ -40,13 +40,32 @@ def test_only_two_files_of_the_cluster_run_commands_of_slurm() -> None:
     assert "`doctor/machine.py`" in page and "`run/background_eval.py`" in page
 
 
-def test_the_page_names_every_file_that_reads_a_variable_of_slurm() -> None:
+def readers_of_variables() -> set[Path]:
+    """Files that read a variable of SLURM."""
     readers = set()
     for file in PACKAGE.rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             text = node.value if isinstance(node, ast.Constant) else None
             if isinstance(text, str) and re.fullmatch(r"SLURM_\w+", text):
                 readers.add(file.relative_to(PACKAGE))
+    return readers
+
+
+def importers_of_the_scheduler() -> set[Path]:
+    """Files that import `slurm` or `script`."""
+    importers = set()
+    for file in [*PACKAGE.glob("cluster/*.py"), *PACKAGE.glob("cli/*.py")]:
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.ImportFrom) or not (node.module or "").startswith("tapct."):
+                continue
+            parts = {f"{node.module}.{alias.name}" for alias in node.names} | {str(node.module)}
+            if parts & {"tapct.cluster.slurm", "tapct.cluster.script"}:
+                importers.add(file.relative_to(PACKAGE))
+    return importers
+
+
+def test_the_page_names_every_file_that_reads_a_variable_of_slurm() -> None:
+    readers = readers_of_variables()
     named = set(re.findall(r"`([\w/]+\.py)`", cluster.__doc__ or ""))
     in_cluster = {file.name for file in readers if file.parent.name == "cluster"}
     elsewhere = {str(file) for file in readers if file.parent.name != "cluster"}
@@ -62,14 +81,17 @@ def test_the_page_names_every_file_that_reads_a_variable_of_slurm() -> None:
 
 def test_the_page_names_every_file_that_imports_a_part_of_the_scheduler() -> None:
     named = set(re.findall(r"`([\w/]+\.py)`", cluster.__doc__ or ""))
-    for file in [*PACKAGE.glob("cluster/*.py"), *PACKAGE.glob("cli/*.py")]:
-        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-            if not isinstance(node, ast.ImportFrom) or not (node.module or "").startswith("tapct."):
-                continue
-            parts = {f"{node.module}.{alias.name}" for alias in node.names} | {str(node.module)}
-            if parts & {"tapct.cluster.slurm", "tapct.cluster.script"}:
-                place = file.name if file.parent.name == "cluster" else f"cli/{file.name}"
-                assert place in named, place
+    for file in importers_of_the_scheduler():
+        place = file.name if file.parent.name == "cluster" else str(file)
+        assert place in named, place
+
+
+def test_docs_extending_names_all_of_these_files_too() -> None:
+    page = (PACKAGE.parent / "docs" / "extending.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`([\w/]+\.py)`", page[page.index("## Another scheduler") :]))
+    files = readers_of_variables() | importers_of_the_scheduler()
+    own = {Path("cluster/slurm.py"), Path("cluster/script.py")}  # the two files to replace
+    assert {str(file) for file in files - own} <= named
 
 
 def test_the_page_names_what_a_scheduler_offers_and_who_calls_it() -> None:

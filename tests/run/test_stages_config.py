@@ -143,7 +143,7 @@ def test_a_mistake_in_a_stage_is_one_line_that_names_it(changes: str, line: str)
             "losses.ibot.share_dino_head=true",
             "losses.ibot.share_dino_head cannot change in a stage: the heads",
         ),
-        ("losses.koleo=null", "a loss cannot come or go in a stage; set its weight to 0"),
+        ("losses.koleo=null", "a stage cannot add or remove a loss; list the loss in the config"),
         ("stages=[{start: 3}]", "stages cannot change in a stage: it is of the whole run"),
     ],
 )

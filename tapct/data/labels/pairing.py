@@ -25,7 +25,7 @@ from tapct.data.labels.layouts import (
 )
 from tapct.data.search.discover import Source, search
 
-# the first that finds labels wins
+# the first that finds labels is used
 LAYOUTS = (
     given.build,
     sibling.build,

@@ -75,7 +75,7 @@ def read_labels(path: Path | str, ignore: Collection[int] = ()) -> LabelMap:
     one above, else they stay empty.
 
     Args:
-        path: path of a NIfTI, NRRD or MetaImage file.
+        path: path of a file of any scan format but DICOM.
         ignore: label values of voxels that nobody has labelled.
     Returns:
         Labels as uint16, (Z, Y, X) in LPS.

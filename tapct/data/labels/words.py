@@ -39,8 +39,8 @@ def scan_keys(stem: str) -> tuple[str, ...]:
 
 
 def label_keys(stem: str) -> tuple[str, ...]:
-    """Keys of a label file: its stem, the stem less a word for labels (case_seg, case-label),
-    the number after such a word (segmentation-3).
+    """Keys of a label file: its stem, the stem without its part that means labels (case_seg,
+    case-label), the number after such a part (segmentation-3).
     """
     return (stem, *keys_by_word(stem))
 

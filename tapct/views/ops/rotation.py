@@ -46,7 +46,7 @@ def build(config: Config) -> Op:
     """Rotate bilinearly, in mm, so that shapes are kept where pixels are not square.
 
     The corners are filled with the mirror image of the view at its border: an edge of air would
-    give the angle away.
+    show the angle.
     """
 
     def apply(view_BZYX: Tensor, key: ViewKey) -> Tensor:
