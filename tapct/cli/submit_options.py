@@ -181,7 +181,7 @@ JobName = Annotated[
         "--job-name",
         metavar="NAME",
         help="name of the job in the queue",
-        show_default="tapct- and the name of the run folder",
+        show_default="tapct- and the name of the run folder, or of the command",
     ),
 ]
 

@@ -544,7 +544,7 @@ def test_a_first_node_that_fell_twice_is_left_and_excluded(script: str, cluster:
     assert requeues(cluster) == ["scontrol requeue 77"]
     assert cluster.calls("scontrol update") == ["scontrol update JobId=77 ExcNodeList=n0"]
     assert "tapct: n0 lost 2 starts, so the job leaves it" in done.stdout
-    # if SLURM starts it there again all the same, it trains
+    # if SLURM starts it there again although it is excluded, it trains
     assert run_script(cluster, script, saves(3) + "exit 0\n", **known).returncode == 0
     assert len(cluster.calls("srun")) == 3 and len(requeues(cluster)) == 1
 
