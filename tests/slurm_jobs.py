@@ -90,6 +90,25 @@ def events_of(run: Path | str) -> list[str]:
     return [row["event"] for row in event_rows(run)]
 
 
+def processes_on(node: str, job: str) -> list[int]:
+    """All processes of a job on a node, the batch script and SLURM's own ones included."""
+    wanted = {f"SLURMD_NODENAME={node}".encode(), f"SLURM_JOB_ID={job}".encode()}
+    found: set[int] = set()
+    for folder in Path("/proc").iterdir():
+        if not folder.name.isdigit():
+            continue
+        try:
+            if not wanted <= set((folder / "environ").read_bytes().split(b"\0")):
+                continue
+            found.add(int(folder.name))
+            parent = int(re.findall(r"PPid:\t(\d+)", (folder / "status").read_text())[0])
+            if "slurmstepd" in Path(f"/proc/{parent}/comm").read_text():
+                found.add(parent)
+        except OSError:  # it has ended meanwhile
+            continue
+    return sorted(found)
+
+
 def processes_of(run: Path | str, node: str) -> list[int]:
     """Ranks of a run on a node, by their environment and command line."""
     wanted = str(Path(run).absolute()).encode()
