@@ -105,9 +105,11 @@ class Windows:
     """Where the windows of a scan lie, and how their tokens are weighted.
 
     Args:
-        grid: patches that touch the scan; padding has none.
-        padded: patches of the scan with its padding.
+        grid: patches, or the cells that patches are divided into, which touch the scan; padding
+            has none.
+        padded: cells of the scan with its padding.
         size: patches of a window.
+        refine: cells of a patch.
         starts: first voxels of the windows along (z, y, x), ascending.
         weights: float32 weight of a window's patches along each axis.
     """
@@ -115,19 +117,26 @@ class Windows:
     grid: PatchGrid
     padded: Size3
     size: Size3
+    refine: Size3
     starts: tuple[list[int], list[int], list[int]]
     weights: tuple[Tensor, Tensor, Tensor]
 
     @classmethod
     def of(cls, prepared: Prepared, preprocess: Preprocess) -> Windows:
         """The windows of a prepared scan."""
-        patch, input_ZYX = prepared.grid.patch, prepared.input_ZYX
+        cell, input_ZYX = prepared.grid.patch, prepared.input_ZYX
         sides = zip(input_ZYX.shape, preprocess.window, preprocess.stride, strict=True)
         z, y, x = (window_starts(*side) for side in sides)
-        size = patch_grid(preprocess.window, patch, "preprocess.window")
+        cells = patch_grid(preprocess.window, cell, "preprocess.window")
+        size = patch_grid(cells, preprocess.refine, "preprocess.window")
         wz, wy, wx = (axis_weight(n, preprocess.border_weight).to(input_ZYX.device) for n in size)
-        padded = patch_grid(input_ZYX.shape, patch, "the padded scan")
-        return cls(prepared.grid, padded, size, (z, y, x), (wz, wy, wx))
+        padded = patch_grid(input_ZYX.shape, cell, "the padded scan")
+        return cls(prepared.grid, padded, size, preprocess.refine, (z, y, x), (wz, wy, wx))
+
+    @property
+    def rows(self) -> int:
+        """Cells of a window along z."""
+        return self.size[0] * self.refine[0]
 
     def corners(self) -> Iterator[Size3]:
         """First voxel (z, y, x) of every window; z ascends."""
@@ -144,10 +153,11 @@ class Windows:
         """
         totals = []
         for axis in range(3):
-            weight, patch = self.weights[axis], self.grid.patch[axis]
+            weight = self.weights[axis].repeat_interleave(self.refine[axis])
+            cell = self.grid.patch[axis]
             total = torch.zeros(self.padded[axis], device=weight.device)
             for start in self.starts[axis]:
-                total[start // patch : start // patch + len(weight)] += weight
+                total[start // cell : start // cell + len(weight)] += weight
             totals.append(total)
         z, y, x = totals
         return z, y, x
@@ -175,14 +185,18 @@ class _BlockSums:
             vectors: vectors of this window alone, without the axis of windows.
         """
         self._keep(vectors)
-        patch, size = self.windows.grid.patch, self.windows.size
-        row, y, x = (c // p for c, p in zip(corner, patch, strict=True))
+        row, y, x = (c // side for c, side in zip(corner, self.windows.grid.patch, strict=True))
         if self.total_ZYXD is None:
-            shape = (size[0], *self.windows.padded[1:], weighted_ZYXD.shape[-1])
+            shape = (self.windows.rows, *self.windows.padded[1:], weighted_ZYXD.shape[-1])
             self.total_ZYXD = torch.zeros(shape, device=weighted_ZYXD.device)
         if row > self.first:
             self._finish_rows(row)
-        self.total_ZYXD[:, y : y + size[1], x : x + size[2]] += weighted_ZYXD
+        (_, height, width), (in_z, in_y, in_x) = self.windows.size, self.windows.refine
+        cells_ZYXD = self.total_ZYXD[:, y : y + height * in_y, x : x + width * in_x]
+        # every cell of a patch gets its token: patches and the cells in them are axes of a view
+        by_patch = cells_ZYXD.unflatten(2, (-1, in_x)).unflatten(1, (-1, in_y))
+        by_patch = by_patch.unflatten(0, (-1, in_z))
+        by_patch += weighted_ZYXD[:, None, :, None, :, None]
 
     def _keep(self, vectors: WindowVectors) -> None:
         """Copy the vectors of a window to their place.
@@ -217,7 +231,7 @@ class _BlockSums:
     def finish(self) -> None:
         """Hand over the last rows and the vectors of all windows."""
         assert self.vectors is not None and self.num_windows == len(self.vectors.start_W3)
-        self._finish_rows(self.first + self.windows.size[0])
+        self._finish_rows(self.first + self.windows.rows)
         self.total_ZYXD = None
         self.sink.finish(self.block, self.vectors)
 

@@ -8,6 +8,7 @@ Padding: the scan stands at the origin and air follows at the far end of each ax
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -44,8 +45,8 @@ class Preprocess:
     )
     stride: tuple[int, int, int] = setting(
         (8, 112, 112),
-        "step of the window in voxels (z, y, x), a multiple of the patch; windows overlap "
-        "where it is smaller than the window",
+        "step of the window in voxels (z, y, x), a multiple of the patch (of a cell, see refine); "
+        "windows overlap where it is smaller than the window",
         ge=1,
     )
     border_weight: float = setting(
@@ -73,6 +74,13 @@ class Preprocess:
         "training) or raw (-1024 HU, which is not clipped)",
         choices=("clipped", "raw"),
     )
+    refine: tuple[int, int, int] = setting(
+        (1, 1, 1),
+        "cells of the feature grid per patch (z, y, x); with 2, the stride must be an odd multiple "
+        "of half a patch: windows then lie between each other's patches, and the features of a "
+        "cell are the mean over all patches that cover it",
+        ge=1,
+    )
 
     def __post_init__(self) -> None:
         for axis, window, stride in zip("zyx", self.window, self.stride, strict=True):
@@ -83,12 +91,34 @@ class Preprocess:
                     f"skipped. Use {window} or less."
                 )
 
-    def check_patch(self, patch: Size3) -> None:
-        """Raise UserError where window or stride do not fall on the grid of `patch` voxels."""
-        for name in ("window", "stride"):
-            patch_grid(
-                getattr(self, name), patch, f"preprocess.{name}", "windows fall on the patch grid"
-            )
+    def cell(self, patch: Size3, name: str = "preprocess") -> Size3:
+        """Voxels (z, y, x) of a cell of the feature grid: a patch, or a part of it.
+
+        Args:
+            patch: voxels (z, y, x) of a patch.
+            name: section of these settings, for the error line.
+        Raises:
+            UserError: a patch cannot be divided into `refine` cells, windows do not lie on the
+                grid, or no window lies between the patches of the others.
+        """
+        on_grid = "windows fall on the patch grid"
+        patch_grid(self.window, patch, f"{name}.window", on_grid)
+        for axis, side, parts in zip("zyx", patch, self.refine, strict=True):
+            if side % parts:
+                raise UserError(
+                    f"{name}.refine is {parts} along {axis}, which does not divide a patch of "
+                    f"{side} voxels; change it"
+                )
+        z, y, x = (side // parts for side, parts in zip(patch, self.refine, strict=True))
+        steps = patch_grid(self.stride, (z, y, x), f"{name}.stride", on_grid)
+        for axis, step, cell, parts in zip("zyx", steps, (z, y, x), self.refine, strict=True):
+            if math.gcd(step, parts) > 1:
+                raise UserError(
+                    f"{name}.refine is {parts} along {axis}, but with a stride of "
+                    f"{step * cell} windows never lie between the patches of the others; use a "
+                    f"stride of {(step - 1) * cell}, or {name}.refine 1"
+                )
+        return z, y, x
 
 
 @dataclass(frozen=True)
@@ -96,7 +126,9 @@ class PatchGrid:
     """Where the patches of a scan lie in its voxels.
 
     Args:
-        patch: voxels (z, y, x) of one patch in the resized scan.
+        patch: voxels (z, y, x) of one patch in the resized scan; of a cell, where
+            `Preprocess.refine` divides patches into cells, which then are what is called patches
+            here.
         resized: shape of the resized scan, before padding.
         original: shape of the scan as it was read.
     """
@@ -110,7 +142,8 @@ class PatchGrid:
         """The grid of a scan of this shape in voxels; the voxels need not be read."""
         depth, height, width = shape_ZYX
         size_y, size_x = preprocess.size_yx
-        return cls(patch, (depth, size_y or height, size_x or width), (depth, height, width))
+        resized = (depth, size_y or height, size_x or width)
+        return cls(preprocess.cell(patch), resized, (depth, height, width))
 
     @property
     def shape(self) -> Grid:
@@ -328,11 +361,13 @@ def prepare(
     Raises:
         UserError: window or stride off the patch grid.
     """
-    preprocess.check_patch(patch)
     depth, height, width = hu_ZYX.shape
     grid = PatchGrid.of_scan(hu_ZYX.shape, preprocess, patch)
     resized = grid.resized
-    padded = [max(n * p, w) for n, p, w in zip(grid.shape, patch, preprocess.window, strict=True)]
+    padded = [
+        max(-(-size // side) * side, window)
+        for size, side, window in zip(resized, patch, preprocess.window, strict=True)
+    ]
     air = float(contract.normalise(torch.tensor(float(AIR_HU))))
     if preprocess.pad == "raw":
         air = (AIR_HU - contract.mean) / contract.std
@@ -349,7 +384,7 @@ def prepare(
         input_ZYX[start : start + len(slab), : resized[1], : resized[2]] = contract.normalise(slab)
     if spacing_mm is None:
         return Prepared(input_ZYX, grid)
-    z, y, x = (mm / side for mm, side in zip(grid.spacing_mm(spacing_mm), patch, strict=True))
+    z, y, x = (mm / side for mm, side in zip(grid.spacing_mm(spacing_mm), grid.patch, strict=True))
     return Prepared(input_ZYX, grid, (z, y, x))
 
 

@@ -115,7 +115,7 @@ def settle(
         own_contract, own_preprocess = named.contract or contract, named.preprocess or preprocess
         patch = patch_of(named.model)
         try:
-            own_preprocess.check_patch(patch)
+            own_preprocess.cell(patch)
         except UserError as error:
             raise UserError(f"model {named.name}: {error}") from error
         key = model_key(named.model, own_contract, own_preprocess, device, named.weights)

@@ -6,26 +6,13 @@ a scan's first voxel.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Collection
 
 import numpy as np
 
 from tapct.eval.thumbnail import Thumbnail
 from tapct.eval.transform import Transform, translation
-from tapct.types import AIR_HU, IGNORE_LABEL
-
-
-@dataclass(frozen=True)
-class Warped:
-    """A moving scan on the grid of the small copy of the fixed scan.
-
-    Args:
-        hu_ZYX: HU; air outside the moving scan.
-        labels_ZYX: numbers of organs; 0 outside the moving scan. None without labels.
-    """
-
-    hu_ZYX: np.ndarray
-    labels_ZYX: np.ndarray | None
+from tapct.types import IGNORE_LABEL
 
 
 def centre_alignment(moving: Thumbnail, fixed: Thumbnail) -> Transform:
@@ -33,24 +20,39 @@ def centre_alignment(moving: Thumbnail, fixed: Thumbnail) -> Transform:
     return translation(moving.body_centre_mm() - fixed.body_centre_mm())
 
 
-def warp(transform: Transform, moving: Thumbnail, fixed: Thumbnail) -> Warped:
-    """Move HU and labels to the grid of the fixed scan, by the nearest voxel."""
-    shape = fixed.hu_ZYX.shape
-    hu_ZYX = np.full(shape, AIR_HU, dtype=np.int16)
-    labels_ZYX = None if moving.labels_ZYX is None else np.zeros(shape, dtype=np.uint16)
-    limit = np.array(moving.hu_ZYX.shape)
-    for z, moved_YX3 in transform.on_lattice(shape, fixed.spacing_mm):
-        index = np.rint(moved_YX3 / moving.spacing_mm).astype(np.int64)
-        inside = ((index >= 0) & (index < limit)).all(axis=-1)
-        at = tuple(index[inside].T)
-        hu_ZYX[z][inside] = moving.hu_ZYX[at]
-        if labels_ZYX is not None and moving.labels_ZYX is not None:
-            labels_ZYX[z][inside] = moving.labels_ZYX[at]
-    return Warped(hu_ZYX, labels_ZYX)
+def warp(
+    values_ZYX: np.ndarray, outside: int, transform: Transform, moving: Thumbnail, fixed: Thumbnail
+) -> np.ndarray:
+    """Move HU or labels to the grid of the fixed scan, by the nearest voxel.
+
+    Args:
+        values_ZYX: HU or labels of the moving scan.
+        outside: value of the voxels that lie outside the moving scan.
+        transform: the map from the fixed scan to the moving one.
+        moving: moving scan.
+        fixed: fixed scan.
+    Returns:
+        (Z, Y, X) of the fixed scan, of the type of `values_ZYX`.
+    """
+    _, height, width = values_ZYX.shape
+    spacing_311 = np.array(moving.spacing_mm)[:, None, None]
+    limit_311 = np.array(values_ZYX.shape, dtype=np.uint32)[:, None, None]
+    # a last value, to which all places outside the moving scan point
+    values_N = np.append(values_ZYX.reshape(-1), values_ZYX.dtype.type(outside))
+    warped_ZYX = np.empty(fixed.hu_ZYX.shape, dtype=values_ZYX.dtype)
+    for z, moved_3YX in transform.on_lattice(fixed.hu_ZYX.shape, fixed.spacing_mm):
+        moved_3YX /= spacing_311
+        index_3YX = np.rint(moved_3YX, out=moved_3YX).astype(np.int32)
+        # as unsigned numbers, negative indices are larger than every limit
+        is_inside_YX = (index_3YX.view(np.uint32) < limit_311).all(0)
+        at_YX = (index_3YX[0] * height + index_3YX[1]) * width + index_3YX[2]
+        at_YX[~is_inside_YX] = len(values_N) - 1
+        warped_ZYX[z] = values_N.take(at_YX)
+    return warped_ZYX
 
 
 def dice_of_labels(
-    warped_ZYX: np.ndarray, moving_ZYX: np.ndarray, fixed_ZYX: np.ndarray, num_organs: int
+    warped_ZYX: np.ndarray, fixed_ZYX: np.ndarray, organs: Collection[int]
 ) -> dict[int, float]:
     """Number of an organ -> Dice of the moved labels, for organs that both scans have.
 
@@ -58,19 +60,22 @@ def dice_of_labels(
     count. A voxel of the fixed scan that lies outside the moving scan has no label there.
 
     Args:
-        warped_ZYX: labels of the moving scan on the grid of the fixed scan.
-        moving_ZYX: labels of the moving scan.
+        warped_ZYX: labels of the moving scan on the grid of the fixed scan; organs are numbered
+            from 1.
         fixed_ZYX: labels of the fixed scan.
-        num_organs: number of organs; they are numbered from 1.
+        organs: numbers of the organs that the moving scan has.
     """
-    counts = (warped_ZYX != IGNORE_LABEL) & (fixed_ZYX != IGNORE_LABEL)
-    size = num_organs + 1
-    moved, true = warped_ZYX[counts], fixed_ZYX[counts]
-    in_moved, in_true = np.bincount(moved, minlength=size), np.bincount(true, minlength=size)
-    in_both = np.bincount(moved[moved == true], minlength=size)
-    in_moving = np.bincount(moving_ZYX[moving_ZYX != IGNORE_LABEL], minlength=size)
+    # voxels without an organ in both scans change no number, and most voxels are of this kind
+    in_any = np.flatnonzero((warped_ZYX != 0) | (fixed_ZYX != 0))
+    moved, true = warped_ZYX.reshape(-1)[in_any], fixed_ZYX.reshape(-1)[in_any]
+    counts = (moved != IGNORE_LABEL) & (true != IGNORE_LABEL)
+    moved, true = moved[counts], true[counts]
+    size = max(organs, default=0) + 1
+    in_moved, in_true, in_both = (
+        np.bincount(labels, minlength=size) for labels in (moved, true, moved[moved == true])
+    )
     return {
         organ: float(2 * in_both[organ] / (in_moved[organ] + in_true[organ]))
-        for organ in range(1, size)
-        if in_true[organ] and in_moving[organ]
+        for organ in sorted(organs)
+        if in_true[organ]
     }

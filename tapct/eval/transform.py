@@ -98,7 +98,8 @@ class Transform:
             shape: number of points along (z, y, x); the first one is at 0 mm.
             spacing_mm: their distance.
         Yields:
-            Slice number, and the points of the slice in the moving scan (Y, X, 3).
+            Slice number, and the points of the slice in the moving scan: float64 (3, Y, X), the
+            first axis is (z, y, x).
         """
         axes = [np.arange(size) * mm for size, mm in zip(shape, spacing_mm, strict=True)]
         nodes = [_nodes(axis[-1], self.width_mm / 2) for axis in axes]
@@ -107,14 +108,17 @@ class Transform:
         along_z, along_y, along_x = (
             _interpolation(axis, node) for axis, node in zip(axes, nodes, strict=True)
         )
-        plane = np.stack(np.meshgrid(axes[1], axes[2], indexing="ij"), -1)
+        # Plain form: self.affine of every point. An affine map is a sum of one term per axis, so
+        # the terms of y and x are computed once for all slices.
+        _, y, x = axes
+        by_z, by_y, by_x = self.affine.matrix_33.T[:, :, None, None]
+        plane_3YX = by_y * y[:, None] + by_x * x + self.affine.offset_3[:, None, None]
         for number, z in enumerate(axes[0]):
-            points = np.concatenate([np.full((*plane.shape[:2], 1), z), plane], axis=-1)
-            moved = self.affine(points.reshape(-1, 3)).reshape(points.shape)
+            moved_3YX = plane_3YX + by_z * z
             if self.width_mm:
                 between_3YX = np.tensordot(field_3ZYX, along_z[number], axes=(1, 0))
-                moved += np.moveaxis(along_y @ between_3YX @ along_x.T, 0, -1)
-            yield number, moved
+                moved_3YX += along_y @ between_3YX @ along_x.T
+            yield number, moved_3YX
 
 
 def translation(offset_3: np.ndarray) -> Transform:

@@ -103,8 +103,7 @@ def problems(config: RunConfig) -> Iterator[str]:
     patch = needs.patch_of(config.model)
     yield from caught(
         lambda: Schedules(config.optim, config.train.steps, config.train.global_batch),
-        lambda: patch_grid(config.eval.preprocess.window, patch, "eval.preprocess.window"),
-        lambda: patch_grid(config.eval.preprocess.stride, patch, "eval.preprocess.stride"),
+        lambda: config.eval.preprocess.cell(patch, "eval.preprocess"),
     )
     for op in config.views.ops:
         check = getattr(op.config, "check_contract", None)

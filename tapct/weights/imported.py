@@ -110,7 +110,7 @@ def open_source(source: Path, options: ImportOptions) -> Imported:
             provenance[PUBLISHED] = _name_of(source)
     settings: FeatureSettings = from_dict(FeatureSettings, given, str(file), options.settings)
     model: Backbone = plugins.load("models", settings.model.name).build(settings.model.config)
-    settings.preprocess.check_patch(model.patch)
+    settings.preprocess.cell(model.patch)
     terms = fit.Terms(options.allow, options.inflate, options.what, options.remedy)
     report, tensors = fit.fit(weights, model, terms)
     if report.names("missing"):

@@ -68,6 +68,7 @@ def stated_preprocess(facts: Mapping[str, Any], folder: Path) -> dict[str, Any]:
             "size_yx": processor["size"],
             "window": facts["window_size"],
             "stride": facts["window_stride"],
+            "refine": facts.get("window_refine", (1, 1, 1)),  # exports before it have no such key
             "border_weight": facts["window_border_weight"],
             "resize": _RESIZE_OF[processor["resample"]],
             "clip": "before_resize" if processor["clip_first"] else "after_resize",

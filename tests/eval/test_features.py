@@ -48,11 +48,12 @@ def slow_features(model: nn.Module, hu_ZYX: np.ndarray, preprocess: Preprocess) 
     """One window at a time, one token at a time, in numpy, at native in-plane size."""
     depth, height, width = hu_ZYX.shape
     window, stride = preprocess.window, preprocess.stride
+    cell = [p // parts for p, parts in zip(PATCH, preprocess.refine, strict=True)]
     size = [max(-(-n // p) * p, w) for n, p, w in zip(hu_ZYX.shape, PATCH, window, strict=True)]
     padded = np.full(size, AIR_HU, dtype=np.float64)
     padded[:depth, :height, :width] = hu_ZYX
     normal = ((np.clip(padded, -1008, 822) - CONTRACT.mean) / CONTRACT.std).astype(np.float32)
-    cells = [s // p for s, p in zip(size, PATCH, strict=True)]
+    cells = [s // side for s, side in zip(size, cell, strict=True)]
     per_window = [w // p for w, p in zip(window, PATCH, strict=True)]
     total, weight = np.zeros((*cells, 16)), np.zeros(cells)
     starts = []
@@ -73,11 +74,16 @@ def slow_features(model: nn.Module, hu_ZYX: np.ndarray, preprocess: Preprocess) 
                 here *= 1 - (1 - preprocess.border_weight) * (
                     abs(index - reach) / reach if reach else 0
                 )
-            at_token = z // PATCH[0] + i, y // PATCH[1] + j, x // PATCH[2] + k
-            total[at_token] += here * token
-            weight[at_token] += here
+            first = [
+                (at + i * p) // side
+                for at, i, p, side in zip((z, y, x), (i, j, k), PATCH, cell, strict=True)
+            ]
+            for more in itertools.product(*map(range, preprocess.refine)):
+                at_cell = tuple(a + m for a, m in zip(first, more, strict=True))
+                total[at_cell] += here * token
+                weight[at_cell] += here
     mean = total / weight[..., None]
-    gz, gy, gx = (-(-n // p) for n, p in zip(hu_ZYX.shape, PATCH, strict=True))
+    gz, gy, gx = (-(-n // side) for n, side in zip(hu_ZYX.shape, cell, strict=True))
     return np.moveaxis(mean[:gz, :gy, :gx], 3, 0)
 
 
@@ -97,6 +103,51 @@ def test_dense_features_equal_a_loop_over_windows_and_tokens(shape, window, stri
     np.testing.assert_allclose(
         dense.features_DZYX.numpy(), slow_features(model, hu_ZYX, preprocess), atol=2e-5
     )
+
+
+@pytest.mark.parametrize(
+    ("shape", "stride", "refine", "border_weight"),
+    [
+        ((9, 26, 33), (4, 6, 10), (1, 2, 2), 1.0),
+        ((9, 26, 33), (3, 8, 6), (2, 1, 2), 0.25),
+        ((7, 10, 40), (4, 5, 3), (1, 4, 4), 0.5),
+    ],
+)
+def test_windows_between_patches_equal_the_loop(shape, stride, refine, border_weight):
+    model, hu_ZYX = small_vit(), scan(shape)
+    preprocess = Preprocess((0, 0), (4, 16, 16), stride, border_weight, refine=refine)
+    dense = dense_features(model, hu_ZYX, CONTRACT, preprocess, batch=5)
+    np.testing.assert_allclose(
+        dense.features_DZYX.numpy(), slow_features(model, hu_ZYX, preprocess), atol=2e-5
+    )
+
+
+def test_a_point_smaller_than_a_patch_is_found_in_its_cell():
+    """Cells of half a patch, and windows at each of them: the mean over the patches that cover a
+    cell is largest where they all contain the point.
+    """
+    preprocess = Preprocess((0, 0), (4, 16, 16), (4, 2, 2), refine=(1, 2, 2))
+    hu_ZYX = np.full((4, 40, 40), -1000, np.int16)
+    hu_ZYX[:, 18:20, 22:24] = 800
+    dense = dense_features(RawPatches(PATCH), hu_ZYX, CONTRACT, preprocess)
+    brightness = dense.features_DZYX.mean((0, 1))
+    assert np.unravel_index(int(brightness.argmax()), brightness.shape) == (9, 11)
+    _, y, x = dense.grid.centre_mm((0, 9, 11), (1.0, 1.0, 1.0))
+    assert (y, x) == (18.5, 22.5)  # the centre of voxels 18, 19 and 22, 23
+
+
+@pytest.mark.parametrize(
+    ("stride", "refine", "line"),
+    [
+        ((4, 16, 16), (1, 2, 2), "refine is 2 along y, but with a stride of 16 .* stride of 14"),
+        ((4, 14, 15), (1, 2, 2), "preprocess.stride 4x14x15 is no multiple .* along x"),
+        ((4, 16, 16), (1, 1, 3), "refine is 3 along x, which does not divide a patch of 4"),
+    ],
+)
+def test_cells_that_no_window_can_fill_are_one_line_for_people(stride, refine, line):
+    preprocess = Preprocess((0, 0), (4, 16, 16), stride, refine=refine)
+    with pytest.raises(UserError, match=line):
+        dense_features(RawPatches(PATCH), scan((4, 16, 16)), CONTRACT, preprocess)
 
 
 def test_the_number_of_windows_per_call_changes_nothing():

@@ -542,7 +542,12 @@ def test_a_large_vit_is_planned_without_values() -> None:
     # token, last norm
     single = 1024 * ((4 * 8 * 8 + 1) + (3 * 28 * 28 + 1) + 1 + 4 + 1 + 2)
     assert backbone == 24 * (12 * 1024**2 + 13 * 1024 + 2 * 1024) + single
-    plan = command.estimate_of(config, costs, scale.Request(memory=80e9))
+
+
+@pytest.mark.slow
+def test_the_batches_that_a_config_names_for_a_large_vit_fit() -> None:
+    config = smoke(name="tap_l_3d")
+    plan = command.estimate_of(config, command.costs_of(config), scale.Request(memory=80e9))
     fits = dict(plan.largest)
     printed = re.findall(
         r"train.accumulation=(\d+) on (\d+) of them",
@@ -584,7 +589,7 @@ def whole_report(name: str) -> Group:
 
 
 @pytest.mark.parametrize("width", [80, 120])
-@pytest.mark.parametrize("name", ["smoke", "tap_b_3d"])
+@pytest.mark.parametrize("name", ["smoke", pytest.param("tap_b_3d", marks=pytest.mark.slow)])
 def test_everything_that_is_printed_fits_the_terminal(name: str, width: int) -> None:
     out = io.StringIO()
     Console(file=out, width=width).print(whole_report(name))

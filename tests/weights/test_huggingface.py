@@ -35,6 +35,7 @@ from transformers_cases import (
 from tapct.base.exits import UserError
 from tapct.data.scans.ingest import read_volume
 from tapct.eval.baselines import RawPatches
+from tapct.eval.extraction import dense_features
 from tapct.eval.features import prepare
 from tapct.models import vit
 from tapct.nn import rope
@@ -118,6 +119,22 @@ def test_other_ways_to_prepare_a_scan_are_those_of_tapct(
     found = processor(volume().hu_ZYX)["pixel_values"][0, 0]
     prepared = prepare(volume().hu_ZYX, CONTRACT, preprocess, LEARNED.patch)
     torch.testing.assert_close(found, prepared.input_ZYX[: len(found)], rtol=0, atol=1e-5)
+
+
+def test_windows_between_patches_give_the_features_of_tapct(hub: Any, tmp_path: Path) -> None:
+    stride = tuple(side // 2 * 3 for side in LEARNED.patch)
+    preprocess = dataclasses.replace(PREPROCESS, stride=stride, refine=(2, 2, 2))
+    settings = dataclasses.replace(settings_of(LEARNED), preprocess=preprocess)
+    backbone, scan = network(LEARNED), volume()
+    save_folder(tmp_path / "x", backbone, settings, ModelFacts("x"))
+    model = hub.AutoModel.from_pretrained(tmp_path / "x", trust_remote_code=True)
+    processor = hub.AutoProcessor.from_pretrained(tmp_path / "x", trust_remote_code=True)
+    found = model.embed(**processor(scan.hu_ZYX)).feature_map[0]
+    want_DZYX = dense_features(backbone, scan.hu_ZYX, CONTRACT, preprocess).features_DZYX
+    # tapct leaves out cells that lie behind the scan, in its last patch
+    _, z, y, x = want_DZYX.shape
+    torch.testing.assert_close(found[:, :z, :y, :x], want_DZYX, rtol=0, atol=1e-5)
+    assert load_pretrained(tmp_path / "x").preprocess == preprocess
 
 
 def test_two_scans_of_a_batch_are_embedded_as_one_by_one(both: Both) -> None:

@@ -41,11 +41,11 @@ from tapct.eval.pairs import (
     pairs_of,
 )
 from tapct.eval.points import mean_of
-from tapct.eval.propagation import Warped, centre_alignment, dice_of_labels, warp
+from tapct.eval.propagation import centre_alignment, dice_of_labels, warp
 from tapct.eval.scans import LabelledScan, ScanRow
 from tapct.eval.thumbnail import Thumbnail, body_frame
 from tapct.eval.transform import Transform, fit_transform
-from tapct.types import IGNORE_LABEL
+from tapct.types import AIR_HU, IGNORE_LABEL
 
 AUTO, BEST, AFFINE, FIELD = "auto", "best", "affine", "field"
 IDENTITY = "identity"
@@ -122,12 +122,14 @@ class RegistrationScan:
         scan: scan ID.
         frame: patches of the body.
         thumbnail: small copy; its labels are numbers of organs.
+        organs: numbers of the organs that it has.
         landmarks: name -> position.
     """
 
     scan: str
     frame: PatchFrame
     thumbnail: Thumbnail
+    organs: tuple[int, ...]
     landmarks: Mapping[str, np.ndarray]
 
 
@@ -137,12 +139,12 @@ class Registered:
 
     Args:
         moving: moving scan.
-        warped: moving scan on the fixed one.
+        transform: the map from the fixed scan to the moving one.
         score: numbers of the pair.
     """
 
     moving: RegistrationScan
-    warped: Warped
+    transform: Transform
     score: PairScore
 
 
@@ -223,9 +225,11 @@ class Registration(Task[RegistrationScan, Registered | None]):
         """A small copy of the scan and the patches of its body; the same for all models."""
         needs_labels = self.config.metric == DICE
         thumbnail = Thumbnail.of(scan, self.config.label_mm, with_labels=needs_labels)
+        organs: tuple[int, ...] = ()
         if thumbnail.labels_ZYX is not None:
-            organs_ZYX = self._organ_numbers(thumbnail.labels_ZYX, dict(thumbnail.names))
-            thumbnail = dataclasses.replace(thumbnail, labels_ZYX=organs_ZYX)
+            organ_of = self._organ_numbers(thumbnail.labels_ZYX, dict(thumbnail.names))
+            thumbnail = dataclasses.replace(thumbnail, labels_ZYX=organ_of[thumbnail.labels_ZYX])
+            organs = tuple(sorted({*organ_of.tolist()} - {0, IGNORE_LABEL}))
         wanted, may_use_all = self.config.names, self._how == SAME_PATIENT
         landmarks = {
             name: np.array(at)
@@ -233,10 +237,12 @@ class Registration(Task[RegistrationScan, Registered | None]):
             if name in wanted or (may_use_all and not wanted)
         }
         frame = body_frame(thumbnail, grid, scan.spacing_mm)
-        return RegistrationScan(scan.id, frame, thumbnail, landmarks)
+        return RegistrationScan(scan.id, frame, thumbnail, organs, landmarks)
 
     def _organ_numbers(self, labels_ZYX: np.ndarray, names: Mapping[int, str]) -> np.ndarray:
-        """Label values -> numbers of organs, the same in all scans; 0 is no organ."""
+        """Number of the organ of each label value, uint16: the same in all scans; 0 where a value
+        is no organ or is not in this scan.
+        """
         table = np.zeros(IGNORE_LABEL + 1, dtype=np.uint16)
         table[IGNORE_LABEL] = IGNORE_LABEL
         for value in np.flatnonzero(np.bincount(labels_ZYX.reshape(-1))).tolist():
@@ -246,8 +252,7 @@ class Registration(Task[RegistrationScan, Registered | None]):
             if name not in self.organs:
                 self.organs.append(name)
             table[value] = 1 + self.organs.index(name)
-        organs_ZYX: np.ndarray = table[labels_ZYX]
-        return organs_ZYX
+        return table
 
     def learn(self, model: str, dense: DenseFeatures, truth: RegistrationScan) -> None:
         """Register the training pairs with each block, where there is something to choose."""
@@ -283,10 +288,10 @@ class Registration(Task[RegistrationScan, Registered | None]):
             if pair not in self._identity:
                 self._identity[pair], _ = self._evaluated(None, moving[0], fixed[0])
             found = _limited(self._register(pair, moving, fixed), self._transform_of(model))
-            score, warped = self._evaluated(found, moving[0], fixed[0])
+            score, transform = self._evaluated(found, moving[0], fixed[0])
             self._scores.setdefault(model, {})[pair] = score
             if pair.second == truth.scan:
-                last = Registered(moving[0], warped, score)
+                last = Registered(moving[0], transform, score)
         return last
 
     def _transform_of(self, model: str) -> str:
@@ -317,20 +322,14 @@ class Registration(Task[RegistrationScan, Registered | None]):
 
     def _evaluated(
         self, found: Transform | None, moving: RegistrationScan, fixed: RegistrationScan
-    ) -> tuple[PairScore, Warped]:
-        """The numbers of one pair; None is evaluated as the identity."""
+    ) -> tuple[PairScore, Transform]:
+        """The numbers of one pair, and its map; None is evaluated as the identity."""
         transform = found or centre_alignment(moving.thumbnail, fixed.thumbnail)
-        warped = warp(transform, moving.thumbnail, fixed.thumbnail)
         dice = {}
-        if warped.labels_ZYX is not None:
-            assert moving.thumbnail.labels_ZYX is not None
-            assert fixed.thumbnail.labels_ZYX is not None
-            numbers = dice_of_labels(
-                warped.labels_ZYX,
-                moving.thumbnail.labels_ZYX,
-                fixed.thumbnail.labels_ZYX,
-                len(self.organs),
-            )
+        moving_ZYX, fixed_ZYX = moving.thumbnail.labels_ZYX, fixed.thumbnail.labels_ZYX
+        if moving_ZYX is not None and fixed_ZYX is not None:
+            warped_ZYX = warp(moving_ZYX, 0, transform, moving.thumbnail, fixed.thumbnail)
+            numbers = dice_of_labels(warped_ZYX, fixed_ZYX, moving.organs)
             dice = {self.organs[organ - 1]: value for organ, value in numbers.items()}
         names = [name for name in fixed.landmarks if name in moving.landmarks]
         errors = {}
@@ -339,7 +338,7 @@ class Registration(Task[RegistrationScan, Registered | None]):
             for name, place in zip(names, mapped, strict=True):
                 errors[name] = float(np.linalg.norm(place - moving.landmarks[name]))
         num_used = len(found.at_K3) if found else 0
-        return PairScore(dice, errors, num_used, failed=found is None), warped
+        return PairScore(dice, errors, num_used, failed=found is None), transform
 
     def results(self) -> TaskResults:
         """Dice and landmark errors; means go over the moving scans of a fixed scan, over the fixed
@@ -425,15 +424,15 @@ class Registration(Task[RegistrationScan, Registered | None]):
         if not found:
             return ""
         fixed, moving = truth.thumbnail, next(iter(found.values())).moving
-        score, aligned = self._evaluated(None, moving, truth)
+        score, centred = self._evaluated(None, moving, truth)
         columns = [
             pair_pictures.LabelledPicture(
                 "fixed", fixed.hu_ZYX, _outlined(fixed.labels_ZYX, fixed), pair_pictures.FIXED
             ),
-            self._column("moving, identity", aligned, score),
+            self._column("moving, identity", Registered(moving, centred, score), fixed),
         ]
         for model, one in found.items():
-            columns.append(self._column(model.replace("_", " "), one.warped, one.score))
+            columns.append(self._column(model.replace("_", " "), one, fixed))
         at = self._slices_of_thumbnail(fixed)
         pair_pictures.draw_registration(path, fixed, columns, at)
         return (
@@ -441,14 +440,15 @@ class Registration(Task[RegistrationScan, Registered | None]):
             "its body aligned, and as each model warps it; outlines: labels of the scan shown"
         )
 
-    def _column(self, name: str, warped: Warped, score: PairScore) -> pair_pictures.LabelledPicture:
-        value = score.mean(self.config.metric)
+    def _column(
+        self, name: str, found: Registered, fixed: Thumbnail
+    ) -> pair_pictures.LabelledPicture:
+        value, scan = found.score.mean(self.config.metric), found.moving.thumbnail
         number = f"Dice {value:.2f}" if self.config.metric == DICE else f"{value:.0f} mm"
-        labels = warped.labels_ZYX
-        shown = np.zeros(warped.hu_ZYX.shape, np.uint16) if labels is None else labels
-        shown = np.where(shown == IGNORE_LABEL, 0, shown)
         title = f"{name}  {number}" if math.isfinite(value) else name
-        return pair_pictures.LabelledPicture(title, warped.hu_ZYX, shown, pair_pictures.MOVED)
+        hu_ZYX = warp(scan.hu_ZYX, AIR_HU, found.transform, scan, fixed)
+        shown_ZYX = warp(_outlined(scan.labels_ZYX, scan), 0, found.transform, scan, fixed)
+        return pair_pictures.LabelledPicture(title, hu_ZYX, shown_ZYX, pair_pictures.MOVED)
 
 
 def _labels_of(config: Config) -> Labels:

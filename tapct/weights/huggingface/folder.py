@@ -114,6 +114,7 @@ def config_json(model: nn.Module, settings: FeatureSettings) -> dict[str, Any]:
         **sizes,
         "window_size": list(preprocess.window),
         "window_stride": list(preprocess.stride),
+        "window_refine": list(preprocess.refine),
         "window_border_weight": preprocess.border_weight,
         "pad_value": (pad_hu(settings) - contract.mean) / contract.std,
         "torch_dtype": "float32",

@@ -75,6 +75,9 @@ class TAPCTConfig(PretrainedConfig):
         rope_shortest: shortest period, in the unit of the coordinates.
         window_size: voxels (depth, height, width) of the sliding window in `embed`.
         window_stride: step of the sliding window in voxels.
+        window_refine: cells per patch (depth, height, width) of the feature map of `embed`. Where
+            it is above 1, the stride places windows between the patches of the others, and a cell
+            is the mean over all patches that cover it.
         window_border_weight: weight of the outermost patches of a window in `embed`; 1 is the plain
             mean over windows.
         pad_value: value of air after the processor; `embed` pads small scans with it.
@@ -106,6 +109,7 @@ class TAPCTConfig(PretrainedConfig):
         rope_shortest: float = 1.0,
         window_size: Sequence[int] = (12, 224, 224),
         window_stride: Sequence[int] = (8, 112, 112),
+        window_refine: Sequence[int] = (1, 1, 1),
         window_border_weight: float = 1.0,
         pad_value: float = 0.0,
         **kwargs: Any,
@@ -132,6 +136,7 @@ class TAPCTConfig(PretrainedConfig):
         self.rope_shortest = rope_shortest
         self.window_size = list(window_size)
         self.window_stride = list(window_stride)
+        self.window_refine = list(window_refine)
         self.window_border_weight = window_border_weight
         self.pad_value = pad_value
         super().__init__(**kwargs)
@@ -522,15 +527,17 @@ class TAPCTModel(PreTrainedModel):
             spacing_mm: as in `forward`.
             batch_size: windows per forward pass.
         """
-        window, patch = self.config.window_size, self.config.patch_size
-        d, h, w = self.model.grid_of(pixel_values)
+        window, refine = self.config.window_size, self.config.window_refine
+        cell = [side // parts for side, parts in zip(self.config.patch_size, refine)]
+        d, h, w = (side * parts for side, parts in zip(self.model.grid_of(pixel_values), refine))
         device = next(self.parameters()).device
         missing = [max(n - size, 0) for size, n in zip(pixel_values.shape[2:], window)]
         far_ends = [side for amount in reversed(missing) for side in (0, amount)]
         scans = F.pad(pixel_values, far_ends, value=self.config.pad_value)
         corners = self._corners(scans.shape)
         weight = self._window_weight().to(device)
-        grid = [size // side for size, side in zip(scans.shape[2:], patch)]
+        weight_of_cells = _repeated(weight, refine)
+        grid = [size // side for size, side in zip(scans.shape[2:], cell)]
         total = torch.zeros(len(scans), *grid, self.config.hidden_size, device=device)
         weights = torch.zeros(len(scans), *grid, 1, device=device)
         cls_sum = torch.zeros(len(scans), self.config.hidden_size, device=device)
@@ -543,10 +550,10 @@ class TAPCTModel(PreTrainedModel):
             found = self(crops.to(device, self.dtype), spacing_mm=spacings)
             maps = found.last_hidden_state.float().unflatten(1, tuple(weight.shape[:3]))
             for number, (scan, at) in enumerate(some):
-                place = [voxel // side for voxel, side in zip(at, patch)]
-                box = (scan, *_box(scan, place, weight.shape[:3])[2:])
-                total[box] += maps[number] * weight
-                weights[box] += weight
+                place = [voxel // side for voxel, side in zip(at, cell)]
+                box = (scan, *_box(scan, place, weight_of_cells.shape[:3])[2:])
+                total[box] += _repeated(maps[number] * weight, refine)
+                weights[box] += weight_of_cells
                 cls_sum[scan] += found.pooler_output[number].float()
         mean = (total / weights)[:, :d, :h, :w]  # patches of the padding are left out
         return TAPCTScanOutput(
@@ -575,6 +582,14 @@ class TAPCTModel(PreTrainedModel):
             along = 1 - (1 - self.config.window_border_weight) * from_centre
             product = product[..., None] * along
         return product[0, ..., None]
+
+
+def _repeated(patches: Tensor, refine: Sequence[int]) -> Tensor:
+    """The value of a patch (d, h, w, channels) for each of its cells."""
+    for axis, parts in enumerate(refine):
+        if parts > 1:
+            patches = patches.repeat_interleave(parts, axis)
+    return patches
 
 
 def _box(scan: int, start: Sequence[int], size: Sequence[int]) -> tuple[Any, ...]:
