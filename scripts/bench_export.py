@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from process_memory import reset_peak, resident_mib
 
 from tapct.base.geometry import times
 from tapct.config import load_config
@@ -31,20 +32,6 @@ from tapct.weights.pretrained import load_pretrained
 
 ROOT = Path(__file__).resolve().parent.parent
 SHAPES = ((1, 12, 224, 224), (1, 24, 224, 224), (1, 48, 224, 224), (1, 12, 256, 192))
-
-
-def resident_mib(key: str) -> float:
-    """Resident memory of this process: VmRSS, now, or VmHWM, the peak since `reset_peak`."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(f"{key}:"))
-
-
-def reset_peak() -> float:
-    """Begin to measure the peak; returns the memory now. ru_maxrss has no such reset, and begins
-    with the peak of the parent process.
-    """
-    Path("/proc/self/clear_refs").write_text("5")
-    return resident_mib("VmRSS")
 
 
 def write(config_name: str, folder: Path) -> str:

@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 LIBRARIES = (  # imported by other scripts or by mkdocs
-    *("arguments.py", "mask_statistics.py"),
+    *("arguments.py", "mask_statistics.py", "process_memory.py"),
     *("benchmark_data.py", "benchmark_table.py"),
     *("site_docstrings.py", "site_hooks.py"),
 )

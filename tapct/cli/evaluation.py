@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Annotated
 
@@ -208,12 +207,25 @@ def export(
         return
     if out is not None:
         raise exits.UserError("give --out or --hf, not both")
-    if licence and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.+-]*", licence):
-        raise exits.UserError(
-            f"--licence {licence}: give an SPDX identifier, e.g. apache-2.0 or cc-by-nc-4.0"
-        )
+    if licence:
+        check_licence(licence)
     written = finished.export_for_transformers(run_folder, files.expand_path(hf), licence, chosen)
-    console.say(f"exported to {written}, for transformers")
+    console.say(
+        f"exported to {written}, for transformers; {written / 'README.md'} is its model card"
+    )
+
+
+def check_licence(licence: str) -> None:
+    """Raise UserError for a text that is no SPDX identifier: the hub would not know it."""
+    from packaging.licenses import InvalidLicenseExpression, canonicalize_license_expression
+
+    try:
+        canonicalize_license_expression(licence)
+    except InvalidLicenseExpression as error:
+        raise exits.UserError(
+            f"--licence {licence} is no SPDX identifier; give one of https://spdx.org/licenses, "
+            "e.g. apache-2.0 or cc-by-nc-4.0, or leave the option out"
+        ) from error
 
 
 @app.command(

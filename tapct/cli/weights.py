@@ -43,7 +43,8 @@ def import_weights(
         str,
         typer.Option(
             metavar="KIND,KIND,...",
-            help="mismatches that are accepted: missing, resized, inflated, unexpected",
+            help="mismatches that are accepted: missing, resized (inflated too), inflated, "
+            "unexpected",
             show_default="none",
         ),
     ] = "",

@@ -161,7 +161,9 @@ def _read(path: Path, named_at: str) -> tuple[dict[str, Any], dict[KeyPath, str]
     except OSError as error:
         _raise_unreadable(path, named_at, error)
     except UnicodeDecodeError as error:
-        raise ValueError(f"{shown}: is not UTF-8 text") from error
+        raise ValueError(
+            f"{shown} is not UTF-8 text; a config is a YAML file, e.g. mine.yaml"
+        ) from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = mark.line + 1 if mark else 1

@@ -9,6 +9,7 @@ import math
 import os
 from collections.abc import Sequence
 
+from tapct.base.counted import counted
 from tapct.base.files import NO_SPACE
 from tapct.doctor.facts import (
     INSTALL,
@@ -251,7 +252,7 @@ def reads(facts: Reads | Broken | None) -> Finding:
         )
     text = (
         f"{facts.scans} scans; {facts.slabs:.0f} slabs of {facts.depth} slices per second "
-        f"with {facts.threads} threads, {facts.rate / MB:.0f} MB/s: enough for "
+        f"with {counted(facts.threads, 'thread')}, {facts.rate / MB:.0f} MB/s: enough for "
         f"{facts.slabs:.0f} samples/s"
     )
     if facts.slabs < LEAST_SLABS:

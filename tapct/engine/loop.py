@@ -85,8 +85,8 @@ class Config:
     )
     init_allow: tuple[str, ...] = setting(
         (),
-        "which mismatches between these weights and the model are allowed: missing, resized, "
-        "inflated, unexpected",
+        "which mismatches between these weights and the model are allowed: missing, resized "
+        "(inflated too), inflated, unexpected",
     )
     init_window: tuple[int, int, int] | None = setting(
         None,

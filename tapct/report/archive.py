@@ -152,17 +152,25 @@ def count(number: int) -> str:
     return f"{number:,}".replace(",", "\u2009")
 
 
+def size_text(num_bytes: int) -> str:
+    """A size for people: 3.6 MB, 217 GB."""
+    for limit, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB")):
+        if num_bytes >= limit:
+            return f"{num_bytes / limit:.3g} {unit}"
+    return f"{num_bytes / 1e3:.3g} kB"
+
+
 def tiles(accepted: pa.Table, refused: pa.Table) -> str:
     """The counts at the top."""
     patients = pc.count_distinct(accepted.column("patient")).as_py()
     labelled = pc.sum(pc.not_equal(accepted.column("label_digest"), "")).as_py() or 0
-    size = (pc.sum(accepted.column("bytes")).as_py() or 0) / 1e9
+    size = pc.sum(accepted.column("bytes")).as_py() or 0
     shown = {
         "accepted scans": count(len(accepted)),
         "refused scans": count(len(refused)),
         "patients": count(patients),
         "scans with labels": count(int(labelled)),
-        "size of the accepted files": f"{size:.3g} GB",
+        "size of the accepted files": size_text(size),
     }
     cells = "".join(f"<div class='tile'><dt>{k}</dt><dd>{v}</dd></div>" for k, v in shown.items())
     return f"<dl class='tiles'>{cells}</dl>"
@@ -291,13 +299,16 @@ def split_table(accepted: pa.Table) -> str:
 
 def section_of_distributions(accepted: pa.Table) -> str:
     """Bars of categories and histograms of numbers of the accepted scans."""
-    charts = []
+    charts, without_values = [], []
     for column, title in CATEGORIES.items():
         found = category(accepted, column)
         if found is None:
             continue
         counts = Counter(found)
         unknown = counts.pop("", 0)
+        if not counts:
+            without_values.append(title)
+            continue
         shown = counts.most_common(MOST_BARS)
         if column == "year":
             shown = sorted(shown)
@@ -307,8 +318,15 @@ def section_of_distributions(accepted: pa.Table) -> str:
             rows.append(("unknown", unknown))
         charts.append(chart(title, bars(rows)))
     for title, unit, measured in measures(accepted):
-        charts.append(histogram(title, unit, measured))
-    return f"<h2>Accepted scans</h2><div class='charts'>{''.join(charts)}</div>"
+        if np.isfinite(measured).any():
+            charts.append(histogram(title, unit, measured))
+        else:
+            without_values.append(title)
+    note = ""
+    if without_values and len(accepted):
+        named = ", ".join(without_values).lower()
+        note = f"<p class='note'>In no file of the accepted scans: {named}.</p>"
+    return f"<h2>Accepted scans</h2><div class='charts'>{''.join(charts)}</div>{note}"
 
 
 def category(accepted: pa.Table, column: str) -> list[str] | None:

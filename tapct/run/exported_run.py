@@ -10,6 +10,7 @@ import numpy as np
 from tapct.base.exits import UserError
 from tapct.base.geometry import times
 from tapct.data.packed.store import Store
+from tapct.data.packed.trained_on import TrainedOn
 from tapct.eval import saved
 from tapct.eval.results import Evaluation
 from tapct.run import lineage
@@ -28,12 +29,13 @@ def facts_of(folder: Path, trained: Trained, licence: str) -> ModelFacts:
         licence: SPDX identifier of the licence of the weights; empty where it is not stated.
     """
     meta, config = trained.meta, trained.resolved.value
+    trained_on = lineage.scans_of_run(folder, meta.step)
     return ModelFacts(
         name=folder.absolute().name,
         step=meta.step,
         samples=meta.samples,
-        trained_on=lineage.scans_of_run(folder, meta.step),
-        data=data_rows(config, meta.data_digest),
+        trained_on=trained_on,
+        data=data_rows(config, meta.data_digest, trained_on),
         recipe=recipe_rows(config, meta.step, meta.samples),
         evaluations=evaluations_of(folder, trained.sha256),
         licence=licence,
@@ -61,17 +63,19 @@ def recipe_rows(config: RunConfig, step: int, samples: int) -> tuple[tuple[str, 
         ("learning rate", f"{config.optim.lr:g} (scaling: {config.optim.lr_scaling})"),
         ("precision", config.train.precision),
         ("seed", str(config.seed)),
-        ("stages", str(1 + len(config.stages))),
+        *((("stages", str(1 + len(config.stages))),) if config.stages else ()),
     )
 
 
-def data_rows(config: RunConfig, digest: str) -> tuple[tuple[str, str], ...]:
+def data_rows(config: RunConfig, digest: str, trained_on: TrainedOn) -> tuple[tuple[str, str], ...]:
     """What is known about the training data, from the store; only its digest where the store is
     gone or holds other voxels. No name of a folder, scan or patient.
 
     Args:
         config: config of the run.
         digest: digest of the store that the run was trained on.
+        trained_on: scans of pretraining; the others of the store, such as those of held-out
+            patients, are left out.
     """
     rows = [("digest of the voxels", digest)]
     try:
@@ -80,10 +84,15 @@ def data_rows(config: RunConfig, digest: str) -> tuple[tuple[str, str], ...]:
         return tuple(rows)
     if store.digest != digest or not store.scans:
         return tuple(rows)
-    shapes_N3 = np.array([scan.shape_ZYX for scan in store.scans])
-    spacing_mm_N3 = np.array([scan.spacing_mm for scan in store.scans])
+    seen = {scan.digest for scan in trained_on.from_step}
+    scans = [scan for scan in store.scans if scan.checksum in seen]
+    if not scans:
+        return tuple(rows)
+    shapes_N3 = np.array([scan.shape_ZYX for scan in scans])
+    spacing_mm_N3 = np.array([scan.spacing_mm for scan in scans])
     rows.append(("slices per scan", _spread(shapes_N3[:, 0], "d")))
-    rows.append(("rows and columns", f"{_spread(shapes_N3[:, 1:].ravel(), 'd')}"))
+    rows.append(("rows", _spread(shapes_N3[:, 1], "d")))
+    rows.append(("columns", _spread(shapes_N3[:, 2], "d")))
     rows.append(("distance of slices in mm", _spread(spacing_mm_N3[:, 0], ".2f")))
     rows.append(("size of pixels in mm", _spread(spacing_mm_N3[:, 1:].ravel(), ".2f")))
     refused = {name: num for name, num in store.summary.items() if name != "accepted" and num}

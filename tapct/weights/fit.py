@@ -8,7 +8,8 @@
 | missing | the source lacks it; it keeps its initial values |
 | unexpected | the source has it and the backbone does not |
 
-All but `loaded` must be allowed by name, and weights of which nothing is loaded are an error.
+All but `loaded` must be allowed by name; `resized` allows `inflated` too, since both bring values
+to another shape. Weights of which nothing is loaded are an error.
 
 Axes: N patches, D channels.
 """
@@ -33,6 +34,7 @@ from tapct.weights.sources import SourceWeights
 KERNEL, POSITIONS = "patch_embed.proj.weight", "pos_embed"
 MOST_NAMES = 4  # of parameters that one line lists
 ALL_KINDS = ("loaded", *FIT_KINDS)
+ALSO_ALLOWED = {"resized": "inflated"}  # an inflated tensor has another shape, too
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class Terms:
     """Under which terms weights may be changed to fit.
 
     Args:
-        allow: kinds that may occur beside `loaded`.
+        allow: kinds that may occur beside `loaded`, as a user has written them.
         rule: how a 2D kernel is spread over depth, `mean` or `centre`.
         what: beginning of error lines, e.g. `train.init`.
         remedy: text about how kinds are allowed; {kinds} stands for their list.
@@ -287,9 +289,10 @@ def _check_allowed(report: Report, terms: Terms) -> None:
     """
     parts: list[str] = []
     kinds = list(terms.allow)
+    allowed = {*kinds, *(ALSO_ALLOWED[kind] for kind in kinds if kind in ALSO_ALLOWED)}
     for kind in FIT_KINDS:
         names = report.names(kind)
-        if not names or kind in terms.allow:
+        if not names or kind in allowed:
             continue
         how = report.fates[names[0]].how
         num = str(len(names))

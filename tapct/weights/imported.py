@@ -57,7 +57,7 @@ class ImportOptions:
     inflate: str = "mean"
     window: Size3 | None = None
     custom_code: bool = False
-    what: str = "load_pretrained"
+    what: str = "weights"
     remedy: str = "pass allow='{kinds}'"
 
     def __post_init__(self) -> None:

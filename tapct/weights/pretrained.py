@@ -275,7 +275,7 @@ def load_pretrained(
             .safetensors, .pth, .pt or .bin file; docs/weights.md has a table.
         settings: key=value of `model`, `hu_contract` and `preprocess` that replace those of the
             weights, e.g. `preprocess.window=[12,224,224]`.
-        allow: mismatches that are accepted: missing, resized, inflated, unexpected.
+        allow: mismatches that are accepted: missing, resized (inflated too), inflated, unexpected.
         inflate: how a 2D kernel is spread over depth: mean or centre.
         window: voxels (z, y, x) that the positions were learned for, where no file states it.
         custom_code: whether the weights may name a backbone from a module outside tapct, which is

@@ -367,7 +367,9 @@ def test_a_folder_and_a_binary_file_are_no_configs(write: Callable[..., Path]) -
     write("", "configs/smoke.yaml")
     assert message(Root, Path("configs")).startswith("configs: ")
     Path("scan.nii.gz").write_bytes(b"\x1f\x8b\x08\x00\xff\xfe")
-    assert message(Root, Path("scan.nii.gz")) == "scan.nii.gz: is not UTF-8 text"
+    assert message(Root, Path("scan.nii.gz")) == (
+        "scan.nii.gz is not UTF-8 text; a config is a YAML file, e.g. mine.yaml"
+    )
 
 
 def test_a_circle_of_two_files_is_found(write: Callable[..., Path]) -> None:

@@ -139,3 +139,18 @@ def test_a_sub_manifest_has_the_selected_rows_and_names_where_they_came_from(
         assert part in line and not (tmp_path / "never.parquet").exists()
     assert "would be lost" in shell.bad("index", out, "--select", text, "--out", out)
     assert Manifest.read(out).digest == sub.digest == replace(sub).digest
+
+
+def test_columns_without_a_value_share_one_line(folder: Path) -> None:
+    html = page("m", Manifest.read(folder / "m.parquet"))
+    assert "<h3>Manufacturer</h3>" not in html and "<h3>Slices</h3>" in html
+    (line,) = re.findall(r"In no file of the accepted scans: ([^<]*)\.</p>", html)
+    assert "manufacturer" in line and "age" in line and "slices" not in line
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "shown"),
+    [(0, "0 kB"), (3_617_000, "3.62 MB"), (217e9, "217 GB"), (3.2e12, "3.2 TB")],
+)
+def test_sizes_have_a_unit_that_fits(num_bytes: int, shown: str) -> None:
+    assert archive.size_text(num_bytes) == shown

@@ -226,7 +226,10 @@ def test_a_model_in_mm_without_spacing_is_an_error(hub: Any, tmp_path: Path) -> 
 
 
 @pytest.mark.slow  # test_free_sizes.py exports the network of tapct, which has the same rule
-def test_torch_export_leaves_batch_depth_height_and_width_free(learned: Path, hub: Any) -> None:
+def test_torch_export_leaves_batch_depth_height_and_width_free(
+    learned: Path, hub: Any, tmp_path: Path
+) -> None:
+    """Also after the program was written to a file and read again."""
     from torch.export import Dim
 
     model = hub.AutoModel.from_pretrained(learned, trust_remote_code=True)
@@ -234,15 +237,17 @@ def test_torch_export_leaves_batch_depth_height_and_width_free(learned: Path, hu
     for axis, side in enumerate(LEARNED.patch):
         free[2 + axis] = side * Dim(f"n{axis}", min=2, max=64)
     crops = torch.randn(2, 1, 4, 12, 16)
-    program = torch.export.export(
-        model, (), {"pixel_values": crops}, dynamic_shapes={"pixel_values": free}
-    )
+    inputs = {"pixel_values": crops, "return_dict": False}
+    shapes = {"pixel_values": free, "return_dict": None}
+    written = torch.export.export(model, (), inputs, dynamic_shapes=shapes)
+    torch.export.save(written, tmp_path / "model.pt2")
+    program = torch.export.load(tmp_path / "model.pt2").module()
     for shape in ((2, 1, 4, 16, 24), (1, 1, 10, 8, 12), (3, 1, 6, 20, 8)):
         crops = torch.randn(shape)
-        found = program.module()(pixel_values=crops)
+        found = program(pixel_values=crops, return_dict=False)
         want = model(crops)
-        for name in ("last_hidden_state", "pooler_output"):
-            torch.testing.assert_close(found[name], want[name], rtol=0, atol=1e-5)
+        for one, name in zip(found, ("last_hidden_state", "pooler_output"), strict=True):
+            torch.testing.assert_close(one, want[name], rtol=0, atol=1e-5)
 
 
 def test_the_code_of_the_folder_needs_torch_and_transformers_only(learned: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_run import config_of
-from weights_parity import prefixed
+from weights_parity import file_of, prefixed
 
 import tapct
 from tapct.base.exits import UserError
@@ -197,3 +197,32 @@ def test_the_config_that_continues_from_2d_takes_dinov2s_shapes(
         backbone = plugins.load("models", "vit").build(config.model.config)
     initial.check(config.train, backbone)
     assert config.model.config.patch == (4, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("allowed", "fits"),
+    [
+        ("resized", True),
+        ("inflated", True),
+        ("resized,missing,unexpected", True),
+        ("missing,unexpected", False),
+        ("", False),
+    ],
+)
+@pytest.mark.parametrize("name", ["tap_s_2d", "tap_s_3d"])
+def test_who_allows_resized_allows_inflated(
+    tmp_path: Path, name: str, allowed: str, fits: bool
+) -> None:
+    """A 2D DINOv2 with patches of 16x16 and RGB, for the 2D and the 3D model."""
+    tensors = foreign.dinov2((3, 16, 16), 14 * 14, dim=32, depth=1, registers=4)
+    file = file_of(tensors)(tmp_path)
+    words = ["model.dim=32", "model.heads=2", "model.depth=1", f"train.init={file}"]
+    path = Path(__file__).resolve().parents[2] / "configs" / f"{name}.yaml"
+    config = load_config(RunConfig, path, [*words, f"train.init_allow=[{allowed}]"]).value
+    with torch.device("meta"):
+        backbone = plugins.load("models", "vit").build(config.model.config)
+    if fits:
+        initial.check(config.train, backbone)
+        return
+    with pytest.raises(UserError, match=r"inflated, e\.g\. patch_embed.* set train\.init_allow=\["):
+        initial.check(config.train, backbone)

@@ -17,6 +17,7 @@ from tiny_run import evaluation_of, make_store, write_config
 from transformers_cases import CONTRACT, LEARNED, network, settings_of
 
 from tapct.base.files import sha256
+from tapct.data.packed.store import Store
 from tapct.data.packed.trained_on import SeenScan, TrainedOn
 from tapct.eval import results, task_statistics
 from tapct.eval.contract import Headline, ScanScore, TaskResults
@@ -146,6 +147,13 @@ def test_the_card_of_a_run(tmp_path: Path, shell: Shell) -> None:
     assert float(rows[0][1]) == pytest.approx(headline.values["pretrained"], abs=6e-4)
     num_scans = int(dict(table_below(card, "## Training data"))["scans"])
     assert num_scans == pq.read_table(run / "trained_on.parquet").num_rows > 0
+    trained = set(pq.read_table(run / "trained_on.parquet").column("digest").to_pylist())
+    scans = [scan for scan in Store(tmp_path / "store").scans if scan.checksum in trained]
+    assert len(scans) == num_scans < 6  # not those of held-out patients
+    for name, axis in (("slices per scan", 0), ("rows", 1), ("columns", 2)):
+        sizes = sorted(scan.shape_ZYX[axis] for scan in scans)
+        found_row = dict(table_below(card, "## Training data"))[name]
+        assert found_row.endswith(f"({sizes[0]} to {sizes[-1]})")
     assert dict(table_below(card, "## Training\n"))["steps"] == "4 of 4"
     for file in out.iterdir():  # no path of this machine, no scan ID
         if file.suffix in (".md", ".json"):
@@ -160,4 +168,5 @@ def test_the_card_of_a_run(tmp_path: Path, shell: Shell) -> None:
 
     assert "give --out or --hf" in shell.bad("export", run, "--hf", out, "--out", tmp_path / "o")
     assert "--licence needs --hf" in shell.bad("export", run, "--licence", "mit")
-    assert "SPDX identifier" in shell.bad("export", run, "--hf", out, "--licence", "my own")
+    for wrong in ("my own", "cc-by", "other"):
+        assert "SPDX identifier" in shell.bad("export", run, "--hf", out, "--licence", wrong)
