@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-PATIENCE_SECONDS = 300
+PATIENCE_SECONDS = 900  # on a machine with other work; an idle one needs a minute
 
 
 def tapct(*words: str | Path) -> str:
@@ -21,7 +21,7 @@ def tapct(*words: str | Path) -> str:
     known = {**os.environ, "PYTHONPATH": str(REPOSITORY), "COLUMNS": "80"}
     command = [sys.executable, "-m", "tapct", *map(str, words)]
     done = subprocess.run(
-        command, env=known, capture_output=True, text=True, timeout=120, check=False
+        command, env=known, capture_output=True, text=True, timeout=600, check=False
     )
     errors = [line for line in done.stderr.splitlines() if not line.startswith("warning: ")]
     assert done.returncode == 0 and errors == [], done.stdout + done.stderr
@@ -41,7 +41,7 @@ def submit(here: Path, run: str, *words: str, nodes: int = 1, tasks: int = 1) ->
 
 def ask(*words: str) -> str:
     return subprocess.run(
-        words, capture_output=True, text=True, check=True, timeout=30
+        words, capture_output=True, text=True, check=True, timeout=120
     ).stdout.strip()
 
 
@@ -88,6 +88,25 @@ def event_rows(run: Path | str) -> list[dict[str, Any]]:
 
 def events_of(run: Path | str) -> list[str]:
     return [row["event"] for row in event_rows(run)]
+
+
+def processes_on(node: str, job: str) -> list[int]:
+    """All processes of a job on a node, the batch script and SLURM's own ones included."""
+    wanted = {f"SLURMD_NODENAME={node}".encode(), f"SLURM_JOB_ID={job}".encode()}
+    found: set[int] = set()
+    for folder in Path("/proc").iterdir():
+        if not folder.name.isdigit():
+            continue
+        try:
+            if not wanted <= set((folder / "environ").read_bytes().split(b"\0")):
+                continue
+            found.add(int(folder.name))
+            parent = int(re.findall(r"PPid:\t(\d+)", (folder / "status").read_text())[0])
+            if "slurmstepd" in Path(f"/proc/{parent}/comm").read_text():
+                found.add(parent)
+        except OSError:  # it has ended meanwhile
+            continue
+    return sorted(found)
 
 
 def processes_of(run: Path | str, node: str) -> list[int]:

@@ -35,7 +35,7 @@ def console() -> Console:
     """Return the console of this process, on standard output; it prints on the first rank only."""
     from rich.console import Console
 
-    return Console(quiet=not ranks.from_environment(os.environ).is_first, highlight=False)
+    return Console(quiet=not ranks.for_output(os.environ).is_first, highlight=False, emoji=False)
 
 
 def say(text: str) -> None:
@@ -69,8 +69,8 @@ def error(text: str) -> None:
     """
     from rich.console import Console
 
-    out = Console(stderr=True, highlight=False)
-    place = ranks.from_environment(os.environ)
+    out = Console(stderr=True, highlight=False, emoji=False)
+    place = ranks.for_output(os.environ)
     line = f"error: {'' if place.is_first else f'[rank {place.rank}] '}{' '.join(text.split())}"
     line = printable(line)
     if out.is_terminal:
@@ -83,7 +83,7 @@ def error(text: str) -> None:
 
 def warn(text: str) -> None:
     """Print `warning: ...` to standard error, as one line; only the first rank does."""
-    if ranks.from_environment(os.environ).is_first:
+    if ranks.for_output(os.environ).is_first:
         print(f"warning: {printable(' '.join(text.split()))}", file=sys.stderr, flush=True)
 
 

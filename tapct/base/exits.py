@@ -74,10 +74,12 @@ def exit_code_of(work: Callable[[], object]) -> int:
             return error.code
         return _print_error(str(error.code), error, BUG)
     except SharedError as error:
-        is_first = ranks.from_environment(os.environ).is_first
+        is_first = ranks.for_output(os.environ).is_first
         return _print_error(str(error) if is_first else "", error, error.exit_code)
     except UserError as error:
         return _print_error(str(error), error, error.exit_code)
+    except ranks.LauncherError as error:
+        return _print_error(str(error), error, WRONG_INPUT)
     except (Interrupted, KeyboardInterrupt) as error:
         return _print_error("interrupted", error, INTERRUPTED)
     except OSError as error:
@@ -105,7 +107,7 @@ def leave(code: int) -> NoReturn:
     """
     # connections to other ranks would keep this process alive until their time-outs; and whoever
     # sends SIGTERM waits, while the interpreter needs a second to take itself apart
-    if code == TERMINATED or (code and ranks.from_environment(os.environ).world > 1):
+    if code == TERMINATED or (code and ranks.for_output(os.environ).world > 1):
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

@@ -7,6 +7,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 
+from tapct.base import ranks
 from tapct.base.exits import UserError
 
 TORCHRUN = "TORCHELASTIC_RUN_ID"  # environment variable that torchrun sets
@@ -41,6 +42,25 @@ def check_launcher(environment: Mapping[str, str]) -> None:
             f"this job has {tasks} tasks, but a single process was started, outside of srun; write "
             "`srun tapct train ...` in the batch script, or SLURM_NTASKS=1 before the command if a "
             "single process is meant"
+        )
+
+
+def check_prints(environment: Mapping[str, str]) -> None:
+    """Refuse a command that runs as a single process, where the variables of a launcher show that
+    it is a later one of several, which print nothing.
+
+    Args:
+        environment: environment variables, `os.environ`.
+    Raises:
+        UserError: this is not the first process.
+        LauncherError: the variables are not valid.
+    """
+    place = ranks.from_environment(environment)
+    if not place.is_first:
+        raise UserError(
+            f"the variables of a launcher make this process number {place.rank} of {place.world}, "
+            "but the command runs as a single process; start it without srun and torchrun, or "
+            "unset RANK WORLD_SIZE LOCAL_RANK if they are left from a launcher"
         )
 
 

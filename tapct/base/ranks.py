@@ -41,6 +41,10 @@ JOB_VARIABLES = (
 )
 
 
+class LauncherError(ValueError):
+    """The variables of a launcher do not show the place of this process."""
+
+
 @dataclass(frozen=True)
 class Ranks:
     """Place of one process in a run.
@@ -76,7 +80,7 @@ def from_environment(environment: Mapping[str, str]) -> Ranks:
     Args:
         environment: environment variables, `os.environ`.
     Raises:
-        ValueError: the variables are not integers, or do not fit together.
+        LauncherError: the variables are not integers, or do not fit together.
     """
     for names in LAUNCHERS:
         if names[0] in environment and names[1] in environment:
@@ -85,10 +89,24 @@ def from_environment(environment: Mapping[str, str]) -> Ranks:
                 return Ranks(rank, world, local_rank)
             except ValueError as error:
                 values = ", ".join(f"{name}={environment.get(name, '')}" for name in names)
-                raise ValueError(
-                    f"the launcher's variables are not valid: {values}; {error}"
+                raise LauncherError(
+                    f"the launcher's variables are not valid: {values}; {error}; unset them if "
+                    "they are left from another launcher"
                 ) from error
     return Ranks()
+
+
+def for_output(environment: Mapping[str, str]) -> Ranks:
+    """The place of this process, which decides what it prints; a single one where the variables are
+    not valid, so that this can be printed.
+
+    Args:
+        environment: environment variables, `os.environ`.
+    """
+    try:
+        return from_environment(environment)
+    except LauncherError:
+        return Ranks()
 
 
 def without_place(environment: Mapping[str, str]) -> dict[str, str]:
@@ -156,17 +174,21 @@ def rendezvous(environment: Mapping[str, str]) -> tuple[str, int]:
     Args:
         environment: environment variables, `os.environ`.
     Raises:
-        ValueError: there is neither MASTER_ADDR nor a SLURM node list.
+        LauncherError: there is neither MASTER_ADDR nor a SLURM node list, or MASTER_PORT is no
+            number.
     """
     nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST", "")
     host = environment.get("MASTER_ADDR") or first_host(nodes)
     if not host:
-        raise ValueError(
-            "no MASTER_ADDR and no SLURM node list: start with torchrun, or with "
-            "srun inside a SLURM job"
+        raise LauncherError(
+            "no MASTER_ADDR and no SLURM node list: start with torchrun, or with srun inside a "
+            "SLURM job; if a single process is meant, unset RANK WORLD_SIZE LOCAL_RANK"
         )
-    if environment.get("MASTER_PORT"):
-        return host, int(environment["MASTER_PORT"])
+    port = environment.get("MASTER_PORT", "")
+    if port.isdigit():
+        return host, int(port)
+    if port:
+        raise LauncherError(f"MASTER_PORT={port} is no number; correct or unset it")
     job, step = (environment.get(name, "0") for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
     # another one after a restart: a port that another program uses was perhaps the reason for it
     number = int(job) * 7 + int(step) + 1009 * restarts(environment)

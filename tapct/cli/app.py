@@ -12,7 +12,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 import tapct
-from tapct.base import exits, files
+from tapct.base import exits, files, launcher
 from tapct.cli.usage import usage_line
 
 # what some versions of Typer add to a help text: a type after the name of an argument, as in
@@ -22,6 +22,7 @@ NUMBER_RANGE = re.compile(r"(; )?([\d.]+<=?)?x[<>]=?[\d.]+")
 
 
 DIVIDED = ("index", "pack", "embed", "eval")  # commands whose work `submit` divides
+ALONE = ("submit", "jobs", "cancel", "sweep")  # commands without ranks
 
 
 def plain_record(name: str, text: str) -> tuple[str, str]:
@@ -92,7 +93,8 @@ class Commands(TyperGroup):
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         """The command that was given; `submit index` and the like divide it over a cluster."""
         if args[0] == "submit" and len(args) > 1 and args[1] in DIVIDED:
-            args = ["submit-array", *args[1:]]
+            _, command, rest = super().resolve_command(ctx, ["submit-array", *args[1:]])
+            return " ".join(args[:2]), command, rest  # its name in help and errors
         return super().resolve_command(ctx, args)
 
     def invoke(self, ctx: Any) -> Any:
@@ -180,6 +182,7 @@ def _print_version(wanted: bool) -> None:
 
 @app.callback()
 def common(
+    context: typer.Context,
     debug: Annotated[
         bool, typer.Option("--debug", help="print the traceback of every error")
     ] = False,
@@ -193,6 +196,8 @@ def common(
     """Read the options that stand before the name of a command."""
     if debug:
         os.environ["TAPCT_DEBUG"] = "1"
+    if str(context.invoked_subcommand).split()[0] in ALONE:
+        launcher.check_prints(os.environ)
 
 
 def answer() -> NoReturn:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from tapct.base import console, signals
 from tapct.base.exits import UserError
 from tapct.cli import submit_options as option
+from tapct.cli import submitted_resources
 from tapct.cli.app import ConfigFile, Overrides, app, examples
 
 if TYPE_CHECKING:  # --help is instant
@@ -77,7 +77,7 @@ def submit(
     """
     from tapct.cluster import submit as submission
 
-    resources = resources_of(context)
+    resources = submitted_resources.of_context(context)
     planned = submission.plan_runs(config, overrides or [], sweep or [])
     warnings: list[str] = []
     for run in planned.runs:
@@ -91,40 +91,6 @@ def submit(
     submitted = submission.submit_runs(planned, resources, allow_change, warn=console.warn)
     for line in lines_about(planned, submitted, resources):
         console.say(line)
-
-
-def resources_of(context: typer.Context) -> Resources:
-    """What a job requests: the options of the command line, and below them those of the site.
-
-    Args:
-        context: context of a command whose parameters have the names of `Resources`, with `time`
-            and `grace`.
-    """
-    from tapct.cluster import site, slurm
-    from tapct.cluster.resources import Resources
-
-    names = [field.name for field in dataclasses.fields(Resources)]
-    names = [*names, "time", "grace"]
-    parameters = {name: context.params[name] for name in names if name in context.params}
-    explicit = [
-        name.replace("_", "-")
-        for name in parameters
-        if str(context.get_parameter_source(name)).endswith("COMMANDLINE")
-    ]
-    given = {name.replace("_", "-"): value for name, value in parameters.items()}
-    options: dict[str, Any] = {}
-    for name, value in site.with_site(given, explicit).items():
-        options[name.replace("-", "_")] = tuple(value) if isinstance(value, list) else value
-    for name in ("sbatch", "setup", "srun_args"):
-        options[name] = options[name] or ()
-    for name in ("mem", "mem_per_cpu", "mem_per_gpu"):
-        if options[name]:
-            options[name] = slurm.memory_size(options[name], name.replace("_", "-"))
-    return Resources(
-        minutes=slurm.time_limit_minutes(options.pop("time")),
-        grace_seconds=options.pop("grace"),
-        **options,
-    )
 
 
 def lines_about(

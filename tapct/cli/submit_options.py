@@ -181,7 +181,25 @@ JobName = Annotated[
         "--job-name",
         metavar="NAME",
         help="name of the job in the queue",
-        show_default="tapct- and the name of the run folder",
+        show_default="tapct- and the name of the run folder, or of the command",
+    ),
+]
+
+ElementsAtOnce = Annotated[
+    int,
+    typer.Option(
+        "--at-once",
+        "--array-limit",
+        metavar="N",
+        help="largest number of elements that run at the same time; 0: all",
+        min=0,
+    ),
+]
+
+GpusOfElement = Annotated[
+    int,
+    typer.Option(
+        "--gpus", "--gpus-per-node", metavar="N", help="GPUs of each element; 0: none", min=0
     ),
 ]
 

@@ -35,7 +35,7 @@ def usage_line(error: Any, words: Sequence[str], commands: Any) -> str:
     help_line = f"see {command} -h"
     message = str(error.format_message()).rstrip(".")
     if "NoSuchOption" in kinds:
-        known = _options_of(commands.commands[names[0]] if names else commands)
+        known = _options_of(commands.commands.get(names[0], commands) if names else commands)
         near = _nearest(error.option_name, known)
         question = f"did you mean {near}? " if near else ""
         return f"{command} has no option {error.option_name}; {question}{help_line}"

@@ -7,6 +7,7 @@
     resources.py       what a job requests: time limit, nodes, GPUs, memory
     sbatch_options.py  options of sbatch that are passed on
     site.py            defaults of a cluster, from a file
+    mounts.py          folders that a job needs in a container
     arrays.py          index, pack, embed and eval as arrays of jobs, each of which does one part
     task.py            what each task of a job does: it trains, and leaves how it ended
     jobs.py            finds submitted runs, reads their progress, cancels their jobs
@@ -23,13 +24,14 @@ in `restarts.py`. Another scheduler, PBS for example, needs files with the same 
     slurm.require_commands       submit.submit_runs  UserError where jobs cannot be submitted
     slurm.read_queue             submit, jobs        jobs of the user: state, restarts, reason
     slurm.cancel_ids             jobs.cancel_jobs    cancels jobs
+    script.training_lines        submit.submit_runs  shell lines around the ranks of a job
+    script.element_lines         arrays.py           shell lines around an element of an array
     script.make_batch_script     submit --dry-run    makes the text of the batch script
-    script.submit_tasks          submit.submit_runs  submits one job or one array, returns ids
+    script.submit_tasks          submit, arrays      submits one job or one array, returns ids
 
-`jobs.py` also imports the type `slurm.QueuedJob` (one job in the queue), and `submit.py` the type
-`script.JobFolders` (the folders of a job). `arrays.py` writes its own jobs, and `cli/arrays.py`
-reads their time limit and memory with `slurm`. `cli/cluster.py` calls read_queue too, for `tapct
-jobs`.
+`jobs.py` also imports the type `slurm.QueuedJob` (one job in the queue), and `submit.py` and
+`arrays.py` the type `script.JobFolders` (the folders of a job). `cli/submitted_resources.py` reads
+time limit and memory with `slurm`. `cli/cluster.py` calls read_queue too, for `tapct jobs`.
 `script.py` uses submitit's SlurmExecutor, which knows no other scheduler.
 
 The batch script must start `task.run_task` once per rank, export TAPCT_MARK, and decide by that

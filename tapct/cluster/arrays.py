@@ -12,7 +12,7 @@ all headers have been read.
 from __future__ import annotations
 
 import contextlib
-import io
+import dataclasses
 import os
 import shlex
 import subprocess
@@ -23,46 +23,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from submitit import SlurmExecutor
-from submitit.core.utils import DelayedSubmission, FailedJobError, FailedSubmissionError
+from submitit.core.utils import DelayedSubmission
 
 from tapct.base import console
 from tapct.base.exits import UserError
-from tapct.cluster import slurm
+from tapct.cluster import mounts, sbatch_options, script, slurm
 from tapct.cluster.folders import make_new_folder
-from tapct.cluster.script import outside_of_jobs
+from tapct.cluster.resources import Resources
+from tapct.cluster.script import JobFolders
 from tapct.cluster.snapshot import copy_package, snapshot_name
 from tapct.run_folder import RunFolder
 
 ROUNDS = {"index": 2, "pack": 1, "embed": 1, "eval": 1}  # command -> number of arrays
+WHOLE_ONLY = {"index": ("--select",), "pack": ("--verify",)}  # options that leave no parts
+LAST_ONLY = {"index": ("--report",)}  # options with a value that the last job alone gets
 TRIES = 2  # of an element whose process was killed
 _FOLDER = ".jobs"  # behind the name of what the command writes
-
-
-@dataclass(frozen=True)
-class ArrayResources:
-    """What each element of an array requests; an empty text or a 0 takes the cluster's default.
-
-    Args:
-        minutes: time limit.
-        parts: number of elements.
-        at_once: largest number of elements that run at the same time; 0 for all.
-        cpus_per_task: CPU cores.
-        gpus: GPUs.
-        mem: memory, e.g. 64G.
-        partition, account, qos, constraint: passed to sbatch.
-    """
-
-    minutes: int
-    parts: int
-    at_once: int = 0
-    cpus_per_task: int = 0
-    gpus: int = 0
-    mem: str = ""
-    partition: str = ""
-    account: str = ""
-    qos: str = ""
-    constraint: str = ""
 
 
 @dataclass(frozen=True)
@@ -86,14 +62,21 @@ def check_words(words: Sequence[str]) -> None:
     Args:
         words: command of tapct with its arguments.
     Raises:
-        UserError: its work is not known, or has no place for its results.
+        UserError: its work is not known, cannot be divided, or has no place for its results.
     """
     if not words or words[0] not in ROUNDS:
         raise UserError(f"tapct submit divides {', '.join(ROUNDS)}; got {' '.join(words)!r}")
-    if any(word == "--part" or word.startswith("--part=") for word in words):
+    if _has_option(words, "--part"):
         raise UserError("tapct submit gives --part to each element; leave it out")
+    for option in WHOLE_ONLY.get(words[0], ()):
+        if _has_option(words, option):
+            raise UserError(f"tapct {words[0]} {option} cannot be divided; run it without submit")
     if words[0] != "eval" and _out_of(words) is None:
         raise UserError(f"tapct submit {words[0]} needs --out, where all elements write")
+    if words[0] == "embed" and str(_out_of(words)).endswith(".npz"):
+        raise UserError(
+            f"--out {_out_of(words)} is the file of a single scan; give a folder as --out"
+        )
     if _out_of(words) is None and (len(words) < 2 or words[1].startswith("-")):
         raise UserError(
             "tapct submit eval needs the model behind eval, before its options, e.g. tapct submit "
@@ -104,6 +87,22 @@ def check_words(words: Sequence[str]) -> None:
             f"{job_folder(words)}: SLURM would replace the % in the names of its log files; choose "
             "a folder without %"
         )
+
+
+def words_of_elements(words: Sequence[str]) -> list[str]:
+    """The command of an element that does a part, without the options of the last job."""
+    kept: list[str] = []
+    is_value = False
+    for word in words:
+        is_last_only = word.partition("=")[0] in LAST_ONLY.get(words[0], ())
+        if not is_last_only and not is_value:
+            kept.append(word)
+        is_value = is_last_only and "=" not in word
+    return kept
+
+
+def _has_option(words: Sequence[str], option: str) -> bool:
+    return any(word == option or word.startswith(f"{option}=") for word in words)
 
 
 def _out_of(words: Sequence[str]) -> str | None:
@@ -160,12 +159,13 @@ class Element:
         return DelayedSubmission(self, words, start_in, part)
 
 
-def submit_arrays(words: Sequence[str], resources: ArrayResources) -> SubmittedArrays:
+def submit_arrays(words: Sequence[str], resources: Resources, num_parts: int) -> SubmittedArrays:
     """Submit the arrays of a command and the job that finishes.
 
     Args:
         words: command of tapct with its arguments.
         resources: what each element requests.
+        num_parts: number of elements of an array.
     Raises:
         UserError: the command cannot be divided, or sbatch refused.
     """
@@ -175,19 +175,48 @@ def submit_arrays(words: Sequence[str], resources: ArrayResources) -> SubmittedA
         root = job_folder(words)
         code = copy_package(root, undo)
         logs = make_new_folder(root / "logs", time.strftime("%Y-%m-%d_%H-%M-%S"), undo)
-        start_in, command = str(Path.cwd()), list(words)
-        parts = [f"{number}/{resources.parts}" for number in range(1, resources.parts + 1)]
+        job = _job(words, resources, logs, code)
+        start_in, command = str(Path.cwd()), words_of_elements(words)
+        parts = [f"{number}/{num_parts}" for number in range(1, num_parts + 1)]
         arrays: list[str] = []
         # called before the code and pickles are removed, without which the arrays would fail
         undo.callback(_cancel, arrays)
         for _ in range(ROUNDS[words[0]]):
-            executor = _executor(SlurmExecutor, words, resources, logs, code, arrays)
-            jobs = _submitted(executor, [(command, start_in, part) for part in parts])
-            arrays.append(jobs[0].partition("_")[0])
-        executor = _executor(SlurmExecutor, words, resources, logs, code, arrays)
-        (last,) = _submitted(executor, [(command, start_in, "")])
+            arguments = [(command, start_in, part) for part in parts]
+            ids = _submitted(job, resources, arguments, arrays)
+            arrays.append(ids[0].partition("_")[0])
+        (last,) = _submitted(job, resources, [(list(words), start_in, "")], arrays)
         undo.pop_all()
     return SubmittedArrays(tuple(arrays), last, logs)
+
+
+def _submitted(
+    job: JobFolders,
+    resources: Resources,
+    arguments: Sequence[tuple[Any, ...]],
+    earlier: Sequence[str],
+) -> list[str]:
+    """Submit an element with each of these arguments; ids of the jobs.
+
+    Args:
+        job: folders of the job.
+        resources: what each element requests.
+        arguments: arguments of each element.
+        earlier: ids of the arrays that must have ended before, whatever their result.
+    """
+    if earlier:  # the first array waits for what the user has asked for
+        others = sbatch_options.without(resources.sbatch, "dependency")
+        after = f"afterany:{earlier[-1]}"
+        resources = dataclasses.replace(resources, dependency=after, sbatch=others)
+    return script.submit_tasks(job, resources, script.element_lines(job), Element(), arguments)
+
+
+def _job(words: Sequence[str], resources: Resources, logs: Path, code: Path) -> JobFolders:
+    """Folders of the jobs of a command; a container mounts those that the command names."""
+    data = {str(job_folder(words).parent)}
+    if resources.container:
+        data |= mounts.named_by(words)
+    return JobFolders(f"tapct-{words[0]}", logs, code, tuple(sorted(data)))
 
 
 def _cancel(jobs: Sequence[str]) -> None:
@@ -199,82 +228,10 @@ def _cancel(jobs: Sequence[str]) -> None:
             console.warn(f"{error}; cancel them by hand: scancel {' '.join(jobs)}")
 
 
-def preview(words: Sequence[str], resources: ArrayResources) -> str:
+def preview(words: Sequence[str], resources: Resources, num_parts: int) -> str:
     """The batch script of an array; needs no SLURM and writes nothing."""
     check_words(words)
     root = job_folder(words)
     code = RunFolder(root).code / snapshot_name()
-    executor = _executor(_WithoutSlurm, words, resources, root / "logs" / "TIME", code, [])
-    executor.parameters["map_count"] = resources.parts
-    return str(executor._make_submission_file_text(executor._submitit_command_str, ""))
-
-
-class _WithoutSlurm(SlurmExecutor):
-    """Makes batch scripts on a machine without SLURM."""
-
-    @classmethod
-    def affinity(cls) -> int:
-        return 2
-
-
-def _submitted(executor: SlurmExecutor, arguments: Sequence[tuple[Any, ...]]) -> list[str]:
-    """Submit an element with each of these arguments; ids of the jobs."""
-    try:
-        # submitit prints what it raises
-        with contextlib.redirect_stderr(io.StringIO()), outside_of_jobs():
-            jobs = executor.map_array(Element(), *zip(*arguments, strict=True))
-    except (FailedJobError, FailedSubmissionError) as error:
-        raise UserError(
-            f"sbatch refused: {' '.join(str(error).split())}; sinfo -s lists partitions"
-        ) from error
-    return [str(job.job_id) for job in jobs]
-
-
-def _executor(
-    kind: type[SlurmExecutor],
-    words: Sequence[str],
-    resources: ArrayResources,
-    logs: Path,
-    code: Path,
-    after: Sequence[str],
-) -> SlurmExecutor:
-    """submitit's executor for one array.
-
-    Args:
-        kind: class of the executor.
-        words: command.
-        resources: what each element requests.
-        logs: folder of logs and pickles.
-        code: folder with the copy of tapct that the job runs.
-        after: ids of the arrays that must have ended before, whatever their result.
-    """
-    more: dict[str, object] = {"requeue": True}  # a node that fails is no fault of the element
-    if after:
-        more["dependency"] = f"afterany:{after[-1]}"
-    options = {
-        **{"cpus_per_task": resources.cpus_per_task, "gpus_per_node": resources.gpus},
-        **{"mem": resources.mem, "partition": resources.partition, "account": resources.account},
-        **{"qos": resources.qos, "constraint": resources.constraint},
-    }
-    executor = kind(logs)
-    # at sites with --export=NONE the elements would not get the PYTHONPATH that is exported here
-    srun = ["--export=ALL", f"--chdir={code}"]
-    if resources.cpus_per_task:
-        srun.append(f"--cpus-per-task={resources.cpus_per_task}")
-    executor.update_parameters(
-        job_name=f"tapct-{words[0]}",
-        time=resources.minutes,
-        nodes=1,
-        ntasks_per_node=1,
-        array_parallelism=resources.at_once or resources.parts,
-        stderr_to_stdout=True,
-        wckey=None,
-        srun_args=srun,
-        additional_parameters=more,
-        setup=[
-            f'export PYTHONPATH={shlex.quote(str(code))}"${{PYTHONPATH:+:$PYTHONPATH}}"',
-            "unset RANK WORLD_SIZE LOCAL_RANK",
-        ],
-        **{key: value for key, value in options.items() if value},
-    )
-    return executor
+    job = _job(words, resources, root / "logs" / "TIME", code)
+    return script.make_batch_script(job, resources, script.element_lines(job), num_parts)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
+import shlex
 from dataclasses import dataclass
 
+from tapct.base import files
 from tapct.base.exits import UserError
 from tapct.cluster import sbatch_options
 from tapct.cluster.sbatch_options import Value
@@ -15,6 +19,48 @@ CONTAINERS = {
     "singularity": "singularity exec --nv --bind {mounts} {image} python3",
     "pyxis": "",  # options of srun
 }
+
+
+_ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://")  # docker://, library://, oras:// ...
+_LIKE_A_PATH = re.compile(r"[~/.]|.*\.(sif|sqsh|simg|img)$")
+
+
+def container_image(text: str, program: str) -> str:
+    """The image of a container: the absolute path of a file or folder, or its address as given.
+
+    Args:
+        text: option --container; empty for none.
+        program: option --container-with.
+    Raises:
+        UserError: the text is the path of a file that is missing.
+    """
+    if not text or _ADDRESS.match(text):
+        return text
+    path = files.expand_path(text)
+    if program in ("apptainer", "singularity"):
+        rule = "give the path of an image, or its address, e.g. docker://lab/tapct:1"
+    elif _LIKE_A_PATH.match(text):
+        rule = "give the path of an image, or its name in a registry"
+    else:
+        return text
+    if not path.exists():
+        raise UserError(f"--container {text}: there is no such file; {rule}")
+    return str(path.absolute())  # the tasks start in another folder
+
+
+def check_shell_words(option: str, text: str) -> None:
+    """Refuse text that a shell cannot divide into words.
+
+    Args:
+        option: option that has given it.
+        text: its value.
+    Raises:
+        UserError: a quotation has no end.
+    """
+    try:
+        shlex.split(text)
+    except ValueError as error:
+        raise UserError(f"{option} {text!r}: {str(error).lower()}; correct the quotes") from error
 
 
 @dataclass(frozen=True)
@@ -59,7 +105,8 @@ class Resources:
         max_failures: as `max_idle_restarts`, for starts that were lost to a fault of a machine.
     Raises:
         UserError: there is no node or no grace, the grace leaves no time to train, there are more
-            tasks than GPUs, or an option is given twice or is not one of sbatch.
+            tasks than GPUs, a text has several lines or no end of its quotation, or an option is
+            given twice or is not one of sbatch.
     """
 
     minutes: int
@@ -109,6 +156,19 @@ class Resources:
                 f"--tasks-per-node {self.tasks} with {self.gpus} GPUs per node: each task needs a "
                 "GPU of its own; leave --tasks-per-node out"
             )
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, str) and "\n" in value:
+                option = field.name.replace("_", "-")
+                raise UserError(f"--{option} {value!r} has several lines; write it in one")
+        for text in self.srun_args:
+            check_shell_words("--srun-args", text)
+            if not text.strip().startswith("-"):
+                raise UserError(
+                    f"--srun-args {text!r} is not an option of srun; write for example --srun-args "
+                    "'--cpu-bind=cores'"
+                )
+        check_shell_words("--container-with", self.container_with)
         if self.container_with not in CONTAINERS and "{image}" not in self.container_with:
             raise UserError(
                 f"--container-with {self.container_with!r} is neither one of "

@@ -11,11 +11,11 @@ Value = str | bool  # True for an option without a value
 
 # Options that the batch script of tapct needs as it has set them, and what to use instead.
 OWN = {
-    "array": "--sweep, --array-limit",
-    "nodes": "--nodes",
-    "ntasks": "--nodes and --tasks-per-node",
-    "ntasks-per-node": "--tasks-per-node",
-    "ntasks-per-gpu": "--tasks-per-node",
+    "array": "--sweep and --array-limit (of index, pack, embed and eval: --parts, --at-once)",
+    "nodes": "--nodes (of index, pack, embed and eval: --parts)",
+    "ntasks": "--nodes and --tasks-per-node (of index, pack, embed and eval: --parts)",
+    "ntasks-per-node": "--tasks-per-node (of index, pack, embed and eval: --parts)",
+    "ntasks-per-gpu": "--tasks-per-node (of index, pack, embed and eval: --parts)",
     "time": "--time",
     "signal": "--grace",
     "job-name": "--job-name",
@@ -78,6 +78,11 @@ def parse(texts: Sequence[str]) -> dict[str, Value]:
             raise UserError(f"--sbatch --{name} is given twice; give it once")
         options[name] = True if value is None else value.strip()
     return options
+
+
+def without(texts: Sequence[str], name: str) -> tuple[str, ...]:
+    """The texts of --sbatch that set another option than the one of this name."""
+    return tuple(text for text in texts if name not in parse([text]))
 
 
 def combined(named: Mapping[str, Value], passed: Mapping[str, Value]) -> dict[str, Value]:

@@ -1,7 +1,8 @@
 """The batch script of a SLURM job, and handing it to sbatch through submitit.
 
 submitit writes the script; the shell lines here stand before and after its srun. They give the
-ranks what they need and decide whether the job is requeued (`restarts.py`).
+tasks what they need and decide whether a job that trains is requeued (`restarts.py`). Every job of
+tapct gets the options of `tapct submit` in the same way.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from submitit.core.utils import FailedJobError, FailedSubmissionError
 
 from tapct.base import ending, ranks
 from tapct.base.exits import UserError
-from tapct.cluster import restarts
+from tapct.cluster import mounts, restarts
 from tapct.cluster.resources import CONTAINERS, Resources
 from tapct.run_folder import JobFolder
 
@@ -34,15 +35,17 @@ class JobFolders:
 
     Args:
         name: name of the job in the queue.
-        folder: RUN/jobs/<time>, absolute, with the file `places`.
+        folder: folder of the batch script, pickles and logs, absolute.
         code: folder with the copy of tapct that the job runs, absolute.
-        data: other folders that the runs read, absolute; a container mounts them.
+        data: other folders that the job reads or writes, absolute; a container mounts them.
+        local: folders on a disk of the node, absolute; a job with a container makes them.
     """
 
     name: str
     folder: Path
     code: Path
     data: tuple[str, ...] = ()
+    local: tuple[str, ...] = ()
 
     @property
     def mount(self) -> Path:
@@ -50,23 +53,42 @@ class JobFolders:
         return self.code.parent.parent
 
 
-def make_batch_script(job: JobFolders, resources: Resources, num_runs: int) -> str:
+@dataclass(frozen=True)
+class ShellLines:
+    """What a batch script does around the tasks of a job, beside the options of `tapct submit`.
+
+    Args:
+        before: lines before srun, after those of --setup.
+        srun: options of srun.
+        after: lines after srun.
+    """
+
+    before: tuple[str, ...]
+    srun: tuple[str, ...] = ()
+    after: tuple[str, ...] = ()
+
+
+def make_batch_script(
+    job: JobFolders, resources: Resources, lines: ShellLines, num_elements: int
+) -> str:
     """The batch script that `submit_tasks` would hand to sbatch; needs no SLURM and writes nothing.
 
     Args:
         job: folders of the job; they need not exist.
         resources: what the job requests.
-        num_runs: number of runs; several become one array.
+        lines: what the script does around the tasks.
+        num_elements: number of calls of the function; several become one array.
     """
-    executor = _make_executor(job, resources, _ExecutorWithoutSlurm)
-    if num_runs > 1:  # submitit makes no array of one
-        executor.parameters["map_count"] = num_runs
+    executor = _make_executor(job, resources, lines, num_elements, _ExecutorWithoutSlurm)
+    if num_elements > 1:  # submitit makes no array of one
+        executor.parameters["map_count"] = num_elements
     return executor._make_submission_file_text(executor._submitit_command_str, "")
 
 
 def submit_tasks(
     job: JobFolders,
     resources: Resources,
+    lines: ShellLines,
     work: Callable[..., object],
     arguments: Sequence[tuple[Any, ...]],
 ) -> list[str]:
@@ -75,14 +97,15 @@ def submit_tasks(
     Args:
         job: folders of the job.
         resources: what the job requests.
+        lines: what the batch script does around the tasks.
         work: function that every task of the job calls.
-        arguments: positional arguments of `work`, one tuple per run.
+        arguments: positional arguments of `work`, one tuple per element.
     Returns:
-        Job ids, one per run; 12_3 for an element of an array.
+        Job ids, one per element; 12_3 for an element of an array.
     Raises:
         UserError: sbatch refused.
     """
-    executor = _make_executor(job, resources, SlurmExecutor)
+    executor = _make_executor(job, resources, lines, len(arguments), SlurmExecutor)
     try:
         # submitit prints what it raises
         with contextlib.redirect_stderr(io.StringIO()), outside_of_jobs():
@@ -92,7 +115,7 @@ def submit_tasks(
             f"sbatch refused: {' '.join(str(error).split())}; sinfo -s lists partitions, and "
             "sacctmgr show associations user=$USER lists accounts and qos"
         ) from error
-    return [each.job_id for each in submitted]
+    return [str(each.job_id) for each in submitted]
 
 
 @contextlib.contextmanager
@@ -121,22 +144,25 @@ class _ExecutorWithoutSlurm(SlurmExecutor):
 
 
 def _make_executor(
-    job: JobFolders, resources: Resources, kind: type[SlurmExecutor]
+    job: JobFolders,
+    resources: Resources,
+    lines: ShellLines,
+    num_elements: int,
+    kind: type[SlurmExecutor],
 ) -> SlurmExecutor:
     """submitit's executor with all parameters of a job."""
     executor = kind(job.folder, python=python_command(job, resources) or None)
-    # --chdir, because python -m searches its working directory before PYTHONPATH. --wait=0, because
-    # the first rank may stay for the last evaluation after the others have ended. --export, because
-    # at sites with --export=NONE the ranks would not get what is exported here.
-    srun = ["--kill-on-bad-exit=1", "--wait=0", "--export=ALL", f"--chdir={job.code}"]
+    # --chdir, because python -m searches its working directory before PYTHONPATH. --export, because
+    # at sites with --export=NONE the tasks would not get what is exported here.
+    srun = [*lines.srun, "--export=ALL", f"--chdir={job.code}"]
     options = resources.options
     cpus = options.get("cpus-per-task")
     if cpus:
         # since SLURM 22.05, srun does not inherit this option from sbatch
         srun.append(f"--cpus-per-task={cpus}")
     if resources.container and resources.container_with == "pyxis":
-        mounts = ",".join(f"{folder}:{folder}" for folder in mounted_folders(job))
-        srun += [f"--container-image={resources.container}", f"--container-mounts={mounts}"]
+        pairs = ",".join(f"{folder}:{folder}" for folder in mounted_folders(job))
+        srun += [f"--container-image={resources.container}", f"--container-mounts={pairs}"]
         srun.append(f"--container-workdir={job.code}")
     for text in resources.srun_args:
         srun += shlex.split(text)
@@ -150,9 +176,9 @@ def _make_executor(
         wckey=None,
         srun_args=srun,
         additional_parameters={"requeue": True, **options},
-        setup=setup_lines(job, resources),
-        teardown=restarts.lines_after(),
-        **({"array_parallelism": resources.array_limit} if resources.array_limit else {}),
+        setup=[*resources.setup, *lines.before, *lines_for_local_folders(job, resources)],
+        teardown=list(lines.after),
+        array_parallelism=resources.array_limit or num_elements,
     )
     return executor
 
@@ -171,34 +197,41 @@ def python_command(job: JobFolders, resources: Resources) -> str:
         return "python3"
     if not resources.has_gpus:
         template = template.replace(" --nv ", " ")
-    mounts = ",".join(mounted_folders(job))
-    words = template.replace("{mounts}", shlex.quote(mounts))
+    words = template.replace("{mounts}", shlex.quote(",".join(mounted_folders(job))))
     return words.replace("{image}", shlex.quote(resources.container))
 
 
 def mounted_folders(job: JobFolders) -> list[str]:
-    """Folders of the host that a job needs in a container: its files, and the working directory
-    from which relative paths start.
+    """Folders of the host that a job needs in a container: its files, what its config or command
+    names, and the working directory from which relative paths start.
     """
-    folders = {str(job.mount), os.getcwd(), *job.data}
-    return sorted(folders)
+    return mounts.outermost({str(job.mount), os.getcwd(), *job.data, *job.local})
 
 
-def setup_lines(job: JobFolders, resources: Resources) -> list[str]:
-    """Shell lines before srun.
+def lines_for_local_folders(job: JobFolders, resources: Resources) -> list[str]:
+    """Shell lines that make folders on the disk of every node, since a container mounts only what
+    exists.
+    """
+    if not (resources.container and job.local):
+        return []
+    folders = " ".join(shlex.quote(folder) for folder in job.local)
+    on_each_node = 'command srun --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1'
+    return [f"{on_each_node} mkdir -p {folders}"]
 
-    They say where the ranks meet and which tapct they import, and they end a job that has been
-    started too often. RANK and WORLD_SIZE are unset: those of the submitting shell would take
-    precedence over SLURM's variables.
+
+def training_lines(job: JobFolders, resources: Resources) -> ShellLines:
+    """What the batch script of a job that trains does around its ranks.
+
+    The lines give the ranks the place where they meet and the tapct that they import, and they end
+    a job that has been started too often.
 
     Args:
-        job: folders of the job.
+        job: folders of the job, whose `folder` is RUN/jobs/<time> with the file `places`.
         resources: bounds on requeues.
     """
     own = f'{shlex.quote(str(job.folder))}/"$TAPCT_JOB"'
     places = shlex.quote(str(JobFolder(job.folder).places))
-    return [
-        *resources.setup,
+    before = [
         'export TAPCT_JOB="${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}"',
         'export TAPCT_JOB="${TAPCT_JOB:-$SLURM_JOB_ID}"',
         f"export {ending.MARK}={own}.end",
@@ -206,8 +239,7 @@ def setup_lines(job: JobFolders, resources: Resources) -> list[str]:
         f'TAPCT_PLACE="$(sed -n "$((${{SLURM_ARRAY_TASK_ID:-0}} + 1))p" {places})"',
         f"TAPCT_FILES={own}",
         *restarts.lines_before(resources),
-        f'export PYTHONPATH={shlex.quote(str(job.code))}"${{PYTHONPATH:+:$PYTHONPATH}}"',
-        "unset RANK WORLD_SIZE LOCAL_RANK",
+        *_lines_about_code(job),
         'MASTER_ADDR="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"',
         "MASTER_PORT=$((20000 + (SLURM_JOB_ID + 17 * ${SLURM_RESTART_COUNT:-0}) % 10000))",
         "# this shell runs on that node; another program may listen at the port",
@@ -217,4 +249,28 @@ def setup_lines(job: JobFolders, resources: Resources) -> list[str]:
         "export MASTER_ADDR MASTER_PORT",
         "# this shell is signalled too, and the lines after srun must still run",
         "trap : TERM USR1 USR2",
+    ]
+    # --wait=0, because the first rank may stay for the last evaluation after the others have ended
+    srun = ("--kill-on-bad-exit=1", "--wait=0")
+    return ShellLines(tuple(before), srun, tuple(restarts.lines_after()))
+
+
+def element_lines(job: JobFolders) -> ShellLines:
+    """What the batch script does around an element that needs no other one.
+
+    Args:
+        job: folders of the job.
+    """
+    return ShellLines(tuple(_lines_about_code(job)))
+
+
+def _lines_about_code(job: JobFolders) -> list[str]:
+    """Shell lines that make Python import the copy of tapct.
+
+    RANK and WORLD_SIZE are unset: those of the submitting shell would take precedence over SLURM's
+    variables.
+    """
+    return [
+        f'export PYTHONPATH={shlex.quote(str(job.code))}"${{PYTHONPATH:+:$PYTHONPATH}}"',
+        "unset RANK WORLD_SIZE LOCAL_RANK",
     ]

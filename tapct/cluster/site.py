@@ -1,17 +1,19 @@
 """Defaults of a cluster for `tapct submit`, from a YAML file.
 
 TAPCT_SITE names the file; without this variable it is ~/.config/tapct/site.yaml. Its keys are the
-long options of `tapct submit`:
+long options of `tapct submit`. A section with the name of a command replaces them for it:
 
     partition: gpu
     account: lab
     cpus-per-task: 8
     setup: [module load cuda]
     sbatch: ["--gres=gpu:h100:4"]
+    index: {partition: cpu, sbatch: []}
 """
 
 from __future__ import annotations
 
+import difflib
 import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -25,6 +27,7 @@ from tapct.base.exits import UserError
 VARIABLE = "TAPCT_SITE"
 LISTS = ("sbatch", "setup", "srun-args")  # the values of the file come before those of the command
 NOT_OF_A_SITE = ("sweep", "allow-change", "dry-run", "job-name", "dependency")
+SECTIONS = ("train", "index", "pack", "embed", "eval")  # train: `tapct submit CONFIG`
 
 
 def site_file(environment: Mapping[str, str]) -> Path | None:
@@ -47,13 +50,17 @@ def site_file(environment: Mapping[str, str]) -> Path | None:
 
 
 def with_site(
-    given: Mapping[str, Any], explicit: Collection[str], environment: Mapping[str, str] = os.environ
+    given: Mapping[str, Any],
+    explicit: Collection[str],
+    command: str = "train",
+    environment: Mapping[str, str] = os.environ,
 ) -> dict[str, Any]:
     """Options of a command with the defaults of the site where the command line has none.
 
     Args:
         given: option -> value, with dashes in the names; a default where none was given.
         explicit: options that the command line has given.
+        command: section of the file that replaces the other keys.
         environment: environment variables.
     Raises:
         UserError: the file of the site is no YAML mapping, or names no option.
@@ -61,18 +68,59 @@ def with_site(
     path = site_file(environment)
     if path is None:
         return dict(given)
+    content = read(path)
+    sections = {name: content.pop(name) for name in SECTIONS if name in content}
+    defaults = checked_section(path, "", content, given)
+    for name, section in sections.items():
+        if not isinstance(section, dict):
+            raise UserError(
+                f"{path}: {name} must map options of tapct submit to values, e.g. {name}: "
+                "{partition: cpu}"
+            )
+        of_command = checked_section(path, f"{name}.", section, given)
+        if name == command:
+            defaults |= of_command
     options = dict(given)
-    for key, value in read(path).items():
-        name = key.replace("_", "-")
+    for name, value in defaults.items():
+        if name in LISTS:
+            options[name] = [*value, *(given[name] or [])]
+        elif name not in explicit:
+            options[name] = value
+    return options
+
+
+def checked_section(
+    path: Path, prefix: str, section: Mapping[str, Any], given: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Options in the file by their names with dashes, in their types.
+
+    Args:
+        path: file of the site.
+        prefix: name of the section in front of its keys.
+        section: key -> value, a text or a list of texts.
+        given: all options, with values of their types.
+    Raises:
+        UserError: a key names no option that a site can set, or a value has another type.
+    """
+    options: dict[str, Any] = {}
+    for written, value in section.items():
+        name, key = str(written).replace("_", "-"), f"{prefix}{written}"
         if name not in given or name in NOT_OF_A_SITE:
-            known = ", ".join(sorted(set(given) - set(NOT_OF_A_SITE)))
-            raise UserError(f"{path}: {key} is no option that a site can set; it can set {known}")
+            known = sorted(set(given) - set(NOT_OF_A_SITE))
+            near = difflib.get_close_matches(name, known, 1)
+            question = f" did you mean {near[0]}?" if near else ""
+            raise UserError(
+                f"{path}: {key} is no option that a site can set;{question} it can set "
+                f"{', '.join(known)}"
+            )
+        if name in options:
+            raise UserError(f"{path}: {key} is given twice; give it once")
         if name in LISTS:
             lines = [value] if isinstance(value, str) else value
             if not isinstance(lines, list) or not all(isinstance(line, str) for line in lines):
                 raise UserError(f"{path}: {key} must be a text or a list of texts")
-            options[name] = [*lines, *(given[name] or [])]
-        elif name not in explicit:
+            options[name] = lines
+        else:
             options[name] = checked(path, key, value, given[name])
     return options
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from tapct.base import console, files, lease
 from tapct.base.exits import UserError
 from tapct.base.lease import Lease
-from tapct.cluster import jobs, script, slurm, sweep, task
+from tapct.cluster import jobs, mounts, script, slurm, sweep, task
 from tapct.cluster.folders import make_new_folder, make_parents
 from tapct.cluster.resources import Resources
 from tapct.cluster.script import JobFolders
@@ -54,9 +54,23 @@ class PlannedRuns:
 
     @property
     def data(self) -> tuple[str, ...]:
-        """Stores of the runs."""
-        stores = {str(store.absolute()) for run in self.runs for store in run.value.data.folders}
-        return tuple(sorted(stores))
+        """Stores of the runs, and the folders of all other files and folders that exist and that
+        their configs name: initial weights, for example.
+        """
+        found: set[str] = set()
+        for run in self.runs:
+            found |= {str(store.absolute()) for store in run.value.data.folders}
+            found |= mounts.named_in(run.to_dict())
+        return tuple(sorted(found))
+
+    @property
+    def local(self) -> tuple[str, ...]:
+        """Folders on the disks of the nodes."""
+        caches = set()
+        for run in self.runs:
+            for stage in run.value.resolved_stages():
+                caches.add(stage.config.data.cache.dir)
+        return tuple(sorted(str(Path(cache).absolute()) for cache in caches if cache))
 
     @property
     def job_name(self) -> str:
@@ -260,10 +274,11 @@ def submit_runs(
             config = JobFolder(folder).config
             files.write_atomically(config, run.to_yaml())
             arguments.append((str(config), os.getcwd(), str(code), allow_change))
-        lines = "".join(f"{folder}\n" for folder in job_folders)
-        JobFolder(log_folder).places.write_text(lines, encoding="utf-8")
-        job = JobFolders(planned.job_name, log_folder, code, planned.data)
-        ids = script.submit_tasks(job, resources, task.run_task, arguments)
+        places = "".join(f"{folder}\n" for folder in job_folders)
+        JobFolder(log_folder).places.write_text(places, encoding="utf-8")
+        job = JobFolders(planned.job_name, log_folder, code, planned.data, planned.local)
+        lines = script.training_lines(job, resources)
+        ids = script.submit_tasks(job, resources, lines, task.run_task, arguments)
         undo.pop_all()  # SLURM has accepted the job: keep all new folders
         submissions = []
         for folder, run, id in zip(job_folders, planned.runs, ids, strict=True):
@@ -285,10 +300,10 @@ def preview_batch_script(planned: PlannedRuns, resources: Resources) -> str:
     The preview needs no SLURM and writes nothing.
     """
     root = RunFolder(planned.root.absolute())
-    job = JobFolders(
-        planned.job_name, root.jobs / "TIME", root.code / snapshot_name(), planned.data
-    )
-    lines = [script.make_batch_script(job, resources, len(planned.runs))]
+    code, folder = root.code / snapshot_name(), root.jobs / "TIME"
+    job = JobFolders(planned.job_name, folder, code, planned.data, planned.local)
+    around = script.training_lines(job, resources)
+    lines = [script.make_batch_script(job, resources, around, len(planned.runs))]
     for number, out in enumerate(planned.folders):
         if out != planned.root:
             lines.append(f"# run {number}: {out}")

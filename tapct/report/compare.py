@@ -400,7 +400,7 @@ def render_text(comparison: Comparison, width: int) -> str:
     column = min(COLUMN, max(widest, *(len(run.name) for run in comparison.runs)))
     together = max(1, (width - first - 1) // (column + 1))
     shown = io.StringIO()
-    out = Console(file=shown, width=width, color_system=None)
+    out = Console(file=shown, width=width, color_system=None, emoji=False)
     for begin in range(0, len(comparison.runs), together):
         block = slice(begin, begin + together)
         table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)

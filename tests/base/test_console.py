@@ -94,10 +94,10 @@ def test_log_is_light_enough_for_the_help_text() -> None:
 
 
 def test_an_error_is_one_plain_line_elsewhere(capsys: pytest.CaptureFixture[str]) -> None:
-    console.error("configs/[bold]a.yaml:3: a\nb " + "word " * 60 + "\x1b[31m")
+    console.error("configs/[bold]a:b:.yaml:3: a\nb " + "word " * 60 + "\x1b[31m")
     out, err = capsys.readouterr()
     assert out == ""
-    assert err == "error: configs/[bold]a.yaml:3: a b " + "word " * 60 + "\\x1b[31m\n"
+    assert err == "error: configs/[bold]a:b:.yaml:3: a b " + "word " * 60 + "\\x1b[31m\n"
 
 
 def test_an_error_breaks_between_words_only_on_a_narrow_terminal() -> None:
@@ -132,8 +132,8 @@ def test_text_that_the_stream_cannot_hold_is_escaped() -> None:
 
 
 def test_say_neither_wraps_nor_reads_markup(capsys: pytest.CaptureFixture[str]) -> None:
-    console.say("[red]" + "x" * 300 + " 12")
-    assert capsys.readouterr().out == "[red]" + "x" * 300 + " 12\n"
+    console.say("[red]a:b:" + "x" * 300 + " 12")
+    assert capsys.readouterr().out == "[red]a:b:" + "x" * 300 + " 12\n"
 
 
 def test_only_the_first_rank_prints_but_errors_of_all_are_printed(

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
+from shell import Shell
+from shell import shell as shell
 
 from tapct.base.exits import UserError
 from tapct.base.launcher import Torchrun, check_launcher
@@ -42,6 +46,44 @@ def test_a_mistake_is_refused(environment: dict[str, str], parts: list[str]) -> 
 )
 def test_what_a_launcher_sets_is_accepted(environment: dict[str, str]) -> None:
     check_launcher(environment)
+
+
+@pytest.mark.parametrize(
+    ("variables", "part"),
+    [
+        ({"RANK": "1", "WORLD_SIZE": "2"}, "process number 1 of 2"),
+        ({"SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "4"}, "process number 3 of 4"),
+        ({"RANK": "x", "WORLD_SIZE": "2"}, "RANK=x, WORLD_SIZE=2"),
+        ({"RANK": "5", "WORLD_SIZE": "2"}, "RANK=5, WORLD_SIZE=2"),
+    ],
+)
+def test_a_command_without_ranks_refuses_to_be_silent(
+    shell: Shell, monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], part: str
+) -> None:
+    monkeypatch.setattr("os._exit", sys.exit)  # by which one of several ranks ends
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    for words in (["jobs", "runs"], ["cancel", "7"], ["submit", "smoke"], ["submit", "index", "a"]):
+        line = shell.bad(*words)
+        assert part in line and "unset" in line, line
+
+
+@pytest.mark.parametrize(
+    ("variables", "part"),
+    [
+        ({"RANK": "x"}, "RANK=x"),
+        ({}, "no MASTER_ADDR"),
+        ({"MASTER_ADDR": "a", "MASTER_PORT": "b"}, "MASTER_PORT=b is no number"),
+    ],
+)
+def test_left_variables_end_a_training_with_one_line(
+    shell: Shell, monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], part: str
+) -> None:
+    monkeypatch.setattr("os._exit", sys.exit)
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", **variables}.items():
+        monkeypatch.setenv(name, value)
+    line = shell.bad("train", "smoke", "out=nowhere", "device=cpu")
+    assert part in line and "unset" in line, line
 
 
 def test_the_end_of_torchrun_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import typer
 from fake_slurm import SBATCH, FakeSlurm
-from fake_slurm import cluster as cluster  # a fixture
+from fake_slurm import cluster as cluster  # fixtures
+from fake_slurm import config as config
+from fake_slurm import store as store
+from shell import Shell
+from shell import shell as shell
 
 from tapct.base.exits import UserError
-from tapct.cli.app import DIVIDED
+from tapct.cli.app import DIVIDED, app
 from tapct.cluster import arrays
 from tapct.cluster.arrays import (
-    ArrayResources,
     Element,
     check_words,
     job_folder,
     preview,
     submit_arrays,
+    words_of_elements,
 )
+from tapct.cluster.resources import Resources
 
 
 def test_the_commands_of_the_command_line_are_those_that_can_be_divided() -> None:
@@ -31,8 +38,8 @@ def test_the_batch_script_asks_for_what_was_given(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    resources = ArrayResources(60, 12, at_once=5, cpus_per_task=4, mem="16G", partition="cpu")
-    text = preview(["index", "scans", "--out", "archive"], resources)
+    resources = Resources(60, array_limit=5, cpus_per_task=4, mem="16G", partition="cpu")
+    text = preview(["index", "scans", "--out", "archive"], resources, 12)
     for line in (
         *("--array=0-11%5", "--cpus-per-task=4", "--mem=16G", "--partition=cpu", "--time=60"),
         *("--requeue", f"--output={tmp_path}/archive.jobs/logs/TIME/%A_%a_0_log.out"),
@@ -53,6 +60,9 @@ def test_the_batch_script_asks_for_what_was_given(
         (["eval"], "needs the model behind eval"),
         (["eval", "--step", "4", "runs/mine"], "needs the model behind eval"),
         (["pack", "m.parquet", "--out", "50%"], "a folder without %"),
+        (["pack", "m.parquet", "--out", "s", "--verify"], "cannot be divided"),
+        (["index", "m.parquet", "--out", "s", "--select", "depth > 9"], "cannot be divided"),
+        (["embed", "m", "scan.nii", "--out", "a.npz"], "the file of a single scan"),
     ],
 )
 def test_what_cannot_be_divided_is_refused_before_the_queue(words: list[str], problem: str) -> None:
@@ -74,7 +84,7 @@ def test_when_a_later_array_is_refused_the_first_one_is_cancelled(
     refusing = 'env > "{here}/variables"\nif [ -e "{here}/submitted.sh" ]; then exit 1; fi\n'
     cluster.command("sbatch", refusing + SBATCH)
     with pytest.raises(UserError, match="sbatch refused"):
-        submit_arrays(["index", "scans", "--out", "archive"], ArrayResources(60, 2))
+        submit_arrays(["index", "scans", "--out", "archive"], Resources(60), 2)
     assert cluster.calls("scancel") == ["scancel 77"]
     assert "SLURM_" not in (cluster.here / "variables").read_text()
     assert not Path("archive.jobs").exists()
@@ -110,3 +120,248 @@ def test_an_element_that_is_killed_is_done_again(
     assert seen == [(command, str(tmp_path))] * calls
     again = element.checkpoint(*given)
     assert again.args == given and isinstance(again.function, Element)
+
+
+def test_the_last_job_alone_writes_the_report() -> None:
+    words = ["index", "scans", "--report", "a.html", "--out", "b", "--report=c.html"]
+    assert words_of_elements(words) == ["index", "scans", "--out", "b"]
+    assert words_of_elements(["pack", "--report", "x"]) == ["pack", "--report", "x"]
+
+
+def test_only_the_first_array_waits_for_the_dependency_of_the_user(
+    tmp_path: Path, cluster: FakeSlurm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    cluster.command("sbatch", 'grep dependency "$1" >> "{here}/dependencies"\n' + SBATCH)
+    words = ["index", "scans", "--out", "archive"]
+    for resources in (
+        Resources(60, dependency="afterok:5"),
+        Resources(60, sbatch=("--dependency=afterok:5", "--nice")),
+    ):
+        submit_arrays(words, resources, 2)
+    lines = (cluster.here / "dependencies").read_text().splitlines()
+    later = "#SBATCH --dependency=afterany:77"
+    assert lines == ["#SBATCH --dependency=afterok:5", later, later] * 2
+
+
+# --- the options of `tapct submit` -------------------------------------------------------------
+
+INDEX = ("submit", "index", "scans", "--out", "archive", "--dry-run")
+OF_TRAINING = {  # options without a meaning for elements that need no other one
+    *("nodes", "tasks_per_node", "max_restarts", "max_idle_restarts", "max_failures"),
+    *("sweep", "allow_change", "dry_run"),
+}
+VALUES: dict[str, str] = {  # one of each option; memory is requested in one unit at a time
+    "time": "3:00:00",
+    "gpus_per_node": "2",
+    "cpus_per_task": "3",
+    "mem": "7G",
+    "mem_per_cpu": "6G",
+    "mem_per_gpu": "5G",
+    "partition": "p",
+    "account": "a",
+    "qos": "q",
+    "constraint": "c",
+    "gres": "lustre:1",
+    "exclude": "n1",
+    "nodelist": "n2",
+    "exclusive": "true",
+    "dependency": "afterok:4",
+    "reservation": "r",
+    "comment": "hello",
+    "mail": "me@lab.org",
+    "job_name": "j",
+    "array_limit": "2",
+    "sbatch": "--licenses=a",
+    "setup": "module load cuda",
+    "srun_args": "--cpu-bind=cores",
+    "container": "image.sif",
+    "container_with": "singularity",
+    "grace": "77",
+}
+MEMORY = ("mem", "mem_per_cpu", "mem_per_gpu")
+ON_COMMAND_LINE_ALONE = ("job_name", "dependency")
+
+
+def as_words(values: dict[str, str]) -> list[str]:
+    """Options on the command line."""
+    words: list[str] = []
+    for name, value in values.items():
+        option = f"--{name.replace('_', '-')}"
+        words += [option] if value == "true" else [option, value]
+    return words
+
+
+def parts_of(script: str) -> tuple[dict[str, str], list[str], set[str]]:
+    """Options of sbatch, lines of setup and words of srun that do not depend on the command."""
+    lines = script.splitlines()
+    options = dict(
+        line.removeprefix("#SBATCH --").partition("=")[::2]
+        for line in lines
+        if line.startswith("#SBATCH --")
+    )
+    for name in ("output", "array", "ntasks-per-node"):
+        options.pop(name, "")
+    (srun,) = (line for line in lines if line.startswith("srun "))
+    of_training = {"--kill-on-bad-exit=1", "--wait=0"}
+    paths = re.compile("--output|--chdir|.*/")
+    words = {word for word in srun.split() if not paths.match(word)} - of_training
+    return options, lines[lines.index("# setup") + 1 :][:1], words
+
+
+def test_the_table_of_values_has_every_option() -> None:
+    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    training = {param.name for param in commands["submit"].params} - {"config", "overrides"}
+    elements = {param.name for param in commands["submit-array"].params} - {"words", "parts"}
+    assert training - OF_TRAINING == set(VALUES) == elements - {"dry_run"}
+    # an option of `tapct submit` would be taken from the command that it divides
+    own = {name for param in commands["submit-array"].params for name in param.opts}
+    for command in DIVIDED:
+        names = {name for param in commands[command].params for name in param.opts}
+        assert names & own == set(), command
+
+
+@pytest.mark.parametrize("memory", MEMORY)
+@pytest.mark.parametrize("place", ["command line", "site"])
+def test_every_option_means_the_same_for_training_and_for_elements(
+    config: Path,
+    shell: Shell,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    memory: str,
+    place: str,
+) -> None:
+    Path("image.sif").touch()
+    Path("scans").mkdir()
+    left_out = {name for name in MEMORY if name != memory}
+    if place == "site":
+        left_out |= set(ON_COMMAND_LINE_ALONE)
+    values = {name: value for name, value in VALUES.items() if name not in left_out}
+    words = as_words(values)
+    if place == "site":
+        lines = [f"{name.replace('_', '-')}: '{value}'" for name, value in values.items()]
+        Path("site.yaml").write_text("\n".join([*lines, "nodes: 1", "max-restarts: 3"]))
+        monkeypatch.setenv("TAPCT_SITE", "site.yaml")
+        words = []
+    training = ("submit", config, "losses.koleo=null", "device=auto", "--dry-run", *words)
+    swept = [*training, "--sweep", "seed=1,2,3"]
+    found = {"train": shell.good(*swept), "index": shell.good(*INDEX, *words)}
+    train, index = parts_of(found["train"]), parts_of(found["index"])
+    if place == "site":
+        assert (train[0].pop("job-name"), index[0].pop("job-name")) == ("tapct-run", "tapct-index")
+    assert train == index
+    for script in found.values():
+        assert re.search("#SBATCH --array=0-[27]%2\n", script)
+        for name, value in values.items():
+            shown = {"time": "=180\n", "exclusive": "--exclusive\n", "grace": "USR2@77"}
+            if name == "container_with":
+                value = "singularity exec --nv --bind "
+            assert shown.get(name, value) in script, name
+
+
+def test_a_section_of_the_site_holds_for_one_command(
+    tmp_path: Path, shell: Shell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("scans").mkdir()
+    site = tmp_path / "site.yaml"
+    site.write_text(
+        "partition: gpu\naccount: lab\nnodes: 4\ncpus-per-task: 4\nsbatch: ['--gres=gpu:h100:4']\n"
+        "index: {partition: cpu, sbatch: []}\n"
+    )
+    monkeypatch.setenv("TAPCT_SITE", str(site))
+    script = shell.good(*INDEX)
+    for line in ("partition=cpu", "account=lab", "nodes=1", "ntasks-per-node=1"):
+        assert f"#SBATCH --{line}\n" in script
+    assert "gres" not in script
+    assert "--workers 4" in " ".join(shown_words(monkeypatch, shell))
+    words = ("submit", "pack", "archive", "--out", "store", "--dry-run")
+    code, script, err = shell(*words, "--dependency", "afterok:1")  # which makes the archive
+    assert code == 0 and "#SBATCH --gres=gpu:h100:4\n" in script
+    assert "tapct pack uses no GPU, but each element requests one" in err
+
+    for text, parts in (
+        ("index: [a]\n", ["index must map options"]),
+        ("index: {partitoin: cpu}\n", ["index.partitoin", "did you mean partition?"]),
+        ("pack: {nodes: x}\n", ["pack.nodes", "whole number"]),
+        ("mem: 1G\nmem-per-cpu: 1G\n", ["--mem", "exclude"]),
+        ("mail: a\nmail: [b]\n", ["mail", "must be a text"]),
+        ("cpus_per_task: 1\ncpus-per-task: 2\n", ["cpus-per-task is given twice"]),
+    ):
+        site.write_text(text)
+        line = shell.bad(*INDEX)
+        assert all(part in line for part in parts), line
+
+
+def shown_words(monkeypatch: pytest.MonkeyPatch, shell: Shell) -> list[str]:
+    """The command that elements get."""
+    seen: list[str] = []
+
+    def preview_words(words: list[str], *_: object) -> str:
+        seen.extend(words)
+        return ""
+
+    with monkeypatch.context() as patch:
+        patch.setattr(arrays, "preview", preview_words)
+        shell.good(*INDEX)
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        ("index scans --out a --wrokers 3", ["tapct index has no option", "--workers"]),
+        ("index scans --out a --nodes 2", ["tapct index has no option --nodes"]),
+        ("pack --out a", ["tapct pack needs"]),
+        ("index scans --out a --min-depth many", ["--min-depth"]),
+        ("index scans --out a --sbatch foo", ["--sbatch 'foo'", "long form"]),
+        ("index scans --out a --sbatch --array=0-4", ["--parts"]),
+        ("index scans --out a --container no.sif", ["--container no.sif", "no such file"]),
+        ("index scans --out a --time 1", ["--grace 120 s", "--time"]),
+        ("index scans --out a --parts 0", ["--parts", "tapct submit index -h"]),
+        ("index nowhere --out a", ["nowhere does not exist", "--dependency"]),
+        ("eval runs/none", ["runs/none does not exist"]),
+    ],
+)
+def test_a_mistake_is_found_before_the_queue(
+    tmp_path: Path,
+    cluster: FakeSlurm,
+    shell: Shell,
+    monkeypatch: pytest.MonkeyPatch,
+    words: str,
+    parts: list[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("scans").mkdir()
+    line = shell.bad("submit", *words.split())
+    assert all(part in line for part in parts), line
+    assert cluster.calls() == [] and not list(tmp_path.glob("*.jobs"))
+
+
+def test_a_container_gets_what_the_command_names(
+    config: Path,
+    store: Path,
+    shell: Shell,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shell.good("train", config, "train.steps=1")
+    (tmp_path / "elsewhere").mkdir()
+    Path("link").symlink_to(tmp_path / "elsewhere")
+    work = tmp_path / "work"
+    work.mkdir()
+    monkeypatch.chdir(work)
+    Path("image.sif").touch()
+    words = ("--container", "image.sif", "--dry-run", "--parts", "2")
+    script = shell.good("submit", "eval", "../run", "--out", "../link/e", *words)
+    bound = mounts_of(script)
+    assert {str(work), str(tmp_path / "run"), str(tmp_path / "elsewhere")} <= bound
+    assert str(store) in bound, "the config of the run names it"
+    assert f" {work}/image.sif python3 -u" in script, "the task starts in another folder"
+    script = shell.good("submit", "pack", store.parent, "--out", "store", *words)
+    assert str(store.parent) in mounts_of(script)
+
+
+def mounts_of(script: str) -> set[str]:
+    (bound,) = re.findall(" --bind (\\S+) ", script)
+    return set(bound.split(","))

@@ -32,7 +32,7 @@ def test_only_two_files_of_the_cluster_run_commands_of_slurm() -> None:
         "cluster/slurm.py",
         "cluster/restarts.py",  # shell lines of `cluster/script.py`
         "cluster/site.py",  # these two only name the option --sbatch
-        "cli/cluster.py",
+        "cli/submitted_resources.py",
         "doctor/machine.py",
         "run/background_eval.py",
     }

@@ -7,6 +7,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -21,6 +23,7 @@ from shell import Shell, files_of
 from shell import shell as shell
 
 from tapct.base import ending
+from tapct.base.exits import UserError
 from tapct.base.lease import Lease
 from tapct.cluster import jobs, submit, task
 from tapct.cluster.resources import Resources
@@ -176,29 +179,68 @@ def test_lines_of_setup_come_first_and_words_of_srun_before_python(
 @pytest.mark.parametrize(
     ("program", "parts"),
     [
-        ((), ["apptainer exec --bind ", "{here},{here}/run a.sif python3 -u -m submitit"]),
+        ((), ["apptainer exec --bind ", ",{here} {here}/a.sif python3 -u -m submitit"]),
         (
             ("pyxis",),
-            ["--container-image=a.sif", "--container-mounts=", "{here}:{here}", " python3 -u"],
+            ["--container-image={here}/a.sif", "--container-mounts=", "{here}:{here}", " python3"],
         ),
-        (("enter {image} -- python",), [" enter a.sif -- python -u -m submitit"]),
+        (("enter {image} -- python",), [" enter {here}/a.sif -- python -u -m submitit"]),
     ],
 )
 def test_python_runs_in_a_container(
     config: Path, shell: Shell, tmp_path: Path, program: tuple[str, ...], parts: list[str]
 ) -> None:
+    Path("a.sif").touch()
     words = [word for each in program for word in ("--container-with", each)]
     script = shell.good("submit", config, "--dry-run", "--container", "a.sif", *words)
     (srun,) = (line for line in script.splitlines() if line.startswith("srun "))
     for part in parts:
-        assert part.format(here=tmp_path, image="{image}") in srun, srun
+        assert part.format(here=tmp_path) in srun, srun
     assert subprocess.run(["bash", "-n"], input=script, text=True, check=False).returncode == 0
 
 
-def test_a_container_gets_all_stores_of_a_run(config: Path) -> None:
+def test_a_container_gets_all_that_a_run_names(
+    config: Path,
+    store: Path,
+    shell: Shell,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     stores = "data.stores=[{path: one}, {path: /data/two}]"
     planned = submit.plan_runs(config, [stores], [])
-    assert planned.data == ("/data/two", str(Path("one").absolute()))
+    assert planned.data == tuple(sorted(["/data/two", str(Path("one").absolute()), str(store)]))
+
+    other = tmp_path / "other"  # outside of the working directory
+    weights = other / "run" / "checkpoints" / "step_00000004" / "teacher.safetensors"
+    weights.parent.mkdir(parents=True)
+    weights.touch()
+    work = tmp_path / "work"
+    (other / "runs").mkdir()
+    work.mkdir()
+    (work / "out").symlink_to(other / "runs")
+    (work / "a.sif").touch()
+    monkeypatch.chdir(work)
+    words = ("out=out/mine", f"train.init={weights}", "data.cache.dir=/local/cache")
+    with_image = ("submit", config, "--dry-run", *words, "--container", "a.sif")
+    script = shell.good(*with_image)
+    (bound,) = re.findall(r" --bind (\S+) ", script)
+    assert bound.split(",") == sorted(
+        # the symlink `out` lies in the working directory, and leads to the second one
+        ["/local/cache", str(other / "run"), str(other / "runs/mine"), str(store), str(work)]
+    )
+    (line,) = (line for line in script.splitlines() if "mkdir -p" in line)
+    assert line.startswith("command srun ") and line.endswith("mkdir -p /local/cache")
+    pyxis = shell.good(*with_image, "--container-with", "pyxis")
+    assert "-mounts=/local/cache:/local/cache," in pyxis
+    assert f",{other}/run:{other}/run," in pyxis
+    assert "mkdir -p" not in shell.good("submit", config, "--dry-run", *words)
+    line = shell.bad(*with_image, f"data.store={odd_store(store, tmp_path)}")
+    assert "a:b: a container cannot mount a folder with a comma or colon" in line
+
+
+def odd_store(store: Path, folder: Path) -> Path:
+    """A store with a colon in its path."""
+    return Path(shutil.copytree(store, folder / "a:b"))
 
 
 def test_a_file_of_the_site_has_the_defaults_of_a_cluster(
@@ -442,6 +484,96 @@ def test_a_start_that_slurm_has_cut_off_is_recorded(script: str, cluster: FakeSl
     assert last_event()["nodes"] == "n0", "a start that ended by itself is not cut off"
 
 
+def set_nodes(cluster: FakeSlurm, **facts: str) -> None:
+    """Let scontrol answer for some nodes; the job has the nodes n0 and n1."""
+    lines = "".join(f"echo 'NodeName={name} {fact} Reason=x'\n" for name, fact in facts.items())
+    cluster.command(
+        "scontrol",
+        f'if [ "$1 $2" = "show node" ]; then\n{lines}:\nfi\n'
+        'if [ "$1 $2 $3" = "show hostnames n[0-1]" ]; then printf "n0\\nn1\\n"; fi\n'
+        'if [ "$1 $2" = "show job" ]; then echo "JobId=77 JobState=RUNNING '
+        'ExcNodeList=(null) Reason=None"; fi\n',
+    )
+
+
+UP = "State=ALLOCATED BootTime=2001-01-01T00:00:00 SlurmdStartTime=2001-01-01T00:00:00"
+BOOTED = UP.replace("BootTime=2001", "BootTime=2901")
+RESTARTED = UP.replace("SlurmdStartTime=2001", "SlurmdStartTime=2901")
+DOWN = "State=DOWN*+DRAIN BootTime=None SlurmdStartTime=None"
+
+
+@pytest.mark.parametrize(
+    ("facts", "found"),
+    [
+        ({"n0": DOWN, "n1": UP}, "n0"),
+        ({"n0": BOOTED, "n1": UP}, "n0"),
+        ({"n0": UP, "n1": RESTARTED}, "n1"),
+        ({"n0": UP, "n1": UP.replace("ALLOCATED", "IDLE+NOT_RESPONDING")}, "n1"),
+        ({"n0": DOWN, "n1": DOWN}, "n0,n1"),
+        ({"n0": UP, "n1": UP}, ""),
+        ({"n0": UP.replace("ALLOCATED", "IDLE+DRAIN+POWERED_DOWN"), "n1": UP}, ""),
+        ({}, ""),  # SLURM does not respond
+    ],
+)
+def test_a_node_that_fell_with_the_batch_script_is_found(
+    script: str, cluster: FakeSlurm, facts: dict[str, str], found: str
+) -> None:
+    set_nodes(cluster, **facts)
+    run_script(cluster, script, saves(1) + "kill -KILL $PPID\n", SLURMD_NODENAME="n0")
+    assert run_script(cluster, script, "exit 0\n", SLURMD_NODENAME="n1").returncode == 0
+    event = last_event()
+    if found:
+        assert (event["event"], event["nodes"]) == ("lost", found)
+        assert event["why"] == f"SLURM has ended the start: {found} failed"
+    else:
+        assert (event["event"], event["nodes"]) == ("cut off", "n0")
+    asked = [line for line in cluster.calls("scontrol show node") if "show node -o" in line]
+    assert asked == ["scontrol show node -o n0,n1"]
+
+
+def test_a_first_node_that_fell_twice_is_left_and_excluded(script: str, cluster: FakeSlurm) -> None:
+    cluster.command("sinfo", "printf '%s\\n' n0 n1 n2\n")
+    set_nodes(cluster, n0=BOOTED, n1=UP)
+    known = {"SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_PARTITION": "gpu", "SLURMD_NODENAME": "n0"}
+    cut_off = "kill -KILL $PPID\n"
+    for step in (1, 2):
+        run_script(cluster, script, saves(step) + cut_off, **known)
+    assert requeues(cluster) == [] and cluster.calls("scontrol update") == []
+    done = run_script(cluster, script, saves(3) + "exit 0\n", **known)
+    assert done.returncode == 0 and len(cluster.calls("srun")) == 2, "it has not trained"
+    assert requeues(cluster) == ["scontrol requeue 77"]
+    assert cluster.calls("scontrol update") == ["scontrol update JobId=77 ExcNodeList=n0"]
+    assert "tapct: n0 lost 2 starts, so the job leaves it" in done.stdout
+    # if SLURM starts it there again although it is excluded, it trains
+    assert run_script(cluster, script, saves(3) + "exit 0\n", **known).returncode == 0
+    assert len(cluster.calls("srun")) == 3 and len(requeues(cluster)) == 1
+
+
+def test_a_node_that_fell_twice_stays_where_no_other_is_left(
+    script: str, cluster: FakeSlurm
+) -> None:
+    cluster.command("sinfo", "printf '%s\\n' n0 n1\n")
+    set_nodes(cluster, n0=BOOTED, n1=UP)
+    known = {"SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_PARTITION": "gpu", "SLURMD_NODENAME": "n0"}
+    for step in (1, 2):
+        run_script(cluster, script, saves(step) + "kill -KILL $PPID\n", **known)
+    done = run_script(cluster, script, saves(3) + "exit 0\n", **known)
+    assert done.returncode == 0 and len(cluster.calls("srun")) == 3 and requeues(cluster) == []
+    assert "n0 lost 2 starts, but too few other nodes are left" in done.stderr
+
+
+def test_a_failed_node_counts_also_where_slurm_itself_requeues_the_job(
+    script: str, cluster: FakeSlurm
+) -> None:
+    (cluster.here / "state").write_text("COMPLETING")
+    failure = "echo 'srun: error: Node failure on n1' >&2; "
+    for step in (1, 2, 3):
+        done = run_script(cluster, script, saves(step) + failure + "exit 1\n")
+        assert done.returncode == 0 and requeues(cluster) == []
+    lost = Path("run/jobs/TIME/77.lost").read_text().splitlines()
+    assert [line.split()[1] for line in lost] == ["n1"] * 3
+
+
 def test_starts_that_are_lost_without_progress_end(script: str, cluster: FakeSlurm) -> None:
     ends = [saves(1) + LOST, LOST, LOST, saves(2) + LOST, LOST, LOST, LOST, LOST]
     codes = [run_script(cluster, script, end + "exit 3\n").returncode for end in ends]
@@ -631,7 +763,14 @@ def test_a_sweep_is_submitted_as_one_array_with_a_folder_per_run(
         ("--mem 2G --mem-per-cpu 1G", ["--mem", "--mem-per-cpu", "exclude"]),
         ("--partition a --sbatch --partition=b", ["--partition", "twice"]),
         ("--sbatch --nice=1 --sbatch --nice=2", ["--nice", "twice"]),
-        ("--container a --container-with docker", ["docker", "apptainer"]),
+        ("--container docker://a --container-with docker", ["docker", "apptainer"]),
+        ("--container a.sif", ["--container a.sif", "no such file", "docker://"]),
+        ("--container /a --container-with pyxis", ["--container /a", "no such file"]),
+        ("--container $NOWHERE/a.sif", ["NOWHERE", "not set"]),
+        ("--sbatch foo", ["--sbatch 'foo'", "long form"]),
+        ("--srun-args foo", ["--srun-args 'foo'", "not an option of srun"]),
+        ("--srun-args --a='b", ["--srun-args", "no closing quotation"]),
+        ("--container-with 'a{image}", ["--container-with", "no closing quotation"]),
     ],
 )
 def test_what_cannot_run_is_not_submitted(
@@ -642,6 +781,11 @@ def test_what_cannot_run_is_not_submitted(
     for part in named:
         assert part in line, line
     assert files_of(tmp_path) == before and cluster.calls() == []
+
+
+def test_an_option_with_several_lines_would_end_the_batch_script_early() -> None:
+    with pytest.raises(UserError, match="--comment .* has several lines"):
+        Resources(minutes=10, comment="a\nb")
 
 
 def test_when_sbatch_refuses_nothing_is_left_behind(

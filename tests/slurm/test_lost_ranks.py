@@ -6,6 +6,7 @@ TAPCT_SLURM=1 pytest -m slurm tests/slurm
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -20,6 +21,7 @@ from slurm_jobs import (
     events_of,
     log_of,
     processes_of,
+    processes_on,
     state_of,
     steps_of,
     submit,
@@ -68,7 +70,7 @@ def test_a_taken_port_does_not_stop_a_job(here: Path) -> None:
 
 @pytest.mark.slow
 def test_a_rank_that_stands_still_is_named_and_the_job_comes_back(here: Path) -> None:
-    job = submit(here, "run", *WORDS, "parallel.timeout_s=5", nodes=2)
+    job = submit(here, "run", *WORDS, "parallel.timeout_s=20", nodes=2)
     wait_for(lambda: steps_of("run") >= 25, "run", job)
     (rank,) = processes_of("run", "node1")
     os.kill(rank, signal.SIGSTOP)
@@ -92,6 +94,23 @@ def test_a_node_that_is_gone_does_not_end_the_job(here: Path, slurm: Path) -> No
     subprocess.run(["slurmd", "-N", "node1"], check=True)  # it boots again
     wait_for_end("run", job)
     assert events_of("run") == ["start", "lost", "start", "done"]
+
+
+@pytest.mark.slow
+def test_a_first_node_that_is_gone_with_the_batch_script_has_lost_the_start(
+    here: Path, slurm: Path
+) -> None:
+    job = submit(here, "run", *WORDS, nodes=2)
+    wait_for(lambda: steps_of("run") >= 25, "run", job)
+    os.kill(int((slurm / "run" / "slurmd-node0.pid").read_text()), signal.SIGKILL)
+    for process in processes_on("node0", job):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process, signal.SIGKILL)
+    subprocess.run(["slurmd", "-N", "node0"], check=True)  # it boots again
+    wait_for_end("run", job)
+    assert events_of("run") == ["start", "lost", "start", "done"]
+    assert last_loss("run")["nodes"] == "node0"
+    assert last_loss("run")["why"] == "SLURM has ended the start: node0 failed"
 
 
 @pytest.mark.slow

@@ -56,7 +56,7 @@ def numbers_of_all(run: str) -> list[dict[str, float]]:
 def test_a_job_survives_many_losses(here: Path, slurm: Path) -> None:
     random.seed(0)
     steps = f"train.steps={STEPS_BETWEEN * (LOSSES + 3)}"
-    words = (steps, "log.every=1", "checkpoint.every=10", "parallel.timeout_s=8")
+    words = (steps, "log.every=1", "checkpoint.every=10", "parallel.timeout_s=20")
     calm = submit(here, "calm", *words, nodes=2)
     wait_for_end("calm", calm)
     job = submit(here, "run", *words, nodes=2)
