@@ -11,6 +11,7 @@ from tapct.data.scans.geometry import (
     check_same_directions,
     check_same_grid,
     corners_in_scan,
+    sizes_of,
     voxel_to_mm,
 )
 from tapct.types import IGNORE_LABEL, LabelMap, Refused, Volume
@@ -47,7 +48,7 @@ def fit_to_scan(
             directions=volume.directions,
         )
     check_same_directions(volume, labels)
-    sizes = f"labels are {labels.labels_ZYX.shape}, the scan is {volume.hu_ZYX.shape}"
+    sizes = sizes_of(volume, labels)
     placed_83 = corners_in_scan(volume, labels)
     offset_XYZ = np.rint(placed_83[0])
     off = float(np.abs(placed_83 - offset_XYZ - box_corners(labels.labels_ZYX.shape)).max())

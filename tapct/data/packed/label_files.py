@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from tapct.base.geometry import times
 from tapct.data.manifest import Manifest, Row
 from tapct.data.readers import nifti_labels
 from tapct.data.scans import tilt
@@ -116,7 +117,9 @@ def _check_same(grid: FileGrid, row: Row) -> None:
     view_ZYX, spacing_mm, origin_mm, directions = to_lps(stand_in_IJK, grid.affine)
     packed = (row.depth, row.height, row.width)
     if view_ZYX.shape != packed:
-        raise Refused("grid_mismatch", f"the original is {view_ZYX.shape}, packed is {packed}")
+        raise Refused(
+            "grid_mismatch", f"the original is {times(view_ZYX.shape)}, packed is {times(packed)}"
+        )
     row_mm = (row.spacing_z_mm, row.spacing_y_mm, row.spacing_x_mm)
     same = np.allclose(spacing_mm, row_mm, rtol=1e-3)
     if row.origin_mm and row.directions:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 
+from tapct.base.geometry import times
 from tapct.base.marks import file_name
 from tapct.data.readers import dicom_elements as elements
 from tapct.data.readers.raw import is_out_of_memory
@@ -69,8 +70,8 @@ def stored_values(
     if pixels.size != num_frames * rows * columns:
         raise Refused(
             "corrupt",
-            f"{file_name(path)} decodes to {pixels.shape} pixels; its header gives {rows} rows, "
-            f"{columns} columns",
+            f"{file_name(path)} decodes to {times(pixels.shape)} pixels; its header gives "
+            f"{rows} rows, {columns} columns",
         )
     return pixels.reshape(num_frames, rows, columns), is_rescaled
 

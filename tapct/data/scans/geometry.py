@@ -7,6 +7,7 @@ from typing import TypeAlias
 
 import numpy as np
 
+from tapct.base.geometry import times
 from tapct.types import Directions, LabelMap, Refused, Volume
 
 Spacing3: TypeAlias = tuple[float, float, float]  # mm along (z, y, x)
@@ -170,6 +171,12 @@ def box_corners(shape_ZYX: tuple[int, ...]) -> np.ndarray:
     return np.asarray(list(itertools.product((0, x), (0, y), (0, z))), dtype=np.float64)
 
 
+def sizes_of(volume: Volume, labels: LabelMap) -> str:
+    """Sizes of labels and scan, for the line of a refusal."""
+    labelled, scanned = times(labels.labels_ZYX.shape), times(volume.hu_ZYX.shape)
+    return f"labels are {labelled}, the scan is {scanned} voxels (z, y, x)"
+
+
 def check_same_grid(volume: Volume, labels: LabelMap) -> None:
     """Refuse labels that do not lie on the scan's own voxels.
 
@@ -184,10 +191,7 @@ def check_same_grid(volume: Volume, labels: LabelMap) -> None:
         Refused: `grid_mismatch`.
     """
     if volume.hu_ZYX.shape != labels.labels_ZYX.shape:
-        raise Refused(
-            "grid_mismatch",
-            f"labels are {labels.labels_ZYX.shape}, the scan is {volume.hu_ZYX.shape}",
-        )
+        raise Refused("grid_mismatch", sizes_of(volume, labels))
     check_same_directions(volume, labels)
     off_83 = corners_in_scan(volume, labels) - box_corners(labels.labels_ZYX.shape)
     distance = float(np.abs(off_83).max())
