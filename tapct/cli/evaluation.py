@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -220,6 +221,8 @@ def check_licence(licence: str) -> None:
     from packaging.licenses import InvalidLicenseExpression, canonicalize_license_expression
 
     try:
+        if re.search(r"[\s()]", licence) or licence.lower().startswith("licenseref-"):
+            raise InvalidLicenseExpression("an expression, or a licence of one's own")
         canonicalize_license_expression(licence)
     except InvalidLicenseExpression as error:
         raise exits.UserError(

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tapct.base.exits import UserError
-from tapct.base.geometry import Grid, Size3, patch_grid
+from tapct.base.geometry import Grid, Size3, patch_grid, times
 from tapct.config import setting
 from tapct.types import AIR_HU, HUContract
 from tapct.views.resample import resize_volume
@@ -99,7 +99,7 @@ class Preprocess:
             name: section of these settings, for the error line.
         Raises:
             UserError: a patch cannot be divided into `refine` cells, windows do not lie on the
-                grid, or no window lies between the patches of the others.
+                grid, or the stride leads to some cells of a patch only.
         """
         on_grid = "windows fall on the patch grid"
         patch_grid(self.window, patch, f"{name}.window", on_grid)
@@ -110,13 +110,16 @@ class Preprocess:
                     f"{side} voxels; change it"
                 )
         z, y, x = (side // parts for side, parts in zip(patch, self.refine, strict=True))
+        if max(self.refine) > 1:
+            on_grid = f"{name}.refine divides the patch {times(patch)} into such cells"
         steps = patch_grid(self.stride, (z, y, x), f"{name}.stride", on_grid)
         for axis, step, cell, parts in zip("zyx", steps, (z, y, x), self.refine, strict=True):
             if math.gcd(step, parts) > 1:
+                fits = next(n for n in range(step - 1, 0, -1) if math.gcd(n, parts) == 1)
                 raise UserError(
                     f"{name}.refine is {parts} along {axis}, but with a stride of "
-                    f"{step * cell} windows never lie between the patches of the others; use a "
-                    f"stride of {(step - 1) * cell}, or {name}.refine 1"
+                    f"{step * cell} windows do not lie at every cell of a patch; use a stride of "
+                    f"{fits * cell}, or {name}.refine 1"
                 )
         return z, y, x
 

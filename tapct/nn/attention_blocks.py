@@ -10,7 +10,7 @@ Plain form, for one crop and one head, from norm_N, the log-sum-exp of the score
     dk_NC      = dscores_NN.T @ q_NC / sqrt(C)
 
 Here a block of the N x N matrices is computed, used and overwritten: it belongs to some keys and
-all queries. Its size is bounded, so memory is linear in N.
+all queries. Each thread has two blocks of bounded size, so memory is linear in N.
 
 torch's own kernel works on smaller blocks, whose products in bf16 do not use the matrix unit of
 Intel CPUs (AMX) well; docs/benchmarks.md compares the two. Two tricks make the products here fast:

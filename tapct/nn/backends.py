@@ -26,6 +26,7 @@ from torch import Tensor
 
 from tapct.base.exits import UserError
 from tapct.nn import attention_blocks
+from tapct.nn.fake import is_fake
 
 HALF = (torch.bfloat16, torch.float16)
 AMPERE = (8, 0)  # compute capability
@@ -136,8 +137,9 @@ def _wide(x_BHNC: Tensor) -> Tensor:
 
 def _fits_blocks(x_BHNC: Tensor) -> bool:
     """Whether the backward pass is computed by `attention_blocks`: long crops in bf16 with AMX."""
-    is_long = x_BHNC.shape[2] >= LONG_CROP
-    return is_long and x_BHNC.dtype == torch.bfloat16 and attention_blocks.has_amx()
+    if is_fake(x_BHNC) or x_BHNC.shape[2] < LONG_CROP:
+        return False
+    return x_BHNC.dtype == torch.bfloat16 and attention_blocks.has_amx()
 
 
 def crop_starts(spans: Spans, device: torch.device) -> Tensor:

@@ -29,6 +29,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from tapct.nn.prototype_scores import Chunks, TeacherScores, copy_piece, softmax
 from tapct.types import TargetSums
@@ -145,6 +146,7 @@ class _Fused(torch.autograd.Function):
         return (weight_VB * ce_VB).sum(), ce_VB, mass_K, entropy, count
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         dstudent_VBW, dprototypes_KW = ctx.saved_tensors
         # two gradients, and None for each of the five other arguments of `forward`

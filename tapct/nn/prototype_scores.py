@@ -21,6 +21,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from tapct.nn.fake import is_fake
+
 CHUNK_BYTES = 1 << 26  # 64 MiB of float32 scores in a chunk
 PIECE_BYTES = 1 << 20  # 1 MiB of float32 scores in a piece: two pieces fit in the cache of a core
 GPU_PIECE_BYTES = 1 << 24  # a GPU has a larger cache, and each operation on a piece is a launch
@@ -149,7 +151,8 @@ class Chunks:
         self.ranges = [
             slice(start, min(start + rows, num_rows)) for start in range(0, num_rows, max(rows, 1))
         ]
-        piece_bytes = PIECE_BYTES if like_KW.device.type == "cpu" else GPU_PIECE_BYTES
+        is_small = like_KW.device.type == "cpu" and not is_fake(like_KW)
+        piece_bytes = PIECE_BYTES if is_small else GPU_PIECE_BYTES
         self.piece_rows = min(max(1, piece_bytes // row_bytes), max(rows, 1))
         self.rows, self.dtype, self.like_KW = rows, dtype, like_KW
         # under autocast the products of a chunk are narrow, and the scores of a piece wide

@@ -155,10 +155,11 @@ def count(number: int) -> str:
 
 def size_text(num_bytes: int) -> str:
     """A size for people: 3.6 MB, 217 GB."""
-    for limit, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB")):
-        if num_bytes >= limit:
-            return f"{num_bytes / limit:.3g} {unit}"
-    return f"{num_bytes / 1e3:.3g} kB"
+    units = ((1e3, "kB"), (1e6, "MB"), (1e9, "GB"), (1e12, "TB"))
+    # three digits, 999.5 of a unit are 1 of the next
+    limit, unit = next((each for each in units if num_bytes < 999.5 * each[0]), units[-1])
+    size = num_bytes / limit
+    return f"{size:.3g} {unit}" if size < 999.5 else f"{size:.0f} {unit}"
 
 
 def tiles(accepted: pa.Table, refused: pa.Table) -> str:

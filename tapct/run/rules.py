@@ -21,6 +21,7 @@ from pathlib import Path
 from tapct.base.exits import UserError
 from tapct.base.geometry import patch_grid
 from tapct.config import ConfigError, Resolved, load_config, plugins
+from tapct.eval.features import window_starts
 from tapct.nn.contracts import Loss, LossInputs
 from tapct.run.config import RunConfig
 from tapct.run.stages import ResolvedStage
@@ -235,6 +236,17 @@ def doubts_about_views(config: RunConfig) -> Iterator[str]:
             yield (
                 f"eval.preprocess.size_yx is {size} along {axis}, less than the {side} of "
                 "eval.preprocess.window: every window is filled up with air"
+            )
+    for axis, number in (("y", 1), ("x", 2)):
+        size, side = preprocess.size_yx[number - 1], preprocess.window[number]
+        patch = needs.patch_of(config.model)[number]
+        padded = max(-(-size // patch) * patch, side)
+        starts = window_starts(padded, side, preprocess.stride[number])
+        if size and preprocess.refine[number] > 1 and not any(at % patch for at in starts):
+            yield (
+                f"eval.preprocess.refine is {preprocess.refine[number]} along {axis}, but all "
+                f"windows of {side} voxels in {padded} lie on one grid of patches, so the cells of "
+                "a patch are equal; use a smaller window, or 1"
             )
 
 

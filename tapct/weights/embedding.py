@@ -72,7 +72,8 @@ class Embedding:
         features_DZYX: features of the last block on the patch grid, float32.
         cls_D: class token of the last block, mean over windows, float32.
         spacing_mm: distance of patch centres along (z, y, x).
-        patch: voxels (z, y, x) of a patch in the resized scan.
+        patch: voxels (z, y, x) of a patch in the resized scan; of a cell, where
+            `eval.preprocess.refine` divides patches into cells.
         resized: shape of the scan after the in-plane resize.
         original: shape of the scan before it.
         origin_mm: LPS position (x, y, z) of the centre of the first patch.

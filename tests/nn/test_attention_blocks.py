@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tapct.nn import attention_blocks, backends
 from tapct.nn.attention_blocks import RowBlocks
@@ -53,6 +54,14 @@ def test_blocks_have_the_gradients_of_attention_written_out(
     inputs = draw(num_tokens, torch.float64)
     for found, wanted in zip(in_blocks(*inputs), exact(*inputs), strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-12)
+
+
+def test_a_plan_does_not_depend_on_the_cpu_that_makes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention_blocks, "has_amx", lambda: True)
+    real = torch.zeros(1, 2, backends.LONG_CROP, 8, dtype=torch.bfloat16)
+    assert backends._fits_blocks(real)
+    with FakeTensorMode() as mode:
+        assert not backends._fits_blocks(mode.from_tensor(real))
 
 
 @pytest.mark.parametrize("size", [0.3, 3.0], ids=["even shares", "uneven shares"])

@@ -114,6 +114,15 @@ def test_gradcheck() -> None:
     )
 
 
+def test_a_second_derivative_is_an_error() -> None:
+    """The gradients are computed in the forward pass, so they would count as constants."""
+    student, prototypes, weight, teacher = problem()
+    loss = prototype_loss(student, prototypes, weight, teacher, STUDENT, True).value
+    (gradient,) = torch.autograd.grad(loss, student, create_graph=True)
+    with pytest.raises(RuntimeError, match="does not require grad|differentiate twice"):
+        torch.autograd.grad(gradient.square().sum(), student)
+
+
 def test_no_rows_are_no_loss_and_still_connected() -> None:
     student, prototypes, weight, teacher = problem(1, 1, rows=0)
     result = prototype_loss(student, prototypes, weight, teacher, STUDENT, False)

@@ -157,7 +157,13 @@ def test_columns_without_a_value_share_one_line(folder: Path) -> None:
 
 @pytest.mark.parametrize(
     ("num_bytes", "shown"),
-    [(0, "0 kB"), (3_617_000, "3.62 MB"), (217e9, "217 GB"), (3.2e12, "3.2 TB")],
+    [
+        (0, "0 kB"),
+        (3_617_000, "3.62 MB"),
+        (999_600_000, "1 GB"),
+        (217e9, "217 GB"),
+        (3.2e12, "3.2 TB"),
+    ],
 )
 def test_sizes_have_a_unit_that_fits(num_bytes: int, shown: str) -> None:
     assert archive.size_text(num_bytes) == shown

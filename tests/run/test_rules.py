@@ -143,6 +143,9 @@ DOUBTED = {
     "eval.during.every=4 eval.during.sbatch=[--time=1]": "eval.during.sbatch has no effect",
     "eval.during.how=job": "have no effect with eval.during.every=0",
     "eval.preprocess.size_yx=[8,8]": "less than the 16 of eval.preprocess.window",
+    "eval.preprocess={size_yx:[16,16],window:[4,16,16],stride:[4,12,16],refine:[1,2,1]}": (
+        "refine is 2 along y, but all windows of 16 voxels in 16 lie on one grid of patches"
+    ),
     "stages=[{start:3,set:[]}]": "stages[0].set changes nothing",
     "stages=[{start:3,set:['optim.momentum=[1,1]']}]": "stages[0]: optim.momentum is [1, 1]",
 }

@@ -17,6 +17,7 @@ from tiny_run import evaluation_of, make_store, write_config
 from transformers_cases import CONTRACT, LEARNED, network, settings_of
 
 from tapct.base.files import sha256
+from tapct.base.geometry import times
 from tapct.data.packed.store import Store
 from tapct.data.packed.trained_on import SeenScan, TrainedOn
 from tapct.eval import results, task_statistics
@@ -96,6 +97,15 @@ def test_results_have_values_intervals_and_numbers_of_patients(tmp_path: Path) -
     assert (metric["metric"], metric["num_test"]) == ("mean Dice", 24)
 
 
+def test_cells_of_patches_are_stated(tmp_path: Path) -> None:
+    settings = settings_of(LEARNED)
+    preprocess = replace(settings.preprocess, stride=LEARNED.patch, refine=LEARNED.patch)
+    save_folder(tmp_path, network(LEARNED), replace(settings, preprocess=preprocess), facts())
+    card, patch = (tmp_path / "README.md").read_text(), times(LEARNED.patch)
+    assert f"Each patch is divided into {patch} cells of 1x1x1 voxels" in card
+    assert "cells of" not in written(tmp_path / "plain", facts())[0]
+
+
 def test_few_patients_give_no_interval_and_the_reason(tmp_path: Path) -> None:
     card, _ = written(tmp_path / "x", facts(evaluations=(("few", evaluation(3)),)))
     rows = table_below(card, "### Segmentation, few")
@@ -168,5 +178,5 @@ def test_the_card_of_a_run(tmp_path: Path, shell: Shell) -> None:
 
     assert "give --out or --hf" in shell.bad("export", run, "--hf", out, "--out", tmp_path / "o")
     assert "--licence needs --hf" in shell.bad("export", run, "--licence", "mit")
-    for wrong in ("my own", "cc-by", "other"):
+    for wrong in ("my own", "cc-by", "other", "MIT OR Apache-2.0", "LicenseRef-mine"):
         assert "SPDX identifier" in shell.bad("export", run, "--hf", out, "--licence", wrong)

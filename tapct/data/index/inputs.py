@@ -7,7 +7,7 @@ import functools
 import glob
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -209,7 +209,7 @@ def _entries_of(file: Path) -> list[Entry]:
             f"the list {file} has no column path; it has {', '.join(unknown)}. Rule: path, and "
             "where they are known label, patient and split"
         )
-    _check_columns(file, unknown)
+    _check_columns(file, unknown, {name for row in rows for name in row})
     entries = []
     for number, row in enumerate(rows, 1):
         if not row.get("path"):
@@ -230,13 +230,13 @@ def _entries_of(file: Path) -> list[Entry]:
     return entries
 
 
-def _check_columns(file: Path, unknown: Sequence[str]) -> None:
-    """Refuse a column whose name is nearly that of a column that is read, so that no labels or
-    patients are lost by a typing error; print a line about other columns.
+def _check_columns(file: Path, unknown: Sequence[str], present: Collection[str]) -> None:
+    """Refuse a column whose name is nearly that of a column that is read and missing, so that no
+    labels or patients are lost by a typing error; print a line about other columns.
     """
     for name in unknown:
         near = difflib.get_close_matches(name, COLUMNS, n=1, cutoff=0.75)
-        if near:
+        if near and near[0] not in present:
             raise UserError(
                 f"the list {file} has the column {name}, which is not read; rename it to {near[0]} "
                 "if it is that, or remove it"

@@ -227,7 +227,9 @@ class _Walk:
     def show(self) -> None:
         """Report how far the listing is."""
         total = max(self.num_files, self.count.num_files)
-        self.listed(self.num_done, total, self.count.is_complete)
+        # beside a named slice, the whole folder is listed, and the count does not know it
+        is_all = self.count.is_complete and self.num_files <= self.count.num_files
+        self.listed(self.num_done, total, is_all)
 
     def result(self) -> Listed:
         """What was found."""

@@ -147,8 +147,12 @@ def table_of_dataset(path: Path) -> NameTable:
     for folder in list(path.absolute().parents)[:_MAX_PARENTS]:
         file = folder / DATASET_FILE
         if file.is_file():
-            status = file.stat()
-            return _table_in(file, (status.st_size, status.st_mtime_ns, status.st_ino))
+            try:
+                status = file.stat()
+                return _table_in(file, (status.st_size, status.st_mtime_ns, status.st_ino))
+            except OSError as error:  # not kept: it may be over when the next label map is read
+                problem = error.strerror or type(error).__name__
+                return NameTable(notes=(f"{DATASET_FILE} gives no label names: {problem}",))
     return NameTable()
 
 
@@ -159,6 +163,8 @@ def _table_in(file: Path, stamp: tuple[int, int, int]) -> NameTable:
     Args:
         file: path of the file.
         stamp: its size, time of change and inode, so that a changed file is read again.
+    Raises:
+        OSError: the file cannot be read.
     """
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
@@ -166,6 +172,6 @@ def _table_in(file: Path, stamp: tuple[int, int, int]) -> NameTable:
         if not isinstance(table, dict):
             return NameTable(notes=(f"{DATASET_FILE} has no table 'labels'",))
         return names_in(table, DATASET_FILE)
-    except (OSError, ValueError, RecursionError, Refused) as error:
+    except (ValueError, RecursionError, Refused) as error:
         problem = error.detail if isinstance(error, Refused) else "it is not JSON"
         return NameTable(notes=(f"{DATASET_FILE} gives no label names: {problem}",))

@@ -223,10 +223,10 @@ def _wrong_id(rows: RowTable) -> UserError:
 
 
 def _in_batches(names: Iterable[str]) -> Iterator[list[str]]:
-    """Names in lists of limited length."""
+    """Names in lists of limited length; `?` replaces what is not Unicode, as no id has it."""
     batch: list[str] = []
     for name in names:
-        batch.append(name)
+        batch.append(name.encode("utf-8", "replace").decode())
         if len(batch) == _NAMES_AT_ONCE:
             yield batch
             batch = []

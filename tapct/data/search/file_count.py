@@ -58,9 +58,12 @@ class FileCount:
             for entry in entries:
                 if entry.name.startswith((".", "__MACOSX")):
                     continue
-                if entry.is_dir():
-                    folders.append(folder / entry.name)
-                elif entry.is_file():
-                    num_files += 1
+                try:
+                    if entry.is_dir():
+                        folders.append(folder / entry.name)
+                    elif entry.is_file():
+                        num_files += 1
+                except OSError:
+                    continue  # a link to itself, for example
         self.num_files += num_files
         return folders

@@ -87,7 +87,8 @@ class Config:
     )
     cycle_patches: int = setting(
         1,
-        "largest distance, in patches along each axis, between a patch and the patch that its "
+        "largest distance, in patches (or cells, see eval.preprocess.refine) along each axis, "
+        "between a patch and the patch that its "
         "partner's nearest feature is in; 0: only mutual nearest patches",
         ge=0,
     )

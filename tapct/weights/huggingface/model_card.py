@@ -101,6 +101,13 @@ def model_card(
         facts: facts about the run.
     """
     window, patch = times(config["window_size"]), times(config["patch_size"])
+    refine, cells = config["window_refine"], ""
+    if max(refine) > 1:
+        cell = times([side // n for side, n in zip(config["patch_size"], refine, strict=True)])
+        cells = (
+            f" Each patch is divided into {times(refine)} cells of {cell} voxels, and the grid is "
+            "that of the cells."
+        )
     parts = [
         _front_matter(facts),
         f"# {facts.name}",
@@ -123,11 +130,12 @@ def model_card(
         " Python files of this folder; read them first.",
         _code(USE),
         "`features.feature_map` is (1, channels, depth, height, width) on the grid of patches, and "
-        "`features.pooler_output` the mean CLS token. `embed` slides the window over the scan, as "
-        "the evaluation below does. `model(**processor(hu))` computes the whole scan in one pass: "
-        "`last_hidden_state` holds its patch tokens in row-major order along depth, height and "
-        "width, `pooler_output` the CLS token, and with `output_hidden_states=True` "
-        "`hidden_states` the patch tokens of every block.",
+        f"`features.pooler_output` the mean CLS token.{cells} `embed` slides the window over the "
+        "scan, as the evaluation below does.",
+        "`model(**processor(hu))` computes the whole scan in one pass: `last_hidden_state` holds "
+        "its patch tokens in row-major order along depth, height and width, `pooler_output` the "
+        "CLS token, and with `output_hidden_states=True` `hidden_states` the patch tokens of every "
+        "block.",
         "## Input",
         "\n".join(_input_lines(config, settings)),
         "With nibabel, which needs `pip install nibabel`:",

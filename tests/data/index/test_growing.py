@@ -8,6 +8,7 @@ import dataclasses
 import os
 import shutil
 import sys
+import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ from tapct.data.index.journal import KEY, Journal, Keys, key_of, keys_in
 from tapct.data.index.share import Share, parse_share
 from tapct.data.manifest import Manifest
 from tapct.data.scans.plain_facts import failure
+from tapct.data.search.file_count import FileCount
 from tapct.types import Refused
 
 SHAPE_ZYX = (12, 32, 32)
@@ -250,6 +252,28 @@ def test_a_wrong_list_is_refused_with_one_line(archive: Path, content: str, prob
     table.write_text(content)
     with pytest.raises(UserError, match=problem):
         build_manifest(table, archive.parent / "m.parquet")
+
+
+def test_other_columns_of_a_list_are_named_and_not_read(
+    archive: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`patient_id` is nearly `patient`, which the list has too, so it is no typing error."""
+    table = archive.parent / "list.csv"
+    table.write_text("path,patient,patient_id,dose\nscans/dicom/a,Ann,7,3\n")
+    assert len(build_manifest(table, archive.parent / "m.parquet").rows) == 1
+    assert "columns that are not read: dose, patient_id" in capsys.readouterr().err
+
+
+def test_files_are_counted_beside_a_link_that_leads_to_itself(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "below").mkdir()
+    for name in ("a", "below/b", "below/c"):
+        (tmp_path / name).touch()
+    count = FileCount([tmp_path])
+    until = time.monotonic() + 60
+    while not count.is_complete and time.monotonic() < until:
+        time.sleep(0.01)
+    assert count.is_complete and count.num_files == 3
 
 
 class Killed(BaseException):

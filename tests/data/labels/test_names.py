@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 
@@ -55,6 +56,22 @@ def test_a_dataset_json_that_cannot_be_used_costs_no_labels(tmp_path: Path, text
     assert read_labels(path).names == ()
     (note,) = table_of_dataset(path).notes
     assert note.startswith("dataset.json") and "\n" not in note
+
+
+def test_a_dataset_json_that_could_not_be_read_once_is_read_the_next_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = save_labels(tmp_path / "labelsTr" / "c1.nii.gz")
+    (tmp_path / "dataset.json").write_text('{"labels": {"liver": 1}}')
+
+    def fail(*_: object, **__: object) -> str:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(Path, "read_text", fail)
+        (note,) = table_of_dataset(path).notes
+    assert "Input/output error" in note
+    assert table_of_dataset(path).notes == () and read_labels(path).names == ((1, "liver"),)
 
 
 def test_the_side_car_wins_over_dataset_json(tmp_path: Path) -> None:
