@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,21 +17,24 @@ from tapct.data.manifest import Manifest
 from tapct.run_folder import RunFolder, has_step_name
 
 
-def named_in(tree: Any) -> set[str]:
-    """Folders of the files and folders that exist and that a config names, in whatever setting.
+def named_in(tree: Any, may_be_new: bool = False) -> set[str]:
+    """Folders of the files and folders that a config or command names, in whatever setting.
 
     Args:
-        tree: config as plain dicts and lists.
+        tree: config as plain dicts and lists, or words of a command.
+        may_be_new: whether a path that does not exist yet stands for the nearest folder above it
+            that exists.
     """
     if isinstance(tree, Mapping):
         tree = list(tree.values())
     if isinstance(tree, str):
-        return {str(path) for path in _folder_of(tree)}
-    found: set[str] = set()
+        found = (_folder_of(path, may_be_new) for path in _paths_in(tree))
+        return {str(folder) for folder in found if folder is not None}
+    folders: set[str] = set()
     if isinstance(tree, list | tuple):
         for item in tree:
-            found |= named_in(item)
-    return found
+            folders |= named_in(item, may_be_new)
+    return folders
 
 
 def named_by(words: Sequence[str]) -> set[str]:
@@ -40,30 +44,50 @@ def named_by(words: Sequence[str]) -> set[str]:
     Args:
         words: command with its arguments.
     """
-    texts = [*words[1:], *(word.partition("=")[2] for word in words[1:])]
-    found = named_in(texts)
+    found = named_in(words[1:], may_be_new=True)
     for folder in sorted(found):
         config = RunFolder(Path(folder)).config
         if config.is_file():
             with contextlib.suppress(yaml.YAMLError, UnicodeDecodeError):
                 found |= named_in(yaml.safe_load(config.read_text(encoding="utf-8")))
     if words[0] == "pack":
-        for text in filter(None, texts):
+        for text in {path for word in words[1:] for path in _paths_in(word)}:
             with contextlib.suppress(UserError, OSError):
-                found.add(str(Manifest.read(files.expand_path(text)).root.absolute()))
+                root = Manifest.read(files.expand_path(text)).root.absolute()
+                if root.is_dir():  # --root may replace it, and a container needs what it mounts
+                    found.add(str(root))
     return found
 
 
-def _folder_of(text: str) -> list[Path]:
-    """The folder of a file or folder, if the text names one."""
+def _paths_in(text: str) -> list[str]:
+    """What may be a path in a word: the word, PATH of NAME=PATH, and FILE of FILE:COLUMN."""
+    parts = text.split("=")
+    tails = ["=".join(parts[number:]) for number in range(len(parts))]
+    return list(filter(None, [*tails, *(tail.rpartition(":")[0] for tail in tails)]))
+
+
+def _folder_of(text: str, may_be_new: bool) -> Path | None:
+    """The folder of a file or folder, or of the files of a pattern; None where the text names none.
+
+    Args:
+        text: path, pattern, or file with frames.
+        may_be_new: as in `named_in`.
+    """
     # most texts are no path: too long for one, or with a variable that is not set
     with contextlib.suppress(UserError, OSError, ValueError):
         path = files.expand_path(text).absolute()
-        if text and path.exists():
+        fixed = re.split(r"[*?[]", text)[0]  # up to a pattern, or to the frames of file.dcm[1-20]
+        if "/" in fixed and fixed != text and not path.exists():
+            path = files.expand_path(fixed[: fixed.rindex("/") + 1]).absolute()
+        if may_be_new and "/" in text:
+            path = next(place for place in (path, *path.parents) if place.exists())
+        if path.exists():
             folder = path if path.is_dir() else path.parent
             # the files of its run are read with a checkpoint
-            return [folder.parent.parent if has_step_name(folder) else folder]
-    return []
+            folder = folder.parent.parent if has_step_name(folder) else folder
+            # the root would cover the files of the image
+            return None if folder == folder.parent else folder
+    return None
 
 
 def outermost(folders: Iterable[str]) -> list[str]:
