@@ -14,6 +14,7 @@ import yaml
 from tapct.base import files
 from tapct.base.exits import UserError
 from tapct.data.manifest import Manifest
+from tapct.data.packed.store_before import StoreBefore
 from tapct.run_folder import RunFolder, has_step_name
 
 
@@ -38,8 +39,8 @@ def named_in(tree: Any, may_be_new: bool = False) -> set[str]:
 
 
 def named_by(words: Sequence[str]) -> set[str]:
-    """Folders that a command of tapct names, the configs of its runs and the archives of its
-    manifests included.
+    """Folders that a command of tapct names, the configs of its runs, the archives of its
+    manifests and the manifests of its stores included.
 
     Args:
         words: command with its arguments.
@@ -56,6 +57,24 @@ def named_by(words: Sequence[str]) -> set[str]:
                 root = Manifest.read(files.expand_path(text)).root.absolute()
                 if root.is_dir():  # --root may replace it, and a container needs what it mounts
                     found.add(str(root))
+    return found | of_manifests(found)
+
+
+def of_manifests(folders: Iterable[str]) -> set[str]:
+    """Folders of the manifests from which stores were packed; a store does not hold all columns.
+
+    Args:
+        folders: absolute paths, some of them of stores.
+    """
+    found: set[str] = set()
+    for folder in folders:
+        with contextlib.suppress(OSError):
+            file = StoreBefore.read(Path(folder)).manifest_file
+            if file is not None and file.is_file():
+                real = os.path.realpath(file.parent)
+                # a container has no symlinks behind which the `..` of the file would lead elsewhere
+                written = os.path.normpath(file.parent)
+                found |= {path for path in (real, written) if os.path.realpath(path) == real}
     return found
 
 

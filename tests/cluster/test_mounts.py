@@ -60,3 +60,14 @@ def test_the_root_of_a_manifest_is_mounted_where_it_exists(data: Path) -> None:
     assert str(root) in mounts.named_by(words)
     root.rename(root.with_name("elsewhere"))
     assert str(root) not in mounts.named_by(words)
+
+
+def test_a_store_needs_the_manifest_that_was_packed(data: Path) -> None:
+    store = make_store(data / "archive")
+    (data / "link").symlink_to(data / "archive")
+    behind_link = data / "link" / "store"
+    both = {str(data / "archive"), str(data / "link")}
+    assert mounts.of_manifests([str(behind_link), str(data)]) == both
+    assert str(store.parent) in mounts.named_by(["eval", "run", str(store)])
+    (store.parent / "manifest.parquet").unlink()
+    assert mounts.of_manifests([str(store)]) == set()
