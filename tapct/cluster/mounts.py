@@ -19,7 +19,8 @@ from tapct.run_folder import RunFolder, has_step_name
 
 
 def named_in(tree: Any, may_be_new: bool = False) -> set[str]:
-    """Folders of the files and folders that a config or command names, in whatever setting.
+    """Folders of the files and folders that a config or command names, in whatever setting but
+    `data.cache`, whose folder is on the disks of the nodes.
 
     Args:
         tree: config as plain dicts and lists, or words of a command.
@@ -27,6 +28,9 @@ def named_in(tree: Any, may_be_new: bool = False) -> set[str]:
             that exists.
     """
     if isinstance(tree, Mapping):
+        data = tree.get("data")
+        if isinstance(data, Mapping):
+            tree = {**tree, "data": {key: data[key] for key in data if key != "cache"}}
         tree = list(tree.values())
     if isinstance(tree, str):
         found = (_folder_of(path, may_be_new) for path in _paths_in(tree))
@@ -109,17 +113,20 @@ def _folder_of(text: str, may_be_new: bool) -> Path | None:
     return None
 
 
-def outermost(folders: Iterable[str]) -> list[str]:
+def outermost(folders: Iterable[str], local: Iterable[str] = ()) -> list[str]:
     """What to mount so that some folders can be reached, also by their real paths behind symlinks.
 
     A folder that lies in another one is left out, because it is mounted with it.
 
     Args:
         folders: absolute paths.
+        local: absolute paths on the disks of the nodes, where a symlink may lead elsewhere than on
+            this machine; they are mounted as written.
     Raises:
         UserError: a container cannot mount a folder with such a name.
     """
     wanted = {path for folder in folders for path in (folder, os.path.realpath(folder))}
+    wanted |= set(local)
     chosen: list[str] = []
     for folder in sorted(wanted):  # a folder comes before those that lie in it
         if "," in folder or ":" in folder:

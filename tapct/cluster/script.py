@@ -205,7 +205,7 @@ def mounted_folders(job: JobFolders) -> list[str]:
     """Folders of the host that a job needs in a container: its files, what its config or command
     names, and the working directory from which relative paths start.
     """
-    return mounts.outermost({str(job.mount), os.getcwd(), *job.data, *job.local})
+    return mounts.outermost({str(job.mount), os.getcwd(), *job.data}, job.local)
 
 
 def lines_for_local_folders(job: JobFolders, resources: Resources) -> list[str]:

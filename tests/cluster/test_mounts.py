@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from tiny_run import make_store
 
+from tapct.base.exits import UserError
 from tapct.cluster import mounts
 from tapct.data.manifest import Manifest
 
@@ -71,3 +72,14 @@ def test_a_store_needs_the_manifest_that_was_packed(data: Path) -> None:
     assert str(store.parent) in mounts.named_by(["eval", "run", str(store)])
     (store.parent / "manifest.parquet").unlink()
     assert mounts.of_manifests([str(store)]) == set()
+
+
+def test_a_folder_of_the_nodes_is_mounted_as_written(data: Path) -> None:
+    (data / "disk").symlink_to(data / "scans")
+    cache = str(data / "disk" / "cache")
+    Path(cache).mkdir()  # also on this machine
+    config = {"data": {"store": str(data / "scans"), "cache": {"dir": cache}}}
+    assert mounts.named_in(config) == {str(data / "scans")}
+    assert mounts.outermost(["/store"], [cache]) == sorted([cache, "/store"])
+    with pytest.raises(UserError, match="comma or colon"):
+        mounts.outermost(["/store"], ["/local/a:b"])

@@ -210,6 +210,9 @@ def test_a_container_gets_all_that_a_run_names(
     planned = submit.plan_runs(config, [stores], [])
     named = ["/data/two", str(Path("one").absolute()), str(store), str(store.parent)]
     assert planned.data == tuple(sorted(named))  # the parent holds the manifest of the store
+    (tmp_path / "cache").mkdir()
+    cached = submit.plan_runs(config, [stores, f"data.cache.dir={tmp_path}/cache"], [])
+    assert (cached.data, cached.local) == (planned.data, (str(tmp_path / "cache"),))
 
     other = tmp_path / "other"  # outside of the working directory
     weights = other / "run" / "checkpoints" / "step_00000004" / "teacher.safetensors"
