@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +17,9 @@ from fake_slurm import config as config
 from fake_slurm import store as store
 from shell import Shell
 from shell import shell as shell
+from submitit.core.job_environment import SignalHandler
+from submitit.core.utils import DelayedSubmission, JobPaths, UncompletedJobError
+from submitit.slurm.slurm import SlurmJobEnvironment
 
 from tapct.base.exits import UserError
 from tapct.cli.app import DIVIDED, app
@@ -28,6 +33,7 @@ from tapct.cluster.arrays import (
     words_of_elements,
 )
 from tapct.cluster.resources import Resources
+from tapct.cluster.script import AGAIN
 
 
 def test_the_commands_of_the_command_line_are_those_that_can_be_divided() -> None:
@@ -120,6 +126,60 @@ def test_an_element_that_is_killed_is_done_again(
     assert seen == [(command, str(tmp_path))] * calls
     again = element.checkpoint(*given)
     assert again.args == given and isinstance(again.function, Element)
+
+
+@pytest.mark.parametrize("container", ["", "docker://lab/tapct"])
+def test_an_element_in_a_container_is_requeued_by_its_batch_script(
+    tmp_path: Path, cluster: FakeSlurm, monkeypatch: pytest.MonkeyPatch, container: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ["index", "scans", "--out", "archive"]
+    script = preview(words, Resources(60, container=container), 2)
+    logs = tmp_path / "archive.jobs" / "logs" / "TIME"
+    logs.mkdir(parents=True)
+    again = logs / "77_1.again"
+
+    def requeued(srun: str) -> tuple[int, list[str]]:
+        """Exit code of the batch script, and its calls of scontrol."""
+        cluster.command("srun", srun)
+        again.touch()  # of an earlier start
+        known = {**os.environ, "SLURM_JOB_ID": "77"}  # the last element has the id of the array
+        known |= {"SLURM_ARRAY_JOB_ID": "77", "SLURM_ARRAY_TASK_ID": "1"}
+        done = subprocess.run(["bash", "-c", script], env=known, timeout=30, check=False)
+        calls = cluster.calls("scontrol")
+        (cluster.here / "calls").unlink()
+        return done.returncode, calls
+
+    assert requeued("exit 3\n") == (3, [])
+    if not container:
+        assert "AGAIN" not in script and "trap" not in script
+        return
+    again.unlink(missing_ok=True)
+    ends = 'touch "$TAPCT_AGAIN"\nkill -TERM $PPID\nexit 255\n'
+    assert requeued(ends) == (0, ["scontrol requeue 77_1"]) and not again.exists()
+
+
+def test_in_a_container_submitit_leaves_the_requeue_to_the_batch_script(
+    tmp_path: Path, cluster: FakeSlurm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(SlurmJobEnvironment, "_requeue", SlurmJobEnvironment._requeue)
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    monkeypatch.setenv(AGAIN, str(tmp_path / "again"))
+    delayed = DelayedSubmission(Element(), ["index", "a", "--out", "b"], str(tmp_path))
+    for timeouts, is_requeued in ((0, True), (-1, False)):
+        delayed.set_timeout(60, timeouts)
+        handler = SignalHandler(SlurmJobEnvironment(), JobPaths(tmp_path, "77", 0), delayed)
+
+        def call(*_: object, signalled: SignalHandler = handler, **__: object) -> int:
+            signalled.checkpoint_and_try_requeue(signal.SIGUSR2)
+            return 0
+
+        monkeypatch.setattr(subprocess, "call", call)
+        with pytest.raises(SystemExit if is_requeued else UncompletedJobError):
+            delayed.result()
+        assert (tmp_path / "again").exists() == is_requeued
+        (tmp_path / "again").unlink(missing_ok=True)
+    assert cluster.calls() == []
 
 
 def test_the_last_job_alone_writes_the_report() -> None:
