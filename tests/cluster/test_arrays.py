@@ -319,6 +319,22 @@ def test_every_option_means_the_same_for_training_and_for_elements(
             assert shown.get(name, value) in script, name
 
 
+def test_short_elements_have_a_short_grace(
+    tmp_path: Path, shell: Shell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("scans").mkdir()
+    (tmp_path / "site.yaml").write_text("grace: 90\n")
+    for time, words, grace in (
+        *(("2", (), 30), ("1:00:00", (), 120), ("2", ("--grace", "100"), 100)),
+        *(("2", ("site",), 30), ("1:00:00", ("site",), 90)),
+    ):
+        if words == ("site",):
+            monkeypatch.setenv("TAPCT_SITE", str(tmp_path / "site.yaml"))
+            words = ()
+        assert f"--signal=USR2@{grace}\n" in shell.good(*INDEX, "--time", time, *words)
+
+
 def test_a_section_of_the_site_holds_for_one_command(
     tmp_path: Path, shell: Shell, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -377,10 +393,13 @@ def shown_words(monkeypatch: pytest.MonkeyPatch, shell: Shell) -> list[str]:
         ("index scans --out a --sbatch foo", ["--sbatch 'foo'", "long form"]),
         ("index scans --out a --sbatch --array=0-4", ["--parts"]),
         ("index scans --out a --container no.sif", ["--container no.sif", "no such file"]),
-        ("index scans --out a --time 1", ["--grace 120 s", "--time"]),
+        ("index scans --out a --time 1 --grace 60", ["--grace 60 s", "--time", "left to work"]),
         ("index scans --out a --parts 0", ["--parts", "tapct submit index -h"]),
-        ("index nowhere --out a", ["nowhere does not exist", "--dependency"]),
-        ("eval runs/none", ["runs/none does not exist"]),
+        ("index nowhere --out a", ["nowhere does not exist on this machine", "--dependency"]),
+        (
+            "eval runs/none",
+            ["runs/none does not exist on this machine, which must", "as the nodes do"],
+        ),
     ],
 )
 def test_a_mistake_is_found_before_the_queue(
