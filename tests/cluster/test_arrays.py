@@ -396,10 +396,7 @@ def shown_words(monkeypatch: pytest.MonkeyPatch, shell: Shell) -> list[str]:
         ("index scans --out a --time 1 --grace 60", ["--grace 60 s", "--time", "left to work"]),
         ("index scans --out a --parts 0", ["--parts", "tapct submit index -h"]),
         ("index nowhere --out a", ["nowhere does not exist on this machine", "--dependency"]),
-        (
-            "eval runs/none",
-            ["runs/none does not exist on this machine, which must", "as the nodes do"],
-        ),
+        ("eval runs/none", ["runs/none does not exist", "must find it here too"]),
     ],
 )
 def test_a_mistake_is_found_before_the_queue(
