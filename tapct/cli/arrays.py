@@ -116,8 +116,9 @@ def check_as_command(context: typer.Context, words: Sequence[str], comes_later: 
         is_pattern = any(letter in str(path) for letter in "*?[")
         if not (comes_later or is_pattern or files.expand_path(path).exists()):
             raise UserError(
-                f"{path} does not exist; correct the path, or add --dependency if another job "
-                "makes it"
+                f"{path} does not exist on this machine; tapct submit must find it here too, at "
+                "the same path as on the nodes. Correct the path, or add --dependency if another "
+                "job makes it"
             )
 
 

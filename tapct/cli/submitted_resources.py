@@ -18,7 +18,8 @@ def of_context(context: typer.Context, command: str = "train") -> Resources:
         context: context of a command whose parameters have the names of `Resources`, with `time`
             and `grace`. A command may leave some out; the file of the site may set these for other
             commands.
-        command: section of the file of the site.
+        command: section of the file of the site. Of all but train, a grace that the command line
+            does not give is at most a quarter of the time limit, since elements may be short.
     """
     from tapct.cluster import resources, site, slurm
 
@@ -45,8 +46,7 @@ def of_context(context: typer.Context, command: str = "train") -> Resources:
     options["container"] = resources.container_image(
         options["container"], options["container_with"]
     )
-    return resources.Resources(
-        minutes=slurm.time_limit_minutes(options.pop("time")),
-        grace_seconds=options.pop("grace"),
-        **options,
-    )
+    minutes, grace = slurm.time_limit_minutes(options.pop("time")), options.pop("grace")
+    if command != "train" and "grace" not in explicit:
+        grace = min(grace, 60 * minutes // 4)
+    return resources.Resources(minutes=minutes, grace_seconds=grace, **options)

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from submitit.core.utils import DelayedSubmission
+from submitit.slurm.slurm import SlurmJobEnvironment
 
 from tapct.base import console
 from tapct.base.exits import UserError
@@ -140,6 +141,8 @@ class Element:
         Raises:
             SystemExit: the command failed; the log holds the reason.
         """
+        if script.AGAIN in os.environ:  # in a container, which has no scontrol
+            SlurmJobEnvironment._requeue = _leave_to_batch_script  # type: ignore[assignment, method-assign]
         command = [sys.executable, "-m", "tapct", *words, *(["--part", part] if part else [])]
         print(shlex.join(command), flush=True)
         # the copy of tapct comes first, and plug-ins of the folder are found behind it
@@ -157,6 +160,16 @@ class Element:
     def checkpoint(self, words: Sequence[str], start_in: str, part: str = "") -> DelayedSubmission:
         """What submitit submits again."""
         return DelayedSubmission(self, words, start_in, part)
+
+
+def _leave_to_batch_script(_: SlurmJobEnvironment, countdown: int) -> None:
+    """Ask the batch script to requeue this element.
+
+    Args:
+        countdown: how often it may still reach its time limit.
+    """
+    Path(os.environ[script.AGAIN]).touch()
+    print(f"tapct: the batch script requeues this ({countdown} remaining timeouts)", flush=True)
 
 
 def submit_arrays(words: Sequence[str], resources: Resources, num_parts: int) -> SubmittedArrays:
@@ -208,7 +221,9 @@ def _submitted(
         others = sbatch_options.without(resources.sbatch, "dependency")
         after = f"afterany:{earlier[-1]}"
         resources = dataclasses.replace(resources, dependency=after, sbatch=others)
-    return script.submit_tasks(job, resources, script.element_lines(job), Element(), arguments)
+    return script.submit_tasks(
+        job, resources, script.element_lines(job, resources), Element(), arguments
+    )
 
 
 def _job(words: Sequence[str], resources: Resources, logs: Path, code: Path) -> JobFolders:
@@ -234,4 +249,4 @@ def preview(words: Sequence[str], resources: Resources, num_parts: int) -> str:
     root = job_folder(words)
     code = RunFolder(root).code / snapshot_name()
     job = _job(words, resources, root / "logs" / "TIME", code)
-    return script.make_batch_script(job, resources, script.element_lines(job), num_parts)
+    return script.make_batch_script(job, resources, script.element_lines(job, resources), num_parts)

@@ -104,7 +104,7 @@ class Resources:
         max_idle_restarts: requeues in a row without a new checkpoint after which it gives up.
         max_failures: as `max_idle_restarts`, for starts that were lost to a fault of a machine.
     Raises:
-        UserError: there is no node or no grace, the grace leaves no time to train, there are more
+        UserError: there is no node or no grace, the grace leaves no time to work, there are more
             tasks than GPUs, a text has several lines or no end of its quotation, or an option is
             given twice or is not one of sbatch.
     """
@@ -149,7 +149,7 @@ class Resources:
         if self.grace_seconds >= self.minutes * 60:
             raise UserError(
                 f"--grace {self.grace_seconds} s is not less than --time, {self.minutes} min: no "
-                "time would be left to train; request more time, or less grace"
+                "time would be left to work; request more time, or less grace"
             )
         if self.gpus and self.tasks > self.gpus:
             raise UserError(

@@ -29,6 +29,32 @@ from tapct.run_folder import JobFolder
 OF_THE_CLUSTER = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT")
 
 
+AGAIN = "TAPCT_AGAIN"  # environment variable: path of a file that an element makes to be requeued
+_NAME_OF_JOB = (  # 12_3 for an element of an array, whose own number may be that of the whole array
+    'export TAPCT_JOB="${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}"',
+    'export TAPCT_JOB="${TAPCT_JOB:-$SLURM_JOB_ID}"',
+)
+_KEEP_SHELL = (
+    "# this shell is signalled too, and the lines after srun must still run",
+    "trap : TERM USR1 USR2",
+)
+_REQUEUE_ELEMENT = f"""\
+code=$?
+if [ ! -e "${AGAIN}" ]; then exit "$code"; fi
+rm -f "${AGAIN}"
+trap '' TERM # SLURM ends all that runs here while it requeues the job
+for attempt in 1 2 3; do
+    if scontrol requeue "$TAPCT_JOB"; then
+        echo "tapct: requeued"
+        exit 0
+    fi
+    sleep 2
+done
+echo "tapct: could not requeue; submit again to resume"
+exit 1
+"""
+
+
 @dataclass(frozen=True)
 class JobFolders:
     """Where a job keeps what it needs.
@@ -205,7 +231,7 @@ def mounted_folders(job: JobFolders) -> list[str]:
     """Folders of the host that a job needs in a container: its files, what its config or command
     names, and the working directory from which relative paths start.
     """
-    return mounts.outermost({str(job.mount), os.getcwd(), *job.data, *job.local})
+    return mounts.outermost({str(job.mount), os.getcwd(), *job.data}, job.local)
 
 
 def lines_for_local_folders(job: JobFolders, resources: Resources) -> list[str]:
@@ -232,8 +258,7 @@ def training_lines(job: JobFolders, resources: Resources) -> ShellLines:
     own = f'{shlex.quote(str(job.folder))}/"$TAPCT_JOB"'
     places = shlex.quote(str(JobFolder(job.folder).places))
     before = [
-        'export TAPCT_JOB="${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}"',
-        'export TAPCT_JOB="${TAPCT_JOB:-$SLURM_JOB_ID}"',
+        *_NAME_OF_JOB,
         f"export {ending.MARK}={own}.end",
         f'rm -f "${ending.MARK}"',
         f'TAPCT_PLACE="$(sed -n "$((${{SLURM_ARRAY_TASK_ID:-0}} + 1))p" {places})"',
@@ -247,21 +272,29 @@ def training_lines(job: JobFolders, resources: Resources) -> ShellLines:
         "    MASTER_PORT=$((MASTER_PORT + 1))",
         "done",
         "export MASTER_ADDR MASTER_PORT",
-        "# this shell is signalled too, and the lines after srun must still run",
-        "trap : TERM USR1 USR2",
+        *_KEEP_SHELL,
     ]
     # --wait=0, because the first rank may stay for the last evaluation after the others have ended
     srun = ("--kill-on-bad-exit=1", "--wait=0")
     return ShellLines(tuple(before), srun, tuple(restarts.lines_after()))
 
 
-def element_lines(job: JobFolders) -> ShellLines:
+def element_lines(job: JobFolders, resources: Resources) -> ShellLines:
     """What the batch script does around an element that needs no other one.
+
+    An element requeues itself with scontrol. An image has no scontrol, so that in a container the
+    element leaves a file, and the batch script requeues it.
 
     Args:
         job: folders of the job.
+        resources: what the element requests.
     """
-    return ShellLines(tuple(_lines_about_code(job)))
+    code = _lines_about_code(job)
+    if not resources.container:
+        return ShellLines(tuple(code))
+    file = f'export {AGAIN}={shlex.quote(str(job.folder))}/"$TAPCT_JOB".again'
+    before = [*_NAME_OF_JOB, file, f'rm -f "${AGAIN}"', *code, *_KEEP_SHELL]
+    return ShellLines(tuple(before), after=tuple(_REQUEUE_ELEMENT.splitlines()))
 
 
 def _lines_about_code(job: JobFolders) -> list[str]:

@@ -54,14 +54,14 @@ class PlannedRuns:
 
     @property
     def data(self) -> tuple[str, ...]:
-        """Stores of the runs, and the folders of all other files and folders that exist and that
-        their configs name: initial weights, for example.
+        """Stores of the runs with the folders of their manifests, and the folders of all other
+        files and folders that exist and that their configs name: initial weights, for example.
         """
         found: set[str] = set()
         for run in self.runs:
             found |= {str(store.absolute()) for store in run.value.data.folders}
             found |= mounts.named_in(run.to_dict())
-        return tuple(sorted(found))
+        return tuple(sorted(found | mounts.of_manifests(found)))
 
     @property
     def local(self) -> tuple[str, ...]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +17,9 @@ from fake_slurm import config as config
 from fake_slurm import store as store
 from shell import Shell
 from shell import shell as shell
+from submitit.core.job_environment import SignalHandler
+from submitit.core.utils import DelayedSubmission, JobPaths, UncompletedJobError
+from submitit.slurm.slurm import SlurmJobEnvironment
 
 from tapct.base.exits import UserError
 from tapct.cli.app import DIVIDED, app
@@ -28,6 +33,7 @@ from tapct.cluster.arrays import (
     words_of_elements,
 )
 from tapct.cluster.resources import Resources
+from tapct.cluster.script import AGAIN
 
 
 def test_the_commands_of_the_command_line_are_those_that_can_be_divided() -> None:
@@ -120,6 +126,60 @@ def test_an_element_that_is_killed_is_done_again(
     assert seen == [(command, str(tmp_path))] * calls
     again = element.checkpoint(*given)
     assert again.args == given and isinstance(again.function, Element)
+
+
+@pytest.mark.parametrize("container", ["", "docker://lab/tapct"])
+def test_an_element_in_a_container_is_requeued_by_its_batch_script(
+    tmp_path: Path, cluster: FakeSlurm, monkeypatch: pytest.MonkeyPatch, container: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ["index", "scans", "--out", "archive"]
+    script = preview(words, Resources(60, container=container), 2)
+    logs = tmp_path / "archive.jobs" / "logs" / "TIME"
+    logs.mkdir(parents=True)
+    again = logs / "77_1.again"
+
+    def requeued(srun: str) -> tuple[int, list[str]]:
+        """Exit code of the batch script, and its calls of scontrol."""
+        cluster.command("srun", srun)
+        again.touch()  # of an earlier start
+        known = {**os.environ, "SLURM_JOB_ID": "77"}  # the last element has the id of the array
+        known |= {"SLURM_ARRAY_JOB_ID": "77", "SLURM_ARRAY_TASK_ID": "1"}
+        done = subprocess.run(["bash", "-c", script], env=known, timeout=30, check=False)
+        calls = cluster.calls("scontrol")
+        (cluster.here / "calls").unlink()
+        return done.returncode, calls
+
+    assert requeued("exit 3\n") == (3, [])
+    if not container:
+        assert "AGAIN" not in script and "trap" not in script
+        return
+    again.unlink(missing_ok=True)
+    ends = 'touch "$TAPCT_AGAIN"\nkill -TERM $PPID\nexit 255\n'
+    assert requeued(ends) == (0, ["scontrol requeue 77_1"]) and not again.exists()
+
+
+def test_in_a_container_submitit_leaves_the_requeue_to_the_batch_script(
+    tmp_path: Path, cluster: FakeSlurm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(SlurmJobEnvironment, "_requeue", SlurmJobEnvironment._requeue)
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    monkeypatch.setenv(AGAIN, str(tmp_path / "again"))
+    delayed = DelayedSubmission(Element(), ["index", "a", "--out", "b"], str(tmp_path))
+    for timeouts, is_requeued in ((0, True), (-1, False)):
+        delayed.set_timeout(60, timeouts)
+        handler = SignalHandler(SlurmJobEnvironment(), JobPaths(tmp_path, "77", 0), delayed)
+
+        def call(*_: object, signalled: SignalHandler = handler, **__: object) -> int:
+            signalled.checkpoint_and_try_requeue(signal.SIGUSR2)
+            return 0
+
+        monkeypatch.setattr(subprocess, "call", call)
+        with pytest.raises(SystemExit if is_requeued else UncompletedJobError):
+            delayed.result()
+        assert (tmp_path / "again").exists() == is_requeued
+        (tmp_path / "again").unlink(missing_ok=True)
+    assert cluster.calls() == []
 
 
 def test_the_last_job_alone_writes_the_report() -> None:
@@ -259,6 +319,22 @@ def test_every_option_means_the_same_for_training_and_for_elements(
             assert shown.get(name, value) in script, name
 
 
+def test_short_elements_have_a_short_grace(
+    tmp_path: Path, shell: Shell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("scans").mkdir()
+    (tmp_path / "site.yaml").write_text("grace: 90\n")
+    for time, words, grace in (
+        *(("2", (), 30), ("1:00:00", (), 120), ("2", ("--grace", "100"), 100)),
+        *(("2", ("site",), 30), ("1:00:00", ("site",), 90)),
+    ):
+        if words == ("site",):
+            monkeypatch.setenv("TAPCT_SITE", str(tmp_path / "site.yaml"))
+            words = ()
+        assert f"--signal=USR2@{grace}\n" in shell.good(*INDEX, "--time", time, *words)
+
+
 def test_a_section_of_the_site_holds_for_one_command(
     tmp_path: Path, shell: Shell, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -317,10 +393,10 @@ def shown_words(monkeypatch: pytest.MonkeyPatch, shell: Shell) -> list[str]:
         ("index scans --out a --sbatch foo", ["--sbatch 'foo'", "long form"]),
         ("index scans --out a --sbatch --array=0-4", ["--parts"]),
         ("index scans --out a --container no.sif", ["--container no.sif", "no such file"]),
-        ("index scans --out a --time 1", ["--grace 120 s", "--time"]),
+        ("index scans --out a --time 1 --grace 60", ["--grace 60 s", "--time", "left to work"]),
         ("index scans --out a --parts 0", ["--parts", "tapct submit index -h"]),
-        ("index nowhere --out a", ["nowhere does not exist", "--dependency"]),
-        ("eval runs/none", ["runs/none does not exist"]),
+        ("index nowhere --out a", ["nowhere does not exist on this machine", "--dependency"]),
+        ("eval runs/none", ["runs/none does not exist", "must find it here too"]),
     ],
 )
 def test_a_mistake_is_found_before_the_queue(
@@ -356,7 +432,8 @@ def test_a_container_gets_what_the_command_names(
     script = shell.good("submit", "eval", "../run", "--out", "../link/e", *words)
     bound = mounts_of(script)
     assert {str(work), str(tmp_path / "run"), str(tmp_path / "elsewhere")} <= bound
-    assert str(store) in bound, "the config of the run names it"
+    # the config of the run names the store, and the manifest lies beside that
+    assert str(store.parent) in bound
     assert f" {work}/image.sif python3 -u" in script, "the task starts in another folder"
     script = shell.good("submit", "pack", store.parent, "--out", "store", *words)
     assert str(store.parent) in mounts_of(script)

@@ -208,7 +208,11 @@ def test_a_container_gets_all_that_a_run_names(
 ) -> None:
     stores = "data.stores=[{path: one}, {path: /data/two}]"
     planned = submit.plan_runs(config, [stores], [])
-    assert planned.data == tuple(sorted(["/data/two", str(Path("one").absolute()), str(store)]))
+    named = ["/data/two", str(Path("one").absolute()), str(store), str(store.parent)]
+    assert planned.data == tuple(sorted(named))  # the parent holds the manifest of the store
+    (tmp_path / "cache").mkdir()
+    cached = submit.plan_runs(config, [stores, f"data.cache.dir={tmp_path}/cache"], [])
+    assert (cached.data, cached.local) == (planned.data, (str(tmp_path / "cache"),))
 
     other = tmp_path / "other"  # outside of the working directory
     weights = other / "run" / "checkpoints" / "step_00000004" / "teacher.safetensors"
@@ -226,7 +230,7 @@ def test_a_container_gets_all_that_a_run_names(
     (bound,) = re.findall(r" --bind (\S+) ", script)
     assert bound.split(",") == sorted(
         # the symlink `out` lies in the working directory, and leads to the second one
-        ["/local/cache", str(other / "run"), str(other / "runs/mine"), str(store), str(work)]
+        ["/local/cache", str(other / "run"), str(other / "runs/mine"), str(store.parent), str(work)]
     )
     (line,) = (line for line in script.splitlines() if "mkdir -p" in line)
     assert line.startswith("command srun ") and line.endswith("mkdir -p /local/cache")
