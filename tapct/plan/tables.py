@@ -95,11 +95,17 @@ def _part_row(name: str, parts: Sequence[PartCost], costs: Costs) -> list[str]:
     return [
         name,
         f"{sum(part.parameters for part in parts):,}",
-        f"{sum(part.student_flops for part in parts) / GFLOP:,.2f}",
-        f"{sum(part.teacher_flops for part in parts) / GFLOP:,.2f}",
-        f"{step / GFLOP:,.2f}",
+        _gigaflops(sum(part.student_flops for part in parts)),
+        _gigaflops(sum(part.teacher_flops for part in parts)),
+        _gigaflops(step),
         f"{step / costs.flops_per_sample:.1%}",
     ]
+
+
+def _gigaflops(flops: float) -> str:
+    """GFLOP with two decimals; two digits where these would be zeros, for a tiny network."""
+    number = flops / GFLOP
+    return f"{number:.2g}" if 0 < number < 0.1 else f"{number:,.2f}"
 
 
 def _memory_as_set(estimate: Estimate) -> Table:

@@ -413,15 +413,24 @@ def test_every_model_is_trained_on_the_same_patches():
     torch.testing.assert_close(one * 2, two)
 
 
-def evaluated(config: Config, names, values=(0, 1, 2, 3), tested=None):
+def evaluated(config: Config, names, values=(0, 1, 2, 3), tested=None, model="m"):
     """A task after one training and one test scan with the same labels."""
     task = build(config, seed=0)
     scan, grid, dense = scene(1, "train", values, names)
-    task.learn("m", dense, task.truth(scan, grid, everywhere(grid)))
+    task.learn(model, dense, task.truth(scan, grid, everywhere(grid)))
     task.fit()
     scan, grid, dense = scene(2, "test", tested or values, names)
-    task.judge("m", dense, task.truth(scan, grid, everywhere(grid)))
+    task.judge(model, dense, task.truth(scan, grid, everywhere(grid)))
     return task
+
+
+def test_a_network_that_finds_no_organ_gets_one_line_of_advice(monkeypatch, capsys) -> None:
+    for found, lines in (({"liver": 0.004}, 1), ({"liver": 0.2}, 0)):
+        task = evaluated(Config(), [(3, "liver")], model="pretrained")
+        monkeypatch.setattr(task, "_mean_by_organ", lambda _, found=found: found)
+        task.results()
+        task.headline()
+        assert capsys.readouterr().err.count("raise eval.preprocess.size_yx") == lines
 
 
 @pytest.mark.parametrize(

@@ -599,6 +599,19 @@ def test_everything_that_is_printed_fits_the_terminal(name: str, width: int) -> 
     assert heading.split()[:2] == ["part", "parameters"]
 
 
+def test_a_tiny_network_has_more_than_zero_flops() -> None:
+    out = io.StringIO()
+    costs = command.costs_of(smoke("model.dim=8", "model.heads=1", "model.depth=1"))
+    Console(file=out, width=80).print(tables.cost_tables(costs))
+    (row,) = [line.split() for line in out.getvalue().splitlines() if line.startswith(" backbone")]
+    shown = [float(number) for number in row[2:5]]
+    exact = [
+        sum(getattr(part, name) for part in costs.backbone) / 1e9
+        for name in ("student_flops", "teacher_flops", "step_flops")
+    ]
+    assert shown == pytest.approx(exact, rel=0.05) and min(shown) > 0
+
+
 def test_tables_fit_80_columns_and_say_how_to_get_times() -> None:
     store = scale.StoreFacts(scans=10, in_plane=512.0**2, share=0.4)
     asked = scale.Request(memory=80e9, rate=2e14, rate_from="--tflops 200", slabs_per_thread=30.0)

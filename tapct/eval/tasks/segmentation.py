@@ -20,12 +20,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from tapct.base import console
 from tapct.base.counted import counted
 from tapct.base.exits import UserError
 from tapct.config import setting
 from tapct.data.readers import dicom_seg
 from tapct.eval import pictures, surface
-from tapct.eval.contract import Headline, Labels, ScanScore, Task, TaskResults
+from tapct.eval.contract import OWN_MODEL, Headline, Labels, ScanScore, Task, TaskResults
 from tapct.eval.features import DenseFeatures, PatchGrid
 from tapct.eval.label_fractions import LabelFractions, labelled_patients
 from tapct.eval.old_formats import BY_PATIENTS
@@ -51,6 +52,7 @@ from tapct.types import IGNORE_LABEL, LabelMap
 RESOLUTIONS = ("patch", "voxel")
 BLOCKS = ("last", "last4")
 MOST_NAMES = 12  # in the line about the organs of the mean
+NOTHING_FOUND = 0.005  # a mean Dice below this is shown as 0.00
 
 
 @dataclass(frozen=True)
@@ -142,6 +144,7 @@ class Segmentation(Task[PatchTruth, Prediction]):
         self._value_of: dict[str, int] = {}  # class -> label value in the training scans
         self._in_training: set[str] = set()  # organs of the training scans
         self._not_learned: set[str] = set()  # organs of test scans that the decoder does not know
+        self._is_warned = False
 
     def named_labels(self) -> Mapping[str, tuple[str, ...]]:
         """Words of the settings that must name a label; the defaults need not."""
@@ -360,6 +363,7 @@ class Segmentation(Task[PatchTruth, Prediction]):
                 for scan, parts in per_scan.items():
                     value = float(np.mean(list(parts.values()))) if parts else float("nan")
                     scans.append(ScanScore(scan, model, value, parts))
+        self._warn_of_nothing_found(models)
         dice_of = {model: entry["dice"] for model, entry in models.items()}
         table = by_organ(self.organs, dice_of)
         for model, invented in self._surfaces.invented.items():
@@ -367,6 +371,17 @@ class Segmentation(Task[PatchTruth, Prediction]):
         further = self._surfaces.metrics() if self.config.surface else ()
         further += self._few_labels.metrics()
         return TaskResults(models, tuple(scans), table, mean_over_parts=True, further=further)
+
+    def _warn_of_nothing_found(self, models: Mapping[str, Mapping[str, Any]]) -> None:
+        """Print a line, once, if the decoder of the evaluated model found no organ in any scan."""
+        value = models.get(OWN_MODEL, {}).get("mean_dice")
+        if value is not None and value < NOTHING_FOUND and not self._is_warned:
+            self._is_warned = True
+            console.warn(
+                f"segmentation: the mean Dice of {OWN_MODEL} is {value:.3f}. If the organs are "
+                "smaller than a patch, raise eval.preprocess.size_yx, so that a patch covers fewer "
+                "mm, or set eval.preprocess.refine; if few scans are labelled, label more"
+            )
 
     def headline(self) -> Headline:
         """Return the mean Dice over organs, at the resolution of the config."""

@@ -232,7 +232,7 @@
     moved(viewer);
   }
 
-  /** Decode the voxels and show them. */
+  /** Decode the voxels and show each panel as soon as it is decoded, the CT first. */
   async function open(viewer) {
     if (viewer.content) return;
     viewer.content = JSON.parse(viewer.figure.querySelector('script').textContent);
@@ -241,21 +241,25 @@
     // first row: CT and features; second row: truth, and each prediction below the features it uses
     const columns = 1 + Math.max(content.features.length, content.labels.length - 1);
     viewer.place.style.setProperty('--columns', columns);
+    viewer.ct = await decode(content.ct, 1);
     addPanel(viewer, 'CT', {});
+    moved(viewer);
     viewer.body = await decode(content.body, 1);
-    for (const layer of content.features)
-      addPanel(viewer, `features: ${layer.title}`,
-        {feature: {step: layer.step, array: await decode(layer.array, 3)}});
+    for (const layer of content.features) {
+      const array = await decode(layer.array, 3);
+      addPanel(viewer, `features: ${layer.title}`, {feature: {step: layer.step, array}});
+      redraw(viewer);
+    }
     for (const layer of content.labels) {
       const organs = new Map(layer.organs.map(([index, name, colour, hatched]) => {
         const rgb = [1, 3, 5].map(i => parseInt(colour.slice(i, i + 2), 16));
         return [index, {name, rgb, hatched}];
       }));
+      const array = await decode(layer.array, 1);
       addPanel(viewer, layer.title === 'truth' ? 'truth' : `predicted: ${layer.title}`,
-        {labels: {organs, array: await decode(layer.array, 1)}});
+        {labels: {organs, array}});
+      redraw(viewer);
     }
-    viewer.ct = await decode(content.ct, 1);
-    moved(viewer);
     viewer.figure.dataset.ready = '1';
   }
 
