@@ -18,8 +18,10 @@ def make_parents(folder: Path, undo: contextlib.ExitStack) -> None:
     """
     for each in reversed([folder, *folder.parents]):
         if not each.exists():
-            each.mkdir()
-            undo.callback(remove_if_empty, each)
+            # another run of the sweep, or another submission, may make it at the same time
+            with contextlib.suppress(FileExistsError):
+                each.mkdir()
+                undo.callback(remove_if_empty, each)
 
 
 def make_new_folder(parent: Path, name: str, undo: contextlib.ExitStack) -> Path:

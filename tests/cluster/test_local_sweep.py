@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -14,7 +17,7 @@ from fake_slurm import store as store
 from shell import Shell
 from shell import shell as shell
 
-from tapct.cluster import local_sweep
+from tapct.cluster import folders, local_sweep
 from tapct.config import load_config
 from tapct.run.config import RunConfig
 from tapct.run_folder import RunFolder
@@ -43,6 +46,23 @@ def test_settings_with_several_values_are_swept() -> None:
     assert local_sweep.divided(words) == (words[1:], words[:1])
 
 
+def test_two_runs_may_make_their_common_parents_at_the_same_time(tmp_path: Path) -> None:
+    places = [tmp_path / str(number) / "run" for number in range(50)]
+    for place in places:
+        barrier = threading.Barrier(4)
+
+        def make(name: str, place: Path = place, barrier: threading.Barrier = barrier) -> Path:
+            with contextlib.ExitStack() as undo:
+                barrier.wait()
+                made = folders.make_new_folder(place / name / "jobs", "job", undo)
+                undo.pop_all()
+            return made
+
+        with ThreadPoolExecutor(4) as pool:
+            made = list(pool.map(make, ("a", "b", "c", "a")))
+        assert len({*made}) == 4 and all(folder.is_dir() for folder in made)
+
+
 def test_a_sweep_trains_every_combination_in_its_folder(
     config: Path, shell: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -53,8 +73,9 @@ def test_a_sweep_trains_every_combination_in_its_folder(
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     words = ("optim.lr=1e-3,2e-3", "seed=1,2", "losses.koleo=null", "--parallel", "2")
-    code, out, _ = shell("sweep", config, *words)
-    assert code == 1 and "failed: run/lr=1e-3,seed=2: no more room" in out
+    code, out, err = shell("sweep", config, *words)
+    assert code == 1, err
+    assert "failed: run/lr=1e-3,seed=2: no more room" in out
     assert "compare: tapct compare run/*=*" in out and "the runs were not evaluated" in out
     for lr in ("1e-3", "2e-3"):
         run = Path(f"run/lr={lr},seed=1")

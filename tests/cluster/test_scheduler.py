@@ -30,6 +30,7 @@ def test_only_two_files_of_the_cluster_run_commands_of_slurm() -> None:
     # the last two are named, with the reason, in the docstring of tapct.cluster
     assert files == {
         "cluster/slurm.py",
+        "cluster/script.py",  # shell lines: these two files are the ones that are exchanged
         "cluster/restarts.py",  # shell lines of `cluster/script.py`
         "cluster/site.py",  # these two only name the option --sbatch
         "cli/submitted_resources.py",
