@@ -27,8 +27,8 @@ from tapct.base.files import write_atomically
 from tapct.data.packed.store import Store
 from tapct.data.phantom import archive as phantom
 from tapct.eval import metric_statistics, rank_metrics, seed_statistics
-from tapct.eval.contract import OWN_MODEL
 from tapct.eval.metric_statistics import PredictedScans
+from tapct.eval.scores import OWN_MODEL
 from tapct.eval.seed_statistics import RunSection
 from tapct.eval.statistics import ModelValue, Statistics
 from tapct.eval.task_statistics import MetricStatistics

@@ -10,7 +10,6 @@ from typing import Any
 import yaml
 
 from tapct.eval import over_steps, task_statistics
-from tapct.eval.contract import Headline, ScanScore, TaskResults
 from tapct.eval.held_out import HeldOut
 from tapct.eval.results import (
     EvaluatedData,
@@ -20,6 +19,7 @@ from tapct.eval.results import (
     SplitRecord,
     TaskSection,
 )
+from tapct.eval.scores import Headline, ScanScore, TaskResults
 from tapct.run_folder import RunFolder
 
 DIGEST = "1" * 32

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from tapct import config as configs
-from tapct.eval.contract import Breakdown, Headline, TaskResults
 from tapct.eval.rank_metrics import auroc
+from tapct.eval.scores import Breakdown, Headline, TaskResults
 from tapct.eval.task_section import TaskSection
 from tapct.run.config import RunConfig
 

@@ -43,7 +43,7 @@ from tapct.eval import results, runner
 from tapct.eval.baselines import DEFAULTS, NamedModel, RawPatches, with_baselines
 from tapct.eval.extraction import dense_features
 from tapct.eval.features import Preprocess
-from tapct.eval.scans import LabelledScan
+from tapct.eval.labelled_scan import LabelledScan
 from tapct.models import vit
 from tapct.nn import heads
 from tapct.nn.contracts import Backbone

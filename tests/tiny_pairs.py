@@ -10,7 +10,7 @@ import torch
 
 from tapct.eval.correspondence import PatchFrame, ScanFeatures
 from tapct.eval.features import BlockFeatures, DenseFeatures, PatchGrid, WindowVectors
-from tapct.eval.scans import LabelledScan
+from tapct.eval.labelled_scan import LabelledScan
 from tapct.types import LabelMap, Volume
 
 GRID = PatchGrid((2, 4, 4), (12, 28, 32), (12, 28, 32))

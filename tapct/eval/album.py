@@ -16,9 +16,9 @@ from tapct.eval import pictures, volumes
 from tapct.eval.body import body_mask
 from tapct.eval.contract import Task
 from tapct.eval.features import DenseFeatures, PatchGrid
+from tapct.eval.labelled_scan import LabelledScan
 from tapct.eval.reader import ModelOnScan
 from tapct.eval.results import Picture
-from tapct.eval.scans import LabelledScan
 from tapct.eval.volumes import FeatureLayer, LabelLayer
 from tapct.run_folder import EvaluationFolder
 

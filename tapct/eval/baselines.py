@@ -19,9 +19,9 @@ from tapct.base.exits import UserError
 from tapct.config import plugins
 from tapct.config.plugins import Plugin
 from tapct.eval.body import TISSUE_ABOVE_HU, thick_tissue
-from tapct.eval.contract import OWN_MODEL
 from tapct.eval.features import Prepared
 from tapct.eval.models import NamedModel
+from tapct.eval.scores import OWN_MODEL
 from tapct.nn.contracts import Backbone
 from tapct.ssl.student_teacher import build_backbone
 from tapct.types import HUContract, Tokens

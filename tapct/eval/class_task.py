@@ -13,9 +13,9 @@ import numpy as np
 
 from tapct.eval import curves, rank_metrics
 from tapct.eval.curves import CalibrationCurve
+from tapct.eval.labelled_scan import ScanValue
 from tapct.eval.probes import Target
 from tapct.eval.scan_task import DIGITS, ScanTask, TestScans, or_none
-from tapct.eval.scans import ScanValue
 
 MOST_CLASSES = 20  # of a category that the settings do not name; more are texts, as a rule
 

@@ -18,7 +18,7 @@ from tapct.base.exits import UserError, single_line
 from tapct.base.geometry import Size3
 from tapct.data.packed.packed_scan import Damaged
 from tapct.data.packed.store import Store
-from tapct.eval import scans
+from tapct.eval import labelled_scan
 from tapct.eval.ahead import one_ahead
 from tapct.eval.cache import CacheSink, FeatureCache
 from tapct.eval.extraction import Extractor, dense_of
@@ -30,9 +30,10 @@ from tapct.eval.features import (
     Preprocess,
     prepare,
 )
+from tapct.eval.labelled_scan import LabelledScan, StoredVolume
 from tapct.eval.models import EvaluatedModel
-from tapct.eval.scans import LabelledScan, ScanRow, StoredVolume
 from tapct.eval.stopwatch import LOAD, PREPARE, READ, Stopwatch
+from tapct.eval.usable import ScanRow
 from tapct.types import HUContract, Refused
 
 # what a prepared scan depends on
@@ -100,7 +101,7 @@ class Features:
         """The scans that lack features of some model; features of equal models count once."""
         wanted = []
         for row in rows:
-            scan = scans.read_scan(row, self.store, with_labels=False)
+            scan = labelled_scan.read_scan(row, self.store, with_labels=False)
             blocks: dict[int, tuple[int, ...]] = {}
             claimed: set[tuple[str, int]] = set()
             for number, model in enumerate(self.models):

@@ -19,7 +19,7 @@ from tapct.base.counted import counted
 
 if TYPE_CHECKING:  # the report reads results without loading pyarrow and blosc2
     from tapct.data.packed.trained_on import SeenScan, TrainedOn
-    from tapct.eval.scans import ScanRow
+    from tapct.eval.usable import ScanRow
 
 UNKNOWN = "unknown"
 # the PatientID of a header and that of a JSON file have one hash

@@ -14,9 +14,9 @@ import numpy as np
 
 from tapct.base import console, rng
 from tapct.base.counted import counted
-from tapct.eval.contract import FurtherMetric, ScanScore
 from tapct.eval.old_formats import metric_name
 from tapct.eval.organ_decoders import FittedDecoder, KeptPatches
+from tapct.eval.scores import FurtherMetric, ScanScore
 
 
 @dataclass(frozen=True)

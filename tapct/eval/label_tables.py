@@ -7,9 +7,9 @@ from collections.abc import Mapping
 
 from tapct.base import console
 from tapct.data.packed.store import Store
+from tapct.eval.labelled_scan import Landmarks, ScanLabels, TableLabels
 from tapct.eval.landmarks import read_landmarks
 from tapct.eval.scan_labels import read_scan_labels
-from tapct.eval.scans import Landmarks, ScanLabels, TableLabels
 
 
 def read_tables(store: Store, scan_labels: str, landmarks: str, split_column: str) -> TableLabels:

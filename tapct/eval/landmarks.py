@@ -19,7 +19,7 @@ from tapct.base.exits import UserError
 from tapct.base.files import expand_path
 from tapct.data.packed.store import ScanPlace, StoredScan
 from tapct.data.tables import Table, read_table
-from tapct.eval.scans import Landmarks, Point
+from tapct.eval.labelled_scan import Landmarks, Point
 from tapct.eval.table_rows import match_rows
 
 OPTION = "eval.landmarks"

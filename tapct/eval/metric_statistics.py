@@ -16,8 +16,8 @@ import numpy as np
 
 from tapct.base.exits import UserError
 from tapct.eval import intervals
-from tapct.eval.contract import OWN_MODEL
 from tapct.eval.intervals import NUM_FLIPS, NUM_RESAMPLES
+from tapct.eval.scores import OWN_MODEL
 from tapct.eval.statistics import (
     MIN_PATIENTS,
     Difference,

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from tapct.eval.contract import Breakdown, Headline, Labels, ScanScore
+from tapct.eval.scores import Breakdown, Headline, ScanScore
+from tapct.eval.usable import Labels
 
 
 def headline(values: Mapping[str, float], resolution: str, mean_of: str = "") -> Headline:

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from tapct.eval.contract import FurtherMetric, ScanScore
+from tapct.eval.scores import FurtherMetric, ScanScore
 from tapct.eval.surface import Presence, surface_score
 from tapct.eval.tolerances import Tolerance, tolerance_of
 

@@ -24,10 +24,11 @@ import yaml
 from tapct.base.paths import without_absolute_paths
 from tapct.config.yamlfile import from_text
 from tapct.eval import results
-from tapct.eval.contract import DEFAULT_TASKS, OWN_MODEL
+from tapct.eval.contract import DEFAULT_TASKS
 from tapct.eval.intervals import Interval
 from tapct.eval.results import Evaluation
 from tapct.eval.saved import is_own, own_digest
+from tapct.eval.scores import OWN_MODEL
 from tapct.eval.task_section import TaskSection
 from tapct.run_folder import RunFolder, step_of
 

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from tapct.eval.contract import ScanScore
 from tapct.eval.pairs import ScanPair
 from tapct.eval.points import mean_of
+from tapct.eval.scores import ScanScore
 
 DICE, LANDMARKS = "dice", "landmarks"
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from tapct.base.exits import UserError
-from tapct.eval.scans import ScanRow
+from tapct.eval.usable import ScanRow
 
 T = TypeVar("T")
 SAME_PATIENT, ACROSS_PATIENTS = "same_patient", "across_patients"

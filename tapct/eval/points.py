@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from tapct.base.exits import UserError
+from tapct.eval.labelled_scan import LabelledScan
 from tapct.eval.organ_classes import BODY_NAMES, OUTSIDE_NAMES, is_called
-from tapct.eval.scans import LabelledScan
 from tapct.types import IGNORE_LABEL
 
 LEAST_VOXELS = 8  # smaller parts of a label are specks, unless the label has no larger part

@@ -19,7 +19,7 @@ import numpy as np
 from tapct.base import rng
 from tapct.eval import probes, rank_metrics
 from tapct.eval.probes import FittedProbe, HeadSettings, Scaler, Settings, Target
-from tapct.eval.scans import VAL
+from tapct.eval.train_test import VAL
 from tapct.eval.vectors import WINDOWS, ScanVectors, block_numbers
 
 MIN_PATIENTS_TO_CHOOSE = 3

@@ -15,14 +15,16 @@ from tapct.base import console
 from tapct.base.exits import UserError, single_line
 from tapct.data.packed.packed_scan import Damaged
 from tapct.data.packed.store import Store
-from tapct.eval import scans
+from tapct.eval import labelled_scan
 from tapct.eval.ahead import one_ahead
 from tapct.eval.features import DenseFeatures, PatchGrid
 from tapct.eval.fill import Features
+from tapct.eval.labelled_scan import LabelledScan, TableLabels
 from tapct.eval.models import EvaluatedModel
-from tapct.eval.results import PATIENTS, UnreadScan
-from tapct.eval.scans import LabelledScan, ScanRow, Split, TableLabels
+from tapct.eval.results import UnreadScan
 from tapct.eval.task_runs import TaskRun
+from tapct.eval.train_test import PATIENTS, Split, block_slices
+from tapct.eval.usable import ScanRow
 from tapct.types import Refused
 
 PREFETCH_BYTES = 512 << 20  # larger features are read when they are due: two may not fit in memory
@@ -120,7 +122,7 @@ class ScanReader:
             if row.id in self.features.unreadable:
                 self._skip(row, side, self.features.unreadable[row.id])
         pairs = (
-            (row, scans.read_scan(row, self.store, with_labels=False), model)
+            (row, labelled_scan.read_scan(row, self.store, with_labels=False), model)
             for row in self.read_rows(side)
             for model in self.features.models
         )
@@ -173,7 +175,7 @@ class ScanReader:
         try:
             values = self.tables.scan_labels.get(row.id)
             labelled = self.tables.added_to(
-                scans.read_scan(row, self.store, with_labels=needs_map, scan_labels=values)
+                labelled_scan.read_scan(row, self.store, with_labels=needs_map, scan_labels=values)
             )
             return ScanAndTruths(labelled, self._truths(labelled, runs, side))
         except (Refused, Damaged) as error:
@@ -204,7 +206,7 @@ class ScanReader:
         """Slices of patches that this side of the split may use: bool (Z,)."""
         if self.split.mode == PATIENTS:
             return np.ones(grid.shape[0], dtype=bool)
-        return scans.block_slices(
+        return block_slices(
             grid.shape[0],
             test=side == "test",
             num_blocks=self.blocks.num,

@@ -23,12 +23,11 @@ from tapct.eval.task_section import (
 )
 from tapct.eval.terminal import shown as shown
 from tapct.eval.terminal import title_of as title_of
+from tapct.eval.train_test import BLOCKS
 from tapct.run_folder import EvaluationFolder
 
 SCHEMA = 4
 PATIENTS_CHECKED = 3  # first schema whose evaluation compared patients with those of pretraining
-PATIENTS = "patients"  # split mode: no patient on both sides
-BLOCKS = "blocks"  # split mode: slabs of the same scans
 
 
 @dataclass(frozen=True)

@@ -29,13 +29,14 @@ from tapct.config import plugins, setting, to_dict
 from tapct.config.plugins import Plugin
 from tapct.data.index.share import WHOLE, Share
 from tapct.data.packed.store import Store
-from tapct.eval import baselines, cache, scans, task_statistics, validation
+from tapct.eval import baselines, cache, task_statistics, validation
 from tapct.eval.album import Album, Outputs
 from tapct.eval.cache import FeatureCache
 from tapct.eval.contract import DEFAULT_TASKS
 from tapct.eval.features import Preprocess
 from tapct.eval.fill import Features
 from tapct.eval.held_out import HeldOut, no_list
+from tapct.eval.labelled_scan import TableLabels
 from tapct.eval.models import NamedModel, settle
 from tapct.eval.over_steps import split_settings
 from tapct.eval.prediction_files import PredictionFiles
@@ -48,7 +49,6 @@ from tapct.eval.results import (
     SplitRecord,
     TaskSection,
 )
-from tapct.eval.scans import ScanRow, Split, TableLabels
 from tapct.eval.stopwatch import PARTS
 from tapct.eval.tables import machine, rows_of, write_csv
 from tapct.eval.task_runs import (
@@ -59,6 +59,8 @@ from tapct.eval.task_runs import (
     check_model_names,
     usable_rows,
 )
+from tapct.eval.train_test import Split, patients_together, split_for_tasks
+from tapct.eval.usable import ScanRow, of_paths
 from tapct.run_folder import EvaluationFolder, features_beside
 from tapct.types import HUContract
 
@@ -240,7 +242,7 @@ def evaluate(
     """
     began = time.perf_counter()
     preprocess = preprocess or config.preprocess
-    rows = scans.of_paths(rows, config.only)
+    rows = of_paths(rows, config.only)
     tables = tables or TableLabels()
     task_runs, split = _plan(
         config, rows, store, held_out, tables, on_validation=on_validation, split_seed=split_seed
@@ -323,7 +325,7 @@ def _plan(
     rows_of_task = usable_rows(tasks, rows, tables)
     for name, chosen in rows_of_task.items():
         check_label_settings(name, tasks[name], chosen, store)
-    split = scans.split_for_tasks(
+    split = split_for_tasks(
         list(rows_of_task.values()),
         test_share=config.test_share,
         max_scans=config.max_scans,
@@ -339,7 +341,7 @@ def _plan(
             on_validation=on_validation,
             sides=tables.sides,
         )
-    split = scans.patients_together(split)
+    split = patients_together(split)
     begun = [begin(name, tasks[name], rows, split, tables) for name, rows in rows_of_task.items()]
     return begun, split
 

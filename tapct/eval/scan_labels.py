@@ -25,8 +25,10 @@ from pathlib import Path
 from tapct.base.exits import UserError
 from tapct.base.files import expand_path
 from tapct.data.tables import Table, read_table
-from tapct.eval.scans import TEST, TRAIN, VAL, ScanLabels, ScanRow, ScanValue
+from tapct.eval.labelled_scan import ScanLabels, ScanValue
 from tapct.eval.table_rows import KEY_COLUMNS, MatchedRows, match_rows
+from tapct.eval.train_test import TEST, TRAIN, VAL
+from tapct.eval.usable import ScanRow
 
 OPTION = "eval.scan_labels"
 # columns that identify a person, an examination or a file, in lower case without other characters

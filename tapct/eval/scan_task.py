@@ -20,12 +20,14 @@ from tapct.base.counted import counted
 from tapct.base.exits import UserError
 from tapct.config import setting
 from tapct.eval import rank_metrics
-from tapct.eval.contract import Breakdown, Labels, ScanScore, Task, TaskResults
+from tapct.eval.contract import Task
 from tapct.eval.features import DenseFeatures, PatchGrid
+from tapct.eval.labelled_scan import LabelledScan, ScanValue
 from tapct.eval.metric_statistics import Metric, PredictedScans, ScanPredictions
 from tapct.eval.probe_choice import Labelled, Outcome, ProbeChoice
 from tapct.eval.probes import SCALINGS, Target
-from tapct.eval.scans import LabelledScan, ScanValue
+from tapct.eval.scores import Breakdown, ScanScore, TaskResults
+from tapct.eval.usable import Labels
 from tapct.eval.vectors import (
     BLOCKS,
     VECTOR_WORDS,

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 
 from tapct.eval import rank_metrics, task_statistics
-from tapct.eval.contract import OWN_MODEL, FurtherMetric, ScanScore
 from tapct.eval.metric_statistics import Metric, PredictedScans, ScanPredictions
 from tapct.eval.old_formats import curve_of, metric_name
+from tapct.eval.scores import OWN_MODEL, FurtherMetric, ScanScore
 from tapct.eval.statistics import Difference, ModelValue, PatientEstimate, Statistics
 from tapct.eval.task_section import TaskSection
 from tapct.eval.task_statistics import MetricStatistics

@@ -19,8 +19,8 @@ import numpy as np
 from tapct.base.counted import counted
 from tapct.base.exits import UserError
 from tapct.eval import intervals
-from tapct.eval.contract import OWN_MODEL, ScanScore
 from tapct.eval.intervals import NUM_RESAMPLES, Interval
+from tapct.eval.scores import OWN_MODEL, ScanScore
 
 MIN_PATIENTS = 10  # no interval and no p-value below it
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from tapct.base.exits import UserError
 from tapct.data.tables import ScanNames, Table
-from tapct.eval.scans import ScanRow
+from tapct.eval.usable import ScanRow
 
 # columns that name the scan, in the order in which they are looked for
 KEY_COLUMNS = ("path", "case_id", "id")

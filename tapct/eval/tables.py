@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tapct.base import files
-from tapct.eval.contract import ScanScore
 from tapct.eval.intervals import Interval
 from tapct.eval.results import Evaluation
+from tapct.eval.scores import ScanScore
 from tapct.eval.statistics import PatientEstimate, Statistics
 from tapct.eval.task_section import TaskSection
 

@@ -14,10 +14,12 @@ from tapct.config import plugins
 from tapct.config.plugins import Plugin
 from tapct.data.packed.packed_scan import Damaged
 from tapct.data.packed.store import Store
-from tapct.eval import scans
-from tapct.eval.contract import DEFAULT_TASKS, Headline, Labels, Task, TaskResults
-from tapct.eval.results import BLOCKS
-from tapct.eval.scans import ScanRow, Split, TableLabels
+from tapct.eval import labelled_scan
+from tapct.eval.contract import DEFAULT_TASKS, Task
+from tapct.eval.labelled_scan import TableLabels
+from tapct.eval.scores import Headline, TaskResults
+from tapct.eval.train_test import BLOCKS, Split
+from tapct.eval.usable import Labels, ScanRow, how_to_label, usable, what_is_missing
 
 MOST_LABELS_IN_LINE = 40
 
@@ -103,11 +105,11 @@ def usable_rows(
     rows_of_task: dict[str, list[ScanRow]] = {}
     missing: list[str] = []
     for name, task in tasks.items():
-        chosen = scans.usable(rows, task.labels, tables.scan_labels, tables.landmarks)
+        chosen = usable(rows, task.labels, tables.scan_labels, tables.landmarks)
         chosen = _with_named(name, task, chosen, tables)
-        what = scans.what_is_missing(task.labels)
+        what = what_is_missing(task.labels)
         if not chosen:
-            how = scans.how_to_label(task.labels)
+            how = how_to_label(task.labels)
             missing.append(f"{name}: none of the {len(rows)} accepted scans has a {what}: {how}")
             continue
         if len(chosen) < len(rows):
@@ -170,7 +172,7 @@ def check_label_settings(
         if not any(missing.values()):
             return
         try:
-            known |= scans.labels_of(row, store)
+            known |= labelled_scan.labels_of(row, store)
         except Damaged:  # it is named, skipped and counted when it is used
             continue
         num_read += 1

@@ -8,7 +8,13 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from tapct.eval import task_statistics
-from tapct.eval.contract import Breakdown, FurtherMetric, Headline, ScanScore, TaskResults
+from tapct.eval.scores import (
+    Breakdown,
+    FurtherMetric,
+    Headline,
+    ScanScore,
+    TaskResults,
+)
 from tapct.eval.task_statistics import TaskStatistics
 
 

@@ -13,9 +13,9 @@ from typing import Any
 
 from tapct.base.exits import UserError
 from tapct.eval import metric_statistics, statistics
-from tapct.eval.contract import Headline, ScanScore, TaskResults
 from tapct.eval.intervals import Interval
 from tapct.eval.metric_statistics import PredictedScans
+from tapct.eval.scores import Headline, ScanScore, TaskResults
 from tapct.eval.statistics import Difference, ModelValue, PatientEstimate, Statistics
 
 NO_MEAN = "the headline is no mean over the test scans and the task hands over no predictions"

@@ -12,7 +12,7 @@ from tapct.eval.intervals import Interval
 from tapct.eval.statistics import MIN_PATIENTS, PatientEstimate, Statistics
 
 if TYPE_CHECKING:
-    from tapct.eval.contract import ScanScore
+    from tapct.eval.scores import ScanScore
     from tapct.eval.task_section import TaskSection
 
 WIDTH = 80

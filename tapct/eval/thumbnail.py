@@ -14,7 +14,7 @@ import numpy as np
 from tapct.eval.body import body_mask
 from tapct.eval.correspondence import PatchFrame
 from tapct.eval.features import PatchGrid
-from tapct.eval.scans import LabelledScan
+from tapct.eval.labelled_scan import LabelledScan
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from tapct.base import rng
 from tapct.eval.features import PatchGrid
-from tapct.eval.scans import LabelledScan
+from tapct.eval.labelled_scan import LabelledScan
 from tapct.types import IGNORE_LABEL
 
 OUTSIDE = -1  # label value that stands for the air around the patient

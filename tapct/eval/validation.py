@@ -13,8 +13,8 @@ from dataclasses import replace
 from tapct.base.exits import UserError
 from tapct.base.hashing import MASK_64, hash_int
 from tapct.data.patients.split import two_sides
-from tapct.eval.results import BLOCKS
-from tapct.eval.scans import VAL, ScanRow, Split
+from tapct.eval.train_test import BLOCKS, VAL, Split
+from tapct.eval.usable import ScanRow
 
 
 def divided(

@@ -25,8 +25,8 @@ from torch import Tensor
 
 from tapct.base.exits import UserError
 from tapct.eval.features import BlockFeatures, DenseFeatures, PatchGrid
+from tapct.eval.labelled_scan import LabelledScan
 from tapct.eval.organ_classes import is_called
-from tapct.eval.scans import LabelledScan
 from tapct.eval.truth import patch_truth
 
 CLS, MEAN, STD, MAX, REGISTERS = "cls", "mean", "std", "max", "registers"

@@ -23,10 +23,10 @@ from rich.text import Text
 from tapct.base.exits import UserError
 from tapct.base.paths import near_path
 from tapct.eval import results, saved
-from tapct.eval.contract import OWN_MODEL
 from tapct.eval.over_steps import StepCurve
 from tapct.eval.results import Evaluation
 from tapct.eval.saved import SavedEvaluation
+from tapct.eval.scores import OWN_MODEL
 from tapct.eval.terminal import between, p_text
 from tapct.report import evaluation, facts, statistics, step_values, summary
 from tapct.report.history import History, read_history

@@ -19,12 +19,17 @@ from tapct.data.packed.trained_on import TrainedOn
 from tapct.distributed.device import pick_device
 from tapct.eval import held_out, results, runner
 from tapct.eval.baselines import NAMES, with_baselines
-from tapct.eval.contract import OWN_MODEL
 from tapct.eval.label_tables import read_tables
 from tapct.eval.models import NamedModel
-from tapct.eval.results import EvaluatedData, EvaluatedWeights, Evaluation, Origin
+from tapct.eval.results import (
+    EvaluatedData,
+    EvaluatedWeights,
+    Evaluation,
+    Origin,
+)
 from tapct.eval.saved import link_newest
-from tapct.eval.scans import ScanRow
+from tapct.eval.scores import OWN_MODEL
+from tapct.eval.usable import ScanRow
 from tapct.run import best_step, exported_run, lineage
 from tapct.run.config import RunConfig
 from tapct.run.model_source import Model, Trained, open_model, open_run

@@ -9,10 +9,10 @@ import numpy as np
 
 from tapct.base.exits import UserError
 from tapct.data.labels.reading import read_labels_of
+from tapct.eval.labelled_scan import LabelledScan
 from tapct.eval.one_scan import ScanEncoder
 from tapct.eval.organ_classes import is_called
 from tapct.eval.pooled import PoolingSink
-from tapct.eval.scans import LabelledScan
 from tapct.eval.vectors import (
     BLOCKS,
     PARTS,

@@ -28,8 +28,8 @@ from tapct.eval.baselines import (
     with_baselines,
 )
 from tapct.eval.features import Preprocess
+from tapct.eval.labelled_scan import LabelledScan
 from tapct.eval.results import Evaluation, from_json
-from tapct.eval.scans import LabelledScan
 from tapct.eval.tasks.segmentation import Config as SegmentationConfig
 from tapct.eval.tasks.segmentation import Segmentation
 from tapct.models import vit

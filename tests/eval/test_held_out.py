@@ -13,7 +13,8 @@ import pytest
 from tapct.data.packed import trained_on
 from tapct.data.packed.trained_on import SeenScan, TrainedOn
 from tapct.eval.held_out import HeldOut, check
-from tapct.eval.results import BLOCKS, PATIENTS, SplitRecord, UnreadScan
+from tapct.eval.results import SplitRecord, UnreadScan
+from tapct.eval.train_test import BLOCKS, PATIENTS
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ from tapct.base.exits import UserError
 from tapct.data.index.build import build_manifest
 from tapct.data.packed.pack import pack
 from tapct.data.packed.store import Store
-from tapct.eval.contract import Labels
+from tapct.eval.labelled_scan import TableLabels, read_scan
 from tapct.eval.landmarks import read_landmarks
-from tapct.eval.scans import TableLabels, read_scan, usable
+from tapct.eval.usable import Labels, usable
 
 SHAPE_XYZ = (24, 20, 12)
 MARK_IJK = (5, 14, 8)  # bright voxel, in the axes of the file

@@ -13,14 +13,15 @@ from tiny_pairs import GRID, SPACING_MM, Row, dense_of, position_features, rolle
 
 from tapct.base.exits import UserError
 from tapct.config import plugins
-from tapct.eval.contract import Labels
 from tapct.eval.correspondence import PatchFrame, ScanFeatures, find_places, similarity_PN
 from tapct.eval.features import DenseFeatures
+from tapct.eval.labelled_scan import TableLabels
 from tapct.eval.pairs import PairedScans, ScanPair, pairs_of
 from tapct.eval.points import label_points
-from tapct.eval.scans import PATIENTS, Split, TableLabels, patients_together
 from tapct.eval.task_runs import begin
 from tapct.eval.tasks import matching
+from tapct.eval.train_test import PATIENTS, Split, patients_together
+from tapct.eval.usable import Labels
 from tapct.types import LabelMap
 
 ALL = PatchFrame(GRID, SPACING_MM, np.arange(int(np.prod(GRID.shape))))

@@ -11,7 +11,7 @@ import torch
 from tapct.base.exits import UserError
 from tapct.eval import neighbours
 from tapct.eval.features import DenseFeatures, PatchGrid
-from tapct.eval.scans import LabelledScan
+from tapct.eval.labelled_scan import LabelledScan
 from tapct.eval.tasks import patch_knn
 from tapct.types import LabelMap, Volume
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import pytest
 
 from tapct.base.exits import UserError
-from tapct.eval.scans import of_paths
+from tapct.eval.usable import of_paths
 
 
 @dataclass(frozen=True)

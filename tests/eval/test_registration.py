@@ -13,14 +13,14 @@ from tiny_pairs import GRID, SPACING_MM, Row, dense_of, position_features, posit
 
 from tapct.base.exits import UserError
 from tapct.data.phantom import archive as phantom
-from tapct.eval.contract import Labels
 from tapct.eval.correspondence import PatchFrame, ScanFeatures, mutual_correspondences
 from tapct.eval.features import DenseFeatures, PatchGrid
+from tapct.eval.labelled_scan import LabelledScan
 from tapct.eval.propagation import dice_of_labels, warp
-from tapct.eval.scans import LabelledScan
 from tapct.eval.tasks import matching, registration
 from tapct.eval.thumbnail import Thumbnail
 from tapct.eval.transform import Affine, Transform, fit_transform, translation
+from tapct.eval.usable import Labels
 from tapct.types import AIR_HU, IGNORE_LABEL, LabelMap, Volume
 
 MATRIX = np.array([[1.02, 0.03, -0.02], [-0.04, 0.97, 0.05], [0.01, -0.03, 1.03]])

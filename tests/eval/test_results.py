@@ -13,7 +13,6 @@ import pytest
 
 from tapct.base.exits import UserError
 from tapct.eval import results
-from tapct.eval.contract import Breakdown, Headline, ScanScore, TaskResults
 from tapct.eval.held_out import HeldOut
 from tapct.eval.old_formats import config_with_task_table
 from tapct.eval.results import (
@@ -24,6 +23,12 @@ from tapct.eval.results import (
     Picture,
     SplitRecord,
     TaskSection,
+)
+from tapct.eval.scores import (
+    Breakdown,
+    Headline,
+    ScanScore,
+    TaskResults,
 )
 
 OLD = Path(__file__).parents[1] / "report" / "results_schema_1.json"

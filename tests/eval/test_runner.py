@@ -23,8 +23,8 @@ from tapct.data.packed.store import Store
 from tapct.eval import cache, pictures, runner, volumes
 from tapct.eval.baselines import NamedModel, RawPatches, with_baselines
 from tapct.eval.features import DenseFeatures, PatchGrid, Preprocess
+from tapct.eval.labelled_scan import LabelledScan
 from tapct.eval.results import from_json
-from tapct.eval.scans import LabelledScan
 from tapct.eval.tasks.segmentation import Config as SegmentationConfig
 from tapct.models import vit
 from tapct.types import HUContract, LabelMap, Volume

@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 
 from tapct.base.exits import UserError
-from tapct.eval.contract import Labels, Task
+from tapct.eval.contract import Task
+from tapct.eval.labelled_scan import TableLabels
 from tapct.eval.scan_labels import Kind, kind_of, read_scan_labels
-from tapct.eval.scans import PATIENTS, TableLabels, split_for_tasks
 from tapct.eval.task_runs import usable_rows
+from tapct.eval.train_test import PATIENTS, split_for_tasks
+from tapct.eval.usable import Labels
 
 
 @dataclass(frozen=True)

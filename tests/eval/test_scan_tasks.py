@@ -19,10 +19,10 @@ from tapct.eval import neighbours, runner
 from tapct.eval.baselines import RawPatches
 from tapct.eval.contract import Task
 from tapct.eval.features import BlockFeatures, DenseFeatures, PatchGrid, Preprocess, WindowVectors
+from tapct.eval.labelled_scan import LabelledScan, TableLabels
 from tapct.eval.metric_statistics import ScanPredictions
 from tapct.eval.models import NamedModel
 from tapct.eval.results import from_json
-from tapct.eval.scans import LabelledScan, TableLabels
 from tapct.eval.tasks import classification, knn, regression
 from tapct.types import HUContract, LabelMap, Volume
 

@@ -15,16 +15,15 @@ from tapct.data.index.build import build_manifest
 from tapct.data.packed.pack import pack
 from tapct.data.packed.store import Store
 from tapct.data.patients.split import position
-from tapct.eval.contract import Labels
-from tapct.eval.scans import (
+from tapct.eval.labelled_scan import read_scan
+from tapct.eval.train_test import (
     BLOCKS,
     PATIENTS,
     block_slices,
-    read_scan,
     split_by_patient,
     split_for_tasks,
-    usable,
 )
+from tapct.eval.usable import Labels, usable
 
 
 @dataclass(frozen=True)

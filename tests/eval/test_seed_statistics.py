@@ -9,8 +9,13 @@ import numpy as np
 import pytest
 
 from tapct.eval import task_statistics
-from tapct.eval.contract import Breakdown, Headline, ScanScore, TaskResults
 from tapct.eval.rank_metrics import auroc, r_squared
+from tapct.eval.scores import (
+    Breakdown,
+    Headline,
+    ScanScore,
+    TaskResults,
+)
 from tapct.eval.seed_statistics import RunSection, over_runs
 from tapct.eval.task_section import TaskSection
 

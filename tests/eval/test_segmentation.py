@@ -15,9 +15,9 @@ from tapct.eval.decoder import SoftDice, fit_decoder
 from tapct.eval.features import BlockFeatures, DenseFeatures, PatchGrid
 from tapct.eval.heads import fit_head
 from tapct.eval.label_fractions import Draw, LabelFractions, patients_of_draw
+from tapct.eval.labelled_scan import LabelledScan
 from tapct.eval.old_formats import curve_of
 from tapct.eval.organ_counts import dice_from_confusion
-from tapct.eval.scans import LabelledScan
 from tapct.eval.tasks.segmentation import Config, build
 from tapct.eval.truth import OUTSIDE, patch_truth
 from tapct.types import IGNORE_LABEL, LabelMap, Volume

@@ -12,8 +12,8 @@ import pytest
 
 from tapct.base.exits import UserError
 from tapct.eval import intervals, metric_statistics, rank_metrics, statistics
-from tapct.eval.contract import ScanScore
 from tapct.eval.metric_statistics import ScanPredictions
+from tapct.eval.scores import ScanScore
 from tapct.eval.statistics import ScanTable
 
 Draw = Callable[[np.random.Generator, int], tuple[np.ndarray, np.ndarray]]

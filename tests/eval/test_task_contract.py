@@ -24,7 +24,7 @@ from tapct.config import plugins
 from tapct.config.plugins import Plugin
 from tapct.eval import runner
 from tapct.eval.baselines import NamedModel, RawPatches
-from tapct.eval.contract import Headline, Labels, Task, TaskResults
+from tapct.eval.contract import Task
 from tapct.eval.features import (
     BlockFeatures,
     DenseFeatures,
@@ -32,8 +32,10 @@ from tapct.eval.features import (
     Preprocess,
     WindowVectors,
 )
+from tapct.eval.labelled_scan import LabelledScan, TableLabels
 from tapct.eval.results import Evaluation, from_json
-from tapct.eval.scans import LabelledScan, TableLabels
+from tapct.eval.scores import Headline, TaskResults
+from tapct.eval.usable import Labels
 from tapct.types import HUContract, LabelMap, Volume
 
 MODELS = ("pretrained", "untrained")

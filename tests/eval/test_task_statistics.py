@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 
 from tapct.eval import results, tables, task_statistics, terminal
-from tapct.eval.contract import FurtherMetric, Headline, ScanScore, TaskResults
 from tapct.eval.held_out import HeldOut
 from tapct.eval.metric_statistics import PredictedScans, ScanPredictions
 from tapct.eval.rank_metrics import auroc
@@ -26,6 +25,12 @@ from tapct.eval.results import (
     Origin,
     SplitRecord,
     TaskSection,
+)
+from tapct.eval.scores import (
+    FurtherMetric,
+    Headline,
+    ScanScore,
+    TaskResults,
 )
 from tapct.eval.task_statistics import MetricStatistics
 

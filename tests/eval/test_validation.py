@@ -8,7 +8,7 @@ import pytest
 
 from tapct.base.exits import UserError
 from tapct.data.patients.split import patients_below
-from tapct.eval.scans import Split, split_by_patient
+from tapct.eval.train_test import Split, split_by_patient
 from tapct.eval.validation import divided
 
 

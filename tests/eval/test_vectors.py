@@ -9,7 +9,7 @@ import torch
 from tapct.base.exits import UserError
 from tapct.eval import vectors
 from tapct.eval.features import BlockFeatures, DenseFeatures, PatchGrid, WindowVectors
-from tapct.eval.scans import LabelledScan
+from tapct.eval.labelled_scan import LabelledScan
 from tapct.types import LabelMap, Volume
 
 GRID = PatchGrid((2, 4, 4), (4, 8, 8), (4, 8, 8))

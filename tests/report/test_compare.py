@@ -16,9 +16,9 @@ from test_report import Page, lower_is_better
 
 from tapct.base.exits import UserError
 from tapct.eval import task_statistics
-from tapct.eval.contract import Headline, ScanScore, TaskResults
 from tapct.eval.held_out import HeldOut
 from tapct.eval.results import Evaluation, SplitRecord, TaskSection
+from tapct.eval.scores import Headline, ScanScore, TaskResults
 from tapct.report import charts, compare, compare_page, page
 from tapct.report.markup import text as escaped
 

@@ -16,9 +16,9 @@ from PIL import Image
 
 from tapct.base.exits import UserError
 from tapct.eval import task_statistics
-from tapct.eval.contract import Headline, ScanScore, TaskResults
 from tapct.eval.held_out import HeldOut
 from tapct.eval.results import Evaluation, SplitRecord, TaskSection
+from tapct.eval.scores import Headline, ScanScore, TaskResults
 from tapct.report import page
 from tapct.report.history import prototypes_ln, read_history
 from tapct.report.markup import slug, text

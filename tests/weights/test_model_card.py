@@ -21,9 +21,9 @@ from tapct.base.geometry import times
 from tapct.data.packed.store import Store
 from tapct.data.packed.trained_on import SeenScan, TrainedOn
 from tapct.eval import results, task_statistics
-from tapct.eval.contract import Headline, ScanScore, TaskResults
 from tapct.eval.held_out import HeldOut
 from tapct.eval.results import Evaluation, SplitRecord, TaskSection
+from tapct.eval.scores import Headline, ScanScore, TaskResults
 from tapct.eval.task_statistics import TaskStatistics
 from tapct.weights.huggingface.folder import save_folder
 from tapct.weights.huggingface.model_card import ModelFacts

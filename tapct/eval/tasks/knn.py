@@ -18,12 +18,12 @@ from torch import Tensor
 from tapct.config import setting
 from tapct.eval import neighbours, probe_choice
 from tapct.eval.class_task import ClassTask
-from tapct.eval.contract import Headline
 from tapct.eval.features import DenseFeatures
 from tapct.eval.probe_choice import Candidate, Labelled, Outcome, ProbeChoice
 from tapct.eval.probes import Scaler
 from tapct.eval.scan_task import ScanConfig, ScanTruth, TestScans
-from tapct.eval.scans import VAL
+from tapct.eval.scores import Headline
+from tapct.eval.train_test import VAL
 from tapct.eval.vectors import ScanVectors
 
 KNN = "knn"

@@ -20,9 +20,10 @@ from tapct.base.exits import UserError
 from tapct.config import setting
 from tapct.eval import pair_pictures
 from tapct.eval.block_choice import BLOCK_SETS, BlockChoice, block_features, candidate_blocks
-from tapct.eval.contract import Breakdown, Headline, Labels, ScanScore, Task, TaskResults
+from tapct.eval.contract import Task
 from tapct.eval.correspondence import PatchFrame, ScanFeatures, find_places
 from tapct.eval.features import DenseFeatures, PatchGrid
+from tapct.eval.labelled_scan import LabelledScan
 from tapct.eval.pairs import (
     ACROSS_PATIENTS,
     SAME_PATIENT,
@@ -39,8 +40,14 @@ from tapct.eval.points import (
     landmark_points,
     mean_of,
 )
-from tapct.eval.scans import LabelledScan, ScanRow
+from tapct.eval.scores import (
+    Breakdown,
+    Headline,
+    ScanScore,
+    TaskResults,
+)
 from tapct.eval.thumbnail import Thumbnail, body_frame
+from tapct.eval.usable import Labels, ScanRow
 
 LANDMARKS, LABELS = "landmarks", "labels"
 THUMBNAIL_MM = 2.5

@@ -26,9 +26,10 @@ from tapct.base.exits import UserError
 from tapct.config import setting
 from tapct.eval import pair_pictures, pictures
 from tapct.eval.block_choice import BLOCK_SETS, BlockChoice, block_features, candidate_blocks
-from tapct.eval.contract import Breakdown, Headline, Labels, ScanScore, Task, TaskResults
+from tapct.eval.contract import Task
 from tapct.eval.correspondence import PatchFrame, ScanFeatures, mutual_correspondences
 from tapct.eval.features import DenseFeatures, PatchGrid
+from tapct.eval.labelled_scan import LabelledScan
 from tapct.eval.organ_classes import BODY, BODY_NAMES, OUTSIDE, OUTSIDE_NAMES, ClassWords
 from tapct.eval.pair_scores import DICE, LANDMARKS, PairScore, means_of, score_rows
 from tapct.eval.pairs import (
@@ -42,9 +43,15 @@ from tapct.eval.pairs import (
 )
 from tapct.eval.points import mean_of
 from tapct.eval.propagation import centre_alignment, dice_of_labels, warp
-from tapct.eval.scans import LabelledScan, ScanRow
+from tapct.eval.scores import (
+    Breakdown,
+    Headline,
+    ScanScore,
+    TaskResults,
+)
 from tapct.eval.thumbnail import Thumbnail, body_frame
 from tapct.eval.transform import Transform, fit_transform
+from tapct.eval.usable import Labels, ScanRow
 from tapct.types import AIR_HU, IGNORE_LABEL
 
 AUTO, BEST, AFFINE, FIELD = "auto", "best", "affine", "field"

@@ -14,11 +14,11 @@ import numpy as np
 
 from tapct.config import setting
 from tapct.eval import rank_metrics
-from tapct.eval.contract import Headline
+from tapct.eval.labelled_scan import ScanValue
 from tapct.eval.probe_task import ProbeConfig, ProbeTask
 from tapct.eval.probes import ABMIL, EFFICIENT, RIDGE, Target
 from tapct.eval.scan_task import TestScans
-from tapct.eval.scans import ScanValue
+from tapct.eval.scores import Headline
 
 HEADS = (RIDGE, ABMIL, EFFICIENT)
 MIN_VALUES = 3  # different ones of a target that the settings do not name

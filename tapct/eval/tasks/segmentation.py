@@ -26,9 +26,10 @@ from tapct.base.exits import UserError
 from tapct.config import setting
 from tapct.data.readers import dicom_seg
 from tapct.eval import pictures, surface
-from tapct.eval.contract import OWN_MODEL, Headline, Labels, ScanScore, Task, TaskResults
+from tapct.eval.contract import Task
 from tapct.eval.features import DenseFeatures, PatchGrid
 from tapct.eval.label_fractions import LabelFractions, labelled_patients
+from tapct.eval.labelled_scan import LabelledScan
 from tapct.eval.old_formats import BY_PATIENTS
 from tapct.eval.organ_classes import BODY, OUTSIDE, ClassSettings, is_called, own_values
 from tapct.eval.organ_counts import CountedVoxels, dice_from_confusion
@@ -43,9 +44,15 @@ from tapct.eval.organ_results import headline as headline_of
 from tapct.eval.organ_results import section_from_schema_1 as section_from_schema_1
 from tapct.eval.organ_surfaces import Surfaces
 from tapct.eval.prediction_files import DICOM_SEG, NIFTI
-from tapct.eval.scans import LabelledScan
+from tapct.eval.scores import (
+    OWN_MODEL,
+    Headline,
+    ScanScore,
+    TaskResults,
+)
 from tapct.eval.tolerances import check_named, parse
 from tapct.eval.truth import PatchTruth, patch_truth
+from tapct.eval.usable import Labels
 from tapct.eval.volumes import LabelLayer
 from tapct.types import IGNORE_LABEL, LabelMap
 
