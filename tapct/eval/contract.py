@@ -10,16 +10,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Generic, TypeVar
 
+from tapct.eval.scans.usable import Labels, ScanRow
 from tapct.eval.scores import Headline, TaskResults
-from tapct.eval.usable import Labels, ScanRow
 
 if TYPE_CHECKING:  # results are read without loading torch
     import numpy as np
 
-    from tapct.eval.features import DenseFeatures, PatchGrid
-    from tapct.eval.labelled_scan import LabelledScan, ScanValue
-    from tapct.eval.metric_statistics import PredictedScans
-    from tapct.eval.volumes import LabelLayer
+    from tapct.eval.features.dense import DenseFeatures, PatchGrid
+    from tapct.eval.metrics.prediction_statistics import PredictedScans
+    from tapct.eval.pictures.volumes import LabelLayer
+    from tapct.eval.scans.labelled_scan import LabelledScan, ScanValue
     from tapct.types import LabelMap
 
 TruthT = TypeVar("TruthT")

@@ -29,29 +29,18 @@ from tapct.config import plugins, setting, to_dict
 from tapct.config.plugins import Plugin
 from tapct.data.index.share import WHOLE, Share
 from tapct.data.packed.store import Store
-from tapct.eval import baselines, cache, task_statistics, validation
-from tapct.eval.album import Album, Outputs
+from tapct.eval import cache
 from tapct.eval.cache import FeatureCache
 from tapct.eval.contract import DEFAULT_TASKS
-from tapct.eval.features import Preprocess
-from tapct.eval.fill import Features
-from tapct.eval.held_out import HeldOut, no_list
-from tapct.eval.labelled_scan import TableLabels
-from tapct.eval.models import NamedModel, settle
-from tapct.eval.over_steps import split_settings
-from tapct.eval.prediction_files import PredictionFiles
-from tapct.eval.reader import Blocks, ScanReader
-from tapct.eval.results import (
-    Cost,
-    EvaluatedBackbone,
-    Evaluation,
-    Origin,
-    SplitRecord,
-    TaskSection,
-)
-from tapct.eval.stopwatch import PARTS
-from tapct.eval.tables import machine, rows_of, write_csv
-from tapct.eval.task_runs import (
+from tapct.eval.features.dense import Preprocess
+from tapct.eval.features.stopwatch import PARTS
+from tapct.eval.labels.prediction_files import PredictionFiles
+from tapct.eval.models import baselines
+from tapct.eval.models.evaluated import NamedModel, settle
+from tapct.eval.passes.album import Album, Outputs
+from tapct.eval.passes.fill import Features
+from tapct.eval.passes.reader import Blocks, ScanReader
+from tapct.eval.passes.task_runs import (
     TaskRun,
     begin,
     build_tasks,
@@ -59,8 +48,22 @@ from tapct.eval.task_runs import (
     check_model_names,
     usable_rows,
 )
-from tapct.eval.train_test import Split, patients_together, split_for_tasks
-from tapct.eval.usable import ScanRow, of_paths
+from tapct.eval.results import task_statistics
+from tapct.eval.results.csv_file import machine, rows_of, write_csv
+from tapct.eval.results.json_file import (
+    Cost,
+    EvaluatedBackbone,
+    Evaluation,
+    Origin,
+    SplitRecord,
+    TaskSection,
+)
+from tapct.eval.results.over_steps import split_settings
+from tapct.eval.scans import validation
+from tapct.eval.scans.held_out import HeldOut, no_list
+from tapct.eval.scans.labelled_scan import TableLabels
+from tapct.eval.scans.train_test import Split, patients_together, split_for_tasks
+from tapct.eval.scans.usable import ScanRow, of_paths
 from tapct.run_folder import EvaluationFolder, features_beside
 from tapct.types import HUContract
 

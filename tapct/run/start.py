@@ -22,8 +22,8 @@ from tapct.data.packed.store import Store
 from tapct.data.packed.store_group import AnyStore, StoreGroup
 from tapct.distributed.device import pick_device
 from tapct.engine import trackers
-from tapct.eval import task_runs
-from tapct.eval.usable import Labels, ScanRow, usable
+from tapct.eval.passes import task_runs
+from tapct.eval.scans.usable import Labels, ScanRow, usable
 from tapct.nn.backends import GPU_ONLY
 from tapct.nn.contracts import Backbone
 from tapct.run import background_eval

@@ -20,11 +20,12 @@ from tapct.config.plugins import Plugin, load
 from tapct.data.index.build import build_manifest
 from tapct.data.packed.pack import pack
 from tapct.data.packed.store import Store
-from tapct.eval import cache, pictures, runner, volumes
-from tapct.eval.baselines import NamedModel, RawPatches, with_baselines
-from tapct.eval.features import DenseFeatures, PatchGrid, Preprocess
-from tapct.eval.labelled_scan import LabelledScan
-from tapct.eval.results import from_json
+from tapct.eval import cache, runner
+from tapct.eval.features.dense import DenseFeatures, PatchGrid, Preprocess
+from tapct.eval.models.baselines import NamedModel, RawPatches, with_baselines
+from tapct.eval.pictures import drawing, volumes
+from tapct.eval.results.json_file import from_json
+from tapct.eval.scans.labelled_scan import LabelledScan
 from tapct.eval.tasks.segmentation import Config as SegmentationConfig
 from tapct.models import vit
 from tapct.types import HUContract, LabelMap, Volume
@@ -270,7 +271,7 @@ def test_pca_colours_equal_numpys_svd():
     low, high = np.quantile(scores[inside], [0.01, 0.99], axis=0)
     expected = np.clip((scores - low) / (high - low), 0, 1).T.reshape(3, 2, 5, 5)
     np.testing.assert_allclose(
-        pictures.pca_colours(features, foreground).numpy(), expected, atol=1e-5
+        drawing.pca_colours(features, foreground).numpy(), expected, atol=1e-5
     )
 
 
@@ -279,7 +280,7 @@ def test_share_of_a_mask_in_each_patch_equals_block_means():
     grid = PatchGrid((2, 4, 4), mask.shape, mask.shape)
     dense = DenseFeatures(torch.zeros(1, *grid.shape), torch.zeros(1), grid)
     expected = mask.reshape(2, 2, 2, 4, 3, 4).mean((1, 3, 5))
-    np.testing.assert_allclose(pictures.patch_share(mask, dense).numpy(), expected, atol=1e-6)
+    np.testing.assert_allclose(drawing.patch_share(mask, dense).numpy(), expected, atol=1e-6)
 
 
 def test_slices_with_most_organs_are_shown():
@@ -287,12 +288,12 @@ def test_slices_with_most_organs_are_shown():
     classes[1, 2] = 1
     classes[3, 4, :4] = 2
     classes[3, 4, 4:] = 3
-    assert pictures.richest_slices(classes, [1, 2, 3]) == (3, 4)
+    assert drawing.richest_slices(classes, [1, 2, 3]) == (3, 4)
 
 
 def test_every_organ_has_its_own_colour():
     names = ["liver", "lungs", "lung_left", "lung_right", *(f"label {n}" for n in range(60))]
-    chosen = pictures.colours(names)
+    chosen = drawing.colours(names)
     assert list(chosen) == names
     assert len(set(chosen.values())) == len(names)
 
