@@ -26,8 +26,10 @@ import torch
 
 from tapct.base import exits
 from tapct.config.plugins import Plugin
-from tapct.eval.features.dense import Preprocess, prepare
-from tapct.eval.features.extraction import Windows, patch_of
+from tapct.eval.features.extraction import patch_of
+from tapct.eval.features.prepared import prepare
+from tapct.eval.features.preprocess import Preprocess
+from tapct.eval.features.windows import Windows
 from tapct.models import vit
 from tapct.run.embed.many_scans import encoder_of
 from tapct.run.embed.named_scans import NamedScan

@@ -46,13 +46,7 @@ from tapct.eval.pairs.partners import PairedScans, ScanPair, pairs_of
 from tapct.eval.pictures.volumes import LabelLayer
 from tapct.eval.scans.labelled_scan import LabelledScan
 from tapct.eval.scans.usable import Labels, ScanRow
-from tapct.eval.scores import (
-    Breakdown,
-    FurtherMetric,
-    Headline,
-    ScanScore,
-    TaskResults,
-)
+from tapct.eval.scores import Breakdown, FurtherMetric, Headline, ScanScore, TaskResults
 from tapct.nn import init
 from tapct.nn.attention import Attention
 from tapct.nn.contracts import (

@@ -40,8 +40,8 @@ from tapct.data.datasets.dataset import read_dataset
 from tapct.data.scans.ingest import read_volume
 from tapct.engine import loop, optim
 from tapct.eval import runner
-from tapct.eval.features.dense import Preprocess
 from tapct.eval.features.extraction import dense_features
+from tapct.eval.features.preprocess import Preprocess
 from tapct.eval.models.baselines import DEFAULTS, NamedModel, RawPatches, with_baselines
 from tapct.eval.results import json_file
 from tapct.eval.scans.labelled_scan import LabelledScan

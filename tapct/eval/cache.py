@@ -41,23 +41,23 @@ from tapct.base.counted import counted
 from tapct.base.exits import UserError
 from tapct.config import setting
 from tapct.eval.features import entry_file
-from tapct.eval.features.dense import BlockFeatures, PatchGrid, Preprocess, WindowVectors
+from tapct.eval.features.dense import BlockFeatures, PatchGrid, WindowVectors
 from tapct.eval.features.entry_file import FeatureWriter
 from tapct.eval.features.extraction import patch_of
+from tapct.eval.features.preprocess import Preprocess
 from tapct.eval.features.stopwatch import WRITE, Stopwatch
 from tapct.nn.contracts import num_blocks_of
 from tapct.types import HUContract
 
 VERSION = 1  # raise it whenever equal weights and scans give other features
-_FEATURE_CODE = tuple(
-    f"tapct.{name}"
-    for name in (
-        "eval.features.extraction",
-        "eval.features.dense",
-        "nn.init",
-        "nn.attention",
-        "views.resample",
-    )
+_FEATURE_CODE = (
+    *(
+        f"tapct.eval.features.{name}"
+        for name in ("dense", "extraction", "prepared", "preprocess", "windows")
+    ),
+    "tapct.nn.attention",
+    "tapct.nn.init",
+    "tapct.views.resample",
 )
 GB = 10**9
 STALE_S = 6 * 3600.0  # an evaluation without a heartbeat for this time counts as ended

@@ -32,7 +32,7 @@ from tapct.data.packed.store import Store
 from tapct.eval import cache
 from tapct.eval.cache import FeatureCache
 from tapct.eval.contract import DEFAULT_TASKS
-from tapct.eval.features.dense import Preprocess
+from tapct.eval.features.preprocess import Preprocess
 from tapct.eval.features.stopwatch import PARTS
 from tapct.eval.labels.prediction_files import PredictionFiles
 from tapct.eval.models import baselines

@@ -20,8 +20,9 @@ from tapct.base.exits import UserError
 from tapct.eval import cache as feature_cache
 from tapct.eval.cache import CacheSink, FeatureCache, ModelKey, model_key
 from tapct.eval.features import entry_file
-from tapct.eval.features.dense import PatchGrid, Preprocess, WindowVectors
+from tapct.eval.features.dense import PatchGrid, WindowVectors
 from tapct.eval.features.entry_file import DamagedFeatures, FeatureWriter, to_half
+from tapct.eval.features.preprocess import Preprocess
 from tapct.eval.features.stopwatch import Stopwatch
 from tapct.eval.models.baselines import RawPatches
 from tapct.models import vit

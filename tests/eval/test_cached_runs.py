@@ -19,7 +19,7 @@ from tapct.config import plugins
 from tapct.config.plugins import Plugin
 from tapct.data.packed.packed_scan import Damaged
 from tapct.eval import cache, runner
-from tapct.eval.features.dense import Preprocess
+from tapct.eval.features.preprocess import Preprocess
 from tapct.eval.models.baselines import (
     NAMES,
     NamedModel,

@@ -21,7 +21,8 @@ from tapct.data.index.build import build_manifest
 from tapct.data.packed.pack import pack
 from tapct.data.packed.store import Store
 from tapct.eval import cache, runner
-from tapct.eval.features.dense import DenseFeatures, PatchGrid, Preprocess
+from tapct.eval.features.dense import DenseFeatures, PatchGrid
+from tapct.eval.features.preprocess import Preprocess
 from tapct.eval.models.baselines import NamedModel, RawPatches, with_baselines
 from tapct.eval.pictures import drawing, volumes
 from tapct.eval.results.json_file import from_json

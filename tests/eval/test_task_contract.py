@@ -24,13 +24,8 @@ from tapct.config import plugins
 from tapct.config.plugins import Plugin
 from tapct.eval import runner
 from tapct.eval.contract import Task
-from tapct.eval.features.dense import (
-    BlockFeatures,
-    DenseFeatures,
-    PatchGrid,
-    Preprocess,
-    WindowVectors,
-)
+from tapct.eval.features.dense import BlockFeatures, DenseFeatures, PatchGrid, WindowVectors
+from tapct.eval.features.preprocess import Preprocess
 from tapct.eval.models.baselines import NamedModel, RawPatches
 from tapct.eval.results.json_file import Evaluation, from_json
 from tapct.eval.scans.labelled_scan import LabelledScan, TableLabels

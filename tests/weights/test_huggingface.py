@@ -34,8 +34,8 @@ from transformers_cases import (
 
 from tapct.base.exits import UserError
 from tapct.data.scans.ingest import read_volume
-from tapct.eval.features.dense import prepare
 from tapct.eval.features.extraction import dense_features
+from tapct.eval.features.prepared import prepare
 from tapct.eval.models.baselines import RawPatches
 from tapct.models import vit
 from tapct.nn import rope

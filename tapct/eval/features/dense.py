@@ -1,127 +1,23 @@
-"""Frozen dense features of a whole scan: its patch grid, the way back to voxels, and how the scan
-is prepared for sliding windows. `extraction.py` computes the features.
+"""Frozen dense features of a whole scan: its patch grid, and the way back to voxels.
+`extraction.py` computes the features.
 
 Axes: Z Y X depth height width (voxels, or patches of the grid where stated), D channels,
 C maps (classes), W windows of a scan, R registers.
-Padding: the scan stands at the origin and air follows at the far end of each axis, as in training.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from tapct.base.exits import UserError
-from tapct.base.geometry import Grid, Size3, patch_grid, times
-from tapct.config import setting
-from tapct.types import AIR_HU, HUContract
-from tapct.views.resample import resize_volume
+from tapct.base.geometry import Grid, Size3
+from tapct.eval.features.preprocess import Preprocess
 
-# modes of torch's interpolate that `Preprocess.resize` may name
-RESIZES = {"linear": "bilinear", "cubic": "bicubic", "area": "area", "nearest": "nearest-exact"}
 _SLAB_BYTES = 16 << 20  # of the largest temporary while a map is brought to voxels
-
-
-@dataclass(frozen=True)
-class Preprocess:
-    """How a whole scan is prepared for a frozen backbone; stored in every export with the HU
-    contract.
-    """
-
-    size_yx: tuple[int, int] = setting(
-        (224, 224),
-        "in-plane size in voxels that the scan is resized to; 0: the scan keeps its size; "
-        "arXiv:2512.00872",
-        ge=0,
-    )
-    window: tuple[int, int, int] = setting(
-        (12, 224, 224), "voxels (z, y, x) that the backbone sees at once; arXiv:2512.00872", ge=1
-    )
-    stride: tuple[int, int, int] = setting(
-        (8, 112, 112),
-        "step of the window in voxels (z, y, x), a multiple of the patch (of a cell, see refine); "
-        "windows overlap where it is smaller than the window",
-        ge=1,
-    )
-    border_weight: float = setting(
-        1.0,
-        "weight of the outermost tokens of a window in the mean over windows; the tokens at "
-        "its centre have weight 1",
-        gt=0,
-        le=1,
-    )
-
-    resize: str = setting(
-        "antialias",
-        "in-plane resize: antialias (the matrices of training), or linear, cubic, area or nearest "
-        "of torch's interpolate, for weights of other projects",
-        choices=("antialias", *RESIZES),
-    )
-    clip: str = setting(
-        "before_resize",
-        "whether HU are clipped before the in-plane resize, as in training, or after it",
-        choices=("before_resize", "after_resize"),
-    )
-    pad: str = setting(
-        "clipped",
-        "value behind the end of the scan: clipped (air at the lower end of the HU window, as in "
-        "training) or raw (-1024 HU, which is not clipped)",
-        choices=("clipped", "raw"),
-    )
-    refine: tuple[int, int, int] = setting(
-        (1, 1, 1),
-        "cells of the feature grid per patch (z, y, x); with 2, the stride must be an odd multiple "
-        "of half a patch: windows then lie between each other's patches, and the features of a "
-        "cell are the mean over all patches that cover it",
-        ge=1,
-    )
-
-    def __post_init__(self) -> None:
-        for axis, window, stride in zip("zyx", self.window, self.stride, strict=True):
-            if stride > window:
-                raise UserError(
-                    f"preprocess.stride is {stride} along {axis}, more than the window of "
-                    f"{window}: voxels would be "
-                    f"skipped. Use {window} or less."
-                )
-
-    def cell(self, patch: Size3, name: str = "preprocess") -> Size3:
-        """Voxels (z, y, x) of a cell of the feature grid: a patch, or a part of it.
-
-        Args:
-            patch: voxels (z, y, x) of a patch.
-            name: section of these settings, for the error line.
-        Raises:
-            UserError: a patch cannot be divided into `refine` cells, windows do not lie on the
-                grid, or the stride leads to some cells of a patch only.
-        """
-        on_grid = "windows fall on the patch grid"
-        patch_grid(self.window, patch, f"{name}.window", on_grid)
-        for axis, side, parts in zip("zyx", patch, self.refine, strict=True):
-            if side % parts:
-                raise UserError(
-                    f"{name}.refine is {parts} along {axis}, which does not divide a patch of "
-                    f"{side} voxels; change it"
-                )
-        z, y, x = (side // parts for side, parts in zip(patch, self.refine, strict=True))
-        if max(self.refine) > 1:
-            on_grid = f"{name}.refine divides the patch {times(patch)} into such cells"
-        steps = patch_grid(self.stride, (z, y, x), f"{name}.stride", on_grid)
-        for axis, step, cell, parts in zip("zyx", steps, (z, y, x), self.refine, strict=True):
-            if math.gcd(step, parts) > 1:
-                fits = next(n for n in range(step - 1, 0, -1) if math.gcd(n, parts) == 1)
-                raise UserError(
-                    f"{name}.refine is {parts} along {axis}, but with a stride of "
-                    f"{step * cell} windows do not lie at every cell of a patch; use a stride of "
-                    f"{fits * cell}, or {name}.refine 1"
-                )
-        return z, y, x
 
 
 @dataclass(frozen=True)
@@ -326,108 +222,6 @@ class DenseFeatures:
         if block is not None:
             features_DZYX = self.blocks[block].features_DZYX
         return features_DZYX.permute(1, 2, 3, 0).flatten(0, 2)
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A scan ready for windows: resized, clipped, normalised, padded; the same for all models.
-
-    Args:
-        input_ZYX: float32 after `HUContract.normalise`, padded with air to whole patches and to one
-            window at least.
-        grid: of the patches that touch the scan.
-        spacing_mm: mm of the resized voxels along (z, y, x); None if it was not given.
-    """
-
-    input_ZYX: Tensor
-    grid: PatchGrid
-    spacing_mm: tuple[float, float, float] | None = None
-
-
-def prepare(
-    hu_ZYX: np.ndarray,
-    contract: HUContract,
-    preprocess: Preprocess,
-    patch: Size3,
-    device: torch.device | str = "cpu",
-    spacing_mm: Sequence[float] | None = None,
-) -> Prepared:
-    """Resize in-plane, clip, normalise and pad a scan.
-
-    By default the clip comes before the resize, as in training: metal and padding values must not
-    ring into tissue.
-
-    Args:
-        hu_ZYX: int16 HU of the whole scan.
-        spacing_mm: mm of the scan's own voxels along (z, y, x); only a backbone that works in mm
-            needs it.
-    Raises:
-        UserError: window or stride off the patch grid.
-    """
-    depth, height, width = hu_ZYX.shape
-    grid = PatchGrid.of_scan(hu_ZYX.shape, preprocess, patch)
-    resized = grid.resized
-    padded = [
-        max(-(-size // side) * side, window)
-        for size, side, window in zip(resized, patch, preprocess.window, strict=True)
-    ]
-    air = float(contract.normalise(torch.tensor(float(AIR_HU))))
-    if preprocess.pad == "raw":
-        air = (AIR_HU - contract.mean) / contract.std
-    input_ZYX = torch.full(padded, air, device=device)
-    step = max(1, _SLAB_BYTES // (4 * height * width))
-    for start in range(0, depth, step):  # z is not resized, so slabs of slices are independent
-        slab = torch.from_numpy(np.ascontiguousarray(hu_ZYX[start : start + step])).to(
-            device, torch.float32
-        )
-        if preprocess.clip == "before_resize":
-            slab = slab.clamp(contract.clip_low, contract.clip_high)
-        if resized[1:] != (height, width):
-            slab = resized_slab(slab, resized[1:], preprocess, contract)
-        input_ZYX[start : start + len(slab), : resized[1], : resized[2]] = contract.normalise(slab)
-    if spacing_mm is None:
-        return Prepared(input_ZYX, grid)
-    z, y, x = (mm / side for mm, side in zip(grid.spacing_mm(spacing_mm), grid.patch, strict=True))
-    return Prepared(input_ZYX, grid, (z, y, x))
-
-
-def resized_slab(
-    hu_ZYX: Tensor, size_yx: tuple[int, int], preprocess: Preprocess, contract: HUContract
-) -> Tensor:
-    """Slices resized in their plane, by `Preprocess.resize`.
-
-    Args:
-        hu_ZYX: float32 HU of some slices.
-        size_yx: voxels of a slice afterwards.
-        preprocess: mode, and whether the slices are clipped already.
-        contract: HU window.
-    """
-    if preprocess.resize == "antialias":
-        is_clipped = preprocess.clip == "before_resize"
-        air = contract.clip_low if is_clipped else float(AIR_HU)
-        return resize_volume(hu_ZYX, (len(hu_ZYX), *size_yx), air)
-    return F.interpolate(hu_ZYX[:, None], size=size_yx, mode=RESIZES[preprocess.resize])[:, 0]
-
-
-def window_starts(size: int, window: int, stride: int) -> list[int]:
-    """First voxels of the windows that cover `size` voxels; the last one is moved back to end at
-    the border.
-    """
-    starts = list(range(0, max(size - window, 0) + 1, stride))
-    if starts[-1] + window < size:
-        starts.append(size - window)
-    return starts
-
-
-def axis_weight(num_patches: int, border_weight: float) -> Tensor:
-    """Weight of a window's tokens along one axis: 1 at the centre, falling linearly to
-    `border_weight` at both ends.
-
-    A token at the border sees context on one side only; with overlap another window sees it whole.
-    """
-    position = torch.arange(num_patches, dtype=torch.float32)
-    from_centre = (2 * position - (num_patches - 1)).abs() / max(num_patches - 1, 1)
-    return 1 - (1 - border_weight) * from_centre
 
 
 def _largest(maps_CYX: np.ndarray) -> np.ndarray:

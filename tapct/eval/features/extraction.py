@@ -13,9 +13,8 @@ of one call, N patches of a window, W windows of a scan, R registers.
 from __future__ import annotations
 
 import contextlib
-import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Protocol
 
@@ -24,18 +23,11 @@ import torch
 from torch import Tensor, nn
 
 from tapct.base.geometry import Size3, patch_grid
-from tapct.eval.features.dense import (
-    BlockFeatures,
-    DenseFeatures,
-    PatchGrid,
-    Prepared,
-    Preprocess,
-    WindowVectors,
-    axis_weight,
-    prepare,
-    window_starts,
-)
+from tapct.eval.features.dense import BlockFeatures, DenseFeatures, PatchGrid, WindowVectors
+from tapct.eval.features.prepared import Prepared, prepare
+from tapct.eval.features.preprocess import Preprocess
 from tapct.eval.features.stopwatch import FORWARD, Stopwatch
+from tapct.eval.features.windows import Windows
 from tapct.nn.contracts import encode_blocks, num_blocks_of
 from tapct.types import HUContract, Tokens
 
@@ -98,69 +90,6 @@ def dense_of(blocks: dict[int, BlockFeatures], last: int, grid: PatchGrid) -> De
     of_last = blocks[last]
     cls_D = of_last.windows.cls_WD.mean(0)
     return DenseFeatures(of_last.features_DZYX, cls_D, grid, blocks)
-
-
-@dataclass(frozen=True)
-class Windows:
-    """Where the windows of a scan lie, and how their tokens are weighted.
-
-    Args:
-        grid: patches, or the cells that patches are divided into, which touch the scan; padding
-            has none.
-        padded: cells of the scan with its padding.
-        size: patches of a window.
-        refine: cells of a patch.
-        starts: first voxels of the windows along (z, y, x), ascending.
-        weights: float32 weight of a window's patches along each axis.
-    """
-
-    grid: PatchGrid
-    padded: Size3
-    size: Size3
-    refine: Size3
-    starts: tuple[list[int], list[int], list[int]]
-    weights: tuple[Tensor, Tensor, Tensor]
-
-    @classmethod
-    def of(cls, prepared: Prepared, preprocess: Preprocess) -> Windows:
-        """The windows of a prepared scan."""
-        cell, input_ZYX = prepared.grid.patch, prepared.input_ZYX
-        sides = zip(input_ZYX.shape, preprocess.window, preprocess.stride, strict=True)
-        z, y, x = (window_starts(*side) for side in sides)
-        cells = patch_grid(preprocess.window, cell, "preprocess.window")
-        size = patch_grid(cells, preprocess.refine, "preprocess.window")
-        wz, wy, wx = (axis_weight(n, preprocess.border_weight).to(input_ZYX.device) for n in size)
-        padded = patch_grid(input_ZYX.shape, cell, "the padded scan")
-        return cls(prepared.grid, padded, size, preprocess.refine, (z, y, x), (wz, wy, wx))
-
-    @property
-    def rows(self) -> int:
-        """Cells of a window along z."""
-        return self.size[0] * self.refine[0]
-
-    def corners(self) -> Iterator[Size3]:
-        """First voxel (z, y, x) of every window; z ascends."""
-        return itertools.product(*self.starts)
-
-    def taper_ZYX1(self) -> Tensor:
-        """Weight of every patch of a window."""
-        z, y, x = self.weights
-        return (z[:, None, None] * y[:, None] * x)[..., None]
-
-    def sums(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Sum of the weights of all windows at every patch of the padded scan, along each axis: the
-        windows form a full grid, so the sum over windows is a product of three vectors.
-        """
-        totals = []
-        for axis in range(3):
-            weight = self.weights[axis].repeat_interleave(self.refine[axis])
-            cell = self.grid.patch[axis]
-            total = torch.zeros(self.padded[axis], device=weight.device)
-            for start in self.starts[axis]:
-                total[start // cell : start // cell + len(weight)] += weight
-            totals.append(total)
-        z, y, x = totals
-        return z, y, x
 
 
 class _BlockSums:

@@ -18,7 +18,7 @@ from tapct.base import console
 from tapct.base.exits import UserError
 from tapct.config import plugins
 from tapct.config.plugins import Plugin
-from tapct.eval.features.dense import Prepared
+from tapct.eval.features.prepared import Prepared
 from tapct.eval.models.evaluated import NamedModel
 from tapct.eval.scans.body import TISSUE_ABOVE_HU, thick_tissue
 from tapct.eval.scores import OWN_MODEL

@@ -15,8 +15,9 @@ from tapct.base.exits import UserError
 from tapct.base.geometry import Size3
 from tapct.eval.cache import ModelKey, model_key
 from tapct.eval.contract import Task
-from tapct.eval.features.dense import PatchGrid, Preprocess
+from tapct.eval.features.dense import PatchGrid
 from tapct.eval.features.extraction import patch_of
+from tapct.eval.features.preprocess import Preprocess
 from tapct.nn.contracts import num_blocks_of
 from tapct.types import HUContract
 

@@ -19,15 +19,10 @@ from tapct.base.geometry import Size3
 from tapct.data.packed.packed_scan import Damaged
 from tapct.data.packed.store import Store
 from tapct.eval.cache import CacheSink, FeatureCache
-from tapct.eval.features.dense import (
-    BlockFeatures,
-    DenseFeatures,
-    PatchGrid,
-    Prepared,
-    Preprocess,
-    prepare,
-)
+from tapct.eval.features.dense import BlockFeatures, DenseFeatures, PatchGrid
 from tapct.eval.features.extraction import Extractor, dense_of
+from tapct.eval.features.prepared import Prepared, prepare
+from tapct.eval.features.preprocess import Preprocess
 from tapct.eval.features.stopwatch import LOAD, PREPARE, READ, Stopwatch
 from tapct.eval.models.evaluated import EvaluatedModel
 from tapct.eval.passes.ahead import one_ahead

@@ -9,13 +9,7 @@ from typing import Any
 
 from tapct.eval.results import task_statistics
 from tapct.eval.results.task_statistics import TaskStatistics
-from tapct.eval.scores import (
-    Breakdown,
-    FurtherMetric,
-    Headline,
-    ScanScore,
-    TaskResults,
-)
+from tapct.eval.scores import Breakdown, FurtherMetric, Headline, ScanScore, TaskResults
 
 
 @dataclass(frozen=True)

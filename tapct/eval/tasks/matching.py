@@ -42,12 +42,7 @@ from tapct.eval.pairs.points import (
 from tapct.eval.pairs.thumbnail import Thumbnail, body_frame
 from tapct.eval.scans.labelled_scan import LabelledScan
 from tapct.eval.scans.usable import Labels, ScanRow
-from tapct.eval.scores import (
-    Breakdown,
-    Headline,
-    ScanScore,
-    TaskResults,
-)
+from tapct.eval.scores import Breakdown, Headline, ScanScore, TaskResults
 
 LANDMARKS, LABELS = "landmarks", "labels"
 THUMBNAIL_MM = 2.5

@@ -24,12 +24,7 @@ from tapct.eval.labels.organ_classes import BODY, OUTSIDE, ClassSettings
 from tapct.eval.labels.truth import PatchTruth, patch_truth
 from tapct.eval.scans.labelled_scan import LabelledScan
 from tapct.eval.scans.usable import Labels
-from tapct.eval.scores import (
-    Breakdown,
-    Headline,
-    ScanScore,
-    TaskResults,
-)
+from tapct.eval.scores import Breakdown, Headline, ScanScore, TaskResults
 from tapct.eval.targets.vectors import block_numbers
 
 VALIDATION_PATCHES = 2048  # training patches that choose k

@@ -47,12 +47,7 @@ from tapct.eval.pairs.transform import Transform, fit_transform
 from tapct.eval.pictures import drawing
 from tapct.eval.scans.labelled_scan import LabelledScan
 from tapct.eval.scans.usable import Labels, ScanRow
-from tapct.eval.scores import (
-    Breakdown,
-    Headline,
-    ScanScore,
-    TaskResults,
-)
+from tapct.eval.scores import Breakdown, Headline, ScanScore, TaskResults
 from tapct.types import AIR_HU, IGNORE_LABEL
 
 AUTO, BEST, AFFINE, FIELD = "auto", "best", "affine", "field"

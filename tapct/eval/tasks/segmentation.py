@@ -36,12 +36,7 @@ from tapct.eval.organs.dice import CountedVoxels, dice_from_confusion
 from tapct.eval.organs.dice_table import by_organ
 from tapct.eval.organs.dice_table import headline as headline_of
 from tapct.eval.organs.dice_table import section_from_schema_1 as section_from_schema_1
-from tapct.eval.organs.fitting import (
-    DecoderConfig,
-    FittedDecoder,
-    KeptPatches,
-    fit,
-)
+from tapct.eval.organs.fitting import DecoderConfig, FittedDecoder, KeptPatches, fit
 from tapct.eval.organs.label_fractions import LabelFractions, labelled_patients
 from tapct.eval.organs.surface_scores import Surfaces
 from tapct.eval.pictures import drawing
@@ -49,12 +44,7 @@ from tapct.eval.pictures.volumes import LabelLayer
 from tapct.eval.results.old_formats import BY_PATIENTS
 from tapct.eval.scans.labelled_scan import LabelledScan
 from tapct.eval.scans.usable import Labels
-from tapct.eval.scores import (
-    OWN_MODEL,
-    Headline,
-    ScanScore,
-    TaskResults,
-)
+from tapct.eval.scores import OWN_MODEL, Headline, ScanScore, TaskResults
 from tapct.types import IGNORE_LABEL, LabelMap
 
 RESOLUTIONS = ("patch", "voxel")

@@ -13,8 +13,10 @@ from torch import nn
 from tapct.base.exits import UserError
 from tapct.data.digest import voxel_digest
 from tapct.eval.cache import CacheSink, FeatureCache, ModelKey
-from tapct.eval.features.dense import DenseFeatures, PatchGrid, Preprocess, prepare
+from tapct.eval.features.dense import DenseFeatures, PatchGrid
 from tapct.eval.features.extraction import Extractor, Sink, dense_features, dense_of, patch_of
+from tapct.eval.features.prepared import prepare
+from tapct.eval.features.preprocess import Preprocess
 from tapct.eval.features.stopwatch import Stopwatch
 from tapct.nn.contracts import num_blocks_of
 from tapct.types import HUContract, Volume

@@ -11,13 +11,7 @@ from tapct.base.exits import UserError
 from tapct.data.labels.reading import read_labels_of
 from tapct.eval.labels.organ_classes import is_called
 from tapct.eval.scans.labelled_scan import LabelledScan
-from tapct.eval.targets.vectors import (
-    BLOCKS,
-    PARTS,
-    blocks_to_read,
-    organ_shares,
-    scan_vectors,
-)
+from tapct.eval.targets.vectors import BLOCKS, PARTS, blocks_to_read, organ_shares, scan_vectors
 from tapct.run.embed.named_scans import NamedScan
 from tapct.run.embed.one_scan import ScanEncoder
 from tapct.run.embed.pooled import PoolingSink

@@ -13,8 +13,10 @@ from torch import Tensor, nn
 
 from tapct.base.exits import UserError
 from tapct.eval.features import extraction
-from tapct.eval.features.dense import PatchGrid, Preprocess, WindowVectors, prepare
+from tapct.eval.features.dense import PatchGrid, WindowVectors
 from tapct.eval.features.extraction import Extractor, MemorySink, dense_features, features_of
+from tapct.eval.features.prepared import prepare
+from tapct.eval.features.preprocess import Preprocess
 from tapct.eval.models.baselines import PositionFeatures, RawPatches
 from tapct.models import vit
 from tapct.nn.contracts import Backbone

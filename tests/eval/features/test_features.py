@@ -13,15 +13,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 from tapct.base.exits import UserError
-from tapct.eval.features.dense import (
-    DenseFeatures,
-    PatchGrid,
-    Preprocess,
-    axis_weight,
-    prepare,
-    window_starts,
-)
+from tapct.eval.features.dense import DenseFeatures, PatchGrid
 from tapct.eval.features.extraction import dense_features, features_of
+from tapct.eval.features.prepared import prepare
+from tapct.eval.features.preprocess import Preprocess
+from tapct.eval.features.windows import axis_weight, window_starts
 from tapct.eval.models.baselines import RawPatches
 from tapct.models import vit
 from tapct.nn import rope
@@ -280,7 +276,7 @@ def test_resizing_slab_by_slab_equals_resizing_at_once(monkeypatch):
     hu_ZYX = scan((7, 32, 32))
     preprocess = Preprocess((16, 24), (4, 16, 16), (4, 16, 16))
     whole = prepare(hu_ZYX, CONTRACT, preprocess, PATCH)
-    monkeypatch.setattr("tapct.eval.features.dense._SLAB_BYTES", 4 * 32 * 32 * 2)
+    monkeypatch.setattr("tapct.eval.features.prepared._SLAB_BYTES", 4 * 32 * 32 * 2)
     slabs = prepare(hu_ZYX, CONTRACT, preprocess, PATCH)
     torch.testing.assert_close(slabs.input_ZYX, whole.input_ZYX, atol=1e-5, rtol=0)
 

@@ -24,12 +24,7 @@ from tapct.eval.results.json_file import (
 )
 from tapct.eval.results.old_formats import config_with_task_table
 from tapct.eval.scans.held_out import HeldOut
-from tapct.eval.scores import (
-    Breakdown,
-    Headline,
-    ScanScore,
-    TaskResults,
-)
+from tapct.eval.scores import Breakdown, Headline, ScanScore, TaskResults
 
 OLD = Path(__file__).parents[2] / "report" / "results_schema_1.json"
 

@@ -12,12 +12,7 @@ from tapct.eval.metrics.scan_level import auroc, r_squared
 from tapct.eval.results import task_statistics
 from tapct.eval.results.seed_statistics import RunSection, over_runs
 from tapct.eval.results.task_section import TaskSection
-from tapct.eval.scores import (
-    Breakdown,
-    Headline,
-    ScanScore,
-    TaskResults,
-)
+from tapct.eval.scores import Breakdown, Headline, ScanScore, TaskResults
 
 SCANS = [f"s{number:02}" for number in range(24)]
 PATIENT_OF = {scan: f"p{number // 2}" for number, scan in enumerate(SCANS)}

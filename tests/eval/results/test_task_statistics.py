@@ -27,12 +27,7 @@ from tapct.eval.results.json_file import (
 )
 from tapct.eval.results.task_statistics import MetricStatistics
 from tapct.eval.scans.held_out import HeldOut
-from tapct.eval.scores import (
-    FurtherMetric,
-    Headline,
-    ScanScore,
-    TaskResults,
-)
+from tapct.eval.scores import FurtherMetric, Headline, ScanScore, TaskResults
 
 MODELS = (
     "pretrained", "untrained", "untrained_layerscale1", "raw_hu", "position", "random_2x",

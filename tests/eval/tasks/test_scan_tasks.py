@@ -17,13 +17,8 @@ from tapct.base.exits import UserError
 from tapct.config.plugins import Plugin
 from tapct.eval import runner
 from tapct.eval.contract import Task
-from tapct.eval.features.dense import (
-    BlockFeatures,
-    DenseFeatures,
-    PatchGrid,
-    Preprocess,
-    WindowVectors,
-)
+from tapct.eval.features.dense import BlockFeatures, DenseFeatures, PatchGrid, WindowVectors
+from tapct.eval.features.preprocess import Preprocess
 from tapct.eval.heads import neighbours
 from tapct.eval.metrics.prediction_statistics import ScanPredictions
 from tapct.eval.models.baselines import RawPatches
