@@ -42,8 +42,11 @@ fi
 echo "installing tapct into .venv (some minutes the first time) ..."
 # pip would compile all 17,000 modules of these packages, though few are ever imported. Python
 # compiles a module at its first import; the last line imports most of those that tapct needs.
+# Images of containers often set PYTHONDONTWRITEBYTECODE; then every start of tapct would compile
+# torch again, which takes 3 to 10 s.
 .venv/bin/python -m pip install -q --disable-pip-version-check --no-compile -c constraints.txt \
     -e ".${extra:+[$extra]}"
-.venv/bin/python -c 'import tapct.run.pretrain, tapct.run.finished'
+env -u PYTHONDONTWRITEBYTECODE \
+    .venv/bin/python -c 'import tapct.run.pretrain, tapct.run.finished, tapct.cli'
 rm -f .venv/.installed-*
 touch "$stamp-$extra"

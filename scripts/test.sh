@@ -23,5 +23,7 @@ done
 cores="$(env -u OMP_NUM_THREADS nproc 2>/dev/null || echo 2)"
 jobs="${TAPCT_TEST_JOBS:-$(((cores * 3 + 1) / 2))}"
 export OMP_NUM_THREADS=1
+# Tests start many processes: with this variable, each of them would compile its modules again.
+unset PYTHONDONTWRITEBYTECODE
 exec .venv/bin/python -m pytest -q -n "$((jobs < 8 ? jobs : 8))" --dist worksteal \
     "${options[@]+"${options[@]}"}"
