@@ -6,7 +6,7 @@ import json
 import math
 import os
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib.image
@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from memory_store import MemoryStore
+from torso_scans import PATCH, PREPROCESS, VIT, Row, segmentation, torso, torso_of
 
 from tapct.base.exits import UserError
 from tapct.config.plugins import Plugin, load
@@ -27,59 +28,16 @@ from tapct.eval.models.baselines import NamedModel, RawPatches, with_baselines
 from tapct.eval.pictures import drawing, volumes
 from tapct.eval.results.json_file import from_json
 from tapct.eval.scans.labelled_scan import LabelledScan
-from tapct.eval.tasks.segmentation import Config as SegmentationConfig
-from tapct.models import vit
-from tapct.types import HUContract, LabelMap, Volume
+from tapct.types import HUContract, LabelMap
 
 CT = Path(
     os.environ.get("TAPCT_TEST_CT", Path(__file__).resolve().parents[2] / "../shared/data/ct")
 )
-PATCH = (2, 4, 4)
-PREPROCESS = Preprocess((32, 32), (4, 16, 16), (4, 16, 16))
-VIT = vit.Config(
-    window=(4, 16, 16), patch=PATCH, dim=16, depth=1, heads=2, registers=0, layer_scale=1e-5
-)
-
-
-@dataclass(frozen=True)
-class Row:
-    id: str
-    patient: str
-    path: str
-    has_labels: bool = True
-
-
-def torso(seed: int) -> LabelledScan:
-    """An ellipse of tissue with a bright and a dark organ."""
-    rng = np.random.default_rng(seed)
-    z, y, x = np.ogrid[:12, :40, :40]
-    labels = np.zeros((12, 40, 40), np.uint16)
-    labels[((y - 20) / 16) ** 2 + ((x - 20) / 18) ** 2 + 0 * z < 1] = 1
-    centre = 14 + rng.integers(0, 4)
-    labels[(abs(y - 20) < 6) & (abs(x - centre) < 6) & (z < 9)] = 2
-    labels[(abs(y - 22) < 7) & (abs(x - 29) < 4) & (z > 2)] = 3
-    hu = np.choose(labels, [-1000, 0, 150, -700]) + rng.normal(0, 20, labels.shape)
-    names = ((1, "body"), (2, "liver"), (3, "lungs"))
-    spacing_mm = (3.0, 1.0, 1.0)
-    return LabelledScan(
-        f"s{seed}",
-        Volume(hu.astype(np.int16), spacing_mm),
-        LabelMap(labels, spacing_mm, names=names),
-    )
-
-
-def torso_of(row: Row) -> LabelledScan:
-    return torso(int(row.path))
 
 
 @pytest.fixture
 def rows() -> list[Row]:
     return [Row(f"s{n}", f"p{n}", str(n)) for n in range(6)]
-
-
-def segmentation(**settings) -> tuple[Plugin, ...]:
-    """The task with few iterations of its decoder, unless a test gives their number."""
-    return (Plugin("segmentation", SegmentationConfig(**{"steps": 10} | settings)),)
 
 
 def evaluate(rows, out: Path, *, models=None, store=None, **settings):

@@ -10,7 +10,7 @@ import nibabel
 import numpy as np
 import pytest
 from memory_store import MemoryStore
-from test_runner import PREPROCESS, VIT, Row, segmentation, torso, torso_of
+from torso_scans import PREPROCESS, VIT, Row, segmentation, torso, torso_of
 
 from tapct.config.plugins import Plugin, load
 from tapct.eval import runner
