@@ -34,6 +34,8 @@ from torch.autograd.function import once_differentiable
 from tapct.nn.prototype_scores import Chunks, TeacherScores, copy_piece, softmax
 from tapct.types import TargetSums
 
+ADDED_BYTES = 1 << 20  # of the sum, in one addition of narrow numbers on a CPU
+
 
 def return_both(features_RW: Tensor, prototypes_KW: Tensor) -> tuple[Tensor, Tensor]:
     """Return features and prototypes as they are, as the `then` of a head.
@@ -191,7 +193,20 @@ class _Gradients:
         if self.product_KW is None:
             self.prototypes_KW.addmm_(error_NK.T, scaled_NW)
         else:  # float32 sums of narrow products
-            self.prototypes_KW += torch.mm(error_NK.T, scaled_NW, out=self.product_KW)
+            add_narrow(self.prototypes_KW, torch.mm(error_NK.T, scaled_NW, out=self.product_KW))
+
+
+def add_narrow(into_KW: Tensor, product_KW: Tensor) -> None:
+    """Add a product to a sum of a wider dtype.
+
+    Plain form: into_KW += product_KW. On a CPU, torch would first copy the whole product to the
+    wider dtype; here it copies a part that stays in the cache.
+    """
+    rows = len(into_KW)
+    if into_KW.device.type == "cpu":
+        rows = max(1, ADDED_BYTES // (into_KW.dtype.itemsize * into_KW.shape[1]))
+    for into_kW, product_kW in zip(into_KW.split(rows), product_KW.split(rows), strict=True):
+        into_kW += product_kW
 
 
 def _pairs(student_VBW: Tensor, num_targets: int, cross: bool) -> Tensor:
