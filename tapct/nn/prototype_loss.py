@@ -35,6 +35,7 @@ from tapct.nn.prototype_scores import Chunks, TeacherScores, copy_piece, softmax
 from tapct.types import TargetSums
 
 ADDED_BYTES = 1 << 20  # of the sum, in one addition of narrow numbers on a CPU
+PRODUCT_BYTES = 1 << 23  # of a narrow product on a CPU, before it is added
 
 
 def return_both(features_RW: Tensor, prototypes_KW: Tensor) -> tuple[Tensor, Tensor]:
@@ -178,7 +179,12 @@ class _Gradients:
         self.student_temp = student_temp
         self.student_VBW = torch.empty_like(student_VBW)
         self.prototypes_KW = torch.zeros_like(prototypes_KW)
-        self.product_KW = None if chunks.wide else torch.empty_like(narrow_KW)
+        num_prototypes, width = narrow_KW.shape
+        self.at_once = num_prototypes
+        if chunks.is_small:
+            self.at_once = max(1, PRODUCT_BYTES // (narrow_KW.dtype.itemsize * width))
+        # k prototypes at a time on a CPU: a step needs most memory here
+        self.product_kW = None if chunks.wide else torch.empty_like(narrow_KW[: self.at_once])
 
     def add(self, rows: slice, error_VCK: Tensor, weight_VC: Tensor) -> None:
         """Add the part of some rows, from pairs * softmax(scores) - targets, in the dtype of the
@@ -190,10 +196,14 @@ class _Gradients:
         dfeatures_NW = torch.mm(error_NK, self.narrow_KW) * scale_N1
         self.student_VBW[:, rows] = dfeatures_NW.unflatten(0, x_VCW.shape[:2])
         scaled_NW = (x_VCW.flatten(0, 1) * scale_N1).to(self.narrow_KW.dtype)
-        if self.product_KW is None:
+        if self.product_kW is None:
             self.prototypes_KW.addmm_(error_NK.T, scaled_NW)
-        else:  # float32 sums of narrow products
-            add_narrow(self.prototypes_KW, torch.mm(error_NK.T, scaled_NW, out=self.product_KW))
+            return
+        # float32 sums of narrow products; plain form: prototypes_KW += error_NK.T @ scaled_NW
+        parts = error_NK.split(self.at_once, dim=1), self.prototypes_KW.split(self.at_once)
+        for error_Nk, sum_kW in zip(*parts, strict=True):
+            into_kW = self.product_kW[: len(sum_kW)]
+            add_narrow(sum_kW, torch.mm(error_Nk.T, scaled_NW, out=into_kW))
 
 
 def add_narrow(into_KW: Tensor, product_KW: Tensor) -> None:

@@ -154,10 +154,11 @@ class Chunks:
         self.ranges = [
             slice(start, min(start + rows, num_rows)) for start in range(0, num_rows, max(rows, 1))
         ]
-        is_small = like_KW.device.type == "cpu" and not is_fake(like_KW)
-        piece_bytes = PIECE_BYTES if is_small else GPU_PIECE_BYTES
+        # whether the work is cut for the small cache of a CPU
+        self.is_small = like_KW.device.type == "cpu" and not is_fake(like_KW)
+        piece_bytes = PIECE_BYTES if self.is_small else GPU_PIECE_BYTES
         self.piece_rows = min(max(1, piece_bytes // row_bytes), max(rows, 1))
-        self.row_gap = ROW_GAP if is_small else 0
+        self.row_gap = ROW_GAP if self.is_small else 0
         self.rows, self.dtype, self.like_KW = rows, dtype, like_KW
         # under autocast the products of a chunk are narrow, and the scores of a piece wide
         self.wide = dtype == like_KW.dtype

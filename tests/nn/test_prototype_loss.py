@@ -235,6 +235,35 @@ def test_narrow_products_are_added_without_rounding_the_sum(
     assert torch.equal(sums, wanted)
 
 
+@pytest.mark.parametrize("product_bytes", [1, 2 * W * 3, 1 << 20])
+def test_in_bf16_the_gradient_of_the_prototypes_does_not_depend_on_how_many_come_at_a_time(
+    monkeypatch: pytest.MonkeyPatch, product_bytes: int
+) -> None:
+    student, prototypes, weight, teacher = problem()
+    exact = torch.autograd.grad(
+        prototype_loss(student, prototypes, weight, teacher, STUDENT, True).value, prototypes
+    )[0]
+    floats = [x.detach().float().requires_grad_() for x in (student, prototypes)]
+    narrow = TeacherScores(
+        teacher.features_GBW.float(),
+        teacher.prototypes_KW.float(),
+        TEACHER,
+        teacher.bias_K.float(),
+        teacher.valid_B,
+    )
+
+    def found() -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            value = prototype_loss(*floats, weight.float(), narrow, STUDENT, True).value
+        return torch.autograd.grad(value, floats[1])[0]
+
+    whole = found()
+    monkeypatch.setattr(prototype_loss_module, "PRODUCT_BYTES", product_bytes)
+    # a product of fewer columns may add its terms in another order before it is rounded
+    torch.testing.assert_close(found(), whole, rtol=2**-7, atol=2**-7 * whole.abs().max().item())
+    assert (found().double() - exact).norm() < 0.03 * exact.norm()
+
+
 @pytest.mark.parametrize("gap", [0, 1, 16])
 def test_a_gap_between_rows_changes_no_number(monkeypatch: pytest.MonkeyPatch, gap: int) -> None:
     monkeypatch.setattr(prototype_scores, "ROW_GAP", gap)
