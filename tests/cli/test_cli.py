@@ -475,20 +475,18 @@ def test_the_command_line_does_not_wait_for_torch() -> None:
     assert done.stdout.strip() == "[]", done.stdout
 
 
-def test_help_answers_in_under_a_second() -> None:
-    seconds = []
-    for _ in range(10):  # other processes may have both cores for a while
-        began = time.perf_counter()
-        done = subprocess.run(
-            program("--help"), env=environment(), capture_output=True, text=True, check=True
-        )
-        seconds.append(time.perf_counter() - began)
-        if seconds[-1] < 1:
-            break
+def test_help_takes_less_than_a_second_of_processor_time() -> None:
+    """Not of wall time, which grows if other processes have both cores."""
+    before = os.times()
+    done = subprocess.run(
+        program("--help"), env=environment(), capture_output=True, text=True, check=True
+    )
+    after = os.times()
     commands = "phantom index pack train plan eval export embed report submit jobs cancel sweep"
     for command in commands.split():
         assert f"  {command} " in done.stdout
-    assert min(seconds) < 1.0, seconds
+    own = after.children_user - before.children_user
+    assert own + after.children_system - before.children_system < 1.0
 
 
 def test_compare_prints_a_table_and_writes_a_page(
