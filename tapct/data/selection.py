@@ -156,7 +156,7 @@ def _one_line(text: str, option: str) -> str:
     text = text.strip()
     if "\n" not in text:
         return text
-    if "#" in text:  # a comment would take the lines behind it along
+    if "#" in text:  # without its line end, a comment would hide all that follows
         raise UserError(
             f"{option}: {_short(text)} has several lines and a #, which begins a comment; write "
             "it without comments"
@@ -313,9 +313,9 @@ class _Parser:
     def _plain(self, node: ast.expr, kind: str) -> str | float:
         """A constant of a list."""
         sign = 1.0
-        if kind == _NUMBER and isinstance(node, ast.UnaryOp):
-            if isinstance(node.op, (ast.USub, ast.UAdd)):
-                sign, node = (-1.0 if isinstance(node.op, ast.USub) else 1.0), node.operand
+        signs = {ast.UAdd: 1.0, ast.USub: -1.0}
+        if kind == _NUMBER and isinstance(node, ast.UnaryOp) and type(node.op) in signs:
+            sign, node = signs[type(node.op)], node.operand
         if not isinstance(node, ast.Constant) or self.constant(node)[1] != kind:
             raise self.wrong(node, f"stands in a list whose values must be {kind}")
         return node.value if kind == _TEXT else sign * float(node.value)  # type: ignore[return-value, arg-type]
