@@ -306,7 +306,7 @@ class Store:
     def _forget_copy(self, i: int) -> None:
         """Read scan i from the store from now on, and delete its copy."""
         assert self.cache is not None
-        self.cache.drop(self.scans.checksum(i))
+        self.cache.drop(self.file(i), self.scans.checksum(i))
         with self._lock:
             self._not_cached.add(i)
             self._open.pop(i, None)
