@@ -324,6 +324,16 @@ class Manifest:
         return manifest
 
 
+def root_of(path: Path) -> Path | None:
+    """The folder of the archive of a manifest; None where there is no manifest, or a broken one."""
+    try:
+        stored = pyarrow.parquet.read_schema(path).metadata or {}
+        relative = stored[b"tapct.root_relative"].decode()
+    except (pyarrow.ArrowException, OSError, KeyError, UnicodeDecodeError):
+        return None
+    return (path.parent.resolve() / relative).resolve()
+
+
 def _read_parquet(path: Path) -> pyarrow.Table:
     """The table of a file that should be a manifest."""
     if not path.is_file():

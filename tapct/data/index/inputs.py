@@ -81,6 +81,20 @@ class IndexInputs:
     def _folders(self) -> frozenset[Path]:
         return frozenset(self.folders)
 
+    def below(self, folder: Path | None) -> IndexInputs:
+        """The same inputs with paths that start at a folder above them; unchanged for a folder that
+        does not contain all of them, and for None.
+
+        Args:
+            folder: path without links.
+        """
+        own = Path(os.path.abspath(self.root))
+        root = next((each for each in own.parents if each.resolve() == folder), None)
+        if root is None:
+            return self
+        folders = tuple(Path(os.path.abspath(each)) for each in self.folders)
+        return replace(self, root=root, folders=folders)
+
     def entry_of(self, sources: Sequence[Source], *, strict: bool = True) -> dict[Path, Entry]:
         """The entry of each source that a list names, by the path of the source.
 

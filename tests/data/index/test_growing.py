@@ -180,6 +180,31 @@ def test_a_scan_that_is_gone_stays_as_a_refused_row_until_it_is_back(archive: Pa
     assert rows_of(build_manifest(archive, out)) == rows_of(before)
 
 
+def test_less_of_an_archive_keeps_paths_and_ids_and_reads_nothing_again(archive: Path) -> None:
+    out = archive.parent / "out"
+    before = {row.path: row for row in build_manifest(archive, out).rows}
+    with counted(archive) as times:
+        after = build_manifest([archive / "dicom", archive / "nifti" / "c1.nii.gz"], out)
+    assert not times and after.root == archive
+    for row in after.rows:
+        is_given = row.path in ("dicom/a", "nifti/c1.nii.gz")
+        assert row.id == before[row.path].id and (row.reason == "vanished") != is_given
+    assert len(after.rows) == len(before)
+    again = build_manifest(archive / "dicom", out)  # one folder, which is not the root
+    assert {row.path: row.id for row in again.rows} == {p: row.id for p, row in before.items()}
+    assert rows_of(build_manifest(archive, out)) == rows_of(fresh(archive, out))
+
+
+def test_a_line_is_printed_where_paths_start_at_another_folder_than_before(
+    archive: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for out in (archive.parent / "out", archive.parent / "m.parquet"):
+        build_manifest(archive / "dicom", out)
+        assert not capsys.readouterr().err
+        build_manifest([archive / "dicom", archive / "flat"], out)
+        assert f"start at {archive / 'dicom'}, and now at {archive}, the" in capsys.readouterr().err
+
+
 def test_a_changed_side_car_of_a_named_scan_is_noticed(archive: Path) -> None:
     side_car, out = archive / "nifti" / "c1.json", archive.parent / "out"
     side_car.write_text('{"PatientSex": "M"}')
