@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pyarrow
 import pytest
+import SimpleITK
 from scan_files import make_ct, make_labels, make_slice, save_scan
 
 from tapct.base.exits import UserError
@@ -26,6 +27,7 @@ from tapct.data.index.kept_patients import KeepRules
 from tapct.data.index.share import Share, parse_share
 from tapct.data.manifest import Manifest
 from tapct.data.scans.plain_facts import failure
+from tapct.data.search.discover import search
 from tapct.data.search.file_count import FileCount
 from tapct.types import Refused
 
@@ -178,6 +180,22 @@ def test_a_scan_that_is_gone_stays_as_a_refused_row_until_it_is_back(archive: Pa
         assert rows_of(rest) == rows_of(fresh(archive, out))
     shutil.move(aside, archive / "nifti" / "c2.nii.gz")
     assert rows_of(build_manifest(archive, out)) == rows_of(before)
+
+
+def test_slices_that_are_named_like_the_voxels_of_a_header_are_found(tmp_path: Path) -> None:
+    """`.raw` beside a `.mhd` is the end of its voxels, and of slices of some old scanners."""
+    folder = tmp_path / "scans"
+    write_series(folder, 7)
+    for file in folder.glob("*.dcm"):
+        file.rename(file.with_suffix(".raw"))
+    image = SimpleITK.GetImageFromArray(make_ct(SHAPE_ZYX, 8))
+    image.SetSpacing((0.8, 0.7, 2.0))
+    SimpleITK.WriteImage(image, str(folder / "x.mhd"))
+    for found in (build_manifest(folder, tmp_path / "m.parquet").rows, search(folder).sources):
+        assert sorted(row.kind for row in found) == ["dicom", "meta"]
+    with counted(folder) as times:
+        build_manifest(folder, tmp_path / "again.parquet")
+    assert set(times.values()) == {1} and len(times) == 2 + SHAPE_ZYX[0]
 
 
 def test_less_of_an_archive_keeps_paths_and_ids_and_reads_nothing_again(archive: Path) -> None:
