@@ -47,7 +47,7 @@ _ARROW = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Row:
     """One scan of the archive.
 

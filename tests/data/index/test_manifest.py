@@ -12,6 +12,7 @@ import os
 import random
 import shutil
 import sys
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +158,19 @@ def test_an_archive_of_many_refused_scans_prints_some_of_them_and_the_number_of_
     many = lines(MOST_LINES + 7)
     assert len(many) == MOST_LINES + 1 and many[:-1] == lines(MOST_LINES)
     assert many[-1].startswith("  and 7 more lines;")
+
+
+def test_a_row_takes_half_a_kilobyte_beside_its_texts() -> None:
+    """An index holds the rows of all scans until it writes the manifest."""
+    texts = ("1" * 16, "a.nii.gz", "nifti")
+    tracemalloc.start()
+    try:
+        before = tracemalloc.get_traced_memory()[0]
+        rows = [Row(*texts) for _ in range(1000)]
+        used = tracemalloc.get_traced_memory()[0] - before
+    finally:
+        tracemalloc.stop()
+    assert len(rows) == 1000 and used / len(rows) < 600
 
 
 def test_reading_gives_back_what_was_written(tmp_path: Path) -> None:
