@@ -28,7 +28,7 @@ import arguments
 from tapct.base import exits
 from tapct.base.exits import UserError
 from tapct.base.recent import LAST_STEPS
-from tapct.eval import saved
+from tapct.eval.results import saved
 
 CONFIG = Path("configs/smoke.yaml")
 LAST = LAST_STEPS  # steps at the end of a run that its numbers are means of

@@ -102,7 +102,8 @@ def main() -> None:
     prepare_cpu()
     print(
         f"torch {torch.__version__}, {torch.get_num_threads()} threads, AMX: "
-        f"{'yes' if attention_blocks.has_amx() else 'no'}"
+        f"{'yes' if attention_blocks.has_amx() else 'no'}, AVX512-BF16: "
+        f"{'yes' if attention_blocks.has_avx512_bf16() else 'no'}"
     )
     found = []
     for shape in [tuple(options.shape)] if options.shape else SHAPES:

@@ -26,13 +26,15 @@ import torch
 
 from tapct.base import exits
 from tapct.config.plugins import Plugin
-from tapct.eval.extraction import Windows, patch_of
-from tapct.eval.features import Preprocess, prepare
+from tapct.eval.features.extraction import patch_of
+from tapct.eval.features.prepared import prepare
+from tapct.eval.features.preprocess import Preprocess
+from tapct.eval.features.windows import Windows
 from tapct.models import vit
-from tapct.run.embedding import encoder_of
-from tapct.run.named_scans import NamedScan
-from tapct.run.scan_vector import VectorChoice, vector_of
-from tapct.run.zarr_features import write_zarr
+from tapct.run.embed.many_scans import encoder_of
+from tapct.run.embed.named_scans import NamedScan
+from tapct.run.embed.scan_vector import VectorChoice, vector_of
+from tapct.run.embed.zarr_features import write_zarr
 from tapct.types import HUContract, Volume
 from tapct.weights.card import FeatureSettings
 from tapct.weights.embedding import Embedding

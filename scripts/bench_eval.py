@@ -21,7 +21,7 @@ import arguments
 from tapct.base import console
 from tapct.base.exits import UserError
 from tapct.base.files import write_atomically
-from tapct.eval.results import Evaluation
+from tapct.eval.results.json_file import Evaluation
 from tapct.run import finished
 from tapct.run.model_source import open_model
 

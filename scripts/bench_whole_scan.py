@@ -34,9 +34,10 @@ from tapct.base import exits
 from tapct.config import plugins
 from tapct.data.packed.store import StoredScan
 from tapct.eval.cache import FeatureCache
-from tapct.eval.features import Preprocess, window_starts
-from tapct.eval.fill import Features
-from tapct.eval.models import NamedModel, settle
+from tapct.eval.features.preprocess import Preprocess
+from tapct.eval.features.windows import window_starts
+from tapct.eval.models.evaluated import NamedModel, settle
+from tapct.eval.passes.fill import Features
 from tapct.run.config import RunConfig
 from tapct.types import HUContract, Tokens, Volume
 from tapct.weights.card import FeatureSettings

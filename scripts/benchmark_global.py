@@ -26,12 +26,13 @@ from tapct.base import console
 from tapct.base.files import write_atomically
 from tapct.data.packed.store import Store
 from tapct.data.phantom import archive as phantom
-from tapct.eval import metric_statistics, rank_metrics, seed_statistics
-from tapct.eval.contract import OWN_MODEL
-from tapct.eval.metric_statistics import PredictedScans
-from tapct.eval.seed_statistics import RunSection
+from tapct.eval.metrics import prediction_statistics, scan_level
+from tapct.eval.metrics.prediction_statistics import PredictedScans
+from tapct.eval.results import seed_statistics
+from tapct.eval.results.seed_statistics import RunSection
+from tapct.eval.results.task_statistics import MetricStatistics
+from tapct.eval.scores import OWN_MODEL
 from tapct.eval.statistics import ModelValue, Statistics
-from tapct.eval.task_statistics import MetricStatistics
 
 CONFIG = Path("configs/phantom_global.yaml")
 # one small scan per patient
@@ -166,7 +167,7 @@ def _row(
     """Statistics of one vector and head; None where the pretrained model has no prediction."""
     entries = [one["targets"][label] for one in sections[0].section.results.models.values()]
     is_number = not any(entry["classes"] for entry in entries)
-    metric = rank_metrics.r_squared if is_number else rank_metrics.auroc
+    metric = scan_level.r_squared if is_number else scan_level.auroc
     predicted: PredictedScans | None = seed_statistics.predicted_scans(sections, metric).get(label)
     if predicted is None or OWN_MODEL not in predicted.predictions.scores:
         return None
@@ -174,7 +175,7 @@ def _row(
     known = replace(
         predicted.predictions, patients=tuple(patient_of.get(scan, "") for scan in scans)
     )
-    found = metric_statistics.metrics(
+    found = prediction_statistics.metrics(
         known, metric, 0, limits=None if is_number else (0.0, 1.0), num_flips=2000
     )
     own = [one.section.results.models[OWN_MODEL]["targets"][label] for one in sections]

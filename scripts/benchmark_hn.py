@@ -32,8 +32,8 @@ from tapct.config.flat import flatten
 from tapct.data.packed.store import Store
 from tapct.data.phantom import archive as phantom
 from tapct.engine.vitals import FIRST_BAD
-from tapct.eval import saved
-from tapct.eval.results import Evaluation
+from tapct.eval.results import saved
+from tapct.eval.results.json_file import Evaluation
 from tapct.report import facts, summary
 from tapct.report.history import read_history
 from tapct.run import finished, pretrain

@@ -16,10 +16,10 @@ import numpy as np
 
 from tapct.base.files import write_atomically
 from tapct.base.paths import command_line
-from tapct.eval.results import Evaluation
-from tapct.eval.seed_statistics import RunSection, over_runs
+from tapct.eval.results.json_file import Evaluation
+from tapct.eval.results.seed_statistics import RunSection, over_runs
+from tapct.eval.results.task_statistics import MetricStatistics
 from tapct.eval.statistics import PatientEstimate, Statistics
-from tapct.eval.task_statistics import MetricStatistics
 
 COLUMNS = (
     *("task", "metric", "part", "model", "seed", "value", "low", "high", "p", "p_holm"),

@@ -34,7 +34,7 @@ from tapct.data.phantom.truth_files import LANDMARKS, SCAN_LABELS
 from tapct.distributed.device import pick_device, prepare_cpu
 from tapct.distributed.world import World
 from tapct.doctor import short_run
-from tapct.eval import saved
+from tapct.eval.results import saved
 from tapct.report import page
 from tapct.report.history import read_history
 from tapct.run import finished, pretrain

@@ -37,22 +37,16 @@ from tapct.base.exits import UserError
 from tapct.base.geometry import Grid, Size3, patch_grid
 from tapct.config import setting
 from tapct.distributed.collectives import gather_with_gradient
-from tapct.eval.contract import (
-    Breakdown,
-    FurtherMetric,
-    Headline,
-    Labels,
-    ScanScore,
-    Task,
-    TaskResults,
-)
-from tapct.eval.decoder import Decoder, fit_decoder
-from tapct.eval.features import DenseFeatures, PatchGrid
-from tapct.eval.metric_statistics import PredictedScans, ScanPredictions
-from tapct.eval.pairs import PairedScans, ScanPair, pairs_of
-from tapct.eval.scans import LabelledScan, ScanRow
-from tapct.eval.truth import PatchTruth, patch_truth
-from tapct.eval.volumes import LabelLayer
+from tapct.eval.contract import Task
+from tapct.eval.features.dense import DenseFeatures, PatchGrid
+from tapct.eval.heads.decoder import Decoder, fit_decoder
+from tapct.eval.labels.truth import PatchTruth, patch_truth
+from tapct.eval.metrics.prediction_statistics import PredictedScans, ScanPredictions
+from tapct.eval.pairs.partners import PairedScans, ScanPair, pairs_of
+from tapct.eval.pictures.volumes import LabelLayer
+from tapct.eval.scans.labelled_scan import LabelledScan
+from tapct.eval.scans.usable import Labels, ScanRow
+from tapct.eval.scores import Breakdown, FurtherMetric, Headline, ScanScore, TaskResults
 from tapct.nn import init
 from tapct.nn.attention import Attention
 from tapct.nn.contracts import (

@@ -9,10 +9,8 @@ from typing import Any
 
 import yaml
 
-from tapct.eval import over_steps, task_statistics
-from tapct.eval.contract import Headline, ScanScore, TaskResults
-from tapct.eval.held_out import HeldOut
-from tapct.eval.results import (
+from tapct.eval.results import over_steps, task_statistics
+from tapct.eval.results.json_file import (
     EvaluatedData,
     EvaluatedWeights,
     Evaluation,
@@ -20,6 +18,8 @@ from tapct.eval.results import (
     SplitRecord,
     TaskSection,
 )
+from tapct.eval.scans.held_out import HeldOut
+from tapct.eval.scores import Headline, ScanScore, TaskResults
 from tapct.run_folder import RunFolder
 
 DIGEST = "1" * 32

@@ -12,7 +12,7 @@ import numpy as np
 
 from tapct.data.digest import label_digest, voxel_digest
 from tapct.data.packed.store import StoredScan
-from tapct.eval.scans import LabelledScan
+from tapct.eval.scans.labelled_scan import LabelledScan
 from tapct.types import LabelMap
 
 

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from tapct import config as configs
-from tapct.eval.contract import Breakdown, Headline, TaskResults
-from tapct.eval.rank_metrics import auroc
-from tapct.eval.task_section import TaskSection
+from tapct.eval.metrics.scan_level import auroc
+from tapct.eval.results.task_section import TaskSection
+from tapct.eval.scores import Breakdown, Headline, TaskResults
 from tapct.run.config import RunConfig
 
 ROOT = Path(__file__).parents[1]

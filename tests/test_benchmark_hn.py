@@ -20,7 +20,7 @@ from tapct.base.exits import UserError
 from tapct.data.manifest import Manifest, Row
 from tapct.data.patients import split
 from tapct.data.phantom import archive as phantom
-from tapct.eval.held_out import HeldOut
+from tapct.eval.scans.held_out import HeldOut
 from tapct.run.config import RunConfig
 
 ROOT = Path(__file__).parents[1]

@@ -39,11 +39,12 @@ from tapct.config.plugins import Plugin
 from tapct.data.datasets.dataset import read_dataset
 from tapct.data.scans.ingest import read_volume
 from tapct.engine import loop, optim
-from tapct.eval import results, runner
-from tapct.eval.baselines import DEFAULTS, NamedModel, RawPatches, with_baselines
-from tapct.eval.extraction import dense_features
-from tapct.eval.features import Preprocess
-from tapct.eval.scans import LabelledScan
+from tapct.eval import runner
+from tapct.eval.features.extraction import dense_features
+from tapct.eval.features.preprocess import Preprocess
+from tapct.eval.models.baselines import DEFAULTS, NamedModel, RawPatches, with_baselines
+from tapct.eval.results import json_file
+from tapct.eval.scans.labelled_scan import LabelledScan
 from tapct.models import vit
 from tapct.nn import heads
 from tapct.nn.contracts import Backbone
@@ -505,7 +506,7 @@ class Row:
         self.has_labels = True
 
 
-def evaluate(task: Plugin, models: Any, out: Path) -> results.Evaluation:
+def evaluate(task: Plugin, models: Any, out: Path) -> json_file.Evaluation:
     config = runner.Config(tasks=(task,), num_pictures=1)
     preprocess = Preprocess((16, 16), (4, 16, 16), (4, 16, 16))
     store: Any = MemoryStore(map(Row, range(4)), lambda row: rising_scan(int(row.path)))
@@ -570,17 +571,19 @@ def test_the_example_task_runs_through_every_command(
     monkeypatch.delenv("SLURM_JOB_ID")
 
     run = tmp_path / "run"
-    beside, why_not = results.read(evaluation_of(run, 12).path)
+    beside, why_not = json_file.read(evaluation_of(run, 12).path)
     assert beside is not None, why_not
     printed = shell.good("eval", run)
-    by_hand, _ = results.read(evaluation_of(run, 12).path)
+    by_hand, _ = json_file.read(evaluation_of(run, 12).path)
     assert by_hand is not None and are_close(by_hand.tasks, beside.tasks)
     assert list(by_hand.tasks) == ["mylab.tasks.depth"]
     assert " eval " in by_hand.origin.command and str(run) not in by_hand.origin.command
     values = by_hand.tasks["mylab.tasks.depth"].headline.values
     assert list(values) == ["pretrained", "untrained", "untrained_layerscale1", *DEFAULTS[1:]]
     for model, value in values.items():
-        assert re.search(rf"^{model} +mean error {re.escape(results.shown(value))} ", printed, re.M)
+        assert re.search(
+            rf"^{model} +mean error {re.escape(json_file.shown(value))} ", printed, re.M
+        )
 
     shell.good("report", run)
     html = (run / "report.html").read_text()
@@ -590,14 +593,14 @@ def test_the_example_task_runs_through_every_command(
     assert not [word for word in ("Dice", "organ", "linear decoder") if word in html]
     printed = shell.good("compare", run, "--out", tmp_path / "compare.html")
     lead = by_hand.tasks["mylab.tasks.depth"].headline.lead()
-    for text in ("Depth: mean error,", results.shown(lead.own), results.shown(abs(lead.gain))):
+    for text in ("Depth: mean error,", json_file.shown(lead.own), json_file.shown(abs(lead.gain))):
         assert text in printed and text in (tmp_path / "compare.html").read_text()
     assert "Dice" not in printed
 
     # both tasks in one pass; the second one does not change the first
     both = ("eval.tasks.segmentation.steps=5", "eval.num_pictures=1")
     printed = shell.good("eval", run, *both)
-    together, _ = results.read(evaluation_of(run, 12).path)
+    together, _ = json_file.read(evaluation_of(run, 12).path)
     assert together is not None
     assert list(together.tasks) == ["mylab.tasks.depth", "segmentation"]  # as in the YAML
     depth = "mylab.tasks.depth"

@@ -108,7 +108,7 @@ def is_part(word: str) -> bool:
 
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-ORDERED = ["", "data"]  # tapct itself, and the folders whose inside the tree shows
+ORDERED = ["", "eval", "data"]  # tapct itself, and the folders whose inside the tree shows
 
 
 @pytest.mark.parametrize("folder", ORDERED)

@@ -30,7 +30,7 @@ from tapct.data.index.build import build_manifest
 from tapct.data.packed.store import Store
 from tapct.data.patients.key import KEY_FILE, KEY_VARIABLE
 from tapct.data.patients.split import patients_below
-from tapct.eval.features import Preprocess
+from tapct.eval.features.preprocess import Preprocess
 from tapct.models import vit
 from tapct.types import HUContract
 from tapct.weights.card import FeatureSettings

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from tapct.config.plugins import Plugin
-from tapct.eval.features import Preprocess
+from tapct.eval.features.preprocess import Preprocess
 from tapct.models import vit
 from tapct.types import HUContract
 from tapct.weights.card import FeatureSettings

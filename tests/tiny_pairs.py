@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from tapct.eval.correspondence import PatchFrame, ScanFeatures
-from tapct.eval.features import BlockFeatures, DenseFeatures, PatchGrid, WindowVectors
-from tapct.eval.scans import LabelledScan
+from tapct.eval.features.dense import BlockFeatures, DenseFeatures, PatchGrid, WindowVectors
+from tapct.eval.pairs.correspondence import PatchFrame, ScanFeatures
+from tapct.eval.scans.labelled_scan import LabelledScan
 from tapct.types import LabelMap, Volume
 
 GRID = PatchGrid((2, 4, 4), (12, 28, 32), (12, 28, 32))

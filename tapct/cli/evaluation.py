@@ -360,16 +360,16 @@ def embed(
         },
     )
     from tapct.distributed.device import pick_device, prepare_cpu
-    from tapct.run import embedding, named_scans, scan_vector
+    from tapct.run.embed import many_scans, named_scans, scan_vector
     from tapct.types import Refused
     from tapct.weights.pretrained import load_pretrained
 
     wanted = None
     if options.is_vector:
         wanted = scan_vector.VectorChoice.of(vector, block, organ or (), masks is not None)
-    embedding.check_library(options.form)
+    many_scans.check_library(options.form)
     named_scans.check_given(scan, root, masks)
-    embedding.check_writable(options.folder)
+    many_scans.check_writable(options.folder)
     prepare_cpu()
     device = pick_device("auto")
     loaded = load_pretrained(model, custom_code=custom_code, device=device)
@@ -387,14 +387,14 @@ def embed(
         embedded.write_npz(options.file)
         console.say(f"features in {options.file}")
         return
-    encoder = embedding.encoder_of(loaded, device, cache)
+    encoder = many_scans.encoder_of(loaded, device, cache)
     keep_names = options.form == options.CVPR26
     cases = named_scans.find_cases(scan, root, masks, keep_names=keep_names)
     cases = cases.of_share(share)
     share_number = 0 if share == WHOLE else share.number
-    output = embedding.output_for(options.form, options.folder, encoder, wanted, share_number)
+    output = many_scans.output_for(options.form, options.folder, encoder, wanted, share_number)
     with signals.leaving_at_sigterm():
-        num = embedding.embed_cases(encoder, cases, output, options.folder)
+        num = many_scans.embed_cases(encoder, cases, output, options.folder)
     console.say(f"{counted(num, output.what)} in {output.place_of_results}")
 
 

@@ -24,9 +24,9 @@ from tapct.base.files import expand_path
 from tapct.base.recent import LAST_STEPS, last_mean
 from tapct.cluster import slurm
 from tapct.cluster.slurm import QueuedJob
-from tapct.eval import best_record
-from tapct.eval.best_record import BestRecord
-from tapct.eval.terminal import shown
+from tapct.eval.results import best_record
+from tapct.eval.results.best_record import BestRecord
+from tapct.eval.results.terminal import shown
 from tapct.run_folder import JobFolder, RunFolder
 
 if TYPE_CHECKING:

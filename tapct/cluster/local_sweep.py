@@ -28,9 +28,9 @@ from tapct.cluster import sweep
 from tapct.cluster.folders import make_new_folder
 from tapct.cluster.jobs import step_and_loss
 from tapct.cluster.submit import PlannedRuns
-from tapct.eval import best_record
-from tapct.eval.best_record import BestRecord
-from tapct.eval.terminal import shown
+from tapct.eval.results import best_record
+from tapct.eval.results.best_record import BestRecord
+from tapct.eval.results.terminal import shown
 from tapct.run.pretrain import check
 from tapct.run_folder import JobFolder, RunFolder
 

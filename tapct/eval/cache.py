@@ -40,18 +40,24 @@ from tapct.base import console, files
 from tapct.base.counted import counted
 from tapct.base.exits import UserError
 from tapct.config import setting
-from tapct.eval import feature_file
-from tapct.eval.extraction import patch_of
-from tapct.eval.feature_file import FeatureWriter
-from tapct.eval.features import BlockFeatures, PatchGrid, Preprocess, WindowVectors
-from tapct.eval.stopwatch import WRITE, Stopwatch
+from tapct.eval.features import entry_file
+from tapct.eval.features.dense import BlockFeatures, PatchGrid, WindowVectors
+from tapct.eval.features.entry_file import FeatureWriter
+from tapct.eval.features.extraction import patch_of
+from tapct.eval.features.preprocess import Preprocess
+from tapct.eval.features.stopwatch import WRITE, Stopwatch
 from tapct.nn.contracts import num_blocks_of
 from tapct.types import HUContract
 
 VERSION = 1  # raise it whenever equal weights and scans give other features
-_FEATURE_CODE = tuple(
-    f"tapct.{name}"
-    for name in ("eval.extraction", "eval.features", "nn.init", "nn.attention", "views.resample")
+_FEATURE_CODE = (
+    *(
+        f"tapct.eval.features.{name}"
+        for name in ("dense", "extraction", "prepared", "preprocess", "windows")
+    ),
+    "tapct.nn.attention",
+    "tapct.nn.init",
+    "tapct.views.resample",
 )
 GB = 10**9
 STALE_S = 6 * 3600.0  # an evaluation without a heartbeat for this time counts as ended
@@ -229,10 +235,10 @@ class FeatureCache:
         """
         path = self.file(key, scan, block)
         try:
-            found = feature_file.read(path, device)
+            found = entry_file.read(path, device)
         except FileNotFoundError:
             return None
-        except feature_file.DamagedFeatures as error:
+        except entry_file.DamagedFeatures as error:
             console.say(f"the features in {path} are damaged ({error}); they are computed again")
             return None
         except OSError as error:

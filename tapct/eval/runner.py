@@ -12,46 +12,30 @@ scan that gets pictures, the features of all models.
 from __future__ import annotations
 
 import dataclasses
-import platform
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-import numpy as np
 import torch
 
-import tapct
-from tapct.base import console
-from tapct.base.paths import without_absolute_paths
 from tapct.config import plugins, setting, to_dict
 from tapct.config.plugins import Plugin
 from tapct.data.index.share import WHOLE, Share
 from tapct.data.packed.store import Store
-from tapct.eval import baselines, cache, scans, task_statistics, validation
-from tapct.eval.album import Album, Outputs
+from tapct.eval import cache
 from tapct.eval.cache import FeatureCache
 from tapct.eval.contract import DEFAULT_TASKS
-from tapct.eval.features import Preprocess
-from tapct.eval.fill import Features
-from tapct.eval.held_out import HeldOut, no_list
-from tapct.eval.models import NamedModel, settle
-from tapct.eval.over_steps import split_settings
-from tapct.eval.prediction_files import PredictionFiles
-from tapct.eval.reader import Blocks, ScanReader
-from tapct.eval.results import (
-    Cost,
-    EvaluatedBackbone,
-    Evaluation,
-    Origin,
-    SplitRecord,
-    TaskSection,
-)
-from tapct.eval.scans import ScanRow, Split, TableLabels
-from tapct.eval.stopwatch import PARTS
-from tapct.eval.tables import machine, rows_of, write_csv
-from tapct.eval.task_runs import (
+from tapct.eval.features.preprocess import Preprocess
+from tapct.eval.labels.prediction_files import PredictionFiles
+from tapct.eval.models import baselines
+from tapct.eval.models.evaluated import NamedModel, settle
+from tapct.eval.passes.album import Album, Outputs
+from tapct.eval.passes.fill import Features
+from tapct.eval.passes.outcome import backbones_of, cost_of, sections_of, split_record, versions
+from tapct.eval.passes.reader import Blocks, ScanReader
+from tapct.eval.passes.task_runs import (
     TaskRun,
     begin,
     build_tasks,
@@ -59,6 +43,14 @@ from tapct.eval.task_runs import (
     check_model_names,
     usable_rows,
 )
+from tapct.eval.results.csv_file import machine, rows_of, write_csv
+from tapct.eval.results.json_file import Evaluation, Origin
+from tapct.eval.results.over_steps import split_settings
+from tapct.eval.scans import validation
+from tapct.eval.scans.held_out import HeldOut, no_list
+from tapct.eval.scans.labelled_scan import TableLabels
+from tapct.eval.scans.train_test import Split, patients_together, split_for_tasks
+from tapct.eval.scans.usable import ScanRow, of_paths
 from tapct.run_folder import EvaluationFolder, features_beside
 from tapct.types import HUContract
 
@@ -240,7 +232,7 @@ def evaluate(
     """
     began = time.perf_counter()
     preprocess = preprocess or config.preprocess
-    rows = scans.of_paths(rows, config.only)
+    rows = of_paths(rows, config.only)
     tables = tables or TableLabels()
     task_runs, split = _plan(
         config, rows, store, held_out, tables, on_validation=on_validation, split_seed=split_seed
@@ -273,20 +265,20 @@ def evaluate(
             raise ShareComputed
         _learn(reader, steps)
         album = _test(reader, config, out, steps)
-        cost = _cost(reader)
+        cost = cost_of(reader)
     evaluation = Evaluation(
-        tasks=_sections(config, reader, num_rows=len(rows), album=album),
-        split=_record(reader, check_held_out, on_validation, chosen_on),
+        tasks=sections_of(config.tasks, reader, num_rows=len(rows), album=album, seed=config.seed),
+        split=split_record(reader, check_held_out, on_validation, chosen_on),
         preprocess=to_dict(settled[0].preprocess),
         patch=settled[0].patch,
         seed=config.seed,
         pca=tuple(album.pca),
         volumes=tuple(album.volumes),
         origin=dataclasses.replace(
-            origin or Origin(), versions=_versions(), machine=machine(torch.device(device))
+            origin or Origin(), versions=versions(), machine=machine(torch.device(device))
         ),
         seconds=round(time.perf_counter() - began, 2),
-        backbones=_backbones(reader, check_others or {}),
+        backbones=backbones_of(reader, check_others or {}),
         cost=cost,
         settings=split_settings(to_dict(config)),
     )
@@ -323,7 +315,7 @@ def _plan(
     rows_of_task = usable_rows(tasks, rows, tables)
     for name, chosen in rows_of_task.items():
         check_label_settings(name, tasks[name], chosen, store)
-    split = scans.split_for_tasks(
+    split = split_for_tasks(
         list(rows_of_task.values()),
         test_share=config.test_share,
         max_scans=config.max_scans,
@@ -339,7 +331,7 @@ def _plan(
             on_validation=on_validation,
             sides=tables.sides,
         )
-    split = scans.patients_together(split)
+    split = patients_together(split)
     begun = [begin(name, tasks[name], rows, split, tables) for name, rows in rows_of_task.items()]
     return begun, split
 
@@ -405,111 +397,3 @@ def _test(reader: ScanReader, config: Config, out: Path, steps: _Steps) -> Album
     if config.num_pictures:
         album.add_results(tasks)
     return album
-
-
-def _cost(reader: ScanReader) -> Cost:
-    features = reader.features
-    num_scans, num_models = len(reader.rows()), len(features.models)
-    caveat = features.cache.caveat()
-    if caveat:
-        console.say(caveat)
-    return Cost(
-        {part: round(features.stopwatch.seconds[part], 3) for part in PARTS},
-        num_scans,
-        features.num_extracted,
-        max(0, num_scans * num_models - features.num_extracted),
-        features.cache.used_bytes(),
-        features.cache.size(),
-    )
-
-
-def _backbones(
-    reader: ScanReader, check_others: Mapping[str, Callable[[Sequence[ScanRow]], HeldOut]]
-) -> dict[str, EvaluatedBackbone]:
-    """Model name -> how it was run."""
-    test, found = reader.read_rows("test"), {}
-    for model in reader.features.models:
-        check = check_others.get(model.name)
-        found[model.name] = EvaluatedBackbone(
-            model.patch,
-            model.blocks,
-            to_dict(model.preprocess),
-            dataclasses.asdict(model.contract),
-            model.key.text,
-            None if check is None else check(test).value,
-        )
-    return found
-
-
-def _sections(
-    config: Config, reader: ScanReader, num_rows: int, album: Album
-) -> dict[str, TaskSection]:
-    """Task name -> its results, checked against its contract.
-
-    Args:
-        config: settings of the evaluation.
-        reader: reader whose test scans have been read.
-        num_rows: number of accepted scans, usable or not.
-        album: pictures of the test scans.
-    Raises:
-        UserError: a headline has values for a model that was not evaluated.
-    """
-    settings = {plugin.name: to_dict(plugin.config) for plugin in config.tasks}
-    names = [model.name for model in reader.features.models]
-    patient_of = {row.id: row.patient for row in reader.read_rows("test")}
-    sections: dict[str, TaskSection] = {}
-    for task_run in reader.task_runs:
-        results, headline = task_run.checked_results(names)
-        predicted = task_run.task.predicted_scans()
-        sections[task_run.name] = TaskSection(
-            config=without_absolute_paths(settings[task_run.name]),
-            labels=task_run.task.labels.value,
-            num_train=task_run.count(reader.read_rows("train")),
-            num_test=task_run.count(reader.read_rows("test")),
-            skipped=num_rows - len(task_run.scan_ids),
-            headline=headline,
-            results=results,
-            pictures=tuple(album.of_task.get(task_run.name, ())),
-            statistics=task_statistics.of_task(
-                results, headline, predicted, patient_of, config.seed
-            ),
-        )
-    return sections
-
-
-def _record(
-    reader: ScanReader,
-    check_held_out: Callable[[Sequence[ScanRow]], HeldOut],
-    on_validation: bool,
-    chosen_on: Collection[str],
-) -> SplitRecord:
-    train, test = reader.read_rows("train"), reader.read_rows("test")
-    return SplitRecord(
-        mode=reader.split.mode,
-        held_out=check_held_out(test),
-        train=tuple(row.id for row in train),
-        test=tuple(row.id for row in test),
-        unread=tuple(reader.unread),
-        test_patients=_first_scans(test),
-        on_validation=on_validation,
-        num_chosen_on=len({row.id for row in test}.intersection(chosen_on)),
-    )
-
-
-def _first_scans(rows: Sequence[ScanRow]) -> tuple[str, ...]:
-    """For each scan, the first scan ID of the same patient; empty where the patient is unknown. The
-    results show in this way which scans are of one patient, and hold no hash of a patient.
-    """
-    first: dict[str, str] = {}
-    for row in sorted(rows, key=lambda row: row.id):
-        first.setdefault(row.patient, row.id)
-    return tuple(first[row.patient] if row.patient else "" for row in rows)
-
-
-def _versions() -> dict[str, str]:
-    return {
-        "tapct": tapct.__version__,
-        "python": platform.python_version(),
-        "torch": str(torch.__version__),
-        "numpy": np.__version__,
-    }

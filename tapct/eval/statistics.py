@@ -1,9 +1,9 @@
 """How certain the numbers of an evaluation are: intervals, paired differences, p-values.
 
-`means` is for metrics that are means over scans (Dice, NSD, absolute error); `metric_statistics` is
-for the others (AUROC, balanced accuracy, R^2). Both resample patients, so all scans of a patient
-stay together, and both compare models on the same patients. docs/evaluation.md, "Statistics", has
-the rules for readers and the coverage that was measured.
+`means` is for metrics that are means over scans (Dice, NSD, absolute error);
+`prediction_statistics` is for the others (AUROC, balanced accuracy, R^2). Both resample patients,
+so all scans of a patient stay together, and both compare models on the same patients.
+docs/evaluation.md, "Statistics", has the rules for readers and the coverage that was measured.
 
 Axes: E seeds, S scans, P patients, K parts (e.g. organs), R resamples.
 """
@@ -19,8 +19,8 @@ import numpy as np
 from tapct.base.counted import counted
 from tapct.base.exits import UserError
 from tapct.eval import intervals
-from tapct.eval.contract import OWN_MODEL, ScanScore
 from tapct.eval.intervals import NUM_RESAMPLES, Interval
+from tapct.eval.scores import OWN_MODEL, ScanScore
 
 MIN_PATIENTS = 10  # no interval and no p-value below it
 

@@ -13,14 +13,15 @@ Here a block of the N x N matrices is computed, used and overwritten: it belongs
 all queries. Each thread has two blocks of bounded size, so memory is linear in N.
 
 torch's own kernel works on smaller blocks, whose products in bf16 do not use the matrix unit of
-Intel CPUs (AMX) well; docs/benchmarks.md compares the two. Two tricks make the products here fast:
+Intel CPUs (AMX) or the bf16 instructions of other CPUs (AVX512-BF16) well; docs/benchmarks.md
+compares the two. Two tricks make the products here fast:
 
 - norm and delta are subtracted by the products themselves, as further channels: the row of scores
   is (q, -norm) @ (k, 1). No pass over the block is needed, and a bf16 result is the rounded
   difference, not a difference of rounded numbers. In bf16 the subtracted number takes two channels,
   its rounded value and the remainder.
-- In bf16, tokens and channels are padded with zeros to multiples of 32, because other sizes take up
-  to twice as long. For a padded key or query, dscores is 0.
+- In bf16, tokens and channels are padded with zeros to multiples of a tile, because other sizes
+  take up to twice as long. For a padded key or query, dscores is 0.
 
 Axes: B crops of equal length, H heads, N tokens of a crop, C channels of a head, S = B*H sequences,
 M sequences at a time, R keys of a block, P tokens with padding, E channels with what is added to
@@ -37,13 +38,32 @@ import torch
 from torch import Tensor
 
 BLOCK_BYTES = 1 << 23  # of one block of one sequence: the whole matrix of 2048 tokens in bf16
-TILE = 32  # size in numbers that a bf16 product handles at a time
 
 
 @functools.cache
 def has_amx() -> bool:
-    """Whether this CPU has AMX: no other kind was measured to be faster with blocks."""
+    """Whether this CPU multiplies tiles of bf16 numbers."""
     return bool(torch.cpu._is_amx_tile_supported())
+
+
+@functools.cache
+def has_avx512_bf16() -> bool:
+    """Whether this CPU multiplies vectors of bf16 numbers."""
+    return bool(torch.cpu._is_avx512_bf16_supported())
+
+
+def is_faster() -> bool:
+    """Whether blocks in bf16 are faster than torch's kernel on this CPU: on the kinds on which this
+    was measured.
+    """
+    return has_amx() or has_avx512_bf16()
+
+
+def tile() -> int:
+    """Size in numbers that a bf16 product handles at a time: 32 with AMX, and the 16 float32 sums
+    of a vector without it.
+    """
+    return 32 if has_amx() else 16
 
 
 def differentiate(
@@ -77,7 +97,7 @@ def differentiate(
     k_SPE, v_SPE = _extended(k_BHNC, None), _extended(v_BHNC, None)
     padded = q_SPE.shape[1]
     # channels of the gradients: without the further ones, where these need no tile of their own
-    width = min(-(-channels // TILE) * TILE, q_SPE.shape[2])
+    width = min(_whole_tiles(channels), q_SPE.shape[2])
     dq_SPE, dk_SPE, dv_SPE = (q_SPE.new_empty(*q_SPE.shape[:2], width) for _ in range(3))
     k_SEP = k_SPE[..., :width].mT.contiguous()
     blocks = RowBlocks(len(q_SPE), padded, q_SPE.dtype)
@@ -114,7 +134,7 @@ def _extended(x_BHNC: Tensor, last_BHN: Tensor | None) -> Tensor:
     parts = 2 if is_narrow else 1
     padded, width = num_tokens, channels + parts
     if is_narrow:
-        padded, width = (-(-size // TILE) * TILE for size in (padded, width))
+        padded, width = _whole_tiles(padded), _whole_tiles(width)
     extended = x_BHNC.new_zeros(num_crops, num_heads, padded, width)
     inside = extended[:, :, :num_tokens]
     inside[..., :channels] = x_BHNC
@@ -125,6 +145,11 @@ def _extended(x_BHNC: Tensor, last_BHN: Tensor | None) -> Tensor:
         if is_narrow:
             inside[..., channels + 1] = last_BHN - inside[..., channels].to(last_BHN.dtype)
     return extended.flatten(0, 1)
+
+
+def _whole_tiles(size: int) -> int:
+    """The size, rounded up to a multiple of the tile."""
+    return -(-size // tile()) * tile()
 
 
 class RowBlocks:
@@ -142,7 +167,7 @@ class RowBlocks:
         self.num_sequences, self.num_tokens = num_sequences, num_tokens
         fitting = max(1, BLOCK_BYTES // (dtype.itemsize * num_tokens))
         num_blocks = -(-num_tokens // fitting)
-        self.num_rows = min(-(-num_tokens // (num_blocks * TILE)) * TILE, num_tokens)
+        self.num_rows = min(_whole_tiles(-(-num_tokens // num_blocks)), num_tokens)
         self.at_once = min(torch.get_num_threads(), num_sequences)
 
     def sequences(self) -> Iterator[slice]:

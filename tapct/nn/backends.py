@@ -81,8 +81,8 @@ class CpuFlash(torch.autograd.Function):
     that of the next layer.
     Short crops in bf16 or fp16 are computed in float32: torch's kernel takes up to 8 times as long
     backward in bf16, and is no more exact; for long crops it is faster (docs/log.md). On a CPU with
-    AMX, the backward pass of long crops in bf16 is computed by `attention_blocks`, which is faster
-    still.
+    products in bf16, the backward pass of long crops in bf16 is computed by `attention_blocks`,
+    which is faster still.
     """
 
     @staticmethod
@@ -136,10 +136,12 @@ def _wide(x_BHNC: Tensor) -> Tensor:
 
 
 def _fits_blocks(x_BHNC: Tensor) -> bool:
-    """Whether the backward pass is computed by `attention_blocks`: long crops in bf16 with AMX."""
+    """Whether the backward pass is computed by `attention_blocks`: long crops in bf16, on a CPU on
+    which they are faster.
+    """
     if is_fake(x_BHNC) or x_BHNC.shape[2] < LONG_CROP:
         return False
-    return x_BHNC.dtype == torch.bfloat16 and attention_blocks.has_amx()
+    return x_BHNC.dtype == torch.bfloat16 and attention_blocks.is_faster()
 
 
 def crop_starts(spans: Spans, device: torch.device) -> Tensor:

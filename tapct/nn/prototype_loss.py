@@ -34,6 +34,9 @@ from torch.autograd.function import once_differentiable
 from tapct.nn.prototype_scores import Chunks, TeacherScores, copy_piece, softmax
 from tapct.types import TargetSums
 
+ADDED_BYTES = 1 << 20  # of the sum, in one addition of narrow numbers on a CPU
+PRODUCT_BYTES = 1 << 23  # of a narrow product on a CPU, before it is added
+
 
 def return_both(features_RW: Tensor, prototypes_KW: Tensor) -> tuple[Tensor, Tensor]:
     """Return features and prototypes as they are, as the `then` of a head.
@@ -176,7 +179,12 @@ class _Gradients:
         self.student_temp = student_temp
         self.student_VBW = torch.empty_like(student_VBW)
         self.prototypes_KW = torch.zeros_like(prototypes_KW)
-        self.product_KW = None if chunks.wide else torch.empty_like(narrow_KW)
+        num_prototypes, width = narrow_KW.shape
+        self.at_once = num_prototypes
+        if chunks.is_small:
+            self.at_once = max(1, PRODUCT_BYTES // (narrow_KW.dtype.itemsize * width))
+        # k prototypes at a time on a CPU: a step needs most memory here
+        self.product_kW = None if chunks.wide else torch.empty_like(narrow_KW[: self.at_once])
 
     def add(self, rows: slice, error_VCK: Tensor, weight_VC: Tensor) -> None:
         """Add the part of some rows, from pairs * softmax(scores) - targets, in the dtype of the
@@ -188,10 +196,27 @@ class _Gradients:
         dfeatures_NW = torch.mm(error_NK, self.narrow_KW) * scale_N1
         self.student_VBW[:, rows] = dfeatures_NW.unflatten(0, x_VCW.shape[:2])
         scaled_NW = (x_VCW.flatten(0, 1) * scale_N1).to(self.narrow_KW.dtype)
-        if self.product_KW is None:
+        if self.product_kW is None:
             self.prototypes_KW.addmm_(error_NK.T, scaled_NW)
-        else:  # float32 sums of narrow products
-            self.prototypes_KW += torch.mm(error_NK.T, scaled_NW, out=self.product_KW)
+            return
+        # float32 sums of narrow products; plain form: prototypes_KW += error_NK.T @ scaled_NW
+        parts = error_NK.split(self.at_once, dim=1), self.prototypes_KW.split(self.at_once)
+        for error_Nk, sum_kW in zip(*parts, strict=True):
+            into_kW = self.product_kW[: len(sum_kW)]
+            add_narrow(sum_kW, torch.mm(error_Nk.T, scaled_NW, out=into_kW))
+
+
+def add_narrow(into_KW: Tensor, product_KW: Tensor) -> None:
+    """Add a product to a sum of a wider dtype.
+
+    Plain form: into_KW += product_KW. On a CPU, torch would first copy the whole product to the
+    wider dtype; here it copies a part that stays in the cache.
+    """
+    rows = len(into_KW)
+    if into_KW.device.type == "cpu":
+        rows = max(1, ADDED_BYTES // (into_KW.dtype.itemsize * into_KW.shape[1]))
+    for into_kW, product_kW in zip(into_KW.split(rows), product_KW.split(rows), strict=True):
+        into_kW += product_kW
 
 
 def _pairs(student_VBW: Tensor, num_targets: int, cross: bool) -> Tensor:

@@ -26,6 +26,9 @@ from tapct.nn.fake import is_fake
 CHUNK_BYTES = 1 << 26  # 64 MiB of float32 scores in a chunk
 PIECE_BYTES = 1 << 20  # 1 MiB of float32 scores in a piece: two pieces fit in the cache of a core
 GPU_PIECE_BYTES = 1 << 24  # a GPU has a larger cache, and each operation on a piece is a launch
+# Numbers between two rows of a chunk on a CPU. The number of prototypes is often a power of two:
+# without a gap, all rows of a column would lie in the same few places of the cache.
+ROW_GAP = 16
 
 
 @dataclass(frozen=True)
@@ -151,16 +154,23 @@ class Chunks:
         self.ranges = [
             slice(start, min(start + rows, num_rows)) for start in range(0, num_rows, max(rows, 1))
         ]
-        is_small = like_KW.device.type == "cpu" and not is_fake(like_KW)
-        piece_bytes = PIECE_BYTES if is_small else GPU_PIECE_BYTES
+        # whether the work is cut for the small cache of a CPU
+        self.is_small = like_KW.device.type == "cpu" and not is_fake(like_KW)
+        piece_bytes = PIECE_BYTES if self.is_small else GPU_PIECE_BYTES
         self.piece_rows = min(max(1, piece_bytes // row_bytes), max(rows, 1))
+        self.row_gap = ROW_GAP if self.is_small else 0
         self.rows, self.dtype, self.like_KW = rows, dtype, like_KW
         # under autocast the products of a chunk are narrow, and the scores of a piece wide
         self.wide = dtype == like_KW.dtype
 
     def memory(self, views: int) -> Tensor:
-        """Memory (N, K) for the products of one chunk of `views` views, in their dtype."""
-        return self.like_KW.new_empty(self.rows * views, len(self.like_KW))
+        """Memory (N, K) for the products of one chunk of `views` views, in their dtype.
+
+        Plain form: rows without a gap between them.
+        """
+        num_prototypes = len(self.like_KW)
+        wide_NK = self.like_KW.new_empty(self.rows * views, num_prototypes + self.row_gap)
+        return wide_NK[:, :num_prototypes]
 
     def cache(self, views: int) -> Tensor:
         """Memory (N, K) for the scores of one piece of `views` views."""

@@ -22,12 +22,12 @@ from rich.text import Text
 
 from tapct.base.exits import UserError
 from tapct.base.paths import near_path
-from tapct.eval import results, saved
-from tapct.eval.contract import OWN_MODEL
-from tapct.eval.over_steps import StepCurve
-from tapct.eval.results import Evaluation
-from tapct.eval.saved import SavedEvaluation
-from tapct.eval.terminal import between, p_text
+from tapct.eval.results import json_file, saved
+from tapct.eval.results.json_file import Evaluation
+from tapct.eval.results.over_steps import StepCurve
+from tapct.eval.results.saved import SavedEvaluation
+from tapct.eval.results.terminal import between, p_text
+from tapct.eval.scores import OWN_MODEL
 from tapct.report import evaluation, facts, statistics, step_values, summary
 from tapct.report.history import History, read_history
 from tapct.report.markup import number
@@ -295,7 +295,7 @@ def _evaluation_rows(runs: Sequence[Run]) -> list[Row]:
         for name, section in (run.evaluated.tasks if run.evaluated else {}).items():
             headline = section.headline
             better = f"{headline.direction} is better"
-            tasks.setdefault(name, f"{results.title_of(name)}: {headline.metric}, {better}")
+            tasks.setdefault(name, f"{json_file.title_of(name)}: {headline.metric}, {better}")
     if not tasks:
         return [("Evaluation of frozen features", [BLANK for _ in runs])]
     rows: list[Row] = [("Evaluated on", [run.saved.title if run.saved else BLANK for run in runs])]
@@ -305,17 +305,17 @@ def _evaluation_rows(runs: Sequence[Run]) -> list[Row]:
             evaluated = run.evaluated.tasks.get(name) if run.evaluated else None
             lead = evaluated.headline.lead() if evaluated else None
             known = lead is not None and math.isfinite(lead.own)
-            values.append(results.shown(lead.own) if lead and known else BLANK)
+            values.append(json_file.shown(lead.own) if lead and known else BLANK)
             gains.append(evaluation.signed(lead.gain) if lead and known else BLANK)
         rows.append((row_name, values))
-        rows.append((f"{results.title_of(name)}: lead over the best baseline", gains))
+        rows.append((f"{json_file.title_of(name)}: lead over the best baseline", gains))
         rows += _interval_rows(runs, name)
     return rows
 
 
 def _interval_rows(runs: Sequence[Run], task: str) -> list[Row]:
     """Interval of each run in one task, and the paired difference to the first run that has it."""
-    title_of_task = results.title_of(task)
+    title_of_task = json_file.title_of(task)
     intervals: list[str] = []
     for run in runs:
         section = run.evaluated.tasks.get(task) if run.evaluated else None

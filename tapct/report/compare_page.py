@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tapct.base.recent import LAST_STEPS
-from tapct.eval.contract import OWN_MODEL
+from tapct.eval.scores import OWN_MODEL
 from tapct.report import fractions, step_values
 from tapct.report.charts import Curve, ReferenceLine, line_chart, line_key
 from tapct.report.compare import Comparison, Row, labels, numbers, settings, title

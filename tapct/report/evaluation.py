@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from itertools import chain
 
 from tapct.base.counted import counted
-from tapct.eval.contract import OWN_MODEL, Breakdown, Headline
-from tapct.eval.results import Evaluation, TaskSection, shown, title_of
-from tapct.eval.saved import SavedEvaluation
+from tapct.eval.results.json_file import Evaluation, TaskSection, shown, title_of
+from tapct.eval.results.saved import SavedEvaluation
+from tapct.eval.scores import OWN_MODEL, Breakdown, Headline
 from tapct.report import fractions, statistics
 from tapct.report.markup import number, slug, text
 from tapct.report.pictures import pictures

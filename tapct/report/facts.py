@@ -12,8 +12,8 @@ import yaml
 
 from tapct.config.flat import flatten_to_text
 from tapct.config.yamlfile import from_text
-from tapct.eval.old_formats import config_with_task_table
-from tapct.eval.saved import SavedEvaluation
+from tapct.eval.results.old_formats import config_with_task_table
+from tapct.eval.results.saved import SavedEvaluation
 from tapct.report.markup import number, text
 from tapct.report.tables import head, number_cell, row, table
 

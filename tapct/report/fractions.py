@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from tapct.eval import old_formats
 from tapct.eval.intervals import Interval
-from tapct.eval.results import TaskSection
+from tapct.eval.results import old_formats
+from tapct.eval.results.json_file import TaskSection
 from tapct.report.charts import Curve, line_chart
 
 

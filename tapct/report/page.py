@@ -15,8 +15,8 @@ from typing import Any
 from tapct.base.exits import UserError
 from tapct.base.paths import near_path
 from tapct.base.recent import window_in_words
-from tapct.eval import saved
-from tapct.eval.saved import SavedEvaluation
+from tapct.eval.results import saved
+from tapct.eval.results.saved import SavedEvaluation
 from tapct.report import evaluation, facts, step_values, summary, training
 from tapct.report.document import document, save
 from tapct.report.history import History, read_history, read_json

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from tapct.eval import statistics
-from tapct.eval.contract import OWN_MODEL
-from tapct.eval.results import Evaluation
+from tapct.eval.results.json_file import Evaluation
+from tapct.eval.scores import OWN_MODEL
 from tapct.eval.statistics import Difference
 
 

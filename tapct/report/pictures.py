@@ -9,7 +9,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from tapct.eval.results import Picture
+from tapct.eval.results.json_file import Picture
 from tapct.report.markup import text
 
 PICTURE_BYTES = 1_700_000  # all pictures of a page together

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 
 from tapct.base.counted import counted
+from tapct.eval.results.task_section import TaskSection
+from tapct.eval.results.terminal import between, p_text, shown, with_sign
 from tapct.eval.statistics import MIN_PATIENTS, PatientEstimate, Statistics
-from tapct.eval.task_section import TaskSection
-from tapct.eval.terminal import between, p_text, shown, with_sign
 from tapct.report.markup import text
 from tapct.report.tables import head, number_cell, row, table
 

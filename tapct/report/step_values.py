@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 
 from tapct.base.counted import counted
-from tapct.eval import over_steps
 from tapct.eval.intervals import Interval
-from tapct.eval.over_steps import OPTIMISTIC, StepCurve
-from tapct.eval.results import shown, title_of
-from tapct.eval.terminal import between
+from tapct.eval.results import over_steps
+from tapct.eval.results.json_file import shown, title_of
+from tapct.eval.results.over_steps import OPTIMISTIC, StepCurve
+from tapct.eval.results.terminal import between
 from tapct.report.charts import Curve, line_chart
 from tapct.report.markup import text
 

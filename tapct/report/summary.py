@@ -9,7 +9,7 @@ import numpy as np
 
 from tapct.base.console import duration
 from tapct.base.recent import window_in_words
-from tapct.eval.results import Evaluation
+from tapct.eval.results.json_file import Evaluation
 from tapct.report import evaluation
 from tapct.report.history import History
 from tapct.report.markup import number, text

@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from tapct.eval import volumes
-from tapct.eval.results import Picture
-from tapct.eval.volumes import ScanVolume
+from tapct.eval.pictures import volumes
+from tapct.eval.pictures.volumes import ScanVolume
+from tapct.eval.results.json_file import Picture
 from tapct.report.markup import text
 
 QUALITY = 82  # of the CT

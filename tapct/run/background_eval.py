@@ -30,7 +30,7 @@ import torch
 from tapct.base import console, ranks, signals
 from tapct.engine.checkpoint import Checkpoints
 from tapct.engine.stop import StopFlag, job_deadline
-from tapct.eval import best_record
+from tapct.eval.results import best_record
 from tapct.eval.runner import During
 from tapct.run.best_step import link_weights, waits
 from tapct.run_folder import CheckpointFolder, RunFolder, step_of

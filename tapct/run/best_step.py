@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tapct.base.exits import UserError
-from tapct.eval import best_record, over_steps
-from tapct.eval.over_steps import StepCurve, StepValue
-from tapct.eval.terminal import shown
+from tapct.eval.results import best_record, over_steps
+from tapct.eval.results.over_steps import StepCurve, StepValue
+from tapct.eval.results.terminal import shown
 from tapct.run_folder import CheckpointFolder, EvaluationFolder, RunFolder, step_of
 
 BEST = "best"  # value of --step

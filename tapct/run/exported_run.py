@@ -11,8 +11,8 @@ from tapct.base.exits import UserError
 from tapct.base.geometry import times
 from tapct.data.packed.store import Store
 from tapct.data.packed.trained_on import TrainedOn
-from tapct.eval import saved
-from tapct.eval.results import Evaluation
+from tapct.eval.results import saved
+from tapct.eval.results.json_file import Evaluation
 from tapct.run import lineage
 from tapct.run.config import RunConfig
 from tapct.run.model_source import Trained

@@ -17,14 +17,16 @@ from tapct.data.index.share import WHOLE, Share
 from tapct.data.packed.store import Store, labels_digest
 from tapct.data.packed.trained_on import TrainedOn
 from tapct.distributed.device import pick_device
-from tapct.eval import held_out, results, runner
-from tapct.eval.baselines import NAMES, with_baselines
-from tapct.eval.contract import OWN_MODEL
-from tapct.eval.label_tables import read_tables
-from tapct.eval.models import NamedModel
-from tapct.eval.results import EvaluatedData, EvaluatedWeights, Evaluation, Origin
-from tapct.eval.saved import link_newest
-from tapct.eval.scans import ScanRow
+from tapct.eval import runner
+from tapct.eval.labels.from_tables import read_tables
+from tapct.eval.models.baselines import NAMES, with_baselines
+from tapct.eval.models.evaluated import NamedModel
+from tapct.eval.results import json_file
+from tapct.eval.results.json_file import EvaluatedData, EvaluatedWeights, Evaluation, Origin
+from tapct.eval.results.saved import link_newest
+from tapct.eval.scans import held_out
+from tapct.eval.scans.usable import ScanRow
+from tapct.eval.scores import OWN_MODEL
 from tapct.run import best_step, exported_run, lineage
 from tapct.run.config import RunConfig
 from tapct.run.model_source import Model, Trained, open_model, open_run
@@ -225,7 +227,7 @@ def check_out(out: Path, data: EvaluatedData, weights: EvaluatedWeights) -> None
         raise UserError(f"--out {out} is a file; give a folder")
     if not EvaluationFolder(out).results.exists():
         return
-    known, why_not = results.read(out)
+    known, why_not = json_file.read(out)
     if known is None:
         raise UserError(f"--out {out}: {why_not}; give another folder, or remove the file")
     other = known.origin

@@ -29,8 +29,8 @@ from tapct.distributed.device import pick_device, prepare_cpu
 from tapct.engine import checkpoint
 from tapct.engine.checkpoint import Checkpoints, Meta
 from tapct.eval import runner
-from tapct.eval.results import EvaluatedWeights
-from tapct.eval.saved import dataset_name
+from tapct.eval.results.json_file import EvaluatedWeights
+from tapct.eval.results.saved import dataset_name
 from tapct.nn.contracts import Backbone
 from tapct.run import best_step, lineage
 from tapct.run.best_step import BEST, BestStep
@@ -110,7 +110,7 @@ class Model:
         return EvaluationFolder(self.evaluations / dataset / name)
 
     def dataset_name(self, store: Path, digest: str) -> str:
-        """The name of a data set among the results of this model; see `eval/saved.py`."""
+        """The name of a data set among the results of this model; see `eval/results/saved.py`."""
         return dataset_name(self.evaluations, store, digest)
 
 

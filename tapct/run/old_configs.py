@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from tapct.data.loading.loader import without_backend
-from tapct.eval.old_formats import config_with_task_table
+from tapct.eval.results.old_formats import config_with_task_table
 
 
 def upgraded(tree: Mapping[str, Any]) -> dict[str, Any]:

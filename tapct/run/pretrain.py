@@ -32,7 +32,7 @@ from tapct.engine import checkpoint, compiled, fsdp, loop, optim, recompute, tra
 from tapct.engine.archives import Archives
 from tapct.engine.checkpoint import Checkpoints, Meta
 from tapct.engine.metrics import Record
-from tapct.eval.saved import dataset_name
+from tapct.eval.results.saved import dataset_name
 from tapct.nn.backends import choose
 from tapct.run import background_eval, lineage
 from tapct.run.config import RunConfig

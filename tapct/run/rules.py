@@ -21,7 +21,7 @@ from pathlib import Path
 from tapct.base.exits import UserError
 from tapct.base.geometry import patch_grid
 from tapct.config import ConfigError, Resolved, load_config, plugins
-from tapct.eval.features import window_starts
+from tapct.eval.features.windows import window_starts
 from tapct.nn.contracts import Loss, LossInputs
 from tapct.run.config import RunConfig
 from tapct.run.stages import ResolvedStage

@@ -22,9 +22,8 @@ from tapct.data.packed.store import Store
 from tapct.data.packed.store_group import AnyStore, StoreGroup
 from tapct.distributed.device import pick_device
 from tapct.engine import trackers
-from tapct.eval import scans, task_runs
-from tapct.eval.contract import Labels
-from tapct.eval.scans import ScanRow
+from tapct.eval.passes import task_runs
+from tapct.eval.scans.usable import Labels, ScanRow, usable
 from tapct.nn.backends import GPU_ONLY
 from tapct.nn.contracts import Backbone
 from tapct.run import background_eval
@@ -295,4 +294,4 @@ def _usable(store: Store, labels: Labels) -> list[ScanRow]:
         rows = store.scans.labelled()
     elif labels is not Labels.NONE:  # tables are not read here
         rows = ()
-    return scans.usable(rows, labels)
+    return usable(rows, labels)

@@ -24,7 +24,7 @@ from tapct.base import files
 from tapct.base.exits import UserError
 from tapct.config import from_dict, plugins, to_dict
 from tapct.config.plugins import Plugin
-from tapct.eval.features import Preprocess
+from tapct.eval.features.preprocess import Preprocess
 from tapct.run_folder import ExportFolder
 from tapct.types import HUContract
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from tapct.base import files
 from tapct.base.exits import UserError
 from tapct.data.scans.geometry import voxel_to_mm
-from tapct.eval.features import PatchGrid, WindowVectors
+from tapct.eval.features.dense import PatchGrid, WindowVectors
 from tapct.types import UPRIGHT, Directions, Refused, Volume
 from tapct.weights.voxel_features import VoxelFeatures
 

@@ -24,8 +24,10 @@ from tapct.base.exits import UserError
 from tapct.base.geometry import Size3
 from tapct.config import plugins
 from tapct.config.plugins import Plugin
-from tapct.eval.extraction import Extractor, dense_features, patch_of
-from tapct.eval.features import DenseFeatures, Preprocess, prepare
+from tapct.eval.features.dense import DenseFeatures
+from tapct.eval.features.extraction import Extractor, dense_features, patch_of
+from tapct.eval.features.prepared import prepare
+from tapct.eval.features.preprocess import Preprocess
 from tapct.nn.contracts import Backbone, encode_blocks, num_blocks_of
 from tapct.run_folder import ExportFolder, RunFolder
 from tapct.types import HUContract, Tokens, Volume

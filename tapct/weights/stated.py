@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tapct.base.exits import UserError, single_line
-from tapct.eval.features import RESIZES
+from tapct.eval.features.preprocess import RESIZES
 
 PROCESSOR_FILE = "preprocessor_config.json"
 # keys of config.json -> keys of the model section

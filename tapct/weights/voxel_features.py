@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from tapct.base.exits import UserError
-from tapct.eval.features import PatchGrid
+from tapct.eval.features.dense import PatchGrid
 
 _WORK_BYTES = 8 << 20  # of each temporary while a box is computed
 SLAB_BYTES = 64 << 20  # of a slab of `slabs`, by default

@@ -18,7 +18,7 @@ from shell import shell as shell
 from tapct.base import jsonl
 from tapct.cluster import jobs
 from tapct.cluster.jobs import Submission
-from tapct.eval import best_record
+from tapct.eval.results import best_record
 
 
 def make_run(run: Path, job: str, steps: int = 100, done: int = 0, *events: str) -> None:

@@ -18,12 +18,13 @@ import torch
 
 from tapct.base.exits import UserError
 from tapct.eval import cache as feature_cache
-from tapct.eval import feature_file
-from tapct.eval.baselines import RawPatches
 from tapct.eval.cache import CacheSink, FeatureCache, ModelKey, model_key
-from tapct.eval.feature_file import DamagedFeatures, FeatureWriter, to_half
-from tapct.eval.features import PatchGrid, Preprocess, WindowVectors
-from tapct.eval.stopwatch import Stopwatch
+from tapct.eval.features import entry_file
+from tapct.eval.features.dense import PatchGrid, WindowVectors
+from tapct.eval.features.entry_file import DamagedFeatures, FeatureWriter, to_half
+from tapct.eval.features.preprocess import Preprocess
+from tapct.eval.features.stopwatch import Stopwatch
+from tapct.eval.models.baselines import RawPatches
 from tapct.models import vit
 from tapct.nn import rope
 from tapct.types import HUContract
@@ -58,7 +59,7 @@ def write(path: Path, values_ZYXD: torch.Tensor, vectors: WindowVectors | None =
 def test_a_file_holds_the_features_as_float16(tmp_path: Path, registers: int) -> None:
     values, vectors = features(), windows(registers=registers)
     write(tmp_path / "f", values, vectors)
-    found, grid = feature_file.read(tmp_path / "f")
+    found, grid = entry_file.read(tmp_path / "f")
     assert grid == GRID
     assert torch.equal(found.features_DZYX, values.half().float().permute(3, 0, 1, 2))
     for field in dataclasses.fields(WindowVectors):
@@ -75,14 +76,14 @@ def test_a_channel_beyond_float16_keeps_its_digits(tmp_path: Path, factor: float
     values = features()
     values[..., 3] *= factor
     write(tmp_path / "f", values)
-    found, _ = feature_file.read(tmp_path / "f")
+    found, _ = entry_file.read(tmp_path / "f")
     error = (found.features_DZYX.permute(1, 2, 3, 0) - values).abs().amax((0, 1, 2))
     largest = values.abs().amax((0, 1, 2))
     assert bool((error <= largest * 2**-11).all())
     half, exponents = to_half(values)
     assert torch.isfinite(half).all()
     needed = float(values[..., 3].abs().max())
-    assert bool(exponents) == (not feature_file.SMALLEST <= needed <= feature_file.LARGEST)
+    assert bool(exponents) == (not entry_file.SMALLEST <= needed <= entry_file.LARGEST)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
@@ -106,11 +107,11 @@ def test_damage_to_any_byte_is_noticed(tmp_path: Path) -> None:
         damaged[at] ^= 0x10
         path.write_bytes(damaged)
         with pytest.raises(DamagedFeatures):
-            feature_file.read(path)
+            entry_file.read(path)
     for length in (0, 7, 40, len(content) // 2, len(content) - 1):
         path.write_bytes(content[:length])
         with pytest.raises(DamagedFeatures):
-            feature_file.read(path)
+            entry_file.read(path)
 
 
 def test_missing_rows_are_damage(tmp_path: Path) -> None:
@@ -119,7 +120,7 @@ def test_missing_rows_are_damage(tmp_path: Path) -> None:
     writer.rows(3, features()[3:])
     writer.finish(windows())
     with pytest.raises(DamagedFeatures, match="rows 2 to 2 are missing"):
-        feature_file.read(tmp_path / "f")
+        entry_file.read(tmp_path / "f")
 
 
 # --- keys ---

@@ -19,7 +19,8 @@ from tapct.config import plugins
 from tapct.config.plugins import Plugin
 from tapct.data.packed.packed_scan import Damaged
 from tapct.eval import cache, runner
-from tapct.eval.baselines import (
+from tapct.eval.features.preprocess import Preprocess
+from tapct.eval.models.baselines import (
     NAMES,
     NamedModel,
     PositionFeatures,
@@ -27,9 +28,8 @@ from tapct.eval.baselines import (
     check_names,
     with_baselines,
 )
-from tapct.eval.features import Preprocess
-from tapct.eval.results import Evaluation, from_json
-from tapct.eval.scans import LabelledScan
+from tapct.eval.results.json_file import Evaluation, from_json
+from tapct.eval.scans.labelled_scan import LabelledScan
 from tapct.eval.tasks.segmentation import Config as SegmentationConfig
 from tapct.eval.tasks.segmentation import Segmentation
 from tapct.models import vit

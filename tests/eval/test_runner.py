@@ -6,7 +6,7 @@ import json
 import math
 import os
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib.image
@@ -14,70 +14,30 @@ import numpy as np
 import pytest
 import torch
 from memory_store import MemoryStore
+from torso_scans import PATCH, PREPROCESS, VIT, Row, segmentation, torso, torso_of
 
 from tapct.base.exits import UserError
 from tapct.config.plugins import Plugin, load
 from tapct.data.index.build import build_manifest
 from tapct.data.packed.pack import pack
 from tapct.data.packed.store import Store
-from tapct.eval import cache, pictures, runner, volumes
-from tapct.eval.baselines import NamedModel, RawPatches, with_baselines
-from tapct.eval.features import DenseFeatures, PatchGrid, Preprocess
-from tapct.eval.results import from_json
-from tapct.eval.scans import LabelledScan
-from tapct.eval.tasks.segmentation import Config as SegmentationConfig
-from tapct.models import vit
-from tapct.types import HUContract, LabelMap, Volume
+from tapct.eval import cache, runner
+from tapct.eval.features.dense import DenseFeatures, PatchGrid
+from tapct.eval.features.preprocess import Preprocess
+from tapct.eval.models.baselines import NamedModel, RawPatches, with_baselines
+from tapct.eval.pictures import drawing, volumes
+from tapct.eval.results.json_file import from_json
+from tapct.eval.scans.labelled_scan import LabelledScan
+from tapct.types import HUContract, LabelMap
 
 CT = Path(
     os.environ.get("TAPCT_TEST_CT", Path(__file__).resolve().parents[2] / "../shared/data/ct")
 )
-PATCH = (2, 4, 4)
-PREPROCESS = Preprocess((32, 32), (4, 16, 16), (4, 16, 16))
-VIT = vit.Config(
-    window=(4, 16, 16), patch=PATCH, dim=16, depth=1, heads=2, registers=0, layer_scale=1e-5
-)
-
-
-@dataclass(frozen=True)
-class Row:
-    id: str
-    patient: str
-    path: str
-    has_labels: bool = True
-
-
-def torso(seed: int) -> LabelledScan:
-    """An ellipse of tissue with a bright and a dark organ."""
-    rng = np.random.default_rng(seed)
-    z, y, x = np.ogrid[:12, :40, :40]
-    labels = np.zeros((12, 40, 40), np.uint16)
-    labels[((y - 20) / 16) ** 2 + ((x - 20) / 18) ** 2 + 0 * z < 1] = 1
-    centre = 14 + rng.integers(0, 4)
-    labels[(abs(y - 20) < 6) & (abs(x - centre) < 6) & (z < 9)] = 2
-    labels[(abs(y - 22) < 7) & (abs(x - 29) < 4) & (z > 2)] = 3
-    hu = np.choose(labels, [-1000, 0, 150, -700]) + rng.normal(0, 20, labels.shape)
-    names = ((1, "body"), (2, "liver"), (3, "lungs"))
-    spacing_mm = (3.0, 1.0, 1.0)
-    return LabelledScan(
-        f"s{seed}",
-        Volume(hu.astype(np.int16), spacing_mm),
-        LabelMap(labels, spacing_mm, names=names),
-    )
-
-
-def torso_of(row: Row) -> LabelledScan:
-    return torso(int(row.path))
 
 
 @pytest.fixture
 def rows() -> list[Row]:
     return [Row(f"s{n}", f"p{n}", str(n)) for n in range(6)]
-
-
-def segmentation(**settings) -> tuple[Plugin, ...]:
-    """The task with few iterations of its decoder, unless a test gives their number."""
-    return (Plugin("segmentation", SegmentationConfig(**{"steps": 10} | settings)),)
 
 
 def evaluate(rows, out: Path, *, models=None, store=None, **settings):
@@ -270,7 +230,7 @@ def test_pca_colours_equal_numpys_svd():
     low, high = np.quantile(scores[inside], [0.01, 0.99], axis=0)
     expected = np.clip((scores - low) / (high - low), 0, 1).T.reshape(3, 2, 5, 5)
     np.testing.assert_allclose(
-        pictures.pca_colours(features, foreground).numpy(), expected, atol=1e-5
+        drawing.pca_colours(features, foreground).numpy(), expected, atol=1e-5
     )
 
 
@@ -279,7 +239,7 @@ def test_share_of_a_mask_in_each_patch_equals_block_means():
     grid = PatchGrid((2, 4, 4), mask.shape, mask.shape)
     dense = DenseFeatures(torch.zeros(1, *grid.shape), torch.zeros(1), grid)
     expected = mask.reshape(2, 2, 2, 4, 3, 4).mean((1, 3, 5))
-    np.testing.assert_allclose(pictures.patch_share(mask, dense).numpy(), expected, atol=1e-6)
+    np.testing.assert_allclose(drawing.patch_share(mask, dense).numpy(), expected, atol=1e-6)
 
 
 def test_slices_with_most_organs_are_shown():
@@ -287,12 +247,12 @@ def test_slices_with_most_organs_are_shown():
     classes[1, 2] = 1
     classes[3, 4, :4] = 2
     classes[3, 4, 4:] = 3
-    assert pictures.richest_slices(classes, [1, 2, 3]) == (3, 4)
+    assert drawing.richest_slices(classes, [1, 2, 3]) == (3, 4)
 
 
 def test_every_organ_has_its_own_colour():
     names = ["liver", "lungs", "lung_left", "lung_right", *(f"label {n}" for n in range(60))]
-    chosen = pictures.colours(names)
+    chosen = drawing.colours(names)
     assert list(chosen) == names
     assert len(set(chosen.values())) == len(names)
 

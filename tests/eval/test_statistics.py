@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from tapct.base.exits import UserError
-from tapct.eval import intervals, metric_statistics, rank_metrics, statistics
-from tapct.eval.contract import ScanScore
-from tapct.eval.metric_statistics import ScanPredictions
+from tapct.eval import intervals, statistics
+from tapct.eval.metrics import prediction_statistics, scan_level
+from tapct.eval.metrics.prediction_statistics import ScanPredictions
+from tapct.eval.scores import ScanScore
 from tapct.eval.statistics import ScanTable
 
 Draw = Callable[[np.random.Generator, int], tuple[np.ndarray, np.ndarray]]
@@ -372,7 +373,7 @@ def test_a_metric_of_the_mean_gives_the_paired_difference_of_the_means() -> None
         return float(score.mean())
 
     one = predictions(24)
-    found = metric_statistics.metrics(one, mean_score, 0, num_flips=500)
+    found = prediction_statistics.metrics(one, mean_score, 0, num_flips=500)
     values = {model: scores[:, :, None] for model, scores in one.scores.items()}
     expected = statistics.means(ScanTable(one.scans, one.patients, ("value",), values), 0)
     ours, theirs = found.differences[0], expected.differences[0]
@@ -386,11 +387,11 @@ def test_a_metric_of_the_mean_gives_the_paired_difference_of_the_means() -> None
 
 def test_auroc_has_an_interval_and_a_paired_p_value() -> None:
     one = predictions(40)
-    found = metric_statistics.metrics(
-        one, rank_metrics.auroc, 0, limits=(0, 1), num_resamples=400, num_flips=300
+    found = prediction_statistics.metrics(
+        one, scan_level.auroc, 0, limits=(0, 1), num_resamples=400, num_flips=300
     )
     own, baseline = found.models
-    assert own.estimate.value == rank_metrics.auroc(one.truth, one.scores["pretrained"][0])
+    assert own.estimate.value == scan_level.auroc(one.truth, one.scores["pretrained"][0])
     interval = own.estimate.interval
     assert interval is not None and interval.low < own.estimate.value < interval.high <= 1
     pair = found.differences[0]
@@ -411,8 +412,8 @@ def test_the_interval_of_auroc_covers_the_truth() -> None:
     hits = 0
     for repeat in range(300):
         one = ScanPredictions(names, names, truth, {"m": (truth + rng.normal(size=40))[None]})
-        found = metric_statistics.metrics(
-            one, rank_metrics.auroc, repeat, limits=(0, 1), num_resamples=500
+        found = prediction_statistics.metrics(
+            one, scan_level.auroc, repeat, limits=(0, 1), num_resamples=500
         )
         interval = found.models[0].estimate.interval
         hits += interval is not None and interval.low <= expected <= interval.high
@@ -420,30 +421,32 @@ def test_the_interval_of_auroc_covers_the_truth() -> None:
 
 
 def test_a_rare_class_has_no_interval_and_the_reason_is_printed() -> None:
-    found = metric_statistics.metrics(predictions(40, share=0.2), rank_metrics.auroc, 0)
+    found = prediction_statistics.metrics(predictions(40, share=0.2), scan_level.auroc, 0)
     assert found.models[0].estimate.why_none == "8 patients of class 1, fewer than 10"
     assert math.isnan(found.differences[0].p) and math.isfinite(found.models[0].estimate.value)
 
 
 def test_resamples_without_a_class_are_skipped_and_counted() -> None:
     def undefined_sometimes(truth: np.ndarray, score: np.ndarray) -> float:
-        return math.nan if (truth == 1).mean() < 0.3 else rank_metrics.auroc(truth, score)
+        return math.nan if (truth == 1).mean() < 0.3 else scan_level.auroc(truth, score)
 
     one = predictions(24)
-    rows = metric_statistics._draw_rows(one.patients, 0, 500).resamples
+    rows = prediction_statistics._draw_rows(one.patients, 0, 500).resamples
     expected = sum(float((one.truth[row] == 1).mean()) < 0.3 for row in rows)
-    found = metric_statistics.metrics(
+    found = prediction_statistics.metrics(
         one, undefined_sometimes, 0, num_resamples=500, num_flips=20
     ).models[0]
     assert 0 < expected == found.estimate.num_skipped < 50
     assert found.estimate.interval is not None
-    line = metric_statistics.metrics(one, undefined_sometimes, 0, num_resamples=500, num_flips=20)
+    line = prediction_statistics.metrics(
+        one, undefined_sometimes, 0, num_resamples=500, num_flips=20
+    )
     assert f"{expected} resamples skipped" in line.lines()[0]
 
 
 def test_few_patients_of_a_metric_are_listed_with_truth_and_score() -> None:
     one = predictions(8)
-    found = metric_statistics.metrics(one, rank_metrics.auroc, 0)
+    found = prediction_statistics.metrics(one, scan_level.auroc, 0)
     listed = found.models[0].estimate.listed
     assert [row.truth for row in listed] == one.truth.tolist()
     assert [row.value for row in listed] == pytest.approx(one.scores["pretrained"][0].tolist())
@@ -453,7 +456,7 @@ def test_few_patients_of_a_metric_are_listed_with_truth_and_score() -> None:
 def test_a_perfect_auroc_has_no_interval() -> None:
     one = predictions(30)
     perfect = replace(one, scores={"pretrained": one.truth[None].astype(float)})
-    found = metric_statistics.metrics(perfect, rank_metrics.auroc, 0, num_resamples=200).models[0]
+    found = prediction_statistics.metrics(perfect, scan_level.auroc, 0, num_resamples=200).models[0]
     assert found.estimate.value == 1 and found.estimate.interval is None
     assert found.estimate.why_none == "all resamples have the same value"
 
@@ -464,10 +467,10 @@ def test_several_seeds_of_a_metric_are_averaged_on_the_same_resamples() -> None:
         "pretrained": np.concatenate([one.scores["pretrained"], other.scores["pretrained"]]),
         "raw_hu": one.scores["raw_hu"],
     }
-    found = metric_statistics.metrics(
-        replace(one, scores=scores), rank_metrics.auroc, 0, num_resamples=100, num_flips=100
+    found = prediction_statistics.metrics(
+        replace(one, scores=scores), scan_level.auroc, 0, num_resamples=100, num_flips=100
     )
-    each = [rank_metrics.auroc(one.truth, score) for score in scores["pretrained"]]
+    each = [scan_level.auroc(one.truth, score) for score in scores["pretrained"]]
     assert found.models[0].by_seed == pytest.approx(tuple(each))
     assert found.models[0].estimate.value == pytest.approx(np.mean(each))
     assert 0 < found.differences[0].p <= 1

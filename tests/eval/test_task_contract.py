@@ -23,17 +23,14 @@ from tapct.base.exits import UserError
 from tapct.config import plugins
 from tapct.config.plugins import Plugin
 from tapct.eval import runner
-from tapct.eval.baselines import NamedModel, RawPatches
-from tapct.eval.contract import Headline, Labels, Task, TaskResults
-from tapct.eval.features import (
-    BlockFeatures,
-    DenseFeatures,
-    PatchGrid,
-    Preprocess,
-    WindowVectors,
-)
-from tapct.eval.results import Evaluation, from_json
-from tapct.eval.scans import LabelledScan, TableLabels
+from tapct.eval.contract import Task
+from tapct.eval.features.dense import BlockFeatures, DenseFeatures, PatchGrid, WindowVectors
+from tapct.eval.features.preprocess import Preprocess
+from tapct.eval.models.baselines import NamedModel, RawPatches
+from tapct.eval.results.json_file import Evaluation, from_json
+from tapct.eval.scans.labelled_scan import LabelledScan, TableLabels
+from tapct.eval.scans.usable import Labels
+from tapct.eval.scores import Headline, TaskResults
 from tapct.types import HUContract, LabelMap, Volume
 
 MODELS = ("pretrained", "untrained")

@@ -143,15 +143,15 @@ def test_every_backend_has_the_gradients_of_attention_written_out(
 
 
 @pytest.mark.parametrize(
-    ("long_crop", "amx", "units"), [(300, False, 1.5), (1, False, 3.0), (1, True, 3.0)]
+    ("long_crop", "blocks", "units"), [(300, False, 1.5), (1, False, 3.0), (1, True, 3.0)]
 )
 @pytest.mark.parametrize("dtype", backends.HALF)
 def test_half_types_on_a_cpu_are_as_good_as_float32_and_kept_as_halves(
-    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, long_crop: int, amx: bool, units: float
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, long_crop: int, blocks: bool, units: float
 ) -> None:
     # widened, by torch's own kernel, and backward in blocks
     monkeypatch.setattr(backends, "LONG_CROP", long_crop)
-    monkeypatch.setattr(attention_blocks, "has_amx", lambda: amx)
+    monkeypatch.setattr(attention_blocks, "is_faster", lambda: blocks)
     halves = [part.clone().requires_grad_() for part in packed_qkv(dtype)]
     floats = [part.detach().float().requires_grad_() for part in halves]
     weight = torch.randn(halves[0].shape, generator=torch.Generator().manual_seed(1)).to(dtype)

@@ -57,15 +57,19 @@ def test_blocks_have_the_gradients_of_attention_written_out(
 
 
 def test_a_plan_does_not_depend_on_the_cpu_that_makes_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention_blocks, "has_amx", lambda: True)
+    monkeypatch.setattr(attention_blocks, "has_avx512_bf16", lambda: True)
     real = torch.zeros(1, 2, backends.LONG_CROP, 8, dtype=torch.bfloat16)
     assert backends._fits_blocks(real)
     with FakeTensorMode() as mode:
         assert not backends._fits_blocks(mode.from_tensor(real))
 
 
+@pytest.mark.parametrize("amx", [False, True])
 @pytest.mark.parametrize("size", [0.3, 3.0], ids=["even shares", "uneven shares"])
-def test_in_bf16_the_error_is_of_the_size_of_that_of_torchs_kernel(size: float) -> None:
+def test_in_bf16_the_error_is_of_the_size_of_that_of_torchs_kernel(
+    monkeypatch: pytest.MonkeyPatch, size: float, amx: bool
+) -> None:
+    monkeypatch.setattr(attention_blocks, "has_amx", lambda: amx)  # which decides the padding
     q, k, v, dout = inputs = draw(333, torch.bfloat16, size)
     wanted = exact(*inputs)
     out, norms = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
@@ -86,8 +90,9 @@ def test_blocks_cover_every_row_once_and_their_size_is_bounded() -> None:
         assert [s.start for s in blocks.sequences()] == list(range(0, 12, blocks.at_once))
 
 
-def test_long_crops_in_bf16_take_the_blocks_where_there_is_amx_and_no_others(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize("kind", ["has_amx", "has_avx512_bf16"])
+def test_long_crops_in_bf16_take_the_blocks_on_cpus_with_bf16_products_and_no_others(
+    monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     calls: list[int] = []
     plain = attention_blocks.differentiate
@@ -98,8 +103,10 @@ def test_long_crops_in_bf16_take_the_blocks_where_there_is_amx_and_no_others(
 
     monkeypatch.setattr(attention_blocks, "differentiate", noted)
     spans = (Span(1, 310), Span(2, 20))
-    for amx in (False, True):
-        monkeypatch.setattr(attention_blocks, "has_amx", lambda amx=amx: amx)
+    for name in ("has_amx", "has_avx512_bf16"):
+        monkeypatch.setattr(attention_blocks, name, lambda: False)
+    for has in (False, True):
+        monkeypatch.setattr(attention_blocks, kind, lambda has=has: has)
         for dtype in (torch.float32, torch.bfloat16):
             q, k, v = (torch.randn(350, 2, 8).to(dtype).requires_grad_() for _ in range(3))
             gradients = [

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tapct.models import vit
+from tapct.nn import lean
 from tapct.nn.backends import Span
 from tapct.nn.layers import Subset
 from tapct.nn.lean import lean_linear
@@ -56,6 +57,38 @@ def test_it_is_the_formula_with_its_gradients(
         return lean_linear(linear, before, *leaves[:num_inputs], gain_E=gain_E)
 
     assert torch.autograd.gradcheck(by_leaf, leaves)
+
+
+@pytest.mark.parametrize("rows_at_once", [1, 3, 7])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("gain", [True, False])
+def test_many_rows_are_computed_by_parts_with_the_same_numbers(
+    monkeypatch: pytest.MonkeyPatch, rows_at_once: int, bias: bool, gain: bool
+) -> None:
+    norm, calls = LayerNorm(D).double(), []
+    linear, gain_E = parts(bias, gain)
+    nn.init.normal_(norm.weight)
+    x = torch.randn(T, D, dtype=torch.float64, requires_grad=True)
+    leaves = [x, *norm.parameters(), *linear.parameters(), *([] if gain_E is None else [gain_E])]
+
+    def noted(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        calls.append(len(x))
+        return norm.formula(x, weight, bias)
+
+    plain = linear(norm(x)) if gain_E is None else linear(norm(x)) * gain_E
+    monkeypatch.setattr(lean, "WHOLE_BYTES", 8 * D * (T - 1))
+    monkeypatch.setattr(lean, "PART_BYTES", 8 * D * rows_at_once)
+    found = lean_linear(linear, noted, x, norm.weight, norm.bias, gain_E=gain_E)
+    torch.testing.assert_close(found, plain, rtol=1e-12, atol=1e-12)
+    dy = torch.randn(T, E, dtype=torch.float64)
+    got, wanted = (torch.autograd.grad((y * dy).sum(), leaves) for y in (found, plain))
+    for a, b in zip(got, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+    assert sum(calls) == 2 * T and max(calls) <= rows_at_once
+    norm.requires_grad_(False)
+    found = lean_linear(linear, noted, x.detach(), norm.weight, norm.bias, gain_E=gain_E)
+    found.backward(dy)
+    torch.testing.assert_close(linear.weight.grad, wanted[3], rtol=1e-12, atol=1e-12)
 
 
 def test_frozen_parameters_and_inputs_get_no_gradient() -> None:

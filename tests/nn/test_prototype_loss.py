@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tapct.nn import prototype_loss as prototype_loss_module
 from tapct.nn import prototype_scores, sinkhorn
-from tapct.nn.prototype_loss import prototype_loss
+from tapct.nn.prototype_loss import add_narrow, prototype_loss
 from tapct.nn.prototype_scores import TeacherScores
 from tapct.nn.sinkhorn import sinkhorn_bias
 
@@ -221,6 +222,59 @@ def test_under_autocast_sinkhorn_rounds_products_and_no_sums() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         found = sinkhorn_bias(TeacherScores(features[None], prototypes, 0.04, zero_K), 3)
     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("added_bytes", [1, 4 * W * 3, 1 << 20])
+def test_narrow_products_are_added_without_rounding_the_sum(
+    monkeypatch: pytest.MonkeyPatch, added_bytes: int
+) -> None:
+    monkeypatch.setattr(prototype_loss_module, "ADDED_BYTES", added_bytes)
+    sums, product = draw(K, W, dtype=torch.float32), draw(K, W, seed=1, dtype=torch.bfloat16)
+    wanted = sums + product.float()
+    add_narrow(sums, product)
+    assert torch.equal(sums, wanted)
+
+
+@pytest.mark.parametrize("product_bytes", [1, 2 * W * 3, 1 << 20])
+def test_in_bf16_the_gradient_of_the_prototypes_does_not_depend_on_how_many_come_at_a_time(
+    monkeypatch: pytest.MonkeyPatch, product_bytes: int
+) -> None:
+    student, prototypes, weight, teacher = problem()
+    exact = torch.autograd.grad(
+        prototype_loss(student, prototypes, weight, teacher, STUDENT, True).value, prototypes
+    )[0]
+    floats = [x.detach().float().requires_grad_() for x in (student, prototypes)]
+    narrow = TeacherScores(
+        teacher.features_GBW.float(),
+        teacher.prototypes_KW.float(),
+        TEACHER,
+        teacher.bias_K.float(),
+        teacher.valid_B,
+    )
+
+    def found() -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            value = prototype_loss(*floats, weight.float(), narrow, STUDENT, True).value
+        return torch.autograd.grad(value, floats[1])[0]
+
+    whole = found()
+    monkeypatch.setattr(prototype_loss_module, "PRODUCT_BYTES", product_bytes)
+    # a product of fewer columns may add its terms in another order before it is rounded
+    torch.testing.assert_close(found(), whole, rtol=2**-7, atol=2**-7 * whole.abs().max().item())
+    assert (found().double() - exact).norm() < 0.03 * exact.norm()
+
+
+@pytest.mark.parametrize("gap", [0, 1, 16])
+def test_a_gap_between_rows_changes_no_number(monkeypatch: pytest.MonkeyPatch, gap: int) -> None:
+    monkeypatch.setattr(prototype_scores, "ROW_GAP", gap)
+    student, prototypes, weight, teacher = problem()
+    value, ce, _ = written_out(student, prototypes, weight, teacher, cross=True)
+    found = prototype_loss(student, prototypes, weight, teacher, STUDENT, cross=True)
+    torch.testing.assert_close(found.value, value, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(found.ce_VB, ce, rtol=1e-12, atol=1e-12)
+    wanted, got = (torch.autograd.grad(x, (student, prototypes)) for x in (value, found.value))
+    for a, b in zip(got, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
 
 
 MEASURE = """

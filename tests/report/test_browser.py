@@ -21,7 +21,7 @@ import pytest
 from test_report import record, with_statistics
 from test_volumes import SHAPE, volume_with_sides
 
-from tapct.eval.results import Picture
+from tapct.eval.results.json_file import Picture
 from tapct.report import page
 
 if TYPE_CHECKING:

@@ -15,10 +15,10 @@ import yaml
 from test_report import Page, lower_is_better
 
 from tapct.base.exits import UserError
-from tapct.eval import task_statistics
-from tapct.eval.contract import Headline, ScanScore, TaskResults
-from tapct.eval.held_out import HeldOut
-from tapct.eval.results import Evaluation, SplitRecord, TaskSection
+from tapct.eval.results import task_statistics
+from tapct.eval.results.json_file import Evaluation, SplitRecord, TaskSection
+from tapct.eval.scans.held_out import HeldOut
+from tapct.eval.scores import Headline, ScanScore, TaskResults
 from tapct.report import charts, compare, compare_page, page
 from tapct.report.markup import text as escaped
 

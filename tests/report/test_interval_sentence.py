@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from tapct.eval.contract import Headline, TaskResults
 from tapct.eval.intervals import Interval
+from tapct.eval.results.task_section import TaskSection
+from tapct.eval.results.task_statistics import MetricStatistics, TaskStatistics
+from tapct.eval.scores import Headline, TaskResults
 from tapct.eval.statistics import ModelValue, PatientEstimate, Statistics
-from tapct.eval.task_section import TaskSection
-from tapct.eval.task_statistics import MetricStatistics, TaskStatistics
 from tapct.report.statistics import sentence
 
 

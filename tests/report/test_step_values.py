@@ -9,7 +9,7 @@ from pathlib import Path
 from evaluated_steps import make_run, write_step
 from test_report import Page
 
-from tapct.eval import over_steps
+from tapct.eval.results import over_steps
 from tapct.report import compare, compare_page, page, step_values
 
 SCANS = tuple(f"s{number:02}" for number in range(12))

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tapct.eval import volumes
-from tapct.eval.results import Picture
-from tapct.eval.volumes import FeatureLayer, LabelLayer, ScanVolume
+from tapct.eval.pictures import volumes
+from tapct.eval.pictures.volumes import FeatureLayer, LabelLayer, ScanVolume
+from tapct.eval.results.json_file import Picture
 from tapct.report.volumes import viewers
 
 SHAPE = (12, 20, 24)

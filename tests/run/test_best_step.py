@@ -21,7 +21,7 @@ from tapct.base.exits import UserError
 from tapct.config import ConfigError
 from tapct.data.packed.store import Store
 from tapct.data.patients.split import patients_below, two_sides
-from tapct.eval import best_record, results
+from tapct.eval.results import best_record, json_file
 from tapct.eval.runner import During
 from tapct.run import background_eval, best_step, finished, pretrain
 from tapct.run.background_eval import Evaluations
@@ -184,8 +184,8 @@ def test_a_run_keeps_its_best_checkpoint_on_validation_patients(
 
     # the best step is evaluated on the other test patients
     shell.good("eval", run.path, "--step", "best")
-    on_test, _ = results.read(first.path)
-    on_validation, _ = results.read(first.validation.path)
+    on_test, _ = json_file.read(first.path)
+    on_validation, _ = json_file.read(first.validation.path)
     assert on_test is not None and on_validation is not None
     assert on_validation.origin.weights is not None
     assert not set(on_test.split.test) & set(on_validation.split.test)

@@ -22,7 +22,7 @@ from tapct.data.index.build import build_manifest
 from tapct.data.packed import pack, trained_on
 from tapct.data.packed.store import Store, labels_digest
 from tapct.data.patients.key import KEY_BYTES, KEY_FILE
-from tapct.eval import saved
+from tapct.eval.results import saved
 from tapct.report import compare, page
 from tapct.run import finished, lineage, pretrain
 from tapct.run_folder import RunFolder
@@ -273,18 +273,18 @@ def test_results_of_an_earlier_version_are_not_replaced_by_the_link(
 def test_a_damaged_scan_is_skipped_named_and_counted(
     run: Path, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tapct.eval import scans
+    from tapct.eval.scans import labelled_scan
     from tapct.types import Refused
 
     test = saved.find(run)[0].evaluation.split.test
-    real = scans.read_scan
+    real = labelled_scan.read_scan
 
     def broken(row: Any, root: Path, **options: Any) -> Any:
         if row.id == test[0] and options["with_labels"]:  # without them nothing is read
             raise Refused("truncated", "the file ends early")
         return real(row, root, **options)
 
-    monkeypatch.setattr("tapct.eval.scans.read_scan", broken)
+    monkeypatch.setattr("tapct.eval.scans.labelled_scan.read_scan", broken)
     copy = tmp_path / "run"
     shutil.copytree(run, copy)
     with pytest.raises(UserError, match=rf"scan {test[0]} cannot be read: truncated"):

@@ -14,7 +14,7 @@ from tiny_run import config_of, make_store
 
 from tapct.base.exits import UserError
 from tapct.data.packed.store import Store
-from tapct.eval.results import Evaluation
+from tapct.eval.results.json_file import Evaluation
 from tapct.run import finished, pretrain
 from tapct.run.model_source import open_model
 from tapct.run_folder import RunFolder, evaluations_beside

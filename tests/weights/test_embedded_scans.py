@@ -15,7 +15,7 @@ from tiny_export import VIT, tiny_export
 
 import tapct
 from tapct.base.exits import UserError
-from tapct.eval.features import PatchGrid
+from tapct.eval.features.dense import PatchGrid
 from tapct.models import vit
 from tapct.types import HUContract, Refused, Volume
 from tapct.weights.pretrained import Pretrained

@@ -12,7 +12,7 @@ from scan_files import make_ct, write_nifti
 from shell import leave_code
 from tiny_export import tiny_export
 
-from tapct.run.vector_table import SCHEMA
+from tapct.run.embed.vector_table import SCHEMA
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "features.md"
 TEXT = PAGE.read_text(encoding="utf-8")

@@ -20,7 +20,7 @@ from weights_parity import Way, file_of, largest_difference, prefixed, ways
 import tapct
 from tapct.base.exits import UserError
 from tapct.config.plugins import Plugin
-from tapct.eval.features import Preprocess
+from tapct.eval.features.preprocess import Preprocess
 from tapct.models import vit
 from tapct.nn import rope
 from tapct.types import HUContract, Volume

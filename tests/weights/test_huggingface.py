@@ -34,9 +34,9 @@ from transformers_cases import (
 
 from tapct.base.exits import UserError
 from tapct.data.scans.ingest import read_volume
-from tapct.eval.baselines import RawPatches
-from tapct.eval.extraction import dense_features
-from tapct.eval.features import prepare
+from tapct.eval.features.extraction import dense_features
+from tapct.eval.features.prepared import prepare
+from tapct.eval.models.baselines import RawPatches
 from tapct.models import vit
 from tapct.nn import rope
 from tapct.weights.huggingface import folder as hf_folder

@@ -20,11 +20,11 @@ from tapct.base.files import sha256
 from tapct.base.geometry import times
 from tapct.data.packed.store import Store
 from tapct.data.packed.trained_on import SeenScan, TrainedOn
-from tapct.eval import results, task_statistics
-from tapct.eval.contract import Headline, ScanScore, TaskResults
-from tapct.eval.held_out import HeldOut
-from tapct.eval.results import Evaluation, SplitRecord, TaskSection
-from tapct.eval.task_statistics import TaskStatistics
+from tapct.eval.results import json_file, task_statistics
+from tapct.eval.results.json_file import Evaluation, SplitRecord, TaskSection
+from tapct.eval.results.task_statistics import TaskStatistics
+from tapct.eval.scans.held_out import HeldOut
+from tapct.eval.scores import Headline, ScanScore, TaskResults
 from tapct.weights.huggingface.folder import save_folder
 from tapct.weights.huggingface.model_card import ModelFacts
 
@@ -150,7 +150,7 @@ def test_the_card_of_a_run(tmp_path: Path, shell: Shell) -> None:
     shell.good("eval", run, "eval.tasks.segmentation.steps=3", "eval.baselines=[]")
     assert "exported to" in shell.good("export", run, "--hf", out, "--licence", "cc-by-4.0")
     card = (out / "README.md").read_text()
-    found, _ = results.read(evaluation_of(run, 4).path)
+    found, _ = json_file.read(evaluation_of(run, 4).path)
     assert found is not None and found.origin.data is not None
     rows = table_below(card, f"### Segmentation, {found.origin.data.name}")
     headline = found.tasks["segmentation"].headline

@@ -11,7 +11,7 @@ from scan_files import noise_ct, save_scan
 
 from tapct.config.plugins import Plugin
 from tapct.data.scans.ingest import read_volume
-from tapct.eval.features import Preprocess
+from tapct.eval.features.preprocess import Preprocess
 from tapct.models import vit
 from tapct.types import HUContract
 from tapct.weights.card import FeatureSettings

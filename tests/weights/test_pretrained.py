@@ -19,8 +19,8 @@ import tapct
 from tapct.base.exits import UserError
 from tapct.base.files import sha256
 from tapct.config.plugins import Plugin
-from tapct.eval.extraction import dense_features
-from tapct.eval.features import Preprocess
+from tapct.eval.features.extraction import dense_features
+from tapct.eval.features.preprocess import Preprocess
 from tapct.models import vit
 from tapct.types import HUContract, Volume
 from tapct.weights.card import FeatureSettings

@@ -9,7 +9,7 @@ from transformers_cases import CONFIGS, LEARNED, network, settings_of
 
 import tapct
 from tapct.base.exits import UserError
-from tapct.eval.baselines import RawPatches
+from tapct.eval.models.baselines import RawPatches
 from tapct.weights.pretrained import Pretrained
 from tapct.weights.pyramid import PyramidEncoder, level_strides
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from tapct.config.plugins import Plugin
-from tapct.eval.features import Preprocess
+from tapct.eval.features.preprocess import Preprocess
 from tapct.models import vit
 from tapct.nn import rope
 from tapct.types import HUContract, Volume

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tapct.config import setting
-from tapct.eval.class_task import ClassTask
-from tapct.eval.contract import Headline
-from tapct.eval.probe_task import ProbeConfig, ProbeTask
-from tapct.eval.probes import ABMIL, ADAMW_GRID, EFFICIENT, LOGISTIC, ClassHeadSettings
+from tapct.eval.heads.probes import ABMIL, ADAMW_GRID, EFFICIENT, LOGISTIC, ClassHeadSettings
+from tapct.eval.scores import Headline
+from tapct.eval.targets.class_task import ClassTask
+from tapct.eval.targets.probe_task import ProbeConfig, ProbeTask
 
 HEADS = (LOGISTIC, ADAMW_GRID, ABMIL, EFFICIENT)
 

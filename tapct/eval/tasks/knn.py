@@ -16,15 +16,16 @@ import torch
 from torch import Tensor
 
 from tapct.config import setting
-from tapct.eval import neighbours, probe_choice
-from tapct.eval.class_task import ClassTask
-from tapct.eval.contract import Headline
-from tapct.eval.features import DenseFeatures
-from tapct.eval.probe_choice import Candidate, Labelled, Outcome, ProbeChoice
-from tapct.eval.probes import Scaler
-from tapct.eval.scan_task import ScanConfig, ScanTruth, TestScans
-from tapct.eval.scans import VAL
-from tapct.eval.vectors import ScanVectors
+from tapct.eval.features.dense import DenseFeatures
+from tapct.eval.heads import neighbours
+from tapct.eval.heads.probes import Scaler
+from tapct.eval.scans.train_test import VAL
+from tapct.eval.scores import Headline
+from tapct.eval.targets import probe_choice
+from tapct.eval.targets.class_task import ClassTask
+from tapct.eval.targets.probe_choice import Candidate, Labelled, Outcome, ProbeChoice
+from tapct.eval.targets.scan_task import ScanConfig, ScanTruth, TestScans
+from tapct.eval.targets.vectors import ScanVectors
 
 KNN = "knn"
 
@@ -35,8 +36,8 @@ class Config(ScanConfig):
 
     k: tuple[int, ...] = setting(
         (10, 20, 100, 200),
-        "numbers of neighbours to choose from, and ranks of the precision of the retrieval; of a "
-        "number above the number of training scans, all scans vote; arXiv:2304.07193",
+        "numbers of neighbours to choose from, and ranks of the precision of the retrieval; if a "
+        "number is above the number of training scans, all of them vote; arXiv:2304.07193",
         ge=1,
     )
     temperature: float = setting(

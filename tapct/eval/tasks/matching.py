@@ -18,12 +18,12 @@ import numpy as np
 
 from tapct.base.exits import UserError
 from tapct.config import setting
-from tapct.eval import pair_pictures
-from tapct.eval.block_choice import BLOCK_SETS, BlockChoice, block_features, candidate_blocks
-from tapct.eval.contract import Breakdown, Headline, Labels, ScanScore, Task, TaskResults
-from tapct.eval.correspondence import PatchFrame, ScanFeatures, find_places
-from tapct.eval.features import DenseFeatures, PatchGrid
-from tapct.eval.pairs import (
+from tapct.eval.contract import Task
+from tapct.eval.features.dense import DenseFeatures, PatchGrid
+from tapct.eval.pairs import side_by_side
+from tapct.eval.pairs.block_choice import BLOCK_SETS, BlockChoice, block_features, candidate_blocks
+from tapct.eval.pairs.correspondence import PatchFrame, ScanFeatures, find_places
+from tapct.eval.pairs.partners import (
     ACROSS_PATIENTS,
     SAME_PATIENT,
     PairedScans,
@@ -32,15 +32,17 @@ from tapct.eval.pairs import (
     check_sides,
     pairs_of,
 )
-from tapct.eval.points import (
+from tapct.eval.pairs.points import (
     NamedPoints,
     common_points,
     label_points,
     landmark_points,
     mean_of,
 )
-from tapct.eval.scans import LabelledScan, ScanRow
-from tapct.eval.thumbnail import Thumbnail, body_frame
+from tapct.eval.pairs.thumbnail import Thumbnail, body_frame
+from tapct.eval.scans.labelled_scan import LabelledScan
+from tapct.eval.scans.usable import Labels, ScanRow
+from tapct.eval.scores import Breakdown, Headline, ScanScore, TaskResults
 
 LANDMARKS, LABELS = "landmarks", "labels"
 THUMBNAIL_MM = 2.5
@@ -75,7 +77,8 @@ class Config:
     )
     top: int = setting(
         5,
-        "number of places per point of which at least one must be a hit; 1 is always counted",
+        "number of best matches per point among which one must be a hit, for the second hit rate; "
+        "the hit rate of the best match alone is always computed",
         ge=1,
     )
     blocks: str = setting(
@@ -372,7 +375,7 @@ class Matching(Task[ScanPoints, Found | None]):
             nearest = true[np.linalg.norm(true - match.found_K3[0], axis=1).argmin()]
             title = f"{model.replace('_', ' ')}  {match.error_mm:.0f} mm"
             columns.append(
-                pair_pictures.MatchColumn(
+                side_by_side.MatchColumn(
                     title,
                     pair.second.thumbnail,
                     pair.second.frame,
@@ -382,7 +385,7 @@ class Matching(Task[ScanPoints, Found | None]):
                 )
             )
         match = next(iter(found.values())).matches[chosen]
-        pair_pictures.draw_match(path, first.thumbnail, match.from_3, match.name, columns)
+        side_by_side.draw_match(path, first.thumbnail, match.from_3, match.name, columns)
         return (
             f"{match.name} of scan {first.scan} (left), looked for in test scan {truth.scan}: "
             "similarity of the patches, cross: place found, circle: true place; the point with the "

@@ -17,13 +17,15 @@ from torch import Tensor
 from tapct.base import rng
 from tapct.base.exits import UserError
 from tapct.config import setting
-from tapct.eval import neighbours
-from tapct.eval.contract import Breakdown, Headline, Labels, ScanScore, Task, TaskResults
-from tapct.eval.features import DenseFeatures, PatchGrid
-from tapct.eval.organ_classes import BODY, OUTSIDE, ClassSettings
-from tapct.eval.scans import LabelledScan
-from tapct.eval.truth import PatchTruth, patch_truth
-from tapct.eval.vectors import block_numbers
+from tapct.eval.contract import Task
+from tapct.eval.features.dense import DenseFeatures, PatchGrid
+from tapct.eval.heads import neighbours
+from tapct.eval.labels.organ_classes import BODY, OUTSIDE, ClassSettings
+from tapct.eval.labels.truth import PatchTruth, patch_truth
+from tapct.eval.scans.labelled_scan import LabelledScan
+from tapct.eval.scans.usable import Labels
+from tapct.eval.scores import Breakdown, Headline, ScanScore, TaskResults
+from tapct.eval.targets.vectors import block_numbers
 
 VALIDATION_PATCHES = 2048  # training patches that choose k
 BLOCKS = ("last", "middle")

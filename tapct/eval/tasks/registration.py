@@ -2,8 +2,8 @@
 features, and its labels and landmarks with it.
 
 Mutual nearest patches by cosine similarity give a robust affine map and a smooth field of what it
-leaves over (`transform.py`). The baseline `identity` moves the centre of the body onto that of the
-other scan, and nothing else.
+leaves over (`pairs/transform.py`). The baseline `identity` moves the centre of the body onto that
+of the other scan, and nothing else.
 
 Axes: Z Y X voxels of a small copy of a scan; P points; a last axis of 3 is (z, y, x) in mm from the
 centre of a scan's first voxel.
@@ -24,14 +24,14 @@ import torch
 from tapct.base import rng
 from tapct.base.exits import UserError
 from tapct.config import setting
-from tapct.eval import pair_pictures, pictures
-from tapct.eval.block_choice import BLOCK_SETS, BlockChoice, block_features, candidate_blocks
-from tapct.eval.contract import Breakdown, Headline, Labels, ScanScore, Task, TaskResults
-from tapct.eval.correspondence import PatchFrame, ScanFeatures, mutual_correspondences
-from tapct.eval.features import DenseFeatures, PatchGrid
-from tapct.eval.organ_classes import BODY, BODY_NAMES, OUTSIDE, OUTSIDE_NAMES, ClassWords
-from tapct.eval.pair_scores import DICE, LANDMARKS, PairScore, means_of, score_rows
-from tapct.eval.pairs import (
+from tapct.eval.contract import Task
+from tapct.eval.features.dense import DenseFeatures, PatchGrid
+from tapct.eval.labels.organ_classes import BODY, BODY_NAMES, OUTSIDE, OUTSIDE_NAMES, ClassWords
+from tapct.eval.pairs import side_by_side
+from tapct.eval.pairs.alignment_scores import DICE, LANDMARKS, PairScore, means_of, score_rows
+from tapct.eval.pairs.block_choice import BLOCK_SETS, BlockChoice, block_features, candidate_blocks
+from tapct.eval.pairs.correspondence import PatchFrame, ScanFeatures, mutual_correspondences
+from tapct.eval.pairs.partners import (
     ACROSS_PATIENTS,
     SAME_PATIENT,
     PairedScans,
@@ -40,11 +40,14 @@ from tapct.eval.pairs import (
     check_sides,
     pairs_of,
 )
-from tapct.eval.points import mean_of
-from tapct.eval.propagation import centre_alignment, dice_of_labels, warp
-from tapct.eval.scans import LabelledScan, ScanRow
-from tapct.eval.thumbnail import Thumbnail, body_frame
-from tapct.eval.transform import Transform, fit_transform
+from tapct.eval.pairs.points import mean_of
+from tapct.eval.pairs.propagation import centre_alignment, dice_of_labels, warp
+from tapct.eval.pairs.thumbnail import Thumbnail, body_frame
+from tapct.eval.pairs.transform import Transform, fit_transform
+from tapct.eval.pictures import drawing
+from tapct.eval.scans.labelled_scan import LabelledScan
+from tapct.eval.scans.usable import Labels, ScanRow
+from tapct.eval.scores import Breakdown, Headline, ScanScore, TaskResults
 from tapct.types import AIR_HU, IGNORE_LABEL
 
 AUTO, BEST, AFFINE, FIELD = "auto", "best", "affine", "field"
@@ -87,9 +90,10 @@ class Config:
     )
     cycle_patches: int = setting(
         1,
-        "largest distance, in patches (or cells, see eval.preprocess.refine) along each axis, "
-        "between a patch and the patch that its "
-        "partner's nearest feature is in; 0: only mutual nearest patches",
+        "a patch of the fixed scan and its nearest patch in the moving scan are a pair if the "
+        "search back from there ends at most this number of patches (or cells, see "
+        "eval.preprocess.refine) away from the first patch along each axis; 0: only if it ends at "
+        "the first patch itself",
         ge=0,
     )
     inlier_mm: float = setting(
@@ -413,7 +417,7 @@ class Registration(Task[RegistrationScan, Registered | None]):
     def _slices_of_thumbnail(self, thumbnail: Thumbnail) -> tuple[int, int]:
         if thumbnail.labels_ZYX is None or not (thumbnail.labels_ZYX % IGNORE_LABEL).any():
             return thumbnail.hu_ZYX.shape[0] // 2, thumbnail.hu_ZYX.shape[1] // 2
-        return pictures.richest_slices(thumbnail.labels_ZYX, range(1, len(self.organs) + 1))
+        return drawing.richest_slices(thumbnail.labels_ZYX, range(1, len(self.organs) + 1))
 
     def draw(
         self, path: Path, truth: RegistrationScan, predictions: Mapping[str, Registered | None]
@@ -427,15 +431,15 @@ class Registration(Task[RegistrationScan, Registered | None]):
         fixed, moving = truth.thumbnail, next(iter(found.values())).moving
         score, centred = self._evaluated(None, moving, truth)
         columns = [
-            pair_pictures.LabelledPicture(
-                "fixed", fixed.hu_ZYX, _outlined(fixed.labels_ZYX, fixed), pair_pictures.FIXED
+            side_by_side.LabelledPicture(
+                "fixed", fixed.hu_ZYX, _outlined(fixed.labels_ZYX, fixed), side_by_side.FIXED
             ),
             self._column("moving, identity", Registered(moving, centred, score), fixed),
         ]
         for model, one in found.items():
             columns.append(self._column(model.replace("_", " "), one, fixed))
         at = self._slices_of_thumbnail(fixed)
-        pair_pictures.draw_registration(path, fixed, columns, at)
+        side_by_side.draw_registration(path, fixed, columns, at)
         return (
             f"test scan {truth.scan} (fixed) and scan {moving.scan} (moving): with the centre of "
             "its body aligned, and as each model warps it; outlines: labels of the scan shown"
@@ -443,13 +447,13 @@ class Registration(Task[RegistrationScan, Registered | None]):
 
     def _column(
         self, name: str, found: Registered, fixed: Thumbnail
-    ) -> pair_pictures.LabelledPicture:
+    ) -> side_by_side.LabelledPicture:
         value, scan = found.score.mean(self.config.metric), found.moving.thumbnail
         number = f"Dice {value:.2f}" if self.config.metric == DICE else f"{value:.0f} mm"
         title = f"{name}  {number}" if math.isfinite(value) else name
         hu_ZYX = warp(scan.hu_ZYX, AIR_HU, found.transform, scan, fixed)
         shown_ZYX = warp(_outlined(scan.labels_ZYX, scan), 0, found.transform, scan, fixed)
-        return pair_pictures.LabelledPicture(title, hu_ZYX, shown_ZYX, pair_pictures.MOVED)
+        return side_by_side.LabelledPicture(title, hu_ZYX, shown_ZYX, side_by_side.MOVED)
 
 
 def _labels_of(config: Config) -> Labels:

@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 
 from tapct.config import setting
-from tapct.eval import rank_metrics
-from tapct.eval.contract import Headline
-from tapct.eval.probe_task import ProbeConfig, ProbeTask
-from tapct.eval.probes import ABMIL, EFFICIENT, RIDGE, Target
-from tapct.eval.scan_task import TestScans
-from tapct.eval.scans import ScanValue
+from tapct.eval.heads.probes import ABMIL, EFFICIENT, RIDGE, Target
+from tapct.eval.metrics import scan_level
+from tapct.eval.scans.labelled_scan import ScanValue
+from tapct.eval.scores import Headline
+from tapct.eval.targets.probe_task import ProbeConfig, ProbeTask
+from tapct.eval.targets.scan_task import TestScans
 
 HEADS = (RIDGE, ABMIL, EFFICIENT)
 MIN_VALUES = 3  # different ones of a target that the settings do not name
@@ -67,8 +67,8 @@ class Regression(ProbeTask):
     def numbers(self, target: Target, predicted: np.ndarray) -> dict[str, float]:
         """R^2 and mean absolute error."""
         return {
-            "r2": rank_metrics.r_squared(target.values_N, predicted),
-            "mae": rank_metrics.mean_absolute_error(target.values_N, predicted),
+            "r2": scan_level.r_squared(target.values_N, predicted),
+            "mae": scan_level.mean_absolute_error(target.values_N, predicted),
         }
 
     def scan_value(self, target: Target, predicted: np.ndarray) -> np.ndarray:

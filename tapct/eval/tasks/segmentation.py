@@ -25,28 +25,26 @@ from tapct.base.counted import counted
 from tapct.base.exits import UserError
 from tapct.config import setting
 from tapct.data.readers import dicom_seg
-from tapct.eval import pictures, surface
-from tapct.eval.contract import OWN_MODEL, Headline, Labels, ScanScore, Task, TaskResults
-from tapct.eval.features import DenseFeatures, PatchGrid
-from tapct.eval.label_fractions import LabelFractions, labelled_patients
-from tapct.eval.old_formats import BY_PATIENTS
-from tapct.eval.organ_classes import BODY, OUTSIDE, ClassSettings, is_called, own_values
-from tapct.eval.organ_counts import CountedVoxels, dice_from_confusion
-from tapct.eval.organ_decoders import (
-    DecoderConfig,
-    FittedDecoder,
-    KeptPatches,
-    fit,
-)
-from tapct.eval.organ_results import by_organ
-from tapct.eval.organ_results import headline as headline_of
-from tapct.eval.organ_results import section_from_schema_1 as section_from_schema_1
-from tapct.eval.organ_surfaces import Surfaces
-from tapct.eval.prediction_files import DICOM_SEG, NIFTI
-from tapct.eval.scans import LabelledScan
-from tapct.eval.tolerances import check_named, parse
-from tapct.eval.truth import PatchTruth, patch_truth
-from tapct.eval.volumes import LabelLayer
+from tapct.eval.contract import Task
+from tapct.eval.features.dense import DenseFeatures, PatchGrid
+from tapct.eval.labels.organ_classes import BODY, OUTSIDE, ClassSettings, is_called, own_values
+from tapct.eval.labels.prediction_files import DICOM_SEG, NIFTI
+from tapct.eval.labels.truth import PatchTruth, patch_truth
+from tapct.eval.metrics import surface
+from tapct.eval.metrics.tolerances import check_named, parse
+from tapct.eval.organs.dice import CountedVoxels, dice_from_confusion
+from tapct.eval.organs.dice_table import by_organ
+from tapct.eval.organs.dice_table import headline as headline_of
+from tapct.eval.organs.dice_table import section_from_schema_1 as section_from_schema_1
+from tapct.eval.organs.fitting import DecoderConfig, FittedDecoder, KeptPatches, fit
+from tapct.eval.organs.label_fractions import LabelFractions, labelled_patients
+from tapct.eval.organs.surface_scores import Surfaces
+from tapct.eval.pictures import drawing
+from tapct.eval.pictures.volumes import LabelLayer
+from tapct.eval.results.old_formats import BY_PATIENTS
+from tapct.eval.scans.labelled_scan import LabelledScan
+from tapct.eval.scans.usable import Labels
+from tapct.eval.scores import OWN_MODEL, Headline, ScanScore, TaskResults
 from tapct.types import IGNORE_LABEL, LabelMap
 
 RESOLUTIONS = ("patch", "voxel")
@@ -305,7 +303,7 @@ class Segmentation(Task[PatchTruth, Prediction]):
 
     def slices_of_interest(self, truth: PatchTruth) -> tuple[int, int]:
         """The axial and the coronal slice that show most organs."""
-        return pictures.richest_slices(
+        return drawing.richest_slices(
             self.class_labels(truth), [self.classes.index(o) for o in self.organs]
         )
 
@@ -314,13 +312,13 @@ class Segmentation(Task[PatchTruth, Prediction]):
         caption.
         """
         at, scan = self.slices_of_interest(truth), truth.scan
-        panels = [pictures.Panel("CT", None), pictures.Panel("truth", self.class_labels(truth))]
+        panels = [drawing.Panel("CT", None), drawing.Panel("truth", self.class_labels(truth))]
         for model, prediction in predictions.items():
             dice = list(self._dice[self.config.resolution, model][scan.id].values())
             score = f"  Dice {np.mean(dice):.2f}" if dice else ""
-            panels.append(pictures.Panel(model.replace("_", " ") + score, prediction.classes_ZYX))
+            panels.append(drawing.Panel(model.replace("_", " ") + score, prediction.classes_ZYX))
         volume = scan.volume
-        pictures.draw_overlay(
+        drawing.draw_overlay(
             path, volume.hu_ZYX, volume.spacing_mm, panels, self.classes, self.organs, at
         )
         where = f"axial slice {at[0]}, coronal slice {at[1]} of test scan {scan.id}"

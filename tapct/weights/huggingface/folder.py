@@ -28,8 +28,8 @@ from torch import nn
 from tapct import __version__
 from tapct.base import files
 from tapct.base.exits import UserError
-from tapct.eval.extraction import patch_of
-from tapct.eval.features import RESIZES
+from tapct.eval.features.extraction import patch_of
+from tapct.eval.features.preprocess import RESIZES
 from tapct.nn.contracts import Backbone
 from tapct.types import AIR_HU
 from tapct.weights.card import CARD_FILE, WEIGHTS_FILE, FeatureSettings

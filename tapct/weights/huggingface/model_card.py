@@ -19,10 +19,10 @@ from tapct import __version__
 from tapct.base.counted import counted
 from tapct.base.geometry import times
 from tapct.data.packed.trained_on import TrainedOn
-from tapct.eval.contract import OWN_MODEL
-from tapct.eval.results import Evaluation
-from tapct.eval.task_section import TaskSection
-from tapct.eval.terminal import between, numbers_of, p_text, shown, title_of, with_sign
+from tapct.eval.results.json_file import Evaluation
+from tapct.eval.results.task_section import TaskSection
+from tapct.eval.results.terminal import between, numbers_of, p_text, shown, title_of, with_sign
+from tapct.eval.scores import OWN_MODEL
 from tapct.types import HUContract
 from tapct.weights.card import FeatureSettings
 

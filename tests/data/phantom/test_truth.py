@@ -26,8 +26,8 @@ from tapct.data.phantom.patient import (
 from tapct.data.phantom.scan import paint
 from tapct.data.phantom.truth import TARGETS, truth_of
 from tapct.data.phantom.warp import draw_warp
-from tapct.eval.landmarks import read_landmarks
-from tapct.eval.scan_labels import Kind, read_scan_labels
+from tapct.eval.labels.landmarks import read_landmarks
+from tapct.eval.labels.scan_values import Kind, read_scan_labels
 
 NAMES = {name: value for value, name in phantom.LABELS}
 SMALL = phantom.Config(
