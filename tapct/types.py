@@ -114,7 +114,7 @@ class Technique:
     tilt_deg: float = float("nan")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class ScanFacts:
     """Facts from a scan's header or its JSON side-car; empty or NaN where it gives none.
 

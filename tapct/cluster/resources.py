@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 import re
 import shlex
+import shutil
+import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tapct.base import files
@@ -63,6 +66,24 @@ def check_shell_words(option: str, text: str) -> None:
         raise UserError(f"{option} {text!r}: {str(error).lower()}; correct the quotes") from error
 
 
+def check_setup(lines: Sequence[str]) -> None:
+    """Refuse lines of --setup that are no shell, since the rest of the script could not be read.
+
+    Args:
+        lines: lines of --setup, together.
+    Raises:
+        UserError: bash cannot read them; not where there is no bash here.
+    """
+    bash = shutil.which("bash")
+    if bash is None or not lines:
+        return
+    text = "\n".join(lines) + "\n"
+    read = subprocess.run([bash, "-n"], input=text, capture_output=True, text=True, check=False)
+    if read.returncode:
+        problem = read.stderr.strip().splitlines() or ["bash cannot read it"]
+        raise UserError(f"--setup {' / '.join(lines)}: {problem[0]}; correct the line")
+
+
 @dataclass(frozen=True)
 class Resources:
     """What a job requests.
@@ -105,8 +126,8 @@ class Resources:
         max_failures: as `max_idle_restarts`, for starts that were lost to a fault of a machine.
     Raises:
         UserError: there is no node or no grace, the grace leaves no time to work, there are more
-            tasks than GPUs, a text has several lines or no end of its quotation, or an option is
-            given twice or is not one of sbatch.
+            tasks than GPUs, a text has several lines or no end of its quotation, a line of setup is
+            no shell, or an option is given twice or is not one of sbatch.
     """
 
     minutes: int
@@ -161,6 +182,7 @@ class Resources:
             if isinstance(value, str) and "\n" in value:
                 option = field.name.replace("_", "-")
                 raise UserError(f"--{option} {value!r} has several lines; write it in one")
+        check_setup(self.setup)
         for text in self.srun_args:
             check_shell_words("--srun-args", text)
             if not text.strip().startswith("-"):

@@ -50,6 +50,7 @@ NAMED = (
     "reservation",
     "comment",
 )
+MEMORY = ("mem", "mem-per-cpu", "mem-per-gpu")  # of which a job may have one
 LONG_OPTION = re.compile(r"--([a-zA-Z][\w-]*)(?:[= ](.+))?", re.DOTALL)
 
 
@@ -85,6 +86,21 @@ def without(texts: Sequence[str], name: str) -> tuple[str, ...]:
     return tuple(text for text in texts if name not in parse([text]))
 
 
+def are_replaced(options: Mapping[str, Value], own: Mapping[str, Value]) -> bool:
+    """Whether a default of the cluster gives way to the command line: to the same option, to memory
+    in another unit, or to GPUs that are requested in another way.
+
+    Args:
+        options: the default, by the name that sbatch has for it.
+        own: options of the command line by these names.
+    """
+    if own.keys() & options.keys():
+        return True
+    if own.keys() & set(MEMORY) and options.keys() & set(MEMORY):
+        return True
+    return requests_gpus(options) and ("gpus-per-node" in own or requests_gpus(own))
+
+
 def combined(named: Mapping[str, Value], passed: Mapping[str, Value]) -> dict[str, Value]:
     """Options of their own in `tapct submit`, and those of --sbatch.
 
@@ -101,7 +117,7 @@ def combined(named: Mapping[str, Value], passed: Mapping[str, Value]) -> dict[st
                 "once"
             )
     options = {**named, **passed}
-    units = [name for name in ("mem", "mem-per-cpu", "mem-per-gpu") if name in options]
+    units = [name for name in MEMORY if name in options]
     if len(units) > 1:
         raise UserError(f"--{units[0]} and --{units[1]} exclude each other; give one of them")
     return options

@@ -34,6 +34,8 @@ _NAME_OF_JOB = (  # 12_3 for an element of an array, whose own number may be tha
     'export TAPCT_JOB="${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}"',
     'export TAPCT_JOB="${TAPCT_JOB:-$SLURM_JOB_ID}"',
 )
+# --setup 'set -eu' must not end the script after a rank has failed, before the job is requeued
+_NO_EXIT = "set +eu +o pipefail"
 _KEEP_SHELL = (
     "# this shell is signalled too, and the lines after srun must still run",
     "trap : TERM USR1 USR2",
@@ -202,7 +204,12 @@ def _make_executor(
         wckey=None,
         srun_args=srun,
         additional_parameters={"requeue": True, **options},
-        setup=[*resources.setup, *lines.before, *lines_for_local_folders(job, resources)],
+        setup=[
+            *resources.setup,
+            *([_NO_EXIT] if resources.setup else []),
+            *lines.before,
+            *lines_for_local_folders(job, resources),
+        ],
         teardown=list(lines.after),
         array_parallelism=resources.array_limit or num_elements,
     )

@@ -23,6 +23,7 @@ import yaml
 
 from tapct.base import files
 from tapct.base.exits import UserError
+from tapct.cluster import sbatch_options
 
 VARIABLE = "TAPCT_SITE"
 LISTS = ("sbatch", "setup", "srun-args")  # the values of the file come before those of the command
@@ -80,11 +81,16 @@ def with_site(
         of_command = checked_section(path, f"{name}.", section, given)
         if name == command:
             defaults |= of_command
-    options = dict(given)
+    own = sbatch_options.parse(given["sbatch"] or ())
+    own |= {name: str(given[name]) for name in explicit if name in sbatch_options.NAMED}
+    options, replaced = dict(given), sbatch_options.are_replaced
     for name, value in defaults.items():
+        if name == "sbatch":
+            parsed = {text: sbatch_options.parse([text]) for text in value}
+            value = [text for text, one in parsed.items() if not replaced(one, own)]
         if name in LISTS:
             options[name] = [*value, *(given[name] or [])]
-        elif name not in explicit:
+        elif name not in explicit and not replaced({name: value}, own):
             options[name] = value
     return options
 

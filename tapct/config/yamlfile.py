@@ -9,6 +9,7 @@ import copy
 import difflib
 import functools
 import io
+import json
 import os
 import re
 import typing
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from tapct.base.files import expand_path
@@ -27,6 +28,7 @@ from tapct.config.plain import is_plain, merge_plain
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's, where PyYAML was built with it
+_QUOTED_START = re.compile(r"""\s*('[^']*'|"[^"]*")\s*[^\s]""")  # and more text behind it
 
 
 @dataclass(frozen=True)
@@ -134,7 +136,7 @@ def read_overrides(overrides: Sequence[str]) -> list[Layer]:
         if not equals or not key.strip():
             raise ValueError(f"override: {override!r} is not key=value, e.g. optim.lr=2e-4")
         try:
-            layer = OmegaConf.from_dotlist([override])
+            layer = _of_override(override)
             tree = typing.cast("dict[str, Any]", OmegaConf.to_container(layer))
             if is_plain(merged) and is_plain(tree):
                 merge_plain(merged, tree)
@@ -151,6 +153,24 @@ def read_overrides(overrides: Sequence[str]) -> list[Layer]:
         return []
     tree = _with_text_keys(merged)
     return [Layer(tree, dict.fromkeys(_paths(tree), "override"), ordered=False)]
+
+
+def _of_override(override: str) -> DictConfig:
+    """The tree of one `key=value`.
+
+    A value that begins with text in quotes and continues after it, such as `'B30' in kernel`, is no
+    YAML. It is taken as the text that it is.
+
+    Raises:
+        yaml.YAMLError: the value is not YAML.
+    """
+    try:
+        return OmegaConf.from_dotlist([override])
+    except yaml.YAMLError:
+        key, _, value = override.partition("=")
+        if not _QUOTED_START.match(value):
+            raise
+        return OmegaConf.from_dotlist([f"{key}={json.dumps(value, ensure_ascii=False)}"])
 
 
 def _read(path: Path, named_at: str) -> tuple[dict[str, Any], dict[KeyPath, str]]:

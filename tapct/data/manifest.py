@@ -47,7 +47,7 @@ _ARROW = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Row:
     """One scan of the archive.
 
@@ -322,6 +322,16 @@ class Manifest:
             memory=PatientMemory.from_json(metadata.get("tapct.patient_memory", "")),
         )
         return manifest
+
+
+def root_of(path: Path) -> Path | None:
+    """The folder of the archive of a manifest; None where there is no manifest, or a broken one."""
+    try:
+        stored = pyarrow.parquet.read_schema(path).metadata or {}
+        relative = stored[b"tapct.root_relative"].decode()
+    except (pyarrow.ArrowException, OSError, KeyError, UnicodeDecodeError):
+        return None
+    return (path.parent.resolve() / relative).resolve()
 
 
 def _read_parquet(path: Path) -> pyarrow.Table:

@@ -118,11 +118,12 @@ def parse(text: str, option: str) -> Selection:
             f"{option} has {len(text)} characters, more than {MOST_CHARACTERS}; select with a "
             "shorter expression"
         )
+    text = _one_line(text, option)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", SyntaxWarning)  # the parser below refuses it by name
-            tree = ast.parse(text.strip(), mode="eval").body
-        parser = _Parser(option, text.strip())
+            tree = ast.parse(text, mode="eval").body
+        parser = _Parser(option, text)
         parts = [tree]
         if isinstance(tree, ast.BoolOp) and isinstance(tree.op, ast.And):
             parts = tree.values
@@ -147,7 +148,20 @@ def parse(text: str, option: str) -> Selection:
         ) from None
     if not parser.columns:
         raise UserError(f"{option}: {_short(text)} names no column, so it selects nothing")
-    return Selection(text.strip(), tuple(sorted(parser.columns)), tuple(conditions))
+    return Selection(text, tuple(sorted(parser.columns)), tuple(conditions))
+
+
+def _one_line(text: str, option: str) -> str:
+    """A selection that was written in several lines, as YAML allows, as one line."""
+    text = text.strip()
+    if "\n" not in text:
+        return text
+    if "#" in text:  # without its line end, a comment would hide all that follows
+        raise UserError(
+            f"{option}: {_short(text)} has several lines and a #, which begins a comment; write "
+            "it without comments"
+        )
+    return " ".join(line.strip() for line in text.splitlines())
 
 
 class _Parser:
@@ -204,9 +218,13 @@ class _Parser:
             raise self.wrong(node, "is neither a number nor text in quotes")
         if isinstance(node.value, str):
             return pc.scalar(node.value), _TEXT
-        if not math.isfinite(float(node.value)):
+        try:
+            number = float(node.value)
+        except OverflowError:  # of a whole number; 1e999 is infinite
+            number = math.inf
+        if not math.isfinite(number):
             raise self.wrong(node, "is too large a number")
-        return pc.scalar(float(node.value)), _NUMBER
+        return pc.scalar(number), _NUMBER
 
     def column(self, node: ast.Name) -> _Value:
         """A column of the manifest."""
@@ -295,8 +313,9 @@ class _Parser:
     def _plain(self, node: ast.expr, kind: str) -> str | float:
         """A constant of a list."""
         sign = 1.0
-        if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
-            sign, node = -1.0, node.operand
+        signs = {ast.UAdd: 1.0, ast.USub: -1.0}
+        if kind == _NUMBER and isinstance(node, ast.UnaryOp) and type(node.op) in signs:
+            sign, node = signs[type(node.op)], node.operand
         if not isinstance(node, ast.Constant) or self.constant(node)[1] != kind:
             raise self.wrong(node, f"stands in a list whose values must be {kind}")
         return node.value if kind == _TEXT else sign * float(node.value)  # type: ignore[return-value, arg-type]

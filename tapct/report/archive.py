@@ -8,7 +8,9 @@ only its owner can read it.
 from __future__ import annotations
 
 import base64
+import contextlib
 import math
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -102,9 +104,6 @@ def write(
     """
     path = files.expand_path(path)
     manifest, store = open_archive(path)
-    rows = archive_pictures.chosen_rows(manifest)
-    pictures = archive_pictures.draw(manifest, rows, workers, progress=progress)
-    own = None if store is None else foreground.measure(store)
     assert manifest.file is not None, "a manifest that was read has a file"
     if store is not None:
         name, beside = store.path.resolve().name, store.path / "archive.html"
@@ -112,9 +111,30 @@ def write(
         name = path.resolve().name if path.is_dir() else path.resolve().stem
         beside = manifest.file.with_suffix(".html")
     out = out or beside
-    files.check_new_path(out)
+    _check_writable(out)
+    rows = archive_pictures.chosen_rows(manifest)
+    pictures = archive_pictures.draw(manifest, rows, workers, progress=progress)
+    own = None
+    if store is not None:
+        with contextlib.suppress(foreground.NoForeground):  # a page without this section
+            own = foreground.measure(store)
     out.parent.mkdir(parents=True, exist_ok=True)
     return save(page(name, manifest, pictures, own), out, files.PRIVATE)
+
+
+def _check_writable(out: Path) -> None:
+    """Refuse a page that could not be written, before scans are read for it.
+
+    Raises:
+        UserError: its folder is read-only, as a store of others or a mounted archive may be.
+    """
+    files.check_new_path(out)
+    folder = next(each for each in out.absolute().parents if each.exists())
+    if not os.access(folder, os.W_OK):
+        raise UserError(
+            f"{out} cannot be written, since you may not write in {folder}; give another place "
+            "with --out"
+        )
 
 
 def page(

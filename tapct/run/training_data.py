@@ -71,7 +71,7 @@ def open_store(data: DataConfig) -> AnyStore:
                 f"data.stores: {names.count(name)} archives have the name {name}; give each its "
                 "own name"
             )
-    cache = data.cache.open()  # one for all: the copies have the digests of their voxels as names
+    cache = data.cache.open()  # one for all: the copies have digests and IDs as names
     stores = [Store(one.path, cache=cache) for one in data.stores]
     digests = [store.digest for store in stores]
     for k, digest in enumerate(digests):

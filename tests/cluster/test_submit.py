@@ -247,6 +247,18 @@ def odd_store(store: Path, folder: Path) -> Path:
     return Path(shutil.copytree(store, folder / "a:b"))
 
 
+def test_the_script_continues_after_a_rank_failed_whatever_setup_has_set(
+    config: Path, shell: Shell
+) -> None:
+    words = ("--setup", "set -euo pipefail", "--setup", "if true; then :", "--setup", "fi")
+    lines = shell.good("submit", config, "--dry-run", *words).splitlines()
+    end = lines.index("fi") + 2
+    assert any(line.startswith("srun ") for line in lines[end:])
+    text = "\n".join([*lines[:end], 'false | true "${NOT_SET}"', "echo reached"])
+    found = subprocess.run(["bash", "-c", text], capture_output=True, text=True, check=True)
+    assert found.stdout == "reached\n" and not found.stderr
+
+
 def test_a_file_of_the_site_has_the_defaults_of_a_cluster(
     config: Path, shell: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -277,6 +289,37 @@ def test_a_file_of_the_site_has_the_defaults_of_a_cluster(
     assert "--nodes 0: must be 1 or more" in shell.bad("submit", config, "--dry-run")
     monkeypatch.setenv("TAPCT_SITE", "nowhere.yaml")
     assert "TAPCT_SITE=nowhere.yaml is no file" in shell.bad("submit", config)
+
+
+@pytest.mark.parametrize(
+    ("of_site", "words", "expected"),
+    [
+        ("sbatch: ['--gres=gpu:h100:4']", ["--gres", "gpu:2"], {"gres": "gpu:2"}),
+        ("sbatch: ['--gres=gpu:h100:4']", ["--sbatch", "--gres=gpu:2"], {"gres": "gpu:2"}),
+        ("gres: gpu:h100:4", ["--sbatch", "--gres=gpu:2"], {"gres": "gpu:2"}),
+        ("gres: gpu:h100:4", ["--gpus-per-node", "2"], {"gpus-per-node": "2"}),
+        ("gres: gpu:h100:4", ["--gpus-per-node", "0"], {}),
+        ("gpus-per-node: 4", ["--sbatch", "--gpus=2"], {"gpus": "2"}),
+        ("gres: nvme:1", ["--gpus-per-node", "2"], {"gres": "nvme:1", "gpus-per-node": "2"}),
+        ("mem: 64G", ["--mem-per-cpu", "4G"], {"mem-per-cpu": "4G"}),
+        ("sbatch: ['--mem=64G', '--licenses=a']", ["--mem-per-gpu", "4G"], {"licenses": "a"}),
+        ("sbatch: [--exclusive]", ["--exclusive"], {"exclusive": ""}),
+    ],
+)
+def test_the_command_line_takes_precedence_over_the_site_in_every_form_of_an_option(
+    config: Path,
+    shell: Shell,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    of_site: str,
+    words: list[str],
+    expected: dict[str, str],
+) -> None:
+    (tmp_path / "site.yaml").write_text(f"{of_site}\n")
+    monkeypatch.setenv("TAPCT_SITE", str(tmp_path / "site.yaml"))
+    found = options_of(shell.good("submit", config, "--dry-run", *words))
+    of_interest = {"gres", "gpus", "gpus-per-node", "mem", "mem-per-cpu", "exclusive", "licenses"}
+    assert {name: found[name] for name in of_interest & found.keys()} == expected
 
 
 def test_a_job_that_is_submitted_from_a_job_inherits_nothing_of_it(
@@ -775,6 +818,8 @@ def test_a_sweep_is_submitted_as_one_array_with_a_folder_per_run(
         ("--srun-args foo", ["--srun-args 'foo'", "not an option of srun"]),
         ("--srun-args --a='b", ["--srun-args", "no closing quotation"]),
         ("--container-with 'a{image}", ["--container-with", "no closing quotation"]),
+        ("--setup if --setup true", ["--setup if / true", "syntax error"]),
+        ("--setup echo'", ["--setup echo'", "correct the line"]),
     ],
 )
 def test_what_cannot_run_is_not_submitted(

@@ -185,6 +185,8 @@ def test_an_optional_section_can_be_switched_on_and_off(write: Callable[..., Pat
         ("scales=[]", ()),
         ("store=/data/x=y", Path("/data/x=y")),
         ("name='12'", "12"),
+        ("name='B30' in kernel", "'B30' in kernel"),
+        ('name="it\'s" in "a\\b"', '"it\'s" in "a\\b"'),
         ("flag=true", True),
         ("optim={lr: 7, clip: 1}", Optim(lr=7.0, clip=1.0)),
         ("views.num_locals=1e4", 10_000),
@@ -386,7 +388,7 @@ def test_an_empty_file_and_an_empty_section_change_nothing(write: Callable[..., 
     assert load_config(Root, write("# only words\nviews: {}\n"), []).value == Root()
 
 
-@pytest.mark.parametrize("word", ["name", "=3", "name=[1", "name=x: y: z"])
+@pytest.mark.parametrize("word", ["name", "=3", "name=[1", "name=x: y: z", "name='x"])
 def test_a_broken_override_gives_a_one_line_error(word: str) -> None:
     assert message(Root, None, word).startswith("override: ")
 

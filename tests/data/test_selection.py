@@ -76,6 +76,10 @@ def test_each_condition_is_counted_alone() -> None:
         ("depth > True", "neither a number nor text"),
         ("depth ** 2 > 3", "it knows + - * /"),
         ("depth > 1e999", "too large a number"),
+        ("depth > 1" + 400 * "0", "too large a number"),
+        ("depth in [1" + 400 * "0" + "]", "too large a number"),
+        ("kernel in [-'B30f']", "values must be text"),
+        ("depth > 1 # thick\nand depth < 9", "write it without comments"),
         ("1 < 2", "names no column"),
         ("known('a')", "must name one column"),
         ("", "is not an expression"),
@@ -94,6 +98,12 @@ def test_anything_else_is_refused_with_the_part_that_is_wrong(text: str, part: s
         parse(text, "data.select")
     line = str(error.value)
     assert line.startswith("data.select") and part in line and "\n" not in line
+
+
+def test_a_selection_may_be_written_in_several_lines() -> None:
+    lines, line = parse("\ndepth in [+3, -4]\n  and kernel == 'a  b'\n", "x"), "depth in [+3, -4]"
+    assert lines.text == f"{line} and kernel == 'a  b'"
+    assert [one.text for one in lines.conditions] == [line, "kernel == 'a  b'"]
 
 
 def test_no_column_with_a_path_can_be_named() -> None:

@@ -16,7 +16,7 @@ from tapct.base.exits import UserError
 from tapct.data.index.build import build_manifest
 from tapct.data.index.sub_manifest import write_selected
 from tapct.data.manifest import Manifest, Row
-from tapct.data.packed import pack
+from tapct.data.packed import foreground, pack
 from tapct.report import archive
 from tapct.report.archive import bars, histogram, page, round_step
 
@@ -88,6 +88,27 @@ def test_an_option_without_effect_on_a_selection_is_refused(
     for out in (tmp_path, tmp_path / "sub.txt"):
         assert "is no .parquet file" in shell.bad(*given, "--out", out)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_store_without_foreground_has_a_page_without_its_statistics(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where all label maps hold background alone."""
+    pack.pack(Manifest.read(folder / "m.parquet"), tmp_path / "store")
+    monkeypatch.setattr(foreground, "body_voxels", lambda store, i: np.zeros(0, np.int16))
+    html = archive.write(tmp_path / "store").read_text(encoding="utf-8")
+    assert "published contract" in html and "this archive, body of" not in html
+
+
+def test_a_place_that_may_not_be_written_is_refused_before_scans_are_read(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """os.access stands for a read-only mount, since root may write to every other folder."""
+    place = tmp_path / "mounted" / "new" / "page.html"
+    monkeypatch.setattr(archive.os, "access", lambda path, mode: Path(path) != tmp_path)
+    monkeypatch.setattr(archive.archive_pictures, "draw", lambda *_, **__: pytest.fail("drawn"))
+    with pytest.raises(UserError, match="give another place with --out"):
+        archive.write(folder / "m.parquet", place)
 
 
 def test_an_archive_without_an_accepted_scan_has_a_page(tmp_path: Path) -> None:

@@ -111,6 +111,33 @@ def test_a_selection_chooses_by_the_manifest_and_prints_its_counts(
     )
 
 
+@pytest.mark.parametrize("names", [["hu_p50"], ["kernel", "hu_p50"], ["depth"], ["hu_p50", "id"]])
+def test_the_columns_of_a_selection_may_be_in_the_store_in_the_manifest_or_in_both(
+    sites: tuple[Path, Path], names: list[str]
+) -> None:
+    store = Store(sites[0])
+    manifest = store.manifest()
+    table = store.facts(names)
+    assert manifest is not None and table is not None and table.column_names == names
+    for name in names:
+        assert table.column(name).to_pylist() == [getattr(row, name) for row in manifest.accepted]
+
+
+def test_a_selection_by_columns_of_the_manifest_alone(
+    sites: tuple[Path, Path], tmp_path: Path
+) -> None:
+    def num_chosen(select: str) -> int:
+        config = config_of(tmp_path, sites[0], f"data.select={select}").value
+        return len(training_data(config, open_store(config.data), None).rows)
+
+    manifest = Store(sites[0]).manifest()
+    assert manifest is not None
+    ages = sorted(row.age_years for row in manifest.accepted)
+    assert num_chosen(f"age_years <= {ages[1]!r}") == sum(age <= ages[1] for age in ages)
+    soft = [row for row in manifest.accepted if row.kernel != "B70f"]
+    assert num_chosen("kernel not in ['B70f']") == len(soft)
+
+
 def test_what_cannot_be_mixed_or_selected_is_refused_with_one_line(
     sites: tuple[Path, Path], tmp_path: Path
 ) -> None:

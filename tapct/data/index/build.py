@@ -20,7 +20,7 @@ from tapct.data.index.finding import Machine, NoScans, ScansFound, find
 from tapct.data.index.inputs import IndexInputs, inputs_of
 from tapct.data.index.kept_patients import KEEP_ALL, KeepRules, read_older, with_kept_patients
 from tapct.data.index.label_counts import label_report
-from tapct.data.index.place import IndexPlace, open_journal
+from tapct.data.index.place import IndexPlace, open_journal, rooted
 from tapct.data.index.scan_row import ExamineTask, ScanRules
 from tapct.data.index.share import Share
 from tapct.data.index.vanished import with_vanished
@@ -99,7 +99,7 @@ def build_manifest(
     check_regex(patient_regex)
     folder, trusts_header = parse_patient_from(patient_from)
     place = IndexPlace.of(Path(out))
-    inputs = inputs_of(root)
+    inputs = rooted(inputs_of(root), place)
     _check_labels(labels)
     _check_apart(place, inputs)
     with _only_writer(place.file) as lease, _nothing_left_without_scans(place):
@@ -163,7 +163,7 @@ def examine_share(
         UserError: as in `build_manifest`, or a process does this share now.
     """
     place = IndexPlace.of(Path(out))
-    inputs = inputs_of(root)
+    inputs = rooted(inputs_of(root), place)
     _check_labels(labels)
     _check_apart(place, inputs)
     with _only_writer(place.file, share.name):

@@ -21,7 +21,7 @@ from tapct.data.search.discover import Source
 from tapct.types import ScanFacts
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Examined(Row):
     """The row of an examined scan, with what is needed until the whole archive has been examined.
 

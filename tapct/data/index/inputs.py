@@ -7,7 +7,7 @@ import functools
 import glob
 import json
 import os
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -81,6 +81,20 @@ class IndexInputs:
     def _folders(self) -> frozenset[Path]:
         return frozenset(self.folders)
 
+    def below(self, folder: Path | None) -> IndexInputs:
+        """The same inputs with paths that start at a folder above them; unchanged for a folder that
+        does not contain all of them, and for None.
+
+        Args:
+            folder: path without links.
+        """
+        own = Path(os.path.abspath(self.root))
+        root = next((each for each in own.parents if each.resolve() == folder), None)
+        if root is None:
+            return self
+        folders = tuple(Path(os.path.abspath(each)) for each in self.folders)
+        return replace(self, root=root, folders=folders)
+
     def entry_of(self, sources: Sequence[Source], *, strict: bool = True) -> dict[Path, Entry]:
         """The entry of each source that a list names, by the path of the source.
 
@@ -134,9 +148,30 @@ def inputs_of(given: Path | Sequence[Path]) -> IndexInputs:
     for entry in entries:
         path = Path(os.path.abspath(entry.path))
         entry = replace(entry, path=path)
-        if unique.setdefault(path, entry) != entry:
-            raise UserError(f"{path} is given twice, with different values; keep one of them")
+        unique[path] = _joined(unique[path], entry) if path in unique else entry
     return _in_common_folder(list(unique.values()))
+
+
+def _joined(first: Entry, second: Entry) -> Entry:
+    """One entry for a scan that is given twice, with the values of both.
+
+    Raises:
+        UserError: a value differs.
+    """
+    for name in COLUMNS[1:]:
+        one, other = getattr(first, name), getattr(second, name)
+        if one and other and one != other:
+            raise UserError(
+                f"{first.path} is given twice, with different values of {name}: {one} and {other}; "
+                "keep one of them"
+            )
+    return Entry(
+        first.path,
+        first.label or second.label,
+        first.patient or second.patient,
+        first.split or second.split,
+        first.named_in or second.named_in,
+    )
 
 
 def _is_list(path: Path) -> bool:
@@ -190,7 +225,15 @@ def _matches(path: Path) -> Iterator[Path]:
         found = sorted(glob.glob(str(path), recursive=True))
         if not found:
             raise UserError(f"no file or folder matches {path}; check the pattern")
-        yield from map(Path, found)
+        matched = [Path(name) for name in found]
+        if not path.name.lower().endswith(_LISTS):  # tables that lie beside scans
+            matched = [each for each in matched if not _is_list(each)]
+        if not matched:
+            raise UserError(
+                f"{path} matches only tables and JSON files, such as {found[0]}; a pattern of "
+                f"lists of scans ends in {', '.join(_LISTS[:-1])} or {_LISTS[-1]}"
+            )
+        yield from matched
         return
     if without_frames(str(path))[1]:
         yield path
@@ -252,24 +295,62 @@ def _beside(file: Path, text: str) -> Path:
 
 def _rows_of_table(file: Path) -> list[dict[str, str]]:
     table = read_table(file, "the list of scans")
-    names = {column: column.lower() for column in table.columns}
+    names = _lower_case(file, table.columns)
     return [{names[column]: value for column, value in row.items()} for row in table.rows]
+
+
+def _lower_case(file: Path, columns: Iterable[str]) -> dict[str, str]:
+    """Names of columns as they are compared.
+
+    Raises:
+        UserError: two of them differ in upper and lower case alone.
+    """
+    names = {column: column.strip().lower() for column in columns}
+    taken: dict[str, str] = {}
+    for column, name in names.items():
+        if taken.setdefault(name, column) != column:
+            raise UserError(
+                f"the list {file} has the columns {taken[name]} and {column}, which are one but "
+                "for upper and lower case; remove one of them"
+            )
+    return names
 
 
 def _rows_of_json(file: Path) -> list[dict[str, str]]:
     """The rows of a JSON list: objects, or paths alone."""
-    problem = f"the list {file} is no JSON list of objects with the key path"
+    problem = f"the list {file} is no JSON list of objects with the key path; correct it"
+    advice = ", or leave it out, if it is no list of scans"
     try:
-        content: Any = json.loads(file.read_text(encoding="utf-8"))
+        content: Any = json.loads(file.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{problem}; correct it") from error
+        raise UserError(problem + advice) from error
     if not isinstance(content, list):
-        raise UserError(f"{problem}; correct it")
+        raise UserError(problem + advice)
     rows = []
-    for item in content:
+    for number, item in enumerate(content, 1):
         if isinstance(item, str):
             item = {"path": item}
-        if not isinstance(item, dict) or not all(isinstance(key, str) for key in item):
-            raise UserError(f"{problem}; correct it")
-        rows.append({k.lower(): "" if v is None else str(v) for k, v in item.items()})
+        if not isinstance(item, dict):
+            raise UserError(problem)
+        row = {}
+        for key, name in _lower_case(file, item).items():
+            is_read = name in COLUMNS
+            row[name] = _as_text(item[key], f"{key} in row {number} of {file}") if is_read else ""
+        rows.append(row)
     return rows
+
+
+def _as_text(value: object, of: str) -> str:
+    """A value of a JSON list as text; null and NaN are empty.
+
+    Args:
+        value: text, a number or null.
+        of: what it is, for the error line.
+    Raises:
+        UserError: it is something else.
+    """
+    if value is None or value != value:
+        return ""
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+        raise UserError(f"{of} is {json.dumps(value)[:80]}; rule: text or a number")
+    return str(value).strip()

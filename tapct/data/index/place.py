@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import tapct
+from tapct.base import console
 from tapct.base.exits import UserError
 from tapct.base.files import check_new_path
 from tapct.data.index import head_table, scan_table
+from tapct.data.index.inputs import IndexInputs
 from tapct.data.index.journal import Journal
-from tapct.data.manifest import ARCHIVE_FILE
+from tapct.data.manifest import ARCHIVE_FILE, root_of
 from tapct.data.patients.key import key_name
 
 _PARTS = "parts"  # folder of the journal in an archive folder
@@ -57,6 +59,26 @@ class IndexPlace:
             )
         check_new_path(out / ARCHIVE_FILE)
         return cls(out / ARCHIVE_FILE, out / _PARTS, True)
+
+
+def rooted(inputs: IndexInputs, place: IndexPlace) -> IndexInputs:
+    """The inputs with paths that start where those of the archive start, so that journal and IDs
+    stay the same if less is given now, such as one of two folders.
+
+    Where more is given, the paths start at another folder than before, and a line is printed.
+    """
+    before = root_of(place.file)
+    if place.is_archive:
+        inputs = inputs.below(before)
+    now = inputs.root.resolve()
+    if before is not None and now in before.parents:
+        console.warn(
+            f"the paths of {place.file} start at {before}, and now at {now}, the nearest folder "
+            "that contains all that is given: all scans get other IDs, all files are read again, "
+            "and `tapct pack` packs all scans again; to add folders without this, index them as "
+            "another archive and train on both with data.stores"
+        )
+    return inputs
 
 
 def open_journal(place: IndexPlace, key: bytes, name: str = "") -> Journal:

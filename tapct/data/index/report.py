@@ -10,6 +10,8 @@ from tapct.data.index.patient_report import lines_about_changes, lines_about_pat
 from tapct.data.manifest import ACCEPTED, REFUSED, Manifest
 from tapct.data.search.passed_over import advice, summary
 
+MOST_LINES = 200  # about single scans; an archive may refuse a million
+
 
 def lines_about(manifest: Manifest, out: Path, min_depth: int) -> Iterator[str]:
     """What was accepted, refused and skipped, and what was found about patients and labels.
@@ -38,7 +40,21 @@ def lines_about(manifest: Manifest, out: Path, min_depth: int) -> Iterator[str]:
 
 
 def _lines_about_rows(manifest: Manifest) -> Iterator[str]:
-    """A line for each scan that is refused or marked, or whose labels are not used."""
+    """A line for each scan that is refused or marked, or whose labels are not used, up to
+    `MOST_LINES`.
+    """
+    num_left = 0
+    for number, line in enumerate(_all_lines_about_rows(manifest)):
+        if number < MOST_LINES:
+            yield line
+        else:
+            num_left += 1
+    if num_left:
+        more = counted(num_left, "more line")
+        yield f"  and {more}; the columns reason, detail and marks have all"
+
+
+def _all_lines_about_rows(manifest: Manifest) -> Iterator[str]:
     for row in manifest.rows:
         if row.marks and row.status == ACCEPTED:
             yield f"  accepted {row.path}, marked {row.marks}"

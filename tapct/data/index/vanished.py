@@ -47,7 +47,8 @@ def _vanished(row: Row, patient: str) -> Row:
         row,
         status=REFUSED,
         reason=VANISHED,
-        detail="its files are gone since an earlier index of this archive",
+        detail="an earlier index of this archive found it: its files are gone, or lie in a folder "
+        "that was not given now",
         patient=patient,
         label_path="",
         label_digest="",

@@ -25,6 +25,10 @@ BODY_HU = -500
 _BODY_SLICES = 24  # evenly spaced; filling the holes of every slice would take seconds a scan
 
 
+class NoForeground(UserError):
+    """A store has no foreground, or foreground of one value, so that it has no window."""
+
+
 @dataclass(frozen=True)
 class Foreground:
     """Statistics of the foreground of a store.
@@ -83,7 +87,7 @@ def measure(store: Store, most_scans: int = 500, seed: int = 0) -> Foreground:
         most_scans: number of scans that are read, spread evenly over the store.
         seed: random seed of the drawn voxels.
     Raises:
-        UserError: the store has no scan with foreground.
+        NoForeground: the store has no scan with foreground, or all of it has one value.
         Damaged: a scan cannot be read.
     """
     scans: ScanList = store.scans
@@ -98,11 +102,11 @@ def measure(store: Store, most_scans: int = 500, seed: int = 0) -> Foreground:
             at = np.random.default_rng((seed, i)).integers(0, len(values), VOXELS_PER_SCAN)
             drawn.append(values[at])
     if not drawn:
-        raise UserError(f"no scan of {store.path} has foreground voxels, so there is no window")
+        raise NoForeground(f"no scan of {store.path} has foreground voxels, so there is no window")
     values_S = np.concatenate(drawn).astype(np.float64)
     low, high = np.percentile(values_S, (LOW, HIGH))
     if not low < high:
-        raise UserError(f"all foreground voxels of {store.path} have one value, {low:g} HU")
+        raise NoForeground(f"all foreground voxels of {store.path} have one value, {low:g} HU")
     return Foreground(
         float(low),
         float(high),

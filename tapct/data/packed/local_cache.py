@@ -1,8 +1,9 @@
 """Copies of packed scans on a disk of the node, for stores on a network file system.
 
-A scan is copied when it is first read. Its copy has the digest of the voxels as its name, so that
-it can be used for any store that holds the scan. Beyond the quota, the copies that were used least
-recently (by their time of change) are deleted.
+A scan is copied when it is first read. Its copy has the digest of the voxels and the ID of the scan
+as its name, so that several stores may share the folder: two archives that hold the same voxels
+call them by other IDs, and a packed file holds its ID. Beyond the quota, the copies that were used
+least recently (by their time of change) are deleted.
 
 Any number of processes may share the folder: a copy is written under another name and renamed, and
 the sum of all sizes is kept in a file that is changed under a lock. A process that is killed leaves
@@ -42,7 +43,10 @@ class Config:
         "", "folder on a disk of the node; empty: scans are read from the store", is_path=True
     )
     quota_gb: float = setting(
-        100.0, "size that the copies of all processes together may have, in GB", gt=0.0
+        100.0,
+        "size that the copies of all processes together may have, in GB; a scan that needs more "
+        "than half of it is read from the store",
+        gt=0.0,
     )
 
     def open(self) -> LocalCache | None:
@@ -81,7 +85,7 @@ class LocalCache:
             source: file in the store.
             checksum: digest of its voxels, 32 hex digits.
         """
-        copy = self.folder / checksum[:2] / f"{checksum}.b2nd"
+        copy = self._copy_of(source, checksum)
         try:
             os.utime(copy)  # used now
             self.hits += 1
@@ -93,6 +97,11 @@ class LocalCache:
         try:
             size = source.stat().st_size
             if size > _LARGEST_SHARE * self.quota:
+                self._warn(
+                    "data.cache.quota_gb %g: scans of more than half of it, such as one of "
+                    "%.3g GB, are read from the store",
+                    *(self.quota / GB, size / GB),
+                )
                 return source
             copy.parent.mkdir(parents=True, exist_ok=True)
             self._make_room(size)
@@ -105,21 +114,29 @@ class LocalCache:
         except OSError as error:
             return self._not_used(source, error)
 
-    def drop(self, checksum: str) -> None:
-        """Delete the copy of a scan, because it is damaged."""
+    def drop(self, source: Path, checksum: str) -> None:
+        """Delete the copy of a scan, because it is damaged; arguments as in `local`."""
         with suppress(OSError):
-            (self.folder / checksum[:2] / f"{checksum}.b2nd").unlink()
+            self._copy_of(source, checksum).unlink()
+
+    def _copy_of(self, source: Path, checksum: str) -> Path:
+        """Where the copy of a scan lies; a packed file has the ID of its scan as its name."""
+        return self.folder / checksum[:2] / f"{checksum}-{source.name}"
 
     def _not_used(self, source: Path, error: OSError) -> Path:
         """The source; the first time, the reason is logged."""
+        cause = error.strerror or type(error).__name__
+        self._warn(
+            "data.cache.dir %s is not used: %s; scans are read from the store",
+            *(self.folder, cause),
+        )
+        return source
+
+    def _warn(self, line: str, *values: object) -> None:
+        """Log a line, the first time that there is one."""
         if not self._has_warned:
             self._has_warned = True
-            cause = error.strerror or type(error).__name__
-            _log.warning(
-                "data.cache.dir %s is not used: %s; scans are read from the store",
-                *(self.folder, cause),
-            )
-        return source
+            _log.warning(line, *values)
 
     def _make_room(self, size: int) -> None:
         """Count a copy that is about to be written; delete old ones where the quota would not hold.

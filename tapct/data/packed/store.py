@@ -172,20 +172,18 @@ class Store:
             The columns; None where the store itself does not hold them and the manifest that was
             packed is gone, has changed or is of an earlier version.
         """
-        own = [name for name in names if name in self.scans.own_columns]
-        table = pa.table({name: self.scans.column(name) for name in own})
+        own = self.scans.own_columns
+        columns = {name: self.scans.column(name) for name in names if name in own}
         others = [name for name in names if name not in own]
-        if not others:
-            return table
-        if not self._manifest_file:
-            return None
-        file = self.path / self._manifest_file
-        found = columns_in_order(file, self.manifest_digest, others, self.scans.column("id"))
-        if found is None:
-            return None
-        for name in others:
-            table = table.append_column(name, found.column(name))
-        return table.select(list(names))
+        if others:
+            if not self._manifest_file:
+                return None
+            file = self.path / self._manifest_file
+            found = columns_in_order(file, self.manifest_digest, others, self.scans.column("id"))
+            if found is None:
+                return None
+            columns |= {name: found.column(name) for name in others}
+        return pa.table({name: columns[name] for name in names})
 
     def num_guessed_patients(self) -> int:
         """Number of scans whose patient `tapct index` guessed from file names; 0 where the manifest
@@ -308,7 +306,7 @@ class Store:
     def _forget_copy(self, i: int) -> None:
         """Read scan i from the store from now on, and delete its copy."""
         assert self.cache is not None
-        self.cache.drop(self.scans.checksum(i))
+        self.cache.drop(self.file(i), self.scans.checksum(i))
         with self._lock:
             self._not_cached.add(i)
             self._open.pop(i, None)

@@ -63,7 +63,7 @@ class PatientRules:
     column: Mapping[str, str] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Known:
     """What is known of one scan before its patient is decided.
 

@@ -18,6 +18,7 @@ WITHOUT_SUFFIX = "without suffix"
 # header names
 COMPANIONS = (".json", ".raw", ".zraw", ".raw.gz", ".img", ".img.gz")
 _PAIR, _RAW = (".img", ".img.gz"), (".raw", ".zraw", ".raw.gz")  # voxels of a header
+_DETACHED = (".nhdr", ".mhd")  # headers that name the file of their voxels
 _SUFFIX = re.compile(r"\.(?:[a-z][a-z0-9]{0,7}|7z)")
 _COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zip")
 
@@ -81,20 +82,38 @@ def not_of_others(names: Sequence[str], scans: Sequence[str]) -> list[str]:
         names: names of the files without a suffix of a format.
         scans: names of the other files, which have one.
     """
-    lower = [scan.lower() for scan in scans]
-    # the header of a pair has the name of its voxels; other headers name any file of the folder
+    # the header of a pair has the name of its voxels
     pairs = {scan[:-4] for scan in scans if scan.lower().endswith(".hdr")}
-    is_detached = any(scan.endswith((".nhdr", ".mhd")) for scan in lower)
     stems = {scan.removesuffix(".gz").rpartition(".")[0] for scan in scans}
+    voxels = _named_by_headers(names, scans)
     found = []
     for name in names:
-        stem = name.removesuffix(".gz").rpartition(".")[0]
-        suffix = name[len(stem) :].lower()
+        stem, suffix = _divided(name)
         is_sidecar = suffix == ".json" and stem in stems
         is_voxels = suffix in _PAIR and stem in pairs
-        if not (is_sidecar or is_voxels or (is_detached and suffix in _RAW)):
+        if not (is_sidecar or is_voxels or name in voxels):
             found.append(name)
     return found
+
+
+def _named_by_headers(names: Sequence[str], scans: Sequence[str]) -> set[str]:
+    """The files that hold the voxels of a `.nhdr` or `.mhd`, as far as names show it.
+
+    A header may name any file of its folder. So where there are no more `.raw` files of other names
+    than headers without a `.raw` of their own name, all are taken as voxels. Where there are more,
+    those of other names may be DICOM.
+    """
+    headers = {scan[: scan.rindex(".")] for scan in scans if scan.lower().endswith(_DETACHED)}
+    raw = [name for name in names if _divided(name)[1] in _RAW] if headers else []
+    own = {name for name in raw if _divided(name)[0] in headers}
+    num_without = len(headers - {_divided(name)[0] for name in own})
+    return set(raw) if len(raw) - len(own) <= num_without else own
+
+
+def _divided(name: str) -> tuple[str, str]:
+    """A name without its suffix, and the suffix in lower case, `.gz` and the one before as one."""
+    stem = name.removesuffix(".gz").rpartition(".")[0]
+    return stem, name[len(stem) :].lower()
 
 
 def summary(counts: Mapping[str, int]) -> str:

@@ -16,15 +16,18 @@ from pathlib import Path
 
 import pyarrow
 import pytest
+import SimpleITK
 from scan_files import make_ct, make_labels, make_slice, save_scan
 
 from tapct.base.exits import UserError
 from tapct.data.index import finding, scan_row
 from tapct.data.index.build import build_manifest, examine_share
 from tapct.data.index.journal import KEY, Journal, Keys, key_of, keys_in
+from tapct.data.index.kept_patients import KeepRules
 from tapct.data.index.share import Share, parse_share
 from tapct.data.manifest import Manifest
 from tapct.data.scans.plain_facts import failure
+from tapct.data.search.discover import search
 from tapct.data.search.file_count import FileCount
 from tapct.types import Refused
 
@@ -179,6 +182,47 @@ def test_a_scan_that_is_gone_stays_as_a_refused_row_until_it_is_back(archive: Pa
     assert rows_of(build_manifest(archive, out)) == rows_of(before)
 
 
+def test_slices_that_are_named_like_the_voxels_of_a_header_are_found(tmp_path: Path) -> None:
+    """`.raw` beside a `.mhd` is the end of its voxels, and of slices of some old scanners."""
+    folder = tmp_path / "scans"
+    write_series(folder, 7)
+    for file in folder.glob("*.dcm"):
+        file.rename(file.with_suffix(".raw"))
+    image = SimpleITK.GetImageFromArray(make_ct(SHAPE_ZYX, 8))
+    image.SetSpacing((0.8, 0.7, 2.0))
+    SimpleITK.WriteImage(image, str(folder / "x.mhd"))
+    for found in (build_manifest(folder, tmp_path / "m.parquet").rows, search(folder).sources):
+        assert sorted(row.kind for row in found) == ["dicom", "meta"]
+    with counted(folder) as times:
+        build_manifest(folder, tmp_path / "again.parquet")
+    assert set(times.values()) == {1} and len(times) == 2 + SHAPE_ZYX[0]
+
+
+def test_less_of_an_archive_keeps_paths_and_ids_and_reads_nothing_again(archive: Path) -> None:
+    out = archive.parent / "out"
+    before = {row.path: row for row in build_manifest(archive, out).rows}
+    with counted(archive) as times:
+        after = build_manifest([archive / "dicom", archive / "nifti" / "c1.nii.gz"], out)
+    assert not times and after.root == archive
+    for row in after.rows:
+        is_given = row.path in ("dicom/a", "nifti/c1.nii.gz")
+        assert row.id == before[row.path].id and (row.reason == "vanished") != is_given
+    assert len(after.rows) == len(before)
+    again = build_manifest(archive / "dicom", out)  # one folder, which is not the root
+    assert {row.path: row.id for row in again.rows} == {p: row.id for p, row in before.items()}
+    assert rows_of(build_manifest(archive, out)) == rows_of(fresh(archive, out))
+
+
+def test_a_line_is_printed_where_paths_start_at_another_folder_than_before(
+    archive: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for out in (archive.parent / "out", archive.parent / "m.parquet"):
+        build_manifest(archive / "dicom", out)
+        assert not capsys.readouterr().err
+        build_manifest([archive / "dicom", archive / "flat"], out)
+        assert f"start at {archive / 'dicom'}, and now at {archive}, the" in capsys.readouterr().err
+
+
 def test_a_changed_side_car_of_a_named_scan_is_noticed(archive: Path) -> None:
     side_car, out = archive / "nifti" / "c1.json", archive.parent / "out"
     side_car.write_text('{"PatientSex": "M"}')
@@ -244,14 +288,55 @@ def test_lists_patterns_and_files_name_scans_labels_patients_and_splits(archive:
         ("path,label\nscans/nifti/c1.nii.gz,none.nii.gz\n", "which is missing"),
         ("path,split\n,train\n", "row 1 .* has no path|has no rows"),
         ("path,split\nscans/flat/notes.txt,train\n", "holds no|is no scan"),
-        ("path,split\nscans/dicom/a,x\nscans/dicom/a,y\n", "given twice"),
+        ("path,split\nscans/dicom/a,x\nscans/dicom/a,y\n", "given twice, .* of split: x and y"),
+        ("Path,path\nscans/dicom/a,scans/flat\n", "columns Path and path, which are one but"),
+        ('[{"path": "scans/dicom/a", "patient": ["a"]}]', r'patient in row 1 .* is \["a"\]; rule'),
+        ('[{"path": "scans/dicom/a"}, {"path": true}]', "path in row 2 .* is true; rule"),
+        ('[{"Path": "scans/dicom/a", "path": "scans/flat"}]', "columns Path and path"),
+        ("[", "or leave it out, if it is no list of scans"),
     ],
 )
 def test_a_wrong_list_is_refused_with_one_line(archive: Path, content: str, problem: str) -> None:
-    table = archive.parent / "list.csv"
+    table = archive.parent / ("list.json" if content.startswith("[") else "list.csv")
     table.write_text(content)
     with pytest.raises(UserError, match=problem):
         build_manifest(table, archive.parent / "m.parquet")
+
+
+def test_lists_as_spreadsheets_and_other_systems_write_them(archive: Path) -> None:
+    """With a byte order mark, other line ends, spaces around values, empty cells as NaN."""
+    out = archive.parent / "m.parquet"
+    text = "\ufeff\r\nPath ,Split, Patient\r\nscans/dicom/a , val ,\r\n"
+    (archive.parent / "list.csv").write_bytes(text.encode())
+    text = '\ufeff[{" Path": " scans/dicom/a ", "split": " val", "patient": NaN, "seen": [1, 2]}]'
+    (archive.parent / "list.json").write_bytes(text.encode())
+    for name in ("list.csv", "list.json"):
+        (row,) = build_manifest(archive.parent / name, out).rows
+        assert (row.path, row.split, row.patient_from) == (".", "val", "header")
+
+
+def test_a_scan_that_is_given_twice_has_the_values_of_both_places(archive: Path) -> None:
+    first, second = archive.parent / "a.csv", archive.parent / "b.csv"
+    first.write_text("path,split\nscans/nifti/c1.nii.gz,val\n")
+    second.write_text("path,patient\nscans/nifti/c1.nii.gz,Ann\n")
+    given = [archive / "nifti" / "c1.nii.gz", first, second, first]
+    forget = KeepRules(fresh=True)
+    for several in (given, given[::-1]):
+        (row,) = build_manifest(several, archive.parent / "m.parquet", keep=forget).rows
+        assert (row.path, row.split, row.patient_from) == ("c1.nii.gz", "val", "column")
+
+
+def test_tables_beside_scans_are_no_lists_where_a_pattern_matches_them(archive: Path) -> None:
+    """As `bids/*` matches participants.tsv and dataset_description.json."""
+    (archive / "participants.tsv").write_text("participant_id\tsex\nsub-01\tF\n")
+    (archive / "dataset_description.json").write_text('{"Name": "x"}')
+    (archive / "list.csv").write_text("path\ndicom/a\n")
+    out = archive.parent / "m.parquet"
+    whole = rows_of(build_manifest(archive, out))
+    assert rows_of(build_manifest(archive / "*", out)) == whole
+    assert [row.path for row in build_manifest(archive / "*.csv", out).rows] == ["."]
+    with pytest.raises(UserError, match="only tables and JSON files, such as .*participants.tsv"):
+        build_manifest(archive / "part*", out)
 
 
 def test_other_columns_of_a_list_are_named_and_not_read(

@@ -12,6 +12,7 @@ import os
 import random
 import shutil
 import sys
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from scan_files import make_ct, make_labels, noise_ct, save_labels, save_scan, w
 
 from tapct.base.exits import UserError
 from tapct.data.index.build import build_manifest
+from tapct.data.index.report import MOST_LINES, lines_about
 from tapct.data.manifest import Manifest, Row
 from tapct.data.patients.key import KEY_VARIABLE
 from tapct.data.readers import nifti
@@ -139,6 +141,36 @@ def test_facts_of_a_row_come_from_the_scan(tmp_path: Path) -> None:
         assert value == pytest.approx(low + (high - low) * (place % 1))
     held = np.maximum(hu_ZYX, AIR_HU).astype("<i2").tobytes()
     assert row.digest == hashlib.blake2b(b"(6, 24, 26)" + held, digest_size=16).hexdigest()
+
+
+def test_an_archive_of_many_refused_scans_prints_some_of_them_and_the_number_of_the_others() -> (
+    None
+):
+    def lines(num: int) -> list[str]:
+        rows = [
+            Row(f"{k}", f"{k}.nii", "nifti", "refused", "truncated", "it ends early")
+            for k in range(num)
+        ]
+        manifest = Manifest(tuple(rows), Path("."), "")
+        return [line for line in lines_about(manifest, Path("m"), 1) if line.startswith("  ")]
+
+    assert len(lines(MOST_LINES)) == MOST_LINES and "more line" not in lines(MOST_LINES)[-1]
+    many = lines(MOST_LINES + 7)
+    assert len(many) == MOST_LINES + 1 and many[:-1] == lines(MOST_LINES)
+    assert many[-1].startswith("  and 7 more lines;")
+
+
+def test_a_row_takes_half_a_kilobyte_beside_its_texts() -> None:
+    """An index holds the rows of all scans until it writes the manifest."""
+    texts = ("1" * 16, "a.nii.gz", "nifti")
+    tracemalloc.start()
+    try:
+        before = tracemalloc.get_traced_memory()[0]
+        rows = [Row(*texts) for _ in range(1000)]
+        used = tracemalloc.get_traced_memory()[0] - before
+    finally:
+        tracemalloc.stop()
+    assert len(rows) == 1000 and used / len(rows) < 600
 
 
 def test_reading_gives_back_what_was_written(tmp_path: Path) -> None:

@@ -23,7 +23,8 @@ def store(tmp_path: Path) -> Store:
 
 
 def copies(folder: Path) -> set[str]:
-    return {file.stem for file in folder.glob("*/*.b2nd")}
+    """Digests of the scans that have a copy."""
+    return {file.stem.partition("-")[0] for file in folder.glob("*/*.b2nd")}
 
 
 def test_a_scan_is_copied_once_and_then_read_without_the_store(
@@ -57,8 +58,32 @@ def test_the_copies_used_least_recently_are_deleted_and_the_quota_holds(
     assert copies(cache.folder) == {sums[0], sums[2], sums[3]}
     total = sum(file.stat().st_size for file in cache.folder.glob("*/*"))
     assert total <= cache.quota and int((cache.folder / ".total").read_text()) >= total
-    small = LocalCache(tmp_path / "small", max(sizes))  # one scan would fill more than half of it
-    assert small.local(store.file(0), sums[0]) == store.file(0)
+
+
+def test_a_scan_of_more_than_half_the_quota_is_read_from_the_store_which_is_logged_once(
+    store: Store, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    size = max(store.file(i).stat().st_size for i in range(4))
+    for quota in (size, 10):
+        cached = Store(store.path, cache=LocalCache(tmp_path / "cache", quota))
+        caplog.clear()
+        for i in range(4):
+            np.testing.assert_array_equal(cached.read(i), store.read(i))
+        assert len(caplog.messages) == 1 and "data.cache.quota_gb" in caplog.messages[0]
+    assert not (tmp_path / "cache").exists()
+
+
+def test_two_archives_with_the_same_voxels_use_their_copies_side_by_side(tmp_path: Path) -> None:
+    """Their scans have other IDs, which the packed files hold."""
+    volumes = [ct_like((9, 40, 40), seed) for seed in range(2)]
+    stores = [make_store(tmp_path / "a", volumes), make_store(tmp_path / "b", volumes[::-1])]
+    cache = LocalCache(tmp_path / "cache", 10**9)
+    for turn in (1, 2):
+        for store in stores:
+            cached = Store(store.path, cache=cache)
+            for i in range(2):
+                np.testing.assert_array_equal(cached.read(i), store.read(i))
+        assert (cache.copies, cache.hits) == (4, 4 * (turn - 1))
 
 
 def test_an_unfinished_copy_of_a_killed_process_is_counted_and_makes_room(
