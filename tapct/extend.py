@@ -23,7 +23,8 @@
 | `FurtherMetric` | a metric beside the headline, with a value for each scan |
 | `LabelLayer` | what `Task.layers` returns: a label map that the report shows slice by slice |
 | `PredictedScans`, `ScanPredictions` | predictions behind a headline that is no mean over scans |
-| `pairs_of`, `PairedScans`, `ScanPair` | pairs of scans, and what is kept until both were read |
+| `pairs_of`, `share_a_name` | pairs of scans, also only those with a common landmark |
+| `PairedScans`, `ScanPair` | what is kept of two scans until both were read |
 | `ScanRow` | what `Task.expect_scans` gets of each scan |
 | `patch_truth`, `PatchTruth` | share of each label in each patch of a scan |
 | `fit_decoder`, `Decoder` | a linear decoder from the features of a patch to classes |
@@ -49,7 +50,7 @@ from tapct.eval.contract import (
 from tapct.eval.decoder import Decoder, fit_decoder
 from tapct.eval.features import DenseFeatures, PatchGrid
 from tapct.eval.metric_statistics import PredictedScans, ScanPredictions
-from tapct.eval.pairs import PairedScans, ScanPair, pairs_of
+from tapct.eval.pairs import PairedScans, ScanPair, pairs_of, share_a_name
 from tapct.eval.scans import LabelledScan, ScanRow
 from tapct.eval.truth import PatchTruth, patch_truth
 from tapct.eval.volumes import LabelLayer
@@ -149,4 +150,5 @@ __all__ = [
     "prototype_loss",
     "return_both",
     "setting",
+    "share_a_name",
 ]
