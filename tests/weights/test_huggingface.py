@@ -190,6 +190,21 @@ def test_weights_that_do_not_fit_are_an_error(
         hub.AutoModel.from_pretrained(learned, trust_remote_code=True)
 
 
+def test_weights_of_another_shape_are_an_error_also_where_they_are_to_be_ignored(
+    learned: Path, hub: Any
+) -> None:
+    change_weights(learned, lambda s: s.update({"model.norm.weight": torch.zeros(3)}))
+    with pytest.raises(ValueError, match=r"1 mismatched tensors, model\.norm\.weight"):
+        hub.AutoModel.from_pretrained(learned, trust_remote_code=True, ignore_mismatched_sizes=True)
+
+
+@pytest.mark.parametrize("batch_size", [0, -1])
+def test_a_call_without_a_window_is_an_error(learned: Path, hub: Any, batch_size: int) -> None:
+    model = hub.AutoModel.from_pretrained(learned, trust_remote_code=True)
+    with pytest.raises(ValueError, match=f"batch_size is {batch_size}; give at least 1"):
+        model.embed(torch.zeros((1, 1, 4, 16, 24)), batch_size=batch_size)
+
+
 def test_a_model_made_from_its_config_alone_is_initialised(learned: Path, hub: Any) -> None:
     config = hub.AutoConfig.from_pretrained(learned, trust_remote_code=True)
     state = hub.AutoModel.from_config(config, trust_remote_code=True).state_dict()
