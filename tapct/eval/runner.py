@@ -24,6 +24,7 @@ import torch
 
 import tapct
 from tapct.base import console
+from tapct.base.exits import UserError
 from tapct.base.paths import without_absolute_paths
 from tapct.config import plugins, setting, to_dict
 from tapct.config.plugins import Plugin
@@ -232,10 +233,12 @@ def evaluate(
         share: scans whose features this process computes, for several that compute at once; a last
             call for the whole computes what is left and evaluates.
     Returns:
-        What `results.json` holds.
+        What `results.json` holds; a task that has no result on these scans is named in
+        `without_result`.
     Raises:
-        UserError: no task, no usable scan, a setting that names an unknown label, windows off the
-            patch grid, features that are not finite, or too many scans that cannot be read.
+        UserError: no task, no usable scan, no task with a result, a setting that names an unknown
+            label, windows off the patch grid, features that are not finite, or too many scans that
+            cannot be read.
         ShareComputed: the features of a share are in the cache.
     """
     began = time.perf_counter()
@@ -274,8 +277,10 @@ def evaluate(
         _learn(reader, steps)
         album = _test(reader, config, out, steps)
         cost = _cost(reader)
+    sections, without_result = _sections(config, reader, num_rows=len(rows), album=album)
     evaluation = Evaluation(
-        tasks=_sections(config, reader, num_rows=len(rows), album=album),
+        tasks=sections,
+        without_result=without_result,
         split=_record(reader, check_held_out, on_validation, chosen_on),
         preprocess=to_dict(settled[0].preprocess),
         patch=settled[0].patch,
@@ -443,8 +448,10 @@ def _backbones(
 
 def _sections(
     config: Config, reader: ScanReader, num_rows: int, album: Album
-) -> dict[str, TaskSection]:
-    """Task name -> its results, checked against its contract.
+) -> tuple[dict[str, TaskSection], dict[str, str]]:
+    """Task name -> its results, checked against its contract; and the tasks without a result, with
+    the reason. The work on the others is not lost, therefore this is an error only if no task has
+    one.
 
     Args:
         config: settings of the evaluation.
@@ -452,14 +459,19 @@ def _sections(
         num_rows: number of accepted scans, usable or not.
         album: pictures of the test scans.
     Raises:
-        UserError: a headline has values for a model that was not evaluated.
+        UserError: no task has a result.
     """
     settings = {plugin.name: to_dict(plugin.config) for plugin in config.tasks}
     names = [model.name for model in reader.features.models]
     patient_of = {row.id: row.patient for row in reader.read_rows("test")}
     sections: dict[str, TaskSection] = {}
+    failed: dict[str, UserError] = {}
     for task_run in reader.task_runs:
-        results, headline = task_run.checked_results(names)
+        try:
+            results, headline = task_run.checked_results(names)
+        except UserError as error:
+            failed[task_run.name] = error
+            continue
         predicted = task_run.task.predicted_scans()
         sections[task_run.name] = TaskSection(
             config=without_absolute_paths(settings[task_run.name]),
@@ -474,7 +486,9 @@ def _sections(
                 results, headline, predicted, patient_of, config.seed
             ),
         )
-    return sections
+    if not sections:
+        raise next(iter(failed.values()))
+    return sections, {name: str(error) for name, error in failed.items()}
 
 
 def _record(
