@@ -488,7 +488,9 @@ def _sections(
         )
     if not sections:
         raise next(iter(failed.values()))
-    return sections, {name: str(error) for name, error in failed.items()}
+    return sections, {
+        name: str(error).removeprefix(f"task {name}: ") for name, error in failed.items()
+    }
 
 
 def _record(

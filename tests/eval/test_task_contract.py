@@ -594,7 +594,7 @@ def test_a_task_without_a_result_does_not_lose_the_others(
     why = "no two test scans of a pair have an organ in common"
 
     def fail(self: Any) -> Any:
-        raise UserError(why)
+        raise UserError(f"task patch_knn: {why}")
 
     module: Any = plugins.load("eval.tasks", "patch_knn")
     monkeypatch.setattr(module.PatchKnn, "results", fail)
