@@ -20,6 +20,7 @@ from torch import Tensor
 from tapct.base.exits import UserError
 from tapct.base.geometry import Grid, Size3, patch_grid, times
 from tapct.config import setting
+from tapct.data.scans.geometry import SPACING_RANGE_MM
 from tapct.types import AIR_HU, HUContract
 from tapct.views.resample import resize_volume
 
@@ -81,8 +82,21 @@ class Preprocess:
         "cell are the mean over all patches that cover it",
         ge=1,
     )
+    spacing_mm: tuple[float, float, float] = setting(
+        (0.0, 0.0, 0.0),
+        "voxel spacing (z, y, x) in mm that the scan is resized to, so that the window has the "
+        "same size in mm in every scan; it replaces size_yx along y and x. 0: not by spacing",
+        ge=0,
+    )
 
     def __post_init__(self) -> None:
+        low, high = SPACING_RANGE_MM
+        for axis, mm in zip("zyx", self.spacing_mm, strict=True):
+            if mm and not low <= mm <= high:
+                raise UserError(
+                    f"preprocess.spacing_mm is {mm:g} along {axis}; rule: 0, or from {low:g} to "
+                    f"{high:g} mm"
+                )
         for axis, window, stride in zip("zyx", self.window, self.stride, strict=True):
             if stride > window:
                 raise UserError(
@@ -90,6 +104,11 @@ class Preprocess:
                     f"{window}: voxels would be "
                     f"skipped. Use {window} or less."
                 )
+
+    @property
+    def needs_spacing(self) -> bool:
+        """Whether the size of the resized scan depends on the spacing of the scan."""
+        return any(self.spacing_mm)
 
     def cell(self, patch: Size3, name: str = "preprocess") -> Size3:
         """Voxels (z, y, x) of a cell of the feature grid: a patch, or a part of it.
@@ -141,12 +160,37 @@ class PatchGrid:
     original: Size3
 
     @classmethod
-    def of_scan(cls, shape_ZYX: Sequence[int], preprocess: Preprocess, patch: Size3) -> PatchGrid:
-        """The grid of a scan of this shape in voxels; the voxels need not be read."""
+    def of_scan(
+        cls,
+        shape_ZYX: Sequence[int],
+        preprocess: Preprocess,
+        patch: Size3,
+        spacing_mm: Sequence[float] | None = None,
+    ) -> PatchGrid:
+        """The grid of a scan of this shape in voxels; the voxels need not be read.
+
+        Args:
+            shape_ZYX: voxels of the scan.
+            preprocess: how it is resized.
+            patch: voxels (z, y, x) of a patch.
+            spacing_mm: mm of the scan's voxels along (z, y, x); needed where `preprocess` resizes
+                to a spacing.
+        Raises:
+            UserError: the spacing is missing, or windows do not lie on the grid.
+        """
         depth, height, width = shape_ZYX
         size_y, size_x = preprocess.size_yx
-        resized = (depth, size_y or height, size_x or width)
-        return cls(preprocess.cell(patch), resized, (depth, height, width))
+        resized = [depth, size_y or height, size_x or width]
+        if preprocess.needs_spacing and spacing_mm is None:
+            raise UserError(
+                "preprocess.spacing_mm resizes each scan to a spacing, and the spacing of this "
+                "scan was not given; give spacing_mm"
+            )
+        for axis, wanted in enumerate(preprocess.spacing_mm):
+            if wanted and spacing_mm is not None:
+                resized[axis] = max(1, int(shape_ZYX[axis] * spacing_mm[axis] / wanted + 0.5))
+        z, y, x = resized
+        return cls(preprocess.cell(patch), (z, y, x), (depth, height, width))
 
     @property
     def shape(self) -> Grid:
@@ -352,20 +396,20 @@ def prepare(
     device: torch.device | str = "cpu",
     spacing_mm: Sequence[float] | None = None,
 ) -> Prepared:
-    """Resize in-plane, clip, normalise and pad a scan.
+    """Resize, clip, normalise and pad a scan.
 
     By default the clip comes before the resize, as in training: metal and padding values must not
     ring into tissue.
 
     Args:
         hu_ZYX: int16 HU of the whole scan.
-        spacing_mm: mm of the scan's own voxels along (z, y, x); only a backbone that works in mm
-            needs it.
+        spacing_mm: mm of the scan's own voxels along (z, y, x); only a backbone that works in mm,
+            or `Preprocess.spacing_mm`, needs it.
     Raises:
-        UserError: window or stride off the patch grid.
+        UserError: window or stride off the patch grid, or no spacing where it is needed.
     """
     depth, height, width = hu_ZYX.shape
-    grid = PatchGrid.of_scan(hu_ZYX.shape, preprocess, patch)
+    grid = PatchGrid.of_scan(hu_ZYX.shape, preprocess, patch, spacing_mm)
     resized = grid.resized
     padded = [
         max(-(-size // side) * side, window)
@@ -375,8 +419,11 @@ def prepare(
     if preprocess.pad == "raw":
         air = (AIR_HU - contract.mean) / contract.std
     input_ZYX = torch.full(padded, air, device=device)
+    planes_ZYX = None  # slices that have their size, where they are resampled along z too
+    if resized[0] != depth:
+        planes_ZYX = torch.empty((depth, *resized[1:]), device=device)
     step = max(1, _SLAB_BYTES // (4 * height * width))
-    for start in range(0, depth, step):  # z is not resized, so slabs of slices are independent
+    for start in range(0, depth, step):  # in their plane, slabs of slices are independent
         slab = torch.from_numpy(np.ascontiguousarray(hu_ZYX[start : start + step])).to(
             device, torch.float32
         )
@@ -384,7 +431,13 @@ def prepare(
             slab = slab.clamp(contract.clip_low, contract.clip_high)
         if resized[1:] != (height, width):
             slab = resized_slab(slab, resized[1:], preprocess, contract)
+        if planes_ZYX is not None:
+            planes_ZYX[start : start + len(slab)] = slab
+            continue
         input_ZYX[start : start + len(slab), : resized[1], : resized[2]] = contract.normalise(slab)
+    if planes_ZYX is not None:
+        whole_ZYX = resize_volume(planes_ZYX, resized, _air_hu(preprocess, contract))
+        input_ZYX[: resized[0], : resized[1], : resized[2]] = contract.normalise(whole_ZYX)
     if spacing_mm is None:
         return Prepared(input_ZYX, grid)
     z, y, x = (mm / side for mm, side in zip(grid.spacing_mm(spacing_mm), grid.patch, strict=True))
@@ -403,10 +456,14 @@ def resized_slab(
         contract: HU window.
     """
     if preprocess.resize == "antialias":
-        is_clipped = preprocess.clip == "before_resize"
-        air = contract.clip_low if is_clipped else float(AIR_HU)
+        air = _air_hu(preprocess, contract)
         return resize_volume(hu_ZYX, (len(hu_ZYX), *size_yx), air)
     return F.interpolate(hu_ZYX[:, None], size=size_yx, mode=RESIZES[preprocess.resize])[:, 0]
+
+
+def _air_hu(preprocess: Preprocess, contract: HUContract) -> float:
+    """HU outside of the scan during the resize."""
+    return contract.clip_low if preprocess.clip == "before_resize" else float(AIR_HU)
 
 
 def window_starts(size: int, window: int, stride: int) -> list[int]:
