@@ -196,13 +196,16 @@ def test_the_line_of_the_classes_names_every_organ_that_is_left_out() -> None:
     labels[:, :4, :4] = 2
     labels[1, 7, 7] = 3  # a part of a patch
     labels[1, 4:6, 4:6] = 4
+    labels[0, 4:6, 4:6] = 6
     hu_ZYX, spacing_mm = np.zeros(GRID.original, np.int16), (1.0, 1.0, 1.0)
-    names = ((1, "body"), (2, "liver"), (3, "spleen"), (4, "heart"), (5, "aorta"))
+    names = ((1, "body"), (2, "liver"), (3, "spleen"), (4, "heart"), (5, "aorta"), (6, "lung"))
     one = LabelledScan(
         "s0", Volume(hu_ZYX, spacing_mm), LabelMap(labels, spacing_mm, names=names), "p0"
     )
     labels_of_test = np.where(labels == 4, 1, labels)
     labels_of_test[0, 6, 6] = 5
+    labels_of_test[0, 4:6, 4:6] = 1
+    labels_of_test[0, 4, 4] = 6  # a part of a patch
     label_map = LabelMap(labels_of_test, spacing_mm, names=names)
     other = LabelledScan("s1", Volume(hu_ZYX, spacing_mm), label_map, "p1")
     dense = features_of(scan_of(0))
@@ -211,7 +214,8 @@ def test_the_line_of_the_classes_names_every_organ_that_is_left_out() -> None:
     task.judge("m", dense, task.truth(other, GRID, IN_PLAY_Z))
     assert task.headline().mean_of == (
         "mean of the recall of 2 classes: body, liver; left out: aorta (in no training scan), "
-        "heart (no test patch is mostly of it), spleen (no training patch is mostly of it)"
+        "heart (in no test scan), lung (no test patch is mostly of it), spleen (no training patch "
+        "is mostly of it)"
     )
 
 

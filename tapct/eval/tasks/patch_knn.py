@@ -332,6 +332,8 @@ class PatchKnn(Task[PatchTruth, None]):
                 why = "in no training scan"
             elif name not in self.classes:
                 why = "no training patch is mostly of it"
+            elif name not in self._in_test and name not in (OUTSIDE, BODY):
+                why = "in no test scan"
             else:
                 why = "no test patch is mostly of it"
             left_out.append(f"{name} ({why})")
