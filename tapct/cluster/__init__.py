@@ -40,17 +40,18 @@ that it does.
 
 These other places depend on SLURM as well, and have to be changed:
 
-- Nothing selects a scheduler. `submit.py` imports `slurm` and `script` by name, `jobs.py`,
-  `arrays.py`, `cli/cluster.py` and `cli/arrays.py` import `slurm`.
+- Nothing selects a scheduler. `submit.py` and `arrays.py` import `slurm` and `script` by name,
+  `jobs.py`, `cli/cluster.py` and `cli/submitted_resources.py` import `slurm`.
 - `jobs.py` recognises only job IDs such as `12` and `12_3`; PBS has IDs such as `123.server`.
 - `task.py` reads SLURM_RESTART_COUNT and SLURM_JOB_NODELIST.
-- `resources.py` holds the options of sbatch.
+- `resources.py` and `sbatch_options.py` hold the options of sbatch. `site.py` reads two keys with
+  such options, `sbatch` and `srun-args`.
 - `base/ranks.py` reads variables of SLURM for rank and world size (LAUNCHERS), restarts
   (`restarts`), ranks per node (`per_node`) and the address at which the ranks meet (`rendezvous`,
   `first_host`). PLACE_VARIABLES lists the variables that a child process must not inherit.
 - `base/lease.py` reads SLURM_JOB_ID, so that a requeued job takes over its run folder at once.
 - `base/launcher.py` reads the number of tasks of the job, to notice that srun was forgotten.
-- `run/provenance.py` reads job and nodes, for run.json.
+- `base/ending.py` reads the name of the node, and `run/provenance.py` job and nodes, for run.json.
 - `engine/stop.py` reads SLURM_JOB_END_TIME, the time at which the job ends.
 - `run/background_eval.py` calls sbatch from inside a job to evaluate during
   training. It lies below this folder in the order of imports, so it uses none of these functions.

@@ -39,7 +39,7 @@ class Config:
     )
     straggler_factor: float = setting(
         2.0,
-        "a rank is named in the log if it arrives at a step this many times later than the "
-        "median rank",
+        "a rank is named in the log if the time from the start of a step until it is ready for "
+        "what the ranks do together is at least this many times the median of all ranks",
         gt=1.0,
     )

@@ -86,7 +86,7 @@ class Config:
     init_allow: tuple[str, ...] = setting(
         (),
         "which mismatches between these weights and the model are allowed: missing, resized "
-        "(inflated too), inflated, unexpected",
+        "(which allows inflated too), inflated, unexpected",
     )
     init_window: tuple[int, int, int] | None = setting(
         None,

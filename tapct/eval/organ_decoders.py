@@ -34,7 +34,7 @@ class DecoderConfig:
     class_power: float = setting(
         0.5,
         "exponent p of the class weights (n / n_c)^p in the cross-entropy, n_c patches of class c "
-        "among n; 0: every patch has the same weight, 1: every class has",
+        "among n; 0: every patch has the same weight, 1: every class has the same weight",
         ge=0,
         le=1,
     )
@@ -49,7 +49,8 @@ class DecoderConfig:
     )
     steps: int = setting(
         100,
-        "`linear`: L-BFGS iterations; the other heads: minibatches of 4,096 patches, in tens",
+        "`linear`: L-BFGS iterations; the other heads are trained on 10 times this number of "
+        "minibatches of 4,096 patches",
         ge=1,
     )
     lr: tuple[float, ...] = setting(

@@ -59,11 +59,18 @@ class HeadSettings:
     attention_lr: tuple[float, ...] = setting(
         (1e-4, 1e-3, 1e-2), "`abmil`, `efficient`: learning rates", gt=0
     )
-    epochs: int = setting(150, "heads trained by AdamW: epochs; same challenge", ge=1)
-    warmup_epochs: int = setting(
-        5, "heads trained by AdamW: epochs of warm-up, before a cosine; same challenge", ge=0
+    epochs: int = setting(
+        150,
+        "heads trained by AdamW (all but `logistic` and `ridge`): epochs; CVPR 2026 challenge on "
+        "general CT diagnosis",
+        ge=1,
     )
-    batch_size: int = setting(128, "heads trained by AdamW: scans per step; same challenge", ge=1)
+    warmup_epochs: int = setting(
+        5, "heads trained by AdamW: epochs of warm-up, before a cosine; CVPR 2026 challenge", ge=0
+    )
+    batch_size: int = setting(
+        128, "heads trained by AdamW: scans per step; CVPR 2026 challenge", ge=1
+    )
     hidden: int = setting(128, "`abmil`: channels of the attention", ge=1)
     queries: int = setting(8, "`efficient`: number of queries", ge=1)
 
@@ -85,7 +92,7 @@ class ClassHeadSettings:
     )
     weight_decay: tuple[float, ...] = setting(
         (1e-5, 1e-4, 1e-3, 1e-2),
-        "`adamw_grid`: weight decays, each with each learning rate; same challenge",
+        "`adamw_grid`: weight decays, each with each learning rate; CVPR 2026 challenge",
         ge=0,
     )
 

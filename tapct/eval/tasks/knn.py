@@ -35,8 +35,8 @@ class Config(ScanConfig):
 
     k: tuple[int, ...] = setting(
         (10, 20, 100, 200),
-        "numbers of neighbours to choose from, and ranks of the precision of the retrieval; of a "
-        "number above the number of training scans, all scans vote; arXiv:2304.07193",
+        "numbers of neighbours to choose from, and ranks of the precision of the retrieval; if a "
+        "number is above the number of training scans, all of them vote; arXiv:2304.07193",
         ge=1,
     )
     temperature: float = setting(

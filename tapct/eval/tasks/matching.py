@@ -82,7 +82,8 @@ class Config:
     )
     top: int = setting(
         5,
-        "number of places per point of which at least one must be a hit; 1 is always counted",
+        "number of best matches per point among which one must be a hit, for the second hit rate; "
+        "the hit rate of the best match alone is always computed",
         ge=1,
     )
     blocks: str = setting(

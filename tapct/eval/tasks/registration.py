@@ -89,9 +89,10 @@ class Config:
     )
     cycle_patches: int = setting(
         1,
-        "largest distance, in patches (or cells, see eval.preprocess.refine) along each axis, "
-        "between a patch and the patch that its "
-        "partner's nearest feature is in; 0: only mutual nearest patches",
+        "a patch of the fixed scan and its nearest patch in the moving scan are a pair if the "
+        "search back from there ends at most this number of patches (or cells, see "
+        "eval.preprocess.refine) away from the first patch along each axis; 0: only if it ends at "
+        "the first patch itself",
         ge=0,
     )
     inlier_mm: float = setting(
