@@ -23,7 +23,8 @@
 | `FurtherMetric` | a metric beside the headline, with a value for each scan |
 | `LabelLayer` | what `Task.layers` returns: a label map that the report shows slice by slice |
 | `PredictedScans`, `ScanPredictions` | predictions behind a headline that is no mean over scans |
-| `pairs_of`, `PairedScans`, `ScanPair` | pairs of scans, and what is kept until both were read |
+| `pairs_of`, `share_a_name` | pairs of scans, also only those with a common landmark |
+| `PairedScans`, `ScanPair` | what is kept of two scans until both were read |
 | `ScanRow` | what `Task.expect_scans` gets of each scan |
 | `patch_truth`, `PatchTruth` | share of each label in each patch of a scan |
 | `fit_decoder`, `Decoder` | a linear decoder from the features of a patch to classes |
@@ -42,7 +43,7 @@ from tapct.eval.features.dense import DenseFeatures, PatchGrid
 from tapct.eval.heads.decoder import Decoder, fit_decoder
 from tapct.eval.labels.truth import PatchTruth, patch_truth
 from tapct.eval.metrics.prediction_statistics import PredictedScans, ScanPredictions
-from tapct.eval.pairs.partners import PairedScans, ScanPair, pairs_of
+from tapct.eval.pairs.partners import PairedScans, ScanPair, pairs_of, share_a_name
 from tapct.eval.pictures.volumes import LabelLayer
 from tapct.eval.scans.labelled_scan import LabelledScan
 from tapct.eval.scans.usable import Labels, ScanRow
@@ -143,4 +144,5 @@ __all__ = [
     "prototype_loss",
     "return_both",
     "setting",
+    "share_a_name",
 ]

@@ -68,6 +68,7 @@ def evaluation(
     labels: str = "labels",
     weights: str = "",
     spread: float = 0.0,
+    without_result: Mapping[str, str] | None = None,
 ) -> Evaluation:
     """An evaluation whose headline has a value; settings that are given differ from the usual.
 
@@ -112,6 +113,7 @@ def evaluation(
         0,
         origin=origin,
         settings=changed,
+        without_result=without_result or {},
     )
 
 

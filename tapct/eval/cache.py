@@ -144,7 +144,8 @@ def model_key(
         "version": VERSION,
     }
     text = hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=16).hexdigest()
-    return ModelKey(text, facts, bool(getattr(model, "needs_spacing", False)))
+    in_mm = bool(getattr(model, "needs_spacing", False)) or preprocess.needs_spacing
+    return ModelKey(text, facts, in_mm)
 
 
 def weights_digest(model: nn.Module) -> str:

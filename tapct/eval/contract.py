@@ -6,7 +6,7 @@ Axes: D channels, Z Y X depth height width in patches of the grid.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Generic, TypeVar
 
@@ -86,6 +86,16 @@ class Task(ABC, Generic[TruthT, PredictionT]):
 
         Args:
             num_train: number of training scans, for tasks that keep a share of the patches of each.
+        """
+
+    def expect_landmarks(self, names_of: Mapping[str, Collection[str]]) -> None:
+        """Learn the names of landmarks, for tasks that need `Labels.LANDMARKS`: a task that
+        compares two scans can then leave out pairs that have no point in common.
+
+        Called once, after `begin` and before `expect_scans`.
+
+        Args:
+            names_of: scan ID -> names of its landmarks, for the training and the test scans.
         """
 
     def expect_scans(self, train: Sequence[ScanRow], test: Sequence[ScanRow]) -> None:

@@ -224,10 +224,12 @@ def evaluate(
         share: scans whose features this process computes, for several that compute at once; a last
             call for the whole computes what is left and evaluates.
     Returns:
-        What `results.json` holds.
+        What `results.json` holds; a task that has no result on these scans is named in
+        `without_result`.
     Raises:
-        UserError: no task, no usable scan, a setting that names an unknown label, windows off the
-            patch grid, features that are not finite, or too many scans that cannot be read.
+        UserError: no task, no usable scan, no task with a result, a setting that names an unknown
+            label, windows off the patch grid, features that are not finite, or too many scans that
+            cannot be read.
         ShareComputed: the features of a share are in the cache.
     """
     began = time.perf_counter()
@@ -266,8 +268,12 @@ def evaluate(
         _learn(reader, steps)
         album = _test(reader, config, out, steps)
         cost = cost_of(reader)
+    sections, without_result = sections_of(
+        config.tasks, reader, num_rows=len(rows), album=album, seed=config.seed
+    )
     evaluation = Evaluation(
-        tasks=sections_of(config.tasks, reader, num_rows=len(rows), album=album, seed=config.seed),
+        tasks=sections,
+        without_result=without_result,
         split=split_record(reader, check_held_out, on_validation, chosen_on),
         preprocess=to_dict(settled[0].preprocess),
         patch=settled[0].patch,

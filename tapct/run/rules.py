@@ -232,12 +232,16 @@ def doubts_about_views(config: RunConfig) -> Iterator[str]:
         )
     preprocess = config.eval.preprocess
     for axis, size, side in zip("yx", preprocess.size_yx, preprocess.window[1:], strict=True):
+        if preprocess.spacing_mm["zyx".index(axis)]:
+            continue  # the size is that of each scan
         if 0 < size < side:
             yield (
                 f"eval.preprocess.size_yx is {size} along {axis}, less than the {side} of "
                 "eval.preprocess.window: every window is filled up with air"
             )
     for axis, number in (("y", 1), ("x", 2)):
+        if preprocess.spacing_mm[number]:
+            continue
         size, side = preprocess.size_yx[number - 1], preprocess.window[number]
         patch = needs.patch_of(config.model)[number]
         padded = max(-(-size // patch) * patch, side)

@@ -32,11 +32,31 @@ FORMAT, FORMAT_VERSION = "tapct", 1
 CARD_FILE = ExportFolder(Path()).card.name
 DEFAULT_BACKBONE = "vit"  # DINOv2's architecture, with any number of dimensions
 WEIGHTS_FILE = ExportFolder(Path()).weights.name
-# Settings that came after the first exports, with the values that cards without them imply.
+# Settings that came after the first exports, with the values that cards without them imply. A
+# network without rotary positions does not read those of `rope`.
 LATER: dict[str, dict[str, Any]] = {
-    "model": {"pos_offset": 0.0, "norm_eps": 1e-6},
-    "model.rope": {"axes": "zyx"},
-    "preprocess": {"resize": "antialias", "clip": "before_resize", "pad": "clipped"},
+    "model": {
+        "pos_offset": 0.0,
+        "norm_eps": 1e-6,
+        "qk_norm": False,
+        "positions": "learned",
+        "rope": {},
+    },
+    "model.rope": {
+        "coordinates": "normalised",
+        "axes": "zyx",
+        "base": 100.0,
+        "shortest": None,
+        "jitter": 1.0,
+        "rescale": 1.0,
+    },
+    "preprocess": {
+        "resize": "antialias",
+        "clip": "before_resize",
+        "pad": "clipped",
+        "refine": [1, 1, 1],
+        "spacing_mm": [0.0, 0.0, 0.0],
+    },
 }
 ORIENTATION = (
     "array axes (z, y, x), LPS: z towards the head, y towards the back, x towards the patient's "
@@ -210,7 +230,7 @@ def with_later_settings(given: Mapping[str, Any]) -> dict[str, Any]:
         is_other = path.startswith("model") and backbone != DEFAULT_BACKBONE
         if isinstance(section, dict) and not is_other:
             for key, value in values.items():
-                section.setdefault(key, value)
+                section.setdefault(key, copy.deepcopy(value))
     return full
 
 

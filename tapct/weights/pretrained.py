@@ -89,8 +89,17 @@ class Pretrained(nn.Module):
         for value in (*args, *kwargs.values()):
             if isinstance(value, torch.dtype):
                 self.check_dtype(value)
+            elif isinstance(value, Tensor):  # its device and dtype are those of the backbone then
+                self.check_dtype(value.dtype)
         moved: Pretrained = super().to(*args, **kwargs)
         return moved
+
+    def type(self, dst_type: torch.dtype | str) -> Pretrained:
+        """Change the dtype of the weights, as in torch."""
+        if isinstance(dst_type, str):  # such as "torch.HalfTensor"
+            dst_type = torch.empty(0).type(dst_type).dtype
+        self.check_dtype(dst_type)
+        return super().type(dst_type)
 
     def check_dtype(self, dtype: torch.dtype) -> None:
         """Raise UserError for float16 and weights of another project."""
@@ -99,6 +108,12 @@ class Pretrained(nn.Module):
                 "float16 is refused for published weights: a user of TAP-CT-B has reported NaN "
                 "on some windows in float16; use bfloat16 or float32"
             )
+
+    def _check_precision(self, device: torch.device) -> None:
+        """Refuse weights, or an autocast around the call, that `check_dtype` refuses."""
+        self.check_dtype(next(self.model.parameters()).dtype)
+        if torch.is_autocast_enabled(device.type):
+            self.check_dtype(torch.get_autocast_dtype(device.type))
 
     def forward(self, crops: Tensor, spacing_mm: Sequence[float] | None = None) -> Tokens:
         """Tokens of crops that are already normalised (`contract.normalise`).
@@ -182,8 +197,7 @@ class Pretrained(nn.Module):
         """Block -> tokens of one batch of crops, after a check of shape and values."""
         crops = checked_crops(crops, self.contract)
         self.check_dtype(crops.dtype)
-        if torch.is_autocast_enabled(crops.device.type):
-            self.check_dtype(torch.get_autocast_dtype(crops.device.type))
+        self._check_precision(crops.device)
         spacings = None
         if spacing_mm is not None and getattr(self.model, "needs_spacing", False):
             spacings = [spacing_of_crops(spacing_mm, crops)]
@@ -200,8 +214,11 @@ class Pretrained(nn.Module):
 
         Args:
             volume: scan from `tapct.read_volume`.
-            batch: windows per forward call.
+            batch: windows per forward call, at least 1.
+        Raises:
+            UserError: float16 and weights of another project, or `batch` is below 1.
         """
+        self._check_precision(self.device)
         return dense_features(
             self.model,
             volume.hu_ZYX,
@@ -236,11 +253,13 @@ class Pretrained(nn.Module):
             spacing_mm: distance of the voxels of an array along (z, y, x).
             blocks: number of last blocks, or numbers of blocks counted from 0, whose features are
                 returned in `block`.
-            batch: windows per forward call.
+            batch: windows per forward call, at least 1.
         Raises:
             Refused: the scan breaks a rule of docs/ingest.md, or its features are not finite.
-            UserError: the array is no scan in HU, or a block does not exist.
+            UserError: the array is no scan in HU, a block does not exist, float16 and weights of
+                another project, or `batch` is below 1.
         """
+        self._check_precision(self.device)
         wanted = self.block_numbers(blocks)
         volume = volume_of(scan, spacing_mm)
         patch, num_blocks = patch_of(self.model), num_blocks_of(self.model)

@@ -232,7 +232,9 @@ def _tensors(file: Path) -> dict[str, Tensor]:
         ) from error
     except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
         raise UserError(
-            f"{file} cannot be read by torch.load: {single_line(error, 200)}"
+            f"{file} cannot be read by torch.load ({type(error).__name__}: "
+            f"{single_line(error, 200)}): torch.save has not written it, or it is damaged; get the "
+            "file again"
         ) from error
     tensors = flatten(tree)
     if not tensors:

@@ -66,6 +66,8 @@ def stated_preprocess(facts: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         }
         preprocess = {
             "size_yx": processor["size"],
+            # exports before it have no such key
+            "spacing_mm": processor.get("resize_spacing_mm", (0.0, 0.0, 0.0)),
             "window": facts["window_size"],
             "stride": facts["window_stride"],
             "refine": facts.get("window_refine", (1, 1, 1)),  # exports before it have no such key

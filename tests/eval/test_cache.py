@@ -181,6 +181,15 @@ def test_a_changed_source_file_of_any_layer_has_another_key(
     assert model_key(model, HUContract(), PREPROCESS, CPU).text != before
 
 
+def test_the_spacing_counts_where_scans_are_resized_to_one() -> None:
+    model, device = RawPatches((2, 4, 4)), torch.device("cpu")
+    for wanted, differ in (((0.0, 0.0, 0.0), False), ((0.0, 1.0, 1.0), True)):
+        preprocess = Preprocess((32, 32), (4, 16, 16), (4, 16, 16), spacing_mm=wanted)
+        key = model_key(model, HUContract(), preprocess, device)
+        one, other = (key.scan("ab" * 16, (3.0, mm, mm)) for mm in (0.7, 0.8))
+        assert key.in_mm is differ and (one != other) is differ
+
+
 def test_the_spacing_counts_only_for_a_model_in_mm() -> None:
     in_mm = dataclasses.replace(BASE, dim=32, positions="rope", rope=rope.Config(coordinates="mm"))
     one, two = (1.0, 1.0, 1.0), (2.0, 1.0, 1.0)

@@ -583,6 +583,37 @@ def test_tasks_on_pairs_of_scans_get_them_through_the_runner(tmp_path: Path) -> 
         )  # fmt: skip
 
 
+def test_a_task_without_a_result_does_not_lose_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = tuple(Row(f"s{n}", f"p{n}", str(n), True) for n in range(6))
+    store = MemoryStore(rows, lambda row: scan_of(int(row.path)))
+    why = "no two test scans of a pair have an organ in common"
+
+    def fail(self: Any) -> Any:
+        raise UserError(f"task patch_knn: {why}")
+
+    module: Any = plugins.load("eval.tasks", "patch_knn")
+    monkeypatch.setattr(module.PatchKnn, "results", fail)
+    names = ("patch_knn", "segmentation")
+    tasks = tuple(Plugin(name, plugins.load("eval.tasks", name).Config()) for name in names)
+
+    def evaluate(*tasks: Plugin) -> Evaluation:
+        return runner.evaluate(
+            [NamedModel("raw_hu", RawPatches((2, 4, 4)))], rows, store,
+            runner.Config(tasks=tasks), contract=HUContract(), out=tmp_path,
+            preprocess=Preprocess((32, 32), (4, 16, 16), (4, 16, 16)),
+        )  # fmt: skip
+
+    evaluation = evaluate(*tasks)
+    assert list(evaluation.tasks) == ["segmentation"]
+    assert evaluation.without_result == {"patch_knn": why}
+    assert f"no result of patch_knn: {why}" in evaluation.lines()
+    assert from_json(json.loads((tmp_path / "results.json").read_text())) == evaluation
+    with pytest.raises(UserError, match="have an organ in common"):
+        evaluate(tasks[0])
+
+
 @pytest.mark.parametrize("name", ["matching", "registration"])
 def test_the_page_names_every_number_of_a_task_on_pairs(name: str) -> None:
     page = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text(encoding="utf-8")

@@ -158,6 +158,13 @@ def test_the_page_is_whole_and_asks_nobody_for_anything(tmp_path: Path) -> None:
         assert words in found.words, words
 
 
+def test_a_task_without_a_result_is_named_with_its_reason(tmp_path: Path) -> None:
+    run = run_folder(tmp_path / "run")
+    add_evaluation(run, without_result={"registration": "no <organ> in common"})
+    html = page.write(run).read_text()
+    assert '<p class="missing">No result of registration: no &lt;organ&gt; in common</p>' in html
+
+
 def test_the_dice_table_shows_the_numbers_of_the_results(tmp_path: Path) -> None:
     run = run_folder(tmp_path / "run")
     add_evaluation(run)

@@ -161,6 +161,46 @@ def test_float16_is_refused_for_published_weights_with_the_reason(tmp_path: Path
     with torch.autocast("cpu", torch.bfloat16):
         assert loaded(torch.zeros(1, 4, 8, 8)).cls_BD.isfinite().all()
     assert loaded.to(torch.float64) is loaded
+    assert loaded.type(torch.float32) is loaded
+
+
+def test_float16_is_refused_on_every_way_that_torch_and_tapct_have(tmp_path: Path) -> None:
+    """Also through the type of another tensor, and around the features of a whole scan."""
+    loaded = tapct.load_pretrained(file_of(TAP)(tmp_path))
+    reason = "float16 is refused for published weights.*NaN"
+    hu = np.full((4, 8, 8), -1000, np.int16)
+    hu[:, 2:6, 2:6] = 40
+    volume = tapct.Volume(hu, (3.0, 1.0, 1.0))
+    for change in (
+        lambda: loaded.to(torch.zeros(1, dtype=torch.float16)),
+        lambda: loaded.type(torch.float16),
+        lambda: loaded.type("torch.HalfTensor"),
+    ):
+        with pytest.raises(UserError, match=reason):
+            change()
+    for call in (loaded.embed, loaded.dense):
+        with pytest.raises(UserError, match=reason), torch.autocast("cpu", torch.float16):
+            call(volume)
+    loaded.model.half()  # the backbone itself
+    for call in (loaded.embed, loaded.dense, lambda _: loaded(torch.zeros(1, 4, 8, 8))):
+        with pytest.raises(UserError, match=reason):
+            call(volume)
+
+
+def test_a_call_without_a_window_is_refused(tmp_path: Path) -> None:
+    """All windows of a scan would be one batch, whatever the memory."""
+    loaded = tapct.load_pretrained(file_of(TAP)(tmp_path))
+    volume = tapct.Volume(np.full((4, 8, 8), -1000, np.int16), (3.0, 1.0, 1.0))
+    for batch in (0, -1):
+        for call in (loaded.embed, loaded.dense):
+            with pytest.raises(UserError, match=f"batch is {batch}; give at least 1"):
+                call(volume, batch=batch)
+
+
+def test_a_file_that_torch_has_not_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "junk.pth").write_bytes(b"junk" * 100)
+    with pytest.raises(UserError, match=r"junk\.pth cannot.*torch\.save has not written it"):
+        tapct.load_pretrained(tmp_path / "junk.pth")
 
 
 def test_the_only_teacher_of_a_training_checkpoint_is_read_and_the_rest_is_named(

@@ -121,6 +121,38 @@ def test_other_ways_to_prepare_a_scan_are_those_of_tapct(
     torch.testing.assert_close(found, prepared.input_ZYX[: len(found)], rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("resize", ["antialias", "cubic"])
+@pytest.mark.parametrize("clip", ["before_resize", "after_resize"])
+def test_scans_that_are_resized_to_a_spacing_are_those_of_tapct(
+    resize: str, clip: str, hub: Any, tmp_path: Path
+) -> None:
+    preprocess = dataclasses.replace(
+        PREPROCESS, resize=resize, clip=clip, spacing_mm=(1.7, 0.0, 1.1)
+    )
+    settings = dataclasses.replace(settings_of(LEARNED), preprocess=preprocess)
+    backbone, scan = network(LEARNED), volume()
+    save_folder(tmp_path / "x", backbone, settings, ModelFacts("x"))
+    assert "1.7 × own × 1.1 mm" in (tmp_path / "x" / "README.md").read_text(encoding="utf-8")
+    processor = hub.AutoProcessor.from_pretrained(tmp_path / "x", trust_remote_code=True)
+    inputs = processor(scan.hu_ZYX, spacing_mm=SPACING_MM)
+    prepared = prepare(scan.hu_ZYX, CONTRACT, preprocess, LEARNED.patch, spacing_mm=SPACING_MM)
+    found = inputs["pixel_values"][0, 0]
+    torch.testing.assert_close(
+        found, prepared.input_ZYX[tuple(map(slice, found.shape))], rtol=0, atol=1e-5
+    )
+    assert inputs["spacing_mm"][0].tolist() == pytest.approx(prepared.spacing_mm)
+    model = hub.AutoModel.from_pretrained(tmp_path / "x", trust_remote_code=True)
+    want = Pretrained(backbone, settings, {}).embed(scan)
+    inputs.pop("spacing_mm")
+    embedded = model.embed(**inputs)
+    np.testing.assert_allclose(embedded.feature_map[0].numpy(), want.features_DZYX, atol=1e-5)
+    with pytest.raises(ValueError, match="pass spacing_mm"):
+        processor(scan.hu_ZYX)
+    both = np.stack([scan.hu_ZYX, scan.hu_ZYX])[:, None]
+    with pytest.raises(ValueError, match="have different spacings"):
+        processor(both, spacing_mm=[SPACING_MM, (9.0, 0.8, 0.9)])
+
+
 def test_windows_between_patches_give_the_features_of_tapct(hub: Any, tmp_path: Path) -> None:
     stride = tuple(side // 2 * 3 for side in LEARNED.patch)
     preprocess = dataclasses.replace(PREPROCESS, stride=stride, refine=(2, 2, 2))
@@ -188,6 +220,21 @@ def test_weights_that_do_not_fit_are_an_error(
     change_weights(learned, change)
     with pytest.raises((ValueError, RuntimeError), match=message):
         hub.AutoModel.from_pretrained(learned, trust_remote_code=True)
+
+
+def test_weights_of_another_shape_are_an_error_also_where_they_are_to_be_ignored(
+    learned: Path, hub: Any
+) -> None:
+    change_weights(learned, lambda s: s.update({"model.norm.weight": torch.zeros(3)}))
+    with pytest.raises(ValueError, match=r"1 mismatched tensors, model\.norm\.weight"):
+        hub.AutoModel.from_pretrained(learned, trust_remote_code=True, ignore_mismatched_sizes=True)
+
+
+@pytest.mark.parametrize("batch_size", [0, -1])
+def test_a_call_without_a_window_is_an_error(learned: Path, hub: Any, batch_size: int) -> None:
+    model = hub.AutoModel.from_pretrained(learned, trust_remote_code=True)
+    with pytest.raises(ValueError, match=f"batch_size is {batch_size}; give at least 1"):
+        model.embed(torch.zeros((1, 1, 4, 16, 24)), batch_size=batch_size)
 
 
 def test_a_model_made_from_its_config_alone_is_initialised(learned: Path, hub: Any) -> None:
@@ -334,7 +381,13 @@ def test_the_folder_comes_back_in_tapct(name: str, tmp_path: Path) -> None:
 
 def test_other_ways_to_prepare_a_scan_come_back_in_tapct(tmp_path: Path) -> None:
     for number, changes in enumerate(
-        ({"resize": "cubic"}, {"clip": "after_resize"}, {"pad": "raw"}, {"size_yx": (0, 0)})
+        (
+            {"resize": "cubic"},
+            {"clip": "after_resize"},
+            {"pad": "raw"},
+            {"size_yx": (0, 0)},
+            {"spacing_mm": (4.0, 0.0, 1.5)},
+        )
     ):
         preprocess = dataclasses.replace(PREPROCESS, **changes)  # type: ignore[arg-type]
         settings = dataclasses.replace(settings_of(LEARNED), preprocess=preprocess)

@@ -22,7 +22,9 @@ from tapct.config.plugins import Plugin
 from tapct.eval.features.extraction import dense_features
 from tapct.eval.features.preprocess import Preprocess
 from tapct.models import vit
+from tapct.nn import rope
 from tapct.types import HUContract, Volume
+from tapct.weights import card
 from tapct.weights.card import FeatureSettings
 from tapct.weights.export import save_export
 from tapct.weights.pretrained import Pretrained, load_pretrained
@@ -33,6 +35,14 @@ VIT = vit.Config(
 CONTRACT = HUContract(-900.0, 700.0, -50.0, 300.0)
 PREPROCESS = Preprocess((24, 20), (4, 16, 16), (2, 8, 8), 0.5)
 SETTINGS = FeatureSettings(Plugin("vit", VIT), CONTRACT, PREPROCESS)
+FIRST = {  # settings in the cards of the first exports
+    "model": (
+        *("window", "patch", "in_chans", "dim", "depth", "heads", "mlp_ratio", "ffn", "qkv_bias"),
+        *("registers", "layer_scale", "drop_path", "drop_path_rounding", "pos_resize"),
+        "attention",
+    ),
+    "preprocess": ("size_yx", "window", "stride", "border_weight"),
+}
 
 
 @pytest.fixture
@@ -160,17 +170,24 @@ def test_an_export_of_a_version_without_the_later_settings_gives_the_same_featur
     crops = torch.randn(2, 4, 16, 24)
     before = load_pretrained(folder)(crops).patches_BND
 
-    def remove(card) -> None:
-        for section, keys in (("model", ("pos_offset", "norm_eps")),
-                              ("preprocess", ("resize", "clip", "pad"))):  # fmt: skip
-            for key in keys:
-                del card[section][key]
-        del card["model"]["rope"]["axes"]
+    def keep_the_first(content) -> None:
+        """The settings of the first exports; later ones are not there."""
+        for section, keys in FIRST.items():
+            own = content[section]
+            content[section] = {key: own[key] for key in ("name", *keys) if key in own}
 
-    edit(folder, remove)
+    edit(folder, keep_the_first)
     loaded = load_pretrained(folder)
     assert torch.equal(loaded(crops).patches_BND, before)
     assert loaded.settings == SETTINGS
+
+
+def test_every_setting_that_the_first_exports_lack_has_the_value_that_they_imply():
+    """A setting that is new must be named in LATER, or no earlier export can be loaded."""
+    for section, kind in (("model", vit.Config), ("preprocess", Preprocess)):
+        names = {field.name for field in dataclasses.fields(kind)}
+        assert names == {*FIRST[section], *card.LATER[section]}, section
+    assert {field.name for field in dataclasses.fields(rope.Config)} == {*card.LATER["model.rope"]}
 
 
 def test_missing_parts_are_one_line(folder, tmp_path):

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tapct.base.exits import UserError
 from tapct.base.geometry import Grid, Size3
 from tapct.eval.features.preprocess import Preprocess
 
@@ -37,12 +38,37 @@ class PatchGrid:
     original: Size3
 
     @classmethod
-    def of_scan(cls, shape_ZYX: Sequence[int], preprocess: Preprocess, patch: Size3) -> PatchGrid:
-        """The grid of a scan of this shape in voxels; the voxels need not be read."""
+    def of_scan(
+        cls,
+        shape_ZYX: Sequence[int],
+        preprocess: Preprocess,
+        patch: Size3,
+        spacing_mm: Sequence[float] | None = None,
+    ) -> PatchGrid:
+        """The grid of a scan of this shape in voxels; the voxels need not be read.
+
+        Args:
+            shape_ZYX: voxels of the scan.
+            preprocess: how it is resized.
+            patch: voxels (z, y, x) of a patch.
+            spacing_mm: mm of the scan's voxels along (z, y, x); needed where `preprocess` resizes
+                to a spacing.
+        Raises:
+            UserError: the spacing is missing, or windows do not lie on the grid.
+        """
         depth, height, width = shape_ZYX
         size_y, size_x = preprocess.size_yx
-        resized = (depth, size_y or height, size_x or width)
-        return cls(preprocess.cell(patch), resized, (depth, height, width))
+        resized = [depth, size_y or height, size_x or width]
+        if preprocess.needs_spacing and spacing_mm is None:
+            raise UserError(
+                "preprocess.spacing_mm resizes each scan to a spacing, and the spacing of this "
+                "scan was not given; give spacing_mm"
+            )
+        for axis, wanted in enumerate(preprocess.spacing_mm):
+            if wanted and spacing_mm is not None:
+                resized[axis] = max(1, int(shape_ZYX[axis] * spacing_mm[axis] / wanted + 0.5))
+        z, y, x = resized
+        return cls(preprocess.cell(patch), (z, y, x), (depth, height, width))
 
     @property
     def shape(self) -> Grid:

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from tapct.base.exits import UserError
 from tapct.base.geometry import Size3, patch_grid
 from tapct.eval.features.dense import BlockFeatures, DenseFeatures, PatchGrid, WindowVectors
 from tapct.eval.features.prepared import Prepared, prepare
@@ -193,8 +194,10 @@ class Extractor:
         model: backbone with `patch`. One that `needs_spacing` is given the spacing of the resized
             voxels; one with `body_box`, such as `PositionFeatures`, the place of every patch.
         preprocess: windows.
-        batch: windows per call.
+        batch: windows per call, at least 1.
         stopwatch: where seconds are counted.
+    Raises:
+        UserError: `batch` is below 1.
     """
 
     def __init__(
@@ -205,6 +208,8 @@ class Extractor:
         batch: int,
         stopwatch: Stopwatch | None = None,
     ) -> None:
+        if batch < 1:
+            raise UserError(f"batch is {batch}; give at least 1 window per forward call")
         self.model, self.preprocess, self.batch = model, preprocess, batch
         self.stopwatch = stopwatch or Stopwatch()
         self.waiting: list[_Window] = []

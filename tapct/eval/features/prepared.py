@@ -47,20 +47,20 @@ def prepare(
     device: torch.device | str = "cpu",
     spacing_mm: Sequence[float] | None = None,
 ) -> Prepared:
-    """Resize in-plane, clip, normalise and pad a scan.
+    """Resize, clip, normalise and pad a scan.
 
     By default the clip comes before the resize, as in training: metal and padding values must not
     ring into tissue.
 
     Args:
         hu_ZYX: int16 HU of the whole scan.
-        spacing_mm: mm of the scan's own voxels along (z, y, x); only a backbone that works in mm
-            needs it.
+        spacing_mm: mm of the scan's own voxels along (z, y, x); only a backbone that works in mm,
+            or `Preprocess.spacing_mm`, needs it.
     Raises:
-        UserError: window or stride off the patch grid.
+        UserError: window or stride off the patch grid, or no spacing where it is needed.
     """
     depth, height, width = hu_ZYX.shape
-    grid = PatchGrid.of_scan(hu_ZYX.shape, preprocess, patch)
+    grid = PatchGrid.of_scan(hu_ZYX.shape, preprocess, patch, spacing_mm)
     resized = grid.resized
     padded = [
         max(-(-size // side) * side, window)
@@ -70,8 +70,11 @@ def prepare(
     if preprocess.pad == "raw":
         air = (AIR_HU - contract.mean) / contract.std
     input_ZYX = torch.full(padded, air, device=device)
+    planes_ZYX = None  # slices that have their size, where they are resampled along z too
+    if resized[0] != depth:
+        planes_ZYX = torch.empty((depth, *resized[1:]), device=device)
     step = max(1, _SLAB_BYTES // (4 * height * width))
-    for start in range(0, depth, step):  # z is not resized, so slabs of slices are independent
+    for start in range(0, depth, step):  # in their plane, slabs of slices are independent
         slab = torch.from_numpy(np.ascontiguousarray(hu_ZYX[start : start + step])).to(
             device, torch.float32
         )
@@ -79,7 +82,13 @@ def prepare(
             slab = slab.clamp(contract.clip_low, contract.clip_high)
         if resized[1:] != (height, width):
             slab = resized_slab(slab, resized[1:], preprocess, contract)
+        if planes_ZYX is not None:
+            planes_ZYX[start : start + len(slab)] = slab
+            continue
         input_ZYX[start : start + len(slab), : resized[1], : resized[2]] = contract.normalise(slab)
+    if planes_ZYX is not None:
+        whole_ZYX = resize_volume(planes_ZYX, resized, _air_hu(preprocess, contract))
+        input_ZYX[: resized[0], : resized[1], : resized[2]] = contract.normalise(whole_ZYX)
     if spacing_mm is None:
         return Prepared(input_ZYX, grid)
     z, y, x = (mm / side for mm, side in zip(grid.spacing_mm(spacing_mm), grid.patch, strict=True))
@@ -98,7 +107,11 @@ def resized_slab(
         contract: HU window.
     """
     if preprocess.resize == "antialias":
-        is_clipped = preprocess.clip == "before_resize"
-        air = contract.clip_low if is_clipped else float(AIR_HU)
+        air = _air_hu(preprocess, contract)
         return resize_volume(hu_ZYX, (len(hu_ZYX), *size_yx), air)
     return F.interpolate(hu_ZYX[:, None], size=size_yx, mode=RESIZES[preprocess.resize])[:, 0]
+
+
+def _air_hu(preprocess: Preprocess, contract: HUContract) -> float:
+    """HU outside of the scan during the resize."""
+    return contract.clip_low if preprocess.clip == "before_resize" else float(AIR_HU)

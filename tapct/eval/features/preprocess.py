@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from tapct.base.exits import UserError
 from tapct.base.geometry import Size3, patch_grid, times
 from tapct.config import setting
+from tapct.data.scans.geometry import SPACING_RANGE_MM
 
 # modes of torch's interpolate that `Preprocess.resize` may name
 RESIZES = {"linear": "bilinear", "cubic": "bicubic", "area": "area", "nearest": "nearest-exact"}
@@ -66,8 +67,21 @@ class Preprocess:
         "cell are the mean over all patches that cover it",
         ge=1,
     )
+    spacing_mm: tuple[float, float, float] = setting(
+        (0.0, 0.0, 0.0),
+        "voxel spacing (z, y, x) in mm that the scan is resized to, so that the window has the "
+        "same size in mm in every scan; it replaces size_yx along y and x. 0: not by spacing",
+        ge=0,
+    )
 
     def __post_init__(self) -> None:
+        low, high = SPACING_RANGE_MM
+        for axis, mm in zip("zyx", self.spacing_mm, strict=True):
+            if mm and not low <= mm <= high:
+                raise UserError(
+                    f"preprocess.spacing_mm is {mm:g} along {axis}; rule: 0, or from {low:g} to "
+                    f"{high:g} mm"
+                )
         for axis, window, stride in zip("zyx", self.window, self.stride, strict=True):
             if stride > window:
                 raise UserError(
@@ -75,6 +89,11 @@ class Preprocess:
                     f"{window}: voxels would be "
                     f"skipped. Use {window} or less."
                 )
+
+    @property
+    def needs_spacing(self) -> bool:
+        """Whether the size of the resized scan depends on the spacing of the scan."""
+        return any(self.spacing_mm)
 
     def cell(self, patch: Size3, name: str = "preprocess") -> Size3:
         """Voxels (z, y, x) of a cell of the feature grid: a patch, or a part of it.

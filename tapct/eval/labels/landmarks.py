@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from tapct.base.counted import counted
 from tapct.base.exits import UserError
 from tapct.base.files import expand_path
 from tapct.data.packed.store import ScanPlace, StoredScan
@@ -83,7 +84,8 @@ def read_landmarks(
                 "keep one row per point"
             )
     num = sum(map(len, points.values()))
-    parts = [f"landmarks: {num} points in {len(points)} of {len(scans)} scans", *matched.lines()]
+    where = f"{len(points)} of {counted(len(scans), 'scan')}"
+    parts = [f"landmarks: {counted(num, 'point')} in {where}", *matched.lines()]
     if num_outside:
         parts.append(f"points outside their scan: {num_outside}")
     if not num:

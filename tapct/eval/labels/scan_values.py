@@ -3,8 +3,8 @@
 One column names the scans (`path`, `case_id` or `id`), a column `split` or columns `fold0`, `fold1`
 ... may hold an official split, columns that identify a person or a file, such as `PatientID`, are
 not read, since the values of targets stand in the results, and every other column is a target. An
-empty cell, or NaN or NA, is an unknown value. The type of a target follows
-from all of its values, whether or not the archive holds their scans:
+empty cell, or one of UNKNOWN such as NaN, NA or NULL, is an unknown value. The type of a target
+follows from all of its values, whether or not the archive holds their scans:
 
 - binary, if each value is one of a pair of words such as 0 and 1, or no and yes;
 - a number, if each value is a finite number;
@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
+from tapct.base.counted import counted
 from tapct.base.exits import UserError
 from tapct.base.files import expand_path
 from tapct.data.tables import Table, read_table
@@ -45,7 +46,8 @@ IDENTIFYING = frozenset(
 )
 SPLIT_COLUMN = "split"
 _FOLD = re.compile(r"fold_?\d+")
-UNKNOWN = ("", "nan", "na", "n/a")
+# what spreadsheets, R, pandas and SQL write for a value that is unknown
+UNKNOWN = ("", "nan", "-nan", "na", "n/a", "#n/a", "<na>", "null")
 PAIRS = (
     ("0", "1"),
     ("0.0", "1.0"),
@@ -132,8 +134,22 @@ def read_scan_labels(
         }
         if split and split in row:
             sides[scan_id] = _side(row[split], table, split)
-    return TargetTable(
-        values, kinds, sides, split, _digest(values, sides), _summary(matched, texts, kinds, rows)
+    summary = _summary(matched, texts, kinds, rows)
+    for name in targets:
+        if kinds[name] is Kind.CATEGORY:
+            summary += _stray_texts(name, _known_texts(table, name), decimal_comma)
+    return TargetTable(values, kinds, sides, split, _digest(values, sides), summary)
+
+
+def _stray_texts(name: str, texts: Sequence[str], decimal_comma: bool) -> str:
+    """What a person must know about a category most of whose values are numbers; else empty."""
+    stray = [text for text in texts if _number(text, decimal_comma) is None]
+    if 2 * len(stray) >= len(texts):
+        return ""
+    return (
+        f"; {name} is a category, because {len(stray)} of {counted(len(texts), 'value')} "
+        f"{'is no number' if len(stray) == 1 else 'are no numbers'}, e.g. {stray[0]!r}; leave the "
+        "cell of an unknown value empty"
     )
 
 

@@ -79,9 +79,9 @@ class EvaluatedModel:
         """Number of the last block."""
         return num_blocks_of(self.named.model) - 1
 
-    def grid(self, shape_ZYX: Sequence[int]) -> PatchGrid:
-        """The patch grid of a scan of this shape."""
-        return PatchGrid.of_scan(shape_ZYX, self.preprocess, self.patch)
+    def grid(self, shape_ZYX: Sequence[int], spacing_mm: Sequence[float]) -> PatchGrid:
+        """The patch grid of a scan of this shape and spacing in mm."""
+        return PatchGrid.of_scan(shape_ZYX, self.preprocess, self.patch, spacing_mm)
 
 
 def settle(

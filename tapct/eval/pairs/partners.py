@@ -5,7 +5,7 @@ first scan until the second one has been read.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Hashable, Iterable, Sequence, Sized
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -29,23 +29,47 @@ class ScanPair:
     second: str
 
 
-def pairs_of(rows: Sequence[ScanRow], how: str, max_pairs: int) -> list[ScanPair]:
+def pairs_of(
+    rows: Sequence[ScanRow],
+    how: str,
+    max_pairs: int,
+    fits: Callable[[str, str], bool] = lambda first, second: True,
+) -> list[ScanPair]:
     """The pairs among some scans, in the order in which they are complete.
 
     Args:
         rows: scans in the order in which they are read.
         how: `same_patient`: any two scans of a patient, in both directions; `across_patients`: each
-            scan follows the last scan before it that is of another patient, and the scans at the
-            beginning, which have none, follow the last scan of another patient.
+            scan follows the last scan before it that is of another patient and fits, and the scans
+            at the beginning, which have none, follow the last scan of another patient that fits.
         max_pairs: most pairs; 0: all.
+        fits: whether two scans, by ID, have something that can be compared; others are no pair.
     """
     order = {row.id: number for number, row in enumerate(rows)}
-    pairs = _of_patients(rows) if how == SAME_PATIENT else _across_patients(rows)
+    find = _of_patients if how == SAME_PATIENT else _across_patients
+    pairs = find(rows, fits)
     pairs.sort(key=lambda pair: max(order[pair.first], order[pair.second]))
     return pairs[: max_pairs or None]
 
 
-def _of_patients(rows: Sequence[ScanRow]) -> list[ScanPair]:
+def share_a_name(
+    names_of: Mapping[str, Collection[str]], wanted: Collection[str]
+) -> Callable[[str, str], bool]:
+    """A condition for `pairs_of`: both scans have a landmark of the same name.
+
+    Args:
+        names_of: scan ID -> names of its landmarks.
+        wanted: names that count; empty: all.
+    """
+
+    def fits(first: str, second: str) -> bool:
+        common = set(names_of.get(first, ())).intersection(names_of.get(second, ()))
+        return bool(common.intersection(wanted) if wanted else common)
+
+    return fits
+
+
+def _of_patients(rows: Sequence[ScanRow], fits: Callable[[str, str], bool]) -> list[ScanPair]:
     of_patient: dict[str, list[str]] = defaultdict(list)
     for row in rows:
         if row.patient:
@@ -54,17 +78,20 @@ def _of_patients(rows: Sequence[ScanRow]) -> list[ScanPair]:
     for scans in of_patient.values():
         for second in range(1, len(scans)):
             for first in range(second):
+                if not fits(scans[first], scans[second]):
+                    continue
                 pairs.append(ScanPair(scans[first], scans[second]))
                 pairs.append(ScanPair(scans[second], scans[first]))
     return pairs
 
 
-def _across_patients(rows: Sequence[ScanRow]) -> list[ScanPair]:
+def _across_patients(rows: Sequence[ScanRow], fits: Callable[[str, str], bool]) -> list[ScanPair]:
     pairs = []
     for number, row in enumerate(rows):
         # the scans before it, the nearest first, then those at the end, as on a ring
         for other in [*rows[:number][::-1], *rows[number + 1 :][::-1]]:
-            if (other.patient or other.id) != (row.patient or row.id):
+            is_other = (other.patient or other.id) != (row.patient or row.id)
+            if is_other and fits(other.id, row.id):
                 pairs.append(ScanPair(other.id, row.id))
                 break
     return pairs

@@ -164,15 +164,15 @@ class Features:
         for block in model.blocks:
             with self.stopwatch.part(LOAD):
                 found = self.cache.load(model.key, key, block, self.device)
-            if found is None or found[1] != model.grid(scan.shape_ZYX):
+            if found is None or found[1] != model.grid(scan.shape_ZYX, scan.spacing_mm):
                 found = self._again(scan, model, key, block)
             blocks[block] = found[0]
         self.cache.alive()
-        return dense_of(blocks, model.last, model.grid(scan.shape_ZYX))
+        return dense_of(blocks, model.last, model.grid(scan.shape_ZYX, scan.spacing_mm))
 
     def num_bytes(self, scan: LabelledScan, model: EvaluatedModel) -> int:
         """Bytes of the features of a scan in memory, about."""
-        z, y, x = model.grid(scan.shape_ZYX).shape
+        z, y, x = model.grid(scan.shape_ZYX, scan.spacing_mm).shape
         dim = int(getattr(model.named.model, "dim", 1))
         return 4 * z * y * x * dim * len(model.blocks)
 
@@ -231,7 +231,7 @@ class Features:
             model.key,
             self._scan_key(model, scan),
             blocks,
-            model.grid(scan.shape_ZYX),
+            model.grid(scan.shape_ZYX, scan.spacing_mm),
             f"model {model.name}, scan {scan.id}",
             self.stopwatch,
         )

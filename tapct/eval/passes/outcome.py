@@ -11,6 +11,7 @@ import torch
 
 import tapct
 from tapct.base import console
+from tapct.base.exits import UserError
 from tapct.base.paths import without_absolute_paths
 from tapct.config import to_dict
 from tapct.config.plugins import Plugin
@@ -60,8 +61,10 @@ def backbones_of(
 
 def sections_of(
     tasks: Sequence[Plugin], reader: ScanReader, num_rows: int, album: Album, seed: int
-) -> dict[str, TaskSection]:
-    """Task name -> its results, checked against its contract.
+) -> tuple[dict[str, TaskSection], dict[str, str]]:
+    """Task name -> its results, checked against its contract; and the tasks without a result, with
+    the reason. The work on the others is not lost, therefore this is an error only if no task has
+    one.
 
     Args:
         tasks: tasks with their settings.
@@ -70,14 +73,19 @@ def sections_of(
         album: pictures of the test scans.
         seed: random seed of the statistics.
     Raises:
-        UserError: a headline has values for a model that was not evaluated.
+        UserError: no task has a result.
     """
     settings = {plugin.name: to_dict(plugin.config) for plugin in tasks}
     names = [model.name for model in reader.features.models]
     patient_of = {row.id: row.patient for row in reader.read_rows("test")}
     sections: dict[str, TaskSection] = {}
+    failed: dict[str, UserError] = {}
     for task_run in reader.task_runs:
-        results, headline = task_run.checked_results(names)
+        try:
+            results, headline = task_run.checked_results(names)
+        except UserError as error:
+            failed[task_run.name] = error
+            continue
         predicted = task_run.task.predicted_scans()
         sections[task_run.name] = TaskSection(
             config=without_absolute_paths(settings[task_run.name]),
@@ -90,7 +98,11 @@ def sections_of(
             pictures=tuple(album.of_task.get(task_run.name, ())),
             statistics=task_statistics.of_task(results, headline, predicted, patient_of, seed),
         )
-    return sections
+    if not sections:
+        raise next(iter(failed.values()))
+    return sections, {
+        name: str(error).removeprefix(f"task {name}: ") for name, error in failed.items()
+    }
 
 
 def split_record(

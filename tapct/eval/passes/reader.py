@@ -188,7 +188,7 @@ class ScanReader:
         """What the tasks need of a scan, once for each patch grid."""
         truths: dict[PatchGrid, dict[str, Any]] = {}
         for model in self.features.models:
-            grid = model.grid(labelled.shape_ZYX)
+            grid = model.grid(labelled.shape_ZYX, labelled.spacing_mm)
             if grid not in truths:
                 in_play_Z = self._in_play(grid, labelled.id, side)
                 truths[grid] = {

@@ -223,6 +223,9 @@ def begin(
     train, test = (
         [row for row in side if row.id in task_run.scan_ids] for side in (split.train, split.test)
     )
+    if task.labels is Labels.LANDMARKS:
+        named = {row.id: tables.landmarks[row.id] for row in (*train, *test)}
+        task.expect_landmarks(named)
     task.expect_scans(train, test)
     if task.labels is Labels.SCAN:
         values = tables.scan_labels

@@ -230,6 +230,7 @@ class Evaluation:
         cost: what the features cost; None in results of earlier versions.
         settings: settings of `eval` that decide which scans are used, see `over_steps.py`; empty
             in results of earlier versions.
+        without_result: name of each task that has no result on these scans -> reason.
     """
 
     tasks: Mapping[str, TaskSection]
@@ -244,6 +245,7 @@ class Evaluation:
     cost: Cost | None = field(default=None, compare=False)  # differs between equal evaluations
     settings: Mapping[str, Any] = field(default_factory=dict)
     volumes: tuple[Picture, ...] = ()
+    without_result: Mapping[str, str] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """The object that is written; NaN becomes null."""
@@ -253,6 +255,7 @@ class Evaluation:
             "data": None if self.origin.data is None else asdict(self.origin.data),
             "weights": None if self.origin.weights is None else asdict(self.origin.weights),
             "tasks": tasks,
+            "without_result": self.without_result,
             "split": _split_to_json(self.split),
             "settings": self.settings,
             "preprocess": self.preprocess,
@@ -278,6 +281,7 @@ class Evaluation:
             if len(self.tasks) > 1:
                 lines.append(f"{name} ({section.headline.direction} is better)")
             lines.extend(terminal.task_lines(section))
+        lines += [f"no result of {name}: {why}" for name, why in self.without_result.items()]
         if self.split.caveat:
             lines.append(f"caveat: {self.split.caveat}")
         for name, backbone in self.backbones.items():
@@ -328,6 +332,7 @@ def from_json(content: Mapping[str, Any]) -> Evaluation:
             None if content.get("cost") is None else Cost(**content["cost"]),
             content.get("settings", {}),
             pictures_from_json(content.get("volumes", ())),
+            content.get("without_result", {}),
         )
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"it is no evaluation ({type(error).__name__}: {error})") from error

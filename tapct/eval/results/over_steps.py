@@ -192,6 +192,8 @@ class StepEvaluations:
         """Reason why an evaluation was not made with the settings of the run; empty where it was
         made with them.
         """
+        if task in evaluation.without_result:
+            return f"the task has no result ({evaluation.without_result[task]})"
         if task not in evaluation.tasks:
             return "it was evaluated without this task"
         if not evaluation.settings:

@@ -153,14 +153,12 @@ class ScanTask(Task[ScanTruth, dict[str, np.ndarray]]):
     def expect_values(
         self, train: Sequence[Mapping[str, ScanValue]], test: Sequence[Mapping[str, ScanValue]]
     ) -> None:
-        """Refuse test scans of which no target has two different values, before features are
-        computed: the headline would not exist.
+        """Refuse scans of which no result could come, before features are computed: no target is
+        suitable, or none has two different values in the test scans, so that the headline would not
+        exist.
         """
         without: list[str] = []
-        for target in self.config.targets or sorted({name for values in train for name in values}):
-            known = [values[target] for values in train if target in values]
-            if self.why_unsuitable(target, known):
-                continue  # `fit` names it
+        for target in self._suitable_targets(train):
             found = [values[target] for values in test if target in values]
             if len({str(value) for value in found if self.is_learned(target, value)}) > 1:
                 return
@@ -248,7 +246,9 @@ class ScanTask(Task[ScanTruth, dict[str, np.ndarray]]):
                     f"eval.tasks.{self.name}.vectors names {vector!r}, but no training scan has a "
                     f"label map with the label {organ_of(vector)!r}; correct it or leave it out"
                 )
-        targets = self._suitable_targets()
+        targets = self._suitable_targets([truth.values for truth in self.known.values()])
+        if self.left_out:
+            console.say(f"{self.name}: left out: {', '.join(sorted(self.left_out))}")
         for model in list(self._train):
             vectors = self._train.pop(model)
             self.choices[model] = self.choose(model, targets, vectors)
@@ -292,13 +292,19 @@ class ScanTask(Task[ScanTruth, dict[str, np.ndarray]]):
         `ProbeChoice.outcomes`: probabilities (C,), or a number ().
         """
 
-    def _suitable_targets(self) -> list[str]:
-        """Targets that get a probe, in the order of the settings or of their names."""
+    def _suitable_targets(self, train: Sequence[Mapping[str, ScanValue]]) -> list[str]:
+        """Targets that get a probe, in the order of the settings or of their names; the others are
+        in `left_out` from then on.
+
+        Args:
+            train: target -> value of each training scan.
+        """
         values: dict[str, list[ScanValue]] = {}
-        for truth in self.known.values():
-            for target, value in truth.values.items():
+        for of_scan in train:
+            for target, value in of_scan.items():
                 values.setdefault(target, []).append(value)
         suitable = []
+        self.left_out = {}
         for target in self.config.targets or sorted(values):
             reason = self.why_unsuitable(target, values.get(target, []))
             if not reason:
@@ -313,8 +319,6 @@ class ScanTask(Task[ScanTruth, dict[str, np.ndarray]]):
                 f"task {self.name} has no suitable target in eval.scan_labels: {lines or 'none'}. "
                 f"Add one, or switch the task off with eval.tasks.{self.name}=null"
             )
-        if self.left_out:
-            console.say(f"{self.name}: left out: {', '.join(sorted(self.left_out))}")
         return suitable
 
     def judge(self, model: str, dense: DenseFeatures, truth: ScanTruth) -> dict[str, np.ndarray]:

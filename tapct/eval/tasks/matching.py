@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from tapct.base.counted import counted
 from tapct.base.exits import UserError
 from tapct.config import setting
 from tapct.eval.contract import Task
@@ -31,6 +32,7 @@ from tapct.eval.pairs.partners import (
     check_any_pair,
     check_sides,
     pairs_of,
+    share_a_name,
 )
 from tapct.eval.pairs.points import (
     NamedPoints,
@@ -46,6 +48,11 @@ from tapct.eval.scores import Breakdown, Headline, ScanScore, TaskResults
 
 LANDMARKS, LABELS = "landmarks", "labels"
 THUMBNAIL_MM = 2.5
+NO_COMMON_POINT = (
+    "task matching: no two test scans of a pair have a point of the same name; check the names of "
+    "the points and eval.tasks.matching.names, use another eval.seed, or switch the task off with "
+    "eval.tasks.matching=null"
+)
 
 
 @dataclass(frozen=True)
@@ -208,6 +215,7 @@ class Matching(Task[ScanPoints, Found | None]):
                 "eval.tasks.matching.pairs=across_patients needs eval.tasks.matching.names: list "
                 "the points that are the same in all patients, e.g. [carina]; lesions are not"
             )
+        self._names_of: Mapping[str, Collection[str]] | None = None  # None: not known before
         self._train: PairedScans[tuple[ScanPoints, ScanFeatures]] = PairedScans()
         self._test: PairedScans[tuple[ScanPoints, ScanFeatures]] = PairedScans()
         self._choice = BlockChoice()
@@ -226,17 +234,27 @@ class Matching(Task[ScanPoints, Found | None]):
         """The blocks to choose from."""
         return candidate_blocks(self.config.blocks, num_blocks)
 
+    def expect_landmarks(self, names_of: Mapping[str, Collection[str]]) -> None:
+        """Keep the names, so that scans without a point in common are no pair."""
+        self._names_of = names_of
+
     def expect_scans(self, train: Sequence[ScanRow], test: Sequence[ScanRow]) -> None:
         """Find the pairs of either side.
 
         Raises:
-            UserError: the test scans have no pair.
+            UserError: the test scans have no pair, or no pair has a point in common.
         """
         check_sides("matching", train, test)
-        how = self.config.pairs
-        self._train = PairedScans(pairs_of(train, how, self.config.max_pairs))
-        self._test = PairedScans(pairs_of(test, how, self.config.max_pairs))
-        if not self._test.pairs:
+        how, most = self.config.pairs, self.config.max_pairs
+        if self._names_of is None:
+            train_pairs, test_pairs = pairs_of(train, how, most), pairs_of(test, how, most)
+        else:
+            fits = share_a_name(self._names_of, self.config.names)
+            train_pairs, test_pairs = (pairs_of(side, how, most, fits) for side in (train, test))
+        self._train, self._test = PairedScans(train_pairs), PairedScans(test_pairs)
+        if not test_pairs and pairs_of(test, how, 1):
+            raise UserError(NO_COMMON_POINT)
+        if not test_pairs:
             raise UserError(
                 f"task matching: none of its {len(test)} test scans has a partner with "
                 f"eval.tasks.matching.pairs={how}. Index with a --patient-regex that finds the "
@@ -315,10 +333,7 @@ class Matching(Task[ScanPoints, Found | None]):
             scores += rows
             matches = [match for matches in of_pair.values() for match in matches]
             if not matches:
-                raise UserError(
-                    "task matching: no two scans of a pair have a point of the same name; check "
-                    "the names of the points, and eval.tasks.matching.names"
-                )
+                raise UserError(NO_COMMON_POINT)
             models[model] = {
                 "hit_rate": mean_of([row.value for row in rows if math.isfinite(row.value)]),
                 **_numbers(matches),
@@ -347,7 +362,8 @@ class Matching(Task[ScanPoints, Found | None]):
         mean = ""
         if entries:
             names = ", ".join(list(entries[0]["names"])[:12])
-            mean = f"mean of {entries[0]['num_points']} points in {entries[0]['num_pairs']} pairs: "
+            points = counted(entries[0]["num_points"], "point")
+            mean = f"mean of {points} in {counted(entries[0]['num_pairs'], 'pair')}: "
             mean += names + (", ..." if len(entries[0]["names"]) > 12 else "")
         return Headline("hit rate", values, "higher", meaning, (0.0, 1.0), mean)
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from tapct.base import rng
+from tapct.base.counted import counted
 from tapct.base.exits import UserError
 from tapct.config import setting
 from tapct.eval.contract import Task
@@ -103,6 +104,8 @@ class PatchKnn(Task[PatchTruth, None]):
         self._memory: dict[str, PatchMemory] = {}
         # model -> scan -> k -> confusion matrix; rows are truth
         self._confusion: dict[str, dict[str, dict[int, np.ndarray]]] = defaultdict(dict)
+        self._in_training: set[str] = set()  # organs of the training scans
+        self._in_test: set[str] = set()  # organs of the test scans
 
     def named_labels(self) -> Mapping[str, tuple[str, ...]]:
         """Words of the settings that must name a label; the defaults need not."""
@@ -123,9 +126,15 @@ class PatchKnn(Task[PatchTruth, None]):
 
     def learn(self, model: str, dense: DenseFeatures, truth: PatchTruth) -> None:
         """Keep patches of one training scan."""
+        self._in_training |= self._organs_of(truth)
         unit_KD, classes = self._sampled(dense, truth, self.tokens_per_scan)
         patient = truth.scan.patient or truth.scan.id
         self._kept[model].append(KnownPatches(patient, unit_KD, classes))
+
+    def _organs_of(self, truth: PatchTruth) -> set[str]:
+        """The organs in the label map of a scan, also those that no patch is mostly of."""
+        names = truth.names()
+        return {self.words.class_of(value, names) for value in truth.values} - {OUTSIDE, BODY}
 
     def _sampled(
         self, dense: DenseFeatures, truth: PatchTruth, num: int
@@ -214,6 +223,7 @@ class PatchKnn(Task[PatchTruth, None]):
 
     def judge(self, model: str, dense: DenseFeatures, truth: PatchTruth) -> None:
         """Vote on patches of a test scan. Classes that no training scan has are left out."""
+        self._in_test |= self._organs_of(truth)
         unit_QD, names = self._sampled(dense, truth, self.config.max_queries)
         rows = [number for number, name in enumerate(names) if name in self.classes]
         truth_Q = np.array([self.classes.index(names[row]) for row in rows], dtype=np.int64)
@@ -225,30 +235,46 @@ class PatchKnn(Task[PatchTruth, None]):
         self._confusion[model][truth.scan.id] = matrices
 
     def results(self) -> TaskResults:
-        """Balanced accuracy of each k; recall of each class with the chosen k."""
+        """Balanced accuracy of each k; recall of each class with the chosen k.
+
+        The means go over the classes that the test patches of every model have: models of different
+        patches would be compared on different organs otherwise.
+        """
+        by_k_of = {
+            model: {
+                k: self._mean_recalls([one[k] for one in per_scan.values()]) for k in self.config.k
+            }
+            for model, per_scan in self._confusion.items()
+        }
+        recalls_of = {model: by_k[self._memory[model].k] for model, by_k in by_k_of.items()}
+        common = [
+            name
+            for name in self.classes
+            if recalls_of and all(name in recalls for recalls in recalls_of.values())
+        ]
         models: dict[str, dict[str, Any]] = {}
         scans: list[ScanScore] = []
         by_class: dict[str, dict[str, float]] = {}
         for model, per_scan in self._confusion.items():
             memory = self._memory[model]
-            by_k = {
-                k: self._mean_recalls([one[k] for one in per_scan.values()]) for k in self.config.k
-            }
-            recalls = by_k[memory.k]
-            for name, recall in recalls.items():
+            for name, recall in recalls_of[model].items():
                 by_class.setdefault(name, {})[model] = recall
             models[model] = {
-                "balanced_accuracy": _mean_or_none(recalls),
+                "balanced_accuracy": _mean_or_none(recalls_of[model], common),
                 "k": memory.k,
-                "by_k": {str(k): _mean_or_none(of_class) for k, of_class in by_k.items()},
+                "by_k": {
+                    str(k): _mean_or_none(recalls, common) for k, recalls in by_k_of[model].items()
+                },
                 "validation_by_k": {str(k): value for k, value in memory.validation.items()},
-                "recall": recalls,
+                "recall": recalls_of[model],
                 "num_queries": int(sum(one[memory.k].sum() for one in per_scan.values())),
                 "num_known": len(memory.label_K),
             }
             for scan, matrices in per_scan.items():
-                matrix = matrices[memory.k]
-                scans.append(ScanScore(scan, model, balanced(matrix), self._recalls(matrix)))
+                recalls = self._recalls(matrices[memory.k])
+                parts = {name: recalls[name] for name in common if name in recalls}
+                value = _mean_or_none(parts, common)
+                scans.append(ScanScore(scan, model, np.nan if value is None else value, parts))
         table = Breakdown("Recall of each class", "class", by_class)
         return TaskResults(models, tuple(scans), table, mean_over_parts=True)
 
@@ -279,8 +305,9 @@ class PatchKnn(Task[PatchTruth, None]):
         for model, entry in results.models.items():
             if entry["balanced_accuracy"] is None:
                 raise UserError(
-                    "task patch_knn: no patch of a test scan has a class that a training scan has "
-                    f"({', '.join(self.classes)}). Give labels to more scans, or change eval.seed"
+                    "task patch_knn: the test patches of the models have no class in common that a "
+                    f"training patch has ({', '.join(self.classes)}). Give labels to more scans, "
+                    "or change eval.seed"
                 )
             values[model] = entry["balanced_accuracy"]
         meaning = (
@@ -288,9 +315,33 @@ class PatchKnn(Task[PatchTruth, None]):
             "similarity: mean over classes of the mean over test scans of the recall. k is chosen "
             "on patients of the training side."
         )
-        classes = list(results.breakdown.values) if results.breakdown else []
-        mean_of = f"mean of the recall of {len(classes)} classes: {', '.join(classes)}"
+        mean_of = self._mean_of([one["recall"] for one in results.models.values()])
         return Headline("balanced accuracy", values, "higher", meaning, (0.0, 1.0), mean_of)
+
+    def _mean_of(self, recalls: Sequence[Mapping[str, float]]) -> str:
+        """What the balanced accuracy is a mean of, and which organs are not in it.
+
+        Args:
+            recalls: class -> recall, of each model.
+        """
+        inside = [name for name in self.classes if all(name in one for one in recalls)]
+        some = {name for one in recalls for name in one}
+        left_out = []
+        for name in sorted(({*self.classes} | self._in_training | self._in_test) - {*inside}):
+            if name in some:
+                why = "not in the test patches of every model"
+            elif name not in self._in_training and name not in (OUTSIDE, BODY):
+                why = "in no training scan"
+            elif name not in self.classes:
+                why = "no training patch is mostly of it"
+            elif name not in self._in_test and name not in (OUTSIDE, BODY):
+                why = "in no test scan"
+            else:
+                why = "no test patch is mostly of it"
+            left_out.append(f"{name} ({why})")
+        classes = counted(len(inside), "class", "classes")
+        line = f"mean of the recall of {classes}: {', '.join(inside)}"
+        return line + (f"; left out: {', '.join(left_out)}" if left_out else "")
 
 
 def balanced(confusion_CC: np.ndarray) -> float:
@@ -302,8 +353,10 @@ def balanced(confusion_CC: np.ndarray) -> float:
     return float((confusion_CC.diagonal()[occurs_C] / total_C[occurs_C]).mean())
 
 
-def _mean_or_none(by_class: Mapping[str, float]) -> float | None:
-    return float(np.mean(list(by_class.values()))) if by_class else None
+def _mean_or_none(by_class: Mapping[str, float], wanted: Sequence[str]) -> float | None:
+    """Mean over the wanted classes that are there; None without any."""
+    values = [by_class[name] for name in wanted if name in by_class]
+    return float(np.mean(values)) if values else None
 
 
 def build(config: Config, *, seed: int) -> PatchKnn:

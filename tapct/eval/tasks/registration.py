@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from tapct.base import rng
+from tapct.base.counted import counted
 from tapct.base.exits import UserError
 from tapct.config import setting
 from tapct.eval.contract import Task
@@ -39,6 +40,7 @@ from tapct.eval.pairs.partners import (
     check_any_pair,
     check_sides,
     pairs_of,
+    share_a_name,
 )
 from tapct.eval.pairs.points import mean_of
 from tapct.eval.pairs.propagation import centre_alignment, dice_of_labels, warp
@@ -168,6 +170,7 @@ class Registration(Task[RegistrationScan, Registered | None]):
         self.labels = _labels_of(config)
         self.words = ClassWords(config.organs, OUTSIDE_NAMES, BODY_NAMES)
         self.organs: list[str] = []  # organ number - 1 -> name
+        self._names_of: Mapping[str, Collection[str]] | None = None  # None: not known before
         self._train: PairedScans[Entry] = PairedScans()
         self._test: PairedScans[Entry] = PairedScans()
         self._choice = BlockChoice()
@@ -190,12 +193,16 @@ class Registration(Task[RegistrationScan, Registered | None]):
         """The blocks to choose from."""
         return candidate_blocks(self.config.blocks, num_blocks)
 
+    def expect_landmarks(self, names_of: Mapping[str, Collection[str]]) -> None:
+        """Keep the names, so that scans without a landmark in common are no pair."""
+        self._names_of = names_of
+
     def expect_scans(self, train: Sequence[ScanRow], test: Sequence[ScanRow]) -> None:
         """Find the pairs of either side.
 
         Raises:
-            UserError: the test scans have no pair, or no landmark is named for scans of different
-                patients.
+            UserError: the test scans have no pair, no pair has a landmark in common, or no
+                landmark is named for scans of different patients.
         """
         check_sides("registration", train, test)
         train_how, train_pairs = self._pairs(train, self.config.max_train_pairs)
@@ -211,6 +218,8 @@ class Registration(Task[RegistrationScan, Registered | None]):
                 train_pairs = []
         self._train = PairedScans(train_pairs)
         self._test = PairedScans(pairs)
+        if not pairs and pairs_of(test, self._how, 1):
+            raise UserError(_nothing_in_common("a landmark"))
         if not pairs:
             raise UserError(
                 f"task registration: its {len(test)} test scans have no pair with "
@@ -224,7 +233,9 @@ class Registration(Task[RegistrationScan, Registered | None]):
         how = self.config.pairs
         if how == AUTO:
             how = SAME_PATIENT if pairs_of(rows, SAME_PATIENT, most) else ACROSS_PATIENTS
-        return how, pairs_of(rows, how, most)
+        if self._names_of is None:
+            return how, pairs_of(rows, how, most)
+        return how, pairs_of(rows, how, most, share_a_name(self._names_of, self.config.names))
 
     def truth(self, scan: LabelledScan, grid: PatchGrid, in_play_Z: np.ndarray) -> RegistrationScan:
         """A small copy of the scan and the patches of its body; the same for all models."""
@@ -375,10 +386,7 @@ class Registration(Task[RegistrationScan, Registered | None]):
             parts = entry["dice" if self.config.metric == DICE else "landmark_error_mm"]
             if not parts:
                 what = "an organ" if self.config.metric == DICE else "a landmark"
-                raise UserError(
-                    f"task registration: no two scans of a pair have {what} in common; check the "
-                    "label maps or eval.landmarks"
-                )
+                raise UserError(_nothing_in_common(what))
             for name, value in parts.items():
                 table.setdefault(name, {})[model] = value
             rows += score_rows(model, of_pair, self.config.metric)
@@ -394,16 +402,16 @@ class Registration(Task[RegistrationScan, Registered | None]):
         listed = ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
         num_pairs = len(self._identity)
         patients = "the same patient" if self._how == SAME_PATIENT else "different patients"
-        pairs = f"{num_pairs} pairs of scans of {patients}: {listed}"
+        pairs = f"{counted(num_pairs, 'pair')} of scans of {patients}: {listed}"
         how = "brought onto another scan by patches with alike frozen features, without training"
         if self.config.metric == DICE:
             values = {model: entry["mean_dice"] for model, entry in results.models.items()}
             meaning = f"Dice of the labels of a scan that is {how}."
-            mean_of_what = f"mean of {len(names)} organs in {pairs}"
+            mean_of_what = f"mean of {counted(len(names), 'organ')} in {pairs}"
             return Headline("mean Dice", values, "higher", meaning, (0.0, 1.0), mean_of_what)
         values = {model: entry["mean_landmark_error_mm"] for model, entry in results.models.items()}
         meaning = f"Distance in mm of the landmarks of a scan that is {how}."
-        mean_of_what = f"mean of {len(names)} landmarks in {pairs}"
+        mean_of_what = f"mean of {counted(len(names), 'landmark')} in {pairs}"
         return Headline(_metric_name(LANDMARKS), values, "lower", meaning, None, mean_of_what)
 
     def slices_of_interest(self, truth: RegistrationScan) -> tuple[int, int] | None:
@@ -460,6 +468,15 @@ def _labels_of(config: Config) -> Labels:
     if config.metric == LANDMARKS:
         return Labels.LANDMARKS
     return Labels.PAIRS if config.pairs == SAME_PATIENT else Labels.VOXELS
+
+
+def _nothing_in_common(what: str) -> str:
+    """The error line where no pair of test scans can be compared."""
+    return (
+        f"task registration: no two test scans of a pair have {what} in common; check the label "
+        "maps or eval.landmarks, use another eval.seed, or switch the task off with "
+        "eval.tasks.registration=null"
+    )
 
 
 def _metric_name(metric: str) -> str:

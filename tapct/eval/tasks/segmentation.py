@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -336,16 +336,18 @@ class Segmentation(Task[PatchTruth, Prediction]):
 
     def results(self) -> TaskResults:
         """Return Dice by organ and scan; means go over the scans that have the organ, then over
-        organs.
+        the organs that all models have: on patches, models of different patches would be compared
+        on different organs otherwise.
 
         Raises:
             UserError: no organ of the decoder occurs in the test scans.
         """
         models: dict[str, dict[str, Any]] = {}
         scans: list[ScanScore] = []
+        common_of = {resolution: self._common_organs(resolution) for resolution in RESOLUTIONS}
         for (resolution, model), per_scan in self._dice.items():
-            dice = self._mean_by_organ(per_scan)
-            mean = float(np.mean(list(dice.values()))) if dice else None
+            dice, common = self._mean_by_organ(per_scan), common_of[resolution]
+            mean = float(np.mean([dice[organ] for organ in common])) if common else None
             entry = models.setdefault(model, {})
             entry[f"mean_dice_{resolution}"] = mean
             entry[f"dice_{resolution}"] = dice
@@ -358,7 +360,8 @@ class Segmentation(Task[PatchTruth, Prediction]):
                 entry.update(mean_dice=mean, dice=dice)
                 entry[BY_PATIENTS] = self._few_labels.curve(model, self._mean_by_organ)
                 entry["lr"] = self._decoders[model].lr
-                for scan, parts in per_scan.items():
+                for scan, of_scan in per_scan.items():
+                    parts = {organ: of_scan[organ] for organ in common if organ in of_scan}
                     value = float(np.mean(list(parts.values()))) if parts else float("nan")
                     scans.append(ScanScore(scan, model, value, parts))
         self._warn_of_nothing_found(models)
@@ -385,20 +388,36 @@ class Segmentation(Task[PatchTruth, Prediction]):
         """Return the mean Dice over organs, at the resolution of the config."""
         models = self.results().models
         values = {model: float(entry["mean_dice"]) for model, entry in models.items()}
-        organs = list(dict.fromkeys(organ for entry in models.values() for organ in entry["dice"]))
-        return headline_of(values, self.config.resolution, self._mean_of(organs))
+        some = {organ for entry in models.values() for organ in entry["dice"]}
+        mean_of = self._mean_of(self._common_organs(self.config.resolution), some)
+        return headline_of(values, self.config.resolution, mean_of)
 
-    def _mean_of(self, organs: Sequence[str]) -> str:
+    def _common_organs(self, resolution: str) -> list[str]:
+        """The organs that have a Dice in every model, in order."""
+        of_models = [
+            self._mean_by_organ(per_scan)
+            for (of, _), per_scan in self._dice.items()
+            if of == resolution
+        ]
+        if not of_models:
+            return []
+        return [organ for organ in self.organs if all(organ in dice for dice in of_models)]
+
+    def _mean_of(self, organs: Sequence[str], some: Collection[str]) -> str:
         """What the mean Dice is a mean of, and which labels are not in it.
 
         Args:
             organs: organs in the mean.
+            some: organs that have a Dice in some model.
         """
         left_out = []
         for (value, name), counts_as in sorted(self._left_out.items()):
             by_number = f"label {value} (set as {counts_as} by its number; it has no name)"
             left_out.append(name or by_number)
-        left_out += [f"{organ} (in no test scan)" for organ in self.organs if organ not in organs]
+        for organ in self.organs:
+            if organ not in organs:
+                why = "not in the patches of every model" if organ in some else "in no test scan"
+                left_out.append(f"{organ} ({why})")
         for organ in sorted(self._not_learned):
             # an organ that is much smaller than a patch may be in a scan and in no kept patch
             where = "patch that was kept" if organ in self._in_training else "scan"

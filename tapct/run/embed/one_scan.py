@@ -111,7 +111,8 @@ class ScanEncoder:
     def grid_of(self, volume: Volume) -> PatchGrid:
         """The patch grid of a scan."""
         z, y, x = volume.hu_ZYX.shape
-        return PatchGrid.of_scan((z, y, x), self.preprocess, patch_of(self.model))
+        patch = patch_of(self.model)
+        return PatchGrid.of_scan((z, y, x), self.preprocess, patch, volume.spacing_mm)
 
     def _through(self, cache: FeatureCache, volume: Volume, blocks: Sequence[int]) -> DenseFeatures:
         """Features from the cache, into which the missing ones are written first."""

@@ -133,6 +133,7 @@ def processor_json(model: nn.Module, settings: FeatureSettings) -> dict[str, Any
         "mean_hu": contract.mean,
         "std_hu": contract.std,
         "size": list(preprocess.size_yx),
+        "resize_spacing_mm": list(preprocess.spacing_mm),
         "patch_size": list(patch_of(model)),
         "resample": RESIZES.get(preprocess.resize, preprocess.resize),
         "clip_first": preprocess.clip == "before_resize",

@@ -1,12 +1,12 @@
 """From a CT scan in Hounsfield units (HU) to the input of the model in `modeling_tapct.py`.
 
-    clip to a window of HU (or after the resize), resize in-plane, subtract a mean, divide by a
+    clip to a window of HU (or after the resize), resize, subtract a mean, divide by a
     standard deviation, pad depth, height and width with air to multiples of the patch
 
-The processor does not reorient and does not change the depth: a scan is an array (depth, height,
-width) of axial slices in LPS order. The first slice is the one nearest the feet, the first row the
-front of the patient, the first column the patient's right. The numbers are in
-`preprocessor_config.json`. This file needs PyTorch, NumPy and transformers only.
+The processor does not reorient, and it changes the depth only where it resizes to a spacing in mm:
+a scan is an array (depth, height, width) of axial slices in LPS order. The first slice is the one
+nearest the feet, the first row the front of the patient, the first column the patient's right. The
+numbers are in `preprocessor_config.json`. This file needs PyTorch, NumPy and transformers only.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ class TAPCTImageProcessor(ImageProcessingMixin):
         mean_hu: mean that is subtracted.
         std_hu: standard deviation that divides.
         size: height and width that every slice is resized to; 0 keeps the size of the scan.
+        resize_spacing_mm: voxel spacing (depth, height, width) in mm that a scan is resized to, in
+            place of `size`; 0 for an axis that is not resized to a spacing.
         patch_size: voxels (depth, height, width) of a patch of the model.
         resample: "antialias" (see `resize_matrix`), or a mode of torch.nn.functional.interpolate.
         clip_first: whether HU are clipped before the resize; else after it.
@@ -50,6 +52,7 @@ class TAPCTImageProcessor(ImageProcessingMixin):
         resample: str = "antialias",
         clip_first: bool = True,
         pad_hu: float = -1008.0,
+        resize_spacing_mm: Sequence[float] = (0.0, 0.0, 0.0),
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -61,6 +64,7 @@ class TAPCTImageProcessor(ImageProcessingMixin):
         self.resample = resample
         self.clip_first = clip_first
         self.pad_hu = pad_hu
+        self.resize_spacing_mm = list(resize_spacing_mm)
 
     @classmethod
     def from_dict(cls, image_processor_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -83,19 +87,23 @@ class TAPCTImageProcessor(ImageProcessingMixin):
             images: array or tensor in HU, one scan (depth, height, width) or scans of one size (B,
                 1, depth, height, width).
             spacing_mm: voxel spacing of the scan along (depth, height, width), or one per scan (B,
-                3); only for models that work in mm. The spacing after resizing is returned.
+                3); for models that work in mm, and where scans are resized to a spacing. The
+                spacing after resizing is returned.
             return_tensors: "pt" for PyTorch, "np" for NumPy.
         Raises:
-            ValueError: another shape, or values that cannot be HU.
+            ValueError: another shape, values that cannot be HU, or no spacing where it is needed.
         """
         hu = self._checked(images).to(torch.float32)
-        height, width = hu.shape[-2:]
-        new_height, new_width = self.size[0] or height, self.size[1] or width
+        depth, height, width = hu.shape[-3:]
+        new_depth, new_height, new_width = self._new_sizes(hu.shape, spacing_mm)
         low, high = self.clip_hu
         if self.clip_first:
             hu = hu.clamp(low, high)
         if (new_height, new_width) != (height, width):
             hu = self._resized(hu, new_height, new_width)
+        if new_depth != depth:
+            matrix, air = resize_matrix(depth, new_depth).to(hu.device), self._air()
+            hu = torch.tensordot(matrix, hu - air, dims=([1], [2])).movedim(0, 2) + air
         values = (hu.clamp(low, high) - self.mean_hu) / self.std_hu
         air = (self.pad_hu - self.mean_hu) / self.std_hu
         far_ends = []
@@ -105,13 +113,40 @@ class TAPCTImageProcessor(ImageProcessingMixin):
         data = {"pixel_values": values}
         if spacing_mm is not None:
             spacing = torch.as_tensor(spacing_mm, dtype=torch.float32).expand(len(values), 3)
-            resized = torch.tensor([1.0, height / new_height, width / new_width])
+            resized = torch.tensor([depth / new_depth, height / new_height, width / new_width])
             data["spacing_mm"] = spacing * resized
         if return_tensors == "np":
             return BatchFeature({name: value.numpy() for name, value in data.items()})
         if return_tensors not in ("pt", None):
             raise ValueError(f'return_tensors={return_tensors!r}: must be "pt" or "np"')
         return BatchFeature(data)
+
+    def _new_sizes(
+        self, shape: Sequence[int], spacing_mm: Sequence[float] | Tensor | None
+    ) -> tuple[int, int, int]:
+        """Depth, height and width of scans (B, 1, D, H, W) after the resize."""
+        depth, height, width = shape[-3:]
+        sizes = [depth, self.size[0] or height, self.size[1] or width]
+        if any(self.resize_spacing_mm):
+            if spacing_mm is None:
+                raise ValueError(
+                    "this processor resizes scans to a spacing in mm: pass spacing_mm, the voxel "
+                    "spacing of the scan along (depth, height, width)"
+                )
+            given = torch.as_tensor(spacing_mm, dtype=torch.float64).expand(shape[0], 3)
+            if not bool((given == given[:1]).all()):
+                raise ValueError(
+                    "the scans of a batch have different spacings; pass them one by one"
+                )
+            for axis, wanted in enumerate(self.resize_spacing_mm):
+                if wanted:
+                    length = shape[2 + axis] * float(given[0, axis])
+                    sizes[axis] = max(1, int(length / wanted + 0.5))
+        return sizes[0], sizes[1], sizes[2]
+
+    def _air(self) -> float:
+        """HU outside of the scan during the resize."""
+        return self.clip_hu[0] if self.clip_first else AIR_HU
 
     def _resized(self, hu: Tensor, new_height: int, new_width: int) -> Tensor:
         """The slices of scans (B, 1, D, H, W) in another size."""
@@ -123,7 +158,7 @@ class TAPCTImageProcessor(ImageProcessingMixin):
             )
             return slices.unflatten(0, hu.shape[:3])[:, :, :, 0]
         # everything outside the scan is air, which is 0 during the resize
-        air = self.clip_hu[0] if self.clip_first else AIR_HU
+        air = self._air()
         above_air = hu - air
         if new_height != height:
             above_air = resize_matrix(height, new_height).to(hu.device) @ above_air

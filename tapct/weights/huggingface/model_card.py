@@ -260,6 +260,13 @@ def _input_lines(config: Mapping[str, Any], settings: FeatureSettings) -> list[s
         f"{contract.std:g} HU and pads with air to multiples of the patch. The depth is not "
         "resampled.",
     ]
+    if settings.preprocess.needs_spacing:
+        wanted = " × ".join(f"{mm:g}" if mm else "own" for mm in settings.preprocess.spacing_mm)
+        lines.append(
+            "- The processor resizes the scan to a spacing (depth × height × width) of "
+            f"{wanted} mm, in place of the size: give it `spacing_mm`, the voxel spacing of the "
+            "scan along these axes."
+        )
     if config["positions"] != "learned" and config["rope_coordinates"] == "mm":
         lines.append(
             "- This model works in mm: give the processor `spacing_mm`, the voxel spacing along "

@@ -447,14 +447,23 @@ class TAPCTModel(PreTrainedModel):
         """Load weights; arguments as in `PreTrainedModel.from_pretrained`.
 
         transformers only reports weights that are missing in the file, and leaves random
-        numbers in their place. Here they are an error.
+        numbers in their place; with `ignore_mismatched_sizes=True`, also in the place of weights of
+        another shape. Here they are an error.
 
         Raises:
-            ValueError: the file lacks weights of the model, or has weights that it does not know.
+            ValueError: the file lacks weights of the model, has weights that it does not know, or
+                weights of another shape.
         """
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
-        for what in ("missing", "unexpected"):
-            if names := sorted(info[f"{what}_keys"]):
+        # a mismatch is a name, or a name and two shapes
+        mismatched = [key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]]
+        found = {
+            "missing": info["missing_keys"],
+            "unexpected": info["unexpected_keys"],
+            "mismatched": mismatched,
+        }
+        for what, keys in found.items():
+            if names := sorted(keys):
                 raise ValueError(
                     f"the weights do not fit config.json: {len(names)} {what} tensors, "
                     f"{', '.join(names[:5])}{' ...' if len(names) > 5 else ''}. Copy the complete "
@@ -525,8 +534,12 @@ class TAPCTModel(PreTrainedModel):
         Args:
             pixel_values: output of the processor, (B, 1, D, H, W).
             spacing_mm: as in `forward`.
-            batch_size: windows per forward pass.
+            batch_size: windows per forward pass, at least 1.
+        Raises:
+            ValueError: as in `forward`; or `batch_size` is below 1.
         """
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}; give at least 1 window per forward pass")
         window, refine = self.config.window_size, self.config.window_refine
         cell = [side // parts for side, parts in zip(self.config.patch_size, refine)]
         d, h, w = (side * parts for side, parts in zip(self.model.grid_of(pixel_values), refine))

@@ -266,6 +266,59 @@ def test_padding_may_be_air_that_is_not_clipped() -> None:
     assert float(raw[3, 0, 0]) == pytest.approx((-1024 - CONTRACT.mean) / CONTRACT.std)
 
 
+def ramp(shape, spacing_mm) -> np.ndarray:
+    """HU that grow linearly with the place in mm along each axis, from the edge of the scan."""
+    z, y, x = ((np.arange(n) + 0.5) * mm for n, mm in zip(shape, spacing_mm, strict=True))
+    return (3 * z[:, None, None] + 2 * y[:, None] + x).round().astype(np.int16)
+
+
+@pytest.mark.parametrize("clip", ["before_resize", "after_resize"])
+@pytest.mark.parametrize("wanted", [(2.0, 1.0, 1.0), (0.0, 1.5, 0.7), (5.0, 0.0, 2.0)])
+def test_a_scan_is_resized_to_a_spacing_on_every_axis(wanted, clip) -> None:
+    """A voxel holds the HU at its own place in mm, whatever the spacing of the scan."""
+    spacing_mm, shape, size_yx = (3.0, 0.9, 0.8), (20, 60, 70), (50, 48)
+    preprocess = Preprocess(size_yx, (4, 16, 16), (4, 16, 16), clip=clip, spacing_mm=wanted)
+    prepared = prepare(ramp(shape, spacing_mm), CONTRACT, preprocess, PATCH, spacing_mm=spacing_mm)
+    for axis, mm in enumerate(wanted):
+        expected = (20, *size_yx)[axis] if not mm else round(shape[axis] * spacing_mm[axis] / mm)
+        assert prepared.grid.resized[axis] == expected
+    depth, height, width = prepared.grid.resized
+    hu = prepared.input_ZYX[:depth, :height, :width] * CONTRACT.std + CONTRACT.mean
+    extent = np.array(shape) * spacing_mm
+    place = ramp((depth, height, width), extent / (depth, height, width))
+    inner = (slice(2, -2), slice(4, -4), slice(4, -4))
+    np.testing.assert_allclose(hu.numpy()[inner], place[inner], atol=1.5)  # HU are rounded
+    np.testing.assert_allclose(prepared.spacing_mm, extent / (depth, height, width), rtol=1e-12)
+
+
+def test_windows_of_a_spacing_have_one_size_in_mm() -> None:
+    """The same body at another spacing has the same grid, and the same patches in mm."""
+    wanted = (4.0, 2.0, 2.0)
+    preprocess = Preprocess((0, 0), (4, 16, 16), (4, 16, 16), spacing_mm=wanted)
+    fine, coarse = (2.0, 0.5, 0.5), (4.0, 1.0, 1.0)
+    one = PatchGrid.of_scan((24, 256, 256), preprocess, PATCH, fine)
+    other = PatchGrid.of_scan((12, 128, 128), preprocess, PATCH, coarse)
+    assert one.resized == other.resized == (12, 64, 64)
+    assert one.spacing_mm(fine) == other.spacing_mm(coarse) == (8.0, 8.0, 8.0)
+    model = RawPatches(PATCH)
+    found = [
+        dense_features(model, ramp(shape, mm), CONTRACT, preprocess, spacing_mm=mm).features_DZYX[
+            :, 1:-1, 1:-1, 1:-1
+        ]
+        for shape, mm in (((24, 256, 256), fine), ((12, 128, 128), coarse))
+    ]
+    assert float((found[0] - found[1]).abs().max()) * CONTRACT.std < 1.5
+
+
+def test_a_spacing_that_cannot_be_is_one_line() -> None:
+    for wanted in ((0.01, 1.0, 1.0), (60.0, 0.0, 0.0)):
+        with pytest.raises(UserError, match="rule: 0, or from 0.05 to 50 mm"):
+            Preprocess(spacing_mm=wanted)
+    preprocess = Preprocess((32, 32), (4, 16, 16), (4, 16, 16), spacing_mm=(0.0, 1.0, 1.0))
+    with pytest.raises(UserError, match="the spacing of this scan was not given"):
+        prepare(scan((4, 16, 16)), CONTRACT, preprocess, PATCH)
+
+
 def test_a_scan_at_its_own_size_is_not_resampled():
     hu_ZYX = scan((5, 12, 20))
     prepared = prepare(hu_ZYX, CONTRACT, Preprocess((12, 20), (4, 8, 8), (4, 8, 8)), PATCH)

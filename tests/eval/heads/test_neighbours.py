@@ -11,6 +11,7 @@ import torch
 from tapct.base.exits import UserError
 from tapct.eval.features.dense import DenseFeatures, PatchGrid
 from tapct.eval.heads import neighbours
+from tapct.eval.results import task_statistics
 from tapct.eval.scans.labelled_scan import LabelledScan
 from tapct.eval.tasks import patch_knn
 from tapct.types import LabelMap, Volume
@@ -146,6 +147,77 @@ def test_a_model_with_smaller_patches_may_see_organs_that_others_do_not() -> Non
         task.learn(model, dense, task.truth(scan, grid, IN_PLAY_Z))
     task.fit()
     assert task.classes == ("body", "liver", "spleen")
+
+
+def test_models_of_different_patches_are_compared_on_the_same_classes() -> None:
+    """The spleen is most of a fine patch, but of no coarse one: only one model can be asked."""
+    labels = np.ones(GRID.original, np.uint16)
+    labels[:, :4, :4] = 2
+    labels[1, 7, 7] = 3
+    names = ((1, "body"), (2, "liver"), (3, "spleen"), (4, "heart"))
+    hu_ZYX, spacing_mm = np.zeros(GRID.original, np.int16), (1.0, 1.0, 1.0)
+    volume = Volume(hu_ZYX, spacing_mm)
+    scans = [
+        LabelledScan(f"s{number}", volume, LabelMap(labels, spacing_mm, names=names), f"p{number}")
+        for number in range(2)
+    ]
+    task = patch_knn.build(patch_knn.Config(k=(1,)), seed=0)
+    grids = {"coarse": GRID, "fine": PatchGrid((1, 1, 1), (2, 8, 8), (2, 8, 8))}
+
+    def dense_of(grid: PatchGrid) -> DenseFeatures:
+        generator = torch.Generator().manual_seed(len(grid.shape) + grid.shape[1])
+        return DenseFeatures(torch.randn(4, *grid.shape, generator=generator), torch.zeros(4), grid)
+
+    for model, grid in grids.items():
+        task.learn(model, dense_of(grid), task.truth(scans[0], grid, IN_PLAY_Z))
+    task.fit()
+    for model, grid in grids.items():
+        task.judge(model, dense_of(grid), task.truth(scans[1], grid, IN_PLAY_Z))
+    results = task.results()
+    assert set(results.models["coarse"]["recall"]) == {"body", "liver"}
+    assert set(results.models["fine"]["recall"]) == {"body", "liver", "spleen"}
+    for entry in results.models.values():
+        expected = np.mean([entry["recall"]["body"], entry["recall"]["liver"]])
+        assert entry["balanced_accuracy"] == entry["by_k"]["1"] == pytest.approx(expected)
+    assert all(set(score.parts) == {"body", "liver"} for score in results.scans)
+    headline = task.headline()
+    assert headline.mean_of == (
+        "mean of the recall of 2 classes: body, liver; left out: spleen (not in the test patches "
+        "of every model)"
+    )
+    # the rows of scans give the headline, so it has intervals
+    patient_of = {scan.id: scan.patient for scan in scans}
+    found = task_statistics.of_task(results, headline, {}, patient_of, seed=0)
+    assert found.why_none == ""
+
+
+def test_the_line_of_the_classes_names_every_organ_that_is_left_out() -> None:
+    task = patch_knn.build(patch_knn.Config(k=(1,)), seed=0)
+    labels = np.ones(GRID.original, np.uint16)
+    labels[:, :4, :4] = 2
+    labels[1, 7, 7] = 3  # a part of a patch
+    labels[1, 4:6, 4:6] = 4
+    labels[0, 4:6, 4:6] = 6
+    hu_ZYX, spacing_mm = np.zeros(GRID.original, np.int16), (1.0, 1.0, 1.0)
+    names = ((1, "body"), (2, "liver"), (3, "spleen"), (4, "heart"), (5, "aorta"), (6, "lung"))
+    one = LabelledScan(
+        "s0", Volume(hu_ZYX, spacing_mm), LabelMap(labels, spacing_mm, names=names), "p0"
+    )
+    labels_of_test = np.where(labels == 4, 1, labels)
+    labels_of_test[0, 6, 6] = 5
+    labels_of_test[0, 4:6, 4:6] = 1
+    labels_of_test[0, 4, 4] = 6  # a part of a patch
+    label_map = LabelMap(labels_of_test, spacing_mm, names=names)
+    other = LabelledScan("s1", Volume(hu_ZYX, spacing_mm), label_map, "p1")
+    dense = features_of(scan_of(0))
+    task.learn("m", dense, task.truth(one, GRID, IN_PLAY_Z))
+    task.fit()
+    task.judge("m", dense, task.truth(other, GRID, IN_PLAY_Z))
+    assert task.headline().mean_of == (
+        "mean of the recall of 2 classes: body, liver; left out: aorta (in no training scan), "
+        "heart (in no test scan), lung (no test patch is mostly of it), spleen (no training patch "
+        "is mostly of it)"
+    )
 
 
 def test_organs_that_no_training_scan_has_are_not_counted() -> None:

@@ -121,6 +121,24 @@ def test_values_have_the_type_of_their_target_and_empty_cells_are_unknown(tmp_pa
     assert type(table.values["1" * 16]["lesion"]) is bool
 
 
+@pytest.mark.parametrize("word", ["", "NaN", "-nan", "N/A", "#N/A", "<NA>", "NULL", "null"])
+def test_what_programs_write_for_an_unknown_value_does_not_make_a_number_a_category(
+    tmp_path: Path, word: str
+) -> None:
+    table = read(tmp_path, f"path,age\na/one,61\na/two,{word}\nb/two,48\n")
+    assert table.kinds == {"age": Kind.NUMBER}
+    assert by_number(table.values) == {"1": {"age": 61.0}, "2": {}, "3": {"age": 48.0}}
+
+
+def test_a_category_of_numbers_is_explained(tmp_path: Path) -> None:
+    table = read(tmp_path, "path,age,phase\na/one,61,1\na/two,unknown,native\nb/two,48,venous\n")
+    assert table.kinds["age"] is Kind.CATEGORY
+    assert table.summary.endswith(
+        "; age is a category, because 1 of 3 values is no number, e.g. 'unknown'; leave the cell "
+        "of an unknown value empty"
+    )
+
+
 def test_the_files_that_spreadsheets_write_are_read_alike(tmp_path: Path) -> None:
     plain = "path,grade,size\na/one,low,1.5\na/two,high,2.25\n"
     german = "path;grade;size\r\na/one;low;1,5\r\na/two;high;2,25\r\n;;\r\n"

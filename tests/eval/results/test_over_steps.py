@@ -81,6 +81,10 @@ def test_steps_without_a_number_have_no_best(tmp_path: Path) -> None:
         ({"labels": "other"}, "the labels of its evaluation differ"),
         ({"metric": "mean Dice on patches"}, "the metric of its evaluation differs"),
         ({"task": "knn"}, "it was evaluated without this task"),
+        (
+            {"task": "knn", "without_result": {"segmentation": "no organ"}},
+            "the task has no result (no organ)",
+        ),
     ],
 )
 def test_evaluations_that_cannot_be_compared_are_left_out_with_the_reason(

@@ -15,7 +15,7 @@ from tapct.base.exits import UserError
 from tapct.config import plugins
 from tapct.eval.features.dense import DenseFeatures
 from tapct.eval.pairs.correspondence import PatchFrame, ScanFeatures, find_places, similarity_PN
-from tapct.eval.pairs.partners import PairedScans, ScanPair, pairs_of
+from tapct.eval.pairs.partners import PairedScans, ScanPair, pairs_of, share_a_name
 from tapct.eval.pairs.points import label_points
 from tapct.eval.passes.task_runs import begin
 from tapct.eval.scans.labelled_scan import TableLabels
@@ -146,6 +146,21 @@ def test_across_patients_each_scan_has_one_partner_of_another_patient() -> None:
     assert pairs_of(rows[:2], "across_patients", 0) == []
 
 
+def test_scans_without_a_common_landmark_are_no_pair() -> None:
+    """They would fill `max_pairs`, and count in the number of pairs of the results."""
+    rows = [Row("a", "p"), Row("b", "p"), Row("c", "p"), Row("d", "q"), Row("e", "q")]
+    names_of = {"a": {"x"}, "b": {"x", "y"}, "c": {"y"}, "d": {"x"}, "e": {"z"}}
+    common = share_a_name(names_of, ())
+    found = {(pair.first, pair.second) for pair in pairs_of(rows, "same_patient", 0, common)}
+    assert found == {("a", "b"), ("b", "a"), ("b", "c"), ("c", "b")}
+    only_y = share_a_name(names_of, ["y"])
+    found = {(pair.first, pair.second) for pair in pairs_of(rows, "same_patient", 0, only_y)}
+    assert found == {("b", "c"), ("c", "b")}
+    # d follows b, the last scan before it that has a point of the same name
+    across = pairs_of(rows, "across_patients", 0, common)
+    assert ScanPair("b", "d") in across and all("e" not in (p.first, p.second) for p in across)
+
+
 def test_a_scan_is_kept_until_its_last_pair_is_complete() -> None:
     rows = [Row(f"s{n}", f"p{n // 2}") for n in range(10)]
     store: PairedScans[str] = PairedScans(pairs_of(rows, "same_patient", 0))
@@ -274,7 +289,8 @@ def test_landmarks_in_test_scans_alone_suffice_where_no_block_is_chosen() -> Non
     with pytest.raises(UserError, match="has 0 training and 2 test scans; it needs one of each"):
         begin("matching", choosing, split.test, split, TableLabels())
     task = matching.build(matching.Config(blocks="last"), seed=0)
-    begin("matching", task, split.test, split, TableLabels())
+    landmarks = {name: {"a": (10.0, 12.0, 12.0)} for name in ("s1", "s2")}
+    begin("matching", task, split.test, split, TableLabels(landmarks=landmarks))
     task.fit()
     play = np.ones(GRID.shape[0], bool)
     for scan in (scan_with(name, "p", {"a": (10.0, 12.0, 12.0)}) for name in ("s1", "s2")):
@@ -310,8 +326,16 @@ def test_bad_settings_and_scans_are_one_line() -> None:
         task.expect_scans([Row("a", "p"), Row("b", "p")], [Row("a", "p"), Row("b", "p")])
     scans = [scan_with("s1", "p", {"a": (9.0, 9, 9)}), scan_with("s2", "p", {"b": (9.0, 9, 9)})]
     task, _ = run({scan.id: random_features(0) for scan in scans}, scans)
-    with pytest.raises(UserError, match="no two scans of a pair have a point of the same name"):
+    with pytest.raises(
+        UserError, match="no two test scans of a pair have a point of the same name"
+    ):
         task.results()
+    task = matching.build(matching.Config(), seed=0)
+    task.expect_landmarks({"t": {"a"}, "s1": {"a"}, "s2": {"b"}})  # before features are computed
+    with pytest.raises(
+        UserError, match="no two test scans of a pair have a point of the same name"
+    ):
+        task.expect_scans([Row("t", "t")], [Row("s1", "p"), Row("s2", "p")])
     task = matching.build(matching.Config(), seed=0)
     task.expect_scans([Row("t", "t")], [Row("a", "p"), Row("b", "p")])
     with pytest.raises(UserError, match="at least one scan could not be read"):

@@ -235,6 +235,19 @@ def test_scans_of_different_patients_are_paired_where_no_patient_has_two() -> No
         )
 
 
+def test_scans_without_a_common_landmark_are_refused_before_features_are_computed() -> None:
+    rows = [Row("a", "p"), Row("b", "p"), Row("c", "p")]
+    config = registration.Config(metric="landmarks")
+    task = registration.build(config, seed=0)
+    task.expect_landmarks({"t": {"x"}, "a": {"x"}, "b": {"y"}, "c": {"z"}})
+    with pytest.raises(UserError, match="no two test scans of a pair have a landmark in common"):
+        task.expect_scans([Row("t", "t")], rows)
+    task = registration.build(config, seed=0)
+    task.expect_landmarks({"t": {"x"}, "a": {"x"}, "b": {"y"}, "c": {"x"}})
+    task.expect_scans([Row("t", "t")], rows)
+    assert {(pair.first, pair.second) for pair in task._test.pairs} == {("a", "c"), ("c", "a")}
+
+
 def test_landmarks_of_different_patients_must_be_named() -> None:
     rows = [Row("a", "p"), Row("b", "q")]
     config = registration.Config(metric="landmarks")

@@ -284,6 +284,25 @@ def test_test_scans_of_one_value_are_refused_before_features_are_computed(
     assert message in str(it.value) and f"eval.tasks.{task.name}=null" in str(it.value)
 
 
+@pytest.mark.parametrize(
+    ("module", "settings", "train", "message"),
+    [
+        (classification, {}, ["a", "a", "a"], "no suitable target.*finding has one class"),
+        (classification, {}, [1.0, 2.0, 3.0], "finding is a number, for the task regression"),
+        (knn, {"targets": ("finding",)}, ["a", "a", "a"], "targets: finding has one class"),
+        (regression, {}, [True, False, True], "finding is true or false"),
+        (regression, {}, [2.0, 2.0, 2.0], "finding has fewer than 3 different values"),
+    ],
+)
+def test_training_scans_without_a_suitable_target_are_refused_before_features_are_computed(
+    module: Any, settings: dict[str, Any], train: list[Any], message: str
+) -> None:
+    task = module.build(module.Config(**settings), seed=0)
+    values = [{"finding": value} for value in train]
+    with pytest.raises(UserError, match=message):
+        task.expect_values(values, values)
+
+
 def test_knn_votes_and_retrieves_as_a_loop_does() -> None:
     cases = [Case(n, {"x": bool(n % 2)}, cls=2.5 * (n % 2)) for n in range(30)]
     config = knn.Config(vectors=("cls",), scaling=("raw",), k=(3, 200))

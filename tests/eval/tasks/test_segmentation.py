@@ -612,6 +612,37 @@ def test_an_organ_smaller_than_a_patch_is_not_reported_as_absent_from_training()
     assert "label 7 (in no training patch that was kept)" in task.headline().mean_of
 
 
+def test_models_of_different_patches_are_compared_on_the_same_organs():
+    """On patches: a small organ is most of a fine patch, but of no coarse one."""
+    labels = np.ones((2, 8, 8), dtype=np.uint16)
+    labels[:, :4, :4] = 2
+    labels[1, 7, 7] = 3
+    names = [(1, "body"), (2, "liver"), (3, "spleen")]
+    train, test = (labelled(labels, None, names, scan_id) for scan_id in ("a", "t"))
+    task = build(Config(resolution="patch", steps=5), seed=0)
+    task.begin(1)
+    grids = {
+        "coarse": PatchGrid((1, 2, 2), (2, 8, 8), (2, 8, 8)),
+        "fine": PatchGrid((1, 1, 1), (2, 8, 8), (2, 8, 8)),
+    }
+    for model, grid in grids.items():
+        dense = DenseFeatures(torch.randn(3, *grid.shape), torch.zeros(3), grid)
+        task.learn(model, dense, task.truth(train, grid, everywhere(grid)))
+    task.fit()
+    for model, grid in grids.items():
+        dense = DenseFeatures(torch.randn(3, *grid.shape), torch.zeros(3), grid)
+        task.judge(model, dense, task.truth(test, grid, everywhere(grid)))
+    results = task.results()
+    assert set(results.models["fine"]["dice"]) == {"liver", "spleen"}
+    for entry in results.models.values():
+        assert entry["mean_dice"] == entry["dice"]["liver"]
+        assert set(entry["dice_voxel"]) == {"liver", "spleen"}
+    assert all(set(score.parts) == {"liver"} for score in results.scans)
+    line = task.headline().mean_of
+    assert line.startswith("mean of 1 organ: liver; left out:")
+    assert "spleen (not in the patches of every model)" in line
+
+
 def test_label_fractions_above_the_number_of_patients_are_left_out_with_a_line(capsys):
     task = build(Config(fractions=(1, 2, 5), draws=1, steps=5), seed=0)
     for number in (1, 2):
