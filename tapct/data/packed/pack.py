@@ -277,7 +277,7 @@ def _outcomes(work: _Work, numbers: np.ndarray) -> Generator[tuple[int, PackOutc
             lost[i] = refused
         else:
             yield i, outcome
-    again = list(lost)
+    again = sorted(lost)
     alone = [replace(one, row=replace(one.row, label_path="")) for one in work.tasks(again)]
     for k, outcome in run(alone, len(alone)):
         if outcome.scan is not None:
