@@ -54,9 +54,8 @@ from tapct.data.readers import LIBRARIES
 from tapct.data.workers.process_pool import DEFAULT_LIMITS, LOST, ScanLimits, map_unordered
 
 LEASE_NAME = ".lease"
-LEAST_TILE = (
-    16  # rows and columns; smaller chunks cost more bytes of checksums and calls than voxels
-)
+# rows and columns; smaller chunks cost more bytes of checksums and calls than voxels
+LEAST_TILE = 16
 
 
 def pack(

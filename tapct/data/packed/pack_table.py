@@ -27,6 +27,7 @@ from tapct.data.packed.pack_scan import PackOutcome
 from tapct.data.packed.places import files_in
 from tapct.data.packed.scan_list import NO_NAMES, SHAPE, SPACING, StoredScan, columns_of
 from tapct.data.packed.store import packed_file
+from tapct.data.packed.store_index import whole_column
 
 _FILE_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 _ROWS_AT_ONCE = 256  # rows that are objects at once; one of DICOM may name thousands of files
@@ -174,7 +175,7 @@ class PackTable:
             typed = {name: pa.array(old[name], table.schema.field(name).type) for name in columns}
             order = np.argsort(np.concatenate([at, places]), kind="stable")
             table = pa.concat_tables([table, pa.table(typed)]).take(pa.array(order))
-        return {name: _whole(table.column(name)) for name in table.column_names}
+        return {name: whole_column(table.column(name)) for name in table.column_names}
 
 
 def are_present(out: Path, rows: RowTable) -> np.ndarray:
@@ -186,7 +187,7 @@ def are_present(out: Path, rows: RowTable) -> np.ndarray:
         out: folder of the store.
         rows: rows of a manifest.
     """
-    ids = _whole(rows.table.column("id"))
+    ids = whole_column(rows.table.column("id"))
     present = np.zeros(len(ids), bool)
     for names in _in_batches(file.name for file in files_in(out, f"*{_SUFFIX}")):
         stems = pa.array([name[: -len(_SUFFIX)] for name in names], ids.type)
@@ -241,10 +242,3 @@ def _in_batches(names: Iterable[str]) -> Iterator[list[str]]:
             batch = []
     if batch:
         yield batch
-
-
-def _whole(column: pa.Array | pa.ChunkedArray) -> pa.Array:
-    """A column as one array."""
-    if not isinstance(column, pa.ChunkedArray):
-        return column
-    return pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)
