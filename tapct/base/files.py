@@ -111,6 +111,20 @@ def check_new_path(path: Path, option: str = "--out") -> None:
             )
 
 
+def check_new_file(path: Path, option: str = "--out") -> None:
+    """Refuse a path at which no file can be written, before any work is done for it.
+
+    Args:
+        path: file that is written later; its folders are made then.
+        option: name of the option that gave the path.
+    Raises:
+        UserError: it is a folder, or one of the folders on the path is a file.
+    """
+    if path.is_dir():
+        raise UserError(f"{option} {path} is a folder; give the file to write")
+    check_new_path(path, option)
+
+
 def write_atomically(path: Path, content: bytes | str, *, mode: int | None = None) -> None:
     """Write a file whole or not at all, and replace the one of that name.
 

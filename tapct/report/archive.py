@@ -102,9 +102,6 @@ def write(
     """
     path = files.expand_path(path)
     manifest, store = open_archive(path)
-    rows = archive_pictures.chosen_rows(manifest)
-    pictures = archive_pictures.draw(manifest, rows, workers, progress=progress)
-    own = None if store is None else foreground.measure(store)
     assert manifest.file is not None, "a manifest that was read has a file"
     if store is not None:
         name, beside = store.path.resolve().name, store.path / "archive.html"
@@ -112,7 +109,10 @@ def write(
         name = path.resolve().name if path.is_dir() else path.resolve().stem
         beside = manifest.file.with_suffix(".html")
     out = out or beside
-    files.check_new_path(out)
+    files.check_new_file(out)
+    rows = archive_pictures.chosen_rows(manifest)
+    pictures = archive_pictures.draw(manifest, rows, workers, progress=progress)
+    own = None if store is None else foreground.measure(store)
     out.parent.mkdir(parents=True, exist_ok=True)
     return save(page(name, manifest, pictures, own), out, files.PRIVATE)
 

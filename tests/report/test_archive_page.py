@@ -96,6 +96,14 @@ def test_an_archive_without_an_accepted_scan_has_a_page(tmp_path: Path) -> None:
     assert "a&lt;b&gt;" in html and "<b>" not in html
 
 
+def test_a_folder_in_place_of_the_page_is_refused_before_scans_are_read(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(archive.archive_pictures, "draw", None)
+    with pytest.raises(UserError, match="is a folder; give the file to write"):
+        archive.write(folder / "m.parquet", folder)
+
+
 def test_bars_and_ranges_hold_every_value() -> None:
     assert bars([("a<", 3), ("b", 0)]).count("<i ") == 1
     for values in (
