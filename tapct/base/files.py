@@ -111,6 +111,27 @@ def check_new_path(path: Path, option: str = "--out") -> None:
             )
 
 
+def check_new_file(path: Path, option: str = "--out") -> None:
+    """Refuse a path at which no file can be written, before any work is done for it.
+
+    Args:
+        path: file that is written later; its folders are made then.
+        option: name of the option that gave the path.
+    Raises:
+        UserError: it is a folder, one of the folders on the path is a file, or its folder is
+            read-only, as a store of others or a mounted archive may be.
+    """
+    if path.is_dir():
+        raise UserError(f"{option} {path} is a folder; give the file to write")
+    check_new_path(path, option)
+    folder = next(each for each in path.absolute().parents if each.exists())
+    if not os.access(folder, os.W_OK):
+        raise UserError(
+            f"{path} cannot be written, since you may not write in {folder}; give another place "
+            f"with {option}"
+        )
+
+
 def write_atomically(path: Path, content: bytes | str, *, mode: int | None = None) -> None:
     """Write a file whole or not at all, and replace the one of that name.
 

@@ -106,7 +106,7 @@ def check_as_command(context: typer.Context, words: Sequence[str], comes_later: 
     """
     root = context.find_root()
     command = root.command.get_command(root, words[0])  # type: ignore[attr-defined]
-    parsed = command.make_context(words[0], list(words[1:]), parent=root)
+    parsed = command.make_context(f"submit {words[0]}", list(words[1:]), parent=root)
     arguments = {one.name for one in command.params if one.param_type_name == "argument"}
     if words[0] == "embed":
         arguments.discard("model")  # may be a name at Hugging Face

@@ -249,7 +249,7 @@ def index(
             raise exits.UserError(
                 "--report has no effect with --part; give it to the last call, which has no --part"
             )
-        files.check_new_path(report, "--report")
+        files.check_new_file(report, "--report")
     if fresh and older is not None:
         raise exits.UserError("--fresh forgets the patients that --older names; give one of them")
     with signals.leaving_at_sigterm(), console.ListingProgress("index", "scans") as progress:

@@ -35,8 +35,7 @@ def usage_line(error: Any, words: Sequence[str], commands: Any) -> str:
     help_line = f"see {command} -h"
     message = str(error.format_message()).rstrip(".")
     if "NoSuchOption" in kinds:
-        known = _options_of(commands.commands.get(names[0], commands) if names else commands)
-        near = _nearest(error.option_name, known)
+        near = _nearest(error.option_name, _known_options(names, commands))
         question = f"did you mean {near}? " if near else ""
         return f"{command} has no option {error.option_name}; {question}{help_line}"
     if "MissingParameter" in kinds and getattr(error, "param", None) is not None:
@@ -72,6 +71,16 @@ def _names_of(context: Any, words: Sequence[str], commands: Any) -> list[str]:
         names.append(context.info_name)
         context = context.parent
     return names[::-1]
+
+
+def _known_options(names: Sequence[str], commands: Any) -> list[str]:
+    """All options of the command that a command line has reached; `submit index` has its own
+    options and those of `index`.
+    """
+    _, *divided = names[0].split() if names else [""]
+    reached = ["submit-array", *divided] if divided else names[:1]
+    known = [_options_of(commands.commands[name]) for name in reached if name in commands.commands]
+    return sum(known, []) or _options_of(commands)
 
 
 def _options_of(command: Any) -> list[str]:

@@ -69,6 +69,12 @@ def check_words(words: Sequence[str]) -> None:
         raise UserError(f"tapct submit divides {', '.join(ROUNDS)}; got {' '.join(words)!r}")
     if _has_option(words, "--part"):
         raise UserError("tapct submit gives --part to each element; leave it out")
+    for option in ("--nodes", "--tasks-per-node"):
+        if _has_option(words, option):
+            raise UserError(
+                f"tapct submit {words[0]} has no option {option}: each element of the array is one "
+                "process on one node; set the number of elements with --parts"
+            )
     for option in WHOLE_ONLY.get(words[0], ()):
         if _has_option(words, option):
             raise UserError(f"tapct {words[0]} {option} cannot be divided; run it without submit")

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from tapct.types import LabelMap
+
+_ROWS_AT_ONCE = 16_384  # of a table that are hashed at once
 
 
 def voxel_digest(hu_ZYX: np.ndarray) -> str:
@@ -67,11 +69,12 @@ def table_digest(columns: Iterable[Sequence[Any]], facts: Mapping[str, Any]) -> 
     return digest.hexdigest()
 
 
-def arrow_digest(columns: Iterable[pa.Array], facts: Mapping[str, Any]) -> str:
+def arrow_digest(columns: Iterable[pa.Array | pa.ChunkedArray], facts: Mapping[str, Any]) -> str:
     """`table_digest` of columns in Arrow, without a Python object per value.
 
     Args:
-        columns: columns without nulls: text, numbers, or lists of text or numbers.
+        columns: columns without nulls: text, numbers, or lists of text or numbers. A column of
+            text above 2 GiB has several chunks, and is never joined to one.
         facts: as in `table_digest`.
     Returns:
         The 32 hex digits of `table_digest` of the same values.
@@ -82,18 +85,34 @@ def arrow_digest(columns: Iterable[pa.Array], facts: Mapping[str, Any]) -> str:
     for column in columns:
         if column.null_count:
             raise ValueError("a column has missing values")
-        content = _content(column)
-        digest.update(f"{len(column)} {len(content)} ".encode())
-        digest.update(content)
+        contents = [_content(piece) for piece in _pieces(column)]
+        between = b"" if _is_number(column.type) else b"\0"
+        num_bytes = sum(map(len, contents)) + len(between) * max(0, len(contents) - 1)
+        digest.update(f"{len(column)} {num_bytes} ".encode())
+        for number, content in enumerate(contents):
+            if number:
+                digest.update(between)
+            digest.update(content)
     return digest.hexdigest()
 
 
+def _pieces(column: pa.Array | pa.ChunkedArray) -> Iterator[pa.Array]:
+    """A column in parts of limited length, none of which is empty."""
+    for chunk in column.chunks if isinstance(column, pa.ChunkedArray) else [column]:
+        for start in range(0, len(chunk), _ROWS_AT_ONCE):
+            yield chunk.slice(start, _ROWS_AT_ONCE)
+
+
+def _is_number(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_integer(kind) or pa.types.is_floating(kind))
+
+
 def _content(column: pa.Array) -> memoryview | bytes:
-    """The bytes of a column that `table_digest` hashes."""
-    if not len(column):
-        return b""
+    """The bytes of a part of a column that `table_digest` hashes."""
     if pa.types.is_list(column.type) and pa.types.is_string(column.type.value_type):
-        column = pc.binary_join(column, "\1")
+        # with the marks between the texts it may need more than 2 GiB
+        large = column.cast(pa.large_list(pa.large_string()))
+        column = pc.binary_join(large, pa.scalar("\1", pa.large_string()))
     elif pa.types.is_list(column.type):
         # Arrow writes a number in other digits than Python
         lists = column.to_pylist()
@@ -105,7 +124,7 @@ def _content(column: pa.Array) -> memoryview | bytes:
         all_rows = pa.LargeListArray.from_arrays(pa.array([0, len(text)], pa.int64()), text)
         joined = pc.binary_join(all_rows, pa.scalar("\0", pa.large_string()))
         return memoryview(joined[0].as_buffer())
-    if not (pa.types.is_integer(column.type) or pa.types.is_floating(column.type)):
+    if not _is_number(column.type):
         raise ValueError(f"a column holds {column.type}")
     numbers = column.to_numpy(zero_copy_only=False)
     return np.ascontiguousarray(numbers, np.float64).data.cast("B")

@@ -8,6 +8,8 @@ from typing import Generic, TypeVar, overload
 
 R = TypeVar("R")
 
+_MOST_SHOWN = 1000
+
 
 class LazyRows(Sequence[R], Generic[R]):
     """Rows by number, from either end, and slices of them as tuples.
@@ -40,4 +42,6 @@ class LazyRows(Sequence[R], Generic[R]):
     __hash__ = None  # type: ignore[assignment]
 
     def __repr__(self) -> str:
+        if len(self) > _MOST_SHOWN:  # a traceback would print all rows of an archive
+            return f"<{type(self).__name__} of {len(self)} rows>"
         return repr(tuple(self))

@@ -38,6 +38,7 @@ ACCEPTED, REFUSED = "accepted", "refused"
 ARCHIVE_FILE = "manifest.parquet"  # in the folder of an archive, see `index.place`
 UNKNOWN = float("nan")  # a number that no file gives
 _ROWS_AT_ONCE = 4096  # rows that are decoded at once where all are wanted
+_MOST_ROWS_OF_GROUP, _GROUP_BYTES = 1 << 20, 1 << 28  # of a file, see `_rows_of_group`
 _ARROW = {
     "str": pyarrow.string(),
     "int": pyarrow.int64(),
@@ -380,7 +381,7 @@ def _checked(path: Path, table: pyarrow.Table) -> dict[str, str]:
     try:
         # damage may change the type of a column, which the digest of numbers would not show
         is_whole = table.schema.types == list(_schema().types)[:num] and written == arrow_digest(
-            [column.combine_chunks() for column in table.itercolumns()], facts
+            table.itercolumns(), facts
         )
     except (TypeError, ValueError, pyarrow.ArrowException):
         is_whole = False
@@ -504,6 +505,13 @@ def read_column(file: Path, digest: str, column: str) -> dict[str, Any]:
     return dict(zip(table.column("id").to_pylist(), table.column(column).to_pylist()))
 
 
+def _rows_of_group(table: pyarrow.Table) -> int:
+    """Rows of a group of rows in a file. pyarrow cannot read a group whose lists of text need more
+    than 2 GiB, and the paths of the files of 100,000 DICOM series may.
+    """
+    return max(1, min(_MOST_ROWS_OF_GROUP, _GROUP_BYTES * len(table) // max(1, table.nbytes)))
+
+
 def write_table(manifest: Manifest, out: Path) -> None:
     """Write a manifest under another name, flush it to disk and rename it.
 
@@ -529,13 +537,12 @@ def write_table(manifest: Manifest, out: Path) -> None:
     memory = manifest.memory.to_json()
     if memory:
         metadata["tapct.patient_memory"] = memory
-    columns = [column.combine_chunks() for column in table.itercolumns()]
-    metadata["tapct.rows"] = arrow_digest(columns, metadata)
-    table = pyarrow.Table.from_arrays(columns, schema=_schema(metadata))
+    metadata["tapct.rows"] = arrow_digest(table.itercolumns(), metadata)
+    table = table.cast(_schema(metadata))
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with files.replacing(out, mode=files.PRIVATE) as file:
-            pyarrow.parquet.write_table(table, file)
+            pyarrow.parquet.write_table(table, file, row_group_size=_rows_of_group(table))
     except OSError as error:
         raise UserError(
             f"cannot write manifest {out}: {files.first_cause(error)}; nothing was changed"

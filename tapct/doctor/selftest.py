@@ -28,7 +28,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from tapct.base import console, metric_names
 from tapct.base.exits import UserError
-from tapct.base.files import check_new_path, write_atomically
+from tapct.base.files import check_new_file, write_atomically
 from tapct.base.ranks import Ranks
 from tapct.data.loading import loader
 from tapct.data.packed.store import INDEX_NAME, Store
@@ -389,7 +389,7 @@ def report(path: Path, overrides: list[str], json_path: Path) -> bool:
     Returns:
         Whether no proof failed.
     """
-    check_new_path(json_path, "--json")
+    check_new_file(json_path, "--json")
     config: RunConfig = load_run_config(path, overrides).value
     subject = Subject(path, tuple(overrides), config, pick_device(config.device))
     console.say(f"self-test of {path} on {device_name(subject.device)}, torch {torch.__version__}")

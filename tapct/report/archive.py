@@ -10,7 +10,6 @@ from __future__ import annotations
 import base64
 import contextlib
 import math
-import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -111,7 +110,7 @@ def write(
         name = path.resolve().name if path.is_dir() else path.resolve().stem
         beside = manifest.file.with_suffix(".html")
     out = out or beside
-    _check_writable(out)
+    files.check_new_file(out)
     rows = archive_pictures.chosen_rows(manifest)
     pictures = archive_pictures.draw(manifest, rows, workers, progress=progress)
     own = None
@@ -120,21 +119,6 @@ def write(
             own = foreground.measure(store)
     out.parent.mkdir(parents=True, exist_ok=True)
     return save(page(name, manifest, pictures, own), out, files.PRIVATE)
-
-
-def _check_writable(out: Path) -> None:
-    """Refuse a page that could not be written, before scans are read for it.
-
-    Raises:
-        UserError: its folder is read-only, as a store of others or a mounted archive may be.
-    """
-    files.check_new_path(out)
-    folder = next(each for each in out.absolute().parents if each.exists())
-    if not os.access(folder, os.W_OK):
-        raise UserError(
-            f"{out} cannot be written, since you may not write in {folder}; give another place "
-            "with --out"
-        )
 
 
 def page(

@@ -74,6 +74,7 @@ def save(html: str, out: Path, mode: int | None = None) -> Path:
     Raises:
         UserError: it cannot be written.
     """
+    files.check_new_file(out)
     try:
         files.write_atomically(out, html, mode=mode)
     except OSError as error:

@@ -27,9 +27,8 @@ from tapct.types import TargetSums
 USED_SHARE = 0.1
 RANKME_ROWS = 512
 OUTLIER_SIGMAS = 6.0  # robust standard deviations above the median norm
-OUTLIER_FLOOR = (
-    0.05  # and at least this part of the median above it, so that equal norms have no outliers
-)
+# and at least this part of the median above it, so that equal norms have no outliers
+OUTLIER_FLOOR = 0.05
 
 NO_INFORMATION = 0.05  # nats; below it the targets do not distinguish samples
 FAINT_INFORMATION = 0.2  # nats; below it the run may still become stuck

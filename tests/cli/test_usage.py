@@ -109,6 +109,13 @@ def test_a_path_whose_folders_are_missing_is_allowed_and_not_made(tmp_path: Path
 def test_a_folder_in_place_of_a_file_is_refused(shell: Shell, tmp_path: Path) -> None:
     line = shell.bad("index", tmp_path, "--out", tmp_path)
     assert "is a folder; give the file to write, such as" in line
+    for words in (
+        ("index", tmp_path, "--out", tmp_path / "m.parquet", "--report", tmp_path),
+        ("doctor", "smoke", "--selftest", "--json", tmp_path),
+    ):
+        line = shell.bad(*words)
+        assert f"{words[-2]} {tmp_path} is a folder; give the file to write" in line
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("name", ["m.csv", "m.parquet.gz"])

@@ -386,9 +386,10 @@ def shown_words(monkeypatch: pytest.MonkeyPatch, shell: Shell) -> list[str]:
 @pytest.mark.parametrize(
     ("words", "parts"),
     [
-        ("index scans --out a --wrokers 3", ["tapct index has no option", "--workers"]),
-        ("index scans --out a --nodes 2", ["tapct index has no option --nodes"]),
-        ("pack --out a", ["tapct pack needs"]),
+        ("index scans --out a --wrokers 3", ["index has no option", "did you mean --workers?"]),
+        ("index scans --out a --cpus-per-taks 3", ["did you mean --cpus-per-task?"]),
+        ("index scans --out a --nodes 2", ["tapct submit index has no option --nodes", "--parts"]),
+        ("pack --out a", ["tapct submit pack needs MANIFEST"]),
         ("index scans --out a --min-depth many", ["--min-depth"]),
         ("index scans --out a --sbatch foo", ["--sbatch 'foo'", "long form"]),
         ("index scans --out a --sbatch --array=0-4", ["--parts"]),

@@ -32,9 +32,11 @@ def test_rows_and_slices_are_those_of_a_tuple(num: int) -> None:
         with pytest.raises(IndexError, match=f"row {i} of {num}"):
             rows[i]
     assert rows == plain and rows == list(plain) and rows == Squares(num)
+    assert repr(rows) == repr(plain)
     assert rows != Squares(num + 1) and rows != "text" and list(rows) == list(plain)
 
 
 def test_only_rows_that_are_wanted_are_made() -> None:
     rows = Squares(1_000_000)
     assert rows[-1] == 999_999**2 and rows[10:13] == (100, 121, 144) and rows.made == 4
+    assert "1000000 rows" in repr(rows) and rows.made == 4

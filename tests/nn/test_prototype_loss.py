@@ -192,7 +192,13 @@ def test_sinkhorn_at_temperature_001_neither_overflows_nor_forgets() -> None:
     assert bool((sinkhorn_bias(no_rows, 3) == 0).all())
 
 
-def test_under_autocast_the_products_are_narrow_and_the_rest_is_not() -> None:
+@pytest.mark.parametrize(("rows_at_once", "rows_of_a_piece"), [(3, 2), (100, 3), (100, 100)])
+def test_under_autocast_the_products_are_narrow_and_the_rest_is_not(
+    monkeypatch: pytest.MonkeyPatch, rows_at_once: int, rows_of_a_piece: int
+) -> None:
+    row_bytes = 4 * K * V
+    monkeypatch.setattr(prototype_scores, "CHUNK_BYTES", rows_at_once * row_bytes)
+    monkeypatch.setattr(prototype_scores, "PIECE_BYTES", rows_of_a_piece * row_bytes)
     student, prototypes, weight, teacher = problem()
     narrow = [x.detach().float().requires_grad_() for x in (student, prototypes)]
     teacher32 = dataclasses.replace(

@@ -117,6 +117,14 @@ def test_an_archive_without_an_accepted_scan_has_a_page(tmp_path: Path) -> None:
     assert "a&lt;b&gt;" in html and "<b>" not in html
 
 
+def test_a_folder_in_place_of_the_page_is_refused_before_scans_are_read(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(archive.archive_pictures, "draw", None)
+    with pytest.raises(UserError, match="is a folder; give the file to write"):
+        archive.write(folder / "m.parquet", folder)
+
+
 def test_bars_and_ranges_hold_every_value() -> None:
     assert bars([("a<", 3), ("b", 0)]).count("<i ") == 1
     for values in (
@@ -135,9 +143,9 @@ def test_bars_and_ranges_hold_every_value() -> None:
         assert sum(shown) == np.isfinite(values).sum()
         labels = re.findall(r"<th>(.*?)</th>", chart)
         assert len(labels) == len(set(labels))
+        assert ("1 unknown" in chart) == bool(np.isnan(values).any())
     for equal, label in (([5.0, 5.0], "5"), ([0.7, float(np.float32(0.7))], "0.7")):
         assert re.findall(r"<th>(.*?)</th>", histogram("T", "mm", np.array(equal))) == [label]
-        assert ("1 unknown" in chart) == bool(np.isnan(values).any())
     assert [round_step(x) for x in (0.3, 1.0, 1.1, 30.0)] == [0.5, 1.0, 2.0, 50.0]
 
 

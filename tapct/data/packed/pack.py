@@ -54,9 +54,8 @@ from tapct.data.readers import LIBRARIES
 from tapct.data.workers.process_pool import DEFAULT_LIMITS, LOST, ScanLimits, map_unordered
 
 LEASE_NAME = ".lease"
-LEAST_TILE = (
-    16  # rows and columns; smaller chunks cost more bytes of checksums and calls than voxels
-)
+# rows and columns; smaller chunks cost more bytes of checksums and calls than voxels
+LEAST_TILE = 16
 
 
 def pack(
@@ -277,7 +276,7 @@ def _outcomes(work: _Work, numbers: np.ndarray) -> Generator[tuple[int, PackOutc
             lost[i] = refused
         else:
             yield i, outcome
-    again = list(lost)
+    again = sorted(lost)
     alone = [replace(one, row=replace(one.row, label_path="")) for one in work.tasks(again)]
     for k, outcome in run(alone, len(alone)):
         if outcome.scan is not None:

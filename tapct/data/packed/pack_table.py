@@ -27,10 +27,13 @@ from tapct.data.packed.pack_scan import PackOutcome
 from tapct.data.packed.places import files_in
 from tapct.data.packed.scan_list import NO_NAMES, SHAPE, SPACING, StoredScan, columns_of
 from tapct.data.packed.store import packed_file
+from tapct.data.packed.store_index import whole_column
 
 _FILE_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 _ROWS_AT_ONCE = 256  # rows that are objects at once; one of DICOM may name thousands of files
 _NAMES_AT_ONCE = 100_000
+# columns of the manifest from which those of the store are made
+_OF_MANIFEST = ["id", *SHAPE, "patient", "label_digest", "digest", "patient_from"]
 _SUFFIX, _LABELS_SUFFIX = ".b2nd", ".labels.b2nd"
 
 
@@ -86,10 +89,16 @@ class PackTable:
         return cls(rows, of_share)
 
     def some(self, numbers: Sequence[int] | np.ndarray) -> Iterator[Row]:
-        """The rows with these numbers as objects, a few at once."""
-        for start in range(0, len(numbers), _ROWS_AT_ONCE):
-            at = pa.array(np.asarray(numbers[start : start + _ROWS_AT_ONCE], np.int64))
-            yield from RowTable(self.rows.table.take(at))
+        """The rows with these numbers, which ascend, as objects, a few at once."""
+        # `take` joins all chunks of a table, which would take longer than packing a scan where
+        # there are millions, and fails above 2 GiB of text: so it gets a few rows of the table
+        wanted = np.asarray(numbers, np.int64)
+        assert (np.diff(wanted) > 0).all()
+        for first in np.unique(wanted // _ROWS_AT_ONCE).tolist():
+            start = first * _ROWS_AT_ONCE
+            low, high = np.searchsorted(wanted, (start, start + _ROWS_AT_ONCE))
+            near = self.rows.table.slice(start, _ROWS_AT_ONCE)
+            yield from RowTable(near.take(pa.array(wanted[low:high] - start)))
 
     def column(self, name: str) -> pa.ChunkedArray:
         """A column of the manifest."""
@@ -143,7 +152,8 @@ class PackTable:
     def store_columns(self) -> dict[str, pa.Array]:
         """The columns of the store's index, of the scans that it lists."""
         at = np.flatnonzero(self.is_stored)
-        rows = self.rows.table.take(pa.array(at))
+        # not the lists of files, which may be above 2 GiB
+        rows = self.rows.table.select(_OF_MANIFEST).take(pa.array(at))
         numbers = self._names[at]
         texts = pa.array([*self._known_names, NO_NAMES], pa.string())
         names = texts.take(pa.array(np.where(numbers < 0, len(texts) - 1, numbers)))
@@ -165,7 +175,7 @@ class PackTable:
             typed = {name: pa.array(old[name], table.schema.field(name).type) for name in columns}
             order = np.argsort(np.concatenate([at, places]), kind="stable")
             table = pa.concat_tables([table, pa.table(typed)]).take(pa.array(order))
-        return {name: _whole(table.column(name)) for name in table.column_names}
+        return {name: whole_column(table.column(name)) for name in table.column_names}
 
 
 def are_present(out: Path, rows: RowTable) -> np.ndarray:
@@ -177,7 +187,7 @@ def are_present(out: Path, rows: RowTable) -> np.ndarray:
         out: folder of the store.
         rows: rows of a manifest.
     """
-    ids = _whole(rows.table.column("id"))
+    ids = whole_column(rows.table.column("id"))
     present = np.zeros(len(ids), bool)
     for names in _in_batches(file.name for file in files_in(out, f"*{_SUFFIX}")):
         stems = pa.array([name[: -len(_SUFFIX)] for name in names], ids.type)
@@ -232,10 +242,3 @@ def _in_batches(names: Iterable[str]) -> Iterator[list[str]]:
             batch = []
     if batch:
         yield batch
-
-
-def _whole(column: pa.Array | pa.ChunkedArray) -> pa.Array:
-    """A column as one array."""
-    if not isinstance(column, pa.ChunkedArray):
-        return column
-    return pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)

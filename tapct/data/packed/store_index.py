@@ -142,7 +142,7 @@ def _mapped_bytes(table: pa.Table) -> bytes:
         # an array of text may hold at most 2 GiB; the long form has no such limit
         column = table.column(name).combine_chunks()
         if name in _CODED:
-            columns[name] = _whole(column.dictionary_encode())
+            columns[name] = whole_column(column.dictionary_encode())
         else:
             columns[name] = column.cast(pa.large_string()) if column.type == "string" else column
     columns["patient_number"] = patient_numbers(columns["patient"])
@@ -157,7 +157,7 @@ def _mapped_bytes(table: pa.Table) -> bytes:
     return content + xxhash.xxh3_64_digest(content)
 
 
-def _whole(column: pa.Array | pa.ChunkedArray) -> pa.Array:
+def whole_column(column: pa.Array | pa.ChunkedArray) -> pa.Array:
     """A column as one array."""
     if not isinstance(column, pa.ChunkedArray):
         return column
@@ -240,7 +240,7 @@ def _decode_columns(file: Path, info: Mapping[str, Any]) -> dict[str, pa.Array]:
     table = pq.read_table(file, partitioning=None)
     has_rule = _PATIENT_FROM.name in table.column_names
     fields = [*_COLUMNS, _PATIENT_FROM] if has_rule else list(_COLUMNS)
-    columns = {one.name: _whole(table.column(one.name).cast(one.type)) for one in fields}
+    columns = {one.name: whole_column(table.column(one.name).cast(one.type)) for one in fields}
     facts = {key: value for key, value in info.items() if key != "content"}
     if info["content"] != arrow_digest(columns.values(), facts):
         raise ValueError("its content differs from its digest, so it is damaged")
@@ -265,4 +265,4 @@ class _PathsOfManifest:
         if table is None:
             return no_paths(ids)
         places = pc.index_in(ids.cast(pa.string()), value_set=table.column("id"))
-        return _whole(pc.fill_null(table.column("path").take(places), ""))
+        return whole_column(pc.fill_null(table.column("path").take(places), ""))

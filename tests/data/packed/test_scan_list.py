@@ -11,6 +11,7 @@ import pyarrow as pa
 import pytest
 
 from tapct.base.files import write_atomically
+from tapct.data import digest
 from tapct.data.digest import arrow_digest, table_digest
 from tapct.data.loading.slabs import draw_slab
 from tapct.data.packed import store_index
@@ -104,7 +105,11 @@ def test_a_mapped_list_that_is_damaged_or_of_another_store_is_not_used(
     assert not mapped.exists()
 
 
-def test_the_digest_of_columns_is_that_of_lists() -> None:
+@pytest.mark.parametrize("rows_at_once", [2, 16_384])
+def test_the_digest_of_columns_is_that_of_lists(
+    rows_at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(digest, "_ROWS_AT_ONCE", rows_at_once)
     facts = {"a": 1, "b": ["c"]}
     columns = [
         ["x", "", "ä\1"], [1, -2, 3], [0.1, float("nan"), -0.0], [["a", "b"], [], ["c"]],
@@ -112,6 +117,9 @@ def test_the_digest_of_columns_is_that_of_lists() -> None:
     ]  # fmt: skip
     arrays = [pa.array(values) for values in columns]
     assert arrow_digest(arrays, facts) == table_digest(columns, facts)
+    # a column of much text has several chunks, some of which may be empty
+    chunked = [pa.chunked_array([one[:0], one[:1], one[1:2], one[2:]]) for one in arrays]
+    assert arrow_digest(chunked, facts) == table_digest(columns, facts)
     assert arrow_digest([array[:0] for array in arrays], facts) == table_digest([[]] * 5, facts)
     coded = [arrays[0].dictionary_encode(), *arrays[1:]]
     assert arrow_digest(coded, facts) == table_digest(columns, facts)
