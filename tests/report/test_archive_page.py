@@ -12,6 +12,7 @@ from scan_files import make_ct, save_scan
 from shell import Shell
 from shell import shell as shell  # a fixture
 
+from tapct.base import files
 from tapct.base.exits import UserError
 from tapct.data.index.build import build_manifest
 from tapct.data.index.sub_manifest import write_selected
@@ -105,7 +106,7 @@ def test_a_place_that_may_not_be_written_is_refused_before_scans_are_read(
 ) -> None:
     """os.access stands for a read-only mount, since root may write to every other folder."""
     place = tmp_path / "mounted" / "new" / "page.html"
-    monkeypatch.setattr(archive.os, "access", lambda path, mode: Path(path) != tmp_path)
+    monkeypatch.setattr(files.os, "access", lambda path, mode: Path(path) != tmp_path)
     monkeypatch.setattr(archive.archive_pictures, "draw", lambda *_, **__: pytest.fail("drawn"))
     with pytest.raises(UserError, match="give another place with --out"):
         archive.write(folder / "m.parquet", place)
