@@ -7,7 +7,7 @@ use, since its key is another one, and the stack is examined again.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -28,6 +28,7 @@ FIRST_FILES = 128  # of the first unit with files of several folders; each next 
 MOST_BYTES = 1 << 30  # of one unit with files of one folder
 MOST_GATHERED_FILES = 1024  # of one unit with files of several folders
 MOST_GATHERED_BYTES = 1 << 29
+MOST_LATE_FOLDERS = 4  # in a row, after which the other files of a unit are not opened
 
 
 @dataclass(frozen=True)
@@ -118,13 +119,32 @@ def read_unit(unit: HeadUnit) -> ReadUnit:
             contents[head.path] = file.read()
 
     use = None if rules is None else keep
-    found = [list(look_into(each.folder, each.names, limit, use)) for each in unit.folders]
+    found = list(_looked_into(unit, limit, use))
     limit.close()
     scans: list[tuple[bytes, dict[str, Any]]] = []
     if rules is not None and contents:
         scans = _examined(unit, rules, found, contents)
     plain = [[_without_identifiers(looked, unit) for looked in some] for some in found]
     return ReadUnit(unit, plain, scans)
+
+
+def _looked_into(
+    unit: HeadUnit, limit: TimeLimit, use: Callable[[Head, BinaryIO], None] | None
+) -> Iterator[list[Looked]]:
+    """What the files of a unit are, by folder; arguments as in `look_into`.
+
+    A disk that does not answer is waited for in a few folders, and not in each of a thousand. So
+    the time limit of the worker, by which a decoder that never returns is ended, can be short.
+    """
+    num_late = 0  # in a row
+    for each in unit.folders:
+        if num_late < MOST_LATE_FOLDERS:
+            found = list(look_into(each.folder, each.names, limit, use))
+        else:
+            problem = "was not opened, since the files of the folders before it gave no answer"
+            found = [Looked(name, late=problem, may_pass=True) for name in each.names]
+        num_late = num_late + 1 if all(looked.late for looked in found) else 0
+        yield found
 
 
 def is_slice(head: Head, *, derived: bool) -> bool:

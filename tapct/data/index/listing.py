@@ -24,6 +24,7 @@ from tapct.data.index.head_units import (
     MOST_FILES,
     MOST_GATHERED_BYTES,
     MOST_GATHERED_FILES,
+    MOST_LATE_FOLDERS,
     FolderFiles,
     HeadUnit,
     ReadUnit,
@@ -114,10 +115,17 @@ def list_files(
     of_unit = replace(limits, seconds=_LATE_CALLS * limits.seconds)
     of_folder = _LATE_FILES * min(limits.seconds, LEAST_SECONDS) * limits.mb_per_second * 1e6
 
+    def bytes_of(unit: HeadUnit) -> int:
+        """Size of a unit with that of the late files of some folders, for the time limit. Where
+        more files are late, the worker is ended, and each file is read alone.
+        """
+        num_late = min(len(unit.folders) - 1, MOST_LATE_FOLDERS)
+        return unit.num_bytes + round(of_folder * num_late)
+
     def read(units: Iterator[HeadUnit]) -> None:
         results = map_unordered(
             *(read_unit, units, workers, lost_unit),
-            num_bytes=lambda unit: unit.num_bytes + round(of_folder * (len(unit.folders) - 1)),
+            num_bytes=bytes_of,
             limits=of_unit,
             modules=modules,
         )
