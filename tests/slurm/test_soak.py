@@ -40,7 +40,9 @@ KINDS = {
     "node": "slurmd and the rank of the second node are killed",
     "first": "slurmd, the batch script and the rank of the first node are killed",
 }
-MIX = ("kill", "stop", "node", "first", "kill", "node")  # of every six losses
+# Of every eight losses. SLURM holds a job whose batch script has disappeared five times, so that
+# at most four of 30 losses may be of this kind.
+MIX = ("kill", "stop", "node", "kill", "first", "node", "kill", "stop")
 
 
 def lose(kind: str, run: str, job: str, slurm: Path) -> None:
