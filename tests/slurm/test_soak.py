@@ -90,14 +90,17 @@ def test_a_job_survives_many_losses(here: Path, slurm: Path) -> None:
     for number, kind in enumerate(kinds):
         reached = STEPS_BETWEEN * (number + 1)
         wait_for(lambda: steps_of("run") >= reached, "run", job)  # noqa: B023
-        fault = time.time()
+        before, fault = events_of("run").count("lost"), time.time()
         lose(kind, "run", job, slurm)
-        wait_for(lambda: events_of("run").count("lost") > number, "run", job)  # noqa: B023
+        wait_for(lambda: events_of("run").count("lost") > before, "run", job)  # noqa: B023
         wait_for(lambda: has_trained_since("run", fault), "run", job)  # noqa: B023
         seconds.append((kind, seconds_to_the_next_step("run", fault)))
         print(f"{number + 1}. {kind}: {last_loss('run')['why'][:80]}: {seconds[-1][1]:.0f} s")
     wait_for_end("run", job)
-    print(f"{(time.time() - began) / 60:.1f} minutes\n{table(seconds)}")
-    assert events_of("run").count("lost") == LOSSES and events_of("run")[-1] == "done"
+    lost = events_of("run").count("lost")
+    print(f"{(time.time() - began) / 60:.1f} minutes, {lost} starts were lost\n{table(seconds)}")
+    # SLURM may end a start of its own: it repeats a signal for a node that has not responded, and
+    # the step of the next start, which has the same id, receives it
+    assert lost >= LOSSES and events_of("run")[-1] == "done"
     assert len(numbers_of(Path("run"))) == STEPS_BETWEEN * (LOSSES + 3)
     assert_equal_runs(Path("run"), Path("calm"), here)
