@@ -6,7 +6,8 @@
 # output is the line to source.
 # Partitions: debug (the default) and urgent, whose jobs preempt those of debug after 20 s of grace.
 # Settings: SLURM_TEST_DIR, SLURM_TEST_NODES, SLURM_TEST_CPUS (per node; may exceed those that
-# exist), SLURM_TEST_GPUS (per node; they need not exist), SLURM_TEST_PORT.
+# exist), SLURM_TEST_GPUS (per node; they need not exist), SLURM_TEST_PORT. Several clusters at a
+# time need folders of their own, and ports 1000 apart, after which their jobs are numbered too.
 set -euo pipefail
 
 dir="${SLURM_TEST_DIR:-${TMPDIR:-/tmp}/tapct-slurm}"
@@ -41,6 +42,7 @@ write_config() {
 ClusterName=tapct
 SlurmctldHost=$host(127.0.0.1)
 SlurmctldPort=$port
+FirstJobId=$port
 SlurmUser=root
 SlurmdUser=root
 StateSaveLocation=$dir/state
@@ -109,7 +111,8 @@ start_all() {
     for number in $(seq 0 $((num_nodes - 1))); do
         mkdir -p "$dir/spool-node$number"
         # ranks meet at the name of the first node, so names must resolve
-        getent hosts "node$number" >/dev/null ||
+        # each cluster has its own line, which it removes when it ends
+        grep -qF "node$number # tapct $dir" /etc/hosts ||
             echo "127.0.0.1 node$number # tapct $dir" >>/etc/hosts
         is_running "$dir/run/slurmd-node$number.pid" slurmd || slurmd -N "node$number"
     done

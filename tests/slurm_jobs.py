@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -14,6 +16,7 @@ from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PATIENCE_SECONDS = 900  # on a machine with other work; an idle one needs a minute
+DOWN_SECONDS = 25  # of a first node
 
 
 def tapct(*words: str | Path) -> str:
@@ -90,9 +93,63 @@ def events_of(run: Path | str) -> list[str]:
     return [row["event"] for row in event_rows(run)]
 
 
+def last_loss(run: Path | str) -> dict[str, Any]:
+    """Event of the last lost start."""
+    return next(row for row in reversed(event_rows(run)) if row["event"] == "lost")
+
+
+def has_trained_since(run: Path | str, fault: float) -> bool:
+    """Whether a step was trained after a fault and after every loss."""
+    return _next_step(run, fault) is not None
+
+
+def seconds_to_the_next_step(run: Path | str, fault: float) -> float:
+    """Seconds from a fault to the first step that is trained after its loss was recorded.
+
+    Args:
+        run: run folder; nothing was lost since the fault but by the fault.
+        fault: Unix time of the fault.
+    """
+    step = _next_step(run, fault)
+    assert step is not None, f"{run} has not trained since"
+    return step - fault
+
+
+def _next_step(run: Path | str, fault: float) -> float | None:
+    """Unix time of the first step after a fault and after every loss."""
+    since = max([fault, *(row["time"] for row in event_rows(run) if row["event"] == "lost")])
+    rows = (Path(run) / "metrics.jsonl").read_text().split("\n")[:-1]
+    return min((at for at in (json.loads(row)["time"] for row in rows) if at > since), default=None)
+
+
+def end_daemon(folder: Path, node: str) -> None:
+    """Kill the slurmd of a node, as if the node had lost its power."""
+    os.kill(int((folder / "run" / f"slurmd-{node}.pid").read_text()), signal.SIGKILL)
+
+
+def boot(node: str) -> None:
+    """Start the slurmd of a node again."""
+    subprocess.run(["slurmd", "-N", node], check=True)
+
+
+def lose_first_node(folder: Path, node: str, job: str) -> None:
+    """Kill the slurmd of a node and all that a job runs there, its batch script too; boot the node.
+
+    It is down as long as a fast real one. SLURM 22.05 does not miss a batch script if the node is
+    back within BatchStartTimeout + MessageTimeout, 20 s, of the last time that it was seen.
+    """
+    end_daemon(folder, node)
+    for process in processes_on(node, job):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process, signal.SIGKILL)
+    time.sleep(DOWN_SECONDS)
+    boot(node)
+
+
 def processes_on(node: str, job: str) -> list[int]:
     """All processes of a job on a node, the batch script and SLURM's own ones included."""
     wanted = {f"SLURMD_NODENAME={node}".encode(), f"SLURM_JOB_ID={job}".encode()}
+    wanted.add(f"SLURM_CONF={os.environ['SLURM_CONF']}".encode())  # not of another cluster
     found: set[int] = set()
     for folder in Path("/proc").iterdir():
         if not folder.name.isdigit():

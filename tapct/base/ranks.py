@@ -40,6 +40,8 @@ JOB_VARIABLES = (
     "FLUX_JOB_ID",
 )
 
+IN_SWEEP = "TAPCT_IN_SWEEP"  # environment variable of the runs of `tapct sweep`
+
 
 class LauncherError(ValueError):
     """The variables of a launcher do not show the place of this process."""

@@ -72,7 +72,7 @@ class Progress:
         loss: total loss of the last step; NaN when there is none.
         seconds: seconds per step, median of the last steps; NaN when there is none.
         restarts: number of requeues so far.
-        why: reason for which the job gave up; empty when it did not.
+        why: reason for which the job gave up or is held for good; empty when it is not.
         losses: causes of the starts that were lost, the newest last.
         evaluated: headline of the evaluated steps; None when there is none.
     """
@@ -152,9 +152,9 @@ def read_progress(
     paces = [row["seconds/step"] for row in recent if row.get("seconds/step") is not None]
     events = _read_events(run, submission.job)
     job = None if queue is None else queue.get(submission.job)
-    why = _why_given_up(job, events)
+    given_up = _why_given_up(job, events)
     writer = None if job is not None else _writer(run, submission.job)
-    if why:
+    if given_up:
         state = "gave up"
     elif writer:
         state = writer
@@ -173,7 +173,7 @@ def read_progress(
         loss=loss,
         seconds=statistics.median(paces) if paces else math.nan,
         restarts=restarts,
-        why=why,
+        why=given_up or _why_held(job),
         losses=tuple(str(event.get("why", "")) for event in events if event["event"] == "lost"),
         evaluated=best_record.read(run),
     )
@@ -217,6 +217,16 @@ def _why_given_up(job: QueuedJob | None, events: Sequence[dict[str, Any]]) -> st
     last = events[-1] if events else {}
     is_over = job is None or not job.is_active
     return str(last.get("why", "")) if is_over and last.get("event") == "gave up" else ""
+
+
+def _why_held(job: QueuedJob | None) -> str:
+    """Why SLURM will never start a job that waits; empty when it will."""
+    if job is None or job.reason != "JobHoldMaxRequeue":
+        return ""
+    return (
+        "SLURM holds the job, since its batch script has disappeared with the first node five "
+        f"times; resume with: scontrol release {job.id}, or cancel it and submit again"
+    )
 
 
 def _state(

@@ -211,7 +211,7 @@ def environment_of(environment: Mapping[str, str], place: int, parallel: int) ->
         place: number of the run among those that train at the same time.
         parallel: how many these are.
     """
-    own = ranks.without_place(environment)
+    own = {**ranks.without_place(environment), ranks.IN_SWEEP: "1"}
     cores = len(os.sched_getaffinity(0))
     own.setdefault("OMP_NUM_THREADS", str(max(1, cores // parallel)))
     cards = visible_gpus(environment)

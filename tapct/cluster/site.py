@@ -5,7 +5,7 @@ long options of `tapct submit`. A section with the name of a command replaces th
 
     partition: gpu
     account: lab
-    cpus-per-task: 8
+    cpus-per-task: 9
     setup: [module load cuda]
     sbatch: ["--gres=gpu:h100:4"]
     index: {partition: cpu, sbatch: []}

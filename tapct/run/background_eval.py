@@ -2,7 +2,8 @@
 
 A process runs on after training has ended. In the job of a scheduler (SLURM, PBS, ...) it cannot,
 because the job ends all its processes with the ranks. There the first rank waits at its end, after
-the other ranks have left: the last evaluation is the one that matters most.
+the other ranks have left: the last evaluation is the one that matters most. A run of `tapct sweep`
+waits too, since the table of the sweep has the results of all evaluations.
 
     RUN/eval/DATASET/step_00005000/
         teacher.safetensors   the weights, until they have been evaluated; those of the best step
@@ -14,6 +15,7 @@ the other ranks have left: the last evaluation is the one that matters most.
 
 from __future__ import annotations
 
+import math
 import os
 import shlex
 import shutil
@@ -64,7 +66,9 @@ class Evaluations:
         self.due: list[int] = []
         self.child: subprocess.Popen[bytes] | None = None
         self.child_step = 0  # step that the child evaluates
+        in_sweep = ranks.IN_SWEEP in os.environ
         self.ends_with_job = config.how == "process" and ranks.in_batch_job(os.environ)
+        self.is_waited_for = self.ends_with_job or (config.how == "process" and in_sweep)
 
     def expect(self, step: int, last: bool) -> None:
         """Note that a checkpoint of this step is being saved."""
@@ -112,15 +116,17 @@ class Evaluations:
                 is no time to wait.
         """
         self.due = self.due[-1:]  # only one more can be started: the last one
-        until = 0.0
-        if not stopped:
+        until = math.inf
+        if stopped:
+            until = 0.0
+        elif self.ends_with_job:
             until = min(time.time() + self.config.wait_s, job_deadline(os.environ, LEAVE_S))
         with StopFlag(torch.device("cpu"), deadline=until) as flag:
-            if self.ends_with_job:
+            if self.is_waited_for:
                 self.wait(flag)
             # also without time to wait: this keeps the teacher, to evaluate the step later
             self.start_due(checkpoints)
-            if self.ends_with_job:
+            if self.is_waited_for:
                 self.wait(flag)
         if self.is_busy() and not self.ends_with_job:
             console.say(
@@ -129,20 +135,20 @@ class Evaluations:
             )
 
     def wait(self, flag: StopFlag) -> None:
-        """Wait for the child process; when the flag is raised, end it and print how to repeat it.
+        """Wait for the child process. When the flag is raised in a job, end the process and print
+        how to repeat it.
 
         Args:
             flag: raised by a signal or at the end of the waiting time.
         """
         if self.is_busy() and not flag.reason():
-            seconds = console.duration(flag.deadline - time.time())
-            console.say(
-                f"waiting for the evaluation of step {self.child_step}, at most {seconds}; Ctrl-C "
-                "ends it"
-            )
+            bound = ""
+            if self.ends_with_job:
+                bound = f", at most {console.duration(flag.deadline - time.time())}; Ctrl-C ends it"
+            console.say(f"waiting for the evaluation of step {self.child_step}{bound}")
         while self.is_busy() and not flag.reason():
             time.sleep(0.1)
-        if self.child is not None:
+        if self.child is not None and self.ends_with_job:
             os.killpg(self.child.pid, signal.SIGTERM)
             with suppress(subprocess.TimeoutExpired):
                 self.child.wait(LEAVE_S / 2)

@@ -115,6 +115,17 @@ def test_jobs_prints_why_a_job_gave_up(runs: Path, shell: Shell, cluster: FakeSl
     assert rows_of(printed)["11"][2] == "pending" and why[:20] not in printed
 
 
+def test_jobs_prints_that_slurm_holds_a_job(runs: Path, shell: Shell, cluster: FakeSlurm) -> None:
+    cluster.queue(("11", "REQUEUE_HOLD", 30, "JobHoldMaxRequeue"))
+    printed = shell.good("jobs")
+    assert rows_of(printed)["11"][2] == "requeue_hold"
+    joined = " ".join(printed.split())
+    assert "runs/trains, job 11: SLURM holds the job" in joined
+    assert "scontrol release 11" in joined and joined.count("job 11:") == 1
+    cluster.queue(("11", "PENDING", 30, "Priority"))
+    assert "holds" not in shell.good("jobs")
+
+
 def test_jobs_shows_the_newest_headline_and_the_best_one(
     runs: Path, shell: Shell, cluster: FakeSlurm
 ) -> None:

@@ -25,7 +25,7 @@ from tapct.run_folder import RunFolder
 # a Python that writes what a run would leave: it is given "-m tapct train CONFIG"
 TRAINS = """#!/bin/bash
 run="$(dirname "$(dirname "$(dirname "${@: -1}")")")"
-echo "$OMP_NUM_THREADS $CUDA_VISIBLE_DEVICES" > "$run/environment"
+echo "$OMP_NUM_THREADS $CUDA_VISIBLE_DEVICES $TAPCT_IN_SWEEP" > "$run/environment"
 echo "{\\"step\\": 4, \\"loss/total\\": 2.5}" > "$run/metrics.jsonl"
 case "$run" in *seed=2*) echo "error: no more room"; exit 2 ;; esac
 """
@@ -82,8 +82,8 @@ def test_a_sweep_trains_every_combination_in_its_folder(
         (place,) = (run / "jobs").iterdir()
         resolved = load_config(RunConfig, place / "config.yaml", []).value
         assert (resolved.optim.lr, resolved.seed, resolved.out) == (float(lr), 1, run)
-        threads, card = (run / "environment").read_text().split()
-        assert int(threads) >= 1 and card in ("4", "5")
+        threads, card, in_sweep = (run / "environment").read_text().split()
+        assert int(threads) >= 1 and card in ("4", "5") and in_sweep == "1"
 
 
 def test_sigterm_lets_the_runs_save_and_starts_no_further_one(

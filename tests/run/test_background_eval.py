@@ -143,6 +143,39 @@ def test_a_job_waits_for_the_last_evaluation(
     assert (evaluation_of(tmp_path / "run", 12).results).is_file()
 
 
+def test_a_run_of_a_sweep_waits_for_the_last_evaluation(
+    tmp_path: Path,
+    store: Path,
+    fake_python: Callable[[str], Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    monkeypatch.setenv("TAPCT_IN_SWEEP", "1")
+    calls = fake_python("exec sleep 1.5")
+    words = ("eval.during.every=12", "eval.during.wait_s=0", *SAVED_AT_ONCE)
+    assert pretrain.train(config_of(tmp_path, store, *words)) == loop.Stop(12)
+    assert steps_started(calls) == [12] and not is_alive(last_process(calls))
+
+
+def test_a_run_of_a_sweep_that_is_stopped_while_it_waits_leaves_the_evaluation_alone(
+    tmp_path: Path,
+    store: Path,
+    fake_python: Callable[[str], Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    monkeypatch.setenv("TAPCT_IN_SWEEP", "1")
+    calls = fake_python("kill -TERM $PPID; exec sleep 600")
+    words = ("eval.during.every=12", *SAVED_AT_ONCE)
+    assert pretrain.train(config_of(tmp_path, store, *words)) == loop.Stop(12)
+    child = last_process(calls)
+    assert is_alive(child)
+    os.kill(child, signal.SIGKILL)
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "the evaluation of step 12 is still running" in printed
+
+
 def test_in_a_job_the_last_evaluation_is_done_though_the_one_before_takes_long(
     tmp_path: Path, store: Path, fake_python: Callable[[str], Path]
 ) -> None:

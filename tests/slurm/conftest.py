@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import socket
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +15,16 @@ from tiny_run import make_store, write_config
 SCRIPTS = Path(__file__).resolve().parent.parent.parent / "scripts"
 
 
+def free_ports() -> int:
+    """First of the ports of a cluster, which no other cluster on this machine uses."""
+    for first in range(16917, 20000, 1000):
+        with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
+            for port in range(first, first + 3):  # controller and two nodes
+                stack.enter_context(socket.socket()).bind(("", port))
+            return first
+    pytest.fail("no free ports for SLURM from 16917 to 19917")
+
+
 @pytest.fixture(scope="session")
 def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Folder of the cluster; SLURM_CONF leads there. Needs root, and TAPCT_SLURM=1: daemons may
@@ -21,7 +33,7 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     if os.environ.get("TAPCT_SLURM") != "1":
         pytest.skip("set TAPCT_SLURM=1 to start a SLURM on this machine")
     folder = tmp_path_factory.mktemp("slurm")
-    known = {**os.environ, "SLURM_TEST_DIR": str(folder), "SLURM_TEST_PORT": "16917"}
+    known = {**os.environ, "SLURM_TEST_DIR": str(folder), "SLURM_TEST_PORT": str(free_ports())}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SLURM_CONF", str(folder / "slurm.conf"))
         try:
