@@ -179,7 +179,8 @@ def fill_cache(
         wanted = features.missing(store.scans)
         assert len(wanted) == 2, "the cache must be empty"
         features.fill(wanted)
-    return (int(model.dim), *settled.grid(options.shape).shape)  # type: ignore[arg-type]
+    grid = settled.grid(options.shape, store.scans[0].spacing_mm)
+    return (int(model.dim), *grid.shape)  # type: ignore[arg-type]
 
 
 def main() -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import atexit
 import functools
+import hashlib
 import json
 import os
 import re
@@ -23,6 +24,7 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from tapct.config import Resolved, load_config
 from tapct.data.index.build import build_manifest
 from tapct.data.packed import pack
+from tapct.data.patients.key import KEY_FILE
 from tapct.data.phantom import archive as phantom
 from tapct.run.config import RunConfig
 from tapct.run_folder import EvaluationFolder, RunFolder, step_of
@@ -44,6 +46,8 @@ log: {{every: 3, tensorboard: false}}
 eval: {{num_pictures: 1,
   preprocess: {{size_yx: [64, 64], window: [4, 16, 16], stride: [4, 16, 16]}}}}
 """
+# with the key of this text, patients are on both sides of the split for any usual number of scans
+KEY = "tiny scans"
 CLOCK = re.compile(
     r"time$|seconds/|samples_per_second$|^ranks/"
 )  # what two equal runs may differ in
@@ -71,9 +75,16 @@ def _archive(num: int, seed: int, dicom_share: float) -> Path:
     return folder / "archive"
 
 
-def make_store(folder: Path, num: int = 4, seed: int = 0) -> Path:
-    """The archive, indexed and packed; returns the store."""
+def make_store(folder: Path, num: int = 4, seed: int = 0, key: str = KEY) -> Path:
+    """The archive, indexed and packed; returns the store. Its patients are divided in the same way
+    every time: with a random key, all of them could be on one side.
+
+    Args:
+        key: text that the key of the patients is made of; another hospital has another one.
+    """
     archive = make_archive(folder / "archive", num, seed)
+    if not (folder / KEY_FILE).exists():
+        (folder / KEY_FILE).write_bytes(hashlib.blake2b(key.encode(), digest_size=32).digest())
     found = build_manifest(
         archive,
         folder / "manifest.parquet",

@@ -32,7 +32,7 @@ def sites(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     stores = []
     for name, num, seed in (("a", 4, 0), ("b", 3, 9)):
         (folder / name).mkdir()
-        stores.append(make_store(folder / name, num=num, seed=seed))
+        stores.append(make_store(folder / name, num=num, seed=seed, key=name))
     return stores[0], stores[1]
 
 
@@ -171,7 +171,9 @@ def test_a_copy_of_a_held_out_scan_in_another_archive_is_not_trained_on(
     sites: tuple[Path, Path], tmp_path: Path
 ) -> None:
     (tmp_path / "copy").mkdir()
-    copy = make_store(tmp_path / "copy", num=5, seed=0)  # the scans of a and one more, another key
+    copy = make_store(
+        tmp_path / "copy", num=5, seed=0, key="copy"
+    )  # the scans of a and one more, another key
     stores = (sites[0], copy)
     for seed in range(40):
         words = ("data.held_out=0.4", f"data.split_seed={seed}")

@@ -69,7 +69,7 @@ def test_a_point_in_mm_falls_on_its_voxel_in_the_packed_scan(store: Store, tmp_p
     index = np.array(scan.landmarks_mm["mark"]) / scan.volume.spacing_mm
     bright = np.unravel_index(int(scan.volume.hu_ZYX.argmax()), scan.volume.hu_ZYX.shape)
     np.testing.assert_allclose(index, bright, atol=1e-4)
-    assert table.summary == "landmarks: 1 points in 1 of 1 scans"
+    assert table.summary == "landmarks: 1 point in 1 of 1 scan"
 
 
 def test_a_point_in_voxels_is_the_same_point(store: Store, tmp_path: Path) -> None:
@@ -89,7 +89,7 @@ def test_points_outside_their_scan_are_counted_and_left_out(store: Store, tmp_pa
     lines = "".join(f"one,p{at},{at},0,0\n" for at in (-1, -0.4, depth - 0.6, depth))
     table = points_of(store, tmp_path, "path,name,z_voxel,y_voxel,x_voxel\n" + lines)
     assert set(next(iter(table.points.values()))) == {"p-0.4", f"p{depth - 0.6}"}
-    assert table.summary == "landmarks: 2 points in 1 of 1 scans; points outside their scan: 2"
+    assert table.summary == "landmarks: 2 points in 1 of 1 scan; points outside their scan: 2"
 
 
 @pytest.mark.parametrize(
