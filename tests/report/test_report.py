@@ -377,7 +377,7 @@ def test_many_large_pictures_and_a_long_history_stay_below_3_mb(tmp_path: Path) 
 def test_a_page_that_cannot_be_written_leaves_nothing_behind(tmp_path: Path) -> None:
     run = run_folder(tmp_path / "run")
     (run / "report.html").mkdir()
-    with pytest.raises(UserError, match=r"report\.html could not be written"):
+    with pytest.raises(UserError, match=r"report\.html is a folder"):
         page.write(run)
     assert sorted(path.name for path in run.iterdir()) == ["metrics.jsonl", "report.html"]
 
