@@ -148,7 +148,8 @@ class Element:
             SystemExit: the command failed; the log holds the reason.
         """
         if script.AGAIN in os.environ:  # in a container, which has no scontrol
-            SlurmJobEnvironment._requeue = _leave_to_batch_script  # type: ignore[assignment, method-assign]
+            leave = _leave_to_batch_script
+            SlurmJobEnvironment._requeue = leave  # type: ignore[assignment, method-assign]
         command = [sys.executable, "-m", "tapct", *words, *(["--part", part] if part else [])]
         print(shlex.join(command), flush=True)
         # the copy of tapct comes first, and plug-ins of the folder are found behind it

@@ -318,7 +318,9 @@ class _Parser:
             sign, node = signs[type(node.op)], node.operand
         if not isinstance(node, ast.Constant) or self.constant(node)[1] != kind:
             raise self.wrong(node, f"stands in a list whose values must be {kind}")
-        return node.value if kind == _TEXT else sign * float(node.value)  # type: ignore[return-value, arg-type]
+        if kind == _TEXT:
+            return node.value  # type: ignore[return-value]
+        return sign * float(node.value)  # type: ignore[arg-type]
 
     @staticmethod
     def contains(column: Any, name: str, text: str) -> Any:

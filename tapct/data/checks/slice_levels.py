@@ -36,7 +36,7 @@ _USUAL = 4.0  # ratio to the steps elsewhere in the series
 
 
 @dataclass(frozen=True)
-class _Steps:
+class _LevelSteps:
     """Steps between neighbouring slices in one kind of tissue, 0 where it is too rare.
 
     Args:
@@ -115,7 +115,7 @@ def _thinned(hu_ZYX: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(hu_ZYX[:, ::stride_y, ::stride_x])
 
 
-def _steps(pixels: np.ndarray) -> tuple[_Steps, _Steps]:
+def _steps(pixels: np.ndarray) -> tuple[_LevelSteps, _LevelSteps]:
     """Steps in the body and in the air of every two neighbouring slices."""
     results = np.zeros((2, 2, len(pixels) - 1))
     for pair, (first, second) in enumerate(zip(pixels[:-1], pixels[1:], strict=True)):
@@ -132,7 +132,7 @@ def _steps(pixels: np.ndarray) -> tuple[_Steps, _Steps]:
         stays = np.abs(above_air) < _UNCHANGED * abs(results[0, 0, pair])
         if stays.any() and stays.mean() > _MAX_UNCHANGED:
             results[0, 1, pair] = 0.0
-    return _Steps(*results[0]), _Steps(*results[1])
+    return _LevelSteps(*results[0]), _LevelSteps(*results[1])
 
 
 def _check_absent(pixels: np.ndarray, changes: np.ndarray) -> None:

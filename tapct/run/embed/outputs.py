@@ -255,7 +255,8 @@ class NpzFiles(_PerScan):
             vector_D = vector_of(self.encoder, case, volume, self.wanted)
             arrays = {"vector_D": vector_D, "spacing_mm": np.asarray(volume.spacing_mm)}
         with files.replacing(place) as file:
-            np.savez_compressed(file, **arrays, **{FACTS: np.asarray(json.dumps(facts))})  # type: ignore[arg-type]
+            named = {**arrays, FACTS: np.asarray(json.dumps(facts))}
+            np.savez_compressed(file, **named)  # type: ignore[arg-type]
 
 
 class ZarrFolders(_PerScan):
