@@ -126,7 +126,8 @@ class Nest:
                     for output in request.outputs:
                         os.close(output)
                     self.running[process] = connection
-                    connection.sendall(f"{process}\n".encode())
+                    with suppress(ConnectionError):  # it was killed meanwhile, as seen below
+                        connection.sendall(f"{process}\n".encode())
                     watched.register(connection, selectors.EVENT_READ, process)
                 elif is_closed(key.fileobj):  # type: ignore[arg-type]
                     watched.unregister(key.fileobj)

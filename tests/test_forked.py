@@ -69,7 +69,8 @@ import os, signal, sys, time
 for number in (signal.SIGTERM, signal.SIGUSR1):
     signal.signal(number, lambda number, _: sys.exit(number))
 print(os.getpid(), flush=True)
-time.sleep(60)
+for _ in range(6000):
+    time.sleep(0.01)  # Python calls a handler of a signal just before a sleep after it
 """
     environment = forked.with_nest(os.environ)
     with subprocess.Popen(
