@@ -69,7 +69,7 @@ class LocalCache:
     def __init__(self, folder: Path, quota: int) -> None:
         self.folder, self.quota = files.expand_path(folder), quota
         self.hits = self.copies = 0
-        self._has_warned = False
+        self._warned: set[str] = set()
         self._lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, object]:
@@ -133,9 +133,9 @@ class LocalCache:
         return source
 
     def _warn(self, line: str, *values: object) -> None:
-        """Log a line, the first time that there is one."""
-        if not self._has_warned:
-            self._has_warned = True
+        """Log a line of this kind once."""
+        if line not in self._warned:
+            self._warned.add(line)
             _log.warning(line, *values)
 
     def _make_room(self, size: int) -> None:

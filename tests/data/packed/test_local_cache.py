@@ -73,6 +73,23 @@ def test_a_scan_of_more_than_half_the_quota_is_read_from_the_store_which_is_logg
     assert not (tmp_path / "cache").exists()
 
 
+def test_each_reason_why_the_cache_is_not_used_is_logged(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = make_store(tmp_path / "store", [ct_like((9, 40, 40), 0), ct_like((90, 40, 40), 1)])
+    large = store.file(1).stat().st_size
+    folder = tmp_path / "cache"
+    cached = Store(store.path, cache=LocalCache(folder, int(1.5 * large)))
+    np.testing.assert_array_equal(cached.read(1), store.read(1))
+    folder.write_text("a file where the folder should be")
+    for i in (0, 1, 0):
+        np.testing.assert_array_equal(cached.read(i), store.read(i))
+    assert [message.split()[0] for message in caplog.messages] == [
+        "data.cache.quota_gb",
+        "data.cache.dir",
+    ]
+
+
 def test_two_archives_with_the_same_voxels_use_their_copies_side_by_side(tmp_path: Path) -> None:
     """Their scans have other IDs, which the packed files hold."""
     volumes = [ct_like((9, 40, 40), seed) for seed in range(2)]
