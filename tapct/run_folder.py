@@ -26,7 +26,7 @@
         validation/*                    the same on validation patients, with eval.validation_share
       eval/best.json                    best step by one headline, and the value of every step
       eval/features/*                   cache of frozen features, see eval/cache.py
-      eval/data/DATASET/*               public data set of `tapct eval --data`, indexed and packed
+      eval/data/NAME/*                  public data set of `tapct eval --data`, indexed and packed
       eval/results.json                 link to the newest results on the run's own data set
       export/
         config.json                     after tapct export: what the features depend on
@@ -44,7 +44,8 @@
         *                               batch script, logs and state of the job
       code/REVISION/tapct/*             copy of tapct that the job runs
 
-DATASET is the name of a store and the first digits of its digest. Earlier versions wrote
+DATASET is the name of a store and the first digits of its digest, NAME the name of a public data
+set alone. Earlier versions wrote
 RUN/eval/results.json, whatever the data set, and RUN/eval/steps/step_00000500/results.json.
 
 Files whose names begin with a dot, except DCP's `.metadata`, are being written or left by a process

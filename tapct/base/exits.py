@@ -6,7 +6,7 @@
 | 1 | a bug in tapct or in a plug-in, with a traceback; `tapct doctor` has found a problem, or a
       run of `tapct sweep` has failed |
 | 2 | wrong input, or a file or disk that cannot be used; one line names the next step |
-| 3 | the run ended because another rank was lost |
+| 3 | another rank ended or hangs; the cause is in the log of that rank |
 | 4 | `tapct pack` has packed what it can; accepted scans or their labels are missing or changed; or
       `tapct embed` has no result of some scans, or `tapct eval` of some tasks |
 | 130 | interrupted by Ctrl-C |

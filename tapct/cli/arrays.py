@@ -27,6 +27,8 @@ ON_CPUS = ("index", "pack")  # commands that use no GPU, and whose --workers are
     epilog=examples(
         "tapct submit index /data/ct --out /data/archive --parts 16 --time 8:00:00",
         "tapct submit pack data/archive --out data/store --parts 16",
+        "tapct submit embed runs/mine /data/ct --out vectors --scan --gpus 1",
+        "tapct submit eval runs/mine --parts 4 --gpus 1 --time 2:00:00",
     ),
 )
 def submit_array(
@@ -34,8 +36,9 @@ def submit_array(
     words: Annotated[
         list[str],
         typer.Argument(
-            metavar="COMMAND",
-            help="index, pack, embed or eval, with its own arguments and options",
+            metavar="ARGS",
+            help="arguments and options of the command itself, as in tapct index, pack, embed or "
+            "eval",
         ),
     ],
     parts: Annotated[
@@ -71,8 +74,9 @@ def submit_array(
 ) -> None:
     """Divide a command over the nodes of a SLURM cluster.
 
-    Each element of an array does one part of the work, and a last job does what is left and
-    finishes. It is harmless to submit the same again: what is done is not done twice.
+    The command is index, pack, embed or eval. Each element of an array of jobs does one part of the
+    work. A last job does what is left and writes the result. You can submit the same command again
+    without harm: nothing is done twice.
     """
     from tapct.cluster import arrays
 

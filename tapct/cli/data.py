@@ -83,8 +83,8 @@ def index(
         typer.Argument(
             metavar="SRC",
             help=f"folders that are searched, with all folders in them, for "
-            f"{formats.listed('and')}; files; patterns such as 'scans/*/ct.nii.gz'; or lists (.csv "
-            "or .json) with the columns path, label, patient and split",
+            f"{formats.listed('and')}; files; patterns such as 'scans/*/ct.nii.gz'; or lists "
+            "(.csv, .tsv or .json) with the columns path, label, patient and split",
         ),
     ],
     out: Annotated[

@@ -91,8 +91,8 @@ def pack(
         bool,
         typer.Option(
             "--drop-missing",
-            help="take scans that cannot be packed out of the store; else it keeps what it had "
-            "before of them",
+            help="remove scans that cannot be packed from the list of the store; without this "
+            "option, the store keeps their earlier packed copies",
         ),
     ] = False,
     replace_store: Annotated[

@@ -287,7 +287,8 @@ MaxIdleRestarts = Annotated[
     int,
     typer.Option(
         metavar="N",
-        help="maximum number of starts in a row that write no new checkpoint",
+        help="maximum number of requeues in a row without a new checkpoint; the job gives up if "
+        "the next start writes none either",
         min=0,
     ),
 ]
@@ -296,8 +297,9 @@ MaxFailures = Annotated[
     int,
     typer.Option(
         metavar="N",
-        help="maximum number of starts in a row that are lost to a killed rank, a failed node or "
-        "GPU, without a new checkpoint",
+        help="maximum number of requeues in a row after starts that were lost (a killed rank, a "
+        "failed node or GPU), without a new checkpoint; the job gives up if the next start is lost "
+        "too",
         min=0,
     ),
 ]

@@ -192,9 +192,9 @@ def train(
         int,
         typer.Option(
             metavar="CODE",
-            help="exit code after a clean stop by a signal or time limit; for batch scripts",
+            help="exit code if a signal (but not Ctrl-C) or the time limit of the job stopped the "
+            "run and it was saved; for batch scripts",
             min=0,
-            hidden=True,
         ),
     ] = 0,
 ) -> None:

@@ -15,8 +15,9 @@
     script.py          the SLURM batch script, and handing it to sbatch (through submitit)
     restarts.py        when a job is started again: lines of the batch script
 
-Three files contain the commands and formats of SLURM: `slurm.py`, `script.py` and its shell lines
-in `restarts.py`. Another scheduler, PBS for example, needs files with the same functions and types:
+Three files contain the commands and formats of SLURM: `slurm.py`, `script.py` and `restarts.py`,
+which holds shell lines for `script.py`. Another scheduler, PBS for example, needs three files with
+the same functions and types:
 
     function                     called by           what it does
     slurm.time_limit_minutes     tapct submit        reads --time
@@ -28,6 +29,8 @@ in `restarts.py`. Another scheduler, PBS for example, needs files with the same 
     script.element_lines         arrays.py           shell lines around an element of an array
     script.make_batch_script     submit --dry-run    makes the text of the batch script
     script.submit_tasks          submit, arrays      submits one job or one array, returns ids
+    restarts.lines_before        script.py           shell lines before the ranks start
+    restarts.lines_after         script.py           shell lines after the ranks have ended
 
 `jobs.py` also imports the type `slurm.QueuedJob` (one job in the queue), and `submit.py` and
 `arrays.py` the type `script.JobFolders` (the folders of a job). `cli/submitted_resources.py` reads

@@ -122,8 +122,8 @@ class Resources:
             {image}.
         grace_seconds: time before the limit at which SLURM signals the job to save.
         max_restarts: total requeues after which the job gives up.
-        max_idle_restarts: requeues in a row without a new checkpoint after which it gives up.
-        max_failures: as `max_idle_restarts`, for starts that were lost to a fault of a machine.
+        max_idle_restarts: most requeues in a row without a new checkpoint.
+        max_failures: as `max_idle_restarts`, after starts that were lost to a fault of a machine.
     Raises:
         UserError: there is no node or no grace, the grace leaves no time to work, there are more
             tasks than GPUs, a text has several lines or no end of its quotation, a line of setup is

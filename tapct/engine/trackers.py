@@ -50,8 +50,9 @@ class Config:
     )
     metrics_every: int = setting(
         0,
-        "steps between two rows of metrics.jsonl; 0: 1, or in a run of more than 100,000 steps as "
-        "many as keep the file below 100,000 rows. TensorBoard gets at most 25,000 of them",
+        "steps between two rows of metrics.jsonl. 0: every step has a row; in a run of more than "
+        "100,000 steps, every 2nd, 5th, 10th, 20th ... step, so that the file has at most 100,000 "
+        "rows. TensorBoard gets at most 25,000 of them",
         ge=0,
     )
     tensorboard: bool = setting(True, "write RUN/tensorboard")

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tapct.base.exits import UserError
+from tapct.base.extras import installing
 from tapct.nn import attention_blocks
 from tapct.nn.fake import is_fake
 
@@ -237,8 +238,8 @@ def check_xformers(q_THC: Tensor) -> None:
         raise UserError(f"model.attention=xformers needs a GPU, not this {_name(q_THC)}; {_REMEDY}")
     if xformers_ops() is None:
         raise UserError(
-            f"model.attention=xformers: {xformers_failure() or 'not installed'}; in the folder of "
-            f"tapct, run pip install -c constraints.txt -e '.[gpu]', or {_REMEDY}"
+            f"model.attention=xformers: {xformers_failure() or 'not installed'}; {_REMEDY}, or "
+            f"install it: {installing('gpu', 'xformers')}"
         )
 
 

@@ -28,6 +28,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tapct.base.exits import UserError, single_line
+from tapct.base.extras import installing
 from tapct.base.geometry import Grid, Size3, patch_grid
 from tapct.base.paths import near_path
 from tapct.engine.checkpoint import Checkpoints, read_meta
@@ -136,7 +137,8 @@ def _in_hub_cache(source: Path, what: str) -> Path:
     except ImportError as error:
         raise UserError(
             f"{what}{source} does not exist as a path, and for a Hugging Face id the package "
-            "huggingface_hub is not installed; pip install huggingface_hub, or give a path"
+            "huggingface_hub is not installed; give a path, or install it: "
+            + installing("hub", "huggingface_hub")
         ) from error
     try:
         folder = snapshot_download(name, revision=revision or None, local_files_only=True)

@@ -153,8 +153,8 @@ def test_no_message_of_the_command_line_is_in_dialect() -> None:
                 assert not re.search(rf"\b(?:{FORBIDDEN})\b", line, re.IGNORECASE), line
 
 
-def test_the_exit_code_for_batch_scripts_is_hidden_and_works(shell: Shell) -> None:
-    assert "--stopped-code" not in help_of(shell, "train")
+def test_the_exit_code_for_batch_scripts_is_shown_and_works(shell: Shell) -> None:
+    assert "--stopped-code" in help_of(shell, "train")
     context = COMMANDS["train"].make_context("train", ["smoke", "--stopped-code", "143"])
     assert context.params["stopped_code"] == 143
 

@@ -134,8 +134,9 @@ class CheckRules:
     )
     min_axis_order: float = setting(
         0.6,
-        "smallest difference of neighbours with two sizes of the header exchanged, relative to the "
-        "order of the header; real scans have 1 or more",
+        "difference of neighbouring voxels if two sizes of the header are exchanged, divided by "
+        "the difference in the order of the header; a scan below this value is refused; real scans "
+        "have 1 or more",
         ge=0,
     )
 

@@ -108,7 +108,10 @@ def with_kept_patients(
     before = older.manifest
     problem = older.problem
     if before is not None and not older.is_given and _is_another_archive(manifest, before):
-        problem = f"it lists another archive, {before.root}, and no scan of it is here"
+        problem = (
+            f"it was made for another folder, {before.root}, and has no scan in common with this "
+            "archive"
+        )
     if problem:
         return replace(manifest, patient_changes=PatientChanges(problem=problem))
     if before is None:
@@ -121,7 +124,9 @@ def with_kept_patients(
 
 
 def _is_another_archive(manifest: Manifest, older: Manifest) -> bool:
-    """Whether an older manifest is of another folder, of which no scan is in this one."""
+    """Whether an older manifest was made for another folder and has no scan in common with this
+    one.
+    """
     known = {scan.digest for scan in _known_scans(older)}
     has_known = any(row.digest in known for row in manifest.rows if row.digest)
     return bool(known) and older.root != manifest.root and not has_known

@@ -21,6 +21,7 @@ import numpy as np
 
 import tapct
 from tapct.base.exits import UserError
+from tapct.base.extras import installing
 from tapct.base.files import PRIVATE, write_atomically
 from tapct.base.marks import file_name
 from tapct.data.readers import dicom_elements as elements
@@ -63,8 +64,8 @@ def check_installed() -> None:
         import highdicom  # noqa: F401
     except ImportError as error:
         raise UserError(
-            "DICOM SEG needs the package highdicom, which cannot be imported; install it with pip "
-            "install 'tapct[dicom]', or set prediction_format=nifti"
+            "DICOM SEG needs the package highdicom, which cannot be imported; set "
+            f"prediction_format=nifti, or install it: {installing('dicom', 'highdicom')}"
         ) from error
 
 

@@ -63,8 +63,8 @@ class Preprocess:
     refine: tuple[int, int, int] = setting(
         (1, 1, 1),
         "cells of the feature grid per patch (z, y, x); with 2, the stride must be an odd multiple "
-        "of half a patch: windows then lie between each other's patches, and the features of a "
-        "cell are the mean over all patches that cover it",
+        "of half a patch: the patches of one window then lie half a patch beside those of the next "
+        "window, and the features of a cell are the mean over all patches that cover it",
         ge=1,
     )
     spacing_mm: tuple[float, float, float] = setting(

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from tapct.base.exits import UserError
+from tapct.base.extras import installing
 from tapct.config import setting
 from tapct.eval.heads import probe_training
 from tapct.eval.heads.probe_training import (
@@ -281,7 +282,8 @@ def _scikit_learn(class_weight: str) -> tuple[Any, type[Warning]]:
         from sklearn.linear_model import LogisticRegression
     except ImportError as error:
         raise UserError(
-            "the head `logistic` needs scikit-learn; run pip install 'tapct[eval]'"
+            "the head `logistic` needs scikit-learn, which is not installed: "
+            + installing("eval", "scikit-learn")
         ) from error
     model = LogisticRegression(
         max_iter=MAX_ITERATIONS,

@@ -28,6 +28,7 @@ from enum import Enum
 import numpy as np
 
 from tapct.base.exits import UserError
+from tapct.base.extras import installing
 from tapct.types import IGNORE_LABEL
 
 PERCENTILE = 95.0
@@ -259,5 +260,5 @@ def _check(
 def _missing(package: str, error: ImportError) -> str:
     return (
         f"surface distances need the package {package}, which cannot be imported ({error}); "
-        "install it with pip install 'tapct[eval]'"
+        f"install it: {installing('eval', 'surface-distance')}"
     )

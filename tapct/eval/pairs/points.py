@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from tapct.base.exits import UserError
+from tapct.base.extras import installing
 from tapct.eval.labels.organ_classes import BODY_NAMES, OUTSIDE_NAMES, is_called
 from tapct.eval.scans.labelled_scan import LabelledScan
 from tapct.types import IGNORE_LABEL
@@ -135,8 +136,8 @@ def _parts(mask_ZYX: np.ndarray, spacing_mm: tuple[float, float, float]) -> list
         from scipy import ndimage
     except ImportError as error:
         raise UserError(
-            "the connected parts of labels need scipy, which is not installed: pip install "
-            "'tapct[eval]'"
+            "the connected parts of labels need scipy, which is not installed: "
+            + installing("eval", "scipy")
         ) from error
     numbers_ZYX, num = ndimage.label(mask_ZYX)
     boxes = ndimage.find_objects(numbers_ZYX)

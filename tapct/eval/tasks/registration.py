@@ -78,7 +78,8 @@ class Config:
     pairs: str = setting(
         AUTO,
         "`same_patient`: any two scans of a patient, in both directions; `across_patients`: scans "
-        "of different patients; `auto`: of the same patient where a side has such pairs",
+        "of different patients; `auto`: pairs of one patient if the set (training or test) has "
+        "such pairs, else pairs of different patients",
         choices=(AUTO, SAME_PATIENT, ACROSS_PATIENTS),
     )
     max_pairs: int = setting(100, "maximum number of pairs of test scans; 0: all", ge=0)

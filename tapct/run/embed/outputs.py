@@ -26,6 +26,7 @@ import numpy as np
 
 from tapct.base import files
 from tapct.base.exits import UserError
+from tapct.base.extras import installing
 from tapct.run.embed.named_scans import NamedScan
 from tapct.run.embed.one_scan import ScanEncoder
 from tapct.run.embed.scan_vector import VectorChoice, vector_of
@@ -319,7 +320,7 @@ def load_h5py() -> ModuleType:
         import h5py
     except ImportError as error:
         raise UserError(
-            "--format cvpr26 writes .h5 files with h5py, which cannot be loaded; install it with "
-            "`pip install 'tapct[eval]'`"
+            "--format cvpr26 writes .h5 files with h5py, which cannot be loaded; install it: "
+            + installing("eval", "h5py")
         ) from error
     return h5py

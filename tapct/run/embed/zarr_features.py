@@ -20,6 +20,7 @@ from typing import Any
 from torch import Tensor
 
 from tapct.base.exits import UserError
+from tapct.base.extras import installing
 from tapct.eval.features.dense import PatchGrid, WindowVectors
 from tapct.run.embed.one_scan import ScanEncoder
 from tapct.types import UPRIGHT, Volume
@@ -39,13 +40,13 @@ def load_zarr() -> ModuleType:
         import zarr
     except ImportError as error:
         raise UserError(
-            "--format zarr needs the package zarr, which cannot be loaded; install it with "
-            "`pip install 'tapct[zarr]'`"
+            "--format zarr needs the package zarr, which cannot be loaded; install it: "
+            + installing("zarr", "zarr")
         ) from error
     if int(zarr.__version__.partition(".")[0]) < 3:
         raise UserError(
-            f"--format zarr needs zarr 3, and {zarr.__version__} is installed; install it with "
-            "`pip install 'tapct[zarr]'` (Python 3.11 or newer)"
+            f"--format zarr needs zarr 3 and Python 3.11 or newer, and zarr {zarr.__version__} is "
+            f"installed; install zarr 3: {installing('zarr', 'zarr')}"
         )
     return zarr
 

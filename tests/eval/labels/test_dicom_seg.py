@@ -372,7 +372,7 @@ def test_a_format_without_predictions_and_a_missing_package_are_errors(
     task.begin(1)
     assert task.prediction_format == DICOM_SEG
     monkeypatch.setitem(__import__("sys").modules, "highdicom", None)
-    with pytest.raises(UserError, match=r"pip install 'tapct\[dicom\]'"):
+    with pytest.raises(UserError, match=r"pip install .*-e '\.\[dicom\]'"):
         task.begin(1)
 
 

@@ -156,7 +156,7 @@ def test_bad_input_is_an_error(shape, spacing, tolerance, message) -> None:  # t
 def test_a_missing_package_is_one_line_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "surface_distance", None)
     true, predicted = blobs(0)
-    with pytest.raises(UserError, match=r"surface-distance.*pip install 'tapct\[eval\]'"):
+    with pytest.raises(UserError, match=r"surface-distance.*pip install .*-e '\.\[eval\]'"):
         surface_distances(true, predicted, SPACING)
 
 

@@ -162,7 +162,9 @@ def test_without_h5py_one_line_shows_how_to_install_it(
         return real(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    assert "pip install 'tapct[eval]'" in shell.bad(*embed(place, tmp_path / "out"))
+    assert "pip install -c constraints.txt -e '.[eval]'" in shell.bad(
+        *embed(place, tmp_path / "out")
+    )
 
 
 @pytest.mark.parametrize(

@@ -316,7 +316,7 @@ def test_without_zarr_one_line_shows_how_to_install_it(
         return real(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    assert "pip install 'tapct[zarr]'" in shell.bad(*words, tmp_path / "out")
+    assert "pip install -c constraints.txt -e '.[zarr]'" in shell.bad(*words, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
