@@ -168,7 +168,7 @@ Part = Annotated[
         "--part",
         metavar="I/N",
         help="do the I-th of N parts of the work, for several processes or machines at once; a "
-        "last call without --part does what is left, and finishes",
+        "last call without --part does what is left, and writes the result",
         show_default="the whole",
     ),
 ]

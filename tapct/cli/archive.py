@@ -33,8 +33,8 @@ def contract(
     """Print the HU window, mean and standard deviation of an archive.
 
     The rule is nnU-Net's: percentiles 0.5 and 99.5, mean and standard deviation of foreground
-    voxels. The output is the section `contract` of a config; without it, a run uses the published
-    numbers.
+    voxels. The output is the section `contract` of a config; if a config has no such section, its
+    run uses the published numbers.
     """
     from tapct.data.packed import foreground
     from tapct.data.packed.store import Store

@@ -94,7 +94,9 @@ def submit_array(
     submitted = arrays.submit_arrays(words, resources, parts)
     for array in submitted.arrays:
         console.say(f"array {array}: tapct {words[0]}, {parts} parts")
-    console.say(f"job {submitted.last}: does what is left and finishes; logs in {submitted.logs}")
+    console.say(
+        f"job {submitted.last}: does what is left and writes the result; logs in {submitted.logs}"
+    )
 
 
 def check_as_command(context: typer.Context, words: Sequence[str], comes_later: bool) -> None:

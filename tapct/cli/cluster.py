@@ -72,8 +72,8 @@ def submit(
     A job that is preempted, reaches its time limit or loses a node requeues itself and resumes. A
     file with defaults of the cluster is described in docs/cluster.md.
 
-    tapct submit index, pack, embed or eval, with the options of this command, divides its work over
-    the nodes of the cluster.
+    `tapct submit index`, `pack`, `embed` or `eval`, followed by the arguments of that command,
+    divides the work of the command over the nodes of the cluster.
     """
     from tapct.cluster import submit as submission
 

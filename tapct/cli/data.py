@@ -31,8 +31,8 @@ def phantom(
         float,
         typer.Option(
             metavar="SHARE",
-            help="share of the arterial phase among scans with contrast agent, the others are "
-            "venous",
+            help="share of the scans with contrast agent that show the arterial phase; the other "
+            "scans with contrast agent show the venous phase",
             min=0,
             max=1,
         ),
@@ -41,8 +41,8 @@ def phantom(
         float,
         typer.Option(
             metavar="MM",
-            help="largest bump of a known smooth deformation between the two scans of a patient; "
-            "0 paints the second scan in a pose of its own",
+            help="the second scan of a patient is a known smooth deformation of the first, with "
+            "bumps of at most this size; 0: the second scan is painted in a pose of its own",
             min=0,
             max=12,
         ),
@@ -50,8 +50,8 @@ def phantom(
 ) -> None:
     """Create a synthetic CT archive with organ labels.
 
-    The tables scan_labels.csv and landmarks.csv hold what is true of each scan; `tapct eval` reads
-    them.
+    The tables scan_labels.csv and landmarks.csv hold the true values of each scan; `tapct eval`
+    reads these tables.
     """
     from tapct.data.phantom import archive as maker
 
@@ -116,24 +116,24 @@ def index(
         str | None,
         typer.Option(
             metavar="REGEX",
-            help="regular expression for scans without a PatientID: group 1, searched in the path "
-            "below SRC, is used instead",
+            help="regular expression that is searched in the path of a scan below SRC; if the scan "
+            "has no PatientID, group 1 of the expression is its patient",
         ),
     ] = None,
     patient_column: Annotated[
         str | None,
         typer.Option(
             metavar="FILE.csv:COLUMN",
-            help="table with the patients: a column names the scan by its path below SRC, "
-            "COLUMN its patient; it takes precedence over the PatientID",
+            help="table with the patients: one column names the scan by its path below SRC, and "
+            "COLUMN names its patient; this patient takes precedence over the PatientID",
         ),
     ] = None,
     patient_from: Annotated[
         str | None,
         typer.Option(
             metavar="SOURCE",
-            help="folder:N, the N-th folder below SRC is the patient; or header, a "
-            "PatientID counts also where all studies have the same one",
+            help="folder:N: the N-th folder below SRC is the patient; header: the PatientID is "
+            "used even if all studies have the same PatientID",
         ),
     ] = None,
     older: Annotated[
@@ -161,7 +161,7 @@ def index(
     ] = 0,
     study_dates: Annotated[
         bool,
-        typer.Option("--study-dates", help="store the whole date of a study, not its year alone"),
+        typer.Option("--study-dates", help="store the whole date of a study, not only its year"),
     ] = False,
     min_depth: Annotated[
         int,
@@ -201,7 +201,10 @@ def index(
     ] = None,
     rule: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME=VALUE", help="one such threshold; may be repeated"),
+        typer.Option(
+            metavar="NAME=VALUE",
+            help="one threshold of the checks of values, e.g. max_clamped=0.9; may be repeated",
+        ),
     ] = None,
     part: Part = None,
     report: Annotated[
@@ -209,7 +212,7 @@ def index(
         typer.Option(
             metavar="FILE",
             help="HTML page to write about the archive, with pictures of scans; `tapct report "
-            "MANIFEST` writes it later",
+            "MANIFEST` can write this page later",
             show_default="none",
         ),
     ] = None,
@@ -218,8 +221,8 @@ def index(
         typer.Option(
             metavar="EXPRESSION",
             help="with a manifest in place of SRC: write the manifest of the accepted scans "
-            "that fulfil it, e.g. \"spacing_z_mm <= 5 and kernel not in ['B70f']\"; no scan is "
-            "read",
+            'for which this expression is true, e.g. "spacing_z_mm <= 5 and kernel not in '
+            "['B70f']\"; no scan is read",
             show_default="all scans",
         ),
     ] = None,

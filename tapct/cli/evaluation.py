@@ -57,8 +57,8 @@ def evaluate(
         typer.Argument(
             metavar="KEY=VALUE",
             help="settings that replace those of the run: eval.*, device, model.attention or "
-            "data.store, e.g. eval.max_scans=20 device=cpu (for weights outside of a run folder "
-            "also the others of data, and seed)",
+            "data.store, e.g. eval.max_scans=20 device=cpu; for weights outside of a run folder "
+            "also seed and all settings of data",
         ),
     ] = None,
     step: Annotated[
@@ -99,8 +99,8 @@ def evaluate(
         str,
         typer.Option(
             metavar="NAME",
-            help="public data set to evaluate on, e.g. amos22, or a YAML file that describes one "
-            "(docs/datasets.md lists them); it is indexed and packed first",
+            help="public data set to evaluate on, e.g. amos22 (docs/datasets.md lists the names), "
+            "or a YAML file that describes a data set; the data set is indexed and packed first",
             show_default="the store of the run",
         ),
     ] = "",
@@ -108,7 +108,7 @@ def evaluate(
         Path | None,
         typer.Option(
             metavar="FOLDER",
-            help="with --data: folder of its files, which are only read",
+            help="with --data: folder with the files of the data set; nothing is written into it",
             show_default="none",
         ),
     ] = None,
@@ -129,7 +129,7 @@ def evaluate(
 
     Baselines solve the same tasks: untrained models, raw HU values and the position in the body
     (eval.baselines). Features are computed once and kept (eval.cache). If one of several tasks has
-    no result on these scans, the others are written, and the exit code is 4.
+    no result on these scans, the results of the other tasks are written, and the exit code is 4.
     """
     from tapct.data.index.share import WHOLE, parse_share
     from tapct.eval.runner import ShareComputed
@@ -346,8 +346,9 @@ def embed(
 ) -> None:
     """Compute dense features or one vector of each scan.
 
-    Repeat an interrupted command to compute what is missing. If some scans have no result, because
-    they cannot be read for example, they are named, the others are written, and the exit code is 4.
+    Repeat an interrupted command to compute what is missing. If some scans have no result, for
+    example because they cannot be read, their names are printed, the results of the other scans are
+    written, and the exit code is 4.
     """
     from tapct.cli.embed_options import EmbedOptions
     from tapct.data.index.share import WHOLE, parse_share
@@ -443,8 +444,8 @@ def report(
         typer.Option(
             metavar="SECONDS",
             min=1,
-            help="time between two pages with --watch; longer if writing takes more than a tenth "
-            "of it",
+            help="with --watch: time between two pages; it is longer if writing a page takes more "
+            "than a tenth of this time",
         ),
     ] = 30.0,
 ) -> None:
@@ -452,7 +453,8 @@ def report(
 
     The page of a run shows a verdict, curves, the time budget, evaluations with slices of test
     scans, and the config. Several runs are also compared. With a manifest or a store in place of
-    RUN, the page shows what the archive holds. It is one file that loads nothing from elsewhere.
+    RUN, the page shows what the archive holds. The page is
+    one file and loads nothing from elsewhere.
     """
     from tapct.report import archive, page, several
     from tapct.report.watch import watch as write_again

@@ -72,7 +72,7 @@ def pack(
         typer.Option(
             "--verify",
             help="pack nothing; read the packed scans again and compare their digests; the exit "
-            "code is 2 if one is damaged",
+            "code is 2 if a scan is damaged",
         ),
     ] = False,
     repair: Annotated[

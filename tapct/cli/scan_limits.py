@@ -13,7 +13,7 @@ Timeout = Annotated[
     float,
     typer.Option(
         metavar="SECONDS",
-        help="refuse a scan whose reading takes longer than this and 1 s per MB",
+        help="refuse a scan if reading it takes longer than this time plus 1 s per MB",
         min=1,
     ),
 ]
@@ -22,7 +22,7 @@ Memory = Annotated[
     typer.Option(
         "--memory-gb",
         metavar="GB",
-        help="memory of all worker processes together; refuse a scan that needs more",
+        help="memory of all worker processes together; a scan that needs more is refused",
         min=0.1,
         show_default="80% of the machine's or the job's",
     ),

@@ -208,7 +208,7 @@ ArrayLimit = Annotated[
     typer.Option(
         "--array-limit",
         metavar="N",
-        help="runs of a sweep that may work at the same time; 0: all",
+        help="maximum number of runs of a sweep that train at the same time; 0: all",
         min=0,
     ),
 ]

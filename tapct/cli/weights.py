@@ -59,16 +59,16 @@ def import_weights(
         str,
         typer.Option(
             metavar="Z,Y,X",
-            help="voxels that the positions of the weights were learned for",
+            help="size in voxels of the crops for which the positions of the weights were learned",
             show_default="as their config.json states, or as their number suggests",
         ),
     ] = "",
     custom_code: CustomCode = False,
 ) -> None:
-    """Make an export of weights from elsewhere.
+    """Make an export from weights of tapct or of another project.
 
     A table shows which tensors were loaded, resized, inflated, missing or unexpected. The folder
-    can be used wherever an export can: eval, embed, train.init and tapct.load_pretrained.
+    can be used like any other export: in eval, embed, train.init and tapct.load_pretrained.
     """
     from tapct.run import importing
 
