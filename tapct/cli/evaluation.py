@@ -57,8 +57,8 @@ def evaluate(
         typer.Argument(
             metavar="KEY=VALUE",
             help="settings that replace those of the run: eval.*, device, model.attention or "
-            "data.store, e.g. eval.max_scans=20 device=cpu; for weights outside of a run folder "
-            "also seed and all settings of data",
+            "data.store, e.g. eval.max_scans=20 device=cpu (for weights outside of a run folder "
+            "also seed and all settings of data)",
         ),
     ] = None,
     step: Annotated[
